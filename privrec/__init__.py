@@ -1,0 +1,50 @@
+"""Recommenders trained over people's own devices, with a user-level privacy budget.
+
+``import privrec`` is cheap: it loads neither torch nor numpy. The names below are looked up in
+their modules when they are first used::
+
+    import privrec
+
+    scenario = privrec.load_scenario("scenarios/quickstart.toml")
+    result = privrec.start(scenario, out=Path("runs/quickstart"))
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from privrec.recommend import recommend
+    from privrec.run import resume, start
+    from privrec.scenario import Scenario
+    from privrec.scenario import load as load_scenario
+
+__all__ = ["Scenario", "__version__", "load_scenario", "recommend", "resume", "start"]
+
+_LAZY = {
+    "Scenario": ("privrec.scenario", "Scenario"),
+    "load_scenario": ("privrec.scenario", "load"),
+    "recommend": ("privrec.recommend", "recommend"),
+    "resume": ("privrec.run", "resume"),
+    "start": ("privrec.run", "start"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """The object that ``name`` stands for, imported now.
+
+    Raises:
+        AttributeError: If ``privrec`` offers no such name.
+    """
+    if name not in _LAZY:
+        raise AttributeError(f"module 'privrec' has no attribute {name!r}")
+    module, attribute = _LAZY[name]
+    return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    """The public names, for completion."""
+    return sorted(__all__)

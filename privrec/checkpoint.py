@@ -1,0 +1,93 @@
+"""A checkpoint: everything that a run needs to go on, in one file that is replaced as a whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from privrec.errors import IntegrityError
+from privrec.randomness import sync_directory
+
+Arrays = Mapping[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where in its run a checkpoint was taken.
+
+    Args:
+        run_id: the run.
+        scenario_hash: of the scenario that it runs.
+        data_digest: of the interactions it trains on.
+        index: rounds that were applied.
+        ledger_entries: entries of the ledger at that moment.
+        ledger_hash: hash of the last of them.
+    """
+
+    run_id: str
+    scenario_hash: str
+    data_digest: str
+    index: int
+    ledger_entries: int
+    ledger_hash: str
+
+
+def write(path: Path, position: Position, arrays: Arrays) -> None:
+    """Replace the checkpoint at ``path``, durable before this returns.
+
+    A crash at any moment leaves the old one or the new one, whole. It holds the simulated devices'
+    private states, so its owner alone may read it.
+    """
+    content = {"position": json.dumps(asdict(position)), "digest": _digest(arrays)}
+    fresh = path.with_name(path.name + ".new")
+    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(save(dict(arrays), metadata=content))
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
+    sync_directory(path.parent)
+
+
+def read(path: Path) -> tuple[Position, dict[str, NDArray[np.float32]]]:
+    """The checkpoint at ``path``.
+
+    Raises:
+        IntegrityError: when there is none, or it is not what :func:`write` wrote.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        position = Position(**json.loads(metadata["position"]))
+    except FileNotFoundError:
+        raise IntegrityError(
+            f"{path}: there is no checkpoint; it is written before the first round, so this is no "
+            "run directory, or the file was removed. Start the run anew"
+        ) from None
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        raise IntegrityError(
+            f"{path}: not a checkpoint ({error}); restore the file or start the run anew"
+        ) from None
+    if metadata.get("digest") != _digest(arrays):
+        raise IntegrityError(
+            f"{path}: the arrays are not those that were written; restore the file or start anew"
+        )
+    return position, arrays
+
+
+def _digest(arrays: Arrays) -> str:
+    total = hashlib.sha256()
+    for name in sorted(arrays):
+        total.update(f"{name}{arrays[name].shape}".encode())
+        total.update(np.ascontiguousarray(arrays[name]).view(np.uint8))
+    return total.hexdigest()

@@ -1,0 +1,588 @@
+"""The command line: commands that parse, call and print.
+
+Modules that load torch are imported inside the commands that train, so that help, ``plan`` and the
+checks of a scenario answer at once. Results go to standard output, progress and errors to standard
+error. Exit codes are those of :mod:`privrec.errors`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from privrec import __version__
+from privrec.errors import BudgetError, DataError, PrivrecError, UsageError
+
+if TYPE_CHECKING:
+    from privrec.recommend import Recommendation
+    from privrec.record import Observer, Observers
+    from privrec.report.render import Written
+    from privrec.run import Result
+    from privrec.scenario import Scenario
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+DEMO_USER = "7"
+OS_ERROR_REMEDY = "check that the path is right, writable and on a disk with room"
+
+
+class Commands(click.Group):
+    """A group whose errors are one message and an exit code, and which suggests near names."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; what privrec raises on purpose is printed without a traceback."""
+        try:
+            return super().invoke(ctx)
+        except PrivrecError as error:
+            _fail(ctx, str(error), error.exit_code)
+        except KeyboardInterrupt:
+            _fail(ctx, "interrupted; nothing after the last checkpoint is kept", 130)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            _fail(ctx, f"{where}{error.strerror or error}; {OS_ERROR_REMEDY}", UsageError.exit_code)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order in which the commands are written, which is that of first use."""
+        return list(self.commands)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click's, with the nearest command named where there is none of that name."""
+        known = self.list_commands(ctx)
+        if args and args[0] not in known and not args[0].startswith("-"):
+            near = get_close_matches(args[0], known, n=1, cutoff=0.5)
+            remedy = f"did you mean {near[0]!r}?" if near else f"try {ctx.command_path} --help"
+            raise UsageError(
+                f"{args[0]!r} is no command of {ctx.command_path}; it has {', '.join(known)}; "
+                f"{remedy}"
+            )
+        return super().resolve_command(ctx, args)
+
+
+def _fail(ctx: click.Context, message: str, code: int) -> None:
+    click.echo(f"error: {message}", err=True)
+    ctx.exit(code)
+
+
+def _example(*lines: str) -> str:
+    heading = "Example:" if len(lines) == 1 else "Examples:"
+    return "\b\n" + "\n".join([heading, *(f"  {line}" for line in lines)])
+
+
+def _checked_data(
+    ctx: click.Context, parameter: click.Parameter, value: Path | None
+) -> Path | None:
+    """``--data`` as given; refused if it was given on the command line and does not exist."""
+    given = ctx.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+    if given and value is not None and not value.exists():
+        raise UsageError(
+            f"--data {value}: there is no such file or folder; it must hold the data set; "
+            "correct the path, or see `privrec data list`"
+        )
+    return value
+
+
+_PATH = click.Path(path_type=Path)
+
+
+def _options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+_scenario = click.argument("scenario_file", metavar="SCENARIO", type=_PATH)
+_run_dir = click.argument("directory", metavar="DIR", type=_PATH)
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+_set = click.option(
+    "-s",
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="TABLE.KEY=VALUE",
+    help="Change a key of the scenario; an empty value removes it. May be repeated.",
+)
+_data = click.option(
+    "--data",
+    "data_dir",
+    type=_PATH,
+    envvar="PRIVREC_DATA",
+    callback=_checked_data,
+    metavar="PATH",
+    help="Where the data set lies: its folder, archive or file, or a folder above. "
+    "[default: $PRIVREC_DATA]",
+)
+_out = click.option(
+    "--out",
+    type=_PATH,
+    metavar="DIR",
+    help="Folder of the run; must be new or empty. [default: runs/NAME-1, runs/NAME-2, …]",
+)
+_track = _options(
+    click.option(
+        "--tensorboard", type=_PATH, metavar="DIR", help="Log to TensorBoard too (extra `track`)."
+    ),
+    click.option("--mlflow", metavar="EXPERIMENT", help="Log to MLflow too (extra `track`)."),
+)
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=_example("privrec demo", "privrec run scenarios/quickstart.toml"),
+)
+@click.version_option(__version__, prog_name="privrec")
+def main() -> None:
+    """Train recommenders over people's own devices, within a user-level privacy budget.
+
+    Exit codes: 0 done, 2 usage, 3 budget exhausted, 4 data integrity, 5 release refused,
+    130 interrupted after a checkpoint.
+    """
+
+
+@main.command(
+    short_help="The whole path on embedded data, offline, in under a minute.",
+    epilog=_example("privrec demo", "privrec demo --out runs/first"),
+)
+@_out
+@_json
+def demo(out: Path | None, as_json: bool) -> None:
+    """Train on embedded synthetic data, recommend and report: the whole path, offline."""
+    from privrec.scenario import Scenario
+
+    text = Path(__file__).with_name("quickstart.toml").read_text("utf-8")
+    scenario = Scenario.from_toml(text, source="quickstart.toml")
+    result = _start(scenario, out, None, ())
+    from privrec.recommend import recommend as recommendations
+
+    found = recommendations(result.path, user=DEMO_USER, history=None, k=10, data_dir=None)
+    pages = _write_report(result.path)
+    if as_json:
+        rows = [_recommendation(entry) for entry in found]
+        _print_json({**result.payload, "recommendations": rows, "report": str(pages.html)})
+        return
+    from privrec.cli_tables import print_recommendations, print_result
+
+    print_result(result.payload)
+    print_recommendations(found, f"Recommendations for user {DEMO_USER}")
+    _say_where(result.path, pages)
+
+
+@main.command(
+    short_help="Train what a scenario describes and write its report.",
+    epilog=_example(
+        "privrec run scenarios/quickstart.toml -s train.rounds=50 --out runs/short",
+        "privrec run scenarios/ml-1m-dp.toml --data data/ml-1m --json",
+    ),
+)
+@_scenario
+@_set
+@_data
+@_out
+@_track
+@_json
+def run(
+    scenario_file: Path,
+    settings: tuple[str, ...],
+    data_dir: Path | None,
+    out: Path | None,
+    tensorboard: Path | None,
+    mlflow: str | None,
+    as_json: bool,
+) -> None:
+    """Train what SCENARIO describes, on simulated devices, and write its report."""
+    from privrec.scenario import load
+
+    scenario = load(scenario_file, settings)
+    result = _start(scenario, out, data_dir, _sinks(tensorboard, mlflow))
+    _finish(result, as_json)
+
+
+@main.command(
+    short_help="Go on with an interrupted run.",
+    epilog=_example("privrec resume runs/quickstart-1"),
+)
+@_run_dir
+@_data
+@_track
+@_json
+def resume(
+    directory: Path,
+    data_dir: Path | None,
+    tensorboard: Path | None,
+    mlflow: str | None,
+    as_json: bool,
+) -> None:
+    """Go on with the interrupted run in DIR from its last checkpoint."""
+    _check_run(directory)
+    from privrec.run import resume as go_on
+
+    sinks = _sinks(tensorboard, mlflow)
+    with _reported_if_exhausted(directory), _observed(sinks) as observer:
+        result = go_on(directory, data_dir=data_dir, observer=observer)
+    _finish(result, as_json)
+
+
+@main.command(
+    short_help="Noise, ε by round and signal to noise, before any data.",
+    epilog=_example("privrec plan scenarios/ml-1m-dp.toml -s privacy.epsilon=4"),
+)
+@_scenario
+@_set
+@_json
+def plan(scenario_file: Path, settings: tuple[str, ...], as_json: bool) -> None:
+    """Say what SCENARIO will cost, without touching data: noise, ε by round, signal to noise."""
+    from privrec.cli_plan import plan as planned
+    from privrec.scenario import load
+
+    payload = planned(load(scenario_file, settings))
+    if as_json:
+        _print_json(payload)
+        return
+    from privrec.cli_tables import print_plan
+
+    print_plan(payload)
+
+
+@main.command(
+    short_help="Write the report of a finished run again.",
+    epilog=_example("privrec report runs/quickstart-1"),
+)
+@_run_dir
+@_json
+def report(directory: Path, as_json: bool) -> None:
+    """Write report.html, report.md and report.json of the finished run in DIR."""
+    _check_run(directory)
+    pages = _write_report(directory)
+    if as_json:
+        click.echo(pages.json.read_text("utf-8").rstrip("\n"))
+        return
+    for page in (pages.html, pages.markdown, pages.json):
+        click.echo(page)
+
+
+@main.command(
+    short_help="Put finished runs side by side.",
+    epilog=_example(
+        "privrec compare runs/ml-1m-1 runs/ml-1m-dp-1",
+        "privrec compare runs/* --out comparison.html",
+    ),
+)
+@click.argument("directories", metavar="DIR...", type=_PATH, nargs=-1, required=True)
+@click.option("--out", type=_PATH, metavar="FILE", help="Write the table as an HTML page too.")
+@_json
+def compare(directories: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
+    """Put finished runs side by side."""
+    for directory in directories:
+        _check_run(directory)
+    from privrec.report.compare import compare as side_by_side
+    from privrec.report.compare import write
+
+    comparison = side_by_side(directories)
+    if out is not None:
+        write(comparison, out)
+    if as_json:
+        _print_json({"rows": comparison.rows(), "cautions": comparison.cautions})
+        return
+    from privrec.cli_tables import print_comparison
+
+    print_comparison(comparison)
+
+
+@main.command(
+    short_help="Recommend items to a user or for a history.",
+    epilog=_example(
+        "privrec recommend runs/ml-1m-1 --user 42",
+        "privrec recommend runs/ml-1m-1 --history liked.txt -k 20",
+    ),
+)
+@_run_dir
+@click.option("--user", metavar="ID", help="A user of the data set.")
+@click.option(
+    "--history",
+    type=_PATH,
+    metavar="FILE",
+    help="Ids of liked items, one a line; a user vector is fitted to them. # starts a comment.",
+)
+@click.option(
+    "-k", "k", type=click.IntRange(1, 10_000), default=10, show_default=True, help="How many items."
+)
+@_data
+@_json
+def recommend(
+    directory: Path,
+    user: str | None,
+    history: Path | None,
+    k: int,
+    data_dir: Path | None,
+    as_json: bool,
+) -> None:
+    """Recommend items, by the model in DIR, to a user or to a history never seen in training."""
+    if (user is None) == (history is None):
+        given = "neither was given" if user is None else "both were given"
+        raise UsageError(f"--user or --history: exactly one is needed, and {given}; choose one")
+    _check_run(directory)
+    liked = None if history is None else _read_history(history)
+    from privrec.recommend import recommend as recommendations
+
+    found = recommendations(directory, user=user, history=liked, k=k, data_dir=data_dir)
+    if as_json:
+        _print_json([_recommendation(entry) for entry in found])
+        return
+    from privrec.cli_tables import print_recommendations
+
+    whom = f"user {user}" if user is not None else f"the history in {history}"
+    print_recommendations(found, f"Recommendations for {whom}")
+
+
+@main.group(cls=Commands, epilog=_example("privrec data list", "privrec data fetch ml-1m"))
+def data() -> None:
+    """List, fetch and describe data sets."""
+
+
+@data.command("list", epilog=_example("privrec data list --json"))
+@_data
+@_json
+def list_data(data_dir: Path | None, as_json: bool) -> None:
+    """List the data sets that can be fetched and say which are here."""
+    from privrec.cli_doctor import found_data
+    from privrec.data.fetch import ARCHIVES
+
+    here = found_data(data_dir)
+    rows = [
+        {"name": name, "holds": archive.size, "url": archive.url, "found": here.get(name)}
+        for name, archive in ARCHIVES.items()
+    ]
+    if as_json:
+        _print_json(rows)
+        return
+    from privrec.cli_tables import print_table
+
+    cells = [(row["name"], row["holds"], row["found"] or "not here") for row in rows]
+    print_table("Data sets", ("name", "holds", "found"), cells)
+
+
+@data.command(epilog=_example("privrec data fetch ml-1m"))
+@click.argument("name", metavar="NAME")
+@click.option(
+    "--data",
+    "directory",
+    type=_PATH,
+    metavar="DIR",
+    envvar="PRIVREC_DATA",
+    help="Where to keep it. [default: $PRIVREC_DATA, else the user's cache]",
+)
+def fetch(name: str, directory: Path | None) -> None:
+    """Download a data set over https, check it, and show its terms of use once."""
+    from privrec.data.fetch import fetch as download
+
+    path = download(name, directory=directory, echo=lambda terms: click.echo(terms, err=True))
+    click.echo(path)
+
+
+@data.command(epilog=_example("privrec data describe ml-1m --data data/ml-1m"))
+@click.argument("name", metavar="NAME|SCENARIO")
+@_set
+@_data
+@_json
+def describe(name: str, settings: tuple[str, ...], data_dir: Path | None, as_json: bool) -> None:
+    """Read a data set, by its name or as a scenario file has it, and count what is in it."""
+    scenario = _scenario_for_data(name, settings)
+    from privrec import data as data_sets
+
+    facts = data_sets.describe(data_sets.load(scenario.data, data_dir=data_dir))
+    if as_json:
+        _print_json(facts)
+        return
+    from privrec.cli_tables import print_table
+
+    rows = [(fact.replace("_", " "), value) for fact, value in facts.items()]
+    print_table(f"Data of {name}", ("fact", "value"), rows)
+
+
+@main.command(
+    short_help="Check what this machine offers to a run.",
+    epilog=_example("privrec doctor"),
+)
+@_data
+@_json
+def doctor(data_dir: Path | None, as_json: bool) -> None:
+    """Check Python, packages, threads, the secure generator, AES speed, state folder and data."""
+    from privrec.cli_doctor import examine
+
+    findings = examine(data_dir)
+    if as_json:
+        _print_json([finding.to_json() for finding in findings])
+    else:
+        from privrec.cli_tables import print_findings
+
+        print_findings(findings)
+    failed = [finding.name for finding in findings if finding.level == "fail"]
+    if failed:
+        raise PrivrecError(f"{', '.join(failed)}: a run needs this; see the remedy above")
+
+
+# --------------------------------------------------------------------------- what commands share
+
+
+def _start(
+    scenario: Scenario, out: Path | None, data_dir: Path | None, sinks: Iterable[Observer]
+) -> Result:
+    path = _new_directory(scenario.name) if out is None else _checked_out(out)
+    from privrec.run import start
+
+    with _reported_if_exhausted(path), _observed(sinks) as observer:
+        return start(scenario, out=path, data_dir=data_dir, observer=observer)
+
+
+@contextmanager
+def _reported_if_exhausted(directory: Path) -> Iterator[None]:
+    """Write the report of a run that its budget stopped early, then let the error pass."""
+    try:
+        yield
+    except BudgetError:
+        if (directory / "result.json").is_file():
+            _write_report(directory)
+        raise
+
+
+def _new_directory(name: str) -> Path:
+    """The first of ``runs/NAME-1``, ``runs/NAME-2``, … that does not exist."""
+    number = 1
+    while (path := Path("runs") / f"{name}-{number}").exists():
+        number += 1
+    return path
+
+
+def _checked_out(path: Path) -> Path:
+    """``--out``, refused before any work is done if a run cannot be written there.
+
+    Raises:
+        UsageError: If it is a file or a folder with something in it.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        kind = "this folder is not empty" if path.is_dir() else "this is a file"
+        raise UsageError(
+            f"--out {path}: {kind}; a run needs a new or empty folder; name another, or go on "
+            f"with a run that is there by: privrec resume {path}"
+        )
+    return path
+
+
+def _check_run(directory: Path) -> None:
+    """Refuse what is no run directory.
+
+    Raises:
+        UsageError: If it does not exist or holds no run.
+    """
+    if (directory / "run.json").is_file():
+        return
+    found = "it has no run.json" if directory.is_dir() else "there is no such folder"
+    raise UsageError(
+        f"{directory}: {found}; a run directory is what `privrec run` or `privrec demo` left; name "
+        "one of those"
+    )
+
+
+def _sinks(tensorboard: Path | None, mlflow: str | None) -> list[Observer]:
+    from privrec.record import MLflowSink, TensorBoardSink
+
+    sinks: list[Observer] = []
+    if tensorboard is not None:
+        sinks.append(TensorBoardSink(tensorboard))
+    if mlflow is not None:
+        sinks.append(MLflowSink(mlflow))
+    return sinks
+
+
+def _observed(sinks: Iterable[Observer]) -> Observers:
+    """The console and ``sinks`` as one observer, which is closed on leaving its ``with``."""
+    from privrec.record import Observers, console_observer
+
+    return Observers(console_observer(), *sinks)
+
+
+def _finish(result: Result, as_json: bool) -> None:
+    pages = _write_report(result.path)
+    if as_json:
+        _print_json(result.payload)
+        return
+    from privrec.cli_tables import print_result
+
+    print_result(result.payload)
+    _say_where(result.path, pages)
+
+
+def _write_report(directory: Path) -> Written:
+    from privrec.report.build import build
+    from privrec.report.render import write
+
+    return write(build(directory), directory)
+
+
+def _say_where(directory: Path, pages: Written) -> None:
+    click.echo(f"Run:    {directory}")
+    click.echo(f"Report: {pages.html}")
+
+
+def _read_history(path: Path) -> list[str]:
+    """Item ids, one a line; blank lines and what follows a # are skipped.
+
+    Raises:
+        DataError: If the file is missing, is not text, or has a line of several words, or no id.
+    """
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+    except OSError as error:
+        raise DataError(
+            f"--history {path}: {error.strerror}; it must be a text file of item ids, one a line; "
+            "correct the path"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"--history {path}: byte {error.start} is not UTF-8; it must be a text file of item "
+            "ids, one a line; save it as UTF-8"
+        ) from None
+    ids = [line.partition("#")[0].strip() for line in lines]
+    found = [entry for entry in ids if entry]
+    if not found:
+        raise DataError(
+            f"--history {path}: it names no item; at least one is needed to fit a user vector; "
+            "write item ids into it, one a line"
+        )
+    return found
+
+
+def _scenario_for_data(name: str, settings: Sequence[str]) -> Scenario:
+    from privrec.scenario import Scenario, load
+
+    if name.endswith(".toml"):
+        return load(name, settings)
+    text = 'name = "data"\n[privacy]\nnoise = "none"\n'
+    return Scenario.from_toml(text, [f"data.source={name}", *settings], source=f"data {name}")
+
+
+def _recommendation(entry: Recommendation) -> dict[str, Any]:
+    return {
+        "rank": entry.rank,
+        "item_id": entry.item_id,
+        "title": entry.title,
+        "score": entry.score,
+    }
+
+
+def _print_json(payload: object) -> None:
+    click.echo(json.dumps(payload, indent=2, ensure_ascii=False, default=str))

@@ -1,0 +1,198 @@
+"""What a scenario will cost and how loud its noise will be, before any data is touched."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from privrec.errors import UsageError
+from privrec.scenario import Scenario
+
+if TYPE_CHECKING:
+    from privrec.privacy.events import RoundEvent
+
+KNOWN_ITEMS = {
+    "ml-100k": 1682,
+    "ml-1m": 3706,
+    "ml-10m": 10677,
+    "ml-20m": 26744,
+    "ml-25m": 59047,
+}
+"""Rated items of the published MovieLens sets: public, like their numbers of users."""
+
+MILESTONES = 10
+SMALL_COHORT = 20
+
+
+def plan(scenario: Scenario) -> dict[str, Any]:
+    """The plan of a scenario as JSON values, with one entry of ``rows`` for each of its rows.
+
+    Args:
+        scenario: What is to be run; its data is not looked for.
+
+    Returns:
+        ``noise_multiplier``, ``epsilon`` and ``epsilon_server`` (null is infinite) after the last
+        round, ``epsilon_by_round`` at about ten rounds, ``signal``, ``warnings`` and the settings
+        that they follow from.
+
+    Raises:
+        UsageError: If no noise meets the target, or the population is not positive.
+    """
+    return {
+        **_one(scenario),
+        "rows": [{"name": name, **_one(variant)} for name, variant in scenario.variants()],
+    }
+
+
+def _one(scenario: Scenario) -> dict[str, Any]:
+    noise_multiplier = _noise_multiplier(scenario)
+    settings = _settings(scenario, noise_multiplier)
+    spending = _spending(scenario, noise_multiplier)
+    signal = _signal(scenario, noise_multiplier)
+    return {**settings, **spending, "signal": signal, "warnings": _warnings(scenario)}
+
+
+def _noise_multiplier(scenario: Scenario) -> float:
+    privacy = scenario.privacy
+    if privacy.noise == "none":
+        return 0.0
+    if privacy.epsilon is None:
+        if privacy.noise_multiplier is None:
+            raise UsageError("privacy.noise_multiplier is unset: noise needs a target ε or this")
+        return privacy.noise_multiplier
+    from privrec.privacy.calibrate import noise_multiplier_for
+
+    return noise_multiplier_for(
+        privacy.epsilon,
+        privacy.delta,
+        scenario.devices.sampling_rate,
+        scenario.train.rounds,
+        privacy.budget_against,
+    )
+
+
+def _settings(scenario: Scenario, noise_multiplier: float) -> dict[str, Any]:
+    privacy, devices = scenario.privacy, scenario.devices
+    return {
+        "scenario": scenario.name,
+        "rounds": scenario.train.rounds,
+        "noise": privacy.noise,
+        "noise_multiplier": noise_multiplier or None,
+        "clip_norm": privacy.clip_norm,
+        "unit": "user",
+        "adjacency": "zero-out",
+        "delta": privacy.delta,
+        "budget": privacy.epsilon,
+        "budget_against": privacy.budget_against,
+        "sampling": devices.sampling,
+        "sampling_rate": devices.sampling_rate,
+        "population": scenario.population(),
+        "expected_cohort": scenario.expected_cohort(),
+    }
+
+
+def _spending(scenario: Scenario, noise_multiplier: float) -> dict[str, Any]:
+    if not noise_multiplier:
+        return {"epsilon": None, "epsilon_server": None, "epsilon_by_round": []}
+    from privrec.privacy.calibrate import plan as spend
+
+    rounds, delta = scenario.train.rounds, scenario.privacy.delta
+    spent = spend(_event(scenario, noise_multiplier), rounds=rounds, delta=delta, points=MILESTONES)
+    by_round = zip(spent.after, spent.recipients, spent.server, strict=True)
+    return {
+        "epsilon": _finite(spent.epsilon),
+        "epsilon_server": _finite(spent.epsilon_server),
+        "epsilon_by_round": [
+            {"round": after, "epsilon": _finite(ours), "epsilon_server": _finite(theirs)}
+            for after, ours, theirs in by_round
+        ],
+    }
+
+
+def _event(scenario: Scenario, noise_multiplier: float) -> RoundEvent:
+    from privrec.privacy.events import RoundEvent
+
+    return RoundEvent("gaussian", noise_multiplier, scenario.devices.sampling_rate)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _signal(scenario: Scenario, noise_multiplier: float) -> dict[str, Any] | None:
+    """The best case of one round: every update as long as allowed and all of one direction."""
+    cohort, clip_norm = scenario.expected_cohort(), scenario.privacy.clip_norm
+    if not noise_multiplier or cohort is None or clip_norm is None:
+        return None
+    dimension = coefficients(scenario)
+    per_coefficient = noise_multiplier * clip_norm
+    signal: dict[str, Any] = {
+        "signal_norm": cohort * clip_norm,
+        "noise_per_coefficient": per_coefficient,
+        "ratio_per_coefficient": cohort / noise_multiplier,
+        "coefficients": dimension,
+    }
+    if dimension is not None:
+        signal["noise_norm"] = per_coefficient * math.sqrt(dimension)
+        signal["ratio"] = cohort / (noise_multiplier * math.sqrt(dimension))
+    return signal
+
+
+def coefficients(scenario: Scenario) -> int | None:
+    """Length of the vector that is noised, or None where the catalogue is not known in advance.
+
+    It is computed without torch; a test holds it to the model that is built.
+    """
+    items = _items(scenario)
+    if items is None:
+        return None
+    model = scenario.model
+    memory = _slots(items * (model.dim // model.block), model.compression) * model.block
+    biases = _slots(items, model.compression) if model.item_bias else 0
+    return _dense(scenario) + memory + biases
+
+
+def _items(scenario: Scenario) -> int | None:
+    if scenario.data.source == "synthetic":
+        return scenario.data.items
+    return KNOWN_ITEMS.get(scenario.data.source)
+
+
+def _slots(wanted: int, compression: float) -> int:
+    """A power of two: upwards without compression, else the nearest, as Subspace.sized has it."""
+    power = math.log2(max(1.0, wanted / compression))
+    return 1 << (math.ceil(power) if compression == 1 else round(power))
+
+
+def _dense(scenario: Scenario) -> int:
+    model = scenario.model
+    if model.kind == "gmf":
+        return 0
+    tower = model.dim if model.kind == "mlp" else model.dim - model.dim // 2
+    widths = (2 * tower, *model.hidden)
+    return sum((below + 1) * above for below, above in pairwise(widths)) + widths[-1]
+
+
+def _warnings(scenario: Scenario) -> list[str]:
+    privacy, population = scenario.privacy, scenario.population()
+    if privacy.noise == "none":
+        return ["No noise is added: no privacy guarantee."]
+    if population is None:
+        return [
+            "devices.population is unset, so the expected cohort and the signal are not known; "
+            "declare it if it is public."
+        ]
+    warnings = []
+    if privacy.delta >= 1 / population:
+        warnings.append(
+            f"privacy.delta = {privacy.delta:g} is not below 1 / population = {1 / population:.2g}:"
+            " such a δ allows the data of one user to be published; lower it."
+        )
+    cohort = scenario.devices.sampling_rate * population
+    if cohort < SMALL_COHORT:
+        warnings.append(
+            f"A round has {cohort:.3g} devices on average, fewer than {SMALL_COHORT}: the noise "
+            "will drown them; raise devices.sampling_rate."
+        )
+    return warnings

@@ -1,0 +1,221 @@
+"""Data sets: readers, the synthetic generator, and the split that a scenario's ``[data]`` means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from privrec.data.fetch import ARCHIVES, cache_dir
+from privrec.data.files import TableFormat, read_lightgcn, read_table
+from privrec.data.folder import Folder, find_folder
+from privrec.data.interactions import Holdout, Interactions, ItemLists, Split, leave_last_out
+from privrec.data.movielens import LAYOUTS, find_ncf_prefix, read_movielens, read_ncf
+from privrec.data.problems import bad_file
+from privrec.data.synthetic import Planted, generate
+from privrec.errors import DataError, UsageError
+
+__all__ = [
+    "Interactions",
+    "ItemLists",
+    "Planted",
+    "Split",
+    "describe",
+    "generate",
+    "leave_last_out",
+    "load",
+    "planted",
+]
+
+_TABLES = (".csv", ".tsv", ".parquet", ".pq")
+
+
+class DataConfig(Protocol):
+    """What :func:`load` asks of a scenario's ``[data]`` table."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def path(self) -> str | None: ...
+    @property
+    def holdout(self) -> Holdout: ...
+    @property
+    def max_history(self) -> int | None: ...
+    @property
+    def users(self) -> int: ...
+    @property
+    def items(self) -> int: ...
+    @property
+    def clusters(self) -> int: ...
+    @property
+    def interactions_per_user(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def user_column(self) -> str: ...
+    @property
+    def item_column(self) -> str: ...
+    @property
+    def time_column(self) -> str | None: ...
+    @property
+    def separator(self) -> str | None: ...
+    @property
+    def encoding(self) -> str: ...
+
+
+def load(config: DataConfig, *, data_dir: Path | None = None) -> Split:
+    """The split that a scenario asks for.
+
+    Files are looked for in ``data_dir`` if given, else at ``config.path``, else where downloads
+    go. A folder may be the data set's own or its parent, or a zip archive as published. Where a
+    folder has both the publisher's files and those of the NCF paper, the latter are taken.
+
+    Args:
+        config: ``[data]`` of a scenario.
+        data_dir: what ``--data`` says; ``config.path`` is then looked for inside it first.
+
+    Returns:
+        Training interactions, cut to ``config.max_history`` each, and what is held out.
+
+    Raises:
+        DataError: when files are missing or malformed.
+    """
+    split = _load(config, data_dir)
+    if config.max_history is None:
+        return split
+    train = split.train.most_recent(config.max_history)
+    return Split(train, split.heldout, split.negatives, split.holdout)
+
+
+def describe(split: Split) -> dict[str, int | float | str | bool]:
+    """Figures of a split, ready for JSON.
+
+    Returns:
+        ``users``, ``items``, ``interactions`` (training), ``heldout``, ``tested_users``,
+        ``density`` (share of user-item pairs in training), ``shortest_history``,
+        ``median_history``, ``longest_history``, ``holdout``, ``times``, ``titles`` and
+        ``published_negatives``.
+    """
+    train, counts = split.train, split.train.counts
+    return {
+        "users": train.n_users,
+        "items": train.n_items,
+        "interactions": train.size,
+        "heldout": split.heldout.size,
+        "tested_users": int((split.heldout.counts > 0).sum()),
+        "density": train.size / (train.n_users * train.n_items),
+        "shortest_history": int(counts.min()),
+        "median_history": float(np.median(counts)),
+        "longest_history": int(counts.max()),
+        "holdout": split.holdout,
+        "times": train.times is not None,
+        "titles": train.titles is not None,
+        "published_negatives": split.negatives is not None,
+    }
+
+
+def _load(config: DataConfig, data_dir: Path | None) -> Split:
+    if config.source == "synthetic":
+        return leave_last_out(planted(config).interactions, holdout=config.holdout)
+    roots = _roots(config.path, data_dir)
+    if config.source == "table":
+        return leave_last_out(
+            read_table(_table_file(roots), _table_format(config)), holdout=config.holdout
+        )
+    if config.source == "lightgcn":
+        folder = _found(roots, [], ["train.txt"], config.source)
+        return read_lightgcn(folder, config.holdout)
+    if config.source == "ncf":
+        return _load_ncf(roots, config.holdout)
+    return _load_movielens(roots, config.source, config.holdout)
+
+
+def planted(config: DataConfig) -> Planted:
+    """The synthetic data set of a scenario together with the oracle that generated it."""
+    return generate(
+        users=config.users,
+        items=config.items,
+        clusters=config.clusters,
+        interactions_per_user=config.interactions_per_user,
+        seed=config.seed,
+    )
+
+
+def _load_movielens(roots: Sequence[Path], source: str, holdout: Holdout) -> Split:
+    layout = LAYOUTS.get(source)
+    if layout is None:
+        raise UsageError(
+            f"data.source {source!r}: it is synthetic, {', '.join(LAYOUTS)}, ncf, lightgcn or "
+            "table; choose one of them"
+        )
+    ncf = f"{source}.train.rating"
+    folder = _found(roots, layout.folders, [ncf, layout.ratings], source)
+    if folder.has(ncf):
+        return read_ncf(folder, source, holdout)
+    return leave_last_out(read_movielens(folder, layout), holdout=holdout)
+
+
+def _load_ncf(roots: Sequence[Path], holdout: Holdout) -> Split:
+    for root in roots:
+        folder = Folder(root if root.is_dir() else root.parent)
+        if not folder.root.is_dir():
+            continue
+        prefix = find_ncf_prefix(folder, root.name.removesuffix(".train.rating"))
+        if prefix is not None:
+            return read_ncf(folder, prefix, holdout)
+    raise _not_found(roots, "PREFIX.train.rating", "ncf")
+
+
+def _roots(path: str | None, data_dir: Path | None) -> list[Path]:
+    """Where to look, first choice first."""
+    if data_dir is not None:
+        inner = [data_dir / path, data_dir] if path else [data_dir]
+        return [*inner, Path(path)] if path else inner
+    return [Path(path)] if path else [cache_dir()]
+
+
+def _found(
+    roots: Sequence[Path], names: Sequence[str], markers: Sequence[str], source: str
+) -> Folder:
+    for root in roots:
+        folder = find_folder(root, names, markers)
+        if folder is not None:
+            return folder
+    raise _not_found(roots, " or ".join(markers), source)
+
+
+def _not_found(roots: Sequence[Path], wanted: str, source: str) -> DataError:
+    places = ", ".join(str(root) for root in roots)
+    fetch = f", or run: privrec data fetch {source}" if source in ARCHIVES else ""
+    return bad_file(
+        places,
+        f"no {wanted} there",
+        f"source {source!r} needs it",
+        f"point --data (or data.path, or PRIVREC_DATA) at its folder{fetch}",
+    )
+
+
+def _table_file(roots: Sequence[Path]) -> Path:
+    """The table itself, or the only one in a folder."""
+    for root in roots:
+        if root.is_file():
+            return root
+        tables = [path for path in root.glob("*") if path.suffix.lower() in _TABLES]
+        if len(tables) == 1:
+            return tables[0]
+        if tables:
+            found = f"{len(tables)} tables"
+            raise bad_file(str(root), found, "one is read", "set data.path to one of them")
+    raise _not_found(roots, "table (.csv, .tsv or .parquet)", "table")
+
+
+def _table_format(config: DataConfig) -> TableFormat:
+    return TableFormat(
+        config.user_column,
+        config.item_column,
+        config.time_column,
+        config.separator,
+        config.encoding,
+    )

@@ -1,0 +1,442 @@
+"""Other people's files: LightGCN's adjacency lists, and tables with named columns.
+
+Source of the adjacency lists: He et al., "LightGCN" (SIGIR 2020).
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from itertools import compress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privrec.data.delimited import digits, fast_columns
+from privrec.data.folder import Folder, decoded
+from privrec.data.interactions import Holdout, Interactions, ItemLists, Split, hold_out_some
+from privrec.data.movielens import line_namer
+from privrec.data.problems import bad_file, bad_line, shown
+from privrec.errors import UsageError
+
+Int64Array = NDArray[np.int64]
+
+_VALIDATION_SHARE = 0.1
+_SPARE_ITEMS = 1_000_000  # numbers that a catalogue may leave unused, and fifty an interaction
+_SPACES = np.isin(np.arange(256), [ord(" "), ord("\t"), ord("\n")])
+_DIGITS = np.isin(np.arange(256), np.arange(ord("0"), ord("9") + 1))
+_WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
+_MICROSECONDS = 1_000_000
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True, eq=False)
+class _Adjacency:
+    """Lines ``user item item …``: the user of each line, and one row per item."""
+
+    label: str
+    line_users: Int64Array
+    users: Int64Array
+    items: Int64Array
+    lines: Int64Array
+
+    def where(self, row: int) -> str:
+        return f"{self.label}, line {self.lines[row]}"
+
+
+def read_lightgcn(folder: Folder, holdout: Holdout) -> Split:
+    """The files of LightGCN: ``train.txt`` and ``test.txt``, a user and that user's items a line.
+
+    ``test`` holds out what ``test.txt`` lists. ``validation`` does not read that file's items into
+    anything but the size of the catalogue: it holds out a tenth of each user's training items (at
+    least one, and never all), chosen by a fixed rule. Items are positions already, and the
+    catalogue reaches to the largest in either file.
+
+    Args:
+        folder: where the two files lie.
+        holdout: which part is held out.
+
+    Raises:
+        DataError: when a line is malformed, a user stands on two lines or has no training item,
+            or a pair occurs twice.
+    """
+    train, test = _adjacency(folder, "train.txt"), _adjacency(folder, "test.txt")
+    user_ids = _distinct_users(train)
+    _distinct_users(test)
+    _refuse_strangers(test, user_ids)
+    n_items = _catalogue(train, test)
+    interactions = Interactions.from_pairs(
+        train.users,
+        train.items,
+        user_ids=user_ids,
+        item_ids=np.arange(n_items),
+        where=train.where,
+    )
+    heldout = _tested(test, interactions)
+    if holdout == "test":
+        return Split(interactions, heldout, None, "test")
+    share = np.rint(_VALIDATION_SHARE * interactions.counts).astype(np.int64)
+    return hold_out_some(interactions, np.maximum(share, 1))
+
+
+def _adjacency(folder: Folder, name: str) -> _Adjacency:
+    label = folder.label(name)
+    parts: list[tuple[Int64Array, Int64Array]] = []
+    line = 1
+    for chunk in folder.chunks(name):
+        tokens = _fast_tokens(chunk)
+        parts.append(_strict_tokens(chunk, label, line) if tokens is None else tokens)
+        line += chunk.count(b"\n")
+    values = np.concatenate([values for values, _ in parts])
+    counts = np.concatenate([counts for _, counts in parts])
+    heads = np.cumsum(counts) - counts
+    is_item = np.ones(values.size, np.bool_)
+    is_item[heads] = False
+    owners = np.repeat(np.arange(counts.size), counts - 1)
+    _refuse_empty(counts, name == "train.txt", label)
+    return _Adjacency(
+        label, values[heads], values[heads][owners], values[is_item], owners.astype(np.int64) + 1
+    )
+
+
+def _fast_tokens(data: bytes) -> tuple[Int64Array, Int64Array] | None:
+    """All numbers, and how many stand on each line; None if anything is unusual."""
+    text = np.frombuffer(data, np.uint8)
+    is_digit = _DIGITS[text]
+    if not (is_digit | _SPACES[text]).all():
+        return None
+    edges = np.flatnonzero(np.diff(is_digit, prepend=False))
+    starts, ends = edges[::2], edges[1::2]  # a chunk ends in a newline, so edges come in pairs
+    values = digits(text, starts, ends)
+    newlines = np.flatnonzero(text == ord("\n"))
+    counts = np.diff(np.searchsorted(starts, newlines), prepend=0)
+    return None if values is None or not counts.all() else (values, counts)
+
+
+def _strict_tokens(data: bytes, label: str, line: int) -> tuple[Int64Array, Int64Array]:
+    values: list[int] = []
+    counts: list[int] = []
+    for number, text in enumerate(data[:-1].split(b"\n"), line):
+        tokens = text.split()
+        if not tokens:
+            rule, remedy = "a line is a user and that user's items", "remove the line"
+            raise bad_line(label, number, "no text", rule, remedy)
+        values += [_token(token, label, number) for token in tokens]
+        counts.append(len(tokens))
+    return np.array(values, np.int64), np.array(counts, np.int64)
+
+
+def _token(token: bytes, label: str, line: int) -> int:
+    if token.isdigit() and len(token) <= 18:
+        return int(token)
+    rule = "users and items are whole numbers from 0, separated by spaces"
+    remedy = "number them from 0, or use a table source for other ids"
+    raise bad_line(label, line, f"field {shown(token)}", rule, remedy)
+
+
+def _refuse_empty(counts: Int64Array, training: bool, label: str) -> None:
+    empty = np.flatnonzero(counts == 1)
+    if training and empty.size:
+        rule = "every user has at least one training item"
+        raise bad_line(label, int(empty[0]) + 1, "a user without items", rule, "remove the line")
+    if empty.size == counts.size:
+        raise bad_file(label, "no user has an item", "it must list items", "copy it again")
+
+
+def _distinct_users(lists: _Adjacency) -> Int64Array:
+    """The users in order, when each has one line."""
+    users, first = np.unique(lists.line_users, return_index=True)
+    if users.size < lists.line_users.size:
+        again = int(np.setdiff1d(np.arange(lists.line_users.size), first)[0])
+        found = f"user {lists.line_users[again]} has a line already"
+        raise bad_line(lists.label, again + 1, found, "a user has one line", "join the two lines")
+    return users
+
+
+def _refuse_strangers(test: _Adjacency, user_ids: Int64Array) -> None:
+    strange = np.flatnonzero(~np.isin(test.line_users, user_ids))
+    if strange.size:
+        row = int(strange[0])
+        found = f"user {test.line_users[row]} is not in train.txt"
+        rule = "only users with training items can be tested"
+        raise bad_line(test.label, row + 1, found, rule, "remove the line")
+
+
+def _catalogue(train: _Adjacency, test: _Adjacency) -> int:
+    for lists in (train, test):
+        row = int(lists.items.argmax())
+        most = _SPARE_ITEMS + 50 * (train.items.size + test.items.size)
+        if lists.items[row] >= min(most, np.iinfo(np.int32).max):
+            found = f"item {lists.items[row]} is far beyond the number of interactions"
+            rule = "items are numbered from 0, nearly without gaps"
+            remedy = "number them again, or use a table source for other ids"
+            raise bad_line(lists.label, int(lists.lines[row]), found, rule, remedy)
+    return int(max(train.items.max(), test.items.max())) + 1
+
+
+def _tested(test: _Adjacency, train: Interactions) -> ItemLists:
+    users = np.searchsorted(train.user_ids, test.users)
+    leaked = np.flatnonzero(train.membership().contains(users, test.items))
+    if leaked.size:
+        row = int(leaked[0])
+        found = f"item {test.items[row]} of user {test.users[row]} is in train.txt too"
+        rule = "what is tested must not be learned from"
+        raise bad_line(test.label, int(test.lines[row]), found, rule, "remove it from one of them")
+    lists = Interactions.from_pairs(
+        users,
+        test.items,
+        user_ids=np.arange(train.n_users),
+        item_ids=np.arange(train.n_items),
+        where=test.where,
+    )
+    return ItemLists(lists.indptr, lists.items)
+
+
+@dataclass(frozen=True)
+class TableFormat:
+    """How to read a table.
+
+    Args:
+        user_column: header of the column of user ids.
+        item_column: header of the column of item ids.
+        time_column: header of the column of times, numbers or ISO 8601; None: in file order.
+        separator: one character; None: a tab for ``.tsv`` and a comma otherwise.
+        encoding: of a text file.
+    """
+
+    user_column: str
+    item_column: str
+    time_column: str | None = None
+    separator: str | None = None
+    encoding: str = "utf-8"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns to read: user, item and maybe time."""
+        names = (self.user_column, self.item_column)
+        return names if self.time_column is None else (*names, self.time_column)
+
+
+def read_table(path: Path, form: TableFormat) -> Interactions:
+    """A user's own table: CSV, TSV or (with the extra ``data``) Parquet, one interaction a row.
+
+    Ids that are all whole numbers become numbers (leading zeros do not count), otherwise all of
+    them are text. Times that are all whole numbers are kept; decimal numbers and dates (without a
+    zone: UTC) become microseconds.
+
+    Args:
+        path: the file; ``.parquet`` and ``.pq`` are Parquet, everything else is text.
+        form: which columns, and how the text is written.
+
+    Raises:
+        DataError: when the file or a line is malformed, a column is missing, or a pair repeats.
+        UsageError: when a Parquet file is given and pyarrow is not installed.
+    """
+    if path.suffix.lower() in (".parquet", ".pq"):
+        columns, label, first = _parquet_columns(path, form), f"{path}, row", 1
+        return _from_columns(columns, lambda row: f"{label} {row + first}")
+    table = _fast_table(path, form)
+    if table is not None:
+        return _from_columns(table, line_namer(str(path), 2))
+    columns, lines = _text_columns(path, form)
+    return _from_columns(columns, lambda row: f"{path}, line {lines[row]}")
+
+
+def _from_columns(columns: Sequence[NDArray[Any]], where: Any) -> Interactions:
+    users, items, *times = columns
+    return Interactions.from_pairs(users, items, times[0] if times else None, where=where)
+
+
+def _fast_table(path: Path, form: TableFormat) -> list[Int64Array] | None:
+    """The columns of a plain file of numbers; None when it needs the general reader."""
+    folder = Folder(path.parent)
+    separator = _separator(path, form).encode()
+    if len(separator) != 1 or form.encoding.lower().replace("_", "-") not in ("utf-8", "latin-1"):
+        return None
+    parts: list[list[Int64Array]] = []
+    kinds: list[Any] = []
+    for chunk in folder.chunks(path.name):
+        data = chunk
+        if not kinds:
+            header, _, data = chunk.partition(b"\n")
+            names = header.decode("latin-1").split(separator.decode())
+            if sorted(set(names) & set(form.columns)) != sorted(form.columns):
+                return None
+            if len(set(names)) != len(names):
+                return None
+            kinds = ["id" if name in form.columns else "text" for name in names]
+            order = [[n for n in names if n in form.columns].index(n) for n in form.columns]
+        columns = None if b'"' in chunk else fast_columns(data, kinds, separator)
+        if columns is None:
+            return None
+        parts.append([columns[at] for at in order])
+    return [np.concatenate(column) for column in zip(*parts, strict=True)]
+
+
+def _separator(path: Path, form: TableFormat) -> str:
+    if form.separator is not None:
+        return form.separator
+    return "\t" if path.suffix.lower() == ".tsv" else ","
+
+
+def _text_columns(path: Path, form: TableFormat) -> tuple[list[NDArray[Any]], Sequence[int]]:
+    """The columns by the general reader, and the line on which each row ends."""
+    label = str(path)
+    text = decoded(Folder(path.parent).read(path.name), label, form.encoding)
+    rows = _records(text, _separator(path, form), label)
+    _, header = next(rows)
+    where = _column_numbers(header, form, f"{label}, line 1")
+    lines: list[int] = []
+    cells: list[tuple[str, ...]] = []
+    for line, fields in rows:
+        if len(fields) != len(header):
+            found = f"{len(fields)} field{'s'[: len(fields) != 1]}" if fields else "no text"
+            rule = f"the header has {len(header)}"
+            raise bad_line(label, line, found, rule, "correct the line, or quote its separators")
+        lines.append(line)
+        cells.append(tuple(fields[at].strip() for at in where))
+    if not cells:
+        rule, remedy = "the header must be followed by data", "copy the file again"
+        raise bad_file(label, "there is no row", rule, remedy)
+    return _typed(cells, lines, form, label), lines
+
+
+def _records(text: str, separator: str, label: str) -> Iterator[tuple[int, list[str]]]:
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    try:
+        for fields in reader:
+            yield reader.line_num, fields
+    except csv.Error as error:
+        rule = "quotes must be closed and separators inside a field quoted"
+        raise bad_line(label, reader.line_num, str(error), rule, "correct the line") from error
+
+
+def _column_numbers(header: Sequence[str], form: TableFormat, label: str) -> list[int]:
+    names = [name.strip() for name in header]
+    if len(set(form.columns)) < len(form.columns):
+        rule = "users, items and times are different columns"
+        raise bad_file(label, f"columns {form.columns}", rule, "set data.user_column and so on")
+    for name in form.columns:
+        if names.count(name) != 1:
+            raise _no_column(name, names, label)
+    return [names.index(name) for name in form.columns]
+
+
+def _no_column(name: str, names: Sequence[str], label: str) -> Exception:
+    times = "twice or more" if name in names else "not"
+    near = difflib.get_close_matches(name, names, n=1)
+    guess = f" (perhaps {near[0]!r})" if near and name not in names else ""
+    return bad_file(
+        label,
+        f"column {name!r} is {times} among {', '.join(map(repr, names))}",
+        "every column that is read must be there once",
+        f"set data.user_column, item_column or time_column to a name in the header{guess}, and "
+        "data.separator to what separates them",
+    )
+
+
+def _typed(
+    cells: Sequence[tuple[str, ...]], lines: Sequence[int], form: TableFormat, label: str
+) -> list[NDArray[Any]]:
+    users, items, *times = zip(*cells, strict=True)
+    columns = [
+        _ids(users, lines, form.user_column, label),
+        _ids(items, lines, form.item_column, label),
+    ]
+    return columns + [_times(values, lines, str(form.time_column), label) for values in times]
+
+
+def _ids(cells: Sequence[str], lines: Sequence[int], name: str, label: str) -> NDArray[Any]:
+    for line in compress(lines, (not cell for cell in cells)):
+        rule, remedy = "every row needs an id", "fill it in, or remove the line"
+        raise bad_line(label, line, f"column {name!r} is empty", rule, remedy)
+    if all(map(_WHOLE.fullmatch, cells)):
+        return np.array([int(cell) for cell in cells], np.int64)
+    return np.array(cells)
+
+
+def _times(cells: Sequence[str], lines: Sequence[int], name: str, label: str) -> Int64Array:
+    if all(map(_WHOLE.fullmatch, cells)):
+        return np.array([int(cell) for cell in cells], np.int64)
+    read = _decimal if _is_number(cells[0]) else _date
+    times = [read(cell) for cell in cells]
+    for line, cell in compress(zip(lines, cells, strict=True), (time is None for time in times)):
+        kind = "a finite number" if read is _decimal else "a date as in 2024-05-31T18:00:00"
+        rule = f"it must be {kind}, as in the first row"
+        raise bad_line(label, line, f"{name} {shown(cell)}", rule, "correct it, or remove the line")
+    return np.array(times, np.int64)
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _decimal(cell: str) -> int | None:
+    """Microseconds from a decimal number of seconds; None if it is not one."""
+    value = float(cell) * _MICROSECONDS if _is_number(cell) else math.nan
+    return round(value) if abs(value) < 2**62 else None
+
+
+def _date(cell: str) -> int | None:
+    """Microseconds since 1970 from a date; None if it is not one."""
+    try:
+        date = datetime.fromisoformat(cell)
+    except ValueError:
+        return None
+    aware = date if date.tzinfo else date.replace(tzinfo=UTC)
+    return (aware - _EPOCH) // timedelta(microseconds=1)
+
+
+def _parquet_columns(path: Path, form: TableFormat) -> list[NDArray[Any]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UsageError(
+            f"{path}: Parquet needs pyarrow, which is not installed; install the extra "
+            "privrec[data], or save the table as CSV"
+        ) from error
+    try:
+        names = pyarrow.parquet.read_schema(path).names
+        _column_numbers(names, form, str(path))
+        table = pyarrow.parquet.read_table(path, columns=list(form.columns))
+    except (pyarrow.ArrowException, OSError) as error:
+        found = f"it cannot be read as Parquet ({str(error).splitlines()[0]})"
+        rule = "the file must be complete and of that format"
+        raise bad_file(str(path), found, rule, "copy it again, or save it as CSV") from error
+    if not table.num_rows:
+        raise bad_file(str(path), "there is no row", "it must hold data", "write it again")
+    return [
+        _parquet_column(table.column(name), name, str(path), time=name == form.time_column)
+        for name in form.columns
+    ]
+
+
+def _parquet_column(column: Any, name: str, label: str, *, time: bool) -> NDArray[Any]:
+    import pyarrow
+
+    if column.null_count:
+        row = int(np.flatnonzero(column.is_null().to_numpy())[0]) + 1
+        found = f"column {name!r} is empty in row {row}"
+        raise bad_file(label, found, "every row needs a value", "fill it in, or remove the row")
+    kind = column.type
+    if pyarrow.types.is_integer(kind):
+        return np.asarray(column.to_numpy()).astype(np.int64)
+    if time and (pyarrow.types.is_timestamp(kind) or pyarrow.types.is_date(kind)):
+        exact = column.cast(pyarrow.timestamp("us", tz=getattr(kind, "tz", None)), safe=False)
+        return np.asarray(exact.cast(pyarrow.int64()).to_numpy())
+    cells = [str(cell) for cell in column.to_pylist()]
+    rows = range(1, len(cells) + 1)
+    return (_times if time else _ids)(cells, rows, name, f"{label}, as rows")

@@ -1,0 +1,423 @@
+"""Who interacted with what: sorted arrays, a view for each user, id maps, and held-out splits.
+
+Users and items are positions ``0..U-1`` and ``0..n-1`` everywhere inside the package; the ids of
+the data set's publisher appear only here, at the edge.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from privrec.embedding.hashing import splitmix64
+from privrec.errors import DataError, UnknownIdError, UsageError
+
+Int32Array = NDArray[np.int32]
+Int64Array = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
+IdArray = NDArray[Any]
+Holdout = Literal["test", "validation"]
+
+_BITMAP_BITS = 1 << 28  # 32 MiB: beyond it, a search in sorted keys costs less than the memory
+_HOLDOUT_KEY = 0x686F6C646F7574  # "holdout": fixed, so that a validation split is one split
+_INT32_MAX = np.iinfo(np.int32).max
+
+
+@dataclass(frozen=True, eq=False)
+class Interactions:
+    """The histories of all users, sorted by user, then time, then original order.
+
+    Args:
+        indptr: int64 [U + 1]; user ``u`` owns rows ``indptr[u]:indptr[u + 1]``.
+        items: int32 [m], positions in ``0..n-1``.
+        times: int64 [m], not decreasing within a user, or None where the source has none. The
+            unit is the source's own; only the order is used.
+        user_ids: [U] original ids, int64 or str, without repetition.
+        item_ids: [n] original ids, int64 or str, without repetition. An item need not occur.
+        titles: n titles, or None where the source has none.
+    """
+
+    indptr: Int64Array
+    items: Int32Array
+    times: Int64Array | None
+    user_ids: IdArray
+    item_ids: IdArray
+    titles: tuple[str, ...] | None = None
+
+    @classmethod
+    def from_pairs(
+        cls,
+        users: ArrayLike,
+        items: ArrayLike,
+        times: ArrayLike | None = None,
+        *,
+        user_ids: ArrayLike | None = None,
+        item_ids: ArrayLike | None = None,
+        titles: Sequence[str] | None = None,
+        where: Callable[[int], str] | None = None,
+    ) -> Interactions:
+        """Interactions from one row per (user, item) pair, in any order.
+
+        Args:
+            users: [m] raw ids, integers or strings.
+            items: [m] raw ids, integers or strings.
+            times: [m] integers, or None: then the order of the rows is the order in time.
+            user_ids: [U] the raw ids in the order of positions; None: those that occur, sorted.
+            item_ids: [n] likewise; give it to keep items that nobody has interacted with.
+            titles: one per item id; needs ``item_ids``.
+            where: names a row in an error, such as ``file, line``.
+
+        Raises:
+            DataError: when there is no row, a pair occurs twice, or a raw id is not listed.
+        """
+        row = where or (lambda index: f"row {index + 1}")
+        user, user_names = _positions(np.asarray(users), user_ids, "user", row)
+        item, item_names = _positions(np.asarray(items), item_ids, "item", row)
+        if not user.size:
+            raise DataError("no interactions: a data set needs at least one; check the input file")
+        order = _row_order(user, None if times is None else np.asarray(times))
+        _refuse_duplicates(user, item, user_names, item_names, row)
+        indptr = np.zeros(user_names.size + 1, np.int64)
+        np.cumsum(np.bincount(user, minlength=user_names.size), out=indptr[1:])
+        return cls(
+            indptr,
+            item[order].astype(np.int32),
+            None if times is None else np.asarray(times)[order].astype(np.int64),
+            user_names,
+            item_names,
+            None if titles is None else tuple(titles),
+        )
+
+    @property
+    def n_users(self) -> int:
+        """Number of users."""
+        return int(self.indptr.size - 1)
+
+    @property
+    def n_items(self) -> int:
+        """Size of the catalogue, items without interactions included."""
+        return int(self.item_ids.size)
+
+    @property
+    def size(self) -> int:
+        """Number of interactions."""
+        return int(self.items.size)
+
+    @property
+    def counts(self) -> Int64Array:
+        """Length of each user's history, int64 [U]."""
+        return np.diff(self.indptr)
+
+    @cached_property
+    def users(self) -> Int32Array:
+        """The user of each row, int32 [m]."""
+        return np.repeat(np.arange(self.n_users, dtype=np.int32), self.counts)
+
+    def history(self, user: int) -> Int32Array:
+        """The items of one user, earliest first: a view, int32 [length]."""
+        return self.items[self.indptr[user] : self.indptr[user + 1]]
+
+    def item_counts(self) -> Int64Array:
+        """How many users interacted with each item, int64 [n]."""
+        return np.bincount(self.items, minlength=self.n_items).astype(np.int64)
+
+    def user_index(self, user_id: int | str) -> int:
+        """Position of the user with this original id.
+
+        Raises:
+            UnknownIdError: when the data set has no such user.
+        """
+        return _lookup(user_id, self._user_positions, self.user_ids, "user")
+
+    def item_index(self, item_id: int | str) -> int:
+        """Position of the item with this original id.
+
+        Raises:
+            UnknownIdError: when the data set has no such item.
+        """
+        return _lookup(item_id, self._item_positions, self.item_ids, "item")
+
+    def membership(self) -> Membership:
+        """An index that answers ``contains(users, items)`` for whole arrays at once."""
+        return Membership(self.users, self.items, self.n_users, self.n_items)
+
+    def select(self, keep: BoolArray) -> Interactions:
+        """The same users and catalogue with only the rows where ``keep`` [m] is true."""
+        indptr = np.concatenate(([0], np.cumsum(keep, dtype=np.int64)))[self.indptr]
+        times = None if self.times is None else self.times[keep]
+        return Interactions(
+            indptr, self.items[keep], times, self.user_ids, self.item_ids, self.titles
+        )
+
+    def most_recent(self, limit: int) -> Interactions:
+        """The same users with at most their last ``limit`` interactions.
+
+        Args:
+            limit: at least 1.
+        """
+        return self.select(self._from_end() < limit)
+
+    def _from_end(self) -> Int64Array:
+        """How many later rows the same user has, int64 [m]."""
+        return np.repeat(self.indptr[1:], self.counts) - 1 - np.arange(self.size)
+
+    @cached_property
+    def _user_positions(self) -> dict[int | str, int]:
+        return {name: index for index, name in enumerate(self.user_ids.tolist())}
+
+    @cached_property
+    def _item_positions(self) -> dict[int | str, int]:
+        return {name: index for index, name in enumerate(self.item_ids.tolist())}
+
+
+class Membership:
+    """Which (user, item) pairs occur: a bitmap when that is small, else sorted keys.
+
+    Args:
+        users: [m] positions.
+        items: [m] positions.
+        n_users: U.
+        n_items: n.
+    """
+
+    def __init__(
+        self, users: NDArray[np.integer], items: NDArray[np.integer], n_users: int, n_items: int
+    ) -> None:
+        self._n_items = n_items
+        keys = self._key(users, items)
+        self._bitmap: NDArray[np.uint8] | None = None
+        if n_users * n_items <= _BITMAP_BITS:
+            flags = np.zeros(n_users * n_items, np.bool_)
+            flags[keys] = True
+            self._bitmap = np.packbits(flags, bitorder="little")
+        self._keys = np.sort(keys) if self._bitmap is None else keys[:0]
+
+    def contains(self, users: NDArray[np.integer], items: NDArray[np.integer]) -> BoolArray:
+        """Whether each pair occurs; the two arrays broadcast and the result has their shape.
+
+        Args:
+            users: positions in ``0..U-1``.
+            items: positions in ``0..n-1``.
+        """
+        keys = self._key(users, items)
+        if self._bitmap is not None:
+            bits = self._bitmap[keys >> 3] >> (keys & 7).astype(np.uint8)
+            return (bits & np.uint8(1)).astype(np.bool_)
+        if not self._keys.size:
+            return np.zeros(keys.shape, np.bool_)
+        found = np.minimum(np.searchsorted(self._keys, keys), self._keys.size - 1)
+        return np.asarray(self._keys[found] == keys)
+
+    def _key(self, users: NDArray[np.integer], items: NDArray[np.integer]) -> Int64Array:
+        return np.asarray(users).astype(np.int64) * self._n_items + np.asarray(items)
+
+
+@dataclass(frozen=True, eq=False)
+class ItemLists:
+    """A list of items for each user, in compressed rows.
+
+    Args:
+        indptr: int64 [U + 1]; user ``u`` owns ``items[indptr[u]:indptr[u + 1]]``, maybe nothing.
+        items: int32 [h] positions.
+    """
+
+    indptr: Int64Array
+    items: Int32Array
+
+    @property
+    def counts(self) -> Int64Array:
+        """Length of each list, int64 [U]."""
+        return np.diff(self.indptr)
+
+    @property
+    def size(self) -> int:
+        """Number of items in all lists together."""
+        return int(self.items.size)
+
+    @property
+    def single(self) -> bool:
+        """Whether no list is longer than one item."""
+        return bool(self.counts.max(initial=0) <= 1)
+
+    def of(self, user: int) -> Int32Array:
+        """The list of one user: a view, int32 [length]."""
+        return self.items[self.indptr[user] : self.indptr[user + 1]]
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """What may be learned from, and what is held out to measure.
+
+    Args:
+        train: the interactions to learn from; every user has at least one.
+        heldout: the items to predict; users too short to give one up hold out none.
+        negatives: int32 [U, 99] published candidates, or None. A row of a user without a held-out
+            item is filled with -1. Some published candidates are items of that very user: they
+            are kept as published, and the metric leaves them out.
+        holdout: which part is held out; choose settings on ``validation`` and report ``test``.
+    """
+
+    train: Interactions
+    heldout: ItemLists
+    negatives: Int32Array | None
+    holdout: Holdout
+
+
+def leave_last_out(interactions: Interactions, *, holdout: Holdout) -> Split:
+    """Hold out the last interaction of every user (for ``validation``: the last but one).
+
+    With times the last is the latest, and of several at that time the last in the file; without
+    times it is the last in the file. ``validation`` removes the test item altogether. A user who
+    would be left with nothing to learn from keeps everything and holds out nothing.
+
+    Args:
+        interactions: histories of any length of at least one.
+        holdout: ``"test"`` or ``"validation"``.
+
+    Raises:
+        UsageError: when ``holdout`` is neither.
+    """
+    if _checked(holdout) == "validation":
+        interactions = interactions.select(~_last_rows(interactions))
+    last = _last_rows(interactions)
+    return Split(interactions.select(~last), _lists(interactions, last), None, holdout)
+
+
+def hold_out_some(interactions: Interactions, counts: NDArray[np.integer]) -> Split:
+    """Hold out ``counts[u]`` interactions of each user, chosen uniformly, for validation.
+
+    The choice is a fixed function of the rows (a keyed splitmix64 of their positions), so that
+    the same file always gives the same split. At least one interaction stays in training.
+
+    Args:
+        interactions: histories whose order in time is unknown.
+        counts: [U] how many to hold out, at least 0; cut to the length less one.
+    """
+    marks = splitmix64(_HOLDOUT_KEY, np.arange(interactions.size))
+    order = np.lexsort((marks, interactions.users))
+    place = np.empty(interactions.size, np.int64)
+    place[order] = np.arange(interactions.size) - interactions.indptr[interactions.users]
+    limit = np.minimum(counts, interactions.counts - 1)
+    held = place < limit[interactions.users]
+    return Split(interactions.select(~held), _lists(interactions, held), None, "validation")
+
+
+def _checked(holdout: Holdout) -> Holdout:
+    if holdout not in ("test", "validation"):
+        raise UsageError(f"holdout {holdout!r}: it is 'test' or 'validation'; set data.holdout")
+    return holdout
+
+
+def _last_rows(interactions: Interactions) -> BoolArray:
+    """Marks the last row of every user who has at least two."""
+    last = np.zeros(interactions.size, np.bool_)
+    last[interactions.indptr[1:][interactions.counts >= 2] - 1] = True
+    return last
+
+
+def _lists(interactions: Interactions, rows: BoolArray) -> ItemLists:
+    chosen = interactions.select(rows)
+    return ItemLists(chosen.indptr, chosen.items)
+
+
+def _row_order(users: Int64Array, times: IdArray | None) -> Int64Array:
+    if times is None:
+        return np.argsort(users, kind="stable")
+    return np.lexsort((times, users))
+
+
+def _positions(
+    raw: IdArray, listed: ArrayLike | None, noun: str, where: Callable[[int], str]
+) -> tuple[Int64Array, IdArray]:
+    """Positions of raw ids, and the ids in the order of positions."""
+    if listed is None:
+        names, positions = _unique_positions(raw)
+    else:
+        names = np.asarray(listed)
+        positions = _find(raw, names, noun, where)
+    if names.size > _INT32_MAX:
+        raise DataError(f"{names.size} {noun}s: positions are 32-bit; split the data set")
+    return positions, names
+
+
+def _unique_positions(raw: IdArray) -> tuple[IdArray, Int64Array]:
+    """``np.unique`` with inverse, by counting where ids are small integers (much faster)."""
+    if raw.dtype.kind in "iu" and raw.size and raw.min() >= 0 and raw.max() < 4 * raw.size + 1024:
+        present = np.zeros(int(raw.max()) + 1, np.bool_)
+        present[raw] = True
+        return np.flatnonzero(present), (np.cumsum(present) - 1)[raw]
+    names, positions = np.unique(raw, return_inverse=True)
+    return names, positions.astype(np.int64)
+
+
+def _find(raw: IdArray, names: IdArray, noun: str, where: Callable[[int], str]) -> Int64Array:
+    order = np.argsort(names, kind="stable")
+    guess = np.minimum(np.searchsorted(names, raw, sorter=order), names.size - 1)
+    positions = order[guess].astype(np.int64)
+    wrong = np.flatnonzero(names[positions] != raw)
+    if wrong.size:
+        first = int(wrong[0])
+        raise DataError(
+            f"{where(first)}: {noun} {raw[first]}: it is not among the {names.size} listed "
+            f"{noun}s; add it to the list or remove the line"
+        )
+    return positions
+
+
+def _refuse_duplicates(
+    users: Int64Array,
+    items: Int64Array,
+    user_ids: IdArray,
+    item_ids: IdArray,
+    where: Callable[[int], str],
+) -> None:
+    keys = users * item_ids.size + items
+    ordered = np.sort(keys)
+    if not (ordered[1:] == ordered[:-1]).any():
+        return
+    order = np.argsort(keys, kind="stable")
+    second = int(order[1:][keys[order[1:]] == keys[order[:-1]]].min())
+    first = int(np.flatnonzero(keys == keys[second])[0])
+    raise DataError(
+        f"{where(second)}: user {user_ids[users[second]]}, item {item_ids[items[second]]} is "
+        f"already in {where(first)}; a pair may occur once; keep one of the two lines"
+    )
+
+
+def _lookup(wanted: int | str, positions: dict[int | str, int], names: IdArray, noun: str) -> int:
+    key = _as_id(wanted, names)
+    if key in positions:
+        return positions[key]
+    raise UnknownIdError(
+        f"{noun} {wanted!r}: the data set has no such {noun}; {_known(wanted, names)}"
+    )
+
+
+def _as_id(wanted: int | str, names: IdArray) -> int | str:
+    if names.dtype.kind not in "iu":
+        return str(wanted)
+    try:
+        return int(wanted)
+    except ValueError:
+        return wanted
+
+
+def _known(wanted: int | str, names: IdArray) -> str:
+    """The remedy of an unknown id: what ids look like, and the nearest one."""
+    if names.dtype.kind in "iu":
+        reach = f"its {names.size} ids lie between {names.min()} and {names.max()}"
+        key = _as_id(wanted, names)
+        if isinstance(key, str):
+            return f"{reach}; give one of these numbers"
+        # Python integers: what was asked for may not fit into 64 bits.
+        nearest = min(names.tolist(), key=lambda name: abs(name - key))
+        return f"{reach}; the nearest is {nearest}"
+    close = difflib.get_close_matches(str(wanted), names.tolist(), n=3, cutoff=0.5)
+    examples = ", ".join(repr(name) for name in close or names[:3].tolist())
+    return f"its {names.size} ids are like {examples}; give one of them"

@@ -1,0 +1,38 @@
+"""The one shape of an error about an input file: where, what is there, the rule, the remedy."""
+
+from __future__ import annotations
+
+from privrec.errors import DataError
+
+_SHOWN = 60
+
+
+def bad_file(file: str, found: str, rule: str, remedy: str) -> DataError:
+    """An error about a whole file.
+
+    Args:
+        file: the path as the user knows it.
+        found: what is wrong, with the offending value.
+        rule: what would be right.
+        remedy: what to do about it.
+    """
+    return DataError(f"{file}: {found}; {rule}; {remedy}")
+
+
+def bad_line(file: str, line: int, found: str, rule: str, remedy: str) -> DataError:
+    """An error about one line of a file.
+
+    Args:
+        file: the path as the user knows it.
+        line: counted from 1, the header included.
+        found: what is wrong, with the offending value.
+        rule: what would be right.
+        remedy: what to do about it.
+    """
+    return bad_file(f"{file}, line {line}", found, rule, remedy)
+
+
+def shown(value: bytes | str) -> str:
+    """A value as an error message quotes it: printable, and not longer than a line."""
+    text = value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else value
+    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…")

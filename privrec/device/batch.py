@@ -1,0 +1,128 @@
+"""The samples that devices train on in one round: their positives and fresh negatives, padded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privrec.embedding.hashing import finalise, splitmix64
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True)
+class Histories:
+    """Histories of ``m`` devices, one after the other.
+
+    Args:
+        users: who they are, shape ``(m,)``; decides each device's draws.
+        indptr: bounds of each history, shape ``(m + 1,)``.
+        items: all histories' items, shape ``(indptr[-1],)``.
+    """
+
+    users: NDArray[np.int64]
+    indptr: NDArray[np.int64]
+    items: NDArray[np.int32]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Items in each history, shape ``(m,)``."""
+        return np.diff(self.indptr)
+
+    def select(self, rows: NDArray[np.int64]) -> Histories:
+        """The histories of some of the devices, in the order of ``rows``."""
+        lengths = self.lengths[rows]
+        indptr = np.concatenate(([0], np.cumsum(lengths)))
+        offsets = np.repeat(self.indptr[rows] - indptr[:-1], lengths)
+        return Histories(self.users[rows], indptr, self.items[offsets + np.arange(indptr[-1])])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of ``m`` devices: ``p`` positives each, then ``r`` negatives for each of them.
+
+    Args:
+        items: item indices, shape ``(m, p + p * r)``; padding names item 0.
+        valid: 1 where a sample counts, 0 for padding and for negatives out of the history.
+        positives: ``p``, the padded number of positives.
+    """
+
+    items: NDArray[np.int64]
+    valid: NDArray[np.float32]
+    positives: int
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws each device's samples from its own key, so that a device alone draws the same.
+
+    Args:
+        n_items: size of the catalogue.
+        negatives: negatives for each positive.
+        most: most positives a device uses in a round; None for its whole history.
+    """
+
+    n_items: int
+    negatives: int
+    most: int | None
+
+    def draw(self, histories: Histories, key: int) -> Batch:
+        """Positives (a window of the history at a random place, if it is longer than ``most``) and
+        uniform negatives that are not in the history.
+
+        Args:
+            histories: of the devices to sample for.
+            key: the round's key; the same key and user give the same samples.
+        """
+        used = histories.lengths if self.most is None else histories.lengths.clip(max=self.most)
+        positives, present = self._positives(histories, used, key)
+        count = positives.shape[1] * self.negatives
+        negatives = uniform(key, histories.users, count, self.n_items)
+        fresh = np.repeat(present, self.negatives, axis=1)
+        fresh &= ~self._in_history(histories, negatives)
+        return Batch(
+            np.concatenate((positives, negatives), axis=1),
+            np.concatenate((present, fresh), axis=1).astype(np.float32),
+            positives.shape[1],
+        )
+
+    def _positives(
+        self, histories: Histories, used: NDArray[np.int64], key: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        lengths = np.maximum(histories.lengths, 1)[:, None]
+        place = np.arange(max(1, used.max(initial=0)))
+        start = (splitmix64(key, histories.users) >> np.uint64(33)).astype(np.int64)[:, None]
+        index = histories.indptr[:-1, None] + (start + place) % lengths
+        present = place < used[:, None]
+        padded = np.append(histories.items, np.int32(0))
+        return np.where(present, padded[np.where(present, index, 0)], 0).astype(np.int64), present
+
+    def _in_history(
+        self, histories: Histories, items: NDArray[np.int64]
+    ) -> NDArray[np.bool_]:
+        m = len(histories.users)
+        marks = np.zeros((m, self.n_items), dtype=np.bool_)
+        marks[np.repeat(np.arange(m), histories.lengths), histories.items] = True
+        return np.take_along_axis(marks, items, axis=1)
+
+
+def uniform(key: int, users: NDArray[np.int64], count: int, n: int) -> NDArray[np.int64]:
+    """Keyed draws from ``[0, n)``: user ``u`` has its own stream of splitmix64.
+
+    Args:
+        key: the round's key.
+        users: user indices, shape ``(m,)``.
+        count: draws for each user.
+        n: number of outcomes, at most 2^32; the bias is below ``n / 2^32``.
+
+    Returns:
+        int64 of shape ``(m, count)``.
+    """
+    seeds = splitmix64(~key, users)[:, None]
+    steps = np.arange(1, (count + 1) // 2 + 1, dtype=np.uint64) * _GOLDEN
+    words = finalise(seeds + steps).view(np.uint32)[:, :count].astype(np.uint64)
+    words *= np.uint64(n)
+    words >>= np.uint64(32)
+    return words.astype(np.int64)

@@ -1,0 +1,73 @@
+"""One device: its history and its private state, and the one thing that it says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privrec.device.batch import Histories
+from privrec.device.round import Round, digest
+from privrec.device.train import Trained, Trainer
+from privrec.device.update import BoundedUpdate
+from privrec.errors import ReleaseRefused
+from privrec.randomness import SecretRoot
+from privrec.secagg.ring import Encoding
+
+FloatArray = NDArray[np.float32]
+
+
+@dataclass
+class Device:
+    """A user's own device.
+
+    Promise: the history and the private state leave it by no method; :meth:`answer` gives a clipped
+    and encoded update and nothing else.
+
+    Args:
+        user: the user's index, which names its draws.
+        history: its items.
+        trainer: local training.
+        encoding: clip norm and grid.
+        root: the device's secret, for stochastic rounding.
+        state: user vector and bias, shape ``(user_dim,)``; zeros for a new user.
+    """
+
+    user: int
+    history: NDArray[np.int32]
+    trainer: Trainer
+    encoding: Encoding
+    root: SecretRoot
+    state: FloatArray = field(default_factory=lambda: np.zeros(0, np.float32))
+
+    def __post_init__(self) -> None:
+        if not len(self.state):
+            self.state = np.zeros(self.trainer.recommender.model.user_dim, np.float32)
+
+    def train(self, weights: FloatArray, key: int) -> Trained:
+        """The device's local round, before any protection."""
+        bounds = np.array([0, len(self.history)])
+        mine = Histories(np.array([self.user]), bounds, self.history)
+        return self.trainer.train(weights, mine, self.state[None], key)
+
+    def answer(self, round: Round, weights: FloatArray, key: int) -> BoundedUpdate:
+        """Train on the model it was sent, keep the new private state, and give the bounded update.
+
+        Args:
+            round: the round that it answers.
+            weights: the model, as the round's digest names it.
+            key: the round's key for samples.
+
+        Raises:
+            ReleaseRefused: when ``weights`` is not the model that the round names.
+        """
+        if digest(weights) != round.model_digest:
+            raise ReleaseRefused(
+                f"round {round.index}: the model received has another digest than the round's; "
+                "ask the server for the round again"
+            )
+        trained = self.train(weights, key)
+        coins = self.root.stream("rounding", *round.context, self.user, digest(self.state))
+        self.state = trained.states[0]
+        return trained.update.bound(self.encoding, coins)

@@ -1,0 +1,115 @@
+"""What a device may say, as types that carry how far it has been protected.
+
+``RawUpdate`` is what training gave and never leaves a device; ``BoundedUpdate`` is clipped and
+encoded, and is the only thing that can be summed. Both hold a batch of one or many devices, and
+only the coefficients that were touched: all others are zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privrec.embedding.subspace import add_rows
+from privrec.models.layout import Layout
+from privrec.secagg.ring import Coins, Encoding
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where the touched coefficients of each device lie in the shared vector.
+
+    A row of values is ``[dense | memory blocks | biases]``, in the order of the vector itself.
+    No block or bias is named twice with a value other than zero.
+
+    Args:
+        blocks: memory slots, shape ``(m, k_blocks)``.
+        biases: bias slots, shape ``(m, k_biases)``.
+        layout: the shared vector's sections.
+    """
+
+    blocks: NDArray[np.int64]
+    biases: NDArray[np.int64]
+    layout: Layout
+
+    @property
+    def width(self) -> int:
+        """Coefficients in a row of values."""
+        layout = self.layout
+        return layout.dense + self.blocks.shape[1] * layout.block + self.biases.shape[1]
+
+
+@dataclass(frozen=True)
+class RawUpdate:
+    """New coefficients minus old ones, before any protection: private, never sent.
+
+    Args:
+        values: float32 of shape ``(m, width)``.
+        address: where the values belong.
+    """
+
+    values: NDArray[np.float32]
+    address: Address
+
+    def bound(self, encoding: Encoding, coins: Coins) -> BoundedUpdate:
+        """Clip each device's whole update to ``clip_norm`` in L2 and round it to integers.
+
+        Promise: each row of the result has an integer norm of at most ``encoding.bound``. An update
+        that is not finite becomes zero, so that it cannot be told from an idle device.
+        """
+        clipped = clip(self.values, encoding.clip_norm)
+        return BoundedUpdate(encoding.encode(clipped, coins), self.address)
+
+
+@dataclass(frozen=True)
+class BoundedUpdate:
+    """Clipped and encoded integers: one device's share of the sum, of known sensitivity."""
+
+    integers: NDArray[np.int32]
+    address: Address
+
+    def add_to(self, total: NDArray[np.int64]) -> None:
+        """Add the sum of all rows to ``total``, an int64 vector of ``layout.size``, in place."""
+        layout, block = self.address.layout, self.address.layout.block
+        blocks_end = layout.dense + self.address.blocks.shape[1] * block
+        dense = self.integers[:, : layout.dense]
+        rows = self.integers[:, layout.dense : blocks_end].reshape(-1, block)
+        biases = self.integers[:, blocks_end:].reshape(-1, 1)
+        layout.dense_of(total)[...] += dense.sum(axis=0, dtype=np.int64)
+        add_rows(layout.memory_of(total), self.address.blocks.ravel(), rows)
+        add_rows(layout.biases_of(total)[:, None], self.address.biases.ravel(), biases)
+
+    def vector(self) -> NDArray[np.int64]:
+        """The whole vector that one device uploads (the sum of the rows of a batch)."""
+        total = np.zeros(self.address.layout.size, dtype=np.int64)
+        self.add_to(total)
+        return total
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """The sum over a cohort, which is all that the server learns.
+
+    Args:
+        total: int64 vector of ``layout.size``.
+        cohort: devices that took part; the operator's own knowledge, kept out of every file.
+        loss: mean training loss, known in simulation only and outside the guarantee.
+    """
+
+    total: NDArray[np.int64]
+    cohort: int
+    loss: float | None
+
+
+def clip(values: NDArray[np.float32], clip_norm: float) -> NDArray[np.float32]:
+    """Scale each row down to an L2 norm of at most ``clip_norm``; rows not finite become zeros."""
+    wide = np.einsum("ij,ij->i", values, values, dtype=np.float64)
+    norms = np.sqrt(wide)
+    factors = np.minimum(1.0, clip_norm / np.maximum(norms, np.finfo(np.float64).tiny))
+    broken = ~np.isfinite(norms)
+    clipped: NDArray[np.float32] = values * np.where(broken, 0.0, factors).astype(np.float32)[:, None]
+    if broken.any():
+        clipped[broken] = 0
+    return clipped

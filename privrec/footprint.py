@@ -1,0 +1,83 @@
+"""How much memory one device needs for a round, measured in a process of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privrec.device.device import Device
+from privrec.device.round import Round, digest
+from privrec.device.train import Trainer
+from privrec.privacy.events import RoundEvent
+from privrec.randomness import SecretRoot
+from privrec.secagg.ring import Encoding
+
+
+def peak_bytes(
+    trainer: Trainer,
+    encoding: Encoding,
+    weights: NDArray[np.float32],
+    history: NDArray[np.int32],
+) -> int | None:
+    """Peak resident memory of one device's round above that of the idle interpreter, in bytes.
+
+    A fresh process imports what a device needs, then receives the model, trains on one history and
+    encodes its update. None when the process could not be measured.
+
+    Args:
+        trainer: local training.
+        encoding: clip norm and grid.
+        weights: the model that is sent.
+        history: the device's items; the longest one tells the worst case.
+    """
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        try:
+            return pool.apply_async(
+                _measure, (trainer, encoding, weights.tobytes(), history.tobytes())
+            ).get(timeout=120)
+        except (multiprocessing.TimeoutError, OSError):
+            return None
+
+
+def _measure(trainer: Trainer, encoding: Encoding, weights: bytes, history: bytes) -> int:
+    # The bytes arrived before the measurement; the copies below are what a device would hold.
+    _reset_peak()
+    before = _resident_bytes()
+    model = np.frombuffer(weights, np.float32).copy()
+    root = SecretRoot.known(b"a device that measures itself")
+    device = Device(0, np.frombuffer(history, np.int32).copy(), trainer, encoding, root)
+    event = RoundEvent("none", 0.0, 1.0)
+    device.answer(Round("footprint", 0, 0, event, "", digest(model)), model, 0).vector()
+    return max(0, _peak_bytes() - before)
+
+
+def _reset_peak() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return
+
+
+def _resident_bytes() -> int:
+    return _status("VmRSS") or _peak_bytes()
+
+
+def _peak_bytes() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _status(field: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found: list[Any] = [line.split()[1] for line in lines if line.startswith(field + ":")]
+    return int(found[0]) * 1024 if found else None

@@ -1,0 +1,357 @@
+"""How good a ranking is: HR@k, NDCG@k and Recall@k, per user, with bootstrap intervals.
+
+Two protocols. ``sampled``: the held-out item among 99 items that the user has not seen (He et al.,
+"Neural Collaborative Filtering", WWW 2017). ``full``: the held-out items among the whole catalogue
+less what the user trained on (He et al., "LightGCN", SIGIR 2020). Ties and scores that are not
+numbers count against the held-out item, so a constant model earns nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privrec.data.interactions import Interactions, ItemLists, Split
+from privrec.errors import DataError, UsageError
+from privrec.randomness import rng_for
+
+Float32Array = NDArray[np.float32]
+Float64Array = NDArray[np.float64]
+Int64Array = NDArray[np.int64]
+Protocols = Sequence[Literal["sampled", "full"]]
+
+NEGATIVES = 99
+_SPARE = 64  # candidates drawn beyond twice what is needed, so that few users need a second draw
+_BLOCK = 1024  # users whose negatives come from one generator, whatever the chunk
+_CELLS = 1 << 22  # resampled users held at a time
+_GROUPS = 1024  # groups of columns whose maxima are taken first
+_FEW = 8  # more candidates than this for each of the best are not worth sorting
+_ABSENT = -1
+
+
+class Scores(Protocol):
+    """A recommender as the metrics see it."""
+
+    def __call__(
+        self, users: NDArray[np.integer], candidates: NDArray[np.integer] | None, /
+    ) -> NDArray[np.floating]:
+        """Scores, larger is better.
+
+        Args:
+            users: [m] positions.
+            candidates: [m, c] positions of items, or None for the whole catalogue.
+
+        Returns:
+            [m, c], or [m, n_items] for the whole catalogue.
+        """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Metrics of each user who was measured.
+
+    Args:
+        users: int64 [m] positions.
+        values: float64 [m] by metric: ``hr@k`` and ``ndcg@k`` of the sampled protocol,
+            ``full_hr@k``, ``full_ndcg@k`` and ``full_recall@k`` of full ranking.
+    """
+
+    users: Int64Array
+    values: Mapping[str, Float64Array]
+
+    def summary(self) -> dict[str, float]:
+        """The mean over users of each metric, in [0, 1]."""
+        return {name: float(values.mean()) for name, values in self.values.items()}
+
+    def intervals(
+        self, seed: int, *, level: float = 0.95, draws: int = 1000
+    ) -> dict[str, tuple[float, float]]:
+        """Percentile bootstrap intervals of the means, users resampled with replacement.
+
+        They tell how much the figure depends on who was measured; the spread over training runs
+        is another matter.
+
+        Args:
+            seed: of the resampling.
+            level: coverage, in (0, 1).
+            draws: number of resamples, at least 1.
+
+        Returns:
+            (low, high) by metric.
+        """
+        means = np.concatenate(list(self._resampled(seed, draws)))
+        edge = (1.0 - level) / 2
+        low, high = np.quantile(means, [edge, 1.0 - edge], axis=0)
+        return {name: (float(low[at]), float(high[at])) for at, name in enumerate(self.values)}
+
+    def _resampled(self, seed: int, draws: int) -> Iterator[Float64Array]:
+        """Means of resamples, float64 [some draws, metrics] at a time."""
+        rng = rng_for(seed, "metrics", "bootstrap")
+        size = self.users.size
+        table = np.stack(list(self.values.values()), axis=1)
+        step = max(1, _CELLS // size)
+        for at in range(0, draws, step):
+            rows = min(step, draws - at)
+            chosen = rng.integers(0, size, (rows, size)) + np.arange(rows)[:, None] * size
+            counts = np.bincount(chosen.ravel(), minlength=rows * size).reshape(rows, size)
+            yield counts @ table / size
+
+
+def evaluate(
+    scores: Scores,
+    split: Split,
+    *,
+    seed: int,
+    k: Sequence[int] = (10,),
+    protocols: Protocols = ("sampled", "full"),
+    chunk: int = 512,
+    users: NDArray[np.integer] | None = None,
+) -> Evaluation:
+    """Measure a recommender on what a split holds out.
+
+    The sampled protocol uses the published candidates of a split that has them, without those
+    that are items of the user; otherwise 99 distinct items, uniform among those in neither the
+    user's training nor held-out items (fewer where there are not so many). Its metrics are left
+    out when some user holds out several items. The negatives of a user depend on the seed and
+    that user alone, not on ``chunk`` or ``users``.
+
+    Args:
+        scores: the recommender.
+        split: what to measure on.
+        seed: of the negatives.
+        k: lengths of the list, each at least 1.
+        protocols: which of the two.
+        chunk: users scored at a time, at most; fewer where the catalogue is large.
+        users: positions to measure, or None for all; those without held-out items are skipped.
+
+    Raises:
+        DataError: when none of the users holds out an item.
+        UsageError: when ``k`` has a value below 1.
+    """
+    if not k or min(k) < 1:
+        raise UsageError(f"top k {list(k)}: a list has at least one place; give k of 1 or more")
+    tested = _tested(split.heldout, users)
+    values: dict[str, list[Float64Array]] = {}
+    sampled = _Candidates(split, seed) if "sampled" in protocols and split.heldout.single else None
+    step = max(1, min(chunk, _CELLS // split.train.n_items))
+    for at in range(0, tested.size, step):
+        part = tested[at : at + step]
+        found: dict[str, Float64Array] = {}
+        if sampled is not None:
+            found |= _sampled(scores, sampled, part, k)
+        if "full" in protocols:
+            found |= _full(scores, split, part, k)
+        for name, value in found.items():
+            values.setdefault(name, []).append(value)
+    return Evaluation(tested, {name: np.concatenate(parts) for name, parts in values.items()})
+
+
+def popularity_scores(train: Interactions) -> Scores:
+    """The baseline that ranks items by how many users have them, equal for everybody.
+
+    Equally popular items are told apart by their position, so that ties do not decide.
+
+    Args:
+        train: the interactions to count.
+    """
+    counts = train.item_counts()
+    ranks = np.empty(counts.size, np.float32)
+    ranks[np.argsort(counts, kind="stable")] = np.arange(counts.size)
+
+    def scores(
+        users: NDArray[np.integer], candidates: NDArray[np.integer] | None, /
+    ) -> Float32Array:
+        if candidates is None:
+            return np.broadcast_to(ranks, (len(users), ranks.size))
+        return ranks[candidates]
+
+    return scores
+
+
+def _tested(heldout: ItemLists, users: NDArray[np.integer] | None) -> Int64Array:
+    chosen = np.arange(heldout.counts.size) if users is None else np.asarray(users, np.int64)
+    tested = chosen[heldout.counts[chosen] > 0]
+    if not tested.size:
+        raise DataError(
+            "no user holds out an item: metrics need a user with at least two interactions; "
+            "use more data, or turn evaluation off with run.eval_every = 0"
+        )
+    return tested
+
+
+def _sampled(
+    scores: Scores, candidates: _Candidates, users: Int64Array, k: Sequence[int]
+) -> dict[str, Float64Array]:
+    items = candidates.of(users)
+    present = items != _ABSENT
+    given = np.asarray(scores(users, np.where(present, items, items[:, :1])))
+    target, others = given[:, :1], given[:, 1:]
+    # "not below" rather than "at least": a comparison with NaN is false, and counts against.
+    better = (~(others < target) & present[:, 1:]).sum(axis=1)
+    hit = {size: better < size for size in k}
+    gain = 1.0 / np.log2(better + 2.0)
+    return {f"hr@{size}": hit[size].astype(np.float64) for size in k} | {
+        f"ndcg@{size}": np.where(hit[size], gain, 0.0) for size in k
+    }
+
+
+def _full(
+    scores: Scores, split: Split, users: Int64Array, k: Sequence[int]
+) -> dict[str, Float64Array]:
+    rows, targets = _rows(split.heldout.indptr, split.heldout.items, users)
+    seen_rows, seen = _rows(split.train.indptr, split.train.items, users)
+    table = np.array(scores(users, None), dtype=np.float32)
+    wanted = table[rows, targets]
+    wanted[np.isnan(wanted)] = -np.inf
+    table[np.isnan(table)] = np.inf
+    table[seen_rows, seen] = -np.inf
+    better = _better(table, rows, wanted, max(k))
+    counts = np.bincount(rows, minlength=users.size)
+    found: dict[str, Float64Array] = {}
+    for size in k:
+        hits = better < size
+        total = np.bincount(rows, hits, users.size)
+        gains = np.bincount(rows, np.where(hits, 1.0 / np.log2(better + 2.0), 0.0), users.size)
+        found[f"full_hr@{size}"] = (total > 0).astype(np.float64)
+        found[f"full_ndcg@{size}"] = gains / _ideal(counts, size)
+        found[f"full_recall@{size}"] = total / counts
+    return found
+
+
+def _better(table: Float32Array, rows: Int64Array, wanted: Float32Array, most: int) -> Int64Array:
+    """How many other items score at least as much as each held-out one, cut at ``most``.
+
+    Only the ``most + 1`` best of a row matter: below them the answer is cut anyway.
+    """
+    best = _best(table, min(most + 1, table.shape[1]))
+    at_least = (best[rows] >= wanted[:, None]).sum(axis=1)
+    others = np.maximum(at_least - 1, 0)
+    others[np.isneginf(wanted)] = most
+    return np.asarray(others)
+
+
+def _best(table: Float32Array, count: int) -> Float32Array:
+    """The ``count`` largest values of each row in any order, [m, count].
+
+    The ``count``-th largest of the maxima of disjoint groups of columns is no more than the
+    ``count``-th largest value, and few values reach it: only they need to be sorted. With many
+    ties they are not few, and rows are partitioned instead.
+    """
+    m, n = table.shape
+    groups = min(n, _GROUPS)
+    if count < groups < n:
+        maxima = table[:, : n // groups * groups].reshape(m, -1, groups).max(axis=1)
+        floor = np.partition(maxima, groups - count, axis=1)[:, groups - count]
+        chosen = np.flatnonzero(table >= floor[:, None])
+        if chosen.size <= _FEW * m * count:
+            values, rows = table.reshape(-1)[chosen], chosen // n
+            order = np.lexsort((-values, rows))
+            counts = np.bincount(rows, minlength=m)
+            first = np.cumsum(counts) - counts
+            return np.asarray(values[order[first[:, None] + np.arange(count)]])
+    return np.asarray(np.partition(table, n - count, axis=1)[:, n - count :])
+
+
+def _ideal(counts: Int64Array, size: int) -> Float64Array:
+    """The discounted gain of a list that starts with all held-out items."""
+    gains = np.cumsum(1.0 / np.log2(np.arange(size) + 2.0))
+    return np.asarray(gains[np.minimum(counts, size) - 1])
+
+
+def _rows(
+    indptr: Int64Array, items: NDArray[np.int32], users: Int64Array
+) -> tuple[Int64Array, NDArray[np.int32]]:
+    """The items of the given users, and the row (0..m-1) that each belongs to."""
+    lengths = indptr[users + 1] - indptr[users]
+    rows = np.repeat(np.arange(users.size), lengths)
+    before = np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return rows, items[np.repeat(indptr[users], lengths) + np.arange(rows.size) - before]
+
+
+class _Candidates:
+    """The held-out item and the negatives of each user.
+
+    Args:
+        split: with at most one held-out item a user.
+        seed: of the negatives.
+    """
+
+    def __init__(self, split: Split, seed: int) -> None:
+        self._split = split
+        self._seed = seed
+        self._seen = split.train.membership()
+        self._blocks: dict[int, NDArray[np.int32]] = {}
+
+    def of(self, users: Int64Array) -> Int64Array:
+        """int64 [m, 100]: the held-out item first; -1 where there is no candidate."""
+        target = self._split.heldout.items[self._split.heldout.indptr[users]].astype(np.int64)
+        if self._split.negatives is not None:
+            negatives = self._split.negatives[users].astype(np.int64)
+            own = self._known(users, np.maximum(negatives, 0), target)
+            negatives[own] = _ABSENT
+        else:
+            negatives = self._drawn(users)
+        return np.concatenate([target[:, None], negatives], axis=1)
+
+    def _known(self, users: Int64Array, items: Int64Array, target: Int64Array) -> NDArray[Any]:
+        """Whether items [m, c] are no negatives of their user."""
+        return self._seen.contains(users[:, None], items) | (items == target[:, None])
+
+    def _drawn(self, users: Int64Array) -> Int64Array:
+        drawn = np.empty((users.size, NEGATIVES), np.int64)
+        for block in np.unique(users // _BLOCK).tolist():
+            here = users // _BLOCK == block
+            if block not in self._blocks:
+                self._blocks[block] = self._draw_block(block)
+            drawn[here] = self._blocks[block][users[here] % _BLOCK]
+        return drawn
+
+    def _draw_block(self, block: int) -> NDArray[np.int32]:
+        """Negatives of a block of users: the first 99 good ones of a long uniform sequence."""
+        rng = rng_for(self._seed, "metrics", "negatives", block)
+        train, lists = self._split.train, self._split.heldout
+        users = np.arange(block * _BLOCK, min((block + 1) * _BLOCK, train.n_users))
+        target = np.full(users.size, _ABSENT, np.int64)
+        has = lists.counts[users] > 0
+        target[has] = lists.items[lists.indptr[users[has]]]
+        items = rng.integers(0, train.n_items, (users.size, 2 * NEGATIVES + _SPARE))
+        good = ~self._known(users, items, target) & ~_repeated(items)
+        place = np.cumsum(good, axis=1)
+        enough = place[:, -1] >= NEGATIVES
+        chosen = np.empty((users.size, NEGATIVES), np.int32)
+        chosen[enough] = items[enough][(good & (place <= NEGATIVES))[enough]].reshape(-1, NEGATIVES)
+        short = np.flatnonzero(~enough)
+        step = max(1, _CELLS // train.n_items)
+        for at in range(0, short.size, step):
+            part = short[at : at + step]
+            chosen[part] = self._draw_exactly(rng, users[part], target[part])
+        return chosen
+
+    def _draw_exactly(
+        self, rng: np.random.Generator, users: Int64Array, target: Int64Array
+    ) -> Int64Array:
+        """Negatives of users who have seen much of the catalogue; -1 when it runs out."""
+        n_items = self._split.train.n_items
+        items = np.broadcast_to(np.arange(n_items), (users.size, n_items))
+        keys = rng.random(items.shape)
+        keys[self._known(users, items, target)] = np.inf
+        order = np.argsort(keys, axis=1)[:, :NEGATIVES]
+        order[np.isinf(np.take_along_axis(keys, order, axis=1))] = _ABSENT
+        missing = np.full((users.size, NEGATIVES - order.shape[1]), _ABSENT)
+        return np.concatenate([order, missing], axis=1)
+
+
+def _repeated(items: Int64Array) -> NDArray[np.bool_]:
+    """Marks every value of a row that occurred earlier in it."""
+    order = np.argsort(items, axis=1, kind="stable")
+    ordered = np.take_along_axis(items, order, axis=1)
+    again = np.zeros(items.shape, np.bool_)
+    again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+    marks = np.empty_like(again)
+    np.put_along_axis(marks, order, again, axis=1)
+    return marks

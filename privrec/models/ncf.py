@@ -1,0 +1,181 @@
+"""Neural collaborative filtering: GMF, MLP and NeuMF as one family.
+
+NeuMF adds a dot product over one part of the vectors to a small network over the other; GMF and MLP
+are its two limits. The output weights of GMF are absorbed by the user vector, which is private and
+free to be anything, so GMF has no dense weights at all.
+Source: He et al., "Neural Collaborative Filtering" (WWW 2017).
+
+Every tensor has a leading device dimension ``m``: one device is ``m = 1`` and a cohort is many, with
+each device's own copy of what it trains.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Kind = Literal["gmf", "mlp", "neumf"]
+
+
+@dataclass(frozen=True)
+class NCF:
+    """A scorer of items for users: ``score = <u, v> + network(u', v') + user bias``.
+
+    Args:
+        dot: length of the part of the vectors that enters the dot product.
+        tower: length of the part that enters the network, 0 for none.
+        hidden: widths of the network's hidden layers.
+    """
+
+    dot: int
+    tower: int
+    hidden: tuple[int, ...]
+
+    @classmethod
+    def of(cls, kind: Kind, dim: int, hidden: tuple[int, ...]) -> NCF:
+        """The model named ``kind`` over item vectors of length ``dim``."""
+        if kind == "gmf":
+            return cls(dim, 0, ())
+        if kind == "mlp":
+            return cls(0, dim, hidden)
+        return cls(dim // 2, dim - dim // 2, hidden)
+
+    @property
+    def dim(self) -> int:
+        """Length of an item vector."""
+        return self.dot + self.tower
+
+    @property
+    def user_dim(self) -> int:
+        """Length of a user's private state: its vector, then its bias."""
+        return self.dim + 1
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the dense weights: weight and bias of each layer, then the output weights."""
+        if not self.tower:
+            return ()
+        widths = (2 * self.tower, *self.hidden)
+        layers = [shape for a, b in pairwise(widths) for shape in ((a, b), (b,))]
+        return (*layers, (widths[-1],))
+
+    @property
+    def dense(self) -> int:
+        """Number of dense weights."""
+        return sum(int(np.prod(shape)) for shape in self.shapes)
+
+    def initial_dense(self, rng: np.random.Generator) -> NDArray[np.float32]:
+        """Glorot-uniform weights and zero biases, as a vector of :attr:`dense` numbers."""
+        parts = []
+        for position, shape in enumerate(self.shapes):
+            is_output = position == len(self.shapes) - 1
+            fan = shape[0] + (1 if is_output else shape[-1])
+            limit = np.sqrt(6 / fan) if len(shape) == 2 or is_output else 0.0
+            parts.append(rng.uniform(-limit, limit, shape).ravel())
+        return np.concatenate(parts).astype(np.float32) if parts else np.zeros(0, np.float32)
+
+    def forward(self, user: Tensor, rows: Tensor, dense: Tensor) -> Scored:
+        """Scores of candidate items, with the gradients that training may ask for.
+
+        Args:
+            user: private states, shape ``(m, user_dim)``.
+            rows: item vectors, shape ``(m, k, dim)``.
+            dense: dense weights, shape ``(m, dense)``.
+
+        Returns:
+            Scores of shape ``(m, k)`` (item biases are added by the caller), wrapped with their
+            pullback.
+        """
+        if self.tower:
+            return _NetworkScored(self, user, rows, dense)
+        return _DotScored(user, rows)
+
+    def rank(self, user: Tensor, table: Tensor, dense: Tensor) -> Tensor:
+        """Scores of ``k`` items for ``m`` users.
+
+        Args:
+            user: private states, shape ``(m, user_dim)``.
+            table: item vectors, shape ``(k, dim)``.
+            dense: dense weights, shape ``(dense,)``.
+
+        Returns:
+            Tensor of shape ``(m, k)``, without item biases.
+        """
+        scores = user[:, : self.dot] @ table[:, : self.dot].T + user[:, -1:]
+        if self.tower:
+            own, items = user[:, self.dot : -1], table[None, :, self.dot :]
+            scores += self.network(own, items, dense[None])
+        return scores
+
+    def network(self, user: Tensor, rows: Tensor, dense: Tensor) -> Tensor:
+        """The tower's output, shape ``(m, k)``; ``rows`` and ``dense`` may have ``m = 1``."""
+        weights = self._unpack(dense)
+        first, bias = weights[0], weights[1]
+        own = user[:, None, :] @ first[:, : self.tower] + bias[:, None, :]
+        x = torch.relu(rows @ first[:, self.tower :] + own)
+        for weight, bias in zip(weights[2:-1:2], weights[3:-1:2], strict=True):
+            x = torch.relu(x @ weight + bias[:, None, :])
+        return (x * weights[-1][:, None, :]).sum(-1)
+
+    def _unpack(self, dense: Tensor) -> list[Tensor]:
+        sizes = [int(np.prod(shape)) for shape in self.shapes]
+        parts = dense.split(sizes, dim=1)
+        return [part.reshape(-1, *s) for part, s in zip(parts, self.shapes, strict=True)]
+
+
+class Scored:
+    """Scores of candidates and, on demand, gradients through them."""
+
+    values: Tensor
+
+    def user_gradient(self, upstream: Tensor) -> Tensor:
+        """Gradient on the private state, shape ``(m, user_dim)``."""
+        raise TypeError("use what NCF.forward returns")
+
+    def shared_gradient(self, upstream: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients on item vectors ``(m, k, dim)`` and dense weights ``(m, dense)``."""
+        raise TypeError("use what NCF.forward returns")
+
+
+class _DotScored(Scored):
+    """GMF: the gradients are outer products, so nothing needs recording."""
+
+    def __init__(self, user: Tensor, rows: Tensor) -> None:
+        self._vector, self._rows = user[:, :-1], rows
+        products = torch.bmm(rows, self._vector.unsqueeze(2)).squeeze(2)
+        self.values = products + user[:, -1:]
+
+    def user_gradient(self, upstream: Tensor) -> Tensor:
+        vector = torch.bmm(upstream.unsqueeze(1), self._rows).squeeze(1)
+        return torch.cat((vector, upstream.sum(1, keepdim=True)), dim=1)
+
+    def shared_gradient(self, upstream: Tensor) -> tuple[Tensor, Tensor]:
+        dense = upstream.new_empty((len(upstream), 0))
+        return upstream.unsqueeze(2) * self._vector.unsqueeze(1), dense
+
+
+class _NetworkScored(Scored):
+    """MLP and NeuMF: gradients by automatic differentiation over each device's own weights."""
+
+    def __init__(self, model: NCF, user: Tensor, rows: Tensor, dense: Tensor) -> None:
+        with torch.enable_grad():
+            self._inputs = [t.detach().requires_grad_() for t in (user, rows, dense)]
+            own, items, weights = self._inputs
+            dot, tower = items[..., : model.dot], items[..., model.dot :]
+            recorded = torch.einsum("mkd,md->mk", dot, own[:, : model.dot]) + own[:, -1:]
+            self._recorded = recorded + model.network(own[:, model.dot : -1], tower, weights)
+        self.values = self._recorded.detach()
+
+    def user_gradient(self, upstream: Tensor) -> Tensor:
+        (user,) = torch.autograd.grad(self._recorded, self._inputs[0], upstream)
+        return user
+
+    def shared_gradient(self, upstream: Tensor) -> tuple[Tensor, Tensor]:
+        rows, dense = torch.autograd.grad(self._recorded, self._inputs[1:], upstream)
+        return rows, dense

@@ -1,0 +1,157 @@
+"""What a finished run leaves behind: the model, and ``result.json``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+import privrec
+from privrec import metrics
+from privrec.assembly import Parts, recommender_of
+from privrec.data import Interactions, Split
+from privrec.device.train import Recommender
+from privrec.errors import IntegrityError, UsageError
+from privrec.footprint import peak_bytes
+from privrec.privacy.ledger import Ledger
+from privrec.record import OUTSIDE
+from privrec.scenario import Scenario
+
+BYTES_A_COEFFICIENT = 4
+
+
+def write_model(out: Path, parts: Parts, scenario: Scenario, train: Interactions) -> None:
+    """Write the released weights (``model.safetensors``) and what they mean (``model.json``)."""
+    save_file({"weights": parts.server.released}, out / "model.safetensors")
+    description = {"items": train.n_items, "scenario": scenario.name, **_model(parts, scenario)}
+    (out / "model.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def read_model(out: Path, scenario: Scenario, train: Interactions) -> tuple[Recommender, Any]:
+    """The recommender and weights of a finished run.
+
+    Raises:
+        UsageError: when the run is not finished.
+        IntegrityError: when the model does not fit the scenario or the catalogue.
+    """
+    path = out / "model.safetensors"
+    if not path.exists():
+        raise UsageError(f"{out}: there is no model yet; finish the run: privrec resume {out}")
+    recommender = recommender_of(scenario.model, train.n_items, scenario.run.seed)
+    try:
+        weights = load_file(path)["weights"]
+    except (KeyError, OSError, ValueError) as error:
+        raise IntegrityError(f"{path}: not a model ({error}); restore the file") from None
+    if weights.shape != (recommender.layout.size,):
+        raise IntegrityError(
+            f"{path}: {weights.size} coefficients, where a catalogue of {train.n_items} items "
+            f"needs {recommender.layout.size}; use the data that the model was trained on"
+        )
+    return recommender, weights
+
+
+def result_of(
+    scenario: Scenario,
+    split: Split,
+    parts: Parts,
+    ledger: Ledger,
+    evaluated: metrics.Evaluation,
+    *,
+    identity: Mapping[str, Any],
+    cpu_s: float,
+    rounds_timed: int,
+    wall_s: float,
+) -> dict[str, Any]:
+    """The content of ``result.json``; realised cohort sizes appear in no figure of it."""
+    server, seed = parts.server, scenario.run.seed
+    popularity = metrics.evaluate(
+        metrics.popularity_scores(split.train), split, k=scenario.run.top_k, seed=seed
+    )
+    return {
+        "scenario": scenario.name,
+        "title": scenario.title,
+        "simulated": True,
+        "version": privrec.__version__,
+        "run_id": identity["run_id"],
+        "rounds": server.index,
+        "planned_rounds": scenario.train.rounds,
+        "holdout": split.holdout,
+        "metrics": evaluated.summary(),
+        "intervals": {name: list(pair) for name, pair in evaluated.intervals(seed).items()},
+        "baselines": {"popularity": popularity.summary()},
+        "metrics_note": OUTSIDE,
+        "privacy": _privacy(scenario, split, parts, ledger, known=bool(identity["noise_known"])),
+        "cost": _cost(split.train, parts, cpu_s, rounds_timed, wall_s),
+        "model": _model(parts, scenario),
+        "data": identity["data"],
+    }
+
+
+def _privacy(
+    scenario: Scenario, split: Split, parts: Parts, ledger: Ledger, *, known: bool
+) -> dict[str, Any]:
+    privacy, plan = scenario.privacy, parts.server.plan
+    holds = plan.event.is_private and not known
+    spent = {
+        f"epsilon{suffix}{kind}": ledger.epsilon(privacy.delta, adversary, accountant)
+        if holds
+        else None
+        for suffix, adversary in (("", "recipients"), ("_server", "server"))
+        for kind, accountant in (("", "pld"), ("_rdp", "rdp"))
+    }
+    encoding = plan.encoding
+    return {
+        "private": holds,
+        **spent,
+        "delta": privacy.delta,
+        "noise": privacy.noise,
+        "noise_multiplier": plan.event.noise_multiplier,
+        "clip_norm": encoding.clip_norm,
+        "unit": "user",
+        "adjacency": "zero-out",
+        "mechanism": plan.event.mechanism,
+        "rounding_bound_ratio": encoding.bound / 2**encoding.scale_bits,
+        "sampling": scenario.devices.sampling,
+        "sampling_rate": scenario.devices.sampling_rate,
+        "population": split.train.n_users,
+        "expected_cohort": plan.expected_cohort,
+        "budget": privacy.epsilon,
+        "budget_against": privacy.budget_against,
+        "noise_known": known,
+        "charges": len(ledger.charges),
+    }
+
+
+def _cost(
+    train: Interactions, parts: Parts, cpu_s: float, rounds: int, wall_s: float
+) -> dict[str, Any]:
+    size = parts.recommender.layout.size * BYTES_A_COEFFICIENT
+    longest = train.history(int(train.counts.argmax()))
+    server, plan = parts.server, parts.server.plan
+    trainer = parts.cohort.trainer
+    return {
+        "upload_bytes": size,
+        "download_bytes": size,
+        "device_peak_bytes": peak_bytes(trainer, plan.encoding, server.weights, longest),
+        # By the expected cohort: the realised sizes are nobody's business.
+        "cpu_s_per_device_round": cpu_s / (rounds * plan.expected_cohort) if rounds else None,
+        "wall_s": wall_s,
+    }
+
+
+def _model(parts: Parts, scenario: Scenario) -> dict[str, Any]:
+    vectors, layout = parts.recommender.vectors, parts.recommender.layout
+    return {
+        "kind": scenario.model.kind,
+        "dim": vectors.dim,
+        "block": vectors.block,
+        "slots": vectors.slots,
+        "compression": vectors.compression,
+        "dense_weights": layout.dense,
+        "coefficients": layout.size,
+        "weights_norm": float(np.linalg.norm(parts.server.released)),
+    }

@@ -1,0 +1,312 @@
+"""Three accountants for the composition of Gaussian rounds, sampled or not.
+
+``pld`` is the one that counts: it composes the privacy loss distributions of dp-accounting, always
+from above. ``rdp`` (dp-accounting) and ``prv`` (Opacus) are cross-checks by other mathematics.
+
+dp-accounting makes the distribution of one round. The composition is done here, because the loop
+asks for ε after every round: what does not depend on the number of rounds is kept, so that a
+further ε costs about a millisecond instead of some hundred. A test holds the result to that of
+dp-accounting's own composition.
+Sources: Koskela et al. (2020) and Doroshenko et al., "Connect the Dots" (2022) for the
+distributions; Balle & Wang (2018) for the Gaussian mechanism; Mironov et al. (2019) for RDP;
+Gopi et al. (2021) for PRV.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+REFINEMENT = 0.005
+_LEVELS = 7
+_TAIL = 1e-15
+_ROUNDING = 2.0**-52
+_ORDERS = np.outer([1.0, -1.0], 2.0 ** np.arange(-18, 0, 0.5)).ravel()  # a grid point
+_PLAIN = 1e-12  # sampling above 1 - 1e-12 is treated as everybody, which costs more, never less
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Identical rounds of the Gaussian mechanism of sensitivity 1.
+
+    Args:
+        noise_multiplier: standard deviation of the noise over the sensitivity, above 0.
+        sampling_rate: probability with which each user is sampled, in (0, 1]; 1 means everybody.
+        count: how many of them, at least 1.
+    """
+
+    noise_multiplier: float
+    sampling_rate: float
+    count: int
+
+    @property
+    def everybody(self) -> bool:
+        """Whether sampling hides nothing."""
+        return self.sampling_rate >= 1 - _PLAIN
+
+
+Composition = tuple[Rounds, ...]
+
+
+@lru_cache(maxsize=4096)
+def pld(rounds: Composition, delta: float) -> float:
+    """An upper bound on ε by privacy loss distributions.
+
+    Without sampling, the composition is one Gaussian mechanism, whose ε is known in closed form.
+    With sampling, the losses are put on a grid from above (pessimistically), and the grid is made
+    four times finer until ε moves by less than 0.5 %.
+
+    Args:
+        rounds: what is composed; the order does not matter.
+        delta: the δ of the claim, in (0, 1).
+
+    Returns:
+        ε at least as large as the true one, infinite when δ is below what double precision carries.
+    """
+    if all(part.everybody for part in rounds):
+        return gaussian(_strength(rounds), delta)
+    step = _first_step(rounds)
+    best = _pld_on_grid(rounds, delta, step)
+    for _ in range(_LEVELS):
+        step /= 4
+        finer = min(best, _pld_on_grid(rounds, delta, step))
+        if best - finer <= REFINEMENT * finer:
+            return finer
+        best = finer
+    return best
+
+
+@lru_cache(maxsize=1024)
+def rdp(rounds: Composition, delta: float) -> float:
+    """An upper bound on ε by Rényi differential privacy: looser than :func:`pld`, never below it.
+
+    Arguments and result as for :func:`pld`.
+    """
+    from dp_accounting import NeighboringRelation
+    from dp_accounting.rdp import RdpAccountant
+
+    accountant = RdpAccountant(neighboring_relation=NeighboringRelation.REPLACE_SPECIAL)
+    with _quiet("absl"):  # it reports each order that it leaves out, which only loosens the bound
+        for part in rounds:
+            accountant.compose(_dp_event(part), part.count)
+        return float(accountant.get_epsilon(delta))
+
+
+@lru_cache(maxsize=1024)
+def prv(rounds: Composition, delta: float) -> float:
+    """An upper bound on ε by Opacus' accountant of privacy random variables, good to 0.01.
+
+    Arguments and result as for :func:`pld`.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Opacus warns while it is imported, about its own parts
+        from opacus.accountants import PRVAccountant
+
+        accountant = PRVAccountant()
+        accountant.history = [
+            (part.noise_multiplier, part.sampling_rate, part.count) for part in rounds
+        ]
+        return float(accountant.get_epsilon(delta))
+
+
+def gaussian(strength: float, delta: float) -> float:
+    """The exact ε of a Gaussian mechanism, or of any composition of them.
+
+    Args:
+        strength: root of the sum of ``1 / noise_multiplier²`` over the rounds, above 0.
+        delta: in (0, 1).
+
+    Returns:
+        The smallest ε, at least 0, at which the mechanism is (ε, δ) private. Balle & Wang (2018),
+        theorem 8.
+    """
+    if gaussian_delta(strength, 0.0) <= delta:
+        return 0.0
+    high = 1.0
+    while gaussian_delta(strength, high) > delta:
+        high *= 2
+    return _bisect(lambda epsilon: gaussian_delta(strength, epsilon) <= delta, 0.0, high)
+
+
+def gaussian_delta(strength: float, epsilon: float) -> float:
+    """The exact δ of a Gaussian mechanism at ``epsilon``; ``strength`` as for :func:`gaussian`."""
+    from scipy.special import log_ndtr
+
+    first = float(log_ndtr(strength / 2 - epsilon / strength))
+    second = epsilon + float(log_ndtr(-strength / 2 - epsilon / strength))
+    return math.exp(first) * -math.expm1(min(second - first, 0.0))
+
+
+@dataclass(frozen=True)
+class _Losses:
+    """A privacy loss on a grid: ``mass[i]`` at ``(lowest + i) * step``, and some at infinity."""
+
+    mass: NDArray[np.float64]
+    lowest: int
+    at_infinity: float
+    moments: NDArray[np.float64]  # log E[exp(order * place)] at each of _ORDERS
+
+
+def _strength(rounds: Sequence[Rounds]) -> float:
+    return math.sqrt(sum(part.count / part.noise_multiplier**2 for part in rounds))
+
+
+def _first_step(rounds: Sequence[Rounds]) -> float:
+    """A power of two that puts the loss of one round on some thousand points."""
+    sigma = min(part.noise_multiplier for part in rounds)
+    return 2.0 ** math.floor(math.log2((0.5 / sigma + 10) / sigma / 1024))
+
+
+def _merged(rounds: Sequence[Rounds]) -> list[Rounds]:
+    """The rounds with everybody as one Gaussian mechanism, and the sampled ones."""
+    plain = [part for part in rounds if part.everybody]
+    merged = [Rounds(1 / _strength(plain), 1.0, 1)] if plain else []
+    return merged + [part for part in rounds if not part.everybody]
+
+
+def _pld_on_grid(rounds: Sequence[Rounds], delta: float, step: float) -> float:
+    merged = _merged(rounds)
+    counts = [part.count for part in merged]
+    both = [_one_round(part.noise_multiplier, part.sampling_rate, step) for part in merged]
+    removed = _epsilon([losses[0] for losses in both], counts, step, delta)
+    added = _epsilon([losses[1] for losses in both], counts, step, delta)
+    return max(removed, added)
+
+
+@lru_cache(maxsize=64)
+def _one_round(sigma: float, rate: float, step: float) -> tuple[_Losses, _Losses]:
+    """The losses of one round, for a user who is replaced by none and for the reverse."""
+    from dp_accounting import NeighboringRelation
+    from dp_accounting.pld import privacy_loss_distribution
+
+    distribution = privacy_loss_distribution.from_gaussian_mechanism(
+        sigma,
+        value_discretization_interval=step,
+        sampling_prob=rate,
+        neighboring_relation=NeighboringRelation.REPLACE_SPECIAL,
+    )
+    # dp-accounting has no public access to the masses; pyproject.toml keeps to the version read.
+    return _losses(distribution._pmf_remove), _losses(distribution._pmf_add)
+
+
+def _losses(pmf: Any) -> _Losses:
+    dense = pmf.to_dense_pmf()
+    mass = np.asarray(dense._probs, dtype=np.float64)
+    places = dense._lower_loss + np.arange(len(mass), dtype=np.float64)
+    with np.errstate(divide="ignore"):
+        weights = np.log(mass)
+    moments = np.array([_log_sum(weights + order * places) for order in _ORDERS])
+    return _Losses(mass, int(dense._lower_loss), float(dense._infinity_mass), moments)
+
+
+def _log_sum(logs: NDArray[np.float64]) -> float:
+    top = float(logs.max())
+    return top + math.log(float(np.exp(logs - top).sum()))
+
+
+def _epsilon(parts: Sequence[_Losses], counts: Sequence[int], step: float, delta: float) -> float:
+    """ε of ``counts[i]`` rounds of each ``parts[i]``, all on the same grid, from above."""
+    lowest, highest = _window(parts, counts)
+    mass, lowest = _convolve(parts, counts, lowest, highest)
+    finite = sum(n * math.log1p(-part.at_infinity) for part, n in zip(parts, counts, strict=True))
+    margin = _ROUNDING * (len(mass) + sum(counts))
+    return _invert(mass, lowest, step, delta - _TAIL - margin + math.expm1(finite))
+
+
+def _window(parts: Sequence[_Losses], counts: Sequence[int]) -> tuple[int, int]:
+    """Grid points outside of which a mass of at most ``_TAIL`` lies, by Chernoff's bound."""
+    moments = np.sum([n * part.moments for part, n in zip(parts, counts, strict=True)], axis=0)
+    bounds = (moments + math.log(2 / _TAIL)) / _ORDERS
+    ends = [
+        (n * part.lowest, n * (part.lowest + len(part.mass) - 1))
+        for part, n in zip(parts, counts, strict=True)
+    ]
+    lowest = max(sum(low for low, _ in ends), math.floor(bounds[_ORDERS < 0].max()))
+    highest = min(sum(high for _, high in ends), math.ceil(bounds[_ORDERS > 0].min()))
+    return lowest, highest
+
+
+def _convolve(
+    parts: Sequence[_Losses], counts: Sequence[int], lowest: int, highest: int
+) -> tuple[NDArray[np.float64], int]:
+    """The masses of the sum of all losses from ``lowest`` on, what lies outside wrapped around."""
+    from scipy import fft
+
+    size = fft.next_fast_len(highest - lowest + 1, real=True)
+    spectrum: NDArray[np.complex128] = np.ones(size // 2 + 1, dtype=np.complex128)
+    for part, count in zip(parts, counts, strict=True):
+        spectrum *= fft.rfft(_wrapped(part.mass, size)) ** count
+    start = sum(count * part.lowest for part, count in zip(parts, counts, strict=True))
+    mass = np.roll(fft.irfft(spectrum, n=size), start - lowest)
+    return np.maximum(mass, 0.0), lowest
+
+
+def _wrapped(mass: NDArray[np.float64], size: int) -> NDArray[np.float64]:
+    rows = -(-len(mass) // size)
+    padded = np.zeros(rows * size)
+    padded[: len(mass)] = mass
+    folded: NDArray[np.float64] = padded.reshape(rows, size).sum(axis=0)
+    return folded
+
+
+def _invert(mass: NDArray[np.float64], lowest: int, step: float, delta: float) -> float:
+    """The smallest ε, at least 0, whose hockey-stick divergence is at most ``delta``."""
+    if delta <= 0:
+        return math.inf
+    first = max(0, -lowest)  # losses below 0 never count for an ε of 0 or more
+    mass, lowest = mass[first:], lowest + first
+    decay = np.exp(-step * np.arange(len(mass) + 1))
+
+    def sums(point: int) -> tuple[float, float]:
+        above = mass[point:]
+        return float(above.sum()), float(above @ decay[: len(above)])
+
+    if not len(mass):
+        return 0.0
+    low, high = -1, len(mass) - 1  # the divergence at the grid point `high` is at most delta
+    while high - low > 1:
+        middle = (low + high) // 2
+        upper, lower = sums(middle)
+        low, high = (low, middle) if upper - lower <= delta else (middle, high)
+    upper, lower = sums(high)
+    if upper <= delta:
+        return 0.0
+    # Between two grid points the divergence is `upper - exp(ε - loss) lower`.
+    return max(0.0, (lowest + high) * step + math.log((upper - delta) / lower))
+
+
+@contextmanager
+def _quiet(logger_name: str) -> Iterator[None]:
+    logger = logging.getLogger(logger_name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _bisect(holds: Callable[[float], bool], low: float, high: float) -> float:
+    """The end of a bracket of 1e-12 relative width at which ``holds``, which fails at ``low``."""
+    while high - low > 1e-12 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
+def _dp_event(part: Rounds) -> Any:
+    from dp_accounting import dp_event
+
+    event = dp_event.GaussianDpEvent(part.noise_multiplier)
+    if part.everybody:
+        return event
+    return dp_event.PoissonSampledDpEvent(part.sampling_rate, event)

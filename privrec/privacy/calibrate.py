@@ -1,0 +1,160 @@
+"""From a target to settings: the noise multiplier that meets an ε, and what a plan will cost."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from privrec.errors import UsageError
+from privrec.privacy.events import (
+    DIGITS,
+    Adversary,
+    RoundEvent,
+    check_adversary,
+    check_delta,
+    epsilon,
+)
+
+_DIGITS = 4
+_STEPS = 9 * 10 ** (_DIGITS - 1)  # numbers of four significant digits in a decade
+_LEAST, _MOST = -2, 6  # noise multipliers from 0.01 to a million
+
+
+def noise_multiplier_for(
+    target_epsilon: float, delta: float, sampling_rate: float, rounds: int, adversary: Adversary
+) -> float:
+    """The smallest noise multiplier of four significant digits that keeps ε within a target.
+
+    Promise: :func:`privrec.privacy.events.epsilon` of ``rounds`` such rounds is at most
+    ``target_epsilon``, and with one unit less in the last digit it is more (unless the result is
+    the least noise that is offered, 0.01).
+
+    Args:
+        target_epsilon: largest ε at the end of all rounds, at least 0.0001.
+        delta: the δ of the claim, in [1e-10, 1).
+        sampling_rate: probability with which each user takes part in a round, in (0, 1].
+        rounds: how many rounds, at least 1.
+        adversary: whom the target is against, ``"recipients"`` or ``"server"``.
+
+    Raises:
+        UsageError: when an argument is outside its range, or not even a noise multiplier of a
+            million meets the target.
+    """
+    _check_target(target_epsilon)
+    _check_rounds(rounds)
+    check_delta(delta)
+    check_adversary(adversary)
+
+    def holds(candidate: int, against: Adversary) -> bool:
+        event = RoundEvent("gaussian", _number(candidate), sampling_rate)
+        return epsilon({event: rounds}, delta, against) <= target_epsilon
+
+    # What holds against the server holds against recipients too, and costs nothing to find.
+    enough = _first(lambda candidate: holds(candidate, "server"), (_MOST - _LEAST) * _STEPS)
+    if adversary == "recipients":
+        enough = _first(lambda candidate: holds(candidate, "recipients"), enough)
+    if not holds(enough, adversary):
+        raise UsageError(
+            f"epsilon {target_epsilon} at delta {delta} over {rounds} rounds: not met even by a "
+            f"noise multiplier of {_number(enough):g}; allow a larger epsilon or fewer rounds"
+        )
+    return _number(enough)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What rounds of one kind will cost, before any data is touched.
+
+    Args:
+        event: the event of each round.
+        rounds: how many are planned.
+        delta: the δ of both claims.
+        after: numbers of rounds at which ε is given, ascending, the last is ``rounds``.
+        recipients: ε against the recipients of the models after as many rounds.
+        server: ε against the server after as many rounds.
+    """
+
+    event: RoundEvent
+    rounds: int
+    delta: float
+    after: tuple[int, ...]
+    recipients: tuple[float, ...]
+    server: tuple[float, ...]
+
+    @property
+    def epsilon(self) -> float:
+        """ε against recipients after all rounds."""
+        return self.recipients[-1]
+
+    @property
+    def epsilon_server(self) -> float:
+        """ε against the server after all rounds."""
+        return self.server[-1]
+
+
+def plan(event: RoundEvent, *, rounds: int, delta: float, points: int = 100) -> Plan:
+    """ε by round, against both adversaries.
+
+    Args:
+        event: the event of each round.
+        rounds: how many are planned, at least 1.
+        delta: the δ of the claims, in [1e-10, 1).
+        points: at most how many numbers of rounds to give ε for, at least 2; 1 and ``rounds`` are
+            among them.
+
+    Raises:
+        UsageError: when an argument is outside its range.
+    """
+    _check_rounds(rounds)
+    after = _spread(rounds, points)
+    recipients = tuple(epsilon({event: count}, delta, "recipients") for count in after)
+    server = tuple(epsilon({event: count}, delta, "server") for count in after)
+    return Plan(event, rounds, delta, after, recipients, server)
+
+
+def signal_to_noise(noise_multiplier: float, cohort: float, dimension: int) -> float:
+    """Largest expected ratio of a round's sum to its noise, both in L2 norm.
+
+    It is reached when all updates of the cohort are clipped and point the same way; updates that
+    have nothing in common reach it divided by ``√cohort``.
+
+    Args:
+        noise_multiplier: standard deviation of the noise over the clip norm; 0 gives infinity.
+        cohort: expected number of devices in a round.
+        dimension: number of coefficients of the sum, at least 1.
+    """
+    if noise_multiplier == 0:
+        return math.inf
+    return cohort / (noise_multiplier * math.sqrt(dimension))
+
+
+def _number(candidate: int) -> float:
+    """The candidates in ascending order: all numbers of four significant digits from 0.01 on."""
+    decade, place = divmod(candidate, _STEPS)
+    return float(f"{10 ** (_DIGITS - 1) + place}e{decade + _LEAST - _DIGITS + 1}")
+
+
+def _first(holds: Callable[[int], bool], last: int) -> int:
+    """The first candidate that ``holds``, which all after it do too; ``last`` when none before."""
+    return bisect_left(range(last), True, key=holds)
+
+
+def _spread(rounds: int, points: int) -> tuple[int, ...]:
+    """At most ``points`` whole numbers, evenly from 1 to ``rounds``."""
+    count = max(2, min(points, rounds))
+    return tuple(sorted({round(1 + (rounds - 1) * place / (count - 1)) for place in range(count)}))
+
+
+def _check_target(target_epsilon: float) -> None:
+    if not (math.isfinite(target_epsilon) and target_epsilon >= 10.0**-DIGITS):
+        raise UsageError(
+            f"epsilon {target_epsilon}: it must be finite and at least {10.0**-DIGITS}, "
+            'to which ε is rounded up; for no guarantee at all choose noise = "none"'
+        )
+
+
+def _check_rounds(rounds: int) -> None:
+    if rounds < 1:
+        raise UsageError(f"{rounds} rounds: there must be at least 1")

@@ -1,0 +1,575 @@
+"""The ledger: what was paid for, on disk before it is spent, and ε computed from nothing else.
+
+``ledger.jsonl`` has one entry a line: a header, then charges and commits. A charge is flushed to
+disk before :meth:`Ledger.charge` returns, hence before its round collects anything, so that a crash
+can waste budget but never hide it. A commit says, before it is released, what the round releases.
+
+Every entry carries its place and the hash of the entry before, so that an altered, removed or
+reordered line shows. The chain alone cannot show that its end was cut away: ``ledger.head.json``
+beside it holds the number of entries and the last hash, signed with the server's key (Ed25519,
+RFC 8032). Entries written after the last :meth:`Ledger.seal` are protected by the chain only, and
+an old ledger put back together with its own old head is not noticed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from privrec.errors import IntegrityError, ReleaseRefused, UsageError
+from privrec.privacy import events
+from privrec.privacy.events import Accountant, Adversary, RoundEvent
+from privrec.randomness import ROOT_BYTES, read_secret, sync_directory, write_secret
+
+FORMAT = 1
+_START = "0" * 64
+_SIGNED = b"privrec ledger head, format 1\n"
+_RESERVED = frozenset({"format", "unit", "adjacency", "public_key"})
+_REMEDY = "bring back the original file, or start a new run"
+
+
+@dataclass(frozen=True)
+class Charge:
+    """One paid attempt at a round."""
+
+    round: int
+    attempt: int
+    event: RoundEvent
+
+
+@dataclass
+class _Book:
+    """What the entries read so far add up to."""
+
+    header: dict[str, Any] = field(default_factory=dict)
+    hashes: list[str] = field(default_factory=list)
+    charges: dict[tuple[int, int], Charge] = field(default_factory=dict)
+    commits: dict[tuple[int, int], bytes] = field(default_factory=dict)
+    counts: Counter[RoundEvent] = field(default_factory=Counter)
+
+
+class Ledger:
+    """The charges and commits of one run; opened by :meth:`create` or :meth:`open`.
+
+    Promise: whatever :meth:`charge` and :meth:`commit` returned from is on disk, and is found again
+    by :meth:`open` after a crash at any moment; no method takes anything back. One process writes
+    at a time. It is a context manager that closes the file.
+    """
+
+    def __init__(self, path: Path, book: _Book, file: FileIO | None, key: _Keys) -> None:
+        self.path = path
+        self.repaired: str | None = None
+        self._book = book
+        self._file = file
+        self._keys = key
+
+    @classmethod
+    def create(
+        cls, path: Path, *, header: Mapping[str, Any], signing_key: Ed25519PrivateKey
+    ) -> Ledger:
+        """Begin a ledger with its header and its first signed head, durable before this returns.
+
+        Args:
+            path: the new file, usually ``ledger.jsonl``; the head is ``ledger.head.json`` beside.
+            header: what the charges are for, as plain JSON values: run id, hash of the privacy
+                settings, delta, note on the population. Format, unit (``user``), adjacency
+                (``zero-out``) and the public key are added.
+            signing_key: the server's key; see :func:`server_key`.
+
+        Raises:
+            UsageError: when ``path`` exists, cannot be written, or the header names what is added.
+        """
+        if taken := _RESERVED & set(header):
+            raise UsageError(
+                f"ledger header {sorted(taken)}: these the ledger adds; leave them out"
+            )
+        keys = _Keys(signing_key.public_key(), signing_key)
+        ledger = cls(path, _Book(), _open_new(path), keys)
+        own = {"format": FORMAT, "unit": "user", "adjacency": "zero-out", "public_key": keys.text}
+        ledger._append({"kind": "header", "body": {**header, **own}})
+        ledger.seal()
+        return ledger
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        *,
+        signing_key: Ed25519PrivateKey | None = None,
+        public_key: Ed25519PublicKey | None = None,
+        repair: bool = True,
+    ) -> Ledger:
+        """Read a ledger back, and check every line of it and its signed head.
+
+        A last line that a crash cut off was never acknowledged: it is removed, and ``repaired``
+        says so. A last line that lacks only its end is kept.
+
+        Args:
+            path: the file that :meth:`create` made.
+            signing_key: the server's key; needed to :meth:`seal`.
+            public_key: the key that the head must be signed with; by default the one of
+                ``signing_key``, else the one that the header names (which shows damage, but not a
+                ledger that was replaced as a whole).
+            repair: open for writing and repair; ``False`` opens for reading alone, leaves the file
+                as it is, and works while another process writes.
+
+        Raises:
+            IntegrityError: when a line was altered, removed or reordered, when the file is shorter
+                than its signed head says, or the head is missing or signed by another key.
+            UsageError: when the file cannot be opened, or something else has it open for writing.
+        """
+        file = _open_existing(path) if repair else None
+        try:
+            head = _head(path)  # before the lines, since a writer may add some in between
+            content = _content(path)
+            book, end = _read(path, content)
+            trusted = signing_key.public_key() if signing_key else public_key
+            keys = _Keys(trusted or _named_key(path, book.header), signing_key)
+            _check_head(path, head, book, keys)
+            ledger = cls(path, book, file, keys)
+            ledger._mend(content, end)
+        except BaseException:
+            _close(file)
+            raise
+        return ledger
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """The header's values, with what :meth:`create` added."""
+        return dict(self._book.header)
+
+    @property
+    def charges(self) -> list[Charge]:
+        """Every charge, in the order in which they were made."""
+        return list(self._book.charges.values())
+
+    @property
+    def counts(self) -> dict[RoundEvent, int]:
+        """How often each event was charged."""
+        return dict(self._book.counts)
+
+    @property
+    def entries(self) -> int:
+        """Number of entries, the header included."""
+        return len(self._book.hashes)
+
+    @property
+    def last_hash(self) -> str:
+        """Hash of the last entry, on which a checkpoint can be bound; see :meth:`has`."""
+        return self._book.hashes[-1]
+
+    def has(self, entries: int, last_hash: str) -> bool:
+        """Whether this ledger continues one of ``entries`` entries that ended in ``last_hash``."""
+        return 0 < entries <= self.entries and self._book.hashes[entries - 1] == last_hash
+
+    def charge(self, round: int, attempt: int, event: RoundEvent) -> bool:
+        """Pay for one attempt at a round, on disk before this returns.
+
+        Args:
+            round: index of the round, from 0.
+            attempt: index of the attempt at it, from 0, without gaps.
+            event: what the attempt costs.
+
+        Returns:
+            True when it was charged now; False when this very attempt was paid for before, in which
+            case only the same bits may be released again.
+
+        Raises:
+            IntegrityError: when the attempt was charged with another event, or skips attempts.
+            ReleaseRefused: when the charge could not be written: nothing may be released.
+        """
+        known = self._book.charges.get((round, attempt))
+        if known is not None:
+            if known.event != event:
+                raise IntegrityError(
+                    f"{self.path}: round {round}, attempt {attempt} was charged as {known.event}, "
+                    f"not as {event}; resume with the scenario that the run was started with"
+                )
+            return False
+        if round < 0 or attempt != self.attempts(round):
+            raise IntegrityError(
+                f"{self.path}: attempt {attempt} at round {round}, of which {self.attempts(round)} "
+                f"were charged; the next one is attempt {self.attempts(round)}"
+            )
+        entry = {"kind": "charge", "round": round, "attempt": attempt, "event": event.to_json()}
+        self._append(entry)
+        return True
+
+    def commit(self, round: int, attempt: int, tag: bytes) -> None:
+        """Say what an attempt releases, on disk before it is released.
+
+        Args:
+            round: index of a round that was charged.
+            attempt: index of an attempt at it that was charged.
+            tag: a keyed hash of what is released; see
+                :meth:`~privrec.randomness.SecretRoot.tag`.
+
+        Raises:
+            ReleaseRefused: when the attempt was not charged, has another tag already (two different
+                releases under one charge), or the commit could not be written.
+        """
+        known = self.committed(round, attempt)
+        if known == tag:
+            return
+        if (round, attempt) not in self._book.charges:
+            raise ReleaseRefused(
+                f"{self.path}: round {round}, attempt {attempt} was not charged; charge it first"
+            )
+        if known is not None:
+            raise ReleaseRefused(
+                f"{self.path}: round {round}, attempt {attempt} released something else before; "
+                "charge a new attempt with fresh noise"
+            )
+        self._append({"kind": "commit", "round": round, "attempt": attempt, "tag": tag.hex()})
+
+    def committed(self, round: int, attempt: int) -> bytes | None:
+        """The tag of what the attempt releases, or None when nothing was committed."""
+        return self._book.commits.get((round, attempt))
+
+    def attempts(self, round: int) -> int:
+        """How many attempts at a round were charged."""
+        count = 0
+        while (round, count) in self._book.charges:
+            count += 1
+        return count
+
+    def epsilon(self, delta: float, adversary: Adversary, accountant: Accountant = "pld") -> float:
+        """ε of everything charged; see :func:`privrec.privacy.events.epsilon`."""
+        return events.epsilon(self._book.counts, delta, adversary, accountant)
+
+    def epsilon_after(
+        self,
+        event: RoundEvent,
+        *,
+        delta: float,
+        adversary: Adversary,
+        accountant: Accountant = "pld",
+        times: int = 1,
+    ) -> float:
+        """ε as it would be after ``times`` more charges of ``event``; nothing is charged."""
+        after = self._book.counts + Counter({event: times})
+        return events.epsilon(after, delta, adversary, accountant)
+
+    def would_exceed(
+        self, event: RoundEvent, *, epsilon: float, delta: float, adversary: Adversary
+    ) -> bool:
+        """Whether one more charge of ``event`` would take ε above ``epsilon``."""
+        return self.epsilon_after(event, delta=delta, adversary=adversary) > epsilon
+
+    def seal(self) -> None:
+        """Sign the number of entries and the last hash, so that a cut end shows from here on.
+
+        The head is replaced as a whole and durable before this returns.
+
+        Raises:
+            UsageError: when the ledger was opened without the signing key or for reading.
+            ReleaseRefused: when the head could not be written.
+        """
+        if self._keys.private is None or self._file is None:
+            raise UsageError(
+                f"{self.path}: sealing needs the signing key and a ledger opened for writing; "
+                "open it with signing_key and repair=True"
+            )
+        head = {"format": FORMAT, "entries": self.entries, "last_hash": self.last_hash}
+        signature = self._keys.private.sign(_SIGNED + _canonical(head))
+        sealed = {**head, "public_key": self._keys.text, "signature": signature.hex()}
+        _replace(head_path(self.path), _canonical(sealed) + b"\n")
+
+    def close(self) -> None:
+        """Let go of the file; the ledger can still be read, but nothing charged any more."""
+        _close(self._file)
+        self._file = None
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        previous = self._book.hashes[-1] if self._book.hashes else _START
+        line = _line({**entry, "index": self.entries, "previous": previous})
+        self._write(line)
+        _add(self.path, self._book, line.removesuffix(b"\n"))
+
+    def _write(self, line: bytes) -> None:
+        if self._file is None:
+            raise ReleaseRefused(
+                f"{self.path}: it is not open for writing, so nothing can be charged or released; "
+                "open it again with repair=True"
+            )
+        try:
+            _write_all(self._file, line)
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            # What reached the disk is unknown: only reading it again can tell.
+            self.close()
+            raise ReleaseRefused(
+                f"{self.path}: the entry could not be written ({error.strerror}), so nothing was "
+                "released; make room or mend the disk, and resume"
+            ) from error
+
+    def _mend(self, content: bytes, end: int) -> None:
+        """Bring the file to the end of its last whole line."""
+        if end < len(content):
+            self.repaired = (
+                f"a last line of {len(content) - end} bytes that a crash cut off was removed; "
+                "it was never acknowledged"
+            )
+        elif not content.endswith(b"\n"):
+            self.repaired = "the missing end of the last line was added"
+        if self.repaired is None or self._file is None:
+            return
+        self._file.truncate(end)
+        self._file.seek(end)
+        if not content[:end].endswith(b"\n"):
+            _write_all(self._file, b"\n")
+        os.fsync(self._file.fileno())
+
+
+@dataclass(frozen=True)
+class _Keys:
+    public: Ed25519PublicKey
+    private: Ed25519PrivateKey | None
+
+    @property
+    def text(self) -> str:
+        return self.public.public_bytes_raw().hex()
+
+
+def server_key(path: Path) -> Ed25519PrivateKey:
+    """The server's signing key at ``path``: drawn and kept (mode 0600) when there is none yet.
+
+    Raises:
+        UsageError: when the file cannot be kept or read, or others than its owner may use it.
+        IntegrityError: when the file is damaged.
+    """
+    if not path.exists():
+        write_secret(path, os.urandom(ROOT_BYTES))
+    return Ed25519PrivateKey.from_private_bytes(read_secret(path, ROOT_BYTES))
+
+
+def head_path(path: Path) -> Path:
+    """Where the signed head of the ledger at ``path`` lies."""
+    return path.with_suffix(".head.json")
+
+
+def _read(path: Path, content: bytes) -> tuple[_Book, int]:
+    """The book of all whole lines, and where in ``content`` they end."""
+    book, end = _Book(), 0
+    for line in content.splitlines(keepends=True):
+        last = end + len(line) == len(content)
+        if last and _cut_off(line):
+            break
+        _add(path, book, line.removesuffix(b"\n"))
+        end += len(line)
+    if not book.hashes:
+        raise IntegrityError(f"{path}: it has no header line; {_REMEDY}")
+    return book, end
+
+
+def _cut_off(line: bytes) -> bool:
+    """Whether a crash can have left this last line: part of an entry, or blocks never written.
+
+    Part of an entry is no JSON. A whole entry with other content is one that was altered.
+    """
+    return _parsed(line) is None and (not line.endswith(b"\n") or b"\0" in line)
+
+
+def _add(path: Path, book: _Book, line: bytes) -> None:
+    """Count a line, when it is to the byte the next entry of the chain."""
+    number = len(book.hashes) + 1
+    entry = _parsed(line)
+    if entry is None or not _says_itself(entry, line):
+        raise IntegrityError(f"{path}: line {number} was altered; {_REMEDY}")
+    previous = book.hashes[-1] if book.hashes else _START
+    if entry.get("index") != number - 1 or entry.get("previous") != previous:
+        raise IntegrityError(
+            f"{path}: line {number} does not follow the one before, so lines were removed, added "
+            f"or moved; {_REMEDY}"
+        )
+    try:
+        _count(book, entry)
+    except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
+        raise IntegrityError(
+            f"{path}: line {number} is no entry that this version writes ({error}); {_REMEDY}"
+        ) from error
+    book.hashes.append(entry["hash"])
+
+
+def _says_itself(entry: Mapping[str, Any], line: bytes) -> bool:
+    """Whether a line is the one spelling of its entry, with the right hash."""
+    try:
+        return _line({name: entry[name] for name in entry if name != "hash"}) == line + b"\n"
+    except UsageError:
+        return False
+
+
+def _count(book: _Book, entry: Mapping[str, Any]) -> None:
+    """Enter what a line says; raises whatever a line of another shape leads to."""
+    if not book.hashes:
+        book.header = _header(entry)
+        return
+    key = (int(entry["round"]), int(entry["attempt"]))
+    if entry["kind"] == "commit" and key in book.charges:
+        book.commits[key] = bytes.fromhex(entry["tag"])
+    elif entry["kind"] == "charge" and key not in book.charges:
+        charge = Charge(*key, RoundEvent.from_json(entry["event"]))
+        book.charges[key] = charge
+        book.counts[charge.event] += 1
+    else:
+        raise ValueError(f"{entry['kind']} of round {key[0]}, attempt {key[1]}")
+
+
+def _header(entry: Mapping[str, Any]) -> dict[str, Any]:
+    body = dict(entry["body"])
+    if entry["kind"] != "header" or body["format"] != FORMAT:
+        raise ValueError(f"a header of format {body['format']}, and {FORMAT} is read here")
+    return body
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return entry if isinstance(entry, dict) else None
+
+
+def _named_key(path: Path, header: Mapping[str, Any]) -> Ed25519PublicKey:
+    try:
+        return Ed25519PublicKey.from_public_bytes(bytes.fromhex(header["public_key"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise IntegrityError(f"{path}: its header names no key; {_REMEDY}") from error
+
+
+def _head(path: Path) -> Mapping[str, Any]:
+    """The signed head as it lies on disk, its signature not checked yet."""
+    place = head_path(path)
+    try:
+        head = _parsed(place.read_bytes())
+    except OSError as error:
+        raise IntegrityError(
+            f"{place}: the signed head could not be read ({error.strerror}); {_REMEDY}"
+        ) from error
+    if head is None:
+        raise IntegrityError(f"{place}: not a signed head; {_REMEDY}")
+    return head
+
+
+def _check_head(path: Path, head: Mapping[str, Any], book: _Book, keys: _Keys) -> None:
+    if book.header.get("public_key") != keys.text:
+        raise IntegrityError(
+            f"{path}: it belongs to the key {book.header.get('public_key')}, not to {keys.text}; "
+            "use the signing key of this run, or bring back its ledger"
+        )
+    entries, last_hash = _verified(head_path(path), head, keys.public)
+    if entries > len(book.hashes):
+        raise IntegrityError(
+            f"{path}: {len(book.hashes)} entries, but {entries} were signed: its end was cut away; "
+            f"{_REMEDY}"
+        )
+    if entries < 1 or book.hashes[entries - 1] != last_hash:
+        raise IntegrityError(f"{path}: line {entries} is not the one that was signed; {_REMEDY}")
+
+
+def _verified(path: Path, head: Mapping[str, Any], key: Ed25519PublicKey) -> tuple[int, str]:
+    try:
+        claim = {name: head[name] for name in ("format", "entries", "last_hash")}
+        key.verify(bytes.fromhex(head["signature"]), _SIGNED + _canonical(claim))
+        return int(claim["entries"]), str(claim["last_hash"])
+    except InvalidSignature as error:
+        raise IntegrityError(f"{path}: not signed with the key of this run; {_REMEDY}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise IntegrityError(f"{path}: not a signed head; {_REMEDY}") from error
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}; name the ledger of a run") from error
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    """An entry with its own hash, as the one line that says it."""
+    own = hashlib.sha256(_canonical(entry)).hexdigest()
+    return _canonical({**entry, "hash": own}) + b"\n"
+
+
+def _canonical(values: Mapping[str, Any]) -> bytes:
+    try:
+        text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{dict(values)!r}: a ledger holds plain, finite JSON values") from error
+    return text.encode()
+
+
+def _open_new(path: Path) -> FileIO:
+    try:
+        file = FileIO(path, "xb+")
+    except OSError as error:
+        raise UsageError(
+            f"{path}: a new ledger cannot be made here ({error.strerror}); resume the run that it "
+            "belongs to, or choose another directory"
+        ) from error
+    _lock(path, file)
+    return file
+
+
+def _open_existing(path: Path) -> FileIO:
+    try:
+        file = FileIO(path, "rb+")
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}; name the ledger of a run") from error
+    _lock(path, file)
+    file.seek(0, os.SEEK_END)
+    return file
+
+
+def _lock(path: Path, file: FileIO) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise UsageError(
+            f"{path}: another process writes to this run; wait for it or stop it"
+        ) from error
+
+
+def _write_all(file: FileIO, content: bytes) -> None:
+    left = memoryview(content)
+    while left:
+        left = left[file.write(left) :]
+
+
+def _replace(path: Path, content: bytes) -> None:
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        with draft.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise ReleaseRefused(
+            f"{path}: it could not be written ({error.strerror}); make room or mend the disk, "
+            "and resume"
+        ) from error
+
+
+def _close(file: FileIO | None) -> None:
+    if file is not None:
+        file.close()

@@ -1,0 +1,330 @@
+"""Two kinds of randomness as two types: named simulation seeds, and the secure generator.
+
+:func:`rng_for` decides everything that is not secret. :class:`SecretRoot` and the
+:class:`SecureStream` that it opens decide keys, noise and stochastic rounding. Nothing converts one
+into the other, so a type checker sees when a secret draw is asked of a seedable generator.
+
+A root is drawn from the operating system once and kept readable by its owner alone, under
+:func:`state_dir`: never in a run's output directory and never in a checkpoint. Every draw has its
+own key, derived from the root and a description of what the draw is for. The same description gives
+the same bytes (sending again is harmless), any other description gives independent ones.
+Sources: RFC 5869 (HKDF), NIST SP 800-38A (CTR mode), Box & Muller (1958).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import operator
+import os
+import secrets
+import stat
+from pathlib import Path
+from typing import NoReturn, SupportsIndex, TypeAlias
+
+import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from numpy.typing import NDArray
+
+from privrec.errors import IntegrityError, ReleaseRefused, UsageError
+
+ROOT_BYTES = 32
+STREAM_LIMIT = 2**36
+_EXTRACT_SALT = b"privrec secret root, version 1"
+_CHECK_BYTES = 8
+_ZEROS = memoryview(bytes(1 << 16))
+_CIPHER_TAIL = 15  # update_into asks for a block less one byte more than it writes
+_PAIRS = 1 << 12  # Box-Muller pairs at a time: all buffers together stay in the level-2 cache
+
+Bytes: TypeAlias = bytes
+Name: TypeAlias = str | bytes | SupportsIndex
+
+
+def state_dir() -> Path:
+    """The directory that keeps roots and signing keys, apart from everything that is shared.
+
+    Returns:
+        ``$PRIVREC_STATE``, else ``$XDG_STATE_HOME/privrec``, else ``~/.local/state/privrec``. It
+        need not exist.
+    """
+    if own := os.environ.get("PRIVREC_STATE"):
+        return Path(own)
+    if shared := os.environ.get("XDG_STATE_HOME"):
+        return Path(shared) / "privrec"
+    return Path.home() / ".local" / "state" / "privrec"
+
+
+def rng_for(seed: int, *names: Name) -> np.random.Generator:
+    """A simulation generator for one named purpose; for nothing that has to stay secret.
+
+    Promise: the same seed and names give the same generator on every platform; any other path of
+    names, also one that merely joins to the same text, gives an independent one.
+
+    Args:
+        seed: any integer, the scenario's ``run.seed``.
+        *names: the path of the purpose, such as ``"cohort", 12``.
+    """
+    digest = hashlib.sha256(_encode("simulation", (seed, *names))).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
+
+
+class SecretRoot:
+    """The one secret of a noise-maker, from which every key of a run is derived.
+
+    Promise: it shows itself in no ``repr`` and refuses to be pickled; two different descriptions
+    never share a stream or a tag. :meth:`create` draws a root, :meth:`load` reads one back, and
+    :meth:`known` makes one that is no secret, for reproducible comparisons.
+
+    Args:
+        key: the root itself; :meth:`create` draws 32 bytes from the operating system.
+        is_known: whether others know it, so that its noise protects nobody and ε is infinite.
+    """
+
+    def __init__(self, key: bytes, *, is_known: bool = False) -> None:
+        if not key:
+            raise UsageError("a noise root of 0 bytes: it needs at least one; leave it out to draw")
+        self._extracted = hmac.digest(_EXTRACT_SALT, key, "sha256")
+        self.is_known = is_known
+
+    @classmethod
+    def create(cls, path: Path) -> SecretRoot:
+        """Draw a root and keep it at ``path``, durable before this returns.
+
+        Args:
+            path: the new file, made with mode 0600 in a directory made with mode 0700.
+
+        Raises:
+            UsageError: when ``path`` exists, since another root would draw a second noise for
+                what the first one has protected.
+        """
+        key = secrets.token_bytes(ROOT_BYTES)
+        write_secret(path, key)
+        return cls(key)
+
+    @classmethod
+    def load(cls, path: Path) -> SecretRoot:
+        """The root that :meth:`create` kept at ``path``.
+
+        Raises:
+            UsageError: when the file is missing, or others than its owner may read it.
+            IntegrityError: when its content is not what was written.
+        """
+        return cls(read_secret(path, ROOT_BYTES))
+
+    @classmethod
+    def known(cls, key: bytes) -> SecretRoot:
+        """A root that is no secret: runs that use it repeat bit for bit and protect nobody."""
+        return cls(key, is_known=True)
+
+    def stream(self, purpose: str, *context: Name) -> SecureStream:
+        """The secure generator of one draw.
+
+        Args:
+            purpose: what the bytes are for, such as ``"noise"``.
+            *context: everything the draw may depend on: run, round, attempt, device, hashes of the
+                plan, the model and the integer input.
+
+        Returns:
+            A stream at its beginning: asked for twice, it repeats the same bytes.
+        """
+        return SecureStream(self._expand("stream", purpose, context))
+
+    def tag(self, purpose: str, *context: Name) -> bytes:
+        """32 bytes that commit to ``context``, and that only a holder of the root can make."""
+        return self._expand("tag", purpose, context)
+
+    def _expand(self, kind: str, purpose: str, context: tuple[Name, ...]) -> bytes:
+        info = _encode(kind, (purpose, *context))
+        return hmac.digest(self._extracted, info + b"\x01", "sha256")
+
+    def __repr__(self) -> str:
+        return f"SecretRoot({'known' if self.is_known else 'secret'})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a SecretRoot is never pickled: hand over the path that it is kept at")
+
+
+class SecureStream:
+    """The AES-256-CTR keystream of one key, as bytes, words and normal deviates.
+
+    Promise: the stream is a function of the key and of what was read before alone; no byte is given
+    out twice; a copy that a fork made is refused, since it would repeat what its parent draws.
+
+    Args:
+        key: 32 bytes that are used for this stream and nothing else; see
+            :meth:`SecretRoot.stream`.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        self._keystream = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
+        self._left = STREAM_LIMIT
+        self._process = os.getpid()
+
+    def bytes(self, n: int) -> Bytes:
+        """The next ``n`` bytes."""
+        return self._next(n).tobytes()
+
+    def uint16(self, size: int) -> NDArray[np.uint16]:
+        """The next ``size`` uniform 16-bit words, shape ``(size,)``."""
+        return self._next(2 * size).view("<u2").astype(np.uint16, copy=False)
+
+    def uint32(self, size: int) -> NDArray[np.uint32]:
+        """The next ``size`` uniform 32-bit words, shape ``(size,)``."""
+        return self._next(4 * size).view("<u4").astype(np.uint32, copy=False)
+
+    def uint64(self, size: int) -> NDArray[np.uint64]:
+        """The next ``size`` uniform 64-bit words, shape ``(size,)``."""
+        return self._next(8 * size).view("<u8").astype(np.uint64, copy=False)
+
+    def normal(self, size: int) -> NDArray[np.float64]:
+        """Standard normal deviates by Box-Muller on 64-bit uniforms, shape ``(size,)``.
+
+        The tail reaches 9.49 standard deviations; beyond lies a probability of 3e-21. 16 bytes of
+        the stream make two deviates, whatever parts they are asked for in beyond 8,192.
+        """
+        deviates = np.empty(size)
+        for start in range(0, size, 2 * _PAIRS):
+            part = deviates[start : start + 2 * _PAIRS]
+            self._box_muller(part)
+        return deviates
+
+    def _box_muller(self, out: NDArray[np.float64]) -> None:
+        pairs = -(-len(out) // 2)
+        words = self.uint64(2 * pairs)
+        # Small uniforms keep all their 64 bits as floats, which is what the far tail is made of.
+        radius = words[:pairs].astype(np.float64)
+        radius += 0.5
+        radius *= 2.0**-64
+        angle = (words[pairs:] >> np.uint64(11)) * (2 * np.pi * 2.0**-53)
+        np.log(radius, out=radius)
+        radius *= -2.0
+        np.sqrt(radius, out=radius)
+        rest = len(out) - pairs
+        np.multiply(radius, np.cos(angle), out=out[:pairs])
+        np.multiply(radius[:rest], np.sin(angle[:rest]), out=out[pairs:])
+
+    def _next(self, n: int) -> NDArray[np.uint8]:
+        self._check(n)
+        buffer = np.empty(n + _CIPHER_TAIL, dtype=np.uint8)
+        target = buffer.data
+        for start in range(0, n, len(_ZEROS)):
+            part = _ZEROS[: n - start]
+            self._keystream.update_into(part, target[start:])
+        self._left -= n
+        return buffer[:n]
+
+    def _check(self, n: int) -> None:
+        if os.getpid() != self._process:
+            raise ReleaseRefused(
+                f"a secure stream of process {self._process} was used after a fork, in process "
+                f"{os.getpid()}: both would draw the same bytes; open the stream after the fork"
+            )
+        if n < 0 or n > self._left:
+            raise ReleaseRefused(
+                f"{n} bytes of a secure stream that has {self._left} of {STREAM_LIMIT} left: one "
+                "key gives no more; open a stream with another context for each part of the draw"
+            )
+
+
+def write_secret(path: Path, secret: bytes) -> None:
+    """Keep a secret in a new file that its owner alone can read, durable before this returns.
+
+    A crash leaves either the whole file or none under this name.
+
+    Args:
+        path: the new file (mode 0600); missing directories are made with mode 0700.
+        secret: the bytes to keep; a short checksum is added.
+
+    Raises:
+        UsageError: when ``path`` exists or its directory cannot be written.
+    """
+    if path.exists():
+        raise UsageError(
+            f"{path}: a secret is kept here already and is never overwritten; "
+            "load it, or choose another place"
+        )
+    try:
+        _make_directory(path.parent)
+        _write_once(path, secret + _checksum(secret))
+    except OSError as error:
+        raise UsageError(
+            f"{path}: the secret could not be kept ({error.strerror}); make the directory "
+            "writable, or set PRIVREC_STATE to one that is"
+        ) from error
+
+
+def read_secret(path: Path, size: int) -> bytes:
+    """The secret of ``size`` bytes that :func:`write_secret` kept at ``path``.
+
+    Raises:
+        UsageError: when the file is missing, or others than its owner may use it.
+        IntegrityError: when its content is not what was written.
+    """
+    try:
+        mode, content = path.stat().st_mode, path.read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f"{path}: the secret could not be read ({error.strerror}); "
+            "bring the file back, or set PRIVREC_STATE to the directory that holds it"
+        ) from error
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise UsageError(
+            f"{path}: mode {stat.S_IMODE(mode):04o} lets others than the owner use this secret; "
+            "run chmod 600 on it, and start a new run if somebody may have read it"
+        )
+    secret = content[:size]
+    if content != secret + _checksum(secret) or len(secret) != size:
+        raise IntegrityError(
+            f"{path}: not a secret of {size} bytes as privrec writes it; "
+            "bring back the original file, or start a new run"
+        )
+    return secret
+
+
+def sync_directory(path: Path) -> None:
+    """Flush a directory to disk, so that the names made in it survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _make_directory(path: Path) -> None:
+    missing = [place for place in (path, *path.parents) if not place.exists()]
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for place in missing:
+        sync_directory(place.parent)
+
+
+def _write_once(path: Path, content: bytes) -> None:
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(draft, path)  # unlike a rename, it fails when another process took the name
+    finally:
+        draft.unlink()
+    sync_directory(path.parent)
+
+
+def _checksum(secret: bytes) -> bytes:
+    return hashlib.sha256(b"privrec secret" + secret).digest()[:_CHECK_BYTES]
+
+
+def _encode(kind: str, names: tuple[Name, ...]) -> bytes:
+    """Names as bytes that no other list of names has: each with its type and its length."""
+    return b"".join(_encode_name(name) for name in (kind, *names))
+
+
+def _encode_name(name: Name) -> bytes:
+    if isinstance(name, str):
+        mark, text = b"s", name.encode()
+    elif isinstance(name, bytes):
+        mark, text = b"b", name
+    else:
+        mark, text = b"i", str(operator.index(name)).encode()
+    return mark + len(text).to_bytes(8, "little") + text

@@ -1,0 +1,396 @@
+"""From a run directory to a `Report`, with every ε computed anew from the ledger.
+
+``result.json`` says what the run claimed about itself; the ledger says what was charged. Both must
+agree, or there is no report.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from pydantic import ValidationError
+
+from privrec.errors import DataError, IntegrityError, UsageError
+from privrec.privacy.events import RoundEvent, epsilon
+from privrec.record import OUTSIDE, Record, headline_metric, metric_name, read_rounds
+from privrec.report import claims
+from privrec.report.model import (
+    Accuracy,
+    Charged,
+    Cost,
+    Curve,
+    Facts,
+    Metric,
+    Point,
+    Privacy,
+    Report,
+    flat,
+)
+from privrec.report.spending import Spending, read_spending
+
+T = TypeVar("T")
+
+CURVE_POINTS = 200
+"""Most points of a curve that a report keeps; the first and the last are always kept."""
+
+EPSILON_POINTS = 40
+"""Rounds, spread evenly, at which ε is computed anew for the curve; a few early ones come on top."""
+
+_EARLY = (1, 2, 4, 8, 16)
+
+TOLERANCE = 1e-3
+"""Relative difference between a recorded and a recomputed ε that is put down to rounding."""
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The parsed files of a run directory."""
+
+    directory: Path
+    run: Mapping[str, Any]
+    result: Mapping[str, Any]
+    scenario: Mapping[str, Any]
+    rounds: Sequence[Record]
+    spending: Spending
+
+    @property
+    def privacy(self) -> Mapping[str, Any]:
+        return _section(self, "privacy")
+
+
+def build(directory: Path, *, public_key: Ed25519PublicKey | None = None) -> Report:
+    """The report of one finished run.
+
+    Args:
+        directory: The run directory, as ``privrec run`` left it. It is only read.
+        public_key: The server's key, to check the ledger's signed head with; without it the key
+            that the ledger names is used, and the report says so.
+
+    Returns:
+        The report; its ε come from ``ledger.jsonl`` alone.
+
+    Raises:
+        UsageError: It is no run directory, or the run is not finished.
+        IntegrityError: The ledger was altered or belongs to another run, or ``result.json``
+            claims another ε or number of charges than the ledger holds.
+        DataError: A file is malformed.
+    """
+    files = _read(directory, public_key)
+    _check_same_run(files)
+    _check_claims(files)
+    try:
+        return _report(files)
+    except ValidationError as error:
+        raise DataError(f"{directory / 'result.json'}: {_first_problem(error)}") from None
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    place = ".".join(str(part) for part in problem["loc"])
+    return (
+        f"{place} is {problem.get('input')!r}: {problem['msg']}. The file is written by privrec "
+        "alone; restore it, or finish the run again with `privrec resume`."
+    )
+
+
+# --------------------------------------------------------------------------- reading
+
+
+def _read(directory: Path, public_key: Ed25519PublicKey | None) -> _Files:
+    run = _json(directory, "run.json", "it is not a run directory; name one that privrec made")
+    result = _json(
+        directory, "result.json", f"the run is not finished; go on with: privrec resume {directory}"
+    )
+    return _Files(
+        directory,
+        run,
+        result,
+        _toml(directory / "scenario.toml"),
+        read_rounds(directory / "events.jsonl"),
+        read_spending(directory, public_key),
+    )
+
+
+def _json(directory: Path, name: str, absent: str) -> Mapping[str, Any]:
+    path = directory / name
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(f"{directory}: there is no {name}; {absent}") from None
+    except ValueError as error:
+        raise DataError(f"{path}: it is not JSON ({error}); restore the file") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: it holds {type(content).__name__}, not an object; restore it")
+    return content
+
+
+def _toml(path: Path) -> Mapping[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: the resolved scenario is missing; restore the file") from None
+    except ValueError as error:
+        raise DataError(f"{path}: it is not TOML ({error}); restore the file") from None
+
+
+def _section(files: _Files, name: str) -> Mapping[str, Any]:
+    section = files.result.get(name)
+    if not isinstance(section, Mapping):
+        raise DataError(
+            f"{files.directory / 'result.json'}: {name!r} is {section!r}, not an object; "
+            "the file is written by privrec alone. Restore it."
+        )
+    return section
+
+
+# --------------------------------------------------------------------------- checks
+
+
+def _check_same_run(files: _Files) -> None:
+    _check_same(files, "result.json", "run_id", files.result)
+    for key in ("run_id", "privacy_hash"):
+        _check_same(files, "ledger.jsonl", key, files.spending.header)
+
+
+def _check_same(files: _Files, name: str, key: str, values: Mapping[str, Any]) -> None:
+    if values.get(key) != files.run.get(key):
+        raise IntegrityError(
+            f"{files.directory / name}: its {key} is {values.get(key)!r}, that of run.json is "
+            f"{files.run.get(key)!r}; the files of a directory belong to one run. "
+            "Restore the directory as the run left it."
+        )
+
+
+def _check_claims(files: _Files) -> None:
+    privacy, spending = files.privacy, files.spending
+    if privacy.get("charges") != len(spending.charges):
+        raise _disagreement(files, "charges", privacy.get("charges"), len(spending.charges))
+    delta = privacy.get("delta")
+    for key in ("epsilon", "epsilon_server"):
+        recorded, computed = privacy.get(key), _recomputed(files, key, delta)
+        if not _agree(recorded, computed):
+            raise _disagreement(files, key, recorded, computed)
+
+
+def _recomputed(files: _Files, key: str, delta: Any) -> float | None:
+    if _noise_known(files) or delta is None or files.privacy.get("noise") == "none":
+        return None
+    adversary, accountant = _WHICH[key]
+    value = epsilon(files.spending.counts, float(delta), adversary, accountant)
+    return value if math.isfinite(value) else None
+
+
+_WHICH: Mapping[str, tuple[Any, Any]] = {
+    "epsilon": ("recipients", "pld"),
+    "epsilon_server": ("server", "pld"),
+    "epsilon_rdp": ("recipients", "rdp"),
+    "epsilon_server_rdp": ("server", "rdp"),
+}
+
+
+def _agree(recorded: Any, computed: float | None) -> bool:
+    if recorded is None or computed is None:
+        return recorded is None and computed is None
+    if not isinstance(recorded, int | float):
+        return False
+    return math.isclose(recorded, computed, rel_tol=TOLERANCE, abs_tol=1e-4)
+
+
+def _disagreement(files: _Files, key: str, recorded: Any, computed: Any) -> IntegrityError:
+    def shown(value: Any) -> str:
+        return "infinite" if value is None else f"{value:g}" if _is_number(value) else repr(value)
+
+    return IntegrityError(
+        f"{files.directory / 'result.json'}: privacy.{key} is {shown(recorded)}, the ledger gives "
+        f"{shown(computed)}; both must agree. One of the files was altered or belongs to another "
+        "run: rely on neither, and restore the directory as the run left it."
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _noise_known(files: _Files) -> bool:
+    return bool(files.run.get("noise_known")) or bool(files.privacy.get("noise_known"))
+
+
+# --------------------------------------------------------------------------- assembling
+
+
+def _report(files: _Files) -> Report:
+    facts = _claim_facts(files)
+    result = files.result
+    return Report(
+        simulated=facts.simulated,
+        scenario=facts.scenario,
+        title=str(result.get("title") or ""),
+        description=str(files.scenario.get("description") or "").strip(),
+        run_id=str(files.run["run_id"]),
+        version=str(result.get("version") or files.run.get("version") or ""),
+        scenario_hash=str(files.run.get("scenario_hash") or ""),
+        privacy_hash=str(files.run.get("privacy_hash") or ""),
+        rounds=facts.rounds,
+        claim=claims.claim(facts),
+        privacy=_privacy(files, facts),
+        accuracy=_accuracy(files, facts),
+        cost=_cost(files),
+        data=flat(result.get("data") or files.run.get("data") or {}),
+        model=flat(result.get("model") or {}),
+        rows=tuple(_row(row) for row in result.get("rows") or ()),
+        curves=tuple(_curves(files, facts)),
+        warnings=claims.warnings(facts),
+    )
+
+
+def _claim_facts(files: _Files) -> claims.Facts:
+    privacy, delta = files.privacy, files.privacy.get("delta")
+    spent = {key: _recomputed(files, key, delta) for key in _WHICH}
+    return claims.Facts(
+        scenario=str(files.result.get("scenario") or files.scenario.get("name")),
+        simulated=bool(files.result.get("simulated", True)),
+        noise=privacy.get("noise", "none"),
+        noise_known=_noise_known(files),
+        delta=delta if privacy.get("noise") != "none" else None,
+        sampling=privacy.get("sampling", "poisson"),
+        sampling_rate=float(privacy.get("sampling_rate") or 1.0),
+        population=privacy.get("population"),
+        budget=privacy.get("budget"),
+        budget_against=privacy.get("budget_against") or "recipients",
+        rounds=int(files.result.get("rounds") or 0),
+        charges=len(files.spending.charges),
+        holdout=files.result.get("holdout") or "test",
+        evaluations=sum(1 for record in files.rounds if record.metrics),
+        **spent,
+    )
+
+
+def _privacy(files: _Files, facts: claims.Facts) -> Privacy:
+    privacy = files.privacy
+    return Privacy(
+        private=facts.private,
+        unit=privacy.get("unit", "user"),
+        adjacency=privacy.get("adjacency", "zero-out"),
+        delta=facts.delta,
+        adversaries=claims.adversaries(facts),
+        trust=claims.trust(facts),
+        noise=facts.noise,
+        mechanism=claims.mechanism(facts),
+        noise_multiplier=privacy.get("noise_multiplier") or None,
+        clip_norm=privacy.get("clip_norm") or None,
+        rounding_bound_ratio=privacy.get("rounding_bound_ratio") or None,
+        sampling=facts.sampling,
+        sampling_rate=facts.sampling_rate,
+        population=facts.population,
+        expected_cohort=privacy.get("expected_cohort"),
+        budget=facts.budget,
+        budget_against=facts.budget_against,
+        noise_known=facts.noise_known,
+        charges=len(files.spending.charges),
+        events=tuple(_charged(files.spending)),
+        ledger_head=files.spending.head,
+        ledger_key=files.spending.key,
+        ledger_signature=files.spending.signature,
+    )
+
+
+def _charged(spending: Spending) -> Iterator[Charged]:
+    for event, count in spending.counts.items():
+        yield Charged(**event.to_json(), count=count)
+
+
+def _accuracy(files: _Files, facts: claims.Facts) -> Accuracy:
+    result = files.result
+    intervals, baselines = result.get("intervals") or {}, result.get("baselines") or {}
+    metrics = [
+        Metric(
+            key=key,
+            name=metric_name(key).removesuffix(", full ranking"),
+            protocol=_protocol(key),
+            value=value,
+            low=(intervals.get(key) or (None, None))[0],
+            high=(intervals.get(key) or (None, None))[1],
+            baselines={name: row[key] for name, row in baselines.items() if key in row},
+        )
+        for key, value in sorted(_section(files, "metrics").items(), key=_metric_order)
+    ]
+    return Accuracy(holdout=facts.holdout, metrics=tuple(metrics))
+
+
+def _metric_order(item: tuple[str, Any]) -> tuple[bool, int, int, str]:
+    key = item[0]
+    stem, _, depth = key.removeprefix("full_").partition("@")
+    order = ["hr", "ndcg", "recall"]
+    rank = order.index(stem) if stem in order else len(order)
+    return key.startswith("full_"), int(depth) if depth.isdigit() else 0, rank, key
+
+
+def _protocol(key: str) -> str:
+    if key.startswith("full_"):
+        return "all items, those of the history left out"
+    return "99 items the user has not seen"
+
+
+def _cost(files: _Files) -> Cost:
+    cost = _section(files, "cost")
+    return Cost(**{name: cost.get(name) for name in Cost.model_fields})
+
+
+def _row(row: Mapping[str, Any]) -> Facts:
+    return flat(row)
+
+
+def _curves(files: _Files, facts: claims.Facts) -> Iterator[Curve]:
+    losses = [(record.round, record.loss) for record in files.rounds]
+    yield from _curve("loss", "Training loss", losses, OUTSIDE)
+    key = headline_metric(files.result.get("metrics") or {}) or "hr@10"
+    metrics = [(record.round, (record.metrics or {}).get(key)) for record in files.rounds]
+    yield from _curve(key, metric_name(key), metrics, OUTSIDE)
+    if facts.private and facts.delta is not None:
+        yield from _epsilon_curves(files.spending, facts.delta)
+
+
+def _curve(
+    key: str, name: str, values: Sequence[tuple[int, float | None]], note: str
+) -> Iterator[Curve]:
+    points = [Point(round=number, value=value) for number, value in values if value is not None]
+    if points:
+        yield Curve(key=key, name=name, note=note, points=tuple(thinned(points, CURVE_POINTS)))
+
+
+def _epsilon_curves(spending: Spending, delta: float) -> Iterator[Curve]:
+    for key, name in (("epsilon", "ε, recipients"), ("epsilon_server", "ε, server")):
+        adversary, accountant = _WHICH[key]
+        values = [
+            (number, epsilon(counts, delta, adversary, accountant))
+            for number, counts in _milestones(spending)
+        ]
+        yield from _curve(key, name, values, "")
+
+
+def _milestones(spending: Spending) -> Iterator[tuple[int, Counter[RoundEvent]]]:
+    """Charges counted up to some rounds, the last among them; ε bends most in the first ones."""
+    last_of_round = {charge.round: place for place, charge in enumerate(spending.charges)}
+    ends = sorted(last_of_round.values())
+    places = {*thinned(ends, EPSILON_POINTS), *(ends[i] for i in _EARLY if i < len(ends))}
+    counts: Counter[RoundEvent] = Counter()
+    for place, charge in enumerate(spending.charges):
+        counts[charge.event] += 1
+        if place in places:
+            yield charge.round + 1, counts.copy()
+
+
+def thinned(values: Sequence[T], most: int) -> list[T]:
+    """At most ``most`` (>= 2) of the values, evenly spread, the first and the last among them."""
+    if len(values) <= most:
+        return list(values)
+    step = (len(values) - 1) / (most - 1)
+    return [values[round(place * step)] for place in range(most)]

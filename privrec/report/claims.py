@@ -1,0 +1,237 @@
+"""The words of the report: the claim, who it is against, whom one must trust, and the warnings.
+
+Kept apart from figures so that a reviewer can read every sentence privrec is able to print about
+privacy in one file. Nothing here computes an ε.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from privrec.record import epsilon_text
+from privrec.report.figures import delta_text
+from privrec.report.model import Adversary, Notice
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the sentences depend on; names and units as in `model.Privacy`."""
+
+    scenario: str
+    simulated: bool
+    noise: Literal["central", "none"]
+    noise_known: bool
+    epsilon: float | None
+    epsilon_server: float | None
+    epsilon_rdp: float | None
+    epsilon_server_rdp: float | None
+    delta: float | None
+    sampling: Literal["poisson", "everybody"]
+    sampling_rate: float
+    population: int | None
+    budget: float | None
+    budget_against: Literal["recipients", "server"]
+    rounds: int
+    charges: int
+    holdout: Literal["test", "validation"]
+    evaluations: int
+
+    @property
+    def private(self) -> bool:
+        """Whether a finite ε holds against anybody."""
+        return self.noise != "none" and not self.noise_known and self.epsilon is not None
+
+
+def claim(facts: Facts) -> str:
+    """The guarantee as a sentence or two; without one it says so."""
+    opening = _subject(facts)
+    if facts.noise == "none":
+        return f"{opening} has no privacy guarantee: no noise was added to what it released."
+    if not facts.private:
+        return f"{opening} has no privacy guarantee: its noise can be known (ε = ∞)."
+    return f"{opening} is {_guarantee(facts)} {_server_sentence(facts)}"
+
+
+def _subject(facts: Facts) -> str:
+    kind = "This simulated training run" if facts.simulated else "This training run"
+    users = f" over {facts.population:,} users" if facts.population else ""
+    return f"{kind} of “{facts.scenario}” ({facts.rounds:,} rounds{users})"
+
+
+def _guarantee(facts: Facts) -> str:
+    spent = f"({epsilon_text(facts.epsilon)}, {delta_text(facts.delta)})-differentially private"
+    unit = "at user level, where neighbours differ in one user’s history being replaced by none"
+    if facts.sampling == "everybody":
+        return f"{spent} {unit}, against recipients of the released models."
+    return (
+        f"{spent} {unit}, against recipients of the released models who do not know "
+        "which users took part in which round."
+    )
+
+
+def _server_sentence(facts: Facts) -> str:
+    if facts.sampling == "everybody":
+        return (
+            "Everybody takes part in every round, so the same ε holds against somebody who knows "
+            "every cohort."
+        )
+    return (
+        "Against somebody who knows every cohort and sees every release, ε is "
+        f"{epsilon_text(facts.epsilon_server)}."
+    )
+
+
+def adversaries(facts: Facts) -> tuple[Adversary, ...]:
+    """Both adversaries with their ε; without a guarantee both are infinite."""
+    finite = facts.private
+    return (
+        Adversary(
+            name="recipients",
+            epsilon=facts.epsilon if finite else None,
+            epsilon_rdp=facts.epsilon_rdp if finite else None,
+            sees="Every released model, or anything computed from one.",
+            assumes=_recipients_assume(facts),
+            limits_run=facts.budget is not None and facts.budget_against == "recipients",
+        ),
+        Adversary(
+            name="server",
+            epsilon=facts.epsilon_server if finite else None,
+            epsilon_rdp=facts.epsilon_server_rdp if finite else None,
+            sees="Every released model, and who was in every cohort.",
+            assumes="The sums before noise, and the noise root, stay inside the server.",
+            limits_run=facts.budget is not None and facts.budget_against == "server",
+        ),
+    )
+
+
+def _recipients_assume(facts: Facts) -> str:
+    hidden = "The sums before noise and the noise root stay inside the server"
+    if facts.sampling == "everybody":
+        return f"{hidden}. Nothing rests on sampling: everybody takes part."
+    return (
+        f"{hidden}; so do the cohorts, their sizes and who dropped out, since this ε is amplified "
+        "by sampling. For the same reason this report holds no realised cohort size."
+    )
+
+
+def trust(facts: Facts) -> str:
+    """Who must be trusted with what."""
+    simulation = (
+        "In this simulation every history lies on one machine: the figures say what a deployment "
+        "with these settings would promise, not what this machine’s owner can see."
+    )
+    if facts.noise == "none":
+        return f"No protection is claimed, so nobody’s honesty is relied on. {simulation}"
+    server = (
+        "One server is trusted. It adds up the users’ clipped updates, adds the noise to the sum "
+        "and only then releases the result. No ε here holds against the server’s own operator, "
+        "who could read the sums before noise, or reveal the cohorts or the noise."
+    )
+    return f"{server} {simulation}" if facts.simulated else server
+
+
+def mechanism(facts: Facts) -> str:
+    """The mechanism of one round, in words."""
+    if facts.noise == "none":
+        return "Sum of updates, without noise."
+    return (
+        "Gaussian mechanism on the integer sum: each user’s update is clipped in L2 norm and "
+        "rounded to integers within an enforced bound; Gaussian noise, rounded on the same grid "
+        "and drawn from a cryptographic generator, is added to every coordinate."
+    )
+
+
+def sampling(kind: str, rate: float, expected_cohort: float | None) -> str:
+    """How a round's cohort is drawn, in words."""
+    if kind == "everybody":
+        return "Everybody takes part in every round (no amplification)."
+    expected = f", {expected_cohort:,.0f} users expected" if expected_cohort else ""
+    return (
+        f"Poisson: each user takes part in a round by an independent coin of chance "
+        f"{rate:g}{expected}."
+    )
+
+
+def warnings(facts: Facts) -> tuple[Notice, ...]:
+    """Everything a reader must know before relying on the claim, the serious first."""
+    found = [*_no_guarantee(facts), *_weaknesses(facts), *_selection(facts)]
+    return tuple(sorted(found, key=lambda notice: notice.level != "serious"))
+
+
+def _no_guarantee(facts: Facts) -> Iterator[Notice]:
+    if facts.noise == "none":
+        yield Notice(
+            level="serious",
+            title="No privacy guarantee",
+            text="No noise was added. The released model can reveal single users’ histories; "
+            "do not release it outside the circle that may see the histories themselves.",
+        )
+    if facts.noise_known:
+        yield Notice(
+            level="serious",
+            title="The noise is known: ε = ∞",
+            text="The noise root was injected (unsafe_noise_key) to make the run reproducible. "
+            "Whoever has that key can subtract the noise. Use such a run for comparisons alone.",
+        )
+
+
+def _weaknesses(facts: Facts) -> Iterator[Notice]:
+    if not facts.private or facts.delta is None or facts.epsilon is None:
+        return
+    if facts.population and facts.delta >= 1 / facts.population:
+        yield Notice(
+            level="serious",
+            title="δ is too large for this population",
+            text=f"δ = {delta_text(facts.delta)} is not below 1/{facts.population:,}, one over the "
+            "number of users: a mechanism that publishes one whole user would satisfy it. "
+            f"Choose δ well below {1 / facts.population:.1g}.",
+        )
+    if facts.epsilon > 10:
+        yield Notice(
+            level="serious",
+            title="ε is large",
+            text=f"At ε = {epsilon_text(facts.epsilon)} the worst-case promise is weak: it lets "
+            "the odds of a guess about one user grow by a factor of e to the ε. Rely on it only "
+            "together with an empirical audit.",
+        )
+    yield from _amplification(facts)
+    if facts.charges > facts.rounds:
+        yield Notice(
+            level="caution",
+            title="Some rounds were charged more than once",
+            text=f"The ledger holds {facts.charges:,} charges for {facts.rounds:,} rounds: the "
+            "run was interrupted after a charge and tried again. All charges are counted in ε.",
+        )
+
+
+def _amplification(facts: Facts) -> Iterator[Notice]:
+    known, hidden = facts.epsilon_server, facts.epsilon
+    if facts.sampling == "everybody" or known is None or hidden is None or known <= 2 * hidden:
+        return
+    yield Notice(
+        level="caution",
+        title="The claim rests on secret cohorts",
+        text=f"If it becomes known who took part in which round, ε = {epsilon_text(hidden)} no "
+        f"longer holds, and ε = {epsilon_text(known)} does. Keep cohorts, their sizes and "
+        "drop-outs, and logs that show them, with the operator.",
+    )
+
+
+def _selection(facts: Facts) -> Iterator[Notice]:
+    if facts.holdout == "test" and facts.evaluations > 1:
+        yield Notice(
+            level="caution",
+            title="The test split was looked at during training",
+            text=f"Metrics on the test split were computed {facts.evaluations:,} times. Quote the "
+            "last ones only, and choose settings on a validation split (data.holdout = "
+            '"validation").',
+        )
+    if facts.holdout == "validation":
+        yield Notice(
+            level="caution",
+            title="Metrics are of a validation split",
+            text="They serve for choosing settings. A setting chosen for its metric here looks "
+            "better than it is; quote figures of the test split.",
+        )

@@ -1,0 +1,219 @@
+"""The report as data: what `report.json` holds, with its JSON Schema.
+
+Every field says what it is and in which unit. Models are frozen and refuse unknown fields, so a
+report that is read back is one that this version could have written. No field holds a realised
+cohort size: ε against recipients is valid only while those stay with the operator.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from privrec.record import OPERATOR_ONLY, OUTSIDE
+from privrec.report.spending import Signature
+
+SCHEMA: Final = "privrec-report-1"
+"""Name and version of the schema; it changes when a field changes its meaning."""
+
+Scalar = str | int | float | bool | None
+
+
+def _without_cohorts(values: dict[str, Scalar]) -> dict[str, Scalar]:
+    # A nested key arrives here as "outer.inner".
+    named = sorted(key for key in values if OPERATOR_ONLY & set(key.split(".")))
+    if named:
+        raise ValueError(f"{named[0]!r} names a realised cohort size, which no report may hold")
+    return values
+
+
+Facts = Annotated[dict[str, Scalar], AfterValidator(_without_cohorts)]
+"""Flat facts by name, none of which is a realised cohort size."""
+
+
+class Part(BaseModel):
+    """Base of everything in a report: frozen, finite, nothing unknown."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Adversary(Part):
+    """Somebody the guarantee is against, and the ε that holds against them."""
+
+    name: Literal["recipients", "server"]
+    epsilon: float | None = Field(ge=0, description="PLD, rounded up; null is infinite.")
+    epsilon_rdp: float | None = Field(ge=0, description="RDP cross-check; never below `epsilon`.")
+    sees: str = Field(description="What this adversary observes.")
+    assumes: str = Field(description="What must stay hidden for this ε to hold.")
+    limits_run: bool = Field(description="Whether the budget is against this adversary.")
+
+
+class Charged(Part):
+    """One kind of privacy event in the ledger, and how often it was charged."""
+
+    mechanism: Literal["gaussian", "none"]
+    noise_multiplier: float = Field(ge=0)
+    sampling_rate: float = Field(gt=0, le=1)
+    count: int = Field(ge=1)
+
+
+class Privacy(Part):
+    """The guarantee and everything its meaning depends on."""
+
+    private: bool = Field(description="Whether any finite ε holds.")
+    unit: Literal["user"] = Field(description="Whose whole contribution is protected.")
+    adjacency: Literal["zero-out"] = Field(
+        description="One user's history is replaced by none; enrolment is public."
+    )
+    delta: float | None = Field(gt=0, lt=1, description="δ; null without noise.")
+    adversaries: tuple[Adversary, ...] = Field(description="One entry each; each ε names one.")
+    trust: str = Field(description="Who must be trusted with what.")
+    noise: Literal["central", "none"]
+    mechanism: str = Field(description="The mechanism, in words.")
+    noise_multiplier: float | None = Field(gt=0, description="Noise over sensitivity.")
+    clip_norm: float | None = Field(gt=0, description="Largest L2 norm of one user's update.")
+    rounding_bound_ratio: float | None = Field(
+        gt=0, description="Sensitivity after integer rounding, over `clip_norm`."
+    )
+    sampling: Literal["poisson", "everybody"]
+    sampling_rate: float = Field(gt=0, le=1, description="Chance of a user to be in a round.")
+    population: int | None = Field(ge=1, description="Declared number of users, public.")
+    expected_cohort: float | None = Field(ge=0, description="`population` × `sampling_rate`.")
+    budget: float | None = Field(gt=0, description="Largest ε allowed; null is no limit.")
+    budget_against: Literal["recipients", "server"]
+    noise_known: bool = Field(description="Whether the noise came from an injected root.")
+    charges: int = Field(ge=0, description="Charged (round, attempt) pairs in the ledger.")
+    events: tuple[Charged, ...] = Field(description="What was charged; order does not matter.")
+    ledger_head: str = Field(description="Hash of the last ledger entry, in hex.")
+    ledger_key: str = Field(description="Ed25519 public key of the signed head, in hex.")
+    ledger_signature: Signature = Field(
+        description="Whether that key was given, or is the one that the ledger itself names."
+    )
+
+
+class Metric(Part):
+    """One line of the accuracy table."""
+
+    key: str = Field(description="Name in result.json, such as `hr@10`.")
+    name: str
+    protocol: str = Field(description="What the held-out item is ranked among.")
+    value: float
+    low: float | None = Field(description="Lower end of the 95 % bootstrap interval over users.")
+    high: float | None = Field(description="Upper end of that interval.")
+    baselines: dict[str, float] = Field(description="The same metric of simple baselines, by name.")
+
+
+class Accuracy(Part):
+    """How well the model recommends, from private data."""
+
+    note: Literal["outside the guarantee"] = Field(
+        default=OUTSIDE, description="These figures are computed from private data without noise."
+    )
+    holdout: Literal["test", "validation"]
+    metrics: tuple[Metric, ...]
+
+
+class Cost(Part):
+    """What the run cost a device and this machine."""
+
+    upload_bytes: int | None = Field(ge=0, description="Bytes up, per device and round.")
+    download_bytes: int | None = Field(ge=0, description="Bytes down, per device and round.")
+    device_peak_bytes: int | None = Field(ge=0, description="Peak memory of one device, bytes.")
+    cpu_s_per_device_round: float | None = Field(
+        ge=0, description="CPU seconds of one device in one round, on this machine."
+    )
+    wall_s: float | None = Field(ge=0, description="Seconds of the whole run on this machine.")
+
+
+class Point(Part):
+    """One point of a curve."""
+
+    round: int = Field(ge=0)
+    value: float
+
+
+class Curve(Part):
+    """A quantity by round."""
+
+    key: str
+    name: str
+    note: str = Field(description="Empty, or the stamp of figures from private data.")
+    points: tuple[Point, ...]
+
+
+class Notice(Part):
+    """Something a reader must know before relying on the claim."""
+
+    level: Literal["serious", "caution"]
+    title: str
+    text: str
+
+
+class Report(Part):
+    """One run, as a reviewer reads it."""
+
+    report_schema: Literal["privrec-report-1"] = Field(default=SCHEMA)
+    simulated: bool = Field(description="Whether the devices were simulated on one machine.")
+    scenario: str
+    title: str
+    description: str
+    run_id: str
+    version: str = Field(description="Version of privrec that trained the model.")
+    scenario_hash: str
+    privacy_hash: str
+    rounds: int = Field(ge=0, description="Rounds that were finished.")
+    claim: str = Field(description="The guarantee, in one sentence or two.")
+    privacy: Privacy
+    accuracy: Accuracy
+    cost: Cost
+    data: Facts
+    model: Facts
+    rows: tuple[Facts, ...] = Field(description="Settings compared by the scenario, if any.")
+    curves: tuple[Curve, ...]
+    warnings: tuple[Notice, ...]
+
+    def adversary(self, name: str) -> Adversary:
+        """The adversary of that name.
+
+        Raises:
+            KeyError: The report has none of that name.
+        """
+        found = {adversary.name: adversary for adversary in self.privacy.adversaries}
+        return found[name]  # type: ignore[index]
+
+    def curve(self, key: str) -> Curve | None:
+        """The curve of that key, or None where the run has no such points."""
+        return next((curve for curve in self.curves if curve.key == key), None)
+
+    def metric(self, key: str) -> Metric | None:
+        """The metric of that key, or None."""
+        return next((metric for metric in self.accuracy.metrics if metric.key == key), None)
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) that every ``report.json`` of this version satisfies."""
+    schema = Report.model_json_schema(mode="serialization")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def schema_text() -> str:
+    """The JSON Schema as text, with a fixed order of keys."""
+    return json.dumps(json_schema(), indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+
+
+def flat(values: Mapping[str, Any]) -> dict[str, Scalar]:
+    """Nested facts as one level, with keys joined by dots; lists become comma-separated text."""
+    return dict(_leaves(values, ""))
+
+
+def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Scalar]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        elif isinstance(value, list | tuple):
+            yield f"{prefix}{key}", ", ".join(str(item) for item in value)
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,71 @@
+"""What a run spent, read from its ledger and checked against the rest of the directory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from privrec.errors import IntegrityError
+from privrec.privacy.events import RoundEvent
+from privrec.privacy.ledger import Charge, Ledger
+
+Signature = Literal["server key", "key named in the ledger"]
+
+
+@dataclass(frozen=True)
+class Spending:
+    """Everything charged, in order, and how far the ledger was checked.
+
+    Args:
+        header: The ledger's header.
+        charges: One for each (round, attempt); rounds are counted from 0.
+        counts: How often each event was charged.
+        head: Hash of the last entry, in hex.
+        key: The public key that the signed head was checked with, in hex.
+        signature: Whether that key was given, or is the one that the ledger itself names.
+    """
+
+    header: Mapping[str, Any]
+    charges: Sequence[Charge]
+    counts: Mapping[RoundEvent, int]
+    head: str
+    key: str
+    signature: Signature
+
+
+def read_spending(directory: Path, public_key: Ed25519PublicKey | None = None) -> Spending:
+    """The spending of the run in ``directory``; the ledger is read and left as it is.
+
+    Args:
+        directory: The run directory.
+        public_key: The server's key; without it the head is checked with the key that the header
+            names, which shows damage but not a ledger that was replaced as a whole.
+
+    Raises:
+        IntegrityError: The ledger was altered, cut short, or signed by another key, or is absent.
+    """
+    path = directory / "ledger.jsonl"
+    if not path.exists():
+        raise IntegrityError(
+            f"{path}: the ledger is missing, and no ε can be stated without it. "
+            "Restore the directory as the run left it."
+        )
+    with Ledger.open(path, public_key=public_key, repair=False) as ledger:
+        return Spending(
+            header=ledger.header,
+            charges=ledger.charges,
+            counts=ledger.counts,
+            head=ledger.last_hash,
+            key=_key_text(public_key, ledger.header),
+            signature="server key" if public_key else "key named in the ledger",
+        )
+
+
+def _key_text(public_key: Ed25519PublicKey | None, header: Mapping[str, Any]) -> str:
+    if public_key is not None:
+        return public_key.public_bytes_raw().hex()
+    return str(header.get("public_key", ""))

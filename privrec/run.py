@@ -1,0 +1,520 @@
+"""The loop: plan, charge, collect, release, apply, record; and how it stops and goes on.
+
+Order is the promise: a round is charged on disk before anything is collected for it, and what it
+releases is committed on disk before it is applied. So a crash can waste budget, never hide it.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import privrec
+from privrec import checkpoint, data, metrics
+from privrec.assembly import Parts, assemble, data_digest
+from privrec.checkpoint import Position
+from privrec.errors import BudgetError, IntegrityError, Interrupted, UsageError
+from privrec.outcome import result_of, write_model
+from privrec.privacy.ledger import Ledger, server_key
+from privrec.randomness import SecretRoot, rng_for, state_dir
+from privrec.record import EventLog, Observer, Record, RunInfo
+from privrec.scenario import Scenario
+from privrec.scoring import Scorer
+from privrec.server.server import Release
+
+CHECKPOINT = "checkpoint.safetensors"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: its directory, and what ``result.json`` there holds."""
+
+    path: Path
+    payload: dict[str, Any]
+
+
+def start(
+    scenario: Scenario,
+    *,
+    out: Path,
+    data_dir: Path | None = None,
+    observer: Observer,
+    unsafe_noise_key: bytes | None = None,
+) -> Result:
+    """Run a scenario from its beginning.
+
+    Everything that can be refused is refused before ``out`` exists; ``out`` appears whole, with its
+    ledger and first checkpoint.
+
+    Args:
+        scenario: what to run.
+        out: the run's new directory.
+        data_dir: where the data lies, before the scenario's own path.
+        observer: is told of the start, every round and the end.
+        unsafe_noise_key: a noise root that others know, for runs that must repeat bit for bit. The
+            run then protects nobody and says so.
+
+    Raises:
+        UsageError: when ``out`` is taken or the scenario cannot be run on this data.
+        DataError: when the data is malformed.
+        BudgetError: when the budget ran out before the planned rounds; the run is finished as far
+            as it came.
+        Interrupted: on Ctrl-C, after a checkpoint.
+    """
+    _refuse_taken(out)
+    split = data.load(scenario.data, data_dir=data_dir)
+    _check_population(scenario, split.train.n_users)
+    identity = _Identity.new(scenario, split, data_dir, unsafe_noise_key)
+    parts = assemble(scenario, split.train, identity.run_id, identity.root("devices"))
+    with _appearing(out) as folder:
+        _write_json(folder / "run.json", identity.to_json())
+        (folder / "scenario.toml").write_text(scenario.to_toml(), encoding="utf-8")
+        header = {
+            "run_id": identity.run_id,
+            "scenario_hash": scenario.hash(),
+            "privacy_hash": scenario.privacy_hash(),
+            "delta": scenario.privacy.delta,
+            "population": split.train.n_users,
+        }
+        with Ledger.create(
+            folder / "ledger.jsonl", header=header, signing_key=identity.signing_key()
+        ) as ledger:
+            digest = data_digest(split.train)
+            _save(folder, parts, identity, scenario, ledger, digest)
+        with EventLog(folder / "events.jsonl") as events:
+            events.append("start", run_id=identity.run_id, simulated=True)
+    return _go_on(out, scenario, split, identity, parts, observer)
+
+
+def resume(out: Path, *, data_dir: Path | None = None, observer: Observer) -> Result:
+    """Go on with a run from its last checkpoint, or give the result of a finished one.
+
+    With the noise root the run repeats its bits: rounds that were charged and lost are made again
+    at no cost. Without it, or where a repeated round would release anything else, a new attempt is
+    charged and gets fresh noise.
+
+    Raises:
+        UsageError: when ``out`` is no run directory.
+        IntegrityError: when ledger, checkpoint and data do not belong together or were altered.
+    """
+    identity = _Identity.read(out)
+    if (out / "result.json").exists():
+        return Result(out, json.loads((out / "result.json").read_text(encoding="utf-8")))
+    text = (out / "scenario.toml").read_text(encoding="utf-8")
+    scenario = Scenario.from_toml(text, source=str(out / "scenario.toml"))
+    split = data.load(scenario.data, data_dir=data_dir or identity.data_dir)
+    parts = assemble(scenario, split.train, identity.run_id, identity.root("devices"))
+    position, arrays = checkpoint.read(out / CHECKPOINT)
+    _check_same(out, position, identity, scenario, data_digest(split.train))
+    _restore(parts, position, arrays)
+    with EventLog(out / "events.jsonl") as events:
+        events.append("resume", round=position.index)
+    return _go_on(out, scenario, split, identity, parts, observer, position)
+
+
+def remembered_data_dir(out: Path) -> Path | None:
+    """Where the data of a run lay when it was started."""
+    return _Identity.read(out).data_dir
+
+
+@dataclass(frozen=True)
+class _Identity:
+    """Who a run is: its name, where its data lies, and its secrets (kept apart from it)."""
+
+    run_id: str
+    scenario: str
+    scenario_hash: str
+    privacy_hash: str
+    data: dict[str, Any]
+    data_dir: Path | None
+    known_key: str | None
+
+    @classmethod
+    def new(
+        cls, scenario: Scenario, split: data.Split, data_dir: Path | None, known: bytes | None
+    ) -> _Identity:
+        # A known root repeats a run bit for bit, so the run's name must repeat as well.
+        run_id = secrets.token_hex(8) if known is None else f"known-{scenario.hash()[:16]}"
+        return cls(
+            run_id,
+            scenario.name,
+            scenario.hash(),
+            scenario.privacy_hash(),
+            data.describe(split),
+            None if data_dir is None else data_dir.resolve(),
+            None if known is None else known.hex(),
+        )
+
+    @classmethod
+    def read(cls, out: Path) -> _Identity:
+        path = out / "run.json"
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            data_dir = None if stored["data_dir"] is None else Path(stored["data_dir"])
+            return cls(
+                stored["run_id"],
+                stored["scenario"],
+                stored["scenario_hash"],
+                stored["privacy_hash"],
+                stored["data"],
+                data_dir,
+                stored["unsafe_noise_key"],
+            )
+        except (FileNotFoundError, NotADirectoryError):
+            raise UsageError(
+                f"{out}: there is no run.json; name a directory that `privrec run` made"
+            ) from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise IntegrityError(f"{path}: not what was written ({error!r}); restore it") from None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "run_id": self.run_id,
+            "scenario": self.scenario,
+            "version": privrec.__version__,
+            "simulated": True,
+            "scenario_hash": self.scenario_hash,
+            "privacy_hash": self.privacy_hash,
+            "noise_known": self.known_key is not None,
+            "unsafe_noise_key": self.known_key,
+            "data": self.data,
+            "data_dir": None if self.data_dir is None else str(self.data_dir),
+        }
+
+    def root(self, maker: str) -> SecretRoot:
+        """The secret of one noise-maker: the injected one, the kept one, or a new one."""
+        if self.known_key is not None:
+            return SecretRoot.known(bytes.fromhex(self.known_key) + maker.encode())
+        path = self._secrets() / f"{maker}.root"
+        return SecretRoot.load(path) if path.exists() else SecretRoot.create(path)
+
+    def signing_key(self) -> Any:
+        return server_key(self._secrets() / "server.key")
+
+    def _secrets(self) -> Path:
+        return state_dir() / "runs" / self.run_id
+
+
+def _go_on(
+    out: Path,
+    scenario: Scenario,
+    split: data.Split,
+    identity: _Identity,
+    parts: Parts,
+    observer: Observer,
+    position: Position | None = None,
+) -> Result:
+    with (
+        Ledger.open(out / "ledger.jsonl", signing_key=identity.signing_key()) as ledger,
+        EventLog(out / "events.jsonl") as events,
+        _one_thread(),
+    ):
+        if position and not ledger.has(position.ledger_entries, position.ledger_hash):
+            raise IntegrityError(
+                f"{out / CHECKPOINT}: taken at entry {position.ledger_entries} of another ledger; "
+                "restore the ledger that belongs to this run"
+            )
+        loop = _Loop(out, scenario, split, identity, parts, observer, ledger, events)
+        observer.started(loop.info())
+        return loop.run()
+
+
+@dataclass
+class _Loop:
+    """One run from where it stands to its end."""
+
+    out: Path
+    scenario: Scenario
+    split: data.Split
+    identity: _Identity
+    parts: Parts
+    observer: Observer
+    ledger: Ledger
+    events: EventLog
+    root: SecretRoot = field(init=False)
+    cpu_s: float = 0.0
+    began: float = field(default_factory=time.perf_counter)
+    evaluated: metrics.Evaluation | None = None
+
+    def __post_init__(self) -> None:
+        self.root = self.identity.root("server")
+
+    def info(self) -> RunInfo:
+        scenario, plan = self.scenario, self.parts.server.plan
+        return RunInfo(
+            name=scenario.name,
+            title=scenario.title,
+            rounds=scenario.train.rounds,
+            done=self.parts.server.index,
+            population=self.split.train.n_users,
+            private=plan.event.is_private,
+            noise_known=self.identity.known_key is not None,
+            budget=scenario.privacy.epsilon,
+            budget_against=scenario.privacy.budget_against,
+            expected_cohort=plan.expected_cohort,
+        )
+
+    def run(self) -> Result:
+        server, refused = self.parts.server, None
+        first = server.index
+        with _interrupts() as stop:
+            while server.index < self.scenario.train.rounds:
+                try:
+                    self._round()
+                except BudgetError as error:
+                    refused = error
+                    break
+                if stop:
+                    self._save()
+                    raise Interrupted(
+                        f"stopped after round {server.index} of {self.scenario.train.rounds}; "
+                        f"go on with: privrec resume {self.out}"
+                    )
+                if server.index % self.scenario.run.checkpoint_every == 0:
+                    self._save()
+        self._save()
+        result = self._finish(server.index - first)
+        self.observer.finished(result)
+        if refused:
+            raise refused
+        return result
+
+    def _round(self) -> None:
+        began, cpu = time.perf_counter(), time.process_time()
+        server = self.parts.server
+        release, cohort, loss, attempt = self._release()
+        server.apply(release)
+        self.cpu_s += time.process_time() - cpu
+        record = Record(
+            round=server.index,
+            rounds=self.scenario.train.rounds,
+            attempt=attempt,
+            epsilon=self._epsilon("recipients"),
+            epsilon_server=self._epsilon("server"),
+            loss=loss,
+            metrics=self._metrics_now(),
+            cohort=cohort,
+            **self._timing(began, cpu),
+        )
+        self.events.round(record)
+        self.observer.round(record)
+
+    def _release(self) -> tuple[Release, int, float | None, int]:
+        """Charge, collect and commit the next round, with a new attempt where bits would differ."""
+        server, ledger = self.parts.server, self.ledger
+        attempt = max(0, ledger.attempts(server.index) - 1)
+        while True:
+            self._charge(attempt)
+            round = server.next_round(attempt)
+            aggregate = self.parts.simulation.collect(round, server.weights)
+            release = server.release(round, aggregate, self.root)
+            if ledger.committed(server.index, attempt) in (None, release.tag):
+                ledger.commit(server.index, attempt, release.tag)
+                return release, aggregate.cohort, aggregate.loss, attempt
+            attempt = ledger.attempts(server.index)
+
+    def _charge(self, attempt: int) -> None:
+        server, privacy = self.parts.server, self.scenario.privacy
+        event = server.plan.event
+        paid = attempt < self.ledger.attempts(server.index)
+        if not paid and event.is_private and privacy.epsilon is not None:
+            spent = self.ledger.epsilon_after(
+                event, delta=privacy.delta, adversary=privacy.budget_against
+            )
+            if spent > privacy.epsilon:
+                raise BudgetError(
+                    f"round {server.index + 1} would bring ε to {spent:.4f} against the "
+                    f"{privacy.budget_against}: the budget is {privacy.epsilon}. Stopped after "
+                    f"{server.index} rounds; the model so far is in {self.out}"
+                )
+        self.ledger.charge(server.index, attempt, event)
+
+    def _epsilon(self, adversary: Any) -> float | None:
+        if not self.parts.server.plan.event.is_private or self.identity.known_key is not None:
+            return None
+        return self.ledger.epsilon(self.scenario.privacy.delta, adversary)
+
+    def _timing(self, began: float, cpu: float) -> dict[str, float]:
+        # Where sampling amplifies, how long a round took would tell how large its cohort was.
+        event = self.parts.server.plan.event
+        if event.is_private and event.sampling_rate < 1:
+            return {}
+        return {"wall_s": time.perf_counter() - began, "cpu_s": time.process_time() - cpu}
+
+    def _metrics_now(self) -> dict[str, float] | None:
+        every, index = self.scenario.run.eval_every, self.parts.server.index
+        if index == self.scenario.train.rounds:
+            self.evaluated = self.evaluate(("sampled", "full"))
+            return self.evaluated.summary()
+        if every == 0 or index % every:
+            return None
+        return self.evaluate(("sampled",) if self.split.heldout.single else ("full",)).summary()
+
+    def evaluate(self, protocols: tuple[Any, ...]) -> metrics.Evaluation:
+        """Metrics of the released weights, every user served by a vector fitted from nothing."""
+        users = np.arange(self.split.train.n_users)
+        weights, seed = self.parts.server.released, self.scenario.run.seed
+        key = int(rng_for(seed, "serving").integers(2**63))
+        steps = self.scenario.train.serve_steps
+        states = self.parts.cohort.fit(weights, users, key, steps)
+        if not self.split.heldout.single:
+            protocols = ("full",)
+        return metrics.evaluate(
+            Scorer(self.parts.recommender, weights, states),
+            self.split,
+            k=self.scenario.run.top_k,
+            protocols=protocols,
+            seed=seed,
+        )
+
+    def _finish(self, rounds: int) -> Result:
+        evaluated = self.evaluated or self.evaluate(("sampled", "full"))
+        wall_s = time.perf_counter() - self.began
+        write_model(self.out, self.parts, self.scenario, self.split.train)
+        payload = result_of(
+            self.scenario, self.split, self.parts, self.ledger, evaluated,
+            identity=self.identity.to_json(), cpu_s=self.cpu_s, rounds_timed=rounds, wall_s=wall_s,
+        )  # fmt: skip
+        _write_json(self.out / "result.json", payload)
+        self.events.append("end", round=self.parts.server.index)
+        return Result(self.out, payload)
+
+    def _save(self) -> None:
+        digest = data_digest(self.split.train)
+        _save(self.out, self.parts, self.identity, self.scenario, self.ledger, digest)
+
+
+def _save(
+    folder: Path,
+    parts: Parts,
+    identity: _Identity,
+    scenario: Scenario,
+    ledger: Ledger,
+    digest: str,
+) -> None:
+    server = parts.server
+    ledger.seal()
+    position = Position(
+        identity.run_id,
+        scenario.hash(),
+        digest,
+        server.index,
+        ledger.entries,
+        ledger.last_hash,
+    )
+    moments = {f"moments.{name}": value for name, value in server.optimizer.moments.items()}
+    own = {"weights": server.weights, "mean": server.mean, "states": parts.cohort.states}
+    checkpoint.write(folder / CHECKPOINT, position, {**own, **moments})
+
+
+def _restore(parts: Parts, position: Position, arrays: dict[str, NDArray[np.float32]]) -> None:
+    server = parts.server
+    server.index, server.weights, server.mean = (
+        position.index,
+        arrays["weights"].copy(),
+        arrays["mean"].copy(),
+    )
+    parts.cohort.states[...] = arrays["states"]
+    for name, value in arrays.items():
+        if name.startswith("moments."):
+            server.optimizer.moments[name.removeprefix("moments.")] = value.copy()
+
+
+def _check_same(
+    out: Path, position: Position, identity: _Identity, scenario: Scenario, digest: str
+) -> None:
+    expected = {
+        "run": (position.run_id, identity.run_id),
+        "scenario": (position.scenario_hash, scenario.hash()),
+        "data": (position.data_digest, digest),
+    }
+    for noun, (found, wanted) in expected.items():
+        if found != wanted:
+            raise IntegrityError(
+                f"{out / CHECKPOINT}: the checkpoint belongs to {noun} {found[:16]}, not "
+                f"{wanted[:16]}; restore what the run was started with"
+            )
+
+
+def _check_population(scenario: Scenario, users: int) -> None:
+    declared = scenario.devices.population
+    if declared is not None and declared != users:
+        raise UsageError(
+            f"devices.population = {declared}: the data has {users} users; declare that number, "
+            "or leave the key out"
+        )
+
+
+def _refuse_taken(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(
+            f"{out}: it exists and is not empty; name a new directory with --out, or go on with a "
+            f"stopped run: privrec resume {out}"
+        )
+
+
+@contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """A hidden folder beside ``out`` that becomes ``out`` when all went well, else vanishes."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = out.parent / f".{out.name}.{secrets.token_hex(4)}"
+    folder.mkdir()
+    try:
+        yield folder
+        if out.exists():
+            out.rmdir()
+        folder.rename(out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Batches fit one core's cache, and sums must not depend on how threads share them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """A list that gets an entry at the first Ctrl-C; the second one stops at once."""
+    seen: list[int] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    try:
+        before = signal.signal(signal.SIGINT, note)
+    except ValueError:  # only the main thread may listen; elsewhere Ctrl-C is not ours
+        yield seen
+        return
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    fresh.replace(path)

@@ -1,0 +1,174 @@
+"""The rules between keys of a scenario: what each key alone cannot say.
+
+A rule reads values by dotted path and gives its problems by path. It is skipped while a key that
+it reads is malformed, so that one mistake is reported once.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
+from typing import Any
+
+from privrec.scenario_problems import as_toml, describe
+
+SYNTHETIC_KEYS = ("users", "items", "clusters", "interactions_per_user", "seed")
+TABLE_KEYS = ("user_column", "item_column", "time_column", "separator", "encoding")
+
+Values = Mapping[str, Any]
+Problems = dict[str, str]
+
+
+def values_of(
+    document: Mapping[str, Any], defaults: Mapping[str, Any], malformed: AbstractSet[str]
+) -> dict[str, Any]:
+    """Values by dotted path, with defaults filled in and without the malformed.
+
+    Args:
+        document: The scenario as nested tables.
+        defaults: Default by dotted path, of every key in a table.
+        malformed: Dotted keys and whole tables with a problem of their own.
+    """
+    values = {}
+    for path, default in defaults.items():
+        table, _, name = path.rpartition(".")
+        section = document.get(table, {})
+        if not {path, table} & malformed and isinstance(section, Mapping):
+            values[path] = section.get(name, default)
+    return values
+
+
+def foreign_keys(source: str) -> tuple[str, ...]:
+    """The keys of ``[data]`` that mean nothing for this source."""
+    synthetic = () if source == "synthetic" else SYNTHETIC_KEYS
+    return synthetic + (() if source == "table" else TABLE_KEYS)
+
+
+def conflicts(values: Values, given: AbstractSet[str]) -> Problems:
+    """Everything that is wrong between keys, by path.
+
+    Args:
+        values: As :func:`values_of` gives them.
+        given: Dotted keys that are written out, not defaulted.
+    """
+    problems = _foreign(values, given)
+    for rule in _RULES:
+        try:
+            problems.update(rule(values))
+        except KeyError:
+            continue
+    return problems
+
+
+def _foreign(values: Values, given: AbstractSet[str]) -> Problems:
+    source = values.get("data.source")
+    problems: Problems = {}
+    if source is None:
+        return problems
+    for path in (f"data.{key}" for key in foreign_keys(source)):
+        if path in given and path in values:
+            owner = "synthetic" if path.partition(".")[2] in SYNTHETIC_KEYS else "table"
+            rule = f'it belongs to data.source = "{owner}", and the source is {as_toml(source)}'
+            problems[path] = describe(path, values[path], rule, f"remove it (-s {path}=)")
+    return problems
+
+
+def _synthetic(values: Values) -> Problems:
+    if values["data.source"] != "synthetic":
+        return {}
+    items, problems = values["data.items"], {}
+    limits = {
+        "data.clusters": (items, f"data.items = {items}"),
+        "data.interactions_per_user": (items // 2, f"half of data.items = {items}"),
+    }
+    for path, (limit, words) in limits.items():
+        if values[path] > limit:
+            rule = f"must not exceed {words}"
+            problems[path] = describe(path, values[path], rule, "lower it or raise data.items")
+    return problems
+
+
+def _encoding(values: Values) -> Problems:
+    path = "data.encoding"
+    try:
+        codecs.lookup(values[path])
+    except LookupError:
+        rule = "must name a text encoding that Python knows"
+        return {path: describe(path, values[path], rule, 'for example "utf-8" or "latin-1"')}
+    return {}
+
+
+def _block(values: Values) -> Problems:
+    dim, block = values["model.dim"], values["model.block"]
+    divisors = [size for size in range(1, min(dim, block) + 1) if dim % size == 0]
+    if dim % block:
+        rule, remedy = f"must divide model.dim = {dim}", f"use {divisors[-1]}"
+    elif values["model.compression"] > 1 and dim == block:
+        rule = f"a compressed model.dim = {dim} needs two blocks or more, or whole items collide"
+        remedy = f"use {divisors[-2]}" if dim > 1 else "raise model.dim"
+    else:
+        return {}
+    return {"model.block": describe("model.block", block, rule, remedy)}
+
+
+def _warmup(values: Values) -> Problems:
+    path, rounds = "train.warmup_rounds", values["train.rounds"]
+    if values[path] <= rounds:
+        return {}
+    return {path: describe(path, values[path], f"must not exceed train.rounds = {rounds}", _LOWER)}
+
+
+_LOWER = "lower it or train for longer"
+
+
+def _top_k(values: Values) -> Problems:
+    cuts = list(values["run.top_k"])
+    if len(set(cuts)) == len(cuts):
+        return {}
+    remedy = f"use {as_toml(sorted(set(cuts)))}"
+    return {"run.top_k": describe("run.top_k", cuts, "must not repeat a cut-off", remedy)}
+
+
+def _clip(values: Values) -> Problems:
+    path = "privacy.clip_norm"
+    if values["privacy.noise"] == "none" or values[path] is not None:
+        return {}
+    rule = 'privacy.noise = "central" needs a bound on each update'
+    return {path: f"{path} is unset: {rule}; set it, for example to 1.0"}
+
+
+def _budget(values: Values) -> Problems:
+    epsilon, multiplier = values["privacy.epsilon"], values["privacy.noise_multiplier"]
+    if values["privacy.noise"] == "none":
+        return _without_noise(values)
+    if epsilon is None and multiplier is None:
+        rule = 'privacy.noise = "central" needs a target ε or a noise multiplier'
+        remedy = "set privacy.epsilon, for example to 8, or privacy.noise_multiplier"
+        return {"privacy.epsilon": f"privacy.epsilon is unset: {rule}; {remedy}"}
+    if epsilon is not None and multiplier is not None:
+        rule = f"excludes privacy.noise_multiplier = {multiplier}, since each decides the other"
+        return {"privacy.epsilon": describe("privacy.epsilon", epsilon, rule, "remove one of them")}
+    return {}
+
+
+def _without_noise(values: Values) -> Problems:
+    rule = 'privacy.noise = "none" gives no guarantee at all'
+    return {
+        path: describe(
+            path, values[path], rule, f'set privacy.noise = "central" or remove it (-s {path}=)'
+        )
+        for path in ("privacy.epsilon", "privacy.noise_multiplier")
+        if values[path] is not None
+    }
+
+
+_RULES: tuple[Callable[[Values], Problems], ...] = (
+    _synthetic,
+    _encoding,
+    _block,
+    _warmup,
+    _top_k,
+    _clip,
+    _budget,
+)

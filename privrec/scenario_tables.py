@@ -1,0 +1,271 @@
+"""The tables of a scenario: every key with its type, range, default, unit and meaning."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+def as_tuple(value: object) -> object:
+    """A TOML list as the tuple that a frozen model holds; anything else as it is."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def setting(default: Any, meaning: str, *, unit: str = "", **rules: Any) -> Any:
+    """A field with its meaning and unit, which errors and documentation read off the schema."""
+    return Field(default, description=meaning, json_schema_extra={"unit": unit}, **rules)
+
+
+class Table(BaseModel):
+    """A frozen table that refuses unknown keys, conversions and values that are not finite."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+Width = Annotated[int, Field(ge=1, le=4096)]
+Cut = Annotated[int, Field(ge=1, le=1000)]
+
+
+class Data(Table):
+    """``[data]``: which interactions, and what is held out of them."""
+
+    source: Literal[
+        "synthetic",
+        "ml-100k",
+        "ml-1m",
+        "ml-10m",
+        "ml-20m",
+        "ml-25m",
+        "ncf",
+        "lightgcn",
+        "table",
+    ] = setting("synthetic", "Where the interactions come from.")
+    path: str | None = setting(
+        None,
+        "File or folder of the data; `--data` and `PRIVREC_DATA` come first.",
+        min_length=1,
+        max_length=4096,
+    )
+    holdout: Literal["test", "validation"] = setting(
+        "test", "What metrics are computed on; choose settings on `validation`."
+    )
+    max_history: int | None = setting(
+        None, "The most recent interactions kept of each user.", unit="interactions", ge=1
+    )
+    users: int = setting(400, "`synthetic` only: number of users.", unit="users", ge=2, le=10**7)
+    items: int = setting(
+        300, "`synthetic` only: size of the catalogue.", unit="items", ge=4, le=10**7
+    )
+    clusters: int = setting(
+        8, "`synthetic` only: planted groups of taste.", unit="clusters", ge=1, le=10**4
+    )
+    interactions_per_user: int = setting(
+        30, "`synthetic` only: mean length of a history.", unit="interactions", ge=2, le=10**5
+    )
+    seed: int = setting(0, "`synthetic` only: seed of the generator.", ge=0, le=2**63 - 1)
+    user_column: str = setting(
+        "user", "`table` only: column of user ids.", min_length=1, max_length=200
+    )
+    item_column: str = setting(
+        "item", "`table` only: column of item ids.", min_length=1, max_length=200
+    )
+    time_column: str | None = setting(
+        None, "`table` only: column of times; unset, file order.", min_length=1, max_length=200
+    )
+    separator: str | None = setting(
+        None,
+        "`table` only: field separator; unset, a tab for `.tsv` and a comma otherwise.",
+        min_length=1,
+        max_length=1,
+    )
+    encoding: str = setting(
+        "utf-8", "`table` only: encoding of the file.", min_length=1, max_length=40
+    )
+
+
+class Model(Table):
+    """``[model]``: the recommender and the size of its shared memory."""
+
+    kind: Literal["gmf", "mlp", "neumf"] = setting("gmf", "Which model of the NCF paper.")
+    dim: int = setting(32, "Length of an item vector.", unit="floats", ge=1, le=4096)
+    block: int = setting(
+        16, "Length of a hashed block; divides `dim`.", unit="floats", ge=1, le=4096
+    )
+    compression: float = setting(
+        1.0,
+        "Item table over shared memory, both in floats; 1 is uncompressed.",
+        unit="ratio",
+        ge=1,
+        le=10**6,
+    )
+    hidden: Annotated[tuple[Width, ...], BeforeValidator(as_tuple)] = setting(
+        (64, 32, 16),
+        "`mlp`, `neumf`: widths of the hidden layers.",
+        unit="neurons",
+        min_length=1,
+        max_length=8,
+    )
+    init_std: float = setting(0.01, "Standard deviation of the initial item vectors.", gt=0, le=10)
+    item_bias: bool = setting(True, "Whether each item has a bias of its own.")
+
+
+class Devices(Table):
+    """``[devices]``: how many there are and how a round's cohort is drawn."""
+
+    population: int | None = setting(
+        None,
+        "Number of users, declared as public; checked against the data.",
+        unit="users",
+        ge=1,
+        le=10**10,
+    )
+    sampling: Literal["poisson", "everybody"] = setting(
+        "poisson", "Each device by its own coin, or all of them every round."
+    )
+    sampling_rate: float = setting(
+        0.05,
+        "Chance of each device to be in a round; 1 with `everybody`.",
+        unit="probability",
+        gt=0,
+        le=1,
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _everybody_is_rate_one(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("sampling") == "everybody":
+            return {**values, "sampling_rate": 1.0}
+        return values
+
+
+class Train(Table):
+    """``[train]``: local training on a device, and the server's step."""
+
+    rounds: int = setting(100, "Rounds of the run.", unit="rounds", ge=1, le=10**6)
+    loss: Literal["bce", "bpr", "softmax"] = setting(
+        "bce", "Binary cross-entropy, Bayesian ranking, or sampled softmax."
+    )
+    negatives: int = setting(4, "Sampled negatives for each positive.", unit="items", ge=1, le=1000)
+    max_samples: int | None = setting(
+        None,
+        "Most positives that a device uses in a round; unset, all.",
+        unit="interactions",
+        ge=1,
+    )
+    user_steps: int = setting(
+        10, "Steps on the user vector before the item step.", unit="steps", ge=0, le=10**4
+    )
+    user_lr: float = setting(0.1, "Step size for the user vector.", gt=0, le=1000)
+    user_l2: float = setting(0.01, "L2 penalty on the user vector.", ge=0, le=1000)
+    serve_steps: int = setting(
+        30,
+        "Steps that fit a user vector from nothing, to evaluate and to recommend.",
+        unit="steps",
+        ge=1,
+        le=10**5,
+    )
+    serve_steps: int = setting(
+        50,
+        "Steps that fit a user vector from nothing, to evaluate and to recommend.",
+        unit="steps",
+        ge=1,
+        le=10**4,
+    )
+    local_steps: int = setting(
+        1, "Steps on items and dense weights in a round.", unit="steps", ge=1, le=10**4
+    )
+    local_lr: float = setting(1.0, "Step size for items and dense weights.", gt=0, le=10**4)
+    server_optimizer: Literal["fedavg", "fedadam", "sgd"] = setting(
+        "fedadam", "How the server applies the sum of the updates."
+    )
+    server_lr: float = setting(0.05, "Step size of the server.", gt=0, le=10**6)
+    momentum: float = setting(0.9, "`sgd`: momentum.", ge=0, lt=1)
+    beta1: float = setting(0.9, "`fedadam`: decay of the first moment.", ge=0, lt=1)
+    beta2: float = setting(0.99, "`fedadam`: decay of the second moment.", ge=0, lt=1)
+    adam_eps: float = setting(
+        1e-8, "`fedadam`: added to the root of the second moment.", gt=0, le=1
+    )
+    weight_decay: float = setting(
+        0.0, "Decoupled decay: each round, weights shrink by `server_lr` times this.", ge=0, le=1000
+    )
+    schedule: Literal["constant", "cosine", "linear"] = setting(
+        "constant", "Course of `server_lr` over the rounds."
+    )
+    warmup_rounds: int = setting(
+        0, "Rounds in which `server_lr` rises linearly.", unit="rounds", ge=0, le=10**6
+    )
+    average: float = setting(
+        0.0, "Decay of the running mean of the weights that is released; 0 is off.", ge=0, lt=1
+    )
+
+
+class Privacy(Table):
+    """``[privacy]``: clipping, noise and the budget. ``noise`` has no default: choose."""
+
+    noise: Literal["none", "central"] = setting(
+        ..., "`central`: a trusted server adds Gaussian noise to the sum; `none`: no guarantee."
+    )
+    clip_norm: float | None = setting(
+        None,
+        "Largest L2 norm of one device's update; required with noise.",
+        unit="L2 norm",
+        gt=0,
+        le=10**6,
+    )
+    epsilon: float | None = setting(
+        None,
+        "Target and budget, with noise; excludes `noise_multiplier`.",
+        unit="ε, user level",
+        ge=0.0001,
+        le=1000,
+    )
+    noise_multiplier: float | None = setting(
+        None,
+        "Noise over sensitivity, with noise; excludes `epsilon`.",
+        unit="standard deviations",
+        gt=0,
+        le=10**6,
+    )
+    delta: float = setting(
+        1e-5,
+        "δ of the guarantee; well below one over the users.",
+        unit="probability",
+        ge=1e-10,
+        lt=1,
+    )
+    budget_against: Literal["recipients", "server"] = setting(
+        "recipients", "The adversary that `epsilon` is meant against, and that halts the run."
+    )
+    scale_bits: int = setting(
+        13,
+        "An update is encoded in integers of scale 2^this / `clip_norm`.",
+        unit="bits",
+        ge=4,
+        le=20,
+    )
+
+
+class Run(Table):
+    """``[run]``: seed, evaluation, checkpoints, engine."""
+
+    seed: int = setting(0, "Seed of everything that is not secret.", ge=0, le=2**63 - 1)
+    eval_every: int = setting(
+        0, "Rounds between evaluations; 0, only at the end.", unit="rounds", ge=0, le=10**6
+    )
+    checkpoint_every: int = setting(
+        10, "Rounds between checkpoints.", unit="rounds", ge=1, le=10**6
+    )
+    engine: Literal["cohort", "device"] = setting(
+        "cohort", "Many devices as one batch, or one device at a time."
+    )
+    top_k: Annotated[tuple[Cut, ...], BeforeValidator(as_tuple)] = setting(
+        (10,), "Cut-offs of the metrics.", unit="items", min_length=1, max_length=10
+    )
+
+
+class Row(Table):
+    """``[[rows]]``: a named variant of the scenario; ``set`` maps dotted keys to values."""
+
+    name: str = Field(min_length=1, max_length=200)
+    set: dict[str, Any] = Field(default_factory=dict)

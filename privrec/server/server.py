@@ -1,0 +1,112 @@
+"""The server: plans rounds, releases noisy sums, and improves the model with them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privrec.device.round import Round, digest
+from privrec.device.update import Aggregate
+from privrec.privacy.events import RoundEvent
+from privrec.privacy.noise import rounded_gaussian
+from privrec.randomness import SecretRoot
+from privrec.secagg.ring import Encoding
+from privrec.server.optimizer import Optimizer
+
+FloatArray = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What stays the same in every round of a run.
+
+    Args:
+        run_id: the run.
+        digest: of the scenario that all parties agreed to.
+        event: the privacy event of each round.
+        encoding: from floats to integers, with the sensitivity.
+        expected_cohort: population times sampling rate, the fixed divisor of every sum. A realised
+            count would be private.
+        average: decay of the running mean of the weights that is released; 0 releases the last.
+    """
+
+    run_id: str
+    digest: str
+    event: RoundEvent
+    encoding: Encoding
+    expected_cohort: float
+    average: float
+
+
+@dataclass(frozen=True)
+class Release:
+    """A sum with its noise, and the tag that the ledger keeps of it."""
+
+    total: NDArray[np.int64]
+    tag: bytes
+
+
+@dataclass
+class Server:
+    """The model and its optimiser; it sees sums alone.
+
+    Args:
+        plan: what stays the same.
+        weights: the shared vector, float32.
+        optimizer: turns a mean update into new weights.
+        index: rounds that were applied.
+        mean: the running mean of the weights, before its correction for the start.
+    """
+
+    plan: Plan
+    weights: FloatArray
+    optimizer: Optimizer
+    index: int = 0
+    mean: FloatArray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.mean = np.zeros_like(self.weights)
+
+    @property
+    def released(self) -> FloatArray:
+        """The weights that recipients get: the last ones, or their running mean."""
+        decay = self.plan.average
+        if decay == 0 or self.index == 0:
+            return self.weights
+        return self.mean / np.float32(1 - decay**self.index)
+
+    def next_round(self, attempt: int) -> Round:
+        """The next round, for the ledger to charge and the transport to carry out."""
+        plan = self.plan
+        model = digest(self.weights)
+        return Round(plan.run_id, self.index, attempt, plan.event, plan.digest, model)
+
+    def release(self, round: Round, aggregate: Aggregate, root: SecretRoot) -> Release:
+        """Add the round's central noise to the integer sum.
+
+        Promise: the noise is that of the round's own event, Gaussian with standard deviation
+        ``noise_multiplier * encoding.bound`` on every coefficient, and a function of the round and
+        the sum under ``root``: the same input gets the same noise, another independent noise.
+
+        Args:
+            round: the round that was charged.
+            aggregate: the exact sum over its cohort; also that of an empty cohort is noised.
+            root: the server's secret.
+        """
+        context = (*round.context, digest(aggregate.total))
+        total = aggregate.total
+        if round.event.is_private:
+            sigma = round.event.noise_multiplier * self.plan.encoding.bound
+            total = total + rounded_gaussian(root.stream("noise", *context), sigma, len(total))
+        return Release(total, root.tag("release", *context, hashlib.sha256(total).digest()))
+
+    def apply(self, release: Release) -> None:
+        """Take the optimiser's step on a released sum."""
+        update = self.plan.encoding.decode(release.total) / self.plan.expected_cohort
+        self.optimizer.step(self.weights, update.astype(np.float32), self.index)
+        self.index += 1
+        decay = np.float32(self.plan.average)
+        self.mean += (1 - decay) * (self.weights - self.mean)

@@ -1,0 +1,91 @@
+"""Simulated devices in this process, as a batched cohort or one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privrec.device.cohort import Cohort
+from privrec.device.device import Device
+from privrec.device.round import Round, digest
+from privrec.device.train import Trained
+from privrec.device.update import Aggregate, BoundedUpdate
+from privrec.randomness import SecretRoot, rng_for
+from privrec.secagg.ring import Encoding
+from privrec.server.sampling import cohort
+
+FloatArray = NDArray[np.float32]
+
+
+@dataclass
+class Simulation:
+    """The devices of a data set, sampled and trained in this process.
+
+    Args:
+        devices: all of them.
+        encoding: clip norm and grid.
+        root: the devices' secret; each batch of devices has its own streams of it.
+        seed: of the cohorts and samples.
+        sampling_rate: chance of each device in a round.
+        engine: ``"cohort"`` trains batches; ``"device"`` trains devices one at a time.
+    """
+
+    devices: Cohort
+    encoding: Encoding
+    root: SecretRoot
+    seed: int
+    sampling_rate: float
+    engine: Literal["cohort", "device"] = "cohort"
+    _before: tuple[int, NDArray[np.int64], FloatArray] | None = field(default=None, init=False)
+
+    def collect(self, round: Round, weights: FloatArray) -> Aggregate:
+        """See :meth:`privrec.transport.base.Transport.collect`."""
+        users = cohort(self.seed, round.index, len(self.devices.states), self.sampling_rate)
+        self._rewind(round.index, users)
+        total = np.zeros(len(weights), np.int64)
+        losses = samples = 0.0
+        for update, trained in self._answers(round, weights, users):
+            update.add_to(total)
+            losses += float(trained.losses.sum(dtype=np.float64))
+            samples += float(trained.samples.sum(dtype=np.float64))
+        return Aggregate(total, len(users), losses / samples if samples else None)
+
+    def _rewind(self, index: int, users: NDArray[np.int64]) -> None:
+        if self._before is not None and self._before[0] == index:
+            self.devices.states[self._before[1]] = self._before[2]
+        self._before = (index, users, self.devices.states[users])
+
+    def _answers(
+        self, round: Round, weights: FloatArray, users: NDArray[np.int64]
+    ) -> Iterator[tuple[BoundedUpdate, Trained]]:
+        key = int(rng_for(self.seed, "samples", round.index).integers(2**63))
+        if self.engine == "device":
+            yield from self._one_by_one(round, weights, users, key)
+            return
+        for batch, trained in self.devices.train(weights, users, key):
+            before = digest(self.devices.states[batch])
+            coins = self.root.stream("rounding", *round.context, batch.tobytes(), before)
+            self.devices.states[batch] = trained.states
+            yield trained.update.bound(self.encoding, coins), trained
+
+    def _one_by_one(
+        self, round: Round, weights: FloatArray, users: NDArray[np.int64], key: int
+    ) -> Iterator[tuple[BoundedUpdate, Trained]]:
+        for user in users:
+            history = self.devices.histories.select(np.array([user])).items
+            device = Device(
+                int(user),
+                history,
+                self.devices.trainer,
+                self.encoding,
+                self.root,
+                self.devices.states[user].copy(),
+            )
+            trained = device.train(weights, key)
+            update = device.answer(round, weights, key)
+            self.devices.states[user] = device.state
+            yield update, trained

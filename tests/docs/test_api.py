@@ -1,0 +1,37 @@
+"""The API page lists every module, once, and what the package offers by itself."""
+
+from __future__ import annotations
+
+import importlib
+import re
+
+import privrec
+from docs_pages import ROOT
+
+PAGE = (ROOT / "docs" / "api.md").read_text("utf-8")
+PRIVATE = {"privrec", "privrec.__main__"}
+
+
+def public_modules() -> set[str]:
+    found = set()
+    for path in (ROOT / "privrec").rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        if path.read_text("utf-8").strip():
+            found.add(name)
+    # The command line has a page of its own.
+    return {name for name in found - PRIVATE if not name.startswith("privrec.cli")}
+
+
+def test_every_module_is_on_the_page_once() -> None:
+    listed = re.findall(r"^\.\. automodule:: (\S+)$", PAGE, re.M)
+    assert sorted(listed) == sorted(public_modules())
+
+
+def test_every_name_of_the_package_is_on_the_page_and_there() -> None:
+    for name in set(privrec.__all__) - {"__version__"}:
+        assert f"`privrec.{name}`" in PAGE
+        assert getattr(privrec, name)
+    for role in re.findall(r"\{py:\w+\}`([\w.]+)`", PAGE):
+        module, _, name = role.rpartition(".")
+        assert hasattr(importlib.import_module(module), name)

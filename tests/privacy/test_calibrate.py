@@ -1,0 +1,99 @@
+import math
+
+import pytest
+
+from privrec.errors import UsageError
+from privrec.privacy.calibrate import noise_multiplier_for, plan, signal_to_noise
+from privrec.privacy.events import RoundEvent, epsilon
+
+TARGETS = [
+    (8.0, 1e-5, 0.1, 400, "recipients"),
+    (8.0, 1e-5, 0.1, 400, "server"),
+    (1.0, 1e-6, 0.02, 1000, "recipients"),
+    (0.05, 1e-5, 0.3, 20, "server"),
+    (8.0, 1e-5, 1.0, 3, "recipients"),
+    (90.0, 1e-5, 0.5, 20, "recipients"),
+]
+
+
+def reached(sigma, delta, rate, rounds, adversary):
+    return epsilon({RoundEvent("gaussian", sigma, rate): rounds}, delta, adversary)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_is_the_smallest_of_four_digits(target):
+    goal, *rest = target
+    sigma = noise_multiplier_for(*target)
+    assert float(f"{sigma:.3e}") == sigma
+    step = 10.0 ** (math.floor(math.log10(sigma)) - 3)
+    assert reached(sigma, *rest) <= goal
+    assert reached(sigma - step, *rest) > goal
+
+
+def test_known_figure():
+    # Three rounds with everybody at ε = 8 cost the same against both adversaries.
+    against = [noise_multiplier_for(8.0, 1e-5, 1.0, 3, who) for who in ("recipients", "server")]
+    assert against == [1.04, 1.04]
+
+
+def test_least_noise_when_the_target_is_loose():
+    assert noise_multiplier_for(1e7, 1e-5, 1.0, 1, "server") == 0.01
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ((0.0, 1e-5, 0.1, 10, "recipients"), "epsilon 0.0: it must be finite and at least 0.0001"),
+        ((-1.0, 1e-5, 0.1, 10, "recipients"), "epsilon -1.0"),
+        ((1e-5, 1e-5, 0.1, 10, "recipients"), "epsilon 1e-05"),
+        ((math.inf, 1e-5, 0.1, 10, "recipients"), 'noise = "none"'),
+        ((math.nan, 1e-5, 0.1, 10, "recipients"), "epsilon nan"),
+        ((8.0, 0.0, 0.1, 10, "recipients"), "delta 0.0"),
+        ((8.0, 1.0, 0.1, 10, "recipients"), "delta 1.0"),
+        ((8.0, 1e-5, 0.0, 10, "recipients"), "sampling_rate 0.0"),
+        ((8.0, 1e-5, 1.5, 10, "recipients"), "sampling_rate 1.5"),
+        ((8.0, 1e-5, 0.1, 0, "recipients"), "0 rounds"),
+        ((8.0, 1e-5, 0.1, 10, "world"), "adversary 'world'"),
+        ((1e-4, 1e-10, 1.0, 10**9, "server"), "not met even by a noise multiplier of 1e"),
+    ],
+)
+def test_what_cannot_be(target, message):
+    with pytest.raises(UsageError, match=message):
+        noise_multiplier_for(*target)
+
+
+class TestPlan:
+    EVENT = RoundEvent("gaussian", 1.2, 0.05)
+
+    def test_gives_what_the_rounds_will_cost(self):
+        planned = plan(self.EVENT, rounds=300, delta=1e-5, points=7)
+        assert len(planned.after) == len(planned.recipients) == len(planned.server) == 7
+        assert (planned.after[0], planned.after[-1]) == (1, 300)
+        for after, recipients, server in zip(
+            planned.after, planned.recipients, planned.server, strict=True
+        ):
+            assert recipients == epsilon({self.EVENT: after}, 1e-5, "recipients")
+            assert server == epsilon({self.EVENT: after}, 1e-5, "server")
+        assert planned.epsilon == planned.recipients[-1]
+        assert planned.epsilon_server == planned.server[-1]
+
+    @pytest.mark.parametrize(("rounds", "points", "after"), [(1, 100, (1,)), (3, 9, (1, 2, 3))])
+    def test_few_rounds(self, rounds, points, after):
+        assert plan(self.EVENT, rounds=rounds, delta=1e-5, points=points).after == after
+
+    def test_every_round_when_there_is_room(self):
+        assert plan(self.EVENT, rounds=50, delta=1e-5).after == tuple(range(1, 51))
+
+    def test_without_noise(self):
+        planned = plan(RoundEvent("none", 0.0, 0.1), rounds=5, delta=1e-5)
+        assert set(planned.recipients + planned.server) == {math.inf}
+
+    def test_no_rounds(self):
+        with pytest.raises(UsageError, match="0 rounds"):
+            plan(self.EVENT, rounds=0, delta=1e-5)
+
+
+def test_signal_to_noise():
+    # 100 devices of norm C against noise of norm 2 C √2500.
+    assert signal_to_noise(2.0, 100, 2500) == 1.0
+    assert signal_to_noise(0, 100, 2500) == math.inf
