@@ -63,7 +63,10 @@ def assemble(scenario: Scenario, train: Interactions, run_id: str, devices: Secr
         scenario.train.average,
     )
     weights = initial_weights(recommender, scenario.model.init_std, scenario.run.seed)
-    server = Server(plan, weights, optimizer_of(scenario.train))
+    popular = None
+    if scenario.train.popularity_round and recommender.biases is not None:
+        popular = recommender.biases, recommender.layout
+    server = Server(plan, weights, optimizer_of(scenario.train), popular)
     seed, engine = scenario.run.seed, scenario.run.engine
     return Parts(
         recommender, cohort, server, Simulation(cohort, encoding, devices, seed, rate, engine)

@@ -21,7 +21,6 @@ from privrec import __version__
 from privrec.errors import BudgetError, DataError, PrivrecError, UsageError
 
 if TYPE_CHECKING:
-    from privrec.recommend import Recommendation
     from privrec.record import Observer, Observers
     from privrec.report.render import Written
     from privrec.run import Result
@@ -79,19 +78,6 @@ def _example(*lines: str) -> str:
     return "\b\n" + "\n".join([heading, *(f"  {line}" for line in lines)])
 
 
-def _checked_data(
-    ctx: click.Context, parameter: click.Parameter, value: Path | None
-) -> Path | None:
-    """``--data`` as given; refused if it was given on the command line and does not exist."""
-    given = ctx.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
-    if given and value is not None and not value.exists():
-        raise UsageError(
-            f"--data {value}: there is no such file or folder; it must hold the data set; "
-            "correct the path, or see `privrec data list`"
-        )
-    return value
-
-
 _PATH = click.Path(path_type=Path)
 
 
@@ -120,7 +106,6 @@ _data = click.option(
     "data_dir",
     type=_PATH,
     envvar="PRIVREC_DATA",
-    callback=_checked_data,
     metavar="PATH",
     help="Where the data set lies: its folder, archive or file, or a folder above. "
     "[default: $PRIVREC_DATA]",
@@ -171,7 +156,7 @@ def demo(out: Path | None, as_json: bool) -> None:
     found = recommendations(result.path, user=DEMO_USER, history=None, k=10, data_dir=None)
     pages = _write_report(result.path)
     if as_json:
-        rows = [_recommendation(entry) for entry in found]
+        rows = [entry.to_json() for entry in found]
         _print_json({**result.payload, "recommendations": rows, "report": str(pages.html)})
         return
     from privrec.cli_tables import print_recommendations, print_result
@@ -204,6 +189,7 @@ def run(
     as_json: bool,
 ) -> None:
     """Train what SCENARIO describes, on simulated devices, and write its report."""
+    _check_data(data_dir)
     from privrec.scenario import load
 
     scenario = load(scenario_file, settings)
@@ -228,6 +214,7 @@ def resume(
 ) -> None:
     """Go on with the interrupted run in DIR from its last checkpoint."""
     _check_run(directory)
+    _check_data(data_dir)
     from privrec.run import resume as go_on
 
     sinks = _sinks(tensorboard, mlflow)
@@ -335,12 +322,13 @@ def recommend(
         given = "neither was given" if user is None else "both were given"
         raise UsageError(f"--user or --history: exactly one is needed, and {given}; choose one")
     _check_run(directory)
+    _check_data(data_dir)
     liked = None if history is None else _read_history(history)
     from privrec.recommend import recommend as recommendations
 
     found = recommendations(directory, user=user, history=liked, k=k, data_dir=data_dir)
     if as_json:
-        _print_json([_recommendation(entry) for entry in found])
+        _print_json([entry.to_json() for entry in found])
         return
     from privrec.cli_tables import print_recommendations
 
@@ -358,6 +346,7 @@ def data() -> None:
 @_json
 def list_data(data_dir: Path | None, as_json: bool) -> None:
     """List the data sets that can be fetched and say which are here."""
+    _check_data(data_dir)
     from privrec.cli_doctor import found_data
     from privrec.data.fetch import ARCHIVES
 
@@ -400,6 +389,7 @@ def fetch(name: str, directory: Path | None) -> None:
 @_json
 def describe(name: str, settings: tuple[str, ...], data_dir: Path | None, as_json: bool) -> None:
     """Read a data set, by its name or as a scenario file has it, and count what is in it."""
+    _check_data(data_dir)
     scenario = _scenario_for_data(name, settings)
     from privrec import data as data_sets
 
@@ -421,6 +411,7 @@ def describe(name: str, settings: tuple[str, ...], data_dir: Path | None, as_jso
 @_json
 def doctor(data_dir: Path | None, as_json: bool) -> None:
     """Check Python, packages, threads, the secure generator, AES speed, state folder and data."""
+    _check_data(data_dir)
     from privrec.cli_doctor import examine
 
     findings = examine(data_dir)
@@ -457,6 +448,20 @@ def _reported_if_exhausted(directory: Path) -> Iterator[None]:
         if (directory / "result.json").is_file():
             _write_report(directory)
         raise
+
+
+def _check_data(data_dir: Path | None) -> None:
+    """Refuse a ``--data`` that does not exist; ``PRIVREC_DATA`` may name a folder yet to be made.
+
+    Raises:
+        UsageError: If it was given on the command line and is not there.
+    """
+    source = click.get_current_context().get_parameter_source("data_dir")
+    if source is ParameterSource.COMMANDLINE and data_dir is not None and not data_dir.exists():
+        raise UsageError(
+            f"--data {data_dir}: there is no such file or folder; it must hold the data set; "
+            "correct the path, or see: privrec data list"
+        )
 
 
 def _new_directory(name: str) -> Path:
@@ -573,15 +578,6 @@ def _scenario_for_data(name: str, settings: Sequence[str]) -> Scenario:
         return load(name, settings)
     text = 'name = "data"\n[privacy]\nnoise = "none"\n'
     return Scenario.from_toml(text, [f"data.source={name}", *settings], source=f"data {name}")
-
-
-def _recommendation(entry: Recommendation) -> dict[str, Any]:
-    return {
-        "rank": entry.rank,
-        "item_id": entry.item_id,
-        "title": entry.title,
-        "score": entry.score,
-    }
 
 
 def _print_json(payload: object) -> None:

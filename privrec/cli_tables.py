@@ -30,12 +30,13 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     """
     cells = [[_text(cell) for cell in row] for row in rows]
     numeric = [all(_is_number(row[place]) for row in cells) for place in range(len(columns))]
-    table = Table(title=escape(title), title_justify="left", title_style="bold", box=None)
+    table = Table(box=None)
     for name, right in zip(columns, numeric, strict=True):
         table.add_column(name, justify="right" if right else "left", overflow="fold")
     for row in cells:
         table.add_row(*(escape(cell) for cell in row))
     console = Console(highlight=False)
+    console.print(escape(title), style="bold")
     console.print(table)
     console.print()
 
@@ -56,17 +57,30 @@ def print_result(payload: Mapping[str, Any]) -> None:
     """
     kind = "Simulated run" if payload["simulated"] else "Run"
     title = f"{kind}: {payload['scenario']}, {payload['rounds']} rounds"
-    intervals = payload.get("intervals") or {}
-    rows = [
-        (metric_name(name), f"{value:.4f}", _interval(intervals.get(name)))
-        for name, value in payload["metrics"].items()
-    ]
     holdout = payload.get("holdout", "test")
-    print_table(f"{title} (accuracy on {holdout}, {OUTSIDE})", ("metric", "value", "95 %"), rows)
+    _print_metrics(payload, f"{title} (accuracy on {holdout}, {OUTSIDE})")
     print_lines(_privacy_lines(payload["privacy"]))
     _print_cost(payload["cost"])
     if payload.get("rows"):
         _print_variants(payload["rows"])
+
+
+def _print_metrics(payload: Mapping[str, Any], title: str) -> None:
+    intervals, baselines = payload.get("intervals") or {}, payload.get("baselines") or {}
+    rows = [
+        [
+            metric_name(key),
+            f"{value:.4f}",
+            _interval(intervals.get(key)),
+            *(_digits(baseline.get(key)) for baseline in baselines.values()),
+        ]
+        for key, value in payload["metrics"].items()
+    ]
+    print_table(title, ("metric", "value", "95 %", *baselines), rows)
+
+
+def _digits(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def _interval(bounds: Sequence[float] | None) -> str:

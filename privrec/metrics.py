@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.data.interactions import Interactions, ItemLists, Split
+from privrec.data.interactions import Interactions, ItemLists, Split, rows_of
 from privrec.errors import DataError, UsageError
 from privrec.randomness import rng_for
 
@@ -168,7 +168,7 @@ def popularity_scores(train: Interactions) -> Scores:
     ) -> Float32Array:
         if candidates is None:
             return np.broadcast_to(ranks, (len(users), ranks.size))
-        return ranks[candidates]
+        return np.asarray(ranks[candidates])
 
     return scores
 
@@ -203,9 +203,9 @@ def _sampled(
 def _full(
     scores: Scores, split: Split, users: Int64Array, k: Sequence[int]
 ) -> dict[str, Float64Array]:
-    rows, targets = _rows(split.heldout.indptr, split.heldout.items, users)
-    seen_rows, seen = _rows(split.train.indptr, split.train.items, users)
-    table = np.array(scores(users, None), dtype=np.float32)
+    rows, targets = rows_of(split.heldout.indptr, split.heldout.items, users)
+    seen_rows, seen = rows_of(split.train.indptr, split.train.items, users)
+    table = np.array(scores(users, None), dtype=np.float32, order="C")
     wanted = table[rows, targets]
     wanted[np.isnan(wanted)] = -np.inf
     table[np.isnan(table)] = np.inf
@@ -263,16 +263,6 @@ def _ideal(counts: Int64Array, size: int) -> Float64Array:
     return np.asarray(gains[np.minimum(counts, size) - 1])
 
 
-def _rows(
-    indptr: Int64Array, items: NDArray[np.int32], users: Int64Array
-) -> tuple[Int64Array, NDArray[np.int32]]:
-    """The items of the given users, and the row (0..m-1) that each belongs to."""
-    lengths = indptr[users + 1] - indptr[users]
-    rows = np.repeat(np.arange(users.size), lengths)
-    before = np.repeat(np.cumsum(lengths) - lengths, lengths)
-    return rows, items[np.repeat(indptr[users], lengths) + np.arange(rows.size) - before]
-
-
 class _Candidates:
     """The held-out item and the negatives of each user.
 
@@ -298,9 +288,10 @@ class _Candidates:
             negatives = self._drawn(users)
         return np.concatenate([target[:, None], negatives], axis=1)
 
-    def _known(self, users: Int64Array, items: Int64Array, target: Int64Array) -> NDArray[Any]:
+    def _known(self, users: Int64Array, items: Int64Array, target: Int64Array) -> NDArray[np.bool_]:
         """Whether items [m, c] are no negatives of their user."""
-        return self._seen.contains(users[:, None], items) | (items == target[:, None])
+        seen = self._seen.contains(users[:, None], items)
+        return np.asarray(seen | (items == target[:, None]))
 
     def _drawn(self, users: Int64Array) -> Int64Array:
         drawn = np.empty((users.size, NEGATIVES), np.int64)

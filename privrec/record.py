@@ -287,6 +287,8 @@ def spent_text(info: RunInfo, record: Record) -> str:
     """ε spent, and of what budget, in a few characters: "ε 1.24 of 8", "no privacy"."""
     if not info.private:
         return "no privacy"
+    if info.noise_known:
+        return "ε ∞ (noise known)"
     spent = f"ε {epsilon_text(record.spent(info.budget_against))}"
     return spent if info.budget is None else f"{spent} of {info.budget:g}"
 
@@ -607,19 +609,32 @@ class MLflowSink(NullObserver):
 
     def __init__(self, experiment: str | None = None, *, tracking_uri: str | None = None) -> None:
         self._mlflow: Any = _optional("mlflow", "MLflow")
-        if tracking_uri is not None:
-            self._mlflow.set_tracking_uri(tracking_uri)
-        if experiment is not None:
-            self._mlflow.set_experiment(experiment)
+        self._experiment = experiment
+        self._tracking_uri = tracking_uri
         self._open = False
 
     def started(self, info: RunInfo) -> None:
-        """Open a run and keep the public settings."""
+        """Open a run and keep the public settings.
+
+        Raises:
+            UsageError: MLflow cannot open a run where it keeps them.
+        """
+        try:
+            self._start(info)
+        except self._mlflow.exceptions.MlflowException as error:
+            raise UsageError(
+                f"MLflow cannot open a run: {str(error).splitlines()[0]} "
+                "Name a tracking server that answers, or do without MLflow."
+            ) from None
+
+    def _start(self, info: RunInfo) -> None:
+        if self._tracking_uri is not None:
+            self._mlflow.set_tracking_uri(self._tracking_uri)
+        if self._experiment is not None:
+            self._mlflow.set_experiment(self._experiment)
         self._mlflow.start_run(run_name=info.name)
         self._open = True
-        self._mlflow.log_params(
-            {key: value for key, value in asdict(info).items() if key != "done"}
-        )
+        self._mlflow.log_params({k: value for k, value in asdict(info).items() if k != "done"})
         self._mlflow.set_tag("claim", opening_words(info))
 
     def round(self, record: Record) -> None:

@@ -98,10 +98,15 @@ def _bounds(schema: Schema) -> str:
     above, below = schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")
     lower = _bound("of at least", low) or _bound("above", above)
     upper = _bound("at most", high) or _bound("below", below)
-    length = schema.get("minLength"), schema.get("maxLength")
-    if length != (None, None):
-        return f" of {length[0] or 0} to {length[1]} characters"
+    if "maxLength" in schema:
+        return _length(schema.get("minLength", 0), schema["maxLength"])
     return " " + " and ".join(part for part in (lower, upper) if part) if lower or upper else ""
+
+
+def _length(least: int, most: int) -> str:
+    if least == most == 1:
+        return ", one character"
+    return f", {least} to {most} characters" if least else f", at most {most} characters"
 
 
 def _bound(words: str, value: float | None) -> str:
@@ -109,6 +114,8 @@ def _bound(words: str, value: float | None) -> str:
 
 
 def _plain(value: float) -> str:
+    if value == 2**63 - 1:
+        return "2^63 - 1"
     return str(int(value)) if float(value).is_integer() and abs(value) < 1e15 else repr(value)
 
 

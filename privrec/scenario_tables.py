@@ -143,8 +143,13 @@ class Train(Table):
     """``[train]``: local training on a device, and the server's step."""
 
     rounds: int = setting(100, "Rounds of the run.", unit="rounds", ge=1, le=10**6)
-    loss: Literal["bce", "bpr", "softmax"] = setting(
-        "bce", "Binary cross-entropy, Bayesian ranking, or sampled softmax."
+    popularity_round: bool = setting(
+        False,
+        "Spend the first round on counting items; item biases start at the log of the counts.",
+    )
+    loss: Literal["bce", "bpr", "softmax", "full_softmax"] = setting(
+        "bce",
+        "Binary cross-entropy, Bayesian ranking, sampled softmax, or softmax over all items.",
     )
     negatives: int = setting(4, "Sampled negatives for each positive.", unit="items", ge=1, le=1000)
     max_samples: int | None = setting(
@@ -154,23 +159,18 @@ class Train(Table):
         ge=1,
     )
     user_steps: int = setting(
-        10, "Steps on the user vector before the item step.", unit="steps", ge=0, le=10**4
+        1, "Newton steps on the user vector before the item step.", unit="steps", ge=0, le=10**4
     )
-    user_lr: float = setting(0.1, "Step size for the user vector.", gt=0, le=1000)
-    user_l2: float = setting(0.01, "L2 penalty on the user vector.", ge=0, le=1000)
+    user_lr: float = setting(1.0, "Length of a Newton step; 1 is the whole step.", gt=0, le=10)
+    user_l2: float = setting(
+        1.0, "L2 penalty on the user vector: the precision of its prior.", ge=0, le=10**6
+    )
     serve_steps: int = setting(
         30,
         "Steps that fit a user vector from nothing, to evaluate and to recommend.",
         unit="steps",
         ge=1,
         le=10**5,
-    )
-    serve_steps: int = setting(
-        50,
-        "Steps that fit a user vector from nothing, to evaluate and to recommend.",
-        unit="steps",
-        ge=1,
-        le=10**4,
     )
     local_steps: int = setting(
         1, "Steps on items and dense weights in a round.", unit="steps", ge=1, le=10**4

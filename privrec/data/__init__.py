@@ -9,10 +9,12 @@ from typing import Protocol
 import numpy as np
 
 from privrec.data.fetch import ARCHIVES, cache_dir
-from privrec.data.files import TableFormat, read_lightgcn, read_table
+from privrec.data.files import TableFormat, read_table
 from privrec.data.folder import Folder, find_folder
 from privrec.data.interactions import Holdout, Interactions, ItemLists, Split, leave_last_out
-from privrec.data.movielens import LAYOUTS, find_ncf_prefix, read_movielens, read_ncf
+from privrec.data.lightgcn import read_lightgcn
+from privrec.data.movielens import LAYOUTS, read_movielens
+from privrec.data.ncf import find_ncf_prefix, read_ncf
 from privrec.data.problems import bad_file
 from privrec.data.synthetic import Planted, generate
 from privrec.errors import DataError, UsageError
@@ -159,10 +161,12 @@ def _load_movielens(roots: Sequence[Path], source: str, holdout: Holdout) -> Spl
 
 def _load_ncf(roots: Sequence[Path], holdout: Holdout) -> Split:
     for root in roots:
-        folder = Folder(root if root.is_dir() else root.parent)
-        if not folder.root.is_dir():
-            continue
-        prefix = find_ncf_prefix(folder, root.name.removesuffix(".train.rating"))
+        if root.is_dir():
+            folder, prefix = Folder(root), find_ncf_prefix(Folder(root))
+        else:
+            # The path of one of the files, or what their names begin with.
+            folder, name = Folder(root.parent), root.name.removesuffix(".train.rating")
+            prefix = name if folder.has(f"{name}.train.rating") else None
         if prefix is not None:
             return read_ncf(folder, prefix, holdout)
     raise _not_found(roots, "PREFIX.train.rating", "ncf")

@@ -28,7 +28,6 @@ _ZERO = ord("0")
 _POINT = np.uint8(ord("."))
 _LONGEST = 18  # digits that fit into int64 whatever they are
 _WHOLE = re.compile(rb"[+-]?[0-9]+")
-_LIMIT = 2**63
 
 
 @dataclass(frozen=True)
@@ -138,11 +137,11 @@ def digits(text: Bytes, starts: Int64Array, ends: Int64Array) -> Int64Array | No
 def _fields(text: Bytes, separator: int, width: int) -> tuple[Int64Array, Int64Array] | None:
     """Start and end of every field, int64 [lines, width] each, or None when a line differs."""
     newlines = text == _NEWLINE
-    ends = np.flatnonzero(newlines | (text == separator))
-    if ends.size % width:
+    flat = np.flatnonzero(newlines | (text == separator))
+    if flat.size % width:
         return None
-    starts = np.concatenate(([0], ends[:-1] + 1)).reshape(-1, width)
-    ends = ends.reshape(-1, width)
+    starts = np.concatenate(([0], flat[:-1] + 1)).reshape(-1, width)
+    ends = flat.reshape(-1, width)
     closes = newlines[ends]
     if not closes[:, -1].all() or closes[:, :-1].any():
         return None
@@ -204,12 +203,13 @@ def strict_columns(
         fields = text.split(separator)
         if len(fields) != len(columns):
             raise _wrong_width(text, fields, columns, separator, label, number)
-        values = [
-            _value(field, column, label, number)
-            for field, column in zip(fields, columns, strict=True)
-            if column.kind != "text"
-        ]
-        for target, value in zip(kept, (v for v in values if v is not None), strict=True):
+        values = []
+        for field, column in zip(fields, columns, strict=True):
+            if column.kind == "rating":
+                _check_rating(field, column, label, number)
+            elif column.kind != "text":
+                values.append(_whole_number(field, column, label, number))
+        for target, value in zip(kept, values, strict=True):
             target.append(value)
     return [np.array(values, np.int64) for values in kept]
 
@@ -228,25 +228,22 @@ def _wrong_width(
     return bad_line(label, line, found, rule, "correct the line, or remove it")
 
 
-def _value(field: bytes, column: Column, label: str, line: int) -> int | None:
-    """The number that a field holds; None for a rating, which is only checked."""
+def _whole_number(field: bytes, column: Column, label: str, line: int) -> int:
     text = field.strip()
-    if column.kind == "rating":
-        return _checked_rating(text, column, label, line)
     if not _WHOLE.fullmatch(text):
         rule = "it must be a whole number"
         raise bad_line(label, line, f"{column.name} {shown(field)}", rule, _hint(text))
-    value = int(text)
-    if column.kind == "id" and value < 0:
-        rule = "an id must not be negative"
-        raise bad_line(label, line, f"{column.name} {value}", rule, "number ids from 0")
-    if not -_LIMIT <= value < _LIMIT:
-        rule = "it must fit into 64 bits"
-        raise bad_line(label, line, f"{column.name} {value}", rule, "correct the line")
-    return value
+    found = f"{column.name} {shown(text)}"
+    if len(text) > _LONGEST:
+        rule = f"it must have no more than {_LONGEST} characters"
+        raise bad_line(label, line, found, rule, "correct the line")
+    if column.kind == "id" and text.startswith(b"-"):
+        raise bad_line(label, line, found, "an id must not be negative", "number ids from 0")
+    return int(text)
 
 
-def _checked_rating(text: bytes, column: Column, label: str, line: int) -> None:
+def _check_rating(field: bytes, column: Column, label: str, line: int) -> None:
+    text = field.strip()
     try:
         finite = math.isfinite(float(text))
     except ValueError:

@@ -83,9 +83,7 @@ def cache_dir() -> Path:
     """Where downloads go: ``$PRIVREC_DATA``, else the user's cache directory."""
     if own := os.environ.get("PRIVREC_DATA"):
         return Path(own)
-    import pooch
-
-    return Path(pooch.os_cache("privrec"))
+    return Path(_pooch().os_cache("privrec"))
 
 
 def fetch(
@@ -119,6 +117,13 @@ def fetch(
     return path
 
 
+def _pooch() -> Any:
+    """Imported when it is needed: it costs a tenth of a second, and most runs fetch nothing."""
+    import pooch  # type: ignore[import-untyped]
+
+    return pooch
+
+
 def _archive(name: str) -> Archive:
     if name in ARCHIVES:
         return ARCHIVES[name]
@@ -129,8 +134,7 @@ def _archive(name: str) -> Archive:
 
 
 def _download(archive: Archive, folder: Path, downloader: Downloader | None) -> Path:
-    import pooch
-
+    pooch = _pooch()
     pooch.get_logger().setLevel(logging.WARNING)
     label, offline = str(folder / f"{archive.name}.zip"), f"get {archive.url} some other way"
     try:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from privrec.data.membership import Membership
 from privrec.embedding.hashing import splitmix64
 from privrec.errors import DataError, UnknownIdError, UsageError
 
@@ -24,7 +25,6 @@ BoolArray = NDArray[np.bool_]
 IdArray = NDArray[Any]
 Holdout = Literal["test", "validation"]
 
-_BITMAP_BITS = 1 << 28  # 32 MiB: beyond it, a search in sorted keys costs less than the memory
 _HOLDOUT_KEY = 0x686F6C646F7574  # "holdout": fixed, so that a validation split is one split
 _INT32_MAX = np.iinfo(np.int32).max
 
@@ -74,7 +74,8 @@ class Interactions:
             where: names a row in an error, such as ``file, line``.
 
         Raises:
-            DataError: when there is no row, a pair occurs twice, or a raw id is not listed.
+            DataError: when there is no row, a pair occurs twice, a raw id is not listed, or a
+                listed user has no row.
         """
         row = where or (lambda index: f"row {index + 1}")
         user, user_names = _positions(np.asarray(users), user_ids, "user", row)
@@ -83,8 +84,8 @@ class Interactions:
             raise DataError("no interactions: a data set needs at least one; check the input file")
         order = _row_order(user, None if times is None else np.asarray(times))
         _refuse_duplicates(user, item, user_names, item_names, row)
-        indptr = np.zeros(user_names.size + 1, np.int64)
-        np.cumsum(np.bincount(user, minlength=user_names.size), out=indptr[1:])
+        indptr = _row_bounds(user, user_names.size)
+        _refuse_idle(indptr, user_names)
         return cls(
             indptr,
             item[order].astype(np.int32),
@@ -176,48 +177,6 @@ class Interactions:
         return {name: index for index, name in enumerate(self.item_ids.tolist())}
 
 
-class Membership:
-    """Which (user, item) pairs occur: a bitmap when that is small, else sorted keys.
-
-    Args:
-        users: [m] positions.
-        items: [m] positions.
-        n_users: U.
-        n_items: n.
-    """
-
-    def __init__(
-        self, users: NDArray[np.integer], items: NDArray[np.integer], n_users: int, n_items: int
-    ) -> None:
-        self._n_items = n_items
-        keys = self._key(users, items)
-        self._bitmap: NDArray[np.uint8] | None = None
-        if n_users * n_items <= _BITMAP_BITS:
-            flags = np.zeros(n_users * n_items, np.bool_)
-            flags[keys] = True
-            self._bitmap = np.packbits(flags, bitorder="little")
-        self._keys = np.sort(keys) if self._bitmap is None else keys[:0]
-
-    def contains(self, users: NDArray[np.integer], items: NDArray[np.integer]) -> BoolArray:
-        """Whether each pair occurs; the two arrays broadcast and the result has their shape.
-
-        Args:
-            users: positions in ``0..U-1``.
-            items: positions in ``0..n-1``.
-        """
-        keys = self._key(users, items)
-        if self._bitmap is not None:
-            bits = self._bitmap[keys >> 3] >> (keys & 7).astype(np.uint8)
-            return (bits & np.uint8(1)).astype(np.bool_)
-        if not self._keys.size:
-            return np.zeros(keys.shape, np.bool_)
-        found = np.minimum(np.searchsorted(self._keys, keys), self._keys.size - 1)
-        return np.asarray(self._keys[found] == keys)
-
-    def _key(self, users: NDArray[np.integer], items: NDArray[np.integer]) -> Int64Array:
-        return np.asarray(users).astype(np.int64) * self._n_items + np.asarray(items)
-
-
 @dataclass(frozen=True, eq=False)
 class ItemLists:
     """A list of items for each user, in compressed rows.
@@ -229,6 +188,30 @@ class ItemLists:
 
     indptr: Int64Array
     items: Int32Array
+
+    @classmethod
+    def from_pairs(
+        cls,
+        users: NDArray[np.integer],
+        items: NDArray[np.integer],
+        train: Interactions,
+        where: Callable[[int], str],
+    ) -> ItemLists:
+        """Lists for the users of ``train``, each in the order of the rows.
+
+        Args:
+            users: [h] positions.
+            items: [h] positions.
+            train: gives the users and the catalogue.
+            where: names a row in an error, such as ``file, line``.
+
+        Raises:
+            DataError: when a pair occurs twice.
+        """
+        user, item = np.asarray(users, np.int64), np.asarray(items, np.int64)
+        _refuse_duplicates(user, item, train.user_ids, train.item_ids, where)
+        chosen = item[_row_order(user, None)].astype(np.int32)
+        return cls(_row_bounds(user, train.n_users), chosen)
 
     @property
     def counts(self) -> Int64Array:
@@ -326,6 +309,31 @@ def _lists(interactions: Interactions, rows: BoolArray) -> ItemLists:
     return ItemLists(chosen.indptr, chosen.items)
 
 
+def rows_of(
+    indptr: Int64Array, items: Int32Array, users: NDArray[np.integer]
+) -> tuple[Int64Array, Int32Array]:
+    """The items of some users in compressed rows, and whose they are.
+
+    Args:
+        indptr: int64 [U + 1].
+        items: int32 [m].
+        users: [k] positions.
+
+    Returns:
+        For each of their items the place in ``users`` (0..k-1), and the item; both of one length.
+    """
+    lengths = indptr[users + 1] - indptr[users]
+    rows = np.repeat(np.arange(users.size), lengths)
+    before = np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return rows, items[np.repeat(indptr[users], lengths) + np.arange(rows.size) - before]
+
+
+def _row_bounds(users: Int64Array, n_users: int) -> Int64Array:
+    indptr = np.zeros(n_users + 1, np.int64)
+    np.cumsum(np.bincount(users, minlength=n_users), out=indptr[1:])
+    return indptr
+
+
 def _row_order(users: Int64Array, times: IdArray | None) -> Int64Array:
     if times is None:
         return np.argsort(users, kind="stable")
@@ -368,6 +376,15 @@ def _find(raw: IdArray, names: IdArray, noun: str, where: Callable[[int], str]) 
             f"{noun}s; add it to the list or remove the line"
         )
     return positions
+
+
+def _refuse_idle(indptr: Int64Array, user_ids: IdArray) -> None:
+    idle = np.flatnonzero(np.diff(indptr) == 0)
+    if idle.size:
+        raise DataError(
+            f"user {user_ids[idle[0]]} has no interactions; every listed user needs at least one; "
+            "remove the user from the list"
+        )
 
 
 def _refuse_duplicates(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from privrec.errors import DataError
 
 _SHOWN = 60
@@ -36,3 +38,8 @@ def shown(value: bytes | str) -> str:
     """A value as an error message quotes it: printable, and not longer than a line."""
     text = value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else value
     return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…")
+
+
+def line_namer(label: str, first: int) -> Callable[[int], str]:
+    """Names a row of a file whose first row stands on line ``first``."""
+    return lambda row: f"{label}, line {row + first}"

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.data.interactions import Interactions, Split
+from privrec.data.interactions import Interactions, Split, rows_of
 from privrec.errors import DataError
 from privrec.randomness import rng_for
 
@@ -92,8 +92,7 @@ class Planted:
     def _chances(self, train: Interactions, users: Int64Array, k: int) -> Float64Array:
         """Chance that the next item of each user is among the ``k`` likeliest unseen ones."""
         weights = self.weights(users)
-        for row, user in enumerate(users):
-            weights[row, train.history(user)] = 0.0
+        weights[rows_of(train.indptr, train.items, users)] = 0.0
         best = -np.partition(-weights, min(k, weights.shape[1]) - 1, axis=1)[:, :k]
         return np.asarray(best.sum(axis=1) / weights.sum(axis=1))
 
@@ -101,7 +100,7 @@ class Planted:
 def generate(
     *, users: int, items: int, clusters: int, interactions_per_user: int, seed: int
 ) -> Planted:
-    """A synthetic data set: the same arguments give the same one on every platform.
+    """A synthetic data set: the same arguments give the same one.
 
     Args:
         users: number of users, at least 1.
@@ -150,7 +149,7 @@ def _check(users: int, items: int, clusters: int, mean: int) -> None:
 def _lengths(rng: np.random.Generator, users: int, mean: int, most: int) -> Int64Array:
     drift = _LENGTH_SPREAD**2 / 2  # makes the mean of the log-normal factor one
     factor = np.exp(rng.normal(-drift, _LENGTH_SPREAD, users))
-    return np.clip(np.rint(mean * factor), 2, most).astype(np.int64)
+    return np.asarray(np.clip(np.rint(mean * factor), 2, most), np.int64)
 
 
 def _histories(
@@ -188,4 +187,4 @@ def _times(rng: np.random.Generator, lengths: Int64Array) -> Int64Array:
     gaps = 1 + rng.exponential(_MEAN_GAP_S, int(lengths.sum())).astype(np.int64)
     total = np.cumsum(gaps)
     before = np.repeat((total - gaps)[np.cumsum(lengths) - lengths], lengths)
-    return _START + total - before
+    return np.asarray(_START + total - before)

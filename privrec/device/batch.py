@@ -41,12 +41,13 @@ class Histories:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of ``m`` devices: ``p`` positives each, then ``r`` negatives for each of them.
+    """Items that ``m`` devices train on: their samples, or the whole catalogue.
 
     Args:
-        items: item indices, shape ``(m, p + p * r)``; padding names item 0.
-        valid: 1 where a sample counts, 0 for padding and for negatives out of the history.
-        positives: ``p``, the padded number of positives.
+        items: item indices, shape ``(m, k)``, or ``(1, k)`` when all devices look at the same;
+            padding names item 0.
+        valid: shape ``(m, k)``, see :class:`~privrec.models.losses.Samples`.
+        positives: the padded number of positives, see there.
     """
 
     items: NDArray[np.int64]
@@ -62,11 +63,20 @@ class Sampler:
         n_items: size of the catalogue.
         negatives: negatives for each positive.
         most: most positives a device uses in a round; None for its whole history.
+        whole: look at the whole catalogue instead of samples.
     """
 
     n_items: int
     negatives: int
     most: int | None
+    whole: bool = False
+
+    def width(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Samples that devices with histories of these lengths train on."""
+        if self.whole:
+            return np.full_like(lengths, self.n_items)
+        used = lengths if self.most is None else lengths.clip(max=self.most)
+        return np.maximum(used, 1) * (1 + self.negatives)
 
     def draw(self, histories: Histories, key: int) -> Batch:
         """Positives (a window of the history at a random place, if it is longer than ``most``) and
@@ -76,12 +86,15 @@ class Sampler:
             histories: of the devices to sample for.
             key: the round's key; the same key and user give the same samples.
         """
+        if self.whole:
+            marks = self._marks(histories).astype(np.float32)
+            return Batch(np.arange(self.n_items)[None], marks, 0)
         used = histories.lengths if self.most is None else histories.lengths.clip(max=self.most)
         positives, present = self._positives(histories, used, key)
         count = positives.shape[1] * self.negatives
         negatives = uniform(key, histories.users, count, self.n_items)
         fresh = np.repeat(present, self.negatives, axis=1)
-        fresh &= ~self._in_history(histories, negatives)
+        fresh &= ~np.take_along_axis(self._marks(histories), negatives, axis=1)
         return Batch(
             np.concatenate((positives, negatives), axis=1),
             np.concatenate((present, fresh), axis=1).astype(np.float32),
@@ -99,13 +112,11 @@ class Sampler:
         padded = np.append(histories.items, np.int32(0))
         return np.where(present, padded[np.where(present, index, 0)], 0).astype(np.int64), present
 
-    def _in_history(
-        self, histories: Histories, items: NDArray[np.int64]
-    ) -> NDArray[np.bool_]:
+    def _marks(self, histories: Histories) -> NDArray[np.bool_]:
         m = len(histories.users)
         marks = np.zeros((m, self.n_items), dtype=np.bool_)
         marks[np.repeat(np.arange(m), histories.lengths), histories.items] = True
-        return np.take_along_axis(marks, items, axis=1)
+        return marks
 
 
 def uniform(key: int, users: NDArray[np.int64], count: int, n: int) -> NDArray[np.int64]:

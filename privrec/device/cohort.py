@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.device.batch import Histories
+from privrec.device.round import Purpose
 from privrec.device.train import Trained, Trainer
 
 TOLERANCE = 1e-5
@@ -47,12 +48,12 @@ class Cohort:
         return cls(trainer, Histories(np.arange(users), indptr, items), states)
 
     def train(
-        self, weights: FloatArray, users: NDArray[np.int64], key: int
+        self, weights: FloatArray, users: NDArray[np.int64], purpose: Purpose, key: int
     ) -> Iterator[tuple[NDArray[np.int64], Trained]]:
         """One round's local training of ``users``, batch by batch; states are left unchanged."""
         for batch in self.batches(users):
-            histories = self.histories.select(batch)
-            yield batch, self.trainer.train(weights, histories, self.states[batch], key)
+            histories, states = self.histories.select(batch), self.states[batch]
+            yield batch, self.trainer.round(purpose, weights, histories, states, key)
 
     def fit(
         self, weights: FloatArray, users: NDArray[np.int64], key: int, steps: int
@@ -71,9 +72,7 @@ class Cohort:
         """``users`` by length of history, cut where a padded batch would outgrow the cache."""
         lengths = self.histories.lengths[users]
         order = np.argsort(lengths, kind="stable")
-        sampler = self.trainer.sampler
-        used = lengths[order] if sampler.most is None else lengths[order].clip(max=sampler.most)
-        samples = np.maximum(used, 1) * (1 + sampler.negatives)
+        samples = self.trainer.sampler.width(lengths[order])
         start = 0
         while start < len(order):
             # Sorted by length, the last device of a batch sets its width.

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from privrec.privacy.events import RoundEvent
+
+Purpose = Literal["train", "popularity"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class Round:
         event: its privacy event.
         plan_digest: digest of the scenario that the devices agreed to.
         model_digest: digest of the weights that the devices start from.
+        purpose: ``"train"``, or ``"popularity"`` for a round that counts items.
     """
 
     run_id: str
@@ -30,11 +34,13 @@ class Round:
     event: RoundEvent
     plan_digest: str
     model_digest: bytes
+    purpose: Purpose = "train"
 
     @property
     def context(self) -> tuple[str | int | bytes, ...]:
         """What binds every secret draw to this attempt: same context and input, same noise."""
-        return (self.run_id, self.index, self.attempt, self.plan_digest, self.model_digest)
+        round = (self.run_id, self.index, self.attempt, self.purpose)
+        return (*round, self.plan_digest, self.model_digest)
 
 
 def digest(array: NDArray[np.generic]) -> bytes:

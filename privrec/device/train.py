@@ -8,7 +8,6 @@ its update. Only the touched blocks are copied: nothing of the table's size, nor
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,13 +15,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from privrec.device.batch import Batch, Histories, Sampler
+from privrec.device.round import Purpose
 from privrec.device.update import Address, RawUpdate
 from privrec.embedding.subspace import Subspace, add_rows
 from privrec.models.layout import Layout
-from privrec.models.losses import LOSSES
-from privrec.models.ncf import NCF
+from privrec.errors import UsageError
+from privrec.models.losses import LOSSES, WHOLE_CATALOGUE, Graded, Loss, Samples
+from privrec.models.ncf import NCF, Scored
 
 FloatArray = NDArray[np.float32]
+_RIDGE = 1e-4
+"""Keeps the Newton system of a device with few samples solvable."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +66,12 @@ class Trained:
     Args:
         update: the change of the shared parameters; private until it is bounded.
         states: new private states, shape ``(m, user_dim)``; they stay on the devices.
-        losses: summed loss of each device before its item step, shape ``(m,)``; private.
-        samples: samples that counted, shape ``(m,)``; private.
+        losses: mean loss of each device before its item step, shape ``(m,)``; private.
     """
 
     update: RawUpdate
     states: FloatArray
     losses: FloatArray
-    samples: FloatArray
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,22 @@ class Trainer:
     @property
     def sampler(self) -> Sampler:
         """How a device draws its samples."""
-        n_items = self.recommender.vectors.items
-        return Sampler(n_items, self.settings.negatives, self.settings.max_samples)
+        settings, n_items = self.settings, self.recommender.vectors.items
+        whole = settings.loss in WHOLE_CATALOGUE
+        return Sampler(n_items, settings.negatives, settings.max_samples, whole)
+
+    def round(
+        self,
+        purpose: Purpose,
+        weights: FloatArray,
+        histories: Histories,
+        states: FloatArray,
+        key: int,
+    ) -> Trained:
+        """What ``m`` devices have to say in a round of the given purpose; see :meth:`train`."""
+        if purpose == "train":
+            return self.train(weights, histories, states, key)
+        return Trained(self.popularity(histories), states, np.zeros(len(states), np.float32))
 
     def train(
         self, weights: FloatArray, histories: Histories, states: FloatArray, key: int
@@ -97,28 +112,45 @@ class Trainer:
             states: their private states, shape ``(m, user_dim)``.
             key: decides the samples, see :class:`~privrec.device.batch.Sampler`.
         """
-        batch = self.sampler.draw(histories, key)
-        local = _Local(self.recommender, weights, batch, self._loss)
-        user = self._fit(local, torch.from_numpy(states), self.settings.user_steps)
-        losses = local.descend(user, self.settings.local_steps, self.settings.local_lr)
-        update = RawUpdate(local.change(), local.address)
-        return Trained(update, user.numpy(), losses.numpy(), batch.valid.sum(1))
+        settings = self.settings
+        local = self._local(weights, histories, key)
+        user = self._fit(local, torch.from_numpy(states), settings.user_steps)
+        losses = local.descend(user, settings.local_steps, settings.local_lr)
+        return Trained(RawUpdate(local.change(), local.address), user.numpy(), losses.numpy())
 
     def fit(
         self, weights: FloatArray, histories: Histories, states: FloatArray, key: int, steps: int
     ) -> FloatArray:
         """Private states fitted to fixed items in ``steps`` steps, shape ``(m, user_dim)``."""
-        batch = self.sampler.draw(histories, key)
-        local = _Local(self.recommender, weights, batch, self._loss)
+        local = self._local(weights, histories, key)
         return self._fit(local, torch.from_numpy(states), steps).numpy()
 
-    def _loss(self, scores: Tensor, valid: Tensor, positives: int) -> tuple[Tensor, Tensor]:
-        return LOSSES[self.settings.loss](scores, valid, positives)
+    def popularity(self, histories: Histories) -> RawUpdate:
+        """What a device says in a popularity round: its items, as a change of their biases.
+
+        Every item counts the clip norm and more, so that clipping leaves a vector of exactly that
+        norm: each device has the same weight, however long its history.
+        """
+        items, slots = _padded(histories), np.zeros((len(histories.users), 0), np.int64)
+        biases = self.recommender.biases
+        if biases is None:
+            raise UsageError(
+                "train.popularity_round = true: it sets item biases, and there are none; set "
+                "model.item_bias = true"
+            )
+        touched = _Touched(biases, np.zeros((biases.slots, 1), np.float32), np.maximum(items, 0))
+        touched.move(torch.from_numpy((items >= 0).astype(np.float32)).unsqueeze(2), last=True)
+        dense = np.zeros((len(items), self.recommender.layout.dense), np.float32)
+        address = Address(slots, touched.slots, self.recommender.layout)
+        return RawUpdate(np.concatenate((dense, touched.change), axis=1), address)
+
+    def _local(self, weights: FloatArray, histories: Histories, key: int) -> _Local:
+        batch = self.sampler.draw(histories, key)
+        return _Local(self.recommender, weights, batch, LOSSES[self.settings.loss])
 
     def _fit(self, local: _Local, user: Tensor, steps: int) -> Tensor:
         for _ in range(steps):
-            gradient = local.user_gradient(user)
-            user = user - self.settings.user_lr * (gradient + self.settings.user_l2 * user)
+            user = user - self.settings.user_lr * local.newton(user, self.settings.user_l2)
         return user
 
 
@@ -126,41 +158,48 @@ class _Local:
     """The devices' copies of what their samples touch, and the change they make to it."""
 
     def __init__(
-        self, recommender: Recommender, weights: FloatArray, batch: Batch, loss: Any
+        self, recommender: Recommender, weights: FloatArray, batch: Batch, loss: Loss
     ) -> None:
         layout, self._model, self._loss = recommender.layout, recommender.model, loss
-        self._valid, self._positives = torch.from_numpy(batch.valid), batch.positives
-        self._count = self._valid.sum(1, keepdim=True).clamp_min(1)
+        self._samples = Samples(torch.from_numpy(batch.valid), batch.positives)
         self._vectors = _Touched(recommender.vectors, layout.memory_of(weights), batch.items)
         self._biases = None
         if recommender.biases is not None:
             memory = layout.biases_of(weights)[:, None]
             self._biases = _Touched(recommender.biases, memory, batch.items)
-        self._dense = torch.from_numpy(layout.dense_of(weights)).expand(len(batch.items), -1)
+        self._dense = torch.from_numpy(layout.dense_of(weights)).expand(len(batch.valid), -1)
         self._dense_change = torch.zeros(self._dense.shape)
-        slots = self._biases.slots if self._biases else np.zeros((len(batch.items), 0), np.int64)
+        slots = self._biases.slots if self._biases else self._vectors.slots[:, :0]
         self.address = Address(self._vectors.slots, slots, layout)
 
-    def user_gradient(self, user: Tensor) -> Tensor:
-        """Gradient of each device's mean loss on its private state."""
-        scored = self._model.forward(user, self._vectors.rows, self._dense + self._dense_change)
-        _, upstream = self._loss(self._with_bias(scored.values), self._valid, self._positives)
-        return scored.user_gradient(upstream) / self._count
+    def newton(self, user: Tensor, l2: float) -> Tensor:
+        """Newton step on the private state under the loss's curvature and an L2 penalty.
+
+        The penalty is that of a Gaussian prior of precision ``l2`` on the vector; the bias has
+        none.
+        """
+        scored, (_, gradient, curvature) = self._graded(user)
+        jacobian = scored.user_jacobian()
+        prior = torch.full((user.shape[1],), l2)
+        prior[-1] = 0
+        hessian = _weighted_gram(jacobian, curvature)
+        hessian += torch.diag(prior + _RIDGE)
+        slope = _pull_back(jacobian, gradient) + prior * user
+        return torch.cholesky_solve(slope.unsqueeze(2), torch.linalg.cholesky(hessian)).squeeze(2)
 
     def descend(self, user: Tensor, steps: int, rate: float) -> Tensor:
-        """Gradient steps of the summed loss on the shared parameters; gives the first loss."""
+        """Gradient steps of the summed loss on the shared parameters; gives the first mean loss."""
         first = torch.zeros(len(user))
         for step in range(steps):
-            scored = self._model.forward(user, self._vectors.rows, self._dense + self._dense_change)
-            scores = self._with_bias(scored.values)
-            losses, upstream = self._loss(scores, self._valid, self._positives)
-            first = losses if step == 0 else first
-            rows, dense = scored.shared_gradient(upstream)
+            scored, (losses, gradient, _) = self._graded(user)
+            if step == 0:
+                first = losses / self._samples.valid.sum(1).clamp_min(1)
+            rows, dense = scored.shared_gradient(-rate * gradient)
             last = step == steps - 1
-            self._vectors.move(rows, -rate, last=last)
-            self._dense_change -= rate * dense
+            self._vectors.move(rows, last=last)
+            self._dense_change += dense
             if self._biases is not None:
-                self._biases.move(upstream.unsqueeze(2), -rate, last=last)
+                self._biases.move(-rate * gradient.unsqueeze(2), last=last)
         return first
 
     def change(self) -> FloatArray:
@@ -170,67 +209,111 @@ class _Local:
             parts.append(self._biases.change)
         return np.concatenate(parts, axis=1)
 
-    def _with_bias(self, scores: Tensor) -> Tensor:
-        return scores if self._biases is None else scores + self._biases.rows.squeeze(2)
+    def _graded(self, user: Tensor) -> tuple[Scored, Graded]:
+        dense = self._dense + self._dense_change
+        scored = self._model.forward(user, self._vectors.rows, dense)
+        scores = scored.values
+        if self._biases is not None:
+            scores = scores + self._biases.rows.squeeze(2)
+        return scored, self._loss(scores, self._samples)
+
+
+def _weighted_gram(jacobian: Tensor, weights: Tensor) -> Tensor:
+    """``J^T diag(w) J`` of each device, shape ``(m, u, u)``; ``J`` may be shared."""
+    if len(jacobian) > 1 or len(weights) == 1:
+        return torch.bmm((jacobian * weights.unsqueeze(2)).transpose(1, 2), jacobian)
+    shared, width = jacobian[0], jacobian.shape[2]
+    products = (shared.unsqueeze(2) * shared.unsqueeze(1)).reshape(len(shared), -1)
+    return (weights @ products).reshape(-1, width, width)
+
+
+def _pull_back(jacobian: Tensor, upstream: Tensor) -> Tensor:
+    if len(jacobian) == 1:
+        return upstream @ jacobian[0]
+    return torch.bmm(upstream.unsqueeze(1), jacobian).squeeze(1)
+
+
+def _padded(histories: Histories) -> NDArray[np.int64]:
+    """Histories as rows of one array, padded with -1."""
+    lengths = histories.lengths
+    place = np.arange(max(1, lengths.max(initial=0)))
+    present = place < lengths[:, None]
+    items = np.full(present.shape, -1, np.int64)
+    items[present] = histories.items
+    return items
 
 
 class _Touched:
     """The blocks of a memory that the samples of each device touch.
 
-    Samples that share a block (the same item twice, or items that collide) share it here too: its
-    first namer's copy is the one that changes, which keeps the update's norm the true one.
+    Samples that share a block (the same item twice, or items that collide) share it here too: one
+    of them owns it, and its copy is the one that changes, which keeps the update's norm the true
+    one. When all devices look at the same items, they share the copy of the old values.
     """
 
     def __init__(self, subspace: Subspace, memory: FloatArray, items: NDArray[np.int64]) -> None:
-        m, self._subspace = len(items), subspace
         slots, signs = subspace.locate(items)
-        self.slots = slots.reshape(m, -1)
+        self.slots = slots.reshape(len(items), -1)
+        self._shape = (*items.shape, subspace.parts, subspace.block)
         self._signs = torch.from_numpy(signs).unsqueeze(3)
         self._owner = _owners(self.slots, subspace.slots)
-        self._blocks: FloatArray = np.take(memory, self.slots.ravel(), axis=0)
-        self._change = np.zeros_like(self._blocks)
+        self._blocks = torch.from_numpy(np.take(memory, self.slots, axis=0))
         self._rows: Tensor | None = None
+        self._change: Tensor | None = None
 
     @property
     def rows(self) -> Tensor:
-        """Item vectors (or biases) as the samples see them now, shape ``(m, samples, dim)``."""
+        """Item vectors (or biases) as the samples see them now, shape ``(m or 1, samples, dim)``."""
         if self._rows is None:
-            m, samples, parts, _ = self._signs.shape
-            signed = torch.from_numpy(self._blocks).reshape(m, samples, parts, -1) * self._signs
-            self._rows = signed.reshape(m, samples, -1)
+            blocks = self._blocks.reshape(-1, *self._shape[1:])
+            self._rows = (blocks * self._signs).reshape(len(blocks), self._shape[1], -1)
         return self._rows
 
     @property
     def change(self) -> FloatArray:
         """Change of each named block, shape ``(m, k_blocks * block)``; zero but for its owner."""
-        return self._change.reshape(len(self.slots), -1)
+        if self._change is None:
+            return np.zeros((len(self.slots), self.slots.shape[1] * self._shape[3]), np.float32)
+        return self._change.reshape(len(self._change), -1).numpy()
 
-    def move(self, rows: Tensor, rate: float, *, last: bool) -> None:
-        """Add ``rate * rows``, given by sample, to the blocks.
+    def move(self, rows: Tensor, *, last: bool) -> None:
+        """Add ``rows`` to the blocks.
 
         Args:
             rows: change of each sample's row, shape ``(m, samples, dim)``.
-            rate: factor of all of it.
             last: whether nobody looks at :attr:`rows` again, so that they may stay as they are.
         """
-        block = self._subspace.block
-        signed = (rows.reshape(*self._signs.shape[:3], block) * (self._signs * rate)).numpy()
-        step = np.zeros_like(self._change)
-        add_rows(step, self._owner, signed.reshape(-1, block))
-        self._change += step
-        if not last:
-            self._blocks = self._blocks + step[self._owner]
-            self._rows = None
+        m, names, block = len(rows), self.slots.shape[1], self._shape[3]
+        signed = (rows.reshape(m, *self._shape[1:]) * self._signs).reshape(m, names, block)
+        owner = None if self._owner is None else _flat(self._owner, m)
+        if owner is not None:
+            merged = np.zeros((m * names, block), np.float32)
+            add_rows(merged, owner, signed.reshape(-1, block).numpy())
+            signed = torch.from_numpy(merged).reshape(m, names, block)
+        self._change = signed if self._change is None else self._change + signed
+        if last:
+            return
+        step = signed
+        if owner is not None:
+            step = signed.reshape(-1, block)[torch.from_numpy(owner)].reshape(signed.shape)
+        self._blocks, self._rows = self._blocks + step, None
 
 
-def _owners(slots: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    """For each named block, the position (over the whole batch) of the one that owns it.
+def _owners(slots: NDArray[np.int64], size: int) -> NDArray[np.int64] | None:
+    """For each named block of a row, the place in that row that owns it; None when all own
+    themselves.
 
-    Writing every position into a table of slots and reading it back elects one namer of each slot,
-    in time linear in the names.
+    Writing every place into a table of slots and reading it back elects one namer of each slot, in
+    time linear in the names.
     """
     m, names = slots.shape
-    keys = (slots + np.arange(m)[:, None] * size).ravel()
-    table = np.empty(m * size, np.int64)
-    table[keys] = np.arange(m * names)
-    return table[keys]
+    keys = slots + np.arange(m)[:, None] * size
+    table, own = np.empty(m * size, np.int64), np.broadcast_to(np.arange(names), slots.shape)
+    table[keys] = own
+    owners = table[keys]
+    return None if np.array_equal(owners, own) else owners
+
+
+def _flat(owners: NDArray[np.int64], m: int) -> NDArray[np.int64]:
+    """Owners as places in the flattened batch of ``m`` rows."""
+    return (owners + np.arange(m)[:, None] * owners.shape[1]).ravel()

@@ -25,8 +25,8 @@ class Address:
     No block or bias is named twice with a value other than zero.
 
     Args:
-        blocks: memory slots, shape ``(m, k_blocks)``.
-        biases: bias slots, shape ``(m, k_biases)``.
+        blocks: memory slots, shape ``(m, k_blocks)``, or ``(1, k_blocks)`` when all name the same.
+        biases: bias slots, likewise.
         layout: the shared vector's sections.
     """
 
@@ -72,14 +72,12 @@ class BoundedUpdate:
 
     def add_to(self, total: NDArray[np.int64]) -> None:
         """Add the sum of all rows to ``total``, an int64 vector of ``layout.size``, in place."""
-        layout, block = self.address.layout, self.address.layout.block
-        blocks_end = layout.dense + self.address.blocks.shape[1] * block
-        dense = self.integers[:, : layout.dense]
-        rows = self.integers[:, layout.dense : blocks_end].reshape(-1, block)
-        biases = self.integers[:, blocks_end:].reshape(-1, 1)
-        layout.dense_of(total)[...] += dense.sum(axis=0, dtype=np.int64)
-        add_rows(layout.memory_of(total), self.address.blocks.ravel(), rows)
-        add_rows(layout.biases_of(total)[:, None], self.address.biases.ravel(), biases)
+        layout, address = self.address.layout, self.address
+        blocks_end = layout.dense + address.blocks.shape[1] * layout.block
+        layout.dense_of(total)[...] += self.integers[:, : layout.dense].sum(0, dtype=np.int64)
+        blocks = self.integers[:, layout.dense : blocks_end]
+        _add(layout.memory_of(total), address.blocks, blocks)
+        _add(layout.biases_of(total)[:, None], address.biases, self.integers[:, blocks_end:])
 
     def vector(self) -> NDArray[np.int64]:
         """The whole vector that one device uploads (the sum of the rows of a batch)."""
@@ -103,10 +101,17 @@ class Aggregate:
     loss: float | None
 
 
+def _add(
+    target: NDArray[np.int64], slots: NDArray[np.int64], values: NDArray[np.int32]
+) -> None:
+    if len(slots) < len(values):
+        values = values.sum(axis=0, keepdims=True, dtype=np.int64)  # type: ignore[assignment]
+    add_rows(target, slots.ravel(), values.reshape(-1, target.shape[1]))
+
+
 def clip(values: NDArray[np.float32], clip_norm: float) -> NDArray[np.float32]:
     """Scale each row down to an L2 norm of at most ``clip_norm``; rows not finite become zeros."""
-    wide = np.einsum("ij,ij->i", values, values, dtype=np.float64)
-    norms = np.sqrt(wide)
+    norms = np.sqrt(np.einsum("ij,ij->i", values, values, dtype=np.float64))
     factors = np.minimum(1.0, clip_norm / np.maximum(norms, np.finfo(np.float64).tiny))
     broken = ~np.isfinite(norms)
     clipped: NDArray[np.float32] = values * np.where(broken, 0.0, factors).astype(np.float32)[:, None]

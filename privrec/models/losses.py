@@ -1,50 +1,96 @@
-"""Losses of implicit feedback over one device's positives and sampled negatives.
+"""Losses of implicit feedback, with what a device needs to descend them.
 
-Each takes scores of shape ``(m, p + p * r)``: ``p`` positives, then ``r`` negatives for each in
-turn; ``valid`` is 1 where a sample counts and 0 where it is padding or a negative that turned out
-to be in the history. Each gives the summed loss of each device and its gradient on the scores.
+Each takes scores of shape ``(m, k)`` and the samples behind them, and gives three things a device:
+the summed loss ``(m,)``, its gradient on the scores ``(m, k)``, and a curvature ``(m, k)`` whose
+diagonal is never below the Hessian on the scores. A Newton step with that curvature never
+overshoots, so no step size has to be found on a device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
-Loss = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+@dataclass(frozen=True)
+class Samples:
+    """What the scored items are.
+
+    Args:
+        valid: 1 where a sample counts, 0 for padding and for negatives that are in the history;
+            shape ``(m, k)``. Over the whole catalogue: 1 where the item is in the history.
+        positives: how many of the ``k`` samples are positives; they come first, then as many
+            negatives for each of them in turn. 0 over the whole catalogue.
+    """
+
+    valid: Tensor
+    positives: int
 
 
-def bce(scores: Tensor, valid: Tensor, positives: int) -> tuple[Tensor, Tensor]:
-    """Binary cross-entropy: positives are ones, negatives zeros (He et al. 2017, equation 7)."""
-    gradient = torch.sigmoid(scores)
-    gradient[:, :positives] -= 1
+Graded = tuple[Tensor, Tensor, Tensor]
+Loss = Callable[[Tensor, Samples], Graded]
+
+
+def bce(scores: Tensor, samples: Samples) -> Graded:
+    """Binary cross-entropy: positives are ones, negatives zeros (He et al. 2017, equation 7).
+
+    The curvature is that of the quadratic bound of Jaakkola & Jordan (2000).
+    """
+    p, valid = samples.positives, samples.valid
+    half = torch.tanh(scores / 2)
+    gradient = half / 2 + 0.5
+    gradient[:, :p] -= 1
     value = softplus(scores)
-    value[:, :positives] -= scores[:, :positives]
-    return (value * valid).sum(1), gradient.mul_(valid)
+    value[:, :p] -= scores[:, :p]
+    curvature = torch.where(scores.abs() < 1e-3, 0.25, half / (2 * scores))
+    return (value * valid).sum(1), gradient.mul_(valid), curvature.mul_(valid)
 
 
-def bpr(scores: Tensor, valid: Tensor, positives: int) -> tuple[Tensor, Tensor]:
+def bpr(scores: Tensor, samples: Samples) -> Graded:
     """Bayesian personalised ranking: each positive above its own negatives (Rendle et al. 2009)."""
-    m = len(scores)
-    pair = (m, positives, -1)
-    ahead = scores[:, :positives, None] - scores[:, positives:].reshape(pair)
-    counts = valid[:, positives:].reshape(pair) * valid[:, :positives, None]
+    p, valid, m = samples.positives, samples.valid, len(scores)
+    ahead = scores[:, :p, None] - scores[:, p:].reshape(m, p, -1)
+    counts = valid[:, p:].reshape(m, p, -1) * valid[:, :p, None]
     push = torch.sigmoid(-ahead).mul_(counts)
     gradient = torch.cat((-push.sum(2), push.reshape(m, -1)), dim=1)
-    return -(logsigmoid(ahead) * counts).sum((1, 2)), gradient
+    # (a - b)^2 <= 2 a^2 + 2 b^2, and the logistic curvature is at most 1/4.
+    bound = counts / 2
+    curvature = torch.cat((bound.sum(2), bound.reshape(m, -1)), dim=1)
+    return -(logsigmoid(ahead) * counts).sum((1, 2)), gradient, curvature
 
 
-def softmax(scores: Tensor, valid: Tensor, positives: int) -> tuple[Tensor, Tensor]:
-    """Sampled softmax: each positive against all of the device's negatives at once."""
-    negatives = scores[:, positives:].masked_fill(valid[:, positives:] == 0, -torch.inf)
+def sampled_softmax(scores: Tensor, samples: Samples) -> Graded:
+    """Softmax of each positive against all of the device's negatives at once."""
+    p, valid = samples.positives, samples.valid
+    negatives = scores[:, p:].masked_fill(valid[:, p:] == 0, -torch.inf)
     floor = torch.logsumexp(negatives, dim=1, keepdim=True).clamp_min(-1e4)
-    behind = floor - scores[:, :positives]
-    pull = torch.sigmoid(behind).mul_(valid[:, :positives])
+    behind = floor - scores[:, :p]
+    pull = torch.sigmoid(behind).mul_(valid[:, :p])
     spread = torch.exp(negatives - floor) * pull.sum(1, keepdim=True)
-    value = (softplus(behind) * valid[:, :positives]).sum(1)
-    return value, torch.cat((-pull, spread), dim=1)
+    value = (softplus(behind) * valid[:, :p]).sum(1)
+    curvature = torch.cat((valid[:, :p] - pull, spread), dim=1)
+    return value, torch.cat((-pull, spread), dim=1), curvature
 
 
-LOSSES: dict[str, Loss] = {"bce": bce, "bpr": bpr, "softmax": softmax}
+def full_softmax(scores: Tensor, samples: Samples) -> Graded:
+    """Softmax over the whole catalogue: nothing is sampled, so nothing is lost to sampling."""
+    history = samples.valid
+    count = history.sum(1, keepdim=True)
+    logs = torch.log_softmax(scores, dim=1)
+    expected = torch.exp(logs).mul_(count)
+    return -(logs * history).sum(1), expected - history, expected
+
+
+LOSSES: dict[str, Loss] = {
+    "bce": bce,
+    "bpr": bpr,
+    "softmax": sampled_softmax,
+    "full_softmax": full_softmax,
+}
+
+WHOLE_CATALOGUE = frozenset({"full_softmax"})
+"""Losses that look at every item instead of sampled ones."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -85,12 +85,12 @@ class NCF:
 
         Args:
             user: private states, shape ``(m, user_dim)``.
-            rows: item vectors, shape ``(m, k, dim)``.
+            rows: item vectors, shape ``(m, k, dim)``, or ``(1, k, dim)`` when all see the same.
             dense: dense weights, shape ``(m, dense)``.
 
         Returns:
-            Scores of shape ``(m, k)`` (item biases are added by the caller), wrapped with their
-            pullback.
+            Scores of shape ``(m, k)`` (item biases are added by the caller), wrapped with what
+            training needs.
         """
         if self.tower:
             return _NetworkScored(self, user, rows, dense)
@@ -110,14 +110,20 @@ class NCF:
         scores = user[:, : self.dot] @ table[:, : self.dot].T + user[:, -1:]
         if self.tower:
             own, items = user[:, self.dot : -1], table[None, :, self.dot :]
-            scores += self.network(own, items, dense[None])
+            scores += self.network(own[:, None], items, dense[None])
         return scores
 
     def network(self, user: Tensor, rows: Tensor, dense: Tensor) -> Tensor:
-        """The tower's output, shape ``(m, k)``; ``rows`` and ``dense`` may have ``m = 1``."""
+        """The tower's output, shape ``(m, k)``.
+
+        Args:
+            user: the users' parts, shape ``(m, 1, tower)``, or ``(m, k, tower)`` by sample.
+            rows: the items' parts, shape ``(m, k, tower)`` or ``(1, k, tower)``.
+            dense: dense weights, shape ``(m, dense)`` or ``(1, dense)``.
+        """
         weights = self._unpack(dense)
         first, bias = weights[0], weights[1]
-        own = user[:, None, :] @ first[:, : self.tower] + bias[:, None, :]
+        own = user @ first[:, : self.tower] + bias[:, None, :]
         x = torch.relu(rows @ first[:, self.tower :] + own)
         for weight, bias in zip(weights[2:-1:2], weights[3:-1:2], strict=True):
             x = torch.relu(x @ weight + bias[:, None, :])
@@ -129,52 +135,57 @@ class NCF:
         return [part.reshape(-1, *s) for part, s in zip(parts, self.shapes, strict=True)]
 
 
-class Scored:
-    """Scores of candidates and, on demand, gradients through them."""
+class Scored(Protocol):
+    """Scores of candidates and, on demand, what training needs of them."""
 
     values: Tensor
 
-    def user_gradient(self, upstream: Tensor) -> Tensor:
-        """Gradient on the private state, shape ``(m, user_dim)``."""
-        raise TypeError("use what NCF.forward returns")
+    def user_jacobian(self) -> Tensor:
+        """Derivative of each score by the private state, shape ``(m or 1, k, user_dim)``."""
+        ...
 
     def shared_gradient(self, upstream: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients on item vectors ``(m, k, dim)`` and dense weights ``(m, dense)``."""
-        raise TypeError("use what NCF.forward returns")
+        ...
 
 
-class _DotScored(Scored):
+class _DotScored:
     """GMF: the gradients are outer products, so nothing needs recording."""
 
     def __init__(self, user: Tensor, rows: Tensor) -> None:
         self._vector, self._rows = user[:, :-1], rows
-        products = torch.bmm(rows, self._vector.unsqueeze(2)).squeeze(2)
+        if len(rows) == 1:
+            products = self._vector @ rows[0].T
+        else:
+            products = torch.bmm(rows, self._vector.unsqueeze(2)).squeeze(2)
         self.values = products + user[:, -1:]
 
-    def user_gradient(self, upstream: Tensor) -> Tensor:
-        vector = torch.bmm(upstream.unsqueeze(1), self._rows).squeeze(1)
-        return torch.cat((vector, upstream.sum(1, keepdim=True)), dim=1)
+    def user_jacobian(self) -> Tensor:
+        return torch.nn.functional.pad(self._rows, (0, 1), value=1.0)
 
     def shared_gradient(self, upstream: Tensor) -> tuple[Tensor, Tensor]:
         dense = upstream.new_empty((len(upstream), 0))
         return upstream.unsqueeze(2) * self._vector.unsqueeze(1), dense
 
 
-class _NetworkScored(Scored):
+class _NetworkScored:
     """MLP and NeuMF: gradients by automatic differentiation over each device's own weights."""
 
     def __init__(self, model: NCF, user: Tensor, rows: Tensor, dense: Tensor) -> None:
+        m, k = len(user), rows.shape[1]
+        # A copy of the user for each sample, so that one backward pass gives the whole Jacobian.
+        copies = user[:, None].expand(m, k, -1), rows.expand(m, k, -1), dense.expand(m, -1)
         with torch.enable_grad():
-            self._inputs = [t.detach().requires_grad_() for t in (user, rows, dense)]
+            self._inputs = [copy.detach().clone().requires_grad_() for copy in copies]
             own, items, weights = self._inputs
-            dot, tower = items[..., : model.dot], items[..., model.dot :]
-            recorded = torch.einsum("mkd,md->mk", dot, own[:, : model.dot]) + own[:, -1:]
-            self._recorded = recorded + model.network(own[:, model.dot : -1], tower, weights)
+            dots = (own[..., : model.dot] * items[..., : model.dot]).sum(-1) + own[..., -1]
+            tower = model.network(own[..., model.dot : -1], items[..., model.dot :], weights)
+            self._recorded = dots + tower
         self.values = self._recorded.detach()
 
-    def user_gradient(self, upstream: Tensor) -> Tensor:
-        (user,) = torch.autograd.grad(self._recorded, self._inputs[0], upstream)
-        return user
+    def user_jacobian(self) -> Tensor:
+        ones = torch.ones_like(self._recorded)
+        return torch.autograd.grad(self._recorded, self._inputs[0], ones, retain_graph=True)[0]
 
     def shared_gradient(self, upstream: Tensor) -> tuple[Tensor, Tensor]:
         rows, dense = torch.autograd.grad(self._recorded, self._inputs[1:], upstream)

@@ -34,7 +34,7 @@ from privrec.report.model import (
     Report,
     flat,
 )
-from privrec.report.spending import Spending, read_spending
+from privrec.report.spending import Spending, kept_key, read_spending
 
 T = TypeVar("T")
 
@@ -42,7 +42,7 @@ CURVE_POINTS = 200
 """Most points of a curve that a report keeps; the first and the last are always kept."""
 
 EPSILON_POINTS = 40
-"""Rounds, spread evenly, at which ε is computed anew for the curve; a few early ones come on top."""
+"""Rounds, spread evenly, at which ε is computed anew for the curve; early ones come on top."""
 
 _EARLY = (1, 2, 4, 8, 16)
 
@@ -71,8 +71,9 @@ def build(directory: Path, *, public_key: Ed25519PublicKey | None = None) -> Rep
 
     Args:
         directory: The run directory, as ``privrec run`` left it. It is only read.
-        public_key: The server's key, to check the ledger's signed head with; without it the key
-            that the ledger names is used, and the report says so.
+        public_key: The server's key, to check the ledger's signed head with. Without it, the one
+            that this machine keeps for the run is used, else the one that the ledger itself names;
+            the report says which.
 
     Returns:
         The report; its ε come from ``ledger.jsonl`` alone.
@@ -106,6 +107,7 @@ def _first_problem(error: ValidationError) -> str:
 
 def _read(directory: Path, public_key: Ed25519PublicKey | None) -> _Files:
     run = _json(directory, "run.json", "it is not a run directory; name one that privrec made")
+    run_id = str(run.get("run_id", ""))
     result = _json(
         directory, "result.json", f"the run is not finished; go on with: privrec resume {directory}"
     )
@@ -115,7 +117,7 @@ def _read(directory: Path, public_key: Ed25519PublicKey | None) -> _Files:
         result,
         _toml(directory / "scenario.toml"),
         read_rounds(directory / "events.jsonl"),
-        read_spending(directory, public_key),
+        read_spending(directory, public_key or kept_key(run_id)),
     )
 
 
@@ -266,6 +268,7 @@ def _claim_facts(files: _Files) -> claims.Facts:
         budget=privacy.get("budget"),
         budget_against=privacy.get("budget_against") or "recipients",
         rounds=int(files.result.get("rounds") or 0),
+        planned_rounds=int(files.result.get("planned_rounds") or files.result.get("rounds") or 0),
         charges=len(files.spending.charges),
         holdout=files.result.get("holdout") or "test",
         evaluations=sum(1 for record in files.rounds if record.metrics),

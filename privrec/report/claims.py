@@ -34,6 +34,7 @@ class Facts:
     budget: float | None
     budget_against: Literal["recipients", "server"]
     rounds: int
+    planned_rounds: int
     charges: int
     holdout: Literal["test", "validation"]
     evaluations: int
@@ -156,7 +157,12 @@ def sampling(kind: str, rate: float, expected_cohort: float | None) -> str:
 
 def warnings(facts: Facts) -> tuple[Notice, ...]:
     """Everything a reader must know before relying on the claim, the serious first."""
-    found = [*_no_guarantee(facts), *_weaknesses(facts), *_selection(facts)]
+    found = [
+        *_no_guarantee(facts),
+        *_weaknesses(facts),
+        *_stopped(facts),
+        *_selection(facts),
+    ]
     return tuple(sorted(found, key=lambda notice: notice.level != "serious"))
 
 
@@ -217,6 +223,16 @@ def _amplification(facts: Facts) -> Iterator[Notice]:
         f"longer holds, and ε = {epsilon_text(known)} does. Keep cohorts, their sizes and "
         "drop-outs, and logs that show them, with the operator.",
     )
+
+
+def _stopped(facts: Facts) -> Iterator[Notice]:
+    if facts.rounds < facts.planned_rounds:
+        yield Notice(
+            level="caution",
+            title="The run stopped before its last round",
+            text=f"{facts.rounds:,} of {facts.planned_rounds:,} planned rounds were finished; the "
+            "next one would have spent more than the budget.",
+        )
 
 
 def _selection(facts: Facts) -> Iterator[Notice]:

@@ -26,9 +26,9 @@ class Comparison:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Keys of all metrics that any run has, in the order of the accuracy table."""
+        """Keys of all metrics that any run has, those of full ranking last."""
         keys = (metric.key for report in self.reports for metric in report.accuracy.metrics)
-        return tuple(dict.fromkeys(keys))
+        return tuple(sorted(dict.fromkeys(keys), key=lambda key: key.startswith("full_")))
 
     def rows(self) -> list[dict[str, Scalar]]:
         """One flat row a run: name, ε, metrics and costs; an infinite ε is None."""
@@ -83,6 +83,7 @@ def to_html(comparison: Comparison) -> str:
         comparison=comparison,
         rows=comparison.rows(),
         metrics=comparison.metrics,
+        protocols=_protocols(comparison.metrics),
         heading=heading,
         plot=intervals(shown, heading) if shown else "",
     )
@@ -95,6 +96,17 @@ def write(comparison: Comparison, path: Path) -> None:
         UsageError: The folder does not exist or cannot be written.
     """
     replace_text(path, to_html(comparison))
+
+
+def _protocols(keys: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Metric keys by how the held-out item is ranked; keys of one protocol stand together."""
+    full = [key for key in keys if key.startswith("full_")]
+    sampled = [key for key in keys if key not in full]
+    return [
+        (name, group)
+        for name, group in (("Among 99 items", sampled), ("Full ranking", full))
+        if group
+    ]
 
 
 def _value(metric: Metric | None) -> float | None:

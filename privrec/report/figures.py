@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from privrec.record import duration_text
+from privrec.record import duration_text, metric_name
 from privrec.report.model import Metric, Scalar
 
 _NAMES = {
-    "cpu_s": "CPU seconds",
+    "cpu_s_per_device_round": "CPU time",
+    "device_peak_bytes": "device memory",
+    "download_bytes": "download",
     "dim": "dimensions",
     "epsilon": "ε, recipients",
     "epsilon_server": "ε, server",
-    "hr@10": "HR@10",
     "init_std": "initial standard deviation",
     "item_bias": "item bias",
-    "kind": "model",
     "lr": "learning rate",
     "max_history": "longest history",
-    "ndcg@10": "NDCG@10",
     "size": "interactions",
-    "wall_s": "seconds",
+    "upload_bytes": "upload",
+    "wall_s": "time",
 }
 
 
@@ -63,7 +63,20 @@ def interval_text(metric: Metric) -> str:
 def fact_name(key: str) -> str:
     """A setting's key as people write it; the table a key stands in is left out."""
     last = key.rpartition(".")[2]
-    return _NAMES.get(last, last.replace("_", " "))
+    return metric_name(last) if "@" in last else _NAMES.get(last, last.replace("_", " "))
+
+
+def result_text(key: str, value: Scalar) -> str:
+    """One cell of a table of compared settings: metrics, bytes and seconds by the key's name."""
+    if isinstance(value, str | bool) or value is None:
+        return fact_text(value)
+    if "@" in key:
+        return number_text(value)
+    if key.endswith("_bytes"):
+        return bytes_text(value)
+    if key.endswith(("wall_s", "cpu_s_per_device_round")):
+        return seconds_text(value)
+    return fact_text(value)
 
 
 def fact_text(value: Scalar) -> str:

@@ -31,6 +31,9 @@ _VARIABLES = {
     "#060606": "var(--third)",
     "#070707": "var(--fourth)",
 }
+MARKED = 30
+"""Most points of a line for each to be marked with a dot."""
+
 _INK, _MUTED, _RULE, *_LINES = _VARIABLES
 _SETTINGS: dict[Any, Any] = {
     "svg.hashsalt": "privrec",
@@ -50,6 +53,7 @@ _SETTINGS: dict[Any, Any] = {
     "lines.linewidth": 1.8,
     "lines.solid_capstyle": "round",
 }
+_STEPS = [1, 2, 2.5, 5, 10]
 _WIDE = (7.4, 2.7)
 _HALF = (3.6, 2.6)
 
@@ -118,6 +122,7 @@ def _epsilon(report: Report, recipients: Curve) -> Plot:
             label="ε",
             log=_spread(lines) > 5,
             limit=budget,
+            marks=len(recipients.points) <= MARKED,
         ),
         wide=True,
     )
@@ -158,7 +163,7 @@ def _outside(report: Report, curve: Curve, *, wide: bool) -> Plot:
             [_Line(curve.points, f"{last.value:.3f}")],
             size=_WIDE if wide else _HALF,
             label="",
-            marks=len(curve.points) <= 30,
+            marks=len(curve.points) <= MARKED,
             colour=3 if loss else 2,
         ),
         wide=wide,
@@ -191,6 +196,7 @@ def intervals(metrics: Sequence[tuple[str, Metric]], heading: str) -> str:
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.grid(axis="x")
         axes.set_axisbelow(True)
+        axes.margins(x=0.08)
         said = "; ".join(f"{name}: {metric.value:.3f}" for name, metric in metrics)
         return _embedded(_printed(figure), "intervals", heading, f"{said}.")
 
@@ -240,7 +246,7 @@ def _svg(
         for place, line in enumerate(lines):
             _draw(axes, line, _LINES[colour + place], marks)
         _limit(axes, limit)
-        _range(axes, lines, log)
+        _range(axes, lines, limit, log)
         return _embedded(_printed(figure), key, title, description)
 
 
@@ -262,13 +268,13 @@ def _style(axes: Axes, label: str, log: bool) -> None:
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y")
     axes.set_axisbelow(True)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=_STEPS))
     if log:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_minor_locator(LogLocator(subs=()))
     else:
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
@@ -302,11 +308,13 @@ def _limit(axes: Axes, limit: float | None) -> None:
     )
 
 
-def _range(axes: Axes, lines: Sequence[_Line], log: bool) -> None:
-    rounds = [point.round for line in lines for point in line.points]
-    axes.set_xlim(min(*rounds, 1) if log else 0, max(rounds))
-    if not log and min(point.value for line in lines for point in line.points) >= 0:
+def _range(axes: Axes, lines: Sequence[_Line], limit: float | None, log: bool) -> None:
+    axes.set_xlim(0, max(line.points[-1].round for line in lines))
+    if log:
+        return
+    if min(point.value for line in lines for point in line.points) >= 0:
         axes.set_ylim(bottom=0)
+    axes.set_ylim(top=max(axes.get_ylim()[1], 1.12 * (limit or 0)))
 
 
 def _printed(figure: Figure) -> str:

@@ -16,7 +16,7 @@ from privrec.errors import UsageError
 from privrec.record import epsilon_text, metric_name
 from privrec.report import claims, figures
 from privrec.report.build import thinned
-from privrec.report.model import Facts, Metric, Point, Report
+from privrec.report.model import Facts, Metric, Point, Report, Scalar
 from privrec.report.plots import plots
 
 
@@ -151,10 +151,15 @@ def _environment() -> Environment:
         interval=figures.interval_text,
         metric_name=metric_name,
         number=figures.number_text,
+        result=_result,
         seconds=figures.seconds_text,
         sparse=_sparse,
     )
     return environment
+
+
+def _result(value: Scalar, key: str) -> str:
+    return figures.result_text(key, value)
 
 
 def _sparse(points: Sequence[Point]) -> list[Point]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from privrec.errors import IntegrityError
 from privrec.privacy.events import RoundEvent
-from privrec.privacy.ledger import Charge, Ledger
+from privrec.privacy.ledger import Charge, Ledger, server_key
+from privrec.randomness import state_dir
 
 Signature = Literal["server key", "key named in the ledger"]
 
@@ -35,6 +37,19 @@ class Spending:
     head: str
     key: str
     signature: Signature
+
+
+def kept_key(run_id: str) -> Ed25519PublicKey | None:
+    """The server's public key where this machine keeps the key of that run, else None.
+
+    Raises:
+        UsageError: The key is there, but others may read it.
+        IntegrityError: The key is there, but damaged.
+    """
+    if not re.fullmatch(r"[\w-]+", run_id):
+        return None
+    path = state_dir() / "runs" / run_id / "server.key"
+    return server_key(path).public_key() if path.exists() else None
 
 
 def read_spending(directory: Path, public_key: Ed25519PublicKey | None = None) -> Spending:

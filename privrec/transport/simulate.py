@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from privrec.device.cohort import Cohort
 from privrec.device.device import Device
 from privrec.device.round import Round, digest
-from privrec.device.train import Trained
 from privrec.device.update import Aggregate, BoundedUpdate
 from privrec.randomness import SecretRoot, rng_for
 from privrec.secagg.ring import Encoding
@@ -47,12 +46,12 @@ class Simulation:
         users = cohort(self.seed, round.index, len(self.devices.states), self.sampling_rate)
         self._rewind(round.index, users)
         total = np.zeros(len(weights), np.int64)
-        losses = samples = 0.0
-        for update, trained in self._answers(round, weights, users):
+        loss = 0.0
+        for update, losses in self._answers(round, weights, users):
             update.add_to(total)
-            losses += float(trained.losses.sum(dtype=np.float64))
-            samples += float(trained.samples.sum(dtype=np.float64))
-        return Aggregate(total, len(users), losses / samples if samples else None)
+            loss += float(losses.sum(dtype=np.float64))
+        known = len(users) and round.purpose == "train"
+        return Aggregate(total, len(users), loss / len(users) if known else None)
 
     def _rewind(self, index: int, users: NDArray[np.int64]) -> None:
         if self._before is not None and self._before[0] == index:
@@ -61,31 +60,26 @@ class Simulation:
 
     def _answers(
         self, round: Round, weights: FloatArray, users: NDArray[np.int64]
-    ) -> Iterator[tuple[BoundedUpdate, Trained]]:
+    ) -> Iterator[tuple[BoundedUpdate, FloatArray]]:
+        """Bounded updates and losses, a batch at a time; the devices' states move on."""
         key = int(rng_for(self.seed, "samples", round.index).integers(2**63))
         if self.engine == "device":
             yield from self._one_by_one(round, weights, users, key)
             return
-        for batch, trained in self.devices.train(weights, users, key):
+        for batch, trained in self.devices.train(weights, users, round.purpose, key):
             before = digest(self.devices.states[batch])
             coins = self.root.stream("rounding", *round.context, batch.tobytes(), before)
             self.devices.states[batch] = trained.states
-            yield trained.update.bound(self.encoding, coins), trained
+            yield trained.update.bound(self.encoding, coins), trained.losses
 
     def _one_by_one(
         self, round: Round, weights: FloatArray, users: NDArray[np.int64], key: int
-    ) -> Iterator[tuple[BoundedUpdate, Trained]]:
+    ) -> Iterator[tuple[BoundedUpdate, FloatArray]]:
+        devices = self.devices
         for user in users:
-            history = self.devices.histories.select(np.array([user])).items
-            device = Device(
-                int(user),
-                history,
-                self.devices.trainer,
-                self.encoding,
-                self.root,
-                self.devices.states[user].copy(),
-            )
-            trained = device.train(weights, key)
-            update = device.answer(round, weights, key)
-            self.devices.states[user] = device.state
-            yield update, trained
+            history = devices.histories.select(np.array([user])).items
+            own = devices.states[user].copy()
+            device = Device(int(user), history, devices.trainer, self.encoding, self.root, own)
+            losses = device.train(weights, round, key).losses
+            yield device.answer(round, weights, key), losses
+            devices.states[user] = device.state

@@ -25,6 +25,8 @@ FLOORS = (
     ("server",),
     ("transport",),
     ("record", "checkpoint"),
+    ("assembly", "footprint", "scoring"),  # what the loop is put together from
+    ("outcome",),
     ("run",),
     ("report",),
     ("recommend",),

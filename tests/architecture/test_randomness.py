@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import privrec
+from privrec.record import NullObserver
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = ("train.rounds=2", "data.users=40", "data.items=60", "run.checkpoint_every=1")
+SMALL = ("train.rounds=2", "data.users=40", "data.items=60", "devices.population=40")
 
 
 def global_states() -> tuple[object, bytes, bytes]:
@@ -30,5 +31,5 @@ def test_a_run_leaves_the_global_generators_alone(
     settings = (*SMALL, f"model.kind={kind}", f"run.engine={engine}")
     scenario = privrec.load_scenario(ROOT / "scenarios" / "quickstart.toml", settings)
     before = global_states()
-    privrec.start(scenario, out=tmp_path / "run")
+    privrec.start(scenario, out=tmp_path / "run", observer=NullObserver())
     assert global_states() == before

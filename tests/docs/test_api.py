@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import re
 
-import privrec
 from docs_pages import ROOT
+
+import privrec
 
 PAGE = (ROOT / "docs" / "api.md").read_text("utf-8")
 PRIVATE = {"privrec", "privrec.__main__"}

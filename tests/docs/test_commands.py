@@ -21,6 +21,7 @@ import pytest
 from docs_pages import PAGES, ROOT, Fence, commands, fences, inline_code
 
 from privrec import cli
+from privrec.errors import UsageError
 from privrec.scenario import Scenario
 
 ROUNDS = "train.rounds=3"
@@ -172,5 +173,5 @@ def test_a_wrong_command_is_found(checkout: Path) -> None:
     for text in ("privrec fly", "privrec plan nowhere.toml", "privrec run --no-such-option"):
         with pytest.raises(AssertionError, match="exited 2"):
             run_shell(Fence("bash", (), text, 1), "page")
-    with pytest.raises(click.UsageError):
+    with pytest.raises((click.UsageError, UsageError)):
         parse_shell(Fence("bash", (), "privrec data fly", 1), "page")

@@ -108,6 +108,7 @@ def make_run(
             "wall_s": 214.2,
         },
         "rounds": rounds,
+        "planned_rounds": rounds,
         "model": {
             "kind": "gmf",
             "dim": 32,
@@ -168,6 +169,12 @@ def _write_events(path: Path, rounds: int, eval_every: int, quality: float) -> N
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+@pytest.fixture(autouse=True)
+def no_kept_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys that this machine keeps for real runs are of no concern to a test."""
+    monkeypatch.setenv("PRIVREC_STATE", str(tmp_path / "state"))
 
 
 @pytest.fixture
