@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,9 @@ from privrec.transport.simulate import Simulation
 
 LOOSE_CLIP_NORM = 100.0
 """Clip norm of a run without noise that names none: a range for the integers, rarely reached."""
+
+TABULATED_ITEMS = 2**22
+"""Largest catalogue whose places in the memory a simulation keeps in a table."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ def assemble(scenario: Scenario, train: Interactions, run_id: str, devices: Secr
         UsageError: when the sum of a full cohort could wrap around, or no noise meets the target.
     """
     recommender = recommender_of(scenario.model, train.n_items, scenario.run.seed)
-    cohort = Cohort.of(trainer_of(recommender, scenario.train), train.indptr, train.items)
+    simulated = recommender.tabulated() if train.n_items <= TABULATED_ITEMS else recommender
+    cohort = Cohort.of(trainer_of(simulated, scenario.train), train.indptr, train.items)
     encoding = encoding_of(scenario, recommender.layout)
     encoding.check_capacity(train.n_users)
     rate = scenario.devices.sampling_rate
@@ -82,9 +86,10 @@ def recommender_of(model: Model, n_items: int, seed: int) -> Recommender:
     )
     biases = None
     if model.item_bias:
-        biases = Subspace.sized(
+        sized = Subspace.sized(
             n_items, 1, block=1, key=int(keys[1]), compression=model.compression
         )
+        biases = replace(sized, signed=False)
     layout = Layout(ncf.dense, vectors.slots, vectors.block, biases.slots if biases else 0)
     return Recommender(ncf, vectors, biases, layout)
 

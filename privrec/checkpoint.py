@@ -47,7 +47,8 @@ def write(path: Path, position: Position, arrays: Arrays) -> None:
     A crash at any moment leaves the old one or the new one, whole. It holds the simulated devices'
     private states, so its owner alone may read it.
     """
-    content = {"position": json.dumps(asdict(position)), "digest": _digest(arrays)}
+    place = json.dumps(asdict(position))
+    content = {"position": place, "digest": _digest(place, arrays)}
     fresh = path.with_name(path.name + ".new")
     descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
@@ -78,15 +79,15 @@ def read(path: Path) -> tuple[Position, dict[str, NDArray[np.float32]]]:
         raise IntegrityError(
             f"{path}: not a checkpoint ({error}); restore the file or start the run anew"
         ) from None
-    if metadata.get("digest") != _digest(arrays):
+    if metadata.get("digest") != _digest(metadata["position"], arrays):
         raise IntegrityError(
-            f"{path}: the arrays are not those that were written; restore the file or start anew"
+            f"{path}: its content is not what was written; restore the file or start anew"
         )
     return position, arrays
 
 
-def _digest(arrays: Arrays) -> str:
-    total = hashlib.sha256()
+def _digest(place: str, arrays: Arrays) -> str:
+    total = hashlib.sha256(place.encode())
     for name in sorted(arrays):
         total.update(f"{name}{arrays[name].shape}".encode())
         total.update(np.ascontiguousarray(arrays[name]).view(np.uint8))

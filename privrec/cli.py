@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+QUICKSTART = Path(__file__).with_name("quickstart.toml")
 DEMO_USER = "7"
 OS_ERROR_REMEDY = "check that the path is right, writable and on a disk with room"
 
@@ -146,11 +147,9 @@ def main() -> None:
 @_json
 def demo(out: Path | None, as_json: bool) -> None:
     """Train on embedded synthetic data, recommend and report: the whole path, offline."""
-    from privrec.scenario import Scenario
+    from privrec.scenario import load
 
-    text = Path(__file__).with_name("quickstart.toml").read_text("utf-8")
-    scenario = Scenario.from_toml(text, source="quickstart.toml")
-    result = _start(scenario, out, None, ())
+    result = _start(load(QUICKSTART), out, None, ())
     from privrec.recommend import recommend as recommendations
 
     found = recommendations(result.path, user=DEMO_USER, history=None, k=10, data_dir=None)
@@ -483,6 +482,11 @@ def _checked_out(path: Path) -> Path:
         raise UsageError(
             f"--out {path}: {kind}; a run needs a new or empty folder; name another, or go on "
             f"with a run that is there by: privrec resume {path}"
+        )
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise UsageError(
+            f"--out {path}: {above.name} is a file; a run folder lies in a folder; name another"
         )
     return path
 

@@ -107,7 +107,7 @@ def _scores(
         trainer_of(recommender, scenario.train), np.array([0, len(items)]), items.astype(np.int32)
     )
     key = int(rng_for(scenario.run.seed, "serving").integers(2**63))
-    states = one.fit(weights, np.array([0]), key, scenario.train.serve_steps)
+    states = one.serve(weights, np.array([0]), key)
     return Scorer(recommender, weights, states)(np.array([0]), None)[0]
 
 

@@ -368,8 +368,7 @@ class _Loop:
         users = np.arange(self.split.train.n_users)
         weights, seed = self.parts.server.released, self.scenario.run.seed
         key = int(rng_for(seed, "serving").integers(2**63))
-        steps = self.scenario.train.serve_steps
-        states = self.parts.cohort.fit(weights, users, key, steps)
+        states = self.parts.cohort.serve(weights, users, key)
         if not self.split.heldout.single:
             protocols = ("full",)
         return metrics.evaluate(

@@ -166,11 +166,14 @@ class Train(Table):
         1.0, "L2 penalty on the user vector: the precision of its prior.", ge=0, le=10**6
     )
     serve_steps: int = setting(
-        30,
-        "Steps that fit a user vector from nothing, to evaluate and to recommend.",
+        8,
+        "Newton steps that fit a user vector from nothing, to evaluate and to recommend.",
         unit="steps",
         ge=1,
         le=10**5,
+    )
+    serve_negatives: int = setting(
+        8, "Sampled negatives for each positive in that fit.", unit="items", ge=1, le=1000
     )
     local_steps: int = setting(
         1, "Steps on items and dense weights in a round.", unit="steps", ge=1, le=10**4

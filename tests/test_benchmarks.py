@@ -149,7 +149,7 @@ def sample(simulation: ModuleType, cpu_s: float, values: int = 1000) -> Any:
 
 
 def test_the_claim_takes_the_cheapest_documented_peer_of_equal_size(simulation: ModuleType) -> None:
-    settings = simulation.Settings(3, 9, 2, 4, 50, None, True)
+    settings = simulation.Settings(3, 9, 2, 4, 50, None, True, False)
     names = list(simulation.flower_rows(settings, 1000))
     costs = {"privrec": 0.25, **dict(zip(names, (8.0, 9.0, 2.0, 4.0), strict=True))}
     values = {name: 16 if "tiny" in name else 1000 for name in costs}
@@ -174,7 +174,7 @@ def test_without_a_peer_the_claim_is_not_measured(simulation: ModuleType) -> Non
 def test_the_peer_sends_as_many_bytes_and_differs_in_one_thing_a_row(
     simulation: ModuleType,
 ) -> None:
-    settings = simulation.Settings(1, 14, 4, 6, 50, None, True)
+    settings = simulation.Settings(1, 14, 4, 6, 50, None, True, True)
     rows = simulation.flower_rows(settings, 135_168)
     assert [spec.values for spec in rows.values()].count(135_168) == len(rows) - 1
     for spec in rows.values():

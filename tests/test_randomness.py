@@ -221,6 +221,15 @@ class TestSecureStream:
         parts = np.concatenate([stream.normal(8192), stream.normal(16384)])
         assert np.array_equal(parts, SecureStream(KEY).normal(24576))
 
+    @pytest.mark.parametrize(
+        ("word", "radius"), [(0, 9.4937), (1 << 20, 7.8098), (2**64 - 1, 0.0), (1 << 63, 1.17741)]
+    )
+    def test_normal_reaches_far(self, monkeypatch, word, radius):
+        # An angle of the same word turns the radius; both parts together give it back.
+        stream = SecureStream(KEY)
+        monkeypatch.setattr(stream, "uint64", lambda size: np.full(size, word, dtype=np.uint64))
+        assert np.hypot(*stream.normal(2)) == pytest.approx(radius, abs=1e-4)
+
     def test_limit(self, monkeypatch):
         monkeypatch.setattr(randomness, "STREAM_LIMIT", 100)
         stream = SecureStream(KEY)
@@ -270,6 +279,7 @@ def test_import_is_light():
     heavy = run("""
         import sys
         import privrec.randomness, privrec.privacy.ledger, privrec.privacy.calibrate
-        print([name for name in ("torch", "scipy", "dp_accounting", "opacus") if name in sys.modules])
+        heavy = {"torch", "scipy", "dp_accounting", "opacus"}
+        print(sorted(heavy & set(sys.modules)))
     """)
     assert heavy.strip() == "[]"

@@ -74,8 +74,12 @@ def read_columns(
     for chunk in folder.chunks(name):
         data = _after_header(chunk, header, label) if line == 1 and header is not None else chunk
         line += chunk.count(b"\n") - data.count(b"\n")
-        parts.append(_parse(data, columns, separator, label, line))
+        if data:
+            parts.append(_parse(data, columns, separator, label, line))
         line += data.count(b"\n")
+    if not parts:
+        rule = "the header must be followed by data"
+        raise bad_line(label, 1, "the file ends here", rule, "copy or download it again")
     return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
 
@@ -170,9 +174,6 @@ def _after_header(chunk: bytes, header: bytes, label: str) -> bytes:
     if first.strip() != header:
         rule = f"the header must be {shown(header)}"
         raise bad_line(label, 1, f"header {shown(first)}", rule, "use the publisher's own file")
-    if not rest:
-        rule = "the header must be followed by data"
-        raise bad_line(label, 1, "the file ends here", rule, "copy or download it again")
     return rest
 
 

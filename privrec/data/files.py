@@ -59,8 +59,8 @@ def read_table(path: Path, form: TableFormat) -> Interactions:
     """A user's own table: CSV, TSV or (with the extra ``data``) Parquet, one interaction a row.
 
     Ids that are all whole numbers become numbers (leading zeros do not count), otherwise all of
-    them are text. Times that are all whole numbers are kept; decimal numbers and dates (without a
-    zone: UTC) become microseconds.
+    them are text. Times that are all whole numbers are kept, Parquet's dates in their own unit;
+    decimal numbers and dates written as text (without a zone: UTC) become microseconds.
 
     Args:
         path: the file; ``.parquet`` and ``.pq`` are Parquet, everything else is text.
@@ -260,8 +260,9 @@ def _parquet_column(column: Any, name: str, label: str, *, time: bool) -> NDArra
     if pyarrow.types.is_integer(kind):
         return np.asarray(column.to_numpy()).astype(np.int64)
     if time and (pyarrow.types.is_timestamp(kind) or pyarrow.types.is_date(kind)):
-        exact = column.cast(pyarrow.timestamp("us", tz=getattr(kind, "tz", None)), safe=False)
-        return np.asarray(exact.cast(pyarrow.int64()).to_numpy())
+        days = pyarrow.types.is_date32(kind)
+        counted = column.cast(pyarrow.int32() if days else pyarrow.int64())
+        return np.asarray(counted.to_numpy()).astype(np.int64)
     cells = [str(cell) for cell in column.to_pylist()]
     rows = range(1, len(cells) + 1)
     return (_times if time else _ids)(cells, rows, name, f"{label}, as rows")

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from privrec.data.membership import Membership
+from privrec.data.problems import shown
 from privrec.embedding.hashing import splitmix64
 from privrec.errors import DataError, UnknownIdError, UsageError
 
@@ -241,8 +242,8 @@ class Split:
         train: the interactions to learn from; every user has at least one.
         heldout: the items to predict; users too short to give one up hold out none.
         negatives: int32 [U, 99] published candidates, or None. A row of a user without a held-out
-            item is filled with -1. Some published candidates are items of that very user: they
-            are kept as published, and the metric leaves them out.
+            item is filled with -1. Candidates that are items of that very user are kept as
+            published, and the metric leaves them out.
         holdout: which part is held out; choose settings on ``validation`` and report ``test``.
     """
 
@@ -372,8 +373,8 @@ def _find(raw: IdArray, names: IdArray, noun: str, where: Callable[[int], str]) 
     if wrong.size:
         first = int(wrong[0])
         raise DataError(
-            f"{where(first)}: {noun} {raw[first]}: it is not among the {names.size} listed "
-            f"{noun}s; add it to the list or remove the line"
+            f"{where(first)}: {noun} {_quoted(raw[first])} is not among the {names.size} listed "
+            f"{noun}s; all must be listed; add it to the list or remove the line"
         )
     return positions
 
@@ -402,9 +403,14 @@ def _refuse_duplicates(
     second = int(order[1:][keys[order[1:]] == keys[order[:-1]]].min())
     first = int(np.flatnonzero(keys == keys[second])[0])
     raise DataError(
-        f"{where(second)}: user {user_ids[users[second]]}, item {item_ids[items[second]]} is "
-        f"already in {where(first)}; a pair may occur once; keep one of the two lines"
+        f"{where(second)}: user {_quoted(user_ids[users[second]])}, item "
+        f"{_quoted(item_ids[items[second]])} is already in {where(first)}; a pair may occur once; "
+        "keep one of the two lines"
     )
+
+
+def _quoted(name: Any) -> str:
+    return shown(str(name)) if isinstance(name, str) else str(name)
 
 
 def _lookup(wanted: int | str, positions: dict[int | str, int], names: IdArray, noun: str) -> int:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 Int64Array = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
-_BITMAP_BITS = 1 << 28  # 32 MiB: beyond it, a search in sorted keys costs less than the memory
+_BITMAP_BITS = 1 << 26  # 8 MiB: beyond it, a search in sorted keys costs less than the memory
 
 
 class Membership:

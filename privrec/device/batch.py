@@ -48,11 +48,14 @@ class Batch:
             padding names item 0.
         valid: shape ``(m, k)``, see :class:`~privrec.models.losses.Samples`.
         positives: the padded number of positives, see there.
+        first: for each sample, the one of its row that stands for its item, shape ``(m, k)``; None
+            when no item is named twice.
     """
 
     items: NDArray[np.int64]
     valid: NDArray[np.float32]
     positives: int
+    first: NDArray[np.int64] | None
 
 
 @dataclass(frozen=True)
@@ -88,18 +91,16 @@ class Sampler:
         """
         if self.whole:
             marks = self._marks(histories).astype(np.float32)
-            return Batch(np.arange(self.n_items)[None], marks, 0)
+            return Batch(np.arange(self.n_items)[None], marks, 0, None)
         used = histories.lengths if self.most is None else histories.lengths.clip(max=self.most)
         positives, present = self._positives(histories, used, key)
         count = positives.shape[1] * self.negatives
         negatives = uniform(key, histories.users, count, self.n_items)
         fresh = np.repeat(present, self.negatives, axis=1)
         fresh &= ~np.take_along_axis(self._marks(histories), negatives, axis=1)
-        return Batch(
-            np.concatenate((positives, negatives), axis=1),
-            np.concatenate((present, fresh), axis=1).astype(np.float32),
-            positives.shape[1],
-        )
+        items = np.concatenate((positives, negatives), axis=1)
+        valid = np.concatenate((present, fresh), axis=1).astype(np.float32)
+        return Batch(items, valid, positives.shape[1], representatives(items, self.n_items))
 
     def _positives(
         self, histories: Histories, used: NDArray[np.int64], key: int
@@ -117,6 +118,26 @@ class Sampler:
         marks = np.zeros((m, self.n_items), dtype=np.bool_)
         marks[np.repeat(np.arange(m), histories.lengths), histories.items] = True
         return marks
+
+
+def representatives(names: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """For each name of a row, the one place in that row that stands for all its equals.
+
+    Writing every place into a table of names and reading it back elects one, in time linear in the
+    names.
+
+    Args:
+        names: integers in ``[0, size)``, shape ``(m, k)``.
+        size: number of possible names.
+
+    Returns:
+        Places in ``[0, k)``, shape ``(m, k)``.
+    """
+    m, k = names.shape
+    rows = np.arange(m)[:, None]
+    table = np.empty((m, size), np.int64)
+    table[rows, names] = np.arange(k)
+    return table[rows, names]
 
 
 def uniform(key: int, users: NDArray[np.int64], count: int, n: int) -> NDArray[np.int64]:

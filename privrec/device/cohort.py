@@ -20,7 +20,7 @@ from privrec.device.train import Trained, Trainer
 TOLERANCE = 1e-5
 """Largest difference from the one-device code, relative to the update's largest coefficient."""
 
-SAMPLES_IN_BATCH = 6144
+SAMPLES_IN_BATCH = 24576
 """Samples trained at once, so that a batch's tensors stay in a core's cache."""
 
 FloatArray = NDArray[np.float32]
@@ -55,18 +55,12 @@ class Cohort:
             histories, states = self.histories.select(batch), self.states[batch]
             yield batch, self.trainer.round(purpose, weights, histories, states, key)
 
-    def fit(
-        self, weights: FloatArray, users: NDArray[np.int64], key: int, steps: int
-    ) -> FloatArray:
+    def serve(self, weights: FloatArray, users: NDArray[np.int64], key: int) -> FloatArray:
         """Private states fitted from nothing to fixed items, shape ``(len(users), user_dim)``."""
-        fitted = np.zeros((len(users), self.states.shape[1]), np.float32)
-        place = np.empty(len(self.states), np.int64)
-        place[users] = np.arange(len(users))
+        fitted = np.zeros((len(self.states), self.states.shape[1]), np.float32)
         for batch in self.batches(users):
-            start = np.zeros((len(batch), self.states.shape[1]), np.float32)
-            histories = self.histories.select(batch)
-            fitted[place[batch]] = self.trainer.fit(weights, histories, start, key, steps)
-        return fitted
+            fitted[batch] = self.trainer.serve(weights, self.histories.select(batch), key)
+        return fitted[users]
 
     def batches(self, users: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
         """``users`` by length of history, cut where a padded batch would outgrow the cache."""

@@ -7,23 +7,26 @@ its update. Only the touched blocks are copied: nothing of the table's size, nor
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from privrec.device.batch import Batch, Histories, Sampler
+from privrec.device.batch import Batch, Histories, Sampler, representatives
 from privrec.device.round import Purpose
 from privrec.device.update import Address, RawUpdate
-from privrec.embedding.subspace import Subspace, add_rows
+from privrec.embedding.subspace import Subspace, TabulatedSubspace, add_rows
 from privrec.models.layout import Layout
 from privrec.errors import UsageError
 from privrec.models.losses import LOSSES, WHOLE_CATALOGUE, Graded, Loss, Samples
 from privrec.models.ncf import NCF, Scored
 
 FloatArray = NDArray[np.float32]
+_VOTE = np.float32(2**30)
+"""More than any clip norm."""
+
 _RIDGE = 1e-4
 """Keeps the Newton system of a device with few samples solvable."""
 
@@ -44,6 +47,11 @@ class Recommender:
     biases: Subspace | None
     layout: Layout
 
+    def tabulated(self) -> Recommender:
+        """The same with its places looked up, for a machine that plays many devices."""
+        biases = None if self.biases is None else TabulatedSubspace.of(self.biases)
+        return replace(self, vectors=TabulatedSubspace.of(self.vectors), biases=biases)
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -55,8 +63,14 @@ class Settings:
     user_steps: int
     user_lr: float
     user_l2: float
+    serve_steps: int
+    serve_negatives: int
     local_steps: int
     local_lr: float
+
+    def serving(self) -> Settings:
+        """These, for fitting a user vector to a whole history with more negatives."""
+        return replace(self, negatives=self.serve_negatives, max_samples=None)
 
 
 @dataclass(frozen=True)
@@ -116,32 +130,37 @@ class Trainer:
         local = self._local(weights, histories, key)
         user = self._fit(local, torch.from_numpy(states), settings.user_steps)
         losses = local.descend(user, settings.local_steps, settings.local_lr)
-        return Trained(RawUpdate(local.change(), local.address), user.numpy(), losses.numpy())
+        kept = np.where(np.isfinite(user.numpy()).all(1, keepdims=True), user.numpy(), states)
+        return Trained(RawUpdate(local.change(), local.address), kept, losses.numpy())
 
-    def fit(
-        self, weights: FloatArray, histories: Histories, states: FloatArray, key: int, steps: int
-    ) -> FloatArray:
-        """Private states fitted to fixed items in ``steps`` steps, shape ``(m, user_dim)``."""
-        local = self._local(weights, histories, key)
-        return self._fit(local, torch.from_numpy(states), steps).numpy()
+    def serve(self, weights: FloatArray, histories: Histories, key: int) -> FloatArray:
+        """Private states fitted from nothing to fixed items, shape ``(m, user_dim)``.
+
+        It is how recommendations are made, for users seen in training and for others alike.
+        """
+        serving = replace(self, settings=self.settings.serving())
+        local = serving._local(weights, histories, key)
+        nothing = torch.zeros(len(histories.users), self.recommender.model.user_dim)
+        return self._fit(local, nothing, self.settings.serve_steps).numpy()
 
     def popularity(self, histories: Histories) -> RawUpdate:
         """What a device says in a popularity round: its items, as a change of their biases.
 
-        Every item counts the clip norm and more, so that clipping leaves a vector of exactly that
-        norm: each device has the same weight, however long its history.
+        Each item of the history counts as much as any clip norm, so that clipping leaves a vector
+        of exactly that norm: every device has one vote, however long its history.
         """
-        items, slots = _padded(histories), np.zeros((len(histories.users), 0), np.int64)
-        biases = self.recommender.biases
-        if biases is None:
+        recommender = self.recommender
+        if recommender.biases is None:
             raise UsageError(
                 "train.popularity_round = true: it sets item biases, and there are none; set "
                 "model.item_bias = true"
             )
-        touched = _Touched(biases, np.zeros((biases.slots, 1), np.float32), np.maximum(items, 0))
-        touched.move(torch.from_numpy((items >= 0).astype(np.float32)).unsqueeze(2), last=True)
-        dense = np.zeros((len(items), self.recommender.layout.dense), np.float32)
-        address = Address(slots, touched.slots, self.recommender.layout)
+        batch = _voted(histories, recommender.vectors.items)
+        touched = _Touched(recommender.biases, _nothing(recommender.biases), batch)
+        touched.move(torch.from_numpy(batch.valid * _VOTE).unsqueeze(2), last=True)
+        rows = len(batch.items)
+        dense = np.zeros((rows, recommender.layout.dense), np.float32)
+        address = Address(np.zeros((rows, 0), np.int64), touched.slots, recommender.layout)
         return RawUpdate(np.concatenate((dense, touched.change), axis=1), address)
 
     def _local(self, weights: FloatArray, histories: Histories, key: int) -> _Local:
@@ -162,11 +181,12 @@ class _Local:
     ) -> None:
         layout, self._model, self._loss = recommender.layout, recommender.model, loss
         self._samples = Samples(torch.from_numpy(batch.valid), batch.positives)
-        self._vectors = _Touched(recommender.vectors, layout.memory_of(weights), batch.items)
+        self._first = None if batch.first is None else torch.from_numpy(batch.first)
+        self._vectors = _Touched(recommender.vectors, layout.memory_of(weights), batch)
         self._biases = None
         if recommender.biases is not None:
             memory = layout.biases_of(weights)[:, None]
-            self._biases = _Touched(recommender.biases, memory, batch.items)
+            self._biases = _Touched(recommender.biases, memory, batch)
         self._dense = torch.from_numpy(layout.dense_of(weights)).expand(len(batch.valid), -1)
         self._dense_change = torch.zeros(self._dense.shape)
         slots = self._biases.slots if self._biases else self._vectors.slots[:, :0]
@@ -185,7 +205,9 @@ class _Local:
         hessian = _weighted_gram(jacobian, curvature)
         hessian += torch.diag(prior + _RIDGE)
         slope = _pull_back(jacobian, gradient) + prior * user
-        return torch.cholesky_solve(slope.unsqueeze(2), torch.linalg.cholesky(hessian)).squeeze(2)
+        # Not finite gives a state, hence an update, that is not finite: it is zeroed when clipped.
+        factor = torch.linalg.cholesky_ex(hessian)[0]
+        return torch.cholesky_solve(slope.unsqueeze(2), factor).squeeze(2)
 
     def descend(self, user: Tensor, steps: int, rate: float) -> Tensor:
         """Gradient steps of the summed loss on the shared parameters; gives the first mean loss."""
@@ -194,6 +216,7 @@ class _Local:
             scored, (losses, gradient, _) = self._graded(user)
             if step == 0:
                 first = losses / self._samples.valid.sum(1).clamp_min(1)
+            gradient = self._merged(gradient)
             rows, dense = scored.shared_gradient(-rate * gradient)
             last = step == steps - 1
             self._vectors.move(rows, last=last)
@@ -201,6 +224,12 @@ class _Local:
             if self._biases is not None:
                 self._biases.move(-rate * gradient.unsqueeze(2), last=last)
         return first
+
+    def _merged(self, gradient: Tensor) -> Tensor:
+        """Gradient on the scores with that of equal items put together, so each changes once."""
+        if self._first is None:
+            return gradient
+        return torch.zeros_like(gradient).scatter_add_(1, self._first, gradient)
 
     def change(self) -> FloatArray:
         """New minus old coefficients, in the order of :attr:`address`."""
@@ -233,30 +262,38 @@ def _pull_back(jacobian: Tensor, upstream: Tensor) -> Tensor:
     return torch.bmm(upstream.unsqueeze(1), jacobian).squeeze(1)
 
 
-def _padded(histories: Histories) -> NDArray[np.int64]:
-    """Histories as rows of one array, padded with -1."""
+def _voted(histories: Histories, n_items: int) -> Batch:
+    """Each history's distinct items as a batch; 1 where a place holds one."""
     lengths = histories.lengths
     place = np.arange(max(1, lengths.max(initial=0)))
     present = place < lengths[:, None]
-    items = np.full(present.shape, -1, np.int64)
+    items = np.full(present.shape, n_items, np.int64)
     items[present] = histories.items
-    return items
+    first = representatives(items, n_items + 1)
+    valid = present & (first == place)
+    return Batch(np.where(present, items, 0), valid.astype(np.float32), 0, None)
+
+
+def _nothing(subspace: Subspace) -> FloatArray:
+    return np.zeros((subspace.slots, subspace.block), np.float32)
 
 
 class _Touched:
     """The blocks of a memory that the samples of each device touch.
 
-    Samples that share a block (the same item twice, or items that collide) share it here too: one
-    of them owns it, and its copy is the one that changes, which keeps the update's norm the true
-    one. When all devices look at the same items, they share the copy of the old values.
+    Items that collide share a block here too: one of them owns it, and its copy is the one that
+    changes, which keeps the update's norm the true one. When all devices look at the same items,
+    they share the copy of the old values.
     """
 
-    def __init__(self, subspace: Subspace, memory: FloatArray, items: NDArray[np.int64]) -> None:
-        slots, signs = subspace.locate(items)
-        self.slots = slots.reshape(len(items), -1)
-        self._shape = (*items.shape, subspace.parts, subspace.block)
+    def __init__(self, subspace: Subspace, memory: FloatArray, batch: Batch) -> None:
+        slots, signs = subspace.locate(batch.items)
+        self.slots = slots.reshape(len(slots), -1)
+        self._shape = (*batch.items.shape, subspace.parts, subspace.block)
         self._signs = torch.from_numpy(signs).unsqueeze(3)
-        self._owner = _owners(self.slots, subspace.slots)
+        self._owner = _block_owners(subspace, self.slots, batch)
+        # Samples of one item come merged already; only items that collide are left to merge.
+        self._merges = not subspace.injective
         self._blocks = torch.from_numpy(np.take(memory, self.slots, axis=0))
         self._rows: Tensor | None = None
         self._change: Tensor | None = None
@@ -285,35 +322,28 @@ class _Touched:
         """
         m, names, block = len(rows), self.slots.shape[1], self._shape[3]
         signed = (rows.reshape(m, *self._shape[1:]) * self._signs).reshape(m, names, block)
-        owner = None if self._owner is None else _flat(self._owner, m)
-        if owner is not None:
+        if self._merges:
             merged = np.zeros((m * names, block), np.float32)
-            add_rows(merged, owner, signed.reshape(-1, block).numpy())
+            add_rows(merged, _flat(self._owner, m), signed.reshape(-1, block).numpy())
             signed = torch.from_numpy(merged).reshape(m, names, block)
         self._change = signed if self._change is None else self._change + signed
-        if last:
-            return
-        step = signed
-        if owner is not None:
-            step = signed.reshape(-1, block)[torch.from_numpy(owner)].reshape(signed.shape)
-        self._blocks, self._rows = self._blocks + step, None
+        if not last:
+            index = torch.from_numpy(_flat(self._owner, m))
+            step = signed.reshape(-1, block)[index].reshape(m, names, block)
+            self._blocks, self._rows = self._blocks + step, None
 
 
-def _owners(slots: NDArray[np.int64], size: int) -> NDArray[np.int64] | None:
-    """For each named block of a row, the place in that row that owns it; None when all own
-    themselves.
-
-    Writing every place into a table of slots and reading it back elects one namer of each slot, in
-    time linear in the names.
-    """
-    m, names = slots.shape
-    keys = slots + np.arange(m)[:, None] * size
-    table, own = np.empty(m * size, np.int64), np.broadcast_to(np.arange(names), slots.shape)
-    table[keys] = own
-    owners = table[keys]
-    return None if np.array_equal(owners, own) else owners
+def _block_owners(
+    subspace: Subspace, slots: NDArray[np.int64], batch: Batch
+) -> NDArray[np.int64]:
+    """For each named block of a row, the place in that row that stands for it."""
+    if not subspace.injective:
+        return representatives(slots, subspace.slots)
+    places = np.arange(batch.items.shape[1])[None] if batch.first is None else batch.first
+    parts = places[:, :, None] * subspace.parts + np.arange(subspace.parts)
+    return parts.reshape(len(places), -1)
 
 
 def _flat(owners: NDArray[np.int64], m: int) -> NDArray[np.int64]:
-    """Owners as places in the flattened batch of ``m`` rows."""
+    """Places in rows as places in the flattened batch of ``m`` rows."""
     return (owners + np.arange(m)[:, None] * owners.shape[1]).ravel()

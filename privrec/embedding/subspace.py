@@ -8,6 +8,7 @@ hash of :mod:`privrec.embedding.hashing`. Nothing of size ``items * dim`` is eve
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,8 @@ class Subspace:
         slots: blocks in the memory, a power of two.
         key: the shared key of the hash.
         folds: how often the memory was halved; the hash is taken before folding.
+        signed: whether colliding parts have random signs, so that they cancel in the mean; without,
+            they add up, as counts should.
 
     Raises:
         UsageError: when a value is out of its range.
@@ -47,6 +50,7 @@ class Subspace:
     slots: int
     key: int
     folds: int = 0
+    signed: bool = True
 
     def __post_init__(self) -> None:
         _check(self.items >= 1, f"items = {self.items}", "at least 1")
@@ -128,8 +132,10 @@ class Subspace:
         else:
             slots = splitmix64(self.key, position)
         slots &= np.uint64(self.slots - 1)
-        negative = splitmix64(self.key ^ _SIGN_KEY, position) >> np.uint64(63)
-        return slots.astype(np.int64), 1 - 2 * negative.astype(np.float32)
+        signs = np.ones(position.shape, np.float32)
+        if self.signed:
+            signs -= 2 * (splitmix64(self.key ^ _SIGN_KEY, position) >> np.uint64(63))
+        return slots.astype(np.int64), signs
 
     def gather(self, memory: FloatArray, items: NDArray[np.integer]) -> FloatArray:
         """Rows of the virtual table.
@@ -158,6 +164,27 @@ class Subspace:
         """
         slots, signs = self.locate(items)
         add_rows(memory, slots.ravel(), rows.reshape(-1, self.block), signs.ravel())
+
+
+class TabulatedSubspace(Subspace):
+    """The same map with every place looked up instead of computed.
+
+    For one machine that plays many devices; a device has no room for a table of the catalogue.
+    """
+
+    @classmethod
+    def of(cls, subspace: Subspace) -> TabulatedSubspace:
+        """``subspace`` with its places computed once, at ``12 * parts`` bytes an item."""
+        return cls(**{name: getattr(subspace, name) for name in Subspace.__dataclass_fields__})
+
+    @cached_property
+    def _places(self) -> tuple[NDArray[np.int64], FloatArray]:
+        return super().locate(np.arange(self.items))
+
+    def locate(self, items: NDArray[np.integer]) -> tuple[NDArray[np.int64], FloatArray]:
+        """See :meth:`Subspace.locate`."""
+        slots, signs = self._places
+        return np.take(slots, items, axis=0), np.take(signs, items, axis=0)
 
 
 def add_rows(

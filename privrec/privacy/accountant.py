@@ -27,7 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 REFINEMENT = 0.005
-_LEVELS = 7
+_NEGLIGIBLE = 2e-5  # against the four decimals to which ε is shown
+_LEVELS = 5
 _TAIL = 1e-15
 _ROUNDING = 2.0**-52
 _ORDERS = np.outer([1.0, -1.0], 2.0 ** np.arange(-18, 0, 0.5)).ravel()  # a grid point
@@ -79,7 +80,7 @@ def pld(rounds: Composition, delta: float) -> float:
     for _ in range(_LEVELS):
         step /= 4
         finer = min(best, _pld_on_grid(rounds, delta, step))
-        if best - finer <= REFINEMENT * finer:
+        if best == math.inf or best - finer <= max(REFINEMENT * finer, _NEGLIGIBLE):
             return finer
         best = finer
     return best

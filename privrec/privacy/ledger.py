@@ -95,10 +95,16 @@ class Ledger:
                 f"ledger header {sorted(taken)}: these the ledger adds; leave them out"
             )
         keys = _Keys(signing_key.public_key(), signing_key)
-        ledger = cls(path, _Book(), _open_new(path), keys)
         own = {"format": FORMAT, "unit": "user", "adjacency": "zero-out", "public_key": keys.text}
-        ledger._append({"kind": "header", "body": {**header, **own}})
-        ledger.seal()
+        entry = {"kind": "header", "body": {**header, **own}}
+        _canonical(entry)  # refused before there is a file
+        ledger = cls(path, _Book(), _open_new(path), keys)
+        try:
+            ledger._append(entry)
+            ledger.seal()
+        except BaseException:
+            ledger.close()
+            raise
         return ledger
 
     @classmethod

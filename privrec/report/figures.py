@@ -12,6 +12,7 @@ _NAMES = {
     "dim": "dimensions",
     "epsilon": "ε, recipients",
     "epsilon_server": "ε, server",
+    "heldout": "held out",
     "init_std": "initial standard deviation",
     "item_bias": "item bias",
     "lr": "learning rate",

@@ -86,7 +86,7 @@ def plots(report: Report) -> tuple[Plot, ...]:
         if curve is not None and _drawable(curve)
     ]
     drawn = [_epsilon(report, spent)] if spent is not None and _drawable(spent) else []
-    wide = not drawn and len(others) == 1
+    wide = len(others) == 1
     return (*drawn, *(_outside(report, curve, wide=wide) for curve in others))
 
 

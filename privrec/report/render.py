@@ -169,9 +169,9 @@ def _sparse(points: Sequence[Point]) -> list[Point]:
 def _cell(text: object) -> str:
     """Text that stays within one cell or line of Markdown and is not taken for markup."""
     plain = " ".join(str(text).split())
-    for sign in ("\\", "|", "*", "_", "`", "[", "]", "<", "#"):
+    for sign in ("\\", "|", "*", "_", "`", "[", "]", "#"):
         plain = plain.replace(sign, f"\\{sign}")
-    return plain
+    return plain.replace("<", "&lt;")
 
 
 def replace_text(path: Path, text: str) -> None:

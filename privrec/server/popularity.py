@@ -17,12 +17,12 @@ def log_popularity(
     vectors need only say how a user differs from everybody.
 
     Args:
-        biases: where item biases lie.
+        biases: where item biases lie, without signs.
         counts: the released sum over bias slots, in votes (a device's whole history is one vote).
         floor: votes below which a count is noise, above 0; smaller ones are raised to it.
 
     Returns:
-        float32 of shape ``(slots,)``; colliding items share the mean of their logs.
+        float32 of shape ``(slots,)``; colliding items share a count.
     """
     items = np.arange(biases.items)
     votes = biases.gather(counts.astype(np.float32)[:, None], items)[:, 0]

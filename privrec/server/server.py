@@ -117,7 +117,7 @@ class Server:
             self._start_at_popularity(total / plan.encoding.clip_norm)
         else:
             update = (total / plan.expected_cohort).astype(np.float32)
-            self.optimizer.step(self.weights, update, self.index)
+            self.optimizer.step(self.weights, update, self.index - (self.popular is not None))
         self.index += 1
         decay = np.float32(plan.average)
         self.mean += (1 - decay) * (self.weights - self.mean)

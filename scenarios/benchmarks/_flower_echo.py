@@ -92,8 +92,8 @@ def measure(spec: EchoSpec) -> tuple[float, CpuMark, int]:
         try:
             _simulate(spec, marks, folder)
         except Exception as error:
-            tail = log.read_text("utf-8", errors="replace")[-2000:]
-            raise RuntimeError(f"Flower's simulation failed: {error}\n{tail}") from None
+            tail = log.read_text("utf-8", errors="replace")[-1000:]
+            raise RuntimeError(f"Flower's simulation failed: {error!s:.500}\n{tail}") from None
     wall, cpu = marks.between(spec.warm, spec.rounds)
     return wall, cpu, spec.supernodes * (spec.rounds - spec.warm)
 

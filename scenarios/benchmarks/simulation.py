@@ -32,15 +32,20 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import _flower_echo as flower
 from _common import ROOT, Claim, CpuMark, document, machine, print_table, write_json
 
+if TYPE_CHECKING:
+    from privrec.scenario import Scenario
+
 SCENARIO = ROOT / "scenarios" / "ml-1m.toml"
 TARGET_RATIO = 25.0
 TINY_VALUES = 16
-SYNTHETIC = ("data.users=6040", "data.items=3706", "data.interactions_per_user=164")
+SHAPE = ("data.items=3706", "data.interactions_per_user=164")
+USERS = {False: 6040, True: 1000}
+"""Synthetic users, by whether the run is quick; the expected cohort is the same."""
 PACKAGES = ("privrec", "torch", "numpy", "flwr", "ray")
 COLUMNS = (
     ("name", "what"),
@@ -68,6 +73,7 @@ class Settings:
         supernodes: SuperNodes of a Flower run.
         data: Folder of MovieLens-1M, or None for synthetic data.
         peer: Whether to measure Flower at all.
+        quick: Whether synthetic data, where there is no other, is small.
     """
 
     repetitions: int
@@ -77,6 +83,7 @@ class Settings:
     supernodes: int
     data: Path | None
     peer: bool
+    quick: bool
 
 
 @dataclass(frozen=True)
@@ -104,19 +111,23 @@ def in_fresh_process(function: Callable[..., T], *arguments: object) -> T:
 # --------------------------------------------------------------------------- the two sides
 
 
-def overrides(settings: Settings) -> list[str]:
-    """The scenario's changes for a benchmark: short, not evaluated, and on data that is there."""
+def scenario_of(settings: Settings) -> Scenario:
+    """The scenario for a benchmark: short, not evaluated meanwhile, and on data that is there."""
+    from privrec.scenario import load
+
     changes = [f"train.rounds={settings.rounds}", "run.eval_every=0"]
     if settings.data is None:
-        changes += ["data.source=synthetic", "devices.population=6040", *SYNTHETIC]
-    return changes
+        users = USERS[settings.quick]
+        rate = load(SCENARIO).devices.sampling_rate * USERS[False] / users
+        changes += ["data.source=synthetic", f"data.users={users}", *SHAPE]
+        changes += [f"devices.population={users}", f"devices.sampling_rate={min(1.0, rate)}"]
+    return load(SCENARIO, changes)
 
 
 def privrec_sample(settings: Settings) -> Sample:
     """One run of privrec, measured; to be called in a process of its own."""
     from privrec import run
     from privrec.record import NullObserver, Record
-    from privrec.scenario import load
 
     class Meter(NullObserver):
         """Reads the meter at the end of each round."""
@@ -129,12 +140,11 @@ def privrec_sample(settings: Settings) -> Sample:
             self.marks.take()
             self.cohorts.append(record.cohort or 0)
 
-    scenario = load(SCENARIO, overrides(settings))
     meter = Meter()
     with tempfile.TemporaryDirectory(prefix="privrec") as folder:
         os.environ["PRIVREC_STATE"] = str(Path(folder) / "state")
         out = Path(folder) / "run"
-        result = run.start(scenario, out=out, data_dir=settings.data, observer=meter)
+        result = run.start(scenario_of(settings), out=out, data_dir=settings.data, observer=meter)
     last = settings.rounds - 1
     wall, cpu = meter.marks.between(settings.warm, last)
     size = int(result.payload["cost"]["upload_bytes"])
@@ -282,7 +292,9 @@ def settings_from(options: argparse.Namespace) -> Settings:
     data = options.data or (Path(found) if (found := os.environ.get("PRIVREC_DATA")) else None)
     rounds, echo_rounds = (14, 6) if options.quick else (66, 40)
     peer = not options.no_flower
-    return Settings(repetitions, rounds, 4, echo_rounds, options.supernodes, data, peer)
+    return Settings(
+        repetitions, rounds, 4, echo_rounds, options.supernodes, data, peer, options.quick
+    )
 
 
 def _problem(options: argparse.Namespace) -> str | None:

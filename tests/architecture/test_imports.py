@@ -216,3 +216,11 @@ def test_importing_the_package_takes_less_than_300_ms() -> None:
         if seconds[-1] < 0.3:
             break
     assert min(seconds) < 0.3
+
+
+def test_no_name_of_the_package_is_hidden_by_a_module_of_that_name() -> None:
+    # Importing a submodule binds its name in the package, over any lazy attribute.
+    import privrec
+
+    rooms = {path.stem if path.suffix else path.name for path in PACKAGE.iterdir()}
+    assert not set(privrec.__all__) & rooms

@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from privrec.data import membership
+from privrec.data.interactions import (
+    Interactions,
+    Split,
+    hold_out_some,
+    leave_last_out,
+    rows_of,
+)
+from privrec.errors import DataError, UnknownIdError, UsageError
+
+
+def small() -> Interactions:
+    users = [7, 3, 7, 3, 7, 9]
+    items = [50, 40, 40, 60, 60, 40]
+    times = [30, 10, 10, 20, 20, 5]
+    return Interactions.from_pairs(users, items, times)
+
+
+def heldout_of(split: Split) -> list[list[int]]:
+    return [split.heldout.of(user).tolist() for user in range(split.train.n_users)]
+
+
+def test_rows_are_sorted_by_user_and_time() -> None:
+    data = small()
+    assert data.user_ids.tolist() == [3, 7, 9]
+    assert data.item_ids.tolist() == [40, 50, 60]
+    assert [data.history(user).tolist() for user in range(3)] == [[0, 2], [0, 2, 1], [0]]
+    assert data.times is not None
+    assert data.times.tolist() == [10, 20, 10, 20, 30, 5]
+    assert data.users.tolist() == [0, 0, 1, 1, 1, 2]
+    assert (data.n_users, data.n_items, data.size) == (3, 3, 6)
+    assert data.item_counts().tolist() == [3, 1, 2]
+
+
+def test_dtypes_are_the_contract() -> None:
+    data = small()
+    assert (data.indptr.dtype, data.items.dtype) == (np.int64, np.int32)
+    assert data.times is not None
+    assert data.times.dtype == np.int64
+    assert np.shares_memory(data.history(1), data.items)
+
+
+def test_equal_times_keep_the_order_of_the_rows() -> None:
+    data = Interactions.from_pairs([0, 0, 0, 0], [5, 3, 9, 1], [1, 0, 1, 1])
+    assert data.item_ids[data.history(0)].tolist() == [3, 5, 9, 1]
+
+
+def test_without_times_the_rows_are_the_order() -> None:
+    data = Interactions.from_pairs([1, 0, 1, 0], [5, 3, 2, 1])
+    assert data.times is None
+    assert data.item_ids[data.items].tolist() == [3, 1, 5, 2]
+
+
+def test_text_ids_and_listed_items() -> None:
+    data = Interactions.from_pairs(
+        ["b", "a"], ["y", "x"], item_ids=["z", "y", "x"], titles=("Z", "Y", "X")
+    )
+    assert data.user_ids.tolist() == ["a", "b"]
+    assert data.items.tolist() == [2, 1]
+    assert data.n_items == 3
+    assert data.item_index("z") == 0
+
+
+def test_small_and_large_integer_ids_are_numbered_alike() -> None:
+    raw = np.array([9, 2, 9, 4])
+    items = np.array([0, 0, 1, 0])
+    near = Interactions.from_pairs(raw, items)
+    far = Interactions.from_pairs(raw * 10**12, items)
+    assert near.user_ids.tolist() == [2, 4, 9]
+    assert (far.user_ids // 10**12).tolist() == [2, 4, 9]
+    assert near.indptr.tolist() == far.indptr.tolist()
+    assert near.items.tolist() == far.items.tolist()
+
+
+@pytest.mark.parametrize(("wanted", "index"), [(7, 1), ("7", 1), (np.int64(9), 2)])
+def test_ids_are_found_as_numbers_or_text(wanted: int | str, index: int) -> None:
+    assert small().user_index(wanted) == index
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        (8, "the nearest is 7"),
+        (10**30, "the nearest is 9"),
+        ("eight", "between 3 and 9"),
+        ("", "between 3 and 9"),
+        (-1, "the nearest is 3"),
+    ],
+)
+def test_an_unknown_user_is_refused_with_a_remedy(wanted: int | str, said: str) -> None:
+    with pytest.raises(UnknownIdError, match=said) as caught:
+        small().user_index(wanted)
+    assert str(wanted) in str(caught.value)
+
+
+def test_an_unknown_text_id_suggests_one_like_it() -> None:
+    data = Interactions.from_pairs([1, 1], ["alien", "heat"])
+    with pytest.raises(UnknownIdError, match="'alien'"):
+        data.item_index("aliens")
+
+
+def test_a_repeated_pair_names_both_rows() -> None:
+    with pytest.raises(DataError, match=r"row 4.*user 7, item 50.*row 1"):
+        Interactions.from_pairs([7, 3, 7, 7], [50, 50, 40, 50])
+
+
+def test_an_empty_table_a_stranger_and_an_idle_user_are_refused() -> None:
+    with pytest.raises(DataError, match="no interactions"):
+        Interactions.from_pairs([], [])
+    with pytest.raises(DataError, match="row 2: item 9 is not"):
+        Interactions.from_pairs([0, 0], [1, 9], item_ids=[0, 1])
+    with pytest.raises(DataError, match="user 5 has no interactions"):
+        Interactions.from_pairs([0, 0], [1, 2], user_ids=[0, 5])
+
+
+def test_most_recent_keeps_the_end_of_each_history() -> None:
+    kept = small().most_recent(2)
+    assert [kept.history(user).tolist() for user in range(3)] == [[0, 2], [2, 1], [0]]
+    assert kept.n_items == 3
+
+
+def test_rows_of_some_users() -> None:
+    data = small()
+    rows, items = rows_of(data.indptr, data.items, np.array([2, 1]))
+    assert rows.tolist() == [0, 1, 1, 1]
+    assert items.tolist() == [0, 0, 2, 1]
+
+
+def test_leave_last_out_takes_the_latest() -> None:
+    split = leave_last_out(small(), holdout="test")
+    assert heldout_of(split) == [[2], [1], []]
+    assert [split.train.history(user).tolist() for user in range(3)] == [[0], [0, 2], [0]]
+    assert split.holdout == "test"
+    assert split.heldout.single
+
+
+def test_validation_never_sees_the_test_item() -> None:
+    split = leave_last_out(small(), holdout="validation")
+    assert heldout_of(split) == [[], [2], []]
+    assert [split.train.history(user).tolist() for user in range(3)] == [[0], [0], [0]]
+
+
+def test_an_unknown_holdout_is_refused() -> None:
+    with pytest.raises(UsageError, match="'test' or 'validation'"):
+        leave_last_out(small(), holdout="train")  # type: ignore[arg-type]
+
+
+pairs = st.lists(
+    st.tuples(st.integers(0, 6), st.integers(0, 9)), min_size=1, max_size=40, unique=True
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(pairs, st.booleans())
+def test_a_split_loses_and_invents_nothing(rows: list[tuple[int, int]], timed: bool) -> None:
+    users, items = np.array(rows).T
+    data = Interactions.from_pairs(users, items, users * 3 % 5 if timed else None)
+    split = leave_last_out(data, holdout="test")
+    for user in range(data.n_users):
+        whole = [*split.train.history(user), *split.heldout.of(user)]
+        assert whole == data.history(user).tolist()
+        assert split.train.history(user).size >= 1
+        assert split.heldout.of(user).size == (data.history(user).size >= 2)
+
+
+def test_a_random_holdout_is_stable_uniform_and_leaves_one() -> None:
+    users = np.repeat(np.arange(2000), 5)
+    data = Interactions.from_pairs(users, np.tile(np.arange(5), 2000))
+    split = hold_out_some(data, np.full(2000, 1))
+    again = hold_out_some(data, np.full(2000, 1))
+    assert split.heldout.items.tolist() == again.heldout.items.tolist()
+    chosen = np.bincount(split.heldout.items, minlength=5)
+    # 2000 draws over 5 places: 400 each with standard deviation 18.
+    assert abs(chosen - 400).max() < 90
+    assert hold_out_some(data, np.full(2000, 99)).train.counts.tolist() == [1] * 2000
+
+
+@pytest.mark.parametrize("bits", [membership._BITMAP_BITS, 0])
+def test_membership_by_bitmap_and_by_search_agree(
+    bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(membership, "_BITMAP_BITS", bits)
+    data = small()
+    found = data.membership().contains(np.arange(3)[:, None], np.arange(3)[None, :])
+    assert found.tolist() == [[True, False, True], [True, True, True], [True, False, False]]
+
+
+def test_membership_of_nothing_is_false(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(membership, "_BITMAP_BITS", 0)
+    none = np.empty(0, np.int64)
+    index = membership.Membership(none, none, 3, 3)
+    assert not index.contains(np.arange(3), np.arange(3)).any()

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from privrec.data.interactions import leave_last_out
+from privrec.data.synthetic import Planted, generate
+from privrec.errors import DataError
+from privrec.metrics import evaluate, popularity_scores
+
+
+def planted(seed: int = 0, *, users: int = 400) -> Planted:
+    return generate(users=users, items=300, clusters=8, interactions_per_user=30, seed=seed)
+
+
+def test_the_same_seed_gives_the_same_data_and_another_gives_other_data() -> None:
+    first, again, other = planted(1), planted(1), planted(2)
+    assert first.interactions.items.tolist() == again.interactions.items.tolist()
+    assert first.interactions.times is not None
+    assert again.interactions.times is not None
+    assert first.interactions.times.tolist() == again.interactions.times.tolist()
+    assert first.interactions.items.tolist() != other.interactions.items.tolist()
+
+
+def test_histories_are_as_asked() -> None:
+    data = planted().interactions
+    assert (data.n_users, data.n_items) == (400, 300)
+    assert data.counts.min() >= 2
+    assert 27 < data.counts.mean() < 33
+    assert data.times is not None
+    steps = np.diff(data.times)[np.diff(data.users) == 0]
+    assert (steps > 0).all()
+    assert data.titles is not None
+    assert len(data.titles) == 300
+
+
+def test_popularity_is_a_power_law_and_groups_are_even() -> None:
+    made = planted(users=4000)
+    counts = np.sort(made.interactions.item_counts())[::-1]
+    assert counts[:30].sum() > 0.25 * counts.sum()
+    assert np.bincount(made.item_groups).min() >= 300 // 8
+    own = made.user_groups[made.interactions.users] == made.item_groups[made.interactions.items]
+    assert 0.5 < own.mean() < 0.8
+
+
+def test_chunks_of_users_do_not_change_the_first_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = planted()
+    monkeypatch.setattr("privrec.data.synthetic._CELLS", 3000)
+    assert planted().interactions.items.tolist() == whole.interactions.items.tolist()
+
+
+@pytest.mark.statistical
+def test_the_oracle_reaches_its_expected_hit_ratio_and_nothing_else_does() -> None:
+    made = planted(users=4000)
+    split = leave_last_out(made.interactions, holdout="test")
+    expected = made.expected_hr(split, 10)
+    reached = evaluate(made.oracle, split, seed=0, protocols=("full",)).summary()["full_hr@10"]
+    # A mean of 4,000 independent hits: standard deviation below 0.0079.
+    assert abs(reached - expected) < 4 * 0.0079
+    popular = evaluate(popularity_scores(split.train), split, seed=0, protocols=("full",))
+    assert popular.summary()["full_hr@10"] < expected - 0.1
+
+
+@pytest.mark.statistical
+def test_the_order_of_a_history_is_that_of_successive_draws() -> None:
+    made = generate(users=60_000, items=4, clusters=1, interactions_per_user=2, seed=3)
+    p = made.popularity / made.popularity.sum()
+    data = made.interactions
+    first, second = data.items[data.indptr[:-1]], data.items[data.indptr[:-1] + 1]
+    for a in range(4):
+        for b in range(4):
+            chance = 0.0 if a == b else p[a] * p[b] / (1 - p[a])
+            share = ((first == a) & (second == b)).mean()
+            assert abs(share - chance) < 5 * np.sqrt(0.25 / 60_000)
+
+
+def test_expected_hit_ratio_by_hand() -> None:
+    made = planted(users=50)
+    split = leave_last_out(made.interactions, holdout="test")
+    total = 0.0
+    for user in range(50):
+        weights = made.weights(np.array([user]))[0]
+        weights[split.train.history(user)] = 0
+        total += np.sort(weights)[-5:].sum() / weights.sum()
+    assert made.expected_hr(split, 5) == pytest.approx(total / 50)
+    assert made.expected_hr(split, 300) == pytest.approx(1.0)
+
+
+def test_oracle_scores_of_candidates_are_those_of_the_catalogue() -> None:
+    made = planted(users=50)
+    users, candidates = np.array([4, 9]), np.array([[5, 0, 17], [2, 2, 299]])
+    whole = made.oracle(users, None)
+    assert whole.shape == (2, 300)
+    picked = np.take_along_axis(whole, candidates, axis=1)
+    assert made.oracle(users, candidates).tolist() == picked.tolist()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"clusters": 0},
+        {"clusters": 301},
+        {"users": 0},
+        {"interactions_per_user": 1},
+        {"interactions_per_user": 151},
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused(wrong: dict[str, int]) -> None:
+    good = {"users": 10, "items": 300, "clusters": 8, "interactions_per_user": 30, "seed": 0}
+    with pytest.raises(DataError, match=r"data\.\w+"):
+        generate(**(good | wrong))

@@ -1,0 +1,274 @@
+"""From a run directory to a report: every ε from the ledger, and nothing that does not agree."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import given
+from hypothesis import strategies as st
+
+from privrec.errors import DataError, IntegrityError, PrivrecError, UsageError
+from privrec.privacy.events import RoundEvent, epsilon
+from privrec.randomness import state_dir, write_secret
+from privrec.report.build import build, thinned
+
+MakeRun = Callable[..., Path]
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_both_epsilons_come_from_the_ledger(a_run: MakeRun) -> None:
+    report = build(a_run(rounds=12, sigma=1.1, rate=0.05))
+    counts = {RoundEvent("gaussian", 1.1, 0.05): 12}
+    assert report.adversary("recipients").epsilon == epsilon(counts, 1e-5, "recipients")
+    assert report.adversary("server").epsilon == epsilon(counts, 1e-5, "server")
+    assert report.adversary("server").epsilon_rdp == epsilon(counts, 1e-5, "server", "rdp")
+
+
+def test_rdp_is_on_the_right_side(a_run: MakeRun) -> None:
+    for adversary in build(a_run()).privacy.adversaries:
+        assert adversary.epsilon is not None
+        assert adversary.epsilon_rdp is not None
+        assert adversary.epsilon_rdp >= adversary.epsilon
+
+
+def test_every_charge_counts_also_a_repeated_one(a_run: MakeRun) -> None:
+    once, twice = build(a_run("once")), build(a_run("twice", retried=(3, 7)))
+    assert twice.privacy.charges == 14
+    assert (twice.adversary("server").epsilon or 0) > (once.adversary("server").epsilon or 0)
+    assert [event.count for event in twice.privacy.events] == [14]
+
+
+@pytest.mark.parametrize(
+    ("key", "factor"),
+    [("epsilon", 0.99), ("epsilon", 1.01), ("epsilon_server", 0.9), ("epsilon_server", 0)],
+)
+def test_a_claim_that_the_ledger_does_not_bear_out_is_refused(
+    a_run: MakeRun, key: str, factor: float
+) -> None:
+    run = a_run()
+    edit(run / "result.json", lambda r: r["privacy"].update({key: r["privacy"][key] * factor}))
+    with pytest.raises(IntegrityError, match=f"privacy.{key} is .* the ledger gives"):
+        build(run)
+
+
+@pytest.mark.parametrize("value", [None, "8"])
+def test_an_epsilon_that_is_no_number_is_refused(a_run: MakeRun, value: Any) -> None:
+    run = a_run()
+    edit(run / "result.json", lambda r: r["privacy"].update(epsilon=value))
+    with pytest.raises(IntegrityError, match=r"privacy\.epsilon"):
+        build(run)
+
+
+def test_a_finite_claim_over_a_noiseless_ledger_is_refused(a_run: MakeRun) -> None:
+    run = a_run(noise="none")
+    edit(run / "result.json", lambda r: r["privacy"].update(epsilon=1.0, noise="central"))
+    with pytest.raises(IntegrityError, match="the ledger gives infinite"):
+        build(run)
+
+
+def test_known_noise_voids_the_claim_even_if_the_result_forgets_it(a_run: MakeRun) -> None:
+    run = a_run()
+    edit(run / "run.json", lambda r: r.update(noise_known=True))
+    with pytest.raises(IntegrityError, match="the ledger gives infinite"):
+        build(run)
+
+
+def test_hidden_charges_are_noticed(a_run: MakeRun) -> None:
+    run = a_run()
+    edit(run / "result.json", lambda r: r["privacy"].update(charges=11))
+    with pytest.raises(IntegrityError, match=r"privacy\.charges is 11, the ledger gives 12"):
+        build(run)
+
+
+def test_an_altered_ledger_is_refused(a_run: MakeRun) -> None:
+    run = a_run()
+    lines = (run / "ledger.jsonl").read_text().splitlines(keepends=True)
+    (run / "ledger.jsonl").write_text("".join(lines).replace("1.1", "9.1"))
+    with pytest.raises(IntegrityError):
+        build(run)
+
+
+def test_a_shortened_ledger_is_refused(a_run: MakeRun) -> None:
+    run = a_run()
+    lines = (run / "ledger.jsonl").read_text().splitlines(keepends=True)
+    (run / "ledger.jsonl").write_text("".join(lines[:-2]))
+    with pytest.raises(IntegrityError):
+        build(run)
+
+
+def test_a_missing_ledger_is_refused(a_run: MakeRun) -> None:
+    run = a_run()
+    (run / "ledger.jsonl").unlink()
+    with pytest.raises(IntegrityError, match="the ledger is missing"):
+        build(run)
+
+
+@pytest.mark.parametrize("key", ["run_id", "privacy_hash"])
+def test_a_ledger_of_another_run_is_refused(a_run: MakeRun, key: str) -> None:
+    run = a_run()
+    edit(run / "run.json", lambda r: r.update({key: "another"}))
+    if key == "run_id":
+        edit(run / "result.json", lambda r: r.update(run_id="another"))
+    with pytest.raises(IntegrityError, match=rf"ledger\.jsonl: its {key}"):
+        build(run)
+
+
+def test_a_result_of_another_run_is_refused(a_run: MakeRun) -> None:
+    run = a_run()
+    edit(run / "result.json", lambda r: r.update(run_id="another"))
+    with pytest.raises(IntegrityError, match=r"result\.json: its run_id"):
+        build(run)
+
+
+def test_the_head_is_checked_with_the_key_that_is_given(a_run: MakeRun) -> None:
+    run, key = a_run(), Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+    assert build(run).privacy.ledger_signature == "key named in the ledger"
+    assert build(run, public_key=key.public_key()).privacy.ledger_signature == "server key"
+    with pytest.raises(IntegrityError):
+        build(run, public_key=Ed25519PrivateKey.generate().public_key())
+
+
+def test_the_key_that_this_machine_keeps_is_used(a_run: MakeRun) -> None:
+    run = a_run()
+    kept = state_dir() / "runs" / "20260101-abc123" / "server.key"
+    write_secret(kept, bytes(range(32)))
+    assert build(run).privacy.ledger_signature == "server key"
+
+
+def test_a_ledger_signed_by_another_key_than_the_kept_one_is_refused(a_run: MakeRun) -> None:
+    write_secret(state_dir() / "runs" / "20260101-abc123" / "server.key", bytes(32))
+    with pytest.raises(IntegrityError, match="key"):
+        build(a_run())
+
+
+def test_a_report_changes_nothing_it_reads(a_run: MakeRun) -> None:
+    run = a_run()
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    build(run)
+    assert {path: path.read_bytes() for path in run.iterdir()} == before
+
+
+# --------------------------------------------------------------------------- curves
+
+
+def test_the_epsilon_curve_ends_at_the_claim_and_never_falls(a_run: MakeRun) -> None:
+    report = build(a_run(rounds=60, retried=(5,)))
+    curve = report.curve("epsilon")
+    assert curve is not None
+    values = [point.value for point in curve.points]
+    assert values == sorted(values)
+    assert (curve.points[0].round, curve.points[-1].round) == (1, 60)
+    assert values[-1] == report.adversary("recipients").epsilon
+
+
+def test_losses_and_metrics_are_stamped(a_run: MakeRun) -> None:
+    report = build(a_run())
+    assert {c.key: c.note for c in report.curves} == {
+        "loss": "outside the guarantee",
+        "hr@10": "outside the guarantee",
+        "epsilon": "",
+        "epsilon_server": "",
+    }
+    assert report.accuracy.note == "outside the guarantee"
+
+
+@given(st.integers(0, 500), st.integers(2, 60))
+def test_thinning_keeps_the_ends_and_the_order(size: int, most: int) -> None:
+    kept = thinned(range(size), most)
+    assert len(kept) == min(size, most)
+    assert kept == sorted(set(kept))
+    if size:
+        assert (kept[0], kept[-1]) == (0, size - 1)
+
+
+# --------------------------------------------------------------------------- what is left out
+
+
+def test_no_field_holds_a_realised_cohort(a_run: MakeRun) -> None:
+    text = build(a_run(rounds=12)).model_dump_json()
+    for size in range(301, 313):  # what the fixture's rounds would have drawn
+        assert f":{size}," not in text
+    assert "wall_s" in text
+    assert text.count("wall_s") == 1  # of the whole run: a round's time tells its cohort
+
+
+@pytest.mark.parametrize("key", ["data", "model"])
+def test_a_result_that_names_a_cohort_is_refused(a_run: MakeRun, key: str) -> None:
+    run = a_run(extra={key: {"rounds": {"cohort": 302}}})
+    with pytest.raises(DataError, match="realised cohort size"):
+        build(run)
+
+
+# --------------------------------------------------------------------------- malformed directories
+
+
+def _unfinished(run: Path) -> None:
+    (run / "result.json").unlink()
+
+
+def _no_run(run: Path) -> None:
+    (run / "run.json").unlink()
+
+
+def _no_directory(run: Path) -> None:
+    for path in run.iterdir():
+        path.unlink()
+    run.rmdir()
+
+
+def _broken(name: str) -> Callable[[Path], None]:
+    def damage(run: Path) -> None:
+        (run / name).write_text("{[")
+
+    return damage
+
+
+def _a_list(run: Path) -> None:
+    (run / "result.json").write_text("[]")
+
+
+def _no_metrics(run: Path) -> None:
+    edit(run / "result.json", lambda r: r.pop("metrics"))
+
+
+def _wrong_unit(run: Path) -> None:
+    edit(run / "result.json", lambda r: r["privacy"].update(unit="example"))
+
+
+def _text_for_bytes(run: Path) -> None:
+    edit(run / "result.json", lambda r: r["cost"].update(upload_bytes="many"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "words"),
+    [
+        (_unfinished, UsageError, "not finished.*privrec resume"),
+        (_no_run, UsageError, "no run.json.*name one"),
+        (_no_directory, UsageError, "no run.json"),
+        (_broken("run.json"), DataError, "not JSON"),
+        (_broken("result.json"), DataError, "not JSON"),
+        (_broken("scenario.toml"), DataError, "not TOML"),
+        (_broken("ledger.jsonl"), IntegrityError, "ledger"),
+        (_a_list, DataError, "holds list, not an object"),
+        (_no_metrics, DataError, "'metrics' is None"),
+        (_wrong_unit, DataError, "privacy.*unit|unit is 'example'"),
+        (_text_for_bytes, DataError, "upload_bytes is 'many'"),
+    ],
+)
+def test_a_malformed_directory_gets_a_plain_error(
+    a_run: MakeRun, damage: Callable[[Path], None], error: type[PrivrecError], words: str
+) -> None:
+    run = a_run()
+    damage(run)
+    with pytest.raises(error, match=words):
+        build(run)

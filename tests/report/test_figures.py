@@ -1,0 +1,67 @@
+"""Figures as people read them."""
+
+from __future__ import annotations
+
+import pytest
+
+from privrec.report import figures
+from privrec.report.model import Scalar
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (None, "–"),
+        (0, "0 bytes"),
+        (1023, "1,023 bytes"),
+        (1024, "1 KiB"),
+        (474_368, "463 KiB"),
+        (1_612_000, "1.5 MiB"),
+        (5 * 2**40, "5,120 GiB"),
+    ],
+)
+def test_bytes(count: float | None, text: str) -> None:
+    assert figures.bytes_text(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "–"), (0.0, "0.0 s"), (3.1e-5, "31 µs"), (0.00031, "0.31 ms"), (214.2, "3 min 34 s")],
+)
+def test_seconds(seconds: float | None, text: str) -> None:
+    assert figures.seconds_text(seconds) == text
+
+
+@pytest.mark.parametrize(("delta", "text"), [(1e-5, "1e-5"), (0.01, "0.01"), (None, "–")])
+def test_delta(delta: float | None, text: str) -> None:
+    assert figures.delta_text(delta) == text
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("metrics.hr@10", 0.5, "0.500"),
+        ("cost.upload_bytes", 2048, "2 KiB"),
+        ("cost.wall_s", 61.0, "1 min 01 s"),
+        ("train.loss", "bpr", "bpr"),
+        ("model.item_bias", True, "yes"),
+        ("model.dim", 32, "32"),
+        ("rounds", 131072, "131,072"),
+        ("train.lr", 0.123456, "0.1235"),
+        ("epsilon", None, "–"),
+    ],
+)
+def test_cells_of_compared_settings(key: str, value: Scalar, text: str) -> None:
+    assert figures.result_text(key, value) == text
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("metrics.full_hr@10", "HR@10, full ranking"),
+        ("train.server_optimizer", "server optimizer"),
+        ("cost.cpu_s_per_device_round", "CPU time"),
+    ],
+)
+def test_names(key: str, name: str) -> None:
+    assert figures.fact_name(key) == name

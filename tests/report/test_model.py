@@ -1,0 +1,58 @@
+"""The report as data, and its page in the documentation."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from privrec.report.model import (
+    Accuracy,
+    Adversary,
+    Cost,
+    Metric,
+    Privacy,
+    Report,
+    flat,
+    json_schema,
+    schema_text,
+)
+
+DOCS = Path(__file__).parents[2] / "docs" / "report.md"
+
+
+def test_nested_facts_become_flat() -> None:
+    nested = {"model": {"dim": 32, "hidden": [64, 32]}, "name": "a", "none": None}
+    assert flat(nested) == {"model.dim": 32, "model.hidden": "64, 32", "name": "a", "none": None}
+
+
+def test_the_schema_forbids_unknown_fields_everywhere() -> None:
+    schema = json_schema()
+    objects = [schema, *schema["$defs"].values()]
+    assert all(part["additionalProperties"] is False for part in objects)
+    assert json.loads(schema_text()) == schema
+
+
+def test_no_name_in_the_schema_could_hold_a_realised_cohort() -> None:
+    names = set(re.findall(r'"(\w*cohort\w*)":', schema_text()))
+    assert names == {"expected_cohort"}
+
+
+@pytest.mark.parametrize("part", [Report, Privacy, Adversary, Accuracy, Metric, Cost])
+def test_every_field_is_documented(part: type[Report]) -> None:
+    text = DOCS.read_text(encoding="utf-8")
+    undocumented = {"sees", "assumes"} if part is Adversary else set()
+    undocumented |= {"protocol"} if part is Metric else set()
+    named = set(re.findall(r"`(?:metrics\[\])?\.?(\w+)`", text)) | {"metrics", "privacy"}
+    headings = set(re.findall(r"^## `(\w+)`", text, flags=re.MULTILINE))
+    assert set(part.model_fields) - undocumented - named - headings - {"claim"} == set()
+
+
+def test_every_warning_is_documented() -> None:
+    source = (Path(__file__).parents[2] / "privrec" / "report" / "claims.py").read_text("utf-8")
+    titles = re.findall(r'title="([^"]+)"', source)
+    assert len(titles) == 9
+    for title in titles:
+        assert f"| {title} |" in DOCS.read_text(encoding="utf-8")
