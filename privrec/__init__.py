@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from privrec.recommend import recommend
     from privrec.run import resume, start
     from privrec.scenario import Scenario
     from privrec.scenario import load as load_scenario
+    from privrec.serving import recommend
 
 __all__ = ["Scenario", "__version__", "load_scenario", "recommend", "resume", "start"]
 
 _LAZY = {
     "Scenario": ("privrec.scenario", "Scenario"),
     "load_scenario": ("privrec.scenario", "load"),
-    "recommend": ("privrec.recommend", "recommend"),
+    "recommend": ("privrec.serving", "recommend"),
     "resume": ("privrec.run", "resume"),
     "start": ("privrec.run", "start"),
 }

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from privrec.data import Interactions
 from privrec.device.cohort import Cohort
+from privrec.device.round import digest
 from privrec.device.train import Recommender, Settings, Trainer
 from privrec.embedding.subspace import Subspace
 from privrec.models.layout import Layout
@@ -67,10 +67,7 @@ def assemble(scenario: Scenario, train: Interactions, run_id: str, devices: Secr
         scenario.train.average,
     )
     weights = initial_weights(recommender, scenario.model.init_std, scenario.run.seed)
-    popular = None
-    if scenario.train.popularity_round and recommender.biases is not None:
-        popular = recommender.biases, recommender.layout
-    server = Server(plan, weights, optimizer_of(scenario.train), popular)
+    server = Server(plan, weights, optimizer_of(scenario.train))
     seed, engine = scenario.run.seed, scenario.run.engine
     return Parts(
         recommender, cohort, server, Simulation(cohort, encoding, devices, seed, rate, engine)
@@ -86,10 +83,9 @@ def recommender_of(model: Model, n_items: int, seed: int) -> Recommender:
     )
     biases = None
     if model.item_bias:
-        sized = Subspace.sized(
+        biases = Subspace.sized(
             n_items, 1, block=1, key=int(keys[1]), compression=model.compression
         )
-        biases = replace(sized, signed=False)
     layout = Layout(ncf.dense, vectors.slots, vectors.block, biases.slots if biases else 0)
     return Recommender(ncf, vectors, biases, layout)
 
@@ -132,9 +128,7 @@ def optimizer_of(train: Train) -> Optimizer:
     )
 
 
-def initial_weights(
-    recommender: Recommender, init_std: float, seed: int
-) -> NDArray[np.float32]:
+def initial_weights(recommender: Recommender, init_std: float, seed: int) -> NDArray[np.float32]:
     """Weights before the first round: Gaussian item vectors, zero biases, Glorot dense weights."""
     layout, rng = recommender.layout, rng_for(seed, "weights")
     weights = np.zeros(layout.size, np.float32)
@@ -144,7 +138,5 @@ def initial_weights(
 
 
 def data_digest(train: Interactions) -> str:
-    """SHA-256 of the histories, to tell that a resumed run has the data it began with."""
-    total = hashlib.sha256(np.ascontiguousarray(train.indptr).view(np.uint8))
-    total.update(np.ascontiguousarray(train.items).view(np.uint8))
-    return total.hexdigest()
+    """Digest of the histories, to tell that a resumed run has the data it began with."""
+    return (digest(train.indptr) + digest(train.items)).hex()

@@ -90,5 +90,5 @@ def _digest(place: str, arrays: Arrays) -> str:
     total = hashlib.sha256(place.encode())
     for name in sorted(arrays):
         total.update(f"{name}{arrays[name].shape}".encode())
-        total.update(np.ascontiguousarray(arrays[name]).view(np.uint8))
+        total.update(np.ascontiguousarray(arrays[name]).data.cast("B"))
     return total.hexdigest()

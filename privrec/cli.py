@@ -150,7 +150,7 @@ def demo(out: Path | None, as_json: bool) -> None:
     from privrec.scenario import load
 
     result = _start(load(QUICKSTART), out, None, ())
-    from privrec.recommend import recommend as recommendations
+    from privrec.serving import recommend as recommendations
 
     found = recommendations(result.path, user=DEMO_USER, history=None, k=10, data_dir=None)
     pages = _write_report(result.path)
@@ -323,7 +323,7 @@ def recommend(
     _check_run(directory)
     _check_data(data_dir)
     liked = None if history is None else _read_history(history)
-    from privrec.recommend import recommend as recommendations
+    from privrec.serving import recommend as recommendations
 
     found = recommendations(directory, user=user, history=liked, k=k, data_dir=data_dir)
     if as_json:

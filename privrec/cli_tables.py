@@ -13,8 +13,8 @@ from privrec.record import OUTSIDE, epsilon_text, metric_name
 
 if TYPE_CHECKING:
     from privrec.cli_doctor import Finding
-    from privrec.recommend import Recommendation
     from privrec.report.compare import Comparison
+    from privrec.serving import Recommendation
 
 EPSILON_DIGITS = 3
 _MARKS = {"ok": "ok", "note": "note", "fail": "FAIL"}

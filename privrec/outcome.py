@@ -17,11 +17,18 @@ from privrec.data import Interactions, Split
 from privrec.device.train import Recommender
 from privrec.errors import IntegrityError, UsageError
 from privrec.footprint import peak_bytes
+from privrec.privacy.events import Accountant, Adversary
 from privrec.privacy.ledger import Ledger
 from privrec.record import OUTSIDE
 from privrec.scenario import Scenario
 
 BYTES_A_COEFFICIENT = 4
+_EPSILONS: dict[str, tuple[Adversary, Accountant]] = {
+    "epsilon": ("recipients", "pld"),
+    "epsilon_server": ("server", "pld"),
+    "epsilon_rdp": ("recipients", "rdp"),
+    "epsilon_server_rdp": ("server", "rdp"),
+}
 
 
 def write_model(out: Path, parts: Parts, scenario: Scenario, train: Interactions) -> None:
@@ -97,11 +104,8 @@ def _privacy(
     privacy, plan = scenario.privacy, parts.server.plan
     holds = plan.event.is_private and not known
     spent = {
-        f"epsilon{suffix}{kind}": ledger.epsilon(privacy.delta, adversary, accountant)
-        if holds
-        else None
-        for suffix, adversary in (("", "recipients"), ("_server", "server"))
-        for kind, accountant in (("", "pld"), ("_rdp", "rdp"))
+        name: ledger.epsilon(privacy.delta, adversary, accountant) if holds else None
+        for name, (adversary, accountant) in _EPSILONS.items()
     }
     encoding = plan.encoding
     return {

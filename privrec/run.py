@@ -26,6 +26,7 @@ import privrec
 from privrec import checkpoint, data, metrics
 from privrec.assembly import Parts, assemble, data_digest
 from privrec.checkpoint import Position
+from privrec.data import Split
 from privrec.errors import BudgetError, IntegrityError, Interrupted, UsageError
 from privrec.outcome import result_of, write_model
 from privrec.privacy.ledger import Ledger, server_key
@@ -144,7 +145,7 @@ class _Identity:
 
     @classmethod
     def new(
-        cls, scenario: Scenario, split: data.Split, data_dir: Path | None, known: bytes | None
+        cls, scenario: Scenario, split: Split, data_dir: Path | None, known: bytes | None
     ) -> _Identity:
         # A known root repeats a run bit for bit, so the run's name must repeat as well.
         run_id = secrets.token_hex(8) if known is None else f"known-{scenario.hash()[:16]}"
@@ -211,7 +212,7 @@ class _Identity:
 def _go_on(
     out: Path,
     scenario: Scenario,
-    split: data.Split,
+    split: Split,
     identity: _Identity,
     parts: Parts,
     observer: Observer,
@@ -238,7 +239,7 @@ class _Loop:
 
     out: Path
     scenario: Scenario
-    split: data.Split
+    split: Split
     identity: _Identity
     parts: Parts
     observer: Observer

@@ -143,10 +143,6 @@ class Train(Table):
     """``[train]``: local training on a device, and the server's step."""
 
     rounds: int = setting(100, "Rounds of the run.", unit="rounds", ge=1, le=10**6)
-    popularity_round: bool = setting(
-        False,
-        "Spend the first round on counting items; item biases start at the log of the counts.",
-    )
     loss: Literal["bce", "bpr", "softmax", "full_softmax"] = setting(
         "bce",
         "Binary cross-entropy, Bayesian ranking, sampled softmax, or softmax over all items.",

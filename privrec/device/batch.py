@@ -82,8 +82,9 @@ class Sampler:
         return np.maximum(used, 1) * (1 + self.negatives)
 
     def draw(self, histories: Histories, key: int) -> Batch:
-        """Positives (a window of the history at a random place, if it is longer than ``most``) and
-        uniform negatives that are not in the history.
+        """Samples of each device: positives, and uniform negatives out of its history.
+
+        The positives are the history, or a window of it at a random place if ``most`` is less.
 
         Args:
             histories: of the devices to sample for.

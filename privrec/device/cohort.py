@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.device.batch import Histories
-from privrec.device.round import Purpose
 from privrec.device.train import Trained, Trainer
 
 TOLERANCE = 1e-5
@@ -48,12 +47,12 @@ class Cohort:
         return cls(trainer, Histories(np.arange(users), indptr, items), states)
 
     def train(
-        self, weights: FloatArray, users: NDArray[np.int64], purpose: Purpose, key: int
+        self, weights: FloatArray, users: NDArray[np.int64], key: int
     ) -> Iterator[tuple[NDArray[np.int64], Trained]]:
         """One round's local training of ``users``, batch by batch; states are left unchanged."""
         for batch in self.batches(users):
             histories, states = self.histories.select(batch), self.states[batch]
-            yield batch, self.trainer.round(purpose, weights, histories, states, key)
+            yield batch, self.trainer.train(weights, histories, states, key)
 
     def serve(self, weights: FloatArray, users: NDArray[np.int64], key: int) -> FloatArray:
         """Private states fitted from nothing to fixed items, shape ``(len(users), user_dim)``."""

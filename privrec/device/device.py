@@ -45,11 +45,11 @@ class Device:
         if not len(self.state):
             self.state = np.zeros(self.trainer.recommender.model.user_dim, np.float32)
 
-    def train(self, weights: FloatArray, round: Round, key: int) -> Trained:
+    def train(self, weights: FloatArray, key: int) -> Trained:
         """The device's local round, before any protection."""
         bounds = np.array([0, len(self.history)])
         mine = Histories(np.array([self.user]), bounds, self.history)
-        return self.trainer.round(round.purpose, weights, mine, self.state[None], key)
+        return self.trainer.train(weights, mine, self.state[None], key)
 
     def answer(self, round: Round, weights: FloatArray, key: int) -> BoundedUpdate:
         """Train on the model it was sent, keep the new private state, and give the bounded update.
@@ -67,7 +67,7 @@ class Device:
                 f"round {round.index}: the model received has another digest than the round's; "
                 "ask the server for the round again"
             )
-        trained = self.train(weights, round, key)
+        trained = self.train(weights, key)
         coins = self.root.stream("rounding", *round.context, self.user, digest(self.state))
         self.state = trained.states[0]
         return trained.update.bound(self.encoding, coins)

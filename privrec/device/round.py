@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from privrec.privacy.events import RoundEvent
-
-Purpose = Literal["train", "popularity"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,6 @@ class Round:
         event: its privacy event.
         plan_digest: digest of the scenario that the devices agreed to.
         model_digest: digest of the weights that the devices start from.
-        purpose: ``"train"``, or ``"popularity"`` for a round that counts items.
     """
 
     run_id: str
@@ -34,15 +31,13 @@ class Round:
     event: RoundEvent
     plan_digest: str
     model_digest: bytes
-    purpose: Purpose = "train"
 
     @property
     def context(self) -> tuple[str | int | bytes, ...]:
         """What binds every secret draw to this attempt: same context and input, same noise."""
-        round = (self.run_id, self.index, self.attempt, self.purpose)
-        return (*round, self.plan_digest, self.model_digest)
+        return (self.run_id, self.index, self.attempt, self.plan_digest, self.model_digest)
 
 
-def digest(array: NDArray[np.generic]) -> bytes:
+def digest(array: NDArray[Any]) -> bytes:
     """SHA-256 of an array's bytes."""
-    return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8)).digest()
+    return hashlib.sha256(np.ascontiguousarray(array).data.cast("B")).digest()

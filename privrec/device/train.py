@@ -15,18 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from privrec.device.batch import Batch, Histories, Sampler, representatives
-from privrec.device.round import Purpose
 from privrec.device.update import Address, RawUpdate
 from privrec.embedding.subspace import Subspace, TabulatedSubspace, add_rows
 from privrec.models.layout import Layout
-from privrec.errors import UsageError
 from privrec.models.losses import LOSSES, WHOLE_CATALOGUE, Graded, Loss, Samples
 from privrec.models.ncf import NCF, Scored
 
 FloatArray = NDArray[np.float32]
-_VOTE = np.float32(2**30)
-"""More than any clip norm."""
-
 _RIDGE = 1e-4
 """Keeps the Newton system of a device with few samples solvable."""
 
@@ -102,19 +97,6 @@ class Trainer:
         whole = settings.loss in WHOLE_CATALOGUE
         return Sampler(n_items, settings.negatives, settings.max_samples, whole)
 
-    def round(
-        self,
-        purpose: Purpose,
-        weights: FloatArray,
-        histories: Histories,
-        states: FloatArray,
-        key: int,
-    ) -> Trained:
-        """What ``m`` devices have to say in a round of the given purpose; see :meth:`train`."""
-        if purpose == "train":
-            return self.train(weights, histories, states, key)
-        return Trained(self.popularity(histories), states, np.zeros(len(states), np.float32))
-
     def train(
         self, weights: FloatArray, histories: Histories, states: FloatArray, key: int
     ) -> Trained:
@@ -142,26 +124,6 @@ class Trainer:
         local = serving._local(weights, histories, key)
         nothing = torch.zeros(len(histories.users), self.recommender.model.user_dim)
         return self._fit(local, nothing, self.settings.serve_steps).numpy()
-
-    def popularity(self, histories: Histories) -> RawUpdate:
-        """What a device says in a popularity round: its items, as a change of their biases.
-
-        Each item of the history counts as much as any clip norm, so that clipping leaves a vector
-        of exactly that norm: every device has one vote, however long its history.
-        """
-        recommender = self.recommender
-        if recommender.biases is None:
-            raise UsageError(
-                "train.popularity_round = true: it sets item biases, and there are none; set "
-                "model.item_bias = true"
-            )
-        batch = _voted(histories, recommender.vectors.items)
-        touched = _Touched(recommender.biases, _nothing(recommender.biases), batch)
-        touched.move(torch.from_numpy(batch.valid * _VOTE).unsqueeze(2), last=True)
-        rows = len(batch.items)
-        dense = np.zeros((rows, recommender.layout.dense), np.float32)
-        address = Address(np.zeros((rows, 0), np.int64), touched.slots, recommender.layout)
-        return RawUpdate(np.concatenate((dense, touched.change), axis=1), address)
 
     def _local(self, weights: FloatArray, histories: Histories, key: int) -> _Local:
         batch = self.sampler.draw(histories, key)
@@ -262,22 +224,6 @@ def _pull_back(jacobian: Tensor, upstream: Tensor) -> Tensor:
     return torch.bmm(upstream.unsqueeze(1), jacobian).squeeze(1)
 
 
-def _voted(histories: Histories, n_items: int) -> Batch:
-    """Each history's distinct items as a batch; 1 where a place holds one."""
-    lengths = histories.lengths
-    place = np.arange(max(1, lengths.max(initial=0)))
-    present = place < lengths[:, None]
-    items = np.full(present.shape, n_items, np.int64)
-    items[present] = histories.items
-    first = representatives(items, n_items + 1)
-    valid = present & (first == place)
-    return Batch(np.where(present, items, 0), valid.astype(np.float32), 0, None)
-
-
-def _nothing(subspace: Subspace) -> FloatArray:
-    return np.zeros((subspace.slots, subspace.block), np.float32)
-
-
 class _Touched:
     """The blocks of a memory that the samples of each device touch.
 
@@ -300,7 +246,7 @@ class _Touched:
 
     @property
     def rows(self) -> Tensor:
-        """Item vectors (or biases) as the samples see them now, shape ``(m or 1, samples, dim)``."""
+        """Item vectors (or biases) as the samples see them now, ``(m or 1, samples, dim)``."""
         if self._rows is None:
             blocks = self._blocks.reshape(-1, *self._shape[1:])
             self._rows = (blocks * self._signs).reshape(len(blocks), self._shape[1], -1)
@@ -333,9 +279,7 @@ class _Touched:
             self._blocks, self._rows = self._blocks + step, None
 
 
-def _block_owners(
-    subspace: Subspace, slots: NDArray[np.int64], batch: Batch
-) -> NDArray[np.int64]:
+def _block_owners(subspace: Subspace, slots: NDArray[np.int64], batch: Batch) -> NDArray[np.int64]:
     """For each named block of a row, the place in that row that stands for it."""
     if not subspace.injective:
         return representatives(slots, subspace.slots)
@@ -346,4 +290,5 @@ def _block_owners(
 
 def _flat(owners: NDArray[np.int64], m: int) -> NDArray[np.int64]:
     """Places in rows as places in the flattened batch of ``m`` rows."""
-    return (owners + np.arange(m)[:, None] * owners.shape[1]).ravel()
+    flat: NDArray[np.int64] = owners + np.arange(m)[:, None] * owners.shape[1]
+    return flat.ravel()

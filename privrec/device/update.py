@@ -38,7 +38,7 @@ class Address:
     def width(self) -> int:
         """Coefficients in a row of values."""
         layout = self.layout
-        return layout.dense + self.blocks.shape[1] * layout.block + self.biases.shape[1]
+        return int(layout.dense + self.blocks.shape[1] * layout.block + self.biases.shape[1])
 
 
 @dataclass(frozen=True)
@@ -102,15 +102,15 @@ class Aggregate:
 
 
 def _add(
-    target: NDArray[np.int64], slots: NDArray[np.int64], values: NDArray[np.int32]
+    target: NDArray[np.int64], slots: NDArray[np.int64], values: NDArray[np.signedinteger]
 ) -> None:
     if len(slots) < len(values):
-        values = values.sum(axis=0, keepdims=True, dtype=np.int64)  # type: ignore[assignment]
+        values = values.sum(axis=0, keepdims=True, dtype=np.int64)
     add_rows(target, slots.ravel(), values.reshape(-1, target.shape[1]))
 
 
 def clip(values: NDArray[np.float32], clip_norm: float) -> NDArray[np.float32]:
-    """Scale each row down to an L2 norm of at most ``clip_norm``; rows of no finite norm become zeros."""
+    """Scale each row down to an L2 norm of at most ``clip_norm``; broken rows become zeros."""
     # A float32 norm is off by less than a millionth or so; the integer check is the strict one.
     with np.errstate(over="ignore", invalid="ignore"):
         norms = np.sqrt((values[:, None] @ values[:, :, None])[:, 0, 0]) * np.float32(1 + 1e-6)

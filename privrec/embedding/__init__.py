@@ -1,0 +1,1 @@
+"""The shared item memory: hashing, and the random subspace it spans."""

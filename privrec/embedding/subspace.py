@@ -37,8 +37,6 @@ class Subspace:
         slots: blocks in the memory, a power of two.
         key: the shared key of the hash.
         folds: how often the memory was halved; the hash is taken before folding.
-        signed: whether colliding parts have random signs, so that they cancel in the mean; without,
-            they add up, as counts should.
 
     Raises:
         UsageError: when a value is out of its range.
@@ -50,7 +48,6 @@ class Subspace:
     slots: int
     key: int
     folds: int = 0
-    signed: bool = True
 
     def __post_init__(self) -> None:
         _check(self.items >= 1, f"items = {self.items}", "at least 1")
@@ -132,10 +129,8 @@ class Subspace:
         else:
             slots = splitmix64(self.key, position)
         slots &= np.uint64(self.slots - 1)
-        signs = np.ones(position.shape, np.float32)
-        if self.signed:
-            signs -= 2 * (splitmix64(self.key ^ _SIGN_KEY, position) >> np.uint64(63))
-        return slots.astype(np.int64), signs
+        negative = splitmix64(self.key ^ _SIGN_KEY, position) >> np.uint64(63)
+        return slots.astype(np.int64), 1 - 2 * negative.astype(np.float32)
 
     def gather(self, memory: FloatArray, items: NDArray[np.integer]) -> FloatArray:
         """Rows of the virtual table.

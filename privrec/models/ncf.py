@@ -5,8 +5,8 @@ are its two limits. The output weights of GMF are absorbed by the user vector, w
 free to be anything, so GMF has no dense weights at all.
 Source: He et al., "Neural Collaborative Filtering" (WWW 2017).
 
-Every tensor has a leading device dimension ``m``: one device is ``m = 1`` and a cohort is many, with
-each device's own copy of what it trains.
+Every tensor has a leading device dimension ``m``: one device is ``m = 1`` and a cohort is many,
+with each device's own copy of what it trains.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class NCF:
 
     def _unpack(self, dense: Tensor) -> list[Tensor]:
         sizes = [int(np.prod(shape)) for shape in self.shapes]
-        parts = dense.split(sizes, dim=1)
+        parts = torch.split(dense, sizes, dim=1)
         return [part.reshape(-1, *s) for part, s in zip(parts, self.shapes, strict=True)]
 
 

@@ -14,12 +14,10 @@ an old ledger put back together with its own old head is not noticed.
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -29,34 +27,23 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from privrec.errors import IntegrityError, ReleaseRefused, UsageError
 from privrec.privacy import events
+from privrec.privacy.book import (
+    FORMAT,
+    REMEDY,
+    START,
+    Book,
+    Charge,
+    add,
+    canonical,
+    line_of,
+    parsed,
+    read,
+)
 from privrec.privacy.events import Accountant, Adversary, RoundEvent
 from privrec.randomness import ROOT_BYTES, read_secret, sync_directory, write_secret
 
-FORMAT = 1
-_START = "0" * 64
 _SIGNED = b"privrec ledger head, format 1\n"
 _RESERVED = frozenset({"format", "unit", "adjacency", "public_key"})
-_REMEDY = "bring back the original file, or start a new run"
-
-
-@dataclass(frozen=True)
-class Charge:
-    """One paid attempt at a round."""
-
-    round: int
-    attempt: int
-    event: RoundEvent
-
-
-@dataclass
-class _Book:
-    """What the entries read so far add up to."""
-
-    header: dict[str, Any] = field(default_factory=dict)
-    hashes: list[str] = field(default_factory=list)
-    charges: dict[tuple[int, int], Charge] = field(default_factory=dict)
-    commits: dict[tuple[int, int], bytes] = field(default_factory=dict)
-    counts: Counter[RoundEvent] = field(default_factory=Counter)
 
 
 class Ledger:
@@ -67,7 +54,7 @@ class Ledger:
     at a time. It is a context manager that closes the file.
     """
 
-    def __init__(self, path: Path, book: _Book, file: FileIO | None, key: _Keys) -> None:
+    def __init__(self, path: Path, book: Book, file: FileIO | None, key: _Keys) -> None:
         self.path = path
         self.repaired: str | None = None
         self._book = book
@@ -97,8 +84,8 @@ class Ledger:
         keys = _Keys(signing_key.public_key(), signing_key)
         own = {"format": FORMAT, "unit": "user", "adjacency": "zero-out", "public_key": keys.text}
         entry = {"kind": "header", "body": {**header, **own}}
-        _canonical(entry)  # refused before there is a file
-        ledger = cls(path, _Book(), _open_new(path), keys)
+        canonical(entry)  # refused before there is a file
+        ledger = cls(path, Book(), _open_new(path), keys)
         try:
             ledger._append(entry)
             ledger.seal()
@@ -139,7 +126,7 @@ class Ledger:
         try:
             head = _head(path)  # before the lines, since a writer may add some in between
             content = _content(path)
-            book, end = _read(path, content)
+            book, end = read(path, content)
             trusted = signing_key.public_key() if signing_key else public_key
             keys = _Keys(trusted or _named_key(path, book.header), signing_key)
             _check_head(path, head, book, keys)
@@ -288,9 +275,9 @@ class Ledger:
                 "open it with signing_key and repair=True"
             )
         head = {"format": FORMAT, "entries": self.entries, "last_hash": self.last_hash}
-        signature = self._keys.private.sign(_SIGNED + _canonical(head))
+        signature = self._keys.private.sign(_SIGNED + canonical(head))
         sealed = {**head, "public_key": self._keys.text, "signature": signature.hex()}
-        _replace(head_path(self.path), _canonical(sealed) + b"\n")
+        _replace(head_path(self.path), canonical(sealed) + b"\n")
 
     def close(self) -> None:
         """Let go of the file; the ledger can still be read, but nothing charged any more."""
@@ -304,10 +291,10 @@ class Ledger:
         self.close()
 
     def _append(self, entry: dict[str, Any]) -> None:
-        previous = self._book.hashes[-1] if self._book.hashes else _START
-        line = _line({**entry, "index": self.entries, "previous": previous})
+        previous = self._book.hashes[-1] if self._book.hashes else START
+        line = line_of({**entry, "index": self.entries, "previous": previous})
         self._write(line)
-        _add(self.path, self._book, line.removesuffix(b"\n"))
+        add(self.path, self._book, line.removesuffix(b"\n"))
 
     def _write(self, line: bytes) -> None:
         if self._file is None:
@@ -371,110 +358,28 @@ def head_path(path: Path) -> Path:
     return path.with_suffix(".head.json")
 
 
-def _read(path: Path, content: bytes) -> tuple[_Book, int]:
-    """The book of all whole lines, and where in ``content`` they end."""
-    book, end = _Book(), 0
-    for line in content.splitlines(keepends=True):
-        last = end + len(line) == len(content)
-        if last and _cut_off(line):
-            break
-        _add(path, book, line.removesuffix(b"\n"))
-        end += len(line)
-    if not book.hashes:
-        raise IntegrityError(f"{path}: it has no header line; {_REMEDY}")
-    return book, end
-
-
-def _cut_off(line: bytes) -> bool:
-    """Whether a crash can have left this last line: part of an entry, or blocks never written.
-
-    Part of an entry is no JSON. A whole entry with other content is one that was altered.
-    """
-    return _parsed(line) is None and (not line.endswith(b"\n") or b"\0" in line)
-
-
-def _add(path: Path, book: _Book, line: bytes) -> None:
-    """Count a line, when it is to the byte the next entry of the chain."""
-    number = len(book.hashes) + 1
-    entry = _parsed(line)
-    if entry is None or not _says_itself(entry, line):
-        raise IntegrityError(f"{path}: line {number} was altered; {_REMEDY}")
-    previous = book.hashes[-1] if book.hashes else _START
-    if entry.get("index") != number - 1 or entry.get("previous") != previous:
-        raise IntegrityError(
-            f"{path}: line {number} does not follow the one before, so lines were removed, added "
-            f"or moved; {_REMEDY}"
-        )
-    try:
-        _count(book, entry)
-    except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
-        raise IntegrityError(
-            f"{path}: line {number} is no entry that this version writes ({error}); {_REMEDY}"
-        ) from error
-    book.hashes.append(entry["hash"])
-
-
-def _says_itself(entry: Mapping[str, Any], line: bytes) -> bool:
-    """Whether a line is the one spelling of its entry, with the right hash."""
-    try:
-        return _line({name: entry[name] for name in entry if name != "hash"}) == line + b"\n"
-    except UsageError:
-        return False
-
-
-def _count(book: _Book, entry: Mapping[str, Any]) -> None:
-    """Enter what a line says; raises whatever a line of another shape leads to."""
-    if not book.hashes:
-        book.header = _header(entry)
-        return
-    key = (int(entry["round"]), int(entry["attempt"]))
-    if entry["kind"] == "commit" and key in book.charges:
-        book.commits[key] = bytes.fromhex(entry["tag"])
-    elif entry["kind"] == "charge" and key not in book.charges:
-        charge = Charge(*key, RoundEvent.from_json(entry["event"]))
-        book.charges[key] = charge
-        book.counts[charge.event] += 1
-    else:
-        raise ValueError(f"{entry['kind']} of round {key[0]}, attempt {key[1]}")
-
-
-def _header(entry: Mapping[str, Any]) -> dict[str, Any]:
-    body = dict(entry["body"])
-    if entry["kind"] != "header" or body["format"] != FORMAT:
-        raise ValueError(f"a header of format {body['format']}, and {FORMAT} is read here")
-    return body
-
-
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return entry if isinstance(entry, dict) else None
-
-
 def _named_key(path: Path, header: Mapping[str, Any]) -> Ed25519PublicKey:
     try:
         return Ed25519PublicKey.from_public_bytes(bytes.fromhex(header["public_key"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise IntegrityError(f"{path}: its header names no key; {_REMEDY}") from error
+        raise IntegrityError(f"{path}: its header names no key; {REMEDY}") from error
 
 
 def _head(path: Path) -> Mapping[str, Any]:
     """The signed head as it lies on disk, its signature not checked yet."""
     place = head_path(path)
     try:
-        head = _parsed(place.read_bytes())
+        head = parsed(place.read_bytes())
     except OSError as error:
         raise IntegrityError(
-            f"{place}: the signed head could not be read ({error.strerror}); {_REMEDY}"
+            f"{place}: the signed head could not be read ({error.strerror}); {REMEDY}"
         ) from error
     if head is None:
-        raise IntegrityError(f"{place}: not a signed head; {_REMEDY}")
+        raise IntegrityError(f"{place}: not a signed head; {REMEDY}")
     return head
 
 
-def _check_head(path: Path, head: Mapping[str, Any], book: _Book, keys: _Keys) -> None:
+def _check_head(path: Path, head: Mapping[str, Any], book: Book, keys: _Keys) -> None:
     if book.header.get("public_key") != keys.text:
         raise IntegrityError(
             f"{path}: it belongs to the key {book.header.get('public_key')}, not to {keys.text}; "
@@ -484,21 +389,21 @@ def _check_head(path: Path, head: Mapping[str, Any], book: _Book, keys: _Keys) -
     if entries > len(book.hashes):
         raise IntegrityError(
             f"{path}: {len(book.hashes)} entries, but {entries} were signed: its end was cut away; "
-            f"{_REMEDY}"
+            f"{REMEDY}"
         )
     if entries < 1 or book.hashes[entries - 1] != last_hash:
-        raise IntegrityError(f"{path}: line {entries} is not the one that was signed; {_REMEDY}")
+        raise IntegrityError(f"{path}: line {entries} is not the one that was signed; {REMEDY}")
 
 
 def _verified(path: Path, head: Mapping[str, Any], key: Ed25519PublicKey) -> tuple[int, str]:
     try:
         claim = {name: head[name] for name in ("format", "entries", "last_hash")}
-        key.verify(bytes.fromhex(head["signature"]), _SIGNED + _canonical(claim))
+        key.verify(bytes.fromhex(head["signature"]), _SIGNED + canonical(claim))
         return int(claim["entries"]), str(claim["last_hash"])
     except InvalidSignature as error:
-        raise IntegrityError(f"{path}: not signed with the key of this run; {_REMEDY}") from error
+        raise IntegrityError(f"{path}: not signed with the key of this run; {REMEDY}") from error
     except (KeyError, TypeError, ValueError) as error:
-        raise IntegrityError(f"{path}: not a signed head; {_REMEDY}") from error
+        raise IntegrityError(f"{path}: not a signed head; {REMEDY}") from error
 
 
 def _content(path: Path) -> bytes:
@@ -506,20 +411,6 @@ def _content(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}; name the ledger of a run") from error
-
-
-def _line(entry: Mapping[str, Any]) -> bytes:
-    """An entry with its own hash, as the one line that says it."""
-    own = hashlib.sha256(_canonical(entry)).hexdigest()
-    return _canonical({**entry, "hash": own}) + b"\n"
-
-
-def _canonical(values: Mapping[str, Any]) -> bytes:
-    try:
-        text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{dict(values)!r}: a ledger holds plain, finite JSON values") from error
-    return text.encode()
 
 
 def _open_new(path: Path) -> FileIO:

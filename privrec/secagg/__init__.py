@@ -1,0 +1,1 @@
+"""What devices send: integers of bounded norm, in a ring where they can be summed."""

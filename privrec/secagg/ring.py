@@ -1,9 +1,10 @@
 """From clipped floats to integers that can be summed exactly, with a checked bound on their norm.
 
 Integers make the sum independent of its order and let noise be exact. Rounding is stochastic, hence
-unbiased, and conditional: it is drawn again until the rounded vector is provably short, so that the
-sensitivity of the integer sum is hardly larger than that of the clipped one.
-Source: Kairouz, Liu & Steinke, "The Distributed Discrete Gaussian Mechanism" (ICML 2021), section 4.
+unbiased, and conditional: it is drawn again until the rounded vector is provably short, so that
+the sensitivity of the integer sum is hardly larger than that of the clipped one.
+Source: Kairouz, Liu & Steinke, "The Distributed Discrete Gaussian Mechanism for Federated Learning
+with Secure Aggregation" (ICML 2021), section 4.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""The server: who is sampled, what is released, and how the model moves."""

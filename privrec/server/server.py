@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.device.round import Purpose, Round, digest
+from privrec.device.round import Round, digest
 from privrec.device.update import Aggregate
-from privrec.embedding.subspace import Subspace
-from privrec.models.layout import Layout
 from privrec.privacy.events import RoundEvent
 from privrec.privacy.noise import rounded_gaussian
 from privrec.randomness import SecretRoot
 from privrec.secagg.ring import Encoding
 from privrec.server.optimizer import Optimizer
-from privrec.server.popularity import log_popularity
 
 FloatArray = NDArray[np.float32]
 
@@ -60,7 +56,6 @@ class Server:
         plan: what stays the same.
         weights: the shared vector, float32.
         optimizer: turns a mean update into new weights.
-        popular: where the biases lie, if the first round counts items to set them; else None.
         index: rounds that were applied.
         mean: the running mean of the weights, before its correction for the start.
     """
@@ -68,7 +63,6 @@ class Server:
     plan: Plan
     weights: FloatArray
     optimizer: Optimizer
-    popular: tuple[Subspace, Layout] | None = None
     index: int = 0
     mean: FloatArray = field(init=False)
 
@@ -87,8 +81,7 @@ class Server:
         """The next round, for the ledger to charge and the transport to carry out."""
         plan = self.plan
         model = digest(self.weights)
-        purpose: Purpose = "popularity" if self._counts_first() else "train"
-        return Round(plan.run_id, self.index, attempt, plan.event, plan.digest, model, purpose)
+        return Round(plan.run_id, self.index, attempt, plan.event, plan.digest, model)
 
     def release(self, round: Round, aggregate: Aggregate, root: SecretRoot) -> Release:
         """Add the round's central noise to the integer sum.
@@ -107,30 +100,12 @@ class Server:
         if round.event.is_private:
             sigma = round.event.noise_multiplier * self.plan.encoding.bound
             total = total + rounded_gaussian(root.stream("noise", *context), sigma, len(total))
-        return Release(total, root.tag("release", *context, hashlib.sha256(total).digest()))
+        return Release(total, root.tag("release", *context, digest(total)))
 
     def apply(self, release: Release) -> None:
         """Take the optimiser's step on a released sum."""
-        plan = self.plan
-        total = plan.encoding.decode(release.total)
-        if self._counts_first():
-            self._start_at_popularity(total / plan.encoding.clip_norm)
-        else:
-            update = (total / plan.expected_cohort).astype(np.float32)
-            self.optimizer.step(self.weights, update, self.index - (self.popular is not None))
+        update = self.plan.encoding.decode(release.total) / self.plan.expected_cohort
+        self.optimizer.step(self.weights, update.astype(np.float32), self.index)
         self.index += 1
-        decay = np.float32(plan.average)
+        decay = np.float32(self.plan.average)
         self.mean += (1 - decay) * (self.weights - self.mean)
-
-    def _counts_first(self) -> bool:
-        return self.popular is not None and self.index == 0
-
-    def _start_at_popularity(self, votes: NDArray[np.float64]) -> None:
-        if self.popular is None:
-            return
-        plan, (biases, layout) = self.plan, self.popular
-        # A count within the noise of it is no count; without noise, less than a vote is none.
-        floor = max(1.0, plan.event.noise_multiplier)
-        layout.biases_of(self.weights)[...] = log_popularity(
-            biases, layout.biases_of(votes), floor
-        )

@@ -1,0 +1,1 @@
+"""How a round reaches the devices, and their sum the server."""

@@ -50,8 +50,7 @@ class Simulation:
         for update, losses in self._answers(round, weights, users):
             update.add_to(total)
             loss += float(losses.sum(dtype=np.float64))
-        known = len(users) and round.purpose == "train"
-        return Aggregate(total, len(users), loss / len(users) if known else None)
+        return Aggregate(total, len(users), loss / len(users) if len(users) else None)
 
     def _rewind(self, index: int, users: NDArray[np.int64]) -> None:
         if self._before is not None and self._before[0] == index:
@@ -66,7 +65,7 @@ class Simulation:
         if self.engine == "device":
             yield from self._one_by_one(round, weights, users, key)
             return
-        for batch, trained in self.devices.train(weights, users, round.purpose, key):
+        for batch, trained in self.devices.train(weights, users, key):
             before = digest(self.devices.states[batch])
             coins = self.root.stream("rounding", *round.context, batch.tobytes(), before)
             self.devices.states[batch] = trained.states
@@ -80,6 +79,6 @@ class Simulation:
             history = devices.histories.select(np.array([user])).items
             own = devices.states[user].copy()
             device = Device(int(user), history, devices.trainer, self.encoding, self.root, own)
-            losses = device.train(weights, round, key).losses
+            losses = device.train(weights, key).losses
             yield device.answer(round, weights, key), losses
             devices.states[user] = device.state

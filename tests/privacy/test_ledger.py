@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privrec.errors import IntegrityError, ReleaseRefused, UsageError
-from privrec.privacy import events
+from privrec.privacy import book, events
 from privrec.privacy import ledger as module
 from privrec.privacy.events import RoundEvent
 from privrec.privacy.ledger import Charge, Ledger, head_path, server_key
@@ -278,10 +278,10 @@ class TestAlteration:
 
     def forge(self, written, entries):
         """Lines that say what they like, with a chain that is right."""
-        path, previous = written / "ledger.jsonl", module._START
+        path, previous = written / "ledger.jsonl", book.START
         lines = []
         for index, entry in enumerate(entries):
-            lines.append(module._line({**entry, "index": index, "previous": previous}))
+            lines.append(book.line_of({**entry, "index": index, "previous": previous}))
             previous = json.loads(lines[-1])["hash"]
         path.write_bytes(b"".join(lines))
 
@@ -303,7 +303,7 @@ class TestAlteration:
         lines = path.read_bytes().splitlines(keepends=True)
         entry = json.loads(lines[1])
         entry["event"]["noise_multiplier"] = 100.0
-        lines[1] = module._line({name: entry[name] for name in entry if name != "hash"})
+        lines[1] = book.line_of({name: entry[name] for name in entry if name != "hash"})
         path.write_bytes(b"".join(lines))
         self.refused(written, "line 3 does not follow")
 
@@ -377,7 +377,7 @@ class TestAlteration:
     def test_head_of_an_entry_that_cannot_be(self, written):
         path = head_path(written / "ledger.jsonl")
         claim = {"format": 1, "entries": 0, "last_hash": "0" * 64}
-        signature = KEY.sign(module._SIGNED + module._canonical(claim)).hex()
+        signature = KEY.sign(module._SIGNED + book.canonical(claim)).hex()
         path.write_text(json.dumps({**claim, "signature": signature}))
         self.refused(written, "is not the one that was signed")
 

@@ -108,7 +108,8 @@ def _scores(
     )
     key = int(rng_for(scenario.run.seed, "serving").integers(2**63))
     states = one.serve(weights, np.array([0]), key)
-    return Scorer(recommender, weights, states)(np.array([0]), None)[0]
+    scores: NDArray[np.float32] = Scorer(recommender, weights, states)(np.array([0]), None)[0]
+    return scores
 
 
 def _title(train: Interactions, item: int) -> str | None:

@@ -1,0 +1,139 @@
+"""The entries of a ledger file: how a line is spelled, chained and checked, and what all add up to.
+
+A line is the canonical JSON of one entry: keys sorted, no spaces, with its place (``index``), the
+hash of the entry before (``previous``) and its own (``hash``). So there is exactly one spelling of
+every ledger, and any other byte shows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from privrec.errors import IntegrityError, UsageError
+from privrec.privacy.events import RoundEvent
+
+FORMAT = 1
+START = "0" * 64
+REMEDY = "bring back the original file, or start a new run"
+
+
+@dataclass(frozen=True)
+class Charge:
+    """One paid attempt at a round."""
+
+    round: int
+    attempt: int
+    event: RoundEvent
+
+
+@dataclass
+class Book:
+    """What the entries read so far add up to."""
+
+    header: dict[str, Any] = field(default_factory=dict)
+    hashes: list[str] = field(default_factory=list)
+    charges: dict[tuple[int, int], Charge] = field(default_factory=dict)
+    commits: dict[tuple[int, int], bytes] = field(default_factory=dict)
+    counts: Counter[RoundEvent] = field(default_factory=Counter)
+
+
+def read(path: Path, content: bytes) -> tuple[Book, int]:
+    """The book of all whole lines, and where in ``content`` they end."""
+    book, end = Book(), 0
+    for line in content.splitlines(keepends=True):
+        last = end + len(line) == len(content)
+        if last and _cut_off(line):
+            break
+        add(path, book, line.removesuffix(b"\n"))
+        end += len(line)
+    if not book.hashes:
+        raise IntegrityError(f"{path}: it has no header line; {REMEDY}")
+    return book, end
+
+
+def _cut_off(line: bytes) -> bool:
+    """Whether a crash can have left this last line: part of an entry, or blocks never written.
+
+    Part of an entry is no JSON. A whole entry with other content is one that was altered.
+    """
+    return parsed(line) is None and (not line.endswith(b"\n") or b"\0" in line)
+
+
+def add(path: Path, book: Book, line: bytes) -> None:
+    """Count a line, when it is to the byte the next entry of the chain."""
+    number = len(book.hashes) + 1
+    entry = parsed(line)
+    if entry is None or not _says_itself(entry, line):
+        raise IntegrityError(f"{path}: line {number} was altered; {REMEDY}")
+    previous = book.hashes[-1] if book.hashes else START
+    if entry.get("index") != number - 1 or entry.get("previous") != previous:
+        raise IntegrityError(
+            f"{path}: line {number} does not follow the one before, so lines were removed, added "
+            f"or moved; {REMEDY}"
+        )
+    try:
+        _count(book, entry)
+    except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
+        raise IntegrityError(
+            f"{path}: line {number} is no entry that this version writes ({error}); {REMEDY}"
+        ) from error
+    book.hashes.append(entry["hash"])
+
+
+def _says_itself(entry: Mapping[str, Any], line: bytes) -> bool:
+    """Whether a line is the one spelling of its entry, with the right hash."""
+    try:
+        return line_of({name: entry[name] for name in entry if name != "hash"}) == line + b"\n"
+    except UsageError:
+        return False
+
+
+def _count(book: Book, entry: Mapping[str, Any]) -> None:
+    """Enter what a line says; raises whatever a line of another shape leads to."""
+    if not book.hashes:
+        book.header = _header(entry)
+        return
+    key = (int(entry["round"]), int(entry["attempt"]))
+    if entry["kind"] == "commit" and key in book.charges:
+        book.commits[key] = bytes.fromhex(entry["tag"])
+    elif entry["kind"] == "charge" and key not in book.charges:
+        charge = Charge(*key, RoundEvent.from_json(entry["event"]))
+        book.charges[key] = charge
+        book.counts[charge.event] += 1
+    else:
+        raise ValueError(f"{entry['kind']} of round {key[0]}, attempt {key[1]}")
+
+
+def _header(entry: Mapping[str, Any]) -> dict[str, Any]:
+    body = dict(entry["body"])
+    if entry["kind"] != "header" or body["format"] != FORMAT:
+        raise ValueError(f"a header of format {body['format']}, and {FORMAT} is read here")
+    return body
+
+
+def parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return entry if isinstance(entry, dict) else None
+
+
+def line_of(entry: Mapping[str, Any]) -> bytes:
+    """An entry with its own hash, as the one line that says it."""
+    own = hashlib.sha256(canonical(entry)).hexdigest()
+    return canonical({**entry, "hash": own}) + b"\n"
+
+
+def canonical(values: Mapping[str, Any]) -> bytes:
+    try:
+        text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{dict(values)!r}: a ledger holds plain, finite JSON values") from error
+    return text.encode()

@@ -1,0 +1,143 @@
+"""Small devices with awkward histories, and what their updates are as whole vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from privrec.device.batch import Histories
+from privrec.device.cohort import Cohort
+from privrec.device.device import Device
+from privrec.device.round import Purpose, Round, digest
+from privrec.device.train import Recommender, Settings, Trained, Trainer
+from privrec.device.update import RawUpdate
+from privrec.embedding.subspace import Subspace
+from privrec.models.layout import Layout
+from privrec.models.ncf import NCF
+from privrec.privacy.events import RoundEvent
+from privrec.randomness import SecretRoot
+from privrec.secagg.ring import Encoding
+
+ITEMS, DIM, BLOCK = 30, 8, 4
+DEFAULTS = {
+    "loss": "bce",
+    "negatives": 4,
+    "max_samples": None,
+    "user_steps": 2,
+    "user_lr": 1.0,
+    "user_l2": 0.3,
+    "serve_steps": 3,
+    "serve_negatives": 6,
+    "local_steps": 1,
+    "local_lr": 0.2,
+}
+
+
+def uneven_histories() -> list[np.ndarray]:
+    """Of many lengths: empty, item 0 (which padding names too), one item, and nearly all items."""
+    rng = np.random.default_rng(4)
+    lengths = [5, 0, 1, 12, 3, 3, 27, 8, 2]
+    histories = [rng.permutation(ITEMS)[:length] for length in lengths]
+    histories[2] = np.array([0])
+    histories[4] = np.array([7, 0, 29])
+    return [history.astype(np.int32) for history in histories]
+
+
+@dataclass
+class Lab:
+    """A trainer, the weights it starts from, and devices with private states."""
+
+    trainer: Trainer
+    weights: np.ndarray
+    histories: list[np.ndarray]
+    states: np.ndarray
+    key: int = 77
+
+    @property
+    def users(self) -> np.ndarray:
+        return np.arange(len(self.histories))
+
+    @property
+    def cohort(self) -> Cohort:
+        indptr = np.cumsum([0, *map(len, self.histories)])
+        cohort = Cohort.of(self.trainer, indptr, np.concatenate(self.histories))
+        cohort.states[...] = self.states
+        return cohort
+
+    def history(self, user: int) -> Histories:
+        mine = self.histories[user]
+        return Histories(np.array([user]), np.array([0, len(mine)]), mine)
+
+    def alone(self, user: int, purpose: Purpose = "train") -> Trained:
+        """What the device of ``user`` makes of the round by itself."""
+        return self.device(user).train(self.weights, self.round(purpose), self.key)
+
+    def device(self, user: int, encoding: Encoding | None = None) -> Device:
+        encoding = encoding or Encoding(1.0, self.trainer.recommender.layout.size)
+        state, mine = self.states[user].copy(), self.histories[user]
+        return Device(user, mine, self.trainer, encoding, SecretRoot.known(b"test"), state)
+
+    def round(self, purpose: Purpose = "train", attempt: int = 0) -> Round:
+        event = RoundEvent("none", 0.0, 1.0)
+        return Round("run", 0, attempt, event, "plan", digest(self.weights), purpose)
+
+    def together(self, purpose: Purpose = "train") -> dict[int, tuple[np.ndarray, Any, Any]]:
+        """By user: the whole update vector, the new state and the loss, as the cohort has them."""
+        found = {}
+        for batch, trained in self.cohort.train(self.weights, self.users, purpose, self.key):
+            for row, user in enumerate(batch):
+                vector = vector_of(trained.update, row)
+                found[int(user)] = vector, trained.states[row], trained.losses[row]
+        return found
+
+
+def vector_of(update: RawUpdate, row: int = 0) -> np.ndarray:
+    """One device's update as a vector of the layout's size, by the contract of ``Address``."""
+    address, values = update.address, update.values[row].astype(np.float64)
+    layout, vector = address.layout, np.zeros(address.layout.size)
+    end = layout.dense + address.blocks.shape[1] * layout.block
+    layout.dense_of(vector)[...] = values[: layout.dense]
+    blocks = address.blocks[row if len(address.blocks) > 1 else 0]
+    biases = address.biases[row if len(address.biases) > 1 else 0]
+    np.add.at(
+        layout.memory_of(vector), blocks, values[layout.dense : end].reshape(-1, layout.block)
+    )
+    np.add.at(layout.biases_of(vector), biases, values[end:])
+    return vector
+
+
+def make_lab(
+    kind: str = "gmf",
+    compression: float = 1.0,
+    *,
+    item_bias: bool = True,
+    histories: list[np.ndarray] | None = None,
+    scale: float = 0.4,
+    **settings: Any,
+) -> Lab:
+    model = NCF.of(kind, DIM, (6, 5))  # type: ignore[arg-type]
+    vectors = Subspace.sized(ITEMS, DIM, block=BLOCK, key=11, compression=compression)
+    biases = Subspace.sized(ITEMS, 1, block=1, key=12, compression=compression)
+    layout = Layout(model.dense, vectors.slots, BLOCK, biases.slots if item_bias else 0)
+    recommender = Recommender(model, vectors, biases if item_bias else None, layout)
+    histories = uneven_histories() if histories is None else histories
+    rng = np.random.default_rng(9)
+    weights = rng.normal(0, scale, layout.size).astype(np.float32)
+    states = rng.normal(0, scale, (len(histories), model.user_dim)).astype(np.float32)
+    return Lab(
+        Trainer(recommender, Settings(**{**DEFAULTS, **settings})), weights, histories, states
+    )
+
+
+@pytest.fixture
+def lab() -> Callable[..., Lab]:
+    return make_lab
+
+
+@pytest.fixture
+def vector() -> Callable[..., np.ndarray]:
+    return vector_of

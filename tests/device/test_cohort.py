@@ -1,0 +1,125 @@
+"""A cohort trains as its devices would one by one, and nobody in it hears of the others."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from privrec.device.cohort import SAMPLES_IN_BATCH, TOLERANCE
+
+CASES = list(itertools.product(["gmf", "mlp", "neumf"], ["bce", "bpr", "softmax", "full_softmax"]))
+
+
+def close(found: np.ndarray, expected: np.ndarray) -> bool:
+    scale = max(float(np.abs(expected).max()), 1e-30)
+    return float(np.abs(found - expected).max()) <= TOLERANCE * scale
+
+
+@pytest.mark.parametrize("max_samples", [None, 4])
+@pytest.mark.parametrize("compression", [1.0, 8.0])
+@pytest.mark.parametrize("local_steps", [1, 3])
+@pytest.mark.parametrize(("kind", "loss"), CASES)
+def test_a_cohort_agrees_with_each_device_alone(
+    lab, vector, kind, loss, local_steps, compression, max_samples
+) -> None:
+    here = lab(kind, compression, loss=loss, local_steps=local_steps, max_samples=max_samples)
+    together = here.together()
+    assert sorted(together) == here.users.tolist()
+    moved = 0
+    for user in here.users:
+        alone = here.alone(int(user))
+        update, state, mean_loss = together[int(user)]
+        expected = vector(alone.update)
+        assert close(update, expected), f"user {user}"
+        assert np.allclose(state, alone.states[0], rtol=1e-3, atol=1e-4)
+        assert mean_loss == pytest.approx(alone.losses[0], rel=1e-3, abs=1e-6)
+        moved += bool(np.abs(expected).max() > 1e-3)
+    assert (
+        moved >= len(here.users) - 1
+    )  # all but the device without a history have something to say
+
+
+@pytest.mark.parametrize("compression", [1.0, 8.0])
+def test_a_popularity_round_agrees_with_each_device_alone(lab, vector, compression) -> None:
+    here = lab("neumf", compression)
+    together = here.together("popularity")
+    for user in here.users:
+        assert close(together[int(user)][0], vector(here.alone(int(user), "popularity").update))
+        assert np.array_equal(together[int(user)][1], here.states[user])
+
+
+@pytest.mark.parametrize("purpose", ["train", "popularity"])
+@pytest.mark.parametrize("compression", [1.0, 8.0])
+def test_nothing_of_another_device_moves_a_device(lab, purpose, compression) -> None:
+    here = lab("neumf", compression, local_steps=2)
+    before = here.together(purpose)
+    me = 3
+    here.states[np.arange(len(here.users)) != me] += 1
+    for user in here.users:
+        if user != me:  # of the same length, so that not even the padding changes
+            here.histories[user] = (29 - here.histories[user]).astype(np.int32)
+    after = here.together(purpose)
+    for one, two in zip(before[me], after[me], strict=True):
+        assert np.array_equal(one, two)
+    assert not np.array_equal(before[0][0], after[0][0])
+
+
+def test_a_device_in_smaller_company_trains_the_same(lab) -> None:
+    here = lab("gmf", 8.0)
+    everyone = here.together()
+    here.histories[6] = here.histories[6][:1]  # the longest, which sets the padding
+    fewer = here.together()
+    for user in (0, 3, 5):
+        assert close(fewer[user][0], everyone[user][0])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
+@pytest.mark.parametrize("kind", ["gmf", "neumf"])
+def test_a_broken_device_breaks_no_other(lab, kind, bad) -> None:
+    here = lab(kind)
+    sound = here.together()
+    here.states[3, 0] = bad
+    found = here.together()
+    for user in here.users:
+        if user != 3:
+            assert close(found[int(user)][0], sound[int(user)][0])
+
+
+def test_training_changes_neither_weights_nor_states(lab) -> None:
+    here = lab("neumf", 8.0, local_steps=2)
+    weights, cohort = here.weights.copy(), here.cohort
+    for _ in cohort.train(here.weights, here.users, "train", here.key):
+        pass
+    assert np.array_equal(here.weights, weights)
+    assert np.array_equal(cohort.states, here.states)
+
+
+def test_batches_hold_every_user_once_within_the_cache(lab) -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(0, 30, size=1000)
+    histories = [rng.permutation(30)[:n].astype(np.int32) for n in lengths]
+    cohort = lab(histories=histories, negatives=50).cohort
+    users = rng.permutation(1000)[:900]
+    batches = list(cohort.batches(users))
+    assert len(batches) > 2
+    assert sorted(np.concatenate(batches)) == sorted(users)
+    for batch in batches:
+        padded = len(batch) * cohort.trainer.sampler.width(lengths[batch]).max()
+        assert padded <= SAMPLES_IN_BATCH or len(batch) == 1
+
+
+def test_a_cohort_of_nobody_has_no_batches(lab) -> None:
+    here = lab()
+    assert list(here.cohort.train(here.weights, np.zeros(0, np.int64), "train", 1)) == []
+
+
+def test_serving_in_a_cohort_is_serving_alone(lab) -> None:
+    here = lab("neumf")
+    order = np.array([6, 0, 3, 2])
+    served = here.cohort.serve(here.weights, order, 5)
+    for row, user in enumerate(order):
+        alone = here.trainer.serve(here.weights, here.history(int(user)), 5)
+        assert np.allclose(served[row], alone[0], rtol=1e-3, atol=1e-4)
+        assert np.abs(alone).max() > 0.01

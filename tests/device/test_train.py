@@ -1,0 +1,200 @@
+"""Local training against a plain re-implementation: whole tables, torch.nn's autograd, loops."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid, softplus
+
+from privrec.device.cohort import TOLERANCE
+
+CASES = list(itertools.product(["gmf", "mlp", "neumf"], ["bce", "bpr", "softmax", "full_softmax"]))
+
+
+class Plain:
+    """The whole recommender as one flat double vector, differentiated by autograd."""
+
+    def __init__(self, here, user: int) -> None:
+        self.parts, self.settings = here.trainer.recommender, here.trainer.settings
+        batch = here.trainer.sampler.draw(here.history(user), here.key)
+        self.items = batch.items[0].tolist()
+        self.valid = batch.valid[0].tolist()
+        self.positives = batch.positives
+        self.history = here.histories[user].tolist()
+
+    def scores(self, flat: Tensor, own: Tensor) -> Tensor:
+        layout, model = self.parts.layout, self.parts.model
+        memory = flat[layout.dense : layout.dense + layout.slots * layout.block]
+        table = self._table(self.parts.vectors, memory.reshape(layout.slots, -1))
+        scores = table[:, : model.dot] @ own[: model.dot] + own[-1]
+        if model.tower:
+            parts, start = [], 0
+            for shape in model.shapes:
+                size = int(np.prod(shape))
+                parts.append(flat[start : start + size].reshape(shape))
+                start += size
+            both = [own[model.dot : -1].expand(len(table), -1), table[:, model.dot :]]
+            hidden = torch.cat(both, dim=1)
+            for weight, bias in zip(parts[:-1:2], parts[1:-1:2], strict=True):
+                hidden = torch.relu(hidden @ weight + bias)
+            scores = scores + hidden @ parts[-1]
+        if self.parts.biases is not None:
+            biases = flat[layout.size - layout.bias_slots :].reshape(-1, 1)
+            scores = scores + self._table(self.parts.biases, biases)[:, 0]
+        return scores
+
+    def _table(self, subspace, memory: Tensor) -> Tensor:
+        slots, signs = subspace.locate(np.arange(subspace.items))
+        rows = memory[torch.from_numpy(slots)] * torch.from_numpy(signs).double()[..., None]
+        return rows.reshape(subspace.items, -1)
+
+    def loss(self, scores: Tensor) -> Tensor:
+        if self.settings.loss == "full_softmax":
+            return -torch.log_softmax(scores, 0)[self.history].sum()
+        p, per = self.positives, self.settings.negatives
+        mine = [i for i in range(p) if self.valid[i]]
+        fresh = [j for j in range(p, len(self.items)) if self.valid[j]]
+        score = {place: scores[self.items[place]] for place in mine + fresh}
+        total = torch.zeros((), dtype=torch.float64)
+        if self.settings.loss == "bce":
+            total = total + sum(softplus(-score[i]) for i in mine)
+            return total + sum(softplus(score[j]) for j in fresh)
+        for i in mine:
+            if self.settings.loss == "bpr":
+                rivals = [j for j in fresh if (j - p) // per == i]
+                total = total - sum(logsigmoid(score[i] - score[j]) for j in rivals)
+            elif fresh:
+                every = torch.stack([score[i], *(score[j] for j in fresh)])
+                total = total - torch.log_softmax(every, 0)[0]
+        return total
+
+    def update(self, weights: np.ndarray, own: np.ndarray) -> np.ndarray:
+        start = torch.from_numpy(weights).double()
+        flat, own_state = start.clone(), torch.from_numpy(own).double()
+        for _ in range(self.settings.local_steps):
+            flat = flat.detach().requires_grad_()
+            loss = self.loss(self.scores(flat, own_state))
+            (slope,) = torch.autograd.grad(loss, flat)
+            flat = flat - self.settings.local_lr * slope
+        return (flat - start).detach().numpy()
+
+
+@pytest.mark.parametrize("item_bias", [True, False])
+@pytest.mark.parametrize("compression", [1.0, 8.0])
+@pytest.mark.parametrize("local_steps", [1, 3])
+@pytest.mark.parametrize(("kind", "loss"), CASES)
+def test_the_update_is_gradient_descent_on_the_shared_vector(
+    lab, vector, kind, loss, local_steps, compression, item_bias
+) -> None:
+    """30 items and over 30 negatives: items repeat, and blocks collide when compressed."""
+    here = lab(kind, compression, loss=loss, local_steps=local_steps, item_bias=item_bias)
+    for user in (3, 4):
+        trained = here.alone(user)
+        expected = Plain(here, user).update(here.weights, trained.states[0])
+        found = vector(trained.update)
+        scale = np.abs(expected).max()
+        assert scale > 1e-3
+        assert np.abs(found - expected).max() <= 10 * TOLERANCE * scale
+
+
+def test_the_update_has_the_norm_of_its_row(lab, vector) -> None:
+    """Clipping sees the row of values: no block may be named twice with a value in it."""
+    for compression, purpose in itertools.product([1.0, 8.0], ["train", "popularity"]):
+        here = lab("neumf", compression, local_steps=2)
+        for user in (3, 6):
+            update = here.alone(user, purpose).update
+            row = np.linalg.norm(update.values[0].astype(np.float64))
+            assert np.linalg.norm(vector(update)) == pytest.approx(row, rel=1e-5)
+
+
+def penalised(here, user: int, state: np.ndarray) -> tuple[float, np.ndarray]:
+    """Loss and prior of a private state, and their slope, by autograd."""
+    plain = Plain(here, user)
+    own = torch.from_numpy(state).double().requires_grad_()
+    loss = plain.loss(plain.scores(torch.from_numpy(here.weights).double(), own))
+    loss = loss + here.trainer.settings.user_l2 / 2 * (own[:-1] ** 2).sum()
+    (slope,) = torch.autograd.grad(loss, own)
+    return float(loss), slope.numpy()
+
+
+@pytest.mark.parametrize("loss", ["bce", "bpr", "softmax", "full_softmax"])
+@pytest.mark.parametrize("compression", [1.0, 8.0])
+def test_many_steps_bring_the_private_state_to_its_optimum(lab, loss, compression) -> None:
+    here = lab("gmf", compression, loss=loss, user_steps=200, user_l2=0.5)
+    for user in (3, 7):
+        start = np.abs(penalised(here, user, here.states[user])[1]).max()
+        end = np.abs(penalised(here, user, here.alone(user).states[0])[1]).max()
+        assert start > 0.5
+        assert end < 2e-3
+
+
+@pytest.mark.parametrize("loss", ["bce", "bpr"])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 3.0])
+def test_a_full_newton_step_never_raises_the_loss(lab, loss, scale) -> None:
+    values = []
+    for steps in range(5):
+        here = lab("gmf", loss=loss, user_steps=steps, scale=scale)
+        values.append([penalised(here, user, here.alone(user).states[0])[0] for user in (0, 3, 7)])
+    assert np.all(np.diff(values, axis=0) <= 1e-4)
+    assert np.all(np.array(values[0]) > np.array(values[-1]))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.25])
+def test_user_lr_scales_the_step(lab, rate) -> None:
+    full = lab(user_steps=1, user_lr=1.0)
+    part = lab(user_steps=1, user_lr=rate)
+    whole = full.alone(3).states[0] - full.states[3]
+    assert np.allclose(part.alone(3).states[0] - part.states[3], rate * whole, atol=1e-6)
+
+
+def test_the_loss_is_the_mean_over_samples_before_the_items_move(lab) -> None:
+    here = lab("neumf", local_steps=3)
+    plain, trained = Plain(here, 3), here.alone(3)
+    own = torch.from_numpy(trained.states[0]).double()
+    total = plain.loss(plain.scores(torch.from_numpy(here.weights).double(), own))
+    assert trained.losses[0] == pytest.approx(float(total) / sum(plain.valid), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gmf", "mlp", "neumf"])
+def test_serving_starts_from_nothing(lab, kind) -> None:
+    here = lab(kind)
+    served = here.trainer.serve(here.weights, here.history(3), here.key)
+    here.states[...] = 5
+    assert np.array_equal(served, here.trainer.serve(here.weights, here.history(3), here.key))
+    assert served.shape == (1, here.trainer.recommender.model.user_dim)
+
+
+def test_serving_ranks_what_was_liked_above_the_rest(lab) -> None:
+    here = lab("gmf", serve_steps=20, scale=1.0, user_l2=0.05)
+    plain = Plain(here, 3)
+    own = here.trainer.serve(here.weights, here.history(3), here.key)[0]
+    weights = torch.from_numpy(here.weights).double()
+    scores = plain.scores(weights, torch.from_numpy(own).double()).numpy()
+    liked = np.zeros(len(scores), bool)
+    liked[here.histories[3]] = True
+    assert np.mean(scores[liked][:, None] > scores[~liked]) > 0.9
+
+
+def test_places_looked_up_train_as_places_computed(lab, vector) -> None:
+    for compression in (1.0, 8.0):
+        here = lab("neumf", compression, local_steps=2)
+        before = vector(here.alone(3).update)
+        trainer = here.trainer
+        here.trainer = type(trainer)(trainer.recommender.tabulated(), trainer.settings)
+        assert np.array_equal(vector(here.alone(3).update), before)
+
+
+def test_a_popularity_round_counts_the_items_of_the_history(lab, vector) -> None:
+    here = lab("neumf")
+    parts = here.trainer.recommender
+    counts = vector(here.alone(3, "popularity").update)
+    assert not parts.layout.dense_of(counts).any()
+    assert not parts.layout.memory_of(counts).any()
+    by_item = parts.biases.gather(parts.layout.biases_of(counts)[:, None], np.arange(30))[:, 0]
+    assert set(np.flatnonzero(by_item)) == set(here.histories[3])
+    assert len(set(by_item[here.histories[3]])) == 1
+    assert by_item.max() > 0
