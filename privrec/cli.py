@@ -214,11 +214,15 @@ def resume(
     """Go on with the interrupted run in DIR from its last checkpoint."""
     _check_run(directory)
     _check_data(data_dir)
+    from privrec.cli_rows import with_rows
     from privrec.run import resume as go_on
+    from privrec.scenario import load
 
     sinks = _sinks(tensorboard, mlflow)
     with _reported_if_exhausted(directory), _observed(sinks) as observer:
         result = go_on(directory, data_dir=data_dir, observer=observer)
+        scenario = load(directory / "scenario.toml")
+        result = with_rows(result, scenario, data_dir=data_dir, observer=observer)
     _finish(result, as_json)
 
 
@@ -432,10 +436,12 @@ def _start(
     scenario: Scenario, out: Path | None, data_dir: Path | None, sinks: Iterable[Observer]
 ) -> Result:
     path = _new_directory(scenario.name) if out is None else _checked_out(out)
+    from privrec.cli_rows import with_rows
     from privrec.run import start
 
     with _reported_if_exhausted(path), _observed(sinks) as observer:
-        return start(scenario, out=path, data_dir=data_dir, observer=observer)
+        result = start(scenario, out=path, data_dir=data_dir, observer=observer)
+        return with_rows(result, scenario, data_dir=data_dir, observer=observer)
 
 
 @contextmanager

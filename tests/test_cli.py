@@ -313,6 +313,46 @@ def test_a_run_without_noise_says_so() -> None:
     assert "ε =" not in result.stdout
 
 
+ROWS = """
+[[rows]]
+name = "strict"
+set = { "privacy.epsilon" = 1.0 }
+[[rows]]
+name = "ranking"
+set = { "train.loss" = "bpr", "train.rounds" = 2 }
+"""
+
+
+def test_rows_are_run_and_listed_and_resumed_where_they_stopped(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "tiny.toml").write_text(TINY + ROWS)
+    from privrec import cli_rows
+
+    begun: list[str] = []
+
+    def fail_once(scenario: Any, **words: Any) -> Any:
+        begun.append(scenario.title)
+        if begun == ["strict", "ranking"]:
+            raise errors.Interrupted("stopped")
+        return original(scenario, **words)
+
+    original = cli_rows.start
+    monkeypatch.setattr(cli_rows, "start", fail_once)
+    assert call("run", "tiny.toml", "--out", "run").exit_code == 130
+    result = done("resume", "run")
+    assert begun == ["strict", "ranking", "ranking"]
+    payload = json.loads(Path("run/result.json").read_text())
+    strict, ranking = payload["rows"]
+    assert (strict["name"], strict["privacy.epsilon"]) == ("strict", 1.0)
+    assert strict["epsilon"] <= 1 < payload["privacy"]["epsilon"]
+    assert (ranking["train.loss"], ranking["train.rounds"]) == ("bpr", 2)
+    assert {"hr@10", "upload_bytes"} <= set(ranking)
+    assert "ranking" in result.stdout
+    assert len(json.loads(Path("run/report.json").read_text())["rows"]) == 2
+    assert "rows" not in json.loads(Path("run/rows/0/result.json").read_text())
+
+
 def test_runs_are_numbered(place: Path) -> None:
     assert cli._new_directory("tiny") == Path("runs/tiny-1")
     (place / "runs" / "tiny-1").mkdir(parents=True)

@@ -44,7 +44,12 @@ class Book:
 
 
 def read(path: Path, content: bytes) -> tuple[Book, int]:
-    """The book of all whole lines, and where in ``content`` they end."""
+    """The book of all whole lines, and where in ``content`` they end.
+
+    Raises:
+        IntegrityError: when a line is not to the byte the next entry of the chain, unless it is the
+            last one and a crash can have cut it off.
+    """
     book, end = Book(), 0
     for line in content.splitlines(keepends=True):
         last = end + len(line) == len(content)
@@ -66,7 +71,11 @@ def _cut_off(line: bytes) -> bool:
 
 
 def add(path: Path, book: Book, line: bytes) -> None:
-    """Count a line, when it is to the byte the next entry of the chain."""
+    """Count a line, given without its newline.
+
+    Raises:
+        IntegrityError: when it is not to the byte the next entry of the chain.
+    """
     number = len(book.hashes) + 1
     entry = parsed(line)
     if entry is None or not _says_itself(entry, line):
@@ -118,6 +127,7 @@ def _header(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parsed(line: bytes) -> dict[str, Any] | None:
+    """The JSON object that ``line`` spells, or None when it spells none."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):
@@ -132,6 +142,11 @@ def line_of(entry: Mapping[str, Any]) -> bytes:
 
 
 def canonical(values: Mapping[str, Any]) -> bytes:
+    """The one spelling of ``values`` as JSON.
+
+    Raises:
+        UsageError: when they are not plain, finite JSON values.
+    """
     try:
         text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:

@@ -42,6 +42,8 @@ from privrec.privacy.book import (
 from privrec.privacy.events import Accountant, Adversary, RoundEvent
 from privrec.randomness import ROOT_BYTES, read_secret, sync_directory, write_secret
 
+__all__ = ["Charge", "Ledger", "head_path", "server_key"]
+
 _SIGNED = b"privrec ledger head, format 1\n"
 _RESERVED = frozenset({"format", "unit", "adjacency", "public_key"})
 

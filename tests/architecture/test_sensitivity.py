@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +25,11 @@ def parts_of(*settings: str) -> tuple[Parts, data.Split]:
     return assemble(scenario, split.train, "run", KNOWN), split
 
 
-def norm_of_answer(parts: Parts, history: np.ndarray, state: np.ndarray, purpose: str) -> float:
+def norm_of_answer(parts: Parts, history: np.ndarray, state: np.ndarray) -> float:
     server: Server = parts.server
     trainer, encoding = parts.cohort.trainer, server.plan.encoding
-    round = replace(server.next_round(0), purpose=purpose)
     device = Device(3, history, trainer, encoding, KNOWN, state.astype(np.float32))
-    vector = device.answer(round, server.weights, 5).vector()
+    vector = device.answer(server.next_round(0), server.weights, 5).vector()
     return float(np.linalg.norm(vector.astype(np.float64)))
 
 
@@ -42,16 +40,14 @@ def test_a_device_without_history_adds_zero(kind: str, loss: str) -> None:
     length = parts.cohort.trainer.recommender.model.user_dim
     nothing = np.zeros(0, np.int32)
     for state in (np.zeros(length), np.ones(length)):
-        assert norm_of_answer(parts, nothing, state, "train") == 0
-        assert norm_of_answer(parts, nothing, state, "popularity") == 0
+        assert norm_of_answer(parts, nothing, state) == 0
     # The same device with a history does say something, so that the zeros above mean it.
-    assert norm_of_answer(parts, split.train.history(3), np.ones(length), "train") > 0
+    assert norm_of_answer(parts, split.train.history(3), np.ones(length)) > 0
 
 
-@pytest.mark.parametrize("purpose", ["train", "popularity"])
-def test_a_device_with_any_history_stays_within_the_bound(purpose: str) -> None:
+def test_a_device_with_any_history_stays_within_the_bound() -> None:
     parts, split = parts_of("train.local_lr=1000.0")
     length = parts.cohort.trainer.recommender.model.user_dim
     bound = parts.server.plan.encoding.bound
     for history in (split.train.history(3), np.arange(60, dtype=np.int32)):
-        assert 0 < norm_of_answer(parts, history, np.ones(length), purpose) <= bound
+        assert 0 < norm_of_answer(parts, history, np.ones(length)) <= bound

@@ -12,7 +12,7 @@ import pytest
 from privrec.device.batch import Histories
 from privrec.device.cohort import Cohort
 from privrec.device.device import Device
-from privrec.device.round import Purpose, Round, digest
+from privrec.device.round import Round, digest
 from privrec.device.train import Recommender, Settings, Trained, Trainer
 from privrec.device.update import RawUpdate
 from privrec.embedding.subspace import Subspace
@@ -72,23 +72,23 @@ class Lab:
         mine = self.histories[user]
         return Histories(np.array([user]), np.array([0, len(mine)]), mine)
 
-    def alone(self, user: int, purpose: Purpose = "train") -> Trained:
+    def alone(self, user: int) -> Trained:
         """What the device of ``user`` makes of the round by itself."""
-        return self.device(user).train(self.weights, self.round(purpose), self.key)
+        return self.device(user).train(self.weights, self.key)
 
     def device(self, user: int, encoding: Encoding | None = None) -> Device:
         encoding = encoding or Encoding(1.0, self.trainer.recommender.layout.size)
         state, mine = self.states[user].copy(), self.histories[user]
         return Device(user, mine, self.trainer, encoding, SecretRoot.known(b"test"), state)
 
-    def round(self, purpose: Purpose = "train", attempt: int = 0) -> Round:
+    def round(self, attempt: int = 0) -> Round:
         event = RoundEvent("none", 0.0, 1.0)
-        return Round("run", 0, attempt, event, "plan", digest(self.weights), purpose)
+        return Round("run", 0, attempt, event, "plan", digest(self.weights))
 
-    def together(self, purpose: Purpose = "train") -> dict[int, tuple[np.ndarray, Any, Any]]:
+    def together(self) -> dict[int, tuple[np.ndarray, Any, Any]]:
         """By user: the whole update vector, the new state and the loss, as the cohort has them."""
         found = {}
-        for batch, trained in self.cohort.train(self.weights, self.users, purpose, self.key):
+        for batch, trained in self.cohort.train(self.weights, self.users, self.key):
             for row, user in enumerate(batch):
                 vector = vector_of(trained.update, row)
                 found[int(user)] = vector, trained.states[row], trained.losses[row]

@@ -42,25 +42,15 @@ def test_a_cohort_agrees_with_each_device_alone(
 
 
 @pytest.mark.parametrize("compression", [1.0, 8.0])
-def test_a_popularity_round_agrees_with_each_device_alone(lab, vector, compression) -> None:
-    here = lab("neumf", compression)
-    together = here.together("popularity")
-    for user in here.users:
-        assert close(together[int(user)][0], vector(here.alone(int(user), "popularity").update))
-        assert np.array_equal(together[int(user)][1], here.states[user])
-
-
-@pytest.mark.parametrize("purpose", ["train", "popularity"])
-@pytest.mark.parametrize("compression", [1.0, 8.0])
-def test_nothing_of_another_device_moves_a_device(lab, purpose, compression) -> None:
+def test_nothing_of_another_device_moves_a_device(lab, compression) -> None:
     here = lab("neumf", compression, local_steps=2)
-    before = here.together(purpose)
+    before = here.together()
     me = 3
     here.states[np.arange(len(here.users)) != me] += 1
     for user in here.users:
         if user != me:  # of the same length, so that not even the padding changes
             here.histories[user] = (29 - here.histories[user]).astype(np.int32)
-    after = here.together(purpose)
+    after = here.together()
     for one, two in zip(before[me], after[me], strict=True):
         assert np.array_equal(one, two)
     assert not np.array_equal(before[0][0], after[0][0])
@@ -90,7 +80,7 @@ def test_a_broken_device_breaks_no_other(lab, kind, bad) -> None:
 def test_training_changes_neither_weights_nor_states(lab) -> None:
     here = lab("neumf", 8.0, local_steps=2)
     weights, cohort = here.weights.copy(), here.cohort
-    for _ in cohort.train(here.weights, here.users, "train", here.key):
+    for _ in cohort.train(here.weights, here.users, here.key):
         pass
     assert np.array_equal(here.weights, weights)
     assert np.array_equal(cohort.states, here.states)
@@ -112,7 +102,7 @@ def test_batches_hold_every_user_once_within_the_cache(lab) -> None:
 
 def test_a_cohort_of_nobody_has_no_batches(lab) -> None:
     here = lab()
-    assert list(here.cohort.train(here.weights, np.zeros(0, np.int64), "train", 1)) == []
+    assert list(here.cohort.train(here.weights, np.zeros(0, np.int64), 1)) == []
 
 
 def test_serving_in_a_cohort_is_serving_alone(lab) -> None:

@@ -9,46 +9,30 @@ from privrec.device.round import digest
 from privrec.errors import ReleaseRefused
 from privrec.secagg.ring import Encoding
 
-PURPOSES = ["train", "popularity"]
-
 
 def norm(vector: np.ndarray) -> float:
     return float(np.sqrt(float((vector.astype(object) ** 2).sum())))
 
 
-@pytest.mark.parametrize("purpose", PURPOSES)
 @pytest.mark.parametrize("compression", [1.0, 8.0])
 @pytest.mark.parametrize("clip_norm", [1e-3, 1.0, 300.0])
 @pytest.mark.parametrize("scale_bits", [4, 13, 20])
-def test_the_answer_is_within_the_bound(lab, purpose, compression, clip_norm, scale_bits) -> None:
+def test_the_answer_is_within_the_bound(lab, compression, clip_norm, scale_bits) -> None:
     here = lab("neumf", compression, local_lr=50.0, local_steps=2)
     encoding = Encoding(clip_norm, here.trainer.recommender.layout.size, scale_bits)
     for user in here.users:
-        answer = here.device(user, encoding).answer(here.round(purpose), here.weights, here.key)
+        answer = here.device(user, encoding).answer(here.round(), here.weights, here.key)
         assert norm(answer.vector()) <= encoding.bound
 
 
-@pytest.mark.parametrize("purpose", PURPOSES)
 @pytest.mark.parametrize("compression", [1.0, 8.0])
 @pytest.mark.parametrize("history", [[5] * 4, [0] * 9, [1, 2, 1, 2, 1, 7], list(range(30)) * 3])
-def test_a_history_that_repeats_items_is_within_the_bound(
-    lab, purpose, compression, history
-) -> None:
+def test_a_history_that_repeats_items_is_within_the_bound(lab, compression, history) -> None:
     """Readers refuse repeated items, but a device promises its bound for whatever it holds."""
     here = lab("gmf", compression, histories=[np.array(history, np.int32)], local_lr=100.0)
     encoding = Encoding(0.5, here.trainer.recommender.layout.size)
-    answer = here.device(0, encoding).answer(here.round(purpose), here.weights, here.key)
+    answer = here.device(0, encoding).answer(here.round(), here.weights, here.key)
     assert 0 < norm(answer.vector()) <= encoding.bound
-
-
-@pytest.mark.parametrize("clip_norm", [0.01, 1.0, 100.0])
-@pytest.mark.parametrize("compression", [1.0, 8.0])
-def test_in_a_popularity_round_every_device_has_one_vote(lab, clip_norm, compression) -> None:
-    here = lab(compression=compression)
-    encoding = Encoding(clip_norm, here.trainer.recommender.layout.size)
-    for user in (2, 3, 6):  # 1, 12 and 27 items
-        answer = here.device(user, encoding).answer(here.round("popularity"), here.weights, 1)
-        assert norm(answer.vector()) == pytest.approx(2**13, rel=0.001)
 
 
 def test_the_answer_is_the_clipped_update(lab, vector) -> None:

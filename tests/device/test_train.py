@@ -103,10 +103,10 @@ def test_the_update_is_gradient_descent_on_the_shared_vector(
 
 def test_the_update_has_the_norm_of_its_row(lab, vector) -> None:
     """Clipping sees the row of values: no block may be named twice with a value in it."""
-    for compression, purpose in itertools.product([1.0, 8.0], ["train", "popularity"]):
+    for compression in (1.0, 8.0):
         here = lab("neumf", compression, local_steps=2)
         for user in (3, 6):
-            update = here.alone(user, purpose).update
+            update = here.alone(user).update
             row = np.linalg.norm(update.values[0].astype(np.float64))
             assert np.linalg.norm(vector(update)) == pytest.approx(row, rel=1e-5)
 
@@ -118,7 +118,7 @@ def penalised(here, user: int, state: np.ndarray) -> tuple[float, np.ndarray]:
     loss = plain.loss(plain.scores(torch.from_numpy(here.weights).double(), own))
     loss = loss + here.trainer.settings.user_l2 / 2 * (own[:-1] ** 2).sum()
     (slope,) = torch.autograd.grad(loss, own)
-    return float(loss), slope.numpy()
+    return float(loss.detach()), slope.numpy()
 
 
 @pytest.mark.parametrize("loss", ["bce", "bpr", "softmax", "full_softmax"])
@@ -168,15 +168,15 @@ def test_serving_starts_from_nothing(lab, kind) -> None:
     assert served.shape == (1, here.trainer.recommender.model.user_dim)
 
 
-def test_serving_ranks_what_was_liked_above_the_rest(lab) -> None:
-    here = lab("gmf", serve_steps=20, scale=1.0, user_l2=0.05)
-    plain = Plain(here, 3)
-    own = here.trainer.serve(here.weights, here.history(3), here.key)[0]
-    weights = torch.from_numpy(here.weights).double()
-    scores = plain.scores(weights, torch.from_numpy(own).double()).numpy()
-    liked = np.zeros(len(scores), bool)
-    liked[here.histories[3]] = True
-    assert np.mean(scores[liked][:, None] > scores[~liked]) > 0.9
+def test_serving_finds_the_optimum_of_its_own_settings(lab) -> None:
+    """More negatives than in training, and the whole history however long."""
+    here = lab("gmf", serve_steps=200, max_samples=2)
+    served = here.trainer.serve(here.weights, here.history(3), here.key)[0]
+    assert np.abs(penalised(here, 3, served)[1]).max() > 0.1
+    serving = here.trainer.settings.serving()
+    assert (serving.negatives, serving.max_samples) == (6, None)
+    here.trainer = type(here.trainer)(here.trainer.recommender, serving)
+    assert np.abs(penalised(here, 3, served)[1]).max() < 2e-3
 
 
 def test_places_looked_up_train_as_places_computed(lab, vector) -> None:
@@ -186,15 +186,3 @@ def test_places_looked_up_train_as_places_computed(lab, vector) -> None:
         trainer = here.trainer
         here.trainer = type(trainer)(trainer.recommender.tabulated(), trainer.settings)
         assert np.array_equal(vector(here.alone(3).update), before)
-
-
-def test_a_popularity_round_counts_the_items_of_the_history(lab, vector) -> None:
-    here = lab("neumf")
-    parts = here.trainer.recommender
-    counts = vector(here.alone(3, "popularity").update)
-    assert not parts.layout.dense_of(counts).any()
-    assert not parts.layout.memory_of(counts).any()
-    by_item = parts.biases.gather(parts.layout.biases_of(counts)[:, None], np.arange(30))[:, 0]
-    assert set(np.flatnonzero(by_item)) == set(here.histories[3])
-    assert len(set(by_item[here.histories[3]])) == 1
-    assert by_item.max() > 0

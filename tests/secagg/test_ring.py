@@ -1,0 +1,203 @@
+"""Integers of a checked norm: unbiased, never longer than the bound, refused when not clipped."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from privrec.device.update import clip
+from privrec.errors import ReleaseRefused, UsageError
+from privrec.randomness import SecretRoot
+from privrec.secagg.ring import RING_BITS, Encoding
+
+ROOT = SecretRoot.known(b"test")
+UNIT = st.floats(-1, 1, width=32)
+
+
+class Fixed:
+    """Coins that are all the same: the most and the least that rounding can add."""
+
+    def __init__(self, word: int) -> None:
+        self.word = word
+
+    def uint16(self, size: int) -> np.ndarray:
+        return np.full(size, self.word, np.uint16)
+
+
+def squared(integers: np.ndarray) -> int:
+    return sum(int(value) ** 2 for value in integers.ravel())
+
+
+def by_formula(scale_bits: int, k: int) -> float:
+    """The smaller bound on the squared norm of Kairouz et al., with beta = exp(-1/2)."""
+    r = 2.0**scale_bits
+    return min((r + math.sqrt(k)) ** 2, r**2 + k / 4 + math.sqrt(2 * 0.5) * (r + math.sqrt(k) / 2))
+
+
+@pytest.mark.parametrize("dimension", [1, 2, 50, 3_000, 200_000, 10**7])
+@pytest.mark.parametrize("scale_bits", [1, 4, 8, 13, 20])
+@pytest.mark.parametrize("clip_norm", [1e-3, 1.0, 77.7])
+def test_the_bound_is_the_published_one(dimension: int, scale_bits: int, clip_norm: float) -> None:
+    encoding = Encoding(clip_norm, dimension, scale_bits)
+    assert encoding.squared_bound == math.floor(by_formula(scale_bits, dimension))
+    assert encoding.bound**2 == pytest.approx(encoding.squared_bound, rel=1e-12)
+    assert encoding.scale * clip_norm == pytest.approx(2**scale_bits)
+
+
+@settings(deadline=None)
+@given(
+    arrays.arrays(np.float32, st.tuples(st.integers(1, 3), st.integers(1, 40)), elements=UNIT),
+    st.floats(1e-2, 1e2),
+    st.integers(1, 20),
+    st.binary(min_size=1, max_size=4),
+)
+def test_no_encoded_vector_is_longer_than_the_bound(
+    values: np.ndarray, clip_norm: float, scale_bits: int, name: bytes
+) -> None:
+    encoding = Encoding(clip_norm, values.shape[1], scale_bits)
+    clipped = clip(values * np.float32(3 * clip_norm), clip_norm)
+    integers = encoding.encode(clipped, ROOT.stream("rounding", name))
+    assert integers.dtype == np.int32
+    assert integers.shape == values.shape
+    for row, real in zip(integers, clipped, strict=True):
+        assert squared(row) <= encoding.squared_bound
+        assert np.abs(row - real.astype(np.float64) * encoding.scale).max() <= 1 + 2**-3
+    assert not integers[clipped == 0].any()
+
+
+def adversaries(k: int) -> dict[str, np.ndarray]:
+    """Vectors of length 1 whose rounding could add most."""
+    half = np.full(k, 0.5) / 2**13
+    half[0] = math.sqrt(max(0.0, 1 - float(half[1:] @ half[1:])))
+    tiny = np.full(k, 1e-9)
+    tiny[0] = 1
+    rng = np.random.default_rng(0)
+    normal = rng.normal(size=k)
+    signs = np.where(np.arange(k) % 2, -1.0, 1.0)
+    return {
+        "flat": np.ones(k) / math.sqrt(k),
+        "alternating": signs / math.sqrt(k),
+        "one": np.eye(1, k)[0],
+        "halves": half,
+        "tiny": tiny,
+        "normal": normal / np.linalg.norm(normal),
+    }
+
+
+@pytest.mark.parametrize("name", ["flat", "alternating", "one", "halves", "tiny", "normal"])
+@pytest.mark.parametrize("k", [2, 100, 30_000])
+@pytest.mark.parametrize("scale_bits", [6, 13])
+def test_vectors_at_the_clip_norm_are_encoded_within_the_bound(
+    name: str, k: int, scale_bits: int
+) -> None:
+    encoding = Encoding(2.5, k, scale_bits)
+    values = clip(np.tile(2.5 * adversaries(k)[name], (20, 1)).astype(np.float32), 2.5)
+    integers = encoding.encode(values, ROOT.stream("adversary", name, k))
+    lengths = [squared(row) for row in integers]
+    assert max(lengths) <= encoding.squared_bound
+    assert min(lengths) > 0.5 * 4**scale_bits
+
+
+def test_a_vector_that_is_mostly_too_long_is_drawn_again() -> None:
+    """Where one draw in a few exceeds the bound, no result ever does."""
+    k, bits = 4_000, 3
+    encoding = Encoding(1.0, k, bits)
+    values = np.tile(np.float32(1 / math.sqrt(k) * (1 - 1e-6)), (400, k))
+    coins = ROOT.stream("retries").uint16(values.size).reshape(values.shape) / 65536
+    once = np.floor(values * encoding.scale + coins)
+    too_long = np.mean((once**2).sum(1) > encoding.squared_bound)
+    assert 0.001 < too_long < 0.6
+    integers = encoding.encode(values, ROOT.stream("retries")).astype(np.int64)
+    assert (integers**2).sum(1).max() <= encoding.squared_bound
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("fraction", [0.0, 2**-10, 0.1, 0.5, 0.9, -0.3, -0.999])
+def test_rounding_is_unbiased(fraction: float) -> None:
+    trials = 200_000
+    encoding = Encoding(1.0, 1, 13)
+    values = np.full((trials, 1), (100 + fraction) / encoding.scale, np.float32)
+    integers = encoding.encode(values, ROOT.stream("unbiased", str(fraction)))
+    exact = float(values[0, 0]) * encoding.scale
+    below = math.floor(exact)
+    assert set(np.unique(integers)) <= {below, below + 1}
+    deviation = math.sqrt(max((exact - below) * (below + 1 - exact), 1e-4) / trials)
+    assert abs(integers.mean() - exact) < 4 * deviation + 2**-15
+
+
+@pytest.mark.statistical
+def test_coordinates_are_rounded_independently() -> None:
+    encoding = Encoding(1.0, 2, 13)
+    values = np.full((100_000, 2), 10.5 / encoding.scale, np.float32)
+    integers = encoding.encode(values, ROOT.stream("independent"))
+    both = np.corrcoef(integers.T)[0, 1]
+    rows = np.corrcoef(integers[:-1, 0], integers[1:, 0])[0, 1]
+    assert abs(both) < 0.015
+    assert abs(rows) < 0.015
+
+
+@pytest.mark.parametrize("word", [0, 65535])
+def test_zeros_stay_zeros_whatever_the_coins(word: int) -> None:
+    encoding = Encoding(1.0, 6, 13)
+    assert not encoding.encode(np.zeros((3, 6), np.float32), Fixed(word)).any()
+
+
+@pytest.mark.parametrize("word", [0, 65535])
+def test_integers_stay_what_they_are(word: int) -> None:
+    encoding = Encoding(1.0, 3, 10)
+    exact = np.array([[5, -7, 300]])
+    values = (exact / encoding.scale).astype(np.float32)
+    assert np.array_equal(encoding.encode(values, Fixed(word)), exact)
+
+
+def test_coins_decide_the_rounding_and_nothing_else_does() -> None:
+    encoding = Encoding(1.0, 50, 13)
+    values = clip(np.random.default_rng(0).normal(size=(4, 50)).astype(np.float32), 1.0)
+    one, two, other = (encoding.encode(values, ROOT.stream("coins", n)) for n in (1, 1, 2))
+    assert np.array_equal(one, two)
+    assert not np.array_equal(one, other)
+    assert np.abs(one - other).max() == 1
+
+
+@pytest.mark.parametrize("length", [1.1, 2.0, 1e4])
+def test_a_vector_that_was_not_clipped_is_refused(length: float) -> None:
+    values = np.zeros((2, 40), np.float32)
+    values[1] = length / math.sqrt(40)
+    with pytest.raises(ReleaseRefused, match="clip before encoding"):
+        Encoding(1.0, 40, 13).encode(values, ROOT.stream("long"))
+
+
+def test_the_public_dimension_bounds_a_sparse_vector_no_less() -> None:
+    """A device sends few coefficients; the bound is that of all and tells nothing of how many."""
+    wide, narrow = Encoding(1.0, 10**6), Encoding(1.0, 4)
+    values = np.full((1, 4), 0.5, np.float32)
+    assert wide.bound > narrow.bound
+    assert squared(wide.encode(values, ROOT.stream("sparse"))) <= wide.squared_bound
+
+
+@settings(deadline=None)
+@given(st.floats(1e-6, 1e6), st.integers(1, 20), st.integers(-(2**40), 2**40))
+def test_decode_gives_back_the_units(clip_norm: float, scale_bits: int, integer: int) -> None:
+    encoding = Encoding(clip_norm, 10, scale_bits)
+    decoded = encoding.decode(np.array([integer, 2**scale_bits]))
+    assert decoded.dtype == np.float64
+    assert decoded[0] * encoding.scale == pytest.approx(integer, rel=1e-12)
+    assert decoded[1] == pytest.approx(clip_norm, rel=1e-12)
+
+
+@pytest.mark.parametrize("scale_bits", [4, 13, 20])
+def test_a_cohort_that_could_wrap_around_is_refused(scale_bits: int) -> None:
+    encoding = Encoding(1.0, 100_000, scale_bits)
+    most = int(2 ** (RING_BITS - 1) / encoding.bound)
+    encoding.check_capacity(most * 99 // 100)
+    with pytest.raises(UsageError, match=r"2\^32 ring at privacy.scale_bits = .*lower scale_bits"):
+        encoding.check_capacity(most + 1)
+
+
+def test_the_ring_holds_the_devices_that_the_design_promises() -> None:
+    Encoding(1.0, 118_000).check_capacity(250_000)
