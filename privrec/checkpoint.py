@@ -31,6 +31,8 @@ class Position:
         index: rounds that were applied.
         ledger_entries: entries of the ledger at that moment.
         ledger_hash: hash of the last of them.
+        wall_s: seconds that the run took so far, over all its sessions.
+        cpu_s: CPU seconds of its rounds so far.
     """
 
     run_id: str
@@ -39,20 +41,34 @@ class Position:
     index: int
     ledger_entries: int
     ledger_hash: str
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
 
 
 def write(path: Path, position: Position, arrays: Arrays) -> None:
     """Replace the checkpoint at ``path``, durable before this returns.
 
-    A crash at any moment leaves the old one or the new one, whole. It holds the simulated devices'
-    private states, so its owner alone may read it.
+    It holds the simulated devices' private states, so its owner alone may read it.
     """
     place = json.dumps(asdict(position))
     content = {"position": place, "digest": _digest(place, arrays)}
+    replace(path, save(dict(arrays), metadata=content), mode=0o600)
+
+
+def replace(path: Path, content: bytes, *, mode: int = 0o666) -> None:
+    """Replace the file at ``path`` as a whole, durable before this returns.
+
+    A crash at any moment leaves the old one or the new one, whole.
+
+    Args:
+        path: the file.
+        content: all that it will hold.
+        mode: who may use a new file, less what the process's umask forbids.
+    """
     fresh = path.with_name(path.name + ".new")
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     with os.fdopen(descriptor, "wb") as file:
-        file.write(save(dict(arrays), metadata=content))
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     fresh.replace(path)

@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from privrec import run
 from privrec.record import Observer
-from privrec.run import Result, remembered_data_dir, resume, start
+from privrec.run import Result
 from privrec.scenario import Row, Scenario
 
 KEPT_OF_PRIVACY = ("epsilon", "epsilon_server", "noise_multiplier")
@@ -35,7 +36,7 @@ def with_rows(
     """
     if not scenario.rows or "rows" in result.payload:
         return result
-    place = data_dir or remembered_data_dir(result.path)
+    place = data_dir or run.remembered_data_dir(result.path)
     rows = []
     for index, (row, (name, variant)) in enumerate(
         zip(scenario.rows, scenario.variants(), strict=True)
@@ -50,8 +51,8 @@ def with_rows(
 
 def _finished(variant: Scenario, out: Path, data_dir: Path | None, observer: Observer) -> Result:
     if (out / "run.json").is_file():
-        return resume(out, data_dir=data_dir, observer=observer)
-    return start(variant, out=out, data_dir=data_dir, observer=observer)
+        return run.resume(out, data_dir=data_dir, observer=observer)
+    return run.start(variant, out=out, data_dir=data_dir, observer=observer)
 
 
 def _facts(row: Row, payload: Mapping[str, Any]) -> dict[str, Any]:

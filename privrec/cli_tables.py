@@ -122,10 +122,11 @@ def _print_cost(cost: Mapping[str, Any]) -> None:
 
 
 def _print_variants(rows: Sequence[Mapping[str, Any]]) -> None:
+    """One column a row, since a row has more facts than a terminal has columns."""
     flat = [_flattened(row) for row in rows]
-    columns = list(dict.fromkeys(key for row in flat for key in row))
-    cells = [[_number(row.get(column, "")) for column in columns] for row in flat]
-    print_table("Rows", columns, cells)
+    facts = dict.fromkeys(key for row in flat for key in row if key != "name")
+    cells = [[fact, *(_number(row.get(fact, "")) for row in flat)] for fact in facts]
+    print_table(f"Rows (metrics are {OUTSIDE})", ["", *(row["name"] for row in flat)], cells)
 
 
 def _flattened(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import multiprocessing
+import pickle
 import resource
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from privrec.privacy.events import RoundEvent
 from privrec.randomness import SecretRoot
 from privrec.secagg.ring import Encoding
 
+TIMEOUT_S = 120
+
 
 def peak_bytes(
     trainer: Trainer,
@@ -29,8 +32,8 @@ def peak_bytes(
 ) -> int | None:
     """Peak resident memory of one device's round above that of the idle interpreter, in bytes.
 
-    A fresh process imports what a device needs, then receives the model, trains on one history and
-    encodes its update. None when the process could not be measured.
+    A fresh interpreter imports what a device needs, then receives the model, trains on one history
+    and encodes its update. None when that interpreter could not be run.
 
     Args:
         trainer: local training.
@@ -38,14 +41,18 @@ def peak_bytes(
         weights: the model that is sent.
         history: the device's items; the longest one tells the worst case.
     """
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        try:
-            return pool.apply_async(
-                _measure, (trainer, encoding, weights.tobytes(), history.tobytes())
-            ).get(timeout=120)
-        except (multiprocessing.TimeoutError, OSError):
-            return None
+    task = pickle.dumps((trainer, encoding, weights.tobytes(), history.tobytes()))
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "privrec.footprint"],
+            input=task,
+            capture_output=True,
+            timeout=TIMEOUT_S,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return int(done.stdout)
 
 
 def _measure(trainer: Trainer, encoding: Encoding, weights: bytes, history: bytes) -> int:
@@ -98,3 +105,7 @@ def _status(field: str) -> int | None:
         return None
     found: list[Any] = [line.split()[1] for line in lines if line.startswith(field + ":")]
     return int(found[0]) * 1024 if found else None
+
+
+if __name__ == "__main__":
+    print(_measure(*pickle.load(sys.stdin.buffer)))  # noqa: S301, T201 - written by peak_bytes

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
 
 import privrec
 from privrec import metrics
 from privrec.assembly import Parts, recommender_of
+from privrec.checkpoint import replace
 from privrec.data import Interactions, Split
 from privrec.device.train import Recommender
 from privrec.errors import IntegrityError, UsageError
@@ -33,9 +36,9 @@ _EPSILONS: dict[str, tuple[Adversary, Accountant]] = {
 
 def write_model(out: Path, parts: Parts, scenario: Scenario, train: Interactions) -> None:
     """Write the released weights (``model.safetensors``) and what they mean (``model.json``)."""
-    save_file({"weights": parts.server.released}, out / "model.safetensors")
+    replace(out / "model.safetensors", save({"weights": parts.server.released}))
     description = {"items": train.n_items, "scenario": scenario.name, **_model(parts, scenario)}
-    (out / "model.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    replace(out / "model.json", (json.dumps(description, indent=2) + "\n").encode())
 
 
 def read_model(out: Path, scenario: Scenario, train: Interactions) -> tuple[Recommender, Any]:
@@ -51,7 +54,7 @@ def read_model(out: Path, scenario: Scenario, train: Interactions) -> tuple[Reco
     recommender = recommender_of(scenario.model, train.n_items, scenario.run.seed)
     try:
         weights = load_file(path)["weights"]
-    except (KeyError, OSError, ValueError) as error:
+    except (SafetensorError, KeyError, OSError, ValueError) as error:
         raise IntegrityError(f"{path}: not a model ({error}); restore the file") from None
     if weights.shape != (recommender.layout.size,):
         raise IntegrityError(
@@ -70,7 +73,6 @@ def result_of(
     *,
     identity: Mapping[str, Any],
     cpu_s: float,
-    rounds_timed: int,
     wall_s: float,
 ) -> dict[str, Any]:
     """The content of ``result.json``; realised cohort sizes appear in no figure of it."""
@@ -92,7 +94,7 @@ def result_of(
         "baselines": {"popularity": popularity.summary()},
         "metrics_note": OUTSIDE,
         "privacy": _privacy(scenario, split, parts, ledger, known=bool(identity["noise_known"])),
-        "cost": _cost(split.train, parts, cpu_s, rounds_timed, wall_s),
+        "cost": _cost(split.train, parts, cpu_s, wall_s),
         "model": _model(parts, scenario),
         "data": identity["data"],
     }
@@ -130,19 +132,18 @@ def _privacy(
     }
 
 
-def _cost(
-    train: Interactions, parts: Parts, cpu_s: float, rounds: int, wall_s: float
-) -> dict[str, Any]:
+def _cost(train: Interactions, parts: Parts, cpu_s: float, wall_s: float) -> dict[str, Any]:
     size = parts.recommender.layout.size * BYTES_A_COEFFICIENT
     longest = train.history(int(train.counts.argmax()))
     server, plan = parts.server, parts.server.plan
-    trainer = parts.cohort.trainer
+    device_rounds = server.index * plan.expected_cohort
+    trainer = dataclasses.replace(parts.cohort.trainer, recommender=parts.recommender)
     return {
         "upload_bytes": size,
         "download_bytes": size,
         "device_peak_bytes": peak_bytes(trainer, plan.encoding, server.weights, longest),
         # By the expected cohort: the realised sizes are nobody's business.
-        "cpu_s_per_device_round": cpu_s / (rounds * plan.expected_cohort) if rounds else None,
+        "cpu_s_per_device_round": cpu_s / device_rounds if device_rounds else None,
         "wall_s": wall_s,
     }
 

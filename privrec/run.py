@@ -30,9 +30,9 @@ from privrec.data import Split
 from privrec.errors import BudgetError, IntegrityError, Interrupted, UsageError
 from privrec.outcome import result_of, write_model
 from privrec.privacy.ledger import Ledger, server_key
-from privrec.randomness import SecretRoot, rng_for, state_dir
+from privrec.randomness import SecretRoot, rng_for, state_dir, sync_directory
 from privrec.record import EventLog, Observer, Record, RunInfo
-from privrec.scenario import Scenario
+from privrec.scenario import Scenario, load
 from privrec.scoring import Scorer
 from privrec.server.server import Release
 
@@ -79,25 +79,27 @@ def start(
     split = data.load(scenario.data, data_dir=data_dir)
     _check_population(scenario, split.train.n_users)
     identity = _Identity.new(scenario, split, data_dir, unsafe_noise_key)
-    parts = assemble(scenario, split.train, identity.run_id, identity.root("devices"))
-    with _appearing(out) as folder:
+    with identity.forgotten_on_failure(), _appearing(out) as folder:
+        parts = assemble(scenario, split.train, identity.run_id, identity.root("devices"))
         _write_json(folder / "run.json", identity.to_json())
-        (folder / "scenario.toml").write_text(scenario.to_toml(), encoding="utf-8")
+        checkpoint.replace(folder / "scenario.toml", scenario.to_toml().encode())
         header = {
             "run_id": identity.run_id,
             "scenario_hash": scenario.hash(),
             "privacy_hash": scenario.privacy_hash(),
             "delta": scenario.privacy.delta,
             "population": split.train.n_users,
+            "noise_known": identity.known_key is not None,
         }
         with Ledger.create(
-            folder / "ledger.jsonl", header=header, signing_key=identity.signing_key()
+            folder / "ledger.jsonl", header=header, signing_key=identity.signing_key(new=True)
         ) as ledger:
             digest = data_digest(split.train)
-            _save(folder, parts, identity, scenario, ledger, digest)
+            position = _save(folder, parts, identity, scenario, ledger, digest)
         with EventLog(folder / "events.jsonl") as events:
             events.append("start", run_id=identity.run_id, simulated=True)
-    return _go_on(out, scenario, split, identity, parts, observer)
+    sync_directory(out.parent)
+    return _go_on(out, scenario, split, identity, parts, observer, position)
 
 
 def resume(out: Path, *, data_dir: Path | None = None, observer: Observer) -> Result:
@@ -108,22 +110,20 @@ def resume(out: Path, *, data_dir: Path | None = None, observer: Observer) -> Re
     charged and gets fresh noise.
 
     Raises:
-        UsageError: when ``out`` is no run directory.
+        UsageError: when ``out`` is no run directory, or the key that signs its ledger is gone.
         IntegrityError: when ledger, checkpoint and data do not belong together or were altered.
     """
     identity = _Identity.read(out)
-    if (out / "result.json").exists():
-        return Result(out, json.loads((out / "result.json").read_text(encoding="utf-8")))
-    text = (out / "scenario.toml").read_text(encoding="utf-8")
-    scenario = Scenario.from_toml(text, source=str(out / "scenario.toml"))
+    if (payload := _payload(out)) is not None:
+        return Result(out, payload)
+    identity.signing_key()  # refused before a fresh root is drawn for a run that cannot go on
+    scenario = load(out / "scenario.toml")
     split = data.load(scenario.data, data_dir=data_dir or identity.data_dir)
     parts = assemble(scenario, split.train, identity.run_id, identity.root("devices"))
     position, arrays = checkpoint.read(out / CHECKPOINT)
     _check_same(out, position, identity, scenario, data_digest(split.train))
     _restore(parts, position, arrays)
-    with EventLog(out / "events.jsonl") as events:
-        events.append("resume", round=position.index)
-    return _go_on(out, scenario, split, identity, parts, observer, position)
+    return _go_on(out, scenario, split, identity, parts, observer, position, resumed=True)
 
 
 def remembered_data_dir(out: Path) -> Path | None:
@@ -164,22 +164,25 @@ class _Identity:
         path = out / "run.json"
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
-            data_dir = None if stored["data_dir"] is None else Path(stored["data_dir"])
-            return cls(
-                stored["run_id"],
-                stored["scenario"],
-                stored["scenario_hash"],
-                stored["privacy_hash"],
-                stored["data"],
-                data_dir,
-                stored["unsafe_noise_key"],
+            data_dir, key = stored["data_dir"], stored["unsafe_noise_key"]
+            identity = cls(
+                str(stored["run_id"]),
+                str(stored["scenario"]),
+                str(stored["scenario_hash"]),
+                str(stored["privacy_hash"]),
+                dict(stored["data"]),
+                None if data_dir is None else Path(data_dir),
+                None if key is None else bytes.fromhex(key).hex(),
             )
+            if identity.to_json() | {"version": stored["version"]} != stored:
+                raise ValueError("its entries contradict each other")
         except (FileNotFoundError, NotADirectoryError):
             raise UsageError(
                 f"{out}: there is no run.json; name a directory that `privrec run` made"
             ) from None
         except (ValueError, KeyError, TypeError) as error:
             raise IntegrityError(f"{path}: not what was written ({error!r}); restore it") from None
+        return identity
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -202,8 +205,25 @@ class _Identity:
         path = self._secrets() / f"{maker}.root"
         return SecretRoot.load(path) if path.exists() else SecretRoot.create(path)
 
-    def signing_key(self) -> Any:
-        return server_key(self._secrets() / "server.key")
+    def signing_key(self, *, new: bool = False) -> Any:
+        """The key that signs the ledger; one that is gone is never replaced by another."""
+        path = self._secrets() / "server.key"
+        if not (new or path.exists()):
+            raise UsageError(
+                f"{path}: the key that signs this run's ledger is gone, and no other may sign it; "
+                "bring the file back, set PRIVREC_STATE to the folder that holds it, or start anew"
+            )
+        return server_key(path)
+
+    @contextmanager
+    def forgotten_on_failure(self) -> Iterator[None]:
+        """Secrets of a start that failed are removed; those of a known root may serve others."""
+        try:
+            yield
+        except BaseException:
+            if self.known_key is None:
+                shutil.rmtree(self._secrets(), ignore_errors=True)
+            raise
 
     def _secrets(self) -> Path:
         return state_dir() / "runs" / self.run_id
@@ -216,19 +236,20 @@ def _go_on(
     identity: _Identity,
     parts: Parts,
     observer: Observer,
-    position: Position | None = None,
+    position: Position,
+    *,
+    resumed: bool = False,
 ) -> Result:
     with (
         Ledger.open(out / "ledger.jsonl", signing_key=identity.signing_key()) as ledger,
         EventLog(out / "events.jsonl") as events,
         _one_thread(),
     ):
-        if position and not ledger.has(position.ledger_entries, position.ledger_hash):
-            raise IntegrityError(
-                f"{out / CHECKPOINT}: taken at entry {position.ledger_entries} of another ledger; "
-                "restore the ledger that belongs to this run"
-            )
+        _check_ledger(out, ledger, identity, position)
+        if resumed:
+            events.append("resume", round=position.index, repaired=ledger.repaired)
         loop = _Loop(out, scenario, split, identity, parts, observer, ledger, events)
+        loop.continue_clocks(position)
         observer.started(loop.info())
         return loop.run()
 
@@ -253,6 +274,16 @@ class _Loop:
     def __post_init__(self) -> None:
         self.root = self.identity.root("server")
 
+    @property
+    def wall_s(self) -> float:
+        """Seconds that the run took so far, over all sessions whose rounds are kept."""
+        return time.perf_counter() - self.began
+
+    def continue_clocks(self, position: Position) -> None:
+        """Count on from the seconds that the checkpoint has."""
+        self.began -= position.wall_s
+        self.cpu_s += position.cpu_s
+
     def info(self) -> RunInfo:
         scenario, plan = self.scenario, self.parts.server.plan
         return RunInfo(
@@ -270,7 +301,6 @@ class _Loop:
 
     def run(self) -> Result:
         server, refused = self.parts.server, None
-        first = server.index
         with _interrupts() as stop:
             while server.index < self.scenario.train.rounds:
                 try:
@@ -287,7 +317,7 @@ class _Loop:
                 if server.index % self.scenario.run.checkpoint_every == 0:
                     self._save()
         self._save()
-        result = self._finish(server.index - first)
+        result = self._finish()
         self.observer.finished(result)
         if refused:
             raise refused
@@ -380,13 +410,12 @@ class _Loop:
             seed=seed,
         )
 
-    def _finish(self, rounds: int) -> Result:
+    def _finish(self) -> Result:
         evaluated = self.evaluated or self.evaluate(("sampled", "full"))
-        wall_s = time.perf_counter() - self.began
         write_model(self.out, self.parts, self.scenario, self.split.train)
         payload = result_of(
             self.scenario, self.split, self.parts, self.ledger, evaluated,
-            identity=self.identity.to_json(), cpu_s=self.cpu_s, rounds_timed=rounds, wall_s=wall_s,
+            identity=self.identity.to_json(), cpu_s=self.cpu_s, wall_s=self.wall_s,
         )  # fmt: skip
         _write_json(self.out / "result.json", payload)
         self.events.append("end", round=self.parts.server.index)
@@ -394,7 +423,8 @@ class _Loop:
 
     def _save(self) -> None:
         digest = data_digest(self.split.train)
-        _save(self.out, self.parts, self.identity, self.scenario, self.ledger, digest)
+        parts, spent = self.parts, (self.wall_s, self.cpu_s)
+        _save(self.out, parts, self.identity, self.scenario, self.ledger, digest, *spent)
 
 
 def _save(
@@ -404,7 +434,9 @@ def _save(
     scenario: Scenario,
     ledger: Ledger,
     digest: str,
-) -> None:
+    wall_s: float = 0.0,
+    cpu_s: float = 0.0,
+) -> Position:
     server = parts.server
     ledger.seal()
     position = Position(
@@ -414,10 +446,13 @@ def _save(
         server.index,
         ledger.entries,
         ledger.last_hash,
+        wall_s,
+        cpu_s,
     )
     moments = {f"moments.{name}": value for name, value in server.optimizer.moments.items()}
     own = {"weights": server.weights, "mean": server.mean, "states": parts.cohort.states}
     checkpoint.write(folder / CHECKPOINT, position, {**own, **moments})
+    return position
 
 
 def _restore(parts: Parts, position: Position, arrays: dict[str, NDArray[np.float32]]) -> None:
@@ -446,6 +481,21 @@ def _check_same(
             raise IntegrityError(
                 f"{out / CHECKPOINT}: the checkpoint belongs to {noun} {found[:16]}, not "
                 f"{wanted[:16]}; restore what the run was started with"
+            )
+
+
+def _check_ledger(out: Path, ledger: Ledger, identity: _Identity, position: Position) -> None:
+    if not ledger.has(position.ledger_entries, position.ledger_hash):
+        raise IntegrityError(
+            f"{out / CHECKPOINT}: taken at entry {position.ledger_entries} of another ledger; "
+            "restore the ledger that belongs to this run"
+        )
+    stored = identity.to_json()
+    for key in ("run_id", "scenario_hash", "privacy_hash", "noise_known"):
+        if stored[key] != ledger.header.get(key):
+            raise IntegrityError(
+                f"{out / 'run.json'}: its {key} is {stored[key]!r}, that of the signed ledger "
+                f"{ledger.header.get(key)!r}; restore run.json as the run left it"
             )
 
 
@@ -515,6 +565,19 @@ def _interrupts() -> Iterator[list[int]]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    fresh.replace(path)
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    checkpoint.replace(path, text.encode())
+
+
+def _payload(out: Path) -> dict[str, Any] | None:
+    """What ``result.json`` holds, or None where the run is not finished."""
+    path = out / "result.json"
+    try:
+        payload: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise IntegrityError(
+            f"{path}: not what was written ({error}); restore it, or remove it and resume"
+        ) from None
+    return payload

@@ -17,7 +17,7 @@ from privrec.device.cohort import Cohort
 from privrec.errors import UsageError
 from privrec.outcome import read_model
 from privrec.randomness import rng_for
-from privrec.scenario import Scenario
+from privrec.scenario import Scenario, load
 from privrec.scoring import Scorer
 
 
@@ -88,8 +88,7 @@ def _data_of(run_dir: Path, data_dir: Path | None) -> tuple[Scenario, Interactio
     from privrec.run import remembered_data_dir
 
     data_dir = data_dir or remembered_data_dir(run_dir)
-    text = (run_dir / "scenario.toml").read_text(encoding="utf-8")
-    scenario = Scenario.from_toml(text, source=str(run_dir / "scenario.toml"))
+    scenario = load(run_dir / "scenario.toml")
     return scenario, data.load(scenario.data, data_dir=data_dir).train
 
 

@@ -327,21 +327,22 @@ def test_rows_are_run_and_listed_and_resumed_where_they_stopped(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (place / "tiny.toml").write_text(TINY + ROWS)
-    from privrec import cli_rows
+    from privrec import run
 
     begun: list[str] = []
 
     def fail_once(scenario: Any, **words: Any) -> Any:
         begun.append(scenario.title)
-        if begun == ["strict", "ranking"]:
+        if begun == ["A tiny run", "strict", "ranking"]:
             raise errors.Interrupted("stopped")
         return original(scenario, **words)
 
-    original = cli_rows.start
-    monkeypatch.setattr(cli_rows, "start", fail_once)
-    assert call("run", "tiny.toml", "--out", "run").exit_code == 130
+    original = run.start
+    monkeypatch.setattr(run, "start", fail_once)
+    stopped = call("run", "tiny.toml", "--out", "run")
+    assert stopped.exit_code == 130, stopped.output
     result = done("resume", "run")
-    assert begun == ["strict", "ranking", "ranking"]
+    assert begun == ["A tiny run", "strict", "ranking", "ranking"]
     payload = json.loads(Path("run/result.json").read_text())
     strict, ranking = payload["rows"]
     assert (strict["name"], strict["privacy.epsilon"]) == ("strict", 1.0)

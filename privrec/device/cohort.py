@@ -19,7 +19,7 @@ from privrec.device.train import Trained, Trainer
 TOLERANCE = 1e-5
 """Largest difference from the one-device code, relative to the update's largest coefficient."""
 
-SAMPLES_IN_BATCH = 24576
+SAMPLES_IN_BATCH = 12288
 """Samples trained at once, so that a batch's tensors stay in a core's cache."""
 
 FloatArray = NDArray[np.float32]

@@ -18,7 +18,7 @@ from privrec.device.batch import Batch, Histories, Sampler, representatives
 from privrec.device.update import Address, RawUpdate
 from privrec.embedding.subspace import Subspace, TabulatedSubspace, add_rows
 from privrec.models.layout import Layout
-from privrec.models.losses import LOSSES, WHOLE_CATALOGUE, Graded, Loss, Samples
+from privrec.models.losses import DAMPED, LOSSES, WHOLE_CATALOGUE, Graded, Samples
 from privrec.models.ncf import NCF, Scored
 
 FloatArray = NDArray[np.float32]
@@ -127,7 +127,7 @@ class Trainer:
 
     def _local(self, weights: FloatArray, histories: Histories, key: int) -> _Local:
         batch = self.sampler.draw(histories, key)
-        return _Local(self.recommender, weights, batch, LOSSES[self.settings.loss])
+        return _Local(self.recommender, weights, batch, self.settings.loss)
 
     def _fit(self, local: _Local, user: Tensor, steps: int) -> Tensor:
         for _ in range(steps):
@@ -139,9 +139,10 @@ class _Local:
     """The devices' copies of what their samples touch, and the change they make to it."""
 
     def __init__(
-        self, recommender: Recommender, weights: FloatArray, batch: Batch, loss: Loss
+        self, recommender: Recommender, weights: FloatArray, batch: Batch, loss: str
     ) -> None:
-        layout, self._model, self._loss = recommender.layout, recommender.model, loss
+        layout, self._model = recommender.layout, recommender.model
+        self._loss, self._damped = LOSSES[loss], loss in DAMPED
         self._samples = Samples(torch.from_numpy(batch.valid), batch.positives)
         self._first = None if batch.first is None else torch.from_numpy(batch.first)
         self._vectors = _Touched(recommender.vectors, layout.memory_of(weights), batch)
@@ -169,7 +170,8 @@ class _Local:
         slope = _pull_back(jacobian, gradient) + prior * user
         # Not finite gives a state, hence an update, that is not finite: it is zeroed when clipped.
         factor = torch.linalg.cholesky_ex(hessian)[0]
-        return torch.cholesky_solve(slope.unsqueeze(2), factor).squeeze(2)
+        step = torch.cholesky_solve(slope.unsqueeze(2), factor).squeeze(2)
+        return step * _damping(jacobian, step) if self._damped else step
 
     def descend(self, user: Tensor, steps: int, rate: float) -> Tensor:
         """Gradient steps of the summed loss on the shared parameters; gives the first mean loss."""
@@ -216,6 +218,17 @@ def _weighted_gram(jacobian: Tensor, weights: Tensor) -> Tensor:
     shared, width = jacobian[0], jacobian.shape[2]
     products = (shared.unsqueeze(2) * shared.unsqueeze(1)).reshape(len(shared), -1)
     return (weights @ products).reshape(-1, width, width)
+
+
+def _damping(jacobian: Tensor, step: Tensor) -> Tensor:
+    """Share of a softmax's Newton step that is sure to descend, shape ``(m, 1)``.
+
+    It is ``log(1 + b) / b`` for scores that the step would spread by ``b``: Sun & Tran-Dinh,
+    "Generalized self-concordant functions" (Mathematical Programming 2019), theorem 2.
+    """
+    shifts = step @ jacobian[0].T if len(jacobian) == 1 else (jacobian @ step[:, :, None])[..., 0]
+    spread = (shifts.amax(1, keepdim=True) - shifts.amin(1, keepdim=True)).clamp_min(1e-6)
+    return torch.log1p(spread) / spread
 
 
 def _pull_back(jacobian: Tensor, upstream: Tensor) -> Tensor:

@@ -115,6 +115,8 @@ def clip(values: NDArray[np.float32], clip_norm: float) -> NDArray[np.float32]:
     with np.errstate(over="ignore", invalid="ignore"):
         norms = np.sqrt((values[:, None] @ values[:, :, None])[:, 0, 0]) * np.float32(1 + 1e-6)
         factors = np.minimum(1, clip_norm / np.maximum(norms, np.finfo(np.float32).tiny))
+        if np.isfinite(norms).all() and factors.min(initial=1) == 1:
+            return values
         clipped: NDArray[np.float32] = values * factors.astype(np.float32)[:, None]
     clipped[~np.isfinite(norms)] = 0
     return clipped

@@ -2,8 +2,7 @@
 
 Each takes scores of shape ``(m, k)`` and the samples behind them, and gives three things a device:
 the summed loss ``(m,)``, its gradient on the scores ``(m, k)``, and a curvature ``(m, k)`` whose
-diagonal is never below the Hessian on the scores. A Newton step with that curvature never
-overshoots, so no step size has to be found on a device.
+diagonal is never below the Hessian at those scores, for the Newton steps of a device.
 """
 
 from __future__ import annotations
@@ -91,6 +90,10 @@ LOSSES: dict[str, Loss] = {
     "softmax": sampled_softmax,
     "full_softmax": full_softmax,
 }
+
+DAMPED = frozenset({"softmax", "full_softmax"})
+"""Losses whose curvature can grow along a step, so that a whole Newton step may overshoot. That of
+the others bounds the loss everywhere."""
 
 WHOLE_CATALOGUE = frozenset({"full_softmax"})
 """Losses that look at every item instead of sampled ones."""

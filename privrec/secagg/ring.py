@@ -96,14 +96,13 @@ class Encoding:
         Raises:
             ReleaseRefused: when a row keeps exceeding the bound, so it was never clipped.
         """
-        scaled = values * np.float32(self.scale)
-        integers = self._round(scaled, coins)
-        pending = self._too_long(integers)
+        rounded = self._round(values, coins)
+        pending = self._too_long(rounded)
         for _ in range(_TRIES):
             if not len(pending):
-                return integers
-            integers[pending] = self._round(scaled[pending], coins)
-            pending = pending[self._too_long(integers[pending])]
+                return rounded.astype(np.int32)
+            rounded[pending] = self._round(values[pending], coins)
+            pending = pending[self._too_long(rounded[pending])]
         raise ReleaseRefused(
             f"{len(pending)} updates exceed the integer bound {self.bound:.1f} after {_TRIES} "
             f"roundings: their norm is above clip_norm = {self.clip_norm}; clip before encoding"
@@ -113,14 +112,19 @@ class Encoding:
         """The sum in units of the input."""
         return integers / self.scale
 
-    def _round(self, scaled: NDArray[np.float32], coins: Coins) -> NDArray[np.int32]:
-        draws = coins.uint16(scaled.size).reshape(scaled.shape).astype(np.float32)
-        draws *= _COINS
-        draws += scaled
-        np.floor(draws, out=draws)
-        return draws.astype(np.int32)
+    def _round(self, values: NDArray[np.float32], coins: Coins) -> NDArray[np.float32]:
+        rounded = coins.uint16(values.size).reshape(values.shape).astype(np.float32)
+        rounded *= _COINS
+        rounded += values * np.float32(self.scale)
+        return np.floor(rounded, out=rounded)
 
-    def _too_long(self, integers: NDArray[np.int32]) -> NDArray[np.intp]:
-        # float64 sums of squared 32-bit integers of this size are exact (below 2^53).
-        wide = integers.astype(np.float64)
-        return np.flatnonzero(np.einsum("ij,ij->i", wide, wide) > self.squared_bound)
+    def _too_long(self, integers: NDArray[np.float32]) -> NDArray[np.intp]:
+        # A float32 sum is off by less than its number of terms times 2^-24, so it can clear a row.
+        rough = (integers[:, None] @ integers[:, :, None])[:, 0, 0].astype(np.float64)
+        doubtful = np.flatnonzero(
+            ~(rough * (1 + integers.shape[1] * 2.0**-23) <= self.squared_bound)
+        )
+        # float64 sums of squared integers of this size are exact (below 2^53).
+        wide = integers[doubtful].astype(np.float64)
+        long = ~(np.einsum("ij,ij->i", wide, wide) <= self.squared_bound)
+        return doubtful[np.asarray(long, np.bool_)]

@@ -53,19 +53,29 @@ class EchoSpec:
 
 @dataclass
 class Marks:
-    """What was read at the end of each round: the clock and the CPU of the process tree."""
+    """The clock and the CPU of the process tree at the ends of two rounds, and at no other.
 
-    clock: list[float] = field(default_factory=list)
-    cpu: list[CpuMark] = field(default_factory=list)
+    Reading the meter looks at every process of the system, which is not for free.
 
-    def take(self) -> None:
-        self.clock.append(time.monotonic())
-        self.cpu.append(cpu_of_tree())
+    Args:
+        first: Round, counted from 1, after whose end the measured part begins.
+        last: Round with whose end it stops.
+    """
 
-    def between(self, first: int, last: int) -> tuple[float, CpuMark]:
-        """Wall seconds and CPU between the ends of two rounds, numbered from 1."""
-        wall = self.clock[last - 1] - self.clock[first - 1]
-        return wall, self.cpu[last - 1].since(self.cpu[first - 1])
+    first: int
+    last: int
+    taken: dict[int, tuple[float, CpuMark]] = field(default_factory=dict)
+
+    def end_of(self, number: int) -> None:
+        """To be told of the end of each round."""
+        if number in (self.first, self.last):
+            self.taken[number] = time.monotonic(), cpu_of_tree()
+
+    @property
+    def spent(self) -> tuple[float, CpuMark]:
+        """Wall seconds and CPU between the two."""
+        (began, before), (ended, after) = self.taken[self.first], self.taken[self.last]
+        return ended - began, after.since(before)
 
 
 def available() -> bool:
@@ -87,14 +97,14 @@ def measure(spec: EchoSpec) -> tuple[float, CpuMark, int]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
-    marks = Marks()
+    marks = Marks(spec.warm, spec.rounds)
     with _scratch() as folder, _streams_to(folder / "log.txt") as log:
         try:
             _simulate(spec, marks, folder)
         except Exception as error:
             tail = log.read_text("utf-8", errors="replace")[-1000:]
             raise RuntimeError(f"Flower's simulation failed: {error!s:.500}\n{tail}") from None
-    wall, cpu = marks.between(spec.warm, spec.rounds)
+    wall, cpu = marks.spent
     return wall, cpu, spec.supernodes * (spec.rounds - spec.warm)
 
 
@@ -153,7 +163,7 @@ def _strategy(spec: EchoSpec, marks: Marks) -> Any:
     from flwr.serverapp.strategy import FedAvg
 
     class Marked(FedAvg):  # type: ignore[misc]
-        """FedAvg that checks that everybody answered and reads the meter after each round."""
+        """FedAvg that checks that everybody answered and tells the meter of each round's end."""
 
         def aggregate_train(self, server_round: int, replies: Iterable[Any]) -> Any:
             answers = list(replies)
@@ -164,7 +174,7 @@ def _strategy(spec: EchoSpec, marks: Marks) -> Any:
                 released = super().aggregate_train(server_round, answers)
             else:
                 released = answers[0].content[self.arrayrecord_key], MetricRecord({})
-            marks.take()
+            marks.end_of(server_round)
             return released
 
     return Marked(

@@ -92,7 +92,7 @@ class Sample:
 
     wall_s: float
     cpu: CpuMark
-    device_rounds: float
+    device_rounds: int
     vector_bytes: int
 
     @property
@@ -130,25 +130,24 @@ def privrec_sample(settings: Settings) -> Sample:
     from privrec.record import NullObserver, Record
 
     class Meter(NullObserver):
-        """Reads the meter at the end of each round."""
+        """Tells the meter of each round's end, and counts devices between the two marks."""
 
         def __init__(self) -> None:
-            self.marks = flower.Marks()
-            self.cohorts: list[int] = []
+            self.marks = flower.Marks(settings.warm, settings.rounds - 1)
+            self.device_rounds = 0
 
         def round(self, record: Record) -> None:
-            self.marks.take()
-            self.cohorts.append(record.cohort or 0)
+            self.marks.end_of(record.round)
+            if self.marks.first < record.round <= self.marks.last:
+                self.device_rounds += record.cohort or 0
 
     meter = Meter()
     with tempfile.TemporaryDirectory(prefix="privrec") as folder:
         os.environ["PRIVREC_STATE"] = str(Path(folder) / "state")
         out = Path(folder) / "run"
         result = run.start(scenario_of(settings), out=out, data_dir=settings.data, observer=meter)
-    last = settings.rounds - 1
-    wall, cpu = meter.marks.between(settings.warm, last)
-    size = int(result.payload["cost"]["upload_bytes"])
-    return Sample(wall, cpu, sum(meter.cohorts[settings.warm : last]), size)
+    wall, cpu = meter.marks.spent
+    return Sample(wall, cpu, meter.device_rounds, int(result.payload["cost"]["upload_bytes"]))
 
 
 def flower_sample(spec: flower.EchoSpec) -> Sample:
@@ -204,7 +203,7 @@ def as_row(name: str, samples: list[Sample], reference_s: float) -> dict[str, An
         "name": name,
         "vector_bytes": samples[0].vector_bytes,
         "repetitions": len(samples),
-        "device_rounds": round(sum(sample.device_rounds for sample in samples)),
+        "device_rounds": sum(sample.device_rounds for sample in samples),
         "cpu_s_per_device_round": median(costs),
         "cpu_s_per_device_round_each": costs,
         "cpu_s_per_device_round_by_process": {

@@ -132,11 +132,11 @@ def test_many_steps_bring_the_private_state_to_its_optimum(lab, loss, compressio
         assert end < 2e-3
 
 
-@pytest.mark.parametrize("loss", ["bce", "bpr"])
-@pytest.mark.parametrize("scale", [0.1, 1.0, 3.0])
-def test_a_full_newton_step_never_raises_the_loss(lab, loss, scale) -> None:
+@pytest.mark.parametrize("loss", ["bce", "bpr", "softmax", "full_softmax"])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 2.0, 4.0])
+def test_fitting_never_raises_the_loss(lab, loss, scale) -> None:
     values = []
-    for steps in range(5):
+    for steps in range(7):
         here = lab("gmf", loss=loss, user_steps=steps, scale=scale)
         values.append([penalised(here, user, here.alone(user).states[0])[0] for user in (0, 3, 7)])
     assert np.all(np.diff(values, axis=0) <= 1e-4)

@@ -1,0 +1,192 @@
+"""Recommendations: for a user of the data, or for a history that nobody has seen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from privrec import data, run
+from privrec.data import Interactions
+from privrec.errors import IntegrityError, UnknownIdError, UsageError
+from privrec.record import NullObserver
+from privrec.scenario import Scenario
+from privrec.serving import Recommendation, recommend
+
+SCENARIO = """
+name = "served"
+[data]
+users = 120
+items = 40
+clusters = 4
+interactions_per_user = 10
+[model]
+dim = 8
+block = 4
+[devices]
+sampling = "everybody"
+[train]
+rounds = 12
+loss = "full_softmax"
+server_optimizer = "fedavg"
+server_lr = 2.0
+[privacy]
+noise = "none"
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("served")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PRIVREC_STATE", str(folder / "state"))
+        patch.setattr("privrec.outcome.peak_bytes", lambda *_: None)
+        scenario = Scenario.from_toml(SCENARIO)
+        run.start(scenario, out=folder / "run", observer=NullObserver(), unsafe_noise_key=b"k")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def train() -> Interactions:
+    return data.load(Scenario.from_toml(SCENARIO).data, data_dir=None).train
+
+
+def ids_of(train: Interactions, user: int) -> list[str]:
+    return [str(train.item_ids[item]) for item in train.history(user)]
+
+
+def test_a_list_is_ranked_and_within_the_catalogue(trained: Path, train: Interactions) -> None:
+    known = {str(item) for item in train.item_ids}
+    for user in (0, 7, 119):
+        found = recommend(trained, user=str(train.user_ids[user]))
+        assert [entry.rank for entry in found] == [*range(1, 11)]
+        scores = [entry.score for entry in found]
+        assert scores == sorted(scores, reverse=True)
+        assert len({entry.item_id for entry in found}) == 10
+        assert {entry.item_id for entry in found} <= known
+
+
+def test_nothing_of_the_history_comes_back(trained: Path, train: Interactions) -> None:
+    for user in range(0, 120, 17):
+        own = ids_of(train, user)
+        for words in ({"user": str(train.user_ids[user])}, {"history": own}):
+            found = recommend(trained, k=1000, **words)  # type: ignore[arg-type]
+            offered = [entry.item_id for entry in found]
+            assert not set(offered) & set(own)
+            assert len(offered) == len(set(offered)) == train.n_items - len(set(own))
+
+
+def test_a_user_and_the_same_history_get_the_same_list(trained: Path, train: Interactions) -> None:
+    for user in (1, 30, 64):
+        by_id = recommend(trained, user=str(train.user_ids[user]))
+        own = ids_of(train, user)
+        for history in (own, own[::-1], own + own):
+            assert recommend(trained, history=history) == by_id
+
+
+def test_a_history_nobody_has_seen_is_served_by_its_taste(
+    trained: Path, train: Interactions
+) -> None:
+    """Two histories from two users' tastes get lists that differ, each closer to its own."""
+    lists = [{entry.item_id for entry in recommend(trained, history=ids_of(train, user)[:4])}
+             for user in range(12)]  # fmt: skip
+    assert len({frozenset(found) for found in lists}) > 6
+
+
+def test_held_out_items_are_found_more_often_than_by_chance(
+    trained: Path, train: Interactions
+) -> None:
+    split = data.load(Scenario.from_toml(SCENARIO).data, data_dir=None)
+    hits = []
+    for user in range(0, 120, 3):
+        target = split.heldout.items[split.heldout.indptr[user]]
+        found = recommend(trained, user=str(train.user_ids[user]))
+        hits.append(str(train.item_ids[target]) in {entry.item_id for entry in found})
+    assert sum(hits) / len(hits) > 0.5  # chance: a third
+
+
+def test_k_bounds_the_list(trained: Path, train: Interactions) -> None:
+    whole = recommend(trained, user=str(train.user_ids[5]), k=1000)
+    for k in (1, 3, 10):
+        assert recommend(trained, user=str(train.user_ids[5]), k=k) == whole[:k]
+    for k in (0, -1):
+        with pytest.raises(UsageError, match=f"k = {k}: must be at least 1"):
+            recommend(trained, user=str(train.user_ids[5]), k=k)
+
+
+def test_a_history_of_everything_leaves_nothing_to_recommend(
+    trained: Path, train: Interactions
+) -> None:
+    assert recommend(trained, history=[str(item) for item in train.item_ids]) == []
+
+
+@pytest.mark.parametrize(
+    "words", [{"user": "nobody"}, {"history": ["nothing"]}, {"history": ["1", "99999"]}], ids=str
+)
+def test_unknown_ids_are_refused(trained: Path, words: dict[str, Any]) -> None:
+    with pytest.raises(UnknownIdError) as caught:
+        recommend(trained, **words)
+    wrong = words.get("user") or words["history"][-1]
+    assert repr(wrong) in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("words", [{}, {"user": "1", "history": ["1"]}], ids=str)
+def test_exactly_one_of_user_and_history_is_needed(trained: Path, words: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="give one of"):
+        recommend(trained, **words)
+
+
+def test_an_empty_history_is_refused(trained: Path) -> None:
+    with pytest.raises(UsageError, match="the history is empty"):
+        recommend(trained, history=[])
+
+
+def test_titles_are_given_where_the_data_has_them(trained: Path, train: Interactions) -> None:
+    assert train.titles is not None
+    titles = {str(item): title for item, title in zip(train.item_ids, train.titles, strict=True)}
+    for entry in recommend(trained, user=str(train.user_ids[3])):
+        assert entry.title == titles[entry.item_id]
+
+
+def test_a_recommendation_is_plain_json() -> None:
+    entry = Recommendation(1, "12", None, 0.5)
+    assert json.loads(json.dumps(entry.to_json())) == {
+        "rank": 1, "item_id": "12", "title": None, "score": 0.5,
+    }  # fmt: skip
+
+
+def copied(trained: Path, to: Path) -> Path:
+    import shutil
+
+    return Path(shutil.copytree(trained, to / "run"))
+
+
+def test_an_unfinished_run_says_how_to_finish_it(trained: Path, tmp_path: Path) -> None:
+    path = copied(trained, tmp_path)
+    (path / "model.safetensors").unlink()
+    with pytest.raises(UsageError, match="there is no model yet; finish the run: privrec resume"):
+        recommend(path, user="1")
+
+
+@pytest.mark.parametrize("content", [b"", b"{ spoilt", b"\x08" + bytes(7) + b'{"a":{}}'])
+def test_a_spoilt_model_is_refused(trained: Path, tmp_path: Path, content: bytes) -> None:
+    path = copied(trained, tmp_path)
+    (path / "model.safetensors").write_bytes(content)
+    with pytest.raises(IntegrityError, match="not a model"):
+        recommend(path, user="1")
+
+
+def test_a_model_of_another_catalogue_is_refused(trained: Path, tmp_path: Path) -> None:
+    path = copied(trained, tmp_path)
+    text = (path / "scenario.toml").read_text()
+    (path / "scenario.toml").write_text(text.replace("items = 40", "items = 400"))
+    with pytest.raises(IntegrityError, match="use the data that the model was trained on"):
+        recommend(path, user="1")
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"there is no run\.json"):
+        recommend(tmp_path, user="1")
