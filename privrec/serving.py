@@ -72,12 +72,13 @@ def recommend(
         raise UsageError(f"k = {k}: must be at least 1; ask for one recommendation or more")
     scenario, train = _data_of(run_dir, data_dir)
     if user is not None:
-        items = train.history(train.user_index(user))
+        liked = train.history(train.user_index(user))
     else:
-        items = _known_items(train, history or ())
+        liked = _known_items(train, history or ())
+    items = np.unique(liked)  # in one order, since the fit draws its negatives by place
     scores = _scores(run_dir, scenario, train, items)
     scores[items] = -np.inf
-    best = np.argsort(-scores, kind="stable")[: min(k, train.n_items - len(np.unique(items)))]
+    best = np.argsort(-scores, kind="stable")[: min(k, train.n_items - len(items))]
     return [
         Recommendation(rank, str(train.item_ids[i]), _title(train, int(i)), float(scores[i]))
         for rank, i in enumerate(best, 1)
@@ -95,7 +96,7 @@ def _data_of(run_dir: Path, data_dir: Path | None) -> tuple[Scenario, Interactio
 def _known_items(train: Interactions, ids: Sequence[str]) -> NDArray[np.int32]:
     if not ids:
         raise UsageError("the history is empty: it must name at least one item id, one a line")
-    return np.unique(np.array([train.item_index(item) for item in ids], np.int32))
+    return np.array([train.item_index(item) for item in ids], np.int32)
 
 
 def _scores(

@@ -485,7 +485,7 @@ def command(world: World, *words: str, grown_to: int | None, send: int = signal.
 
 
 def test_real_processes_killed_and_interrupted(sessions: Sessions) -> None:
-    long = LIMITED.replace(f"rounds = {ROUNDS}", "rounds = 200")
+    long = LIMITED.replace(f"rounds = {ROUNDS}", "rounds = 120")
     scenario = sessions.written("long.toml", long[: long.index("[run]")])
     world = sessions.new_world()
     begun = command(world, "run", str(scenario), "--out", str(world.out), grown_to=40)
@@ -493,13 +493,13 @@ def test_real_processes_killed_and_interrupted(sessions: Sessions) -> None:
     assert begun.stderr.startswith("Simulated run: tiny")
     undisturbed = world.copy("undisturbed")
     lines = len(world.entries)
-    stopped = command(world, "resume", str(world.out), grown_to=lines + 80, send=signal.SIGINT)
+    stopped = command(world, "resume", str(world.out), grown_to=lines + 60, send=signal.SIGINT)
     assert stopped.returncode == 130, stopped.stderr
     assert "error: stopped after round" in stopped.stderr
     assert f"privrec resume {world.out}" in stopped.stderr
     assert "Traceback" not in stopped.stderr
     position, _ = checkpoint.read(world.out / run.CHECKPOINT)
-    assert f"stopped after round {position.index} of 200" in stopped.stderr
+    assert f"stopped after round {position.index} of 120" in stopped.stderr
     ended = command(world, "resume", str(world.out), grown_to=None)
     assert ended.returncode == 0, ended.stderr
     assert (world.out / "report.html").is_file()

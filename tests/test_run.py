@@ -484,7 +484,11 @@ def test_an_empty_directory_and_missing_parents_are_welcome(tmp_path: Path) -> N
         (("devices.population=41",), UsageError, "the data has 40 users"),
         (("data.source=table", "data.path=no.csv"), DataError, "no.csv"),
         (("data.source=ml-1m", "data.path=nowhere"), PrivrecError, "nowhere"),
-        (("privacy.scale_bits=20", "data.users=3000", "devices.population=3000"), UsageError, "3000"),
+        (
+            ("privacy.scale_bits=20", "data.users=3000", "devices.population=3000"),
+            UsageError,
+            "3000",
+        ),
     ],
     ids=["population", "table", "data set", "capacity"],
 )  # fmt: skip

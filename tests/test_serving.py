@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,10 @@ def train() -> Interactions:
     return data.load(Scenario.from_toml(SCENARIO).data, data_dir=None).train
 
 
+def copied(trained: Path, to: Path) -> Path:
+    return Path(shutil.copytree(trained, to / "run"))
+
+
 def ids_of(train: Interactions, user: int) -> list[str]:
     return [str(train.item_ids[item]) for item in train.history(user)]
 
@@ -78,7 +83,14 @@ def test_nothing_of_the_history_comes_back(trained: Path, train: Interactions) -
             assert len(offered) == len(set(offered)) == train.n_items - len(set(own))
 
 
-def test_a_user_and_the_same_history_get_the_same_list(trained: Path, train: Interactions) -> None:
+@pytest.mark.parametrize("loss", ["full_softmax", "softmax", "bce", "bpr"])
+def test_a_user_and_the_same_history_get_the_same_list(
+    loss: str, trained: Path, train: Interactions, tmp_path: Path
+) -> None:
+    """Also where the fit draws negatives: those depend on the history, not on its order."""
+    trained = copied(trained, tmp_path)
+    text = (trained / "scenario.toml").read_text()
+    (trained / "scenario.toml").write_text(text.replace("full_softmax", loss))
     for user in (1, 30, 64):
         by_id = recommend(trained, user=str(train.user_ids[user]))
         own = ids_of(train, user)
@@ -156,12 +168,6 @@ def test_a_recommendation_is_plain_json() -> None:
     assert json.loads(json.dumps(entry.to_json())) == {
         "rank": 1, "item_id": "12", "title": None, "score": 0.5,
     }  # fmt: skip
-
-
-def copied(trained: Path, to: Path) -> Path:
-    import shutil
-
-    return Path(shutil.copytree(trained, to / "run"))
 
 
 def test_an_unfinished_run_says_how_to_finish_it(trained: Path, tmp_path: Path) -> None:

@@ -171,7 +171,10 @@ class _Local:
         # Not finite gives a state, hence an update, that is not finite: it is zeroed when clipped.
         factor = torch.linalg.cholesky_ex(hessian)[0]
         step = torch.cholesky_solve(slope.unsqueeze(2), factor).squeeze(2)
-        return step * _damping(jacobian, step) if self._damped else step
+        if not self._damped:
+            return step
+        # Padding and negatives that are in the history have neither; the loss does not see them.
+        return step * _damping(jacobian, step, (curvature > 0) | (gradient != 0))
 
     def descend(self, user: Tensor, steps: int, rate: float) -> Tensor:
         """Gradient steps of the summed loss on the shared parameters; gives the first mean loss."""
@@ -220,14 +223,16 @@ def _weighted_gram(jacobian: Tensor, weights: Tensor) -> Tensor:
     return (weights @ products).reshape(-1, width, width)
 
 
-def _damping(jacobian: Tensor, step: Tensor) -> Tensor:
+def _damping(jacobian: Tensor, step: Tensor, seen: Tensor) -> Tensor:
     """Share of a softmax's Newton step that is sure to descend, shape ``(m, 1)``.
 
-    It is ``log(1 + b) / b`` for scores that the step would spread by ``b``: Sun & Tran-Dinh,
+    It is ``log(1 + b) / b`` where the step would spread the seen scores by ``b``: Sun & Tran-Dinh,
     "Generalized self-concordant functions" (Mathematical Programming 2019), theorem 2.
     """
     shifts = step @ jacobian[0].T if len(jacobian) == 1 else (jacobian @ step[:, :, None])[..., 0]
-    spread = (shifts.amax(1, keepdim=True) - shifts.amin(1, keepdim=True)).clamp_min(1e-6)
+    highest = shifts.masked_fill(~seen, -torch.inf).amax(1, keepdim=True)
+    lowest = shifts.masked_fill(~seen, torch.inf).amin(1, keepdim=True)
+    spread = (highest - lowest).clamp_min(1e-6)
     return torch.log1p(spread) / spread
 
 
