@@ -139,4 +139,4 @@ def initial_weights(recommender: Recommender, init_std: float, seed: int) -> NDA
 
 def data_digest(train: Interactions) -> str:
     """Digest of the histories, to tell that a resumed run has the data it began with."""
-    return (digest(train.indptr) + digest(train.items)).hex()
+    return (digest(train.indptr) + digest(train.items)).hex() + f"-{train.n_items}"

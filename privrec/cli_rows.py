@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from privrec import run
+from privrec.identity import remembered_data_dir
 from privrec.record import Observer
 from privrec.run import Result
 from privrec.scenario import Row, Scenario
@@ -36,7 +37,7 @@ def with_rows(
     """
     if not scenario.rows or "rows" in result.payload:
         return result
-    place = data_dir or run.remembered_data_dir(result.path)
+    place = data_dir or remembered_data_dir(result.path)
     rows = []
     for index, (row, (name, variant)) in enumerate(
         zip(scenario.rows, scenario.variants(), strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import pickle
 import resource
 import subprocess
@@ -44,15 +45,17 @@ def peak_bytes(
     task = pickle.dumps((trainer, encoding, weights.tobytes(), history.tobytes()))
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "privrec.footprint"],
+            # -P: a file of the working directory must not pass for a module.
+            [sys.executable, "-P", "-m", "privrec.footprint"],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
             input=task,
             capture_output=True,
             timeout=TIMEOUT_S,
             check=True,
         )
-    except (OSError, subprocess.SubprocessError):
+        return int(done.stdout)
+    except (OSError, ValueError, subprocess.SubprocessError):
         return None
-    return int(done.stdout)
 
 
 def _measure(trainer: Trainer, encoding: Encoding, weights: bytes, history: bytes) -> int:

@@ -93,6 +93,7 @@ def result_of(
         "intervals": {name: list(pair) for name, pair in evaluated.intervals(seed).items()},
         "baselines": {"popularity": popularity.summary()},
         "metrics_note": OUTSIDE,
+        "outside_the_guarantee": ["metrics", "intervals", "baselines", "data", "cost"],
         "privacy": _privacy(scenario, split, parts, ledger, known=bool(identity["noise_known"])),
         "cost": _cost(split.train, parts, cpu_s, wall_s),
         "model": _model(parts, scenario),
@@ -137,15 +138,20 @@ def _cost(train: Interactions, parts: Parts, cpu_s: float, wall_s: float) -> dic
     longest = train.history(int(train.counts.argmax()))
     server, plan = parts.server, parts.server.plan
     device_rounds = server.index * plan.expected_cohort
+    # Realised cohorts are nobody's business: two digits of a total do not tell their number.
+    seconds = _two_digits if plan.event.hides_cohorts else float
     trainer = dataclasses.replace(parts.cohort.trainer, recommender=parts.recommender)
     return {
         "upload_bytes": size,
         "download_bytes": size,
         "device_peak_bytes": peak_bytes(trainer, plan.encoding, server.weights, longest),
-        # By the expected cohort: the realised sizes are nobody's business.
-        "cpu_s_per_device_round": cpu_s / device_rounds if device_rounds else None,
-        "wall_s": wall_s,
+        "cpu_s_per_device_round": seconds(cpu_s / device_rounds) if device_rounds else None,
+        "wall_s": seconds(wall_s),
     }
+
+
+def _two_digits(value: float) -> float:
+    return float(f"{value:.1e}")
 
 
 def _model(parts: Parts, scenario: Scenario) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def state_dir() -> Path:
         need not exist.
     """
     if own := os.environ.get("PRIVREC_STATE"):
-        return Path(own)
+        return Path(own).absolute()
     if shared := os.environ.get("XDG_STATE_HOME"):
         return Path(shared) / "privrec"
     return Path.home() / ".local" / "state" / "privrec"

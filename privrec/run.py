@@ -6,9 +6,6 @@ releases is committed on disk before it is applied. So a crash can waste budget,
 
 from __future__ import annotations
 
-import json
-import secrets
-import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -20,23 +17,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-import privrec
-from privrec import checkpoint, data, metrics
+from privrec import checkpoint, data, metrics, rundir
 from privrec.assembly import Parts, assemble, data_digest
 from privrec.checkpoint import Position
 from privrec.data import Split
-from privrec.errors import BudgetError, IntegrityError, Interrupted, UsageError
+from privrec.errors import BudgetError, Interrupted
+from privrec.identity import Identity
 from privrec.outcome import result_of, write_model
-from privrec.privacy.ledger import Ledger, server_key
-from privrec.randomness import SecretRoot, rng_for, state_dir, sync_directory
+from privrec.privacy.ledger import Ledger
+from privrec.randomness import SecretRoot, rng_for, sync_directory
 from privrec.record import EventLog, Observer, Record, RunInfo
 from privrec.scenario import Scenario, load
 from privrec.scoring import Scorer
 from privrec.server.server import Release
-
-CHECKPOINT = "checkpoint.safetensors"
 
 
 @dataclass(frozen=True)
@@ -75,13 +69,13 @@ def start(
             as it came.
         Interrupted: on Ctrl-C, after a checkpoint.
     """
-    _refuse_taken(out)
+    rundir.refuse_taken(out)
     split = data.load(scenario.data, data_dir=data_dir)
-    _check_population(scenario, split.train.n_users)
-    identity = _Identity.new(scenario, split, data_dir, unsafe_noise_key)
-    with identity.forgotten_on_failure(), _appearing(out) as folder:
+    rundir.check_population(scenario, split.train.n_users)
+    identity = Identity.new(scenario, split, data_dir, unsafe_noise_key)
+    with identity.forgotten_unless(out), rundir.appearing(out) as folder:
         parts = assemble(scenario, split.train, identity.run_id, identity.root("devices"))
-        _write_json(folder / "run.json", identity.to_json())
+        rundir.write_json(folder / "run.json", identity.to_json())
         checkpoint.replace(folder / "scenario.toml", scenario.to_toml().encode())
         header = {
             "run_id": identity.run_id,
@@ -90,12 +84,13 @@ def start(
             "delta": scenario.privacy.delta,
             "population": split.train.n_users,
             "noise_known": identity.known_key is not None,
+            "noise_root": identity.root_tag(),
         }
         with Ledger.create(
             folder / "ledger.jsonl", header=header, signing_key=identity.signing_key(new=True)
         ) as ledger:
             digest = data_digest(split.train)
-            position = _save(folder, parts, identity, scenario, ledger, digest)
+            position = rundir.save(folder, parts, identity, scenario, ledger, digest)
         with EventLog(folder / "events.jsonl") as events:
             events.append("start", run_id=identity.run_id, simulated=True)
     sync_directory(out.parent)
@@ -113,127 +108,25 @@ def resume(out: Path, *, data_dir: Path | None = None, observer: Observer) -> Re
         UsageError: when ``out`` is no run directory, or the key that signs its ledger is gone.
         IntegrityError: when ledger, checkpoint and data do not belong together or were altered.
     """
-    identity = _Identity.read(out)
-    if (payload := _payload(out)) is not None:
+    identity = Identity.read(out)
+    if (payload := rundir.result(out)) is not None:
+        (out / rundir.CHECKPOINT).unlink(missing_ok=True)
         return Result(out, payload)
     identity.signing_key()  # refused before a fresh root is drawn for a run that cannot go on
     scenario = load(out / "scenario.toml")
     split = data.load(scenario.data, data_dir=data_dir or identity.data_dir)
     parts = assemble(scenario, split.train, identity.run_id, identity.root("devices"))
-    position, arrays = checkpoint.read(out / CHECKPOINT)
-    _check_same(out, position, identity, scenario, data_digest(split.train))
-    _restore(parts, position, arrays)
+    position, arrays = checkpoint.read(out / rundir.CHECKPOINT)
+    rundir.check_same(out, position, identity, scenario, data_digest(split.train))
+    rundir.restore(parts, position, arrays)
     return _go_on(out, scenario, split, identity, parts, observer, position, resumed=True)
-
-
-def remembered_data_dir(out: Path) -> Path | None:
-    """Where the data of a run lay when it was started."""
-    return _Identity.read(out).data_dir
-
-
-@dataclass(frozen=True)
-class _Identity:
-    """Who a run is: its name, where its data lies, and its secrets (kept apart from it)."""
-
-    run_id: str
-    scenario: str
-    scenario_hash: str
-    privacy_hash: str
-    data: dict[str, Any]
-    data_dir: Path | None
-    known_key: str | None
-
-    @classmethod
-    def new(
-        cls, scenario: Scenario, split: Split, data_dir: Path | None, known: bytes | None
-    ) -> _Identity:
-        # A known root repeats a run bit for bit, so the run's name must repeat as well.
-        run_id = secrets.token_hex(8) if known is None else f"known-{scenario.hash()[:16]}"
-        return cls(
-            run_id,
-            scenario.name,
-            scenario.hash(),
-            scenario.privacy_hash(),
-            data.describe(split),
-            None if data_dir is None else data_dir.resolve(),
-            None if known is None else known.hex(),
-        )
-
-    @classmethod
-    def read(cls, out: Path) -> _Identity:
-        path = out / "run.json"
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            data_dir, key = stored["data_dir"], stored["unsafe_noise_key"]
-            identity = cls(
-                str(stored["run_id"]),
-                str(stored["scenario"]),
-                str(stored["scenario_hash"]),
-                str(stored["privacy_hash"]),
-                dict(stored["data"]),
-                None if data_dir is None else Path(data_dir),
-                None if key is None else bytes.fromhex(key).hex(),
-            )
-            if identity.to_json() | {"version": stored["version"]} != stored:
-                raise ValueError("its entries contradict each other")
-        except (FileNotFoundError, NotADirectoryError):
-            raise UsageError(
-                f"{out}: there is no run.json; name a directory that `privrec run` made"
-            ) from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise IntegrityError(f"{path}: not what was written ({error!r}); restore it") from None
-        return identity
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "run_id": self.run_id,
-            "scenario": self.scenario,
-            "version": privrec.__version__,
-            "simulated": True,
-            "scenario_hash": self.scenario_hash,
-            "privacy_hash": self.privacy_hash,
-            "noise_known": self.known_key is not None,
-            "unsafe_noise_key": self.known_key,
-            "data": self.data,
-            "data_dir": None if self.data_dir is None else str(self.data_dir),
-        }
-
-    def root(self, maker: str) -> SecretRoot:
-        """The secret of one noise-maker: the injected one, the kept one, or a new one."""
-        if self.known_key is not None:
-            return SecretRoot.known(bytes.fromhex(self.known_key) + maker.encode())
-        path = self._secrets() / f"{maker}.root"
-        return SecretRoot.load(path) if path.exists() else SecretRoot.create(path)
-
-    def signing_key(self, *, new: bool = False) -> Any:
-        """The key that signs the ledger; one that is gone is never replaced by another."""
-        path = self._secrets() / "server.key"
-        if not (new or path.exists()):
-            raise UsageError(
-                f"{path}: the key that signs this run's ledger is gone, and no other may sign it; "
-                "bring the file back, set PRIVREC_STATE to the folder that holds it, or start anew"
-            )
-        return server_key(path)
-
-    @contextmanager
-    def forgotten_on_failure(self) -> Iterator[None]:
-        """Secrets of a start that failed are removed; those of a known root may serve others."""
-        try:
-            yield
-        except BaseException:
-            if self.known_key is None:
-                shutil.rmtree(self._secrets(), ignore_errors=True)
-            raise
-
-    def _secrets(self) -> Path:
-        return state_dir() / "runs" / self.run_id
 
 
 def _go_on(
     out: Path,
     scenario: Scenario,
     split: Split,
-    identity: _Identity,
+    identity: Identity,
     parts: Parts,
     observer: Observer,
     position: Position,
@@ -245,9 +138,12 @@ def _go_on(
         EventLog(out / "events.jsonl") as events,
         _one_thread(),
     ):
-        _check_ledger(out, ledger, identity, position)
+        rundir.check_ledger(out, ledger, identity, position)
         if resumed:
-            events.append("resume", round=position.index, repaired=ledger.repaired)
+            kept = ledger.header["noise_root"] == identity.root_tag()
+            events.append(
+                "resume", round=position.index, repaired=ledger.repaired, noise_root_kept=kept
+            )
         loop = _Loop(out, scenario, split, identity, parts, observer, ledger, events)
         loop.continue_clocks(position)
         observer.started(loop.info())
@@ -261,7 +157,7 @@ class _Loop:
     out: Path
     scenario: Scenario
     split: Split
-    identity: _Identity
+    identity: Identity
     parts: Parts
     observer: Observer
     ledger: Ledger
@@ -335,7 +231,7 @@ class _Loop:
             attempt=attempt,
             epsilon=self._epsilon("recipients"),
             epsilon_server=self._epsilon("server"),
-            loss=loss,
+            loss=None if server.plan.event.hides_cohorts else loss,
             metrics=self._metrics_now(),
             cohort=cohort,
             **self._timing(began, cpu),
@@ -379,9 +275,7 @@ class _Loop:
         return self.ledger.epsilon(self.scenario.privacy.delta, adversary)
 
     def _timing(self, began: float, cpu: float) -> dict[str, float]:
-        # Where sampling amplifies, how long a round took would tell how large its cohort was.
-        event = self.parts.server.plan.event
-        if event.is_private and event.sampling_rate < 1:
+        if self.parts.server.plan.event.hides_cohorts:
             return {}
         return {"wall_s": time.perf_counter() - began, "cpu_s": time.process_time() - cpu}
 
@@ -417,119 +311,16 @@ class _Loop:
             self.scenario, self.split, self.parts, self.ledger, evaluated,
             identity=self.identity.to_json(), cpu_s=self.cpu_s, wall_s=self.wall_s,
         )  # fmt: skip
-        _write_json(self.out / "result.json", payload)
+        rundir.write_json(self.out / "result.json", payload)
+        # It holds what devices keep to themselves; a finished run has no more need of it.
+        (self.out / rundir.CHECKPOINT).unlink()
         self.events.append("end", round=self.parts.server.index)
         return Result(self.out, payload)
 
     def _save(self) -> None:
         digest = data_digest(self.split.train)
         parts, spent = self.parts, (self.wall_s, self.cpu_s)
-        _save(self.out, parts, self.identity, self.scenario, self.ledger, digest, *spent)
-
-
-def _save(
-    folder: Path,
-    parts: Parts,
-    identity: _Identity,
-    scenario: Scenario,
-    ledger: Ledger,
-    digest: str,
-    wall_s: float = 0.0,
-    cpu_s: float = 0.0,
-) -> Position:
-    server = parts.server
-    ledger.seal()
-    position = Position(
-        identity.run_id,
-        scenario.hash(),
-        digest,
-        server.index,
-        ledger.entries,
-        ledger.last_hash,
-        wall_s,
-        cpu_s,
-    )
-    moments = {f"moments.{name}": value for name, value in server.optimizer.moments.items()}
-    own = {"weights": server.weights, "mean": server.mean, "states": parts.cohort.states}
-    checkpoint.write(folder / CHECKPOINT, position, {**own, **moments})
-    return position
-
-
-def _restore(parts: Parts, position: Position, arrays: dict[str, NDArray[np.float32]]) -> None:
-    server = parts.server
-    server.index, server.weights, server.mean = (
-        position.index,
-        arrays["weights"].copy(),
-        arrays["mean"].copy(),
-    )
-    parts.cohort.states[...] = arrays["states"]
-    for name, value in arrays.items():
-        if name.startswith("moments."):
-            server.optimizer.moments[name.removeprefix("moments.")] = value.copy()
-
-
-def _check_same(
-    out: Path, position: Position, identity: _Identity, scenario: Scenario, digest: str
-) -> None:
-    expected = {
-        "run": (position.run_id, identity.run_id),
-        "scenario": (position.scenario_hash, scenario.hash()),
-        "data": (position.data_digest, digest),
-    }
-    for noun, (found, wanted) in expected.items():
-        if found != wanted:
-            raise IntegrityError(
-                f"{out / CHECKPOINT}: the checkpoint belongs to {noun} {found[:16]}, not "
-                f"{wanted[:16]}; restore what the run was started with"
-            )
-
-
-def _check_ledger(out: Path, ledger: Ledger, identity: _Identity, position: Position) -> None:
-    if not ledger.has(position.ledger_entries, position.ledger_hash):
-        raise IntegrityError(
-            f"{out / CHECKPOINT}: taken at entry {position.ledger_entries} of another ledger; "
-            "restore the ledger that belongs to this run"
-        )
-    stored = identity.to_json()
-    for key in ("run_id", "scenario_hash", "privacy_hash", "noise_known"):
-        if stored[key] != ledger.header.get(key):
-            raise IntegrityError(
-                f"{out / 'run.json'}: its {key} is {stored[key]!r}, that of the signed ledger "
-                f"{ledger.header.get(key)!r}; restore run.json as the run left it"
-            )
-
-
-def _check_population(scenario: Scenario, users: int) -> None:
-    declared = scenario.devices.population
-    if declared is not None and declared != users:
-        raise UsageError(
-            f"devices.population = {declared}: the data has {users} users; declare that number, "
-            "or leave the key out"
-        )
-
-
-def _refuse_taken(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(
-            f"{out}: it exists and is not empty; name a new directory with --out, or go on with a "
-            f"stopped run: privrec resume {out}"
-        )
-
-
-@contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
-    """A hidden folder beside ``out`` that becomes ``out`` when all went well, else vanishes."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.parent / f".{out.name}.{secrets.token_hex(4)}"
-    folder.mkdir()
-    try:
-        yield folder
-        if out.exists():
-            out.rmdir()
-        folder.rename(out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        rundir.save(self.out, parts, self.identity, self.scenario, self.ledger, digest, *spent)
 
 
 @contextmanager
@@ -562,22 +353,3 @@ def _interrupts() -> Iterator[list[int]]:
         yield seen
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    checkpoint.replace(path, text.encode())
-
-
-def _payload(out: Path) -> dict[str, Any] | None:
-    """What ``result.json`` holds, or None where the run is not finished."""
-    path = out / "result.json"
-    try:
-        payload: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise IntegrityError(
-            f"{path}: not what was written ({error}); restore it, or remove it and resume"
-        ) from None
-    return payload

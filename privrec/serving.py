@@ -15,6 +15,7 @@ from privrec.assembly import trainer_of
 from privrec.data import Interactions
 from privrec.device.cohort import Cohort
 from privrec.errors import UsageError
+from privrec.identity import remembered_data_dir
 from privrec.outcome import read_model
 from privrec.randomness import rng_for
 from privrec.scenario import Scenario, load
@@ -86,8 +87,6 @@ def recommend(
 
 
 def _data_of(run_dir: Path, data_dir: Path | None) -> tuple[Scenario, Interactions]:
-    from privrec.run import remembered_data_dir
-
     data_dir = data_dir or remembered_data_dir(run_dir)
     scenario = load(run_dir / "scenario.toml")
     return scenario, data.load(scenario.data, data_dir=data_dir).train

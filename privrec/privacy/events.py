@@ -64,6 +64,11 @@ class RoundEvent:
         """Whether it has noise, so that its ε is finite."""
         return self.mechanism != "none"
 
+    @property
+    def hides_cohorts(self) -> bool:
+        """Whether ε rests on nobody knowing who took part, nor how many, nor how long it took."""
+        return self.is_private and self.sampling_rate < 1
+
     def rate_against(self, adversary: Adversary) -> float:
         """The sampling that ``adversary`` does not see through, in (0, 1].
 

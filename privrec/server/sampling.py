@@ -5,26 +5,21 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.randomness import rng_for
 
-
-def cohort(seed: int, index: int, population: int, sampling_rate: float) -> NDArray[np.int64]:
-    """The simulated cohort of a round: each user by a coin of its own (Poisson sampling).
+def cohort(coins: NDArray[np.uint64], sampling_rate: float) -> NDArray[np.int64]:
+    """The users whose coin came up: Poisson sampling, each user by itself.
 
     The accounted amplification holds for exactly this law: the size is random, may be zero, and is
-    never forced or drawn again. At a rate of 1 everybody takes part. In simulation the coins come
-    from the named seed; they decide no secret.
+    never forced or drawn again. It also needs coins that no recipient knows and that no two
+    attempts share. At a rate of 1 everybody takes part.
 
     Args:
-        seed: the run's seed.
-        index: the round.
-        population: number of users.
+        coins: a uniform 64-bit word for each user.
         sampling_rate: chance of each user, in (0, 1].
 
     Returns:
         Sorted user indices.
     """
     if sampling_rate >= 1:
-        return np.arange(population)
-    coins = rng_for(seed, "cohort", index).random(population)
-    return np.flatnonzero(coins < sampling_rate)
+        return np.arange(len(coins))
+    return np.flatnonzero(coins < np.uint64(int(sampling_rate * 2**64)))

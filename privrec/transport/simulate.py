@@ -27,8 +27,8 @@ class Simulation:
     Args:
         devices: all of them.
         encoding: clip norm and grid.
-        root: the devices' secret; each batch of devices has its own streams of it.
-        seed: of the cohorts and samples.
+        root: the devices' secret; cohorts and batches of devices have their own streams of it.
+        seed: of the samples, and of cohorts where nothing is accounted.
         sampling_rate: chance of each device in a round.
         engine: ``"cohort"`` trains batches; ``"device"`` trains devices one at a time.
     """
@@ -43,14 +43,29 @@ class Simulation:
 
     def collect(self, round: Round, weights: FloatArray) -> Aggregate:
         """See :meth:`privrec.transport.base.Transport.collect`."""
-        users = cohort(self.seed, round.index, len(self.devices.states), self.sampling_rate)
+        users = self.sample(round)
         self._rewind(round.index, users)
         total = np.zeros(len(weights), np.int64)
         loss = 0.0
         for update, losses in self._answers(round, weights, users):
             update.add_to(total)
-            loss += float(losses.sum(dtype=np.float64))
+            loss += float(losses.sum(dtype=np.float64, where=np.isfinite(losses)))
         return Aggregate(total, len(users), loss / len(users) if len(users) else None)
+
+    def sample(self, round: Round) -> NDArray[np.int64]:
+        """The round's cohort, as sorted user indices.
+
+        Promise: where privacy is accounted, the coins are secret and those of different attempts
+        and runs independent, which amplification by sampling rests on. Without a guarantee they
+        come from the seed, so that a run repeats.
+        """
+        population = len(self.devices.states)
+        if round.event.is_private:
+            coins = self.root.stream("cohort", *round.context).uint64(population)
+        else:
+            seeded = rng_for(self.seed, "cohort", round.index)
+            coins = seeded.integers(0, 2**64, population, dtype=np.uint64)
+        return cohort(coins, self.sampling_rate)
 
     def _rewind(self, index: int, users: NDArray[np.int64]) -> None:
         if self._before is not None and self._before[0] == index:

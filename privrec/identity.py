@@ -1,0 +1,132 @@
+"""Who a run is: its name, where its data lies, and where its secrets are kept."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import privrec
+from privrec import data
+from privrec.data import Split
+from privrec.errors import IntegrityError, UsageError
+from privrec.privacy.ledger import server_key
+from privrec.randomness import SecretRoot, state_dir
+from privrec.scenario import Scenario
+
+_RUN_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who a run is: its name, where its data lies, and its secrets (kept apart from it)."""
+
+    run_id: str
+    scenario: str
+    scenario_hash: str
+    privacy_hash: str
+    data: dict[str, Any]
+    data_dir: Path | None
+    known_key: str | None
+
+    @classmethod
+    def new(
+        cls, scenario: Scenario, split: Split, data_dir: Path | None, known: bytes | None
+    ) -> Identity:
+        # A known root repeats a run bit for bit, so the run's name must repeat as well.
+        run_id = secrets.token_hex(8) if known is None else f"known-{scenario.hash()[:16]}"
+        return cls(
+            run_id,
+            scenario.name,
+            scenario.hash(),
+            scenario.privacy_hash(),
+            data.describe(split),
+            None if data_dir is None else data_dir.resolve(),
+            None if known is None else known.hex(),
+        )
+
+    @classmethod
+    def read(cls, out: Path) -> Identity:
+        path = out / "run.json"
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            data_dir, key = stored["data_dir"], stored["unsafe_noise_key"]
+            identity = cls(
+                str(stored["run_id"]),
+                str(stored["scenario"]),
+                str(stored["scenario_hash"]),
+                str(stored["privacy_hash"]),
+                dict(stored["data"]),
+                None if data_dir is None else Path(data_dir),
+                None if key is None else bytes.fromhex(key).hex(),
+            )
+            if not _RUN_ID.fullmatch(identity.run_id):
+                raise ValueError(f"run_id {identity.run_id!r} is not one that privrec gives")
+            if identity.to_json() | {"version": stored["version"]} != stored:
+                raise ValueError("its entries contradict each other")
+        except (FileNotFoundError, NotADirectoryError):
+            raise UsageError(
+                f"{out}: there is no run.json; name a directory that `privrec run` made"
+            ) from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise IntegrityError(f"{path}: not what was written ({error!r}); restore it") from None
+        return identity
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "run_id": self.run_id,
+            "scenario": self.scenario,
+            "version": privrec.__version__,
+            "simulated": True,
+            "scenario_hash": self.scenario_hash,
+            "privacy_hash": self.privacy_hash,
+            "noise_known": self.known_key is not None,
+            "unsafe_noise_key": self.known_key,
+            "data": self.data,
+            "data_dir": None if self.data_dir is None else str(self.data_dir),
+        }
+
+    def root(self, maker: str) -> SecretRoot:
+        """The secret of one noise-maker: the injected one, the kept one, or a new one."""
+        if self.known_key is not None:
+            return SecretRoot.known(bytes.fromhex(self.known_key) + maker.encode())
+        path = self.secrets_dir() / f"{maker}.root"
+        return SecretRoot.load(path) if path.exists() else SecretRoot.create(path)
+
+    def signing_key(self, *, new: bool = False) -> Any:
+        """The key that signs the ledger; one that is gone is never replaced by another."""
+        path = self.secrets_dir() / "server.key"
+        if not (new or path.exists()):
+            raise UsageError(
+                f"{path}: the key that signs this run's ledger is gone, and no other may sign it; "
+                "bring the file back, set PRIVREC_STATE to the folder that holds it, or start anew"
+            )
+        return server_key(path)
+
+    def root_tag(self) -> str:
+        """What tells the server's root from another one, and nothing of it."""
+        return self.root("server").tag("identity").hex()
+
+    @contextmanager
+    def forgotten_unless(self, out: Path) -> Iterator[None]:
+        """Secrets of a start that made no ``out`` are removed; a known root may serve others."""
+        try:
+            yield
+        except BaseException:
+            if self.known_key is None and not out.exists():
+                shutil.rmtree(self.secrets_dir(), ignore_errors=True)
+            raise
+
+    def secrets_dir(self) -> Path:
+        return state_dir() / "runs" / self.run_id
+
+
+def remembered_data_dir(out: Path) -> Path | None:
+    """Where the data of a run lay when it was started."""
+    return Identity.read(out).data_dir
