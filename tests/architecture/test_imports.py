@@ -26,7 +26,8 @@ FLOORS = (
     ("transport",),
     ("record", "checkpoint"),
     ("assembly", "footprint", "scoring"),  # what the loop is put together from
-    ("outcome",),
+    ("outcome", "identity"),
+    ("rundir",),
     ("run",),
     ("report",),
     ("serving",),  # recommend: the room of the plan, by a name that hides no function

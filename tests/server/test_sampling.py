@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from privrec.randomness import SecretRoot
 from privrec.server.sampling import cohort
 
 LEVEL = 1e-4  # of each test; the draws are seeded, so that a pass is a pass for good
@@ -17,8 +18,12 @@ def drawn() -> np.ndarray:
     """Participation by round and user."""
     marks = np.zeros((ROUNDS, USERS), bool)
     for index in range(ROUNDS):
-        marks[index, cohort(5, index, USERS, RATE)] = True
+        marks[index, cohort(coins(index, USERS), RATE)] = True
     return marks
+
+
+def coins(index: int, users: int) -> np.ndarray:
+    return SecretRoot.known(b"coins").stream("cohort", index).uint64(users)
 
 
 def sizes_fit(sizes: np.ndarray, rate: float) -> bool:
@@ -57,20 +62,19 @@ def test_users_and_rounds_are_independent(drawn: np.ndarray) -> None:
     assert stats.binomtest(both, (ROUNDS - 1) * USERS, RATE**2).pvalue > LEVEL
 
 
-def test_a_round_is_the_same_when_asked_again() -> None:
-    one = cohort(1, 7, 1000, 0.3)
-    assert np.array_equal(one, cohort(1, 7, 1000, 0.3))
-    assert np.array_equal(one, np.unique(one))
-    for other in (cohort(2, 7, 1000, 0.3), cohort(1, 8, 1000, 0.3)):
-        assert not np.array_equal(one, other)
+def test_a_coin_below_the_rate_is_in() -> None:
+    words = np.array([0, 2**62 - 1, 2**62, 2**64 - 1], np.uint64)
+    assert cohort(words, 0.25).tolist() == [0, 1]
+    assert cohort(words, 1 - 2**-53).tolist() == [0, 1, 2]
+    assert cohort(words, 2**-70).tolist() == []
 
 
 def test_a_cohort_may_be_empty() -> None:
-    sizes = [len(cohort(3, index, 5, 0.1)) for index in range(100)]
+    sizes = [len(cohort(coins(index, 5), 0.1)) for index in range(100)]
     assert 0 in sizes
     assert max(sizes) > 0
 
 
 def test_everybody_takes_part_at_a_rate_of_one() -> None:
     for index in range(3):
-        assert np.array_equal(cohort(1, index, 50, 1.0), np.arange(50))
+        assert np.array_equal(cohort(coins(index, 50), 1.0), np.arange(50))

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from privrec.device.cohort import TOLERANCE, Cohort
 from privrec.device.device import Device
@@ -17,7 +18,6 @@ from privrec.models.ncf import NCF
 from privrec.privacy.events import RoundEvent
 from privrec.randomness import SecretRoot, rng_for
 from privrec.secagg.ring import Encoding
-from privrec.server.sampling import cohort
 from privrec.transport.simulate import Simulation
 
 ITEMS, USERS, ROOT = 40, 25, SecretRoot.known(b"devices")
@@ -88,7 +88,7 @@ def test_the_sum_is_that_of_the_devices_clipped_updates(engine) -> None:
     """On a fine grid it is the sum of what the devices train, clipped one by one."""
     simulation = make_simulation("neumf", engine, clip_norm=0.1, scale_bits=20)
     weights = weights_of(simulation)
-    users = cohort(3, 0, USERS, 0.5)
+    users = simulation.sample(round_of(weights))
     expected = np.zeros(len(weights))
     for user in users:
         alone = make_simulation("neumf", "device", clip_norm=30.0, scale_bits=20)
@@ -147,7 +147,7 @@ def test_another_attempt_starts_from_the_same_states_with_other_coins(engine) ->
 def test_only_the_cohort_changes_its_states(engine) -> None:
     simulation = make_simulation(engine=engine)
     weights = weights_of(simulation)
-    users = cohort(3, 0, USERS, 0.5)
+    users = simulation.sample(round_of(weights))
     simulation.collect(round_of(weights), weights)
     moved = np.flatnonzero(simulation.devices.states.any(1))
     assert set(moved) == {user for user in users if len(HISTORIES[user])}
@@ -208,3 +208,41 @@ def test_the_seed_decides_cohorts_and_samples() -> None:
     first, second = (each.collect(round_of(weights), weights) for each in (one, two))
     assert not np.array_equal(first.total, second.total)
     assert not np.array_equal(one.devices.states.any(1), two.devices.states.any(1))
+
+
+def private_round(weights: np.ndarray, attempt: int = 0, run: str = "run") -> Round:
+    event = RoundEvent("gaussian", 1.0, 0.5)
+    return Round(run, 0, attempt, event, "plan", digest(weights))
+
+
+def test_attempts_and_runs_of_an_accounted_round_have_cohorts_of_their_own() -> None:
+    """Two releases under one coin would cost more than the two charges that are composed."""
+    simulation = make_simulation()
+    weights = weights_of(simulation)
+    many = [private_round(weights, attempt) for attempt in range(400)]
+    many += [private_round(weights, run=f"run-{number}") for number in range(400)]
+    drawn = np.zeros((len(many), USERS), bool)
+    for row, round in zip(drawn, many, strict=True):
+        row[simulation.sample(round)] = True
+    both = np.count_nonzero(drawn[1:] & drawn[:-1])
+    assert stats.binomtest(both, (len(many) - 1) * USERS, 0.25).pvalue > 1e-4
+    assert np.array_equal(simulation.sample(many[0]), np.flatnonzero(drawn[0]))
+
+
+def test_who_knows_the_seed_does_not_know_an_accounted_cohort() -> None:
+    one, other_root = make_simulation(), replace(make_simulation(), root=SecretRoot.known(b"else"))
+    weights = weights_of(one)
+    ours, theirs = (each.sample(private_round(weights)) for each in (one, other_root))
+    assert not np.array_equal(ours, theirs)
+    # Without a guarantee the seed alone decides, so that the run repeats.
+    assert np.array_equal(one.sample(round_of(weights)), other_root.sample(round_of(weights)))
+
+
+@pytest.mark.parametrize("engine", ["cohort", "device"])
+def test_another_attempt_at_an_accounted_round_starts_from_the_same_states(engine) -> None:
+    twice, once = make_simulation(engine=engine), make_simulation(engine=engine)
+    weights = weights_of(twice)
+    for attempt in (0, 1):
+        last = twice.collect(private_round(weights, attempt), weights)
+    assert np.array_equal(last.total, once.collect(private_round(weights, 1), weights).total)
+    assert np.array_equal(twice.devices.states, once.devices.states)
