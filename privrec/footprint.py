@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
-import pickle
 import resource
 import subprocess
 import sys
@@ -15,21 +15,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from privrec.assembly import encoding_of, recommender_of, trainer_of
 from privrec.device.device import Device
 from privrec.device.round import Round, digest
-from privrec.device.train import Trainer
 from privrec.privacy.events import RoundEvent
 from privrec.randomness import SecretRoot
-from privrec.secagg.ring import Encoding
+from privrec.scenario import Scenario
 
 TIMEOUT_S = 120
 
 
 def peak_bytes(
-    trainer: Trainer,
-    encoding: Encoding,
-    weights: NDArray[np.float32],
-    history: NDArray[np.int32],
+    scenario: Scenario, n_items: int, weights: NDArray[np.float32], history: NDArray[np.int32]
 ) -> int | None:
     """Peak resident memory of one device's round above that of the idle interpreter, in bytes.
 
@@ -37,12 +34,13 @@ def peak_bytes(
     and encodes its update. None when that interpreter could not be run.
 
     Args:
-        trainer: local training.
-        encoding: clip norm and grid.
+        scenario: decides the model and its training.
+        n_items: size of the catalogue.
         weights: the model that is sent.
         history: the device's items; the longest one tells the worst case.
     """
-    task = pickle.dumps((trainer, encoding, weights.tobytes(), history.tobytes()))
+    head = {"scenario": scenario.to_toml(), "n_items": n_items, "weights": weights.nbytes}
+    task = json.dumps(head).encode() + b"\n" + weights.tobytes() + history.tobytes()
     try:
         done = subprocess.run(
             # -P: a file of the working directory must not pass for a module.
@@ -58,25 +56,35 @@ def peak_bytes(
         return None
 
 
-def _measure(trainer: Trainer, encoding: Encoding, weights: bytes, history: bytes) -> int:
-    # A first round on one item loads what the libraries load on their first call.
-    _round(trainer, encoding, weights, history[: np.dtype(np.int32).itemsize])
-    _give_back_freed()
-    _reset_peak()
-    before = _resident_bytes()
-    _round(trainer, encoding, weights, history)
-    return max(0, _peak_bytes() - before)
+class _Task:
+    """A round of one device, to be carried out when asked."""
 
+    def __init__(self, head: bytes, body: bytes) -> None:
+        described = json.loads(head)
+        scenario = Scenario.from_toml(described["scenario"])
+        recommender = recommender_of(scenario.model, described["n_items"], scenario.run.seed)
+        self._trainer = trainer_of(recommender, scenario.train)
+        self._encoding = encoding_of(scenario, recommender.layout)
+        self._weights, self._history = body[: described["weights"]], body[described["weights"] :]
 
-def _round(trainer: Trainer, encoding: Encoding, weights: bytes, history: bytes) -> None:
-    # The bytes arrived before the measurement; the copies are what a device would hold.
-    model, items = (
-        np.frombuffer(weights, np.float32).copy(),
-        np.frombuffer(history, np.int32).copy(),
-    )
-    device = Device(0, items, trainer, encoding, SecretRoot.known(b"measures itself"))
-    event = RoundEvent("none", 0.0, 1.0)
-    device.answer(Round("footprint", 0, 0, event, "", digest(model)), model, 0).vector()
+    def peak(self) -> int:
+        """Bytes that the round takes at its peak."""
+        # A first round on one item loads what the libraries load on their first call.
+        self._round(self._history[: np.dtype(np.int32).itemsize])
+        _give_back_freed()
+        _reset_peak()
+        before = _resident_bytes()
+        self._round(self._history)
+        return max(0, _peak_bytes() - before)
+
+    def _round(self, history: bytes) -> None:
+        # The bytes arrived before the measurement; the copies are what a device would hold.
+        model = np.frombuffer(self._weights, np.float32).copy()
+        items = np.frombuffer(history, np.int32).copy()
+        root = SecretRoot.known(b"measures itself")
+        device = Device(0, items, self._trainer, self._encoding, root)
+        event = RoundEvent("none", 0.0, 1.0)
+        device.answer(Round("footprint", 0, 0, event, "", digest(model)), model, 0).vector()
 
 
 def _give_back_freed() -> None:
@@ -111,4 +119,5 @@ def _status(field: str) -> int | None:
 
 
 if __name__ == "__main__":
-    print(_measure(*pickle.load(sys.stdin.buffer)))  # noqa: S301, T201 - written by peak_bytes
+    received = sys.stdin.buffer
+    sys.stdout.write(str(_Task(received.readline(), received.read()).peak()))

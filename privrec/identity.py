@@ -39,6 +39,7 @@ class Identity:
     def new(
         cls, scenario: Scenario, split: Split, data_dir: Path | None, known: bytes | None
     ) -> Identity:
+        """Name a new run; a known noise key makes the name repeat as the run does."""
         # A known root repeats a run bit for bit, so the run's name must repeat as well.
         run_id = secrets.token_hex(8) if known is None else f"known-{scenario.hash()[:16]}"
         return cls(
@@ -53,6 +54,12 @@ class Identity:
 
     @classmethod
     def read(cls, out: Path) -> Identity:
+        """Who the run in ``out`` is.
+
+        Raises:
+            UsageError: when ``out`` is no run directory.
+            IntegrityError: when ``run.json`` is not what was written.
+        """
         path = out / "run.json"
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
@@ -79,6 +86,7 @@ class Identity:
         return identity
 
     def to_json(self) -> dict[str, Any]:
+        """What ``run.json`` holds."""
         return {
             "run_id": self.run_id,
             "scenario": self.scenario,
@@ -124,6 +132,7 @@ class Identity:
             raise
 
     def secrets_dir(self) -> Path:
+        """Where the run's roots and signing key are kept, apart from its directory."""
         return state_dir() / "runs" / self.run_id
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -95,7 +94,7 @@ def result_of(
         "metrics_note": OUTSIDE,
         "outside_the_guarantee": ["metrics", "intervals", "baselines", "data", "cost"],
         "privacy": _privacy(scenario, split, parts, ledger, known=bool(identity["noise_known"])),
-        "cost": _cost(split.train, parts, cpu_s, wall_s),
+        "cost": _cost(scenario, split.train, parts, cpu_s, wall_s),
         "model": _model(parts, scenario),
         "data": identity["data"],
     }
@@ -133,18 +132,19 @@ def _privacy(
     }
 
 
-def _cost(train: Interactions, parts: Parts, cpu_s: float, wall_s: float) -> dict[str, Any]:
+def _cost(
+    scenario: Scenario, train: Interactions, parts: Parts, cpu_s: float, wall_s: float
+) -> dict[str, Any]:
     size = parts.recommender.layout.size * BYTES_A_COEFFICIENT
     longest = train.history(int(train.counts.argmax()))
     server, plan = parts.server, parts.server.plan
     device_rounds = server.index * plan.expected_cohort
     # Realised cohorts are nobody's business: two digits of a total do not tell their number.
     seconds = _two_digits if plan.event.hides_cohorts else float
-    trainer = dataclasses.replace(parts.cohort.trainer, recommender=parts.recommender)
     return {
         "upload_bytes": size,
         "download_bytes": size,
-        "device_peak_bytes": peak_bytes(trainer, plan.encoding, server.weights, longest),
+        "device_peak_bytes": peak_bytes(scenario, train.n_items, server.weights, longest),
         "cpu_s_per_device_round": seconds(cpu_s / device_rounds) if device_rounds else None,
         "wall_s": seconds(wall_s),
     }

@@ -45,6 +45,7 @@ STEPS: list[tuple[Any, str]] = [
     (os, "fsync"),
     (os, "replace"),
     (os, "rename"),
+    (os, "unlink"),
     (os, "mkdir"),
 ]
 

@@ -25,8 +25,9 @@ FLOORS = (
     ("server",),
     ("transport",),
     ("record", "checkpoint"),
-    ("assembly", "footprint", "scoring"),  # what the loop is put together from
-    ("outcome", "identity"),
+    ("assembly", "scoring"),  # what the loop is put together from
+    ("footprint", "identity"),
+    ("outcome",),
     ("rundir",),
     ("run",),
     ("report",),
