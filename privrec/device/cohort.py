@@ -22,6 +22,9 @@ TOLERANCE = 1e-5
 SAMPLES_IN_BATCH = 12288
 """Samples trained at once, so that a batch's tensors stay in a core's cache."""
 
+SHARED_SAMPLES_IN_BATCH = 65536
+"""The same where all devices look at the whole catalogue, whose part of the work they share."""
+
 FloatArray = NDArray[np.float32]
 
 
@@ -65,11 +68,14 @@ class Cohort:
         """``users`` by length of history, cut where a padded batch would outgrow the cache."""
         lengths = self.histories.lengths[users]
         order = np.argsort(lengths, kind="stable")
-        samples = self.trainer.sampler.width(lengths[order])
+        sampler = self.trainer.sampler
+        most = SHARED_SAMPLES_IN_BATCH if sampler.whole else SAMPLES_IN_BATCH
+        widths = sampler.width(lengths[order])
         start = 0
         while start < len(order):
             # Sorted by length, the last device of a batch sets its width.
-            padded = samples[start:] * np.arange(1, len(order) - start + 1)
-            size = max(1, int(np.searchsorted(padded, SAMPLES_IN_BATCH, side="right")))
+            ahead = widths[start : start + most]
+            padded = ahead * np.arange(1, len(ahead) + 1)
+            size = max(1, int(np.searchsorted(padded, most, side="right")))
             yield users[order[start : start + size]]
             start += size

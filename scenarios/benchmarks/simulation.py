@@ -12,8 +12,8 @@ difference over the device-rounds in between is the cost in steady state, withou
   step, records and checkpoints. Evaluation lies outside the marks.
 * Flower: `_flower_echo.py`, an app that returns the vector it was sent, of as many bytes as a
   privrec upload, on Flower's Ray backend with two actors of one CPU, without dashboard,
-  telemetry and logging. 50 SuperNodes cost the least of 20, 50, 100 and 300 (its in-memory link
-  state is searched for each of them, and few nodes leave a round's fixed cost on few shoulders).
+  telemetry and logging. 20, 50 and 100 SuperNodes cost the same within the noise, 300 up to twice
+  as much (its in-memory link state is searched for every node); the default is 50.
 
 The claim compares with the cheapest Flower row at the same vector size that uses documented
 settings only. Without MovieLens-1M (`--data`, `PRIVREC_DATA`) privrec trains on synthetic data of
