@@ -71,7 +71,8 @@ def pld(rounds: Composition, delta: float) -> float:
         delta: the δ of the claim, in (0, 1).
 
     Returns:
-        ε at least as large as the true one, infinite when δ is below what double precision carries.
+        ε at least as large as the true one; that of :func:`rdp` when δ is below what double
+        precision carries.
     """
     if all(part.everybody for part in rounds):
         return gaussian(_strength(rounds), delta)
@@ -81,9 +82,11 @@ def pld(rounds: Composition, delta: float) -> float:
         step /= 4
         finer = min(best, _pld_on_grid(rounds, delta, step))
         if best == math.inf or best - finer <= max(REFINEMENT * finer, _NEGLIGIBLE):
-            return finer
+            best = finer
+            break
         best = finer
-    return best
+    # What double precision cannot carry, Rényi divergences still bound, only more loosely.
+    return best if best < math.inf else rdp(rounds, delta)
 
 
 @lru_cache(maxsize=1024)

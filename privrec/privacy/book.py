@@ -108,7 +108,7 @@ def _count(book: Book, entry: Mapping[str, Any]) -> None:
     if not book.hashes:
         book.header = _header(entry)
         return
-    key = (int(entry["round"]), int(entry["attempt"]))
+    key = (_index(entry["round"]), _index(entry["attempt"]))
     if entry["kind"] == "commit" and key in book.charges:
         book.commits[key] = bytes.fromhex(entry["tag"])
     elif entry["kind"] == "charge" and key not in book.charges:
@@ -117,6 +117,12 @@ def _count(book: Book, entry: Mapping[str, Any]) -> None:
         book.counts[charge.event] += 1
     else:
         raise ValueError(f"{entry['kind']} of round {key[0]}, attempt {key[1]}")
+
+
+def _index(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r}, where an index is wanted")
+    return value
 
 
 def _header(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -125,9 +125,9 @@ def test_refinement_ends(monkeypatch):
     assert found == 4.0**-5
 
 
-def test_an_infinite_epsilon_is_not_refined(monkeypatch):
+def test_an_infinite_epsilon_is_not_refined_but_bounded_by_rdp(monkeypatch):
     found, steps = refined(monkeypatch, lambda step: math.inf)
-    assert (found, len(steps)) == (math.inf, 2)
+    assert (found, len(steps)) == (accountant.rdp(rounds(1.0, 0.1, 10), 1e-5), 2)
 
 
 @pytest.mark.parametrize(("sigma", "rate", "count", "delta"), SETTINGS)
@@ -177,8 +177,10 @@ def test_tail_in_the_window():
     assert len(mass) < len(wide) / 5
 
 
-def test_delta_below_what_doubles_carry_is_infinite():
-    assert accountant.pld(rounds(1.0, 0.1, 100), 1e-16) == math.inf
+def test_delta_below_what_doubles_carry_is_left_to_rdp():
+    part = rounds(1.0, 0.1, 100)
+    assert accountant.pld(part, 1e-16) == accountant.rdp(part, 1e-16) < math.inf
+    assert accountant.pld(part, 1e-5) < accountant.rdp(part, 1e-5)
 
 
 def test_extreme_noise():
