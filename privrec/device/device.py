@@ -67,7 +67,10 @@ class Device:
                 f"round {round.index}: the model received has another digest than the round's; "
                 "ask the server for the round again"
             )
-        trained = self.train(weights, key)
+        return self.protect(round, self.train(weights, key))
+
+    def protect(self, round: Round, trained: Trained) -> BoundedUpdate:
+        """Keep the new private state, and give the bounded update of a local round."""
         coins = self.root.stream("rounding", *round.context, self.user, digest(self.state))
         self.state = trained.states[0]
         return trained.update.bound(self.encoding, coins)

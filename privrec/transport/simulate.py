@@ -94,6 +94,6 @@ class Simulation:
             history = devices.histories.select(np.array([user])).items
             own = devices.states[user].copy()
             device = Device(int(user), history, devices.trainer, self.encoding, self.root, own)
-            losses = device.train(weights, key).losses
-            yield device.answer(round, weights, key), losses
+            trained = device.train(weights, key)
+            yield device.protect(round, trained), trained.losses
             devices.states[user] = device.state
