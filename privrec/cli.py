@@ -513,7 +513,7 @@ def _check_run(directory: Path) -> None:
 
 
 def _sinks(tensorboard: Path | None, mlflow: str | None) -> list[Observer]:
-    from privrec.record import MLflowSink, TensorBoardSink
+    from privrec.tracking import MLflowSink, TensorBoardSink
 
     sinks: list[Observer] = []
     if tensorboard is not None:
@@ -525,9 +525,9 @@ def _sinks(tensorboard: Path | None, mlflow: str | None) -> list[Observer]:
 
 def _observed(sinks: Iterable[Observer]) -> Observers:
     """The console and ``sinks`` as one observer, which is closed on leaving its ``with``."""
-    from privrec.record import Observers, console_observer
+    from privrec import console, record
 
-    return Observers(console_observer(), *sinks)
+    return record.Observers(console.console_observer(), *sinks)
 
 
 def _finish(result: Result, as_json: bool) -> None:

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from privrec.record import OUTSIDE, epsilon_text, metric_name
+from privrec.record import OUTSIDE
+from privrec.wording import adversary_text, epsilon_text, metric_name
 
 if TYPE_CHECKING:
     from privrec.cli_doctor import Finding
@@ -93,8 +94,8 @@ def _privacy_lines(privacy: Mapping[str, Any]) -> list[str]:
     if privacy.get("noise_known"):
         return ["Privacy: the noise is known, so there is no privacy guarantee (ε = ∞)."]
     return [
-        f"Privacy: ε = {_epsilon(privacy['epsilon'])} against recipients of the models, "
-        f"ε = {_epsilon(privacy['epsilon_server'])} against the server, "
+        f"Privacy: ε = {_epsilon(privacy['epsilon'])} against {adversary_text('recipients')}, "
+        f"ε = {_epsilon(privacy['epsilon_server'])} against {adversary_text('server')}, "
         f"at δ = {privacy['delta']:g}; unit {privacy['unit']}, adjacency {privacy['adjacency']}."
     ]
 
@@ -118,7 +119,7 @@ def _print_cost(cost: Mapping[str, Any]) -> None:
         for name, (words, unit) in _COSTS.items()
         if cost.get(name) is not None
     ]
-    print_table("Cost", ("what", "value", "unit"), rows)
+    print_table(f"Cost ({OUTSIDE})", ("what", "value", "unit"), rows)
 
 
 def _print_variants(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -153,7 +154,7 @@ def _print_one_plan(plan: Mapping[str, Any], title: str) -> None:
             (entry["round"], _epsilon(entry["epsilon"]), _epsilon(entry["epsilon_server"]))
             for entry in plan["epsilon_by_round"]
         ]
-        columns = ("after round", "ε against recipients", "ε against the server")
+        columns = ("after round", "ε, recipients", "ε, cohorts known")
         print_table(f"ε at δ = {plan['delta']:g}, by user, zero-out", columns, rows)
     if plan["signal"]:
         print_table(
@@ -176,7 +177,8 @@ def _plan_settings(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("expected cohort", _number(plan["expected_cohort"])),
     ]
     if plan["budget"] is not None:
-        settings.append(("budget", f"ε = {plan['budget']:g} against {plan['budget_against']}"))
+        adversary = adversary_text(plan["budget_against"])
+        settings.append(("budget", f"ε = {plan['budget']:g} against {adversary}"))
     return settings
 
 
@@ -214,8 +216,8 @@ def print_comparison(comparison: Comparison) -> None:
 _HEADINGS = {
     "name": "run",
     "rounds": "rounds",
-    "epsilon": "ε recipients",
-    "epsilon_server": "ε server",
+    "epsilon": "ε, recipients",
+    "epsilon_server": "ε, cohorts known",
     "upload_bytes": "upload, bytes",
     "wall_s": "wall, s",
 }

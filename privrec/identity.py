@@ -127,7 +127,7 @@ class Identity:
         try:
             yield
         except BaseException:
-            if self.known_key is None and not out.exists():
+            if self.known_key is None and not (out / "run.json").exists():
                 shutil.rmtree(self.secrets_dir(), ignore_errors=True)
             raise
 

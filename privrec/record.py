@@ -1,41 +1,24 @@
-"""What a run tells while it goes: ``events.jsonl``, the console, and tracking services.
+"""What a run tells while it goes: records, the log ``events.jsonl``, and who may watch.
 
 `run.py` makes one `Record` a round and hands it to an `EventLog` (the file the report is built
-from) and to an `Observer` (what somebody watches). Losses and metrics come from private data and
-are named "outside the guarantee" wherever they are kept. The realised size of a cohort is shown
-on an interactive terminal and nowhere else: amplification by sampling holds only while those
-sizes stay with the operator, and lines that are not on a terminal end up in logs.
+from) and to an `Observer` (what somebody watches, see `console` and `tracking`). Losses and metrics
+come from private data and are named "outside the guarantee" wherever they are kept. The realised
+size of a cohort is written nowhere: amplification by sampling holds only while those sizes stay
+with the operator.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from decimal import ROUND_CEILING, Decimal
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import IO, Any, Final, Protocol, Self
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
-
-from privrec.errors import DataError, ReleaseRefused, UsageError
+from privrec.errors import DataError, ReleaseRefused
 
 OUTSIDE: Final = "outside the guarantee"
 """The stamp of every loss and metric that is computed from private data without noise."""
@@ -59,7 +42,11 @@ class RunInfo:
         budget: The largest ε allowed, or None where the run has no limit.
         budget_against: The adversary whose ε the budget limits: "recipients" or "server".
         expected_cohort: Population times sampling rate; public, unlike the realised size.
+        hides_cohorts: Whether ε rests on nobody knowing how many were in a round. Then no observer
+            shows or keeps a realised size, or anything that tells a round's duration.
         simulated: Whether the devices are simulated.
+        root_lost: Whether the noise root that the run began with is gone, so that rounds which are
+            repeated get fresh noise and are charged again.
     """
 
     name: str
@@ -72,6 +59,8 @@ class RunInfo:
     budget: float | None = None
     budget_against: str = "recipients"
     expected_cohort: float | None = None
+    hides_cohorts: bool = True
+    root_lost: bool = False
     simulated: bool = True
 
 
@@ -84,13 +73,14 @@ class Record:
         rounds: Rounds of the whole run.
         attempt: Attempt at this round, counted from 0.
         epsilon: ε spent so far against the recipients of the models; None is infinite.
-        epsilon_server: ε spent so far against the server; None is infinite.
-        loss: Mean training loss of the cohort, or None. Outside the guarantee.
+        epsilon_server: ε spent so far against somebody who knows every cohort; None is infinite.
+        loss: Mean training loss of the cohort, or None. Outside the guarantee; a run that hides its
+            cohorts has none.
         metrics: Metrics where this round was evaluated, such as ``hr@10``; else None.
             Outside the guarantee.
-        wall_s: Wall-clock seconds of this round.
-        cpu_s: CPU seconds of this round.
-        cohort: Realised size of the cohort, for the operator's terminal alone. Never written.
+        wall_s: Wall-clock seconds of this round; 0 in a run that hides its cohorts.
+        cpu_s: CPU seconds of this round; 0 likewise.
+        cohort: Realised size of the cohort. Never written.
     """
 
     round: int
@@ -253,69 +243,6 @@ def _refuse_operator_only(values: Mapping[str, Any]) -> None:
         )
 
 
-# --------------------------------------------------------------------------- words and figures
-
-
-def epsilon_text(value: float | None, digits: int = 2) -> str:
-    """ε rounded **up** to ``digits`` decimals; None and infinity give "∞"."""
-    if value is None or math.isinf(value):
-        return "∞"
-    # In decimal, so that 1.24 stays 1.24 and anything above it, however little, becomes 1.25.
-    return f"{Decimal(repr(float(value))).quantize(Decimal(1).scaleb(-digits), ROUND_CEILING):f}"
-
-
-def opening_words(info: RunInfo) -> str:
-    """The first line of a run; it begins with "Simulated run:" where the devices are simulated."""
-    kind = "Simulated run" if info.simulated else "Run"
-    name = f"{info.name} ({info.title})" if info.title else info.name
-    users = f", {info.population:,} devices" if info.population and info.simulated else ""
-    resumed = f", going on after round {info.done}" if info.done else ""
-    return f"{kind}: {name}, {info.rounds:,} rounds{users}{resumed}. {_promise(info)}"
-
-
-def _promise(info: RunInfo) -> str:
-    if not info.private:
-        return "No noise is added: no privacy guarantee."
-    if info.noise_known:
-        return "The noise root is known: no privacy guarantee (ε = ∞)."
-    if info.budget is None:
-        return "User-level privacy without a limit on ε."
-    return f"User-level privacy, at most ε = {info.budget:g} against the {info.budget_against}."
-
-
-def spent_text(info: RunInfo, record: Record) -> str:
-    """ε spent, and of what budget, in a few characters: "ε 1.24 of 8", "no privacy"."""
-    if not info.private:
-        return "no privacy"
-    if info.noise_known:
-        return "ε ∞ (noise known)"
-    spent = f"ε {epsilon_text(record.spent(info.budget_against))}"
-    return spent if info.budget is None else f"{spent} of {info.budget:g}"
-
-
-def _loss_text(record: Record) -> str:
-    return "" if record.loss is None else f"loss {record.loss:.4f}"
-
-
-def _metric_text(metrics: Mapping[str, float] | None) -> str:
-    name = headline_metric(metrics or {})
-    return f"{metric_name(name)} {(metrics or {})[name]:.3f}" if name else ""
-
-
-def headline_metric(metrics: Mapping[str, float]) -> str | None:
-    """The metric to show when there is room for one: HR of the sampled protocol, else any HR."""
-    ranked = sorted(metrics, key=lambda name: (not name.startswith("hr@"), "hr@" not in name, name))
-    return ranked[0] if ranked else None
-
-
-def metric_name(key: str) -> str:
-    """A metric's key as people write it: ``full_hr@10`` is "HR@10, full ranking"."""
-    base, ranking = (key[5:], ", full ranking") if key.startswith("full_") else (key, "")
-    stem, at, depth = base.partition("@")
-    names = {"hr": "HR", "ndcg": "NDCG", "recall": "Recall"}
-    return f"{names.get(stem, stem)}{at}{depth}{ranking}"
-
-
 # --------------------------------------------------------------------------- observers
 
 
@@ -401,278 +328,3 @@ class Observers(NullObserver):
         """Close all of them."""
         for observer in self._observers:
             observer.close()
-
-
-class PlainObserver(NullObserver):
-    """A line now and then, for logs and pipes; it never shows a realised cohort size.
-
-    A line is written for the first round, the last, each evaluated one, and otherwise when
-    ``every_s`` seconds have passed since the last line.
-
-    Args:
-        stream: Where lines go; standard error when None, so that standard output stays a result.
-        every_s: Seconds between lines, >= 0.
-        clock: Seconds that only grow; a test gives its own.
-    """
-
-    def __init__(
-        self,
-        stream: IO[str] | None = None,
-        *,
-        every_s: float = 10.0,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._stream = sys.stderr if stream is None else stream
-        self._every_s = every_s
-        self._clock = clock
-        self._info: RunInfo | None = None
-        self._start = self._last = clock()
-        self._first = True
-
-    def started(self, info: RunInfo) -> None:
-        """Write the opening words."""
-        self._info = info
-        self._start = self._last = self._clock()
-        self._first = True
-        self._write(opening_words(info))
-
-    def round(self, record: Record) -> None:
-        """Write a line if one is due."""
-        info = self._info or RunInfo(name="", rounds=record.rounds)
-        now = self._clock()
-        due = self._first or record.metrics or record.round >= record.rounds
-        if not due and now - self._last < self._every_s:
-            return
-        self._first, self._last = False, now
-        self._write(" · ".join(part for part in self._parts(info, record, now) if part))
-
-    def _parts(self, info: RunInfo, record: Record, now: float) -> Iterator[str]:
-        yield f"round {record.round}/{record.rounds}"
-        yield spent_text(info, record)
-        yield _loss_text(record)
-        yield _metric_text(record.metrics)
-        left = _seconds_left(info, record, now - self._start)
-        yield f"{duration_text(left)} left" if left else ""
-
-    def _write(self, line: str) -> None:
-        print(line, file=self._stream, flush=True)
-
-
-def _seconds_left(info: RunInfo, record: Record, elapsed: float) -> float:
-    done = max(1, record.round - info.done)
-    return elapsed / done * (record.rounds - record.round)
-
-
-def duration_text(seconds: float) -> str:
-    """A span of time for people: "42 s", "3 min 05 s", "2 h 07 min"; under ten seconds "0.4 s"."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-class _FigureColumn(ProgressColumn):
-    """One figure of the last round, in a column that vanishes while it is empty."""
-
-    max_refresh = None
-
-    def __init__(self, field: str, style: str = "") -> None:
-        super().__init__()
-        self._field = field
-        self._style = style
-
-    def render(self, task: Task) -> Text:
-        return Text(str(task.fields.get(self._field, "")), style=self._style, no_wrap=True)
-
-
-class ProgressObserver(NullObserver):
-    """A progress bar on a terminal: round, ε spent of budget, cohort, loss, HR@10 and the ETA.
-
-    HR@10 stays on the line from the round in which it was last evaluated.
-
-    Args:
-        console: Where to draw; standard error when None.
-    """
-
-    def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True)
-        self._info: RunInfo | None = None
-        self._progress: Progress | None = None
-        self._task = TaskID(0)
-        self._metrics: Mapping[str, float] | None = None
-
-    def started(self, info: RunInfo) -> None:
-        """Write the opening words and draw the bar."""
-        self._info = info
-        self._metrics = None
-        self._console.print(opening_words(info), highlight=False, soft_wrap=True)
-        self._progress = self._bar()
-        self._task = self._progress.add_task("Round", total=info.rounds, completed=info.done)
-        self._progress.start()
-
-    def _bar(self) -> Progress:
-        narrow = self._console.width < 100
-        return Progress(
-            TextColumn("{task.description}"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=8 if narrow else 24),
-            _FigureColumn("spent", "bold"),
-            _FigureColumn("cohort"),
-            _FigureColumn("loss"),
-            _FigureColumn("metric"),
-            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-            console=self._console,
-            transient=False,
-        )
-
-    def round(self, record: Record) -> None:
-        """Move the bar and show the figures of the round."""
-        if self._progress is None or self._info is None:
-            return
-        self._metrics = record.metrics or self._metrics
-        self._progress.update(
-            self._task,
-            completed=record.round,
-            spent=spent_text(self._info, record),
-            cohort="" if record.cohort is None else f"cohort {record.cohort:,}",
-            loss=_loss_text(record),
-            metric=_metric_text(self._metrics),
-        )
-
-    def finished(self, result: Finished) -> None:
-        """Leave the finished bar on the terminal."""
-        self.close()
-
-    def close(self) -> None:
-        """Stop drawing and leave the last state on the terminal."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
-
-
-def console_observer(stream: IO[str] | None = None) -> NullObserver:
-    """The observer that suits a stream: a bar on an interactive terminal, else plain lines.
-
-    Args:
-        stream: Where it writes; standard error when None.
-    """
-    console = Console(file=stream, stderr=stream is None)
-    return ProgressObserver(console) if console.is_interactive else PlainObserver(stream)
-
-
-# --------------------------------------------------------------------------- tracking services
-
-
-class TensorBoardSink(NullObserver):
-    """Scalars for TensorBoard: ε by adversary, and loss and metrics under "outside the guarantee".
-
-    Args:
-        directory: Where the event files go.
-
-    Raises:
-        UsageError: TensorBoard is not installed.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        module = _optional("torch.utils.tensorboard", "TensorBoard")
-        self._writer: Any = module.SummaryWriter(log_dir=str(directory))
-
-    def started(self, info: RunInfo) -> None:
-        """Keep the opening words as text."""
-        self._writer.add_text("run", opening_words(info), info.done)
-
-    def round(self, record: Record) -> None:
-        """Keep the figures of the round."""
-        for name, value in _scalars(record).items():
-            self._writer.add_scalar(name, value, record.round)
-
-    def close(self) -> None:
-        """Flush and close the event files."""
-        self._writer.close()
-
-
-class MLflowSink(NullObserver):
-    """One MLflow run: public settings as parameters, scalars by round, and how it ended.
-
-    Args:
-        experiment: Name of the experiment; MLflow's default when None.
-        tracking_uri: Where MLflow keeps its runs; MLflow's own setting when None.
-
-    Raises:
-        UsageError: MLflow is not installed.
-    """
-
-    def __init__(self, experiment: str | None = None, *, tracking_uri: str | None = None) -> None:
-        self._mlflow: Any = _optional("mlflow", "MLflow")
-        self._experiment = experiment
-        self._tracking_uri = tracking_uri
-        self._open = False
-
-    def started(self, info: RunInfo) -> None:
-        """Open a run and keep the public settings.
-
-        Raises:
-            UsageError: MLflow cannot open a run where it keeps them.
-        """
-        try:
-            self._start(info)
-        except self._mlflow.exceptions.MlflowException as error:
-            raise UsageError(
-                f"MLflow cannot open a run: {str(error).splitlines()[0]} "
-                "Name a tracking server that answers, or do without MLflow."
-            ) from None
-
-    def _start(self, info: RunInfo) -> None:
-        if self._tracking_uri is not None:
-            self._mlflow.set_tracking_uri(self._tracking_uri)
-        if self._experiment is not None:
-            self._mlflow.set_experiment(self._experiment)
-        self._mlflow.start_run(run_name=info.name)
-        self._open = True
-        self._mlflow.log_params({k: value for k, value in asdict(info).items() if k != "done"})
-        self._mlflow.set_tag("claim", opening_words(info))
-
-    def round(self, record: Record) -> None:
-        """Keep the figures of the round."""
-        self._mlflow.log_metrics(_scalars(record), step=record.round)
-
-    def finished(self, result: Finished) -> None:
-        """End the run as finished."""
-        self._end("FINISHED")
-
-    def close(self) -> None:
-        """End the run as failed unless it finished."""
-        self._end("FAILED")
-
-    def _end(self, status: str) -> None:
-        if self._open:
-            self._open = False
-            self._mlflow.end_run(status=status)
-
-
-def _scalars(record: Record) -> dict[str, float]:
-    """The finite figures of a round that may be kept, by a name that says what they are."""
-    private = {"loss": record.loss, **{_tag(key): v for key, v in (record.metrics or {}).items()}}
-    values = {f"{OUTSIDE}/{name}": value for name, value in private.items()}
-    values |= {"epsilon/recipients": record.epsilon, "epsilon/server": record.epsilon_server}
-    return {k: float(v) for k, v in values.items() if v is not None and math.isfinite(v)}
-
-
-def _tag(key: str) -> str:
-    # Neither service allows "@" in the name of a metric.
-    return key.replace("@", "_at_")
-
-
-def _optional(module: str, product: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UsageError(
-            f"{product} was asked for but is not installed; it comes with an extra. "
-            'Install it with: pip install "privrec[track]"'
-        ) from None

@@ -31,6 +31,7 @@ from privrec.record import EventLog, Observer, Record, RunInfo
 from privrec.scenario import Scenario, load
 from privrec.scoring import Scorer
 from privrec.server.server import Release
+from privrec.wording import adversary_text
 
 
 @dataclass(frozen=True)
@@ -139,14 +140,17 @@ def _go_on(
         _one_thread(),
     ):
         rundir.check_ledger(out, ledger, identity, position)
-        if resumed:
-            kept = ledger.header["noise_root"] == identity.root_tag()
-            events.append(
-                "resume", round=position.index, repaired=ledger.repaired, noise_root_kept=kept
-            )
         loop = _Loop(out, scenario, split, identity, parts, observer, ledger, events)
         loop.continue_clocks(position)
-        observer.started(loop.info())
+        info = loop.info()
+        if resumed:
+            events.append(
+                "resume",
+                round=position.index,
+                repaired=ledger.repaired,
+                noise_root_kept=not info.root_lost,
+            )
+        observer.started(info)
         return loop.run()
 
 
@@ -193,6 +197,8 @@ class _Loop:
             budget=scenario.privacy.epsilon,
             budget_against=scenario.privacy.budget_against,
             expected_cohort=plan.expected_cohort,
+            hides_cohorts=plan.event.hides_cohorts,
+            root_lost=self.ledger.header["noise_root"] != self.identity.root_tag(),
         )
 
     def run(self) -> Result:
@@ -263,9 +269,9 @@ class _Loop:
             )
             if spent > privacy.epsilon:
                 raise BudgetError(
-                    f"round {server.index + 1} would bring ε to {spent:.4f} against the "
-                    f"{privacy.budget_against}: the budget is {privacy.epsilon}. Stopped after "
-                    f"{server.index} rounds; the model so far is in {self.out}"
+                    f"round {server.index + 1} would bring ε to {spent:.4f} against "
+                    f"{adversary_text(privacy.budget_against)}: the budget is {privacy.epsilon}. Stopped "
+                    f"after {server.index} rounds; the model so far is in {self.out}"
                 )
         self.ledger.charge(server.index, attempt, event)
 

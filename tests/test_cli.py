@@ -313,6 +313,22 @@ def test_a_run_without_noise_says_so() -> None:
     assert "ε =" not in result.stdout
 
 
+def test_a_run_without_a_limit_on_epsilon_is_reported() -> None:
+    words = ("-s", "privacy.noise_multiplier=1.5", "-s", "privacy.epsilon=", "--out", "run")
+    result = done("run", "tiny.toml", *words)
+    assert "without a limit on ε" in result.stderr
+    assert "none set" in Path("run/report.html").read_text(encoding="utf-8")
+
+
+def test_no_table_promises_anything_against_the_trusted_server(
+    finished: tuple[Path, Result],
+) -> None:
+    for text in (finished[1].stdout, done("plan", "tiny.toml").stdout):
+        assert "against the server" not in text
+    assert "against somebody who knows every cohort" in finished[1].stdout
+    assert "Cost (outside the guarantee)" in finished[1].stdout
+
+
 ROWS = """
 [[rows]]
 name = "strict"
@@ -437,7 +453,7 @@ def test_sinks_are_opened_before_anything_is_trained(monkeypatch: pytest.MonkeyP
             opened.append(where)
             raise errors.UsageError("no such service")
 
-    monkeypatch.setattr("privrec.record.MLflowSink", Sink)
+    monkeypatch.setattr("privrec.tracking.MLflowSink", Sink)
     result = call("run", "tiny.toml", "--mlflow", "mine", "--out", "run")
     assert (result.exit_code, opened) == (2, ["mine"])
     assert not Path("run").exists()

@@ -1,14 +1,14 @@
 """From a run directory to a `Report`, with every ε computed anew from the ledger.
 
-``result.json`` says what the run claimed about itself; the ledger says what was charged. Both must
-agree, or there is no report.
+``result.json`` says what the run claimed about itself; the signed ledger says what was charged, and
+under which scenario, by its hash. What the claim depends on is taken from these two, and all files
+must agree with them, or there is no report.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import ValidationError
 
-from privrec.errors import DataError, IntegrityError, UsageError
+from privrec.errors import DataError, IntegrityError, ScenarioError, UsageError
 from privrec.privacy.events import RoundEvent, epsilon
-from privrec.record import OUTSIDE, Record, headline_metric, metric_name, read_rounds
+from privrec.record import OUTSIDE, Record, read_rounds
 from privrec.report import claims
 from privrec.report.model import (
     Accuracy,
@@ -35,6 +35,8 @@ from privrec.report.model import (
     flat,
 )
 from privrec.report.spending import Spending, kept_key, read_spending
+from privrec.scenario import Scenario, load
+from privrec.wording import headline_metric, metric_name
 
 T = TypeVar("T")
 
@@ -57,13 +59,17 @@ class _Files:
     directory: Path
     run: Mapping[str, Any]
     result: Mapping[str, Any]
-    scenario: Mapping[str, Any]
+    scenario: Scenario
     rounds: Sequence[Record]
     spending: Spending
 
     @property
     def privacy(self) -> Mapping[str, Any]:
         return _section(self, "privacy")
+
+    @property
+    def noise_known(self) -> bool:
+        return self.spending.header.get("noise_known") is not False
 
 
 def build(directory: Path, *, public_key: Ed25519PublicKey | None = None) -> Report:
@@ -80,12 +86,13 @@ def build(directory: Path, *, public_key: Ed25519PublicKey | None = None) -> Rep
 
     Raises:
         UsageError: It is no run directory, or the run is not finished.
-        IntegrityError: The ledger was altered or belongs to another run, or ``result.json``
-            claims another ε or number of charges than the ledger holds.
+        IntegrityError: The ledger was altered, or another file does not agree with it: on whose
+            run it is, whether the noise is known, δ, sampling, ε or what else the claim needs.
         DataError: A file is malformed.
     """
     files = _read(directory, public_key)
     _check_same_run(files)
+    _check_charges(files)
     _check_claims(files)
     try:
         return _report(files)
@@ -115,7 +122,7 @@ def _read(directory: Path, public_key: Ed25519PublicKey | None) -> _Files:
         directory,
         run,
         result,
-        _toml(directory / "scenario.toml"),
+        _scenario(directory / "scenario.toml"),
         read_rounds(directory / "events.jsonl"),
         read_spending(directory, public_key or kept_key(run_id)),
     )
@@ -134,13 +141,11 @@ def _json(directory: Path, name: str, absent: str) -> Mapping[str, Any]:
     return content
 
 
-def _toml(path: Path) -> Mapping[str, Any]:
+def _scenario(path: Path) -> Scenario:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: the resolved scenario is missing; restore the file") from None
-    except ValueError as error:
-        raise DataError(f"{path}: it is not TOML ({error}); restore the file") from None
+        return load(path)
+    except ScenarioError as error:
+        raise DataError(f"{error}; the run wrote this file, restore it") from None
 
 
 def _section(files: _Files, name: str) -> Mapping[str, Any]:
@@ -157,33 +162,74 @@ def _section(files: _Files, name: str) -> Mapping[str, Any]:
 
 
 def _check_same_run(files: _Files) -> None:
-    _check_same(files, "result.json", "run_id", files.result)
-    for key in ("run_id", "privacy_hash"):
-        _check_same(files, "ledger.jsonl", key, files.spending.header)
+    scenario, bound = files.scenario, ("run_id", "scenario_hash", "privacy_hash", "noise_known")
+    said: Mapping[str, Mapping[str, Any]] = {
+        "run.json": {key: files.run.get(key) for key in bound},
+        "result.json": {"run_id": files.result.get("run_id")},
+        "scenario.toml": {
+            "scenario_hash": scenario.hash(),
+            "privacy_hash": scenario.privacy_hash(),
+        },
+    }
+    for name, values in said.items():
+        for key, value in values.items():
+            if value != files.spending.header.get(key):
+                raise _foreign(files, name, key, value)
 
 
-def _check_same(files: _Files, name: str, key: str, values: Mapping[str, Any]) -> None:
-    if values.get(key) != files.run.get(key):
-        raise IntegrityError(
-            f"{files.directory / name}: its {key} is {values.get(key)!r}, that of run.json is "
-            f"{files.run.get(key)!r}; the files of a directory belong to one run. "
-            "Restore the directory as the run left it."
-        )
+def _foreign(files: _Files, name: str, key: str, value: Any) -> IntegrityError:
+    return IntegrityError(
+        f"{files.directory / name}: its {key} is {value!r}, that of the signed ledger is "
+        f"{files.spending.header.get(key)!r}; the files of a directory belong to one run. "
+        "Restore the directory as the run left it."
+    )
+
+
+def _check_charges(files: _Files) -> None:
+    mechanism = "none" if files.scenario.privacy.noise == "none" else "gaussian"
+    planned = (mechanism, files.scenario.devices.sampling_rate)
+    for event in files.spending.counts:
+        if (event.mechanism, event.sampling_rate) != planned:
+            raise IntegrityError(
+                f"{files.directory / 'ledger.jsonl'}: a round was charged as {event}, and the "
+                f"scenario plans the mechanism and sampling rate {planned}; both must agree. "
+                "Rely on neither, and restore the directory as the run left it."
+            )
 
 
 def _check_claims(files: _Files) -> None:
-    privacy, spending = files.privacy, files.spending
-    if privacy.get("charges") != len(spending.charges):
-        raise _disagreement(files, "charges", privacy.get("charges"), len(spending.charges))
-    delta = privacy.get("delta")
+    delta = files.spending.header.get("delta")
+    for key, value in _stated(files).items():
+        if files.privacy.get(key) != value:
+            raise _disagreement(files, key, files.privacy.get(key), value)
     for key in ("epsilon", "epsilon_server"):
-        recorded, computed = privacy.get(key), _recomputed(files, key, delta)
+        recorded, computed = files.privacy.get(key), _recomputed(files, key, delta)
         if not _agree(recorded, computed):
             raise _disagreement(files, key, recorded, computed)
 
 
+def _stated(files: _Files) -> dict[str, Any]:
+    """What ``privacy`` of result.json must say, by the ledger and the scenario it is bound to."""
+    header, privacy, devices = files.spending.header, files.scenario.privacy, files.scenario.devices
+    noise = {event.noise_multiplier for event in files.spending.counts}
+    return {
+        "charges": len(files.spending.charges),
+        "noise_known": files.noise_known,
+        "delta": header.get("delta"),
+        "population": header.get("population"),
+        "noise": privacy.noise,
+        "sampling": devices.sampling,
+        "sampling_rate": devices.sampling_rate,
+        "budget": privacy.epsilon,
+        "budget_against": privacy.budget_against,
+        # An update of privrec in mid-run may have calibrated the rest of it a little otherwise.
+        **({"noise_multiplier": noise.pop()} if len(noise) == 1 else {}),
+        **({"clip_norm": privacy.clip_norm} if privacy.clip_norm is not None else {}),
+    }
+
+
 def _recomputed(files: _Files, key: str, delta: Any) -> float | None:
-    if _noise_known(files) or delta is None or files.privacy.get("noise") == "none":
+    if files.noise_known or delta is None or files.scenario.privacy.noise == "none":
         return None
     adversary, accountant = _WHICH[key]
     value = epsilon(files.spending.counts, float(delta), adversary, accountant)
@@ -208,7 +254,9 @@ def _agree(recorded: Any, computed: float | None) -> bool:
 
 def _disagreement(files: _Files, key: str, recorded: Any, computed: Any) -> IntegrityError:
     def shown(value: Any) -> str:
-        return "infinite" if value is None else f"{value:g}" if _is_number(value) else repr(value)
+        if value is None:
+            return "infinite" if key.startswith("epsilon") else "nothing"
+        return f"{value:g}" if _is_number(value) else repr(value)
 
     return IntegrityError(
         f"{files.directory / 'result.json'}: privacy.{key} is {shown(recorded)}, the ledger gives "
@@ -221,10 +269,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _noise_known(files: _Files) -> bool:
-    return bool(files.run.get("noise_known")) or bool(files.privacy.get("noise_known"))
-
-
 # --------------------------------------------------------------------------- assembling
 
 
@@ -235,11 +279,11 @@ def _report(files: _Files) -> Report:
         simulated=facts.simulated,
         scenario=facts.scenario,
         title=str(result.get("title") or ""),
-        description=str(files.scenario.get("description") or "").strip(),
+        description=files.scenario.description.strip(),
         run_id=str(files.run["run_id"]),
         version=str(result.get("version") or files.run.get("version") or ""),
-        scenario_hash=str(files.run.get("scenario_hash") or ""),
-        privacy_hash=str(files.run.get("privacy_hash") or ""),
+        scenario_hash=files.scenario.hash(),
+        privacy_hash=files.scenario.privacy_hash(),
         rounds=facts.rounds,
         claim=claims.claim(facts),
         privacy=_privacy(files, facts),
@@ -254,24 +298,26 @@ def _report(files: _Files) -> Report:
 
 
 def _claim_facts(files: _Files) -> claims.Facts:
-    privacy, delta = files.privacy, files.privacy.get("delta")
+    header, scenario = files.spending.header, files.scenario
+    delta, privacy, devices = header.get("delta"), scenario.privacy, scenario.devices
     spent = {key: _recomputed(files, key, delta) for key in _WHICH}
     return claims.Facts(
-        scenario=str(files.result.get("scenario") or files.scenario.get("name")),
+        scenario=scenario.name,
         simulated=bool(files.result.get("simulated", True)),
-        noise=privacy.get("noise", "none"),
-        noise_known=_noise_known(files),
-        delta=delta if privacy.get("noise") != "none" else None,
-        sampling=privacy.get("sampling", "poisson"),
-        sampling_rate=float(privacy.get("sampling_rate") or 1.0),
-        population=privacy.get("population"),
-        budget=privacy.get("budget"),
-        budget_against=privacy.get("budget_against") or "recipients",
-        rounds=int(files.result.get("rounds") or 0),
-        planned_rounds=int(files.result.get("planned_rounds") or files.result.get("rounds") or 0),
+        noise=privacy.noise,
+        noise_known=files.noise_known,
+        delta=delta if privacy.noise != "none" else None,
+        sampling="everybody" if devices.sampling_rate == 1 else "poisson",
+        sampling_rate=devices.sampling_rate,
+        population=header.get("population"),
+        budget=privacy.epsilon,
+        budget_against=privacy.budget_against,
+        rounds=len({charge.round for charge in files.spending.charges}),
+        planned_rounds=scenario.train.rounds,
         charges=len(files.spending.charges),
-        holdout=files.result.get("holdout") or "test",
+        holdout=scenario.data.holdout,
         evaluations=sum(1 for record in files.rounds if record.metrics),
+        further_runs=len(files.result.get("rows") or ()),
         **spent,
     )
 
@@ -287,13 +333,13 @@ def _privacy(files: _Files, facts: claims.Facts) -> Privacy:
         trust=claims.trust(facts),
         noise=facts.noise,
         mechanism=claims.mechanism(facts),
-        noise_multiplier=privacy.get("noise_multiplier") or None,
+        noise_multiplier=_least_noise(files.spending),
         clip_norm=privacy.get("clip_norm") or None,
         rounding_bound_ratio=privacy.get("rounding_bound_ratio") or None,
         sampling=facts.sampling,
         sampling_rate=facts.sampling_rate,
         population=facts.population,
-        expected_cohort=privacy.get("expected_cohort"),
+        expected_cohort=facts.population * facts.sampling_rate if facts.population else None,
         budget=facts.budget,
         budget_against=facts.budget_against,
         noise_known=facts.noise_known,
@@ -303,6 +349,10 @@ def _privacy(files: _Files, facts: claims.Facts) -> Privacy:
         ledger_key=files.spending.key,
         ledger_signature=files.spending.signature,
     )
+
+
+def _least_noise(spending: Spending) -> float | None:
+    return min((event.noise_multiplier for event in spending.counts), default=0) or None
 
 
 def _charged(spending: Spending) -> Iterator[Charged]:
@@ -344,7 +394,9 @@ def _protocol(key: str) -> str:
 
 def _cost(files: _Files) -> Cost:
     cost = _section(files, "cost")
-    return Cost(**{name: cost.get(name) for name in Cost.model_fields})
+    return Cost.model_validate(
+        {name: cost.get(name) for name in Cost.model_fields.keys() - {"note"}}
+    )
 
 
 def _row(row: Mapping[str, Any]) -> Facts:
@@ -370,7 +422,7 @@ def _curve(
 
 
 def _epsilon_curves(spending: Spending, delta: float) -> Iterator[Curve]:
-    for key, name in (("epsilon", "ε, recipients"), ("epsilon_server", "ε, server")):
+    for key, name in (("epsilon", "ε, recipients"), ("epsilon_server", "ε, cohorts known")):
         adversary, accountant = _WHICH[key]
         values = [
             (number, epsilon(counts, delta, adversary, accountant))

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from privrec.record import epsilon_text
 from privrec.report.figures import delta_text
 from privrec.report.model import Adversary, Notice
+from privrec.wording import epsilon_text
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Facts:
     charges: int
     holdout: Literal["test", "validation"]
     evaluations: int
+    further_runs: int = 0
 
     @property
     def private(self) -> bool:
@@ -160,6 +161,7 @@ def warnings(facts: Facts) -> tuple[Notice, ...]:
     found = [
         *_no_guarantee(facts),
         *_weaknesses(facts),
+        *_further_runs(facts),
         *_stopped(facts),
         *_selection(facts),
     ]
@@ -223,6 +225,17 @@ def _amplification(facts: Facts) -> Iterator[Notice]:
         f"longer holds, and ε = {epsilon_text(known)} does. Keep cohorts, their sizes and "
         "drop-outs, and logs that show them, with the operator.",
     )
+
+
+def _further_runs(facts: Facts) -> Iterator[Notice]:
+    if facts.private and facts.further_runs:
+        yield Notice(
+            level="caution",
+            title="Further runs used the same users",
+            text=f"The settings compared took {facts.further_runs:,} further runs over the same "
+            "users, each with a ledger and an ε of its own. Over several runs ε and δ add up: to "
+            "whoever gets something from more than one of them, the sum applies.",
+        )
 
 
 def _stopped(facts: Facts) -> Iterator[Notice]:

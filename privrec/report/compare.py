@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from privrec.errors import UsageError
-from privrec.record import metric_name
 from privrec.report.build import build
 from privrec.report.figures import delta_text
 from privrec.report.model import Metric, Report, Scalar
 from privrec.report.plots import intervals
 from privrec.report.render import headline, render, replace_text
+from privrec.wording import metric_name
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Comparison:
             "delta": report.privacy.delta,
             "holdout": report.accuracy.holdout,
             **metrics,
-            **report.cost.model_dump(),
+            **report.cost.model_dump(exclude={"note"}),
         }
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from privrec.record import duration_text, metric_name
 from privrec.report.model import Metric, Scalar
+from privrec.wording import duration_text, metric_name
 
 _NAMES = {
     "cpu_s_per_device_round": "CPU time",
@@ -11,7 +11,7 @@ _NAMES = {
     "download_bytes": "download",
     "dim": "dimensions",
     "epsilon": "ε, recipients",
-    "epsilon_server": "ε, server",
+    "epsilon_server": "ε, cohorts known",
     "heldout": "held out",
     "init_std": "initial standard deviation",
     "item_bias": "item bias",

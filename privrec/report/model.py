@@ -117,8 +117,11 @@ class Accuracy(Part):
 
 
 class Cost(Part):
-    """What the run cost a device and this machine."""
+    """What the run cost a device and this machine; some of it follows from private data."""
 
+    note: Literal["outside the guarantee"] = Field(
+        default=OUTSIDE, description="Memory and times follow from the histories, without noise."
+    )
     upload_bytes: int | None = Field(ge=0, description="Bytes up, per device and round.")
     download_bytes: int | None = Field(ge=0, description="Bytes down, per device and round.")
     device_peak_bytes: int | None = Field(ge=0, description="Peak memory of one device, bytes.")
@@ -171,6 +174,10 @@ class Report(Part):
     cost: Cost
     data: Facts
     model: Facts
+    outside_the_guarantee: tuple[str, ...] = Field(
+        default=("accuracy", "cost", "data", "rows"),
+        description="Fields computed from private data without noise; curves carry notes.",
+    )
     rows: tuple[Facts, ...] = Field(description="Settings compared by the scenario, if any.")
     curves: tuple[Curve, ...]
     warnings: tuple[Notice, ...]

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from privrec.record import epsilon_text
 from privrec.report.figures import delta_text
 from privrec.report.model import Curve, Metric, Point, Report
+from privrec.wording import adversary_text, epsilon_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -106,13 +106,12 @@ def _epsilon(report: Report, recipients: Curve) -> Plot:
     lines = _epsilon_lines(recipients, report.curve("epsilon_server"))
     said = "; ".join(f"{line.end.replace(chr(10), ' ')} after the last round" for line in lines)
     budget = report.privacy.budget
-    limit = f" The budget is {budget:g} against the {report.privacy.budget_against}."
+    limit = _limit_text(budget, report.privacy.budget_against)
     return Plot(
         key="epsilon",
         heading="ε by round",
         caption="Spent privacy, computed from the ledger at "
-        f"δ = {delta_text(report.privacy.delta)}. Lower is more private."
-        + (limit if budget else ""),
+        f"δ = {delta_text(report.privacy.delta)}. Lower is more private.{limit}",
         svg=_svg(
             "epsilon",
             "ε by round",
@@ -128,12 +127,16 @@ def _epsilon(report: Report, recipients: Curve) -> Plot:
     )
 
 
+def _limit_text(budget: float | None, against: str) -> str:
+    return f" The budget is {budget:g} against {adversary_text(against)}." if budget else ""
+
+
 def _epsilon_lines(recipients: Curve, server: Curve | None) -> list[_Line]:
     if server is None or server.points == recipients.points:
         return [_Line(recipients.points, f"both adversaries\nε = {_last(recipients)}")]
     return [
         _Line(recipients.points, f"recipients\nε = {_last(recipients)}"),
-        _Line(server.points, f"server\nε = {_last(server)}"),
+        _Line(server.points, f"cohorts known\nε = {_last(server)}"),
     ]
 
 

@@ -13,11 +13,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from privrec.errors import UsageError
-from privrec.record import epsilon_text, metric_name
 from privrec.report import claims, figures
 from privrec.report.build import thinned
 from privrec.report.model import Facts, Metric, Point, Report, Scalar
 from privrec.report.plots import plots
+from privrec.wording import adversary_text, epsilon_text, metric_name
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,7 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters.update(
+        adversary=adversary_text,
         bytes=figures.bytes_text,
         cell=_cell,
         delta=figures.delta_text,

@@ -25,6 +25,8 @@ FLOORS = (
     ("server",),
     ("transport",),
     ("record", "checkpoint"),
+    ("wording",),
+    ("console", "tracking"),
     ("assembly", "scoring"),  # what the loop is put together from
     ("footprint", "identity"),
     ("outcome",),

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from privrec.privacy.events import RoundEvent
 from privrec.privacy.ledger import Ledger
 from privrec.record import EventLog, Record
+from privrec.scenario import Scenario
 
 MakeRun = Callable[..., Path]
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
@@ -26,6 +27,7 @@ def make_run(
     noise: str = "central",
     noise_known: bool = False,
     rounds: int = 12,
+    planned: int | None = None,
     sigma: float = 1.1,
     rate: float = 0.05,
     delta: float = 1e-5,
@@ -34,15 +36,28 @@ def make_run(
     holdout: str = "test",
     eval_every: int = 4,
     retried: tuple[int, ...] = (),
+    charged: RoundEvent | None = None,
     quality: float = 0.56,
     extra: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a finished run; ``retried`` names rounds (from 0) that were charged twice."""
+    """Write a finished run.
+
+    ``retried`` names rounds (from 0) that were charged twice, ``charged`` another event than the
+    scenario plans.
+    """
     path.mkdir(parents=True)
-    event = (
+    event = charged or (
         RoundEvent("none", 0.0, rate) if noise == "none" else RoundEvent("gaussian", sigma, rate)
     )
-    header = {"run_id": "20260101-abc123", "privacy_hash": "p" * 64, "delta": delta}
+    scenario = _scenario(name, noise, planned or rounds, sigma, rate, delta, budget, holdout)
+    header = {
+        "run_id": "20260101-abc123",
+        "scenario_hash": scenario.hash(),
+        "privacy_hash": scenario.privacy_hash(),
+        "delta": delta,
+        "population": population,
+        "noise_known": noise_known,
+    }
     with Ledger.create(path / "ledger.jsonl", header=header, signing_key=KEY) as ledger:
         for number in range(rounds):
             for attempt in range(2 if number in retried else 1):
@@ -57,11 +72,8 @@ def make_run(
         ]
     finite = [None if noise_known or math.isinf(value) else value for value in spent]
     _write_events(path, rounds, eval_every, quality)
-    _write_json(path / "run.json", _run(name, noise_known))
-    (path / "scenario.toml").write_text(
-        f'name = "{name}"\ndescription = """\nNoisy federated GMF, to show a report."""\n',
-        encoding="utf-8",
-    )
+    _write_json(path / "run.json", _run(scenario, noise_known))
+    (path / "scenario.toml").write_text(scenario.to_toml(), encoding="utf-8")
     result = {
         "scenario": name,
         "title": "Federated GMF on MovieLens 1M",
@@ -85,7 +97,7 @@ def make_run(
             ),
             "delta": delta,
             "noise": noise,
-            "noise_multiplier": None if noise == "none" else sigma,
+            "noise_multiplier": event.noise_multiplier,
             "clip_norm": None if noise == "none" else 0.5,
             "unit": "user",
             "adjacency": "zero-out",
@@ -93,7 +105,7 @@ def make_run(
             "sampling_rate": rate,
             "population": population,
             "expected_cohort": population * rate,
-            "budget": budget,
+            "budget": scenario.privacy.epsilon,
             "budget_against": "recipients",
             "noise_known": noise_known,
             "charges": charges,
@@ -108,7 +120,7 @@ def make_run(
             "wall_s": 214.2,
         },
         "rounds": rounds,
-        "planned_rounds": rounds,
+        "planned_rounds": scenario.train.rounds,
         "model": {
             "kind": "gmf",
             "dim": 32,
@@ -123,13 +135,40 @@ def make_run(
     return path
 
 
-def _run(name: str, noise_known: bool) -> dict[str, Any]:
+def _scenario(
+    name: str,
+    noise: str,
+    rounds: int,
+    sigma: float,
+    rate: float,
+    delta: float,
+    budget: float | None,
+    holdout: str,
+) -> Scenario:
+    privacy: dict[str, Any] = {"noise": noise, "delta": delta}
+    if noise == "central":
+        strength = {"noise_multiplier": sigma} if budget is None else {"epsilon": budget}
+        privacy |= {"clip_norm": 0.5, **strength}
+    devices = {"sampling": "everybody"} if rate == 1 else {"sampling_rate": rate}
+    return Scenario.model_validate(
+        {
+            "name": name,
+            "description": "Noisy federated GMF, to show a report.",
+            "data": {"source": "ml-1m", "holdout": holdout},
+            "devices": devices,
+            "train": {"rounds": rounds},
+            "privacy": privacy,
+        }
+    )
+
+
+def _run(scenario: Scenario, noise_known: bool) -> dict[str, Any]:
     return {
         "run_id": "20260101-abc123",
         "version": "0.1.0",
         "simulated": True,
-        "scenario_hash": "s" * 64,
-        "privacy_hash": "p" * 64,
+        "scenario_hash": scenario.hash(),
+        "privacy_hash": scenario.privacy_hash(),
         "noise_known": noise_known,
         "data": {"source": "ml-1m", "users": 6040, "items": 3706},
     }

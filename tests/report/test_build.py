@@ -71,16 +71,101 @@ def test_an_epsilon_that_is_no_number_is_refused(a_run: MakeRun, value: Any) -> 
 
 def test_a_finite_claim_over_a_noiseless_ledger_is_refused(a_run: MakeRun) -> None:
     run = a_run(noise="none")
-    edit(run / "result.json", lambda r: r["privacy"].update(epsilon=1.0, noise="central"))
+    edit(run / "result.json", lambda r: r["privacy"].update(epsilon=1.0))
     with pytest.raises(IntegrityError, match="the ledger gives infinite"):
         build(run)
 
 
-def test_known_noise_voids_the_claim_even_if_the_result_forgets_it(a_run: MakeRun) -> None:
+@pytest.mark.parametrize("files", [("run.json",), ("result.json",), ("run.json", "result.json")])
+def test_the_stamp_of_known_noise_cannot_be_edited_off(
+    a_run: MakeRun, files: tuple[str, ...]
+) -> None:
+    known, secret = a_run("known", noise_known=True), a_run("secret")
+    for name in files:
+        if name == "run.json":
+            edit(known / name, lambda r: r.update(noise_known=False))
+        else:
+            (known / name).write_text((secret / name).read_text())
+    with pytest.raises(IntegrityError, match="noise_known"):
+        build(known)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("delta", 0.2),
+        ("population", 10**9),
+        ("sampling", "everybody"),
+        ("sampling_rate", 1.0),
+        ("noise", "none"),
+        ("noise_known", True),
+        ("noise_multiplier", 9.0),
+        ("clip_norm", 0.01),
+        ("budget", None),
+        ("budget_against", "server"),
+    ],
+)
+def test_what_the_claim_depends_on_is_the_ledgers(a_run: MakeRun, key: str, value: Any) -> None:
     run = a_run()
-    edit(run / "run.json", lambda r: r.update(noise_known=True))
-    with pytest.raises(IntegrityError, match="the ledger gives infinite"):
+    edit(run / "result.json", lambda r: r["privacy"].update({key: value}))
+    with pytest.raises(IntegrityError, match=rf"privacy\.{key} is"):
         build(run)
+
+
+def test_an_edited_claim_with_an_epsilon_to_match_is_refused(a_run: MakeRun) -> None:
+    run = a_run()
+    counts = {RoundEvent("gaussian", 1.1, 0.05): 12}
+    weaker = {"delta": 0.2, "sampling": "everybody"} | {
+        key: epsilon(counts, 0.2, adversary)  # type: ignore[arg-type]
+        for key, adversary in (("epsilon", "recipients"), ("epsilon_server", "server"))
+    }
+    edit(run / "result.json", lambda r: r["privacy"].update(weaker))
+    with pytest.raises(IntegrityError, match="the ledger gives"):
+        build(run)
+
+
+def test_a_sampled_run_never_claims_that_everybody_took_part(a_run: MakeRun) -> None:
+    assert build(a_run("sampled", rate=0.5)).privacy.sampling == "poisson"
+    assert build(a_run("all", rate=1.0)).privacy.sampling == "everybody"
+
+
+@pytest.mark.parametrize("old", ["delta = 1e-05", "epsilon = 8.0", "clip_norm = 0.5", "dim = 32"])
+def test_an_edited_scenario_is_refused(a_run: MakeRun, old: str) -> None:
+    path = a_run() / "scenario.toml"
+    text = path.read_text()
+    assert old in text
+    path.write_text(
+        text.replace(old, f"{old.split(' = ')[0]} = {'16' if 'dim' in old else '0.25'}")
+    )
+    with pytest.raises(IntegrityError, match=r"scenario\.toml: its scenario_hash"):
+        build(path.parent)
+
+
+@pytest.mark.parametrize(
+    "charged", [RoundEvent("gaussian", 1.1, 0.5), RoundEvent("none", 0.0, 0.05)]
+)
+def test_charges_that_the_scenario_does_not_plan_are_refused(
+    a_run: MakeRun, charged: RoundEvent
+) -> None:
+    with pytest.raises(IntegrityError, match="a round was charged as"):
+        build(a_run(charged=charged))
+
+
+def test_planned_rounds_are_those_of_the_scenario(a_run: MakeRun) -> None:
+    titles = [notice.title for notice in build(a_run(rounds=5, planned=12)).warnings]
+    assert "The run stopped before its last round" in titles
+
+
+def test_further_runs_are_announced(a_run: MakeRun) -> None:
+    rows = [{"name": "strict"}, {"name": "loose"}]
+    notices = {notice.title: notice.text for notice in build(a_run(extra={"rows": rows})).warnings}
+    assert "2 further runs" in notices["Further runs used the same users"]
+
+
+def test_figures_from_private_data_are_named(a_run: MakeRun) -> None:
+    report = build(a_run())
+    assert report.outside_the_guarantee == ("accuracy", "cost", "data", "rows")
+    assert report.cost.note == "outside the guarantee"
 
 
 def test_hidden_charges_are_noticed(a_run: MakeRun) -> None:
@@ -113,13 +198,13 @@ def test_a_missing_ledger_is_refused(a_run: MakeRun) -> None:
         build(run)
 
 
-@pytest.mark.parametrize("key", ["run_id", "privacy_hash"])
+@pytest.mark.parametrize("key", ["run_id", "scenario_hash", "privacy_hash"])
 def test_a_ledger_of_another_run_is_refused(a_run: MakeRun, key: str) -> None:
     run = a_run()
     edit(run / "run.json", lambda r: r.update({key: "another"}))
     if key == "run_id":
         edit(run / "result.json", lambda r: r.update(run_id="another"))
-    with pytest.raises(IntegrityError, match=rf"ledger\.jsonl: its {key}"):
+    with pytest.raises(IntegrityError, match=rf"run\.json: its {key}"):
         build(run)
 
 

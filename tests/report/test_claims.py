@@ -94,6 +94,7 @@ def test_a_deployment_is_not_called_simulated() -> None:
         ({"rounds": 399, "charges": 399}, "The run stopped before its last round"),
         ({"evaluations": 2}, "The test split was looked at during training"),
         ({"holdout": "validation"}, "Metrics are of a validation split"),
+        ({"further_runs": 2}, "Further runs used the same users"),
         ({"noise": "none"}, "No privacy guarantee"),
         ({"noise_known": True}, "The noise is known: ε = ∞"),
     ],

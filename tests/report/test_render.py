@@ -18,17 +18,18 @@ from xml.etree import ElementTree
 import pytest
 
 from privrec.errors import UsageError
-from privrec.record import epsilon_text
 from privrec.report.build import build
 from privrec.report.model import Report, json_schema
 from privrec.report.plots import plots
 from privrec.report.render import to_html, to_json, to_markdown, verification, write
+from privrec.wording import epsilon_text
 
 MakeRun = Callable[..., Path]
 VARIANTS: dict[str, dict[str, object]] = {
     "central": {},
     "none": {"noise": "none", "budget": None},
     "known": {"noise_known": True},
+    "no limit": {"budget": None},
     "everybody": {"rate": 1.0, "sigma": 3.0, "rounds": 3, "eval_every": 1},
     "at the end": {"eval_every": 0, "rounds": 1},
     "rows": {
@@ -180,6 +181,22 @@ def test_page_and_markdown_hold_every_promise_and_figure(a_report: MakeReport) -
             assert part.lower() in text.lower()
 
 
+def test_every_table_of_private_data_is_stamped(a_report: MakeReport) -> None:
+    report = a_report("rows")
+    page, markdown = to_html(report), to_markdown(report)
+    for heading in ("Accuracy", "Settings compared", "Costs", "Data"):
+        assert f'{heading} <span class="tag">outside the guarantee</span>' in page
+    for heading in ("Accuracy", "Settings compared", "Costs"):
+        assert f"## {heading} (outside the guarantee)" in markdown
+
+
+def test_no_epsilon_is_said_to_hold_against_the_server(a_report: MakeReport) -> None:
+    report = a_report("central")
+    for text in (to_html(report), to_markdown(report)):
+        assert "somebody who knows every cohort" in text
+        assert not re.search(r"(against the|ε,|<th[^>]*>) ?server(?!’)", text)
+
+
 @each_variant
 def test_markdown_tables_are_rectangular(a_report: MakeReport, variant: str) -> None:
     tables = re.findall(r"(?:^\|.*\|\n)+", to_markdown(a_report(variant)), flags=re.MULTILINE)
@@ -251,6 +268,7 @@ def test_pictures_are_valid_svg_in_the_colours_of_the_page(
     ("variant", "keys"),
     [
         ("central", ["epsilon", "metric", "loss"]),
+        ("no limit", ["epsilon", "metric", "loss"]),
         ("none", ["metric", "loss"]),
         ("known", ["metric", "loss"]),
         ("at the end", []),
