@@ -270,8 +270,8 @@ class _Loop:
             if spent > privacy.epsilon:
                 raise BudgetError(
                     f"round {server.index + 1} would bring ε to {spent:.4f} against "
-                    f"{adversary_text(privacy.budget_against)}: the budget is {privacy.epsilon}. Stopped "
-                    f"after {server.index} rounds; the model so far is in {self.out}"
+                    f"{adversary_text(privacy.budget_against)}: the budget is {privacy.epsilon}. "
+                    f"Stopped after {server.index} rounds; the model so far is in {self.out}"
                 )
         self.ledger.charge(server.index, attempt, event)
 
