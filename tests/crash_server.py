@@ -42,6 +42,7 @@ STEPS: list[tuple[Any, str]] = [
     (SecretRoot, "create"),
     (checkpoint, "write"),
     (run, "write_model"),
+    (os, "fdopen"),  # after it, the file is there and empty
     (os, "fsync"),
     (os, "replace"),
     (os, "rename"),

@@ -350,7 +350,7 @@ def test_killed_at_random_moments(
     sessions: Sessions, known: Reference, secret: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At least 20 kills, over the whole life of a run, start and end included."""
-    rng, kills, lives = random.Random(2), 0, 0
+    rng, kills, lives, ends = random.Random(2), 0, 0, set()
     while kills < 24:
         reference, lives = (known, secret)[lives % 2], lives + 1
         genesis = reference.genesis
@@ -358,16 +358,19 @@ def test_killed_at_random_moments(
         taken: list[Done] = []
         while True:
             do = "resume" if world.out.exists() else "start"
-            patience = rng.uniform(0, 1.2) * reference.whole.seconds
+            longest = (1 + len(taken) / 10) * reference.whole.seconds  # so that every life ends
+            patience = rng.uniform(0, 1.2) * longest
             taken.append(sessions(world, do, key=KEY, after_s=patience))
             if taken[-1].code != KILLED:
                 break
             kills += 1
+            ends.add(taken[-1].names[-1] if taken[-1].names else "before the first step")
         assert taken[-1].code == 0, taken[-1].error
         check_same(world, reference)
         check_honest(world, *taken)
         check_report(world, monkeypatch)
     assert kills >= 20
+    assert len(ends) >= 5  # spread over a run's life
 
 
 def test_killed_and_robbed_of_its_roots_again_and_again(
@@ -462,6 +465,23 @@ def test_paying_again_halts_the_run_earlier(
     for name in ("model.safetensors", "report.html", "report.json", "report.md"):
         assert (world.out / name).is_file()
     assert CliRunner().invoke(main, ["resume", str(world.out)]).exit_code == 0
+
+
+def test_what_is_paid_is_finished_though_nothing_is_left(sessions: Sessions) -> None:
+    """Repeated rounds cost nothing, so a budget that is spent to its end stops none of them."""
+    scenario = str(sessions.written("limited.toml", LIMITED))
+    place = sessions(sessions.new_world(), "start", scenario=scenario).place_of(
+        "after Server.apply", ROUNDS
+    )
+    world = sessions.new_world()
+    killed = sessions(world, "start", scenario=scenario, at=place)
+    assert killed.code == KILLED
+    assert len(world.charges()) == ROUNDS
+    again = sessions(world, "resume")
+    assert again.code == 0, again.error
+    assert len(again.releases) == 2
+    assert world.result["rounds"] == len(world.charges()) == ROUNDS
+    check_honest(world, killed, again)
 
 
 # --------------------------------------------------------------------------- real processes

@@ -387,7 +387,7 @@ def test_realised_cohorts_and_their_traces_are_in_no_file(tmp_path: Path) -> Non
             assert not re.search(r'"cohorts?"', json.dumps(document))
         if path.suffix in (".html", ".md", ".toml"):
             text = re.sub(r"(?s)<(svg|style)\b.*?</\1>", "", path.read_text())
-            words = set(re.findall(r"(?<![\d.#])\d+(?![\d.])", text))
+            words = set(re.findall(r"(?<![\w.#])\d+(?![\w.])", text))
             assert not words & {str(size) for size in sizes}, path.name
     for record in read_rounds(out / "events.jsonl"):
         assert record.cohort is None
