@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from privrec.catalogue import release_event
 from privrec.data import Interactions
+from privrec.device.batch import Histories
 from privrec.device.cohort import Cohort
 from privrec.device.round import digest
+from privrec.device.tier import Federation, Tier
 from privrec.device.train import Recommender, Settings, Trainer
+from privrec.embedding.nested import Nested, nested
 from privrec.embedding.subspace import Subspace
+from privrec.embedding.table import PlainTable, Table
+from privrec.errors import UsageError
+from privrec.models.implicit import packed_size
 from privrec.models.layout import Layout
+from privrec.models.losses import IMPLICIT
 from privrec.models.ncf import NCF
 from privrec.privacy.calibrate import noise_multiplier_for
 from privrec.privacy.events import RoundEvent
 from privrec.randomness import SecretRoot, rng_for
-from privrec.scenario import Model, Scenario, Train
+from privrec.scenario import DeviceTier, Model, Scenario, Train
 from privrec.secagg.ring import Encoding
+from privrec.server.completion import Completion, Implicit
 from privrec.server.optimizer import Optimizer, Schedule
 from privrec.server.server import Plan, Server
 from privrec.transport.simulate import Simulation
@@ -30,12 +41,23 @@ TABULATED_ITEMS = 2**22
 """Largest catalogue whose places in the memory a simulation keeps in a table."""
 
 
+BYTES_A_COEFFICIENT = 4
+_MOST_HALVINGS = 48
+
+
 @dataclass(frozen=True)
 class Parts:
-    """What a run consists of."""
+    """What a run consists of.
 
-    recommender: Recommender
-    cohort: Cohort
+    Args:
+        federation: the tiers of devices.
+        everyone: all users with the whole memory, for evaluation.
+        server: the server at its first round.
+        simulation: the devices, each in its tier.
+    """
+
+    federation: Federation
+    everyone: Cohort
     server: Server
     simulation: Simulation
 
@@ -50,50 +72,199 @@ def assemble(scenario: Scenario, train: Interactions, run_id: str, devices: Secr
         devices: the devices' secret root.
 
     Raises:
-        UsageError: when the sum of a full cohort could wrap around, or no noise meets the target.
+        UsageError: when the sum of a full cohort could wrap around, no noise meets the target, or
+            the tiers do not nest in this catalogue.
     """
-    recommender = recommender_of(scenario.model, train.n_items, scenario.run.seed)
-    simulated = recommender.tabulated() if train.n_items <= TABULATED_ITEMS else recommender
-    cohort = Cohort.of(trainer_of(simulated, scenario.train), train.indptr, train.items)
-    encoding = encoding_of(scenario, recommender.layout)
+    federation = federation_of(scenario, train.n_items)
+    histories = Histories(np.arange(train.n_users), train.indptr, train.items)
+    everyone, *cohorts = _cohorts(scenario, federation, histories, train.n_items)
+    encoding = encoding_of(scenario, federation.layout)
     encoding.check_capacity(train.n_users)
-    rate = scenario.devices.sampling_rate
+    rate, seed = scenario.devices.sampling_rate, scenario.run.seed
+    training = sum(
+        len(cohort.states)
+        for tier, cohort in zip(federation.tiers, cohorts, strict=True)
+        if tier.weight
+    )
     plan = Plan(
         run_id,
         scenario.hash(),
         event_of(scenario),
         encoding,
-        rate * train.n_users,
+        federation,
+        rate * training,
         scenario.train.average,
     )
-    weights = initial_weights(recommender, scenario.model.init_std, scenario.run.seed)
-    server = Server(plan, weights, optimizer_of(scenario.train))
-    seed, engine = scenario.run.seed, scenario.run.engine
-    return Parts(
-        recommender, cohort, server, Simulation(cohort, encoding, devices, seed, rate, engine)
+    weights = initial_weights(federation, scenario.model.init_std, seed)
+    completion = completion_of(scenario, federation)
+    server = Server(plan, weights, completion, optimizer_of(scenario.train))
+    simulation = Simulation(
+        federation,
+        tuple(cohorts),
+        train.n_users,
+        encoding,
+        devices,
+        seed,
+        rate,
+        scenario.run.engine,
     )
+    return Parts(federation, everyone, server, simulation)
 
 
-def recommender_of(model: Model, n_items: int, seed: int) -> Recommender:
-    """The recommender that ``[model]`` describes, over a catalogue of ``n_items``."""
-    ncf = NCF.of(model.kind, model.dim, tuple(model.hidden))
-    keys = rng_for(seed, "subspace").integers(2**63, size=2)
-    vectors = Subspace.sized(
-        n_items, model.dim, block=model.block, key=int(keys[0]), compression=model.compression
-    )
-    biases = None
-    if model.item_bias:
-        biases = Subspace.sized(
-            n_items, 1, block=1, key=int(keys[1]), compression=model.compression
+def _cohorts(
+    scenario: Scenario, federation: Federation, histories: Histories, n_items: int
+) -> Iterator[Cohort]:
+    """Everybody with the whole memory, then the devices of each tier."""
+    n_users, tiers = len(histories.users), federation.tiers
+    assigned = assign(n_users, federation, scenario.run.seed)
+    members = [np.arange(n_users), *(np.flatnonzero(assigned == tier.index) for tier in tiers)]
+    for tier, users in zip((tiers[0], *tiers), members, strict=True):
+        trainer = trainer_of(scenario, federation, tier)
+        if n_items <= TABULATED_ITEMS:
+            trainer = replace(trainer, recommender=trainer.recommender.tabulated())
+        yield Cohort.of(trainer, histories.select(users))
+
+
+def assign(n_users: int, federation: Federation, seed: int) -> NDArray[np.int64]:
+    """The tier of each user, drawn by the seed; every tier has its share to within one device.
+
+    Returns:
+        Index of the tier, or the number of tiers for a device without part, shape ``(n_users,)``.
+    """
+    shares = [*(tier.share for tier in federation.tiers), federation.absent]
+    labels = np.searchsorted(np.rint(np.cumsum(shares) * n_users), np.arange(n_users), side="right")
+    most = len(federation.tiers) - (federation.absent == 0)
+    return rng_for(seed, "tiers").permutation(labels.clip(max=most))
+
+
+def check_tiers(scenario: Scenario, train: Interactions) -> None:
+    """Refuse tiers that do not nest in a catalogue, or that no user would be of.
+
+    Raises:
+        UsageError: when there is such a tier.
+    """
+    federation = federation_of(scenario, train.n_items)
+    assigned = assign(train.n_users, federation, scenario.run.seed)
+    for tier in federation.tiers:
+        if tier.index not in assigned:
+            raise UsageError(
+                f"devices.tiers: the share {tier.share:g} of {train.n_users} users is nobody; "
+                "raise the share, or leave the tier out"
+            )
+
+
+def federation_of(scenario: Scenario, n_items: int) -> Federation:
+    """The tiers that ``[devices]`` describes, over the model of ``[model]``.
+
+    Args:
+        scenario: what to run.
+        n_items: size of the catalogue.
+
+    Raises:
+        UsageError: when the tiers do not nest in this catalogue.
+    """
+    model, devices = scenario.model, scenario.devices
+    vectors, biases = _tables(model, devices.order, n_items, scenario.run.seed)
+    present = [tier for tier in devices.chain if tier.capacity != 0]
+    described = [(_halving(scenario, tier, vectors, biases), tier) for tier in present]
+    described.sort(key=lambda pair: pair[0])
+    halvings = [halving for halving, _ in described]
+    if len(set(halvings)) < len(halvings):
+        raise UsageError(
+            f"devices.tiers: capacities {[2.0**-h for h in halvings]} for this catalogue; two "
+            "tiers of the same capacity are one: put their shares together"
         )
-    layout = Layout(ncf.dense, vectors.slots, vectors.block, biases.slots if biases else 0)
-    return Recommender(ncf, vectors, biases, layout)
+    chain, small = _coordinates(scenario, vectors, biases, halvings)
+    tiers = [
+        Tier(index, 2.0**-halving, tier.share, tier.weight,
+             _recommender(scenario, chain, small, index), chain, small)
+        for index, (halving, tier) in enumerate(described)
+    ]  # fmt: skip
+    return Federation(tuple(tiers), sum(t.share for t in devices.chain if t.capacity == 0))
 
 
-def trainer_of(recommender: Recommender, train: Train) -> Trainer:
-    """Local training as ``[train]`` describes it."""
-    names = Settings.__dataclass_fields__
-    return Trainer(recommender, Settings(**{name: getattr(train, name) for name in names}))
+def _tables(model: Model, order: str, n_items: int, seed: int) -> tuple[Table, Table | None]:
+    """Tables of item vectors and biases at capacity 1."""
+    keys = rng_for(seed, "subspace").integers(2**63, size=2)
+
+    def table(dim: int, block: int, key: int) -> Table:
+        if order != "fold":
+            return PlainTable.of(n_items, dim, block=block, by_part=order == "dims")
+        return Subspace.sized(n_items, dim, block=block, key=key, compression=model.compression)
+
+    vectors = table(model.dim, model.block, int(keys[0]))
+    return vectors, table(1, 1, int(keys[1])) if model.item_bias else None
+
+
+def _halving(scenario: Scenario, tier: DeviceTier, vectors: Table, biases: Table | None) -> int:
+    """``h`` of a tier of capacity ``2^-h``; the largest that fits its memory."""
+    if tier.capacity is not None:
+        return round(-math.log2(tier.capacity))
+    room = 1024 * (tier.memory_kib or 0)
+    for halving in range(_MOST_HALVINGS):
+        chain, small = _coordinates(scenario, vectors, biases, [halving])
+        layout = _recommender(scenario, chain, small, 0).layout
+        if layout.size * BYTES_A_COEFFICIENT <= room:
+            return halving
+    raise UsageError(
+        f"devices.tiers: memory_kib = {tier.memory_kib} holds no part of this model; "
+        "raise it, or leave the tier out"
+    )
+
+
+def _coordinates(
+    scenario: Scenario, vectors: Table, biases: Table | None, halvings: list[int]
+) -> tuple[Nested, Nested | None]:
+    """Nested coordinates of item vectors and biases."""
+    order = scenario.devices.order
+    # Item biases of the first dimensions are those of all items.
+    same = [0] * len(halvings) if order == "dims" else halvings
+    chain = nested(vectors, order, halvings)
+    return chain, None if biases is None else nested(biases, order, same)
+
+
+def _recommender(
+    scenario: Scenario, vectors: Nested, biases: Nested | None, index: int
+) -> Recommender:
+    table, small = vectors.tables[index], None if biases is None else biases.tables[index]
+    model = scenario.model
+    ncf = NCF.of(model.kind, table.dim, tuple(model.hidden))
+    gram = packed_size(table.dim) if scenario.train.loss in IMPLICIT else 0
+    layout = Layout(ncf.dense, table.slots, table.block, 0 if small is None else small.slots, gram)
+    return Recommender(ncf, table, small, layout)
+
+
+def trainer_of(scenario: Scenario, federation: Federation, tier: Tier) -> Trainer:
+    """Local training as ``[train]`` describes it, in a tier's memory."""
+    train, newton = scenario.train, scenario.train.server_optimizer == "newton"
+    names = Settings.__dataclass_fields__.keys() - {"newton"}
+    settings = Settings(**{name: getattr(train, name) for name in names}, newton=newton)
+    if scenario.devices.aggregation == "fair_averaging" and not newton:
+        # FAIR's devices step on a folded memory as it is, where a gradient step in isometric
+        # coordinates is as many times shorter as slots are folded into one.
+        gain = federation.tiers[0].capacity / tier.capacity
+        settings = replace(settings, local_lr=settings.local_lr * gain)
+    return Trainer(tier.recommender, settings)
+
+
+def completion_of(scenario: Scenario, federation: Federation) -> Completion:
+    """What the server makes of a released sum before its step."""
+    aggregation, train = scenario.devices.aggregation, scenario.train
+    implicit = None
+    if train.loss in IMPLICIT:
+        implicit = Implicit(
+            train.unobserved_weight,
+            train.item_l2,
+            train.gram_rate,
+            tuple(trainer_of(scenario, federation, t).settings.local_lr for t in federation.tiers),
+            train.server_optimizer == "newton",
+        )
+    return Completion(
+        federation,
+        implicit,
+        by_contributors=aggregation == "contributors",
+        overwrites=aggregation == "fair_averaging",
+    )
 
 
 def encoding_of(scenario: Scenario, layout: Layout) -> Encoding:
@@ -110,8 +281,9 @@ def event_of(scenario: Scenario) -> RoundEvent:
     noise_multiplier = privacy.noise_multiplier
     if noise_multiplier is None and privacy.epsilon is not None:
         noise_multiplier = noise_multiplier_for(
-            privacy.epsilon, privacy.delta, rate, scenario.train.rounds, privacy.budget_against
-        )
+            privacy.epsilon, privacy.delta, rate, scenario.train.rounds, privacy.budget_against,
+            before=release_event(scenario),
+        )  # fmt: skip
     return RoundEvent("gaussian", noise_multiplier or 0.0, rate)
 
 
@@ -128,12 +300,16 @@ def optimizer_of(train: Train) -> Optimizer:
     )
 
 
-def initial_weights(recommender: Recommender, init_std: float, seed: int) -> NDArray[np.float32]:
-    """Weights before the first round: Gaussian item vectors, zero biases, Glorot dense weights."""
-    layout, rng = recommender.layout, rng_for(seed, "weights")
+def initial_weights(federation: Federation, init_std: float, seed: int) -> NDArray[np.float32]:
+    """Coefficients before the first round.
+
+    Gaussian item vectors (hence Gaussian coefficients), zero biases, Glorot dense weights.
+    """
+    layout, rng = federation.layout, rng_for(seed, "weights")
     weights = np.zeros(layout.size, np.float32)
-    layout.dense_of(weights)[...] = recommender.model.initial_dense(rng)
-    layout.memory_of(weights)[...] = rng.normal(0, init_std, (layout.slots, layout.block))
+    layout.dense_of(weights)[...] = federation.tiers[0].recommender.model.initial_dense(rng)
+    memory = layout.memory_of(weights)
+    memory[...] = rng.normal(0, init_std, memory.shape)
     return weights
 
 

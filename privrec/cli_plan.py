@@ -6,6 +6,7 @@ import math
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from privrec.catalogue import release_event
 from privrec.errors import UsageError
 from privrec.scenario import Scenario
 
@@ -69,6 +70,7 @@ def _noise_multiplier(scenario: Scenario) -> float:
         scenario.devices.sampling_rate,
         scenario.train.rounds,
         privacy.budget_against,
+        release_event(scenario),
     )
 
 
@@ -98,7 +100,8 @@ def _spending(scenario: Scenario, noise_multiplier: float) -> dict[str, Any]:
     from privrec.privacy.calibrate import plan as spend
 
     rounds, delta = scenario.train.rounds, scenario.privacy.delta
-    spent = spend(_event(scenario, noise_multiplier), rounds=rounds, delta=delta, points=MILESTONES)
+    event, before = _event(scenario, noise_multiplier), release_event(scenario)
+    spent = spend(event, rounds=rounds, delta=delta, points=MILESTONES, before=before)
     by_round = zip(spent.after, spent.recipients, spent.server, strict=True)
     return {
         "epsilon": _finite(spent.epsilon),
@@ -147,10 +150,20 @@ def coefficients(scenario: Scenario) -> int | None:
     items = _items(scenario)
     if items is None:
         return None
-    model = scenario.model
-    memory = _slots(items * (model.dim // model.block), model.compression) * model.block
-    biases = _slots(items, model.compression) if model.item_bias else 0
-    return _dense(scenario) + memory + biases
+    model, devices = scenario.model, scenario.devices
+    if any(tier.capacity is None for tier in devices.chain):
+        return None
+    halving = round(-math.log2(max(tier.capacity or 0 for tier in devices.chain)))
+    dim = model.dim >> halving if devices.order == "dims" else model.dim
+    if devices.order == "rows":
+        items >>= halving
+    memory, biases = items * dim, items
+    if devices.order == "fold":
+        parts = items * (model.dim // model.block)
+        memory = (_slots(parts, model.compression) >> halving) * model.block
+        biases = _slots(items, model.compression) >> halving
+    gram = dim * (dim + 1) // 2 if scenario.train.loss == "ials" else 0
+    return _dense(scenario) + gram + memory + (biases if model.item_bias else 0)
 
 
 def _items(scenario: Scenario) -> int | None:

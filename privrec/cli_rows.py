@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from scipy import stats
 
 from privrec import run
 from privrec.identity import remembered_data_dir
@@ -14,7 +17,8 @@ from privrec.record import Observer
 from privrec.run import Result
 from privrec.scenario import Row, Scenario
 
-KEPT_OF_PRIVACY = ("epsilon", "epsilon_server", "noise_multiplier")
+KEPT_OF_PRIVACY = ("epsilon", "epsilon_server", "epsilon_popularity", "noise_multiplier")
+FULL = "full_"
 
 
 def with_rows(
@@ -22,9 +26,10 @@ def with_rows(
 ) -> Result:
     """The result of a run after its scenario's rows were run as well.
 
-    Row ``i`` is a complete run in ``rows/i`` of the run's directory, with a ledger of its own. What
-    was begun before is resumed and what is finished is not run again. ``result.json`` gains
-    ``rows``: name, changed settings, metrics, ε and costs of each.
+    Row ``i`` is a complete run in ``rows/i`` of the run's directory, with a ledger of its own; with
+    ``run.seeds`` above 1 further ones follow in ``rows/i-1`` and so on. What was begun before is
+    resumed and what is finished is not run again. ``result.json`` gains ``rows``: name, changed
+    settings, metrics, ε and costs of each; over several seeds, means and their 95 % intervals.
 
     Args:
         result: The finished run of the scenario itself.
@@ -42,12 +47,30 @@ def with_rows(
     for index, (row, (name, variant)) in enumerate(
         zip(scenario.rows, scenario.variants(), strict=True)
     ):
-        titled = variant.with_settings({"title": name})
-        out = result.path / "rows" / str(index)
-        rows.append(_facts(row, _finished(titled, out, place, observer).payload))
+        payloads = [
+            _finished(each, result.path / "rows" / folder, place, observer).payload
+            for folder, each in _repeated(variant, str(index), name)
+        ]
+        rows.append(_facts(row, payloads))
     finished = replace(result, payload={**result.payload, "rows": rows})
     _replace_json(result.path / "result.json", finished.payload)
     return finished
+
+
+def _repeated(variant: Scenario, folder: str, name: str) -> list[tuple[str, Scenario]]:
+    """Folder and scenario of each seed of a row; what no seed changes is measured once."""
+    once = {"title": name, "run.seeds": 1, "run.baselines": ["popularity"]}
+    first = variant.with_settings(once)
+    return [
+        (folder, first),
+        *(
+            (
+                f"{folder}-{step}",
+                first.with_settings({"run.seed": variant.run.seed + step, "run.footprint": False}),
+            )
+            for step in range(1, variant.run.seeds)
+        ),
+    ]
 
 
 def _finished(variant: Scenario, out: Path, data_dir: Path | None, observer: Observer) -> Result:
@@ -56,9 +79,37 @@ def _finished(variant: Scenario, out: Path, data_dir: Path | None, observer: Obs
     return run.start(variant, out=out, data_dir=data_dir, observer=observer)
 
 
-def _facts(row: Row, payload: Mapping[str, Any]) -> dict[str, Any]:
-    privacy = {key: payload["privacy"][key] for key in KEPT_OF_PRIVACY}
-    return {"name": row.name, **row.set, **privacy, **payload["metrics"], **payload["cost"]}
+def _facts(row: Row, payloads: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    first = payloads[0]
+    privacy = {key: first["privacy"].get(key) for key in KEPT_OF_PRIVACY}
+    found = [_named(payload["metrics"]) for payload in payloads]
+    values = {key: [each[key] for each in found] for key in found[0]}
+    means = {key: float(np.mean(each)) for key, each in values.items()}
+    facts = {"name": row.name, **row.set, **privacy, **means, **first["cost"]}
+    facts["tiers"] = [_tier(tiers) for tiers in zip(*(p["tiers"] for p in payloads), strict=True)]
+    if len(payloads) > 1:
+        facts["intervals"] = {key: _interval(each) for key, each in values.items()}
+        facts["seeds"] = [payload["run_id"] for payload in payloads]
+    return facts
+
+
+def _tier(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A tier's facts: of the first seed, but for metrics, which are means."""
+    found = [_named(tier) for tier in seeds]
+    means = {key: float(np.mean([tier[key] for tier in found])) for key in found[0] if "@" in key}
+    return {**found[0], **means}
+
+
+def _named(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics, those of full ranking by their short names too where there is no other protocol."""
+    short = {key.replace(FULL, ""): value for key, value in metrics.items() if FULL in key}
+    return {**short, **metrics}
+
+
+def _interval(values: Sequence[float]) -> list[float]:
+    """Student's 95 % interval of the mean over seeds."""
+    reach = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return [float(np.mean(values) - reach), float(np.mean(values) + reach)]
 
 
 def _replace_json(path: Path, payload: Mapping[str, Any]) -> None:

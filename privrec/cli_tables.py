@@ -63,7 +63,7 @@ def print_result(payload: Mapping[str, Any]) -> None:
     print_lines(_privacy_lines(payload["privacy"]))
     _print_cost(payload["cost"])
     if payload.get("rows"):
-        _print_variants(payload["rows"])
+        _print_variants(payload)
 
 
 def _print_metrics(payload: Mapping[str, Any], title: str) -> None:
@@ -122,22 +122,44 @@ def _print_cost(cost: Mapping[str, Any]) -> None:
     print_table(f"Cost ({OUTSIDE})", ("what", "value", "unit"), rows)
 
 
-def _print_variants(rows: Sequence[Mapping[str, Any]]) -> None:
-    """One column a row, since a row has more facts than a terminal has columns."""
-    flat = [_flattened(row) for row in rows]
-    facts = dict.fromkeys(key for row in flat for key in row if key != "name")
-    cells = [[fact, *(_number(row.get(fact, "")) for row in flat)] for fact in facts]
-    print_table(f"Rows (metrics are {OUTSIDE})", ["", *(row["name"] for row in flat)], cells)
+def _print_variants(payload: Mapping[str, Any]) -> None:
+    """A line for each row and baseline, with the metrics of the longest list."""
+    rows, baselines = payload["rows"], payload.get("baselines") or {}
+    wanted = _headlines(rows[0])
+    lines = [[row["name"], *(_headline(row, key) for key in wanted), _by_tier(row)] for row in rows]
+    for name, found in baselines.items():
+        values = {key.removeprefix("full_"): value for key, value in found.items()} | found
+        lines.append([f"{name} (centralised)", *(_headline(values, key) for key in wanted), ""])
+    heads = ["", *(metric_name(key) for key in wanted), "NDCG by tier (own)"]
+    print_table(f"Rows (metrics are {OUTSIDE})", heads, lines)
 
 
-def _flattened(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in row.items():
-        if isinstance(value, Mapping):
-            found.update(_flattened(value, f"{prefix}{key}."))
-        elif not isinstance(value, list):
-            found[f"{prefix}{key}"] = value
-    return found
+def _headlines(row: Mapping[str, Any]) -> list[str]:
+    """Keys of the metrics at the longest cut-off, each under one name only."""
+    most = max((int(key.partition("@")[2]) for key in row if "@" in key), default=0)
+    stems = ("hr", "ndcg", "recall", "full_ndcg", "own_ndcg", "own_full_ndcg")
+    found = [f"{stem}@{most}" for stem in stems if f"{stem}@{most}" in row]
+    return [key for key in found if "full_" not in key or row[key] != row.get(_short(key))]
+
+
+def _short(key: str) -> str:
+    return key.replace("full_", "")
+
+
+def _headline(row: Mapping[str, Any], key: str) -> str:
+    if row.get(key) is None:
+        return ""
+    bounds = (row.get("intervals") or {}).get(key)
+    reach = f" ± {(bounds[1] - bounds[0]) / 2:.4f}" if bounds else ""
+    return f"{row[key]:.4f}{reach}"
+
+
+def _by_tier(row: Mapping[str, Any]) -> str:
+    tiers = row.get("tiers") or []
+    if len(tiers) < 2:
+        return ""
+    keys = [key for key in tiers[0] if key.startswith("ndcg@")]
+    return " · ".join(f"{tier[keys[-1]]:.3f}" for tier in tiers) if keys else ""
 
 
 def print_plan(payload: Mapping[str, Any]) -> None:

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.assembly import encoding_of, recommender_of, trainer_of
+from privrec.assembly import encoding_of, federation_of, trainer_of
 from privrec.device.device import Device
-from privrec.device.round import Round, digest
+from privrec.device.round import Round, model_digests
 from privrec.privacy.events import RoundEvent
 from privrec.randomness import SecretRoot
 from privrec.scenario import Scenario
@@ -26,7 +26,11 @@ TIMEOUT_S = 120
 
 
 def peak_bytes(
-    scenario: Scenario, n_items: int, weights: NDArray[np.float32], history: NDArray[np.int32]
+    scenario: Scenario,
+    tier: int,
+    n_items: int,
+    coefficients: NDArray[np.float32],
+    history: NDArray[np.int32],
 ) -> int | None:
     """Peak resident memory of one device's round above that of the idle interpreter, in bytes.
 
@@ -35,12 +39,14 @@ def peak_bytes(
 
     Args:
         scenario: decides the model and its training.
+        tier: which tier the device is of, 0 for the strongest.
         n_items: size of the catalogue.
-        weights: the model that is sent.
+        coefficients: the tier's prefix of the model, which is what it is sent.
         history: the device's items; the longest one tells the worst case.
     """
-    head = {"scenario": scenario.to_toml(), "n_items": n_items, "weights": weights.nbytes}
-    task = json.dumps(head).encode() + b"\n" + weights.tobytes() + history.tobytes()
+    head = {"scenario": scenario.to_toml(), "tier": tier, "n_items": n_items}
+    head["coefficients"] = coefficients.nbytes
+    task = json.dumps(head).encode() + b"\n" + coefficients.tobytes() + history.tobytes()
     try:
         done = subprocess.run(
             # -P: a file of the working directory must not pass for a module.
@@ -62,10 +68,13 @@ class _Task:
     def __init__(self, head: bytes, body: bytes) -> None:
         described = json.loads(head)
         scenario = Scenario.from_toml(described["scenario"])
-        recommender = recommender_of(scenario.model, described["n_items"], scenario.run.seed)
-        self._trainer = trainer_of(recommender, scenario.train)
-        self._encoding = encoding_of(scenario, recommender.layout)
-        self._weights, self._history = body[: described["weights"]], body[described["weights"] :]
+        federation = federation_of(scenario, described["n_items"])
+        self._tier = federation.tiers[described["tier"]]
+        self._weaker = federation.weaker(self._tier)
+        self._trainer = trainer_of(scenario, federation, self._tier)
+        self._encoding = encoding_of(scenario, federation.layout)
+        self._model = body[: described["coefficients"]]
+        self._history = body[described["coefficients"] :]
 
     def peak(self) -> int:
         """Bytes that the round takes at its peak."""
@@ -79,12 +88,13 @@ class _Task:
 
     def _round(self, history: bytes) -> None:
         # The bytes arrived before the measurement; the copies are what a device would hold.
-        model = np.frombuffer(self._weights, np.float32).copy()
+        model = np.frombuffer(self._model, np.float32).copy()
         items = np.frombuffer(history, np.int32).copy()
         root = SecretRoot.known(b"measures itself")
-        device = Device(0, items, self._trainer, self._encoding, root)
+        device = Device(0, items, self._tier, self._weaker, self._trainer, self._encoding, root)
+        digests = model_digests(model, (self._tier.layout, *self._weaker))
         event = RoundEvent("none", 0.0, 1.0)
-        device.answer(Round("footprint", 0, 0, event, "", digest(model)), model, 0).vector()
+        device.answer(Round("footprint", 0, 0, event, "", digests), model, 0).vector()
 
 
 def _give_back_freed() -> None:

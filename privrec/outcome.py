@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,19 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 import privrec
-from privrec import metrics
-from privrec.assembly import Parts, recommender_of
+from privrec import baselines, metrics
+from privrec.assembly import BYTES_A_COEFFICIENT, Parts, federation_of
+from privrec.catalogue import release_event
 from privrec.checkpoint import replace
 from privrec.data import Interactions, Split
-from privrec.device.train import Recommender
+from privrec.device.tier import Federation, Tier
 from privrec.errors import IntegrityError, UsageError
 from privrec.footprint import peak_bytes
-from privrec.privacy.events import Accountant, Adversary
+from privrec.privacy.events import Accountant, Adversary, epsilon
 from privrec.privacy.ledger import Ledger
 from privrec.record import OUTSIDE
 from privrec.scenario import Scenario
 
-BYTES_A_COEFFICIENT = 4
 _EPSILONS: dict[str, tuple[Adversary, Accountant]] = {
     "epsilon": ("recipients", "pld"),
     "epsilon_server": ("server", "pld"),
@@ -40,8 +40,8 @@ def write_model(out: Path, parts: Parts, scenario: Scenario, train: Interactions
     replace(out / "model.json", (json.dumps(description, indent=2) + "\n").encode())
 
 
-def read_model(out: Path, scenario: Scenario, train: Interactions) -> tuple[Recommender, Any]:
-    """The recommender and weights of a finished run.
+def read_model(out: Path, scenario: Scenario, train: Interactions) -> tuple[Federation, Any]:
+    """The tiers and coefficients of a finished run.
 
     Raises:
         UsageError: when the run is not finished.
@@ -50,17 +50,17 @@ def read_model(out: Path, scenario: Scenario, train: Interactions) -> tuple[Reco
     path = out / "model.safetensors"
     if not path.exists():
         raise UsageError(f"{out}: there is no model yet; finish the run: privrec resume {out}")
-    recommender = recommender_of(scenario.model, train.n_items, scenario.run.seed)
+    federation = federation_of(scenario, train.n_items)
     try:
         weights = load_file(path)["weights"]
     except (SafetensorError, KeyError, OSError, ValueError) as error:
         raise IntegrityError(f"{path}: not a model ({error}); restore the file") from None
-    if weights.shape != (recommender.layout.size,):
+    if weights.shape != (federation.layout.size,):
         raise IntegrityError(
             f"{path}: {weights.size} coefficients, where a catalogue of {train.n_items} items "
-            f"needs {recommender.layout.size}; use the data that the model was trained on"
+            f"needs {federation.layout.size}; use the data that the model was trained on"
         )
-    return recommender, weights
+    return federation, weights
 
 
 def result_of(
@@ -70,15 +70,32 @@ def result_of(
     ledger: Ledger,
     evaluated: metrics.Evaluation,
     *,
+    own: Sequence[metrics.Evaluation],
     identity: Mapping[str, Any],
     cpu_s: float,
     wall_s: float,
 ) -> dict[str, Any]:
-    """The content of ``result.json``; realised cohort sizes appear in no figure of it."""
+    """The content of ``result.json``; realised cohort sizes appear in no figure of it.
+
+    Args:
+        scenario: what was run.
+        split: on what.
+        parts: at the end of the run.
+        ledger: what was charged.
+        evaluated: metrics of everybody with the whole memory.
+        own: those of each tier's users with what the tier holds, the strongest tier's first.
+        identity: content of ``run.json``.
+        cpu_s: CPU seconds of the rounds.
+        wall_s: seconds of the whole run.
+    """
     server, seed = parts.server, scenario.run.seed
-    popularity = metrics.evaluate(
-        metrics.popularity_scores(split.train), split, k=scenario.run.top_k, seed=seed
-    )
+    measured = (evaluated, _together(own)) if scenario.devices.tiers else (evaluated,)
+    tiers = [
+        _tier(scenario, parts, tier, measured)
+        for tier, measured in zip(parts.federation.tiers, own, strict=False)
+    ]
+    if parts.federation.absent:
+        tiers.append(_absent(parts, own[-1]))
     return {
         "scenario": scenario.name,
         "title": scenario.title,
@@ -88,16 +105,25 @@ def result_of(
         "rounds": server.index,
         "planned_rounds": scenario.train.rounds,
         "holdout": split.holdout,
-        "metrics": evaluated.summary(),
-        "intervals": {name: list(pair) for name, pair in evaluated.intervals(seed).items()},
-        "baselines": {"popularity": popularity.summary()},
+        "metrics": {name: value for each in measured for name, value in each.summary().items()},
+        "intervals": {
+            name: list(pair) for each in measured for name, pair in each.intervals(seed).items()
+        },
+        "baselines": {name: _baseline(name, scenario, split) for name in scenario.run.baselines},
         "metrics_note": OUTSIDE,
         "outside_the_guarantee": ["metrics", "intervals", "baselines", "data", "cost"],
         "privacy": _privacy(scenario, split, parts, ledger, known=bool(identity["noise_known"])),
-        "cost": _cost(scenario, split.train, parts, cpu_s, wall_s),
+        "cost": _cost(parts, tiers, cpu_s, wall_s),
+        "tiers": tiers,
         "model": _model(parts, scenario),
         "data": identity["data"],
     }
+
+
+def _baseline(name: str, scenario: Scenario, split: Split) -> dict[str, float]:
+    seed = scenario.run.seed
+    scores = baselines.scores_of(name, split.train, dim=scenario.model.dim, seed=seed)
+    return metrics.evaluate(scores, split, k=scenario.run.top_k, seed=seed).summary()
 
 
 def _privacy(
@@ -109,10 +135,14 @@ def _privacy(
         name: ledger.epsilon(privacy.delta, adversary, accountant) if holds else None
         for name, (adversary, accountant) in _EPSILONS.items()
     }
-    encoding = plan.encoding
+    encoding, before = plan.encoding, release_event(scenario)
     return {
         "private": holds,
         **spent,
+        "popularity": scenario.devices.popularity,
+        "epsilon_popularity": None
+        if before is None or known
+        else epsilon([before], privacy.delta, "server"),
         "delta": privacy.delta,
         "noise": privacy.noise,
         "noise_multiplier": plan.event.noise_multiplier,
@@ -132,19 +162,64 @@ def _privacy(
     }
 
 
-def _cost(
-    scenario: Scenario, train: Interactions, parts: Parts, cpu_s: float, wall_s: float
+def _together(own: Sequence[metrics.Evaluation]) -> metrics.Evaluation:
+    """Everybody's metrics, each with what the user's own tier holds, by names of their own."""
+    users = np.concatenate([each.users for each in own])
+    order = np.argsort(users)
+    names = set.intersection(*(set(each.values) for each in own))
+    return metrics.Evaluation(
+        users[order],
+        {
+            f"own_{name}": np.concatenate([each.values[name] for each in own])[order]
+            for name in own[0].values
+            if name in names
+        },
+    )
+
+
+def _tier(
+    scenario: Scenario, parts: Parts, tier: Tier, measured: metrics.Evaluation
 ) -> dict[str, Any]:
-    size = parts.recommender.layout.size * BYTES_A_COEFFICIENT
-    longest = train.history(int(train.counts.argmax()))
+    """What one tier holds and costs, and how good it is at what it holds."""
+    cohort, size = parts.simulation.cohorts[tier.index], tier.layout.size * BYTES_A_COEFFICIENT
+    histories = cohort.histories
+    longest = histories.select(np.array([histories.lengths.argmax()])).items
+    prefix = parts.federation.prefix(parts.server.weights, tier)
+    n_items = parts.everyone.trainer.recommender.vectors.items
+    peak = None
+    if scenario.run.footprint:
+        peak = peak_bytes(scenario, tier.index, n_items, prefix, longest)
+    return {
+        "capacity": tier.capacity,
+        "share": tier.share,
+        "weight": tier.weight,
+        "devices": len(cohort.states),
+        "items": tier.recommender.vectors.items,
+        "dim": tier.recommender.vectors.dim,
+        "upload_bytes": size,
+        "download_bytes": size,
+        "device_peak_bytes": peak,
+        **measured.summary(),
+    }
+
+
+def _absent(parts: Parts, measured: metrics.Evaluation) -> dict[str, Any]:
+    """Devices that hold nothing and recommend what is popular."""
+    facts = {"capacity": 0.0, "share": parts.federation.absent, "weight": 0.0}
+    return {**facts, "devices": len(parts.simulation.absent), **measured.summary()}
+
+
+def _cost(
+    parts: Parts, tiers: Sequence[Mapping[str, Any]], cpu_s: float, wall_s: float
+) -> dict[str, Any]:
+    """Costs of the device that holds most, and of the run."""
     server, plan = parts.server, parts.server.plan
     device_rounds = server.index * plan.expected_cohort
     # Realised cohorts are nobody's business: two digits of a total do not tell their number.
     seconds = _two_digits if plan.event.hides_cohorts else float
+    device = ("upload_bytes", "download_bytes", "device_peak_bytes")
     return {
-        "upload_bytes": size,
-        "download_bytes": size,
-        "device_peak_bytes": peak_bytes(scenario, train.n_items, server.weights, longest),
+        **{name: tiers[0][name] for name in device},
         "cpu_s_per_device_round": seconds(cpu_s / device_rounds) if device_rounds else None,
         "wall_s": seconds(wall_s),
     }
@@ -155,7 +230,8 @@ def _two_digits(value: float) -> float:
 
 
 def _model(parts: Parts, scenario: Scenario) -> dict[str, Any]:
-    vectors, layout = parts.recommender.vectors, parts.recommender.layout
+    recommender = parts.federation.tiers[0].recommender
+    vectors, layout = recommender.vectors, recommender.layout
     return {
         "kind": scenario.model.kind,
         "dim": vectors.dim,

@@ -15,21 +15,20 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 
-from privrec import checkpoint, data, metrics, rundir
-from privrec.assembly import Parts, assemble, data_digest
+from privrec import catalogue, checkpoint, data, metrics, rundir
+from privrec.assembly import Parts, assemble, check_tiers, data_digest
 from privrec.checkpoint import Position
 from privrec.data import Split
 from privrec.errors import BudgetError, Interrupted
 from privrec.identity import Identity
 from privrec.outcome import result_of, write_model
 from privrec.privacy.ledger import Ledger
-from privrec.randomness import SecretRoot, rng_for, sync_directory
+from privrec.randomness import SecretRoot, sync_directory
 from privrec.record import EventLog, Observer, Record, RunInfo
 from privrec.scenario import Scenario, load
-from privrec.scoring import Scorer
+from privrec.scoring import Judge
 from privrec.server.server import Release
 from privrec.wording import adversary_text
 
@@ -73,9 +72,9 @@ def start(
     rundir.refuse_taken(out)
     split = data.load(scenario.data, data_dir=data_dir)
     rundir.check_population(scenario, split.train.n_users)
+    check_tiers(scenario, split.train)
     identity = Identity.new(scenario, split, data_dir, unsafe_noise_key)
     with identity.forgotten_unless(out), rundir.appearing(out) as folder:
-        parts = assemble(scenario, split.train, identity.run_id, identity.root("devices"))
         rundir.write_json(folder / "run.json", identity.to_json())
         checkpoint.replace(folder / "scenario.toml", scenario.to_toml().encode())
         header = {
@@ -90,6 +89,9 @@ def start(
         with Ledger.create(
             folder / "ledger.jsonl", header=header, signing_key=identity.signing_key(new=True)
         ) as ledger:
+            server, devices = identity.root("server"), identity.root("devices")
+            split = catalogue.numbered(scenario, split, ledger, folder, server, devices)
+            parts = assemble(scenario, split.train, identity.run_id, devices)
             digest = data_digest(split.train)
             position = rundir.save(folder, parts, identity, scenario, ledger, digest)
         with EventLog(folder / "events.jsonl") as events:
@@ -116,6 +118,7 @@ def resume(out: Path, *, data_dir: Path | None = None, observer: Observer) -> Re
     identity.signing_key()  # refused before a fresh root is drawn for a run that cannot go on
     scenario = load(out / "scenario.toml")
     split = data.load(scenario.data, data_dir=data_dir or identity.data_dir)
+    split = catalogue.restored(out, split)
     parts = assemble(scenario, split.train, identity.run_id, identity.root("devices"))
     position, arrays = checkpoint.read(out / rundir.CHECKPOINT)
     rundir.check_same(out, position, identity, scenario, data_digest(split.train))
@@ -292,29 +295,23 @@ class _Loop:
             return self.evaluated.summary()
         if every == 0 or index % every:
             return None
-        return self.evaluate(("sampled",) if self.split.heldout.single else ("full",)).summary()
+        protocols: metrics.Protocols = ("sampled",) if self.split.heldout.single else ("full",)
+        return self.evaluate(protocols).summary()
 
-    def evaluate(self, protocols: tuple[Any, ...]) -> metrics.Evaluation:
+    def evaluate(self, protocols: metrics.Protocols) -> metrics.Evaluation:
         """Metrics of the released weights, every user served by a vector fitted from nothing."""
-        users = np.arange(self.split.train.n_users)
-        weights, seed = self.parts.server.released, self.scenario.run.seed
-        key = int(rng_for(seed, "serving").integers(2**63))
-        states = self.parts.cohort.serve(weights, users, key)
-        if not self.split.heldout.single:
-            protocols = ("full",)
-        return metrics.evaluate(
-            Scorer(self.parts.recommender, weights, states),
-            self.split,
-            k=self.scenario.run.top_k,
-            protocols=protocols,
-            seed=seed,
-        )
+        return self.judge.whole(self.parts.server.released, protocols)
+
+    @property
+    def judge(self) -> Judge:
+        return Judge(self.parts, self.split, self.scenario.run)
 
     def _finish(self) -> Result:
         evaluated = self.evaluated or self.evaluate(("sampled", "full"))
         write_model(self.out, self.parts, self.scenario, self.split.train)
         payload = result_of(
             self.scenario, self.split, self.parts, self.ledger, evaluated,
+            own=self._own(evaluated),
             identity=self.identity.to_json(), cpu_s=self.cpu_s, wall_s=self.wall_s,
         )  # fmt: skip
         rundir.write_json(self.out / "result.json", payload)
@@ -322,6 +319,11 @@ class _Loop:
         (self.out / rundir.CHECKPOINT).unlink()
         self.events.append("end", round=self.parts.server.index)
         return Result(self.out, payload)
+
+    def _own(self, whole: metrics.Evaluation) -> tuple[metrics.Evaluation, ...]:
+        if len(self.parts.federation.tiers) == 1 and not self.parts.federation.absent:
+            return (whole,)
+        return self.judge.own(self.parts.server.released, ("sampled", "full"))
 
     def _save(self) -> None:
         digest = data_digest(self.split.train)

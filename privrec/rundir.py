@@ -48,8 +48,9 @@ def save(
         cpu_s,
     )
     moments = {f"moments.{name}": value for name, value in server.optimizer.moments.items()}
-    own = {"weights": server.weights, "mean": server.mean, "states": parts.cohort.states}
-    checkpoint.write(folder / CHECKPOINT, position, {**own, **moments})
+    own = {"weights": server.weights, "mean": server.mean}
+    states = {f"states.{i}": c.states for i, c in enumerate(parts.simulation.cohorts)}
+    checkpoint.write(folder / CHECKPOINT, position, {**own, **states, **moments})
     return position
 
 
@@ -61,7 +62,8 @@ def restore(parts: Parts, position: Position, arrays: dict[str, NDArray[np.float
         arrays["weights"].copy(),
         arrays["mean"].copy(),
     )
-    parts.cohort.states[...] = arrays["states"]
+    for index, cohort in enumerate(parts.simulation.cohorts):
+        cohort.states[...] = arrays[f"states.{index}"]
     for name, value in arrays.items():
         if name.startswith("moments."):
             server.optimizer.moments[name.removeprefix("moments.")] = value.copy()

@@ -32,6 +32,7 @@ from privrec.scenario_rules import conflicts, foreign_keys, values_of
 from privrec.scenario_tables import (
     Data,
     Devices,
+    DeviceTier,
     Model,
     Privacy,
     Row,
@@ -45,6 +46,7 @@ from privrec.scenario_tables import (
 __all__ = [
     "KNOWN_USERS",
     "Data",
+    "DeviceTier",
     "Devices",
     "Model",
     "Privacy",
@@ -164,14 +166,15 @@ class Scenario(Table):
         Two scenarios of the same hash plan the same events against the same budget. Titles,
         models and step sizes do not enter.
         """
-        return _digest(
-            {
-                "privacy": self.privacy.model_dump(),
-                "sampling": self.devices.sampling,
-                "sampling_rate": self.devices.sampling_rate,
-                "rounds": self.train.rounds,
-            }
-        )
+        planned: dict[str, Any] = {
+            "privacy": self.privacy.model_dump(),
+            "sampling": self.devices.sampling,
+            "sampling_rate": self.devices.sampling_rate,
+            "rounds": self.train.rounds,
+        }
+        if self.devices.popularity == "released":
+            planned["popularity_epsilon"] = self.devices.popularity_epsilon
+        return _digest(planned)
 
     def hash(self) -> str:
         """SHA-256, in hex, of everything but ``title`` and ``description``."""
@@ -302,7 +305,7 @@ def _validated(document: dict[str, Any], problems: dict[str, str], source: str) 
         scenario = Scenario.model_validate(deepcopy(document))
     except ValidationError as error:
         fields = from_pydantic(error.errors(include_url=False), keys())
-    values = values_of(document, _defaults(), set(fields))
+    values = values_of(document, _defaults(), {path.partition("[")[0] for path in fields})
     found = {**problems, **fields, **conflicts(values, _paths(document))}
     if not found:
         found = _row_problems(scenario)

@@ -80,6 +80,8 @@ def rule_of(schema: Schema) -> str:
         return "one of " + ", ".join(as_toml(option) for option in options)
     if schema.get("type") == "array":
         return _rule_of_list(schema)
+    if "$ref" in schema:
+        return "a table"
     kind = _KINDS.get(str(schema.get("type")), "a value")
     if "pattern" in schema:
         return "a text of 1 to 64 letters, digits, '.', '_' and '-', the first a letter or digit"
@@ -172,11 +174,15 @@ def _path(location: Sequence[str | int]) -> str:
         return "rows" + "".join(
             f"[{part}]" if isinstance(part, int) else f".{part}" for part in location[1:]
         )
+    if tuple(location[:2]) == ("devices", "tiers") and len(location) > 2:
+        return f"devices.tiers[{location[2]}]" + "".join(f".{part}" for part in location[3:])
     return ".".join(str(part) for part in location[:2])
 
 
 def _message(error: Mapping[str, Any], path: str, keys: Mapping[str, Key]) -> str:
     known, kind = keys.get(path), error["type"]
+    if path.startswith("devices.tiers["):
+        return describe(path, error["input"], _TIER_RULE, "for example {capacity = 1.0, share = 1}")
     tables = {key.table for key in keys.values() if key.table}
     if kind == "extra_forbidden":
         return unknown_key(path, error["input"], keys)
@@ -194,6 +200,10 @@ def _message(error: Mapping[str, Any], path: str, keys: Mapping[str, Key]) -> st
     return describe(path, value, f"must be {rule}", _remedy(value, known))
 
 
+_TIER_RULE = (
+    "a tier is a table with a capacity of 1, 0.5, 0.25 and so on (or memory_kib, a whole number of "
+    "at least 1), a share above 0 and at most 1, and perhaps a weight from 0 to 1"
+)
 _ROW_RULE = "a row is a table with a text `name` and a table `set` of dotted keys"
 
 

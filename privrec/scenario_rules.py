@@ -7,7 +7,8 @@ it reads is malformed, so that one mistake is reported once.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -163,6 +164,105 @@ def _without_noise(values: Values) -> Problems:
     }
 
 
+def _tiers(values: Values) -> Problems:
+    path, tiers = "devices.tiers", values["devices.tiers"]
+    if not tiers:
+        return {}
+    tiers = [tier if isinstance(tier, Mapping) else tier.model_dump() for tier in tiers]
+    rule = _tier_rule(tiers)
+    if rule is None:
+        return {}
+    remedy = "for example [{capacity = 1.0, share = 0.5}, {capacity = 0.25, share = 0.5}]"
+    return {path: describe(path, tiers, rule, remedy)}
+
+
+def _tier_rule(tiers: Sequence[Mapping[str, Any]]) -> str | None:
+    """The first rule that the tiers break."""
+    if any((tier.get("capacity") is None) == (tier.get("memory_kib") is None) for tier in tiers):
+        return "each tier has one of capacity and memory_kib"
+    capacities = [tier["capacity"] for tier in tiers if tier.get("capacity") is not None]
+    if any(capacity and math.frexp(capacity)[0] != 0.5 for capacity in capacities):
+        return "a capacity is a power of two, 1, 0.5, 0.25 and so on, or memories do not nest"
+    if len(set(capacities)) < len(capacities):
+        return "two tiers of one capacity are the same tier"
+    if abs(sum(tier["share"] for tier in tiers) - 1) > 1e-6:
+        return f"the shares must add up to 1, and they give {sum(t['share'] for t in tiers):g}"
+    if not any(tier.get("weight", 1.0) and tier.get("capacity") != 0 for tier in tiers):
+        return "a tier of weight 0 or capacity 0 does not train, and then nobody does"
+    return None
+
+
+def _nesting(values: Values) -> Problems:
+    path, nesting, popularity = (
+        "devices.nesting",
+        values["devices.nesting"],
+        values["devices.popularity"],
+    )
+    order = nesting or ("fold" if popularity is None else "rows")
+    if order == "rows" and popularity is None:
+        rule = "the order of the rows must come from somewhere"
+        remedy = 'set devices.popularity = "public" or "released"'
+    elif order != "rows" and popularity is not None:
+        rule = f"devices.popularity = {as_toml(popularity)} orders rows, which are not used"
+        remedy = 'set nesting = "rows" or remove popularity (-s devices.popularity=)'
+    elif order != "fold" and values["model.compression"] > 1:
+        rule = f"model.compression = {values['model.compression']} needs a hashed memory"
+        remedy = 'use nesting = "fold", or model.compression = 1'
+    elif order == "dims" and values["model.kind"] != "gmf":
+        rule = f"the network of model.kind = {as_toml(values['model.kind'])} has one input width"
+        remedy = 'use model.kind = "gmf", or nesting = "fold"'
+    else:
+        return {}
+    return {path: describe(path, nesting, rule, remedy)}
+
+
+def _popularity(values: Values) -> Problems:
+    path, epsilon = "devices.popularity_epsilon", values["devices.popularity_epsilon"]
+    released = values["devices.popularity"] == "released"
+    if released and epsilon is None:
+        rule = 'devices.popularity = "released" is charged'
+        return {path: f"{path} is unset: {rule}; set it, for example to 0.5"}
+    if epsilon is not None and not released:
+        rule = "there is no release to charge"
+        remedy = f'set devices.popularity = "released" or remove it (-s {path}=)'
+        return {path: describe(path, epsilon, rule, remedy)}
+    return {}
+
+
+def _aggregation(values: Values) -> Problems:
+    path = "devices.aggregation"
+    if values[path] != "fair_averaging":
+        return {}
+    allowed = {
+        "model.kind": ("gmf",),
+        "privacy.noise": ("none",),
+        "train.server_optimizer": ("fedavg", "newton"),
+    }
+    for key, options in allowed.items():
+        if values[key] not in options:
+            rule = f"FAIR's plain average of item memories has no {key} = {as_toml(values[key])}"
+            return {path: describe(path, values[path], rule, f"set {key} = {as_toml(options[0])}")}
+    if (values["devices.nesting"] or "fold") != "fold" or values["devices.popularity"] is not None:
+        rule = "FAIR averages folded memories"
+        return {path: describe(path, values[path], rule, 'use devices.nesting = "fold"')}
+    return {}
+
+
+def _ials(values: Values) -> Problems:
+    path = "train.loss"
+    if values[path] != "ials":
+        if values["train.server_optimizer"] != "newton":
+            return {}
+        rule = 'train.server_optimizer = "newton" has its curvature from implicit ALS'
+        return {path: describe(path, values[path], rule, 'set train.loss = "ials"')}
+    needed = {"model.kind": "gmf", "model.item_bias": False, "train.local_steps": 1}
+    for key, value in needed.items():
+        if values[key] != value:
+            rule = f"its sum over all items needs {key} = {as_toml(value)}"
+            return {path: describe(path, values[path], rule, f"set {key}, or use another loss")}
+    return {}
+
+
 _RULES: tuple[Callable[[Values], Problems], ...] = (
     _synthetic,
     _encoding,
@@ -171,4 +271,9 @@ _RULES: tuple[Callable[[Values], Problems], ...] = (
     _top_k,
     _clip,
     _budget,
+    _tiers,
+    _nesting,
+    _popularity,
+    _aggregation,
+    _ials,
 )

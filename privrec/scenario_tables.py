@@ -25,6 +25,7 @@ class Table(BaseModel):
 
 Width = Annotated[int, Field(ge=1, le=4096)]
 Cut = Annotated[int, Field(ge=1, le=1000)]
+Baseline = Literal["popularity", "pure_svd", "ease"]
 
 
 class Data(Table):
@@ -110,8 +111,28 @@ class Model(Table):
     item_bias: bool = setting(True, "Whether each item has a bias of its own.")
 
 
+class DeviceTier(Table):
+    """An entry of ``devices.tiers``: what devices of one capacity hold, and how many they are."""
+
+    capacity: float | None = setting(
+        None, "Memory over the whole one: 1, 0.5, 0.25, …; 0 for devices that take no part.", ge=0,
+        le=1,
+    )  # fmt: skip
+    memory_kib: int | None = setting(
+        None, "Instead of `capacity`: room for the model.", unit="KiB", ge=1, le=2**40
+    )
+    share: float = setting(..., "Share of all devices.", gt=0, le=1)
+    weight: float = setting(
+        1.0, "Public factor of the updates; 0 for devices that are served, but do not train.",
+        ge=0, le=1,
+    )  # fmt: skip
+
+
+EVERYBODY_ALIKE = DeviceTier(capacity=1.0, share=1.0)
+
+
 class Devices(Table):
-    """``[devices]``: how many there are and how a round's cohort is drawn."""
+    """``[devices]``: how many there are, what they hold, and how a round's cohort is drawn."""
 
     population: int | None = setting(
         None,
@@ -130,6 +151,42 @@ class Devices(Table):
         gt=0,
         le=1,
     )
+    tiers: Annotated[tuple[DeviceTier, ...], BeforeValidator(as_tuple)] = setting(
+        (),
+        "Capacities of devices, as `{capacity = 0.25, share = 0.5}` each; none, all alike.",
+        max_length=16,
+    )
+    nesting: Literal["fold", "rows", "dims"] | None = setting(
+        None,
+        "What a weak device holds: all items folded, the popular items in full, or the first "
+        "dimensions; unset, `rows` where `popularity` is set, else `fold`.",
+    )
+    popularity: Literal["public", "released"] | None = setting(
+        None,
+        "Where the order of `rows` comes from: the data's own counts, declared public, or counts "
+        "released with noise.",
+    )
+    popularity_epsilon: float | None = setting(
+        None, "`released`: ε of the counts, at `privacy.delta`.", unit="ε, user level",
+        ge=0.0001, le=1000,
+    )  # fmt: skip
+    popularity_items: int = setting(
+        50, "`released`: most items of a user that are counted.", unit="items", ge=1, le=10**6
+    )
+    aggregation: Literal["sum", "contributors", "fair_averaging"] = setting(
+        "sum",
+        "Mean over all devices, over those that hold a part, or FAIR's average of lifted weights.",
+    )
+
+    @property
+    def chain(self) -> tuple[DeviceTier, ...]:
+        """The tiers, of which there is at least one."""
+        return self.tiers or (EVERYBODY_ALIKE,)
+
+    @property
+    def order(self) -> Literal["fold", "rows", "dims"]:
+        """The coordinate system of the tiers."""
+        return self.nesting or ("fold" if self.popularity is None else "rows")
 
     @model_validator(mode="before")
     @classmethod
@@ -143,9 +200,22 @@ class Train(Table):
     """``[train]``: local training on a device, and the server's step."""
 
     rounds: int = setting(100, "Rounds of the run.", unit="rounds", ge=1, le=10**6)
-    loss: Literal["bce", "bpr", "softmax", "full_softmax"] = setting(
+    loss: Literal["bce", "bpr", "softmax", "full_softmax", "ials"] = setting(
         "bce",
-        "Binary cross-entropy, Bayesian ranking, sampled softmax, or softmax over all items.",
+        "Binary cross-entropy, Bayesian ranking, sampled softmax, softmax over all items, or "
+        "implicit ALS.",
+    )
+    unobserved_weight: float = setting(
+        0.1,
+        "`ials`: weight of each item of the catalogue beside those of the history.",
+        gt=0,
+        le=1000,
+    )
+    item_l2: float = setting(
+        1e-5, "`ials`: L2 penalty on item vectors, in the mean over users.", gt=0, le=1000
+    )
+    gram_rate: float = setting(
+        1.0, "`ials`: how fast the users' Gram matrix follows that of the round.", gt=0, le=1
     )
     negatives: int = setting(4, "Sampled negatives for each positive.", unit="items", ge=1, le=1000)
     max_samples: int | None = setting(
@@ -175,8 +245,10 @@ class Train(Table):
         1, "Steps on items and dense weights in a round.", unit="steps", ge=1, le=10**4
     )
     local_lr: float = setting(1.0, "Step size for items and dense weights.", gt=0, le=10**4)
-    server_optimizer: Literal["fedavg", "fedadam", "sgd"] = setting(
-        "fedadam", "How the server applies the sum of the updates."
+    server_optimizer: Literal["fedavg", "fedadam", "sgd", "newton"] = setting(
+        "fedadam",
+        "How the server applies the sum of the updates; `newton`, for `ials`, averages steps that "
+        "devices precondition by the users' Gram matrix.",
     )
     server_lr: float = setting(0.05, "Step size of the server.", gt=0, le=10**6)
     momentum: float = setting(0.9, "`sgd`: momentum.", ge=0, lt=1)
@@ -260,6 +332,16 @@ class Run(Table):
     )
     top_k: Annotated[tuple[Cut, ...], BeforeValidator(as_tuple)] = setting(
         (10,), "Cut-offs of the metrics.", unit="items", min_length=1, max_length=10
+    )
+    seeds: int = setting(
+        1, "Runs of each row, with seeds from `seed` on; figures are their means.", unit="runs",
+        ge=1, le=100,
+    )  # fmt: skip
+    baselines: Annotated[tuple[Baseline, ...], BeforeValidator(as_tuple)] = setting(
+        ("popularity",), "Centralised recommenders to print beside.", max_length=3
+    )
+    footprint: bool = setting(
+        True, "Measure the memory of a device of each tier, in a process of its own."
     )
 
 

@@ -9,7 +9,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from privrec import metrics
+from privrec.assembly import Parts
+from privrec.data import Split
+from privrec.device.cohort import Cohort
+from privrec.device.tier import Tier
 from privrec.device.train import Recommender
+from privrec.randomness import rng_for
+from privrec.scenario import Run
 
 FloatArray = NDArray[np.float32]
 _ITEMS_AT_ONCE = 8192
@@ -21,19 +28,23 @@ class Scorer:
 
     Args:
         recommender: the meaning of the weights.
-        weights: the shared vector.
+        weights: its vector, in memory form.
         states: private states by user, shape ``(users, user_dim)``.
+        n_items: size of the catalogue; items that the recommender does not hold come last.
     """
 
     recommender: Recommender
     weights: FloatArray
     states: FloatArray
+    n_items: int
 
     def __call__(
         self, users: NDArray[np.integer], candidates: NDArray[np.integer] | None
     ) -> FloatArray:
         """Scores of each user's candidates ``(m, c)``, or of all items when there are none."""
         parts = [self._part(users, items) for items in self._items()]
+        missing = self.n_items - self.recommender.vectors.items
+        parts.append(np.full((len(users), missing), -np.inf, np.float32))
         full = np.concatenate(parts, axis=1)
         return full if candidates is None else np.take_along_axis(full, candidates, axis=1)
 
@@ -52,3 +63,66 @@ class Scorer:
             memory = parts.layout.biases_of(self.weights)[:, None]
             scores += parts.biases.gather(memory, items)[:, 0]
         return scores
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Measures released weights on what a split holds out, every user fitted from nothing.
+
+    Args:
+        parts: of the run.
+        split: what to measure on.
+        run: seed and lengths of the lists.
+    """
+
+    parts: Parts
+    split: Split
+    run: Run
+
+    def whole(self, weights: FloatArray, protocols: metrics.Protocols) -> metrics.Evaluation:
+        """Metrics of all users with the whole memory.
+
+        Args:
+            weights: released coefficients.
+            protocols: those of :func:`privrec.metrics.evaluate`.
+        """
+        return self._measured(
+            self.parts.federation.tiers[0], self.parts.everyone, weights, protocols
+        )
+
+    def own(
+        self, weights: FloatArray, protocols: metrics.Protocols
+    ) -> tuple[metrics.Evaluation, ...]:
+        """Metrics of the users of each tier with what their tier holds of the weights.
+
+        Those of devices that hold nothing come last: they recommend what is popular.
+        """
+        cohorts = zip(self.parts.federation.tiers, self.parts.simulation.cohorts, strict=True)
+        measured = [self._measured(tier, cohort, weights, protocols) for tier, cohort in cohorts]
+        if self.parts.federation.absent:
+            scores = metrics.popularity_scores(self.split.train)
+            measured.append(self._evaluated(scores, protocols, self.parts.simulation.absent))
+        return tuple(measured)
+
+    def _measured(
+        self, tier: Tier, cohort: Cohort, weights: FloatArray, protocols: metrics.Protocols
+    ) -> metrics.Evaluation:
+        view = tier.view(self.parts.federation.prefix(weights, tier))
+        fitted = cohort.serve(view, int(rng_for(self.run.seed, "serving").integers(2**63)))
+        train, users = self.split.train, cohort.histories.users
+        states = np.zeros((train.n_users, fitted.shape[1]), np.float32)
+        states[users] = fitted
+        scorer = Scorer(cohort.trainer.recommender, view, states, train.n_items)
+        return self._evaluated(scorer, protocols, users)
+
+    def _evaluated(
+        self, scores: metrics.Scores, protocols: metrics.Protocols, users: NDArray[np.int64]
+    ) -> metrics.Evaluation:
+        return metrics.evaluate(
+            scores,
+            self.split,
+            k=self.run.top_k,
+            protocols=protocols,
+            seed=self.run.seed,
+            users=users,
+        )

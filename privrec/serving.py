@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec import data
+from privrec import catalogue, data
 from privrec.assembly import trainer_of
 from privrec.data import Interactions
+from privrec.device.batch import Histories
 from privrec.device.cohort import Cohort
 from privrec.errors import UsageError
 from privrec.identity import remembered_data_dir
@@ -89,7 +90,8 @@ def recommend(
 def _data_of(run_dir: Path, data_dir: Path | None) -> tuple[Scenario, Interactions]:
     data_dir = data_dir or remembered_data_dir(run_dir)
     scenario = load(run_dir / "scenario.toml")
-    return scenario, data.load(scenario.data, data_dir=data_dir).train
+    split = data.load(scenario.data, data_dir=data_dir)
+    return scenario, catalogue.restored(run_dir, split).train
 
 
 def _known_items(train: Interactions, ids: Sequence[str]) -> NDArray[np.int32]:
@@ -101,13 +103,13 @@ def _known_items(train: Interactions, ids: Sequence[str]) -> NDArray[np.int32]:
 def _scores(
     run_dir: Path, scenario: Scenario, train: Interactions, items: NDArray[np.int32]
 ) -> NDArray[np.float32]:
-    recommender, weights = read_model(run_dir, scenario, train)
-    one = Cohort.of(
-        trainer_of(recommender, scenario.train), np.array([0, len(items)]), items.astype(np.int32)
-    )
-    key = int(rng_for(scenario.run.seed, "serving").integers(2**63))
-    states = one.serve(weights, np.array([0]), key)
-    scores: NDArray[np.float32] = Scorer(recommender, weights, states)(np.array([0]), None)[0]
+    federation, weights = read_model(run_dir, scenario, train)
+    tier = federation.tiers[0]
+    one = Histories(np.array([0]), np.array([0, len(items)]), items.astype(np.int32))
+    cohort, view = Cohort.of(trainer_of(scenario, federation, tier), one), tier.view(weights)
+    states = cohort.serve(view, int(rng_for(scenario.run.seed, "serving").integers(2**63)))
+    scorer = Scorer(tier.recommender, view, states, train.n_items)
+    scores: NDArray[np.float32] = scorer(np.array([0]), None)[0]
     return scores
 
 

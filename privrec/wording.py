@@ -67,6 +67,8 @@ def headline_metric(metrics: Mapping[str, float]) -> str | None:
 
 def metric_name(key: str) -> str:
     """A metric's key as people write it: ``full_hr@10`` is "HR@10, full ranking"."""
+    if key.startswith("own_"):
+        return f"{metric_name(key[4:])}, own tier"
     base, ranking = (key[5:], ", full ranking") if key.startswith("full_") else (key, "")
     stem, at, depth = base.partition("@")
     names = {"hr": "HR", "ndcg": "NDCG", "recall": "Recall"}

@@ -498,6 +498,10 @@ def test_signal_to_noise_is_that_of_aligned_updates() -> None:
     assert signal["ratio"] == pytest.approx(20 / sigma / signal["coefficients"] ** 0.5)
 
 
+MIXED = [{"capacity": 0.25, "share": 0.5}, {"capacity": 1.0, "share": 0.5}]
+WEAK = [{"capacity": 0.25, "share": 0.5}, {"capacity": 0.5, "share": 0.5}]
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -506,15 +510,29 @@ def test_signal_to_noise_is_that_of_aligned_updates() -> None:
         {"model.compression": 3.0},
         {"model.kind": "mlp", "model.dim": 6},
         {"model.kind": "neumf", "model.dim": 6, "model.hidden": (9, 5)},
+        {"devices.tiers": MIXED},
+        {"devices.tiers": WEAK, "model.compression": 3.0},
+        {"devices.tiers": WEAK, "model.kind": "neumf"},
+        {"devices.tiers": WEAK, "devices.popularity": "public"},
+        {"devices.tiers": WEAK, "devices.popularity": "public", "model.item_bias": False},
+        {"devices.tiers": WEAK, "devices.nesting": "dims", "model.block": 1},
+        {"train.loss": "ials", "model.item_bias": False},
+        {
+            "devices.tiers": WEAK,
+            "devices.nesting": "dims",
+            "model.block": 1,
+            "train.loss": "ials",
+            "model.item_bias": False,
+        },
     ],
 )
 def test_coefficients_are_those_of_the_model_that_is_built(settings: dict[str, Any]) -> None:
-    from privrec.assembly import recommender_of
+    from privrec.assembly import federation_of
     from privrec.cli_plan import coefficients
     from privrec.scenario import Scenario
 
     scenario = Scenario.from_toml(TINY).with_settings(settings)
-    layout = recommender_of(scenario.model, scenario.data.items, seed=0).layout
+    layout = federation_of(scenario, scenario.data.items).layout
     assert coefficients(scenario) == layout.size
 
 

@@ -202,6 +202,133 @@ VALUES = {
     ),
 }  # fmt: skip
 
+TIERS = {
+    "capacity that does not nest": settings(
+        "devices.tiers=[{capacity = 1.0, share = 0.5}, {capacity = 0.3, share = 0.5}]",
+        "devices.tiers = [", "power of two", "do not nest", "for example [{",
+    ),
+    "capacity twice": settings(
+        "devices.tiers=[{capacity = 0.5, share = 0.5}, {capacity = 0.5, share = 0.5}]",
+        "devices.tiers = [", "the same tier", "for example",
+    ),
+    "capacity twice by its memory": settings(
+        "devices.tiers=[{capacity = 1.0, share = 0.5}, {memory_kib = 9999, share = 0.5}]",
+        "devices.tiers", "[1.0, 1.0]", "put their shares together",
+    ),
+    "shares above one": settings(
+        "devices.tiers=[{capacity = 1.0, share = 0.5}, {capacity = 0.5, share = 0.6}]",
+        "must add up to 1", "they give 1.1", "for example",
+    ),
+    "shares below one": settings(
+        "devices.tiers=[{capacity = 1.0, share = 0.5}]", "must add up to 1", "they give 0.5", "for",
+    ),
+    "neither capacity nor memory": settings(
+        "devices.tiers=[{share = 1.0}]", "one of capacity and memory_kib", "for example"
+    ),
+    "capacity and memory": settings(
+        "devices.tiers=[{capacity = 1.0, memory_kib = 4, share = 1.0}]",
+        "one of capacity and memory_kib", "for example",
+    ),
+    "nobody trains": settings(
+        "devices.tiers=[{capacity = 1.0, share = 1.0, weight = 0}]", "nobody does", "for example"
+    ),
+    "capacity above one": settings(
+        "devices.tiers=[{capacity = 2.0, share = 1.0}]",
+        "devices.tiers[0].capacity", "2.0", "a tier is a table"
+    ),
+    "everybody holds nothing": settings(
+        "devices.tiers=[{capacity = 0.0, share = 1.0}]", "capacity 0", "nobody does", "for example"
+    ),
+    "negative capacity": settings(
+        "devices.tiers=[{capacity = -1.0, share = 1.0}]", "devices.tiers[0].capacity", "-1.0"
+    ),
+    "weight above one": settings(
+        "devices.tiers=[{capacity = 1.0, share = 1.0, weight = 1.5}]", "tiers[0].weight", "1.5"
+    ),
+    "negative weight": settings(
+        "devices.tiers=[{capacity = 1.0, share = 1.0, weight = -0.5}]", "tiers[0].weight", "-0.5"
+    ),
+    "share that is no number": settings(
+        "devices.tiers=[{capacity = 1.0, share = nan}]",
+        "devices.tiers[0].share", "nan", "a share above 0"
+    ),
+    "no share": settings(
+        "devices.tiers=[{capacity = 1.0}]", "devices.tiers[0].share", "a share above 0", "for example"
+    ),
+    "tier as a number": settings(
+        "devices.tiers=[0.5]", "devices.tiers[0] = 0.5", "a tier is a table", "for example"
+    ),
+    "tiers as a number": settings("devices.tiers=0.5", "tiers = 0.5", "a list of 0 to 16", "chang"),
+    "tier without an item": settings(
+        "devices.tiers=[{capacity = 0.03125, share = 1.0}]",
+        "capacity 1/32 of 20 items", "must be an item", "change",
+        text=TINY.replace("[train]", "popularity = 'public'\n[train]"),
+    ),
+    "tier without a block": settings(
+        "devices.tiers=[{capacity = 0.25, share = 1.0}]",
+        "capacity 1/4 of dim = 4", "a multiple of block = 2", "change",
+        text=TINY.replace("[train]", "nesting = 'dims'\n[train]"),
+    ),
+    "rows without an order": settings(
+        "devices.nesting=rows", 'devices.nesting = "rows"', "must come from", "devices.popularity"
+    ),
+    "an order without rows": settings(
+        "devices.nesting=fold", 'popularity = "public" orders rows', "remove popularity",
+        text=TINY.replace("[train]", "popularity = 'public'\n[train]"),
+    ),
+    "unknown nesting": settings(
+        "devices.nesting=cols", 'devices.nesting = "cols"', 'one of "fold", "rows"', "did you mean"
+    ),
+    "rows of a hashed memory": settings(
+        "model.compression=2.0", "model.compression = 2.0", "needs a hashed memory", '"fold"',
+        text=TINY.replace("[train]", "popularity = 'public'\n[train]"),
+    ),
+    "dims of a network": settings(
+        "model.kind=neumf", 'model.kind = "neumf"', "one input width", '"gmf"',
+        text=TINY.replace("[train]", "nesting = 'dims'\n[train]"),
+    ),
+    "release without an epsilon": settings(
+        "devices.popularity=released", "devices.popularity_epsilon is unset", "is charged", "set it"
+    ),
+    "epsilon without a release": settings(
+        "devices.popularity_epsilon=1", "popularity_epsilon = 1", "no release to charge", "remove"
+    ),
+    "no items to count": settings(
+        "devices.popularity_items=0", "popularity_items = 0", "at least 1", "the default, 50"
+    ),
+    "unknown aggregation": settings(
+        "devices.aggregation=mean", '"mean"', 'one of "sum", "contributors"', "change the value"
+    ),
+    "fair averaging with noise": settings(
+        "devices.aggregation=fair_averaging", "plain average", 'privacy.noise = "central"', "set "
+    ),
+    "fair averaging with momentum": settings(
+        "devices.aggregation=fair_averaging", "plain average", '"fedadam"', '"fedavg"',
+        text=PLAIN,
+    ),
+    "fair averaging of rows": settings(
+        "devices.aggregation=fair_averaging", "averages folded memories", '"fold"',
+        text=PLAIN + "[devices]\npopularity = 'public'\n"
+        "[train]\nserver_optimizer = 'fedavg'\n",
+    ),
+    "implicit ALS with biases": settings(
+        "train.loss=ials", 'train.loss = "ials"', "model.item_bias = false", "another loss"
+    ),
+    "implicit ALS of a network": settings(
+        "train.loss=ials", 'model.kind = "gmf"', "another loss",
+        text=TINY.replace("[devices]", "kind = 'mlp'\nitem_bias = false\n[devices]"),
+    ),
+    "implicit ALS of many steps": settings(
+        "train.loss=ials", "train.local_steps = 1", "another loss",
+        text=TINY.replace("[devices]", "item_bias = false\n[devices]").replace(
+            "rounds = 2", "rounds = 2\nlocal_steps = 2"
+        ),
+    ),
+    "no weight of the unobserved": settings(
+        "train.unobserved_weight=0", "unobserved_weight = 0", "above 0", "change the value"
+    ),
+}  # fmt: skip
+
 OPTIONS = {
     "unknown command": option("rnu", says=("'rnu'", "no command", "did you mean 'run'?")),
     "unknown data command": option("data", "drop", says=("'drop'", "list, fetch", "--help")),
@@ -307,6 +434,7 @@ DATA = {
 CASES = {
     **{f"scenario: {name}": case for name, case in SCENARIOS.items()},
     **{f"value: {name}": case for name, case in VALUES.items()},
+    **{f"tiers: {name}": case for name, case in TIERS.items()},
     **{f"option: {name}": case for name, case in OPTIONS.items()},
     **{f"data: {name}": case for name, case in DATA.items()},
 }

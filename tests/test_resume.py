@@ -897,8 +897,8 @@ def test_devices_remember_their_vectors(tmp_path: Path, sessions: Sessions) -> N
     with pytest.raises(Stop):
         run.start(scenario, out=tmp_path / "run", observer=Stops(3), unsafe_noise_key=b"k")
     _, arrays = checkpoint.read(tmp_path / "run" / rundir.CHECKPOINT)
-    assert arrays["states"].shape == (40, 5)
-    assert np.abs(arrays["states"]).sum(axis=1).astype(bool).sum() > 20
+    assert arrays["states.0"].shape == (40, 5)
+    assert np.abs(arrays["states.0"]).sum(axis=1).astype(bool).sum() > 20
 
 
 def test_seconds_of_all_sessions_count(tmp_path: Path, sessions: Sessions) -> None:

@@ -236,9 +236,13 @@ PRIVACY = {
     "private", "epsilon", "epsilon_server", "epsilon_rdp", "epsilon_server_rdp", "delta", "noise",
     "noise_multiplier", "clip_norm", "unit", "adjacency", "mechanism", "rounding_bound_ratio",
     "sampling", "sampling_rate", "population", "expected_cohort", "budget", "budget_against",
-    "noise_known", "charges",
+    "noise_known", "charges", "popularity", "epsilon_popularity",
 }  # fmt: skip
 COST = {"upload_bytes", "download_bytes", "device_peak_bytes", "cpu_s_per_device_round", "wall_s"}
+TIER = {
+    "capacity", "share", "weight", "devices", "items", "dim", "upload_bytes", "download_bytes",
+    "device_peak_bytes",
+}  # fmt: skip
 METRICS = {"hr@10", "ndcg@10", "full_hr@10", "full_ndcg@10", "full_recall@10"}
 
 
@@ -249,7 +253,7 @@ def test_the_result_has_what_the_issue_asks_for(tmp_path: Path) -> None:
     assert set(result) == {
         "scenario", "title", "simulated", "version", "run_id", "rounds", "planned_rounds",
         "holdout", "metrics", "intervals", "baselines", "metrics_note", "outside_the_guarantee",
-        "privacy", "cost", "model", "data",
+        "privacy", "cost", "tiers", "model", "data",
     }  # fmt: skip
     assert result["scenario"] == "tiny"
     assert result["simulated"] is True
@@ -265,6 +269,12 @@ def test_the_result_has_what_the_issue_asks_for(tmp_path: Path) -> None:
     size = len(weights(out)) * 4
     assert (cost["upload_bytes"], cost["download_bytes"]) == (size, size)
     assert cost["device_peak_bytes"] == 4096
+    (tier,) = result["tiers"]
+    assert set(tier) == TIER | METRICS
+    for name in ("upload_bytes", "download_bytes", "device_peak_bytes"):
+        assert tier[name] == cost[name]
+    assert (tier["capacity"], tier["share"], tier["weight"], tier["devices"]) == (1, 1, 1, 40)
+    assert (tier["items"], tier["dim"]) == (30, 4)
     assert 0 < cost["cpu_s_per_device_round"] * ROUNDS * RATE * 40 < cost["wall_s"] * 4
     privacy = result["privacy"]
     assert set(privacy) == PRIVACY
@@ -374,9 +384,10 @@ def test_realised_cohorts_and_their_traces_are_in_no_file(tmp_path: Path) -> Non
     observer = Watches()
     started(out, *changes, key=b"k", observer=observer)  # the same files in every test run
     write(build(out), out)
-    sizes = {record.cohort or 0 for record in observer.records}
-    told = sizes | {sum(sizes), users - min(sizes), min(sizes) / users, max(sizes) / users}
+    sizes = [record.cohort or 0 for record in observer.records]
+    told = {*sizes, sum(sizes), users - min(sizes), min(sizes) / users, max(sizes) / users}
     assert len(sizes) == 5
+    assert len(set(sizes)) > 2
     assert min(sizes) > 450
     files = sorted(path for path in out.iterdir() if path.is_file())
     assert len(files) == 11
@@ -388,7 +399,8 @@ def test_realised_cohorts_and_their_traces_are_in_no_file(tmp_path: Path) -> Non
         if path.suffix in (".html", ".md", ".toml"):
             text = re.sub(r"(?s)<(svg|style)\b.*?</\1>", "", path.read_text())
             words = set(re.findall(r"(?<![\w.#])\d+(?![\w.])", text))
-            assert not words & {str(size) for size in sizes}, path.name
+            told_by_plan = str(round(users * RATE))  # the expected cohort, which anybody knows
+            assert not words & {str(size) for size in sizes} - {told_by_plan}, path.name
     for record in read_rounds(out / "events.jsonl"):
         assert record.cohort is None
         assert record.loss is None
@@ -543,3 +555,157 @@ def test_a_start_whose_disk_fails_at_any_write_leaves_nothing(
     assert number > 10
     assert not went_on
     assert run.resume(out, observer=NullObserver()).payload["rounds"] == ROUNDS
+
+
+# --------------------------------------------------------------------------- tiers
+
+MIXED = (
+    "devices.tiers=[{capacity = 0.25, share = 0.5}, {capacity = 1.0, share = 0.2}, "
+    "{capacity = 0.5, share = 0.3, weight = 0.5}]"
+)
+ALIKE = "devices.tiers=[{capacity = 1.0, share = 1.0}]"
+NESTINGS = {
+    "fold": (),
+    "rows": ("devices.popularity=public",),
+    "dims": ("devices.nesting=dims", "model.block=1"),
+}
+
+
+@pytest.mark.parametrize("engine", ["cohort", "device"])
+@pytest.mark.parametrize("kind", ["gmf", "neumf"])
+def test_one_tier_of_capacity_one_is_bit_for_bit_no_tiers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, engine: str
+) -> None:
+    """Weights, integers, ledger and figures, once the scenario's own hash is no part of draws."""
+    monkeypatch.setattr(Scenario, "hash", lambda _: "0" * 64)
+    sums: dict[str, list[Any]] = {"run": [], "tiers": []}
+    collect = Simulation.collect
+    for name, changes in (("run", ()), ("tiers", (ALIKE,))):
+
+        def watched(self: Simulation, round: Any, weights: Any, name: str = name) -> Any:
+            found = collect(self, round, weights)
+            sums[name].append(found.total)
+            return found
+
+        monkeypatch.setattr(Simulation, "collect", watched)
+        settings = (*changes, f"model.kind={kind}", f"run.engine={engine}")
+        started(tmp_path / name, *settings, key=b"k")
+    assert len(sums["run"]) == ROUNDS
+    for one, two in zip(sums["run"], sums["tiers"], strict=True):
+        assert one.any()
+        assert np.array_equal(one, two)
+    one, two = (tmp_path / name for name in ("run", "tiers"))
+    assert np.array_equal(weights(one), weights(two))
+    told = [
+        [
+            {**json.loads(line), "previous": None, "hash": None, "body": None}
+            for line in (out / "ledger.jsonl").read_text().splitlines()
+        ]
+        for out in (one, two)
+    ]
+    for entry in (*told[0], *told[1]):
+        entry.pop("tag", None)  # of the run's own key and name
+    assert told[0] == told[1]
+    first, second = (json.loads((out / "result.json").read_text()) for out in (one, two))
+    for name in ("privacy", "tiers", "model", "baselines"):
+        assert first[name] == second[name]
+    for name in ("metrics", "intervals"):  # and what a user's own tier holds is everything
+        own = {f"own_{metric}": first[name][metric] for metric in METRICS}
+        assert {**first[name], **own} == second[name]
+
+
+@pytest.mark.parametrize("nesting", NESTINGS)
+def test_a_run_of_mixed_capacities_tells_what_each_tier_gets(tmp_path: Path, nesting: str) -> None:
+    out = tmp_path / "run"
+    result = started(out, MIXED, *NESTINGS[nesting])
+    tiers = result["tiers"]
+    assert [tier["capacity"] for tier in tiers] == [1.0, 0.5, 0.25]
+    assert [tier["weight"] for tier in tiers] == [1.0, 0.5, 1.0]
+    assert [tier["devices"] for tier in tiers] == [8, 12, 20]
+    sizes = [tier["upload_bytes"] for tier in tiers]
+    assert sizes[0] == result["cost"]["upload_bytes"] == 4 * len(weights(out))
+    assert sizes == sorted(sizes, reverse=True)
+    if nesting != "dims":  # whose item biases are those of all dimensions
+        assert sizes[2] <= sizes[0] / 4
+    assert [tier["download_bytes"] for tier in tiers] == sizes
+    assert [tier["items"] for tier in tiers] == ([30, 15, 7] if nesting == "rows" else [30] * 3)
+    assert [tier["dim"] for tier in tiers] == ([4, 2, 1] if nesting == "dims" else [4] * 3)
+    # Everybody's own metrics are the mean over users, each in its tier.
+    for name in METRICS:
+        shares = [tier["devices"] / 40 for tier in tiers]
+        mean = sum(share * tier[name] for share, tier in zip(shares, tiers, strict=True))
+        assert result["metrics"][f"own_{name}"] == pytest.approx(mean)
+    assert any(result["metrics"][f"own_{name}"] != result["metrics"][name] for name in METRICS)
+    assert result["privacy"]["expected_cohort"] == pytest.approx(40 * RATE)
+    report = build(out)
+    write(report, out)
+
+
+def test_mixed_capacities_cost_no_more_privacy_than_one(tmp_path: Path) -> None:
+    one, mixed = (started(tmp_path / str(i), *c) for i, c in enumerate(((), (MIXED,))))
+    for name in ("epsilon", "epsilon_server", "charges", "noise_multiplier"):
+        assert one["privacy"][name] == mixed["privacy"][name]
+
+
+def test_devices_that_do_not_train_are_left_out_of_the_cohort(tmp_path: Path) -> None:
+    idle = (
+        "devices.tiers=[{capacity = 1.0, share = 0.5}, {capacity = 0.5, share = 0.5, weight = 0}]"
+    )
+    observer = Watches()
+    result = started(tmp_path / "run", idle, "devices.sampling=everybody", observer=observer)
+    assert [record.cohort for record in observer.records] == [20] * ROUNDS
+    assert result["privacy"]["expected_cohort"] == 20
+    assert set(result["tiers"][1]) == TIER | METRICS  # they are served all the same
+
+
+@pytest.mark.parametrize("nesting", NESTINGS)
+def test_a_stopped_run_of_mixed_capacities_goes_on_bit_for_bit(
+    tmp_path: Path, nesting: str
+) -> None:
+    settings = (MIXED, *NESTINGS[nesting])
+    whole = started(tmp_path / "whole", *settings, key=b"k")
+
+    def stop(record: Record) -> None:
+        if record.round == 5:
+            raise Interrupted("now")
+
+    with pytest.raises(Interrupted):
+        started(tmp_path / "run", *settings, key=b"k", observer=Watches(stop))
+    assert {"states.0", "states.1", "states.2"} <= set(
+        read(tmp_path / "run" / rundir.CHECKPOINT)[1]
+    )
+    resumed = run.resume(tmp_path / "run", observer=NullObserver()).payload
+    assert np.array_equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert resumed["metrics"] == whole["metrics"]
+
+
+@pytest.mark.parametrize("nesting", NESTINGS)
+def test_implicit_als_runs_and_resumes_in_every_nesting(tmp_path: Path, nesting: str) -> None:
+    settings = (
+        MIXED, *NESTINGS[nesting], "train.loss=ials", "model.item_bias=false", "train.local_lr=0.2",
+    )  # fmt: skip
+    whole = started(tmp_path / "whole", *settings, key=b"k")
+
+    def stop(record: Record) -> None:
+        if record.round == 4:
+            raise Interrupted("now")
+
+    with pytest.raises(Interrupted):
+        started(tmp_path / "run", *settings, key=b"k", observer=Watches(stop))
+    resumed = run.resume(tmp_path / "run", observer=NullObserver()).payload
+    assert np.array_equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert resumed["metrics"] == whole["metrics"]
+    assert np.isfinite(weights(tmp_path / "run")).all()
+
+
+def test_devices_that_hold_nothing_are_served_what_is_popular(tmp_path: Path) -> None:
+    nothing = "devices.tiers=[{capacity = 1.0, share = 0.5}, {capacity = 0.0, share = 0.5}]"
+    result = started(tmp_path / "run", nothing)
+    whole, absent = result["tiers"]
+    assert (absent["capacity"], absent["share"], absent["weight"], absent["devices"]) == (
+        0, 0.5, 0, 20,
+    )  # fmt: skip
+    assert whole["devices"] == 20
+    assert result["privacy"]["expected_cohort"] == pytest.approx(20 * RATE)
+    for name in METRICS:
+        assert result["metrics"][f"own_{name}"] == pytest.approx((whole[name] + absent[name]) / 2)

@@ -196,3 +196,34 @@ def test_a_model_of_another_catalogue_is_refused(trained: Path, tmp_path: Path) 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"there is no run\.json"):
         recommend(tmp_path, user="1")
+
+
+TIERS = """tiers = [{capacity = 1.0, share = 0.5}, {capacity = 0.5, share = 0.5}]
+"""
+
+
+@pytest.mark.parametrize(
+    "nesting", ["nesting = 'fold'", "popularity = 'public'", "nesting = 'dims'"]
+)
+def test_a_model_of_mixed_capacities_is_served_from_the_whole_memory(
+    nesting: str, train: Interactions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept are coefficients; recommendations are made from the memory that they mean."""
+    monkeypatch.setenv("PRIVREC_STATE", str(tmp_path / "state"))
+    monkeypatch.setattr("privrec.outcome.peak_bytes", lambda *_: None)
+    text = SCENARIO.replace("[train]", f"{TIERS}{nesting}\n[train]")
+    scenario = Scenario.from_toml(text)
+    result = run.start(
+        scenario, out=tmp_path / "run", observer=NullObserver(), unsafe_noise_key=b"k"
+    ).payload
+    split = data.load(scenario.data, data_dir=None)
+    hits = []
+    for user in range(120):
+        found = recommend(tmp_path / "run", user=str(train.user_ids[user]))
+        if user % 20 == 0:
+            assert recommend(tmp_path / "run", history=ids_of(train, user)) == found
+        target = split.heldout.items[split.heldout.indptr[user]]
+        hits.append(str(train.item_ids[target]) in {entry.item_id for entry in found})
+    assert sum(hits) / len(hits) > 0.45  # chance: a third
+    # They are the lists that were measured.
+    assert sum(hits) / len(hits) == pytest.approx(result["metrics"]["full_hr@10"], abs=0.02)

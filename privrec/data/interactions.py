@@ -165,6 +165,17 @@ class Interactions:
         """
         return self.select(self._from_end() < limit)
 
+    def renumbered(self, order: Int64Array) -> Interactions:
+        """The same interactions with items numbered anew.
+
+        Args:
+            order: int64 [n], the present position of each new one.
+        """
+        titles = None if self.titles is None else tuple(self.titles[item] for item in order)
+        items = _new_positions(order)[self.items]
+        names = self.item_ids[order]
+        return Interactions(self.indptr, items, self.times, self.user_ids, names, titles)
+
     def _from_end(self) -> Int64Array:
         """How many later rows the same user has, int64 [m]."""
         return np.repeat(self.indptr[1:], self.counts) - 1 - np.arange(self.size)
@@ -252,6 +263,14 @@ class Split:
     negatives: Int32Array | None
     holdout: Holdout
 
+    def renumbered(self, order: Int64Array) -> Split:
+        """The same split with items numbered anew; see :meth:`Interactions.renumbered`."""
+        # A candidate that is missing (-1) finds itself at the end.
+        places = np.append(_new_positions(order), np.int32(-1))
+        heldout = ItemLists(self.heldout.indptr, places[self.heldout.items])
+        negatives = None if self.negatives is None else places[self.negatives]
+        return Split(self.train.renumbered(order), heldout, negatives, self.holdout)
+
 
 def leave_last_out(interactions: Interactions, *, holdout: Holdout) -> Split:
     """Hold out the last interaction of every user (for ``validation``: the last but one).
@@ -303,6 +322,12 @@ def _last_rows(interactions: Interactions) -> BoolArray:
     last = np.zeros(interactions.size, np.bool_)
     last[interactions.indptr[1:][interactions.counts >= 2] - 1] = True
     return last
+
+
+def _new_positions(order: Int64Array) -> Int32Array:
+    positions = np.empty(order.size, np.int32)
+    positions[order] = np.arange(order.size, dtype=np.int32)
+    return positions
 
 
 def _lists(interactions: Interactions, rows: BoolArray) -> ItemLists:

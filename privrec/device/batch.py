@@ -8,8 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.embedding.hashing import finalise, splitmix64
+from privrec.embedding.table import add_rows
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_SPARSE = 64  # names this much rarer than their places are sorted instead of tabulated
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,12 @@ class Histories:
         indptr = np.concatenate(([0], np.cumsum(lengths)))
         offsets = np.repeat(self.indptr[rows] - indptr[:-1], lengths)
         return Histories(self.users[rows], indptr, self.items[offsets + np.arange(indptr[-1])])
+
+    def below(self, held: int) -> Histories:
+        """What is left of the histories for devices that hold the first ``held`` items."""
+        kept = self.items < held
+        before = np.concatenate(([0], np.cumsum(kept)))
+        return Histories(self.users, before[self.indptr], self.items[kept])
 
 
 @dataclass(frozen=True)
@@ -95,13 +103,18 @@ class Sampler:
             return Batch(np.arange(self.n_items)[None], marks, 0, None)
         used = histories.lengths if self.most is None else histories.lengths.clip(max=self.most)
         positives, present = self._positives(histories, used, key)
+        if not self.negatives:
+            return self._batch(positives, present, positives.shape[1])
         count = positives.shape[1] * self.negatives
         negatives = uniform(key, histories.users, count, self.n_items)
         fresh = np.repeat(present, self.negatives, axis=1)
         fresh &= ~np.take_along_axis(self._marks(histories), negatives, axis=1)
         items = np.concatenate((positives, negatives), axis=1)
-        valid = np.concatenate((present, fresh), axis=1).astype(np.float32)
-        return Batch(items, valid, positives.shape[1], representatives(items, self.n_items))
+        return self._batch(items, np.concatenate((present, fresh), axis=1), positives.shape[1])
+
+    def _batch(self, items: NDArray[np.int64], valid: NDArray[np.bool_], positives: int) -> Batch:
+        first = representatives(items, self.n_items)
+        return Batch(items, valid.astype(np.float32), positives, first)
 
     def _positives(
         self, histories: Histories, used: NDArray[np.int64], key: int
@@ -125,20 +138,54 @@ def representatives(names: NDArray[np.int64], size: int) -> NDArray[np.int64]:
     """For each name of a row, the one place in that row that stands for all its equals.
 
     Writing every place into a table of names and reading it back elects one, in time linear in the
-    names.
+    names; where the table would be far larger than the names, they are sorted.
 
     Args:
         names: integers in ``[0, size)``, shape ``(m, k)``.
         size: number of possible names.
 
     Returns:
-        Places in ``[0, k)``, shape ``(m, k)``.
+        Places in ``[0, k)``, shape ``(m, k)``; the last of equal names stands for all.
     """
     m, k = names.shape
     rows = np.arange(m)[:, None]
+    if size > _SPARSE * k:
+        places: NDArray[np.int64] = _last_by_sorting(names + rows * size).reshape(m, k) - rows * k
+        return places
     table = np.empty((m, size), np.int64)
     table[rows, names] = np.arange(k)
     return table[rows, names]
+
+
+def _last_by_sorting(names: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For each of all names, the last place of its equals in the flattened array."""
+    flat = names.ravel()
+    order = np.argsort(flat, kind="stable")
+    ordered = flat[order]
+    ends = np.append(ordered[1:] != ordered[:-1], np.True_)
+    group = np.cumsum(ends) - ends
+    places = np.empty_like(order)
+    places[order] = order[ends][group]
+    return places
+
+
+def merged(values: NDArray[np.float32], owners: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Values of equal names put together where their representative is; zeros elsewhere.
+
+    Args:
+        values: shape ``(m, k, width)``.
+        owners: as :func:`representatives` gives them, shape ``(m or 1, k)``.
+    """
+    m, k, width = values.shape
+    together = np.zeros((m * k, width), np.float32)
+    add_rows(together, flattened(owners, m), values.reshape(-1, width))
+    return together.reshape(m, k, width)
+
+
+def flattened(places: NDArray[np.int64], m: int) -> NDArray[np.int64]:
+    """Places in rows ``(m or 1, k)`` as places in the flattened batch of ``m`` rows."""
+    flat: NDArray[np.int64] = places + np.arange(m)[:, None] * places.shape[1]
+    return flat.ravel()
 
 
 def uniform(key: int, users: NDArray[np.int64], count: int, n: int) -> NDArray[np.int64]:

@@ -30,12 +30,12 @@ FloatArray = NDArray[np.float32]
 
 @dataclass
 class Cohort:
-    """All simulated devices: their histories and private states, by user.
+    """Simulated devices of one tier: their histories and private states, row by row.
 
     Args:
         trainer: local training.
-        histories: of every user, in the order of their indices.
-        states: private states, shape ``(users, user_dim)``; changed by whoever runs a round.
+        histories: of the devices, in ascending order of their users.
+        states: private states, shape ``(devices, user_dim)``; changed by whoever runs a round.
     """
 
     trainer: Trainer
@@ -43,30 +43,33 @@ class Cohort:
     states: FloatArray
 
     @classmethod
-    def of(cls, trainer: Trainer, indptr: NDArray[np.int64], items: NDArray[np.int32]) -> Cohort:
-        """New devices, with private states of zeros."""
-        users = len(indptr) - 1
-        states = np.zeros((users, trainer.recommender.model.user_dim), np.float32)
-        return cls(trainer, Histories(np.arange(users), indptr, items), states)
+    def of(cls, trainer: Trainer, histories: Histories) -> Cohort:
+        """New devices, with private states of zeros, of what they can hold of their histories."""
+        held = histories.below(trainer.recommender.vectors.items)
+        user_dim = trainer.recommender.model.user_dim
+        return cls(trainer, held, np.zeros((len(held.users), user_dim), np.float32))
 
     def train(
-        self, weights: FloatArray, users: NDArray[np.int64], key: int
+        self, weights: FloatArray, rows: NDArray[np.int64], key: int
     ) -> Iterator[tuple[NDArray[np.int64], Trained]]:
-        """One round's local training of ``users``, batch by batch; states are left unchanged."""
-        for batch in self.batches(users):
+        """One round's local training of ``rows``, batch by batch; states are left unchanged."""
+        unobserved = self.trainer.unobserved(weights)
+        for batch in self.batches(rows):
             histories, states = self.histories.select(batch), self.states[batch]
-            yield batch, self.trainer.train(weights, histories, states, key)
+            yield batch, self.trainer.train(weights, histories, states, key, unobserved)
 
-    def serve(self, weights: FloatArray, users: NDArray[np.int64], key: int) -> FloatArray:
-        """Private states fitted from nothing to fixed items, shape ``(len(users), user_dim)``."""
-        fitted = np.zeros((len(self.states), self.states.shape[1]), np.float32)
-        for batch in self.batches(users):
-            fitted[batch] = self.trainer.serve(weights, self.histories.select(batch), key)
-        return fitted[users]
+    def serve(self, weights: FloatArray, key: int) -> FloatArray:
+        """Private states of all devices fitted from nothing to fixed items, as ``states``."""
+        fitted = np.zeros_like(self.states)
+        unobserved = self.trainer.unobserved(weights)
+        for batch in self.batches(np.arange(len(fitted))):
+            mine = self.histories.select(batch)
+            fitted[batch] = self.trainer.serve(weights, mine, key, unobserved)
+        return fitted
 
-    def batches(self, users: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-        """``users`` by length of history, cut where a padded batch would outgrow the cache."""
-        lengths = self.histories.lengths[users]
+    def batches(self, rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+        """``rows`` by length of history, cut where a padded batch would outgrow the cache."""
+        lengths = self.histories.lengths[rows]
         order = np.argsort(lengths, kind="stable")
         sampler = self.trainer.sampler
         most = SHARED_SAMPLES_IN_BATCH if sampler.whole else SAMPLES_IN_BATCH
@@ -77,5 +80,5 @@ class Cohort:
             ahead = widths[start : start + most]
             padded = ahead * np.arange(1, len(ahead) + 1)
             size = max(1, int(np.searchsorted(padded, most, side="right")))
-            yield users[order[start : start + size]]
+            yield rows[order[start : start + size]]
             start += size

@@ -8,10 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.device.batch import Histories
-from privrec.device.round import Round, digest
+from privrec.device.round import Round, digest, model_digests
+from privrec.device.tier import Tier
 from privrec.device.train import Trained, Trainer
 from privrec.device.update import BoundedUpdate
 from privrec.errors import ReleaseRefused
+from privrec.models.layout import Layout
 from privrec.randomness import SecretRoot
 from privrec.secagg.ring import Encoding
 
@@ -27,8 +29,10 @@ class Device:
 
     Args:
         user: the user's index, which names its draws.
-        history: its items.
-        trainer: local training.
+        history: its items; those that its tier does not hold have no part in the round.
+        tier: what it holds of the shared vector.
+        weaker: layouts of the tiers below, the stronger first: the bands of its prefix.
+        trainer: local training in the tier's memory.
         encoding: clip norm and grid.
         root: the device's secret, for stochastic rounding.
         state: user vector and bias, shape ``(user_dim,)``; zeros for a new user.
@@ -36,6 +40,8 @@ class Device:
 
     user: int
     history: NDArray[np.int32]
+    tier: Tier
+    weaker: tuple[Layout, ...]
     trainer: Trainer
     encoding: Encoding
     root: SecretRoot
@@ -45,32 +51,35 @@ class Device:
         if not len(self.state):
             self.state = np.zeros(self.trainer.recommender.model.user_dim, np.float32)
 
-    def train(self, weights: FloatArray, key: int) -> Trained:
-        """The device's local round, before any protection."""
+    def train(self, weights: FloatArray, key: int, unobserved: FloatArray | None = None) -> Trained:
+        """The device's local round in its own memory, before any protection."""
         bounds = np.array([0, len(self.history)])
         mine = Histories(np.array([self.user]), bounds, self.history)
-        return self.trainer.train(weights, mine, self.state[None], key)
+        held = mine.below(self.trainer.recommender.vectors.items)
+        return self.trainer.train(weights, held, self.state[None], key, unobserved)
 
-    def answer(self, round: Round, weights: FloatArray, key: int) -> BoundedUpdate:
+    def answer(self, round: Round, coefficients: FloatArray, key: int) -> BoundedUpdate:
         """Train on the model it was sent, keep the new private state, and give the bounded update.
 
         Args:
             round: the round that it answers.
-            weights: the model, as the round's digest names it.
+            coefficients: the tier's prefix of the model, as the round's digests name it.
             key: the round's key for samples.
 
         Raises:
-            ReleaseRefused: when ``weights`` is not the model that the round names.
+            ReleaseRefused: when ``coefficients`` are not of the model that the round names.
         """
-        if digest(weights) != round.model_digest:
+        digests = model_digests(coefficients, (self.tier.layout, *self.weaker))
+        if digests != round.model_digests[: len(digests)]:
             raise ReleaseRefused(
                 f"round {round.index}: the model received has another digest than the round's; "
                 "ask the server for the round again"
             )
-        return self.protect(round, self.train(weights, key))
+        return self.protect(round, self.train(self.tier.view(coefficients), key))
 
     def protect(self, round: Round, trained: Trained) -> BoundedUpdate:
         """Keep the new private state, and give the bounded update of a local round."""
         coins = self.root.stream("rounding", *round.context, self.user, digest(self.state))
         self.state = trained.states[0]
-        return trained.update.bound(self.encoding, coins)
+        update = self.tier.lift(trained.update)
+        return update.bound(self.encoding, coins, self.tier.weight)

@@ -14,11 +14,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from privrec.device.batch import Batch, Histories, Sampler, representatives
+from privrec.device.batch import (
+    Batch,
+    Histories,
+    Sampler,
+    flattened,
+    merged,
+    representatives,
+)
 from privrec.device.update import Address, RawUpdate
-from privrec.embedding.subspace import Subspace, TabulatedSubspace, add_rows
+from privrec.embedding.table import Table
+from privrec.models.implicit import curvature, item_gram, pack
 from privrec.models.layout import Layout
-from privrec.models.losses import DAMPED, LOSSES, WHOLE_CATALOGUE, Graded, Samples
+from privrec.models.losses import DAMPED, IMPLICIT, LOSSES, WHOLE_CATALOGUE, Graded, Samples
 from privrec.models.ncf import NCF, Scored
 
 FloatArray = NDArray[np.float32]
@@ -38,14 +46,14 @@ class Recommender:
     """
 
     model: NCF
-    vectors: Subspace
-    biases: Subspace | None
+    vectors: Table
+    biases: Table | None
     layout: Layout
 
     def tabulated(self) -> Recommender:
         """The same with its places looked up, for a machine that plays many devices."""
-        biases = None if self.biases is None else TabulatedSubspace.of(self.biases)
-        return replace(self, vectors=TabulatedSubspace.of(self.vectors), biases=biases)
+        biases = None if self.biases is None else self.biases.tabulated()
+        return replace(self, vectors=self.vectors.tabulated(), biases=biases)
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,9 @@ class Settings:
 
     loss: str
     negatives: int
+    unobserved_weight: float
+    item_l2: float
+    newton: bool
     max_samples: int | None
     user_steps: int
     user_lr: float
@@ -94,11 +105,29 @@ class Trainer:
     def sampler(self) -> Sampler:
         """How a device draws its samples."""
         settings, n_items = self.settings, self.recommender.vectors.items
+        negatives = 0 if settings.loss in IMPLICIT else settings.negatives
         whole = settings.loss in WHOLE_CATALOGUE
-        return Sampler(n_items, settings.negatives, settings.max_samples, whole)
+        return Sampler(n_items, negatives, settings.max_samples, whole)
+
+    def unobserved(self, weights: FloatArray) -> FloatArray | None:
+        """What the loss says of all items at once: their weighted Gram matrix.
+
+        Returns:
+            Shape ``(dim, dim)``; None for a loss that looks at samples alone.
+        """
+        if self.settings.loss not in IMPLICIT:
+            return None
+        parts = self.recommender
+        gram = item_gram(parts.vectors, parts.layout.memory_of(weights))
+        return gram * np.float32(self.settings.unobserved_weight)
 
     def train(
-        self, weights: FloatArray, histories: Histories, states: FloatArray, key: int
+        self,
+        weights: FloatArray,
+        histories: Histories,
+        states: FloatArray,
+        key: int,
+        unobserved: FloatArray | None = None,
     ) -> Trained:
         """One round's training on ``m`` devices, each on its own copy of what it touches.
 
@@ -107,27 +136,39 @@ class Trainer:
             histories: the devices' data.
             states: their private states, shape ``(m, user_dim)``.
             key: decides the samples, see :class:`~privrec.device.batch.Sampler`.
+            unobserved: as :meth:`unobserved` gives it, where that was computed before.
         """
         settings = self.settings
-        local = self._local(weights, histories, key)
+        local = self._local(weights, histories, key, unobserved)
         user = self._fit(local, torch.from_numpy(states), settings.user_steps)
         losses = local.descend(user, settings.local_steps, settings.local_lr)
         kept = np.where(np.isfinite(user.numpy()).all(1, keepdims=True), user.numpy(), states)
-        return Trained(RawUpdate(local.change(), local.address), kept, losses.numpy())
+        update = RawUpdate(local.change(user.numpy()), local.address)
+        return Trained(update, kept, losses.numpy())
 
-    def serve(self, weights: FloatArray, histories: Histories, key: int) -> FloatArray:
+    def serve(
+        self,
+        weights: FloatArray,
+        histories: Histories,
+        key: int,
+        unobserved: FloatArray | None = None,
+    ) -> FloatArray:
         """Private states fitted from nothing to fixed items, shape ``(m, user_dim)``.
 
         It is how recommendations are made, for users seen in training and for others alike.
         """
         serving = replace(self, settings=self.settings.serving())
-        local = serving._local(weights, histories, key)
+        local = serving._local(weights, histories, key, unobserved)
         nothing = torch.zeros(len(histories.users), self.recommender.model.user_dim)
         return self._fit(local, nothing, self.settings.serve_steps).numpy()
 
-    def _local(self, weights: FloatArray, histories: Histories, key: int) -> _Local:
+    def _local(
+        self, weights: FloatArray, histories: Histories, key: int, unobserved: FloatArray | None
+    ) -> _Local:
         batch = self.sampler.draw(histories, key)
-        return _Local(self.recommender, weights, batch, self.settings.loss)
+        if unobserved is None:
+            unobserved = self.unobserved(weights)
+        return _Local(self.recommender, weights, batch, self.settings, unobserved)
 
     def _fit(self, local: _Local, user: Tensor, steps: int) -> Tensor:
         for _ in range(steps):
@@ -139,10 +180,19 @@ class _Local:
     """The devices' copies of what their samples touch, and the change they make to it."""
 
     def __init__(
-        self, recommender: Recommender, weights: FloatArray, batch: Batch, loss: str
+        self,
+        recommender: Recommender,
+        weights: FloatArray,
+        batch: Batch,
+        settings: Settings,
+        unobserved: FloatArray | None,
     ) -> None:
         layout, self._model = recommender.layout, recommender.model
-        self._loss, self._damped = LOSSES[loss], loss in DAMPED
+        self._loss, self._damped = LOSSES[settings.loss], settings.loss in DAMPED
+        self._unobserved = None if unobserved is None else torch.from_numpy(unobserved)
+        self._preconditioner: Tensor | None = None
+        if settings.newton:
+            self._preconditioner = _preconditioner(recommender, weights, settings)
         self._samples = Samples(torch.from_numpy(batch.valid), batch.positives)
         self._first = None if batch.first is None else torch.from_numpy(batch.first)
         self._vectors = _Touched(recommender.vectors, layout.memory_of(weights), batch)
@@ -162,12 +212,15 @@ class _Local:
         none.
         """
         scored, (_, gradient, curvature) = self._graded(user)
-        jacobian = scored.user_jacobian()
+        jacobian = self._jacobian(scored)
         prior = torch.full((user.shape[1],), l2)
         prior[-1] = 0
         hessian = _weighted_gram(jacobian, curvature)
         hessian += torch.diag(prior + _RIDGE)
         slope = _pull_back(jacobian, gradient) + prior * user
+        if self._unobserved is not None:
+            hessian[:, :-1, :-1] += self._unobserved
+            slope[:, :-1] += user[:, :-1] @ self._unobserved
         # Not finite gives a state, hence an update, that is not finite: it is zeroed when clipped.
         factor = torch.linalg.cholesky_ex(hessian)[0]
         step = torch.cholesky_solve(slope.unsqueeze(2), factor).squeeze(2)
@@ -175,6 +228,13 @@ class _Local:
             return step
         # Padding and negatives that are in the history have neither; the loss does not see them.
         return step * _damping(jacobian, step, (curvature > 0) | (gradient != 0))
+
+    def _jacobian(self, scored: Scored) -> Tensor:
+        jacobian = scored.user_jacobian()
+        if self._unobserved is not None:
+            # Squares over all items would have the bias fit their common level, which ranks none.
+            jacobian[..., -1] = 0
+        return jacobian
 
     def descend(self, user: Tensor, steps: int, rate: float) -> Tensor:
         """Gradient steps of the summed loss on the shared parameters; gives the first mean loss."""
@@ -185,6 +245,8 @@ class _Local:
                 first = losses / self._samples.valid.sum(1).clamp_min(1)
             gradient = self._merged(gradient)
             rows, dense = scored.shared_gradient(-rate * gradient)
+            if self._preconditioner is not None:
+                rows = rows @ self._preconditioner
             last = step == steps - 1
             self._vectors.move(rows, last=last)
             self._dense_change += dense
@@ -198,9 +260,12 @@ class _Local:
             return gradient
         return torch.zeros_like(gradient).scatter_add_(1, self._first, gradient)
 
-    def change(self) -> FloatArray:
-        """New minus old coefficients, in the order of :attr:`address`."""
-        parts = [self._dense_change.numpy(), self._vectors.change]
+    def change(self, user: FloatArray) -> FloatArray:
+        """New minus old coefficients, in the order of :attr:`address`, and ``u uᵀ`` if wanted."""
+        parts = [self._dense_change.numpy()]
+        if self._unobserved is not None:
+            parts.append(pack(user[:, :-1]))
+        parts.append(self._vectors.change)
         if self._biases is not None:
             parts.append(self._biases.change)
         return np.concatenate(parts, axis=1)
@@ -212,6 +277,15 @@ class _Local:
         if self._biases is not None:
             scores = scores + self._biases.rows.squeeze(2)
         return scored, self._loss(scores, self._samples)
+
+
+def _preconditioner(recommender: Recommender, weights: FloatArray, settings: Settings) -> Tensor:
+    """``P`` of :mod:`privrec.models.implicit`; zeros in the first round, which finds ``S``."""
+    users, dim = recommender.layout.gram_of(weights), recommender.vectors.dim
+    if not users.any():
+        return torch.zeros(dim, dim)
+    matrix = curvature(users, dim, settings.unobserved_weight, settings.item_l2)
+    return torch.from_numpy(np.linalg.inv(matrix))
 
 
 def _weighted_gram(jacobian: Tensor, weights: Tensor) -> Tensor:
@@ -250,14 +324,16 @@ class _Touched:
     they share the copy of the old values.
     """
 
-    def __init__(self, subspace: Subspace, memory: FloatArray, batch: Batch) -> None:
-        slots, signs = subspace.locate(batch.items)
+    def __init__(self, table: Table, memory: FloatArray, batch: Batch) -> None:
+        slots, signs = table.locate(batch.items)
+        if table.scale != 1:
+            signs = signs * np.float32(table.scale)
         self.slots = slots.reshape(len(slots), -1)
-        self._shape = (*batch.items.shape, subspace.parts, subspace.block)
+        self._shape = (*batch.items.shape, table.parts, table.block)
         self._signs = torch.from_numpy(signs).unsqueeze(3)
-        self._owner = _block_owners(subspace, self.slots, batch)
+        self._owner = _block_owners(table, self.slots, batch)
         # Samples of one item come merged already; only items that collide are left to merge.
-        self._merges = not subspace.injective
+        self._merges = not table.injective
         self._blocks = torch.from_numpy(np.take(memory, self.slots, axis=0))
         self._rows: Tensor | None = None
         self._change: Tensor | None = None
@@ -287,26 +363,18 @@ class _Touched:
         m, names, block = len(rows), self.slots.shape[1], self._shape[3]
         signed = (rows.reshape(m, *self._shape[1:]) * self._signs).reshape(m, names, block)
         if self._merges:
-            merged = np.zeros((m * names, block), np.float32)
-            add_rows(merged, _flat(self._owner, m), signed.reshape(-1, block).numpy())
-            signed = torch.from_numpy(merged).reshape(m, names, block)
+            signed = torch.from_numpy(merged(signed.numpy(), self._owner))
         self._change = signed if self._change is None else self._change + signed
         if not last:
-            index = torch.from_numpy(_flat(self._owner, m))
+            index = torch.from_numpy(flattened(self._owner, m))
             step = signed.reshape(-1, block)[index].reshape(m, names, block)
             self._blocks, self._rows = self._blocks + step, None
 
 
-def _block_owners(subspace: Subspace, slots: NDArray[np.int64], batch: Batch) -> NDArray[np.int64]:
+def _block_owners(table: Table, slots: NDArray[np.int64], batch: Batch) -> NDArray[np.int64]:
     """For each named block of a row, the place in that row that stands for it."""
-    if not subspace.injective:
-        return representatives(slots, subspace.slots)
+    if not table.injective:
+        return representatives(slots, table.slots)
     places = np.arange(batch.items.shape[1])[None] if batch.first is None else batch.first
-    parts = places[:, :, None] * subspace.parts + np.arange(subspace.parts)
+    parts = places[:, :, None] * table.parts + np.arange(table.parts)
     return parts.reshape(len(places), -1)
-
-
-def _flat(owners: NDArray[np.int64], m: int) -> NDArray[np.int64]:
-    """Places in rows as places in the flattened batch of ``m`` rows."""
-    flat: NDArray[np.int64] = owners + np.arange(m)[:, None] * owners.shape[1]
-    return flat.ravel()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.embedding.subspace import add_rows
+from privrec.embedding.table import add_rows
 from privrec.models.layout import Layout
 from privrec.secagg.ring import Coins, Encoding
 
@@ -21,13 +21,13 @@ from privrec.secagg.ring import Coins, Encoding
 class Address:
     """Where the touched coefficients of each device lie in the shared vector.
 
-    A row of values is ``[dense | memory blocks | biases]``, in the order of the vector itself.
+    A row of values is ``[head | memory blocks | biases]``, in the order of the vector itself.
     No block or bias is named twice with a value other than zero.
 
     Args:
         blocks: memory slots, shape ``(m, k_blocks)``, or ``(1, k_blocks)`` when all name the same.
         biases: bias slots, likewise.
-        layout: the shared vector's sections.
+        layout: sections of the vector that the places are in, the device's own.
     """
 
     blocks: NDArray[np.int64]
@@ -38,7 +38,7 @@ class Address:
     def width(self) -> int:
         """Coefficients in a row of values."""
         layout = self.layout
-        return int(layout.dense + self.blocks.shape[1] * layout.block + self.biases.shape[1])
+        return int(layout.head + self.blocks.shape[1] * layout.block + self.biases.shape[1])
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,20 @@ class RawUpdate:
     values: NDArray[np.float32]
     address: Address
 
-    def bound(self, encoding: Encoding, coins: Coins) -> BoundedUpdate:
+    def bound(self, encoding: Encoding, coins: Coins, weight: float = 1.0) -> BoundedUpdate:
         """Clip each device's whole update to ``clip_norm`` in L2 and round it to integers.
 
         Promise: each row of the result has an integer norm of at most ``encoding.bound``. An update
         that is not finite becomes zero, so that it cannot be told from an idle device.
+
+        Args:
+            encoding: clip norm and grid.
+            coins: decide the rounding.
+            weight: public factor of the clipped update, in [0, 1].
         """
         clipped = clip(self.values, encoding.clip_norm)
+        if weight != 1:
+            clipped = clipped * np.float32(weight)
         return BoundedUpdate(encoding.encode(clipped, coins), self.address)
 
 
@@ -70,18 +77,24 @@ class BoundedUpdate:
     integers: NDArray[np.int32]
     address: Address
 
-    def add_to(self, total: NDArray[np.int64]) -> None:
-        """Add the sum of all rows to ``total``, an int64 vector of ``layout.size``, in place."""
-        layout, address = self.address.layout, self.address
-        blocks_end = layout.dense + address.blocks.shape[1] * layout.block
-        layout.dense_of(total)[...] += self.integers[:, : layout.dense].sum(0, dtype=np.int64)
-        blocks = self.integers[:, layout.dense : blocks_end]
-        _add(layout.memory_of(total), address.blocks, blocks)
-        _add(layout.biases_of(total)[:, None], address.biases, self.integers[:, blocks_end:])
+    def add_to(self, total: NDArray[np.signedinteger], layout: Layout | None = None) -> None:
+        """Add the sum of all rows to ``total``, in place.
 
-    def vector(self) -> NDArray[np.int64]:
-        """The whole vector that one device uploads (the sum of the rows of a batch)."""
-        total = np.zeros(self.address.layout.size, dtype=np.int64)
+        Args:
+            total: integer vector of ``layout.size``.
+            layout: sections of ``total``, of which the device's own are prefixes; by default the
+                device's own.
+        """
+        own, address = self.address.layout, self.address
+        layout = layout or own
+        end = own.head + address.blocks.shape[1] * own.block
+        total[: own.head] += self.integers[:, : own.head].sum(0, dtype=total.dtype)
+        _add(layout.memory_of(total), address.blocks, self.integers[:, own.head : end])
+        _add(layout.biases_of(total)[:, None], address.biases, self.integers[:, end:])
+
+    def vector(self) -> NDArray[np.int32]:
+        """The whole vector that one device uploads: 4 bytes for each coefficient that it holds."""
+        total = np.zeros(self.address.layout.size, dtype=np.int32)
         self.add_to(total)
         return total
 
@@ -102,11 +115,12 @@ class Aggregate:
 
 
 def _add(
-    target: NDArray[np.int64], slots: NDArray[np.int64], values: NDArray[np.signedinteger]
+    target: NDArray[np.signedinteger], slots: NDArray[np.int64], values: NDArray[np.signedinteger]
 ) -> None:
     if len(slots) < len(values):
         values = values.sum(axis=0, keepdims=True, dtype=np.int64)
-    add_rows(target, slots.ravel(), values.reshape(-1, target.shape[1]))
+    rows = values.reshape(-1, target.shape[1]).astype(target.dtype, copy=False)
+    add_rows(target, slots.ravel(), rows)
 
 
 def clip(values: NDArray[np.float32], clip_norm: float) -> NDArray[np.float32]:

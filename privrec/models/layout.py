@@ -1,43 +1,91 @@
-"""How the shared parameters lie in one vector: ``[dense | memory | biases]``."""
+"""How the shared parameters lie in one vector: ``[dense | gram | memory | biases]``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sections of the shared vector, dense weights first, so that a prefix always holds them.
+    """Sections of the shared vector, those that every device holds first.
 
     Args:
         dense: number of dense weights.
         slots: blocks of the item memory.
         block: floats in a block.
         bias_slots: item biases, 0 when the model has none.
+        gram: coefficients of the users' mean Gram matrix, which is no weight but travels with them
+            where the loss looks at all items at once (:mod:`privrec.models.implicit`).
     """
 
     dense: int
     slots: int
     block: int
     bias_slots: int
+    gram: int = 0
 
     @property
     def size(self) -> int:
         """Coefficients in the whole vector: its public dimension."""
-        return self.dense + self.slots * self.block + self.bias_slots
+        return self.head + self.slots * self.block + self.bias_slots
+
+    @property
+    def head(self) -> int:
+        """Coefficients before the item memory, which no tier goes without."""
+        return self.dense + self.gram
 
     def dense_of(self, vector: NDArray[Any]) -> NDArray[Any]:
         """View of the dense weights, shape ``(dense,)``."""
         return vector[: self.dense]
 
+    def gram_of(self, vector: NDArray[Any]) -> NDArray[Any]:
+        """View of the users' Gram matrix, shape ``(gram,)``."""
+        return vector[self.dense : self.head]
+
     def memory_of(self, vector: NDArray[Any]) -> NDArray[Any]:
         """View of the item memory, shape ``(slots, block)``."""
-        end = self.dense + self.slots * self.block
-        return vector[self.dense : end].reshape(self.slots, self.block)
+        end = self.head + self.slots * self.block
+        return vector[self.head : end].reshape(self.slots, self.block)
 
     def biases_of(self, vector: NDArray[Any]) -> NDArray[Any]:
         """View of the item biases, shape ``(bias_slots,)``."""
         return vector[self.size - self.bias_slots :]
+
+    def prefix_of(self, vector: NDArray[Any], weaker: Layout) -> NDArray[Any]:
+        """A copy of what a weaker layout holds of this one's vector."""
+        return np.concatenate(
+            (
+                vector[: weaker.head],
+                self.memory_of(vector)[: weaker.slots].ravel(),
+                self.biases_of(vector)[: weaker.bias_slots],
+            )
+        )
+
+
+def bands(vector: NDArray[Any], layouts: Sequence[Layout]) -> Iterator[list[NDArray[Any]]]:
+    """The parts of a vector that each tier adds to the next weaker one's, the weakest tier first.
+
+    One after the other they are the vector in the order of the wire, in which every tier's own
+    vector is a prefix.
+
+    Args:
+        vector: of the first layout.
+        layouts: of all tiers, the strongest first.
+
+    Yields:
+        Views of the vector: the head (in the first band only), item memory, biases.
+    """
+    whole = layouts[0]
+    nothing = replace(whole, slots=0, bias_slots=0, dense=0, gram=0)
+    for inner, outer in pairwise((nothing, *reversed(layouts))):
+        yield [
+            vector[inner.head : outer.head],
+            whole.memory_of(vector)[inner.slots : outer.slots].ravel(),
+            whole.biases_of(vector)[inner.bias_slots : outer.bias_slots],
+        ]

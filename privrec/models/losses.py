@@ -84,11 +84,19 @@ def full_softmax(scores: Tensor, samples: Samples) -> Graded:
     return -(logs * history).sum(1), expected - history, expected
 
 
+def ials(scores: Tensor, samples: Samples) -> Graded:
+    """Squares of implicit ALS on the history: the part that :mod:`.implicit` does not carry."""
+    valid = samples.valid
+    missing = (1 - scores) * valid
+    return missing.square().sum(1) / 2, -missing, valid
+
+
 LOSSES: dict[str, Loss] = {
     "bce": bce,
     "bpr": bpr,
     "softmax": sampled_softmax,
     "full_softmax": full_softmax,
+    "ials": ials,
 }
 
 DAMPED = frozenset({"softmax", "full_softmax"})
@@ -97,3 +105,6 @@ the others bounds the loss everywhere."""
 
 WHOLE_CATALOGUE = frozenset({"full_softmax"})
 """Losses that look at every item instead of sampled ones."""
+
+IMPLICIT = frozenset({"ials"})
+"""Losses with a part over all items that is never sampled (:mod:`privrec.models.implicit`)."""

@@ -20,12 +20,14 @@ from privrec.privacy.events import RoundEvent
 
 FORMAT = 1
 START = "0" * 64
+PREPARATION = -1
+"""The round of what is released before the first one."""
 REMEDY = "bring back the original file, or start a new run"
 
 
 @dataclass(frozen=True)
 class Charge:
-    """One paid attempt at a round."""
+    """One paid attempt at a round; round ``PREPARATION`` is what came before the first one."""
 
     round: int
     attempt: int
@@ -108,7 +110,7 @@ def _count(book: Book, entry: Mapping[str, Any]) -> None:
     if not book.hashes:
         book.header = _header(entry)
         return
-    key = (_index(entry["round"]), _index(entry["attempt"]))
+    key = (_index(entry["round"], PREPARATION), _index(entry["attempt"], 0))
     if entry["kind"] == "commit" and key in book.charges:
         book.commits[key] = bytes.fromhex(entry["tag"])
     elif entry["kind"] == "charge" and key not in book.charges:
@@ -119,8 +121,8 @@ def _count(book: Book, entry: Mapping[str, Any]) -> None:
         raise ValueError(f"{entry['kind']} of round {key[0]}, attempt {key[1]}")
 
 
-def _index(value: object) -> int:
-    if type(value) is not int or value < 0:
+def _index(value: object, least: int) -> int:
+    if type(value) is not int or value < least:
         raise ValueError(f"{value!r}, where an index is wanted")
     return value
 

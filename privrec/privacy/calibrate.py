@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,7 +24,12 @@ _LEAST, _MOST = -2, 6  # noise multipliers from 0.01 to a million
 
 
 def noise_multiplier_for(
-    target_epsilon: float, delta: float, sampling_rate: float, rounds: int, adversary: Adversary
+    target_epsilon: float,
+    delta: float,
+    sampling_rate: float,
+    rounds: int,
+    adversary: Adversary,
+    before: RoundEvent | None = None,
 ) -> float:
     """The smallest noise multiplier of four significant digits that keeps ε within a target.
 
@@ -37,6 +43,7 @@ def noise_multiplier_for(
         sampling_rate: probability with which each user takes part in a round, in (0, 1].
         rounds: how many rounds, at least 1.
         adversary: whom the target is against, ``"recipients"`` or ``"server"``.
+        before: what is charged before the first round, if anything; the target covers it.
 
     Raises:
         UsageError: when an argument is outside its range, or not even a noise multiplier of a
@@ -49,7 +56,7 @@ def noise_multiplier_for(
 
     def holds(candidate: int, against: Adversary) -> bool:
         event = RoundEvent("gaussian", _number(candidate), sampling_rate)
-        return epsilon({event: rounds}, delta, against) <= target_epsilon
+        return epsilon(_events(event, rounds, before), delta, against) <= target_epsilon
 
     # What holds against the server holds against recipients too, and costs nothing to find.
     enough = _first(lambda candidate: holds(candidate, "server"), (_MOST - _LEAST) * _STEPS)
@@ -94,7 +101,14 @@ class Plan:
         return self.server[-1]
 
 
-def plan(event: RoundEvent, *, rounds: int, delta: float, points: int = 100) -> Plan:
+def plan(
+    event: RoundEvent,
+    *,
+    rounds: int,
+    delta: float,
+    points: int = 100,
+    before: RoundEvent | None = None,
+) -> Plan:
     """ε by round, against both adversaries.
 
     Args:
@@ -103,14 +117,16 @@ def plan(event: RoundEvent, *, rounds: int, delta: float, points: int = 100) -> 
         delta: the δ of the claims, in [1e-10, 1).
         points: at most how many numbers of rounds to give ε for, at least 2; 1 and ``rounds`` are
             among them.
+        before: what is charged before the first round, if anything.
 
     Raises:
         UsageError: when an argument is outside its range.
     """
     _check_rounds(rounds)
     after = _spread(rounds, points)
-    recipients = tuple(epsilon({event: count}, delta, "recipients") for count in after)
-    server = tuple(epsilon({event: count}, delta, "server") for count in after)
+    spent = [_events(event, count, before) for count in after]
+    recipients = tuple(epsilon(events, delta, "recipients") for events in spent)
+    server = tuple(epsilon(events, delta, "server") for events in spent)
     return Plan(event, rounds, delta, after, recipients, server)
 
 
@@ -128,6 +144,10 @@ def signal_to_noise(noise_multiplier: float, cohort: float, dimension: int) -> f
     if noise_multiplier == 0:
         return math.inf
     return cohort / (noise_multiplier * math.sqrt(dimension))
+
+
+def _events(event: RoundEvent, rounds: int, before: RoundEvent | None) -> Counter[RoundEvent]:
+    return Counter({event: rounds}) + Counter([] if before is None else [before])
 
 
 def _number(candidate: int) -> float:

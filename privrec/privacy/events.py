@@ -7,6 +7,10 @@ runs are, in the worst case, ``N(0, σ²)`` against ``(1 - q) N(0, σ²) + q N(1
 directions. That is the pair that dp-accounting analyses as ``REPLACE_SPECIAL`` (a record is
 replaced by a special one, here the empty history) and, for Gaussian noise, equally as
 ``ADD_OR_REMOVE_ONE``. ``REPLACE_ONE`` swaps one history for another, which is twice as far.
+
+Distributed noise is made of the integers of many devices. :mod:`privrec.privacy.closeness` proves
+which Gaussian mechanism discrete Gaussian shares amount to, and how closely; Skellam shares are
+bounded by :mod:`privrec.privacy.renyi`.
 """
 
 from __future__ import annotations
@@ -18,16 +22,21 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from privrec.errors import UsageError
+from privrec.privacy import renyi
+from privrec.privacy.closeness import Grid, Slack
 
 if TYPE_CHECKING:
     from privrec.privacy.accountant import Composition
 
 Adversary = Literal["recipients", "server"]
 Accountant = Literal["pld", "rdp", "prv"]
-Mechanism = Literal["gaussian", "none"]
+Mechanism = Literal["gaussian", "discrete_gaussian", "skellam", "none"]
 
 DIGITS = 4
 _SMALLEST_DELTA = 1e-10
+_NAMES = ("mechanism", "noise_multiplier", "sampling_rate")
+_GRID_NAMES = ("squared_sensitivity", "dimension", "shares", "excess_removed")
+_DISTRIBUTED = ("discrete_gaussian", "skellam")
 
 
 @dataclass(frozen=True)
@@ -35,29 +44,34 @@ class RoundEvent:
     """What one round reveals, to the mathematics: a mechanism, its noise and its sampling.
 
     Args:
-        mechanism: ``"gaussian"`` noise on the sum, or ``"none"``.
-        noise_multiplier: standard deviation of the noise over the sensitivity of the sum; above 0
-            for ``"gaussian"``, 0 for ``"none"``.
+        mechanism: ``"gaussian"`` noise on the sum; ``"discrete_gaussian"`` or ``"skellam"`` noise
+            in shares of the devices; or ``"none"``.
+        noise_multiplier: standard deviation of the noise over the sensitivity of the sum; above 0,
+            but 0 for ``"none"``. For shares it is that of the shares accounted for alone.
         sampling_rate: probability with which each user takes part, in (0, 1]; 1 means everybody.
+        grid: what shares are made of; with ``"discrete_gaussian"`` and ``"skellam"`` only.
 
     Raises:
-        UsageError: when a value is outside its range.
+        UsageError: when a value is outside its range, or shares are too narrow to be accounted.
     """
 
     mechanism: Mechanism
     noise_multiplier: float
     sampling_rate: float = 1.0
+    grid: Grid | None = None
 
     def __post_init__(self) -> None:
         _check(
-            self.mechanism in ("gaussian", "none"),
-            f"mechanism {self.mechanism!r}: it must be 'gaussian' or 'none'",
+            self.mechanism in ("gaussian", *_DISTRIBUTED, "none"),
+            f"mechanism {self.mechanism!r}: it must be 'gaussian', 'discrete_gaussian', 'skellam' "
+            "or 'none'",
         )
         _check_noise(self.mechanism, self.noise_multiplier)
         _check(
             0 < self.sampling_rate <= 1,
             f"sampling_rate {self.sampling_rate}: it must be above 0 and at most 1 (everybody)",
         )
+        _check_grid(self)
 
     @property
     def is_private(self) -> bool:
@@ -67,30 +81,64 @@ class RoundEvent:
     @property
     def hides_cohorts(self) -> bool:
         """Whether ε rests on nobody knowing who took part, nor how many, nor how long it took."""
-        return self.is_private and self.sampling_rate < 1
+        return self.is_private and self.rate_against("recipients") < 1
 
     def rate_against(self, adversary: Adversary) -> float:
         """The sampling that ``adversary`` does not see through, in (0, 1].
 
         Recipients of the model see neither the cohort nor its size; the server knows the cohort, so
-        to it sampling hides nothing.
+        to it sampling hides nothing. Distributed noise tells the size of the cohort by its
+        variance, also to recipients, unless the excess is removed.
         """
         check_adversary(adversary)
-        return self.sampling_rate if adversary == "recipients" else 1.0
+        shows_size = self.grid is not None and not self.grid.excess_removed
+        return 1.0 if adversary == "server" or shows_size else self.sampling_rate
+
+    @property
+    def gaussian_multiplier(self) -> float:
+        """Noise multiplier of the Gaussian mechanism that is accounted for the round.
+
+        For discrete Gaussian shares the round is within :attr:`slack` of it, proved; for Skellam
+        shares it is the leading term alone, and ε comes from Rényi divergences.
+        """
+        if self.mechanism != "discrete_gaussian" or self.grid is None:
+            return self.noise_multiplier
+        return self.grid.multiplier(self.noise_multiplier)
+
+    @property
+    def slack(self) -> Slack:
+        """How far the round is from what is accounted for it; nothing for Gaussian noise."""
+        if self.grid is None:
+            return Slack()
+        discrete = self.mechanism == "discrete_gaussian"
+        log_ratio = self.grid.log_ratio(self.noise_multiplier) if discrete else 0.0
+        return Slack(log_ratio, self.grid.sampling_slack)
 
     def dp_event(self, adversary: Adversary) -> Any:
-        """The same as a ``dp_accounting.DpEvent``, as ``adversary`` sees it."""
+        """The same as a ``dp_accounting.DpEvent``, as ``adversary`` sees it.
+
+        Discrete Gaussian shares are the Gaussian of :attr:`gaussian_multiplier`.
+
+        Raises:
+            UsageError: for Skellam noise, which dp-accounting has no event for.
+        """
         from dp_accounting import dp_event
 
         rate = self.rate_against(adversary)
         if not self.is_private:
             return dp_event.NonPrivateDpEvent()
-        event = dp_event.GaussianDpEvent(self.noise_multiplier)
+        _check(
+            self.mechanism != "skellam",
+            "mechanism 'skellam': dp-accounting has no event for it; "
+            "take ε from privrec, or use mechanism 'discrete_gaussian'",
+        )
+        event = dp_event.GaussianDpEvent(self.gaussian_multiplier)
         return event if rate == 1 else dp_event.PoissonSampledDpEvent(rate, event)
 
     def to_json(self) -> dict[str, Any]:
         """The event as plain JSON values; :meth:`from_json` gives it back unchanged."""
-        return asdict(self)
+        own = {name: getattr(self, name) for name in _NAMES}
+        return own if self.grid is None else {**own, **asdict(self.grid)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> RoundEvent:
@@ -99,7 +147,8 @@ class RoundEvent:
         Raises:
             UsageError: when a key is missing or unknown, or a value is outside its range.
         """
-        names = {"mechanism", "noise_multiplier", "sampling_rate"}
+        distributed = values.get("mechanism") in _DISTRIBUTED
+        names = {*_NAMES, *_GRID_NAMES} if distributed else set(_NAMES)
         _check(
             set(values) == names,
             f"a privacy event with the keys {sorted(values)}: it has exactly {sorted(names)}",
@@ -108,6 +157,7 @@ class RoundEvent:
             values["mechanism"],
             _number(values["noise_multiplier"]),
             _number(values["sampling_rate"]),
+            Grid(*(values[name] for name in _GRID_NAMES)) if distributed else None,
         )
 
 
@@ -121,6 +171,8 @@ def epsilon(
 
     Promise: a function of the arguments alone, in which the order of rounds does not matter. With
     ``"pld"`` it is an upper bound of the true value, on a grid refined until ε moves by < 0.5 %.
+    Distributed noise is accounted with all of its :attr:`RoundEvent.slack`. As soon as one round
+    has Skellam noise, ``"pld"`` too is a bound by Rényi divergences, at whole orders.
 
     Args:
         events: how often each event happened, or the events one by one.
@@ -131,19 +183,29 @@ def epsilon(
             an error of 0.01).
 
     Returns:
-        0 for no events, infinity as soon as one event has no noise.
+        0 for no events, infinity as soon as one event has no noise, and where ε is so large (above
+        a hundred) that what the samplers leave of their 2^-236 would count.
 
     Raises:
-        UsageError: when an argument is outside its range.
+        UsageError: when an argument is outside its range, or ``"prv"`` is asked about Skellam.
     """
     check_delta(delta)
     check_adversary(adversary)
+    account = _accountant(accountant)
     counts = _counts(events)
     if not counts:
         return 0.0
     if not all(event.is_private for event in counts):
         return math.inf
-    return _round_up(_accountant(accountant)(_composition(counts, adversary), delta))
+    slack = _slack(counts)
+    if any(event.mechanism == "skellam" for event in counts):
+        _check(
+            accountant != "prv", "accountant 'prv' knows no Skellam noise; choose 'pld' or 'rdp'"
+        )
+        found = renyi.epsilon(_parts(counts, adversary), slack.inner(delta))
+    else:
+        found = account(_composition(counts, adversary), slack.inner(delta))
+    return _round_up(slack.outer(found, delta))
 
 
 def check_delta(delta: float) -> None:
@@ -186,8 +248,29 @@ def _composition(counts: Mapping[RoundEvent, int], adversary: Adversary) -> Comp
 
     seen: Counter[tuple[float, float]] = Counter()
     for event, count in counts.items():
-        seen[event.noise_multiplier, event.rate_against(adversary)] += count
+        seen[event.gaussian_multiplier, event.rate_against(adversary)] += count
     return tuple(Rounds(sigma, rate, count) for (sigma, rate), count in sorted(seen.items()))
+
+
+def _parts(counts: Mapping[RoundEvent, int], adversary: Adversary) -> list[renyi.Part]:
+    """The same for Rényi divergences."""
+    return [
+        renyi.Part(
+            event.gaussian_multiplier,
+            event.rate_against(adversary),
+            count,
+            event.grid if event.mechanism == "skellam" else None,
+        )
+        for event, count in counts.items()
+    ]
+
+
+def _slack(counts: Mapping[RoundEvent, int]) -> Slack:
+    each = [(event.slack, count) for event, count in counts.items()]
+    return Slack(
+        math.fsum(slack.log_ratio * count for slack, count in each),
+        math.fsum(slack.variation * count for slack, count in each),
+    )
 
 
 def _accountant(name: Accountant) -> Any:
@@ -207,7 +290,7 @@ def _check_noise(mechanism: Mechanism, noise_multiplier: float) -> None:
         _check(
             noise_multiplier == 0,
             f"noise_multiplier {noise_multiplier} with mechanism 'none': it must be 0; "
-            "choose mechanism 'gaussian' for noise",
+            "choose another mechanism for noise",
         )
         return
     _check(
@@ -215,6 +298,20 @@ def _check_noise(mechanism: Mechanism, noise_multiplier: float) -> None:
         f"noise_multiplier {noise_multiplier}: it must be above 0 and finite; "
         "choose mechanism 'none' for no noise",
     )
+
+
+def _check_grid(event: RoundEvent) -> None:
+    if event.mechanism == "discrete_gaussian" or event.mechanism == "skellam":
+        _check(
+            isinstance(event.grid, Grid),
+            f"mechanism {event.mechanism!r} without a grid: say what its shares are made of",
+        )
+        event.grid.check(event.mechanism, event.noise_multiplier)  # type: ignore[union-attr]
+    else:
+        _check(
+            event.grid is None,
+            f"a grid with mechanism {event.mechanism!r}: only noise in shares has one",
+        )
 
 
 def _number(value: object) -> float:

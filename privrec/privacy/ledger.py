@@ -29,6 +29,7 @@ from privrec.errors import IntegrityError, ReleaseRefused, UsageError
 from privrec.privacy import events
 from privrec.privacy.book import (
     FORMAT,
+    PREPARATION,
     REMEDY,
     START,
     Book,
@@ -172,7 +173,7 @@ class Ledger:
         """Pay for one attempt at a round, on disk before this returns.
 
         Args:
-            round: index of the round, from 0.
+            round: index of the round, from 0; ``PREPARATION`` for what is released before.
             attempt: index of the attempt at it, from 0, without gaps.
             event: what the attempt costs.
 
@@ -192,7 +193,7 @@ class Ledger:
                     f"not as {event}; resume with the scenario that the run was started with"
                 )
             return False
-        if round < 0 or attempt != self.attempts(round):
+        if round < PREPARATION or attempt != self.attempts(round):
             raise IntegrityError(
                 f"{self.path}: attempt {attempt} at round {round}, of which {self.attempts(round)} "
                 f"were charged; the next one is attempt {self.attempts(round)}"

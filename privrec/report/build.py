@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import ValidationError
 
+from privrec.catalogue import release_event
 from privrec.errors import DataError, IntegrityError, ScenarioError, UsageError
 from privrec.privacy.events import RoundEvent, epsilon
 from privrec.record import OUTSIDE, Record, read_rounds
@@ -188,7 +189,13 @@ def _foreign(files: _Files, name: str, key: str, value: Any) -> IntegrityError:
 def _check_charges(files: _Files) -> None:
     mechanism = "none" if files.scenario.privacy.noise == "none" else "gaussian"
     planned = (mechanism, files.scenario.devices.sampling_rate)
-    for event in files.spending.counts:
+    if files.spending.before != release_event(files.scenario):
+        raise IntegrityError(
+            f"{files.directory / 'ledger.jsonl'}: {files.spending.before} was charged before the "
+            f"first round, and the scenario plans {release_event(files.scenario)}; both must "
+            "agree. Rely on neither, and restore the directory as the run left it."
+        )
+    for event in files.spending.rounds:
         if (event.mechanism, event.sampling_rate) != planned:
             raise IntegrityError(
                 f"{files.directory / 'ledger.jsonl'}: a round was charged as {event}, and the "
@@ -211,7 +218,7 @@ def _check_claims(files: _Files) -> None:
 def _stated(files: _Files) -> dict[str, Any]:
     """What ``privacy`` of result.json must say, by the ledger and the scenario it is bound to."""
     header, privacy, devices = files.spending.header, files.scenario.privacy, files.scenario.devices
-    noise = {event.noise_multiplier for event in files.spending.counts}
+    noise = {event.noise_multiplier for event in files.spending.rounds}
     return {
         "charges": len(files.spending.charges),
         "noise_known": files.noise_known,
@@ -312,9 +319,10 @@ def _claim_facts(files: _Files) -> claims.Facts:
         population=header.get("population"),
         budget=privacy.epsilon,
         budget_against=privacy.budget_against,
-        rounds=len({charge.round for charge in files.spending.charges}),
+        rounds=len({charge.round for charge in files.spending.charges if charge.round >= 0}),
         planned_rounds=scenario.train.rounds,
-        charges=len(files.spending.charges),
+        charges=sum(files.spending.rounds.values()),
+        public_popularity=scenario.devices.popularity == "public",
         holdout=scenario.data.holdout,
         evaluations=sum(1 for record in files.rounds if record.metrics),
         further_runs=len(files.result.get("rows") or ()),
@@ -352,7 +360,7 @@ def _privacy(files: _Files, facts: claims.Facts) -> Privacy:
 
 
 def _least_noise(spending: Spending) -> float | None:
-    return min((event.noise_multiplier for event in spending.counts), default=0) or None
+    return min((event.noise_multiplier for event in spending.rounds), default=0) or None
 
 
 def _charged(spending: Spending) -> Iterator[Charged]:
@@ -400,7 +408,10 @@ def _cost(files: _Files) -> Cost:
 
 
 def _row(row: Mapping[str, Any]) -> Facts:
-    return flat(row)
+    """A row's facts but for those of its tiers and seeds, and full ranking under a second name."""
+    left_out = {"tiers", "seeds", "intervals"}
+    twice = {key for key in row if "full_" in key and row.get(key.replace("full_", "")) == row[key]}
+    return flat({key: value for key, value in row.items() if key not in left_out | twice})
 
 
 def _curves(files: _Files, facts: claims.Facts) -> Iterator[Curve]:

@@ -39,6 +39,7 @@ class Facts:
     holdout: Literal["test", "validation"]
     evaluations: int
     further_runs: int = 0
+    public_popularity: bool = False
 
     @property
     def private(self) -> bool:
@@ -161,6 +162,7 @@ def warnings(facts: Facts) -> tuple[Notice, ...]:
     found = [
         *_no_guarantee(facts),
         *_weaknesses(facts),
+        *_public_order(facts),
         *_further_runs(facts),
         *_stopped(facts),
         *_selection(facts),
@@ -211,6 +213,17 @@ def _weaknesses(facts: Facts) -> Iterator[Notice]:
             title="Some rounds were charged more than once",
             text=f"The ledger holds {facts.charges:,} charges for {facts.rounds:,} rounds: the "
             "run was interrupted after a charge and tried again. All charges are counted in ε.",
+        )
+
+
+def _public_order(facts: Facts) -> Iterator[Notice]:
+    if facts.private and facts.public_popularity:
+        yield Notice(
+            level="serious",
+            title="The order of the catalogue is outside the guarantee",
+            text="Which items are popular was counted in the users’ own data without noise, and "
+            "the operator declares it public (devices.popularity). ε covers the training alone; "
+            "release the counts with noise where they are not public already.",
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Literal
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from privrec.errors import IntegrityError
+from privrec.privacy.book import PREPARATION
 from privrec.privacy.events import RoundEvent
 from privrec.privacy.ledger import Charge, Ledger, server_key
 from privrec.randomness import state_dir
@@ -37,6 +39,16 @@ class Spending:
     head: str
     key: str
     signature: Signature
+
+    @property
+    def rounds(self) -> Counter[RoundEvent]:
+        """How often each event was charged for a round."""
+        return Counter(charge.event for charge in self.charges if charge.round >= 0)
+
+    @property
+    def before(self) -> RoundEvent | None:
+        """What was charged before the first round, if anything."""
+        return next((each.event for each in self.charges if each.round == PREPARATION), None)
 
 
 def kept_key(run_id: str) -> Ed25519PublicKey | None:

@@ -3,6 +3,11 @@
 Integers make the sum independent of its order and let noise be exact. Rounding is stochastic, hence
 unbiased, and conditional: it is drawn again until the rounded vector is provably short, so that
 the sensitivity of the integer sum is hardly larger than that of the clipped one.
+
+Sums are taken in a ring of ``2^32`` or ``2^16``, where they wrap around. Wrapping costs no privacy,
+since it is done to what is released already, but it spoils the sum: how likely it is in the worst
+case, with all updates the same, is bounded before a round starts. The small ring needs the random
+rotation of :mod:`privrec.secagg.rotation` before the rounding.
 Source: Kairouz, Liu & Steinke, "The Distributed Discrete Gaussian Mechanism for Federated Learning
 with Secure Aggregation" (ICML 2021), section 4.
 """
@@ -10,8 +15,8 @@ with Secure Aggregation" (ICML 2021), section 4.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +24,8 @@ from numpy.typing import NDArray
 from privrec.errors import ReleaseRefused, UsageError
 
 RING_BITS = 32
+LARGEST_WRAP = 1e-9
+"""Largest probability with which a sum may wrap around anywhere in a band, in a round."""
 _COINS = np.float32(1 / 65536)
 _TRIES = 64
 
@@ -41,12 +48,13 @@ class Encoding:
         clip_norm: largest L2 norm of an input vector, above 0.
         dimension: public number of coefficients of the whole vector, at least 1; never a device's
             own count of non-zeros, which would be private.
-        scale_bits: the grid has ``2^scale_bits`` steps to the clip norm, 1 to 20.
+        scale_bits: the grid has ``2^scale_bits`` steps to the clip norm, 1 to 20; not
+            necessarily a whole number.
     """
 
     clip_norm: float
     dimension: int
-    scale_bits: int = 13
+    scale_bits: float = 13
 
     @property
     def scale(self) -> float:
@@ -108,9 +116,9 @@ class Encoding:
             f"roundings: their norm is above clip_norm = {self.clip_norm}; clip before encoding"
         )
 
-    def decode(self, integers: NDArray[np.int64]) -> NDArray[np.float64]:
-        """The sum in units of the input."""
-        return integers / self.scale
+    def decode(self, integers: NDArray[np.int64], cohort: float = 1.0) -> NDArray[np.float64]:
+        """The sum in units of the input, or the mean over an expected cohort."""
+        return integers * (1 / (self.scale * cohort))
 
     def _round(self, values: NDArray[np.float32], coins: Coins) -> NDArray[np.float32]:
         rounded = coins.uint16(values.size).reshape(values.shape).astype(np.float32)
@@ -128,3 +136,116 @@ class Encoding:
         wide = integers[doubtful].astype(np.float64)
         long = ~(np.einsum("ij,ij->i", wide, wide) <= self.squared_bound)
         return doubtful[np.asarray(long, np.bool_)]
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a band of a round puts into the ring at most.
+
+    Args:
+        size: coefficients of the band.
+        devices: most devices that add to it.
+        noise: variance of all their noise together over the squared sensitivity
+            (``Encoding.squared_bound``); with shares, ``devices / m`` times the squared noise
+            multiplier; 0 when noise is added elsewhere.
+        spread: over how many coefficients a rotation spreads each
+            (:func:`privrec.secagg.rotation.spread`); 1 without one.
+        heavy: whether the noise is Skellam's, whose tails are heavier than a Gaussian's.
+    """
+
+    size: int
+    devices: int
+    noise: float
+    spread: int = 1
+    heavy: bool = False
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Integers modulo ``2^bits``.
+
+    Promise: ``leave(enter(a) + enter(b))`` is ``a + b`` wherever that lies in
+    ``[-2^(bits-1), 2^(bits-1))``, and elsewhere differs from it by a multiple of ``2^bits``.
+
+    Args:
+        bits: 32, or 16 for half the upload and small cohorts.
+    """
+
+    bits: Literal[16, 32] = 32
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of an element: unsigned, so that sums wrap around."""
+        return np.dtype(f"uint{self.bits}")
+
+    @property
+    def half(self) -> int:
+        """The first positive integer that wraps around."""
+        return 1 << (self.bits - 1)
+
+    def enter(self, integers: NDArray[np.signedinteger]) -> NDArray[np.unsignedinteger]:
+        """Integers as elements of the ring, the same shape."""
+        return integers.astype(self.dtype)
+
+    def leave(self, elements: NDArray[np.unsignedinteger]) -> NDArray[np.int64]:
+        """The integers nearest to zero that elements stand for, int64 of the same shape."""
+        return elements.astype(self.dtype, copy=False).view(f"int{self.bits}").astype(np.int64)
+
+    def wrap_probability(self, encoding: Encoding, load: Load) -> float:
+        """Probability that the sum of a band wraps around anywhere, from above.
+
+        All updates may be the same and as long as they can be. Without rotation a coefficient of
+        their sum is at most ``n B``. With it, it is sub-Gaussian of variance ``(n s C)² / D`` for
+        rotated vectors, to which rounding adds at most 1 a device; either bound may be the better
+        one. The noise is independent and sub-Gaussian of its own variance ``V``, or for Skellam
+        noise sub-exponential: ``P[X > u] <= exp(-u² / 2(V + u/3))``.
+        """
+        noise = load.noise * encoding.squared_bound
+        certain = self.half - 1 - load.devices * math.ceil(encoding.bound)
+        turned = self.half - 1 - _STEP * load.devices
+        signal = (load.devices * _LENGTH * 2.0**encoding.scale_bits) ** 2 / load.spread
+        bounds = [_beyond(certain, noise, heavy=load.heavy)]
+        if load.spread > 1:
+            bounds.append(_beyond(turned, signal + noise, heavy=load.heavy))
+        return min(1.0, 2 * load.size * min(bounds))
+
+    def check(self, encoding: Encoding, load: Load) -> None:
+        """Refuse a round whose sum could wrap around.
+
+        Raises:
+            UsageError: when :meth:`wrap_probability` exceeds :data:`LARGEST_WRAP`.
+        """
+        found = self.wrap_probability(encoding, load)
+        if found <= LARGEST_WRAP:
+            return
+        fitting = self.fitting_scale_bits(encoding, load)
+        remedy = f"lower privacy.scale_bits to {fitting:g}" if fitting else "take fewer devices"
+        raise UsageError(
+            f"the sum of {load.devices} devices in a band of {load.size} coefficients could wrap "
+            f"around in the 2^{self.bits} ring (probability {found:.1e}, at most {LARGEST_WRAP:g} "
+            f"is allowed) at privacy.scale_bits = {encoding.scale_bits}; {remedy}"
+            + (", or use the ring of 2^32" if self.bits < RING_BITS else "")
+        )
+
+    def fitting_scale_bits(self, encoding: Encoding, load: Load) -> float:
+        """The finest scale, in eighths from 20 to 1, that :meth:`check` lets pass; 0 for none.
+
+        The noise is in proportion to the sensitivity, so it grows and shrinks with the scale. The
+        finer the scale, the less the rounding adds to the sensitivity.
+        """
+        grids = (replace(encoding, scale_bits=eighths / 8) for eighths in range(160, 7, -1))
+        fit = (grid for grid in grids if self.wrap_probability(grid, load) <= LARGEST_WRAP)
+        return next((grid.scale_bits for grid in fit), 0)
+
+
+_STEP = 1.125  # most that rounding adds to a coefficient, float32 products included
+_LENGTH = 1 + 1e-4  # norm of a clipped and rotated float32 vector over the clip norm
+
+
+def _beyond(room: float, variance: float, *, heavy: bool) -> float:
+    """Probability that noise goes beyond ``room`` on one side, from above."""
+    if room <= 0:
+        return 1.0
+    if variance == 0:
+        return 0.0
+    return math.exp(-(room**2) / (2 * (variance + (room / 3 if heavy else 0.0))))

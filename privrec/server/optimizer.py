@@ -46,7 +46,8 @@ class Optimizer:
     """FedAvg, momentum SGD or FedAdam on the weights, in place.
 
     Args:
-        kind: ``"fedavg"``, ``"sgd"`` or ``"fedadam"``.
+        kind: ``"fedavg"``, ``"sgd"`` or ``"fedadam"``; ``"newton"`` is an average of what devices
+            have preconditioned already.
         rate: step size before the schedule.
         schedule: its course.
         momentum: of ``"sgd"``.

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.device.round import Round, digest
+from privrec.device.round import Round, digest, model_digests
+from privrec.device.tier import Federation
 from privrec.device.update import Aggregate
 from privrec.privacy.events import RoundEvent
 from privrec.privacy.noise import rounded_gaussian
 from privrec.randomness import SecretRoot
 from privrec.secagg.ring import Encoding
+from privrec.server.completion import Completion
 from privrec.server.optimizer import Optimizer
 
 FloatArray = NDArray[np.float32]
@@ -27,8 +29,9 @@ class Plan:
         digest: of the scenario that all parties agreed to.
         event: the privacy event of each round.
         encoding: from floats to integers, with the sensitivity.
-        expected_cohort: population times sampling rate, the fixed divisor of every sum. A realised
-            count would be private.
+        federation: the tiers of devices.
+        expected_cohort: training devices times sampling rate, the fixed divisor of every sum. A
+            realised count would be private.
         average: decay of the running mean of the weights that is released; 0 releases the last.
     """
 
@@ -36,6 +39,7 @@ class Plan:
     digest: str
     event: RoundEvent
     encoding: Encoding
+    federation: Federation
     expected_cohort: float
     average: float
 
@@ -54,14 +58,16 @@ class Server:
 
     Args:
         plan: what stays the same.
-        weights: the shared vector, float32.
-        optimizer: turns a mean update into new weights.
+        weights: the shared vector in nested coordinates, float32.
+        completion: turns a mean of what devices sent into a change of the weights.
+        optimizer: takes a step along that change.
         index: rounds that were applied.
         mean: the running mean of the weights, before its correction for the start.
     """
 
     plan: Plan
     weights: FloatArray
+    completion: Completion
     optimizer: Optimizer
     index: int = 0
     mean: FloatArray = field(init=False)
@@ -80,7 +86,7 @@ class Server:
     def next_round(self, attempt: int) -> Round:
         """The next round, for the ledger to charge and the transport to carry out."""
         plan = self.plan
-        model = digest(self.weights)
+        model = model_digests(self.weights, plan.federation.layouts)
         return Round(plan.run_id, self.index, attempt, plan.event, plan.digest, model)
 
     def release(self, round: Round, aggregate: Aggregate, root: SecretRoot) -> Release:
@@ -95,17 +101,24 @@ class Server:
             aggregate: the exact sum over its cohort; also that of an empty cohort is noised.
             root: the server's secret.
         """
-        context = (*round.context, digest(aggregate.total))
         total = aggregate.total
+        summed = released = digest(total)
+        context = (*round.context, summed)
         if round.event.is_private:
             sigma = round.event.noise_multiplier * self.plan.encoding.bound
             total = total + rounded_gaussian(root.stream("noise", *context), sigma, len(total))
-        return Release(total, root.tag("release", *context, digest(total)))
+            released = digest(total)
+        return Release(total, root.tag("release", *context, released))
 
     def apply(self, release: Release) -> None:
         """Take the optimiser's step on a released sum."""
-        update = self.plan.encoding.decode(release.total) / self.plan.expected_cohort
-        self.optimizer.step(self.weights, update.astype(np.float32), self.index)
+        plan = self.plan
+        update = plan.encoding.decode(release.total, plan.expected_cohort).astype(np.float32)
+        self.completion.complete(update, self.weights)
+        gram = plan.federation.layout.gram_of(self.weights)
+        kept = gram.copy()  # it travels with the weights, but is none that would decay
+        self.optimizer.step(self.weights, update, self.index)
+        gram[...] = kept
         self.index += 1
-        decay = np.float32(self.plan.average)
+        decay = np.float32(plan.average)
         self.mean += (1 - decay) * (self.weights - self.mean)

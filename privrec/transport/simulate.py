@@ -1,4 +1,4 @@
-"""Simulated devices in this process, as a batched cohort or one by one."""
+"""Simulated devices in this process, as batched cohorts or one by one."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 from privrec.device.cohort import Cohort
 from privrec.device.device import Device
 from privrec.device.round import Round, digest
+from privrec.device.tier import Federation, Tier
 from privrec.device.update import Aggregate, BoundedUpdate
 from privrec.randomness import SecretRoot, rng_for
 from privrec.secagg.ring import Encoding
 from privrec.server.sampling import cohort
 
 FloatArray = NDArray[np.float32]
+Rows = list[NDArray[np.int64]]
 
 
 @dataclass
@@ -25,7 +27,9 @@ class Simulation:
     """The devices of a data set, sampled and trained in this process.
 
     Args:
-        devices: all of them.
+        federation: the tiers.
+        cohorts: the devices of each tier.
+        population: all devices, those that hold nothing included.
         encoding: clip norm and grid.
         root: the devices' secret; cohorts and batches of devices have their own streams of it.
         seed: of the samples, and of cohorts where nothing is accounted.
@@ -33,24 +37,34 @@ class Simulation:
         engine: ``"cohort"`` trains batches; ``"device"`` trains devices one at a time.
     """
 
-    devices: Cohort
+    federation: Federation
+    cohorts: tuple[Cohort, ...]
+    population: int
     encoding: Encoding
     root: SecretRoot
     seed: int
     sampling_rate: float
     engine: Literal["cohort", "device"] = "cohort"
-    _before: tuple[int, NDArray[np.int64], FloatArray] | None = field(default=None, init=False)
+    _before: tuple[int, Rows, list[FloatArray]] | None = field(default=None, init=False)
+
+    @property
+    def absent(self) -> NDArray[np.int64]:
+        """Users whose devices hold nothing and take no part."""
+        members = np.concatenate([cohort.histories.users for cohort in self.cohorts])
+        return np.setdiff1d(np.arange(self.population), members)
 
     def collect(self, round: Round, weights: FloatArray) -> Aggregate:
         """See :meth:`privrec.transport.base.Transport.collect`."""
-        users = self.sample(round)
-        self._rewind(round.index, users)
+        rows = self.rows(self.sample(round))
+        self._rewind(round.index, rows)
         total = np.zeros(len(weights), np.int64)
-        loss = 0.0
-        for update, losses in self._answers(round, weights, users):
-            update.add_to(total)
-            loss += float(losses.sum(dtype=np.float64, where=np.isfinite(losses)))
-        return Aggregate(total, len(users), loss / len(users) if len(users) else None)
+        loss, layout = 0.0, self.federation.layout
+        for tier, mine in zip(self.federation.tiers, rows, strict=True):
+            for update, losses in self._answers(round, weights, tier, mine):
+                update.add_to(total, layout)
+                loss += float(losses.sum(dtype=np.float64, where=np.isfinite(losses)))
+        size = sum(map(len, rows))
+        return Aggregate(total, size, loss / size if size else None)
 
     def sample(self, round: Round) -> NDArray[np.int64]:
         """The round's cohort, as sorted user indices.
@@ -59,41 +73,58 @@ class Simulation:
         and runs independent, which amplification by sampling rests on. Without a guarantee they
         come from the seed, so that a run repeats.
         """
-        population = len(self.devices.states)
         if round.event.is_private:
-            coins = self.root.stream("cohort", *round.context).uint64(population)
+            coins = self.root.stream("cohort", *round.context).uint64(self.population)
         else:
             seeded = rng_for(self.seed, "cohort", round.index)
-            coins = seeded.integers(0, 2**64, population, dtype=np.uint64)
+            coins = seeded.integers(0, 2**64, self.population, dtype=np.uint64)
         return cohort(coins, self.sampling_rate)
 
-    def _rewind(self, index: int, users: NDArray[np.int64]) -> None:
+    def rows(self, users: NDArray[np.int64]) -> Rows:
+        """Those of the users whose tier trains, as rows of each tier's cohort."""
+        chosen = np.zeros(self.population, np.bool_)
+        chosen[users] = True
+        return [
+            np.flatnonzero(chosen[cohort.histories.users] & (tier.weight > 0))
+            for tier, cohort in zip(self.federation.tiers, self.cohorts, strict=True)
+        ]
+
+    def _rewind(self, index: int, rows: Rows) -> None:
         if self._before is not None and self._before[0] == index:
-            self.devices.states[self._before[1]] = self._before[2]
-        self._before = (index, users, self.devices.states[users])
+            for cohort, mine, states in zip(self.cohorts, *self._before[1:], strict=True):
+                cohort.states[mine] = states
+        before = [c.states[mine] for c, mine in zip(self.cohorts, rows, strict=True)]
+        self._before = (index, rows, before)
 
     def _answers(
-        self, round: Round, weights: FloatArray, users: NDArray[np.int64]
+        self, round: Round, weights: FloatArray, tier: Tier, rows: NDArray[np.int64]
     ) -> Iterator[tuple[BoundedUpdate, FloatArray]]:
         """Bounded updates and losses, a batch at a time; the devices' states move on."""
-        key = int(rng_for(self.seed, "samples", round.index).integers(2**63))
-        if self.engine == "device":
-            yield from self._one_by_one(round, weights, users, key)
+        if not len(rows):
             return
-        for batch, trained in self.devices.train(weights, users, key):
-            before = digest(self.devices.states[batch])
-            coins = self.root.stream("rounding", *round.context, batch.tobytes(), before)
-            self.devices.states[batch] = trained.states
-            yield trained.update.bound(self.encoding, coins), trained.losses
+        key = int(rng_for(self.seed, "samples", round.index).integers(2**63))
+        cohort, view = self.cohorts[tier.index], tier.view(self.federation.prefix(weights, tier))
+        if self.engine == "device":
+            yield from self._one_by_one(round, view, tier, rows, key)
+            return
+        for batch, trained in cohort.train(view, rows, key):
+            before, users = digest(cohort.states[batch]), cohort.histories.users[batch]
+            coins = self.root.stream("rounding", *round.context, users.tobytes(), before)
+            cohort.states[batch] = trained.states
+            update = tier.lift(trained.update)
+            yield update.bound(self.encoding, coins, tier.weight), trained.losses
 
     def _one_by_one(
-        self, round: Round, weights: FloatArray, users: NDArray[np.int64], key: int
+        self, round: Round, view: FloatArray, tier: Tier, rows: NDArray[np.int64], key: int
     ) -> Iterator[tuple[BoundedUpdate, FloatArray]]:
-        devices = self.devices
-        for user in users:
-            history = devices.histories.select(np.array([user])).items
-            own = devices.states[user].copy()
-            device = Device(int(user), history, devices.trainer, self.encoding, self.root, own)
-            trained = device.train(weights, key)
+        cohort = self.cohorts[tier.index]
+        unobserved = cohort.trainer.unobserved(view)
+        for row in rows:
+            mine = cohort.histories.select(np.array([row]))
+            device = Device(
+                int(mine.users[0]), mine.items, tier, self.federation.weaker(tier),
+                cohort.trainer, self.encoding, self.root, cohort.states[row].copy(),
+            )  # fmt: skip
+            trained = device.train(view, key, unobserved)
             yield device.protect(round, trained), trained.losses
-            devices.states[user] = device.state
+            cohort.states[row] = device.state

@@ -27,8 +27,9 @@ FLOORS = (
     ("record", "checkpoint"),
     ("wording",),
     ("console", "tracking"),
-    ("assembly", "scoring"),  # what the loop is put together from
-    ("footprint", "identity"),
+    ("baselines", "catalogue"),
+    ("assembly",),  # what the loop is put together from
+    ("footprint", "identity", "scoring"),
     ("outcome",),
     ("rundir",),
     ("run",),
@@ -143,6 +144,10 @@ def test_every_room_has_a_floor() -> None:
         ("models", "scenario", True),
         ("scenario", "data", False),
         ("scenario", "errors", True),
+        ("assembly", "catalogue", True),
+        ("catalogue", "assembly", False),
+        ("scoring", "assembly", True),
+        ("assembly", "scoring", False),
         ("attic", "errors", True),
         ("attic", "data", False),
     ],

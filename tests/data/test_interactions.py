@@ -197,3 +197,48 @@ def test_membership_of_nothing_is_false(monkeypatch: pytest.MonkeyPatch) -> None
     none = np.empty(0, np.int64)
     index = membership.Membership(none, none, 3, 3)
     assert not index.contains(np.arange(3), np.arange(3)).any()
+
+
+@settings(deadline=None)
+@given(st.integers(1, 8), st.integers(2, 12), st.integers(0, 2**32))
+def test_renumbering_keeps_every_interaction_title_and_held_out_item(
+    users: int, items: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    pairs = [
+        (u, i) for u in range(users) for i in rng.permutation(items)[: rng.integers(2, items + 1)]
+    ]
+    ids = np.arange(items) * 10
+    whole = Interactions.from_pairs(
+        [user for user, _ in pairs],
+        [int(ids[item]) for _, item in pairs],
+        rng.permutation(len(pairs)),
+        item_ids=ids,
+        titles=[f"title {number}" for number in ids],
+    )
+    split = leave_last_out(whole, holdout="test")
+    negatives = rng.integers(-1, items, size=(split.train.n_users, 3)).astype(np.int32)
+    split = Split(split.train, split.heldout, negatives, "test")
+    order = rng.permutation(items)
+    other = split.renumbered(order)
+    assert np.array_equal(other.train.item_ids, ids[order])
+    assert other.train.titles == tuple(f"title {number}" for number in ids[order])
+    for user in range(users):
+        mine, theirs = split.train.history(user), other.train.history(user)
+        assert np.array_equal(split.train.item_ids[mine], other.train.item_ids[theirs])
+        kept, moved = split.heldout.of(user), other.heldout.of(user)
+        assert np.array_equal(split.train.item_ids[kept], other.train.item_ids[moved])
+    assert other.negatives is not None
+    missing = negatives < 0
+    assert np.array_equal(other.negatives < 0, missing)
+    names = other.train.item_ids[other.negatives[~missing]]
+    assert np.array_equal(names, ids[negatives[~missing]])
+    for before, after in (
+        (split.train.times, other.train.times),
+        (split.train.indptr, other.train.indptr),
+        (split.train.user_ids, other.train.user_ids),
+    ):
+        assert np.array_equal(before, after)
+    assert (other.train.items.dtype, other.negatives.dtype) == (np.int32, np.int32)
+    for number in range(items):
+        assert other.train.item_ids[other.train.item_index(int(ids[number]))] == ids[number]

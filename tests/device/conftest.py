@@ -12,10 +12,13 @@ import pytest
 from privrec.device.batch import Histories
 from privrec.device.cohort import Cohort
 from privrec.device.device import Device
-from privrec.device.round import Round, digest
+from privrec.device.round import Round, model_digests
+from privrec.device.tier import Tier
 from privrec.device.train import Recommender, Settings, Trained, Trainer
 from privrec.device.update import RawUpdate
+from privrec.embedding.nested import nested
 from privrec.embedding.subspace import Subspace
+from privrec.models.implicit import pack, packed_size
 from privrec.models.layout import Layout
 from privrec.models.ncf import NCF
 from privrec.privacy.events import RoundEvent
@@ -26,6 +29,9 @@ ITEMS, DIM, BLOCK = 30, 8, 4
 DEFAULTS = {
     "loss": "bce",
     "negatives": 4,
+    "unobserved_weight": 0.1,
+    "item_l2": 0.01,
+    "newton": False,
     "max_samples": None,
     "user_steps": 2,
     "user_lr": 1.0,
@@ -64,7 +70,8 @@ class Lab:
     @property
     def cohort(self) -> Cohort:
         indptr = np.cumsum([0, *map(len, self.histories)])
-        cohort = Cohort.of(self.trainer, indptr, np.concatenate(self.histories))
+        everyone = Histories(self.users, indptr, np.concatenate(self.histories))
+        cohort = Cohort.of(self.trainer, everyone)
         cohort.states[...] = self.states
         return cohort
 
@@ -79,11 +86,19 @@ class Lab:
     def device(self, user: int, encoding: Encoding | None = None) -> Device:
         encoding = encoding or Encoding(1.0, self.trainer.recommender.layout.size)
         state, mine = self.states[user].copy(), self.histories[user]
-        return Device(user, mine, self.trainer, encoding, SecretRoot.known(b"test"), state)
+        root = SecretRoot.known(b"test")
+        return Device(user, mine, self.tier, (), self.trainer, encoding, root, state)
+
+    @property
+    def tier(self) -> Tier:
+        parts = self.trainer.recommender
+        biases = None if parts.biases is None else nested(parts.biases, "fold", [0])
+        return Tier(0, 1.0, 1.0, 1.0, parts, nested(parts.vectors, "fold", [0]), biases)
 
     def round(self, attempt: int = 0) -> Round:
         event = RoundEvent("none", 0.0, 1.0)
-        return Round("run", 0, attempt, event, "plan", digest(self.weights))
+        digests = model_digests(self.weights, (self.tier.layout,))
+        return Round("run", 0, attempt, event, "plan", digests)
 
     def together(self) -> dict[int, tuple[np.ndarray, Any, Any]]:
         """By user: the whole update vector, the new state and the loss, as the cohort has them."""
@@ -99,13 +114,11 @@ def vector_of(update: RawUpdate, row: int = 0) -> np.ndarray:
     """One device's update as a vector of the layout's size, by the contract of ``Address``."""
     address, values = update.address, update.values[row].astype(np.float64)
     layout, vector = address.layout, np.zeros(address.layout.size)
-    end = layout.dense + address.blocks.shape[1] * layout.block
-    layout.dense_of(vector)[...] = values[: layout.dense]
+    end = layout.head + address.blocks.shape[1] * layout.block
+    vector[: layout.head] = values[: layout.head]
     blocks = address.blocks[row if len(address.blocks) > 1 else 0]
     biases = address.biases[row if len(address.biases) > 1 else 0]
-    np.add.at(
-        layout.memory_of(vector), blocks, values[layout.dense : end].reshape(-1, layout.block)
-    )
+    np.add.at(layout.memory_of(vector), blocks, values[layout.head : end].reshape(-1, layout.block))
     np.add.at(layout.biases_of(vector), biases, values[end:])
     return vector
 
@@ -122,11 +135,15 @@ def make_lab(
     model = NCF.of(kind, DIM, (6, 5))  # type: ignore[arg-type]
     vectors = Subspace.sized(ITEMS, DIM, block=BLOCK, key=11, compression=compression)
     biases = Subspace.sized(ITEMS, 1, block=1, key=12, compression=compression)
-    layout = Layout(model.dense, vectors.slots, BLOCK, biases.slots if item_bias else 0)
+    gram = packed_size(DIM) if settings.get("loss") == "ials" else 0
+    layout = Layout(model.dense, vectors.slots, BLOCK, biases.slots if item_bias else 0, gram)
     recommender = Recommender(model, vectors, biases if item_bias else None, layout)
     histories = uneven_histories() if histories is None else histories
     rng = np.random.default_rng(9)
     weights = rng.normal(0, scale, layout.size).astype(np.float32)
+    if gram:  # as a server that has seen users has it
+        users = rng.normal(0, scale, (20, DIM)).astype(np.float32)
+        layout.gram_of(weights)[...] = pack(users).mean(0)
     states = rng.normal(0, scale, (len(histories), model.user_dim)).astype(np.float32)
     return Lab(
         Trainer(recommender, Settings(**{**DEFAULTS, **settings})), weights, histories, states

@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
+from privrec.device.batch import Histories
 from privrec.device.cohort import SAMPLES_IN_BATCH, TOLERANCE
 
 CASES = list(itertools.product(["gmf", "mlp", "neumf"], ["bce", "bpr", "softmax", "full_softmax"]))
@@ -39,6 +40,36 @@ def test_a_cohort_agrees_with_each_device_alone(
     assert (
         moved >= len(here.users) - 1
     )  # all but the device without a history have something to say
+
+
+@pytest.mark.parametrize("compression", [1.0, 8.0])
+def test_a_cohort_agrees_with_each_device_alone_where_all_items_count(
+    lab, vector, compression
+) -> None:
+    """Implicit ALS: the Gram matrix that a cohort works out once, each device works out itself."""
+    here = lab("gmf", compression, loss="ials", item_bias=False)
+    together = here.together()
+    for user in here.users:
+        alone = here.alone(int(user))
+        update, state, mean_loss = together[int(user)]
+        assert close(update, vector(alone.update)), f"user {user}"
+        assert np.allclose(state, alone.states[0], rtol=1e-3, atol=1e-4)
+        assert mean_loss == pytest.approx(alone.losses[0], rel=1e-3, abs=1e-6)
+        assert np.abs(update).max() > 1e-3 or not len(here.histories[user])
+
+
+@pytest.mark.parametrize("held", [0, 1, 8, 29, 30])
+def test_a_cohort_trains_on_what_its_memory_holds(lab, held) -> None:
+    """Items are dropped by number, none moves to another user, nobody is lost."""
+    here = lab()
+    indptr = np.cumsum([0, *map(len, here.histories)])
+    everyone = Histories(here.users, indptr, np.concatenate(here.histories))
+    left = everyone.below(held)
+    assert np.array_equal(left.users, here.users)
+    for user, history in enumerate(here.histories):
+        kept = left.items[left.indptr[user] : left.indptr[user + 1]]
+        assert kept.tolist() == [item for item in history if item < held]
+    assert left.indptr[-1] == len(left.items)
 
 
 @pytest.mark.parametrize("compression", [1.0, 8.0])
@@ -107,9 +138,11 @@ def test_a_cohort_of_nobody_has_no_batches(lab) -> None:
 
 def test_serving_in_a_cohort_is_serving_alone(lab) -> None:
     here = lab("neumf")
-    order = np.array([6, 0, 3, 2])
-    served = here.cohort.serve(here.weights, order, 5)
-    for row, user in enumerate(order):
+    cohort = here.cohort
+    served = cohort.serve(here.weights, 5)
+    assert served.shape == cohort.states.shape
+    assert np.array_equal(cohort.states, here.states)  # a fit of its own
+    for user in here.users:
         alone = here.trainer.serve(here.weights, here.history(int(user)), 5)
-        assert np.allclose(served[row], alone[0], rtol=1e-3, atol=1e-4)
-        assert np.abs(alone).max() > 0.01
+        assert np.allclose(served[user], alone[0], rtol=1e-3, atol=1e-4)
+        assert np.abs(alone).max() > 0.01 or not len(here.histories[user])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -65,7 +67,7 @@ def test_the_private_state_moves_on(lab) -> None:
 def test_a_new_device_starts_at_zero(lab) -> None:
     here = lab("mlp")
     device = here.device(3)
-    fresh = type(device)(3, device.history, device.trainer, device.encoding, device.root)
+    fresh = replace(device, state=np.zeros(0, np.float32))
     assert fresh.state.shape == (here.trainer.recommender.model.user_dim,)
     assert not fresh.state.any()
 

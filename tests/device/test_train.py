@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
 from privrec.device.cohort import TOLERANCE
+from privrec.models.implicit import pack, unpack
 
 CASES = list(itertools.product(["gmf", "mlp", "neumf"], ["bce", "bpr", "softmax", "full_softmax"]))
 
@@ -186,3 +187,87 @@ def test_places_looked_up_train_as_places_computed(lab, vector) -> None:
         trainer = here.trainer
         here.trainer = type(trainer)(trainer.recommender.tabulated(), trainer.settings)
         assert np.array_equal(vector(here.alone(3).update), before)
+
+
+# --------------------------------------------------------------------------- implicit ALS
+
+
+def closed_form(here, user: int) -> np.ndarray:
+    """The optimum of a user vector over its history and the whole catalogue."""
+    parts, settings = here.trainer.recommender, here.trainer.settings
+    memory = parts.layout.memory_of(here.weights).astype(np.float64)
+    table = parts.vectors.gather(memory, np.arange(parts.vectors.items))
+    mine = table[here.histories[user]]
+    system = mine.T @ mine + settings.unobserved_weight * table.T @ table
+    return np.linalg.solve(system + settings.user_l2 * np.eye(len(system)), mine.sum(0))
+
+
+@pytest.mark.parametrize("unobserved_weight", [0.01, 0.5])
+@pytest.mark.parametrize("compression", [1.0, 8.0])
+def test_implicit_als_fits_a_user_in_closed_form(lab, compression, unobserved_weight) -> None:
+    """From any start; one whole Newton step, but for the ridge, is the solution."""
+    here = lab("gmf", compression, loss="ials", item_bias=False, user_steps=3, user_l2=0.5,
+               unobserved_weight=unobserved_weight)  # fmt: skip
+    here.states[:, -1] = 0
+    for user in here.users:
+        expected = closed_form(here, int(user))
+        trained, served = here.alone(int(user)).states[0], here.trainer.serve(
+            here.weights, here.history(int(user)), here.key
+        )[0]  # fmt: skip
+        for found in (trained, served):
+            assert np.allclose(found[:-1], expected, atol=2e-3)
+            assert found[-1] == 0
+        assert np.abs(expected).max() > 0.05 or not len(here.histories[user])
+
+
+@pytest.mark.parametrize("newton", [False, True])
+@pytest.mark.parametrize("compression", [1.0, 8.0])
+def test_implicit_als_sends_the_slope_of_its_history(lab, vector, compression, newton) -> None:
+    """Preconditioned where asked, and the packed ``u uᵀ``; nothing of items it has not seen."""
+    here = lab("gmf", compression, loss="ials", item_bias=False, local_lr=0.3, newton=newton)
+    here.states[:, -1] = 0
+    parts, settings = here.trainer.recommender, here.trainer.settings
+    layout, table = parts.layout, parts.vectors
+    gram = unpack(layout.gram_of(here.weights).astype(np.float64), table.dim)
+    system = settings.unobserved_weight * gram + settings.item_l2 * np.eye(table.dim)
+    for user in here.users:
+        trained, history = here.alone(int(user)), here.histories[user]
+        own = trained.states[0, :-1].astype(np.float64)
+        memory = layout.memory_of(here.weights).astype(np.float64)
+        scores = table.gather(memory, history) @ own
+        slopes = (scores - 1)[:, None] * own
+        if newton:
+            slopes = slopes @ np.linalg.inv(system)
+        expected = np.zeros(layout.size)
+        table.scatter_add(layout.memory_of(expected), history, -settings.local_lr * slopes)
+        layout.gram_of(expected)[...] = pack(trained.states[:, :-1])[0]
+        found = vector(trained.update)
+        scale = max(float(np.abs(expected).max()), 1e-6)
+        assert np.abs(found - expected).max() <= 1e-4 * scale
+        if len(history):
+            assert layout.memory_of(found).any()
+            assert layout.gram_of(found).any()
+
+
+@pytest.mark.parametrize("newton", [False, True])
+def test_before_a_gram_matrix_is_known_nothing_is_preconditioned(lab, vector, newton) -> None:
+    """Newton steps wait for it; plain ones need none."""
+    here = lab("gmf", loss="ials", item_bias=False, newton=newton)
+    layout = here.trainer.recommender.layout
+    layout.gram_of(here.weights)[...] = 0
+    found = vector(here.alone(3).update)
+    assert layout.gram_of(found).any()
+    assert bool(layout.memory_of(found).any()) is not newton
+
+
+def test_a_gram_matrix_of_items_may_be_computed_once_for_all(lab, vector) -> None:
+    here = lab("gmf", 8.0, loss="ials", item_bias=False)
+    known = here.trainer.unobserved(here.weights)
+    assert known is not None
+    one = here.trainer.train(here.weights, here.history(3), here.states[3:4], here.key)
+    two = here.trainer.train(here.weights, here.history(3), here.states[3:4], here.key, known)
+    assert np.array_equal(vector(one.update), vector(two.update))
+    other = here.trainer.train(here.weights, here.history(3), here.states[3:4], here.key, 2 * known)
+    assert not np.array_equal(vector(one.update), vector(other.update))
+    for loss in ("bce", "bpr", "softmax", "full_softmax"):
+        assert lab(loss=loss).trainer.unobserved(here.weights) is None

@@ -10,14 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from privrec.models.losses import LOSSES, WHOLE_CATALOGUE, Samples
+from privrec.models.losses import IMPLICIT, LOSSES, WHOLE_CATALOGUE, Samples
 
-SAMPLED = sorted(set(LOSSES) - WHOLE_CATALOGUE)
+SAMPLED = sorted(set(LOSSES) - WHOLE_CATALOGUE - IMPLICIT)
 P, NEG = 3, 2
 K = P * (1 + NEG)
 
 
 def samples_of(loss: str, valid: Tensor) -> Samples:
+    if loss in IMPLICIT:
+        return Samples(valid, K)  # all are positives: negatives are never drawn
     return Samples(valid, 0 if loss in WHOLE_CATALOGUE else P)
 
 
@@ -25,7 +27,7 @@ def masks(loss: str, m: int, seed: int, share: float = 0.7) -> Tensor:
     """Which samples count; as on a device, a padded positive has no valid negatives."""
     draw = torch.Generator().manual_seed(seed)
     valid = (torch.rand(m, K, generator=draw) < share).float()
-    if loss not in WHOLE_CATALOGUE:
+    if loss not in WHOLE_CATALOGUE | IMPLICIT:
         valid[:, P:] *= valid[:, :P].repeat_interleave(NEG, dim=1)
     return valid
 
@@ -60,11 +62,16 @@ def full_softmax_by_hand(s: list[float], history: list[float]) -> float:
     return -sum(h * math.log(math.exp(x) / total) for x, h in zip(s, history, strict=True))
 
 
+def ials_by_hand(s: list[float], valid: list[float]) -> float:
+    return sum(v * (1 - x) ** 2 / 2 for x, v in zip(s, valid, strict=True))
+
+
 BY_HAND = {
     "bce": bce_by_hand,
     "bpr": bpr_by_hand,
     "softmax": softmax_by_hand,
     "full_softmax": full_softmax_by_hand,
+    "ials": ials_by_hand,
 }
 
 
@@ -110,7 +117,7 @@ def test_curvature_is_never_below_the_hessian(name: str, seed: int, scale: float
     assert float(lowest) > -1e-6
 
 
-@pytest.mark.parametrize("name", ["bce", "bpr"])
+@pytest.mark.parametrize("name", ["bce", "bpr", "ials"])
 @settings(deadline=None, max_examples=40)
 @given(seed=st.integers(0, 2**31), length=st.sampled_from([0.1, 1.0, 5.0, 20.0]))
 def test_a_newton_step_never_goes_up(name: str, seed: int, length: float) -> None:

@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from privrec.errors import UsageError
+from privrec.privacy import accountant, closeness, renyi
+from privrec.privacy.closeness import Grid
 from privrec.privacy.events import RoundEvent, epsilon
 
 EVENT = RoundEvent("gaussian", 1.2, 0.05)
@@ -68,6 +70,125 @@ class TestRoundEvent:
     def test_unknown_adversary(self):
         with pytest.raises(UsageError, match="adversary 'nobody'"):
             EVENT.dp_event("nobody")  # type: ignore[arg-type]
+
+
+GRID = Grid(squared_sensitivity=10**6, dimension=1000, shares=10, excess_removed=True)
+SHOWN = Grid(squared_sensitivity=10**6, dimension=1000, shares=10, excess_removed=False)
+
+
+class TestDistributed:
+    EVENT = RoundEvent("discrete_gaussian", 1.2, 0.05, GRID)
+
+    @pytest.mark.parametrize("mechanism", ["discrete_gaussian", "skellam"])
+    @pytest.mark.parametrize("grid", [GRID, SHOWN])
+    def test_json_and_back(self, mechanism, grid):
+        event = RoundEvent(mechanism, 1.2, 0.05, grid)
+        assert RoundEvent.from_json(json.loads(json.dumps(event.to_json()))) == event
+
+    def test_json_is_flat(self):
+        assert self.EVENT.to_json() == {
+            "mechanism": "discrete_gaussian",
+            "noise_multiplier": 1.2,
+            "sampling_rate": 0.05,
+            "squared_sensitivity": 10**6,
+            "dimension": 1000,
+            "shares": 10,
+            "excess_removed": True,
+        }
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"shares": 10.0},
+            {"shares": 0},
+            {"dimension": "many"},
+            {"excess_removed": 1},
+            {"extra": 1},
+            {"mechanism": "gaussian"},
+            {"noise_multiplier": 1e-3},
+        ],
+    )
+    def test_malformed_json(self, change):
+        with pytest.raises(UsageError):
+            RoundEvent.from_json({**self.EVENT.to_json(), **change})
+        values = self.EVENT.to_json()
+        del values["shares"]
+        with pytest.raises(UsageError, match="exactly"):
+            RoundEvent.from_json(values)
+
+    def test_a_grid_goes_with_shares_and_with_nothing_else(self):
+        for mechanism, multiplier in (("gaussian", 1.0), ("none", 0.0)):
+            with pytest.raises(UsageError, match="only noise in shares has one"):
+                RoundEvent(mechanism, multiplier, 1.0, GRID)
+        for mechanism in ("discrete_gaussian", "skellam"):
+            with pytest.raises(UsageError, match="without a grid"):
+                RoundEvent(mechanism, 1.0)
+
+    def test_epsilon_is_hardly_more_than_that_of_the_gaussian(self):
+        for adversary in ("recipients", "server"):
+            found = epsilon({self.EVENT: 200}, 1e-5, adversary)
+            gaussian = epsilon({EVENT: 200}, 1e-5, adversary)
+            assert gaussian <= found < gaussian * 1.001 + 1e-3
+
+    @pytest.mark.parametrize("accountant", ["rdp", "prv"])
+    def test_the_other_accountants_agree_as_for_the_gaussian(self, accountant):
+        found = epsilon({self.EVENT: 5}, 1e-5, "recipients", accountant)
+        gaussian = epsilon({EVENT: 5}, 1e-5, "recipients", accountant)
+        assert found == pytest.approx(gaussian, rel=2e-3)
+
+    def test_noise_that_shows_the_cohort_amplifies_against_nobody(self):
+        shown = RoundEvent("discrete_gaussian", 1.2, 0.05, SHOWN)
+        assert shown.rate_against("recipients") == 1
+        assert not shown.hides_cohorts
+        assert self.EVENT.rate_against("recipients") == 0.05
+        assert self.EVENT.hides_cohorts
+        server = epsilon({shown: 20}, 1e-5, "server")
+        assert epsilon({shown: 20}, 1e-5, "recipients") == server
+        assert epsilon({self.EVENT: 20}, 1e-5, "recipients") < server / 10
+
+    def test_slack_adds_up_over_rounds_and_is_paid(self):
+        narrow = RoundEvent("discrete_gaussian", 0.0195, 1.0, Grid(10**6, 1, 100, True))
+        assert 0 < narrow.slack.log_ratio < 1e-10
+        assert narrow.slack.variation == 100 * 2.0**-236
+        assert EVENT.slack.log_ratio == EVENT.slack.variation == 0
+        wide = RoundEvent("discrete_gaussian", 1000.0, 1.0, GRID)
+        assert epsilon({wide: 1}, 1e-5, "server") > 0
+
+    @pytest.mark.parametrize("count", [1, 7])
+    def test_slack_enters_epsilon_and_delta(self, count, monkeypatch):
+        monkeypatch.setattr(closeness, "LARGEST_LOG_RATIO", 1.0)
+        event = RoundEvent("discrete_gaussian", 0.6, 1.0, Grid(100, 20, 45, True))
+        log_ratio = event.slack.log_ratio
+        assert 1e-3 < log_ratio < 0.1
+        bare = accountant.gaussian(
+            math.sqrt(count / (0.36 - 0.03)), 1e-5 * 0.999 * math.exp(-count * log_ratio)
+        )
+        found = epsilon({event: count}, 1e-5, "server")
+        assert found == pytest.approx(bare + 2 * count * log_ratio, abs=1.1e-4)
+
+    def test_the_samplers_are_counted_by_round(self, monkeypatch):
+        monkeypatch.setattr(closeness, "SLACK", 1e-15)
+        event = RoundEvent("discrete_gaussian", 40.0, 1.0, Grid(10**6, 10, 10, True))
+        # (1 + exp(ε)) 1e-13 a round against 1e-8 / 1000
+        assert epsilon({event: 10}, 1e-8, "server") < math.inf
+        assert epsilon({event: 60}, 1e-8, "server") == math.inf
+
+    def test_skellam_is_bounded_on_its_grid(self):
+        grid = Grid(16, 1, 3, True)
+        event = RoundEvent("skellam", 2.0, 0.3, grid)
+        expected = renyi.epsilon([renyi.Part(2.0, 0.3, 4, grid)], 1e-5 * 0.999)
+        assert epsilon({event: 4}, 1e-5, "recipients") == pytest.approx(expected, abs=1.1e-4)
+        assert expected > 1.01 * renyi.epsilon([renyi.Part(2.0, 0.3, 4)], 1e-5)
+
+    def test_dp_event_is_the_gaussian_that_it_amounts_to(self):
+        coarse = RoundEvent("discrete_gaussian", 1.0, 1.0, Grid(400, 4, 2, True))
+        expected = dp_accounting.GaussianDpEvent(math.sqrt(1 - 3 / 400))
+        assert coarse.dp_event("server") == expected
+
+    def test_no_claim_where_the_samplers_would_count(self):
+        assert epsilon({RoundEvent("discrete_gaussian", 1.0, 1.0, GRID): 80}, 1e-5, "server") < 100
+        far = {RoundEvent("discrete_gaussian", 1.0, 1.0, GRID): 300}
+        assert epsilon(far, 1e-5, "server") == math.inf
 
 
 class TestEpsilon:

@@ -110,12 +110,23 @@ class TestCharge:
         with reopen(written) as ledger, pytest.raises(IntegrityError, match="was charged as"):
             ledger.charge(1, 1, EVENT)
 
-    @pytest.mark.parametrize(("round", "attempt"), [(0, 2), (2, 1), (2, -1), (-1, 0)])
+    @pytest.mark.parametrize(("round", "attempt"), [(0, 2), (2, 1), (2, -1), (-1, 1), (-2, 0)])
     def test_gaps_are_refused(self, written, round, attempt):
         with reopen(written) as ledger:
             with pytest.raises(IntegrityError, match="the next one is attempt"):
                 ledger.charge(round, attempt, EVENT)
             assert len(ledger.charges) == 3
+
+    def test_what_comes_before_the_first_round_is_charged_and_counted_too(self, tmp_path):
+        with create(tmp_path) as ledger:
+            assert ledger.charge(-1, 0, OTHER)
+            assert not ledger.charge(-1, 0, OTHER)
+            assert ledger.charge(0, 0, EVENT)
+            ledger.commit(-1, 0, b"t" * 32)
+        with reopen(tmp_path) as ledger:
+            assert ledger.counts == {EVENT: 1, OTHER: 1}
+            assert ledger.committed(-1, 0) == b"t" * 32
+            assert [charge.round for charge in ledger.charges] == [-1, 0]
 
     def test_is_on_disk_and_flushed_before_it_returns(self, tmp_path, monkeypatch):
         flushed, fsync = [], os.fsync

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from scipy import stats
 
 from privrec.device.update import clip
 from privrec.errors import ReleaseRefused, UsageError
 from privrec.randomness import SecretRoot
-from privrec.secagg.ring import RING_BITS, Encoding
+from privrec.secagg import ring
+from privrec.secagg.ring import RING_BITS, Encoding, Load, Ring
+from privrec.secagg.rotation import Rotation, spread
 
 ROOT = SecretRoot.known(b"test")
 UNIT = st.floats(-1, 1, width=32)
@@ -208,3 +213,140 @@ def test_a_cohort_that_could_wrap_around_is_refused(scale_bits: int) -> None:
 
 def test_the_ring_holds_the_devices_that_the_design_promises() -> None:
     Encoding(1.0, 118_000).check_capacity(250_000)
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+def test_sums_in_a_ring_are_exact_within_it(bits: int) -> None:
+    small = Ring(bits)
+    rng = np.random.default_rng(0)
+    values = rng.integers(-small.half // 8, small.half // 8, size=(8, 1000))
+    total = small.enter(values).sum(0, dtype=small.dtype)
+    assert total.dtype == small.dtype
+    assert small.dtype.itemsize == bits // 8
+    assert np.array_equal(small.leave(total), values.sum(0))
+    assert small.leave(total).dtype == np.int64
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+def test_outside_it_they_wrap_around(bits: int) -> None:
+    small = Ring(bits)
+    edge = np.array([-small.half, -1, 0, small.half - 1])
+    assert np.array_equal(small.leave(small.enter(edge)), edge)
+    beyond = np.array([small.half, -small.half - 1])
+    assert np.array_equal(small.leave(small.enter(beyond)), [-small.half, small.half - 1])
+
+
+@given(st.integers(-(2**40), 2**40), st.sampled_from([16, 32]))
+def test_wrapping_is_a_multiple_of_the_ring(integer: int, bits: int) -> None:
+    small = Ring(bits)
+    found = int(small.leave(small.enter(np.array([integer])))[0])
+    assert (integer - found) % 2**bits == 0
+    assert -small.half <= found < small.half
+
+
+def largest_sums(encoding: Encoding, load: Load, trials: int) -> np.ndarray:
+    """The largest coefficient of noisy sums of one worst update, turned anew each time."""
+    rng, found = np.random.default_rng(1), []
+    for trial in range(trials):
+        seed = hashlib.sha256(b"%d" % trial).digest()
+        update = np.full((1, load.size), encoding.clip_norm / math.sqrt(load.size), np.float32)
+        if load.spread == 1:
+            update = np.eye(1, load.size, dtype=np.float32) * np.float32(encoding.clip_norm)
+        else:
+            update = Rotation((load.size,), seed).apply(update)
+        total = load.devices * update[0].astype(np.float64) * encoding.scale
+        noise = rng.normal(size=load.size) * math.sqrt(load.noise * encoding.squared_bound)
+        found.append(np.abs(total + noise).max())
+    return np.array(found)
+
+
+@pytest.mark.parametrize(("size", "scale_bits"), [(1024, 8.0), (1000, 8.0), (1024, 8.75)])
+def test_the_wrap_probability_is_an_upper_bound(size: int, scale_bits: float) -> None:
+    encoding = Encoding(1.0, size, scale_bits)
+    load = Load(size, 900, 9.0, spread(size))
+    bound = Ring(16).wrap_probability(encoding, load)
+    found = np.mean(largest_sums(encoding, load, 200) >= 2**15)
+    assert found <= bound
+    if scale_bits > 8.5:
+        assert found > 0.0
+        with pytest.raises(UsageError, match=r"could wrap around in the 2\^16 ring"):
+            Ring(16).check(encoding, load)
+
+
+def test_the_wrap_probability_is_hoeffdings() -> None:
+    encoding, load = Encoding(1.0, 1000, 7), Load(1000, 900, 2.0, 768)
+    variance = (900 * 128 * (1 + 1e-4)) ** 2 / 768 + 2 * encoding.squared_bound
+    room = 2**15 - 1 - 900 * 1.125
+    expected = 2 * 1000 * math.exp(-(room**2) / (2 * variance))
+    assert Ring(16).wrap_probability(encoding, load) == pytest.approx(expected, rel=1e-9)
+
+
+def test_without_rotation_one_coefficient_may_hold_everything() -> None:
+    encoding = Encoding(1.0, 1024, 7)
+    flat = Load(1024, 300, 0.0)
+    assert Ring(16).wrap_probability(encoding, flat) == 1
+    assert largest_sums(encoding, flat, 1)[0] > 2**15
+    turned = Load(1024, 300, 0.0, spread(1024))
+    assert Ring(16).wrap_probability(encoding, turned) < 1e-9
+    assert largest_sums(encoding, turned, 50).max() < 2**15
+    few = Load(1024, 200, 0.0)
+    assert Ring(16).wrap_probability(encoding, few) == 0  # 200 times the bound fits for sure
+
+
+def test_noise_is_counted_and_skellam_noise_more() -> None:
+    encoding = Encoding(1.0, 2**17, 13)
+    calm, loud = (Load(2**17, 1000, noise) for noise in (1.0, 6e7))
+    assert Ring().wrap_probability(encoding, calm) == 0
+    assert 0 < Ring().wrap_probability(encoding, loud) < 1
+    heavy = replace(loud, heavy=True)
+    ratio = Ring().wrap_probability(encoding, heavy) / Ring().wrap_probability(encoding, loud)
+    assert ratio > 1
+
+
+def test_skellam_tails_are_within_their_bound() -> None:
+    poisson = stats.poisson.pmf(np.arange(300), 15)
+    law = np.convolve(poisson, poisson[::-1])  # of differences from -299 to 299
+    for beyond in (10, 20, 40, 80):
+        assert law[299 + beyond :].sum() <= ring._beyond(beyond, 30.0, heavy=True)
+    assert law[299 + 80 :].sum() > ring._beyond(80, 30.0, heavy=False)
+
+
+def test_a_refusal_names_a_scale_that_fits() -> None:
+    encoding, load = Encoding(1.0, 2**16, 13), Load(2**16, 1000, 1.5, spread(2**16))
+    with pytest.raises(UsageError) as refused:
+        Ring(16).check(encoding, load)
+    fitting = Ring(16).fitting_scale_bits(encoding, load)
+    assert 9 < fitting < 10
+    assert f"lower privacy.scale_bits to {fitting:g}, or use the ring of 2^32" in str(refused.value)
+    Ring(16).check(replace(encoding, scale_bits=fitting), load)
+    with pytest.raises(UsageError):
+        Ring(16).check(replace(encoding, scale_bits=fitting + 1 / 8), load)
+
+
+def test_where_no_scale_fits_fewer_devices_do() -> None:
+    load = Load(16, 40_000, 1.0, 16)
+    assert Ring(16).fitting_scale_bits(Encoding(1.0, 16), load) == 0
+    with pytest.raises(UsageError, match="take fewer devices"):
+        Ring(16).check(Encoding(1.0, 16), load)
+
+
+def test_a_scale_need_not_be_whole() -> None:
+    encoding = Encoding(2.0, 100, 9.625)
+    assert encoding.scale == pytest.approx(2**9.625 / 2)
+    values = clip(np.random.default_rng(0).normal(size=(5, 100)).astype(np.float32), 2.0)
+    integers = encoding.encode(values, ROOT.stream("fraction"))
+    assert max(squared(row) for row in integers) <= encoding.squared_bound
+    assert np.abs(integers - values * encoding.scale).max() <= 1 + 2**-3
+
+
+def test_a_turned_sum_comes_back_through_the_small_ring() -> None:
+    """The whole way: clip, turn, round, enter, sum, leave, decode, turn back."""
+    devices, sizes = 40, (700, 300)
+    encoding, turn = Encoding(1.0, 1000, 8), Rotation(sizes, bytes(32))
+    values = clip(np.random.default_rng(3).normal(size=(devices, 1000)).astype(np.float32), 1.0)
+    values[::3] = values[0]
+    integers = encoding.encode(turn.apply(values), ROOT.stream("whole"))
+    total = Ring(16).enter(integers).sum(0, dtype=np.uint16)
+    back = turn.undo(encoding.decode(Ring(16).leave(total))[None])[0]
+    error = np.abs(back - values.sum(0, dtype=np.float64)).max()
+    assert error < 6 * math.sqrt(devices / 4) / encoding.scale

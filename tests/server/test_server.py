@@ -9,10 +9,17 @@ import pytest
 from scipy import stats
 
 from privrec.device.round import Round
+from privrec.device.tier import Federation, Tier
+from privrec.device.train import Recommender
 from privrec.device.update import Aggregate
+from privrec.embedding.nested import nested
+from privrec.embedding.table import PlainTable
+from privrec.models.layout import Layout
+from privrec.models.ncf import NCF
 from privrec.privacy.events import RoundEvent
 from privrec.randomness import SecretRoot
 from privrec.secagg.ring import Encoding
+from privrec.server.completion import Completion
 from privrec.server.optimizer import Optimizer, Schedule
 from privrec.server.server import Plan, Release, Server
 
@@ -31,9 +38,21 @@ def make_server(
     rate: float = 1.0,
     clip_norm: float = 2.0,
 ) -> Server:
-    plan = Plan("run", "digest", event, Encoding(clip_norm, size), 25.0, average)
+    federation = plain_federation(size)
+    plan = Plan("run", "digest", event, Encoding(clip_norm, size), federation, 25.0, average)
     optimizer = Optimizer(kind, rate, Schedule("constant", 10, 0))
-    return Server(plan, np.zeros(size, np.float32), optimizer)
+    return Server(plan, np.zeros(size, np.float32), nothing_to_add(federation), optimizer)
+
+
+def plain_federation(size: int) -> Federation:
+    """One tier, whose vector is a memory of so many numbers."""
+    table = PlainTable.of(size, 1, block=1)
+    parts = Recommender(NCF.of("gmf", 1, ()), table, None, Layout(0, size, 1, 0))
+    return Federation((Tier(0, 1.0, 1.0, 1.0, parts, nested(table, "rows", [0]), None),))
+
+
+def nothing_to_add(federation: Federation) -> Completion:
+    return Completion(federation, None, by_contributors=False, overwrites=False)
 
 
 def sum_of(size: int = SIZE, seed: int = 0) -> Aggregate:
@@ -95,7 +114,7 @@ def test_the_same_input_gets_the_same_noise() -> None:
         {"index": 1},
         {"attempt": 1},
         {"plan_digest": "other"},
-        {"model_digest": b"other"},
+        {"model_digests": (b"other",)},
     ],
 )
 def test_another_round_gets_independent_noise(change: dict[str, object]) -> None:
@@ -160,7 +179,7 @@ def test_rounds_name_the_model_and_follow_each_other() -> None:
     server.apply(Release(np.array([1, 2, 3]) * 2**13, b""))
     second = server.next_round(0)
     assert second.index == 1
-    assert second.model_digest != first.model_digest
+    assert second.model_digests != first.model_digests
 
 
 @pytest.mark.parametrize("average", [0.0, 0.5, 0.9])

@@ -1,0 +1,117 @@
+"""The order of the catalogue: popular items first, so that weak devices can hold a prefix of it.
+
+The order is public, or it is released: every user's history is cut to a few items, the counts get
+Gaussian noise, and the ledger is charged before the first round (as round ``PREPARATION``).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from privrec.checkpoint import replace
+from privrec.data import Interactions, Split
+from privrec.device.round import digest
+from privrec.errors import IntegrityError
+from privrec.privacy.book import PREPARATION
+from privrec.privacy.calibrate import noise_multiplier_for
+from privrec.privacy.events import RoundEvent
+from privrec.privacy.ledger import Ledger
+from privrec.privacy.noise import rounded_gaussian
+from privrec.randomness import SecretRoot, SecureStream
+from privrec.scenario import Scenario, load
+
+FILE = "catalogue.safetensors"
+Order = NDArray[np.int64]
+
+
+def release_event(scenario: Scenario) -> RoundEvent | None:
+    """What the release of the popularity order costs; None where none is released."""
+    devices, delta = scenario.devices, scenario.privacy.delta
+    if devices.popularity != "released" or devices.popularity_epsilon is None:
+        return None
+    z = noise_multiplier_for(devices.popularity_epsilon, delta, 1.0, 1, "server")
+    return RoundEvent("gaussian", z, 1.0)
+
+
+def numbered(
+    scenario: Scenario, split: Split, ledger: Ledger, folder: Path, server: SecretRoot,
+    devices: SecretRoot,
+) -> Split:  # fmt: skip
+    """A split whose items are numbered as the scenario's tiers need it.
+
+    The order is written to ``folder`` before it is used; a released one was charged before.
+
+    Args:
+        scenario: what to run.
+        split: as the data has it.
+        ledger: is charged.
+        folder: the run's directory.
+        server: the server's secret, for the noise.
+        devices: the devices' secret, for the choice of the items that count.
+    """
+    if scenario.devices.order != "rows":
+        return split
+    event = release_event(scenario)
+    if event is None:
+        counts = split.train.item_counts()
+    else:
+        ledger.charge(PREPARATION, 0, event)
+        most = scenario.devices.popularity_items
+        context = (ledger.header["run_id"], scenario.hash())
+        counts = _capped_counts(split.train, most, devices.stream("popularity", *context))
+        stream = server.stream("popularity", *context, digest(counts))
+        # A 0/1 history of so many items is no longer than the root of their number.
+        counts += rounded_gaussian(stream, event.noise_multiplier * most**0.5, len(counts))
+    order = np.argsort(-counts, kind="stable")
+    if event is not None:
+        ledger.commit(PREPARATION, 0, server.tag("popularity", *context, digest(order)))
+    _write(folder / FILE, order)
+    return split.renumbered(order)
+
+
+def restored(folder: Path, split: Split) -> Split:
+    """A split whose items are numbered as in the run in ``folder``.
+
+    Raises:
+        IntegrityError: when the order kept there is gone, altered or not one of this catalogue.
+    """
+    path = folder / FILE
+    if not path.exists():
+        if load(folder / "scenario.toml").devices.order == "rows":
+            raise IntegrityError(f"{path}: there is no order of the items; restore the file")
+        return split
+    order = _read(path)
+    if not np.array_equal(np.sort(order), np.arange(split.train.n_items)):
+        raise IntegrityError(
+            f"{path}: no order of the {split.train.n_items} items of this catalogue; use the data "
+            "that the run was started with, or restore the file"
+        )
+    return split.renumbered(order)
+
+
+def _write(path: Path, order: Order) -> None:
+    replace(path, save({"order": order}, metadata={"digest": digest(order).hex()}))
+
+
+def _read(path: Path) -> Order:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            written = (file.metadata() or {})["digest"]
+            order: Order = file.get_tensor("order")
+    except (SafetensorError, KeyError, OSError, ValueError) as error:
+        raise IntegrityError(f"{path}: not an order ({error}); restore the file") from None
+    if order.dtype != np.int64 or digest(order).hex() != written:
+        raise IntegrityError(f"{path}: its content is not what was written; restore the file")
+    return order
+
+
+def _capped_counts(train: Interactions, most: int, coins: SecureStream) -> Order:
+    """How many users count each item, when each counts at most ``most`` of its own, at random."""
+    order = np.lexsort((coins.uint64(train.size), train.users))
+    place = np.arange(train.size) - np.repeat(train.indptr[:-1], train.counts)
+    return np.bincount(train.items[order][place < most], minlength=train.n_items).astype(np.int64)

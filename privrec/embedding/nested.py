@@ -1,0 +1,201 @@
+"""Nested coordinates: one vector whose prefixes are the memories of weaker devices.
+
+An orthonormal coordinate system of the memory is ordered so that each tier of devices holds a
+prefix of it. Then a download is a prefix, an upload is a prefix, and the sum of prefixes padded
+with zeros is the sum of what the updates mean for the whole memory. Since the system is
+orthonormal, an update has the same norm in both, so one clip norm and one noise serve all tiers.
+
+Three systems. ``fold``: tiers hold the memory that is constant on the classes of slots modulo a
+power of two (FAIR's collapse), in Haar coordinates, coarsest first. ``rows``: the first items in
+full. ``dims``: the first dimensions of all items. The latter two need no change of coordinates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privrec.embedding.subspace import Subspace
+from privrec.embedding.table import PlainTable, Table, check_size
+from privrec.errors import UsageError
+
+Nesting = Literal["fold", "rows", "dims"]
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Nested:
+    """Plain coordinates: the memory as it is, of which weaker tiers hold a prefix.
+
+    Args:
+        tables: each tier's table in its own memory, the strongest first, with slots that shrink
+            from tier to tier.
+    """
+
+    tables: tuple[Table, ...]
+
+    @property
+    def whole(self) -> Table:
+        """The strongest tier's table."""
+        return self.tables[0]
+
+    def slots(self, tier: int) -> int:
+        """Blocks that a tier holds: the length of its prefix."""
+        return self.tables[tier].slots
+
+    def to_memory(self, prefix: Array, tier: int) -> None:
+        """Turn a tier's coefficients into its memory, in place (synthesis).
+
+        Args:
+            prefix: coefficients of shape ``(slots(tier), block)``.
+            tier: whose they are.
+        """
+
+    def to_coefficients(self, memory: Array, tier: int) -> None:
+        """Turn a tier's memory into its coefficients, in place: the inverse of the synthesis."""
+
+    def spread(self, slots: NDArray[np.int64], tier: int) -> Spread | None:
+        """Which coefficients a change of some memory blocks changes; None for the same ones.
+
+        Args:
+            slots: slots of a tier's memory, of any shape.
+            tier: whose they are.
+        """
+        return None
+
+    def lift(self, memory: Array, tier: int) -> Array:
+        """The whole memory that says the same as a tier's, shape ``(slots(0), block)``.
+
+        Promise: the lifted memory has the same norm, and :meth:`collapse` takes it back.
+        """
+        lifted = np.zeros((self.slots(0), memory.shape[1]), memory.dtype)
+        lifted[: self.slots(tier)] = memory
+        self.to_coefficients(lifted[: self.slots(tier)], tier)
+        self.to_memory(lifted, 0)
+        return lifted
+
+    def collapse(self, memory: Array, tier: int) -> Array:
+        """What a tier holds of a whole memory: its orthogonal projection, ``(slots, block)``."""
+        coefficients = memory.copy()
+        self.to_coefficients(coefficients, 0)
+        prefix = coefficients[: self.slots(tier)].copy()
+        self.to_memory(prefix, tier)
+        return prefix
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A change of blocks in nested coordinates.
+
+    Args:
+        names: coefficient blocks that each block reaches, shape ``slots.shape + (reach,)``.
+        factors: by how much, the same shape; the squares of a block's factors add up to 1.
+    """
+
+    names: NDArray[np.int64]
+    factors: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Folds(Nested):
+    """Haar coordinates along the fold: ``[A_F | D_F | ... | D_1]``.
+
+    A step takes the two halves of a memory to ``(top + bottom) / √2`` and
+    ``(top - bottom) / √2``, and goes on with the first half, down to the weakest tier. The first
+    ``slots / 2^j`` coefficients rebuild the memory folded ``j`` times, in the isometric scale of
+    :class:`~privrec.embedding.subspace.Subspace`. Each step is its own inverse.
+    """
+
+    def to_memory(self, prefix: Array, tier: int) -> None:
+        """See :meth:`Nested.to_memory`."""
+        for half in self._halves(tier):
+            _butterfly(prefix[:half], prefix[half : 2 * half])
+
+    def to_coefficients(self, memory: Array, tier: int) -> None:
+        """See :meth:`Nested.to_coefficients`."""
+        for half in reversed(self._halves(tier)):
+            _butterfly(memory[:half], memory[half : 2 * half])
+
+    def spread(self, slots: NDArray[np.int64], tier: int) -> Spread | None:
+        """See :meth:`Nested.spread`: one detail for each halving, and the coarsest average."""
+        halves = self._halves(tier)
+        if not halves:
+            return None
+        half = np.array(halves)
+        place = slots[..., None] & (half - 1)
+        above = (slots[..., None] & half) != 0
+        steps = np.arange(len(halves), 0, -1)
+        factors = np.where(above, -1.0, 1.0) * 2.0 ** (-steps / 2)
+        coarse = np.full((*slots.shape, 1), 2.0 ** (-len(halves) / 2))
+        return Spread(
+            np.concatenate((place[..., :1], place + half), axis=-1),
+            np.concatenate((coarse, factors), axis=-1),
+        )
+
+    def _halves(self, tier: int) -> list[int]:
+        """Sizes of the halves from the weakest tier's memory up to this tier's."""
+        least, own = self.slots(len(self.tables) - 1), self.slots(tier)
+        return [1 << bit for bit in range(least.bit_length() - 1, own.bit_length() - 1)]
+
+
+def nested(table: Table, nesting: Nesting, halvings: Sequence[int]) -> Nested:
+    """Nested coordinates for tiers that hold ``2^-h`` of a table's memory.
+
+    Args:
+        table: of capacity 1: a :class:`Subspace` for ``"fold"``, a :class:`PlainTable` for
+            ``"rows"`` (parts of an item together) and ``"dims"`` (by part).
+        nesting: the system.
+        halvings: for each tier the ``h`` of its capacity ``2^-h``, ascending.
+
+    Raises:
+        UsageError: when a tier would hold nothing, or nothing that nests.
+    """
+    if nesting != _nesting_of(table):
+        raise UsageError(
+            f'nesting = "{nesting}": a {type(table).__name__} nests by "{_nesting_of(table)}"; '
+            "use that, or another table"
+        )
+    if list(halvings) != sorted(halvings):
+        raise UsageError(f"halvings = {list(halvings)}: must be ascending; sort the tiers")
+    tables = tuple(_weaker(table, nesting, halving) for halving in halvings)
+    return Folds(tables) if nesting == "fold" else Nested(tables)
+
+
+def _nesting_of(table: Table) -> Nesting:
+    if isinstance(table, PlainTable):
+        return "dims" if table.by_part else "rows"
+    return "fold"
+
+
+def _weaker(table: Table, nesting: Nesting, halving: int) -> Table:
+    if isinstance(table, Subspace):
+        return table.folded(halving)
+    items, dim = table.items, table.dim
+    if nesting == "rows":
+        items >>= halving
+        check_size(items >= 1, f"capacity 1/{1 << halving} of {table.items} items", "an item")
+    elif halving:
+        check_size(
+            dim % (table.block << halving) == 0,
+            f"capacity 1/{1 << halving} of dim = {dim}",
+            f"a multiple of block = {table.block}",
+        )
+        dim >>= halving
+    return PlainTable.of(items, dim, block=table.block, by_part=nesting == "dims")
+
+
+def _butterfly(first: Array, second: Array) -> None:
+    """``(a, b) -> ((a + b) / √2, (a - b) / √2)`` in place, in parts that stay in the cache."""
+    root = first.dtype.type(np.sqrt(0.5))
+    step = max(1, (1 << 14) // max(1, first.shape[1]))
+    for start in range(0, len(first), step):
+        a, b = first[start : start + step], second[start : start + step]
+        a *= root
+        b *= root
+        a += b
+        b *= -2
+        b += a

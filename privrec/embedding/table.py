@@ -1,0 +1,240 @@
+"""What every embedding table here is: rows made of signed blocks of one small memory.
+
+Part ``b`` of row ``i`` is ``scale * sign_b(i) * memory[slot_b(i)]``, one block of ``block``
+numbers. Where slots and signs come from is the business of :class:`Table`'s kinds: a hash
+(:class:`~privrec.embedding.subspace.Subspace`) or the item's own place (:class:`PlainTable`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from privrec.errors import UsageError
+
+FloatArray = NDArray[np.float32]
+_SPARSE = 4
+_ITEMS_AT_ONCE = 1 << 16
+Places = tuple[NDArray[np.int64], FloatArray]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of ``items`` rows of ``dim`` numbers in a memory of ``slots`` blocks.
+
+    Args:
+        items: number of rows, at least 1.
+        dim: length of a row, a positive multiple of ``block``.
+        block: numbers in a block, at least 1; 16 to 32 gathers fastest.
+        slots: blocks in the memory, at least 1.
+
+    Raises:
+        UsageError: when a value is out of its range.
+    """
+
+    items: int
+    dim: int
+    block: int
+    slots: int
+
+    def __post_init__(self) -> None:
+        check_size(self.items >= 1, f"items = {self.items}", "at least 1")
+        check_size(self.block >= 1, f"block = {self.block}", "at least 1")
+        check_size(
+            self.dim >= self.block and self.dim % self.block == 0,
+            f"dim = {self.dim}",
+            f"a positive multiple of block = {self.block}",
+        )
+
+    @property
+    def parts(self) -> int:
+        """Blocks in a row."""
+        return self.dim // self.block
+
+    @property
+    def size(self) -> int:
+        """Floats in the memory."""
+        return self.slots * self.block
+
+    @property
+    def compression(self) -> float:
+        """Floats of the table (items times dim) over those of the memory."""
+        return self.items * self.dim / self.size
+
+    @property
+    def scale(self) -> float:
+        """The factor of every block in its row."""
+        return 1.0
+
+    @property
+    def injective(self) -> bool:
+        """Whether no two parts share a slot."""
+        return True
+
+    def tabulated(self) -> Table:
+        """The same table, with places that are costly to compute looked up instead.
+
+        For one machine that plays many devices; a device has no room for places of the catalogue.
+        """
+        return self
+
+    def locate(self, items: NDArray[np.integer]) -> Places:
+        """Slots and signs of the parts of each item.
+
+        Args:
+            items: item indices in ``[0, items)``, of any shape.
+
+        Returns:
+            ``(slots, signs)``, each of shape ``items.shape + (parts,)``.
+        """
+        raise NotImplementedError
+
+    @cached_property
+    def load(self) -> FloatArray:
+        """How much of each block the rows use: gathering all rows and scattering them back.
+
+        Shape ``(slots,)``: the number of parts that share the block, times ``scale²``.
+        """
+        load = np.zeros(self.slots, np.float32)
+        for start in range(0, self.items, _ITEMS_AT_ONCE):
+            items = np.arange(start, min(self.items, start + _ITEMS_AT_ONCE))
+            load += np.bincount(self.locate(items)[0].ravel(), minlength=self.slots)
+        return load * np.float32(self.scale**2)
+
+    def gather(self, memory: NDArray[Any], items: NDArray[np.integer]) -> NDArray[Any]:
+        """Rows of the table.
+
+        Args:
+            memory: float array of shape ``(slots, block)``.
+            items: item indices, of any shape.
+
+        Returns:
+            Array of the memory's type and of shape ``items.shape + (dim,)``.
+        """
+        slots, signs = self.locate(items)
+        rows = np.take(memory, slots, axis=0)
+        rows *= signs[..., None]
+        if self.scale != 1:
+            rows *= self.scale
+        return rows.reshape((*slots.shape[:-1], self.dim))
+
+    def scatter_add(
+        self, memory: NDArray[Any], items: NDArray[np.integer], rows: NDArray[Any]
+    ) -> None:
+        """Add ``rows`` to the memory in place: the adjoint of :meth:`gather`.
+
+        Args:
+            memory: array of shape ``(slots, block)``, changed in place.
+            items: item indices of any shape; repeated ones add up.
+            rows: array of shape ``items.shape + (dim,)``.
+        """
+        slots, signs = self.locate(items)
+        blocks = rows.reshape(-1, self.block)
+        if self.scale != 1:
+            blocks = blocks * self.scale
+        add_rows(memory, slots.ravel(), blocks, signs.ravel())
+
+
+@dataclass(frozen=True)
+class PlainTable(Table):
+    """A table that is its own memory, block by block, without hash or sign.
+
+    Args:
+        by_part: the first parts of all items come first, then all second ones; otherwise the parts
+            of an item lie together. So a prefix of the memory is the first dimensions of all
+            items, or the first items in full.
+    """
+
+    by_part: bool = False
+
+    @classmethod
+    def of(cls, items: int, dim: int, *, block: int, by_part: bool = False) -> PlainTable:
+        """The plain table of ``items`` rows of ``dim`` numbers.
+
+        Raises:
+            UsageError: when a value is out of its range.
+        """
+        return cls(items, dim, block, items * (dim // max(1, block)), by_part)
+
+    def locate(self, items: NDArray[np.integer]) -> Places:
+        """See :meth:`Table.locate`."""
+        item, part = np.asarray(items, np.int64)[..., None], np.arange(self.parts)
+        slots = part * self.items + item if self.by_part else item * self.parts + part
+        return slots, np.ones(slots.shape, np.float32)
+
+
+@dataclass(frozen=True)
+class Tabulated(Table):
+    """Another table with its places computed once, at ``12 * parts`` bytes an item."""
+
+    source: Table
+
+    @classmethod
+    def of(cls, table: Table) -> Tabulated:
+        """``table`` with every place looked up."""
+        return cls(table.items, table.dim, table.block, table.slots, table)
+
+    @property
+    def scale(self) -> float:
+        """See :attr:`Table.scale`."""
+        return self.source.scale
+
+    @property
+    def injective(self) -> bool:
+        """See :attr:`Table.injective`."""
+        return self.source.injective
+
+    @cached_property
+    def _places(self) -> Places:
+        return self.source.locate(np.arange(self.items))
+
+    def locate(self, items: NDArray[np.integer]) -> Places:
+        """See :meth:`Table.locate`."""
+        slots, signs = self._places
+        return np.take(slots, items, axis=0), np.take(signs, items, axis=0)
+
+
+def add_rows(
+    target: NDArray[Any], index: NDArray[Any], rows: NDArray[Any], signs: NDArray[Any] | None = None
+) -> None:
+    """``target[index] += signs * rows`` with repeated indices summed, in place and in index order.
+
+    It is a product with a sparse matrix of one signed entry a column, which runs at memory speed
+    where element-wise accumulation costs ten times as much. Where few rows of a large target
+    change, nothing of its size is made.
+
+    Args:
+        target: array of shape ``(n, width)``.
+        index: row indices of shape ``(k,)``.
+        rows: array of shape ``(k, width)`` and of the target's type.
+        signs: factors of shape ``(k,)``; ones when absent.
+    """
+    if len(target) > _SPARSE * len(index):
+        index, place = np.unique(index, return_inverse=True)
+        target[index] += _summed(len(index), place, rows, signs)
+    else:
+        target += _summed(len(target), index, rows, signs)
+
+
+def _summed(
+    size: int, index: NDArray[Any], rows: NDArray[Any], signs: NDArray[Any] | None
+) -> NDArray[Any]:
+    entries = np.ones(len(index), rows.dtype) if signs is None else signs.astype(rows.dtype)
+    columns = np.arange(len(index) + 1)
+    matrix = sparse.csc_array((entries, index, columns), shape=(size, len(index)))
+    return np.asarray(matrix @ rows)
+
+
+def check_size(holds: bool, value: str, rule: str) -> None:
+    """Refuse a size of ``[model]`` that breaks its rule.
+
+    Raises:
+        UsageError: unless ``holds``.
+    """
+    if not holds:
+        raise UsageError(f"{value}: must be {rule}; change it in the [model] table")

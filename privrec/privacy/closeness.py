@@ -1,0 +1,162 @@
+"""How close distributed integer noise is to the Gaussian mechanism that is accounted for it.
+
+A round releases ``f + Σ Zᵢ`` where ``f`` is an integer vector of L2 sensitivity ``B`` and ``m``
+honest shares ``Zᵢ`` have the variance parameter ``s² = σ² / m`` in each of ``d`` coefficients. More
+shares than ``m`` are independent noise on top, hence post-processing.
+
+**Sum of discrete Gaussians.** Let ``a = k s²``. The law of ``N_Z(0, a) + N_Z(0, s²)`` at ``x`` is
+``exp(-x² / 2(a + s²))`` times a Gaussian sum over shifted integers of variance
+``τ² = s² k / (k + 1)``, which Poisson's summation formula puts within ``1 ± e(τ²)`` of a constant,
+``e(τ²) = 2 Σ_{r>=1} exp(-2π² τ² r²)``. So its log-ratio to ``N_Z(0, (k + 1) s²)`` is at most
+``2 artanh e(τ²)``, and by induction that of the whole sum to ``N_Z(0, σ²)`` is at most
+``Σ_{k=1}^{m-1} 2 artanh e(s² k / (k + 1))``. (Kairouz, Liu & Steinke 2021, theorem 1, has the same
+exponents.)
+
+**Discrete Gaussian and Gaussian.** Round ``X ~ N(f, σ² - ρ)`` to ``Y ~ N_Z(X, ρ)``, a discrete
+Gaussian with centre ``X`` (randomised rounding, Peikert 2010, theorem 3.1). Since the normaliser of
+``N_Z(X, ρ)`` is within ``1 ± e(ρ)`` of ``√2πρ``, ``Y`` has within ``2 artanh e(ρ)`` the law of
+``f + N_Z(0, σ²)``, and ``Y`` is post-processing of the Gaussian mechanism of variance ``σ² - ρ``.
+
+**Together.** The release has within a log-ratio of ``K = d (sum + rounding)``, on every set, the
+law of a post-processing of the Gaussian mechanism of noise multiplier ``√(σ² - ρ) / B``. The same
+holds of mixtures (Poisson sampling) and, with ``K`` added up, of adaptive compositions. If that
+mechanism is ``(ε, δ)`` private, the release is ``(ε + 2K, exp(K) δ)`` private.
+
+**Samplers.** If the draws of the honest shares are within total variation ``t`` of theirs, then
+``δ`` grows by ``(1 + exp(ε)) t``. Skellam shares sum to Skellam noise exactly, so ``K = 0`` there;
+its divergences are in :mod:`privrec.privacy.renyi`. That the keystream is as good as random is the
+assumption behind all of this.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from privrec.errors import UsageError
+from privrec.privacy.discrete import SLACK, IntegerMechanism
+
+SHARE_OF_DELTA = 1e-3
+"""Largest part of δ that the samplers may take."""
+LARGEST_LOG_RATIO = 1e-10
+"""Largest log-ratio of one round to what is accounted for it."""
+
+_ROUNDING = 3.0  # ρ
+_FEW = 64
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a round of distributed noise is made of, as far as privacy depends on it.
+
+    Args:
+        squared_sensitivity: largest squared L2 norm of one device's integers, ``B²``.
+        dimension: coefficients of the whole sum, at least 1.
+        shares: ``m``, the shares that the accounted variance is made of: fewest survivors less
+            colluders, in the band where that is most.
+        excess_removed: whether the sum always keeps the same number of shares, so that its
+            variance does not tell how many devices took part.
+
+    Raises:
+        UsageError: when a value is outside its range.
+    """
+
+    squared_sensitivity: int
+    dimension: int
+    shares: int
+    excess_removed: bool
+
+    def __post_init__(self) -> None:
+        for name in ("squared_sensitivity", "dimension", "shares"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise UsageError(f"{name} {value!r}: it must be a whole number of at least 1")
+        if type(self.excess_removed) is not bool:
+            raise UsageError(f"excess_removed {self.excess_removed!r}: it must be true or false")
+
+    @property
+    def sensitivity(self) -> float:
+        """``B``, in integer steps."""
+        return math.sqrt(self.squared_sensitivity)
+
+    def deviation(self, noise_multiplier: float) -> float:
+        """Standard deviation of one share, in integer steps."""
+        return noise_multiplier * self.sensitivity / math.sqrt(self.shares)
+
+    def log_ratio(self, noise_multiplier: float) -> float:
+        """``K`` of discrete Gaussian shares; infinity when they are too narrow for any bound."""
+        share = self.deviation(noise_multiplier) ** 2
+        if share * self.shares <= _ROUNDING:
+            return math.inf
+        return self.dimension * (_of_sum(share, self.shares) + _apart(_ROUNDING))
+
+    def multiplier(self, noise_multiplier: float) -> float:
+        """Noise multiplier of the Gaussian mechanism that discrete Gaussian shares amount to."""
+        return math.sqrt(noise_multiplier**2 - _ROUNDING / self.squared_sensitivity)
+
+    @property
+    def sampling_slack(self) -> float:
+        """Total variation of the honest draws of a round from their distribution."""
+        return self.dimension * self.shares * SLACK
+
+    def carries(self, mechanism: IntegerMechanism, noise_multiplier: float) -> bool:
+        """Whether noise of this strength is wide enough to be accounted."""
+        return mechanism == "skellam" or self.log_ratio(noise_multiplier) <= LARGEST_LOG_RATIO
+
+    def check(self, mechanism: IntegerMechanism, noise_multiplier: float) -> None:
+        """Refuse noise that is too narrow for its sum to be what is accounted.
+
+        Raises:
+            UsageError: when the log-ratio of a round exceeds :data:`LARGEST_LOG_RATIO`.
+        """
+        if not self.carries(mechanism, noise_multiplier):
+            raise UsageError(
+                f"distributed noise of {self.deviation(noise_multiplier):.3g} integer steps a "
+                f"device: sums of {self.shares} such shares in {self.dimension} coefficients are "
+                f"{self.log_ratio(noise_multiplier):.1e} away from what is accounted, and at most "
+                f"{LARGEST_LOG_RATIO:g} is allowed; raise privacy.scale_bits or the noise"
+            )
+
+
+@dataclass(frozen=True)
+class Slack:
+    """How far releases are from what is accounted: added up over rounds.
+
+    Args:
+        log_ratio: ``K``, on every set of outcomes.
+        variation: total variation, of the samplers.
+    """
+
+    log_ratio: float = 0.0
+    variation: float = 0.0
+
+    def inner(self, delta: float) -> float:
+        """The δ that is left for the mechanism which is accounted."""
+        if self == Slack():
+            return delta
+        return delta * (1 - SHARE_OF_DELTA) * math.exp(-self.log_ratio)
+
+    def outer(self, epsilon: float, delta: float) -> float:
+        """ε of the releases, given that of the accounted mechanism at :meth:`inner`.
+
+        Returns:
+            Infinity when the samplers would take more of δ than :data:`SHARE_OF_DELTA`.
+        """
+        total = epsilon + 2 * self.log_ratio
+        taken = self.variation * (1 + math.exp(min(total, 700.0)))
+        return total if taken <= SHARE_OF_DELTA * delta else math.inf
+
+
+def _of_sum(share: float, shares: int) -> float:
+    """Log-ratio of the sum of discrete Gaussians to one, in a coefficient."""
+    first = min(shares - 1, _FEW)
+    exact = sum(_apart(share * k / (k + 1)) for k in range(1, first + 1))
+    # The terms fall as k grows, so that the next one bounds all that are left.
+    return exact + (shares - 1 - first) * _apart(share * (first + 1) / (first + 2))
+
+
+def _apart(variance: float) -> float:
+    """``2 artanh e(variance)``: Poisson's summation formula as a log-ratio, from above."""
+    x = math.exp(-2 * math.pi**2 * variance)
+    ripple = 2 * x / (1 - x)
+    return 2 * math.atanh(ripple) if ripple < 1 else math.inf

@@ -1,0 +1,248 @@
+"""Noise that is made by the devices: each adds a share, and nobody can take it all off again.
+
+In a band at least ``t`` survivors are needed and ``c`` colluders are assumed, who know their own
+shares, so that ``m = t - c`` shares are sure to be secret. A share has the variance ``σ² / m`` in
+**every** coefficient of the device's prefix, touched or not. A sum of ``s`` survivors carries
+``s σ² / m``: more than the accounted ``σ²``.
+
+**Removing the excess.** A share is drawn from a seed of its own for each band. Once the survivors
+are agreed on, the last ``s - t`` of them in the agreed order give their seeds away; whoever sums up
+draws those shares again and subtracts them. Exactly ``t`` shares are left, for every number ``s``
+of survivors from ``t`` on, of which at least ``m`` are secret: ``σ²`` exactly without colluders,
+``σ² t / (t - c)`` if all colluders were honest about their noise after all. The sum protects
+everybody's update, also that of a device whose own share is gone, since the server sees sums alone.
+(XNoise, Jiang et al. 2024, gives each device one component for every drop-out that it may tolerate
+and so draws and shares n - t + 1 of them; with whole shares there is one, for the same result.)
+
+**Security condition.** A seed is revealed only when (1) the device itself, or the quorum that holds
+the shares of its seed, has seen that one and the same set of survivors was confirmed by the quorum
+of the round; (2) that set has at least ``t`` devices in the band; (3) the device is among those
+that :meth:`Shares.removed` names for it; and (4) no other set is ever confirmed in this attempt.
+Then at most ``s - t`` shares are known, whoever asks, and an adversary with ``c`` colluders, also
+colluders whom it only pretends to have survived, misses ``m``. Which devices are named does not
+matter for this bound, so the order may be public.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privrec.errors import ReleaseRefused, UsageError
+from privrec.privacy.closeness import Grid
+from privrec.privacy.discrete import (
+    IntegerMechanism,
+    check_variance,
+    discrete_gaussian,
+    skellam,
+)
+from privrec.privacy.events import RoundEvent
+from privrec.randomness import Name, SecretRoot, SecureStream
+
+SEED_BYTES = 32
+
+Device = TypeVar("Device")
+
+
+@dataclass(frozen=True)
+class Band:
+    """Coefficients that the same devices hold.
+
+    Args:
+        size: number of coefficients, at least 1.
+        least: ``t``, the fewest survivors that are accepted, at least 1.
+        colluders: ``c``, the devices in it that are assumed to tell the server their noise, or to
+            add none; at least 0 and below ``least``.
+
+    Raises:
+        UsageError: when a value is outside its range.
+    """
+
+    size: int
+    least: int
+    colluders: int = 0
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise UsageError(f"a band of {self.size} coefficients: it must have at least 1")
+        if not 0 <= self.colluders < self.least:
+            raise UsageError(
+                f"a band with {self.colluders} colluders among {self.least} fewest survivors: there"
+                " must be fewer colluders than survivors; raise the fewest survivors of the band"
+            )
+
+    @property
+    def shares(self) -> int:
+        """``m``, the shares that stay secret whatever happens."""
+        return self.least - self.colluders
+
+
+@dataclass(frozen=True)
+class Shares:
+    """The distributed noise of a round.
+
+    Promise: a device's share is a function of its seeds, the same on every platform; the sum over
+    survivors, less what :meth:`excess` gives, has in each coefficient of a band the variance
+    :meth:`released_variance`, and what is accounted of it never falls below ``σ²``.
+
+    Args:
+        mechanism: ``"discrete_gaussian"`` or ``"skellam"``.
+        noise_multiplier: accounted standard deviation over the sensitivity, above 0.
+        squared_sensitivity: largest squared norm of one device's integers,
+            ``Encoding.squared_bound``.
+        bands: of the whole vector, in its order; a device holds a prefix of them.
+        remove_excess: whether the sum keeps ``least`` shares of each band.
+
+    Raises:
+        UsageError: when a value is outside its range, or the shares are too narrow or too wide to
+            be drawn and accounted.
+    """
+
+    mechanism: IntegerMechanism
+    noise_multiplier: float
+    squared_sensitivity: int
+    bands: tuple[Band, ...]
+    remove_excess: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.bands:
+            raise UsageError("distributed noise for no bands: there must be at least one")
+        self.event(1.0)
+        for band in range(len(self.bands)):
+            check_variance(self.mechanism, self.share_variance(band))
+
+    @property
+    def variance(self) -> Fraction:
+        """``σ²``, the accounted variance of the sum in every coefficient, in squared steps."""
+        return Fraction(self.noise_multiplier) ** 2 * self.squared_sensitivity
+
+    def share_variance(self, band: int) -> Fraction:
+        """Variance of one device's share in each coefficient of a band."""
+        return self.variance / self.bands[band].shares
+
+    def kept(self, band: int, survivors: int) -> int:
+        """Shares that are left in the released sum of a band."""
+        self._check_survivors(band, survivors)
+        return self.bands[band].least if self.remove_excess else survivors
+
+    def released_variance(self, band: int, survivors: int) -> Fraction:
+        """Variance of the released sum in each coefficient of a band, when nobody withheld noise.
+
+        Raises:
+            ReleaseRefused: when there are fewer survivors than the band needs.
+        """
+        return self.kept(band, survivors) * self.share_variance(band)
+
+    def event(self, sampling_rate: float) -> RoundEvent:
+        """What a round costs that samples each user with this rate.
+
+        The band with most shares decides, since its shares are the narrowest.
+        """
+        grid = Grid(
+            self.squared_sensitivity,
+            sum(band.size for band in self.bands),
+            max(band.shares for band in self.bands),
+            self.remove_excess,
+        )
+        return RoundEvent(self.mechanism, self.noise_multiplier, sampling_rate, grid)
+
+    def draw(self, seeds: Sequence[bytes]) -> NDArray[np.int32]:
+        """A device's share: what it adds to its integers.
+
+        Args:
+            seeds: one for each band that the device holds, the first bands of the vector.
+
+        Returns:
+            int32 of the length of that prefix.
+
+        Raises:
+            UsageError: when there are more seeds than bands, or one is not of 32 bytes.
+        """
+        parts = [self.draw_band(band, seed) for band, seed in enumerate(seeds)]
+        return np.concatenate(parts) if parts else np.zeros(0, np.int32)
+
+    def draw_band(self, band: int, seed: bytes) -> NDArray[np.int32]:
+        """The part of a share in one band, int32, from the seed of that band."""
+        if band >= len(self.bands) or len(seed) != SEED_BYTES:
+            raise UsageError(
+                f"a noise seed of {len(seed)} bytes for band {band}: it must have {SEED_BYTES}, "
+                f"and there are {len(self.bands)} bands; take seeds from noise_seeds"
+            )
+        draw = discrete_gaussian if self.mechanism == "discrete_gaussian" else skellam
+        return draw(SecureStream(seed), self.share_variance(band), self.bands[band].size)
+
+    def removed(self, band: int, survivors: Sequence[Device]) -> tuple[Device, ...]:
+        """The survivors whose seed of a band is revealed: the last ones beyond the fewest.
+
+        A device asks this about the survivors that were confirmed to it, never about those that
+        the server names later; the server asks it about the same.
+
+        Args:
+            band: the band.
+            survivors: the confirmed survivors that hold the band, in the order all agree on.
+
+        Returns:
+            None of them without ``remove_excess``.
+
+        Raises:
+            ReleaseRefused: when there are fewer than the band needs, or one is named twice.
+        """
+        if len(set(survivors)) < len(survivors):
+            raise ReleaseRefused(
+                f"band {band}: a device is named twice among its survivors; nothing is revealed"
+            )
+        return tuple(survivors[self.kept(band, len(survivors)) :])
+
+    def excess(self, seeds: Sequence[Sequence[bytes]]) -> NDArray[np.int64]:
+        """The sum of the shares that are taken off again.
+
+        Args:
+            seeds: for each band, the revealed seeds of the devices that :meth:`removed` names.
+
+        Returns:
+            int64 of the length of the whole vector, to subtract from the unmasked sum.
+
+        Raises:
+            UsageError: when there is not one list for each band, or a seed is not of 32 bytes.
+        """
+        if len(seeds) != len(self.bands):
+            raise UsageError(
+                f"seeds for {len(seeds)} bands, and there are {len(self.bands)}; "
+                "give one list for each band"
+            )
+        return np.concatenate([self._sum(band, revealed) for band, revealed in enumerate(seeds)])
+
+    def _sum(self, band: int, seeds: Sequence[bytes]) -> NDArray[np.int64]:
+        total = np.zeros(self.bands[band].size, np.int64)
+        for seed in seeds:
+            total += self.draw_band(band, seed)
+        return total
+
+    def _check_survivors(self, band: int, survivors: int) -> None:
+        if survivors < self.bands[band].least:
+            raise ReleaseRefused(
+                f"{survivors} survivors in band {band}, and at least {self.bands[band].least} are "
+                "needed for its noise to be what is accounted; nothing is released"
+            )
+
+
+def noise_seeds(root: SecretRoot, bands: int, *context: Name) -> tuple[bytes, ...]:
+    """The seeds of a device's share, one of 32 bytes for each band that it holds.
+
+    Promise: the same root and context give the same seeds, any other independent ones; a seed tells
+    nothing of the other bands' seeds, nor of the root.
+
+    Args:
+        root: the device's own secret.
+        bands: how many bands it holds.
+        *context: what the share is for: run, round, attempt, device and hashes of the plan and the
+            model. The integer input belongs to it where seeds are made after it. Where they are
+            shared out before, a device must never send two inputs in one attempt: its masks would
+            repeat too.
+    """
+    return tuple(root.tag("noise share", *context, band) for band in range(bands))

@@ -1,0 +1,535 @@
+"""A device's side of one secure sum: four messages in, four messages out.
+
+A pure state machine: no network, no clock; all that is random comes from the device's root, bound
+to the round. A message that fails any check is refused with an error, changes nothing and is not
+answered. What each check is there for is told in ``docs/protocol.md``.
+Source: Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine Learning"
+(CCS 2017), the protocol against active adversaries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, ClassVar
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from numpy.typing import NDArray
+
+from privrec.errors import ReleaseRefused, UsageError
+from privrec.randomness import SecureStream
+from privrec.secagg import shamir
+from privrec.secagg.binding import MASKING, SEED, Binding, model_root
+from privrec.secagg.graph import Graph
+from privrec.secagg.keys import SIGNATURE_BYTES, PrekeyBook, SecretPrekey, agree
+from privrec.secagg.masks import Mask, apply_masks
+from privrec.secagg.messages import (
+    MAX_REVEAL_BYTES,
+    SEALED_BYTES,
+    SHARE_PAIR_BYTES,
+    Confirmation,
+    Deal,
+    Opening,
+    Quorum,
+    Shares,
+    Survivors,
+    masked_message,
+)
+from privrec.secagg.roster import Anchor, Call, Roster, Terms
+from privrec.secagg.wire import (
+    Bitmap,
+    Buffer,
+    Digest,
+    Message,
+    Range,
+    Size,
+    bitmap,
+    members,
+    refused,
+    split,
+)
+
+WARN_BELOW = 100
+"""Cohorts below this are reported: one device is hidden among few."""
+_NONCE = bytes(12)  # every sealing key encrypts one message
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a device insists on, whatever a server asks for.
+
+    Args:
+        minimum: fewest devices that it is willing to be summed with, itself included, in the
+            cohort and in every band; at least 2.
+        corrupt_share: share of a cohort that it assumes to collude with the server.
+        plan: digest of what it agreed to take part in, which the terms of every round must name;
+            None leaves the comparison to whoever reads :attr:`ClientSession.terms`.
+        graph: constants of the protocol.
+
+    Raises:
+        UsageError: when ``minimum`` or ``corrupt_share`` is out of range.
+    """
+
+    minimum: int = 20
+    corrupt_share: float = 0.05
+    plan: bytes | None = None
+    graph: Graph = field(default_factory=Graph)
+
+    def __post_init__(self) -> None:
+        if self.minimum < 2:
+            raise UsageError(f"a minimum of {self.minimum} devices: a sum of one hides nobody")
+        if not 0 <= self.corrupt_share < 1 / 3:
+            raise UsageError(
+                f"a corrupt share of {self.corrupt_share}: no quorum stands against a third"
+            )
+
+
+@dataclass(frozen=True)
+class _Round:
+    """What a device knows of its round once it was called."""
+
+    call: Call
+    roster: Roster
+    own: int
+    prekey: SecretPrekey
+    binding: Binding
+    graph: Graph
+    neighbours: tuple[int, ...]
+
+    @property
+    def devices(self) -> int:
+        return len(self.roster)
+
+    def check_quorum(self, present: Collection[int], doing: str) -> None:
+        """Refuse when too few devices, of all or of the neighbours, did something."""
+        known = set(present)
+        near = sum(number in known for number in self.neighbours) + 1
+        least, least_near = self.graph.quorum(self.devices), self.graph.threshold(self.devices)
+        if len(known) < least or near < least_near:
+            raise ReleaseRefused(
+                f"{len(known)} of {self.devices} devices {doing}, {near} of this device's own "
+                f"neighbourhood; at least {least} and {least_near} must; the round is given up"
+            )
+
+
+class _Stage:
+    CALL, DEAL, SURVIVORS, QUORUM, DONE = range(5)
+
+
+@dataclass(frozen=True)
+class _Progress(Message):
+    """What a device has to remember between two messages; secret, since it holds others' shares."""
+
+    KIND: ClassVar[int] = 64
+    stage: Annotated[int, Range(_Stage.DEAL, _Stage.DONE)]
+    call: Annotated[bytes, Size(1, 1 << 26)]
+    neighbours: Bitmap
+    present: Bitmap
+    wards: Bitmap
+    held: Annotated[bytes, Size(0, 1 << 26)]
+    root: Digest
+    survivors: Bitmap
+
+
+class ClientSession:
+    """One device in one attempt at one round.
+
+    Promise: nothing is sent but for one answer to each of the four messages, in their order; the
+    device's vector is covered by a mask of its own, and by one shared with every neighbour, of
+    which it learned from an enrolled device's signature; of each ward at most one kind of share is
+    handed out; and its own seed is handed out only after a quorum signed the same survivors, the
+    same model and the same terms, in numbers that satisfy the device's own policy.
+
+    Args:
+        book: the device's identity, root and one-time prekeys.
+        anchor: whom it trusts about other devices.
+        policy: what it insists on.
+    """
+
+    def __init__(self, book: PrekeyBook, anchor: Anchor, policy: Policy | None = None) -> None:
+        self._book = book
+        self._anchor = anchor
+        self._policy = policy or Policy()
+        self._round: _Round | None = None
+        self._progress: _Progress | None = None
+        self._agreed: dict[int, bytes] = {}
+        self.following: ClientSession | None = None
+        """The session of the next round, when its call rode on this one's last message."""
+
+    @classmethod
+    def resume(
+        cls, book: PrekeyBook, anchor: Anchor, saved: bytes, policy: Policy | None = None
+    ) -> ClientSession:
+        """A session that goes on where :meth:`saved` left it.
+
+        Raises:
+            ReleaseRefused: when ``saved`` is not what that gave.
+        """
+        session = cls(book, anchor, policy)
+        progress = _Progress.parse(saved)
+        call = Call.parse(progress.call)
+        roster = Roster(call, None)
+        own = roster.number(book.key.public)
+        prekey = book.secret(roster.prekeys[own].serial)
+        neighbours = members(progress.neighbours, len(roster))
+        session._round = session._enter(call, roster, own, prekey, neighbours)
+        session._progress = progress
+        return session
+
+    def saved(self) -> bytes:
+        """The session as bytes, for devices whose process ends between two messages.
+
+        Keep them as secret as the root: they hold shares of other devices. Keep the last one only;
+        a session that was set back could be made to answer twice.
+
+        Raises:
+            UsageError: before the first message was answered.
+        """
+        if self._progress is None:
+            raise UsageError("a session that was not called yet has nothing to be saved")
+        return self._progress.pack()
+
+    @property
+    def terms(self) -> Terms:
+        """The terms of the round, for the device to compare with what it agreed to.
+
+        Raises:
+            ReleaseRefused: before the first message was answered.
+        """
+        return self._called().roster.terms
+
+    @property
+    def length(self) -> int:
+        """Entries that this device sends: what the terms say for its tier."""
+        round = self._called()
+        return round.roster.length(round.own)
+
+    @property
+    def survivors(self) -> tuple[tuple[bytes, ...], ...]:
+        """For each band the identities of the survivors that hold it, in the roster's order.
+
+        The band that all hold is the first. They are what this device confirmed; all devices whose
+        answers count confirmed the same. Empty before.
+        """
+        return self._called().roster.identities(self._members("survivors"))
+
+    @property
+    def warning(self) -> str | None:
+        """That the cohort is small though not below the minimum, or None."""
+        least = min(self._called().roster.holders(range(self._called().devices)))
+        return f"a band of {least} devices hides each among few" if least < WARN_BELOW else None
+
+    # ------------------------------------------------------------------ the four exchanges
+
+    def shares(self, message: Buffer) -> bytes:
+        """Answer a call with this device's secrets, in shares sealed to its neighbours.
+
+        Args:
+            message: a :class:`~privrec.secagg.roster.Call`.
+
+        Returns:
+            A :class:`~privrec.secagg.messages.Shares`.
+
+        Raises:
+            ReleaseRefused: when the roster is not made of enrolled devices, is below the device's
+                minimum in any band, does not name this device, or asks it to take part again.
+        """
+        self._due(_Stage.CALL)
+        call = Call.parse(message)
+        roster = Roster(call, self._anchor)
+        own = roster.number(self._book.key.public)
+        self._check_cohort(roster)
+        terms = roster.terms
+        serial = roster.prekeys[own].serial
+        prekey = self._book.enter(serial, terms.run, terms.round, terms.attempt)
+        self._round = self._enter(call, roster, own, prekey, None)
+        nobody, neighbours = self._bitmap(()), self._bitmap(self._round.neighbours)
+        self._progress = _Progress(
+            _Stage.DEAL, call.pack(), neighbours, nobody, nobody, b"", bytes(32), nobody
+        )
+        return self._dealt(self._round).pack()
+
+    def masked(self, message: Buffer, integers: NDArray[Any], model: Sequence[bytes]) -> bytearray:
+        """Answer a deal with this device's vector under masks.
+
+        Args:
+            message: a :class:`~privrec.secagg.messages.Deal`.
+            integers: the vector, :attr:`length` integers of any integer type; left as it is. They
+                are summed modulo ``2**ring_bits``.
+            model: 32-byte digests of the bands that the device holds, as it computed them itself.
+
+        Returns:
+            The masked message: 36 bytes, then the raw entries.
+
+        Raises:
+            ReleaseRefused: when too few devices are left, or the model is not the one whose digests
+                all devices are told.
+            UsageError: when the vector is of another length or type.
+        """
+        self._due(_Stage.DEAL)
+        round = self._called()
+        deal = Deal.parse(message)
+        self._check_context(deal.context)
+        present = members(deal.present, round.devices)
+        wards = members(deal.wards, round.devices)
+        self._check_present(present, wards)
+        self._check_model(deal.model, model)
+        if len(integers) != self.length:
+            raise UsageError(
+                f"a vector of {len(integers)} entries; this device's tier sends {self.length}"
+            )
+        pieces = split(deal.sealed, len(wards), SEALED_BYTES)
+        root = model_root(deal.model)
+        answer, entries = masked_message(round.binding.context, integers, round.call.ring_bits)
+        apply_masks(entries, self._masks(present, wards, root))
+        held = dict(self._opened(wards, pieces))
+        self._advance(
+            stage=_Stage.SURVIVORS,
+            present=deal.present,
+            wards=self._bitmap(held),
+            held=b"".join(held.values()),
+            root=root,
+        )
+        return answer
+
+    def confirm(self, message: Buffer) -> bytes:
+        """Answer a set of survivors with a signature over it.
+
+        Args:
+            message: a :class:`~privrec.secagg.messages.Survivors`.
+
+        Returns:
+            A :class:`~privrec.secagg.messages.Confirmation`.
+
+        Raises:
+            ReleaseRefused: when the set is too small in any band, lacks this device, or comes with
+                another model.
+        """
+        self._due(_Stage.SURVIVORS)
+        round = self._called()
+        told = Survivors.parse(message)
+        self._check_context(told.context)
+        survivors = members(told.survivors, round.devices)
+        self._check_survivors(survivors, told.root)
+        self._advance(stage=_Stage.QUORUM, survivors=told.survivors)
+        signature = self._book.key.sign(round.binding.confirmation(told.survivors, told.root))
+        return Confirmation(round.binding.context, signature).pack()
+
+    def unmask(self, message: Buffer, reveal: bytes = b"") -> bytes:
+        """Answer a quorum's signatures with the own seed and one share for each ward.
+
+        When the message carries the call of the next round, its answer rides along and
+        :attr:`following` is the session that goes on with it; a call that is refused is left
+        unanswered, and this round ends all the same.
+
+        Args:
+            message: a :class:`~privrec.secagg.messages.Quorum`.
+            reveal: anything that the server shall get once the survivors are certain, such as the
+                seeds of noise in excess; at most 64 KiB.
+
+        Returns:
+            An :class:`~privrec.secagg.messages.Opening`.
+
+        Raises:
+            ReleaseRefused: when too few devices signed what this device confirmed.
+            UsageError: when there is more to reveal than fits.
+        """
+        if len(reveal) > MAX_REVEAL_BYTES:
+            raise UsageError(f"{len(reveal)} bytes to reveal: at most {MAX_REVEAL_BYTES} travel")
+        self._due(_Stage.QUORUM)
+        quorum = Quorum.parse(message)
+        self._check_context(quorum.context)
+        self._check_signers(quorum)
+        opening = self._opening(reveal)
+        self._advance(stage=_Stage.DONE, held=b"", wards=self._bitmap(()))
+        return replace(opening, following=self._next_shares(quorum.following)).pack()
+
+    # ------------------------------------------------------------------ checks
+
+    def _check_cohort(self, roster: Roster) -> None:
+        """The device's own minimum and plan; no server can change them."""
+        if self._policy.plan not in (None, roster.terms.plan):
+            raise ReleaseRefused(
+                f"plan {roster.terms.plan.hex()[:16]}: this device agreed to another one; "
+                "show its owner what has changed, and have it agreed to anew"
+            )
+        roster.check_bands(range(len(roster)), self._policy.minimum)
+        self._policy.graph.check(len(roster), self._policy.corrupt_share)
+
+    def _check_context(self, context: bytes) -> None:
+        if context != self._called().binding.context:
+            raise refused("a message of another round, attempt, roster or configuration")
+
+    def _check_present(self, present: Sequence[int], wards: Sequence[int]) -> None:
+        round = self._called()
+        if round.own not in present or round.own in wards or not set(wards) <= set(present):
+            raise refused("a deal that leaves this device out, or names wards that are not present")
+        round.check_quorum(present, "sent shares")
+        round.roster.check_bands(present, self._policy.minimum)
+
+    def _check_model(self, told: Sequence[bytes], seen: Sequence[bytes]) -> None:
+        """All devices are told the digests of all bands, and each compares those it holds."""
+        round = self._called()
+        terms = round.roster.terms
+        held = terms.bands(round.roster.prekeys[round.own].tier)
+        if len(told) != len(terms.lengths) or len(seen) != held:
+            raise refused(f"digests of {len(told)} bands told and {len(seen)} seen, of {held} held")
+        if tuple(told[:held]) != tuple(seen):
+            raise ReleaseRefused(
+                "the model that this device was sent is not the one that all devices are told of; "
+                "a server could set apart the update of a device that sees another model"
+            )
+
+    def _check_survivors(self, survivors: Sequence[int], root: bytes) -> None:
+        round, present = self._called(), self._members("present")
+        if round.own not in survivors or not set(survivors) <= set(present):
+            raise refused("survivors that lack this device, or were never present")
+        if root != self._recalled().root:
+            raise refused("survivors of a round with another model")
+        round.check_quorum(survivors, "survived")
+        round.roster.check_bands(survivors, self._policy.minimum)
+
+    def _check_signers(self, quorum: Quorum) -> None:
+        """Counts are taken over signatures: a server could name devices that are not there."""
+        round, survivors = self._called(), self._members("survivors")
+        signers = members(quorum.signers, round.devices)
+        signatures = split(quorum.signatures, len(signers), SIGNATURE_BYTES)
+        if not set(signers) <= set(survivors):
+            raise refused("confirmations of devices that did not survive")
+        round.check_quorum(signers, "confirmed the survivors")
+        round.roster.check_bands(signers, self._policy.minimum)
+        confirmed = self._recalled()
+        stated = round.binding.confirmation(confirmed.survivors, confirmed.root)
+        for signer, signature in zip(signers, signatures, strict=True):
+            public = round.roster.prekeys[signer].identity
+            if not self._anchor.verifier.check(public, signature, stated):
+                raise ReleaseRefused(
+                    f"device {public.hex()[:16]} did not confirm the survivors and the model that "
+                    "this device confirmed; somebody is told something else; nothing is unmasked"
+                )
+
+    # ------------------------------------------------------------------ answers
+
+    def _enter(
+        self,
+        call: Call,
+        roster: Roster,
+        own: int,
+        prekey: SecretPrekey,
+        neighbours: tuple[int, ...] | None,
+    ) -> _Round:
+        graph = self._policy.graph
+        binding = Binding.of(call, graph)
+        if neighbours is None:
+            # Drawn now that the roster is fixed, from this device's own secrets: see graph.py.
+            lots = self._stream("neighbours", binding)
+            neighbours = graph.draw(own, len(roster), lots)
+        return _Round(call, roster, own, prekey, binding, graph, neighbours)
+
+    def _stream(self, purpose: str, binding: Binding) -> SecureStream:
+        name = f"secure sum {purpose}"
+        return self._book.root.stream(name, self._book.key.public, binding.context)
+
+    def _seed(self) -> bytes:
+        return self._stream("seed", self._called().binding).bytes(shamir.SECRET_BYTES)
+
+    def _dealt(self, round: _Round) -> Shares:
+        seed, binding = self._seed(), round.binding
+        threshold = round.graph.threshold(round.devices)
+        points = [number + 1 for number in round.neighbours]
+        secrets = (seed, round.prekey.masking_bytes)
+        dealt = shamir.split(secrets, threshold, points, self._stream("shares", binding))
+        marks, sealed = [], []
+        for holder, of_seed, of_key in zip(round.neighbours, *dealt, strict=True):
+            marks.append(binding.share_mark(SEED, round.own, holder, of_seed))
+            marks.append(binding.share_mark(MASKING, round.own, holder, of_key))
+            key = binding.sealing_key(self._agree(holder), round.own, holder)
+            sealed.append(AESGCM(key).encrypt(_NONCE, of_seed + of_key, None))
+        return Shares(
+            binding.context,
+            self._bitmap(round.neighbours),
+            binding.seed_mark(round.own, seed),
+            b"".join(marks),
+            b"".join(sealed),
+        )
+
+    def _masks(self, present: Sequence[int], wards: Sequence[int], root: bytes) -> Iterator[Mask]:
+        """The own mask, and one with each device that drew this one or was drawn by it.
+
+        Of two devices the one of the lower number adds and the other one subtracts.
+        """
+        round = self._called()
+        yield Mask(round.binding.self_key(self._seed(), root), self.length, negative=False)
+        for peer in sorted({*round.neighbours, *wards} & set(present)):
+            agreed = agree(round.prekey.masking, round.roster.prekeys[peer].masking)
+            key = round.binding.pair_key(agreed, root, round.own, peer)
+            length = min(self.length, round.roster.length(peer))
+            yield Mask(key, length, negative=round.own > peer)
+
+    def _opened(self, wards: Sequence[int], pieces: Sequence[bytes]) -> Iterator[tuple[int, bytes]]:
+        """The shares that open; a device that sealed rubbish must not make others drop out."""
+        round = self._called()
+        for ward, piece in zip(wards, pieces, strict=True):
+            key = round.binding.sealing_key(self._agree(ward), ward, round.own)
+            try:
+                yield ward, AESGCM(key).decrypt(_NONCE, piece, None)
+            except InvalidTag:
+                continue
+
+    def _opening(self, reveal: bytes) -> Opening:
+        """One kind of share for each ward: which one follows from the confirmed survivors."""
+        wards, survivors = self._members("wards"), set(self._members("survivors"))
+        pairs = split(self._recalled().held, len(wards), SHARE_PAIR_BYTES)
+        half = shamir.SECRET_BYTES
+        shares = (
+            pair[:half] if ward in survivors else pair[half:]
+            for ward, pair in zip(wards, pairs, strict=True)
+        )
+        context = self._called().binding.context
+        return Opening(
+            context, self._seed(), self._bitmap(wards), b"".join(shares), reveal, following=b""
+        )
+
+    def _next_shares(self, call: bytes) -> bytes:
+        if not call:
+            return b""
+        session = ClientSession(self._book, self._anchor, self._policy)
+        try:
+            answer = session.shares(call)
+        except ReleaseRefused:
+            return b""
+        self.following = session
+        return answer
+
+    def _agree(self, peer: int) -> bytes:
+        round = self._called()
+        if peer not in self._agreed:
+            self._agreed[peer] = agree(round.prekey.sealing, round.roster.prekeys[peer].sealing)
+        return self._agreed[peer]
+
+    # ------------------------------------------------------------------ progress
+
+    def _due(self, stage: int) -> None:
+        now = self._progress.stage if self._progress else _Stage.CALL
+        if now != stage:
+            raise refused(f"message {stage + 1} of a round, where message {now + 1} is due")
+
+    def _called(self) -> _Round:
+        if self._round is None:
+            raise refused("a session that was not called yet")
+        return self._round
+
+    def _recalled(self) -> _Progress:
+        if self._progress is None:
+            raise refused("a session that was not called yet")
+        return self._progress
+
+    def _advance(self, **changes: Any) -> None:
+        self._progress = replace(self._recalled(), **changes)
+
+    def _members(self, name: str) -> tuple[int, ...]:
+        return members(getattr(self._recalled(), name), self._called().devices)
+
+    def _bitmap(self, numbers: Collection[int]) -> bytes:
+        return bitmap(tuple(numbers), self._called().devices)

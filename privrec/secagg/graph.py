@@ -1,0 +1,150 @@
+"""Who shares secrets with whom, how many must agree, and how likely that is to be unsafe.
+
+Up to 200 devices everybody is everybody's neighbour. Beyond, each device draws its own 100
+neighbours when it holds the roster, uniformly and from its own secret generator. Its shares go to
+those it drew and to nobody else, and it is masked with those and with whoever drew it. So neither
+the server nor colluding devices can influence who holds the shares of an honest device: they can
+only add edges, between which masks are known to them anyway. A hash of the roster would not do,
+since the server could try rosters until it likes the graph; a joint coin would take another
+exchange and be biased by whoever stays away.
+
+Nothing here is negotiated: degree and thresholds follow from the number of devices.
+Sources: Bell, Bonawitz, Gascón, Lepoint & Raykova, "Secure Single-Server Aggregation with
+(Poly)Logarithmic Overhead" (CCS 2020) for sparse graphs; the bounds are in ``docs/protocol.md``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import gammaln, logsumexp
+
+from privrec.errors import ReleaseRefused
+from privrec.randomness import SecureStream
+
+MAX_FAILURE = 2.0**-40
+
+Numbers = int | NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The neighbourhoods of a cohort.
+
+    Both numbers are constants of the protocol; they are bound into every mask, so that devices of
+    different opinions do not complete a round. Tests make them small.
+
+    Args:
+        complete_up_to: largest cohort in which everybody is a neighbour of everybody.
+        degree: neighbours that a device draws in a larger one.
+    """
+
+    complete_up_to: int = 200
+    degree: int = 100
+
+    def neighbours(self, devices: int) -> int:
+        """How many devices hold the shares of one device."""
+        return devices - 1 if devices <= self.complete_up_to else min(self.degree, devices - 1)
+
+    def quorum(self, devices: int) -> int:
+        """How many devices of a roster must confirm the same survivors.
+
+        More than two thirds: two different quorums share an honest device as long as fewer than
+        ``2 * quorum - devices`` collude, and an honest device confirms once.
+        """
+        return 2 * devices // 3 + 1
+
+    def threshold(self, devices: int) -> int:
+        """How many shares give a secret back: more than two thirds of a device and its neighbours.
+
+        A device counts itself as one of them.
+        """
+        return 2 * (self.neighbours(devices) + 1) // 3 + 1
+
+    def draw(self, own: int, devices: int, stream: SecureStream) -> tuple[int, ...]:
+        """The neighbours of one device, uniform among all others.
+
+        Args:
+            own: the device's number in the roster.
+            devices: how many the roster has.
+            stream: the device's own secure stream for this attempt.
+
+        Returns:
+            Their numbers, ascending.
+        """
+        count = self.neighbours(devices)
+        if count == devices - 1:
+            return (*range(own), *range(own + 1, devices))
+        lots = stream.uint64(devices)
+        lots[own] = np.iinfo(np.uint64).max
+        # A tie with the own lot has a chance of 2^-64 for each other device.
+        return tuple(sorted(np.argpartition(lots, count)[:count].tolist()))
+
+    def check(self, devices: int, corrupt_share: float) -> None:
+        """Refuse a cohort that would be unsafe with this share of colluding devices.
+
+        Raises:
+            ReleaseRefused: when colluders could make two quorums, or the chance that some device
+                drew its neighbours badly exceeds :data:`MAX_FAILURE`.
+        """
+        corrupt = math.floor(corrupt_share * devices)
+        excess = 2 * self.quorum(devices) - devices
+        if corrupt >= excess:
+            raise ReleaseRefused(
+                f"{corrupt} of {devices} devices may collude, and fewer than {excess} may; assume "
+                "a smaller share, or take part in larger cohorts"
+            )
+        chance = self.failure(devices, corrupt)
+        if chance > MAX_FAILURE:
+            raise ReleaseRefused(
+                f"with {corrupt} colluders among {devices} devices, neighbours are drawn badly "
+                f"with a chance of 2^{math.log2(chance):.0f}, above 2^-40; assume a smaller share"
+            )
+
+    def failure(self, devices: int, corrupt: int) -> float:
+        """Upper bound of the chance that the drawn neighbourhoods are unsafe; 0 for complete ones.
+
+        Args:
+            devices: size of the roster.
+            corrupt: colluding devices in it.
+        """
+        if self.neighbours(devices) == devices - 1:
+            return 0.0
+        return _failure(devices, corrupt, self.neighbours(devices), self.threshold(devices))
+
+
+@functools.lru_cache(maxsize=64)
+def _failure(devices: int, corrupt: int, degree: int, threshold: int) -> float:
+    """Union bound over devices and over sets of devices.
+
+    A device is lost when colluders among its neighbours could get both kinds of its shares. A set
+    of s honest devices is opened apart from the rest only if each of them found all but one of its
+    quorum within the set and the colluders.
+    """
+    lone = math.log(devices) + _tail(devices - 1, corrupt, degree, 2 * threshold - degree)
+    honest = devices - corrupt
+    sizes = np.arange(1, honest // 2 + 1)
+    inside = np.minimum(devices - 1, sizes - 1 + corrupt)
+    sets = _choose(honest, sizes) + sizes * _tail(devices - 1, inside, degree, threshold - 1)
+    return float(min(1.0, np.exp(logsumexp(np.append(sets, lone)))))
+
+
+def _tail(population: int, marked: Numbers, draws: int, least: int) -> NDArray[np.float64]:
+    """Logarithm of the chance to draw ``least`` or more of the marked, without replacement."""
+    hits = np.arange(least, draws + 1)
+    marked = np.asarray(marked)[..., None]
+    possible = (hits <= marked) & (draws - hits <= population - marked)
+    ways = _choose(marked, np.minimum(hits, marked)) + _choose(
+        population - marked, np.minimum(draws - hits, population - marked)
+    )
+    total = logsumexp(np.where(possible, ways, -np.inf), axis=-1)
+    return np.minimum(0.0, total - _choose(population, draws))
+
+
+def _choose(n: Numbers, k: Numbers) -> NDArray[np.float64]:
+    """Logarithm of the binomial coefficient."""
+    return np.asarray(gammaln(n + 1.0) - gammaln(k + 1.0) - gammaln(np.subtract(n, k) + 1.0))

@@ -1,0 +1,308 @@
+"""Keys of a device: its identity, its one-time prekeys, and what two devices derive from theirs.
+
+A device signs prekeys in advance and leaves them with the server: two X25519 keys each, one under
+which others encrypt shares to it, one from which pairs of devices draw masks. The mask key may be
+reconstructed after a drop-out, so that a prekey serves one attempt at one round and is then burned.
+Sources: RFC 7748 (X25519), RFC 8032 (Ed25519), RFC 5869 (HKDF).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+
+from privrec.errors import IntegrityError, ReleaseRefused
+from privrec.randomness import SecretRoot
+from privrec.secagg.wire import packed, refused
+
+KEY_BYTES = 32
+SIGNATURE_BYTES = 64
+_RECORD = struct.Struct("<32s64sQB32s32s64s")
+RECORD_BYTES = _RECORD.size
+_SALT = b"privrec secure aggregation, version 1"
+_FIELD = 2**255 - 19
+_LOW_ORDER = {
+    0,
+    1,
+    325606250916557431795983626356110631294008115727848805560023387167927233504,
+    39382357235489614581723060781553021112529911719440698176882885853963445705823,
+    _FIELD - 1,
+    _FIELD,
+    _FIELD + 1,
+}
+_REMEMBERED = 1 << 16
+
+
+def statement(label: str, *parts: bytes | int | str) -> bytes:
+    """32 bytes that stand for a label and its parts, and for no other list of parts.
+
+    Args:
+        label: what is stated; each purpose has its own, so that a signature under one purpose
+            is never valid under another.
+        *parts: what it is stated of; integers are not negative.
+    """
+    return hashlib.sha256(_SALT + packed((label, *parts))).digest()
+
+
+def derive(secret: bytes, label: str, *parts: bytes | int | str) -> bytes:
+    """A 32-byte key from a secret (HKDF-SHA256), bound to all that :func:`statement` covers."""
+    extracted = hmac.digest(_SALT, secret, "sha256")
+    return hmac.digest(extracted, statement(label, *parts) + b"\x01", "sha256")
+
+
+class DeviceKey:
+    """The identity of a device: an Ed25519 key that others know it by.
+
+    Args:
+        seed: 32 secret bytes; :meth:`derive` takes them from the device's root.
+    """
+
+    def __init__(self, seed: bytes) -> None:
+        self._private = Ed25519PrivateKey.from_private_bytes(seed)
+        self.public = self._private.public_key().public_bytes_raw()
+
+    @classmethod
+    def derive(cls, root: SecretRoot, *names: str | int) -> DeviceKey:
+        """The identity that a root gives to the device of these names."""
+        return cls(root.tag("device identity", *names))
+
+    def sign(self, stated: bytes) -> bytes:
+        """64 bytes that only this device can make over a :func:`statement`."""
+        return self._private.sign(stated)
+
+
+class Verifier:
+    """Checks signatures, and remembers good ones, so that devices hosted together check once."""
+
+    def __init__(self) -> None:
+        self._good: set[bytes] = set()
+
+    def check(self, public: bytes, signature: bytes, stated: bytes) -> bool:
+        """Whether ``public`` signed the statement.
+
+        Args:
+            public: 32-byte Ed25519 key.
+            signature: 64 bytes.
+            stated: a :func:`statement`.
+        """
+        name = public + signature + stated
+        if name in self._good:
+            return True
+        try:
+            Ed25519PublicKey.from_public_bytes(public).verify(signature, stated)
+        except (InvalidSignature, ValueError):
+            return False
+        if len(self._good) >= _REMEMBERED:
+            self._good.clear()
+        self._good.add(name)
+        return True
+
+
+@dataclass(frozen=True)
+class Prekey:
+    """The public half of a one-time prekey, as it lies with the server and in a roster.
+
+    Args:
+        identity: the device's Ed25519 key.
+        certificate: signature of an enrolment key over ``identity``; zeros where devices keep a
+            list of identities instead.
+        serial: counts the device's prekeys.
+        tier: capacity of the device, 0 for the strongest. Signed here, so that a server cannot
+            fill a band with devices that do not hold it.
+        sealing: X25519 key that shares for the device are encrypted to.
+        masking: X25519 key that masks are drawn from.
+        signature: of ``identity`` over all of these but the certificate.
+    """
+
+    identity: bytes
+    certificate: bytes
+    serial: int
+    tier: int
+    sealing: bytes
+    masking: bytes
+    signature: bytes
+
+    @property
+    def stated(self) -> bytes:
+        """What the device signed."""
+        return statement("prekey", self.serial, self.tier, self.sealing, self.masking)
+
+    def pack(self) -> bytes:
+        """The :data:`RECORD_BYTES` bytes of this prekey."""
+        return _RECORD.pack(*(getattr(self, name) for name in self.__match_args__))
+
+    @classmethod
+    def unpack(cls, record: bytes) -> Prekey:
+        """The prekey in a record; nothing about it is checked but its length.
+
+        Raises:
+            ReleaseRefused: when the record is of another length.
+        """
+        if len(record) != RECORD_BYTES:
+            raise refused(f"a prekey of {len(record)} bytes, which takes {RECORD_BYTES}")
+        return cls(*_RECORD.unpack(record))
+
+
+class SecretPrekey:
+    """The secret half of a prekey that was taken for one attempt at one round.
+
+    Args:
+        sealing: 32 private bytes of the key that shares are encrypted to.
+        masking: 32 private bytes of the key that masks are drawn from; these are shared.
+    """
+
+    def __init__(self, sealing: bytes, masking: bytes) -> None:
+        self.sealing = X25519PrivateKey.from_private_bytes(sealing)
+        self.masking = X25519PrivateKey.from_private_bytes(masking)
+        self.masking_bytes = masking
+
+
+class PrekeyBook:
+    """The one-time prekeys of a device, and the attempts at rounds that it took part in.
+
+    Promise: a prekey is taken once, and an attempt is joined once and never after a later one,
+    across restarts too, provided that ``save`` is durable: it is called before anything that
+    depends on the new state leaves the device.
+
+    Args:
+        key: the device's identity.
+        root: the device's secret root; private keys are derived from it, never stored.
+        certificate: signature of the enrolment key over the identity, empty if there is none.
+        save: keeps the state, which is not secret but must not be rolled back.
+        state: what ``save`` was last given; None for a new device.
+
+    Raises:
+        IntegrityError: when ``state`` is not what was saved.
+    """
+
+    def __init__(
+        self,
+        key: DeviceKey,
+        root: SecretRoot,
+        *,
+        certificate: bytes = b"",
+        save: Callable[[bytes], None] = lambda state: None,
+        state: bytes | None = None,
+    ) -> None:
+        self.key = key
+        self.root = root
+        self._certificate = certificate or bytes(SIGNATURE_BYTES)
+        self._save = save
+        self._issued, self._unused, self._joined = _restored(state)
+
+    def issue(self, count: int, tier: int) -> list[bytes]:
+        """Make fresh prekeys for the server to keep.
+
+        Args:
+            count: how many.
+            tier: the capacity that the device will take part with, 0 for the strongest.
+
+        Returns:
+            Their records, to be sent to the server.
+        """
+        serials = range(self._issued, self._issued + count)
+        self._issued += count
+        self._unused.update(serials)
+        self._keep()
+        return [self._prekey(serial, tier).pack() for serial in serials]
+
+    def enter(self, serial: int, run: str, round: int, attempt: int) -> SecretPrekey:
+        """Enter an attempt at a round with a prekey, which is burned by this.
+
+        Neither happens twice. A mask key of an earlier attempt may be known. And two sums of one
+        attempt over different survivors would carry the same noise, so that their difference would
+        show single devices without any.
+
+        Args:
+            serial: which prekey.
+            run: id of the run.
+            round: index of the round; attempts are in the order of (round, attempt).
+            attempt: at this round.
+
+        Raises:
+            ReleaseRefused: when the prekey was used before or never issued, or this attempt or a
+                later one of the run was entered before.
+        """
+        self._check_fresh(serial)
+        self._check_order(run, round, attempt)
+        self._unused.remove(serial)
+        self._joined[run] = (round, attempt)
+        self._keep()
+        return self.secret(serial)
+
+    def secret(self, serial: int) -> SecretPrekey:
+        """The secret half of a prekey, for a session that goes on after :meth:`enter`."""
+        stream = self.root.stream("prekey", self.key.public, serial)
+        return SecretPrekey(stream.bytes(KEY_BYTES), stream.bytes(KEY_BYTES))
+
+    def _check_fresh(self, serial: int) -> None:
+        if serial not in self._unused:
+            raise ReleaseRefused(
+                f"prekey {serial} of this device was used before or never issued: a prekey serves "
+                "one attempt at one round; the server must take another one from its deposit"
+            )
+
+    def _check_order(self, run: str, round: int, attempt: int) -> None:
+        last = self._joined.get(run)
+        if last is not None and (round, attempt) <= last:
+            raise ReleaseRefused(
+                f"attempt {attempt} at round {round} of run {run}: this device took part in "
+                f"attempt {last[1]} at round {last[0]}; the server must plan, and charge, a new one"
+            )
+
+    def _prekey(self, serial: int, tier: int) -> Prekey:
+        secret = self.secret(serial)
+        sealing, masking = public_of(secret.sealing), public_of(secret.masking)
+        signature = self.key.sign(statement("prekey", serial, tier, sealing, masking))
+        return Prekey(self.key.public, self._certificate, serial, tier, sealing, masking, signature)
+
+    def _keep(self) -> None:
+        state = {"issued": self._issued, "unused": sorted(self._unused), "joined": self._joined}
+        self._save(json.dumps(state).encode())
+
+
+def _restored(state: bytes | None) -> tuple[int, set[int], dict[str, tuple[int, int]]]:
+    if state is None:
+        return 0, set(), {}
+    try:
+        stored = json.loads(state)
+        joined = {str(run): (int(r), int(a)) for run, (r, a) in stored["joined"].items()}
+        return int(stored["issued"]), set(map(int, stored["unused"])), joined
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise IntegrityError(
+            f"the state of a device's prekeys is not what was saved ({error!r}); restore it, or "
+            "enrol the device anew under another identity"
+        ) from None
+
+
+def is_low_order(public: bytes) -> bool:
+    """Whether an X25519 key has order 1, 2, 4 or 8 on the curve or its twist (RFC 7748, 6.1)."""
+    return int.from_bytes(public, "little") % 2**255 in _LOW_ORDER
+
+
+def public_of(private: X25519PrivateKey) -> bytes:
+    """The 32 bytes of the public key."""
+    return private.public_key().public_bytes_raw()
+
+
+def agree(private: X25519PrivateKey, public: bytes) -> bytes:
+    """The 32 bytes that two devices share, from the private key of one and the other's public one.
+
+    Raises:
+        ReleaseRefused: when the public key is of low order, which would fix the result.
+    """
+    try:
+        return private.exchange(X25519PublicKey.from_public_bytes(public))
+    except ValueError:
+        raise ReleaseRefused(
+            f"the X25519 key {public.hex()} gives every device the same secret; "
+            "leave the device that issued it out of the round"
+        ) from None

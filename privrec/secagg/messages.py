@@ -1,0 +1,191 @@
+"""What travels between devices and server after the call, in the order of a round.
+
+Sets of devices are bitmaps over the roster; what belongs to their members follows in their order,
+joined. ``context`` is the digest of the call and the graph: a message of another run, round,
+attempt, roster or configuration is refused by it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import numpy as np
+
+from privrec.errors import UsageError
+from privrec.secagg.keys import KEY_BYTES, SIGNATURE_BYTES
+from privrec.secagg.masks import Words, word_type
+from privrec.secagg.roster import MAX_BANDS
+from privrec.secagg.shamir import SECRET_BYTES
+from privrec.secagg.wire import (
+    HEADER_BYTES,
+    MAX_DEVICES,
+    Bitmap,
+    Buffer,
+    Digest,
+    Each,
+    Message,
+    Size,
+    check_header,
+    header,
+    refused,
+)
+
+SHARE_PAIR_BYTES = 2 * SECRET_BYTES
+SEALED_BYTES = SHARE_PAIR_BYTES + 16
+SHARE_MARK_BYTES = 16
+MAX_REVEAL_BYTES = 1 << 16
+MAX_RIDER_BYTES = 1 << 26
+
+Rider = Annotated[bytes, Size(0, MAX_RIDER_BYTES)]
+
+
+@dataclass(frozen=True)
+class Shares(Message):
+    """From a device: its secrets in shares, one sealed pair for each neighbour.
+
+    Args:
+        context: of the round.
+        neighbours: who holds the shares.
+        seed_mark: digest that commits to the seed of the self-mask; the prekey itself commits to
+            the mask key.
+        share_marks: for each neighbour, 16-byte digests of its share of the seed and of the mask
+            key, by which the server tells an altered share.
+        sealed: for each neighbour, both shares under AES-GCM.
+    """
+
+    KIND: ClassVar[int] = 2
+    context: Digest
+    neighbours: Bitmap
+    seed_mark: Digest
+    share_marks: Annotated[bytes, Size(0, 2 * SHARE_MARK_BYTES * MAX_DEVICES)]
+    sealed: Annotated[bytes, Size(0, SEALED_BYTES * MAX_DEVICES)]
+
+
+@dataclass(frozen=True)
+class Deal(Message):
+    """To a device: the shares that it holds for others, and the model of the round.
+
+    Args:
+        context: of the round.
+        present: devices that sent shares.
+        wards: those of them whose shares this device holds.
+        sealed: for each ward, both shares under AES-GCM.
+        model: a 32-byte digest for each band of the model, the band that all hold first.
+    """
+
+    KIND: ClassVar[int] = 3
+    context: Digest
+    present: Bitmap
+    wards: Bitmap
+    sealed: Annotated[bytes, Size(0, SEALED_BYTES * MAX_DEVICES)]
+    model: Annotated[tuple[bytes, ...], Each(Size(32), MAX_BANDS)]
+
+
+@dataclass(frozen=True)
+class Survivors(Message):
+    """To a device: whose masked vectors are in the sum, and the root of the model they saw."""
+
+    KIND: ClassVar[int] = 5
+    context: Digest
+    survivors: Bitmap
+    root: Digest
+
+
+@dataclass(frozen=True)
+class Confirmation(Message):
+    """From a device: its signature over context, survivors and root."""
+
+    KIND: ClassVar[int] = 6
+    context: Digest
+    signature: Annotated[bytes, Size(SIGNATURE_BYTES)]
+
+
+@dataclass(frozen=True)
+class Quorum(Message):
+    """To a device: who confirmed, each with its signature, and maybe the next round's call."""
+
+    KIND: ClassVar[int] = 7
+    context: Digest
+    signers: Bitmap
+    signatures: Annotated[bytes, Size(0, SIGNATURE_BYTES * MAX_DEVICES)]
+    following: Rider
+
+
+@dataclass(frozen=True)
+class Opening(Message):
+    """From a device: its own seed, and one share for each ward.
+
+    Args:
+        context: of the round.
+        seed: the seed of the device's own self-mask.
+        wards: devices whose shares follow.
+        shares: for each ward that survived a share of its seed, for each other one of its mask key.
+        reveal: bytes of the caller, such as the seeds of noise in excess.
+        following: the device's first message of the next round, if it was called.
+    """
+
+    KIND: ClassVar[int] = 8
+    context: Digest
+    seed: Annotated[bytes, Size(KEY_BYTES)]
+    wards: Bitmap
+    shares: Annotated[bytes, Size(0, SECRET_BYTES * MAX_DEVICES)]
+    reveal: Annotated[bytes, Size(0, MAX_REVEAL_BYTES)]
+    following: Rider
+
+
+# The masked vector is no msgpack: header, context, then the raw entries, which so lie aligned.
+MASKED_KIND = 4
+MASKED_START = HEADER_BYTES + 32
+
+
+def masked_message(context: bytes, integers: np.ndarray, ring_bits: int) -> tuple[bytearray, Words]:
+    """A masked message that holds the plain entries still, and a view of them to be masked in.
+
+    Args:
+        context: of the round.
+        integers: the device's vector, of any integer type; it is not changed.
+        ring_bits: 32 or 16; entries are taken modulo ``2**ring_bits``.
+
+    Returns:
+        The message, and its entries.
+
+    Raises:
+        UsageError: when the vector is not one of integers.
+    """
+    if integers.dtype.kind not in "iu" or integers.ndim != 1:
+        raise UsageError(
+            f"a vector of {integers.dtype} and {integers.ndim} dimensions: the secure sum takes "
+            "one of integers; encode it first"
+        )
+    dtype = word_type(ring_bits)
+    message = bytearray(MASKED_START + len(integers) * dtype.itemsize)
+    message[:MASKED_START] = header(MASKED_KIND) + context
+    entries = np.frombuffer(message, dtype, offset=MASKED_START)
+    np.copyto(entries, integers, casting="unsafe")  # no second copy; wraps around
+    return message, entries
+
+
+def masked_entries(message: Buffer, context: bytes, length: int, ring_bits: int) -> Words:
+    """A view of the entries of a masked message.
+
+    Args:
+        message: from :func:`masked_message`.
+        context: of the round.
+        length: entries that the sender's tier has.
+        ring_bits: 32 or 16.
+
+    Raises:
+        ReleaseRefused: when it is of another round or length.
+    """
+    check_header(message, MASKED_KIND)
+    dtype = word_type(ring_bits)
+    view = memoryview(message)
+    if view[HEADER_BYTES:MASKED_START] != context:
+        raise refused("a masked vector of another round, roster or configuration")
+    if len(view) != MASKED_START + length * dtype.itemsize:
+        raise refused(
+            f"a masked vector of {len(view) - MASKED_START} bytes, while the device's tier sends "
+            f"{length} entries of {dtype.itemsize}"
+        )
+    return np.frombuffer(message, dtype, offset=MASKED_START)

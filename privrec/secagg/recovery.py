@@ -1,0 +1,140 @@
+"""What the server takes off the sum at the end: the masks of survivors and those of drop-outs.
+
+A survivor's own mask goes with its seed. A device that dropped out after it dealt shares left a
+mask in the vector of every survivor that is its neighbour; these go with its mask key. Secrets come
+from shares, and each is checked against the commitment of the device that dealt it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from privrec.errors import ReleaseRefused
+from privrec.secagg import shamir
+from privrec.secagg.binding import MASKING, SEED, Binding
+from privrec.secagg.keys import agree, public_of
+from privrec.secagg.masks import Mask
+from privrec.secagg.messages import Opening
+from privrec.secagg.roster import Roster
+
+_QUORUMS = 8  # tried before a dealer is held to have dealt shares of no one secret
+
+
+@dataclass
+class Deposit:
+    """What the server holds of one device.
+
+    Args:
+        seed_mark: commitment to its seed.
+        share_marks: holder's number to commitments to its share of the seed and of the mask key.
+        sealed: holder's number to its sealed shares.
+        opening: what the device answered in the last exchange, if it did.
+        opened: ward's number to the share that the device returned.
+    """
+
+    seed_mark: bytes
+    share_marks: dict[int, tuple[bytes, bytes]]
+    sealed: dict[int, bytes]
+    opening: Opening | None = None
+    opened: dict[int, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """The secrets of one round, from what devices deposited.
+
+    Args:
+        roster: of the round.
+        binding: of the round.
+        root: of the model.
+        threshold: shares that give a secret back.
+        deposits: of every device that sent shares, by number.
+        survivors: numbers of the devices in the sum.
+        faults: filled with what was wrong, by identity.
+    """
+
+    roster: Roster
+    binding: Binding
+    root: bytes
+    threshold: int
+    deposits: dict[int, Deposit]
+    survivors: Sequence[int]
+    faults: dict[bytes, str]
+
+    def masks(self) -> Iterator[Mask]:
+        """Every mask that is left in the sum, signed so that applying it takes it off.
+
+        Raises:
+            ReleaseRefused: when a secret cannot be had: the round is over.
+        """
+        for survivor in self.survivors:
+            key = self.binding.self_key(self._seed(survivor), self.root)
+            yield Mask(key, self.roster.length(survivor), negative=True)
+        for dropped in sorted(self.deposits.keys() - set(self.survivors)):
+            yield from self._masks_of(dropped)
+
+    def _masks_of(self, dropped: int) -> Iterator[Mask]:
+        """What a drop-out left in the vectors of survivors that are its neighbours."""
+        own = self.deposits[dropped].share_marks
+        near = [s for s in self.survivors if s in own or dropped in self.deposits[s].share_marks]
+        private = X25519PrivateKey.from_private_bytes(self._secret(MASKING, dropped))
+        for survivor in near:
+            agreed = agree(private, self.roster.prekeys[survivor].masking)
+            key = self.binding.pair_key(agreed, self.root, survivor, dropped)
+            length = min(self.roster.length(survivor), self.roster.length(dropped))
+            # The survivor of the lower number added it.
+            yield Mask(key, length, negative=survivor < dropped)
+
+    def _seed(self, survivor: int) -> bytes:
+        opening = self.deposits[survivor].opening
+        return opening.seed if opening else self._secret(SEED, survivor)
+
+    def _secret(self, kind: str, dealer: int) -> bytes:
+        """A secret that its dealer is not there to give; other quorums are tried if one fails."""
+        shares = self._shares(kind, dealer)
+        if len(shares) < self.threshold:
+            raise ReleaseRefused(
+                f"{len(shares)} sound shares of a device that dropped out, and {self.threshold} "
+                "give its secret back: too many dropped out; the round ends without a sum"
+            )
+        for start in range(min(_QUORUMS, len(shares) - self.threshold + 1)):
+            quorum = shares[start : start + self.threshold]
+            points = [holder + 1 for holder, _ in quorum]
+            secret = shamir.combine([share for _, share in quorum], points)
+            if self._is_secret(kind, dealer, secret):
+                return secret
+        self._blame(dealer, "dealt shares that give no secret it committed to")
+        raise ReleaseRefused(
+            f"device {self.roster.prekeys[dealer].identity.hex()[:16]} dealt shares that give no "
+            "secret it committed to; the round ends without a sum; leave the device out"
+        )
+
+    def _shares(self, kind: str, dealer: int) -> list[tuple[int, bytes]]:
+        """The shares of a dealer that are what it committed to.
+
+        Of any other share either its holder or its dealer is to blame; nobody can tell which.
+        """
+        shares = []
+        for holder, marks in self.deposits[dealer].share_marks.items():
+            share = self.deposits[holder].opened.get(dealer) if holder in self.deposits else None
+            if share is None:
+                continue
+            mark = self.binding.share_mark(kind, dealer, holder, share)
+            if shamir.in_field(share) and mark == marks[kind == MASKING]:
+                shares.append((holder, share))
+            else:
+                name = self.roster.prekeys[dealer].identity.hex()[:16]
+                self._blame(holder, f"returned a share that {name} did not commit to")
+        return shares
+
+    def _is_secret(self, kind: str, dealer: int, secret: bytes) -> bool:
+        if kind == SEED:
+            return self.binding.seed_mark(dealer, secret) == self.deposits[dealer].seed_mark
+        public = public_of(X25519PrivateKey.from_private_bytes(secret))
+        return public == self.roster.prekeys[dealer].masking
+
+    def _blame(self, number: int, what: str) -> None:
+        self.faults[self.roster.prekeys[number].identity] = what

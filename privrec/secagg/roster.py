@@ -1,0 +1,294 @@
+"""Who takes part in a round, on what terms, and how a device knows that they are real.
+
+The server says who takes part; it is not believed. Every prekey must be signed by the identity that
+it names, and every identity must be one that the device's own trust anchor knows: a list that the
+device was given, or the key of somebody other than the server who enrols devices.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, ClassVar, Protocol
+
+from privrec.errors import DataError, ReleaseRefused, UsageError
+from privrec.secagg.keys import (
+    KEY_BYTES,
+    RECORD_BYTES,
+    DeviceKey,
+    Prekey,
+    Verifier,
+    is_low_order,
+    statement,
+)
+from privrec.secagg.wire import MAX_DEVICES, Counter, Digest, Each, Message, Range, Size, refused
+
+MAX_BANDS = 32
+MAX_LENGTH = 1 << 26
+
+
+class Anchor(Protocol):
+    """What a device trusts in place of the server."""
+
+    verifier: Verifier
+
+    def knows(self, prekey: Prekey) -> bool:
+        """Whether the prekey's identity is that of an enrolled device."""
+        ...
+
+
+class ListedDevices:
+    """A trust anchor that is a list of identities, handed to the device by someone it trusts.
+
+    Args:
+        identities: Ed25519 keys of 32 bytes.
+    """
+
+    def __init__(self, identities: Iterable[bytes]) -> None:
+        self.verifier = Verifier()
+        self._identities = frozenset(identities)
+
+    @classmethod
+    def read(cls, path: Path) -> ListedDevices:
+        """A roster file: one identity a line, in hexadecimal; empty lines and ``#`` are skipped.
+
+        Raises:
+            UsageError: when the file cannot be read.
+            DataError: when a line is no key.
+        """
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{path}: the roster file could not be read ({error})") from None
+        named = ((number, line.partition("#")[0].strip()) for number, line in enumerate(lines, 1))
+        return cls(_identity(path, number, text) for number, text in named if text)
+
+    def knows(self, prekey: Prekey) -> bool:
+        return prekey.identity in self._identities
+
+
+class EnrolmentKey:
+    """A trust anchor that is the key of an enrolment office, which is not the server.
+
+    Args:
+        public: its Ed25519 key of 32 bytes.
+    """
+
+    def __init__(self, public: bytes) -> None:
+        self.verifier = Verifier()
+        self._public = public
+
+    def knows(self, prekey: Prekey) -> bool:
+        stated = _enrolment(prekey.identity)
+        return self.verifier.check(self._public, prekey.certificate, stated)
+
+
+def enrol(office: DeviceKey, identity: bytes) -> bytes:
+    """The certificate by which an enrolment office vouches for a device.
+
+    Args:
+        office: the key whose public half devices hold as :class:`EnrolmentKey`.
+        identity: the device's Ed25519 key of 32 bytes.
+
+    Returns:
+        64 bytes, for the device's :class:`~privrec.secagg.keys.PrekeyBook`.
+    """
+    return office.sign(_enrolment(identity))
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What one attempt at one round is about; all of it is bound into every mask and signature.
+
+    Args:
+        run: id of the run, 1 to 256 bytes.
+        round: counted from 0.
+        attempt: counted from 0.
+        plan: 32-byte digest of everything else that was agreed: scenario, privacy event.
+        lengths: entries that a device of each tier sends, ascending: the weakest tier's first, the
+            whole vector last. What one tier has more than the one before is a band.
+        minimums: fewest survivors that hold each band, the weakest tier's first.
+        ring_bits: 32 or 16; sums are exact modulo ``2**ring_bits``.
+    """
+
+    run: str
+    round: int
+    attempt: int
+    plan: bytes
+    lengths: tuple[int, ...]
+    minimums: tuple[int, ...]
+    ring_bits: int = 32
+
+    def length(self, tier: int) -> int:
+        """Entries that a device of a tier sends; tier 0 is the strongest."""
+        return self.lengths[-1 - tier]
+
+    def bands(self, tier: int) -> int:
+        """Bands that a device of a tier holds, counted from the one that all devices hold."""
+        return len(self.lengths) - tier
+
+    def problem(self) -> str | None:
+        """What contradicts itself in these terms, or None."""
+        if len(self.lengths) != len(self.minimums):
+            return f"{len(self.lengths)} bands with {len(self.minimums)} minimums"
+        if any(longer <= shorter for shorter, longer in pairwise(self.lengths)):
+            return "bands whose lengths do not ascend"
+        return None if self.ring_bits in (16, 32) else f"a ring of {self.ring_bits} bits"
+
+
+@dataclass(frozen=True)
+class Call(Message):
+    """The first message of a round: its terms and its roster, the same for every device."""
+
+    KIND: ClassVar[int] = 1
+    run: Annotated[str, Size(1, 256, str)]
+    round: Counter
+    attempt: Counter
+    plan: Digest
+    lengths: Annotated[tuple[int, ...], Each(Range(1, MAX_LENGTH), MAX_BANDS)]
+    minimums: Annotated[tuple[int, ...], Each(Range(1, MAX_DEVICES), MAX_BANDS)]
+    ring_bits: Annotated[int, Range(16, 32)]
+    records: Annotated[bytes, Size(RECORD_BYTES, RECORD_BYTES * MAX_DEVICES)]
+
+    @classmethod
+    def of(cls, terms: Terms, prekeys: Sequence[Prekey]) -> Call:
+        """The call for a roster, which is put in the order of identities."""
+        ordered = sorted(prekeys, key=lambda prekey: prekey.identity)
+        records = b"".join(prekey.pack() for prekey in ordered)
+        return cls(**vars(terms), records=records)
+
+    @property
+    def terms(self) -> Terms:
+        """The terms alone."""
+        return Terms(*(getattr(self, name) for name in Terms.__match_args__))
+
+    @functools.cached_property
+    def digest(self) -> bytes:
+        """What stands for terms and roster in everything that is bound to them."""
+        return statement("call", self.pack())
+
+
+class Roster:
+    """The devices of a round, numbered in the order of their identities.
+
+    Args:
+        call: terms and prekeys.
+        anchor: whom to believe about identities; None for a call that was believed before.
+
+    Raises:
+        ReleaseRefused: when terms contradict themselves, devices are named twice or out of order, a
+            tier does not exist, or a prekey is not signed by an enrolled device.
+    """
+
+    def __init__(self, call: Call, anchor: Anchor | None) -> None:
+        if problem := call.terms.problem():
+            raise refused(f"a round of {problem}")
+        count, rest = divmod(len(call.records), RECORD_BYTES)
+        if rest:
+            raise refused(f"a roster whose last prekey has {rest} of {RECORD_BYTES} bytes")
+        records = (call.records[i * RECORD_BYTES :][:RECORD_BYTES] for i in range(count))
+        self.terms = call.terms
+        self.prekeys = tuple(map(Prekey.unpack, records))
+        self._check_order()
+        self._check_tiers()
+        if anchor is not None:
+            for prekey in self.prekeys:
+                check_prekey(prekey, anchor)
+
+    def __len__(self) -> int:
+        return len(self.prekeys)
+
+    def number(self, identity: bytes) -> int:
+        """A device's number.
+
+        Raises:
+            ReleaseRefused: when the roster does not name it.
+        """
+        for number, prekey in enumerate(self.prekeys):
+            if prekey.identity == identity:
+                return number
+        raise refused(f"a roster without device {identity.hex()[:16]}")
+
+    def length(self, number: int) -> int:
+        """Entries that a device sends."""
+        return self.terms.length(self.prekeys[number].tier)
+
+    def holders(self, members: Iterable[int]) -> tuple[int, ...]:
+        """How many of the members hold each band, the band that all hold first."""
+        held = [self.terms.bands(self.prekeys[number].tier) for number in members]
+        return tuple(sum(bands > band for bands in held) for band in range(len(self.terms.lengths)))
+
+    def identities(self, members: Iterable[int]) -> tuple[tuple[bytes, ...], ...]:
+        """For each band the identities of the members that hold it, the band of all first."""
+        chosen = [self.prekeys[number] for number in members]
+        return tuple(
+            tuple(prekey.identity for prekey in chosen if self.terms.bands(prekey.tier) > band)
+            for band in range(len(self.terms.lengths))
+        )
+
+    def check_bands(self, members: Iterable[int], minimum: int) -> None:
+        """Refuse members among which some band has too few holders.
+
+        A single seed opens all bands of a device, so that no band can be left out.
+
+        Args:
+            members: device numbers.
+            minimum: fewest holders of any band, besides what the terms ask for.
+
+        Raises:
+            ReleaseRefused: when a band is below either minimum.
+        """
+        for band, count in enumerate(self.holders(members)):
+            least = max(minimum, self.terms.minimums[band])
+            if count < least:
+                raise ReleaseRefused(
+                    f"band {band + 1} of {len(self.terms.lengths)}: {count} devices hold it, and "
+                    f"the least that hides them among each other is set to {least}; the round is "
+                    "given up; sample more devices of this capacity, or drop the tier"
+                )
+
+    def _check_order(self) -> None:
+        if any(a.identity >= b.identity for a, b in pairwise(self.prekeys)):
+            raise refused("a roster that names devices twice or not in the order of identities")
+
+    def _check_tiers(self) -> None:
+        tiers = len(self.terms.lengths)
+        if any(prekey.tier >= tiers for prekey in self.prekeys):
+            raise refused(f"a roster with a tier beyond the {tiers} of this round")
+
+
+def check_prekey(prekey: Prekey, anchor: Anchor) -> None:
+    """Refuse a prekey that no enrolled device made; servers look at deposits with it, too.
+
+    Raises:
+        ReleaseRefused: when the anchor does not know its identity, its signature is wrong, or it is
+            a point of low order, with which everybody would agree on the same secret.
+    """
+    signed = anchor.verifier.check(prekey.identity, prekey.signature, prekey.stated)
+    if not (anchor.knows(prekey) and signed):
+        raise ReleaseRefused(
+            f"device {prekey.identity.hex()[:16]}: no enrolled device signed this prekey; "
+            "somebody may have put a key of their own in its place; the round is refused"
+        )
+    if is_low_order(prekey.sealing) or is_low_order(prekey.masking):
+        raise ReleaseRefused(
+            f"device {prekey.identity.hex()[:16]}: a prekey of low order, from which everybody "
+            "draws the same masks; leave this device out"
+        )
+
+
+def _enrolment(identity: bytes) -> bytes:
+    return statement("enrolment", identity)
+
+
+def _identity(path: Path, number: int, text: str) -> bytes:
+    try:
+        key = bytes.fromhex(text)
+    except ValueError:
+        key = b""
+    if len(key) != KEY_BYTES:
+        raise DataError(f"{path}:{number}: {text[:80]!r} is no identity of 64 hexadecimal digits")
+    return key

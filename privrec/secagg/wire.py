@@ -1,0 +1,201 @@
+"""Messages as bytes: a version, a kind, and one msgpack array that a schema describes in full.
+
+A message is a dataclass whose fields carry their limits (:class:`Size`, :class:`Range`,
+:class:`Each`). What does not match in type, number or length is refused before anything else looks
+at it, so the rest of the protocol handles well-formed values only. Packing is canonical: equal
+messages are equal bytes, which is what digests and signatures are made over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, ClassVar, Protocol, Self, get_type_hints
+
+import msgpack
+import numpy as np
+
+from privrec.errors import ReleaseRefused
+
+MAGIC = b"PS"
+VERSION = 1
+HEADER_BYTES = 4
+MAX_DEVICES = 1 << 16
+MAX_MESSAGE_BYTES = 1 << 29
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Check(Protocol):
+    """What a field of a message must satisfy."""
+
+    def problem(self, value: object) -> str | None:
+        """What is wrong with a value, or None."""
+        ...
+
+
+@dataclass(frozen=True)
+class Size:
+    """Bytes, or text in UTF-8, of ``low`` to ``high`` bytes; exactly ``low`` without ``high``."""
+
+    low: int
+    high: int | None = None
+    kind: type = bytes
+
+    def problem(self, value: object) -> str | None:
+        if type(value) is not self.kind or not isinstance(value, bytes | str):
+            return f"{type(value).__name__} instead of {self.kind.__name__}"
+        size = len(value.encode() if isinstance(value, str) else value)
+        high = self.low if self.high is None else self.high
+        return None if self.low <= size <= high else f"{size} bytes, not {self.low} to {high}"
+
+
+@dataclass(frozen=True)
+class Range:
+    """An integer from ``low`` to ``high``, both included."""
+
+    low: int
+    high: int
+
+    def problem(self, value: object) -> str | None:
+        if type(value) is not int:
+            return f"{type(value).__name__} instead of int"
+        return None if self.low <= value <= self.high else f"{value} outside its range"
+
+
+@dataclass(frozen=True)
+class Each:
+    """1 to ``most`` items that all satisfy ``check``."""
+
+    check: Check
+    most: int
+
+    def problem(self, value: object) -> str | None:
+        if type(value) is not tuple or not 1 <= len(value) <= self.most:
+            return f"not an array of 1 to {self.most} items"
+        return next(filter(None, map(self.check.problem, value)), None)
+
+
+Digest = Annotated[bytes, Size(32)]
+Bitmap = Annotated[bytes, Size(1, MAX_DEVICES // 8)]
+Counter = Annotated[int, Range(0, 2**63 - 1)]
+
+
+class Message:
+    """A dataclass that travels; subclasses set ``KIND`` and annotate every field with a check."""
+
+    KIND: ClassVar[int]
+
+    def pack(self) -> bytes:
+        """The message as bytes; equal messages give equal bytes."""
+        values = [getattr(self, name) for name, _ in _schema(type(self))]
+        return header(self.KIND) + packed(values)
+
+    @classmethod
+    def parse(cls, message: Buffer) -> Self:
+        """The message that :meth:`pack` made.
+
+        Raises:
+            ReleaseRefused: when the bytes are no such message of this version, or a field is
+                missing, unknown, of another type or outside its limits.
+        """
+        check_header(message, cls.KIND)
+        values = _unpacked(bytes(memoryview(message)[HEADER_BYTES:]))
+        schema = _schema(cls)
+        if type(values) is not tuple or len(values) != len(schema):
+            raise refused(f"a message of kind {cls.KIND} must be an array of {len(schema)} fields")
+        for (name, check), value in zip(schema, values, strict=True):
+            if problem := check.problem(value):
+                raise refused(f"{cls.__name__}.{name} is {problem}")
+        return cls(*values)
+
+
+def refused(problem: str) -> ReleaseRefused:
+    """The error for a message that is not answered."""
+    return ReleaseRefused(
+        f"{problem}: the message is refused and nothing is sent in return; "
+        "both sides must run the same version and send what the protocol prescribes"
+    )
+
+
+def header(kind: int) -> bytes:
+    """The first :data:`HEADER_BYTES` bytes of every message."""
+    return MAGIC + bytes((VERSION, kind))
+
+
+def check_header(message: Buffer, kind: int) -> None:
+    """Refuse what is not a message of this version and ``kind``, or is too long to look at.
+
+    Raises:
+        ReleaseRefused: as said.
+    """
+    start = bytes(memoryview(message)[:HEADER_BYTES])
+    if len(message) > MAX_MESSAGE_BYTES or len(start) < HEADER_BYTES or start[:2] != MAGIC:
+        raise refused(f"{len(message)} bytes that are no message of secure aggregation")
+    if start[2] != VERSION:
+        raise refused(f"a message of version {start[2]}, while this is version {VERSION}")
+    if start[3] != kind:
+        raise refused(f"a message of kind {start[3]} where kind {kind} is due")
+
+
+def packed(values: object) -> bytes:
+    """Values as msgpack, each with its type and length: no other values have the same bytes."""
+    encoded: bytes = msgpack.packb(values, use_bin_type=True)
+    return encoded
+
+
+def bitmap(members: Sequence[int], devices: int) -> bytes:
+    """A set of device numbers as bits, the lowest first.
+
+    Args:
+        members: numbers from 0 to ``devices - 1``.
+        devices: how many devices the roster has.
+    """
+    bits = np.zeros(devices, np.uint8)
+    bits[list(members)] = 1
+    return np.packbits(bits, bitorder="little").tobytes()
+
+
+def members(bits: bytes, devices: int) -> tuple[int, ...]:
+    """The device numbers of a :func:`bitmap`, ascending.
+
+    Raises:
+        ReleaseRefused: when the bitmap is of another length or names a device beyond the last.
+    """
+    if len(bits) != -(-devices // 8):
+        raise refused(f"a set of devices in {len(bits)} bytes, while the roster has {devices}")
+    flags = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")
+    if flags[devices:].any():
+        raise refused(f"a set that names a device beyond the {devices} of the roster")
+    return tuple(np.flatnonzero(flags).tolist())
+
+
+def split(joined: bytes, count: int, size: int) -> list[bytes]:
+    """``count`` pieces of ``size`` bytes.
+
+    Raises:
+        ReleaseRefused: when ``joined`` is of another length.
+    """
+    if len(joined) != count * size:
+        raise refused(f"{len(joined)} bytes where {count} pieces of {size} bytes are due")
+    return [joined[i : i + size] for i in range(0, len(joined), size)]
+
+
+def _unpacked(body: bytes) -> object:
+    try:
+        return msgpack.unpackb(body, raw=False, use_list=False, strict_map_key=True)
+    # msgpack lets its own errors, those of UTF-8 and, for a bad map key, a TypeError through.
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise refused(f"a message that is no msgpack ({type(error).__name__})") from None
+
+
+def _schema(message: type[Message]) -> tuple[tuple[str, Check], ...]:
+    if message not in _SCHEMAS:
+        hints = get_type_hints(message, include_extras=True)
+        names: Any = fields(message)  # type: ignore[arg-type]
+        checks = ((field.name, hints[field.name].__metadata__[0]) for field in names)
+        _SCHEMAS[message] = tuple(checks)
+    return _SCHEMAS[message]
+
+
+_SCHEMAS: dict[type[Message], tuple[tuple[str, Check], ...]] = {}

@@ -1,0 +1,890 @@
+"""Attacks by a server, and by devices that collude with it: each works against a session from which
+one defence was taken, and fails against ours.
+
+Every test has two halves. In the first the named check is switched off and the attack must succeed:
+it shows that the attack is a real one, and that it is this check which stops it. In the second the
+same attack runs against the session as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from secagg_rounds import SMALL, Cohort, answer, drive, model, plain_sum, terms
+
+from privrec.errors import ReleaseRefused
+from privrec.randomness import SecretRoot
+from privrec.secagg import client as client_module
+from privrec.secagg import roster as roster_module
+from privrec.secagg import shamir
+from privrec.secagg.binding import Binding, model_root
+from privrec.secagg.client import ClientSession, Policy
+from privrec.secagg.graph import Graph
+from privrec.secagg.keys import PrekeyBook, agree
+from privrec.secagg.masks import Mask, apply_masks
+from privrec.secagg.messages import (
+    MASKED_START,
+    SEALED_BYTES,
+    Confirmation,
+    Deal,
+    Opening,
+    Quorum,
+    Shares,
+    Survivors,
+    masked_entries,
+)
+from privrec.secagg.recovery import Recovery
+from privrec.secagg.roster import Call, ListedDevices
+from privrec.secagg.server import SecureSum, ServerSession, Stage
+from privrec.secagg.wire import bitmap, members, split
+
+LENGTH = 20
+ROOT = model_root(model(1))
+Patch = pytest.MonkeyPatch
+
+
+def nothing(*arguments: object) -> None:
+    """A check that was taken out."""
+
+
+class Attacker(ServerSession):
+    """A server that looks at everything it gets, and says what it likes."""
+
+    uploads: dict[int, bytes]
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.uploads = {}
+
+    def _take_masked(self, number: int, message: Any) -> None:
+        super()._take_masked(number, message)
+        self.uploads[number] = bytes(message)
+
+    def entries(self, number: int) -> np.ndarray:
+        """A masked vector, to be unmasked by hand."""
+        length = self._roster.length(number)
+        return masked_entries(self.uploads[number], self._binding.context, length, 32).copy()
+
+    def stripped(
+        self, number: int, seed: bytes, keys: dict[int, bytes], root: bytes = ROOT
+    ) -> np.ndarray:
+        """What is left of a masked vector without its own mask and those of known mask keys."""
+        entries = self.entries(number)
+        length = len(entries)
+        masks = [Mask(self._binding.self_key(seed, root), length, negative=True)]
+        for peer, secret in keys.items():
+            private = X25519PrivateKey.from_private_bytes(secret)
+            agreed = agree(private, self._roster.prekeys[number].masking)
+            key = self._binding.pair_key(agreed, root, number, peer)
+            common = min(length, self._roster.length(peer))
+            masks.append(Mask(key, common, negative=number < peer))
+        apply_masks(entries, masks)
+        return entries.view(np.int32)
+
+    def recovery(self, openings: dict[int, Opening], survivors: Sequence[int]) -> Recovery:
+        """What shares give away, whatever they were handed out for."""
+        for number, opening in openings.items():
+            wards = members(opening.wards, len(self._roster))
+            self._deposits[number].opened = dict(
+                zip(wards, split(opening.shares, len(wards), 32), strict=True)
+            )
+        threshold = self._graph.threshold(len(self._roster))
+        return Recovery(self._roster, self._binding, ROOT, threshold, self._deposits, survivors, {})
+
+
+def vectors_of(cohort: Cohort, length: int = LENGTH) -> dict[bytes, np.ndarray]:
+    rng = np.random.default_rng(7)
+    return {d: rng.integers(-(2**31), 2**31, length).astype(np.int32) for d in cohort.ids}
+
+
+def up_to(
+    stage: Stage, cohort: Cohort, clients: dict[bytes, ClientSession], server: ServerSession
+) -> None:
+    """An honest beginning: every device answers up to a stage."""
+    vectors = vectors_of(cohort)
+    while server.stage < stage:
+        for device, message in server.outbox().items():
+            server.receive(device, answer(clients[device], server.stage, message, vectors[device]))
+        server.advance()
+
+
+def begun(
+    cohort: Cohort, stage: Stage, **changes: Any
+) -> tuple[Attacker, dict[bytes, ClientSession]]:
+    server = cohort.server(terms((LENGTH,), **changes), Attacker)
+    clients = dict(zip(cohort.ids, cohort.clients(), strict=True))
+    up_to(stage, cohort, clients, server)  # type: ignore[arg-type]
+    assert isinstance(server, Attacker)
+    return server, clients
+
+
+def sealed_for(server: Attacker, holders: Iterable[int], cohort: Cohort, victim: int) -> Any:
+    """Both kinds of the victim's shares that colluding holders can open: their own."""
+    deposit, found = server._deposits[victim], {}
+    for holder in holders:
+        if holder not in deposit.sealed:
+            continue
+        secret = cohort.books[holder].secret(server._roster.prekeys[holder].serial)
+        agreed = agree(secret.sealing, server._roster.prekeys[victim].sealing)
+        key = server._binding.sealing_key(agreed, victim, holder)
+        found[holder] = client_module.AESGCM(key).decrypt(bytes(12), deposit.sealed[holder], None)
+    return found
+
+
+def opened_by_colluders(
+    server: Attacker, holders: Iterable[int], cohort: Cohort, victim: int, threshold: int
+) -> bool:
+    """Whether colluders hold enough shares of a victim to take off all of its masks."""
+    found = sealed_for(server, holders, cohort, victim)
+    if len(found) < threshold:
+        return False
+    quorum = list(found)[:threshold]
+    seed = shamir.combine([found[h][:32] for h in quorum], [h + 1 for h in quorum])
+    key = shamir.combine([found[h][32:] for h in quorum], [h + 1 for h in quorum])
+    roster, number = server._roster, victim
+    private = X25519PrivateKey.from_private_bytes(key)
+    if private.public_key().public_bytes_raw() != roster.prekeys[victim].masking:
+        return False
+    # With the victim's own mask key, all of its masks with others are known.
+    entries = server.entries(number)
+    masks = [Mask(server._binding.self_key(seed, ROOT), LENGTH, negative=True)]
+    deposits = server._deposits
+    for peer in deposits:
+        if peer == victim or not (
+            peer in deposits[victim].sealed or victim in deposits[peer].sealed
+        ):
+            continue
+        agreed = agree(private, roster.prekeys[peer].masking)
+        key = server._binding.pair_key(agreed, ROOT, victim, peer)
+        masks.append(Mask(key, LENGTH, negative=victim < peer))
+    apply_masks(entries, masks)
+    return bool((entries.view(np.int32) == vectors_of(cohort)[cohort.ids[victim]]).all())
+
+
+# ---------------------------------------------------------------- keys and rosters
+
+
+def sum_with_sybils(victim: Cohort, sybils: Cohort) -> SecureSum:
+    """A round of one real device, and a crowd that the server made up."""
+    records = victim.prekeys() + sybils.prekeys()
+    books = {book.key.public: book for book in victim.books + sybils.books}
+    trusted = dict.fromkeys(books, ListedDevices(books)) | {victim.ids[0]: victim.anchor}
+    sessions = {d: ClientSession(book, trusted[d], Policy()) for d, book in books.items()}
+    server = ServerSession(terms((LENGTH,)), records, ListedDevices(books))
+    server.publish(model(1))
+    made_up = {device: np.zeros(LENGTH, np.int32) for device in sybils.ids}
+    return drive(server, sessions, made_up | vectors_of(victim))
+
+
+def test_key_substitution(monkeypatch: Patch) -> None:
+    """The server puts keys of its own in everybody else's place."""
+
+    def crowds() -> tuple[Cohort, Cohort]:
+        return Cohort((0,), name="victim"), Cohort((0,) * 24, name="sybil")
+
+    victim, sybils = crowds()
+    result = sum_with_sybils(victim, sybils)
+    assert set(result.survivors[0]) == set(sybils.ids)  # the victim stayed away
+    assert not result.total.any()
+    monkeypatch.setattr(roster_module, "check_prekey", nothing)
+    victim, sybils = crowds()
+    total = sum_with_sybils(victim, sybils).total
+    np.testing.assert_array_equal(total, vectors_of(victim)[victim.ids[0]])
+
+
+def test_a_roster_below_the_minimum_of_the_device() -> None:
+    """The server calls one honest device, with accomplices that tell it their vectors."""
+    for minimum, works in ((2, True), (20, False)):
+        cohort = Cohort((0,) * 4, Policy(minimum=minimum))
+        vectors = vectors_of(cohort)
+        victim, *accomplices = cohort.ids
+        policies = dict.fromkeys(accomplices, SMALL) | {victim: cohort.policy}
+        clients = {
+            device: ClientSession(book, cohort.anchor, policies[device])
+            for device, book in zip(cohort.ids, cohort.books, strict=True)
+        }
+        server = cohort.server(terms((LENGTH,)))
+        total = drive(server, clients, vectors).total
+        rest = plain_sum([vectors[device] for device in accomplices], terms((LENGTH,)))
+        assert (total - rest == vectors[victim]).all() == works
+
+
+def test_a_band_that_only_the_victim_holds() -> None:
+    """Enough devices in all, but one of them alone has the last band."""
+    for minimum, works in ((1, True), (3, False)):
+        tiers = (0, *(1,) * 9)
+        policy = Policy(minimum=2, corrupt_share=0)
+        cohort = Cohort(tiers, policy)
+        agreed = terms((4, LENGTH))
+        vectors = dict(
+            zip(cohort.ids, cohort.vectors(agreed, np.random.default_rng(1)), strict=True)
+        )
+        object.__setattr__(policy, "minimum", minimum)
+        clients = dict(zip(cohort.ids, cohort.clients(), strict=True))
+        if works:
+            total = drive(cohort.server(agreed), clients, vectors).total
+            np.testing.assert_array_equal(total[4:], vectors[cohort.ids[0]][4:])
+        else:
+            with pytest.raises(ReleaseRefused, match="0 of 10 devices sent shares"):
+                drive(cohort.server(agreed), clients, vectors)
+
+
+def first_round(
+    cohort: Cohort, agreed: Any, absent: Sequence[int]
+) -> tuple[list[bytes], dict[int, bytes]]:
+    """An honest round in which some devices drop out: their prekeys, and what the server learns."""
+    records, learned = cohort.prekeys(), {}
+    server = Attacker(agreed, records, cohort.anchor, cohort.policy.graph)
+    server.publish(model(2))
+    vectors = cohort.vectors(agreed, np.random.default_rng(0))
+    clients = dict(zip(cohort.ids, cohort.clients(), strict=True))
+    secret = Recovery._secret
+
+    def overheard(self: Recovery, kind: str, dealer: int) -> bytes:
+        learned[dealer] = secret(self, kind, dealer)
+        return learned[dealer]
+
+    with Patch.context() as patch:
+        patch.setattr(Recovery, "_secret", overheard)
+        patch.setattr(roster_module.Roster, "check_bands", nothing)  # one strong device is left
+        gone = {Stage.MASKED: [cohort.ids[number] for number in absent]}
+        drive(server, clients, dict(zip(cohort.ids, vectors, strict=True)), gone)
+    assert sorted(learned) == list(absent)
+    return records, learned
+
+
+def padded_round(monkeypatch: Patch) -> tuple[np.ndarray, np.ndarray]:
+    """The server fills a band with devices that are not there, by prekeys whose secret it learned.
+
+    In a first round two strong devices drop out, and their mask keys are recovered, as they should
+    be. In a second one the server names the same prekeys again, sends rubbish in the devices' name,
+    and tells everybody that they survived. Nobody but the victim is left in the strong band.
+    """
+    cohort = Cohort((0, 0, 0, *(1,) * 7), Policy(minimum=3, corrupt_share=0))
+    lengths, (victim, *absent) = (4, LENGTH), range(3)
+    agreed = terms(lengths, minimums=(1, 1))
+    records, stolen = first_round(cohort, agreed, absent)
+    vectors = dict(zip(cohort.ids, cohort.vectors(agreed, np.random.default_rng(1)), strict=True))
+    fresh = [book.issue(1, tier)[0] for book, tier in zip(cohort.books, cohort.tiers, strict=True)]
+    again = [records[n] if n in absent else fresh[n] for n in range(10)]
+    server = Attacker(terms(lengths, round=1), again, cohort.anchor, cohort.policy.graph)
+    server.publish(model(2))
+    there = {
+        device: session
+        for number, (device, session) in enumerate(zip(cohort.ids, cohort.clients(), strict=True))
+        if number not in absent
+    }
+    for device, session in there.items():
+        server.receive(device, session.shares(server.outbox()[device]))
+    for number in absent:
+        holders = [n for n in range(10) if n != number]
+        rubbish = Shares(
+            server._binding.context, bitmap(holders, 10), bytes(32), bytes(32 * 9),
+            bytes(SEALED_BYTES * 9),
+        )  # fmt: skip
+        server.receive(cohort.ids[number], rubbish.pack())
+    server.advance()
+    for device, message in server.outbox().items():
+        if device in there:
+            server.receive(device, answer(there[device], server.stage, message, vectors[device]))
+    for number in absent:
+        server._answered.add(number)  # the lie: they survived
+    server.advance()
+    for device, message in server.outbox().items():
+        if device in there:
+            server.receive(device, there[device].confirm(message))
+    monkeypatch.setattr(server._roster, "check_bands", nothing)  # the server does not mind
+    server.advance()
+    total = np.zeros(LENGTH, np.uint32)
+    for device, message in server.outbox().items():
+        number = server._numbers[device]
+        opening = Opening.parse(there[device].unmask(message))
+        part = server.stripped(number, opening.seed, stolen, model_root(model(2)))
+        total[: len(part)] += part.view(np.uint32)
+    # What the weak devices still share with the victim lies in the first band alone.
+    return total.view(np.int32)[4:], vectors[cohort.ids[victim]][4:]
+
+
+def test_band_sizes_that_lie(monkeypatch: Patch) -> None:
+    """Counts are taken over signatures; over the named survivors they can be made up."""
+    with pytest.raises(ReleaseRefused, match="band 2 of 2: 1 devices"):
+        padded_round(monkeypatch)
+    original = roster_module.Roster.check_bands
+
+    def over_survivors(self: Any, numbers: Sequence[int], minimum: int) -> None:
+        original(self, range(10), minimum)
+
+    monkeypatch.setattr(roster_module.Roster, "check_bands", over_survivors)
+    seen, secret = padded_round(monkeypatch)
+    np.testing.assert_array_equal(seen, secret)
+
+
+def test_a_tier_that_its_device_did_not_sign(monkeypatch: Patch) -> None:
+    """The server promotes weak devices, so that a band seems to have more holders."""
+    cohort = Cohort((0, 1, 1, 1), Policy(minimum=2, corrupt_share=0))
+    call = Call.parse(cohort.server(terms((4, LENGTH))).outbox()[cohort.ids[0]])
+    record = bytearray(call.records)
+    size = len(record) // 4
+    for number in range(4):
+        record[number * size + 32 + 64 + 8] = 0  # the tier of a record
+    lie = replace(call, records=bytes(record)).pack()
+    with pytest.raises(ReleaseRefused, match="no enrolled device signed"):
+        cohort.clients()[0].shares(lie)
+    monkeypatch.setattr(roster_module.Verifier, "check", lambda *arguments: True)
+    cohort.clients()[0].shares(lie)
+
+
+# ---------------------------------------------------------------- graphs and thresholds
+
+
+def ground_call(cohort: Cohort, colluders: set[int], victim: int) -> Any:
+    """A plan under which a graph made from the roster gives the victim colluders only."""
+    for attempt in range(5000):
+        drawn = public_draw(victim, 12, attempt)
+        if set(drawn) <= colluders:
+            return attempt
+    raise AssertionError("no such attempt")
+
+
+def public_draw(own: int, devices: int, attempt: int) -> tuple[int, ...]:
+    rng = np.random.default_rng([own, devices, attempt])
+    others = [n for n in range(devices) if n != own]
+    return tuple(sorted(rng.choice(others, 4, replace=False).tolist()))
+
+
+def test_a_neighbour_graph_chosen_by_the_server(monkeypatch: Patch) -> None:
+    """A graph that follows from public values is tried until the victim has bad neighbours."""
+    monkeypatch.setattr(Graph, "check", nothing)  # twelve devices are too few for this to pass
+    policy = Policy(minimum=2, corrupt_share=0, graph=Graph(complete_up_to=3, degree=4))
+    colluders, victim = {1, 3, 5, 7, 9}, 0
+    cohort = Cohort((0,) * 12, policy)
+    attempt = ground_call(cohort, colluders, victim)
+    server, _ = begun(cohort, Stage.CONFIRM, attempt=attempt)
+    assert not opened_by_colluders(server, colluders, cohort, victim, 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(Graph, "draw", lambda self, own, n, stream: public_draw(own, n, attempt))
+        cohort = Cohort((0,) * 12, policy)
+        server, _ = begun(cohort, Stage.CONFIRM, attempt=attempt)
+        assert opened_by_colluders(server, colluders, cohort, victim, 4)
+
+
+def test_a_device_draws_once_a_prekey_so_that_its_draw_cannot_be_ground() -> None:
+    cohort = Cohort((0,) * 4)
+    server = cohort.server(terms((LENGTH,)))
+    call = Call.parse(server.outbox()[cohort.ids[0]])
+    session = cohort.clients()[0]
+    session.shares(call.pack())
+    with pytest.raises(ReleaseRefused, match="used before"):
+        cohort.clients()[0].shares(replace(call, attempt=1).pack())
+
+
+class Lowered(Graph):
+    """Thresholds as a server would like them."""
+
+    def quorum(self, devices: int) -> int:
+        return 2
+
+    def threshold(self, devices: int) -> int:
+        return 2
+
+    def check(self, devices: int, corrupt_share: float) -> None:
+        """Nothing is too unsafe."""
+
+
+def test_a_threshold_lowered_by_the_server() -> None:
+    """Two colluders of ten would open everybody, if the server could name the threshold."""
+    colluders, victim = (8, 9), 0
+    ours = Cohort((0,) * 10)
+    server, _ = begun(ours, Stage.CONFIRM)
+    assert not opened_by_colluders(server, colluders, ours, victim, 2)
+    lowered = Cohort((0,) * 10, Policy(minimum=2, corrupt_share=0, graph=Lowered()))
+    server, _ = begun(lowered, Stage.CONFIRM)
+    assert opened_by_colluders(server, colluders, lowered, victim, 2)
+
+
+def test_fewer_than_t_shares_say_nothing() -> None:
+    """One colluder less than the threshold, and exactly as many."""
+    for count, works in ((6, False), (7, True)):
+        cohort = Cohort((0,) * 10)
+        server, _ = begun(cohort, Stage.CONFIRM)
+        assert opened_by_colluders(server, range(1, 1 + count), cohort, 0, count) == works
+
+
+def test_the_neighbourhood_that_is_declared_gone(monkeypatch: Patch) -> None:
+    """The server drops exactly those whose masks cover the victim, and keeps a quorum of others."""
+    monkeypatch.setattr(Graph, "check", nothing)
+    graph = Graph(complete_up_to=3, degree=6)
+
+    def opened(name: str) -> bool | None:
+        cohort = Cohort((0,) * 60, Policy(minimum=2, corrupt_share=0, graph=graph), name)
+        server, clients = begun(cohort, Stage.CONFIRM)
+        return isolated(cohort, server, clients)
+
+    with pytest.raises(ReleaseRefused, match="of this device's own neighbourhood"):
+        opened("isolated 0")
+    original = client_module._Round.check_quorum
+
+    def global_only(self: Any, present: Sequence[int], doing: str) -> None:
+        original(replace(self, neighbours=tuple(present)), present, doing)
+
+    monkeypatch.setattr(client_module._Round, "check_quorum", global_only)
+    # Not every graph lets the server recover the masks of all of the victim's neighbours.
+    assert any(opened(f"isolated {i}") for i in range(12))
+
+
+def isolated(cohort: Cohort, server: Attacker, clients: dict[bytes, ClientSession]) -> bool | None:
+    """Whether the victim, the first that has few neighbours, can be unmasked by itself."""
+    deposits, n = server._deposits, len(cohort.ids)
+    near = {v: set(deposits[v].sealed) | {u for u in deposits if v in deposits[u].sealed}
+            for v in deposits}  # fmt: skip
+    victim = min(near, key=lambda v: len(near[v]))
+    survivors = [number for number in range(n) if number not in near[victim]]
+    told = Survivors(server._binding.context, bitmap(survivors, n), ROOT).pack()
+    signatures = {}
+    for number in [victim, *survivors]:
+        session = clients[cohort.ids[number]]
+        if number not in signatures:
+            signatures[number] = Confirmation.parse(session.confirm(told)).signature
+    joined = b"".join(signatures[number] for number in survivors)
+    quorum = Quorum(server._binding.context, bitmap(survivors, n), joined, b"").pack()
+    openings = {
+        number: Opening.parse(clients[cohort.ids[number]].unmask(quorum)) for number in survivors
+    }
+    recovery = server.recovery(openings, survivors)
+    try:
+        keys = {number: recovery._secret("masking", number) for number in near[victim]}
+    except ReleaseRefused:
+        return None  # this graph did not allow it; the next one may
+    seen = server.stripped(victim, openings[victim].seed, keys)
+    return bool((seen == vectors_of(cohort)[cohort.ids[victim]]).all())
+
+
+# ---------------------------------------------------------------- survivors
+
+
+def unmask_all(
+    cohort: Cohort,
+    server: Attacker,
+    clients: dict[bytes, ClientSession],
+    survivors: Sequence[int],
+    asked: Sequence[int],
+) -> dict[int, Opening]:
+    """Tell a set of survivors to some devices, and have them open what they will."""
+    n = len(cohort.ids)
+    told = Survivors(server._binding.context, bitmap(survivors, n), ROOT).pack()
+    signed = {
+        number: Confirmation.parse(clients[cohort.ids[number]].confirm(told)).signature
+        for number in asked
+    }
+    quorum = Quorum(
+        server._binding.context, bitmap(list(signed), n), b"".join(signed.values()), b""
+    )  # fmt: skip
+    return {
+        number: Opening.parse(clients[cohort.ids[number]].unmask(quorum.pack())) for number in asked
+    }
+
+
+def alive_and_dead(cohort: Cohort) -> bool:
+    """Both kinds of share of one device, by telling the same devices two sets of survivors."""
+    server, clients = begun(cohort, Stage.CONFIRM)
+    everybody, others = range(10), range(1, 10)
+    first = unmask_all(cohort, server, clients, everybody, others)
+    seed = server.recovery(first, everybody)._secret("seed", 0)
+    second = unmask_all(cohort, server, clients, others, others)
+    key = server.recovery(second, others)._secret("masking", 0)
+    return unmasked_with(cohort, server, seed, key)
+
+
+def unmasked_with(cohort: Cohort, server: Attacker, seed: bytes, key: bytes) -> bool:
+    """Whether the first device's vector lies open to who knows its seed and its mask key."""
+    private = X25519PrivateKey.from_private_bytes(key)
+    entries = server.entries(0)
+    masks = [Mask(server._binding.self_key(seed, ROOT), LENGTH, negative=True)]
+    for peer in range(1, 10):
+        agreed = agree(private, server._roster.prekeys[peer].masking)
+        masks.append(Mask(server._binding.pair_key(agreed, ROOT, 0, peer), LENGTH, negative=True))
+    apply_masks(entries, masks)
+    return bool((entries.view(np.int32) == vectors_of(cohort)[cohort.ids[0]]).all())
+
+
+def test_a_node_both_alive_and_dead(monkeypatch: Patch) -> None:
+    with pytest.raises(ReleaseRefused, match="message 3 of a round, where message 5"):
+        alive_and_dead(Cohort((0,) * 10))
+    monkeypatch.setattr(ClientSession, "_due", nothing)
+    original = ClientSession._advance
+
+    def keep_shares(self: ClientSession, **changes: Any) -> None:
+        original(self, **{k: v for k, v in changes.items() if k not in ("held", "wards")
+                          or changes["stage"] == 2})  # fmt: skip
+
+    monkeypatch.setattr(ClientSession, "_advance", keep_shares)
+    assert alive_and_dead(Cohort((0,) * 10))
+
+
+def alive_then_dead(cohort: Cohort) -> bool:
+    """The same in two attempts with the same prekeys: once alive, once dropped out."""
+    records = cohort.prekeys()
+    servers, seeds = [], []
+    for attempt in range(2):
+        server = Attacker(terms((LENGTH,), attempt=attempt), records, cohort.anchor)
+        server.publish(model(1))
+        clients = dict(zip(cohort.ids, cohort.clients(), strict=True))
+        up_to(Stage.CONFIRM, cohort, clients, server)
+        survivors = range(attempt, 10)
+        openings = unmask_all(cohort, server, clients, survivors, range(1, 10))
+        kind = "masking" if attempt else "seed"
+        seeds.append(server.recovery(openings, survivors)._secret(kind, 0))
+        servers.append(server)
+    return unmasked_with(cohort, servers[0], *seeds)
+
+
+def test_a_node_alive_in_one_attempt_and_dead_in_the_next(monkeypatch: Patch) -> None:
+    with pytest.raises(ReleaseRefused, match="used before"):
+        alive_then_dead(Cohort((0,) * 10))
+    monkeypatch.setattr(PrekeyBook, "_check_fresh", nothing)
+    monkeypatch.setattr(PrekeyBook, "_keep", nothing)
+    enter = PrekeyBook.enter
+
+    def again(self: PrekeyBook, serial: int, *attempt: Any) -> Any:
+        self._unused.add(serial)
+        return enter(self, serial, *attempt)
+
+    monkeypatch.setattr(PrekeyBook, "enter", again)
+    assert alive_then_dead(Cohort((0,) * 10))
+
+
+def split_views(cohort: Cohort) -> np.ndarray:
+    """Every device is told seven survivors, but others than its peers: six are summed alone."""
+    server, clients = begun(cohort, Stage.CONFIRM)
+    summed, out = range(6), (6, 7, 8, 9)
+    openings = {}
+    for number in range(10):
+        # Each of the four is left out for seven or more of the others.
+        kept = number if number in out else out[number % 4]
+        survivors = sorted({*summed, kept})
+        told = Survivors(server._binding.context, bitmap(survivors, 10), ROOT).pack()
+        session = clients[cohort.ids[number]]
+        signature = Confirmation.parse(session.confirm(told)).signature
+        # The best that the server has: the same signature in everybody's name.
+        quorum = Quorum(server._binding.context, bitmap(survivors, 10), signature * 7, b"")
+        openings[number] = Opening.parse(session.unmask(quorum.pack()))
+    for number, opening in openings.items():
+        server._deposits[number].opening = opening
+    recovery = server.recovery(openings, summed)
+    total = sum((server.entries(n) for n in summed), np.zeros(LENGTH, np.uint32))
+    # Shares of the other kind than is looked for are told by their marks.
+    apply_masks(total, recovery.masks())
+    return total.view(np.int32)
+
+
+def test_different_survivors_to_different_devices(monkeypatch: Patch) -> None:
+    """Devices that insist on seven are brought to unmask the sum of six."""
+    policy = Policy(minimum=7, corrupt_share=0)
+    with pytest.raises(ReleaseRefused, match="did not confirm the survivors"):
+        split_views(Cohort((0,) * 10, policy))
+    monkeypatch.setattr(ClientSession, "_check_signers", nothing)
+    cohort = Cohort((0,) * 10, policy)
+    six = [vectors_of(cohort)[device] for device in cohort.ids[:6]]
+    np.testing.assert_array_equal(split_views(cohort), plain_sum(six, terms((LENGTH,))))
+
+
+# ---------------------------------------------------------------- models
+
+
+def crafted_model(cohort: Cohort) -> np.ndarray:
+    """All devices are told of one model, and the victim is sent another, which sets it apart."""
+    server, clients = begun(cohort, Stage.MASKED)
+    for device, message in server.outbox().items():
+        sent = model(1, b"crafted") if device == cohort.ids[0] else model(1)
+        # The others' updates vanish on the model they get; the victim's does not.
+        update = np.full(LENGTH, 9 if device == cohort.ids[0] else 0, np.int32)
+        server.receive(device, clients[device].masked(message, update, sent))
+    server.advance()
+    return drive(server, clients, vectors_of(cohort)).total
+
+
+def test_a_model_that_only_the_victim_is_sent(monkeypatch: Patch) -> None:
+    with pytest.raises(ReleaseRefused, match="not the one that all devices are told of"):
+        crafted_model(Cohort((0,) * 10))
+    monkeypatch.setattr(ClientSession, "_check_model", nothing)
+    assert (crafted_model(Cohort((0,) * 10)) == 9).all()
+
+
+def two_models(cohort: Cohort) -> np.ndarray:
+    """Each device is told of the model that it is sent, but the victim's is another one."""
+    server, clients = begun(cohort, Stage.MASKED)
+    crafted = model(1, b"crafted")
+    victim, *others = cohort.ids
+    for device, message in server.outbox().items():
+        own = crafted if device == victim else model(1)
+        deal = replace(Deal.parse(message), model=own).pack()
+        update = np.full(LENGTH, 9 if device == victim else 0, np.int32)
+        server.receive(device, clients[device].masked(deal, update, own))
+    server.advance()
+    told = Survivors.parse(server.outbox()[victim])
+    clients[victim].confirm(replace(told, root=model_root(crafted)).pack())
+    for stage in (Stage.CONFIRM, Stage.UNMASK):  # the victim is in the sum, but answers no more
+        for device in others:
+            message = server.outbox()[device]
+            server.receive(device, answer(clients[device], stage, message, np.zeros(0)))
+        openings = {n: d.opening for n, d in server._deposits.items() if d.opening}
+        if stage is Stage.UNMASK:
+            seed = server.recovery(openings, range(10))._secret("seed", 0)
+        server.advance()
+    total = server.result.total.view(np.uint32)
+    masks = [
+        Mask(server._binding.self_key(seed, ROOT), LENGTH, negative=False),
+        Mask(server._binding.self_key(seed, model_root(crafted)), LENGTH, negative=True),
+    ]
+    apply_masks(total, masks)
+    return total.view(np.int32)
+
+
+def test_different_models_to_different_devices(monkeypatch: Patch) -> None:
+    """Masks are bound to the model; without that the sum is the victim's update alone."""
+    assert not (two_models(Cohort((0,) * 10)) == 9).any()
+    unbound = {
+        "pair_key": lambda self, agreed, root, a, b: PAIR(self, agreed, ROOT, a, b),
+        "self_key": lambda self, seed, root: SELF(self, seed, ROOT),
+    }
+    for name, function in unbound.items():
+        monkeypatch.setattr(Binding, name, function)
+    assert (two_models(Cohort((0,) * 10)) == 9).all()
+
+
+def test_a_quorum_for_another_model_is_none(monkeypatch: Patch) -> None:
+    """The victim itself opens nothing, when the others signed another model's root."""
+    cohort = Cohort((0,) * 10)
+    server, clients = begun(cohort, Stage.UNMASK)
+    message = server.outbox()[cohort.ids[0]]
+    victim = clients[cohort.ids[0]]
+    victim._advance(root=model_root(model(1, b"crafted")))
+    with pytest.raises(ReleaseRefused, match="did not confirm the survivors and the model"):
+        victim.unmask(message)
+    confirmation = Binding.confirmation
+    monkeypatch.setattr(
+        Binding, "confirmation", lambda self, survivors, root: confirmation(self, survivors, ROOT)
+    )
+    victim.unmask(message)
+
+
+PAIR, SELF = Binding.pair_key, Binding.self_key
+
+
+# ---------------------------------------------------------------- replays
+
+
+def difference_of_two_uploads(cohort: Cohort) -> np.ndarray:
+    """The same deal twice, with another vector: the masks are the same and drop out."""
+    server, clients = begun(cohort, Stage.MASKED)
+    device = cohort.ids[0]
+    message, session = server.outbox()[device], clients[device]
+    one, other = (
+        np.frombuffer(session.masked(message, np.full(LENGTH, value), model(1)), "<u4")
+        for value in (5, 12)
+    )
+    return other[MASKED_START // 4 :] - one[MASKED_START // 4 :]
+
+
+def test_replayed_and_reordered_messages(monkeypatch: Patch) -> None:
+    with pytest.raises(ReleaseRefused, match="message 2 of a round, where message 3 is due"):
+        difference_of_two_uploads(Cohort((0,) * 4))
+    with monkeypatch.context() as patch:
+        patch.setattr(ClientSession, "_due", nothing)
+        assert (difference_of_two_uploads(Cohort((0,) * 4)) == 7).all()
+
+
+@pytest.mark.parametrize("due", list(Stage)[:4])
+@pytest.mark.parametrize("sent", list(Stage)[:4])
+def test_no_message_is_answered_out_of_its_order(due: Stage, sent: Stage) -> None:
+    """Also one that was answered before; the session goes on undisturbed."""
+    cohort = Cohort((0,) * 4)
+    kept: dict[Stage, bytes] = {}
+    vectors = vectors_of(cohort)
+    server = cohort.server(terms((LENGTH,)))
+    clients = dict(zip(cohort.ids, cohort.clients(), strict=True))
+    while not server.done:
+        out = server.outbox()
+        kept[server.stage] = out[cohort.ids[0]]
+        if server.stage is due and sent in kept and sent is not due:
+            with pytest.raises(ReleaseRefused):
+                answer(clients[cohort.ids[0]], sent, kept[sent], vectors[cohort.ids[0]])
+        for device, message in out.items():
+            server.receive(device, answer(clients[device], server.stage, message, vectors[device]))
+        server.advance()
+    np.testing.assert_array_equal(
+        server.result.total, plain_sum(list(vectors.values()), terms((LENGTH,)))
+    )
+    for stage, message in kept.items():
+        with pytest.raises(ReleaseRefused):
+            answer(clients[cohort.ids[0]], stage, message, vectors[cohort.ids[0]])
+
+
+def sums_of_one_attempt(cohort: Cohort) -> np.ndarray:
+    """The same attempt twice, once without the victim: the noise is the same and drops out."""
+    totals = []
+    noisy = vectors_of(cohort)  # bound to run, round and attempt: the same both times
+    for gone in ((), cohort.ids[:1]):
+        clients = dict(zip(cohort.ids, cohort.clients(), strict=True))
+        server = cohort.server(terms((LENGTH,)))
+        totals.append(drive(server, clients, noisy, {Stage.MASKED: gone}).total)
+    return totals[0] - totals[1]
+
+
+def test_wrong_round_the_same_attempt_twice(monkeypatch: Patch) -> None:
+    with pytest.raises(ReleaseRefused, match="0 of 10 devices sent shares"):
+        sums_of_one_attempt(Cohort((0,) * 10))
+    monkeypatch.setattr(PrekeyBook, "_check_order", nothing)
+    cohort = Cohort((0,) * 10)
+    np.testing.assert_array_equal(sums_of_one_attempt(cohort), vectors_of(cohort)[cohort.ids[0]])
+
+
+@pytest.mark.parametrize("stage", [Stage.MASKED, Stage.CONFIRM, Stage.UNMASK])
+def test_a_message_of_another_round(stage: Stage, monkeypatch: Patch) -> None:
+    """A device that looked past the context would answer, in this round, words of another."""
+    cohort = Cohort((0,) * 4)
+    first, others = begun(cohort, stage)
+    second, clients = begun(cohort, stage, round=1)
+    device = cohort.ids[0]
+    foreign = first.outbox()[device]
+    vector = vectors_of(cohort)[device]
+    with pytest.raises(ReleaseRefused, match="another round"):
+        answer(clients[device], stage, foreign, vector)
+    with pytest.raises(ReleaseRefused, match="another round"):
+        second.receive(device, answer(others[device], stage, foreign, vector))
+    monkeypatch.setattr(ClientSession, "_check_context", nothing)
+    if stage is Stage.UNMASK:  # the signatures themselves are bound, too
+        with pytest.raises(ReleaseRefused, match="did not confirm"):
+            answer(clients[device], stage, foreign, vector)
+    else:
+        answer(clients[device], stage, foreign, vector)
+
+
+# ---------------------------------------------------------------- shares
+
+
+def altered_round(cohort: Cohort, alter: Callable[[bytes], bytes]) -> tuple[bool, set[str]]:
+    """Two holders return altered shares of devices that dropped out."""
+    server, clients = begun(cohort, Stage.UNMASK)
+    answers = {
+        device: clients[device].unmask(message) for device, message in server.outbox().items()
+    }
+    for number, device in enumerate(cohort.ids[:9]):  # the last one does not answer any more
+        opening = Opening.parse(answers[device])
+        if number < 2:
+            shares = split(opening.shares, 9, 32)
+            opening = replace(opening, shares=b"".join(map(alter, shares)))
+        server.receive(device, opening.pack())
+    server.advance()
+    everybody = list(vectors_of(cohort).values())
+    right = (server.result.total == plain_sum(everybody, terms((LENGTH,)))).all()
+    blamed = {device.hex() for device in server.result.faults}
+    assert blamed <= {device.hex() for device in cohort.ids[:2]}
+    return bool(right), blamed
+
+
+ALTERED: dict[str, Callable[[bytes], bytes]] = {
+    "one bit": lambda share: bytes([share[0] ^ 1]) + share[1:],
+    "zero": lambda share: bytes(32),
+    "out of the field": lambda share: b"\xff" * 32,
+    "the modulus": lambda share: shamir.PRIME.to_bytes(32, "little"),
+}
+
+
+@pytest.mark.parametrize("how", ALTERED)
+def test_altered_shares_and_values_outside_the_field(how: str, monkeypatch: Patch) -> None:
+    right, blamed = altered_round(Cohort((0,) * 10), ALTERED[how])
+    assert right
+    assert len(blamed) == 2
+    with monkeypatch.context() as patch:  # without commitments the server takes the lie
+        patch.setattr(Recovery, "_is_secret", lambda *arguments: True)
+        patch.setattr(Binding, "share_mark", lambda *arguments: bytes(16))
+        patch.setattr(shamir, "in_field", lambda share: True)
+        right, blamed = altered_round(Cohort((0,) * 10), ALTERED[how])
+        assert not right
+        assert not blamed
+
+
+@pytest.mark.parametrize(("wrong", "works"), [(2, True), (3, False)])
+def test_shares_that_were_never_of_one_secret(wrong: int, works: bool, monkeypatch: Patch) -> None:
+    """A dealer commits to shares of nothing, and drops out: another quorum, then no sum."""
+    original, calls = shamir.split, []
+
+    def crooked(*arguments: Any) -> list[list[bytes]]:
+        dealt = original(*arguments)
+        calls.append(arguments)
+        if len(calls) == 10:
+            dealt[0] = [bytes(32)] * wrong + dealt[0][wrong:]
+        return dealt
+
+    monkeypatch.setattr(shamir, "split", crooked)
+    cohort = Cohort((0,) * 10)
+    server, clients = begun(cohort, Stage.UNMASK)
+    for device, message in list(server.outbox().items())[:9]:
+        server.receive(device, clients[device].unmask(message))
+    if works:
+        server.advance()
+        everybody = list(vectors_of(cohort).values())
+        np.testing.assert_array_equal(server.result.total, plain_sum(everybody, terms((LENGTH,))))
+    else:
+        with pytest.raises(ReleaseRefused, match=cohort.ids[9].hex()[:16]):
+            server.advance()
+
+
+def test_a_device_that_seals_rubbish_makes_nobody_drop_out() -> None:
+    cohort = Cohort((0,) * 10)
+    server = cohort.server(terms((LENGTH,)))
+    clients = dict(zip(cohort.ids, cohort.clients(), strict=True))
+    for number, (device, message) in enumerate(server.outbox().items()):
+        shares = clients[device].shares(message)
+        if number == 0:
+            parsed = Shares.parse(shares)
+            shares = replace(parsed, sealed=bytes(len(parsed.sealed))).pack()
+        server.receive(device, shares)
+    server.advance()
+    result = drive(server, clients, vectors_of(cohort))
+    expected = plain_sum(list(vectors_of(cohort).values()), terms((LENGTH,)))
+    np.testing.assert_array_equal(result.total, expected)
+
+
+def test_colluders_learn_no_seed_before_the_survivors_are_certain() -> None:
+    """Signatures of two thirds are needed; colluders and a victim alone do not get there."""
+    cohort = Cohort((0,) * 10)
+    server, clients = begun(cohort, Stage.CONFIRM)
+    n, everybody = 10, range(10)
+    told = Survivors(server._binding.context, bitmap(everybody, n), ROOT).pack()
+    signed = [Confirmation.parse(clients[d].confirm(told)).signature for d in cohort.ids[:7]]
+    for count in (6, 7):
+        quorum = Quorum(
+            server._binding.context, bitmap(range(count), n), b"".join(signed[:count]), b""
+        )
+        if count < 7:
+            with pytest.raises(ReleaseRefused, match="6 of 10 devices confirmed"):
+                clients[cohort.ids[0]].unmask(quorum.pack())
+        else:
+            clients[cohort.ids[0]].unmask(quorum.pack())
+
+
+def test_a_victim_is_not_told_apart_by_a_roster_of_its_own(monkeypatch: Patch) -> None:
+    """Two rosters that differ in one device make two contexts, which do not mix."""
+    cohort = Cohort((0,) * 10)
+    server, _ = begun(cohort, Stage.SHARES)
+    call = Call.parse(server.outbox()[cohort.ids[0]])
+    size = len(call.records) // 10
+    shorter = replace(call, records=call.records[: 9 * size])
+    with pytest.raises(ReleaseRefused, match="another round"):
+        server.receive(cohort.ids[0], cohort.clients()[0].shares(shorter.pack()))
+
+
+def test_secrets_do_not_show(capsys: pytest.CaptureFixture[str]) -> None:
+    root = SecretRoot.known(b"root")
+    cohort = Cohort((0,) * 4)
+    session = cohort.clients()[0]
+    print(session, cohort.books[0], root, vars(session))
+    seed = cohort.books[0].secret(0).masking_bytes
+    assert seed.hex() not in capsys.readouterr().out
