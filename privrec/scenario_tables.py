@@ -260,8 +260,9 @@ class Train(Table):
     weight_decay: float = setting(
         0.0, "Decoupled decay: each round, weights shrink by `server_lr` times this.", ge=0, le=1000
     )
-    schedule: Literal["constant", "cosine", "linear"] = setting(
-        "constant", "Course of `server_lr` over the rounds."
+    schedule: Literal["constant", "cosine", "linear", "inverse"] = setting(
+        "constant",
+        "Course of `server_lr` over the rounds; `inverse` is one over the rounds since the start.",
     )
     warmup_rounds: int = setting(
         0, "Rounds in which `server_lr` rises linearly.", unit="rounds", ge=0, le=10**6

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from scipy import stats
 
-from privrec import cli, errors
+from privrec import cli, errors, scenario
 from privrec.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -337,6 +339,50 @@ set = { "privacy.epsilon" = 1.0 }
 name = "ranking"
 set = { "train.loss" = "bpr", "train.rounds" = 2 }
 """
+
+
+SEEDED = """
+[[rows]]
+name = "alike"
+
+[[rows]]
+name = "mixed"
+set = { "devices.tiers" = [{ capacity = 1.0, share = 0.5 }, { capacity = 0.5, share = 0.5 }] }
+"""
+
+
+def test_rows_over_several_seeds_give_means_and_intervals(place: Path) -> None:
+    (place / "tiny.toml").write_text(TINY + SEEDED)
+    settings = ("-s", "run.seeds=3", "-s", 'run.baselines=["popularity", "ease"]')
+    printed = done("run", "tiny.toml", "--out", "seeded", *settings).stdout
+    payload = json.loads(Path("seeded/result.json").read_text())
+    assert set(payload["baselines"]) == {"popularity", "ease"}
+    for index, row in enumerate(payload["rows"]):
+        folders = [f"{index}", f"{index}-1", f"{index}-2"]
+        found = [json.loads(Path(f"seeded/rows/{f}/result.json").read_text()) for f in folders]
+        seeds = [scenario.load(Path(f"seeded/rows/{f}/scenario.toml")).run.seed for f in folders]
+        assert seeds == [seeds[0], seeds[0] + 1, seeds[0] + 2]
+        assert row["seeds"] == [each["run_id"] for each in found]
+        values = [each["metrics"]["ndcg@10"] for each in found]
+        assert len(set(values)) > 1
+        assert row["ndcg@10"] == pytest.approx(np.mean(values))
+        reach = stats.t.ppf(0.975, 2) * np.std(values, ddof=1) / 3**0.5
+        assert row["intervals"]["ndcg@10"] == pytest.approx(
+            [np.mean(values) - reach, np.mean(values) + reach]
+        )
+        # Memory is measured once, and is that of a real process.
+        peaks = [each["tiers"][0]["device_peak_bytes"] for each in found]
+        assert peaks[0] > 0
+        assert peaks[1:] == [None, None]
+    alike, mixed = payload["rows"]
+    assert "own_ndcg@10" not in alike
+    assert [tier["capacity"] for tier in mixed["tiers"]] == [1.0, 0.5]
+    uploads = [tier["upload_bytes"] for tier in mixed["tiers"]]
+    assert uploads[1] < 0.6 * uploads[0]
+    own = np.mean([tier["ndcg@10"] for tier in mixed["tiers"]])
+    assert mixed["own_ndcg@10"] == pytest.approx(own, abs=0.02)  # tiers of about one size
+    assert "±" in printed
+    assert "ease (centralised)" in printed
 
 
 def test_rows_are_run_and_listed_and_resumed_where_they_stopped(

@@ -253,7 +253,7 @@ TIERS = {
         "devices.tiers[0].share", "nan", "a share above 0"
     ),
     "no share": settings(
-        "devices.tiers=[{capacity = 1.0}]", "devices.tiers[0].share", "a share above 0", "for example"
+        "devices.tiers=[{capacity = 1.0}]", "devices.tiers[0].share", "a share above 0"
     ),
     "tier as a number": settings(
         "devices.tiers=[0.5]", "devices.tiers[0] = 0.5", "a tier is a table", "for example"

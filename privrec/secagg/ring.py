@@ -118,7 +118,8 @@ class Encoding:
 
     def decode(self, integers: NDArray[np.int64], cohort: float = 1.0) -> NDArray[np.float64]:
         """The sum in units of the input, or the mean over an expected cohort."""
-        return integers * (1 / (self.scale * cohort))
+        decoded: NDArray[np.float64] = integers * np.float64(1 / (self.scale * cohort))
+        return decoded
 
     def _round(self, values: NDArray[np.float32], coins: Coins) -> NDArray[np.float32]:
         rounded = coins.uint16(values.size).reshape(values.shape).astype(np.float32)

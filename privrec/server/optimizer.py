@@ -21,7 +21,9 @@ class Schedule:
     """The course of the server's step size over the run.
 
     Args:
-        kind: ``"constant"``, ``"cosine"`` or ``"linear"``; the latter two end at zero.
+        kind: ``"constant"``; ``"cosine"`` or ``"linear"``, which end at zero; or ``"inverse"``,
+            one over the rounds so far, for which averages converge to the optimum of a strongly
+            convex problem (Li et al., "On the Convergence of FedAvg on Non-IID Data", ICLR 2020).
         rounds: length of the run.
         warmup_rounds: rounds in which the step size rises linearly from zero.
     """
@@ -34,6 +36,8 @@ class Schedule:
         """Factor of the step size in round ``index``, counted from 0."""
         if index < self.warmup_rounds:
             return (index + 1) / (self.warmup_rounds + 1)
+        if self.kind == "inverse":
+            return (self.warmup_rounds + 1) / (index + 1)
         span = max(1, self.rounds - self.warmup_rounds)
         progress = (index - self.warmup_rounds) / span
         if self.kind == "cosine":

@@ -562,17 +562,18 @@ def split_views(cohort: Cohort) -> np.ndarray:
     """Every device is told seven survivors, but others than its peers: six are summed alone."""
     server, clients = begun(cohort, Stage.CONFIRM)
     summed, out = range(6), (6, 7, 8, 9)
-    openings = {}
+    openings, views, signed = {}, {}, {}
     for number in range(10):
         # Each of the four is left out for seven or more of the others.
         kept = number if number in out else out[number % 4]
-        survivors = sorted({*summed, kept})
-        told = Survivors(server._binding.context, bitmap(survivors, 10), ROOT).pack()
+        views[number] = sorted({*summed, kept})
+        told = Survivors(server._binding.context, bitmap(views[number], 10), ROOT).pack()
         session = clients[cohort.ids[number]]
-        signature = Confirmation.parse(session.confirm(told)).signature
-        # The best that the server has: the same signature in everybody's name.
-        quorum = Quorum(server._binding.context, bitmap(survivors, 10), signature * 7, b"")
-        openings[number] = Opening.parse(session.unmask(quorum.pack()))
+        signed[number] = Confirmation.parse(session.confirm(told)).signature
+    for number, view in views.items():
+        joined = b"".join(signed[signer] for signer in view)  # each of them signed something
+        quorum = Quorum(server._binding.context, bitmap(view, 10), joined, b"")
+        openings[number] = Opening.parse(clients[cohort.ids[number]].unmask(quorum.pack()))
     for number, opening in openings.items():
         server._deposits[number].opening = opening
     recovery = server.recovery(openings, summed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,9 +24,10 @@ from secagg_rounds import (
 from privrec.errors import ReleaseRefused, UsageError
 from privrec.secagg.client import ClientSession, Policy
 from privrec.secagg.graph import Graph
-from privrec.secagg.messages import Opening, Quorum
+from privrec.secagg.messages import Confirmation, Opening, Quorum, Shares
 from privrec.secagg.roster import Terms
 from privrec.secagg.server import ServerSession, Stage
+from privrec.secagg.wire import bitmap
 
 SPARSE = Policy(minimum=2, corrupt_share=0.0, graph=Graph(complete_up_to=5, degree=25))
 
@@ -272,6 +274,24 @@ def test_a_next_round_that_is_refused_does_not_spoil_this_one() -> None:
     assert all(client.following is None for client in clients.values())
 
 
+def test_a_bad_answer_to_the_next_call_does_not_spoil_this_round() -> None:
+    cohort = Cohort((0, 0, 0, 0))
+    server, following = cohort.server(terms((5,))), cohort.server(terms((5,), round=1))
+    server.follow(following)
+    clients = dict(zip(cohort.ids, cohort.clients(), strict=True))
+    bad = cohort.ids[0]
+    while not server.done:
+        for device, message in server.outbox().items():
+            reply = answer(clients[device], server.stage, message, np.ones(5, np.int32))
+            if device == bad and server.stage is Stage.UNMASK:
+                reply = replace(Opening.parse(reply), following=b"rubbish").pack()
+            server.receive(device, reply)
+        server.advance()
+    assert (server.result.total == 4).all()
+    assert list(server.result.faults) == [bad]
+    assert list(following.outbox()) == [bad]
+
+
 @pytest.mark.parametrize("policy", [SMALL, SPARSE])
 def test_a_session_goes_on_in_another_process(policy: Policy) -> None:
     cohort = Cohort((0, 1, 2, 0) * (10 if policy is SPARSE else 2), policy)
@@ -347,6 +367,60 @@ def test_the_server_counts_an_answer_once_and_of_the_cohort_alone() -> None:
         server.receive(cohort.ids[0], shares)
     with pytest.raises(ReleaseRefused, match="none is due"):
         server.receive(bytes(32), shares)
+
+
+def test_who_dropped_out_is_not_heard_again() -> None:
+    cohort = Cohort((0,) * 4)
+    server = cohort.server(terms((5,)))
+    clients = dict(zip(cohort.ids, cohort.clients(), strict=True))
+    late = clients[cohort.ids[0]].shares(server.outbox()[cohort.ids[0]])
+    for device in cohort.ids[1:]:
+        server.receive(device, clients[device].shares(server.outbox()[device]))
+    server.advance()
+    assert set(server.outbox()) == set(cohort.ids[1:])
+    for message in (late, bytes(clients[cohort.ids[1]].masked(
+        server.outbox()[cohort.ids[1]], np.ones(5, np.int32), model(1)
+    ))):  # fmt: skip
+        with pytest.raises(ReleaseRefused, match="none is due"):
+            server.receive(cohort.ids[0], message)
+
+
+def test_the_server_takes_shares_for_the_right_number_of_others() -> None:
+    cohort = Cohort((0,) * 6)
+    server = cohort.server(terms((5,)))
+    device = cohort.ids[0]
+    right = cohort.clients()[0].shares(server.outbox()[device])
+    parsed = Shares.parse(right)
+    fewer = replace(
+        parsed,
+        neighbours=bitmap([1, 2, 3, 4], 6),
+        share_marks=parsed.share_marks[32:],
+        sealed=parsed.sealed[80:],
+    )
+    itself = replace(parsed, neighbours=bitmap([0, 1, 2, 3, 4], 6))
+    for wrong in (fewer, itself):
+        with pytest.raises(ReleaseRefused, match="neighbours, where 5 others are due"):
+            server.receive(device, wrong.pack())
+    server.receive(device, right)
+
+
+def test_the_server_takes_no_wrong_signature_and_no_wrong_seed() -> None:
+    cohort = Cohort((0,) * 4)
+    server = cohort.server(terms((5,)))
+    clients = dict(zip(cohort.ids, cohort.clients(), strict=True))
+    changes = {Stage.CONFIRM: {"signature": bytes(64)}, Stage.UNMASK: {"seed": bytes(32)}}
+    while not server.done:
+        for device, message in server.outbox().items():
+            stage = server.stage
+            reply = answer(clients[device], stage, message, np.ones(5, np.int32))
+            if stage in changes:
+                kind = Confirmation if stage is Stage.CONFIRM else Opening
+                wrong = replace(kind.parse(reply), **changes[stage])  # type: ignore[type-var]
+                with pytest.raises(ReleaseRefused, match="wrong signature|not the one"):
+                    server.receive(device, wrong.pack())
+            server.receive(device, reply)
+        server.advance()
+    assert (server.result.total == 4).all()
 
 
 def test_the_server_needs_a_model_and_sound_terms() -> None:

@@ -1,0 +1,270 @@
+"""What a device refuses to answer, check by check; a refusal leaves the session as it was."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from secagg_rounds import Cohort, answer, drive, model, plain_sum, terms
+
+from privrec.errors import ReleaseRefused
+from privrec.secagg.binding import model_root
+from privrec.secagg.client import ClientSession, Policy
+from privrec.secagg.graph import Graph
+from privrec.secagg.messages import Deal, Quorum, Survivors
+from privrec.secagg.server import ServerSession, Stage
+from privrec.secagg.wire import bitmap, members
+
+# Nine devices, so that bitmaps have a second byte; three of them hold both bands.
+TIERS = (0, 0, 0, 1, 1, 1, 1, 1, 1)
+AGREED = terms((4, 10), minimums=(1, 1))
+POLICY = Policy(minimum=3, corrupt_share=0.0)
+N, QUORUM = 9, 7
+VECTOR = np.arange(10, dtype=np.int32)
+KINDS: dict[Stage, Any] = {Stage.MASKED: Deal, Stage.CONFIRM: Survivors, Stage.UNMASK: Quorum}
+
+
+class Waiting:
+    """A round in which the first device waits for the message of a stage."""
+
+    def __init__(self, stage: Stage, policy: Policy = POLICY) -> None:
+        self.cohort = Cohort(TIERS, policy)
+        self.server: ServerSession = self.cohort.server(AGREED)
+        self.clients = dict(zip(self.cohort.ids, self.cohort.clients(), strict=True))
+        self.vectors = {
+            device: VECTOR[: AGREED.length(tier)]
+            for device, tier in zip(self.cohort.ids, TIERS, strict=True)
+        }
+        while self.server.stage < stage:
+            for device, message in self.server.outbox().items():
+                self.server.receive(device, self.answer(device, message))
+            self.server.advance()
+        self.device = self.cohort.ids[0]
+        self.client: ClientSession = self.clients[self.device]
+        self.message = self.server.outbox()[self.device]
+
+    def answer(self, device: bytes, message: bytes) -> Any:
+        stage = self.server.stage
+        return answer(self.clients[device], stage, message, self.vectors[device])
+
+    def refuses(self, words: str, **changes: Any) -> None:
+        """The device refuses the changed message, then answers the right one, and all ends well."""
+        parsed = KINDS[self.server.stage].parse(self.message)
+        saved = self.client.saved()
+        with pytest.raises(ReleaseRefused, match=words):
+            self.answer(self.device, replace(parsed, **changes).pack())
+        assert self.client.saved() == saved
+        total = drive(self.server, self.clients, self.vectors).total
+        np.testing.assert_array_equal(total, plain_sum(list(self.vectors.values()), AGREED))
+
+
+def without(*numbers: int) -> bytes:
+    return bitmap([n for n in range(N) if n not in numbers], N)
+
+
+# ---------------------------------------------------------------- the call
+
+
+@pytest.mark.parametrize(
+    ("policy", "works"),
+    [(Policy(3, 0.3), True), (Policy(4, 0.3), False), (Policy(10, 0.0), False)],
+)
+def test_a_call_is_held_to_the_minimum_in_every_band(policy: Policy, works: bool) -> None:
+    cohort = Cohort(TIERS, policy)
+    call = cohort.server(AGREED).outbox()[cohort.ids[0]]
+    if works:
+        cohort.clients()[0].shares(call)
+    else:
+        with pytest.raises(ReleaseRefused, match="band"):
+            cohort.clients()[0].shares(call)
+
+
+def test_a_call_is_held_to_the_share_of_colluders_that_the_device_assumes() -> None:
+    graph = Graph(complete_up_to=3, degree=5)
+    for share, works in ((0.0, True), (0.3, False)):
+        cohort = Cohort((0,) * 40, Policy(3, share, graph=Graph(complete_up_to=3, degree=30)))
+        call = cohort.server(terms((5,))).outbox()[cohort.ids[0]]
+        if works:
+            cohort.clients()[0].shares(call)
+        else:
+            with pytest.raises(ReleaseRefused, match="12 colluders among 40|drawn badly"):
+                cohort.clients()[0].shares(call)
+    cohort = Cohort((0,) * 40, Policy(3, 0.0, graph=graph))
+    with pytest.raises(ReleaseRefused, match="drawn badly"):
+        cohort.clients()[0].shares(cohort.server(terms((5,))).outbox()[cohort.ids[0]])
+
+
+def test_a_call_without_the_device_is_refused() -> None:
+    cohort, others = Cohort((0,) * 4), Cohort((0,) * 4, name="others")
+    call = others.server(terms((5,))).outbox()[others.ids[0]]
+    session = ClientSession(cohort.books[0], others.anchor, cohort.policy)
+    with pytest.raises(ReleaseRefused, match="without device"):
+        session.shares(call)
+
+
+# ---------------------------------------------------------------- the deal
+
+
+@pytest.mark.parametrize(
+    ("present", "words"),
+    [
+        (without(0), "leaves this device out"),
+        (without(6, 7, 8), "6 of 9 devices sent shares"),
+        (without(1), "band 2 of 2: 2 devices"),
+    ],
+)
+def test_a_deal_with_too_few_present_is_refused(present: bytes, words: str) -> None:
+    waiting = Waiting(Stage.MASKED)
+    deal = Deal.parse(waiting.message)
+    kept = [n for n in members(deal.wards, N) if n in members(present, N)]
+    sealed = b"".join(
+        piece
+        for n, piece in zip(members(deal.wards, N), pieces(deal.sealed, 80), strict=True)
+        if n in kept
+    )
+    waiting.refuses(words, present=present, wards=bitmap(kept, N), sealed=sealed)
+
+
+def pieces(joined: bytes, size: int) -> list[bytes]:
+    return [joined[i : i + size] for i in range(0, len(joined), size)]
+
+
+def test_neighbours_alone_are_no_quorum() -> None:
+    """Beyond the complete graph, a device counts the whole cohort and not its neighbours alone."""
+    graph = Graph(complete_up_to=5, degree=25)
+    cohort = Cohort((0,) * 40, Policy(3, 0.0, graph=graph))
+    server = cohort.server(terms((5,)))
+    clients = dict(zip(cohort.ids, cohort.clients(), strict=True))
+    for device, message in server.outbox().items():
+        server.receive(device, clients[device].shares(message))
+    server.advance()
+    session = clients[cohort.ids[0]]
+    near = {0, *session._called().neighbours}
+    message = Deal.parse(server.outbox()[cohort.ids[0]])
+    kept = [n for n in members(message.wards, 40) if n in near]
+    all_pieces = dict(zip(members(message.wards, 40), pieces(message.sealed, 80), strict=True))
+    lie = replace(
+        message,
+        present=bitmap(sorted(near), 40),
+        wards=bitmap(kept, 40),
+        sealed=b"".join(all_pieces[n] for n in kept),
+    )
+    with pytest.raises(ReleaseRefused, match="26 of 40 devices sent shares, 26 of this"):
+        session.masked(lie.pack(), VECTOR[:5], model(1))
+
+
+def test_a_deal_with_wards_that_cannot_be_is_refused() -> None:
+    waiting = Waiting(Stage.MASKED)
+    sealed = Deal.parse(waiting.message).sealed
+    own = bitmap(range(N - 1), N)  # names the device itself
+    waiting.refuses("leaves this device out", wards=own, sealed=sealed)
+    waiting = Waiting(Stage.MASKED)
+    waiting.refuses("not present", present=without(8))
+    waiting = Waiting(Stage.MASKED)
+    waiting.refuses("pieces of 80 bytes", sealed=sealed[:-80])
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        (model(1), "digests of 1 bands told"),
+        (model(3), "digests of 3 bands told"),
+        ((model(2)[0], bytes(32)), "not the one that all devices are told of"),
+        ((bytes(32), model(2)[1]), "not the one that all devices are told of"),
+    ],
+)
+def test_a_deal_about_another_model_is_refused(told: tuple[bytes, ...], words: str) -> None:
+    Waiting(Stage.MASKED).refuses(words, model=told)
+
+
+def test_a_weak_device_compares_the_bands_that_it_holds() -> None:
+    waiting = Waiting(Stage.MASKED)
+    weak = waiting.cohort.ids[-1]
+    message = waiting.server.outbox()[weak]
+    vector = waiting.vectors[weak]
+    session = waiting.clients[weak]
+    for seen in (model(2), ()):
+        with pytest.raises(ReleaseRefused, match=f"{len(seen)} seen, of 1 held"):
+            session.masked(message, vector, seen)
+    # It cannot know the other band, and takes part whatever is told of it; the roots then differ.
+    other = replace(Deal.parse(message), model=(model(2)[0], bytes(32)))
+    session.masked(other.pack(), vector, model(1))
+
+
+# ---------------------------------------------------------------- the survivors
+
+
+@pytest.mark.parametrize(
+    ("survivors", "words"),
+    [
+        (without(0), "lack this device"),
+        (without(6, 7, 8), "6 of 9 devices survived"),
+        (without(1), "band 2 of 2: 2 devices"),
+    ],
+)
+def test_too_few_survivors_are_refused(survivors: bytes, words: str) -> None:
+    Waiting(Stage.CONFIRM).refuses(words, survivors=survivors)
+
+
+def test_survivors_that_were_never_present_are_refused() -> None:
+    waiting = Waiting(Stage.CONFIRM)
+    waiting.client._advance(present=without(8))
+    with pytest.raises(ReleaseRefused, match="never present"):
+        waiting.client.confirm(waiting.message)
+
+
+def test_survivors_of_another_model_are_refused() -> None:
+    Waiting(Stage.CONFIRM).refuses("another model", root=model_root(model(2, b"other")))
+
+
+# ---------------------------------------------------------------- the quorum
+
+
+def quorum_of(waiting: Waiting, numbers: list[int]) -> dict[str, bytes]:
+    signatures = pieces(Quorum.parse(waiting.message).signatures, 64)
+    joined = b"".join(signatures[n] for n in numbers)
+    return {"signers": bitmap(numbers, N), "signatures": joined}
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [
+        (list(range(6)), "6 of 9 devices confirmed"),
+        ([0, 1, 3, 4, 5, 6, 7, 8], "band 2 of 2: 2 devices"),
+    ],
+)
+def test_too_few_signatures_are_refused(numbers: list[int], words: str) -> None:
+    waiting = Waiting(Stage.UNMASK)
+    waiting.refuses(words, **quorum_of(waiting, numbers))
+
+
+def test_exactly_enough_signatures_are_taken() -> None:
+    waiting = Waiting(Stage.UNMASK)
+    changed = replace(Quorum.parse(waiting.message), **quorum_of(waiting, list(range(QUORUM))))
+    waiting.client.unmask(changed.pack())
+
+
+def test_signatures_of_others_than_survivors_do_not_count() -> None:
+    waiting = Waiting(Stage.UNMASK)
+    waiting.client._advance(survivors=without(8))
+    with pytest.raises(ReleaseRefused, match="did not survive"):
+        waiting.client.unmask(waiting.message)
+
+
+@pytest.mark.parametrize("place", [0, 3, 8])
+def test_every_signature_must_be_right(place: int) -> None:
+    waiting = Waiting(Stage.UNMASK)
+    signatures = pieces(Quorum.parse(waiting.message).signatures, 64)
+    signatures[place] = signatures[place - 1]
+    waiting.refuses("did not confirm", signatures=b"".join(signatures))
+
+
+def test_after_the_end_nothing_of_others_is_kept() -> None:
+    waiting = Waiting(Stage.UNMASK)
+    held = waiting.client._recalled().held
+    assert len(held) == 8 * 64
+    waiting.client.unmask(waiting.message)
+    assert waiting.client._recalled().held == b""
+    assert held[:32] not in waiting.client.saved()
