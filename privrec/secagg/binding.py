@@ -16,9 +16,6 @@ from privrec.secagg.masks import MASK_KEY_BYTES
 from privrec.secagg.messages import SHARE_MARK_BYTES
 from privrec.secagg.roster import Call
 
-SEED, MASKING = "seed", "masking"
-"""The two kinds of share: of a self-mask's seed, and of a private mask key."""
-
 
 @dataclass(frozen=True)
 class Binding:
@@ -61,11 +58,11 @@ class Binding:
         """The key of a device's own mask; 16 bytes."""
         return derive(seed, "self mask", self.context, root)[:MASK_KEY_BYTES]
 
-    def seed_mark(self, dealer: int, seed: bytes) -> bytes:
+    def seed_mark(self, kind: int, dealer: int, seed: bytes) -> bytes:
         """A commitment to a seed; 32 bytes, which hide it since it is random."""
-        return statement("seed mark", self.context, dealer, seed)
+        return statement("seed mark", self.context, kind, dealer, seed)
 
-    def share_mark(self, kind: str, dealer: int, holder: int, share: bytes) -> bytes:
+    def share_mark(self, kind: int, dealer: int, holder: int, share: bytes) -> bytes:
         """A commitment to one share; 16 bytes, which hide it since it is random.
 
         A holder that alters its share would need a second preimage of 128 bits. A dealer could make

@@ -20,14 +20,11 @@ from numpy.typing import NDArray
 from privrec.errors import ReleaseRefused, UsageError
 from privrec.randomness import SecureStream
 from privrec.secagg import shamir
-from privrec.secagg.binding import MASKING, SEED, Binding, model_root
+from privrec.secagg.binding import Binding, model_root
 from privrec.secagg.graph import Graph
 from privrec.secagg.keys import SIGNATURE_BYTES, PrekeyBook, SecretPrekey, agree
 from privrec.secagg.masks import Mask, apply_masks
 from privrec.secagg.messages import (
-    MAX_REVEAL_BYTES,
-    SEALED_BYTES,
-    SHARE_PAIR_BYTES,
     Confirmation,
     Deal,
     Opening,
@@ -35,8 +32,9 @@ from privrec.secagg.messages import (
     Shares,
     Survivors,
     masked_message,
+    sealed_bytes,
 )
-from privrec.secagg.roster import Anchor, Call, Roster, Terms
+from privrec.secagg.roster import MAX_BANDS, NOISE, SEED, Anchor, Call, Roster, Terms
 from privrec.secagg.wire import (
     Bitmap,
     Buffer,
@@ -63,8 +61,9 @@ class Policy:
         minimum: fewest devices that it is willing to be summed with, itself included, in the
             cohort and in every band; at least 2.
         corrupt_share: share of a cohort that it assumes to collude with the server.
-        plan: digest of what it agreed to take part in, which the terms of every round must name;
-            None leaves the comparison to whoever reads :attr:`ClientSession.terms`.
+        agreed: what it agreed to take part in; the terms of every round must be these but for
+            round and attempt, or a server could lower what noise is left. None leaves the
+            comparison to whoever reads :attr:`ClientSession.terms`.
         graph: constants of the protocol.
 
     Raises:
@@ -73,7 +72,7 @@ class Policy:
 
     minimum: int = 20
     corrupt_share: float = 0.05
-    plan: bytes | None = None
+    agreed: Terms | None = None
     graph: Graph = field(default_factory=Graph)
 
     def __post_init__(self) -> None:
@@ -130,6 +129,7 @@ class _Progress(Message):
     held: Annotated[bytes, Size(0, 1 << 26)]
     root: Digest
     survivors: Bitmap
+    noise: Annotated[bytes, Size(0, MAX_BANDS * shamir.SECRET_BYTES)]
 
 
 class ClientSession:
@@ -137,9 +137,10 @@ class ClientSession:
 
     Promise: nothing is sent but for one answer to each of the four messages, in their order; the
     device's vector is covered by a mask of its own, and by one shared with every neighbour, of
-    which it learned from an enrolled device's signature; of each ward at most one kind of share is
-    handed out; and its own seed is handed out only after a quorum signed the same survivors, the
-    same model and the same terms, in numbers that satisfy the device's own policy.
+    which it learned from an enrolled device's signature; of each ward a share of either the seed or
+    the mask key is handed out, never both, and of seeds of noise only where the confirmed survivors
+    carry more of it than their band needs; and its own seed is handed out only after a quorum
+    signed the same survivors, model and terms, in numbers that satisfy the device's own policy.
 
     Args:
         book: the device's identity, root and one-time prekeys.
@@ -222,11 +223,14 @@ class ClientSession:
 
     # ------------------------------------------------------------------ the four exchanges
 
-    def shares(self, message: Buffer) -> bytes:
+    def shares(self, message: Buffer, noise: Sequence[bytes] = ()) -> bytes:
         """Answer a call with this device's secrets, in shares sealed to its neighbours.
 
         Args:
             message: a :class:`~privrec.secagg.roster.Call`.
+            noise: the seeds of this device's noise in this attempt, 32 bytes for each band that it
+                holds, if the terms take noise off again; see
+                :func:`~privrec.privacy.shares.noise_seeds`.
 
         Returns:
             A :class:`~privrec.secagg.messages.Shares`.
@@ -234,6 +238,7 @@ class ClientSession:
         Raises:
             ReleaseRefused: when the roster is not made of enrolled devices, is below the device's
                 minimum in any band, does not name this device, or asks it to take part again.
+            UsageError: when there are not as many seeds as the terms ask for.
         """
         self._due(_Stage.CALL)
         call = Call.parse(message)
@@ -241,14 +246,21 @@ class ClientSession:
         own = roster.number(self._book.key.public)
         self._check_cohort(roster)
         terms = roster.terms
+        due = roster.secrets(own) - NOISE
+        if [len(seed) for seed in noise] != [shamir.SECRET_BYTES] * due:
+            raise UsageError(
+                f"{len(noise)} seeds of noise: the terms of this round ask for {due} of "
+                f"{shamir.SECRET_BYTES} bytes; give one for each band, if noise is taken off again"
+            )
         serial = roster.prekeys[own].serial
         prekey = self._book.enter(serial, terms.run, terms.round, terms.attempt)
         self._round = self._enter(call, roster, own, prekey, None)
         nobody, neighbours = self._bitmap(()), self._bitmap(self._round.neighbours)
         self._progress = _Progress(
-            _Stage.DEAL, call.pack(), neighbours, nobody, nobody, b"", bytes(32), nobody
-        )
-        return self._dealt(self._round).pack()
+            _Stage.DEAL, call.pack(), neighbours, nobody, nobody, b"", bytes(32), nobody,
+            b"".join(noise),
+        )  # fmt: skip
+        return self._dealt(self._round, noise).pack()
 
     def masked(self, message: Buffer, integers: NDArray[Any], model: Sequence[bytes]) -> bytearray:
         """Answer a deal with this device's vector under masks.
@@ -279,7 +291,7 @@ class ClientSession:
             raise UsageError(
                 f"a vector of {len(integers)} entries; this device's tier sends {self.length}"
             )
-        pieces = split(deal.sealed, len(wards), SEALED_BYTES)
+        pieces = split(deal.sealed, [sealed_bytes(round.roster.secrets(ward)) for ward in wards])
         root = model_root(deal.model)
         answer, entries = masked_message(round.binding.context, integers, round.call.ring_bits)
         apply_masks(entries, self._masks(present, wards, root))
@@ -316,7 +328,7 @@ class ClientSession:
         signature = self._book.key.sign(round.binding.confirmation(told.survivors, told.root))
         return Confirmation(round.binding.context, signature).pack()
 
-    def unmask(self, message: Buffer, reveal: bytes = b"") -> bytes:
+    def unmask(self, message: Buffer, noise: Sequence[bytes] = ()) -> bytes:
         """Answer a quorum's signatures with the own seed and one share for each ward.
 
         When the message carries the call of the next round, its answer rides along and
@@ -325,34 +337,31 @@ class ClientSession:
 
         Args:
             message: a :class:`~privrec.secagg.messages.Quorum`.
-            reveal: anything that the server shall get once the survivors are certain, such as the
-                seeds of noise in excess; at most 64 KiB.
+            noise: seeds of this device's noise in the round whose call rides along.
 
         Returns:
             An :class:`~privrec.secagg.messages.Opening`.
 
         Raises:
             ReleaseRefused: when too few devices signed what this device confirmed.
-            UsageError: when there is more to reveal than fits.
         """
-        if len(reveal) > MAX_REVEAL_BYTES:
-            raise UsageError(f"{len(reveal)} bytes to reveal: at most {MAX_REVEAL_BYTES} travel")
         self._due(_Stage.QUORUM)
         quorum = Quorum.parse(message)
         self._check_context(quorum.context)
         self._check_signers(quorum)
-        opening = self._opening(reveal)
-        self._advance(stage=_Stage.DONE, held=b"", wards=self._bitmap(()))
-        return replace(opening, following=self._next_shares(quorum.following)).pack()
+        opening = self._opening()
+        self._advance(stage=_Stage.DONE, held=b"", wards=self._bitmap(()), noise=b"")
+        return replace(opening, following=self._next_shares(quorum.following, noise)).pack()
 
     # ------------------------------------------------------------------ checks
 
     def _check_cohort(self, roster: Roster) -> None:
-        """The device's own minimum and plan; no server can change them."""
-        if self._policy.plan not in (None, roster.terms.plan):
+        """The device's own minimum and terms; no server can change them."""
+        agreed, told = self._policy.agreed, roster.terms
+        if agreed and replace(agreed, round=told.round, attempt=told.attempt) != told:
             raise ReleaseRefused(
-                f"plan {roster.terms.plan.hex()[:16]}: this device agreed to another one; "
-                "show its owner what has changed, and have it agreed to anew"
+                f"terms of run {told.run} with plan {told.plan.hex()[:16]}: this device agreed to "
+                "other ones; show its owner what has changed, and have it agreed to anew"
             )
         roster.check_bands(range(len(roster)), self._policy.minimum)
         self._policy.graph.check(len(roster), self._policy.corrupt_share)
@@ -394,7 +403,7 @@ class ClientSession:
         """Counts are taken over signatures: a server could name devices that are not there."""
         round, survivors = self._called(), self._members("survivors")
         signers = members(quorum.signers, round.devices)
-        signatures = split(quorum.signatures, len(signers), SIGNATURE_BYTES)
+        signatures = split(quorum.signatures, [SIGNATURE_BYTES] * len(signers))
         if not set(signers) <= set(survivors):
             raise refused("confirmations of devices that did not survive")
         round.check_quorum(signers, "confirmed the survivors")
@@ -434,22 +443,25 @@ class ClientSession:
     def _seed(self) -> bytes:
         return self._stream("seed", self._called().binding).bytes(shamir.SECRET_BYTES)
 
-    def _dealt(self, round: _Round) -> Shares:
+    def _dealt(self, round: _Round, noise: Sequence[bytes]) -> Shares:
         seed, binding = self._seed(), round.binding
         threshold = round.graph.threshold(round.devices)
         points = [number + 1 for number in round.neighbours]
-        secrets = (seed, round.prekey.masking_bytes)
+        secrets = (seed, round.prekey.masking_bytes, *noise)
         dealt = shamir.split(secrets, threshold, points, self._stream("shares", binding))
         marks, sealed = [], []
-        for holder, of_seed, of_key in zip(round.neighbours, *dealt, strict=True):
-            marks.append(binding.share_mark(SEED, round.own, holder, of_seed))
-            marks.append(binding.share_mark(MASKING, round.own, holder, of_key))
+        for holder, *mine in zip(round.neighbours, *dealt, strict=True):
+            marks += [
+                binding.share_mark(kind, round.own, holder, share)
+                for kind, share in enumerate(mine)
+            ]
             key = binding.sealing_key(self._agree(holder), round.own, holder)
-            sealed.append(AESGCM(key).encrypt(_NONCE, of_seed + of_key, None))
+            sealed.append(AESGCM(key).encrypt(_NONCE, b"".join(mine), None))
+        seeds = ((SEED, seed), *enumerate(noise, NOISE))
         return Shares(
             binding.context,
             self._bitmap(round.neighbours),
-            binding.seed_mark(round.own, seed),
+            tuple(binding.seed_mark(kind, round.own, each) for kind, each in seeds),
             b"".join(marks),
             b"".join(sealed),
         )
@@ -477,26 +489,35 @@ class ClientSession:
             except InvalidTag:
                 continue
 
-    def _opening(self, reveal: bytes) -> Opening:
-        """One kind of share for each ward: which one follows from the confirmed survivors."""
-        wards, survivors = self._members("wards"), set(self._members("survivors"))
-        pairs = split(self._recalled().held, len(wards), SHARE_PAIR_BYTES)
-        half = shamir.SECRET_BYTES
+    def _opening(self) -> Opening:
+        """What is due of each ward, and of this device, follows from the confirmed survivors."""
+        wards, round = self._members("wards"), self._called()
+        due = round.roster.due(self._members("survivors"))
+        size = shamir.SECRET_BYTES
+        pieces = split(self._recalled().held, [size * round.roster.secrets(w) for w in wards])
         shares = (
-            pair[:half] if ward in survivors else pair[half:]
-            for ward, pair in zip(wards, pairs, strict=True)
+            piece[size * kind : size * (kind + 1)]
+            for ward, piece in zip(wards, pieces, strict=True)
+            for kind in due[ward]
         )
-        context = self._called().binding.context
+        own = (
+            self._recalled().noise[size * (kind - NOISE) :][:size] for kind in due[round.own][1:]
+        )
         return Opening(
-            context, self._seed(), self._bitmap(wards), b"".join(shares), reveal, following=b""
+            round.binding.context,
+            self._seed(),
+            self._bitmap(wards),
+            b"".join(shares),
+            b"".join(own),
+            following=b"",
         )
 
-    def _next_shares(self, call: bytes) -> bytes:
+    def _next_shares(self, call: bytes, noise: Sequence[bytes]) -> bytes:
         if not call:
             return b""
         session = ClientSession(self._book, self._anchor, self._policy)
         try:
-            answer = session.shares(call)
+            answer = session.shares(call, noise)
         except ReleaseRefused:
             return b""
         self.following = session

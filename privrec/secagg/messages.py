@@ -15,7 +15,7 @@ import numpy as np
 from privrec.errors import UsageError
 from privrec.secagg.keys import KEY_BYTES, SIGNATURE_BYTES
 from privrec.secagg.masks import Words, word_type
-from privrec.secagg.roster import MAX_BANDS
+from privrec.secagg.roster import MAX_BANDS, NOISE
 from privrec.secagg.shamir import SECRET_BYTES
 from privrec.secagg.wire import (
     HEADER_BYTES,
@@ -31,35 +31,42 @@ from privrec.secagg.wire import (
     refused,
 )
 
-SHARE_PAIR_BYTES = 2 * SECRET_BYTES
-SEALED_BYTES = SHARE_PAIR_BYTES + 16
 SHARE_MARK_BYTES = 16
-MAX_REVEAL_BYTES = 1 << 16
+MAX_SECRETS = NOISE + MAX_BANDS
 MAX_RIDER_BYTES = 1 << 26
 
 Rider = Annotated[bytes, Size(0, MAX_RIDER_BYTES)]
 
 
+def sealed_bytes(secrets: int) -> int:
+    """Size of one share of each of a device's secrets, sealed with AES-GCM."""
+    return secrets * SECRET_BYTES + _TAG_BYTES
+
+
+_TAG_BYTES = 16
+_MAX_SEALED = sealed_bytes(MAX_SECRETS) * MAX_DEVICES
+
+
 @dataclass(frozen=True)
 class Shares(Message):
-    """From a device: its secrets in shares, one sealed pair for each neighbour.
+    """From a device: its secrets in shares, sealed for each neighbour.
 
     Args:
         context: of the round.
         neighbours: who holds the shares.
-        seed_mark: digest that commits to the seed of the self-mask; the prekey itself commits to
-            the mask key.
-        share_marks: for each neighbour, 16-byte digests of its share of the seed and of the mask
-            key, by which the server tells an altered share.
-        sealed: for each neighbour, both shares under AES-GCM.
+        seed_marks: digests that commit to the seed of the self-mask and to those of the noise, if
+            they are dealt; the prekey itself commits to the mask key.
+        share_marks: for each neighbour, 16-byte digests of its share of each secret, by which the
+            server tells an altered share.
+        sealed: for each neighbour, its shares under AES-GCM.
     """
 
     KIND: ClassVar[int] = 2
     context: Digest
     neighbours: Bitmap
-    seed_mark: Digest
-    share_marks: Annotated[bytes, Size(0, 2 * SHARE_MARK_BYTES * MAX_DEVICES)]
-    sealed: Annotated[bytes, Size(0, SEALED_BYTES * MAX_DEVICES)]
+    seed_marks: Annotated[tuple[bytes, ...], Each(Size(32), MAX_SECRETS)]
+    share_marks: Annotated[bytes, Size(0, MAX_SECRETS * SHARE_MARK_BYTES * MAX_DEVICES)]
+    sealed: Annotated[bytes, Size(0, _MAX_SEALED)]
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ class Deal(Message):
         context: of the round.
         present: devices that sent shares.
         wards: those of them whose shares this device holds.
-        sealed: for each ward, both shares under AES-GCM.
+        sealed: for each ward, its shares under AES-GCM.
         model: a 32-byte digest for each band of the model, the band that all hold first.
     """
 
@@ -78,7 +85,7 @@ class Deal(Message):
     context: Digest
     present: Bitmap
     wards: Bitmap
-    sealed: Annotated[bytes, Size(0, SEALED_BYTES * MAX_DEVICES)]
+    sealed: Annotated[bytes, Size(0, _MAX_SEALED)]
     model: Annotated[tuple[bytes, ...], Each(Size(32), MAX_BANDS)]
 
 
@@ -114,14 +121,15 @@ class Quorum(Message):
 
 @dataclass(frozen=True)
 class Opening(Message):
-    """From a device: its own seed, and one share for each ward.
+    """From a device: its own seed, and of each ward a share of what is needed.
 
     Args:
         context: of the round.
         seed: the seed of the device's own self-mask.
         wards: devices whose shares follow.
-        shares: for each ward that survived a share of its seed, for each other one of its mask key.
-        reveal: bytes of the caller, such as the seeds of noise in excess.
+        shares: for each ward that survived a share of its seed, and of each seed of noise that is
+            in excess; for each other one of its mask key.
+        noise: the device's own seeds of noise that is in excess, in the order of bands.
         following: the device's first message of the next round, if it was called.
     """
 
@@ -129,8 +137,8 @@ class Opening(Message):
     context: Digest
     seed: Annotated[bytes, Size(KEY_BYTES)]
     wards: Bitmap
-    shares: Annotated[bytes, Size(0, SECRET_BYTES * MAX_DEVICES)]
-    reveal: Annotated[bytes, Size(0, MAX_REVEAL_BYTES)]
+    shares: Annotated[bytes, Size(0, MAX_SECRETS * SECRET_BYTES * MAX_DEVICES)]
+    noise: Annotated[bytes, Size(0, MAX_BANDS * SECRET_BYTES)]
     following: Rider
 
 

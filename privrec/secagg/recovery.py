@@ -14,11 +14,10 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from privrec.errors import ReleaseRefused
 from privrec.secagg import shamir
-from privrec.secagg.binding import MASKING, SEED, Binding
+from privrec.secagg.binding import Binding
 from privrec.secagg.keys import agree, public_of
 from privrec.secagg.masks import Mask
-from privrec.secagg.messages import Opening
-from privrec.secagg.roster import Roster
+from privrec.secagg.roster import MASKING, NOISE, SEED, Roster
 
 _QUORUMS = 8  # tried before a dealer is held to have dealt shares of no one secret
 
@@ -28,18 +27,18 @@ class Deposit:
     """What the server holds of one device.
 
     Args:
-        seed_mark: commitment to its seed.
-        share_marks: holder's number to commitments to its share of the seed and of the mask key.
+        seed_marks: kind of secret to the commitment to it.
+        share_marks: holder's number to commitments to its share of each secret.
         sealed: holder's number to its sealed shares.
-        opening: what the device answered in the last exchange, if it did.
-        opened: ward's number to the share that the device returned.
+        own: kind of secret to what the device itself gave in the last exchange, if it answered.
+        opened: ward's number and kind of secret to the share that the device returned.
     """
 
-    seed_mark: bytes
-    share_marks: dict[int, tuple[bytes, bytes]]
+    seed_marks: dict[int, bytes]
+    share_marks: dict[int, list[bytes]]
     sealed: dict[int, bytes]
-    opening: Opening | None = None
-    opened: dict[int, bytes] = field(default_factory=dict)
+    own: dict[int, bytes] = field(default_factory=dict)
+    opened: dict[tuple[int, int], bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,10 +70,22 @@ class Recovery:
             ReleaseRefused: when a secret cannot be had: the round is over.
         """
         for survivor in self.survivors:
-            key = self.binding.self_key(self._seed(survivor), self.root)
+            key = self.binding.self_key(self._seed(SEED, survivor), self.root)
             yield Mask(key, self.roster.length(survivor), negative=True)
         for dropped in sorted(self.deposits.keys() - set(self.survivors)):
             yield from self._masks_of(dropped)
+
+    def noise(self) -> list[list[bytes]]:
+        """For each band the seeds of the noise that is taken off again.
+
+        Raises:
+            ReleaseRefused: when one cannot be had: the round is over.
+        """
+        due = self.roster.due(self.survivors)
+        return [
+            [self._seed(NOISE + band, n) for n in self.survivors if NOISE + band in due[n]]
+            for band in range(len(self.roster.terms.lengths))
+        ]
 
     def _masks_of(self, dropped: int) -> Iterator[Mask]:
         """What a drop-out left in the vectors of survivors that are its neighbours."""
@@ -88,11 +99,10 @@ class Recovery:
             # The survivor of the lower number added it.
             yield Mask(key, length, negative=survivor < dropped)
 
-    def _seed(self, survivor: int) -> bytes:
-        opening = self.deposits[survivor].opening
-        return opening.seed if opening else self._secret(SEED, survivor)
+    def _seed(self, kind: int, survivor: int) -> bytes:
+        return self.deposits[survivor].own.get(kind) or self._secret(kind, survivor)
 
-    def _secret(self, kind: str, dealer: int) -> bytes:
+    def _secret(self, kind: int, dealer: int) -> bytes:
         """A secret that its dealer is not there to give; other quorums are tried if one fails."""
         shares = self._shares(kind, dealer)
         if len(shares) < self.threshold:
@@ -112,27 +122,30 @@ class Recovery:
             "secret it committed to; the round ends without a sum; leave the device out"
         )
 
-    def _shares(self, kind: str, dealer: int) -> list[tuple[int, bytes]]:
+    def _shares(self, kind: int, dealer: int) -> list[tuple[int, bytes]]:
         """The shares of a dealer that are what it committed to.
 
         Of any other share either its holder or its dealer is to blame; nobody can tell which.
         """
         shares = []
         for holder, marks in self.deposits[dealer].share_marks.items():
-            share = self.deposits[holder].opened.get(dealer) if holder in self.deposits else None
+            if holder not in self.deposits:
+                continue
+            share = self.deposits[holder].opened.get((dealer, kind))
             if share is None:
                 continue
             mark = self.binding.share_mark(kind, dealer, holder, share)
-            if shamir.in_field(share) and mark == marks[kind == MASKING]:
+            if shamir.in_field(share) and mark == marks[kind]:
                 shares.append((holder, share))
             else:
                 name = self.roster.prekeys[dealer].identity.hex()[:16]
                 self._blame(holder, f"returned a share that {name} did not commit to")
         return shares
 
-    def _is_secret(self, kind: str, dealer: int, secret: bytes) -> bool:
-        if kind == SEED:
-            return self.binding.seed_mark(dealer, secret) == self.deposits[dealer].seed_mark
+    def _is_secret(self, kind: int, dealer: int, secret: bytes) -> bool:
+        if kind != MASKING:
+            mark = self.binding.seed_mark(kind, dealer, secret)
+            return mark == self.deposits[dealer].seed_marks[kind]
         public = public_of(X25519PrivateKey.from_private_bytes(secret))
         return public == self.roster.prekeys[dealer].masking
 

@@ -24,10 +24,23 @@ from privrec.secagg.keys import (
     is_low_order,
     statement,
 )
-from privrec.secagg.wire import MAX_DEVICES, Counter, Digest, Each, Message, Range, Size, refused
+from privrec.secagg.wire import (
+    MAX_DEVICES,
+    Counter,
+    Digest,
+    Each,
+    Flag,
+    Message,
+    Range,
+    Size,
+    refused,
+)
 
 MAX_BANDS = 32
 MAX_LENGTH = 1 << 26
+SEED, MASKING, NOISE = range(3)
+"""Secrets that a device deals in shares: the seed of its own mask, its mask key, and from 2 on the
+seeds of its noise, that of the band that all hold first."""
 
 
 class Anchor(Protocol):
@@ -112,6 +125,8 @@ class Terms:
             whole vector last. What one tier has more than the one before is a band.
         minimums: fewest survivors that hold each band, the weakest tier's first.
         ring_bits: 32 or 16; sums are exact modulo ``2**ring_bits``.
+        excess: whether survivors beyond a band's minimum give the seed of their noise in it away,
+            so that as many shares of noise as the minimum are left (:mod:`privrec.privacy.shares`).
     """
 
     run: str
@@ -121,6 +136,7 @@ class Terms:
     lengths: tuple[int, ...]
     minimums: tuple[int, ...]
     ring_bits: int = 32
+    excess: bool = False
 
     def length(self, tier: int) -> int:
         """Entries that a device of a tier sends; tier 0 is the strongest."""
@@ -151,6 +167,7 @@ class Call(Message):
     lengths: Annotated[tuple[int, ...], Each(Range(1, MAX_LENGTH), MAX_BANDS)]
     minimums: Annotated[tuple[int, ...], Each(Range(1, MAX_DEVICES), MAX_BANDS)]
     ring_bits: Annotated[int, Range(16, 32)]
+    excess: Annotated[bool, Flag()]
     records: Annotated[bytes, Size(RECORD_BYTES, RECORD_BYTES * MAX_DEVICES)]
 
     @classmethod
@@ -228,6 +245,29 @@ class Roster:
             tuple(prekey.identity for prekey in chosen if self.terms.bands(prekey.tier) > band)
             for band in range(len(self.terms.lengths))
         )
+
+    def secrets(self, number: int) -> int:
+        """How many secrets a device deals in shares."""
+        held = self.terms.bands(self.prekeys[number].tier)
+        return NOISE + (held if self.terms.excess else 0)
+
+    def due(self, survivors: Iterable[int]) -> list[tuple[int, ...]]:
+        """Which secrets of each device are opened at the end, by its number.
+
+        Of a device that is not in the sum, its mask key. Of a survivor its seed and, where noise is
+        taken off again, those of the bands in which it comes after as many others as the band
+        needs. It follows from terms and survivors alone, so that all who confirmed the same
+        survivors open the same.
+        """
+        alive = sorted(survivors)
+        opened: list[tuple[int, ...]] = [(MASKING,)] * len(self)
+        for number in alive:
+            opened[number] = (SEED,)
+        for band, least in enumerate(self.terms.minimums if self.terms.excess else ()):
+            holders = [n for n in alive if self.terms.bands(self.prekeys[n].tier) > band]
+            for number in holders[least:]:
+                opened[number] += (NOISE + band,)
+        return opened
 
     def check_bands(self, members: Iterable[int], minimum: int) -> None:
         """Refuse members among which some band has too few holders.

@@ -30,7 +30,6 @@ from privrec.secagg.graph import Graph
 from privrec.secagg.keys import Prekey
 from privrec.secagg.masks import apply_masks, word_type
 from privrec.secagg.messages import (
-    SEALED_BYTES,
     SHARE_MARK_BYTES,
     Confirmation,
     Deal,
@@ -39,9 +38,10 @@ from privrec.secagg.messages import (
     Shares,
     Survivors,
     masked_entries,
+    sealed_bytes,
 )
 from privrec.secagg.recovery import Deposit, Recovery
-from privrec.secagg.roster import Anchor, Call, Roster, Terms
+from privrec.secagg.roster import NOISE, SEED, Anchor, Call, Roster, Terms
 from privrec.secagg.shamir import SECRET_BYTES
 from privrec.secagg.wire import Buffer, bitmap, members, refused, split
 
@@ -65,13 +65,14 @@ class SecureSum:
             integers of the ring's width, shape ``(lengths[-1],)``.
         survivors: for each band, the band that all hold first, the identities of the devices in the
             sum that hold it, in the roster's order.
-        revealed: what devices revealed once the survivors were certain, by identity.
+        excess: for each band the seeds of the noise that is still in ``total`` and is to be taken
+            off; empty where the terms say that none is.
         faults: what devices did that they should not have, by identity.
     """
 
     total: NDArray[np.signedinteger[Any]]
     survivors: tuple[tuple[bytes, ...], ...]
-    revealed: Mapping[bytes, bytes]
+    excess: tuple[tuple[bytes, ...], ...]
     faults: Mapping[bytes, str]
 
 
@@ -113,6 +114,7 @@ class ServerSession:
         self._following: ServerSession | None = None
         self._result: SecureSum | None = None
         self._survivors: tuple[int, ...] = ()
+        self._opened: list[tuple[int, ...]] = []
         self._stage = Stage.SHARES
         self._due = tuple(range(len(self._roster)))
         self._answered: set[int] = set()
@@ -259,12 +261,16 @@ class ServerSession:
         count = self._graph.neighbours(len(self._roster))
         if number in holders or len(holders) != count:
             raise refused(f"shares for {len(holders)} neighbours, where {count} others are due")
-        marks = split(shares.share_marks, 2 * count, SHARE_MARK_BYTES)
-        pairs = zip(marks[::2], marks[1::2], strict=True)
-        sealed = split(shares.sealed, count, SEALED_BYTES)
+        secrets = self._roster.secrets(number)
+        marks = split(shares.share_marks, [SHARE_MARK_BYTES] * secrets * count)
+        sealed = split(shares.sealed, [sealed_bytes(secrets)] * count)
+        kinds = (SEED, *range(NOISE, secrets))
+        if len(shares.seed_marks) != len(kinds):
+            raise refused(f"{len(shares.seed_marks)} commitments to {len(kinds)} seeds")
+        each = [marks[start : start + secrets] for start in range(0, len(marks), secrets)]
         self._deposits[number] = Deposit(
-            shares.seed_mark,
-            dict(zip(holders, pairs, strict=True)),
+            dict(zip(kinds, shares.seed_marks, strict=True)),
+            dict(zip(holders, each, strict=True)),
             dict(zip(holders, sealed, strict=True)),
         )
 
@@ -288,12 +294,15 @@ class ServerSession:
         opening = Opening.parse(message)
         self._check_context(opening.context)
         wards = members(opening.wards, len(self._roster))
-        shares = split(opening.shares, len(wards), SECRET_BYTES)
-        deposit = self._deposits[number]
-        if self._binding.seed_mark(number, opening.seed) != deposit.seed_mark:
-            raise refused("a seed that is not the one that its device committed to")
-        deposit.opening = opening
-        deposit.opened = dict(zip(wards, shares, strict=True))
+        due, deposit = self._opened, self._deposits[number]
+        named = [(ward, kind) for ward in wards for kind in due[ward]]
+        shares = split(opening.shares, [SECRET_BYTES] * len(named))
+        noise = split(opening.noise, [SECRET_BYTES] * len(due[number][1:]))
+        own = dict(zip(due[number], (opening.seed, *noise), strict=True))
+        for kind, seed in own.items():
+            if self._binding.seed_mark(kind, number, seed) != deposit.seed_marks[kind]:
+                raise refused("a seed that is not the one that its device committed to")
+        deposit.own, deposit.opened = own, dict(zip(named, shares, strict=True))
         self._pass_on(number, opening.following)
 
     def _pass_on(self, number: int, answer: bytes) -> None:
@@ -319,23 +328,23 @@ class ServerSession:
     def _close_masked(self, answered: tuple[int, ...]) -> None:
         self._check_enough(answered, "sent masked vectors")
         self._due = self._survivors = answered
+        self._opened = self._roster.due(answered)
 
     def _close_confirm(self, answered: tuple[int, ...]) -> None:
         self._check_enough(answered, "confirmed the survivors")
         self._due = answered
 
-    def _close_unmask(self, answered: tuple[int, ...]) -> None:
+    def _close_unmask(self, _: tuple[int, ...]) -> None:
         threshold = self._graph.threshold(len(self._roster))
         recovery = Recovery(
             self._roster, self._binding, model_root(self._model), threshold,
             self._deposits, self._survivors, self._faults,
         )  # fmt: skip
         apply_masks(self._total, recovery.masks())
-        openings = {self._roster.prekeys[n].identity: self._deposits[n].opening for n in answered}
         self._result = SecureSum(
             self._total.view(self._total.dtype.str.replace("u", "i")),
             self._roster.identities(self._survivors),
-            {name: opening.reveal for name, opening in openings.items() if opening},
+            tuple(map(tuple, recovery.noise())),
             self._faults,
         )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import accumulate, pairwise
 from typing import Annotated, Any, ClassVar, Protocol, Self, get_type_hints
 
 import msgpack
@@ -61,6 +62,14 @@ class Range:
         if type(value) is not int:
             return f"{type(value).__name__} instead of int"
         return None if self.low <= value <= self.high else f"{value} outside its range"
+
+
+@dataclass(frozen=True)
+class Flag:
+    """True or false."""
+
+    def problem(self, value: object) -> str | None:
+        return None if type(value) is bool else f"{type(value).__name__} instead of bool"
 
 
 @dataclass(frozen=True)
@@ -170,15 +179,16 @@ def members(bits: bytes, devices: int) -> tuple[int, ...]:
     return tuple(np.flatnonzero(flags).tolist())
 
 
-def split(joined: bytes, count: int, size: int) -> list[bytes]:
-    """``count`` pieces of ``size`` bytes.
+def split(joined: bytes, sizes: Sequence[int]) -> list[bytes]:
+    """Pieces of these sizes, in bytes.
 
     Raises:
-        ReleaseRefused: when ``joined`` is of another length.
+        ReleaseRefused: when ``joined`` is not as long as they are together.
     """
-    if len(joined) != count * size:
-        raise refused(f"{len(joined)} bytes where {count} pieces of {size} bytes are due")
-    return [joined[i : i + size] for i in range(0, len(joined), size)]
+    ends = list(accumulate(sizes, initial=0))
+    if len(joined) != ends[-1]:
+        raise refused(f"{len(joined)} bytes where {len(sizes)} pieces, {ends[-1]} bytes, are due")
+    return [joined[start:end] for start, end in pairwise(ends)]
 
 
 def _unpacked(body: bytes) -> object:

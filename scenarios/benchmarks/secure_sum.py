@@ -45,7 +45,6 @@ from privrec.randomness import SecretRoot
 from privrec.secagg.client import ClientSession, Policy
 from privrec.secagg.graph import Graph
 from privrec.secagg.keys import DeviceKey, PrekeyBook, agree, derive, public_of
-from privrec.secagg.messages import SHARE_PAIR_BYTES
 from privrec.secagg.roster import ListedDevices, Terms
 from privrec.secagg.server import ServerSession, Stage
 
@@ -227,7 +226,7 @@ def primitives() -> dict[str, float]:
     signer, private = Ed25519PrivateKey.generate(), X25519PrivateKey.generate()
     verifier, signature = signer.public_key(), signer.sign(bytes(32))
     public = public_of(X25519PrivateKey.generate())
-    secret, plain = os.urandom(32), os.urandom(SHARE_PAIR_BYTES)
+    secret, plain = os.urandom(32), os.urandom(64)
     sealed = AESGCM(secret).encrypt(bytes(12), plain, None)
     return {
         "verify": cost(lambda: verifier.verify(signature, bytes(32)), 200),

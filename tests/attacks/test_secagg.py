@@ -29,7 +29,6 @@ from privrec.secagg.keys import PrekeyBook, agree
 from privrec.secagg.masks import Mask, apply_masks
 from privrec.secagg.messages import (
     MASKED_START,
-    SEALED_BYTES,
     Confirmation,
     Deal,
     Opening,
@@ -37,9 +36,10 @@ from privrec.secagg.messages import (
     Shares,
     Survivors,
     masked_entries,
+    sealed_bytes,
 )
 from privrec.secagg.recovery import Recovery
-from privrec.secagg.roster import Call, ListedDevices
+from privrec.secagg.roster import MASKING, SEED, Call, ListedDevices
 from privrec.secagg.server import SecureSum, ServerSession, Stage
 from privrec.secagg.wire import bitmap, members, split
 
@@ -90,9 +90,10 @@ class Attacker(ServerSession):
         """What shares give away, whatever they were handed out for."""
         for number, opening in openings.items():
             wards = members(opening.wards, len(self._roster))
-            self._deposits[number].opened = dict(
-                zip(wards, split(opening.shares, len(wards), 32), strict=True)
-            )
+            shares = zip(wards, split(opening.shares, [32] * len(wards)), strict=True)
+            self._deposits[number].opened = {
+                (ward, kind): share for ward, share in shares for kind in (SEED, MASKING)
+            }
         threshold = self._graph.threshold(len(self._roster))
         return Recovery(self._roster, self._binding, ROOT, threshold, self._deposits, survivors, {})
 
@@ -284,8 +285,8 @@ def padded_round(monkeypatch: Patch) -> tuple[np.ndarray, np.ndarray]:
     for number in absent:
         holders = [n for n in range(10) if n != number]
         rubbish = Shares(
-            server._binding.context, bitmap(holders, 10), bytes(32), bytes(32 * 9),
-            bytes(SEALED_BYTES * 9),
+            server._binding.context, bitmap(holders, 10), (bytes(32),), bytes(32 * 9),
+            bytes(sealed_bytes(2) * 9),
         )  # fmt: skip
         server.receive(cohort.ids[number], rubbish.pack())
     server.advance()
@@ -457,7 +458,7 @@ def isolated(cohort: Cohort, server: Attacker, clients: dict[bytes, ClientSessio
     }
     recovery = server.recovery(openings, survivors)
     try:
-        keys = {number: recovery._secret("masking", number) for number in near[victim]}
+        keys = {number: recovery._secret(MASKING, number) for number in near[victim]}
     except ReleaseRefused:
         return None  # this graph did not allow it; the next one may
     seen = server.stripped(victim, openings[victim].seed, keys)
@@ -494,9 +495,9 @@ def alive_and_dead(cohort: Cohort) -> bool:
     server, clients = begun(cohort, Stage.CONFIRM)
     everybody, others = range(10), range(1, 10)
     first = unmask_all(cohort, server, clients, everybody, others)
-    seed = server.recovery(first, everybody)._secret("seed", 0)
+    seed = server.recovery(first, everybody)._secret(SEED, 0)
     second = unmask_all(cohort, server, clients, others, others)
-    key = server.recovery(second, others)._secret("masking", 0)
+    key = server.recovery(second, others)._secret(MASKING, 0)
     return unmasked_with(cohort, server, seed, key)
 
 
@@ -537,7 +538,7 @@ def alive_then_dead(cohort: Cohort) -> bool:
         up_to(Stage.CONFIRM, cohort, clients, server)
         survivors = range(attempt, 10)
         openings = unmask_all(cohort, server, clients, survivors, range(1, 10))
-        kind = "masking" if attempt else "seed"
+        kind = MASKING if attempt else SEED
         seeds.append(server.recovery(openings, survivors)._secret(kind, 0))
         servers.append(server)
     return unmasked_with(cohort, servers[0], *seeds)
@@ -575,7 +576,7 @@ def split_views(cohort: Cohort) -> np.ndarray:
         quorum = Quorum(server._binding.context, bitmap(view, 10), joined, b"")
         openings[number] = Opening.parse(clients[cohort.ids[number]].unmask(quorum.pack()))
     for number, opening in openings.items():
-        server._deposits[number].opening = opening
+        server._deposits[number].own[SEED] = opening.seed
     recovery = server.recovery(openings, summed)
     total = sum((server.entries(n) for n in summed), np.zeros(LENGTH, np.uint32))
     # Shares of the other kind than is looked for are told by their marks.
@@ -633,9 +634,8 @@ def two_models(cohort: Cohort) -> np.ndarray:
         for device in others:
             message = server.outbox()[device]
             server.receive(device, answer(clients[device], stage, message, np.zeros(0)))
-        openings = {n: d.opening for n, d in server._deposits.items() if d.opening}
         if stage is Stage.UNMASK:
-            seed = server.recovery(openings, range(10))._secret("seed", 0)
+            seed = server.recovery({}, range(10))._secret(SEED, 0)
         server.advance()
     total = server.result.total.view(np.uint32)
     masks = [
@@ -778,7 +778,7 @@ def altered_round(cohort: Cohort, alter: Callable[[bytes], bytes]) -> tuple[bool
     for number, device in enumerate(cohort.ids[:9]):  # the last one does not answer any more
         opening = Opening.parse(answers[device])
         if number < 2:
-            shares = split(opening.shares, 9, 32)
+            shares = split(opening.shares, [32] * 9)
             opening = replace(opening, shares=b"".join(map(alter, shares)))
         server.receive(device, opening.pack())
     server.advance()

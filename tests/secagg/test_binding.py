@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 from secagg_rounds import Cohort, terms
 
-from privrec.secagg.binding import MASKING, SEED, Binding, model_root
+from privrec.secagg.binding import Binding, model_root
 from privrec.secagg.graph import Graph
 from privrec.secagg.keys import Prekey
-from privrec.secagg.roster import Call
+from privrec.secagg.roster import MASKING, NOISE, SEED, Call
 
 ONE, TWO = Binding(bytes(32)), Binding(bytes(31) + b"\x01")
 A, B = b"a" * 32, b"b" * 32
@@ -39,10 +39,11 @@ DIFFERENT: dict[str, Callable[[], list[bytes]]] = {
         ONE.self_key(A, B),
     ],
     "seed mark": lambda: [
-        ONE.seed_mark(1, A),
-        TWO.seed_mark(1, A),
-        ONE.seed_mark(2, A),
-        ONE.seed_mark(1, B),
+        ONE.seed_mark(SEED, 1, A),
+        TWO.seed_mark(SEED, 1, A),
+        ONE.seed_mark(NOISE, 1, A),
+        ONE.seed_mark(SEED, 2, A),
+        ONE.seed_mark(SEED, 1, B),
     ],
     "share mark": lambda: [
         ONE.share_mark(SEED, 1, 2, A),

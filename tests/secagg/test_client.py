@@ -163,7 +163,7 @@ def test_a_deal_with_wards_that_cannot_be_is_refused() -> None:
     waiting = Waiting(Stage.MASKED)
     waiting.refuses("not present", present=without(8))
     waiting = Waiting(Stage.MASKED)
-    waiting.refuses("pieces of 80 bytes", sealed=sealed[:-80])
+    waiting.refuses("8 pieces, 640 bytes", sealed=sealed[:-80])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from secagg_rounds import (
-    PLAN,
     SMALL,
     Cohort,
     answer,
@@ -139,7 +138,7 @@ def test_a_band_below_the_minimum_of_the_plan_ends_the_round() -> None:
         round_of(cohort, terms(minimums=(1, 1, 4), round=2), {Stage.CONFIRM: [0]})
 
 
-def test_what_is_revealed_arrives_with_the_sum_and_survivors_are_known_before() -> None:
+def test_survivors_are_known_before_the_last_answer() -> None:
     cohort = Cohort((0, 1, 2, 0, 1))
     server = cohort.server()
     clients = dict(zip(cohort.ids, cohort.clients(), strict=True))
@@ -148,16 +147,11 @@ def test_what_is_revealed_arrives_with_the_sum_and_survivors_are_known_before() 
         for device, message in server.outbox().items():
             server.receive(device, answer(clients[device], server.stage, message, vectors[device]))
         server.advance()
-    seen = set()
-    for device, message in server.outbox().items():
-        seen.add(clients[device].survivors)
-        with pytest.raises(UsageError, match="65537 bytes to reveal"):
-            clients[device].unmask(message, reveal=bytes(65537))
-        server.receive(device, clients[device].unmask(message, reveal=device[:3]))
-    server.advance()
-    assert seen == {server.result.survivors}
-    assert [len(named) for named in server.result.survivors] == [5, 4, 2]
-    assert server.result.revealed == {device: device[:3] for device in cohort.ids}
+    seen = {clients[device].survivors for device in cohort.ids}
+    result = drive(server, clients, vectors)
+    assert seen == {result.survivors}
+    assert [len(named) for named in result.survivors] == [5, 4, 2]
+    assert result.excess == ((), (), ())
 
 
 def test_the_upload_is_four_bytes_an_entry_or_two() -> None:
@@ -325,14 +319,19 @@ def test_a_saved_session_keeps_nothing_of_others_once_it_is_over() -> None:
 
 
 def test_a_device_takes_part_in_the_plan_that_it_agreed_to() -> None:
-    for plan, works in ((PLAN, True), (bytes(32), False)):
-        cohort = Cohort((0,) * 4, Policy(minimum=2, corrupt_share=0, plan=plan))
-        call = cohort.server(terms((5,))).outbox()[cohort.ids[0]]
+    agreed = terms((5,), minimums=(3,))
+    others = (
+        {"plan": bytes(32)}, {"minimums": (2,)}, {"run": "b"}, {"ring_bits": 16}, {"lengths": (6,)}
+    )  # fmt: skip
+    for changes in ({}, {"round": 7, "attempt": 2}, *others):
+        works = changes not in others
+        cohort = Cohort((0,) * 4, Policy(minimum=2, corrupt_share=0, agreed=agreed))
+        call = cohort.server(replace(agreed, **changes)).outbox()[cohort.ids[0]]
         session = cohort.clients()[0]
         if works:
             session.shares(call)
         else:
-            with pytest.raises(ReleaseRefused, match="agreed to another one"):
+            with pytest.raises(ReleaseRefused, match="agreed to other ones"):
                 session.shares(call)
         assert (cohort.books[0]._unused == set()) == works  # a refusal burns no prekey
 

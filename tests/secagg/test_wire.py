@@ -126,8 +126,8 @@ def test_a_set_of_another_roster_is_refused() -> None:
 
 
 def test_joined_pieces_are_taken_apart() -> None:
-    assert wire.split(b"aabbcc", 3, 2) == [b"aa", b"bb", b"cc"]
-    assert wire.split(b"", 0, 2) == []
+    assert wire.split(b"aabbbc", [2, 3, 1]) == [b"aa", b"bbb", b"c"]
+    assert wire.split(b"", []) == []
     for joined, count in ((b"aab", 2), (b"", 1), (b"aabb", 1)):
-        with pytest.raises(ReleaseRefused, match="pieces of 2 bytes"):
-            wire.split(joined, count, 2)
+        with pytest.raises(ReleaseRefused, match=f"{count} pieces, {2 * count} bytes"):
+            wire.split(joined, [2] * count)
