@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.catalogue import release_event
+from privrec.agreement import agree
 from privrec.data import Interactions
 from privrec.device.batch import Histories
 from privrec.device.cohort import Cohort
@@ -21,21 +21,17 @@ from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable, Table
 from privrec.errors import UsageError
 from privrec.models.implicit import packed_size
-from privrec.models.layout import Layout
+from privrec.models.layout import Layout, band_sizes
 from privrec.models.losses import IMPLICIT
 from privrec.models.ncf import NCF
-from privrec.privacy.calibrate import noise_multiplier_for
-from privrec.privacy.events import RoundEvent
 from privrec.randomness import SecretRoot, rng_for
 from privrec.scenario import DeviceTier, Model, Scenario, Train
-from privrec.secagg.ring import Encoding
+from privrec.secagg.client import Policy
 from privrec.server.completion import Completion, Implicit
 from privrec.server.optimizer import Optimizer, Schedule
 from privrec.server.server import Plan, Server
 from privrec.transport.simulate import Simulation
-
-LOOSE_CLIP_NORM = 100.0
-"""Clip norm of a run without noise that names none: a range for the integers, rarely reached."""
+from privrec.transport.summing import Enrolled
 
 TABULATED_ITEMS = 2**22
 """Largest catalogue whose places in the memory a simulation keeps in a table."""
@@ -72,41 +68,43 @@ def assemble(scenario: Scenario, train: Interactions, run_id: str, devices: Secr
         devices: the devices' secret root.
 
     Raises:
-        UsageError: when the sum of a full cohort could wrap around, no noise meets the target, or
-            the tiers do not nest in this catalogue.
+        UsageError: when a sum could wrap around, no noise meets the target, a band has too few
+            devices, or the tiers do not nest in this catalogue.
     """
     federation = federation_of(scenario, train.n_items)
     histories = Histories(np.arange(train.n_users), train.indptr, train.items)
     everyone, *cohorts = _cohorts(scenario, federation, histories, train.n_items)
-    encoding = encoding_of(scenario, federation.layout)
-    encoding.check_capacity(train.n_users)
     rate, seed = scenario.devices.sampling_rate, scenario.run.seed
-    training = sum(
-        len(cohort.states)
+    training = [
+        len(cohort.states) if tier.weight else 0
         for tier, cohort in zip(federation.tiers, cohorts, strict=True)
-        if tier.weight
-    )
+    ]
+    holders = np.cumsum(training)[::-1].tolist()
+    event, protection = agree(scenario, band_sizes(federation.layouts), holders)
     plan = Plan(
         run_id,
-        scenario.hash(),
-        event_of(scenario),
-        encoding,
+        scenario.plan_hash(),
+        event,
+        protection,
         federation,
-        rate * training,
+        rate * sum(training),
         scenario.train.average,
     )
     weights = initial_weights(federation, scenario.model.init_std, seed)
     completion = completion_of(scenario, federation)
     server = Server(plan, weights, completion, optimizer_of(scenario.train))
+    policy = Policy(scenario.devices.min_cohort, scenario.privacy.colluding_share)
     simulation = Simulation(
         federation,
         tuple(cohorts),
         train.n_users,
-        encoding,
-        devices,
+        protection,
+        Enrolled(devices, policy),
         seed,
         rate,
+        scenario.devices.dropout_rate,
         scenario.run.engine,
+        scenario.run.secure_sum,
     )
     return Parts(federation, everyone, server, simulation)
 
@@ -265,26 +263,6 @@ def completion_of(scenario: Scenario, federation: Federation) -> Completion:
         by_contributors=aggregation == "contributors",
         overwrites=aggregation == "fair_averaging",
     )
-
-
-def encoding_of(scenario: Scenario, layout: Layout) -> Encoding:
-    """Clip norm and integer grid of ``[privacy]``."""
-    clip_norm = scenario.privacy.clip_norm or LOOSE_CLIP_NORM
-    return Encoding(clip_norm, layout.size, scenario.privacy.scale_bits)
-
-
-def event_of(scenario: Scenario) -> RoundEvent:
-    """The privacy event of each round; a target ε is calibrated to the planned rounds."""
-    privacy, rate = scenario.privacy, scenario.devices.sampling_rate
-    if privacy.noise == "none":
-        return RoundEvent("none", 0.0, rate)
-    noise_multiplier = privacy.noise_multiplier
-    if noise_multiplier is None and privacy.epsilon is not None:
-        noise_multiplier = noise_multiplier_for(
-            privacy.epsilon, privacy.delta, rate, scenario.train.rounds, privacy.budget_against,
-            before=release_event(scenario),
-        )  # fmt: skip
-    return RoundEvent("gaussian", noise_multiplier or 0.0, rate)
 
 
 def optimizer_of(train: Train) -> Optimizer:

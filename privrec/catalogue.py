@@ -34,8 +34,12 @@ def release_event(scenario: Scenario) -> RoundEvent | None:
     devices, delta = scenario.devices, scenario.privacy.delta
     if devices.popularity != "released" or devices.popularity_epsilon is None:
         return None
-    z = noise_multiplier_for(devices.popularity_epsilon, delta, 1.0, 1, "server")
-    return RoundEvent("gaussian", z, 1.0)
+    z = noise_multiplier_for(devices.popularity_epsilon, delta, _release, 1, "server")
+    return _release(z)
+
+
+def _release(noise_multiplier: float) -> RoundEvent:
+    return RoundEvent("gaussian", noise_multiplier, 1.0)
 
 
 def numbered(
@@ -62,7 +66,7 @@ def numbered(
     else:
         ledger.charge(PREPARATION, 0, event)
         most = scenario.devices.popularity_items
-        context = (ledger.header["run_id"], scenario.hash())
+        context = (ledger.header["run_id"], scenario.plan_hash())
         counts = _capped_counts(split.train, most, devices.stream("popularity", *context))
         stream = server.stream("popularity", *context, digest(counts))
         # A 0/1 history of so many items is no longer than the root of their number.

@@ -47,31 +47,12 @@ def plan(scenario: Scenario) -> dict[str, Any]:
 
 
 def _one(scenario: Scenario) -> dict[str, Any]:
-    noise_multiplier = _noise_multiplier(scenario)
+    event = _event(scenario)
+    noise_multiplier = event.noise_multiplier
     settings = _settings(scenario, noise_multiplier)
-    spending = _spending(scenario, noise_multiplier)
+    spending = _spending(scenario, event)
     signal = _signal(scenario, noise_multiplier)
     return {**settings, **spending, "signal": signal, "warnings": _warnings(scenario)}
-
-
-def _noise_multiplier(scenario: Scenario) -> float:
-    privacy = scenario.privacy
-    if privacy.noise == "none":
-        return 0.0
-    if privacy.epsilon is None:
-        if privacy.noise_multiplier is None:
-            raise UsageError("privacy.noise_multiplier is unset: noise needs a target ε or this")
-        return privacy.noise_multiplier
-    from privrec.privacy.calibrate import noise_multiplier_for
-
-    return noise_multiplier_for(
-        privacy.epsilon,
-        privacy.delta,
-        scenario.devices.sampling_rate,
-        scenario.train.rounds,
-        privacy.budget_against,
-        release_event(scenario),
-    )
 
 
 def _settings(scenario: Scenario, noise_multiplier: float) -> dict[str, Any]:
@@ -94,13 +75,13 @@ def _settings(scenario: Scenario, noise_multiplier: float) -> dict[str, Any]:
     }
 
 
-def _spending(scenario: Scenario, noise_multiplier: float) -> dict[str, Any]:
-    if not noise_multiplier:
+def _spending(scenario: Scenario, event: RoundEvent) -> dict[str, Any]:
+    if not event.is_private:
         return {"epsilon": None, "epsilon_server": None, "epsilon_by_round": []}
     from privrec.privacy.calibrate import plan as spend
 
     rounds, delta = scenario.train.rounds, scenario.privacy.delta
-    event, before = _event(scenario, noise_multiplier), release_event(scenario)
+    before = release_event(scenario)
     spent = spend(event, rounds=rounds, delta=delta, points=MILESTONES, before=before)
     by_round = zip(spent.after, spent.recipients, spent.server, strict=True)
     return {
@@ -113,10 +94,21 @@ def _spending(scenario: Scenario, noise_multiplier: float) -> dict[str, Any]:
     }
 
 
-def _event(scenario: Scenario, noise_multiplier: float) -> RoundEvent:
-    from privrec.privacy.events import RoundEvent
+def _event(scenario: Scenario) -> RoundEvent:
+    """The event of each round: for distributed noise, that of the band that all devices hold."""
+    from privrec.agreement import agree, event_without_shares
 
-    return RoundEvent("gaussian", noise_multiplier, scenario.devices.sampling_rate)
+    population, dimension = scenario.population(), coefficients(scenario)
+    if scenario.privacy.noise != "distributed":
+        return event_without_shares(scenario)
+    if population is None or dimension is None:
+        raise UsageError(
+            'privacy.noise = "distributed" is planned for a number of users and a catalogue, and '
+            "they are not known here; set devices.population, or plan with "
+            '-s privacy.noise="central", which costs the same to within 0.1 %'
+        )
+    training = sum(t.share for t in scenario.devices.chain if t.weight and t.capacity != 0)
+    return agree(scenario, (dimension,), (round(training * population),))[0]
 
 
 def _finite(value: float) -> float | None:

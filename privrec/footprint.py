@@ -9,18 +9,23 @@ import os
 import resource
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.assembly import encoding_of, federation_of, trainer_of
+from privrec.agreement import encoding_of
+from privrec.assembly import federation_of, trainer_of
 from privrec.device.device import Device
+from privrec.device.protection import Protection
 from privrec.device.round import Round, model_digests
 from privrec.privacy.events import RoundEvent
+from privrec.privacy.shares import Band, Shares
 from privrec.randomness import SecretRoot
 from privrec.scenario import Scenario
+from privrec.secagg.ring import Ring
 
 TIMEOUT_S = 120
 
@@ -31,11 +36,12 @@ def peak_bytes(
     n_items: int,
     coefficients: NDArray[np.float32],
     history: NDArray[np.int32],
+    shares: Shares | None = None,
 ) -> int | None:
     """Peak resident memory of one device's round above that of the idle interpreter, in bytes.
 
     A fresh interpreter imports what a device needs, then receives the model, trains on one history
-    and encodes its update. None when that interpreter could not be run.
+    and encodes its update, with its noise. None when that interpreter could not be run.
 
     Args:
         scenario: decides the model and its training.
@@ -43,9 +49,10 @@ def peak_bytes(
         n_items: size of the catalogue.
         coefficients: the tier's prefix of the model, which is what it is sent.
         history: the device's items; the longest one tells the worst case.
+        shares: the noise that it adds, if devices do.
     """
     head = {"scenario": scenario.to_toml(), "tier": tier, "n_items": n_items}
-    head["coefficients"] = coefficients.nbytes
+    head |= {"coefficients": coefficients.nbytes, "shares": shares and asdict(shares)}
     task = json.dumps(head).encode() + b"\n" + coefficients.tobytes() + history.tobytes()
     try:
         done = subprocess.run(
@@ -72,7 +79,11 @@ class _Task:
         self._tier = federation.tiers[described["tier"]]
         self._weaker = federation.weaker(self._tier)
         self._trainer = trainer_of(scenario, federation, self._tier)
-        self._encoding = encoding_of(scenario, federation.layout)
+        encoding, ring = encoding_of(scenario, federation.layout.size), scenario.privacy.ring_bits
+        shares = described["shares"]
+        if shares is not None:
+            shares = Shares(**shares | {"bands": tuple(Band(**b) for b in shares["bands"])})
+        self._protection = Protection(encoding, Ring(ring), shares)
         self._model = body[: described["coefficients"]]
         self._history = body[described["coefficients"] :]
 
@@ -91,10 +102,10 @@ class _Task:
         model = np.frombuffer(self._model, np.float32).copy()
         items = np.frombuffer(history, np.int32).copy()
         root = SecretRoot.known(b"measures itself")
-        device = Device(0, items, self._tier, self._weaker, self._trainer, self._encoding, root)
+        device = Device(0, items, self._tier, self._weaker, self._trainer, self._protection, root)
         digests = model_digests(model, (self._tier.layout, *self._weaker))
-        event = RoundEvent("none", 0.0, 1.0)
-        device.answer(Round("footprint", 0, 0, event, "", digests), model, 0).vector()
+        round = Round("footprint", 0, 0, RoundEvent("none", 0.0, 1.0), "", digests)
+        device.upload(round, device.answer(round, model, 0))
 
 
 def _give_back_freed() -> None:

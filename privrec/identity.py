@@ -41,7 +41,7 @@ class Identity:
     ) -> Identity:
         """Name a new run; a known noise key makes the name repeat as the run does."""
         # A known root repeats a run bit for bit, so the run's name must repeat as well.
-        run_id = secrets.token_hex(8) if known is None else f"known-{scenario.hash()[:16]}"
+        run_id = secrets.token_hex(8) if known is None else f"known-{scenario.plan_hash()[:16]}"
         return cls(
             run_id,
             scenario.name,

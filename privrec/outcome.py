@@ -135,7 +135,7 @@ def _privacy(
         name: ledger.epsilon(privacy.delta, adversary, accountant) if holds else None
         for name, (adversary, accountant) in _EPSILONS.items()
     }
-    encoding, before = plan.encoding, release_event(scenario)
+    encoding, before = plan.protection.encoding, release_event(scenario)
     return {
         "private": holds,
         **spent,
@@ -185,10 +185,11 @@ def _tier(
     histories = cohort.histories
     longest = histories.select(np.array([histories.lengths.argmax()])).items
     prefix = parts.federation.prefix(parts.server.weights, tier)
+    ring_bits = parts.server.plan.protection.ring.bits
     n_items = parts.everyone.trainer.recommender.vectors.items
-    peak = None
+    peak, shares = None, parts.server.plan.protection.shares
     if scenario.run.footprint:
-        peak = peak_bytes(scenario, tier.index, n_items, prefix, longest)
+        peak = peak_bytes(scenario, tier.index, n_items, prefix, longest, shares)
     return {
         "capacity": tier.capacity,
         "share": tier.share,
@@ -196,7 +197,7 @@ def _tier(
         "devices": len(cohort.states),
         "items": tier.recommender.vectors.items,
         "dim": tier.recommender.vectors.dim,
-        "upload_bytes": size,
+        "upload_bytes": size * ring_bits // (8 * BYTES_A_COEFFICIENT),
         "download_bytes": size,
         "device_peak_bytes": peak,
         **measured.summary(),

@@ -21,7 +21,9 @@ from privrec import catalogue, checkpoint, data, metrics, rundir
 from privrec.assembly import Parts, assemble, check_tiers, data_digest
 from privrec.checkpoint import Position
 from privrec.data import Split
-from privrec.errors import BudgetError, Interrupted
+from privrec.device.round import Round
+from privrec.device.update import Aggregate
+from privrec.errors import BudgetError, Interrupted, ReleaseRefused
 from privrec.identity import Identity
 from privrec.outcome import result_of, write_model
 from privrec.privacy.ledger import Ledger
@@ -31,6 +33,9 @@ from privrec.scenario import Scenario, load
 from privrec.scoring import Judge
 from privrec.server.server import Release
 from privrec.wording import adversary_text
+
+MOST_ATTEMPTS = 20
+"""Attempts at a round before a run is given up whose rounds keep ending without a sum."""
 
 
 @dataclass(frozen=True)
@@ -255,12 +260,23 @@ class _Loop:
         while True:
             self._charge(attempt)
             round = server.next_round(attempt)
-            aggregate = self.parts.simulation.collect(round, server.weights)
-            release = server.release(round, aggregate, self.root)
-            if ledger.committed(server.index, attempt) in (None, release.tag):
-                ledger.commit(server.index, attempt, release.tag)
-                return release, aggregate.cohort, aggregate.loss, attempt
+            if aggregate := self._collect(round):
+                release = server.release(round, aggregate, self.root)
+                if ledger.committed(server.index, attempt) in (None, release.tag):
+                    ledger.commit(server.index, attempt, release.tag)
+                    return release, aggregate.cohort, aggregate.loss, attempt
             attempt = ledger.attempts(server.index)
+
+    def _collect(self, round: Round) -> Aggregate | None:
+        """The round's sum, or None when it ended without one; it stays charged."""
+        try:
+            return self.parts.simulation.collect(round, self.parts.server.weights)
+        except ReleaseRefused:
+            # How many devices were there is the operator's own knowledge: no reason is kept.
+            self.events.append("aborted", round=round.index, attempt=round.attempt)
+            if round.attempt + 1 >= MOST_ATTEMPTS:
+                raise
+            return None
 
     def _charge(self, attempt: int) -> None:
         server, privacy = self.parts.server, self.scenario.privacy

@@ -174,11 +174,22 @@ class Scenario(Table):
         }
         if self.devices.popularity == "released":
             planned["popularity_epsilon"] = self.devices.popularity_epsilon
+        if self.privacy.noise == "distributed":
+            planned["min_cohort"] = self.devices.min_cohort
+            planned["dropout_rate"] = self.devices.dropout_rate
         return _digest(planned)
 
     def hash(self) -> str:
         """SHA-256, in hex, of everything but ``title`` and ``description``."""
         return _digest(self.model_dump(exclude={"title", "description"}))
+
+    def plan_hash(self) -> str:
+        """SHA-256, in hex, of what devices agree to: all that decides what they compute.
+
+        Words do not enter, nor what only the operator does (``[run]`` but for its seed).
+        """
+        own = self.model_dump(exclude={"title", "description", "rows", "run"})
+        return _digest(own | {"seed": self.run.seed})
 
     def to_json(self) -> str:
         """The scenario as JSON with every key, defaults included."""

@@ -135,7 +135,7 @@ def _clip(values: Values) -> Problems:
     path = "privacy.clip_norm"
     if values["privacy.noise"] == "none" or values[path] is not None:
         return {}
-    rule = 'privacy.noise = "central" needs a bound on each update'
+    rule = f"privacy.noise = {as_toml(values['privacy.noise'])} needs a bound on each update"
     return {path: f"{path} is unset: {rule}; set it, for example to 1.0"}
 
 
@@ -144,7 +144,9 @@ def _budget(values: Values) -> Problems:
     if values["privacy.noise"] == "none":
         return _without_noise(values)
     if epsilon is None and multiplier is None:
-        rule = 'privacy.noise = "central" needs a target ε or a noise multiplier'
+        rule = (
+            f"privacy.noise = {as_toml(values['privacy.noise'])} needs a target ε or a multiplier"
+        )
         remedy = "set privacy.epsilon, for example to 8, or privacy.noise_multiplier"
         return {"privacy.epsilon": f"privacy.epsilon is unset: {rule}; {remedy}"}
     if epsilon is not None and multiplier is not None:

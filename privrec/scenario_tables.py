@@ -173,6 +173,21 @@ class Devices(Table):
     popularity_items: int = setting(
         50, "`released`: most items of a user that are counted.", unit="items", ge=1, le=10**6
     )
+    min_cohort: int = setting(
+        20,
+        "Fewest devices that a device is willing to be summed with, in every band: with "
+        "`distributed` noise or the `full` secure sum.",
+        unit="devices",
+        ge=2,
+        le=10**6,
+    )
+    dropout_rate: float = setting(
+        0.0,
+        "Simulated: chance of a device of a cohort to fall silent in one of the four exchanges.",
+        unit="probability",
+        ge=0,
+        lt=1,
+    )
     aggregation: Literal["sum", "contributors", "fair_averaging"] = setting(
         "sum",
         "Mean over all devices, over those that hold a part, or FAIR's average of lifted weights.",
@@ -275,8 +290,34 @@ class Train(Table):
 class Privacy(Table):
     """``[privacy]``: clipping, noise and the budget. ``noise`` has no default: choose."""
 
-    noise: Literal["none", "central"] = setting(
-        ..., "`central`: a trusted server adds Gaussian noise to the sum; `none`: no guarantee."
+    noise: Literal["none", "central", "distributed"] = setting(
+        ...,
+        "`distributed`: every device adds a share of the noise; `central`: a trusted server adds "
+        "Gaussian noise to the sum; `none`: no guarantee.",
+    )
+    mechanism: Literal["discrete_gaussian", "skellam"] = setting(
+        "discrete_gaussian", "`distributed`: law of a device's share."
+    )
+    remove_excess: bool = setting(
+        True,
+        "`distributed`: take off the noise of survivors beyond the fewest, by seeds that they "
+        "reveal; else the sum has more noise than accounted.",
+    )
+    least_survivors: float = setting(
+        0.67,
+        "Fewest survivors of a round, as a share of the devices expected in each band; with fewer "
+        "nothing is released.",
+        unit="share of the expected cohort",
+        gt=0,
+        lt=1,
+    )
+    colluding_share: float = setting(
+        0.05,
+        "Devices assumed to tell the server their noise or masks; the others' noise alone is "
+        "accounted.",
+        unit="share of the expected cohort",
+        ge=0,
+        lt=0.33,
     )
     clip_norm: float | None = setting(
         None,
@@ -309,13 +350,17 @@ class Privacy(Table):
     budget_against: Literal["recipients", "server"] = setting(
         "recipients", "The adversary that `epsilon` is meant against, and that halts the run."
     )
-    scale_bits: int = setting(
-        13,
+    scale_bits: float = setting(
+        13.0,
         "An update is encoded in integers of scale 2^this / `clip_norm`.",
         unit="bits",
-        ge=4,
+        ge=1,
         le=20,
     )
+    ring_bits: Literal[32, 16] = setting(
+        32, "Sums are taken modulo 2^this; 16 halves the upload, for cohorts of up to 1,000.",
+        unit="bits",
+    )  # fmt: skip
 
 
 class Run(Table):
@@ -330,6 +375,11 @@ class Run(Table):
     )
     engine: Literal["cohort", "device"] = setting(
         "cohort", "Many devices as one batch, or one device at a time."
+    )
+    secure_sum: Literal["exact", "full"] = setting(
+        "exact",
+        "`full` runs the secure aggregation of every round; `exact` adds the same integers without "
+        "masks, for the same sum.",
     )
     top_k: Annotated[tuple[Cut, ...], BeforeValidator(as_tuple)] = setting(
         (10,), "Cut-offs of the metrics.", unit="items", min_length=1, max_length=10

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save
 from scipy import stats
 
 from privrec import catalogue, data, run
-from privrec.assembly import event_of
+from privrec.agreement import event_without_shares
 from privrec.catalogue import FILE, numbered, release_event
 from privrec.data import Interactions, Split
 from privrec.errors import IntegrityError, Interrupted
@@ -108,7 +108,10 @@ def test_the_release_has_the_event_that_meets_its_epsilon() -> None:
 
 def test_the_budget_covers_the_release_too() -> None:
     budget = ("privacy.noise_multiplier=", "privacy.epsilon=3", "privacy.budget_against=server")
-    with_release, without = event_of(scenario(*budget)), event_of(scenario(*budget, *PUBLIC))
+    with_release, without = (
+        event_without_shares(scenario(*budget)),
+        event_without_shares(scenario(*budget, *PUBLIC)),
+    )
     assert with_release.noise_multiplier > without.noise_multiplier
     before = release_event(scenario(*budget))
     assert before is not None

@@ -501,7 +501,8 @@ def test_an_empty_directory_and_missing_parents_are_welcome(tmp_path: Path) -> N
         (("data.source=table", "data.path=no.csv"), DataError, "no.csv"),
         (("data.source=ml-1m", "data.path=nowhere"), PrivrecError, "nowhere"),
         (
-            ("privacy.scale_bits=20", "data.users=3000", "devices.population=3000"),
+            ("privacy.scale_bits=20", "data.users=3000", "devices.population=3000",
+             "devices.sampling=everybody"),
             UsageError,
             "3000",
         ),
@@ -577,7 +578,8 @@ def test_one_tier_of_capacity_one_is_bit_for_bit_no_tiers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, engine: str
 ) -> None:
     """Weights, integers, ledger and figures, once the scenario's own hash is no part of draws."""
-    monkeypatch.setattr(Scenario, "hash", lambda _: "0" * 64)
+    for name in ("hash", "plan_hash"):
+        monkeypatch.setattr(Scenario, name, lambda _: "0" * 64)
     sums: dict[str, list[Any]] = {"run": [], "tiers": []}
     collect = Simulation.collect
     for name, changes in (("run", ()), ("tiers", (ALIKE,))):

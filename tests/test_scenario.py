@@ -211,7 +211,7 @@ def test_hashes_are_the_same_everywhere() -> None:
         + "scale_bits = 13\ndelta = 1e-5\nbudget_against = 'recipients'\n"
         + "[devices]\nsampling_rate = 0.05\n[train]\nrounds = 100\n"
     )
-    expected = "bb254a13386102148a2593816df30972af1c81104e32e8b7fc6d0ceaac8c45bf"
+    expected = "e0026d12fc82448c35fb86784543ce9d0300783282b28b905d378d4f116ed437"
     assert Scenario.from_toml(text).privacy_hash() == expected
 
 

@@ -8,14 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.device.batch import Histories
+from privrec.device.protection import Protection
 from privrec.device.round import Round, digest, model_digests
 from privrec.device.tier import Tier
 from privrec.device.train import Trained, Trainer
-from privrec.device.update import BoundedUpdate
+from privrec.device.update import BoundedUpdate, RawUpdate, Upload
 from privrec.errors import ReleaseRefused
 from privrec.models.layout import Layout
+from privrec.privacy.shares import noise_seeds
 from privrec.randomness import SecretRoot
-from privrec.secagg.ring import Encoding
+from privrec.secagg.ring import Coins
 
 FloatArray = NDArray[np.float32]
 
@@ -25,7 +27,7 @@ class Device:
     """A user's own device.
 
     Promise: the history and the private state leave it by no method; :meth:`answer` gives a clipped
-    and encoded update and nothing else.
+    and encoded update and nothing else, and :meth:`upload` adds the device's own noise to it.
 
     Args:
         user: the user's index, which names its draws.
@@ -33,8 +35,8 @@ class Device:
         tier: what it holds of the shared vector.
         weaker: layouts of the tiers below, the stronger first: the bands of its prefix.
         trainer: local training in the tier's memory.
-        encoding: clip norm and grid.
-        root: the device's secret, for stochastic rounding.
+        protection: bounds, grid, ring and noise.
+        root: the device's secret, for stochastic rounding and noise.
         state: user vector and bias, shape ``(user_dim,)``; zeros for a new user.
     """
 
@@ -43,7 +45,7 @@ class Device:
     tier: Tier
     weaker: tuple[Layout, ...]
     trainer: Trainer
-    encoding: Encoding
+    protection: Protection
     root: SecretRoot
     state: FloatArray = field(default_factory=lambda: np.zeros(0, np.float32))
 
@@ -69,7 +71,7 @@ class Device:
         Raises:
             ReleaseRefused: when ``coefficients`` are not of the model that the round names.
         """
-        digests = model_digests(coefficients, (self.tier.layout, *self.weaker))
+        digests = model_digests(coefficients, self.layouts)
         if digests != round.model_digests[: len(digests)]:
             raise ReleaseRefused(
                 f"round {round.index}: the model received has another digest than the round's; "
@@ -82,4 +84,44 @@ class Device:
         coins = self.root.stream("rounding", *round.context, self.user, digest(self.state))
         self.state = trained.states[0]
         update = self.tier.lift(trained.update)
-        return update.bound(self.encoding, coins, self.tier.weight)
+        return protected(update, self.protection, round, self.tier, self.weaker, coins)
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """Of its tier and those below, the strongest first."""
+        return (self.tier.layout, *self.weaker)
+
+    def noise_seeds(self, round: Round) -> tuple[bytes, ...]:
+        """The secret seeds of its noise in this attempt, one for each band; none without shares."""
+        if self.protection.shares is None:
+            return ()
+        return noise_seeds(self.root, len(self.layouts), *round.context, self.user)
+
+    def upload(self, round: Round, bounded: BoundedUpdate) -> Upload:
+        """The whole vector that this device puts into the sum, with its noise."""
+        return bounded.upload(self.layouts, self.protection.shares, self.noise_seeds(round))
+
+
+def protected(
+    update: RawUpdate,
+    protection: Protection,
+    round: Round,
+    tier: Tier,
+    weaker: tuple[Layout, ...],
+    coins: Coins,
+) -> BoundedUpdate:
+    """The bounded update of devices of a tier, rotated first where the ring needs it.
+
+    Args:
+        update: lifted, of one or many devices.
+        protection: bounds, grid and ring.
+        round: the round, whose rotation is public.
+        tier: of the devices.
+        weaker: layouts of the tiers below, the stronger first.
+        coins: decide the rounding.
+    """
+    layouts, encoding = (tier.layout, *weaker), protection.encoding
+    rotation = protection.rotation(round, layouts)
+    if rotation is None:
+        return update.bound(encoding, coins, tier.weight)
+    return update.bound_turned(encoding, coins, tier.weight, rotation, layouts)

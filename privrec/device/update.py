@@ -2,19 +2,23 @@
 
 ``RawUpdate`` is what training gave and never leaves a device; ``BoundedUpdate`` is clipped and
 encoded, and is the only thing that can be summed. Both hold a batch of one or many devices, and
-only the coefficients that were touched: all others are zero.
+only the coefficients that were touched: all others are zero. ``Upload`` is the whole vector of one
+device in the order of the wire, with the device's own noise where devices add it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from privrec.embedding.table import add_rows
-from privrec.models.layout import Layout
+from privrec.models.layout import Layout, from_wire, to_wire
+from privrec.privacy.shares import Shares
 from privrec.secagg.ring import Coins, Encoding
+from privrec.secagg.rotation import Rotation
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,11 @@ class Address:
     blocks: NDArray[np.int64]
     biases: NDArray[np.int64]
     layout: Layout
+
+    @classmethod
+    def whole(cls, layout: Layout) -> Address:
+        """Of all coefficients, in their order."""
+        return cls(np.arange(layout.slots)[None], np.arange(layout.bias_slots)[None], layout)
 
     @property
     def width(self) -> int:
@@ -64,10 +73,50 @@ class RawUpdate:
             coins: decide the rounding.
             weight: public factor of the clipped update, in [0, 1].
         """
-        clipped = clip(self.values, encoding.clip_norm)
-        if weight != 1:
-            clipped = clipped * np.float32(weight)
+        clipped = self._clipped(encoding, weight)
         return BoundedUpdate(encoding.encode(clipped, coins), self.address)
+
+    def bound_turned(
+        self,
+        encoding: Encoding,
+        coins: Coins,
+        weight: float,
+        rotation: Rotation,
+        layouts: Sequence[Layout],
+    ) -> BoundedUpdate:
+        """As :meth:`bound`, of the clipped update rotated band by band, in which all is touched.
+
+        Args:
+            encoding: clip norm and grid.
+            coins: decide the rounding.
+            weight: public factor of the clipped update, in [0, 1].
+            rotation: of the bands that the device holds.
+            layouts: of the device's tier and those below, the strongest first.
+        """
+        layout = self.address.layout
+        dense = self._dense(self._clipped(encoding, weight))
+        turned = from_wire(rotation.apply(to_wire(dense, layouts)), layouts)
+        return BoundedUpdate(encoding.encode(turned, coins), Address.whole(layout))
+
+    def _clipped(self, encoding: Encoding, weight: float) -> NDArray[np.float32]:
+        clipped = clip(self.values, encoding.clip_norm)
+        return clipped if weight == 1 else clipped * np.float32(weight)
+
+    def _dense(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Whole vectors, shape ``(m, size)``."""
+        address, layout, m = self.address, self.address.layout, len(values)
+        end = layout.head + address.blocks.shape[1] * layout.block
+        parts = [values[:, : layout.head]]
+        sections = (
+            (address.blocks, layout.slots, layout.block, values[:, layout.head : end]),
+            (address.biases, layout.bias_slots, 1, values[:, end:]),
+        )
+        for names, slots, width, section in sections:
+            whole = np.zeros((m * slots, width), np.float32)
+            rows = names + slots * np.arange(m)[:, None]
+            add_rows(whole, rows.ravel(), section.reshape(-1, width))
+            parts.append(whole.reshape(m, -1))
+        return np.concatenate(parts, axis=1)
 
 
 @dataclass(frozen=True)
@@ -92,11 +141,40 @@ class BoundedUpdate:
         _add(layout.memory_of(total), address.blocks, self.integers[:, own.head : end])
         _add(layout.biases_of(total)[:, None], address.biases, self.integers[:, end:])
 
+    def rows(self) -> Iterator[BoundedUpdate]:
+        """The updates of each device by itself."""
+        address, layout = self.address, self.address.layout
+        for row, integers in enumerate(self.integers):
+            blocks, biases = (
+                names[min(row, len(names) - 1)][None] for names in (address.blocks, address.biases)
+            )
+            yield BoundedUpdate(integers[None], Address(blocks, biases, layout))
+
+    def upload(
+        self, layouts: Sequence[Layout], shares: Shares | None, seeds: Sequence[bytes]
+    ) -> Upload:
+        """What the one device of this update puts into the sum.
+
+        Args:
+            layouts: of the device's tier and those below, the strongest first.
+            shares: the noise that devices add, or None.
+            seeds: of this device's noise, one for each band that it holds; none without shares.
+        """
+        integers = to_wire(self.vector(), layouts)
+        return Upload(integers if shares is None else integers + shares.draw(seeds))
+
     def vector(self) -> NDArray[np.int32]:
         """The whole vector that one device uploads: 4 bytes for each coefficient that it holds."""
         total = np.zeros(self.address.layout.size, dtype=np.int32)
         self.add_to(total)
         return total
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One device's vector for the sum: bounded, noised where devices add noise, in wire order."""
+
+    integers: NDArray[np.int32]
 
 
 @dataclass(frozen=True)

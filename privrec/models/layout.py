@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -89,3 +90,41 @@ def bands(vector: NDArray[Any], layouts: Sequence[Layout]) -> Iterator[list[NDAr
             whole.memory_of(vector)[inner.slots : outer.slots].ravel(),
             whole.biases_of(vector)[inner.bias_slots : outer.bias_slots],
         ]
+
+
+def band_sizes(layouts: Sequence[Layout]) -> tuple[int, ...]:
+    """Coefficients of each band, the weakest tier's first.
+
+    Args:
+        layouts: of all tiers, the strongest first.
+    """
+    sizes = [0, *(layout.size for layout in reversed(layouts))]
+    return tuple(longer - shorter for shorter, longer in pairwise(sizes))
+
+
+def to_wire(vectors: NDArray[Any], layouts: Sequence[Layout]) -> NDArray[Any]:
+    """Vectors in the order of the wire, band after band, in which weaker ones are prefixes.
+
+    Args:
+        vectors: of the first layout, along the last axis.
+        layouts: of the tiers from the vectors' own on, the strongest first.
+
+    Returns:
+        A new array, but for a single tier, whose order is that of the wire.
+    """
+    return vectors if len(layouts) == 1 else vectors[..., _wire_order(tuple(layouts))]
+
+
+def from_wire(vectors: NDArray[Any], layouts: Sequence[Layout]) -> NDArray[Any]:
+    """The inverse of :func:`to_wire`."""
+    if len(layouts) == 1:
+        return vectors
+    ordered = np.empty_like(vectors)
+    ordered[..., _wire_order(tuple(layouts))] = vectors
+    return ordered
+
+
+@lru_cache(maxsize=16)
+def _wire_order(layouts: tuple[Layout, ...]) -> NDArray[np.int64]:
+    places = np.arange(layouts[0].size)
+    return np.concatenate([part for parts in bands(places, layouts) for part in parts])

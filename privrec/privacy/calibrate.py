@@ -26,7 +26,7 @@ _LEAST, _MOST = -2, 6  # noise multipliers from 0.01 to a million
 def noise_multiplier_for(
     target_epsilon: float,
     delta: float,
-    sampling_rate: float,
+    event_of: Callable[[float], RoundEvent],
     rounds: int,
     adversary: Adversary,
     before: RoundEvent | None = None,
@@ -40,7 +40,8 @@ def noise_multiplier_for(
     Args:
         target_epsilon: largest ε at the end of all rounds, at least 0.0001.
         delta: the δ of the claim, in [1e-10, 1).
-        sampling_rate: probability with which each user takes part in a round, in (0, 1].
+        event_of: the event of a round with a noise multiplier, so that ε falls as noise grows; it
+            may refuse noise with a ``UsageError`` when that is too little to be accounted.
         rounds: how many rounds, at least 1.
         adversary: whom the target is against, ``"recipients"`` or ``"server"``.
         before: what is charged before the first round, if anything; the target covers it.
@@ -55,7 +56,10 @@ def noise_multiplier_for(
     check_adversary(adversary)
 
     def holds(candidate: int, against: Adversary) -> bool:
-        event = RoundEvent("gaussian", _number(candidate), sampling_rate)
+        try:
+            event = event_of(_number(candidate))
+        except UsageError:
+            return False
         return epsilon(_events(event, rounds, before), delta, against) <= target_epsilon
 
     # What holds against the server holds against recipients too, and costs nothing to find.
@@ -63,6 +67,7 @@ def noise_multiplier_for(
     if adversary == "recipients":
         enough = _first(lambda candidate: holds(candidate, "recipients"), enough)
     if not holds(enough, adversary):
+        event_of(_number(enough))  # says what is wrong with the event, if anything is
         raise UsageError(
             f"epsilon {target_epsilon} at delta {delta} over {rounds} rounds: not met even by a "
             f"noise multiplier of {_number(enough):g}; allow a larger epsilon or fewer rounds"

@@ -38,6 +38,8 @@ from privrec.privacy.discrete import SLACK, IntegerMechanism
 
 SHARE_OF_DELTA = 1e-3
 """Largest part of δ that the samplers may take."""
+SMALL_COHORTS_SHARE = 0.01
+"""Largest part of δ that small cohorts may take."""
 LARGEST_LOG_RATIO = 1e-10
 """Largest log-ratio of one round to what is accounted for it."""
 
@@ -56,6 +58,8 @@ class Grid:
             colluders, in the band where that is most.
         excess_removed: whether the sum always keeps the same number of shares, so that its
             variance does not tell how many devices took part.
+        small_cohort_delta: what a round adds to δ because it ends without a release when few were
+            sampled (:mod:`privrec.privacy.cohorts`), in [0, 1).
 
     Raises:
         UsageError: when a value is outside its range.
@@ -65,6 +69,7 @@ class Grid:
     dimension: int
     shares: int
     excess_removed: bool
+    small_cohort_delta: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("squared_sensitivity", "dimension", "shares"):
@@ -73,6 +78,9 @@ class Grid:
                 raise UsageError(f"{name} {value!r}: it must be a whole number of at least 1")
         if type(self.excess_removed) is not bool:
             raise UsageError(f"excess_removed {self.excess_removed!r}: it must be true or false")
+        spoiled = self.small_cohort_delta
+        if type(spoiled) is not float or not 0 <= spoiled < 1:
+            raise UsageError(f"small_cohort_delta {spoiled!r}: it must be a number in [0, 1)")
 
     @property
     def sensitivity(self) -> float:
@@ -125,26 +133,31 @@ class Slack:
     Args:
         log_ratio: ``K``, on every set of outcomes.
         variation: total variation, of the samplers.
+        spoiled: δ of small cohorts.
     """
 
     log_ratio: float = 0.0
     variation: float = 0.0
+    spoiled: float = 0.0
 
     def inner(self, delta: float) -> float:
         """The δ that is left for the mechanism which is accounted."""
         if self == Slack():
             return delta
-        return delta * (1 - SHARE_OF_DELTA) * math.exp(-self.log_ratio)
+        left = delta - min(self.spoiled, SMALL_COHORTS_SHARE * delta)
+        return left * (1 - SHARE_OF_DELTA) * math.exp(-self.log_ratio)
 
     def outer(self, epsilon: float, delta: float) -> float:
         """ε of the releases, given that of the accounted mechanism at :meth:`inner`.
 
         Returns:
-            Infinity when the samplers would take more of δ than :data:`SHARE_OF_DELTA`.
+            Infinity when the samplers would take more of δ than :data:`SHARE_OF_DELTA`, or small
+            cohorts more than :data:`SMALL_COHORTS_SHARE`.
         """
         total = epsilon + 2 * self.log_ratio
         taken = self.variation * (1 + math.exp(min(total, 700.0)))
-        return total if taken <= SHARE_OF_DELTA * delta else math.inf
+        within = self.spoiled <= SMALL_COHORTS_SHARE * delta
+        return total if taken <= SHARE_OF_DELTA * delta and within else math.inf
 
 
 def _of_sum(share: float, shares: int) -> float:

@@ -20,9 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from privrec.errors import UsageError
-
-SHARE_OF_DELTA = 0.01
-"""Largest part of δ that small cohorts may take."""
+from privrec.privacy.closeness import SMALL_COHORTS_SHARE
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def check_small_cohorts(
                 "would never release; lower the fewest devices of a round or add devices"
             )
     taken = small_cohort_delta(crowds, sampling_rate, rounds)
-    if taken > SHARE_OF_DELTA * delta:
+    if taken > SMALL_COHORTS_SHARE * delta:
         fewest = min(crowds, key=lambda crowd: crowd.population * sampling_rate / crowd.least)
         raise UsageError(
             f"{rounds} rounds at sampling_rate {sampling_rate}: too few of the {fewest.population} "

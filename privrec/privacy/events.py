@@ -35,7 +35,9 @@ Mechanism = Literal["gaussian", "discrete_gaussian", "skellam", "none"]
 DIGITS = 4
 _SMALLEST_DELTA = 1e-10
 _NAMES = ("mechanism", "noise_multiplier", "sampling_rate")
-_GRID_NAMES = ("squared_sensitivity", "dimension", "shares", "excess_removed")
+_GRID_NAMES = (
+    "squared_sensitivity", "dimension", "shares", "excess_removed", "small_cohort_delta"
+)  # fmt: skip
 _DISTRIBUTED = ("discrete_gaussian", "skellam")
 
 
@@ -112,7 +114,7 @@ class RoundEvent:
             return Slack()
         discrete = self.mechanism == "discrete_gaussian"
         log_ratio = self.grid.log_ratio(self.noise_multiplier) if discrete else 0.0
-        return Slack(log_ratio, self.grid.sampling_slack)
+        return Slack(log_ratio, self.grid.sampling_slack, self.grid.small_cohort_delta)
 
     def dp_event(self, adversary: Adversary) -> Any:
         """The same as a ``dp_accounting.DpEvent``, as ``adversary`` sees it.
@@ -270,6 +272,7 @@ def _slack(counts: Mapping[RoundEvent, int]) -> Slack:
     return Slack(
         math.fsum(slack.log_ratio * count for slack, count in each),
         math.fsum(slack.variation * count for slack, count in each),
+        math.fsum(slack.spoiled * count for slack, count in each),
     )
 
 

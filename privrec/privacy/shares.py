@@ -138,17 +138,15 @@ class Shares:
         """
         return self.kept(band, survivors) * self.share_variance(band)
 
-    def event(self, sampling_rate: float) -> RoundEvent:
+    def event(self, sampling_rate: float, small_cohort_delta: float = 0.0) -> RoundEvent:
         """What a round costs that samples each user with this rate.
 
-        The band with most shares decides, since its shares are the narrowest.
+        Args:
+            sampling_rate: probability with which each user takes part, in (0, 1].
+            small_cohort_delta: what the round adds to δ when it may end without a release
+                (:func:`~privrec.privacy.cohorts.small_cohort_delta`).
         """
-        grid = Grid(
-            self.squared_sensitivity,
-            sum(band.size for band in self.bands),
-            max(band.shares for band in self.bands),
-            self.remove_excess,
-        )
+        grid = grid_of(self.squared_sensitivity, self.bands, self.remove_excess, small_cohort_delta)
         return RoundEvent(self.mechanism, self.noise_multiplier, sampling_rate, grid)
 
     def draw(self, seeds: Sequence[bytes]) -> NDArray[np.int32]:
@@ -229,6 +227,26 @@ class Shares:
                 f"{survivors} survivors in band {band}, and at least {self.bands[band].least} are "
                 "needed for its noise to be what is accounted; nothing is released"
             )
+
+
+def grid_of(
+    squared_sensitivity: int,
+    bands: Sequence[Band],
+    remove_excess: bool,
+    small_cohort_delta: float = 0.0,
+) -> Grid:
+    """What the accounting of shares depends on besides their noise multiplier.
+
+    The band with most shares decides, since its shares are the narrowest. Arguments are those of
+    :class:`Shares` and :meth:`Shares.event`.
+    """
+    return Grid(
+        squared_sensitivity,
+        sum(band.size for band in bands),
+        max(band.shares for band in bands),
+        remove_excess,
+        small_cohort_delta,
+    )
 
 
 def noise_seeds(root: SecretRoot, bands: int, *context: Name) -> tuple[bytes, ...]:

@@ -187,8 +187,9 @@ def _foreign(files: _Files, name: str, key: str, value: Any) -> IntegrityError:
 
 
 def _check_charges(files: _Files) -> None:
-    mechanism = "none" if files.scenario.privacy.noise == "none" else "gaussian"
-    planned = (mechanism, files.scenario.devices.sampling_rate)
+    privacy = files.scenario.privacy
+    mechanism = {"none": "none", "central": "gaussian", "distributed": privacy.mechanism}
+    planned = (mechanism[privacy.noise], files.scenario.devices.sampling_rate)
     if files.spending.before != release_event(files.scenario):
         raise IntegrityError(
             f"{files.directory / 'ledger.jsonl'}: {files.spending.before} was charged before the "
@@ -312,6 +313,11 @@ def _claim_facts(files: _Files) -> claims.Facts:
         scenario=scenario.name,
         simulated=bool(files.result.get("simulated", True)),
         noise=privacy.noise,
+        mechanism=privacy.mechanism,
+        excess_removed=privacy.remove_excess,
+        least_survivors=privacy.least_survivors,
+        colluding_share=privacy.colluding_share,
+        masked=scenario.run.secure_sum == "full",
         noise_known=files.noise_known,
         delta=delta if privacy.noise != "none" else None,
         sampling="everybody" if devices.sampling_rate == 1 else "poisson",
@@ -365,7 +371,12 @@ def _least_noise(spending: Spending) -> float | None:
 
 def _charged(spending: Spending) -> Iterator[Charged]:
     for event, count in spending.counts.items():
-        yield Charged(**event.to_json(), count=count)
+        yield Charged(
+            **event.to_json(),
+            count=count,
+            accounted_multiplier=event.gaussian_multiplier,
+            hidden_rate=event.rate_against("recipients"),
+        )
 
 
 def _accuracy(files: _Files, facts: claims.Facts) -> Accuracy:

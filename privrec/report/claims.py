@@ -21,7 +21,7 @@ class Facts:
 
     scenario: str
     simulated: bool
-    noise: Literal["central", "none"]
+    noise: Literal["central", "distributed", "none"]
     noise_known: bool
     epsilon: float | None
     epsilon_server: float | None
@@ -40,6 +40,17 @@ class Facts:
     evaluations: int
     further_runs: int = 0
     public_popularity: bool = False
+    mechanism: Literal["discrete_gaussian", "skellam"] = "discrete_gaussian"
+    excess_removed: bool = True
+    least_survivors: float = 0.67
+    colluding_share: float = 0.05
+    masked: bool = False
+
+    @property
+    def hides_cohorts(self) -> bool:
+        """Whether ε against recipients rests on cohorts that they do not know."""
+        shown = self.noise == "distributed" and not self.excess_removed
+        return self.sampling == "poisson" and not shown
 
     @property
     def private(self) -> bool:
@@ -66,7 +77,7 @@ def _subject(facts: Facts) -> str:
 def _guarantee(facts: Facts) -> str:
     spent = f"({epsilon_text(facts.epsilon)}, {delta_text(facts.delta)})-differentially private"
     unit = "at user level, where neighbours differ in one user’s history being replaced by none"
-    if facts.sampling == "everybody":
+    if not facts.hides_cohorts:
         return f"{spent} {unit}, against recipients of the released models."
     return (
         f"{spent} {unit}, against recipients of the released models who do not know "
@@ -78,12 +89,19 @@ def _server_sentence(facts: Facts) -> str:
     if facts.sampling == "everybody":
         return (
             "Everybody takes part in every round, so the same ε holds against somebody who knows "
-            "every cohort."
+            "every cohort" + _operator(facts)
         )
-    return (
-        "Against somebody who knows every cohort and sees every release, ε is "
-        f"{epsilon_text(facts.epsilon_server)}."
-    )
+    if not facts.hides_cohorts:
+        return f"The same ε holds against somebody who knows every cohort{_operator(facts)}"
+    known = f"ε is {epsilon_text(facts.epsilon_server)}"
+    if facts.noise == "distributed":
+        return f"Against the server’s operator, who knows every cohort, {known}."
+    return f"Against somebody who knows every cohort and sees every release, {known}."
+
+
+def _operator(facts: Facts) -> str:
+    """Noise that devices add protects from whoever runs the server, too."""
+    return ", the server’s operator included." if facts.noise == "distributed" else "."
 
 
 def adversaries(facts: Facts) -> tuple[Adversary, ...]:
@@ -102,17 +120,45 @@ def adversaries(facts: Facts) -> tuple[Adversary, ...]:
             name="server",
             epsilon=facts.epsilon_server if finite else None,
             epsilon_rdp=facts.epsilon_server_rdp if finite else None,
-            sees="Every released model, and who was in every cohort.",
-            assumes="The sums before noise, and the noise root, stay inside the server.",
+            sees=_server_sees(facts),
+            assumes=_server_assumes(facts),
             limits_run=facts.budget is not None and facts.budget_against == "server",
         ),
     )
 
 
+def _server_sees(facts: Facts) -> str:
+    if facts.noise == "distributed":
+        return (
+            "Every noisy sum, and with it every released model; who was in every cohort and who "
+            f"dropped out; the noise of up to {facts.colluding_share:.0%} of a cohort’s devices."
+        )
+    return "Every released model, and who was in every cohort."
+
+
+def _server_assumes(facts: Facts) -> str:
+    if facts.noise == "distributed":
+        return (
+            f"All but {facts.colluding_share:.0%} of an expected cohort keep their noise and masks "
+            "to themselves, and devices are enrolled by somebody other than the server."
+        )
+    return "The sums before noise, and the noise root, stay inside the server."
+
+
 def _recipients_assume(facts: Facts) -> str:
     hidden = "The sums before noise and the noise root stay inside the server"
+    if facts.noise == "distributed":
+        hidden = (
+            f"All but {facts.colluding_share:.0%} of an expected cohort keep their noise to "
+            "themselves"
+        )
     if facts.sampling == "everybody":
         return f"{hidden}. Nothing rests on sampling: everybody takes part."
+    if not facts.hides_cohorts:
+        return (
+            f"{hidden}. Nothing rests on sampling: the variance of the noise tells how many took "
+            "part, so no amplification is counted."
+        )
     return (
         f"{hidden}; so do the cohorts, their sizes and who dropped out, since this ε is amplified "
         "by sampling. For the same reason this report holds no realised cohort size."
@@ -127,6 +173,8 @@ def trust(facts: Facts) -> str:
     )
     if facts.noise == "none":
         return f"No protection is claimed, so nobody’s honesty is relied on. {simulation}"
+    if facts.noise == "distributed":
+        return f"{_nobody(facts)} {simulation}" if facts.simulated else _nobody(facts)
     server = (
         "One server is trusted. It adds up the users’ clipped updates, adds the noise to the sum "
         "and only then releases the result. No ε here holds against the server’s own operator, "
@@ -135,14 +183,48 @@ def trust(facts: Facts) -> str:
     return f"{server} {simulation}" if facts.simulated else server
 
 
+def _nobody(facts: Facts) -> str:
+    masks = (
+        "in this run by the whole protocol of secure aggregation"
+        if facts.masked
+        else "in a deployment; this run added the same integers without masks, for the same sum"
+    )
+    return (
+        "No server is trusted with a sum. Every device clips its update, adds its share of the "
+        f"noise and masks the result; the server learns the noisy sum alone, {masks}. Relied on "
+        f"are the devices: at most {facts.colluding_share:.0%} of an expected cohort tell the "
+        "server their noise or leave it out, and identities are enrolled by somebody else."
+    )
+
+
 def mechanism(facts: Facts) -> str:
     """The mechanism of one round, in words."""
     if facts.noise == "none":
         return "Sum of updates, without noise."
+    if facts.noise == "distributed":
+        return _shares(facts)
     return (
         "Gaussian mechanism on the integer sum: each user’s update is clipped in L2 norm and "
         "rounded to integers within an enforced bound; Gaussian noise, rounded on the same grid "
         "and drawn from a cryptographic generator, is added to every coordinate."
+    )
+
+
+def _shares(facts: Facts) -> str:
+    law = "discrete Gaussian" if facts.mechanism == "discrete_gaussian" else "Skellam"
+    rest = (
+        "The noise of survivors beyond the fewest is taken off again by seeds that they reveal, so "
+        "that the variance is the accounted one whoever drops out."
+        if facts.excess_removed
+        else "A round with more survivors carries more noise than is accounted."
+    )
+    return (
+        "Sum of integers with noise in shares: each user’s update is clipped in L2 norm and "
+        f"rounded to integers within an enforced bound; every device adds {law} noise from a "
+        "cryptographic generator to every coordinate that it holds. Accounted are the shares of "
+        f"the fewest survivors of each band, {facts.least_survivors:.0%} of the devices expected "
+        f"there, less {facts.colluding_share:.0%} who may collude; with fewer survivors nothing "
+        f"is released. {rest}"
     )
 
 
@@ -229,7 +311,7 @@ def _public_order(facts: Facts) -> Iterator[Notice]:
 
 def _amplification(facts: Facts) -> Iterator[Notice]:
     known, hidden = facts.epsilon_server, facts.epsilon
-    if facts.sampling == "everybody" or known is None or hidden is None or known <= 2 * hidden:
+    if not facts.hides_cohorts or known is None or hidden is None or known <= 2 * hidden:
         return
     yield Notice(
         level="caution",

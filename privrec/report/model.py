@@ -54,10 +54,31 @@ class Adversary(Part):
 class Charged(Part):
     """One kind of privacy event in the ledger, and how often it was charged."""
 
-    mechanism: Literal["gaussian", "none"]
+    mechanism: Literal["gaussian", "discrete_gaussian", "skellam", "none"]
     noise_multiplier: float = Field(ge=0)
     sampling_rate: float = Field(gt=0, le=1)
     count: int = Field(ge=1)
+    accounted_multiplier: float = Field(
+        ge=0, description="Noise multiplier of the Gaussian mechanism that is accounted."
+    )
+    hidden_rate: float = Field(
+        gt=0, le=1, description="Sampling that recipients of the models do not see through."
+    )
+    squared_sensitivity: int | None = Field(
+        default=None, ge=1, description="Squared norm of a device's integers; shares of noise only."
+    )
+    dimension: int | None = Field(default=None, ge=1, description="Coefficients of the sum.")
+    shares: int | None = Field(
+        default=None, ge=1, description="Shares of noise that are secret whoever colludes."
+    )
+    excess_removed: bool | None = Field(
+        default=None, description="Whether the noise of survivors beyond the fewest is taken off."
+    )
+    small_cohort_delta: float | None = Field(
+        default=None,
+        ge=0,
+        description="What a round adds to δ since small cohorts release nothing.",
+    )
 
 
 class Privacy(Part):
@@ -71,7 +92,7 @@ class Privacy(Part):
     delta: float | None = Field(gt=0, lt=1, description="δ; null without noise.")
     adversaries: tuple[Adversary, ...] = Field(description="One entry each; each ε names one.")
     trust: str = Field(description="Who must be trusted with what.")
-    noise: Literal["central", "none"]
+    noise: Literal["central", "distributed", "none"]
     mechanism: str = Field(description="The mechanism, in words.")
     noise_multiplier: float | None = Field(gt=0, description="Noise over sensitivity.")
     clip_norm: float | None = Field(gt=0, description="Largest L2 norm of one user's update.")

@@ -98,7 +98,7 @@ def verification(report: Report) -> str | None:
     if not report.privacy.private:
         return None
     charged = "\n".join(
-        f"    ({event.noise_multiplier!r}, {event.sampling_rate!r}, {event.count}),"
+        f"    ({event.accounted_multiplier!r}, {event.hidden_rate!r}, {event.count}),"
         for event in report.privacy.events
     )
     return _CHECK.format(charged=charged, delta=report.privacy.delta)
@@ -108,7 +108,7 @@ _CHECK = """\
 from dp_accounting import NeighboringRelation, dp_event
 from dp_accounting.pld import PLDAccountant
 
-charged = [  # noise multiplier, sampling rate, times charged
+charged = [  # accounted noise multiplier, sampling rate that is hidden, times charged
 {charged}
 ]
 for adversary in ("recipients", "server"):

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from privrec.device.protection import Protection
 from privrec.device.round import Round, digest, model_digests
 from privrec.device.tier import Federation
 from privrec.device.update import Aggregate
+from privrec.models.layout import from_wire, to_wire
 from privrec.privacy.events import RoundEvent
 from privrec.privacy.noise import rounded_gaussian
 from privrec.randomness import SecretRoot
-from privrec.secagg.ring import Encoding
 from privrec.server.completion import Completion
 from privrec.server.optimizer import Optimizer
 
@@ -28,7 +29,7 @@ class Plan:
         run_id: the run.
         digest: of the scenario that all parties agreed to.
         event: the privacy event of each round.
-        encoding: from floats to integers, with the sensitivity.
+        protection: bounds and grid, with the sensitivity, ring and noise.
         federation: the tiers of devices.
         expected_cohort: training devices times sampling rate, the fixed divisor of every sum. A
             realised count would be private.
@@ -38,7 +39,7 @@ class Plan:
     run_id: str
     digest: str
     event: RoundEvent
-    encoding: Encoding
+    protection: Protection
     federation: Federation
     expected_cohort: float
     average: float
@@ -46,8 +47,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Release:
-    """A sum with its noise, and the tag that the ledger keeps of it."""
+    """A sum with its noise, of a round, and the tag that the ledger keeps of it."""
 
+    round: Round
     total: NDArray[np.int64]
     tag: bytes
 
@@ -90,9 +92,9 @@ class Server:
         return Round(plan.run_id, self.index, attempt, plan.event, plan.digest, model)
 
     def release(self, round: Round, aggregate: Aggregate, root: SecretRoot) -> Release:
-        """Add the round's central noise to the integer sum.
+        """Add the round's central noise to the integer sum, where devices did not add their own.
 
-        Promise: the noise is that of the round's own event, Gaussian with standard deviation
+        Promise: central noise is that of the round's own event, Gaussian with standard deviation
         ``noise_multiplier * encoding.bound`` on every coefficient, and a function of the round and
         the sum under ``root``: the same input gets the same noise, another independent noise.
 
@@ -104,16 +106,16 @@ class Server:
         total = aggregate.total
         summed = released = digest(total)
         context = (*round.context, summed)
-        if round.event.is_private:
-            sigma = round.event.noise_multiplier * self.plan.encoding.bound
+        if round.event.mechanism == "gaussian":
+            sigma = round.event.noise_multiplier * self.plan.protection.encoding.bound
             total = total + rounded_gaussian(root.stream("noise", *context), sigma, len(total))
             released = digest(total)
-        return Release(total, root.tag("release", *context, released))
+        return Release(round, total, root.tag("release", *context, released))
 
     def apply(self, release: Release) -> None:
         """Take the optimiser's step on a released sum."""
         plan = self.plan
-        update = plan.encoding.decode(release.total, plan.expected_cohort).astype(np.float32)
+        update = self._decoded(release)
         self.completion.complete(update, self.weights)
         gram = plan.federation.layout.gram_of(self.weights)
         kept = gram.copy()  # it travels with the weights, but is none that would decay
@@ -122,3 +124,12 @@ class Server:
         self.index += 1
         decay = np.float32(plan.average)
         self.mean += (1 - decay) * (self.weights - self.mean)
+
+    def _decoded(self, release: Release) -> FloatArray:
+        """The mean update of a released sum, turned back where updates were rotated."""
+        plan, layouts = self.plan, self.plan.federation.layouts
+        update = plan.protection.encoding.decode(release.total, plan.expected_cohort)
+        rotation = plan.protection.rotation(release.round, layouts)
+        if rotation is not None:
+            update = from_wire(rotation.undo(to_wire(update[None], layouts)), layouts)[0]
+        return update.astype(np.float32)

@@ -10,16 +10,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.device.cohort import Cohort
-from privrec.device.device import Device
+from privrec.device.device import Device, protected
+from privrec.device.protection import Protection
 from privrec.device.round import Round, digest
 from privrec.device.tier import Federation, Tier
 from privrec.device.update import Aggregate, BoundedUpdate
 from privrec.randomness import SecretRoot, rng_for
-from privrec.secagg.ring import Encoding
+from privrec.secagg.server import Stage
 from privrec.server.sampling import cohort
+from privrec.transport.summing import SUMMING, Enrolled, Participant
 
 FloatArray = NDArray[np.float32]
 Rows = list[NDArray[np.int64]]
+Answers = tuple[NDArray[np.int64], BoundedUpdate, FloatArray]
+_EXCHANGES = (Stage.SHARES, Stage.MASKED, Stage.CONFIRM, Stage.UNMASK)
 
 
 @dataclass
@@ -30,22 +34,32 @@ class Simulation:
         federation: the tiers.
         cohorts: the devices of each tier.
         population: all devices, those that hold nothing included.
-        encoding: clip norm and grid.
-        root: the devices' secret; cohorts and batches of devices have their own streams of it.
+        protection: bounds, grid, ring and noise.
+        enrolled: the devices' secret, of which cohorts and batches of devices have their own
+            streams, and their keys.
         seed: of the samples, and of cohorts where nothing is accounted.
         sampling_rate: chance of each device in a round.
+        dropout_rate: chance of each device of a cohort to fall silent in one of the exchanges.
         engine: ``"cohort"`` trains batches; ``"device"`` trains devices one at a time.
+        secure_sum: ``"exact"`` adds integers; ``"full"`` runs the protocol, for the same sum.
     """
 
     federation: Federation
     cohorts: tuple[Cohort, ...]
     population: int
-    encoding: Encoding
-    root: SecretRoot
+    protection: Protection
+    enrolled: Enrolled
     seed: int
     sampling_rate: float
+    dropout_rate: float = 0.0
     engine: Literal["cohort", "device"] = "cohort"
+    secure_sum: Literal["exact", "full"] = "exact"
     _before: tuple[int, Rows, list[FloatArray]] | None = field(default=None, init=False)
+
+    @property
+    def root(self) -> SecretRoot:
+        """The devices' secret."""
+        return self.enrolled.root
 
     @property
     def absent(self) -> NDArray[np.int64]:
@@ -57,14 +71,16 @@ class Simulation:
         """See :meth:`privrec.transport.base.Transport.collect`."""
         rows = self.rows(self.sample(round))
         self._rewind(round.index, rows)
-        total = np.zeros(len(weights), np.int64)
-        loss, layout = 0.0, self.federation.layout
-        for tier, mine in zip(self.federation.tiers, rows, strict=True):
-            for update, losses in self._answers(round, weights, tier, mine):
-                update.add_to(total, layout)
+        cohort, loss = self._participants(round, rows), 0.0
+        made = SUMMING[self.secure_sum]
+        summing = made(round, self.federation, self.protection, cohort, self.enrolled)
+        left = self.rows(np.array([p.user for p in cohort if p.survives], np.int64))
+        for tier, mine in zip(self.federation.tiers, left, strict=True):
+            for users, update, losses in self._answers(round, weights, tier, mine):
+                summing.add(tier, users, update)
                 loss += float(losses.sum(dtype=np.float64, where=np.isfinite(losses)))
-        size = sum(map(len, rows))
-        return Aggregate(total, size, loss / size if size else None)
+        size = sum(map(len, left))
+        return Aggregate(summing.total(), len(cohort), loss / size if size else None)
 
     def sample(self, round: Round) -> NDArray[np.int64]:
         """The round's cohort, as sorted user indices.
@@ -89,6 +105,22 @@ class Simulation:
             for tier, cohort in zip(self.federation.tiers, self.cohorts, strict=True)
         ]
 
+    def _participants(self, round: Round, rows: Rows) -> list[Participant]:
+        """The round's cohort, with the exchange at which each device leaves, if it does."""
+        users = [
+            cohort.histories.users[mine] for cohort, mine in zip(self.cohorts, rows, strict=True)
+        ]
+        leaves = np.full(self.population, Stage.DONE)
+        if self.dropout_rate:
+            coins = self.root.stream("dropouts", *round.context).uint64(self.population)
+            chance = coins * 2.0**-64 / self.dropout_rate  # in units of the rate: uniform below 1
+            leaves = np.where(chance < 1, (chance * len(_EXCHANGES)).astype(int), Stage.DONE)
+        return [
+            Participant(user, tier, Stage(leaves[user]))
+            for tier, mine in zip(self.federation.tiers, users, strict=True)
+            for user in mine.tolist()
+        ]
+
     def _rewind(self, index: int, rows: Rows) -> None:
         if self._before is not None and self._before[0] == index:
             for cohort, mine, states in zip(self.cohorts, *self._before[1:], strict=True):
@@ -98,8 +130,8 @@ class Simulation:
 
     def _answers(
         self, round: Round, weights: FloatArray, tier: Tier, rows: NDArray[np.int64]
-    ) -> Iterator[tuple[BoundedUpdate, FloatArray]]:
-        """Bounded updates and losses, a batch at a time; the devices' states move on."""
+    ) -> Iterator[Answers]:
+        """Users, bounded updates and losses, a batch at a time; the devices' states move on."""
         if not len(rows):
             return
         key = int(rng_for(self.seed, "samples", round.index).integers(2**63))
@@ -111,20 +143,21 @@ class Simulation:
             before, users = digest(cohort.states[batch]), cohort.histories.users[batch]
             coins = self.root.stream("rounding", *round.context, users.tobytes(), before)
             cohort.states[batch] = trained.states
-            update = tier.lift(trained.update)
-            yield update.bound(self.encoding, coins, tier.weight), trained.losses
+            update, weaker = tier.lift(trained.update), self.federation.weaker(tier)
+            bounded = protected(update, self.protection, round, tier, weaker, coins)
+            yield users, bounded, trained.losses
 
     def _one_by_one(
         self, round: Round, view: FloatArray, tier: Tier, rows: NDArray[np.int64], key: int
-    ) -> Iterator[tuple[BoundedUpdate, FloatArray]]:
+    ) -> Iterator[Answers]:
         cohort = self.cohorts[tier.index]
         unobserved = cohort.trainer.unobserved(view)
         for row in rows:
             mine = cohort.histories.select(np.array([row]))
             device = Device(
                 int(mine.users[0]), mine.items, tier, self.federation.weaker(tier),
-                cohort.trainer, self.encoding, self.root, cohort.states[row].copy(),
+                cohort.trainer, self.protection, self.root, cohort.states[row].copy(),
             )  # fmt: skip
             trained = device.train(view, key, unobserved)
-            yield device.protect(round, trained), trained.losses
+            yield mine.users, device.protect(round, trained), trained.losses
             cohort.states[row] = device.state

@@ -24,6 +24,7 @@ from _common import Claim, document, machine, print_table, write_json
 
 from privrec.device.batch import Histories
 from privrec.device.cohort import Cohort
+from privrec.device.protection import Protection
 from privrec.device.tier import Federation, Tier
 from privrec.device.train import Recommender, Settings, Trainer
 from privrec.embedding.nested import nested
@@ -33,11 +34,13 @@ from privrec.models.layout import Layout
 from privrec.models.ncf import NCF
 from privrec.privacy.events import RoundEvent
 from privrec.randomness import SecretRoot
+from privrec.secagg.client import Policy
 from privrec.secagg.ring import Encoding
 from privrec.server.completion import Completion
 from privrec.server.optimizer import Optimizer, Schedule
 from privrec.server.server import Plan, Server
 from privrec.transport.simulate import Simulation
+from privrec.transport.summing import Enrolled
 
 ITEMS, DIM, BLOCK, COMPRESSION = 32, 4, 2, 2.0
 USERS, HISTORY, RATE, LOCAL_STEPS = 120, 20, 0.5, 3
@@ -137,14 +140,14 @@ def _federation(problem: Problem, seed: int) -> tuple[Server, Simulation]:
     chain = nested(table, "fold", [0])
     federation = Federation((Tier(0, 1.0, 1.0, 1.0, recommender, chain, None),))
     cohort = Cohort(Trainer(recommender, settings), problem.histories, problem.states.copy())
-    encoding = Encoding(64.0, layout.size, scale_bits=20)
+    protection = Protection(Encoding(64.0, layout.size, scale_bits=20))
     event = RoundEvent("none", 0.0, RATE)
-    plan = Plan("convergence", "", event, encoding, federation, RATE * USERS, 0.0)
+    plan = Plan("convergence", "", event, protection, federation, RATE * USERS, 0.0)
     weights = np.zeros(layout.size, np.float32)
     completion = Completion(federation, None, by_contributors=False, overwrites=False)
     server = Server(plan, weights, completion, Optimizer("fedavg", 1.0, Schedule("constant", 1, 0)))
-    root = SecretRoot.known(b"devices")
-    return server, Simulation(federation, (cohort,), USERS, encoding, root, seed, RATE)
+    enrolled = Enrolled(SecretRoot.known(b"devices"), Policy())
+    return server, Simulation(federation, (cohort,), USERS, protection, enrolled, seed, RATE)
 
 
 def inverse(schedule: Schedule, t: int) -> float:

@@ -28,6 +28,7 @@ FLOORS = (
     ("wording",),
     ("console", "tracking"),
     ("baselines", "catalogue"),
+    ("agreement",),
     ("assembly",),  # what the loop is put together from
     ("footprint", "identity", "scoring"),
     ("outcome",),

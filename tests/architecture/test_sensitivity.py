@@ -28,11 +28,11 @@ def parts_of(*settings: str) -> tuple[Parts, data.Split]:
 def norm_of_answer(parts: Parts, history: np.ndarray, state: np.ndarray, index: int = 0) -> float:
     """Of a device of one tier, by default the strongest."""
     server: Server = parts.server
-    federation, encoding = parts.federation, server.plan.encoding
+    federation, protection = parts.federation, server.plan.protection
     tier, trainer = federation.tiers[index], parts.simulation.cohorts[index].trainer
     private = state.astype(np.float32)[: tier.recommender.model.user_dim]
     device = Device(
-        3, history, tier, federation.weaker(tier), trainer, encoding, KNOWN, private
+        3, history, tier, federation.weaker(tier), trainer, protection, KNOWN, private
     )  # fmt: skip
     coefficients = federation.prefix(server.weights, tier)
     vector = device.answer(server.next_round(0), coefficients, 5).vector()
@@ -66,7 +66,7 @@ def test_a_device_without_history_adds_zero(kind: str, loss: str) -> None:
 def test_a_device_with_any_history_stays_within_the_bound() -> None:
     parts, split = parts_of("train.local_lr=1000.0")
     length = parts.federation.tiers[0].recommender.model.user_dim
-    bound = parts.server.plan.encoding.bound
+    bound = parts.server.plan.protection.encoding.bound
     for history in (split.train.history(3), np.arange(60, dtype=np.int32)):
         assert 0 < norm_of_answer(parts, history, np.ones(length)) <= bound
 
@@ -79,7 +79,7 @@ def test_a_device_of_any_tier_adds_zero_without_history_and_little_with_one(
     """Weights of tiers only shrink a part of the sum, so one bound serves all of them."""
     parts, split = parts_of(TIERS, *NESTINGS[nesting], *loss, *LARGE)
     length = parts.federation.tiers[0].recommender.model.user_dim
-    bound = parts.server.plan.encoding.bound
+    bound = parts.server.plan.protection.encoding.bound
     for tier in parts.federation.tiers:
         for state in (np.zeros(length), np.ones(length)):
             assert norm_of_answer(parts, np.zeros(0, np.int32), state, tier.index) == 0

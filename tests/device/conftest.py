@@ -12,6 +12,7 @@ import pytest
 from privrec.device.batch import Histories
 from privrec.device.cohort import Cohort
 from privrec.device.device import Device
+from privrec.device.protection import Protection
 from privrec.device.round import Round, model_digests
 from privrec.device.tier import Tier
 from privrec.device.train import Recommender, Settings, Trained, Trainer
@@ -87,7 +88,7 @@ class Lab:
         encoding = encoding or Encoding(1.0, self.trainer.recommender.layout.size)
         state, mine = self.states[user].copy(), self.histories[user]
         root = SecretRoot.known(b"test")
-        return Device(user, mine, self.tier, (), self.trainer, encoding, root, state)
+        return Device(user, mine, self.tier, (), self.trainer, Protection(encoding), root, state)
 
     @property
     def tier(self) -> Tier:

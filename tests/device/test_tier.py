@@ -13,6 +13,7 @@ import pytest
 from privrec.device.batch import Histories
 from privrec.device.cohort import TOLERANCE, Cohort
 from privrec.device.device import Device
+from privrec.device.protection import Protection
 from privrec.device.round import Round, model_digests
 from privrec.device.tier import Tier
 from privrec.device.train import Trained
@@ -308,10 +309,10 @@ def device_of(here: Any, user: int, index: int, weight: float | None = None) -> 
     if weight is not None:
         tier = replace(tier, weight=weight)
     trainer = here.parts.simulation.cohorts[index].trainer
-    encoding = here.parts.server.plan.encoding
+    protection = here.parts.server.plan.protection
     history = here.split.train.history(user)
     weaker = here.federation.weaker(tier)
-    return Device(user, history, tier, weaker, trainer, encoding, ROOT)
+    return Device(user, history, tier, weaker, trainer, protection, ROOT)
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -364,17 +365,20 @@ def test_a_weight_scales_the_clipped_update(mixed, vector, weight) -> None:
     weights = here.weights()
     for index, tier in enumerate(here.tiers):
         device = device_of(here, 3, index, weight)
-        device.encoding = Encoding(0.5, here.federation.layout.size, 20)
+        device.protection = Protection(Encoding(0.5, here.federation.layout.size, 20))
         view = tier.view(here.federation.prefix(weights, tier))
         raw = vector(tier.lift(device.train(view, KEY).update))
         assert np.linalg.norm(raw) > 0.5
         expected = weight * raw * 0.5 / np.linalg.norm(raw)
         prefix = here.federation.prefix(weights, tier)
         sent = device.answer(round_of(here.federation, weights), prefix, KEY).vector()
-        assert np.abs(device.encoding.decode(sent) - expected).max() <= 4 / device.encoding.scale
+        assert (
+            np.abs(device.protection.encoding.decode(sent) - expected).max()
+            <= 4 / device.protection.encoding.scale
+        )
         length = np.linalg.norm(sent.astype(np.float64))
-        assert length <= weight * device.encoding.bound + np.sqrt(len(sent))
-        assert length <= device.encoding.bound
+        assert length <= weight * device.protection.encoding.bound + np.sqrt(len(sent))
+        assert length <= device.protection.encoding.bound
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.3])

@@ -16,6 +16,13 @@ TARGETS = [
 ]
 
 
+def multiplier_for(goal, delta, rate, rounds, adversary):
+    def event_of(sigma):
+        return RoundEvent("gaussian", sigma, rate)
+
+    return noise_multiplier_for(goal, delta, event_of, rounds, adversary)
+
+
 def reached(sigma, delta, rate, rounds, adversary):
     return epsilon({RoundEvent("gaussian", sigma, rate): rounds}, delta, adversary)
 
@@ -23,7 +30,7 @@ def reached(sigma, delta, rate, rounds, adversary):
 @pytest.mark.parametrize("target", TARGETS)
 def test_is_the_smallest_of_four_digits(target):
     goal, *rest = target
-    sigma = noise_multiplier_for(*target)
+    sigma = multiplier_for(*target)
     assert float(f"{sigma:.3e}") == sigma
     step = 10.0 ** (math.floor(math.log10(sigma)) - 3)
     assert reached(sigma, *rest) <= goal
@@ -32,12 +39,12 @@ def test_is_the_smallest_of_four_digits(target):
 
 def test_known_figure():
     # Three rounds with everybody at ε = 8 cost the same against both adversaries.
-    against = [noise_multiplier_for(8.0, 1e-5, 1.0, 3, who) for who in ("recipients", "server")]
+    against = [multiplier_for(8.0, 1e-5, 1.0, 3, who) for who in ("recipients", "server")]
     assert against == [1.04, 1.04]
 
 
 def test_least_noise_when_the_target_is_loose():
-    assert noise_multiplier_for(1e7, 1e-5, 1.0, 1, "server") == 0.01
+    assert multiplier_for(1e7, 1e-5, 1.0, 1, "server") == 0.01
 
 
 @pytest.mark.parametrize(
@@ -59,7 +66,16 @@ def test_least_noise_when_the_target_is_loose():
 )
 def test_what_cannot_be(target, message):
     with pytest.raises(UsageError, match=message):
-        noise_multiplier_for(*target)
+        multiplier_for(*target)
+
+
+def test_noise_that_cannot_be_accounted_does_not_hold():
+    def picky(sigma):
+        if sigma < 3:
+            raise UsageError("too narrow")
+        return RoundEvent("gaussian", sigma, 1.0)
+
+    assert noise_multiplier_for(8.0, 1e-5, picky, 3, "server") == 3.0
 
 
 class TestPlan:

@@ -94,6 +94,7 @@ class TestDistributed:
             "dimension": 1000,
             "shares": 10,
             "excess_removed": True,
+            "small_cohort_delta": 0.0,
         }
 
     @pytest.mark.parametrize(

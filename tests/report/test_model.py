@@ -37,7 +37,7 @@ def test_the_schema_forbids_unknown_fields_everywhere() -> None:
 
 def test_no_name_in_the_schema_could_hold_a_realised_cohort() -> None:
     names = set(re.findall(r'"(\w*cohort\w*)":', schema_text()))
-    assert names == {"expected_cohort"}
+    assert names == {"expected_cohort", "small_cohort_delta"}
 
 
 @pytest.mark.parametrize("part", [Report, Privacy, Adversary, Accuracy, Metric, Cost])

@@ -150,10 +150,10 @@ def test_fair_averaging_is_the_average_of_lifted_memories(mixed) -> None:
     assert near(whole.view(weights + update), average, 1e-4)
     assert not near(memory, average, 0.1)
     # A server step of rate 1 on it puts the average in the place of the memory.
-    server, scale = here.parts.server, here.parts.server.plan.encoding.scale
+    server, scale = here.parts.server, here.parts.server.plan.protection.encoding.scale
     server.weights = weights.copy()
     sent = mean_update(here, weights) * server.plan.expected_cohort * scale
-    server.apply(Release(np.rint(sent).astype(np.int64), b""))
+    server.apply(Release(server.next_round(0), np.rint(sent).astype(np.int64), b""))
     assert near(whole.view(server.weights), average, 1e-2)
 
 
@@ -278,6 +278,6 @@ def test_a_release_moves_the_gram_matrix_and_an_optimiser_does_not(mixed, kind) 
     server, layout = here.parts.server, here.federation.layout
     for seed in range(3):
         sent = np.random.default_rng(seed).normal(0, 0.01, layout.size)
-        total = sent * server.plan.encoding.scale * server.plan.expected_cohort
-        server.apply(Release(np.rint(total).astype(np.int64), b""))
+        total = sent * server.plan.protection.encoding.scale * server.plan.expected_cohort
+        server.apply(Release(server.next_round(0), np.rint(total).astype(np.int64), b""))
         assert np.allclose(layout.gram_of(server.weights), layout.gram_of(sent), atol=1e-4)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from privrec.device.protection import Protection
 from privrec.device.round import Round
 from privrec.device.tier import Federation, Tier
 from privrec.device.train import Recommender
@@ -39,7 +40,9 @@ def make_server(
     clip_norm: float = 2.0,
 ) -> Server:
     federation = plain_federation(size)
-    plan = Plan("run", "digest", event, Encoding(clip_norm, size), federation, 25.0, average)
+    plan = Plan(
+        "run", "digest", event, Protection(Encoding(clip_norm, size)), federation, 25.0, average
+    )
     optimizer = Optimizer(kind, rate, Schedule("constant", 10, 0))
     return Server(plan, np.zeros(size, np.float32), nothing_to_add(federation), optimizer)
 
@@ -76,9 +79,9 @@ def scale_fits(noise: np.ndarray, sigma: float) -> bool:
 @pytest.mark.parametrize("scale_bits", [8, 13])
 def test_the_noise_is_as_accounted(noise_multiplier: float, scale_bits: int) -> None:
     server = make_server(RoundEvent("gaussian", noise_multiplier, 0.1))
-    server.plan = replace(server.plan, encoding=Encoding(2.0, SIZE, scale_bits))
+    server.plan = replace(server.plan, protection=Protection(Encoding(2.0, SIZE, scale_bits)))
     noise = noise_of(server, sum_of())
-    sigma = noise_multiplier * server.plan.encoding.bound
+    sigma = noise_multiplier * server.plan.protection.encoding.bound
     assert scale_fits(noise, sigma)
     assert not any(scale_fits(noise, sigma * wrong) for wrong in (2 / 3, 0.95, 1.05, 3 / 2))
     assert not scale_fits(noise // 2, sigma)
@@ -89,14 +92,16 @@ def test_the_noise_is_as_accounted(noise_multiplier: float, scale_bits: int) -> 
 def test_the_noise_is_that_of_the_charged_round() -> None:
     server = make_server()
     charged = replace(server.next_round(0), event=RoundEvent("gaussian", 3.4, 0.1))
-    assert scale_fits(noise_of(server, sum_of(), charged), 3.4 * server.plan.encoding.bound)
+    assert scale_fits(
+        noise_of(server, sum_of(), charged), 3.4 * server.plan.protection.encoding.bound
+    )
 
 
 @pytest.mark.statistical
 def test_an_empty_cohort_is_noised_all_the_same() -> None:
     server = make_server()
     nobody = Aggregate(np.zeros(SIZE, np.int64), 0, None)
-    assert scale_fits(noise_of(server, nobody), 1.7 * server.plan.encoding.bound)
+    assert scale_fits(noise_of(server, nobody), 1.7 * server.plan.protection.encoding.bound)
 
 
 def test_the_same_input_gets_the_same_noise() -> None:
@@ -165,7 +170,7 @@ def test_releasing_leaves_the_sum_as_it_is() -> None:
 def test_the_sum_is_divided_by_the_expected_cohort() -> None:
     server = make_server(QUIET, size=3)
     total = np.array([2**13, -(2**12), 0]) * 25
-    server.apply(Release(total, b""))
+    server.apply(Release(server.next_round(0), total, b""))
     assert server.weights.tolist() == [2.0, -1.0, 0.0]  # clip norm, half of it, nothing
     assert server.index == 1
 
@@ -176,7 +181,7 @@ def test_rounds_name_the_model_and_follow_each_other() -> None:
     assert (first.run_id, first.index, first.attempt) == ("run", 0, 0)
     assert first.event == NOISY
     assert server.next_round(2).attempt == 2
-    server.apply(Release(np.array([1, 2, 3]) * 2**13, b""))
+    server.apply(Release(server.next_round(0), np.array([1, 2, 3]) * 2**13, b""))
     second = server.next_round(0)
     assert second.index == 1
     assert second.model_digests != first.model_digests
@@ -189,7 +194,7 @@ def test_what_is_released_is_the_running_mean(average: float) -> None:
     rng = np.random.default_rng(2)
     assert np.array_equal(server.released, server.weights)
     for _ in range(12):
-        server.apply(Release(rng.integers(-(2**16), 2**16, 4), b""))
+        server.apply(Release(server.next_round(0), rng.integers(-(2**16), 2**16, 4), b""))
         seen.append(server.weights.astype(np.float64))
         shares = average ** np.arange(len(seen))[::-1]
         expected = (shares[:, None] * seen).sum(0) / shares.sum()

@@ -12,6 +12,7 @@ from scipy import stats
 from privrec.device.batch import Histories
 from privrec.device.cohort import TOLERANCE, Cohort
 from privrec.device.device import Device
+from privrec.device.protection import Protection
 from privrec.device.round import Round, model_digests
 from privrec.device.tier import Federation, Tier
 from privrec.device.train import Recommender, Settings, Trainer
@@ -21,8 +22,10 @@ from privrec.models.layout import Layout
 from privrec.models.ncf import NCF
 from privrec.privacy.events import RoundEvent
 from privrec.randomness import SecretRoot, rng_for
+from privrec.secagg.client import Policy
 from privrec.secagg.ring import Encoding
 from privrec.transport.simulate import Simulation
+from privrec.transport.summing import Enrolled
 
 ITEMS, USERS, ROOT = 40, 25, SecretRoot.known(b"devices")
 SETTINGS: dict[str, Any] = {
@@ -69,8 +72,8 @@ def make_simulation(
         federation,
         (devices,),
         population=USERS,
-        encoding=Encoding(clip_norm, layout.size, scale_bits),
-        root=ROOT,
+        protection=Protection(Encoding(clip_norm, layout.size, scale_bits)),
+        enrolled=Enrolled(ROOT, Policy()),
         seed=3,
         sampling_rate=rate,
         engine=engine,  # type: ignore[arg-type]
@@ -134,7 +137,9 @@ def test_the_sum_is_that_of_the_devices_clipped_updates(engine) -> None:
         alone = make_simulation("neumf", "device", clip_norm=30.0, scale_bits=20)
         raw = only(alone, int(user), weights)
         expected += raw * min(1.0, 0.1 / max(float(np.linalg.norm(raw)), 1e-30))
-    found = simulation.encoding.decode(simulation.collect(round_of(weights), weights).total)
+    found = simulation.protection.encoding.decode(
+        simulation.collect(round_of(weights), weights).total
+    )
     assert np.abs(found - expected).max() < 2e-4
     assert np.abs(expected).max() > 0.02
 
@@ -143,8 +148,10 @@ def only(simulation: Simulation, user: int, weights: np.ndarray) -> np.ndarray:
     """The decoded answer of one device, drawn with the round's own samples."""
     key = int(rng_for(simulation.seed, "samples", 0).integers(2**63))
     (tier,), (devices,) = simulation.federation.tiers, simulation.cohorts
-    device = Device(user, HISTORIES[user], tier, (), devices.trainer, simulation.encoding, ROOT)
-    return simulation.encoding.decode(device.answer(round_of(weights), weights, key).vector())
+    device = Device(user, HISTORIES[user], tier, (), devices.trainer, simulation.protection, ROOT)
+    return simulation.protection.encoding.decode(
+        device.answer(round_of(weights), weights, key).vector()
+    )
 
 
 @pytest.mark.parametrize("engine", ["cohort", "device"])
@@ -223,7 +230,7 @@ def test_one_history_moves_the_sum_by_no_more_than_the_bound(kind, compression, 
             weights = weights_of(simulation)
             sums.append(simulation.collect(round_of(weights), weights).total)
         difference = sums[0] - sums[1]
-        bound = simulation.encoding.bound
+        bound = simulation.protection.encoding.bound
         length = float(np.linalg.norm(difference.astype(np.float64)))
         assert length <= bound
         assert (length > 0.9 * bound) == bool(len(HISTORIES[user]))
@@ -270,7 +277,8 @@ def test_attempts_and_runs_of_an_accounted_round_have_cohorts_of_their_own() -> 
 
 
 def test_who_knows_the_seed_does_not_know_an_accounted_cohort() -> None:
-    one, other_root = make_simulation(), replace(make_simulation(), root=SecretRoot.known(b"else"))
+    one, other_root = make_simulation(), make_simulation()
+    other_root.enrolled = Enrolled(SecretRoot.known(b"else"), Policy())
     weights = weights_of(one)
     ours, theirs = (each.sample(private_round(weights)) for each in (one, other_root))
     assert not np.array_equal(ours, theirs)
@@ -343,7 +351,7 @@ def test_the_sum_is_that_of_what_each_tier_trains(mixed, vector_in, system, engi
             length = max(float(np.linalg.norm(raw)), 1e-30)
             expected += tier.weight * raw * min(1.0, 0.05 / length)
             clipped += length > 0.05
-    found = simulation.encoding.decode(simulation.collect(round, weights).total)
+    found = simulation.protection.encoding.decode(simulation.collect(round, weights).total)
     assert clipped > 5
     assert np.abs(expected).max() > 0.02
     assert np.abs(found - expected).max() < 2e-4
@@ -442,7 +450,7 @@ def test_one_history_of_any_tier_moves_the_sum_by_no_more_than_its_weight(mixed,
         for each in without.parts.simulation.cohorts:
             each.states[...] = 0
         difference = (first - second).astype(float)
-        bound = here.parts.server.plan.encoding.bound
+        bound = here.parts.server.plan.protection.encoding.bound
         assert np.linalg.norm(difference) <= tier.weight * bound + len(difference) ** 0.5
         moved.append(np.linalg.norm(difference) / bound)
     assert min(moved) > 0.4
