@@ -98,17 +98,22 @@ def _event(scenario: Scenario) -> RoundEvent:
     """The event of each round: for distributed noise, that of the band that all devices hold."""
     from privrec.agreement import agree, event_without_shares
 
-    population, dimension = scenario.population(), coefficients(scenario)
     if scenario.privacy.noise != "distributed":
         return event_without_shares(scenario)
-    if population is None or dimension is None:
+    population, lengths = scenario.population(), _lengths(scenario)
+    if population is None or lengths is None:
         raise UsageError(
             'privacy.noise = "distributed" is planned for a number of users and a catalogue, and '
             "they are not known here; set devices.population, or plan with "
             '-s privacy.noise="central", which costs the same to within 0.1 %'
         )
-    training = sum(t.share for t in scenario.devices.chain if t.weight and t.capacity != 0)
-    return agree(scenario, (dimension,), (round(training * population),))[0]
+    weakest_first = sorted(lengths.items())
+    sizes = [longer - shorter for (shorter, _), (longer, _) in pairwise([(0, 0), *weakest_first])]
+    holders = [
+        round(population * sum(share for each, share in weakest_first if each >= length))
+        for length, _ in weakest_first
+    ]
+    return agree(scenario, sizes, holders)[0]
 
 
 def _finite(value: float) -> float | None:
@@ -139,17 +144,27 @@ def coefficients(scenario: Scenario) -> int | None:
 
     It is computed without torch; a test holds it to the model that is built.
     """
-    items = _items(scenario)
-    if items is None:
+    lengths = _lengths(scenario)
+    return None if lengths is None else max(lengths)
+
+
+def _lengths(scenario: Scenario) -> dict[int, float] | None:
+    """Length of each tier's vector, and the share of devices that train with it."""
+    items, chain = _items(scenario), scenario.devices.chain
+    if items is None or any(tier.capacity is None for tier in chain):
         return None
+    return {
+        _length(scenario, items, round(-math.log2(tier.capacity))): tier.share * (tier.weight > 0)
+        for tier in chain
+        if tier.capacity
+    }
+
+
+def _length(scenario: Scenario, items: int, halving: int) -> int:
     model, devices = scenario.model, scenario.devices
-    if any(tier.capacity is None for tier in devices.chain):
-        return None
-    halving = round(-math.log2(max(tier.capacity or 0 for tier in devices.chain)))
     dim = model.dim >> halving if devices.order == "dims" else model.dim
-    if devices.order == "rows":
-        items >>= halving
-    memory, biases = items * dim, items
+    held = items >> halving if devices.order == "rows" else items
+    memory, biases = held * dim, held
     if devices.order == "fold":
         parts = items * (model.dim // model.block)
         memory = (_slots(parts, model.compression) >> halving) * model.block
