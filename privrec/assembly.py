@@ -13,6 +13,7 @@ from privrec.agreement import agree
 from privrec.data import Interactions
 from privrec.device.batch import Histories
 from privrec.device.cohort import Cohort
+from privrec.device.protection import Protection
 from privrec.device.round import digest
 from privrec.device.tier import Federation, Tier
 from privrec.device.train import Recommender, Settings, Trainer
@@ -24,6 +25,7 @@ from privrec.models.implicit import packed_size
 from privrec.models.layout import Layout, band_sizes
 from privrec.models.losses import IMPLICIT
 from privrec.models.ncf import NCF
+from privrec.privacy.events import RoundEvent
 from privrec.randomness import SecretRoot, rng_for
 from privrec.scenario import DeviceTier, Model, Scenario, Train
 from privrec.secagg.client import Policy
@@ -57,6 +59,11 @@ class Parts:
     server: Server
     simulation: Simulation
 
+    @property
+    def states(self) -> tuple[NDArray[np.float32], ...]:
+        """Private states of the simulated devices, by tier."""
+        return tuple(cohort.states for cohort in self.simulation.cohorts)
+
 
 def assemble(scenario: Scenario, train: Interactions, run_id: str, devices: SecretRoot) -> Parts:
     """The parts of a run at its first round.
@@ -74,39 +81,66 @@ def assemble(scenario: Scenario, train: Interactions, run_id: str, devices: Secr
     federation = federation_of(scenario, train.n_items)
     histories = Histories(np.arange(train.n_users), train.indptr, train.items)
     everyone, *cohorts = _cohorts(scenario, federation, histories, train.n_items)
-    rate, seed = scenario.devices.sampling_rate, scenario.run.seed
-    training = [
-        len(cohort.states) if tier.weight else 0
-        for tier, cohort in zip(federation.tiers, cohorts, strict=True)
-    ]
-    holders = np.cumsum(training)[::-1].tolist()
-    event, protection = agree(scenario, band_sizes(federation.layouts), holders)
+    server = server_of(scenario, federation, train.n_users, run_id)
+    policy = Policy(scenario.devices.min_cohort, scenario.privacy.colluding_share)
+    simulation = Simulation(
+        federation,
+        tuple(cohorts),
+        train.n_users,
+        server.plan.protection,
+        Enrolled(devices, policy),
+        scenario.run.seed,
+        scenario.devices.sampling_rate,
+        scenario.devices.dropout_rate,
+        scenario.run.engine,
+        scenario.run.secure_sum,
+    )
+    return Parts(federation, everyone, server, simulation)
+
+
+def server_of(scenario: Scenario, federation: Federation, population: int, run_id: str) -> Server:
+    """The server of a run at its first round; it needs to know how many devices there are.
+
+    Args:
+        scenario: what to run.
+        federation: the tiers.
+        population: enrolled devices.
+        run_id: names the run's draws.
+
+    Raises:
+        UsageError: as :func:`assemble`.
+    """
+    event, protection = agreement_of(scenario, federation, population)
+    training = sum(_members(population, federation))
     plan = Plan(
         run_id,
         scenario.plan_hash(),
         event,
         protection,
         federation,
-        rate * sum(training),
+        scenario.devices.sampling_rate * training,
         scenario.train.average,
     )
-    weights = initial_weights(federation, scenario.model.init_std, seed)
+    weights = initial_weights(federation, scenario.model.init_std, scenario.run.seed)
     completion = completion_of(scenario, federation)
-    server = Server(plan, weights, completion, optimizer_of(scenario.train))
-    policy = Policy(scenario.devices.min_cohort, scenario.privacy.colluding_share)
-    simulation = Simulation(
-        federation,
-        tuple(cohorts),
-        train.n_users,
-        protection,
-        Enrolled(devices, policy),
-        seed,
-        rate,
-        scenario.devices.dropout_rate,
-        scenario.run.engine,
-        scenario.run.secure_sum,
-    )
-    return Parts(federation, everyone, server, simulation)
+    return Server(plan, weights, completion, optimizer_of(scenario.train))
+
+
+def agreement_of(
+    scenario: Scenario, federation: Federation, population: int
+) -> tuple[RoundEvent, Protection]:
+    """What server and devices agree on: the event of each round, and how updates are protected."""
+    holders = np.cumsum(_members(population, federation))[::-1].tolist()
+    return agree(scenario, band_sizes(federation.layouts), holders)
+
+
+def _members(population: int, federation: Federation) -> list[int]:
+    """Devices of each tier that train; a function of public numbers alone, as :func:`assign`."""
+    shares = [tier.share for tier in federation.tiers]
+    counts = np.diff(np.rint(np.cumsum(shares) * population).astype(int), prepend=0)
+    training = [tier.weight > 0 for tier in federation.tiers]
+    members: list[int] = (counts * training).tolist()
+    return members
 
 
 def _cohorts(

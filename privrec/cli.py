@@ -21,9 +21,9 @@ from privrec import __version__
 from privrec.errors import BudgetError, DataError, PrivrecError, UsageError
 
 if TYPE_CHECKING:
+    from privrec.loop import Result
     from privrec.record import Observer, Observers
     from privrec.report.render import Written
-    from privrec.run import Result
     from privrec.scenario import Scenario
 
 Command = TypeVar("Command", bound=Callable[..., Any])

@@ -13,8 +13,8 @@ from scipy import stats
 
 from privrec import run
 from privrec.identity import remembered_data_dir
+from privrec.loop import Result
 from privrec.record import Observer
-from privrec.run import Result
 from privrec.scenario import Row, Scenario
 
 KEPT_OF_PRIVACY = ("epsilon", "epsilon_server", "epsilon_popularity", "noise_multiplier")

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import privrec
-from privrec import data
-from privrec.data import Split
 from privrec.errors import IntegrityError, UsageError
 from privrec.privacy.ledger import server_key
 from privrec.randomness import SecretRoot, state_dir
@@ -34,12 +32,27 @@ class Identity:
     data: dict[str, Any]
     data_dir: Path | None
     known_key: str | None
+    simulated: bool = True
 
     @classmethod
     def new(
-        cls, scenario: Scenario, split: Split, data_dir: Path | None, known: bytes | None
+        cls,
+        scenario: Scenario,
+        described: dict[str, Any],
+        data_dir: Path | None,
+        known: bytes | None,
+        *,
+        simulated: bool = True,
     ) -> Identity:
-        """Name a new run; a known noise key makes the name repeat as the run does."""
+        """Name a new run; a known noise key makes the name repeat as the run does.
+
+        Args:
+            scenario: what is run.
+            described: public facts of the data.
+            data_dir: where it lies, if here.
+            known: a noise key that others know.
+            simulated: whether the devices are simulated.
+        """
         # A known root repeats a run bit for bit, so the run's name must repeat as well.
         run_id = secrets.token_hex(8) if known is None else f"known-{scenario.plan_hash()[:16]}"
         return cls(
@@ -47,9 +60,10 @@ class Identity:
             scenario.name,
             scenario.hash(),
             scenario.privacy_hash(),
-            data.describe(split),
+            described,
             None if data_dir is None else data_dir.resolve(),
             None if known is None else known.hex(),
+            simulated,
         )
 
     @classmethod
@@ -72,6 +86,7 @@ class Identity:
                 dict(stored["data"]),
                 None if data_dir is None else Path(data_dir),
                 None if key is None else bytes.fromhex(key).hex(),
+                stored["simulated"] is not False,
             )
             if not _RUN_ID.fullmatch(identity.run_id):
                 raise ValueError(f"run_id {identity.run_id!r} is not one that privrec gives")
@@ -91,7 +106,7 @@ class Identity:
             "run_id": self.run_id,
             "scenario": self.scenario,
             "version": privrec.__version__,
-            "simulated": True,
+            "simulated": self.simulated,
             "scenario_hash": self.scenario_hash,
             "privacy_hash": self.privacy_hash,
             "noise_known": self.known_key is not None,

@@ -99,7 +99,7 @@ def result_of(
     return {
         "scenario": scenario.name,
         "title": scenario.title,
-        "simulated": True,
+        "simulated": identity["simulated"],
         "version": privrec.__version__,
         "run_id": identity["run_id"],
         "rounds": server.index,

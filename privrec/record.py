@@ -247,7 +247,7 @@ def _refuse_operator_only(values: Mapping[str, Any]) -> None:
 
 
 class Finished(Protocol):
-    """What `run.Result` offers an observer at the end."""
+    """What `loop.Result` offers an observer at the end."""
 
     @property
     def path(self) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec import checkpoint
-from privrec.assembly import Parts
 from privrec.checkpoint import Position
 from privrec.errors import IntegrityError, UsageError
 from privrec.identity import Identity
 from privrec.privacy.ledger import Ledger
 from privrec.scenario import Scenario
+from privrec.server.server import Server
 
 CHECKPOINT = "checkpoint.safetensors"
 
 
 def save(
     folder: Path,
-    parts: Parts,
+    server: Server,
+    states: Sequence[NDArray[np.float32]],
     identity: Identity,
     scenario: Scenario,
     ledger: Ledger,
@@ -34,8 +35,19 @@ def save(
     wall_s: float = 0.0,
     cpu_s: float = 0.0,
 ) -> Position:
-    """Seal the ledger, then replace the checkpoint by one that is bound to it."""
-    server = parts.server
+    """Seal the ledger, then replace the checkpoint by one that is bound to it.
+
+    Args:
+        folder: the run's directory.
+        server: at its next round.
+        states: private states of simulated devices, by tier; none where devices keep their own.
+        identity: of the run.
+        scenario: what is run.
+        ledger: of the run.
+        digest: of the data.
+        wall_s: seconds that the run took so far.
+        cpu_s: CPU seconds of its rounds so far.
+    """
     ledger.seal()
     position = Position(
         identity.run_id,
@@ -49,21 +61,25 @@ def save(
     )
     moments = {f"moments.{name}": value for name, value in server.optimizer.moments.items()}
     own = {"weights": server.weights, "mean": server.mean}
-    states = {f"states.{i}": c.states for i, c in enumerate(parts.simulation.cohorts)}
-    checkpoint.write(folder / CHECKPOINT, position, {**own, **states, **moments})
+    kept = {f"states.{i}": each for i, each in enumerate(states)}
+    checkpoint.write(folder / CHECKPOINT, position, {**own, **kept, **moments})
     return position
 
 
-def restore(parts: Parts, position: Position, arrays: dict[str, NDArray[np.float32]]) -> None:
-    """Put the server and the devices where a checkpoint has them."""
-    server = parts.server
+def restore(
+    server: Server,
+    states: Sequence[NDArray[np.float32]],
+    position: Position,
+    arrays: dict[str, NDArray[np.float32]],
+) -> None:
+    """Put the server and the devices' states, in place, where a checkpoint has them."""
     server.index, server.weights, server.mean = (
         position.index,
         arrays["weights"].copy(),
         arrays["mean"].copy(),
     )
-    for index, cohort in enumerate(parts.simulation.cohorts):
-        cohort.states[...] = arrays[f"states.{index}"]
+    for index, kept in enumerate(states):
+        kept[...] = arrays[f"states.{index}"]
     for name, value in arrays.items():
         if name.startswith("moments."):
             server.optimizer.moments[name.removeprefix("moments.")] = value.copy()
@@ -108,6 +124,22 @@ def check_ledger(out: Path, ledger: Ledger, identity: Identity, position: Positi
                 f"{out / 'run.json'}: its {key} is {stored[key]!r}, that of the signed ledger "
                 f"{ledger.header.get(key)!r}; restore run.json as the run left it"
             )
+
+
+def new_ledger(folder: Path, scenario: Scenario, identity: Identity, population: int) -> Ledger:
+    """The ledger of a new run, with a header that binds it to the run's identity and scenario."""
+    header = {
+        "run_id": identity.run_id,
+        "scenario_hash": scenario.hash(),
+        "privacy_hash": scenario.privacy_hash(),
+        "delta": scenario.privacy.delta,
+        "population": population,
+        "noise_known": identity.known_key is not None,
+        "noise_root": identity.root_tag(),
+    }
+    return Ledger.create(
+        folder / "ledger.jsonl", header=header, signing_key=identity.signing_key(new=True)
+    )
 
 
 def check_population(scenario: Scenario, users: int) -> None:

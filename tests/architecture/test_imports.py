@@ -33,6 +33,7 @@ FLOORS = (
     ("footprint", "identity", "scoring"),
     ("outcome",),
     ("rundir",),
+    ("loop",),
     ("run",),
     ("report",),
     ("serving",),  # recommend: the room of the plan, by a name that hides no function

@@ -1,0 +1,245 @@
+"""The loop: plan, charge, collect, release, apply, record; and how it stops and goes on.
+
+Order is the promise: a round is charged on disk before anything is collected for it, and what it
+releases is committed on disk before it is applied. So a crash can waste budget, never hide it.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from privrec.checkpoint import Position
+from privrec.device.round import Round
+from privrec.device.update import Aggregate
+from privrec.errors import BudgetError, Interrupted, ReleaseRefused
+from privrec.identity import Identity
+from privrec.privacy.ledger import Ledger
+from privrec.randomness import SecretRoot
+from privrec.record import EventLog, Observer, Record, RunInfo
+from privrec.scenario import Scenario
+from privrec.server.server import Release, Server
+from privrec.transport.base import Transport
+from privrec.wording import adversary_text
+
+MOST_ATTEMPTS = 20
+"""Attempts at a round before a run is given up whose rounds keep ending without a sum."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: its directory, and what ``result.json`` there holds."""
+
+    path: Path
+    payload: dict[str, Any]
+
+
+@dataclass
+class Loop(ABC):
+    """One run from where it stands to its end.
+
+    Args:
+        out: the run's directory.
+        scenario: what is run.
+        population: devices that are enrolled, public.
+        identity: name and secrets of the run.
+        server: at its next round.
+        transport: reaches the devices.
+        observer: is told of the start, every round and the end.
+        ledger: is charged before each round.
+        events: what happened, in order.
+    """
+
+    out: Path
+    scenario: Scenario
+    population: int
+    identity: Identity
+    server: Server
+    transport: Transport
+    observer: Observer
+    ledger: Ledger
+    events: EventLog
+    root: SecretRoot = field(init=False)
+    cpu_s: float = 0.0
+    began: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        self.root = self.identity.root("server")
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds that the run took so far, over all sessions whose rounds are kept."""
+        return time.perf_counter() - self.began
+
+    def continue_clocks(self, position: Position) -> None:
+        """Count on from the seconds that the checkpoint has."""
+        self.began -= position.wall_s
+        self.cpu_s += position.cpu_s
+
+    def info(self) -> RunInfo:
+        """What is told at the start."""
+        scenario, plan = self.scenario, self.server.plan
+        return RunInfo(
+            name=scenario.name,
+            title=scenario.title,
+            rounds=scenario.train.rounds,
+            done=self.server.index,
+            population=self.population,
+            simulated=self.identity.simulated,
+            private=plan.event.is_private,
+            noise_known=self.identity.known_key is not None,
+            budget=scenario.privacy.epsilon,
+            budget_against=scenario.privacy.budget_against,
+            expected_cohort=plan.expected_cohort,
+            hides_cohorts=plan.event.hides_cohorts,
+            root_lost=self.ledger.header["noise_root"] != self.identity.root_tag(),
+        )
+
+    @abstractmethod
+    def accuracy(self) -> dict[str, float] | None:
+        """What is known of the accuracy after this round."""
+
+    @abstractmethod
+    def save(self) -> None:
+        """Seal the ledger and write a checkpoint."""
+
+    @abstractmethod
+    def finish(self) -> Result:
+        """Write what a finished run leaves behind."""
+
+    def run(self) -> Result:
+        """Go on to the end, the budget or an interrupt; a checkpoint is written in any case."""
+        server, refused = self.server, None
+        with _interrupts() as stop:
+            while server.index < self.scenario.train.rounds:
+                try:
+                    self._round()
+                except BudgetError as error:
+                    refused = error
+                    break
+                if stop:
+                    self.save()
+                    raise Interrupted(
+                        f"stopped after round {server.index} of {self.scenario.train.rounds}; "
+                        f"go on with: privrec resume {self.out}"
+                    )
+                if server.index % self.scenario.run.checkpoint_every == 0:
+                    self.save()
+        self.save()
+        result = self.finish()
+        self.observer.finished(result)
+        if refused:
+            raise refused
+        return result
+
+    def _round(self) -> None:
+        began, cpu = time.perf_counter(), time.process_time()
+        server = self.server
+        release, cohort, loss, attempt = self._release()
+        server.apply(release)
+        self.cpu_s += time.process_time() - cpu
+        record = Record(
+            round=server.index,
+            rounds=self.scenario.train.rounds,
+            attempt=attempt,
+            epsilon=self._epsilon("recipients"),
+            epsilon_server=self._epsilon("server"),
+            loss=None if server.plan.event.hides_cohorts else loss,
+            metrics=self.accuracy(),
+            cohort=cohort,
+            **self._timing(began, cpu),
+        )
+        self.events.round(record)
+        self.observer.round(record)
+
+    def _release(self) -> tuple[Release, int, float | None, int]:
+        """Charge, collect and commit the next round, with a new attempt where bits would differ."""
+        server, ledger = self.server, self.ledger
+        attempt = max(0, ledger.attempts(server.index) - 1)
+        while True:
+            self._charge(attempt)
+            round = server.next_round(attempt)
+            if aggregate := self._collect(round):
+                release = server.release(round, aggregate, self.root)
+                if ledger.committed(server.index, attempt) in (None, release.tag):
+                    ledger.commit(server.index, attempt, release.tag)
+                    return release, aggregate.cohort, aggregate.loss, attempt
+            attempt = ledger.attempts(server.index)
+
+    def _collect(self, round: Round) -> Aggregate | None:
+        """The round's sum, or None when it ended without one; it stays charged."""
+        try:
+            return self.transport.collect(round, self.server.weights)
+        except ReleaseRefused:
+            # How many devices were there is the operator's own knowledge: no reason is kept.
+            self.events.append("aborted", round=round.index, attempt=round.attempt)
+            if round.attempt + 1 >= MOST_ATTEMPTS:
+                raise
+            return None
+
+    def _charge(self, attempt: int) -> None:
+        server, privacy = self.server, self.scenario.privacy
+        event = server.plan.event
+        paid = attempt < self.ledger.attempts(server.index)
+        if not paid and event.is_private and privacy.epsilon is not None:
+            spent = self.ledger.epsilon_after(
+                event, delta=privacy.delta, adversary=privacy.budget_against
+            )
+            if spent > privacy.epsilon:
+                raise BudgetError(
+                    f"round {server.index + 1} would bring ε to {spent:.4f} against "
+                    f"{adversary_text(privacy.budget_against)}: the budget is {privacy.epsilon}. "
+                    f"Stopped after {server.index} rounds; the model so far is in {self.out}"
+                )
+        self.ledger.charge(server.index, attempt, event)
+
+    def _epsilon(self, adversary: Any) -> float | None:
+        if not self.server.plan.event.is_private or self.identity.known_key is not None:
+            return None
+        return self.ledger.epsilon(self.scenario.privacy.delta, adversary)
+
+    def _timing(self, began: float, cpu: float) -> dict[str, float]:
+        if self.server.plan.event.hides_cohorts:
+            return {}
+        return {"wall_s": time.perf_counter() - began, "cpu_s": time.process_time() - cpu}
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Batches fit one core's cache, and sums must not depend on how threads share them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """A list that gets an entry at the first Ctrl-C; the second one stops at once."""
+    seen: list[int] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    try:
+        before = signal.signal(signal.SIGINT, note)
+    except ValueError:  # only the main thread may listen; elsewhere Ctrl-C is not ours
+        yield seen
+        return
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
