@@ -349,7 +349,7 @@ class ClientSession:
         quorum = Quorum.parse(message)
         self._check_context(quorum.context)
         self._check_signers(quorum)
-        opening = self._opening()
+        opening = self._opening(members(quorum.signers, self._called().devices))
         self._advance(stage=_Stage.DONE, held=b"", wards=self._bitmap(()), noise=b"")
         return replace(opening, following=self._next_shares(quorum.following, noise)).pack()
 
@@ -489,10 +489,10 @@ class ClientSession:
             except InvalidTag:
                 continue
 
-    def _opening(self) -> Opening:
-        """What is due of each ward, and of this device, follows from the confirmed survivors."""
+    def _opening(self, signers: Collection[int]) -> Opening:
+        """What is due of each ward, and of this device, follows from who confirmed which set."""
         wards, round = self._members("wards"), self._called()
-        due = round.roster.due(self._members("survivors"))
+        due = round.roster.due(self._members("survivors"), set(signers))
         size = shamir.SECRET_BYTES
         pieces = split(self._recalled().held, [size * round.roster.secrets(w) for w in wards])
         shares = (

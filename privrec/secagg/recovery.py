@@ -7,7 +7,7 @@ from shares, and each is checked against the commitment of the device that dealt
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -75,13 +75,15 @@ class Recovery:
         for dropped in sorted(self.deposits.keys() - set(self.survivors)):
             yield from self._masks_of(dropped)
 
-    def noise(self) -> list[list[bytes]]:
+    def noise(self, due: Sequence[Collection[int]]) -> list[list[bytes]]:
         """For each band the seeds of the noise that is taken off again.
+
+        Args:
+            due: what is opened of each device, :meth:`~privrec.secagg.roster.Roster.due`.
 
         Raises:
             ReleaseRefused: when one cannot be had: the round is over.
         """
-        due = self.roster.due(self.survivors)
         return [
             [self._seed(NOISE + band, n) for n in self.survivors if NOISE + band in due[n]]
             for band in range(len(self.roster.terms.lengths))

@@ -328,11 +328,11 @@ class ServerSession:
     def _close_masked(self, answered: tuple[int, ...]) -> None:
         self._check_enough(answered, "sent masked vectors")
         self._due = self._survivors = answered
-        self._opened = self._roster.due(answered)
 
     def _close_confirm(self, answered: tuple[int, ...]) -> None:
         self._check_enough(answered, "confirmed the survivors")
         self._due = answered
+        self._opened = self._roster.due(self._survivors, set(answered))
 
     def _close_unmask(self, _: tuple[int, ...]) -> None:
         threshold = self._graph.threshold(len(self._roster))
@@ -344,7 +344,7 @@ class ServerSession:
         self._result = SecureSum(
             self._total.view(self._total.dtype.str.replace("u", "i")),
             self._roster.identities(self._survivors),
-            tuple(map(tuple, recovery.noise())),
+            tuple(map(tuple, recovery.noise(self._opened))),
             self._faults,
         )
 

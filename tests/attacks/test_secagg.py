@@ -241,7 +241,7 @@ def first_round(
     """An honest round in which some devices drop out: their prekeys, and what the server learns."""
     records, learned = cohort.prekeys(), {}
     server = Attacker(agreed, records, cohort.anchor, cohort.policy.graph)
-    server.publish(model(2))
+    server.publish(model(len(agreed.lengths)))
     vectors = cohort.vectors(agreed, np.random.default_rng(0))
     clients = dict(zip(cohort.ids, cohort.clients(), strict=True))
     secret = Recovery._secret
@@ -259,34 +259,42 @@ def first_round(
     return records, learned
 
 
-def padded_round(monkeypatch: Patch) -> tuple[np.ndarray, np.ndarray]:
-    """The server fills a band with devices that are not there, by prekeys whose secret it learned.
+Padded = tuple[Attacker, dict[int, Opening], dict[int, bytes], dict[bytes, np.ndarray]]
 
-    In a first round two strong devices drop out, and their mask keys are recovered, as they should
-    be. In a second one the server names the same prekeys again, sends rubbish in the devices' name,
-    and tells everybody that they survived. Nobody but the victim is left in the strong band.
+
+def padded_round(
+    monkeypatch: Patch, cohort: Cohort, absent: Sequence[int], agreed: Any, noise: int = 0
+) -> Padded:
+    """The server names devices that are not there, by prekeys whose secret it learned.
+
+    In a first round some devices drop out, and their mask keys are recovered, as they should be. In
+    a second one the server names the same prekeys again, sends rubbish in the devices' name, and
+    tells everybody that they survived.
+
+    Returns:
+        The server, the openings of those that were there, the mask keys of those that were not, and
+        the vectors.
     """
-    cohort = Cohort((0, 0, 0, *(1,) * 7), Policy(minimum=3, corrupt_share=0))
-    lengths, (victim, *absent) = (4, LENGTH), range(3)
-    agreed = terms(lengths, minimums=(1, 1))
-    records, stolen = first_round(cohort, agreed, absent)
+    lengths = agreed.lengths
+    records, stolen = first_round(cohort, terms(lengths), absent)
     vectors = dict(zip(cohort.ids, cohort.vectors(agreed, np.random.default_rng(1)), strict=True))
     fresh = [book.issue(1, tier)[0] for book, tier in zip(cohort.books, cohort.tiers, strict=True)]
     again = [records[n] if n in absent else fresh[n] for n in range(10)]
-    server = Attacker(terms(lengths, round=1), again, cohort.anchor, cohort.policy.graph)
-    server.publish(model(2))
+    server = Attacker(replace(agreed, round=1), again, cohort.anchor, cohort.policy.graph)
+    server.publish(model(len(lengths)))
     there = {
         device: session
         for number, (device, session) in enumerate(zip(cohort.ids, cohort.clients(), strict=True))
         if number not in absent
     }
     for device, session in there.items():
-        server.receive(device, session.shares(server.outbox()[device]))
+        seeds = [device[:31] + b"\0"] * noise
+        server.receive(device, session.shares(server.outbox()[device], seeds))
     for number in absent:
         holders = [n for n in range(10) if n != number]
         rubbish = Shares(
-            server._binding.context, bitmap(holders, 10), (bytes(32),), bytes(32 * 9),
-            bytes(sealed_bytes(2) * 9),
+            server._binding.context, bitmap(holders, 10), (bytes(32),) * (1 + noise),
+            bytes(16 * (2 + noise) * 9), bytes(sealed_bytes(2 + noise) * 9),
         )  # fmt: skip
         server.receive(cohort.ids[number], rubbish.pack())
     server.advance()
@@ -301,28 +309,65 @@ def padded_round(monkeypatch: Patch) -> tuple[np.ndarray, np.ndarray]:
             server.receive(device, there[device].confirm(message))
     monkeypatch.setattr(server._roster, "check_bands", nothing)  # the server does not mind
     server.advance()
+    openings = {
+        server._numbers[device]: Opening.parse(there[device].unmask(message))
+        for device, message in server.outbox().items()
+    }
+    return server, openings, stolen, vectors
+
+
+def padded_sum(padded: Padded) -> np.ndarray:
+    """The sum of those that were there."""
+    server, openings, stolen, _ = padded
     total = np.zeros(LENGTH, np.uint32)
-    for device, message in server.outbox().items():
-        number = server._numbers[device]
-        opening = Opening.parse(there[device].unmask(message))
-        part = server.stripped(number, opening.seed, stolen, model_root(model(2)))
+    for number, opening in openings.items():
+        root = model_root(server._model)
+        part = server.stripped(number, opening.seed, stolen, root)
         total[: len(part)] += part.view(np.uint32)
-    # What the weak devices still share with the victim lies in the first band alone.
-    return total.view(np.int32)[4:], vectors[cohort.ids[victim]][4:]
+    return total.view(np.int32)
 
 
 def test_band_sizes_that_lie(monkeypatch: Patch) -> None:
-    """Counts are taken over signatures; over the named survivors they can be made up."""
+    """Counts are taken over signatures; over the named survivors they can be made up.
+
+    Nobody but the victim is left in the strong band.
+    """
+
+    def attack() -> Padded:
+        cohort = Cohort((0, 0, 0, *(1,) * 7), Policy(minimum=3, corrupt_share=0))
+        return padded_round(monkeypatch, cohort, (1, 2), terms((4, LENGTH)))
+
     with pytest.raises(ReleaseRefused, match="band 2 of 2: 1 devices"):
-        padded_round(monkeypatch)
+        attack()
     original = roster_module.Roster.check_bands
 
     def over_survivors(self: Any, numbers: Sequence[int], minimum: int) -> None:
         original(self, range(10), minimum)
 
     monkeypatch.setattr(roster_module.Roster, "check_bands", over_survivors)
-    seen, secret = padded_round(monkeypatch)
-    np.testing.assert_array_equal(seen, secret)
+    padded = attack()
+    victim = min(padded[3])
+    # What the weak devices still share with the victim lies in the first band alone.
+    np.testing.assert_array_equal(padded_sum(padded)[4:], padded[3][victim][4:])
+
+
+def test_noise_that_is_kept_of_devices_that_are_not_there(monkeypatch: Patch) -> None:
+    """Five shares of noise must stay; three that are not there are named before the others."""
+
+    def kept() -> int:
+        cohort, absent = Cohort((0,) * 10, Policy(minimum=3, corrupt_share=0)), (0, 1, 2)
+        agreed = terms((LENGTH,), minimums=(5,), excess=True)
+        padded = padded_round(monkeypatch, cohort, absent, agreed, noise=1)
+        there = [vector for n, vector in enumerate(padded[3].values()) if n not in absent]
+        np.testing.assert_array_equal(padded_sum(padded), plain_sum(there, agreed))
+        return sum(not opening.noise for opening in padded[1].values())
+
+    assert kept() == 5
+    original = roster_module.Roster.due
+    monkeypatch.setattr(
+        roster_module.Roster, "due", lambda self, named, signers: original(self, named, named)
+    )
+    assert kept() == 2  # of seven: far less noise than is accounted
 
 
 def test_a_tier_that_its_device_did_not_sign(monkeypatch: Patch) -> None:
