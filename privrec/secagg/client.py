@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from hmac import compare_digest
 from typing import Annotated, Any, ClassVar
 
 from cryptography.exceptions import InvalidTag
@@ -25,6 +26,7 @@ from privrec.secagg.graph import Graph
 from privrec.secagg.keys import SIGNATURE_BYTES, PrekeyBook, SecretPrekey, agree
 from privrec.secagg.masks import Mask, apply_masks
 from privrec.secagg.messages import (
+    PLEDGE_BYTES,
     Confirmation,
     Deal,
     Opening,
@@ -100,10 +102,16 @@ class _Round:
     def devices(self) -> int:
         return len(self.roster)
 
-    def check_quorum(self, present: Collection[int], doing: str) -> None:
-        """Refuse when too few devices, of all or of the neighbours, did something."""
+    @property
+    def is_sparse(self) -> bool:
+        return not self.graph.is_complete(self.devices)
+
+    def check_quorum(
+        self, present: Collection[int], doing: str, heard: Collection[int] | None = None
+    ) -> None:
+        """Refuse when too few devices did something, of all or of the neighbours heard from."""
         known = set(present)
-        near = sum(number in known for number in self.neighbours) + 1
+        near = len(known.intersection(self.neighbours if heard is None else heard)) + 1
         least, least_near = self.graph.quorum(self.devices), self.graph.threshold(self.devices)
         if len(known) < least or near < least_near:
             raise ReleaseRefused(
@@ -129,6 +137,7 @@ class _Progress(Message):
     held: Annotated[bytes, Size(0, 1 << 26)]
     root: Digest
     survivors: Bitmap
+    heard: Bitmap
     noise: Annotated[bytes, Size(0, MAX_BANDS * shamir.SECRET_BYTES)]
 
 
@@ -258,7 +267,7 @@ class ClientSession:
         nobody, neighbours = self._bitmap(()), self._bitmap(self._round.neighbours)
         self._progress = _Progress(
             _Stage.DEAL, call.pack(), neighbours, nobody, nobody, b"", bytes(32), nobody,
-            b"".join(noise),
+            nobody, b"".join(noise),
         )  # fmt: skip
         return self._dealt(self._round, noise).pack()
 
@@ -272,7 +281,7 @@ class ClientSession:
             model: 32-byte digests of the bands that the device holds, as it computed them itself.
 
         Returns:
-            The masked message: 36 bytes, then the raw entries.
+            The masked message: 36 bytes, the raw entries, and in a sparse graph 16 bytes a ward.
 
         Raises:
             ReleaseRefused: when too few devices are left, or the model is not the one whose digests
@@ -293,7 +302,10 @@ class ClientSession:
             )
         pieces = split(deal.sealed, [sealed_bytes(round.roster.secrets(ward)) for ward in wards])
         root = model_root(deal.model)
-        answer, entries = masked_message(round.binding.context, integers, round.call.ring_bits)
+        pledges = b"".join(self._pledges(wards, root))
+        answer, entries = masked_message(
+            round.binding.context, integers, round.call.ring_bits, pledges
+        )
         apply_masks(entries, self._masks(present, wards, root))
         held = dict(self._opened(wards, pieces))
         self._advance(
@@ -323,8 +335,8 @@ class ClientSession:
         told = Survivors.parse(message)
         self._check_context(told.context)
         survivors = members(told.survivors, round.devices)
-        self._check_survivors(survivors, told.root)
-        self._advance(stage=_Stage.QUORUM, survivors=told.survivors)
+        heard = self._check_survivors(survivors, told)
+        self._advance(stage=_Stage.QUORUM, survivors=told.survivors, heard=self._bitmap(heard))
         signature = self._book.key.sign(round.binding.confirmation(told.survivors, told.root))
         return Confirmation(round.binding.context, signature).pack()
 
@@ -390,14 +402,30 @@ class ClientSession:
                 "a server could set apart the update of a device that sees another model"
             )
 
-    def _check_survivors(self, survivors: Sequence[int], root: bytes) -> None:
+    def _check_survivors(self, survivors: Sequence[int], told: Survivors) -> Collection[int]:
+        """The neighbours that count are those that are known to be masked with this device."""
         round, present = self._called(), self._members("present")
         if round.own not in survivors or not set(survivors) <= set(present):
             raise refused("survivors that lack this device, or were never present")
-        if root != self._recalled().root:
+        if told.root != self._recalled().root:
             raise refused("survivors of a round with another model")
-        round.check_quorum(survivors, "survived")
+        near = [number for number in round.neighbours if number in set(survivors)]
+        heard = self._heard(near, told.pledges)
+        round.check_quorum(survivors, "survived", heard)
         round.roster.check_bands(survivors, self._policy.minimum)
+        return heard
+
+    def _heard(self, near: Sequence[int], pledges: bytes) -> Sequence[int]:
+        """The neighbours from which pledges came; in a complete graph all are masked with all."""
+        round, root = self._called(), self._recalled().root
+        pieces = split(pledges, [PLEDGE_BYTES] * (len(near) if round.is_sparse else 0))
+        if not round.is_sparse:
+            return near
+        return [
+            peer
+            for peer, piece in zip(near, pieces, strict=True)
+            if compare_digest(piece, round.binding.pledge(self._agree(peer), root, peer, round.own))
+        ]
 
     def _check_signers(self, quorum: Quorum) -> None:
         """Counts are taken over signatures: a server could name devices that are not there."""
@@ -406,7 +434,7 @@ class ClientSession:
         signatures = split(quorum.signatures, [SIGNATURE_BYTES] * len(signers))
         if not set(signers) <= set(survivors):
             raise refused("confirmations of devices that did not survive")
-        round.check_quorum(signers, "confirmed the survivors")
+        round.check_quorum(signers, "confirmed the survivors", self._members("heard"))
         round.roster.check_bands(signers, self._policy.minimum)
         confirmed = self._recalled()
         stated = round.binding.confirmation(confirmed.survivors, confirmed.root)
@@ -478,6 +506,12 @@ class ClientSession:
             key = round.binding.pair_key(agreed, root, round.own, peer)
             length = min(self.length, round.roster.length(peer))
             yield Mask(key, length, negative=round.own > peer)
+
+    def _pledges(self, wards: Sequence[int], root: bytes) -> Iterator[bytes]:
+        """In a sparse graph, what tells each device that drew this one that they are masked."""
+        round = self._called()
+        for ward in wards if round.is_sparse else ():
+            yield round.binding.pledge(self._agree(ward), root, round.own, ward)
 
     def _opened(self, wards: Sequence[int], pieces: Sequence[bytes]) -> Iterator[tuple[int, bytes]]:
         """The shares that open; a device that sealed rubbish must not make others drop out."""

@@ -50,6 +50,10 @@ class Graph:
         """How many devices hold the shares of one device."""
         return devices - 1 if devices <= self.complete_up_to else min(self.degree, devices - 1)
 
+    def is_complete(self, devices: int) -> bool:
+        """Whether everybody is a neighbour of everybody."""
+        return self.neighbours(devices) == devices - 1
+
     def quorum(self, devices: int) -> int:
         """How many devices of a roster must confirm the same survivors.
 
@@ -76,9 +80,9 @@ class Graph:
         Returns:
             Their numbers, ascending.
         """
-        count = self.neighbours(devices)
-        if count == devices - 1:
+        if self.is_complete(devices):
             return (*range(own), *range(own + 1, devices))
+        count = self.neighbours(devices)
         lots = stream.uint64(devices)
         lots[own] = np.iinfo(np.uint64).max
         # A tie with the own lot has a chance of 2^-64 for each other device.
@@ -112,7 +116,7 @@ class Graph:
             devices: size of the roster.
             corrupt: colluding devices in it.
         """
-        if self.neighbours(devices) == devices - 1:
+        if self.is_complete(devices):
             return 0.0
         return _failure(devices, corrupt, self.neighbours(devices), self.threshold(devices))
 

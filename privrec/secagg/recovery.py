@@ -30,6 +30,7 @@ class Deposit:
         seed_marks: kind of secret to the commitment to it.
         share_marks: holder's number to commitments to its share of each secret.
         sealed: holder's number to its sealed shares.
+        pledges: ward's number to what the device, in a sparse graph, has to tell it.
         own: kind of secret to what the device itself gave in the last exchange, if it answered.
         opened: ward's number and kind of secret to the share that the device returned.
     """
@@ -37,6 +38,7 @@ class Deposit:
     seed_marks: dict[int, bytes]
     share_marks: dict[int, list[bytes]]
     sealed: dict[int, bytes]
+    pledges: dict[int, bytes] = field(default_factory=dict)
     own: dict[int, bytes] = field(default_factory=dict)
     opened: dict[tuple[int, int], bytes] = field(default_factory=dict)
 

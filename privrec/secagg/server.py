@@ -17,7 +17,7 @@ Source: Bonawitz et al. (CCS 2017); see ``docs/protocol.md``.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any
 
@@ -30,6 +30,7 @@ from privrec.secagg.graph import Graph
 from privrec.secagg.keys import Prekey
 from privrec.secagg.masks import apply_masks, word_type
 from privrec.secagg.messages import (
+    PLEDGE_BYTES,
     SHARE_MARK_BYTES,
     Confirmation,
     Deal,
@@ -107,6 +108,7 @@ class ServerSession:
         self._verifier = anchor.verifier
         self._numbers = {p.identity: number for number, p in enumerate(self._roster.prekeys)}
         self._deposits: dict[int, Deposit] = {}
+        self._wards: dict[int, list[int]] = {}
         self._signatures: dict[int, bytes] = {}
         self._faults: dict[bytes, str] = {}
         self._model: tuple[bytes, ...] = ()
@@ -227,19 +229,24 @@ class ServerSession:
         return {number: self._deal(number).pack() for number in numbers}
 
     def _deal(self, number: int) -> Deal:
-        sealed = {
-            dealer: deposit.sealed[number]
-            for dealer, deposit in sorted(self._deposits.items())
-            if number in deposit.sealed
-        }
+        sealed = {dealer: self._deposits[dealer].sealed[number] for dealer in self._wards[number]}
         present, wards = self._bitmap(self._deposits), self._bitmap(sealed)
         joined = b"".join(sealed.values())
         return Deal(self._binding.context, present, wards, joined, self._model)
 
     def _tidings(self, numbers: Sequence[int]) -> dict[int, bytes]:
         context, survivors = self._binding.context, self._bitmap(self._survivors)
-        told = Survivors(context, survivors, model_root(self._model))
-        return dict.fromkeys(numbers, told.pack())
+        told = Survivors(context, survivors, model_root(self._model), b"")
+        if not self._is_sparse:
+            return dict.fromkeys(numbers, told.pack())
+        return {
+            number: replace(told, pledges=self._pledges_to(number)).pack() for number in numbers
+        }
+
+    def _pledges_to(self, number: int) -> bytes:
+        drawn = self._deposits[number].sealed
+        near = (self._deposits[peer] for peer in self._survivors if peer in drawn)
+        return b"".join(deposit.pledges[number] for deposit in near)
 
     def _quorums(self, numbers: Sequence[int]) -> dict[int, bytes]:
         calls = self._following.outbox() if self._following else {}
@@ -277,7 +284,12 @@ class ServerSession:
     def _take_masked(self, number: int, message: Buffer) -> None:
         length = self._roster.length(number)
         ring_bits = self._call.ring_bits
-        entries = masked_entries(message, self._binding.context, length, ring_bits)
+        wards = self._wards[number] if self._is_sparse else []
+        entries, pledges = masked_entries(
+            message, self._binding.context, length, ring_bits, len(wards)
+        )
+        pieces = split(pledges, [PLEDGE_BYTES] * len(wards))
+        self._deposits[number].pledges = dict(zip(wards, pieces, strict=True))
         self._total[:length] += entries
 
     def _take_confirmation(self, number: int, message: Buffer) -> None:
@@ -324,6 +336,10 @@ class ServerSession:
     def _close_shares(self, answered: tuple[int, ...]) -> None:
         self._check_enough(answered, "sent shares")
         self._due = answered
+        self._wards = {number: [] for number in range(len(self._roster))}
+        for dealer in sorted(self._deposits):
+            for holder in self._deposits[dealer].sealed:
+                self._wards[holder].append(dealer)
 
     def _close_masked(self, answered: tuple[int, ...]) -> None:
         self._check_enough(answered, "sent masked vectors")
@@ -362,6 +378,10 @@ class ServerSession:
         self._stage = Stage.DONE
         self._deposits, self._signatures, self._due = {}, {}, ()
         self._total = np.zeros(0, self._total.dtype)
+
+    @property
+    def _is_sparse(self) -> bool:
+        return not self._graph.is_complete(len(self._roster))
 
     def _bitmap(self, numbers: Collection[int]) -> bytes:
         return bitmap(tuple(numbers), len(self._roster))

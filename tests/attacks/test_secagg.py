@@ -68,7 +68,9 @@ class Attacker(ServerSession):
     def entries(self, number: int) -> np.ndarray:
         """A masked vector, to be unmasked by hand."""
         length = self._roster.length(number)
-        return masked_entries(self.uploads[number], self._binding.context, length, 32).copy()
+        wards = len(self._wards[number]) if self._is_sparse else 0
+        upload, context = self.uploads[number], self._binding.context
+        return masked_entries(upload, context, length, 32, wards)[0].copy()
 
     def stripped(
         self, number: int, seed: bytes, keys: dict[int, bytes], root: bytes = ROOT
@@ -475,8 +477,8 @@ def test_the_neighbourhood_that_is_declared_gone(monkeypatch: Patch) -> None:
         opened("isolated 0")
     original = client_module._Round.check_quorum
 
-    def global_only(self: Any, present: Sequence[int], doing: str) -> None:
-        original(replace(self, neighbours=tuple(present)), present, doing)
+    def global_only(self: Any, present: Sequence[int], doing: str, heard: Any = None) -> None:
+        original(self, present, doing, present)
 
     monkeypatch.setattr(client_module._Round, "check_quorum", global_only)
     # Not every graph lets the server recover the masks of all of the victim's neighbours.
@@ -490,12 +492,11 @@ def isolated(cohort: Cohort, server: Attacker, clients: dict[bytes, ClientSessio
             for v in deposits}  # fmt: skip
     victim = min(near, key=lambda v: len(near[v]))
     survivors = [number for number in range(n) if number not in near[victim]]
-    told = Survivors(server._binding.context, bitmap(survivors, n), ROOT).pack()
+    server._survivors = tuple(survivors)
     signatures = {}
-    for number in [victim, *survivors]:
+    for number, told in server._tidings(survivors).items():
         session = clients[cohort.ids[number]]
-        if number not in signatures:
-            signatures[number] = Confirmation.parse(session.confirm(told)).signature
+        signatures[number] = Confirmation.parse(session.confirm(told)).signature
     joined = b"".join(signatures[number] for number in survivors)
     quorum = Quorum(server._binding.context, bitmap(survivors, n), joined, b"").pack()
     openings = {
@@ -510,6 +511,65 @@ def isolated(cohort: Cohort, server: Attacker, clients: dict[bytes, ClientSessio
     return bool((seen == vectors_of(cohort)[cohort.ids[victim]]).all())
 
 
+def hidden_round(cohort: Cohort) -> tuple[set[int], np.ndarray, dict[bytes, np.ndarray]]:
+    """The server hides from devices who drew one of them, so that they are not masked with it.
+
+    Those that drew the hidden device are told to be gone. The others are not masked with it, while
+    its vector stays closed: everybody signs, and the sum is of one less than that.
+
+    Returns:
+        Who signs, the sum of all of them but one, and the vectors.
+    """
+    server, clients = begun(cohort, Stage.MASKED)
+    deposits, n, vectors = server._deposits, len(cohort.ids), vectors_of(cohort)
+    drew = {v: {u for u in deposits if v in deposits[u].sealed} for v in deposits}
+    hidden = min(drew, key=lambda v: len(drew[v]))
+    named = sorted(set(range(n)) - drew[hidden])
+    for number in named:
+        if deposits[hidden].sealed.pop(number, None):
+            server._wards[number].remove(hidden)
+        device = cohort.ids[number]
+        message = server._deal(number).pack()
+        server.receive(device, clients[device].masked(message, vectors[device], model(1)))
+    server.advance()
+    openings = {}
+    for device, message in server.outbox().items():
+        try:
+            server.receive(device, clients[device].confirm(message))
+        except ReleaseRefused:
+            assert device == cohort.ids[hidden]
+    server.advance()
+    for device, message in server.outbox().items():
+        openings[server._numbers[device]] = Opening.parse(clients[device].unmask(message))
+    summed = [number for number in named if number != hidden]
+    keys = {v: server.recovery(openings, named)._secret(MASKING, v) for v in drew[hidden]}
+    total = np.zeros(LENGTH, np.uint32)
+    for number in summed:
+        near = set(deposits[number].share_marks)
+        mine = {v: k for v, k in keys.items() if v in near or number in deposits[v].share_marks}
+        total += server.stripped(number, openings[number].seed, mine).view(np.uint32)
+    return set(named), total.view(np.int32), {cohort.ids[n]: vectors[cohort.ids[n]] for n in summed}
+
+
+def test_a_device_that_is_hidden_from_those_it_drew(monkeypatch: Patch) -> None:
+    """A sum of one less than all of them insist on: nobody else's mask covers the rest."""
+    monkeypatch.setattr(Graph, "check", nothing)
+    graph = Graph(complete_up_to=3, degree=6)
+
+    def attack(minimum: int) -> tuple[set[int], np.ndarray, dict[bytes, np.ndarray]]:
+        policy = Policy(minimum=minimum, corrupt_share=0, graph=graph)
+        return hidden_round(Cohort((0,) * 60, policy, "hidden"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ClientSession, "_heard", lambda self, near, told: near)
+        signers, _, _ = attack(40)
+        _, total, vectors = attack(len(signers))
+        assert len(vectors) == len(signers) - 1
+        np.testing.assert_array_equal(total, plain_sum(list(vectors.values()), terms((LENGTH,))))
+    with pytest.raises(ReleaseRefused, match=f"{len(signers) - 1} devices hold it"):
+        attack(len(signers))
+
+
 # ---------------------------------------------------------------- survivors
 
 
@@ -522,7 +582,7 @@ def unmask_all(
 ) -> dict[int, Opening]:
     """Tell a set of survivors to some devices, and have them open what they will."""
     n = len(cohort.ids)
-    told = Survivors(server._binding.context, bitmap(survivors, n), ROOT).pack()
+    told = Survivors(server._binding.context, bitmap(survivors, n), ROOT, b"").pack()
     signed = {
         number: Confirmation.parse(clients[cohort.ids[number]].confirm(told)).signature
         for number in asked
@@ -613,7 +673,7 @@ def split_views(cohort: Cohort) -> np.ndarray:
         # Each of the four is left out for seven or more of the others.
         kept = number if number in out else out[number % 4]
         views[number] = sorted({*summed, kept})
-        told = Survivors(server._binding.context, bitmap(views[number], 10), ROOT).pack()
+        told = Survivors(server._binding.context, bitmap(views[number], 10), ROOT, b"").pack()
         session = clients[cohort.ids[number]]
         signed[number] = Confirmation.parse(session.confirm(told)).signature
     for number, view in views.items():
@@ -903,7 +963,7 @@ def test_colluders_learn_no_seed_before_the_survivors_are_certain() -> None:
     cohort = Cohort((0,) * 10)
     server, clients = begun(cohort, Stage.CONFIRM)
     n, everybody = 10, range(10)
-    told = Survivors(server._binding.context, bitmap(everybody, n), ROOT).pack()
+    told = Survivors(server._binding.context, bitmap(everybody, n), ROOT, b"").pack()
     signed = [Confirmation.parse(clients[d].confirm(told)).signature for d in cohort.ids[:7]]
     for count in (6, 7):
         quorum = Quorum(

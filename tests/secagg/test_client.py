@@ -219,6 +219,35 @@ def test_survivors_of_another_model_are_refused() -> None:
     Waiting(Stage.CONFIRM).refuses("another model", root=model_root(model(2, b"other")))
 
 
+@pytest.mark.parametrize(("altered", "works"), [(0, True), (8, True), (9, False), (25, False)])
+def test_in_a_sparse_graph_a_neighbour_counts_when_its_pledge_came(
+    altered: int, works: bool
+) -> None:
+    """Eighteen of a neighbourhood of 26 must; whoever sends no pledge may hide this device."""
+    cohort = Cohort((0,) * 40, Policy(3, 0.0, graph=Graph(complete_up_to=5, degree=25)))
+    server, vector = cohort.server(terms((5,))), VECTOR[:5]
+    clients = dict(zip(cohort.ids, cohort.clients(), strict=True))
+    while server.stage < Stage.CONFIRM:
+        for device, message in server.outbox().items():
+            server.receive(device, answer(clients[device], server.stage, message, vector))
+        server.advance()
+    device = cohort.ids[0]
+    session, told = clients[device], Survivors.parse(server.outbox()[device])
+    lie = bytes(16 * altered) + told.pledges[16 * altered :]
+    with pytest.raises(ReleaseRefused, match="25 pieces, 400 bytes, are due"):
+        session.confirm(replace(told, pledges=lie[:-16]).pack())
+    if works:
+        session.confirm(replace(told, pledges=lie).pack())
+        assert len(session._members("heard")) == 25 - altered
+    else:
+        with pytest.raises(ReleaseRefused, match=f"{26 - altered} of this device's own"):
+            session.confirm(replace(told, pledges=lie).pack())
+
+
+def test_in_a_complete_graph_there_are_no_pledges() -> None:
+    Waiting(Stage.CONFIRM).refuses("0 pieces", pledges=bytes(16 * 8))
+
+
 # ---------------------------------------------------------------- the quorum
 
 
