@@ -9,7 +9,7 @@ Source: Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Ma
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hmac import compare_digest
 from typing import Annotated, Any, ClassVar
@@ -155,10 +155,20 @@ class ClientSession:
         book: the device's identity, root and one-time prekeys.
         anchor: whom it trusts about other devices.
         policy: what it insists on.
+        save: keeps the session's progress, for :meth:`resume`; it is called before each answer is
+            given. A device whose process may end between two messages needs it: an answer that had
+            left, and was forgotten, could be given once more, under the same masks.
     """
 
-    def __init__(self, book: PrekeyBook, anchor: Anchor, policy: Policy | None = None) -> None:
+    def __init__(
+        self,
+        book: PrekeyBook,
+        anchor: Anchor,
+        policy: Policy | None = None,
+        save: Callable[[bytes], None] = lambda progress: None,
+    ) -> None:
         self._book = book
+        self._save = save
         self._anchor = anchor
         self._policy = policy or Policy()
         self._round: _Round | None = None
@@ -169,19 +179,25 @@ class ClientSession:
 
     @classmethod
     def resume(
-        cls, book: PrekeyBook, anchor: Anchor, saved: bytes, policy: Policy | None = None
+        cls,
+        book: PrekeyBook,
+        anchor: Anchor,
+        saved: bytes,
+        policy: Policy | None = None,
+        save: Callable[[bytes], None] = lambda progress: None,
     ) -> ClientSession:
         """A session that goes on where :meth:`saved` left it.
 
         Raises:
             ReleaseRefused: when ``saved`` is not what that gave.
+            IntegrityError: when the book does not know of it: one of the two was set back.
         """
-        session = cls(book, anchor, policy)
+        session = cls(book, anchor, policy, save)
         progress = _Progress.parse(saved)
         call = Call.parse(progress.call)
         roster = Roster(call, None)
         own = roster.number(book.key.public)
-        prekey = book.secret(roster.prekeys[own].serial)
+        prekey = book.entered(roster.prekeys[own].serial)
         neighbours = members(progress.neighbours, len(roster))
         session._round = session._enter(call, roster, own, prekey, neighbours)
         session._progress = progress
@@ -190,8 +206,9 @@ class ClientSession:
     def saved(self) -> bytes:
         """The session as bytes, for devices whose process ends between two messages.
 
-        Keep them as secret as the root: they hold shares of other devices. Keep the last one only;
-        a session that was set back could be made to answer twice.
+        Keep them as secret as the root: they hold shares of other devices. Keep the last one only,
+        and before the answer leaves, as ``save`` does; a session that was set back could be made to
+        answer twice.
 
         Raises:
             UsageError: before the first message was answered.
@@ -265,10 +282,10 @@ class ClientSession:
         prekey = self._book.enter(serial, terms.run, terms.round, terms.attempt)
         self._round = self._enter(call, roster, own, prekey, None)
         nobody, neighbours = self._bitmap(()), self._bitmap(self._round.neighbours)
-        self._progress = _Progress(
+        self._keep(_Progress(
             _Stage.DEAL, call.pack(), neighbours, nobody, nobody, b"", bytes(32), nobody,
             nobody, b"".join(noise),
-        )  # fmt: skip
+        ))  # fmt: skip
         return self._dealt(self._round, noise).pack()
 
     def masked(self, message: Buffer, integers: NDArray[Any], model: Sequence[bytes]) -> bytearray:
@@ -549,7 +566,7 @@ class ClientSession:
     def _next_shares(self, call: bytes, noise: Sequence[bytes]) -> bytes:
         if not call:
             return b""
-        session = ClientSession(self._book, self._anchor, self._policy)
+        session = ClientSession(self._book, self._anchor, self._policy, self._save)
         try:
             answer = session.shares(call, noise)
         except ReleaseRefused:
@@ -581,7 +598,11 @@ class ClientSession:
         return self._progress
 
     def _advance(self, **changes: Any) -> None:
-        self._progress = replace(self._recalled(), **changes)
+        self._keep(replace(self._recalled(), **changes))
+
+    def _keep(self, progress: _Progress) -> None:
+        self._progress = progress
+        self._save(progress.pack())
 
     def _members(self, name: str) -> tuple[int, ...]:
         return members(getattr(self._recalled(), name), self._called().devices)

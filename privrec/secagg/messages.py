@@ -204,9 +204,8 @@ def masked_entries(
     Raises:
         ReleaseRefused: when it is of another round or length.
     """
+    dtype, view = word_type(ring_bits), memoryview(message)
     check_header(message, MASKED_KIND)
-    dtype = word_type(ring_bits)
-    view = memoryview(message)
     if view[HEADER_BYTES:MASKED_START] != context:
         raise refused("a masked vector of another round, roster or configuration")
     end = MASKED_START + length * dtype.itemsize

@@ -44,7 +44,7 @@ from privrec.secagg.messages import (
 from privrec.secagg.recovery import Deposit, Recovery
 from privrec.secagg.roster import NOISE, SEED, Anchor, Call, Roster, Terms
 from privrec.secagg.shamir import SECRET_BYTES
-from privrec.secagg.wire import Buffer, bitmap, members, refused, split
+from privrec.secagg.wire import DIGEST_BYTES, Buffer, bitmap, members, refused, split
 
 
 class Stage(IntEnum):
@@ -98,10 +98,10 @@ class ServerSession:
     def __init__(
         self, terms: Terms, prekeys: Sequence[bytes], anchor: Anchor, graph: Graph | None = None
     ) -> None:
-        if problem := terms.problem():
-            raise UsageError(f"a round of {problem}; lengths ascend, with one minimum for each")
         self._graph = graph or Graph()
         self._call = Call.of(terms, [Prekey.unpack(record) for record in prekeys])
+        if problem := terms.problem() or self._call.problem():
+            raise UsageError(f"a round of {problem}; lengths ascend, with one minimum for each")
         self._roster = Roster(self._call, anchor)
         self._roster.check_bands(range(len(self._roster)), 1)
         self._binding = Binding.of(self._call, self._graph)
@@ -149,12 +149,16 @@ class ServerSession:
             model: 32-byte digest of each band, the band that all devices hold first.
 
         Raises:
-            UsageError: when there is not one digest for each band.
+            UsageError: when there is not one digest for each band, or another model was published.
         """
         if len(model) != len(self._call.lengths):
             raise UsageError(
                 f"digests of {len(model)} bands of a model that has {len(self._call.lengths)}"
             )
+        if wrong := [digest for digest in model if len(digest) != DIGEST_BYTES]:
+            raise UsageError(f"a digest of {len(wrong[0])} bytes: use SHA-256, of {DIGEST_BYTES}")
+        if self._model not in ((), tuple(model)):
+            raise UsageError("another model was published: devices may have it; begin a new round")
         self._model = tuple(model)
 
     def follow(self, session: ServerSession) -> None:
