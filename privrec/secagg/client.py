@@ -263,8 +263,8 @@ class ClientSession:
 
         Raises:
             ReleaseRefused: when the roster is not made of enrolled devices, is below the device's
-                minimum in any band, does not name this device, or asks it to take part again.
-            UsageError: when there are not as many seeds as the terms ask for.
+                minimum in any band, does not name this device, asks it to take part again, or has
+                terms that ask for more or fewer seeds.
         """
         self._due(_Stage.CALL)
         call = Call.parse(message)
@@ -274,9 +274,10 @@ class ClientSession:
         terms = roster.terms
         due = roster.secrets(own) - NOISE
         if [len(seed) for seed in noise] != [shamir.SECRET_BYTES] * due:
-            raise UsageError(
-                f"{len(noise)} seeds of noise: the terms of this round ask for {due} of "
-                f"{shamir.SECRET_BYTES} bytes; give one for each band, if noise is taken off again"
+            raise ReleaseRefused(
+                f"{len(noise)} seeds of noise, where the terms of this round ask for {due} of "
+                f"{shamir.SECRET_BYTES} bytes; give one for each band if the device agreed to have "
+                "noise taken off again, and none if not"
             )
         serial = roster.prekeys[own].serial
         prekey = self._book.enter(serial, terms.run, terms.round, terms.attempt)
