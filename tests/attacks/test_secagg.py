@@ -237,6 +237,35 @@ def test_a_band_that_only_the_victim_holds() -> None:
                 drive(cohort.server(agreed), clients, vectors)
 
 
+def lowered_terms(cohort: Cohort, agreed: Any) -> int:
+    """The server halves the fewest survivors of a band; how many shares of noise are left then."""
+    server = Attacker(
+        replace(agreed, minimums=(4,)), cohort.prekeys(), cohort.anchor, cohort.policy.graph
+    )
+    server.publish(model(1))
+    clients = dict(zip(cohort.ids, cohort.clients(), strict=True))
+    vectors, kept = vectors_of(cohort), 0
+    while not server.done:
+        for device, message in server.outbox().items():
+            if server.stage is Stage.SHARES:
+                reply = clients[device].shares(message, [device[:31] + b"\0"])
+            else:
+                reply = answer(clients[device], server.stage, message, vectors[device])
+            if server.stage is Stage.UNMASK:
+                kept += not Opening.parse(reply).noise
+            server.receive(device, reply)
+        server.advance()
+    return kept
+
+
+def test_fewest_survivors_lowered_by_the_server() -> None:
+    """Noise is made for eight shares; under other terms four of them are taken off again."""
+    agreed = terms((LENGTH,), minimums=(8,), excess=True)
+    with pytest.raises(ReleaseRefused, match="agreed to other ones"):
+        lowered_terms(Cohort((0,) * 10, replace(SMALL, agreed=agreed)), agreed)
+    assert lowered_terms(Cohort((0,) * 10, SMALL), agreed) == 4
+
+
 def first_round(
     cohort: Cohort, agreed: Any, absent: Sequence[int]
 ) -> tuple[list[bytes], dict[int, bytes]]:
