@@ -124,7 +124,7 @@ class _Stage:
     CALL, DEAL, SURVIVORS, QUORUM, DONE = range(5)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class _Progress(Message):
     """What a device has to remember between two messages; secret, since it holds others' shares."""
 

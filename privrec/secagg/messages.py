@@ -129,7 +129,7 @@ class Quorum(Message):
     following: Rider
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Opening(Message):
     """From a device: its own seed, and of each ward a share of what is needed.
 

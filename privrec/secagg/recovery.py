@@ -39,8 +39,8 @@ class Deposit:
     share_marks: dict[int, list[bytes]]
     sealed: dict[int, bytes]
     pledges: dict[int, bytes] = field(default_factory=dict)
-    own: dict[int, bytes] = field(default_factory=dict)
-    opened: dict[tuple[int, int], bytes] = field(default_factory=dict)
+    own: dict[int, bytes] = field(default_factory=dict, repr=False)
+    opened: dict[tuple[int, int], bytes] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,10 @@ class Message:
 
     KIND: ClassVar[int]
 
+    def __repr__(self) -> str:
+        """Without the fields, some of which are secret: a message may end up in a log."""
+        return f"{type(self).__name__}({len(self.pack())} bytes)"
+
     def pack(self) -> bytes:
         """The message as bytes; equal messages give equal bytes."""
         values = [getattr(self, name) for name, _ in _schema(type(self))]
