@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hmac import compare_digest
+from itertools import chain
 from typing import Annotated, Any, ClassVar
 
 from cryptography.exceptions import InvalidTag
@@ -96,7 +97,18 @@ class _Round:
     prekey: SecretPrekey
     binding: Binding
     graph: Graph
-    neighbours: tuple[int, ...]
+    drawn: tuple[tuple[int, ...], ...]
+    """For each band that the device holds, others that hold it, whom it is masked with."""
+
+    @property
+    def neighbours(self) -> tuple[int, ...]:
+        """Who holds this device's shares."""
+        return self.drawn[0]
+
+    @property
+    def partners(self) -> list[int]:
+        """All that were drawn for some band."""
+        return sorted({*chain.from_iterable(self.drawn)})
 
     @property
     def devices(self) -> int:
@@ -109,15 +121,22 @@ class _Round:
     def check_quorum(
         self, present: Collection[int], doing: str, heard: Collection[int] | None = None
     ) -> None:
-        """Refuse when too few devices did something, of all or of the neighbours heard from."""
-        known = set(present)
-        near = len(known.intersection(self.neighbours if heard is None else heard)) + 1
-        least, least_near = self.graph.quorum(self.devices), self.graph.threshold(self.devices)
-        if len(known) < least or near < least_near:
-            raise ReleaseRefused(
-                f"{len(known)} of {self.devices} devices {doing}, {near} of this device's own "
-                f"neighbourhood; at least {least} and {least_near} must; the round is given up"
-            )
+        """Refuse when too few devices did something: of all, or of those drawn and heard from.
+
+        In a band whose holders are all masked with each other, any of them will do.
+        """
+        known, least = set(present), self.graph.quorum(self.devices)
+        near = known if heard is None else known.intersection(heard)
+        for band, drawn in enumerate(self.drawn):
+            holders = len(self.roster.holding[band])
+            count, least_near = len(near.intersection(drawn)) + 1, self.graph.threshold(holders)
+            is_thin = count < least_near and not (band and self.graph.is_complete(holders))
+            if len(known) < least or is_thin:
+                raise ReleaseRefused(
+                    f"{len(known)} of {self.devices} devices {doing}, {count} of this device's own "
+                    f"neighbourhood in band {band + 1}; at least {least} and {least_near} must; "
+                    "the round is given up"
+                )
 
 
 class _Stage:
@@ -131,7 +150,6 @@ class _Progress(Message):
     KIND: ClassVar[int] = 64
     stage: Annotated[int, Range(_Stage.DEAL, _Stage.DONE)]
     call: Annotated[bytes, Size(1, 1 << 26)]
-    neighbours: Bitmap
     present: Bitmap
     wards: Bitmap
     held: Annotated[bytes, Size(0, 1 << 26)]
@@ -198,8 +216,7 @@ class ClientSession:
         roster = Roster(call, None)
         own = roster.number(book.key.public)
         prekey = book.entered(roster.prekeys[own].serial)
-        neighbours = members(progress.neighbours, len(roster))
-        session._round = session._enter(call, roster, own, prekey, neighbours)
+        session._round = session._enter(call, roster, own, prekey)
         session._progress = progress
         return session
 
@@ -281,10 +298,10 @@ class ClientSession:
             )
         serial = roster.prekeys[own].serial
         prekey = self._book.enter(serial, terms.run, terms.round, terms.attempt)
-        self._round = self._enter(call, roster, own, prekey, None)
-        nobody, neighbours = self._bitmap(()), self._bitmap(self._round.neighbours)
+        self._round = self._enter(call, roster, own, prekey)
+        nobody = self._bitmap(())
         self._keep(_Progress(
-            _Stage.DEAL, call.pack(), neighbours, nobody, nobody, b"", bytes(32), nobody,
+            _Stage.DEAL, call.pack(), nobody, nobody, b"", bytes(32), nobody,
             nobody, b"".join(noise),
         ))  # fmt: skip
         return self._dealt(self._round, noise).pack()
@@ -299,7 +316,8 @@ class ClientSession:
             model: 32-byte digests of the bands that the device holds, as it computed them itself.
 
         Returns:
-            The masked message: 36 bytes, the raw entries, and in a sparse graph 16 bytes a ward.
+            The masked message: 36 bytes, the raw entries, and in a sparse graph 16 bytes for
+            each device that drew this one.
 
         Raises:
             ReleaseRefused: when too few devices are left, or the model is not the one whose digests
@@ -312,7 +330,8 @@ class ClientSession:
         self._check_context(deal.context)
         present = members(deal.present, round.devices)
         wards = members(deal.wards, round.devices)
-        self._check_present(present, wards)
+        drawers = members(deal.drawers, round.devices)
+        self._check_present(present, wards, drawers)
         self._check_model(deal.model, model)
         if len(integers) != self.length:
             raise UsageError(
@@ -320,11 +339,11 @@ class ClientSession:
             )
         pieces = split(deal.sealed, [sealed_bytes(round.roster.secrets(ward)) for ward in wards])
         root = model_root(deal.model)
-        pledges = b"".join(self._pledges(wards, root))
+        pledges = b"".join(self._pledges(drawers, root))
         answer, entries = masked_message(
             round.binding.context, integers, round.call.ring_bits, pledges
         )
-        apply_masks(entries, self._masks(present, wards, root))
+        apply_masks(entries, self._masks(present, drawers, root))
         held = dict(self._opened(wards, pieces))
         self._advance(
             stage=_Stage.SURVIVORS,
@@ -394,16 +413,21 @@ class ClientSession:
                 "other ones; show its owner what has changed, and have it agreed to anew"
             )
         roster.check_bands(range(len(roster)), self._policy.minimum)
-        self._policy.graph.check(len(roster), self._policy.corrupt_share)
+        self._policy.graph.check(tuple(map(len, roster.holding)), self._policy.corrupt_share)
 
     def _check_context(self, context: bytes) -> None:
         if context != self._called().binding.context:
             raise refused("a message of another round, attempt, roster or configuration")
 
-    def _check_present(self, present: Sequence[int], wards: Sequence[int]) -> None:
+    def _check_present(
+        self, present: Sequence[int], wards: Sequence[int], drawers: Sequence[int]
+    ) -> None:
         round = self._called()
-        if round.own not in present or round.own in wards or not set(wards) <= set(present):
-            raise refused("a deal that leaves this device out, or names wards that are not present")
+        nested = set(wards) <= set(drawers) <= set(present)
+        if round.own not in present or round.own in drawers or not nested:
+            raise refused(
+                "a deal that leaves this device out, or names others that are not present"
+            )
         round.check_quorum(present, "sent shares")
         round.roster.check_bands(present, self._policy.minimum)
 
@@ -427,7 +451,7 @@ class ClientSession:
             raise refused("survivors that lack this device, or were never present")
         if told.root != self._recalled().root:
             raise refused("survivors of a round with another model")
-        near = [number for number in round.neighbours if number in set(survivors)]
+        near = [number for number in round.partners if number in set(survivors)]
         heard = self._heard(near, told.pledges)
         round.check_quorum(survivors, "survived", heard)
         round.roster.check_bands(survivors, self._policy.minimum)
@@ -472,15 +496,14 @@ class ClientSession:
         roster: Roster,
         own: int,
         prekey: SecretPrekey,
-        neighbours: tuple[int, ...] | None,
     ) -> _Round:
         graph = self._policy.graph
         binding = Binding.of(call, graph)
-        if neighbours is None:
-            # Drawn now that the roster is fixed, from this device's own secrets: see graph.py.
-            lots = self._stream("neighbours", binding)
-            neighbours = graph.draw(own, len(roster), lots)
-        return _Round(call, roster, own, prekey, binding, graph, neighbours)
+        # Drawn now that the roster is fixed, from this device's own secrets: see graph.py.
+        lots = self._stream("neighbours", binding)
+        held = roster.terms.bands(roster.prekeys[own].tier)
+        drawn = tuple(graph.draw(own, holders, lots) for holders in roster.holding[:held])
+        return _Round(call, roster, own, prekey, binding, graph, drawn)
 
     def _stream(self, purpose: str, binding: Binding) -> SecureStream:
         name = f"secure sum {purpose}"
@@ -507,29 +530,30 @@ class ClientSession:
         return Shares(
             binding.context,
             self._bitmap(round.neighbours),
+            self._bitmap(round.partners),
             tuple(binding.seed_mark(kind, round.own, each) for kind, each in seeds),
             b"".join(marks),
             b"".join(sealed),
         )
 
-    def _masks(self, present: Sequence[int], wards: Sequence[int], root: bytes) -> Iterator[Mask]:
+    def _masks(self, present: Sequence[int], drawers: Sequence[int], root: bytes) -> Iterator[Mask]:
         """The own mask, and one with each device that drew this one or was drawn by it.
 
         Of two devices the one of the lower number adds and the other one subtracts.
         """
         round = self._called()
         yield Mask(round.binding.self_key(self._seed(), root), self.length, negative=False)
-        for peer in sorted({*round.neighbours, *wards} & set(present)):
+        for peer in sorted({*round.partners, *drawers} & set(present)):
             agreed = agree(round.prekey.masking, round.roster.prekeys[peer].masking)
             key = round.binding.pair_key(agreed, root, round.own, peer)
             length = min(self.length, round.roster.length(peer))
             yield Mask(key, length, negative=round.own > peer)
 
-    def _pledges(self, wards: Sequence[int], root: bytes) -> Iterator[bytes]:
+    def _pledges(self, drawers: Sequence[int], root: bytes) -> Iterator[bytes]:
         """In a sparse graph, what tells each device that drew this one that they are masked."""
         round = self._called()
-        for ward in wards if round.is_sparse else ():
-            yield round.binding.pledge(self._agree(ward), root, round.own, ward)
+        for peer in drawers if round.is_sparse else ():
+            yield round.binding.pledge(self._agree(peer), root, round.own, peer)
 
     def _opened(self, wards: Sequence[int], pieces: Sequence[bytes]) -> Iterator[tuple[int, bytes]]:
         """The shares that open; a device that sealed rubbish must not make others drop out."""

@@ -55,6 +55,7 @@ class Shares(Message):
     Args:
         context: of the round.
         neighbours: who holds the shares.
+        partners: all that the device drew to be masked with, neighbours included.
         seed_marks: digests that commit to the seed of the self-mask and to those of the noise, if
             they are dealt; the prekey itself commits to the mask key.
         share_marks: for each neighbour, 16-byte digests of its share of each secret, by which the
@@ -65,6 +66,7 @@ class Shares(Message):
     KIND: ClassVar[int] = 2
     context: Digest
     neighbours: Bitmap
+    partners: Bitmap
     seed_marks: Annotated[tuple[bytes, ...], Each(Size(32), MAX_SECRETS)]
     share_marks: Annotated[bytes, Size(0, MAX_SECRETS * SHARE_MARK_BYTES * MAX_DEVICES)]
     sealed: Annotated[bytes, Size(0, _MAX_SEALED)]
@@ -78,6 +80,7 @@ class Deal(Message):
         context: of the round.
         present: devices that sent shares.
         wards: those of them whose shares this device holds.
+        drawers: those of them that drew this device to be masked with, wards included.
         sealed: for each ward, its shares under AES-GCM.
         model: a 32-byte digest for each band of the model, the band that all hold first.
     """
@@ -86,6 +89,7 @@ class Deal(Message):
     context: Digest
     present: Bitmap
     wards: Bitmap
+    drawers: Bitmap
     sealed: Annotated[bytes, Size(0, _MAX_SEALED)]
     model: Annotated[tuple[bytes, ...], Each(Size(32), MAX_BANDS)]
 
@@ -153,7 +157,7 @@ class Opening(Message):
 
 
 # The masked vector is no msgpack: header, context, then the raw entries, which so lie aligned, and
-# in a sparse graph a pledge to each ward.
+# in a sparse graph a pledge to each that drew the device.
 MASKED_KIND = 4
 MASKED_START = HEADER_BYTES + 32
 

@@ -28,13 +28,15 @@ class Deposit:
 
     Args:
         seed_marks: kind of secret to the commitment to it.
+        partners: numbers of those that the device drew to be masked with.
         share_marks: holder's number to commitments to its share of each secret.
         sealed: holder's number to its sealed shares.
-        pledges: ward's number to what the device, in a sparse graph, has to tell it.
+        pledges: in a sparse graph, number of one that drew the device to what it has to be told.
         own: kind of secret to what the device itself gave in the last exchange, if it answered.
         opened: ward's number and kind of secret to the share that the device returned.
     """
 
+    partners: frozenset[int]
     seed_marks: dict[int, bytes]
     share_marks: dict[int, list[bytes]]
     sealed: dict[int, bytes]
@@ -92,9 +94,9 @@ class Recovery:
         ]
 
     def _masks_of(self, dropped: int) -> Iterator[Mask]:
-        """What a drop-out left in the vectors of survivors that are its neighbours."""
-        own = self.deposits[dropped].share_marks
-        near = [s for s in self.survivors if s in own or dropped in self.deposits[s].share_marks]
+        """What a drop-out left in the vectors of survivors that are its partners."""
+        own = self.deposits[dropped].partners
+        near = [s for s in self.survivors if s in own or dropped in self.deposits[s].partners]
         private = X25519PrivateKey.from_private_bytes(self._secret(MASKING, dropped))
         for survivor in near:
             agreed = agree(private, self.roster.prekeys[survivor].masking)

@@ -233,6 +233,15 @@ class Roster:
         """Entries that a device sends."""
         return self.terms.length(self.prekeys[number].tier)
 
+    @functools.cached_property
+    def holding(self) -> tuple[tuple[int, ...], ...]:
+        """For each band, the numbers of the devices that hold it."""
+        bands = [self.terms.bands(prekey.tier) for prekey in self.prekeys]
+        return tuple(
+            tuple(number for number, held in enumerate(bands) if held > band)
+            for band in range(len(self.terms.lengths))
+        )
+
     def holders(self, members: Iterable[int]) -> tuple[int, ...]:
         """How many of the members hold each band, the band that all hold first."""
         held = [self.terms.bands(self.prekeys[number].tier) for number in members]

@@ -108,7 +108,7 @@ class ServerSession:
         self._verifier = anchor.verifier
         self._numbers = {p.identity: number for number, p in enumerate(self._roster.prekeys)}
         self._deposits: dict[int, Deposit] = {}
-        self._wards: dict[int, list[int]] = {}
+        self._drawers: dict[int, list[int]] = {}
         self._signatures: dict[int, bytes] = {}
         self._faults: dict[bytes, str] = {}
         self._model: tuple[bytes, ...] = ()
@@ -233,10 +233,12 @@ class ServerSession:
         return {number: self._deal(number).pack() for number in numbers}
 
     def _deal(self, number: int) -> Deal:
-        sealed = {dealer: self._deposits[dealer].sealed[number] for dealer in self._wards[number]}
+        dealers = ((n, self._deposits[n].sealed) for n in self._drawers[number])
+        sealed = {dealer: pieces[number] for dealer, pieces in dealers if number in pieces}
         present, wards = self._bitmap(self._deposits), self._bitmap(sealed)
         joined = b"".join(sealed.values())
-        return Deal(self._binding.context, present, wards, joined, self._model)
+        drawers = self._bitmap(self._drawers[number])
+        return Deal(self._binding.context, present, wards, drawers, joined, self._model)
 
     def _tidings(self, numbers: Sequence[int]) -> dict[int, bytes]:
         context, survivors = self._binding.context, self._bitmap(self._survivors)
@@ -248,7 +250,7 @@ class ServerSession:
         }
 
     def _pledges_to(self, number: int) -> bytes:
-        drawn = self._deposits[number].sealed
+        drawn = self._deposits[number].partners
         near = (self._deposits[peer] for peer in self._survivors if peer in drawn)
         return b"".join(deposit.pledges[number] for deposit in near)
 
@@ -272,6 +274,9 @@ class ServerSession:
         count = self._graph.neighbours(len(self._roster))
         if number in holders or len(holders) != count:
             raise refused(f"shares for {len(holders)} neighbours, where {count} others are due")
+        partners = frozenset(members(shares.partners, len(self._roster)))
+        if number in partners or not partners.issuperset(holders):
+            raise refused("partners that lack a neighbour, or include the device itself")
         secrets = self._roster.secrets(number)
         marks = split(shares.share_marks, [SHARE_MARK_BYTES] * secrets * count)
         sealed = split(shares.sealed, [sealed_bytes(secrets)] * count)
@@ -280,6 +285,7 @@ class ServerSession:
             raise refused(f"{len(shares.seed_marks)} commitments to {len(kinds)} seeds")
         each = [marks[start : start + secrets] for start in range(0, len(marks), secrets)]
         self._deposits[number] = Deposit(
+            partners,
             dict(zip(kinds, shares.seed_marks, strict=True)),
             dict(zip(holders, each, strict=True)),
             dict(zip(holders, sealed, strict=True)),
@@ -288,12 +294,12 @@ class ServerSession:
     def _take_masked(self, number: int, message: Buffer) -> None:
         length = self._roster.length(number)
         ring_bits = self._call.ring_bits
-        wards = self._wards[number] if self._is_sparse else []
+        drawers = self._drawers[number] if self._is_sparse else []
         entries, pledges = masked_entries(
-            message, self._binding.context, length, ring_bits, len(wards)
+            message, self._binding.context, length, ring_bits, len(drawers)
         )
-        pieces = split(pledges, [PLEDGE_BYTES] * len(wards))
-        self._deposits[number].pledges = dict(zip(wards, pieces, strict=True))
+        pieces = split(pledges, [PLEDGE_BYTES] * len(drawers))
+        self._deposits[number].pledges = dict(zip(drawers, pieces, strict=True))
         self._total[:length] += entries
 
     def _take_confirmation(self, number: int, message: Buffer) -> None:
@@ -340,10 +346,10 @@ class ServerSession:
     def _close_shares(self, answered: tuple[int, ...]) -> None:
         self._check_enough(answered, "sent shares")
         self._due = answered
-        self._wards = {number: [] for number in range(len(self._roster))}
-        for dealer in sorted(self._deposits):
-            for holder in self._deposits[dealer].sealed:
-                self._wards[holder].append(dealer)
+        self._drawers = {number: [] for number in range(len(self._roster))}
+        for number in answered:
+            for partner in self._deposits[number].partners:
+                self._drawers[partner].append(number)
 
     def _close_masked(self, answered: tuple[int, ...]) -> None:
         self._check_enough(answered, "sent masked vectors")

@@ -68,7 +68,7 @@ class Attacker(ServerSession):
     def entries(self, number: int) -> np.ndarray:
         """A masked vector, to be unmasked by hand."""
         length = self._roster.length(number)
-        wards = len(self._wards[number]) if self._is_sparse else 0
+        wards = len(self._drawers[number]) if self._is_sparse else 0
         upload, context = self.uploads[number], self._binding.context
         return masked_entries(upload, context, length, 32, wards)[0].copy()
 
@@ -324,8 +324,9 @@ def padded_round(
     for number in absent:
         holders = [n for n in range(10) if n != number]
         rubbish = Shares(
-            server._binding.context, bitmap(holders, 10), (bytes(32),) * (1 + noise),
-            bytes(16 * (2 + noise) * 9), bytes(sealed_bytes(2 + noise) * 9),
+            server._binding.context, bitmap(holders, 10), bitmap(holders, 10),
+            (bytes(32),) * (1 + noise), bytes(16 * (2 + noise) * 9),
+            bytes(sealed_bytes(2 + noise) * 9),
         )  # fmt: skip
         server.receive(cohort.ids[number], rubbish.pack())
     server.advance()
@@ -444,7 +445,9 @@ def test_a_neighbour_graph_chosen_by_the_server(monkeypatch: Patch) -> None:
     server, _ = begun(cohort, Stage.CONFIRM, attempt=attempt)
     assert not opened_by_colluders(server, colluders, cohort, victim, 4)
     with monkeypatch.context() as patch:
-        patch.setattr(Graph, "draw", lambda self, own, n, stream: public_draw(own, n, attempt))
+        patch.setattr(
+            Graph, "draw", lambda self, own, among, stream: public_draw(own, len(among), attempt)
+        )
         cohort = Cohort((0,) * 12, policy)
         server, _ = begun(cohort, Stage.CONFIRM, attempt=attempt)
         assert opened_by_colluders(server, colluders, cohort, victim, 4)
@@ -469,7 +472,7 @@ class Lowered(Graph):
     def threshold(self, devices: int) -> int:
         return 2
 
-    def check(self, devices: int, corrupt_share: float) -> None:
+    def check(self, holders: Sequence[int], corrupt_share: float) -> None:
         """Nothing is too unsafe."""
 
 
@@ -507,7 +510,7 @@ def test_the_neighbourhood_that_is_declared_gone(monkeypatch: Patch) -> None:
     original = client_module._Round.check_quorum
 
     def global_only(self: Any, present: Sequence[int], doing: str, heard: Any = None) -> None:
-        original(self, present, doing, present)
+        original(replace(self, drawn=(tuple(present),)), present, doing, present)
 
     monkeypatch.setattr(client_module._Round, "check_quorum", global_only)
     # Not every graph lets the server recover the masks of all of the victim's neighbours.
@@ -540,6 +543,63 @@ def isolated(cohort: Cohort, server: Attacker, clients: dict[bytes, ClientSessio
     return bool((seen == vectors_of(cohort)[cohort.ids[victim]]).all())
 
 
+def alone_in_a_band(cohort: Cohort) -> tuple[np.ndarray, np.ndarray]:
+    """Those that hold the band and are masked with the victim are told to be gone; others stay.
+
+    Returns:
+        What is then seen of the victim's band, and what is in it.
+    """
+    agreed = terms((4, LENGTH))
+    server = Attacker(agreed, cohort.prekeys(), cohort.anchor, cohort.policy.graph)
+    server.publish(model(2))
+    clients = dict(zip(cohort.ids, cohort.clients(), strict=True))
+    drawn = cohort.vectors(agreed, np.random.default_rng(4))
+    vectors = dict(zip(cohort.ids, drawn, strict=True))
+    strong = {number for number, tier in enumerate(cohort.tiers) if tier == 0}
+    for device, message in server.outbox().items():
+        server.receive(device, clients[device].shares(message))
+    server.advance()
+    near = {v: {u for u in strong - {v} if masked_with_each_other(server, u, v)} for v in strong}
+    victim = min(strong, key=lambda v: len(near[v]))
+    for stage in (Stage.MASKED, Stage.CONFIRM):
+        for device, message in server.outbox().items():
+            if server._numbers[device] not in near[victim]:
+                server.receive(device, answer(clients[device], stage, message, vectors[device]))
+        server.advance()
+    openings = {}
+    for device, message in server.outbox().items():
+        openings[server._numbers[device]] = Opening.parse(clients[device].unmask(message))
+    recovery = server.recovery(openings, tuple(openings))
+    keys = {v: recovery._secret(MASKING, v) for v in near[victim]}
+    seen = server.stripped(victim, openings[victim].seed, keys, model_root(model(2)))
+    return seen[4:], vectors[cohort.ids[victim]][4:]
+
+
+def masked_with_each_other(server: Attacker, one: int, other: int) -> bool:
+    deposits = server._deposits
+    return one in deposits[other].partners or other in deposits[one].partners
+
+
+def test_a_device_that_is_alone_in_its_band_though_others_hold_it(monkeypatch: Patch) -> None:
+    """Twelve neighbours of sixty are not twelve that hold the strong band."""
+    monkeypatch.setattr(Graph, "check", nothing)
+    policy = Policy(minimum=2, corrupt_share=0, graph=Graph(complete_up_to=3, degree=12))
+
+    def attack() -> bool:
+        seen, secret = alone_in_a_band(Cohort((0,) * 6 + (1,) * 54, policy, "band"))
+        return bool((seen == secret).all())
+
+    with pytest.raises(ReleaseRefused, match="band 2 of 2: 1 devices"):
+        attack()
+    original = Graph.draw
+
+    def from_all(self: Graph, own: int, among: Sequence[int], stream: Any) -> tuple[int, ...]:
+        return original(self, own, among, stream) if len(among) == 60 else ()
+
+    monkeypatch.setattr(Graph, "draw", from_all)
+    assert attack()
+
+
 def hidden_round(cohort: Cohort) -> tuple[set[int], np.ndarray, dict[bytes, np.ndarray]]:
     """The server hides from devices who drew one of them, so that they are not masked with it.
 
@@ -555,8 +615,9 @@ def hidden_round(cohort: Cohort) -> tuple[set[int], np.ndarray, dict[bytes, np.n
     hidden = min(drew, key=lambda v: len(drew[v]))
     named = sorted(set(range(n)) - drew[hidden])
     for number in named:
-        if deposits[hidden].sealed.pop(number, None):
-            server._wards[number].remove(hidden)
+        if number in deposits[hidden].partners:
+            deposits[hidden].partners -= {number}
+            server._drawers[number].remove(hidden)
         device = cohort.ids[number]
         message = server._deal(number).pack()
         server.receive(device, clients[device].masked(message, vectors[device], model(1)))
@@ -839,15 +900,16 @@ def test_replayed_and_reordered_messages(monkeypatch: Patch) -> None:
 def test_no_message_is_answered_out_of_its_order(due: Stage, sent: Stage) -> None:
     """Also one that was answered before; the session goes on undisturbed."""
     cohort = Cohort((0,) * 4)
-    kept: dict[Stage, bytes] = {}
     vectors = vectors_of(cohort)
+    same = Cohort((0,) * 4)  # the same messages, and those that are still to come
+    kept = {stage: begun(same, stage)[0].outbox()[same.ids[0]] for stage in [sent]}
     server = cohort.server(terms((LENGTH,)))
     clients = dict(zip(cohort.ids, cohort.clients(), strict=True))
     while not server.done:
         out = server.outbox()
-        kept[server.stage] = out[cohort.ids[0]]
-        if server.stage is due and sent in kept and sent is not due:
-            with pytest.raises(ReleaseRefused):
+        assert server.stage is not sent or out[cohort.ids[0]] == kept[sent]
+        if server.stage is due and sent is not due:
+            with pytest.raises(ReleaseRefused, match="of a round, where|not called"):
                 answer(clients[cohort.ids[0]], sent, kept[sent], vectors[cohort.ids[0]])
         for device, message in out.items():
             server.receive(device, answer(clients[device], server.stage, message, vectors[device]))

@@ -9,7 +9,7 @@ with a refusal: damaged shares may be tolerated, a damaged sum may not.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ BAND = 2
 class Sparse(Graph):
     """Of five devices each draws three, which no device would think safe."""
 
-    def check(self, devices: int, corrupt_share: float) -> None:
+    def check(self, holders: Sequence[int], corrupt_share: float) -> None:
         """Never too unsafe."""
 
 
