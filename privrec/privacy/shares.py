@@ -6,26 +6,30 @@ shares, so that ``m = t - c`` shares are sure to be secret. A share has the vari
 ``s σ² / m``: more than the accounted ``σ²``.
 
 **Removing the excess.** A share is drawn from a seed of its own for each band. Once the survivors
-are agreed on, the last ``s - t`` of them in the agreed order give their seeds away; whoever sums up
-draws those shares again and subtracts them. Exactly ``t`` shares are left, for every number ``s``
-of survivors from ``t`` on, of which at least ``m`` are secret: ``σ²`` exactly without colluders,
-``σ² t / (t - c)`` if all colluders were honest about their noise after all. The sum protects
-everybody's update, also that of a device whose own share is gone, since the server sees sums alone.
+are agreed on and signed, those that come after the first ``t`` signers in the agreed order give
+their seeds away; whoever sums up draws those shares again and subtracts them. Exactly ``t`` shares
+are left, for every number ``s`` of survivors from ``t`` on, of which at least ``m`` are secret:
+``σ²`` exactly without colluders, ``σ² t / (t - c)`` if all colluders were honest about their noise
+after all. (Survivors that fell silent before they signed, and come before the ``t``-th that did,
+leave their shares on top; how many they are says nothing of the size of the cohort.) The sum
+protects everybody's update, also that of a device whose share is gone: the server sees sums alone.
 (XNoise, Jiang et al. 2024, gives each device one component for every drop-out that it may tolerate
 and so draws and shares n - t + 1 of them; with whole shares there is one, for the same result.)
 
 **Security condition.** A seed is revealed only when (1) the device itself, or the quorum that holds
 the shares of its seed, has seen that one and the same set of survivors was confirmed by the quorum
 of the round; (2) that set has at least ``t`` devices in the band; (3) the device is among those
-that :meth:`Shares.removed` names for it; and (4) no other set is ever confirmed in this attempt.
-Then at most ``s - t`` shares are known, whoever asks, and an adversary with ``c`` colluders, also
-colluders whom it only pretends to have survived, misses ``m``. Which devices are named does not
-matter for this bound, so the order may be public.
+that :meth:`Shares.removed` names for it, given signatures that it has checked; and (4) no other set
+is ever confirmed in this attempt. Then the shares of the first ``t`` signers of all stay secret,
+whichever part of the signatures each device is shown, and an adversary with ``c`` colluders misses
+``m``. Survivors that did not sign count for nothing: a server can name devices that were never
+there, by prekeys that were opened when they dropped out of an earlier round. Which devices are
+named does not matter for this bound, so the order may be public.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TypeVar
@@ -174,8 +178,10 @@ class Shares:
         draw = discrete_gaussian if self.mechanism == "discrete_gaussian" else skellam
         return draw(SecureStream(seed), self.share_variance(band), self.bands[band].size)
 
-    def removed(self, band: int, survivors: Sequence[Device]) -> tuple[Device, ...]:
-        """The survivors whose seed of a band is revealed: the last ones beyond the fewest.
+    def removed(
+        self, band: int, survivors: Sequence[Device], signers: Collection[Device] | None = None
+    ) -> tuple[Device, ...]:
+        """The survivors whose seed of a band is revealed: those after the fewest who signed.
 
         A device asks this about the survivors that were confirmed to it, never about those that
         the server names later; the server asks it about the same.
@@ -183,6 +189,8 @@ class Shares:
         Args:
             band: the band.
             survivors: the confirmed survivors that hold the band, in the order all agree on.
+            signers: those of them who are known to have confirmed, all of them by default. A
+                survivor that fell silent before is not known to have been there at all.
 
         Returns:
             None of them without ``remove_excess``.
@@ -194,7 +202,9 @@ class Shares:
             raise ReleaseRefused(
                 f"band {band}: a device is named twice among its survivors; nothing is revealed"
             )
-        return tuple(survivors[self.kept(band, len(survivors)) :])
+        there = [n for n, d in enumerate(survivors) if signers is None or d in signers]
+        last = there[self.kept(band, len(there)) - 1]
+        return tuple(survivors[last + 1 :]) if self.remove_excess else ()
 
     def excess(self, seeds: Sequence[Sequence[bytes]]) -> NDArray[np.int64]:
         """The sum of the shares that are taken off again.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from privrec.secagg.graph import Graph
 from privrec.secagg.keys import derive, statement
 from privrec.secagg.masks import MASK_KEY_BYTES
-from privrec.secagg.messages import SHARE_MARK_BYTES
+from privrec.secagg.messages import PLEDGE_BYTES, SHARE_MARK_BYTES
 from privrec.secagg.roster import Call
 
 
@@ -57,6 +57,17 @@ class Binding:
     def self_key(self, seed: bytes, root: bytes) -> bytes:
         """The key of a device's own mask; 16 bytes."""
         return derive(seed, "self mask", self.context, root)[:MASK_KEY_BYTES]
+
+    def pledge(self, agreed: bytes, root: bytes, sender: int, receiver: int) -> bytes:
+        """What one device sends to another that drew it, once it is masked with it; 16 bytes.
+
+        Args:
+            agreed: what their sealing keys agree on.
+            root: of the model.
+            sender: device number.
+            receiver: device number.
+        """
+        return derive(agreed, "pledge", self.context, root, sender, receiver)[:PLEDGE_BYTES]
 
     def seed_mark(self, kind: int, dealer: int, seed: bytes) -> bytes:
         """A commitment to a seed; 32 bytes, which hide it since it is random."""

@@ -9,8 +9,10 @@ Source: Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Ma
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from hmac import compare_digest
+from itertools import chain
 from typing import Annotated, Any, ClassVar
 
 from cryptography.exceptions import InvalidTag
@@ -25,6 +27,7 @@ from privrec.secagg.graph import Graph
 from privrec.secagg.keys import SIGNATURE_BYTES, PrekeyBook, SecretPrekey, agree
 from privrec.secagg.masks import Mask, apply_masks
 from privrec.secagg.messages import (
+    PLEDGE_BYTES,
     Confirmation,
     Deal,
     Opening,
@@ -94,41 +97,65 @@ class _Round:
     prekey: SecretPrekey
     binding: Binding
     graph: Graph
-    neighbours: tuple[int, ...]
+    drawn: tuple[tuple[int, ...], ...]
+    """For each band that the device holds, others that hold it, whom it is masked with."""
+
+    @property
+    def neighbours(self) -> tuple[int, ...]:
+        """Who holds this device's shares."""
+        return self.drawn[0]
+
+    @property
+    def partners(self) -> list[int]:
+        """All that were drawn for some band."""
+        return sorted({*chain.from_iterable(self.drawn)})
 
     @property
     def devices(self) -> int:
         return len(self.roster)
 
-    def check_quorum(self, present: Collection[int], doing: str) -> None:
-        """Refuse when too few devices, of all or of the neighbours, did something."""
-        known = set(present)
-        near = sum(number in known for number in self.neighbours) + 1
-        least, least_near = self.graph.quorum(self.devices), self.graph.threshold(self.devices)
-        if len(known) < least or near < least_near:
-            raise ReleaseRefused(
-                f"{len(known)} of {self.devices} devices {doing}, {near} of this device's own "
-                f"neighbourhood; at least {least} and {least_near} must; the round is given up"
-            )
+    @property
+    def is_sparse(self) -> bool:
+        return not self.graph.is_complete(self.devices)
+
+    def check_quorum(
+        self, present: Collection[int], doing: str, heard: Collection[int] | None = None
+    ) -> None:
+        """Refuse when too few devices did something: of all, or of those drawn and heard from.
+
+        In a band whose holders are all masked with each other, any of them will do.
+        """
+        known, least = set(present), self.graph.quorum(self.devices)
+        near = known if heard is None else known.intersection(heard)
+        for band, drawn in enumerate(self.drawn):
+            holders = len(self.roster.holding[band])
+            count, least_near = len(near.intersection(drawn)) + 1, self.graph.threshold(holders)
+            is_thin = count < least_near and not (band and self.graph.is_complete(holders))
+            if len(known) < least or is_thin:
+                raise ReleaseRefused(
+                    f"{len(known)} of {self.devices} devices {doing}, {count} of this device's own "
+                    f"neighbourhood in band {band + 1}; at least {least} and {least_near} must; "
+                    "the round is given up"
+                )
 
 
 class _Stage:
     CALL, DEAL, SURVIVORS, QUORUM, DONE = range(5)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class _Progress(Message):
     """What a device has to remember between two messages; secret, since it holds others' shares."""
 
     KIND: ClassVar[int] = 64
     stage: Annotated[int, Range(_Stage.DEAL, _Stage.DONE)]
     call: Annotated[bytes, Size(1, 1 << 26)]
-    neighbours: Bitmap
     present: Bitmap
     wards: Bitmap
     held: Annotated[bytes, Size(0, 1 << 26)]
     root: Digest
     survivors: Bitmap
+    heard: Bitmap
     noise: Annotated[bytes, Size(0, MAX_BANDS * shamir.SECRET_BYTES)]
 
 
@@ -146,10 +173,20 @@ class ClientSession:
         book: the device's identity, root and one-time prekeys.
         anchor: whom it trusts about other devices.
         policy: what it insists on.
+        save: keeps the session's progress, for :meth:`resume`; it is called before each answer is
+            given. A device whose process may end between two messages needs it: an answer that had
+            left, and was forgotten, could be given once more, under the same masks.
     """
 
-    def __init__(self, book: PrekeyBook, anchor: Anchor, policy: Policy | None = None) -> None:
+    def __init__(
+        self,
+        book: PrekeyBook,
+        anchor: Anchor,
+        policy: Policy | None = None,
+        save: Callable[[bytes], None] = lambda progress: None,
+    ) -> None:
         self._book = book
+        self._save = save
         self._anchor = anchor
         self._policy = policy or Policy()
         self._round: _Round | None = None
@@ -160,29 +197,35 @@ class ClientSession:
 
     @classmethod
     def resume(
-        cls, book: PrekeyBook, anchor: Anchor, saved: bytes, policy: Policy | None = None
+        cls,
+        book: PrekeyBook,
+        anchor: Anchor,
+        saved: bytes,
+        policy: Policy | None = None,
+        save: Callable[[bytes], None] = lambda progress: None,
     ) -> ClientSession:
         """A session that goes on where :meth:`saved` left it.
 
         Raises:
             ReleaseRefused: when ``saved`` is not what that gave.
+            IntegrityError: when the book does not know of it: one of the two was set back.
         """
-        session = cls(book, anchor, policy)
+        session = cls(book, anchor, policy, save)
         progress = _Progress.parse(saved)
         call = Call.parse(progress.call)
         roster = Roster(call, None)
         own = roster.number(book.key.public)
-        prekey = book.secret(roster.prekeys[own].serial)
-        neighbours = members(progress.neighbours, len(roster))
-        session._round = session._enter(call, roster, own, prekey, neighbours)
+        prekey = book.entered(roster.prekeys[own].serial)
+        session._round = session._enter(call, roster, own, prekey)
         session._progress = progress
         return session
 
     def saved(self) -> bytes:
         """The session as bytes, for devices whose process ends between two messages.
 
-        Keep them as secret as the root: they hold shares of other devices. Keep the last one only;
-        a session that was set back could be made to answer twice.
+        Keep them as secret as the root: they hold shares of other devices. Keep the last one only,
+        and before the answer leaves, as ``save`` does; a session that was set back could be made to
+        answer twice.
 
         Raises:
             UsageError: before the first message was answered.
@@ -237,8 +280,8 @@ class ClientSession:
 
         Raises:
             ReleaseRefused: when the roster is not made of enrolled devices, is below the device's
-                minimum in any band, does not name this device, or asks it to take part again.
-            UsageError: when there are not as many seeds as the terms ask for.
+                minimum in any band, does not name this device, asks it to take part again, or has
+                terms that ask for more or fewer seeds.
         """
         self._due(_Stage.CALL)
         call = Call.parse(message)
@@ -248,18 +291,19 @@ class ClientSession:
         terms = roster.terms
         due = roster.secrets(own) - NOISE
         if [len(seed) for seed in noise] != [shamir.SECRET_BYTES] * due:
-            raise UsageError(
-                f"{len(noise)} seeds of noise: the terms of this round ask for {due} of "
-                f"{shamir.SECRET_BYTES} bytes; give one for each band, if noise is taken off again"
+            raise ReleaseRefused(
+                f"{len(noise)} seeds of noise, where the terms of this round ask for {due} of "
+                f"{shamir.SECRET_BYTES} bytes; give one for each band if the device agreed to have "
+                "noise taken off again, and none if not"
             )
         serial = roster.prekeys[own].serial
         prekey = self._book.enter(serial, terms.run, terms.round, terms.attempt)
-        self._round = self._enter(call, roster, own, prekey, None)
-        nobody, neighbours = self._bitmap(()), self._bitmap(self._round.neighbours)
-        self._progress = _Progress(
-            _Stage.DEAL, call.pack(), neighbours, nobody, nobody, b"", bytes(32), nobody,
-            b"".join(noise),
-        )  # fmt: skip
+        self._round = self._enter(call, roster, own, prekey)
+        nobody = self._bitmap(())
+        self._keep(_Progress(
+            _Stage.DEAL, call.pack(), nobody, nobody, b"", bytes(32), nobody,
+            nobody, b"".join(noise),
+        ))  # fmt: skip
         return self._dealt(self._round, noise).pack()
 
     def masked(self, message: Buffer, integers: NDArray[Any], model: Sequence[bytes]) -> bytearray:
@@ -272,7 +316,8 @@ class ClientSession:
             model: 32-byte digests of the bands that the device holds, as it computed them itself.
 
         Returns:
-            The masked message: 36 bytes, then the raw entries.
+            The masked message: 36 bytes, the raw entries, and in a sparse graph 16 bytes for
+            each device that drew this one.
 
         Raises:
             ReleaseRefused: when too few devices are left, or the model is not the one whose digests
@@ -285,7 +330,8 @@ class ClientSession:
         self._check_context(deal.context)
         present = members(deal.present, round.devices)
         wards = members(deal.wards, round.devices)
-        self._check_present(present, wards)
+        drawers = members(deal.drawers, round.devices)
+        self._check_present(present, wards, drawers)
         self._check_model(deal.model, model)
         if len(integers) != self.length:
             raise UsageError(
@@ -293,8 +339,11 @@ class ClientSession:
             )
         pieces = split(deal.sealed, [sealed_bytes(round.roster.secrets(ward)) for ward in wards])
         root = model_root(deal.model)
-        answer, entries = masked_message(round.binding.context, integers, round.call.ring_bits)
-        apply_masks(entries, self._masks(present, wards, root))
+        pledges = b"".join(self._pledges(drawers, root))
+        answer, entries = masked_message(
+            round.binding.context, integers, round.call.ring_bits, pledges
+        )
+        apply_masks(entries, self._masks(present, drawers, root))
         held = dict(self._opened(wards, pieces))
         self._advance(
             stage=_Stage.SURVIVORS,
@@ -323,8 +372,8 @@ class ClientSession:
         told = Survivors.parse(message)
         self._check_context(told.context)
         survivors = members(told.survivors, round.devices)
-        self._check_survivors(survivors, told.root)
-        self._advance(stage=_Stage.QUORUM, survivors=told.survivors)
+        heard = self._check_survivors(survivors, told)
+        self._advance(stage=_Stage.QUORUM, survivors=told.survivors, heard=self._bitmap(heard))
         signature = self._book.key.sign(round.binding.confirmation(told.survivors, told.root))
         return Confirmation(round.binding.context, signature).pack()
 
@@ -349,7 +398,7 @@ class ClientSession:
         quorum = Quorum.parse(message)
         self._check_context(quorum.context)
         self._check_signers(quorum)
-        opening = self._opening()
+        opening = self._opening(members(quorum.signers, self._called().devices))
         self._advance(stage=_Stage.DONE, held=b"", wards=self._bitmap(()), noise=b"")
         return replace(opening, following=self._next_shares(quorum.following, noise)).pack()
 
@@ -364,16 +413,21 @@ class ClientSession:
                 "other ones; show its owner what has changed, and have it agreed to anew"
             )
         roster.check_bands(range(len(roster)), self._policy.minimum)
-        self._policy.graph.check(len(roster), self._policy.corrupt_share)
+        self._policy.graph.check(tuple(map(len, roster.holding)), self._policy.corrupt_share)
 
     def _check_context(self, context: bytes) -> None:
         if context != self._called().binding.context:
             raise refused("a message of another round, attempt, roster or configuration")
 
-    def _check_present(self, present: Sequence[int], wards: Sequence[int]) -> None:
+    def _check_present(
+        self, present: Sequence[int], wards: Sequence[int], drawers: Sequence[int]
+    ) -> None:
         round = self._called()
-        if round.own not in present or round.own in wards or not set(wards) <= set(present):
-            raise refused("a deal that leaves this device out, or names wards that are not present")
+        nested = set(wards) <= set(drawers) <= set(present)
+        if round.own not in present or round.own in drawers or not nested:
+            raise refused(
+                "a deal that leaves this device out, or names others that are not present"
+            )
         round.check_quorum(present, "sent shares")
         round.roster.check_bands(present, self._policy.minimum)
 
@@ -390,14 +444,30 @@ class ClientSession:
                 "a server could set apart the update of a device that sees another model"
             )
 
-    def _check_survivors(self, survivors: Sequence[int], root: bytes) -> None:
+    def _check_survivors(self, survivors: Sequence[int], told: Survivors) -> Collection[int]:
+        """The neighbours that count are those that are known to be masked with this device."""
         round, present = self._called(), self._members("present")
         if round.own not in survivors or not set(survivors) <= set(present):
             raise refused("survivors that lack this device, or were never present")
-        if root != self._recalled().root:
+        if told.root != self._recalled().root:
             raise refused("survivors of a round with another model")
-        round.check_quorum(survivors, "survived")
+        near = [number for number in round.partners if number in set(survivors)]
+        heard = self._heard(near, told.pledges)
+        round.check_quorum(survivors, "survived", heard)
         round.roster.check_bands(survivors, self._policy.minimum)
+        return heard
+
+    def _heard(self, near: Sequence[int], pledges: bytes) -> Sequence[int]:
+        """The neighbours from which pledges came; in a complete graph all are masked with all."""
+        round, root = self._called(), self._recalled().root
+        pieces = split(pledges, [PLEDGE_BYTES] * (len(near) if round.is_sparse else 0))
+        if not round.is_sparse:
+            return near
+        return [
+            peer
+            for peer, piece in zip(near, pieces, strict=True)
+            if compare_digest(piece, round.binding.pledge(self._agree(peer), root, peer, round.own))
+        ]
 
     def _check_signers(self, quorum: Quorum) -> None:
         """Counts are taken over signatures: a server could name devices that are not there."""
@@ -406,7 +476,7 @@ class ClientSession:
         signatures = split(quorum.signatures, [SIGNATURE_BYTES] * len(signers))
         if not set(signers) <= set(survivors):
             raise refused("confirmations of devices that did not survive")
-        round.check_quorum(signers, "confirmed the survivors")
+        round.check_quorum(signers, "confirmed the survivors", self._members("heard"))
         round.roster.check_bands(signers, self._policy.minimum)
         confirmed = self._recalled()
         stated = round.binding.confirmation(confirmed.survivors, confirmed.root)
@@ -426,15 +496,14 @@ class ClientSession:
         roster: Roster,
         own: int,
         prekey: SecretPrekey,
-        neighbours: tuple[int, ...] | None,
     ) -> _Round:
         graph = self._policy.graph
         binding = Binding.of(call, graph)
-        if neighbours is None:
-            # Drawn now that the roster is fixed, from this device's own secrets: see graph.py.
-            lots = self._stream("neighbours", binding)
-            neighbours = graph.draw(own, len(roster), lots)
-        return _Round(call, roster, own, prekey, binding, graph, neighbours)
+        # Drawn now that the roster is fixed, from this device's own secrets: see graph.py.
+        lots = self._stream("neighbours", binding)
+        held = roster.terms.bands(roster.prekeys[own].tier)
+        drawn = tuple(graph.draw(own, holders, lots) for holders in roster.holding[:held])
+        return _Round(call, roster, own, prekey, binding, graph, drawn)
 
     def _stream(self, purpose: str, binding: Binding) -> SecureStream:
         name = f"secure sum {purpose}"
@@ -461,23 +530,30 @@ class ClientSession:
         return Shares(
             binding.context,
             self._bitmap(round.neighbours),
+            self._bitmap(round.partners),
             tuple(binding.seed_mark(kind, round.own, each) for kind, each in seeds),
             b"".join(marks),
             b"".join(sealed),
         )
 
-    def _masks(self, present: Sequence[int], wards: Sequence[int], root: bytes) -> Iterator[Mask]:
+    def _masks(self, present: Sequence[int], drawers: Sequence[int], root: bytes) -> Iterator[Mask]:
         """The own mask, and one with each device that drew this one or was drawn by it.
 
         Of two devices the one of the lower number adds and the other one subtracts.
         """
         round = self._called()
         yield Mask(round.binding.self_key(self._seed(), root), self.length, negative=False)
-        for peer in sorted({*round.neighbours, *wards} & set(present)):
+        for peer in sorted({*round.partners, *drawers} & set(present)):
             agreed = agree(round.prekey.masking, round.roster.prekeys[peer].masking)
             key = round.binding.pair_key(agreed, root, round.own, peer)
             length = min(self.length, round.roster.length(peer))
             yield Mask(key, length, negative=round.own > peer)
+
+    def _pledges(self, drawers: Sequence[int], root: bytes) -> Iterator[bytes]:
+        """In a sparse graph, what tells each device that drew this one that they are masked."""
+        round = self._called()
+        for peer in drawers if round.is_sparse else ():
+            yield round.binding.pledge(self._agree(peer), root, round.own, peer)
 
     def _opened(self, wards: Sequence[int], pieces: Sequence[bytes]) -> Iterator[tuple[int, bytes]]:
         """The shares that open; a device that sealed rubbish must not make others drop out."""
@@ -489,10 +565,10 @@ class ClientSession:
             except InvalidTag:
                 continue
 
-    def _opening(self) -> Opening:
-        """What is due of each ward, and of this device, follows from the confirmed survivors."""
+    def _opening(self, signers: Collection[int]) -> Opening:
+        """What is due of each ward, and of this device, follows from who confirmed which set."""
         wards, round = self._members("wards"), self._called()
-        due = round.roster.due(self._members("survivors"))
+        due = round.roster.due(self._members("survivors"), set(signers))
         size = shamir.SECRET_BYTES
         pieces = split(self._recalled().held, [size * round.roster.secrets(w) for w in wards])
         shares = (
@@ -515,7 +591,7 @@ class ClientSession:
     def _next_shares(self, call: bytes, noise: Sequence[bytes]) -> bytes:
         if not call:
             return b""
-        session = ClientSession(self._book, self._anchor, self._policy)
+        session = ClientSession(self._book, self._anchor, self._policy, self._save)
         try:
             answer = session.shares(call, noise)
         except ReleaseRefused:
@@ -547,7 +623,11 @@ class ClientSession:
         return self._progress
 
     def _advance(self, **changes: Any) -> None:
-        self._progress = replace(self._recalled(), **changes)
+        self._keep(replace(self._recalled(), **changes))
+
+    def _keep(self, progress: _Progress) -> None:
+        self._progress = progress
+        self._save(progress.pack())
 
     def _members(self, name: str) -> tuple[int, ...]:
         return members(getattr(self._recalled(), name), self._called().devices)

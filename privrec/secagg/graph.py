@@ -2,7 +2,9 @@
 
 Up to 200 devices everybody is everybody's neighbour. Beyond, each device draws its own 100
 neighbours when it holds the roster, uniformly and from its own secret generator. Its shares go to
-those it drew and to nobody else, and it is masked with those and with whoever drew it. So neither
+those it drew and to nobody else, and it is masked with those and with whoever drew it. Of a hundred
+drawn from all, few may hold what a strong device holds besides: it draws as many again from the
+holders of each further band, or takes them all if they are up to 200, to be masked with. So neither
 the server nor colluding devices can influence who holds the shares of an honest device: they can
 only add edges, between which masks are known to them anyway. A hash of the roster would not do,
 since the server could try rosters until it likes the graph; a joint coin would take another
@@ -17,6 +19,8 @@ from __future__ import annotations
 
 import functools
 import math
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +54,10 @@ class Graph:
         """How many devices hold the shares of one device."""
         return devices - 1 if devices <= self.complete_up_to else min(self.degree, devices - 1)
 
+    def is_complete(self, devices: int) -> bool:
+        """Whether everybody is a neighbour of everybody."""
+        return self.neighbours(devices) == devices - 1
+
     def quorum(self, devices: int) -> int:
         """How many devices of a roster must confirm the same survivors.
 
@@ -65,43 +73,48 @@ class Graph:
         """
         return 2 * (self.neighbours(devices) + 1) // 3 + 1
 
-    def draw(self, own: int, devices: int, stream: SecureStream) -> tuple[int, ...]:
-        """The neighbours of one device, uniform among all others.
+    def draw(self, own: int, among: Sequence[int], stream: SecureStream) -> tuple[int, ...]:
+        """The neighbours of one device, uniform among others.
 
         Args:
             own: the device's number in the roster.
-            devices: how many the roster has.
+            among: ascending numbers of devices, itself among them.
             stream: the device's own secure stream for this attempt.
 
         Returns:
             Their numbers, ascending.
         """
-        count = self.neighbours(devices)
-        if count == devices - 1:
-            return (*range(own), *range(own + 1, devices))
-        lots = stream.uint64(devices)
-        lots[own] = np.iinfo(np.uint64).max
+        if self.is_complete(len(among)):
+            return tuple(number for number in among if number != own)
+        count = self.neighbours(len(among))
+        lots = stream.uint64(len(among))
+        lots[bisect_left(among, own)] = np.iinfo(np.uint64).max
         # A tie with the own lot has a chance of 2^-64 for each other device.
-        return tuple(sorted(np.argpartition(lots, count)[:count].tolist()))
+        return tuple(among[i] for i in sorted(np.argpartition(lots, count)[:count].tolist()))
 
-    def check(self, devices: int, corrupt_share: float) -> None:
+    def check(self, holders: Sequence[int], corrupt_share: float) -> None:
         """Refuse a cohort that would be unsafe with this share of colluding devices.
+
+        Args:
+            holders: how many devices hold each band, the band that all hold first.
+            corrupt_share: of them, in every band.
 
         Raises:
             ReleaseRefused: when colluders could make two quorums, or the chance that some device
                 drew its neighbours badly exceeds :data:`MAX_FAILURE`.
         """
-        corrupt = math.floor(corrupt_share * devices)
+        devices = holders[0]
+        corrupt = [math.floor(corrupt_share * count) for count in holders]
         excess = 2 * self.quorum(devices) - devices
-        if corrupt >= excess:
+        if corrupt[0] >= excess:
             raise ReleaseRefused(
-                f"{corrupt} of {devices} devices may collude, and fewer than {excess} may; assume "
-                "a smaller share, or take part in larger cohorts"
+                f"{corrupt[0]} of {devices} devices may collude, and fewer than {excess} may; "
+                "assume a smaller share, or take part in larger cohorts"
             )
-        chance = self.failure(devices, corrupt)
+        chance = sum(map(self.failure, holders, corrupt))
         if chance > MAX_FAILURE:
             raise ReleaseRefused(
-                f"with {corrupt} colluders among {devices} devices, neighbours are drawn badly "
+                f"with {corrupt[0]} colluders among {devices} devices, neighbours are drawn badly "
                 f"with a chance of 2^{math.log2(chance):.0f}, above 2^-40; assume a smaller share"
             )
 
@@ -109,10 +122,10 @@ class Graph:
         """Upper bound of the chance that the drawn neighbourhoods are unsafe; 0 for complete ones.
 
         Args:
-            devices: size of the roster.
-            corrupt: colluding devices in it.
+            devices: size of the roster, or how many of it hold a band.
+            corrupt: colluding devices among them.
         """
-        if self.neighbours(devices) == devices - 1:
+        if self.is_complete(devices):
             return 0.0
         return _failure(devices, corrupt, self.neighbours(devices), self.threshold(devices))
 

@@ -19,7 +19,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
-from privrec.errors import IntegrityError, ReleaseRefused
+from privrec.errors import IntegrityError, ReleaseRefused, UsageError
 from privrec.randomness import SecretRoot
 from privrec.secagg.wire import packed, refused
 
@@ -27,6 +27,7 @@ KEY_BYTES = 32
 SIGNATURE_BYTES = 64
 _RECORD = struct.Struct("<32s64sQB32s32s64s")
 RECORD_BYTES = _RECORD.size
+LAST_TIER = 255
 _SALT = b"privrec secure aggregation, version 1"
 _FIELD = 2**255 - 19
 _LOW_ORDER = {
@@ -177,7 +178,8 @@ class PrekeyBook:
         root: the device's secret root; private keys are derived from it, never stored.
         certificate: signature of the enrolment key over the identity, empty if there is none.
         save: keeps the state, which is not secret but must not be rolled back.
-        state: what ``save`` was last given; None for a new device.
+        state: what ``save`` was last given; None for a new device. Never None with the root and
+            key of a device that was there before: it would issue the same prekeys once more.
 
     Raises:
         IntegrityError: when ``state`` is not what was saved.
@@ -206,8 +208,16 @@ class PrekeyBook:
             tier: the capacity that the device will take part with, 0 for the strongest.
 
         Returns:
-            Their records, to be sent to the server.
+            Their records, to be sent to the server. No more than the device is willing to take
+            part: each serves one attempt, and without one there is none.
+
+        Raises:
+            UsageError: when the count is below 0 or the tier is no byte.
         """
+        if count < 0 or not 0 <= tier <= LAST_TIER:
+            raise UsageError(
+                f"{count} prekeys for tier {tier}: issue 0 or more, for tiers 0 to {LAST_TIER}"
+            )
         serials = range(self._issued, self._issued + count)
         self._issued += count
         self._unused.update(serials)
@@ -238,8 +248,21 @@ class PrekeyBook:
         self._keep()
         return self.secret(serial)
 
+    def entered(self, serial: int) -> SecretPrekey:
+        """The secret half of a prekey that :meth:`enter` gave before.
+
+        Raises:
+            IntegrityError: when it did not: the book or what the session kept was set back.
+        """
+        if serial in self._unused or serial >= self._issued:
+            raise IntegrityError(
+                f"a session with prekey {serial}, which this book never gave out: one of them was "
+                "set back to an earlier state; enrol the device anew under another identity"
+            )
+        return self.secret(serial)
+
     def secret(self, serial: int) -> SecretPrekey:
-        """The secret half of a prekey, for a session that goes on after :meth:`enter`."""
+        """The secret half of a prekey."""
         stream = self.root.stream("prekey", self.key.public, serial)
         return SecretPrekey(stream.bytes(KEY_BYTES), stream.bytes(KEY_BYTES))
 

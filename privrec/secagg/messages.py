@@ -32,6 +32,7 @@ from privrec.secagg.wire import (
 )
 
 SHARE_MARK_BYTES = 16
+PLEDGE_BYTES = 16
 MAX_SECRETS = NOISE + MAX_BANDS
 MAX_RIDER_BYTES = 1 << 26
 
@@ -54,6 +55,7 @@ class Shares(Message):
     Args:
         context: of the round.
         neighbours: who holds the shares.
+        partners: all that the device drew to be masked with, neighbours included.
         seed_marks: digests that commit to the seed of the self-mask and to those of the noise, if
             they are dealt; the prekey itself commits to the mask key.
         share_marks: for each neighbour, 16-byte digests of its share of each secret, by which the
@@ -64,6 +66,7 @@ class Shares(Message):
     KIND: ClassVar[int] = 2
     context: Digest
     neighbours: Bitmap
+    partners: Bitmap
     seed_marks: Annotated[tuple[bytes, ...], Each(Size(32), MAX_SECRETS)]
     share_marks: Annotated[bytes, Size(0, MAX_SECRETS * SHARE_MARK_BYTES * MAX_DEVICES)]
     sealed: Annotated[bytes, Size(0, _MAX_SEALED)]
@@ -77,6 +80,7 @@ class Deal(Message):
         context: of the round.
         present: devices that sent shares.
         wards: those of them whose shares this device holds.
+        drawers: those of them that drew this device to be masked with, wards included.
         sealed: for each ward, its shares under AES-GCM.
         model: a 32-byte digest for each band of the model, the band that all hold first.
     """
@@ -85,18 +89,28 @@ class Deal(Message):
     context: Digest
     present: Bitmap
     wards: Bitmap
+    drawers: Bitmap
     sealed: Annotated[bytes, Size(0, _MAX_SEALED)]
     model: Annotated[tuple[bytes, ...], Each(Size(32), MAX_BANDS)]
 
 
 @dataclass(frozen=True)
 class Survivors(Message):
-    """To a device: whose masked vectors are in the sum, and the root of the model they saw."""
+    """To a device: whose masked vectors are in the sum, and the root of the model they saw.
+
+    Args:
+        context: of the round.
+        survivors: whose vectors are in the sum.
+        root: of the model.
+        pledges: in a sparse graph, from each survivor that the device drew, 16 bytes that tell it
+            that they are masked with each other.
+    """
 
     KIND: ClassVar[int] = 5
     context: Digest
     survivors: Bitmap
     root: Digest
+    pledges: Annotated[bytes, Size(0, PLEDGE_BYTES * MAX_DEVICES)]
 
 
 @dataclass(frozen=True)
@@ -119,7 +133,7 @@ class Quorum(Message):
     following: Rider
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Opening(Message):
     """From a device: its own seed, and of each ward a share of what is needed.
 
@@ -142,18 +156,22 @@ class Opening(Message):
     following: Rider
 
 
-# The masked vector is no msgpack: header, context, then the raw entries, which so lie aligned.
+# The masked vector is no msgpack: header, context, then the raw entries, which so lie aligned, and
+# in a sparse graph a pledge to each that drew the device.
 MASKED_KIND = 4
 MASKED_START = HEADER_BYTES + 32
 
 
-def masked_message(context: bytes, integers: np.ndarray, ring_bits: int) -> tuple[bytearray, Words]:
+def masked_message(
+    context: bytes, integers: np.ndarray, ring_bits: int, pledges: bytes
+) -> tuple[bytearray, Words]:
     """A masked message that holds the plain entries still, and a view of them to be masked in.
 
     Args:
         context: of the round.
         integers: the device's vector, of any integer type; it is not changed.
         ring_bits: 32 or 16; entries are taken modulo ``2**ring_bits``.
+        pledges: what follows the entries.
 
     Returns:
         The message, and its entries.
@@ -167,33 +185,37 @@ def masked_message(context: bytes, integers: np.ndarray, ring_bits: int) -> tupl
             "one of integers; encode it first"
         )
     dtype = word_type(ring_bits)
-    message = bytearray(MASKED_START + len(integers) * dtype.itemsize)
-    message[:MASKED_START] = header(MASKED_KIND) + context
-    entries = np.frombuffer(message, dtype, offset=MASKED_START)
+    end = MASKED_START + len(integers) * dtype.itemsize
+    message = bytearray(end + len(pledges))
+    message[:MASKED_START], message[end:] = header(MASKED_KIND) + context, pledges
+    entries = np.frombuffer(message, dtype, len(integers), MASKED_START)
     np.copyto(entries, integers, casting="unsafe")  # no second copy; wraps around
     return message, entries
 
 
-def masked_entries(message: Buffer, context: bytes, length: int, ring_bits: int) -> Words:
-    """A view of the entries of a masked message.
+def masked_entries(
+    message: Buffer, context: bytes, length: int, ring_bits: int, pledges: int = 0
+) -> tuple[Words, bytes]:
+    """A view of the entries of a masked message, and the pledges, joined.
 
     Args:
         message: from :func:`masked_message`.
         context: of the round.
         length: entries that the sender's tier has.
         ring_bits: 32 or 16.
+        pledges: how many are due.
 
     Raises:
         ReleaseRefused: when it is of another round or length.
     """
+    dtype, view = word_type(ring_bits), memoryview(message)
     check_header(message, MASKED_KIND)
-    dtype = word_type(ring_bits)
-    view = memoryview(message)
     if view[HEADER_BYTES:MASKED_START] != context:
         raise refused("a masked vector of another round, roster or configuration")
-    if len(view) != MASKED_START + length * dtype.itemsize:
+    end = MASKED_START + length * dtype.itemsize
+    if len(view) != end + pledges * PLEDGE_BYTES:
         raise refused(
             f"a masked vector of {len(view) - MASKED_START} bytes, while the device's tier sends "
-            f"{length} entries of {dtype.itemsize}"
+            f"{length} entries of {dtype.itemsize}, and {pledges} pledges"
         )
-    return np.frombuffer(message, dtype, offset=MASKED_START)
+    return np.frombuffer(message, dtype, length, MASKED_START), bytes(view[end:])

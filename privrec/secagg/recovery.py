@@ -7,7 +7,7 @@ from shares, and each is checked against the commitment of the device that dealt
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -28,17 +28,21 @@ class Deposit:
 
     Args:
         seed_marks: kind of secret to the commitment to it.
+        partners: numbers of those that the device drew to be masked with.
         share_marks: holder's number to commitments to its share of each secret.
         sealed: holder's number to its sealed shares.
+        pledges: in a sparse graph, number of one that drew the device to what it has to be told.
         own: kind of secret to what the device itself gave in the last exchange, if it answered.
         opened: ward's number and kind of secret to the share that the device returned.
     """
 
+    partners: frozenset[int]
     seed_marks: dict[int, bytes]
     share_marks: dict[int, list[bytes]]
     sealed: dict[int, bytes]
-    own: dict[int, bytes] = field(default_factory=dict)
-    opened: dict[tuple[int, int], bytes] = field(default_factory=dict)
+    pledges: dict[int, bytes] = field(default_factory=dict)
+    own: dict[int, bytes] = field(default_factory=dict, repr=False)
+    opened: dict[tuple[int, int], bytes] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -75,22 +79,24 @@ class Recovery:
         for dropped in sorted(self.deposits.keys() - set(self.survivors)):
             yield from self._masks_of(dropped)
 
-    def noise(self) -> list[list[bytes]]:
+    def noise(self, due: Sequence[Collection[int]]) -> list[list[bytes]]:
         """For each band the seeds of the noise that is taken off again.
+
+        Args:
+            due: what is opened of each device, :meth:`~privrec.secagg.roster.Roster.due`.
 
         Raises:
             ReleaseRefused: when one cannot be had: the round is over.
         """
-        due = self.roster.due(self.survivors)
         return [
             [self._seed(NOISE + band, n) for n in self.survivors if NOISE + band in due[n]]
             for band in range(len(self.roster.terms.lengths))
         ]
 
     def _masks_of(self, dropped: int) -> Iterator[Mask]:
-        """What a drop-out left in the vectors of survivors that are its neighbours."""
-        own = self.deposits[dropped].share_marks
-        near = [s for s in self.survivors if s in own or dropped in self.deposits[s].share_marks]
+        """What a drop-out left in the vectors of survivors that are its partners."""
+        own = self.deposits[dropped].partners
+        near = [s for s in self.survivors if s in own or dropped in self.deposits[s].partners]
         private = X25519PrivateKey.from_private_bytes(self._secret(MASKING, dropped))
         for survivor in near:
             agreed = agree(private, self.roster.prekeys[survivor].masking)

@@ -8,7 +8,7 @@ device was given, or the key of somebody other than the server who enrols device
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -233,6 +233,15 @@ class Roster:
         """Entries that a device sends."""
         return self.terms.length(self.prekeys[number].tier)
 
+    @functools.cached_property
+    def holding(self) -> tuple[tuple[int, ...], ...]:
+        """For each band, the numbers of the devices that hold it."""
+        bands = [self.terms.bands(prekey.tier) for prekey in self.prekeys]
+        return tuple(
+            tuple(number for number, held in enumerate(bands) if held > band)
+            for band in range(len(self.terms.lengths))
+        )
+
     def holders(self, members: Iterable[int]) -> tuple[int, ...]:
         """How many of the members hold each band, the band that all hold first."""
         held = [self.terms.bands(self.prekeys[number].tier) for number in members]
@@ -251,22 +260,29 @@ class Roster:
         held = self.terms.bands(self.prekeys[number].tier)
         return NOISE + (held if self.terms.excess else 0)
 
-    def due(self, survivors: Iterable[int]) -> list[tuple[int, ...]]:
+    def due(self, survivors: Iterable[int], signers: Collection[int]) -> list[tuple[int, ...]]:
         """Which secrets of each device are opened at the end, by its number.
 
         Of a device that is not in the sum, its mask key. Of a survivor its seed and, where noise is
-        taken off again, those of the bands in which it comes after as many others as the band
-        needs. It follows from terms and survivors alone, so that all who confirmed the same
-        survivors open the same.
+        taken off again, those of the bands in which it comes after as many signers as the band
+        needs. The first of those who signed are so never opened, whichever part of the signatures
+        a device is shown; were survivors counted, a server could name some that are not there.
+
+        Args:
+            survivors: numbers of the confirmed survivors.
+            signers: those of them whose signature is there.
         """
         alive = sorted(survivors)
         opened: list[tuple[int, ...]] = [(MASKING,)] * len(self)
         for number in alive:
             opened[number] = (SEED,)
         for band, least in enumerate(self.terms.minimums if self.terms.excess else ()):
-            holders = [n for n in alive if self.terms.bands(self.prekeys[n].tier) > band]
-            for number in holders[least:]:
-                opened[number] += (NOISE + band,)
+            holders = (n for n in alive if self.terms.bands(self.prekeys[n].tier) > band)
+            before = 0
+            for number in holders:
+                if before >= least:
+                    opened[number] += (NOISE + band,)
+                before += number in signers
         return opened
 
     def check_bands(self, members: Iterable[int], minimum: int) -> None:

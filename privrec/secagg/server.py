@@ -17,7 +17,7 @@ Source: Bonawitz et al. (CCS 2017); see ``docs/protocol.md``.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any
 
@@ -30,6 +30,7 @@ from privrec.secagg.graph import Graph
 from privrec.secagg.keys import Prekey
 from privrec.secagg.masks import apply_masks, word_type
 from privrec.secagg.messages import (
+    PLEDGE_BYTES,
     SHARE_MARK_BYTES,
     Confirmation,
     Deal,
@@ -43,7 +44,7 @@ from privrec.secagg.messages import (
 from privrec.secagg.recovery import Deposit, Recovery
 from privrec.secagg.roster import NOISE, SEED, Anchor, Call, Roster, Terms
 from privrec.secagg.shamir import SECRET_BYTES
-from privrec.secagg.wire import Buffer, bitmap, members, refused, split
+from privrec.secagg.wire import DIGEST_BYTES, Buffer, bitmap, members, refused, split
 
 
 class Stage(IntEnum):
@@ -97,16 +98,17 @@ class ServerSession:
     def __init__(
         self, terms: Terms, prekeys: Sequence[bytes], anchor: Anchor, graph: Graph | None = None
     ) -> None:
-        if problem := terms.problem():
-            raise UsageError(f"a round of {problem}; lengths ascend, with one minimum for each")
         self._graph = graph or Graph()
         self._call = Call.of(terms, [Prekey.unpack(record) for record in prekeys])
+        if problem := terms.problem() or self._call.problem():
+            raise UsageError(f"a round of {problem}; lengths ascend, with one minimum for each")
         self._roster = Roster(self._call, anchor)
         self._roster.check_bands(range(len(self._roster)), 1)
         self._binding = Binding.of(self._call, self._graph)
         self._verifier = anchor.verifier
         self._numbers = {p.identity: number for number, p in enumerate(self._roster.prekeys)}
         self._deposits: dict[int, Deposit] = {}
+        self._drawers: dict[int, list[int]] = {}
         self._signatures: dict[int, bytes] = {}
         self._faults: dict[bytes, str] = {}
         self._model: tuple[bytes, ...] = ()
@@ -147,12 +149,16 @@ class ServerSession:
             model: 32-byte digest of each band, the band that all devices hold first.
 
         Raises:
-            UsageError: when there is not one digest for each band.
+            UsageError: when there is not one digest for each band, or another model was published.
         """
         if len(model) != len(self._call.lengths):
             raise UsageError(
                 f"digests of {len(model)} bands of a model that has {len(self._call.lengths)}"
             )
+        if wrong := [digest for digest in model if len(digest) != DIGEST_BYTES]:
+            raise UsageError(f"a digest of {len(wrong[0])} bytes: use SHA-256, of {DIGEST_BYTES}")
+        if self._model not in ((), tuple(model)):
+            raise UsageError("another model was published: devices may have it; begin a new round")
         self._model = tuple(model)
 
     def follow(self, session: ServerSession) -> None:
@@ -227,19 +233,26 @@ class ServerSession:
         return {number: self._deal(number).pack() for number in numbers}
 
     def _deal(self, number: int) -> Deal:
-        sealed = {
-            dealer: deposit.sealed[number]
-            for dealer, deposit in sorted(self._deposits.items())
-            if number in deposit.sealed
-        }
+        dealers = ((n, self._deposits[n].sealed) for n in self._drawers[number])
+        sealed = {dealer: pieces[number] for dealer, pieces in dealers if number in pieces}
         present, wards = self._bitmap(self._deposits), self._bitmap(sealed)
         joined = b"".join(sealed.values())
-        return Deal(self._binding.context, present, wards, joined, self._model)
+        drawers = self._bitmap(self._drawers[number])
+        return Deal(self._binding.context, present, wards, drawers, joined, self._model)
 
     def _tidings(self, numbers: Sequence[int]) -> dict[int, bytes]:
         context, survivors = self._binding.context, self._bitmap(self._survivors)
-        told = Survivors(context, survivors, model_root(self._model))
-        return dict.fromkeys(numbers, told.pack())
+        told = Survivors(context, survivors, model_root(self._model), b"")
+        if not self._is_sparse:
+            return dict.fromkeys(numbers, told.pack())
+        return {
+            number: replace(told, pledges=self._pledges_to(number)).pack() for number in numbers
+        }
+
+    def _pledges_to(self, number: int) -> bytes:
+        drawn = self._deposits[number].partners
+        near = (self._deposits[peer] for peer in self._survivors if peer in drawn)
+        return b"".join(deposit.pledges[number] for deposit in near)
 
     def _quorums(self, numbers: Sequence[int]) -> dict[int, bytes]:
         calls = self._following.outbox() if self._following else {}
@@ -261,6 +274,9 @@ class ServerSession:
         count = self._graph.neighbours(len(self._roster))
         if number in holders or len(holders) != count:
             raise refused(f"shares for {len(holders)} neighbours, where {count} others are due")
+        partners = frozenset(members(shares.partners, len(self._roster)))
+        if number in partners or not partners.issuperset(holders):
+            raise refused("partners that lack a neighbour, or include the device itself")
         secrets = self._roster.secrets(number)
         marks = split(shares.share_marks, [SHARE_MARK_BYTES] * secrets * count)
         sealed = split(shares.sealed, [sealed_bytes(secrets)] * count)
@@ -269,6 +285,7 @@ class ServerSession:
             raise refused(f"{len(shares.seed_marks)} commitments to {len(kinds)} seeds")
         each = [marks[start : start + secrets] for start in range(0, len(marks), secrets)]
         self._deposits[number] = Deposit(
+            partners,
             dict(zip(kinds, shares.seed_marks, strict=True)),
             dict(zip(holders, each, strict=True)),
             dict(zip(holders, sealed, strict=True)),
@@ -277,7 +294,12 @@ class ServerSession:
     def _take_masked(self, number: int, message: Buffer) -> None:
         length = self._roster.length(number)
         ring_bits = self._call.ring_bits
-        entries = masked_entries(message, self._binding.context, length, ring_bits)
+        drawers = self._drawers[number] if self._is_sparse else []
+        entries, pledges = masked_entries(
+            message, self._binding.context, length, ring_bits, len(drawers)
+        )
+        pieces = split(pledges, [PLEDGE_BYTES] * len(drawers))
+        self._deposits[number].pledges = dict(zip(drawers, pieces, strict=True))
         self._total[:length] += entries
 
     def _take_confirmation(self, number: int, message: Buffer) -> None:
@@ -324,15 +346,19 @@ class ServerSession:
     def _close_shares(self, answered: tuple[int, ...]) -> None:
         self._check_enough(answered, "sent shares")
         self._due = answered
+        self._drawers = {number: [] for number in range(len(self._roster))}
+        for number in answered:
+            for partner in self._deposits[number].partners:
+                self._drawers[partner].append(number)
 
     def _close_masked(self, answered: tuple[int, ...]) -> None:
         self._check_enough(answered, "sent masked vectors")
         self._due = self._survivors = answered
-        self._opened = self._roster.due(answered)
 
     def _close_confirm(self, answered: tuple[int, ...]) -> None:
         self._check_enough(answered, "confirmed the survivors")
         self._due = answered
+        self._opened = self._roster.due(self._survivors, set(answered))
 
     def _close_unmask(self, _: tuple[int, ...]) -> None:
         threshold = self._graph.threshold(len(self._roster))
@@ -344,7 +370,7 @@ class ServerSession:
         self._result = SecureSum(
             self._total.view(self._total.dtype.str.replace("u", "i")),
             self._roster.identities(self._survivors),
-            tuple(map(tuple, recovery.noise())),
+            tuple(map(tuple, recovery.noise(self._opened))),
             self._faults,
         )
 
@@ -362,6 +388,10 @@ class ServerSession:
         self._stage = Stage.DONE
         self._deposits, self._signatures, self._due = {}, {}, ()
         self._total = np.zeros(0, self._total.dtype)
+
+    @property
+    def _is_sparse(self) -> bool:
+        return not self._graph.is_complete(len(self._roster))
 
     def _bitmap(self, numbers: Collection[int]) -> bytes:
         return bitmap(tuple(numbers), len(self._roster))

@@ -22,9 +22,10 @@ MAGIC = b"PS"
 VERSION = 1
 HEADER_BYTES = 4
 MAX_DEVICES = 1 << 16
-MAX_MESSAGE_BYTES = 1 << 29
+_MAX_ITEMS = 64  # in any array of any message
 
 Buffer = bytes | bytearray | memoryview
+_HEAD_BYTES = 9  # that msgpack spends at most on an integer, or on type and length of anything
 
 
 class Check(Protocol):
@@ -32,6 +33,10 @@ class Check(Protocol):
 
     def problem(self, value: object) -> str | None:
         """What is wrong with a value, or None."""
+        ...
+
+    def limit(self) -> int:
+        """Bytes that a packed value takes at most."""
         ...
 
 
@@ -47,8 +52,14 @@ class Size:
         if type(value) is not self.kind or not isinstance(value, bytes | str):
             return f"{type(value).__name__} instead of {self.kind.__name__}"
         size = len(value.encode() if isinstance(value, str) else value)
-        high = self.low if self.high is None else self.high
-        return None if self.low <= size <= high else f"{size} bytes, not {self.low} to {high}"
+        low, high = self._range()
+        return None if low <= size <= high else f"{size} bytes, not {low} to {high}"
+
+    def limit(self) -> int:
+        return _HEAD_BYTES + self._range()[1]
+
+    def _range(self) -> tuple[int, int]:
+        return self.low, self.low if self.high is None else self.high
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,9 @@ class Range:
             return f"{type(value).__name__} instead of int"
         return None if self.low <= value <= self.high else f"{value} outside its range"
 
+    def limit(self) -> int:
+        return _HEAD_BYTES
+
 
 @dataclass(frozen=True)
 class Flag:
@@ -70,6 +84,9 @@ class Flag:
 
     def problem(self, value: object) -> str | None:
         return None if type(value) is bool else f"{type(value).__name__} instead of bool"
+
+    def limit(self) -> int:
+        return 1
 
 
 @dataclass(frozen=True)
@@ -84,8 +101,12 @@ class Each:
             return f"not an array of 1 to {self.most} items"
         return next(filter(None, map(self.check.problem, value)), None)
 
+    def limit(self) -> int:
+        return _HEAD_BYTES + self.most * self.check.limit()
 
-Digest = Annotated[bytes, Size(32)]
+
+DIGEST_BYTES = 32
+Digest = Annotated[bytes, Size(DIGEST_BYTES)]
 Bitmap = Annotated[bytes, Size(1, MAX_DEVICES // 8)]
 Counter = Annotated[int, Range(0, 2**63 - 1)]
 
@@ -94,6 +115,10 @@ class Message:
     """A dataclass that travels; subclasses set ``KIND`` and annotate every field with a check."""
 
     KIND: ClassVar[int]
+
+    def __repr__(self) -> str:
+        """Without the fields, some of which are secret: a message may end up in a log."""
+        return f"{type(self).__name__}({len(self.pack())} bytes)"
 
     def pack(self) -> bytes:
         """The message as bytes; equal messages give equal bytes."""
@@ -108,15 +133,29 @@ class Message:
             ReleaseRefused: when the bytes are no such message of this version, or a field is
                 missing, unknown, of another type or outside its limits.
         """
+        if len(message) > cls.limit():
+            raise refused(f"{len(message)} bytes, where messages have {cls.limit()} at most")
         check_header(message, cls.KIND)
-        values = _unpacked(bytes(memoryview(message)[HEADER_BYTES:]))
-        schema = _schema(cls)
-        if type(values) is not tuple or len(values) != len(schema):
-            raise refused(f"a message of kind {cls.KIND} must be an array of {len(schema)} fields")
-        for (name, check), value in zip(schema, values, strict=True):
-            if problem := check.problem(value):
-                raise refused(f"{cls.__name__}.{name} is {problem}")
-        return cls(*values)
+        values = _unpacked(memoryview(message)[HEADER_BYTES:])
+        fields_due = len(_schema(cls))
+        if type(values) is not tuple or len(values) != fields_due:
+            raise refused(f"a message of kind {cls.KIND} must be an array of {fields_due} fields")
+        parsed = cls(*values)
+        if problem := parsed.problem():
+            raise refused(problem)
+        return parsed
+
+    def problem(self) -> str | None:
+        """The first field outside its limits, or None."""
+        for name, check in _schema(type(self)):
+            if problem := check.problem(getattr(self, name)):
+                return f"{type(self).__name__}.{name} is {problem}"
+        return None
+
+    @classmethod
+    def limit(cls) -> int:
+        """Bytes that a message of this kind takes at most; a transport need not take in more."""
+        return HEADER_BYTES + _HEAD_BYTES + sum(check.limit() for _, check in _schema(cls))
 
 
 def refused(problem: str) -> ReleaseRefused:
@@ -133,13 +172,13 @@ def header(kind: int) -> bytes:
 
 
 def check_header(message: Buffer, kind: int) -> None:
-    """Refuse what is not a message of this version and ``kind``, or is too long to look at.
+    """Refuse what is not a message of this version and ``kind``.
 
     Raises:
         ReleaseRefused: as said.
     """
     start = bytes(memoryview(message)[:HEADER_BYTES])
-    if len(message) > MAX_MESSAGE_BYTES or len(start) < HEADER_BYTES or start[:2] != MAGIC:
+    if len(start) < HEADER_BYTES or start[:2] != MAGIC:
         raise refused(f"{len(message)} bytes that are no message of secure aggregation")
     if start[2] != VERSION:
         raise refused(f"a message of version {start[2]}, while this is version {VERSION}")
@@ -191,12 +230,22 @@ def split(joined: bytes, sizes: Sequence[int]) -> list[bytes]:
     return [joined[start:end] for start, end in pairwise(ends)]
 
 
-def _unpacked(body: bytes) -> object:
+def _unpacked(body: Buffer) -> object:
     try:
-        return msgpack.unpackb(body, raw=False, use_list=False, strict_map_key=True)
+        return msgpack.unpackb(
+            body, raw=False, use_list=False, list_hook=_shallow, strict_map_key=True,
+            max_array_len=_MAX_ITEMS, max_map_len=0, max_ext_len=0,
+        )  # fmt: skip
     # msgpack lets its own errors, those of UTF-8 and, for a bad map key, a TypeError through.
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise refused(f"a message that is no msgpack ({type(error).__name__})") from None
+
+
+def _shallow(array: tuple[object, ...]) -> tuple[object, ...]:
+    """Refuse arrays in arrays in an array: each byte of them becomes an object of many."""
+    if any(type(inner) is tuple for item in array if type(item) is tuple for inner in item):
+        raise ValueError("arrays within arrays")
+    return array
 
 
 def _schema(message: type[Message]) -> tuple[tuple[str, Check], ...]:

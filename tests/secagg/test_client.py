@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -124,7 +125,8 @@ def test_a_deal_with_too_few_present_is_refused(present: bytes, words: str) -> N
         for n, piece in zip(members(deal.wards, N), pieces(deal.sealed, 80), strict=True)
         if n in kept
     )
-    waiting.refuses(words, present=present, wards=bitmap(kept, N), sealed=sealed)
+    wards = bitmap(kept, N)
+    waiting.refuses(words, present=present, wards=wards, drawers=wards, sealed=sealed)
 
 
 def pieces(joined: bytes, size: int) -> list[bytes]:
@@ -149,6 +151,7 @@ def test_neighbours_alone_are_no_quorum() -> None:
         message,
         present=bitmap(sorted(near), 40),
         wards=bitmap(kept, 40),
+        drawers=bitmap(kept, 40),
         sealed=b"".join(all_pieces[n] for n in kept),
     )
     with pytest.raises(ReleaseRefused, match="26 of 40 devices sent shares, 26 of this"):
@@ -159,7 +162,9 @@ def test_a_deal_with_wards_that_cannot_be_is_refused() -> None:
     waiting = Waiting(Stage.MASKED)
     sealed = Deal.parse(waiting.message).sealed
     own = bitmap(range(N - 1), N)  # names the device itself
-    waiting.refuses("leaves this device out", wards=own, sealed=sealed)
+    waiting.refuses("leaves this device out", wards=own, drawers=own, sealed=sealed)
+    waiting = Waiting(Stage.MASKED)
+    waiting.refuses("names others that are not present", drawers=without(0, 8))
     waiting = Waiting(Stage.MASKED)
     waiting.refuses("not present", present=without(8))
     waiting = Waiting(Stage.MASKED)
@@ -217,6 +222,124 @@ def test_survivors_that_were_never_present_are_refused() -> None:
 
 def test_survivors_of_another_model_are_refused() -> None:
     Waiting(Stage.CONFIRM).refuses("another model", root=model_root(model(2, b"other")))
+
+
+@pytest.mark.parametrize(("altered", "works"), [(0, True), (8, True), (9, False), (25, False)])
+def test_in_a_sparse_graph_a_neighbour_counts_when_its_pledge_came(
+    altered: int, works: bool
+) -> None:
+    """Eighteen of a neighbourhood of 26 must; whoever sends no pledge may hide this device."""
+    cohort = Cohort((0,) * 40, Policy(3, 0.0, graph=Graph(complete_up_to=5, degree=25)))
+    server, vector = cohort.server(terms((5,))), VECTOR[:5]
+    clients = dict(zip(cohort.ids, cohort.clients(), strict=True))
+    while server.stage < Stage.CONFIRM:
+        for device, message in server.outbox().items():
+            server.receive(device, answer(clients[device], server.stage, message, vector))
+        server.advance()
+    device = cohort.ids[0]
+    session, told = clients[device], Survivors.parse(server.outbox()[device])
+    lie = bytes(16 * altered) + told.pledges[16 * altered :]
+    with pytest.raises(ReleaseRefused, match="25 pieces, 400 bytes, are due"):
+        session.confirm(replace(told, pledges=lie[:-16]).pack())
+    if works:
+        session.confirm(replace(told, pledges=lie).pack())
+        assert len(session._members("heard")) == 25 - altered
+    else:
+        with pytest.raises(ReleaseRefused, match=f"{26 - altered} of this device's own"):
+            session.confirm(replace(told, pledges=lie).pack())
+
+
+def test_signatures_of_neighbours_that_sent_no_pledge_do_not_make_a_neighbourhood() -> None:
+    cohort = Cohort((0,) * 40, Policy(3, 0.0, graph=Graph(complete_up_to=5, degree=25)))
+    server, vector = cohort.server(terms((5,))), VECTOR[:5]
+    clients = dict(zip(cohort.ids, cohort.clients(), strict=True))
+    session = clients[cohort.ids[0]]
+    while server.stage < Stage.UNMASK:
+        for device, message in server.outbox().items():
+            if server.stage is Stage.CONFIRM and device == cohort.ids[0]:
+                told = Survivors.parse(message)
+                lie = bytes(16 * 8) + told.pledges[16 * 8 :]  # 18 of 26 are left, as few as may
+                message = replace(told, pledges=lie).pack()
+            server.receive(device, answer(clients[device], server.stage, message, vector))
+        server.advance()
+    quorum = Quorum.parse(server.outbox()[cohort.ids[0]])
+    last = session._called().neighbours[-1]
+    kept = [number for number in range(40) if number != last]
+    signatures = pieces(quorum.signatures, 64)
+    joined = b"".join(signatures[number] for number in kept)
+    lie = replace(quorum, signers=bitmap(kept, 40), signatures=joined).pack()
+    with pytest.raises(ReleaseRefused, match="39 of 40 devices confirmed the survivors, 17 of"):
+        session.unmask(lie)
+    session.unmask(quorum.pack())
+
+
+class Unchecked(Graph):
+    """Neighbourhoods too small for the real bound."""
+
+    def check(self, holders: Sequence[int], corrupt_share: float) -> None:
+        """Never too unsafe."""
+
+
+def without_those(session: ClientSession, message: bytes, gone: set[int]) -> bytes:
+    """A deal from which devices are left out."""
+    deal, size = Deal.parse(message), session._called().devices
+    wards = members(deal.wards, size)
+    held = dict(zip(wards, pieces(deal.sealed, 80), strict=True))
+    left = {
+        name: bitmap([n for n in members(getattr(deal, name), size) if n not in gone], size)
+        for name in ("present", "wards", "drawers")
+    }
+    return replace(
+        deal, **left, sealed=b"".join(piece for n, piece in held.items() if n not in gone)
+    ).pack()
+
+
+@pytest.mark.parametrize(
+    ("strong", "missing", "works"), [(20, 4, True), (20, 5, False), (12, 6, True)]
+)
+def test_a_neighbourhood_is_drawn_and_counted_in_every_band(
+    strong: int, missing: int, works: bool
+) -> None:
+    """Of twenty that hold the second band twelve are drawn, and nine needed; twelve are few."""
+    policy = Policy(3, 0.0, graph=Unchecked(5, 12))
+    cohort = Cohort((0,) * strong + (1,) * (40 - strong), policy)
+    server = cohort.server(terms((4, 10)))
+    clients = dict(zip(cohort.ids, cohort.clients(), strict=True))
+    for device, message in server.outbox().items():
+        server.receive(device, clients[device].shares(message))
+    server.advance()
+    assert len(clients[cohort.ids[-1]]._called().drawn) == 1
+    for device in cohort.ids[:strong]:
+        first, second = clients[device]._called().drawn
+        assert set(second) <= set(range(strong))
+        assert (len(first), len(second)) == (12, min(12, strong - 1))
+        if len(chosen := sorted(set(second) - set(first))) >= missing:
+            break
+    session, gone = clients[device], set(chosen[:missing])
+    lie = without_those(session, server.outbox()[device], gone)
+    if works:
+        session.masked(lie, VECTOR, model(2))
+    else:
+        with pytest.raises(ReleaseRefused, match="8 of this device's own neighbourhood in band 2"):
+            session.masked(lie, VECTOR, model(2))
+
+
+@pytest.mark.parametrize("drops", [{}, {Stage.MASKED: [0, 30]}, {Stage.UNMASK: [1, 31]}])
+def test_sums_of_sparse_rounds_with_bands_are_exact(drops: dict[Stage, list[int]]) -> None:
+    policy = Policy(3, 0.0, graph=Unchecked(5, 25))
+    cohort = Cohort((0,) * 4 + (1,) * 28 + (2,) * 8, policy)
+    agreed = terms(minimums=(1, 1, 1))
+    vectors = dict(zip(cohort.ids, cohort.vectors(agreed, np.random.default_rng(2)), strict=True))
+    clients = dict(zip(cohort.ids, cohort.clients(), strict=True))
+    named = {stage: [cohort.ids[n] for n in numbers] for stage, numbers in drops.items()}
+    result = drive(cohort.server(agreed), clients, vectors, named)
+    summed = [vectors[device] for device in result.survivors[0]]
+    assert len(summed) == 40 - len(drops.get(Stage.MASKED, []))
+    np.testing.assert_array_equal(result.total, plain_sum(summed, agreed))
+
+
+def test_in_a_complete_graph_there_are_no_pledges() -> None:
+    Waiting(Stage.CONFIRM).refuses("0 pieces", pledges=bytes(16 * 8))
 
 
 # ---------------------------------------------------------------- the quorum

@@ -34,7 +34,7 @@ def test_numbers_follow_from_the_cohort(
 
 
 def test_in_a_small_cohort_everybody_is_a_neighbour() -> None:
-    assert Graph().draw(2, 5, ROOT.stream("draw")) == (0, 1, 3, 4)
+    assert Graph().draw(2, range(5), ROOT.stream("draw")) == (0, 1, 3, 4)
 
 
 @pytest.mark.statistical
@@ -43,7 +43,7 @@ def test_draws_are_uniform_and_never_name_the_device_itself() -> None:
     counts = np.zeros(devices)
     pairs = np.zeros((devices, devices))
     for number in range(4000):
-        drawn = graph.draw(5, devices, ROOT.stream("draw", number))
+        drawn = graph.draw(5, range(devices), ROOT.stream("draw", number))
         assert len(set(drawn)) == 4
         assert list(drawn) == sorted(drawn)
         counts[list(drawn)] += 1
@@ -108,13 +108,17 @@ def test_the_bound_covers_sets_that_stand_apart() -> None:
 def test_assumptions_that_do_not_hold_are_refused() -> None:
     graph = Graph()
     for devices in (20, 100, 200, 201, 500, 1000, 10_000):
-        graph.check(devices, 0.05)
+        graph.check((devices,), 0.05)
         assert graph.failure(devices, devices // 20) <= MAX_FAILURE
-    graph.check(20, 0.3)  # seven of twenty: two quorums of 14 share 8
+    graph.check((20,), 0.3)  # seven of twenty: two quorums of 14 share 8
     with pytest.raises(ReleaseRefused, match="fewer than 8 may"):
-        graph.check(20, 0.4)
+        graph.check((20,), 0.4)
     with pytest.raises(ReleaseRefused, match="2\\^-35, above 2\\^-40"):
-        graph.check(1000, 0.1)
+        graph.check((1000,), 0.1)
+    graph.check((1000, 300, 100, 2), 0.05)
+    graph.check((600, 100), 0.1)
+    with pytest.raises(ReleaseRefused, match="2\\^-40, above"):
+        graph.check((600,) * 4, 0.1)  # in each band neighbours are drawn once more
 
 
 def test_a_complete_graph_never_fails_and_a_larger_share_fails_more() -> None:

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from privrec.errors import IntegrityError, ReleaseRefused
+from privrec.errors import IntegrityError, ReleaseRefused, UsageError
 from privrec.randomness import SecretRoot
 from privrec.secagg import keys
 from privrec.secagg.keys import (
@@ -119,6 +119,29 @@ def test_a_prekey_is_taken_once_also_after_a_restart() -> None:
         with pytest.raises(ReleaseRefused, match="never issued"):
             again.enter(2, "run", 1, 0)
     assert Prekey.unpack(book(state=states[-1]).issue(1, 0)[0]).serial == 2
+
+
+def test_what_was_never_entered_is_not_gone_on_with() -> None:
+    """A book that was set back would let the prekey of a session be used a second time."""
+    mine = book()
+    mine.issue(2, 0)
+    mine.enter(0, "run", 0, 0)
+    mine.entered(0)
+    for serial in (1, 2):
+        with pytest.raises(IntegrityError, match="set back"):
+            mine.entered(serial)
+
+
+@pytest.mark.parametrize(("count", "tier"), [(-1, 0), (1, -1), (1, 256)])
+def test_prekeys_are_issued_forwards_and_for_tiers_that_are(count: int, tier: int) -> None:
+    """A count below zero would have serials issued again."""
+    states: list[bytes] = []
+    mine = book(states)
+    mine.issue(2, 0)
+    with pytest.raises(UsageError, match=f"{count} prekeys for tier {tier}"):
+        mine.issue(count, tier)
+    assert len(states) == 1
+    assert Prekey.unpack(mine.issue(1, 0)[0]).serial == 2
 
 
 @pytest.mark.parametrize("attempt", [(4, 1), (4, 0), (3, 9), (0, 0)])

@@ -311,6 +311,37 @@ def test_a_session_goes_on_in_another_process(policy: Policy) -> None:
         cohort.clients()[0].saved()
 
 
+@pytest.mark.parametrize("crash", list(Stage)[:4])
+def test_progress_is_kept_before_an_answer_leaves(crash: Stage) -> None:
+    """A process that ends while it sends must not answer again, of which all masks are the same."""
+    cohort = Cohort((0,) * 4)
+    kept: list[bytes] = []
+    server = cohort.server(terms((5,)))
+    book, anchor = cohort.books[0], cohort.anchor
+    session = ClientSession(book, anchor, SMALL, save=kept.append)
+    clients = dict(zip(cohort.ids, [session, *cohort.clients()[1:]], strict=True))
+    while server.stage < crash:
+        for device, message in server.outbox().items():
+            reply = answer(clients[device], server.stage, message, np.ones(5, np.int32))
+            server.receive(device, reply)
+        server.advance()
+    message = server.outbox()[cohort.ids[0]]
+
+    def full(state: bytes) -> None:
+        kept.append(state)
+        raise OSError("disk full")
+
+    if crash > Stage.SHARES:
+        session = ClientSession.resume(book, anchor, kept[-1], SMALL, save=full)
+    else:
+        session = ClientSession(book, anchor, SMALL, save=full)
+    with pytest.raises(OSError, match="full"):  # and no answer
+        answer(session, crash, message, np.ones(5, np.int32))
+    for again in (session, ClientSession.resume(book, anchor, kept[-1], SMALL)):
+        with pytest.raises(ReleaseRefused, match=f"message {crash + 1} of a round"):
+            answer(again, crash, message, np.zeros(5, np.int32))
+
+
 def test_a_saved_session_keeps_nothing_of_others_once_it_is_over() -> None:
     cohort = Cohort((0,) * 4)
     clients = dict(zip(cohort.ids, cohort.clients(), strict=True))
@@ -433,11 +464,23 @@ def test_the_server_needs_a_model_and_sound_terms() -> None:
         server.outbox()
     with pytest.raises(UsageError, match="2 bands of a model that has 1"):
         server.publish(model(2))
+    with pytest.raises(UsageError, match="31 bytes"):
+        server.publish((bytes(31),))
+    server.publish(model(1))
+    server.publish(model(1))
+    with pytest.raises(UsageError, match="another model"):  # some may have got the first one
+        server.publish(model(1, b"other"))
     for bad in (
         terms((5, 5)),
         terms((5, 4)),
         terms((5,), minimums=(1, 1)),
         terms((5,), ring_bits=24),
+        terms((), minimums=()),
+        terms((0,)),
+        terms((5,), minimums=(0,)),
+        terms((5,), plan=b"short"),
+        terms((5,), run=""),
+        terms((5,), round=-1),
     ):
         with pytest.raises(UsageError, match="a round of"):
             ServerSession(bad, cohort.prekeys(), cohort.anchor)

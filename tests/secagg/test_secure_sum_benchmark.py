@@ -26,7 +26,7 @@ def secure_sum(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def rows(module: ModuleType, client: float, over: float, upload: int) -> list[dict[str, Any]]:
     size = module.Size(100, 10**6)
-    ours = module.as_row("privrec", size, [module.Sample(0.1, 1.0, upload + 36, 0.1 / over)])
+    ours = module.as_row("privrec", size, [module.Sample(0.1, 1.0, upload + 36, 0.1 / over, 36)])
     theirs = module.as_row("Flower", size, [module.Sample(client, 26.0, 8 * 10**6)])
     theirs |= {"client_ratio": client / 0.1, "server_ratio": 26.0}
     return [ours, theirs]
@@ -48,7 +48,7 @@ def test_claims_are_those_of_the_largest_size_and_can_fail(secure_sum: ModuleTyp
 
 def test_a_smaller_size_makes_no_claim_on_ratios(secure_sum: ModuleType) -> None:
     size = secure_sum.Size(20, 10**4)
-    ours = secure_sum.as_row("privrec", size, [secure_sum.Sample(0.1, 1.0, 40_036, 0.09)])
+    ours = secure_sum.as_row("privrec", size, [secure_sum.Sample(0.1, 1.0, 40_036, 0.09, 36)])
     theirs = secure_sum.as_row("Flower", size, [secure_sum.Sample(9.0, 9.0, 80_000)])
     found = secure_sum.claims_of([ours, theirs | {"client_ratio": 90.0, "server_ratio": 9.0}])
     assert [claim.value is None for claim in found] == [True, True, False, False]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -104,10 +105,44 @@ def test_what_is_no_message_is_refused(message: bytes) -> None:
         Sample.parse(message)
 
 
-def test_a_message_too_long_to_look_at_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "MAX_MESSAGE_BYTES", len(GOOD.pack()) - 1)
-    with pytest.raises(ReleaseRefused, match="no message"):
-        Sample.parse(GOOD.pack())
+def test_the_longest_message_of_a_kind_is_taken_and_a_longer_one_is_not_looked_at() -> None:
+    longest = Sample("aaaa", bytes(32), 300, (b"ab",) * 3).pack()
+    assert len(longest) <= Sample.limit() <= len(longest) + 60
+    longer = longest + bytes(Sample.limit())
+    with pytest.raises(ReleaseRefused, match=f"{len(longer)} bytes, where"):
+        Sample.parse(longer)
+
+
+@dataclass(frozen=True)
+class Long(Message):
+    KIND: ClassVar[int] = 10
+    content: Annotated[bytes, Size(0, 1 << 22)]
+
+
+@pytest.mark.parametrize("item", [b"\x90", b"\x80", b"\xc0", b"\xa0", b"\xd4\x01\x01"])
+@pytest.mark.parametrize("kind", [b"\xdd", b"\xdf"])
+def test_what_is_refused_takes_no_more_memory_than_it_is_long(kind: bytes, item: bytes) -> None:
+    """A byte of msgpack can stand for an object of many."""
+    count = 10**6
+    assert refused_at_a_peak_of(kind + count.to_bytes(4, "big") + item * count) < 1.5 * count
+
+
+def test_arrays_within_arrays_are_not_built() -> None:
+    nested = b"\x90"
+    for _ in range(4):
+        nested = b"\xdc\0\x20" + nested * 32
+    assert refused_at_a_peak_of(nested) < len(nested)
+
+
+def refused_at_a_peak_of(body: bytes) -> int:
+    message = b"PS\x01\x0a\x91" + body
+    tracemalloc.start()
+    try:
+        with pytest.raises(ReleaseRefused):
+            Long.parse(message)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 @given(st.integers(1, 70).flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, n - 1)))))
