@@ -137,10 +137,11 @@ class Plain:
         if shares.remove_excess:
             survivors = sorted(survivors, key=lambda each: enrolled.identity(each.user))
         for band in range(bands):
-            holders = [p.user for p in survivors if bands - p.tier.index > band]
-            kept = holders[: shares.kept(band, len(holders))]
+            holders = [p for p in survivors if bands - p.tier.index > band]
+            signed = {p.user for p in holders if p.leaves > Stage.CONFIRM}
+            removed = shares.removed(band, [p.user for p in holders], signed)
             total = np.zeros(shares.bands[band].size, _WIDE)
-            for user in kept:
+            for user in [p.user for p in holders if p.user not in set(removed)]:
                 seed = noise_seeds(root, band + 1, *context, user)[band]
                 total += shares.draw_band(band, seed)
             parts.append(total)
