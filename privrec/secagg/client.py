@@ -106,9 +106,9 @@ class _Round:
         return self.drawn[0]
 
     @property
-    def partners(self) -> list[int]:
+    def partners(self) -> set[int]:
         """All that were drawn for some band."""
-        return sorted({*chain.from_iterable(self.drawn)})
+        return set(chain.from_iterable(self.drawn))
 
     @property
     def devices(self) -> int:
@@ -451,8 +451,7 @@ class ClientSession:
             raise refused("survivors that lack this device, or were never present")
         if told.root != self._recalled().root:
             raise refused("survivors of a round with another model")
-        near = [number for number in round.partners if number in set(survivors)]
-        heard = self._heard(near, told.pledges)
+        heard = self._heard(sorted(round.partners.intersection(survivors)), told.pledges)
         round.check_quorum(survivors, "survived", heard)
         round.roster.check_bands(survivors, self._policy.minimum)
         return heard
@@ -490,13 +489,7 @@ class ClientSession:
 
     # ------------------------------------------------------------------ answers
 
-    def _enter(
-        self,
-        call: Call,
-        roster: Roster,
-        own: int,
-        prekey: SecretPrekey,
-    ) -> _Round:
+    def _enter(self, call: Call, roster: Roster, own: int, prekey: SecretPrekey) -> _Round:
         graph = self._policy.graph
         binding = Binding.of(call, graph)
         # Drawn now that the roster is fixed, from this device's own secrets: see graph.py.
@@ -543,7 +536,7 @@ class ClientSession:
         """
         round = self._called()
         yield Mask(round.binding.self_key(self._seed(), root), self.length, negative=False)
-        for peer in sorted({*round.partners, *drawers} & set(present)):
+        for peer in sorted(round.partners.union(drawers).intersection(present)):
             agreed = agree(round.prekey.masking, round.roster.prekeys[peer].masking)
             key = round.binding.pair_key(agreed, root, round.own, peer)
             length = min(self.length, round.roster.length(peer))
