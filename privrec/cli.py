@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +17,8 @@ import click
 from click.core import ParameterSource
 
 from privrec import __version__
+from privrec.cli_base import Commands, example
+from privrec.cli_flower import flower
 from privrec.errors import BudgetError, DataError, PrivrecError, UsageError
 
 if TYPE_CHECKING:
@@ -30,54 +31,6 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 QUICKSTART = Path(__file__).with_name("quickstart.toml")
 DEMO_USER = "7"
-OS_ERROR_REMEDY = "check that the path is right, writable and on a disk with room"
-
-
-class Commands(click.Group):
-    """A group whose errors are one message and an exit code, and which suggests near names."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; what privrec raises on purpose is printed without a traceback."""
-        try:
-            return super().invoke(ctx)
-        except PrivrecError as error:
-            _fail(ctx, str(error), error.exit_code)
-        except KeyboardInterrupt:
-            _fail(ctx, "interrupted; nothing after the last checkpoint is kept", 130)
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            _fail(ctx, f"{where}{error.strerror or error}; {OS_ERROR_REMEDY}", UsageError.exit_code)
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names in the order in which the commands are written, which is that of first use."""
-        return list(self.commands)
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click's, with the nearest command named where there is none of that name."""
-        known = self.list_commands(ctx)
-        if args and args[0] not in known and not args[0].startswith("-"):
-            near = get_close_matches(args[0], known, n=1, cutoff=0.5)
-            remedy = f"did you mean {near[0]!r}?" if near else f"try {ctx.command_path} --help"
-            raise UsageError(
-                f"{args[0]!r} is no command of {ctx.command_path}; it has {', '.join(known)}; "
-                f"{remedy}"
-            )
-        return super().resolve_command(ctx, args)
-
-
-def _fail(ctx: click.Context, message: str, code: int) -> None:
-    click.echo(f"error: {message}", err=True)
-    ctx.exit(code)
-
-
-def _example(*lines: str) -> str:
-    heading = "Example:" if len(lines) == 1 else "Examples:"
-    return "\b\n" + "\n".join([heading, *(f"  {line}" for line in lines)])
-
 
 _PATH = click.Path(path_type=Path)
 
@@ -128,7 +81,7 @@ _track = _options(
 @click.group(
     cls=Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog=_example("privrec demo", "privrec run scenarios/quickstart.toml"),
+    epilog=example("privrec demo", "privrec run scenarios/quickstart.toml"),
 )
 @click.version_option(__version__, prog_name="privrec")
 def main() -> None:
@@ -141,7 +94,7 @@ def main() -> None:
 
 @main.command(
     short_help="The whole path on embedded data, offline, in under a minute.",
-    epilog=_example("privrec demo", "privrec demo --out runs/first"),
+    epilog=example("privrec demo", "privrec demo --out runs/first"),
 )
 @_out
 @_json
@@ -167,7 +120,7 @@ def demo(out: Path | None, as_json: bool) -> None:
 
 @main.command(
     short_help="Train what a scenario describes and write its report.",
-    epilog=_example(
+    epilog=example(
         "privrec run scenarios/quickstart.toml -s train.rounds=50 --out runs/short",
         "privrec run scenarios/ml-1m-dp.toml --data data/ml-1m --json",
     ),
@@ -198,7 +151,7 @@ def run(
 
 @main.command(
     short_help="Go on with an interrupted run.",
-    epilog=_example("privrec resume runs/quickstart-1"),
+    epilog=example("privrec resume runs/quickstart-1"),
 )
 @_run_dir
 @_data
@@ -228,7 +181,7 @@ def resume(
 
 @main.command(
     short_help="Noise, ε by round and signal to noise, before any data.",
-    epilog=_example("privrec plan scenarios/ml-1m-dp.toml -s privacy.epsilon=4"),
+    epilog=example("privrec plan scenarios/ml-1m-dp.toml -s privacy.epsilon=4"),
 )
 @_scenario
 @_set
@@ -249,7 +202,7 @@ def plan(scenario_file: Path, settings: tuple[str, ...], as_json: bool) -> None:
 
 @main.command(
     short_help="Write the report of a finished run again.",
-    epilog=_example("privrec report runs/quickstart-1"),
+    epilog=example("privrec report runs/quickstart-1"),
 )
 @_run_dir
 @_json
@@ -266,7 +219,7 @@ def report(directory: Path, as_json: bool) -> None:
 
 @main.command(
     short_help="Put finished runs side by side.",
-    epilog=_example(
+    epilog=example(
         "privrec compare runs/ml-1m-1 runs/ml-1m-dp-1",
         "privrec compare runs/* --out comparison.html",
     ),
@@ -294,7 +247,7 @@ def compare(directories: tuple[Path, ...], out: Path | None, as_json: bool) -> N
 
 @main.command(
     short_help="Recommend items to a user or for a history.",
-    epilog=_example(
+    epilog=example(
         "privrec recommend runs/ml-1m-1 --user 42",
         "privrec recommend runs/ml-1m-1 --history liked.txt -k 20",
     ),
@@ -339,12 +292,15 @@ def recommend(
     print_recommendations(found, f"Recommendations for {whom}")
 
 
-@main.group(cls=Commands, epilog=_example("privrec data list", "privrec data fetch ml-1m"))
+main.add_command(flower)
+
+
+@main.group(cls=Commands, epilog=example("privrec data list", "privrec data fetch ml-1m"))
 def data() -> None:
     """List, fetch and describe data sets."""
 
 
-@data.command("list", epilog=_example("privrec data list --json"))
+@data.command("list", epilog=example("privrec data list --json"))
 @_data
 @_json
 def list_data(data_dir: Path | None, as_json: bool) -> None:
@@ -367,7 +323,7 @@ def list_data(data_dir: Path | None, as_json: bool) -> None:
     print_table("Data sets", ("name", "holds", "found"), cells)
 
 
-@data.command(epilog=_example("privrec data fetch ml-1m"))
+@data.command(epilog=example("privrec data fetch ml-1m"))
 @click.argument("name", metavar="NAME")
 @click.option(
     "--data",
@@ -385,7 +341,7 @@ def fetch(name: str, directory: Path | None) -> None:
     click.echo(path)
 
 
-@data.command(epilog=_example("privrec data describe ml-1m --data data/ml-1m"))
+@data.command(epilog=example("privrec data describe ml-1m --data data/ml-1m"))
 @click.argument("name", metavar="NAME|SCENARIO")
 @_set
 @_data
@@ -408,7 +364,7 @@ def describe(name: str, settings: tuple[str, ...], data_dir: Path | None, as_jso
 
 @main.command(
     short_help="Check what this machine offers to a run.",
-    epilog=_example("privrec doctor"),
+    epilog=example("privrec doctor"),
 )
 @_data
 @_json

@@ -179,6 +179,21 @@ def _items(scenario: Scenario) -> int | None:
     return KNOWN_ITEMS.get(scenario.data.source)
 
 
+def catalogue_size(scenario: Scenario) -> int:
+    """Number of items of a scenario's data, which is public.
+
+    Raises:
+        UsageError: when it is not known without the data.
+    """
+    items = _items(scenario)
+    if items is None:
+        raise UsageError(
+            f'data.source = "{scenario.data.source}": the size of its catalogue is not known here; '
+            "say it (run-config items = ...)"
+        )
+    return items
+
+
 def _slots(wanted: int, compression: float) -> int:
     """A power of two: upwards without compression, else the nearest, as Subspace.sized has it."""
     power = math.log2(max(1.0, wanted / compression))

@@ -104,6 +104,11 @@ class Loop(ABC):
             root_lost=self.ledger.header["noise_root"] != self.identity.root_tag(),
         )
 
+    @property
+    def checkpoint_every(self) -> int:
+        """Rounds between checkpoints."""
+        return self.scenario.run.checkpoint_every
+
     @abstractmethod
     def accuracy(self) -> dict[str, float] | None:
         """What is known of the accuracy after this round."""
@@ -132,7 +137,7 @@ class Loop(ABC):
                         f"stopped after round {server.index} of {self.scenario.train.rounds}; "
                         f"go on with: privrec resume {self.out}"
                     )
-                if server.index % self.scenario.run.checkpoint_every == 0:
+                if server.index % self.checkpoint_every == 0:
                     self.save()
         self.save()
         result = self.finish()

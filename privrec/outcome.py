@@ -24,6 +24,7 @@ from privrec.privacy.events import Accountant, Adversary, epsilon
 from privrec.privacy.ledger import Ledger
 from privrec.record import OUTSIDE
 from privrec.scenario import Scenario
+from privrec.server.server import Server
 
 _EPSILONS: dict[str, tuple[Adversary, Accountant]] = {
     "epsilon": ("recipients", "pld"),
@@ -33,10 +34,11 @@ _EPSILONS: dict[str, tuple[Adversary, Accountant]] = {
 }
 
 
-def write_model(out: Path, parts: Parts, scenario: Scenario, train: Interactions) -> None:
+def write_model(out: Path, server: Server, scenario: Scenario) -> None:
     """Write the released weights (``model.safetensors``) and what they mean (``model.json``)."""
-    replace(out / "model.safetensors", save({"weights": parts.server.released}))
-    description = {"items": train.n_items, "scenario": scenario.name, **_model(parts, scenario)}
+    replace(out / "model.safetensors", save({"weights": server.released}))
+    n_items = server.plan.federation.tiers[0].recommender.vectors.items
+    description = {"items": n_items, "scenario": scenario.name, **_model(server, scenario)}
     replace(out / "model.json", (json.dumps(description, indent=2) + "\n").encode())
 
 
@@ -112,10 +114,67 @@ def result_of(
         "baselines": {name: _baseline(name, scenario, split) for name in scenario.run.baselines},
         "metrics_note": OUTSIDE,
         "outside_the_guarantee": ["metrics", "intervals", "baselines", "data", "cost"],
-        "privacy": _privacy(scenario, split, parts, ledger, known=bool(identity["noise_known"])),
+        "privacy": _privacy(scenario, split.train.n_users, server, ledger, identity),
         "cost": _cost(parts, tiers, cpu_s, wall_s),
         "tiers": tiers,
-        "model": _model(parts, scenario),
+        "model": _model(server, scenario),
+        "data": identity["data"],
+    }
+
+
+def deployed_result(
+    scenario: Scenario,
+    server: Server,
+    ledger: Ledger,
+    *,
+    identity: Mapping[str, Any],
+    population: int,
+    wall_s: float,
+) -> dict[str, Any]:
+    """``result.json`` of a run whose devices are elsewhere: what the server knows, no accuracy.
+
+    Args:
+        scenario: what was run.
+        server: at the end of the run.
+        ledger: what was charged.
+        identity: content of ``run.json``.
+        population: enrolled devices.
+        wall_s: seconds of the whole run.
+    """
+    ring_bits, layouts = server.plan.protection.ring.bits, server.plan.federation.layouts
+    return {
+        "scenario": scenario.name,
+        "title": scenario.title,
+        "simulated": identity["simulated"],
+        "version": privrec.__version__,
+        "run_id": identity["run_id"],
+        "rounds": server.index,
+        "planned_rounds": scenario.train.rounds,
+        "holdout": scenario.data.holdout,
+        "metrics": {},
+        "intervals": {},
+        "baselines": {},
+        "metrics_note": OUTSIDE,
+        "outside_the_guarantee": ["cost"],
+        "privacy": _privacy(scenario, population, server, ledger, identity),
+        "cost": {
+            "upload_bytes": layouts[0].size * ring_bits // 8,
+            "download_bytes": layouts[0].size * BYTES_A_COEFFICIENT,
+            "device_peak_bytes": None,
+            "cpu_s_per_device_round": None,
+            "wall_s": _two_digits(wall_s) if server.plan.event.hides_cohorts else wall_s,
+        },
+        "tiers": [
+            {
+                "capacity": tier.capacity,
+                "share": tier.share,
+                "weight": tier.weight,
+                "upload_bytes": tier.layout.size * ring_bits // 8,
+                "download_bytes": tier.layout.size * BYTES_A_COEFFICIENT,
+            }
+            for tier in server.plan.federation.tiers
+        ],
+        "model": _model(server, scenario),
         "data": identity["data"],
     }
 
@@ -127,9 +186,13 @@ def _baseline(name: str, scenario: Scenario, split: Split) -> dict[str, float]:
 
 
 def _privacy(
-    scenario: Scenario, split: Split, parts: Parts, ledger: Ledger, *, known: bool
+    scenario: Scenario,
+    population: int,
+    server: Server,
+    ledger: Ledger,
+    identity: Mapping[str, Any],
 ) -> dict[str, Any]:
-    privacy, plan = scenario.privacy, parts.server.plan
+    privacy, plan, known = scenario.privacy, server.plan, bool(identity["noise_known"])
     holds = plan.event.is_private and not known
     spent = {
         name: ledger.epsilon(privacy.delta, adversary, accountant) if holds else None
@@ -153,7 +216,7 @@ def _privacy(
         "rounding_bound_ratio": encoding.bound / 2**encoding.scale_bits,
         "sampling": scenario.devices.sampling,
         "sampling_rate": scenario.devices.sampling_rate,
-        "population": split.train.n_users,
+        "population": population,
         "expected_cohort": plan.expected_cohort,
         "budget": privacy.epsilon,
         "budget_against": privacy.budget_against,
@@ -230,8 +293,8 @@ def _two_digits(value: float) -> float:
     return float(f"{value:.1e}")
 
 
-def _model(parts: Parts, scenario: Scenario) -> dict[str, Any]:
-    recommender = parts.federation.tiers[0].recommender
+def _model(server: Server, scenario: Scenario) -> dict[str, Any]:
+    recommender = server.plan.federation.tiers[0].recommender
     vectors, layout = recommender.vectors, recommender.layout
     return {
         "kind": scenario.model.kind,
@@ -241,5 +304,5 @@ def _model(parts: Parts, scenario: Scenario) -> dict[str, Any]:
         "compression": vectors.compression,
         "dense_weights": layout.dense,
         "coefficients": layout.size,
-        "weights_norm": float(np.linalg.norm(parts.server.released)),
+        "weights_norm": float(np.linalg.norm(server.released)),
     }

@@ -159,7 +159,7 @@ class _Simulated(Loop):
     def finish(self) -> Result:
         """See :meth:`Loop.finish`."""
         evaluated = self.evaluated or self.evaluate(("sampled", "full"))
-        write_model(self.out, self.parts, self.scenario, self.split.train)
+        write_model(self.out, self.server, self.scenario)
         payload = result_of(
             self.scenario, self.split, self.parts, self.ledger, evaluated,
             own=self._own(evaluated),

@@ -24,7 +24,7 @@ from privrec.secagg.client import ClientSession, Policy
 from privrec.secagg.graph import Graph
 from privrec.secagg.keys import DeviceKey, PrekeyBook
 from privrec.secagg.roster import ListedDevices
-from privrec.secagg.server import ServerSession, Stage
+from privrec.secagg.server import SecureSum, ServerSession, Stage
 
 Integers = NDArray[np.int64]
 _WIDE = np.dtype(np.int64)
@@ -196,7 +196,7 @@ class Secure:
 
     def total(self) -> Integers:
         """See :meth:`Summing.total`."""
-        server, protection = self._server, self._protection
+        server = self._server
         server.advance()
         for name, message in self._asked():
             server.receive(name, self._clients[name].confirm(message))
@@ -204,11 +204,7 @@ class Secure:
         for name, message in self._asked():
             server.receive(name, self._clients[name].unmask(message))
         server.advance()
-        total = server.result.total.astype(_WIDE)
-        if protection.shares is not None and protection.removes_excess:
-            total -= protection.shares.excess(server.result.excess)
-        ring = protection.ring
-        return from_wire(ring.leave(ring.enter(total)), self._federation.layouts)
+        return opened(server.result, self._protection, self._federation)
 
     def _asked(self) -> Iterator[tuple[bytes, bytes]]:
         """The devices that are still there, and what they are sent."""
@@ -225,6 +221,15 @@ class Secure:
 
     def _dealt(self, name: bytes) -> Sequence[bytes]:
         return self._seeds(name) if self._protection.removes_excess else ()
+
+
+def opened(result: SecureSum, protection: Protection, federation: Federation) -> Integers:
+    """The sum that the protocol gave, less noise in excess, in the layout of the shared vector."""
+    total = result.total.astype(_WIDE)
+    if protection.shares is not None and protection.removes_excess:
+        total -= protection.shares.excess(result.excess)
+    ring = protection.ring
+    return from_wire(ring.leave(ring.enter(total)), federation.layouts)
 
 
 SUMMING: Mapping[str, type[Plain] | type[Secure]] = {"exact": Plain, "full": Secure}

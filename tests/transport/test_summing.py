@@ -331,7 +331,9 @@ def test_what_cannot_be_protected_is_refused_before_the_run(
         parts_of(*changes)
 
 
-@pytest.mark.parametrize("kind", ["alike", "tiers", "rows", "excess kept", "skellam", "poisson", "small ring"])
+@pytest.mark.parametrize(
+    "kind", ["alike", "tiers", "rows", "excess kept", "skellam", "poisson", "small ring"]
+)
 def test_a_plan_is_what_the_run_charges(kind: str) -> None:
     changes = (*KINDS[kind], "privacy.noise_multiplier=", "privacy.epsilon=6")
     planned = plan(scenario(*changes))

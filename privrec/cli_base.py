@@ -1,0 +1,59 @@
+"""What the groups of commands share: errors as exit codes, and examples in the help."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import Any
+
+import click
+
+from privrec.errors import PrivrecError, UsageError
+
+OS_ERROR_REMEDY = "check that the path is right, writable and on a disk with room"
+
+
+class Commands(click.Group):
+    """A group whose errors are one message and an exit code, and which suggests near names."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; what privrec raises on purpose is printed without a traceback."""
+        try:
+            return super().invoke(ctx)
+        except PrivrecError as error:
+            _fail(ctx, str(error), error.exit_code)
+        except KeyboardInterrupt:
+            _fail(ctx, "interrupted; nothing after the last checkpoint is kept", 130)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            _fail(ctx, f"{where}{error.strerror or error}; {OS_ERROR_REMEDY}", UsageError.exit_code)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order in which the commands are written, which is that of first use."""
+        return list(self.commands)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click's, with the nearest command named where there is none of that name."""
+        known = self.list_commands(ctx)
+        if args and args[0] not in known and not args[0].startswith("-"):
+            near = get_close_matches(args[0], known, n=1, cutoff=0.5)
+            remedy = f"did you mean {near[0]!r}?" if near else f"try {ctx.command_path} --help"
+            raise UsageError(
+                f"{args[0]!r} is no command of {ctx.command_path}; it has {', '.join(known)}; "
+                f"{remedy}"
+            )
+        return super().resolve_command(ctx, args)
+
+
+def _fail(ctx: click.Context, message: str, code: int) -> None:
+    click.echo(f"error: {message}", err=True)
+    ctx.exit(code)
+
+
+def example(*lines: str) -> str:
+    """The end of a command's help: how it is called."""
+    heading = "Example:" if len(lines) == 1 else "Examples:"
+    return "\b\n" + "\n".join([heading, *(f"  {line}" for line in lines)])

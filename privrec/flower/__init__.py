@@ -1,0 +1,1 @@
+"""Federated training over Flower; an extra, which the rest of privrec does without."""

@@ -1,0 +1,300 @@
+"""The server app: the loop of a run, with a transport that reaches devices over Flower's grid."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from logging import ERROR, INFO, WARNING
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Context
+from flwr.common.logger import log
+from flwr.serverapp import Grid, ServerApp
+from numpy.typing import NDArray
+
+from privrec import checkpoint, rundir
+from privrec.assembly import agreement_of, federation_of, server_of
+from privrec.cli_plan import catalogue_size
+from privrec.device.protection import Protection
+from privrec.device.round import Round
+from privrec.device.update import Aggregate
+from privrec.errors import PrivrecError, ReleaseRefused, UsageError
+from privrec.flower.enrol import ServersWord, anchor_of
+from privrec.flower.registry import Member, Registry
+from privrec.flower.settings import scenario_of
+from privrec.flower.wire import EXCHANGES, MASKED, SHARES, round_to_body
+from privrec.identity import Identity
+from privrec.loop import Loop, Result
+from privrec.outcome import deployed_result, write_model
+from privrec.privacy.ledger import Ledger
+from privrec.randomness import SecretRoot, rng_for, sync_directory
+from privrec.record import EventLog, NullObserver, Observer, Record, RunInfo
+from privrec.scenario import Scenario, load
+from privrec.secagg.roster import Anchor
+from privrec.secagg.server import ServerSession
+from privrec.server.sampling import cohort
+from privrec.transport.summing import opened
+from privrec.wording import opening_words
+
+SPARE_PREKEYS = 8
+"""Prekeys that a device is asked for beyond one for each round."""
+
+
+@dataclass
+class Flower:
+    """A round over Flower's grid: four exchanges with the devices of all connected nodes.
+
+    Args:
+        registry: the devices.
+        protection: what everybody agreed on.
+        root: the server's secret, for the coins of sampling.
+        seed: of samples.
+        sampling_rate: chance of each device in a round.
+    """
+
+    registry: Registry
+    protection: Protection
+    root: SecretRoot
+    seed: int
+    sampling_rate: float
+
+    def collect(self, round: Round, weights: NDArray[np.float32]) -> Aggregate:
+        """See :meth:`privrec.transport.base.Transport.collect`."""
+        called, federation = self._called(round), self.registry.federation
+        session = ServerSession(
+            self.protection.terms(round, federation.layouts),
+            [member.prekeys.pop(0) for member in called],
+            self.registry.anchor,
+        )
+        session.publish(round.model_digests)
+        key = int(rng_for(self.seed, "samples", round.index).integers(2**63))
+        extras: dict[str, dict[str, Any]] = {
+            SHARES: {"round": round_to_body(round)},
+            MASKED: {"weights": weights.tobytes(), "key": key},
+        }
+        for exchange in EXCHANGES:
+            self._exchange(exchange, session, extras.get(exchange, {}))
+        return Aggregate(opened(session.result, self.protection, federation), len(called), None)
+
+    def _called(self, round: Round) -> list[Member]:
+        """The round's cohort: those who are sampled, train, and left prekeys."""
+        self.registry.greet_newcomers()
+        members, tiers = self.registry.ordered(), self.registry.federation.tiers
+        if round.event.is_private:
+            coins = self.root.stream("cohort", *round.context).uint64(len(members))
+        else:
+            seeded = rng_for(self.seed, "cohort", round.index)
+            coins = seeded.integers(0, 2**64, len(members), dtype=np.uint64)
+        chosen = [members[place] for place in cohort(coins, self.sampling_rate)]
+        called = [member for member in chosen if tiers[member.tier].weight > 0]
+        self.registry.refill(called)
+        return [member for member in called if member.prekeys]
+
+    def _exchange(self, kind: str, session: ServerSession, extra: Mapping[str, Any]) -> None:
+        """One exchange with everybody that the session waits for."""
+        bodies: dict[int, dict[str, Any]] = defaultdict(lambda: {"messages": {}, **extra})
+        for name, message in session.outbox().items():
+            bodies[self.registry.node_of(name)]["messages"][name] = message
+        for node, reply in self.registry.ask(kind, bodies):
+            for name, why in reply.get("refused", {}).items():
+                log(WARNING, "privrec: device %s refused %s: %s", name.hex()[:16], kind, why)
+            for name, answer in reply.get("answers", {}).items():
+                if self.registry.node_of(name) != node:
+                    continue  # a node speaks for its own devices only
+                try:
+                    session.receive(name, answer)
+                except ReleaseRefused as error:
+                    log(WARNING, "privrec: device %s: %s", name.hex()[:16], error)
+        session.advance()
+
+
+@dataclass(kw_only=True)
+class Deployed(Loop):
+    """A run whose devices are elsewhere: nothing is known of their accuracy here."""
+
+    @property
+    def checkpoint_every(self) -> int:
+        """Every round: devices go on, and would refuse to go back to an earlier one."""
+        return 1
+
+    def accuracy(self) -> dict[str, float] | None:
+        """Nothing: metrics are computed from histories, which stay on the devices."""
+        return None
+
+    def save(self) -> None:
+        """See :meth:`Loop.save`."""
+        rundir.save(
+            self.out, self.server, (), self.identity, self.scenario, self.ledger, "", self.wall_s,
+            self.cpu_s,
+        )  # fmt: skip
+
+    def finish(self) -> Result:
+        """See :meth:`Loop.finish`."""
+        write_model(self.out, self.server, self.scenario)
+        payload = deployed_result(
+            self.scenario, self.server, self.ledger, identity=self.identity.to_json(),
+            population=self.population, wall_s=self.wall_s,
+        )  # fmt: skip
+        rundir.write_json(self.out / "result.json", payload)
+        (self.out / rundir.CHECKPOINT).unlink()
+        self.events.append("end", round=self.server.index)
+        return Result(self.out, payload)
+
+
+def deploy(
+    scenario: Scenario,
+    grid: Grid,
+    *,
+    out: Path,
+    items: int,
+    anchor: Anchor | None = None,
+    observer: Observer | None = None,
+    unsafe_noise_key: bytes | None = None,
+    wait_s: float = 60.0,
+    timeout_s: float = 600.0,
+) -> Result:
+    """Run a scenario over the devices of a grid, or go on with what ``out`` has of it.
+
+    Args:
+        scenario: what all parties agreed to.
+        grid: Flower's.
+        out: the run's directory; one that a stopped run left is gone on with.
+        items: size of the catalogue.
+        anchor: whom the server takes for a device; anybody by default.
+        observer: is told of the start, every round and the end.
+        unsafe_noise_key: a root that others know, for comparisons; the run protects nobody then.
+        wait_s: how long nodes are waited for.
+        timeout_s: how long an exchange may take.
+
+    Raises:
+        UsageError: when the scenario cannot be deployed.
+        BudgetError: when the budget ran out; the run is finished as far as it came.
+        ReleaseRefused: when rounds keep ending without a sum.
+        IntegrityError: when ``out`` was altered.
+    """
+    population = scenario.devices.population
+    if population is None:
+        raise UsageError("devices.population is unset: enrolled devices are public; set it")
+    federation = federation_of(scenario, items)
+    _, protection = agreement_of(scenario, federation, population)
+    registry = Registry(
+        grid, federation, scenario.plan_hash(), population, anchor or ServersWord(),
+        scenario.train.rounds + SPARE_PREKEYS, wait_s, timeout_s,
+    )  # fmt: skip
+    if (out / "run.json").exists():
+        identity = Identity.read(out)
+        if (payload := rundir.result(out)) is not None:
+            return Result(out, payload)
+        _check_same_scenario(out, scenario)
+        registry.register()
+    else:
+        rundir.refuse_taken(out)
+        registry.register()
+        identity = _begun(scenario, out, items, population, unsafe_noise_key, registry.simulated)
+    server = server_of(scenario, federation, population, identity.run_id)
+    position, arrays = checkpoint.read(out / rundir.CHECKPOINT)
+    rundir.check_same(out, position, identity, scenario, "")
+    rundir.restore(server, (), position, arrays)
+    root, rate = identity.root("server"), scenario.devices.sampling_rate
+    flower = Flower(registry, protection, root, scenario.run.seed, rate)
+    with (
+        Ledger.open(out / "ledger.jsonl", signing_key=identity.signing_key()) as ledger,
+        EventLog(out / "events.jsonl") as events,
+    ):
+        rundir.check_ledger(out, ledger, identity, position)
+        observer = observer or NullObserver()
+        loop = Deployed(
+            out, scenario, population, identity, server, flower, observer, ledger, events
+        )
+        loop.continue_clocks(position)
+        if position.index or ledger.charges:
+            events.append("resume", round=position.index, repaired=ledger.repaired)
+        observer.started(loop.info())
+        return loop.run()
+
+
+def _check_same_scenario(out: Path, scenario: Scenario) -> None:
+    begun = load(out / "scenario.toml")
+    if begun.hash() != scenario.hash():
+        raise UsageError(
+            f"{out}: a run of another scenario was stopped there; give the run-config that it was "
+            "started with, or another out"
+        )
+
+
+def _begun(
+    scenario: Scenario, out: Path, items: int, population: int, known: bytes | None,
+    simulated: bool,
+) -> Identity:  # fmt: skip
+    described = {"source": scenario.data.source, "items": items, "users": population}
+    identity = Identity.new(scenario, described, None, known, simulated=simulated)
+    with identity.forgotten_unless(out), rundir.appearing(out) as folder:
+        rundir.write_json(folder / "run.json", identity.to_json())
+        checkpoint.replace(folder / "scenario.toml", scenario.to_toml().encode())
+        with rundir.new_ledger(folder, scenario, identity, population) as ledger:
+            identity.root("server")
+            federation = federation_of(scenario, items)
+            server = server_of(scenario, federation, population, identity.run_id)
+            rundir.save(folder, server, (), identity, scenario, ledger, "")
+        with EventLog(folder / "events.jsonl") as events:
+            events.append("start", run_id=identity.run_id, simulated=identity.simulated)
+    sync_directory(out.parent)
+    return identity
+
+
+class _Log(NullObserver):
+    """Lines in Flower's log."""
+
+    def started(self, info: RunInfo) -> None:
+        log(INFO, "privrec: %s", opening_words(info))
+
+    def round(self, record: Record) -> None:
+        spent = "no privacy" if record.epsilon is None else f"ε {record.epsilon:.2f}"
+        log(INFO, "privrec: round %d/%d · %s", record.round, record.rounds, spent)
+
+
+def server_app(folder: Path) -> ServerApp:
+    """A Flower ServerApp that trains the scenario of an app over all connected nodes.
+
+    Its run-config has ``scenario``, ``set``, ``out`` (the run's directory on the server), ``items``
+    (size of the catalogue, for data that the scenario does not describe), ``wait-s``, ``timeout-s``
+    and, for the server's own check of devices, ``roster`` or ``enrolment-key``.
+
+    Args:
+        folder: where the app's scenario lies.
+    """
+    app = ServerApp()
+
+    @app.main()  # type: ignore[untyped-decorator]  # Flower may be absent
+    def main(grid: Grid, context: Context) -> None:
+        config = context.run_config
+        try:
+            scenario = scenario_of(folder, config)
+            items = int(config.get("items", 0)) or catalogue_size(scenario)
+            roster, key = str(config.get("roster", "")), str(config.get("enrolment-key", ""))
+            result = deploy(
+                scenario, grid,
+                out=Path(str(config.get("out", "run"))),
+                items=items,
+                anchor=anchor_of(roster or None, key or None, simulated=True),
+                observer=_Log(),
+                wait_s=float(config.get("wait-s", 60)),
+                timeout_s=float(config.get("timeout-s", 600)),
+            )  # fmt: skip
+        except PrivrecError as error:
+            log(ERROR, "privrec: %s", error)
+            raise
+        _reported(result)
+
+    return app
+
+
+def _reported(result: Result) -> None:
+    from privrec.report.build import build
+    from privrec.report.render import write
+
+    write(build(result.path), result.path)
+    log(INFO, "privrec: the run and its report are in %s", result.path)

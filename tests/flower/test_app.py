@@ -1,0 +1,372 @@
+"""The recommender over Flower's messages: the same run as a simulated one, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+pytest.importorskip("flwr", reason="needs the extra privrec[flower]")
+
+from loopback import Loopback, context_of
+
+from privrec import run
+from privrec.errors import DataError, ReleaseRefused, UsageError
+from privrec.flower import client_app as client_module
+from privrec.flower.client_app import client_app
+from privrec.flower.enrol import anchor_of, enroll
+from privrec.flower.server_app import deploy
+from privrec.flower.settings import scenario_of
+from privrec.flower.wire import MASKED, SHARES, UNMASK, pack, unpack
+from privrec.privacy.ledger import Ledger
+from privrec.randomness import SecretRoot
+from privrec.record import NullObserver
+from privrec.report.build import build
+from privrec.scenario import Scenario, load
+from privrec.serving import recommend
+
+SCENARIO = """
+name = "over-flower"
+[data]
+users = 40
+items = 60
+clusters = 3
+interactions_per_user = 8
+[model]
+dim = 8
+block = 4
+[devices]
+population = 40
+sampling = "everybody"
+min_cohort = 5
+tiers = [{ capacity = 1.0, share = 0.5 }, { capacity = 0.5, share = 0.5 }]
+[train]
+rounds = 3
+loss = "full_softmax"
+server_optimizer = "fedavg"
+server_lr = 3.0
+[privacy]
+noise = "distributed"
+clip_norm = 1.0
+noise_multiplier = 2.0
+delta = 1e-3
+[run]
+engine = "device"
+footprint = false
+"""
+NODES = 4
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRIVREC_STATE", str(tmp_path / "state"))
+
+
+def app_folder(tmp_path: Path, text: str = SCENARIO) -> Path:
+    folder = tmp_path / "app"
+    folder.mkdir(exist_ok=True)
+    (folder / "scenario.toml").write_text(text)
+    return folder
+
+
+def grid_of(folder: Path, parts: int = NODES, **more: Any) -> Loopback:
+    app, lost = client_app(folder), more.pop("lost", lambda node, kind: False)
+    configs = more.pop("configs", [{} for _ in range(parts)])
+    run_config = more.pop("run_config", {})
+    return Loopback(
+        {
+            10 + part: (
+                app,
+                context_of(
+                    10 + part,
+                    {"partition-id": part, "num-partitions": parts, **configs[part]},
+                    run_config,
+                ),
+            )
+            for part in range(parts)
+        },
+        lost,
+    )
+
+
+def deployed(folder: Path, grid: Loopback, out: Path, **words: Any) -> dict[str, Any]:
+    words = {"items": 60, "wait_s": 0.2, **words}
+    return deploy(load(folder / "scenario.toml"), grid, out=out, **words).payload
+
+
+def known_nodes(monkeypatch: pytest.MonkeyPatch, key: bytes = b"k") -> None:
+    """Nodes that draw from the root that a known simulated run gives its devices."""
+    root = SecretRoot.known(key + b"devices")
+    monkeypatch.setattr(client_module._InContext, "root", lambda _: root)
+
+
+def tags(out: Path) -> list[tuple[Any, ...]]:
+    entries = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
+    return [(e.get("round"), e.get("attempt"), e.get("tag")) for e in entries]
+
+
+@pytest.mark.parametrize("excess", ["true", "false"])
+def test_a_run_over_flower_is_the_simulated_one_bit_for_bit(
+    excess: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known_nodes(monkeypatch)
+    folder = app_folder(tmp_path, SCENARIO.replace("delta", f"remove_excess = {excess}\ndelta"))
+    deployed(folder, grid_of(folder), tmp_path / "flower", unsafe_noise_key=b"k")
+    scenario = Scenario.from_toml((folder / "scenario.toml").read_text())
+    run.start(scenario, out=tmp_path / "here", observer=NullObserver(), unsafe_noise_key=b"k")
+    one, two = (
+        load_file(tmp_path / n / "model.safetensors")["weights"] for n in ("flower", "here")
+    )
+    assert one.tobytes() == two.tobytes()
+    assert tags(tmp_path / "flower") == tags(tmp_path / "here")
+    assert len(tags(tmp_path / "here")) == 7
+
+
+def test_a_node_that_is_lost_in_the_midst_of_a_round_drops_out(tmp_path: Path) -> None:
+    """A quarter of the users vanish after they dealt shares; then another time after masking."""
+    folder = app_folder(tmp_path)
+    gone: set[int] = set()
+
+    def lost(node: int, kind: str) -> bool:
+        if kind == MASKED and node == 12:
+            gone.add(node)
+        return node in gone
+
+    grid = grid_of(folder, lost=lost)
+    payload = deployed(folder, grid, tmp_path / "run")
+    assert payload["rounds"] == 3
+    assert payload["metrics"] == {}
+    with Ledger.open(tmp_path / "run/ledger.jsonl") as ledger:
+        assert len(ledger.charges) == 3
+    assert build(tmp_path / "run").privacy.private
+    found = recommend(tmp_path / "run", user="3", k=5)
+    assert len(found) == 5
+
+
+def test_two_nodes_lost_are_too_many_and_the_round_is_charged_all_the_same(tmp_path: Path) -> None:
+    folder = app_folder(tmp_path)
+    grid = grid_of(folder, lost=lambda node, kind: node >= 12 and kind == UNMASK)
+    with pytest.raises(ReleaseRefused):
+        deployed(folder, grid, tmp_path / "run")
+    with Ledger.open(tmp_path / "run/ledger.jsonl") as ledger:
+        assert len(ledger.charges) == 20
+        assert ledger.committed(0, 0) is None
+
+
+def test_a_stopped_run_goes_on_and_no_noise_is_drawn_with_two_values(tmp_path: Path) -> None:
+    """The server dies in the midst of a round, and a new one with the same directory goes on."""
+    folder, keys = app_folder(tmp_path), [tmp_path / f"keys{part}" for part in range(NODES)]
+    for part, each in enumerate(keys):
+        enroll(each, range(part, 40, NODES), tmp_path / "roster", None)
+    configs = [{"keys": str(each), "roster": str(tmp_path / "roster")} for each in keys]
+
+    class Died(Exception):
+        pass
+
+    calls = {"masked": 0}
+
+    def dying(node: int, kind: str) -> bool:
+        calls["masked"] += kind == MASKED
+        if calls["masked"] == 6:  # in the second round, after some devices masked
+            raise Died
+        return False
+
+    first = grid_of(folder, configs=configs, lost=dying)
+    with pytest.raises(Died):
+        deployed(folder, first, tmp_path / "run")
+    second = grid_of(folder, configs=configs)
+    payload = deployed(folder, second, tmp_path / "run")
+    assert payload["rounds"] == 3
+    with Ledger.open(tmp_path / "run/ledger.jsonl") as ledger:
+        # The devices refused the attempt that they had answered, so another one was charged.
+        assert [(c.round, c.attempt) for c in ledger.charges] == [(0, 0), (1, 0), (1, 1), (2, 0)]
+    masked: dict[tuple[Any, ...], bytes] = {}
+    for grid in (first, second):
+        current: dict[int, Any] = {}
+        for node, kind, asked, reply in grid.seen:
+            if kind == SHARES:
+                described = unpack(asked)["round"]
+                current[node] = (described["index"], described["attempt"])
+            if kind != MASKED:
+                continue
+            for name, answer in unpack(reply)["answers"].items():
+                assert masked.setdefault((name, *current[node]), answer) == answer
+    assert len({place[1:] for place in masked}) == 4
+
+
+def test_another_scenario_does_not_go_on_with_a_run(tmp_path: Path) -> None:
+    folder = app_folder(tmp_path)
+    grid = grid_of(folder, lost=lambda node, kind: kind == UNMASK)
+    with pytest.raises(ReleaseRefused):
+        deployed(folder, grid, tmp_path / "run")
+    other = app_folder(tmp_path, SCENARIO.replace("rounds = 3", "rounds = 4"))
+    with pytest.raises(UsageError, match="another scenario"):
+        deployed(other, grid_of(other), tmp_path / "run")
+
+
+# --------------------------------------------------------------------------- refusals
+
+
+def logged(caplog: pytest.LogCaptureFixture) -> str:
+    return " ".join(record.getMessage() for record in caplog.records)
+
+
+@pytest.fixture
+def flower_log(caplog: pytest.LogCaptureFixture) -> Any:
+    logger = logging.getLogger("flwr")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def test_a_node_with_another_scenario_is_left_out(tmp_path: Path, flower_log: Any) -> None:
+    folder = app_folder(tmp_path)
+    grid = grid_of(folder)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "scenario.toml").write_text(SCENARIO.replace("dim = 8", "dim = 16"))
+    grid.apps[13] = (client_app(other), grid.apps[13][1])
+    payload = deployed(folder, grid, tmp_path / "run")
+    assert payload["rounds"] == 3
+    assert "node 13 has another scenario" in logged(flower_log)
+
+
+def test_devices_refuse_a_cohort_with_one_that_is_not_enrolled(
+    tmp_path: Path, flower_log: Any
+) -> None:
+    folder, roster = app_folder(tmp_path), tmp_path / "roster"
+    keys = [tmp_path / f"keys{part}" for part in range(NODES)]
+    for part, each in enumerate(keys):
+        enroll(each, range(part, 40, NODES), roster if part else tmp_path / "elsewhere", None)
+    configs = [{"keys": str(each), "roster": str(roster)} for each in keys]
+    with pytest.raises(ReleaseRefused):
+        deployed(folder, grid_of(folder, configs=configs), tmp_path / "run")
+    assert "no enrolled device signed this prekey" in logged(flower_log)
+    # A server that has the roster leaves the stranger out, and the others go on.
+    anchor = anchor_of(str(roster), None, simulated=False)
+    fresh = [tmp_path / f"fresh{part}" for part in range(NODES)]
+    for part, each in enumerate(fresh):
+        enroll(each, range(part, 40, NODES), roster if part else tmp_path / "elsewhere", None)
+    configs = [{"keys": str(each), "roster": str(roster)} for each in fresh]
+    anchor = anchor_of(str(roster), None, simulated=False)
+    payload = deployed(folder, grid_of(folder, configs=configs), tmp_path / "second", anchor=anchor)
+    assert payload["rounds"] == 3
+
+
+def test_an_office_certifies_devices(tmp_path: Path) -> None:
+    folder = app_folder(tmp_path)
+    keys = [tmp_path / f"keys{part}" for part in range(NODES)]
+    for part, each in enumerate(keys):
+        enroll(each, range(part, 40, NODES), None, tmp_path / "office")
+    public = str(tmp_path / "office.pub")
+    configs = [{"keys": str(each), "enrolment-key": public} for each in keys]
+    assert deployed(folder, grid_of(folder, configs=configs), tmp_path / "run")["rounds"] == 3
+    enroll(tmp_path / "other", [0], None, tmp_path / "other office")
+    wrong = [{**config, "enrolment-key": str(tmp_path / "other office.pub")} for config in configs]
+    for part, each in enumerate(keys):
+        (each / "state").unlink()
+        wrong[part]["keys"] = str(each)
+    with pytest.raises(ReleaseRefused):
+        deployed(folder, grid_of(folder, configs=wrong), tmp_path / "refused")
+
+
+def test_a_server_that_swaps_keys_is_refused(tmp_path: Path, flower_log: Any) -> None:
+    """It puts devices of its own in the place of others; honest devices hold the roster."""
+    folder, roster = app_folder(tmp_path), tmp_path / "roster"
+    configs = []
+    for part in range(NODES):
+        enroll(tmp_path / f"keys{part}", range(part, 40, NODES), roster, None)
+        configs.append({"keys": str(tmp_path / f"keys{part}"), "roster": str(roster)})
+    grid = grid_of(folder, configs=configs)
+    mine = grid_of(folder).apps  # the server's own devices, under fresh keys
+    grid.apps[10], grid.apps[11] = mine[10], mine[11]
+    with pytest.raises(ReleaseRefused):
+        deployed(folder, grid, tmp_path / "run")
+    assert "no enrolled device signed this prekey" in logged(flower_log)
+
+
+def test_a_server_that_plans_less_noise_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flower_log: Any
+) -> None:
+    folder = app_folder(tmp_path)
+    grid = grid_of(folder)
+    lowered = Scenario.from_toml(SCENARIO.replace("= 2.0", "= 1.0"))
+    agreed = Scenario.from_toml(SCENARIO).plan_hash()
+    monkeypatch.setattr(Scenario, "plan_hash", lambda _: agreed)  # it lies about the plan
+    with pytest.raises(ReleaseRefused):
+        deploy(lowered, grid, out=tmp_path / "run", items=60, wait_s=0.2)
+    assert "these devices agreed to" in logged(flower_log)
+
+
+def test_a_device_of_its_own_needs_an_anchor(tmp_path: Path) -> None:
+    folder = app_folder(tmp_path)
+    (tmp_path / "liked").write_text("a\nc\n")
+    (tmp_path / "catalogue").write_text("\n".join("abcd" * 1) + "\n")
+    config = {"history": str(tmp_path / "liked"), "catalogue": str(tmp_path / "catalogue")}
+    message_context = context_of(10, config, {})
+    with pytest.raises(UsageError, match="no trust anchor"):
+        client_module.node_of(folder, message_context)
+    enroll(tmp_path / "keys", [7], tmp_path / "roster", None)
+    config |= {"keys": str(tmp_path / "keys"), "roster": str(tmp_path / "roster"), "number": 7}
+    node = client_module.node_of(folder, context_of(10, config, {}))
+    assert [(h.user, h.tier, h.history.tolist()) for h in node.hosted] == [(7, 0, [0, 2])]
+    assert not node.simulated
+    node = client_module.node_of(folder, context_of(10, config | {"capacity": 0.5}, {}))
+    assert node.hosted[0].tier == 1
+    for bad, kind, says in (
+        ({"capacity": 0.3}, UsageError, "capacity = 0.3"),
+        ({"catalogue": ""}, UsageError, "without catalogue"),
+        ({"history": str(tmp_path / "nothing")}, DataError, "could not be read"),
+        ({"roster": str(tmp_path / "nothing")}, UsageError, "could not be read"),
+        ({"enrolment-key": "12"}, UsageError, "both given"),
+        ({"roster": "", "enrolment-key": "12"}, DataError, "64 hexadecimal"),
+    ):
+        with pytest.raises(kind, match=says):
+            client_module.node_of(folder, context_of(10, config | bad, {}))
+    (tmp_path / "liked").write_text("z\n")
+    with pytest.raises(DataError, match="'z' is not in the catalogue"):
+        client_module.node_of(folder, context_of(10, config, {}))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("devices.population=", "population is unset"),
+        ("privacy.noise=central", "trusts a server"),
+        ("devices.popularity=public", "order of items by popularity"),
+    ],
+)
+def test_what_cannot_be_deployed_is_refused(change: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=says):
+        scenario_of(app_folder(tmp_path), {"set": f"train.rounds=2; {change}"})
+
+
+def test_messages_that_are_none_of_ours_are_answered_with_an_error(tmp_path: Path) -> None:
+    from flwr.app import Message, RecordDict
+
+    grid = grid_of(app_folder(tmp_path))
+    for content in (RecordDict(), pack({"round": {"index": 1}, "messages": {}})):
+        message = Message(content=content, dst_node_id=10, message_type=SHARES)
+        (reply,) = grid.send_and_receive([message])
+        assert "error" in unpack(reply)
+
+
+def test_nothing_of_a_history_travels_in_clear(tmp_path: Path) -> None:
+    """Masked vectors are uniform, and no message has a history or a private state."""
+    folder = app_folder(tmp_path)
+    grid = grid_of(folder)
+    deployed(folder, grid, tmp_path / "run")
+    entries = b"".join(
+        answer[36 : 36 + 4 * 200]
+        for _, kind, _, reply in grid.seen
+        if kind == MASKED
+        for answer in unpack(reply)["answers"].values()
+    )
+    top = np.frombuffer(entries, np.uint8)
+    share = np.unpackbits(top).mean()
+    assert abs(share - 0.5) < 5 * 0.5 / np.sqrt(8 * len(top))
