@@ -25,8 +25,24 @@ from privrec.privacy.noise import rounded_gaussian
 from privrec.randomness import SecretRoot, SecureStream
 from privrec.scenario import Scenario, load
 
+KNOWN_ITEMS = {
+    "ml-100k": 1682,
+    "ml-1m": 3706,
+    "ml-10m": 10677,
+    "ml-20m": 26744,
+    "ml-25m": 59047,
+}
+"""Rated items of the published MovieLens sets: public, like their numbers of users."""
+
 FILE = "catalogue.safetensors"
 Order = NDArray[np.int64]
+
+
+def known_items(scenario: Scenario) -> int | None:
+    """Size of the catalogue, where it is public without looking at the data."""
+    if scenario.data.source == "synthetic":
+        return scenario.data.items
+    return KNOWN_ITEMS.get(scenario.data.source)
 
 
 def release_event(scenario: Scenario) -> RoundEvent | None:

@@ -17,12 +17,6 @@ from privrec.errors import UsageError
 )
 def flower() -> None:
     """Deploy with Flower: write an app, enrol devices."""
-    try:
-        import flwr  # noqa: F401
-    except ImportError:
-        raise UsageError(
-            "Flower is not installed here; install the extra: pip install 'privrec[flower]'"
-        ) from None
 
 
 @flower.command(epilog=example("privrec flower init my-app --scenario my.toml"))

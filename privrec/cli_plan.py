@@ -6,21 +6,12 @@ import math
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from privrec.catalogue import release_event
+from privrec.catalogue import known_items, release_event
 from privrec.errors import UsageError
 from privrec.scenario import Scenario
 
 if TYPE_CHECKING:
     from privrec.privacy.events import RoundEvent
-
-KNOWN_ITEMS = {
-    "ml-100k": 1682,
-    "ml-1m": 3706,
-    "ml-10m": 10677,
-    "ml-20m": 26744,
-    "ml-25m": 59047,
-}
-"""Rated items of the published MovieLens sets: public, like their numbers of users."""
 
 MILESTONES = 10
 SMALL_COHORT = 20
@@ -150,7 +141,7 @@ def coefficients(scenario: Scenario) -> int | None:
 
 def _lengths(scenario: Scenario) -> dict[int, float] | None:
     """Length of each tier's vector, and the share of devices that train with it."""
-    items, chain = _items(scenario), scenario.devices.chain
+    items, chain = known_items(scenario), scenario.devices.chain
     if items is None or any(tier.capacity is None for tier in chain):
         return None
     return {
@@ -171,27 +162,6 @@ def _length(scenario: Scenario, items: int, halving: int) -> int:
         biases = _slots(items, model.compression) >> halving
     gram = dim * (dim + 1) // 2 if scenario.train.loss == "ials" else 0
     return _dense(scenario) + gram + memory + (biases if model.item_bias else 0)
-
-
-def _items(scenario: Scenario) -> int | None:
-    if scenario.data.source == "synthetic":
-        return scenario.data.items
-    return KNOWN_ITEMS.get(scenario.data.source)
-
-
-def catalogue_size(scenario: Scenario) -> int:
-    """Number of items of a scenario's data, which is public.
-
-    Raises:
-        UsageError: when it is not known without the data.
-    """
-    items = _items(scenario)
-    if items is None:
-        raise UsageError(
-            f'data.source = "{scenario.data.source}": the size of its catalogue is not known here; '
-            "say it (run-config items = ...)"
-        )
-    return items
 
 
 def _slots(wanted: int, compression: float) -> int:

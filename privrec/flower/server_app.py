@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from privrec import checkpoint, rundir
 from privrec.assembly import agreement_of, federation_of, server_of
-from privrec.cli_plan import catalogue_size
+from privrec.catalogue import known_items
 from privrec.device.protection import Protection
 from privrec.device.round import Round
 from privrec.device.update import Aggregate
@@ -273,7 +273,9 @@ def server_app(folder: Path) -> ServerApp:
         config = context.run_config
         try:
             scenario = scenario_of(folder, config)
-            items = int(config.get("items", 0)) or catalogue_size(scenario)
+            items = int(config.get("items", 0)) or known_items(scenario)
+            if not items:
+                raise UsageError("items is unset: say the size of the catalogue in the run-config")
             roster, key = str(config.get("roster", "")), str(config.get("enrolment-key", ""))
             result = deploy(
                 scenario, grid,

@@ -37,6 +37,7 @@ FLOORS = (
     ("run",),
     ("report",),
     ("serving",),  # recommend: the room of the plan, by a name that hides no function
+    ("flower",),
     ("cli",),
     ("__main__",),
 )
