@@ -66,7 +66,7 @@ class Registry:
     simulated: bool = field(default=False, init=False)
     """Whether some node hosts users of a data set."""
     _members: dict[bytes, Member] = field(default_factory=dict, init=False)
-    _greeted: set[int] = field(default_factory=set, init=False)
+    _heard: set[int] = field(default_factory=set, init=False)
 
     def register(self) -> None:
         """Wait for the devices, and take their prekeys; those that come later are taken then.
@@ -96,7 +96,7 @@ class Registry:
 
     def greet_newcomers(self) -> bool:
         """Ask nodes that are new for their devices; whether there were any."""
-        fresh = set(self.grid.get_node_ids()) - self._greeted
+        fresh = set(self.grid.get_node_ids()) - self._heard
         return self._greet(fresh)
 
     def refill(self, called: Iterable[Member]) -> None:
@@ -116,8 +116,11 @@ class Registry:
         ]
         if not messages:
             return
-        for reply in self.grid.send_and_receive(messages, timeout=self.timeout_s):
+        # Answers to a greeting may wait for as long as devices may.
+        timeout_s = max(self.wait_s, self.timeout_s) if kind == REGISTER else self.timeout_s
+        for reply in self.grid.send_and_receive(messages, timeout=timeout_s):
             node = reply.metadata.src_node_id
+            self._heard.add(node)
             if reply.has_error():
                 log(WARNING, "privrec: node %d did not answer %s: %s", node, kind, reply.error)
                 continue
@@ -133,7 +136,6 @@ class Registry:
     def _greet(self, nodes: set[int]) -> bool:
         for node, reply in self.ask(REGISTER, {node: {"prekeys": self.deposit} for node in nodes}):
             self._take(node, reply)
-        self._greeted |= nodes
         return bool(nodes)
 
     def _take(self, node: int, reply: Mapping[str, Any]) -> None:

@@ -177,7 +177,7 @@ def partition(number: int) -> str:
 
 
 def run_app(cluster: Cluster, app: Path, out: Path, *more: str) -> None:
-    config = " ".join([f'out="{out}"', "timeout-s=25", "wait-s=90", *more])
+    config = " ".join([f'out="{out}"', "timeout-s=60", "wait-s=150", *more])
     cluster.start("run", "flwr", "run", ".", "loop", "--stream", "--run-config", config, cwd=app)
 
 
@@ -189,9 +189,9 @@ def test_three_rounds_with_a_node_that_is_killed_in_the_midst(
     for number in range(NODES):
         cluster.node(number, partition(number))
     run_app(cluster, app, out)
-    cluster.wait_for(lambda: rounds(out) >= 1, 150)
+    cluster.wait_for(lambda: rounds(out) >= 1, 300)
     cluster.kill("node2")
-    cluster.wait_for(lambda: finished(out), 240)
+    cluster.wait_for(lambda: finished(out), 400)
     result = json.loads((out / "result.json").read_text())
     assert result["rounds"] == 3
     assert result["simulated"]
@@ -222,13 +222,13 @@ def test_a_killed_superlink_is_started_again_and_the_run_goes_on(
         run_app(cluster, app, out, f'roster="{tmp_path / "roster"}"')
 
     begin()
-    cluster.wait_for(lambda: rounds(out) >= 1, 150)
+    cluster.wait_for(lambda: rounds(out) >= 1, 300)
     time.sleep(5)  # into the second round
     for name in list(cluster.processes):
         cluster.kill(name)
     assert not finished(out)
     begin()
-    cluster.wait_for(lambda: finished(out), 300)
+    cluster.wait_for(lambda: finished(out), 400)
     assert json.loads((out / "result.json").read_text())["rounds"] == 3
     with Ledger.open(out / "ledger.jsonl") as ledger:
         charged = [(charge.round, charge.attempt) for charge in ledger.charges]
