@@ -13,8 +13,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from privrec.errors import UsageError
-from privrec.report import claims, figures
-from privrec.report.build import thinned
+from privrec.report import figures, sections
+from privrec.report.derive import thinned
 from privrec.report.model import Facts, Metric, Point, Report, Scalar
 from privrec.report.plots import plots
 from privrec.wording import adversary_text, epsilon_text, metric_name
@@ -67,11 +67,10 @@ def _page(report: Report) -> dict[str, Any]:
         "recipients": report.adversary("recipients"),
         "server": report.adversary("server"),
         "headline": headline(report),
-        "sampling": claims.sampling(
-            report.privacy.sampling,
-            report.privacy.sampling_rate,
-            report.privacy.expected_cohort,
-        ),
+        "guarantee": sections.guarantee(report),
+        "reading": sections.reading(report),
+        "audit": sections.audit(report),
+        "segments": sections.segments(report),
         "baselines": _baselines(report.accuracy.metrics),
         "columns": columns(report.rows),
         "check": verification(report),

@@ -157,14 +157,16 @@ def test_planned_rounds_are_those_of_the_scenario(a_run: MakeRun) -> None:
 
 
 def test_further_runs_are_announced(a_run: MakeRun) -> None:
-    rows = [{"name": "strict"}, {"name": "loose"}]
-    notices = {notice.title: notice.text for notice in build(a_run(extra={"rows": rows})).warnings}
+    warnings = build(a_run(compared=("strict", "loose"))).warnings
+    notices = {notice.title: notice.text for notice in warnings}
     assert "2 further runs" in notices["Further runs used the same users"]
 
 
 def test_figures_from_private_data_are_named(a_run: MakeRun) -> None:
     report = build(a_run())
-    assert report.outside_the_guarantee == ("accuracy", "cost", "data", "rows")
+    assert report.outside_the_guarantee == (
+        "accuracy", "segments", "cost", "tiers", "data", "rows",
+    )  # fmt: skip
     assert report.cost.note == "outside the guarantee"
 
 
