@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from privrec.checkpoint import Position
-from privrec.device.round import Round
+from privrec.device.round import Round, digest
 from privrec.device.update import Aggregate
 from privrec.errors import BudgetError, Interrupted, ReleaseRefused
 from privrec.identity import Identity
@@ -143,6 +143,7 @@ class Loop(ABC):
                     )
                 if server.index % self.checkpoint_every == 0:
                     self.save()
+        self.ledger.end(digest(server.released))
         self.save()
         result = self.finish()
         if self.tie:

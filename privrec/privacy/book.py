@@ -43,6 +43,7 @@ class Book:
     charges: dict[tuple[int, int], Charge] = field(default_factory=dict)
     commits: dict[tuple[int, int], bytes] = field(default_factory=dict)
     counts: Counter[RoundEvent] = field(default_factory=Counter)
+    end: bytes | None = None
 
 
 def read(path: Path, content: bytes) -> tuple[Book, int]:
@@ -109,6 +110,11 @@ def _count(book: Book, entry: Mapping[str, Any]) -> None:
     """Enter what a line says; raises whatever a line of another shape leads to."""
     if not book.hashes:
         book.header = _header(entry)
+        return
+    if book.end is not None:
+        raise ValueError("an entry after the one that ends a run")
+    if entry["kind"] == "end":
+        book.end = bytes.fromhex(entry["model"])
         return
     key = (_index(entry["round"], PREPARATION), _index(entry["attempt"], 0))
     if entry["kind"] == "commit" and key in book.charges:

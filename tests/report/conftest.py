@@ -87,6 +87,7 @@ def make_run(
             for attempt in range(2 if number in retried else 1):
                 ledger.charge(number, attempt, event)
             ledger.commit(number, ledger.attempts(number) - 1, b"t" * 32)
+        ledger.end(b"m" * 32)
         ledger.seal()
         charges = len(ledger.charges)
         spent = [
