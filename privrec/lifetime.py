@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 from privrec.agreement import event_without_shares
 from privrec.assembly import agreement_of, federation_of
@@ -14,6 +15,7 @@ from privrec.errors import BudgetError, UsageError
 from privrec.identity import Identity
 from privrec.privacy import population
 from privrec.privacy.events import RoundEvent, epsilon
+from privrec.privacy.ledger import Ledger
 from privrec.privacy.population import Standing
 from privrec.scenario import Scenario
 
@@ -59,6 +61,13 @@ def reserve(name: str | None, scenario: Scenario, identity: Identity) -> Standin
     data = identity.data
     planned = _planned(scenario, data["items"], data["users"])
     return population.reserve(name, identity.run_id, planned)
+
+
+def population_of(directory: Path) -> str | None:
+    """The population that the run in a directory is tied to, or None."""
+    with Ledger.open(directory / "ledger.jsonl", repair=False) as ledger:
+        name = ledger.header.get("standing", {}).get("population")
+    return name if isinstance(name, str) else None
 
 
 def _planned(scenario: Scenario, items: int | None, users: int | None) -> Counter[RoundEvent]:

@@ -29,7 +29,8 @@ from privrec.report.parts import (
 Counts = Mapping[RoundEvent, int]
 
 DELTAS = (
-    1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9,
+    1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8,
+    0.9,
 )  # fmt: skip
 """The δ of the δ(ε) curve; the run's own comes on top."""
 
@@ -53,8 +54,8 @@ def mechanism(facts: Facts, declaration: Declaration, counts: Counts) -> Mechani
         quantisation=f"Updates are rounded at random to integers of 2^{encoding.scale_bits:g} "
         "steps to the clip norm, and drawn again until the squared norm is at most "
         f"{encoding.squared_bound:,}: the sensitivity that noise is scaled to exceeds the clip "
-        f"norm by a factor of {encoding.bound / 2**encoding.scale_bits:.4f}. Sums are exact, modulo "
-        f"2^{scenario.privacy.ring_bits}.",
+        f"norm by a factor of {encoding.bound / 2**encoding.scale_bits:.4f}. Sums are exact, "
+        f"modulo 2^{scenario.privacy.ring_bits}.",
         bands=tuple(_bands(facts, declaration, counts)),
         lazy_noise="Not used: every coefficient of every released sum gets its noise in the round "
         "itself, so none is owed when a model is read.",
@@ -71,8 +72,8 @@ def _clipping(declaration: Declaration) -> str:
     tiers = len(declaration.bands)
     if tiers == 1:
         return (
-            "The L2 norm of all coefficients of a device’s update together is cut to the clip norm; "
-            "an update that is not finite counts as zero."
+            "The L2 norm of all coefficients of a device’s update together is cut to the clip "
+            "norm; an update that is not finite counts as zero."
         )
     return (
         f"Devices of {tiers} capacities hold prefixes of one vector in orthonormal coordinates, so "
