@@ -114,7 +114,13 @@ class _Folder:
 
     def load(self) -> bytes | None:
         path = self._folder / STATE
-        return path.read_bytes() if path.exists() else None
+        if not path.exists():
+            # Prekeys would be issued, and rounds answered, a second time.
+            raise UsageError(
+                f"{path}: what this node's devices remember is gone, and its root is not; remove "
+                "the folder, and enrol the node anew: privrec flower enroll"
+            )
+        return path.read_bytes() or None
 
     def save(self, state: bytes) -> None:
         replace(self._folder / STATE, state, mode=0o600)

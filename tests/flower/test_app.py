@@ -268,11 +268,13 @@ def test_an_office_certifies_devices(tmp_path: Path) -> None:
     assert deployed(folder, grid_of(folder, configs=configs), tmp_path / "run")["rounds"] == 3
     enroll(tmp_path / "other", [0], None, tmp_path / "other office")
     wrong = [{**config, "enrolment-key": str(tmp_path / "other office.pub")} for config in configs]
-    for part, each in enumerate(keys):
-        (each / "state").unlink()
-        wrong[part]["keys"] = str(each)
     with pytest.raises(ReleaseRefused):
         deployed(folder, grid_of(folder, configs=wrong), tmp_path / "refused")
+    (keys[0] / "state").unlink()
+    with pytest.raises(UsageError, match="enrol the node anew"):
+        client_module.node_of(
+            folder, context_of(10, {**configs[0], "partition-id": 0, "num-partitions": 4}, {})
+        )
 
 
 def test_a_server_that_swaps_keys_is_refused(tmp_path: Path, flower_log: Any) -> None:
