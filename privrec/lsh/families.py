@@ -13,7 +13,7 @@ Rabbani, Bornstein & Huang, "Large-scale distributed learning via private on-dev
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from math import comb
 from typing import Literal, Protocol
@@ -160,39 +160,44 @@ class Signs:
 
     matrix: FloatArray
     shape: Shape
+    _room: tuple[FloatArray, NDArray[np.bool_]] | None = field(
+        default=None, init=False, repr=False, compare=False
+    )
 
     def codes(self, rows: FloatArray, centre: FloatArray | None = None) -> NDArray[np.uint16]:
         """See :meth:`Hash.codes`."""
         tables, bits = self.shape.tables, self.shape.bits
-        padded = np.zeros((len(rows), tables, _WORD), np.bool_)
-        values, above = self._values(rows, centre)
-        # Bits that no function decides stay zero, so that a code is one 16-bit word.
-        np.greater(
-            values.reshape(-1, tables, bits),
-            above.reshape(-1, tables, bits),
-            out=padded[..., :bits],
-        )
-        words = np.packbits(padded.reshape(-1), bitorder="little").view("<u2")
-        return words.reshape(len(rows), tables)
+        packed = self._packed(rows, centre, tables, bits, _WORD)
+        return packed.view("<u2").reshape(len(rows), tables)
 
     def signatures(self, rows: FloatArray, centre: FloatArray | None = None) -> NDArray[np.uint64]:
         """All bits of each row together, shape ``(m, ceil(tables * bits / 64))``."""
-        values, above = self._values(rows, centre)
-        count = values.shape[1]
-        bits = values > above
-        if count % 64:
-            padded = np.zeros((len(rows), -(-count // 64) * 64), np.bool_)
-            padded[:, :count] = bits
-            bits = padded
-        words = np.packbits(bits.reshape(-1), bitorder="little").view("<u8")
-        return words.reshape(len(rows), -1)
+        count = self.matrix.shape[1]
+        packed = self._packed(rows, centre, 1, count, -(-count // 64) * 64)
+        return packed.view("<u8").reshape(len(rows), -1)
 
-    def _values(self, rows: FloatArray, centre: FloatArray | None) -> tuple[FloatArray, FloatArray]:
-        values = torch.mm(torch.from_numpy(rows), torch.from_numpy(self.matrix)).numpy()
-        if centre is None:
-            return values, np.zeros(values.shape[1], np.float32)
+    def _packed(
+        self, rows: FloatArray, centre: FloatArray | None, groups: int, bits: int, width: int
+    ) -> NDArray[np.uint8]:
+        """Bits of each group, padded with zeros to ``width``, eight a byte."""
+        values, decided = self._scratch(len(rows), groups, width)
+        torch.mm(
+            torch.from_numpy(rows), torch.from_numpy(self.matrix), out=torch.from_numpy(values)
+        )
         # Projecting the centre once costs nothing; taking it from every row would cost a pass.
-        return values, centre @ self.matrix
+        above = np.float32(0) if centre is None else (centre @ self.matrix).reshape(groups, bits)
+        shaped = values.reshape(len(rows), groups, bits)
+        np.greater(shaped, above, out=decided[..., :bits])
+        return np.packbits(decided.reshape(-1), bitorder="little")
+
+    def _scratch(self, count: int, groups: int, width: int) -> tuple[FloatArray, NDArray[np.bool_]]:
+        """Room for projections and bits, kept for the next chunk; padding stays zero."""
+        if self._room is None or len(self._room[0]) < count or self._room[1].shape[2] != width:
+            values = np.empty((count, self.matrix.shape[1]), np.float32)
+            room = values, np.zeros((count, groups, width), np.bool_)
+            object.__setattr__(self, "_room", room)
+            return room
+        return self._room[0][:count], self._room[1][:count]
 
 
 @dataclass(frozen=True)
@@ -249,7 +254,7 @@ class Winners:
         self, folded: FloatArray, probe: int
     ) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
         competing = folded[:, self.order[probe]]
-        empty: NDArray[np.bool_] = np.isneginf(competing).all(axis=-1)
+        empty = np.asarray(np.isneginf(competing).all(axis=-1))
         return competing.argmax(axis=-1), empty
 
 

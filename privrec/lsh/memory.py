@@ -145,19 +145,23 @@ class ItemMemory:
             )
             return
         # A lookup in the memory and its negative saves a pass over all gathered rows.
-        source = self.memory * np.float32(table.scale)
+        scale, source = np.float32(table.scale), self.memory
         if self._is_doubled:
-            source = np.concatenate((source, -source))
+            source = np.empty((2 * table.slots, table.block), np.float32)
+            np.multiply(self.memory, scale, out=source[: table.slots])
+            np.negative(source[: table.slots], out=source[table.slots :])
         buffer = np.empty((min(CHUNK, table.items) * table.parts, table.block), np.float32)
         for start in range(0, table.items, CHUNK):
-            slots, signs = table.locate(np.arange(start, min(table.items, start + CHUNK)))
+            part = np.arange(start, min(table.items, start + CHUNK))
+            blocks = buffer[: len(part) * table.parts]
             if self._is_doubled:
-                slots += (signs < 0) * np.int64(table.slots)
-            blocks = buffer[: slots.size]
-            np.take(source, slots.ravel(), axis=0, out=blocks, mode="clip")
-            if not self._is_doubled:
-                blocks *= signs.reshape(-1, 1)
-            yield start, blocks.reshape(len(slots), table.dim)
+                slots = table.locate_doubled(part)
+                np.take(source, slots.ravel(), axis=0, out=blocks, mode="clip")
+            else:
+                slots, signs = table.locate(part)
+                np.take(source, slots.ravel(), axis=0, out=blocks, mode="clip")
+                blocks *= signs.reshape(-1, 1) * scale
+            yield start, blocks.reshape(len(part), table.dim)
 
     @staticmethod
     def _biases_of(biases: tuple[Table, FloatArray], items: NDArray[np.integer]) -> FloatArray:
@@ -170,6 +174,6 @@ def _check_shape(name: str, memory: FloatArray, table: Table) -> None:
     wanted = (table.slots, table.block)
     if memory.shape != wanted:
         raise UsageError(
-            f"{name} of shape {memory.shape}: its table has {wanted[0]} blocks of {wanted[1]} floats; "
-            "hand over the memory that belongs to the table"
+            f"{name} of shape {memory.shape}: its table has {wanted[0]} blocks of {wanted[1]} "
+            "floats; hand over the memory that belongs to the table"
         )
