@@ -176,11 +176,12 @@ def nearest(distance: NDArray[np.uint16], budget: int) -> Items:
 def _differing(words: NDArray[np.uint64], query: NDArray[np.uint64]) -> NDArray[np.uint16]:
     count = np.zeros(words.shape[1], np.uint16)
     for word, wanted in zip(words, query, strict=True):
-        count += _popcount(word ^ wanted)
+        count += popcount(word ^ wanted)
     return count
 
 
-def _popcount(words: NDArray[np.uint64]) -> NDArray[np.uint8]:
+def popcount(words: NDArray[np.uint64]) -> NDArray[np.uint8]:
+    """Ones in each word, shape ``(n,)``."""
     if hasattr(np, "bitwise_count"):
         return np.asarray(np.bitwise_count(words))
     bytes_of = words.view(np.uint8).reshape(len(words), 8)
