@@ -12,7 +12,9 @@ import numpy as np
 import torch
 
 from privrec.embedding.subspace import Subspace
+from privrec.lsh.memory import CHUNK
 from privrec.lsh.tables import popcount
+from privrec.randomness import rng_for
 
 _WORDS = 4  # of a 256-bit signature
 _SIZE = 1 << 18
@@ -92,7 +94,8 @@ class Costs:
         return (
             order
             + passed
-            + n * (d * bits * self.product + bits * self.sign + _WORDS * q * self.word)
+            + n
+            * (d * bits * self.product + bits * self.sign + d * self.thin + _WORDS * q * self.word)
         )
 
     @staticmethod
@@ -101,8 +104,8 @@ class Costs:
         if ranking == "sketch":
             return demand.items * (demand.sketched + 12)
         if ranking == "scan":
-            return demand.pass_bytes + 12 * demand.items
-        return demand.pass_bytes + 2 * demand.items + 8192 * 5 * 64 * _WORDS
+            return demand.pass_bytes + 12 * demand.items + 4 * CHUNK * demand.queries
+        return demand.pass_bytes + 12 * demand.items + 5 * CHUNK * 64 * _WORDS
 
 
 def choose(demand: Demand, costs: Costs, room: int | None) -> Ranking:
@@ -126,7 +129,7 @@ def choose(demand: Demand, costs: Costs, room: int | None) -> Ranking:
 
 
 def _measured() -> Costs:
-    rng = np.random.default_rng(0)
+    rng = rng_for(0, "costs")
     table = Subspace.sized(_SIZE // 4, 64, block=16, key=1, compression=16)
     places = np.arange(_SIZE // 4)
     place = _time(lambda: [table.locate_doubled(part) for part in np.array_split(places, 8)])

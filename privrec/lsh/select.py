@@ -19,7 +19,7 @@ from privrec.lsh.costs import Costs, Demand, choose
 from privrec.lsh.families import Shape, Signs, own_shape, projection
 from privrec.lsh.memory import CHUNK, ItemMemory
 from privrec.lsh.sketch import Sketch
-from privrec.lsh.tables import Items, distances, nearest, serial, serial_bytes
+from privrec.lsh.tables import Items, estimates, serial, serial_bytes
 from privrec.randomness import SecureStream
 
 FloatArray = NDArray[np.float32]
@@ -134,7 +134,7 @@ def select(
     found, used, tables = _run(selector, search, queries, budget, stream, without)
     seconds, recall = time.perf_counter() - started, None
     if recall_of:
-        best = _top(_scores(search.items, queries), recall_of, without)
+        best = _top(_most(_scores(search.items, queries)), recall_of, without)
         recall = float(np.isin(best, found).mean())
     evidence = Evidence(selector, len(found), seconds, used, tables, recall, recall_of)
     return Selection(found, evidence)
@@ -150,7 +150,7 @@ def best(search: Search, query: FloatArray, k: int, exclude: Items) -> tuple[Ite
         exclude: items to leave out.
     """
     # Gathered numbers and gathered blocks round differently: blocks decide between close ones.
-    close = _top(_scores(search.items, query[None]), 2 * k + 16, np.unique(exclude))
+    close = _top(_most(_scores(search.items, query[None])), 2 * k + 16, np.unique(exclude))
     return ranked(search.items, query, close, k)
 
 
@@ -230,25 +230,20 @@ def _run(
     if selector in TABLES:
         return _from_tables(selector, search, queries, budget, stream, without)
     if selector == "uniform":
-        # A draw that is repeated is made up for; of the few that are left over, none is missed.
         left = items.items - len(without)
         return _uniform(left, budget, stream, without), 16 * budget, 0
     if selector == "hamming":
         shape = Shape(SIGNATURE)
         hashed = Signs(projection("simhash", items.dim, shape, stream), shape)
-        far = distances(items, queries, hashed)
-        far[without] = np.iinfo(np.uint16).max >> 1
-        chosen = nearest(far, min(budget, items.items - len(without)))
-        held = hashed.matrix.nbytes + far.nbytes + min(CHUNK, items.items) * 5 * SIGNATURE
-        return chosen, items.pass_bytes + held, 0
+        likely = estimates(items, queries, hashed)
+        held = hashed.matrix.nbytes + 12 * items.items + min(CHUNK, items.items) * 5 * SIGNATURE
+        return _top(likely, budget, without), items.pass_bytes + held, 0
     if selector == "sketch" and search.sketch is not None:
-        found = _top(search.sketch.values(queries), budget, without, items.items)
+        found = _top(_most(search.sketch.values(queries)), budget, without)
         return found, search.sketch.nbytes + 12 * items.items, 0
-    return (
-        _top(_scores(items, queries), budget, without, items.items),
-        (items.pass_bytes + 12 * items.items),
-        0,
-    )
+    found = _top(_most(_scores(items, queries)), budget, without)
+    scores = 4 * len(queries) * min(CHUNK, items.items)
+    return found, items.pass_bytes + 12 * items.items + scores, 0
 
 
 def _from_tables(
@@ -286,11 +281,13 @@ def _scores(items: ItemMemory, queries: FloatArray) -> Iterator[tuple[int, Float
         yield start, rows @ queries.T
 
 
-def _top(
-    scores: Iterator[tuple[int, FloatArray]], budget: int, without: Items, count: int = 0
-) -> Items:
-    """Items of the highest scores for any query, ascending."""
-    values = np.concatenate([part.max(axis=1) for _, part in scores])
+def _most(scores: Iterator[tuple[int, FloatArray]]) -> FloatArray:
+    """Highest score of each item for any query, shape ``(n,)``."""
+    return np.concatenate([part.max(axis=1) for _, part in scores])
+
+
+def _top(values: FloatArray, budget: int, without: Items) -> Items:
+    """Items of the highest values, ascending; ``values`` loses what is excluded."""
     values[without] = -np.inf
     budget = min(budget, len(values) - len(without))
     if budget == 0:

@@ -161,6 +161,32 @@ def distances(items: ItemMemory, queries: FloatArray, hashed: Signs) -> NDArray[
     return fewest
 
 
+def estimates(items: ItemMemory, queries: FloatArray, hashed: Signs) -> FloatArray:
+    """Estimated products of each centred item with the query that likes it best, shape ``(n,)``.
+
+    The share of bits that differ estimates the angle, and an item's length is known: items of one
+    angle are told apart, which bits alone cannot.
+
+    Args:
+        items: the catalogue.
+        queries: shape ``(q, dim)``.
+        hashed: the functions.
+    """
+    wanted, count = hashed.signatures(queries), hashed.matrix.shape[1]
+    cosine = np.cos(np.arange(count + 1) * (np.pi / count)).astype(np.float32)
+    lengths, centre = np.sqrt(np.square(queries).sum(axis=1)), items.centre
+    likely = np.empty(items.items, np.float32)
+    for start, rows in items.chunks():
+        words = np.ascontiguousarray(hashed.signatures(rows, centre).T)
+        part = likely[start : start + len(rows)]
+        part[...] = -np.inf
+        for query, length in zip(wanted, lengths, strict=True):
+            np.maximum(part, cosine[_differing(words, query)] * length, out=part)
+        squares = np.einsum("ij,ij->i", rows, rows) - rows @ (2 * centre) + centre @ centre
+        part *= np.sqrt(squares.clip(min=0))
+    return likely
+
+
 def nearest(distance: NDArray[np.uint16], budget: int) -> Items:
     """The ``budget`` items of the smallest distances, ascending; of equal ones the first.
 

@@ -175,12 +175,12 @@ def test_the_fastest_that_fits_is_chosen() -> None:
     assert choose(replace(LARGE, sketched=32), COSTS, None) == "sketch"
     slow = replace(COSTS, convert=1e-7)
     assert choose(replace(LARGE, sketched=32), slow, None) == "scan"
-    assert choose(replace(LARGE, sketched=32), COSTS, 1) in ("scan", "hamming", "sketch")
-    # Scores take 12 bytes an item, distances two.
-    cheap = replace(COSTS, pick=1.0, thin=1.0, product=1e-13)
-    assert choose(LARGE, cheap, None) == "hamming"
-    need = Costs.bytes("scan", replace(LARGE, items=10**8))
-    assert choose(replace(LARGE, items=10**8), COSTS, need - 1) == "hamming"
+    # Scores of very many queries need room of their own, distances do not.
+    many = replace(LARGE, queries=5000)
+    assert choose(many, COSTS, None) == "scan"
+    assert choose(many, COSTS, Costs.bytes("scan", many) - 1) == "hamming"
+    # Where too little room is left for a pass, what needs the least is tried.
+    assert choose(replace(LARGE, sketched=4), COSTS, 0) == "sketch"
 
 
 def test_a_poor_sketch_is_not_taken_for_a_scan() -> None:

@@ -14,7 +14,15 @@ from privrec.embedding.subspace import Subspace
 from privrec.lsh import memory, tables
 from privrec.lsh.families import FAMILIES, Family, Shape, Signs, draw, folded_to, projection
 from privrec.lsh.memory import ItemMemory
-from privrec.lsh.tables import Buckets, Signatures, distances, nearest, serial, serial_bytes
+from privrec.lsh.tables import (
+    Buckets,
+    Signatures,
+    distances,
+    estimates,
+    nearest,
+    serial,
+    serial_bytes,
+)
 from privrec.randomness import SecretRoot, SecureStream
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,6 +123,20 @@ def test_distances_count_the_signs_that_differ(
     assert len(chosen) == 100
     limit = np.sort(signed.distances(queries[0]))[99]
     assert signed.distances(queries[0])[chosen].max() == limit
+
+
+def test_estimates_come_close_to_the_products_of_centred_items(
+    items: ItemMemory, queries: np.ndarray
+) -> None:
+    shape = Shape(2048)
+    hashed = Signs(projection("simhash", DIM, shape, stream("many")), shape)
+    centred = items.rows(np.arange(N)) - items.centre
+    right = (centred @ queries.T).max(axis=1)
+    lengths = np.sqrt(np.square(centred).sum(1)) * np.sqrt(np.square(queries).sum(1)).max()
+    found = estimates(items, queries, hashed)
+    # An angle from 2,048 bits is off by at most π / 2 / √2048 of its scale, one sigma.
+    assert np.sqrt(np.mean(np.square((found - right) / lengths))) < 0.04
+    assert np.corrcoef(found, right)[0, 1] > 0.96
 
 
 def test_the_count_of_bits_needs_no_new_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
