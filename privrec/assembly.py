@@ -13,6 +13,7 @@ from privrec.catalogue import release_event
 from privrec.data import Interactions
 from privrec.device.batch import Histories
 from privrec.device.cohort import Cohort
+from privrec.device.negatives import popularity_of
 from privrec.device.round import digest
 from privrec.device.tier import Federation, Tier
 from privrec.device.train import Recommender, Settings, Trainer
@@ -77,7 +78,10 @@ def assemble(scenario: Scenario, train: Interactions, run_id: str, devices: Secr
     """
     federation = federation_of(scenario, train.n_items)
     histories = Histories(np.arange(train.n_users), train.indptr, train.items)
-    everyone, *cohorts = _cohorts(scenario, federation, histories, train.n_items)
+    popularity = None
+    if scenario.train.selector == "popularity":
+        popularity = popularity_of(train.item_counts())
+    everyone, *cohorts = _cohorts(scenario, federation, histories, train.n_items, popularity)
     encoding = encoding_of(scenario, federation.layout)
     encoding.check_capacity(train.n_users)
     rate, seed = scenario.devices.sampling_rate, scenario.run.seed
@@ -112,14 +116,15 @@ def assemble(scenario: Scenario, train: Interactions, run_id: str, devices: Secr
 
 
 def _cohorts(
-    scenario: Scenario, federation: Federation, histories: Histories, n_items: int
-) -> Iterator[Cohort]:
+    scenario: Scenario, federation: Federation, histories: Histories, n_items: int,
+    popularity: NDArray[np.float64] | None,
+) -> Iterator[Cohort]:  # fmt: skip
     """Everybody with the whole memory, then the devices of each tier."""
     n_users, tiers = len(histories.users), federation.tiers
     assigned = assign(n_users, federation, scenario.run.seed)
     members = [np.arange(n_users), *(np.flatnonzero(assigned == tier.index) for tier in tiers)]
     for tier, users in zip((tiers[0], *tiers), members, strict=True):
-        trainer = trainer_of(scenario, federation, tier)
+        trainer = replace(trainer_of(scenario, federation, tier), popularity=popularity)
         if n_items <= TABULATED_ITEMS:
             trainer = replace(trainer, recommender=trainer.recommender.tabulated())
         yield Cohort.of(trainer, histories.select(users))

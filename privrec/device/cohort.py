@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.device.batch import Histories
+from privrec.device.negatives import Functions
 from privrec.device.train import Trained, Trainer
 
 TOLERANCE = 1e-5
@@ -50,13 +51,21 @@ class Cohort:
         return cls(trainer, held, np.zeros((len(held.users), user_dim), np.float32))
 
     def train(
-        self, weights: FloatArray, rows: NDArray[np.int64], key: int
+        self,
+        weights: FloatArray,
+        rows: NDArray[np.int64],
+        key: int,
+        functions: Functions | None = None,
     ) -> Iterator[tuple[NDArray[np.int64], Trained]]:
         """One round's local training of ``rows``, batch by batch; states are left unchanged."""
-        unobserved = self.trainer.unobserved(weights)
+        trainer = self.trainer
+        unobserved, search = trainer.unobserved(weights), trainer.search(weights, resident=True)
         for batch in self.batches(rows):
             histories, states = self.histories.select(batch), self.states[batch]
-            yield batch, self.trainer.train(weights, histories, states, key, unobserved)
+            yield (
+                batch,
+                trainer.train(weights, histories, states, key, unobserved, search, functions),
+            )
 
     def serve(self, weights: FloatArray, key: int) -> FloatArray:
         """Private states of all devices fitted from nothing to fixed items, as ``states``."""

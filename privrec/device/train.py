@@ -22,8 +22,12 @@ from privrec.device.batch import (
     merged,
     representatives,
 )
+from privrec.device.negatives import EACH, Budget, Functions
 from privrec.device.update import Address, RawUpdate
 from privrec.embedding.table import Table
+from privrec.lsh.memory import ItemMemory
+from privrec.lsh.select import Search
+from privrec.lsh.sketch import Sketch
 from privrec.models.implicit import curvature, item_gram, pack
 from privrec.models.layout import Layout
 from privrec.models.losses import DAMPED, IMPLICIT, LOSSES, WHOLE_CATALOGUE, Graded, Samples
@@ -73,6 +77,9 @@ class Settings:
     serve_negatives: int
     local_steps: int
     local_lr: float
+    selector: str = EACH
+    budget: float = 0.01
+    selected: float = 0.5
 
     def serving(self) -> Settings:
         """These, for fitting a user vector to a whole history with more negatives."""
@@ -96,10 +103,18 @@ class Trained:
 
 @dataclass(frozen=True)
 class Trainer:
-    """Local training of one recommender with one set of hyper-parameters."""
+    """Local training of one recommender with one set of hyper-parameters.
+
+    Args:
+        recommender: what is trained.
+        settings: how.
+        popularity: public cumulative probabilities of the items, see
+            :func:`~privrec.device.negatives.popularity_of`; None where nothing asks for them.
+    """
 
     recommender: Recommender
     settings: Settings
+    popularity: NDArray[np.float64] | None = None
 
     @property
     def sampler(self) -> Sampler:
@@ -107,7 +122,39 @@ class Trainer:
         settings, n_items = self.settings, self.recommender.vectors.items
         negatives = 0 if settings.loss in IMPLICIT else settings.negatives
         whole = settings.loss in WHOLE_CATALOGUE
-        return Sampler(n_items, negatives, settings.max_samples, whole)
+        shared = 0 if self.budget is None else self.budget.size
+        return Sampler(n_items, negatives, settings.max_samples, whole, shared)
+
+    @property
+    def budget(self) -> Budget | None:
+        """The negatives that a device's positives share; None where each has its own."""
+        settings, n_items = self.settings, self.recommender.vectors.items
+        if settings.selector == EACH:
+            return None
+        size = max(1, round(settings.budget * n_items))
+        popularity = self.popularity
+        if popularity is not None and len(popularity) > n_items:
+            popularity = popularity[:n_items] / popularity[n_items - 1]
+        return Budget(n_items, size, settings.selector, settings.selected, popularity)
+
+    def search(self, weights: FloatArray, *, resident: bool = False) -> Search | None:
+        """What negatives are selected from; None where they are drawn by chance.
+
+        Args:
+            weights: the shared vector in memory form.
+            resident: gather all rows once, for a machine that plays many devices.
+        """
+        if self.budget is None or not self.budget.is_selective:
+            return None
+        parts = self.recommender
+        biases = None
+        if parts.biases is not None:
+            biases = parts.biases, parts.layout.biases_of(weights)[:, None]
+        items = ItemMemory(parts.vectors, parts.layout.memory_of(weights), biases)
+        if resident:
+            items = items.unfolded()
+        sketch = Sketch.of(items) if self.settings.selector == "sketch" else None
+        return Search(items, sketch)
 
     def unobserved(self, weights: FloatArray) -> FloatArray | None:
         """What the loss says of all items at once: their weighted Gram matrix.
@@ -128,6 +175,8 @@ class Trainer:
         states: FloatArray,
         key: int,
         unobserved: FloatArray | None = None,
+        search: Search | None = None,
+        functions: Functions | None = None,
     ) -> Trained:
         """One round's training on ``m`` devices, each on its own copy of what it touches.
 
@@ -137,10 +186,19 @@ class Trainer:
             states: their private states, shape ``(m, user_dim)``.
             key: decides the samples, see :class:`~privrec.device.batch.Sampler`.
             unobserved: as :meth:`unobserved` gives it, where that was computed before.
+            search: as :meth:`search` gives it, likewise.
+            functions: the devices' secret streams, where negatives are selected.
         """
-        settings = self.settings
-        local = self._local(weights, histories, key, unobserved)
+        settings, budget = self.settings, self.budget
+        batch = self._draw(histories, key, serving=False)
+        local = self._local(weights, batch, unobserved)
         user = self._fit(local, torch.from_numpy(states), settings.user_steps)
+        if budget is not None and budget.is_selective:
+            search = search or self.search(weights)
+            assert search is not None  # noqa: S101 - for the type checker
+            queries = _queries(user.numpy(), search)
+            batch = budget.refine(batch, histories, queries, search, functions, key)
+            local = self._local(weights, batch, unobserved)
         losses = local.descend(user, settings.local_steps, settings.local_lr)
         kept = np.where(np.isfinite(user.numpy()).all(1, keepdims=True), user.numpy(), states)
         update = RawUpdate(local.change(user.numpy()), local.address)
@@ -158,14 +216,25 @@ class Trainer:
         It is how recommendations are made, for users seen in training and for others alike.
         """
         serving = replace(self, settings=self.settings.serving())
-        local = serving._local(weights, histories, key, unobserved)
+        batch = serving._draw(histories, key, serving=True)
+        local = serving._local(weights, batch, unobserved)
         nothing = torch.zeros(len(histories.users), self.recommender.model.user_dim)
         return self._fit(local, nothing, self.settings.serve_steps).numpy()
 
-    def _local(
-        self, weights: FloatArray, histories: Histories, key: int, unobserved: FloatArray | None
-    ) -> _Local:
-        batch = self.sampler.draw(histories, key)
+    def _draw(self, histories: Histories, key: int, *, serving: bool) -> Batch:
+        """Samples by chance; a budget's are popular in training alone, where it says so."""
+        budget, sampler = self.budget, self.sampler
+        if budget is None:
+            return sampler.draw(histories, key)
+        positives, present = sampler.positives(histories, key)
+        drawn, logs, valid = budget.draw(histories, key, popular=not serving)
+        items = np.concatenate((positives, drawn), axis=1)
+        counts = np.concatenate((present, valid), axis=1).astype(np.float32)
+        weights = np.concatenate((np.zeros(positives.shape, np.float32), logs), axis=1)
+        first = representatives(items, budget.n_items)
+        return Batch(items, counts, positives.shape[1], first, weights)
+
+    def _local(self, weights: FloatArray, batch: Batch, unobserved: FloatArray | None) -> _Local:
         if unobserved is None:
             unobserved = self.unobserved(weights)
         return _Local(self.recommender, weights, batch, self.settings, unobserved)
@@ -193,7 +262,8 @@ class _Local:
         self._preconditioner: Tensor | None = None
         if settings.newton:
             self._preconditioner = _preconditioner(recommender, weights, settings)
-        self._samples = Samples(torch.from_numpy(batch.valid), batch.positives)
+        logs = None if batch.weights is None else torch.from_numpy(batch.weights)
+        self._samples = Samples(torch.from_numpy(batch.valid), batch.positives, logs)
         self._first = None if batch.first is None else torch.from_numpy(batch.first)
         self._vectors = _Touched(recommender.vectors, layout.memory_of(weights), batch)
         self._biases = None
@@ -277,6 +347,14 @@ class _Local:
         if self._biases is not None:
             scores = scores + self._biases.rows.squeeze(2)
         return scored, self._loss(scores, self._samples)
+
+
+def _queries(user: FloatArray, search: Search) -> FloatArray:
+    """What the devices search with: user vectors, and a 1 for the item's bias."""
+    queries = user[:, : search.items.dim].copy()
+    if search.items.biases is not None:
+        queries[:, -1] = 1
+    return queries
 
 
 def _preconditioner(recommender: Recommender, weights: FloatArray, settings: Settings) -> Tensor:

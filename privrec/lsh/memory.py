@@ -71,6 +71,16 @@ class ItemMemory:
         places = size * self.table.parts * 48
         return doubled + places + size * (self.table.dim + self.dim) * 4
 
+    def unfolded(self) -> ItemMemory:
+        """The same items with every row gathered, for a machine that plays many devices."""
+        table = PlainTable.of(self.items, self.table.dim, block=self.table.block)
+        memory = np.concatenate([vectors.copy() for _, vectors in self._vectors()])
+        small = self.biases
+        if small is not None:
+            plain = PlainTable.of(self.items, 1, block=1)
+            small = plain, self._biases_of(small, np.arange(self.items))[:, None]
+        return ItemMemory(table, memory.reshape(table.slots, table.block), small)
+
     def rows(self, items: NDArray[np.integer]) -> FloatArray:
         """Rows of some items, shape ``(k, dim)``."""
         vectors: FloatArray = self.table.gather(self.memory, items)
