@@ -110,6 +110,9 @@ def select(
 ) -> Selection:
     """Choose up to ``budget`` items that score high for some of the queries.
 
+    Between queries, scores are compared as those of centred items: what all items have in common
+    with a query speaks for none of them.
+
     Args:
         selector: how: tables (``pghash``, ``pghash_d``, ``simhash``, ``block_sign``), 256-bit
             signatures (``hamming``), the server's ``sketch``, exact scores (``scan``), chance
@@ -194,7 +197,7 @@ def mix(
     taken = np.union1d(selected, positives)
     drawn = outside(taken, places)
     weights = np.zeros(len(selected) + len(drawn), np.float32)
-    weights[len(selected) :] = np.log((catalogue - len(taken)) / max(1, len(drawn)))
+    weights[len(selected) :] = np.log(max(1, catalogue - len(taken)) / max(1, len(drawn)))
     return np.concatenate((selected, drawn)), weights
 
 
@@ -270,15 +273,15 @@ def _from_tables(
 
 
 def _scores(items: ItemMemory, queries: FloatArray) -> Iterator[tuple[int, FloatArray]]:
-    """Exact scores by chunks, ``(m, q)``."""
-    table = items.table
+    """Exact scores of centred items by chunks, ``(m, q)``."""
+    table, centre = items.table, queries @ items.centre
     if len(queries) <= PUSHED and 2 * table.slots <= table.items * table.parts:
         together = zip(*(items.products(query) for query in queries), strict=True)
         for parts in together:
-            yield parts[0][0], np.stack([values for _, values in parts], axis=1)
+            yield parts[0][0], np.stack([values for _, values in parts], axis=1) - centre
         return
     for start, rows in items.chunks():
-        yield start, rows @ queries.T
+        yield start, rows @ queries.T - centre
 
 
 def _most(scores: Iterator[tuple[int, FloatArray]]) -> FloatArray:
