@@ -21,6 +21,7 @@ from privrec import __version__
 from privrec.errors import BudgetError, DataError, PrivrecError, UsageError
 
 if TYPE_CHECKING:
+    from privrec.lsh.select import Selector
     from privrec.record import Observer, Observers
     from privrec.report.render import Written
     from privrec.run import Result
@@ -310,6 +311,13 @@ def compare(directories: tuple[Path, ...], out: Path | None, as_json: bool) -> N
 @click.option(
     "-k", "k", type=click.IntRange(1, 10_000), default=10, show_default=True, help="How many items."
 )
+@click.option(
+    "--selector",
+    type=click.Choice(("scan", "hamming", "sketch", "simhash", "pghash", "block_sign", "auto")),
+    default="scan",
+    show_default=True,
+    help="How the best items are found; scan is exact.",
+)
 @_data
 @_json
 def recommend(
@@ -317,6 +325,7 @@ def recommend(
     user: str | None,
     history: Path | None,
     k: int,
+    selector: Selector,
     data_dir: Path | None,
     as_json: bool,
 ) -> None:
@@ -329,7 +338,9 @@ def recommend(
     liked = None if history is None else _read_history(history)
     from privrec.serving import recommend as recommendations
 
-    found = recommendations(directory, user=user, history=liked, k=k, data_dir=data_dir)
+    found = recommendations(
+        directory, user=user, history=liked, k=k, data_dir=data_dir, selector=selector
+    )
     if as_json:
         _print_json([entry.to_json() for entry in found])
         return

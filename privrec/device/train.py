@@ -54,6 +54,17 @@ class Recommender:
     biases: Table | None
     layout: Layout
 
+    def searched(self, weights: FloatArray) -> ItemMemory:
+        """The catalogue as a device searches it.
+
+        Args:
+            weights: the shared vector in memory form.
+        """
+        biases = None
+        if self.biases is not None:
+            biases = self.biases, self.layout.biases_of(weights)[:, None]
+        return ItemMemory(self.vectors, self.layout.memory_of(weights), biases)
+
     def tabulated(self) -> Recommender:
         """The same with its places looked up, for a machine that plays many devices."""
         biases = None if self.biases is None else self.biases.tabulated()
@@ -146,11 +157,7 @@ class Trainer:
         """
         if self.budget is None or not self.budget.is_selective:
             return None
-        parts = self.recommender
-        biases = None
-        if parts.biases is not None:
-            biases = parts.biases, parts.layout.biases_of(weights)[:, None]
-        items = ItemMemory(parts.vectors, parts.layout.memory_of(weights), biases)
+        items = self.recommender.searched(weights)
         if resident:
             items = items.unfolded()
         sketch = Sketch.of(items) if self.settings.selector == "sketch" else None
