@@ -22,7 +22,7 @@ from privrec.identity import remembered_data_dir
 from privrec.lsh.select import Search, Selector, best, ranked, select
 from privrec.lsh.sketch import Sketch
 from privrec.outcome import read_model
-from privrec.randomness import ROOT_BYTES, SecretRoot, rng_for
+from privrec.randomness import ROOT_BYTES, SecretRoot, SecureStream, rng_for
 from privrec.scenario import Scenario, load
 from privrec.scoring import Scorer
 
@@ -128,10 +128,8 @@ def answer(
     if selector == "scan":
         found, scores = best(search, query, k, exclude)
         return found, scores + state[-1]
-    # Nobody else draws from this root, which is forgotten with the answer.
-    stream = SecretRoot(secrets.token_bytes(ROOT_BYTES)).stream("lsh", "serving")
     budget = min(items.items, max(CANDIDATES * k, items.items // 100))
-    near = select(selector, search, query[None], budget, stream, exclude=exclude).items
+    near = select(selector, search, query[None], budget, _own_stream(), exclude=exclude).items
     found, scores = ranked(items, query, near, k)
     return found, scores + state[-1]
 
@@ -149,6 +147,11 @@ def _known_items(train: Interactions, ids: Sequence[str]) -> NDArray[np.int32]:
     return np.array([train.item_index(item) for item in ids], np.int32)
 
 
+def _own_stream() -> SecureStream:
+    """For hash functions that nobody else draws, and that are forgotten with the answer."""
+    return SecretRoot(secrets.token_bytes(ROOT_BYTES)).stream("lsh", "serving")
+
+
 def _best(
     run_dir: Path, scenario: Scenario, train: Interactions, items: NDArray[np.int32], k: int,
     selector: Selector,
@@ -158,7 +161,8 @@ def _best(
     tier = federation.tiers[0]
     one = Histories(np.array([0]), np.array([0, len(items)]), items.astype(np.int32))
     cohort, view = Cohort.of(trainer_of(scenario, federation, tier), one), tier.view(weights)
-    states = cohort.serve(view, int(rng_for(scenario.run.seed, "serving").integers(2**63)))
+    key = int(rng_for(scenario.run.seed, "serving").integers(2**63))
+    states = cohort.serve(view, key, lambda _: _own_stream())
     if k < 1:
         return np.zeros(0, np.int64), np.zeros(0, np.float32)
     if not tier.recommender.model.tower:

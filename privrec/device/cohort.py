@@ -67,13 +67,15 @@ class Cohort:
                 trainer.train(weights, histories, states, key, unobserved, search, functions),
             )
 
-    def serve(self, weights: FloatArray, key: int) -> FloatArray:
+    def serve(
+        self, weights: FloatArray, key: int, functions: Functions | None = None
+    ) -> FloatArray:
         """Private states of all devices fitted from nothing to fixed items, as ``states``."""
-        fitted = np.zeros_like(self.states)
-        unobserved = self.trainer.unobserved(weights)
+        fitted, trainer = np.zeros_like(self.states), self.trainer
+        unobserved, search = trainer.unobserved(weights), trainer.search(weights, resident=True)
         for batch in self.batches(np.arange(len(fitted))):
             mine = self.histories.select(batch)
-            fitted[batch] = self.trainer.serve(weights, mine, key, unobserved)
+            fitted[batch] = trainer.serve(weights, mine, key, unobserved, search, functions)
         return fitted
 
     def batches(self, rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:

@@ -196,16 +196,14 @@ class Trainer:
             search: as :meth:`search` gives it, likewise.
             functions: the devices' secret streams, where negatives are selected.
         """
-        settings, budget = self.settings, self.budget
+        settings = self.settings
         batch = self._draw(histories, key, serving=False)
         local = self._local(weights, batch, unobserved)
         user = self._fit(local, torch.from_numpy(states), settings.user_steps)
-        if budget is not None and budget.is_selective:
-            search = search or self.search(weights)
-            assert search is not None  # noqa: S101 - for the type checker
-            queries = _queries(user.numpy(), search)
-            batch = budget.refine(batch, histories, queries, search, functions, key)
+        if self.is_selective:
+            batch = self._refined(weights, batch, histories, user, key, search, functions)
             local = self._local(weights, batch, unobserved)
+            user = self._fit(local, user, settings.user_steps)
         losses = local.descend(user, settings.local_steps, settings.local_lr)
         kept = np.where(np.isfinite(user.numpy()).all(1, keepdims=True), user.numpy(), states)
         update = RawUpdate(local.change(user.numpy()), local.address)
@@ -217,16 +215,38 @@ class Trainer:
         histories: Histories,
         key: int,
         unobserved: FloatArray | None = None,
+        search: Search | None = None,
+        functions: Functions | None = None,
     ) -> FloatArray:
         """Private states fitted from nothing to fixed items, shape ``(m, user_dim)``.
 
         It is how recommendations are made, for users seen in training and for others alike.
         """
-        serving = replace(self, settings=self.settings.serving())
+        serving, steps = replace(self, settings=self.settings.serving()), self.settings.serve_steps
         batch = serving._draw(histories, key, serving=True)
         local = serving._local(weights, batch, unobserved)
         nothing = torch.zeros(len(histories.users), self.recommender.model.user_dim)
-        return self._fit(local, nothing, self.settings.serve_steps).numpy()
+        user = self._fit(local, nothing, steps)
+        if self.is_selective:
+            batch = serving._refined(weights, batch, histories, user, key, search, functions)
+            user = self._fit(serving._local(weights, batch, unobserved), user, steps)
+        return user.numpy()
+
+    @property
+    def is_selective(self) -> bool:
+        """Whether devices select negatives by score, with functions of their own."""
+        return self.budget is not None and self.budget.is_selective
+
+    def _refined(
+        self, weights: FloatArray, batch: Batch, histories: Histories, user: Tensor, key: int,
+        search: Search | None, functions: Functions | None,
+    ) -> Batch:  # fmt: skip
+        """The batch with what the fitted user vectors select from the catalogue."""
+        search, budget = search or self.search(weights), self.budget
+        if search is None or budget is None:
+            return batch
+        queries = _queries(user.numpy(), search)
+        return budget.refine(batch, histories, queries, search, functions, key)
 
     def _draw(self, histories: Histories, key: int, *, serving: bool) -> Batch:
         """Samples by chance; a budget's are popular in training alone, where it says so."""
