@@ -18,7 +18,7 @@ import click
 from click.core import ParameterSource
 
 from privrec import __version__
-from privrec.errors import BudgetError, DataError, PrivrecError, UsageError
+from privrec.errors import BudgetError, PrivrecError, UsageError
 
 if TYPE_CHECKING:
     from privrec.lsh.select import Selector
@@ -335,8 +335,10 @@ def recommend(
         raise UsageError(f"--user or --history: exactly one is needed, and {given}; choose one")
     _check_run(directory)
     _check_data(data_dir)
-    liked = None if history is None else _read_history(history)
+    from privrec.cli_history import read_history
     from privrec.serving import recommend as recommendations
+
+    liked = None if history is None else read_history(history)
 
     found = recommendations(
         directory, user=user, history=liked, k=k, data_dir=data_dir, selector=selector
@@ -562,34 +564,6 @@ def _write_report(directory: Path) -> Written:
 def _say_where(directory: Path, pages: Written) -> None:
     click.echo(f"Run:    {directory}")
     click.echo(f"Report: {pages.html}")
-
-
-def _read_history(path: Path) -> list[str]:
-    """Item ids, one a line; blank lines and what follows a # are skipped.
-
-    Raises:
-        DataError: If the file is missing, is not text, or has a line of several words, or no id.
-    """
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").splitlines()
-    except OSError as error:
-        raise DataError(
-            f"--history {path}: {error.strerror}; it must be a text file of item ids, one a line; "
-            "correct the path"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"--history {path}: byte {error.start} is not UTF-8; it must be a text file of item "
-            "ids, one a line; save it as UTF-8"
-        ) from None
-    ids = [line.partition("#")[0].strip() for line in lines]
-    found = [entry for entry in ids if entry]
-    if not found:
-        raise DataError(
-            f"--history {path}: it names no item; at least one is needed to fit a user vector; "
-            "write item ids into it, one a line"
-        )
-    return found
 
 
 def _scenario_for_data(name: str, settings: Sequence[str]) -> Scenario:
