@@ -153,6 +153,7 @@ def test_cohort_and_one_device_agree(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(cohort_module, "SAMPLES_IN_BATCH", 60)
+    monkeypatch.setattr(cohort_module, "MANY", 1)
     here = lab(item_bias=biased, selector=selector, **LARGE)
     together = {}
     for batch, trained in here.cohort.train(
@@ -167,6 +168,16 @@ def test_cohort_and_one_device_agree(
         right = vector(alone.update)
         scale = max(np.abs(right).max(), 1e-9)
         assert np.abs(together[int(user)] - right).max() <= TOLERANCE * scale
+
+
+def test_a_single_device_never_holds_the_table(lab: Callable[..., Any]) -> None:
+    here = lab(selector="scan", **LARGE)
+    parts = here.trainer.recommender
+    few, many = (here.trainer.search(here.weights, resident=r) for r in (False, True))
+    assert np.shares_memory(few.items.memory, here.weights)
+    assert not np.shares_memory(many.items.memory, here.weights)
+    assert many.items.memory.size == parts.vectors.items * parts.vectors.dim
+    assert np.shares_memory(here.cohort._search(here.weights).items.memory, here.weights)
 
 
 def test_without_a_secret_nothing_is_selected(lab: Callable[..., Any]) -> None:
