@@ -20,6 +20,7 @@ FLOORS = (
     ("errors", "randomness"),
     ("data", "embedding"),
     ("metrics", "privacy", "secagg"),
+    ("lsh",),
     ("models",),
     ("device",),
     ("server",),

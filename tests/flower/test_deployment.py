@@ -177,7 +177,8 @@ def partition(number: int) -> str:
 
 
 def run_app(cluster: Cluster, app: Path, out: Path, *more: str) -> None:
-    config = " ".join([f'out="{out}"', "timeout-s=60", "wait-s=150", *more])
+    settings = {"timeout-s": "60", "wait-s": "150", **dict(each.split("=", 1) for each in more)}
+    config = " ".join([f'out="{out}"', *(f"{name}={value}" for name, value in settings.items())])
     cluster.start("run", "flwr", "run", ".", "loop", "--stream", "--run-config", config, cwd=app)
 
 
