@@ -36,7 +36,7 @@ FLOORS = (
     ("run",),
     ("report",),
     ("serving",),  # recommend: the room of the plan, by a name that hides no function
-    ("cli",),
+    ("cli", "flower"),
     ("__main__",),
 )
 # The one exception: histories without times are split by the published mixer of the embedding.

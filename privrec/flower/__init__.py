@@ -1,0 +1,1 @@
+"""Recommenders and a secure sum in Flower; the only room that imports ``flwr``."""
