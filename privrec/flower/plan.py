@@ -15,12 +15,12 @@ from privrec.errors import ReleaseRefused, UsageError
 from privrec.privacy.shares import Band, Shares
 from privrec.secagg.graph import Graph
 from privrec.secagg.keys import statement
-from privrec.secagg.ring import Encoding, Load, Ring
+from privrec.secagg.ring import LARGEST_WRAP, Encoding, Load, Ring
 from privrec.secagg.roster import Terms
 
 WEIGHT, CLIPPED, CAPPED = range(3)
 """What follows the coefficients in a sum without noise: the weight, and the two warnings."""
-FINEST_BITS = 20.0
+FINEST_BITS = 23.0  # what a float32 itself resolves
 NOISY_BITS = 13.0  # noise hides a finer grid, and shares on a coarser one are drawn faster
 _MOST_COUNT = 1 << 30
 
@@ -32,7 +32,7 @@ class SumPlan:
     Args:
         size: float coefficients of the model.
         clip_norm: largest L2 norm of a node's update, above 0.
-        scale_bits: the integer grid has ``2^scale_bits`` steps to the clip norm, 1 to 20.
+        scale_bits: the integer grid has ``2^scale_bits`` steps to the clip norm, 1 to 23.
         max_examples: most examples that a node counts with; 0 where every node counts as one.
         weighted_by: the metric of a reply that holds the number of examples.
         metrics: name and largest magnitude of each metric that is summed along.
@@ -203,9 +203,10 @@ class Cohort:
         load = Load(
             size, self.nodes, self.nodes * noise_multiplier**2 / (self.least - plan.colluders)
         )
-        fitting = min(plan.scale_bits, Ring().fitting_scale_bits(plan.encoding, load))
-        plan = replace(plan, scale_bits=max(1.0, fitting))
-        Ring().check(plan.encoding, load)
+        ring = Ring()
+        if ring.wrap_probability(plan.encoding, load) > LARGEST_WRAP:
+            plan = replace(plan, scale_bits=ring.fitting_scale_bits(plan.encoding, load) or 1.0)
+        ring.check(plan.encoding, load)
         return plan
 
 

@@ -73,7 +73,8 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         clip_norm: largest L2 norm of a node's update, above 0. Without noise it is no more than the
             range of the integers: choose it above what updates have.
         max_examples: most examples that a node counts with; None lets every node count as one.
-            With noise every node does.
+            With noise every node does. Rounding grows with its ratio to what nodes have, so set it
+            to about the largest node.
         metrics: name and largest magnitude of each training metric whose mean is wanted; all other
             metrics stay on the nodes. Not with noise.
         weighted_by: the metric that holds the number of examples; by default the strategy's own.

@@ -32,7 +32,8 @@ from sum_apps import (
 
 from privrec.errors import UsageError
 from privrec.flower import mod as mod_module
-from privrec.flower.devices import STATE
+from privrec.flower import secure_sum, vectors
+from privrec.flower.devices import STATE, RunState
 from privrec.flower.mod import RECORD, SecureSumMod
 from privrec.flower.secure_sum import SecureSum
 
@@ -65,6 +66,26 @@ def test_a_round_gives_the_exact_weighted_mean_of_all_updates() -> None:
     assert metrics == MetricRecord({})  # what is not named stays on the nodes
 
 
+def test_the_sum_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The integers of the survivors, made again from their own roots, add up to what came out."""
+    released: list[Any] = []
+    mean = secure_sum._mean
+    monkeypatch.setattr(secure_sum, "_mean", lambda *args: released.append(args[:2]) or mean(*args))
+    grid = grid_of(7, lost=losing("masked", 3))
+    one_round(strategy_of(7, metrics={"loss": 2.0}), grid)
+    ((round, total),) = released
+    terms = round.plan.terms(round.session._call.run, 0, 0)
+    mine = np.zeros(round.plan.length, np.int64)
+    for node in (1, 2, 4, 5, 6, 7):
+        update = vectors.update(model(), moved(model(), delta(node)))
+        root = RunState(grid.contexts[node].state).root
+        coins = root.stream("rounding", terms.run, terms.round, terms.attempt, terms.plan)
+        metrics = {"num-examples": examples(node), "loss": node / 4}
+        mine += vectors.integers(round.plan, update, metrics, coins)
+    assert np.array_equal(total, mine)
+    assert np.abs(mine[:SIZE]).min() > 0
+
+
 def test_the_mean_is_what_flower_gives_without_the_secure_sum() -> None:
     secure, _ = one_round(strategy_of(5), grid_of(5))
     grid = grid_of(5, app_of())
@@ -86,9 +107,7 @@ def test_drop_outs_at_any_exchange_are_survived(stage: str) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES[1:])
-def test_below_the_threshold_nothing_is_released(
-    stage: str, log: pytest.LogCaptureFixture
-) -> None:
+def test_below_the_threshold_nothing_is_released(stage: str, log: pytest.LogCaptureFixture) -> None:
     strategy, grid = strategy_of(7), grid_of(7, lost=losing(stage, 1, 2, 3))
     assert one_round(strategy, grid) == (None, None)
     said = [r.getMessage() for r in log.records if r.levelno == logging.ERROR]
@@ -231,7 +250,9 @@ def test_nothing_leaves_a_node_but_its_part_of_the_secure_sum() -> None:
     assert grid.replies
     for reply in grid.replies:
         assert list(reply.content) == [RECORD]
-    masked = [r.content[RECORD]["masked"].data for r in grid.replies if "masked" in r.content[RECORD]]
+    masked = [
+        r.content[RECORD]["masked"].data for r in grid.replies if "masked" in r.content[RECORD]
+    ]
     assert len(masked) == 5
     words = np.concatenate([np.frombuffer(m, np.uint32, offset=36) for m in masked])
     # Plain updates are below 2^14 here: under masks next to no word is.
@@ -312,7 +333,10 @@ def test_strategies_that_look_at_single_replies_are_refused(inner: Any) -> None:
         ({"noise_multiplier": 1.0}, "ledger go together"),
         ({"ledger": "l.jsonl"}, "ledger go together"),
         ({"noise_multiplier": 0.0, "ledger": "l.jsonl"}, "must be above 0"),
-        ({"epsilon": 1.0, "ledger": "l.jsonl", "metrics": {"loss": 1.0}}, "without being accounted"),
+        (
+            {"epsilon": 1.0, "ledger": "l.jsonl", "metrics": {"loss": 1.0}},
+            "without being accounted",
+        ),
         ({"epsilon": 1.0, "ledger": "l.jsonl", "delta": 2.0}, "delta 2.0"),
         ({"roster": "/nowhere"}, "could not be read"),
         ({"roster": "a", "enrolment_key": "b"}, "keep the one that is in use"),
@@ -355,14 +379,21 @@ def test_the_error_code_is_flowers() -> None:
 
 
 def test_only_flowers_public_names_are_imported() -> None:
-    from pathlib import Path
     import re
+    from pathlib import Path
 
     public = {"flwr.app", "flwr.serverapp", "flwr.serverapp.strategy", "flwr.clientapp"}
     folder = Path(mod_module.__file__).parent
     for path in folder.glob("*.py"):
         named = re.findall(r"^\s*(?:from|import) (flwr[\w.]*)", path.read_text("utf-8"), re.M)
-        if path.name in {"secure_sum.py", "mod.py", "devices.py", "vectors.py", "plan.py", "budget.py"}:
+        if path.name in {
+            "secure_sum.py",
+            "mod.py",
+            "devices.py",
+            "vectors.py",
+            "plan.py",
+            "budget.py",
+        }:
             assert set(named) <= public, path.name
 
 
