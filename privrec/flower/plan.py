@@ -16,7 +16,7 @@ from privrec.privacy.shares import Band, Shares
 from privrec.secagg.graph import Graph
 from privrec.secagg.keys import statement
 from privrec.secagg.ring import LARGEST_WRAP, Encoding, Load, Ring
-from privrec.secagg.roster import Terms
+from privrec.secagg.roster import MAX_LENGTH, Terms
 
 WEIGHT, CLIPPED, CAPPED = range(3)
 """What follows the coefficients in a sum without noise: the weight, and the two warnings."""
@@ -58,14 +58,22 @@ class SumPlan:
     remove_excess: bool = False
 
     def __post_init__(self) -> None:
-        _check(self.size >= 1, f"a model of {self.size} float coefficients: there is none to sum")
-        for name in ("clip_norm", "noise_multiplier", "scale_bits"):
-            value = getattr(self, name)
-            least = 0.0 if name == "noise_multiplier" else 1e-30
-            _check(
-                math.isfinite(value) and value >= least,
-                f"{name} {value}: it must be finite and {'at least' if not least else 'above'} 0",
-            )
+        _check(
+            1 <= self.size <= MAX_LENGTH - CAPPED - 1 - len(self.metrics),
+            f"a model of {self.size} float coefficients: 1 to some {MAX_LENGTH} can be summed",
+        )
+        _check(
+            math.isfinite(self.clip_norm) and self.clip_norm > 0,
+            f"clip_norm {self.clip_norm}: it must be finite and above 0",
+        )
+        _check(
+            math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0,
+            f"noise_multiplier {self.noise_multiplier}: it must be finite and at least 0",
+        )
+        _check(
+            1 <= self.scale_bits <= FINEST_BITS,
+            f"scale_bits {self.scale_bits}: it must lie between 1 and {FINEST_BITS:g}",
+        )
         _check(
             0 <= self.max_examples <= _MOST_COUNT,
             f"max_examples {self.max_examples}: it must lie between 1 and {_MOST_COUNT}; leave the "

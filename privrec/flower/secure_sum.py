@@ -153,6 +153,7 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         """Run the rounds; arguments and result are those of Flower's ``Strategy.start``."""
         self._timeout = self._own_timeout or timeout
         self._rounds = self._rounds or num_rounds
+        self._deposits.clear()  # this grid may have other nodes
         if self._budget is None:
             self._run = None
             self._attempts.clear()

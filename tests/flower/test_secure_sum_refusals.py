@@ -31,7 +31,6 @@ from privrec.errors import IntegrityError, ReleaseRefused, UsageError
 from privrec.flower.devices import STATE, create_device_key, read_device_key
 from privrec.flower.mod import RECORD, SecureSumMod
 from privrec.flower.plan import Cohort, SumPlan
-from privrec.flower.secure_sum import SecureSum
 from privrec.randomness import SecretRoot
 from privrec.secagg.keys import DeviceKey, PrekeyBook
 from privrec.secagg.roster import enrol
@@ -431,4 +430,3 @@ def test_prekeys_of_a_run_are_not_those_of_another(tmp_path: Path) -> None:
         answers = (r.content[RECORD].get("answer") for r in grid.replies[:3])
         seen.append({bytes(a) for a in answers})
     assert not seen[0] & seen[1]
-    assert isinstance(strategy_of(3), SecureSum)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -73,10 +74,11 @@ def test_three_rounds_with_a_drop_out_each_in_the_simulation_engine(tmp_path: Pa
     program = tmp_path / "app.py"
     program.write_text(PROGRAM)
     # Ray's sockets lie below the folder, and their paths may not exceed 107 bytes.
-    done = subprocess.run(
-        [sys.executable, str(program), "/tmp/ray-sum"],
-        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
+        done = subprocess.run(
+            [sys.executable, str(program), folder],
+            env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
     (values,) = json.loads(line.removeprefix("FOUND "))
