@@ -138,7 +138,7 @@ def test_a_strategy_can_be_started_again() -> None:
     strategy, grid = strategy_of(5), grid_of(5)
     first = strategy.start(grid, model(), num_rounds=2, timeout=5).arrays
     second = strategy.start(grid, model(), num_rounds=2, timeout=5).arrays
-    assert np.array_equal(flat(first), flat(second))
+    assert same(first, flat(second))
 
 
 def test_a_strategy_can_be_started_again_over_other_nodes() -> None:
