@@ -15,9 +15,18 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common import serde
 from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity
 
 from privrec.flower.mod import RECORD
+
+try:
+    from flwr.supercore.task_identity import TaskIdentity
+except ImportError:  # Flower before 1.41, where anybody may make a message
+
+    class TaskIdentity:  # type: ignore[no-redef]
+        """Nothing to be set."""
+
+        task_id = run_id = node_id = _node_id = None
+
 
 RUN = 7
 RAISED = 2  # Flower's code for an app that raised
