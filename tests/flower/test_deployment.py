@@ -126,7 +126,8 @@ class Cluster:
 
     def link(self, *more: str) -> None:
         self.start(
-            "link", "flower-superlink", *self.link_options, "--disable-runtime-dependency-installation",
+            "link", "flower-superlink", *self.link_options,
+            "--disable-runtime-dependency-installation",
             "--host", "127.0.0.1", "--port", str(self.port), *more,
         )  # fmt: skip
         self.wait_for(self.listens, 60)
