@@ -137,13 +137,14 @@ class LazyMemory:
 
     def settle(self, rows: Rows | None = None) -> None:
         """Pay what some rows owe, or all of them; nothing is shown."""
+        if rows is not None:
+            self._check_rows(rows)
         if not self.noise.steps:
             return
         if rows is None:
             name = self._written(_ALL, b"")
             self.noise.settle_all(self.__tables, *name)
         else:
-            self._check_rows(rows)
             name = self._written(_SETTLE, np.asarray(rows, np.int64).tobytes())
             self.noise.settle(self.__tables, rows, *name)
 
@@ -298,7 +299,7 @@ def _read_entry(
     moving, (variance, *fields) = content[0], _UPDATE.unpack_from(content, 1)
     body = content[1 + _UPDATE.size :]
     count = len(body) // (8 + width * dtype.itemsize)
-    rows = np.frombuffer(body, np.int64, count)
+    rows = np.frombuffer(body, np.int64, count).copy()
     gradients = np.frombuffer(body, dtype, offset=8 * count).reshape(count, width)
     return rows, gradients.copy(), variance, Update(*fields) if moving else None
 
