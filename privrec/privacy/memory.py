@@ -99,6 +99,11 @@ class LazyMemory:
     def dtype(self) -> np.dtype[Any]:
         return self.__tables[0].dtype
 
+    @property
+    def is_moving(self) -> bool:
+        """Whether steps have momentum or weight decay."""
+        return len(self.__tables) > 1
+
     def owe(self, variance: float) -> None:
         """Let every row owe noise of one more step; see :meth:`LazyNoise.owe`."""
         self.step(np.zeros(0, np.int64), np.zeros((0, self.shape[1]), self.dtype), variance)
@@ -126,7 +131,7 @@ class LazyMemory:
                 "weight decay; adaptive steps depend on noise that is not drawn yet. Use Update, "
                 "or settle everything in each step"
             )
-        if (update is None) == (len(self.__tables) > 1):
+        if (update is None) == self.is_moving:
             raise UsageError("a step with an update exactly where rows move; see moving")
         if not 0 <= variance < np.inf:
             raise UsageError(f"noise of variance {variance}: it must be finite and at least 0")
@@ -156,13 +161,13 @@ class LazyMemory:
     def velocities(self) -> Values | None:
         """A copy of the momentum buffer with all its noise, None for plain steps."""
         self.settle()
-        return self.__tables[1].copy() if len(self.__tables) > 1 else None
+        return self.__tables[1].copy() if self.is_moving else None
 
     def load(self, values: Values, velocities: Values | None = None) -> None:
         """Replace the whole table by settled values; what was owed is drawn and forgotten."""
         self.settle()
         self.__tables[0][:] = values
-        if velocities is not None and len(self.__tables) > 1:
+        if velocities is not None and self.is_moving:
             self.__tables[1][:] = velocities
         self.compact()
 

@@ -20,7 +20,7 @@ FLOORS = (
     ("errors", "randomness"),
     ("data", "embedding"),
     ("metrics", "privacy", "secagg"),
-    ("models",),
+    ("models", "optim"),
     ("device",),
     ("server",),
     ("transport",),
