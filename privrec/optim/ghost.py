@@ -254,9 +254,7 @@ def _product_norms(a: Tensor, b: Tensor) -> Tensor:
     if 2 * positions**2 <= wide * high:
         return ((a @ a.mT) * (b @ b.mT)).sum((1, 2)).clamp_(min=0)
     step = max(1, _CHUNK // (wide * high))
-    parts = [
-        (b[i : i + step].mT @ a[i : i + step]).square().sum((1, 2)) for i in range(0, n, step)
-    ]
+    parts = [(b[i : i + step].mT @ a[i : i + step]).square().sum((1, 2)) for i in range(0, n, step)]
     return torch.cat(parts) if parts else a.new_zeros(0)
 
 

@@ -80,7 +80,9 @@ class LazyDPSGD(torch.optim.Optimizer):
         self._skips: list[bool] = []
         trainable = [p for p in self._model.parameters() if p.requires_grad]
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__(trainable if params is None else params, {**defaults, "nesterov": nesterov})
+        super().__init__(
+            trainable if params is None else params, {**defaults, "nesterov": nesterov}
+        )
         self._capture = Capture(self._model)
         self._noise = Normals(root)
         self.tables: dict[nn.Parameter, LazyMemory] = {}
@@ -88,6 +90,7 @@ class LazyDPSGD(torch.optim.Optimizer):
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._lookups: dict[nn.Parameter, list[Lookups]] = {}
         self._make_lazy()
+        self.zero_grad()
 
     @classmethod
     def replacing(cls, optimizer: Any, model: nn.Module, **options: Any) -> LazyDPSGD:

@@ -4,13 +4,16 @@ PyTorch hands every function that is given a :class:`LazyParameter` to the param
 settles the rows that it reads. What asks for shape or type alone is let through. Everything else
 settles the whole table first and then works on a copy, so that nobody keeps a view of rows that
 will owe noise later: ``state_dict``, ``detach``, ``numpy``, norms, printing, arithmetic.
+
+A few functions of PyTorch ask nobody (``torch.tensor``, ``set_``). They find a single NaN: the rows
+themselves are not in the parameter's own storage while it is lazy.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,16 +34,21 @@ _HARMLESS = {
     "is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_shared", "is_pinned",
     "is_inference", "is_same_size", "__len__", "__hash__", "requires_grad_", "register_hook",
     "register_post_accumulate_grad_hook", "retain_grad", "has_names", "_has_names",
-    "is_conj", "is_neg", "is_tensor", "numel_", "is_distributed",
+    "is_conj", "is_neg",
 }  # fmt: skip
-Value = TypeVar("Value")
+_MOVES = {"data:set", "set_", "share_memory_", "resize_", "resize_as_", "swap_"}
+_OPERATORS = {
+    f"__i{name}__"
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "div", "mod", "pow", "and", "or", "xor",
+                 "lshift", "rshift")
+}  # fmt: skip
 
 
 class LazyParameter(torch.nn.Parameter):
     """A parameter that became lazy; see :func:`make_lazy`."""
 
     _memory: LazyMemory
-    _raw: Tensor
+    _raw: Tensor  # the rows, in storage that the memory shares
 
     @classmethod
     def __torch_function__(
@@ -103,6 +111,8 @@ def make_lazy(
         )
     raw = parameter.detach()
     memory = LazyMemory(raw.numpy(), source, moving=moving)
+    parameter.grad = None
+    parameter.data = raw.new_full((1, 1), float("nan")).expand(raw.shape)
     parameter.__class__ = LazyParameter
     lazy: Any = parameter
     lazy._memory, lazy._raw = memory, raw
@@ -112,9 +122,23 @@ def make_lazy(
 def make_plain(parameter: torch.nn.Parameter) -> None:
     """Settle a lazy parameter and make it an ordinary one again, in place."""
     if isinstance(parameter, LazyParameter):
+        raw = parameter._raw
         parameter._memory.settle()
         del parameter._memory, parameter._raw
         parameter.__class__ = torch.nn.Parameter
+        parameter.data = raw
+
+
+class _Read(torch.autograd.Function):
+    """A settled copy; its gradient is the parameter's, where the optimiser finds and refuses it."""
+
+    @staticmethod
+    def forward(ctx: Any, lazy: LazyParameter) -> Tensor:
+        return torch.from_numpy(lazy._memory.settled())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
 
 
 def _plain(lazy: LazyParameter) -> torch.nn.Parameter:
@@ -123,7 +147,7 @@ def _plain(lazy: LazyParameter) -> torch.nn.Parameter:
 
 def _look_up(func: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
     """A lookup: it settles its rows, and its output is where the gradient is taken."""
-    lookup = F.embedding in (func,) or F.embedding_bag in (func,)
+    lookup = func is F.embedding or func is F.embedding_bag
     at = next((i for i, arg in enumerate(args) if isinstance(arg, LazyParameter)), None)
     if not lookup or at != 1:
         raise UsageError(
@@ -148,28 +172,25 @@ def _look_up(func: Callable[..., Any], args: tuple[Any, ...], options: dict[str,
 def _write(
     func: Callable[..., Any], name: str, args: tuple[Any, ...], options: dict[str, Any]
 ) -> Any:
-    target = next(a for a in (args[0], options.get("out")) if isinstance(a, LazyParameter))
-    if name in ("data", "set_", "share_memory_", "resize_", "resize_as_", "swap_tensors"):
+    if name in _MOVES:
         raise UsageError(
             f"{name} would move a table away from its noise; close() the optimiser first, "
             "or write with copy_"
         )
+    target = next(a for a in (args[0], options.get("out")) if isinstance(a, LazyParameter))
     target._memory.settle()
-    others = tuple(arg if arg is target else _mapped(_copied, arg) for arg in args)
-    place = target._raw.data_ptr(), target._raw.shape
-    result = func(*others, **{k: v if v is target else _copied(v) for k, v in options.items()})
-    if (target.detach().data_ptr(), target.shape) != place:
-        raise UsageError(f"{name} moved a table away from its noise; close() the optimiser first")
-    return result
+    given = tuple(target._raw if arg is target else _mapped(_copied, arg) for arg in args)
+    named = {k: target._raw if v is target else _copied(v) for k, v in options.items()}
+    result = func(*given, **named)
+    return target if result is target._raw else result
 
 
 def _writes(name: str, args: tuple[Any, ...], options: Mapping[str, Any]) -> bool:
     if isinstance(options.get("out"), LazyParameter):
         return True
     inplace = name.endswith("_") and not name.endswith("__")
-    special = name in ("__setitem__", "data:set") or (name.startswith("__i") and name != "__int__")
-    special = special and name not in ("__index__", "__invert__")
-    return (inplace or special or name == "data:set") and isinstance(args[0], LazyParameter)
+    special = name in ("__setitem__", "data:set") or name in _OPERATORS
+    return (inplace or special) and isinstance(args[0], LazyParameter)
 
 
 def _name(func: Callable[..., Any]) -> str:
@@ -185,8 +206,7 @@ def _copied(value: Any) -> Any:
     """A settled copy of a lazy parameter, to which gradients flow; anything else as it is."""
     if not isinstance(value, LazyParameter):
         return value
-    value._memory.settle()
-    return value.clone()
+    return _Read.apply(value)  # type: ignore[no-untyped-call]
 
 
 def _mapped(change: Callable[[Any], Any], value: Any) -> Any:

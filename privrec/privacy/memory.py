@@ -230,9 +230,7 @@ class LazyMemory:
     def _refuse(self) -> NoReturn:
         raise UsageError("the noise of a table is never replaced: what is owed would be forgotten")
 
-    def _step(
-        self, rows: Rows, gradients: Values, variance: float, update: Update | None
-    ) -> None:
+    def _step(self, rows: Rows, gradients: Values, variance: float, update: Update | None) -> None:
         if update is None:
             if len(rows):
                 _accumulate(self.__tables[0], rows, gradients)

@@ -28,7 +28,9 @@ def test_a_debt_is_never_below_the_exact_sum_and_hardly_above(variances, data):
     owed = Fraction(float(debt.since(np.array([stamp]))[0]))
     exact = sum(map(Fraction, variances[stamp:]), Fraction(0))
     whole = sum(map(Fraction, variances), Fraction(0))
-    assert exact <= owed <= exact + whole * Fraction(len(variances) + 2, 2**52) + Fraction(1, 2**999)
+    assert (
+        exact <= owed <= exact + whole * Fraction(len(variances) + 2, 2**52) + Fraction(1, 2**999)
+    )
 
 
 @given(st.lists(positive, max_size=40), st.sampled_from([0.0625, 1.0, 4.0]))

@@ -117,7 +117,9 @@ def crash_and_go_on(seed, *, moving=False):
     disk.rng = rng
     kills = 0
     observed = {"steps": 0, "uncertain": 0, "shown": {}}
-    memory = LazyMemory(np.zeros((ROWS, WIDTH)), source, moving=moving, journal=Journal(PLACE, disk))
+    memory = LazyMemory(
+        np.zeros((ROWS, WIDTH)), source, moving=moving, journal=Journal(PLACE, disk)
+    )
     for _ in range(4):
         disk.last = disk.writes + int(rng.integers(1, 8))
         try:

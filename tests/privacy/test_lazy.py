@@ -220,9 +220,7 @@ def test_the_eager_path_has_the_same_law(monkeypatch):
     steps = [Step(1.0, Update(0.1), np.arange(ROWS), np.arange(ROWS)) for _ in range(3)]
     orders = []
     settle_all = LazyNoise.settle_all
-    monkeypatch.setattr(
-        LazyNoise, "settle_all", lambda *a: (orders.append(1), settle_all(*a))[1]
-    )
+    monkeypatch.setattr(LazyNoise, "settle_all", lambda *a: (orders.append(1), settle_all(*a))[1])
     check_law(steps, is_moving=False)
     assert orders
     monkeypatch.setattr(lazy, "EAGER_SHARE", 2.0)
