@@ -89,10 +89,14 @@ class Capture:
 
         def keep(gradient: Tensor) -> None:
             self._passes.add(number)
-            made = Record(_detached(inputs), dict(zip(named, _detached(named.values()))), gradient)
+            made = Record(
+                _detached(inputs),
+                dict(zip(named, _detached(named.values()), strict=True)),
+                gradient,
+            )
             self._records.setdefault(layer, []).append(made)
 
-        output.register_hook(keep)
+        output.register_hook(keep)  # type: ignore[no-untyped-call]
 
 
 def _detached(values: Any) -> tuple[Any, ...]:

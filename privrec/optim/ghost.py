@@ -66,7 +66,8 @@ class LinearLayer:
 
     def __init__(self, layer: nn.Linear) -> None:
         self._layer = layer
-        self._weight, self._bias = layer.weight, layer.bias
+        self._weight: Any = layer.weight
+        self._bias: Any = layer.bias
 
     def squared_norms(self, records: list[Record], examples: int) -> Tensor:
         a, b = self._both(records)
@@ -231,14 +232,14 @@ def _bag_norms(found: Lookups, table: int) -> Tensor:
     total = torch.zeros(len(found.vectors), dtype=squared.dtype)
     if len(key) <= len(found.vectors) and bool((found.which[1:] > found.which[:-1]).all()):
         return total.index_add_(0, found.which, weights.square()) * squared
-    distinct, place = key.unique(return_inverse=True)
+    distinct, place = torch.unique(key, return_inverse=True)
     met = torch.zeros(len(distinct), dtype=squared.dtype).index_add_(0, place, weights)
     owner = distinct.div(table, rounding_mode="floor")
     return total.index_add_(0, owner, met.square()) * squared
 
 
 def _meeting_norms(rows: Tensor, of: Tensor, values: Tensor, examples: int, table: int) -> Tensor:
-    distinct, place = (of * table + rows).unique(return_inverse=True)
+    distinct, place = torch.unique(of * table + rows, return_inverse=True)
     if len(distinct) < len(rows):
         met = torch.zeros(len(distinct), values.shape[1], dtype=values.dtype)
         values = met.index_add_(0, place, values)

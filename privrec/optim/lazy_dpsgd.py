@@ -187,7 +187,7 @@ class LazyDPSGD(torch.optim.Optimizer):
         return loss
 
     def attach_step_hook(self, hook: Callable[[LazyDPSGD], None]) -> None:
-        """Call ``hook(self)`` before each step; ``accountant.get_optimizer_hook_fn(rate)`` is one."""
+        """Call ``hook(self)`` in each step: an accountant's ``get_optimizer_hook_fn(rate)``."""
         self.step_hook = hook
 
     def signal_skip_step(self, do_skip: bool = True) -> None:
@@ -224,7 +224,7 @@ class LazyDPSGD(torch.optim.Optimizer):
             self._forget_velocities()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave; the model's own state is loaded into the model."""
+        """Take over what :meth:`state_dict` gave; the model has a state of its own to load."""
         super().load_state_dict(state_dict)
         for parameter, memory in self.tables.items():
             held = self.state.get(parameter, {}).get("momentum_buffer")
@@ -309,7 +309,8 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     """The model itself, without the hooks by which Opacus makes per-example gradients."""
     inner = getattr(model, "_module", None)
     if isinstance(inner, nn.Module) and hasattr(model, "remove_hooks"):
-        model.remove_hooks()
+        unhook: Any = model.remove_hooks
+        unhook()
         return inner
     return model
 
@@ -321,7 +322,7 @@ def _linear_group(group: dict[str, Any]) -> dict[str, Any]:
     return {"params": group["params"], **{name: group[name] for name in _LINEAR}}
 
 
-def _check(noise: float, bound: float, batch: float, reduction: str) -> None:
+def _check(noise: float, bound: float, batch: float | None, reduction: str) -> None:
     if not (math.isfinite(noise) and noise >= 0):
         raise UsageError(f"noise_multiplier = {noise}: it must be finite and at least 0")
     for name, value in (("max_grad_norm", bound), ("expected_batch_size", batch)):

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from privrec.errors import UsageError
 from privrec.privacy.deviates import NoiseSource
 from privrec.privacy.memory import LazyMemory
 
-_LOOKUPS = {F.embedding, F.embedding_bag, torch.embedding, torch.embedding_bag}
+_LOOKUPS = {functional.embedding, functional.embedding_bag, torch.embedding, torch.embedding_bag}
 # What tells nothing of any value.
 _HARMLESS = {
     "shape", "dtype", "device", "layout", "ndim", "requires_grad", "grad", "grad_fn", "is_leaf",
@@ -39,8 +39,8 @@ _HARMLESS = {
 _MOVES = {"data:set", "set_", "share_memory_", "resize_", "resize_as_", "swap_"}
 _OPERATORS = {
     f"__i{name}__"
-    for name in ("add", "sub", "mul", "truediv", "floordiv", "div", "mod", "pow", "and", "or", "xor",
-                 "lshift", "rshift")
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "div", "mod", "pow", "and", "or",
+                 "xor", "lshift", "rshift")
 }  # fmt: skip
 
 
@@ -122,11 +122,12 @@ def make_lazy(
 def make_plain(parameter: torch.nn.Parameter) -> None:
     """Settle a lazy parameter and make it an ordinary one again, in place."""
     if isinstance(parameter, LazyParameter):
-        raw = parameter._raw
-        parameter._memory.settle()
-        del parameter._memory, parameter._raw
-        parameter.__class__ = torch.nn.Parameter
-        parameter.data = raw
+        lazy: Any = parameter
+        raw = lazy._raw
+        lazy._memory.settle()
+        del lazy._memory, lazy._raw
+        lazy.__class__ = torch.nn.Parameter
+        lazy.data = raw
 
 
 class _Read(torch.autograd.Function):
@@ -147,7 +148,7 @@ def _plain(lazy: LazyParameter) -> torch.nn.Parameter:
 
 def _look_up(func: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
     """A lookup: it settles its rows, and its output is where the gradient is taken."""
-    lookup = func is F.embedding or func is F.embedding_bag
+    lookup = func in (functional.embedding, functional.embedding_bag)
     at = next((i for i, arg in enumerate(args) if isinstance(arg, LazyParameter)), None)
     if not lookup or at != 1:
         raise UsageError(

@@ -1,9 +1,9 @@
-"""Poisson batches, which the accounting of DP-SGD assumes: every example is in with a fixed rate."""
+"""Poisson batches, which the accounting of DP-SGD assumes: each example is in at a fixed rate."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -70,7 +70,7 @@ def poisson_loader(
     """
     size: int = len(dataset)  # type: ignore[arg-type]
 
-    def collate(examples: Sequence[Any]) -> Any:
+    def collate(examples: list[Any]) -> Any:
         return default_collate(examples) if examples else _emptied(default_collate([dataset[0]]))
 
     return DataLoader(

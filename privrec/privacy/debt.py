@@ -3,12 +3,12 @@
 :class:`Sum` is for plain steps: a row owes ``V_t - V_s``, the difference of two running sums, so
 that step sizes, noise multipliers and clipping bounds may change from step to step.
 
-:class:`Drift` is for momentum and weight decay. The state ``x = (value, velocity)`` of a coefficient
-follows ``x_k = A_k x_(k-1) + b_k (g_k + n_k)``. A row without gradients goes from step ``s`` to
-``t`` by ``x_t = F x_s + noise``, where ``F`` is the product of the ``A_k`` and the noise is Gaussian
-of a covariance ``Q``. Blocks ``(i 2^L, (i + 1) 2^L]`` of steps are composed once, and any interval
-is put together from at most ``2 log2(t)`` of them: exact for every schedule, and no inverse, which
-momentum would make useless.
+:class:`Drift` is for momentum and weight decay. The state ``x = (value, velocity)`` of a
+coefficient follows ``x_k = A_k x_(k-1) + b_k (g_k + n_k)``. A row without gradients goes from step
+``s`` to ``t`` by ``x_t = F x_s + noise``, where ``F`` is the product of the ``A_k`` and the noise
+is Gaussian of a covariance ``Q``. Blocks ``(i 2^L, (i + 1) 2^L]`` of steps are composed once, and
+any interval is put together from at most ``2 log2(t)`` of them: exact for every schedule, and no
+inverse, which momentum would make useless.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Update:
         decay = np.outer(self.gain, [self.weight_decay, 0.0])
         ahead = self.momentum if self.nesterov else 1.0
         kept[0, 1] = -self.lr * self.momentum * ahead
-        return kept + decay
+        return np.asarray(kept + decay)
 
 
 class Sum:
@@ -111,7 +111,7 @@ class Sum:
         owed = np.subtract(self._sums[self.steps], self._sums[stamps])
         if not self._unit:
             np.nextafter(owed, np.inf, out=owed, where=owed > 0)
-        return owed
+        return np.asarray(owed)
 
 
 @dataclass(frozen=True)

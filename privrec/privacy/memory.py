@@ -1,8 +1,8 @@
 """A table whose noise is lazy, and that can only be read settled.
 
-Every way out of a :class:`LazyMemory` pays the noise of what it shows: rows, the whole table, norms,
-digests, conversion to an array, state, copies and pickles. There is no method that shows a value
-which still owes noise.
+Every way out of a :class:`LazyMemory` pays the noise of what it shows: rows, the whole table,
+norms, digests, conversion to an array, state, copies and pickles. There is no method
+that shows a value which still owes noise.
 """
 
 from __future__ import annotations
@@ -58,13 +58,14 @@ class LazyMemory:
                 f"a table of {values.dtype} of shape {values.shape}: it must be contiguous, of "
                 "floats or signed integers, with rows and columns"
             )
-        self.noise = LazyNoise(*values.shape, source, moving=moving)
+        self.noise = LazyNoise(values.shape[0], values.shape[1], source, moving=moving)
         if bool(self.noise.source.unit()) != (values.dtype.kind == "i"):
             raise UsageError(
                 f"noise of {type(self.noise.source).__name__} for a table of {values.dtype}: "
                 "Normals go with floats, Skellams with integers"
             )
-        self.__tables = (values, np.zeros_like(values)) if moving else (values,)
+        velocities = (np.zeros_like(values),) if moving else ()
+        self.__tables: tuple[Values, ...] = (values, *velocities)
         self._journal = journal
         if journal is not None and not journal.is_begun:
             journal.begin(_packed(self.__tables))
@@ -205,7 +206,7 @@ class LazyMemory:
         shaped = taken.reshape(*np.shape(chosen), self.shape[1])
         return np.asarray(shaped[(..., *rest)] if rest else shaped)
 
-    def __array__(self, dtype: DTypeLike = None, copy: bool | None = None) -> NDArray[Any]:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:
             raise ValueError("a view of a table that will owe noise is never given: copy it")
         return self.settled().astype(dtype or self.dtype, copy=False)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from privrec.errors import UsageError
 from privrec.optim.parameter import LazyParameter, make_lazy, make_plain
@@ -49,17 +49,17 @@ WAYS_OUT = {
     "iteration": lambda e: torch.stack(list(e.weight)),
     "select": lambda e: e.weight.index_select(0, torch.arange(ROWS)),
     "product": lambda e: torch.eye(ROWS) @ e.weight,
-    "linear": lambda e: F.linear(torch.eye(WIDTH), e.weight).T,
+    "linear": lambda e: functional.linear(torch.eye(WIDTH), e.weight).T,
     "stack": lambda e: torch.stack([e.weight])[0],
     "items": lambda e: torch.tensor([[w.item() for w in row] for row in e.weight]),
     "lookup": lambda e: e(torch.arange(ROWS)),
-    "functional lookup": lambda e: F.embedding(torch.arange(ROWS), e.weight),
-    "bag": lambda e: F.embedding_bag(torch.arange(ROWS)[:, None], e.weight, mode="sum"),
+    "functional lookup": lambda e: functional.embedding(torch.arange(ROWS), e.weight),
+    "bag": lambda e: functional.embedding_bag(torch.arange(ROWS)[:, None], e.weight, mode="sum"),
     "module copy": lambda e: copy.deepcopy(e).weight,
     "copy": lambda e: copy.copy(e.weight),
     "deep copy": lambda e: copy.deepcopy(e.weight),
-    "pickle": lambda e: pickle.loads(pickle.dumps(e.weight)),
-    "module pickle": lambda e: pickle.loads(pickle.dumps(e)).weight,
+    "pickle": lambda e: pickle.loads(pickle.dumps(e.weight)),  # noqa: S301
+    "module pickle": lambda e: pickle.loads(pickle.dumps(e)).weight,  # noqa: S301
     "save": lambda e: saved(e.weight),
     "save module": lambda e: saved(e).weight,
     "save state": lambda e: saved(e.state_dict())["weight"],

@@ -42,7 +42,7 @@ WAYS_OUT = {
     "state": lambda m: m.state_dict()["values"],
     "copy": copy.copy,
     "deep copy": copy.deepcopy,
-    "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+    "pickle": lambda m: pickle.loads(pickle.dumps(m)),  # noqa: S301
     "list": lambda m: np.array(np.asarray(m).tolist()),
 }
 
@@ -164,8 +164,7 @@ class Adam:
 )
 def test_what_cannot_be_done_is_refused(call, match):
     with pytest.raises(UsageError, match=match):
-        made = call()
-        assert made is None
+        call()
 
 
 def test_a_refused_step_changes_nothing():
