@@ -191,10 +191,9 @@ def layer_of(layer: nn.Module) -> Layer:
 
 
 def _bag_lookups(layer: nn.EmbeddingBag, record: Record) -> Lookups:
-    given = dict(zip(("input", "offsets", "per_sample_weights"), record.inputs, strict=False))
-    given.update(record.named)
-    rows, offsets, weights = (given.get(k) for k in ("input", "offsets", "per_sample_weights"))
-    assert rows is not None  # noqa: S101  # the layer itself has refused a missing input
+    names = ("input", "offsets", "per_sample_weights")
+    given = {**dict(zip(names, record.inputs, strict=False)), **record.named}
+    rows, offsets, weights = given["input"], given.get("offsets"), given.get("per_sample_weights")
     if offsets is None:
         bags, each = rows.shape
         which = torch.arange(bags).repeat_interleave(each)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -153,7 +153,7 @@ class LazyDPSGD(torch.optim.Optimizer):
             layer = self._capture.layers[module]
             found = layer.clipped(each, factors)
             if isinstance(layer, TableLayer):
-                self._lookups.setdefault(module.weight, []).extend(found)  # type: ignore[arg-type]
+                self._lookups.setdefault(cast(nn.Parameter, module.weight), []).extend(found)
             else:
                 for parameter, total in found.items():
                     before = self._sums.get(parameter)
@@ -246,8 +246,7 @@ class LazyDPSGD(torch.optim.Optimizer):
             )
         for module, layer in self._capture.layers.items():
             if isinstance(layer, TableLayer):
-                weight = module.weight
-                assert isinstance(weight, nn.Parameter)  # noqa: S101  # TableLayer's own promise
+                weight = cast(nn.Parameter, module.weight)
                 group = of[id(weight)]
                 moving = bool(group["momentum"] or group["weight_decay"])
                 self.tables[weight] = make_lazy(weight, self._noise, moving=moving)

@@ -87,10 +87,12 @@ class Sum:
         self.clear()
 
     def clear(self) -> None:
+        """Forget all steps: nothing is owed."""
         self._sums = np.zeros(_FIRST)
         self.steps = 0
 
     def append(self, variance: float) -> None:
+        """Enter a step; a sum of units beyond 2^53 is refused, since it would not be exact."""
         total = float(self._sums[self.steps])
         counted = math.ceil(variance / self._unit) if self._unit else float(variance)
         after = total + counted
@@ -143,6 +145,7 @@ class Drift:
         self.clear()
 
     def clear(self) -> None:
+        """Forget all steps: nothing is owed, and nothing moves."""
         self._drift = np.zeros((2 * _FIRST, 2, 2))
         self._noise = np.zeros((2 * _FIRST, 2, 2))
         self.steps = 0

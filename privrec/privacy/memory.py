@@ -94,10 +94,12 @@ class LazyMemory:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Rows and coefficients a row."""
         return (self.noise.rows, self.noise.width)
 
     @property
     def dtype(self) -> np.dtype[Any]:
+        """Type of the values."""
         return self.__tables[0].dtype
 
     @property
