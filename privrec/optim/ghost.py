@@ -15,6 +15,7 @@ Private Optimization on Large Model at Small Cost" (2023), for a single backward
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -45,10 +46,26 @@ class Lookups:
     weights: Tensor | None
     vectors: Tensor
 
-    def values(self, scale: float) -> Tensor:
-        """The part of each lookup times ``scale``, shape ``(lookups, width)``."""
-        made = (self.vectors * scale).index_select(0, self.which)
+    def values(self) -> Tensor:
+        """The part of each lookup, shape ``(lookups, width)``."""
+        made = self.vectors.index_select(0, self.which)
         return made if self.weights is None else made.mul_(self.weights[:, None])
+
+    def spread(self) -> Lookups:
+        """The same without weights: each lookup has a vector of its own."""
+        return Lookups(self.rows, torch.arange(len(self.rows)), None, self.values())
+
+
+def joined(parts: list[Lookups], width: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The lookups of several microbatches as rows, numbers of vectors, and scaled vectors."""
+    made = [part if part.weights is None else part.spread() for part in parts]
+    if not made:
+        none = torch.zeros(0, dtype=torch.int64)
+        return none, none, torch.zeros(0, width)
+    starts = [0, *itertools.accumulate(len(part.vectors) for part in made)]
+    which = [part.which + start for part, start in zip(made, starts, strict=False)]
+    vectors = torch.cat([part.vectors for part in made]) * scale
+    return torch.cat([part.rows for part in made]).to(torch.int64), torch.cat(which), vectors
 
 
 class Layer(Protocol):
@@ -110,9 +127,9 @@ class TableLayer:
             (found, owners), bag = parts[0], isinstance(self._layer, nn.EmbeddingBag)
             if bag:
                 return _bag_norms(found, self._layer.num_embeddings)
-            values, rows, of = found.values(1.0), found.rows, owners[found.which]
+            values, rows, of = found.values(), found.rows, owners[found.which]
         else:
-            values = torch.cat([found.values(1.0) for found, _ in parts])
+            values = torch.cat([found.values() for found, _ in parts])
             rows = torch.cat([found.rows for found, _ in parts])
             of = torch.cat([owners[found.which] for found, owners in parts])
         return _meeting_norms(rows, of, values, examples, self._layer.num_embeddings)

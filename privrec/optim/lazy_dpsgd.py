@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from privrec.errors import UsageError
 from privrec.optim.capture import Capture
-from privrec.optim.ghost import Lookups, TableLayer
+from privrec.optim.ghost import Lookups, TableLayer, joined
 from privrec.optim.parameter import make_lazy, make_plain
 from privrec.privacy.debt import Update
 from privrec.privacy.deviates import Normals
@@ -270,16 +270,11 @@ class LazyDPSGD(torch.optim.Optimizer):
         plain = update.is_plain and not memory.is_moving
         scale = -update.lr if plain else 1.0
         parts = self._lookups.get(parameter, [])
-        width = memory.shape[1]
-        values = [part.values(scale / self.expected_batch_size) for part in parts]
-        gradients = torch.cat(values) if values else torch.zeros(0, width)
-        rows = torch.cat([part.rows for part in parts]) if parts else torch.zeros(0)
-        taken = gradients.reshape(-1, width).to(dtype=_float(memory)).numpy()
-        where = rows.to(torch.int64).numpy()
-        if plain:
-            memory.step(where, taken, update.lr**2 * self._variance())
-        else:
-            memory.step(where, taken, self._variance(), update)
+        rows, which, vectors = joined(parts, memory.shape[1], scale / self.expected_batch_size)
+        variance = self._variance() * (update.lr**2 if plain else 1.0)
+        taken = vectors.to(_float(memory)).numpy()
+        step = None if plain else update
+        memory.step(rows.numpy(), taken, variance, step, which=which.numpy())
 
     def _step_dense(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         gradient = np.zeros((1, parameter.numel()), np.float32)

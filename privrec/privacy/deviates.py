@@ -12,13 +12,16 @@ Sources: Box & Muller (1958); Agarwal, Kairouz & Liu, "The Skellam Mechanism" (2
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 from fractions import Fraction
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from privrec.errors import ReleaseRefused, UsageError
 from privrec.privacy.discrete import LARGEST_VARIANCE, check_variance, skellam
@@ -28,7 +31,7 @@ Values: TypeAlias = NDArray[Any]
 """A table of float32 or float64, or of integers, shape ``(rows, width)``."""
 Variances: TypeAlias = NDArray[np.float64]
 
-_PAIRS = 1 << 14  # five buffers of this many float32 stay in the level-2 cache
+_PAIRS = 1 << 15  # five buffers of this many float32 stay in the level-2 cache
 _RARE = 1 << 8
 
 
@@ -96,9 +99,7 @@ class Normals(_Secure):
 
     def __init__(self, root: SecretRoot | None = None) -> None:
         super().__init__(root)
-        self._radius = np.empty(_PAIRS, np.float32)
-        self._angle = np.empty(_PAIRS, np.float32)
-        self._turn = np.empty(_PAIRS, np.float32)
+        self._make_buffers(_PAIRS)
 
     def unit(self) -> float:
         return 0.0
@@ -112,31 +113,33 @@ class Normals(_Secure):
         """
         half = -(-out.shape[1] // 2)
         step = max(1, _PAIRS // half)
-        scale = -2 * rounded_up(variances)
+        table = torch.from_numpy(out)
+        scale = torch.from_numpy(-2 * rounded_up(variances))[:, None]
         for start in range(0, len(out), step):
-            self._add_block(out[start : start + step], scale[start : start + step])
+            self._add_block(table[start : start + step], scale[start : start + step])
 
-    def _add_block(self, out: Values, scale: NDArray[np.float32]) -> None:
+    def _make_buffers(self, pairs: int) -> None:
+        self._buffers = torch.empty(3, pairs)
+        self._bytes = np.empty(8 * pairs + 16, np.uint8)
+
+    def _add_block(self, out: Tensor, scale: Tensor) -> None:
         rows, width = out.shape
         half = -(-width // 2)
         pairs = rows * half
-        if pairs > len(self._radius):  # one very wide row
-            self._radius, self._angle, self._turn = (np.empty(pairs, np.float32) for _ in range(3))
+        if pairs > self._buffers.shape[1]:  # one very wide row
+            self._make_buffers(pairs)
         stream = self._open()
-        words = stream.uint32(2 * pairs)
-        radius, angle, turn = self._radius[:pairs], self._angle[:pairs], self._turn[:pairs]
-        _log_uniform(words[:pairs], stream, radius)
-        shaped = radius.reshape(rows, half)
-        shaped *= scale[:, None]
-        np.sqrt(radius, out=radius)
-        np.copyto(angle, words[pairs:].view(np.int32), casting="unsafe")
-        angle *= np.float32(np.pi * 2.0**-31)
-        np.cos(angle, out=turn)
-        turn *= radius
-        out[:, :half] += turn.reshape(rows, half)
-        np.sin(angle, out=turn)
-        turn *= radius
-        out[:, half:] += turn.reshape(rows, half)[:, : width - half]
+        words = stream.uint32(2 * pairs, self._bytes)
+        radius, angle, turn = (buffer[:pairs].view(rows, half) for buffer in self._buffers)
+        _log_uniform(words[:pairs], stream, radius.view(-1))
+        radius.mul_(scale).sqrt_()
+        angle.view(-1).copy_(torch.from_numpy(words[pairs:].view(np.int32)))
+        angle.mul_(math.pi * 2.0**-31)
+        torch.cos(angle, out=turn)
+        out[:, :half].addcmul_(radius, turn)
+        torch.sin(angle, out=turn)
+        rest = width - half
+        out[:, half:].addcmul_(radius[:, :rest], turn[:, :rest])
 
 
 class Skellams(_Secure):
@@ -195,13 +198,14 @@ def rounded_up(variances: Variances) -> NDArray[np.float32]:
     return np.where(short < variances, np.nextafter(short, np.float32(np.inf)), short)
 
 
-def _log_uniform(words: NDArray[np.uint32], stream: SecureStream, out: NDArray[np.float32]) -> None:
-    """``ln u`` of the uniform ``u`` that each word stands for, at least ``-66.6``, at most 0."""
-    np.copyto(out, words, casting="unsafe")
-    out += np.float32(0.5)
-    out *= np.float32(2.0**-32)
+def _log_uniform(words: NDArray[np.uint32], stream: SecureStream, out: Tensor) -> None:
+    """``ln u`` of the uniform ``u`` that each word stands for, at least ``-67``, at most 0."""
+    uniform = out.numpy()
+    np.copyto(uniform, words, casting="unsafe")
+    uniform += np.float32(0.5)
+    uniform *= np.float32(2.0**-32)
     if words.min() < _RARE:
         rare = np.flatnonzero(words < _RARE)
         rest = (stream.uint64(len(rare)) + 0.5) * 2.0**-64
-        out[rare] = (words[rare] + rest) * 2.0**-32
-    np.log(out, out=out)
+        uniform[rare] = (words[rare] + rest) * 2.0**-32
+    torch.log(out, out=out)

@@ -116,7 +116,7 @@ class LazyNoise:
             rows: which rows, in any order and with repetitions, within range.
             *context: names the draw, so that the same one can be made again after a crash.
         """
-        distinct, _ = self.distinct(rows)
+        distinct = rows[self._winners(rows)[0]]
         stamps = self._stamps[distinct]
         debtors = distinct[stamps != self.steps]
         if len(debtors) >= EAGER_SHARE * self.rows:
@@ -161,6 +161,12 @@ class LazyNoise:
 
         No sorting: the stamps serve as a scratch pad, and have their own values back at the end.
         """
+        first, winner = self._winners(rows)
+        place = np.cumsum(first) - 1
+        return rows[first], place[winner]
+
+    def _winners(self, rows: Rows) -> tuple[NDArray[np.bool_], NDArray[np.uint32]]:
+        """Which of equal rows stands for all of them, and its number for each of them."""
         numbers = np.arange(len(rows), dtype=np.uint32)
         before = self._stamps[rows]
         try:
@@ -168,9 +174,7 @@ class LazyNoise:
             winner = self._stamps[rows]
         finally:
             self._stamps[rows] = before
-        first = winner == numbers
-        place = np.cumsum(first) - 1
-        return rows[first], place[winner]
+        return winner == numbers, winner
 
     def _pay(self, tables: tuple[Values, ...], stamps: NDArray[np.uint32]) -> None:
         self.drawn += int(np.count_nonzero(stamps != self.steps))

@@ -24,7 +24,8 @@ from privrec.privacy.journal import Disk, Journal
 from privrec.privacy.lazy import LazyNoise, Rows
 
 _UPDATE = struct.Struct("<dddd?")
-_OWE, _STEP, _SETTLE, _ALL = b"o", b"s", b"r", b"a"
+_STEP, _SETTLE, _ALL = b"s", b"r", b"a"
+_CHUNK = 1 << 12
 
 
 class LazyMemory:
@@ -112,7 +113,13 @@ class LazyMemory:
         self.step(np.zeros(0, np.int64), np.zeros((0, self.shape[1]), self.dtype), variance)
 
     def step(
-        self, rows: Rows, gradients: Values, variance: float, update: Update | None = None
+        self,
+        rows: Rows,
+        gradients: Values,
+        variance: float,
+        update: Update | None = None,
+        *,
+        which: Rows | None = None,
     ) -> None:
         """Take one step on some rows, and let all of them owe its noise.
 
@@ -123,11 +130,13 @@ class LazyMemory:
             variance: of the noise in each coefficient: of the gradient with ``update``, else of
                 what is added.
             update: the step; required exactly where rows move.
+            which: for each row the number of its gradient, where many rows share one, as the rows
+                of a bag do; they are in order when None.
 
         Raises:
             UsageError: when an argument is not of its shape, type or range.
         """
-        self._check(rows, gradients)
+        self._check(rows, gradients, which)
         if not isinstance(update, Update | None):
             raise UsageError(
                 f"a step by {type(update).__name__}: lazy noise is exact for SGD with momentum and "
@@ -140,8 +149,10 @@ class LazyMemory:
             raise UsageError(f"noise of variance {variance}: it must be finite and at least 0")
         if self._journal is not None:
             self.settle(rows)  # an entry of its own, so that replaying draws it alike
+            gradients = gradients if which is None else gradients[which]
             self._journal.append(_STEP, _entry(rows, gradients, variance, update))
-        self._step(rows, gradients, variance, update)
+            which = None
+        self._step(rows, gradients, variance, update, which)
 
     def settle(self, rows: Rows | None = None) -> None:
         """Pay what some rows owe, or all of them; nothing is shown."""
@@ -233,10 +244,17 @@ class LazyMemory:
     def _refuse(self) -> NoReturn:
         raise UsageError("the noise of a table is never replaced: what is owed would be forgotten")
 
-    def _step(self, rows: Rows, gradients: Values, variance: float, update: Update | None) -> None:
+    def _step(
+        self,
+        rows: Rows,
+        gradients: Values,
+        variance: float,
+        update: Update | None,
+        which: Rows | None = None,
+    ) -> None:
         if update is None:
             if len(rows):
-                _accumulate(self.__tables[0], rows, gradients)
+                _accumulate(self.__tables[0], rows, gradients, which)
             self.noise.owe(variance)
             return
         if self._journal is None:
@@ -244,7 +262,7 @@ class LazyMemory:
         distinct, place = self.noise.distinct(rows)
         total = np.zeros((len(distinct), self.shape[1]), self.dtype)
         if len(rows):
-            _accumulate(total, place.astype(np.int64), gradients)
+            _accumulate(total, place.astype(np.int64), gradients, which)
         values, velocities = (table[distinct] for table in self.__tables)
         (a, b), (c, d) = update.matrix.astype(self.dtype)
         first, second = update.gain.astype(self.dtype)
@@ -266,12 +284,17 @@ class LazyMemory:
         else:
             raise IntegrityError(f"a journal entry of kind {kind!r}: written by another version")
 
-    def _check(self, rows: Rows, gradients: Values) -> None:
+    def _check(self, rows: Rows, gradients: Values, which: Rows | None) -> None:
         self._check_rows(rows)
-        if gradients.shape != (len(rows), self.shape[1]) or gradients.dtype != self.dtype:
+        count = len(rows) if which is None else len(gradients)
+        if gradients.shape != (count, self.shape[1]) or gradients.dtype != self.dtype:
             raise UsageError(
                 f"{len(rows)} rows and gradients of {gradients.dtype} of shape {gradients.shape}: "
-                f"they must be {self.dtype} of shape ({len(rows)}, {self.shape[1]})"
+                f"they must be {self.dtype} of shape ({count}, {self.shape[1]})"
+            )
+        if which is not None and (which.shape != rows.shape or which.dtype.kind not in "iu"):
+            raise UsageError(
+                f"{len(rows)} rows and the gradients of {len(which)}: name one for each row"
             )
 
     def _check_rows(self, rows: Rows) -> None:
@@ -284,11 +307,15 @@ class LazyMemory:
             )
 
 
-def _accumulate(table: Values, rows: Rows, values: Values) -> None:
-    """``table[rows] += values``, where repeated rows add up."""
+def _accumulate(table: Values, rows: Rows, values: Values, which: Rows | None) -> None:
+    """``table[rows] += values[which]``, where repeated rows add up; spread out in the cache."""
+    target, added = torch.from_numpy(table), torch.from_numpy(np.ascontiguousarray(values))
     index = torch.from_numpy(np.ascontiguousarray(rows, np.int64))[:, None]
-    added = torch.from_numpy(np.ascontiguousarray(values))
-    torch.from_numpy(table).scatter_add_(0, index.expand(-1, table.shape[1]), added)
+    chosen = None if which is None else torch.from_numpy(np.ascontiguousarray(which, np.int64))
+    for start in range(0, len(index), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        spread = added[part] if chosen is None else added.index_select(0, chosen[part])
+        target.scatter_add_(0, index[part].expand(-1, table.shape[1]), spread)
 
 
 def _entry(rows: Rows, gradients: Values, variance: float, update: Update | None) -> bytes:

@@ -344,7 +344,7 @@ def test_memory_does_not_grow_with_the_vocabulary():
             rows = torch.randint(0, 200_000, (64, 10))
             model(rows).square().mean().backward()
             optimizer.step()
-    assert seen.numbers <= 64 * 10 * 8
+    assert seen.numbers <= 3 * 2**15  # buffers of the noise; the table has 1.6 million
 
 
 def test_a_gradient_by_another_way_is_refused():

@@ -1,4 +1,4 @@
-"""Lazy noise drawn for real: scale and shape by delay, what readings share, and what they do not."""
+"""Lazy noise drawn for real: scale and shape by delay, and what readings share."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ EVERY = np.arange(ROWS)
 
 
 def table(*, moving=False):
-    memory = LazyMemory(np.zeros((ROWS, WIDTH)), Normals(ROOT), moving=moving)
-    return memory
+    return LazyMemory(np.zeros((ROWS, WIDTH)), Normals(ROOT), moving=moving)
 
 
 def variance_fits(sample, sigma):
