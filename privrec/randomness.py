@@ -160,6 +160,11 @@ class SecureStream:
         self._left = STREAM_LIMIT
         self._process = os.getpid()
 
+    @property
+    def left(self) -> int:
+        """Bytes that this stream will still give."""
+        return self._left
+
     def bytes(self, n: int) -> Bytes:
         """The next ``n`` bytes."""
         return self._next(n).tobytes()

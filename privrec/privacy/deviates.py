@@ -33,6 +33,7 @@ Variances: TypeAlias = NDArray[np.float64]
 
 _PAIRS = 1 << 15  # five buffers of this many float32 stay in the level-2 cache
 _RARE = 1 << 8
+_SPARE = 1 << 35  # more than one draw takes; the next one opens another stream
 
 
 class NoiseSource(Protocol):
@@ -55,6 +56,7 @@ class _Secure:
         self._root = root or SecretRoot(secrets.token_bytes(ROOT_BYTES))
         self._process = os.getpid()
         self._draws = 0
+        self._goes_on = False
         self._stream: SecureStream | None = None
 
     @property
@@ -66,8 +68,8 @@ class _Secure:
         """Open the stream of one draw.
 
         Args:
-            *context: what the draw is for; without any, a number that no other draw of this
-                source has.
+            *context: what the draw is for; without any, the stream of the last draw without any
+                goes on, since no byte of it is given out twice.
 
         Raises:
             ReleaseRefused: in a process that a fork made, since it would repeat its parent's draws.
@@ -77,9 +79,16 @@ class _Secure:
                 f"lazy noise of process {self._process} was asked for after a fork, in process "
                 f"{os.getpid()}: both would draw the same; make the optimiser after the fork"
             )
+        if (
+            not context
+            and self._goes_on
+            and self._stream is not None
+            and self._stream.left > _SPARE
+        ):
+            return
         self._draws += 1
-        named = context or (self._draws,)
-        self._stream = self._root.stream("lazy noise", *named)
+        self._goes_on = not context
+        self._stream = self._root.stream("lazy noise", *(context or (self._draws,)))
 
     def _open(self) -> SecureStream:
         if self._stream is None:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from privrec.errors import UsageError
 from privrec.privacy.debt import Drift, Interval, Sum, Update
-from privrec.privacy.deviates import NoiseSource, Normals, Skellams, Values
+from privrec.privacy.deviates import NoiseSource, Normals, Skellams, Values, Variances
 from privrec.randomness import Name
 
 Rows = NDArray[np.int64]
@@ -32,7 +32,7 @@ EAGER_SHARE = 0.7
 """Share of rows from which settling all of them in order is cheaper: see the benchmark."""
 MOST_STEPS = 2**31 - 1
 
-_BLOCK_BYTES = 1 << 18
+_BLOCK_BYTES = 1 << 19
 _STAMP = np.uint32(MOST_STEPS)
 _OWN = np.uint32(1 << 31)  # the row moved in the step of its stamp and still owes that step's noise
 
@@ -118,20 +118,23 @@ class LazyNoise:
         """
         distinct = rows[self._winners(rows)[0]]
         stamps = self._stamps[distinct]
-        debtors = distinct[stamps != self.steps]
+        owing = stamps != self.steps
+        debtors, stamps = (distinct, stamps) if owing.all() else (distinct[owing], stamps[owing])
         if len(debtors) >= EAGER_SHARE * self.rows:
             self.settle_all(tables, *context)
             return
         if not len(debtors):
             return
         self.source.begin(*context)
+        debt = self._debt(stamps)
         for start in range(0, len(debtors), self._block):
             part = debtors[start : start + self._block]
             held = tuple(np.take(table, part, axis=0, mode="clip") for table in tables)
-            self._pay(held, self._stamps[part])
+            self._pay(held, debt, slice(start, start + self._block))
             for table, paid in zip(tables, held, strict=True):
                 table[part] = paid
             self._stamps[part] = self.steps
+        self.drawn += len(debtors)
 
     def settle_all(self, tables: tuple[Values, ...], *context: Name) -> None:
         """Pay everything, block by block in order, and forget the steps."""
@@ -141,7 +144,9 @@ class LazyNoise:
         for start in range(0, self.rows, self._block):
             part = slice(start, start + self._block)
             held = tuple(table[part].copy() for table in tables)
-            self._pay(held, self._stamps[part])
+            stamps = self._stamps[part]
+            self.drawn += int(np.count_nonzero(stamps != self.steps))
+            self._pay(held, self._debt(stamps), slice(None))
             for table, paid in zip(tables, held, strict=True):
                 table[part] = paid
             self._stamps[part] = self.steps
@@ -176,18 +181,22 @@ class LazyNoise:
             self._stamps[rows] = before
         return winner == numbers, winner
 
-    def _pay(self, tables: tuple[Values, ...], stamps: NDArray[np.uint32]) -> None:
-        self.drawn += int(np.count_nonzero(stamps != self.steps))
-        if not self._moving:
-            self.source.add(tables[0], self._sum.since(stamps.astype(np.int64)))
+    def _debt(self, stamps: NDArray[np.uint32]) -> Variances | Interval:
+        if self._moving:
+            return self._interval(stamps)
+        return self._sum.since(stamps.astype(np.int64))
+
+    def _pay(self, tables: tuple[Values, ...], debt: Variances | Interval, part: slice) -> None:
+        if not isinstance(debt, Interval):
+            self.source.add(tables[0], debt[part])
             return
         values, velocities = tables
-        interval = self._interval(stamps)
-        (a, b), (c, d) = interval.drift.astype(values.dtype).transpose(1, 2, 0)[..., None]
+        due = Interval(debt.drift[part], debt.noise[part])
+        (a, b), (c, d) = due.drift.astype(values.dtype).transpose(1, 2, 0)[..., None]
         moved = a * values + b * velocities
         velocities *= d
         velocities += c * values
-        first, cross, rest = interval.factor()
+        first, cross, rest = due.factor()
         noise = np.zeros_like(values)
         self.source.add(noise, np.ones(len(noise)))
         np.add(moved, noise * _column(first, values), out=values)
