@@ -209,12 +209,9 @@ def rounded_up(variances: Variances) -> NDArray[np.float32]:
 
 def _log_uniform(words: NDArray[np.uint32], stream: SecureStream, out: Tensor) -> None:
     """``ln u`` of the uniform ``u`` that each word stands for, at least ``-67``, at most 0."""
-    uniform = out.numpy()
-    np.copyto(uniform, words, casting="unsafe")
-    uniform += np.float32(0.5)
-    uniform *= np.float32(2.0**-32)
+    out.copy_(torch.from_numpy(words)).mul_(2.0**-32)
     if words.min() < _RARE:
         rare = np.flatnonzero(words < _RARE)
         rest = (stream.uint64(len(rare)) + 0.5) * 2.0**-64
-        uniform[rare] = (words[rare] + rest) * 2.0**-32
+        out[rare] = torch.from_numpy(((words[rare] + rest) * 2.0**-32).astype(np.float32))
     torch.log(out, out=out)

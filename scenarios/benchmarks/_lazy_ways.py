@@ -92,7 +92,7 @@ class Blocked:
 
 
 class LazyDP:
-    """LazyDP's own algorithm: a history of counts, and summed noise for the rows of the next batch."""
+    """LazyDP itself: a history of counts, and summed noise for the rows of the next batch."""
 
     def __init__(self, table: Tensor) -> None:
         self.table, self.sgd, self.step = table, SparseSGD(table), 0
