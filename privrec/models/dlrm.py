@@ -49,7 +49,8 @@ class DLRM(nn.Module):
         super().__init__()
         if not sizes or not bottom:
             raise UsageError("a DLRM without tables or without widths: it needs at least one each")
-        width, made = bottom[-1], weights or [None] * len(sizes)
+        width = bottom[-1]
+        made: Sequence[Tensor | None] = weights or [None] * len(sizes)
         self.tables = nn.ModuleList(
             nn.EmbeddingBag(rows, width, mode="sum", _weight=given)
             for rows, given in zip(sizes, made, strict=True)
@@ -111,18 +112,16 @@ class Clicks:
             categories = torch.from_numpy(np.stack(rows, 1))
             yield torch.from_numpy(dense), categories, torch.from_numpy(clicks.astype(np.float32))
 
-    def _rows(
-        self, rng: np.random.Generator, n: int, shape: tuple[int, int]
-    ) -> NDArray[np.int64]:
+    def _rows(self, rng: np.random.Generator, n: int, shape: tuple[int, int]) -> NDArray[np.int64]:
         if not self.zipf:
-            return rng.integers(0, n, shape)
+            return np.asarray(rng.integers(0, n, shape))
         u = rng.random(shape)
         if self.zipf == 1:
             places = np.exp(u * np.log(n + 1)) - 1
         else:
             power = 1 - self.zipf
             places = (u * ((n + 1) ** power - 1) + 1) ** (1 / power) - 1
-        return np.minimum(places, n - 1).astype(np.int64)
+        return np.asarray(np.minimum(places, n - 1).astype(np.int64))
 
 
 def _effect(table: int, rows: NDArray[np.int64], seed: int) -> NDArray[np.float64]:
@@ -131,12 +130,12 @@ def _effect(table: int, rows: NDArray[np.int64], seed: int) -> NDArray[np.float6
         0x9E3779B97F4A7C15
     )
     mixed ^= mixed >> np.uint64(29)
-    return np.asarray((mixed >> np.uint64(11)) * 2.0**-52 - 1).mean(1)
+    return np.asarray(((mixed >> np.uint64(11)) * 2.0**-52 - 1).mean(1))
 
 
 def _network(inputs: int, widths: Sequence[int], last: nn.Module | None = None) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for before, after in zip((inputs, *widths), widths):
+    for before, after in zip((inputs, *widths), widths, strict=False):
         layers += [nn.Linear(before, after), nn.ReLU()]
     layers[-1:] = [last] if last is not None else []
     return nn.Sequential(*layers)

@@ -70,6 +70,7 @@ class LazyNoise:
         self._moving = moving
         self._stamps = np.zeros(rows, np.uint32)
         self._block = max(1, _BLOCK_BYTES // (4 * width))
+        self._held: tuple[Values, ...] = ()
         self.drawn = 0
         """Rows that noise was drawn for so far; eager noise draws for every row in each step."""
 
@@ -97,6 +98,8 @@ class LazyNoise:
                 f"a step {'without' if self._moving else 'with'} an update on a table that was "
                 f"made with moving={self._moving}: give updates exactly where rows move"
             )
+        if update is None and not variance:
+            return
         if self.steps >= MOST_STEPS:
             raise UsageError(f"{self.steps} steps are owed: settle everything at least once before")
         if update is None:
@@ -129,7 +132,7 @@ class LazyNoise:
         debt = self._debt(stamps)
         for start in range(0, len(debtors), self._block):
             part = debtors[start : start + self._block]
-            held = tuple(np.take(table, part, axis=0, mode="clip") for table in tables)
+            held = self._taken(tables, part)
             self._pay(held, debt, slice(start, start + self._block))
             for table, paid in zip(tables, held, strict=True):
                 table[part] = paid
@@ -180,6 +183,15 @@ class LazyNoise:
         finally:
             self._stamps[rows] = before
         return winner == numbers, winner
+
+    def _taken(self, tables: tuple[Values, ...], rows: Rows) -> tuple[Values, ...]:
+        """Copies of rows, in buffers that stay in the cache from block to block."""
+        if not self._held:
+            self._held = tuple(np.empty((self._block, self.width), t.dtype) for t in tables)
+        buffers = tuple(buffer[: len(rows)] for buffer in self._held)
+        for table, buffer in zip(tables, buffers, strict=True):
+            np.take(table, rows, axis=0, out=buffer, mode="clip")
+        return buffers
 
     def _debt(self, stamps: NDArray[np.uint32]) -> Variances | Interval:
         if self._moving:

@@ -312,9 +312,13 @@ def _accumulate(table: Values, rows: Rows, values: Values, which: Rows | None) -
     target, added = torch.from_numpy(table), torch.from_numpy(np.ascontiguousarray(values))
     index = torch.from_numpy(np.ascontiguousarray(rows, np.int64))[:, None]
     chosen = None if which is None else torch.from_numpy(np.ascontiguousarray(which, np.int64))
+    buffer = added.new_empty(0)
     for start in range(0, len(index), _CHUNK):
         part = slice(start, start + _CHUNK)
-        spread = added[part] if chosen is None else added.index_select(0, chosen[part])
+        if chosen is None:
+            spread = added[part]
+        else:
+            spread = torch.index_select(added, 0, chosen[part], out=buffer.resize_(0))
         target.scatter_add_(0, index[part].expand(-1, table.shape[1]), spread)
 
 

@@ -255,6 +255,9 @@ def test_four_bytes_a_row():
     assert noise._stamps.nbytes == 4_000_000
     arrays = [v for v in vars(noise).values() if isinstance(v, np.ndarray)]
     assert sum(a.nbytes for a in arrays) == 4_000_000
+    noise.owe(1.0)
+    noise.settle((np.zeros((1_000_000, 64), np.float32),), np.arange(3000))
+    assert sum(b.nbytes for b in noise._held) < 1 << 20
 
 
 def test_an_interrupted_settle_owes_what_it_did_not_add(monkeypatch):
