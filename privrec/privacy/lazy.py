@@ -119,7 +119,7 @@ class LazyNoise:
             rows: which rows, in any order and with repetitions, within range.
             *context: names the draw, so that the same one can be made again after a crash.
         """
-        distinct = rows[self._winners(rows)[0]]
+        distinct = _distinct(rows)
         stamps = self._stamps[distinct]
         owing = stamps != self.steps
         debtors, stamps = (distinct, stamps) if owing.all() else (distinct[owing], stamps[owing])
@@ -164,26 +164,6 @@ class LazyNoise:
             return self._interval(stamps).noise[:, 0, 0]
         return self._sum.since(stamps.astype(np.int64)) * (self.source.unit() or 1.0)
 
-    def distinct(self, rows: Rows) -> tuple[Rows, NDArray[np.intp]]:
-        """Rows without repetition, and where each of the given ones stands among them.
-
-        No sorting: the stamps serve as a scratch pad, and have their own values back at the end.
-        """
-        first, winner = self._winners(rows)
-        place = np.cumsum(first) - 1
-        return rows[first], place[winner]
-
-    def _winners(self, rows: Rows) -> tuple[NDArray[np.bool_], NDArray[np.uint32]]:
-        """Which of equal rows stands for all of them, and its number for each of them."""
-        numbers = np.arange(len(rows), dtype=np.uint32)
-        before = self._stamps[rows]
-        try:
-            self._stamps[rows] = numbers
-            winner = self._stamps[rows]
-        finally:
-            self._stamps[rows] = before
-        return winner == numbers, winner
-
     def _taken(self, tables: tuple[Values, ...], rows: Rows) -> tuple[Values, ...]:
         """Copies of rows, in buffers that stay in the cache from block to block."""
         if not self._held:
@@ -220,6 +200,11 @@ class LazyNoise:
     def _interval(self, stamps: NDArray[np.uint32]) -> Interval:
         at = (stamps & _STAMP).astype(np.int64)
         return self._drift.since(at, at - (stamps >> np.uint32(31)).astype(np.int64))
+
+
+def _distinct(rows: Rows) -> Rows:
+    ordered = np.sort(rows)
+    return ordered[np.concatenate([[True], ordered[1:] != ordered[:-1]])] if len(rows) else ordered
 
 
 def _column(factor: NDArray[np.float64], like: Values) -> Values:

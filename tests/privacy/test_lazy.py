@@ -240,16 +240,6 @@ def test_blocks_do_not_change_what_is_owed(block):
     assert np.allclose(table @ table.T, 3.0 * np.eye(50))
 
 
-@given(st.lists(st.integers(0, 30), max_size=60))
-def test_distinct_rows_without_sorting(rows):
-    noise = LazyNoise(31, 1, Silent(1))
-    noise._stamps[:] = np.arange(100, 131)
-    found, place = noise.distinct(np.array(rows, np.int64))
-    assert sorted(found.tolist()) == sorted(set(rows))
-    assert found[place].tolist() == rows
-    assert noise._stamps.tolist() == list(range(100, 131))
-
-
 def test_four_bytes_a_row():
     noise = LazyNoise(1_000_000, 64, Silent(1))
     assert noise._stamps.nbytes == 4_000_000
