@@ -63,7 +63,8 @@ class DLRM(nn.Module):
         vectors = len(sizes) + 1
         products = vectors * (vectors - 1) // 2
         self.top = _network(width + products, (*top, 1))
-        self.register_buffer("_pairs", torch.tril_indices(vectors, vectors, -1), persistent=False)
+        first, second = torch.tril_indices(vectors, vectors, -1)
+        self.register_buffer("_pairs", first * vectors + second, persistent=False)
 
     def forward(self, dense: Tensor, categories: Tensor) -> Tensor:
         """Logits of shape ``(batch,)``.
@@ -75,8 +76,7 @@ class DLRM(nn.Module):
         x = self.bottom(dense)
         pooled = [table(categories[:, i]) for i, table in enumerate(self.tables)]
         vectors = torch.stack([x, *pooled], 1)
-        pairs = self.get_buffer("_pairs")
-        products = (vectors @ vectors.mT)[:, pairs[0], pairs[1]]
+        products = (vectors @ vectors.mT).flatten(1).index_select(1, self.get_buffer("_pairs"))
         return torch.as_tensor(self.top(torch.cat([x, products], 1))[:, 0])
 
 
