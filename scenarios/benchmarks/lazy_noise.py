@@ -183,7 +183,7 @@ def auc_rows(seeds: int, steps: int = 150) -> list[dict[str, Any]]:
             torch.manual_seed(seed)
             model = DLRM((400,) * 8, bottom=(16,), top=(32,))
             optimizer = LazyDPSGD(
-                model, lr=1.0, noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=512
+                model, lr=1.0, noise_multiplier=8.0, max_grad_norm=1.0, expected_batch_size=512
             )
             for dense, categories, target in clicks.batches(512, steps):
                 logits = model(dense, categories)
