@@ -21,7 +21,7 @@ FLOORS = (
     ("data", "embedding"),
     ("metrics", "privacy", "secagg"),
     ("lsh",),
-    ("models",),
+    ("models", "optim"),
     ("device",),
     ("server",),
     ("transport",),
