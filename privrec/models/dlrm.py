@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from privrec.errors import UsageError
+from privrec.randomness import rng_for
 
 MLPERF_BOTTOM = (512, 256, 128)
 MLPERF_TOP = (1024, 1024, 512, 256)
@@ -30,8 +31,9 @@ class DLRM(nn.Module):
         dense: number of dense features.
         bottom: widths of the network over dense features; the last one is that of embeddings.
         top: widths of the network over products, before its single output.
-        weights: an uninitialised table is made where None; else the tables to use, each of shape
-            ``(rows, width)``, so that large ones need not be made twice.
+        weights: the tables to use in place, each of shape ``(rows, width)``, so that large ones
+            need not be made twice; drawn when None.
+        seed: of the first weights.
 
     Raises:
         UsageError: when there is no table, or no width.
@@ -45,24 +47,20 @@ class DLRM(nn.Module):
         bottom: Sequence[int] = MLPERF_BOTTOM,
         top: Sequence[int] = MLPERF_TOP,
         weights: Sequence[Tensor] | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if not sizes or not bottom:
             raise UsageError("a DLRM without tables or without widths: it needs at least one each")
-        width = bottom[-1]
-        made: Sequence[Tensor | None] = weights or [None] * len(sizes)
+        width, rng = bottom[-1], rng_for(seed, "dlrm")
+        made = weights or [_uniform(rng, (rows, width), rows) for rows in sizes]
         self.tables = nn.ModuleList(
-            nn.EmbeddingBag(rows, width, mode="sum", _weight=given)
-            for rows, given in zip(sizes, made, strict=True)
+            nn.EmbeddingBag.from_pretrained(table, freeze=False, mode="sum") for table in made
         )
-        if weights is None:
-            for table, rows in zip(self.tables, sizes, strict=True):
-                bound = rows**-0.5
-                nn.init.uniform_(table.weight, -bound, bound)  # type: ignore[arg-type]
-        self.bottom = _network(dense, bottom, last=nn.ReLU())
+        self.bottom = _network(rng, dense, bottom, last=nn.ReLU())
         vectors = len(sizes) + 1
         products = vectors * (vectors - 1) // 2
-        self.top = _network(width + products, (*top, 1))
+        self.top = _network(rng, width + products, (*top, 1))
         first, second = torch.tril_indices(vectors, vectors, -1)
         self.register_buffer("_pairs", first * vectors + second, persistent=False)
 
@@ -101,8 +99,8 @@ class Clicks:
 
     def batches(self, size: int, count: int, *, part: int = 0) -> Iterator[tuple[Tensor, ...]]:
         """``count`` batches of dense features, categories and clicks; parts are independent."""
-        rng = np.random.default_rng([self.seed, part])
-        slope = np.random.default_rng(self.seed).normal(0, 0.3, DENSE)
+        rng = rng_for(self.seed, "clicks", part)
+        slope = rng_for(self.seed, "slope").normal(0, 0.3, DENSE)
         for _ in range(count):
             dense = rng.standard_normal((size, DENSE)).astype(np.float32)
             rows = [self._rows(rng, n, (size, self.lookups)) for n in self.sizes]
@@ -133,9 +131,21 @@ def _effect(table: int, rows: NDArray[np.int64], seed: int) -> NDArray[np.float6
     return np.asarray(((mixed >> np.uint64(11)) * 2.0**-52 - 1).mean(1))
 
 
-def _network(inputs: int, widths: Sequence[int], last: nn.Module | None = None) -> nn.Sequential:
+def _network(
+    rng: np.random.Generator, inputs: int, widths: Sequence[int], last: nn.Module | None = None
+) -> nn.Sequential:
     layers: list[nn.Module] = []
     for before, after in zip((inputs, *widths), widths, strict=False):
-        layers += [nn.Linear(before, after), nn.ReLU()]
+        layer = nn.utils.skip_init(nn.Linear, before, after)  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            layer.weight.copy_(_uniform(rng, (after, before), before))
+            layer.bias.copy_(_uniform(rng, (after,), before))
+        layers += [layer, nn.ReLU()]
     layers[-1:] = [last] if last is not None else []
     return nn.Sequential(*layers)
+
+
+def _uniform(rng: np.random.Generator, shape: tuple[int, ...], inputs: int) -> Tensor:
+    """First weights within one over the root of the inputs, as PyTorch has them."""
+    drawn = rng.random(shape, np.float32)
+    return torch.from_numpy((2 * drawn - 1) * np.float32(inputs**-0.5))

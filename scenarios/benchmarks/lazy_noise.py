@@ -180,8 +180,7 @@ def auc_rows(seeds: int, steps: int = 150) -> list[dict[str, Any]]:
         clicks = Clicks((400,) * 8, zipf=1, seed=seed)
         row: dict[str, Any] = {"part": "AUC", "seed": seed}
         for name in ("lazy", "eager"):
-            torch.manual_seed(seed)
-            model = DLRM((400,) * 8, bottom=(16,), top=(32,))
+            model = DLRM((400,) * 8, bottom=(16,), top=(32,), seed=seed)
             optimizer = LazyDPSGD(
                 model, lr=1.0, noise_multiplier=8.0, max_grad_norm=1.0, expected_batch_size=512
             )
