@@ -17,6 +17,8 @@ html_title = f"privrec {release}"
 # Links to headings, as they work on a code host too.
 myst_heading_anchors = 3
 
+# The extra is not installed where the documentation is built.
+autodoc_mock_imports = ["flwr"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_class_signature = "mixed"

@@ -17,14 +17,24 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from privrec.optim.lazy_dpsgd import LazyDPSGD
     from privrec.run import resume, start
     from privrec.scenario import Scenario
     from privrec.scenario import load as load_scenario
     from privrec.serving import recommend
 
-__all__ = ["Scenario", "__version__", "load_scenario", "recommend", "resume", "start"]
+__all__ = [
+    "LazyDPSGD",
+    "Scenario",
+    "__version__",
+    "load_scenario",
+    "recommend",
+    "resume",
+    "start",
+]
 
 _LAZY = {
+    "LazyDPSGD": ("privrec.optim.lazy_dpsgd", "LazyDPSGD"),
     "Scenario": ("privrec.scenario", "Scenario"),
     "load_scenario": ("privrec.scenario", "load"),
     "recommend": ("privrec.serving", "recommend"),

@@ -110,12 +110,17 @@ def _calibrated(scenario: Scenario, event_of: Callable[[float], RoundEvent]) -> 
 def _bands(
     scenario: Scenario, sizes: Sequence[int], holders: Sequence[int], minimums: Sequence[int]
 ) -> tuple[Band, ...]:
-    """The bands, with as many colluders as are assumed among the devices of a round."""
-    colluding = scenario.privacy.colluding_share * _rate(scenario)
+    """The bands, with as many colluders as are assumed among the devices of a large round."""
+    colluding, rate = scenario.privacy.colluding_share, _rate(scenario)
     return tuple(
-        Band(size, least, math.ceil(colluding * devices))
+        Band(size, least, math.ceil(colluding * _most(devices, rate)))
         for size, least, devices in zip(sizes, minimums, holders, strict=True)
     )
+
+
+def _most(devices: int, rate: float) -> int:
+    """Devices in a round, which are more with a chance of at most :data:`LARGEST_WRAP`."""
+    return int(binom.isf(LARGEST_WRAP, devices, rate))
 
 
 def _small_cohorts(scenario: Scenario, holders: Sequence[int], minimums: Sequence[int]) -> float:
@@ -134,7 +139,7 @@ def _check_ring(
     shares = protection.shares
     small = protection.ring.bits == SMALL_RING_BITS
     for band, (size, devices) in enumerate(zip(sizes, holders, strict=True)):
-        most = int(binom.isf(LARGEST_WRAP, devices, _rate(scenario)))
+        most = _most(devices, _rate(scenario))
         noise = 0.0
         if shares is not None:
             kept = shares.kept(band, max(most, shares.bands[band].least))

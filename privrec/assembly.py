@@ -13,6 +13,7 @@ from privrec.agreement import agree
 from privrec.data import Interactions
 from privrec.device.batch import Histories
 from privrec.device.cohort import Cohort
+from privrec.device.negatives import popularity_of
 from privrec.device.protection import Protection
 from privrec.device.round import digest
 from privrec.device.tier import Federation, Tier
@@ -80,7 +81,10 @@ def assemble(scenario: Scenario, train: Interactions, run_id: str, devices: Secr
     """
     federation = federation_of(scenario, train.n_items)
     histories = Histories(np.arange(train.n_users), train.indptr, train.items)
-    everyone, *cohorts = _cohorts(scenario, federation, histories, train.n_items)
+    popularity = None
+    if scenario.train.selector == "popularity":
+        popularity = popularity_of(train.item_counts())
+    everyone, *cohorts = _cohorts(scenario, federation, histories, train.n_items, popularity)
     server = server_of(scenario, federation, train.n_users, run_id)
     policy = Policy(scenario.devices.min_cohort, scenario.privacy.colluding_share)
     simulation = Simulation(
@@ -149,14 +153,15 @@ def _members(population: int, federation: Federation) -> list[int]:
 
 
 def _cohorts(
-    scenario: Scenario, federation: Federation, histories: Histories, n_items: int
-) -> Iterator[Cohort]:
+    scenario: Scenario, federation: Federation, histories: Histories, n_items: int,
+    popularity: NDArray[np.float64] | None,
+) -> Iterator[Cohort]:  # fmt: skip
     """Everybody with the whole memory, then the devices of each tier."""
     n_users, tiers = len(histories.users), federation.tiers
     assigned = assign(n_users, federation, scenario.run.seed)
     members = [np.arange(n_users), *(np.flatnonzero(assigned == tier.index) for tier in tiers)]
     for tier, users in zip((tiers[0], *tiers), members, strict=True):
-        trainer = trainer_of(scenario, federation, tier)
+        trainer = replace(trainer_of(scenario, federation, tier), popularity=popularity)
         if n_items <= TABULATED_ITEMS:
             trainer = replace(trainer, recommender=trainer.recommender.tabulated())
         yield Cohort.of(trainer, histories.select(users))

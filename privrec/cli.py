@@ -21,10 +21,11 @@ from privrec.cli_base import json_option as _json
 from privrec.cli_base import run_dir as _run_dir
 from privrec.cli_flower import flower
 from privrec.cli_review import audit, population, report, write_report
-from privrec.errors import BudgetError, DataError, PrivrecError, UsageError
+from privrec.errors import BudgetError, PrivrecError, UsageError
 
 if TYPE_CHECKING:
     from privrec.loop import Result
+    from privrec.lsh.select import Selector
     from privrec.record import Observer, Observers
     from privrec.report.render import Written
     from privrec.scenario import Scenario
@@ -257,6 +258,13 @@ def compare(directories: tuple[Path, ...], out: Path | None, as_json: bool) -> N
 @click.option(
     "-k", "k", type=click.IntRange(1, 10_000), default=10, show_default=True, help="How many items."
 )
+@click.option(
+    "--selector",
+    type=click.Choice(("scan", "hamming", "sketch", "simhash", "pghash", "block_sign", "auto")),
+    default="scan",
+    show_default=True,
+    help="How the best items are found; scan is exact.",
+)
 @_data
 @_json
 def recommend(
@@ -264,6 +272,7 @@ def recommend(
     user: str | None,
     history: Path | None,
     k: int,
+    selector: Selector,
     data_dir: Path | None,
     as_json: bool,
 ) -> None:
@@ -273,10 +282,14 @@ def recommend(
         raise UsageError(f"--user or --history: exactly one is needed, and {given}; choose one")
     check_run(directory)
     _check_data(data_dir)
-    liked = None if history is None else _read_history(history)
+    from privrec.cli_history import read_history
     from privrec.serving import recommend as recommendations
 
-    found = recommendations(directory, user=user, history=liked, k=k, data_dir=data_dir)
+    liked = None if history is None else read_history(history)
+
+    found = recommendations(
+        directory, user=user, history=liked, k=k, data_dir=data_dir, selector=selector
+    )
     if as_json:
         print_json([entry.to_json() for entry in found])
         return
@@ -486,34 +499,6 @@ def _finish(result: Result, as_json: bool) -> None:
 def _say_where(directory: Path, pages: Written) -> None:
     click.echo(f"Run:    {directory}")
     click.echo(f"Report: {pages.html}")
-
-
-def _read_history(path: Path) -> list[str]:
-    """Item ids, one a line; blank lines and what follows a # are skipped.
-
-    Raises:
-        DataError: If the file is missing, is not text, or has a line of several words, or no id.
-    """
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").splitlines()
-    except OSError as error:
-        raise DataError(
-            f"--history {path}: {error.strerror}; it must be a text file of item ids, one a line; "
-            "correct the path"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"--history {path}: byte {error.start} is not UTF-8; it must be a text file of item "
-            "ids, one a line; save it as UTF-8"
-        ) from None
-    ids = [line.partition("#")[0].strip() for line in lines]
-    found = [entry for entry in ids if entry]
-    if not found:
-        raise DataError(
-            f"--history {path}: it names no item; at least one is needed to fit a user vector; "
-            "write item ids into it, one a line"
-        )
-    return found
 
 
 def _scenario_for_data(name: str, settings: Sequence[str]) -> Scenario:

@@ -160,6 +160,11 @@ class SecureStream:
         self._left = STREAM_LIMIT
         self._process = os.getpid()
 
+    @property
+    def left(self) -> int:
+        """Bytes that this stream will still give."""
+        return self._left
+
     def bytes(self, n: int) -> Bytes:
         """The next ``n`` bytes."""
         return self._next(n).tobytes()
@@ -168,9 +173,15 @@ class SecureStream:
         """The next ``size`` uniform 16-bit words, shape ``(size,)``."""
         return self._next(2 * size).view("<u2").astype(np.uint16, copy=False)
 
-    def uint32(self, size: int) -> NDArray[np.uint32]:
-        """The next ``size`` uniform 32-bit words, shape ``(size,)``."""
-        return self._next(4 * size).view("<u4").astype(np.uint32, copy=False)
+    def uint32(self, size: int, buffer: NDArray[np.uint8] | None = None) -> NDArray[np.uint32]:
+        """The next ``size`` uniform 32-bit words, shape ``(size,)``.
+
+        Args:
+            size: how many.
+            buffer: at least ``4 * size + 15`` bytes that the words are written to and shown from,
+                so that a loop of draws needs no new memory; made when None.
+        """
+        return self._next(4 * size, buffer).view("<u4").astype(np.uint32, copy=False)
 
     def uint64(self, size: int) -> NDArray[np.uint64]:
         """The next ``size`` uniform 64-bit words, shape ``(size,)``."""
@@ -203,9 +214,10 @@ class SecureStream:
         np.multiply(radius, np.cos(angle), out=out[:pairs])
         np.multiply(radius[:rest], np.sin(angle[:rest]), out=out[pairs:])
 
-    def _next(self, n: int) -> NDArray[np.uint8]:
+    def _next(self, n: int, buffer: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
         self._check(n)
-        buffer = np.empty(n + _CIPHER_TAIL, dtype=np.uint8)
+        if buffer is None:
+            buffer = np.empty(n + _CIPHER_TAIL, dtype=np.uint8)
         target = buffer.data
         for start in range(0, n, len(_ZEROS)):
             part = _ZEROS[: n - start]

@@ -201,10 +201,11 @@ def _nesting(values: Values) -> Problems:
         values["devices.popularity"],
     )
     order = nesting or ("fold" if popularity is None else "rows")
+    sampled = values["train.selector"] == "popularity" and popularity == "public"
     if order == "rows" and popularity is None:
         rule = "the order of the rows must come from somewhere"
         remedy = 'set devices.popularity = "public" or "released"'
-    elif order != "rows" and popularity is not None:
+    elif order != "rows" and popularity is not None and not sampled:
         rule = f"devices.popularity = {as_toml(popularity)} orders rows, which are not used"
         remedy = 'set nesting = "rows" or remove popularity (-s devices.popularity=)'
     elif order != "fold" and values["model.compression"] > 1:
@@ -265,6 +266,23 @@ def _ials(values: Values) -> Problems:
     return {}
 
 
+def _selector(values: Values) -> Problems:
+    path, selector = "train.selector", values["train.selector"]
+    if selector == "each":
+        return {}
+    if values["train.loss"] != "softmax":
+        rule = "a shared budget of negatives is a sample of a softmax"
+        return {path: describe(path, selector, rule, 'set train.loss = "softmax"')}
+    if selector == "popularity" and values["devices.popularity"] != "public":
+        rule = "it draws by counts that everybody knows"
+        remedy = 'set devices.popularity = "public", which declares them so'
+        return {path: describe(path, selector, rule, remedy)}
+    if selector not in ("uniform", "popularity") and values["model.kind"] != "gmf":
+        rule = f"the network of model.kind = {as_toml(values['model.kind'])} has no nearest items"
+        return {path: describe(path, selector, rule, 'use model.kind = "gmf", or "uniform"')}
+    return {}
+
+
 _RULES: tuple[Callable[[Values], Problems], ...] = (
     _synthetic,
     _encoding,
@@ -278,4 +296,5 @@ _RULES: tuple[Callable[[Values], Problems], ...] = (
     _popularity,
     _aggregation,
     _ials,
+    _selector,
 )

@@ -233,6 +233,21 @@ class Train(Table):
         1.0, "`ials`: how fast the users' Gram matrix follows that of the round.", gt=0, le=1
     )
     negatives: int = setting(4, "Sampled negatives for each positive.", unit="items", ge=1, le=1000)
+    selector: Literal[
+        "each", "uniform", "popularity", "scan", "hamming", "sketch", "simhash", "pghash",
+        "pghash_d", "block_sign", "auto",
+    ] = setting(
+        "each",
+        "`each`: `negatives` for each positive. Otherwise all positives of a device share a budget "
+        "(softmax): drawn by chance, or partly selected from the memory by the device itself.",
+    )  # fmt: skip
+    budget: float = setting(
+        0.01, "With a `selector`: negatives of a device.", unit="share of the catalogue", gt=0, le=1
+    )
+    selected: float = setting(
+        0.5, "Share of the budget that is selected; the rest stays uniform.", unit="share", ge=0,
+        le=0.9,
+    )  # fmt: skip
     max_samples: int | None = setting(
         None,
         "Most positives that a device uses in a round; unset, all.",

@@ -13,13 +13,23 @@ from privrec import metrics
 from privrec.assembly import Parts
 from privrec.data import Split
 from privrec.device.cohort import Cohort
+from privrec.device.negatives import Functions
 from privrec.device.tier import Tier
 from privrec.device.train import Recommender
-from privrec.randomness import rng_for
+from privrec.randomness import SecretRoot, rng_for
 from privrec.scenario import Run
 
 FloatArray = NDArray[np.float32]
 _ITEMS_AT_ONCE = 8192
+
+
+def evaluation_functions(seed: int) -> Functions:
+    """Hash functions of the users that an evaluation plays, by user: its figures must repeat.
+
+    Nothing is sent in an evaluation, so nothing rests on their being secret.
+    """
+    known = SecretRoot.known(b"evaluation")
+    return lambda user: known.stream("lsh", "evaluation", seed, user)
 
 
 @dataclass(frozen=True)
@@ -108,7 +118,8 @@ class Judge:
         self, tier: Tier, cohort: Cohort, weights: FloatArray, protocols: metrics.Protocols
     ) -> metrics.Evaluation:
         view = tier.view(self.parts.federation.prefix(weights, tier))
-        fitted = cohort.serve(view, int(rng_for(self.run.seed, "serving").integers(2**63)))
+        key = int(rng_for(self.run.seed, "serving").integers(2**63))
+        fitted = cohort.serve(view, key, evaluation_functions(self.run.seed))
         train, users = self.split.train, cohort.histories.users
         states = np.zeros((train.n_users, fitted.shape[1]), np.float32)
         states[users] = fitted

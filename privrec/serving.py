@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,20 @@ from privrec.assembly import trainer_of
 from privrec.data import Interactions
 from privrec.device.batch import Histories
 from privrec.device.cohort import Cohort
+from privrec.device.train import Recommender
 from privrec.errors import UsageError
 from privrec.identity import remembered_data_dir
+from privrec.lsh.select import Search, Selector, best, ranked, select
+from privrec.lsh.sketch import Sketch
 from privrec.outcome import read_model
-from privrec.randomness import rng_for
+from privrec.randomness import ROOT_BYTES, SecretRoot, SecureStream, rng_for
 from privrec.scenario import Scenario, load
 from privrec.scoring import Scorer
+
+FloatArray = NDArray[np.float32]
+Items = NDArray[np.int64]
+CANDIDATES = 50
+"""Candidates that are ranked exactly for each recommendation, where they are selected."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,7 @@ def recommend(
     history: Sequence[str] | None = None,
     k: int = 10,
     data_dir: Path | None = None,
+    selector: Selector = "scan",
 ) -> list[Recommendation]:
     """The ``k`` best items for a user, those of the history left out.
 
@@ -63,6 +73,9 @@ def recommend(
         history: ids of liked items.
         k: how many, at least 1.
         data_dir: where the data lies, before the place that the run remembers.
+        selector: how the best are found in the memory (:mod:`privrec.lsh.select`): ``scan`` is
+            exact; others find candidates, which are then ranked exactly. A model with a network
+            has no nearest items, and scores all of them.
 
     Raises:
         UnknownIdError: when the data set has no such user or item.
@@ -78,13 +91,47 @@ def recommend(
     else:
         liked = _known_items(train, history or ())
     items = np.unique(liked)  # in one order, since the fit draws its negatives by place
-    scores = _scores(run_dir, scenario, train, items)
-    scores[items] = -np.inf
-    best = np.argsort(-scores, kind="stable")[: min(k, train.n_items - len(items))]
+    k = min(k, train.n_items - len(items))
+    found, scores = _best(run_dir, scenario, train, items, k, selector)
     return [
-        Recommendation(rank, str(train.item_ids[i]), _title(train, int(i)), float(scores[i]))
-        for rank, i in enumerate(best, 1)
+        Recommendation(rank, str(train.item_ids[i]), _title(train, int(i)), float(score))
+        for rank, (i, score) in enumerate(zip(found, scores, strict=True), 1)
     ]
+
+
+def answer(
+    recommender: Recommender,
+    weights: FloatArray,
+    state: FloatArray,
+    k: int,
+    exclude: Items,
+    selector: Selector = "scan",
+) -> tuple[Items, FloatArray]:
+    """The ``k`` best items of a model without a network, from its memory; no table is made.
+
+    Args:
+        recommender: the meaning of the weights.
+        weights: its vector, in memory form.
+        state: a private state, shape ``(user_dim,)``.
+        k: how many, at least 1.
+        exclude: items to leave out.
+        selector: see :func:`recommend`.
+
+    Returns:
+        Items, the best first, and their scores; fewer than ``k`` where a selector of tables found
+        fewer.
+    """
+    items = recommender.searched(weights)
+    search, query = Search(items), np.append(state[:-1], np.float32(1))[: items.dim]
+    if selector == "sketch":
+        search = replace(search, sketch=Sketch.of(items))
+    if selector == "scan":
+        found, scores = best(search, query, k, exclude)
+        return found, scores + state[-1]
+    budget = min(items.items, max(CANDIDATES * k, items.items // 100))
+    near = select(selector, search, query[None], budget, _own_stream(), exclude=exclude).items
+    found, scores = ranked(items, query, near, k)
+    return found, scores + state[-1]
 
 
 def _data_of(run_dir: Path, data_dir: Path | None) -> tuple[Scenario, Interactions]:
@@ -100,17 +147,30 @@ def _known_items(train: Interactions, ids: Sequence[str]) -> NDArray[np.int32]:
     return np.array([train.item_index(item) for item in ids], np.int32)
 
 
-def _scores(
-    run_dir: Path, scenario: Scenario, train: Interactions, items: NDArray[np.int32]
-) -> NDArray[np.float32]:
+def _own_stream() -> SecureStream:
+    """For hash functions that nobody else draws, and that are forgotten with the answer."""
+    return SecretRoot(secrets.token_bytes(ROOT_BYTES)).stream("lsh", "serving")
+
+
+def _best(
+    run_dir: Path, scenario: Scenario, train: Interactions, items: NDArray[np.int32], k: int,
+    selector: Selector,
+) -> tuple[Items, FloatArray]:  # fmt: skip
+    """The best items and their scores, by a state fitted to the history."""
     federation, weights = read_model(run_dir, scenario, train)
     tier = federation.tiers[0]
     one = Histories(np.array([0]), np.array([0, len(items)]), items.astype(np.int32))
     cohort, view = Cohort.of(trainer_of(scenario, federation, tier), one), tier.view(weights)
-    states = cohort.serve(view, int(rng_for(scenario.run.seed, "serving").integers(2**63)))
-    scorer = Scorer(tier.recommender, view, states, train.n_items)
-    scores: NDArray[np.float32] = scorer(np.array([0]), None)[0]
-    return scores
+    key = int(rng_for(scenario.run.seed, "serving").integers(2**63))
+    states = cohort.serve(view, key, lambda _: _own_stream())
+    if k < 1:
+        return np.zeros(0, np.int64), np.zeros(0, np.float32)
+    if not tier.recommender.model.tower:
+        return answer(tier.recommender, view, states[0], k, items.astype(np.int64), selector)
+    scores = Scorer(tier.recommender, view, states, train.n_items)(np.array([0]), None)[0]
+    scores[items] = -np.inf
+    order = np.argsort(-scores, kind="stable")[:k]
+    return order, scores[order]
 
 
 def _title(train: Interactions, item: int) -> str | None:

@@ -311,3 +311,27 @@ def test_a_stale_row_of_the_documentation_is_found() -> None:
 )
 def test_values_are_shown_as_toml(value: object, text: str) -> None:
     assert as_toml(value) == text
+
+
+SOFTMAX = ("train.loss=softmax", "train.selector=hamming")
+
+
+def test_a_selector_needs_a_softmax_over_vectors() -> None:
+    Scenario.from_toml(PLAIN, SOFTMAX)
+    (found,) = problems(PLAIN, "train.selector=scan")
+    assert "train.loss" in found
+    (found,) = problems(PLAIN, *SOFTMAX, "model.kind=neumf")
+    assert "no nearest items" in found
+    Scenario.from_toml(PLAIN, ("train.loss=softmax", "train.selector=uniform", "model.kind=neumf"))
+    problems(PLAIN, *SOFTMAX, "train.selected=1.0")  # never all-hard
+
+
+def test_sampling_by_popularity_needs_public_counts_and_any_nesting() -> None:
+    by_popularity = ("train.loss=softmax", "train.selector=popularity")
+    (found,) = problems(PLAIN, *by_popularity)
+    assert "public" in found
+    public = (*by_popularity, "devices.popularity=public")
+    Scenario.from_toml(PLAIN, public)
+    Scenario.from_toml(PLAIN, (*public, "devices.nesting=fold"))
+    # Without that selector, an order that is not used is refused as before.
+    problems(PLAIN, "devices.popularity=public", "devices.nesting=fold")

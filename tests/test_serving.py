@@ -7,14 +7,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from privrec import data, run
 from privrec.data import Interactions
 from privrec.errors import IntegrityError, UnknownIdError, UsageError
+from privrec.outcome import read_model
 from privrec.record import NullObserver
 from privrec.scenario import Scenario
-from privrec.serving import Recommendation, recommend
+from privrec.scoring import Scorer
+from privrec.serving import Recommendation, answer, recommend
 
 SCENARIO = """
 name = "served"
@@ -227,3 +230,36 @@ def test_a_model_of_mixed_capacities_is_served_from_the_whole_memory(
     assert sum(hits) / len(hits) > 0.45  # chance: a third
     # They are the lists that were measured.
     assert sum(hits) / len(hits) == pytest.approx(result["metrics"]["full_hr@10"], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "selector", ["hamming", "sketch", "simhash", "pghash", "pghash_d", "block_sign", "auto"]
+)
+def test_every_selector_recommends_what_it_finds_in_the_order_of_a_scan(
+    trained: Path, train: Interactions, selector: Any
+) -> None:
+    user = str(train.user_ids[3])
+    exact = {entry.item_id: entry.score for entry in recommend(trained, user=user, k=40)}
+    found = recommend(trained, user=user, selector=selector)
+    scores = [entry.score for entry in found]
+    assert 0 < len(found) <= 10
+    assert scores == sorted(scores, reverse=True)
+    for entry in found:
+        assert entry.score == pytest.approx(exact[entry.item_id], rel=1e-4, abs=1e-5)
+
+
+def test_a_scan_is_what_scoring_the_whole_catalogue_gives(
+    trained: Path, train: Interactions
+) -> None:
+    scenario = Scenario.from_toml(SCENARIO)
+    federation, weights = read_model(trained, scenario, train)
+    tier = federation.tiers[0]
+    view, rng = tier.view(weights), np.random.default_rng(0)
+    for _ in range(20):
+        state = rng.standard_normal(tier.recommender.model.user_dim).astype(np.float32)
+        scores = Scorer(tier.recommender, view, state[None], train.n_items)(np.array([0]), None)[0]
+        history = rng.permutation(train.n_items)[:6]
+        items, values = answer(tier.recommender, view, state, 10, history)
+        scores[history] = -np.inf
+        np.testing.assert_array_equal(items, np.argsort(-scores, kind="stable")[:10])
+        np.testing.assert_allclose(values, scores[items], rtol=1e-4, atol=1e-5)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from privrec.embedding.hashing import finalise, splitmix64
 from privrec.embedding.table import add_rows
 
+Items = NDArray[np.int64]
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _SPARSE = 64  # names this much rarer than their places are sorted instead of tabulated
 
@@ -58,12 +59,15 @@ class Batch:
         positives: the padded number of positives, see there.
         first: for each sample, the one of its row that stands for its item, shape ``(m, k)``; None
             when no item is named twice.
+        weights: logarithm of how many items each sample stands for, shape ``(m, k)``; None when
+            each stands for itself.
     """
 
     items: NDArray[np.int64]
     valid: NDArray[np.float32]
     positives: int
     first: NDArray[np.int64] | None
+    weights: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,18 +79,23 @@ class Sampler:
         negatives: negatives for each positive.
         most: most positives a device uses in a round; None for its whole history.
         whole: look at the whole catalogue instead of samples.
+        shared: negatives for all positives together, drawn elsewhere
+            (:mod:`privrec.device.negatives`); 0 for ``negatives`` each.
     """
 
     n_items: int
     negatives: int
     most: int | None
     whole: bool = False
+    shared: int = 0
 
     def width(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
         """Samples that devices with histories of these lengths train on."""
         if self.whole:
             return np.full_like(lengths, self.n_items)
         used = lengths if self.most is None else lengths.clip(max=self.most)
+        if self.shared:
+            return np.maximum(used, 1) + self.shared
         return np.maximum(used, 1) * (1 + self.negatives)
 
     def draw(self, histories: Histories, key: int) -> Batch:
@@ -101,8 +110,7 @@ class Sampler:
         if self.whole:
             marks = self._marks(histories).astype(np.float32)
             return Batch(np.arange(self.n_items)[None], marks, 0, None)
-        used = histories.lengths if self.most is None else histories.lengths.clip(max=self.most)
-        positives, present = self._positives(histories, used, key)
+        positives, present = self.positives(histories, key)
         if not self.negatives:
             return self._batch(positives, present, positives.shape[1])
         count = positives.shape[1] * self.negatives
@@ -111,6 +119,11 @@ class Sampler:
         fresh &= ~np.take_along_axis(self._marks(histories), negatives, axis=1)
         items = np.concatenate((positives, negatives), axis=1)
         return self._batch(items, np.concatenate((present, fresh), axis=1), positives.shape[1])
+
+    def positives(self, histories: Histories, key: int) -> tuple[Items, NDArray[np.bool_]]:
+        """Each device's positives, padded, and which are no padding: both ``(m, most)``."""
+        used = histories.lengths if self.most is None else histories.lengths.clip(max=self.most)
+        return self._positives(histories, used, key)
 
     def _batch(self, items: NDArray[np.int64], valid: NDArray[np.bool_], positives: int) -> Batch:
         first = representatives(items, self.n_items)

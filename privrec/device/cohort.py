@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.device.batch import Histories
+from privrec.device.negatives import Functions
 from privrec.device.train import Trained, Trainer
+from privrec.lsh.select import Search
 
 TOLERANCE = 1e-5
 """Largest difference from the one-device code, relative to the update's largest coefficient."""
@@ -24,6 +26,9 @@ SAMPLES_IN_BATCH = 12288
 
 SHARED_SAMPLES_IN_BATCH = 65536
 """The same where all devices look at the whole catalogue, whose part of the work they share."""
+
+MANY = 16
+"""Devices from which on a simulation gathers the rows that they search once for all of them."""
 
 FloatArray = NDArray[np.float32]
 
@@ -50,22 +55,35 @@ class Cohort:
         return cls(trainer, held, np.zeros((len(held.users), user_dim), np.float32))
 
     def train(
-        self, weights: FloatArray, rows: NDArray[np.int64], key: int
+        self,
+        weights: FloatArray,
+        rows: NDArray[np.int64],
+        key: int,
+        functions: Functions | None = None,
     ) -> Iterator[tuple[NDArray[np.int64], Trained]]:
         """One round's local training of ``rows``, batch by batch; states are left unchanged."""
-        unobserved = self.trainer.unobserved(weights)
+        trainer = self.trainer
+        unobserved, search = trainer.unobserved(weights), self._search(weights)
         for batch in self.batches(rows):
             histories, states = self.histories.select(batch), self.states[batch]
-            yield batch, self.trainer.train(weights, histories, states, key, unobserved)
+            yield (
+                batch,
+                trainer.train(weights, histories, states, key, unobserved, search, functions),
+            )
 
-    def serve(self, weights: FloatArray, key: int) -> FloatArray:
+    def serve(
+        self, weights: FloatArray, key: int, functions: Functions | None = None
+    ) -> FloatArray:
         """Private states of all devices fitted from nothing to fixed items, as ``states``."""
-        fitted = np.zeros_like(self.states)
-        unobserved = self.trainer.unobserved(weights)
+        fitted, trainer = np.zeros_like(self.states), self.trainer
+        unobserved, search = trainer.unobserved(weights), self._search(weights)
         for batch in self.batches(np.arange(len(fitted))):
             mine = self.histories.select(batch)
-            fitted[batch] = self.trainer.serve(weights, mine, key, unobserved)
+            fitted[batch] = trainer.serve(weights, mine, key, unobserved, search, functions)
         return fitted
+
+    def _search(self, weights: FloatArray) -> Search | None:
+        return self.trainer.search(weights, resident=len(self.states) >= MANY)
 
     def batches(self, rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
         """``rows`` by length of history, cut where a padded batch would outgrow the cache."""

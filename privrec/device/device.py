@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.device.batch import Histories
+from privrec.device.negatives import Functions
 from privrec.device.protection import Protection
 from privrec.device.round import Round, digest, model_digests
 from privrec.device.tier import Tier
@@ -20,6 +21,14 @@ from privrec.randomness import SecretRoot
 from privrec.secagg.ring import Coins
 
 FloatArray = NDArray[np.float32]
+
+
+def hash_functions(root: SecretRoot, round: Round) -> Functions:
+    """Streams for the hash functions of a round, by user, from the devices' secret.
+
+    Promise: no two users and no two rounds share one.
+    """
+    return lambda user: root.stream("lsh", *round.context, user)
 
 
 @dataclass
@@ -53,12 +62,23 @@ class Device:
         if not len(self.state):
             self.state = np.zeros(self.trainer.recommender.model.user_dim, np.float32)
 
-    def train(self, weights: FloatArray, key: int, unobserved: FloatArray | None = None) -> Trained:
+    def train(
+        self,
+        weights: FloatArray,
+        key: int,
+        unobserved: FloatArray | None = None,
+        functions: Functions | None = None,
+    ) -> Trained:
         """The device's local round in its own memory, before any protection."""
         bounds = np.array([0, len(self.history)])
         mine = Histories(np.array([self.user]), bounds, self.history)
         held = mine.below(self.trainer.recommender.vectors.items)
-        return self.trainer.train(weights, held, self.state[None], key, unobserved)
+        state = self.state[None]
+        return self.trainer.train(weights, held, state, key, unobserved, functions=functions)
+
+    def functions(self, round: Round) -> Functions:
+        """The device's own stream for the hash functions of a round, which never leaves it."""
+        return hash_functions(self.root, round)
 
     def answer(self, round: Round, coefficients: FloatArray, key: int) -> BoundedUpdate:
         """Train on the model it was sent, keep the new private state, and give the bounded update.
@@ -77,7 +97,8 @@ class Device:
                 f"round {round.index}: the model received has another digest than the round's; "
                 "ask the server for the round again"
             )
-        return self.protect(round, self.train(self.tier.view(coefficients), key))
+        view = self.tier.view(coefficients)
+        return self.protect(round, self.train(view, key, functions=self.functions(round)))
 
     def protect(self, round: Round, trained: Trained) -> BoundedUpdate:
         """Keep the new private state, and give the bounded update of a local round."""

@@ -22,8 +22,12 @@ from privrec.device.batch import (
     merged,
     representatives,
 )
+from privrec.device.negatives import EACH, Budget, Functions
 from privrec.device.update import Address, RawUpdate
 from privrec.embedding.table import Table
+from privrec.lsh.memory import ItemMemory
+from privrec.lsh.select import Search
+from privrec.lsh.sketch import Sketch
 from privrec.models.implicit import curvature, item_gram, pack
 from privrec.models.layout import Layout
 from privrec.models.losses import DAMPED, IMPLICIT, LOSSES, WHOLE_CATALOGUE, Graded, Samples
@@ -50,6 +54,17 @@ class Recommender:
     biases: Table | None
     layout: Layout
 
+    def searched(self, weights: FloatArray) -> ItemMemory:
+        """The catalogue as a device searches it.
+
+        Args:
+            weights: the shared vector in memory form.
+        """
+        biases = None
+        if self.biases is not None:
+            biases = self.biases, self.layout.biases_of(weights)[:, None]
+        return ItemMemory(self.vectors, self.layout.memory_of(weights), biases)
+
     def tabulated(self) -> Recommender:
         """The same with its places looked up, for a machine that plays many devices."""
         biases = None if self.biases is None else self.biases.tabulated()
@@ -73,6 +88,9 @@ class Settings:
     serve_negatives: int
     local_steps: int
     local_lr: float
+    selector: str = EACH
+    budget: float = 0.01
+    selected: float = 0.5
 
     def serving(self) -> Settings:
         """These, for fitting a user vector to a whole history with more negatives."""
@@ -96,10 +114,18 @@ class Trained:
 
 @dataclass(frozen=True)
 class Trainer:
-    """Local training of one recommender with one set of hyper-parameters."""
+    """Local training of one recommender with one set of hyper-parameters.
+
+    Args:
+        recommender: what is trained.
+        settings: how.
+        popularity: public cumulative probabilities of the items, see
+            :func:`~privrec.device.negatives.popularity_of`; None where nothing asks for them.
+    """
 
     recommender: Recommender
     settings: Settings
+    popularity: NDArray[np.float64] | None = None
 
     @property
     def sampler(self) -> Sampler:
@@ -107,7 +133,35 @@ class Trainer:
         settings, n_items = self.settings, self.recommender.vectors.items
         negatives = 0 if settings.loss in IMPLICIT else settings.negatives
         whole = settings.loss in WHOLE_CATALOGUE
-        return Sampler(n_items, negatives, settings.max_samples, whole)
+        shared = 0 if self.budget is None else self.budget.size
+        return Sampler(n_items, negatives, settings.max_samples, whole, shared)
+
+    @property
+    def budget(self) -> Budget | None:
+        """The negatives that a device's positives share; None where each has its own."""
+        settings, n_items = self.settings, self.recommender.vectors.items
+        if settings.selector == EACH:
+            return None
+        size = max(1, round(settings.budget * n_items))
+        popularity = self.popularity
+        if popularity is not None and len(popularity) > n_items:
+            popularity = popularity[:n_items] / popularity[n_items - 1]
+        return Budget(n_items, size, settings.selector, settings.selected, popularity)
+
+    def search(self, weights: FloatArray, *, resident: bool = False) -> Search | None:
+        """What negatives are selected from; None where they are drawn by chance.
+
+        Args:
+            weights: the shared vector in memory form.
+            resident: gather all rows once, for a machine that plays many devices.
+        """
+        if self.budget is None or not self.budget.is_selective:
+            return None
+        items = self.recommender.searched(weights)
+        if resident:
+            items = items.unfolded()
+        sketch = Sketch.of(items) if self.settings.selector == "sketch" else None
+        return Search(items, sketch)
 
     def unobserved(self, weights: FloatArray) -> FloatArray | None:
         """What the loss says of all items at once: their weighted Gram matrix.
@@ -128,6 +182,8 @@ class Trainer:
         states: FloatArray,
         key: int,
         unobserved: FloatArray | None = None,
+        search: Search | None = None,
+        functions: Functions | None = None,
     ) -> Trained:
         """One round's training on ``m`` devices, each on its own copy of what it touches.
 
@@ -137,10 +193,17 @@ class Trainer:
             states: their private states, shape ``(m, user_dim)``.
             key: decides the samples, see :class:`~privrec.device.batch.Sampler`.
             unobserved: as :meth:`unobserved` gives it, where that was computed before.
+            search: as :meth:`search` gives it, likewise.
+            functions: the devices' secret streams, where negatives are selected.
         """
         settings = self.settings
-        local = self._local(weights, histories, key, unobserved)
+        batch = self._draw(histories, key, serving=False)
+        local = self._local(weights, batch, unobserved)
         user = self._fit(local, torch.from_numpy(states), settings.user_steps)
+        if self.is_selective:
+            batch = self._refined(weights, batch, histories, user, key, search, functions)
+            local = self._local(weights, batch, unobserved)
+            user = self._fit(local, user, settings.user_steps)
         losses = local.descend(user, settings.local_steps, settings.local_lr)
         kept = np.where(np.isfinite(user.numpy()).all(1, keepdims=True), user.numpy(), states)
         update = RawUpdate(local.change(user.numpy()), local.address)
@@ -152,20 +215,53 @@ class Trainer:
         histories: Histories,
         key: int,
         unobserved: FloatArray | None = None,
+        search: Search | None = None,
+        functions: Functions | None = None,
     ) -> FloatArray:
         """Private states fitted from nothing to fixed items, shape ``(m, user_dim)``.
 
         It is how recommendations are made, for users seen in training and for others alike.
         """
-        serving = replace(self, settings=self.settings.serving())
-        local = serving._local(weights, histories, key, unobserved)
+        serving, steps = replace(self, settings=self.settings.serving()), self.settings.serve_steps
+        batch = serving._draw(histories, key, serving=True)
+        local = serving._local(weights, batch, unobserved)
         nothing = torch.zeros(len(histories.users), self.recommender.model.user_dim)
-        return self._fit(local, nothing, self.settings.serve_steps).numpy()
+        user = self._fit(local, nothing, steps)
+        if self.is_selective:
+            batch = serving._refined(weights, batch, histories, user, key, search, functions)
+            user = self._fit(serving._local(weights, batch, unobserved), user, steps)
+        return user.numpy()
 
-    def _local(
-        self, weights: FloatArray, histories: Histories, key: int, unobserved: FloatArray | None
-    ) -> _Local:
-        batch = self.sampler.draw(histories, key)
+    @property
+    def is_selective(self) -> bool:
+        """Whether devices select negatives by score, with functions of their own."""
+        return self.budget is not None and self.budget.is_selective
+
+    def _refined(
+        self, weights: FloatArray, batch: Batch, histories: Histories, user: Tensor, key: int,
+        search: Search | None, functions: Functions | None,
+    ) -> Batch:  # fmt: skip
+        """The batch with what the fitted user vectors select from the catalogue."""
+        search, budget = search or self.search(weights), self.budget
+        if search is None or budget is None:
+            return batch
+        queries = _queries(user.numpy(), search)
+        return budget.refine(batch, histories, queries, search, functions, key)
+
+    def _draw(self, histories: Histories, key: int, *, serving: bool) -> Batch:
+        """Samples by chance; a budget's are popular in training alone, where it says so."""
+        budget, sampler = self.budget, self.sampler
+        if budget is None:
+            return sampler.draw(histories, key)
+        positives, present = sampler.positives(histories, key)
+        drawn, logs, valid = budget.draw(histories, key, popular=not serving)
+        items = np.concatenate((positives, drawn), axis=1)
+        counts = np.concatenate((present, valid), axis=1).astype(np.float32)
+        weights = np.concatenate((np.zeros(positives.shape, np.float32), logs), axis=1)
+        first = representatives(items, budget.n_items)
+        return Batch(items, counts, positives.shape[1], first, weights)
+
+    def _local(self, weights: FloatArray, batch: Batch, unobserved: FloatArray | None) -> _Local:
         if unobserved is None:
             unobserved = self.unobserved(weights)
         return _Local(self.recommender, weights, batch, self.settings, unobserved)
@@ -193,7 +289,8 @@ class _Local:
         self._preconditioner: Tensor | None = None
         if settings.newton:
             self._preconditioner = _preconditioner(recommender, weights, settings)
-        self._samples = Samples(torch.from_numpy(batch.valid), batch.positives)
+        logs = None if batch.weights is None else torch.from_numpy(batch.weights)
+        self._samples = Samples(torch.from_numpy(batch.valid), batch.positives, logs)
         self._first = None if batch.first is None else torch.from_numpy(batch.first)
         self._vectors = _Touched(recommender.vectors, layout.memory_of(weights), batch)
         self._biases = None
@@ -277,6 +374,14 @@ class _Local:
         if self._biases is not None:
             scores = scores + self._biases.rows.squeeze(2)
         return scored, self._loss(scores, self._samples)
+
+
+def _queries(user: FloatArray, search: Search) -> FloatArray:
+    """What the devices search with: user vectors, and a 1 for the item's bias."""
+    queries = user[:, : search.items.dim].copy()
+    if search.items.biases is not None:
+        queries[:, -1] = 1
+    return queries
 
 
 def _preconditioner(recommender: Recommender, weights: FloatArray, settings: Settings) -> Tensor:

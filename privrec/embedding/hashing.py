@@ -28,20 +28,27 @@ def splitmix64(seed: int, positions: NDArray[np.integer]) -> UInt64Array:
     Returns:
         uint64 array of the same shape; ``splitmix64(seed, arange(k))`` is the published sequence.
     """
+    return finalise(steps(positions) + np.uint64(seed & 0xFFFFFFFFFFFFFFFF))
+
+
+def steps(positions: NDArray[np.integer]) -> UInt64Array:
+    """How far splitmix64's state has come at zero-based positions, whatever its seed."""
     z = np.asarray(positions).astype(np.uint64)
     z += np.uint64(1)
     z *= _GOLDEN
-    z += np.uint64(seed & 0xFFFFFFFFFFFFFFFF)
-    return finalise(z)
+    return z
 
 
 def finalise(z: UInt64Array) -> UInt64Array:
     """Splitmix64's output function, in place: a bijection of 64-bit words that avalanches."""
-    z ^= z >> np.uint64(30)
+    shifted = z >> np.uint64(30)
+    z ^= shifted
     z *= _MIX_1
-    z ^= z >> np.uint64(27)
+    np.right_shift(z, np.uint64(27), out=shifted)
+    z ^= shifted
     z *= _MIX_2
-    z ^= z >> np.uint64(31)
+    np.right_shift(z, np.uint64(31), out=shifted)
+    z ^= shifted
     return z
 
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.embedding.hashing import permute, splitmix64
+from privrec.embedding.hashing import UInt64Array, finalise, permute, steps
 from privrec.embedding.table import Places, Table, Tabulated, check_size
 
 _SIGN_KEY = 0x5EED_5167
+_WORD = 0xFFFFFFFFFFFFFFFF
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,26 @@ class Subspace(Table):
         Returns:
             ``(slots, signs)``, each of shape ``items.shape + (parts,)``.
         """
+        words, negative = self._words(items)
+        return words.view(np.int64), 1 - 2 * (negative >> np.uint64(63)).astype(np.float32)
+
+    def locate_doubled(self, items: NDArray[np.integer]) -> NDArray[np.int64]:
+        """See :meth:`~privrec.embedding.table.Table.locate_doubled`."""
+        words, negative = self._words(items)
+        # The sign bit, moved to where it adds the number of slots, which is a power of two.
+        negative >>= np.uint64(64 - self.slots.bit_length())
+        negative &= np.uint64(self.slots)
+        words |= negative
+        return words.view(np.int64)
+
+    def _words(self, items: NDArray[np.integer]) -> tuple[UInt64Array, UInt64Array]:
+        """Slots, and words whose first bit says which signs are negative."""
         position = np.asarray(items, dtype=np.int64)[..., None] * self.parts + np.arange(self.parts)
-        unfolded = self.slots << self.folds
+        unfolded, walked = self.slots << self.folds, steps(position)
         if unfolded >= self.items * self.parts:
             slots = permute(self.key, position, unfolded.bit_length() - 1)
         else:
-            slots = splitmix64(self.key, position)
+            slots = finalise(walked + np.uint64(self.key & _WORD))
         slots &= np.uint64(self.slots - 1)
-        negative = splitmix64(self.key ^ _SIGN_KEY, position) >> np.uint64(63)
-        return slots.astype(np.int64), 1 - 2 * negative.astype(np.float32)
+        walked += np.uint64((self.key ^ _SIGN_KEY) & _WORD)
+        return slots, finalise(walked)

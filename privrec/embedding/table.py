@@ -94,6 +94,19 @@ class Table:
         """
         raise NotImplementedError
 
+    def locate_doubled(self, items: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Places in the memory followed by its negative: slots, plus ``slots`` where negative.
+
+        Args:
+            items: item indices in ``[0, items)``, of any shape.
+
+        Returns:
+            Shape ``items.shape + (parts,)``.
+        """
+        slots, signs = self.locate(items)
+        doubled: NDArray[np.int64] = slots + (signs < 0) * np.int64(self.slots)
+        return doubled
+
     @cached_property
     def load(self) -> FloatArray:
         """How much of each block the rows use: gathering all rows and scattering them back.

@@ -1,1 +1,1 @@
-"""Federated training over Flower; an extra, which the rest of privrec does without."""
+"""Recommenders and a secure sum in Flower; the only room that imports ``flwr``."""

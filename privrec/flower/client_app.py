@@ -21,7 +21,7 @@ from privrec.errors import DataError, PrivrecError, UsageError
 from privrec.flower.enrol import ROOT, STATE, anchor_of, certificates_of
 from privrec.flower.node import Hosted, Node
 from privrec.flower.settings import scenario_of
-from privrec.flower.wire import CONFIRM, MASKED, REGISTER, SHARES, UNMASK, pack, unpack
+from privrec.flower.wire import CONFIRM, MASKED, REGISTER, SHARES, UNMASK, pack, summary, unpack
 from privrec.randomness import ROOT_BYTES, SecretRoot
 from privrec.scenario import Scenario
 
@@ -49,8 +49,8 @@ def client_app(folder: Path) -> ClientApp:
         except PrivrecError as error:
             log(ERROR, "privrec: %s", error)
             answer = {"answers": {}, "refused": {}, "error": str(error)}
-        for name, why in answer.get("refused", {}).items():
-            log(ERROR, "privrec: device %s: %s", name.hex()[:16], why)
+        if refused := answer.get("refused"):
+            log(ERROR, "privrec: %s", summary(refused))
         return Message(pack(answer), reply_to=message)
 
     app.query(REGISTER.partition(".")[2])(handle)
@@ -114,7 +114,13 @@ class _Folder:
 
     def load(self) -> bytes | None:
         path = self._folder / STATE
-        return path.read_bytes() if path.exists() else None
+        if not path.exists():
+            # Prekeys would be issued, and rounds answered, a second time.
+            raise UsageError(
+                f"{path}: what this node's devices remember is gone, and its root is not; remove "
+                "the folder, and enrol the node anew: privrec flower enroll"
+            )
+        return path.read_bytes() or None
 
     def save(self, state: bytes) -> None:
         replace(self._folder / STATE, state, mode=0o600)

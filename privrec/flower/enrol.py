@@ -17,6 +17,8 @@ from privrec.secagg.keys import KEY_BYTES, SIGNATURE_BYTES, DeviceKey, Prekey, V
 from privrec.secagg.roster import Anchor, EnrolmentKey, ListedDevices, enrol
 
 ROOT, CERTIFICATES, STATE = "device.root", "certificates", "state"
+EMPTY = b""
+"""State of a node whose devices were never asked for anything."""
 
 
 class ServersWord:
@@ -57,6 +59,7 @@ def enroll(keys: Path, users: Sequence[int], roster: Path | None, office: Path |
     if roster is None and office is None:
         raise UsageError("nowhere to enrol: give --roster FILE, or --office FILE")
     root = SecretRoot.create(keys / ROOT)
+    replace(keys / STATE, EMPTY, mode=0o600)
     identities = [DeviceKey.derive(root, "user", user).public for user in users]
     names = [identity.hex() for identity in identities]
     if roster is not None:

@@ -149,17 +149,21 @@ class Registry:
             )  # fmt: skip
             return
         self.simulated = self.simulated or bool(reply["simulated"])
+        refused: list[str] = []
         for name, user, tier, records in reply["devices"]:
             starts = range(0, len(records), RECORD_BYTES)
             fresh = [records[at : at + RECORD_BYTES] for at in starts]
             try:
                 self._check(name, tier, fresh)
             except ReleaseRefused as error:
-                log(ERROR, "privrec: node %d: %s", node, error)
+                refused.append(str(error))
                 continue
             member = self._members.setdefault(name, Member(name, user, tier, node))
             member.node, member.tier, member.user = node, tier, user
             member.prekeys = fresh
+        if refused:
+            text = "privrec: node %d: %d of its devices are left out: %s"
+            log(ERROR, text, node, len(refused), refused[0])
 
     def _check(self, name: bytes, tier: int, records: list[bytes]) -> None:
         for record in records:

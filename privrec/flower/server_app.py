@@ -25,7 +25,7 @@ from privrec.errors import PrivrecError, ReleaseRefused, UsageError
 from privrec.flower.enrol import ServersWord, anchor_of
 from privrec.flower.registry import Member, Registry
 from privrec.flower.settings import scenario_of
-from privrec.flower.wire import EXCHANGES, MASKED, SHARES, round_to_body
+from privrec.flower.wire import EXCHANGES, MASKED, SHARES, round_to_body, summary
 from privrec.identity import Identity
 from privrec.loop import Loop, Result
 from privrec.outcome import deployed_result, write_model
@@ -99,8 +99,8 @@ class Flower:
         for name, message in session.outbox().items():
             bodies[self.registry.node_of(name)]["messages"][name] = message
         for node, reply in self.registry.ask(kind, bodies):
-            for name, why in reply.get("refused", {}).items():
-                log(WARNING, "privrec: device %s refused %s: %s", name.hex()[:16], kind, why)
+            if refused := reply.get("refused"):
+                log(WARNING, "privrec: %s was refused by %s", kind, summary(refused))
             for name, answer in reply.get("answers", {}).items():
                 if self.registry.node_of(name) != node:
                     continue  # a node speaks for its own devices only

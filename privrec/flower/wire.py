@@ -50,6 +50,13 @@ def unpack(message: Message) -> Body:
     return body
 
 
+def summary(refused: Mapping[bytes, str]) -> str:
+    """What devices refused, in a line: hundreds on a node would fill a log with the same words."""
+    name, why = next(iter(refused.items()))
+    others = f" and {len(refused) - 1} more" if len(refused) > 1 else ""
+    return f"device {name.hex()[:16]}{others}: {why}"
+
+
 def round_to_body(round: Round) -> Body:
     """A round as plain values."""
     return {

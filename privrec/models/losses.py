@@ -24,10 +24,13 @@ class Samples:
             shape ``(m, k)``. Over the whole catalogue: 1 where the item is in the history.
         positives: how many of the ``k`` samples are positives; they come first, then as many
             negatives for each of them in turn. 0 over the whole catalogue.
+        weights: logarithm of how many items each negative stands for, shape ``(m, k)``; None when
+            each stands for itself. The sampled softmax alone looks at them.
     """
 
     valid: Tensor
     positives: int
+    weights: Tensor | None = None
 
 
 Graded = tuple[Tensor, Tensor, Tensor]
@@ -63,9 +66,17 @@ def bpr(scores: Tensor, samples: Samples) -> Graded:
 
 
 def sampled_softmax(scores: Tensor, samples: Samples) -> Graded:
-    """Softmax of each positive against all of the device's negatives at once."""
+    """Softmax of each positive against all of the device's negatives at once.
+
+    A negative that was drawn with probability ``q`` stands for ``1 / q`` items in the sum (Bengio &
+    Senécal, "Adaptive importance sampling to accelerate training of a neural probabilistic
+    language model", 2008: the logQ correction).
+    """
     p, valid = samples.positives, samples.valid
-    negatives = scores[:, p:].masked_fill(valid[:, p:] == 0, -torch.inf)
+    drawn = scores[:, p:]
+    if samples.weights is not None:
+        drawn = drawn + samples.weights[:, p:]
+    negatives = drawn.masked_fill(valid[:, p:] == 0, -torch.inf)
     floor = torch.logsumexp(negatives, dim=1, keepdim=True).clamp_min(-1e4)
     behind = floor - scores[:, :p]
     pull = torch.sigmoid(behind).mul_(valid[:, :p])

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.device.cohort import Cohort
-from privrec.device.device import Device, protected
+from privrec.device.device import Device, hash_functions, protected
 from privrec.device.protection import Protection
 from privrec.device.round import Round, digest
 from privrec.device.tier import Federation, Tier
@@ -139,7 +139,7 @@ class Simulation:
         if self.engine == "device":
             yield from self._one_by_one(round, view, tier, rows, key)
             return
-        for batch, trained in cohort.train(view, rows, key):
+        for batch, trained in cohort.train(view, rows, key, hash_functions(self.root, round)):
             before, users = digest(cohort.states[batch]), cohort.histories.users[batch]
             coins = self.root.stream("rounding", *round.context, users.tobytes(), before)
             cohort.states[batch] = trained.states
@@ -158,6 +158,6 @@ class Simulation:
                 int(mine.users[0]), mine.items, tier, self.federation.weaker(tier),
                 cohort.trainer, self.protection, self.root, cohort.states[row].copy(),
             )  # fmt: skip
-            trained = device.train(view, key, unobserved)
+            trained = device.train(view, key, unobserved, device.functions(round))
             yield mine.users, device.protect(round, trained), trained.losses
             cohort.states[row] = device.state

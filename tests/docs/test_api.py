@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 
-from docs_pages import ROOT
+from docs_pages import ROOT, fences
 
 import privrec
 
@@ -27,6 +27,13 @@ def public_modules() -> set[str]:
 def test_every_module_is_on_the_page_once() -> None:
     listed = re.findall(r"^\.\. automodule:: (\S+)$", PAGE, re.M)
     assert sorted(listed) == sorted(public_modules())
+
+
+def test_every_fence_ends_before_the_next_heading() -> None:
+    blocks = fences(PAGE)
+    assert blocks
+    for block in blocks:
+        assert not re.search(r"^(#|```)", block.text, re.M), f"line {block.line} is left open"
 
 
 def test_every_name_of_the_package_is_on_the_page_and_there() -> None:

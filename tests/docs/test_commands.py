@@ -1,7 +1,8 @@
 """Every command and every Python block of the prose runs.
 
 The words after a fence's language say otherwise: ``install`` and ``test`` are run by ``.ci/run``;
-``long`` needs a download or minutes, so its commands are only parsed. Nothing else is exempt. The
+``long`` needs a download or minutes, so its commands are only parsed; ``flower`` needs Flower, and
+is run by ``tests/flower/test_secure_sum_docs.py``. Nothing else is exempt. The
 blocks of a page run in its order, in one directory; runs are cut down to three rounds.
 """
 
@@ -26,7 +27,7 @@ from privrec.scenario import Scenario
 
 ROUNDS = "train.rounds=3"
 RUN_BY_CI = {"install", "test"}
-WORDS = {"bash": {*RUN_BY_CI, "long"}, "python": set(), "toml": set(), "json": set()}
+WORDS = {"bash": {*RUN_BY_CI, "long"}, "python": {"flower"}, "toml": set(), "json": set()}
 NOT_RUN = {"text", "{toctree}", "{eval-rst}"}
 PAGE_NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
@@ -122,7 +123,7 @@ def test_blocks_run(name: str, checkout: Path) -> None:
             parse_shell(fence, where)
         elif fence.language == "bash" and not RUN_BY_CI & set(fence.words):
             run_shell(fence, where)
-        elif fence.language == "python":
+        elif fence.language == "python" and "flower" not in fence.words:
             program = compile(fence.text, where, "exec")
             with contextlib.redirect_stdout(io.StringIO()):
                 exec(program, names)  # noqa: S102 - running the page is the test

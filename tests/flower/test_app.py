@@ -230,7 +230,7 @@ def test_a_node_with_another_scenario_is_left_out(tmp_path: Path, flower_log: An
     other = tmp_path / "other"
     other.mkdir()
     (other / "scenario.toml").write_text(SCENARIO.replace("dim = 8", "dim = 16"))
-    grid.apps[13] = (client_app(other), grid.apps[13][1])
+    grid.put(13, client_app(other), grid.contexts[13])
     payload = deployed(folder, grid, tmp_path / "run")
     assert payload["rounds"] == 3
     assert "node 13 has another scenario" in logged(flower_log)
@@ -268,11 +268,13 @@ def test_an_office_certifies_devices(tmp_path: Path) -> None:
     assert deployed(folder, grid_of(folder, configs=configs), tmp_path / "run")["rounds"] == 3
     enroll(tmp_path / "other", [0], None, tmp_path / "other office")
     wrong = [{**config, "enrolment-key": str(tmp_path / "other office.pub")} for config in configs]
-    for part, each in enumerate(keys):
-        (each / "state").unlink()
-        wrong[part]["keys"] = str(each)
     with pytest.raises(ReleaseRefused):
         deployed(folder, grid_of(folder, configs=wrong), tmp_path / "refused")
+    (keys[0] / "state").unlink()
+    with pytest.raises(UsageError, match="enrol the node anew"):
+        client_module.node_of(
+            folder, context_of(10, {**configs[0], "partition-id": 0, "num-partitions": 4}, {})
+        )
 
 
 def test_a_server_that_swaps_keys_is_refused(tmp_path: Path, flower_log: Any) -> None:
@@ -283,8 +285,9 @@ def test_a_server_that_swaps_keys_is_refused(tmp_path: Path, flower_log: Any) ->
         enroll(tmp_path / f"keys{part}", range(part, 40, NODES), roster, None)
         configs.append({"keys": str(tmp_path / f"keys{part}"), "roster": str(roster)})
     grid = grid_of(folder, configs=configs)
-    mine = grid_of(folder).apps  # the server's own devices, under fresh keys
-    grid.apps[10], grid.apps[11] = mine[10], mine[11]
+    mine = grid_of(folder)  # the server's own devices, under fresh keys
+    for node in (10, 11):
+        grid.put(node, client_app(folder), mine.contexts[node])
     with pytest.raises(ReleaseRefused):
         deployed(folder, grid, tmp_path / "run")
     assert "no enrolled device signed this prekey" in logged(flower_log)

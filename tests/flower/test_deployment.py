@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
+import ipaddress
 import json
 import os
 import shutil
@@ -16,6 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 pytest.importorskip("flwr", reason="needs the extra privrec[flower]")
 
@@ -78,7 +84,9 @@ class Cluster:
     """A SuperLink and its SuperNodes; every process is ended by its own id."""
 
     folder: Path
-    tls: tuple[str, ...] = ("--insecure",)
+    link_options: tuple[str, ...] = ("--insecure",)
+    node_options: tuple[str, ...] = ("--insecure",)
+    address: str = "insecure = true"
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     env: dict[str, str] = field(init=False)
 
@@ -95,10 +103,20 @@ class Cluster:
         home = self.folder / "flwr"
         home.mkdir(parents=True)
         self.port, *self.node_ports = free_ports(1 + NODES)
-        (home / "config.toml").write_text(
+        self.configure()
+
+    def configure(self) -> None:
+        """Where ``flwr`` finds the SuperLink, and whether it speaks TLS to it."""
+        (self.folder / "flwr" / "config.toml").write_text(
             '[superlink]\ndefault = "loop"\n\n[superlink.loop]\n'
-            f'address = "127.0.0.1:{self.port}"\ninsecure = true\n'
+            f'address = "127.0.0.1:{self.port}"\n{self.address}\n'
         )
+
+    def call(self, *command: str) -> str:
+        """A command that ends by itself, and what it printed."""
+        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
 
     def start(self, name: str, *command: str, cwd: Path | None = None) -> None:
         with (self.folder / f"{name}.log").open("ab") as log:
@@ -108,7 +126,8 @@ class Cluster:
 
     def link(self, *more: str) -> None:
         self.start(
-            "link", "flower-superlink", *self.tls, "--disable-runtime-dependency-installation",
+            "link", "flower-superlink", *self.link_options,
+            "--disable-runtime-dependency-installation",
             "--host", "127.0.0.1", "--port", str(self.port), *more,
         )  # fmt: skip
         self.wait_for(self.listens, 60)
@@ -117,9 +136,9 @@ class Cluster:
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
-    def node(self, number: int, config: str) -> None:
+    def node(self, number: int, config: str, *more: str) -> None:
         self.start(
-            f"node{number}", "flower-supernode", *self.tls, "--superlink",
+            f"node{number}", "flower-supernode", *self.node_options, *more, "--superlink",
             f"127.0.0.1:{self.port}", "--port", str(self.node_ports[number]), "--node-config",
             config,
         )  # fmt: skip
@@ -177,7 +196,8 @@ def partition(number: int) -> str:
 
 
 def run_app(cluster: Cluster, app: Path, out: Path, *more: str) -> None:
-    config = " ".join([f'out="{out}"', "timeout-s=60", "wait-s=150", *more])
+    settings = {"timeout-s": "60", "wait-s": "150", **dict(each.split("=", 1) for each in more)}
+    config = " ".join([f'out="{out}"', *(f"{name}={value}" for name, value in settings.items())])
     cluster.start("run", "flwr", "run", ".", "loop", "--stream", "--run-config", config, cwd=app)
 
 
@@ -238,6 +258,87 @@ def test_a_killed_superlink_is_started_again_and_the_run_goes_on(
         assert sum(tag is not None for tag in tags) >= 3
     report = build(out)
     assert report.privacy.charges == len(charged)
+
+
+def certified(folder: Path) -> dict[str, Path]:
+    """A certificate authority, and a certificate for this machine, as PEM files."""
+    now, one = datetime.datetime.now(datetime.UTC), datetime.timedelta(days=1)
+    keys = {name: ec.generate_private_key(ec.SECP256R1()) for name in ("ca", "link")}
+    issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "ca")])
+    paths = {}
+    for name, key in keys.items():
+        made = (
+            x509.CertificateBuilder()
+            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
+            .issuer_name(issuer)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - one)
+            .not_valid_after(now + one)
+            .add_extension(x509.BasicConstraints(ca=name == "ca", path_length=None), critical=True)
+        )
+        if name == "link":
+            here = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+            made = made.add_extension(x509.SubjectAlternativeName(here), critical=False)
+        paths[name] = folder / f"{name}.crt"
+        certificate = made.sign(keys["ca"], hashes.SHA256())
+        paths[name].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    paths["key"] = folder / "link.key"
+    paths["key"].write_bytes(
+        keys["link"].private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    return paths
+
+
+def node_key(path: Path) -> Path:
+    """A SuperNode's key for Flower's own authentication; the public half ends in ``.pub``."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    path.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.OpenSSH,
+            serialization.NoEncryption(),
+        )
+    )
+    public = key.public_key().public_bytes(
+        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    )
+    path.with_suffix(".pub").write_bytes(public)
+    return path
+
+
+def test_tls_authentication_and_enrolment_together(cluster: Cluster, tmp_path: Path) -> None:
+    """A node that Flower lets in is still none of the devices, unless these are enrolled."""
+    app, out, paths = app_of(tmp_path), tmp_path / "run", certified(tmp_path)
+    cluster.link_options = (
+        "--ssl-ca-certfile", str(paths["ca"]), "--ssl-certfile", str(paths["link"]),
+        "--ssl-keyfile", str(paths["key"]), "--enable-supernode-auth",
+    )  # fmt: skip
+    cluster.node_options = ("--root-certificates", str(paths["ca"]))
+    cluster.address = f'root-certificates = "{paths["ca"]}"'
+    cluster.configure()
+    cluster.link()
+    population = 943 if ML_100K.is_dir() else 900
+    roster, elsewhere = tmp_path / "roster", tmp_path / "elsewhere"
+    for number in range(NODES):
+        enrolled = elsewhere if number == 3 else roster
+        enroll(tmp_path / f"keys{number}", range(number, population, NODES), enrolled, None)
+        key = node_key(tmp_path / f"node{number}")
+        if number != 2:
+            cluster.call("flwr", "supernode", "register", str(key.with_suffix(".pub")), "loop")
+        config = f'{partition(number)} keys="{tmp_path}/keys{number}" roster="{roster}"'
+        cluster.node(number, config, "--auth-supernode-private-key", str(key))
+    settings = f'roster="{roster}"', 'set="train.rounds=1;devices.sampling_rate=0.2"'
+    run_app(cluster, app, out, *settings)
+    cluster.wait_for(lambda: finished(out), 400)
+    log = cluster.log("run")
+    assert "no enrolled device signed this prekey" in log  # those of node 3
+    assert "472 of 943" in log or not ML_100K.is_dir()  # nor node 2's, which Flower kept out
+    assert json.loads((out / "result.json").read_text())["rounds"] == 1
 
 
 def test_errors_are_a_line_that_a_person_can_read(cluster: Cluster, tmp_path: Path) -> None:

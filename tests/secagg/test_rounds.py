@@ -431,6 +431,9 @@ def test_the_server_takes_shares_for_the_right_number_of_others() -> None:
     for wrong in (fewer, itself):
         with pytest.raises(ReleaseRefused, match="neighbours, where 5 others are due"):
             server.receive(device, wrong.pack())
+    for partners in (range(6), range(1, 5)):
+        with pytest.raises(ReleaseRefused, match="lack a neighbour, or include the device itself"):
+            server.receive(device, replace(parsed, partners=bitmap(partners, 6)).pack())
     server.receive(device, right)
 
 

@@ -1,0 +1,465 @@
+"""A secure sum for any Flower app: a mod on the nodes, and a strategy around the app's own.
+
+The strategy asks for a round's training as the app's own strategy would have it asked for, and
+gives that strategy one reply, which holds the mean. In between are the exchanges of
+:mod:`privrec.secagg`: shares before the training, survivors and unmasking after it.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flwr.serverapp.strategy as flower
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+from numpy.typing import NDArray
+
+from privrec.errors import BudgetError, ReleaseRefused, UsageError
+from privrec.flower import vectors
+from privrec.flower.budget import Budget
+from privrec.flower.devices import Anyone, anchor_of, create_device_key
+from privrec.flower.mod import ARRAY, RECORD, SecureSumMod
+from privrec.flower.plan import CAPPED, CLIPPED, Cohort, SumPlan
+from privrec.secagg.keys import RECORD_BYTES, Prekey
+from privrec.secagg.roster import check_prekey
+from privrec.secagg.server import ServerSession
+
+__all__ = ["SecureSum", "SecureSumMod", "create_device_key"]
+
+_LOG = logging.getLogger("flwr.privrec")
+_PREKEYS = 32  # deposited at a contact, so that one round in 32 has an exchange more
+_ONE_BY_ONE = (
+    "Bulyan", "DifferentialPrivacyClientSideAdaptiveClipping",
+    "DifferentialPrivacyClientSideFixedClipping", "DifferentialPrivacyServerSideAdaptiveClipping",
+    "DifferentialPrivacyServerSideFixedClipping", "FedMedian", "FedTrimmedAvg", "FedXgbBagging",
+    "FedXgbCyclic", "Krum", "MultiKrum", "QFedAvg",
+)  # fmt: skip
+"""Flower's strategies that look at each reply by itself, which is what nobody shall."""
+
+
+@dataclass
+class _Open:
+    """A round between the training that was asked for and its end."""
+
+    grid: Grid
+    session: ServerSession
+    plan: SumPlan
+    messages: dict[int, Message]
+    names: dict[int, bytes]
+    round: int
+    attempt: int
+    epsilon: float | None
+
+
+class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types are checked
+    """A strategy that gives another one the mean of all updates, and no update.
+
+    Promise: a round gives the exact weighted mean over all nodes that answered up to the end, each
+    clipped and rounded to the grid, with the noise that was charged; or nothing, and then the model
+    stays as it was and the log says why. With noise every attempt at a round is charged to the
+    ledger before any node is asked.
+
+    Args:
+        strategy: the app's own, whose averaging is used: FedAvg, FedProx, FedAdam and their like,
+            which see the replies only by their mean.
+        clip_norm: largest L2 norm of a node's update, above 0. Without noise it is no more than the
+            range of the integers: choose it above what updates have.
+        max_examples: most examples that a node counts with; None lets every node count as one.
+            With noise every node does. Rounding grows with its ratio to what nodes have, so set it
+            to about the largest node.
+        metrics: name and largest magnitude of each training metric whose mean is wanted; all other
+            metrics stay on the nodes. Not with noise.
+        weighted_by: the metric that holds the number of examples; by default the strategy's own.
+        noise_multiplier: noise over the sensitivity of the sum, made by the nodes.
+        epsilon: largest ε against the server, for which the noise is calibrated where
+            ``noise_multiplier`` is not given; a round that would exceed it is not started.
+        delta: the δ of ε.
+        rounds: rounds that ``epsilon`` is for; by default those of :meth:`start`.
+        ledger: path of the ledger, needed with noise; one that is there is gone on with.
+        colluding_share: part of a round's nodes that is assumed to tell the server their noise.
+        remove_excess: whether survivors beyond the fewest take their noise off again.
+        roster: path of a file with the identities of enrolled nodes, one a line; prekeys of others
+            are not taken. Nodes check for themselves.
+        enrolment_key: the key that certifies nodes, in place of a roster.
+        evaluate_in_clear: whether evaluation is asked for, whose replies the server reads.
+        timeout: seconds to wait for an exchange; by default that of :meth:`start`.
+
+    Raises:
+        UsageError: when settings contradict each other, or the strategy needs single replies.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        *,
+        clip_norm: float,
+        max_examples: int | None = 10_000,
+        metrics: Mapping[str, float] | None = None,
+        weighted_by: str | None = None,
+        noise_multiplier: float | None = None,
+        epsilon: float | None = None,
+        delta: float = 1e-5,
+        rounds: int | None = None,
+        ledger: str | Path | None = None,
+        colluding_share: float = 0.05,
+        remove_excess: bool = True,
+        roster: str | Path | None = None,
+        enrolment_key: str | None = None,
+        evaluate_in_clear: bool = False,
+        timeout: float | None = None,
+    ) -> None:
+        self.strategy = _averaging(strategy)
+        noisy = noise_multiplier is not None or epsilon is not None
+        if noisy != (ledger is not None):
+            raise UsageError(
+                "noise and its ledger go together: give ledger=PATH with noise_multiplier or "
+                "epsilon, and none of them for a sum without noise"
+            )
+        if noise_multiplier is not None and noise_multiplier <= 0:
+            raise UsageError(f"noise_multiplier {noise_multiplier}: it must be above 0")
+        self._budget = None if ledger is None else Budget(Path(ledger), delta, epsilon)
+        self._noise_multiplier = noise_multiplier
+        self._rounds = rounds
+        self._clip_norm = clip_norm
+        self._given: dict[str, Any] = {
+            "max_examples": 0 if noisy else max_examples or 0,
+            "weighted_by": weighted_by or getattr(strategy, "weighted_by_key", "num-examples"),
+            "metrics": tuple((metrics or {}).items()),
+        }
+        Cohort(3).plan(1, clip_norm, noise_multiplier or float(noisy), **self._given)
+        self._colluding_share, self._remove_excess = colluding_share, remove_excess
+        self._anchor = anchor_of(_path(roster), _path(enrolment_key)) or Anyone()
+        self._evaluate_in_clear = evaluate_in_clear
+        self._timeout, self._own_timeout = timeout, timeout
+        self._run: str | None = None
+        self._attempts: Counter[int] = Counter()
+        self._deposits: dict[int, list[bytes]] = {}
+        self._open: _Open | None = None
+
+    # ------------------------------------------------------------------ Flower's own interface
+
+    def start(
+        self, grid: Grid, initial_arrays: ArrayRecord, num_rounds: int = 3, timeout: float = 3600,
+        **options: Any,
+    ) -> Result:  # fmt: skip
+        """Run the rounds; arguments and result are those of Flower's ``Strategy.start``."""
+        self._timeout = self._own_timeout or timeout
+        self._rounds = self._rounds or num_rounds
+        self._deposits.clear()  # this grid may have other nodes
+        if self._budget is None:
+            self._run = None
+            self._attempts.clear()
+        return super().start(grid, initial_arrays, num_rounds, timeout, **options)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The app's own training messages, each with what its node needs to mask its reply.
+
+        Returns:
+            No messages when the round cannot be, for which the log gives the reason.
+
+        Raises:
+            UsageError: when the settings do not fit the model or the number of nodes.
+        """
+        self._open = None
+        messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
+        if not messages:
+            return []
+        try:
+            return self._begin(server_round, messages, grid)
+        except (ReleaseRefused, BudgetError) as error:
+            self._give_up(server_round, error)
+            return []
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """What the app's own strategy makes of the mean; nothing when there is no sum."""
+        open, self._open = self._open, None
+        if open is None:
+            return None, None
+        try:
+            mean = self._end(open, replies)
+        except ReleaseRefused as error:
+            self._give_up(server_round, error)
+            return None, None
+        arrays, metrics = self.strategy.aggregate_train(server_round, [mean])
+        if open.epsilon is not None:
+            metrics = MetricRecord() if metrics is None else metrics
+            metrics["epsilon"] = open.epsilon
+        sent = vectors.only_arrays(next(iter(open.messages.values())).content, "a message")
+        return arrays and vectors.with_others_of(arrays, sent), metrics
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The app's own evaluation messages where replies in clear are allowed, else none."""
+        if self._evaluate_in_clear:
+            evaluation: Iterable[Message] = self.strategy.configure_evaluate(
+                server_round, arrays, config, grid
+            )
+            return evaluation
+        if server_round == 1:
+            _LOG.info(
+                "secure sum: nodes are not asked to evaluate, since each reply would be in clear; "
+                "evaluate on the server, name training metrics, or set evaluate_in_clear"
+            )
+        return []
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """What the app's own strategy makes of evaluation replies."""
+        answers = list(replies)
+        return self.strategy.aggregate_evaluate(server_round, answers) if answers else None
+
+    def summary(self) -> None:
+        """Log the settings, then those of the app's own strategy."""
+        noise = "none" if self._budget is None else (
+            f"multiplier {self._noise_multiplier or 'from epsilon'}, ledger {self._budget.path}"
+        )  # fmt: skip
+        _LOG.info("\t├──> Secure sum: clip norm %g, noise: %s", self._clip_norm, noise)
+        self.strategy.summary()
+
+    # ------------------------------------------------------------------ before the training
+
+    def _begin(self, server_round: int, messages: Sequence[Message], grid: Grid) -> list[Message]:
+        kind, digest = _same(messages)
+        asked = {message.metadata.dst_node_id: message for message in messages}
+        self._fill(grid, list(asked), kind)
+        taken = self._prekeys(list(asked))
+        plan, attempt, epsilon = self._charged(server_round - 1, messages[0].content, len(taken))
+        terms = plan.terms(self._run_id(), server_round - 1, attempt)
+        session = ServerSession(terms, list(taken.values()), self._anchor)
+        session.publish([digest])
+        names = {node: Prekey.unpack(record).identity for node, record in taken.items()}
+        round = _Open(grid, session, plan, asked, names, server_round - 1, attempt, epsilon)
+        answered = self._exchange(round, "shares", plan=plan.pack())
+        for node in names.keys() - answered:
+            # Its prekeys may be those of a state that it lost: it is asked for new ones.
+            self._deposits.pop(node, None)
+        session.advance()
+        self._open = round
+        return list(self._asking(round, "masked"))
+
+    def _fill(self, grid: Grid, nodes: Sequence[int], kind: str) -> None:
+        """Ask nodes whose deposit is used up for prekeys."""
+        empty = [node for node in nodes if not self._deposits.get(node)]
+        if not empty:
+            return
+        content = RecordDict({RECORD: ConfigRecord({"stage": "prekeys", "count": _PREKEYS})})
+        asking = [Message(content, dst_node_id=node, message_type=kind) for node in empty]
+        for node, answer in _answers(grid.send_and_receive(asking, timeout=self._timeout)):
+            records = [answer[at : at + RECORD_BYTES] for at in range(0, len(answer), RECORD_BYTES)]
+            try:
+                for record in records:
+                    check_prekey(Prekey.unpack(record), self._anchor)
+            except ReleaseRefused as error:
+                _LOG.warning("secure sum: node %s is left out: %s", node, error)
+                continue
+            self._deposits[node] = records[:_PREKEYS]
+
+    def _prekeys(self, nodes: Sequence[int]) -> dict[int, bytes]:
+        """A prekey of each node that has one, taken from its deposit; none of an identity twice."""
+        taken: dict[int, bytes] = {}
+        seen: set[bytes] = set()
+        for node in nodes:
+            if not self._deposits.get(node):
+                continue
+            record = self._deposits[node].pop(0)
+            identity = Prekey.unpack(record).identity
+            if identity in seen:
+                _LOG.warning("secure sum: node %s has the key of another; it is left out", node)
+                continue
+            seen.add(identity)
+            taken[node] = record
+        if len(taken) < 2:
+            raise ReleaseRefused(
+                f"{len(taken)} of {len(nodes)} nodes gave prekeys: a sum of one hides nobody; see "
+                "above what the others said"
+            )
+        return taken
+
+    def _charged(
+        self, round: int, content: RecordDict, nodes: int
+    ) -> tuple[SumPlan, int, float | None]:
+        """The round's plan, its attempt, and ε after it; paid for before anybody is asked."""
+        cohort = Cohort(nodes, self._colluding_share, self._remove_excess)
+        size = vectors.size_of(vectors.only_arrays(content, "a message"))
+
+        def planned(noise_multiplier: float) -> SumPlan:
+            return cohort.plan(size, self._clip_norm, noise_multiplier, **self._given)
+
+        if self._budget is None:
+            self._attempts[round] += 1
+            return planned(0.0), self._attempts[round] - 1, None
+        self._run_id()
+        if self._noise_multiplier is None:
+            event_of = lambda z: _event(planned(z))  # noqa: E731 - what calibration asks for
+            self._noise_multiplier = self._budget.multiplier(event_of, self._rounds or 1)
+            _LOG.info("secure sum: noise multiplier %g meets epsilon", self._noise_multiplier)
+        plan = planned(self._noise_multiplier)
+        return plan, *self._budget.charge(round, _event(plan))
+
+    def _run_id(self) -> str:
+        if self._run is None:
+            self._run = secrets.token_hex(8) if self._budget is None else self._budget.begin()
+        return self._run
+
+    # ------------------------------------------------------------------ after the training
+
+    def _end(self, round: _Open, replies: Iterable[Message]) -> Message:
+        """The reply that stands for all: the model moved by the mean update."""
+        _take(round, replies)
+        round.session.advance()
+        for stage in ("confirm", "unmask"):
+            self._exchange(round, stage)
+            round.session.advance()
+        result = round.session.result
+        for identity, fault in result.faults.items():
+            _LOG.warning("secure sum: device %s %s", identity.hex()[:16], fault)
+        total = result.total.astype(np.int64)
+        if round.plan.shares is not None and round.plan.remove_excess:
+            total -= round.plan.shares.excess(result.excess)
+        if self._budget is not None:
+            self._budget.commit(round.round, round.attempt, total)
+        survivors = len(result.survivors[0])
+        _LOG.info("secure sum: %d of %d nodes are in it", survivors, len(round.messages))
+        if round.epsilon is not None:
+            _LOG.info(
+                "secure sum: epsilon %g at delta %g against the server, for a whole node",
+                round.epsilon, self._budget.delta if self._budget else 0.0,
+            )  # fmt: skip
+        return _mean(round, total, survivors)
+
+    def _exchange(self, round: _Open, stage: str, **more: bytes) -> set[int]:
+        """One exchange with all nodes that are still there; who answered."""
+        asking = list(self._asking(round, stage, **more))
+        return _take(round, round.grid.send_and_receive(asking, timeout=self._timeout))
+
+    def _asking(self, round: _Open, stage: str, **more: bytes) -> Iterable[Message]:
+        outbox = round.session.outbox()
+        for node, name in round.names.items():
+            if name not in outbox:
+                continue
+            asked = ConfigRecord({"stage": stage, "message": outbox[name], **more})
+            message = round.messages[node]
+            if stage == "masked":
+                content = RecordDict({**dict(message.content.items()), RECORD: asked})
+            else:
+                content = RecordDict({RECORD: asked})
+            yield Message(
+                content, dst_node_id=node, message_type=message.metadata.message_type,
+                ttl=message.metadata.ttl, group_id=message.metadata.group_id,
+            )  # fmt: skip
+
+    def _give_up(self, server_round: int, error: Exception) -> None:
+        _LOG.error(
+            "secure sum: round %d releases nothing, and the model stays as it was: %s",
+            server_round, error,
+        )  # fmt: skip
+
+
+def _averaging(strategy: Strategy) -> Strategy:
+    """Refuse a strategy that compares single replies, which would do nothing with their mean."""
+    for name in _ONE_BY_ONE:
+        known = getattr(flower, name, None)
+        if known is not None and isinstance(strategy, known):
+            raise UsageError(
+                f"{name} looks at each node's update by itself, and a secure sum hides them: wrap "
+                "a strategy that averages, such as FedAvg, FedProx or FedAdam"
+            )
+    return strategy
+
+
+def _same(messages: Sequence[Message]) -> tuple[str, bytes]:
+    """Type and digest of what all nodes are asked for.
+
+    Raises:
+        UsageError: when nodes are asked for different things: their masks would not cancel.
+    """
+    kinds = {message.metadata.message_type for message in messages}
+    contents = {id(message.content): message.content for message in messages}
+    kind = next(iter(kinds))
+    digests = {vectors.content_digest(content, kind) for content in contents.values()}
+    if len(kinds) > 1 or len(digests) > 1:
+        raise UsageError(
+            "the strategy sends nodes different models or settings: a secure sum needs all to see "
+            "the same, or a server could set one node apart; send the same to all"
+        )
+    return kind, next(iter(digests))
+
+
+def _answers(replies: Iterable[Message]) -> Iterable[tuple[int, bytes]]:
+    """The nodes that answered, and their answers; what others said is logged."""
+    for reply in replies:
+        node = reply.metadata.src_node_id
+        if reply.has_error():
+            _LOG.warning("secure sum: node %s: %s", node, reply.error.reason)
+            continue
+        record = reply.content.get(RECORD)
+        value = record.get("answer") if isinstance(record, ConfigRecord) else None
+        if isinstance(record, ArrayRecord) and ARRAY in record:
+            value = record[ARRAY].data
+        if not isinstance(value, bytes):
+            _LOG.warning(
+                "secure sum: node %s sent no part of a secure sum; is SecureSumMod the first of "
+                "its app's mods?", node,
+            )  # fmt: skip
+            continue
+        yield node, value
+
+
+def _take(round: _Open, replies: Iterable[Message]) -> set[int]:
+    """Hand answers to the session; whose were good."""
+    good = set()
+    for node, answer in _answers(replies):
+        try:
+            round.session.receive(round.names.get(node, b""), answer)
+            good.add(node)
+        except ReleaseRefused as error:
+            _LOG.warning("secure sum: node %s: %s", node, error)
+    return good
+
+
+def _mean(round: _Open, total: NDArray[np.int64], survivors: int) -> Message:
+    plan = round.plan
+    message = next(iter(round.messages.values()))
+    name, sent = next(iter(message.content.array_records.items()))
+    weight, shares, metrics = float(survivors), float(survivors), {}
+    if len(total) > plan.size:
+        tail = total[plan.size :]
+        weight = float(tail[0])
+        if weight <= 0:
+            raise ReleaseRefused("the nodes have no examples at all: there is no mean")
+        shares = weight / (plan.max_examples or 1)
+        metrics = vectors.mean_metrics(plan, tail)
+        for place, said in (
+            (CLIPPED, "updates are longer than clip_norm, or not finite"),
+            (CAPPED, "nodes have more examples than max_examples"),
+        ):
+            if tail[place]:
+                _LOG.warning("secure sum: %d of %d %s", tail[place], survivors, said)
+    change = plan.encoding.decode(total[: plan.size], shares)
+    arrays = vectors.moved(sent, change)
+    record = MetricRecord({plan.weighted_by: weight, **metrics})
+    return Message(RecordDict({name: arrays, "metrics": record}), reply_to=message)
+
+
+def _event(plan: SumPlan) -> Any:
+    if plan.shares is None:
+        raise UsageError("a plan without noise costs an infinite epsilon")
+    return plan.shares.event(1.0)
+
+
+def _path(value: str | Path | None) -> str | None:
+    return None if value is None else str(value)

@@ -1,0 +1,189 @@
+"""The items as a device searches them: rows gathered from the compressed memory, chunk by chunk.
+
+A row is the item's vector, followed by its bias where items have one; a query then ends in a 1.
+Neither the table nor anything of its size is ever held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privrec.embedding.table import PlainTable, Table
+from privrec.errors import UsageError
+
+FloatArray = NDArray[np.float32]
+CHUNK = 8192
+"""Items at a time: rows and what is computed from them stay in a level-2 cache or near it."""
+
+_DOUBLED = 1 << 22
+"""Largest memory, in floats, of which a signed copy is made for the time of a pass."""
+_SAMPLE = 1 << 14
+
+
+@dataclass(frozen=True)
+class ItemMemory:
+    """A catalogue in its memory.
+
+    Args:
+        table: where item vectors lie: a :class:`~privrec.embedding.subspace.Subspace`, whole or
+            folded, or another table.
+        memory: its blocks, float32 of shape ``(slots, block)``.
+        biases: where item biases lie and their memory of shape ``(slots, 1)``, or None.
+
+    Raises:
+        UsageError: when a memory has not the shape that its table asks for.
+    """
+
+    table: Table
+    memory: FloatArray
+    biases: tuple[Table, FloatArray] | None = None
+
+    def __post_init__(self) -> None:
+        _check_shape("memory", self.memory, self.table)
+        if self.biases is not None:
+            _check_shape("biases", self.biases[1], self.biases[0])
+
+    @property
+    def items(self) -> int:
+        """Number of items."""
+        return self.table.items
+
+    @property
+    def dim(self) -> int:
+        """Length of a row: the vector's, and one more for a bias."""
+        return self.table.dim + (self.biases is not None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the memory itself."""
+        return self.memory.nbytes + (0 if self.biases is None else self.biases[1].nbytes)
+
+    @property
+    def pass_bytes(self) -> int:
+        """Most bytes that :meth:`chunks` and :meth:`products` hold at a time."""
+        size = min(CHUNK, self.items)
+        doubled = 2 * self.memory.nbytes if self._is_doubled else 0
+        places = size * self.table.parts * 48
+        return doubled + places + size * (self.table.dim + self.dim) * 4
+
+    def unfolded(self) -> ItemMemory:
+        """The same items with every row gathered, for a machine that plays many devices."""
+        table = PlainTable.of(self.items, self.table.dim, block=self.table.block)
+        memory = np.concatenate([vectors.copy() for _, vectors in self._vectors()])
+        small = self.biases
+        if small is not None:
+            plain = PlainTable.of(self.items, 1, block=1)
+            small = plain, self._biases_of(small, np.arange(self.items))[:, None]
+        return ItemMemory(table, memory.reshape(table.slots, table.block), small)
+
+    def rows(self, items: NDArray[np.integer]) -> FloatArray:
+        """Rows of some items, shape ``(k, dim)``."""
+        vectors: FloatArray = self.table.gather(self.memory, items)
+        if self.biases is None:
+            return vectors
+        return np.concatenate((vectors, self._biases_of(self.biases, items)[:, None]), axis=1)
+
+    def chunks(self) -> Iterator[tuple[int, FloatArray]]:
+        """All rows in order, as ``(first item, rows)``.
+
+        The rows are a view that the next step overwrites; they must not be changed.
+        """
+        widened = None
+        for start, vectors in self._vectors():
+            if self.biases is None:
+                yield start, vectors
+                continue
+            if widened is None:
+                widened = np.empty((len(vectors), self.dim), np.float32)
+            rows = widened[: len(vectors)]
+            rows[:, :-1] = vectors
+            rows[:, -1] = self._biases_of(self.biases, np.arange(start, start + len(rows)))
+            yield start, rows
+
+    def products(self, query: FloatArray) -> Iterator[tuple[int, FloatArray]]:
+        """Products of all rows with one query, as ``(first item, products)``.
+
+        Each memory block is multiplied once by each part of the query, and items gather numbers
+        instead of blocks.
+
+        Args:
+            query: shape ``(dim,)``.
+        """
+        table = self.table
+        parts = query[: table.dim].reshape(table.parts, table.block)
+        # One row a block: the parts' products with it lie together.
+        pushed = (self.memory @ parts.T * np.float32(table.scale)).ravel()
+        part = np.arange(table.parts)
+        for start in range(0, self.items, CHUNK):
+            slots, signs = table.locate(np.arange(start, min(self.items, start + CHUNK)))
+            slots *= table.parts
+            slots += part
+            terms = np.take(pushed, slots)
+            terms *= signs
+            values = terms.sum(axis=1)
+            if self.biases is not None:
+                items = np.arange(start, start + len(values))
+                values += query[-1] * self._biases_of(self.biases, items)
+            yield start, values
+
+    @cached_property
+    def centre(self) -> FloatArray:
+        """Mean row of an evenly spaced sample of items, shape ``(dim,)``.
+
+        Taking the same vector from every item changes no softmax and no ranking, so a sample will
+        do. It rids the items of their common direction, which would put most into one bucket.
+        """
+        step = -(-self.items // _SAMPLE)
+        mean: FloatArray = self.rows(np.arange(0, self.items, step)).mean(axis=0)
+        return mean
+
+    @property
+    def _is_doubled(self) -> bool:
+        return self.memory.size <= _DOUBLED
+
+    def _vectors(self) -> Iterator[tuple[int, FloatArray]]:
+        table = self.table
+        if isinstance(table, PlainTable) and not table.by_part:
+            whole = self.memory.reshape(table.items, table.dim)
+            yield from (
+                (start, whole[start : start + CHUNK]) for start in range(0, len(whole), CHUNK)
+            )
+            return
+        # A lookup in the memory and its negative saves a pass over all gathered rows.
+        scale, source = np.float32(table.scale), self.memory
+        if self._is_doubled:
+            source = np.empty((2 * table.slots, table.block), np.float32)
+            np.multiply(self.memory, scale, out=source[: table.slots])
+            np.negative(source[: table.slots], out=source[table.slots :])
+        buffer = np.empty((min(CHUNK, table.items) * table.parts, table.block), np.float32)
+        for start in range(0, table.items, CHUNK):
+            part = np.arange(start, min(table.items, start + CHUNK))
+            blocks = buffer[: len(part) * table.parts]
+            if self._is_doubled:
+                slots = table.locate_doubled(part)
+                np.take(source, slots.ravel(), axis=0, out=blocks, mode="clip")
+            else:
+                slots, signs = table.locate(part)
+                np.take(source, slots.ravel(), axis=0, out=blocks, mode="clip")
+                blocks *= signs.reshape(-1, 1) * scale
+            yield start, blocks.reshape(len(part), table.dim)
+
+    @staticmethod
+    def _biases_of(biases: tuple[Table, FloatArray], items: NDArray[np.integer]) -> FloatArray:
+        table, memory = biases
+        values: FloatArray = table.gather(memory, items)[:, 0]
+        return values
+
+
+def _check_shape(name: str, memory: FloatArray, table: Table) -> None:
+    wanted = (table.slots, table.block)
+    if memory.shape != wanted:
+        raise UsageError(
+            f"{name} of shape {memory.shape}: its table has {wanted[0]} blocks of {wanted[1]} "
+            "floats; hand over the memory that belongs to the table"
+        )

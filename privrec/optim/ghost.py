@@ -1,0 +1,293 @@
+"""Per-example clipping without per-example gradients.
+
+Every supported layer remembers what came in, and the gradient of what went out. From these two the
+norm of each example's gradient follows without the gradient itself, and so does the sum of the
+clipped gradients: one backward pass, and for a table nothing larger than the batch's own lookups.
+
+* Linear, over ``T`` positions: ``|Σ b_t a_tᵀ|² = Σ (AAᵀ) ∘ (BBᵀ)``, and ``|a|² |b|²`` for one.
+* Embedding: the lookups of one example that meet in a row add up before they are squared.
+* Anything else small: the per-example gradients of Opacus' own registry.
+
+Sources: Goodfellow, "Efficient per-example gradient computations" (2015); Li et al., "Large
+Language Models Can Be Strong Differentially Private Learners" (2022); Bu et al., "Differentially
+Private Optimization on Large Model at Small Cost" (2023), for a single backward pass.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from privrec.errors import UsageError
+
+_CHUNK = 1 << 22  # numbers of per-example gradient at a time, where they are cheaper than products
+
+
+@dataclass
+class Record:
+    """One use of a layer: what came in, by position and by name, and the gradient behind it."""
+
+    inputs: tuple[Any, ...]
+    named: Mapping[str, Any]
+    gradient: Tensor
+
+
+@dataclass
+class Lookups:
+    """Rows of a table, each with ``weights[l] · vectors[which[l]]`` as its part of a gradient."""
+
+    rows: Tensor
+    which: Tensor
+    weights: Tensor | None
+    vectors: Tensor
+
+    def values(self) -> Tensor:
+        """The part of each lookup, shape ``(lookups, width)``."""
+        made = self.vectors.index_select(0, self.which)
+        return made if self.weights is None else made.mul_(self.weights[:, None])
+
+    def spread(self) -> Lookups:
+        """The same without weights: each lookup has a vector of its own."""
+        return Lookups(self.rows, torch.arange(len(self.rows)), None, self.values())
+
+
+def joined(parts: list[Lookups], width: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The lookups of several microbatches as rows, numbers of vectors, and scaled vectors."""
+    made = [part if part.weights is None else part.spread() for part in parts]
+    if not made:
+        none = torch.zeros(0, dtype=torch.int64)
+        return none, none, torch.zeros(0, width)
+    starts = [0, *itertools.accumulate(len(part.vectors) for part in made)]
+    which = [part.which + start for part, start in zip(made, starts, strict=False)]
+    vectors = torch.cat([part.vectors for part in made]) * scale
+    return torch.cat([part.rows for part in made]).to(torch.int64), torch.cat(which), vectors
+
+
+class Layer(Protocol):
+    """A layer whose per-example gradients can be measured and summed."""
+
+    def squared_norms(self, records: list[Record], examples: int) -> Tensor:
+        """Squared norm of each example's gradient, shape ``(examples,)``."""
+
+    def clipped(self, records: list[Record], factors: Tensor) -> Any:
+        """What each parameter's gradient is when example ``e`` counts ``factors[e]``."""
+
+
+class LinearLayer:
+    """``torch.nn.Linear`` over inputs of shape ``(examples, …, features)``."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self._layer = layer
+        self._weight: Any = layer.weight
+        self._bias: Any = layer.bias
+
+    def squared_norms(self, records: list[Record], examples: int) -> Tensor:
+        a, b = self._both(records)
+        total = torch.zeros(len(a), dtype=b.dtype)
+        if self._weight.requires_grad:
+            total += _product_norms(a, b)
+        if self._bias is not None and self._bias.requires_grad:
+            total += b.sum(1).square_().sum(1)
+        return total
+
+    def clipped(self, records: list[Record], factors: Tensor) -> dict[nn.Parameter, Tensor]:
+        a, b = self._both(records)
+        scaled = _times(b, factors)
+        made: dict[nn.Parameter, Tensor] = {}
+        if self._weight.requires_grad:
+            made[self._weight] = scaled.flatten(0, 1).T @ _where(a, factors).flatten(0, 1)
+        if self._bias is not None and self._bias.requires_grad:
+            made[self._bias] = scaled.sum((0, 1))
+        return made
+
+    def _both(self, records: list[Record]) -> tuple[Tensor, Tensor]:
+        a = [_positions(record.inputs[0]) for record in records]
+        b = [_positions(record.gradient) for record in records]
+        return torch.cat(a, 1) if len(a) > 1 else a[0], torch.cat(b, 1) if len(b) > 1 else b[0]
+
+
+class TableLayer:
+    """``torch.nn.Embedding`` and ``torch.nn.EmbeddingBag``."""
+
+    def __init__(self, layer: nn.Embedding | nn.EmbeddingBag) -> None:
+        self._layer = layer
+        if isinstance(layer, nn.EmbeddingBag) and layer.mode == "max":
+            raise UsageError(
+                'EmbeddingBag(mode="max"): its gradients are not clipped; use "sum" or "mean"'
+            )
+
+    def squared_norms(self, records: list[Record], examples: int) -> Tensor:
+        parts = [(self._lookups(record), _owners(record, examples)) for record in records]
+        if len(parts) == 1:
+            (found, owners), bag = parts[0], isinstance(self._layer, nn.EmbeddingBag)
+            if bag:
+                return _bag_norms(found, self._layer.num_embeddings)
+            values, rows, of = found.values(), found.rows, owners[found.which]
+        else:
+            values = torch.cat([found.values() for found, _ in parts])
+            rows = torch.cat([found.rows for found, _ in parts])
+            of = torch.cat([owners[found.which] for found, owners in parts])
+        return _meeting_norms(rows, of, values, examples, self._layer.num_embeddings)
+
+    def clipped(self, records: list[Record], factors: Tensor) -> list[Lookups]:
+        made = []
+        for record in records:
+            found = self._lookups(record)
+            owners = _owners(record, len(factors))
+            found.vectors = _times(found.vectors, factors[owners])
+            made.append(found)
+        return made
+
+    def _lookups(self, record: Record) -> Lookups:
+        if isinstance(self._layer, nn.EmbeddingBag):
+            found = _bag_lookups(self._layer, record)
+        else:
+            rows = record.inputs[0].reshape(-1)
+            vectors = record.gradient.reshape(len(rows), -1)
+            found = Lookups(rows, torch.arange(len(rows)), None, vectors)
+        if self._layer.padding_idx is None:
+            return found
+        kept = found.rows != self._layer.padding_idx
+        weights = None if found.weights is None else found.weights[kept]
+        return Lookups(found.rows[kept], found.which[kept], weights, found.vectors)
+
+
+class SampledLayer:
+    """A small layer of another kind, by the per-example gradients that Opacus has for it."""
+
+    def __init__(self, layer: nn.Module, sampler: Callable[..., dict[nn.Parameter, Tensor]]):
+        self._layer, self._sampler = layer, sampler
+
+    def squared_norms(self, records: list[Record], examples: int) -> Tensor:
+        total = torch.zeros(examples)
+        for gradients in self._gradients(records).values():
+            total += gradients.flatten(1).square().sum(1)
+        return total
+
+    def clipped(self, records: list[Record], factors: Tensor) -> dict[nn.Parameter, Tensor]:
+        return {
+            parameter: _times(gradients, factors).sum(0)
+            for parameter, gradients in self._gradients(records).items()
+        }
+
+    def _gradients(self, records: list[Record]) -> dict[nn.Parameter, Tensor]:
+        made: dict[nn.Parameter, Tensor] = {}
+        for record in records:
+            found = self._sampler(self._layer, list(record.inputs), record.gradient)
+            for parameter, gradients in found.items():
+                if parameter.requires_grad:
+                    made[parameter] = made.get(parameter, 0) + gradients.detach()
+        return made
+
+
+def layer_of(layer: nn.Module) -> Layer:
+    """How a layer with parameters of its own is clipped.
+
+    Raises:
+        UsageError: when it is of a kind whose per-example gradients nobody knows.
+    """
+    if isinstance(layer, nn.Linear):
+        return LinearLayer(layer)
+    if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
+        return TableLayer(layer)
+    from opacus.grad_sample import GradSampleModule  # heavy, and few models need it
+
+    sampler = GradSampleModule.GRAD_SAMPLERS.get(type(layer))
+    if sampler is None:
+        raise UsageError(
+            f"{type(layer).__name__} has parameters of its own, and its per-example gradients are "
+            "not known: build it from Linear, Embedding and EmbeddingBag, freeze it, or register "
+            "it with opacus.grad_sample.register_grad_sampler"
+        )
+    return SampledLayer(layer, sampler)
+
+
+def _bag_lookups(layer: nn.EmbeddingBag, record: Record) -> Lookups:
+    names = ("input", "offsets", "per_sample_weights")
+    given = {**dict(zip(names, record.inputs, strict=False)), **record.named}
+    rows, offsets, weights = given["input"], given.get("offsets"), given.get("per_sample_weights")
+    if offsets is None:
+        bags, each = rows.shape
+        which = torch.arange(bags).repeat_interleave(each)
+        counts = torch.full((bags,), each)
+    else:
+        ends = offsets[1:] if layer.include_last_offset else offsets.new_tensor([len(rows)])
+        starts = offsets[:-1] if layer.include_last_offset else offsets
+        ends = ends if layer.include_last_offset else torch.cat([offsets[1:], ends])
+        counts = ends - starts
+        which = torch.arange(len(counts)).repeat_interleave(counts)
+    rows = rows.reshape(-1)
+    weights = None if weights is None else weights.detach().reshape(-1)
+    vectors = record.gradient
+    if layer.mode == "mean":
+        if layer.padding_idx is not None:
+            kept = (rows != layer.padding_idx).to(counts.dtype)
+            counts = torch.zeros_like(counts).index_add_(0, which, kept)
+        vectors = vectors / counts.clamp(min=1)[:, None]
+    return Lookups(rows, which, weights, vectors)
+
+
+def _owners(record: Record, examples: int) -> Tensor:
+    """Which example each vector of a record belongs to."""
+    vectors = record.gradient.flatten(0, -2).shape[0] if record.gradient.dim() > 1 else 1
+    return torch.arange(examples).repeat_interleave(vectors // max(1, examples))
+
+
+def _bag_norms(found: Lookups, table: int) -> Tensor:
+    """Every lookup of a bag has the same vector, so that only its weights have to meet."""
+    key = found.which * table + found.rows
+    weights = found.weights
+    squared = found.vectors.square().sum(1)
+    if weights is None:
+        weights = torch.ones((), dtype=squared.dtype).expand(len(key))
+    total = torch.zeros(len(found.vectors), dtype=squared.dtype)
+    if len(key) <= len(found.vectors) and bool((found.which[1:] > found.which[:-1]).all()):
+        return total.index_add_(0, found.which, weights.square()) * squared
+    distinct, place = torch.unique(key, return_inverse=True)
+    met = torch.zeros(len(distinct), dtype=squared.dtype).index_add_(0, place, weights)
+    owner = distinct.div(table, rounding_mode="floor")
+    return total.index_add_(0, owner, met.square()) * squared
+
+
+def _meeting_norms(rows: Tensor, of: Tensor, values: Tensor, examples: int, table: int) -> Tensor:
+    distinct, place = torch.unique(of * table + rows, return_inverse=True)
+    if len(distinct) < len(rows):
+        met = torch.zeros(len(distinct), values.shape[1], dtype=values.dtype)
+        values = met.index_add_(0, place, values)
+        of = distinct.div(table, rounding_mode="floor")
+    total = torch.zeros(examples, dtype=values.dtype)
+    return total.index_add_(0, of, values.square().sum(1))
+
+
+def _product_norms(a: Tensor, b: Tensor) -> Tensor:
+    n, positions, wide, high = len(a), a.shape[1], a.shape[2], b.shape[2]
+    if positions == 1:
+        return a.square().sum((1, 2)) * b.square().sum((1, 2))
+    if 2 * positions**2 <= wide * high:
+        return ((a @ a.mT) * (b @ b.mT)).sum((1, 2)).clamp_(min=0)
+    step = max(1, _CHUNK // (wide * high))
+    parts = [(b[i : i + step].mT @ a[i : i + step]).square().sum((1, 2)) for i in range(0, n, step)]
+    return torch.cat(parts) if parts else a.new_zeros(0)
+
+
+def _positions(x: Tensor) -> Tensor:
+    """Examples first, then positions, then features."""
+    x = x.detach()
+    return x[:, None] if x.dim() == 2 else x.flatten(1, -2)
+
+
+def _times(values: Tensor, factors: Tensor) -> Tensor:
+    """Values times a factor each; a factor of 0 makes 0 also of what is not a number."""
+    shaped = factors.reshape(-1, *[1] * (values.dim() - 1))
+    return _where(values * shaped, factors)
+
+
+def _where(values: Tensor, factors: Tensor) -> Tensor:
+    if bool((factors > 0).all()):
+        return values
+    return torch.where(factors.reshape(-1, *[1] * (values.dim() - 1)) > 0, values, 0.0)

@@ -1,0 +1,331 @@
+"""DP-SGD at the price of the rows that a batch touches.
+
+:class:`LazyDPSGD` is a ``torch.optim.Optimizer``. It clips by ghost norms, so that no per-example
+gradient of a table is ever made, adds noise to dense parameters in each step, and lets the rows of
+embedding tables owe theirs until somebody reads them. What it accounts for is the usual subsampled
+Gaussian mechanism: Opacus' accountants attach to it as they do to Opacus' own optimiser.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from privrec.errors import UsageError
+from privrec.optim.capture import Capture
+from privrec.optim.ghost import Lookups, TableLayer, joined
+from privrec.optim.parameter import make_lazy, make_plain
+from privrec.privacy.debt import Update
+from privrec.privacy.deviates import Normals
+from privrec.privacy.memory import LazyMemory
+from privrec.randomness import SecretRoot
+
+_SHORT = 1 - 1e-5  # norms are float32 sums; what they may be too small by is taken off the bound
+_LINEAR = {"lr", "momentum", "weight_decay", "nesterov"}
+
+
+class LazyDPSGD(torch.optim.Optimizer):
+    """SGD with clipping and noise, where embedding rows owe their noise until they are read.
+
+    Promise: what the model shows, at any time and by any way, has the law of DP-SGD with noise of
+    ``noise_multiplier · max_grad_norm`` on the sum of clipped gradients in every step; one example
+    moves that sum by at most ``max_grad_norm``. A step without a backward pass is noise alone, as
+    for an empty batch.
+
+    Args:
+        model: its embedding weights become lazy, in place, until :meth:`close`. A model that
+            Opacus wrapped is used without Opacus' own hooks.
+        lr: step size.
+        noise_multiplier: standard deviation of the noise over ``max_grad_norm``; at least 0.
+        max_grad_norm: ``C``, above 0.
+        expected_batch_size: what the sum is divided by; a public constant, never the batch's size.
+        momentum: as in ``torch.optim.SGD``.
+        weight_decay: as in ``torch.optim.SGD``.
+        nesterov: as in ``torch.optim.SGD``.
+        loss_reduction: ``"mean"`` or ``"sum"`` over the examples of a pass.
+        params: parameters or groups, as ``torch.optim`` takes them; all of the model's when None.
+        root: the secret to draw from; one is drawn from the operating system when None.
+
+    Raises:
+        UsageError: when an argument is outside its range or a layer cannot be clipped.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        lr: float,
+        noise_multiplier: float,
+        max_grad_norm: float,
+        expected_batch_size: float,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        loss_reduction: Literal["mean", "sum"] = "mean",
+        params: Iterable[Any] | None = None,
+        root: SecretRoot | None = None,
+    ) -> None:
+        _check(noise_multiplier, max_grad_norm, expected_batch_size, loss_reduction)
+        self._model = _unwrapped(model)
+        self.noise_multiplier = noise_multiplier
+        self.max_grad_norm = max_grad_norm
+        self.expected_batch_size = expected_batch_size
+        self.loss_reduction = loss_reduction
+        self.step_hook: Callable[[LazyDPSGD], None] | None = None
+        self._skips: list[bool] = []
+        trainable = [p for p in self._model.parameters() if p.requires_grad]
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(
+            trainable if params is None else params, {**defaults, "nesterov": nesterov}
+        )
+        self._capture = Capture(self._model)
+        self._noise = Normals(root)
+        self.tables: dict[nn.Parameter, LazyMemory] = {}
+        """The memory of each lazy table, by its parameter."""
+        self._sums: dict[nn.Parameter, Tensor] = {}
+        self._lookups: dict[nn.Parameter, list[Lookups]] = {}
+        self._make_lazy()
+        self.zero_grad()
+
+    @classmethod
+    def replacing(cls, optimizer: Any, model: nn.Module, **options: Any) -> LazyDPSGD:
+        """The lazy form of a ``torch.optim.SGD``, or of Opacus' ``DPOptimizer`` around one.
+
+        Args:
+            optimizer: it is read, and must not step any more.
+            model: as for the class.
+            **options: further arguments of the class; those of a ``DPOptimizer`` are taken from it.
+
+        Raises:
+            UsageError: when steps of that optimiser are not linear in what owes noise.
+        """
+        given: dict[str, Any] = {}
+        inner = optimizer
+        if hasattr(optimizer, "original_optimizer"):
+            if type(optimizer).__name__ != "DPOptimizer":
+                raise UsageError(
+                    f"{type(optimizer).__name__}: lazy noise clips all parameters together by a "
+                    "bound that does not adapt to values that still owe noise; use Opacus' flat "
+                    'clipping (clipping="flat"), or keep the noise eager'
+                )
+            inner = optimizer.original_optimizer
+            names = ("noise_multiplier", "max_grad_norm", "expected_batch_size", "loss_reduction")
+            given = {name: getattr(optimizer, name) for name in names}
+        if type(inner) is not torch.optim.SGD:
+            raise UsageError(
+                f"{type(inner).__name__}: its step sizes depend on noise that is not drawn yet; "
+                "use torch.optim.SGD, with momentum and weight decay if you like, or keep the "
+                "noise eager"
+            )
+        groups = [_linear_group(group) for group in inner.param_groups]
+        first = {key: groups[0][key] for key in _LINEAR}
+        return cls(model, params=groups, **{**first, **given, **options})
+
+    def accumulate(self) -> None:
+        """Clip the examples of the last pass and add them to the step's sum.
+
+        :meth:`step` does it for the last pass; call it after each backward pass but the last when a
+        batch is cut into microbatches.
+        """
+        examples, records = self._capture.take()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter in self.tables and parameter.grad is not None:
+                    parameter.grad = None
+                    raise UsageError(
+                        "a table got a gradient by another way than lookups: it cannot be clipped; "
+                        "read tables by Embedding and EmbeddingBag alone"
+                    )
+                parameter.grad = None  # it is neither clipped nor noised
+        if not examples:
+            return
+        if self.loss_reduction == "mean":
+            for each in records.values():
+                for record in each:
+                    record.gradient = record.gradient * examples
+        factors = self._factors(examples, records)
+        for module, each in records.items():
+            layer = self._capture.layers[module]
+            found = layer.clipped(each, factors)
+            if isinstance(layer, TableLayer):
+                self._lookups.setdefault(cast(nn.Parameter, module.weight), []).extend(found)
+            else:
+                for parameter, total in found.items():
+                    before = self._sums.get(parameter)
+                    self._sums[parameter] = total if before is None else before + total
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Clip what is left to clip, add noise, and take one step.
+
+        Args:
+            closure: recomputes the loss and its gradients, as for every optimiser of PyTorch.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.accumulate()
+        if self._skips and self._skips.pop(0):
+            return loss
+        if self.step_hook is not None:
+            self.step_hook(self)
+        self._noise.begin()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter in self.tables:
+                    self._step_table(parameter, group)
+                else:
+                    self._step_dense(parameter, group)
+        self._sums.clear()
+        self._lookups.clear()
+        return loss
+
+    def attach_step_hook(self, hook: Callable[[LazyDPSGD], None]) -> None:
+        """Call ``hook(self)`` in each step: an accountant's ``get_optimizer_hook_fn(rate)``."""
+        self.step_hook = hook
+
+    def signal_skip_step(self, do_skip: bool = True) -> None:
+        """Let a coming :meth:`step` only accumulate, as Opacus' ``BatchMemoryManager`` asks."""
+        self._skips.append(do_skip)
+
+    @property
+    def accumulated_iterations(self) -> int:
+        """Batches that one step stands for, which is 1; Opacus' accountants ask."""
+        return 1
+
+    def settle(self) -> None:
+        """Draw all noise that is owed; reading the model does so by itself."""
+        for memory in self.tables.values():
+            memory.settle()
+
+    def close(self) -> None:
+        """Settle, take the hooks off, and leave an ordinary model behind."""
+        for parameter in self.tables:
+            make_plain(parameter)
+        self.tables = {}
+        self._capture.remove()
+        self.param_groups.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as of ``torch.optim.SGD``, settled; momentum of tables included."""
+        for parameter, memory in self.tables.items():
+            velocities = memory.velocities()
+            if velocities is not None:
+                self.state[parameter]["momentum_buffer"] = torch.from_numpy(velocities)
+        try:
+            return super().state_dict()
+        finally:
+            self._forget_velocities()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave; the model has a state of its own to load."""
+        super().load_state_dict(state_dict)
+        for parameter, memory in self.tables.items():
+            held = self.state.get(parameter, {}).get("momentum_buffer")
+            if held is not None:
+                memory.load(memory.settled(), held.numpy())
+        self._forget_velocities()
+
+    def _forget_velocities(self) -> None:
+        for parameter in self.tables:
+            self.state.pop(parameter, None)
+
+    def _make_lazy(self) -> None:
+        of = {id(p): group for group in self.param_groups for p in group["params"]}
+        missing = [p for layer in self._capture.layers for p in layer.parameters(recurse=False)]
+        if any(p.requires_grad and id(p) not in of for p in missing):
+            raise UsageError(
+                "the optimiser was not given all trainable parameters: those left out would never "
+                "be clipped; give all of them, or freeze them"
+            )
+        for module, layer in self._capture.layers.items():
+            if isinstance(layer, TableLayer):
+                weight = cast(nn.Parameter, module.weight)
+                group = of[id(weight)]
+                moving = bool(group["momentum"] or group["weight_decay"])
+                self.tables[weight] = make_lazy(weight, self._noise, moving=moving)
+
+    def _factors(self, examples: int, records: dict[nn.Module, Any]) -> Tensor:
+        squared = torch.zeros(examples, dtype=torch.float64)
+        for module, each in records.items():
+            squared += self._capture.layers[module].squared_norms(each, examples)
+        norms = squared.sqrt()
+        factors = (self.max_grad_norm * _SHORT / norms).clamp_(max=1.0)
+        # An example whose gradient is not a number counts as none, as if it had dropped out.
+        return torch.where(norms.isfinite(), factors, 0.0).to(torch.float32)
+
+    def _variance(self) -> float:
+        """Of the noise in each coefficient of the gradient."""
+        return (self.noise_multiplier * self.max_grad_norm / self.expected_batch_size) ** 2
+
+    def _step_table(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+        memory = self.tables[parameter]
+        update = Update(**{name: group[name] for name in _LINEAR})
+        plain = update.is_plain and not memory.is_moving
+        scale = -update.lr if plain else 1.0
+        parts = self._lookups.get(parameter, [])
+        rows, which, vectors = joined(parts, memory.shape[1], scale / self.expected_batch_size)
+        variance = self._variance() * (update.lr**2 if plain else 1.0)
+        taken = vectors.to(_float(memory)).numpy()
+        step = None if plain else update
+        memory.step(rows.numpy(), taken, variance, step, which=which.numpy())
+
+    def _step_dense(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+        gradient = np.zeros((1, parameter.numel()), np.float32)
+        if self.noise_multiplier:
+            self._noise.add(gradient, np.array([self._variance()]))
+        private = torch.from_numpy(gradient).reshape(parameter.shape).to(parameter.dtype)
+        total = self._sums.get(parameter)
+        if total is not None:
+            private += total / self.expected_batch_size
+        parameter.grad = private
+        if group["weight_decay"]:
+            private = private + group["weight_decay"] * parameter
+        if group["momentum"]:
+            state = self.state[parameter]
+            speed = state.setdefault("momentum_buffer", torch.zeros_like(parameter))
+            speed.mul_(group["momentum"]).add_(private)
+            private = private + group["momentum"] * speed if group["nesterov"] else speed
+        parameter.add_(private, alpha=-group["lr"])
+
+
+def _float(memory: LazyMemory) -> torch.dtype:
+    return torch.float32 if memory.dtype == np.float32 else torch.float64
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, without the hooks by which Opacus makes per-example gradients."""
+    inner = getattr(model, "_module", None)
+    if isinstance(inner, nn.Module) and hasattr(model, "remove_hooks"):
+        unhook: Any = model.remove_hooks
+        unhook()
+        return inner
+    return model
+
+
+def _linear_group(group: dict[str, Any]) -> dict[str, Any]:
+    for name in ("dampening", "maximize"):
+        if group.get(name):
+            raise UsageError(f"torch.optim.SGD({name}={group[name]}): leave it at its default")
+    return {"params": group["params"], **{name: group[name] for name in _LINEAR}}
+
+
+def _check(noise: float, bound: float, batch: float | None, reduction: str) -> None:
+    if not (math.isfinite(noise) and noise >= 0):
+        raise UsageError(f"noise_multiplier = {noise}: it must be finite and at least 0")
+    for name, value in (("max_grad_norm", bound), ("expected_batch_size", batch)):
+        if not (value is not None and math.isfinite(value) and value > 0):
+            raise UsageError(f"{name} = {value}: it must be finite and above 0")
+    if reduction not in ("mean", "sum"):
+        raise UsageError(f'loss_reduction = {reduction!r}: it must be "mean" or "sum"')
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        raise UsageError(
+            "LazyDPSGD in a torch.distributed group: each process would settle with noise of its "
+            "own; train a table in one process"
+        )

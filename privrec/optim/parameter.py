@@ -1,0 +1,219 @@
+"""An embedding weight whose rows owe noise, and that PyTorch can only read settled.
+
+PyTorch hands every function that is given a :class:`LazyParameter` to the parameter first. A lookup
+settles the rows that it reads. What asks for shape or type alone is let through. Everything else
+settles the whole table first and then works on a copy, so that nobody keeps a view of rows that
+will owe noise later: ``state_dict``, ``detach``, ``numpy``, norms, printing, arithmetic.
+
+A few functions of PyTorch ask nobody (``torch.tensor``, ``set_``). They find a single NaN: the rows
+themselves are not in the parameter's own storage while it is lazy.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from privrec.errors import UsageError
+from privrec.privacy.deviates import NoiseSource
+from privrec.privacy.memory import LazyMemory
+
+_LOOKUPS = {functional.embedding, functional.embedding_bag, torch.embedding, torch.embedding_bag}
+# What tells nothing of any value.
+_HARMLESS = {
+    "shape", "dtype", "device", "layout", "ndim", "requires_grad", "grad", "grad_fn", "is_leaf",
+    "retains_grad", "is_sparse", "is_sparse_csr", "is_cuda", "is_cpu", "is_meta", "is_quantized",
+    "is_mkldnn", "is_mps", "is_xpu", "is_nested", "names", "itemsize", "nbytes", "_version",
+    "_backward_hooks", "_post_accumulate_grad_hooks", "output_nr", "_base", "_is_view", "name",
+    "size", "dim", "numel", "nelement", "stride", "storage_offset", "element_size", "get_device",
+    "is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_shared", "is_pinned",
+    "is_inference", "is_same_size", "__len__", "__hash__", "requires_grad_", "register_hook",
+    "register_post_accumulate_grad_hook", "retain_grad", "has_names", "_has_names",
+    "is_conj", "is_neg",
+}  # fmt: skip
+_MOVES = {"data:set", "set_", "share_memory_", "resize_", "resize_as_", "swap_"}
+_OPERATORS = {
+    f"__i{name}__"
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "div", "mod", "pow", "and", "or",
+                 "xor", "lshift", "rshift")
+}  # fmt: skip
+
+
+class LazyParameter(torch.nn.Parameter):
+    """A parameter that became lazy; see :func:`make_lazy`."""
+
+    _memory: LazyMemory
+    _raw: Tensor  # the rows, in storage that the memory shares
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        options = dict(kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _LOOKUPS:
+                return _look_up(func, args, options)
+            name = _name(func)
+            if name in _HARMLESS:
+                return func(*args, **options)
+            if _writes(name, args, options):
+                return _write(func, name, args, options)
+            return func(*_mapped(_copied, args), **_mapped(_copied, options))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.nn.Parameter:
+        made = _plain(self)
+        memo[id(self)] = made
+        return made
+
+    def __copy__(self) -> torch.nn.Parameter:
+        return _plain(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        content = torch.from_numpy(self._memory.settled())
+        return torch._utils._rebuild_parameter, (content, self.requires_grad, OrderedDict())
+
+
+def make_lazy(
+    parameter: torch.nn.Parameter, source: NoiseSource | None = None, *, moving: bool = False
+) -> LazyMemory:
+    """Turn an embedding weight into a :class:`LazyParameter`, in place.
+
+    Args:
+        parameter: float32 or float64 on the CPU, shape ``(rows, width)``.
+        source: what draws its noise; see :class:`privrec.privacy.lazy.LazyNoise`.
+        moving: whether its steps have momentum or weight decay.
+
+    Returns:
+        The memory that takes its steps.
+
+    Raises:
+        UsageError: when it is not such a parameter, or lazy already.
+    """
+    if isinstance(parameter, LazyParameter):
+        raise UsageError(
+            "this embedding weight is lazy already: close() its optimiser before making another"
+        )
+    fits = parameter.dtype in (torch.float32, torch.float64) and parameter.dim() == 2
+    if parameter.device.type != "cpu" or not fits or not parameter.is_contiguous():
+        raise UsageError(
+            f"an embedding weight of {parameter.dtype} on {parameter.device}, of shape "
+            f"{tuple(parameter.shape)}: lazy noise needs float32 or float64 rows in main memory; "
+            "keep the table on the CPU"
+        )
+    raw = parameter.detach()
+    memory = LazyMemory(raw.numpy(), source, moving=moving)
+    parameter.grad = None
+    parameter.data = raw.new_full((1, 1), float("nan")).expand(raw.shape)
+    parameter.__class__ = LazyParameter
+    lazy: Any = parameter
+    lazy._memory, lazy._raw = memory, raw
+    return memory
+
+
+def make_plain(parameter: torch.nn.Parameter) -> None:
+    """Settle a lazy parameter and make it an ordinary one again, in place."""
+    if isinstance(parameter, LazyParameter):
+        lazy: Any = parameter
+        raw = lazy._raw
+        lazy._memory.settle()
+        del lazy._memory, lazy._raw
+        lazy.__class__ = torch.nn.Parameter
+        lazy.data = raw
+
+
+class _Read(torch.autograd.Function):
+    """A settled copy; its gradient is the parameter's, where the optimiser finds and refuses it."""
+
+    @staticmethod
+    def forward(ctx: Any, lazy: LazyParameter) -> Tensor:
+        return torch.from_numpy(lazy._memory.settled())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+def _plain(lazy: LazyParameter) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.from_numpy(lazy._memory.settled()), lazy.requires_grad)
+
+
+def _look_up(func: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """A lookup: it settles its rows, and its output is where the gradient is taken."""
+    lookup = func in (functional.embedding, functional.embedding_bag)
+    at = next((i for i, arg in enumerate(args) if isinstance(arg, LazyParameter)), None)
+    if not lookup or at != 1:
+        raise UsageError(
+            "a lookup by other means than torch.nn.functional.embedding and embedding_bag with "
+            "(input, weight): the rows it reads are not known; use those"
+        )
+    if options.get("max_norm") is not None or options.get("scale_grad_by_freq"):
+        raise UsageError(
+            "max_norm or scale_grad_by_freq on a private embedding: both make a step depend on "
+            "other rows or examples than its own; leave them out"
+        )
+    rows, weight = args[0], args[1]
+    weight._memory.settle(rows.detach().reshape(-1).numpy())
+    if options.get("sparse"):
+        options["sparse"] = False  # the raw weight has no gradient that could be sparse
+    found = func(rows, weight._raw, *args[2:], **options)
+    if torch.is_grad_enabled() and weight.requires_grad:
+        found.requires_grad_()
+    return found
+
+
+def _write(
+    func: Callable[..., Any], name: str, args: tuple[Any, ...], options: dict[str, Any]
+) -> Any:
+    if name in _MOVES:
+        raise UsageError(
+            f"{name} would move a table away from its noise; close() the optimiser first, "
+            "or write with copy_"
+        )
+    target = next(a for a in (args[0], options.get("out")) if isinstance(a, LazyParameter))
+    target._memory.settle()
+    given = tuple(target._raw if arg is target else _mapped(_copied, arg) for arg in args)
+    named = {k: target._raw if v is target else _copied(v) for k, v in options.items()}
+    result = func(*given, **named)
+    return target if result is target._raw else result
+
+
+def _writes(name: str, args: tuple[Any, ...], options: Mapping[str, Any]) -> bool:
+    if isinstance(options.get("out"), LazyParameter):
+        return True
+    inplace = name.endswith("_") and not name.endswith("__")
+    special = name in ("__setitem__", "data:set") or name in _OPERATORS
+    return (inplace or special) and isinstance(args[0], LazyParameter)
+
+
+def _name(func: Callable[..., Any]) -> str:
+    """Name of a function, or of the attribute whose getter it is."""
+    name = getattr(func, "__name__", "")
+    if name in ("__get__", "__set__", "__delete__"):
+        attribute = str(getattr(getattr(func, "__self__", None), "__name__", ""))
+        return attribute + ("" if name == "__get__" or attribute in _HARMLESS else ":set")
+    return str(name)
+
+
+def _copied(value: Any) -> Any:
+    """A settled copy of a lazy parameter, to which gradients flow; anything else as it is."""
+    if not isinstance(value, LazyParameter):
+        return value
+    return _Read.apply(value)  # type: ignore[no-untyped-call]
+
+
+def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        made = [_mapped(change, each) for each in value]
+        return made if isinstance(value, list) else tuple(made)
+    if isinstance(value, dict):
+        return {key: _mapped(change, each) for key, each in value.items()}
+    return change(value)

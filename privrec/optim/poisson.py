@@ -1,0 +1,86 @@
+"""Poisson batches, which the accounting of DP-SGD assumes: each example is in at a fixed rate."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from privrec.errors import UsageError
+from privrec.randomness import ROOT_BYTES, SecretRoot
+
+_WORD = 2**32
+
+
+class PoissonSampler(Sampler[list[int]]):
+    """Batches of examples that are each in with probability ``rate``, independently.
+
+    Promise: coins come from the secure generator; the rate is never above the one given (it is
+    rounded down to a multiple of 2^-32). Batches may be empty, and must be stepped on all the same.
+
+    Args:
+        examples: how many there are, at least 1.
+        rate: above 0, at most 1.
+        steps: batches in one pass over the sampler, at least 1.
+        root: the secret to draw from; one is drawn from the operating system when None.
+
+    Raises:
+        UsageError: when a value is outside its range.
+    """
+
+    def __init__(
+        self, examples: int, rate: float, steps: int, root: SecretRoot | None = None
+    ) -> None:
+        if not (examples >= 1 and 0 < rate <= 1 and steps >= 1):
+            raise UsageError(
+                f"{steps} Poisson batches at rate {rate} of {examples} examples: there must be at "
+                "least one of each, and the rate above 0 and at most 1"
+            )
+        self._examples, self._steps, self._below = examples, steps, int(rate * _WORD)
+        self._root = root or SecretRoot(secrets.token_bytes(ROOT_BYTES))
+        self._drawn = 0
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for _ in range(self._steps):
+            self._drawn += 1
+            coins = self._root.stream("poisson batch", self._drawn).uint32(self._examples)
+            yield np.flatnonzero(coins.astype(np.int64) < self._below).tolist()
+
+
+def poisson_loader(
+    dataset: Dataset[Any], rate: float, steps: int, *, root: SecretRoot | None = None
+) -> DataLoader[Any]:
+    """A loader of Poisson batches of a map-style data set.
+
+    Args:
+        dataset: with a length and at least one example, of tensors or numbers.
+        rate: probability of each example to be in a batch.
+        steps: number of batches.
+        root: as for :class:`PoissonSampler`.
+
+    Returns:
+        A loader; an empty batch has tensors of length 0.
+    """
+    size: int = len(dataset)  # type: ignore[arg-type]
+
+    def collate(examples: list[Any]) -> Any:
+        return default_collate(examples) if examples else _emptied(default_collate([dataset[0]]))
+
+    return DataLoader(
+        dataset, batch_sampler=PoissonSampler(size, rate, steps, root), collate_fn=collate
+    )
+
+
+def _emptied(batch: Any) -> Any:
+    if isinstance(batch, torch.Tensor):
+        return batch[:0]
+    if isinstance(batch, dict):
+        return {key: _emptied(value) for key, value in batch.items()}
+    return [_emptied(value) for value in batch]

@@ -1,0 +1,217 @@
+"""Noise in cache-sized blocks from the secure generator, for many rows that each owe their own.
+
+:class:`Normals` makes float32 deviates by Box-Muller on 32-bit uniforms of the keystream. A word
+below 2^8, one in 16 million, is continued by 64 further bits, so that the tail reaches 11.5
+deviations and is not cut where 32 bits end. :class:`Skellams` makes integers whose variances add up
+exactly: what a row owes is a whole number of units, drawn as one sum for each binary digit of it.
+
+Floating point has a caveat that integers do not have: which floats a sum can take depends on what
+the noise was added to (Mironov, "On significance of the least significant bits", 2012).
+Sources: Box & Muller (1958); Agarwal, Kairouz & Liu, "The Skellam Mechanism" (2021).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+from fractions import Fraction
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from privrec.errors import ReleaseRefused, UsageError
+from privrec.privacy.discrete import LARGEST_VARIANCE, check_variance, skellam
+from privrec.randomness import ROOT_BYTES, Name, SecretRoot, SecureStream
+
+Values: TypeAlias = NDArray[Any]
+"""A table of float32 or float64, or of integers, shape ``(rows, width)``."""
+Variances: TypeAlias = NDArray[np.float64]
+
+_PAIRS = 1 << 15  # five buffers of this many float32 stay in the level-2 cache
+_RARE = 1 << 8
+_SPARE = 1 << 35  # more than one draw takes; the next one opens another stream
+
+
+class NoiseSource(Protocol):
+    """What draws the noise that rows owe."""
+
+    def begin(self, *context: Name) -> None:
+        """Open the stream of one draw; another context gives independent noise."""
+
+    def add(self, out: Values, variances: Variances) -> None:
+        """Add to each row of ``out`` noise of its own variance, independent everywhere."""
+
+    def unit(self) -> float:
+        """What one unit of variance is; variances are counted in it. 0 means any float."""
+
+
+class _Secure:
+    """A root, the stream of the draw that is going on, and the process that both belong to."""
+
+    def __init__(self, root: SecretRoot | None = None) -> None:
+        self._root = root or SecretRoot(secrets.token_bytes(ROOT_BYTES))
+        self._process = os.getpid()
+        self._draws = 0
+        self._goes_on = False
+        self._stream: SecureStream | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether others know the root, so that the noise protects nobody."""
+        return self._root.is_known
+
+    def begin(self, *context: Name) -> None:
+        """Open the stream of one draw.
+
+        Args:
+            *context: what the draw is for; without any, the stream of the last draw without any
+                goes on, since no byte of it is given out twice.
+
+        Raises:
+            ReleaseRefused: in a process that a fork made, since it would repeat its parent's draws.
+        """
+        if os.getpid() != self._process:
+            raise ReleaseRefused(
+                f"lazy noise of process {self._process} was asked for after a fork, in process "
+                f"{os.getpid()}: both would draw the same; make the optimiser after the fork"
+            )
+        if (
+            not context
+            and self._goes_on
+            and self._stream is not None
+            and self._stream.left > _SPARE
+        ):
+            return
+        self._draws += 1
+        self._goes_on = not context
+        self._stream = self._root.stream("lazy noise", *(context or (self._draws,)))
+
+    def _open(self) -> SecureStream:
+        if self._stream is None:
+            raise ReleaseRefused("noise was asked for before its stream was opened: begin() first")
+        return self._stream
+
+
+class Normals(_Secure):
+    """Normal deviates in float32, added to rows of a float table.
+
+    Promise: the same root and context give the same noise for the same shapes, any other
+    independent noise; a source refuses use after a fork.
+
+    Args:
+        root: the secret to draw from; one is drawn from the operating system when None.
+    """
+
+    def __init__(self, root: SecretRoot | None = None) -> None:
+        super().__init__(root)
+        self._make_buffers(_PAIRS)
+
+    def unit(self) -> float:
+        return 0.0
+
+    def add(self, out: Values, variances: Variances) -> None:
+        """Add ``N(0, variances[i] I)`` to row ``i`` of ``out``.
+
+        Args:
+            out: float array of shape ``(rows, width)``, changed in place.
+            variances: shape ``(rows,)``, at least 0; rounded up to float32.
+        """
+        half = -(-out.shape[1] // 2)
+        step = max(1, _PAIRS // half)
+        table = torch.from_numpy(out)
+        scale = torch.from_numpy(-2 * rounded_up(variances))[:, None]
+        for start in range(0, len(out), step):
+            self._add_block(table[start : start + step], scale[start : start + step])
+
+    def _make_buffers(self, pairs: int) -> None:
+        self._buffers = torch.empty(3, pairs)
+        self._bytes = np.empty(8 * pairs + 16, np.uint8)
+
+    def _add_block(self, out: Tensor, scale: Tensor) -> None:
+        rows, width = out.shape
+        half = -(-width // 2)
+        pairs = rows * half
+        if pairs > self._buffers.shape[1]:  # one very wide row
+            self._make_buffers(pairs)
+        stream = self._open()
+        words = stream.uint32(2 * pairs, self._bytes)
+        radius, angle, turn = (buffer[:pairs].view(rows, half) for buffer in self._buffers)
+        _log_uniform(words[:pairs], stream, radius.view(-1))
+        radius.mul_(scale).sqrt_()
+        angle.view(-1).copy_(torch.from_numpy(words[pairs:].view(np.int32)))
+        angle.mul_(math.pi * 2.0**-31)
+        torch.cos(angle, out=turn)
+        out[:, :half].addcmul_(radius, turn)
+        torch.sin(angle, out=turn)
+        rest = width - half
+        out[:, half:].addcmul_(radius[:, :rest], turn[:, :rest])
+
+
+class Skellams(_Secure):
+    """Integers of Skellam's distribution, added to rows of an integer table.
+
+    Promise: noise of ``a`` and of ``b`` units, drawn apart, is in law noise of ``a + b`` units.
+
+    Args:
+        root: as for :class:`Normals`.
+        unit: the variance in squared integer steps that owed variance is counted in, from 1/16; it
+            is rounded up to a multiple of it. A power of two keeps the count exact.
+
+    Raises:
+        UsageError: when the unit is outside the range of the tables.
+    """
+
+    def __init__(self, root: SecretRoot | None = None, unit: Fraction = Fraction(1)) -> None:
+        super().__init__(root)
+        check_variance("skellam", unit)
+        self._unit = unit
+        self._wide = (LARGEST_VARIANCE["skellam"] / unit).__floor__().bit_length() - 1
+
+    def unit(self) -> float:
+        return float(self._unit)
+
+    def add(self, out: Values, variances: Variances) -> None:
+        """Add Skellam noise of ``variances[i]`` units to row ``i`` of ``out``.
+
+        Args:
+            out: integer array of shape ``(rows, width)``, changed in place.
+            variances: whole numbers of units, shape ``(rows,)``.
+
+        Raises:
+            UsageError: when ``out`` does not hold integers.
+        """
+        if out.dtype.kind != "i":
+            raise UsageError(
+                f"integer noise for a table of {out.dtype}: it must hold signed integers; "
+                "encode it on a grid first, or use Normals"
+            )
+        units = variances.astype(np.int64)
+        for digit in range(int(units.max(initial=0)).bit_length()):
+            rows = np.flatnonzero(units >> digit & 1)
+            if not len(rows):
+                continue
+            # Beyond the widest table a digit is a sum of several draws of it.
+            table = min(digit, self._wide)
+            for _ in range(1 << (digit - table)):
+                drawn = skellam(self._open(), self._unit * 2**table, len(rows) * out.shape[1])
+                out[rows] += drawn.reshape(-1, out.shape[1]).astype(out.dtype)
+
+
+def rounded_up(variances: Variances) -> NDArray[np.float32]:
+    """Variances in float32, never below what they were."""
+    short = variances.astype(np.float32)
+    return np.where(short < variances, np.nextafter(short, np.float32(np.inf)), short)
+
+
+def _log_uniform(words: NDArray[np.uint32], stream: SecureStream, out: Tensor) -> None:
+    """``ln u`` of the uniform ``u`` that each word stands for, at least ``-67``, at most 0."""
+    out.copy_(torch.from_numpy(words)).mul_(2.0**-32)
+    if words.min() < _RARE:
+        rare = np.flatnonzero(words < _RARE)
+        rest = (stream.uint64(len(rare)) + 0.5) * 2.0**-64
+        out[rare] = torch.from_numpy(((words[rare] + rest) * 2.0**-32).astype(np.float32))
+    torch.log(out, out=out)

@@ -1,0 +1,408 @@
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("flwr", reason="the flower extra is not installed")
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, FedProx, Krum
+from memory_grid import stage_of
+from sum_apps import (
+    SIZE,
+    app_of,
+    calls,
+    delta,
+    examples,
+    expected,
+    fedavg,
+    flat,
+    grid_of,
+    lenient,
+    mean_of,
+    model,
+    moved,
+    one_round,
+    same,
+    strategy_of,
+)
+
+from privrec.errors import UsageError
+from privrec.flower import budget, devices, plan, secure_sum, vectors
+from privrec.flower import mod as mod_module
+from privrec.flower.devices import STATE, RunState
+from privrec.flower.mod import RECORD, SecureSumMod
+from privrec.flower.secure_sum import SecureSum
+
+STAGES = ("prekeys", "shares", "masked", "confirm", "unmask")
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """What the secure sum says in Flower's log."""
+    caplog.set_level(logging.INFO, "flwr.privrec")
+    return caplog
+
+
+def losing(stage: str, *nodes: int) -> Any:
+    """Those nodes never answer in a stage, nor later in the round."""
+    gone = STAGES[STAGES.index(stage) :]
+
+    def lost(message: Message) -> bool:
+        return message.metadata.dst_node_id in nodes and stage_of(message) in gone
+
+    return lost
+
+
+# ---------------------------------------------------------------------- the mean
+
+
+def test_a_round_gives_the_exact_weighted_mean_of_all_updates() -> None:
+    arrays, metrics = one_round(strategy_of(5), grid_of(5))
+    assert same(arrays, expected(range(1, 6)))
+    assert metrics == MetricRecord({})  # what is not named stays on the nodes
+
+
+def test_the_sum_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The integers of the survivors, made again from their own roots, add up to what came out."""
+    released: list[Any] = []
+    mean = secure_sum._mean
+    monkeypatch.setattr(secure_sum, "_mean", lambda *args: released.append(args[:2]) or mean(*args))
+    grid = grid_of(7, lost=losing("masked", 3))
+    one_round(strategy_of(7, metrics={"loss": 2.0}), grid)
+    ((round, total),) = released
+    terms = round.plan.terms(round.session._call.run, 0, 0)
+    mine = np.zeros(round.plan.length, np.int64)
+    for node in (1, 2, 4, 5, 6, 7):
+        update = vectors.update(model(), moved(model(), delta(node)))
+        root = RunState(grid.contexts[node].state).root
+        coins = root.stream("rounding", terms.run, terms.round, terms.attempt, terms.plan)
+        metrics = {"num-examples": examples(node), "loss": node / 4}
+        mine += vectors.integers(round.plan, update, metrics, coins)
+    assert np.array_equal(total, mine)
+    assert np.abs(mine[:SIZE]).min() > 0
+
+
+def test_the_mean_is_what_flower_gives_without_the_secure_sum() -> None:
+    secure, _ = one_round(strategy_of(5), grid_of(5))
+    grid = grid_of(5, app_of())
+    plain, _ = one_round(fedavg(5), grid)
+    for name in ("weight", "bias"):  # FedAvg makes a float of the counter
+        assert np.allclose(secure[name].numpy(), plain[name].numpy(), atol=1e-7)
+    assert {n: a.numpy().dtype for n, a in secure.items()} == {
+        n: a.numpy().dtype for n, a in model().items()
+    }
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_drop_outs_at_any_exchange_are_survived(stage: str) -> None:
+    grid = grid_of(7, lost=losing(stage, 2, 5))
+    arrays, _ = one_round(strategy_of(7), grid)
+    # Whose vector was taken in is in the sum, also when the node is gone by its end.
+    left = [n for n in range(1, 8) if n not in (2, 5) or STAGES.index(stage) > 2]
+    assert same(arrays, expected(left))
+
+
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_below_the_threshold_nothing_is_released(stage: str, log: pytest.LogCaptureFixture) -> None:
+    strategy, grid = strategy_of(7), grid_of(7, lost=losing(stage, 1, 2, 3))
+    assert one_round(strategy, grid) == (None, None)
+    said = [r.getMessage() for r in log.records if r.levelno == logging.ERROR]
+    assert len(said) == 1
+    assert "round 1 releases nothing, and the model stays as it was: 4 " in said[0]
+    assert "too many dropped out" in said[0]
+    grid.lost = lambda message: False
+    arrays, _ = one_round(strategy, grid, round=2)
+    assert same(arrays, expected(range(1, 8), 2))
+
+
+def test_flowers_own_loop_keeps_the_model_of_the_last_good_round() -> None:
+    bad = {2}
+
+    def lost(message: Message) -> bool:
+        round = message.content["config"]["server-round"] if "config" in message.content else 0
+        return stage_of(message) == "masked" and round in bad and message.metadata.dst_node_id < 4
+
+    strategy, grid = strategy_of(5), grid_of(5, lost=lost)
+    result = strategy.start(grid, model(), num_rounds=3, timeout=5)
+    change = sum(mean_of(range(1, 6), round) for round in (1, 3))
+    assert np.allclose(flat(result.arrays), flat(model()) + change, atol=1e-6)
+
+
+def test_a_strategy_can_be_started_again() -> None:
+    strategy, grid = strategy_of(5), grid_of(5)
+    first = strategy.start(grid, model(), num_rounds=2, timeout=5).arrays
+    second = strategy.start(grid, model(), num_rounds=2, timeout=5).arrays
+    assert same(first, flat(second))
+
+
+def test_a_strategy_can_be_started_again_over_other_nodes() -> None:
+    strategy = strategy_of(5)
+    for nodes in (5, 7):
+        result = strategy.start(grid_of(nodes), model(), num_rounds=1, timeout=5)
+        assert result.arrays
+
+
+def test_more_rounds_than_prekeys_of_a_deposit() -> None:
+    strategy, grid = strategy_of(3), grid_of(3)
+    arrays = model()
+    for round in range(1, 35):
+        arrays, _ = one_round(strategy, grid, arrays, round)
+    asked = [stage_of(message) for message in grid.sent]
+    assert asked.count("prekeys") == 2 * 3  # one exchange in 32 rounds
+    change = sum(mean_of([1, 2, 3], round) for round in range(1, 35))
+    assert np.allclose(flat(arrays), flat(model()) + change, atol=1e-5)
+
+
+def test_a_node_that_lost_its_state_comes_back_a_round_later() -> None:
+    strategy, grid = strategy_of(5), grid_of(5)
+    one_round(strategy, grid)
+    del grid.contexts[4].state[STATE]
+    arrays, _ = one_round(strategy, grid, round=2)
+    assert same(arrays, expected([1, 2, 3, 5], 2))
+    arrays, _ = one_round(strategy, grid, round=3)
+    assert same(arrays, expected(range(1, 6), 3))
+
+
+@pytest.mark.parametrize("inner", [FedAdam, FedProx])
+def test_strategies_that_average_work_on_the_mean(inner: Any) -> None:
+    settings: dict[str, Any] = {"fraction_evaluate": 0.0, "min_train_nodes": 4}
+    if inner is FedProx:
+        settings["proximal_mu"] = 0.1
+    secure, plain = (inner(**settings, min_available_nodes=4) for _ in range(2))
+    arrays = ArrayRecord([np.zeros(SIZE, np.float32)])
+    first, _ = one_round(strategy_of(4, secure), grid_of(4), arrays)
+    second, _ = one_round(plain, grid_of(4, app_of()), arrays)
+    assert np.allclose(flat(first), flat(second), atol=1e-6)
+
+
+def test_an_app_may_take_the_arrays_out_of_its_message() -> None:
+    def greedy(message: Message, context: Any, call_next: Any) -> Message:
+        reply = call_next(message, context)
+        message.content["arrays"].to_numpy_ndarrays(keep_input=False)
+        return reply
+
+    arrays, _ = one_round(strategy_of(3), grid_of(3, app_of(lenient(), greedy)))
+    assert same(arrays, expected([1, 2, 3]))
+
+
+# ---------------------------------------------------------------------- weights, metrics, clipping
+
+
+def test_named_metrics_come_back_as_weighted_means() -> None:
+    app = app_of(lenient(), metrics=lambda n: {"loss": n / 4, "acc": -0.5, "other": 9.0})
+    strategy = strategy_of(5, metrics={"loss": 2.0, "acc": 1.0})
+    _, metrics = one_round(strategy, grid_of(5, app))
+    weights = [examples(n) for n in range(1, 6)]
+    assert metrics["loss"] == pytest.approx(
+        np.average([n / 4 for n in range(1, 6)], weights=weights), abs=1e-5
+    )
+    assert metrics["acc"] == pytest.approx(-0.5, abs=1e-5)
+    assert set(metrics) == {"loss", "acc"}
+
+
+def test_a_metric_is_bounded_and_a_broken_one_counts_as_zero() -> None:
+    app = app_of(lenient(), metrics=lambda n: {"loss": 1e9 if n == 1 else float("nan")})
+    _, metrics = one_round(strategy_of(3, metrics={"loss": 2.0}), grid_of(3, app))
+    assert metrics["loss"] == pytest.approx(2.0 * examples(1) / (2 + 4 + 8), abs=1e-5)
+
+
+def test_every_node_can_count_as_one() -> None:
+    arrays, _ = one_round(strategy_of(4, max_examples=None), grid_of(4))
+    mean = np.mean([delta(n) for n in range(1, 5)], axis=0)
+    assert same(arrays, flat(moved(model(), mean)))
+
+
+def test_examples_beyond_the_largest_are_cut_and_reported(log: pytest.LogCaptureFixture) -> None:
+    arrays, _ = one_round(strategy_of(3, max_examples=4), grid_of(3))
+    mean = np.average([delta(n) for n in (1, 2, 3)], axis=0, weights=[2, 4, 4])
+    assert np.allclose(flat(arrays), flat(model()) + mean, atol=1e-6)
+    assert "1 of 3 nodes have more examples than max_examples" in log.text
+
+
+def test_long_and_broken_updates_are_bounded_and_counted(log: pytest.LogCaptureFixture) -> None:
+    def change(node: int, round: int) -> np.ndarray:
+        if node == 1:
+            return np.full(SIZE, 1e6)
+        return np.full(SIZE, np.nan) if node == 2 else delta(node)
+
+    strategy = strategy_of(3, max_examples=None)
+    arrays, _ = one_round(strategy, grid_of(3, app_of(lenient(), change=change)))
+    long = np.full(SIZE, 1 / np.sqrt(SIZE))
+    assert np.allclose(flat(arrays), flat(model()) + (long + delta(3)) / 3, atol=1e-5)
+    assert "2 of 3 updates are longer than clip_norm, or not finite" in log.text
+
+
+def test_arrays_that_are_no_floats_stay_what_they_are() -> None:
+    arrays, _ = one_round(strategy_of(3), grid_of(3))
+    assert arrays["steps"].numpy() == 5
+    assert arrays["steps"].dtype == "int64"
+
+
+def test_nodes_without_examples_have_no_mean(log: pytest.LogCaptureFixture) -> None:
+    app = app_of(lenient(), metrics=lambda n: {"num-examples": 0})
+    assert one_round(strategy_of(3), grid_of(3, app)) == (None, None)
+    assert "no examples at all" in log.text
+
+
+# ---------------------------------------------------------------------- what leaves a node
+
+
+def test_nothing_leaves_a_node_but_its_part_of_the_secure_sum() -> None:
+    grid = grid_of(5)
+    one_round(strategy_of(5, metrics={"loss": 2.0}), grid)
+    assert grid.replies
+    for reply in grid.replies:
+        assert list(reply.content) == [RECORD]
+    masked = [
+        r.content[RECORD]["masked"].data for r in grid.replies if "masked" in r.content[RECORD]
+    ]
+    assert len(masked) == 5
+    words = np.concatenate([np.frombuffer(m, np.uint32, offset=36) for m in masked])
+    # Plain updates are below 2^14 here: under masks next to no word is.
+    assert np.mean((words < 2**24) | (words > 2**32 - 2**24)) < 0.15
+    assert len(masked[0]) == 36 + 4 * (SIZE + 3 + 1)
+
+
+def test_replies_differ_though_updates_do_not() -> None:
+    app = app_of(lenient(), change=lambda node, round: delta(1))
+    grid, strategy = grid_of(3, app), strategy_of(3)
+    for round in (1, 2):
+        one_round(strategy, grid, round=round)
+    sent = [r.content[RECORD]["masked"].data for r in grid.replies if "masked" in r.content[RECORD]]
+    assert len(set(sent)) == len(sent) == 6
+
+
+def test_state_is_forgotten_after_a_round() -> None:
+    grid = grid_of(3)
+    one_round(strategy_of(3), grid)
+    for context in grid.contexts.values():
+        assert set(context.state[STATE]) == {"root", "book", "given"}
+
+
+def test_the_context_of_a_node_can_be_counted() -> None:
+    # Flower's own count_bytes fails on empty values.
+    grid = grid_of(3, lost=losing("confirm", 2))
+    one_round(strategy_of(3), grid)
+    assert all(context.state[STATE].count_bytes() > 0 for context in grid.contexts.values())
+
+
+def test_another_run_has_other_masks_and_prekeys() -> None:
+    first, second = grid_of(3), grid_of(3)
+    one_round(strategy_of(3), first)
+    one_round(strategy_of(3), second)
+    answers = [
+        {r.content[RECORD]["answer"] for r in grid.replies if "answer" in r.content[RECORD]}
+        for grid in (first, second)
+    ]
+    assert not answers[0] & answers[1]
+
+
+# ---------------------------------------------------------------------- evaluation
+
+
+def test_evaluation_is_not_asked_for_unless_allowed(log: pytest.LogCaptureFixture) -> None:
+    strategy = SecureSum(FedAvg(min_train_nodes=3, min_available_nodes=3), clip_norm=1.0)
+    result = strategy.start(grid_of(3), model(), num_rounds=1, timeout=5)
+    assert not result.evaluate_metrics_clientapp
+    assert "nodes are not asked to evaluate" in log.text
+
+
+def test_evaluation_in_clear_takes_both_sides() -> None:
+    inner = FedAvg(min_train_nodes=3, min_available_nodes=3, min_evaluate_nodes=3)
+    strategy = SecureSum(inner, clip_norm=1.0, evaluate_in_clear=True)
+    result = strategy.start(grid_of(3), model(), num_rounds=1, timeout=5)
+    assert not result.evaluate_metrics_clientapp  # the nodes refuse
+    grid = grid_of(3, app_of(lenient(evaluate_in_clear=True)))
+    result = strategy.start(grid, model(), num_rounds=1, timeout=5)
+    assert result.evaluate_metrics_clientapp[1]["accuracy"] == 0.5
+
+
+# ---------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize("inner", [FedMedian, Krum])
+def test_strategies_that_look_at_single_replies_are_refused(inner: Any) -> None:
+    with pytest.raises(UsageError, match="looks at each node's update by itself"):
+        SecureSum(inner(), clip_norm=1.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"clip_norm": 0.0}, "clip_norm 0.0"),
+        ({"clip_norm": float("nan")}, "clip_norm nan"),
+        ({"metrics": {"loss": 0.0}}, "largest magnitude must be above 0"),
+        ({"max_examples": 2**31}, "max_examples 2147483648"),
+        ({"noise_multiplier": 1.0}, "ledger go together"),
+        ({"ledger": "l.jsonl"}, "ledger go together"),
+        ({"noise_multiplier": 0.0, "ledger": "l.jsonl"}, "must be above 0"),
+        (
+            {"epsilon": 1.0, "ledger": "l.jsonl", "metrics": {"loss": 1.0}},
+            "without being accounted",
+        ),
+        ({"epsilon": 1.0, "ledger": "l.jsonl", "delta": 2.0}, "delta 2.0"),
+        ({"roster": "/nowhere"}, "could not be read"),
+        ({"roster": "a", "enrolment_key": "b"}, "keep the one that is in use"),
+        ({"enrolment_key": "zz" * 32}, "64 hexadecimal digits"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        strategy_of(3, **settings)
+
+
+def test_a_mod_has_limits_too() -> None:
+    with pytest.raises(UsageError, match="a sum of one hides nobody"):
+        SecureSumMod(minimum=1)
+    with pytest.raises(UsageError, match="noise_multiplier -1"):
+        SecureSumMod(noise_multiplier=-1.0)
+
+
+def test_more_examples_than_the_ring_holds_are_refused() -> None:
+    with pytest.raises(UsageError, match="could wrap around"):
+        one_round(strategy_of(5, max_examples=2**29), grid_of(5))
+
+
+def test_a_strategy_that_sends_nodes_different_things_is_refused() -> None:
+    class Uneven(FedAvg):
+        def configure_train(self, *args: Any) -> Any:
+            for number, message in enumerate(super().configure_train(*args)):
+                config = ConfigRecord({"server-round": 1, "lr": 0.1 * number})
+                message.content = RecordDict({**message.content, "config": config})
+                yield message
+
+    inner = Uneven(fraction_evaluate=0.0, min_train_nodes=3, min_available_nodes=3)
+    with pytest.raises(UsageError, match="different models or settings"):
+        one_round(strategy_of(3, inner), grid_of(3))
+
+
+def test_the_error_code_is_flowers() -> None:
+    constant = pytest.importorskip("flwr.common.constant")
+    assert mod_module._REFUSED == constant.ErrorCode.MOD_FAILED_PRECONDITION
+
+
+def test_only_flowers_public_names_are_imported() -> None:
+    public = {"flwr.app", "flwr.serverapp", "flwr.serverapp.strategy"}
+    for module in (budget, devices, mod_module, plan, secure_sum, vectors):
+        text = Path(module.__file__).read_text("utf-8")
+        assert set(re.findall(r"^\s*(?:from|import) (flwr[\w.]*)", text, re.M)) <= public
+
+
+def test_a_node_trains_once_for_each_round() -> None:
+    grid, strategy = grid_of(3), strategy_of(3)
+    for round in (1, 2):
+        one_round(strategy, grid, round=round)
+    assert {calls(context) for context in grid.contexts.values()} == {2}
+
+
+def test_the_array_of_an_upload_is_the_raw_message() -> None:
+    grid = grid_of(3)
+    one_round(strategy_of(3), grid)
+    arrays = [r.content[RECORD]["masked"] for r in grid.replies if "masked" in r.content[RECORD]]
+    assert all(isinstance(a, Array) and a.shape == (len(a.data),) for a in arrays)

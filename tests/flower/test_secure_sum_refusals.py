@@ -1,0 +1,432 @@
+"""What a node refuses, whatever the server or another node does; each with a word on what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("flwr", reason="the flower extra is not installed")
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from memory_grid import MemoryGrid, stage_of
+from sum_apps import (
+    app_of,
+    calls,
+    enrolled,
+    expected,
+    fedavg,
+    grid_of,
+    lenient,
+    model,
+    one_round,
+    same,
+    strategy_of,
+)
+
+from privrec.errors import IntegrityError, ReleaseRefused, UsageError
+from privrec.flower.devices import STATE, create_device_key, read_device_key
+from privrec.flower.mod import RECORD, SecureSumMod
+from privrec.flower.plan import Cohort, SumPlan
+from privrec.randomness import SecretRoot
+from privrec.secagg.keys import DeviceKey, PrekeyBook
+from privrec.secagg.roster import enrol
+
+STRICT = {"minimum": 2}
+
+
+def strict_grid(tmp_path: Path, nodes: int = 5, **changes: Any) -> MemoryGrid:
+    """Enrolled nodes that trust no server."""
+    configs = enrolled(tmp_path, nodes)
+    return grid_of(nodes, app_of(SecureSumMod(**STRICT)), configs=configs, **changes)
+
+
+def reasons(grid: MemoryGrid) -> dict[int, str]:
+    """What nodes refused, by node."""
+    failed = [reply for reply in grid.replies if reply.has_error()]
+    return {reply.metadata.src_node_id: reply.error.reason for reply in failed}
+
+
+def changed(stage: str, change: Callable[[ConfigRecord], None], *nodes: int) -> Any:
+    """A server that alters its part of a message to some nodes, or to all."""
+
+    def tampered(message: Message) -> Message:
+        if stage_of(message) != stage or (nodes and message.metadata.dst_node_id not in nodes):
+            return message
+        record = ConfigRecord(dict(message.content[RECORD].items()))
+        change(record)
+        meta = message.metadata
+        content = RecordDict({**message.content, RECORD: record})
+        return Message(content, meta.dst_node_id, meta.message_type)
+
+    return tampered
+
+
+# ---------------------------------------------------------------------- identities
+
+
+def test_enrolled_nodes_sum(tmp_path: Path) -> None:
+    grid = strict_grid(tmp_path)
+    roster = tmp_path / "roster.txt"
+    arrays, _ = one_round(strategy_of(5, roster=roster), grid)
+    assert same(arrays, expected(range(1, 6)))
+    assert not reasons(grid)
+
+
+def test_an_enrolment_key_does_in_place_of_a_roster(tmp_path: Path) -> None:
+    office = DeviceKey(bytes(range(32)))
+    configs: dict[int, dict[str, Any]] = {}
+    for node in range(1, 5):
+        path = tmp_path / f"{node}.key"
+        identity = bytes.fromhex(create_device_key(path))
+        (tmp_path / f"{node}.certificate").write_text(enrol(office, identity).hex() + "\n")
+        configs[node] = {
+            "device-key": str(path),
+            "enrolment-key": office.public.hex(),
+            "certificate": str(tmp_path / f"{node}.certificate"),
+        }
+    grid = grid_of(4, app_of(SecureSumMod(**STRICT)), configs=configs)
+    arrays, _ = one_round(strategy_of(4, enrolment_key=office.public.hex()), grid)
+    assert same(arrays, expected(range(1, 5)))
+    configs[2]["certificate"] = enrol(DeviceKey(bytes(32)), b"somebody else".ljust(32)).hex()
+    grid = grid_of(4, app_of(SecureSumMod(**STRICT)), configs=configs)
+    arrays, _ = one_round(strategy_of(4, enrolment_key=office.public.hex()), grid)
+    assert same(arrays, expected([1, 3, 4]))
+    assert "is not enrolled" in reasons(grid)[2]
+
+
+def test_a_node_without_any_anchor_refuses_and_says_what_to_do() -> None:
+    grid = grid_of(3, app_of(SecureSumMod(**STRICT)))
+    assert one_round(strategy_of(3), grid) == (None, None)
+    for reason in reasons(grid).values():
+        assert "a server could make devices up" in reason
+        assert "roster=PATH or enrolment-key=KEY" in reason
+        assert "trust_server=True" in reason
+    assert all(calls(context) == 0 for context in grid.contexts.values())
+
+
+def test_a_node_that_is_not_enrolled_is_left_out(tmp_path: Path) -> None:
+    configs = enrolled(tmp_path, 5)
+    path = tmp_path / "stranger.key"
+    create_device_key(path)
+    configs[5]["device-key"] = str(path)  # another's key than the roster's
+    grid = grid_of(5, app_of(SecureSumMod(**STRICT)), configs=configs)
+    arrays, _ = one_round(strategy_of(5), grid)
+    assert same(arrays, expected([1, 2, 3, 4]))
+    assert "is not enrolled: add it to the roster" in reasons(grid)[5]
+
+
+def test_a_stranger_that_refuses_nothing_is_kept_out_by_the_server(tmp_path: Path) -> None:
+    configs: dict[int, Any] = {**enrolled(tmp_path, 4), 5: {}}
+    apps = {n: app_of(SecureSumMod(**STRICT)) for n in range(1, 5)} | {5: app_of(lenient())}
+    arrays, _ = one_round(
+        strategy_of(5, roster=tmp_path / "roster.txt"), grid_of(5, apps, configs=configs)
+    )
+    assert same(arrays, expected([1, 2, 3, 4]))
+
+
+def test_nodes_refuse_a_server_that_makes_devices_up(tmp_path: Path) -> None:
+    configs: dict[int, Any] = {**enrolled(tmp_path, 4), 5: {}}
+    apps = {n: app_of(SecureSumMod(**STRICT)) for n in range(1, 5)} | {5: app_of(lenient())}
+    grid = grid_of(5, apps, configs=configs)
+    assert one_round(strategy_of(5), grid) == (None, None)  # a server that checks nothing
+    assert {1, 2, 3, 4} == set(reasons(grid))
+    assert all("no enrolled device signed this prekey" in r for r in reasons(grid).values())
+    assert all(calls(grid.contexts[node]) == 0 for node in (1, 2, 3, 4))
+
+
+def test_two_nodes_of_one_key_count_once(tmp_path: Path) -> None:
+    configs = enrolled(tmp_path, 4)
+    configs[3] = dict(configs[2])
+    grid = grid_of(4, app_of(SecureSumMod(**STRICT)), configs=configs)
+    arrays, _ = one_round(strategy_of(4), grid)
+    assert same(arrays, expected([1, 2, 4])) or same(arrays, expected([1, 3, 4]))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"device-key": None}, "no device-key=PATH"),
+        ({"device-key": "/nowhere/key"}, "could not be read"),
+        ({"device-key": 5}, "put it into quotation marks"),
+        ({"roster": "/nowhere/roster"}, "roster file could not be read"),
+        ({"enrolment-key": "ab" * 32}, "keep the one that is in use"),
+        ({"certificate": "short"}, "neither 128 hexadecimal digits nor a file"),
+    ],
+)
+def test_a_configuration_that_is_not_whole_is_refused(
+    tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    configs = enrolled(tmp_path, 4)
+    configs[2] = {n: v for n, v in {**configs[2], **change}.items() if v is not None}
+    grid = grid_of(4, app_of(SecureSumMod(**STRICT)), configs=configs)
+    arrays, _ = one_round(strategy_of(4), grid)
+    assert same(arrays, expected([1, 3, 4]))
+    assert said in reasons(grid)[2]
+
+
+def test_a_roster_that_was_tampered_with_is_refused(tmp_path: Path) -> None:
+    configs = enrolled(tmp_path, 4)
+    mine = tmp_path / "mine.txt"
+    lines = (tmp_path / "roster.txt").read_text().splitlines()
+    own = read_device_key(Path(configs[2]["device-key"])).public.hex()
+    mine.write_text("\n".join([own, *("00" * 32 for line in lines if line != own)]))
+    configs[2]["roster"] = str(mine)
+    grid = grid_of(4, app_of(SecureSumMod(**STRICT)), configs=configs)
+    arrays, _ = one_round(strategy_of(4), grid)
+    assert same(arrays, expected([1, 3, 4]))
+    assert "no enrolled device signed this prekey" in reasons(grid)[2]
+
+
+def test_a_device_key_others_can_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    create_device_key(path)
+    path.chmod(0o644)
+    with pytest.raises(UsageError, match="lets others than the owner"):
+        read_device_key(path)
+    with pytest.raises(UsageError, match="never overwritten"):
+        create_device_key(path)
+    path.chmod(0o600)
+    path.write_bytes(b"short")
+    with pytest.raises(IntegrityError):
+        read_device_key(path)
+
+
+# ---------------------------------------------------------------------- what a server may not do
+
+
+def test_training_in_clear_is_refused_and_not_even_begun() -> None:
+    grid = grid_of(3)
+    assert list(fedavg(3).configure_train(1, model(), ConfigRecord(), grid))
+    replies = grid.send_and_receive(fedavg(3).configure_train(1, model(), ConfigRecord(), grid))
+    assert all("wrap the server's strategy in SecureSum" in r.error.reason for r in replies)
+    assert all(calls(context) == 0 for context in grid.contexts.values())
+
+
+def test_too_small_a_cohort_is_refused() -> None:
+    grid = grid_of(5, app_of(lenient(minimum=6)))
+    assert one_round(strategy_of(5), grid) == (None, None)
+    assert "5 devices hold it, and the least that hides them" in reasons(grid)[1]
+    grid = grid_of(5, app_of(SecureSumMod(trust_server=True)))  # 20 by default
+    assert one_round(strategy_of(5), grid) == (None, None)
+
+
+def test_another_model_for_one_node_is_refused() -> None:
+    def other(message: Message) -> Message:
+        if stage_of(message) != "masked" or message.metadata.dst_node_id != 2:
+            return message
+        arrays = dict(message.content["arrays"].items())
+        arrays["bias"] = Array(arrays["bias"].numpy() + 1)
+        content = RecordDict({**message.content, "arrays": ArrayRecord(arrays)})
+        return Message(content, 2, message.metadata.message_type)
+
+    grid = grid_of(5, tampered=other)
+    arrays, _ = one_round(strategy_of(5), grid)
+    assert same(arrays, expected([1, 3, 4, 5]))
+    assert "is not the one that all devices are told of" in reasons(grid)[2]
+
+
+@pytest.mark.parametrize("value", [0.0, 1, "1", [1.0], b"1", True])
+def test_other_settings_for_one_node_are_refused(value: Any) -> None:
+    def other(message: Message) -> Message:
+        if stage_of(message) != "masked" or message.metadata.dst_node_id != 2:
+            return message
+        config = ConfigRecord({**message.content["config"], "lr": value})
+        content = RecordDict({**message.content, "config": config})
+        return Message(content, 2, message.metadata.message_type)
+
+    grid = grid_of(5, tampered=other)
+    settings = ConfigRecord({"lr": 1.0})
+    strategy = strategy_of(5)
+    messages = strategy.configure_train(1, model(), settings, grid)
+    arrays, _ = strategy.aggregate_train(1, grid.send_and_receive(messages))
+    assert same(arrays, expected([1, 3, 4, 5]))
+    assert 2 in reasons(grid)
+
+
+def other_plan(**changes: Any) -> Callable[[ConfigRecord], None]:
+    def change(record: ConfigRecord) -> None:
+        plan = SumPlan.unpack(record["plan"])
+        values = {**{n: getattr(plan, n) for n in SumPlan.__match_args__}, **changes}
+        record["plan"] = SumPlan(**values).pack()
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "changes", [{"clip_norm": 2.0}, {"max_examples": 4}, {"least": 3}, {"size": 11}]
+)
+def test_a_plan_other_than_that_of_the_call_is_refused(changes: dict[str, Any]) -> None:
+    grid = grid_of(5, tampered=changed("shares", other_plan(**changes), 2))
+    arrays, _ = one_round(strategy_of(5), grid)
+    assert same(arrays, expected([1, 3, 4, 5]))
+    assert "whose terms are not those of its plan" in reasons(grid)[2]
+
+
+@pytest.mark.parametrize(
+    ("packed", "said"),
+    [
+        (b"", "is none"),
+        (b"[]", "is none"),
+        (b"{}", "is none"),
+        (Cohort(3).plan(5, 1.0).pack().replace(b'"size": 5', b'"size": 5.0'), "is none"),
+        (Cohort(3).plan(5, 1.0).pack().replace(b'"size": 5', b'"size": 0'), "is none"),
+        (Cohort(3).plan(5, 1.0).pack().replace(b" ", b""), "another spelling"),
+        (Cohort(3).plan(5, 1.0).pack()[:-1] + b', "more": 1}', "another spelling"),
+        (Cohort(3).plan(5, 1.0).pack().replace(b'"clip_norm": 1.0', b'"clip_norm": NaN'), "none"),
+    ],
+)
+def test_a_malformed_plan_is_refused(packed: bytes, said: str) -> None:
+    with pytest.raises(ReleaseRefused, match=said):
+        SumPlan.unpack(packed)
+
+
+@pytest.mark.parametrize("stage", ["prekeys", "shares", "masked", "confirm", "unmask", "more"])
+@pytest.mark.parametrize("record", [{}, {"message": b"PS"}, {"message": 5, "count": 0}])
+def test_malformed_messages_are_refused(stage: str, record: dict[str, Any]) -> None:
+    grid = grid_of(3)
+    content = RecordDict({"arrays": model(), RECORD: ConfigRecord({"stage": stage, **record})})
+    reply = grid.ask(Message(content, 1, "train"))
+    assert reply.has_error()
+    assert reply.error.reason.startswith("privrec: ")
+    assert calls(grid.contexts[1]) == 0
+
+
+def test_a_message_in_the_middle_of_a_round_that_a_node_is_not_in_is_refused() -> None:
+    grid, strategy = grid_of(3), strategy_of(3)
+    messages = list(strategy.configure_train(1, model(), ConfigRecord(), grid))
+    del grid.contexts[1].state[STATE]
+    reply = grid.ask(messages[0] if messages[0].metadata.dst_node_id == 1 else messages[1])
+    by_node = {m.metadata.dst_node_id: m for m in messages}
+    reply = grid.ask(by_node[1])
+    assert "that this node is not in" in reply.error.reason
+    assert calls(grid.contexts[1]) == 0
+
+
+def test_a_node_gives_no_more_updates_than_it_was_made_to_give() -> None:
+    grid, strategy = grid_of(3, app_of(lenient(rounds=2))), strategy_of(3)
+    for round in (1, 2):
+        assert one_round(strategy, grid, round=round)[0] is not None
+    assert one_round(strategy, grid, round=3) == (None, None)
+    assert "update 3 of this node in one run, and it gives at most 2" in reasons(grid)[1]
+
+
+@pytest.mark.parametrize("stage", ["masked", "confirm", "unmask"])
+def test_a_second_answer_is_refused_also_when_the_state_is_set_back(
+    tmp_path: Path, stage: str
+) -> None:
+    """Two vectors under the same masks would give their difference away."""
+    grid, kept = strict_grid(tmp_path), {}
+
+    def keep(message: Message) -> Message:
+        if stage_of(message) == stage and message.metadata.dst_node_id == 1:
+            kept["context"], kept["message"] = grid.contexts[1], message
+        return message
+
+    grid.tampered = keep
+    arrays, _ = one_round(strategy_of(5), grid)
+    assert same(arrays, expected(range(1, 6)))
+    assert grid.ask(kept["message"]).has_error()
+    grid.contexts[1] = kept["context"]
+    assert f"{stage!r} of this round was answered before" in grid.ask(kept["message"]).error.reason
+
+
+def test_a_prekey_serves_once_also_when_the_state_is_set_back(tmp_path: Path) -> None:
+    grid = strict_grid(tmp_path)
+    kept: dict[str, Any] = {}
+
+    def keep(message: Message) -> Message:
+        if stage_of(message) == "shares" and message.metadata.dst_node_id == 1:
+            kept["context"], kept["message"] = grid.contexts[1], message
+        return message
+
+    grid.tampered = keep
+    one_round(strategy_of(5), grid)
+    grid.contexts[1] = kept["context"]
+    assert "'prekey' of this round was answered before" in grid.ask(kept["message"]).error.reason
+
+
+def test_a_journal_whose_last_line_was_cut_off_still_counts(tmp_path: Path) -> None:
+    grid, strategy = strict_grid(tmp_path), strategy_of(5)
+    one_round(strategy, grid)
+    journal = tmp_path / "node-1.answered"
+    lines = journal.read_text().splitlines()
+    assert len(lines) == 5  # a prekey and four answers
+    assert journal.stat().st_mode & 0o777 == 0o600
+    journal.write_text("\n".join(lines) + "\nabc")
+    assert one_round(strategy, grid, round=2)[0] is not None
+    assert set(lines) < set(journal.read_text().splitlines())
+
+
+def test_a_node_that_sends_rubbish_drops_out(caplog: pytest.LogCaptureFixture) -> None:
+    class Rubbish(MemoryGrid):
+        def ask(self, message: Message) -> Message:
+            reply = super().ask(message)
+            if message.metadata.dst_node_id == 2 and stage_of(message) == "masked":
+                array = Array("uint8", (3,), "x", b"abc")
+                return Message(
+                    RecordDict({RECORD: ArrayRecord({"masked": array})}), reply_to=message
+                )
+            if message.metadata.dst_node_id == 3 and stage_of(message) == "masked":
+                return Message(RecordDict({"arrays": model()}), reply_to=message)
+            return reply
+
+    plain = grid_of(7)
+    grid = Rubbish(plain.app, plain.configs)
+    arrays, _ = one_round(strategy_of(7), grid)
+    assert same(arrays, expected([1, 4, 5, 6, 7]))
+    assert "is SecureSumMod the first of its app's mods" in caplog.text
+
+
+def test_an_app_that_raises_or_returns_another_model_drops_out() -> None:
+    def change(node: int, round: int) -> np.ndarray:
+        if node == 2:
+            raise RuntimeError("out of memory")
+        return np.zeros(12)
+
+    grid = grid_of(5, app_of(lenient(), change=change))
+    arrays, _ = one_round(strategy_of(5), grid)
+    assert arrays is not None
+    assert reasons(grid) == {2: "out of memory"}
+
+    def renamed(message: Message, context: Any, call_next: Any) -> Message:
+        reply = call_next(message, context)
+        if context.node_id == 3:
+            new = {name.upper(): a for name, a in reply.content["arrays"].items()}
+            reply.content["arrays"] = ArrayRecord(new)
+        if context.node_id == 4:
+            arrays = dict(reply.content["arrays"].items())
+            arrays["bias"] = Array(np.zeros(3))
+            reply.content["arrays"] = ArrayRecord(arrays)
+        return reply
+
+    grid = grid_of(7, app_of(lenient(), renamed))
+    arrays, _ = one_round(strategy_of(7), grid)
+    assert same(arrays, expected([1, 2, 5, 6, 7]))
+    assert "return the model's own" in reasons(grid)[3]
+    assert "came back as float64 of shape (3,)" in reasons(grid)[4]
+
+
+def test_a_metric_that_is_missing_is_named() -> None:
+    grid = grid_of(3)
+    assert one_round(strategy_of(3, metrics={"accuracy": 1.0}), grid) == (None, None)
+    assert "metric 'accuracy' of the reply is None" in reasons(grid)[1]
+
+
+def test_prekeys_of_a_run_are_not_those_of_another(tmp_path: Path) -> None:
+    """A mask key may be known after its round; the identity is the same in every run."""
+    path = tmp_path / "key"
+    create_device_key(path)
+    books = [PrekeyBook(read_device_key(path), SecretRoot(bytes([n]) * 32)) for n in (1, 2)]
+    assert books[0].issue(1, 0) != books[1].issue(1, 0)
+    configs = enrolled(tmp_path, 3)
+    seen = []
+    for _ in range(2):
+        grid = grid_of(3, app_of(SecureSumMod(**STRICT)), configs=configs)
+        one_round(strategy_of(3), grid)
+        answers = (r.content[RECORD].get("answer") for r in grid.replies[:3])
+        seen.append({bytes(a) for a in answers})
+    assert not seen[0] & seen[1]

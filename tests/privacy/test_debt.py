@@ -1,0 +1,109 @@
+"""What rows owe, against the sums and products written out."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from privrec.errors import UsageError
+from privrec.privacy.debt import Drift, Sum, Update
+
+positive = st.floats(1e-12, 1e6)
+updates = st.builds(
+    Update, st.floats(0, 1), st.floats(0, 0.99), st.floats(0, 0.5), nesterov=st.booleans()
+)
+
+
+@given(st.lists(st.floats(0, 1e12), max_size=40), st.data())
+def test_a_debt_is_never_below_the_exact_sum_and_hardly_above(variances, data):
+    debt = Sum()
+    for variance in variances:
+        debt.append(variance)
+    stamp = data.draw(st.integers(0, len(variances)))
+    owed = Fraction(float(debt.since(np.array([stamp]))[0]))
+    exact = sum(map(Fraction, variances[stamp:]), Fraction(0))
+    whole = sum(map(Fraction, variances), Fraction(0))
+    assert (
+        exact <= owed <= exact + whole * Fraction(len(variances) + 2, 2**52) + Fraction(1, 2**999)
+    )
+
+
+@given(st.lists(positive, max_size=40), st.sampled_from([0.0625, 1.0, 4.0]))
+def test_units_are_counted_exactly_and_rounded_up(variances, unit):
+    debt = Sum(unit)
+    for variance in variances:
+        debt.append(variance)
+    owed = debt.since(np.arange(len(variances) + 1))
+    counts = [-(-Fraction(v) // Fraction(unit)) for v in variances]
+    assert owed.tolist() == [float(sum(counts[s:])) for s in range(len(variances) + 1)]
+
+
+def test_more_units_than_are_exact_are_refused():
+    debt = Sum(1.0)
+    with pytest.raises(UsageError, match="settle everything"):
+        debt.append(2.0**53)
+
+
+@given(st.lists(st.tuples(updates, positive), min_size=1, max_size=70))
+def test_composed_blocks_are_the_product_written_out(steps):
+    drift = Drift()
+    for update, variance in steps:
+        drift.append(update, variance)
+    stamps = np.arange(len(steps) + 1)
+    found = drift.since(stamps, stamps)
+    F, Q = np.eye(2), np.zeros((2, 2))
+    expected = [(F, Q)]
+    for update, variance in reversed(steps):
+        Q = Q + F @ (variance * np.outer(update.gain, update.gain)) @ F.T
+        F = F @ update.matrix
+        expected.append((F, Q))
+    for stamp, (F, Q) in zip(stamps, reversed(expected), strict=True):
+        np.testing.assert_allclose(found.drift[stamp], F, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(found.noise[stamp], Q, rtol=1e-9, atol=1e-12 * (1 + Q.max()))
+
+
+@given(st.lists(st.tuples(updates, positive), min_size=1, max_size=20))
+def test_the_factor_gives_the_covariance_back(steps):
+    drift = Drift()
+    for update, variance in steps:
+        drift.append(update, variance)
+    stamps = np.arange(len(steps))
+    interval = drift.since(stamps, stamps)
+    first, cross, rest = interval.factor()
+    scale = 1 + interval.noise.max(axis=(1, 2))
+    for made, wanted in (
+        (first**2, interval.noise[:, 0, 0]),
+        (first * cross, interval.noise[:, 0, 1]),
+        (cross**2 + rest**2, interval.noise[:, 1, 1]),
+    ):
+        np.testing.assert_allclose(made / scale, wanted / scale, rtol=1e-9, atol=1e-9)
+
+
+@settings(deadline=None)  # importing the optimisers takes seconds
+@given(st.lists(updates, min_size=1, max_size=12))
+def test_an_update_is_the_step_of_torch(steps):
+    value = torch.nn.Parameter(torch.tensor([1.5], dtype=torch.float64))
+    # Only torch's own first step differs, where a zero momentum forbids Nesterov.
+    steps = [Update(u.lr, u.momentum or 0.1, u.weight_decay, u.nesterov) for u in steps]
+    optimizer = torch.optim.SGD([value], lr=0.1, momentum=0.5)
+    state = np.array([1.5, 0.0])
+    for number, update in enumerate(steps):
+        for name in ("lr", "momentum", "weight_decay", "nesterov"):
+            optimizer.param_groups[0][name] = getattr(update, name)
+        gradient = float(np.cos(number))
+        value.grad = torch.tensor([gradient], dtype=torch.float64)
+        optimizer.step()
+        state = update.matrix @ state + update.gain * gradient
+        assert value.item() == pytest.approx(state[0], rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("field", ["lr", "momentum", "weight_decay"])
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
+def test_a_malformed_update_is_refused(field, value):
+    with pytest.raises(UsageError, match=field):
+        Update(**{"lr": 0.1, field: value})

@@ -1,0 +1,174 @@
+"""A table with debt can be read in no way that shows a value without its noise."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import pickle
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from lazy_basis import Silent
+
+from privrec.errors import UsageError
+from privrec.privacy.debt import Update
+from privrec.privacy.deviates import Normals, Skellams
+from privrec.privacy.memory import LazyMemory
+from privrec.randomness import SecretRoot
+
+ROWS, WIDTH, VARIANCE = 6, 200, 9.0
+
+
+def indebted(**options):
+    memory = LazyMemory(np.zeros((ROWS, WIDTH), np.float32), **options)
+    memory.owe(VARIANCE / 2)
+    memory.owe(VARIANCE / 2)
+    return memory
+
+
+WAYS_OUT = {
+    "settled": lambda m: m.settled(),
+    "settled rows": lambda m: m.settled(np.arange(ROWS)),
+    "array": np.asarray,
+    "array of a type": lambda m: np.asarray(m, np.float64),
+    "an operation": lambda m: np.add(m, 0),
+    "item": lambda m: np.stack([m[i] for i in range(ROWS)]),
+    "negative item": lambda m: np.stack([m[i - ROWS] for i in range(ROWS)]),
+    "slice": lambda m: m[:],
+    "mask": lambda m: m[np.ones(ROWS, bool)],
+    "rows and columns": lambda m: m[:, ::1],
+    "iteration": lambda m: np.stack(list(m)),
+    "state": lambda m: m.state_dict()["values"],
+    "copy": copy.copy,
+    "deep copy": copy.deepcopy,
+    "pickle": lambda m: pickle.loads(pickle.dumps(m)),  # noqa: S301
+    "list": lambda m: np.array(np.asarray(m).tolist()),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_OUT)
+def test_every_way_out_settles(way):
+    shown = WAYS_OUT[way](indebted())
+    assert shown.shape == (ROWS, WIDTH)
+    each = (np.asarray(shown, float) ** 2).mean(1)
+    assert np.all((each > VARIANCE / 2) & (each < VARIANCE * 2)), each
+
+
+@pytest.mark.parametrize("way", WAYS_OUT)
+def test_what_is_shown_twice_is_shown_alike(way):
+    memory = indebted()
+    first = np.array(WAYS_OUT[way](memory), float)
+    assert np.array_equal(first, np.array(WAYS_OUT[way](memory), float))
+
+
+@pytest.mark.parametrize("way", ["settled", "array", "copy", "slice", "state"])
+def test_what_is_shown_is_no_view(way):
+    memory = indebted()
+    shown = WAYS_OUT[way](memory)
+    before = memory.settled()
+    shown[:] = 123
+    assert np.array_equal(memory.settled(), before)
+
+
+def test_norm_and_digest_settle():
+    memory = indebted()
+    assert memory.norm() ** 2 == pytest.approx(VARIANCE * ROWS * WIDTH, rel=0.5)
+    memory.owe(1.0)
+    found = memory.digest()
+    assert found == hashlib.sha256(memory.settled().tobytes()).hexdigest()
+    assert found != hashlib.sha256(bytes(4 * ROWS * WIDTH)).hexdigest()
+
+
+def test_velocities_settle():
+    memory = LazyMemory(np.zeros((ROWS, WIDTH), np.float32), moving=True)
+    memory.step(np.zeros(0, int), np.zeros((0, WIDTH), np.float32), 4.0, Update(0.1, 0.9))
+    assert (memory.velocities() ** 2).mean() == pytest.approx(4.0, rel=0.3)
+    assert memory.state_dict().keys() == {"values", "velocities"}
+
+
+def test_a_view_is_refused():
+    with pytest.raises(ValueError, match="copy it"):
+        np.array(indebted(), copy=False)
+
+
+def test_the_text_of_a_memory_shows_no_value():
+    assert repr(indebted()) == "LazyMemory(6 x 200, 2 steps owed)"
+
+
+def test_the_noise_is_never_replaced():
+    with pytest.raises(UsageError, match="forgotten"):
+        indebted().noise = None
+
+
+def test_state_goes_round_trip():
+    memory = LazyMemory(np.zeros((ROWS, 3)), Silent(1), moving=True)
+    update = Update(0.1, 0.5)
+    rows, gradients = np.array([1, 1, 4]), np.ones((3, 3))
+    memory.step(rows, gradients, 0.0, update)
+    other = LazyMemory(np.ones((ROWS, 3)), Silent(1), moving=True)
+    other.load_state_dict(memory.state_dict())
+    for each in (memory, other):
+        each.step(rows, gradients, 0.0, update)
+    np.testing.assert_allclose(other.settled(), memory.settled())
+
+
+def test_integers_are_exact_and_noised():
+    memory = LazyMemory(
+        np.zeros((ROWS, 5000), np.int32), Skellams(SecretRoot.known(b"i"), Fraction(1))
+    )
+    for _ in range(6):
+        memory.step(np.array([2, 2]), np.full((2, 5000), 50, np.int32), 2.5)  # 3 units
+    shown = memory.settled()
+    assert shown.dtype == np.int32
+    np.testing.assert_allclose(shown.var(1), 18, rtol=0.15)
+    assert abs(shown[2].mean() - 600) < 0.5
+
+
+def test_repeated_rows_add_up():
+    memory = LazyMemory(np.zeros((3, 2)), Silent(1))
+    memory.step(np.array([1, 1, 2]), np.array([[1.0, 2], [3, 4], [5, 6]]), 0.0)
+    assert memory.settled().tolist() == [[0, 0], [4, 6], [5, 6]]
+
+
+def table():
+    return LazyMemory(np.zeros((3, 2), np.float32))
+
+
+ONES = np.ones((1, 2), np.float32)
+
+
+class Adam:
+    lr = 0.1
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: LazyMemory(np.zeros(3)), "rows and columns"),
+        (lambda: LazyMemory(np.zeros((3, 4))[:, ::2]), "contiguous"),
+        (lambda: LazyMemory(np.zeros((3, 4), complex)), "floats or signed integers"),
+        (lambda: LazyMemory(np.zeros((3, 4), int)), "Skellams with integers"),
+        (lambda: LazyMemory(np.zeros((3, 4)), Skellams()), "Skellams with integers"),
+        (lambda: table().step(np.array([3]), ONES, 1.0), "counted from 0"),
+        (lambda: table().step(np.array([-1]), ONES, 1.0), "counted from 0"),
+        (lambda: table().step(np.array([1.0]), ONES, 1.0), "list of integers"),
+        (lambda: table().step(np.array([1, 2]), ONES, 1.0), "must be float32"),
+        (lambda: table().step(np.array([1]), ONES.astype(float), 1.0), "must be float32"),
+        (lambda: table().step(np.array([1]), ONES, -1.0), "at least 0"),
+        (lambda: table().step(np.array([1]), ONES, 1.0, Update(0.1)), "exactly where"),
+        (lambda: table().step(np.array([1]), ONES, 1.0, Adam()), "adaptive steps depend"),
+        (lambda: table().settle(np.array([7])), "counted from 0"),
+        (lambda: table().owe(float("inf")), "finite"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(call, match):
+    with pytest.raises(UsageError, match=match):
+        call()
+
+
+def test_a_refused_step_changes_nothing():
+    memory = LazyMemory(np.zeros((3, 2)), Normals())
+    with pytest.raises(UsageError):
+        memory.step(np.array([1]), np.ones((1, 2)), float("nan"))
+    assert not memory.settled().any()
