@@ -349,9 +349,13 @@ def test_the_steps_are_those_that_matter(known: Reference) -> None:
 def test_killed_at_random_moments(
     sessions: Sessions, known: Reference, secret: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At least 20 kills, over the whole life of a run, start and end included."""
+    """At least 20 kills, over the whole life of a run, start and end included.
+
+    Where a kill falls is up to the machine's load: so many more are made as it takes to reach
+    five kinds of places.
+    """
     rng, kills, lives, ends = random.Random(2), 0, 0, set()
-    while kills < 24:
+    while kills < 24 or (len(ends) < 5 and kills < 120):
         reference, lives = (known, secret)[lives % 2], lives + 1
         genesis = reference.genesis
         world = sessions.new_world() if genesis is None else genesis.copy(f"random-{lives}")
