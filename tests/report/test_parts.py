@@ -109,7 +109,7 @@ def test_a_run_without_the_facts_of_a_part_makes_no_claim(
     report = build(a_run(sigma=3.0, budget=None))
     assert not report.privacy.private
     assert report.missing == (name,)
-    assert f"makes no privacy claim: its files do not tell the parts of the report" in report.claim
+    assert "makes no privacy claim: its files do not tell the parts of the report" in report.claim
     assert name in report.claim
     assert all(each.epsilon is None for each in report.privacy.adversaries)
     assert "differentially private" not in to_markdown(report)

@@ -540,7 +540,7 @@ def _report_anew(run: Path) -> None:
         word: dict[str, Any] = {name: getattr(old, name) for name in WORD}
         word["curves"] = tuple(curve for curve in old.curves if curve.note)
         write(derive(spending, read(spending.header, "ledger"), word), run)
-    except Exception:  # noqa: BLE001 - a forger who fails has forged nothing new
+    except Exception:
         return
 
 
