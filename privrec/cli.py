@@ -20,7 +20,7 @@ from privrec.cli_base import Commands, check_run, example, print_json
 from privrec.cli_base import json_option as _json
 from privrec.cli_base import run_dir as _run_dir
 from privrec.cli_flower import flower
-from privrec.cli_review import audit, population, report, write_report
+from privrec.cli_review import population, report, write_report
 from privrec.errors import BudgetError, PrivrecError, UsageError
 
 if TYPE_CHECKING:
@@ -209,7 +209,6 @@ def plan(scenario_file: Path, settings: tuple[str, ...], as_json: bool) -> None:
 
 
 main.add_command(report)
-main.add_command(audit)
 
 
 @main.command(

@@ -1,15 +1,14 @@
-"""What a privacy reviewer works with: ``privrec report``, ``audit`` and ``population``."""
+"""What a privacy reviewer works with: ``privrec report`` and ``population``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from privrec.cli_base import Commands, check_run, example, json_option, print_json, run_dir
-from privrec.errors import IntegrityError, ReleaseRefused
+from privrec.errors import IntegrityError
 
 if TYPE_CHECKING:
     from privrec.privacy.population import Population
@@ -23,10 +22,12 @@ _name = click.argument("name", metavar="NAME")
 class _Report(Commands):
     """``privrec report DIR`` is short for ``privrec report write DIR``."""
 
+    default = "write"
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """As click's, with ``write`` put before what is none of the group's commands."""
         if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
-            args = ["write", *args]
+            args = [self.default, *args]
         return super().parse_args(ctx, args)
 
 
@@ -126,78 +127,6 @@ def write_report(directory: Path) -> Written:
     from privrec.report.render import write as write_files
 
     return write_files(build(directory), directory)
-
-
-# --------------------------------------------------------------------------- audit
-
-
-@click.command(
-    short_help="Check noise, clipping, rounding and sampling of this build.",
-    epilog=example(
-        "privrec audit scenarios/quickstart.toml", "privrec audit runs/quickstart-1 --out audit"
-    ),
-)
-@click.argument("path", metavar="SCENARIO|DIR", type=_PATH)
-@click.option(
-    "-s",
-    "--set",
-    "settings",
-    multiple=True,
-    metavar="TABLE.KEY=VALUE",
-    help="Change a key of the scenario; an empty value removes it. May be repeated.",
-)
-@click.option(
-    "--canaries",
-    type=click.IntRange(0, 100_000),
-    default=1000,
-    show_default=True,
-    help="Canaries of the empirical audit; 0 leaves it out.",
-)
-@json_option
-def audit(path: Path, settings: Sequence[str], canaries: int, as_json: bool) -> None:
-    """Audit this build with a SCENARIO's settings, or with those of the run in DIR.
-
-    Of a run's directory the findings are kept as audit.json, from which its report takes them.
-    """
-    from privrec.audit import audit as examine
-    from privrec.report.build import AUDIT
-    from privrec.report.render import replace_text
-    from privrec.scenario import load
-
-    of_run = path.is_dir()
-    if of_run:
-        check_run(path)
-    scenario = load(path / "scenario.toml" if of_run else path, tuple(settings))
-    found = examine(scenario, canaries=canaries)
-    if of_run and not settings:
-        replace_text(path / AUDIT, found.model_dump_json(indent=2) + "\n")
-    if as_json:
-        print_json(found.model_dump())
-    else:
-        _print_audit(found)
-    if not found.passed:
-        failed = [check.probe for check in found.checks if not check.passed]
-        raise ReleaseRefused(
-            f"{', '.join(failed) or 'canaries'}: this build does not do what is accounted; release "
-            "nothing that it makes"
-        )
-
-
-def _print_audit(found: Any) -> None:
-    from privrec.cli_tables import print_lines, print_table
-
-    rows = [
-        ("ok" if check.passed else "FAIL", check.probe, check.found, check.expected)
-        for check in found.checks
-    ]
-    print_table(f"Audit of privrec {found.version}", ("", "check", "found", "expected"), rows)
-    if found.lower_bound is not None:
-        print_lines(
-            [
-                f"Canaries: ε is at least {found.lower_bound:.3g} with {found.confidence:.0%} "
-                f"confidence; {found.claimed} is claimed. {found.method}"
-            ]
-        )
 
 
 # --------------------------------------------------------------------------- populations

@@ -80,9 +80,7 @@ def _finished(
 ) -> Result:
     if (out / "run.json").is_file():
         return run.resume(out, data_dir=data_dir, observer=observer)
-    return run.start(
-        variant, out=out, data_dir=data_dir, observer=observer, population=population
-    )
+    return run.start(variant, out=out, data_dir=data_dir, observer=observer, population=population)
 
 
 def _facts(row: Row, payloads: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

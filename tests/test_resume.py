@@ -220,7 +220,7 @@ def secret(sessions: Sessions) -> Reference:
     place = sessions(rehearsal, "start").place_of("before Ledger.charge", 1)
     assert sessions(genesis, "start", at=place).code == KILLED
     assert {path.name for path in genesis.secret("server.root").parent.iterdir()} == {
-        "server.root", "devices.root", "server.key",
+        "server.root", "devices.root", "server.key", "data.json",
     }  # fmt: skip
     world = genesis.copy("reference")
     whole = sessions(world, "resume")

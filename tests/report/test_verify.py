@@ -356,7 +356,8 @@ FORGERIES: dict[str, tuple[Forge, str, str]] = {
         edited(lambda c: c["scope"]["not_protected"].pop()), "scope.not_protected", ENTRIES,
     ),
     "outputs extended": (
-        edited(lambda c: c["outputs"]["covered"].append("All metrics.")), "outputs.covered", ENTRIES,
+        edited(lambda c: c["outputs"]["covered"].append("All metrics.")),
+        "outputs.covered", ENTRIES,
     ),
     "why δ": (at("accounting.why_delta", "Usual."), "accounting.why_delta", FIELD),
     "δ(ε) curve": (
@@ -455,11 +456,14 @@ FORGERIES: dict[str, tuple[Forge, str, str]] = {
     "no ledger": (lambda run: (run / "ledger.jsonl").unlink(), "ledger", "the ledger is missing"),
     "a byte of the ledger": (
         lambda run: (run / "ledger.jsonl").write_text(
-            (run / "ledger.jsonl").read_text().replace('"sampling_rate":0.25', '"sampling_rate":0.2')
+            (run / "ledger.jsonl").read_text()
+            .replace('"sampling_rate":0.25', '"sampling_rate":0.2')
         ), "ledger", "was altered",
     ),
     # ----- in the pages
-    "ε of the page": (page("report.html", r"<dd>\d+\.\d+</dd>", "<dd>0.10</dd>"), "report.html", "page"),
+    "ε of the page": (
+        page("report.html", r"<dd>\d+\.\d+</dd>", "<dd>0.10</dd>"), "report.html", "page",
+    ),
     "claim of the page": (page("report.md", "recipients", "everybody"), "report.md", "page"),
     "warnings of the page": (
         page("report.html", r'<div class="notice.*?</div>', ""), "report.html", "page",
@@ -540,7 +544,7 @@ def _report_anew(run: Path) -> None:
         word: dict[str, Any] = {name: getattr(old, name) for name in WORD}
         word["curves"] = tuple(curve for curve in old.curves if curve.note)
         write(derive(spending, read(spending.header, "ledger"), word), run)
-    except Exception:
+    except Exception:  # a forger who fails has forged nothing new
         return
 
 
