@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import privrec
+from privrec import checkpoint
 from privrec.errors import IntegrityError, UsageError
 from privrec.privacy.ledger import server_key
 from privrec.randomness import SecretRoot, state_dir
@@ -145,7 +146,7 @@ class Identity:
         mine = self.secrets_dir() / "data.json"
         described = json.dumps(self.data, sort_keys=True)
         mine.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        mine.write_text(described, encoding="utf-8")
+        checkpoint.replace(mine, described.encode(), mode=0o600)
         if self.known_key is not None:
             return 0
         others = (path for path in mine.parent.parent.glob("*/data.json") if path != mine)
