@@ -15,9 +15,10 @@ from privrec.device.batch import Histories
 from privrec.device.cohort import Cohort
 from privrec.device.negatives import popularity_of
 from privrec.device.protection import Protection
+from privrec.device.recommender import Recommender, Settings
 from privrec.device.round import digest
 from privrec.device.tier import Federation, Tier
-from privrec.device.train import Recommender, Settings, Trainer
+from privrec.device.train import Trainer
 from privrec.embedding.nested import Nested, nested
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable, Table

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.device.batch import Histories
+from privrec.device.examples import NoiseRoots
 from privrec.device.negatives import Functions
 from privrec.device.train import Trained, Trainer
 from privrec.lsh.select import Search
@@ -26,6 +27,9 @@ SAMPLES_IN_BATCH = 12288
 
 SHARED_SAMPLES_IN_BATCH = 65536
 """The same where all devices look at the whole catalogue, whose part of the work they share."""
+
+COEFFICIENTS_IN_BATCH = 1 << 20
+"""Coefficients of the updates made at once where every device's update has noise everywhere."""
 
 MANY = 16
 """Devices from which on a simulation gathers the rows that they search once for all of them."""
@@ -60,6 +64,7 @@ class Cohort:
         rows: NDArray[np.int64],
         key: int,
         functions: Functions | None = None,
+        noise: NoiseRoots | None = None,
     ) -> Iterator[tuple[NDArray[np.int64], Trained]]:
         """One round's local training of ``rows``, batch by batch; states are left unchanged."""
         trainer = self.trainer
@@ -68,7 +73,9 @@ class Cohort:
             histories, states = self.histories.select(batch), self.states[batch]
             yield (
                 batch,
-                trainer.train(weights, histories, states, key, unobserved, search, functions),
+                trainer.train(
+                    weights, histories, states, key, unobserved, search, functions, noise
+                ),
             )
 
     def serve(
@@ -92,6 +99,10 @@ class Cohort:
         sampler = self.trainer.sampler
         most = SHARED_SAMPLES_IN_BATCH if sampler.whole else SAMPLES_IN_BATCH
         widths = sampler.width(lengths[order])
+        if self.trainer.examples is not None:
+            # Each device's update is as long as the vector, and its noise is what takes the time.
+            most = COEFFICIENTS_IN_BATCH
+            widths = np.full_like(widths, self.trainer.recommender.layout.size)
         start = 0
         while start < len(order):
             # Sorted by length, the last device of a batch sets its width.

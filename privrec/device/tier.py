@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.device.batch import merged, representatives
-from privrec.device.train import Recommender
+from privrec.device.recommender import Recommender
 from privrec.device.update import Address, RawUpdate
 from privrec.embedding.nested import Nested, Spread
 from privrec.models.layout import Layout
