@@ -67,6 +67,28 @@ def event_without_shares(scenario: Scenario) -> RoundEvent:
     return _calibrated(scenario, lambda z: RoundEvent("gaussian", z, _rate(scenario)))
 
 
+def example_event(scenario: Scenario) -> RoundEvent | None:
+    """The example-level event of a round on each device that takes part; None without local noise.
+
+    All steps of a round together are one Gaussian mechanism, since each example is in one of them
+    (:mod:`privrec.device.examples`). Sampling of devices amplifies nothing at this level: that a
+    device is there at all moves a sum by more than one example.
+    """
+    privacy = scenario.privacy
+    if privacy.local == "none":
+        return None
+    multiplier = privacy.local_noise_multiplier
+    if multiplier is None:
+        multiplier = noise_multiplier_for(
+            privacy.local_epsilon or 0.0,
+            privacy.local_delta,
+            lambda z: RoundEvent("gaussian", z),
+            scenario.train.rounds,
+            "server",
+        )
+    return RoundEvent("gaussian", multiplier)
+
+
 def encoding_of(scenario: Scenario, dimension: int) -> Encoding:
     """Clip norm and integer grid."""
     clip_norm = scenario.privacy.clip_norm or LOOSE_CLIP_NORM

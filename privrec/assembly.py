@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.agreement import agree
+from privrec.agreement import agree, example_event
 from privrec.data import Interactions
 from privrec.device.batch import Histories
 from privrec.device.cohort import Cohort
+from privrec.device.examples import ExampleNoise
 from privrec.device.negatives import popularity_of
 from privrec.device.protection import Protection
 from privrec.device.recommender import Recommender, Settings
@@ -125,6 +127,7 @@ def server_of(scenario: Scenario, federation: Federation, population: int, run_i
         federation,
         scenario.devices.sampling_rate * training,
         scenario.train.average,
+        example_event(scenario),
     )
     weights = initial_weights(federation, scenario.model.init_std, scenario.run.seed)
     completion = completion_of(scenario, federation)
@@ -287,7 +290,13 @@ def trainer_of(scenario: Scenario, federation: Federation, tier: Tier) -> Traine
         # coordinates is as many times shorter as slots are folded into one.
         gain = federation.tiers[0].capacity / tier.capacity
         settings = replace(settings, local_lr=settings.local_lr * gain)
-    return Trainer(tier.recommender, settings)
+    return Trainer(tier.recommender, settings, examples=_example_noise(scenario))
+
+
+@lru_cache(maxsize=8)
+def _example_noise(scenario: Scenario) -> ExampleNoise | None:
+    event, bound = example_event(scenario), scenario.privacy.local_clip_norm
+    return None if event is None or bound is None else ExampleNoise(bound, event.noise_multiplier)
 
 
 def completion_of(scenario: Scenario, federation: Federation) -> Completion:

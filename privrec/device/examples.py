@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 FloatArray = NDArray[np.float32]
 Items = NDArray[np.int64]
 NoiseRoots = Callable[[int, bytes], SecretRoot]
-"""The secret that a device draws the noise of a round from, by its user and a digest of its input."""
+"""What a device draws the noise of a round from, by its user and a digest of its input."""
 
 _TURN, _START = 0x7E57_0001, 0x57A7_0002
 _SLACK = np.float32(1 - 1e-6)  # a float32 norm is off by less than this

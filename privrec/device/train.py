@@ -7,7 +7,7 @@ its update. Only the touched blocks are copied: nothing of the table's size, nor
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ class Trained:
     update: RawUpdate
     states: FloatArray
     losses: FloatArray
-    deferred: Deferred = Deferred()
+    deferred: Deferred = field(default_factory=Deferred)
 
 
 @dataclass(frozen=True)
