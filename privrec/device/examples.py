@@ -182,6 +182,8 @@ class ExampleSteps:
         Args:
             items: the examples' items, distinct.
         """
+        if not len(items):
+            return self._nothing()
         samples = np.concatenate((items[:, None], self._negatives(items)), axis=1)
         e, k = samples.shape
         rows = self._vectors.rows(samples)
@@ -201,6 +203,17 @@ class ExampleSteps:
         if self._biases is not None:
             biases = self._biases.gradients(upstream.unsqueeze(2))
         return self._clipped(Gradients(own, weights, blocks, biases, losses))
+
+    def _nothing(self) -> Gradients:
+        """Of a step without examples, which has its noise like any other."""
+        layout, user = self._recommender.layout, len(self._user)
+        for part in filter(None, (self._vectors, self._biases)):
+            part.look_at_nothing()
+        blocks = np.zeros((0, 0, layout.block), np.float32)
+        biases = np.zeros((0, 0, 1), np.float32)
+        return Gradients(
+            torch.zeros(0, user), torch.zeros(0, layout.dense), blocks, biases, torch.zeros(0)
+        )
 
     def change(self) -> FloatArray:
         """New minus old coefficients of the shared vector, with all their noise: settled."""
@@ -260,6 +273,10 @@ class _Part:
 
     def __post_init__(self) -> None:
         self.memory = LazyMemory(self.values.copy(), self.source)
+
+    def look_at_nothing(self) -> None:
+        """Name no block in the next step."""
+        self._slots = np.zeros((0, 0), np.int64)
 
     def rows(self, samples: Items) -> Tensor:
         """Rows of the table as they are now, read settled, shape ``(e, k, dim)``."""
