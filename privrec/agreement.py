@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 
 from scipy.stats import binom
 
@@ -79,14 +80,15 @@ def example_event(scenario: Scenario) -> RoundEvent | None:
         return None
     multiplier = privacy.local_noise_multiplier
     if multiplier is None:
-        multiplier = noise_multiplier_for(
-            privacy.local_epsilon or 0.0,
-            privacy.local_delta,
-            lambda z: RoundEvent("gaussian", z),
-            scenario.train.rounds,
-            "server",
+        multiplier = _example_multiplier(
+            privacy.local_epsilon or 0.0, privacy.local_delta, scenario.train.rounds
         )
     return RoundEvent("gaussian", multiplier)
+
+
+@lru_cache(maxsize=64)
+def _example_multiplier(target: float, delta: float, rounds: int) -> float:
+    return noise_multiplier_for(target, delta, partial(RoundEvent, "gaussian"), rounds, "server")
 
 
 def encoding_of(scenario: Scenario, dimension: int) -> Encoding:

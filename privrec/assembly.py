@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -293,7 +292,6 @@ def trainer_of(scenario: Scenario, federation: Federation, tier: Tier) -> Traine
     return Trainer(tier.recommender, settings, examples=_example_noise(scenario))
 
 
-@lru_cache(maxsize=8)
 def _example_noise(scenario: Scenario) -> ExampleNoise | None:
     event, bound = example_event(scenario), scenario.privacy.local_clip_norm
     return None if event is None or bound is None else ExampleNoise(bound, event.noise_multiplier)
