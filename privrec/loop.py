@@ -106,6 +106,8 @@ class Loop(ABC):
             budget_against=scenario.privacy.budget_against,
             expected_cohort=plan.expected_cohort,
             hides_cohorts=plan.event.hides_cohorts,
+            examples=plan.examples is not None,
+            example_budget=scenario.privacy.local_epsilon,
             root_lost=self.ledger.header["noise_root"] != self.identity.root_tag(),
         )
 
