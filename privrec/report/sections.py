@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from privrec.report.figures import delta_text, number_text
+from privrec.report.figures import amount_text, delta_text, number_text
 from privrec.report.model import Report
 from privrec.report.parts import Accounting, Mechanism, Reading, Sampling, TrustModel
 from privrec.wording import adversary_text, epsilon_text, metric_name
@@ -114,9 +114,9 @@ def _mechanism(report: Report, mechanism: Mechanism) -> Section:
         (
             f"{band.capacity:g}",
             f"{band.coefficients:,}",
-            f"{band.noise_std:.3g}",
-            f"{band.noise_norm:.3g}",
-            f"{band.signal_norm:.3g}",
+            amount_text(band.noise_std),
+            amount_text(band.noise_norm),
+            amount_text(band.signal_norm),
         )
         for band in mechanism.bands
     )
