@@ -25,7 +25,7 @@ from privrec.randomness import SecretRoot
 Floats = NDArray[np.float64]
 
 ROWS, WIDTH = 6000, 32
-_VARIANCES = (1.0, 4.0, 0.25, 2.25)
+_VARIANCES = (1.0, 4.0, 2.0, 3.0)
 _UNIT = Fraction(16)
 _READS: tuple[tuple[str, Callable[[LazyMemory], object]], ...] = (
     ("rows", lambda memory: memory[::2]),

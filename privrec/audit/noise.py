@@ -28,10 +28,10 @@ from privrec.device.round import Round
 Floats = NDArray[np.float64]
 Sketch = NDArray[np.int64]
 
-DRAWS = 1_200_000
-"""Coefficients of each band to look at, where that is not too dear: 0.4 % of σ is then seen."""
+DRAWS = 400_000
+"""Coefficients of each band to look at, where that is not too dear: 0.9 % of σ is then seen."""
 MOST_CENTRAL = 60_000_000
-MOST_SHARES = 1_500_000_000
+MOST_SHARES = 600_000_000
 FEWEST_ROUNDS, MOST_ROUNDS = 6, 600
 _COLUMNS = 2048
 _FAR = 3.5  # deviations; beyond lie 4.65e-4 of a Gaussian

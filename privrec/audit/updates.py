@@ -271,7 +271,10 @@ def _for_few(bench: Bench, least: tuple[int, ...]) -> Protection:
     shares = bench.protection.shares
     if shares is not None:
         bands = tuple(Band(n, few) for n, few in zip(bench.sizes, least, strict=True))
-        shares = replace(shares, bands=bands)
+        # As wide as the scenario's own shares, of which there are fewer here.
+        part = min(few / own.shares for few, own in zip(least, shares.bands, strict=True))
+        multiplier = shares.noise_multiplier * math.sqrt(part)
+        shares = replace(shares, bands=bands, noise_multiplier=multiplier)
     return replace(bench.protection, shares=shares, minimums=least)
 
 
