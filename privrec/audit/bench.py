@@ -7,7 +7,6 @@ noise and roots of the same kind. Histories are made up, so an audit says nothin
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -157,7 +156,9 @@ class Bench:
     def some(self, most: int) -> Rows:
         """Rows of each tier that trains, about ``most`` users in all, spread over all of them."""
         training = self.training
-        population = sum(len(self.simulation.cohorts[tier.index].histories.users) for tier in training)
+        population = sum(
+            len(self.simulation.cohorts[tier.index].histories.users) for tier in training
+        )
         step = max(1, population // max(1, most))
         return [
             np.arange(0, len(cohort.histories.users) if tier in training else 0, step)
@@ -192,9 +193,7 @@ class Bench:
     def summed(self, round: Round, cohort: list[Participant]) -> Integers:
         """The sum of a cohort whose updates are all zero: its noise alone."""
         made = SUMMING["exact"]
-        summing = made(
-            round, self.federation, self.protection, cohort, self.simulation.enrolled
-        )
+        summing = made(round, self.federation, self.protection, cohort, self.simulation.enrolled)
         return summing.total()
 
     def deviations(self, cohort: list[Participant]) -> tuple[float, ...]:
@@ -210,9 +209,10 @@ class Bench:
             found.append((accounted * left / (band.least - band.colluders)) ** 0.5)
         return tuple(found)
 
-    def bands(self, wire: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-        """Views of the bands of a vector in the order of the wire."""
-        return iter(np.split(wire, np.cumsum(self.sizes)[:-1]))
+    def band(self, wire: Integers, number: int) -> Integers:
+        """One band of a vector in the order of the wire."""
+        start = sum(self.sizes[:number])
+        return wire[start : start + self.sizes[number]]
 
 
 def stand_in(users: int, items: int) -> Interactions:

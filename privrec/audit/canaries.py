@@ -21,7 +21,7 @@ from privrec.device.tier import Tier
 from privrec.device.update import Address, Aggregate, RawUpdate
 from privrec.errors import ReleaseRefused
 from privrec.models.layout import to_wire
-from privrec.privacy.audit import Guesses, Separation, best_guesses, separation
+from privrec.privacy.audit import Guesses, best_guesses, separation
 from privrec.privacy.events import epsilon
 from privrec.randomness import rng_for
 from privrec.transport.summing import SUMMING
@@ -80,7 +80,7 @@ def attack(bench: Bench, most: int) -> Attack:
         most: canaries at most, at least 2.
     """
     run, guesses, bound = _one_run(bench, most)
-    shot, estimate, method = _one_shot(bench, most)
+    shot, method = _one_shot(bench, most)
     text = (
         f"One run of {guesses.canaries:,} canaries, each there with probability one half and a "
         f"coefficient of its own in each round: {guesses.right:,} of {guesses.made:,} guesses "
@@ -102,7 +102,9 @@ def _one_run(bench: Bench, most: int) -> tuple[Finding, Guesses, float]:
     scores, done = np.zeros(total), 0
     for index in range(rounds):
         places, signs = _places(bench, groups, rng), rng.choice([-1.0, 1.0], total)
-        released = _released(bench, bench.round(index), _spikes(bench, groups, places, signs, present))
+        released = _released(
+            bench, bench.round(index), _spikes(bench, groups, places, signs, present)
+        )
         if released is not None:
             scores += signs * released[np.concatenate(places)]
             done += 1
@@ -118,7 +120,7 @@ def _one_run(bench: Bench, most: int) -> tuple[Finding, Guesses, float]:
     return finding, guesses, bound
 
 
-def _one_shot(bench: Bench, most: int) -> tuple[Finding, Separation, str]:
+def _one_shot(bench: Bench, most: int) -> tuple[Finding, str]:
     """Fit the cosines of canaries that took part, each in a random direction."""
     delta, size = bench.scenario.privacy.delta, sum(bench.sizes)
     rng = _rng(bench, "one shot")
@@ -157,7 +159,7 @@ def _one_shot(bench: Bench, most: int) -> tuple[Finding, Separation, str]:
         f"({CONFIDENCE:.0%}); {sure:.3g} beyond doubt",
         f"at most {claimed:.4f}, claimed for the {done:,} rounds of it",
     )
-    return finding, found, text
+    return finding, text
 
 
 def _rng(bench: Bench, name: str) -> np.random.Generator:

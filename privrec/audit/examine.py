@@ -84,9 +84,7 @@ def _findings(bench: Bench, *, private: bool) -> list[Finding]:
     return findings
 
 
-def _collect(
-    findings: list[Finding], name: str, probe: Callable[[], Iterable[Finding]]
-) -> None:
+def _collect(findings: list[Finding], name: str, probe: Callable[[], Iterable[Finding]]) -> None:
     """Add what a probe finds; a part that refuses to work has not done what is accounted."""
     try:
         findings.extend(probe())

@@ -94,4 +94,3 @@ def count_p(count: int, trials: int, chance: float) -> float:
     low = float(stats.binom.cdf(count, trials, chance))
     high = float(stats.binom.sf(count - 1, trials, chance))
     return min(1.0, 2 * min(low, high))
-

@@ -82,7 +82,7 @@ def _settled(name: str, unit: float, memory: LazyMemory) -> Finding:
             worst = ratio if abs(math.log(max(ratio, 1e-9))) > abs(math.log(worst)) else worst
             total += change.size
         increment = (now - known) / math.sqrt(3 * variance * unit)
-        p_values.append(float(product_p(np.float64((increment * before).sum()), before.size)))
+        p_values.append(float(product_p(np.array((increment * before).sum()), before.size)))
         before, known = increment, now
     return judged(
         f"lazy noise settled before a read, {name}",

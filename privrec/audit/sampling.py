@@ -34,8 +34,9 @@ def _everybody(bench: Bench) -> Finding:
     return Finding(
         "everybody takes part",
         sizes == {population},
-        f"{sizes.pop():,} of {population:,}" if len(sizes) == 1 else f"between {min(sizes):,} and "
-        f"{max(sizes):,} of {population:,}",
+        f"{sizes.pop():,} of {population:,}"
+        if len(sizes) == 1
+        else f"between {min(sizes):,} and {max(sizes):,} of {population:,}",
         "all of them, as accounted",
     )
 

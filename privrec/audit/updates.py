@@ -109,8 +109,8 @@ def clipping(bench: Bench) -> Finding:
     bound = bench.protection.encoding.squared_bound
     users = beyond = broken = 0
     longest = 0.0
-    for _, each, update in _bounded(bench, simulation, USERS):
-        for user, mine in zip(each.tolist(), update.rows(), strict=True):
+    for _, _, update in _bounded(bench, simulation, USERS):
+        for mine in update.rows():
             vector = mine.vector().astype(np.float64)
             squared = float(vector @ vector)
             longest, broken = max(longest, squared), broken + (squared > bound)
@@ -126,7 +126,7 @@ def clipping(bench: Bench) -> Finding:
         f"{found}; {beyond:,} sent more than the clip norm, the longest gave "
         f"{math.sqrt(longest / bound):.4f} of the bound",
         f"at most {math.sqrt(bound):,.2f} steps, which the noise is scaled to; 1 % of users "
-        f"unclipped escape with a chance of {0.99**max(1, beyond):.0e}",
+        f"unclipped escape with a chance of {0.99 ** max(1, beyond):.0e}",
     )
 
 
@@ -172,8 +172,8 @@ def rounding(bench: Bench) -> Finding:
     return judged(
         "rounding to integers",
         of_many(two_sided(z)),
-        f"mean error {mean:+.1e} steps over {draws:,} values; towards zero {-sums[1] / draws:+.1e}; "
-        f"largest deviation {np.abs(z).max():.1f} standard errors",
+        f"mean error {mean:+.1e} steps over {draws:,} values; "
+        f"towards zero {-sums[1] / draws:+.1e}; worst {np.abs(z).max():.1f} standard errors",
         f"0, and a fair coin between two integers; a bias of {REACH * spread:.1e} steps is seen",
     )
 
@@ -258,9 +258,7 @@ def _answers(
 ) -> Iterator[tuple[Tier, NDArray[np.int64], BoundedUpdate]]:
     """Updates of the cohort but for the device that fell silent."""
     weights = bench.parts.server.weights
-    for tier, mine, cohort in zip(
-        bench.federation.tiers, rows, simulation.cohorts, strict=True
-    ):
+    for tier, mine, cohort in zip(bench.federation.tiers, rows, simulation.cohorts, strict=True):
         there = mine[cohort.histories.users[mine] != silent.user]
         for users, update, _ in simulation.answers(bench.round(0), weights, tier, there):
             yield tier, users, update

@@ -58,9 +58,7 @@ class Guesses:
             )
 
     @classmethod
-    def of(
-        cls, scores: NDArray[np.float64], present: NDArray[np.bool_], made: int
-    ) -> Guesses:
+    def of(cls, scores: NDArray[np.float64], present: NDArray[np.bool_], made: int) -> Guesses:
         """Guess "present" of the highest scores and "absent" of the lowest, half of ``made`` each.
 
         Args:
