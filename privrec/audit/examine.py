@@ -67,20 +67,14 @@ def audit(scenario: Scenario, *, canaries: int = 1000, key: bytes | None = None)
 
 
 def _findings(bench: Bench, *, private: bool) -> list[Finding]:
-    probes: list[tuple[str, Callable[[Bench], Iterable[Finding]]]] = [
-        ("updates and their sum", updates.probe)
-    ]
-    if private:
-        probes = [
-            ("accounting", accounting.probe),
-            ("noise", noise.probe),
-            ("sampling", sampling.probe),
-            *probes,
-        ]
-    probes.append(("lazy noise", lambda bench: lazy.probe(bench.root)))
     findings: list[Finding] = []
-    for name, probe in probes:
-        _collect(findings, name, lambda probe=probe: probe(bench))  # type: ignore[misc]
+    if private:
+        _collect(findings, "accounting", lambda: accounting.probe(bench))
+        _collect(findings, "noise", lambda: noise.probe(bench))
+        _collect(findings, "sampling", lambda: sampling.probe(bench))
+    for name, probe in updates.PROBES.items():
+        _collect(findings, name, lambda probe=probe: (probe(bench),))  # type: ignore[misc]
+    _collect(findings, "lazy noise", lambda: lazy.probe(bench.root))
     return findings
 
 

@@ -79,7 +79,7 @@ def _settled(name: str, unit: float, memory: LazyMemory) -> Finding:
         for change, owed in steps:
             ratio = float((change**2).mean() / (owed * unit))
             p_values.append(float(variance_p(ratio, change.size)))
-            worst = ratio if abs(math.log(max(ratio, 1e-9))) > abs(math.log(worst)) else worst
+            worst = max(worst, ratio, key=lambda each: abs(math.log(max(each, 1e-9))))
             total += change.size
         increment = (now - known) / math.sqrt(3 * variance * unit)
         p_values.append(float(product_p(np.array((increment * before).sum()), before.size)))

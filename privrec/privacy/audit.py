@@ -116,7 +116,7 @@ def best_guesses(canaries: int, strength: float, delta: float, confidence: float
         made = 2 * max(1, round(share * canaries / 2))
         right = math.floor(made * _accuracy(made / canaries / 2, strength))
         bound = Guesses(max(canaries, made), made, right).lower_bound(delta, confidence)
-        if bound > found and made <= canaries:
+        if bound >= found and made <= canaries:
             best, found = made, bound
     return best
 
