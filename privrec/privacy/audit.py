@@ -81,6 +81,23 @@ class Guesses:
         alpha = float((np.cumsum(below) / np.arange(1, self.right + 1)).max(initial=0.0))
         return min(1.0, beta + 2 * self.canaries * delta * alpha)
 
+    def chance(self, strength: float) -> float:
+        """Probability of at least so many right guesses, if scores are what noise makes of them.
+
+        Args:
+            strength: separation of the scores of canaries with and without part, in standard
+                deviations of either, both of them Gaussian.
+
+        Returns:
+            An upper bound but for events as rare as six standard deviations: the guesses are taken
+            to be about the outermost scores that chance may have left.
+        """
+        half = self.made / 2
+        if not half:
+            return 1.0
+        tail = half / self.canaries * max(0.1, 1 - 6 / math.sqrt(half))
+        return float(stats.binom.sf(self.right - 1, self.made, _accuracy(tail, strength)))
+
     def lower_bound(self, delta: float, confidence: float) -> float:
         """The largest ε that is refuted with this confidence; 0 when none is.
 
