@@ -54,7 +54,8 @@ def test_randomised_response_is_bounded_with_the_stated_confidence(epsilon: floa
     rng = np.random.default_rng(7)
     chance = 1 / (1 + math.exp(-epsilon))
     rights = rng.binomial(500, chance, 1000)
-    exceeded = np.mean([Guesses(500, 500, int(r)).lower_bound(0.0, 0.95) > epsilon for r in rights])
+    refuted = {r: Guesses(500, 500, r).p_value(epsilon, 0.0) <= 0.05 for r in set(rights.tolist())}
+    exceeded = np.mean([refuted[r] for r in rights.tolist()])
     assert 0.01 < exceeded < 0.08  # this mechanism is the worst of its ε, so the bound is tight
 
 
@@ -78,13 +79,25 @@ def test_impossible_counts_are_refused(counts: tuple[int, int, int]) -> None:
 def test_chance_explains_what_honest_noise_gives(strength: float, made: int) -> None:
     rng = np.random.default_rng(17)
     chances = []
-    for _ in range(1500):
+    for _ in range(300):
         present = rng.random(400) < 0.5
         scores = rng.normal(size=400) + strength * present
         chances.append(Guesses.of(scores, present, made).chance(strength))
     for level in (0.2, 0.05, 0.01):
-        assert np.mean(np.array(chances) < level) < level + 3 * math.sqrt(level / 1500)
-    assert Guesses(400, 200, 200).chance(strength) < ALPHA
+        assert np.mean(np.array(chances) < level) < level + 3 * math.sqrt(level / 300)
+
+
+def test_chance_does_not_explain_everything() -> None:
+    assert Guesses(400, 200, 200).chance(0.7) < ALPHA
+    assert Guesses(400, 200, 100).chance(0.7) > 0.5
+    assert Guesses(400, 0, 0).chance(0.7) == 1.0
+
+
+@pytest.mark.parametrize(("canaries", "strength"), [(2, 1.0), (60, 0.05), (1000, 2.0)])
+def test_the_number_of_guesses_is_chosen_before_the_scores(canaries: int, strength: float) -> None:
+    made = best_guesses(canaries, strength, 1e-5, 0.95)
+    assert 0 < made <= canaries
+    assert made % 2 == 0
 
 
 @pytest.mark.statistical
