@@ -275,7 +275,10 @@ def audit(report: Report) -> Section:
     found = report.audit
     if found is None:
         none = (
-            ("Result", "None was made: nobody has shown that this build does what is claimed."),
+            (
+                "Result",
+                "None was made: that this build does what is claimed is not shown here.",
+            ),
         )
         return Section("audit", "Audit of this build", none)
     bound = (
