@@ -37,6 +37,7 @@ FLOORS = (
     ("loop",),
     ("run",),
     ("report",),
+    ("audit",),
     ("serving",),  # recommend: the room of the plan, by a name that hides no function
     ("flower",),
     ("cli",),
