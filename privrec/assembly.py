@@ -11,13 +11,15 @@ from numpy.typing import NDArray
 
 from privrec.agreement import agree
 from privrec.data import Interactions
+from privrec.data.text import Corpus
 from privrec.device.batch import Histories
 from privrec.device.cohort import Cohort
 from privrec.device.negatives import popularity_of
 from privrec.device.protection import Protection
 from privrec.device.round import digest
-from privrec.device.tier import Federation, Tier
+from privrec.device.tier import Federation, Meaning, Tier
 from privrec.device.train import Recommender, Settings, Trainer
+from privrec.device.words import Language
 from privrec.embedding.nested import Nested, nested
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable, Table
@@ -26,6 +28,7 @@ from privrec.models.implicit import packed_size
 from privrec.models.layout import Layout, band_sizes
 from privrec.models.losses import IMPLICIT
 from privrec.models.ncf import NCF
+from privrec.models.next_word import NextWord
 from privrec.privacy.events import RoundEvent
 from privrec.randomness import SecretRoot, rng_for
 from privrec.scenario import DeviceTier, Model, Scenario, Train
@@ -58,7 +61,7 @@ class Parts:
     federation: Federation
     everyone: Cohort
     server: Server
-    simulation: Simulation
+    simulation: Simulation[Cohort]
 
     @property
     def states(self) -> tuple[NDArray[np.float32], ...]:
@@ -174,7 +177,7 @@ def assign(n_users: int, federation: Federation, seed: int) -> NDArray[np.int64]
     return rng_for(seed, "tiers").permutation(labels.clip(max=most))
 
 
-def check_tiers(scenario: Scenario, train: Interactions) -> None:
+def check_tiers(scenario: Scenario, train: Interactions | Corpus) -> None:
     """Refuse tiers that do not nest in a catalogue, or that no user would be of.
 
     Raises:
@@ -262,9 +265,15 @@ def _coordinates(
 
 def _recommender(
     scenario: Scenario, vectors: Nested, biases: Nested | None, index: int
-) -> Recommender:
+) -> Meaning:
     table, small = vectors.tables[index], None if biases is None else biases.tables[index]
     model = scenario.model
+    if model.kind == "next_word":
+        if small is None:
+            raise UsageError("model.item_bias = false: an output neuron has a bias; set it")
+        network = NextWord(table.dim, model.heads, model.ffn, model.layers, model.context)
+        layout = Layout(network.dense, table.slots, table.block, small.slots)
+        return Language(network, table, small, layout)
     ncf = NCF.of(model.kind, table.dim, tuple(model.hidden))
     gram = packed_size(table.dim) if scenario.train.loss in IMPLICIT else 0
     layout = Layout(ncf.dense, table.slots, table.block, 0 if small is None else small.slots, gram)
@@ -281,6 +290,8 @@ def trainer_of(scenario: Scenario, federation: Federation, tier: Tier) -> Traine
         # coordinates is as many times shorter as slots are folded into one.
         gain = federation.tiers[0].capacity / tier.capacity
         settings = replace(settings, local_lr=settings.local_lr * gain)
+    if not isinstance(tier.recommender, Recommender):
+        raise UsageError(f'model.kind = "{scenario.model.kind}": it trains on texts, not histories')
     return Trainer(tier.recommender, settings)
 
 

@@ -15,6 +15,8 @@ from typing import Any
 from privrec.scenario_problems import as_toml, describe
 
 SYNTHETIC_KEYS = ("users", "items", "clusters", "interactions_per_user", "seed")
+TEXT_KEYS = ("words", "vocabulary")
+TEXTS = ("text", "synthetic_text")
 TABLE_KEYS = ("user_column", "item_column", "time_column", "separator", "encoding")
 
 Values = Mapping[str, Any]
@@ -42,8 +44,11 @@ def values_of(
 
 def foreign_keys(source: str) -> tuple[str, ...]:
     """The keys of ``[data]`` that mean nothing for this source."""
-    synthetic = () if source == "synthetic" else SYNTHETIC_KEYS
-    return synthetic + (() if source == "table" else TABLE_KEYS)
+    synthetic = () if source in ("synthetic", "synthetic_text") else SYNTHETIC_KEYS
+    foreign = synthetic + (() if source == "table" else TABLE_KEYS)
+    if source in TEXTS:
+        return (*foreign, "max_history", *(() if source == "text" else ("words", "path")))
+    return foreign + TEXT_KEYS
 
 
 def conflicts(values: Values, given: AbstractSet[str]) -> Problems:
@@ -69,10 +74,19 @@ def _foreign(values: Values, given: AbstractSet[str]) -> Problems:
         return problems
     for path in (f"data.{key}" for key in foreign_keys(source)):
         if path in given and path in values:
-            owner = "synthetic" if path.partition(".")[2] in SYNTHETIC_KEYS else "table"
-            rule = f'it belongs to data.source = "{owner}", and the source is {as_toml(source)}'
+            owner = _owner(path.partition(".")[2])
+            rule = f"it belongs to data.source = {owner}, and the source is {as_toml(source)}"
             problems[path] = describe(path, values[path], rule, f"remove it (-s {path}=)")
     return problems
+
+
+def _owner(key: str) -> str:
+    """The source, in quotes, that a key of ``[data]`` belongs to."""
+    if key in SYNTHETIC_KEYS:
+        return '"synthetic"'
+    if key in TEXT_KEYS:
+        return '"text"'
+    return '"table"' if key in TABLE_KEYS else "interactions or files"
 
 
 def _synthetic(values: Values) -> Problems:
@@ -202,6 +216,8 @@ def _nesting(values: Values) -> Problems:
     )
     order = nesting or ("fold" if popularity is None else "rows")
     sampled = values["train.selector"] == "popularity" and popularity == "public"
+    # The words of a vocabulary are in this order however they are nested.
+    sampled = sampled or values["data.source"] in TEXTS
     if order == "rows" and popularity is None:
         rule = "the order of the rows must come from somewhere"
         remedy = 'set devices.popularity = "public" or "released"'
@@ -268,7 +284,7 @@ def _ials(values: Values) -> Problems:
 
 def _selector(values: Values) -> Problems:
     path, selector = "train.selector", values["train.selector"]
-    if selector == "each":
+    if selector == "each" or values["data.source"] in TEXTS:
         return {}
     if values["train.loss"] != "softmax":
         rule = "a shared budget of negatives is a sample of a softmax"
@@ -280,6 +296,89 @@ def _selector(values: Values) -> Problems:
     if selector not in ("uniform", "popularity") and values["model.kind"] != "gmf":
         rule = f"the network of model.kind = {as_toml(values['model.kind'])} has no nearest items"
         return {path: describe(path, selector, rule, 'use model.kind = "gmf", or "uniform"')}
+    return {}
+
+
+def _texts(values: Values) -> Problems:
+    """What goes with texts, and with nothing else."""
+    source, kind = values["data.source"], values["model.kind"]
+    if (source in TEXTS) != (kind == "next_word"):
+        rule = f"data.source = {as_toml(source)} has other data"
+        remedy = 'texts and model.kind = "next_word" need each other; change one of them'
+        return {"model.kind": describe("model.kind", kind, rule, remedy)}
+    if source not in TEXTS:
+        return _not_texts(values)
+    needed: Mapping[str, tuple[Any, ...]] = {
+        "train.loss": ("softmax", "full_softmax"),
+        "model.item_bias": (True,),
+        "run.engine": ("cohort",),
+        "train.server_optimizer": ("fedavg", "fedadam", "sgd"),
+        "devices.popularity": ("public", "released"),
+        "devices.aggregation": ("sum", "contributors"),
+        "run.baselines": (("popularity",), ["popularity"], (), []),
+    }
+    for path, options in needed.items():
+        if values[path] not in options:
+            rule = "next-word prediction does not have it"
+            return {path: describe(path, values[path], rule, f"use {as_toml(options[0])}")}
+    return _language(values)
+
+
+def _not_texts(values: Values) -> Problems:
+    """Keys of texts where there are none."""
+    for path, neutral in (("train.frequent", 0.0), ("train.scheme", "private")):
+        if values[path] != neutral:
+            rule = "it belongs to texts"
+            return {path: describe(path, values[path], rule, f"remove it (-s {path}=)")}
+    return {}
+
+
+def _language(values: Values) -> Problems:
+    dim, heads, selector = values["model.dim"], values["model.heads"], values["train.selector"]
+    if dim % heads:
+        rule = f"must divide model.dim = {dim}"
+        return {"model.heads": describe("model.heads", heads, rule, "use 1, 2, 4 or 8")}
+    sparse = values["train.loss"] == "softmax"
+    if sparse != (selector != "each") or selector == "popularity":
+        rule = (
+            "a sampled softmax chooses its neurons, and a full one has all of them"
+            if selector != "popularity"
+            else "common words are a share of the budget"
+        )
+        remedy = 'set train.selector = "uniform" (and train.frequent), or loss = "full_softmax"'
+        return {"train.selector": describe("train.selector", selector, rule, remedy)}
+    part = values["train.selected"] + values["train.frequent"]
+    if sparse and selector != "uniform" and part > 1:
+        rule = f"with train.selected = {values['train.selected']} it is more than the budget"
+        path = "train.frequent"
+        return {path: describe(path, values[path], rule, "lower one of them")}
+    if (
+        values["devices.popularity"] == "released"
+        and values["data.source"] == "text"
+        and values["data.words"] is None
+    ):
+        rule = "which words there are in private texts is private too"
+        return {"data.words": f"data.words is unset: {rule}; name a public list of words"}
+    return _requested(values)
+
+
+def _requested(values: Values) -> Problems:
+    """What a scheme allows that shows the server what each device asks for."""
+    path = "train.scheme"
+    if values[path] != "requested":
+        return {}
+    allowed: Mapping[str, tuple[Any, ...]] = {
+        "train.selector": ("simhash",),
+        "privacy.noise": ("none",),
+        "run.secure_sum": ("exact",),
+        "devices.tiers": ((), []),
+        "model.compression": (1.0,),
+    }
+    for key, options in allowed.items():
+        if values[key] not in options:
+            rule = f"the server sees who asks for what, so there is no {key} = {as_toml(values[key])}"
+            remedy = 'use train.scheme = "private"'
+            return {path: describe(path, values[path], rule, remedy)}
     return {}
 
 
@@ -297,4 +396,5 @@ _RULES: tuple[Callable[[Values], Problems], ...] = (
     _aggregation,
     _ials,
     _selector,
+    _texts,
 )

@@ -190,13 +190,11 @@ def load_text(config: TextConfig, *, data_dir: Path | None = None) -> TextSplit:
         DataError: when there is no text, or it has too few articles.
     """
     if config.source == "synthetic_text":
-        corpus, source = _of_config(config), "synthetic"
-    else:
-        files = _files(config.path, data_dir)
-        source = "embedded" if files == [EMBEDDED] else files[0].parent.name
-        words = None if config.words is None else _word_list(_beside(config.words, data_dir))
-        corpus = read_articles(files, words)
-    return split_by_article(corpus, config.holdout, source)
+        return _synthetic(config)
+    files = _files(config.path, data_dir)
+    source = "embedded" if files == [EMBEDDED] else files[0].parent.name
+    words = None if config.words is None else _word_list(_beside(config.words, data_dir))
+    return split_by_article(read_articles(files, words), config.holdout, source)
 
 
 def read_articles(files: Sequence[Path], words: Sequence[str] | None = None) -> Corpus:
@@ -304,26 +302,32 @@ def generate_text(
     return Corpus(names, bounds, (tokens + 1).astype(np.int32).ravel(), vocabulary)
 
 
-def _of_config(config: TextConfig) -> Corpus:
-    return generate_text(
-        devices=config.users,
+def _synthetic(config: TextConfig) -> TextSplit:
+    """``config.users`` texts to train on, and others of the same law to be held out."""
+    users, out = config.users, max(1, config.users // (_EVERY - 1))
+    corpus = generate_text(
+        devices=users + 2 * out,
         words=config.items,
         topics=config.clusters,
         tokens_per_device=config.interactions_per_user,
         seed=config.seed,
     )
+    first = users if config.holdout == "validation" else users + out
+    train, heldout = np.arange(users), np.arange(first, first + out)
+    return TextSplit(corpus.select(train), corpus.select(heldout), config.holdout, "synthetic")
 
 
 def _zipf(
     rng: np.random.Generator, cumulative: NDArray[np.float64], shape: int | tuple[int, ...]
 ) -> Int64Array:
     places = np.searchsorted(cumulative, rng.random(shape) * cumulative[-1])
-    return np.minimum(places, len(cumulative) - 1)
+    return np.asarray(np.minimum(places, len(cumulative) - 1), np.int64)
 
 
 def _articles(path: Path) -> Iterator[tuple[str, list[str]]]:
     """Names and tokens of a file's articles."""
-    name, tokens, begun = path.stem, [], False
+    name, begun = path.stem, False
+    tokens: list[str] = []
     for line in _lines(path):
         title = _TITLE.match(line)
         if title is not None:

@@ -7,14 +7,16 @@ the dense weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from privrec.data.text import UNKNOWN_ID
 from privrec.device.batch import Histories
 from privrec.device.negatives import Functions
 from privrec.device.neurons import Active, Find, Output, spread
@@ -58,10 +60,6 @@ class Language:
         """
         biases = self.biases, self.layout.biases_of(weights)[:, None]
         return ItemMemory(self.vectors, self.layout.memory_of(weights), biases)
-
-    def initial(self, weights: FloatArray, rng: np.random.Generator) -> None:
-        """Fill in the dense weights of a new vector, in place."""
-        self.layout.dense_of(weights)[...] = self.model.initial_dense(rng)
 
 
 @dataclass(frozen=True)
@@ -250,6 +248,34 @@ def _step(values: Tensor, rate: float) -> None:
             values.grad = None
 
 
+class Served(Protocol):
+    """A server that hashes its output columns and hands out neurons by bucket, as a device sees it.
+
+    It takes part in the scheme ``"requested"`` alone, in which it learns what each device asks.
+    """
+
+    def hashed(self, items: ItemMemory, key: int) -> Asking:
+        """Hash all columns for one round, by functions that everybody knows.
+
+        Args:
+            items: the output layer.
+            key: the round's key.
+        """
+        ...
+
+
+class Asking(Protocol):
+    """The server's tables of one round."""
+
+    def codes(self, queries: FloatArray) -> list[NDArray[np.uint16]]:
+        """The device's half: buckets of its hidden states, each once, for every table."""
+        ...
+
+    def neurons(self, buckets: list[NDArray[np.uint16]], wanted: int, named: Items) -> Items:
+        """The server's half: neurons in the asked buckets beside the named ones, ascending."""
+        ...
+
+
 @dataclass
 class Writers:
     """Simulated devices with texts, of one tier: what a simulation asks of its learners.
@@ -257,37 +283,59 @@ class Writers:
     Args:
         trainer: local training.
         histories: texts, in ascending order of their users.
-        states: devices keep nothing between rounds: shape ``(devices, 0)``.
+        served: the server's tables, where devices ask for neurons; None where they select alone.
+        states: devices keep nothing between rounds, so zeros: shape ``(devices, 1)``.
     """
 
     trainer: WordTrainer
     histories: Histories
+    served: Served | None = None
     states: FloatArray = field(init=False)
 
     def __post_init__(self) -> None:
-        self.states = np.zeros((len(self.histories.users), 0), np.float32)
+        self.states = np.zeros((len(self.histories.users), 1), np.float32)
 
     @property
     def users(self) -> Items:
-        """Whose devices they are."""
+        """Whose devices they are, ascending."""
         return self.histories.users
 
     def train(
         self, weights: FloatArray, rows: Items, key: int, functions: Functions | None = None
     ) -> Iterator[tuple[Items, Trained]]:
-        """One round's local training, device by device."""
-        trainer, search = self.trainer, self._search(weights)
+        """See :meth:`privrec.device.cohort.Learners.train`."""
+        if not len(rows):
+            return
+        trainer, finders = self.trainer, self._finders(weights, key, functions)
         for row in rows:
             text, user = self._text(int(row)), int(self.users[row])
-            find = None if search is None else trainer.finder(search, functions, user)
-            update, loss = trainer.train(weights, text, user, key, find)
+            update, loss = trainer.train(weights, text, user, key, finders(user))
             yield row[None], Trained(update, self.states[row[None]], np.array([loss], np.float32))
 
-    def _search(self, weights: FloatArray) -> Search | None:
-        if self.trainer.practice.selector in (None, "uniform"):
-            return None
-        return Search(self.trainer.language.searched(weights).unfolded())
+    def _finders(
+        self, weights: FloatArray, key: int, functions: Functions | None
+    ) -> Callable[[int], Find | None]:
+        """Who selects neurons for each user."""
+        if self.trainer.practice.selector in (None, "uniform") or not self.trainer.output.selected:
+            return lambda user: None
+        items = self.trainer.language.searched(weights)
+        if self.served is not None:
+            find = asked_of(self.served.hashed(items, key))
+            return lambda user: find
+        search = Search(items.unfolded())
+        return lambda user: self.trainer.finder(search, functions, user)
 
     def _text(self, row: int) -> NDArray[np.int32]:
+        """A device's tokens; words that its tier does not hold are unknown to it."""
         histories = self.histories
-        return histories.items[histories.indptr[row] : histories.indptr[row + 1]]
+        tokens = histories.items[histories.indptr[row] : histories.indptr[row + 1]]
+        return np.where(tokens < self.trainer.language.vectors.items, tokens, UNKNOWN_ID)
+
+
+def asked_of(tables: Asking) -> Find:
+    """A device's selection by asking: it names buckets and words, and gets neurons."""
+
+    def find(queries: FloatArray, wanted: int, without: Items) -> Items:
+        return tables.neurons(tables.codes(queries), wanted, without)
+
+    return find

@@ -62,8 +62,10 @@ class NextWord:
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of the dense weights: positions, the layers, and the last normalisation."""
         d, f = self.dim, self.ffn
-        layer = ((d,), (d,), (d, 3 * d), (3 * d,), (d, d), (d,), (d,), (d,))
-        layer += ((d, f), (f,), (f, d), (d,))
+        attention: tuple[tuple[int, ...], ...] = (
+            (d,), (d,), (d, 3 * d), (3 * d,), (d, d), (d,)
+        )  # fmt: skip
+        layer = (*attention, (d,), (d,), (d, f), (f,), (f, d), (d,))
         return ((self.context, d), *(layer * self.layers), (d,), (d,))
 
     @property
