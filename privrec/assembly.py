@@ -177,18 +177,23 @@ def assign(n_users: int, federation: Federation, seed: int) -> NDArray[np.int64]
     return rng_for(seed, "tiers").permutation(labels.clip(max=most))
 
 
-def check_tiers(scenario: Scenario, train: Interactions | Corpus) -> None:
+def check_tiers(scenario: Scenario, n_users: int, n_items: int) -> None:
     """Refuse tiers that do not nest in a catalogue, or that no user would be of.
+
+    Args:
+        scenario: what is to be run.
+        n_users: number of users.
+        n_items: size of the catalogue, or of the vocabulary.
 
     Raises:
         UsageError: when there is such a tier.
     """
-    federation = federation_of(scenario, train.n_items)
-    assigned = assign(train.n_users, federation, scenario.run.seed)
+    federation = federation_of(scenario, n_items)
+    assigned = assign(n_users, federation, scenario.run.seed)
     for tier in federation.tiers:
         if tier.index not in assigned:
             raise UsageError(
-                f"devices.tiers: the share {tier.share:g} of {train.n_users} users is nobody; "
+                f"devices.tiers: the share {tier.share:g} of {n_users} users is nobody; "
                 "raise the share, or leave the tier out"
             )
 
@@ -341,6 +346,6 @@ def initial_weights(federation: Federation, init_std: float, seed: int) -> NDArr
     return weights
 
 
-def data_digest(train: Interactions) -> str:
+def data_digest(train: Interactions | Corpus) -> str:
     """Digest of the histories, to tell that a resumed run has the data it began with."""
     return (digest(train.indptr) + digest(train.items)).hex() + f"-{train.n_items}"

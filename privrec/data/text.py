@@ -72,6 +72,11 @@ class Corpus:
         """Tokens of each device, int64 [devices]."""
         return np.diff(self.indptr)
 
+    @property
+    def items(self) -> NDArray[np.int32]:
+        """The tokens, by the name that histories have for them."""
+        return self.tokens
+
     def item_counts(self) -> Int64Array:
         """How often each word occurs, int64 [n_items]."""
         return np.bincount(self.tokens, minlength=self.n_items).astype(np.int64)

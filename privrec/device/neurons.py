@@ -22,7 +22,7 @@ Items = NDArray[np.int64]
 Find = Callable[[FloatArray, int, Items], Items]
 """Neurons near to hidden states: queries, how many, which not; ascending, maybe fewer."""
 
-QUERIES = 32
+QUERIES = 16
 """Hidden states that a device searches with: some of its positions, evenly spread."""
 
 

@@ -59,10 +59,14 @@ class ColumnServer:
     tables: int = TABLES
     sight: Sight = field(default_factory=Sight)
 
+    def shape(self, neurons: int) -> Shape:
+        """Bits of a code: buckets hold a few dozen neurons."""
+        bits = round(np.log2(max(2.0, neurons / _LOAD)))
+        return Shape(min(_MOST_BITS, max(1, bits)))
+
     def hashed(self, items: ItemMemory, key: int) -> Columns:
         """See :meth:`privrec.device.words.Served.hashed`."""
-        bits = round(np.log2(max(2.0, items.items / _LOAD)))
-        shape = Shape(min(_MOST_BITS, max(1, bits)))
+        shape = self.shape(items.items)
         stream = SecretRoot.known(_PUBLIC).stream("columns", key)
         drawn = [
             Signs(projection("simhash", items.dim, shape, stream), shape)
