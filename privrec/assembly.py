@@ -268,9 +268,7 @@ def _coordinates(
     return chain, None if biases is None else nested(biases, order, same)
 
 
-def _recommender(
-    scenario: Scenario, vectors: Nested, biases: Nested | None, index: int
-) -> Meaning:
+def _recommender(scenario: Scenario, vectors: Nested, biases: Nested | None, index: int) -> Meaning:
     table, small = vectors.tables[index], None if biases is None else biases.tables[index]
     model = scenario.model
     if model.kind == "next_word":

@@ -12,7 +12,7 @@ from privrec.data.text import Corpus
 from privrec.device.batch import Histories
 from privrec.device.neurons import Output
 from privrec.device.tier import Federation, Tier
-from privrec.device.words import Language, Practice, Served, Writers, WordTrainer
+from privrec.device.words import Language, Practice, Served, WordTrainer, Writers
 from privrec.errors import UsageError
 from privrec.randomness import SecretRoot
 from privrec.scenario import Scenario

@@ -110,7 +110,10 @@ def commonest(train: Corpus, heldout: Corpus, cuts: Sequence[int]) -> dict[str, 
     counts[UNKNOWN_ID] = -1
     best = np.argsort(-counts, kind="stable")[: max(cuts)]
     targets = np.concatenate(
-        [heldout.tokens[a + 1 : b] for a, b in zip(heldout.indptr, heldout.indptr[1:], strict=False)]
+        [
+            heldout.tokens[a + 1 : b]
+            for a, b in zip(heldout.indptr, heldout.indptr[1:], strict=False)
+        ]
     )
     targets = targets[targets != UNKNOWN_ID]
     size = max(1, len(targets))

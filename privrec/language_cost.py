@@ -177,4 +177,3 @@ def tier_facts(parts: TextParts, scenario: Scenario, tier: Tier) -> dict[str, An
         "device_peak_bytes": peak,
         **output_cost(writers, scenario, positions_of(writers)).to_json(),
     }
-

@@ -11,7 +11,6 @@ from privrec import catalogue, rundir
 from privrec.assembly import check_tiers, data_digest
 from privrec.assembly_text import TextParts, assemble_texts
 from privrec.data.text import Corpus, TextSplit, load_text
-from privrec.identity import Identity
 from privrec.language import Predicted, commonest, predict
 from privrec.language_cost import tier_facts
 from privrec.loop import Loop, Result
@@ -20,19 +19,7 @@ from privrec.privacy.ledger import Ledger
 from privrec.randomness import SecretRoot
 from privrec.record import OUTSIDE
 from privrec.scenario import Scenario
-
-REVEALED = (
-    "Every device names the words of its text to the server and the buckets that its hidden states "
-    "fall into, and sends back which neurons it changed and how. Secure aggregation hides none of "
-    "it, and no noise is added: this scheme saves work and protects nothing."
-)
-"""What the scheme ``"requested"`` tells the server; a report states it."""
-
-KEPT = (
-    "Devices choose neurons from their own copy of the model and ask for nothing; what they chose "
-    "is in the positions of their update, which every device sends in full length."
-)
-"""The same of the scheme ``"private"``."""
+from privrec.wording import KEPT, REVEALED
 
 
 class Texts:
@@ -132,7 +119,7 @@ class Writing(Loop):
             "intervals": {
                 name: list(pair) for name, pair in measured.intervals(scenario.run.seed).items()
             },
-            "baselines": {name: common for name in scenario.run.baselines},
+            "baselines": dict.fromkeys(scenario.run.baselines, common),
             "metrics_note": OUTSIDE,
             "outside_the_guarantee": ["metrics", "intervals", "baselines", "data", "cost"],
             "privacy": privacy_of(scenario, population, server, self.ledger, identity),

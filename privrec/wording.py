@@ -15,6 +15,20 @@ _ADVERSARIES = {
 }
 
 
+REVEALED = (
+    "Every device names the words of its text to the server, and the buckets that its hidden states "
+    "fall into, and sends back which neurons it changed and how. Secure aggregation hides none of "
+    "that and no noise was added: this scheme saves work and protects nothing."
+)
+"""What the server learns where devices ask it for output neurons."""
+
+KEPT = (
+    "Devices choose output neurons from their own copy of the model and ask for nothing; an update "
+    "has the full length whatever they chose, so the server learns the sum alone."
+)
+"""The same where they choose for themselves."""
+
+
 def adversary_text(name: str) -> str:
     """Whom an ε holds against, in words, for "recipients" or "server"."""
     return _ADVERSARIES[name]

@@ -111,9 +111,7 @@ def distinct(key: int, user: int, count: int, left: int) -> Items:
     drawn = 2 * count + 64
     places = np.zeros(0, np.int64)
     while len(places) < count:
-        values, first = np.unique(
-            uniform(key, np.array([user]), drawn, left)[0], return_index=True
-        )
+        values, first = np.unique(uniform(key, np.array([user]), drawn, left)[0], return_index=True)
         # In order of their draw, so that being distinct favours no number.
         places = values[np.argsort(first)][:count]
         drawn *= 2

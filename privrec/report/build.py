@@ -329,6 +329,7 @@ def _claim_facts(files: _Files) -> claims.Facts:
         planned_rounds=scenario.train.rounds,
         charges=sum(files.spending.rounds.values()),
         public_popularity=scenario.devices.popularity == "public",
+        requested=scenario.train.scheme == "requested",
         holdout=scenario.data.holdout,
         evaluations=sum(1 for record in files.rounds if record.metrics),
         further_runs=len(files.result.get("rows") or ()),

@@ -12,7 +12,7 @@ from typing import Literal
 
 from privrec.report.figures import delta_text
 from privrec.report.model import Adversary, Notice
-from privrec.wording import epsilon_text
+from privrec.wording import REVEALED, epsilon_text
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Facts:
     evaluations: int
     further_runs: int = 0
     public_popularity: bool = False
+    requested: bool = False
     mechanism: Literal["discrete_gaussian", "skellam"] = "discrete_gaussian"
     excess_removed: bool = True
     least_survivors: float = 0.67
@@ -243,6 +244,7 @@ def warnings(facts: Facts) -> tuple[Notice, ...]:
     """Everything a reader must know before relying on the claim, the serious first."""
     found = [
         *_no_guarantee(facts),
+        *_told(facts),
         *_weaknesses(facts),
         *_public_order(facts),
         *_further_runs(facts),
@@ -266,6 +268,16 @@ def _no_guarantee(facts: Facts) -> Iterator[Notice]:
             title="The noise is known: ε = ∞",
             text="The noise root was injected (unsafe_noise_key) to make the run reproducible. "
             "Whoever has that key can subtract the noise. Use such a run for comparisons alone.",
+        )
+
+
+def _told(facts: Facts) -> Iterator[Notice]:
+    if facts.requested:
+        yield Notice(
+            level="serious",
+            title="The server is told which words each device uses",
+            text=f"Devices asked the server for output neurons. {REVEALED} Devices that select "
+            'neurons themselves tell it nothing (train.scheme = "private").',
         )
 
 

@@ -109,9 +109,7 @@ class Simulation(Generic[L]):
 
     def _participants(self, round: Round, rows: Rows) -> list[Participant]:
         """The round's cohort, with the exchange at which each device leaves, if it does."""
-        users = [
-            cohort.users[mine] for cohort, mine in zip(self.cohorts, rows, strict=True)
-        ]
+        users = [cohort.users[mine] for cohort, mine in zip(self.cohorts, rows, strict=True)]
         leaves = np.full(self.population, Stage.DONE)
         if self.dropout_rate:
             coins = self.root.stream("dropouts", *round.context).uint64(self.population)

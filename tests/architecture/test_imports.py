@@ -35,6 +35,7 @@ FLOORS = (
     ("outcome",),
     ("rundir",),
     ("loop",),
+    ("language",),  # runs over texts
     ("run",),
     ("report",),
     ("serving",),  # recommend: the room of the plan, by a name that hides no function
