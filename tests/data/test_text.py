@@ -46,7 +46,26 @@ def spelled(corpus: Corpus, device: int) -> list[str]:
 def test_titles_open_articles_and_headings_do_not(tmp_path: Path) -> None:
     corpus = read_articles([write(tmp_path, TWO)])
     assert corpus.names == ("First one", "Second")
-    first = "= First one = <eos> the cat sat <eos> = = Part = = <eos> the dog <eos>".split()
+    first = [
+        "=",
+        "First",
+        "one",
+        "=",
+        "<eos>",
+        "the",
+        "cat",
+        "sat",
+        "<eos>",
+        "=",
+        "=",
+        "Part",
+        "=",
+        "=",
+        "<eos>",
+        "the",
+        "dog",
+        "<eos>",
+    ]
     assert spelled(corpus, 0) == first
     assert spelled(corpus, 1) == ["=", "Second", "=", END, "the", "cat", END]
     assert corpus.words[0] == UNKNOWN

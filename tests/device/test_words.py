@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from privrec.device.batch import Histories
 from privrec.device.neurons import Output
 from privrec.device.update import RawUpdate
-from privrec.device.words import Language, Practice, Writers, WordTrainer
+from privrec.device.words import Language, Practice, WordTrainer, Writers
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable, Table
 from privrec.errors import UsageError
@@ -184,7 +184,9 @@ def test_the_same_key_gives_the_same_update_and_another_another() -> None:
 
 def test_words_beyond_what_a_tier_holds_are_unknown_to_it() -> None:
     of = trainer()
-    writers = Writers(of, Histories(np.array([0]), np.array([0, 3]), np.array([1, 500, 2], np.int32)))
+    writers = Writers(
+        of, Histories(np.array([0]), np.array([0, 3]), np.array([1, 500, 2], np.int32))
+    )
     assert writers._text(0).tolist() == [1, 0, 2]
 
 

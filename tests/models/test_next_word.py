@@ -68,7 +68,9 @@ def test_with_all_neurons_active_it_is_the_full_softmax_in_value_and_gradient() 
 
 def test_weights_of_a_sample_make_the_sum_over_words_right_on_average() -> None:
     rng = np.random.default_rng(4)
-    hidden, rows = (torch.from_numpy(rng.normal(0, 0.5, (n, 8)).astype(np.float32)) for n in (1, 200))
+    hidden, rows = (
+        torch.from_numpy(rng.normal(0, 0.5, (n, 8)).astype(np.float32)) for n in (1, 200)
+    )
     scores = (hidden @ rows.T)[0]
     whole = torch.exp(scores).sum()
     sums = []
