@@ -137,8 +137,13 @@ def agreement_of(
     scenario: Scenario, federation: Federation, population: int
 ) -> tuple[RoundEvent, Protection]:
     """What server and devices agree on: the event of each round, and how updates are protected."""
-    holders = np.cumsum(_members(population, federation))[::-1].tolist()
-    return agree(scenario, band_sizes(federation.layouts), holders)
+    return agree(scenario, band_sizes(federation.layouts), holders_of(population, federation))
+
+
+def holders_of(population: int, federation: Federation) -> list[int]:
+    """Training devices that hold each band, the weakest tier's band first; public numbers alone."""
+    held: list[int] = np.cumsum(_members(population, federation))[::-1].tolist()
+    return held
 
 
 def _members(population: int, federation: Federation) -> list[int]:

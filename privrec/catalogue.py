@@ -111,16 +111,16 @@ def numbered_words(
         order = np.argsort(-split.train.item_counts(), kind="stable")
     order = np.concatenate(([UNKNOWN_ID], order[order != UNKNOWN_ID]))
     _write(folder / FILE, order)
-    return split.renumbered(order, scenario.data.vocabulary)
+    return split.renumbered(order)
 
 
-def restored_words(folder: Path, split: TextSplit, size: int | None) -> TextSplit:
+def restored_words(folder: Path, split: TextSplit) -> TextSplit:
     """Texts whose words are numbered as in the run in ``folder``.
 
     Raises:
         IntegrityError: when the order kept there is gone, altered or not one of these words.
     """
-    return split.renumbered(_kept(folder / FILE, split.train.n_items), size)
+    return split.renumbered(_kept(folder / FILE, split.train.n_items))
 
 
 def _released(

@@ -7,7 +7,6 @@ error. Exit codes are those of :mod:`privrec.errors`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +16,11 @@ import click
 from click.core import ParameterSource
 
 from privrec import __version__
-from privrec.cli_base import Commands, example
+from privrec.cli_base import Commands, check_run, example, print_json
+from privrec.cli_base import json_option as _json
+from privrec.cli_base import run_dir as _run_dir
 from privrec.cli_flower import flower
+from privrec.cli_review import population, report, write_report
 from privrec.errors import BudgetError, PrivrecError, UsageError
 
 if TYPE_CHECKING:
@@ -46,8 +48,6 @@ def _options(*decorators: Callable[[Command], Command]) -> Callable[[Command], C
 
 
 _scenario = click.argument("scenario_file", metavar="SCENARIO", type=_PATH)
-_run_dir = click.argument("directory", metavar="DIR", type=_PATH)
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 _set = click.option(
     "-s",
     "--set",
@@ -70,6 +70,11 @@ _out = click.option(
     type=_PATH,
     metavar="DIR",
     help="Folder of the run; must be new or empty. [default: runs/NAME-1, runs/NAME-2, …]",
+)
+_population = click.option(
+    "--population",
+    metavar="NAME",
+    help="Tie the run to this population's lifetime budget: see `privrec population`.",
 )
 _track = _options(
     click.option(
@@ -107,10 +112,10 @@ def demo(out: Path | None, as_json: bool) -> None:
     from privrec.serving import recommend as recommendations
 
     found = recommendations(result.path, user=DEMO_USER, history=None, k=10, data_dir=None)
-    pages = _write_report(result.path)
+    pages = write_report(result.path)
     if as_json:
         rows = [entry.to_json() for entry in found]
-        _print_json({**result.payload, "recommendations": rows, "report": str(pages.html)})
+        print_json({**result.payload, "recommendations": rows, "report": str(pages.html)})
         return
     from privrec.cli_tables import print_recommendations, print_result
 
@@ -130,6 +135,7 @@ def demo(out: Path | None, as_json: bool) -> None:
 @_set
 @_data
 @_out
+@_population
 @_track
 @_json
 def run(
@@ -137,6 +143,7 @@ def run(
     settings: tuple[str, ...],
     data_dir: Path | None,
     out: Path | None,
+    population: str | None,
     tensorboard: Path | None,
     mlflow: str | None,
     as_json: bool,
@@ -146,7 +153,7 @@ def run(
     from privrec.scenario import load
 
     scenario = load(scenario_file, settings)
-    result = _start(scenario, out, data_dir, _sinks(tensorboard, mlflow))
+    result = _start(scenario, out, data_dir, _sinks(tensorboard, mlflow), population)
     _finish(result, as_json)
 
 
@@ -166,7 +173,7 @@ def resume(
     as_json: bool,
 ) -> None:
     """Go on with the interrupted run in DIR from its last checkpoint."""
-    _check_run(directory)
+    check_run(directory)
     _check_data(data_dir)
     from privrec.cli_rows import with_rows
     from privrec.run import resume as go_on
@@ -194,28 +201,14 @@ def plan(scenario_file: Path, settings: tuple[str, ...], as_json: bool) -> None:
 
     payload = planned(load(scenario_file, settings))
     if as_json:
-        _print_json(payload)
+        print_json(payload)
         return
     from privrec.cli_tables import print_plan
 
     print_plan(payload)
 
 
-@main.command(
-    short_help="Write the report of a finished run again.",
-    epilog=example("privrec report runs/quickstart-1"),
-)
-@_run_dir
-@_json
-def report(directory: Path, as_json: bool) -> None:
-    """Write report.html, report.md and report.json of the finished run in DIR."""
-    _check_run(directory)
-    pages = _write_report(directory)
-    if as_json:
-        click.echo(pages.json.read_text("utf-8").rstrip("\n"))
-        return
-    for page in (pages.html, pages.markdown, pages.json):
-        click.echo(page)
+main.add_command(report)
 
 
 @main.command(
@@ -231,7 +224,7 @@ def report(directory: Path, as_json: bool) -> None:
 def compare(directories: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
     """Put finished runs side by side."""
     for directory in directories:
-        _check_run(directory)
+        check_run(directory)
     from privrec.report.compare import compare as side_by_side
     from privrec.report.compare import write
 
@@ -239,7 +232,7 @@ def compare(directories: tuple[Path, ...], out: Path | None, as_json: bool) -> N
     if out is not None:
         write(comparison, out)
     if as_json:
-        _print_json({"rows": comparison.rows(), "cautions": comparison.cautions})
+        print_json({"rows": comparison.rows(), "cautions": comparison.cautions})
         return
     from privrec.cli_tables import print_comparison
 
@@ -286,7 +279,7 @@ def recommend(
     if (user is None) == (history is None):
         given = "neither was given" if user is None else "both were given"
         raise UsageError(f"--user or --history: exactly one is needed, and {given}; choose one")
-    _check_run(directory)
+    check_run(directory)
     _check_data(data_dir)
     from privrec.cli_history import read_history
     from privrec.serving import recommend as recommendations
@@ -297,7 +290,7 @@ def recommend(
         directory, user=user, history=liked, k=k, data_dir=data_dir, selector=selector
     )
     if as_json:
-        _print_json([entry.to_json() for entry in found])
+        print_json([entry.to_json() for entry in found])
         return
     from privrec.cli_tables import print_recommendations
 
@@ -305,6 +298,7 @@ def recommend(
     print_recommendations(found, f"Recommendations for {whom}")
 
 
+main.add_command(population)
 main.add_command(flower)
 
 
@@ -328,7 +322,7 @@ def list_data(data_dir: Path | None, as_json: bool) -> None:
         for name, archive in ARCHIVES.items()
     ]
     if as_json:
-        _print_json(rows)
+        print_json(rows)
         return
     from privrec.cli_tables import print_table
 
@@ -372,7 +366,7 @@ def describe(name: str, settings: tuple[str, ...], data_dir: Path | None, as_jso
         else data_sets.describe(data_sets.load(scenario.data, data_dir=data_dir))
     )
     if as_json:
-        _print_json(facts)
+        print_json(facts)
         return
     from privrec.cli_tables import print_table
 
@@ -393,7 +387,7 @@ def doctor(data_dir: Path | None, as_json: bool) -> None:
 
     findings = examine(data_dir)
     if as_json:
-        _print_json([finding.to_json() for finding in findings])
+        print_json([finding.to_json() for finding in findings])
     else:
         from privrec.cli_tables import print_findings
 
@@ -407,14 +401,20 @@ def doctor(data_dir: Path | None, as_json: bool) -> None:
 
 
 def _start(
-    scenario: Scenario, out: Path | None, data_dir: Path | None, sinks: Iterable[Observer]
+    scenario: Scenario,
+    out: Path | None,
+    data_dir: Path | None,
+    sinks: Iterable[Observer],
+    population: str | None = None,
 ) -> Result:
     path = _new_directory(scenario.name) if out is None else _checked_out(out)
     from privrec.cli_rows import with_rows
     from privrec.run import start
 
     with _reported_if_exhausted(path), _observed(sinks) as observer:
-        result = start(scenario, out=path, data_dir=data_dir, observer=observer)
+        result = start(
+            scenario, out=path, data_dir=data_dir, observer=observer, population=population
+        )
         return with_rows(result, scenario, data_dir=data_dir, observer=observer)
 
 
@@ -425,7 +425,7 @@ def _reported_if_exhausted(directory: Path) -> Iterator[None]:
         yield
     except BudgetError:
         if (directory / "result.json").is_file():
-            _write_report(directory)
+            write_report(directory)
         raise
 
 
@@ -471,21 +471,6 @@ def _checked_out(path: Path) -> Path:
     return path
 
 
-def _check_run(directory: Path) -> None:
-    """Refuse what is no run directory.
-
-    Raises:
-        UsageError: If it does not exist or holds no run.
-    """
-    if (directory / "run.json").is_file():
-        return
-    found = "it has no run.json" if directory.is_dir() else "there is no such folder"
-    raise UsageError(
-        f"{directory}: {found}; a run directory is what `privrec run` or `privrec demo` left; name "
-        "one of those"
-    )
-
-
 def _sinks(tensorboard: Path | None, mlflow: str | None) -> list[Observer]:
     from privrec.tracking import MLflowSink, TensorBoardSink
 
@@ -505,21 +490,14 @@ def _observed(sinks: Iterable[Observer]) -> Observers:
 
 
 def _finish(result: Result, as_json: bool) -> None:
-    pages = _write_report(result.path)
+    pages = write_report(result.path)
     if as_json:
-        _print_json(result.payload)
+        print_json(result.payload)
         return
     from privrec.cli_tables import print_result
 
     print_result(result.payload)
     _say_where(result.path, pages)
-
-
-def _write_report(directory: Path) -> Written:
-    from privrec.report.build import build
-    from privrec.report.render import write
-
-    return write(build(directory), directory)
 
 
 def _say_where(directory: Path, pages: Written) -> None:
@@ -534,7 +512,3 @@ def _scenario_for_data(name: str, settings: Sequence[str]) -> Scenario:
         return load(name, settings)
     text = 'name = "data"\n[privacy]\nnoise = "none"\n'
     return Scenario.from_toml(text, [f"data.source={name}", *settings], source=f"data {name}")
-
-
-def _print_json(payload: object) -> None:
-    click.echo(json.dumps(payload, indent=2, ensure_ascii=False, default=str))

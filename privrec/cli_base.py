@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import click
@@ -57,3 +59,27 @@ def example(*lines: str) -> str:
     """The end of a command's help: how it is called."""
     heading = "Example:" if len(lines) == 1 else "Examples:"
     return "\b\n" + "\n".join([heading, *(f"  {line}" for line in lines)])
+
+
+run_dir = click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+
+
+def check_run(directory: Path) -> None:
+    """Refuse what is no run directory.
+
+    Raises:
+        UsageError: If it does not exist or holds no run.
+    """
+    if (directory / "run.json").is_file():
+        return
+    found = "it has no run.json" if directory.is_dir() else "there is no such folder"
+    raise UsageError(
+        f"{directory}: {found}; a run directory is what `privrec run` or `privrec demo` left; name "
+        "one of those"
+    )
+
+
+def print_json(payload: object) -> None:
+    """Print plain values as JSON, for programs."""
+    click.echo(json.dumps(payload, indent=2, ensure_ascii=False, default=str))

@@ -13,6 +13,7 @@ from scipy import stats
 
 from privrec import run
 from privrec.identity import remembered_data_dir
+from privrec.lifetime import population_of
 from privrec.loop import Result
 from privrec.record import Observer
 from privrec.scenario import Row, Scenario
@@ -43,12 +44,13 @@ def with_rows(
     if not scenario.rows or "rows" in result.payload:
         return result
     place = data_dir or remembered_data_dir(result.path)
+    population = population_of(result.path)  # its rows are further runs over the same users
     rows = []
     for index, (row, (name, variant)) in enumerate(
         zip(scenario.rows, scenario.variants(), strict=True)
     ):
         payloads = [
-            _finished(each, result.path / "rows" / folder, place, observer).payload
+            _finished(each, result.path / "rows" / folder, place, observer, population).payload
             for folder, each in _repeated(variant, str(index), name)
         ]
         rows.append(_facts(row, payloads))
@@ -73,10 +75,12 @@ def _repeated(variant: Scenario, folder: str, name: str) -> list[tuple[str, Scen
     ]
 
 
-def _finished(variant: Scenario, out: Path, data_dir: Path | None, observer: Observer) -> Result:
+def _finished(
+    variant: Scenario, out: Path, data_dir: Path | None, observer: Observer, population: str | None
+) -> Result:
     if (out / "run.json").is_file():
         return run.resume(out, data_dir=data_dir, observer=observer)
-    return run.start(variant, out=out, data_dir=data_dir, observer=observer)
+    return run.start(variant, out=out, data_dir=data_dir, observer=observer, population=population)
 
 
 def _facts(row: Row, payloads: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

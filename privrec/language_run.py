@@ -33,8 +33,7 @@ class Texts:
     def load(self, scenario: Scenario, data_dir: Path | None) -> TextSplit:
         """The texts, words in the order of the data."""
         split = load_text(scenario.data, data_dir=data_dir)
-        words = min(split.train.n_items, scenario.data.vocabulary or split.train.n_items)
-        check_tiers(scenario, split.train.n_users, words)
+        check_tiers(scenario, split.train.n_users, split.n_items)
         return split
 
     def describe(self, split: TextSplit) -> dict[str, Any]:
@@ -50,7 +49,7 @@ class Texts:
 
     def restored(self, scenario: Scenario, folder: Path, split: TextSplit) -> TextSplit:
         """See :func:`privrec.catalogue.restored_words`."""
-        return catalogue.restored_words(folder, split, scenario.data.vocabulary)
+        return catalogue.restored_words(folder, split)
 
     def assemble(
         self, scenario: Scenario, train: Corpus, run_id: str, devices: SecretRoot
@@ -127,7 +126,7 @@ class Writing(Loop):
             "cost": self._cost(tiers[0]),
             "tiers": tiers,
             "model": model_facts(server, scenario),
-            "data": identity["data"] | {"vocabulary": self.split.train.n_items},
+            "data": identity["data"],
         }
 
     def _reveals(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,11 +20,12 @@ from typing import Any
 import torch
 
 from privrec.checkpoint import Position
-from privrec.device.round import Round
+from privrec.device.round import Round, digest
 from privrec.device.update import Aggregate
 from privrec.errors import BudgetError, Interrupted, ReleaseRefused
 from privrec.identity import Identity
 from privrec.privacy.ledger import Ledger
+from privrec.privacy.population import Tie
 from privrec.randomness import SecretRoot
 from privrec.record import EventLog, Observer, Record, RunInfo
 from privrec.scenario import Scenario
@@ -69,11 +71,13 @@ class Loop(ABC):
     ledger: Ledger
     events: EventLog
     root: SecretRoot = field(init=False)
+    tie: Tie | None = field(init=False)
     cpu_s: float = 0.0
     began: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
         self.root = self.identity.root("server")
+        self.tie = Tie.of(self.ledger.header)
 
     @property
     def wall_s(self) -> float:
@@ -139,8 +143,11 @@ class Loop(ABC):
                     )
                 if server.index % self.checkpoint_every == 0:
                     self.save()
+        self.ledger.end(digest(server.released))
         self.save()
         result = self.finish()
+        if self.tie:
+            self.tie.settle(self.ledger.counts)
         self.observer.finished(result)
         if refused:
             raise refused
@@ -205,6 +212,8 @@ class Loop(ABC):
                     f"{adversary_text(privacy.budget_against)}: the budget is {privacy.epsilon}. "
                     f"Stopped after {server.index} rounds; the model so far is in {self.out}"
                 )
+        if not paid and self.tie:
+            self.tie.cover(Counter(self.ledger.counts) + Counter([event]))
         self.ledger.charge(server.index, attempt, event)
 
     def _epsilon(self, adversary: Any) -> float | None:

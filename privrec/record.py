@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final, Protocol, Self
@@ -102,12 +103,17 @@ class Record:
     @classmethod
     def from_json(cls, event: Mapping[str, Any]) -> Self:
         """The record that `to_json` wrote; keys of later versions are ignored."""
-        names = {field.name for field in fields(cls)} - OPERATOR_ONLY
+        names = _read_names()
         return cls(**{key: value for key, value in event.items() if key in names})
 
     def spent(self, against: str) -> float | None:
         """ε spent so far against one adversary, "recipients" or "server"; None is infinite."""
         return self.epsilon_server if against == "server" else self.epsilon
+
+
+@cache
+def _read_names() -> frozenset[str]:
+    return frozenset(field.name for field in fields(Record)) - OPERATOR_ONLY
 
 
 def _finite(value: Any) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from privrec import catalogue, checkpoint, data, metrics, rundir
+from privrec import catalogue, checkpoint, data, lifetime, metrics, rundir
 from privrec.assembly import Parts, assemble, check_tiers, data_digest
 from privrec.checkpoint import Position
 from privrec.data import Interactions, Split
@@ -29,6 +29,7 @@ def start(
     data_dir: Path | None = None,
     observer: Observer,
     unsafe_noise_key: bytes | None = None,
+    population: str | None = None,
 ) -> Result:
     """Run a scenario from its beginning.
 
@@ -42,15 +43,19 @@ def start(
         observer: is told of the start, every round and the end.
         unsafe_noise_key: a noise root that others know, for runs that must repeat bit for bit. The
             run then protects nobody and says so.
+        population: name of the population ledger that the run is tied to; see
+            :mod:`privrec.privacy.population`.
 
     Raises:
         UsageError: when ``out`` is taken or the scenario cannot be run on this data.
         DataError: when the data is malformed.
-        BudgetError: when the budget ran out before the planned rounds; the run is finished as far
-            as it came.
+        BudgetError: when the lifetime budget of the population does not allow the run, which then
+            touches no data; or when the run's own budget ran out before the planned rounds, and it
+            is finished as far as it came.
         Interrupted: on Ctrl-C, after a checkpoint.
     """
     rundir.refuse_taken(out)
+    lifetime.check(population, scenario, known=unsafe_noise_key is not None)
     kind = _kind_of(scenario)
     split = kind.load(scenario, data_dir)
     rundir.check_population(scenario, split.train.n_users)
@@ -58,7 +63,8 @@ def start(
     with identity.forgotten_unless(out), rundir.appearing(out) as folder:
         rundir.write_json(folder / "run.json", identity.to_json())
         checkpoint.replace(folder / "scenario.toml", scenario.to_toml().encode())
-        with rundir.new_ledger(folder, scenario, identity, split.train.n_users) as ledger:
+        users, standing = split.train.n_users, lifetime.reserve(population, scenario, identity)
+        with rundir.new_ledger(folder, scenario, identity, users, standing) as ledger:
             server, devices = identity.root("server"), identity.root("devices")
             split = kind.numbered(scenario, split, ledger, folder, server, devices)
             parts = kind.assemble(scenario, split.train, identity.run_id, devices)

@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 
 from privrec import checkpoint
 from privrec.checkpoint import Position
+from privrec.declaration import declared
 from privrec.errors import IntegrityError, UsageError
 from privrec.identity import Identity
 from privrec.privacy.ledger import Ledger
+from privrec.privacy.population import Standing
 from privrec.scenario import Scenario
 from privrec.server.server import Server
 
@@ -126,8 +128,20 @@ def check_ledger(out: Path, ledger: Ledger, identity: Identity, position: Positi
             )
 
 
-def new_ledger(folder: Path, scenario: Scenario, identity: Identity, population: int) -> Ledger:
-    """The ledger of a new run, with a header that binds it to the run's identity and scenario."""
+def new_ledger(
+    folder: Path, scenario: Scenario, identity: Identity, population: int,
+    standing: Standing | None = None,
+) -> Ledger:  # fmt: skip
+    """The ledger of a new run, with a header that binds it to the run's identity and scenario.
+
+    Args:
+        folder: the run's directory.
+        scenario: what is run.
+        identity: name and secrets of the run.
+        population: enrolled devices, public.
+        standing: of the population that the run is tied to; by default the runs that this machine
+            made before on the same data are counted.
+    """
     header = {
         "run_id": identity.run_id,
         "scenario_hash": scenario.hash(),
@@ -136,6 +150,13 @@ def new_ledger(folder: Path, scenario: Scenario, identity: Identity, population:
         "population": population,
         "noise_known": identity.known_key is not None,
         "noise_root": identity.root_tag(),
+        **declared(
+            scenario,
+            items=identity.data["items"],
+            users=population,
+            simulated=identity.simulated,
+            standing=standing or Standing(runs=identity.earlier_runs()),
+        ),
     }
     return Ledger.create(
         folder / "ledger.jsonl", header=header, signing_key=identity.signing_key(new=True)

@@ -16,9 +16,9 @@ _ADVERSARIES = {
 
 
 REVEALED = (
-    "Every device names the words of its text to the server, and the buckets that its hidden states "
-    "fall into, and sends back which neurons it changed and how. Secure aggregation hides none of "
-    "that and no noise was added: this scheme saves work and protects nothing."
+    "Every device names the words of its text to the server, and the buckets that its hidden "
+    "states fall into, and sends back which neurons it changed and how. Secure aggregation hides "
+    "none of that and no noise was added: this scheme saves work and protects nothing."
 )
 """What the server learns where devices ask it for output neurons."""
 

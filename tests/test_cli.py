@@ -131,7 +131,7 @@ def test_every_command_and_option_is_documented(path: tuple[str, ...]) -> None:
 @EVERY_COMMAND
 def test_what_lists_something_can_do_so_for_programs(path: tuple[str, ...]) -> None:
     names = {name for parameter in COMMANDS[path].params for name in parameter.opts}
-    assert "--json" in names or path == ("data", "fetch")
+    assert "--json" in names or path in {("data", "fetch"), ("report", "schema")}
 
 
 def test_commands_stand_in_the_order_of_first_use() -> None:
@@ -319,7 +319,7 @@ def test_a_run_without_a_limit_on_epsilon_is_reported() -> None:
     words = ("-s", "privacy.noise_multiplier=1.5", "-s", "privacy.epsilon=", "--out", "run")
     result = done("run", "tiny.toml", *words)
     assert "without a limit on ε" in result.stderr
-    assert "none set" in Path("run/report.html").read_text(encoding="utf-8")
+    assert "None set for this run" in Path("run/report.html").read_text(encoding="utf-8")
 
 
 def test_no_table_promises_anything_against_the_trusted_server(
@@ -437,7 +437,7 @@ def test_resuming_a_finished_run_shows_its_result(finished: tuple[Path, Result])
 def test_report_names_its_files_and_prints_json(finished: tuple[Path, Result]) -> None:
     directory, _ = finished
     names = [Path(line).name for line in done("report", directory).stdout.splitlines()]
-    assert names == ["report.html", "report.md", "report.json"]
+    assert names == ["report.html", "report.md", "report.json", "report.registry.yaml"]
     payload = json.loads(done("report", directory, "--json").stdout)
     assert payload == json.loads((directory / "report.json").read_text())
 

@@ -67,6 +67,7 @@ footprint = false
 """
 NOISE = ("privacy.noise=central", "privacy.clip_norm=0.5", "privacy.noise_multiplier=1.0")
 ASKED = ("train.scheme=requested", "train.selector=simhash")
+COMPRESSED = ("model.compression=4", "devices.nesting=fold")
 SPREAD = ("privacy.noise=distributed", "privacy.clip_norm=0.5", "privacy.noise_multiplier=2.0",
           "devices.min_cohort=2", "privacy.colluding_share=0", "devices.sampling=everybody",
           "devices.sampling_rate=1.0")  # fmt: skip
@@ -96,7 +97,7 @@ def test_a_run_leaves_what_runs_leave_and_learns(tmp_path: Path) -> None:
     common = payload["baselines"]["popularity"]
     assert payload["metrics"]["accuracy@1"] > common["accuracy@1"] + 0.03
     assert payload["metrics"]["accuracy@1"] < payload["metrics"]["accuracy@3"] < 1
-    assert payload["data"]["vocabulary"] == WORDS
+    assert payload["data"]["items"] == WORDS
     low, high = payload["intervals"]["accuracy@1"]
     assert low <= payload["metrics"]["accuracy@1"] <= high
     pages = write(build(tmp_path / "a"), tmp_path / "a")
@@ -188,7 +189,7 @@ def test_a_released_vocabulary_is_charged_before_the_first_round(tmp_path: Path)
     assert first["round"] == PREPARATION
     assert payload["privacy"]["epsilon_popularity"] == pytest.approx(1.0, rel=0.01)
     assert payload["privacy"]["epsilon"] > alone
-    assert payload["data"]["vocabulary"] == 50
+    assert payload["data"]["items"] == 50
     assert build(tmp_path / "a").privacy.charges == ROUNDS + 1
     again = started(tmp_path / "c", *changes)["metrics"]
     assert again != payload["metrics"]  # other noise, another vocabulary
@@ -203,7 +204,7 @@ def test_a_released_count_of_private_texts_needs_a_public_list_of_words(tmp_path
     words = tmp_path / "words.txt"
     words.write_text("the\nriver\nmountain\nharbour\nof\nin\n", "utf-8")
     payload = started(tmp_path / "a", *NOISE, *released, f"data.words={words}", "train.budget=1.0")
-    assert payload["data"]["vocabulary"] == 8
+    assert payload["data"]["items"] == 8
 
 
 @pytest.mark.parametrize(

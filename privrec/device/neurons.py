@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.device.batch import uniform
 from privrec.errors import UsageError
-from privrec.lsh.select import mix
+from privrec.lsh.active import active_set
+from privrec.randomness import SecretRoot
 
 FloatArray = NDArray[np.float32]
 Items = NDArray[np.int64]
@@ -24,6 +24,8 @@ Find = Callable[[FloatArray, int, Items], Items]
 
 QUERIES = 16
 """Hidden states that a device searches with: some of its positions, evenly spread."""
+
+_BY_CHANCE = b"neurons by chance are the round's, and no secret"
 
 
 @dataclass(frozen=True)
@@ -68,22 +70,17 @@ class Output:
             key: the round's key, for the draw by chance.
             user: whose draw it is.
         """
-        if self.budget >= self.words:
-            return Active(np.arange(self.words), np.zeros(self.words, np.float32))
-        room = self.budget - len(own)
+        room = max(0, self.budget - len(own))
         common = self._common(own, round(self.frequent * room))
-        sure = np.union1d(own, common)
+        wanted = min(round(self.selected * room), room - len(common))
         chosen = np.zeros(0, np.int64)
-        wanted = min(round(self.selected * room), self.budget - len(sure))
         if find is not None and wanted and np.isfinite(queries).all():
-            chosen = find(queries, wanted, sure)
-        left = self.words - len(sure) - len(chosen)
-        places = distinct(key, user, self.budget - len(sure) - len(chosen), left)
-        found, logs = mix(chosen, sure, places, self.words)
-        items = np.concatenate((sure, found))
-        weights = np.concatenate((np.zeros(len(sure), np.float32), logs))
+            chosen = find(queries, wanted, np.union1d(own, common))
+        stream = SecretRoot.known(_BY_CHANCE).stream("neurons", key, user)
+        found = active_set(own, np.concatenate((common, chosen)), self.budget, self.words, stream)
+        items, logs = found.neurons.numpy(), found.log_weights.numpy()
         order = np.argsort(items)
-        return Active(items[order], weights[order])
+        return Active(items[order], logs[order])
 
     def _common(self, own: Items, count: int) -> Items:
         """The ``count`` most common words that are not the device's own anyway."""
@@ -101,21 +98,6 @@ class Active:
     def places(self, words: NDArray[np.integer]) -> Items:
         """Where words lie among the neurons, of the shape of ``words``; all of them are active."""
         return np.searchsorted(self.items, words)
-
-
-def distinct(key: int, user: int, count: int, left: int) -> Items:
-    """``count`` different numbers below ``left``, keyed: the same key and user give the same."""
-    if 2 * count > left:
-        words = uniform(key, np.array([user]), left, 1 << 32)[0]
-        return np.sort(np.argsort(words, kind="stable")[:count])
-    drawn = 2 * count + 64
-    places = np.zeros(0, np.int64)
-    while len(places) < count:
-        values, first = np.unique(uniform(key, np.array([user]), drawn, left)[0], return_index=True)
-        # In order of their draw, so that being distinct favours no number.
-        places = values[np.argsort(first)][:count]
-        drawn *= 2
-    return np.sort(places)
 
 
 def spread(count: int, most: int = QUERIES) -> Items:

@@ -103,6 +103,14 @@ class Buckets:
         ends = np.cumsum(np.bincount(codes, minlength=1 << hashed.shape.bits))
         return cls(order, ends, hashed)
 
+    def codes_of(self, items: Items) -> NDArray[np.uint16]:
+        """The codes under which some items are listed."""
+        where = np.empty(len(self.order), np.uint16)
+        where[self.order] = np.repeat(
+            np.arange(len(self.ends), dtype=np.uint16), np.diff(self.ends, prepend=0)
+        )
+        return where[items]
+
     def lists(self, queries: FloatArray) -> list[Items]:
         """The items in each query's bucket, ascending.
 

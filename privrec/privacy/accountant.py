@@ -160,6 +160,15 @@ class _Losses:
     moments: NDArray[np.float64]  # log E[exp(order * place)] at each of _ORDERS
 
 
+@dataclass(frozen=True)
+class _Sum:
+    """A composed loss: ``mass[i]`` at grid point ``lowest + i``, and what it ``lost`` of all."""
+
+    mass: NDArray[np.float64]
+    lowest: int
+    lost: float
+
+
 def _strength(rounds: Sequence[Rounds]) -> float:
     return math.sqrt(sum(part.count / part.noise_multiplier**2 for part in rounds))
 
@@ -178,12 +187,20 @@ def _merged(rounds: Sequence[Rounds]) -> list[Rounds]:
 
 
 def _pld_on_grid(rounds: Sequence[Rounds], delta: float, step: float) -> float:
+    return max(
+        _invert(sums.mass, sums.lowest, step, delta - sums.lost)
+        for sums in _composed(tuple(rounds), step)
+    )
+
+
+@lru_cache(maxsize=6)
+def _composed(rounds: Composition, step: float) -> tuple[_Sum, _Sum]:
+    """The loss of a composition in both directions; kept, since a curve asks at many δ."""
     merged = _merged(rounds)
     counts = [part.count for part in merged]
     both = [_one_round(part.noise_multiplier, part.sampling_rate, step) for part in merged]
-    removed = _epsilon([losses[0] for losses in both], counts, step, delta)
-    added = _epsilon([losses[1] for losses in both], counts, step, delta)
-    return max(removed, added)
+    removed = _sum([losses[0] for losses in both], counts)
+    return removed, _sum([losses[1] for losses in both], counts)
 
 
 @lru_cache(maxsize=64)
@@ -217,13 +234,13 @@ def _log_sum(logs: NDArray[np.float64]) -> float:
     return top + math.log(float(np.exp(logs - top).sum()))
 
 
-def _epsilon(parts: Sequence[_Losses], counts: Sequence[int], step: float, delta: float) -> float:
-    """ε of ``counts[i]`` rounds of each ``parts[i]``, all on the same grid, from above."""
+def _sum(parts: Sequence[_Losses], counts: Sequence[int]) -> _Sum:
+    """The loss of ``counts[i]`` rounds of each ``parts[i]``, all on the same grid, from above."""
     lowest, highest = _window(parts, counts)
     mass, lowest = _convolve(parts, counts, lowest, highest)
     finite = sum(n * math.log1p(-part.at_infinity) for part, n in zip(parts, counts, strict=True))
     margin = _ROUNDING * (len(mass) + sum(counts))
-    return _invert(mass, lowest, step, delta - _TAIL - margin + math.expm1(finite))
+    return _Sum(mass, lowest, _TAIL + margin - math.expm1(finite))
 
 
 def _window(parts: Sequence[_Losses], counts: Sequence[int]) -> tuple[int, int]:

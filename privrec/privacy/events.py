@@ -210,6 +210,26 @@ def epsilon(
     return _round_up(slack.outer(found, delta))
 
 
+def divergence(
+    events: Mapping[RoundEvent, int] | Iterable[RoundEvent], order: int, adversary: Adversary
+) -> float:
+    """Rényi divergence of a collection of rounds, from above; of shares, that of their Gaussian.
+
+    Args:
+        events: how often each event happened, or the events one by one.
+        order: a whole number of at least 2.
+        adversary: as for :func:`epsilon`.
+
+    Returns:
+        Infinity where there is no bound: without noise, or at an order too high for Skellam noise.
+    """
+    check_adversary(adversary)
+    counts = _counts(events)
+    if not all(event.is_private for event in counts):
+        return math.inf
+    return sum(part.count * renyi.sampled(part, order) for part in _parts(counts, adversary))
+
+
 def check_delta(delta: float) -> None:
     """Refuse a δ that no accountant here can answer for.
 

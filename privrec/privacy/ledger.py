@@ -63,6 +63,7 @@ class Ledger:
         self._book = book
         self._file = file
         self._keys = key
+        self._signed = 0
 
     @classmethod
     def create(
@@ -132,8 +133,9 @@ class Ledger:
             book, end = read(path, content)
             trusted = signing_key.public_key() if signing_key else public_key
             keys = _Keys(trusted or _named_key(path, book.header), signing_key)
-            _check_head(path, head, book, keys)
+            signed = _check_head(path, head, book, keys)
             ledger = cls(path, book, file, keys)
+            ledger._signed = signed
             ledger._mend(content, end)
         except BaseException:
             _close(file)
@@ -161,6 +163,11 @@ class Ledger:
         return len(self._book.hashes)
 
     @property
+    def signed(self) -> int:
+        """Number of entries that the signed head covered when the ledger was opened or sealed."""
+        return self._signed
+
+    @property
     def last_hash(self) -> str:
         """Hash of the last entry, on which a checkpoint can be bound; see :meth:`has`."""
         return self._book.hashes[-1]
@@ -186,6 +193,11 @@ class Ledger:
             ReleaseRefused: when the charge could not be written: nothing may be released.
         """
         known = self._book.charges.get((round, attempt))
+        if known is None and self._book.end is not None:
+            raise ReleaseRefused(
+                f"{self.path}: the run has ended, and nothing more is charged to it; start a new "
+                "run"
+            )
         if known is not None:
             if known.event != event:
                 raise IntegrityError(
@@ -232,6 +244,33 @@ class Ledger:
     def committed(self, round: int, attempt: int) -> bytes | None:
         """The tag of what the attempt releases, or None when nothing was committed."""
         return self._book.commits.get((round, attempt))
+
+    def end(self, model: bytes) -> None:
+        """Say that the run is over and what it leaves, on disk before this returns.
+
+        From here on nothing is charged. An older copy of the ledger, with the head that was signed
+        then, lacks this entry: so it shows that it is not the whole.
+
+        Args:
+            model: digest of the model that is released last.
+
+        Raises:
+            ReleaseRefused: when the run ended with another model, or the entry could not be
+                written.
+        """
+        if self._book.end == model:
+            return
+        if self._book.end is not None:
+            raise ReleaseRefused(
+                f"{self.path}: the run ended with another model; restore the directory as the run "
+                "left it"
+            )
+        self._append({"kind": "end", "model": model.hex()})
+
+    @property
+    def ended(self) -> bytes | None:
+        """Digest of the model that the run ended with, or None for one that goes on."""
+        return self._book.end
 
     def attempts(self, round: int) -> int:
         """How many attempts at a round were charged."""
@@ -281,6 +320,7 @@ class Ledger:
         signature = self._keys.private.sign(_SIGNED + canonical(head))
         sealed = {**head, "public_key": self._keys.text, "signature": signature.hex()}
         _replace(head_path(self.path), canonical(sealed) + b"\n")
+        self._signed = self.entries
 
     def close(self) -> None:
         """Let go of the file; the ledger can still be read, but nothing charged any more."""
@@ -382,7 +422,7 @@ def _head(path: Path) -> Mapping[str, Any]:
     return head
 
 
-def _check_head(path: Path, head: Mapping[str, Any], book: Book, keys: _Keys) -> None:
+def _check_head(path: Path, head: Mapping[str, Any], book: Book, keys: _Keys) -> int:
     if book.header.get("public_key") != keys.text:
         raise IntegrityError(
             f"{path}: it belongs to the key {book.header.get('public_key')}, not to {keys.text}; "
@@ -396,6 +436,7 @@ def _check_head(path: Path, head: Mapping[str, Any], book: Book, keys: _Keys) ->
         )
     if entries < 1 or book.hashes[entries - 1] != last_hash:
         raise IntegrityError(f"{path}: line {entries} is not the one that was signed; {REMEDY}")
+    return entries
 
 
 def _verified(path: Path, head: Mapping[str, Any], key: Ed25519PublicKey) -> tuple[int, str]:

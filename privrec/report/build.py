@@ -9,45 +9,33 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import ValidationError
 
 from privrec.catalogue import release_event
+from privrec.declaration import Declaration
+from privrec.declaration import read as declared_in
 from privrec.errors import DataError, IntegrityError, ScenarioError, UsageError
-from privrec.privacy.events import RoundEvent, epsilon
+from privrec.privacy.events import epsilon
 from privrec.record import OUTSIDE, Record, read_rounds
-from privrec.report import claims
-from privrec.report.model import (
-    Accuracy,
-    Charged,
-    Cost,
-    Curve,
-    Facts,
-    Metric,
-    Point,
-    Privacy,
-    Report,
-    flat,
-)
+from privrec.report.accounts import WHICH
+from privrec.report.derive import derive, thinned
+from privrec.report.model import Accuracy, Cost, Curve, Facts, Metric, Point, Report, flat
+from privrec.report.parts import AuditPart, Segment, TierCost
 from privrec.report.spending import Spending, kept_key, read_spending
 from privrec.scenario import Scenario, load
 from privrec.wording import headline_metric, metric_name
 
-T = TypeVar("T")
-
 CURVE_POINTS = 200
 """Most points of a curve that a report keeps; the first and the last are always kept."""
 
-EPSILON_POINTS = 40
-"""Rounds, spread evenly, at which ε is computed anew for the curve; early ones come on top."""
-
-_EARLY = (1, 2, 4, 8, 16)
+AUDIT = "audit.json"
+"""Where an audit of the run's scenario lies in its directory."""
 
 TOLERANCE = 1e-3
 """Relative difference between a recorded and a recomputed ε that is put down to rounding."""
@@ -63,6 +51,7 @@ class _Files:
     scenario: Scenario
     rounds: Sequence[Record]
     spending: Spending
+    declaration: Declaration
 
     @property
     def privacy(self) -> Mapping[str, Any]:
@@ -96,7 +85,7 @@ def build(directory: Path, *, public_key: Ed25519PublicKey | None = None) -> Rep
     _check_charges(files)
     _check_claims(files)
     try:
-        return _report(files)
+        return derive(files.spending, files.declaration, _word(files))
     except ValidationError as error:
         raise DataError(f"{directory / 'result.json'}: {_first_problem(error)}") from None
 
@@ -119,14 +108,11 @@ def _read(directory: Path, public_key: Ed25519PublicKey | None) -> _Files:
     result = _json(
         directory, "result.json", f"the run is not finished; go on with: privrec resume {directory}"
     )
-    return _Files(
-        directory,
-        run,
-        result,
-        _scenario(directory / "scenario.toml"),
-        read_rounds(directory / "events.jsonl"),
-        read_spending(directory, public_key or kept_key(run_id)),
-    )
+    scenario = _scenario(directory / "scenario.toml")
+    rounds = read_rounds(directory / "events.jsonl")
+    spending = read_spending(directory, public_key or kept_key(run_id))
+    declaration = declared_in(spending.header, str(directory / "ledger.jsonl"))
+    return _Files(directory, run, result, scenario, rounds, spending, declaration)
 
 
 def _json(directory: Path, name: str, absent: str) -> Mapping[str, Any]:
@@ -163,10 +149,11 @@ def _section(files: _Files, name: str) -> Mapping[str, Any]:
 
 
 def _check_same_run(files: _Files) -> None:
-    scenario, bound = files.scenario, ("run_id", "scenario_hash", "privacy_hash", "noise_known")
+    scenario = files.scenario
+    bound = ("run_id", "scenario_hash", "privacy_hash", "noise_known", "simulated")
     said: Mapping[str, Mapping[str, Any]] = {
         "run.json": {key: files.run.get(key) for key in bound},
-        "result.json": {"run_id": files.result.get("run_id")},
+        "result.json": {key: files.result.get(key) for key in ("run_id", "simulated")},
         "scenario.toml": {
             "scenario_hash": scenario.hash(),
             "privacy_hash": scenario.privacy_hash(),
@@ -221,6 +208,8 @@ def _stated(files: _Files) -> dict[str, Any]:
     header, privacy, devices = files.spending.header, files.scenario.privacy, files.scenario.devices
     noise = {event.noise_multiplier for event in files.spending.rounds}
     return {
+        "unit": header.get("unit"),
+        "adjacency": header.get("adjacency"),
         "charges": len(files.spending.charges),
         "noise_known": files.noise_known,
         "delta": header.get("delta"),
@@ -239,17 +228,8 @@ def _stated(files: _Files) -> dict[str, Any]:
 def _recomputed(files: _Files, key: str, delta: Any) -> float | None:
     if files.noise_known or delta is None or files.scenario.privacy.noise == "none":
         return None
-    adversary, accountant = _WHICH[key]
-    value = epsilon(files.spending.counts, float(delta), adversary, accountant)
+    value = epsilon(files.spending.counts, float(delta), *WHICH[key])
     return value if math.isfinite(value) else None
-
-
-_WHICH: Mapping[str, tuple[Any, Any]] = {
-    "epsilon": ("recipients", "pld"),
-    "epsilon_server": ("server", "pld"),
-    "epsilon_rdp": ("recipients", "rdp"),
-    "epsilon_server_rdp": ("server", "rdp"),
-}
 
 
 def _agree(recorded: Any, computed: float | None) -> bool:
@@ -280,107 +260,47 @@ def _is_number(value: Any) -> bool:
 # --------------------------------------------------------------------------- assembling
 
 
-def _report(files: _Files) -> Report:
-    facts = _claim_facts(files)
+def _word(files: _Files) -> dict[str, Any]:
+    """The fields that no ledger tells."""
     result = files.result
-    return Report(
-        simulated=facts.simulated,
-        scenario=facts.scenario,
-        title=str(result.get("title") or ""),
-        description=files.scenario.description.strip(),
-        run_id=str(files.run["run_id"]),
-        version=str(result.get("version") or files.run.get("version") or ""),
-        scenario_hash=files.scenario.hash(),
-        privacy_hash=files.scenario.privacy_hash(),
-        rounds=facts.rounds,
-        claim=claims.claim(facts),
-        privacy=_privacy(files, facts),
-        accuracy=_accuracy(files, facts),
-        cost=_cost(files),
-        data=flat(result.get("data") or files.run.get("data") or {}),
-        model=flat(result.get("model") or {}),
-        rows=tuple(_row(row) for row in result.get("rows") or ()),
-        curves=tuple(_curves(files, facts)),
-        warnings=claims.warnings(facts),
-    )
+    return {
+        "accuracy": _accuracy(files),
+        "segments": tuple(Segment(**each) for each in result.get("segments") or ()),
+        "cost": _cost(files),
+        "tiers": tuple(_tier(tier) for tier in result.get("tiers") or ()),
+        "data": flat(result.get("data") or files.run.get("data") or {}),
+        "model": flat(result.get("model") or {}),
+        "rows": tuple(_row(row) for row in result.get("rows") or ()),
+        "audit": _audit(files),
+        "curves": tuple(_curves(files)),
+    }
 
 
-def _claim_facts(files: _Files) -> claims.Facts:
-    header, scenario = files.spending.header, files.scenario
-    delta, privacy, devices = header.get("delta"), scenario.privacy, scenario.devices
-    spent = {key: _recomputed(files, key, delta) for key in _WHICH}
-    return claims.Facts(
-        scenario=scenario.name,
-        simulated=bool(files.result.get("simulated", True)),
-        noise=privacy.noise,
-        mechanism=privacy.mechanism,
-        excess_removed=privacy.remove_excess,
-        least_survivors=privacy.least_survivors,
-        colluding_share=privacy.colluding_share,
-        masked=scenario.run.secure_sum == "full",
-        noise_known=files.noise_known,
-        delta=delta if privacy.noise != "none" else None,
-        sampling="everybody" if devices.sampling_rate == 1 else "poisson",
-        sampling_rate=devices.sampling_rate,
-        population=header.get("population"),
-        budget=privacy.epsilon,
-        budget_against=privacy.budget_against,
-        rounds=len({charge.round for charge in files.spending.charges if charge.round >= 0}),
-        planned_rounds=scenario.train.rounds,
-        charges=sum(files.spending.rounds.values()),
-        public_popularity=scenario.devices.popularity == "public",
-        requested=scenario.train.scheme == "requested",
-        holdout=scenario.data.holdout,
-        evaluations=sum(1 for record in files.rounds if record.metrics),
-        further_runs=len(files.result.get("rows") or ()),
-        **spent,
-    )
-
-
-def _privacy(files: _Files, facts: claims.Facts) -> Privacy:
-    privacy = files.privacy
-    return Privacy(
-        private=facts.private,
-        unit=privacy.get("unit", "user"),
-        adjacency=privacy.get("adjacency", "zero-out"),
-        delta=facts.delta,
-        adversaries=claims.adversaries(facts),
-        trust=claims.trust(facts),
-        noise=facts.noise,
-        mechanism=claims.mechanism(facts),
-        noise_multiplier=_least_noise(files.spending),
-        clip_norm=privacy.get("clip_norm") or None,
-        rounding_bound_ratio=privacy.get("rounding_bound_ratio") or None,
-        sampling=facts.sampling,
-        sampling_rate=facts.sampling_rate,
-        population=facts.population,
-        expected_cohort=facts.population * facts.sampling_rate if facts.population else None,
-        budget=facts.budget,
-        budget_against=facts.budget_against,
-        noise_known=facts.noise_known,
-        charges=len(files.spending.charges),
-        events=tuple(_charged(files.spending)),
-        ledger_head=files.spending.head,
-        ledger_key=files.spending.key,
-        ledger_signature=files.spending.signature,
-    )
-
-
-def _least_noise(spending: Spending) -> float | None:
-    return min((event.noise_multiplier for event in spending.rounds), default=0) or None
-
-
-def _charged(spending: Spending) -> Iterator[Charged]:
-    for event, count in spending.counts.items():
-        yield Charged(
-            **event.to_json(),
-            count=count,
-            accounted_multiplier=event.gaussian_multiplier,
-            hidden_rate=event.rate_against("recipients"),
+def _audit(files: _Files) -> AuditPart | None:
+    """What an audit of this scenario by this version left in the directory, if there was one."""
+    if not (files.directory / AUDIT).exists():
+        return None
+    found = AuditPart.model_validate(_json(files.directory, AUDIT, ""))
+    declared = files.declaration
+    if (found.version, found.scenario_hash) != (declared.version, declared.scenario.hash()):
+        raise IntegrityError(
+            f"{files.directory / AUDIT}: it is of another scenario or version of privrec; audit "
+            f"again: privrec audit {files.directory}"
         )
+    return found
 
 
-def _accuracy(files: _Files, facts: claims.Facts) -> Accuracy:
+def _tier(tier: Mapping[str, Any]) -> TierCost:
+    sizes = ("upload_bytes", "download_bytes", "device_peak_bytes")
+    return TierCost(
+        capacity=tier["capacity"],
+        share=tier["share"],
+        **{name: tier.get(name) for name in sizes},
+        metrics={key: value for key, value in tier.items() if "@" in key},
+    )
+
+
+def _accuracy(files: _Files) -> Accuracy:
     result = files.result
     intervals, baselines = result.get("intervals") or {}, result.get("baselines") or {}
     metrics = [
@@ -395,7 +315,7 @@ def _accuracy(files: _Files, facts: claims.Facts) -> Accuracy:
         )
         for key, value in sorted(_section(files, "metrics").items(), key=_metric_order)
     ]
-    return Accuracy(holdout=facts.holdout, metrics=tuple(metrics))
+    return Accuracy(holdout=files.scenario.data.holdout, metrics=tuple(metrics))
 
 
 def _metric_order(item: tuple[str, Any]) -> tuple[bool, int, int, str]:
@@ -428,49 +348,16 @@ def _row(row: Mapping[str, Any]) -> Facts:
     return flat({key: value for key, value in row.items() if key not in left_out | twice})
 
 
-def _curves(files: _Files, facts: claims.Facts) -> Iterator[Curve]:
+def _curves(files: _Files) -> Iterator[Curve]:
     losses = [(record.round, record.loss) for record in files.rounds]
-    yield from _curve("loss", "Training loss", losses, OUTSIDE)
+    yield from _curve("loss", "Training loss", losses)
     key = headline_metric(files.result.get("metrics") or {}) or "hr@10"
     metrics = [(record.round, (record.metrics or {}).get(key)) for record in files.rounds]
-    yield from _curve(key, metric_name(key), metrics, OUTSIDE)
-    if facts.private and facts.delta is not None:
-        yield from _epsilon_curves(files.spending, facts.delta)
+    yield from _curve(key, metric_name(key), metrics)
 
 
-def _curve(
-    key: str, name: str, values: Sequence[tuple[int, float | None]], note: str
-) -> Iterator[Curve]:
+def _curve(key: str, name: str, values: Sequence[tuple[int, float | None]]) -> Iterator[Curve]:
     points = [Point(round=number, value=value) for number, value in values if value is not None]
     if points:
-        yield Curve(key=key, name=name, note=note, points=tuple(thinned(points, CURVE_POINTS)))
-
-
-def _epsilon_curves(spending: Spending, delta: float) -> Iterator[Curve]:
-    for key, name in (("epsilon", "ε, recipients"), ("epsilon_server", "ε, cohorts known")):
-        adversary, accountant = _WHICH[key]
-        values = [
-            (number, epsilon(counts, delta, adversary, accountant))
-            for number, counts in _milestones(spending)
-        ]
-        yield from _curve(key, name, values, "")
-
-
-def _milestones(spending: Spending) -> Iterator[tuple[int, Counter[RoundEvent]]]:
-    """Charges counted up to some rounds, the last among them; ε bends most in the first ones."""
-    last_of_round = {charge.round: place for place, charge in enumerate(spending.charges)}
-    ends = sorted(last_of_round.values())
-    places = {*thinned(ends, EPSILON_POINTS), *(ends[i] for i in _EARLY if i < len(ends))}
-    counts: Counter[RoundEvent] = Counter()
-    for place, charge in enumerate(spending.charges):
-        counts[charge.event] += 1
-        if place in places:
-            yield charge.round + 1, counts.copy()
-
-
-def thinned(values: Sequence[T], most: int) -> list[T]:
-    """At most ``most`` (>= 2) of the values, evenly spread, the first and the last among them."""
-    if len(values) <= most:
-        return list(values)
-    step = (len(values) - 1) / (most - 1)
-    return [values[round(place * step)] for place in range(most)]
+        kept = thinned(points, CURVE_POINTS)
+        yield Curve(key=key, name=name, note=OUTSIDE, points=tuple(kept))

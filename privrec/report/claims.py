@@ -39,13 +39,17 @@ class Facts:
     holdout: Literal["test", "validation"]
     evaluations: int
     further_runs: int = 0
+    runs_before: int = 0
     public_popularity: bool = False
     requested: bool = False
+    texts: bool = False
+    popularity_released: bool = False
     mechanism: Literal["discrete_gaussian", "skellam"] = "discrete_gaussian"
     excess_removed: bool = True
     least_survivors: float = 0.67
     colluding_share: float = 0.05
     masked: bool = False
+    missing: tuple[str, ...] = ()
 
     @property
     def hides_cohorts(self) -> bool:
@@ -55,8 +59,9 @@ class Facts:
 
     @property
     def private(self) -> bool:
-        """Whether a finite ε holds against anybody."""
-        return self.noise != "none" and not self.noise_known and self.epsilon is not None
+        """Whether a finite ε holds against anybody, and the report is whole."""
+        finite = self.noise != "none" and not self.noise_known and self.epsilon is not None
+        return finite and not self.missing
 
 
 def claim(facts: Facts) -> str:
@@ -64,6 +69,11 @@ def claim(facts: Facts) -> str:
     opening = _subject(facts)
     if facts.noise == "none":
         return f"{opening} has no privacy guarantee: no noise was added to what it released."
+    if facts.missing and not facts.noise_known:
+        return (
+            f"{opening} makes no privacy claim: its files do not tell the parts of the report that "
+            f"a claim needs ({', '.join(facts.missing)})."
+        )
     if not facts.private:
         return f"{opening} has no privacy guarantee: its noise can be known (ε = ∞)."
     return f"{opening} is {_guarantee(facts)} {_server_sentence(facts)}"
@@ -229,17 +239,6 @@ def _shares(facts: Facts) -> str:
     )
 
 
-def sampling(kind: str, rate: float, expected_cohort: float | None) -> str:
-    """How a round's cohort is drawn, in words."""
-    if kind == "everybody":
-        return "Everybody takes part in every round (no amplification)."
-    expected = f", {expected_cohort:,.0f} users expected" if expected_cohort else ""
-    return (
-        f"Poisson: each user takes part in a round by an independent coin of chance "
-        f"{rate:g}{expected}."
-    )
-
-
 def warnings(facts: Facts) -> tuple[Notice, ...]:
     """Everything a reader must know before relying on the claim, the serious first."""
     found = [
@@ -248,6 +247,7 @@ def warnings(facts: Facts) -> tuple[Notice, ...]:
         *_weaknesses(facts),
         *_public_order(facts),
         *_further_runs(facts),
+        *_earlier_runs(facts),
         *_stopped(facts),
         *_selection(facts),
     ]
@@ -258,6 +258,7 @@ def _no_guarantee(facts: Facts) -> Iterator[Notice]:
     if facts.noise == "none":
         yield Notice(
             level="serious",
+            grade="critical",
             title="No privacy guarantee",
             text="No noise was added. The released model can reveal single users’ histories; "
             "do not release it outside the circle that may see the histories themselves.",
@@ -265,6 +266,7 @@ def _no_guarantee(facts: Facts) -> Iterator[Notice]:
     if facts.noise_known:
         yield Notice(
             level="serious",
+            grade="critical",
             title="The noise is known: ε = ∞",
             text="The noise root was injected (unsafe_noise_key) to make the run reproducible. "
             "Whoever has that key can subtract the noise. Use such a run for comparisons alone.",
@@ -275,6 +277,7 @@ def _told(facts: Facts) -> Iterator[Notice]:
     if facts.requested:
         yield Notice(
             level="serious",
+            grade="critical",
             title="The server is told which words each device uses",
             text=f"Devices asked the server for output neurons. {REVEALED} Devices that select "
             'neurons themselves tell it nothing (train.scheme = "private").',
@@ -287,6 +290,7 @@ def _weaknesses(facts: Facts) -> Iterator[Notice]:
     if facts.population and facts.delta >= 1 / facts.population:
         yield Notice(
             level="serious",
+            grade="critical",
             title="δ is too large for this population",
             text=f"δ = {delta_text(facts.delta)} is not below 1/{facts.population:,}, one over the "
             "number of users: a mechanism that publishes one whole user would satisfy it. "
@@ -295,6 +299,7 @@ def _weaknesses(facts: Facts) -> Iterator[Notice]:
     if facts.epsilon > 10:
         yield Notice(
             level="serious",
+            grade="critical",
             title="ε is large",
             text=f"At ε = {epsilon_text(facts.epsilon)} the worst-case promise is weak: it lets "
             "the odds of a guess about one user grow by a factor of e to the ε. Rely on it only "
@@ -304,6 +309,7 @@ def _weaknesses(facts: Facts) -> Iterator[Notice]:
     if facts.charges > facts.rounds:
         yield Notice(
             level="caution",
+            grade="negligible",
             title="Some rounds were charged more than once",
             text=f"The ledger holds {facts.charges:,} charges for {facts.rounds:,} rounds: the "
             "run was interrupted after a charge and tried again. All charges are counted in ε.",
@@ -314,6 +320,7 @@ def _public_order(facts: Facts) -> Iterator[Notice]:
     if facts.private and facts.public_popularity:
         yield Notice(
             level="serious",
+            grade="critical",
             title="The order of the catalogue is outside the guarantee",
             text="Which items are popular was counted in the users’ own data without noise, and "
             "the operator declares it public (devices.popularity). ε covers the training alone; "
@@ -327,6 +334,7 @@ def _amplification(facts: Facts) -> Iterator[Notice]:
         return
     yield Notice(
         level="caution",
+        grade="critical",
         title="The claim rests on secret cohorts",
         text=f"If it becomes known who took part in which round, ε = {epsilon_text(hidden)} no "
         f"longer holds, and ε = {epsilon_text(known)} does. Keep cohorts, their sizes and "
@@ -338,6 +346,7 @@ def _further_runs(facts: Facts) -> Iterator[Notice]:
     if facts.private and facts.further_runs:
         yield Notice(
             level="caution",
+            grade="critical",
             title="Further runs used the same users",
             text=f"The settings compared took {facts.further_runs:,} further runs over the same "
             "users, each with a ledger and an ε of its own. Over several runs ε and δ add up: to "
@@ -345,10 +354,23 @@ def _further_runs(facts: Facts) -> Iterator[Notice]:
         )
 
 
+def _earlier_runs(facts: Facts) -> Iterator[Notice]:
+    if facts.private and facts.runs_before:
+        yield Notice(
+            level="caution",
+            grade="critical",
+            title="Earlier runs on this data are not in ε",
+            text=f"The run store has {facts.runs_before:,} earlier runs on this data. If settings "
+            "were chosen by them, or their models given away, ε of all of them adds up; tie runs "
+            "to one budget with --population.",
+        )
+
+
 def _stopped(facts: Facts) -> Iterator[Notice]:
     if facts.rounds < facts.planned_rounds:
         yield Notice(
             level="caution",
+            grade="negligible",
             title="The run stopped before its last round",
             text=f"{facts.rounds:,} of {facts.planned_rounds:,} planned rounds were finished; the "
             "next one would have spent more than the budget.",
@@ -359,6 +381,7 @@ def _selection(facts: Facts) -> Iterator[Notice]:
     if facts.holdout == "test" and facts.evaluations > 1:
         yield Notice(
             level="caution",
+            grade="critical",
             title="The test split was looked at during training",
             text=f"Metrics on the test split were computed {facts.evaluations:,} times. Quote the "
             "last ones only, and choose settings on a validation split (data.holdout = "
@@ -367,6 +390,7 @@ def _selection(facts: Facts) -> Iterator[Notice]:
     if facts.holdout == "validation":
         yield Notice(
             level="caution",
+            grade="theoretical",
             title="Metrics are of a validation split",
             text="They serve for choosing settings. A setting chosen for its metric here looks "
             "better than it is; quote figures of the test split.",

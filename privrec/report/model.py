@@ -9,14 +9,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from privrec.record import OPERATOR_ONLY, OUTSIDE
+from privrec.report.parts import (
+    STARRED,
+    Accounting,
+    AuditPart,
+    Definition,
+    Deployment,
+    Grade,
+    Mechanism,
+    OperatorsWord,
+    Outputs,
+    OutsideTheLedger,
+    Part,
+    Reading,
+    Sampling,
+    Scope,
+    Segment,
+    TierCost,
+    TrustModel,
+)
 from privrec.report.spending import Signature
 
-SCHEMA: Final = "privrec-report-1"
+SCHEMA: Final = "privrec-report-2"
 """Name and version of the schema; it changes when a field changes its meaning."""
 
 Scalar = str | int | float | bool | None
@@ -32,12 +51,6 @@ def _without_cohorts(values: dict[str, Scalar]) -> dict[str, Scalar]:
 
 Facts = Annotated[dict[str, Scalar], AfterValidator(_without_cohorts)]
 """Flat facts by name, none of which is a realised cohort size."""
-
-
-class Part(BaseModel):
-    """Base of everything in a report: frozen, finite, nothing unknown."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Adversary(Part):
@@ -172,14 +185,21 @@ class Notice(Part):
     """Something a reader must know before relying on the claim."""
 
     level: Literal["serious", "caution"]
+    grade: Grade = Field(description="Critical: ε is wrong or beside the point in ordinary use.")
     title: str
     text: str
+
+
+WORD: Final = (
+    "accuracy", "cost", "data", "model", "rows", "segments", "tiers", "audit",
+)  # fmt: skip
+"""Fields that no ledger tells; so do the curves that carry the stamp of private data."""
 
 
 class Report(Part):
     """One run, as a reviewer reads it."""
 
-    report_schema: Literal["privrec-report-1"] = Field(default=SCHEMA)
+    report_schema: Literal["privrec-report-2"] = Field(default=SCHEMA)
     simulated: bool = Field(description="Whether the devices were simulated on one machine.")
     scenario: str
     title: str
@@ -190,18 +210,47 @@ class Report(Part):
     privacy_hash: str
     rounds: int = Field(ge=0, description="Rounds that were finished.")
     claim: str = Field(description="The guarantee, in one sentence or two.")
+    missing: tuple[str, ...] = Field(description="Starred parts that the run has no facts for.")
     privacy: Privacy
+    scope: Scope | None
+    trust_model: TrustModel | None
+    definition: Definition | None
+    outputs: Outputs | None
+    mechanism: Mechanism | None
+    sampling: Sampling | None
+    accounting: Accounting | None
+    outside_the_ledger: OutsideTheLedger | None
+    deployment: Deployment
+    reading: Reading
+    audit: AuditPart | None
     accuracy: Accuracy
+    segments: tuple[Segment, ...] = Field(description="Accuracy by kind of user.")
     cost: Cost
+    tiers: tuple[TierCost, ...] = Field(description="Costs and accuracy by capacity.")
     data: Facts
     model: Facts
     outside_the_guarantee: tuple[str, ...] = Field(
-        default=("accuracy", "cost", "data", "rows"),
+        default=("accuracy", "segments", "cost", "tiers", "data", "rows"),
         description="Fields computed from private data without noise; curves carry notes.",
     )
     rows: tuple[Facts, ...] = Field(description="Settings compared by the scenario, if any.")
     curves: tuple[Curve, ...]
     warnings: tuple[Notice, ...]
+    operators_word: tuple[OperatorsWord, ...] = Field(
+        description="What no verifier can see from the files."
+    )
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        """No run is private whose report lacks a starred part."""
+        lacking = [name for name in STARRED if getattr(self, name) is None]
+        if list(self.missing) != lacking:
+            raise ValueError(
+                f"missing is {list(self.missing)}, and the parts lacking are {lacking}"
+            )
+        if self.privacy.private and lacking:
+            raise ValueError(f"a run is called private, and its report lacks {', '.join(lacking)}")
+        return self
 
     def adversary(self, name: str) -> Adversary:
         """The adversary of that name.
@@ -224,7 +273,15 @@ class Report(Part):
 def json_schema() -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) that every ``report.json`` of this version satisfies."""
     schema = Report.model_json_schema(mode="serialization")
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+    private = {"properties": {"privacy": {"properties": {"private": {"const": True}}}}}
+    whole = {"properties": {name: {"type": "object"} for name in STARRED}}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": f"urn:privrec:{SCHEMA}",
+        **schema,
+        "if": private,
+        "then": whole,
+    }
 
 
 def schema_text() -> str:

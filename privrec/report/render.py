@@ -13,24 +13,26 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from privrec.errors import UsageError
-from privrec.report import claims, figures
-from privrec.report.build import thinned
+from privrec.report import figures, sections
+from privrec.report.derive import thinned
 from privrec.report.model import Facts, Metric, Point, Report, Scalar
 from privrec.report.plots import plots
+from privrec.report.registry import to_registry
 from privrec.wording import adversary_text, epsilon_text, metric_name
 
 
 @dataclass(frozen=True)
 class Written:
-    """Where the three files of a report lie."""
+    """Where the files of a report lie."""
 
     json: Path
     html: Path
     markdown: Path
+    registry: Path
 
 
 def write(report: Report, directory: Path) -> Written:
-    """Write the three files, each replaced as a whole.
+    """Write the four files, each replaced as a whole.
 
     Args:
         report: What to write.
@@ -39,10 +41,12 @@ def write(report: Report, directory: Path) -> Written:
     Raises:
         UsageError: The directory does not exist or cannot be written.
     """
-    written = Written(*(directory / f"report.{ending}" for ending in ("json", "html", "md")))
+    endings = ("json", "html", "md", "registry.yaml")
+    written = Written(*(directory / f"report.{ending}" for ending in endings))
     replace_text(written.json, to_json(report))
     replace_text(written.html, to_html(report))
     replace_text(written.markdown, to_markdown(report))
+    replace_text(written.registry, to_registry(report))
     return written
 
 
@@ -67,11 +71,10 @@ def _page(report: Report) -> dict[str, Any]:
         "recipients": report.adversary("recipients"),
         "server": report.adversary("server"),
         "headline": headline(report),
-        "sampling": claims.sampling(
-            report.privacy.sampling,
-            report.privacy.sampling_rate,
-            report.privacy.expected_cohort,
-        ),
+        "guarantee": sections.guarantee(report),
+        "reading": sections.reading(report),
+        "audit": sections.audit(report),
+        "segments": sections.segments(report),
         "baselines": _baselines(report.accuracy.metrics),
         "columns": columns(report.rows),
         "check": verification(report),

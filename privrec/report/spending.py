@@ -31,6 +31,7 @@ class Spending:
         head: Hash of the last entry, in hex.
         key: The public key that the signed head was checked with, in hex.
         signature: Whether that key was given, or is the one that the ledger itself names.
+        model: Digest of the model that the run ended with.
     """
 
     header: Mapping[str, Any]
@@ -39,6 +40,7 @@ class Spending:
     head: str
     key: str
     signature: Signature
+    model: str
 
     @property
     def rounds(self) -> Counter[RoundEvent]:
@@ -73,7 +75,8 @@ def read_spending(directory: Path, public_key: Ed25519PublicKey | None = None) -
             names, which shows damage but not a ledger that was replaced as a whole.
 
     Raises:
-        IntegrityError: The ledger was altered, cut short, or signed by another key, or is absent.
+        IntegrityError: The ledger was altered, cut short, not signed to its end, or signed by
+            another key, or is absent, or of a run that did not end.
     """
     path = directory / "ledger.jsonl"
     if not path.exists():
@@ -82,6 +85,7 @@ def read_spending(directory: Path, public_key: Ed25519PublicKey | None = None) -
             "Restore the directory as the run left it."
         )
     with Ledger.open(path, public_key=public_key, repair=False) as ledger:
+        _check_whole(path, ledger)
         return Spending(
             header=ledger.header,
             charges=ledger.charges,
@@ -89,6 +93,20 @@ def read_spending(directory: Path, public_key: Ed25519PublicKey | None = None) -
             head=ledger.last_hash,
             key=_key_text(public_key, ledger.header),
             signature="server key" if public_key else "key named in the ledger",
+            model=(ledger.ended or b"").hex(),
+        )
+
+
+def _check_whole(path: Path, ledger: Ledger) -> None:
+    if ledger.ended is None:
+        raise IntegrityError(
+            f"{path}: it lacks the entry that ends a run, so its end was cut away, or the run goes "
+            "on; bring back the whole ledger, or finish the run"
+        )
+    if ledger.signed < ledger.entries:
+        raise IntegrityError(
+            f"{path}: {ledger.entries} entries, of which {ledger.signed} are signed: lines were "
+            "added behind the signed end. Bring back the original file"
         )
 
 

@@ -31,9 +31,9 @@ FLOORS = (
     ("baselines", "catalogue"),
     ("agreement",),
     ("assembly",),  # what the loop is put together from
-    ("footprint", "identity", "scoring"),
+    ("footprint", "identity", "scoring", "declaration"),
     ("outcome",),
-    ("rundir",),
+    ("rundir", "lifetime"),
     ("loop",),
     ("language",),  # runs over texts
     ("run",),

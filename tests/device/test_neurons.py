@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from privrec.device.neurons import Output, distinct, spread
+from privrec.device.neurons import Output, spread
 from privrec.errors import UsageError
 
 WORDS = 1000
@@ -63,17 +63,15 @@ def test_hidden_states_that_are_not_numbers_select_nothing() -> None:
     assert (active.logs == 0).sum() == len(OWN)
 
 
-def test_chance_is_keyed_and_uniform() -> None:
-    assert np.array_equal(distinct(5, 2, 50, 1000), distinct(5, 2, 50, 1000))
-    assert not np.array_equal(distinct(5, 2, 50, 1000), distinct(5, 3, 50, 1000))
-    for count, left in ((10, 100), (90, 100), (100, 100), (0, 5)):
-        found = distinct(1, 1, count, left)
-        assert len(np.unique(found)) == count
-        assert count == 0 or 0 <= found.min() <= found.max() < left
-    counts = sum(np.bincount(distinct(k, 0, 30, 60), minlength=60) for k in range(2000))
-    assert abs(counts / 1000 - 1).max() < 0.15
-    counts = sum(np.bincount(distinct(k, 0, 5, 60), minlength=60) for k in range(6000))
-    assert abs(counts / 500 - 1).max() < 0.2
+def test_chance_is_keyed_by_round_and_user() -> None:
+    output = Output(WORDS, 0.1)
+    first, again, round_, user = (
+        output.active(OWN, QUERIES, None, *names).items.tolist()
+        for names in ((5, 2), (5, 2), (6, 2), (5, 3))
+    )
+    assert first == again
+    assert first != round_
+    assert first != user
 
 
 def test_queries_are_spread_over_the_text() -> None:

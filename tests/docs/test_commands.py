@@ -149,8 +149,10 @@ def test_commands_in_running_text_exist(name: str) -> None:
         command: click.Command = group()
         for word in code.split()[1:]:
             if isinstance(command, click.Group) and not word.startswith("-"):
-                assert word in command.commands, f"{name}: `{code}`"
-                command = command.commands[word]
+                short = getattr(command, "default", word)  # `report DIR`: `report write DIR`
+                known = command.commands.get(word, command.commands.get(short))
+                assert known is not None, f"{name}: `{code}`"
+                command = known
             elif word.startswith("-"):
                 known = {option for one in command.params for option in one.opts} | {"--help"}
                 assert word.partition("=")[0] in known, f"{name}: `{code}`"

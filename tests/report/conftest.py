@@ -11,10 +11,15 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from privrec.agreement import agree
+from privrec.assembly import federation_of, holders_of
+from privrec.declaration import declared
+from privrec.models.layout import band_sizes
 from privrec.privacy.events import RoundEvent
 from privrec.privacy.ledger import Ledger
+from privrec.privacy.population import Standing
 from privrec.record import EventLog, Record
-from privrec.scenario import Scenario
+from privrec.scenario import Row, Scenario
 
 MakeRun = Callable[..., Path]
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
@@ -38,18 +43,32 @@ def make_run(
     retried: tuple[int, ...] = (),
     charged: RoundEvent | None = None,
     quality: float = 0.56,
+    simulated: bool = True,
+    standing: Standing | None = None,
+    tiers: bool = False,
+    settings: dict[str, Any] | None = None,
+    declares: bool = True,
+    compared: tuple[str, ...] = (),
     extra: dict[str, Any] | None = None,
 ) -> Path:
     """Write a finished run.
 
     ``retried`` names rounds (from 0) that were charged twice, ``charged`` another event than the
-    scenario plans.
+    scenario plans, ``settings`` further keys of the scenario, ``tiers`` mixes three capacities.
     """
     path.mkdir(parents=True)
-    event = charged or (
-        RoundEvent("none", 0.0, rate) if noise == "none" else RoundEvent("gaussian", sigma, rate)
-    )
     scenario = _scenario(name, noise, planned or rounds, sigma, rate, delta, budget, holdout)
+    mixed = [{"capacity": each, "share": 0.25 if each < 1 else 0.5} for each in (1.0, 0.5, 0.25)]
+    scenario = scenario.with_settings(
+        {
+            "run.eval_every": eval_every,
+            "title": "Federated GMF on MovieLens 1M",
+            **({"devices.tiers": mixed} if tiers else {}),
+            **(settings or {}),
+        }
+    )
+    scenario = scenario.model_copy(update={"rows": tuple(Row(name=row) for row in compared)})
+    event = charged or _event(scenario, noise, sigma, rate, population)
     header = {
         "run_id": "20260101-abc123",
         "scenario_hash": scenario.hash(),
@@ -58,11 +77,17 @@ def make_run(
         "population": population,
         "noise_known": noise_known,
     }
+    if declares:
+        header |= declared(
+            scenario, items=3706, users=population, simulated=simulated,
+            standing=standing or Standing(),
+        )  # fmt: skip
     with Ledger.create(path / "ledger.jsonl", header=header, signing_key=KEY) as ledger:
         for number in range(rounds):
             for attempt in range(2 if number in retried else 1):
                 ledger.charge(number, attempt, event)
             ledger.commit(number, ledger.attempts(number) - 1, b"t" * 32)
+        ledger.end(b"m" * 32)
         ledger.seal()
         charges = len(ledger.charges)
         spent = [
@@ -72,12 +97,12 @@ def make_run(
         ]
     finite = [None if noise_known or math.isinf(value) else value for value in spent]
     _write_events(path, rounds, eval_every, quality)
-    _write_json(path / "run.json", _run(scenario, noise_known))
+    _write_json(path / "run.json", _run(scenario, noise_known, simulated))
     (path / "scenario.toml").write_text(scenario.to_toml(), encoding="utf-8")
     result = {
         "scenario": name,
         "title": "Federated GMF on MovieLens 1M",
-        "simulated": True,
+        "simulated": simulated,
         "version": "0.1.0",
         "run_id": header["run_id"],
         "holdout": holdout,
@@ -98,7 +123,7 @@ def make_run(
             "delta": delta,
             "noise": noise,
             "noise_multiplier": event.noise_multiplier,
-            "clip_norm": None if noise == "none" else 0.5,
+            "clip_norm": scenario.privacy.clip_norm,
             "unit": "user",
             "adjacency": "zero-out",
             "sampling": "everybody" if rate == 1 else "poisson",
@@ -146,7 +171,7 @@ def _scenario(
     holdout: str,
 ) -> Scenario:
     privacy: dict[str, Any] = {"noise": noise, "delta": delta}
-    if noise == "central":
+    if noise != "none":
         strength = {"noise_multiplier": sigma} if budget is None else {"epsilon": budget}
         privacy |= {"clip_norm": 0.5, **strength}
     devices = {"sampling": "everybody"} if rate == 1 else {"sampling_rate": rate}
@@ -162,11 +187,23 @@ def _scenario(
     )
 
 
-def _run(scenario: Scenario, noise_known: bool) -> dict[str, Any]:
+def _event(
+    scenario: Scenario, noise: str, sigma: float, rate: float, population: int
+) -> RoundEvent:
+    if noise == "none":
+        return RoundEvent("none", 0.0, rate)
+    if noise == "central":
+        return RoundEvent("gaussian", sigma, rate)
+    federation = federation_of(scenario, 3706)
+    planned, _ = agree(scenario, band_sizes(federation.layouts), holders_of(population, federation))
+    return RoundEvent(planned.mechanism, sigma, rate, planned.grid)
+
+
+def _run(scenario: Scenario, noise_known: bool, simulated: bool) -> dict[str, Any]:
     return {
         "run_id": "20260101-abc123",
         "version": "0.1.0",
-        "simulated": True,
+        "simulated": simulated,
         "scenario_hash": scenario.hash(),
         "privacy_hash": scenario.privacy_hash(),
         "noise_known": noise_known,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,14 +159,16 @@ def test_planned_rounds_are_those_of_the_scenario(a_run: MakeRun) -> None:
 
 
 def test_further_runs_are_announced(a_run: MakeRun) -> None:
-    rows = [{"name": "strict"}, {"name": "loose"}]
-    notices = {notice.title: notice.text for notice in build(a_run(extra={"rows": rows})).warnings}
+    warnings = build(a_run(compared=("strict", "loose"))).warnings
+    notices = {notice.title: notice.text for notice in warnings}
     assert "2 further runs" in notices["Further runs used the same users"]
 
 
 def test_figures_from_private_data_are_named(a_run: MakeRun) -> None:
     report = build(a_run())
-    assert report.outside_the_guarantee == ("accuracy", "cost", "data", "rows")
+    assert report.outside_the_guarantee == (
+        "accuracy", "segments", "cost", "tiers", "data", "rows",
+    )  # fmt: skip
     assert report.cost.note == "outside the guarantee"
 
 
@@ -357,3 +361,22 @@ def test_a_malformed_directory_gets_a_plain_error(
     damage(run)
     with pytest.raises(error, match=words):
         build(run)
+
+
+# --------------------------------------------------------------------------- long runs
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_rounds_are_reported_in_seconds(
+    a_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured are seconds of this process, which do not depend on what else the machine does."""
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)  # the run is made here only to be read
+        run = a_run(rounds=100_000, sigma=8.0, rate=0.01, budget=None, eval_every=5000)
+    build(a_run("small"))  # libraries are loaded
+    start = time.process_time()
+    report = build(run)
+    assert time.process_time() - start < 5
+    assert report.privacy.charges == 100_000
+    assert [event.count for event in report.privacy.events] == [100_000]

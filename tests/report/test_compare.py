@@ -44,7 +44,7 @@ def test_a_metric_that_only_some_runs_have(a_run: MakeRun) -> None:
         ({"holdout": "validation"}, "different splits"),
         ({"delta": 1e-6}, "different δ (1e-6, 1e-5)"),
         ({"extra": {"data": {"source": "ml-100k"}}}, "different data"),
-        ({"extra": {"simulated": False}}, "Some runs are simulated"),
+        ({"simulated": False}, "Some runs are simulated"),
     ],
 )
 def test_what_is_not_comparable_is_said(

@@ -1,0 +1,302 @@
+"""Whether a report says what its ledger says: everything recomputed, every difference named.
+
+The verifier needs ``report.json``, the ledger with its signed head, and the server's public key,
+got by another way than the files. It trusts nothing else: not ``result.json``, not the pages, not
+the other fields of the report. What no ledger tells (:data:`privrec.report.model.WORD`) is taken as
+the report has it, and named as the operator's word.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+import privrec
+from privrec.declaration import Declaration, read
+from privrec.errors import DataError, IntegrityError, PrivrecError, UsageError
+from privrec.report.derive import derive
+from privrec.report.model import WORD, Report
+from privrec.report.parts import OperatorsWord
+from privrec.report.render import to_html, to_json, to_markdown
+from privrec.report.spending import Spending, kept_key, read_spending
+
+_DEPENDS_ON_VERIFIER = {"privacy.ledger_signature"}
+_SHOWN = 120
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """One thing that does not match: where, and why it cannot be."""
+
+    where: str
+    reason: str
+
+
+@dataclass
+class Verdict:
+    """What a verification found.
+
+    Args:
+        anchored: whether the ledger was checked with a key from elsewhere than the files.
+        checked: what was recomputed and agrees.
+        mismatches: what does not.
+        word: what no verifier can see.
+    """
+
+    anchored: bool
+    checked: list[str] = field(default_factory=list)
+    mismatches: list[Mismatch] = field(default_factory=list)
+    word: Sequence[OperatorsWord] = ()
+
+    @property
+    def holds(self) -> bool:
+        """Whether everything that can be checked agrees."""
+        return not self.mismatches
+
+    def to_json(self) -> dict[str, Any]:
+        """The verdict as plain JSON values."""
+        return {
+            "holds": self.holds,
+            "anchored": self.anchored,
+            "checked": self.checked,
+            "mismatches": [vars(each) for each in self.mismatches],
+            "operators_word": [each.model_dump() for each in self.word],
+        }
+
+
+def public_key(text: str) -> Ed25519PublicKey:
+    """The server's public key from its 64 hexadecimal digits, or from a file that holds them.
+
+    Raises:
+        UsageError: when it is no such key.
+    """
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", text.strip()):
+        try:
+            text = Path(text).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            text = ""
+    try:
+        return Ed25519PublicKey.from_public_bytes(bytes.fromhex(text.strip()))
+    except ValueError:
+        raise UsageError(
+            "--key: it must be the server's Ed25519 public key in 64 hexadecimal digits, or a file "
+            "that holds them; ask the operator of the server for it"
+        ) from None
+
+
+def verify(
+    path: Path, *, key: Ed25519PublicKey | None = None, trust_named_key: bool = False
+) -> Verdict:
+    """Recompute a report from the ledger that lies beside it.
+
+    Args:
+        path: ``report.json``, or the directory that it lies in.
+        key: the server's public key, got by another way; by default the one that this machine keeps
+            for the run.
+        trust_named_key: go on without such a key. Whoever made the files can then have made up all
+            of them.
+
+    Raises:
+        UsageError: when there is no report, or no key to trust.
+    """
+    path = path / "report.json" if path.is_dir() else path
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: {error}; name the report.json of a finished run") from None
+    content = _object(text)
+    key = key or kept_key(str(content.get("run_id", "")))
+    if key is None and not trust_named_key:
+        raise UsageError(
+            f"{path}: no key to trust: the ledger names one, but whoever forged it would have "
+            "named their own. Give the server's public key with --key, or say --trust-named-key"
+        )
+    verdict = Verdict(anchored=key is not None)
+    report = _report(text, content, verdict)
+    found = _ledger(path.parent, key, verdict)
+    if report is not None:
+        verdict.word = report.operators_word
+        if found is not None:
+            _compare(report, *found, verdict)
+            _check_word(report, found[1], verdict)
+        _check_pages(path.parent, report, verdict)
+    if found is not None:
+        _check_model(path.parent, found[0], verdict)
+    return verdict
+
+
+def _object(text: str) -> Mapping[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _report(text: str, content: Mapping[str, Any], verdict: Verdict) -> Report | None:
+    """The report, if it satisfies its schema; and that it is spelled as privrec spells it."""
+    try:
+        report = Report.model_validate_json(text)
+    except ValidationError as error:
+        for problem in error.errors()[:5]:
+            place = ".".join(str(part) for part in problem["loc"]) or "report"
+            verdict.mismatches.append(
+                Mismatch(place, f"the report does not satisfy its schema: {problem['msg']}")
+            )
+        return None
+    if to_json(report) != text:
+        verdict.mismatches.append(
+            Mismatch("report.json", "it is not spelled as privrec writes it: it was edited")
+        )
+    verdict.checked.append(f"schema {content['report_schema']}, canonical spelling")
+    return report
+
+
+def _ledger(
+    directory: Path, key: Ed25519PublicKey | None, verdict: Verdict
+) -> tuple[Spending, Declaration] | None:
+    try:
+        spending = read_spending(directory, key)
+        declaration = read(spending.header, str(directory / "ledger.jsonl"))
+    except (IntegrityError, PrivrecError) as error:
+        verdict.mismatches.append(Mismatch("ledger", str(error)))
+        return None
+    verdict.checked.append(
+        f"hash chain of the ledger and its signed head, {len(spending.charges):,} charges"
+    )
+    return spending, declaration
+
+
+def _compare(
+    report: Report, spending: Spending, declaration: Declaration, verdict: Verdict
+) -> None:
+    """Make the report again, with the operator's word as it stands, and name what differs."""
+    word = {name: getattr(report, name) for name in WORD}
+    word["curves"] = tuple(curve for curve in report.curves if curve.note)
+    try:
+        again = derive(spending, declaration, word)
+    except (DataError, ValidationError, UsageError) as error:
+        verdict.mismatches.append(Mismatch("ledger", f"no report can be made of it: {error}"))
+        return
+    said, wanted = report.model_dump(mode="json"), again.model_dump(mode="json")
+    differences = list(_differences(said, wanted, ""))
+    verdict.mismatches += [
+        Mismatch(where, _reason(where, found, expected, report.version))
+        for where, found, expected in differences
+    ]
+    if not differences:
+        verdict.checked += [
+            "ε against both adversaries, by PLD and by RDP, and every curve of it",
+            "the claim and every other sentence, from the facts that the ledger declares",
+        ]
+
+
+def _differences(found: Any, expected: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
+    if where in _DEPENDS_ON_VERIFIER or found == expected:
+        return
+    if isinstance(found, dict) and isinstance(expected, dict):
+        for name in {**expected, **found}:
+            inner = f"{where}.{name}" if where else name
+            yield from _differences(found.get(name), expected.get(name), inner)
+    elif isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
+        for place, pair in enumerate(zip(found, expected, strict=True)):
+            yield from _differences(*pair, f"{where}[{place}]")
+    else:
+        yield where, found, expected
+
+
+def _reason(where: str, found: Any, expected: Any, version: str) -> str:
+    if "epsilon" in where and isinstance(found, float) and isinstance(expected, float):
+        side = "lower" if found < expected else "higher"
+        return f"ε is {found:g}, {side} than the {expected:g} that the ledger gives"
+    if isinstance(found, list) and isinstance(expected, list):
+        return f"{len(found)} entries, and the ledger gives {len(expected)}"
+    other = (
+        f" (the report is of privrec {version}, this is {privrec.__version__}: verify it with that "
+        "version)"
+        if version != privrec.__version__
+        else ""
+    )
+    return f"it says {_short(found)}, and the ledger gives {_short(expected)}{other}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def _check_word(report: Report, declaration: Declaration, verdict: Verdict) -> None:
+    """What the operator's word must agree with, although the ledger does not tell it."""
+    scenario = declaration.scenario
+    told: dict[str, tuple[Any, Any]] = {
+        "accuracy.holdout": (report.accuracy.holdout, scenario.data.holdout),
+        "data.users": (report.data.get("users"), report.privacy.population),
+        "model.coefficients": (report.model.get("coefficients"), declaration.coefficients),
+        "model.kind": (report.model.get("kind"), scenario.model.kind),
+    }
+    capacities = [tier.capacity for tier in report.tiers if tier.capacity]
+    if capacities:
+        told["tiers"] = (capacities, list(declaration.capacities))
+    for where, (found, expected) in told.items():
+        if found is not None and found != expected:
+            verdict.mismatches.append(
+                Mismatch(where, _reason(where, found, expected, report.version))
+            )
+    audit = report.audit
+    if audit is not None:
+        of = (audit.version, audit.scenario_hash)
+        if of != (declaration.version, scenario.hash()):
+            verdict.mismatches.append(
+                Mismatch("audit", "it is of another scenario or another version of privrec")
+            )
+        if audit.passed != all(check.passed for check in audit.checks):
+            verdict.mismatches.append(Mismatch("audit.passed", "a check failed, or none did"))
+
+
+def _check_pages(directory: Path, report: Report, verdict: Verdict) -> None:
+    """That the pages beside say what ``report.json`` says; pictures are not looked at."""
+    for name, render in (("report.html", to_html), ("report.md", to_markdown)):
+        path = directory / name
+        if not path.exists():
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            text = ""
+        if _without_pictures(text) != _without_pictures(render(report)):
+            verdict.mismatches.append(
+                Mismatch(name, "the page says something else than report.json does")
+            )
+        else:
+            verdict.checked.append(f"{name}, but for its pictures")
+
+
+def _without_pictures(text: str) -> str:
+    return re.sub(r"<svg.*?</svg>", "", text, flags=re.DOTALL)
+
+
+def _check_model(directory: Path, spending: Spending, verdict: Verdict) -> None:
+    path = directory / "model.safetensors"
+    if not path.exists():
+        return
+    try:
+        weights = load_file(path)["weights"]
+        found = hashlib.sha256(weights.tobytes()).hexdigest()
+    except (SafetensorError, KeyError, OSError, ValueError):
+        found = ""
+    if found == spending.model:
+        verdict.checked.append("the released model is the one that the ledger ends with")
+    else:
+        verdict.mismatches.append(
+            Mismatch("model.safetensors", "it is not the model that the ledger ends with")
+        )
