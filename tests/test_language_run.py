@@ -25,7 +25,7 @@ from privrec.randomness import SecretRoot
 from privrec.record import NullObserver, Record
 from privrec.report.build import build
 from privrec.report.render import write
-from privrec.scenario import Scenario
+from privrec.scenario import Scenario, load
 from privrec.server.server import Server
 from privrec.wording import KEPT, REVEALED
 
@@ -317,3 +317,19 @@ def test_hash_functions_of_devices_differ() -> None:
     parts = assemble_texts(of, load_text(of.data).train, "run", SecretRoot.known(b"d"))
     functions = hash_functions(SecretRoot.known(b"d"), parts.server.next_round(0))
     assert functions(1).bytes(8) != functions(2).bytes(8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sparse-fl-next-word", "sparse-fl-capacity"])
+def test_the_scenarios_run_offline_on_the_small_text(name: str, tmp_path: Path) -> None:
+    path = Path(__file__).parents[1] / "scenarios" / f"{name}.toml"
+    of = load(path, ["train.rounds=2", "train.warmup_rounds=0", "run.seeds=1"])
+    first = run.start(of, out=tmp_path / "a", observer=NullObserver())
+    result = with_rows(first, of, data_dir=None, observer=NullObserver())
+    assert result.payload["data"]["text"] == "embedded"
+    rows = {row["name"]: row for row in result.payload["rows"]}
+    assert list(rows) == [row.name for row in of.rows]
+    full = next(row for row in rows.values() if row.get("train.loss") == "full_softmax")
+    for row in rows.values():
+        work = row["output_multiply_adds"] / full["output_multiply_adds"]
+        assert work == pytest.approx(row.get("train.budget", of.train.budget), abs=0.02)
