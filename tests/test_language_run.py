@@ -178,6 +178,13 @@ def test_no_device_moves_the_sum_by_more_than_the_bound(tmp_path: Path) -> None:
     assert 0.9 * bound < largest <= bound
 
 
+def test_the_whole_secure_sum_gives_the_same_bits(tmp_path: Path) -> None:
+    few = ("train.rounds=2", "devices.min_cohort=2")
+    started(tmp_path / "a", *few, key=b"k" * 32)
+    started(tmp_path / "b", *few, "run.secure_sum=full", key=b"k" * 32)
+    assert np.array_equal(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
 def test_a_released_vocabulary_is_charged_before_the_first_round(tmp_path: Path) -> None:
     changes = (*NOISE, "devices.popularity=released", "devices.popularity_epsilon=1.0",
                "devices.popularity_items=5", "data.vocabulary=50")  # fmt: skip

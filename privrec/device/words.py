@@ -93,6 +93,14 @@ class WordTrainer:
     output: Output
     practice: Practice
 
+    def __post_init__(self) -> None:
+        budget, longest = self.output.budget, self.language.model.context + 1
+        if budget < min(longest, self.output.words):
+            raise UsageError(
+                f"train.budget: {budget} of {self.output.words} neurons, and {longest} words of a "
+                "text may all differ; raise it, or lower model.context"
+            )
+
     def train(
         self, weights: FloatArray, text: NDArray[np.int32], user: int, key: int, find: Find | None
     ) -> tuple[RawUpdate, float]:
@@ -164,15 +172,10 @@ class WordTrainer:
         return inputs, targets
 
     def _fitting(self, piece: Items, t: int) -> int:
-        """Sequences from the start whose words fit the budget; one word a neuron at least."""
+        """Sequences from the start whose words fit the budget: one at least."""
         _, first = np.unique(piece, return_index=True)
         new = np.cumsum(np.bincount(first, minlength=len(piece)))
         fits = int(np.searchsorted(new, self.output.budget, side="right"))
-        if fits <= t:
-            raise UsageError(
-                f"train.budget: {self.output.budget} of {self.output.words} neurons, and {t} words "
-                "of a text may all differ; raise it, or lower model.context"
-            )
         return (fits - 1) // t
 
 

@@ -132,8 +132,10 @@ def test_a_text_of_too_many_words_is_cut_to_what_its_neurons_hold() -> None:
     inputs, targets = trainer(share=0.15)._windows(text, 0, 0)  # 18 neurons, 41 words
     assert len(inputs) == 3  # of 16 words
     assert len(np.unique(np.append(inputs, targets))) <= 18
+    # One sequence fits whatever its words; fewer neurons than that are refused at once.
+    assert len(trainer(share=0.05)._windows(text, 0, 0)[0]) == 1
     with pytest.raises(UsageError, match=r"train\.budget"):
-        trainer(share=0.03)._windows(text, 0, 0)
+        trainer(share=0.04)
 
 
 def test_short_texts_train_as_far_as_they_go() -> None:
