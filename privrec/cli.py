@@ -16,6 +16,7 @@ import click
 from click.core import ParameterSource
 
 from privrec import __version__
+from privrec.cli_audit import audit
 from privrec.cli_base import Commands, check_run, example, print_json
 from privrec.cli_base import json_option as _json
 from privrec.cli_base import run_dir as _run_dir
@@ -209,6 +210,7 @@ def plan(scenario_file: Path, settings: tuple[str, ...], as_json: bool) -> None:
 
 
 main.add_command(report)
+main.add_command(audit)
 
 
 @main.command(

@@ -59,12 +59,22 @@ def mechanism(facts: Facts, declaration: Declaration, counts: Counts) -> Mechani
         bands=tuple(_bands(facts, declaration, counts)),
         lazy_noise="Not used: every coefficient of every released sum gets its noise in the round "
         "itself, so none is owed when a model is read.",
-        randomness="AES-256 in counter mode, keyed by a 32-byte root of the operating system "
-        "through HKDF; every draw has its own key, bound to run, round, attempt, plan, model and "
-        "input."
+        randomness="AES-256 in counter mode, keyed through HKDF by a secret 32-byte root from the "
+        f"operating system{_roots(facts)}; every draw has its own key, bound to run, round, "
+        "attempt, plan, model and input."
         if not facts.noise_known
         else "A noise root that others know: whoever has it can subtract the noise.",
         floating_point=_floating_point(facts),
+    )
+
+
+def _roots(facts: Facts) -> str:
+    if facts.noise != "distributed":
+        return " of the server"
+    return (
+        " of this one machine; in a deployment, of each device"
+        if facts.simulated
+        else (" of each device")
     )
 
 
@@ -89,7 +99,7 @@ def _floating_point(facts: Facts) -> str:
     if facts.noise == "distributed":
         return (
             "None touches privacy: shares of noise are integers drawn by exact tables, sums are "
-            "integers. What the samplers lack of their law is part of δ."
+            "integers. The small gap between the drawn noise and its law is counted in δ."
         )
     return (
         "The Gaussian is drawn in double precision by Box and Muller’s method from 64-bit "
@@ -132,7 +142,7 @@ def sampling(facts: Facts, declaration: Declaration) -> Sampling | None:
         rate=facts.sampling_rate,
         population=facts.population,
         expected_cohort=expected,
-        realised="Everybody who trains, less drop-outs."
+        realised="Everybody but devices that dropped out."
         if facts.sampling == "everybody"
         else "Known to the operator alone. No file of the run, this report included, holds the "
         "size of a cohort.",
@@ -192,12 +202,15 @@ def _why_delta(facts: Facts, delta: float) -> str:
     if facts.population is None:
         return f"{chosen}; the number of users is not known, so it cannot be judged."
     ratio = delta * facts.population
-    judged = (
-        "NOT below one over them: a mechanism that publishes one whole user would satisfy it"
-        if ratio >= 1
-        else "below one over them, so that publishing one random user would violate it"
+    if ratio >= 1:
+        return (
+            f"{chosen}, NOT below one over the {facts.population:,} users: a method that publishes "
+            "one whole user would pass."
+        )
+    return (
+        f"{chosen}; one over the {facts.population:,} users is {1 / ratio:,.3g} times as much. A "
+        "method that publishes one random user’s history would not pass."
     )
-    return f"{chosen}. Over {facts.population:,} users it is {ratio:.2g} of 1/N, {judged}."
 
 
 def delta_curve(counts: Counts, delta: float, adversary: Adversary) -> Iterator[Point2]:
@@ -250,10 +263,10 @@ def reading(facts: Facts, curve: Sequence[Point2]) -> Reading:
     """
     expected = facts.planned_rounds * facts.sampling_rate
     share = (
-        f"A user is in each of {facts.planned_rounds:,} rounds."
+        f"Each user is in up to all {facts.planned_rounds:,} rounds; ε counts them together."
         if facts.sampling == "everybody"
         else f"A user is in {expected:,.4g} of {facts.planned_rounds:,} rounds on average, and may "
-        "be in all."
+        "be in all; ε counts them together."
     )
     odds = None
     if curve and facts.epsilon is not None and facts.epsilon < 300:

@@ -16,7 +16,7 @@ from privrec.errors import UsageError
 from privrec.report import figures, sections
 from privrec.report.derive import thinned
 from privrec.report.model import Facts, Metric, Point, Report, Scalar
-from privrec.report.plots import plots
+from privrec.report.plots import by_tier, plots, risks
 from privrec.report.registry import to_registry
 from privrec.wording import adversary_text, epsilon_text, metric_name
 
@@ -57,7 +57,13 @@ def to_json(report: Report) -> str:
 
 def to_html(report: Report) -> str:
     """The report as one HTML page without scripts, or anything to load from elsewhere."""
-    return render("report.html.j2", **_page(report), plots=plots(report))
+    return render(
+        "report.html.j2",
+        **_page(report),
+        plots=plots(report),
+        risks=risks(report),
+        by_tier=by_tier(report),
+    )
 
 
 def to_markdown(report: Report) -> str:

@@ -78,7 +78,7 @@ class Simulation(Generic[L]):
         summing = made(round, self.federation, self.protection, cohort, self.enrolled)
         left = self.rows(np.array([p.user for p in cohort if p.survives], np.int64))
         for tier, mine in zip(self.federation.tiers, left, strict=True):
-            for users, update, losses in self._answers(round, weights, tier, mine):
+            for users, update, losses in self.answers(round, weights, tier, mine):
                 summing.add(tier, users, update)
                 loss += float(losses.sum(dtype=np.float64, where=np.isfinite(losses)))
         size = sum(map(len, left))
@@ -128,10 +128,20 @@ class Simulation(Generic[L]):
         before = [c.states[mine] for c, mine in zip(self.cohorts, rows, strict=True)]
         self._before = (index, rows, before)
 
-    def _answers(
+    def answers(
         self, round: Round, weights: FloatArray, tier: Tier, rows: NDArray[np.int64]
     ) -> Iterator[Answers]:
-        """Users, bounded updates and losses, a batch at a time; the devices' states move on."""
+        """What devices put into the sum, a batch at a time; their private states move on.
+
+        Args:
+            round: the round that they answer.
+            weights: the shared vector.
+            tier: of the devices.
+            rows: of its cohort.
+
+        Yields:
+            Users, their bounded updates and their losses, which nobody outside a simulation sees.
+        """
         if not len(rows):
             return
         key = int(rng_for(self.seed, "samples", round.index).integers(2**63))

@@ -38,6 +38,7 @@ FLOORS = (
     ("language",),  # runs over texts
     ("run",),
     ("report",),
+    ("audit",),
     ("serving",),  # recommend: the room of the plan, by a name that hides no function
     ("flower",),
     ("cli",),

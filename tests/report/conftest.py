@@ -253,6 +253,12 @@ def no_kept_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRIVREC_STATE", str(tmp_path / "state"))
 
 
+@pytest.fixture(scope="session")
+def make() -> MakeRun:
+    """Makes a run directory at any path, for what a module makes once."""
+    return make_run
+
+
 @pytest.fixture
 def a_run(tmp_path: Path) -> MakeRun:
     """Makes run directories: ``a_run("name", rounds=5, …)`` gives the path."""

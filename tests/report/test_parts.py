@@ -162,7 +162,7 @@ def _declared(run: Path) -> Any:
 FACTS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "population": ({"population": 5003}, ["5,003 users"]),
     "rounds": ({"rounds": 17}, ["17 rounds", "All 17 released models"]),
-    "δ": ({"delta": 3e-6}, ["3e-6)-differentially", "δ = 3e-6", "0.018 of 1/N"]),
+    "δ": ({"delta": 3e-6}, ["3e-6)-differentially", "δ = 3e-6", "6,040 users is 55.2 times"]),
     "rate": ({"rate": 0.125}, ["chance 0.125"]),
     "clip": ({"settings": {"privacy.clip_norm": 0.75}}, ["at most 0.75 in a round"]),
     "budget": ({"budget": 40.0}, ["ε = 40 against recipients"]),
@@ -291,5 +291,5 @@ def test_without_a_guarantee_nothing_is_bounded(a_report: MakeReport) -> None:
 
 def test_what_no_verifier_can_see_is_in_the_report(a_report: MakeReport) -> None:
     titles = [each.title for each in a_report("central sampled").operators_word]
-    for words in ("sampled as declared", "tuning", "roster", "noise"):
+    for words in ("sampled as declared", "tuning", "real and different person", "noise"):
         assert any(words in title for title in titles)
