@@ -360,8 +360,13 @@ def describe(name: str, settings: tuple[str, ...], data_dir: Path | None, as_jso
     _check_data(data_dir)
     scenario = _scenario_for_data(name, settings)
     from privrec import data as data_sets
+    from privrec.data.text import load_text
 
-    facts = data_sets.describe(data_sets.load(scenario.data, data_dir=data_dir))
+    facts = (
+        load_text(scenario.data, data_dir=data_dir).describe()
+        if scenario.model.kind == "next_word"
+        else data_sets.describe(data_sets.load(scenario.data, data_dir=data_dir))
+    )
     if as_json:
         print_json(facts)
         return

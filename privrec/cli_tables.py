@@ -136,6 +136,9 @@ def _print_variants(payload: Mapping[str, Any]) -> None:
 
 def _headlines(row: Mapping[str, Any]) -> list[str]:
     """Keys of the metrics at the longest cut-off, each under one name only."""
+    shares = sorted(key for key in row if key.startswith("accuracy@"))
+    if shares:
+        return shares
     most = max((int(key.partition("@")[2]) for key in row if "@" in key), default=0)
     stems = ("hr", "ndcg", "recall", "full_ndcg", "own_ndcg", "own_full_ndcg")
     found = [f"{stem}@{most}" for stem in stems if f"{stem}@{most}" in row]

@@ -39,7 +39,7 @@ def write_model(out: Path, server: Server, scenario: Scenario) -> None:
     """Write the released weights (``model.safetensors``) and what they mean (``model.json``)."""
     replace(out / "model.safetensors", save({"weights": server.released}))
     n_items = server.plan.federation.tiers[0].recommender.vectors.items
-    description = {"items": n_items, "scenario": scenario.name, **_model(server, scenario)}
+    description = {"items": n_items, "scenario": scenario.name, **model_facts(server, scenario)}
     replace(out / "model.json", (json.dumps(description, indent=2) + "\n").encode())
 
 
@@ -115,10 +115,10 @@ def result_of(
         "baselines": {name: _baseline(name, scenario, split) for name in scenario.run.baselines},
         "metrics_note": OUTSIDE,
         "outside_the_guarantee": ["metrics", "intervals", "baselines", "data", "cost"],
-        "privacy": _privacy(scenario, split.train.n_users, server, ledger, identity),
+        "privacy": privacy_of(scenario, split.train.n_users, server, ledger, identity),
         "cost": _cost(parts, tiers, cpu_s, wall_s),
         "tiers": tiers,
-        "model": _model(server, scenario),
+        "model": model_facts(server, scenario),
         "data": identity["data"],
     }
 
@@ -157,13 +157,13 @@ def deployed_result(
         "baselines": {},
         "metrics_note": OUTSIDE,
         "outside_the_guarantee": ["cost"],
-        "privacy": _privacy(scenario, population, server, ledger, identity),
+        "privacy": privacy_of(scenario, population, server, ledger, identity),
         "cost": {
             "upload_bytes": layouts[0].size * ring_bits // 8,
             "download_bytes": layouts[0].size * BYTES_A_COEFFICIENT,
             "device_peak_bytes": None,
             "cpu_s_per_device_round": None,
-            "wall_s": _two_digits(wall_s) if server.plan.event.hides_cohorts else wall_s,
+            "wall_s": two_digits(wall_s) if server.plan.event.hides_cohorts else wall_s,
         },
         "tiers": [
             {
@@ -175,7 +175,7 @@ def deployed_result(
             }
             for tier in server.plan.federation.tiers
         ],
-        "model": _model(server, scenario),
+        "model": model_facts(server, scenario),
         "data": identity["data"],
     }
 
@@ -186,13 +186,22 @@ def _baseline(name: str, scenario: Scenario, split: Split) -> dict[str, float]:
     return metrics.evaluate(scores, split, k=scenario.run.top_k, seed=seed).summary()
 
 
-def _privacy(
+def privacy_of(
     scenario: Scenario,
     population: int,
     server: Server,
     ledger: Ledger,
     identity: Mapping[str, Any],
 ) -> dict[str, Any]:
+    """What ``result.json`` says about privacy; every ε comes from the ledger.
+
+    Args:
+        scenario: what was run.
+        population: enrolled devices.
+        server: at the end of the run.
+        ledger: what was charged.
+        identity: content of ``run.json``.
+    """
     privacy, plan, known = scenario.privacy, server.plan, bool(identity["noise_known"])
     holds = plan.event.is_private and not known
     spent = {
@@ -298,7 +307,7 @@ def _cost(
     server, plan = parts.server, parts.server.plan
     device_rounds = server.index * plan.expected_cohort
     # Realised cohorts are nobody's business: two digits of a total do not tell their number.
-    seconds = _two_digits if plan.event.hides_cohorts else float
+    seconds = two_digits if plan.event.hides_cohorts else float
     device = ("upload_bytes", "download_bytes", "device_peak_bytes")
     return {
         **{name: tiers[0][name] for name in device},
@@ -308,11 +317,13 @@ def _cost(
     }
 
 
-def _two_digits(value: float) -> float:
+def two_digits(value: float) -> float:
+    """A time that tells no realised cohort size."""
     return float(f"{value:.1e}")
 
 
-def _model(server: Server, scenario: Scenario) -> dict[str, Any]:
+def model_facts(server: Server, scenario: Scenario) -> dict[str, Any]:
+    """What ``result.json`` and ``model.json`` say about the model's size."""
     recommender = server.plan.federation.tiers[0].recommender
     vectors, layout = recommender.vectors, recommender.layout
     return {

@@ -13,8 +13,10 @@ from collections.abc import Set as AbstractSet
 from typing import Any
 
 from privrec.scenario_problems import as_toml, describe
+from privrec.scenario_texts import TEXTS, texts
 
 SYNTHETIC_KEYS = ("users", "items", "clusters", "interactions_per_user", "seed")
+TEXT_KEYS = ("words", "vocabulary")
 TABLE_KEYS = ("user_column", "item_column", "time_column", "separator", "encoding")
 
 Values = Mapping[str, Any]
@@ -42,8 +44,11 @@ def values_of(
 
 def foreign_keys(source: str) -> tuple[str, ...]:
     """The keys of ``[data]`` that mean nothing for this source."""
-    synthetic = () if source == "synthetic" else SYNTHETIC_KEYS
-    return synthetic + (() if source == "table" else TABLE_KEYS)
+    synthetic = () if source in ("synthetic", "synthetic_text") else SYNTHETIC_KEYS
+    foreign = synthetic + (() if source == "table" else TABLE_KEYS)
+    if source in TEXTS:
+        return (*foreign, "max_history", *(() if source == "text" else ("words", "path")))
+    return foreign + TEXT_KEYS
 
 
 def conflicts(values: Values, given: AbstractSet[str]) -> Problems:
@@ -69,10 +74,19 @@ def _foreign(values: Values, given: AbstractSet[str]) -> Problems:
         return problems
     for path in (f"data.{key}" for key in foreign_keys(source)):
         if path in given and path in values:
-            owner = "synthetic" if path.partition(".")[2] in SYNTHETIC_KEYS else "table"
-            rule = f'it belongs to data.source = "{owner}", and the source is {as_toml(source)}'
+            owner = _owner(path.partition(".")[2])
+            rule = f"it belongs to data.source = {owner}, and the source is {as_toml(source)}"
             problems[path] = describe(path, values[path], rule, f"remove it (-s {path}=)")
     return problems
+
+
+def _owner(key: str) -> str:
+    """The source, in quotes, that a key of ``[data]`` belongs to."""
+    if key in SYNTHETIC_KEYS:
+        return '"synthetic"'
+    if key in TEXT_KEYS:
+        return '"text"'
+    return '"table"' if key in TABLE_KEYS else "interactions or files"
 
 
 def _synthetic(values: Values) -> Problems:
@@ -202,6 +216,8 @@ def _nesting(values: Values) -> Problems:
     )
     order = nesting or ("fold" if popularity is None else "rows")
     sampled = values["train.selector"] == "popularity" and popularity == "public"
+    # The words of a vocabulary are in this order however they are nested.
+    sampled = sampled or values["data.source"] in TEXTS
     if order == "rows" and popularity is None:
         rule = "the order of the rows must come from somewhere"
         remedy = 'set devices.popularity = "public" or "released"'
@@ -268,7 +284,7 @@ def _ials(values: Values) -> Problems:
 
 def _selector(values: Values) -> Problems:
     path, selector = "train.selector", values["train.selector"]
-    if selector == "each":
+    if selector == "each" or values["data.source"] in TEXTS:
         return {}
     if values["train.loss"] != "softmax":
         rule = "a shared budget of negatives is a sample of a softmax"
@@ -346,4 +362,5 @@ _RULES: tuple[Callable[[Values], Problems], ...] = (
     _ials,
     _selector,
     _local,
+    texts,
 )

@@ -15,6 +15,20 @@ _ADVERSARIES = {
 }
 
 
+REVEALED = (
+    "Every device names the words of its text to the server, and the buckets that its hidden "
+    "states fall into, and sends back which neurons it changed and how. Secure aggregation hides "
+    "none of that and no noise was added: this scheme saves work and protects nothing."
+)
+"""What the server learns where devices ask it for output neurons."""
+
+KEPT = (
+    "Devices choose output neurons from their own copy of the model and ask for nothing; an update "
+    "has the full length whatever they chose, so the server learns the sum alone."
+)
+"""The same where they choose for themselves."""
+
+
 def adversary_text(name: str) -> str:
     """Whom an ε holds against, in words, for "recipients" or "server"."""
     return _ADVERSARIES[name]
@@ -69,7 +83,10 @@ def spent_text(info: RunInfo, record: Record) -> str:
 
 
 def headline_metric(metrics: Mapping[str, float]) -> str | None:
-    """The metric to show when there is room for one: HR of the sampled protocol, else any HR."""
+    """The metric to show when there is room for one: HR of the sampled protocol, else any HR.
+
+    Of next words it is the accuracy of the shortest list.
+    """
     ranked = sorted(metrics, key=lambda name: (not name.startswith("hr@"), "hr@" not in name, name))
     return ranked[0] if ranked else None
 
@@ -80,7 +97,7 @@ def metric_name(key: str) -> str:
         return f"{metric_name(key[4:])}, own tier"
     base, ranking = (key[5:], ", full ranking") if key.startswith("full_") else (key, "")
     stem, at, depth = base.partition("@")
-    names = {"hr": "HR", "ndcg": "NDCG", "recall": "Recall"}
+    names = {"hr": "HR", "ndcg": "NDCG", "recall": "Recall", "accuracy": "Accuracy"}
     return f"{names.get(stem, stem)}{at}{depth}{ranking}"
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from privrec.assembly import Parts, assemble
 from privrec.catalogue import known_items, release_event
 from privrec.data import Interactions
+from privrec.device.cohort import Cohort
 from privrec.device.protection import Protection
 from privrec.device.round import Round
 from privrec.device.tier import Federation, Tier
@@ -90,7 +91,7 @@ class Bench:
         return cls(scenario, parts, server, " and ".join(made_up))
 
     @property
-    def simulation(self) -> Simulation:
+    def simulation(self) -> Simulation[Cohort]:
         """The devices."""
         return self.parts.simulation
 

@@ -135,7 +135,7 @@ def clipping(bench: Bench) -> Finding:
 
 
 def _bounded(
-    bench: Bench, simulation: Simulation, most: int
+    bench: Bench, simulation: Simulation[Cohort], most: int
 ) -> Iterator[tuple[Tier, NDArray[np.int64], BoundedUpdate]]:
     """What some users of every tier put into a sum, on weights that are not zero anywhere."""
     server = bench.parts.server
@@ -258,7 +258,7 @@ def secure_sum(bench: Bench) -> Finding:
 
 
 def _answers(
-    bench: Bench, simulation: Simulation, rows: list[NDArray[np.int64]], silent: Participant
+    bench: Bench, simulation: Simulation[Cohort], rows: list[NDArray[np.int64]], silent: Participant
 ) -> Iterator[tuple[Tier, NDArray[np.int64], BoundedUpdate]]:
     """Updates of the cohort but for the device that fell silent."""
     weights = bench.parts.server.weights

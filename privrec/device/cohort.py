@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +38,36 @@ MANY = 16
 FloatArray = NDArray[np.float32]
 
 
+class Learners(Protocol):
+    """The devices of one tier as a simulation knows them, whatever they learn."""
+
+    states: FloatArray
+
+    @property
+    def users(self) -> NDArray[np.int64]:
+        """Whose devices they are, ascending."""
+        ...
+
+    def train(
+        self,
+        weights: FloatArray,
+        rows: NDArray[np.int64],
+        key: int,
+        functions: Functions,
+        noise: NoiseRoots,
+    ) -> Iterator[tuple[NDArray[np.int64], Trained]]:
+        """One round's local training of ``rows``, some at a time; states are left unchanged.
+
+        Args:
+            weights: the tier's vector in memory form.
+            rows: places in :attr:`users`, ascending.
+            key: the round's key, which decides what is drawn by chance and is no secret.
+            functions: the devices' secret streams, by user.
+            noise: the devices' secret roots of noise between their own steps, by user.
+        """
+        ...
+
+
 @dataclass
 class Cohort:
     """Simulated devices of one tier: their histories and private states, row by row.
@@ -58,6 +89,11 @@ class Cohort:
         user_dim = trainer.recommender.model.user_dim
         return cls(trainer, held, np.zeros((len(held.users), user_dim), np.float32))
 
+    @property
+    def users(self) -> NDArray[np.int64]:
+        """Whose devices they are, ascending."""
+        return self.histories.users
+
     def train(
         self,
         weights: FloatArray,
@@ -66,7 +102,7 @@ class Cohort:
         functions: Functions | None = None,
         noise: NoiseRoots | None = None,
     ) -> Iterator[tuple[NDArray[np.int64], Trained]]:
-        """One round's local training of ``rows``, batch by batch; states are left unchanged."""
+        """See :meth:`Learners.train`."""
         trainer = self.trainer
         unobserved, search = trainer.unobserved(weights), self._search(weights)
         for batch in self.batches(rows):

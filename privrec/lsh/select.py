@@ -234,7 +234,7 @@ def _run(
         return _from_tables(selector, search, queries, budget, stream, without)
     if selector == "uniform":
         left = items.items - len(without)
-        return _uniform(left, budget, stream, without), 16 * budget, 0
+        return uniform(left, budget, stream, without), 16 * budget, 0
     if selector == "hamming":
         shape = Shape(SIGNATURE)
         hashed = Signs(projection("simhash", items.dim, shape, stream), shape)
@@ -298,8 +298,15 @@ def _top(values: FloatArray, budget: int, without: Items) -> Items:
     return np.sort(np.argpartition(values, len(values) - budget)[len(values) - budget :])
 
 
-def _uniform(left: int, budget: int, stream: SecureStream, without: Items) -> Items:
-    """Distinct items, uniform over those that are not excluded."""
+def uniform(left: int, budget: int, stream: SecureStream, without: Items) -> Items:
+    """Distinct items, ascending, uniform over those that are not excluded.
+
+    Args:
+        left: how many items are not excluded.
+        budget: how many to draw; all that are left where they are fewer.
+        stream: the drawer's own.
+        without: excluded items, ascending, without repeats.
+    """
     budget = min(budget, left)
     if 2 * budget > left:
         return outside(without, np.sort(np.argsort(stream.uint64(left))[:budget]))

@@ -74,6 +74,12 @@ class Sketch:
         edge = -np.sort(-close, axis=0)[min(found, items.items) - 1]
         return float((np.take_along_axis(close, right, axis=0) >= edge).mean())
 
+    def encoded(self, centred: FloatArray) -> NDArray[np.int8]:
+        """Codes that rows less their centre have in this sketch, shape ``(m, rank)``."""
+        scaled = centred @ (self.basis / np.square(self.basis).sum(axis=0))
+        codes: NDArray[np.int8] = np.rint(scaled).clip(-_LARGEST, _LARGEST).astype(np.int8)
+        return codes
+
     @property
     def nbytes(self) -> int:
         """Bytes that a device keeps."""

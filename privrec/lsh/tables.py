@@ -103,13 +103,29 @@ class Buckets:
         ends = np.cumsum(np.bincount(codes, minlength=1 << hashed.shape.bits))
         return cls(order, ends, hashed)
 
+    def codes_of(self, items: Items) -> NDArray[np.uint16]:
+        """The codes under which some items are listed."""
+        where = np.empty(len(self.order), np.uint16)
+        where[self.order] = np.repeat(
+            np.arange(len(self.ends), dtype=np.uint16), np.diff(self.ends, prepend=0)
+        )
+        return where[items]
+
     def lists(self, queries: FloatArray) -> list[Items]:
         """The items in each query's bucket, ascending.
 
         Args:
             queries: shape ``(q, dim)``.
         """
-        codes = self.hashed.codes(queries)[:, 0].astype(np.int64)
+        return self.within(self.hashed.codes(queries)[:, 0])
+
+    def within(self, codes: NDArray[np.uint16]) -> list[Items]:
+        """The items of some buckets, ascending.
+
+        Args:
+            codes: shape ``(q,)``.
+        """
+        codes = codes.astype(np.int64)
         starts = np.where(codes > 0, self.ends[codes - 1], 0)
         return [self.order[a:b] for a, b in zip(starts, self.ends[codes], strict=True)]
 

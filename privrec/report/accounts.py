@@ -356,6 +356,8 @@ def facts_of(
         # Runs of one population are charged to it, and need no warning.
         runs_before=0 if declaration.standing.population else declaration.standing.runs,
         public_popularity=devices.popularity == "public",
+        requested=scenario.train.scheme == "requested",
+        texts=scenario.model.kind == "next_word",
         popularity_released=before is not None,
         mechanism=privacy.mechanism,
         excess_removed=privacy.remove_excess,

@@ -351,12 +351,14 @@ def _accuracy(files: _Files) -> Accuracy:
 def _metric_order(item: tuple[str, Any]) -> tuple[bool, int, int, str]:
     key = item[0]
     stem, _, depth = key.removeprefix("full_").partition("@")
-    order = ["hr", "ndcg", "recall"]
+    order = ["hr", "accuracy", "ndcg", "recall"]
     rank = order.index(stem) if stem in order else len(order)
     return key.startswith("full_"), int(depth) if depth.isdigit() else 0, rank, key
 
 
 def _protocol(key: str) -> str:
+    if key.startswith("accuracy") or key == "perplexity":
+        return "all words; positions of unknown ones left out"
     if key.startswith("full_"):
         return "all items, those of the history left out"
     return "99 items the user has not seen"

@@ -12,7 +12,7 @@ from typing import Literal
 
 from privrec.report.figures import delta_text
 from privrec.report.model import Adversary, Notice
-from privrec.wording import epsilon_text
+from privrec.wording import REVEALED, epsilon_text
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class Facts:
     further_runs: int = 0
     runs_before: int = 0
     public_popularity: bool = False
+    requested: bool = False
+    texts: bool = False
     popularity_released: bool = False
     mechanism: Literal["discrete_gaussian", "skellam"] = "discrete_gaussian"
     excess_removed: bool = True
@@ -248,6 +250,7 @@ def warnings(facts: Facts) -> tuple[Notice, ...]:
     """Everything a reader must know before relying on the claim, the serious first."""
     found = [
         *_no_guarantee(facts),
+        *_told(facts),
         *_weaknesses(facts),
         *_public_order(facts),
         *_further_runs(facts),
@@ -283,6 +286,17 @@ def _no_guarantee(facts: Facts) -> Iterator[Notice]:
             title="The noise is known: ε = ∞",
             text="The noise root was injected (unsafe_noise_key) to make the run reproducible. "
             "Whoever has that key can subtract the noise. Use such a run for comparisons alone.",
+        )
+
+
+def _told(facts: Facts) -> Iterator[Notice]:
+    if facts.requested:
+        yield Notice(
+            level="serious",
+            grade="critical",
+            title="The server is told which words each device uses",
+            text=f"Devices asked the server for output neurons. {REVEALED} Devices that select "
+            'neurons themselves tell it nothing (train.scheme = "private").',
         )
 
 

@@ -217,14 +217,25 @@ def definition(facts: Facts, declaration: Declaration) -> Definition:
         neighbours="Two data sets are neighbours when one user’s history in the one is replaced "
         "by none in the other. Who is enrolled is the same in both.",
         contribution_bounds=tuple(bounds),
-        data_domain="Histories of interactions with items of a public catalogue, one history a "
-        "user id. The catalogue, the number of users and the scenario are public.",
+        data_domain=_domain(facts),
         unprotected_quantities=(
             "enrolment",
             "the tier of a device",
             "participation and timing, towards the server",
             *(("the order of the catalogue by popularity",) if facts.public_popularity else ()),
         ),
+    )
+
+
+def _domain(facts: Facts) -> str:
+    if facts.texts:
+        return (
+            "Texts over a public vocabulary, one text a user id. The words, the number of users "
+            "and the scenario are public."
+        )
+    return (
+        "Histories of interactions with items of a public catalogue, one history a user id. The "
+        "catalogue, the number of users and the scenario are public."
     )
 
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.device.cohort import Cohort
+from privrec.device.cohort import Cohort, Learners
 from privrec.device.device import Device, hash_functions, noise_roots, protected
 from privrec.device.examples import Deferred
 from privrec.device.protection import Protection
 from privrec.device.round import Round, digest
 from privrec.device.tier import Federation, Tier
 from privrec.device.update import Aggregate, BoundedUpdate
+from privrec.errors import UsageError
 from privrec.randomness import SecretRoot, rng_for
 from privrec.secagg.server import Stage
 from privrec.server.sampling import cohort
@@ -24,11 +25,12 @@ from privrec.transport.summing import SUMMING, Enrolled, Participant
 FloatArray = NDArray[np.float32]
 Rows = list[NDArray[np.int64]]
 Answers = tuple[NDArray[np.int64], BoundedUpdate, FloatArray]
+L = TypeVar("L", bound=Learners)
 _EXCHANGES = (Stage.SHARES, Stage.MASKED, Stage.CONFIRM, Stage.UNMASK)
 
 
 @dataclass
-class Simulation:
+class Simulation(Generic[L]):
     """The devices of a data set, sampled and trained in this process.
 
     Args:
@@ -48,7 +50,7 @@ class Simulation:
     """
 
     federation: Federation
-    cohorts: tuple[Cohort, ...]
+    cohorts: tuple[L, ...]
     population: int
     protection: Protection
     enrolled: Enrolled
@@ -68,7 +70,7 @@ class Simulation:
     @property
     def absent(self) -> NDArray[np.int64]:
         """Users whose devices hold nothing and take no part."""
-        members = np.concatenate([cohort.histories.users for cohort in self.cohorts])
+        members = np.concatenate([cohort.users for cohort in self.cohorts])
         return np.setdiff1d(np.arange(self.population), members)
 
     def collect(self, round: Round, weights: FloatArray) -> Aggregate:
@@ -105,15 +107,13 @@ class Simulation:
         chosen = np.zeros(self.population, np.bool_)
         chosen[users] = True
         return [
-            np.flatnonzero(chosen[cohort.histories.users] & (tier.weight > 0))
+            np.flatnonzero(chosen[cohort.users] & (tier.weight > 0))
             for tier, cohort in zip(self.federation.tiers, self.cohorts, strict=True)
         ]
 
     def _participants(self, round: Round, rows: Rows) -> list[Participant]:
         """The round's cohort, with the exchange at which each device leaves, if it does."""
-        users = [
-            cohort.histories.users[mine] for cohort, mine in zip(self.cohorts, rows, strict=True)
-        ]
+        users = [cohort.users[mine] for cohort, mine in zip(self.cohorts, rows, strict=True)]
         leaves = np.full(self.population, Stage.DONE)
         if self.dropout_rate:
             coins = self.root.stream("dropouts", *round.context).uint64(self.population)
@@ -156,7 +156,7 @@ class Simulation:
         functions, noise = hash_functions(self.root, round), noise_roots(self.root, round)
         for batch, trained in cohort.train(view, rows, key, functions, noise):
             self.deferred += trained.deferred
-            before, users = digest(cohort.states[batch]), cohort.histories.users[batch]
+            before, users = digest(cohort.states[batch]), cohort.users[batch]
             coins = self.root.stream("rounding", *round.context, users.tobytes(), before)
             cohort.states[batch] = trained.states
             update, weaker = tier.lift(trained.update), self.federation.weaker(tier)
@@ -167,6 +167,8 @@ class Simulation:
         self, round: Round, view: FloatArray, tier: Tier, rows: NDArray[np.int64], key: int
     ) -> Iterator[Answers]:
         cohort = self.cohorts[tier.index]
+        if not isinstance(cohort, Cohort):
+            raise UsageError('run.engine = "device": texts are trained by "cohort" alone; use it')
         unobserved = cohort.trainer.unobserved(view)
         for row in rows:
             mine = cohort.histories.select(np.array([row]))

@@ -35,6 +35,7 @@ FLOORS = (
     ("outcome",),
     ("rundir", "lifetime"),
     ("loop",),
+    ("language",),  # runs over texts
     ("run",),
     ("report",),
     ("audit",),
