@@ -95,8 +95,8 @@ def _privacy_lines(privacy: Mapping[str, Any]) -> list[str]:
 
 def _example_line(single: Mapping[str, Any]) -> str:
     return (
-        f"Single interactions, a unit of its own: ε = {_epsilon(single['epsilon'])} against whoever "
-        f"sees a device's upload, at δ = {single['delta']:g}."
+        f"Single interactions, a unit of its own: ε = {_epsilon(single['epsilon'])} against "
+        f"whoever sees a device's upload, at δ = {single['delta']:g}."
     )
 
 
