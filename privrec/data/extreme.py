@@ -271,4 +271,5 @@ def _zipf(
     else:
         power = 1 - exponent
         places = (u * ((np.asarray(n) + 1.0) ** power - 1) + 1) ** (1 / power) - 1
-    return np.minimum(places.astype(np.int64), np.asarray(n) - 1)
+    ranks: Int64Array = np.minimum(places.astype(np.int64), np.asarray(n) - 1)
+    return ranks

@@ -108,7 +108,8 @@ class SparseOutput(nn.Module):
         self._biases = PlainTable.of(n, 1, block=1)
         self._root = root or SecretRoot(secrets.token_bytes(ROOT_BYTES))
         self._index: Index | None = None
-        self._age = self._steps = self.rebuilds = 0
+        self._indexed: tuple[int, ...] = ()
+        self._age = self._steps = self._looked = self.rebuilds = 0
 
     # ------------------------------------------------------------------------- the active set
 
@@ -162,14 +163,29 @@ class SparseOutput(nn.Module):
         return ItemMemory(self.table, self.weight.detach().numpy(), biases)
 
     def index(self) -> Index:
-        """The index, made anew where the schedule says so.
+        """The index that is held.
+
+        In training it follows the rebuild schedule, whose steps are calls of :meth:`active`. After
+        ``eval()`` it is made anew when the weights have changed at all.
 
         Raises:
             UsageError: when the selector has none.
         """
-        if self._index is None or self.rebuild.due(self._age, self._index, self.items()):
+        if self._index is None or self._is_due(self._index):
             self.reindex()
         return cast(Index, self._index)
+
+    def _is_due(self, index: Index) -> bool:
+        if not self.training:
+            return self._versions() != self._indexed
+        if self._looked == self._age:  # one look a step is enough
+            return False
+        self._looked = self._age
+        return self.rebuild.due(self._age, index, self.items())
+
+    def _versions(self) -> tuple[int, ...]:
+        """Counts of changes in place that torch keeps of every tensor."""
+        return tuple(parameter._version for parameter in self.parameters())
 
     def reindex(self) -> None:
         """Make the index of the weights as they are now, with functions drawn anew.
@@ -183,7 +199,7 @@ class SparseOutput(nn.Module):
             )
         stream = self._stream("functions", self.rebuilds)
         self._index = build(cast(Kind, self.selector), self.items(), self.shape, stream)
-        self._age = 0
+        self._age, self._indexed = 0, self._versions()
         self.rebuilds += 1
 
     def _stream(self, purpose: str, count: int) -> SecureStream:
