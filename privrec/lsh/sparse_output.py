@@ -40,7 +40,7 @@ Items = NDArray[np.int64]
 Loss = Literal["softmax", "bce"]
 LayerSelector = Kind | Literal["scan", "uniform"]
 
-CANDIDATES = 0.02
+CANDIDATES = 0.01
 """Share of the layer that a query of ``topk`` scores exactly, where a caller names no other."""
 
 _SHAPE = Shape(bits=10, tables=16)
