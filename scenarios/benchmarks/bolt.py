@@ -1,7 +1,7 @@
 """A dense PyTorch output layer against a sparse one: training to equal precision, and one query.
 
 Invented examples of the shape of Amazon-670K: 670,091 labels in clusters, by Zipf's law; a hidden
-layer of 128. The dense side takes one epoch with the full softmax; the sparse side sees the same
+layer of 128. The dense side takes ``--epochs`` with the full softmax; the sparse side sees the same
 batches, in as many epochs as it takes to reach the dense side's P@1. It then learns on, from
 further examples, and single queries of that trained layer are answered both ways in turn.
 """
@@ -20,7 +20,7 @@ from _common import Claim, document, machine, print_table, write_json
 
 from privrec.data.extreme import AMAZON_670K, Examples, Invented
 
-DIM, SHARE, LR, BATCH = 128, 0.01, 2e-3, 256
+DIM, SHARE, LR, BATCH = 128, 0.01, 1e-2, 256
 LOOK = 25
 """Sparse steps between two looks at its precision, which cost no training time."""
 
@@ -28,7 +28,7 @@ LOOK = 25
 def trained(world: Invented, train: Examples, test: Examples, share: float) -> tuple[Dense, Sparse]:
     """Both sides, the sparse one as soon as it is no worse."""
     dense = Dense(world.features, world.labels, DIM, LR)
-    for part in epochs(train, BATCH, 1):
+    for part in epochs(train, BATCH, passes):
         dense.step(part)
     aim = dense.trained.evaluate(test)
     print(f"dense: P@1 {aim:.4f} after {dense.trained.seconds:.0f} s", flush=True)
@@ -48,7 +48,7 @@ def measured(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Cl
     world = world if options.quick else AMAZON_670K
     train = world.examples(2 * BATCH if options.quick else options.examples)
     test = world.examples(300 if options.quick else 1000, "test")
-    dense, sparse = trained(world, train, test, 0.05 if options.quick else SHARE)
+    dense, sparse = trained(world, train, test, 0.05 if options.quick else SHARE, options.epochs)
     sides = {"dense PyTorch": dense.trained, "sparse": sparse.trained}
     rows = [
         {"name": f"training, {name}", "train_s": side.seconds, "steps": side.steps,
@@ -61,7 +61,7 @@ def measured(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Cl
     ratio = dense.trained.seconds / sparse.trained.seconds if reached else None
     del dense
     further = world.examples(4 * BATCH if options.quick else options.further, "further")
-    for part in epochs(further, BATCH, 1 if options.quick else 8):
+    for part in epochs(further, BATCH, 1 if options.quick else 4):
         sparse.step(part)
     precise = sparse.trained.evaluate(test)
     with torch.no_grad():
@@ -108,6 +108,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--quick", action="store_true", help="20,000 labels, few examples")
     made.add_argument("--examples", type=int, default=12_800, metavar="N", help="of one epoch")
+    made.add_argument("--epochs", type=int, default=1, metavar="N", help="of the dense side")
     made.add_argument("--further", type=int, default=50_000, metavar="N", help="before queries")
     made.add_argument("--queries", type=int, default=1000, metavar="N", help="one at a time")
     made.add_argument("--json", type=Path, metavar="FILE", help="write rows, claims and machine")
