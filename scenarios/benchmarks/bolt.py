@@ -25,7 +25,9 @@ LOOK = 25
 """Sparse steps between two looks at its precision, which cost no training time."""
 
 
-def trained(world: Invented, train: Examples, test: Examples, share: float) -> tuple[Dense, Sparse]:
+def trained(
+    world: Invented, train: Examples, test: Examples, share: float, passes: int
+) -> tuple[Dense, Sparse]:
     """Both sides, the sparse one as soon as it is no worse."""
     dense = Dense(world.features, world.labels, DIM, LR)
     for part in epochs(train, BATCH, passes):
