@@ -44,6 +44,13 @@ def trained(
     return dense, sparse
 
 
+def warm() -> None:
+    """A step of both sides, so that what torch loads on its first one is in nobody's time."""
+    world = Invented(100, 200, words=5)
+    for side in (Dense(100, 200, 8, LR), Sparse(100, 200, 8, LR, 0.5)):
+        side.step(world.examples(8))
+
+
 def measured(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Claim]]:
     """Rows and claims."""
     world = Invented(5000, 20_000, words=40, labels_each=3, clusters=256)
@@ -92,6 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     torch.set_num_threads(1)
     about = machine("numpy", "torch")
+    warm()
     rows, claims = measured(options)
     keys = list(dict.fromkeys(key for row in rows for key in row))
     title = "A wide output on one core: one dense epoch, and a query"
