@@ -44,6 +44,7 @@ CANDIDATES = 0.01
 """Share of the layer that a query of ``topk`` scores exactly, where a caller names no other."""
 
 _SHAPE = Shape(bits=10, tables=16)
+_PART = 1 << 14
 
 
 class SparseOutput(nn.Module):
@@ -215,17 +216,20 @@ class SparseOutput(nn.Module):
         """
         table = self.table
         if isinstance(table, PlainTable) and table.parts == 1:
-            return _rows(self.weight, neurons, True)
+            return _rows(self.weight, neurons)
         slots, signs = table.locate(neurons.numpy())
-        blocks = _rows(self.weight, torch.from_numpy(slots.ravel()), False)
-        scaled = blocks * torch.from_numpy(signs.ravel() * np.float32(table.scale))[:, None]
-        return scaled.view(len(neurons), self.dim)
+        factors = torch.from_numpy(signs.ravel() * np.float32(table.scale))[:, None]
+        blocks = cast(
+            Tensor,
+            _Blocks.apply(self.weight, torch.from_numpy(slots.ravel()), factors),  # type: ignore[no-untyped-call]
+        )
+        return blocks.view(len(neurons), self.dim)
 
     def logits(self, hidden: Tensor, active: ActiveSet) -> Tensor:
         """Scores of the active neurons, shape ``(b, A)``, without their importance weights."""
         scores = hidden @ self.rows(active.neurons).T
         if self.bias is not None:
-            scores = scores + _rows(self.bias, active.neurons, True).T
+            scores = scores + _rows(self.bias, active.neurons).T
         return scores
 
     def loss(
@@ -316,27 +320,50 @@ class SparseOutput(nn.Module):
         )
 
 
-def _rows(weight: Tensor, index: Tensor, distinct: bool) -> Tensor:
-    return cast(Tensor, _Rows.apply(weight, index, distinct))  # type: ignore[no-untyped-call]
+def _rows(weight: Tensor, index: Tensor) -> Tensor:
+    return cast(Tensor, _Rows.apply(weight, index))  # type: ignore[no-untyped-call]
 
 
 class _Rows(torch.autograd.Function):
-    """Rows of a matrix, whose gradient names rows of the matrix and never places in a list."""
+    """Distinct rows of a matrix, whose gradient names rows and never places in a list."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, index: Tensor, distinct: bool) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)
-        ctx.size, ctx.distinct = weight.shape, distinct
+        ctx.size = weight.shape
         return weight.index_select(0, index)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors
-        sparse = torch.sparse_coo_tensor(
-            index[None], gradients[0], ctx.size, check_invariants=False
-        )
-        # Sorted or not, rows that are distinct have nothing to be summed.
-        return (sparse._coalesced_(True) if ctx.distinct else sparse), None, None
+        return _summed(index, gradients[0], ctx.size), None
+
+
+class _Blocks(torch.autograd.Function):
+    """Signed blocks of a memory, of which several neurons may share one: its gradient is summed."""
+
+    @staticmethod
+    def forward(ctx: Any, memory: Tensor, slots: Tensor, factors: Tensor) -> Tensor:
+        ctx.save_for_backward(slots, factors)
+        ctx.size = memory.shape
+        return memory.index_select(0, slots).mul_(factors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        slots, factors = ctx.saved_tensors
+        touched, place = slots.unique(return_inverse=True)
+        values = torch.zeros(len(touched), ctx.size[1])
+        # In parts: a signed copy of all of it would be as large as the active rows.
+        for start in range(0, len(place), _PART):
+            part = slice(start, start + _PART)
+            values.index_add_(0, place[part], gradients[0][part] * factors[part])
+        return _summed(touched, values, ctx.size), None, None
+
+
+def _summed(index: Tensor, values: Tensor, size: torch.Size) -> Tensor:
+    """A gradient of distinct rows: whatever their order, nothing is left to be summed."""
+    sparse = torch.sparse_coo_tensor(index[None], values, size, check_invariants=False)
+    return sparse._coalesced_(True)
 
 
 def _softmax(scores: Tensor, active: ActiveSet, places: Tensor, real: Tensor) -> Tensor:

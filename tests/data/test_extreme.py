@@ -77,11 +77,15 @@ def test_invented_labels_lie_in_clusters_by_zipfs_law() -> None:
     first = clusters[found.label_ends - counts]
     assert (clusters == first[rows]).all()
     assert 0.5 * WORLD.labels_each < counts.mean() <= WORLD.labels_each
-    often = np.bincount(found.labels, minlength=WORLD.labels)
-    ranks = np.arange(1, 101)
-    # Several labels an example, each once, flatten the head; the law itself has a slope of -1.
-    slope = np.polyfit(np.log(ranks[5:]), np.log(np.sort(often)[::-1][5:100]), 1)[0]
-    assert -1.4 < slope < -0.6
+
+
+@pytest.mark.parametrize("exponent", [0.6, 1.0, 1.4])
+def test_frequencies_follow_zipfs_law(exponent: float) -> None:
+    found = Invented(10, 5000, words=1, clusters=1, zipf=exponent).examples(200_000)
+    often = np.bincount(found.labels, minlength=5000)
+    ranks = np.arange(5, 200)
+    slope = np.polyfit(np.log(ranks + 1.5), np.log(often[ranks]), 1)[0]
+    assert abs(slope + exponent) < 0.1
 
 
 def test_words_tell_labels() -> None:
