@@ -149,6 +149,11 @@ class SparseOutput(nn.Module):
             return select("scan", Search(self.items()), queries, room, stream, exclude=labels).items
         return self.index().batch(queries, room + len(labels))
 
+    @property
+    def _is_plain(self) -> bool:
+        """Whether each neuron has a row of its own, at its own place."""
+        return isinstance(self.table, PlainTable) and self.table.parts == 1
+
     def queries(self, hidden: Tensor) -> NDArray[np.float32]:
         """Hidden vectors as an index is asked: float32, each ending in a 1 where biases are."""
         rows = hidden.detach().to(torch.float32).cpu()
@@ -215,7 +220,7 @@ class SparseOutput(nn.Module):
             neurons: int64 of shape ``(A,)``; without repeats where each has a row of its own.
         """
         table = self.table
-        if isinstance(table, PlainTable) and table.parts == 1:
+        if self._is_plain:
             return _rows(self.weight, neurons)
         slots, signs = table.locate(neurons.numpy())
         factors = torch.from_numpy(signs.ravel() * np.float32(table.scale))[:, None]
@@ -305,12 +310,25 @@ class SparseOutput(nn.Module):
             close = select("scan", Search(items), query[None], k, self._stream("scan", 0)).items
         else:
             close = self.index().one(query, count)
-        neurons, scores = ranked(items, query, close, k)
+        neurons, scores = self._ranked(items, query, close, k)
         short = k - len(neurons)
         if short:
             neurons = np.pad(neurons, (0, short), constant_values=-1)
             scores = np.pad(scores, (0, short), constant_values=-np.inf)
         return neurons, scores
+
+    def _ranked(
+        self, items: ItemMemory, query: NDArray[np.float32], close: Items, k: int
+    ) -> tuple[Items, NDArray[np.float32]]:
+        """The best of some candidates; rows of their own are read without a second copy."""
+        if not self._is_plain:
+            return ranked(items, query, close, k)
+        places, wanted = torch.from_numpy(close), torch.from_numpy(query[: self.dim])
+        scores = self.weight.index_select(0, places) @ wanted
+        if self.bias is not None:
+            scores += self.bias[:, 0].index_select(0, places)
+        best = scores.topk(min(k, len(close)))
+        return close[best.indices.numpy()], best.values.numpy()
 
     def extra_repr(self) -> str:
         """What ``print`` shows."""

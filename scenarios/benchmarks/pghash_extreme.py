@@ -202,7 +202,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--quick", action="store_true", help="6,000 labels, few examples")
     made.add_argument("--shapes", nargs="+", choices=list(WORLDS), default=list(WORLDS),
                       metavar="SHAPE", help="which data sets' shapes")  # fmt: skip
-    made.add_argument("--share", type=float, default=0.05, help="of the labels active in a batch")
+    made.add_argument("--share", type=float, default=0.03, help="of the labels active in a batch")
     made.add_argument("--compression", type=float, default=16.0, help="of the device's rows")
     made.add_argument("--examples", type=int, default=16_000, metavar="N", help="to learn from")
     made.add_argument("--tests", type=int, default=1000, metavar="N", help="to judge by")
