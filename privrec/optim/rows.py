@@ -16,7 +16,6 @@ from torch import Tensor
 
 from privrec.errors import UsageError
 
-
 _AT_ONCE = 1 << 17  # floats
 
 
@@ -77,7 +76,7 @@ class RowAdam(torch.optim.Optimizer):
             rows, values = torch.arange(len(parameter)), gradient
         # In parts that a cache holds: copies of all active rows would cost more than the layer's.
         size = max(1, _AT_ONCE // max(1, parameter[0].numel()))
-        for part, change in zip(rows.split(size), values.split(size), strict=True):
+        for part, change in zip(torch.split(rows, size), torch.split(values, size), strict=True):
             few = (first[part], second[part], steps[part])
             moved = _adam(change, *few, group)
             for kept, new in zip((first, second, steps), few, strict=True):
