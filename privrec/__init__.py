@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from privrec.classifier import SparseClassifier
     from privrec.optim.lazy_dpsgd import LazyDPSGD
     from privrec.run import resume, start
     from privrec.scenario import Scenario
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LazyDPSGD",
     "Scenario",
+    "SparseClassifier",
     "__version__",
     "load_scenario",
     "recommend",
@@ -36,6 +38,7 @@ __all__ = [
 _LAZY = {
     "LazyDPSGD": ("privrec.optim.lazy_dpsgd", "LazyDPSGD"),
     "Scenario": ("privrec.scenario", "Scenario"),
+    "SparseClassifier": ("privrec.classifier", "SparseClassifier"),
     "load_scenario": ("privrec.scenario", "load"),
     "recommend": ("privrec.serving", "recommend"),
     "resume": ("privrec.run", "resume"),

@@ -116,7 +116,7 @@ def _text_columns(path: Path, form: TableFormat) -> tuple[list[NDArray[Any]], Se
     """The columns by the general reader, and the line on which each row ends."""
     label = str(path)
     text = decoded(Folder(path.parent).read(path.name), label, form.encoding)
-    rows = _records(text, _separator(path, form), label)
+    rows = records(text, _separator(path, form), label)
     _, header = next(rows)
     where = _column_numbers(header, form, f"{label}, line 1")
     lines: list[int] = []
@@ -134,7 +134,17 @@ def _text_columns(path: Path, form: TableFormat) -> tuple[list[NDArray[Any]], Se
     return _typed(cells, lines, form, label), lines
 
 
-def _records(text: str, separator: str, label: str) -> Iterator[tuple[int, list[str]]]:
+def records(text: str, separator: str, label: str) -> Iterator[tuple[int, list[str]]]:
+    """The rows of delimited text, each with the number of the line on which it ends.
+
+    Args:
+        text: of a whole file.
+        separator: one character.
+        label: the file, for errors.
+
+    Raises:
+        DataError: when quotes are not closed, or a field is longer than a field may be.
+    """
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
         for fields in reader:

@@ -40,10 +40,11 @@ Items = NDArray[np.int64]
 Loss = Literal["softmax", "bce"]
 LayerSelector = Kind | Literal["scan", "uniform"]
 
-CANDIDATES = 0.02
+CANDIDATES = 0.01
 """Share of the layer that a query of ``topk`` scores exactly, where a caller names no other."""
 
 _SHAPE = Shape(bits=10, tables=16)
+_PART = 1 << 14
 
 
 class SparseOutput(nn.Module):
@@ -108,7 +109,8 @@ class SparseOutput(nn.Module):
         self._biases = PlainTable.of(n, 1, block=1)
         self._root = root or SecretRoot(secrets.token_bytes(ROOT_BYTES))
         self._index: Index | None = None
-        self._age = self._steps = self.rebuilds = 0
+        self._indexed: tuple[int, ...] = ()
+        self._age = self._steps = self._looked = self.rebuilds = 0
 
     # ------------------------------------------------------------------------- the active set
 
@@ -147,6 +149,11 @@ class SparseOutput(nn.Module):
             return select("scan", Search(self.items()), queries, room, stream, exclude=labels).items
         return self.index().batch(queries, room + len(labels))
 
+    @property
+    def _is_plain(self) -> bool:
+        """Whether each neuron has a row of its own, at its own place."""
+        return isinstance(self.table, PlainTable) and self.table.parts == 1
+
     def queries(self, hidden: Tensor) -> NDArray[np.float32]:
         """Hidden vectors as an index is asked: float32, each ending in a 1 where biases are."""
         rows = hidden.detach().to(torch.float32).cpu()
@@ -162,14 +169,29 @@ class SparseOutput(nn.Module):
         return ItemMemory(self.table, self.weight.detach().numpy(), biases)
 
     def index(self) -> Index:
-        """The index, made anew where the schedule says so.
+        """The index that is held.
+
+        In training it follows the rebuild schedule, whose steps are calls of :meth:`active`. After
+        ``eval()`` it is made anew when the weights have changed at all.
 
         Raises:
             UsageError: when the selector has none.
         """
-        if self._index is None or self.rebuild.due(self._age, self._index, self.items()):
+        if self._index is None or self._is_due(self._index):
             self.reindex()
         return cast(Index, self._index)
+
+    def _is_due(self, index: Index) -> bool:
+        if not self.training:
+            return self._versions() != self._indexed
+        if self._looked == self._age:  # one look a step is enough
+            return False
+        self._looked = self._age
+        return self.rebuild.due(self._age, index, self.items())
+
+    def _versions(self) -> tuple[int, ...]:
+        """Counts of changes in place that torch keeps of every tensor."""
+        return tuple(parameter._version for parameter in self.parameters())
 
     def reindex(self) -> None:
         """Make the index of the weights as they are now, with functions drawn anew.
@@ -183,7 +205,7 @@ class SparseOutput(nn.Module):
             )
         stream = self._stream("functions", self.rebuilds)
         self._index = build(cast(Kind, self.selector), self.items(), self.shape, stream)
-        self._age = 0
+        self._age, self._indexed = 0, self._versions()
         self.rebuilds += 1
 
     def _stream(self, purpose: str, count: int) -> SecureStream:
@@ -198,18 +220,21 @@ class SparseOutput(nn.Module):
             neurons: int64 of shape ``(A,)``; without repeats where each has a row of its own.
         """
         table = self.table
-        if isinstance(table, PlainTable) and table.parts == 1:
-            return _rows(self.weight, neurons, True)
+        if self._is_plain:
+            return _rows(self.weight, neurons)
         slots, signs = table.locate(neurons.numpy())
-        blocks = _rows(self.weight, torch.from_numpy(slots.ravel()), False)
-        scaled = blocks * torch.from_numpy(signs.ravel() * np.float32(table.scale))[:, None]
-        return scaled.view(len(neurons), self.dim)
+        factors = torch.from_numpy(signs.ravel() * np.float32(table.scale))[:, None]
+        blocks = cast(
+            Tensor,
+            _Blocks.apply(self.weight, torch.from_numpy(slots.ravel()), factors),  # type: ignore[no-untyped-call]
+        )
+        return blocks.view(len(neurons), self.dim)
 
     def logits(self, hidden: Tensor, active: ActiveSet) -> Tensor:
         """Scores of the active neurons, shape ``(b, A)``, without their importance weights."""
         scores = hidden @ self.rows(active.neurons).T
         if self.bias is not None:
-            scores = scores + _rows(self.bias, active.neurons, True).T
+            scores = scores + _rows(self.bias, active.neurons).T
         return scores
 
     def loss(
@@ -285,12 +310,25 @@ class SparseOutput(nn.Module):
             close = select("scan", Search(items), query[None], k, self._stream("scan", 0)).items
         else:
             close = self.index().one(query, count)
-        neurons, scores = ranked(items, query, close, k)
+        neurons, scores = self._ranked(items, query, close, k)
         short = k - len(neurons)
         if short:
             neurons = np.pad(neurons, (0, short), constant_values=-1)
             scores = np.pad(scores, (0, short), constant_values=-np.inf)
         return neurons, scores
+
+    def _ranked(
+        self, items: ItemMemory, query: NDArray[np.float32], close: Items, k: int
+    ) -> tuple[Items, NDArray[np.float32]]:
+        """The best of some candidates; rows of their own are read without a second copy."""
+        if not self._is_plain:
+            return ranked(items, query, close, k)
+        places, wanted = torch.from_numpy(close), torch.from_numpy(query[: self.dim])
+        scores = self.weight.index_select(0, places) @ wanted
+        if self.bias is not None:
+            scores += self.bias[:, 0].index_select(0, places)
+        best = scores.topk(min(k, len(close)))
+        return close[best.indices.numpy()], best.values.numpy()
 
     def extra_repr(self) -> str:
         """What ``print`` shows."""
@@ -300,27 +338,50 @@ class SparseOutput(nn.Module):
         )
 
 
-def _rows(weight: Tensor, index: Tensor, distinct: bool) -> Tensor:
-    return cast(Tensor, _Rows.apply(weight, index, distinct))  # type: ignore[no-untyped-call]
+def _rows(weight: Tensor, index: Tensor) -> Tensor:
+    return cast(Tensor, _Rows.apply(weight, index))  # type: ignore[no-untyped-call]
 
 
 class _Rows(torch.autograd.Function):
-    """Rows of a matrix, whose gradient names rows of the matrix and never places in a list."""
+    """Distinct rows of a matrix, whose gradient names rows and never places in a list."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, index: Tensor, distinct: bool) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)
-        ctx.size, ctx.distinct = weight.shape, distinct
+        ctx.size = weight.shape
         return weight.index_select(0, index)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors
-        sparse = torch.sparse_coo_tensor(
-            index[None], gradients[0], ctx.size, check_invariants=False
-        )
-        # Sorted or not, rows that are distinct have nothing to be summed.
-        return (sparse._coalesced_(True) if ctx.distinct else sparse), None, None
+        return _summed(index, gradients[0], ctx.size), None
+
+
+class _Blocks(torch.autograd.Function):
+    """Signed blocks of a memory, of which several neurons may share one: its gradient is summed."""
+
+    @staticmethod
+    def forward(ctx: Any, memory: Tensor, slots: Tensor, factors: Tensor) -> Tensor:
+        ctx.save_for_backward(slots, factors)
+        ctx.size = memory.shape
+        return memory.index_select(0, slots).mul_(factors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        slots, factors = ctx.saved_tensors
+        touched, place = slots.unique(return_inverse=True)
+        values = torch.zeros(len(touched), ctx.size[1])
+        # In parts: a signed copy of all of it would be as large as the active rows.
+        for start in range(0, len(place), _PART):
+            part = slice(start, start + _PART)
+            values.index_add_(0, place[part], gradients[0][part] * factors[part])
+        return _summed(touched, values, ctx.size), None, None
+
+
+def _summed(index: Tensor, values: Tensor, size: torch.Size) -> Tensor:
+    """A gradient of distinct rows: whatever their order, nothing is left to be summed."""
+    sparse = torch.sparse_coo_tensor(index[None], values, size, check_invariants=False)
+    return sparse._coalesced_(True)
 
 
 def _softmax(scores: Tensor, active: ActiveSet, places: Tensor, real: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from privrec.errors import UsageError
 
+_AT_ONCE = 1 << 17  # floats
+
 
 class RowAdam(torch.optim.Optimizer):
     """Adam by rows, for sparse and dense gradients; a dense one moves every row.
@@ -72,11 +74,14 @@ class RowAdam(torch.optim.Optimizer):
             values = gradient._values()
         else:
             rows, values = torch.arange(len(parameter)), gradient
-        few = (first[rows], second[rows], steps[rows])
-        change = _adam(values, *few, group)
-        for kept, new in zip((first, second, steps), few, strict=True):
-            kept.index_copy_(0, rows, new)
-        parameter.index_add_(0, rows, change)
+        # In parts that a cache holds: copies of all active rows would cost more than the layer's.
+        size = max(1, _AT_ONCE // max(1, parameter[0].numel()))
+        for part, change in zip(torch.split(rows, size), torch.split(values, size), strict=True):
+            few = (first[part], second[part], steps[part])
+            moved = _adam(change, *few, group)
+            for kept, new in zip((first, second, steps), few, strict=True):
+                kept.index_copy_(0, part, new)
+            parameter.index_add_(0, part, moved)
 
 
 def _adam(

@@ -28,7 +28,7 @@ FLOORS = (
     ("record", "checkpoint"),
     ("wording",),
     ("console", "tracking"),
-    ("baselines", "catalogue"),
+    ("baselines", "catalogue", "classifier"),
     ("agreement",),
     ("assembly",),  # what the loop is put together from
     ("footprint", "identity", "scoring", "declaration"),

@@ -1,0 +1,129 @@
+"""A dense PyTorch output layer against a sparse one: training to equal precision, and one query.
+
+Invented examples of the shape of Amazon-670K: 670,091 labels in clusters, by Zipf's law; a hidden
+layer of 128. The dense side takes ``--epochs`` with the full softmax; the sparse side sees the same
+batches, in as many epochs as it takes to reach the dense side's P@1. It then learns on, from
+further examples, and single queries of that trained layer are answered both ways in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from _bolt import Dense, Sparse, distinct, epochs, queries
+from _common import Claim, document, machine, print_table, write_json
+
+from privrec.data.extreme import AMAZON_670K, Examples, Invented
+
+DIM, SHARE, LR, BATCH = 128, 0.01, 1e-2, 256
+LOOK = 25
+"""Sparse steps between two looks at its precision, which cost no training time."""
+
+
+def trained(
+    world: Invented, train: Examples, test: Examples, share: float, passes: int
+) -> tuple[Dense, Sparse]:
+    """Both sides, the sparse one as soon as it is no worse."""
+    dense = Dense(world.features, world.labels, DIM, LR)
+    for part in epochs(train, BATCH, passes):
+        dense.step(part)
+    aim = dense.trained.evaluate(test)
+    print(f"dense: P@1 {aim:.4f} after {dense.trained.seconds:.0f} s", flush=True)
+    sparse = Sparse(world.features, world.labels, DIM, LR, share)
+    for part in epochs(train, BATCH, 100):
+        sparse.step(part)
+        if sparse.trained.steps % LOOK == 0 and sparse.trained.evaluate(test) >= aim:
+            break
+    found = sparse.trained
+    print(f"sparse: P@1 {found.reached:.4f} after {found.seconds:.0f} s", flush=True)
+    return dense, sparse
+
+
+def warm() -> None:
+    """A step of both sides, so that what torch loads on its first one is in nobody's time."""
+    world = Invented(100, 200, words=5)
+    for side in (Dense(100, 200, 8, LR), Sparse(100, 200, 8, LR, 0.5)):
+        side.step(world.examples(8))
+
+
+def measured(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Claim]]:
+    """Rows and claims."""
+    world = Invented(5000, 20_000, words=40, labels_each=3, clusters=256)
+    world = world if options.quick else AMAZON_670K
+    train = world.examples(2 * BATCH if options.quick else options.examples)
+    test = world.examples(300 if options.quick else 1000, "test")
+    dense, sparse = trained(world, train, test, 0.05 if options.quick else SHARE, options.epochs)
+    sides = {"dense PyTorch": dense.trained, "sparse": sparse.trained}
+    rows = [
+        {"name": f"training, {name}", "train_s": side.seconds, "steps": side.steps,
+         "active": active, "p_at_1": side.reached}
+        for (name, side), active in zip(
+            sides.items(), (world.labels, sparse.layer.budget), strict=True
+        )
+    ]  # fmt: skip
+    reached = sparse.trained.reached >= dense.trained.reached
+    ratio = dense.trained.seconds / sparse.trained.seconds if reached else None
+    del dense
+    further = world.examples(4 * BATCH if options.quick else options.further, "further")
+    for part in epochs(further, BATCH, 1 if options.quick else 4):
+        sparse.step(part)
+    precise = sparse.trained.evaluate(test)
+    with torch.no_grad():
+        hidden = sparse.trained.words(world.examples(options.queries, "queries"))
+    started = time.perf_counter()
+    sparse.layer.reindex()
+    indexed = time.perf_counter() - started
+    whole, few, agree = queries(sparse, hidden)
+    share = statistics.mean(agree)
+    different = distinct(sparse, hidden)
+    rows += [
+        {"name": "query, dense PyTorch", "query_ms": 1e3 * statistics.median(whole),
+         "p_at_1": precise, "top1_share": 1.0, "distinct_best": different},
+        {"name": "query, sparse", "query_ms": 1e3 * statistics.median(few), "top1_share": share,
+         "index_s": indexed, "index_mb": sparse.layer.index().nbytes / 1e6},
+    ]  # fmt: skip
+    return rows, [
+        Claim("inference_ratio", statistics.median(whole) / statistics.median(few), 10, "times"),
+        Claim("top1_share", share, 0.95, "of the queries"),
+        Claim("training_ratio", ratio, 3, "times"),
+    ]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print the table, and write the JSON file where one is named."""
+    options = parser().parse_args(arguments)
+    torch.set_num_threads(1)
+    about = machine("numpy", "torch")
+    warm()
+    rows, claims = measured(options)
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    title = "A wide output on one core: one dense epoch, and a query"
+    print_table(title, [(key, key.replace("_", " ")) for key in keys], rows)
+    for claim in claims:
+        print(claim)
+    if options.json:
+        write_json(options.json, document(rows, claims, about))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The benchmark's options."""
+    made = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0],
+        epilog="example: bolt.py --quick --json bolt.json",
+    )
+    made.add_argument("--quick", action="store_true", help="20,000 labels, few examples")
+    made.add_argument("--examples", type=int, default=12_800, metavar="N", help="of one epoch")
+    made.add_argument("--epochs", type=int, default=1, metavar="N", help="of the dense side")
+    made.add_argument("--further", type=int, default=50_000, metavar="N", help="before queries")
+    made.add_argument("--queries", type=int, default=1000, metavar="N", help="one at a time")
+    made.add_argument("--json", type=Path, metavar="FILE", help="write rows, claims and machine")
+    return made
+
+
+if __name__ == "__main__":
+    main()
