@@ -169,7 +169,7 @@ def test_no_device_moves_the_sum_by_more_than_the_bound(tmp_path: Path) -> None:
     layout, bound = parts.federation.layout, parts.server.plan.protection.encoding.bound
     largest = 0.0
     tier = parts.federation.tiers[0]
-    for _, update, _ in parts.simulation._answers(
+    for _, update, _ in parts.simulation.answers(
         round, parts.server.weights, tier, np.arange(USERS)
     ):
         total = np.zeros(layout.size, np.int64)
