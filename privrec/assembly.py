@@ -9,15 +9,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.agreement import agree
+from privrec.agreement import agree, example_event
 from privrec.data import Interactions
+from privrec.data.text import Corpus
 from privrec.device.batch import Histories
 from privrec.device.cohort import Cohort
+from privrec.device.examples import ExampleNoise
 from privrec.device.negatives import popularity_of
 from privrec.device.protection import Protection
+from privrec.device.recommender import Recommender, Settings
 from privrec.device.round import digest
-from privrec.device.tier import Federation, Tier
-from privrec.device.train import Recommender, Settings, Trainer
+from privrec.device.tier import Federation, Meaning, Tier
+from privrec.device.train import Trainer
+from privrec.device.words import Language
 from privrec.embedding.nested import Nested, nested
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable, Table
@@ -26,6 +30,7 @@ from privrec.models.implicit import packed_size
 from privrec.models.layout import Layout, band_sizes
 from privrec.models.losses import IMPLICIT
 from privrec.models.ncf import NCF
+from privrec.models.next_word import NextWord
 from privrec.privacy.events import RoundEvent
 from privrec.randomness import SecretRoot, rng_for
 from privrec.scenario import DeviceTier, Model, Scenario, Train
@@ -58,7 +63,7 @@ class Parts:
     federation: Federation
     everyone: Cohort
     server: Server
-    simulation: Simulation
+    simulation: Simulation[Cohort]
 
     @property
     def states(self) -> tuple[NDArray[np.float32], ...]:
@@ -124,6 +129,7 @@ def server_of(scenario: Scenario, federation: Federation, population: int, run_i
         federation,
         scenario.devices.sampling_rate * training,
         scenario.train.average,
+        example_event(scenario),
     )
     weights = initial_weights(federation, scenario.model.init_std, scenario.run.seed)
     completion = completion_of(scenario, federation)
@@ -179,18 +185,23 @@ def assign(n_users: int, federation: Federation, seed: int) -> NDArray[np.int64]
     return rng_for(seed, "tiers").permutation(labels.clip(max=most))
 
 
-def check_tiers(scenario: Scenario, train: Interactions) -> None:
+def check_tiers(scenario: Scenario, n_users: int, n_items: int) -> None:
     """Refuse tiers that do not nest in a catalogue, or that no user would be of.
+
+    Args:
+        scenario: what is to be run.
+        n_users: number of users.
+        n_items: size of the catalogue, or of the vocabulary.
 
     Raises:
         UsageError: when there is such a tier.
     """
-    federation = federation_of(scenario, train.n_items)
-    assigned = assign(train.n_users, federation, scenario.run.seed)
+    federation = federation_of(scenario, n_items)
+    assigned = assign(n_users, federation, scenario.run.seed)
     for tier in federation.tiers:
         if tier.index not in assigned:
             raise UsageError(
-                f"devices.tiers: the share {tier.share:g} of {train.n_users} users is nobody; "
+                f"devices.tiers: the share {tier.share:g} of {n_users} users is nobody; "
                 "raise the share, or leave the tier out"
             )
 
@@ -265,11 +276,15 @@ def _coordinates(
     return chain, None if biases is None else nested(biases, order, same)
 
 
-def _recommender(
-    scenario: Scenario, vectors: Nested, biases: Nested | None, index: int
-) -> Recommender:
+def _recommender(scenario: Scenario, vectors: Nested, biases: Nested | None, index: int) -> Meaning:
     table, small = vectors.tables[index], None if biases is None else biases.tables[index]
     model = scenario.model
+    if model.kind == "next_word":
+        if small is None:
+            raise UsageError("model.item_bias = false: an output neuron has a bias; set it")
+        network = NextWord(table.dim, model.heads, model.ffn, model.layers, model.context)
+        layout = Layout(network.dense, table.slots, table.block, small.slots)
+        return Language(network, table, small, layout)
     ncf = NCF.of(model.kind, table.dim, tuple(model.hidden))
     gram = packed_size(table.dim) if scenario.train.loss in IMPLICIT else 0
     layout = Layout(ncf.dense, table.slots, table.block, 0 if small is None else small.slots, gram)
@@ -286,7 +301,14 @@ def trainer_of(scenario: Scenario, federation: Federation, tier: Tier) -> Traine
         # coordinates is as many times shorter as slots are folded into one.
         gain = federation.tiers[0].capacity / tier.capacity
         settings = replace(settings, local_lr=settings.local_lr * gain)
-    return Trainer(tier.recommender, settings)
+    if not isinstance(tier.recommender, Recommender):
+        raise UsageError(f'model.kind = "{scenario.model.kind}": it trains on texts, not histories')
+    return Trainer(tier.recommender, settings, examples=_example_noise(scenario))
+
+
+def _example_noise(scenario: Scenario) -> ExampleNoise | None:
+    event, bound = example_event(scenario), scenario.privacy.local_clip_norm
+    return None if event is None or bound is None else ExampleNoise(bound, event.noise_multiplier)
 
 
 def completion_of(scenario: Scenario, federation: Federation) -> Completion:
@@ -335,6 +357,6 @@ def initial_weights(federation: Federation, init_std: float, seed: int) -> NDArr
     return weights
 
 
-def data_digest(train: Interactions) -> str:
+def data_digest(train: Interactions | Corpus) -> str:
     """Digest of the histories, to tell that a resumed run has the data it began with."""
     return (digest(train.indptr) + digest(train.items)).hex() + f"-{train.n_items}"

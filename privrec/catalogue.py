@@ -15,6 +15,7 @@ from safetensors.numpy import save
 
 from privrec.checkpoint import replace
 from privrec.data import Interactions, Split
+from privrec.data.text import UNKNOWN_ID, TextSplit
 from privrec.device.round import digest
 from privrec.errors import IntegrityError
 from privrec.privacy.book import PREPARATION
@@ -40,8 +41,11 @@ Order = NDArray[np.int64]
 
 def known_items(scenario: Scenario) -> int | None:
     """Size of the catalogue, where it is public without looking at the data."""
-    if scenario.data.source == "synthetic":
-        return scenario.data.items
+    data = scenario.data
+    if data.source == "synthetic_text":
+        return min(data.items, data.vocabulary or data.items)
+    if data.source == "synthetic":
+        return data.items
     return KNOWN_ITEMS.get(scenario.data.source)
 
 
@@ -76,22 +80,67 @@ def numbered(
     """
     if scenario.devices.order != "rows":
         return split
-    event = release_event(scenario)
-    if event is None:
-        counts = split.train.item_counts()
-    else:
-        ledger.charge(PREPARATION, 0, event)
-        most = scenario.devices.popularity_items
-        context = (ledger.header["run_id"], scenario.plan_hash())
-        counts = _capped_counts(split.train, most, devices.stream("popularity", *context))
-        stream = server.stream("popularity", *context, digest(counts))
-        # A 0/1 history of so many items is no longer than the root of their number.
-        counts += rounded_gaussian(stream, event.noise_multiplier * most**0.5, len(counts))
-    order = np.argsort(-counts, kind="stable")
-    if event is not None:
-        ledger.commit(PREPARATION, 0, server.tag("popularity", *context, digest(order)))
+    order = _released(scenario, split.train, ledger, server, devices)
+    if order is None:
+        order = np.argsort(-split.train.item_counts(), kind="stable")
     _write(folder / FILE, order)
     return split.renumbered(order)
+
+
+def numbered_words(
+    scenario: Scenario, split: TextSplit, ledger: Ledger, folder: Path, server: SecretRoot,
+    devices: SecretRoot,
+) -> TextSplit:  # fmt: skip
+    """Texts whose words are numbered by how common they are, as far as the vocabulary goes.
+
+    Public counts are of every occurrence; released ones, of the devices that use a word. The order
+    is written to ``folder`` before it is used; a released one was charged before.
+
+    Args:
+        scenario: what to run.
+        split: as the data has it.
+        ledger: is charged.
+        folder: the run's directory.
+        server: the server's secret, for the noise.
+        devices: the devices' secret, for the choice of the words that count.
+    """
+    order = None
+    if release_event(scenario) is not None:
+        order = _released(scenario, split.train.distinct, ledger, server, devices)
+    if order is None:
+        order = np.argsort(-split.train.item_counts(), kind="stable")
+    order = np.concatenate(([UNKNOWN_ID], order[order != UNKNOWN_ID]))
+    _write(folder / FILE, order)
+    return split.renumbered(order)
+
+
+def restored_words(folder: Path, split: TextSplit) -> TextSplit:
+    """Texts whose words are numbered as in the run in ``folder``.
+
+    Raises:
+        IntegrityError: when the order kept there is gone, altered or not one of these words.
+    """
+    return split.renumbered(_kept(folder / FILE, split.train.n_items))
+
+
+def _released(
+    scenario: Scenario, train: Interactions, ledger: Ledger, server: SecretRoot,
+    devices: SecretRoot,
+) -> Order | None:  # fmt: skip
+    """The popularity order by counts with noise, charged first; None where none is released."""
+    event = release_event(scenario)
+    if event is None:
+        return None
+    ledger.charge(PREPARATION, 0, event)
+    most = scenario.devices.popularity_items
+    context = (ledger.header["run_id"], scenario.plan_hash())
+    counts = _capped_counts(train, most, devices.stream("popularity", *context))
+    stream = server.stream("popularity", *context, digest(counts))
+    # A 0/1 history of so many items is no longer than the root of their number.
+    counts += rounded_gaussian(stream, event.noise_multiplier * most**0.5, len(counts))
+    order = np.argsort(-counts, kind="stable")
+    ledger.commit(PREPARATION, 0, server.tag("popularity", *context, digest(order)))
+    return order
 
 
 def restored(folder: Path, split: Split) -> Split:
@@ -105,13 +154,17 @@ def restored(folder: Path, split: Split) -> Split:
         if load(folder / "scenario.toml").devices.order == "rows":
             raise IntegrityError(f"{path}: there is no order of the items; restore the file")
         return split
+    return split.renumbered(_kept(path, split.train.n_items))
+
+
+def _kept(path: Path, n_items: int) -> Order:
     order = _read(path)
-    if not np.array_equal(np.sort(order), np.arange(split.train.n_items)):
+    if not np.array_equal(np.sort(order), np.arange(n_items)):
         raise IntegrityError(
-            f"{path}: no order of the {split.train.n_items} items of this catalogue; use the data "
-            "that the run was started with, or restore the file"
+            f"{path}: no order of the {n_items} items of this catalogue; use the data that the run "
+            "was started with, or restore the file"
         )
-    return split.renumbered(order)
+    return order
 
 
 def _write(path: Path, order: Order) -> None:

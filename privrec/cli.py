@@ -16,6 +16,7 @@ import click
 from click.core import ParameterSource
 
 from privrec import __version__
+from privrec.cli_audit import audit
 from privrec.cli_base import Commands, check_run, example, print_json
 from privrec.cli_base import json_option as _json
 from privrec.cli_base import run_dir as _run_dir
@@ -209,6 +210,7 @@ def plan(scenario_file: Path, settings: tuple[str, ...], as_json: bool) -> None:
 
 
 main.add_command(report)
+main.add_command(audit)
 
 
 @main.command(
@@ -358,8 +360,13 @@ def describe(name: str, settings: tuple[str, ...], data_dir: Path | None, as_jso
     _check_data(data_dir)
     scenario = _scenario_for_data(name, settings)
     from privrec import data as data_sets
+    from privrec.data.text import load_text
 
-    facts = data_sets.describe(data_sets.load(scenario.data, data_dir=data_dir))
+    facts = (
+        load_text(scenario.data, data_dir=data_dir).describe()
+        if scenario.model.kind == "next_word"
+        else data_sets.describe(data_sets.load(scenario.data, data_dir=data_dir))
+    )
     if as_json:
         print_json(facts)
         return

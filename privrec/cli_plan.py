@@ -174,6 +174,10 @@ def _dense(scenario: Scenario) -> int:
     model = scenario.model
     if model.kind == "gmf":
         return 0
+    if model.kind == "next_word":
+        d, wide = model.dim, model.ffn
+        layer = 4 * d * (d + 1) + (d + 1) * wide + (wide + 1) * d + 4 * d
+        return model.context * d + model.layers * layer + 2 * d
     tower = model.dim if model.kind == "mlp" else model.dim - model.dim // 2
     widths = (2 * tower, *model.hidden)
     return sum((below + 1) * above for below, above in pairwise(widths)) + widths[-1]
@@ -182,6 +186,8 @@ def _dense(scenario: Scenario) -> int:
 def _warnings(scenario: Scenario) -> list[str]:
     privacy, population = scenario.privacy, scenario.population()
     if privacy.noise == "none":
+        if privacy.local == "example":
+            return ["No noise is added to the sums: no guarantee at user level."]
         return ["No noise is added: no privacy guarantee."]
     if population is None:
         return [

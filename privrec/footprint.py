@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 
 from privrec.agreement import encoding_of
 from privrec.assembly import federation_of, trainer_of
-from privrec.device.device import Device
+from privrec.assembly_text import writers_of
+from privrec.device.batch import Histories
+from privrec.device.device import Device, hash_functions, protected
 from privrec.device.protection import Protection
 from privrec.device.round import Round, model_digests
 from privrec.privacy.events import RoundEvent
-from privrec.privacy.shares import Band, Shares
+from privrec.privacy.shares import Band, Shares, noise_seeds
 from privrec.randomness import SecretRoot
 from privrec.scenario import Scenario
 from privrec.secagg.ring import Ring
@@ -75,10 +77,10 @@ class _Task:
     def __init__(self, head: bytes, body: bytes) -> None:
         described = json.loads(head)
         scenario = Scenario.from_toml(described["scenario"])
-        federation = federation_of(scenario, described["n_items"])
+        federation = self._federation = federation_of(scenario, described["n_items"])
         self._tier = federation.tiers[described["tier"]]
         self._weaker = federation.weaker(self._tier)
-        self._trainer = trainer_of(scenario, federation, self._tier)
+        self._scenario = scenario
         encoding, ring = encoding_of(scenario, federation.layout.size), scenario.privacy.ring_bits
         shares = described["shares"]
         if shares is not None:
@@ -102,10 +104,30 @@ class _Task:
         model = np.frombuffer(self._model, np.float32).copy()
         items = np.frombuffer(history, np.int32).copy()
         root = SecretRoot.known(b"measures itself")
-        device = Device(0, items, self._tier, self._weaker, self._trainer, self._protection, root)
         digests = model_digests(model, (self._tier.layout, *self._weaker))
         round = Round("footprint", 0, 0, RoundEvent("none", 0.0, 1.0), "", digests)
+        if self._scenario.model.kind == "next_word":
+            self._write(round, model, items, root)
+            return
+        trainer = trainer_of(self._scenario, self._federation, self._tier)
+        device = Device(0, items, self._tier, self._weaker, trainer, self._protection, root)
         device.upload(round, device.answer(round, model, 0))
+
+    def _write(
+        self, round: Round, model: NDArray[np.float32], text: NDArray[np.int32], root: SecretRoot
+    ) -> None:
+        """A round of one device with a text."""
+        # A text of one word has no next one: what the libraries load takes two.
+        one = np.resize(text, max(2, len(text)))
+        histories = Histories(np.array([0]), np.array([0, len(one)]), one)
+        writers = writers_of(self._scenario, self._tier, histories)
+        streams = hash_functions(root, round)
+        for _, trained in writers.train(self._tier.view(model), np.array([0]), 0, streams):
+            update, coins = self._tier.lift(trained.update), root.stream("rounding")
+            bounded = protected(update, self._protection, round, self._tier, self._weaker, coins)
+            shares, layouts = self._protection.shares, (self._tier.layout, *self._weaker)
+            seeds = () if shares is None else noise_seeds(root, len(layouts), *round.context, 0)
+            bounded.upload(layouts, shares, seeds)
 
 
 def _give_back_freed() -> None:

@@ -20,10 +20,11 @@ from privrec.data import Interactions, Split
 from privrec.device.tier import Federation, Tier
 from privrec.errors import IntegrityError, UsageError
 from privrec.footprint import peak_bytes
+from privrec.privacy.book import EXAMPLE
 from privrec.privacy.events import Accountant, Adversary, epsilon
 from privrec.privacy.ledger import Ledger
 from privrec.record import OUTSIDE
-from privrec.scenario import Scenario
+from privrec.scenario import Privacy, Scenario
 from privrec.server.server import Server
 
 _EPSILONS: dict[str, tuple[Adversary, Accountant]] = {
@@ -38,7 +39,7 @@ def write_model(out: Path, server: Server, scenario: Scenario) -> None:
     """Write the released weights (``model.safetensors``) and what they mean (``model.json``)."""
     replace(out / "model.safetensors", save({"weights": server.released}))
     n_items = server.plan.federation.tiers[0].recommender.vectors.items
-    description = {"items": n_items, "scenario": scenario.name, **_model(server, scenario)}
+    description = {"items": n_items, "scenario": scenario.name, **model_facts(server, scenario)}
     replace(out / "model.json", (json.dumps(description, indent=2) + "\n").encode())
 
 
@@ -114,10 +115,10 @@ def result_of(
         "baselines": {name: _baseline(name, scenario, split) for name in scenario.run.baselines},
         "metrics_note": OUTSIDE,
         "outside_the_guarantee": ["metrics", "intervals", "baselines", "data", "cost"],
-        "privacy": _privacy(scenario, split.train.n_users, server, ledger, identity),
+        "privacy": privacy_of(scenario, split.train.n_users, server, ledger, identity),
         "cost": _cost(parts, tiers, cpu_s, wall_s),
         "tiers": tiers,
-        "model": _model(server, scenario),
+        "model": model_facts(server, scenario),
         "data": identity["data"],
     }
 
@@ -156,13 +157,13 @@ def deployed_result(
         "baselines": {},
         "metrics_note": OUTSIDE,
         "outside_the_guarantee": ["cost"],
-        "privacy": _privacy(scenario, population, server, ledger, identity),
+        "privacy": privacy_of(scenario, population, server, ledger, identity),
         "cost": {
             "upload_bytes": layouts[0].size * ring_bits // 8,
             "download_bytes": layouts[0].size * BYTES_A_COEFFICIENT,
             "device_peak_bytes": None,
             "cpu_s_per_device_round": None,
-            "wall_s": _two_digits(wall_s) if server.plan.event.hides_cohorts else wall_s,
+            "wall_s": two_digits(wall_s) if server.plan.event.hides_cohorts else wall_s,
         },
         "tiers": [
             {
@@ -174,7 +175,7 @@ def deployed_result(
             }
             for tier in server.plan.federation.tiers
         ],
-        "model": _model(server, scenario),
+        "model": model_facts(server, scenario),
         "data": identity["data"],
     }
 
@@ -185,13 +186,22 @@ def _baseline(name: str, scenario: Scenario, split: Split) -> dict[str, float]:
     return metrics.evaluate(scores, split, k=scenario.run.top_k, seed=seed).summary()
 
 
-def _privacy(
+def privacy_of(
     scenario: Scenario,
     population: int,
     server: Server,
     ledger: Ledger,
     identity: Mapping[str, Any],
 ) -> dict[str, Any]:
+    """What ``result.json`` says about privacy; every ε comes from the ledger.
+
+    Args:
+        scenario: what was run.
+        population: enrolled devices.
+        server: at the end of the run.
+        ledger: what was charged.
+        identity: content of ``run.json``.
+    """
     privacy, plan, known = scenario.privacy, server.plan, bool(identity["noise_known"])
     holds = plan.event.is_private and not known
     spent = {
@@ -222,6 +232,23 @@ def _privacy(
         "budget_against": privacy.budget_against,
         "noise_known": known,
         "charges": len(ledger.charges),
+        "examples": _examples(privacy, ledger, known),
+    }
+
+
+def _examples(privacy: Privacy, ledger: Ledger, known: bool) -> dict[str, Any] | None:
+    """The guarantee of devices' own noise: another unit, which nothing adds to the user's."""
+    if privacy.local == "none":
+        return None
+    (event,) = ledger.examples or (None,)
+    return {
+        "unit": EXAMPLE,
+        "epsilon": None if known else ledger.epsilon_of_examples(privacy.local_delta),
+        "delta": privacy.local_delta,
+        "noise_multiplier": event and event.noise_multiplier,
+        "clip_norm": privacy.local_clip_norm,
+        "budget": privacy.local_epsilon,
+        "charges": sum(ledger.examples.values()),
     }
 
 
@@ -280,20 +307,23 @@ def _cost(
     server, plan = parts.server, parts.server.plan
     device_rounds = server.index * plan.expected_cohort
     # Realised cohorts are nobody's business: two digits of a total do not tell their number.
-    seconds = _two_digits if plan.event.hides_cohorts else float
+    seconds = two_digits if plan.event.hides_cohorts else float
     device = ("upload_bytes", "download_bytes", "device_peak_bytes")
     return {
         **{name: tiers[0][name] for name in device},
         "cpu_s_per_device_round": seconds(cpu_s / device_rounds) if device_rounds else None,
         "wall_s": seconds(wall_s),
+        "noise_deferred": parts.simulation.deferred.share,
     }
 
 
-def _two_digits(value: float) -> float:
+def two_digits(value: float) -> float:
+    """A time that tells no realised cohort size."""
     return float(f"{value:.1e}")
 
 
-def _model(server: Server, scenario: Scenario) -> dict[str, Any]:
+def model_facts(server: Server, scenario: Scenario) -> dict[str, Any]:
+    """What ``result.json`` and ``model.json`` say about the model's size."""
     recommender = server.plan.federation.tiers[0].recommender
     vectors, layout = recommender.vectors, recommender.layout
     return {

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 from privrec import catalogue, checkpoint, data, lifetime, metrics, rundir
 from privrec.assembly import Parts, assemble, check_tiers, data_digest
 from privrec.checkpoint import Position
-from privrec.data import Split
+from privrec.data import Interactions, Split
 from privrec.identity import Identity
+from privrec.language_run import Texts
 from privrec.loop import Loop, Result, one_thread
 from privrec.outcome import result_of, write_model
 from privrec.privacy.ledger import Ledger
-from privrec.randomness import sync_directory
+from privrec.randomness import SecretRoot, sync_directory
 from privrec.record import EventLog, Observer
 from privrec.scenario import Scenario, load
 from privrec.scoring import Judge
@@ -53,18 +56,18 @@ def start(
     """
     rundir.refuse_taken(out)
     lifetime.check(population, scenario, known=unsafe_noise_key is not None)
-    split = data.load(scenario.data, data_dir=data_dir)
+    kind = _kind_of(scenario)
+    split = kind.load(scenario, data_dir)
     rundir.check_population(scenario, split.train.n_users)
-    check_tiers(scenario, split.train)
-    identity = Identity.new(scenario, data.describe(split), data_dir, unsafe_noise_key)
+    identity = Identity.new(scenario, kind.describe(split), data_dir, unsafe_noise_key)
     with identity.forgotten_unless(out), rundir.appearing(out) as folder:
         rundir.write_json(folder / "run.json", identity.to_json())
         checkpoint.replace(folder / "scenario.toml", scenario.to_toml().encode())
         users, standing = split.train.n_users, lifetime.reserve(population, scenario, identity)
         with rundir.new_ledger(folder, scenario, identity, users, standing) as ledger:
             server, devices = identity.root("server"), identity.root("devices")
-            split = catalogue.numbered(scenario, split, ledger, folder, server, devices)
-            parts = assemble(scenario, split.train, identity.run_id, devices)
+            split = kind.numbered(scenario, split, ledger, folder, server, devices)
+            parts = kind.assemble(scenario, split.train, identity.run_id, devices)
             digest = data_digest(split.train)
             position = rundir.save(
                 folder, parts.server, parts.states, identity, scenario, ledger, digest
@@ -92,9 +95,9 @@ def resume(out: Path, *, data_dir: Path | None = None, observer: Observer) -> Re
         return Result(out, payload)
     identity.signing_key()  # refused before a fresh root is drawn for a run that cannot go on
     scenario = load(out / "scenario.toml")
-    split = data.load(scenario.data, data_dir=data_dir or identity.data_dir)
-    split = catalogue.restored(out, split)
-    parts = assemble(scenario, split.train, identity.run_id, identity.root("devices"))
+    kind = _kind_of(scenario)
+    split = kind.restored(scenario, out, kind.load(scenario, data_dir or identity.data_dir))
+    parts = kind.assemble(scenario, split.train, identity.run_id, identity.root("devices"))
     position, arrays = checkpoint.read(out / rundir.CHECKPOINT)
     rundir.check_same(out, position, identity, scenario, data_digest(split.train))
     rundir.restore(parts.server, parts.states, position, arrays)
@@ -104,9 +107,9 @@ def resume(out: Path, *, data_dir: Path | None = None, observer: Observer) -> Re
 def _go_on(
     out: Path,
     scenario: Scenario,
-    split: Split,
+    split: Any,
     identity: Identity,
-    parts: Parts,
+    parts: Any,
     observer: Observer,
     position: Position,
     *,
@@ -118,7 +121,7 @@ def _go_on(
         one_thread(),
     ):
         rundir.check_ledger(out, ledger, identity, position)
-        loop = _Simulated(
+        loop = _kind_of(scenario).loop(
             out, scenario, split.train.n_users, identity, parts.server, parts.simulation, observer,
             ledger, events, split=split, parts=parts,
         )  # fmt: skip
@@ -133,6 +136,61 @@ def _go_on(
             )
         observer.started(info)
         return loop.run()
+
+
+class Kind(Protocol):
+    """What runs of one kind of data are made of; nothing else tells the kinds apart.
+
+    A split has ``train`` with ``n_users``, ``indptr`` and ``items``; parts have ``server``,
+    ``simulation`` and ``states``. Both are the kind's own and go from one method to the next.
+    """
+
+    @property
+    def loop(self) -> Callable[..., Loop]: ...
+    def load(self, scenario: Scenario, data_dir: Path | None) -> Any: ...
+    def describe(self, split: Any) -> dict[str, Any]: ...
+    def numbered(
+        self, scenario: Scenario, split: Any, ledger: Ledger, folder: Path, server: SecretRoot,
+        devices: SecretRoot,
+    ) -> Any: ...  # fmt: skip
+    def restored(self, scenario: Scenario, folder: Path, split: Any) -> Any: ...
+    def assemble(
+        self, scenario: Scenario, train: Any, run_id: str, devices: SecretRoot
+    ) -> Any: ...  # fmt: skip
+
+
+class _Histories:
+    """Recommenders, trained on histories of interactions."""
+
+    @property
+    def loop(self) -> type[_Simulated]:
+        return _Simulated
+
+    def load(self, scenario: Scenario, data_dir: Path | None) -> Split:
+        split = data.load(scenario.data, data_dir=data_dir)
+        check_tiers(scenario, split.train.n_users, split.train.n_items)
+        return split
+
+    def describe(self, split: Split) -> dict[str, Any]:
+        return data.describe(split)
+
+    def numbered(
+        self, scenario: Scenario, split: Split, ledger: Ledger, folder: Path, server: SecretRoot,
+        devices: SecretRoot,
+    ) -> Split:  # fmt: skip
+        return catalogue.numbered(scenario, split, ledger, folder, server, devices)
+
+    def restored(self, scenario: Scenario, folder: Path, split: Split) -> Split:
+        return catalogue.restored(folder, split)
+
+    def assemble(
+        self, scenario: Scenario, train: Interactions, run_id: str, devices: SecretRoot
+    ) -> Parts:
+        return assemble(scenario, train, run_id, devices)
+
+
+def _kind_of(scenario: Scenario) -> Kind:
+    return Texts() if scenario.model.kind == "next_word" else _Histories()
 
 
 @dataclass(kw_only=True)

@@ -13,8 +13,10 @@ from collections.abc import Set as AbstractSet
 from typing import Any
 
 from privrec.scenario_problems import as_toml, describe
+from privrec.scenario_texts import TEXTS, texts
 
 SYNTHETIC_KEYS = ("users", "items", "clusters", "interactions_per_user", "seed")
+TEXT_KEYS = ("words", "vocabulary")
 TABLE_KEYS = ("user_column", "item_column", "time_column", "separator", "encoding")
 
 Values = Mapping[str, Any]
@@ -42,8 +44,11 @@ def values_of(
 
 def foreign_keys(source: str) -> tuple[str, ...]:
     """The keys of ``[data]`` that mean nothing for this source."""
-    synthetic = () if source == "synthetic" else SYNTHETIC_KEYS
-    return synthetic + (() if source == "table" else TABLE_KEYS)
+    synthetic = () if source in ("synthetic", "synthetic_text") else SYNTHETIC_KEYS
+    foreign = synthetic + (() if source == "table" else TABLE_KEYS)
+    if source in TEXTS:
+        return (*foreign, "max_history", *(() if source == "text" else ("words", "path")))
+    return foreign + TEXT_KEYS
 
 
 def conflicts(values: Values, given: AbstractSet[str]) -> Problems:
@@ -69,10 +74,19 @@ def _foreign(values: Values, given: AbstractSet[str]) -> Problems:
         return problems
     for path in (f"data.{key}" for key in foreign_keys(source)):
         if path in given and path in values:
-            owner = "synthetic" if path.partition(".")[2] in SYNTHETIC_KEYS else "table"
-            rule = f'it belongs to data.source = "{owner}", and the source is {as_toml(source)}'
+            owner = _owner(path.partition(".")[2])
+            rule = f"it belongs to data.source = {owner}, and the source is {as_toml(source)}"
             problems[path] = describe(path, values[path], rule, f"remove it (-s {path}=)")
     return problems
+
+
+def _owner(key: str) -> str:
+    """The source, in quotes, that a key of ``[data]`` belongs to."""
+    if key in SYNTHETIC_KEYS:
+        return '"synthetic"'
+    if key in TEXT_KEYS:
+        return '"text"'
+    return '"table"' if key in TABLE_KEYS else "interactions or files"
 
 
 def _synthetic(values: Values) -> Problems:
@@ -202,6 +216,8 @@ def _nesting(values: Values) -> Problems:
     )
     order = nesting or ("fold" if popularity is None else "rows")
     sampled = values["train.selector"] == "popularity" and popularity == "public"
+    # The words of a vocabulary are in this order however they are nested.
+    sampled = sampled or values["data.source"] in TEXTS
     if order == "rows" and popularity is None:
         rule = "the order of the rows must come from somewhere"
         remedy = 'set devices.popularity = "public" or "released"'
@@ -268,7 +284,7 @@ def _ials(values: Values) -> Problems:
 
 def _selector(values: Values) -> Problems:
     path, selector = "train.selector", values["train.selector"]
-    if selector == "each":
+    if selector == "each" or values["data.source"] in TEXTS:
         return {}
     if values["train.loss"] != "softmax":
         rule = "a shared budget of negatives is a sample of a softmax"
@@ -281,6 +297,54 @@ def _selector(values: Values) -> Problems:
         rule = f"the network of model.kind = {as_toml(values['model.kind'])} has no nearest items"
         return {path: describe(path, selector, rule, 'use model.kind = "gmf", or "uniform"')}
     return {}
+
+
+_LOCAL = "privacy.local"
+
+
+def _local(values: Values) -> Problems:
+    """Example-level noise: what it needs, and what would undo it."""
+    if values[_LOCAL] == "none":
+        return _without_local(values)
+    needed = {
+        "train.loss": (("bce", "bpr"), "each example has a loss of its own"),
+        "train.selector": (("each",), "negatives must not depend on the history"),
+        "train.user_steps": ((0,), "a user vector fitted without noise would show the examples"),
+        "train.max_samples": ((None,), "a window of the history moves with every example"),
+        "devices.aggregation": (("sum", "contributors"), "updates have noise everywhere"),
+    }
+    for path, (options, reason) in needed.items():
+        if values[path] not in options:
+            rule = f'privacy.local = "example" cannot have it: {reason}'
+            remedy = f"remove it (-s {path}=)" if options[0] is None else ""
+            remedy = remedy or f"set {path} = {as_toml(options[0])}"
+            return {path: describe(path, values[path], rule, remedy)}
+    return _local_noise(values)
+
+
+def _local_noise(values: Values) -> Problems:
+    clip, epsilon, multiplier = (
+        f"privacy.local_{name}" for name in ("clip_norm", "epsilon", "noise_multiplier")
+    )
+    if values[clip] is None:
+        rule = 'privacy.local = "example" needs a bound on each interaction'
+        return {clip: f"{clip} is unset: {rule}; set it, for example to 1.0"}
+    if values[epsilon] is None and values[multiplier] is None:
+        rule = 'privacy.local = "example" needs a target ε or a multiplier'
+        return {epsilon: f"{epsilon} is unset: {rule}; set it, for example to 8"}
+    if values[epsilon] is not None and values[multiplier] is not None:
+        rule = f"excludes {multiplier} = {values[multiplier]}, since each decides the other"
+        return {epsilon: describe(epsilon, values[epsilon], rule, "remove one of them")}
+    return {}
+
+
+def _without_local(values: Values) -> Problems:
+    rule = 'privacy.local = "none" protects no single interaction'
+    return {
+        path: describe(path, values[path], rule, f"set {_LOCAL} or remove it (-s {path}=)")
+        for path in (f"privacy.local_{n}" for n in ("clip_norm", "epsilon", "noise_multiplier"))
+        if values[path] is not None
+    }
 
 
 _RULES: tuple[Callable[[Values], Problems], ...] = (
@@ -297,4 +361,6 @@ _RULES: tuple[Callable[[Values], Problems], ...] = (
     _aggregation,
     _ials,
     _selector,
+    _local,
+    texts,
 )

@@ -41,7 +41,9 @@ class Data(Table):
         "ncf",
         "lightgcn",
         "table",
-    ] = setting("synthetic", "Where the interactions come from.")
+        "text",
+        "synthetic_text",
+    ] = setting("synthetic", "Where the interactions, or the texts, come from.")
     path: str | None = setting(
         None,
         "File or folder of the data; `--data` and `PRIVREC_DATA` come first.",
@@ -54,17 +56,29 @@ class Data(Table):
     max_history: int | None = setting(
         None, "The most recent interactions kept of each user.", unit="interactions", ge=1
     )
-    users: int = setting(400, "`synthetic` only: number of users.", unit="users", ge=2, le=10**7)
-    items: int = setting(
-        300, "`synthetic` only: size of the catalogue.", unit="items", ge=4, le=10**7
+    users: int = setting(
+        400, "Synthetic only: number of users that train.", unit="users", ge=2, le=10**7
     )
+    items: int = setting(
+        300, "Synthetic only: size of the catalogue, or words with the unknown one.",
+        unit="items", ge=4, le=10**7,
+    )  # fmt: skip
     clusters: int = setting(
-        8, "`synthetic` only: planted groups of taste.", unit="clusters", ge=1, le=10**4
+        8, "Synthetic only: planted groups of taste, or topics.", unit="clusters", ge=1, le=10**4
     )
     interactions_per_user: int = setting(
-        30, "`synthetic` only: mean length of a history.", unit="interactions", ge=2, le=10**5
-    )
-    seed: int = setting(0, "`synthetic` only: seed of the generator.", ge=0, le=2**63 - 1)
+        30, "Synthetic only: mean length of a history, or words of a text.",
+        unit="interactions", ge=2, le=10**5,
+    )  # fmt: skip
+    seed: int = setting(0, "Synthetic only: seed of the generator.", ge=0, le=2**63 - 1)
+    words: str | None = setting(
+        None, "`text` only: file of a public vocabulary, a word a line; unset, all of the text.",
+        min_length=1, max_length=4096,
+    )  # fmt: skip
+    vocabulary: int | None = setting(
+        None, "Texts only: most words, the commonest; others are unknown.", unit="words", ge=2,
+        le=10**7,
+    )  # fmt: skip
     user_column: str = setting(
         "user", "`table` only: column of user ids.", min_length=1, max_length=200
     )
@@ -86,9 +100,11 @@ class Data(Table):
 
 
 class Model(Table):
-    """``[model]``: the recommender and the size of its shared memory."""
+    """``[model]``: the recommender, or the language model, and the size of its shared memory."""
 
-    kind: Literal["gmf", "mlp", "neumf"] = setting("gmf", "Which model of the NCF paper.")
+    kind: Literal["gmf", "mlp", "neumf", "next_word"] = setting(
+        "gmf", "Which model of the NCF paper; `next_word`, a small Transformer over words."
+    )
     dim: int = setting(32, "Length of an item vector.", unit="floats", ge=1, le=4096)
     block: int = setting(
         16, "Length of a hashed block; divides `dim`.", unit="floats", ge=1, le=4096
@@ -109,6 +125,14 @@ class Model(Table):
     )
     init_std: float = setting(0.01, "Standard deviation of the initial item vectors.", gt=0, le=10)
     item_bias: bool = setting(True, "Whether each item has a bias of its own.")
+    ffn: int = setting(
+        1536, "`next_word`: width of the feed-forward layer.", unit="neurons", ge=1, le=10**6
+    )
+    heads: int = setting(8, "`next_word`: heads of the attention; they divide `dim`.", ge=1, le=256)
+    layers: int = setting(1, "`next_word`: layers of the Transformer.", ge=1, le=64)
+    context: int = setting(
+        20, "`next_word`: words that a prediction looks back at.", unit="words", ge=1, le=4096
+    )
 
 
 class DeviceTier(Table):
@@ -163,8 +187,8 @@ class Devices(Table):
     )
     popularity: Literal["public", "released"] | None = setting(
         None,
-        "Where the order of `rows` comes from: the data's own counts, declared public, or counts "
-        "released with noise.",
+        "Where the order of `rows`, or of words, comes from: the data's own counts, declared "
+        "public, or counts released with noise.",
     )
     popularity_epsilon: float | None = setting(
         None, "`released`: ε of the counts, at `privacy.delta`.", unit="ε, user level",
@@ -242,15 +266,28 @@ class Train(Table):
         "(softmax): drawn by chance, or partly selected from the memory by the device itself.",
     )  # fmt: skip
     budget: float = setting(
-        0.01, "With a `selector`: negatives of a device.", unit="share of the catalogue", gt=0, le=1
+        0.01,
+        "With a `selector`: negatives of a device; of texts, its active output neurons, those of "
+        "its own words included.",
+        unit="share of the catalogue",
+        gt=0,
+        le=1,
     )
     selected: float = setting(
         0.5, "Share of the budget that is selected; the rest stays uniform.", unit="share", ge=0,
         le=0.9,
     )  # fmt: skip
+    frequent: float = setting(
+        0.0, "Texts: share of the budget that is the commonest words.", unit="share", ge=0, le=0.9
+    )
+    scheme: Literal["private", "requested"] = setting(
+        "private",
+        "Texts: devices select neurons from their own copy, or ask the server for buckets of "
+        "neurons, which tells it about their text.",
+    )
     max_samples: int | None = setting(
         None,
-        "Most positives that a device uses in a round; unset, all.",
+        "Most positives, or words, that a device uses in a round; unset, all.",
         unit="interactions",
         ge=1,
     )
@@ -364,6 +401,40 @@ class Privacy(Table):
     )
     budget_against: Literal["recipients", "server"] = setting(
         "recipients", "The adversary that `epsilon` is meant against, and that halts the run."
+    )
+    local: Literal["none", "example"] = setting(
+        "none",
+        "`example`: every local step on a device has noise of its own, which hides single "
+        "interactions also from whoever sees the device's upload; with or without `noise`.",
+    )
+    local_clip_norm: float | None = setting(
+        None,
+        "`example`: the most that removing or changing one interaction moves a round's sum of "
+        "gradients; required then.",
+        unit="L2 norm",
+        gt=0,
+        le=10**6,
+    )
+    local_epsilon: float | None = setting(
+        None,
+        "`example`: ε of single interactions; excludes `local_noise_multiplier`.",
+        unit="ε, example level",
+        ge=0.0001,
+        le=1000,
+    )
+    local_noise_multiplier: float | None = setting(
+        None,
+        "`example`: noise of a step over `local_clip_norm`; excludes `local_epsilon`.",
+        unit="standard deviations",
+        gt=0,
+        le=10**6,
+    )
+    local_delta: float = setting(
+        1e-7,
+        "δ of the example-level guarantee; well below one over all interactions.",
+        unit="probability",
+        ge=1e-10,
+        lt=1,
     )
     scale_bits: float = setting(
         13.0,

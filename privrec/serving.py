@@ -16,7 +16,7 @@ from privrec.assembly import trainer_of
 from privrec.data import Interactions
 from privrec.device.batch import Histories
 from privrec.device.cohort import Cohort
-from privrec.device.train import Recommender
+from privrec.device.recommender import Recommender
 from privrec.errors import UsageError
 from privrec.identity import remembered_data_dir
 from privrec.lsh.select import Search, Selector, best, ranked, select
@@ -165,9 +165,10 @@ def _best(
     states = cohort.serve(view, key, lambda _: _own_stream())
     if k < 1:
         return np.zeros(0, np.int64), np.zeros(0, np.float32)
-    if not tier.recommender.model.tower:
-        return answer(tier.recommender, view, states[0], k, items.astype(np.int64), selector)
-    scores = Scorer(tier.recommender, view, states, train.n_items)(np.array([0]), None)[0]
+    recommender = cohort.trainer.recommender
+    if not recommender.model.tower:
+        return answer(recommender, view, states[0], k, items.astype(np.int64), selector)
+    scores = Scorer(recommender, view, states, train.n_items)(np.array([0]), None)[0]
     scores[items] = -np.inf
     order = np.argsort(-scores, kind="stable")[:k]
     return order, scores[order]

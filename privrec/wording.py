@@ -15,6 +15,20 @@ _ADVERSARIES = {
 }
 
 
+REVEALED = (
+    "Every device names the words of its text to the server, and the buckets that its hidden "
+    "states fall into, and sends back which neurons it changed and how. Secure aggregation hides "
+    "none of that and no noise was added: this scheme saves work and protects nothing."
+)
+"""What the server learns where devices ask it for output neurons."""
+
+KEPT = (
+    "Devices choose output neurons from their own copy of the model and ask for nothing; an update "
+    "has the full length whatever they chose, so the server learns the sum alone."
+)
+"""The same where they choose for themselves."""
+
+
 def adversary_text(name: str) -> str:
     """Whom an ε holds against, in words, for "recipients" or "server"."""
     return _ADVERSARIES[name]
@@ -39,6 +53,15 @@ def opening_words(info: RunInfo) -> str:
 
 
 def _promise(info: RunInfo) -> str:
+    if info.examples and not info.noise_known:
+        limit = f", at most ε = {info.example_budget:g}" if info.example_budget else ""
+        return f"{_users_promise(info)} Example-level privacy on the devices{limit}, a unit apart."
+    return _users_promise(info)
+
+
+def _users_promise(info: RunInfo) -> str:
+    if not info.private and info.examples:
+        return "No noise is added to the sums: no guarantee at user level."
     if not info.private:
         return "No noise is added: no privacy guarantee."
     if info.noise_known:
@@ -60,7 +83,10 @@ def spent_text(info: RunInfo, record: Record) -> str:
 
 
 def headline_metric(metrics: Mapping[str, float]) -> str | None:
-    """The metric to show when there is room for one: HR of the sampled protocol, else any HR."""
+    """The metric to show when there is room for one: HR of the sampled protocol, else any HR.
+
+    Of next words it is the accuracy of the shortest list.
+    """
     ranked = sorted(metrics, key=lambda name: (not name.startswith("hr@"), "hr@" not in name, name))
     return ranked[0] if ranked else None
 
@@ -71,7 +97,7 @@ def metric_name(key: str) -> str:
         return f"{metric_name(key[4:])}, own tier"
     base, ranking = (key[5:], ", full ranking") if key.startswith("full_") else (key, "")
     stem, at, depth = base.partition("@")
-    names = {"hr": "HR", "ndcg": "NDCG", "recall": "Recall"}
+    names = {"hr": "HR", "ndcg": "NDCG", "recall": "Recall", "accuracy": "Accuracy"}
     return f"{names.get(stem, stem)}{at}{depth}{ranking}"
 
 

@@ -121,6 +121,11 @@ def describe(split: Split) -> dict[str, int | float | str | bool]:
 def _load(config: DataConfig, data_dir: Path | None) -> Split:
     if config.source == "synthetic":
         return leave_last_out(planted(config).interactions, holdout=config.holdout)
+    if config.source in ("text", "synthetic_text"):
+        raise UsageError(
+            f"data.source = {config.source!r}: texts have no items to recommend; they are trained "
+            'on with model.kind = "next_word", by privrec run'
+        )
     roots = _roots(config.path, data_dir)
     if config.source == "table":
         return leave_last_out(

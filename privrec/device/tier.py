@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from privrec.device.batch import merged, representatives
-from privrec.device.train import Recommender
 from privrec.device.update import Address, RawUpdate
 from privrec.embedding.nested import Nested, Spread
+from privrec.embedding.table import Table
 from privrec.models.layout import Layout
 
 FloatArray = NDArray[np.float32]
+
+
+class Network(Protocol):
+    """The dense part of a model."""
+
+    def initial_dense(self, rng: np.random.Generator) -> FloatArray:
+        """Its weights before the first round."""
+        ...
+
+
+class Meaning(Protocol):
+    """What a shared vector means, whatever is learnt: a network over rows of a table."""
+
+    @property
+    def model(self) -> Network: ...
+    @property
+    def vectors(self) -> Table: ...
+    @property
+    def biases(self) -> Table | None: ...
+    @property
+    def layout(self) -> Layout: ...
 
 
 @dataclass(frozen=True)
@@ -37,7 +59,7 @@ class Tier:
     capacity: float
     share: float
     weight: float
-    recommender: Recommender
+    recommender: Meaning
     vectors: Nested
     biases: Nested | None
 

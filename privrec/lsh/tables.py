@@ -117,7 +117,15 @@ class Buckets:
         Args:
             queries: shape ``(q, dim)``.
         """
-        codes = self.hashed.codes(queries)[:, 0].astype(np.int64)
+        return self.within(self.hashed.codes(queries)[:, 0])
+
+    def within(self, codes: NDArray[np.uint16]) -> list[Items]:
+        """The items of some buckets, ascending.
+
+        Args:
+            codes: shape ``(q,)``.
+        """
+        codes = codes.astype(np.int64)
         starts = np.where(codes > 0, self.ends[codes - 1], 0)
         return [self.order[a:b] for a, b in zip(starts, self.ends[codes], strict=True)]
 

@@ -57,14 +57,36 @@ def mechanism(facts: Facts, declaration: Declaration, counts: Counts) -> Mechani
         f"norm by a factor of {encoding.bound / 2**encoding.scale_bits:.4f}. Sums are exact, "
         f"modulo 2^{scenario.privacy.ring_bits}.",
         bands=tuple(_bands(facts, declaration, counts)),
-        lazy_noise="Not used: every coefficient of every released sum gets its noise in the round "
-        "itself, so none is owed when a model is read.",
-        randomness="AES-256 in counter mode, keyed by a 32-byte root of the operating system "
-        "through HKDF; every draw has its own key, bound to run, round, attempt, plan, model and "
-        "input."
+        lazy_noise=_lazy_noise(scenario.privacy.local),
+        randomness="AES-256 in counter mode, keyed through HKDF by a secret 32-byte root from the "
+        f"operating system{_roots(facts)}; every draw has its own key, bound to run, round, "
+        "attempt, plan, model and input."
         if not facts.noise_known
         else "A noise root that others know: whoever has it can subtract the noise.",
         floating_point=_floating_point(facts),
+    )
+
+
+def _lazy_noise(local: str) -> str:
+    inside = (
+        " Devices owe noise between their own steps and settle it before they upload; that noise "
+        "protects single interactions and is accounted apart."
+        if local == "example"
+        else ""
+    )
+    return (
+        "Not used: every coefficient of every released sum gets its noise in the round itself, so "
+        f"none is owed when a model is read.{inside}"
+    )
+
+
+def _roots(facts: Facts) -> str:
+    if facts.noise != "distributed":
+        return " of the server"
+    return (
+        " of this one machine; in a deployment, of each device"
+        if facts.simulated
+        else (" of each device")
     )
 
 
@@ -89,7 +111,7 @@ def _floating_point(facts: Facts) -> str:
     if facts.noise == "distributed":
         return (
             "None touches privacy: shares of noise are integers drawn by exact tables, sums are "
-            "integers. What the samplers lack of their law is part of δ."
+            "integers. The small gap between the drawn noise and its law is counted in δ."
         )
     return (
         "The Gaussian is drawn in double precision by Box and Muller’s method from 64-bit "
@@ -132,7 +154,7 @@ def sampling(facts: Facts, declaration: Declaration) -> Sampling | None:
         rate=facts.sampling_rate,
         population=facts.population,
         expected_cohort=expected,
-        realised="Everybody who trains, less drop-outs."
+        realised="Everybody but devices that dropped out."
         if facts.sampling == "everybody"
         else "Known to the operator alone. No file of the run, this report included, holds the "
         "size of a cohort.",
@@ -192,12 +214,15 @@ def _why_delta(facts: Facts, delta: float) -> str:
     if facts.population is None:
         return f"{chosen}; the number of users is not known, so it cannot be judged."
     ratio = delta * facts.population
-    judged = (
-        "NOT below one over them: a mechanism that publishes one whole user would satisfy it"
-        if ratio >= 1
-        else "below one over them, so that publishing one random user would violate it"
+    if ratio >= 1:
+        return (
+            f"{chosen}, NOT below one over the {facts.population:,} users: a method that publishes "
+            "one whole user would pass."
+        )
+    return (
+        f"{chosen}; one over the {facts.population:,} users is {1 / ratio:,.3g} times as much. A "
+        "method that publishes one random user’s history would not pass."
     )
-    return f"{chosen}. Over {facts.population:,} users it is {ratio:.2g} of 1/N, {judged}."
 
 
 def delta_curve(counts: Counts, delta: float, adversary: Adversary) -> Iterator[Point2]:
@@ -250,10 +275,10 @@ def reading(facts: Facts, curve: Sequence[Point2]) -> Reading:
     """
     expected = facts.planned_rounds * facts.sampling_rate
     share = (
-        f"A user is in each of {facts.planned_rounds:,} rounds."
+        f"Each user is in up to all {facts.planned_rounds:,} rounds; ε counts them together."
         if facts.sampling == "everybody"
         else f"A user is in {expected:,.4g} of {facts.planned_rounds:,} rounds on average, and may "
-        "be in all."
+        "be in all; ε counts them together."
     )
     odds = None
     if curve and facts.epsilon is not None and facts.epsilon < 300:
@@ -331,12 +356,15 @@ def facts_of(
         # Runs of one population are charged to it, and need no warning.
         runs_before=0 if declaration.standing.population else declaration.standing.runs,
         public_popularity=devices.popularity == "public",
+        requested=scenario.train.scheme == "requested",
+        texts=scenario.model.kind == "next_word",
         popularity_released=before is not None,
         mechanism=privacy.mechanism,
         excess_removed=privacy.remove_excess,
         least_survivors=privacy.least_survivors,
         colluding_share=privacy.colluding_share,
         masked=scenario.run.secure_sum == "full" or not declaration.simulated,
+        examples=privacy.local == "example",
     )
     return replace(
         facts,

@@ -12,7 +12,7 @@ from typing import Literal
 
 from privrec.report.figures import delta_text
 from privrec.report.model import Adversary, Notice
-from privrec.wording import epsilon_text
+from privrec.wording import REVEALED, epsilon_text
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class Facts:
     further_runs: int = 0
     runs_before: int = 0
     public_popularity: bool = False
+    requested: bool = False
+    texts: bool = False
     popularity_released: bool = False
     mechanism: Literal["discrete_gaussian", "skellam"] = "discrete_gaussian"
     excess_removed: bool = True
@@ -48,6 +50,7 @@ class Facts:
     colluding_share: float = 0.05
     masked: bool = False
     missing: tuple[str, ...] = ()
+    examples: bool = False
 
     @property
     def hides_cohorts(self) -> bool:
@@ -66,7 +69,9 @@ def claim(facts: Facts) -> str:
     """The guarantee as a sentence or two; without one it says so."""
     opening = _subject(facts)
     if facts.noise == "none":
-        return f"{opening} has no privacy guarantee: no noise was added to what it released."
+        whole = "no guarantee at user level" if facts.examples else "no privacy guarantee"
+        added = "to the sums" if facts.examples else "to what it released"
+        return f"{opening} has {whole}: no noise was added {added}."
     if facts.missing and not facts.noise_known:
         return (
             f"{opening} makes no privacy claim: its files do not tell the parts of the report that "
@@ -85,7 +90,7 @@ def _subject(facts: Facts) -> str:
 
 def _guarantee(facts: Facts) -> str:
     spent = f"({epsilon_text(facts.epsilon)}, {delta_text(facts.delta)})-differentially private"
-    unit = "at user level, where neighbours differ in one user’s history being replaced by none"
+    unit = "at user level (neighbours differ in one user’s history being there or not)"
     if not facts.hides_cohorts:
         return f"{spent} {unit}, against recipients of the released models."
     return (
@@ -95,22 +100,29 @@ def _guarantee(facts: Facts) -> str:
 
 
 def _server_sentence(facts: Facts) -> str:
+    known = epsilon_text(facts.epsilon_server)
+    if facts.noise == "distributed":
+        return _operator_sentence(facts, known)
     if facts.sampling == "everybody":
         return (
             "Everybody takes part in every round, so the same ε holds against somebody who knows "
-            "every cohort" + _operator(facts)
+            "every cohort."
         )
-    if not facts.hides_cohorts:
-        return f"The same ε holds against somebody who knows every cohort{_operator(facts)}"
-    known = f"ε is {epsilon_text(facts.epsilon_server)}"
-    if facts.noise == "distributed":
-        return f"Against the server’s operator, who knows every cohort, {known}."
-    return f"Against somebody who knows every cohort and sees every release, {known}."
+    return f"Against somebody who knows every cohort and sees every release, ε is {known}."
 
 
-def _operator(facts: Facts) -> str:
-    """Noise that devices add protects from whoever runs the server, too."""
-    return ", the server’s operator included." if facts.noise == "distributed" else "."
+def _operator_sentence(facts: Facts, known: str) -> str:
+    """Noise that devices add protects from whoever runs the server, where it is a deployment."""
+    conditions = (
+        f"at most {facts.colluding_share:.0%} of the devices collude with it and somebody else "
+        "enrols them"
+    )
+    if not facts.simulated:
+        return f"Against the server and its operator ε is {known}, if {conditions}."
+    return (
+        f"In a deployment with these settings ε against the server and its operator is {known}, if "
+        f"{conditions}. No ε holds against the owner of the machine that simulated this run."
+    )
 
 
 def adversaries(facts: Facts) -> tuple[Adversary, ...]:
@@ -148,8 +160,8 @@ def _server_sees(facts: Facts) -> str:
 def _server_assumes(facts: Facts) -> str:
     if facts.noise == "distributed":
         return (
-            f"All but {facts.colluding_share:.0%} of an expected cohort keep their noise and masks "
-            "to themselves, and devices are enrolled by somebody other than the server."
+            f"At most {facts.colluding_share:.0%} of the devices expected in a round collude with "
+            "it, and somebody other than the server enrols devices."
         )
     return "The sums before noise, and the noise root, stay inside the server."
 
@@ -158,8 +170,8 @@ def _recipients_assume(facts: Facts) -> str:
     hidden = "The sums before noise and the noise root stay inside the server"
     if facts.noise == "distributed":
         hidden = (
-            f"All but {facts.colluding_share:.0%} of an expected cohort keep their noise to "
-            "themselves"
+            f"At most {facts.colluding_share:.0%} of the devices expected in a round tell others "
+            "their noise"
         )
     if facts.sampling == "everybody":
         return f"{hidden}. Nothing rests on sampling: everybody takes part."
@@ -169,8 +181,8 @@ def _recipients_assume(facts: Facts) -> str:
             "part, so no amplification is counted."
         )
     return (
-        f"{hidden}; so do the cohorts, their sizes and who dropped out, since this ε is amplified "
-        "by sampling. For the same reason this report holds no realised cohort size."
+        f"{hidden}. The cohorts, their sizes and who dropped out stay hidden too, since this ε is "
+        "amplified by sampling. For the same reason this report holds no realised cohort size."
     )
 
 
@@ -193,16 +205,13 @@ def trust(facts: Facts) -> str:
 
 
 def _nobody(facts: Facts) -> str:
-    masks = (
-        "in this run by the whole protocol of secure aggregation"
-        if facts.masked
-        else "in a deployment; this run added the same integers without masks, for the same sum"
-    )
+    masks = "" if facts.masked else " This simulation added the same integers without the masks."
+    place = "Each device" if facts.masked else "In a deployment, each device"
     return (
-        "No server is trusted with a sum. Every device clips its update, adds its share of the "
-        f"noise and masks the result; the server learns the noisy sum alone, {masks}. Relied on "
-        f"are the devices: at most {facts.colluding_share:.0%} of an expected cohort tell the "
-        "server their noise or leave it out, and identities are enrolled by somebody else."
+        f"{place} bounds the size of its update, adds a share of the noise and masks the result. "
+        "The server learns the noisy sum alone. Two things must hold: at most "
+        f"{facts.colluding_share:.0%} of the devices tell the server their noise or leave it out, "
+        f"and somebody other than the server enrols the devices.{masks}"
     )
 
 
@@ -241,6 +250,7 @@ def warnings(facts: Facts) -> tuple[Notice, ...]:
     """Everything a reader must know before relying on the claim, the serious first."""
     found = [
         *_no_guarantee(facts),
+        *_told(facts),
         *_weaknesses(facts),
         *_public_order(facts),
         *_further_runs(facts),
@@ -252,7 +262,16 @@ def warnings(facts: Facts) -> tuple[Notice, ...]:
 
 
 def _no_guarantee(facts: Facts) -> Iterator[Notice]:
-    if facts.noise == "none":
+    if facts.noise == "none" and facts.examples:
+        yield Notice(
+            level="serious",
+            grade="critical",
+            title="No guarantee at user level",
+            text="Devices hide single interactions. What many interactions of a user show together "
+            "is not hidden: no noise was added to the sums. Set privacy.noise for users as a "
+            "whole.",
+        )
+    elif facts.noise == "none":
         yield Notice(
             level="serious",
             grade="critical",
@@ -267,6 +286,17 @@ def _no_guarantee(facts: Facts) -> Iterator[Notice]:
             title="The noise is known: ε = ∞",
             text="The noise root was injected (unsafe_noise_key) to make the run reproducible. "
             "Whoever has that key can subtract the noise. Use such a run for comparisons alone.",
+        )
+
+
+def _told(facts: Facts) -> Iterator[Notice]:
+    if facts.requested:
+        yield Notice(
+            level="serious",
+            grade="critical",
+            title="The server is told which words each device uses",
+            text=f"Devices asked the server for output neurons. {REVEALED} Devices that select "
+            'neurons themselves tell it nothing (train.scheme = "private").',
         )
 
 
@@ -292,6 +322,7 @@ def _weaknesses(facts: Facts) -> Iterator[Notice]:
             "together with an empirical audit.",
         )
     yield from _amplification(facts)
+    yield from _enrolment(facts)
     if facts.charges > facts.rounds:
         yield Notice(
             level="caution",
@@ -326,6 +357,17 @@ def _amplification(facts: Facts) -> Iterator[Notice]:
         f"longer holds, and ε = {epsilon_text(known)} does. Keep cohorts, their sizes and "
         "drop-outs, and logs that show them, with the operator.",
     )
+
+
+def _enrolment(facts: Facts) -> Iterator[Notice]:
+    if facts.noise == "distributed":
+        yield Notice(
+            level="caution",
+            grade="critical",
+            title="ε against the server rests on who enrols devices",
+            text="A server that can enrol devices itself can surround one device with its own and "
+            "learn that device’s update. Enrolment belongs to somebody else.",
+        )
 
 
 def _further_runs(facts: Facts) -> Iterator[Notice]:
@@ -367,11 +409,12 @@ def _selection(facts: Facts) -> Iterator[Notice]:
     if facts.holdout == "test" and facts.evaluations > 1:
         yield Notice(
             level="caution",
-            grade="critical",
+            grade="theoretical",
             title="The test split was looked at during training",
-            text=f"Metrics on the test split were computed {facts.evaluations:,} times. Quote the "
-            "last ones only, and choose settings on a validation split (data.holdout = "
-            '"validation").',
+            text="ε is not affected. Accuracy on the test split was computed "
+            f"{facts.evaluations:,} times, so it looks better than it is if anything was chosen by "
+            "it. Quote the last values only, and choose settings on a validation split "
+            '(data.holdout = "validation").',
         )
     if facts.holdout == "validation":
         yield Notice(

@@ -11,7 +11,7 @@ from privrec.errors import UsageError
 from privrec.report.build import build
 from privrec.report.figures import delta_text
 from privrec.report.model import Metric, Report, Scalar
-from privrec.report.plots import intervals
+from privrec.report.plots import intervals, privacy_utility
 from privrec.report.render import headline, render, replace_text
 from privrec.wording import metric_name
 
@@ -86,7 +86,22 @@ def to_html(comparison: Comparison) -> str:
         protocols=_protocols(comparison.metrics),
         heading=heading,
         plot=intervals(shown, heading) if shown else "",
+        utility=_utility(comparison, shown, heading),
     )
+
+
+def _utility(comparison: Comparison, shown: Sequence[tuple[str, Metric]], heading: str) -> str:
+    """Accuracy by ε, where two runs or more have both, at one δ."""
+    metrics = dict(shown)
+    private = [
+        (name, spent, metrics[name])
+        for name, report in zip(comparison.names, comparison.reports, strict=True)
+        if name in metrics and (spent := report.adversary("recipients").epsilon) is not None
+    ]
+    deltas = {report.privacy.delta for report in comparison.reports if report.privacy.private}
+    if len(private) < 2 or len(deltas) > 1:
+        return ""
+    return privacy_utility(private, f"{heading} and ε")
 
 
 def write(comparison: Comparison, path: Path) -> None:

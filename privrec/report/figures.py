@@ -54,6 +54,11 @@ def number_text(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
+def amount_text(value: float) -> str:
+    """An amount of any size to three digits, without an exponent where people need none."""
+    return f"{float(f'{value:.3g}'):,.10g}"
+
+
 def interval_text(metric: Metric) -> str:
     """The 95 % interval of a metric, "0.676 to 0.700"; a dash where it has none."""
     if metric.low is None or metric.high is None:

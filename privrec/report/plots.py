@@ -1,61 +1,15 @@
-"""Curves by round as inline SVG: no scripts, colours from the page, the same bytes every time.
-
-Each function gives one ``<svg>`` element for an HTML page. Colours are CSS variables, so that the
-page decides light and dark; a title and a description are inside for those who do not see it.
-"""
+"""The pictures of a report: ε by round, what ε means, noise against signal, accuracy and bytes."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
-from typing import TYPE_CHECKING, Any
 
-from privrec.report.figures import delta_text
-from privrec.report.model import Curve, Metric, Point, Report
+from privrec.report.drawing import HALF, WIDE, Dot, Frame, Line, dots, lines, scatter
+from privrec.report.figures import amount_text, bytes_text, delta_text
+from privrec.report.model import Curve, Metric, Report
+from privrec.report.parts import Accounting, Mechanism, Point2, Reading, TierCost
 from privrec.wording import adversary_text, epsilon_text
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-# Stand-ins that matplotlib can draw with; the page's variables replace them in the text.
-_VARIABLES = {
-    "#010101": "var(--ink)",
-    "#020202": "var(--muted)",
-    "#030303": "var(--rule)",
-    "#040404": "var(--first)",
-    "#050505": "var(--second)",
-    "#060606": "var(--third)",
-    "#070707": "var(--fourth)",
-}
-MARKED = 30
-"""Most points of a line for each to be marked with a dot."""
-
-_INK, _MUTED, _RULE, *_LINES = _VARIABLES
-_SETTINGS: dict[Any, Any] = {
-    "svg.hashsalt": "privrec",
-    "svg.fonttype": "none",
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.edgecolor": _RULE,
-    "axes.labelcolor": _MUTED,
-    "text.color": _INK,
-    "xtick.color": _RULE,
-    "ytick.color": _RULE,
-    "xtick.labelcolor": _MUTED,
-    "ytick.labelcolor": _MUTED,
-    "axes.linewidth": 0.8,
-    "grid.color": _RULE,
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.8,
-    "lines.solid_capstyle": "round",
-}
-_STEPS = [1, 2, 2.5, 5, 10]
-_WIDE = (7.4, 2.7)
-_HALF = (3.6, 2.6)
 
 
 @dataclass(frozen=True)
@@ -69,16 +23,8 @@ class Plot:
     wide: bool
 
 
-@dataclass(frozen=True)
-class _Line:
-    """One line of a picture; ``end`` is written beside its last point."""
-
-    points: Sequence[Point]
-    end: str
-
-
 def plots(report: Report) -> tuple[Plot, ...]:
-    """The pictures of one run, ε by round first; a curve of one point is left out."""
+    """The pictures of one run's rounds, ε first; a curve of one point is left out."""
     spent = report.curve("epsilon")
     others = [
         curve
@@ -90,6 +36,16 @@ def plots(report: Report) -> tuple[Plot, ...]:
     return (*drawn, *(_outside(report, curve, wide=wide) for curve in others))
 
 
+def risks(report: Report) -> tuple[Plot, ...]:
+    """What ε and δ mean, as curves: all pairs that hold, and the errors of any test."""
+    return tuple(_risks(report))
+
+
+def by_tier(report: Report) -> tuple[Plot, ...]:
+    """Noise against signal by band, and bytes by tier, of a run with several capacities."""
+    return tuple(_by_tier(report))
+
+
 def _drawable(curve: Curve) -> bool:
     return len(curve.points) > 1
 
@@ -99,30 +55,33 @@ def _metric_curve(report: Report) -> Curve | None:
     return next((curve for curve in report.curves if curve.key not in others), None)
 
 
-# --------------------------------------------------------------------------- the pictures
+def _points(curve: Curve) -> list[tuple[float, float]]:
+    return [(point.round, point.value) for point in curve.points]
+
+
+# --------------------------------------------------------------------------- by round
 
 
 def _epsilon(report: Report, recipients: Curve) -> Plot:
-    lines = _epsilon_lines(recipients, report.curve("epsilon_server"))
-    said = "; ".join(f"{line.end.replace(chr(10), ' ')} after the last round" for line in lines)
+    drawn = _epsilon_lines(recipients, report.curve("epsilon_server"))
+    said = "; ".join(f"{line.end.replace(chr(10), ' ')} after the last round" for line in drawn)
     budget = report.privacy.budget
-    limit = _limit_text(budget, report.privacy.budget_against)
+    frame = Frame(
+        key="epsilon",
+        title="ε by round",
+        description=f"ε grows with every round: {said}.",
+        size=WIDE,
+        y="ε",
+        log=_spread(drawn) > 5,
+        limit=(budget, f"budget {budget:g}") if budget else None,
+    )
     return Plot(
         key="epsilon",
         heading="ε by round",
         caption="Spent privacy, computed from the ledger at "
-        f"δ = {delta_text(report.privacy.delta)}. Lower is more private.{limit}",
-        svg=_svg(
-            "epsilon",
-            "ε by round",
-            f"ε grows with every round: {said}.",
-            lines,
-            size=_WIDE,
-            label="ε",
-            log=_spread(lines) > 5,
-            limit=budget,
-            marks=len(recipients.points) <= MARKED,
-        ),
+        f"δ = {delta_text(report.privacy.delta)}. Lower is more private."
+        f"{_limit_text(budget, report.privacy.budget_against)}",
+        svg=lines(frame, drawn),
         wide=True,
     )
 
@@ -131,12 +90,12 @@ def _limit_text(budget: float | None, against: str) -> str:
     return f" The budget is {budget:g} against {adversary_text(against)}." if budget else ""
 
 
-def _epsilon_lines(recipients: Curve, server: Curve | None) -> list[_Line]:
+def _epsilon_lines(recipients: Curve, server: Curve | None) -> list[Line]:
     if server is None or server.points == recipients.points:
-        return [_Line(recipients.points, f"both adversaries\nε = {_last(recipients)}")]
+        return [Line(_points(recipients), f"both adversaries\nε = {_last(recipients)}")]
     return [
-        _Line(recipients.points, f"recipients\nε = {_last(recipients)}"),
-        _Line(server.points, f"cohorts known\nε = {_last(server)}"),
+        Line(_points(recipients), f"recipients\nε = {_last(recipients)}"),
+        Line(_points(server), f"cohorts known\nε = {_last(server)}"),
     ]
 
 
@@ -144,31 +103,27 @@ def _last(curve: Curve) -> str:
     return epsilon_text(curve.points[-1].value)
 
 
-def _spread(lines: Sequence[_Line]) -> float:
-    ends = [line.points[-1].value for line in lines]
+def _spread(drawn: Sequence[Line]) -> float:
+    ends = [line.points[-1][1] for line in drawn]
     return max(ends) / max(min(ends), 1e-9)
 
 
 def _outside(report: Report, curve: Curve, *, wide: bool) -> Plot:
     loss = curve.key == "loss"
-    key = "loss" if loss else "metric"
-    heading = f"{curve.name} by round"
     first, last = curve.points[0], curve.points[-1]
+    frame = Frame(
+        key="loss" if loss else "metric",
+        title=f"{curve.name} by round",
+        description=f"{curve.name} goes from {first.value:.3g} in round {first.round} to "
+        f"{last.value:.3g} in round {last.round}.",
+        size=WIDE if wide else HALF,
+        colour=3 if loss else 2,
+    )
     return Plot(
-        key=key,
-        heading=heading,
+        key=frame.key,
+        heading=frame.title,
         caption=f"{_measured_on(report, loss)}; {curve.note}.",
-        svg=_svg(
-            key,
-            heading,
-            f"{curve.name} goes from {first.value:.3g} in round {first.round} to "
-            f"{last.value:.3g} in round {last.round}.",
-            [_Line(curve.points, f"{last.value:.3f}")],
-            size=_WIDE if wide else _HALF,
-            label="",
-            marks=len(curve.points) <= MARKED,
-            colour=3 if loss else 2,
-        ),
+        svg=lines(frame, [Line(_points(curve), f"{last.value:.3f}")]),
         wide=wide,
     )
 
@@ -179,6 +134,119 @@ def _measured_on(report: Report, loss: bool) -> str:
     return f"{report.accuracy.holdout.capitalize()} split"
 
 
+# --------------------------------------------------------------------------- what ε means
+
+
+def _risks(report: Report) -> Iterator[Plot]:
+    if (
+        report.privacy.private
+        and report.accounting
+        and any(point.x for point in report.accounting.curve)
+    ):
+        yield _pairs(report.accounting)
+    if report.privacy.private and len(report.reading.trade_off) > 1:
+        yield _trade_off(report.reading)
+
+
+def _xy(points: Sequence[Point2]) -> list[tuple[float, float]]:
+    return sorted((point.x, point.y) for point in points)
+
+
+def _pairs(accounting: Accounting) -> Plot:
+    recipients, known = _xy(accounting.curve), _xy(accounting.curve_server)
+    drawn = [Line(recipients)]
+    if known and known != recipients:
+        drawn.append(Line(known))
+    frame = Frame(
+        key="pairs",
+        title="δ by ε",
+        description=f"δ falls from {recipients[0][1]:.2g} at ε = {recipients[0][0]:.3g} to "
+        f"{recipients[-1][1]:.2g} at ε = {recipients[-1][0]:.3g}.",
+        x="ε",
+        y="δ",
+        rounds=False,
+        log=True,
+        limit=(accounting.delta, f"δ = {delta_text(accounting.delta)}"),
+    )
+    second = " Lower line: recipients; upper: cohorts known." if len(drawn) > 1 else ""
+    return Plot(
+        key="pairs",
+        heading="One mechanism, many pairs",
+        caption=f"The least δ at each ε. All of these hold at once.{second}",
+        svg=lines(frame, drawn),
+        wide=False,
+    )
+
+
+def _trade_off(reading: Reading) -> Plot:
+    drawn = [Line(_xy(reading.trade_off)), Line([(0.0, 1.0), (1.0, 0.0)])]
+    frame = Frame(
+        key="trade-off",
+        title="Errors of any test",
+        description="The least chance of a miss by the chance of a false alarm; without the data "
+        f"they add up to 1, here to at least {1 - reading.advantage:.2f}.",
+        x="false alarms",
+        y="misses",
+        rounds=False,
+    )
+    return Plot(
+        key="trade-off",
+        heading="Errors of any membership test",
+        caption="The least misses at each share of false alarms, against recipients. The straight "
+        "line is guessing.",
+        svg=lines(frame, drawn),
+        wide=False,
+    )
+
+
+# --------------------------------------------------------------------------- by tier
+
+
+def _by_tier(report: Report) -> Iterator[Plot]:
+    if report.mechanism and len(report.mechanism.bands) > 1:
+        yield _bands(report.mechanism)
+    tiers = [tier for tier in report.tiers if tier.upload_bytes]
+    if len(tiers) > 1:
+        yield _bytes(tiers)
+
+
+def _bands(mechanism: Mechanism) -> Plot:
+    bands = mechanism.bands
+    noise = [Dot(band.noise_norm, amount_text(band.noise_norm)) for band in bands]
+    signal = [Dot(band.signal_norm, amount_text(band.signal_norm)) for band in bands]
+    names = [f"from capacity {band.capacity:g}" for band in bands]
+    said = "; ".join(
+        f"{name}: noise {band.noise_norm:.3g}, signal at most {band.signal_norm:.3g}"
+        for name, band in zip(names, bands, strict=True)
+    )
+    frame = Frame("bands", "Noise against signal by band", f"{said}.", WIDE, x="L2 norm", log=True)
+    return Plot(
+        key="bands",
+        heading="Noise against signal, by band",
+        caption="Expected norm of the noise in what each weaker tier holds, and the largest that "
+        "the sum of all updates can have there.",
+        svg=dots(frame, names, [("noise", noise), ("signal, at most", signal)]),
+        wide=True,
+    )
+
+
+def _bytes(tiers: Sequence[TierCost]) -> Plot:
+    names = [f"capacity {tier.capacity:g}" for tier in tiers]
+    up = [Dot(float(tier.upload_bytes or 0), bytes_text(tier.upload_bytes)) for tier in tiers]
+    said = "; ".join(f"{name}: {dot.text}" for name, dot in zip(names, up, strict=True))
+    frame = Frame("bytes", "Upload by capacity", f"{said}.", WIDE, x="bytes", log=True, colour=2)
+    return Plot(
+        key="bytes",
+        heading="Upload by capacity",
+        caption="Bytes that one device sends in a round.",
+        svg=dots(frame, names, [("upload", up)]),
+        wide=True,
+    )
+
+
+# --------------------------------------------------------------------------- several runs
+
+
 def intervals(metrics: Sequence[tuple[str, Metric]], heading: str) -> str:
     """One metric of several runs as dots with their intervals, in the order given.
 
@@ -186,162 +254,25 @@ def intervals(metrics: Sequence[tuple[str, Metric]], heading: str) -> str:
         metrics: Name of the run, and its metric; at least one.
         heading: What the picture shows.
     """
-    import matplotlib as mpl
-
-    size = (_WIDE[0], 0.75 + 0.3 * len(metrics))
-    with mpl.rc_context(_SETTINGS):
-        figure, axes = _figure(size)
-        for place, (_, metric) in enumerate(metrics):
-            _dot(axes, place, metric)
-        axes.set_yticks(range(len(metrics)), [_shortened(name) for name, _ in metrics])
-        axes.set_ylim(len(metrics) - 0.5, -0.5)
-        axes.tick_params(axis="y", length=0, labelcolor=_INK)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.grid(axis="x")
-        axes.set_axisbelow(True)
-        axes.margins(x=0.08)
-        said = "; ".join(f"{name}: {metric.value:.3f}" for name, metric in metrics)
-        return _embedded(_printed(figure), "intervals", heading, f"{said}.")
+    said = "; ".join(f"{name}: {metric.value:.3f}" for name, metric in metrics)
+    frame = Frame("intervals", heading, f"{said}.", WIDE, x="", colour=2)
+    names = [name for name, _ in metrics]
+    return dots(frame, names, [("", [_measured(metric) for _, metric in metrics])])
 
 
-def _dot(axes: Axes, place: int, metric: Metric) -> None:
-    colour = _LINES[2]
-    if metric.low is not None and metric.high is not None:
-        axes.plot([metric.low, metric.high], [place, place], color=colour)
-    axes.plot([metric.value], [place], color=colour, marker="o", markersize=5.5)
-    axes.annotate(
-        f"{metric.value:.3f}",
-        (metric.value if metric.high is None else metric.high, place),
-        xytext=(8, 0),
-        textcoords="offset points",
-        va="center",
-        color=_INK,
-        annotation_clip=False,
+def privacy_utility(found: Sequence[tuple[str, float, Metric]], heading: str) -> str:
+    """One metric of several private runs by their ε against recipients.
+
+    Args:
+        found: Name of the run, its ε, and its metric; at least two.
+        heading: What the picture shows.
+    """
+    said = "; ".join(f"{name}: {metric.value:.3f} at ε = {e:.3g}" for name, e, metric in found)
+    frame = Frame(
+        "utility", heading, f"{said}.", WIDE, x="ε against recipients", rounds=False, colour=2
     )
+    return scatter(frame, [(name, e, _measured(metric)) for name, e, metric in found])
 
 
-def _shortened(name: str) -> str:
-    return name if len(name) <= 32 else f"{name[:31]}…"
-
-
-# --------------------------------------------------------------------------- drawing
-
-
-def _svg(
-    key: str,
-    title: str,
-    description: str,
-    lines: Sequence[_Line],
-    *,
-    size: tuple[float, float],
-    label: str,
-    log: bool = False,
-    limit: float | None = None,
-    marks: bool = False,
-    colour: int = 0,
-) -> str:
-    """One ``<svg>`` of lines by round; its ids begin with ``key``."""
-    import matplotlib as mpl
-
-    with mpl.rc_context(_SETTINGS):
-        figure, axes = _figure(size)
-        _style(axes, label, log)
-        for place, line in enumerate(lines):
-            _draw(axes, line, _LINES[colour + place], marks)
-        _limit(axes, limit)
-        _range(axes, lines, limit, log)
-        return _embedded(_printed(figure), key, title, description)
-
-
-def _figure(size: tuple[float, float]) -> tuple[Figure, Axes]:
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasSVG(figure)
-    return figure, figure.add_subplot()
-
-
-def _style(axes: Axes, label: str, log: bool) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
-
-    axes.set_xlabel("round")
-    axes.set_ylabel(label, rotation=0, labelpad=8)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="y")
-    axes.set_axisbelow(True)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=_STEPS))
-    if log:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_minor_locator(LogLocator(subs=()))
-    else:
-        axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-def _draw(axes: Axes, line: _Line, colour: str, marks: bool) -> None:
-    rounds = [point.round for point in line.points]
-    values = [point.value for point in line.points]
-    axes.plot(rounds, values, color=colour, marker="o" if marks else "", markersize=3.2)
-    axes.annotate(
-        line.end,
-        (rounds[-1], values[-1]),
-        xytext=(6, 0),
-        textcoords="offset points",
-        va="center",
-        color=colour,
-        annotation_clip=False,
-    )
-
-
-def _limit(axes: Axes, limit: float | None) -> None:
-    if limit is None:
-        return
-    axes.axhline(limit, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
-    axes.annotate(
-        f"budget {limit:g}",
-        (0.5, limit),
-        xycoords=("axes fraction", "data"),
-        xytext=(0, 3),
-        textcoords="offset points",
-        ha="center",
-        color=_MUTED,
-    )
-
-
-def _range(axes: Axes, lines: Sequence[_Line], limit: float | None, log: bool) -> None:
-    axes.set_xlim(0, max(line.points[-1].round for line in lines))
-    if log:
-        return
-    if min(point.value for line in lines for point in line.points) >= 0:
-        axes.set_ylim(bottom=0)
-    axes.set_ylim(top=max(axes.get_ylim()[1], 1.12 * (limit or 0)))
-
-
-def _printed(figure: Figure) -> str:
-    text = io.StringIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(text, format="svg", transparent=True, metadata=nothing)
-    return text.getvalue()
-
-
-def _embedded(text: str, key: str, title: str, description: str) -> str:
-    """Matplotlib's document as an element: no prolog, no page-wide style, ids of its own."""
-    body = text[text.index("<svg") :].strip()
-    body = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", body, flags=re.DOTALL)
-    body = re.sub(r"<!--.*?-->\s*", "", body, flags=re.DOTALL)
-    body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{key}-", body)
-    body = re.sub(r"'DejaVu Sans'(, [^;\"]*)?", "var(--sans)", body)
-    for stand_in, variable in _VARIABLES.items():
-        body = body.replace(stand_in, variable)
-    box = re.search(r'viewBox="[^"]+"', body)
-    start = f'<svg class="plot" role="img" {box[0] if box else ""}'
-    names = f'aria-labelledby="{key}-title" aria-describedby="{key}-text"'
-    link = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    words = (
-        f'<title id="{key}-title">{escape(title)}</title>'
-        f'<desc id="{key}-text">{escape(description)}</desc>'
-    )
-    return f"{start} {names} {link}>{words}{body[body.index('>') + 1 :]}"
+def _measured(metric: Metric) -> Dot:
+    return Dot(metric.value, f"{metric.value:.3f}", metric.low, metric.high)

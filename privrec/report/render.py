@@ -13,10 +13,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from privrec.errors import UsageError
-from privrec.report import figures, sections
+from privrec.report import examples, figures, sections
 from privrec.report.derive import thinned
 from privrec.report.model import Facts, Metric, Point, Report, Scalar
-from privrec.report.plots import plots
+from privrec.report.plots import by_tier, plots, risks
 from privrec.report.registry import to_registry
 from privrec.wording import adversary_text, epsilon_text, metric_name
 
@@ -57,7 +57,13 @@ def to_json(report: Report) -> str:
 
 def to_html(report: Report) -> str:
     """The report as one HTML page without scripts, or anything to load from elsewhere."""
-    return render("report.html.j2", **_page(report), plots=plots(report))
+    return render(
+        "report.html.j2",
+        **_page(report),
+        plots=plots(report),
+        risks=risks(report),
+        by_tier=by_tier(report),
+    )
 
 
 def to_markdown(report: Report) -> str:
@@ -71,7 +77,7 @@ def _page(report: Report) -> dict[str, Any]:
         "recipients": report.adversary("recipients"),
         "server": report.adversary("server"),
         "headline": headline(report),
-        "guarantee": sections.guarantee(report),
+        "guarantee": _guarantee(report),
         "reading": sections.reading(report),
         "audit": sections.audit(report),
         "segments": sections.segments(report),
@@ -79,6 +85,12 @@ def _page(report: Report) -> dict[str, Any]:
         "columns": columns(report.rows),
         "check": verification(report),
     }
+
+
+def _guarantee(report: Report) -> tuple[sections.Section, ...]:
+    """The starred parts, and the guarantee of single interactions where there is one."""
+    parts = sections.guarantee(report)
+    return parts if report.examples is None else (*parts, examples.section(report.examples))
 
 
 def headline(report: Report) -> Metric | None:

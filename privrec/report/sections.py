@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from privrec.report.figures import delta_text, number_text
+from privrec.report.figures import amount_text, delta_text, number_text
 from privrec.report.model import Report
 from privrec.report.parts import Accounting, Mechanism, Reading, Sampling, TrustModel
 from privrec.wording import adversary_text, epsilon_text, metric_name
@@ -53,7 +54,7 @@ def _guarantee(report: Report) -> Iterator[Section]:
             "definition",
             "The definition",
             (
-                ("Variant", definition.variant),
+                ("Variant", f"{definition.variant}. {_computational(report)}"),
                 ("Unit", "One user: everything that one user’s device ever contributes."),
                 ("Neighbours", f"Zero-out. {definition.neighbours}"),
                 ("Contribution", definition.contribution_bounds),
@@ -87,6 +88,15 @@ def _guarantee(report: Report) -> Iterator[Section]:
         )
 
 
+def _computational(report: Report) -> str:
+    if report.privacy.noise == "distributed":
+        return (
+            "The noise comes from AES, and masks hide single updates from the server: both hold "
+            "against whoever cannot break them."
+        )
+    return "The noise comes from AES, and holds against whoever cannot break it."
+
+
 def _trust(trust: TrustModel) -> Section:
     fallbacks = tuple(f"{each.when}: {each.means}" for each in trust.fallbacks)
     return Section(
@@ -114,9 +124,9 @@ def _mechanism(report: Report, mechanism: Mechanism) -> Section:
         (
             f"{band.capacity:g}",
             f"{band.coefficients:,}",
-            f"{band.noise_std:.3g}",
-            f"{band.noise_norm:.3g}",
-            f"{band.signal_norm:.3g}",
+            amount_text(band.noise_std),
+            amount_text(band.noise_norm),
+            amount_text(band.signal_norm),
         )
         for band in mechanism.bands
     )
@@ -137,8 +147,9 @@ def _mechanism(report: Report, mechanism: Mechanism) -> Section:
             ("Floating point", mechanism.floating_point),
         ),
         Table(
-            "Noise and signal by band: what each weaker tier holds, in units of an update.",
-            ("Held from capacity", "Coefficients", "Noise each", "Noise, norm", "Signal at most"),
+            "Noise and the largest signal of a sum, in what each tier holds beyond the weaker "
+            "ones; in units of an update.",
+            ("Tier (capacity)", "Coefficients", "Noise each", "Noise, norm", "Signal at most"),
             bands,
         )
         if bands
@@ -188,7 +199,7 @@ def _accounting(report: Report, accounting: Accounting) -> Section:
         "The accounting",
         tuple(pairs),
         Table(
-            "Rényi divergence of the whole run, by order.",
+            "Rényi divergence of the whole run by order, for whoever composes it with others.",
             ("Order", "Recipients", "Cohorts known"),
             rows,
         )
@@ -201,7 +212,9 @@ def _budget(report: Report, accounting: Accounting) -> str:
     privacy = report.privacy
     if not privacy.budget:
         return "None set for this run."
-    left = "" if accounting.remaining is None else f"; {accounting.remaining:.4g} of it is left"
+    left = ""
+    if accounting.remaining is not None:
+        left = f"; {epsilon_text(privacy.budget - accounting.remaining, 4)} of it is spent"
     return (
         f"ε = {privacy.budget:g} against {adversary_text(privacy.budget_against)}{left}. The run "
         "halts before a round that would exceed it."
@@ -211,7 +224,10 @@ def _budget(report: Report, accounting: Accounting) -> str:
 def _lifetime(accounting: Accounting) -> str:
     lifetime = accounting.lifetime
     if lifetime is None:
-        return "None: the run is tied to no population ledger."
+        return (
+            "None: the run is tied to no population ledger. Another run over the same users adds "
+            "its ε to this one, and nothing here stops it."
+        )
     return (
         f"Population “{lifetime.population}”: at most ε = {lifetime.epsilon:g} at δ = "
         f"{delta_text(lifetime.delta)} against {adversary_text(lifetime.against)} over all runs. "
@@ -231,29 +247,40 @@ def _reading(reading: Reading) -> Iterator[Pair]:
     else:
         yield (
             "Odds",
-            f"Whoever gets the models can raise the odds of any guess about one user by a factor "
-            f"of at most {reading.odds:,.4g}, but for exceptions of a probability of about δ.",
+            "Whoever gets the models can multiply the odds of a guess about one user by at most "
+            f"{reading.odds:,.4g} (e to the power ε), but for a chance of about δ.",
         )
     yield (
         "Membership",
-        f"The best test of whether a user’s history was used has an advantage of at most "
-        f"{reading.advantage:.2%} over guessing.",
+        "For a user who is as likely in as out, the best guess whether the history was used is "
+        f"right at most {_hundredths(reading.advantage)} times in 100; a coin is right 50 times.",
     )
     alarms = {round(point.x, 4): point.y for point in reading.trade_off}
     if reading.odds is not None and 0.05 in alarms:
         yield (
             "Errors",
-            f"A test that is wrong about 5 % of those whose history was not used misses at least "
-            f"{alarms[0.05]:.1%} of those whose history was.",
+            "A test that wrongly accuses 5% of the users whose history was not used finds at most "
+            f"{math.ceil(1000 * (1 - alarms[0.05])) / 10:g}% of those whose history was.",
         )
     yield "Participation", reading.participation
 
 
-def audit(report: Report) -> Section | None:
-    """What was checked on the build itself, or None where no audit was made."""
+def _hundredths(advantage: float) -> int:
+    """How often of 100 the best guess is right: half, and half of what it gains; rounded up."""
+    return math.ceil(50 + 50 * advantage - 1e-9)
+
+
+def audit(report: Report) -> Section:
+    """What was checked on the build itself, or that no audit was made."""
     found = report.audit
     if found is None:
-        return None
+        none = (
+            (
+                "Result",
+                "None was made: that this build does what is claimed is not shown here.",
+            ),
+        )
+        return Section("audit", "Audit of this build", none)
     bound = (
         f"Lower bound on ε: {found.lower_bound:.3g} with {found.confidence:.0%} confidence, and "
         f"{epsilon_text(found.claimed)} is claimed. {found.method}"

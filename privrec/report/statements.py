@@ -29,18 +29,19 @@ def scope(facts: Facts) -> Scope:
     protects = (
         "Nobody’s data is protected: no noise that stays secret was added."
         if not facts.private
-        else "Each enrolled user’s whole history of interactions, everything that the user’s "
-        "device ever computes from it included, in all rounds together."
+        else "The whole history of each enrolled user, and everything that the user’s device sends "
+        "because of it, in all rounds together."
     )
     return Scope(
         protects=protects,
         not_protected=(
-            "That somebody is enrolled, which capacity their device has, and when it takes part.",
+            "That somebody is enrolled, which capacity (tier) their device has, and when it takes "
+            "part.",
             "What the population does: a habit that most users share can be learnt, also about "
             "somebody whose history was never used.",
-            "Users who know each other’s histories, as a group: for a group of k the same ε "
-            "holds k times over, at a larger δ.",
-            "Somebody with several accounts, beyond one of them.",
+            "Groups, such as a family with like histories: for k users together ε is k times as "
+            "large, and δ grows too.",
+            "A person with several accounts: each is protected by itself, together they are less.",
             "Recommendations, which are made from a user’s own history for that user’s eyes.",
         ),
     )
@@ -82,8 +83,8 @@ def _actors(facts: Facts) -> Iterator[Actor]:
     yield Actor(
         name="the other devices",
         sees="The models that they are sent.",
-        trusted_with=f"To add their noise and keep it, but for {facts.colluding_share:.0%} of an "
-        "expected cohort."
+        trusted_with=f"To add their noise and keep it secret; up to {facts.colluding_share:.0%} of "
+        "those expected in a round may fail."
         if distributed
         else "Nothing about privacy; they can spoil the model.",
         epsilon=hidden if finite else None,
@@ -101,8 +102,11 @@ def _operator_trusted(facts: Facts) -> str:
     if not facts.private:
         return "With everything: no protection is claimed."
     if facts.noise == "distributed":
-        kept = " It keeps the cohorts from recipients." if facts.hides_cohorts else ""
-        return f"Nothing that the ε against it covers.{kept}"
+        kept = ", and with keeping the cohorts from recipients" if facts.hides_cohorts else ""
+        return (
+            "In a deployment, not with histories or single updates; with keeping the service "
+            f"running{kept}, and not with enrolling devices."
+        )
     secrecy = ", to keep the cohorts from recipients" if facts.hides_cohorts else ""
     return (
         "To add the noise, to keep the sums and the noise to itself"
@@ -115,9 +119,10 @@ def _collusion(facts: Facts) -> str:
         return "No protection is claimed that collusion could break."
     if facts.noise == "distributed":
         return (
-            f"Up to {facts.colluding_share:.0%} of an expected cohort may tell the server their "
-            "noise, or leave it out: their shares are not counted. More of them thin the secret "
-            "noise, and ε grows accordingly."
+            f"Up to {facts.colluding_share:.0%} of the devices expected in a round may tell the "
+            "server their noise, or leave it out: their shares are not counted. With more of them "
+            "less noise is secret, and ε is larger than printed. A third or more, together with "
+            "the server, can also take off the masks of others."
         )
     return (
         "Devices that work together learn what recipients learn. A server that works with anybody "
@@ -128,14 +133,14 @@ def _collusion(facts: Facts) -> str:
 def _drop_outs(facts: Facts) -> str:
     if facts.noise == "distributed":
         rest = (
-            "Noise of survivors beyond the fewest is taken off, so that the variance does not "
-            "tell how many there were."
+            "Where more devices finish than that, the surplus of noise is taken off by seeds that "
+            "they reveal for it; ε does not count on that noise."
             if facts.excess_removed
             else "More survivors carry more noise, which shows how many there were."
         )
         return (
             f"A round with fewer than {facts.least_survivors:.0%} of the devices expected in a "
-            f"band releases nothing and stays charged. {rest}"
+            f"band releases nothing and still counts towards ε. {rest}"
         )
     if not facts.private:
         return "Whoever drops out is not in the sum."
@@ -163,9 +168,16 @@ def _fallbacks(facts: Facts) -> Iterator[Fallback]:
             means="Less secret noise than is accounted: the ε of this report no longer holds.",
         )
         yield Fallback(
+            when="The server lies about who dropped out, or sends devices different models",
+            epsilon=facts.epsilon_server,
+            means="It can spoil or stop a round. Devices compare what they were told before they "
+            "unmask, so that it gets no sum of fewer devices and less noise than are accounted.",
+        )
+        yield Fallback(
             when="The server enrols devices itself",
             epsilon=None,
-            means="It can surround one device with its own and learn that device’s update.",
+            means="It can surround one device with its own and learn that device’s update: no ε "
+            "holds against it.",
         )
         return
     yield Fallback(
@@ -205,14 +217,25 @@ def definition(facts: Facts, declaration: Declaration) -> Definition:
         neighbours="Two data sets are neighbours when one user’s history in the one is replaced "
         "by none in the other. Who is enrolled is the same in both.",
         contribution_bounds=tuple(bounds),
-        data_domain="Histories of interactions with items of a public catalogue, one history a "
-        "user id. The catalogue, the number of users and the scenario are public.",
+        data_domain=_domain(facts),
         unprotected_quantities=(
             "enrolment",
             "the tier of a device",
             "participation and timing, towards the server",
             *(("the order of the catalogue by popularity",) if facts.public_popularity else ()),
         ),
+    )
+
+
+def _domain(facts: Facts) -> str:
+    if facts.texts:
+        return (
+            "Texts over a public vocabulary, one text a user id. The words, the number of users "
+            "and the scenario are public."
+        )
+    return (
+        "Histories of interactions with items of a public catalogue, one history a user id. The "
+        "catalogue, the number of users and the scenario are public."
     )
 
 
@@ -271,8 +294,9 @@ def _tuning(facts: Facts, declaration: Declaration) -> str:
     )
     if standing.runs == 0:
         return (
-            "The run store of this machine has no earlier run on this data. Runs elsewhere, and "
-            f"settings chosen by looking at the data, are not charged.{rows}"
+            "Not known. This machine recorded no earlier run on this data; runs elsewhere are not "
+            "seen, and how the settings were chosen is not recorded. If they were chosen by "
+            f"looking at these histories, that is not in ε.{rows}"
         )
     return (
         f"The run store of this machine has {standing.runs:,} earlier runs on this data. They are "
@@ -315,12 +339,11 @@ def operators_word(facts: Facts) -> tuple[OperatorsWord, ...]:
         if facts.sampling == "poisson"
         else (
             "That everybody was asked in every round",
-            "Leaving users out costs them nothing, but the model is then of fewer users.",
+            "Leaving users out costs them nothing; the model is then of fewer users.",
         ),
         (
             "That the noise was added, secret, and not drawn from a copied root",
-            "Commits bind what was released to one attempt; that its noise was unknown to "
-            "everybody cannot be seen in it.",
+            "The ledger fixes what was released. It cannot show that nobody knew the noise.",
         ),
         (
             "That clients run this code",
@@ -330,17 +353,19 @@ def operators_word(facts: Facts) -> tuple[OperatorsWord, ...]:
         if not facts.simulated
         else (
             "That this code ran unchanged",
-            "The version is named, not proven. An audit of the build is part of the report where "
-            "one was made.",
+            "The version is named, not proven. The part “Audit of this build” says what was "
+            "looked at, if anything.",
         ),
         (
             "That tuning and other runs were recorded",
             "Runs on another machine, or whose store was deleted, are in no count.",
         ),
         (
-            "That the roster is of real and different people",
-            "An inflated number of users makes sampling look rarer than it was, and δ smaller "
-            "than one over the users.",
+            "That each enrolled user is a real and different person",
+            "Invented users make sampling look rarer than it was, and δ small for the number of "
+            "people."
+            if facts.sampling == "poisson"
+            else "Invented users make δ look small for the number of people.",
         ),
         (
             "Accuracy, costs and facts of the data",

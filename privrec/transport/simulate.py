@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.device.cohort import Cohort
-from privrec.device.device import Device, hash_functions, protected
+from privrec.device.cohort import Cohort, Learners
+from privrec.device.device import Device, hash_functions, noise_roots, protected
+from privrec.device.examples import Deferred
 from privrec.device.protection import Protection
 from privrec.device.round import Round, digest
 from privrec.device.tier import Federation, Tier
 from privrec.device.update import Aggregate, BoundedUpdate
+from privrec.errors import UsageError
 from privrec.randomness import SecretRoot, rng_for
 from privrec.secagg.server import Stage
 from privrec.server.sampling import cohort
@@ -23,11 +25,12 @@ from privrec.transport.summing import SUMMING, Enrolled, Participant
 FloatArray = NDArray[np.float32]
 Rows = list[NDArray[np.int64]]
 Answers = tuple[NDArray[np.int64], BoundedUpdate, FloatArray]
+L = TypeVar("L", bound=Learners)
 _EXCHANGES = (Stage.SHARES, Stage.MASKED, Stage.CONFIRM, Stage.UNMASK)
 
 
 @dataclass
-class Simulation:
+class Simulation(Generic[L]):
     """The devices of a data set, sampled and trained in this process.
 
     Args:
@@ -42,10 +45,12 @@ class Simulation:
         dropout_rate: chance of each device of a cohort to fall silent in one of the exchanges.
         engine: ``"cohort"`` trains batches; ``"device"`` trains devices one at a time.
         secure_sum: ``"exact"`` adds integers; ``"full"`` runs the protocol, for the same sum.
+
+    ``deferred`` counts noise between local steps since this object was made; it is private.
     """
 
     federation: Federation
-    cohorts: tuple[Cohort, ...]
+    cohorts: tuple[L, ...]
     population: int
     protection: Protection
     enrolled: Enrolled
@@ -54,6 +59,7 @@ class Simulation:
     dropout_rate: float = 0.0
     engine: Literal["cohort", "device"] = "cohort"
     secure_sum: Literal["exact", "full"] = "exact"
+    deferred: Deferred = field(default_factory=Deferred, init=False)
     _before: tuple[int, Rows, list[FloatArray]] | None = field(default=None, init=False)
 
     @property
@@ -64,7 +70,7 @@ class Simulation:
     @property
     def absent(self) -> NDArray[np.int64]:
         """Users whose devices hold nothing and take no part."""
-        members = np.concatenate([cohort.histories.users for cohort in self.cohorts])
+        members = np.concatenate([cohort.users for cohort in self.cohorts])
         return np.setdiff1d(np.arange(self.population), members)
 
     def collect(self, round: Round, weights: FloatArray) -> Aggregate:
@@ -76,7 +82,7 @@ class Simulation:
         summing = made(round, self.federation, self.protection, cohort, self.enrolled)
         left = self.rows(np.array([p.user for p in cohort if p.survives], np.int64))
         for tier, mine in zip(self.federation.tiers, left, strict=True):
-            for users, update, losses in self._answers(round, weights, tier, mine):
+            for users, update, losses in self.answers(round, weights, tier, mine):
                 summing.add(tier, users, update)
                 loss += float(losses.sum(dtype=np.float64, where=np.isfinite(losses)))
         size = sum(map(len, left))
@@ -101,15 +107,13 @@ class Simulation:
         chosen = np.zeros(self.population, np.bool_)
         chosen[users] = True
         return [
-            np.flatnonzero(chosen[cohort.histories.users] & (tier.weight > 0))
+            np.flatnonzero(chosen[cohort.users] & (tier.weight > 0))
             for tier, cohort in zip(self.federation.tiers, self.cohorts, strict=True)
         ]
 
     def _participants(self, round: Round, rows: Rows) -> list[Participant]:
         """The round's cohort, with the exchange at which each device leaves, if it does."""
-        users = [
-            cohort.histories.users[mine] for cohort, mine in zip(self.cohorts, rows, strict=True)
-        ]
+        users = [cohort.users[mine] for cohort, mine in zip(self.cohorts, rows, strict=True)]
         leaves = np.full(self.population, Stage.DONE)
         if self.dropout_rate:
             coins = self.root.stream("dropouts", *round.context).uint64(self.population)
@@ -128,10 +132,20 @@ class Simulation:
         before = [c.states[mine] for c, mine in zip(self.cohorts, rows, strict=True)]
         self._before = (index, rows, before)
 
-    def _answers(
+    def answers(
         self, round: Round, weights: FloatArray, tier: Tier, rows: NDArray[np.int64]
     ) -> Iterator[Answers]:
-        """Users, bounded updates and losses, a batch at a time; the devices' states move on."""
+        """What devices put into the sum, a batch at a time; their private states move on.
+
+        Args:
+            round: the round that they answer.
+            weights: the shared vector.
+            tier: of the devices.
+            rows: of its cohort.
+
+        Yields:
+            Users, their bounded updates and their losses, which nobody outside a simulation sees.
+        """
         if not len(rows):
             return
         key = int(rng_for(self.seed, "samples", round.index).integers(2**63))
@@ -139,8 +153,10 @@ class Simulation:
         if self.engine == "device":
             yield from self._one_by_one(round, view, tier, rows, key)
             return
-        for batch, trained in cohort.train(view, rows, key, hash_functions(self.root, round)):
-            before, users = digest(cohort.states[batch]), cohort.histories.users[batch]
+        functions, noise = hash_functions(self.root, round), noise_roots(self.root, round)
+        for batch, trained in cohort.train(view, rows, key, functions, noise):
+            self.deferred += trained.deferred
+            before, users = digest(cohort.states[batch]), cohort.users[batch]
             coins = self.root.stream("rounding", *round.context, users.tobytes(), before)
             cohort.states[batch] = trained.states
             update, weaker = tier.lift(trained.update), self.federation.weaker(tier)
@@ -151,6 +167,8 @@ class Simulation:
         self, round: Round, view: FloatArray, tier: Tier, rows: NDArray[np.int64], key: int
     ) -> Iterator[Answers]:
         cohort = self.cohorts[tier.index]
+        if not isinstance(cohort, Cohort):
+            raise UsageError('run.engine = "device": texts are trained by "cohort" alone; use it')
         unobserved = cohort.trainer.unobserved(view)
         for row in rows:
             mine = cohort.histories.select(np.array([row]))
@@ -158,6 +176,8 @@ class Simulation:
                 int(mine.users[0]), mine.items, tier, self.federation.weaker(tier),
                 cohort.trainer, self.protection, self.root, cohort.states[row].copy(),
             )  # fmt: skip
-            trained = device.train(view, key, unobserved, device.functions(round))
+            noise = noise_roots(self.root, round)
+            trained = device.train(view, key, unobserved, device.functions(round), noise)
+            self.deferred += trained.deferred
             yield mine.users, device.protect(round, trained), trained.losses
             cohort.states[row] = device.state

@@ -35,8 +35,10 @@ FLOORS = (
     ("outcome",),
     ("rundir", "lifetime"),
     ("loop",),
+    ("language",),  # runs over texts
     ("run",),
     ("report",),
+    ("audit",),
     ("serving",),  # recommend: the room of the plan, by a name that hides no function
     ("flower",),
     ("cli",),

@@ -45,7 +45,7 @@ def test_the_claim_names_unit_adjacency_adversaries_and_both_epsilons() -> None:
         "This simulated training run",
         "(7.99, 1e-5)-differentially private",
         "at user level",
-        "one user’s history being replaced by none",
+        "one user’s history being there or not",
         "recipients of the released models who do not know which users took part",
         "knows every cohort and sees every release, ε is 91.80",
     ):

@@ -65,3 +65,11 @@ def test_cells_of_compared_settings(key: str, value: Scalar, text: str) -> None:
 )
 def test_names(key: str, name: str) -> None:
     assert figures.fact_name(key) == name
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(2000.4, "2,000"), (158.2, "158"), (3.2879, "3.29"), (0.00012345, "0.000123"), (0.0, "0")],
+)
+def test_amounts_have_three_digits_and_no_exponent(value: float, text: str) -> None:
+    assert figures.amount_text(value) == text

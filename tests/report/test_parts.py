@@ -31,6 +31,10 @@ MakeRun = Callable[..., Path]
 ROOT = Path(__file__).parents[2]
 SNAPSHOTS = Path(__file__).with_name("snapshots")
 
+LOCAL = {
+    "privacy.local": "example", "privacy.local_clip_norm": 1.0, "privacy.local_epsilon": 8.0,
+    "train.user_steps": 0, "train.loss": "bce",
+}  # fmt: skip
 NOISES: dict[str, dict[str, Any]] = {
     "none": {"noise": "none", "budget": None},
     "central": {"sigma": 3.0, "budget": None},
@@ -42,6 +46,10 @@ NOISES: dict[str, dict[str, Any]] = {
     "skellam": {
         "noise": "distributed", "sigma": 3.0, "budget": None,
         "settings": {"privacy.mechanism": "skellam"},
+    },
+    "local": {"noise": "none", "budget": None, "settings": LOCAL},
+    "both": {
+        "noise": "distributed", "sigma": 3.0, "budget": None, "settings": LOCAL,
     },
     "known": {"noise_known": True, "sigma": 3.0},
 }  # fmt: skip
@@ -77,7 +85,7 @@ def test_every_kind_fills_all_starred_parts_and_satisfies_the_schema(
     assert report.missing == ()
     assert all(getattr(report, name) is not None for name in STARRED)
     jsonschema.validate(dumped(report), json_schema())
-    assert report.privacy.private is (kind.split()[0] not in ("none", "known"))
+    assert report.privacy.private is (kind.split()[0] not in ("none", "local", "known"))
 
 
 def test_the_schema_in_the_documentation_is_that_of_this_version() -> None:
@@ -162,7 +170,7 @@ def _declared(run: Path) -> Any:
 FACTS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "population": ({"population": 5003}, ["5,003 users"]),
     "rounds": ({"rounds": 17}, ["17 rounds", "All 17 released models"]),
-    "δ": ({"delta": 3e-6}, ["3e-6)-differentially", "δ = 3e-6", "0.018 of 1/N"]),
+    "δ": ({"delta": 3e-6}, ["3e-6)-differentially", "δ = 3e-6", "6,040 users is 55.2 times"]),
     "rate": ({"rate": 0.125}, ["chance 0.125"]),
     "clip": ({"settings": {"privacy.clip_norm": 0.75}}, ["at most 0.75 in a round"]),
     "budget": ({"budget": 40.0}, ["ε = 40 against recipients"]),
@@ -291,5 +299,5 @@ def test_without_a_guarantee_nothing_is_bounded(a_report: MakeReport) -> None:
 
 def test_what_no_verifier_can_see_is_in_the_report(a_report: MakeReport) -> None:
     titles = [each.title for each in a_report("central sampled").operators_word]
-    for words in ("sampled as declared", "tuning", "roster", "noise"):
+    for words in ("sampled as declared", "tuning", "real and different person", "noise"):
         assert any(words in title for title in titles)

@@ -1,0 +1,226 @@
+"""The parts of a run on stand-in histories, for an audit to drive.
+
+Everything but the histories is what a run of the scenario has: the same assembly, devices, server,
+noise and roots of the same kind. Histories are made up, so an audit says nothing of anybody's data.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privrec.assembly import Parts, assemble
+from privrec.catalogue import known_items, release_event
+from privrec.data import Interactions
+from privrec.device.cohort import Cohort
+from privrec.device.protection import Protection
+from privrec.device.round import Round
+from privrec.device.tier import Federation, Tier
+from privrec.device.update import Aggregate
+from privrec.errors import ReleaseRefused
+from privrec.models.layout import to_wire
+from privrec.privacy.events import RoundEvent, epsilon
+from privrec.randomness import ROOT_BYTES, SecretRoot
+from privrec.scenario import Scenario
+from privrec.transport.simulate import Rows, Simulation
+from privrec.transport.summing import SUMMING, Participant
+
+Integers = NDArray[np.int64]
+Users = NDArray[np.int64]
+
+STAND_IN_USERS = 1000
+STAND_IN_ITEMS = 1000
+_HISTORY = 6
+_STRIDE = 7919  # a prime, so that no user has an item twice
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The noise that one release carries, in the order of the wire.
+
+    Args:
+        values: what was released less the sum without noise.
+        deviations: what is expected of each band, the band that every device holds first.
+    """
+
+    values: Integers
+    deviations: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One audit's parts.
+
+    Args:
+        scenario: what is audited.
+        parts: of a run of it, with stand-in histories.
+        root: the server's secret, drawn for this audit.
+        stand_ins: numbers that are not public and were made up, in words; empty when none was.
+    """
+
+    scenario: Scenario
+    parts: Parts
+    root: SecretRoot
+    stand_ins: str
+
+    @classmethod
+    def of(cls, scenario: Scenario, key: bytes | None = None) -> Bench:
+        """The parts of a run of ``scenario``.
+
+        Args:
+            scenario: what is audited.
+            key: what all secrets of the audit derive from, for tests that repeat; by default the
+                operating system gives one.
+        """
+        key = key or secrets.token_bytes(ROOT_BYTES)
+        server, devices = SecretRoot(key + b"server"), SecretRoot(key + b"devices")
+        known_users, items = scenario.population(), known_items(scenario)
+        made_up = [
+            f"{number:,} {name}"
+            for name, number, known in (
+                ("users", STAND_IN_USERS, known_users), ("items", STAND_IN_ITEMS, items)
+            )
+            if known is None
+        ]  # fmt: skip
+        histories = stand_in(known_users or STAND_IN_USERS, items or STAND_IN_ITEMS)
+        run = "audit-" + devices.tag("audit run").hex()[:16]
+        parts = assemble(scenario, histories, run, devices)
+        return cls(scenario, parts, server, " and ".join(made_up))
+
+    @property
+    def simulation(self) -> Simulation[Cohort]:
+        """The devices."""
+        return self.parts.simulation
+
+    @property
+    def federation(self) -> Federation:
+        """The tiers."""
+        return self.parts.federation
+
+    @property
+    def protection(self) -> Protection:
+        """Bounds, ring and noise, as server and devices agreed on them."""
+        return self.parts.server.plan.protection
+
+    @property
+    def event(self) -> RoundEvent:
+        """What each round is charged as."""
+        return self.parts.server.plan.event
+
+    @property
+    def training(self) -> tuple[Tier, ...]:
+        """Tiers whose devices train."""
+        held = zip(self.federation.tiers, self.simulation.cohorts, strict=True)
+        return tuple(t for t, cohort in held if t.weight > 0 and len(cohort.histories.users))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Coefficients of each band, the band that every device holds first."""
+        ends = [layout.size for layout in reversed(self.federation.layouts)]
+        return tuple(np.diff(ends, prepend=0).tolist())
+
+    @property
+    def claimed(self) -> float:
+        """ε of the planned rounds against recipients, which is what an auditor of sums sees."""
+        return self.epsilon("recipients")
+
+    def epsilon(self, against: str, accountant: str = "pld") -> float:
+        """ε of the planned rounds and of what is released before them."""
+        counts = {self.event: self.scenario.train.rounds}
+        before = release_event(self.scenario)
+        if before is not None:
+            counts[before] = counts.get(before, 0) + 1
+        return epsilon(counts, self.scenario.privacy.delta, against, accountant)  # type: ignore[arg-type]
+
+    def round(self, index: int, attempt: int = 0) -> Round:
+        """A round as the server announces it."""
+        server = self.parts.server
+        server.index = index
+        return server.next_round(attempt)
+
+    def participants(self, round: Round) -> list[Participant]:
+        """The round's cohort by the coins of the simulation, with nobody falling silent."""
+        return self.named(self.simulation.rows(self.simulation.sample(round)))
+
+    def named(self, rows: Rows) -> list[Participant]:
+        """Devices of each tier by their rows."""
+        tiers, cohorts = self.federation.tiers, self.simulation.cohorts
+        return [
+            Participant(user, tier)
+            for tier, cohort, mine in zip(tiers, cohorts, rows, strict=True)
+            for user in cohort.histories.users[mine].tolist()
+        ]
+
+    def some(self, most: int) -> Rows:
+        """Rows of each tier that trains, about ``most`` users in all, spread over all of them."""
+        training = self.training
+        population = sum(
+            len(self.simulation.cohorts[tier.index].histories.users) for tier in training
+        )
+        step = max(1, population // max(1, most))
+        return [
+            np.arange(0, len(cohort.histories.users) if tier in training else 0, step)
+            for tier, cohort in zip(self.federation.tiers, self.simulation.cohorts, strict=True)
+        ]
+
+    def without_noise(self) -> Protection:
+        """The same protection with no noise and no fewest devices."""
+        return replace(self.protection, shares=None, minimums=())
+
+    def released(self, round: Round, change: int = 0) -> Noise | None:
+        """What one release adds to the plain sum; None when the round ends without one.
+
+        Args:
+            round: which.
+            change: added to the first coefficient of the sum, to make another input of it.
+        """
+        plain = np.zeros(self.federation.layout.size, np.int64)
+        plain[0] = change
+        shares, cohort = self.protection.shares, []
+        total = plain
+        if shares is not None:
+            cohort = self.participants(round)
+            try:
+                total = plain + self.summed(round, cohort)
+            except ReleaseRefused:
+                return None  # too few devices came together: charged, and nothing was released
+        release = self.parts.server.release(round, Aggregate(total, len(cohort), None), self.root)
+        values = to_wire(release.total - plain, self.federation.layouts)
+        return Noise(values, self.deviations(cohort))
+
+    def summed(self, round: Round, cohort: list[Participant]) -> Integers:
+        """The sum of a cohort whose updates are all zero: its noise alone."""
+        made = SUMMING["exact"]
+        summing = made(round, self.federation, self.protection, cohort, self.simulation.enrolled)
+        return summing.total()
+
+    def deviations(self, cohort: list[Participant]) -> tuple[float, ...]:
+        """Expected deviation of the released noise by band, worked out from the event anew."""
+        protection, z = self.protection, self.event.noise_multiplier
+        accounted = z**2 * protection.encoding.squared_bound
+        if protection.shares is None:
+            return (accounted**0.5,) * len(self.sizes)
+        found = []
+        for number, band in enumerate(protection.shares.bands):
+            holders = sum(len(self.sizes) - each.tier.index > number for each in cohort)
+            left = band.least if protection.shares.remove_excess else holders
+            found.append((accounted * left / (band.least - band.colluders)) ** 0.5)
+        return tuple(found)
+
+    def band(self, wire: Integers, number: int) -> Integers:
+        """One band of a vector in the order of the wire."""
+        start = sum(self.sizes[:number])
+        return wire[start : start + self.sizes[number]]
+
+
+def stand_in(users: int, items: int) -> Interactions:
+    """Made-up histories of a few items each, every item about as often as any other."""
+    length = min(_HISTORY, items)
+    stride = _STRIDE if items % _STRIDE else 1
+    spread = np.arange(users)[:, None] * length + stride * np.arange(length)
+    names = np.arange(users), np.arange(items)
+    indptr = np.arange(users + 1, dtype=np.int64) * length
+    return Interactions(indptr, (spread % items).ravel().astype(np.int32), None, *names)

@@ -1,0 +1,302 @@
+"""Probes of what devices put into the sum: clipping, rounding, and the sum itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privrec.audit.bench import Bench
+from privrec.audit.judging import REACH, Finding, judged, of_many, two_sided
+from privrec.device.batch import Histories
+from privrec.device.cohort import Cohort
+from privrec.device.device import protected
+from privrec.device.examples import NoiseRoots
+from privrec.device.negatives import Functions
+from privrec.device.protection import Protection
+from privrec.device.tier import Tier
+from privrec.device.train import Trained, Trainer
+from privrec.device.update import Address, BoundedUpdate, RawUpdate
+from privrec.lsh.select import Search
+from privrec.models.layout import from_wire, to_wire
+from privrec.privacy.shares import Band
+from privrec.randomness import rng_for
+from privrec.secagg.client import Policy
+from privrec.secagg.server import Stage
+from privrec.transport.simulate import Simulation
+from privrec.transport.summing import SUMMING, Enrolled, Participant
+
+FloatArray = NDArray[np.float32]
+
+USERS = 4000
+"""Users whose updates are measured; where 1 % of users are unclipped, none is among them with a
+probability of 4e-18."""
+SUMMED_USERS = 300
+_ROUNDED = 2_000_000
+_FEW_DEVICES, _WIDE_VECTOR = 24, 200_000
+_LARGEST = np.float32(3e38)
+_MEMBERS = 4_000_000  # coefficients of a batch of canaries
+
+
+@dataclass(frozen=True)
+class Hostile(Trainer):
+    """Training whose updates are blown up before they leave it, as a broken device's may be.
+
+    Args:
+        clip_norm: which nearly all updates exceed.
+        norms: of what each user handed over, filled while it trains.
+    """
+
+    clip_norm: float = 1.0
+    norms: dict[int, float] = field(default_factory=dict)
+
+    def train(
+        self,
+        weights: FloatArray,
+        histories: Histories,
+        states: FloatArray,
+        key: int,
+        unobserved: FloatArray | None = None,
+        search: Search | None = None,
+        functions: Functions | None = None,
+        noise: NoiseRoots | None = None,
+    ) -> Trained:
+        """As :meth:`Trainer.train`, times anything up to infinity."""
+        trained = super().train(
+            weights, histories, states, key, unobserved, search, functions, noise
+        )
+        values = trained.update.values.copy()
+        for row, user in enumerate(histories.users.tolist()):
+            _blow_up(values[row], user, self.clip_norm)
+            with np.errstate(all="ignore"):
+                self.norms[user] = float(np.linalg.norm(values[row].astype(np.float64)))
+        return replace(trained, update=RawUpdate(values, trained.update.address))
+
+    @classmethod
+    def of(cls, trainer: Trainer, clip_norm: float) -> Hostile:
+        """The same training, hostile."""
+        return cls(
+            trainer.recommender,
+            trainer.settings,
+            trainer.popularity,
+            trainer.examples,
+            clip_norm=clip_norm,
+        )
+
+
+def _blow_up(values: FloatArray, user: int, clip_norm: float) -> None:
+    """Most updates far beyond any clip norm; some not finite, some at the end of the range."""
+    with np.errstate(all="ignore"):
+        if user % 50 == 17:
+            values[values != 0] = np.nan
+        elif user % 50 == 29:
+            values[values != 0] *= np.inf
+        elif user % 50 == 41:
+            values[values != 0] = _LARGEST
+        elif len(values):
+            norm = float(np.linalg.norm(values.astype(np.float64)))
+            length = clip_norm * 10.0 ** rng_for(user, "audit length").uniform(0.3, 9)
+            if norm:
+                values *= np.float32(length / norm)
+
+
+def clipping(bench: Bench) -> Finding:
+    """Every user's integers are within the bound that the noise is scaled to."""
+    clip_norm = bench.protection.encoding.clip_norm
+    cohorts = tuple(
+        replace(cohort, trainer=Hostile.of(cohort.trainer, clip_norm), states=cohort.states.copy())
+        for cohort in bench.simulation.cohorts
+    )
+    simulation = replace(bench.simulation, cohorts=cohorts)
+    bound = bench.protection.encoding.squared_bound
+    users = beyond = broken = 0
+    longest = 0.0
+    for _, _, update in _bounded(bench, simulation, USERS):
+        for mine in update.rows():
+            vector = mine.vector().astype(np.float64)
+            squared = float(vector @ vector)
+            longest, broken = max(longest, squared), broken + (squared > bound)
+            users += 1
+    for cohort in cohorts:
+        norms = cohort.trainer.norms.values() if isinstance(cohort.trainer, Hostile) else ()
+        beyond += sum(not norm <= clip_norm for norm in norms)
+    found = f"{broken:,} of {users:,} users longer" if broken else f"all of {users:,} users within"
+    return Finding(
+        "clip norm of every user",
+        not broken and beyond > 0,
+        f"{found}; {beyond:,} sent more than the clip norm, the longest gave "
+        f"{math.sqrt(longest / bound):.4f} of the bound",
+        f"at most {math.sqrt(bound):,.2f} steps, which the noise is scaled to; 1 % of users "
+        f"unclipped escape with a chance of {0.99 ** max(1, beyond):.0e}",
+    )
+
+
+def _bounded(
+    bench: Bench, simulation: Simulation[Cohort], most: int
+) -> Iterator[tuple[Tier, NDArray[np.int64], BoundedUpdate]]:
+    """What some users of every tier put into a sum, on weights that are not zero anywhere."""
+    server = bench.parts.server
+    weights = server.weights.copy()
+    weights += rng_for(0, "audit weights").normal(0, 0.1, len(weights)).astype(np.float32)
+    round = bench.round(0)
+    for tier, rows in zip(bench.federation.tiers, bench.some(most), strict=True):
+        for users, update, _ in simulation.answers(round, weights, tier, rows):
+            yield tier, users, update
+
+
+def rounding(bench: Bench) -> Finding:
+    """Rounding is right on average, wherever a value lies between two integers."""
+    tier, encoding = bench.training[0], bench.protection.encoding
+    layout, weaker = tier.layout, bench.federation.weaker(tier)
+    round, root = bench.round(0), bench.simulation.root
+    rows = max(1, _ROUNDED // layout.size)
+    rng = rng_for(0, "audit rounding")
+    sums, variances, draws = np.zeros(4), np.zeros(4), 0
+    step = max(1, _MEMBERS // layout.size)
+    for start in range(0, rows, step):
+        count = min(step, rows - start)
+        values = rng.normal(size=(count, layout.size)).astype(np.float32)
+        values *= np.float32(encoding.clip_norm / 4 / math.sqrt(layout.size))
+        # Far inside the clip norm nothing is rounded twice, so the mean is exactly right.
+        update = RawUpdate(values, Address.whole(layout))
+        coins = root.stream("rounding", *round.context, b"audit", start)
+        bounded = protected(update, bench.protection, round, tier, weaker, coins)
+        exact = values if tier.weight == 1 else values * np.float32(tier.weight)
+        rotation = bench.protection.rotation(round, (layout, *weaker))
+        if rotation is not None:
+            turned = rotation.apply(to_wire(exact, (layout, *weaker)))
+            exact = from_wire(turned, (layout, *weaker))
+        moments = _moments(bounded.integers, exact * np.float32(encoding.scale))
+        sums, variances, draws = sums + moments[0], variances + moments[1], draws + values.size
+    z = np.divide(sums, np.sqrt(variances), out=np.zeros(4), where=variances > 0)
+    mean, spread = sums[0] / draws, math.sqrt(variances[0]) / draws
+    return judged(
+        "rounding to integers",
+        of_many(two_sided(z)),
+        f"mean error {mean:+.1e} steps over {draws:,} values; "
+        f"towards zero {-sums[1] / draws:+.1e}; worst {np.abs(z).max():.1f} standard errors",
+        f"0, and a fair coin between two integers; a bias of {REACH * spread:.1e} steps is seen",
+    )
+
+
+def _moments(
+    integers: NDArray[np.int32], exact: FloatArray
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Sums whose mean is 0 under fair coins, and their variances.
+
+    Of the error; of the error away from zero; of the error times the place between two integers,
+    which rounding to the nearest spoils; and of the squared error.
+    """
+    wide = exact.astype(np.float64)
+    part = wide - np.floor(wide)
+    variance, error = part * (1 - part), integers - wide
+    sums = (error, np.sign(wide) * error, (part - 0.5) * error, error**2 - variance)
+    spread = (variance, variance, (part - 0.5) ** 2 * variance, variance * (1 - 4 * variance))
+    return np.array([s.sum() for s in sums]), np.array([v.sum() for v in spread])
+
+
+def plain_sum(bench: Bench) -> Finding:
+    """The sum that the engine takes is that of the vectors that devices send."""
+    bare = bench.without_noise()
+    simulation = replace(bench.simulation, protection=bare, cohorts=_fresh(bench))
+    cohort = bench.named(bench.some(SUMMED_USERS))
+    summing = SUMMING["exact"](
+        bench.round(0), bench.federation, bare, cohort, bench.simulation.enrolled
+    )
+    expected = np.zeros(bench.federation.layout.size, np.int64)
+    users = 0
+    for tier, each, update in _bounded(bench, simulation, SUMMED_USERS):
+        summing.add(tier, each, update)
+        for mine in update.rows():
+            expected += _padded(bench, tier, mine.vector())
+            users += 1
+    wrong = int(np.count_nonzero(summing.total() != expected))
+    return Finding(
+        "plain sum",
+        wrong == 0 and bool(expected.any()),
+        f"{wrong:,} of {len(expected):,} coefficients differ, {users:,} devices",
+        "the sum of the same integers",
+    )
+
+
+def secure_sum(bench: Bench) -> Finding:
+    """The whole protocol gives the sum of the survivors' integers and noise, bit for bit."""
+    devices = _FEW_DEVICES if sum(bench.sizes) <= _WIDE_VECTOR else _FEW_DEVICES // 2
+    rows = [mine[:devices] for mine in bench.some(devices * len(bench.training))]
+    cohort = bench.named(rows)
+    # One device of the strongest tier falls silent after its shares; the others' sum is due.
+    silent = cohort[0]
+    cohort = [Participant(silent.user, silent.tier, Stage.MASKED), *cohort[1:]]
+    least = [
+        sum(len(bench.sizes) - each.tier.index > band for each in cohort[1:]) * 3 // 4
+        for band in range(len(bench.sizes))
+    ]
+    protection = _for_few(bench, tuple(max(1, each) for each in least))
+    enrolled = Enrolled(bench.simulation.root, Policy(2, 0.0))
+    made = (bench.round(0), bench.federation, protection, cohort, enrolled)
+    masked, plain, bare = SUMMING["full"](*made), SUMMING["exact"](*made), SUMMING["exact"](*made)
+    simulation = replace(bench.simulation, cohorts=_fresh(bench), protection=protection)
+    expected = np.zeros(bench.federation.layout.size, np.int64)
+    for tier, users, update in _answers(bench, simulation, rows, silent):
+        masked.add(tier, users, update)
+        plain.add(tier, users, update)
+        for mine in update.rows():
+            expected += _padded(bench, tier, mine.vector())
+    total = masked.total()
+    wrong = int(np.count_nonzero(total != plain.total()))
+    wrong += int(np.count_nonzero(total - bare.total() != expected))
+    return Finding(
+        "secure sum",
+        wrong == 0 and bool(expected.any()),
+        f"{wrong:,} of {len(expected):,} coefficients differ, {len(cohort):,} devices, one of them "
+        "falling silent",
+        "the sum of the survivors' integers, and their noise where devices add it",
+    )
+
+
+def _answers(
+    bench: Bench, simulation: Simulation[Cohort], rows: list[NDArray[np.int64]], silent: Participant
+) -> Iterator[tuple[Tier, NDArray[np.int64], BoundedUpdate]]:
+    """Updates of the cohort but for the device that fell silent."""
+    weights = bench.parts.server.weights
+    for tier, mine, cohort in zip(bench.federation.tiers, rows, simulation.cohorts, strict=True):
+        there = mine[cohort.histories.users[mine] != silent.user]
+        for users, update, _ in simulation.answers(bench.round(0), weights, tier, there):
+            yield tier, users, update
+
+
+def _for_few(bench: Bench, least: tuple[int, ...]) -> Protection:
+    """The scenario's protection for a cohort of a few devices."""
+    shares = bench.protection.shares
+    if shares is not None:
+        bands = tuple(Band(n, few) for n, few in zip(bench.sizes, least, strict=True))
+        # As wide as the scenario's own shares, of which there are fewer here.
+        part = min(few / own.shares for few, own in zip(least, shares.bands, strict=True))
+        multiplier = shares.noise_multiplier * math.sqrt(part)
+        shares = replace(shares, bands=bands, noise_multiplier=multiplier)
+    return replace(bench.protection, shares=shares, minimums=least)
+
+
+def _fresh(bench: Bench) -> tuple[Cohort, ...]:
+    """The cohorts with private states of their own, so that probes leave no trace."""
+    return tuple(replace(c, states=c.states.copy()) for c in bench.simulation.cohorts)
+
+
+def _padded(bench: Bench, tier: Tier, vector: NDArray[np.int32]) -> NDArray[np.int64]:
+    """A tier's vector with zeros where it holds nothing, in the layout of the shared vector."""
+    whole = np.zeros(bench.federation.layout.size, np.int64)
+    held = to_wire(vector, (tier.layout, *bench.federation.weaker(tier)))
+    whole[: len(held)] = held
+    return from_wire(whole, bench.federation.layouts)
+
+
+PROBES: dict[str, Callable[[Bench], Finding]] = {
+    "clip norm of every user": clipping,
+    "rounding to integers": rounding,
+    "plain sum": plain_sum,
+    "secure sum": secure_sum,
+}
+"""Each by its own name, since a part that refuses to work ends its own probe alone."""

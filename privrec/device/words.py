@@ -1,0 +1,346 @@
+"""Local training on a text: a device's own windows, its active neurons, and the change they ask.
+
+One device at a time: its hidden states and the scores of its neurons are matrices large enough to
+keep a core busy. What is trained is the memory of the touched rows, whatever table they lie in, and
+the dense weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from privrec.data.text import UNKNOWN_ID
+from privrec.device.batch import Histories
+from privrec.device.examples import NoiseRoots
+from privrec.device.negatives import Functions
+from privrec.device.neurons import Active, Find, Output, spread
+from privrec.device.train import Trained
+from privrec.device.update import Address, RawUpdate
+from privrec.embedding.hashing import splitmix64
+from privrec.embedding.table import Table
+from privrec.errors import UsageError
+from privrec.lsh.memory import ItemMemory
+from privrec.lsh.select import Search, Selector, select
+from privrec.models.layout import Layout
+from privrec.models.next_word import NextWord, sampled_loss
+
+FloatArray = NDArray[np.float32]
+Items = NDArray[np.int64]
+
+_WINDOW = 0x77_1D_0E
+
+
+@dataclass(frozen=True)
+class Language:
+    """The shared parameters' meaning: a next-word model over word vectors in a table.
+
+    Args:
+        model: the network.
+        vectors: where word vectors lie, input and output alike.
+        biases: where the biases of output neurons lie.
+        layout: sections of the shared vector.
+    """
+
+    model: NextWord
+    vectors: Table
+    biases: Table
+    layout: Layout
+
+    def searched(self, weights: FloatArray) -> ItemMemory:
+        """The neurons as a device searches them.
+
+        Args:
+            weights: the shared vector in memory form.
+        """
+        biases = self.biases, self.layout.biases_of(weights)[:, None]
+        return ItemMemory(self.vectors, self.layout.memory_of(weights), biases)
+
+
+@dataclass(frozen=True)
+class Practice:
+    """Hyper-parameters of local training.
+
+    Args:
+        tokens: most tokens of a device in a round; None for its whole text.
+        steps: gradient steps, each on a part of the tokens.
+        rate: step size.
+        selector: how neurons are selected, one of :mod:`privrec.lsh.select`.
+    """
+
+    tokens: int | None
+    steps: int
+    rate: float
+    selector: Selector | None = None
+
+
+@dataclass(frozen=True)
+class WordTrainer:
+    """Local training of one language with one set of hyper-parameters.
+
+    Args:
+        language: what is trained.
+        output: how many of its neurons, and which.
+        practice: how.
+    """
+
+    language: Language
+    output: Output
+    practice: Practice
+
+    def __post_init__(self) -> None:
+        budget, longest = self.output.budget, self.language.model.context + 1
+        if budget < min(longest, self.output.words):
+            raise UsageError(
+                f"train.budget: {budget} of {self.output.words} neurons, and {longest} words of a "
+                "text may all differ; raise it, or lower model.context"
+            )
+
+    def train(
+        self, weights: FloatArray, text: NDArray[np.int32], user: int, key: int, find: Find | None
+    ) -> tuple[RawUpdate, float]:
+        """One round on one device.
+
+        Args:
+            weights: the shared vector in memory form; not changed.
+            text: the device's tokens, in reading order.
+            user: whose they are; names its draws.
+            key: the round's key, for the window and the neurons drawn by chance.
+            find: who selects neurons; None for nobody.
+
+        Returns:
+            The change of the shared vector, and the mean loss before it.
+        """
+        inputs, targets = self._windows(text, user, key)
+        words = np.unique(np.concatenate((inputs.ravel(), targets.ravel())))
+        local = _Local(self.language, weights)
+        queries = np.zeros((1, self.language.vectors.dim + 1), np.float32)
+        if find is not None and self.output.selected:
+            queries = self._queries(local, inputs)
+        active = self.output.active(words, queries, find, key, user)
+        return local.descend(active, inputs, targets, self.practice)
+
+    def finder(self, search: Search, functions: Functions | None, user: int) -> Find:
+        """The device's own selection from its own memory, by functions of its own.
+
+        Raises:
+            UsageError: when there are no secret streams.
+        """
+        selector = self.practice.selector
+        if functions is None or selector is None:
+            raise UsageError(
+                f'train.selector = "{selector}": hash functions are drawn from a secret; hand '
+                "over the devices' streams"
+            )
+        stream = functions(user)
+
+        def find(queries: FloatArray, wanted: int, without: Items) -> Items:
+            return select(selector, search, queries, wanted, stream, exclude=without).items
+
+        return find
+
+    def _queries(self, local: _Local, inputs: Items) -> FloatArray:
+        few = inputs[spread(len(inputs))]
+        with torch.no_grad():
+            hidden = local.hidden(few).reshape(-1, self.language.vectors.dim).numpy()
+        hidden = hidden[spread(len(hidden))]
+        return np.concatenate((hidden, np.ones((len(hidden), 1), np.float32)), axis=1)
+
+    def _windows(self, text: NDArray[np.int32], user: int, key: int) -> tuple[Items, Items]:
+        """Sequences of the text and the words that follow, ``(s, t)`` each, from a random place.
+
+        As many sequences as have no more different words than neurons may be active.
+        """
+        context = self.language.model.context
+        t = min(context, len(text) - 1)
+        wanted = len(text) - 1
+        if self.practice.tokens is not None:
+            wanted = min(wanted, max(t, self.practice.tokens))
+        count = wanted // t
+        word = splitmix64(key ^ _WINDOW, np.array([user]))[0] >> np.uint64(33)
+        start = int(word) % (len(text) - count * t)
+        piece = text[start : start + count * t + 1].astype(np.int64)
+        if self.output.budget < self.output.words:
+            count = min(count, self._fitting(piece, t))
+        inputs = piece[: count * t].reshape(count, t)
+        targets = piece[1 : count * t + 1].reshape(count, t)
+        return inputs, targets
+
+    def _fitting(self, piece: Items, t: int) -> int:
+        """Sequences from the start whose words fit the budget: one at least."""
+        _, first = np.unique(piece, return_index=True)
+        new = np.cumsum(np.bincount(first, minlength=len(piece)))
+        fits = int(np.searchsorted(new, self.output.budget, side="right"))
+        return (fits - 1) // t
+
+
+class _Local:
+    """A device's copy of the shared vector, of which it changes what its neurons touch."""
+
+    def __init__(self, language: Language, weights: FloatArray) -> None:
+        self._language, layout = language, language.layout
+        self._memory, self._bias_memory = layout.memory_of(weights), layout.biases_of(weights)
+        self._dense = torch.from_numpy(layout.dense_of(weights))
+
+    def hidden(self, inputs: Items) -> Tensor:
+        """Hidden states at the start of the round."""
+        rows = self._language.vectors.gather(self._memory, inputs)
+        return self._language.model.hidden(torch.from_numpy(rows), self._dense)
+
+    def descend(
+        self, active: Active, inputs: Items, targets: Items, practice: Practice
+    ) -> tuple[RawUpdate, float]:
+        """Gradient steps on parts of the windows; the change, and the first step's loss."""
+        language = self._language
+        vectors = _Touched(language.vectors, self._memory, active.items)
+        biases = _Touched(language.biases, self._bias_memory[:, None], active.items)
+        dense = self._dense.clone().requires_grad_()
+        places, logs = active.places(np.stack((inputs, targets))), torch.from_numpy(active.logs)
+        parts = np.array_split(np.arange(len(inputs)), min(practice.steps, len(inputs)))
+        first = 0.0
+        for number, part in enumerate(parts):
+            read, wanted = (torch.from_numpy(each[part]) for each in places)
+            rows = vectors.rows()
+            hidden = language.model.hidden(rows[read], dense).flatten(0, 1)
+            loss = sampled_loss(hidden, rows, biases.rows()[:, 0], logs, wanted.flatten())
+            loss.backward()  # type: ignore[no-untyped-call]
+            for each in (dense, vectors.blocks, biases.blocks):
+                _step(each, practice.rate)
+            first = first if number else float(loss.detach())
+        change = (dense.detach() - self._dense).numpy()
+        values = np.concatenate((change, vectors.change(), biases.change()))[None]
+        address = Address(vectors.slots[None], biases.slots[None], language.layout)
+        return RawUpdate(values, address), first
+
+
+class _Touched:
+    """The memory blocks behind some rows of a table, each once, as trainable numbers."""
+
+    def __init__(self, table: Table, memory: FloatArray, items: Items) -> None:
+        located, signs = table.locate(items)
+        self.slots, place = np.unique(located, return_inverse=True)
+        self._before = memory[self.slots]
+        self._shape = (len(items), table.dim)
+        self._place = torch.from_numpy(place.reshape(-1))
+        self._signs = torch.from_numpy(signs.reshape(-1, 1) * np.float32(table.scale))
+        ordered = len(self._place) == len(self.slots) and bool((np.diff(place.ravel()) > 0).all())
+        self._plain = ordered and bool((self._signs == 1).all())
+        self.blocks = torch.from_numpy(self._before.copy()).requires_grad_()
+
+    def rows(self) -> Tensor:
+        """The rows as they are now, shape ``(items, dim)``."""
+        if self._plain:
+            return self.blocks.reshape(self._shape)
+        return (self.blocks[self._place] * self._signs).reshape(self._shape)
+
+    def change(self) -> FloatArray:
+        """New blocks minus old ones, in the order of :attr:`slots`, flat."""
+        changed: FloatArray = self.blocks.detach().numpy() - self._before
+        return changed.ravel()
+
+
+def _step(values: Tensor, rate: float) -> None:
+    with torch.no_grad():
+        if values.grad is not None:
+            values -= rate * values.grad
+            values.grad = None
+
+
+class Served(Protocol):
+    """A server that hashes its output columns and hands out neurons by bucket, as a device sees it.
+
+    It takes part in the scheme ``"requested"`` alone, in which it learns what each device asks.
+    """
+
+    def hashed(self, items: ItemMemory, key: int) -> Asking:
+        """Hash all columns for one round, by functions that everybody knows.
+
+        Args:
+            items: the output layer.
+            key: the round's key.
+        """
+        ...
+
+
+class Asking(Protocol):
+    """The server's tables of one round."""
+
+    def codes(self, queries: FloatArray) -> list[NDArray[np.uint16]]:
+        """The device's half: buckets of its hidden states, each once, for every table."""
+        ...
+
+    def neurons(self, buckets: list[NDArray[np.uint16]], wanted: int, named: Items) -> Items:
+        """The server's half: neurons in the asked buckets beside the named ones, ascending."""
+        ...
+
+
+@dataclass
+class Writers:
+    """Simulated devices with texts, of one tier: what a simulation asks of its learners.
+
+    Args:
+        trainer: local training.
+        histories: texts, in ascending order of their users.
+        served: the server's tables, where devices ask for neurons; None where they select alone.
+        states: devices keep nothing between rounds, so zeros: shape ``(devices, 1)``.
+    """
+
+    trainer: WordTrainer
+    histories: Histories
+    served: Served | None = None
+    states: FloatArray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.states = np.zeros((len(self.histories.users), 1), np.float32)
+
+    @property
+    def users(self) -> Items:
+        """Whose devices they are, ascending."""
+        return self.histories.users
+
+    def train(
+        self, weights: FloatArray, rows: Items, key: int, functions: Functions | None = None,
+        noise: NoiseRoots | None = None,
+    ) -> Iterator[tuple[Items, Trained]]:  # fmt: skip
+        """See :meth:`privrec.device.cohort.Learners.train`; texts have no noise between steps."""
+        if not len(rows):
+            return
+        trainer, finders = self.trainer, self._finders(weights, key, functions)
+        for row in rows:
+            text, user = self._text(int(row)), int(self.users[row])
+            update, loss = trainer.train(weights, text, user, key, finders(user))
+            yield row[None], Trained(update, self.states[row[None]], np.array([loss], np.float32))
+
+    def _finders(
+        self, weights: FloatArray, key: int, functions: Functions | None
+    ) -> Callable[[int], Find | None]:
+        """Who selects neurons for each user."""
+        if self.trainer.practice.selector in (None, "uniform") or not self.trainer.output.selected:
+            return lambda user: None
+        items = self.trainer.language.searched(weights)
+        if self.served is not None:
+            find = asked_of(self.served.hashed(items, key))
+            return lambda user: find
+        search = Search(items.unfolded())
+        return lambda user: self.trainer.finder(search, functions, user)
+
+    def _text(self, row: int) -> NDArray[np.int32]:
+        """A device's tokens; words that its tier does not hold are unknown to it."""
+        histories = self.histories
+        tokens = histories.items[histories.indptr[row] : histories.indptr[row + 1]]
+        return np.where(tokens < self.trainer.language.vectors.items, tokens, UNKNOWN_ID)
+
+
+def asked_of(tables: Asking) -> Find:
+    """A device's selection by asking: it names buckets and words, and gets neurons."""
+
+    def find(queries: FloatArray, wanted: int, without: Items) -> Items:
+        return tables.neurons(tables.codes(queries), wanted, without)
+
+    return find

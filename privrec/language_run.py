@@ -1,0 +1,159 @@
+"""A run that learns from texts: its loop, and what it leaves behind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import privrec
+from privrec import catalogue, rundir
+from privrec.assembly import check_tiers, data_digest
+from privrec.assembly_text import TextParts, assemble_texts
+from privrec.data.text import Corpus, TextSplit, load_text
+from privrec.language import Predicted, commonest, predict
+from privrec.language_cost import tier_facts
+from privrec.loop import Loop, Result
+from privrec.outcome import model_facts, privacy_of, two_digits, write_model
+from privrec.privacy.ledger import Ledger
+from privrec.randomness import SecretRoot
+from privrec.record import OUTSIDE
+from privrec.scenario import Scenario
+from privrec.wording import KEPT, REVEALED
+
+
+class Texts:
+    """What :class:`privrec.run.Kind` asks, for texts."""
+
+    @property
+    def loop(self) -> type[Writing]:
+        """The loop of such a run."""
+        return Writing
+
+    def load(self, scenario: Scenario, data_dir: Path | None) -> TextSplit:
+        """The texts, words in the order of the data."""
+        split = load_text(scenario.data, data_dir=data_dir)
+        check_tiers(scenario, split.train.n_users, split.n_items)
+        return split
+
+    def describe(self, split: TextSplit) -> dict[str, Any]:
+        """Figures of the split."""
+        return split.describe()
+
+    def numbered(
+        self, scenario: Scenario, split: TextSplit, ledger: Ledger, folder: Path,
+        server: SecretRoot, devices: SecretRoot,
+    ) -> TextSplit:  # fmt: skip
+        """See :func:`privrec.catalogue.numbered_words`."""
+        return catalogue.numbered_words(scenario, split, ledger, folder, server, devices)
+
+    def restored(self, scenario: Scenario, folder: Path, split: TextSplit) -> TextSplit:
+        """See :func:`privrec.catalogue.restored_words`."""
+        return catalogue.restored_words(folder, split)
+
+    def assemble(
+        self, scenario: Scenario, train: Corpus, run_id: str, devices: SecretRoot
+    ) -> TextParts:
+        """See :func:`privrec.assembly_text.assemble_texts`."""
+        return assemble_texts(scenario, train, run_id, devices)
+
+
+@dataclass(kw_only=True)
+class Writing(Loop):
+    """A run over texts that are here, so that what it predicts can be measured."""
+
+    split: TextSplit
+    parts: TextParts
+    measured: Predicted | None = field(default=None, init=False)
+
+    def accuracy(self) -> dict[str, float] | None:
+        """See :meth:`Loop.accuracy`."""
+        every, index = self.scenario.run.eval_every, self.server.index
+        if index == self.scenario.train.rounds:
+            self.measured = self.measure()
+            return self.measured.summary()
+        return None if every == 0 or index % every else self.measure().summary()
+
+    def measure(self) -> Predicted:
+        """Predictions of the released weights on the texts held out, by the whole softmax."""
+        tier = self.parts.federation.tiers[0]
+        view = tier.view(self.parts.federation.prefix(self.server.released, tier))
+        return predict(self.parts.language, view, self.split.heldout, self.scenario.run.top_k)
+
+    def finish(self) -> Result:
+        """See :meth:`Loop.finish`."""
+        measured = self.measured or self.measure()
+        write_model(self.out, self.server, self.scenario)
+        payload = self._payload(measured)
+        rundir.write_json(self.out / "result.json", payload)
+        (self.out / rundir.CHECKPOINT).unlink()
+        self.events.append("end", round=self.server.index)
+        return Result(self.out, payload)
+
+    def save(self) -> None:
+        """See :meth:`Loop.save`."""
+        digest, spent = data_digest(self.split.train), (self.wall_s, self.cpu_s)
+        states = self.parts.states
+        rundir.save(
+            self.out, self.server, states, self.identity, self.scenario, self.ledger, digest, *spent
+        )
+
+    def _payload(self, measured: Predicted) -> dict[str, Any]:
+        """The content of ``result.json``, in the form that runs of recommenders have."""
+        scenario, server, identity = self.scenario, self.server, self.identity.to_json()
+        tiers = [tier_facts(self.parts, scenario, tier) for tier in self.parts.federation.tiers]
+        cuts, heldout = scenario.run.top_k, self.split.heldout
+        common = commonest(self.split.train, heldout, cuts)
+        population = self.split.train.n_users
+        return {
+            "scenario": scenario.name,
+            "title": scenario.title,
+            "simulated": identity["simulated"],
+            "version": privrec.__version__,
+            "run_id": identity["run_id"],
+            "rounds": server.index,
+            "planned_rounds": scenario.train.rounds,
+            "holdout": self.split.holdout,
+            "metrics": measured.summary(),
+            "intervals": {
+                name: list(pair) for name, pair in measured.intervals(scenario.run.seed).items()
+            },
+            "baselines": dict.fromkeys(scenario.run.baselines, common),
+            "metrics_note": OUTSIDE,
+            "outside_the_guarantee": ["metrics", "intervals", "baselines", "data", "cost"],
+            "privacy": privacy_of(scenario, population, server, self.ledger, identity),
+            "reveals": self._reveals(),
+            "cost": self._cost(tiers[0]),
+            "tiers": tiers,
+            "model": model_facts(server, scenario),
+            "data": identity["data"],
+        }
+
+    def _reveals(self) -> dict[str, Any]:
+        """What the server was told beside sums; counted for the scheme that asks."""
+        if self.parts.columns is None:
+            return {"scheme": "private", "statement": KEPT}
+        sight = self.parts.columns.sight
+        each = max(1, sight.requests)
+        return {
+            "scheme": "requested",
+            "statement": REVEALED,
+            "buckets_a_request": sight.buckets / each,
+            "words_a_request": sight.words / each,
+            "neurons_a_request": sight.neurons / each,
+        }
+
+    def _cost(self, strongest: dict[str, Any]) -> dict[str, Any]:
+        """Costs of the device that holds most, and of the run."""
+        plan = self.server.plan
+        device_rounds = self.server.index * plan.expected_cohort
+        seconds = two_digits if plan.event.hides_cohorts else float
+        names = ("upload_bytes", "download_bytes", "device_peak_bytes", "output_neurons",
+                 "output_bytes", "output_multiply_adds", "selection_multiply_adds")  # fmt: skip
+        return {
+            **{name: strongest[name] for name in names},
+            "cpu_s_per_device_round": seconds(self.cpu_s / device_rounds)
+            if device_rounds
+            else None,
+            "wall_s": seconds(self.wall_s),
+        }

@@ -1,0 +1,117 @@
+"""The server's half of adaptive sparse training by request: tables over its output columns.
+
+Each round the server hashes every output neuron by functions that it publishes. A device hashes its
+hidden states by the same functions, sends the buckets that they fall into and the words of its
+text, and gets those neurons. So the server learns the words of each device's text by name and the
+directions of its hidden states: no noise on a sum undoes that.
+Source: Xu et al., "Adaptive sparse federated learning in large output spaces via hashing" (2022).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privrec.lsh.families import Shape, Signs, projection
+from privrec.lsh.memory import ItemMemory
+from privrec.lsh.tables import Buckets
+from privrec.randomness import SecretRoot
+
+FloatArray = NDArray[np.float32]
+Items = NDArray[np.int64]
+Codes = NDArray[np.uint16]
+
+TABLES = 8
+_LOAD = 48  # neurons in a bucket, about: what the hidden states of a device share brings enough
+_MOST_BITS = 16
+_PUBLIC = b"output columns are hashed by functions that everybody knows"
+
+
+@dataclass
+class Sight:
+    """What the server has seen of devices so far, in counts.
+
+    Args:
+        requests: how many devices asked.
+        buckets: ids of buckets that they named.
+        words: words of their text, and common ones, that they named.
+        neurons: neurons that they were handed beside those.
+    """
+
+    requests: int = 0
+    buckets: int = 0
+    words: int = 0
+    neurons: int = 0
+
+
+@dataclass(frozen=True)
+class ColumnServer:
+    """A server that hashes its columns anew each round.
+
+    Args:
+        tables: how many functions; each has as many bits as give buckets of a few dozen neurons.
+        sight: what it sees is counted there.
+    """
+
+    tables: int = TABLES
+    sight: Sight = field(default_factory=Sight)
+
+    def shape(self, neurons: int) -> Shape:
+        """Bits of a code: buckets hold a few dozen neurons."""
+        bits = round(np.log2(max(2.0, neurons / _LOAD)))
+        return Shape(min(_MOST_BITS, max(1, bits)))
+
+    def hashed(self, items: ItemMemory, key: int) -> Columns:
+        """See :meth:`privrec.device.words.Served.hashed`."""
+        shape = self.shape(items.items)
+        stream = SecretRoot.known(_PUBLIC).stream("columns", key)
+        drawn = [
+            Signs(projection("simhash", items.dim, shape, stream), shape)
+            for _ in range(self.tables)
+        ]
+        return Columns(tuple(Buckets.of(items, each) for each in drawn), items.items, self.sight)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The tables of one round.
+
+    Args:
+        tables: the neurons of each bucket, table by table.
+        neurons_held: how many neurons there are.
+        sight: what the server sees is counted there.
+    """
+
+    tables: tuple[Buckets, ...]
+    neurons_held: int
+    sight: Sight
+
+    def codes(self, queries: FloatArray) -> list[Codes]:
+        """See :meth:`privrec.device.words.Asking.codes`; it runs on the device."""
+        return [np.unique(table.hashed.codes(queries)[:, 0]) for table in self.tables]
+
+    def neurons(self, buckets: Sequence[Codes], wanted: int, named: Items) -> Items:
+        """See :meth:`privrec.device.words.Asking.neurons`.
+
+        Those in the most buckets come first; of equally many, the more common words.
+        """
+        hits = np.zeros(self.neurons_held, np.int32)
+        for table, codes in zip(self.tables, buckets, strict=True):
+            for found in table.within(codes):
+                hits[found] += 1
+        hits[named] = 0
+        found = np.flatnonzero(hits)
+        if len(found) > wanted:
+            found = np.sort(found[np.argsort(-hits[found], kind="stable")[:wanted]])
+        self._count(buckets, named, found)
+        return found
+
+    def _count(self, buckets: Sequence[Codes], named: Items, found: Items) -> None:
+        sight = self.sight
+        sight.requests += 1
+        sight.buckets += sum(map(len, buckets))
+        sight.words += len(named)
+        sight.neurons += len(found)

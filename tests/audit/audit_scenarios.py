@@ -1,0 +1,40 @@
+"""Small scenarios of each kind of noise; a module that tests of the audit share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import privrec
+from privrec.report.parts import AuditPart
+from privrec.scenario import Scenario
+
+QUICKSTART = Path(__file__).resolve().parents[2] / "scenarios" / "quickstart.toml"
+SMALL = (
+    "data.users=300", "devices.population=300", "data.items=60", "train.rounds=10",
+    "privacy.epsilon=6",
+)  # fmt: skip
+TIERS = 'devices.tiers=[{"capacity"=1.0,"share"=0.5},{"capacity"=0.25,"share"=0.5}]'
+POISSON = ("devices.sampling=poisson", "devices.sampling_rate=0.3")
+KINDS: dict[str, tuple[str, ...]] = {
+    "central": (),
+    "poisson": (*POISSON, "privacy.budget_against=recipients"),
+    "tiers": (TIERS,),
+    "distributed": ("privacy.noise=distributed", "data.users=100", "devices.population=100"),
+    "skellam": (
+        "privacy.noise=distributed", "privacy.mechanism=skellam", "privacy.remove_excess=false",
+        "data.users=100", "devices.population=100", "privacy.scale_bits=10",
+    ),
+    "mixed": (
+        "privacy.noise=distributed", "data.users=120", "devices.population=120", TIERS,
+        "privacy.ring_bits=16", "privacy.scale_bits=6",
+    ),
+    "none": ("privacy.noise=none", "privacy.epsilon="),
+}  # fmt: skip
+
+
+def scenario(kind: str, *more: str) -> Scenario:
+    return privrec.load_scenario(QUICKSTART, (*SMALL, *KINDS[kind], *more))
+
+
+def failed(found: AuditPart) -> set[str]:
+    return {check.probe for check in found.checks if not check.passed}
