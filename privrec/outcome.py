@@ -25,6 +25,7 @@ from privrec.privacy.events import Accountant, Adversary, epsilon
 from privrec.privacy.ledger import Ledger
 from privrec.record import OUTSIDE
 from privrec.scenario import Privacy, Scenario
+from privrec.segments import by_segment
 from privrec.server.server import Server
 
 _EPSILONS: dict[str, tuple[Adversary, Accountant]] = {
@@ -114,9 +115,10 @@ def result_of(
         },
         "baselines": {name: _baseline(name, scenario, split) for name in scenario.run.baselines},
         "metrics_note": OUTSIDE,
-        "outside_the_guarantee": ["metrics", "intervals", "baselines", "data", "cost"],
+        "outside_the_guarantee": ["metrics", "intervals", "baselines", "segments", "data", "cost"],
         "privacy": privacy_of(scenario, split.train.n_users, server, ledger, identity),
         "cost": _cost(parts, tiers, cpu_s, wall_s),
+        "segments": by_segment(evaluated, split),
         "tiers": tiers,
         "model": model_facts(server, scenario),
         "data": identity["data"],

@@ -46,7 +46,7 @@ def trained(
 
 def warm() -> None:
     """A step of both sides, so that what torch loads on its first one is in nobody's time."""
-    world = Invented(100, 200, words=5)
+    world = Invented(100, 200, words=5, clusters=10)
     for side in (Dense(100, 200, 8, LR), Sparse(100, 200, 8, LR, 0.5)):
         side.step(world.examples(8))
 

@@ -31,7 +31,7 @@ FLOORS = (
     ("baselines", "catalogue", "classifier"),
     ("agreement",),
     ("assembly",),  # what the loop is put together from
-    ("footprint", "identity", "scoring", "declaration"),
+    ("footprint", "identity", "scoring", "segments", "declaration"),
     ("outcome",),
     ("rundir", "lifetime"),
     ("loop",),
