@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 
 from scipy.stats import binom
 
@@ -65,6 +66,29 @@ def agree(
 def event_without_shares(scenario: Scenario) -> RoundEvent:
     """The event of each round with central noise, or with none; no sizes matter to it."""
     return _calibrated(scenario, lambda z: RoundEvent("gaussian", z, _rate(scenario)))
+
+
+def example_event(scenario: Scenario) -> RoundEvent | None:
+    """The example-level event of a round on each device that takes part; None without local noise.
+
+    All steps of a round together are one Gaussian mechanism, since each example is in one of them
+    (:mod:`privrec.device.examples`). Sampling of devices amplifies nothing at this level: that a
+    device is there at all moves a sum by more than one example.
+    """
+    privacy = scenario.privacy
+    if privacy.local == "none":
+        return None
+    multiplier = privacy.local_noise_multiplier
+    if multiplier is None:
+        multiplier = _example_multiplier(
+            privacy.local_epsilon or 0.0, privacy.local_delta, scenario.train.rounds
+        )
+    return RoundEvent("gaussian", multiplier)
+
+
+@lru_cache(maxsize=64)
+def _example_multiplier(target: float, delta: float, rounds: int) -> float:
+    return noise_multiplier_for(target, delta, partial(RoundEvent, "gaussian"), rounds, "server")
 
 
 def encoding_of(scenario: Scenario, dimension: int) -> Encoding:

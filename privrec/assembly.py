@@ -9,16 +9,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.agreement import agree
+from privrec.agreement import agree, example_event
 from privrec.data import Interactions
 from privrec.data.text import Corpus
 from privrec.device.batch import Histories
 from privrec.device.cohort import Cohort
+from privrec.device.examples import ExampleNoise
 from privrec.device.negatives import popularity_of
 from privrec.device.protection import Protection
+from privrec.device.recommender import Recommender, Settings
 from privrec.device.round import digest
 from privrec.device.tier import Federation, Meaning, Tier
-from privrec.device.train import Recommender, Settings, Trainer
+from privrec.device.train import Trainer
 from privrec.device.words import Language
 from privrec.embedding.nested import Nested, nested
 from privrec.embedding.subspace import Subspace
@@ -127,6 +129,7 @@ def server_of(scenario: Scenario, federation: Federation, population: int, run_i
         federation,
         scenario.devices.sampling_rate * training,
         scenario.train.average,
+        example_event(scenario),
     )
     weights = initial_weights(federation, scenario.model.init_std, scenario.run.seed)
     completion = completion_of(scenario, federation)
@@ -300,7 +303,12 @@ def trainer_of(scenario: Scenario, federation: Federation, tier: Tier) -> Traine
         settings = replace(settings, local_lr=settings.local_lr * gain)
     if not isinstance(tier.recommender, Recommender):
         raise UsageError(f'model.kind = "{scenario.model.kind}": it trains on texts, not histories')
-    return Trainer(tier.recommender, settings)
+    return Trainer(tier.recommender, settings, examples=_example_noise(scenario))
+
+
+def _example_noise(scenario: Scenario) -> ExampleNoise | None:
+    event, bound = example_event(scenario), scenario.privacy.local_clip_norm
+    return None if event is None or bound is None else ExampleNoise(bound, event.noise_multiplier)
 
 
 def completion_of(scenario: Scenario, federation: Federation) -> Completion:

@@ -186,6 +186,8 @@ def _dense(scenario: Scenario) -> int:
 def _warnings(scenario: Scenario) -> list[str]:
     privacy, population = scenario.privacy, scenario.population()
     if privacy.noise == "none":
+        if privacy.local == "example":
+            return ["No noise is added to the sums: no guarantee at user level."]
         return ["No noise is added: no privacy guarantee."]
     if population is None:
         return [

@@ -89,6 +89,20 @@ def _interval(bounds: Sequence[float] | None) -> str:
 
 
 def _privacy_lines(privacy: Mapping[str, Any]) -> list[str]:
+    single = privacy.get("examples")
+    return [*_user_lines(privacy), *([] if single is None else [_example_line(single)])]
+
+
+def _example_line(single: Mapping[str, Any]) -> str:
+    return (
+        f"Single interactions, a unit of its own: ε = {_epsilon(single['epsilon'])} against "
+        f"whoever sees a device's upload, at δ = {single['delta']:g}."
+    )
+
+
+def _user_lines(privacy: Mapping[str, Any]) -> list[str]:
+    if privacy.get("noise") == "none" and privacy.get("examples"):
+        return ["Privacy: no noise was added to the sums, so users have no guarantee."]
     if privacy.get("noise") == "none":
         return ["Privacy: no noise was added, so there is no privacy guarantee."]
     if privacy.get("noise_known"):
@@ -109,6 +123,7 @@ _COSTS = {
     "download_bytes": ("download of a device in a round", "bytes"),
     "device_peak_bytes": ("memory of a device, at most", "bytes"),
     "cpu_s_per_device_round": ("CPU of a device in a round", "s"),
+    "noise_deferred": ("devices' own noise that was not drawn", "share"),
     "wall_s": ("the whole run", "s"),
 }
 

@@ -24,6 +24,7 @@ from privrec.device.round import Round, digest
 from privrec.device.update import Aggregate
 from privrec.errors import BudgetError, Interrupted, ReleaseRefused
 from privrec.identity import Identity
+from privrec.privacy.events import RoundEvent, epsilon
 from privrec.privacy.ledger import Ledger
 from privrec.privacy.population import Tie
 from privrec.randomness import SecretRoot
@@ -105,6 +106,8 @@ class Loop(ABC):
             budget_against=scenario.privacy.budget_against,
             expected_cohort=plan.expected_cohort,
             hides_cohorts=plan.event.hides_cohorts,
+            examples=plan.examples is not None,
+            example_budget=scenario.privacy.local_epsilon,
             root_lost=self.ledger.header["noise_root"] != self.identity.root_tag(),
         )
 
@@ -212,9 +215,26 @@ class Loop(ABC):
                     f"{adversary_text(privacy.budget_against)}: the budget is {privacy.epsilon}. "
                     f"Stopped after {server.index} rounds; the model so far is in {self.out}"
                 )
+        examples = server.plan.examples
+        if examples is not None:
+            self._charge_examples(attempt, examples, paid)
         if not paid and self.tie:
             self.tie.cover(Counter(self.ledger.counts) + Counter([event]))
         self.ledger.charge(server.index, attempt, event)
+
+    def _charge_examples(self, attempt: int, event: RoundEvent, paid: bool) -> None:
+        """Enter the example-level cost, within its own budget; it is never added to the other."""
+        index, privacy = self.server.index, self.scenario.privacy
+        if not paid and privacy.local_epsilon is not None:
+            after = Counter(self.ledger.examples) + Counter([event])
+            spent = epsilon(after, privacy.local_delta, "server")
+            if spent > privacy.local_epsilon:
+                raise BudgetError(
+                    f"round {index + 1} would bring the example-level ε to {spent:.4f}: "
+                    f"privacy.local_epsilon is {privacy.local_epsilon}. Stopped after {index} "
+                    f"rounds; the model so far is in {self.out}"
+                )
+        self.ledger.charge_examples(index, attempt, event)
 
     def _epsilon(self, adversary: Any) -> float | None:
         if not self.server.plan.event.is_private or self.identity.known_key is not None:

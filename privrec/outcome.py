@@ -20,10 +20,11 @@ from privrec.data import Interactions, Split
 from privrec.device.tier import Federation, Tier
 from privrec.errors import IntegrityError, UsageError
 from privrec.footprint import peak_bytes
+from privrec.privacy.book import EXAMPLE
 from privrec.privacy.events import Accountant, Adversary, epsilon
 from privrec.privacy.ledger import Ledger
 from privrec.record import OUTSIDE
-from privrec.scenario import Scenario
+from privrec.scenario import Privacy, Scenario
 from privrec.server.server import Server
 
 _EPSILONS: dict[str, tuple[Adversary, Accountant]] = {
@@ -231,6 +232,23 @@ def privacy_of(
         "budget_against": privacy.budget_against,
         "noise_known": known,
         "charges": len(ledger.charges),
+        "examples": _examples(privacy, ledger, known),
+    }
+
+
+def _examples(privacy: Privacy, ledger: Ledger, known: bool) -> dict[str, Any] | None:
+    """The guarantee of devices' own noise: another unit, which nothing adds to the user's."""
+    if privacy.local == "none":
+        return None
+    (event,) = ledger.examples or (None,)
+    return {
+        "unit": EXAMPLE,
+        "epsilon": None if known else ledger.epsilon_of_examples(privacy.local_delta),
+        "delta": privacy.local_delta,
+        "noise_multiplier": event and event.noise_multiplier,
+        "clip_norm": privacy.local_clip_norm,
+        "budget": privacy.local_epsilon,
+        "charges": sum(ledger.examples.values()),
     }
 
 
@@ -295,6 +313,7 @@ def _cost(
         **{name: tiers[0][name] for name in device},
         "cpu_s_per_device_round": seconds(cpu_s / device_rounds) if device_rounds else None,
         "wall_s": seconds(wall_s),
+        "noise_deferred": parts.simulation.deferred.share,
     }
 
 

@@ -48,6 +48,8 @@ class RunInfo:
         simulated: Whether the devices are simulated.
         root_lost: Whether the noise root that the run began with is gone, so that rounds which are
             repeated get fresh noise and are charged again.
+        examples: Whether devices add noise that hides single examples.
+        example_budget: The largest example-level ε allowed, or None without a limit.
     """
 
     name: str
@@ -62,6 +64,8 @@ class RunInfo:
     expected_cohort: float | None = None
     hides_cohorts: bool = True
     root_lost: bool = False
+    examples: bool = False
+    example_budget: float | None = None
     simulated: bool = True
 
 

@@ -67,6 +67,8 @@ KNOWN_USERS = {
 }
 """Users of the published MovieLens sets: public, so that `plan` can use them without the data."""
 
+_LOCAL_KEYS = {name for name in Privacy.model_fields if name.split("_")[0] == "local"}
+
 
 class Scenario(Table):
     """One complete, consistent scenario.
@@ -166,8 +168,10 @@ class Scenario(Table):
         Two scenarios of the same hash plan the same events against the same budget. Titles,
         models and step sizes do not enter.
         """
+        # Without local noise its keys mean nothing, and older hashes lack them.
+        unused = _LOCAL_KEYS if self.privacy.local == "none" else set()
         planned: dict[str, Any] = {
-            "privacy": self.privacy.model_dump(),
+            "privacy": self.privacy.model_dump(exclude=unused),
             "sampling": self.devices.sampling,
             "sampling_rate": self.devices.sampling_rate,
             "rounds": self.train.rounds,

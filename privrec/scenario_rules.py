@@ -299,6 +299,54 @@ def _selector(values: Values) -> Problems:
     return {}
 
 
+_LOCAL = "privacy.local"
+
+
+def _local(values: Values) -> Problems:
+    """Example-level noise: what it needs, and what would undo it."""
+    if values[_LOCAL] == "none":
+        return _without_local(values)
+    needed = {
+        "train.loss": (("bce", "bpr"), "each example has a loss of its own"),
+        "train.selector": (("each",), "negatives must not depend on the history"),
+        "train.user_steps": ((0,), "a user vector fitted without noise would show the examples"),
+        "train.max_samples": ((None,), "a window of the history moves with every example"),
+        "devices.aggregation": (("sum", "contributors"), "updates have noise everywhere"),
+    }
+    for path, (options, reason) in needed.items():
+        if values[path] not in options:
+            rule = f'privacy.local = "example" cannot have it: {reason}'
+            remedy = f"remove it (-s {path}=)" if options[0] is None else ""
+            remedy = remedy or f"set {path} = {as_toml(options[0])}"
+            return {path: describe(path, values[path], rule, remedy)}
+    return _local_noise(values)
+
+
+def _local_noise(values: Values) -> Problems:
+    clip, epsilon, multiplier = (
+        f"privacy.local_{name}" for name in ("clip_norm", "epsilon", "noise_multiplier")
+    )
+    if values[clip] is None:
+        rule = 'privacy.local = "example" needs a bound on each interaction'
+        return {clip: f"{clip} is unset: {rule}; set it, for example to 1.0"}
+    if values[epsilon] is None and values[multiplier] is None:
+        rule = 'privacy.local = "example" needs a target ε or a multiplier'
+        return {epsilon: f"{epsilon} is unset: {rule}; set it, for example to 8"}
+    if values[epsilon] is not None and values[multiplier] is not None:
+        rule = f"excludes {multiplier} = {values[multiplier]}, since each decides the other"
+        return {epsilon: describe(epsilon, values[epsilon], rule, "remove one of them")}
+    return {}
+
+
+def _without_local(values: Values) -> Problems:
+    rule = 'privacy.local = "none" protects no single interaction'
+    return {
+        path: describe(path, values[path], rule, f"set {_LOCAL} or remove it (-s {path}=)")
+        for path in (f"privacy.local_{n}" for n in ("clip_norm", "epsilon", "noise_multiplier"))
+        if values[path] is not None
+    }
+
+
 _RULES: tuple[Callable[[Values], Problems], ...] = (
     _synthetic,
     _encoding,
@@ -313,5 +361,6 @@ _RULES: tuple[Callable[[Values], Problems], ...] = (
     _aggregation,
     _ials,
     _selector,
+    _local,
     texts,
 )

@@ -402,6 +402,40 @@ class Privacy(Table):
     budget_against: Literal["recipients", "server"] = setting(
         "recipients", "The adversary that `epsilon` is meant against, and that halts the run."
     )
+    local: Literal["none", "example"] = setting(
+        "none",
+        "`example`: every local step on a device has noise of its own, which hides single "
+        "interactions also from whoever sees the device's upload; with or without `noise`.",
+    )
+    local_clip_norm: float | None = setting(
+        None,
+        "`example`: the most that removing or changing one interaction moves a round's sum of "
+        "gradients; required then.",
+        unit="L2 norm",
+        gt=0,
+        le=10**6,
+    )
+    local_epsilon: float | None = setting(
+        None,
+        "`example`: ε of single interactions; excludes `local_noise_multiplier`.",
+        unit="ε, example level",
+        ge=0.0001,
+        le=1000,
+    )
+    local_noise_multiplier: float | None = setting(
+        None,
+        "`example`: noise of a step over `local_clip_norm`; excludes `local_epsilon`.",
+        unit="standard deviations",
+        gt=0,
+        le=10**6,
+    )
+    local_delta: float = setting(
+        1e-7,
+        "δ of the example-level guarantee; well below one over all interactions.",
+        unit="probability",
+        ge=1e-10,
+        lt=1,
+    )
     scale_bits: float = setting(
         13.0,
         "An update is encoded in integers of scale 2^this / `clip_norm`.",

@@ -14,8 +14,8 @@ from privrec.assembly import Parts
 from privrec.data import Split
 from privrec.device.cohort import Cohort
 from privrec.device.negatives import Functions
+from privrec.device.recommender import Recommender
 from privrec.device.tier import Tier
-from privrec.device.train import Recommender
 from privrec.randomness import SecretRoot, rng_for
 from privrec.scenario import Run
 

@@ -16,7 +16,7 @@ from privrec.assembly import trainer_of
 from privrec.data import Interactions
 from privrec.device.batch import Histories
 from privrec.device.cohort import Cohort
-from privrec.device.train import Recommender
+from privrec.device.recommender import Recommender
 from privrec.errors import UsageError
 from privrec.identity import remembered_data_dir
 from privrec.lsh.select import Search, Selector, best, ranked, select

@@ -53,6 +53,15 @@ def opening_words(info: RunInfo) -> str:
 
 
 def _promise(info: RunInfo) -> str:
+    if info.examples and not info.noise_known:
+        limit = f", at most ε = {info.example_budget:g}" if info.example_budget else ""
+        return f"{_users_promise(info)} Example-level privacy on the devices{limit}, a unit apart."
+    return _users_promise(info)
+
+
+def _users_promise(info: RunInfo) -> str:
+    if not info.private and info.examples:
+        return "No noise is added to the sums: no guarantee at user level."
     if not info.private:
         return "No noise is added: no privacy guarantee."
     if info.noise_known:

@@ -14,6 +14,7 @@ from privrec.audit.judging import REACH, Finding, judged, of_many, two_sided
 from privrec.device.batch import Histories
 from privrec.device.cohort import Cohort
 from privrec.device.device import protected
+from privrec.device.examples import NoiseRoots
 from privrec.device.negatives import Functions
 from privrec.device.protection import Protection
 from privrec.device.tier import Tier
@@ -61,9 +62,12 @@ class Hostile(Trainer):
         unobserved: FloatArray | None = None,
         search: Search | None = None,
         functions: Functions | None = None,
+        noise: NoiseRoots | None = None,
     ) -> Trained:
         """As :meth:`Trainer.train`, times anything up to infinity."""
-        trained = super().train(weights, histories, states, key, unobserved, search, functions)
+        trained = super().train(
+            weights, histories, states, key, unobserved, search, functions, noise
+        )
         values = trained.update.values.copy()
         for row, user in enumerate(histories.users.tolist()):
             _blow_up(values[row], user, self.clip_norm)
@@ -74,7 +78,13 @@ class Hostile(Trainer):
     @classmethod
     def of(cls, trainer: Trainer, clip_norm: float) -> Hostile:
         """The same training, hostile."""
-        return cls(trainer.recommender, trainer.settings, trainer.popularity, clip_norm)
+        return cls(
+            trainer.recommender,
+            trainer.settings,
+            trainer.popularity,
+            trainer.examples,
+            clip_norm=clip_norm,
+        )
 
 
 def _blow_up(values: FloatArray, user: int, clip_norm: float) -> None:

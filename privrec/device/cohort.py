@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.device.batch import Histories
+from privrec.device.examples import NoiseRoots
 from privrec.device.negatives import Functions
 from privrec.device.train import Trained, Trainer
 from privrec.lsh.select import Search
@@ -27,6 +28,9 @@ SAMPLES_IN_BATCH = 12288
 
 SHARED_SAMPLES_IN_BATCH = 65536
 """The same where all devices look at the whole catalogue, whose part of the work they share."""
+
+COEFFICIENTS_IN_BATCH = 1 << 20
+"""Coefficients of the updates made at once where every device's update has noise everywhere."""
 
 MANY = 16
 """Devices from which on a simulation gathers the rows that they search once for all of them."""
@@ -45,7 +49,12 @@ class Learners(Protocol):
         ...
 
     def train(
-        self, weights: FloatArray, rows: NDArray[np.int64], key: int, functions: Functions
+        self,
+        weights: FloatArray,
+        rows: NDArray[np.int64],
+        key: int,
+        functions: Functions,
+        noise: NoiseRoots,
     ) -> Iterator[tuple[NDArray[np.int64], Trained]]:
         """One round's local training of ``rows``, some at a time; states are left unchanged.
 
@@ -54,6 +63,7 @@ class Learners(Protocol):
             rows: places in :attr:`users`, ascending.
             key: the round's key, which decides what is drawn by chance and is no secret.
             functions: the devices' secret streams, by user.
+            noise: the devices' secret roots of noise between their own steps, by user.
         """
         ...
 
@@ -90,6 +100,7 @@ class Cohort:
         rows: NDArray[np.int64],
         key: int,
         functions: Functions | None = None,
+        noise: NoiseRoots | None = None,
     ) -> Iterator[tuple[NDArray[np.int64], Trained]]:
         """See :meth:`Learners.train`."""
         trainer = self.trainer
@@ -98,7 +109,9 @@ class Cohort:
             histories, states = self.histories.select(batch), self.states[batch]
             yield (
                 batch,
-                trainer.train(weights, histories, states, key, unobserved, search, functions),
+                trainer.train(
+                    weights, histories, states, key, unobserved, search, functions, noise
+                ),
             )
 
     def serve(
@@ -122,6 +135,10 @@ class Cohort:
         sampler = self.trainer.sampler
         most = SHARED_SAMPLES_IN_BATCH if sampler.whole else SAMPLES_IN_BATCH
         widths = sampler.width(lengths[order])
+        if self.trainer.examples is not None:
+            # Each device's update is as long as the vector, and its noise is what takes the time.
+            most = COEFFICIENTS_IN_BATCH
+            widths = np.full_like(widths, self.trainer.recommender.layout.size)
         start = 0
         while start < len(order):
             # Sorted by length, the last device of a batch sets its width.

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.device.batch import Histories
+from privrec.device.examples import NoiseRoots
 from privrec.device.negatives import Functions
 from privrec.device.protection import Protection
 from privrec.device.round import Round, digest, model_digests
@@ -29,6 +30,16 @@ def hash_functions(root: SecretRoot, round: Round) -> Functions:
     Promise: no two users and no two rounds share one.
     """
     return lambda user: root.stream("lsh", *round.context, user)
+
+
+def noise_roots(root: SecretRoot, round: Round) -> NoiseRoots:
+    """Secrets of the noise between local steps of a round, by user and digest of the input.
+
+    Promise: the same round, user and input have the same noise, any other independent noise.
+    """
+    return lambda user, given: SecretRoot(
+        root.tag("local noise", *round.context, user, given), is_known=root.is_known
+    )
 
 
 @dataclass
@@ -68,13 +79,16 @@ class Device:
         key: int,
         unobserved: FloatArray | None = None,
         functions: Functions | None = None,
+        noise: NoiseRoots | None = None,
     ) -> Trained:
         """The device's local round in its own memory, before any protection."""
         bounds = np.array([0, len(self.history)])
         mine = Histories(np.array([self.user]), bounds, self.history)
         held = mine.below(self.trainer.recommender.vectors.items)
         state = self.state[None]
-        return self.trainer.train(weights, held, state, key, unobserved, functions=functions)
+        return self.trainer.train(
+            weights, held, state, key, unobserved, functions=functions, noise=noise
+        )
 
     def functions(self, round: Round) -> Functions:
         """The device's own stream for the hash functions of a round, which never leaves it."""
@@ -98,7 +112,8 @@ class Device:
                 "ask the server for the round again"
             )
         view = self.tier.view(coefficients)
-        return self.protect(round, self.train(view, key, functions=self.functions(round)))
+        functions, noise = self.functions(round), noise_roots(self.root, round)
+        return self.protect(round, self.train(view, key, functions=functions, noise=noise))
 
     def protect(self, round: Round, trained: Trained) -> BoundedUpdate:
         """Keep the new private state, and give the bounded update of a local round."""

@@ -7,7 +7,7 @@ its update. Only the touched blocks are copied: nothing of the table's size, nor
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -22,79 +22,22 @@ from privrec.device.batch import (
     merged,
     representatives,
 )
+from privrec.device.examples import Deferred, ExampleNoise, ExampleSteps, NoiseRoots, Schedule
 from privrec.device.negatives import EACH, Budget, Functions
+from privrec.device.recommender import Recommender, Settings
+from privrec.device.round import digest
 from privrec.device.update import Address, RawUpdate
 from privrec.embedding.table import Table
-from privrec.lsh.memory import ItemMemory
+from privrec.errors import UsageError
 from privrec.lsh.select import Search
 from privrec.lsh.sketch import Sketch
 from privrec.models.implicit import curvature, item_gram, pack
-from privrec.models.layout import Layout
 from privrec.models.losses import DAMPED, IMPLICIT, LOSSES, WHOLE_CATALOGUE, Graded, Samples
-from privrec.models.ncf import NCF, Scored
+from privrec.models.ncf import Scored
 
 FloatArray = NDArray[np.float32]
 _RIDGE = 1e-4
 """Keeps the Newton system of a device with few samples solvable."""
-
-
-@dataclass(frozen=True)
-class Recommender:
-    """The shared parameters' meaning: a model over item vectors in a subspace.
-
-    Args:
-        model: the scorer.
-        vectors: where item vectors lie.
-        biases: where item biases lie, or None.
-        layout: sections of the shared vector.
-    """
-
-    model: NCF
-    vectors: Table
-    biases: Table | None
-    layout: Layout
-
-    def searched(self, weights: FloatArray) -> ItemMemory:
-        """The catalogue as a device searches it.
-
-        Args:
-            weights: the shared vector in memory form.
-        """
-        biases = None
-        if self.biases is not None:
-            biases = self.biases, self.layout.biases_of(weights)[:, None]
-        return ItemMemory(self.vectors, self.layout.memory_of(weights), biases)
-
-    def tabulated(self) -> Recommender:
-        """The same with its places looked up, for a machine that plays many devices."""
-        biases = None if self.biases is None else self.biases.tabulated()
-        return replace(self, vectors=self.vectors.tabulated(), biases=biases)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Hyper-parameters of local training, those of the scenario's ``[train]`` table."""
-
-    loss: str
-    negatives: int
-    unobserved_weight: float
-    item_l2: float
-    newton: bool
-    max_samples: int | None
-    user_steps: int
-    user_lr: float
-    user_l2: float
-    serve_steps: int
-    serve_negatives: int
-    local_steps: int
-    local_lr: float
-    selector: str = EACH
-    budget: float = 0.01
-    selected: float = 0.5
-
-    def serving(self) -> Settings:
-        """These, for fitting a user vector to a whole history with more negatives."""
-        return replace(self, negatives=self.serve_negatives, max_samples=None)
 
 
 @dataclass(frozen=True)
@@ -105,11 +48,13 @@ class Trained:
         update: the change of the shared parameters; private until it is bounded.
         states: new private states, shape ``(m, user_dim)``; they stay on the devices.
         losses: mean loss of each device before its item step, shape ``(m,)``; private.
+        deferred: noise that was owed between the devices' own steps; private.
     """
 
     update: RawUpdate
     states: FloatArray
     losses: FloatArray
+    deferred: Deferred = field(default_factory=Deferred)
 
 
 @dataclass(frozen=True)
@@ -121,11 +66,14 @@ class Trainer:
         settings: how.
         popularity: public cumulative probabilities of the items, see
             :func:`~privrec.device.negatives.popularity_of`; None where nothing asks for them.
+        examples: noise that hides single examples, of which then every local step has its own; None
+            for steps without.
     """
 
     recommender: Recommender
     settings: Settings
     popularity: NDArray[np.float64] | None = None
+    examples: ExampleNoise | None = None
 
     @property
     def sampler(self) -> Sampler:
@@ -184,6 +132,7 @@ class Trainer:
         unobserved: FloatArray | None = None,
         search: Search | None = None,
         functions: Functions | None = None,
+        noise: NoiseRoots | None = None,
     ) -> Trained:
         """One round's training on ``m`` devices, each on its own copy of what it touches.
 
@@ -195,7 +144,13 @@ class Trainer:
             unobserved: as :meth:`unobserved` gives it, where that was computed before.
             search: as :meth:`search` gives it, likewise.
             functions: the devices' secret streams, where negatives are selected.
+            noise: the devices' secrets, where examples are protected.
+
+        Raises:
+            UsageError: when examples are to be protected and there are no secrets.
         """
+        if self.examples is not None:
+            return self._examples(self.examples, weights, histories, states, key, noise)
         settings = self.settings
         batch = self._draw(histories, key, serving=False)
         local = self._local(weights, batch, unobserved)
@@ -208,6 +163,35 @@ class Trainer:
         kept = np.where(np.isfinite(user.numpy()).all(1, keepdims=True), user.numpy(), states)
         update = RawUpdate(local.change(user.numpy()), local.address)
         return Trained(update, kept, losses.numpy())
+
+    def _examples(
+        self, examples: ExampleNoise, weights: FloatArray, histories: Histories,
+        states: FloatArray, key: int, noise: NoiseRoots | None,
+    ) -> Trained:  # fmt: skip
+        """Noisy local steps, device by device, since each has a noisy memory of its own."""
+        if noise is None:
+            raise UsageError(
+                'privacy.local = "example": noise is drawn from a secret; hand over the devices\' '
+                "roots"
+            )
+        settings, m = self.settings, len(histories.users)
+        layout = self.recommender.layout
+        schedule = Schedule(
+            settings.loss, settings.negatives, settings.local_steps, settings.local_lr
+        )
+        changes, users = np.empty((m, layout.size), np.float32), np.empty_like(states)
+        losses, deferred = np.zeros(m, np.float32), Deferred()
+        for row, user in enumerate(histories.users.tolist()):
+            items = histories.items[histories.indptr[row] : histories.indptr[row + 1]]
+            given = digest(states[row]) + digest(items)
+            steps = ExampleSteps(
+                self.recommender, schedule, weights, states[row], user, key,
+                (examples, noise(user, given)),
+            )  # fmt: skip
+            losses[row] = steps.run(items.astype(np.int64))
+            changes[row], users[row] = steps.change(), steps.user
+            deferred += steps.deferred
+        return Trained(RawUpdate(changes, Address.whole(layout)), users, losses, deferred)
 
     def serve(
         self,

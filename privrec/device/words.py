@@ -18,6 +18,7 @@ from torch import Tensor
 
 from privrec.data.text import UNKNOWN_ID
 from privrec.device.batch import Histories
+from privrec.device.examples import NoiseRoots
 from privrec.device.negatives import Functions
 from privrec.device.neurons import Active, Find, Output, spread
 from privrec.device.train import Trained
@@ -304,9 +305,10 @@ class Writers:
         return self.histories.users
 
     def train(
-        self, weights: FloatArray, rows: Items, key: int, functions: Functions | None = None
-    ) -> Iterator[tuple[Items, Trained]]:
-        """See :meth:`privrec.device.cohort.Learners.train`."""
+        self, weights: FloatArray, rows: Items, key: int, functions: Functions | None = None,
+        noise: NoiseRoots | None = None,
+    ) -> Iterator[tuple[Items, Trained]]:  # fmt: skip
+        """See :meth:`privrec.device.cohort.Learners.train`; texts have no noise between steps."""
         if not len(rows):
             return
         trainer, finders = self.trainer, self._finders(weights, key, functions)

@@ -23,6 +23,8 @@ FORMAT = 1
 START = "0" * 64
 PREPARATION = -1
 """The round of what is released before the first one."""
+EXAMPLE = "example"
+"""The unit of what devices' own noise protects: one interaction, never added to a user's ε."""
 REMEDY = "bring back the original file, or start a new run"
 
 
@@ -37,13 +39,18 @@ class Charge:
 
 @dataclass
 class Book:
-    """What the entries read so far add up to."""
+    """What the entries read so far add up to.
+
+    ``counts`` is of ``charges``, whose unit is a user; ``examples`` is of another unit, and nothing
+    adds the two.
+    """
 
     header: dict[str, Any] = field(default_factory=dict)
     hashes: list[str] = field(default_factory=list)
     charges: dict[tuple[int, int], Charge] = field(default_factory=dict)
     commits: dict[tuple[int, int], bytes] = field(default_factory=dict)
     counts: Counter[RoundEvent] = field(default_factory=Counter)
+    examples: dict[tuple[int, int], Charge] = field(default_factory=dict)
     end: bytes | None = None
 
 
@@ -184,7 +191,11 @@ def _count(book: Book, entry: Mapping[str, Any]) -> None:
         book.end = bytes.fromhex(entry["model"])
         return
     key = (_index(entry["round"], PREPARATION), _index(entry["attempt"], 0))
-    if entry["kind"] == "commit" and key in book.charges:
+    if entry["kind"] == "examples" and key not in book.examples | book.charges:
+        if entry["unit"] != EXAMPLE:
+            raise ValueError(f"a charge for the unit {entry['unit']!r}")
+        book.examples[key] = Charge(*key, RoundEvent.from_json(entry["event"]))
+    elif entry["kind"] == "commit" and key in book.charges:
         book.commits[key] = bytes.fromhex(entry["tag"])
     elif entry["kind"] == "charge" and key not in book.charges:
         charge = Charge(*key, RoundEvent.from_json(entry["event"]))

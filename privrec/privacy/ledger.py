@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from privrec.errors import IntegrityError, ReleaseRefused, UsageError
 from privrec.privacy import events
 from privrec.privacy.book import (
+    EXAMPLE,
     FORMAT,
     PREPARATION,
     REMEDY,
@@ -213,6 +214,46 @@ class Ledger:
         entry = {"kind": "charge", "round": round, "attempt": attempt, "event": event.to_json()}
         self._append(entry)
         return True
+
+    def charge_examples(self, round: int, attempt: int, event: RoundEvent) -> bool:
+        """Enter what an attempt costs each example of a device in it, on disk before this returns.
+
+        The entry has a unit of its own, and comes before the attempt's :meth:`charge`.
+
+        Args:
+            round: index of the round, from 0.
+            attempt: index of the attempt at it.
+            event: what it costs one example of a device that takes part.
+
+        Returns:
+            True when it was entered now, False when it was there.
+
+        Raises:
+            IntegrityError: when another event was entered, or the attempt was charged without one.
+            ReleaseRefused: when it could not be written, or the run has ended.
+        """
+        known = self._book.examples.get((round, attempt))
+        if known is not None and known.event == event:
+            return False
+        if known is not None or (round, attempt) in self._book.charges:
+            raise IntegrityError(
+                f"{self.path}: round {round}, attempt {attempt} was charged as {known} at example "
+                f"level, not as {event}; resume with the scenario that the run was started with"
+            )
+        if self._book.end is not None:
+            raise ReleaseRefused(f"{self.path}: the run has ended; start a new run")
+        entry = {"kind": "examples", "unit": EXAMPLE, "round": round, "attempt": attempt}
+        self._append({**entry, "event": event.to_json()})
+        return True
+
+    @property
+    def examples(self) -> dict[RoundEvent, int]:
+        """How often each example-level event was entered; never part of :attr:`counts`."""
+        return dict(Counter(charge.event for charge in self._book.examples.values()))
+
+    def epsilon_of_examples(self, delta: float) -> float:
+        """ε of one example against whoever sees every upload, of a device in every attempt."""
+        return events.epsilon(self.examples, delta, "server")
 
     def commit(self, round: int, attempt: int, tag: bytes) -> None:
         """Say what an attempt releases, on disk before it is released.

@@ -57,14 +57,26 @@ def mechanism(facts: Facts, declaration: Declaration, counts: Counts) -> Mechani
         f"norm by a factor of {encoding.bound / 2**encoding.scale_bits:.4f}. Sums are exact, "
         f"modulo 2^{scenario.privacy.ring_bits}.",
         bands=tuple(_bands(facts, declaration, counts)),
-        lazy_noise="Not used: every coefficient of every released sum gets its noise in the round "
-        "itself, so none is owed when a model is read.",
+        lazy_noise=_lazy_noise(scenario.privacy.local),
         randomness="AES-256 in counter mode, keyed through HKDF by a secret 32-byte root from the "
         f"operating system{_roots(facts)}; every draw has its own key, bound to run, round, "
         "attempt, plan, model and input."
         if not facts.noise_known
         else "A noise root that others know: whoever has it can subtract the noise.",
         floating_point=_floating_point(facts),
+    )
+
+
+def _lazy_noise(local: str) -> str:
+    inside = (
+        " Devices owe noise between their own steps and settle it before they upload; that noise "
+        "protects single interactions and is accounted apart."
+        if local == "example"
+        else ""
+    )
+    return (
+        "Not used: every coefficient of every released sum gets its noise in the round itself, so "
+        f"none is owed when a model is read.{inside}"
     )
 
 
@@ -352,6 +364,7 @@ def facts_of(
         least_survivors=privacy.least_survivors,
         colluding_share=privacy.colluding_share,
         masked=scenario.run.secure_sum == "full" or not declaration.simulated,
+        examples=privacy.local == "example",
     )
     return replace(
         facts,

@@ -17,14 +17,16 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import ValidationError
 
+from privrec.agreement import example_event
 from privrec.catalogue import release_event
 from privrec.declaration import Declaration
 from privrec.declaration import read as declared_in
 from privrec.errors import DataError, IntegrityError, ScenarioError, UsageError
-from privrec.privacy.events import epsilon
+from privrec.privacy.events import RoundEvent, epsilon
 from privrec.record import OUTSIDE, Record, read_rounds
 from privrec.report.accounts import WHICH
 from privrec.report.derive import derive, thinned
+from privrec.report.examples import example_level
 from privrec.report.model import Accuracy, Cost, Curve, Facts, Metric, Point, Report, flat
 from privrec.report.parts import AuditPart, Segment, TierCost
 from privrec.report.spending import Spending, kept_key, read_spending
@@ -84,6 +86,7 @@ def build(directory: Path, *, public_key: Ed25519PublicKey | None = None) -> Rep
     _check_same_run(files)
     _check_charges(files)
     _check_claims(files)
+    _check_examples(files)
     try:
         return derive(files.spending, files.declaration, _word(files))
     except ValidationError as error:
@@ -190,6 +193,33 @@ def _check_charges(files: _Files) -> None:
                 f"scenario plans the mechanism and sampling rate {planned}; both must agree. "
                 "Rely on neither, and restore the directory as the run left it."
             )
+
+
+def _check_examples(files: _Files) -> None:
+    """Every round that devices trained in was entered at example level too, as the scenario has it.
+
+    Raises:
+        IntegrityError: when an entry lacks, or costs other than planned; or result.json says other
+            than the ledger.
+    """
+    planned, spent = example_event(files.scenario), files.spending.examples
+    rounds = sum(files.spending.rounds.values())
+    if planned is None:
+        wanted: dict[RoundEvent, int] = {}
+    else:
+        wanted = {planned: max(rounds, sum(spent.values()))}
+    if dict(spent) != wanted:
+        raise IntegrityError(
+            f"{files.directory / 'ledger.jsonl'}: {dict(spent)} was entered for examples over "
+            f"{rounds} charged rounds, and the scenario plans {planned} for each; both must agree. "
+            "Rely on neither, and restore the directory as the run left it."
+        )
+    own = example_level(spent, files.declaration, noise_known=files.noise_known)
+    said = files.privacy.get("examples") or {}
+    for name in ("epsilon", "delta", "noise_multiplier", "clip_norm", "charges"):
+        value = getattr(own, name, None)
+        if not _agree(said.get(name), value):
+            raise _disagreement(files, f"examples.{name}", said.get(name), value)
 
 
 def _check_claims(files: _Files) -> None:

@@ -50,6 +50,7 @@ class Facts:
     colluding_share: float = 0.05
     masked: bool = False
     missing: tuple[str, ...] = ()
+    examples: bool = False
 
     @property
     def hides_cohorts(self) -> bool:
@@ -68,7 +69,9 @@ def claim(facts: Facts) -> str:
     """The guarantee as a sentence or two; without one it says so."""
     opening = _subject(facts)
     if facts.noise == "none":
-        return f"{opening} has no privacy guarantee: no noise was added to what it released."
+        whole = "no guarantee at user level" if facts.examples else "no privacy guarantee"
+        added = "to the sums" if facts.examples else "to what it released"
+        return f"{opening} has {whole}: no noise was added {added}."
     if facts.missing and not facts.noise_known:
         return (
             f"{opening} makes no privacy claim: its files do not tell the parts of the report that "
@@ -259,7 +262,16 @@ def warnings(facts: Facts) -> tuple[Notice, ...]:
 
 
 def _no_guarantee(facts: Facts) -> Iterator[Notice]:
-    if facts.noise == "none":
+    if facts.noise == "none" and facts.examples:
+        yield Notice(
+            level="serious",
+            grade="critical",
+            title="No guarantee at user level",
+            text="Devices hide single interactions. What many interactions of a user show together "
+            "is not hidden: no noise was added to the sums. Set privacy.noise for users as a "
+            "whole.",
+        )
+    elif facts.noise == "none":
         yield Notice(
             level="serious",
             grade="critical",

@@ -16,6 +16,7 @@ from privrec.agreement import encoding_of
 from privrec.declaration import Declaration
 from privrec.privacy.events import RoundEvent, epsilon
 from privrec.report import accounts, claims, statements
+from privrec.report.examples import example_level, sentence
 from privrec.report.model import Charged, Curve, Point, Privacy, Report
 from privrec.report.parts import STARRED
 from privrec.report.spending import Spending
@@ -42,6 +43,7 @@ def derive(spending: Spending, declaration: Declaration, word: Mapping[str, Any]
     counts = spending.counts
     charged = [(charge.round, charge.attempt) for charge in spending.charges]
     facts = accounts.facts_of(declaration, spending.header, charged, counts, spending.before)
+    single = example_level(spending.examples, declaration, noise_known=facts.noise_known)
     parts = _parts(spending, declaration, facts)
     missing = tuple(name for name in STARRED if parts[name] is None)
     if missing:
@@ -59,10 +61,12 @@ def derive(spending: Spending, declaration: Declaration, word: Mapping[str, Any]
         scenario_hash=scenario.hash(),
         privacy_hash=scenario.privacy_hash(),
         rounds=facts.rounds,
-        claim=claims.claim(facts),
+        claim=claims.claim(facts)
+        + (sentence(single.epsilon, single.delta) if single is not None else ""),
         missing=missing,
         privacy=_privacy(spending, declaration, facts),
         **parts,
+        examples=single,
         deployment=statements.deployment(facts),
         reading=accounts.reading(facts, curve),
         warnings=claims.warnings(facts),

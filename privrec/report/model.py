@@ -20,6 +20,7 @@ from privrec.report.parts import (
     AuditPart,
     Definition,
     Deployment,
+    ExampleLevel,
     Grade,
     Mechanism,
     OperatorsWord,
@@ -163,6 +164,12 @@ class Cost(Part):
         ge=0, description="CPU seconds of one device in one round, on this machine."
     )
     wall_s: float | None = Field(ge=0, description="Seconds of the whole run on this machine.")
+    noise_deferred: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Share of the devices' own noise that lazy noise did not have to draw.",
+    )
 
 
 class Point(Part):
@@ -219,6 +226,10 @@ class Report(Part):
     mechanism: Mechanism | None
     sampling: Sampling | None
     accounting: Accounting | None
+    examples: ExampleLevel | None = Field(
+        description="The guarantee of single interactions, a unit of its own; null where devices "
+        "add no noise to their steps."
+    )
     outside_the_ledger: OutsideTheLedger | None
     deployment: Deployment
     reading: Reading

@@ -84,6 +84,28 @@ class Definition(Part):
     unprotected_quantities: tuple[str, ...] = Field(min_length=1)
 
 
+class ExampleLevel(Part):
+    """The guarantee of single interactions, by noise that devices add to their own steps."""
+
+    unit: Literal["example"] = "example"
+    adjacency: Literal["one interaction removed or changed"] = "one interaction removed or changed"
+    epsilon: float | None = Field(ge=0, description="ε at example level; null is none.")
+    delta: float = Field(gt=0, lt=1, description="δ of it, over interactions.")
+    budget: float | None = Field(gt=0, description="Largest ε allowed; null is no limit.")
+    clip_norm: float = Field(
+        gt=0, description="Most that one interaction moves a round's sums of gradients."
+    )
+    noise_multiplier: float | None = Field(gt=0, description="Noise over `clip_norm`.")
+    charges: int = Field(ge=0, description="Entries of this unit in the ledger.")
+    protects: str
+    neighbours: str
+    against: str
+    mechanism: str
+    sampling: str
+    deferred: str = Field(description="How the noise is drawn lazily.")
+    apart: str = Field(description="Why this ε is not added to the one of users.")
+
+
 class Outputs(Part):
     """What may be released under the claim, and what may not."""
 

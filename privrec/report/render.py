@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from privrec.errors import UsageError
-from privrec.report import figures, sections
+from privrec.report import examples, figures, sections
 from privrec.report.derive import thinned
 from privrec.report.model import Facts, Metric, Point, Report, Scalar
 from privrec.report.plots import by_tier, plots, risks
@@ -77,7 +77,7 @@ def _page(report: Report) -> dict[str, Any]:
         "recipients": report.adversary("recipients"),
         "server": report.adversary("server"),
         "headline": headline(report),
-        "guarantee": sections.guarantee(report),
+        "guarantee": _guarantee(report),
         "reading": sections.reading(report),
         "audit": sections.audit(report),
         "segments": sections.segments(report),
@@ -85,6 +85,12 @@ def _page(report: Report) -> dict[str, Any]:
         "columns": columns(report.rows),
         "check": verification(report),
     }
+
+
+def _guarantee(report: Report) -> tuple[sections.Section, ...]:
+    """The starred parts, and the guarantee of single interactions where there is one."""
+    parts = sections.guarantee(report)
+    return parts if report.examples is None else (*parts, examples.section(report.examples))
 
 
 def headline(report: Report) -> Metric | None:

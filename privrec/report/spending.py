@@ -28,6 +28,7 @@ class Spending:
         header: The ledger's header.
         charges: One for each (round, attempt); rounds are counted from 0.
         counts: How often each event was charged.
+        examples: How often each example-level event was entered, which is another unit.
         head: Hash of the last entry, in hex.
         key: The public key that the signed head was checked with, in hex.
         signature: Whether that key was given, or is the one that the ledger itself names.
@@ -37,6 +38,7 @@ class Spending:
     header: Mapping[str, Any]
     charges: Sequence[Charge]
     counts: Mapping[RoundEvent, int]
+    examples: Mapping[RoundEvent, int]
     head: str
     key: str
     signature: Signature
@@ -90,6 +92,7 @@ def read_spending(directory: Path, public_key: Ed25519PublicKey | None = None) -
             header=ledger.header,
             charges=ledger.charges,
             counts=ledger.counts,
+            examples=ledger.examples,
             head=ledger.last_hash,
             key=_key_text(public_key, ledger.header),
             signature="server key" if public_key else "key named in the ledger",

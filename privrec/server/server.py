@@ -34,6 +34,7 @@ class Plan:
         expected_cohort: training devices times sampling rate, the fixed divisor of every sum. A
             realised count would be private.
         average: decay of the running mean of the weights that is released; 0 releases the last.
+        examples: what a round costs an example of a device in it, where devices protect examples.
     """
 
     run_id: str
@@ -43,6 +44,7 @@ class Plan:
     federation: Federation
     expected_cohort: float
     average: float
+    examples: RoundEvent | None = None
 
 
 @dataclass(frozen=True)

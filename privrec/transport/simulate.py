@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.device.cohort import Cohort, Learners
-from privrec.device.device import Device, hash_functions, protected
+from privrec.device.device import Device, hash_functions, noise_roots, protected
+from privrec.device.examples import Deferred
 from privrec.device.protection import Protection
 from privrec.device.round import Round, digest
 from privrec.device.tier import Federation, Tier
@@ -44,6 +45,8 @@ class Simulation(Generic[L]):
         dropout_rate: chance of each device of a cohort to fall silent in one of the exchanges.
         engine: ``"cohort"`` trains batches; ``"device"`` trains devices one at a time.
         secure_sum: ``"exact"`` adds integers; ``"full"`` runs the protocol, for the same sum.
+
+    ``deferred`` counts noise between local steps since this object was made; it is private.
     """
 
     federation: Federation
@@ -56,6 +59,7 @@ class Simulation(Generic[L]):
     dropout_rate: float = 0.0
     engine: Literal["cohort", "device"] = "cohort"
     secure_sum: Literal["exact", "full"] = "exact"
+    deferred: Deferred = field(default_factory=Deferred, init=False)
     _before: tuple[int, Rows, list[FloatArray]] | None = field(default=None, init=False)
 
     @property
@@ -149,7 +153,9 @@ class Simulation(Generic[L]):
         if self.engine == "device":
             yield from self._one_by_one(round, view, tier, rows, key)
             return
-        for batch, trained in cohort.train(view, rows, key, hash_functions(self.root, round)):
+        functions, noise = hash_functions(self.root, round), noise_roots(self.root, round)
+        for batch, trained in cohort.train(view, rows, key, functions, noise):
+            self.deferred += trained.deferred
             before, users = digest(cohort.states[batch]), cohort.users[batch]
             coins = self.root.stream("rounding", *round.context, users.tobytes(), before)
             cohort.states[batch] = trained.states
@@ -170,6 +176,8 @@ class Simulation(Generic[L]):
                 int(mine.users[0]), mine.items, tier, self.federation.weaker(tier),
                 cohort.trainer, self.protection, self.root, cohort.states[row].copy(),
             )  # fmt: skip
-            trained = device.train(view, key, unobserved, device.functions(round))
+            noise = noise_roots(self.root, round)
+            trained = device.train(view, key, unobserved, device.functions(round), noise)
+            self.deferred += trained.deferred
             yield mine.users, device.protect(round, trained), trained.losses
             cohort.states[row] = device.state

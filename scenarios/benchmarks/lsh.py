@@ -253,7 +253,7 @@ import numpy as np, torch
 torch.set_num_threads(1)
 from privrec.embedding.subspace import Subspace
 from privrec.footprint import _give_back_freed, _peak_bytes, _reset_peak, _resident_bytes
-from privrec.device.train import Recommender
+from privrec.device.recommender import Recommender
 from privrec.models.layout import Layout
 from privrec.models.ncf import NCF
 from privrec.serving import answer

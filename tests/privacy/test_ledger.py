@@ -628,3 +628,48 @@ class TestServerKey:
         (tmp_path / "key").write_bytes(b"x" * 40)
         with pytest.raises(IntegrityError):
             server_key(tmp_path / "key")
+
+
+class TestExamples:
+    """Charges of another unit, which nothing adds to those of users."""
+
+    def test_they_are_found_again_and_never_added(self, tmp_path):
+        with create(tmp_path) as ledger:
+            for round in range(3):
+                assert ledger.charge_examples(round, 0, OTHER)
+                ledger.charge(round, 0, EVENT)
+            ledger.seal()
+        with reopen(tmp_path) as ledger:
+            assert ledger.counts == {EVENT: 3}
+            assert ledger.examples == {OTHER: 3}
+            assert ledger.epsilon(1e-5, "server") == events.epsilon({EVENT: 3}, 1e-5, "server")
+            spent = ledger.epsilon_of_examples(1e-6)
+            # Sampling of devices amplifies nothing at this level.
+            assert spent == events.epsilon({RoundEvent("gaussian", 2.5): 3}, 1e-6, "server")
+
+    def test_a_repeated_entry_is_one(self, tmp_path):
+        with create(tmp_path) as ledger:
+            ledger.charge_examples(0, 0, OTHER)
+            assert not ledger.charge_examples(0, 0, OTHER)
+            assert ledger.examples == {OTHER: 1}
+            with pytest.raises(IntegrityError, match="at example level"):
+                ledger.charge_examples(0, 0, EVENT)
+
+    def test_they_come_before_the_charge(self, tmp_path):
+        with create(tmp_path) as ledger:
+            ledger.charge(0, 0, EVENT)
+            with pytest.raises(IntegrityError, match="at example level"):
+                ledger.charge_examples(0, 0, OTHER)
+
+    def test_an_ended_run_takes_none(self, tmp_path):
+        with create(tmp_path) as ledger:
+            ledger.end(b"m")
+            with pytest.raises(ReleaseRefused, match="ended"):
+                ledger.charge_examples(0, 0, OTHER)
+
+    def test_an_altered_entry_shows(self, tmp_path):
+        with create(tmp_path) as ledger:
+            ledger.charge_examples(0, 0, OTHER)
+        change(tmp_path / "ledger.jsonl", b'"unit":"example"', b'"unit":"users__"')
+        with pytest.raises(IntegrityError, match="altered"):
+            reopen(tmp_path)

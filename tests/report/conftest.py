@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from privrec.agreement import agree
+from privrec.agreement import agree, example_event
 from privrec.assembly import federation_of, holders_of
 from privrec.declaration import declared
 from privrec.models.layout import band_sizes
@@ -85,11 +85,14 @@ def make_run(
     with Ledger.create(path / "ledger.jsonl", header=header, signing_key=KEY) as ledger:
         for number in range(rounds):
             for attempt in range(2 if number in retried else 1):
+                if single := example_event(scenario):
+                    ledger.charge_examples(number, attempt, single)
                 ledger.charge(number, attempt, event)
             ledger.commit(number, ledger.attempts(number) - 1, b"t" * 32)
         ledger.end(b"m" * 32)
         ledger.seal()
         charges = len(ledger.charges)
+        examples = _examples(scenario, ledger, noise_known)
         spent = [
             ledger.epsilon(delta, adversary, accountant)
             for accountant in ("pld", "rdp")
@@ -134,6 +137,7 @@ def make_run(
             "budget_against": "recipients",
             "noise_known": noise_known,
             "charges": charges,
+            "examples": examples,
             "mechanism": "gaussian on the integer sum",
             "rounding_bound_ratio": 1.004,
         },
@@ -158,6 +162,21 @@ def make_run(
     }
     _write_json(path / "result.json", result)
     return path
+
+
+def _examples(scenario: Scenario, ledger: Ledger, known: bool) -> dict[str, Any] | None:
+    single, privacy = example_event(scenario), scenario.privacy
+    if single is None:
+        return None
+    return {
+        "unit": "example",
+        "epsilon": None if known else ledger.epsilon_of_examples(privacy.local_delta),
+        "delta": privacy.local_delta,
+        "noise_multiplier": single.noise_multiplier,
+        "clip_norm": privacy.local_clip_norm,
+        "budget": privacy.local_epsilon,
+        "charges": sum(ledger.examples.values()),
+    }
 
 
 def _scenario(

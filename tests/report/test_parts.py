@@ -31,6 +31,10 @@ MakeRun = Callable[..., Path]
 ROOT = Path(__file__).parents[2]
 SNAPSHOTS = Path(__file__).with_name("snapshots")
 
+LOCAL = {
+    "privacy.local": "example", "privacy.local_clip_norm": 1.0, "privacy.local_epsilon": 8.0,
+    "train.user_steps": 0, "train.loss": "bce",
+}  # fmt: skip
 NOISES: dict[str, dict[str, Any]] = {
     "none": {"noise": "none", "budget": None},
     "central": {"sigma": 3.0, "budget": None},
@@ -42,6 +46,10 @@ NOISES: dict[str, dict[str, Any]] = {
     "skellam": {
         "noise": "distributed", "sigma": 3.0, "budget": None,
         "settings": {"privacy.mechanism": "skellam"},
+    },
+    "local": {"noise": "none", "budget": None, "settings": LOCAL},
+    "both": {
+        "noise": "distributed", "sigma": 3.0, "budget": None, "settings": LOCAL,
     },
     "known": {"noise_known": True, "sigma": 3.0},
 }  # fmt: skip
@@ -77,7 +85,7 @@ def test_every_kind_fills_all_starred_parts_and_satisfies_the_schema(
     assert report.missing == ()
     assert all(getattr(report, name) is not None for name in STARRED)
     jsonschema.validate(dumped(report), json_schema())
-    assert report.privacy.private is (kind.split()[0] not in ("none", "known"))
+    assert report.privacy.private is (kind.split()[0] not in ("none", "local", "known"))
 
 
 def test_the_schema_in_the_documentation_is_that_of_this_version() -> None:

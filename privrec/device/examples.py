@@ -1,0 +1,306 @@
+"""DP-SGD on the device: noise between its own local steps, so that no single example shows.
+
+User vector, item memory, item biases and dense weights are one parameter vector. An example is an
+item of the history with negatives of its own, drawn over all items by the round's key and the item,
+whatever else the history holds. Each example is in one of the round's steps, by a keyed hash of the
+item alone. Its gradient on all parameters together is clipped to half of ``clip_norm``, so that
+removing or changing one example moves the sums of all steps of a round together by at most
+``clip_norm`` in L2: a change moves two halves. Every step adds ``N(0, (noise_multiplier *
+clip_norm)^2)`` to every coefficient of the sum, and the whole round is one Gaussian mechanism of
+that noise multiplier.
+
+A step touches few blocks of the memory, and nobody reads the others before the upload: their noise
+is owed (:mod:`privrec.privacy.memory`) and settled at the end. A user vector fitted to the history
+without noise would undo all of it, so there is none: the vector starts from the round's key, takes
+the same noisy steps, and what it is after a round is an output like any other.
+Source: Abadi et al., "Deep learning with differential privacy" (CCS 2016); the deferral is
+:mod:`privrec.privacy.lazy`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from privrec.device.batch import merged, representatives, uniform
+from privrec.embedding.hashing import splitmix64
+from privrec.embedding.table import Table
+from privrec.models.losses import LOSSES, Samples
+from privrec.privacy.deviates import Normals
+from privrec.privacy.memory import LazyMemory
+from privrec.randomness import SecretRoot
+
+if TYPE_CHECKING:
+    from privrec.device.recommender import Recommender
+
+FloatArray = NDArray[np.float32]
+Items = NDArray[np.int64]
+NoiseRoots = Callable[[int, bytes], SecretRoot]
+"""What a device draws the noise of a round from, by its user and a digest of its input."""
+
+_TURN, _START = 0x7E57_0001, 0x57A7_0002
+_SLACK = np.float32(1 - 1e-6)  # a float32 norm is off by less than this
+
+
+@dataclass(frozen=True)
+class ExampleNoise:
+    """Protection of single examples on the device.
+
+    Args:
+        clip_norm: the most that removing or changing one example moves the sums of a round, in L2;
+            above 0.
+        noise_multiplier: standard deviation of the noise in each coefficient over ``clip_norm``;
+            above 0.
+    """
+
+    clip_norm: float
+    noise_multiplier: float
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the steps of a round are taken.
+
+    Args:
+        loss: ``"bce"`` or ``"bpr"``, sums over examples.
+        negatives: of each example.
+        steps: in a round.
+        rate: step size.
+    """
+
+    loss: str
+    negatives: int
+    steps: int
+    rate: float
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """How much of the noise of item blocks was owed instead of drawn in its step.
+
+    Args:
+        drawn: blocks that noise was drawn for.
+        owed: blocks times steps, which eager noise would have drawn.
+    """
+
+    drawn: int = 0
+    owed: int = 0
+
+    def __add__(self, other: Deferred) -> Deferred:
+        return Deferred(self.drawn + other.drawn, self.owed + other.owed)
+
+    @property
+    def share(self) -> float | None:
+        """Share of the draws that deferral saved, in [0, 1); None where nothing was owed."""
+        return 1 - self.drawn / self.owed if self.owed else None
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Clipped gradients of ``e`` examples, one row each.
+
+    Args:
+        user: on the private state, shape ``(e, user_dim)``.
+        dense: on the dense weights, shape ``(e, dense)``.
+        blocks: on the memory blocks that the examples name, ``(e, names, block)``; a block that an
+            example names twice has its gradient in one place.
+        biases: on the item biases they name, ``(e, names, 1)``, or no columns.
+        losses: of the examples, shape ``(e,)``.
+    """
+
+    user: Tensor
+    dense: Tensor
+    blocks: FloatArray
+    biases: FloatArray
+    losses: Tensor
+
+
+class ExampleSteps:
+    """One device's parameters during a round of noisy steps.
+
+    Args:
+        recommender: the model.
+        schedule: of the steps.
+        weights: the shared vector that it starts from; not changed.
+        user: private state, shape ``(user_dim,)``; zeros for one that has none yet.
+        number: the user's index, which names public draws.
+        key: the round's key.
+        noise: strength, and the root that noise is drawn from.
+    """
+
+    def __init__(
+        self, recommender: Recommender, schedule: Schedule, weights: FloatArray, user: FloatArray,
+        number: int, key: int, noise: tuple[ExampleNoise, SecretRoot],
+    ) -> None:  # fmt: skip
+        layout, (self.bound, root) = recommender.layout, noise
+        self._recommender, self._schedule, self._weights = recommender, schedule, weights
+        self._key = int(splitmix64(key, np.array([number]))[0])
+        self._user = (user if user.any() else self._start(len(user))).astype(np.float32).copy()
+        self._dense = layout.dense_of(weights).copy()
+        self._vectors = _Part(recommender.vectors, layout.memory_of(weights), _own(root, "blocks"))
+        self._biases = None
+        if recommender.biases is not None:
+            memory = layout.biases_of(weights)[:, None]
+            self._biases = _Part(recommender.biases, memory, _own(root, "biases"))
+        self._eager = _own(root, "rest")
+
+    def turns(self, items: Items) -> list[Items]:
+        """The history by step: each distinct item is in one, whatever the others are."""
+        distinct = np.unique(items).astype(np.int64)
+        steps = self._schedule.steps
+        turn = (splitmix64(self._key ^ _TURN, distinct) >> np.uint64(33)) % np.uint64(steps)
+        return [distinct[turn == step] for step in range(steps)]
+
+    def run(self, items: Items) -> float:
+        """All steps of a round; gives the mean loss of the examples before their own step."""
+        losses = [self.step(turn) for turn in self.turns(items)]
+        return float(torch.cat(losses).mean()) if sum(map(len, losses)) else 0.0
+
+    def step(self, items: Items) -> Tensor:
+        """One noisy step on the examples of these items; gives their losses."""
+        clipped, rate = self.gradients(items), self._schedule.rate
+        std = rate * self.bound.noise_multiplier * self.bound.clip_norm
+        self._vectors.step(clipped.blocks, rate, std**2)
+        if self._biases is not None:
+            self._biases.step(clipped.biases, rate, std**2)
+        for value, gradient in ((self._user, clipped.user), (self._dense, clipped.dense)):
+            value -= rate * gradient.sum(0).numpy()
+            if len(value):
+                self._eager.begin()
+                self._eager.add(value[None], np.array([std**2]))
+        return clipped.losses
+
+    def gradients(self, items: Items) -> Gradients:
+        """Each example's gradient on all parameters, clipped as one vector; no noise yet.
+
+        Args:
+            items: the examples' items, distinct.
+        """
+        if not len(items):
+            return self._nothing()
+        samples = np.concatenate((items[:, None], self._negatives(items)), axis=1)
+        e, k = samples.shape
+        rows = self._vectors.rows(samples)
+        user, dense = torch.from_numpy(self._user), torch.from_numpy(self._dense)
+        scored = self._recommender.model.forward(
+            user.expand(e, -1), rows, dense.expand(e, -1)
+        )  # fmt: skip
+        scores = scored.values
+        if self._biases is not None:
+            scores = scores + self._biases.rows(samples).squeeze(2)
+        graded = LOSSES[self._schedule.loss](scores, Samples(torch.ones(e, k), 1))
+        losses, upstream, _ = graded
+        own = torch.bmm(upstream.unsqueeze(1), scored.user_jacobian().expand(e, -1, -1)).squeeze(1)
+        moved, weights = scored.shared_gradient(upstream)
+        blocks = self._vectors.gradients(moved)
+        biases = np.zeros((e, 0, 1), np.float32)
+        if self._biases is not None:
+            biases = self._biases.gradients(upstream.unsqueeze(2))
+        return self._clipped(Gradients(own, weights, blocks, biases, losses))
+
+    def _nothing(self) -> Gradients:
+        """Of a step without examples, which has its noise like any other."""
+        layout, user = self._recommender.layout, len(self._user)
+        for part in filter(None, (self._vectors, self._biases)):
+            part.look_at_nothing()
+        blocks = np.zeros((0, 0, layout.block), np.float32)
+        biases = np.zeros((0, 0, 1), np.float32)
+        return Gradients(
+            torch.zeros(0, user), torch.zeros(0, layout.dense), blocks, biases, torch.zeros(0)
+        )
+
+    def change(self) -> FloatArray:
+        """New minus old coefficients of the shared vector, with all their noise: settled."""
+        parts = [self._dense, self._vectors.memory.settled().ravel()]
+        if self._biases is not None:
+            parts.append(self._biases.memory.settled().ravel())
+        change: FloatArray = np.concatenate(parts) - self._weights
+        return change
+
+    @property
+    def user(self) -> FloatArray:
+        """The private state, with all its noise."""
+        return self._user
+
+    @property
+    def deferred(self) -> Deferred:
+        """Of the memory blocks so far; call it after :meth:`change`."""
+        noise = self._vectors.memory.noise
+        return Deferred(noise.drawn, noise.rows * self._schedule.steps)
+
+    def _start(self, width: int) -> FloatArray:
+        """A private state of the round's key, of norm about 1 and without bias."""
+        words = splitmix64(self._key ^ _START, np.arange(width - 1)).astype(np.float64)
+        start = (words * 2.0**-64 - 0.5) * np.sqrt(12 / max(1, width - 1))
+        return np.append(start, 0.0).astype(np.float32)
+
+    def _negatives(self, items: Items) -> Items:
+        """Over all items, the history's own included, shape ``(e, negatives)``."""
+        n_items = self._recommender.vectors.items
+        return uniform(self._key, items, self._schedule.negatives, n_items)
+
+    def _clipped(self, raw: Gradients) -> Gradients:
+        e = len(raw.user)
+        flat = (raw.user, raw.dense, *(torch.from_numpy(p) for p in (raw.blocks, raw.biases)))
+        squares = sum((p.reshape(e, -1).square().sum(1) for p in flat), torch.zeros(e))
+        norms = squares.sqrt()
+        factors = (self.bound.clip_norm / 2 * float(_SLACK) / norms.clamp_min(1e-30)).clamp_max(1.0)
+        kept = torch.isfinite(norms)
+
+        def scaled(part: Tensor) -> Tensor:
+            shape = (e,) + (1,) * (part.ndim - 1)
+            return torch.where(kept.reshape(shape), part * factors.reshape(shape), 0.0)
+
+        user, dense, blocks, biases = (scaled(part) for part in flat)
+        losses = torch.where(torch.isfinite(raw.losses), raw.losses, 0.0)
+        return Gradients(user, dense, blocks.numpy(), biases.numpy(), losses)
+
+
+@dataclass
+class _Part:
+    """A memory under lazy noise, and the blocks of it that the examples of a step name."""
+
+    table: Table
+    values: FloatArray
+    source: Normals
+    memory: LazyMemory = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.memory = LazyMemory(self.values.copy(), self.source)
+
+    def look_at_nothing(self) -> None:
+        """Name no block in the next step."""
+        self._slots = np.zeros((0, 0), np.int64)
+
+    def rows(self, samples: Items) -> Tensor:
+        """Rows of the table as they are now, read settled, shape ``(e, k, dim)``."""
+        table = self.table
+        slots, signs = table.locate(samples)
+        self._slots = slots.reshape(len(samples), -1)
+        self._signs = torch.from_numpy(signs * np.float32(table.scale)).reshape(
+            *self._slots.shape, 1
+        )
+        blocks = torch.from_numpy(self.memory.settled(self._slots.ravel()))
+        rows = blocks.reshape(*self._slots.shape, table.block) * self._signs
+        return rows.reshape(*samples.shape, table.dim)
+
+    def gradients(self, rows: Tensor) -> FloatArray:
+        """Gradients on the blocks, those of one block put together within each example."""
+        names = self._slots.shape[1]
+        blocks = rows.reshape(len(rows), names, self.table.block) * self._signs
+        return merged(blocks.numpy(), representatives(self._slots, self.table.slots))
+
+    def step(self, blocks: FloatArray, rate: float, variance: float) -> None:
+        """Descend, and let every block owe the noise of the step."""
+        moves = (np.float32(-rate) * blocks).reshape(-1, self.table.block)
+        self.memory.step(self._slots.ravel(), moves, variance)
+
+
+def _own(root: SecretRoot, part: str) -> Normals:
+    return Normals(SecretRoot(root.tag("example noise", part), is_known=root.is_known))
