@@ -252,7 +252,7 @@ def test_the_result_has_what_the_issue_asks_for(tmp_path: Path) -> None:
     assert json.loads((out / "result.json").read_text()) == result
     assert set(result) == {
         "scenario", "title", "simulated", "version", "run_id", "rounds", "planned_rounds",
-        "holdout", "metrics", "intervals", "baselines", "metrics_note", "outside_the_guarantee",
+        "holdout", "metrics", "intervals", "baselines", "segments", "metrics_note", "outside_the_guarantee",
         "privacy", "cost", "tiers", "model", "data",
     }  # fmt: skip
     assert result["scenario"] == "tiny"
