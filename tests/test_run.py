@@ -238,7 +238,10 @@ PRIVACY = {
     "sampling", "sampling_rate", "population", "expected_cohort", "budget", "budget_against",
     "noise_known", "charges", "popularity", "epsilon_popularity",
 }  # fmt: skip
-COST = {"upload_bytes", "download_bytes", "device_peak_bytes", "cpu_s_per_device_round", "wall_s"}
+COST = {
+    "upload_bytes", "download_bytes", "device_peak_bytes", "cpu_s_per_device_round", "wall_s",
+    "noise_deferred",
+}  # fmt: skip
 TIER = {
     "capacity", "share", "weight", "devices", "items", "dim", "upload_bytes", "download_bytes",
     "device_peak_bytes",
@@ -252,8 +255,8 @@ def test_the_result_has_what_the_issue_asks_for(tmp_path: Path) -> None:
     assert json.loads((out / "result.json").read_text()) == result
     assert set(result) == {
         "scenario", "title", "simulated", "version", "run_id", "rounds", "planned_rounds",
-        "holdout", "metrics", "intervals", "baselines", "segments", "metrics_note", "outside_the_guarantee",
-        "privacy", "cost", "tiers", "model", "data",
+        "holdout", "metrics", "intervals", "baselines", "metrics_note", "outside_the_guarantee",
+        "privacy", "cost", "segments", "tiers", "model", "data",
     }  # fmt: skip
     assert result["scenario"] == "tiny"
     assert result["simulated"] is True
