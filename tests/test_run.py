@@ -236,7 +236,7 @@ PRIVACY = {
     "private", "epsilon", "epsilon_server", "epsilon_rdp", "epsilon_server_rdp", "delta", "noise",
     "noise_multiplier", "clip_norm", "unit", "adjacency", "mechanism", "rounding_bound_ratio",
     "sampling", "sampling_rate", "population", "expected_cohort", "budget", "budget_against",
-    "noise_known", "charges", "popularity", "epsilon_popularity",
+    "noise_known", "charges", "popularity", "epsilon_popularity", "examples",
 }  # fmt: skip
 COST = {
     "upload_bytes", "download_bytes", "device_peak_bytes", "cpu_s_per_device_round", "wall_s",
