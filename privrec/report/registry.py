@@ -2,7 +2,7 @@
 
 It follows the fields of the OpenDP deployments registry, tier 3: everything that a reader needs to
 judge the deployment, down to the accountant. It is a draft: what only the operator knows is marked
-``TODO``, and a simulated run says that it is no deployment.
+as such, and a simulated run says that it is no deployment.
 Source: OpenDP, "Differential Privacy Deployments Registry" (2025).
 """
 
@@ -16,7 +16,7 @@ from privrec.report.model import Report
 from privrec.wording import epsilon_text
 
 TIER = 3
-TODO = "TODO: the operator fills this in"
+OPEN = "(the operator fills this in)"
 
 
 def to_registry(report: Report) -> str:
@@ -24,7 +24,7 @@ def to_registry(report: Report) -> str:
     note = (
         "# Draft. This run is SIMULATED: it is not a deployment, and not to be registered.\n"
         if report.simulated
-        else "# Draft. Fill in what is marked TODO before it is sent.\n"
+        else "# Draft. Fill in what only the operator knows before it is sent.\n"
     )
     return note + "\n".join(_lines(_entry(report), 0)) + "\n"
 
@@ -35,10 +35,10 @@ def _entry(report: Report) -> dict[str, Any]:
         "tier": TIER,
         "status": "simulated" if report.simulated else "deployed",
         "name": report.title or report.scenario,
-        "description": report.description or TODO,
-        "data_curator": TODO,
+        "description": report.description or OPEN,
+        "data_curator": OPEN,
         "intended_use": "Training of a recommender over users' own devices",
-        "publication_date": TODO,
+        "publication_date": OPEN,
         "data_product": {
             "type": "machine learning model",
             "releases": report.rounds,
