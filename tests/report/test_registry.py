@@ -1,0 +1,49 @@
+"""The draft for a registry of deployments: YAML, honest about what it does not know."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from privrec.report.build import build
+from privrec.report.registry import OPEN, to_registry
+from privrec.wording import epsilon_text
+
+yaml = pytest.importorskip("yaml", reason="PyYAML comes with the extra docs")
+
+
+def drafted(run: Path) -> tuple[str, dict[str, Any]]:
+    text = to_registry(build(run))
+    return text, yaml.safe_load(text)
+
+
+@pytest.mark.parametrize("noise", ["central", "distributed", "none"])
+def test_it_is_yaml_that_says_what_the_report_says(a_run: Any, noise: str) -> None:
+    run = a_run(noise=noise, rate=1.0)
+    report, (_, draft) = build(run), drafted(run)
+    assert draft["status"] == "simulated"
+    assert draft["privacy_loss"]["private"] is report.privacy.private
+    recipients = report.adversary("recipients").epsilon
+    told = "infinite" if recipients is None else epsilon_text(recipients)
+    assert draft["privacy_loss"]["epsilon_recipients"] == told
+    assert draft["dp_flavor"]["bounds"] == list(report.definition.contribution_bounds)
+    assert draft["verification"]["ledger_head"] == report.privacy.ledger_head
+
+
+def test_a_simulated_run_is_not_to_be_registered(a_run: Any) -> None:
+    text, draft = drafted(a_run())
+    assert text.startswith("# Draft. This run is SIMULATED")
+    assert draft["data_curator"] == OPEN
+    text, draft = drafted(a_run("deployed", simulated=False))
+    assert "SIMULATED" not in text
+    assert draft["status"] == "deployed"
+
+
+def test_words_of_a_scenario_cannot_break_out(a_run: Any) -> None:
+    name = 'a: "b"\n- c #'
+    _, draft = drafted(a_run(settings={"description": name}))
+    assert draft["description"] == name
+    assert json.dumps(name) in to_registry(build(a_run("again", settings={"description": name})))
