@@ -398,7 +398,8 @@ def test_realised_cohorts_and_their_traces_are_in_no_file(tmp_path: Path) -> Non
         for document in json_documents(path):
             assert not numbers_in(document) & told, path.name
             assert "cohort_size" not in json.dumps(document)
-            assert not re.search(r'"cohorts?":', json.dumps(document))
+            text = json.dumps(document).replace('"engine": "cohort"', "")  # names the fast engine
+            assert not re.search(r'"cohorts?"', text)
         if path.suffix in (".html", ".md", ".toml"):
             text = re.sub(r"(?s)<(svg|style)\b.*?</\1>", "", path.read_text())
             words = set(re.findall(r"(?<![\w.#])\d+(?![\w.])", text))

@@ -130,7 +130,7 @@ def _readable(label: str) -> Iterator[None]:
         found = f"the archive is damaged or cut off ({error})"
         rule = "a zip archive must be complete"
         raise bad_file(label, found, rule, "delete it and download it again") from error
-    except (OSError, KeyError, NotImplementedError, RuntimeError) as error:
+    except (OSError, KeyError, RuntimeError) as error:
         rule = "the file must be readable"
         remedy = "check its permissions, or unpack the archive"
         raise bad_file(label, f"it cannot be read ({error})", rule, remedy) from error

@@ -7,6 +7,7 @@ numbers. Where slots and signs come from is the business of :class:`Table`'s kin
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,7 +25,7 @@ Places = tuple[NDArray[np.int64], FloatArray]
 
 
 @dataclass(frozen=True)
-class Table:
+class Table(ABC):
     """A table of ``items`` rows of ``dim`` numbers in a memory of ``slots`` blocks.
 
     Args:
@@ -83,6 +84,7 @@ class Table:
         """
         return self
 
+    @abstractmethod
     def locate(self, items: NDArray[np.integer]) -> Places:
         """Slots and signs of the parts of each item.
 
@@ -92,7 +94,6 @@ class Table:
         Returns:
             ``(slots, signs)``, each of shape ``items.shape + (parts,)``.
         """
-        raise NotImplementedError
 
     def locate_doubled(self, items: NDArray[np.integer]) -> NDArray[np.int64]:
         """Places in the memory followed by its negative: slots, plus ``slots`` where negative.

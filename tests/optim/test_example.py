@@ -14,7 +14,7 @@ from privrec.optim.poisson import poisson_loader
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Full backward hook is firing")]
 
-ITEMS, RATE, STEPS = 60, 0.05, 120
+ITEMS, RATE, STEPS = 60, 0.05, 240
 
 
 def data(seed):
@@ -63,6 +63,6 @@ def test_accuracy_and_epsilon_are_those_of_opacus():
     eager = [trained(seed, lazy=False) for seed in range(6)]
     assert {e for _, e in lazy} == {e for _, e in eager}
     one, two = (np.array([a for a, _ in each]) for each in (lazy, eager))
-    assert one.mean() > 0.66  # guessing gives 0.5; the noise alone moves the mean by a percent
+    assert one.mean() > 0.7  # guessing gives 0.5
     spread = np.sqrt(one.var(ddof=1) / 6 + two.var(ddof=1) / 6)
     assert abs(one.mean() - two.mean()) < 4 * spread + 0.005
