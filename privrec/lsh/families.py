@@ -32,6 +32,9 @@ FAMILIES: tuple[Family, ...] = ("simhash", "pghash", "pghash_d", "block_sign")
 WINDOW = 4
 """Coordinates that compete for a symbol of ``pghash_d``."""
 
+ROOM = 1 << 18
+"""Projections at a time: 1 MiB of float32, which stays in a level-2 cache."""
+
 _WORD = 16  # bits in a code's integer
 _SYMBOL_BITS = 2
 _PROBES = 8
@@ -180,24 +183,29 @@ class Signs:
         self, rows: FloatArray, centre: FloatArray | None, groups: int, bits: int, width: int
     ) -> NDArray[np.uint8]:
         """Bits of each group, padded with zeros to ``width``, eight a byte."""
-        values, decided = self._scratch(len(rows), groups, width)
-        torch.mm(
-            torch.from_numpy(rows), torch.from_numpy(self.matrix), out=torch.from_numpy(values)
-        )
+        values, decided = self._scratch(groups, width)
         # Projecting the centre once costs nothing; taking it from every row would cost a pass.
         above = np.float32(0) if centre is None else (centre @ self.matrix).reshape(groups, bits)
-        shaped = values.reshape(len(rows), groups, bits)
-        np.greater(shaped, above, out=decided[..., :bits])
-        return np.packbits(decided.reshape(-1), bitorder="little")
+        packed = np.empty((len(rows), groups * width // 8), np.uint8)
+        matrix = torch.from_numpy(self.matrix)
+        for start in range(0, len(rows), len(values)):
+            part = torch.from_numpy(rows[start : start + len(values)])
+            projected, ones = values[: len(part)], decided[: len(part)]
+            torch.mm(part, matrix, out=torch.from_numpy(projected))
+            np.greater(projected.reshape(-1, groups, bits), above, out=ones[..., :bits])
+            ready = np.packbits(ones.reshape(-1), bitorder="little")
+            packed[start : start + len(part)] = ready.reshape(len(part), -1)
+        return packed
 
-    def _scratch(self, count: int, groups: int, width: int) -> tuple[FloatArray, NDArray[np.bool_]]:
-        """Room for projections and bits, kept for the next chunk; padding stays zero."""
-        if self._room is None or len(self._room[0]) < count or self._room[1].shape[2] != width:
+    def _scratch(self, groups: int, width: int) -> tuple[FloatArray, NDArray[np.bool_]]:
+        """Room for projections and bits that stays in a level-2 cache; padding stays zero."""
+        if self._room is None or self._room[1].shape[1:] != (groups, width):
+            count = max(1, ROOM // self.matrix.shape[1])
             values = np.empty((count, self.matrix.shape[1]), np.float32)
             room = values, np.zeros((count, groups, width), np.bool_)
             object.__setattr__(self, "_room", room)
             return room
-        return self._room[0][:count], self._room[1][:count]
+        return self._room
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.lsh.families import Family, Hash, Shape, Signs, draw
+from privrec.lsh.families import ROOM, Family, Hash, Shape, Signs, draw
 from privrec.lsh.memory import CHUNK, ItemMemory
 from privrec.randomness import SecureStream
 
@@ -59,9 +59,9 @@ def serial(
 def serial_bytes(items: ItemMemory, shape: Shape) -> int:
     """Most bytes that :func:`serial` holds at a time, beside the memory."""
     tables, size = min(TABLES_A_PASS, shape.tables), min(CHUNK, items.items)
-    a_row = tables * (4 * shape.bits + 16 + 4)
+    signs = min(size * tables, ROOM // shape.bits) * (4 * shape.bits + 16)
     held = items.items * (tables + 2) + tables * _CODES + 4 * items.dim * tables * shape.bits
-    return items.pass_bytes + size * a_row + held
+    return items.pass_bytes + signs + 4 * size * tables + held
 
 
 def _look_up(

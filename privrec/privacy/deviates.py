@@ -31,7 +31,7 @@ Values: TypeAlias = NDArray[Any]
 """A table of float32 or float64, or of integers, shape ``(rows, width)``."""
 Variances: TypeAlias = NDArray[np.float64]
 
-_PAIRS = 1 << 15  # five buffers of this many float32 stay in the level-2 cache
+_PAIRS = 1 << 16  # enough that the calls cost little, few enough for the cache
 _RARE = 1 << 8
 _SPARE = 1 << 35  # more than one draw takes; the next one opens another stream
 
@@ -123,25 +123,25 @@ class Normals(_Secure):
         half = -(-out.shape[1] // 2)
         step = max(1, _PAIRS // half)
         table = torch.from_numpy(out)
-        scale = torch.from_numpy(-2 * rounded_up(variances))[:, None]
         for start in range(0, len(out), step):
-            self._add_block(table[start : start + step], scale[start : start + step])
+            part = slice(start, start + step)
+            self._add_block(table[part], rounded_up(variances[part]))
 
     def _make_buffers(self, pairs: int) -> None:
-        self._buffers = torch.empty(3, pairs)
+        self._buffers = tuple(torch.empty(pairs) for _ in range(3))
         self._bytes = np.empty(8 * pairs + 16, np.uint8)
 
-    def _add_block(self, out: Tensor, scale: Tensor) -> None:
+    def _add_block(self, out: Tensor, variances: NDArray[np.float32]) -> None:
         rows, width = out.shape
         half = -(-width // 2)
         pairs = rows * half
-        if pairs > self._buffers.shape[1]:  # one very wide row
+        if pairs > len(self._buffers[0]):  # one very wide row
             self._make_buffers(pairs)
         stream = self._open()
         words = stream.uint32(2 * pairs, self._bytes)
         radius, angle, turn = (buffer[:pairs].view(rows, half) for buffer in self._buffers)
         _log_uniform(words[:pairs], stream, radius.view(-1))
-        radius.mul_(scale).sqrt_()
+        radius.mul_(torch.from_numpy(variances).mul_(-2.0)[:, None]).sqrt_()
         angle.view(-1).copy_(torch.from_numpy(words[pairs:].view(np.int32)))
         angle.mul_(math.pi * 2.0**-31)
         torch.cos(angle, out=turn)
