@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from privrec.errors import UsageError
-from privrec.privacy.deviates import Variances
+from privrec.privacy.deviates import Variances, step_up
 
-Steps = NDArray[np.int64]
+Steps = NDArray[np.integer[Any]]
 Matrices = NDArray[np.float64]
 
 _INFLATION = 1 + 1e-11
@@ -110,10 +111,10 @@ class Sum:
 
     def since(self, stamps: Steps) -> Variances:
         """Variance owed from each stamp until now, never below the sum of its steps."""
-        owed = np.subtract(self._sums[self.steps], self._sums[stamps])
+        owed: Variances = np.subtract(self._sums[self.steps], self._sums.take(stamps))
         if not self._unit:
-            np.nextafter(owed, np.inf, out=owed, where=owed > 0)
-        return np.asarray(owed)
+            step_up(owed, owed > 0)
+        return owed
 
 
 @dataclass(frozen=True)

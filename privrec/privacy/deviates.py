@@ -128,27 +128,26 @@ class Normals(_Secure):
             self._add_block(table[part], rounded_up(variances[part]))
 
     def _make_buffers(self, pairs: int) -> None:
-        self._buffers = tuple(torch.empty(pairs) for _ in range(3))
+        self._turn = torch.empty(pairs)
         self._bytes = np.empty(8 * pairs + 16, np.uint8)
 
     def _add_block(self, out: Tensor, variances: NDArray[np.float32]) -> None:
         rows, width = out.shape
         half = -(-width // 2)
         pairs = rows * half
-        if pairs > len(self._buffers[0]):  # one very wide row
+        if pairs > len(self._turn):  # one very wide row
             self._make_buffers(pairs)
         stream = self._open()
         words = stream.uint32(2 * pairs, self._bytes)
-        radius, angle, turn = (buffer[:pairs].view(rows, half) for buffer in self._buffers)
-        _log_uniform(words[:pairs], stream, radius.view(-1))
+        angle = torch.from_numpy(words[pairs:].view(np.float32)).view(rows, half)
+        radius = _log_uniform(words[:pairs], stream).view(rows, half)
         radius.mul_(torch.from_numpy(variances).mul_(-2.0)[:, None]).sqrt_()
-        angle.view(-1).copy_(torch.from_numpy(words[pairs:].view(np.int32)))
+        angle.copy_(torch.from_numpy(words[pairs:].view(np.int32)).view(rows, half))
         angle.mul_(math.pi * 2.0**-31)
-        torch.cos(angle, out=turn)
+        turn = torch.cos(angle, out=self._turn[:pairs].view(rows, half))
         out[:, :half].addcmul_(radius, turn)
-        torch.sin(angle, out=turn)
         rest = width - half
-        out[:, half:].addcmul_(radius[:, :rest], turn[:, :rest])
+        out[:, half:].addcmul_(radius[:, :rest], angle.sin_()[:, :rest])
 
 
 class Skellams(_Secure):
@@ -204,14 +203,30 @@ class Skellams(_Secure):
 def rounded_up(variances: Variances) -> NDArray[np.float32]:
     """Variances in float32, never below what they were."""
     short = variances.astype(np.float32)
-    return np.where(short < variances, np.nextafter(short, np.float32(np.inf)), short)
+    step_up(short, short < variances)
+    return short
 
 
-def _log_uniform(words: NDArray[np.uint32], stream: SecureStream, out: Tensor) -> None:
-    """``ln u`` of the uniform ``u`` that each word stands for, at least ``-67``, at most 0."""
+def step_up(values: Values, where: NDArray[np.bool_]) -> None:
+    """Put the next larger float in the place of some floats of at least 0."""
+    bits = values.view(f"i{values.itemsize}")  # ordered as such floats are
+    bits += where
+
+
+def _log_uniform(words: NDArray[np.uint32], stream: SecureStream) -> Tensor:
+    """``ln u`` of the uniform ``u`` that each word stands for, from -67 to 0, in their place."""
+    rare = _continued(words, stream) if words.min() < _RARE else None
+    # Floats take the places of words one by one: half the room, so that it all stays in the cache.
+    out = torch.from_numpy(words.view(np.float32))
     out.copy_(torch.from_numpy(words)).mul_(2.0**-32)
-    if words.min() < _RARE:
-        rare = np.flatnonzero(words < _RARE)
-        rest = (stream.uint64(len(rare)) + 0.5) * 2.0**-64
-        out[rare] = torch.from_numpy(((words[rare] + rest) * 2.0**-32).astype(np.float32))
-    torch.log(out, out=out)
+    if rare is not None:
+        places, uniforms = rare
+        out[places] = uniforms
+    return out.log_()
+
+
+def _continued(words: NDArray[np.uint32], stream: SecureStream) -> tuple[NDArray[np.int64], Tensor]:
+    """Places of the words that 32 bits are too few for, and their uniforms of 96."""
+    rare = np.flatnonzero(words < _RARE)
+    rest = (stream.uint64(len(rare)) + 0.5) * 2.0**-64
+    return rare, torch.from_numpy(((words[rare] + rest) * 2.0**-32).astype(np.float32))

@@ -120,7 +120,7 @@ class LazyNoise:
             *context: names the draw, so that the same one can be made again after a crash.
         """
         distinct = _distinct(rows)
-        stamps = self._stamps[distinct]
+        stamps = np.take(self._stamps, distinct, mode="clip")
         owing = stamps != self.steps
         debtors, stamps = (distinct, stamps) if owing.all() else (distinct[owing], stamps[owing])
         if len(debtors) >= EAGER_SHARE * self.rows:
@@ -162,7 +162,7 @@ class LazyNoise:
         stamps = self._stamps[rows]
         if self._moving:
             return self._interval(stamps).noise[:, 0, 0]
-        return self._sum.since(stamps.astype(np.int64)) * (self.source.unit() or 1.0)
+        return self._sum.since(stamps) * (self.source.unit() or 1.0)
 
     def _taken(self, tables: tuple[Values, ...], rows: Rows) -> tuple[Values, ...]:
         """Copies of rows, in buffers that stay in the cache from block to block."""
@@ -176,7 +176,7 @@ class LazyNoise:
     def _debt(self, stamps: NDArray[np.uint32]) -> Variances | Interval:
         if self._moving:
             return self._interval(stamps)
-        return self._sum.since(stamps.astype(np.int64))
+        return self._sum.since(stamps)
 
     def _pay(self, tables: tuple[Values, ...], debt: Variances | Interval, part: slice) -> None:
         if not isinstance(debt, Interval):

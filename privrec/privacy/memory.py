@@ -25,7 +25,7 @@ from privrec.privacy.lazy import LazyNoise, Rows
 
 _UPDATE = struct.Struct("<dddd?")
 _STEP, _SETTLE, _ALL = b"s", b"r", b"a"
-_CHUNK = 1 << 12
+_CHUNK = 1 << 11
 
 
 class LazyMemory:
@@ -310,7 +310,7 @@ class LazyMemory:
 def _accumulate(table: Values, rows: Rows, values: Values, which: Rows | None) -> None:
     """``table[rows] += values[which]``, where repeated rows add up; spread out in the cache."""
     target, added = torch.from_numpy(table), torch.from_numpy(np.ascontiguousarray(values))
-    index = torch.from_numpy(np.ascontiguousarray(rows, np.int64))[:, None]
+    index = torch.from_numpy(np.ascontiguousarray(rows, np.int64))
     chosen = None if which is None else torch.from_numpy(np.ascontiguousarray(which, np.int64))
     buffer = added.new_empty(0)
     for start in range(0, len(index), _CHUNK):
@@ -319,7 +319,7 @@ def _accumulate(table: Values, rows: Rows, values: Values, which: Rows | None) -
             spread = added[part]
         else:
             spread = torch.index_select(added, 0, chosen[part], out=buffer.resize_(0))
-        target.scatter_add_(0, index[part].expand(-1, table.shape[1]), spread)
+        target.index_add_(0, index[part], spread)
 
 
 def _entry(rows: Rows, gradients: Values, variance: float, update: Update | None) -> bytes:

@@ -115,12 +115,14 @@ class Ours:
 
     def __init__(self, table: Tensor) -> None:
         self.memory = LazyMemory(table.numpy())
+        self.scaled = torch.empty(BATCH, table.shape[1])
 
     def __call__(self, batch: Batch, upcoming: Batch) -> None:
         rows = batch.rows.numpy()
         self.memory.settle(rows)
-        scaled = (batch.gradients * (-LR / BATCH)).numpy()
-        self.memory.step(rows, scaled, (LR * STD) ** 2, which=batch.bags.numpy())
+        torch.mul(batch.gradients, -LR / BATCH, out=self.scaled)
+        which = batch.bags.numpy()
+        self.memory.step(rows, self.scaled.numpy(), (LR * STD) ** 2, which=which)
 
 
 PRIVATE = {
