@@ -45,7 +45,7 @@ DLRM_GB = 12
 
 def update_row(rows: int, lookups: int, zipf: bool) -> dict[str, Any]:
     """The update of one table, all ways in turn."""
-    table = torch.from_numpy(np.zeros((rows, WIDTH), np.float32))
+    table = torch.zeros(rows, WIDTH)  # by PyTorch's allocator, as embeddings have it
     data = batches(rows, lookups, WIDTH, 12, zipf=zipf)
     ways: dict[str, Way] = {SGD: SparseSGD(table)}
     for name, way in PRIVATE.items():

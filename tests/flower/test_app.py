@@ -7,15 +7,18 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 pytest.importorskip("flwr", reason="needs the extra privrec[flower]")
 
+from flwr.app import Message, RecordDict
 from loopback import Loopback, context_of
 
 from privrec import run
+from privrec.device import negatives
 from privrec.errors import DataError, ReleaseRefused, UsageError
 from privrec.flower import client_app as client_module
 from privrec.flower.client_app import client_app
@@ -23,6 +26,7 @@ from privrec.flower.enrol import anchor_of, enroll
 from privrec.flower.server_app import deploy
 from privrec.flower.settings import scenario_of
 from privrec.flower.wire import MASKED, SHARES, UNMASK, pack, unpack
+from privrec.lsh import families, select
 from privrec.privacy.ledger import Ledger
 from privrec.randomness import SecretRoot
 from privrec.record import NullObserver
@@ -350,8 +354,6 @@ def test_what_cannot_be_deployed_is_refused(change: str, says: str, tmp_path: Pa
 
 
 def test_messages_that_are_none_of_ours_are_answered_with_an_error(tmp_path: Path) -> None:
-    from flwr.app import Message, RecordDict
-
     grid = grid_of(app_folder(tmp_path))
     for content in (RecordDict(), pack({"round": {"index": 1}, "messages": {}})):
         message = Message(content=content, dst_node_id=10, message_type=SHARES)
@@ -373,3 +375,51 @@ def test_nothing_of_a_history_travels_in_clear(tmp_path: Path) -> None:
     top = np.frombuffer(entries, np.uint8)
     share = np.unpackbits(top).mean()
     assert abs(share - 0.5) < 5 * 0.5 / np.sqrt(8 * len(top))
+
+
+SELECTIVE = SCENARIO.replace(
+    'loss = "full_softmax"', 'loss = "softmax"\nselector = "hamming"\nbudget = 0.5'
+)
+
+
+def test_hash_functions_and_what_they_found_are_in_no_message_of_a_whole_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every byte that a node sends, looked through for its functions and for the items it chose."""
+    secrets: list[bytes] = []
+    matrix, choose = families.projection, negatives.select
+
+    def watched_matrix(*arguments: Any) -> Any:
+        drawn = matrix(*arguments)
+        secrets.extend(drawn[:, column].tobytes() for column in range(0, drawn.shape[1], 64))
+        return drawn
+
+    def watched_choice(*arguments: Any, **words: Any) -> Any:
+        chosen = choose(*arguments, **words)
+        kinds = (np.int64, np.int32, np.uint16)
+        secrets.extend(chosen.items.astype(kind).tobytes() for kind in kinds)
+        secrets.append(msgpack.packb(chosen.items.tolist()))
+        return chosen
+
+    for module in (families, select):
+        monkeypatch.setattr(module, "projection", watched_matrix)
+    monkeypatch.setattr(negatives, "select", watched_choice)
+    folder = app_folder(tmp_path, SELECTIVE)
+    grid = grid_of(folder)
+    deployed(folder, grid, tmp_path / "run")
+
+    sent = [body for _, _, _, reply in grid.seen for body in bodies(reply.content)]
+    wanted = {secret for secret in secrets if len(secret) >= 12}
+    assert len(wanted) > 100
+    assert not [1 for one in sent for secret in wanted if secret in one]
+    # A node that did tell would be found.
+    told = pack({"answers": {"3": next(iter(wanted))}})
+    assert any(secret in body for body in bodies(told) for secret in wanted)
+
+
+def bodies(content: RecordDict) -> list[bytes]:
+    """All bytes that a message carries."""
+    values = [value for record in content.config_records.values() for value in record.values()]
+    assert all(isinstance(value, bytes) for value in values)
+    assert set(content) == set(content.config_records)
+    return values  # type: ignore[return-value]
