@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
 import os
-import resource
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +22,7 @@ from privrec.device.round import Round, model_digests
 from privrec.privacy.events import RoundEvent
 from privrec.privacy.shares import Band, Shares, noise_seeds
 from privrec.randomness import SecretRoot
+from privrec.resident import give_back_freed, peak_resident_bytes, reset_peak, resident_bytes
 from privrec.scenario import Scenario
 from privrec.secagg.ring import Ring
 
@@ -93,11 +90,11 @@ class _Task:
         """Bytes that the round takes at its peak."""
         # A first round on one item loads what the libraries load on their first call.
         self._round(self._history[: np.dtype(np.int32).itemsize])
-        _give_back_freed()
-        _reset_peak()
-        before = _resident_bytes()
+        give_back_freed()
+        reset_peak()
+        before = resident_bytes()
         self._round(self._history)
-        return max(0, _peak_bytes() - before)
+        return max(0, peak_resident_bytes() - before)
 
     def _round(self, history: bytes) -> None:
         # The bytes arrived before the measurement; the copies are what a device would hold.
@@ -128,37 +125,6 @@ class _Task:
             shares, layouts = self._protection.shares, (self._tier.layout, *self._weaker)
             seeds = () if shares is None else noise_seeds(root, len(layouts), *round.context, 0)
             bounded.upload(layouts, shares, seeds)
-
-
-def _give_back_freed() -> None:
-    """Return freed memory to the system, where the C library can, so that reuse of it counts."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _reset_peak() -> None:
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return
-
-
-def _resident_bytes() -> int:
-    return _status("VmRSS") or _peak_bytes()
-
-
-def _peak_bytes() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _status(field: str) -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    found: list[Any] = [line.split()[1] for line in lines if line.startswith(field + ":")]
-    return int(found[0]) * 1024 if found else None
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from privrec.lsh.held import KINDS, Index, Kind, Rebuild, build
 from privrec.lsh.memory import ItemMemory
 from privrec.lsh.select import Search, ranked, select
 from privrec.randomness import ROOT_BYTES, SecretRoot, SecureStream, rng_for
+from privrec.resident import give_back_freed
 
 Items = NDArray[np.int64]
 Loss = Literal["softmax", "bce"]
@@ -205,6 +206,7 @@ class SparseOutput(nn.Module):
             )
         stream = self._stream("functions", self.rebuilds)
         self._index = build(cast(Kind, self.selector), self.items(), self.shape, stream)
+        give_back_freed()  # making an index takes several times its room
         self._age, self._indexed = 0, self._versions()
         self.rebuilds += 1
 

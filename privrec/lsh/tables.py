@@ -88,7 +88,7 @@ class Buckets:
         hashed: the function; it has one table.
     """
 
-    order: Items
+    order: NDArray[np.int32]
     ends: Items
     hashed: Hash
 
@@ -99,7 +99,7 @@ class Buckets:
         for start, rows in items.chunks():
             codes[start : start + len(rows)] = hashed.codes(rows, items.centre)[:, 0]
         # A stable sort of 16-bit words is a radix sort.
-        order = np.argsort(codes, kind="stable")
+        order = np.argsort(codes, kind="stable").astype(np.int32)
         ends = np.cumsum(np.bincount(codes, minlength=1 << hashed.shape.bits))
         return cls(order, ends, hashed)
 
@@ -127,7 +127,9 @@ class Buckets:
         """
         codes = codes.astype(np.int64)
         starts = np.where(codes > 0, self.ends[codes - 1], 0)
-        return [self.order[a:b] for a, b in zip(starts, self.ends[codes], strict=True)]
+        return [
+            self.order[a:b].astype(np.int64) for a, b in zip(starts, self.ends[codes], strict=True)
+        ]
 
 
 @dataclass(frozen=True)

@@ -218,7 +218,7 @@ sys.path.insert(0, sys.argv[1])
 from lsh import ITEMS, TABLES, ROOT_SECRET
 from dataclasses import replace
 from _wide import isotropic
-from privrec.footprint import _give_back_freed, _peak_bytes, _reset_peak, _resident_bytes
+from privrec.resident import give_back_freed, peak_resident_bytes, reset_peak, resident_bytes
 from privrec.lsh.tables import serial
 import torch
 torch.set_num_threads(1)
@@ -226,10 +226,10 @@ searched = isotropic(ITEMS, 64.0, 1)
 warm = isotropic(500, 1.0, 1)
 shape = replace(TABLES, tables=int(sys.argv[2]))
 list(serial(warm.items, warm.queries, "simhash", replace(shape, tables=1), ROOT_SECRET.stream("w")))
-_give_back_freed(); _reset_peak(); before = _resident_bytes()
+give_back_freed(); reset_peak(); before = resident_bytes()
 for found in serial(searched.items, searched.queries, "simhash", shape, ROOT_SECRET.stream("m")):
     pass
-print(_peak_bytes() - before)
+print(peak_resident_bytes() - before)
 """
 
 
@@ -252,7 +252,7 @@ import sys, json, time
 import numpy as np, torch
 torch.set_num_threads(1)
 from privrec.embedding.subspace import Subspace
-from privrec.footprint import _give_back_freed, _peak_bytes, _reset_peak, _resident_bytes
+from privrec.resident import give_back_freed, peak_resident_bytes, reset_peak, resident_bytes
 from privrec.device.recommender import Recommender
 from privrec.models.layout import Layout
 from privrec.models.ncf import NCF
@@ -267,14 +267,14 @@ def made(n):
 selector, history = sys.argv[1], np.arange(0, 500, 10)
 states = np.random.default_rng(1).standard_normal((int(sys.argv[2]), 65)).astype(np.float32)
 answer(*made(5000), states[0], 10, history, selector)
-_give_back_freed(); _reset_peak(); before = _resident_bytes()
+give_back_freed(); reset_peak(); before = resident_bytes()
 recommender, weights = made(1_000_000)
 seconds, found = [], []
 for state in states:
     started = time.process_time()
     found.append(answer(recommender, weights, state, 10, history, selector)[0].tolist())
     seconds.append(time.process_time() - started)
-peak, right = _peak_bytes() - before, 0
+peak, right = peak_resident_bytes() - before, 0
 for state, chosen in zip(states, found):
     items = recommender.searched(weights)
     scores = np.concatenate([rows @ state[:-1] for _, rows in items.chunks()])

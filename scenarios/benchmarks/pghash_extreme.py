@@ -23,13 +23,13 @@ from _common import ROOT, Claim, document, machine, print_table, write_json
 
 from privrec.data.extreme import AMAZON_670K, DELICIOUS_200K, Examples, Invented
 from privrec.embedding.subspace import Subspace
-from privrec.footprint import _give_back_freed, _peak_bytes, _reset_peak, _resident_bytes
 from privrec.lsh.families import Shape
 from privrec.lsh.held import Rebuild
 from privrec.lsh.sparse_output import LayerSelector, SparseOutput
 from privrec.models.extreme import ExtremeClassifier, precision
 from privrec.optim.rows import RowAdam
 from privrec.randomness import SecretRoot, rng_for
+from privrec.resident import give_back_freed, peak_resident_bytes, reset_peak, resident_bytes
 
 DIM, BLOCK, FOLD, WORDS = 128, 16, 32, 1 << 13
 WORLDS = {"delicious-200k": DELICIOUS_200K, "amazon-670k": AMAZON_670K}
@@ -115,14 +115,14 @@ def taken(name: str, selector: Any, compression: float, share: float, batch: flo
     world = WORLDS.get(name, SMALL)
     few = int(batch)
     _train(SMALL, "uniform" if selector == "dense" else selector, 2.0, 0.5, 32)
-    _give_back_freed()
-    _reset_peak()
-    before = _resident_bytes()
+    give_back_freed()
+    reset_peak()
+    before = resident_bytes()
     if selector == "dense":
         _dense(world, few)
     else:
         _train(world, selector, compression, share, few)
-    return _peak_bytes() - before
+    return peak_resident_bytes() - before
 
 
 def _train(world: Invented, selector: LayerSelector, compression: float, share: float, batch: int

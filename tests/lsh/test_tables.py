@@ -190,7 +190,7 @@ import sys, json
 import numpy as np, torch
 torch.set_num_threads(1)
 from privrec.embedding.subspace import Subspace
-from privrec.footprint import _give_back_freed, _peak_bytes, _reset_peak, _resident_bytes
+from privrec.resident import give_back_freed, peak_resident_bytes, reset_peak, resident_bytes
 from privrec.lsh.families import Shape
 from privrec.lsh.memory import ItemMemory
 from privrec.lsh.tables import serial, serial_bytes
@@ -203,13 +203,13 @@ small = Subspace.sized(300, dim, block=32, key=1)
 warm = ItemMemory(small, np.random.default_rng(0).random((small.slots, 32), np.float32))
 query, root = np.ones((1, dim), np.float32), SecretRoot.known(b"measures itself")
 list(serial(warm, query, family, Shape(12, 2), root.stream("warm")))
-_give_back_freed()
-_reset_peak()
-before, found = _resident_bytes(), 0
+give_back_freed()
+reset_peak()
+before, found = resident_bytes(), 0
 items = ItemMemory(table, memory)
 for new in serial(items, query, family, Shape(12, count), root.stream("lsh")):
     found += len(new)
-print(json.dumps([_peak_bytes() - before, serial_bytes(items, Shape(12, count)), found]))
+print(json.dumps([peak_resident_bytes() - before, serial_bytes(items, Shape(12, count)), found]))
 """
 
 
