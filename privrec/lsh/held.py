@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from privrec.errors import UsageError
 from privrec.lsh.cells import Cells
-from privrec.lsh.families import FAMILIES, Family, Shape, Signs, draw, projection
+from privrec.lsh.families import FAMILIES, Family, Shape, draw, signature
 from privrec.lsh.memory import ItemMemory
 from privrec.lsh.select import SIGNATURE
 from privrec.lsh.sketch import Sketch
@@ -200,8 +200,7 @@ class HeldSignatures:
     @classmethod
     def of(cls, items: ItemMemory, stream: SecureStream) -> HeldSignatures:
         """Draw functions and sign all neurons."""
-        shape, centre = Shape(SIGNATURE), items.centre
-        hashed = Signs(projection("simhash", items.dim, shape, stream), shape)
+        centre, hashed = items.centre, signature(items.dim, SIGNATURE, stream)
         lengths = np.empty(items.items, np.float32)
         for start, rows in items.chunks():
             squares = np.einsum("ij,ij->i", rows, rows) - rows @ (2 * centre) + centre @ centre

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from privrec.errors import UsageError
 from privrec.lsh.costs import Costs, Demand, choose
-from privrec.lsh.families import Shape, Signs, own_shape, projection
+from privrec.lsh.families import Shape, own_shape, signature
 from privrec.lsh.memory import CHUNK, ItemMemory
 from privrec.lsh.sketch import Sketch
 from privrec.lsh.tables import Items, estimates, serial, serial_bytes
@@ -236,8 +236,7 @@ def _run(
         left = items.items - len(without)
         return uniform(left, budget, stream, without), 16 * budget, 0
     if selector == "hamming":
-        shape = Shape(SIGNATURE)
-        hashed = Signs(projection("simhash", items.dim, shape, stream), shape)
+        hashed = signature(items.dim, SIGNATURE, stream)
         likely = estimates(items, queries, hashed)
         held = hashed.matrix.nbytes + 12 * items.items + min(CHUNK, items.items) * 5 * SIGNATURE
         return _top(likely, budget, without), items.pass_bytes + held, 0

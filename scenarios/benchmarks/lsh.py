@@ -24,7 +24,7 @@ import torch
 from _common import ROOT, Claim, document, machine, print_table, write_json
 from _wide import DIM, Searched, clusters, isotropic, learned
 
-from privrec.lsh.families import Shape, Signs, projection
+from privrec.lsh.families import Shape, Signs, signature
 from privrec.lsh.memory import CHUNK
 from privrec.lsh.select import SIGNATURE, Search, Selector, select
 from privrec.lsh.sketch import Sketch
@@ -123,8 +123,7 @@ def hashing(n: int, repetitions: int) -> tuple[list[dict[str, Any]], list[Claim]
 
 
 def _signs(bits: int) -> Signs:
-    shape = Shape(bits)
-    return Signs(projection("simhash", DIM, shape, ROOT_SECRET.stream("bits", bits)), shape)
+    return signature(DIM, bits, ROOT_SECRET.stream("bits", bits))
 
 
 def quality(searched: Searched) -> list[dict[str, Any]]:

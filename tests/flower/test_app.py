@@ -387,11 +387,11 @@ def test_hash_functions_and_what_they_found_are_in_no_message_of_a_whole_run(
 ) -> None:
     """Every byte that a node sends, looked through for its functions and for the items it chose."""
     secrets: list[bytes] = []
-    matrix, choose = families.projection, negatives.select
+    draw, choose = families.signature, negatives.select
 
-    def watched_matrix(*arguments: Any) -> Any:
-        drawn = matrix(*arguments)
-        secrets.extend(drawn[:, column].tobytes() for column in range(0, drawn.shape[1], 64))
+    def watched_functions(*arguments: Any) -> Any:
+        drawn = draw(*arguments)
+        secrets.extend(drawn.matrix[:, column].tobytes() for column in range(0, 256, 64))
         return drawn
 
     def watched_choice(*arguments: Any, **words: Any) -> Any:
@@ -402,7 +402,7 @@ def test_hash_functions_and_what_they_found_are_in_no_message_of_a_whole_run(
         return chosen
 
     for module in (families, select):
-        monkeypatch.setattr(module, "projection", watched_matrix)
+        monkeypatch.setattr(module, "signature", watched_functions)
     monkeypatch.setattr(negatives, "select", watched_choice)
     folder = app_folder(tmp_path, SELECTIVE)
     grid = grid_of(folder)

@@ -18,6 +18,7 @@ from privrec.lsh.families import (
     folded_to,
     own_shape,
     projection,
+    signature,
 )
 from privrec.randomness import SecretRoot, SecureStream
 
@@ -30,10 +31,10 @@ def stream(*context: str | int) -> SecureStream:
     return SecretRoot.known(b"a device of the tests").stream("lsh", *context)
 
 
-def pair(angle: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def pair(angle: float, seed: int, dim: int = DIM) -> tuple[np.ndarray, np.ndarray]:
     """Two vectors at an angle, of different lengths."""
     rng = np.random.default_rng(seed)
-    plane = np.linalg.qr(rng.standard_normal((DIM, 2)))[0]
+    plane = np.linalg.qr(rng.standard_normal((dim, 2)))[0]
     x, y = plane[:, 0], np.cos(angle) * plane[:, 0] + np.sin(angle) * plane[:, 1]
     return (3 * x).astype(np.float32), (0.5 * y).astype(np.float32)
 
@@ -123,6 +124,43 @@ def test_empty_windows_borrow_as_the_formula_says(seed: int) -> None:
     # Without borrowing, windows that are empty in both would always agree.
     both = comb(8, 4) / comb(12, 4)
     assert rejects(count, right * (1 - both) + both)
+
+
+def shares_that_differ(angle: float, functions: list[np.ndarray]) -> np.ndarray:
+    x, y = pair(angle, 5, dim=len(functions[0]))
+    return np.array([((x @ f > 0) != (y @ f > 0)).mean() for f in functions])
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("dim", [4, 16, 300])
+@pytest.mark.parametrize("angle", [0.4, 1.0, 1.57, 2.4])
+def test_each_bit_of_a_signature_differs_as_often_as_the_angle_says(dim: int, angle: float) -> None:
+    draws = [signature(dim, 256, stream(dim, number)).matrix for number in range(120)]
+    shares = shares_that_differ(angle, draws)
+    error = shares.std() / np.sqrt(len(shares))
+    assert abs(shares.mean() - angle / np.pi) < 4.5 * error
+    for wrong in (2 / 3, 3 / 2):
+        assert abs(shares.mean() - wrong * angle / np.pi) > 4.5 * error
+
+
+@pytest.mark.statistical
+def test_orthogonal_vectors_tell_an_angle_better_than_independent_ones() -> None:
+    angle, shape = 1.2, Shape(256)
+    rate = angle / np.pi
+    ours = [signature(16, 256, stream("ours", n)).matrix for n in range(300)]
+    plain = [projection("simhash", 16, shape, stream("plain", n)) for n in range(300)]
+    independent = rate * (1 - rate) / 256
+    assert shares_that_differ(angle, ours).var() < 0.7 * independent
+    assert shares_that_differ(angle, plain).var() > 0.75 * independent
+
+
+@pytest.mark.parametrize(("dim", "bits"), [(16, 256), (100, 256), (300, 256), (1, 8)])
+def test_vectors_of_a_signature_are_orthogonal_in_groups(dim: int, bits: int) -> None:
+    matrix = signature(dim, bits, stream("groups")).matrix
+    assert matrix.shape == (dim, bits)
+    for start in range(0, bits, dim):
+        group = matrix[:, start : start + dim].astype(np.float64)
+        np.testing.assert_allclose(group.T @ group, np.eye(group.shape[1]), atol=1e-6)
 
 
 @pytest.mark.statistical
