@@ -32,7 +32,7 @@ EAGER_SHARE = 0.7
 """Share of rows from which settling all of them in order is cheaper: see the benchmark."""
 MOST_STEPS = 2**31 - 1
 
-_BLOCK_BYTES = 15 << 16  # with the buffers of the noise, about what a level-2 cache holds
+_BLOCK_BYTES = (1 << 20) - 1  # with the buffers of the noise, about what a level-2 cache holds
 _STAMP = np.uint32(MOST_STEPS)
 _OWN = np.uint32(1 << 31)  # the row moved in the step of its stamp and still owes that step's noise
 
