@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import privrec
 from privrec import catalogue, rundir
 from privrec.assembly import check_tiers, data_digest
 from privrec.assembly_text import TextParts, assemble_texts
@@ -14,7 +13,7 @@ from privrec.data.text import Corpus, TextSplit, load_text
 from privrec.language import Predicted, commonest, predict
 from privrec.language_cost import tier_facts
 from privrec.loop import Loop, Result
-from privrec.outcome import model_facts, privacy_of, two_digits, write_model
+from privrec.outcome import head_of, model_facts, privacy_of, two_digits, write_model
 from privrec.privacy.ledger import Ledger
 from privrec.randomness import SecretRoot
 from privrec.record import OUTSIDE
@@ -106,13 +105,7 @@ class Writing(Loop):
         common = commonest(self.split.train, heldout, cuts)
         population = self.split.train.n_users
         return {
-            "scenario": scenario.name,
-            "title": scenario.title,
-            "simulated": identity["simulated"],
-            "version": privrec.__version__,
-            "run_id": identity["run_id"],
-            "rounds": server.index,
-            "planned_rounds": scenario.train.rounds,
+            **head_of(scenario, server, identity),
             "holdout": self.split.holdout,
             "metrics": measured.summary(),
             "intervals": {

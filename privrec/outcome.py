@@ -101,13 +101,7 @@ def result_of(
     if parts.federation.absent:
         tiers.append(_absent(parts, own[-1]))
     return {
-        "scenario": scenario.name,
-        "title": scenario.title,
-        "simulated": identity["simulated"],
-        "version": privrec.__version__,
-        "run_id": identity["run_id"],
-        "rounds": server.index,
-        "planned_rounds": scenario.train.rounds,
+        **head_of(scenario, server, identity),
         "holdout": split.holdout,
         "metrics": {name: value for each in measured for name, value in each.summary().items()},
         "intervals": {
@@ -146,13 +140,7 @@ def deployed_result(
     """
     ring_bits, layouts = server.plan.protection.ring.bits, server.plan.federation.layouts
     return {
-        "scenario": scenario.name,
-        "title": scenario.title,
-        "simulated": identity["simulated"],
-        "version": privrec.__version__,
-        "run_id": identity["run_id"],
-        "rounds": server.index,
-        "planned_rounds": scenario.train.rounds,
+        **head_of(scenario, server, identity),
         "holdout": scenario.data.holdout,
         "metrics": {},
         "intervals": {},
@@ -179,6 +167,25 @@ def deployed_result(
         ],
         "model": model_facts(server, scenario),
         "data": identity["data"],
+    }
+
+
+def head_of(scenario: Scenario, server: Server, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """How ``result.json`` begins: what was run, where, and how far.
+
+    Args:
+        scenario: what was run.
+        server: at the end of the run.
+        identity: content of ``run.json``.
+    """
+    return {
+        "scenario": scenario.name,
+        "title": scenario.title,
+        "simulated": identity["simulated"],
+        "version": privrec.__version__,
+        "run_id": identity["run_id"],
+        "rounds": server.index,
+        "planned_rounds": scenario.train.rounds,
     }
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from privrec.embedding.subspace import Subspace
+from privrec.lsh.families import ROOM
 from privrec.lsh.memory import CHUNK
 from privrec.lsh.tables import popcount
 from privrec.randomness import rng_for
@@ -101,11 +102,13 @@ class Costs:
     @staticmethod
     def bytes(ranking: Ranking, demand: Demand) -> int:
         """Room of a selection beside the memory; the sketch is counted where it is used."""
+        some, bits = min(CHUNK, demand.items), 64 * _WORDS
+        chosen, scores = 12 * demand.items, 8 * some * demand.queries
         if ranking == "sketch":
-            return demand.items * (demand.sketched + 12)
+            return chosen + scores + (demand.items + 4 * some) * demand.sketched
         if ranking == "scan":
-            return demand.pass_bytes + 12 * demand.items + 4 * CHUNK * demand.queries
-        return demand.pass_bytes + 12 * demand.items + 5 * CHUNK * 64 * _WORDS
+            return demand.pass_bytes + chosen + scores
+        return demand.pass_bytes + chosen + 4 * demand.dim * bits + 5 * ROOM + bits // 4 * some
 
 
 def choose(demand: Demand, costs: Costs, room: int | None) -> Ranking:

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from privrec.errors import UsageError
+from privrec.lsh.memory import CHUNK
 from privrec.randomness import SecureStream
 
 FloatArray = NDArray[np.float32]
@@ -35,7 +36,6 @@ WINDOW = 4
 ROOM = 1 << 18
 """Projections at a time: 1 MiB of float32, which stays in a level-2 cache."""
 
-_ROWS = 1 << 13  # of few columns, which a pass gathers at a time
 _WORD = 16  # bits in a code's integer
 _SYMBOL_BITS = 2
 _PROBES = 8
@@ -216,7 +216,7 @@ class Signs:
     def _scratch(self, groups: int, width: int) -> tuple[FloatArray, NDArray[np.bool_]]:
         """Room for projections and bits that stays in a level-2 cache; padding stays zero."""
         if self._room is None or self._room[1].shape[1:] != (groups, width):
-            count = max(1, min(_ROWS, ROOM // self.matrix.shape[1]))
+            count = max(1, min(CHUNK, ROOM // self.matrix.shape[1]))
             values = np.empty((count, self.matrix.shape[1]), np.float32)
             room = values, np.zeros((count, groups, width), np.bool_)
             object.__setattr__(self, "_room", room)

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.errors import UsageError
-from privrec.lsh.costs import Costs, Demand, choose
+from privrec.lsh.costs import Costs, Demand, Ranking, choose
 from privrec.lsh.families import Shape, own_shape, signature
-from privrec.lsh.memory import CHUNK, ItemMemory
+from privrec.lsh.memory import ItemMemory
 from privrec.lsh.sketch import Sketch
 from privrec.lsh.tables import Items, estimates, serial, serial_bytes
 from privrec.randomness import SecureStream
@@ -214,14 +214,18 @@ def _check(selector: str, search: Search, queries: FloatArray, budget: int) -> N
 
 
 def _cheapest(search: Search, queries: int, budget: int) -> Selector:
-    items, sketch = search.items, search.sketch
+    sketch = search.sketch
     if sketch is not None and sketch.recall < GOOD:
         sketch = None
-    demand = Demand(
-        items.items, items.dim, items.table.parts, queries, budget,
-        0 if sketch is None else sketch.codes.shape[1], items.pass_bytes,
-    )  # fmt: skip
+    demand = _demand(search.items, sketch, queries, budget)
     return choose(demand, search.costs or Costs.here(), search.room)
+
+
+def _demand(items: ItemMemory, sketch: Sketch | None, queries: int, budget: int) -> Demand:
+    rank = 0 if sketch is None else sketch.codes.shape[1]
+    return Demand(
+        items.items, items.dim, items.table.parts, queries, budget, rank, items.pass_bytes
+    )
 
 
 def _run(
@@ -235,17 +239,17 @@ def _run(
     if selector == "uniform":
         left = items.items - len(without)
         return uniform(left, budget, stream, without), 16 * budget, 0
+    ranking: Ranking = "scan"
     if selector == "hamming":
-        hashed = signature(items.dim, SIGNATURE, stream)
-        likely = estimates(items, queries, hashed)
-        held = hashed.matrix.nbytes + 12 * items.items + min(CHUNK, items.items) * 5 * SIGNATURE
-        return _top(likely, budget, without), items.pass_bytes + held, 0
-    if selector == "sketch" and search.sketch is not None:
-        found = _top(_most(search.sketch.values(queries)), budget, without)
-        return found, search.sketch.nbytes + 12 * items.items, 0
-    found = _top(_most(_scores(items, queries)), budget, without)
-    scores = 4 * len(queries) * min(CHUNK, items.items)
-    return found, items.pass_bytes + 12 * items.items + scores, 0
+        likely = estimates(items, queries, signature(items.dim, SIGNATURE, stream))
+        ranking = "hamming"
+    elif selector == "sketch" and search.sketch is not None:
+        likely = _most(search.sketch.values(queries))
+        ranking = "sketch"
+    else:
+        likely = _most(_scores(items, queries))
+    held = Costs.bytes(ranking, _demand(items, search.sketch, len(queries), budget))
+    return _top(likely, budget, without), held, 0
 
 
 def _from_tables(

@@ -59,7 +59,7 @@ def serial(
 def serial_bytes(items: ItemMemory, shape: Shape) -> int:
     """Most bytes that :func:`serial` holds at a time, beside the memory."""
     tables, size = min(TABLES_A_PASS, shape.tables), min(CHUNK, items.items)
-    signs = min(size * tables, ROOM // shape.bits) * (4 * shape.bits + 16)
+    signs = min(CHUNK * tables, ROOM // shape.bits) * (4 * shape.bits + 16)
     held = items.items * (tables + 2) + tables * _CODES + 4 * items.dim * tables * shape.bits
     return items.pass_bytes + signs + 4 * size * tables + held
 

@@ -118,8 +118,16 @@ class LazyNoise:
             tables: the values, and for moving rows their velocities: shape ``(rows, width)`` each.
             rows: which rows, in any order and with repetitions, within range.
             *context: names the draw, so that the same one can be made again after a crash.
+
+        Raises:
+            UsageError: when a row is not of the table; nothing is drawn then.
         """
         distinct = _distinct(rows)
+        if len(distinct) and not 0 <= distinct[0] <= distinct[-1] < self.rows:
+            raise UsageError(
+                f"rows from {distinct[0]} to {distinct[-1]} of a table of {self.rows}: they are "
+                "counted from 0"
+            )
         stamps = np.take(self._stamps, distinct, mode="clip")
         owing = stamps != self.steps
         debtors, stamps = (distinct, stamps) if owing.all() else (distinct[owing], stamps[owing])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -50,6 +51,22 @@ def query(seed: int, count: int = 1) -> np.ndarray:
 def exact(search: Search, queries: np.ndarray) -> np.ndarray:
     rows = search.items.rows(np.arange(N)).astype(np.float64) - search.items.centre
     return (rows @ queries.T).max(1)
+
+
+@pytest.mark.parametrize("count", [3, 64])
+@pytest.mark.parametrize("selector", ["hamming", "scan", "sketch"])
+def test_the_bytes_of_the_evidence_are_those_that_are_taken(selector: Selector, count: int) -> None:
+    table = Subspace.sized(60_000, 64, block=16, key=1, compression=16)
+    memory = np.random.default_rng(0).standard_normal((table.slots, 16), np.float32)
+    items = ItemMemory(table, memory)
+    sketch = Sketch.of(items) if selector == "sketch" else None
+    wanted, asked = Search(items, sketch), np.ones((count, 64), np.float32)
+    select(selector, wanted, asked, 600, stream("warm"))
+    tracemalloc.start()
+    told = select(selector, wanted, asked, 600, stream("bytes")).evidence.bytes
+    taken = tracemalloc.get_traced_memory()[1] + (sketch.codes.nbytes if sketch else 0)
+    tracemalloc.stop()
+    assert 0.5 * told < taken <= told
 
 
 @pytest.mark.parametrize("count", [1, 5])

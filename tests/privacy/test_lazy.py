@@ -250,6 +250,16 @@ def test_four_bytes_a_row():
     assert sum(b.nbytes for b in noise._held) < 1 << 20
 
 
+@pytest.mark.parametrize("row", [-1, 10, 1000])
+def test_a_row_outside_of_the_table_is_refused_before_anything_is_paid(row: int) -> None:
+    noise, table = LazyNoise(10, 40, Basis(40)), np.zeros((10, 40))
+    noise.owe(1.0)
+    with pytest.raises(UsageError, match="counted from 0"):
+        noise.settle((table,), np.array([3, row]))
+    assert not table.any()
+    assert np.all(noise.variances(np.arange(10)) >= 1.0)
+
+
 def test_an_interrupted_settle_owes_what_it_did_not_add(monkeypatch):
     noise, table = LazyNoise(10, 40, Basis(40)), np.zeros((10, 40))
     noise._block = 2
