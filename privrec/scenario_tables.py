@@ -308,6 +308,10 @@ class Train(Table):
     serve_negatives: int = setting(
         8, "Sampled negatives for each positive in that fit.", unit="items", ge=1, le=1000
     )
+    serve_budget: float | None = setting(
+        None, "With a `selector`: negatives of a device in that fit; 1 takes every item once and "
+        "samples nothing. Unset, those of training.", unit="share of the catalogue", gt=0, le=1,
+    )  # fmt: skip
     local_steps: int = setting(
         1, "Steps on items and dense weights in a round.", unit="steps", ge=1, le=10**4
     )

@@ -105,7 +105,7 @@ class Cohort:
         """See :meth:`Learners.train`."""
         trainer = self.trainer
         unobserved, search = trainer.unobserved(weights), self._search(weights)
-        for batch in self.batches(rows):
+        for batch in self.batches(rows, trainer):
             histories, states = self.histories.select(batch), self.states[batch]
             yield (
                 batch,
@@ -120,7 +120,7 @@ class Cohort:
         """Private states of all devices fitted from nothing to fixed items, as ``states``."""
         fitted, trainer = np.zeros_like(self.states), self.trainer
         unobserved, search = trainer.unobserved(weights), self._search(weights)
-        for batch in self.batches(np.arange(len(fitted))):
+        for batch in self.batches(np.arange(len(fitted)), trainer.serving):
             mine = self.histories.select(batch)
             fitted[batch] = trainer.serve(weights, mine, key, unobserved, search, functions)
         return fitted
@@ -128,17 +128,17 @@ class Cohort:
     def _search(self, weights: FloatArray) -> Search | None:
         return self.trainer.search(weights, resident=len(self.states) >= MANY)
 
-    def batches(self, rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    def batches(self, rows: NDArray[np.int64], trainer: Trainer) -> Iterator[NDArray[np.int64]]:
         """``rows`` by length of history, cut where a padded batch would outgrow the cache."""
         lengths = self.histories.lengths[rows]
         order = np.argsort(lengths, kind="stable")
-        sampler = self.trainer.sampler
+        sampler = trainer.sampler
         most = SHARED_SAMPLES_IN_BATCH if sampler.whole else SAMPLES_IN_BATCH
         widths = sampler.width(lengths[order])
-        if self.trainer.examples is not None:
+        if trainer.examples is not None:
             # Each device's update is as long as the vector, and its noise is what takes the time.
             most = COEFFICIENTS_IN_BATCH
-            widths = np.full_like(widths, self.trainer.recommender.layout.size)
+            widths = np.full_like(widths, trainer.recommender.layout.size)
         start = 0
         while start < len(order):
             # Sorted by length, the last device of a batch sets its width.

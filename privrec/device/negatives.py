@@ -54,12 +54,19 @@ class Budget:
     @property
     def is_selective(self) -> bool:
         """Whether negatives are chosen by score."""
-        return self.selector not in CHANCE and self.selector != EACH
+        return self.selector not in CHANCE and self.selector != EACH and not self.is_whole
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it has room for every item, so that nothing is sampled."""
+        return self.size >= self.n_items
 
     def draw(
         self, histories: Histories, key: int, *, popular: bool
     ) -> tuple[Items, FloatArray, NDArray[np.bool_]]:
         """Negatives by chance alone, the same for a device alone as among others.
+
+        A budget with room for every item draws nothing: each counts once that is not a positive.
 
         Args:
             histories: of ``m`` devices.
@@ -69,6 +76,8 @@ class Budget:
         Returns:
             Items, their log weights, and which count, each of shape ``(m, size)``.
         """
+        if self.is_whole:
+            return self._every(histories)
         if popular and self.popularity is not None:
             return self._popular(self.popularity, histories, key)
         items = np.empty((len(histories.users), self.size), np.int64)
@@ -81,6 +90,13 @@ class Budget:
             weights[row] = np.log(max(1, left) / self.size)
         present = np.diff(histories.indptr)[:, None] < self.n_items
         return items, weights, np.broadcast_to(present, items.shape).copy()
+
+    def _every(self, histories: Histories) -> tuple[Items, FloatArray, NDArray[np.bool_]]:
+        shape = len(histories.users), self.n_items
+        valid = np.ones(shape, np.bool_)
+        valid[np.repeat(np.arange(shape[0]), histories.lengths), histories.items] = False
+        items = np.broadcast_to(np.arange(self.n_items), shape)
+        return items, np.zeros(shape, np.float32), valid
 
     def refine(
         self, batch: Batch, histories: Histories, queries: FloatArray, search: Search,

@@ -69,7 +69,9 @@ class Settings:
     selector: str = EACH
     budget: float = 0.01
     selected: float = 0.5
+    serve_budget: float | None = None
 
     def serving(self) -> Settings:
         """These, for fitting a user vector to a whole history with more negatives."""
-        return replace(self, negatives=self.serve_negatives, max_samples=None)
+        budget = self.serve_budget or self.budget
+        return replace(self, negatives=self.serve_negatives, budget=budget, max_samples=None)

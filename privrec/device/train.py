@@ -76,6 +76,11 @@ class Trainer:
     examples: ExampleNoise | None = None
 
     @property
+    def serving(self) -> Trainer:
+        """The same for fitting user vectors alone, which adds no noise to anything."""
+        return replace(self, settings=self.settings.serving(), examples=None)
+
+    @property
     def sampler(self) -> Sampler:
         """How a device draws its samples."""
         settings, n_items = self.settings, self.recommender.vectors.items
@@ -206,12 +211,12 @@ class Trainer:
 
         It is how recommendations are made, for users seen in training and for others alike.
         """
-        serving, steps = replace(self, settings=self.settings.serving()), self.settings.serve_steps
+        serving, steps = self.serving, self.settings.serve_steps
         batch = serving._draw(histories, key, serving=True)
         local = serving._local(weights, batch, unobserved)
         nothing = torch.zeros(len(histories.users), self.recommender.model.user_dim)
         user = self._fit(local, nothing, steps)
-        if self.is_selective:
+        if serving.is_selective:
             batch = serving._refined(weights, batch, histories, user, key, search, functions)
             user = self._fit(serving._local(weights, batch, unobserved), user, steps)
         return user.numpy()

@@ -123,7 +123,7 @@ def test_batches_hold_every_user_once_within_the_cache(lab) -> None:
     histories = [rng.permutation(30)[:n].astype(np.int32) for n in lengths]
     cohort = lab(histories=histories, negatives=50).cohort
     users = rng.permutation(1000)[:900]
-    batches = list(cohort.batches(users))
+    batches = list(cohort.batches(users, cohort.trainer))
     assert len(batches) > 2
     assert sorted(np.concatenate(batches)) == sorted(users)
     for batch in batches:

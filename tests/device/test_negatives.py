@@ -232,3 +232,32 @@ def test_functions_and_selected_items_appear_in_no_message(
     # Nor do they stay in what the device keeps.
     kept = here.device(3).__dict__
     assert not any("hash" in name or "table" in name for name in kept)
+
+
+@pytest.mark.parametrize("selector", ["uniform", "popularity", "scan", "pghash"])
+def test_a_budget_of_everything_is_the_softmax_of_the_whole_catalogue(
+    lab: Callable[..., Any], selector: str
+) -> None:
+    here = lab(selector=selector, loss="softmax", budget=0.05, serve_budget=1.0, serve_steps=200)
+    fitted = here.trainer.serve(here.weights, here.cohort.histories, here.key)
+    again = here.trainer.serve(here.weights, here.cohort.histories, here.key + 1)
+    np.testing.assert_allclose(fitted, again, atol=1e-5)
+    items = here.trainer.recommender.searched(here.weights)
+    table = torch.from_numpy(items.rows(np.arange(items.items)))
+    for user in here.users[here.cohort.histories.lengths > 0]:
+        history = here.history(int(user)).items.astype(np.int64)
+        wanted = torch.from_numpy(fitted[user, :-1]).requires_grad_()
+        scores = table[:, :-1] @ wanted + table[:, -1]
+        others = np.delete(np.arange(items.items), history)
+        behind = torch.logsumexp(scores[others], 0) - scores[history]
+        loss = torch.nn.functional.softplus(behind).sum()
+        prior = here.trainer.settings.user_l2 / 2 * wanted.square().sum()
+        (slope,) = torch.autograd.grad(loss + prior, wanted)
+        assert slope.abs().max() < 1e-3
+
+
+def test_serving_has_batches_of_its_own_size(lab: Callable[..., Any]) -> None:
+    here = lab(selector="uniform", loss="softmax", budget=0.05, serve_budget=1.0, max_samples=1)
+    widths = here.trainer.serving.sampler.width(here.cohort.histories.lengths)
+    np.testing.assert_array_equal(widths, here.cohort.histories.lengths.clip(1) + 30)
+    assert here.trainer.sampler.shared == 2
