@@ -26,6 +26,7 @@ class Trained:
     Args:
         first: the label put first for each row of hidden vectors, by exact scores of all labels.
         words: from examples to hidden vectors.
+        rate: step size.
         seconds: of training steps alone, evaluation left out.
         steps: taken.
         reached: P@1 on examples that are not trained on.
@@ -33,6 +34,7 @@ class Trained:
 
     first: Callable[[torch.Tensor], torch.Tensor]
     words: BagOfWords
+    rate: float
     seconds: float = 0.0
     steps: int = 0
     reached: float = 0.0
@@ -58,7 +60,7 @@ class Dense:
         self.weight = torch.nn.Parameter(torch.zeros(labels, dim))
         self.bias = torch.nn.Parameter(torch.zeros(labels))
         words = BagOfWords(features, dim)
-        self.trained = Trained(lambda hidden: self.scores(hidden).argmax(1), words)
+        self.trained = Trained(lambda hidden: self.scores(hidden).argmax(1), words, lr)
         self._below = RowAdam(words.parameters(), lr=lr)
         self._output = torch.optim.Adam([self.weight, self.bias], lr=lr, fused=True)
 
@@ -91,7 +93,7 @@ class Sparse:
         )  # fmt: skip
         model = ExtremeClassifier(features, self.layer)
         self.model, self._optimizer = model, RowAdam(model.parameters(), lr=lr)
-        self.trained = Trained(self._first, model.words)
+        self.trained = Trained(self._first, model.words, lr)
 
     def _first(self, hidden: torch.Tensor) -> torch.Tensor:
         assert self.layer.bias is not None

@@ -1,7 +1,8 @@
 """A dense PyTorch output layer against a sparse one: training to equal precision, and one query.
 
 Invented examples of the shape of Amazon-670K: 670,091 labels in clusters, by Zipf's law; a hidden
-layer of 128. The dense side takes ``--epochs`` with the full softmax; the sparse side sees the same
+layer of 128. Each side has the step size that is best on a validation part after ``--trial``
+steps. The dense side takes ``--epochs`` with the full softmax; the sparse side sees the same
 batches, in as many epochs as it takes to reach the dense side's P@1. It then learns on, from
 further examples, and single queries of that trained layer are answered both ways in turn.
 """
@@ -11,8 +12,10 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from _bolt import Dense, Sparse, distinct, epochs, queries
@@ -20,21 +23,44 @@ from _common import Claim, document, machine, print_table, write_json
 
 from privrec.data.extreme import AMAZON_670K, Examples, Invented
 
-DIM, SHARE, LR, BATCH = 128, 0.01, 1e-2, 256
+DIM, SHARE, BATCH = 128, 0.01, 256
+RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 LOOK = 25
 """Sparse steps between two looks at its precision, which cost no training time."""
 
 
+Side = TypeVar("Side", Dense, Sparse)
+
+
+def tuned(make: Callable[[float], Side], train: Examples, validation: Examples, steps: int) -> Side:
+    """A new side of the best of :data:`RATES`, by P@1 on the validation part after some steps."""
+    found = {}
+    for rate in RATES:
+        side = make(rate)
+        for part in islice(epochs(train, BATCH, 100), steps):
+            side.step(part)
+        found[rate] = side.trained.evaluate(validation)
+        del side  # a dense layer with Adam's state is large: one at a time
+    best = max(RATES, key=found.__getitem__)
+    tried = ", ".join(f"{rate:g} {value:.4f}" for rate, value in found.items())
+    chosen = make(best)
+    print(f"{type(chosen).__name__}: P@1 by step size on validation: {tried}", flush=True)
+    return chosen
+
+
 def trained(
-    world: Invented, train: Examples, test: Examples, share: float, passes: int
-) -> tuple[Dense, Sparse]:
+    world: Invented, parts: tuple[Examples, Examples, Examples], share: float, passes: int,
+    trial: int,
+) -> tuple[Dense, Sparse]:  # fmt: skip
     """Both sides, the sparse one as soon as it is no worse."""
-    dense = Dense(world.features, world.labels, DIM, LR)
+    train, validation, test = parts
+    size = world.features, world.labels, DIM
+    dense = tuned(lambda rate: Dense(*size, rate), train, validation, trial)
     for part in epochs(train, BATCH, passes):
         dense.step(part)
     aim = dense.trained.evaluate(test)
     print(f"dense: P@1 {aim:.4f} after {dense.trained.seconds:.0f} s", flush=True)
-    sparse = Sparse(world.features, world.labels, DIM, LR, share)
+    sparse = tuned(lambda rate: Sparse(*size, rate, share), train, validation, trial)
     for part in epochs(train, BATCH, 100):
         sparse.step(part)
         if sparse.trained.steps % LOOK == 0 and sparse.trained.evaluate(test) >= aim:
@@ -47,7 +73,7 @@ def trained(
 def warm() -> None:
     """A step of both sides, so that what torch loads on its first one is in nobody's time."""
     world = Invented(100, 200, words=5, clusters=10)
-    for side in (Dense(100, 200, 8, LR), Sparse(100, 200, 8, LR, 0.5)):
+    for side in (Dense(100, 200, 8, RATES[0]), Sparse(100, 200, 8, RATES[0], 0.5)):
         side.step(world.examples(8))
 
 
@@ -56,11 +82,15 @@ def measured(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Cl
     world = Invented(5000, 20_000, words=40, labels_each=3, clusters=256)
     world = world if options.quick else AMAZON_670K
     train = world.examples(2 * BATCH if options.quick else options.examples)
-    test = world.examples(300 if options.quick else 1000, "test")
-    dense, sparse = trained(world, train, test, 0.05 if options.quick else SHARE, options.epochs)
+    validation, test = (
+        world.examples(300 if options.quick else 1000, part) for part in ("validation", "test")
+    )
+    share = 0.05 if options.quick else SHARE
+    dense, sparse = trained(world, (train, validation, test), share, options.epochs, options.trial)
     sides = {"dense PyTorch": dense.trained, "sparse": sparse.trained}
     rows = [
-        {"name": f"training, {name}", "train_s": side.seconds, "steps": side.steps,
+        {"name": f"training, {name}", "rate": side.rate, "train_s": side.seconds,
+         "steps": side.steps,
          "active": active, "p_at_1": side.reached}
         for (name, side), active in zip(
             sides.items(), (world.labels, sparse.layer.budget), strict=True
@@ -119,6 +149,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--quick", action="store_true", help="20,000 labels, few examples")
     made.add_argument("--examples", type=int, default=12_800, metavar="N", help="of one epoch")
     made.add_argument("--epochs", type=int, default=1, metavar="N", help="of the dense side")
+    made.add_argument("--trial", type=int, default=10, metavar="N", help="steps of each step size")
     made.add_argument("--further", type=int, default=50_000, metavar="N", help="before queries")
     made.add_argument("--queries", type=int, default=1000, metavar="N", help="one at a time")
     made.add_argument("--json", type=Path, metavar="FILE", help="write rows, claims and machine")

@@ -32,6 +32,8 @@ from privrec.randomness import SecretRoot, rng_for
 from privrec.resident import give_back_freed, peak_resident_bytes, reset_peak, resident_bytes
 
 DIM, BLOCK, FOLD, WORDS = 128, 16, 32, 1 << 13
+SELECTED = 0.2
+"""Share of what labels leave of the budget; few tables find too little to spend more on it."""
 WORLDS = {"delicious-200k": DELICIOUS_200K, "amazon-670k": AMAZON_670K}
 DEVICE: tuple[LayerSelector, ...] = ("pghash", "block_sign", "sketch")
 SMALL = Invented(4096, 6000, words=60, labels_each=8, clusters=128)
@@ -45,7 +47,8 @@ def made(world: Invented, selector: LayerSelector, compression: float, share: fl
     if compression > 1:
         table = Subspace.sized(world.labels, DIM, block=BLOCK, key=7, compression=compression)
     layer = SparseOutput(
-        world.labels, DIM, share=share, selector=selector, table=table, init_std=0.02,
+        world.labels, DIM, share=share, selector=selector, selected=SELECTED, table=table,
+        init_std=0.02,
         shape=Shape(bits=9, tables=4, fold=FOLD, block=BLOCK), rebuild=Rebuild(every=50),
         root=SecretRoot.known(b"pghash extreme"),
     )  # fmt: skip
@@ -205,9 +208,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--share", type=float, default=0.03, help="of the labels active in a batch")
     made.add_argument("--compression", type=float, default=16.0, help="of the device's rows")
     made.add_argument("--examples", type=int, default=16_000, metavar="N", help="to learn from")
-    made.add_argument("--tests", type=int, default=1000, metavar="N", help="to judge by")
-    made.add_argument("--steps", type=int, default=250, metavar="N", help="of every row")
-    made.add_argument("--batch", type=int, default=64, metavar="N", help="examples of a step")
+    made.add_argument("--tests", type=int, default=4000, metavar="N", help="to judge by")
+    made.add_argument("--steps", type=int, default=1000, metavar="N", help="of every row")
+    made.add_argument("--batch", type=int, default=32, metavar="N", help="examples of a step")
     made.add_argument("--all-rows", action="store_true", help="also select with all rows held")
     made.add_argument("--json", type=Path, metavar="FILE", help="write rows, claims and machine")
     return made
