@@ -15,6 +15,7 @@ from privrec.data.text import Corpus
 from privrec.device.batch import Histories
 from privrec.device.cohort import Cohort
 from privrec.device.examples import ExampleNoise
+from privrec.device.lessons import Network
 from privrec.device.negatives import popularity_of
 from privrec.device.protection import Protection
 from privrec.device.recommender import Recommender, Settings
@@ -26,6 +27,7 @@ from privrec.embedding.nested import Nested, nested
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable, Table
 from privrec.errors import UsageError
+from privrec.models.extreme import WordBag
 from privrec.models.implicit import packed_size
 from privrec.models.layout import Layout, band_sizes
 from privrec.models.losses import IMPLICIT
@@ -280,15 +282,21 @@ def _recommender(scenario: Scenario, vectors: Nested, biases: Nested | None, ind
     table, small = vectors.tables[index], None if biases is None else biases.tables[index]
     model = scenario.model
     if model.kind == "next_word":
-        if small is None:
-            raise UsageError("model.item_bias = false: an output neuron has a bias; set it")
         network = NextWord(table.dim, model.heads, model.ffn, model.layers, model.context)
-        layout = Layout(network.dense, table.slots, table.block, small.slots)
-        return Language(network, table, small, layout)
+        return _wide(network, table, small)
+    if model.kind == "extreme":
+        return _wide(WordBag(model.features, table.dim), table, small)
     ncf = NCF.of(model.kind, table.dim, tuple(model.hidden))
     gram = packed_size(table.dim) if scenario.train.loss in IMPLICIT else 0
     layout = Layout(ncf.dense, table.slots, table.block, 0 if small is None else small.slots, gram)
     return Recommender(ncf, table, small, layout)
+
+
+def _wide(network: Network, table: Table, biases: Table | None) -> Language:
+    if biases is None:
+        raise UsageError("model.item_bias = false: an output neuron has a bias; set it")
+    layout = Layout(network.dense, table.slots, table.block, biases.slots)
+    return Language(network, table, biases, layout)
 
 
 def trainer_of(scenario: Scenario, federation: Federation, tier: Tier) -> Trainer:

@@ -103,11 +103,11 @@ def writers_of(
 
 
 def language_of(tier: Tier) -> Language:
-    """The next-word model of a tier.
+    """The wide model of a tier.
 
     Raises:
         UsageError: when it has another one.
     """
     if not isinstance(tier.recommender, Language):
-        raise UsageError('model.kind: texts are for "next_word"; set it')
+        raise UsageError('model.kind: set "next_word" for texts, or "extreme" for labels')
     return tier.recommender

@@ -42,7 +42,7 @@ Order = NDArray[np.int64]
 def known_items(scenario: Scenario) -> int | None:
     """Size of the catalogue, where it is public without looking at the data."""
     data = scenario.data
-    if data.source == "synthetic_text":
+    if data.source in ("synthetic_text", "synthetic_labels"):
         return min(data.items, data.vocabulary or data.items)
     if data.source == "synthetic":
         return data.items

@@ -360,11 +360,12 @@ def describe(name: str, settings: tuple[str, ...], data_dir: Path | None, as_jso
     _check_data(data_dir)
     scenario = _scenario_for_data(name, settings)
     from privrec import data as data_sets
-    from privrec.data.text import load_text
+    from privrec.language_run import read_split
+    from privrec.scenario_texts import WIDE
 
     facts = (
-        load_text(scenario.data, data_dir=data_dir).describe()
-        if scenario.model.kind == "next_word"
+        read_split(scenario, data_dir).describe()
+        if scenario.model.kind in WIDE
         else data_sets.describe(data_sets.load(scenario.data, data_dir=data_dir))
     )
     if as_json:

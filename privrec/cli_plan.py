@@ -174,6 +174,8 @@ def _dense(scenario: Scenario) -> int:
     model = scenario.model
     if model.kind == "gmf":
         return 0
+    if model.kind == "extreme":
+        return (model.features + 1) * model.dim
     if model.kind == "next_word":
         d, wide = model.dim, model.ffn
         layer = 4 * d * (d + 1) + (d + 1) * wide + (wide + 1) * d + 4 * d

@@ -24,6 +24,7 @@ from privrec.privacy.shares import Band, Shares, noise_seeds
 from privrec.randomness import SecretRoot
 from privrec.resident import give_back_freed, peak_resident_bytes, reset_peak, resident_bytes
 from privrec.scenario import Scenario
+from privrec.scenario_texts import WIDE
 from privrec.secagg.ring import Ring
 
 TIMEOUT_S = 120
@@ -103,7 +104,7 @@ class _Task:
         root = SecretRoot.known(b"measures itself")
         digests = model_digests(model, (self._tier.layout, *self._weaker))
         round = Round("footprint", 0, 0, RoundEvent("none", 0.0, 1.0), "", digests)
-        if self._scenario.model.kind == "next_word":
+        if self._scenario.model.kind in WIDE:
             self._write(round, model, items, root)
             return
         trainer = trainer_of(self._scenario, self._federation, self._tier)

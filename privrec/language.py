@@ -1,7 +1,7 @@
-"""How well a language model predicts the next word of texts that no device trained on.
+"""How well next words, or labels, are predicted for devices that did not train.
 
-The whole softmax is looked at, whatever part of it devices train. The unknown word is never
-predicted and never counted: it is no word that a keyboard could offer.
+All neurons are looked at, whatever part of them devices train. The unknown word is never predicted
+and never counted: it is no word that a keyboard could offer.
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from privrec.data.labels import examples_in
 from privrec.data.text import UNKNOWN_ID, Corpus
+from privrec.device.lessons import Network
 from privrec.device.words import Language
+from privrec.models.next_word import NextWord
 from privrec.randomness import rng_for
 
 FloatArray = NDArray[np.float32]
 Int64Array = NDArray[np.int64]
 
-_SEQUENCES = 8  # at a time, so that their scores stay in a cache
+_SEQUENCES, _EXAMPLES = 8, 64  # at a time, so that their scores stay in a cache
 _DRAWS = 1000
 
 
@@ -29,13 +33,13 @@ class Predicted:
     """Predictions counted text by text.
 
     Args:
-        tokens: positions that count, int64 [texts].
-        hits: those whose word was predicted, int64 [texts] by metric.
+        tokens: positions, or examples, that count, int64 [texts].
+        hits: those that were predicted, float64 [texts] by metric.
         losses: summed negative log-likelihood, float64 [texts].
     """
 
     tokens: Int64Array
-    hits: Mapping[str, Int64Array]
+    hits: Mapping[str, NDArray[np.float64]]
     losses: NDArray[np.float64]
 
     def summary(self) -> dict[str, float]:
@@ -65,44 +69,75 @@ class Predicted:
 def predict(
     language: Language, weights: FloatArray, texts: Corpus, cuts: Sequence[int]
 ) -> Predicted:
-    """Predict every next word of some texts, from windows of the model's context.
+    """Predict every next word of some texts, or the labels of examples, by all neurons' scores.
 
     Args:
         language: the meaning of the weights.
         weights: the shared vector in memory form.
         texts: what is predicted; words that the model does not hold are unknown.
-        cuts: ``accuracy@k`` is computed for each.
+        cuts: for texts ``accuracy@k`` of each is computed, for labels ``precision@k``: how many of
+            the best ``k`` are an example's own, over ``k``.
     """
-    words = language.vectors.items
-    table = torch.from_numpy(
-        language.vectors.gather(language.layout.memory_of(weights), np.arange(words))
-    )
+    words, layout = language.vectors.items, language.layout
+    table = torch.from_numpy(language.vectors.gather(layout.memory_of(weights), np.arange(words)))
     biases = torch.from_numpy(
-        language.biases.gather(language.layout.biases_of(weights)[:, None], np.arange(words))[:, 0]
+        language.biases.gather(layout.biases_of(weights)[:, None], np.arange(words))[:, 0]
     )
-    dense = torch.from_numpy(language.layout.dense_of(weights).copy())
-    most = max(cuts)
-    tokens = np.zeros(texts.n_users, np.int64)
+    dense = torch.from_numpy(layout.dense_of(weights).copy())
+    model, most = language.model, min(max(cuts), words)
+    positions = np.zeros(texts.n_users, np.int64)
     losses = np.zeros(texts.n_users)
-    ranked = np.zeros((texts.n_users, most + 1), np.int64)
+    ranked = np.zeros((texts.n_users, most))
     with torch.no_grad():
         for text in range(texts.n_users):
-            for inputs, targets in _windows(texts, text, language.model.context, words):
-                hidden = language.model.hidden(table[torch.from_numpy(inputs)], dense)
-                wanted = torch.from_numpy(targets.ravel())
-                counts = wanted != UNKNOWN_ID
-                scores = torch.addmm(biases, hidden.flatten(0, 1)[counts], table.T)
+            for hidden, wanted in _asked(model, texts, text, table, dense):
+                scores = torch.addmm(biases, hidden, table.T)
                 scores[:, UNKNOWN_ID] = -torch.inf
-                own = scores.gather(1, wanted[counts][:, None])
-                # Of the best, one more than is asked; a tie or what is no number counts against it.
-                best = torch.topk(scores, min(most + 1, words), sorted=False).values
-                above = (~(best < own)).sum(1).clamp(min=1) - 1
-                ranked[text] += np.bincount(above.numpy(), minlength=most + 1)
-                tokens[text] += len(own)
-                losses[text] += float((torch.logsumexp(scores, 1) - own[:, 0]).sum())
+                found, loss = _found(scores, wanted, most)
+                ranked[text] += found
+                positions[text] += len(wanted)
+                losses[text] += loss
     within = np.cumsum(ranked, axis=1)
-    hits = {f"accuracy@{cut}": within[:, cut - 1] for cut in cuts}
-    return Predicted(tokens, hits, np.nan_to_num(losses, nan=np.inf))
+    one = isinstance(model, NextWord)
+    hits = {
+        f"accuracy@{cut}" if one else f"precision@{cut}": within[:, min(cut, words) - 1]
+        / (1 if one else cut)
+        for cut in cuts
+    }
+    return Predicted(positions, hits, np.nan_to_num(losses, nan=np.inf))
+
+
+def _asked(
+    model: Network, texts: Corpus, text: int, table: Tensor, dense: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Hidden vectors of a text's positions that count, and what is wanted there: ``(p, labels)``,
+    filled up by -1.
+    """  # noqa: D205
+    tokens = texts.tokens[texts.indptr[text] : texts.indptr[text + 1]].astype(np.int64)
+    tokens[tokens >= len(table)] = UNKNOWN_ID
+    if isinstance(model, NextWord):
+        for inputs, targets in _windows(tokens, model.context):
+            wanted = torch.from_numpy(targets.ravel())
+            counts = wanted != UNKNOWN_ID
+            hidden = model.hidden(table[torch.from_numpy(inputs)], dense).flatten(0, 1)
+            yield hidden[counts], wanted[counts, None]
+        return
+    for part in examples_in(tokens).hashed(model.features).batches(_EXAMPLES):
+        labels = torch.from_numpy(part.padded_labels())
+        counts = (labels >= 0).any(1)
+        yield model.hidden(part, dense)[counts], labels[counts]
+
+
+def _found(scores: Tensor, wanted: Tensor, most: int) -> tuple[NDArray[np.float64], float]:
+    """How many positions have a wanted neuron at each rank, and the summed loss of the wanted."""
+    real = wanted >= 0
+    own = scores.gather(1, wanted.clamp(min=0)).masked_fill(~real, -torch.inf)
+    # Of the best, one more than is asked; a tie or what is no number counts against its neuron.
+    best = torch.topk(scores, min(most + 1, scores.shape[1]), sorted=False).values
+    better = (~(best[:, None, :] < own[:, :, None])).sum(2).clamp(min=1) - 1
+    found = np.bincount(better[real].numpy(), minlength=most + 1)[:most].astype(np.float64)
+    logs = torch.logsumexp(scores, 1) - own.masked_fill(~real, 0.0).sum(1) / real.sum(1)
+    return found, float(logs.sum())
 
 
 def commonest(train: Corpus, heldout: Corpus, cuts: Sequence[int]) -> dict[str, float]:
@@ -110,6 +145,11 @@ def commonest(train: Corpus, heldout: Corpus, cuts: Sequence[int]) -> dict[str, 
     counts = train.item_counts()
     counts[UNKNOWN_ID] = -1
     best = np.argsort(-counts, kind="stable")[: max(cuts)]
+    if (heldout.tokens < 0).any():
+        examples = examples_in(heldout.tokens)
+        size = max(1, int((np.diff(examples.label_ends, prepend=0) > 0).sum()))
+        found = {cut: np.isin(examples.labels, best[:cut]).sum() / cut for cut in cuts}
+        return {f"precision@{cut}": float(hits / size) for cut, hits in found.items()}
     targets = np.concatenate(
         [
             heldout.tokens[a + 1 : b]
@@ -121,12 +161,8 @@ def commonest(train: Corpus, heldout: Corpus, cuts: Sequence[int]) -> dict[str, 
     return {f"accuracy@{cut}": float(np.isin(targets, best[:cut]).sum() / size) for cut in cuts}
 
 
-def _windows(
-    texts: Corpus, text: int, context: int, words: int
-) -> Iterator[tuple[Int64Array, Int64Array]]:
+def _windows(tokens: Int64Array, context: int) -> Iterator[tuple[Int64Array, Int64Array]]:
     """Inputs and targets of one text, in batches of sequences of one length."""
-    tokens = texts.tokens[texts.indptr[text] : texts.indptr[text + 1]].astype(np.int64)
-    tokens[tokens >= words] = UNKNOWN_ID
     whole = (len(tokens) - 1) // context
     for start in range(0, whole, _SEQUENCES):
         count = min(_SEQUENCES, whole - start)

@@ -149,12 +149,8 @@ def longest(writers: Writers) -> NDArray[np.int32]:
 
 
 def positions_of(writers: Writers) -> int:
-    """Positions that a device with a long text trains on in a round."""
-    model, most = writers.trainer.language.model, writers.trainer.practice.tokens
-    wanted = len(longest(writers)) - 1
-    if most is not None:
-        wanted = min(wanted, max(most, model.context))
-    return max(1, wanted // model.context) * model.context
+    """Positions, or examples, that a device with much data trains on in a round."""
+    return max(1, writers.trainer.lesson(longest(writers), 0, 0).positions)
 
 
 def tier_facts(parts: TextParts, scenario: Scenario, tier: Tier) -> dict[str, Any]:

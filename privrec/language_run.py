@@ -9,6 +9,7 @@ from typing import Any
 from privrec import catalogue, rundir
 from privrec.assembly import check_tiers, data_digest
 from privrec.assembly_text import TextParts, assemble_texts
+from privrec.data.labels import load_labels
 from privrec.data.text import Corpus, TextSplit, load_text
 from privrec.language import Predicted, commonest, predict
 from privrec.language_cost import tier_facts
@@ -21,8 +22,14 @@ from privrec.scenario import Scenario
 from privrec.wording import KEPT, REVEALED
 
 
+def read_split(scenario: Scenario, data_dir: Path | None) -> TextSplit:
+    """The texts or labelled examples of a scenario, see :mod:`privrec.data.labels`."""
+    load = load_labels if scenario.model.kind == "extreme" else load_text
+    return load(scenario.data, data_dir=data_dir)
+
+
 class Texts:
-    """What :class:`privrec.run.Kind` asks, for texts."""
+    """What :class:`privrec.run.Kind` asks, for texts and labelled examples."""
 
     @property
     def loop(self) -> type[Writing]:
@@ -30,8 +37,8 @@ class Texts:
         return Writing
 
     def load(self, scenario: Scenario, data_dir: Path | None) -> TextSplit:
-        """The texts, words in the order of the data."""
-        split = load_text(scenario.data, data_dir=data_dir)
+        """The texts or examples, words in the order of the data."""
+        split = read_split(scenario, data_dir)
         check_tiers(scenario, split.train.n_users, split.n_items)
         return split
 
@@ -59,7 +66,7 @@ class Texts:
 
 @dataclass(kw_only=True)
 class Writing(Loop):
-    """A run over texts that are here, so that what it predicts can be measured."""
+    """A run over texts or examples that are here, so that what it predicts can be measured."""
 
     split: TextSplit
     parts: TextParts

@@ -19,6 +19,7 @@ from privrec.privacy.ledger import Ledger
 from privrec.randomness import SecretRoot, sync_directory
 from privrec.record import EventLog, Observer
 from privrec.scenario import Scenario, load
+from privrec.scenario_texts import WIDE
 from privrec.scoring import Judge
 
 
@@ -190,7 +191,7 @@ class _Histories:
 
 
 def _kind_of(scenario: Scenario) -> Kind:
-    return Texts() if scenario.model.kind == "next_word" else _Histories()
+    return Texts() if scenario.model.kind in WIDE else _Histories()
 
 
 @dataclass(kw_only=True)

@@ -13,10 +13,11 @@ from collections.abc import Set as AbstractSet
 from typing import Any
 
 from privrec.scenario_problems import as_toml, describe
-from privrec.scenario_texts import TEXTS, texts
+from privrec.scenario_texts import LABELS, TEXTS, texts
 
 SYNTHETIC_KEYS = ("users", "items", "clusters", "interactions_per_user", "seed")
 TEXT_KEYS = ("words", "vocabulary")
+LABEL_KEYS = ("features", "labels_each")
 TABLE_KEYS = ("user_column", "item_column", "time_column", "separator", "encoding")
 
 Values = Mapping[str, Any]
@@ -44,11 +45,16 @@ def values_of(
 
 def foreign_keys(source: str) -> tuple[str, ...]:
     """The keys of ``[data]`` that mean nothing for this source."""
-    synthetic = () if source in ("synthetic", "synthetic_text") else SYNTHETIC_KEYS
-    foreign = synthetic + (() if source == "table" else TABLE_KEYS)
-    if source in TEXTS:
-        return (*foreign, "max_history", *(() if source == "text" else ("words", "path")))
-    return foreign + TEXT_KEYS
+    foreign: tuple[str, ...] = TABLE_KEYS if source != "table" else ()
+    if not source.startswith("synthetic"):
+        dealt = ("interactions_per_user", "seed") if source == "labels" else ()
+        foreign += tuple(key for key in SYNTHETIC_KEYS if key not in dealt)
+    if source != "synthetic_labels":
+        foreign += LABEL_KEYS
+    if source not in (*TEXTS, *LABELS):
+        return foreign + TEXT_KEYS
+    unread = {"text": (), "labels": ("words",)}.get(source, ("words", "path"))
+    return (*foreign, "max_history", *unread)
 
 
 def conflicts(values: Values, given: AbstractSet[str]) -> Problems:
@@ -86,6 +92,8 @@ def _owner(key: str) -> str:
         return '"synthetic"'
     if key in TEXT_KEYS:
         return '"text"'
+    if key in LABEL_KEYS:
+        return '"synthetic_labels"'
     return '"table"' if key in TABLE_KEYS else "interactions or files"
 
 
@@ -217,7 +225,7 @@ def _nesting(values: Values) -> Problems:
     order = nesting or ("fold" if popularity is None else "rows")
     sampled = values["train.selector"] == "popularity" and popularity == "public"
     # The words of a vocabulary are in this order however they are nested.
-    sampled = sampled or values["data.source"] in TEXTS
+    sampled = sampled or values["data.source"] in (*TEXTS, *LABELS)
     if order == "rows" and popularity is None:
         rule = "the order of the rows must come from somewhere"
         remedy = 'set devices.popularity = "public" or "released"'
@@ -284,7 +292,7 @@ def _ials(values: Values) -> Problems:
 
 def _selector(values: Values) -> Problems:
     path, selector = "train.selector", values["train.selector"]
-    if selector == "each" or values["data.source"] in TEXTS:
+    if selector == "each" or values["data.source"] in (*TEXTS, *LABELS):
         return {}
     if values["train.loss"] != "softmax":
         rule = "a shared budget of negatives is a sample of a softmax"

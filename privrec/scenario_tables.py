@@ -32,18 +32,9 @@ class Data(Table):
     """``[data]``: which interactions, and what is held out of them."""
 
     source: Literal[
-        "synthetic",
-        "ml-100k",
-        "ml-1m",
-        "ml-10m",
-        "ml-20m",
-        "ml-25m",
-        "ncf",
-        "lightgcn",
-        "table",
-        "text",
-        "synthetic_text",
-    ] = setting("synthetic", "Where the interactions, or the texts, come from.")
+        "synthetic", "ml-100k", "ml-1m", "ml-10m", "ml-20m", "ml-25m", "ncf", "lightgcn", "table",
+        "text", "synthetic_text", "labels", "synthetic_labels",
+    ] = setting("synthetic", "Where interactions, texts or labels come from.")  # fmt: skip
     path: str | None = setting(
         None,
         "File or folder of the data; `--data` and `PRIVREC_DATA` come first.",
@@ -60,23 +51,29 @@ class Data(Table):
         400, "Synthetic only: number of users that train.", unit="users", ge=2, le=10**7
     )
     items: int = setting(
-        300, "Synthetic only: size of the catalogue, or words with the unknown one.",
+        300, "Synthetic only: size of the catalogue, or words or labels with the unknown one.",
         unit="items", ge=4, le=10**7,
     )  # fmt: skip
     clusters: int = setting(
         8, "Synthetic only: planted groups of taste, or topics.", unit="clusters", ge=1, le=10**4
     )
     interactions_per_user: int = setting(
-        30, "Synthetic only: mean length of a history, or words of a text.",
-        unit="interactions", ge=2, le=10**5,
+        30, "Synthetic only: mean length of a history, or words of a text; of all labels, examples "
+        "of a device.", unit="interactions", ge=2, le=10**5,
     )  # fmt: skip
+    features: int = setting(
+        10_000, "`synthetic_labels` only: words of the world.", unit="words", ge=1, le=2**31 - 2
+    )
+    labels_each: float = setting(
+        3.0, "`synthetic_labels` only: mean labels of an example.", unit="labels", ge=1, le=1000
+    )
     seed: int = setting(0, "Synthetic only: seed of the generator.", ge=0, le=2**63 - 1)
     words: str | None = setting(
         None, "`text` only: file of a public vocabulary, a word a line; unset, all of the text.",
         min_length=1, max_length=4096,
     )  # fmt: skip
     vocabulary: int | None = setting(
-        None, "Texts only: most words, the commonest; others are unknown.", unit="words", ge=2,
+        None, "Texts, labels: most of them, the commonest; others are unknown.", unit="words", ge=2,
         le=10**7,
     )  # fmt: skip
     user_column: str = setting(
@@ -102,27 +99,22 @@ class Data(Table):
 class Model(Table):
     """``[model]``: the recommender, or the language model, and the size of its shared memory."""
 
-    kind: Literal["gmf", "mlp", "neumf", "next_word"] = setting(
-        "gmf", "Which model of the NCF paper; `next_word`, a small Transformer over words."
-    )
+    kind: Literal["gmf", "mlp", "neumf", "next_word", "extreme"] = setting(
+        "gmf", "Which model of the NCF paper; `next_word`, a small Transformer over words; "
+        "`extreme`, a bag of words over very many labels.",
+    )  # fmt: skip
     dim: int = setting(32, "Length of an item vector.", unit="floats", ge=1, le=4096)
     block: int = setting(
         16, "Length of a hashed block; divides `dim`.", unit="floats", ge=1, le=4096
     )
     compression: float = setting(
-        1.0,
-        "Item table over shared memory, both in floats; 1 is uncompressed.",
-        unit="ratio",
-        ge=1,
-        le=10**6,
-    )
+        1.0, "Item table over shared memory, both in floats; 1 is uncompressed.", unit="ratio",
+        ge=1, le=10**6,
+    )  # fmt: skip
     hidden: Annotated[tuple[Width, ...], BeforeValidator(as_tuple)] = setting(
-        (64, 32, 16),
-        "`mlp`, `neumf`: widths of the hidden layers.",
-        unit="neurons",
-        min_length=1,
-        max_length=8,
-    )
+        (64, 32, 16), "`mlp`, `neumf`: widths of the hidden layers.", unit="neurons",
+        min_length=1, max_length=8,
+    )  # fmt: skip
     init_std: float = setting(0.01, "Standard deviation of the initial item vectors.", gt=0, le=10)
     item_bias: bool = setting(True, "Whether each item has a bias of its own.")
     ffn: int = setting(
@@ -132,6 +124,9 @@ class Model(Table):
     layers: int = setting(1, "`next_word`: layers of the Transformer.", ge=1, le=64)
     context: int = setting(
         20, "`next_word`: words that a prediction looks back at.", unit="words", ge=1, le=4096
+    )
+    features: int = setting(
+        8192, "`extreme`: vocabulary that input words are hashed to.", unit="words", ge=1, le=10**7
     )
 
 
@@ -278,7 +273,7 @@ class Train(Table):
         le=0.9,
     )  # fmt: skip
     frequent: float = setting(
-        0.0, "Texts: share of the budget that is the commonest words.", unit="share", ge=0, le=0.9
+        0.0, "Texts, labels: share of the budget that is the commonest.", unit="share", ge=0, le=0.9
     )
     scheme: Literal["private", "requested"] = setting(
         "private",

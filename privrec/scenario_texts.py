@@ -1,4 +1,4 @@
-"""The rules between keys of a scenario over texts."""
+"""The rules between keys of a scenario over texts or labelled examples."""
 
 from __future__ import annotations
 
@@ -8,19 +8,24 @@ from typing import Any
 from privrec.scenario_problems import as_toml, describe
 
 TEXTS = ("text", "synthetic_text")
+LABELS = ("labels", "synthetic_labels")
+WIDE = {"next_word": TEXTS, "extreme": LABELS}
+"""Models with a wide output layer, and the sources of what they learn from."""
 
 Values = Mapping[str, Any]
 Problems = dict[str, str]
 
 
 def texts(values: Values) -> Problems:
-    """What goes with texts, and with nothing else: problems by path."""
+    """What goes with texts and labels, and with nothing else: problems by path."""
     source, kind = values["data.source"], values["model.kind"]
-    if (source in TEXTS) != (kind == "next_word"):
-        rule = f"data.source = {as_toml(source)} has other data"
-        remedy = 'texts and model.kind = "next_word" need each other; change one of them'
-        return {"model.kind": describe("model.kind", kind, rule, remedy)}
-    if source not in TEXTS:
+    for wide, sources in WIDE.items():
+        if (source in sources) != (kind == wide):
+            rule = f"data.source = {as_toml(source)} has other data"
+            some = "texts" if wide == "next_word" else "labels"
+            remedy = f"{some} and model.kind = {as_toml(wide)} need each other; change one of them"
+            return {"model.kind": describe("model.kind", kind, rule, remedy)}
+    if kind not in WIDE:
         return _not_texts(values)
     needed: Mapping[str, tuple[Any, ...]] = {
         "train.loss": ("softmax", "full_softmax"),
@@ -33,7 +38,7 @@ def texts(values: Values) -> Problems:
     }
     for path, options in needed.items():
         if values[path] not in options:
-            rule = "next-word prediction does not have it"
+            rule = "a model with a wide output does not have it"
             return {path: describe(path, values[path], rule, f"use {as_toml(options[0])}")}
     return _language(values)
 
@@ -42,14 +47,14 @@ def _not_texts(values: Values) -> Problems:
     """Keys of texts where there are none."""
     for path, neutral in (("train.frequent", 0.0), ("train.scheme", "private")):
         if values[path] != neutral:
-            rule = "it belongs to texts"
+            rule = "it belongs to texts and labels"
             return {path: describe(path, values[path], rule, f"remove it (-s {path}=)")}
     return {}
 
 
 def _language(values: Values) -> Problems:
     dim, heads, selector = values["model.dim"], values["model.heads"], values["train.selector"]
-    if dim % heads:
+    if values["model.kind"] == "next_word" and dim % heads:
         rule = f"must divide model.dim = {dim}"
         return {"model.heads": describe("model.heads", heads, rule, "use 1, 2, 4 or 8")}
     sparse = values["train.loss"] == "softmax"
@@ -82,6 +87,7 @@ def _requested(values: Values) -> Problems:
     if values[path] != "requested":
         return {}
     allowed: Mapping[str, tuple[Any, ...]] = {
+        "model.kind": ("next_word",),
         "train.selector": ("simhash",),
         "privacy.noise": ("none",),
         "run.secure_sum": ("exact",),

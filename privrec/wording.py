@@ -85,9 +85,12 @@ def spent_text(info: RunInfo, record: Record) -> str:
 def headline_metric(metrics: Mapping[str, float]) -> str | None:
     """The metric to show when there is room for one: HR of the sampled protocol, else any HR.
 
-    Of next words it is the accuracy of the shortest list.
+    Of next words it is the accuracy of the shortest list, of labels the precision.
     """
-    ranked = sorted(metrics, key=lambda name: (not name.startswith("hr@"), "hr@" not in name, name))
+    ranked = sorted(
+        metrics,
+        key=lambda name: (not name.startswith("hr@"), "hr@" not in name, "@" not in name, name),
+    )
     return ranked[0] if ranked else None
 
 
@@ -97,8 +100,8 @@ def metric_name(key: str) -> str:
         return f"{metric_name(key[4:])}, own tier"
     base, ranking = (key[5:], ", full ranking") if key.startswith("full_") else (key, "")
     stem, at, depth = base.partition("@")
-    names = {"hr": "HR", "ndcg": "NDCG", "recall": "Recall", "accuracy": "Accuracy"}
-    return f"{names.get(stem, stem)}{at}{depth}{ranking}"
+    names = {"hr": "HR", "ndcg": "NDCG"}
+    return f"{names.get(stem, stem.capitalize())}{at}{depth}{ranking}"
 
 
 def duration_text(seconds: float) -> str:

@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from privrec.data.extreme import Invented
+from privrec.data.labels import dealt, examples_in
 from privrec.data.text import UNKNOWN, Corpus
 from privrec.device.words import Language
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable, Table
 from privrec.language import Predicted, commonest, predict
+from privrec.models.extreme import WordBag
 from privrec.models.layout import Layout
 from privrec.models.next_word import NextWord
 from privrec.randomness import rng_for
@@ -67,6 +70,43 @@ def test_predictions_are_what_a_loop_finds(table: Table) -> None:
             hits, counted = one_by_one(of, vector, tokens, cut)
             assert (found.hits[f"accuracy@{cut}"][text], found.tokens[text]) == (hits, counted)
     assert 0 < found.summary()["accuracy@1"] < found.summary()["accuracy@3"] < 1
+
+
+def test_labels_are_found_as_a_loop_finds_them() -> None:
+    model, examples = WordBag(16, DIM), Invented(99, WORDS - 1, 5, 2.5, 3).examples(30)
+    corpus = dealt(examples, 10)
+    table, biases = PlainTable.of(WORDS, DIM, block=4), PlainTable.of(WORDS, 1, block=1)
+    of = Language(model, table, biases, Layout(model.dense, table.slots, 4, WORDS))
+    vector = rng_for(1, "weights").normal(0, 0.5, of.layout.size).astype(np.float32)
+    rows, shifts = of.layout.memory_of(vector).reshape(WORDS, DIM), of.layout.biases_of(vector)
+    dense = torch.from_numpy(of.layout.dense_of(vector))
+    for held in (corpus, corpus.renumbered(np.arange(WORDS), 12)):
+        found = predict(of, vector, held, (1, 3))
+        hits, counted = dict.fromkeys((1, 3), 0.0), 0
+        whole = examples_in(held.tokens).hashed(16)
+        for one in (whole.take(np.array([row])) for row in range(30)):
+            if not len(one.labels):
+                continue
+            scores = rows @ model.hidden(one, dense)[0].numpy() + shifts
+            best = [label for label in np.argsort(-scores) if label]
+            counted += 1
+            for cut in hits:
+                hits[cut] += len(set(best[:cut]) & set(one.labels)) / cut
+        assert found.tokens.sum() == counted
+        for cut, value in hits.items():
+            assert found.summary()[f"precision@{cut}"] == pytest.approx(value / counted)
+    assert counted < 30
+
+
+def test_the_commonest_labels_are_the_baseline_of_labels() -> None:
+    train = dealt(Invented(99, WORDS - 1, 5, 2.5, 3).examples(60), 10)
+    best = 1 + np.argsort(-train.item_counts()[1:], kind="stable")[:3]
+    examples = examples_in(train.tokens)
+    own = np.split(examples.labels, examples.label_ends[:-1])
+    found = commonest(train, train, (1, 3))
+    for cut in (1, 3):
+        value = np.mean([np.isin(labels, best[:cut]).sum() / cut for labels in own])
+        assert found[f"precision@{cut}"] == pytest.approx(value)
 
 
 def test_a_model_that_is_no_number_or_constant_earns_nothing() -> None:

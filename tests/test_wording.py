@@ -96,4 +96,8 @@ def test_names_of_metrics() -> None:
     assert metric_name("full_ndcg@20") == "NDCG@20, full ranking"
     assert headline_metric({"ndcg@10": 1.0, "full_hr@10": 1.0, "hr@10": 1.0}) == "hr@10"
     assert headline_metric({"full_ndcg@10": 1.0, "full_hr@10": 1.0}) == "full_hr@10"
+    assert headline_metric({"perplexity": 9.0, "precision@1": 0.5, "precision@3": 0.6}) == (
+        "precision@1"
+    )
+    assert metric_name("precision@1") == "Precision@1"
     assert headline_metric({}) is None

@@ -121,10 +121,10 @@ def describe(split: Split) -> dict[str, int | float | str | bool]:
 def _load(config: DataConfig, data_dir: Path | None) -> Split:
     if config.source == "synthetic":
         return leave_last_out(planted(config).interactions, holdout=config.holdout)
-    if config.source in ("text", "synthetic_text"):
+    if config.source in ("text", "synthetic_text", "labels", "synthetic_labels"):
         raise UsageError(
-            f"data.source = {config.source!r}: texts have no items to recommend; they are trained "
-            'on with model.kind = "next_word", by privrec run'
+            f"data.source = {config.source!r}: has no items to recommend; it is trained on with "
+            'model.kind = "next_word" (texts) or "extreme" (labels), by privrec run'
         )
     roots = _roots(config.path, data_dir)
     if config.source == "table":

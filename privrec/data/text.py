@@ -32,7 +32,9 @@ Holdout = Literal["test", "validation"]
 Int64Array = NDArray[np.int64]
 
 _TITLE = re.compile(r"^\s*= ([^=].*?) =\s*$")
-_EVERY = 10  # one article in so many is held out
+EVERY = 10
+"""One device in so many is held out."""
+
 _FIRST = {"test": 9, "validation": 4}
 _SHORTEST = 2  # tokens; a text of one word has no next one
 _FOLLOWERS = 4
@@ -44,6 +46,8 @@ _ZIPF = 1.0
 @dataclass(frozen=True, eq=False)
 class Corpus:
     """Texts of devices, one after the other, as word numbers.
+
+    Tokens below zero are no words of the vocabulary, see :mod:`privrec.data.labels`.
 
     Args:
         names: of the articles, one a device.
@@ -79,13 +83,14 @@ class Corpus:
 
     def item_counts(self) -> Int64Array:
         """How often each word occurs, int64 [n_items]."""
-        return np.bincount(self.tokens, minlength=self.n_items).astype(np.int64)
+        return np.bincount(self.tokens[self.tokens >= 0], minlength=self.n_items).astype(np.int64)
 
     @cached_property
     def distinct(self) -> Interactions:
         """Which words each device uses, each named once: what a private count is made of."""
-        owners = np.repeat(np.arange(self.n_users), self.counts)
-        pairs = np.unique(owners * self.n_items + self.tokens)
+        named = self.tokens >= 0
+        owners = np.repeat(np.arange(self.n_users), self.counts)[named]
+        pairs = np.unique(owners * self.n_items + self.tokens[named])
         bounds = np.searchsorted(pairs, np.arange(self.n_users + 1) * self.n_items)
         return Interactions(
             bounds.astype(np.int64),
@@ -113,9 +118,8 @@ class Corpus:
         kept = order[:size]
         new = np.full(self.n_items, UNKNOWN_ID, np.int32)
         new[kept] = np.arange(len(kept), dtype=np.int32)
-        return replace(
-            self, tokens=new[self.tokens], words=tuple(self.words[word] for word in kept)
-        )
+        tokens = np.where(self.tokens < 0, self.tokens, new[self.tokens.clip(min=0)])
+        return replace(self, tokens=tokens, words=tuple(self.words[word] for word in kept))
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,7 +211,7 @@ def load_text(config: TextConfig, *, data_dir: Path | None = None) -> TextSplit:
     files = _files(config.path, data_dir)
     source = "embedded" if files == [EMBEDDED] else files[0].parent.name
     words = None if config.words is None else _word_list(_beside(config.words, data_dir))
-    split = split_by_article(read_articles(files, words), config.holdout, source)
+    split = split_devices(read_articles(files, words), config.holdout, source)
     return replace(split, vocabulary=config.vocabulary)
 
 
@@ -247,21 +251,21 @@ def read_articles(files: Sequence[Path], words: Sequence[str] | None = None) -> 
     return Corpus(tuple(names), bounds, tokens, tuple(known))
 
 
-def split_by_article(corpus: Corpus, holdout: Holdout, source: str) -> TextSplit:
-    """Every tenth article held out; the same one whatever else is asked for.
+def split_devices(corpus: Corpus, holdout: Holdout, source: str) -> TextSplit:
+    """Every tenth device held out; the same one whatever else is asked for.
 
     Args:
-        corpus: all articles.
-        holdout: which tenth. With ``"validation"`` the test articles are left out altogether.
-        source: where the text comes from, in words.
+        corpus: all devices.
+        holdout: which tenth. With ``"validation"`` the test devices are left out altogether.
+        source: where the data comes from, in words.
 
     Raises:
-        DataError: when there are fewer than ten articles.
+        DataError: when there are fewer than ten devices.
     """
-    place = np.arange(corpus.n_users) % _EVERY
-    if corpus.n_users < _EVERY:
+    place = np.arange(corpus.n_users) % EVERY
+    if corpus.n_users < EVERY:
         raise bad_file(
-            source, f"{corpus.n_users} articles", f"a split needs {_EVERY} or more",
+            source, f"{corpus.n_users} articles", f"a split needs {EVERY} or more",
             "name a text with more '= Title =' lines",
         )  # fmt: skip
     out = place == _FIRST[holdout]
@@ -318,17 +322,33 @@ def generate_text(
 
 def _synthetic(config: TextConfig) -> TextSplit:
     """``config.users`` texts to train on, and others of the same law to be held out."""
-    users, out = config.users, max(1, config.users // (_EVERY - 1))
     corpus = generate_text(
-        devices=users + 2 * out,
+        devices=with_heldout(config.users),
         words=config.items,
         topics=config.clusters,
         tokens_per_device=config.interactions_per_user,
         seed=config.seed,
     )
-    first = users if config.holdout == "validation" else users + out
+    return split_after(corpus, config.users, config.holdout)
+
+
+def with_heldout(users: int) -> int:
+    """Synthetic devices in all, of which so many are to train."""
+    return users + 2 * max(1, users // (EVERY - 1))
+
+
+def split_after(corpus: Corpus, users: int, holdout: Holdout) -> TextSplit:
+    """The first devices of synthetic ones to train on, and as many as are asked of the others.
+
+    Args:
+        corpus: :func:`with_heldout` of them.
+        users: those that train.
+        holdout: which of the others.
+    """
+    out = (corpus.n_users - users) // 2
+    first = users if holdout == "validation" else users + out
     train, heldout = np.arange(users), np.arange(first, first + out)
-    return TextSplit(corpus.select(train), corpus.select(heldout), config.holdout, "synthetic")
+    return TextSplit(corpus.select(train), corpus.select(heldout), holdout, "synthetic")
 
 
 def _zipf(

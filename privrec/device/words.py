@@ -1,4 +1,4 @@
-"""Local training on a text: a device's own windows, its active neurons, and the change they ask.
+"""Local training of a wide output: a device's lesson, its active neurons, the change they ask.
 
 One device at a time: its hidden states and the scores of its neurons are matrices large enough to
 keep a core busy. What is trained is the memory of the touched rows, whatever table they lie in, and
@@ -19,6 +19,7 @@ from torch import Tensor
 from privrec.data.text import UNKNOWN_ID
 from privrec.device.batch import Histories
 from privrec.device.examples import NoiseRoots
+from privrec.device.lessons import Lesson, Network, Neurons, lesson_of
 from privrec.device.negatives import Functions
 from privrec.device.neurons import Active, Find, Output, spread
 from privrec.device.train import Trained
@@ -28,8 +29,8 @@ from privrec.embedding.table import Table
 from privrec.errors import UsageError
 from privrec.lsh.memory import ItemMemory
 from privrec.lsh.select import Search, Selector, select
+from privrec.lsh.sketch import Sketch
 from privrec.models.layout import Layout
-from privrec.models.next_word import NextWord, sampled_loss
 
 FloatArray = NDArray[np.float32]
 Items = NDArray[np.int64]
@@ -39,16 +40,16 @@ _WINDOW = 0x77_1D_0E
 
 @dataclass(frozen=True)
 class Language:
-    """The shared parameters' meaning: a next-word model over word vectors in a table.
+    """The shared parameters' meaning: a network whose output neurons lie in a table.
 
     Args:
-        model: the network.
-        vectors: where word vectors lie, input and output alike.
+        model: the network; of the next-word model, words are read from the same table.
+        vectors: where the neurons' vectors lie.
         biases: where the biases of output neurons lie.
         layout: sections of the shared vector.
     """
 
-    model: NextWord
+    model: Network
     vectors: Table
     biases: Table
     layout: Layout
@@ -68,13 +69,13 @@ class Practice:
     """Hyper-parameters of local training.
 
     Args:
-        tokens: most tokens of a device in a round; None for its whole text.
-        steps: gradient steps, each on a part of the tokens.
+        most: words of a text, or examples, of a device in a round at most; None for all.
+        steps: gradient steps, each on a part of them.
         rate: step size.
         selector: how neurons are selected, one of :mod:`privrec.lsh.select`.
     """
 
-    tokens: int | None
+    most: int | None
     steps: int
     rate: float
     selector: Selector | None = None
@@ -95,10 +96,10 @@ class WordTrainer:
     practice: Practice
 
     def __post_init__(self) -> None:
-        budget, longest = self.output.budget, self.language.model.context + 1
-        if budget < min(longest, self.output.words):
+        budget, shortest = self.output.budget, self.language.model.shortest
+        if budget < min(shortest, self.output.words):
             raise UsageError(
-                f"train.budget: {budget} of {self.output.words} neurons, and {longest} words of a "
+                f"train.budget: {budget} of {self.output.words} neurons, and {shortest} words of a "
                 "text may all differ; raise it, or lower model.context"
             )
 
@@ -109,7 +110,7 @@ class WordTrainer:
 
         Args:
             weights: the shared vector in memory form; not changed.
-            text: the device's tokens, in reading order.
+            text: the device's tokens: a text in reading order, or examples.
             user: whose they are; names its draws.
             key: the round's key, for the window and the neurons drawn by chance.
             find: who selects neurons; None for nobody.
@@ -117,14 +118,20 @@ class WordTrainer:
         Returns:
             The change of the shared vector, and the mean loss before it.
         """
-        inputs, targets = self._windows(text, user, key)
-        words = np.unique(np.concatenate((inputs.ravel(), targets.ravel())))
+        lesson = self.lesson(text, user, key)
         local = _Local(self.language, weights)
         queries = np.zeros((1, self.language.vectors.dim + 1), np.float32)
         if find is not None and self.output.selected:
-            queries = self._queries(local, inputs)
-        active = self.output.active(words, queries, find, key, user)
-        return local.descend(active, inputs, targets, self.practice)
+            queries = self._queries(local, lesson)
+        active = self.output.active(lesson.own, queries, find, key, user)
+        return local.descend(active, lesson, self.practice)
+
+    def lesson(self, text: NDArray[np.int32], user: int, key: int) -> Lesson:
+        """What the device learns from in a round; arguments as of :meth:`train`."""
+        output = self.output
+        budget = output.budget if output.budget < output.words else None
+        draw = int(splitmix64(key ^ _WINDOW, np.array([user]))[0] >> np.uint64(33))
+        return lesson_of(self.language.model, text, self.practice.most, budget, draw)
 
     def finder(self, search: Search, functions: Functions | None, user: int) -> Find:
         """The device's own selection from its own memory, by functions of its own.
@@ -145,39 +152,11 @@ class WordTrainer:
 
         return find
 
-    def _queries(self, local: _Local, inputs: Items) -> FloatArray:
-        few = inputs[spread(len(inputs))]
+    def _queries(self, local: _Local, lesson: Lesson) -> FloatArray:
         with torch.no_grad():
-            hidden = local.hidden(few).reshape(-1, self.language.vectors.dim).numpy()
+            hidden = local.hidden(lesson, spread(len(lesson))).numpy()
         hidden = hidden[spread(len(hidden))]
         return np.concatenate((hidden, np.ones((len(hidden), 1), np.float32)), axis=1)
-
-    def _windows(self, text: NDArray[np.int32], user: int, key: int) -> tuple[Items, Items]:
-        """Sequences of the text and the words that follow, ``(s, t)`` each, from a random place.
-
-        As many sequences as have no more different words than neurons may be active.
-        """
-        context = self.language.model.context
-        t = min(context, len(text) - 1)
-        wanted = len(text) - 1
-        if self.practice.tokens is not None:
-            wanted = min(wanted, max(t, self.practice.tokens))
-        count = wanted // t
-        word = splitmix64(key ^ _WINDOW, np.array([user]))[0] >> np.uint64(33)
-        start = int(word) % (len(text) - count * t)
-        piece = text[start : start + count * t + 1].astype(np.int64)
-        if self.output.budget < self.output.words:
-            count = min(count, self._fitting(piece, t))
-        inputs = piece[: count * t].reshape(count, t)
-        targets = piece[1 : count * t + 1].reshape(count, t)
-        return inputs, targets
-
-    def _fitting(self, piece: Items, t: int) -> int:
-        """Sequences from the start whose words fit the budget: one at least."""
-        _, first = np.unique(piece, return_index=True)
-        new = np.cumsum(np.bincount(first, minlength=len(piece)))
-        fits = int(np.searchsorted(new, self.output.budget, side="right"))
-        return (fits - 1) // t
 
 
 class _Local:
@@ -188,27 +167,27 @@ class _Local:
         self._memory, self._bias_memory = layout.memory_of(weights), layout.biases_of(weights)
         self._dense = torch.from_numpy(layout.dense_of(weights))
 
-    def hidden(self, inputs: Items) -> Tensor:
-        """Hidden states at the start of the round."""
-        rows = self._language.vectors.gather(self._memory, inputs)
-        return self._language.model.hidden(torch.from_numpy(rows), self._dense)
+    def hidden(self, lesson: Lesson, part: Items) -> Tensor:
+        """Hidden vectors at the start of the round."""
+        vectors, memory = self._language.vectors, self._memory
+        return lesson.hidden(
+            part, lambda words: torch.from_numpy(vectors.gather(memory, words)), self._dense
+        )
 
     def descend(
-        self, active: Active, inputs: Items, targets: Items, practice: Practice
+        self, active: Active, lesson: Lesson, practice: Practice
     ) -> tuple[RawUpdate, float]:
-        """Gradient steps on parts of the windows; the change, and the first step's loss."""
+        """Gradient steps on parts of the lesson; the change, and the first step's loss."""
         language = self._language
         vectors = _Touched(language.vectors, self._memory, active.items)
         biases = _Touched(language.biases, self._bias_memory[:, None], active.items)
         dense = self._dense.clone().requires_grad_()
-        places, logs = active.places(np.stack((inputs, targets))), torch.from_numpy(active.logs)
-        parts = np.array_split(np.arange(len(inputs)), min(practice.steps, len(inputs)))
+        parts = np.array_split(np.arange(len(lesson)), min(practice.steps, len(lesson)))
         first = 0.0
         for number, part in enumerate(parts):
-            read, wanted = (torch.from_numpy(each[part]) for each in places)
-            rows = vectors.rows()
-            hidden = language.model.hidden(rows[read], dense).flatten(0, 1)
-            loss = sampled_loss(hidden, rows, biases.rows()[:, 0], logs, wanted.flatten())
+            neurons = Neurons(active, vectors.rows(), biases.rows()[:, 0])
+            hidden = lesson.hidden(part, neurons.read, dense)
+            loss = lesson.loss(part, hidden, neurons)
             loss.backward()  # type: ignore[no-untyped-call]
             for each in (dense, vectors.blocks, biases.blocks):
                 _step(each, practice.rate)
@@ -282,11 +261,11 @@ class Asking(Protocol):
 
 @dataclass
 class Writers:
-    """Simulated devices with texts, of one tier: what a simulation asks of its learners.
+    """Simulated devices with texts or examples, of one tier, as a simulation asks for learners.
 
     Args:
         trainer: local training.
-        histories: texts, in ascending order of their users.
+        histories: their tokens, in ascending order of their users.
         served: the server's tables, where devices ask for neurons; None where they select alone.
         states: devices keep nothing between rounds, so zeros: shape ``(devices, 1)``.
     """
@@ -327,11 +306,12 @@ class Writers:
         if self.served is not None:
             find = asked_of(self.served.hashed(items, key))
             return lambda user: find
-        search = Search(items.unfolded())
+        sketch = Sketch.of(items) if self.trainer.practice.selector == "sketch" else None
+        search = Search(items.unfolded(), sketch)
         return lambda user: self.trainer.finder(search, functions, user)
 
     def _text(self, row: int) -> NDArray[np.int32]:
-        """A device's tokens; words that its tier does not hold are unknown to it."""
+        """A device's tokens; words and labels that its tier does not hold are unknown to it."""
         histories = self.histories
         tokens = histories.items[histories.indptr[row] : histories.indptr[row + 1]]
         return np.where(tokens < self.trainer.language.vectors.items, tokens, UNKNOWN_ID)

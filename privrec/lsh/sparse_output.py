@@ -264,8 +264,10 @@ class SparseOutput(nn.Module):
             active = self.active(hidden, labels)
         padded = labels[:, None] if labels.dim() == 1 else labels
         scores = self.logits(hidden, active)
-        graded = _softmax if kind == "softmax" else _bce
-        return graded(scores, active, active.places(padded), padded != NO_LABEL)
+        places, real = active.places(padded), padded != NO_LABEL
+        if kind == "softmax":
+            return softmax_loss(scores + active.log_weights, places, real)
+        return _bce(scores, active, places, real)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Scores of all neurons, shape ``(b, n)``: the dense layer, for comparison."""
@@ -386,8 +388,15 @@ def _summed(index: Tensor, values: Tensor, size: torch.Size) -> Tensor:
     return sparse._coalesced_(True)
 
 
-def _softmax(scores: Tensor, active: ActiveSet, places: Tensor, real: Tensor) -> Tensor:
-    total = torch.logsumexp(scores + active.log_weights, dim=1)
+def softmax_loss(scores: Tensor, places: Tensor, real: Tensor) -> Tensor:
+    """Mean cross-entropy of examples with several labels each, the mean over an example's labels.
+
+    Args:
+        scores: of the active neurons, with the logarithms of how many each stands for: ``(b, A)``.
+        places: where labels stand among the neurons, shape ``(b, m)``.
+        real: which of them are labels and no padding, of that shape.
+    """
+    total = torch.logsumexp(scores, dim=1)
     own = torch.where(real, scores.gather(1, places), 0.0).sum(1) / real.sum(1).clamp(min=1)
     return torch.where(real.any(1), total - own, 0.0).mean()
 

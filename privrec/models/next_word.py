@@ -73,6 +73,11 @@ class NextWord:
         """Number of dense weights."""
         return sum(int(np.prod(shape)) for shape in self.shapes)
 
+    @property
+    def shortest(self) -> int:
+        """Output neurons that the smallest piece of training has to have: all its words differ."""
+        return self.context + 1
+
     def initial_dense(self, rng: np.random.Generator) -> FloatArray:
         """Glorot-uniform matrices, small positions, and zeros elsewhere, as one vector."""
         parts = [rng.normal(0, 0.1, self.shapes[0]).ravel()]

@@ -25,6 +25,7 @@ from privrec.report.parts import (
     RenyiPoint,
     Sampling,
 )
+from privrec.scenario_texts import WIDE
 
 Counts = Mapping[RoundEvent, int]
 
@@ -357,7 +358,7 @@ def facts_of(
         runs_before=0 if declaration.standing.population else declaration.standing.runs,
         public_popularity=devices.popularity == "public",
         requested=scenario.train.scheme == "requested",
-        texts=scenario.model.kind == "next_word",
+        texts=scenario.model.kind in WIDE,
         popularity_released=before is not None,
         mechanism=privacy.mechanism,
         excess_removed=privacy.remove_excess,

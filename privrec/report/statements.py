@@ -230,8 +230,8 @@ def definition(facts: Facts, declaration: Declaration) -> Definition:
 def _domain(facts: Facts) -> str:
     if facts.texts:
         return (
-            "Texts over a public vocabulary, one text a user id. The words, the number of users "
-            "and the scenario are public."
+            "Texts, or labelled examples, over a public vocabulary, those of one user id together. "
+            "The words, the number of users and the scenario are public."
         )
     return (
         "Histories of interactions with items of a public catalogue, one history a user id. The "

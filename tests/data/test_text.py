@@ -17,7 +17,7 @@ from privrec.data.text import (
     generate_text,
     load_text,
     read_articles,
-    split_by_article,
+    split_devices,
 )
 from privrec.errors import DataError, UsageError
 
@@ -81,7 +81,7 @@ def test_bad_texts_are_named_with_the_line(tmp_path: Path) -> None:
 
 def test_no_article_is_on_both_sides_and_validation_never_sees_the_test() -> None:
     corpus = read_articles([EMBEDDED])
-    test, validation = (split_by_article(corpus, h, "") for h in ("test", "validation"))
+    test, validation = (split_devices(corpus, h, "") for h in ("test", "validation"))
     assert not set(test.train.names) & set(test.heldout.names)
     assert set(test.train.names) | set(test.heldout.names) == set(corpus.names)
     left = {*validation.train.names, *validation.heldout.names}

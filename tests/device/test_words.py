@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from privrec.device.batch import Histories
+from privrec.device.lessons import Sequences
 from privrec.device.neurons import Output
 from privrec.device.update import RawUpdate
 from privrec.device.words import Language, Practice, WordTrainer, Writers
@@ -113,34 +114,42 @@ def test_no_block_is_named_twice() -> None:
         assert len(np.unique(names)) == names.size
 
 
+def windows(
+    of: WordTrainer, text: np.ndarray, user: int, key: int
+) -> tuple[np.ndarray, np.ndarray]:
+    lesson = of.lesson(text, user, key)
+    assert isinstance(lesson, Sequences)
+    return lesson.inputs, lesson.targets
+
+
 def test_a_window_is_a_place_of_the_text_that_the_key_decides() -> None:
     of = trainer(tokens=10)
     seen = set()
     for key in range(60):
-        inputs, targets = of._windows(TEXT, 3, key)
+        inputs, targets = windows(of, TEXT, 3, key)
         assert inputs.shape == targets.shape == (2, 5)
         flat = np.append(inputs.ravel(), targets[-1, -1])
         assert np.array_equal(inputs.ravel()[1:], targets.ravel()[:-1])
         starts = [s for s in range(31) if np.array_equal(TEXT[s : s + 11], flat)]
         seen.update(starts)
     assert len(seen) > 15
-    assert np.array_equal(of._windows(TEXT, 3, 5)[0], of._windows(TEXT, 3, 5)[0])
+    assert np.array_equal(windows(of, TEXT, 3, 5)[0], windows(of, TEXT, 3, 5)[0])
 
 
 def test_a_text_of_too_many_words_is_cut_to_what_its_neurons_hold() -> None:
     text = np.arange(41, dtype=np.int32)
-    inputs, targets = trainer(share=0.15)._windows(text, 0, 0)  # 18 neurons, 41 words
+    inputs, targets = windows(trainer(share=0.15), text, 0, 0)  # 18 neurons, 41 words
     assert len(inputs) == 3  # of 16 words
     assert len(np.unique(np.append(inputs, targets))) <= 18
     # One sequence fits whatever its words; fewer neurons than that are refused at once.
-    assert len(trainer(share=0.05)._windows(text, 0, 0)[0]) == 1
+    assert len(windows(trainer(share=0.05), text, 0, 0)[0]) == 1
     with pytest.raises(UsageError, match=r"train\.budget"):
         trainer(share=0.04)
 
 
 def test_short_texts_train_as_far_as_they_go() -> None:
     for length in (2, 3, 5, 6, 7):
-        inputs, targets = trainer(tokens=10)._windows(TEXT[:length], 0, 0)
+        inputs, targets = windows(trainer(tokens=10), TEXT[:length], 0, 0)
         assert inputs.size == targets.size >= 1
 
 

@@ -1,0 +1,113 @@
+"""Labelled examples as tokens of devices: nothing is lost but what is meant to be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from privrec.data.extreme import Examples, Invented
+from privrec.data.labels import dealt, examples_in, load_labels
+from privrec.errors import DataError
+from privrec.scenario import Data
+
+WORLD = Invented(50, 40, words=6, labels_each=3, clusters=8)
+FILE = "30 5 4\n" + "".join(
+    f"{n % 4},{(n + 1) % 4} {n % 5}:1.0 {(n + 2) % 5}:0.5\n" for n in range(30)
+)
+
+
+def parts(examples: Examples) -> list[tuple[list[int], list[int]]]:
+    """Words and labels of each example."""
+    words = np.split(examples.features, examples.ends[:-1])
+    labels = np.split(examples.labels, examples.label_ends[:-1])
+    return [(w.tolist(), n.tolist()) for w, n in zip(words, labels, strict=True)]
+
+
+def config(**settings: object) -> Data:
+    return Data.model_validate({"source": "synthetic_labels", "clusters": 4, **settings})
+
+
+def test_examples_come_back_from_their_devices() -> None:
+    examples = WORLD.examples(20)
+    corpus = dealt(examples, 4)
+    assert corpus.n_users == 5
+    found = []
+    for device in range(5):
+        tokens = corpus.tokens[corpus.indptr[device] : corpus.indptr[device + 1]]
+        found += parts(examples_in(tokens))
+    wanted = [(words, [label + 1 for label in labels]) for words, labels in parts(examples)]
+    assert found == wanted
+
+
+def test_what_is_no_whole_share_of_a_device_is_left_out() -> None:
+    corpus = dealt(WORLD.examples(11), 4)
+    assert corpus.n_users == 2
+    assert len(examples_in(corpus.tokens)) == 8
+
+
+def test_a_word_weighs_with_the_root_of_its_example() -> None:
+    found = examples_in(np.array([-1, -5, -3, -4, 7, 2, -9, 3], np.int32))
+    assert parts(found) == [([0, 4, 2, 3], [7, 2]), ([8], [3])]
+    np.testing.assert_allclose(found.values, [0.5, 0.5, 0.5, 0.5, 1.0])
+
+
+def test_unknown_labels_are_no_labels_and_an_example_may_have_none() -> None:
+    found = examples_in(np.array([-1, 0, 4, -2, 0, -3], np.int32))
+    assert parts(found) == [([0], [4]), ([1], []), ([2], [])]
+
+
+def test_only_labels_are_counted_and_numbered_anew() -> None:
+    corpus = dealt(WORLD.examples(40), 10)
+    counts = corpus.item_counts()
+    labels = corpus.tokens[corpus.tokens >= 0]
+    np.testing.assert_array_equal(counts, np.bincount(labels, minlength=41))
+    order = np.concatenate(([0], 1 + np.argsort(-counts[1:], kind="stable")))
+    new = corpus.renumbered(order, 10)
+    words = corpus.tokens < 0
+    np.testing.assert_array_equal(new.tokens[words], corpus.tokens[words])
+    assert new.tokens.max() == 9
+    assert (np.diff(new.item_counts()[1:]) <= 0).all()
+    distinct = corpus.distinct
+    own = corpus.tokens[corpus.indptr[1] : corpus.indptr[2]]
+    assert set(distinct.items[distinct.indptr[1] : distinct.indptr[2]]) == set(own[own >= 0])
+
+
+@pytest.mark.parametrize("holdout", ["test", "validation"])
+def test_synthetic_devices_are_as_many_as_asked_and_others_are_held_out(holdout: str) -> None:
+    split = load_labels(config(users=30, items=65, interactions_per_user=5, holdout=holdout))
+    assert (split.train.n_users, split.heldout.n_users, split.n_items) == (30, 3, 65)
+    assert len(examples_in(split.heldout.tokens)) == 15
+    assert not set(split.train.names) & set(split.heldout.names)
+
+
+def test_test_and_validation_devices_train_alike_and_are_others() -> None:
+    test, validation = (
+        load_labels(config(users=30, items=65, interactions_per_user=5, holdout=each))
+        for each in ("test", "validation")
+    )
+    np.testing.assert_array_equal(test.train.tokens, validation.train.tokens)
+    assert not set(test.heldout.names) & set(validation.heldout.names)
+
+
+def test_a_file_of_the_repository_is_dealt_to_devices(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text(FILE)
+    settings = config(source="labels", interactions_per_user=3)
+    split = load_labels(settings, data_dir=tmp_path)
+    assert (split.train.n_users, split.heldout.n_users) == (9, 1)
+    assert split.source == "train"
+    assert split.n_items == 5
+    named = load_labels(config(source="labels", path="train.txt", interactions_per_user=3),
+                        data_dir=tmp_path)  # fmt: skip
+    np.testing.assert_array_equal(named.train.tokens, split.train.tokens)
+
+
+def test_few_examples_and_no_file_are_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="one file of the Extreme"):
+        load_labels(config(source="labels"), data_dir=tmp_path)
+    with pytest.raises(DataError, match=r"data\.path"):
+        load_labels(config(source="labels"))
+    (tmp_path / "train.txt").write_text(FILE)
+    with pytest.raises(DataError, match=r"30 examples.*lower data\.interactions_per_user"):
+        load_labels(config(source="labels", interactions_per_user=4), data_dir=tmp_path)
