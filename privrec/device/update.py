@@ -201,14 +201,21 @@ def _add(
     add_rows(target, slots.ravel(), rows)
 
 
+_SURELY = 0.99  # of the clip norm: below that, a float32 norm need not be a good one
+
+
 def clip(values: NDArray[np.float32], clip_norm: float) -> NDArray[np.float32]:
     """Scale each row down to an L2 norm of at most ``clip_norm``; broken rows become zeros."""
-    # A float32 norm is off by less than a millionth or so; the integer check is the strict one.
     with np.errstate(over="ignore", invalid="ignore"):
-        norms = np.sqrt((values[:, None] @ values[:, :, None])[:, 0, 0]) * np.float32(1 + 1e-6)
+        norms = np.sqrt((values[:, None] @ values[:, :, None])[:, 0, 0]).astype(np.float64)
+        sound = np.isfinite(norms)
+        if (norms[sound] > _SURELY * clip_norm).any():
+            # A float32 norm of millions of numbers is off by 1e-5: too much for a fine grid.
+            norms = np.sqrt(np.einsum("ij,ij->i", values, values, dtype=np.float64))
+            norms *= 1 + 1e-6  # products with a factor are rounded
         factors = np.minimum(1, clip_norm / np.maximum(norms, np.finfo(np.float32).tiny))
-        if np.isfinite(norms).all() and factors.min(initial=1) == 1:
+        if sound.all() and factors.min(initial=1) == 1:
             return values
         clipped: NDArray[np.float32] = values * factors.astype(np.float32)[:, None]
-    clipped[~np.isfinite(norms)] = 0
+    clipped[~sound] = 0
     return clipped

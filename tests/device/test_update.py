@@ -38,6 +38,19 @@ def test_a_short_row_is_not_touched() -> None:
     assert np.array_equal(clip(values, 0.6), values)
 
 
+def test_a_long_vector_fits_the_finest_grid_after_clipping() -> None:
+    rng = np.random.default_rng(0)
+    # Millions of numbers of many sizes: the worst for a sum in float32.
+    values = rng.standard_normal((2, 2_000_000), np.float32) * rng.exponential(size=2_000_000) ** 3
+    clipped = clip(values.astype(np.float32), 5.0)
+    norms = np.sqrt(np.square(clipped.astype(np.float64)).sum(1))
+    assert (norms <= 5.0).all()
+    assert (norms > 5.0 * (1 - 1e-5)).all()
+    encoding = Encoding(5.0, values.shape[1], 20)
+    coins = SecretRoot.known(b"coins").stream("rounding")
+    assert np.abs(encoding.encode(clipped[:1], coins)).max() > 0
+
+
 def test_a_long_row_keeps_its_direction_and_gets_the_clip_norm() -> None:
     values = np.array([[30.0, -40.0], [3e-3, 4e-3]], np.float32)
     assert np.allclose(clip(values, 1e-3), [[6e-4, -8e-4], [6e-4, 8e-4]], rtol=1e-5)
