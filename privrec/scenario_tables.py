@@ -436,12 +436,9 @@ class Privacy(Table):
         lt=1,
     )
     scale_bits: float = setting(
-        13.0,
-        "An update is encoded in integers of scale 2^this / `clip_norm`.",
-        unit="bits",
-        ge=1,
-        le=20,
-    )
+        13.0, "An update is encoded in integers of scale 2^this / `clip_norm`; without noise, a "
+        "finer grid loses less.", unit="bits", ge=1, le=20,
+    )  # fmt: skip
     ring_bits: Literal[32, 16] = setting(
         32, "Sums are taken modulo 2^this; 16 halves the upload, for cohorts of up to 1,000.",
         unit="bits",
