@@ -310,7 +310,10 @@ def trainer_of(scenario: Scenario, federation: Federation, tier: Tier) -> Traine
         gain = federation.tiers[0].capacity / tier.capacity
         settings = replace(settings, local_lr=settings.local_lr * gain)
     if not isinstance(tier.recommender, Recommender):
-        raise UsageError(f'model.kind = "{scenario.model.kind}": it trains on texts, not histories')
+        raise UsageError(
+            f'model.kind = "{scenario.model.kind}": it learns from texts or labels; this is for '
+            "recommenders of items alone"
+        )
     return Trainer(tier.recommender, settings, examples=_example_noise(scenario))
 
 

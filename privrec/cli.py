@@ -510,8 +510,12 @@ def _say_where(directory: Path, pages: Written) -> None:
 
 def _scenario_for_data(name: str, settings: Sequence[str]) -> Scenario:
     from privrec.scenario import Scenario, load
+    from privrec.scenario_texts import WIDE
 
     if name.endswith(".toml"):
         return load(name, settings)
     text = 'name = "data"\n[privacy]\nnoise = "none"\n'
-    return Scenario.from_toml(text, [f"data.source={name}", *settings], source=f"data {name}")
+    kinds = [f"model.kind={kind}" for kind, sources in WIDE.items() if name in sources]
+    wide = [*kinds, "train.loss=full_softmax", "devices.popularity=public"] if kinds else []
+    given = [f"data.source={name}", *wide, *settings]
+    return Scenario.from_toml(text, given, source=f"data {name}")

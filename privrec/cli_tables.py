@@ -151,7 +151,7 @@ def _print_variants(payload: Mapping[str, Any]) -> None:
 
 def _headlines(row: Mapping[str, Any]) -> list[str]:
     """Keys of the metrics at the longest cut-off, each under one name only."""
-    shares = sorted(key for key in row if key.startswith(("accuracy@", "precision@")))
+    shares = [key for key in row if key.startswith(("accuracy@", "precision@"))]
     if shares:
         return shares
     most = max((int(key.partition("@")[2]) for key in row if "@" in key), default=0)

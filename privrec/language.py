@@ -24,7 +24,8 @@ from privrec.randomness import rng_for
 FloatArray = NDArray[np.float32]
 Int64Array = NDArray[np.int64]
 
-_SEQUENCES, _EXAMPLES = 8, 64  # at a time, so that their scores stay in a cache
+_SEQUENCES = 8  # at a time, so that their scores stay in a cache
+_EXAMPLES = 16  # likewise, of labels
 _DRAWS = 1000
 
 

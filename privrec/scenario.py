@@ -153,7 +153,7 @@ class Scenario(Table):
         """Number of users, if it is public: declared, synthetic, or known for the data set."""
         if self.devices.population is not None:
             return self.devices.population
-        if self.data.source == "synthetic":
+        if self.data.source.startswith("synthetic"):
             return self.data.users
         return KNOWN_USERS.get(self.data.source)
 

@@ -13,7 +13,7 @@ from collections.abc import Set as AbstractSet
 from typing import Any
 
 from privrec.scenario_problems import as_toml, describe
-from privrec.scenario_texts import LABELS, TEXTS, texts
+from privrec.scenario_texts import OF_WORDS, WIDE, texts
 
 SYNTHETIC_KEYS = ("users", "items", "clusters", "interactions_per_user", "seed")
 TEXT_KEYS = ("words", "vocabulary")
@@ -51,7 +51,7 @@ def foreign_keys(source: str) -> tuple[str, ...]:
         foreign += tuple(key for key in SYNTHETIC_KEYS if key not in dealt)
     if source != "synthetic_labels":
         foreign += LABEL_KEYS
-    if source not in (*TEXTS, *LABELS):
+    if source not in OF_WORDS:
         return foreign + TEXT_KEYS
     unread = {"text": (), "labels": ("words",)}.get(source, ("words", "path"))
     return (*foreign, "max_history", *unread)
@@ -91,20 +91,23 @@ def _owner(key: str) -> str:
     if key in SYNTHETIC_KEYS:
         return '"synthetic"'
     if key in TEXT_KEYS:
-        return '"text"'
+        return '"text"' if key == "words" else "texts or labels"
     if key in LABEL_KEYS:
         return '"synthetic_labels"'
     return '"table"' if key in TABLE_KEYS else "interactions or files"
 
 
 def _synthetic(values: Values) -> Problems:
-    if values["data.source"] != "synthetic":
+    source = values["data.source"]
+    if source not in ("synthetic", "synthetic_labels"):
         return {}
     items, problems = values["data.items"], {}
-    limits = {
-        "data.clusters": (items, f"data.items = {items}"),
-        "data.interactions_per_user": (items // 2, f"half of data.items = {items}"),
-    }
+    limits = {"data.clusters": (items - 1, f"data.items - 1 = {items - 1}")}
+    if source == "synthetic":
+        limits = {
+            "data.clusters": (items, f"data.items = {items}"),
+            "data.interactions_per_user": (items // 2, f"half of data.items = {items}"),
+        }
     for path, (limit, words) in limits.items():
         if values[path] > limit:
             rule = f"must not exceed {words}"
@@ -225,7 +228,7 @@ def _nesting(values: Values) -> Problems:
     order = nesting or ("fold" if popularity is None else "rows")
     sampled = values["train.selector"] == "popularity" and popularity == "public"
     # The words of a vocabulary are in this order however they are nested.
-    sampled = sampled or values["data.source"] in (*TEXTS, *LABELS)
+    sampled = sampled or values["data.source"] in OF_WORDS
     if order == "rows" and popularity is None:
         rule = "the order of the rows must come from somewhere"
         remedy = 'set devices.popularity = "public" or "released"'
@@ -292,7 +295,11 @@ def _ials(values: Values) -> Problems:
 
 def _selector(values: Values) -> Problems:
     path, selector = "train.selector", values["train.selector"]
-    if selector == "each" or values["data.source"] in (*TEXTS, *LABELS):
+    if selector == "each" and values["train.serve_budget"] is not None:
+        path = "train.serve_budget"
+        rule = 'train.selector = "each" has no budget'
+        return {path: describe(path, values[path], rule, "set a selector, or remove it")}
+    if selector == "each" or values["data.source"] in OF_WORDS:
         return {}
     if values["train.loss"] != "softmax":
         rule = "a shared budget of negatives is a sample of a softmax"
@@ -314,6 +321,8 @@ def _local(values: Values) -> Problems:
     """Example-level noise: what it needs, and what would undo it."""
     if values[_LOCAL] == "none":
         return _without_local(values)
+    if values["model.kind"] in WIDE:
+        return {}  # refused as such
     needed = {
         "train.loss": (("bce", "bpr"), "each example has a loss of its own"),
         "train.selector": (("each",), "negatives must not depend on the history"),

@@ -67,7 +67,9 @@ class Data(Table):
     labels_each: float = setting(
         3.0, "`synthetic_labels` only: mean labels of an example.", unit="labels", ge=1, le=1000
     )
-    seed: int = setting(0, "Synthetic only: seed of the generator.", ge=0, le=2**63 - 1)
+    seed: int = setting(
+        0, "Seed of the synthetic generator, and of how labels are dealt.", ge=0, le=2**63 - 1
+    )
     words: str | None = setting(
         None, "`text` only: file of a public vocabulary, a word a line; unset, all of the text.",
         min_length=1, max_length=4096,
@@ -282,7 +284,7 @@ class Train(Table):
     )
     max_samples: int | None = setting(
         None,
-        "Most positives, or words, that a device uses in a round; unset, all.",
+        "Most positives, words or examples that a device uses in a round; unset, all.",
         unit="interactions",
         ge=1,
     )

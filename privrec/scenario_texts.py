@@ -11,6 +11,8 @@ TEXTS = ("text", "synthetic_text")
 LABELS = ("labels", "synthetic_labels")
 WIDE = {"next_word": TEXTS, "extreme": LABELS}
 """Models with a wide output layer, and the sources of what they learn from."""
+OF_WORDS = (*TEXTS, *LABELS)
+"""Sources whose vocabulary is ordered by how common its words are."""
 
 Values = Mapping[str, Any]
 Problems = dict[str, str]
@@ -28,7 +30,9 @@ def texts(values: Values) -> Problems:
     if kind not in WIDE:
         return _not_texts(values)
     needed: Mapping[str, tuple[Any, ...]] = {
+        "privacy.local": ("none",),
         "train.loss": ("softmax", "full_softmax"),
+        "train.serve_budget": (None,),
         "model.item_bias": (True,),
         "run.engine": ("cohort",),
         "train.server_optimizer": ("fedavg", "fedadam", "sgd"),

@@ -87,11 +87,13 @@ def headline_metric(metrics: Mapping[str, float]) -> str | None:
 
     Of next words it is the accuracy of the shortest list, of labels the precision.
     """
-    ranked = sorted(
-        metrics,
-        key=lambda name: (not name.startswith("hr@"), "hr@" not in name, "@" not in name, name),
-    )
-    return ranked[0] if ranked else None
+
+    def rank(name: str) -> tuple[bool, bool, bool, int, str]:
+        depth = name.partition("@")[2]
+        shortest = int(depth) if depth.isdigit() else 0
+        return not name.startswith("hr@"), "hr@" not in name, "@" not in name, shortest, name
+
+    return min(metrics, key=rank, default=None)
 
 
 def metric_name(key: str) -> str:

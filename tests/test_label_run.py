@@ -97,7 +97,10 @@ def test_devices_learn_labels_together(tmp_path: Path) -> None:
     assert payload["data"]["items"] == LABELS
     assert payload["model"]["dense_weights"] == 129 * 16
     pages = write(build(tmp_path / "a"), tmp_path / "a")
-    assert "Precision@1" in pages.markdown.read_text("utf-8")
+    text = pages.markdown.read_text("utf-8")
+    assert "Precision@1" in text
+    assert "all words or labels" in text
+    assert "99 items" not in text
 
 
 @pytest.mark.parametrize("changes", [(), NOISE, SPREAD, TIERS, RELEASED])
@@ -149,9 +152,13 @@ def test_a_device_with_little_room_knows_the_common_labels_alone() -> None:
         assert lesson.own.max(initial=0) < held
 
 
-def test_the_plan_knows_the_size_of_the_model() -> None:
-    of = scenario("model.compression=2", "devices.nesting=fold")
-    parts = assemble_texts(of, load_labels(of.data).train, "run", SecretRoot.known(b"d"))
+@pytest.mark.parametrize("more", [(), ("data.vocabulary=40",)])
+def test_the_plan_knows_the_size_of_the_model(more: tuple[str, ...]) -> None:
+    of = scenario("model.compression=2", "devices.nesting=fold", *more)
+    split = load_labels(of.data)
+    split = split.renumbered(np.arange(split.train.n_items))
+    parts = assemble_texts(of, split.train, "run", SecretRoot.known(b"d"))
+    assert of.population() == USERS
     assert coefficients(of) == parts.federation.layout.size
 
 
@@ -175,6 +182,9 @@ def test_what_a_device_takes_is_measured(tmp_path: Path) -> None:
         ("data.words=list.txt", "synthetic_labels"),
         ("data.max_history=5", "data.max_history"),
         ("data.labels_each=0.5", "data.labels_each"),
+        ("data.clusters=200", "must not exceed data.items - 1"),
+        ("train.serve_budget=1", "a wide output does not have it"),
+        ("privacy.local=example", 'privacy.local = "example"'),
         ("model.features=0", "model.features"),
     ],
 )
@@ -188,6 +198,21 @@ def test_keys_of_labels_are_refused_elsewhere() -> None:
         Scenario.from_toml('name = "x"', ("data.labels_each=2",))
 
 
+def test_other_commands_say_that_they_are_for_recommenders(tmp_path: Path) -> None:
+    file = tmp_path / "labels.toml"
+    file.write_text(TINY)
+    started(tmp_path / "a")
+    for command, about in (
+        (["audit", str(file)], "for recommenders of items alone"),
+        (["recommend", str(tmp_path / "a"), "--user", "1"], "no items to recommend"),
+        (["flower", "init", str(tmp_path / "app"), "--scenario", str(file)], "deployments train"),
+    ):
+        done = CliRunner().invoke(main, command)
+        assert done.exit_code != 0
+        assert about in done.output
+        assert "Traceback" not in done.output
+
+
 def test_the_data_command_describes_labels(tmp_path: Path) -> None:
     file = tmp_path / "labels.toml"
     file.write_text(TINY)
@@ -195,3 +220,6 @@ def test_the_data_command_describes_labels(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     facts = json.loads(done.output)
     assert (facts["users"], facts["items"]) == (USERS, LABELS)
+    for name in ("synthetic_labels", "synthetic_text"):
+        done = CliRunner().invoke(main, ["data", "describe", name])
+        assert done.exit_code == 0, done.output

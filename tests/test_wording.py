@@ -99,5 +99,6 @@ def test_names_of_metrics() -> None:
     assert headline_metric({"perplexity": 9.0, "precision@1": 0.5, "precision@3": 0.6}) == (
         "precision@1"
     )
+    assert headline_metric({"precision@5": 0.5, "precision@10": 0.6}) == "precision@5"
     assert metric_name("precision@1") == "Precision@1"
     assert headline_metric({}) is None

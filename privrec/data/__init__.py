@@ -123,8 +123,8 @@ def _load(config: DataConfig, data_dir: Path | None) -> Split:
         return leave_last_out(planted(config).interactions, holdout=config.holdout)
     if config.source in ("text", "synthetic_text", "labels", "synthetic_labels"):
         raise UsageError(
-            f"data.source = {config.source!r}: has no items to recommend; it is trained on with "
-            'model.kind = "next_word" (texts) or "extreme" (labels), by privrec run'
+            f"data.source = {config.source!r}: texts and labels have no items to recommend; "
+            'privrec run trains on them, with model.kind = "next_word" or "extreme"'
         )
     roots = _roots(config.path, data_dir)
     if config.source == "table":

@@ -8,6 +8,7 @@ neither counted nor numbered anew.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -15,13 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.data.extreme import Examples, Invented, read_extreme
-from privrec.data.problems import bad_file
+from privrec.data.problems import bad_file, bad_line
 from privrec.data.text import (
     EVERY,
     UNKNOWN,
     UNKNOWN_ID,
     Corpus,
-    Holdout,
+    TextConfig,
     TextSplit,
     split_after,
     split_devices,
@@ -31,35 +32,22 @@ from privrec.randomness import rng_for
 
 Int64Array = NDArray[np.int64]
 _WORDS = 64
+_MOST = 2**31 - 2  # a token is an int32, and label 0 is the unknown one
 
 
-class LabelConfig(Protocol):
+class LabelConfig(TextConfig, Protocol):
     """What :func:`load_labels` asks of a scenario's ``[data]`` table."""
 
-    @property
-    def source(self) -> str: ...
-    @property
-    def path(self) -> str | None: ...
-    @property
-    def holdout(self) -> Holdout: ...
-    @property
-    def users(self) -> int: ...
-    @property
-    def items(self) -> int: ...
-    @property
-    def clusters(self) -> int: ...
-    @property
-    def interactions_per_user(self) -> int: ...
     @property
     def features(self) -> int: ...
     @property
     def labels_each(self) -> float: ...
-    @property
-    def seed(self) -> int: ...
 
 
 def load_labels(config: LabelConfig, *, data_dir: Path | None = None) -> TextSplit:
     """The examples that a scenario asks for, dealt to devices, of which some are held out.
+
+    Values of a file's features are not used, and examples without features or labels are left out.
 
     Args:
         config: ``[data]`` of a scenario, whose source is ``"labels"`` or ``"synthetic_labels"``.
@@ -75,9 +63,15 @@ def load_labels(config: LabelConfig, *, data_dir: Path | None = None) -> TextSpl
             clusters=config.clusters, seed=config.seed,
         )  # fmt: skip
         examples = world.examples(with_heldout(config.users) * each)
-        return split_after(dealt(examples, each), config.users, config.holdout)
+        split = split_after(dealt(examples, each), config.users, config.holdout)
+        return replace(split, vocabulary=config.vocabulary)
     path = _file(config.path, data_dir)
-    examples = read_extreme(path)
+    examples = _whole(read_extreme(path))
+    if max(examples.n_features, examples.n_labels) > _MOST:
+        raise bad_line(
+            str(path), 1, f"{examples.n_features} features, {examples.n_labels} labels",
+            f"at most {_MOST} of each can be numbered", "use a smaller numbering",
+        )  # fmt: skip
     if len(examples) < EVERY * each:
         raise bad_file(
             str(path), f"{len(examples)} examples",
@@ -85,14 +79,15 @@ def load_labels(config: LabelConfig, *, data_dir: Path | None = None) -> TextSpl
             "lower data.interactions_per_user",
         )  # fmt: skip
     order = rng_for(config.seed, "labels", "devices").permutation(len(examples))
-    return split_devices(dealt(examples.take(order), each), config.holdout, path.stem)
+    split = split_devices(dealt(examples.take(order), each), config.holdout, path.stem)
+    return replace(split, vocabulary=config.vocabulary)
 
 
 def dealt(examples: Examples, each: int) -> Corpus:
     """Examples in their order, so many to a device; a rest that is no device's share is left out.
 
     Args:
-        examples: labels from 0.
+        examples: each with words and labels, labels from 0.
         each: examples of a device, at least 1.
     """
     devices = len(examples) // each
@@ -115,14 +110,15 @@ def dealt(examples: Examples, each: int) -> Corpus:
 def examples_in(tokens: NDArray[np.integer]) -> Examples:
     """The examples that a row of tokens holds; unknown labels are left out.
 
-    A word counts with the root of how many there are in its example: all examples are of length 1.
+    A word of an example that has ``k`` of them counts ``1 / √k``: all are of length 1.
 
     Args:
-        tokens: words of an example as ``-1 - word``, then its labels, then the next one's words.
+        tokens: words of an example as ``-1 - word``, then its labels, then the next one's words;
+            without any word, one empty example.
     """
     words = tokens < 0
-    starts = words & np.concatenate(([True], ~words[:-1]))
-    owner, count = np.cumsum(starts) - 1, int(starts.sum())
+    starts = words & ~np.concatenate(([False], words))[:-1]
+    owner, count = np.cumsum(starts) - 1, max(1, int(starts.sum()))
     labels = ~words & (tokens != UNKNOWN_ID) & (owner >= 0)
     counts = np.bincount(owner[words], minlength=count)
     features = -1 - tokens[words].astype(np.int64)
@@ -132,6 +128,17 @@ def examples_in(tokens: NDArray[np.integer]) -> Examples:
         np.cumsum(np.bincount(owner[labels], minlength=count)), named,
         int(features.max(initial=0)) + 1, int(named.max(initial=0)) + 1,
     )  # fmt: skip
+
+
+def _whole(examples: Examples) -> Examples:
+    """Examples that have words and labels, each label of theirs once."""
+    row = np.repeat(np.arange(len(examples)), np.diff(examples.label_ends, prepend=0))
+    named = np.unique(row * np.int64(examples.n_labels) + examples.labels)
+    row, labels = named // examples.n_labels, named % examples.n_labels
+    counts = np.bincount(row, minlength=len(examples))
+    once = replace(examples, labels=labels, label_ends=np.cumsum(counts))
+    words = np.diff(examples.ends, prepend=0)
+    return once.take(np.flatnonzero((words > 0) & (counts > 0)))
 
 
 def _file(path: str | None, data_dir: Path | None) -> Path:

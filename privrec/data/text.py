@@ -155,12 +155,13 @@ class TextSplit:
 
     def describe(self) -> dict[str, int | float | str | bool]:
         """Figures of the split, ready for JSON."""
-        train, counts = self.train, self.train.counts
+        train, named = self.train, np.concatenate(([0], np.cumsum(self.train.tokens >= 0)))
+        counts = np.diff(named[train.indptr])
         return {
             "users": train.n_users,
             "items": self.n_items,
-            "interactions": int(train.tokens.size),
-            "heldout": int(self.heldout.tokens.size),
+            "interactions": int((train.tokens >= 0).sum()),
+            "heldout": int((self.heldout.tokens >= 0).sum()),
             "tested_users": self.heldout.n_users,
             "shortest_history": int(counts.min()),
             "median_history": float(np.median(counts)),

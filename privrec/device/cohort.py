@@ -104,7 +104,7 @@ class Cohort:
     ) -> Iterator[tuple[NDArray[np.int64], Trained]]:
         """See :meth:`Learners.train`."""
         trainer = self.trainer
-        unobserved, search = trainer.unobserved(weights), self._search(weights)
+        unobserved, search = trainer.unobserved(weights), self._search(weights, trainer)
         for batch in self.batches(rows, trainer):
             histories, states = self.histories.select(batch), self.states[batch]
             yield (
@@ -119,14 +119,14 @@ class Cohort:
     ) -> FloatArray:
         """Private states of all devices fitted from nothing to fixed items, as ``states``."""
         fitted, trainer = np.zeros_like(self.states), self.trainer
-        unobserved, search = trainer.unobserved(weights), self._search(weights)
+        unobserved, search = trainer.unobserved(weights), self._search(weights, trainer.serving)
         for batch in self.batches(np.arange(len(fitted)), trainer.serving):
             mine = self.histories.select(batch)
             fitted[batch] = trainer.serve(weights, mine, key, unobserved, search, functions)
         return fitted
 
-    def _search(self, weights: FloatArray) -> Search | None:
-        return self.trainer.search(weights, resident=len(self.states) >= MANY)
+    def _search(self, weights: FloatArray, trainer: Trainer) -> Search | None:
+        return trainer.search(weights, resident=len(self.states) >= MANY)
 
     def batches(self, rows: NDArray[np.int64], trainer: Trainer) -> Iterator[NDArray[np.int64]]:
         """``rows`` by length of history, cut where a padded batch would outgrow the cache."""

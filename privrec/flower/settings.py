@@ -8,6 +8,7 @@ from typing import Any
 
 from privrec.errors import UsageError
 from privrec.scenario import Scenario, load
+from privrec.scenario_texts import WIDE
 
 
 def scenario_of(folder: Path, run_config: Mapping[str, Any]) -> Scenario:
@@ -32,6 +33,11 @@ def checked(scenario: Scenario) -> Scenario:
     Raises:
         UsageError: when it does.
     """
+    if scenario.model.kind in WIDE:
+        raise UsageError(
+            f'model.kind = "{scenario.model.kind}": deployments train recommenders; use "gmf", '
+            '"mlp" or "neumf", or simulate it with privrec run'
+        )
     if scenario.devices.population is None:
         raise UsageError(
             "devices.population is unset: noise and thresholds follow from the number of enrolled "

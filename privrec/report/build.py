@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -351,14 +352,14 @@ def _accuracy(files: _Files) -> Accuracy:
 def _metric_order(item: tuple[str, Any]) -> tuple[bool, int, int, str]:
     key = item[0]
     stem, _, depth = key.removeprefix("full_").partition("@")
-    order = ["hr", "accuracy", "ndcg", "recall"]
+    order = ["hr", "accuracy", "precision", "ndcg", "recall"]
     rank = order.index(stem) if stem in order else len(order)
-    return key.startswith("full_"), int(depth) if depth.isdigit() else 0, rank, key
+    return key.startswith("full_"), int(depth) if depth.isdigit() else sys.maxsize, rank, key
 
 
 def _protocol(key: str) -> str:
-    if key.startswith("accuracy") or key == "perplexity":
-        return "all words; positions of unknown ones left out"
+    if key.startswith(("accuracy", "precision")) or key == "perplexity":
+        return "all words or labels, unknown ones left out"
     if key.startswith("full_"):
         return "all items, those of the history left out"
     return "99 items the user has not seen"

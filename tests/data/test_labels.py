@@ -58,6 +58,11 @@ def test_unknown_labels_are_no_labels_and_an_example_may_have_none() -> None:
     assert parts(found) == [([0], [4]), ([1], []), ([2], [])]
 
 
+def test_no_word_is_one_empty_example() -> None:
+    for tokens in ([], [0], [3, 4]):
+        assert parts(examples_in(np.array(tokens, np.int32))) == [([], [])]
+
+
 def test_only_labels_are_counted_and_numbered_anew() -> None:
     corpus = dealt(WORLD.examples(40), 10)
     counts = corpus.item_counts()
@@ -101,6 +106,35 @@ def test_a_file_of_the_repository_is_dealt_to_devices(tmp_path: Path) -> None:
     named = load_labels(config(source="labels", path="train.txt", interactions_per_user=3),
                         data_dir=tmp_path)  # fmt: skip
     np.testing.assert_array_equal(named.train.tokens, split.train.tokens)
+
+
+def test_examples_without_words_or_labels_are_left_out_and_a_label_counts_once(
+    tmp_path: Path,
+) -> None:
+    lines = ["1,1 0:1.0", " 2:1.0", "2 ", "3,0,3 1:1.0 4:1.0"] * 20
+    (tmp_path / "train.txt").write_text("\n".join(["80 5 4", *lines]) + "\n")
+    split = load_labels(config(source="labels", interactions_per_user=4), data_dir=tmp_path)
+    for device in range(split.train.n_users):
+        tokens = split.train.tokens[split.train.indptr[device] : split.train.indptr[device + 1]]
+        found = parts(examples_in(tokens))
+        assert len(found) == 4
+        assert all(each in (([0], [2]), ([1, 4], [1, 4])) for each in found)
+
+
+def test_a_vocabulary_keeps_the_commonest_labels() -> None:
+    split = load_labels(config(users=30, items=65, interactions_per_user=5, vocabulary=10))
+    assert split.n_items == 10
+    order = np.argsort(-split.train.item_counts(), kind="stable")
+    kept = split.renumbered(np.concatenate(([0], order[order != 0])))
+    assert kept.train.n_items == 10
+    assert examples_in(kept.train.tokens).labels.max() == 9
+
+
+def test_facts_count_labels_and_no_words() -> None:
+    split = load_labels(config(users=30, items=65, interactions_per_user=5, labels_each=2))
+    facts = split.describe()
+    assert facts["interactions"] == (split.train.tokens >= 0).sum() < split.train.tokens.size / 10
+    assert facts["shortest_history"] >= 5
 
 
 def test_few_examples_and_no_file_are_told(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_an_example_of_too_many_labels_keeps_the_commonest() -> None:
 def test_an_example_without_a_label_teaches_nothing_and_breaks_nothing() -> None:
     of = trainer(share=0.2)
     weights = start(of.language)
-    for tokens in ([-1, -2], [-1, 0], [-4, -4, -4]):
+    for tokens in ([-1, -2], [-1, 0], [-4, -4, -4], [], [0], [3, 4]):
         update, loss = of.train(weights, np.array(tokens, np.int32), 0, 0, None)
         assert loss == 0
         assert not update.values.any()

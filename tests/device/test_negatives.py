@@ -177,7 +177,9 @@ def test_a_single_device_never_holds_the_table(lab: Callable[..., Any]) -> None:
     assert np.shares_memory(few.items.memory, here.weights)
     assert not np.shares_memory(many.items.memory, here.weights)
     assert many.items.memory.size == parts.vectors.items * parts.vectors.dim
-    assert np.shares_memory(here.cohort._search(here.weights).items.memory, here.weights)
+    assert np.shares_memory(
+        here.cohort._search(here.weights, here.trainer).items.memory, here.weights
+    )
 
 
 def test_without_a_secret_nothing_is_selected(lab: Callable[..., Any]) -> None:
