@@ -1,10 +1,10 @@
 """A dense PyTorch output layer against a sparse one: training to equal precision, and one query.
 
 Invented examples of the shape of Amazon-670K: 670,091 labels in clusters, by Zipf's law; a hidden
-layer of 128. Each side has the step size that is best on a validation part after ``--trial``
-steps. The dense side takes ``--epochs`` with the full softmax; the sparse side sees the same
-batches, in as many epochs as it takes to reach the dense side's P@1. It then learns on, from
-further examples, and single queries of that trained layer are answered both ways in turn.
+layer of 128. Each side has the step size that is best on a validation part after ``--trial-s``
+seconds of training. The dense side takes ``--epochs`` with the full softmax; the sparse side sees
+the same batches, in as many epochs as it takes to reach the dense side's P@1. It then learns on,
+from further examples, and single queries of that trained layer are answered both ways in turn.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,13 +31,16 @@ LOOK = 25
 Side = TypeVar("Side", Dense, Sparse)
 
 
-def tuned(make: Callable[[float], Side], train: Examples, validation: Examples, steps: int) -> Side:
-    """A new side of the best of :data:`RATES`, by P@1 on the validation part after some steps."""
+def tuned(
+    make: Callable[[float], Side], train: Examples, validation: Examples, trial_s: float
+) -> Side:
+    """A new side of the best of :data:`RATES`, by P@1 on the validation part after some seconds."""
     found = {}
     for rate in RATES:
         side = make(rate)
-        for part in islice(epochs(train, BATCH, 100), steps):
-            side.step(part)
+        batches = epochs(train, BATCH, 100)
+        while side.trained.seconds < trial_s:
+            side.step(next(batches))
         found[rate] = side.trained.evaluate(validation)
         del side  # a dense layer with Adam's state is large: one at a time
     best = max(RATES, key=found.__getitem__)
@@ -50,17 +52,17 @@ def tuned(make: Callable[[float], Side], train: Examples, validation: Examples, 
 
 def trained(
     world: Invented, parts: tuple[Examples, Examples, Examples], share: float, passes: int,
-    trial: int,
+    trial_s: float,
 ) -> tuple[Dense, Sparse]:  # fmt: skip
     """Both sides, the sparse one as soon as it is no worse."""
     train, validation, test = parts
     size = world.features, world.labels, DIM
-    dense = tuned(lambda rate: Dense(*size, rate), train, validation, trial)
+    dense = tuned(lambda rate: Dense(*size, rate), train, validation, trial_s)
     for part in epochs(train, BATCH, passes):
         dense.step(part)
     aim = dense.trained.evaluate(test)
     print(f"dense: P@1 {aim:.4f} after {dense.trained.seconds:.0f} s", flush=True)
-    sparse = tuned(lambda rate: Sparse(*size, rate, share), train, validation, trial)
+    sparse = tuned(lambda rate: Sparse(*size, rate, share), train, validation, trial_s)
     for part in epochs(train, BATCH, 100):
         sparse.step(part)
         if sparse.trained.steps % LOOK == 0 and sparse.trained.evaluate(test) >= aim:
@@ -85,8 +87,10 @@ def measured(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Cl
     validation, test = (
         world.examples(300 if options.quick else 1000, part) for part in ("validation", "test")
     )
-    share = 0.05 if options.quick else SHARE
-    dense, sparse = trained(world, (train, validation, test), share, options.epochs, options.trial)
+    share, trial_s = (0.05, 0.5) if options.quick else (SHARE, options.trial_s)
+    dense, sparse = trained(
+        world, (train, validation, test), share, options.epochs, options.trial_s
+    )
     sides = {"dense PyTorch": dense.trained, "sparse": sparse.trained}
     rows = [
         {"name": f"training, {name}", "rate": side.rate, "train_s": side.seconds,
@@ -149,7 +153,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--quick", action="store_true", help="20,000 labels, few examples")
     made.add_argument("--examples", type=int, default=12_800, metavar="N", help="of one epoch")
     made.add_argument("--epochs", type=int, default=1, metavar="N", help="of the dense side")
-    made.add_argument("--trial", type=int, default=10, metavar="N", help="steps of each step size")
+    made.add_argument("--trial-s", type=float, default=60, metavar="S", help="of each step size")
     made.add_argument("--further", type=int, default=50_000, metavar="N", help="before queries")
     made.add_argument("--queries", type=int, default=1000, metavar="N", help="one at a time")
     made.add_argument("--json", type=Path, metavar="FILE", help="write rows, claims and machine")
