@@ -88,9 +88,7 @@ def measured(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Cl
         world.examples(300 if options.quick else 1000, part) for part in ("validation", "test")
     )
     share, trial_s = (0.05, 0.5) if options.quick else (SHARE, options.trial_s)
-    dense, sparse = trained(
-        world, (train, validation, test), share, options.epochs, options.trial_s
-    )
+    dense, sparse = trained(world, (train, validation, test), share, options.epochs, trial_s)
     sides = {"dense PyTorch": dense.trained, "sparse": sparse.trained}
     rows = [
         {"name": f"training, {name}", "rate": side.rate, "train_s": side.seconds,
