@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -101,3 +102,10 @@ def make_mixed(
 @pytest.fixture
 def mixed() -> Callable[..., Mixed]:
     return make_mixed
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Secrets of the test's own."""
+    monkeypatch.setenv("PRIVREC_STATE", str(tmp_path / "state"))
+    return tmp_path / "state"

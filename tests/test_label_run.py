@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from safetensors.numpy import load_file
+from runs import Silent, Stop, make_scenario, run_once, weights
 
 from privrec import run
 from privrec.assembly_text import assemble_texts
@@ -19,7 +19,6 @@ from privrec.data.labels import load_labels
 from privrec.device.lessons import Bags
 from privrec.errors import Interrupted, ScenarioError
 from privrec.randomness import SecretRoot
-from privrec.record import NullObserver, Record
 from privrec.report.build import build
 from privrec.report.render import write
 from privrec.scenario import Scenario
@@ -69,22 +68,9 @@ RELEASED = (*NOISE, "devices.popularity=released", "devices.popularity_epsilon=1
             "devices.nesting=rows")  # fmt: skip
 
 
-def scenario(*changes: str) -> Scenario:
-    return Scenario.from_toml(TINY, changes)
-
-
-@pytest.fixture(autouse=True)
-def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PRIVREC_STATE", str(tmp_path / "state"))
-
-
-def started(out: Path, *changes: str, key: bytes | None = None, **words: Any) -> dict[str, Any]:
-    words.setdefault("observer", NullObserver())
-    return run.start(scenario(*changes), out=out, unsafe_noise_key=key, **words).payload
-
-
-def weights(out: Path) -> np.ndarray:
-    return load_file(out / "model.safetensors")["weights"]
+pytestmark = pytest.mark.usefixtures("state")
+scenario = partial(make_scenario, TINY)
+started = partial(run_once, TINY)
 
 
 def test_devices_learn_labels_together(tmp_path: Path) -> None:
@@ -107,17 +93,10 @@ def test_devices_learn_labels_together(tmp_path: Path) -> None:
 def test_every_way_repeats_bit_for_bit_and_goes_on_where_it_stopped(
     changes: tuple[str, ...], tmp_path: Path
 ) -> None:
-    class Stop(NullObserver):
-        def round(self, record: Record) -> None:
-            if record.round == 2:
-                import signal
-
-                signal.raise_signal(signal.SIGINT)
-
     started(tmp_path / "a", *changes, key=b"k" * 32)
     with pytest.raises(Interrupted):
-        started(tmp_path / "b", *changes, key=b"k" * 32, observer=Stop())
-    run.resume(tmp_path / "b", observer=NullObserver())
+        started(tmp_path / "b", *changes, key=b"k" * 32, observer=Stop(2))
+    run.resume(tmp_path / "b", observer=Silent())
     np.testing.assert_array_equal(weights(tmp_path / "a"), weights(tmp_path / "b"))
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from runs import Silent, Stop, make_scenario, run_once, weights
 
 from privrec import run
 from privrec.assembly import federation_of
@@ -22,7 +23,6 @@ from privrec.language_cost import output_cost
 from privrec.privacy.book import PREPARATION
 from privrec.privacy.events import RoundEvent, epsilon
 from privrec.randomness import SecretRoot
-from privrec.record import NullObserver, Record
 from privrec.report.build import build
 from privrec.report.render import write
 from privrec.scenario import Scenario, load
@@ -73,22 +73,9 @@ SPREAD = ("privacy.noise=distributed", "privacy.clip_norm=0.5", "privacy.noise_m
           "devices.sampling_rate=1.0")  # fmt: skip
 
 
-def scenario(*changes: str) -> Scenario:
-    return Scenario.from_toml(TINY, changes)
-
-
-@pytest.fixture(autouse=True)
-def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PRIVREC_STATE", str(tmp_path / "state"))
-
-
-def started(out: Path, *changes: str, key: bytes | None = None, **words: Any) -> dict[str, Any]:
-    words.setdefault("observer", NullObserver())
-    return run.start(scenario(*changes), out=out, unsafe_noise_key=key, **words).payload
-
-
-def weights(out: Path) -> np.ndarray:
-    return load_file(out / "model.safetensors")["weights"]
+pytestmark = pytest.mark.usefixtures("state")
+scenario = partial(make_scenario, TINY)
+started = partial(run_once, TINY)
 
 
 def test_a_run_leaves_what_runs_leave_and_learns(tmp_path: Path) -> None:
@@ -110,17 +97,10 @@ def test_a_run_leaves_what_runs_leave_and_learns(tmp_path: Path) -> None:
 def test_every_way_repeats_bit_for_bit_and_goes_on_where_it_stopped(
     changes: tuple[str, ...], tmp_path: Path
 ) -> None:
-    class Stop(NullObserver):
-        def round(self, record: Record) -> None:
-            if record.round == 2:
-                import signal
-
-                signal.raise_signal(signal.SIGINT)
-
     started(tmp_path / "a", *changes, key=b"k" * 32)
     with pytest.raises(Interrupted):
-        started(tmp_path / "b", *changes, key=b"k" * 32, observer=Stop())
-    resumed = run.resume(tmp_path / "b", observer=NullObserver()).payload
+        started(tmp_path / "b", *changes, key=b"k" * 32, observer=Stop(2))
+    resumed = run.resume(tmp_path / "b", observer=Silent()).payload
     assert resumed["rounds"] == ROUNDS
     assert np.array_equal(weights(tmp_path / "a"), weights(tmp_path / "b"))
     started(tmp_path / "c", *changes, key=b"other" * 8)
@@ -289,8 +269,8 @@ def test_memory_of_a_device_is_measured_for_both_schemes(tmp_path: Path) -> None
 def test_rows_over_seeds_have_intervals(tmp_path: Path) -> None:
     text = TINY + '[[rows]]\nname = "few"\nset = { "train.budget" = 0.3 }\n'
     of = Scenario.from_toml(text, ["run.seeds=2", "train.rounds=1"])
-    first = run.start(of, out=tmp_path / "a", observer=NullObserver())
-    result = with_rows(first, of, data_dir=None, observer=NullObserver())
+    first = run.start(of, out=tmp_path / "a", observer=Silent())
+    result = with_rows(first, of, data_dir=None, observer=Silent())
     (row,) = result.payload["rows"]
     assert row["output_neurons"] == 36
     low, high = row["intervals"]["accuracy@1"]
@@ -333,8 +313,8 @@ def test_the_scenarios_run_offline_on_the_small_text(name: str, tmp_path: Path) 
     of = load(path, ["train.rounds=2", "train.warmup_rounds=0", "run.seeds=1"])
     small = tuple(row for row in of.rows if "data.source" not in row.set)
     of = of.model_copy(update={"rows": small})
-    first = run.start(of, out=tmp_path / "a", observer=NullObserver())
-    result = with_rows(first, of, data_dir=None, observer=NullObserver())
+    first = run.start(of, out=tmp_path / "a", observer=Silent())
+    result = with_rows(first, of, data_dir=None, observer=Silent())
     assert result.payload["data"]["text"] == "embedded"
     rows = {row["name"]: row for row in result.payload["rows"]}
     assert list(rows) == [row.name for row in of.rows]

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
+from runs import make_scenario, run_once
 
-from privrec import data, run
+from privrec import data
 from privrec.assembly import assemble
 from privrec.errors import BudgetError, IntegrityError, ReleaseRefused, ScenarioError
 from privrec.privacy.events import RoundEvent, epsilon
 from privrec.privacy.ledger import Ledger
 from privrec.randomness import SecretRoot
-from privrec.record import NullObserver
 from privrec.report.build import build
 from privrec.report.render import to_markdown
-from privrec.scenario import Scenario
 from privrec.transport.simulate import Simulation
 
 ROUNDS = 3
@@ -54,17 +53,9 @@ footprint = false
 USERS_TOO = ("privacy.noise=distributed", "privacy.epsilon=8.0", "devices.min_cohort=10")
 
 
-def scenario(*changes: str) -> Scenario:
-    return Scenario.from_toml(TINY, changes)
-
-
-@pytest.fixture(autouse=True)
-def _own_state(tmp_path, monkeypatch):
-    monkeypatch.setenv("PRIVREC_STATE", str(tmp_path / "state"))
-
-
-def done(out: Path, *changes: str) -> dict:
-    return run.start(scenario(*changes), out=out, observer=NullObserver()).payload
+pytestmark = pytest.mark.usefixtures("state")
+scenario = partial(make_scenario, TINY)
+done = partial(run_once, TINY)
 
 
 def test_alone_it_has_an_epsilon_of_its_own_and_none_of_users(tmp_path):

@@ -46,12 +46,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "labels": ("labels.toml",),
     "texts": ("texts.toml",),
     "examples": ("examples.toml",),
-    "flower": (
-        "tiers.toml",
-        "devices.dropout_rate=0",
-        "data.users=32",
-        "devices.population=32",
-    ),
+    "flower": ("tiers.toml", "devices.dropout_rate=0"),
 }
 """Scenario and changes of each run; ``flower`` goes over nodes of a grid in memory."""
 TOLERANCE = 1e-4
@@ -180,7 +175,7 @@ def _attempts(out: Path) -> str:
 
 
 def _over_flower(folder: Path, out: Path, changes: tuple[str, ...], key: bytes | None) -> Fields:
-    """Run over four nodes of a grid in memory, one of which is lost once in the midst of a round.
+    """Run over eight nodes in memory, one of which is lost once in the midst of a round.
 
     With a key all nodes draw from one root that is known.
     """
@@ -190,7 +185,7 @@ def _over_flower(folder: Path, out: Path, changes: tuple[str, ...], key: bytes |
     from privrec.flower.server_app import deploy
     from privrec.randomness import write_secret
 
-    scenario, nodes = make_scenario(FOLDER / RUNS["flower"][0], *changes), 4
+    scenario, nodes = make_scenario(FOLDER / RUNS["flower"][0], *changes), 8
     app, lost = folder / f"app-{out.name}", []
     app.mkdir()
     (app / "scenario.toml").write_text(scenario.to_toml(), "utf-8")
