@@ -34,10 +34,11 @@ def test_a_run_pays_promises_and_begins_as_kept(name: str, part: str) -> None:
 
 @pytest.mark.parametrize("name", golden.RUNS)
 def test_a_run_has_the_bits_that_are_kept(name: str) -> None:
-    kept, mine = golden.kept()[name]["bits"], golden.arithmetic()
-    if mine not in kept:
-        pytest.skip(f"no bits are kept for the arithmetic {mine}, only for {', '.join(kept)}")
-    compare(kept[mine], measured(name, "bits"))
+    kept, mine, found = golden.kept()[name]["bits"], golden.arithmetic(), measured(name, "bits")
+    if mine in kept:
+        compare(kept[mine], found)
+    elif found not in kept.values():
+        pytest.skip(f"no bits are kept for the arithmetic {mine}, and these are of no other")
 
 
 def test_masks_change_no_bit() -> None:

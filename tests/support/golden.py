@@ -10,7 +10,8 @@ Three things are kept of each run, by what they depend on:
 - ``bits``: hashes of everything that a whole run with a known root releases, and its metrics. From
   the second round on noise is keyed by digests of float32 weights, so that one unit in the last
   place changes all that follows: bits are kept for each kind of arithmetic, as :func:`arithmetic`
-  names it, and are compared where that one is known.
+  names it, and must be those where that one is known. Threads and OpenBLAS kernels change none;
+  the vector width of torch does.
 
 A run's draws are bound to a hash of its scenario. Here that hash is the run's name instead, so that
 a key that is added to scenarios does not change all bits (:func:`pinned`).
