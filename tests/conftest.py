@@ -1,12 +1,19 @@
-"""Federations of mixed capacity, assembled as a run assembles them."""
+"""What all tests share: one thread, no clock in Hypothesis, and federations of mixed capacity."""
 
 from __future__ import annotations
+
+import os
+
+# Before NumPy and torch are loaded, and for the processes that tests start: workers of several
+# threads each fight over the cores, and the last bits of a sum depend on the number of threads.
+os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -17,6 +24,15 @@ from privrec.device.tier import Federation, Tier
 from privrec.models.implicit import pack
 from privrec.randomness import SecretRoot
 from privrec.scenario import Scenario
+
+# The same examples everywhere, and nothing that a busy machine could fail.
+hypothesis.settings.register_profile(
+    "privrec",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("privrec")
 
 USERS, ITEMS, DIM = 36, 48, 8
 SYSTEMS: dict[str, dict[str, Any]] = {

@@ -49,7 +49,7 @@ def train_of(users: int, items: int = 40) -> Interactions:
 # --------------------------------------------------------------------------- who
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.integers(1, 500),
     st.lists(st.integers(1, 20), min_size=1, max_size=5),

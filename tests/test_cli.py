@@ -263,7 +263,7 @@ def test_interrupted_by_a_signal_then_resumed(place: Path) -> None:
     while "round" not in (line := process.stderr.readline()):
         seen.append(line)
     process.send_signal(signal.SIGINT)
-    rest = process.communicate(timeout=60)[1]
+    rest = process.communicate()[1]
     assert process.returncode == 130, rest
     assert seen[0].startswith("Simulated run: tiny")
     assert "error: stopped after round" in rest
@@ -277,7 +277,7 @@ def test_interrupted_by_a_signal_then_resumed(place: Path) -> None:
     assert "going on after round" in again.stderr.readline()
     time.sleep(0.2)
     again.send_signal(signal.SIGINT)
-    again.communicate(timeout=60)
+    again.communicate()
     assert again.returncode == 130
 
 

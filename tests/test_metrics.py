@@ -95,7 +95,7 @@ def by_hand(table: NDArray[Any], split: Split, k: int) -> dict[str, list[float]]
     return found
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10**6),
     levels=st.integers(2, 60),

@@ -142,7 +142,7 @@ class Sessions:
         self.folder, self.worlds = folder, 0
         self.scenario = self.written("tiny.toml", TINY)
         words = [sys.executable, str(ROOT / "tests" / "crash_server.py"), str(self.scenario)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -177,7 +177,7 @@ class Sessions:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.close()
-        self.process.wait(30)
+        self.process.wait()
         self.process.stdout.close()
 
 
@@ -505,7 +505,7 @@ def command(world: World, *words: str, grown_to: int | None, send: int = signal.
             process.send_signal(send)
             break
         time.sleep(0.001)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate()
     return subprocess.CompletedProcess(words, process.returncode, out, err)
 
 

@@ -190,7 +190,7 @@ def merged(values: NDArray[np.float32], owners: NDArray[np.int64]) -> NDArray[np
         owners: as :func:`representatives` gives them, shape ``(m or 1, k)``.
     """
     m, k, width = values.shape
-    together = np.zeros((m * k, width), np.float32)
+    together = np.zeros((m * k, width), values.dtype)
     add_rows(together, flattened(owners, m), values.reshape(-1, width))
     return together.reshape(m, k, width)
 

@@ -2,7 +2,7 @@
 
 The same training code as one :class:`~privrec.device.device.Device`, on batches of devices of
 similar history length. Padding and batching change float rounding alone: before integer encoding
-the two agree to ``TOLERANCE``.
+the two agree to ``TOLERANCE``, except where a rectifier's input lies within rounding of zero.
 """
 
 from __future__ import annotations

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from privrec.device.batch import Histories
 from privrec.device.cohort import Cohort
@@ -74,7 +76,7 @@ class Lab:
         indptr = np.cumsum([0, *map(len, self.histories)])
         everyone = Histories(self.users, indptr, np.concatenate(self.histories))
         cohort = Cohort.of(self.trainer, everyone)
-        cohort.states[...] = self.states
+        cohort.states = self.states.copy()
         return cohort
 
     def history(self, user: int) -> Histories:
@@ -132,6 +134,7 @@ def make_lab(
     item_bias: bool = True,
     histories: list[np.ndarray] | None = None,
     scale: float = 0.4,
+    dtype: type[np.floating] = np.float32,
     **settings: Any,
 ) -> Lab:
     model = NCF.of(kind, DIM, (6, 5))  # type: ignore[arg-type]
@@ -142,11 +145,11 @@ def make_lab(
     recommender = Recommender(model, vectors, biases if item_bias else None, layout)
     histories = uneven_histories() if histories is None else histories
     rng = np.random.default_rng(9)
-    weights = rng.normal(0, scale, layout.size).astype(np.float32)
+    weights = rng.normal(0, scale, layout.size).astype(dtype)
     if gram:  # as a server that has seen users has it
         users = rng.normal(0, scale, (20, DIM)).astype(np.float32)
         layout.gram_of(weights)[...] = pack(users).mean(0)
-    states = rng.normal(0, scale, (len(histories), model.user_dim)).astype(np.float32)
+    states = rng.normal(0, scale, (len(histories), model.user_dim)).astype(dtype)
     return Lab(
         Trainer(recommender, Settings(**{**DEFAULTS, **settings})), weights, histories, states
     )
@@ -155,6 +158,14 @@ def make_lab(
 @pytest.fixture
 def lab() -> Callable[..., Lab]:
     return make_lab
+
+
+@pytest.fixture
+def double_lab() -> Iterator[Callable[..., Lab]]:
+    """In single precision a rectifier's input may round to either side of its kink."""
+    torch.set_default_dtype(torch.float64)
+    yield partial(make_lab, dtype=np.float64)
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture

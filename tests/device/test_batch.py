@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -26,7 +26,6 @@ def cohorts(draw: st.DrawFn) -> tuple[list[list[int]], int]:
     return draw(st.lists(history, min_size=1, max_size=6)), n_items
 
 
-@settings(deadline=None)
 @given(cohorts(), st.integers(0, 2**63 - 1), st.integers(1, 5))
 def test_positives_are_the_history_and_negatives_are_not(
     cohort: tuple[list[list[int]], int], key: int, negatives: int
@@ -45,7 +44,6 @@ def test_positives_are_the_history_and_negatives_are_not(
         assert not (real[p:].reshape(p, -1) & ~real[:p, None]).any()
 
 
-@settings(deadline=None)
 @given(cohorts(), st.integers(0, 2**63 - 1), st.sampled_from([None, 1, 3, 10]))
 def test_a_device_alone_draws_what_it_draws_in_a_cohort(
     cohort: tuple[list[list[int]], int], key: int, most: int | None

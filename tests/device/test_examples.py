@@ -69,7 +69,7 @@ def moved(made: ExampleSteps, one: np.ndarray, other: np.ndarray) -> float:
 histories = st.lists(st.integers(0, ITEMS - 1), min_size=1, max_size=20, unique=True)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     history=histories, place=st.integers(0, 100), instead=st.integers(0, ITEMS - 1),
     seed=st.integers(0, 2**31), scale=st.sampled_from([0.01, 1.0, 30.0]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -17,7 +17,6 @@ ROOT = SecretRoot.known(b"test")
 FLOATS = st.floats(-1e6, 1e6, width=32)
 
 
-@settings(deadline=None)
 @given(
     arrays.arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 30)), elements=FLOATS),
     st.floats(1e-3, 1e3),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from privrec.embedding.hashing import finalise, permute, splitmix64
@@ -42,7 +42,6 @@ def test_published_vectors(seed: int) -> None:
     assert splitmix64(seed, np.arange(len(expected))).tolist() == expected
 
 
-@settings(deadline=None)
 @given(st.integers(-(2**70), 2**70))
 def test_any_position_is_reached_without_the_ones_before(seed: int) -> None:
     expected = reference(seed & MASK, 40)
@@ -75,7 +74,6 @@ def test_permute_is_a_bijection(bits: int) -> None:
         assert np.array_equal(np.sort(images), np.arange(1 << bits))
 
 
-@settings(deadline=None)
 @given(
     bits=st.integers(17, 63),
     key=st.integers(0, MASK),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from privrec.embedding.nested import Nested, nested
@@ -80,7 +80,6 @@ def near(found: np.ndarray, expected: np.ndarray, tolerance: float) -> bool:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
-@settings(deadline=None)
 @given(chains())
 def test_synthesis_undoes_analysis_and_keeps_lengths(
     dtype: Any, tolerance: float, chain: Chain
@@ -100,7 +99,6 @@ def test_synthesis_undoes_analysis_and_keeps_lengths(
         assert near(forth, memory, tolerance)
 
 
-@settings(deadline=None)
 @given(chains())
 def test_the_coordinates_are_orthonormal(chain: Chain) -> None:
     for tier in chain:
@@ -110,7 +108,6 @@ def test_the_coordinates_are_orthonormal(chain: Chain) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
-@settings(deadline=None)
 @given(chains())
 def test_a_prefix_rebuilds_the_tiers_memory(dtype: Any, tolerance: float, chain: Chain) -> None:
     """From the prefix alone: whatever follows it has no part in the tier's memory."""
@@ -130,7 +127,6 @@ def test_a_prefix_rebuilds_the_tiers_memory(dtype: Any, tolerance: float, chain:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
-@settings(deadline=None)
 @given(chains())
 def test_lifting_is_isometric_and_collapsing_takes_it_back(
     dtype: Any, tolerance: float, chain: Chain
@@ -146,7 +142,6 @@ def test_lifting_is_isometric_and_collapsing_takes_it_back(
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
-@settings(deadline=None)
 @given(chains("fold"))
 def test_a_lifted_fold_is_constant_on_its_classes(
     dtype: Any, tolerance: float, chain: Chain
@@ -159,7 +154,6 @@ def test_a_lifted_fold_is_constant_on_its_classes(
         assert near(chain.nested.lift(memory, tier), expected, tolerance)
 
 
-@settings(deadline=None)
 @given(chains())
 def test_a_lifted_memory_says_the_same_of_every_item_that_the_tier_holds(chain: Chain) -> None:
     """And nothing of all others, nor of dimensions that it has not."""
@@ -172,7 +166,6 @@ def test_a_lifted_memory_says_the_same_of_every_item_that_the_tier_holds(chain: 
         assert near(rows, expected, 1e-10)
 
 
-@settings(deadline=None)
 @given(chains("fold"))
 def test_a_collapsed_fold_holds_the_means_of_its_classes(chain: Chain) -> None:
     """FAIR's collapse, item by item: the block of an item is the mean over its slot's class."""
@@ -187,7 +180,6 @@ def test_a_collapsed_fold_holds_the_means_of_its_classes(chain: Chain) -> None:
         assert near(rows, expected.reshape(rows.shape), 1e-10)
 
 
-@settings(deadline=None)
 @given(chains())
 def test_collapse_then_lift_is_the_orthogonal_projection(chain: Chain) -> None:
     one, other = (
@@ -206,7 +198,6 @@ def test_collapse_then_lift_is_the_orthogonal_projection(chain: Chain) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
-@settings(deadline=None)
 @given(chains())
 def test_prefixes_padded_with_zeros_sum_to_the_sum_of_lifted_memories(
     dtype: Any, tolerance: float, chain: Chain
@@ -226,7 +217,6 @@ def test_prefixes_padded_with_zeros_sum_to_the_sum_of_lifted_memories(
     assert near(total, expected, tolerance)
 
 
-@settings(deadline=None)
 @given(chains(), st.data())
 def test_a_spread_change_is_the_analysis_of_the_dense_change(
     chain: Chain, data: st.DataObject
@@ -250,7 +240,6 @@ def test_a_spread_change_is_the_analysis_of_the_dense_change(
         assert all(len(set(row)) == len(row) for row in names.tolist())
 
 
-@settings(deadline=None)
 @given(chains("fold"))
 def test_a_spread_keeps_the_shape_of_its_slots(chain: Chain) -> None:
     for tier in chain:
@@ -265,7 +254,6 @@ def test_a_spread_keeps_the_shape_of_its_slots(chain: Chain) -> None:
             assert np.array_equal(flat.names, spread.names.reshape(-1, reach))
 
 
-@settings(deadline=None)
 @given(chains())
 def test_a_tiers_gradient_is_the_projected_gradient_of_the_whole_memory(chain: Chain) -> None:
     """A plain step on a folded memory would overshoot it ``2^j`` times; this one does not.

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from privrec.embedding.subspace import Subspace
@@ -39,7 +39,6 @@ def table_by_definition(subspace: Subspace, memory: np.ndarray) -> np.ndarray:
     return np.array(rows) * np.float32(2 ** (-subspace.folds / 2))
 
 
-@settings(deadline=None)
 @given(subspaces(), st.integers(0, 2**32))
 def test_gather_is_the_signed_blocks(subspace: Subspace, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -50,7 +49,6 @@ def test_gather_is_the_signed_blocks(subspace: Subspace, seed: int) -> None:
     assert np.allclose(rows, table_by_definition(subspace, memory)[items], rtol=1e-6, atol=0)
 
 
-@settings(deadline=None)
 @given(subspaces(), st.integers(0, 2**32))
 def test_gather_and_scatter_add_are_adjoint(subspace: Subspace, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -64,7 +62,6 @@ def test_gather_and_scatter_add_are_adjoint(subspace: Subspace, seed: int) -> No
     assert there == pytest.approx(back, rel=1e-9, abs=1e-9)
 
 
-@settings(deadline=None)
 @given(subspaces(), st.integers(0, 2**32))
 def test_scatter_add_adds_to_what_is_there(subspace: Subspace, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -86,7 +83,6 @@ def test_scatter_add_of_integers_is_exact() -> None:
     assert target.ravel().tolist() == [0, 2 * (2**31 - 1), -5]
 
 
-@settings(deadline=None)
 @given(
     items=st.integers(1, 300),
     block=st.integers(1, 8),
@@ -129,7 +125,6 @@ def test_a_compressed_table_spreads_evenly() -> None:
     assert abs((signs[:, 0] * signs[:, 1]).mean()) < 0.04
 
 
-@settings(deadline=None)
 @given(subspaces(), st.data())
 def test_folds_nest(subspace: Subspace, data: st.DataObject) -> None:
     times = data.draw(st.integers(0, subspace.slots.bit_length() - 1))
@@ -181,7 +176,6 @@ def test_another_key_is_another_map() -> None:
     assert np.mean(one[1] == two[1]) < 0.6
 
 
-@settings(deadline=None)
 @given(subspaces())
 def test_a_table_of_places_is_the_same_map(subspace: Subspace) -> None:
     tabulated = subspace.tabulated()

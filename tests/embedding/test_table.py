@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from privrec.embedding.subspace import Subspace
@@ -47,7 +47,6 @@ def by_definition(table: Table, memory: np.ndarray) -> np.ndarray:
     return rows
 
 
-@settings(deadline=None)
 @given(plain_tables(), st.integers(0, 2**32))
 def test_a_plain_table_is_its_memory(table: PlainTable, seed: int) -> None:
     """Item by item, or the first parts of all items first."""
@@ -63,7 +62,6 @@ def test_a_plain_table_is_its_memory(table: PlainTable, seed: int) -> None:
     assert table.tabulated() is table
 
 
-@settings(deadline=None)
 @given(tables(), st.integers(0, 2**32))
 def test_gather_and_scatter_add_are_adjoint_in_both_precisions(table: Table, seed: int) -> None:
     memory, rng = memory_of(table, seed), np.random.default_rng(seed + 1)
@@ -80,7 +78,6 @@ def test_gather_and_scatter_add_are_adjoint_in_both_precisions(table: Table, see
         assert abs(there - back) <= tolerance * size
 
 
-@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(0, 40), st.booleans(), st.booleans(), st.integers(0, 2**32))
 def test_rows_add_up_whether_few_or_many_change(
     size: int, count: int, signed: bool, whole: bool, seed: int

@@ -11,7 +11,7 @@ import pytest
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable
 from privrec.errors import UsageError
-from privrec.lsh.costs import Costs, Demand, choose
+from privrec.lsh.costs import Costs, Demand, _measured, choose
 from privrec.lsh.families import Shape
 from privrec.lsh.memory import ItemMemory
 from privrec.lsh.select import Search, Selector, best, mix, outside, select
@@ -230,7 +230,13 @@ def test_the_costs_of_this_machine_are_measured() -> None:
     costs = Costs.here()
     assert costs is Costs.here()
     assert all(0 < value < 1e-5 for value in vars(costs).values())
-    assert costs.product < costs.sign
+
+
+def test_costs_are_those_of_one_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("privrec.lsh.costs._time", lambda work: 1.0)
+    costs = _measured()
+    assert 1 / costs.product == 4096 * 64 * 256  # a multiplication and an addition
+    assert 1 / costs.sign == 2048 * 256
 
 
 @pytest.mark.parametrize(

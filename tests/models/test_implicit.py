@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from privrec.embedding.subspace import Subspace
@@ -21,7 +21,6 @@ TABLES = {
 }
 
 
-@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(1, 9), st.integers(0, 2**32))
 def test_packing_keeps_the_matrix_and_its_norm(m: int, dim: int, seed: int) -> None:
     vectors = np.random.default_rng(seed).normal(size=(m, dim)).astype(np.float32)
@@ -34,7 +33,6 @@ def test_packing_keeps_the_matrix_and_its_norm(m: int, dim: int, seed: int) -> N
         assert np.linalg.norm(row) == pytest.approx(float(vector @ vector), rel=1e-5)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 9), st.integers(0, 2**32), st.data())
 def test_shorter_vectors_pack_to_prefixes(dim: int, seed: int, data: st.DataObject) -> None:
     vectors = np.random.default_rng(seed).normal(size=(2, dim)).astype(np.float32)
@@ -60,7 +58,6 @@ def test_the_items_gram_matrix_is_over_every_item(table: Table) -> None:
     assert np.allclose(item_gram(table.tabulated(), memory), found, rtol=1e-6)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 8), st.floats(0.01, 10), st.floats(1e-3, 10), st.integers(0, 2**32))
 def test_the_curvature_is_that_of_the_loss_over_all_items(
     dim: int, unobserved: float, item_l2: float, seed: int

@@ -100,7 +100,7 @@ def test_gradient_is_that_of_the_value(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**31), scale=st.sampled_from([0.0, 1e-3, 0.3, 2.0, 8.0, 30.0]))
 def test_curvature_is_never_below_the_hessian(name: str, seed: int, scale: float) -> None:
     valid = masks(name, 1, seed)
@@ -118,7 +118,7 @@ def test_curvature_is_never_below_the_hessian(name: str, seed: int, scale: float
 
 
 @pytest.mark.parametrize("name", ["bce", "bpr", "ials"])
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**31), length=st.sampled_from([0.1, 1.0, 5.0, 20.0]))
 def test_a_newton_step_never_goes_up(name: str, seed: int, length: float) -> None:
     """Their curvature bounds the loss everywhere, not just to second order at the point."""

@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from privrec.errors import UsageError
@@ -84,7 +84,6 @@ def test_the_factor_gives_the_covariance_back(steps):
         np.testing.assert_allclose(made / scale, wanted / scale, rtol=1e-9, atol=1e-9)
 
 
-@settings(deadline=None)  # importing the optimisers takes seconds
 @given(st.lists(updates, min_size=1, max_size=12))
 def test_an_update_is_the_step_of_torch(steps):
     value = torch.nn.Parameter(torch.tensor([1.5], dtype=torch.float64))

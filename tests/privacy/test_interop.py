@@ -21,7 +21,7 @@ CHARGED = Counter(
 
 @pytest.mark.parametrize("adversary", ["recipients", "server"])
 def test_dp_accounting_gives_the_ledgers_epsilon(adversary) -> None:
-    accountant = PLDAccountant(NeighboringRelation.REPLACE_SPECIAL)
+    accountant = PLDAccountant(NeighboringRelation.REPLACE_SPECIAL, 1e-3)
     accountant.compose(to_dp_event(CHARGED, adversary))
     own = epsilon(CHARGED, DELTA, adversary)
     assert accountant.get_epsilon(DELTA) == pytest.approx(own, rel=2e-3)

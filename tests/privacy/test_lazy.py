@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lazy_basis import Basis, Silent
 
@@ -133,7 +133,6 @@ def test_plain_steps_have_the_covariance_of_eager_noise(steps):
     check_law(steps, is_moving=False)
 
 
-@settings(deadline=None)
 @given(schedules(moving))
 def test_momentum_and_decay_have_the_covariance_of_eager_noise(steps):
     check_law(steps, is_moving=True)
@@ -144,7 +143,6 @@ def test_plain_steps_without_noise_are_sgd(steps):
     check_path(steps, is_moving=False)
 
 
-@settings(deadline=None)
 @given(schedules(moving))
 def test_momentum_and_decay_without_noise_are_sgd(steps):
     check_path(steps, is_moving=True)

@@ -397,7 +397,7 @@ class TestAlteration:
         (written / "ledger.jsonl").write_bytes(content)
         self.refused(written, "no header line|line 1 was altered")
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(st.data())
     def test_of_any_byte_after_sealing(self, data):
         with tempfile.TemporaryDirectory() as name, create(Path(name)) as ledger:
@@ -457,7 +457,7 @@ class TestCrash:
         with pytest.raises(ReleaseRefused):
             ledger.charge(2, 0, EVENT)
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(st.data())
     def test_at_any_byte_shows_all_that_was_acknowledged(self, data):
         """Write at random, cut anywhere after the last seal, open, go on, and open again."""

@@ -65,7 +65,7 @@ def test_the_short_cut_is_taken(monkeypatch):
     assert all(book._add_plain(found, line, {}) for line in rest[2:])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_both_ways_refuse_the_same(data):
     content = bytearray(spelled(entries(4)))

@@ -72,7 +72,7 @@ def test_skellam_shares_are_skellam():
     assert np.array_equal(shares.draw(seeds_of(1, 1)), found)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(3, 12), st.data())
 def test_removal_leaves_the_shares_of_exactly_the_fewest(survivors, data):
     """Any number of survivors, any tiers: what is left is the sum of ``t`` shares a band."""

@@ -57,7 +57,7 @@ def drive(
     return result, plain_sum([vectors[device] for device in result.survivors[0]], agreed)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 8), st.sampled_from(list(Stage)[:4])), max_size=2))
 def test_the_seeds_of_the_excess_arrive_whoever_drops_out(
     drops: list[tuple[int, Stage]],

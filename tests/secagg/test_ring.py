@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from scipy import stats
@@ -54,7 +54,6 @@ def test_the_bound_is_the_published_one(dimension: int, scale_bits: int, clip_no
     assert encoding.scale * clip_norm == pytest.approx(2**scale_bits)
 
 
-@settings(deadline=None)
 @given(
     arrays.arrays(np.float32, st.tuples(st.integers(1, 3), st.integers(1, 40)), elements=UNIT),
     st.floats(1e-2, 1e2),
@@ -192,7 +191,6 @@ def test_the_public_dimension_bounds_a_sparse_vector_no_less() -> None:
     assert squared(wide.encode(values, ROOT.stream("sparse"))) <= wide.squared_bound
 
 
-@settings(deadline=None)
 @given(st.floats(1e-6, 1e6), st.integers(1, 20), st.integers(-(2**40), 2**40))
 def test_decode_gives_back_the_units(clip_norm: float, scale_bits: int, integer: int) -> None:
     encoding = Encoding(clip_norm, 10, scale_bits)

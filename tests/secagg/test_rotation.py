@@ -6,7 +6,7 @@ import hashlib
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from privrec.errors import UsageError
@@ -20,7 +20,6 @@ def normals(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=4), st.integers(1, 3))
 def test_keeps_norms_and_comes_undone(sizes: list[int], rows: int) -> None:
     turn, values = Rotation(tuple(sizes), SEED), normals(rows, sum(sizes))

@@ -63,7 +63,7 @@ def sessions(draw: st.DrawFn) -> tuple[Cohort, Terms, dict[Stage, set[int]]]:
     return Cohort(tiers), agreed, drops
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])
 @given(sessions(), st.integers(0, 2**32))
 def test_the_unmasked_sum_is_the_plain_sum_of_the_survivors(
     session: tuple[Cohort, Terms, dict[Stage, set[int]]], seed: int
