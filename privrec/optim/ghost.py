@@ -22,6 +22,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.parameter import is_lazy
 
 from privrec.errors import UsageError
 
@@ -83,15 +86,13 @@ class LinearLayer:
 
     def __init__(self, layer: nn.Linear) -> None:
         self._layer = layer
-        self._weight: Any = layer.weight
-        self._bias: Any = layer.bias
 
     def squared_norms(self, records: list[Record], examples: int) -> Tensor:
         a, b = self._both(records)
         total = torch.zeros(len(a), dtype=b.dtype)
-        if self._weight.requires_grad:
+        if self._layer.weight.requires_grad:
             total += _product_norms(a, b)
-        if self._bias is not None and self._bias.requires_grad:
+        if _is_trained(self._layer.bias):
             total += b.sum(1).square_().sum(1)
         return total
 
@@ -99,10 +100,10 @@ class LinearLayer:
         a, b = self._both(records)
         scaled = _times(b, factors)
         made: dict[nn.Parameter, Tensor] = {}
-        if self._weight.requires_grad:
-            made[self._weight] = scaled.flatten(0, 1).T @ _where(a, factors).flatten(0, 1)
-        if self._bias is not None and self._bias.requires_grad:
-            made[self._bias] = scaled.sum((0, 1))
+        if self._layer.weight.requires_grad:
+            made[self._layer.weight] = scaled.flatten(0, 1).T @ _where(a, factors).flatten(0, 1)
+        if _is_trained(self._layer.bias):
+            made[self._layer.bias] = scaled.sum((0, 1))
         return made
 
     def _both(self, records: list[Record]) -> tuple[Tensor, Tensor]:
@@ -185,26 +186,44 @@ class SampledLayer:
         return made
 
 
-def layer_of(layer: nn.Module) -> Layer:
-    """How a layer with parameters of its own is clipped.
+def layer_of(layer: nn.Module, name: str) -> Layer:
+    """How a layer with trainable parameters of its own is clipped.
 
     Raises:
         UsageError: when it is of a kind whose per-example gradients nobody knows.
     """
-    if isinstance(layer, nn.Linear):
-        return LinearLayer(layer)
-    if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
-        return TableLayer(layer)
+    kind = type(layer)
+    where = f"layer {name!r} ({kind.__name__})"
+    own = layer._parameters
+    if any(is_lazy(p) for p in own.values()):
+        raise UsageError(f"{where} has no shape yet: call the model once before")
+    # A subclass that computes something else with the same weights has other gradients.
+    for known, clipped in ((nn.Linear, LinearLayer), (nn.Embedding, TableLayer),
+                           (nn.EmbeddingBag, TableLayer)):  # fmt: skip
+        if isinstance(layer, known) and kind.forward is known.forward:
+            if own.keys() <= {"weight", "bias"}:
+                return clipped(layer)
+    if isinstance(layer, _BatchNorm):
+        raise UsageError(
+            f"{where} has trainable parameters, whose per-example gradients are not known: use "
+            "GroupNorm or LayerNorm, or take them out of training and keep the layer in eval()"
+        )
+    if isinstance(layer, _InstanceNorm) and layer.track_running_stats:
+        raise UsageError(f"{where}: make it with track_running_stats=False, or use GroupNorm")
     from opacus.grad_sample import GradSampleModule  # heavy, and few models need it
 
-    sampler = GradSampleModule.GRAD_SAMPLERS.get(type(layer))
+    sampler = GradSampleModule.GRAD_SAMPLERS.get(kind)
     if sampler is None:
         raise UsageError(
-            f"{type(layer).__name__} has parameters of its own, and its per-example gradients are "
-            "not known: build it from Linear, Embedding and EmbeddingBag, freeze it, or register "
-            "it with opacus.grad_sample.register_grad_sampler"
+            f"{where} has trainable parameters of its own, and its per-example gradients are not "
+            "known: build it from Linear, Embedding and EmbeddingBag, freeze it, or register it "
+            "with opacus.grad_sample.register_grad_sampler"
         )
     return SampledLayer(layer, sampler)
+
+
+def _is_trained(parameter: Tensor | None) -> bool:
+    return parameter is not None and parameter.requires_grad
 
 
 def _bag_lookups(layer: nn.EmbeddingBag, record: Record) -> Lookups:
