@@ -8,7 +8,7 @@ mixes by construction; a model that mixes on rare inputs alone is its user's to 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -59,34 +59,34 @@ class Probe:
     def __init__(self, batch_first: bool, moved: Tensor | None = None) -> None:
         self.counts: set[int] = set()
         """What the layers take for the number of examples."""
-        self._first, self._moved = batch_first, moved
+        self.batch_first, self.moved = batch_first, moved
         self.shown: list[tuple[str, int, Tensor]] = []
-        """Of all that layers and model made: what, the examples' dimension, and values."""
+        """What came in and out of each layer: its name, the examples' dimension, and values."""
+        self.gradients: dict[int, tuple[str, int, Tensor]] = {}
+        """The gradients behind the layers' outputs, alike."""
         self.outputs: list[Tensor] = []
-        self._made: list[tuple[str, int, Tensor]] = []
+        """What the model gives that has a gradient, scalars included."""
 
     def run(self, model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """Run the model, and keep what it and its layers make of the examples."""
-        if self._moved is not None:
-            inputs, named = self._exchanged((inputs, named))
-        leaves = [x for x in tree_leaves(model(*inputs, **named)) if isinstance(x, Tensor)]
-        self.outputs = [x.detach() for x in leaves if x.requires_grad and x.numel() != 1]
-        totals = [x.sum() for x in leaves if x.requires_grad and x.numel() == 1]
-        if totals and self._made:
-            # Of a loss that the model computes itself, each example's gradient is its own.
-            made = [x for _, _, x in self._made]
-            found = torch.autograd.grad(sum(totals), made, allow_unused=True)  # type: ignore[arg-type]
-            self.shown += [
-                (f"the gradient behind {name}", at, gradient)
-                for (name, at, _), gradient in zip(self._made, found, strict=True)
-                if gradient is not None
-            ]
-        self.has_output = bool(self.outputs or totals)
-        self._made.clear()
+        """Run the model forth and back, and keep what it and its layers make of the examples."""
+        inputs, named = self._exchanged((inputs, named))
+        leaves = tree_leaves(model(*inputs, **named))
+        given = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
+        weights = [torch.ones_like(x) for x in given]
+        for x, weight in zip(given, weights, strict=True):
+            if self.moved is not None and (at := self.places(x, len(self.moved))):
+                weight += _along(self.moved, at[0], weight)
+        self.outputs = [x.detach().clone() for x in given]
+        torch.autograd.backward(given, weights)
+
+    def places(self, output: Tensor, examples: int) -> list[int]:
+        """Dimensions of an output that may be the examples."""
+        places = [0] if self.batch_first else [1, 0]
+        return [at for at in places if output.dim() > at and output.shape[at] == examples]
 
     def seen(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor, at: int) -> Tensor:
         """Keep what came in and out of a layer, and give what goes on in its place."""
-        name = f"a {type(layer).__name__}"
+        name, number = f"a {type(layer).__name__}", len(self.shown)
         self.counts.add(output.shape[at])
         for value in inputs[:1]:
             if isinstance(value, Tensor) and value.is_floating_point():
@@ -98,25 +98,27 @@ class Probe:
         rest = [d for d in range(output.dim()) if d != at]
         wave = wave * (1 + output.detach().abs().mean(rest, keepdim=True) if rest else 1)
         output = output + 0.1 * wave
-        if self._moved is not None and output.shape[at] == len(self._moved):
-            output = output + wave * _along(self._moved, at, output)
-        self._made.append((name, at, output))
+        if self.moved is not None and output.shape[at] == len(self.moved):
+            output = output + wave * _along(self.moved, at, output)
+
+        def keep(gradient: Tensor) -> None:
+            self.gradients[number] = (f"the gradient behind {name}", at, gradient.detach().clone())
+
+        output.register_hook(keep)  # type: ignore[no-untyped-call]
         return output
 
     def _exchanged(self, given: Any) -> Any:
-        """Inputs where each moved example has the values of the one before it."""
-        moved = self._moved
-        if moved is None:
-            return given
+        """Inputs where each moved example has the values of the one before it; none has a graph."""
         tensors = [x for x in tree_leaves(given) if isinstance(x, Tensor)]
         # With offsets a flat list of rows has no example in each row.
         flat = any(_are_offsets(x) for x in tensors)
 
         def exchanged(x: Tensor) -> Tensor:
-            at = int(not self._first and x.dim() > 1)
-            if x.dim() <= at or x.shape[at] != len(moved) or (flat and x.dim() == 1):
-                return x
-            return torch.where(_along(moved, at, x), x.roll(1, at), x)
+            made, at = x.detach(), int(not self.batch_first and x.dim() > 1)
+            is_one_each = self.moved is not None and x.shape[at : at + 1] == self.moved.shape
+            if is_one_each and self.moved is not None and not (flat and x.dim() == 1):
+                made = torch.where(_along(self.moved, at, x), made.roll(1, at), made)
+            return made.requires_grad_(x.requires_grad)
 
         return tree_map_only(Tensor, exchanged, given)
 
@@ -127,44 +129,42 @@ def refuse_moved_rows(still: Probe, moved: Probe, examples: int) -> None:
     Raises:
         UsageError: naming what moved.
     """
-    kept = torch.ones(examples, dtype=torch.bool) if moved._moved is None else ~moved._moved
-    if not still.has_output:
+    kept = torch.ones(examples, dtype=torch.bool) if moved.moved is None else ~moved.moved
+    if not still.outputs:
         raise UsageError(
             "a model without an output that has a gradient: whether it keeps examples apart cannot "
             "be seen; return tensors, or tuples, lists and dictionaries of tensors"
         )
-    alike = [name for name, _, _ in still.shown] == [name for name, _, _ in moved.shown]
-    if not alike or len(still.outputs) != len(moved.outputs):
-        raise UsageError(_mixed("which layers are called"))
-    for (name, at, one), (_, _, two) in zip(still.shown, moved.shown, strict=True):
+    first = [*still.shown, *(still.gradients[at] for at in sorted(still.gradients))]
+    second = [*moved.shown, *(moved.gradients[at] for at in sorted(moved.gradients))]
+    if [n for n, _, _ in first] != [n for n, _, _ in second]:
+        _refuse("which layers are called", moved)
+    for (name, at, one), (_, _, two) in zip(first, second, strict=True):
         if one.shape[at : at + 1] == (examples,) and not _same(one, two, at, kept):
             _refuse(name, moved)
     for one, two in zip(still.outputs, moved.outputs, strict=True):
-        places = [0] if still._first else [1, 0]
-        fits = [at for at in places if one.dim() > at and one.shape[at] == examples]
-        if not fits and one.shape[0] % examples == 0:  # positions of an example after one another
-            one, two, fits = one.view(examples, -1), two.reshape(examples, -1), [0]
-        if not fits:
+        if one.numel() == 1:
+            continue  # a loss of all examples, seen by its gradients alone
+        places = still.places(one, examples)
+        if not places and one.shape[0] % examples == 0:  # positions of each example in turn
+            one, two, places = one.view(examples, -1), two.reshape(examples, -1), [0]
+        if not places:
             raise UsageError(
                 f"an output of shape {tuple(one.shape)} of a model whose layers saw {examples} "
                 "examples: the first dimension must be the example; with positions first give "
                 "batch_first=False"
             )
-        if not any(_same(one, two, at, kept) for at in fits):
+        if not any(_same(one, two, at, kept) for at in places):
             _refuse("the model's output", moved)
 
 
-def _refuse(what: str, moved: Probe) -> None:
-    if moved._moved is None:
+def _refuse(what: str, moved: Probe) -> NoReturn:
+    if moved.moved is None:
         raise UsageError(
             f"{what} differs between two passes over the same batch: what a model keeps from one "
             "pass to the next may carry examples; keep no state, and draw from torch's generator"
         )
-    raise UsageError(_mixed(what))
-
-
-def _mixed(what: str) -> str:
-    return (
+    raise UsageError(
         f"one example changes {what} for others: the model mixes the examples of a batch, so that "
         "no clipping bounds what one of them moves. Use GroupNorm or LayerNorm, mix nothing along "
         "the first dimension, and with positions first give batch_first=False"

@@ -139,10 +139,10 @@ class Capture:
             handle.remove()
 
     def _begin(self, model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling() or torch._C._dynamo.eval_frame.get_eval_frame_callback():
+            raise UsageError(COMPILED)
         if self._probe is not None or not (torch.is_grad_enabled() or model.training):
             return
-        if torch.compiler.is_compiling():
-            raise UsageError(COMPILED)
         self._prepare()
         self._buffers = self._versions()
         mode = tuple(state for m in model.modules() for state in (m.training, m in self.layers))
@@ -205,6 +205,11 @@ class Capture:
         own = {k: p for k, p in layer._parameters.items() if p is not None and p.requires_grad}
         if not own:
             return
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise UsageError(
+                "a layer inside vmap or another transform of torch.func: what it sees is not a "
+                "batch; call it on the batch"
+            )
         # Recomputing a checkpoint calls layers after their model has returned, within backward.
         recomputing = torch._C._current_graph_task_id() != -1
         if self._now is None and self._probe is None and not recomputing:
@@ -238,7 +243,10 @@ class Capture:
         if self._probe is not None:
             return self._probe.seen(layer, inputs, output, int(turned))
         passed = self._now or self._last
-        given = tuple(inputs), dict(named)
+        if not inputs:
+            named = dict(named)
+            inputs = (named.pop("input" if "input" in named else next(iter(named))),)
+        given = inputs, named
         versions = [v._version for v in _tensors(given)]
 
         def keep(gradient: Tensor) -> None:
@@ -259,10 +267,11 @@ class Capture:
                     "backward pass: its gradient is not known any more; change a copy"
                 )
             self._passes.add(passed)
-            record = Record(*_plain(given, turned), _plain(gradient, turned))
+            positional, by_name = _plain(given, turned)
+            record = Record(positional, by_name, _plain(gradient, turned))
             self._records.setdefault(layer, []).append(record)
 
-        output.register_hook(keep)  # type: ignore[no-untyped-call]
+        output.register_hook(keep)
         return output
 
 

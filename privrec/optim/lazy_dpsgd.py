@@ -288,7 +288,7 @@ class LazyDPSGD(torch.optim.Optimizer):
                 "never be clipped; add_param_group() them, or freeze them"
             )
         layers = self._capture.layers.items()
-        tables = {module.weight for module, layer in layers if isinstance(layer, TableLayer)}
+        tables: set[Any] = {m.weight for m, layer in layers if isinstance(layer, TableLayer)}
         for group in self.param_groups:
             is_moving = not _update(group).is_plain
             for weight in tables.intersection(group["params"]):
