@@ -96,7 +96,11 @@ class LazyDPSGD(torch.optim.Optimizer):
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._lookups: dict[nn.Parameter, list[Lookups]] = {}
         self._bound: float | None = None
-        self._follow()
+        try:
+            self._follow()
+        except BaseException:
+            self.close()  # no hook stays on a model that was refused
+            raise
         self.zero_grad()
 
     @classmethod
