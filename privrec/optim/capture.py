@@ -184,7 +184,6 @@ class Capture:
                     probe.run(self._model, inputs, named)
             finally:
                 self._probe = None
-            self._refuse_changes()
             return probe
 
         first = run(Probe(self._batch_first))

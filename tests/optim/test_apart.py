@@ -104,8 +104,8 @@ class Centred(nn.Linear):
         return functional.linear(x - x.mean(0), self.weight, self.bias)
 
 
-def zeros(made):
-    nn.init.zeros_(made.weight)
+def zeros(made, name="weight"):
+    nn.init.zeros_(getattr(made, name))
     return made
 
 
@@ -167,9 +167,19 @@ MIXING = {
         lambda m, x: plainly(m, x) + m.gate(m.table(x).mean(1)) * m.table(x).mean(),
         gate=zeros(nn.Linear(WIDTH, 1)),
     ),
+    "behind a rectified gate of zeros": Net(
+        lambda m, x: (
+            plainly(m, x) + torch.relu(m.gate(m.table(x).mean(1))) * m.table(x).mean().detach()
+        ),
+        gate=zeros(zeros(nn.Linear(WIDTH, 1)), "bias"),
+    ),
     "sum of those before": Net(lambda m, x: m.head(m.layer(m.table(x)).mean(1).cumsum(0))),
     "sum of those after": Net(lambda m, x: m.head(m.table(x).mean(1).flip(0).cumsum(0).flip(0))),
     "first as reference": Net(lambda m, x: m.head(m.table(x).mean(1) - m.table(x).mean(1)[:1])),
+    "first, without gradient": Net(lambda m, x: plainly(m, x) + plainly(m, x).detach()[:1]),
+    "middle, without gradient": Net(
+        lambda m, x: plainly(m, x) + plainly(m, x).detach()[len(x) // 2 :][:1]
+    ),
     "softmax over the batch": Net(lambda m, x: m.head(m.table(x).mean(1).softmax(0))),
     "largest of the batch": Net(lambda m, x: m.head(m.table(x).mean(1) / m.table(x).abs().amax())),
     "neighbour": Net(lambda m, x: m.head(m.table(x).mean(1).roll(2, 0))),
@@ -200,6 +210,10 @@ def test_what_mixes_examples_is_refused(name):
         loss = lambda model, x, y, optimizer: model(x).backward()  # noqa: E731
     with pytest.raises(UsageError, match="one example changes"):
         step(MIXING[name], *data(length), loss=loss)
+
+
+def looked_up_twice(m, x):
+    return m.head(m.table(x) + functional.embedding(x, m.table.weight)).mean(1)
 
 
 REFUSED = {
@@ -234,6 +248,7 @@ REFUSED = {
         Net(lambda m, x: m.head(functional.embedding(x, m.table.weight)).mean(1)),
         "a table got a gradient by another way",
     ),
+    "lookup elsewhere too": (Net(looked_up_twice), "a table got a gradient by another way"),
     "changed in place": (Net(in_place), "changed in place"),
     "vmap": (
         Net(lambda m, x: torch.vmap(lambda h: m.head(h).mean(0))(m.table(x))),
@@ -350,6 +365,29 @@ def test_batch_normalisation_is_refused_whether_trained_or_not(frozen_too):
     with torch.no_grad(), pytest.raises(UsageError, match=r"layer '1' "):
         model(x)
     assert norm.num_batches_tracked == 0
+
+
+def test_mixing_is_found_behind_offsets():
+    """Where no row of the inputs is an example's, outputs of layers are what is moved."""
+    rows, offsets = torch.randint(0, VOCABULARY, (9,)), torch.tensor([0, 1, 1, 4, 5, 7])
+    apart = Net(lambda m, x: m.head(torch.tanh(m.bag(*x))), bag=bag())
+    step(apart, (rows, offsets), torch.ones(6))
+    mixing = Net(lambda m, x: m.head(m.bag(*x)).softmax(0).detach() * m.head(m.bag(*x)), bag=bag())
+    with pytest.raises(UsageError, match="one example changes"):
+        step(mixing, (rows, offsets), torch.ones(6))
+
+
+def test_a_buffer_that_changes_later_is_refused_then():
+    model = Net(plainly, other=Statistics(hidden=False))
+    optimizer = optimiser(model)
+    square_loss(model, *data(), optimizer)
+    optimizer.step()
+    model.how = lambda m, x: m.head(m.other(m.table(x))).mean(1)
+    with torch.no_grad(), pytest.raises(UsageError, match=r"buffers other\.mean change"):
+        model(data()[0])
+    model.eval()
+    with torch.no_grad():
+        model(data()[0])
 
 
 def test_what_mixes_only_in_training_mode_is_found_when_it_trains():
