@@ -22,9 +22,15 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.parameter import is_lazy
 
 from privrec.errors import UsageError
 
+# What float32 may lose where terms cancel, of the square of the sum of their lengths. Squared norms
+# have it added, so that neither a norm falls short nor what is added goes beyond the bound.
+_LOST = 2.0**-20
 _CHUNK = 1 << 22  # numbers of per-example gradient at a time, where they are cheaper than products
 
 
@@ -82,27 +88,27 @@ class LinearLayer:
     """``torch.nn.Linear`` over inputs of shape ``(examples, …, features)``."""
 
     def __init__(self, layer: nn.Linear) -> None:
-        self._layer = layer
-        self._weight: Any = layer.weight
-        self._bias: Any = layer.bias
+        self._layer: Any = layer
 
     def squared_norms(self, records: list[Record], examples: int) -> Tensor:
         a, b = self._both(records)
         total = torch.zeros(len(a), dtype=b.dtype)
-        if self._weight.requires_grad:
+        if self._layer.weight.requires_grad:
             total += _product_norms(a, b)
-        if self._bias is not None and self._bias.requires_grad:
+        if _is_trained(self._layer.bias):
             total += b.sum(1).square_().sum(1)
+            if b.shape[1] > 1:
+                total += _LOST * b.norm(dim=2).sum(1).square_()
         return total
 
     def clipped(self, records: list[Record], factors: Tensor) -> dict[nn.Parameter, Tensor]:
         a, b = self._both(records)
         scaled = _times(b, factors)
         made: dict[nn.Parameter, Tensor] = {}
-        if self._weight.requires_grad:
-            made[self._weight] = scaled.flatten(0, 1).T @ _where(a, factors).flatten(0, 1)
-        if self._bias is not None and self._bias.requires_grad:
-            made[self._bias] = scaled.sum((0, 1))
+        if self._layer.weight.requires_grad:
+            made[self._layer.weight] = scaled.flatten(0, 1).T @ _where(a, factors).flatten(0, 1)
+        if _is_trained(self._layer.bias):
+            made[self._layer.bias] = scaled.sum((0, 1))
         return made
 
     def _both(self, records: list[Record]) -> tuple[Tensor, Tensor]:
@@ -182,29 +188,54 @@ class SampledLayer:
             for parameter, gradients in found.items():
                 if parameter.requires_grad:
                     made[parameter] = made.get(parameter, 0) + gradients.detach()
+        if any(p.requires_grad and p not in made for p in self._layer.parameters(recurse=False)):
+            raise UsageError(
+                f"the per-example gradients registered for {type(self._layer).__name__} leave out "
+                "a trainable parameter: it would be noise alone; freeze it, or register its too"
+            )
         return made
 
 
-def layer_of(layer: nn.Module) -> Layer:
-    """How a layer with parameters of its own is clipped.
+def layer_of(layer: nn.Module, name: str) -> Layer:
+    """How a layer with trainable parameters of its own is clipped.
 
     Raises:
         UsageError: when it is of a kind whose per-example gradients nobody knows.
     """
-    if isinstance(layer, nn.Linear):
-        return LinearLayer(layer)
-    if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
-        return TableLayer(layer)
+    kind = type(layer)
+    where = f"layer {name!r} ({kind.__name__})"
+    own = layer._parameters
+    if any(p is not None and is_lazy(p) for p in own.values()):
+        raise UsageError(f"{where} has no shape yet: call the model once before")
+    # A subclass that computes something else with the same weights has other gradients.
+    kinds: dict[type[nn.Module], Callable[[Any], Layer]] = {
+        nn.Linear: LinearLayer, nn.Embedding: TableLayer, nn.EmbeddingBag: TableLayer
+    }  # fmt: skip
+    for known, clipped in kinds.items():
+        is_known = isinstance(layer, known) and kind.forward is known.forward
+        if is_known and own.keys() <= {"weight", "bias"}:
+            return clipped(layer)
+    if isinstance(layer, _BatchNorm):
+        raise UsageError(
+            f"{where} has trainable parameters, whose per-example gradients are not known: use "
+            "GroupNorm or LayerNorm, or take them out of training and keep the layer in eval()"
+        )
+    if isinstance(layer, _InstanceNorm) and layer.track_running_stats:
+        raise UsageError(f"{where}: make it with track_running_stats=False, or use GroupNorm")
     from opacus.grad_sample import GradSampleModule  # heavy, and few models need it
 
-    sampler = GradSampleModule.GRAD_SAMPLERS.get(type(layer))
-    if sampler is None:
+    sampler = GradSampleModule.GRAD_SAMPLERS.get(kind)
+    if sampler is None or isinstance(layer, tuple(kinds)):
         raise UsageError(
-            f"{type(layer).__name__} has parameters of its own, and its per-example gradients are "
-            "not known: build it from Linear, Embedding and EmbeddingBag, freeze it, or register "
-            "it with opacus.grad_sample.register_grad_sampler"
+            f"{where} has trainable parameters of its own, and its per-example gradients are not "
+            "known: build it from Linear, Embedding and EmbeddingBag, freeze it, or register it "
+            "with opacus.grad_sample.register_grad_sampler"
         )
     return SampledLayer(layer, sampler)
+
+
+def _is_trained(parameter: Tensor | None) -> bool:
+    return parameter is not None and parameter.requires_grad
 
 
 def _bag_lookups(layer: nn.EmbeddingBag, record: Record) -> Lookups:
@@ -249,30 +280,37 @@ def _bag_norms(found: Lookups, table: int) -> Tensor:
     if len(key) <= len(found.vectors) and bool((found.which[1:] > found.which[:-1]).all()):
         return total.index_add_(0, found.which, weights.square()) * squared
     distinct, place = torch.unique(key, return_inverse=True)
-    met = torch.zeros(len(distinct), dtype=squared.dtype).index_add_(0, place, weights)
+    met, lengths = (
+        torch.zeros(len(distinct), dtype=squared.dtype).index_add_(0, place, each)
+        for each in (weights, weights.abs())
+    )
     owner = distinct.div(table, rounding_mode="floor")
-    return total.index_add_(0, owner, met.square()) * squared
+    return total.index_add_(0, owner, met.square() + _LOST * lengths.square()) * squared
 
 
 def _meeting_norms(rows: Tensor, of: Tensor, values: Tensor, examples: int, table: int) -> Tensor:
     distinct, place = torch.unique(of * table + rows, return_inverse=True)
-    if len(distinct) < len(rows):
-        met = torch.zeros(len(distinct), values.shape[1], dtype=values.dtype)
-        values = met.index_add_(0, place, values)
-        of = distinct.div(table, rounding_mode="floor")
     total = torch.zeros(examples, dtype=values.dtype)
-    return total.index_add_(0, of, values.square().sum(1))
+    if len(distinct) == len(rows):
+        return total.index_add_(0, of, values.square().sum(1))
+    met = torch.zeros(len(distinct), values.shape[1], dtype=values.dtype)
+    met.index_add_(0, place, values)
+    lengths = total.new_zeros(len(distinct)).index_add_(0, place, values.norm(dim=1))
+    of = distinct.div(table, rounding_mode="floor")
+    return total.index_add_(0, of, met.square().sum(1) + _LOST * lengths.square())
 
 
 def _product_norms(a: Tensor, b: Tensor) -> Tensor:
     n, positions, wide, high = len(a), a.shape[1], a.shape[2], b.shape[2]
     if positions == 1:
         return a.square().sum((1, 2)) * b.square().sum((1, 2))
+    lost: Tensor = (a.norm(dim=2) * b.norm(dim=2)).sum(1).square()
+    lost *= _LOST + (wide + high + positions) / 8 * 2.0**-24
     if 2 * positions**2 <= wide * high:
-        return ((a @ a.mT) * (b @ b.mT)).sum((1, 2)).clamp_(min=0)
+        return ((a @ a.mT) * (b @ b.mT)).sum((1, 2)).clamp_(min=0) + lost
     step = max(1, _CHUNK // (wide * high))
     parts = [(b[i : i + step].mT @ a[i : i + step]).square().sum((1, 2)) for i in range(0, n, step)]
-    return torch.cat(parts) if parts else a.new_zeros(0)
+    return torch.cat(parts) + lost if parts else lost
 
 
 def _positions(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from privrec.errors import UsageError
-from privrec.optim.capture import Capture
+from privrec.optim.capture import COMPILED, Capture
 from privrec.optim.ghost import Lookups, TableLayer, joined
 from privrec.optim.parameter import make_lazy, make_plain
 from privrec.privacy.debt import Update
@@ -39,7 +39,8 @@ class LazyDPSGD(torch.optim.Optimizer):
 
     Args:
         model: its embedding weights become lazy, in place, until :meth:`close`. A model that
-            Opacus wrapped is used without Opacus' own hooks.
+            Opacus wrapped is used without Opacus' own hooks. It must keep the examples of a batch
+            apart; before the first training pass that is looked at, at the price of five passes.
         lr: step size.
         noise_multiplier: standard deviation of the noise over ``max_grad_norm``; at least 0.
         max_grad_norm: ``C``, above 0.
@@ -48,7 +49,10 @@ class LazyDPSGD(torch.optim.Optimizer):
         weight_decay: as in ``torch.optim.SGD``.
         nesterov: as in ``torch.optim.SGD``.
         loss_reduction: ``"mean"`` or ``"sum"`` over the examples of a pass.
-        params: parameters or groups, as ``torch.optim`` takes them; all of the model's when None.
+        params: parameters or groups, as ``torch.optim`` takes them; all that are trainable when
+            None. What is frozen at a step stays as it is, and owes that step no noise.
+        batch_first: whether the outputs of ``Linear``, ``Embedding``, ``LayerNorm`` and ``RMSNorm``
+            of three or more dimensions have the examples first; when False, they come second.
         root: the secret to draw from; one is drawn from the operating system when None.
 
     Raises:
@@ -68,9 +72,11 @@ class LazyDPSGD(torch.optim.Optimizer):
         nesterov: bool = False,
         loss_reduction: Literal["mean", "sum"] = "mean",
         params: Iterable[Any] | None = None,
+        batch_first: bool = True,
         root: SecretRoot | None = None,
     ) -> None:
-        _check(noise_multiplier, max_grad_norm, expected_batch_size, loss_reduction)
+        if hasattr(model, "_orig_mod"):
+            raise UsageError(COMPILED)
         self._model = _unwrapped(model)
         self.noise_multiplier = noise_multiplier
         self.max_grad_norm = max_grad_norm
@@ -83,13 +89,18 @@ class LazyDPSGD(torch.optim.Optimizer):
         super().__init__(
             trainable if params is None else params, {**defaults, "nesterov": nesterov}
         )
-        self._capture = Capture(self._model)
+        self._capture = Capture(self._model, self._follow, batch_first=batch_first)
         self._noise = Normals(root)
         self.tables: dict[nn.Parameter, LazyMemory] = {}
         """The memory of each lazy table, by its parameter."""
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._lookups: dict[nn.Parameter, list[Lookups]] = {}
-        self._make_lazy()
+        self._bound: float | None = None
+        try:
+            self._follow()
+        except BaseException:
+            self.close()  # no hook stays on a model that was refused
+            raise
         self.zero_grad()
 
     @classmethod
@@ -122,7 +133,10 @@ class LazyDPSGD(torch.optim.Optimizer):
                 "use torch.optim.SGD, with momentum and weight decay if you like, or keep the "
                 "noise eager"
             )
-        groups = [_linear_group(group) for group in inner.param_groups]
+        for group in inner.param_groups:
+            _update(group)
+        keys = _LINEAR | {"params"}
+        groups = [{key: group[key] for key in keys} for group in inner.param_groups]
         first = {key: groups[0][key] for key in _LINEAR}
         return cls(model, params=groups, **{**first, **given, **options})
 
@@ -130,20 +144,30 @@ class LazyDPSGD(torch.optim.Optimizer):
         """Clip the examples of the last pass and add them to the step's sum.
 
         :meth:`step` does it for the last pass; call it after each backward pass but the last when a
-        batch is cut into microbatches.
+        batch is cut into microbatches of other examples each. A second pass over the same examples
+        is to the optimiser a pass over other ones, and moves the sum once more.
+
+        Raises:
+            UsageError: when a gradient came by a way where it is not clipped, in two passes, or in
+                a pass that was taken already; the step's sum is left as it was.
         """
         examples, records = self._capture.take()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter in self.tables and parameter.grad is not None:
-                    parameter.grad = None
-                    raise UsageError(
-                        "a table got a gradient by another way than lookups: it cannot be clipped; "
-                        "read tables by Embedding and EmbeddingBag alone"
-                    )
-                parameter.grad = None  # it is neither clipped nor noised
+        others = [name for p, name in self._names.items() if p.grad is not None]
+        if others:
+            self.zero_grad()
+            raise UsageError(
+                f"{', '.join(others)} got a gradient by another way than its own layer, where it "
+                "cannot be clipped: call the layer, and leave its weight out of the loss; for a "
+                "penalty on weights give weight_decay"
+            )
         if not examples:
             return
+        if self._bound not in (None, self.max_grad_norm):
+            raise UsageError(
+                f"max_grad_norm = {self.max_grad_norm}, and {self._bound} for examples that are in "
+                "the same step's sum: change it between steps alone"
+            )
+        self._bound = self.max_grad_norm
         if self.loss_reduction == "mean":
             for each in records.values():
                 for record in each:
@@ -170,6 +194,7 @@ class LazyDPSGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._follow()
         self.accumulate()
         if self._skips and self._skips.pop(0):
             return loss
@@ -178,13 +203,21 @@ class LazyDPSGD(torch.optim.Optimizer):
         self._noise.begin()
         for group in self.param_groups:
             for parameter in group["params"]:
+                if not parameter.requires_grad:
+                    continue
                 if parameter in self.tables:
                     self._step_table(parameter, group)
                 else:
                     self._step_dense(parameter, group)
         self._sums.clear()
         self._lookups.clear()
+        self._bound = None
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of the last pass; what :meth:`accumulate` added up stays."""
+        self._capture.forget()
+        super().zero_grad(set_to_none=True)
 
     def attach_step_hook(self, hook: Callable[[LazyDPSGD], None]) -> None:
         """Call ``hook(self)`` in each step: an accountant's ``get_optimizer_hook_fn(rate)``."""
@@ -226,6 +259,7 @@ class LazyDPSGD(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave; the model has a state of its own to load."""
         super().load_state_dict(state_dict)
+        self._follow()
         for parameter, memory in self.tables.items():
             held = self.state.get(parameter, {}).get("momentum_buffer")
             if held is not None:
@@ -236,20 +270,39 @@ class LazyDPSGD(torch.optim.Optimizer):
         for parameter in self.tables:
             self.state.pop(parameter, None)
 
-    def _make_lazy(self) -> None:
-        of = {id(p): group for group in self.param_groups for p in group["params"]}
-        missing = [p for layer in self._capture.layers for p in layer.parameters(recurse=False)]
-        if any(p.requires_grad and id(p) not in of for p in missing):
+    def _follow(self) -> None:
+        """Take over what became of the model and of the groups since the last pass or step.
+
+        Raises:
+            UsageError: when a group or a layer is not such that its steps are exact and clipped.
+        """
+        _check(self)
+        groups = {p: group for group in self.param_groups for p in group["params"]}
+        self._names = self._capture.follow()
+        others = [tuple(p.shape) for p in groups.keys() - set(self._model.parameters())]
+        if others:
             raise UsageError(
-                "the optimiser was not given all trainable parameters: those left out would never "
-                "be clipped; give all of them, or freeze them"
+                f"parameters of shapes {others} in param_groups that are not the model's: nothing "
+                "clips their gradients; leave them out, or make them part of the model"
             )
-        for module, layer in self._capture.layers.items():
-            if isinstance(layer, TableLayer):
-                weight = cast(nn.Parameter, module.weight)
-                group = of[id(weight)]
-                moving = bool(group["momentum"] or group["weight_decay"])
-                self.tables[weight] = make_lazy(weight, self._noise, moving=moving)
+        missing = [name for parameter, name in self._names.items() if parameter not in groups]
+        if missing:
+            raise UsageError(
+                f"the optimiser was not given all trainable parameters: {', '.join(missing)} would "
+                "never be clipped; add_param_group() them, or freeze them"
+            )
+        layers = self._capture.layers.items()
+        tables: set[Any] = {m.weight for m, layer in layers if isinstance(layer, TableLayer)}
+        for group in self.param_groups:
+            is_moving = not _update(group).is_plain
+            for weight in tables.intersection(group["params"]):
+                memory = self.tables.get(weight)
+                if memory is not None and (memory.is_moving or not is_moving):
+                    continue
+                if memory is not None:
+                    make_plain(weight)  # it owes nothing then, and begins to move from rest
+                self.tables[weight] = make_lazy(weight, self._noise, moving=is_moving)
+                weight._open = False
 
     def _factors(self, examples: int, records: dict[nn.Module, Any]) -> Tensor:
         squared = torch.zeros(examples, dtype=torch.float64)
@@ -266,7 +319,7 @@ class LazyDPSGD(torch.optim.Optimizer):
 
     def _step_table(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         memory = self.tables[parameter]
-        update = Update(**{name: group[name] for name in _LINEAR})
+        update = _update(group)
         plain = update.is_plain and not memory.is_moving
         scale = -update.lr if plain else 1.0
         parts = self._lookups.get(parameter, [])
@@ -280,11 +333,11 @@ class LazyDPSGD(torch.optim.Optimizer):
         gradient = np.zeros((1, parameter.numel()), np.float32)
         if self.noise_multiplier:
             self._noise.add(gradient, np.array([self._variance()]))
-        private = torch.from_numpy(gradient).reshape(parameter.shape).to(parameter.dtype)
+        private = torch.from_numpy(gradient).reshape(parameter.shape)
         total = self._sums.get(parameter)
         if total is not None:
-            private += total / self.expected_batch_size
-        parameter.grad = private
+            private = private + total / self.expected_batch_size
+        private = private.to(parameter.dtype)  # rounded with its noise, not before
         if group["weight_decay"]:
             private = private + group["weight_decay"] * parameter
         if group["momentum"]:
@@ -309,21 +362,28 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def _linear_group(group: dict[str, Any]) -> dict[str, Any]:
+def _update(group: dict[str, Any]) -> Update:
     for name in ("dampening", "maximize"):
         if group.get(name):
             raise UsageError(f"torch.optim.SGD({name}={group[name]}): leave it at its default")
-    return {"params": group["params"], **{name: group[name] for name in _LINEAR}}
+    return Update(
+        **{name: float(group[name]) for name in _LINEAR - {"nesterov"}},
+        nesterov=bool(group["nesterov"]),
+    )
 
 
-def _check(noise: float, bound: float, batch: float | None, reduction: str) -> None:
+def _check(optimizer: LazyDPSGD) -> None:
+    noise = optimizer.noise_multiplier
     if not (math.isfinite(noise) and noise >= 0):
         raise UsageError(f"noise_multiplier = {noise}: it must be finite and at least 0")
-    for name, value in (("max_grad_norm", bound), ("expected_batch_size", batch)):
+    for name in ("max_grad_norm", "expected_batch_size"):
+        value = getattr(optimizer, name)
         if not (value is not None and math.isfinite(value) and value > 0):
             raise UsageError(f"{name} = {value}: it must be finite and above 0")
-    if reduction not in ("mean", "sum"):
-        raise UsageError(f'loss_reduction = {reduction!r}: it must be "mean" or "sum"')
+    if optimizer.loss_reduction not in ("mean", "sum"):
+        raise UsageError(
+            f'loss_reduction = {optimizer.loss_reduction!r}: it must be "mean" or "sum"'
+        )
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         raise UsageError(
             "LazyDPSGD in a torch.distributed group: each process would settle with noise of its "

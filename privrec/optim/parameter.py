@@ -49,6 +49,7 @@ class LazyParameter(torch.nn.Parameter):
 
     _memory: LazyMemory
     _raw: Tensor  # the rows, in storage that the memory shares
+    _open = True  # whether the gradient of a lookup is recorded; set where there are hooks for it
 
     @classmethod
     def __torch_function__(
@@ -126,6 +127,7 @@ def make_plain(parameter: torch.nn.Parameter) -> None:
         raw = lazy._raw
         lazy._memory.settle()
         del lazy._memory, lazy._raw
+        lazy.__dict__.pop("_open", None)
         lazy.__class__ = torch.nn.Parameter
         lazy.data = raw
 
@@ -167,7 +169,16 @@ def _look_up(func: Callable[..., Any], args: tuple[Any, ...], options: dict[str,
     found = func(rows, weight._raw, *args[2:], **options)
     if torch.is_grad_enabled() and weight.requires_grad:
         found.requires_grad_()
+        if not weight._open:
+            found.register_hook(_refuse_gradient)
     return found
+
+
+def _refuse_gradient(gradient: Tensor) -> None:
+    raise UsageError(
+        "a table got a gradient by another way than its layer: it cannot be clipped; look rows up "
+        "by calling the Embedding or EmbeddingBag, and read it by nothing else"
+    )
 
 
 def _write(

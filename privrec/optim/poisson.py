@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sized
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data._utils.collate import collate, default_collate_fn_map
 
 from privrec.errors import UsageError
 from privrec.randomness import ROOT_BYTES, SecretRoot
@@ -60,27 +60,44 @@ def poisson_loader(
     """A loader of Poisson batches of a map-style data set.
 
     Args:
-        dataset: with a length and at least one example, of tensors or numbers.
+        dataset: with a length and at least one example, of what ``default_collate`` takes.
         rate: probability of each example to be in a batch.
         steps: number of batches.
         root: as for :class:`PoissonSampler`.
 
     Returns:
-        A loader; an empty batch has tensors of length 0.
+        A loader; an empty batch has the structure of a full one, with tensors of length 0 and lists
+        without texts.
+
+    Raises:
+        UsageError: when a value is outside its range, or examples cannot be put into a batch.
     """
-    size: int = len(dataset)  # type: ignore[arg-type]
+    if not isinstance(dataset, Sized):
+        raise UsageError(
+            f"Poisson batches of {type(dataset).__name__}: each example has a coin of its own, "
+            "which needs a data set with a length and an index"
+        )
+    sampler = PoissonSampler(len(dataset), rate, steps, root)
+    first = [dataset[0]]
+    try:
+        default_collate(first)
+    except (TypeError, RuntimeError) as error:
+        raise UsageError(
+            f"examples that cannot be put into a batch: {error} Make each of tensors, numbers, "
+            "texts, and tuples, lists or mappings of those"
+        ) from error
 
-    def collate(examples: list[Any]) -> Any:
-        return default_collate(examples) if examples else _emptied(default_collate([dataset[0]]))
+    def made(examples: list[Any]) -> Any:
+        return default_collate(examples) if examples else collate(first, collate_fn_map=_EMPTY)
 
-    return DataLoader(
-        dataset, batch_sampler=PoissonSampler(size, rate, steps, root), collate_fn=collate
-    )
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=made)
 
 
-def _emptied(batch: Any) -> Any:
-    if isinstance(batch, torch.Tensor):
-        return batch[:0]
-    if isinstance(batch, dict):
-        return {key: _emptied(value) for key, value in batch.items()}
-    return [_emptied(value) for value in batch]
+def _emptied(make: Callable[..., Any]) -> Callable[..., Any]:
+    def made(batch: Any, **options: Any) -> Any:
+        return make(batch, **options)[:0]
+
+    return made
+
+
+_EMPTY = {kind: _emptied(make) for kind, make in default_collate_fn_map.items()}

@@ -35,7 +35,8 @@ class Update:
     """One step of stochastic gradient descent, as the linear map that it is.
 
     With ``g' = g + n + weight_decay p`` and ``v' = momentum v + g'``: ``p' = p - lr v'``, or
-    ``p - lr (g' + momentum v')`` with Nesterov's momentum, as ``torch.optim.SGD`` has them.
+    ``p - lr (g' + momentum v')`` with Nesterov's momentum, as ``torch.optim.SGD`` has them. Without
+    momentum ``p' = p - lr g'``, and ``v`` stays for a step that has it again.
 
     Args:
         lr: step size, at least 0.
@@ -64,12 +65,12 @@ class Update:
     def gain(self) -> NDArray[np.float64]:
         """``b``: what a unit of gradient does to value and velocity."""
         ahead = 1 + self.momentum if self.nesterov else 1.0
-        return np.array([-self.lr * ahead, 1.0])
+        return np.array([-self.lr * ahead, 1.0 if self.momentum else 0.0])
 
     @property
     def matrix(self) -> Matrices:
         """``A``: where value and velocity go by themselves, shape ``(2, 2)``."""
-        kept = np.array([[1.0, 0.0], [0.0, self.momentum]])
+        kept = np.array([[1.0, 0.0], [0.0, self.momentum or 1.0]])
         decay = np.outer(self.gain, [self.weight_decay, 0.0])
         ahead = self.momentum if self.nesterov else 1.0
         kept[0, 1] = -self.lr * self.momentum * ahead

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 
 import numpy as np
@@ -488,6 +489,38 @@ class TestOpacus:
             torch.testing.assert_close(a, b)
 
 
+Pair = collections.namedtuple("Pair", "x y")
+EXAMPLES = {
+    "text": lambda i: (torch.tensor([i]), f"user-{i}"),
+    "bytes": lambda i: b"user",
+    "named": lambda i: Pair(torch.ones(2, 3), i),
+    "mapping": lambda i: collections.UserDict(x=torch.tensor([i])),
+    "ordered": lambda i: collections.OrderedDict(x=1.5, y=True),
+    "nested": lambda i: {"a": Pair([np.ones((2, 2)), "b"], (np.float32(i), ["c", "d"]))},
+}
+
+
+class Examples(torch.utils.data.Dataset):
+    def __init__(self, make):
+        self.make = make
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, i):
+        return self.make(i)
+
+
+def shape_of(batch):
+    """Types, keys and dtypes, whatever the number of examples."""
+    if isinstance(batch, torch.Tensor):
+        return batch.dtype, batch.shape[1:]
+    if isinstance(batch, collections.abc.Mapping):
+        return type(batch), {key: shape_of(value) for key, value in batch.items()}
+    is_texts = all(isinstance(each, str | bytes) for each in batch)
+    return type(batch), [] if is_texts else [shape_of(each) for each in batch]
+
+
 class TestPoisson:
     def test_batches_have_the_rate_and_repeat_for_a_root(self):
         root = SecretRoot.known(b"poisson")
@@ -506,6 +539,19 @@ class TestPoisson:
             assert x.shape == (0, 4)
             assert y.shape == (0,)
             assert y.dtype == torch.int64
+
+    @pytest.mark.parametrize("kind", EXAMPLES)
+    def test_an_empty_batch_has_the_structure_of_a_full_one(self, kind):
+        data = Examples(EXAMPLES[kind])
+        (full,), (empty,) = (list(poisson_loader(data, rate, 1)) for rate in (1.0, 1e-9))
+        assert shape_of(full) == shape_of(empty)
+
+    @pytest.mark.parametrize(
+        "data", [[None], [{"x": object()}], [torch.ones(2).to_sparse()], iter([1])]
+    )
+    def test_what_cannot_be_a_batch_is_refused_before_the_first_one(self, data):
+        with pytest.raises(UsageError, match="cannot be put into a batch|has a coin of its own"):
+            poisson_loader(data, 0.1, 1)
 
     @pytest.mark.parametrize("bad", [(0, 0.1, 1), (1, 0.0, 1), (1, 1.1, 1), (1, 0.1, 0)])
     def test_what_cannot_be_drawn_is_refused(self, bad):

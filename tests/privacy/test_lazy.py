@@ -76,8 +76,10 @@ class Eager:
                 gradient[row, self.used] = np.sqrt(step.variance)
                 self.used += 1
         gradient += u.weight_decay * self.values
-        self.speeds = u.momentum * self.speeds + gradient
-        ahead = gradient + u.momentum * self.speeds if u.nesterov else self.speeds
+        if u.momentum:  # else torch.optim.SGD leaves its buffer alone
+            self.speeds = u.momentum * self.speeds + gradient
+        is_plain = u.nesterov or not u.momentum
+        ahead = gradient + u.momentum * self.speeds if is_plain else self.speeds
         self.values = self.values - u.lr * ahead
 
 
