@@ -17,8 +17,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from privrec import run, rundir
-from privrec.checkpoint import read
+from privrec.checkpoint import Position, read
 from privrec.errors import DataError, Interrupted, PrivrecError, ReleaseRefused, UsageError
+from privrec.identity import Identity
 from privrec.privacy.events import RoundEvent, epsilon
 from privrec.privacy.ledger import Ledger
 from privrec.record import NullObserver, Record, RunInfo, read_events, read_rounds
@@ -440,9 +441,13 @@ def test_an_empty_cohort_is_released_as_noise_alone(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- stopping
 
 
+def kept(out: Path) -> tuple[Position, dict[str, np.ndarray]]:
+    return read(out / rundir.CHECKPOINT, Identity.read(out).signing_key().public_key())
+
+
 def test_checkpoints_are_taken_when_asked(tmp_path: Path) -> None:
     out, seen = tmp_path / "run", []
-    observer = Watches(lambda _: seen.append(read(out / rundir.CHECKPOINT)[0].index))
+    observer = Watches(lambda _: seen.append(kept(out)[0].index))
     started(out, observer=observer)
     assert seen == [0, 0, 0, 3, 3, 3, 6, 6]
 
@@ -457,7 +462,7 @@ def test_control_c_finishes_the_round_and_the_second_one_does_not(tmp_path: Path
     with pytest.raises(Interrupted, match=f"stopped after round 4 of {ROUNDS}.*privrec resume"):
         started(out, observer=Watches(interrupt))
     assert signal.getsignal(signal.SIGINT) == before
-    assert read(out / rundir.CHECKPOINT)[0].index == 4
+    assert kept(out)[0].index == 4
     assert not (out / "result.json").exists()
 
     def insist(record: Record) -> None:
@@ -677,9 +682,7 @@ def test_a_stopped_run_of_mixed_capacities_goes_on_bit_for_bit(
 
     with pytest.raises(Interrupted):
         started(tmp_path / "run", *settings, key=b"k", observer=Watches(stop))
-    assert {"states.0", "states.1", "states.2"} <= set(
-        read(tmp_path / "run" / rundir.CHECKPOINT)[1]
-    )
+    assert {"states.0", "states.1", "states.2"} <= set(kept(tmp_path / "run")[1])
     resumed = run.resume(tmp_path / "run", observer=NullObserver()).payload
     assert np.array_equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
     assert resumed["metrics"] == whole["metrics"]
