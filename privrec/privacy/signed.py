@@ -51,8 +51,11 @@ def verified(
         IntegrityError: when ``key`` did not sign these facts as a record of this kind.
     """
     try:
-        facts = {name: value for name, value in (record or {}).items() if name not in _ADDED}
-        key.verify(bytes.fromhex((record or {})["signature"]), _message(kind, facts))
+        record = record or {}
+        facts = {name: value for name, value in record.items() if name not in _ADDED}
+        key.verify(bytes.fromhex(record["signature"]), _message(kind, facts))
+        if record["public_key"] != hexadecimal(key):
+            raise InvalidSignature
     except InvalidSignature:
         raise IntegrityError(f"{path}: not signed with the key of this run; {REMEDY}") from None
     except (KeyError, TypeError, ValueError, UsageError):
