@@ -219,7 +219,7 @@ def _check_same_scenario(out: Path, scenario: Scenario) -> None:
     begun = load(out / "scenario.toml")
     if begun.hash() != scenario.hash():
         raise UsageError(
-            f"{out}: a run of another scenario was stopped there; give the run-config that it was "
+            f"{out}: a run of another scenario lies there; give the run-config that it was "
             "started with, or another out"
         )
 
