@@ -220,7 +220,9 @@ def test_secrets_stay_out_of_the_run_directory(tmp_path: Path, state: Path) -> N
     out = tmp_path / "run"
     started(out)
     kept = {path.name: path for path in state.rglob("*") if path.is_file()}
-    assert set(kept) == {"server.root", "devices.root", "server.key", "data.json"}
+    assert set(kept) == {
+        "server.root", "devices.root", "server.key", "data.json", "head.json", "head.lock",
+    }  # fmt: skip
     assert all(path.stat().st_mode & 0o077 == 0 for path in kept.values())
     for file in out.iterdir():
         content = file.read_bytes()
@@ -257,7 +259,7 @@ def test_the_result_has_what_the_issue_asks_for(tmp_path: Path) -> None:
     assert set(result) == {
         "scenario", "title", "simulated", "version", "run_id", "rounds", "planned_rounds",
         "holdout", "metrics", "intervals", "baselines", "metrics_note", "outside_the_guarantee",
-        "privacy", "cost", "segments", "tiers", "model", "data",
+        "privacy", "cost", "segments", "tiers", "model", "data", "public_key", "signature",
     }  # fmt: skip
     assert result["scenario"] == "tiny"
     assert result["simulated"] is True

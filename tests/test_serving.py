@@ -14,6 +14,7 @@ from privrec import data, run
 from privrec.data import Interactions
 from privrec.errors import IntegrityError, UnknownIdError, UsageError
 from privrec.outcome import read_model
+from privrec.privacy.ledger import Ledger
 from privrec.record import NullObserver
 from privrec.scenario import Scenario
 from privrec.scoring import Scorer
@@ -191,8 +192,13 @@ def test_a_spoilt_model_is_refused(trained: Path, tmp_path: Path, content: bytes
 def test_a_model_of_another_catalogue_is_refused(trained: Path, tmp_path: Path) -> None:
     path = copied(trained, tmp_path)
     text = (path / "scenario.toml").read_text()
-    (path / "scenario.toml").write_text(text.replace("items = 40", "items = 400"))
+    other = text.replace("items = 40", "items = 400")
+    scenario = Scenario.from_toml(other)
+    train = data.load(scenario.data).train
     with pytest.raises(IntegrityError, match="use the data that the model was trained on"):
+        read_model(path, scenario, train, None)
+    (path / "scenario.toml").write_text(other)
+    with pytest.raises(IntegrityError, match="its scenario_hash is"):
         recommend(path, user="1")
 
 
@@ -252,7 +258,8 @@ def test_a_scan_is_what_scoring_the_whole_catalogue_gives(
     trained: Path, train: Interactions
 ) -> None:
     scenario = Scenario.from_toml(SCENARIO)
-    federation, weights = read_model(trained, scenario, train)
+    with Ledger.open(trained / "ledger.jsonl", repair=False) as ledger:
+        federation, weights = read_model(trained, scenario, train, ledger.ended)
     tier = federation.tiers[0]
     view, rng = tier.view(weights), np.random.default_rng(0)
     for _ in range(20):

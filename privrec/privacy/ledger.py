@@ -374,7 +374,7 @@ class Ledger:
         record = canonical(sign(_HEAD, head, self._keys.private)) + b"\n"
         for place in _places(self.path, self._kept):
             try:
-                replace(place, record)
+                replace(place, record, mode=0o600 if place == self._kept else 0o666)
             except OSError as error:
                 raise ReleaseRefused(
                     f"{place}: it could not be written ({error.strerror}); make room or mend the "
@@ -504,7 +504,7 @@ def _open(path: Path, mode: Literal["xb+", "rb+"], kept: Path | None) -> list[Fi
     try:
         files.append(FileIO(path, mode))
         if kept is not None:  # the head itself is replaced, so that it can keep nobody off
-            files.append(FileIO(kept.with_suffix(".lock"), "ab"))
+            files.append(FileIO(kept.with_suffix(".lock"), "ab", opener=_own))
     except OSError as error:
         _close(files)
         place, why = error.filename, error.strerror
@@ -518,6 +518,10 @@ def _open(path: Path, mode: Literal["xb+", "rb+"], kept: Path | None) -> list[Fi
         _lock(path, files, file)
     files[0].seek(0, os.SEEK_END)
     return files
+
+
+def _own(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _lock(path: Path, files: list[FileIO], file: FileIO) -> None:
