@@ -89,12 +89,14 @@ def test_nothing_of_the_history_comes_back(trained: Path, train: Interactions) -
 
 @pytest.mark.parametrize("loss", ["full_softmax", "softmax", "bce", "bpr"])
 def test_a_user_and_the_same_history_get_the_same_list(
-    loss: str, trained: Path, train: Interactions, tmp_path: Path
+    loss: str, train: Interactions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the fit draws negatives: those depend on the history, not on its order."""
-    trained = copied(trained, tmp_path)
-    text = (trained / "scenario.toml").read_text()
-    (trained / "scenario.toml").write_text(text.replace("full_softmax", loss))
+    monkeypatch.setenv("PRIVREC_STATE", str(tmp_path / "state"))
+    monkeypatch.setattr("privrec.outcome.peak_bytes", lambda *_: None)
+    trained, text = tmp_path / "run", SCENARIO.replace("full_softmax", loss)
+    scenario = Scenario.from_toml(text, ["train.rounds=2"])
+    run.start(scenario, out=trained, observer=NullObserver(), unsafe_noise_key=b"k")
     for user in (1, 30, 64):
         by_id = recommend(trained, user=str(train.user_ids[user]))
         own = ids_of(train, user)
