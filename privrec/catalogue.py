@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from privrec.checkpoint import replace
 from privrec.data import Interactions, Split
 from privrec.data.text import UNKNOWN_ID, TextSplit
 from privrec.device.round import digest
@@ -25,6 +24,7 @@ from privrec.privacy.ledger import Ledger
 from privrec.privacy.noise import rounded_gaussian
 from privrec.randomness import SecretRoot, SecureStream
 from privrec.scenario import Scenario, load
+from privrec.storage import replace
 
 KNOWN_ITEMS = {
     "ml-100k": 1682,

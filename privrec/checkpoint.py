@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from privrec.errors import IntegrityError
-from privrec.randomness import sync_directory
+from privrec.privacy.book import parsed
+from privrec.privacy.signed import sign, verified
+from privrec.storage import replace
 
 Arrays = Mapping[str, NDArray[np.float32]]
 
@@ -45,66 +47,52 @@ class Position:
     cpu_s: float = 0.0
 
 
-def write(path: Path, position: Position, arrays: Arrays) -> None:
+def write(path: Path, position: Position, arrays: Arrays, key: Ed25519PrivateKey) -> None:
     """Replace the checkpoint at ``path``, durable before this returns.
 
-    It holds the simulated devices' private states, so its owner alone may read it.
-    """
-    place = json.dumps(asdict(position))
-    content = {"position": place, "digest": _digest(place, arrays)}
-    replace(path, save(dict(arrays), metadata=content), mode=0o600)
-
-
-def replace(path: Path, content: bytes, *, mode: int = 0o666) -> None:
-    """Replace the file at ``path`` as a whole, durable before this returns.
-
-    A crash at any moment leaves the old one or the new one, whole.
+    It holds the simulated devices' private states, so its owner alone may read it; and what is in
+    it becomes the model, so the run's key signs it.
 
     Args:
         path: the file.
-        content: all that it will hold.
-        mode: who may use a new file, less what the process's umask forbids.
+        position: where the run is.
+        arrays: what it goes on with.
+        key: that signs the run's ledger.
     """
-    fresh = path.with_name(path.name + ".new")
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
-    sync_directory(path.parent)
+    record = sign("checkpoint", {**asdict(position), "digest": _digest(arrays)}, key)
+    replace(path, save(dict(arrays), metadata={"record": json.dumps(record)}), mode=0o600)
 
 
-def read(path: Path) -> tuple[Position, dict[str, NDArray[np.float32]]]:
-    """The checkpoint at ``path``.
+def read(path: Path, key: Ed25519PublicKey) -> tuple[Position, dict[str, NDArray[np.float32]]]:
+    """Return the checkpoint at ``path``.
 
     Raises:
-        IntegrityError: when there is none, or it is not what :func:`write` wrote.
+        IntegrityError: when there is none, or it is not what :func:`write` wrote with this key.
     """
     try:
         with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
+            record = parsed(((file.metadata() or {}).get("record") or "").encode())
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        position = Position(**json.loads(metadata["position"]))
     except FileNotFoundError:
         raise IntegrityError(
             f"{path}: there is no checkpoint; it is written before the first round, so this is no "
             "run directory, or the file was removed. Start the run anew"
         ) from None
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise IntegrityError(
             f"{path}: not a checkpoint ({error}); restore the file or start the run anew"
         ) from None
-    if metadata.get("digest") != _digest(metadata["position"], arrays):
+    facts = verified("checkpoint", record, key, path)
+    if facts.pop("digest") != _digest(arrays):
         raise IntegrityError(
             f"{path}: its content is not what was written; restore the file or start anew"
         )
-    return position, arrays
+    return Position(**facts), arrays
 
 
-def _digest(place: str, arrays: Arrays) -> str:
-    total = hashlib.sha256(place.encode())
-    for name in sorted(arrays):
-        total.update(f"{name}{arrays[name].shape}".encode())
-        total.update(np.ascontiguousarray(arrays[name]).data.cast("B"))
+def _digest(arrays: Arrays) -> str:
+    total = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        total.update(json.dumps([name, array.dtype.str, array.shape]).encode())
+        total.update(np.ascontiguousarray(array).data.cast("B"))
     return total.hexdigest()

@@ -106,6 +106,9 @@ def _print_verdict(verdict: Verdict) -> None:
     if verdict.checked:
         print_lines(["Recomputed from the ledger, and agrees:"])
         print_lines([f"  {text}" for text in verdict.checked])
+    if verdict.unchecked:
+        print_lines(["Not checked:"])
+        print_lines([f"  {text}" for text in verdict.unchecked])
     if verdict.mismatches:
         rows = [(each.where, each.reason) for each in verdict.mismatches]
         print_table("Does not match", ("where", "why"), rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from privrec import run
-from privrec.identity import remembered_data_dir
+from privrec import run, rundir
+from privrec.errors import UsageError
+from privrec.identity import Identity
 from privrec.lifetime import population_of
 from privrec.loop import Result
 from privrec.record import Observer
@@ -43,7 +43,8 @@ def with_rows(
     """
     if not scenario.rows or "rows" in result.payload:
         return result
-    place = data_dir or remembered_data_dir(result.path)
+    identity = Identity.read(result.path)
+    place = data_dir or identity.data_dir
     population = population_of(result.path)  # its rows are further runs over the same users
     rows = []
     for index, (row, (name, variant)) in enumerate(
@@ -54,9 +55,8 @@ def with_rows(
             for folder, each in _repeated(variant, str(index), name)
         ]
         rows.append(_facts(row, payloads))
-    finished = replace(result, payload={**result.payload, "rows": rows})
-    _replace_json(result.path / "result.json", finished.payload)
-    return finished
+    payload = rundir.leave(result.path, {**result.payload, "rows": rows}, identity)
+    return replace(result, payload=payload)
 
 
 def _repeated(variant: Scenario, folder: str, name: str) -> list[tuple[str, Scenario]]:
@@ -79,6 +79,10 @@ def _finished(
     variant: Scenario, out: Path, data_dir: Path | None, observer: Observer, population: str | None
 ) -> Result:
     if (out / "run.json").is_file():
+        if Identity.read(out).scenario_hash != variant.hash():
+            raise UsageError(
+                f"{out}: a run of another scenario lies where this row belongs; move it away"
+            )
         return run.resume(out, data_dir=data_dir, observer=observer)
     return run.start(variant, out=out, data_dir=data_dir, observer=observer, population=population)
 
@@ -114,9 +118,3 @@ def _interval(values: Sequence[float]) -> list[float]:
     """Student's 95 % interval of the mean over seeds."""
     reach = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
     return [float(np.mean(values) - reach), float(np.mean(values) + reach)]
-
-
-def _replace_json(path: Path, payload: Mapping[str, Any]) -> None:
-    draft = path.with_name(path.name + ".rows")
-    draft.write_text(json.dumps(payload, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    draft.replace(path)

@@ -12,14 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
 import privrec
-from privrec import checkpoint
 from privrec.errors import IntegrityError, UsageError
-from privrec.privacy.ledger import server_key
+from privrec.privacy.signed import server_key
 from privrec.randomness import SecretRoot, state_dir
 from privrec.scenario import Scenario
+from privrec.storage import replace
 
 _RUN_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
+_KNOWN, _KEY = "known-", "server.key"
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Identity:
             simulated: whether the devices are simulated.
         """
         # A known root repeats a run bit for bit, so the run's name must repeat as well.
-        run_id = secrets.token_hex(8) if known is None else f"known-{scenario.plan_hash()[:16]}"
+        run_id = secrets.token_hex(8) if known is None else f"{_KNOWN}{scenario.plan_hash()[:16]}"
         return cls(
             run_id,
             scenario.name,
@@ -123,15 +126,17 @@ class Identity:
         path = self.secrets_dir() / f"{maker}.root"
         return SecretRoot.load(path) if path.exists() else SecretRoot.create(path)
 
-    def signing_key(self, *, new: bool = False) -> Any:
+    def signing_key(self, *, new: bool = False) -> Ed25519PrivateKey:
         """The key that signs the ledger; one that is gone is never replaced by another."""
-        path = self.secrets_dir() / "server.key"
-        if not (new or path.exists()):
-            raise UsageError(
-                f"{path}: the key that signs this run's ledger is gone, and no other may sign it; "
-                "bring the file back, set PRIVREC_STATE to the folder that holds it, or start anew"
-            )
-        return server_key(path)
+        return server_key(self.secrets_dir() / _KEY, new=new)
+
+    def kept_head(self) -> Path | None:
+        """Where this machine keeps the last signed head of the run's ledger.
+
+        Runs of a known root share a name, may be repeated as often as one likes, and protect
+        nobody: no head is kept of them.
+        """
+        return None if self.run_id.startswith(_KNOWN) else self.secrets_dir() / "head.json"
 
     def root_tag(self) -> str:
         """What tells the server's root from another one, and nothing of it."""
@@ -146,7 +151,7 @@ class Identity:
         mine = self.secrets_dir() / "data.json"
         described = json.dumps(self.data, sort_keys=True)
         mine.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        checkpoint.replace(mine, described.encode(), mode=0o600)
+        replace(mine, described.encode(), mode=0o600)
         if self.known_key is not None:
             return 0
         others = (path for path in mine.parent.parent.glob("*/data.json") if path != mine)
@@ -167,6 +172,14 @@ class Identity:
         return state_dir() / "runs" / self.run_id
 
 
-def remembered_data_dir(out: Path) -> Path | None:
-    """Where the data of a run lay when it was started."""
-    return Identity.read(out).data_dir
+def kept_key(run_id: str) -> Ed25519PublicKey | None:
+    """The server's public key where this machine keeps the key of that run, else None.
+
+    Raises:
+        UsageError: The key is there, but others may read it.
+        IntegrityError: The key is there, but damaged.
+    """
+    if not _RUN_ID.fullmatch(run_id):
+        return None
+    path = state_dir() / "runs" / run_id / _KEY
+    return server_key(path).public_key() if path.exists() else None

@@ -90,9 +90,7 @@ class Writing(Loop):
         """See :meth:`Loop.finish`."""
         measured = self.measured or self.measure()
         write_model(self.out, self.server, self.scenario)
-        payload = self._payload(measured)
-        rundir.write_json(self.out / "result.json", payload)
-        (self.out / rundir.CHECKPOINT).unlink()
+        payload = rundir.leave(self.out, self._payload(measured), self.identity)
         self.events.append("end", round=self.server.index)
         return Result(self.out, payload)
 

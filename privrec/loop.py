@@ -78,7 +78,7 @@ class Loop(ABC):
 
     def __post_init__(self) -> None:
         self.root = self.identity.root("server")
-        self.tie = Tie.of(self.ledger.header)
+        self.tie = Tie.of(self.ledger.header, ended=self.ledger.ended is not None)
 
     @property
     def wall_s(self) -> float:
@@ -132,7 +132,7 @@ class Loop(ABC):
         """Go on to the end, the budget or an interrupt; a checkpoint is written in any case."""
         server, refused = self.server, None
         with _interrupts() as stop:
-            while server.index < self.scenario.train.rounds:
+            while server.index < self.scenario.train.rounds and not self._at_end():
                 try:
                     self._round()
                 except BudgetError as error:
@@ -146,15 +146,21 @@ class Loop(ABC):
                     )
                 if server.index % self.checkpoint_every == 0:
                     self.save()
-        self.ledger.end(digest(server.released))
+        # Each step leaves enough for the next one: what has ended can be finished without a round.
         self.save()
-        result = self.finish()
+        self.ledger.end(digest(server.released))
+        self.ledger.seal()
         if self.tie:
             self.tie.settle(self.ledger.counts)
+        result = self.finish()
         self.observer.finished(result)
         if refused:
             raise refused
         return result
+
+    def _at_end(self) -> bool:
+        """Whether the run ended here before, at its last round or at its budget."""
+        return self.ledger.ended == digest(self.server.released)
 
     def _round(self) -> None:
         began, cpu = time.perf_counter(), time.process_time()

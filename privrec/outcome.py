@@ -15,8 +15,8 @@ import privrec
 from privrec import baselines, metrics
 from privrec.assembly import BYTES_A_COEFFICIENT, Parts, federation_of
 from privrec.catalogue import release_event
-from privrec.checkpoint import replace
 from privrec.data import Interactions, Split
+from privrec.device.round import digest
 from privrec.device.tier import Federation, Tier
 from privrec.errors import IntegrityError, UsageError
 from privrec.footprint import peak_bytes
@@ -27,6 +27,7 @@ from privrec.record import OUTSIDE
 from privrec.scenario import Privacy, Scenario
 from privrec.segments import by_segment
 from privrec.server.server import Server
+from privrec.storage import replace
 
 _EPSILONS: dict[str, tuple[Adversary, Accountant]] = {
     "epsilon": ("recipients", "pld"),
@@ -44,12 +45,20 @@ def write_model(out: Path, server: Server, scenario: Scenario) -> None:
     replace(out / "model.json", (json.dumps(description, indent=2) + "\n").encode())
 
 
-def read_model(out: Path, scenario: Scenario, train: Interactions) -> tuple[Federation, Any]:
+def read_model(
+    out: Path, scenario: Scenario, train: Interactions, model: bytes | None
+) -> tuple[Federation, Any]:
     """The tiers and coefficients of a finished run.
+
+    Args:
+        out: its directory.
+        scenario: what was run.
+        train: what the model was trained on.
+        model: digest of the model that its ledger ends with.
 
     Raises:
         UsageError: when the run is not finished.
-        IntegrityError: when the model does not fit the scenario or the catalogue.
+        IntegrityError: when the model is another, or does not fit the scenario or the catalogue.
     """
     path = out / "model.safetensors"
     if not path.exists():
@@ -63,6 +72,10 @@ def read_model(out: Path, scenario: Scenario, train: Interactions) -> tuple[Fede
         raise IntegrityError(
             f"{path}: {weights.size} coefficients, where a catalogue of {train.n_items} items "
             f"needs {federation.layout.size}; use the data that the model was trained on"
+        )
+    if digest(weights) != model:
+        raise IntegrityError(
+            f"{path}: it is not the model that the run's ledger ends with; restore the file"
         )
     return federation, weights
 

@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
 from privrec.errors import IntegrityError, ReleaseRefused, UsageError
+from privrec.storage import sync_directory
 
 ROOT_BYTES = 32
 STREAM_LIMIT = 2**36
@@ -291,15 +292,6 @@ def read_secret(path: Path, size: int) -> bytes:
             "bring back the original file, or start a new run"
         )
     return secret
-
-
-def sync_directory(path: Path) -> None:
-    """Flush a directory to disk, so that the names made in it survive a loss of power."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _make_directory(path: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from privrec import catalogue, checkpoint, data, lifetime, metrics, rundir
+from privrec import catalogue, checkpoint, data, lifetime, metrics, rundir, storage
 from privrec.assembly import Parts, assemble, check_tiers, data_digest
 from privrec.checkpoint import Position
 from privrec.data import Interactions, Split
@@ -16,7 +16,7 @@ from privrec.language_run import Texts
 from privrec.loop import Loop, Result, one_thread
 from privrec.outcome import result_of, write_model
 from privrec.privacy.ledger import Ledger
-from privrec.randomness import SecretRoot, sync_directory
+from privrec.randomness import SecretRoot
 from privrec.record import EventLog, Observer
 from privrec.scenario import Scenario, load
 from privrec.scenario_texts import WIDE
@@ -63,7 +63,7 @@ def start(
     identity = Identity.new(scenario, kind.describe(split), data_dir, unsafe_noise_key)
     with identity.forgotten_unless(out), rundir.appearing(out) as folder:
         rundir.write_json(folder / "run.json", identity.to_json())
-        checkpoint.replace(folder / "scenario.toml", scenario.to_toml().encode())
+        storage.replace(folder / "scenario.toml", scenario.to_toml().encode())
         users, standing = split.train.n_users, lifetime.reserve(population, scenario, identity)
         with rundir.new_ledger(folder, scenario, identity, users, standing) as ledger:
             server, devices = identity.root("server"), identity.root("devices")
@@ -75,7 +75,7 @@ def start(
             )
         with EventLog(folder / "events.jsonl") as events:
             events.append("start", run_id=identity.run_id, simulated=True)
-    sync_directory(out.parent)
+    storage.sync_directory(out.parent)
     return _go_on(out, scenario, split, identity, parts, observer, position)
 
 
@@ -91,15 +91,15 @@ def resume(out: Path, *, data_dir: Path | None = None, observer: Observer) -> Re
         IntegrityError: when ledger, checkpoint and data do not belong together or were altered.
     """
     identity = Identity.read(out)
-    if (payload := rundir.result(out)) is not None:
-        (out / rundir.CHECKPOINT).unlink(missing_ok=True)
-        return Result(out, payload)
-    identity.signing_key()  # refused before a fresh root is drawn for a run that cannot go on
     scenario = load(out / "scenario.toml")
+    # What cannot go on is refused before a fresh root is drawn for it.
+    if (payload := rundir.left(out, identity, scenario)) is not None:
+        return Result(out, payload)
     kind = _kind_of(scenario)
     split = kind.restored(scenario, out, kind.load(scenario, data_dir or identity.data_dir))
     parts = kind.assemble(scenario, split.train, identity.run_id, identity.root("devices"))
-    position, arrays = checkpoint.read(out / rundir.CHECKPOINT)
+    key = identity.signing_key().public_key()
+    position, arrays = checkpoint.read(out / rundir.CHECKPOINT, key)
     rundir.check_same(out, position, identity, scenario, data_digest(split.train))
     rundir.restore(parts.server, parts.states, position, arrays)
     return _go_on(out, scenario, split, identity, parts, observer, position, resumed=True)
@@ -117,11 +117,11 @@ def _go_on(
     resumed: bool = False,
 ) -> Result:
     with (
-        Ledger.open(out / "ledger.jsonl", signing_key=identity.signing_key()) as ledger,
+        rundir.open_ledger(out, identity, scenario) as ledger,
         EventLog(out / "events.jsonl") as events,
         one_thread(),
     ):
-        rundir.check_ledger(out, ledger, identity, position)
+        rundir.check_position(out, ledger, position)
         loop = _kind_of(scenario).loop(
             out, scenario, split.train.n_users, identity, parts.server, parts.simulation, observer,
             ledger, events, split=split, parts=parts,
@@ -230,9 +230,7 @@ class _Simulated(Loop):
             own=self._own(evaluated),
             identity=self.identity.to_json(), cpu_s=self.cpu_s, wall_s=self.wall_s,
         )  # fmt: skip
-        rundir.write_json(self.out / "result.json", payload)
-        # It holds what devices keep to themselves; a finished run has no more need of it.
-        (self.out / rundir.CHECKPOINT).unlink()
+        payload = rundir.leave(self.out, payload, self.identity)
         self.events.append("end", round=self.server.index)
         return Result(self.out, payload)
 

@@ -18,10 +18,13 @@ from privrec.checkpoint import Position
 from privrec.declaration import declared
 from privrec.errors import IntegrityError, UsageError
 from privrec.identity import Identity
+from privrec.privacy.book import parsed
 from privrec.privacy.ledger import Ledger
 from privrec.privacy.population import Standing
+from privrec.privacy.signed import sign, verified
 from privrec.scenario import Scenario
 from privrec.server.server import Server
+from privrec.storage import replace
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -64,7 +67,8 @@ def save(
     moments = {f"moments.{name}": value for name, value in server.optimizer.moments.items()}
     own = {"weights": server.weights, "mean": server.mean}
     kept = {f"states.{i}": each for i, each in enumerate(states)}
-    checkpoint.write(folder / CHECKPOINT, position, {**own, **kept, **moments})
+    arrays = {**own, **kept, **moments}
+    checkpoint.write(folder / CHECKPOINT, position, arrays, identity.signing_key())
     return position
 
 
@@ -108,24 +112,62 @@ def check_same(
             )
 
 
-def check_ledger(out: Path, ledger: Ledger, identity: Identity, position: Position) -> None:
-    """Refuse a ledger that the checkpoint or ``run.json`` does not belong to.
+def open_ledger(
+    out: Path, identity: Identity, scenario: Scenario, *, repair: bool = True
+) -> Ledger:
+    """Return the ledger of the run in ``out``, which ``run.json`` and the scenario belong to.
+
+    Args:
+        out: the run's directory.
+        identity: as ``run.json`` has it.
+        scenario: as it would be run.
+        repair: open it for writing, which one process does at a time.
 
     Raises:
-        IntegrityError: when they do not fit together.
+        IntegrityError: when the ledger was altered or set back, or the others are not what its
+            signed header declares.
+        UsageError: when it or the key that signs it is gone, or another process writes to it.
+    """
+    path, key = out / "ledger.jsonl", identity.signing_key()
+    ledger = Ledger.open(path, signing_key=key, kept=identity.kept_head(), repair=repair)
+    try:
+        check_header(out, ledger, scenario, identity)
+    except BaseException:
+        ledger.close()
+        raise
+    return ledger
+
+
+def check_header(out: Path, ledger: Ledger, scenario: Scenario, identity: Identity) -> None:
+    """Refuse a scenario or ``run.json`` other than the signed header of the ledger declares.
+
+    Raises:
+        IntegrityError: when they differ.
+    """
+    hashes = {"scenario_hash": scenario.hash(), "privacy_hash": scenario.privacy_hash()}
+    bound = ("run_id", "scenario_hash", "privacy_hash", "noise_known", "simulated")
+    stored = identity.to_json()
+    said = {"run.json": {key: stored[key] for key in bound}, "scenario.toml": hashes}
+    for name, values in said.items():
+        for key, value in values.items():
+            if value != ledger.header.get(key):
+                raise IntegrityError(
+                    f"{out / name}: its {key} is {value!r}, that of the signed ledger "
+                    f"{ledger.header.get(key)!r}; restore {name} as the run left it"
+                )
+
+
+def check_position(out: Path, ledger: Ledger, position: Position) -> None:
+    """Refuse a checkpoint that was taken with another ledger.
+
+    Raises:
+        IntegrityError: when it was.
     """
     if not ledger.has(position.ledger_entries, position.ledger_hash):
         raise IntegrityError(
             f"{out / CHECKPOINT}: taken at entry {position.ledger_entries} of another ledger; "
             "restore the ledger that belongs to this run"
         )
-    stored = identity.to_json()
-    for key in ("run_id", "scenario_hash", "privacy_hash", "noise_known"):
-        if stored[key] != ledger.header.get(key):
-            raise IntegrityError(
-                f"{out / 'run.json'}: its {key} is {stored[key]!r}, that of the signed ledger "
-                f"{ledger.header.get(key)!r}; restore run.json as the run left it"
-            )
 
 
 def new_ledger(
@@ -142,6 +184,7 @@ def new_ledger(
         standing: of the population that the run is tied to; by default the runs that this machine
             made before on the same data are counted.
     """
+    earlier = identity.earlier_runs()  # it notes this run too, for those that come after
     header = {
         "run_id": identity.run_id,
         "scenario_hash": scenario.hash(),
@@ -155,12 +198,11 @@ def new_ledger(
             items=identity.data["items"],
             users=population,
             simulated=identity.simulated,
-            standing=standing or Standing(runs=identity.earlier_runs()),
+            standing=standing or Standing(runs=earlier),
         ),
     }
-    return Ledger.create(
-        folder / "ledger.jsonl", header=header, signing_key=identity.signing_key(new=True)
-    )
+    key, kept = identity.signing_key(new=True), identity.kept_head()
+    return Ledger.create(folder / "ledger.jsonl", header=header, signing_key=key, kept=kept)
 
 
 def check_population(scenario: Scenario, users: int) -> None:
@@ -178,11 +220,16 @@ def check_population(scenario: Scenario, users: int) -> None:
 
 
 def refuse_taken(out: Path) -> None:
-    """Refuse an ``out`` that holds anything.
+    """Refuse an ``out`` that holds anything, or that no directory can take the place of.
 
     Raises:
-        UsageError: when it is not an empty or new directory.
+        UsageError: when it is not an empty or new directory, or a mount point.
     """
+    if out.is_mount():
+        raise UsageError(
+            f"{out}: a file system is mounted there, and a run's directory appears as a whole in "
+            "place of an empty one; name a new directory in it"
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(
             f"{out}: it exists and is not empty; name a new directory with --out, or go on with a "
@@ -192,10 +239,21 @@ def refuse_taken(out: Path) -> None:
 
 @contextmanager
 def appearing(out: Path) -> Iterator[Path]:
-    """A hidden folder beside ``out`` that becomes ``out`` when all went well, else vanishes."""
-    out.parent.mkdir(parents=True, exist_ok=True)
+    """A hidden folder beside ``out`` that becomes ``out`` when all went well, else vanishes.
+
+    Where ``out`` is a link, the run appears where it leads.
+
+    Raises:
+        UsageError: when nothing can be made there.
+    """
+    out = out.resolve()
     folder = out.parent / f".{out.name}.{secrets.token_hex(4)}"
-    folder.mkdir()
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UsageError(
+            f"{out}: no run can be made there ({error.strerror}); name another directory"
+        ) from None
     try:
         yield folder
         if out.exists():
@@ -209,16 +267,46 @@ def appearing(out: Path) -> Iterator[Path]:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Replace a JSON file as a whole, durable before this returns."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    checkpoint.replace(path, text.encode())
+    replace(path, text.encode())
 
 
-def result(out: Path) -> dict[str, Any] | None:
-    """What ``result.json`` holds, or None where the run is not finished."""
+def leave(out: Path, payload: dict[str, Any], identity: Identity) -> dict[str, Any]:
+    """Write ``result.json``, signed, and then remove the checkpoint of the run that has ended.
+
+    The checkpoint holds what devices keep to themselves; a finished run has no more need of it.
+
+    Returns:
+        The content of the file.
+    """
+    plain = json.loads(json.dumps(payload, allow_nan=False))
+    record = sign("result", plain, identity.signing_key())
+    write_json(out / "result.json", record)
+    (out / CHECKPOINT).unlink(missing_ok=True)
+    return record
+
+
+def left(out: Path, identity: Identity, scenario: Scenario) -> dict[str, Any] | None:
+    """Return what :func:`leave` wrote, or None where there is still something to do.
+
+    Before the signed ledger says that the run has ended, no file passes for its result, and nothing
+    is removed. A result that is not what the run signed is made again while its checkpoint is here.
+
+    Raises:
+        IntegrityError: when a file was altered, or belongs to another run.
+        UsageError: when the ledger or the key that signs it is gone.
+    """
+    with open_ledger(out, identity, scenario, repair=False) as ledger:
+        if ledger.ended is None or ledger.signed < ledger.entries:
+            return None
     path = out / "result.json"
     try:
-        payload: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        record = parsed(path.read_bytes())
+        verified("result", record, identity.signing_key().public_key(), path)
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise IntegrityError(f"{path}: not what was written ({error}); restore it") from None
-    return payload
+    except IntegrityError:
+        if (out / CHECKPOINT).exists():
+            return None
+        raise
+    (out / CHECKPOINT).unlink(missing_ok=True)
+    return record

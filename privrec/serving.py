@@ -11,17 +11,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec import catalogue, data
+from privrec import catalogue, data, rundir
 from privrec.assembly import trainer_of
 from privrec.data import Interactions
 from privrec.device.batch import Histories
 from privrec.device.cohort import Cohort
 from privrec.device.recommender import Recommender
+from privrec.device.tier import Federation
 from privrec.errors import UsageError
-from privrec.identity import remembered_data_dir
+from privrec.identity import Identity, kept_key
 from privrec.lsh.select import Search, Selector, best, ranked, select
 from privrec.lsh.sketch import Sketch
 from privrec.outcome import read_model
+from privrec.privacy.ledger import Ledger
 from privrec.randomness import ROOT_BYTES, SecretRoot, SecureStream, rng_for
 from privrec.scenario import Scenario, load
 from privrec.scoring import Scorer
@@ -85,14 +87,15 @@ def recommend(
         raise UsageError("recommend: give one of --user ID and --history FILE")
     if k < 1:
         raise UsageError(f"k = {k}: must be at least 1; ask for one recommendation or more")
-    scenario, train = _data_of(run_dir, data_dir)
+    scenario, train, model = _data_of(run_dir, data_dir)
     if user is not None:
         liked = train.history(train.user_index(user))
     else:
         liked = _known_items(train, history or ())
     items = np.unique(liked)  # in one order, since the fit draws its negatives by place
     k = min(k, train.n_items - len(items))
-    found, scores = _best(run_dir, scenario, train, items, k, selector)
+    federation, weights = read_model(run_dir, scenario, train, model)
+    found, scores = _best(federation, weights, scenario, train, items, k, selector)
     return [
         Recommendation(rank, str(train.item_ids[i]), _title(train, int(i)), float(score))
         for rank, (i, score) in enumerate(zip(found, scores, strict=True), 1)
@@ -134,11 +137,14 @@ def answer(
     return found, scores + state[-1]
 
 
-def _data_of(run_dir: Path, data_dir: Path | None) -> tuple[Scenario, Interactions]:
-    data_dir = data_dir or remembered_data_dir(run_dir)
-    scenario = load(run_dir / "scenario.toml")
-    split = data.load(scenario.data, data_dir=data_dir)
-    return scenario, catalogue.restored(run_dir, split).train
+def _data_of(run_dir: Path, data_dir: Path | None) -> tuple[Scenario, Interactions, bytes | None]:
+    """The scenario, the data and the model's digest, as far as the run's ledger declares them."""
+    identity, scenario = Identity.read(run_dir), load(run_dir / "scenario.toml")
+    key = kept_key(identity.run_id)
+    with Ledger.open(run_dir / "ledger.jsonl", public_key=key, repair=False) as ledger:
+        rundir.check_header(run_dir, ledger, scenario, identity)
+    split = data.load(scenario.data, data_dir=data_dir or identity.data_dir)
+    return scenario, catalogue.restored(run_dir, split).train, ledger.ended
 
 
 def _known_items(train: Interactions, ids: Sequence[str]) -> NDArray[np.int32]:
@@ -153,11 +159,10 @@ def _own_stream() -> SecureStream:
 
 
 def _best(
-    run_dir: Path, scenario: Scenario, train: Interactions, items: NDArray[np.int32], k: int,
-    selector: Selector,
+    federation: Federation, weights: FloatArray, scenario: Scenario, train: Interactions,
+    items: NDArray[np.int32], k: int, selector: Selector,
 ) -> tuple[Items, FloatArray]:  # fmt: skip
     """The best items and their scores, by a state fitted to the history."""
-    federation, weights = read_model(run_dir, scenario, train)
     tier = federation.tiers[0]
     one = Histories(np.array([0]), np.array([0, len(items)]), items.astype(np.int32))
     cohort, view = Cohort.of(trainer_of(scenario, federation, tier), one), tier.view(weights)

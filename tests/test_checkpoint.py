@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from privrec import checkpoint
 from privrec.checkpoint import Position
 from privrec.errors import IntegrityError
 
+KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 POSITION = Position("run-1", "scenario", "data", 3, 5, "ab" * 32)
 
 
@@ -38,20 +40,20 @@ def same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> bool:
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
     path = tmp_path / "checkpoint.safetensors"
-    checkpoint.write(path, POSITION, arrays_of())
+    checkpoint.write(path, POSITION, arrays_of(), KEY)
     return path
 
 
 def test_it_gives_back_every_bit(written: Path) -> None:
-    position, arrays = checkpoint.read(written)
+    position, arrays = checkpoint.read(written, KEY.public_key())
     assert position == POSITION
     assert same(arrays, arrays_of())
 
 
 def test_the_new_one_takes_the_place_of_the_old(written: Path) -> None:
     later = replace(POSITION, index=4)
-    checkpoint.write(written, later, arrays_of(1))
-    position, arrays = checkpoint.read(written)
+    checkpoint.write(written, later, arrays_of(1), KEY)
+    position, arrays = checkpoint.read(written, KEY.public_key())
     assert position == later
     assert same(arrays, arrays_of(1))
     assert os.listdir(written.parent) == [written.name]
@@ -61,8 +63,8 @@ def test_the_new_one_takes_the_place_of_the_old(written: Path) -> None:
 def test_its_owner_alone_may_read_it(tmp_path: Path, mask: int) -> None:
     path, before = tmp_path / "checkpoint", os.umask(mask)
     try:
-        checkpoint.write(path, POSITION, arrays_of())
-        checkpoint.write(path, POSITION, arrays_of(1))
+        checkpoint.write(path, POSITION, arrays_of(), KEY)
+        checkpoint.write(path, POSITION, arrays_of(1), KEY)
     finally:
         os.umask(before)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -76,7 +78,7 @@ def test_no_altered_byte_goes_unnoticed(written: Path) -> None:
         altered[place] ^= 0x01 if place % 2 else 0x80
         written.write_bytes(altered)
         try:
-            position, arrays = checkpoint.read(written)
+            position, arrays = checkpoint.read(written, KEY.public_key())
         except IntegrityError:
             continue
         # Only what says the same in other bytes, such as white space, may pass.
@@ -92,8 +94,8 @@ def test_an_altered_position_is_refused(written: Path, field: str) -> None:
     at = content.index(value, content.index(name) + len(name))
     other = bytes([value[0] ^ 1])
     written.write_bytes(content[:at] + other + content[at + 1 :])
-    with pytest.raises(IntegrityError, match="restore the file"):
-        checkpoint.read(written)
+    with pytest.raises(IntegrityError, match="not signed with the key"):
+        checkpoint.read(written, KEY.public_key())
 
 
 def test_every_way_of_cutting_it_short_is_refused(written: Path) -> None:
@@ -101,7 +103,7 @@ def test_every_way_of_cutting_it_short_is_refused(written: Path) -> None:
     for length in range(0, len(content), 3):
         written.write_bytes(content[:length])
         with pytest.raises(IntegrityError, match="restore the file"):
-            checkpoint.read(written)
+            checkpoint.read(written, KEY.public_key())
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"\x00" * 100, b"PK\x03\x04", b"\xff" * 64])
@@ -109,22 +111,22 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "checkpoint"
     path.write_bytes(content)
     with pytest.raises(IntegrityError, match="not a checkpoint"):
-        checkpoint.read(path)
+        checkpoint.read(path, KEY.public_key())
 
 
 def test_a_file_of_arrays_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
     path = tmp_path / "checkpoint"
-    for metadata in (None, {"position": "{}"}, {"position": "[1]"}, {"position": "no json"}):
+    for metadata in (None, {"record": "{}"}, {"record": "[1]"}, {"record": "no json"}):
         save_file(arrays_of(), path, metadata)
-        with pytest.raises(IntegrityError, match="not a checkpoint"):
-            checkpoint.read(path)
+        with pytest.raises(IntegrityError, match="not a signed checkpoint"):
+            checkpoint.read(path, KEY.public_key())
 
 
 def test_a_missing_one_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match="there is no checkpoint.*Start the run anew"):
-        checkpoint.read(tmp_path / "nothing")
+        checkpoint.read(tmp_path / "nothing", KEY.public_key())
 
 
 @pytest.mark.parametrize("moment", ["fsync", "replace"])
@@ -143,12 +145,13 @@ def test_a_crash_while_writing_leaves_the_old_one(
         patch.setattr(os, "replace", fail)
         patch.setattr(os, "rename", fail)
         with pytest.raises(PowerLossError):
-            checkpoint.write(written, replace(POSITION, index=4), arrays_of(1))
-    position, arrays = checkpoint.read(written)
+            checkpoint.write(written, replace(POSITION, index=4), arrays_of(1), KEY)
+    position, arrays = checkpoint.read(written, KEY.public_key())
     assert position == POSITION
     assert same(arrays, arrays_of())
-    checkpoint.write(written, replace(POSITION, index=4), arrays_of(1))  # what was left is no bar
-    assert checkpoint.read(written)[0].index == 4
+    # What was left is no bar.
+    checkpoint.write(written, replace(POSITION, index=4), arrays_of(1), KEY)
+    assert checkpoint.read(written, KEY.public_key())[0].index == 4
     assert os.listdir(written.parent) == [written.name]
 
 
@@ -168,5 +171,5 @@ def test_it_is_on_disk_before_it_takes_the_place_of_the_old(
 
     monkeypatch.setattr(os, "fsync", noted_sync)
     monkeypatch.setattr(Path, "replace", noted_move)
-    checkpoint.write(written, POSITION, arrays_of(1))
+    checkpoint.write(written, POSITION, arrays_of(1), KEY)
     assert seen == ["file", "replace", "directory"]

@@ -429,8 +429,12 @@ def test_an_empty_folder_is_a_place_for_a_run(place: Path) -> None:
     assert (place / "run" / "result.json").is_file()
 
 
-def test_resuming_a_finished_run_shows_its_result(finished: tuple[Path, Result]) -> None:
+def test_resuming_a_finished_run_shows_its_result(
+    finished: tuple[Path, Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
     directory, first = finished
+    assert call("resume", directory).exit_code == 2  # without its key nothing vouches for it
+    monkeypatch.setenv("PRIVREC_STATE", str(directory.parent / "state"))
     assert done("resume", directory).stdout == first.stdout
 
 

@@ -19,12 +19,14 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from privrec import checkpoint, run, rundir
 from privrec.cli import main
 from privrec.errors import IntegrityError, PrivrecError, UsageError
 from privrec.privacy.events import RoundEvent, epsilon
 from privrec.privacy.ledger import Ledger
+from privrec.privacy.signed import server_key
 from privrec.record import NullObserver, Record, read_events, read_rounds
 from privrec.report.build import build
 from privrec.scenario import load
@@ -101,6 +103,14 @@ class World:
     @property
     def state(self) -> Path:
         return self.folder / "state"
+
+    @property
+    def key(self) -> Ed25519PrivateKey:
+        return server_key(self.secret("server.key"), new=False)
+
+    @property
+    def checkpoint(self) -> tuple[Path, Ed25519PublicKey]:
+        return self.out / rundir.CHECKPOINT, self.key.public_key()
 
     def secret(self, name: str) -> Path:
         (folder,) = (self.state / "runs").iterdir()
@@ -220,7 +230,7 @@ def secret(sessions: Sessions) -> Reference:
     place = sessions(rehearsal, "start").place_of("before Ledger.charge", 1)
     assert sessions(genesis, "start", at=place).code == KILLED
     assert {path.name for path in genesis.secret("server.root").parent.iterdir()} == {
-        "server.root", "devices.root", "server.key", "data.json",
+        "server.root", "devices.root", "server.key", "data.json", "head.json", "head.lock",
     }  # fmt: skip
     world = genesis.copy("reference")
     whole = sessions(world, "resume")
@@ -523,7 +533,7 @@ def test_real_processes_killed_and_interrupted(sessions: Sessions) -> None:
     assert "error: stopped after round" in stopped.stderr
     assert f"privrec resume {world.out}" in stopped.stderr
     assert "Traceback" not in stopped.stderr
-    position, _ = checkpoint.read(world.out / rundir.CHECKPOINT)
+    position, _ = checkpoint.read(*world.checkpoint)
     assert f"stopped after round {position.index} of 120" in stopped.stderr
     ended = command(world, "resume", str(world.out), grown_to=None)
     assert ended.returncode == 0, ended.stderr
@@ -542,7 +552,7 @@ def test_an_interrupt_at_any_step_repeats_the_bits(sessions: Sessions, known: Re
         world = sessions.new_world()
         stopped = sessions(world, "start", key=KEY, at=at, signal=signal.SIGINT)
         assert stopped.code == 130, f"step {at}, {names[at - 1]}"
-        position, _ = checkpoint.read(world.out / rundir.CHECKPOINT)
+        position, _ = checkpoint.read(*world.checkpoint)
         assert f"stopped after round {position.index} of {ROUNDS}" in stopped.error
         assert len(read_rounds(world.out / "events.jsonl")) == position.index
         assert sessions(world, "resume").code == 0
@@ -653,7 +663,7 @@ def test_a_ledger_taken_back_with_its_own_head_is_refused(
     earlier, _ = killed_in_round(sessions, secret, 3, "after Server.apply", "earlier")
     for name in ("ledger.jsonl", "ledger.head.json"):
         shutil.copy(earlier.out / name, world.out)
-    assert "taken at entry 9 of another ledger" in refused(world)
+    assert "entries, but 9 were signed: its end was cut away" in refused(world)
 
 
 def test_an_earlier_checkpoint_of_the_run_costs_nothing(
@@ -690,7 +700,7 @@ def test_the_files_of_another_run_are_refused(sessions: Sessions, world: World) 
     assert sessions(other, "start", at=place).code == KILLED
     mine = snapshot(world.out)
     for names, says in (
-        ([rundir.CHECKPOINT], "belongs to run"),
+        ([rundir.CHECKPOINT], "not signed with the key of this run"),
         (["ledger.jsonl"], "it belongs to the key"),
         (["ledger.head.json"], "not signed with the key of this run"),
         (["ledger.jsonl", "ledger.head.json"], "it belongs to the key"),
@@ -716,7 +726,7 @@ def test_the_files_of_another_run_are_refused(sessions: Sessions, world: World) 
 )
 def test_an_altered_scenario_is_refused(world: World, before: str, after: str) -> None:
     rewrite(world.out / "scenario.toml", lambda text: text.replace(before, after))
-    assert "the checkpoint belongs to scenario" in refused(world)
+    assert "scenario.toml: its scenario_hash is" in refused(world)
 
 
 def test_a_scenario_that_is_gone_or_broken_is_refused(world: World) -> None:
@@ -796,8 +806,6 @@ def test_a_lost_signing_key_is_never_replaced(world: World) -> None:
 
 def test_another_signing_key_is_refused(world: World) -> None:
     world.secret("server.key").unlink()
-    from privrec.privacy.ledger import server_key
-
     server_key(world.secret("server.root").with_name("server.key"))
     assert "it belongs to the key" in refused(world)
 
@@ -818,8 +826,6 @@ def test_a_root_that_others_may_read_is_refused(world: World) -> None:
 
 def test_a_run_that_another_process_works_on_is_left_alone(world: World) -> None:
     identity = json.loads(world.file("run.json"))["run_id"]
-    from privrec.privacy.ledger import server_key
-
     key = server_key(world.state / "runs" / identity / "server.key")
     with Ledger.open(world.out / "ledger.jsonl", signing_key=key):
         assert "another process writes to this run" in refused(world, UsageError)
@@ -886,7 +892,8 @@ def test_every_kind_of_run_goes_on_as_if_nothing_had_happened(
     with pytest.raises(Stop):
         run.start(scenario, out=tmp_path / "late", observer=Stops(ROUNDS), unsafe_noise_key=b"k")
     late, often = (
-        checkpoint.read(tmp_path / name / rundir.CHECKPOINT) for name in ("late", "broken")
+        checkpoint.read(tmp_path / name / rundir.CHECKPOINT, World(tmp_path).key.public_key())
+        for name in ("late", "broken")
     )
     assert late[0].index == often[0].index == 4
     assert set(late[1]) == set(often[1])
@@ -901,7 +908,7 @@ def test_devices_remember_their_vectors(tmp_path: Path, sessions: Sessions) -> N
     scenario = load(sessions.scenario)
     with pytest.raises(Stop):
         run.start(scenario, out=tmp_path / "run", observer=Stops(3), unsafe_noise_key=b"k")
-    _, arrays = checkpoint.read(tmp_path / "run" / rundir.CHECKPOINT)
+    _, arrays = checkpoint.read(*World(tmp_path).checkpoint)
     assert arrays["states.0"].shape == (40, 5)
     assert np.abs(arrays["states.0"]).sum(axis=1).astype(bool).sum() > 20
 
@@ -910,13 +917,15 @@ def test_seconds_of_all_sessions_count(tmp_path: Path, sessions: Sessions) -> No
     out = tmp_path / "run"
     with pytest.raises(Stop):
         run.start(load(sessions.scenario), out=out, observer=Stops(5), unsafe_noise_key=b"k")
-    position, arrays = checkpoint.read(out / rundir.CHECKPOINT)
+    path, key = World(tmp_path).checkpoint
+    position, arrays = checkpoint.read(path, key)
     assert position.index == 4
     assert position.cpu_s > 0
     assert 0 < position.wall_s < 60
     from dataclasses import replace
 
-    checkpoint.write(out / rundir.CHECKPOINT, replace(position, wall_s=1000.0, cpu_s=960.0), arrays)
+    later = replace(position, wall_s=1000.0, cpu_s=960.0)
+    checkpoint.write(path, later, arrays, World(tmp_path).key)
     cost = run.resume(out, observer=NullObserver()).payload["cost"]
     assert 1000 <= cost["wall_s"] < 1100
     assert cost["cpu_s_per_device_round"] == pytest.approx(960 / (ROUNDS * RATE * 40), rel=0.06)

@@ -17,8 +17,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from privrec import run, rundir
-from privrec.checkpoint import read
+from privrec.checkpoint import Position, read
 from privrec.errors import DataError, Interrupted, PrivrecError, ReleaseRefused, UsageError
+from privrec.identity import Identity
 from privrec.privacy.events import RoundEvent, epsilon
 from privrec.privacy.ledger import Ledger
 from privrec.record import NullObserver, Record, RunInfo, read_events, read_rounds
@@ -219,11 +220,15 @@ def test_secrets_stay_out_of_the_run_directory(tmp_path: Path, state: Path) -> N
     out = tmp_path / "run"
     started(out)
     kept = {path.name: path for path in state.rglob("*") if path.is_file()}
-    assert set(kept) == {"server.root", "devices.root", "server.key", "data.json"}
+    assert set(kept) == {
+        "server.root", "devices.root", "server.key", "data.json", "head.json", "head.lock",
+    }  # fmt: skip
     assert all(path.stat().st_mode & 0o077 == 0 for path in kept.values())
     for file in out.iterdir():
         content = file.read_bytes()
         for secret in kept.values():
+            if secret.stem == "head":
+                continue  # a copy of what lies beside the ledger, and its lock
             raw = secret.read_bytes()[:32]
             assert raw not in content
             assert raw.hex().encode() not in content
@@ -256,7 +261,7 @@ def test_the_result_has_what_the_issue_asks_for(tmp_path: Path) -> None:
     assert set(result) == {
         "scenario", "title", "simulated", "version", "run_id", "rounds", "planned_rounds",
         "holdout", "metrics", "intervals", "baselines", "metrics_note", "outside_the_guarantee",
-        "privacy", "cost", "segments", "tiers", "model", "data",
+        "privacy", "cost", "segments", "tiers", "model", "data", "public_key", "signature",
     }  # fmt: skip
     assert result["scenario"] == "tiny"
     assert result["simulated"] is True
@@ -440,9 +445,13 @@ def test_an_empty_cohort_is_released_as_noise_alone(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- stopping
 
 
+def kept(out: Path) -> tuple[Position, dict[str, np.ndarray]]:
+    return read(out / rundir.CHECKPOINT, Identity.read(out).signing_key().public_key())
+
+
 def test_checkpoints_are_taken_when_asked(tmp_path: Path) -> None:
     out, seen = tmp_path / "run", []
-    observer = Watches(lambda _: seen.append(read(out / rundir.CHECKPOINT)[0].index))
+    observer = Watches(lambda _: seen.append(kept(out)[0].index))
     started(out, observer=observer)
     assert seen == [0, 0, 0, 3, 3, 3, 6, 6]
 
@@ -457,7 +466,7 @@ def test_control_c_finishes_the_round_and_the_second_one_does_not(tmp_path: Path
     with pytest.raises(Interrupted, match=f"stopped after round 4 of {ROUNDS}.*privrec resume"):
         started(out, observer=Watches(interrupt))
     assert signal.getsignal(signal.SIGINT) == before
-    assert read(out / rundir.CHECKPOINT)[0].index == 4
+    assert kept(out)[0].index == 4
     assert not (out / "result.json").exists()
 
     def insist(record: Record) -> None:
@@ -677,9 +686,7 @@ def test_a_stopped_run_of_mixed_capacities_goes_on_bit_for_bit(
 
     with pytest.raises(Interrupted):
         started(tmp_path / "run", *settings, key=b"k", observer=Watches(stop))
-    assert {"states.0", "states.1", "states.2"} <= set(
-        read(tmp_path / "run" / rundir.CHECKPOINT)[1]
-    )
+    assert {"states.0", "states.1", "states.2"} <= set(kept(tmp_path / "run")[1])
     resumed = run.resume(tmp_path / "run", observer=NullObserver()).payload
     assert np.array_equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
     assert resumed["metrics"] == whole["metrics"]

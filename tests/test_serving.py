@@ -14,6 +14,7 @@ from privrec import data, run
 from privrec.data import Interactions
 from privrec.errors import IntegrityError, UnknownIdError, UsageError
 from privrec.outcome import read_model
+from privrec.privacy.ledger import Ledger
 from privrec.record import NullObserver
 from privrec.scenario import Scenario
 from privrec.scoring import Scorer
@@ -88,12 +89,14 @@ def test_nothing_of_the_history_comes_back(trained: Path, train: Interactions) -
 
 @pytest.mark.parametrize("loss", ["full_softmax", "softmax", "bce", "bpr"])
 def test_a_user_and_the_same_history_get_the_same_list(
-    loss: str, trained: Path, train: Interactions, tmp_path: Path
+    loss: str, train: Interactions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the fit draws negatives: those depend on the history, not on its order."""
-    trained = copied(trained, tmp_path)
-    text = (trained / "scenario.toml").read_text()
-    (trained / "scenario.toml").write_text(text.replace("full_softmax", loss))
+    monkeypatch.setenv("PRIVREC_STATE", str(tmp_path / "state"))
+    monkeypatch.setattr("privrec.outcome.peak_bytes", lambda *_: None)
+    trained, text = tmp_path / "run", SCENARIO.replace("full_softmax", loss)
+    scenario = Scenario.from_toml(text, ["train.rounds=2"])
+    run.start(scenario, out=trained, observer=NullObserver(), unsafe_noise_key=b"k")
     for user in (1, 30, 64):
         by_id = recommend(trained, user=str(train.user_ids[user]))
         own = ids_of(train, user)
@@ -191,8 +194,13 @@ def test_a_spoilt_model_is_refused(trained: Path, tmp_path: Path, content: bytes
 def test_a_model_of_another_catalogue_is_refused(trained: Path, tmp_path: Path) -> None:
     path = copied(trained, tmp_path)
     text = (path / "scenario.toml").read_text()
-    (path / "scenario.toml").write_text(text.replace("items = 40", "items = 400"))
+    other = text.replace("items = 40", "items = 400")
+    scenario = Scenario.from_toml(other)
+    train = data.load(scenario.data).train
     with pytest.raises(IntegrityError, match="use the data that the model was trained on"):
+        read_model(path, scenario, train, None)
+    (path / "scenario.toml").write_text(other)
+    with pytest.raises(IntegrityError, match="its scenario_hash is"):
         recommend(path, user="1")
 
 
@@ -252,7 +260,8 @@ def test_a_scan_is_what_scoring_the_whole_catalogue_gives(
     trained: Path, train: Interactions
 ) -> None:
     scenario = Scenario.from_toml(SCENARIO)
-    federation, weights = read_model(trained, scenario, train)
+    with Ledger.open(trained / "ledger.jsonl", repair=False) as ledger:
+        federation, weights = read_model(trained, scenario, train, ledger.ended)
     tier = federation.tiers[0]
     view, rng = tier.view(weights), np.random.default_rng(0)
     for _ in range(20):

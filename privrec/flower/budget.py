@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from privrec.errors import BudgetError, IntegrityError, UsageError
 from privrec.privacy.calibrate import noise_multiplier_for
 from privrec.privacy.events import RoundEvent, check_delta
-from privrec.privacy.ledger import Ledger, server_key
+from privrec.privacy.ledger import Ledger
+from privrec.privacy.signed import server_key
 from privrec.randomness import SecretRoot, state_dir
 from privrec.secagg.keys import statement
 
@@ -58,7 +59,7 @@ class Budget:
             header = {"run_id": run, "delta": self.delta, "note": _UNIT}
             key = server_key(_secrets(run) / "server.key")
             SecretRoot.create(_secrets(run) / "server.root")
-            with Ledger.create(self.path, header=header, signing_key=key):
+            with Ledger.create(self.path, header=header, signing_key=key, kept=_head(run)):
                 return run
         with self._opened() as ledger:
             if ledger.header["delta"] != self.delta:
@@ -107,14 +108,14 @@ class Budget:
     @contextmanager
     def _opened(self) -> Iterator[Ledger]:
         with Ledger.open(self.path, repair=False) as ledger:
-            key = _secrets(str(ledger.header["run_id"])) / "server.key"
-        if not key.exists():
-            raise UsageError(
-                f"{key}: the key that signs {self.path} is gone, and no other may sign it; bring "
-                "the file back, or set PRIVREC_STATE to the folder that holds it"
-            )
-        with Ledger.open(self.path, signing_key=server_key(key)) as ledger:
+            run = str(ledger.header["run_id"])
+        key = server_key(_secrets(run) / "server.key", new=False)
+        with Ledger.open(self.path, signing_key=key, kept=_head(run)) as ledger:
             yield ledger
+
+
+def _head(run: str) -> Path:
+    return _secrets(run) / "head.json"
 
 
 def _secrets(run: str) -> Path:

@@ -15,7 +15,6 @@ from flwr.common.logger import log
 
 from privrec import data
 from privrec.assembly import assign, federation_of
-from privrec.checkpoint import replace
 from privrec.device.tier import Federation
 from privrec.errors import DataError, PrivrecError, UsageError
 from privrec.flower.enrol import ROOT, STATE, anchor_of, certificates_of
@@ -24,6 +23,7 @@ from privrec.flower.settings import scenario_of
 from privrec.flower.wire import CONFIRM, MASKED, REGISTER, SHARES, UNMASK, pack, summary, unpack
 from privrec.randomness import ROOT_BYTES, SecretRoot
 from privrec.scenario import Scenario
+from privrec.storage import replace
 
 _STATE = "privrec"
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from privrec.checkpoint import replace
 from privrec.errors import DataError, UsageError
 from privrec.randomness import SecretRoot, read_secret, write_secret
 from privrec.secagg.keys import KEY_BYTES, SIGNATURE_BYTES, DeviceKey, Prekey, Verifier
 from privrec.secagg.roster import Anchor, EnrolmentKey, ListedDevices, enrol
+from privrec.storage import replace
 
 ROOT, CERTIFICATES, STATE = "device.root", "certificates", "state"
 EMPTY = b""

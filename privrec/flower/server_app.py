@@ -15,7 +15,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 
-from privrec import checkpoint, rundir
+from privrec import checkpoint, rundir, storage
 from privrec.assembly import agreement_of, federation_of, server_of
 from privrec.catalogue import known_items
 from privrec.device.protection import Protection
@@ -29,8 +29,7 @@ from privrec.flower.wire import EXCHANGES, MASKED, SHARES, round_to_body, summar
 from privrec.identity import Identity
 from privrec.loop import Loop, Result
 from privrec.outcome import deployed_result, write_model
-from privrec.privacy.ledger import Ledger
-from privrec.randomness import SecretRoot, rng_for, sync_directory
+from privrec.randomness import SecretRoot, rng_for
 from privrec.record import EventLog, NullObserver, Observer, Record, RunInfo
 from privrec.scenario import Scenario, load
 from privrec.secagg.roster import Anchor
@@ -138,8 +137,7 @@ class Deployed(Loop):
             self.scenario, self.server, self.ledger, identity=self.identity.to_json(),
             population=self.population, wall_s=self.wall_s,
         )  # fmt: skip
-        rundir.write_json(self.out / "result.json", payload)
-        (self.out / rundir.CHECKPOINT).unlink()
+        payload = rundir.leave(self.out, payload, self.identity)
         self.events.append("end", round=self.server.index)
         return Result(self.out, payload)
 
@@ -186,25 +184,26 @@ def deploy(
     )  # fmt: skip
     if (out / "run.json").exists():
         identity = Identity.read(out)
-        if (payload := rundir.result(out)) is not None:
-            return Result(out, payload)
         _check_same_scenario(out, scenario)
+        if (payload := rundir.left(out, identity, scenario)) is not None:
+            return Result(out, payload)
         registry.register()
     else:
         rundir.refuse_taken(out)
         registry.register()
         identity = _begun(scenario, out, items, population, unsafe_noise_key, registry.simulated)
     server = server_of(scenario, federation, population, identity.run_id)
-    position, arrays = checkpoint.read(out / rundir.CHECKPOINT)
+    key = identity.signing_key().public_key()
+    position, arrays = checkpoint.read(out / rundir.CHECKPOINT, key)
     rundir.check_same(out, position, identity, scenario, "")
     rundir.restore(server, (), position, arrays)
     root, rate = identity.root("server"), scenario.devices.sampling_rate
     flower = Flower(registry, protection, root, scenario.run.seed, rate)
     with (
-        Ledger.open(out / "ledger.jsonl", signing_key=identity.signing_key()) as ledger,
+        rundir.open_ledger(out, identity, scenario) as ledger,
         EventLog(out / "events.jsonl") as events,
     ):
-        rundir.check_ledger(out, ledger, identity, position)
+        rundir.check_position(out, ledger, position)
         observer = observer or NullObserver()
         loop = Deployed(
             out, scenario, population, identity, server, flower, observer, ledger, events
@@ -220,7 +219,7 @@ def _check_same_scenario(out: Path, scenario: Scenario) -> None:
     begun = load(out / "scenario.toml")
     if begun.hash() != scenario.hash():
         raise UsageError(
-            f"{out}: a run of another scenario was stopped there; give the run-config that it was "
+            f"{out}: a run of another scenario lies there; give the run-config that it was "
             "started with, or another out"
         )
 
@@ -233,7 +232,7 @@ def _begun(
     identity = Identity.new(scenario, described, None, known, simulated=simulated)
     with identity.forgotten_unless(out), rundir.appearing(out) as folder:
         rundir.write_json(folder / "run.json", identity.to_json())
-        checkpoint.replace(folder / "scenario.toml", scenario.to_toml().encode())
+        storage.replace(folder / "scenario.toml", scenario.to_toml().encode())
         with rundir.new_ledger(folder, scenario, identity, population) as ledger:
             identity.root("server")
             federation = federation_of(scenario, items)
@@ -241,7 +240,7 @@ def _begun(
             rundir.save(folder, server, (), identity, scenario, ledger, "")
         with EventLog(folder / "events.jsonl") as events:
             events.append("start", run_id=identity.run_id, simulated=identity.simulated)
-    sync_directory(out.parent)
+    storage.sync_directory(out.parent)
     return identity
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from privrec.errors import IntegrityError
-from privrec.randomness import sync_directory
+from privrec.storage import sync_directory
 
 _HEAD = struct.Struct("<cQ")
 _DIGEST_BYTES = 32

@@ -6,9 +6,10 @@ can waste budget but never hide it. A commit says, before it is released, what t
 
 Every entry carries its place and the hash of the entry before, so that an altered, removed or
 reordered line shows. The chain alone cannot show that its end was cut away: ``ledger.head.json``
-beside it holds the number of entries and the last hash, signed with the server's key (Ed25519,
-RFC 8032). Entries written after the last :meth:`Ledger.seal` are protected by the chain only, and
-an old ledger put back together with its own old head is not noticed.
+beside it holds the number of entries and the last hash, signed with the server's key. The same head
+is kept beside that key, on the machine that charges, so an old ledger put back together with its
+own old head is refused there, and so is a copy in another folder that was left behind. Entries
+written after the last :meth:`Ledger.seal` are protected by the chain only.
 """
 
 from __future__ import annotations
@@ -20,9 +21,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from privrec.errors import IntegrityError, ReleaseRefused, UsageError
@@ -42,11 +42,12 @@ from privrec.privacy.book import (
     read,
 )
 from privrec.privacy.events import Accountant, Adversary, RoundEvent
-from privrec.randomness import ROOT_BYTES, read_secret, sync_directory, write_secret
+from privrec.privacy.signed import hexadecimal, server_key, sign, verified
+from privrec.storage import replace
 
 __all__ = ["Charge", "Ledger", "head_path", "server_key"]
 
-_SIGNED = b"privrec ledger head, format 1\n"
+_HEAD = "ledger head"
 _RESERVED = frozenset({"format", "unit", "adjacency", "public_key"})
 
 
@@ -58,17 +59,25 @@ class Ledger:
     at a time. It is a context manager that closes the file.
     """
 
-    def __init__(self, path: Path, book: Book, file: FileIO | None, key: _Keys) -> None:
+    def __init__(
+        self, path: Path, book: Book, files: list[FileIO], key: _Keys, kept: Path | None
+    ) -> None:
         self.path = path
         self.repaired: str | None = None
         self._book = book
-        self._file = file
+        self._files = files
         self._keys = key
+        self._kept = kept
         self._signed = 0
 
     @classmethod
     def create(
-        cls, path: Path, *, header: Mapping[str, Any], signing_key: Ed25519PrivateKey
+        cls,
+        path: Path,
+        *,
+        header: Mapping[str, Any],
+        signing_key: Ed25519PrivateKey,
+        kept: Path | None = None,
     ) -> Ledger:
         """Begin a ledger with its header and its first signed head, durable before this returns.
 
@@ -78,6 +87,7 @@ class Ledger:
                 settings, delta, note on the population. Format, unit (``user``), adjacency
                 (``zero-out``) and the public key are added.
             signing_key: the server's key; see :func:`server_key`.
+            kept: where this machine keeps the last head that it signed, beside the key.
 
         Raises:
             UsageError: when ``path`` exists, cannot be written, or the header names what is added.
@@ -90,7 +100,7 @@ class Ledger:
         own = {"format": FORMAT, "unit": "user", "adjacency": "zero-out", "public_key": keys.text}
         entry = {"kind": "header", "body": {**header, **own}}
         canonical(entry)  # refused before there is a file
-        ledger = cls(path, Book(), _open_new(path), keys)
+        ledger = cls(path, Book(), _open(path, "xb+", kept), keys, kept)
         try:
             ledger._append(entry)
             ledger.seal()
@@ -106,6 +116,7 @@ class Ledger:
         *,
         signing_key: Ed25519PrivateKey | None = None,
         public_key: Ed25519PublicKey | None = None,
+        kept: Path | None = None,
         repair: bool = True,
     ) -> Ledger:
         """Read a ledger back, and check every line of it and its signed head.
@@ -119,6 +130,8 @@ class Ledger:
             public_key: the key that the head must be signed with; by default the one of
                 ``signing_key``, else the one that the header names (which shows damage, but not a
                 ledger that was replaced as a whole).
+            kept: where :meth:`create` was told to keep the last head; the ledger must go on from
+                it, and no other copy of it may be open for writing.
             repair: open for writing and repair; ``False`` opens for reading alone, leaves the file
                 as it is, and works while another process writes.
 
@@ -127,19 +140,19 @@ class Ledger:
                 than its signed head says, or the head is missing or signed by another key.
             UsageError: when the file cannot be opened, or something else has it open for writing.
         """
-        file = _open_existing(path) if repair else None
+        files = _open(path, "rb+", kept) if repair else []
         try:
-            head = _head(path)  # before the lines, since a writer may add some in between
+            # Before the lines, since a writer may add some in between.
+            heads = {place: _head(place) for place in _places(path, kept)}
             content = _content(path)
             book, end = read(path, content)
             trusted = signing_key.public_key() if signing_key else public_key
             keys = _Keys(trusted or _named_key(path, book.header), signing_key)
-            signed = _check_head(path, head, book, keys)
-            ledger = cls(path, book, file, keys)
-            ledger._signed = signed
+            ledger = cls(path, book, files, keys, kept)
+            ledger._signed = max(_check_head(path, *head, book, keys) for head in heads.items())
             ledger._mend(content, end)
         except BaseException:
-            _close(file)
+            _close(files)
             raise
         return ledger
 
@@ -352,21 +365,26 @@ class Ledger:
             UsageError: when the ledger was opened without the signing key or for reading.
             ReleaseRefused: when the head could not be written.
         """
-        if self._keys.private is None or self._file is None:
+        if self._keys.private is None or not self._files:
             raise UsageError(
                 f"{self.path}: sealing needs the signing key and a ledger opened for writing; "
                 "open it with signing_key and repair=True"
             )
         head = {"format": FORMAT, "entries": self.entries, "last_hash": self.last_hash}
-        signature = self._keys.private.sign(_SIGNED + canonical(head))
-        sealed = {**head, "public_key": self._keys.text, "signature": signature.hex()}
-        _replace(head_path(self.path), canonical(sealed) + b"\n")
+        record = canonical(sign(_HEAD, head, self._keys.private)) + b"\n"
+        for place in _places(self.path, self._kept):
+            try:
+                replace(place, record, mode=0o600 if place == self._kept else 0o666)
+            except OSError as error:
+                raise ReleaseRefused(
+                    f"{place}: it could not be written ({error.strerror}); make room or mend the "
+                    "disk, and resume"
+                ) from error
         self._signed = self.entries
 
     def close(self) -> None:
         """Let go of the file; the ledger can still be read, but nothing charged any more."""
-        _close(self._file)
-        self._file = None
+        _close(self._files)
 
     def __enter__(self) -> Ledger:
         return self
@@ -381,14 +399,14 @@ class Ledger:
         add(self.path, self._book, line.removesuffix(b"\n"))
 
     def _write(self, line: bytes) -> None:
-        if self._file is None:
+        if not self._files:
             raise ReleaseRefused(
                 f"{self.path}: it is not open for writing, so nothing can be charged or released; "
                 "open it again with repair=True"
             )
         try:
-            _write_all(self._file, line)
-            os.fsync(self._file.fileno())
+            _write_all(self._files[0], line)
+            os.fsync(self._files[0].fileno())
         except OSError as error:
             # What reached the disk is unknown: only reading it again can tell.
             self.close()
@@ -406,13 +424,14 @@ class Ledger:
             )
         elif not content.endswith(b"\n"):
             self.repaired = "the missing end of the last line was added"
-        if self.repaired is None or self._file is None:
+        if self.repaired is None or not self._files:
             return
-        self._file.truncate(end)
-        self._file.seek(end)
+        file = self._files[0]
+        file.truncate(end)
+        file.seek(end)
         if not content[:end].endswith(b"\n"):
-            _write_all(self._file, b"\n")
-        os.fsync(self._file.fileno())
+            _write_all(file, b"\n")
+        os.fsync(file.fileno())
 
 
 @dataclass(frozen=True)
@@ -422,19 +441,7 @@ class _Keys:
 
     @property
     def text(self) -> str:
-        return self.public.public_bytes_raw().hex()
-
-
-def server_key(path: Path) -> Ed25519PrivateKey:
-    """The server's signing key at ``path``: drawn and kept (mode 0600) when there is none yet.
-
-    Raises:
-        UsageError: when the file cannot be kept or read, or others than its owner may use it.
-        IntegrityError: when the file is damaged.
-    """
-    if not path.exists():
-        write_secret(path, os.urandom(ROOT_BYTES))
-    return Ed25519PrivateKey.from_private_bytes(read_secret(path, ROOT_BYTES))
+        return hexadecimal(self.public)
 
 
 def head_path(path: Path) -> Path:
@@ -449,27 +456,31 @@ def _named_key(path: Path, header: Mapping[str, Any]) -> Ed25519PublicKey:
         raise IntegrityError(f"{path}: its header names no key; {REMEDY}") from error
 
 
-def _head(path: Path) -> Mapping[str, Any]:
+def _places(path: Path, kept: Path | None) -> list[Path]:
+    """Where the signed head lies: beside the ledger, and beside the key."""
+    return [head_path(path)] + ([] if kept is None else [kept])
+
+
+def _head(place: Path) -> Mapping[str, Any] | None:
     """The signed head as it lies on disk, its signature not checked yet."""
-    place = head_path(path)
     try:
-        head = parsed(place.read_bytes())
+        return parsed(place.read_bytes())
     except OSError as error:
         raise IntegrityError(
             f"{place}: the signed head could not be read ({error.strerror}); {REMEDY}"
         ) from error
-    if head is None:
-        raise IntegrityError(f"{place}: not a signed head; {REMEDY}")
-    return head
 
 
-def _check_head(path: Path, head: Mapping[str, Any], book: Book, keys: _Keys) -> int:
+def _check_head(
+    path: Path, place: Path, head: Mapping[str, Any] | None, book: Book, keys: _Keys
+) -> int:
     if book.header.get("public_key") != keys.text:
         raise IntegrityError(
             f"{path}: it belongs to the key {book.header.get('public_key')}, not to {keys.text}; "
             "use the signing key of this run, or bring back its ledger"
         )
-    entries, last_hash = _verified(head_path(path), head, keys.public)
+    facts = verified(_HEAD, head, keys.public, place)
+    entries, last_hash = int(facts["entries"]), facts["last_hash"]
     if entries > len(book.hashes):
         raise IntegrityError(
             f"{path}: {len(book.hashes)} entries, but {entries} were signed: its end was cut away; "
@@ -480,17 +491,6 @@ def _check_head(path: Path, head: Mapping[str, Any], book: Book, keys: _Keys) ->
     return entries
 
 
-def _verified(path: Path, head: Mapping[str, Any], key: Ed25519PublicKey) -> tuple[int, str]:
-    try:
-        claim = {name: head[name] for name in ("format", "entries", "last_hash")}
-        key.verify(bytes.fromhex(head["signature"]), _SIGNED + canonical(claim))
-        return int(claim["entries"]), str(claim["last_hash"])
-    except InvalidSignature as error:
-        raise IntegrityError(f"{path}: not signed with the key of this run; {REMEDY}") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise IntegrityError(f"{path}: not a signed head; {REMEDY}") from error
-
-
 def _content(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -498,33 +498,37 @@ def _content(path: Path) -> bytes:
         raise UsageError(f"{path}: {error.strerror}; name the ledger of a run") from error
 
 
-def _open_new(path: Path) -> FileIO:
+def _open(path: Path, mode: Literal["xb+", "rb+"], kept: Path | None) -> list[FileIO]:
+    """The ledger's file, at its end, and what keeps other processes off it and its copies."""
+    files: list[FileIO] = []
     try:
-        file = FileIO(path, "xb+")
+        files.append(FileIO(path, mode))
+        if kept is not None:  # the head itself is replaced, so that it can keep nobody off
+            files.append(FileIO(kept.with_suffix(".lock"), "ab", opener=_own))
     except OSError as error:
+        _close(files)
+        place, why = error.filename, error.strerror
         raise UsageError(
-            f"{path}: a new ledger cannot be made here ({error.strerror}); resume the run that it "
+            f"{place}: {why}; name the ledger of a run"
+            if mode == "rb+"
+            else f"{place}: a new ledger cannot be made here ({why}); resume the run that it "
             "belongs to, or choose another directory"
         ) from error
-    _lock(path, file)
-    return file
+    for file in files:
+        _lock(path, files, file)
+    files[0].seek(0, os.SEEK_END)
+    return files
 
 
-def _open_existing(path: Path) -> FileIO:
-    try:
-        file = FileIO(path, "rb+")
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}; name the ledger of a run") from error
-    _lock(path, file)
-    file.seek(0, os.SEEK_END)
-    return file
+def _own(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
-def _lock(path: Path, file: FileIO) -> None:
+def _lock(path: Path, files: list[FileIO], file: FileIO) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        file.close()
+        _close(files)
         raise UsageError(
             f"{path}: another process writes to this run; wait for it or stop it"
         ) from error
@@ -536,22 +540,6 @@ def _write_all(file: FileIO, content: bytes) -> None:
         left = left[file.write(left) :]
 
 
-def _replace(path: Path, content: bytes) -> None:
-    draft = path.with_name(f".{path.name}.draft")
-    try:
-        with draft.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-        sync_directory(path.parent)
-    except OSError as error:
-        raise ReleaseRefused(
-            f"{path}: it could not be written ({error.strerror}); make room or mend the disk, "
-            "and resume"
-        ) from error
-
-
-def _close(file: FileIO | None) -> None:
-    if file is not None:
-        file.close()
+def _close(files: list[FileIO]) -> None:
+    while files:
+        files.pop().close()

@@ -4,26 +4,32 @@ A run knows its own ledger. What somebody learns who gets something from several
 users is bounded by the composition of all their events, whatever the runs were for: tuning counts.
 A *population ledger* ties them together. Before a run touches any data it reserves all that it may
 charge; a reservation that would take the lifetime ε over its limit is refused. A finished run gives
-back what it did not use. What a crashed run reserved stays reserved.
+back what it did not use, and that is final: a copy of it that was restored goes on no more. What a
+crashed run reserved stays reserved.
 
 The file lies beside the secrets (``state_dir()/populations/NAME.jsonl``), one entry a line, each
-chained to the hash of the one before like a run's own ledger.
+chained to the hash of the one before like a run's own ledger. Its last line is the head, signed
+with the population's key, and the file is replaced as a whole, so that no part of it passes for the
+whole. Every run keeps the head as it left it: in its own signed header, and with its secrets. A
+ledger that does not continue all of these is older than they are, or another one, and is refused.
+What this cannot show is a machine whose whole state folder was set back in time.
 """
 
 from __future__ import annotations
 
 import fcntl
-import os
+import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from privrec import storage
 from privrec.errors import BudgetError, IntegrityError, UsageError
-from privrec.privacy.book import REMEDY, START, line_of, parsed
+from privrec.privacy.book import REMEDY, START, canonical, line_of, parsed
 from privrec.privacy.events import (
     Adversary,
     RoundEvent,
@@ -31,9 +37,11 @@ from privrec.privacy.events import (
     check_delta,
     epsilon,
 )
-from privrec.randomness import state_dir, sync_directory
+from privrec.privacy.signed import server_key, sign, verified
+from privrec.randomness import state_dir
 
 FORMAT = 1
+_HEAD = "population head"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 Counts = Counter[RoundEvent]
@@ -52,6 +60,8 @@ class Standing:
         against: the adversary of that limit.
         spent: ε of all runs before this one, at ``delta``.
         reserved: ε with all that this run may charge.
+        entries: entries of the population ledger once this run was in it.
+        last_hash: hash of the last of them.
     """
 
     population: str | None = None
@@ -61,6 +71,8 @@ class Standing:
     against: Adversary | None = None
     spent: float | None = None
     reserved: float | None = None
+    entries: int = 0
+    last_hash: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The standing as plain JSON values."""
@@ -93,6 +105,8 @@ class Population:
         against: whom the limit is against.
         runs: events reserved or charged, by run.
         hashes: of the entries.
+        settled: runs that have ended; what they charged is final.
+        content: the entries as the file has them, without its head.
     """
 
     path: Path
@@ -102,6 +116,8 @@ class Population:
     against: Adversary
     runs: dict[str, Counts] = field(default_factory=dict)
     hashes: list[str] = field(default_factory=list)
+    settled: set[str] = field(default_factory=set)
+    content: bytes = b""
 
     @property
     def counts(self) -> Counts:
@@ -111,6 +127,19 @@ class Population:
     def spent(self) -> float:
         """ε of all runs so far, reservations included."""
         return epsilon(self.counts, self.delta, self.against)
+
+    def check_continues(self, entries: int, last_hash: str | None, source: str) -> None:
+        """Refuse a ledger that lacks a head which was signed before.
+
+        Raises:
+            IntegrityError: when it does; ``source`` names where that head is known from.
+        """
+        if not 0 < entries <= len(self.hashes) or self.hashes[entries - 1] != last_hash:
+            raise IntegrityError(
+                f"{self.path}: {source} knows it with {entries} entries, which this is not a "
+                "continuation of: it was cut, set back or begun anew; bring back the latest copy. "
+                "A limit over the same users is never begun twice"
+            )
 
 
 def path_of(name: str) -> Path:
@@ -144,21 +173,20 @@ def create(name: str, *, epsilon: float, delta: float, against: Adversary) -> Po
     check_adversary(against)
     if not 0 < epsilon < float("inf"):
         raise UsageError(f"lifetime epsilon {epsilon}: it must be above 0 and finite; choose one")
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        raise UsageError(
-            f"population {name!r}: it has a ledger already, and a limit is never taken back; see "
-            f"it with: privrec population show {name}"
-        ) from None
-    entry = {
-        "kind": "header", "format": FORMAT, "name": name, "epsilon": epsilon, "delta": delta,
-        "against": against, "index": 0, "previous": START,
-    }  # fmt: skip
-    with os.fdopen(descriptor, "wb") as file:
-        _append(file, entry)
-    sync_directory(path.parent)
+    server_key(_key(path))
+    with _alone(path):
+        runs = list(_known(name))
+        if path.exists() or runs:
+            found = "a ledger already" if path.exists() else f"had one, which {runs[0][0]} knows"
+            raise UsageError(
+                f"population {name!r}: it has {found}, and a limit is never taken back; see it "
+                f"with: privrec population show {name}, or bring back the ledger that is gone"
+            )
+        header = {"kind": "header", "format": FORMAT, "name": name, "epsilon": epsilon}
+        _append(
+            Population(path, name, epsilon, delta, against),
+            {**header, "delta": delta, "against": against},
+        )
     return read(name)
 
 
@@ -166,10 +194,11 @@ def read(name: str) -> Population:
     """The ledger of a population as it stands.
 
     Raises:
-        UsageError: when there is none of that name.
-        IntegrityError: when it was altered.
+        UsageError: when there is none of that name, or its key is gone.
+        IntegrityError: when it was altered, or is older than a run knows it.
     """
     path = path_of(name)
+    known = list(_known(name))  # before the file, since a run may be entered in between
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -177,7 +206,15 @@ def read(name: str) -> Population:
             f"population {name!r}: it has no ledger here; make one with: "
             f"privrec population create {name} --epsilon 8 --delta 1e-6"
         ) from None
-    return _parsed(path, content)
+    key = server_key(_key(path), new=False).public_key()
+    *lines, head = content.splitlines(keepends=True) or [b""]
+    population = _parsed(path, lines)
+    for place, record in [*known, (path, parsed(head))]:
+        facts = verified(_HEAD, record, key, place)
+        population.check_continues(facts["entries"], facts["last_hash"], str(place))
+    if (facts["population"], facts["entries"]) != (name, len(lines)):  # of the file's own head
+        raise IntegrityError(f"{path}: it is not what was signed for this name; {REMEDY}")
+    return population
 
 
 def reserve(name: str, run_id: str, planned: Counts) -> Standing:
@@ -198,43 +235,49 @@ def reserve(name: str, run_id: str, planned: Counts) -> Standing:
         UsageError: when there is no such population.
         IntegrityError: when its ledger was altered.
     """
-    with _locked(name) as (population, file):
+    with _locked(name) as population:
+        if run_id in population.settled:
+            raise _final(name, run_id)
         before = population.runs.pop(run_id, Counter())
-        spent = population.spent()
-        others, wanted = population.counts, before | planned
-        after = epsilon(others + wanted, population.delta, population.against)
+        spent, others = population.spent(), len(population.runs)
+        wanted = before | planned
+        after = epsilon(population.counts + wanted, population.delta, population.against)
         if after > population.epsilon:
             raise BudgetError(
                 f"population {name!r}: this run would bring its lifetime ε to {after:.4f}, and the "
-                f"limit is {population.epsilon:g} ({len(population.runs)} runs spent {spent:.4f}); "
+                f"limit is {population.epsilon:g} ({others} runs spent {spent:.4f}); "
                 "plan fewer rounds or more noise"
             )
         if wanted != before:
-            _write(population, file, "reserve", run_id, wanted)
+            _enter(population, "reserve", run_id, wanted)
         return Standing(
-            name, len(population.runs), population.epsilon, population.delta, population.against,
-            spent, after,
+            name, others, population.epsilon, population.delta, population.against, spent, after,
+            len(population.hashes), population.hashes[-1],
         )  # fmt: skip
 
 
 def settle(name: str, run_id: str, charged: Counts) -> None:
-    """Replace what a finished run had set aside by what it charged.
+    """Replace what a run that has ended had set aside by what it charged, once and for all.
 
     Raises:
         UsageError: when the run had set nothing aside, or there is no such population.
-        IntegrityError: when the ledger was altered, or the run charged what it had not set aside.
+        IntegrityError: when the ledger was altered, when the run charged what it had not set aside,
+            or when it was settled with other charges before.
     """
-    with _locked(name) as (population, file):
+    with _locked(name) as population:
         reserved = population.runs.get(run_id)
         if reserved is None:
             raise UsageError(f"population {name!r}: the run {run_id} set nothing aside in it")
+        if run_id in population.settled:
+            if charged != reserved:
+                raise _final(name, run_id)
+            return
         if charged - reserved:
             raise IntegrityError(
                 f"population {name!r}: the run {run_id} charged more than it had set aside; its "
                 f"ledger or that of the population was altered; {REMEDY}"
             )
-        if charged != reserved:
-            _write(population, file, "settle", run_id, charged)
+        _enter(population, "settle", run_id, charged)
 
 
 @dataclass
@@ -252,18 +295,26 @@ class Tie:
     reserved: Counts
 
     @classmethod
-    def of(cls, header: Mapping[str, Any]) -> Tie | None:
+    def of(cls, header: Mapping[str, Any], *, ended: bool) -> Tie | None:
         """The tie that a run's ledger names, or None for a run of its own.
+
+        Args:
+            header: of the run's ledger.
+            ended: whether that ledger says that the run has ended.
 
         Raises:
             UsageError: when the population's ledger is gone.
-            IntegrityError: when it was altered.
+            IntegrityError: when it was altered or set back; or when it says that the run has ended,
+                and the run's own ledger is an older copy that does not.
         """
-        name = header.get("standing", {}).get("population")
-        if name is None:
+        standing, run_id = Standing.from_json(header["standing"]), header["run_id"]
+        if standing.population is None:
             return None
-        run_id = header["run_id"]
-        return cls(name, run_id, read(name).runs.get(run_id, Counter()))
+        population = read(standing.population)
+        population.check_continues(standing.entries, standing.last_hash, f"run {run_id}")
+        if run_id in population.settled and not ended:
+            raise _final(population.name, run_id)
+        return cls(population.name, run_id, population.runs[run_id])
 
     def cover(self, counts: Counts) -> None:
         """Set more aside where ``counts`` go beyond it: rounds that had to be charged again.
@@ -280,58 +331,80 @@ class Tie:
         settle(self.name, self.run_id, Counter(counts))
 
 
+def _final(name: str, run_id: str) -> IntegrityError:
+    return IntegrityError(
+        f"population {name!r}: the run {run_id} has ended, and what it charged is final; this is "
+        "an older copy of it. Bring back the directory as the run left it, or start a new run"
+    )
+
+
+def _key(path: Path) -> Path:
+    return path.with_suffix(".key")
+
+
 @contextmanager
-def _locked(name: str) -> Iterator[tuple[Population, Any]]:
-    """A population that nobody else writes to, and its file, to append to."""
-    path = read(name).path
-    with path.open("rb+") as file:
+def _alone(path: Path) -> Iterator[None]:
+    """Keep other writers off; the ledger is replaced as a whole, so its key is what is locked."""
+    with _key(path).open("rb+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        population = _parsed(path, file.read())
-        yield population, file
+        yield
 
 
-def _write(population: Population, file: Any, kind: str, run_id: str, counts: Counts) -> None:
+@contextmanager
+def _locked(name: str) -> Iterator[Population]:
+    """A population that nobody else writes to."""
+    with _alone(read(name).path):
+        yield read(name)
+
+
+def _known(name: str) -> Iterator[tuple[Path, dict[str, Any] | None]]:
+    """The heads of a population that this machine's runs know, and where each lies."""
+    for place in sorted((state_dir() / "runs").glob("*/population.json")):
+        record = parsed(place.read_bytes())
+        if record is None or record.get("population") == name:
+            yield place, record
+
+
+def _enter(population: Population, kind: str, run_id: str, counts: Counts) -> None:
+    """Enter what a run sets aside or charged, and keep the head with the run's secrets."""
     events = [[event.to_json(), count] for event, count in counts.items()]
-    entry = {
-        "kind": kind, "run": run_id, "events": events, "index": len(population.hashes),
-        "previous": population.hashes[-1],
-    }  # fmt: skip
-    file.seek(0, os.SEEK_END)
-    _append(file, entry)
+    head = _append(population, {"kind": kind, "run": run_id, "events": events})
+    kept = state_dir() / "runs" / run_id / "population.json"
+    kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    storage.replace(kept, head, mode=0o600)
 
 
-def _append(file: Any, entry: Mapping[str, Any]) -> None:
-    file.write(line_of(entry))
-    file.flush()
-    os.fsync(file.fileno())
+def _append(population: Population, entry: Mapping[str, Any]) -> bytes:
+    """Replace the file by one that has one more entry; its head, which is returned."""
+    entries, previous = population.hashes, population.hashes[-1] if population.hashes else START
+    line = line_of({**entry, "index": len(entries), "previous": previous})
+    entries.append(json.loads(line)["hash"])
+    facts = {"population": population.name, "entries": len(entries), "last_hash": entries[-1]}
+    head = canonical(sign(_HEAD, facts, server_key(_key(population.path), new=False))) + b"\n"
+    storage.replace(population.path, population.content + line + head, mode=0o600)
+    return head
 
 
-def _parsed(path: Path, content: bytes) -> Population:
-    lines = content.split(b"\n")
-    # A last line that a crash cut off reserved nothing: its run never began.
-    entries = [_entry(path, number, line) for number, line in enumerate(lines[:-1], 1)]
+def _parsed(path: Path, lines: Sequence[bytes]) -> Population:
+    entries = [_entry(path, number, line) for number, line in enumerate(lines, 1)]
     try:
         header = entries[0]
         population = Population(
-            path, header["name"], header["epsilon"], header["delta"], header["against"]
-        )
+            path, header["name"], header["epsilon"], header["delta"], header["against"],
+            content=b"".join(lines),
+        )  # fmt: skip
         for entry in entries:
             _count(population, entry)
     except (IndexError, KeyError, TypeError, ValueError, UsageError) as error:
         raise IntegrityError(
             f"{path}: not the ledger of a population ({error!r}); {REMEDY}"
         ) from None
-    if lines[-1]:
-        raise IntegrityError(
-            f"{path}: its last line was cut off by a crash; the run that it was for never began. "
-            "Remove that line"
-        )
     return population
 
 
 def _entry(path: Path, number: int, line: bytes) -> dict[str, Any]:
     entry = parsed(line)
-    if entry is None or line_of({k: v for k, v in entry.items() if k != "hash"}) != line + b"\n":
+    if entry is None or line_of({k: v for k, v in entry.items() if k != "hash"}) != line:
         raise IntegrityError(f"{path}: line {number} was altered; {REMEDY}")
     return entry
 
@@ -343,8 +416,10 @@ def _count(population: Population, entry: Mapping[str, Any]) -> None:
     population.hashes.append(entry["hash"])
     if entry["kind"] == "header" and len(population.hashes) == 1:
         return
-    if entry["kind"] not in ("reserve", "settle"):
+    if entry["kind"] not in ("reserve", "settle") or entry["run"] in population.settled:
         raise ValueError(f"an entry of the kind {entry['kind']!r}")
+    if entry["kind"] == "settle":
+        population.settled.add(entry["run"])
     population.runs[entry["run"]] = Counter(
         {RoundEvent.from_json(event): int(count) for event, count in entry["events"]}
     )

@@ -23,6 +23,7 @@ from privrec.catalogue import release_event
 from privrec.declaration import Declaration
 from privrec.declaration import read as declared_in
 from privrec.errors import DataError, IntegrityError, ScenarioError, UsageError
+from privrec.identity import kept_key
 from privrec.privacy.events import RoundEvent, epsilon
 from privrec.record import OUTSIDE, Record, read_rounds
 from privrec.report.accounts import WHICH
@@ -30,7 +31,7 @@ from privrec.report.derive import derive, thinned
 from privrec.report.examples import example_level
 from privrec.report.model import Accuracy, Cost, Curve, Facts, Metric, Point, Report, flat
 from privrec.report.parts import AuditPart, Segment, TierCost
-from privrec.report.spending import Spending, kept_key, read_spending
+from privrec.report.spending import Spending, read_spending
 from privrec.scenario import Scenario, load
 from privrec.wording import headline_metric, metric_name
 

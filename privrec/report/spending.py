@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from privrec.errors import IntegrityError
 from privrec.privacy.book import PREPARATION
 from privrec.privacy.events import RoundEvent
-from privrec.privacy.ledger import Charge, Ledger, server_key
-from privrec.randomness import state_dir
+from privrec.privacy.ledger import Charge, Ledger
+from privrec.privacy.signed import hexadecimal
 
 Signature = Literal["server key", "key named in the ledger"]
 
@@ -53,19 +52,6 @@ class Spending:
     def before(self) -> RoundEvent | None:
         """What was charged before the first round, if anything."""
         return next((each.event for each in self.charges if each.round == PREPARATION), None)
-
-
-def kept_key(run_id: str) -> Ed25519PublicKey | None:
-    """The server's public key where this machine keeps the key of that run, else None.
-
-    Raises:
-        UsageError: The key is there, but others may read it.
-        IntegrityError: The key is there, but damaged.
-    """
-    if not re.fullmatch(r"[\w-]+", run_id):
-        return None
-    path = state_dir() / "runs" / run_id / "server.key"
-    return server_key(path).public_key() if path.exists() else None
 
 
 def read_spending(directory: Path, public_key: Ed25519PublicKey | None = None) -> Spending:
@@ -115,5 +101,5 @@ def _check_whole(path: Path, ledger: Ledger) -> None:
 
 def _key_text(public_key: Ed25519PublicKey | None, header: Mapping[str, Any]) -> str:
     if public_key is not None:
-        return public_key.public_bytes_raw().hex()
+        return hexadecimal(public_key)
     return str(header.get("public_key", ""))

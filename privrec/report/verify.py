@@ -24,11 +24,12 @@ from safetensors.numpy import load_file
 import privrec
 from privrec.declaration import Declaration, read
 from privrec.errors import DataError, IntegrityError, PrivrecError, UsageError
+from privrec.identity import kept_key
 from privrec.report.derive import derive
 from privrec.report.model import WORD, Report
 from privrec.report.parts import OperatorsWord
 from privrec.report.render import to_html, to_json, to_markdown
-from privrec.report.spending import Spending, kept_key, read_spending
+from privrec.report.spending import Spending, read_spending
 
 _DEPENDS_ON_VERIFIER = {"privacy.ledger_signature"}
 _SHOWN = 120
@@ -49,12 +50,14 @@ class Verdict:
     Args:
         anchored: whether the ledger was checked with a key from elsewhere than the files.
         checked: what was recomputed and agrees.
+        unchecked: what was not looked at, and why.
         mismatches: what does not.
         word: what no verifier can see.
     """
 
     anchored: bool
     checked: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
     mismatches: list[Mismatch] = field(default_factory=list)
     word: Sequence[OperatorsWord] = ()
 
@@ -69,6 +72,7 @@ class Verdict:
             "holds": self.holds,
             "anchored": self.anchored,
             "checked": self.checked,
+            "unchecked": self.unchecked,
             "mismatches": [vars(each) for each in self.mismatches],
             "operators_word": [each.model_dump() for each in self.word],
         }
@@ -268,6 +272,7 @@ def _check_pages(directory: Path, report: Report, verdict: Verdict) -> None:
     for name, render in (("report.html", to_html), ("report.md", to_markdown)):
         path = directory / name
         if not path.exists():
+            verdict.unchecked.append(f"{name}: it is not here")
             continue
         try:
             text = path.read_text(encoding="utf-8")
@@ -288,6 +293,10 @@ def _without_pictures(text: str) -> str:
 def _check_model(directory: Path, spending: Spending, verdict: Verdict) -> None:
     path = directory / "model.safetensors"
     if not path.exists():
+        verdict.unchecked.append(
+            "model.safetensors: it is not here, so no model is known to be the one that the ledger "
+            "ends with"
+        )
         return
     try:
         weights = load_file(path)["weights"]

@@ -17,6 +17,7 @@ PACKAGE = ROOT / "privrec"
 # The order of the plan, lowest first. A room imports lower floors only, never its neighbours,
 # except that every room may import errors.
 FLOORS = (
+    ("storage",),
     ("errors", "randomness", "resident"),
     ("data", "embedding"),
     ("metrics", "privacy", "secagg"),

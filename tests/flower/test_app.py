@@ -19,7 +19,7 @@ from loopback import Loopback, context_of
 
 from privrec import run
 from privrec.device import negatives
-from privrec.errors import DataError, ReleaseRefused, UsageError
+from privrec.errors import DataError, IntegrityError, ReleaseRefused, UsageError
 from privrec.flower import client_app as client_module
 from privrec.flower.client_app import client_app
 from privrec.flower.enrol import anchor_of, enroll
@@ -423,3 +423,18 @@ def bodies(content: RecordDict) -> list[bytes]:
     assert all(isinstance(value, bytes) for value in values)
     assert set(content) == set(content.config_records)
     return values  # type: ignore[return-value]
+
+
+def test_a_finished_run_is_shown_for_its_own_scenario_alone(tmp_path: Path) -> None:
+    folder, out = app_folder(tmp_path), tmp_path / "run"
+    payload = deployed(folder, grid_of(folder), out)
+    assert deployed(folder, grid_of(folder), out) == payload
+    louder = SCENARIO.replace("noise_multiplier = 2.0", "noise_multiplier = 3.0")
+    assert louder != SCENARIO
+    other = app_folder(tmp_path, louder)
+    with pytest.raises(UsageError, match="a run of another scenario"):
+        deployed(other, grid_of(other), out)
+    app_folder(tmp_path)
+    (out / "result.json").write_text("{}")
+    with pytest.raises(IntegrityError, match="not a signed result"):
+        deployed(folder, grid_of(folder), out)

@@ -18,6 +18,7 @@ from privrec.privacy import book, events
 from privrec.privacy import ledger as module
 from privrec.privacy.events import RoundEvent
 from privrec.privacy.ledger import Charge, Ledger, head_path, server_key
+from privrec.privacy.signed import sign
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
 OTHER_KEY = Ed25519PrivateKey.from_private_bytes(bytes(31) + b"\1")
@@ -388,8 +389,7 @@ class TestAlteration:
     def test_head_of_an_entry_that_cannot_be(self, written):
         path = head_path(written / "ledger.jsonl")
         claim = {"format": 1, "entries": 0, "last_hash": "0" * 64}
-        signature = KEY.sign(module._SIGNED + book.canonical(claim)).hex()
-        path.write_text(json.dumps({**claim, "signature": signature}))
+        path.write_text(json.dumps(sign("ledger head", claim, KEY)))
         self.refused(written, "is not the one that was signed")
 
     @pytest.mark.parametrize("content", [b"", b"\n", b"{", b"\x00" * 50, b"[" * 100_000])
