@@ -342,7 +342,7 @@ def test_nothing_leaves_a_node_but_its_part_of_the_secure_sum() -> None:
     words = np.concatenate([np.frombuffer(m, np.uint32, offset=36) for m in masked])
     # Plain updates are below 2^14 here: under masks next to no word is.
     assert np.mean((words < 2**24) | (words > 2**32 - 2**24)) < 0.15
-    assert len(masked[0]) == 36 + 4 * (SIZE + 3 + 1)
+    assert len(masked[0]) == 36 + 4 * (SIZE + 4 + 1)
 
 
 def test_replies_differ_though_updates_do_not() -> None:
