@@ -200,7 +200,7 @@ class SparseClassifier:
         return [[self.labels[place] for place in row] for row in best.tolist()]
 
     def score(self, source: Source, labels: Labels | None = None) -> float:
-        """The ``precision@1`` of :meth:`evaluate`, under the name that cross-validation asks for."""
+        """The ``precision@1`` of :meth:`evaluate`, by the name that cross-validation uses."""
         return self.evaluate(source, labels)["precision@1"]
 
     def evaluate(self, source: Source, labels: Labels | None = None) -> dict[str, float]:
@@ -251,7 +251,8 @@ class SparseClassifier:
         """
         if unknown := settings.keys() - self.get_params():
             raise UsageError(
-                f"{', '.join(sorted(unknown))}: is no setting; they are {', '.join(self.get_params())}"
+                f"{', '.join(sorted(unknown))}: is no setting; choose among "
+                f"{', '.join(self.get_params())}"
             )
         self.__init__(**self.get_params() | settings)  # type: ignore[misc]
         return self

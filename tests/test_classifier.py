@@ -253,7 +253,11 @@ def test_labels_that_are_none_are_refused_with_their_row(labels: Any) -> None:
 def test_what_is_no_text_is_refused_with_its_row(bad: Any) -> None:
     texts: Any = ["a b", bad]
     model = SparseClassifier(dim=8, epochs=1, features=512).fit((["a b", "c d"], ["x", "y"]))
-    for call in (model.predict, lambda t: model.fit((t, ["x", "y"])), lambda t: model.score(t, "x")):
+    for call in (
+        model.predict,
+        lambda t: model.fit((t, ["x", "y"])),
+        lambda t: model.score(t, "x"),
+    ):
         with pytest.raises(DataError, match="row 1: text"):
             call(texts)
 
@@ -351,7 +355,9 @@ def test_a_clone_has_the_settings_and_nothing_learned(sparse: SparseClassifier) 
         fitted.set_params(epochs=0)
 
 
-def test_what_was_never_fitted_or_saved_is_refused(sparse: SparseClassifier, tmp_path: Path) -> None:
+def test_what_was_never_fitted_or_saved_is_refused(
+    sparse: SparseClassifier, tmp_path: Path
+) -> None:
     path = tmp_path / "model"
     with pytest.raises(UsageError, match="nothing was learned yet"):
         SparseClassifier().save(path)

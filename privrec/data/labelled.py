@@ -101,9 +101,7 @@ def _column(header: Sequence[str], wanted: str, file: str) -> int:
     )  # fmt: skip
 
 
-def _joined(
-    cells: Sequence[str], columns: Sequence[str], split: Callable[[str], list[str]]
-) -> str:
+def _joined(cells: Sequence[str], columns: Sequence[str], split: Callable[[str], list[str]]) -> str:
     if len(cells) == 1:
         return cells[0]
     words = (

@@ -273,7 +273,7 @@ def test_a_later_attempt_ends_the_session_of_an_earlier_one() -> None:
 
 @pytest.mark.parametrize("stage", [Stage.MASKED, Stage.CONFIRM, Stage.UNMASK])
 def test_a_resumed_session_is_held_to_the_policy_and_the_anchor_of_now(stage: Stage) -> None:
-    """An owner who asks for more between two messages is asked for no answer under the old terms."""
+    """An owner who asks for more between two messages gives no answer under the old terms."""
     waiting = Waiting(stage)
     book, anchor, saved = waiting.cohort.books[0], waiting.cohort.anchor, waiting.client.saved()
     strict: list[tuple[Any, Policy, str]] = [
