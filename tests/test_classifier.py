@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import privrec
 from privrec.classifier import Epoch, SparseClassifier
@@ -161,10 +165,229 @@ def test_bad_requests_are_refused() -> None:
 
 
 def test_words_have_the_same_places_everywhere_and_texts_length_one() -> None:
-    bagged = bags(["One two, two", "", "two"], 1000)
+    bagged = bags(["One two two", "", "two"], 1000)
     assert bagged.ends.tolist() == [2, 2, 3]
     assert bagged.features[1] == bagged.features[2]
     np.testing.assert_allclose((bagged.values[:2] ** 2).sum(), 1, rtol=1e-6)
     assert bagged.values[1] > bagged.values[0]
     assert bagged.values[2] == 1
     assert len(bags([], 10)) == 0
+
+
+def test_tokens_are_what_stands_between_blanks_or_words_by_choice() -> None:
+    assert bags(["a, a\tb\u00a0b -b"], 1 << 20).ends.tolist() == [4]
+    assert bags(["a, a\tb\u00a0b -b"], 1 << 20, "words").ends.tolist() == [2]
+    with pytest.raises(UsageError, match="tokens = 'letters'"):
+        SparseClassifier(tokens="letters")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("texts", "labels"),
+    [
+        (["की", "का", "के", "को"], ["की", "का", "के", "को"]),
+        (["กิ", "กี", "กุ"], ["1", "2", "3"]),
+        (["A+", "A-", "O+", "O-"], ["+", "-", "+", "-"]),
+        (["-5", "5", "-12", "12"], ["frost", "mild", "frost", "mild"]),
+        (["c", "c++", "c#", "👍", "👎", "$", "€"], list("abcdefg")),
+    ],
+)
+@pytest.mark.parametrize("columns", [1, 2])
+def test_marks_and_signs_tell_words_apart(
+    texts: list[str], labels: list[str], columns: int, tmp_path: Path
+) -> None:
+    model = SparseClassifier(dim=16, epochs=30, features=4096)
+    source: Any = (texts * 30, labels * 30)
+    if columns == 2:
+        model.set_params(text=["text", "the same"])
+        source = tmp_path / "table.csv"
+        rows = zip(texts * 30, texts * 30, labels * 30, strict=True)
+        lines = ["text,the same,label", *map(",".join, rows)]
+        source.write_text("\n".join(lines), encoding="utf-8")
+    assert model.fit(source).evaluate(source)["precision@1"] == 1
+
+
+# ---------------------------------------------------------------- labels of any type
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ["x", "y"], [0, 1], [True, False], [0.5, -1.0], np.array([7, 9]), np.array(["x", "y"]),
+        torch.tensor([3, 4]), [np.int8(1), 2],
+    ],
+)  # fmt: skip
+def test_labels_are_predicted_as_they_came(labels: Any) -> None:
+    own = [label.item() if hasattr(label, "item") else label for label in labels]
+    many = torch.cat([labels] * 20) if isinstance(labels, torch.Tensor) else list(labels) * 20
+    model = SparseClassifier(dim=8, epochs=20, features=512).fit(["a b", "c d"] * 20, many)
+    found = model.predict(np.array(["a b", "c d"]))  # type: ignore[arg-type]
+    assert found == own
+    assert [type(label) for label in found] == [type(label) for label in own]
+    assert model.score(["a b", "c d"], own) == 1
+    other = [7, 8] if isinstance(own[0], str) else ["7", "8"]
+    with pytest.raises(DataError, match="that were learned are of type"):
+        model.evaluate((["a b", "c d"], other))
+
+
+def test_rows_of_several_numbers() -> None:
+    texts, labels = ["a", "b", "a b"] * 20, [[1], [2], (1, 2, 2)] * 20
+    model = SparseClassifier(dim=8, epochs=20, features=512).fit((texts, labels))
+    assert sorted(model.predict_top(["a b"], 2)[0]) == [1, 2]
+    assert model.evaluate((texts, labels))["precision@1"] == 1
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        [None, 1], [1, None], [1, float("nan")], [float("inf"), 1.0], [1, "1"], [1, True],
+        [1, 1.0], ["a", b"b"], ["a", ["b", 1]], [[], [1]], ["", "a"], [{"a": 1}, {1: 2}],
+        [np.float64("nan"), 1.0], [1j, 2j],
+    ],
+)  # fmt: skip
+def test_labels_that_are_none_are_refused_with_their_row(labels: Any) -> None:
+    with pytest.raises(DataError, match=r"row [01]: labels .* at least one label"):
+        SparseClassifier().fit((["a", "b"], labels))
+
+
+@pytest.mark.parametrize("bad", [None, float("nan"), 7, b"a", ["a"]])
+def test_what_is_no_text_is_refused_with_its_row(bad: Any) -> None:
+    texts: Any = ["a b", bad]
+    model = SparseClassifier(dim=8, epochs=1, features=512).fit((["a b", "c d"], ["x", "y"]))
+    for call in (
+        model.predict,
+        lambda t: model.fit((t, ["x", "y"])),
+        lambda t: model.score(t, "x"),
+    ):
+        with pytest.raises(DataError, match="row 1: text"):
+            call(texts)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        (["a", "b"], "xy"), ("ab", ["x", "y"]), (["a", "b"], np.eye(2)),
+        (np.array([["a", "b"]]), ["x"]), (["a", "b"], {"x": 1, "y": 2}),
+    ],
+)  # fmt: skip
+def test_what_would_be_taken_apart_is_refused(source: Any) -> None:
+    """A string has letters, a matrix of ones and zeros has rows that look like labels."""
+    with pytest.raises(UsageError, match="one for each row"):
+        SparseClassifier().fit(source)
+    with pytest.raises(UsageError, match="one for each row"):
+        SparseClassifier().fit(*source)
+
+
+# ---------------------------------------------------------------- kept and copied
+
+
+@pytest.fixture(scope="module")
+def sparse() -> SparseClassifier:
+    """A classifier of so many labels that only a few are active, which has an index."""
+    rng, n = np.random.default_rng(0), 300
+    labels = rng.integers(0, n, 2_000)
+    texts = [f"w{label % 19} v{label % 17}" for label in labels]
+    model = SparseClassifier(dim=16, epochs=2, batch=64, features=1 << 10, share=0.5)
+    return model.fit(texts, labels)  # type: ignore[arg-type]
+
+
+QUERIES = [f"w{n % 19} v{n % 17}" for n in range(200)]
+
+
+def saved(model: SparseClassifier, folder: Path) -> SparseClassifier:
+    model.save(folder / "model.safetensors")
+    return SparseClassifier.load(folder / "model.safetensors")
+
+
+def pickled(model: SparseClassifier, folder: Path) -> SparseClassifier:
+    return pickle.loads(pickle.dumps(model))  # type: ignore[no-any-return]  # noqa: S301
+
+
+def by_torch(model: SparseClassifier, folder: Path) -> SparseClassifier:
+    torch.save(model, folder / "model.pt")
+    return torch.load(folder / "model.pt", weights_only=False)  # type: ignore[no-any-return]
+
+
+KEPT: dict[str, Any] = {
+    "saved": saved, "pickled": pickled, "torch": by_torch,
+    "copied": lambda model, folder: copy.deepcopy(model),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("keep", KEPT)
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_kept_classifier_predicts_what_it_did(
+    keep: str, asked: bool, sparse: SparseClassifier, tmp_path: Path
+) -> None:
+    model = copy.deepcopy(sparse)
+    before = model.predict_top(QUERIES, 5) if asked else None
+    again = KEPT[keep](model, tmp_path)
+    assert again.predict_top(QUERIES, 5) == model.predict_top(QUERIES, 5)
+    assert before is None or before == model.predict_top(QUERIES, 5)
+    assert again.get_params() == model.get_params()
+    assert again.labels == model.labels
+    assert type(again.labels[0]) is int
+    twice = KEPT[keep](again, tmp_path)
+    assert twice.predict_top(QUERIES, 5) == model.predict_top(QUERIES, 5)
+
+
+@pytest.mark.parametrize("keep", KEPT)
+def test_a_small_classifier_of_texts_is_kept_too(keep: str, tmp_path: Path) -> None:
+    texts, labels = zip(*rows(100, 0), strict=True)
+    model = SparseClassifier(text=["a", "b"], features=256, dim=np.int64(8), epochs=1)  # type: ignore[arg-type]
+    again = KEPT[keep](model.fit((texts, labels)), tmp_path)
+    assert again.predict(texts) == model.predict(texts)
+    assert again.predict_top(["refund1"], 5) == model.predict_top(["refund1"], 5)
+
+
+def test_a_clone_has_the_settings_and_nothing_learned(sparse: SparseClassifier) -> None:
+    columns = ["a", "b"]
+    model = SparseClassifier(text=columns, dim=4)
+    assert model.get_params()["text"] is columns  # clones compare by identity
+    clone = SparseClassifier(**copy.deepcopy(sparse).get_params())
+    assert clone.get_params() == sparse.get_params()
+    assert clone.model is None
+    fitted = copy.deepcopy(sparse)
+    assert fitted.set_params(epochs=3) is fitted
+    assert (fitted.epochs, fitted.dim, fitted.model) == (3, 16, None)
+    with pytest.raises(UsageError, match="depth: is no setting"):
+        fitted.set_params(depth=3)
+    with pytest.raises(UsageError, match="epochs = 0"):
+        fitted.set_params(epochs=0)
+
+
+def test_what_was_never_fitted_or_saved_is_refused(
+    sparse: SparseClassifier, tmp_path: Path
+) -> None:
+    path = tmp_path / "model"
+    with pytest.raises(UsageError, match="nothing was learned yet"):
+        SparseClassifier().save(path)
+    with pytest.raises(DataError, match="nowhere: not a classifier"):
+        SparseClassifier.load(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="not a classifier"):
+        SparseClassifier.load(tmp_path)
+    sparse.save(path)
+    whole = path.read_bytes()
+    spoilt = {
+        "cut": whole[:-1],
+        "empty": b"",
+        "format": whole.replace(b"version 1", b"version 9"),
+        "settings": whole.replace(b'dim\\": 16', b'dim\\": 61'),
+        "labels": whole.replace(b'labels\\": [', b'labels\\":9['),
+        "unknown": whole.replace(b'\\"epochs', b'\\"epocks'),
+    }
+    for name, content in spoilt.items():
+        assert content != whole, name
+        path.write_bytes(content)
+        with pytest.raises(DataError, match="not a classifier that save"):
+            SparseClassifier.load(path)
+
+
+def test_an_index_that_finds_too_few_is_helped_out() -> None:
+    rng, n = np.random.default_rng(0), 300
+    labels = [f"label {label}" for label in rng.integers(0, n, 1_000)]
+    model = SparseClassifier(
+        dim=8, epochs=1, batch=64, features=1 << 10, share=0.5, selector="simhash"
+    ).fit(labels, labels)
+    many = len(model.labels) - 1
+    found = model.predict_top(["label 3", ""], many)
+    assert all(len(set(row)) == many for row in found)

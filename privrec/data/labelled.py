@@ -6,9 +6,10 @@ import difflib
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,15 @@ from privrec.data.problems import bad_file, bad_line
 from privrec.embedding.hashing import finalise
 from privrec.errors import DataError
 
-_WORD = re.compile(r"\w+")
+Tokens = Literal["blanks", "words"]
+SPLITS: dict[Tokens, Callable[[str], list[str]]] = {
+    "blanks": str.split,
+    "words": re.compile(r"\w+").findall,
+}
+"""How a text becomes tokens: what stands between blanks, as in fastText and in the texts of
+:mod:`privrec.data.text`; or runs of letters, digits and underscores, which drops signs (``-5`` is
+``5``) and breaks words at the combining marks of scripts such as Devanagari."""
+Label: TypeAlias = str | int | float
 
 
 @dataclass(frozen=True)
@@ -29,19 +38,20 @@ class Labelled:
 
     Args:
         texts: what each row says.
-        labels: of each row, at least one each; empty where labels were not asked for.
+        labels: of each row, at least one each, all of one type; empty where none were asked for.
     """
 
     texts: tuple[str, ...]
-    labels: tuple[tuple[str, ...], ...]
+    labels: tuple[tuple[Label, ...], ...]
 
     def __len__(self) -> int:
         return len(self.texts)
 
 
 def read_labelled(
-    path: Path, text: Sequence[str], label: str | None, *, between: str | None = None
-) -> Labelled:
+    path: Path, text: Sequence[str], label: str | None, *, between: str | None = None,
+    tokens: Tokens = "blanks",
+) -> Labelled:  # fmt: skip
     """Rows of a CSV or TSV file with named columns, in UTF-8.
 
     Args:
@@ -50,6 +60,7 @@ def read_labelled(
             tables of categories work as texts do.
         label: column of the label; None where labels are not needed.
         between: what separates several labels in a cell; None, a cell is one label.
+        tokens: how cells are split where each word carries its column's name.
 
     Raises:
         DataError: when the file, a column or a line is not as it must be; it names the line.
@@ -69,7 +80,7 @@ def read_labelled(
         if len(cells) != len(header):
             rule = f"the header has {len(header)}"
             raise bad_line(name, line, f"{len(cells)} fields", rule, "quote separators in a field")
-        texts.append(_joined([cells[at] for at in wanted], text))
+        texts.append(_joined([cells[at] for at in wanted], text, SPLITS[tokens]))
         if target is not None and label is not None:
             labels.append(_labels(cells[target], between, label, name, line))
     if not texts:
@@ -90,18 +101,15 @@ def _column(header: Sequence[str], wanted: str, file: str) -> int:
     )  # fmt: skip
 
 
-def _joined(cells: Sequence[str], columns: Sequence[str]) -> str:
+def _joined(cells: Sequence[str], columns: Sequence[str], split: Callable[[str], list[str]]) -> str:
     if len(cells) == 1:
         return cells[0]
     words = (
-        f"{_WORD_JOINER.join(_WORD.findall(column))}_{word}"
+        f"{'_'.join(split(column))}_{word}"
         for column, cell in zip(columns, cells, strict=True)
-        for word in _WORD.findall(cell)
+        for word in split(cell)
     )
     return " ".join(words)
-
-
-_WORD_JOINER = "_"
 
 
 def _labels(cell: str, between: str | None, column: str, file: str, line: int) -> tuple[str, ...]:
@@ -115,7 +123,7 @@ def _labels(cell: str, between: str | None, column: str, file: str, line: int) -
     return found
 
 
-def bags(texts: Iterable[str], features: int) -> Examples:
+def bags(texts: Iterable[str], features: int, tokens: Tokens = "blanks") -> Examples:
     """Texts as bags of hashed words, with no vocabulary to be learned, kept or shared.
 
     A word's value is ``1 + log(count)``, scaled so that a text has length one. A text without
@@ -124,13 +132,15 @@ def bags(texts: Iterable[str], features: int) -> Examples:
     Args:
         texts: case does not count.
         features: size of the hashed vocabulary.
+        tokens: how texts are split.
     """
+    split = SPLITS[tokens]
     known: dict[str, int] = {}
     words: list[int] = []
     counts: list[int] = []
     lengths: list[int] = []
     for text in texts:
-        found = Counter(_WORD.findall(text.lower()))
+        found = Counter(split(text.lower()))
         words.extend(known.setdefault(word, len(known)) for word in found)
         counts.extend(found.values())
         lengths.append(len(found))
@@ -153,7 +163,7 @@ def _hashed(words: Sequence[str], features: int) -> NDArray[np.int64]:
     return (finalise(sums) % np.uint64(features)).astype(np.int64)
 
 
-def labels_of(rows: Sequence[Sequence[str]]) -> tuple[str, ...]:
+def labels_of(rows: Sequence[Sequence[Label]]) -> tuple[Label, ...]:
     """All labels, the most frequent first.
 
     Raises:

@@ -160,7 +160,7 @@ class _Node:
     def _shares(self, asked: ConfigRecord) -> bytes:
         packed, message = _bytes(asked, "plan"), _bytes(asked, "message")
         plan, call = SumPlan.unpack(packed), Call.parse(message)
-        terms, roster = call.terms, Roster(call, None)
+        terms, roster = call.terms, Roster(call, self._device.anchor)
         self._mod.check(plan, terms, len(roster), self._given())
         own = roster.prekeys[roster.number(self._device.key.public)]
         self._device.claim("prekey", own.signature)

@@ -18,8 +18,9 @@ from privrec.secagg.keys import statement
 from privrec.secagg.ring import LARGEST_WRAP, Encoding, Load, Ring
 from privrec.secagg.roster import MAX_LENGTH, Terms
 
-WEIGHT, CLIPPED, CAPPED = range(3)
-"""What follows the coefficients in a sum without noise: the weight, and the two warnings."""
+WEIGHT, CLIPPED, CAPPED, ODD = range(4)
+"""What follows the coefficients in a sum without noise: the weight, and the three warnings."""
+_TAIL = ODD + 1
 FINEST_BITS = 23.0  # what a float32 itself resolves
 NOISY_BITS = 13.0  # noise hides a finer grid, and shares on a coarser one are drawn faster
 _MOST_COUNT = 1 << 30
@@ -40,6 +41,7 @@ class SumPlan:
         colluders: nodes that are assumed to tell the server their noise.
         noise_multiplier: accounted noise over the sensitivity; 0 for none.
         remove_excess: whether survivors beyond the fewest take their noise off again.
+        weight_bits: numbers of examples are counted in steps of ``2^-weight_bits``.
 
     Raises:
         UsageError: when a value is outside its range, or noise is asked for together with metrics
@@ -56,10 +58,11 @@ class SumPlan:
     colluders: int = 0
     noise_multiplier: float = 0.0
     remove_excess: bool = False
+    weight_bits: int = 0
 
     def __post_init__(self) -> None:
         _check(
-            1 <= self.size <= MAX_LENGTH - CAPPED - 1 - len(self.metrics),
+            1 <= self.size <= MAX_LENGTH - _TAIL - len(self.metrics),
             f"a model of {self.size} float coefficients: 1 to some {MAX_LENGTH} can be summed",
         )
         _check(
@@ -78,6 +81,11 @@ class SumPlan:
             0 <= self.max_examples <= _MOST_COUNT,
             f"max_examples {self.max_examples}: it must lie between 1 and {_MOST_COUNT}; leave the "
             "weights out with max_examples=None",
+        )
+        _check(
+            0 <= self.weight_bits <= 30 and self.max_examples << self.weight_bits <= _MOST_COUNT,
+            f"{self.max_examples} examples in steps of 2^-{self.weight_bits}: at most "
+            f"{_MOST_COUNT} steps can be summed",
         )
         for metric, bound in self.metrics:
             _check(
@@ -99,7 +107,7 @@ class SumPlan:
     @property
     def length(self) -> int:
         """Integers that a node sends: without noise, counts and metrics follow the coefficients."""
-        return self.size + (0 if self.noise_multiplier else CAPPED + 1 + len(self.metrics))
+        return self.size + (0 if self.noise_multiplier else _TAIL + len(self.metrics))
 
     @property
     def encoding(self) -> Encoding:
@@ -116,6 +124,11 @@ class SumPlan:
             "discrete_gaussian", self.noise_multiplier, self.encoding.squared_bound, (band,),
             self.remove_excess,
         )  # fmt: skip
+
+    @property
+    def most_steps(self) -> int:
+        """Steps of the largest weight that a node counts with."""
+        return max(1, self.max_examples) << self.weight_bits
 
     @property
     def digest(self) -> bytes:
@@ -198,16 +211,19 @@ class Cohort:
             UsageError: when a setting is out of range, or there is no such grid.
         """
         noisy = noise_multiplier > 0
+        room = (Ring().half - 1) // max(2, self.nodes)  # steps of one node's weight
         plan = SumPlan(
             size, float(clip_norm), NOISY_BITS if noisy else FINEST_BITS, max_examples, weighted_by,
             metrics, self.least, self.colluders if noisy else 0, float(noise_multiplier),
             noisy and self.remove_excess,
         )  # fmt: skip
         _check(
-            self.nodes * max(1, plan.max_examples) < Ring().half,
+            plan.most_steps <= room,
             f"{self.nodes} nodes of {plan.max_examples} examples: their number could wrap around; "
             "lower max_examples",
         )
+        if plan.max_examples:
+            plan = replace(plan, weight_bits=(room // plan.max_examples).bit_length() - 1)
         load = Load(
             size, self.nodes, self.nodes * noise_multiplier**2 / (self.least - plan.colluders)
         )

@@ -27,7 +27,7 @@ from privrec.flower import vectors
 from privrec.flower.budget import Budget
 from privrec.flower.devices import Anyone, anchor_of, create_device_key
 from privrec.flower.mod import ARRAY, RECORD, SecureSumMod
-from privrec.flower.plan import CAPPED, CLIPPED, Cohort, SumPlan
+from privrec.flower.plan import CAPPED, CLIPPED, ODD, Cohort, SumPlan
 from privrec.secagg.keys import RECORD_BYTES, Prekey
 from privrec.secagg.roster import check_prekey
 from privrec.secagg.server import ServerSession
@@ -64,7 +64,9 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
 
     Promise: a round gives the exact weighted mean over all nodes that answered up to the end, each
     clipped and rounded to the grid, with the noise that was charged; or nothing, and then the model
-    stays as it was and the log says why. With noise every attempt at a round is charged to the
+    stays as it was and the log says why. Weights need not be whole numbers: they are rounded to the
+    finest power of two whose multiples can be summed, and the log counts nodes whose weight is cut,
+    changed by more than 1 % or left out. With noise every attempt at a round is charged to the
     ledger before any node is asked.
 
     Args:
@@ -72,9 +74,9 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
             which see the replies only by their mean.
         clip_norm: largest L2 norm of a node's update, above 0. Without noise it is no more than the
             range of the integers: choose it above what updates have.
-        max_examples: most examples that a node counts with; None lets every node count as one.
-            With noise every node does. Rounding grows with its ratio to what nodes have, so set it
-            to about the largest node.
+        max_examples: most examples that a node counts with, a whole number; None lets every node
+            count as one. With noise every node does. Rounding grows with its ratio to what nodes
+            have, so set it to about the largest node, and to 1 for weights that add up to one.
         metrics: name and largest magnitude of each training metric whose mean is wanted; all other
             metrics stay on the nodes. Not with noise.
         weighted_by: the metric that holds the number of examples; by default the strategy's own.
@@ -122,6 +124,11 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
             raise UsageError(
                 "noise and its ledger go together: give ledger=PATH with noise_multiplier or "
                 "epsilon, and none of them for a sum without noise"
+            )
+        if max_examples is not None and (type(max_examples) is not int or max_examples < 1):
+            raise UsageError(
+                f"max_examples {max_examples!r}: it must be a whole number of at least 1, or None "
+                "for nodes that count alike"
             )
         if noise_multiplier is not None and noise_multiplier <= 0:
             raise UsageError(f"noise_multiplier {noise_multiplier}: it must be above 0")
@@ -438,7 +445,7 @@ def _mean(round: _Open, total: NDArray[np.int64], survivors: int) -> Message:
     weight, shares, metrics = float(survivors), float(survivors), {}
     if len(total) > plan.size:
         tail = total[plan.size :]
-        weight = float(tail[0])
+        weight = float(tail[0]) / 2**plan.weight_bits
         if weight <= 0:
             raise ReleaseRefused("the nodes have no examples at all: there is no mean")
         shares = weight / (plan.max_examples or 1)
@@ -446,6 +453,12 @@ def _mean(round: _Open, total: NDArray[np.int64], survivors: int) -> Message:
         for place, said in (
             (CLIPPED, "updates are longer than clip_norm, or not finite"),
             (CAPPED, "nodes have more examples than max_examples"),
+            (
+                ODD,
+                f"nodes gave a {plan.weighted_by} that is negative or not finite, and are left out "
+                f"of the mean, or one that steps of 2^-{plan.weight_bits} change by more than 1 %; "
+                "lower max_examples to about the largest",
+            ),
         ):
             if tail[place]:
                 _LOG.warning("secure sum: %d of %d %s", tail[place], survivors, said)

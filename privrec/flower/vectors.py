@@ -22,6 +22,8 @@ from privrec.flower.plan import SumPlan
 from privrec.secagg.keys import statement
 from privrec.secagg.ring import Coins
 
+_COARSE = 0.01  # a weight that its rounding changes by more is reported
+
 
 def only_arrays(content: RecordDict, whose: str) -> ArrayRecord:
     """The one record of arrays of a message.
@@ -74,8 +76,10 @@ def integers(
 ) -> NDArray[np.int32]:
     """What a node puts into the sum, before its noise.
 
-    Promise: the coefficients have an integer L2 norm of at most ``plan.encoding.bound``; an update
-    that is not finite becomes zero.
+    Promise: the coefficients have an integer L2 norm of at most ``plan.encoding.bound``, whatever
+    the number of examples says; an update that is not finite becomes zero. Coefficients, weight and
+    metrics are scaled by the same weight, in ``plan.most_steps`` steps, so that their quotient is
+    the mean of exactly these weights; a number of examples that is negative or not finite has none.
 
     Args:
         plan: of the round.
@@ -95,10 +99,12 @@ def integers(
             "it must be the same in all rounds and on all nodes"
         )
     examples = _number(metrics, plan.weighted_by) if plan.max_examples else 1.0
-    weight = min(max(0, math.floor(examples)), plan.max_examples or 1)
+    counts = math.isfinite(examples) and examples >= 0
+    wanted = min(examples, max(1, plan.max_examples)) * 2**plan.weight_bits if counts else 0.0
+    weight = round(wanted)
     whole = values[None]
     rows = clip(whole, plan.clip_norm)
-    share = np.float32(weight / (plan.max_examples or 1))
+    share = np.float32(weight / plan.most_steps)
     weighted = rows if share == 1 else rows * share
     encoded: NDArray[np.int32] = plan.encoding.encode(weighted, coins)[0]
     if plan.noise_multiplier:
@@ -108,7 +114,8 @@ def integers(
     tail = [
         weight,
         rows is not whole,
-        examples > weight,
+        counts and examples > max(1, plan.max_examples),
+        not counts or abs(weight - wanted) > _COARSE * wanted,
         *(round(steps * value) for value in scaled),
     ]
     return np.concatenate([encoded, np.array(tail, np.int32)])
@@ -116,7 +123,7 @@ def integers(
 
 def mean_metrics(plan: SumPlan, tail: NDArray[np.int64]) -> dict[str, float]:
     """The weighted means of the summed metrics, from what follows the coefficients of a sum."""
-    weight = tail[0] / (plan.max_examples or 1)
+    weight = tail[0] / plan.most_steps
     steps = 2.0 ** math.floor(plan.scale_bits)
     pairs = zip(plan.metrics, tail[len(tail) - len(plan.metrics) :].tolist(), strict=True)
     return {name: bound * total / (steps * weight) for (name, bound), total in pairs}
@@ -187,8 +194,12 @@ def _number(metrics: Mapping[str, Any], name: str) -> float:
             f"metric {name!r} of the reply is {value!r}, and the secure sum needs a number there; "
             "put it into the one MetricRecord, or leave it out of SecureSum's settings"
         )
-    return float(value) if math.isfinite(value) else 0.0
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _bounded(metrics: Mapping[str, Any], name: str, bound: float) -> float:
-    return max(-1.0, min(1.0, _number(metrics, name) / bound))
+    value = _number(metrics, name)
+    return max(-1.0, min(1.0, value / bound)) if math.isfinite(value) else 0.0

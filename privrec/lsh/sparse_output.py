@@ -52,7 +52,9 @@ class SparseOutput(nn.Module):
     """``n`` output neurons over a hidden vector, few of them active at a time.
 
     Promise: with ``share = 1`` it is a dense layer. At any share the labels of a batch are active
-    and the union over the batch has exactly :attr:`budget` neurons.
+    and the union over the batch has exactly :attr:`budget` neurons. Copies and pickles hold neither
+    a secret root nor hash functions that were drawn from it: they draw a new one, and make their
+    index with it. Of a known root they derive another known one, and take the index over.
 
     Args:
         n: neurons, at least 1.
@@ -112,6 +114,21 @@ class SparseOutput(nn.Module):
         self._index: Index | None = None
         self._indexed: tuple[int, ...] = ()
         self._age = self._steps = self._looked = self.rebuilds = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        known = self._root.is_known
+        return {
+            **self.__dict__,
+            "_root": self._root.tag("copy of a sparse output") if known else None,
+            "_index": self._index if known else None,
+            "_indexed": self._indexed == self._versions(),  # a copy's tensors count from 0 again
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        key = state["_root"]
+        root = SecretRoot(secrets.token_bytes(ROOT_BYTES)) if key is None else SecretRoot.known(key)
+        super().__setstate__({**state, "_root": root})  # type: ignore[no-untyped-call]
+        self._indexed = self._versions() if state["_indexed"] else ()
 
     # ------------------------------------------------------------------------- the active set
 

@@ -170,12 +170,13 @@ class ClientSession:
     signed the same survivors, model and terms, in numbers that satisfy the device's own policy.
 
     Args:
-        book: the device's identity, root and one-time prekeys.
+        book: the device's identity, root and one-time prekeys; it follows the session, so that none
+            that was set back, copied or overtaken by a later attempt answers.
         anchor: whom it trusts about other devices.
         policy: what it insists on.
         save: keeps the session's progress, for :meth:`resume`; it is called before each answer is
-            given. A device whose process may end between two messages needs it: an answer that had
-            left, and was forgotten, could be given once more, under the same masks.
+            given, and after the book was saved. A device whose process may end between two messages
+            needs it: without the latest progress it drops out of the round.
     """
 
     def __init__(
@@ -204,18 +205,21 @@ class ClientSession:
         policy: Policy | None = None,
         save: Callable[[bytes], None] = lambda progress: None,
     ) -> ClientSession:
-        """A session that goes on where :meth:`saved` left it.
+        """A session that goes on where :meth:`saved` left it, held to the policy and anchor of now.
 
         Raises:
-            ReleaseRefused: when ``saved`` is not what that gave.
-            IntegrityError: when the book does not know of it: one of the two was set back.
+            ReleaseRefused: when ``saved`` is not what that gave, or its round is none that the
+                policy and the anchor let a device take part in.
+            IntegrityError: when the book saw another progress last: one of the two was set back.
         """
         session = cls(book, anchor, policy, save)
         progress = _Progress.parse(saved)
         call = Call.parse(progress.call)
-        roster = Roster(call, None)
+        book.check_latest(call.run, saved)
+        roster = Roster(call, anchor)
         own = roster.number(book.key.public)
-        prekey = book.entered(roster.prekeys[own].serial)
+        session._check_cohort(roster)
+        prekey = book.secret(roster.prekeys[own].serial)
         session._round = session._enter(call, roster, own, prekey)
         session._progress = progress
         return session
@@ -224,8 +228,7 @@ class ClientSession:
         """The session as bytes, for devices whose process ends between two messages.
 
         Keep them as secret as the root: they hold shares of other devices. Keep the last one only,
-        and before the answer leaves, as ``save`` does; a session that was set back could be made to
-        answer twice.
+        and before the answer leaves, as ``save`` does: the book refuses any earlier one.
 
         Raises:
             UsageError: before the first message was answered.
@@ -619,8 +622,12 @@ class ClientSession:
         self._keep(replace(self._recalled(), **changes))
 
     def _keep(self, progress: _Progress) -> None:
+        before = self._progress.pack() if self._progress else b""
+        after = progress.pack()
+        # The book first: after a crash between the two the device drops out and answers nothing.
+        self._book.advance(self._called().call.run, before, after)
         self._progress = progress
-        self._save(progress.pack())
+        self._save(after)
 
     def _members(self, name: str) -> tuple[int, ...]:
         return members(getattr(self._recalled(), name), self._called().devices)

@@ -84,7 +84,7 @@ class Verifier:
     """Checks signatures, and remembers good ones, so that devices hosted together check once."""
 
     def __init__(self) -> None:
-        self._good: set[bytes] = set()
+        self._good: set[tuple[bytes, bytes, bytes]] = set()
 
     def check(self, public: bytes, signature: bytes, stated: bytes) -> bool:
         """Whether ``public`` signed the statement.
@@ -94,7 +94,7 @@ class Verifier:
             signature: 64 bytes.
             stated: a :func:`statement`.
         """
-        name = public + signature + stated
+        name = (public, signature, stated)  # joined, bytes of one could pass for the next one's
         if name in self._good:
             return True
         try:
@@ -169,9 +169,10 @@ class SecretPrekey:
 class PrekeyBook:
     """The one-time prekeys of a device, and the attempts at rounds that it took part in.
 
-    Promise: a prekey is taken once, and an attempt is joined once and never after a later one,
-    across restarts too, provided that ``save`` is durable: it is called before anything that
-    depends on the new state leaves the device.
+    Promise: a prekey is taken once, an attempt is joined once and never after a later one, and the
+    session of an attempt goes on from its latest progress alone, across restarts too, provided that
+    ``save`` is durable: it is called before anything that depends on the new state leaves the
+    device.
 
     Args:
         key: the device's identity.
@@ -244,22 +245,44 @@ class PrekeyBook:
         self._check_fresh(serial)
         self._check_order(run, round, attempt)
         self._unused.remove(serial)
-        self._joined[run] = (round, attempt)
+        self._joined[run] = (round, attempt, "")
         self._keep()
         return self.secret(serial)
 
-    def entered(self, serial: int) -> SecretPrekey:
-        """The secret half of a prekey that :meth:`enter` gave before.
+    def check_latest(self, run: str, progress: bytes) -> None:
+        """Refuse progress of a session that is not the latest of the run's latest attempt.
+
+        A session that was set back alone would answer a message again, under the same masks; one
+        that the book is behind of shows that the book was set back, and would reuse its prekeys.
+
+        Args:
+            run: id of the run.
+            progress: what the session kept; empty for one that has just entered.
 
         Raises:
-            IntegrityError: when it did not: the book or what the session kept was set back.
+            IntegrityError: when it is not what :meth:`advance` was last told.
         """
-        if serial in self._unused or serial >= self._issued:
+        if self._joined.get(run, (0, 0, None))[2] != _mark(progress):
             raise IntegrityError(
-                f"a session with prekey {serial}, which this book never gave out: one of them was "
-                "set back to an earlier state; enrol the device anew under another identity"
+                f"a session of run {run} that is not where this device's book of prekeys saw it "
+                "last: one of the two was set back to an earlier state, or the session was worked "
+                "on twice; give this round up, and if the book was set back enrol the device anew"
             )
-        return self.secret(serial)
+
+    def advance(self, run: str, before: bytes, after: bytes) -> None:
+        """Follow a session from one progress to the next; each is left once.
+
+        Args:
+            run: id of the run.
+            before: the progress that it leaves, as in :meth:`check_latest`.
+            after: the one that it takes, before the answer that goes with it is given.
+
+        Raises:
+            IntegrityError: when the session is not where the book saw it last.
+        """
+        self.check_latest(run, before)
+        self._joined[run] = (*self._joined[run][:2], _mark(after))
+        self._keep()
 
     def secret(self, serial: int) -> SecretPrekey:
         """The secret half of a prekey."""
@@ -292,12 +315,17 @@ class PrekeyBook:
         self._save(json.dumps(state).encode())
 
 
-def _restored(state: bytes | None) -> tuple[int, set[int], dict[str, tuple[int, int]]]:
+def _mark(progress: bytes) -> str:
+    """What the book keeps of a session's progress, which is secret."""
+    return statement("progress", progress).hex() if progress else ""
+
+
+def _restored(state: bytes | None) -> tuple[int, set[int], dict[str, tuple[int, int, str]]]:
     if state is None:
         return 0, set(), {}
     try:
         stored = json.loads(state)
-        joined = {str(run): (int(r), int(a)) for run, (r, a) in stored["joined"].items()}
+        joined = {run: (int(r), int(a), str(m)) for run, (r, a, m) in stored["joined"].items()}
         return int(stored["issued"]), set(map(int, stored["unused"])), joined
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(

@@ -193,14 +193,14 @@ class Roster:
 
     Args:
         call: terms and prekeys.
-        anchor: whom to believe about identities; None for a call that was believed before.
+        anchor: whom to believe about identities.
 
     Raises:
         ReleaseRefused: when terms contradict themselves, devices are named twice or out of order, a
             tier does not exist, or a prekey is not signed by an enrolled device.
     """
 
-    def __init__(self, call: Call, anchor: Anchor | None) -> None:
+    def __init__(self, call: Call, anchor: Anchor) -> None:
         if problem := call.terms.problem():
             raise refused(f"a round of {problem}")
         count, rest = divmod(len(call.records), RECORD_BYTES)
@@ -211,9 +211,8 @@ class Roster:
         self.prekeys = tuple(map(Prekey.unpack, records))
         self._check_order()
         self._check_tiers()
-        if anchor is not None:
-            for prekey in self.prekeys:
-                check_prekey(prekey, anchor)
+        for prekey in self.prekeys:
+            check_prekey(prekey, anchor)
 
     def __len__(self) -> int:
         return len(self.prekeys)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,9 @@ from privrec.flower import budget, devices, plan, secure_sum, vectors
 from privrec.flower import mod as mod_module
 from privrec.flower.devices import STATE, RunState
 from privrec.flower.mod import RECORD, SecureSumMod
+from privrec.flower.plan import SumPlan
 from privrec.flower.secure_sum import SecureSum
+from privrec.randomness import SecretRoot
 
 STAGES = ("prekeys", "shares", "masked", "confirm", "unmask")
 
@@ -238,6 +241,79 @@ def test_long_and_broken_updates_are_bounded_and_counted(log: pytest.LogCaptureF
     assert "2 of 3 updates are longer than clip_norm, or not finite" in log.text
 
 
+def weighted(weights: dict[int, Any], **changes: Any) -> tuple[Any, Any]:
+    """A round of nodes with these numbers of examples."""
+    app = app_of(lenient(), metrics=lambda n: {"num-examples": weights[n]})
+    return one_round(strategy_of(len(weights), **changes), grid_of(len(weights), app))
+
+
+@pytest.mark.parametrize(
+    ("weights", "most"),
+    [
+        ([0.2, 0.3, 0.1, 0.4], 1),
+        ([0.4, 0.3, 0.3], 8),
+        ([1.9, 1, 1, 1], 8),
+        ([0.5, 3, 3, 3], 8),
+        ([np.float64(2.5), 0, 1], 8),
+    ],
+)
+def test_weights_that_are_not_whole_give_flowers_own_mean(
+    weights: list[float], most: int, log: pytest.LogCaptureFixture
+) -> None:
+    arrays, _ = weighted(dict(enumerate(weights, 1)), max_examples=most)
+    mean = np.average([delta(n + 1) for n in range(len(weights))], axis=0, weights=weights)
+    assert np.allclose(flat(arrays), flat(moved(model(), mean)), rtol=0, atol=1e-5)
+    assert "nodes have" not in log.text
+    assert "nodes gave" not in log.text
+
+
+@pytest.mark.parametrize("bad", [-1, -0.5, float("nan"), float("inf"), -float("inf"), 10**400])
+def test_a_weight_that_is_none_leaves_its_node_out_and_is_told(
+    bad: float, log: pytest.LogCaptureFixture
+) -> None:
+    arrays, _ = weighted({1: 2, 2: bad, 3: 1})
+    mean = np.average([delta(1), delta(3)], axis=0, weights=[2, 1])
+    assert np.allclose(flat(arrays), flat(moved(model(), mean)), rtol=0, atol=1e-5)
+    assert "1 of 3 nodes gave a num-examples that is negative or not finite" in log.text
+
+
+def test_weights_that_are_too_small_for_their_steps_are_told(
+    log: pytest.LogCaptureFixture,
+) -> None:
+    weights = {1: 1e-6, 2: 1e-6, 3: 1.0}
+    assert weighted(weights, max_examples=10_000)[0]
+    assert "2 of 3 nodes gave" in log.text
+    assert "lower max_examples to about the largest" in log.text
+    log.clear()
+    assert weighted({1: 1e-3, 2: 1e-3, 3: 1.0}, max_examples=1)[0]
+    assert "nodes gave" not in log.text
+
+
+@pytest.mark.parametrize("most", [0, -1, 2.5, 8.0, True, "8", float("nan")])
+def test_a_largest_number_of_examples_is_a_whole_number(most: Any) -> None:
+    with pytest.raises(UsageError, match="max_examples .* must be a whole number of at least 1"):
+        strategy_of(3, max_examples=most)
+
+
+@pytest.mark.parametrize("nodes", [3, 1000, 200_000])
+@pytest.mark.parametrize("most", [1, 7, 10_000])
+def test_whatever_its_weight_says_a_node_stays_within_the_bound(nodes: int, most: int) -> None:
+    planned = plan.Cohort(nodes).plan(SIZE, 1.0, max_examples=most)
+    assert nodes * planned.most_steps < 2**31
+    assert 2 * nodes * planned.most_steps >= 2**31 or planned.most_steps > 2**29
+    coins = SecretRoot.known(b"coins").stream("rounding")
+    long = np.full(SIZE, 9.0, np.float32)
+    given = [0, 1e-300, 0.3, 1, most - 0.25, most, most + 1, 1e300, -2, np.nan, np.inf, 10**400]
+    for weight in given:
+        found = vectors.integers(planned, long, {"num-examples": weight}, coins).astype(np.int64)
+        assert (found[:SIZE] ** 2).sum() <= planned.encoding.squared_bound
+        assert 0 <= found[SIZE] <= planned.most_steps
+    huge = SumPlan(SIZE, 1.0, 8.0, 7, "n", (), 3)
+    for bits in (-1, 31, 28):
+        with pytest.raises(UsageError, match="steps"):
+            replace(huge, weight_bits=bits)
+
+
 def test_arrays_that_are_no_floats_stay_what_they_are() -> None:
     arrays, _ = one_round(strategy_of(3), grid_of(3))
     assert arrays["steps"].numpy() == 5
@@ -266,7 +342,7 @@ def test_nothing_leaves_a_node_but_its_part_of_the_secure_sum() -> None:
     words = np.concatenate([np.frombuffer(m, np.uint32, offset=36) for m in masked])
     # Plain updates are below 2^14 here: under masks next to no word is.
     assert np.mean((words < 2**24) | (words > 2**32 - 2**24)) < 0.15
-    assert len(masked[0]) == 36 + 4 * (SIZE + 3 + 1)
+    assert len(masked[0]) == 36 + 4 * (SIZE + 4 + 1)
 
 
 def test_replies_differ_though_updates_do_not() -> None:

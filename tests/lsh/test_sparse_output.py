@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import copy
+import io
+import pickle
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -362,3 +367,45 @@ def test_bad_schedules_sizes_and_losses_are_refused() -> None:
 def test_labels_of_a_batch_are_distinct_and_without_filling() -> None:
     labels = torch.tensor([[3, NO_LABEL], [1, 3]])
     assert distinct_labels(labels, 5).tolist() == [1, 3]
+
+
+def by_torch(model: torch.nn.Module) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES: dict[str, Any] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),  # noqa: S301
+    "torch": by_torch,
+    "averaged": lambda model: torch.optim.swa_utils.AveragedModel(model).module,
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("known", [False, True])
+def test_a_copy_has_the_weights_and_no_secret(how: str, known: bool) -> None:
+    root = SecretRoot.known(b"root") if known else SecretRoot(bytes(range(32)))
+    first = SparseOutput(300, 8, share=0.2, selector="simhash", root=root).eval()
+    first.index()
+    second = COPIES[how](first)
+    assert second.weight.equal(first.weight)
+    assert second._root.is_known == known
+    assert second._root.tag("x") != first._root.tag("x")
+    assert (second._index is None) != known
+    hidden = torch.from_numpy(np.random.default_rng(1).standard_normal((20, 8), np.float32))
+    if known:
+        assert all(map(torch.equal, second.topk(hidden, 3), first.topk(hidden, 3)))
+        again, other = COPIES[how](first), COPIES[how](second)
+        assert again._root.tag("x") == second._root.tag("x") != other._root.tag("x")
+    else:
+        assert COPIES[how](first)._root.tag("x") != second._root.tag("x")
+        assert root._extracted not in pickle.dumps(first)
+    held = second.index()
+    with torch.no_grad():  # counts of changes begin anew in a copy
+        for _ in range(3):
+            second.weight.add_(1.0)
+            assert second.index() is not held
+            held = second.index()

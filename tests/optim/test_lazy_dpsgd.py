@@ -151,6 +151,21 @@ def test_one_example_moves_the_sum_by_at_most_the_bound(bound):
         assert (moved[0] - moved[1]).norm().item() <= bound * (1 + 1e-5)
 
 
+def test_a_long_gradient_is_clipped_below_the_bound_whatever_its_norm_is_rounded_to():
+    """Norms are sums in float32, too small as often as too large: a margin pays for it."""
+    torch.manual_seed(0)
+    for _ in range(20):
+        model = nn.Linear(1000, 1, bias=False)
+        nn.init.zeros_(model.weight)  # so that weights are the step itself
+        optimizer = LazyDPSGD(
+            model, lr=1.0, noise_multiplier=0.0, max_grad_norm=0.7, expected_batch_size=1,
+            loss_reduction="sum",
+        )  # fmt: skip
+        model(torch.randn(1, 1000) * 30).sum().backward()
+        optimizer.step()
+        assert 0.7 * (1 - 1e-4) < model.weight.detach().double().norm() <= 0.7
+
+
 def without_clip_moves_more(bound=0.01):
     model = Model("sum")
     items, tags, target = batch(1)

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from secagg_rounds import Cohort, answer, drive, model, plain_sum, terms
 
-from privrec.errors import ReleaseRefused
+from privrec.errors import IntegrityError, ReleaseRefused
 from privrec.secagg.binding import model_root
 from privrec.secagg.client import ClientSession, Policy
 from privrec.secagg.graph import Graph
+from privrec.secagg.keys import PrekeyBook
 from privrec.secagg.messages import Deal, Quorum, Survivors
+from privrec.secagg.roster import ListedDevices
 from privrec.secagg.server import ServerSession, Stage
 from privrec.secagg.wire import bitmap, members
 
@@ -196,6 +198,93 @@ def test_a_weak_device_compares_the_bands_that_it_holds() -> None:
     # It cannot know the other band, and takes part whatever is told of it; the roots then differ.
     other = replace(Deal.parse(message), model=(model(2)[0], bytes(32)))
     session.masked(other.pack(), vector, model(1))
+
+
+# ---------------------------------------------------------------- sessions that were set back
+
+
+class Kept:
+    """What the first device of a round wrote to disk, in the order of the round's messages."""
+
+    def __init__(self) -> None:
+        self.books: list[bytes] = []
+        self.sessions: list[bytes] = []
+        self.cohort = Cohort(TIERS, POLICY)
+        own = self.cohort.books[0]
+        book = self.cohort.books[0] = self.book(None)
+        session = ClientSession(book, self.cohort.anchor, POLICY, self.sessions.append)
+        others = self.cohort.clients()[1:]
+        self.clients = dict(zip(self.cohort.ids, [session, *others], strict=True))
+        self.server = self.cohort.server(AGREED)
+        assert own.key.public == self.cohort.ids[0]
+
+    def book(self, state: bytes | None) -> PrekeyBook:
+        own = self.cohort.books[0]
+        return PrekeyBook(own.key, own.root, save=self.books.append, state=state)
+
+    def rounds(self) -> Any:
+        """The messages to the first device, each before it is answered."""
+        for stage in list(Stage)[:4]:
+            outbox = self.server.outbox()
+            yield stage, outbox[self.cohort.ids[0]]
+            for number, (device, message) in enumerate(outbox.items()):
+                vector = VECTOR[: AGREED.length(TIERS[number])]
+                reply = answer(self.clients[device], stage, message, vector)
+                self.server.receive(device, reply)
+            self.server.advance()
+
+
+def test_a_session_or_a_book_that_was_set_back_alone_answers_nothing() -> None:
+    """Two vectors under one set of masks give their difference away."""
+    kept = Kept()
+    messages = dict(kept.rounds())
+    assert len(kept.sessions) == 4
+    for old, saved in enumerate(kept.sessions):
+        for at, state in enumerate(kept.books):
+            # The book is saved when it issues and enters, then once for each progress.
+            if at == old + 2:
+                session = ClientSession.resume(kept.book(state), kept.cohort.anchor, saved, POLICY)
+                assert session.saved() == saved
+                continue
+            with pytest.raises(IntegrityError, match="set back"):
+                ClientSession.resume(kept.book(state), kept.cohort.anchor, saved, POLICY)
+    late = ClientSession(kept.book(kept.books[-1]), kept.cohort.anchor, POLICY)
+    with pytest.raises(ReleaseRefused, match="used before"):
+        late.shares(messages[Stage.SHARES])
+
+
+@pytest.mark.parametrize("stage", [Stage.MASKED, Stage.CONFIRM, Stage.UNMASK])
+def test_of_two_copies_of_a_session_one_answers(stage: Stage) -> None:
+    waiting = Waiting(stage)
+    book, anchor = waiting.cohort.books[0], waiting.cohort.anchor
+    twin = ClientSession.resume(book, anchor, waiting.client.saved(), POLICY)
+    assert waiting.answer(waiting.device, waiting.message)
+    with pytest.raises(IntegrityError, match="worked on twice"):
+        answer(twin, stage, waiting.message, VECTOR[::-1].copy(), model(2))
+
+
+def test_a_later_attempt_ends_the_session_of_an_earlier_one() -> None:
+    waiting = Waiting(Stage.MASKED)
+    again = waiting.cohort.server(replace(AGREED, attempt=1))
+    waiting.cohort.clients()[0].shares(again.outbox()[waiting.device])
+    with pytest.raises(IntegrityError, match="set back"):
+        waiting.answer(waiting.device, waiting.message)
+
+
+@pytest.mark.parametrize("stage", [Stage.MASKED, Stage.CONFIRM, Stage.UNMASK])
+def test_a_resumed_session_is_held_to_the_policy_and_the_anchor_of_now(stage: Stage) -> None:
+    """An owner who asks for more between two messages gives no answer under the old terms."""
+    waiting = Waiting(stage)
+    book, anchor, saved = waiting.cohort.books[0], waiting.cohort.anchor, waiting.client.saved()
+    strict: list[tuple[Any, Policy, str]] = [
+        (anchor, Policy(4, 0.0), "band 2 of 2: 3 devices"),
+        (anchor, Policy(3, 0.0, replace(AGREED, plan=bytes(32))), "agreed to other ones"),
+        (ListedDevices(waiting.cohort.ids[:-1]), POLICY, "no enrolled device"),
+    ]
+    for believed, policy, words in strict:
+        with pytest.raises(ReleaseRefused, match=words):
+            ClientSession.resume(book, believed, saved, policy)
+    ClientSession.resume(book, anchor, saved, POLICY)
 
 
 # ---------------------------------------------------------------- the survivors

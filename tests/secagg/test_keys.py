@@ -75,6 +75,15 @@ def test_a_device_signs_and_others_check_it_once(monkeypatch: pytest.MonkeyPatch
     assert len(verifier._good) == 1
 
 
+def test_a_remembered_signature_is_none_of_other_parts_that_join_to_the_same_bytes() -> None:
+    verifier, stated = Verifier(), statement("x", 1)
+    signature = KEY.sign(stated)
+    assert verifier.check(KEY.public, signature, stated)
+    joined = KEY.public + signature + stated
+    for first, second in ((31, 96), (33, 96), (32, 95), (32, 97), (0, 64), (32, 128)):
+        assert not verifier.check(joined[:first], joined[first:second], joined[second:])
+
+
 def test_prekeys_are_fresh_signed_and_survive_the_way() -> None:
     records = book().issue(3, tier=2)
     made = [Prekey.unpack(record) for record in records]
@@ -121,15 +130,30 @@ def test_a_prekey_is_taken_once_also_after_a_restart() -> None:
     assert Prekey.unpack(book(state=states[-1]).issue(1, 0)[0]).serial == 2
 
 
-def test_what_was_never_entered_is_not_gone_on_with() -> None:
-    """A book that was set back would let the prekey of a session be used a second time."""
-    mine = book()
-    mine.issue(2, 0)
+def test_only_the_latest_progress_of_the_latest_attempt_is_gone_on_with() -> None:
+    """A session that was set back would answer twice, and a book its prekeys be used twice."""
+    states: list[bytes] = []
+    mine = book(states)
+    mine.issue(3, 0)
+    with pytest.raises(IntegrityError, match="set back"):
+        mine.check_latest("run", b"")  # never entered
     mine.enter(0, "run", 0, 0)
-    mine.entered(0)
-    for serial in (1, 2):
+    mine.advance("run", b"", b"one")
+    mine.advance("run", b"one", b"two")
+    for again in (mine, book(state=states[-1])):
+        again.check_latest("run", b"two")
+        for other in (b"", b"one", b"three"):
+            with pytest.raises(IntegrityError, match="set back"):
+                again.advance("run", other, b"four")
         with pytest.raises(IntegrityError, match="set back"):
-            mine.entered(serial)
+            again.check_latest("another run", b"two")
+    with pytest.raises(IntegrityError, match="set back"):
+        book(state=states[-2]).check_latest("run", b"two")  # the book was set back
+    mine.enter(1, "another run", 0, 0)
+    mine.check_latest("run", b"two")
+    mine.enter(2, "run", 0, 1)
+    with pytest.raises(IntegrityError, match="set back"):
+        mine.check_latest("run", b"two")
 
 
 @pytest.mark.parametrize(("count", "tier"), [(-1, 0), (1, -1), (1, 256)])
@@ -182,7 +206,7 @@ def test_a_refused_entry_burns_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "state", [b"", b"{}", b"[]", b'{"issued": 1}', b'{"issued":1,"unused":[],"joined":{"r":[1]}}']
+    "state", [b"", b"{}", b"[]", b'{"issued": 1}', b'{"issued":1,"unused":[],"joined":{"r":[1,0]}}']
 )
 def test_a_broken_state_is_refused(state: bytes) -> None:
     with pytest.raises(IntegrityError, match="enrol the device anew"):
