@@ -142,7 +142,7 @@ def evaluate(
     """
     if not k or min(k) < 1:
         raise UsageError(f"top k {list(k)}: a list has at least one place; give k of 1 or more")
-    measured = tested(split.heldout, users)
+    measured = holding_out(split.heldout, users)
     values: dict[str, list[Float64Array]] = {}
     sampled = _Candidates(split, seed) if "sampled" in protocols and split.heldout.single else None
     step = max(1, min(chunk, _CELLS // split.train.n_items))
@@ -180,7 +180,7 @@ def popularity_scores(train: Interactions) -> Scores:
     return scores
 
 
-def tested(heldout: ItemLists, users: NDArray[np.integer] | None = None) -> Int64Array:
+def holding_out(heldout: ItemLists, users: NDArray[np.integer] | None) -> Int64Array:
     """Positions of those among some users, or all of them, who hold out an item.
 
     Raises:

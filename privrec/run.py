@@ -192,7 +192,7 @@ class _Histories:
         return split
 
     def check(self, scenario: Scenario, split: Split) -> None:
-        metrics.tested(split.heldout)
+        metrics.holding_out(split.heldout, None)
         for name in scenario.run.baselines:
             baselines.check(name, split.train, dim=scenario.model.dim)
 
