@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -238,7 +239,7 @@ def privacy_of(
     privacy, plan, known = scenario.privacy, server.plan, bool(identity["noise_known"])
     holds = plan.event.is_private and not known
     spent = {
-        name: ledger.epsilon(privacy.delta, adversary, accountant) if holds else None
+        name: finite(ledger.epsilon(privacy.delta, adversary, accountant)) if holds else None
         for name, (adversary, accountant) in _EPSILONS.items()
     }
     encoding, before = plan.protection.encoding, release_event(scenario)
@@ -248,7 +249,7 @@ def privacy_of(
         "popularity": scenario.devices.popularity,
         "epsilon_popularity": None
         if before is None or known
-        else epsilon([before], privacy.delta, "server"),
+        else finite(epsilon([before], privacy.delta, "server")),
         "delta": privacy.delta,
         "noise": privacy.noise,
         "noise_multiplier": plan.event.noise_multiplier,
@@ -276,7 +277,7 @@ def _examples(privacy: Privacy, ledger: Ledger, known: bool) -> dict[str, Any] |
     (event,) = ledger.examples or (None,)
     return {
         "unit": EXAMPLE,
-        "epsilon": None if known else ledger.epsilon_of_examples(privacy.local_delta),
+        "epsilon": None if known else finite(ledger.epsilon_of_examples(privacy.local_delta)),
         "delta": privacy.local_delta,
         "noise_multiplier": event and event.noise_multiplier,
         "clip_norm": privacy.local_clip_norm,
@@ -351,6 +352,11 @@ def _cost(
         "wall_s": seconds(wall_s),
         "noise_deferred": parts.simulation.deferred.share,
     }
+
+
+def finite(value: float) -> float | None:
+    """A number as JSON has it: an infinite ε is null."""
+    return value if math.isfinite(value) else None
 
 
 def two_digits(value: float) -> float:

@@ -34,6 +34,7 @@ _LEVELS = 5
 _TAIL = 1e-15
 _ROUNDING = 2.0**-52
 _ORDERS = np.outer([1.0, -1.0], 2.0 ** np.arange(-18, 0, 0.5)).ravel()  # a grid point
+_MOST_POINTS = 1 << 24  # of a grid, by memory
 _PRV_STRENGTH = 20.0
 _LARGE = 1e6  # an ε whose rounding errors are worth more than the last digits of δ
 _PLAIN = 1e-12  # sampling above 1 - 1e-12 is treated as everybody, which costs more, never less
@@ -103,7 +104,10 @@ def rdp(rounds: Composition, delta: float) -> float:
     from dp_accounting.rdp import RdpAccountant
 
     accountant = RdpAccountant(neighboring_relation=NeighboringRelation.REPLACE_SPECIAL)
-    with _quiet("absl"), np.errstate(all="ignore"):  # it reports each order that it leaves out, which only loosens the bound
+    with (
+        _quiet("absl"),
+        np.errstate(all="ignore"),
+    ):  # it reports each order that it leaves out, which only loosens the bound
         for part in rounds:
             accountant.compose(_dp_event(part), part.count)
         return float(accountant.get_epsilon(delta))
@@ -252,6 +256,8 @@ def _log_sum(logs: NDArray[np.float64]) -> float:
 def _sum(parts: Sequence[_Losses], counts: Sequence[int]) -> _Sum:
     """The loss of ``counts[i]`` rounds of each ``parts[i]``, all on the same grid, from above."""
     lowest, highest = _window(parts, counts)
+    if highest - lowest > _MOST_POINTS:
+        return _Sum(np.zeros(1), 0, 1.0)  # all is lost, so that ε is infinite on this grid
     mass, lowest = _convolve(parts, counts, lowest, highest)
     finite = sum(n * math.log1p(-part.at_infinity) for part, n in zip(parts, counts, strict=True))
     margin = _ROUNDING * (len(mass) + sum(counts))
