@@ -73,7 +73,8 @@ def shown() -> Iterator[None]:
     """Print what is already done and kept: a closed pipe or a full disk is no failure of it."""
     try:
         yield
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as it is where it was closed
+            sys.stdout.flush()
     except (OSError, SystemExit):  # rich ends the program when a pipe is closed
         _silence()
 
