@@ -27,6 +27,25 @@ EASE_L2 = 300.0
 FloatArray = NDArray[np.float32]
 
 
+def check(name: str, train: Interactions, *, dim: int) -> None:
+    """Refuse a baseline that cannot be had for this many users, items or dimensions.
+
+    Raises:
+        UsageError: ``pure_svd`` when ``dim`` is not below the smaller side of the matrix, ``ease``
+            when there are more than :data:`EASE_USERS` users.
+    """
+    if name == "pure_svd" and dim >= min(train.n_users, train.n_items):
+        raise UsageError(
+            f"pure_svd of {dim} factors: {train.n_users} users and {train.n_items} items have no "
+            "more; lower model.dim or leave it out of run.baselines"
+        )
+    if name == "ease" and train.n_users > EASE_USERS:
+        raise UsageError(
+            f"ease with {train.n_users} users: it is solved for at most {EASE_USERS}; "
+            "leave it out of run.baselines"
+        )
+
+
 def scores_of(name: str, train: Interactions, *, dim: int, seed: int) -> Scores:
     """A baseline trained on some interactions.
 
@@ -37,22 +56,14 @@ def scores_of(name: str, train: Interactions, *, dim: int, seed: int) -> Scores:
         seed: of the SVD's start.
 
     Raises:
-        UsageError: when the baseline cannot be had for this many users or dimensions.
+        UsageError: as :func:`check`.
     """
+    check(name, train, dim=dim)
     return _MAKERS[name](train, dim, seed)
 
 
 def pure_svd(train: Interactions, dim: int, seed: int) -> Scores:
-    """Truncated SVD of the 0/1 matrix (Cremonesi, Koren & Turrin, RecSys 2010).
-
-    Raises:
-        UsageError: when ``dim`` is not below the smaller side of the matrix.
-    """
-    if dim >= min(train.n_users, train.n_items):
-        raise UsageError(
-            f"pure_svd of {dim} factors: {train.n_users} users and {train.n_items} items have no "
-            "more; lower model.dim or leave it out of run.baselines"
-        )
+    """Truncated SVD of the 0/1 matrix (Cremonesi, Koren & Turrin, RecSys 2010)."""
     start = rng_for(seed, "baselines", "pure_svd").normal(size=min(train.n_users, train.n_items))
     left, values, right = svds(_matrix(train), k=dim, v0=start)
     return partial(_products, left * values, right)
@@ -63,15 +74,7 @@ def ease(train: Interactions) -> Scores:
 
     With ``K = (X Xᵀ + λI)^-1``, ``X (XᵀX + λI)^-1 = K X``; so a catalogue of any size will do where
     users are few.
-
-    Raises:
-        UsageError: when there are more than ``EASE_USERS`` users.
     """
-    if train.n_users > EASE_USERS:
-        raise UsageError(
-            f"ease with {train.n_users} users: it is solved for at most {EASE_USERS}; "
-            "leave it out of run.baselines"
-        )
     matrix = _matrix(train)
     kernel = (matrix @ matrix.T).toarray() + EASE_L2 * np.eye(train.n_users)
     inverse = linalg.inv(kernel, overwrite_a=True, check_finite=False)

@@ -8,7 +8,7 @@ error. Exit codes are those of :mod:`privrec.errors`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,7 +17,7 @@ from click.core import ParameterSource
 
 from privrec import __version__
 from privrec.cli_audit import audit
-from privrec.cli_base import Commands, check_run, example, print_json
+from privrec.cli_base import Commands, check_run, example, print_json, shown
 from privrec.cli_base import json_option as _json
 from privrec.cli_base import run_dir as _run_dir
 from privrec.cli_flower import flower
@@ -113,16 +113,18 @@ def demo(out: Path | None, as_json: bool) -> None:
     from privrec.serving import recommend as recommendations
 
     found = recommendations(result.path, user=DEMO_USER, history=None, k=10, data_dir=None)
-    pages = write_report(result.path)
-    if as_json:
-        rows = [entry.to_json() for entry in found]
-        print_json({**result.payload, "recommendations": rows, "report": str(pages.html)})
-        return
-    from privrec.cli_tables import print_recommendations, print_result
+    pages = _reported(result.path)
+    with shown():
+        if as_json:
+            rows = [entry.to_json() for entry in found]
+            page = None if pages is None else str(pages.html)
+            print_json({**result.payload, "recommendations": rows, "report": page})
+            return
+        from privrec.cli_tables import print_recommendations, print_result
 
-    print_result(result.payload)
-    print_recommendations(found, f"Recommendations for user {DEMO_USER}")
-    _say_where(result.path, pages)
+        print_result(result.payload)
+        print_recommendations(found, f"Recommendations for user {DEMO_USER}")
+        _say_where(result.path, pages)
 
 
 @main.command(
@@ -412,8 +414,10 @@ def _start(
 ) -> Result:
     path = _new_directory(scenario.name) if out is None else _checked_out(out)
     from privrec.cli_rows import with_rows
-    from privrec.run import start
+    from privrec.run import check, start
 
+    for _, variant in scenario.variants():
+        check(variant, data_dir)  # before the first run is paid for
     with _reported_if_exhausted(path), _observed(sinks) as observer:
         result = start(
             scenario, out=path, data_dir=data_dir, observer=observer, population=population
@@ -428,7 +432,7 @@ def _reported_if_exhausted(directory: Path) -> Iterator[None]:
         yield
     except BudgetError:
         if (directory / "result.json").is_file():
-            write_report(directory)
+            _reported(directory)
         raise
 
 
@@ -493,19 +497,42 @@ def _observed(sinks: Iterable[Observer]) -> Observers:
 
 
 def _finish(result: Result, as_json: bool) -> None:
-    pages = write_report(result.path)
-    if as_json:
-        print_json(result.payload)
-        return
-    from privrec.cli_tables import print_result
+    pages = _reported(result.path)
+    with shown():
+        if as_json:
+            print_json(result.payload)
+            return
+        from privrec.cli_tables import print_result
 
-    print_result(result.payload)
-    _say_where(result.path, pages)
+        print_result(result.payload)
+        _say_where(result.path, pages)
 
 
-def _say_where(directory: Path, pages: Written) -> None:
+def _reported(directory: Path) -> Written | None:
+    """Write the report of a finished run; None where that fails, which does not unmake the run.
+
+    Raises:
+        PrivrecError: If the files of the run do not agree, so that no report may be made of them.
+    """
+    try:
+        return write_report(directory)
+    except PrivrecError:
+        raise
+    except Exception as error:
+        with suppress(OSError):
+            click.echo(
+                f"warning: the run is finished and is in {directory}; its report could not be "
+                f"written ({type(error).__name__}: {error}). Write it by: privrec report "
+                f"{directory}",
+                err=True,
+            )
+        return None
+
+
+def _say_where(directory: Path, pages: Written | None) -> None:
     click.echo(f"Run:    {directory}")
-    click.echo(f"Report: {pages.html}")
+    if pages is not None:
+        click.echo(f"Report: {pages.html}")
 
 
 def _scenario_for_data(name: str, settings: Sequence[str]) -> Scenario:

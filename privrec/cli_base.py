@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -31,6 +36,13 @@ class Commands(click.Group):
             where = f"{error.filename}: " if error.filename else ""
             _fail(ctx, f"{where}{error.strerror or error}; {OS_ERROR_REMEDY}", UsageError.exit_code)
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the program; what a stream cannot encode is replaced, as ε is in code page 1252."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
+        return super().main(*args, **kwargs)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names in the order in which the commands are written, which is that of first use."""
         return list(self.commands)
@@ -51,8 +63,28 @@ class Commands(click.Group):
 
 
 def _fail(ctx: click.Context, message: str, code: int) -> None:
-    click.echo(f"error: {message}", err=True)
+    with suppress(OSError):  # standard error may be closed; the exit code still tells
+        click.echo(f"error: {message}", err=True)
     ctx.exit(code)
+
+
+@contextmanager
+def shown() -> Iterator[None]:
+    """Print what is already done and kept: a closed pipe or a full disk is no failure of it."""
+    try:
+        yield
+        if sys.stdout is not None:  # as it is where it was closed
+            sys.stdout.flush()
+    except (OSError, SystemExit):  # rich ends the program when a pipe is closed
+        _silence()
+
+
+def _silence() -> None:
+    """Send what is left in the buffer of standard output nowhere; Python flushes it on exit."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def example(*lines: str) -> str:

@@ -64,6 +64,7 @@ def print_result(payload: Mapping[str, Any]) -> None:
     _print_cost(payload["cost"])
     if payload.get("rows"):
         _print_variants(payload)
+    print_lines(f"Not measured: {what}: {why}" for what, why in (payload.get("gaps") or {}).items())
 
 
 def _print_metrics(payload: Mapping[str, Any], title: str) -> None:

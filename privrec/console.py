@@ -10,6 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import IO
 
 from rich.console import Console
@@ -58,7 +59,7 @@ class PlainObserver(NullObserver):
         every_s: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._stream = sys.stderr if stream is None else stream
+        self._stream: IO[str] | None = sys.stderr if stream is None else stream
         self._every_s = every_s
         self._clock = clock
         self._info: RunInfo | None = None
@@ -97,7 +98,12 @@ class PlainObserver(NullObserver):
         yield f"{duration_text(left)} left" if left and not info.hides_cohorts else ""
 
     def _write(self, line: str) -> None:
-        print(line, file=self._stream, flush=True)
+        if self._stream is None:  # Python has no standard error where it was closed
+            return
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        with suppress(OSError, ValueError):  # a run goes on unseen: a full disk, a closed pipe
+            line = line.encode(encoding, "replace").decode(encoding)
+            print(line, file=self._stream, flush=True)
 
 
 def _seconds_left(info: RunInfo, record: Record, elapsed: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from privrec.assembly import check_tiers, data_digest
 from privrec.assembly_text import TextParts, assemble_texts
 from privrec.data.labels import load_labels
 from privrec.data.text import Corpus, TextSplit, load_text
+from privrec.errors import DataError
 from privrec.language import Predicted, commonest, predict
 from privrec.language_cost import tier_facts
-from privrec.loop import Loop, Result
-from privrec.outcome import head_of, model_facts, privacy_of, two_digits, write_model
+from privrec.loop import Loop
+from privrec.outcome import head_of, model_facts, privacy_of, two_digits
 from privrec.privacy.ledger import Ledger
 from privrec.randomness import SecretRoot
 from privrec.record import OUTSIDE
@@ -41,6 +43,13 @@ class Texts:
         split = read_split(scenario, data_dir)
         check_tiers(scenario, split.train.n_users, split.n_items)
         return split
+
+    def check(self, scenario: Scenario, split: TextSplit) -> None:
+        """Refuse texts none of which can be predicted."""
+        if not split.heldout.n_users:
+            raise DataError(
+                "no text or example is held out: metrics need one; use data that has some"
+            )
 
     def describe(self, split: TextSplit) -> dict[str, Any]:
         """Figures of the split."""
@@ -86,14 +95,6 @@ class Writing(Loop):
         view = tier.view(self.parts.federation.prefix(self.server.released, tier))
         return predict(self.parts.language, view, self.split.heldout, self.scenario.run.top_k)
 
-    def finish(self) -> Result:
-        """See :meth:`Loop.finish`."""
-        measured = self.measured or self.measure()
-        write_model(self.out, self.server, self.scenario)
-        payload = rundir.leave(self.out, self._payload(measured), self.identity)
-        self.events.append("end", round=self.server.index)
-        return Result(self.out, payload)
-
     def save(self) -> None:
         """See :meth:`Loop.save`."""
         digest, spent = data_digest(self.split.train), (self.wall_s, self.cpu_s)
@@ -102,21 +103,29 @@ class Writing(Loop):
             self.out, self.server, states, self.identity, self.scenario, self.ledger, digest, *spent
         )
 
-    def _payload(self, measured: Predicted) -> dict[str, Any]:
-        """The content of ``result.json``, in the form that runs of recommenders have."""
+    def payload(self) -> dict[str, Any]:
+        """See :meth:`Loop.payload`; in the form that runs of recommenders have."""
         scenario, server, identity = self.scenario, self.server, self.identity.to_json()
-        tiers = [tier_facts(self.parts, scenario, tier) for tier in self.parts.federation.tiers]
+        measured = self.measured or self.attempt("accuracy", self.measure)
+        tiers = [
+            self.attempt(
+                f"costs of tier {tier.index + 1}", partial(tier_facts, self.parts, scenario, tier)
+            )
+            or {"capacity": tier.capacity, "share": tier.share, "weight": tier.weight}
+            for tier in self.parts.federation.tiers
+        ]
         cuts, heldout = scenario.run.top_k, self.split.heldout
-        common = commonest(self.split.train, heldout, cuts)
+        common = self.attempt("baselines", lambda: commonest(self.split.train, heldout, cuts))
+        intervals = None
+        if measured is not None:
+            intervals = self.attempt("intervals", partial(measured.intervals, scenario.run.seed))
         population = self.split.train.n_users
         return {
             **head_of(scenario, server, identity),
             "holdout": self.split.holdout,
-            "metrics": measured.summary(),
-            "intervals": {
-                name: list(pair) for name, pair in measured.intervals(scenario.run.seed).items()
-            },
-            "baselines": dict.fromkeys(scenario.run.baselines, common),
+            "metrics": {} if measured is None else measured.summary(),
+            "intervals": {name: list(pair) for name, pair in (intervals or {}).items()},
+            "baselines": dict.fromkeys(scenario.run.baselines, common) if common else {},
             "metrics_note": OUTSIDE,
             "outside_the_guarantee": [
                 "metrics",
@@ -156,7 +165,7 @@ class Writing(Loop):
         names = ("upload_bytes", "download_bytes", "device_peak_bytes", "output_neurons",
                  "output_bytes", "output_multiply_adds", "selection_multiply_adds")  # fmt: skip
         return {
-            **{name: strongest[name] for name in names},
+            **{name: strongest.get(name) for name in names},
             "cpu_s_per_device_round": seconds(self.cpu_s / device_rounds)
             if device_rounds
             else None,

@@ -6,24 +6,27 @@ releases is committed on disk before it is applied. So a crash can waste budget,
 
 from __future__ import annotations
 
+import logging
 import signal
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from privrec import rundir
 from privrec.checkpoint import Position
 from privrec.device.round import Round, digest
 from privrec.device.update import Aggregate
-from privrec.errors import BudgetError, Interrupted, ReleaseRefused
+from privrec.errors import BudgetError, Interrupted, PrivrecError, ReleaseRefused
 from privrec.identity import Identity
+from privrec.outcome import write_model
 from privrec.privacy.events import RoundEvent, epsilon
 from privrec.privacy.ledger import Ledger
 from privrec.privacy.population import Tie
@@ -34,8 +37,13 @@ from privrec.server.server import Release, Server
 from privrec.transport.base import Transport
 from privrec.wording import adversary_text
 
+T = TypeVar("T")
+
 MOST_ATTEMPTS = 20
 """Attempts at a round before a run is given up whose rounds keep ending without a sum."""
+
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,7 @@ class Loop(ABC):
     root: SecretRoot = field(init=False)
     tie: Tie | None = field(init=False)
     cpu_s: float = 0.0
+    gaps: dict[str, str] = field(default_factory=dict)
     began: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
@@ -125,12 +134,40 @@ class Loop(ABC):
         """Seal the ledger and write a checkpoint."""
 
     @abstractmethod
+    def payload(self) -> dict[str, Any]:
+        """The content of ``result.json``; what only measures goes through :meth:`attempt`."""
+
+    def attempt(self, what: str, compute: Callable[[], T]) -> T | None:
+        """What ``compute`` returns; None where it fails, and the gap is stated.
+
+        The budget is spent by then: a figure that cannot be had must not take the model with it.
+        Only the type of an unforeseen error is kept, since its text may quote private data.
+        """
+        try:
+            found = compute()
+        except Exception as error:
+            foreseen = isinstance(error, PrivrecError)
+            self.gaps[what] = str(error) if foreseen else type(error).__name__
+            _LOG.warning("%s is missing: %s", what, self.gaps[what], exc_info=not foreseen)
+            return None
+        self.gaps.pop(what, None)
+        return found
+
     def finish(self) -> Result:
-        """Write what a finished run leaves behind."""
+        """Write what a finished run leaves behind.
+
+        With gaps the checkpoint stays, so that ``resume`` can try again to fill them.
+        """
+        write_model(self.out, self.server, self.scenario)
+        payload = {**self.payload(), "gaps": self.gaps}
+        payload = rundir.leave(self.out, payload, self.identity)
+        self.events.append("end", round=self.server.index)
+        return Result(self.out, payload)
 
     def run(self) -> Result:
         """Go on to the end, the budget or an interrupt; a checkpoint is written in any case."""
-        server, refused = self.server, None
+        server = self.server
+        refused: PrivrecError | None = None
         with _interrupts() as stop:
             while server.index < self.scenario.train.rounds and not self._at_end():
                 try:
@@ -150,8 +187,12 @@ class Loop(ABC):
         self.save()
         self.ledger.end(digest(server.released))
         self.ledger.seal()
-        if self.tie:
-            self.tie.settle(self.ledger.counts)
+        try:
+            if self.tie:
+                self.tie.settle(self.ledger.counts)
+        except PrivrecError as error:  # all that was set aside then counts as spent
+            self.gaps["settlement with the population"] = str(error)
+            refused = error
         result = self.finish()
         self.observer.finished(result)
         if refused:
@@ -175,7 +216,7 @@ class Loop(ABC):
             epsilon=self._epsilon("recipients"),
             epsilon_server=self._epsilon("server"),
             loss=None if server.plan.event.hides_cohorts else loss,
-            metrics=self.accuracy(),
+            metrics=self.attempt(f"accuracy after round {server.index}", self.accuracy),
             cohort=cohort,
             **self._timing(began, cpu),
         )

@@ -64,6 +64,11 @@ class Evaluation:
     users: Int64Array
     values: Mapping[str, Float64Array]
 
+    @classmethod
+    def nobody(cls) -> Evaluation:
+        """The evaluation of no users, which has no metrics."""
+        return cls(np.empty(0, np.int64), {})
+
     def summary(self) -> dict[str, float]:
         """The mean over users of each metric, in [0, 1]."""
         return {name: float(values.mean()) for name, values in self.values.items()}
@@ -84,6 +89,8 @@ class Evaluation:
         Returns:
             (low, high) by metric.
         """
+        if not self.users.size:
+            return {}
         means = np.concatenate(list(self._resampled(seed, draws)))
         edge = (1.0 - level) / 2
         low, high = np.quantile(means, [edge, 1.0 - edge], axis=0)
@@ -135,12 +142,12 @@ def evaluate(
     """
     if not k or min(k) < 1:
         raise UsageError(f"top k {list(k)}: a list has at least one place; give k of 1 or more")
-    tested = _tested(split.heldout, users)
+    measured = holding_out(split.heldout, users)
     values: dict[str, list[Float64Array]] = {}
     sampled = _Candidates(split, seed) if "sampled" in protocols and split.heldout.single else None
     step = max(1, min(chunk, _CELLS // split.train.n_items))
-    for at in range(0, tested.size, step):
-        part = tested[at : at + step]
+    for at in range(0, measured.size, step):
+        part = measured[at : at + step]
         found: dict[str, Float64Array] = {}
         if sampled is not None:
             found |= _sampled(scores, sampled, part, k)
@@ -148,7 +155,7 @@ def evaluate(
             found |= _full(scores, split, part, k)
         for name, value in found.items():
             values.setdefault(name, []).append(value)
-    return Evaluation(tested, {name: np.concatenate(parts) for name, parts in values.items()})
+    return Evaluation(measured, {name: np.concatenate(parts) for name, parts in values.items()})
 
 
 def popularity_scores(train: Interactions) -> Scores:
@@ -173,15 +180,20 @@ def popularity_scores(train: Interactions) -> Scores:
     return scores
 
 
-def _tested(heldout: ItemLists, users: NDArray[np.integer] | None) -> Int64Array:
+def holding_out(heldout: ItemLists, users: NDArray[np.integer] | None) -> Int64Array:
+    """Positions of those among some users, or all of them, who hold out an item.
+
+    Raises:
+        DataError: when none does.
+    """
     chosen = np.arange(heldout.counts.size) if users is None else np.asarray(users, np.int64)
-    tested = chosen[heldout.counts[chosen] > 0]
-    if not tested.size:
+    found = chosen[heldout.counts[chosen] > 0]
+    if not found.size:
         raise DataError(
-            "no user holds out an item: metrics need a user with at least two interactions; "
-            "use more data, or turn evaluation off with run.eval_every = 0"
+            "no user holds out an item: metrics need a user with at least two different items; "
+            "use data that has such users"
         )
-    return tested
+    return found
 
 
 def _sampled(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError
@@ -28,6 +30,15 @@ from privrec.scenario import Privacy, Scenario
 from privrec.segments import by_segment
 from privrec.server.server import Server
 from privrec.storage import replace
+
+T = TypeVar("T")
+
+
+class Attempt(Protocol):
+    """See :meth:`privrec.loop.Loop.attempt`."""
+
+    def __call__(self, what: str, compute: Callable[[], T], /) -> T | None: ...
+
 
 _EPSILONS: dict[str, tuple[Adversary, Accountant]] = {
     "epsilon": ("recipients", "pld"),
@@ -88,6 +99,7 @@ def result_of(
     evaluated: metrics.Evaluation,
     *,
     own: Sequence[metrics.Evaluation],
+    attempt: Attempt,
     identity: Mapping[str, Any],
     cpu_s: float,
     wall_s: float,
@@ -101,6 +113,7 @@ def result_of(
         ledger: what was charged.
         evaluated: metrics of everybody with the whole memory.
         own: those of each tier's users with what the tier holds, the strongest tier's first.
+        attempt: makes a figure that the guarantee does not need, or states the gap.
         identity: content of ``run.json``.
         cpu_s: CPU seconds of the rounds.
         wall_s: seconds of the whole run.
@@ -108,19 +121,23 @@ def result_of(
     server, seed = parts.server, scenario.run.seed
     measured = (evaluated, _together(own)) if scenario.devices.tiers else (evaluated,)
     tiers = [
-        _tier(scenario, parts, tier, measured)
+        attempt(f"costs of tier {tier.index + 1}", partial(_tier, scenario, parts, tier, measured))
+        or {"capacity": tier.capacity, "share": tier.share, "weight": tier.weight}
         for tier, measured in zip(parts.federation.tiers, own, strict=False)
     ]
     if parts.federation.absent:
         tiers.append(_absent(parts, own[-1]))
+    compared = {
+        name: attempt(f"baseline {name}", partial(_baseline, name, scenario, split))
+        for name in scenario.run.baselines
+    }
+    intervals = attempt("intervals", lambda: [each.intervals(seed) for each in measured]) or []
     return {
         **head_of(scenario, server, identity),
         "holdout": split.holdout,
         "metrics": {name: value for each in measured for name, value in each.summary().items()},
-        "intervals": {
-            name: list(pair) for each in measured for name, pair in each.intervals(seed).items()
-        },
-        "baselines": {name: _baseline(name, scenario, split) for name in scenario.run.baselines},
+        "intervals": {name: list(pair) for each in intervals for name, pair in each.items()},
+        "baselines": {name: found for name, found in compared.items() if found},
         "metrics_note": OUTSIDE,
         "outside_the_guarantee": [
             "metrics",
@@ -133,7 +150,7 @@ def result_of(
         ],
         "privacy": privacy_of(scenario, split.train.n_users, server, ledger, identity),
         "cost": _cost(parts, tiers, cpu_s, wall_s),
-        "segments": by_segment(evaluated, split),
+        "segments": attempt("segments", lambda: by_segment(evaluated, split)) or [],
         "tiers": tiers,
         "model": model_facts(server, scenario),
         "data": identity["data"],
@@ -235,7 +252,7 @@ def privacy_of(
     privacy, plan, known = scenario.privacy, server.plan, bool(identity["noise_known"])
     holds = plan.event.is_private and not known
     spent = {
-        name: ledger.epsilon(privacy.delta, adversary, accountant) if holds else None
+        name: finite(ledger.epsilon(privacy.delta, adversary, accountant)) if holds else None
         for name, (adversary, accountant) in _EPSILONS.items()
     }
     encoding, before = plan.protection.encoding, release_event(scenario)
@@ -245,7 +262,7 @@ def privacy_of(
         "popularity": scenario.devices.popularity,
         "epsilon_popularity": None
         if before is None or known
-        else epsilon([before], privacy.delta, "server"),
+        else finite(epsilon([before], privacy.delta, "server")),
         "delta": privacy.delta,
         "noise": privacy.noise,
         "noise_multiplier": plan.event.noise_multiplier,
@@ -273,7 +290,7 @@ def _examples(privacy: Privacy, ledger: Ledger, known: bool) -> dict[str, Any] |
     (event,) = ledger.examples or (None,)
     return {
         "unit": EXAMPLE,
-        "epsilon": None if known else ledger.epsilon_of_examples(privacy.local_delta),
+        "epsilon": None if known else finite(ledger.epsilon_of_examples(privacy.local_delta)),
         "delta": privacy.local_delta,
         "noise_multiplier": event and event.noise_multiplier,
         "clip_norm": privacy.local_clip_norm,
@@ -284,6 +301,9 @@ def _examples(privacy: Privacy, ledger: Ledger, known: bool) -> dict[str, Any] |
 
 def _together(own: Sequence[metrics.Evaluation]) -> metrics.Evaluation:
     """Everybody's metrics, each with what the user's own tier holds, by names of their own."""
+    own = [each for each in own if each.users.size]
+    if not own:
+        return metrics.Evaluation.nobody()
     users = np.concatenate([each.users for each in own])
     order = np.argsort(users)
     names = set.intersection(*(set(each.values) for each in own))
@@ -340,11 +360,16 @@ def _cost(
     seconds = two_digits if plan.event.hides_cohorts else float
     device = ("upload_bytes", "download_bytes", "device_peak_bytes")
     return {
-        **{name: tiers[0][name] for name in device},
+        **{name: tiers[0].get(name) for name in device},
         "cpu_s_per_device_round": seconds(cpu_s / device_rounds) if device_rounds else None,
         "wall_s": seconds(wall_s),
         "noise_deferred": parts.simulation.deferred.share,
     }
+
+
+def finite(value: float) -> float | None:
+    """A number as JSON has it: an infinite ε is null."""
+    return value if math.isfinite(value) else None
 
 
 def two_digits(value: float) -> float:

@@ -10,9 +10,10 @@ with the operator.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,8 @@ from types import TracebackType
 from typing import IO, Any, Final, Protocol, Self
 
 from privrec.errors import DataError, ReleaseRefused
+
+_LOG = logging.getLogger(__name__)
 
 OUTSIDE: Final = "outside the guarantee"
 """The stamp of every loss and metric that is computed from private data without noise."""
@@ -326,15 +329,22 @@ class Observers(NullObserver):
 
     def round(self, record: Record) -> None:
         """Hand the round to all of them."""
-        for observer in self._observers:
-            observer.round(record)
+        self._tell(lambda observer: observer.round(record))
 
     def finished(self, result: Finished) -> None:
         """Tell all of them that the run is done."""
-        for observer in self._observers:
-            observer.finished(result)
+        self._tell(lambda observer: observer.finished(result))
 
     def close(self) -> None:
         """Close all of them."""
+        self._tell(lambda observer: observer.close())
+
+    def _tell(self, news: Callable[[Observer], None]) -> None:
+        """Tell all of them; one that fails once rounds are paid for is left out from there on."""
         for observer in self._observers:
-            observer.close()
+            try:
+                news(observer)
+            except (Exception, SystemExit) as error:  # rich exits where a pipe is closed
+                self._observers = [each for each in self._observers if each is not observer]
+                name, what = type(observer).__name__, type(error).__name__
+                _LOG.warning("%s failed (%s: %s); the run goes on without it", name, what, error)

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from privrec import catalogue, checkpoint, data, lifetime, metrics, rundir, storage
+from privrec import baselines, catalogue, checkpoint, data, lifetime, metrics, rundir, storage
 from privrec.assembly import Parts, assemble, check_tiers, data_digest
 from privrec.checkpoint import Position
 from privrec.data import Interactions, Split
 from privrec.identity import Identity
 from privrec.language_run import Texts
 from privrec.loop import Loop, Result, one_thread
-from privrec.outcome import result_of, write_model
+from privrec.outcome import result_of
 from privrec.privacy.ledger import Ledger
 from privrec.randomness import SecretRoot
 from privrec.record import EventLog, Observer
@@ -58,8 +58,7 @@ def start(
     rundir.refuse_taken(out)
     lifetime.check(population, scenario, known=unsafe_noise_key is not None)
     kind = _kind_of(scenario)
-    split = kind.load(scenario, data_dir)
-    rundir.check_population(scenario, split.train.n_users)
+    split = _checked(scenario, data_dir)
     identity = Identity.new(scenario, kind.describe(split), data_dir, unsafe_noise_key)
     with identity.forgotten_unless(out), rundir.appearing(out) as folder:
         rundir.write_json(folder / "run.json", identity.to_json())
@@ -77,6 +76,24 @@ def start(
             events.append("start", run_id=identity.run_id, simulated=True)
     storage.sync_directory(out.parent)
     return _go_on(out, scenario, split, identity, parts, observer, position)
+
+
+def check(scenario: Scenario, data_dir: Path | None) -> None:
+    """Refuse, before anything is charged, a scenario that cannot be run or measured on its data.
+
+    Raises:
+        UsageError: when a baseline cannot be had, or the data is not of the declared size.
+        DataError: when the data is malformed, or holds out nothing to measure on.
+    """
+    _checked(scenario, data_dir)
+
+
+def _checked(scenario: Scenario, data_dir: Path | None) -> Any:
+    kind = _kind_of(scenario)
+    split = kind.load(scenario, data_dir)
+    rundir.check_population(scenario, split.train.n_users)
+    kind.check(scenario, split)
+    return split
 
 
 def resume(out: Path, *, data_dir: Path | None = None, observer: Observer) -> Result:
@@ -149,6 +166,7 @@ class Kind(Protocol):
     @property
     def loop(self) -> Callable[..., Loop]: ...
     def load(self, scenario: Scenario, data_dir: Path | None) -> Any: ...
+    def check(self, scenario: Scenario, split: Any) -> None: ...
     def describe(self, split: Any) -> dict[str, Any]: ...
     def numbered(
         self, scenario: Scenario, split: Any, ledger: Ledger, folder: Path, server: SecretRoot,
@@ -171,6 +189,11 @@ class _Histories:
         split = data.load(scenario.data, data_dir=data_dir)
         check_tiers(scenario, split.train.n_users, split.train.n_items)
         return split
+
+    def check(self, scenario: Scenario, split: Split) -> None:
+        metrics.holding_out(split.heldout, None)
+        for name in scenario.run.baselines:
+            baselines.check(name, split.train, dim=scenario.model.dim)
 
     def describe(self, split: Split) -> dict[str, Any]:
         return data.describe(split)
@@ -206,6 +229,7 @@ class _Simulated(Loop):
         """See :meth:`Loop.accuracy`."""
         every, index = self.scenario.run.eval_every, self.server.index
         if index == self.scenario.train.rounds:
+            # Another try is made at the end, where the gap would be stated as the whole run's.
             self.evaluated = self.evaluate(("sampled", "full"))
             return self.evaluated.summary()
         if every == 0 or index % every:
@@ -221,23 +245,23 @@ class _Simulated(Loop):
     def judge(self) -> Judge:
         return Judge(self.parts, self.split, self.scenario.run)
 
-    def finish(self) -> Result:
-        """See :meth:`Loop.finish`."""
-        evaluated = self.evaluated or self.evaluate(("sampled", "full"))
-        write_model(self.out, self.server, self.scenario)
-        payload = result_of(
-            self.scenario, self.split, self.parts, self.ledger, evaluated,
-            own=self._own(evaluated),
+    def payload(self) -> dict[str, Any]:
+        """See :meth:`Loop.payload`."""
+        every: metrics.Protocols = ("sampled", "full")
+        none = metrics.Evaluation.nobody()
+        whole = self.evaluated or self.attempt("accuracy", lambda: self.evaluate(every)) or none
+        federation = self.parts.federation
+        own: tuple[metrics.Evaluation, ...] = (whole,)
+        if len(federation.tiers) > 1 or federation.absent:
+            judged = self.attempt(
+                "accuracy by tier", lambda: self.judge.own(self.server.released, every)
+            )
+            own = judged or (none,) * (len(federation.tiers) + bool(federation.absent))
+        return result_of(
+            self.scenario, self.split, self.parts, self.ledger, whole,
+            own=own, attempt=self.attempt,
             identity=self.identity.to_json(), cpu_s=self.cpu_s, wall_s=self.wall_s,
         )  # fmt: skip
-        payload = rundir.leave(self.out, payload, self.identity)
-        self.events.append("end", round=self.server.index)
-        return Result(self.out, payload)
-
-    def _own(self, whole: metrics.Evaluation) -> tuple[metrics.Evaluation, ...]:
-        if len(self.parts.federation.tiers) == 1 and not self.parts.federation.absent:
-            return (whole,)
-        return self.judge.own(self.server.released, ("sampled", "full"))
 
     def save(self) -> None:
         """See :meth:`Loop.save`."""

@@ -273,7 +273,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def leave(out: Path, payload: dict[str, Any], identity: Identity) -> dict[str, Any]:
     """Write ``result.json``, signed, and then remove the checkpoint of the run that has ended.
 
-    The checkpoint holds what devices keep to themselves; a finished run has no more need of it.
+    The checkpoint holds what devices keep to themselves; a finished run has no more need of it,
+    unless it has gaps that ``resume`` can try to fill.
 
     Returns:
         The content of the file.
@@ -281,7 +282,8 @@ def leave(out: Path, payload: dict[str, Any], identity: Identity) -> dict[str, A
     plain = json.loads(json.dumps(payload, allow_nan=False))
     record = sign("result", plain, identity.signing_key())
     write_json(out / "result.json", record)
-    (out / CHECKPOINT).unlink(missing_ok=True)
+    if not record.get("gaps"):
+        (out / CHECKPOINT).unlink(missing_ok=True)
     return record
 
 
@@ -308,5 +310,7 @@ def left(out: Path, identity: Identity, scenario: Scenario) -> dict[str, Any] | 
         if (out / CHECKPOINT).exists():
             return None
         raise
+    if record.get("gaps") and (out / CHECKPOINT).exists():
+        return None
     (out / CHECKPOINT).unlink(missing_ok=True)
     return record

@@ -105,13 +105,24 @@ class Judge:
     ) -> tuple[metrics.Evaluation, ...]:
         """Metrics of the users of each tier with what their tier holds of the weights.
 
-        Those of devices that hold nothing come last: they recommend what is popular.
+        Those of devices that hold nothing come last: they recommend what is popular. Users of a
+        tier none of whom holds out an item have no metrics.
         """
         cohorts = zip(self.parts.federation.tiers, self.parts.simulation.cohorts, strict=True)
-        measured = [self._measured(tier, cohort, weights, protocols) for tier, cohort in cohorts]
+        nobody, holds_out = metrics.Evaluation.nobody(), self.split.heldout.counts > 0
+        measured = [
+            self._measured(tier, cohort, weights, protocols)
+            if holds_out[cohort.histories.users].any()
+            else nobody
+            for tier, cohort in cohorts
+        ]
         if self.parts.federation.absent:
-            scores = metrics.popularity_scores(self.split.train)
-            measured.append(self._evaluated(scores, protocols, self.parts.simulation.absent))
+            absent, scores = self.parts.simulation.absent, metrics.popularity_scores
+            measured.append(
+                self._evaluated(scores(self.split.train), protocols, absent)
+                if holds_out[absent].any()
+                else nobody
+            )
         return tuple(measured)
 
     def _measured(

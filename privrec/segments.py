@@ -36,6 +36,8 @@ def by_segment(evaluated: Evaluation, split: Split) -> list[dict[str, Any]]:
         Dictionaries of ``by``, ``name``, ``share`` of the measured users (two digits) and
         ``metrics``. They come from private data without noise.
     """
+    if not evaluated.users.size:
+        return []
     parts = (*_activity(evaluated, split), *_popularity(evaluated, split))
     return [_segment(evaluated, *part) for part in parts if part[2].sum() >= FEWEST]
 

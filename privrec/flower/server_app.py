@@ -28,7 +28,7 @@ from privrec.flower.settings import scenario_of
 from privrec.flower.wire import EXCHANGES, MASKED, SHARES, round_to_body, summary
 from privrec.identity import Identity
 from privrec.loop import Loop, Result
-from privrec.outcome import deployed_result, write_model
+from privrec.outcome import deployed_result
 from privrec.randomness import SecretRoot, rng_for
 from privrec.record import EventLog, NullObserver, Observer, Record, RunInfo
 from privrec.scenario import Scenario, load
@@ -130,16 +130,12 @@ class Deployed(Loop):
             self.cpu_s,
         )  # fmt: skip
 
-    def finish(self) -> Result:
-        """See :meth:`Loop.finish`."""
-        write_model(self.out, self.server, self.scenario)
-        payload = deployed_result(
+    def payload(self) -> dict[str, Any]:
+        """See :meth:`Loop.payload`."""
+        return deployed_result(
             self.scenario, self.server, self.ledger, identity=self.identity.to_json(),
             population=self.population, wall_s=self.wall_s,
         )  # fmt: skip
-        payload = rundir.leave(self.out, payload, self.identity)
-        self.events.append("end", round=self.server.index)
-        return Result(self.out, payload)
 
 
 def deploy(

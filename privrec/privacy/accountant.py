@@ -26,12 +26,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from privrec.errors import UsageError
+
 REFINEMENT = 0.005
 _NEGLIGIBLE = 2e-5  # against the four decimals to which ε is shown
 _LEVELS = 5
 _TAIL = 1e-15
 _ROUNDING = 2.0**-52
 _ORDERS = np.outer([1.0, -1.0], 2.0 ** np.arange(-18, 0, 0.5)).ravel()  # a grid point
+_MOST_POINTS = 1 << 24  # of a grid, by memory
+_PRV_STRENGTH = 20.0
+_LARGE = 1e6  # an ε whose rounding errors are worth more than the last digits of δ
 _PLAIN = 1e-12  # sampling above 1 - 1e-12 is treated as everybody, which costs more, never less
 
 
@@ -99,7 +104,10 @@ def rdp(rounds: Composition, delta: float) -> float:
     from dp_accounting.rdp import RdpAccountant
 
     accountant = RdpAccountant(neighboring_relation=NeighboringRelation.REPLACE_SPECIAL)
-    with _quiet("absl"):  # it reports each order that it leaves out, which only loosens the bound
+    with (
+        _quiet("absl"),
+        np.errstate(all="ignore"),
+    ):  # it reports each order that it leaves out, which only loosens the bound
         for part in rounds:
             accountant.compose(_dp_event(part), part.count)
         return float(accountant.get_epsilon(delta))
@@ -110,7 +118,15 @@ def prv(rounds: Composition, delta: float) -> float:
     """An upper bound on ε by Opacus' accountant of privacy random variables, good to 0.01.
 
     Arguments and result as for :func:`pld`.
+
+    Raises:
+        UsageError: when the noise is so little that Opacus' grid would not fit into memory.
     """
+    if _strength(rounds) > _PRV_STRENGTH:
+        raise UsageError(
+            f"accountant 'prv' with a noise multiplier of {rounds[0].noise_multiplier:g}: its grid "
+            "serves ε up to some hundreds; choose 'pld' or 'rdp'"
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Opacus warns while it is imported, about its own parts
         from opacus.accountants import PRVAccountant
@@ -138,7 +154,8 @@ def gaussian(strength: float, delta: float) -> float:
     high = 1.0
     while gaussian_delta(strength, high) > delta:
         high *= 2
-    return _bisect(lambda epsilon: gaussian_delta(strength, epsilon) <= delta, 0.0, high)
+    found = _bisect(lambda epsilon: gaussian_delta(strength, epsilon) <= delta, 0.0, high)
+    return found if found <= _LARGE else found * (1 + 1e-12)
 
 
 def gaussian_delta(strength: float, epsilon: float) -> float:
@@ -146,6 +163,8 @@ def gaussian_delta(strength: float, epsilon: float) -> float:
     from scipy.special import log_ndtr
 
     first = float(log_ndtr(strength / 2 - epsilon / strength))
+    if epsilon > _LARGE:  # the second term would be lost in rounding; without it δ is from above
+        return math.exp(first)
     second = epsilon + float(log_ndtr(-strength / 2 - epsilon / strength))
     return math.exp(first) * -math.expm1(min(second - first, 0.0))
 
@@ -170,7 +189,7 @@ class _Sum:
 
 
 def _strength(rounds: Sequence[Rounds]) -> float:
-    return math.sqrt(sum(part.count / part.noise_multiplier**2 for part in rounds))
+    return math.hypot(*(math.sqrt(part.count) / part.noise_multiplier for part in rounds))
 
 
 def _first_step(rounds: Sequence[Rounds]) -> float:
@@ -237,6 +256,8 @@ def _log_sum(logs: NDArray[np.float64]) -> float:
 def _sum(parts: Sequence[_Losses], counts: Sequence[int]) -> _Sum:
     """The loss of ``counts[i]`` rounds of each ``parts[i]``, all on the same grid, from above."""
     lowest, highest = _window(parts, counts)
+    if highest - lowest > _MOST_POINTS:
+        return _Sum(np.zeros(1), 0, 1.0)  # all is lost, so that ε is infinite on this grid
     mass, lowest = _convolve(parts, counts, lowest, highest)
     finite = sum(n * math.log1p(-part.at_infinity) for part, n in zip(parts, counts, strict=True))
     margin = _ROUNDING * (len(mass) + sum(counts))

@@ -34,6 +34,7 @@ Mechanism = Literal["gaussian", "discrete_gaussian", "skellam", "none"]
 
 DIGITS = 4
 _SMALLEST_DELTA = 1e-10
+_LEAST_SAMPLED, _MOST_NOISE = 0.01, 1e9
 _NAMES = ("mechanism", "noise_multiplier", "sampling_rate")
 _GRID_NAMES = (
     "squared_sensitivity", "dimension", "shares", "excess_removed", "small_cohort_delta"
@@ -270,16 +271,25 @@ def _composition(counts: Mapping[RoundEvent, int], adversary: Adversary) -> Comp
 
     seen: Counter[tuple[float, float]] = Counter()
     for event, count in counts.items():
-        seen[event.gaussian_multiplier, event.rate_against(adversary)] += count
+        seen[_accounted(event, adversary)] += count
     return tuple(Rounds(sigma, rate, count) for (sigma, rate), count in sorted(seen.items()))
+
+
+def _accounted(event: RoundEvent, adversary: Adversary) -> tuple[float, float]:
+    """Noise multiplier and sampling rate that are accounted; they cost more, never less.
+
+    Outside of these bounds grids and series leave double precision. By little noise sampling gains
+    next to nothing, and a thousand million times the sensitivity is as good as any more.
+    """
+    sigma, rate = min(event.gaussian_multiplier, _MOST_NOISE), event.rate_against(adversary)
+    return sigma, rate if sigma >= _LEAST_SAMPLED else 1.0
 
 
 def _parts(counts: Mapping[RoundEvent, int], adversary: Adversary) -> list[renyi.Part]:
     """The same for Rényi divergences."""
     return [
         renyi.Part(
-            event.gaussian_multiplier,
-            event.rate_against(adversary),
+            *_accounted(event, adversary),
             count,
             event.grid if event.mechanism == "skellam" else None,
         )
@@ -305,7 +315,8 @@ def _accountant(name: Accountant) -> Any:
 
 
 def _round_up(value: float) -> float:
-    return math.ceil(value * 10**DIGITS) / 10**DIGITS if math.isfinite(value) else value
+    scaled = value * 10**DIGITS
+    return math.ceil(scaled) / 10**DIGITS if math.isfinite(scaled) else value
 
 
 def _check_noise(mechanism: Mechanism, noise_multiplier: float) -> None:

@@ -74,7 +74,7 @@ def sampled(part: Part, order: int) -> float:
 
 def plain(part: Part, order: int) -> float:
     """The same without sampling."""
-    gaussian = order / (2 * part.noise_multiplier**2)
+    gaussian = order / 2 / part.noise_multiplier / part.noise_multiplier
     return gaussian if part.grid is None else gaussian + _surcharge(part, part.grid, order)
 
 

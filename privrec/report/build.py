@@ -296,6 +296,7 @@ def _word(files: _Files) -> dict[str, Any]:
     """The fields that no ledger tells."""
     result = files.result
     return {
+        "gaps": dict(result.get("gaps") or {}),
         "accuracy": _accuracy(files),
         "segments": tuple(Segment(**each) for each in result.get("segments") or ()),
         "cost": _cost(files),

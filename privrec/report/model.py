@@ -198,7 +198,7 @@ class Notice(Part):
 
 
 WORD: Final = (
-    "accuracy", "cost", "data", "model", "rows", "segments", "tiers", "audit",
+    "accuracy", "cost", "data", "model", "rows", "segments", "tiers", "audit", "gaps",
 )  # fmt: skip
 """Fields that no ledger tells; so do the curves that carry the stamp of private data."""
 
@@ -234,6 +234,9 @@ class Report(Part):
     deployment: Deployment
     reading: Reading
     audit: AuditPart | None
+    gaps: dict[str, str] = Field(
+        default={}, description="What could not be measured after training, and why."
+    )
     accuracy: Accuracy
     segments: tuple[Segment, ...] = Field(description="Accuracy by kind of user.")
     cost: Cost
