@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from privrec import checkpoint
+from privrec import storage
 from privrec.data.extreme import Examples
 from privrec.data.labelled import (
     SPLITS,
@@ -279,7 +279,7 @@ class SparseClassifier:
         }
         text = json.dumps(about, default=lambda value: value.item())  # settings may be NumPy's
         weights = model.state_dict()
-        checkpoint.replace(Path(path), save(weights, metadata={"about": text}))
+        storage.replace(Path(path), save(weights, metadata={"about": text}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SparseClassifier:
@@ -379,7 +379,7 @@ def _handed_over(source: object) -> Labelled:
             f"{len(texts)} texts and {len(given)} rows of labels: there must be as many of both, "
             "and at least one; check what was handed over"
         )
-    labels = []
+    labels: list[list[Any]] = []
     for row, own in enumerate(given):
         several = isinstance(own, Iterable) and not isinstance(own, str | bytes) and not _lone(own)
         # Numbers of NumPy and PyTorch as Python's own, which JSON keeps and everybody compares.

@@ -310,7 +310,7 @@ def left(out: Path, identity: Identity, scenario: Scenario) -> dict[str, Any] | 
         if (out / CHECKPOINT).exists():
             return None
         raise
-    if record.get("gaps") and (out / CHECKPOINT).exists():
+    if record is None or (record.get("gaps") and (out / CHECKPOINT).exists()):
         return None
     (out / CHECKPOINT).unlink(missing_ok=True)
     return record
