@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from privrec import checkpoint, outcome, run
+from privrec import checkpoint, loop, outcome, run
 from privrec.errors import PrivrecError
 from privrec.privacy import ledger
 from privrec.randomness import SecretRoot
@@ -41,7 +41,7 @@ STEPS: list[tuple[Any, str]] = [
     (EventLog, "append"),
     (SecretRoot, "create"),
     (checkpoint, "write"),
-    (run, "write_model"),
+    (loop, "write_model"),
     (os, "fdopen"),  # after it, the file is there and empty
     (os, "fsync"),
     (os, "replace"),
