@@ -379,7 +379,7 @@ def _handed_over(source: object) -> Labelled:
             f"{len(texts)} texts and {len(given)} rows of labels: there must be as many of both, "
             "and at least one; check what was handed over"
         )
-    labels: list[list[Any]] = []
+    labels: list[tuple[Label, ...]] = []
     for row, own in enumerate(given):
         several = isinstance(own, Iterable) and not isinstance(own, str | bytes) and not _lone(own)
         # Numbers of NumPy and PyTorch as Python's own, which JSON keeps and everybody compares.
