@@ -92,6 +92,14 @@ def test_removing_or_changing_an_example_moves_the_sums_by_at_most_the_bound(
         assert moved(made, items, changed) <= BOUND * (1 + 1e-4)
 
 
+def test_no_rounding_takes_an_example_beyond_the_bound():
+    for seed in range(20):
+        clipped = steps_of(recommender(), seed, scale=5.0).gradients(np.arange(12))
+        parts = (clipped.user, clipped.dense, clipped.blocks, clipped.biases)
+        flat = np.concatenate([np.asarray(part).reshape(12, -1) for part in parts], axis=1)
+        assert np.linalg.norm(flat.astype(np.float64), axis=1).max() <= BOUND / 2
+
+
 def test_the_bound_is_reached():
     made = steps_of(recommender(), scale=5.0)
     items = np.arange(12)

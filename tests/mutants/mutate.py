@@ -12,10 +12,10 @@ Mutants are made in copies of the tree. Before them, the tests that they name mu
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,9 +27,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
+import pytest
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 DEAD, SURVIVED, ERROR = "dead", "SURVIVED", "ERROR"
+SERVER = multiprocessing.get_context("forkserver")
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ def mutants() -> list[Mutant]:
 @contextmanager
 def copies(count: int) -> Iterator[SimpleQueue[Path]]:
     """Copies of the tree, to be taken and put back by workers."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    SERVER.set_forkserver_preload(["pytest", "scipy.stats", "torch"])
     free: SimpleQueue[Path] = SimpleQueue()
     skip = shutil.ignore_patterns(".*", "__pycache__", "_build", "runs", "shared")
     with tempfile.TemporaryDirectory() as place:
@@ -72,15 +77,34 @@ def copies(count: int) -> Iterator[SimpleQueue[Path]]:
 
 
 def run_tests(tree: Path, tests: Sequence[str]) -> tuple[int, str]:
-    """Exit code and output of pytest in a copy of the tree."""
-    state = tempfile.mkdtemp(dir=tree.parent)
-    own = {"PYTHONPATH": str(tree), "PRIVREC_STATE": state, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests],
-        cwd=tree, env={**os.environ, **own, "PYTHONDONTWRITEBYTECODE": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-    )  # fmt: skip
-    return done.returncode, done.stdout
+    """Exit code and output of pytest in a copy of the tree, in a process of its own."""
+    output = tree.parent / f"{tree.name}.txt"
+    process = SERVER.Process(target=_pytest, args=(tree, output, tests))
+    process.start()
+    process.join()
+    return process.exitcode or 0, output.read_text("utf-8", errors="replace")
+
+
+def _pytest(tree: Path, output: Path, tests: Sequence[str]) -> None:
+    """Run in a fork of a process that has imported what is slow to import and is never mutated."""
+    with output.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(tree)
+    os.environ["PYTHONPATH"] = str(tree)
+    os.environ["PRIVREC_STATE"] = tempfile.mkdtemp(dir=tree.parent)
+    sys.path[:0] = [str(tree)]
+    sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests], [Unshrunk()]))
+
+
+class Unshrunk:
+    """A plugin that lets Hypothesis stop at the first example that fails."""
+
+    def pytest_configure(self) -> None:
+        from hypothesis import Phase, settings  # once pytest has come to rewrite it
+
+        settings.register_profile("mutants", phases=(Phase.explicit, Phase.generate))
+        settings.load_profile("mutants")
 
 
 def verdict(mutant: Mutant, free: SimpleQueue[Path]) -> tuple[str, str]:
@@ -97,10 +121,12 @@ def verdict(mutant: Mutant, free: SimpleQueue[Path]) -> tuple[str, str]:
         file.write_text(source, "utf-8")
         free.put(tree)
     seconds = time.perf_counter() - began
-    if code > 1:  # no test was run, or its module could not be imported
-        return ERROR, f"pytest ended with {code}:\n{output[-2000:]}"
-    killer = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
-    return (DEAD, f"{seconds:.0f} s, {killer[1]}") if code and killer else (SURVIVED, "")
+    killer = re.search(r"^(?:FAILED|ERROR) (\S+::\S+)", output, re.MULTILINE)
+    if code == 0:
+        return SURVIVED, f"{seconds:.0f} s"
+    if code == 1 and killer:
+        return DEAD, f"{seconds:.0f} s, {killer[1]}"
+    return ERROR, f"pytest ended with {code}:\n{output[-2000:]}"  # no test was run, for one thing
 
 
 def main() -> int:

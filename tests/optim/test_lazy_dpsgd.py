@@ -18,7 +18,7 @@ from privrec.errors import UsageError
 from privrec.optim.lazy_dpsgd import LazyDPSGD
 from privrec.optim.parameter import LazyParameter
 from privrec.optim.poisson import PoissonSampler, poisson_loader
-from privrec.randomness import SecretRoot
+from privrec.randomness import SecretRoot, SecureStream
 
 VOCABULARY, TAGS, WIDTH = 7, 5, 3
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
@@ -148,6 +148,19 @@ def test_one_example_moves_the_sum_by_at_most_the_bound(bound):
             optimizer.step()
             moved.append(torch.cat([v.reshape(-1) for v in values(copied)]))
         assert (moved[0] - moved[1]).norm().item() <= bound * (1 + 1e-5)
+
+
+def test_no_rounding_takes_an_example_beyond_the_bound():
+    torch.manual_seed(0)
+    for _ in range(20):
+        model = nn.Linear(50, 3)
+        torch.nn.init.zeros_(model.weight)
+        torch.nn.init.zeros_(model.bias)
+        optimizer = made(model)
+        (model(torch.randn(1, 50)) - torch.randn(1, 3)).square().sum().backward()
+        optimizer.step()
+        step = torch.cat([each.reshape(-1) for each in values(model)])
+        assert step.double().norm() <= 1
 
 
 def without_clip_moves_more(bound=0.01):
@@ -499,6 +512,11 @@ class TestPoisson:
         assert batches == list(PoissonSampler(1000, 0.05, 200, SecretRoot.known(b"poisson")))
         assert list(PoissonSampler(1000, 0.05, 3)) != list(PoissonSampler(1000, 0.05, 3))
         assert [len(b) for b in PoissonSampler(10, 1.0, 2, root)] == [10, 10]
+
+    def test_a_coin_below_the_rate_is_in(self, monkeypatch):
+        coins = np.array([0, 2**31 - 1, 2**31, 2**32 - 1], np.uint32)
+        monkeypatch.setattr(SecureStream, "uint32", lambda stream, size: coins[:size])
+        assert list(PoissonSampler(4, 0.5, 1)) == [[0, 1]]
 
     def test_empty_batches_keep_their_shape(self):
         data = TensorDataset(torch.ones(3, 4), torch.ones(3, dtype=torch.int64))

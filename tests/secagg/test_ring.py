@@ -108,6 +108,15 @@ def test_vectors_at_the_clip_norm_are_encoded_within_the_bound(
     assert min(lengths) > 0.5 * 4**scale_bits
 
 
+def test_the_finest_grid_keeps_its_bound_though_float32_cannot_tell() -> None:
+    """Integers of squared norms about 2^40, where neighbours in float32 are 2^17 apart."""
+    encoding = Encoding(1.0, 1000, 20)
+    values = np.random.default_rng(0).standard_normal((1000, 1000), np.float32)
+    values /= np.linalg.norm(values, axis=1, keepdims=True)
+    integers = encoding.encode(clip(values, 1.0), ROOT.stream("finest"))
+    assert max(map(squared, integers)) <= encoding.squared_bound
+
+
 def test_a_rounding_that_is_too_long_is_drawn_again() -> None:
     """Halves everywhere: one draw in some forty exceeds the bound, and no result ever does."""
     encoding = Encoding(1.0, 4096, 5)
