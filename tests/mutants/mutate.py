@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import cache_from_source
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -66,8 +67,9 @@ def mutants() -> list[Mutant]:
 @contextmanager
 def copies(count: int) -> Iterator[SimpleQueue[Path]]:
     """Copies of the tree, to be taken and put back by workers."""
-    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    SERVER.set_forkserver_preload(["pytest", "scipy.stats", "torch"])
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    SERVER.set_forkserver_preload(["pydantic", "pytest", "scipy.stats", "torch"])
     free: SimpleQueue[Path] = SimpleQueue()
     skip = shutil.ignore_patterns(".*", "__pycache__", "_build", "runs", "shared")
     with tempfile.TemporaryDirectory() as place:
@@ -91,6 +93,7 @@ def _pytest(tree: Path, output: Path, tests: Sequence[str]) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.chdir(tree)
+    sys.dont_write_bytecode = False
     os.environ["PYTHONPATH"] = str(tree)
     os.environ["PRIVREC_STATE"] = tempfile.mkdtemp(dir=tree.parent)
     sys.path[:0] = [str(tree)]
@@ -119,6 +122,7 @@ def verdict(mutant: Mutant, free: SimpleQueue[Path]) -> tuple[str, str]:
         return ERROR, str(error)
     finally:
         file.write_text(source, "utf-8")
+        Path(cache_from_source(file)).unlink(missing_ok=True)  # it may be of the same second
         free.put(tree)
     seconds = time.perf_counter() - began
     killer = re.search(r"^(?:FAILED|ERROR) (\S+::\S+)", output, re.MULTILINE)

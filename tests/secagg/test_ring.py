@@ -111,9 +111,9 @@ def test_vectors_at_the_clip_norm_are_encoded_within_the_bound(
 def test_the_finest_grid_keeps_its_bound_though_float32_cannot_tell() -> None:
     """Integers of squared norms about 2^40, where neighbours in float32 are 2^17 apart."""
     encoding = Encoding(1.0, 1000, 20)
-    values = np.random.default_rng(0).standard_normal((1000, 1000), np.float32)
-    values /= np.linalg.norm(values, axis=1, keepdims=True)
-    integers = encoding.encode(clip(values, 1.0), ROOT.stream("finest"))
+    rows = np.random.default_rng(0).standard_normal((1000, 1000))
+    values = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    integers = encoding.encode(values, ROOT.stream("finest"))
     assert max(map(squared, integers)) <= encoding.squared_bound
 
 
