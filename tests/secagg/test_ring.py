@@ -128,6 +128,7 @@ def test_a_rounding_that_is_too_long_is_drawn_again() -> None:
     lengths = (integers**2).sum(1)
     assert lengths.max() <= encoding.squared_bound
     assert lengths.max() > 0.99 * encoding.squared_bound
+    assert lengths.min() > 0.8 * encoding.squared_bound
 
 
 @pytest.mark.statistical
