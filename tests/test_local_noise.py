@@ -114,12 +114,13 @@ def test_a_report_is_refused_when_the_result_says_another_epsilon(tmp_path):
         build(out)
 
 
-def test_a_retry_that_would_exceed_the_budget_stops(tmp_path, monkeypatch):
+@pytest.mark.parametrize("index", [0, ROUNDS - 1])
+def test_a_retry_that_would_exceed_the_budget_stops(tmp_path, index, monkeypatch):
     """Each attempt is charged for examples too, so a lost round ends the run before its last."""
     collect, lost = Simulation.collect, []
 
     def losing(self, round, weights):
-        if not lost:
+        if round.index == index and not lost:
             lost.append(round.index)
             raise ReleaseRefused("lost")
         return collect(self, round, weights)

@@ -18,7 +18,15 @@ from safetensors.numpy import load_file
 
 from privrec import run, rundir
 from privrec.checkpoint import Position, read
-from privrec.errors import DataError, Interrupted, PrivrecError, ReleaseRefused, UsageError
+from privrec.device.round import Round
+from privrec.errors import (
+    BudgetError,
+    DataError,
+    Interrupted,
+    PrivrecError,
+    ReleaseRefused,
+    UsageError,
+)
 from privrec.identity import Identity
 from privrec.privacy.events import RoundEvent, epsilon
 from privrec.privacy.ledger import Ledger
@@ -188,6 +196,23 @@ def test_a_budget_is_kept_and_reached(tmp_path: Path) -> None:
         spent = payload["privacy"]["epsilon" if against == "recipients" else "epsilon_server"]
         assert 5.9 < spent <= 6
         assert (payload["privacy"]["budget"], payload["rounds"]) == (6, ROUNDS)
+
+
+@pytest.mark.parametrize("index", [0, ROUNDS - 1])
+def test_a_retry_that_would_exceed_the_budget_stops(
+    tmp_path: Path, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collect, lost = Simulation.collect, list[int]()
+
+    def losing(self: Simulation, round: Round, weights: Any) -> Any:
+        if round.index == index and not lost:
+            lost.append(index)
+            raise ReleaseRefused("lost")
+        return collect(self, round, weights)
+
+    monkeypatch.setattr(Simulation, "collect", losing)
+    with pytest.raises(BudgetError, match=f"Stopped after {ROUNDS - 1} rounds"):
+        started(tmp_path / "run", "privacy.noise_multiplier=", "privacy.epsilon=6")
 
 
 # --------------------------------------------------------------------------- bits

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privrec.device.batch import Histories
+from privrec.device.device import noise_roots
 from privrec.device.examples import Deferred, ExampleNoise, ExampleSteps, Gradients, Schedule
 from privrec.device.recommender import Recommender, Settings
 from privrec.device.train import Trainer
@@ -92,6 +95,14 @@ def test_removing_or_changing_an_example_moves_the_sums_by_at_most_the_bound(
         assert moved(made, items, changed) <= BOUND * (1 + 1e-4)
 
 
+def test_no_rounding_takes_an_example_beyond_the_bound():
+    for seed in range(20):
+        clipped = steps_of(recommender(), seed, scale=5.0).gradients(np.arange(12))
+        parts = (clipped.user, clipped.dense, clipped.blocks, clipped.biases)
+        flat = np.concatenate([np.asarray(part).reshape(12, -1) for part in parts], axis=1)
+        assert np.linalg.norm(flat.astype(np.float64), axis=1).max() <= BOUND / 2
+
+
 def test_the_bound_is_reached():
     made = steps_of(recommender(), scale=5.0)
     items = np.arange(12)
@@ -125,12 +136,15 @@ def test_a_user_vector_fitted_without_noise_breaks_the_bound(lab):
 
 def test_an_example_stays_itself_whatever_the_others_are():
     made = steps_of(recommender())
-    items = np.array([3, 17, 5])
-    alone = made._negatives(items[1:2])
-    assert np.array_equal(made._negatives(items)[1:2], alone)
-    turns = [t for t, part in enumerate(made.turns(items)) if 17 in part]
-    assert turns == [t for t, part in enumerate(made.turns(items[1:2])) if 17 in part]
-    assert len(turns) == 1
+    items = np.random.default_rng(0).permutation(ITEMS)
+    together = {item: t for t, part in enumerate(made.turns(items)) for item in part}
+    for place, item in enumerate(items):
+        (alone,) = (t for t, part in enumerate(made.turns(items[place : place + 1])) if len(part))
+        assert together[item] == alone
+        negatives = made._negatives(items)[place : place + 1]
+        assert np.array_equal(negatives, made._negatives(items[place : place + 1]))
+    repeated = np.concatenate(made.turns(np.repeat(items, 2)))
+    assert sorted(repeated) == sorted(items)
 
 
 def test_negatives_are_uniform_over_all_items_the_history_included():
@@ -185,13 +199,20 @@ def test_most_noise_of_a_round_is_deferred_and_all_of_it_settled():
     assert Deferred().share is None
 
 
-def test_the_same_input_has_the_same_noise_and_any_other_its_own():
-    def change(key: int) -> np.ndarray:
-        made = steps_of(recommender(), key=key)
-        made.run(np.array([1, 2, 3]))
-        return made.change()
+def test_the_same_input_has_the_same_noise_and_any_other_its_own(lab):
+    parts = recommender()
+    trainer = Trainer(parts, lab().trainer.settings, examples=ExampleNoise(BOUND, 100.0))
 
-    assert np.array_equal(change(1), change(1))
+    def change(history=(1, 2, 3), state=0.0, *context: int) -> np.ndarray:
+        one = Histories(np.array([4]), np.array([0, len(history)]), np.array(history, np.int32))
+        noise = noise_roots(ROOT, SimpleNamespace(context=context))
+        states = np.full((1, parts.model.user_dim), state, np.float32)
+        return trainer.train(steps_of(parts)._weights, one, states, 9, noise=noise).update.values
+
+    once = change()
+    assert np.array_equal(once, change())
+    for other in (change((1, 2)), change((1, 2, 3), 0.1), change((1, 2, 3), 0.0, 1)):
+        assert np.std(once - other) > np.std(once)
 
 
 def test_a_broken_example_counts_as_none():

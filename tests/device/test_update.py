@@ -25,11 +25,19 @@ def test_no_row_is_longer_than_the_clip_norm(values: np.ndarray, clip_norm: floa
     clipped = clip(values, clip_norm)
     wide, before = clipped.astype(np.float64), values.astype(np.float64)
     assert clipped.dtype == np.float32
-    assert np.all(np.linalg.norm(wide, axis=1) <= clip_norm * (1 + 1e-6))
+    assert np.all(np.linalg.norm(wide, axis=1) <= clip_norm)
     for short, long in zip(wide, before, strict=True):
         length = np.linalg.norm(long)
         factor = min(1.0, clip_norm / length) if length else 1.0
         assert np.allclose(short, long * factor, rtol=1e-5, atol=1e-30 + 1e-6 * clip_norm)
+
+
+def test_rows_that_are_hardly_too_long_are_clipped_all_the_same() -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((1000, 30))
+    rows *= rng.uniform(0.95, 1.05, (1000, 1)) / np.linalg.norm(rows, axis=1, keepdims=True)
+    clipped = clip(rows.astype(np.float32), 1.0).astype(np.float64)
+    assert np.linalg.norm(clipped, axis=1).max() <= 1
 
 
 def test_a_short_row_is_not_touched() -> None:

@@ -19,7 +19,7 @@ from privrec.errors import UsageError
 from privrec.optim.lazy_dpsgd import LazyDPSGD
 from privrec.optim.parameter import LazyParameter
 from privrec.optim.poisson import PoissonSampler, poisson_loader
-from privrec.randomness import SecretRoot
+from privrec.randomness import SecretRoot, SecureStream
 
 VOCABULARY, TAGS, WIDTH = 7, 5, 3
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
@@ -547,6 +547,11 @@ class TestPoisson:
         assert batches == list(PoissonSampler(1000, 0.05, 200, SecretRoot.known(b"poisson")))
         assert list(PoissonSampler(1000, 0.05, 3)) != list(PoissonSampler(1000, 0.05, 3))
         assert [len(b) for b in PoissonSampler(10, 1.0, 2, root)] == [10, 10]
+
+    def test_a_coin_below_the_rate_is_in(self, monkeypatch):
+        coins = np.array([0, 2**31 - 1, 2**31, 2**32 - 1], np.uint32)
+        monkeypatch.setattr(SecureStream, "uint32", lambda stream, size: coins[:size])
+        assert list(PoissonSampler(4, 0.5, 1)) == [[0, 1]]
 
     def test_empty_batches_keep_their_shape(self):
         data = TensorDataset(torch.ones(3, 4), torch.ones(3, dtype=torch.int64))

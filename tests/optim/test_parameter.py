@@ -158,6 +158,10 @@ def test_writes_settle_first_and_arrive():
     with torch.no_grad():
         layer.weight[2] = 7.0
     assert bool((layer.weight[2] == 7).all())
+    layer = indebted()
+    with torch.no_grad():
+        layer.weight.mul_(0)
+    assert not bool(layer.weight.any())
     layer.load_state_dict({"weight": torch.ones(ROWS, WIDTH)})
     assert isinstance(layer.weight, LazyParameter)
     assert bool((layer.weight == 1).all())

@@ -192,3 +192,8 @@ class TestSlack:
         assert Slack(0.0, 1e-12).outer(9.2, 1e-5) == 9.2
         assert Slack(0.0, 1e-12).outer(9.3, 1e-5) == math.inf
         assert Slack(0.0, 1e-60).outer(1000.0, 1e-5) == math.inf
+
+
+def test_small_cohorts_take_their_part_of_delta():
+    assert Slack(spoiled=1e-8).inner(1e-6) <= 1e-6 - 1e-8
+    assert math.isinf(Slack(spoiled=1e-7).outer(1.0, 1e-6))

@@ -33,6 +33,13 @@ def test_a_debt_is_never_below_the_exact_sum_and_hardly_above(variances, data):
     )
 
 
+def test_a_difference_that_falls_between_two_floats_is_rounded_up():
+    debt = Sum()
+    for variance in (1.0, 2.0**53 - 1, 2.0):
+        debt.append(variance)
+    assert float(debt.since(np.array([1]))[0]) > 2.0**53
+
+
 @given(st.lists(positive, max_size=40), st.sampled_from([0.0625, 1.0, 4.0]))
 def test_units_are_counted_exactly_and_rounded_up(variances, unit):
     debt = Sum(unit)

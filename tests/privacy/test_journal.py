@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -220,6 +221,22 @@ def test_on_real_files_with_real_noise(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
     history(again, 1)
     assert np.array_equal(LazyMemory.recover(tmp_path, Normals(ROOT)).settled(), again.settled())
+
+
+def test_each_entry_is_flushed_before_its_noise_is_drawn(tmp_path, monkeypatch):
+    memory = LazyMemory(np.zeros((50, 3), np.float32), Normals(ROOT), journal=Journal(tmp_path))
+    memory.owe(1.0)
+    sizes, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda f: (fsync(f), sizes.append(os.fstat(f).st_size)))
+    begin = Normals.begin
+
+    def drawn(self, *context):
+        (log,) = tmp_path.glob("journal-*")
+        assert sizes[-1:] == [log.stat().st_size]
+        begin(self, *context)
+
+    monkeypatch.setattr(Normals, "begin", drawn)
+    assert memory.settled(np.arange(3)).any()
 
 
 def test_a_torn_tail_is_cut_and_written_over(tmp_path):

@@ -150,6 +150,17 @@ def test_momentum_and_decay_without_noise_are_sgd(steps):
     check_path(steps, is_moving=True)
 
 
+def test_rows_that_nobody_read_step_from_where_they_drifted_to():
+    update, eager = Update(0.1, 0.9, 0.05), Eager(1)
+    memory = LazyMemory(np.full((ROWS, 1), 1.5), Silent(1), moving=True)
+    eager.values += 1.5
+    for number in range(9):
+        step = Step(1.0, update, np.array([number % 3]), np.array([]), gradient=0.3)
+        memory.step(step.touched, np.full((1, 1), step.gradient), step.variance, update)
+        eager.step(step, noisy=False)
+    np.testing.assert_allclose(memory.settled(), eager.values, rtol=1e-9)
+
+
 STEPS = [
     Step(1.0 + t, Update(0.5 / (t + 1)), np.array([t % 2]), np.array([2] if t == 3 else [0]))
     for t in range(6)

@@ -118,6 +118,15 @@ class TestCharge:
                 ledger.charge(round, attempt, EVENT)
             assert len(ledger.charges) == 3
 
+    def test_a_run_that_has_ended_charges_nothing_new(self, written):
+        with reopen(written) as ledger:
+            ledger.end(b"m" * 32)
+            before = (written / "ledger.jsonl").read_bytes()
+            assert not ledger.charge(1, 1, OTHER)
+            with pytest.raises(ReleaseRefused, match="has ended"):
+                ledger.charge(2, 0, EVENT)
+        assert (written / "ledger.jsonl").read_bytes() == before
+
     def test_what_comes_before_the_first_round_is_charged_and_counted_too(self, tmp_path):
         with create(tmp_path) as ledger:
             assert ledger.charge(-1, 0, OTHER)

@@ -107,6 +107,8 @@ def test_never_fewer_honest_shares_than_accounted():
     assert len(left) == 7
     honest = min(len(left - {one, two}) for one in survivors for two in survivors)
     assert honest * SHARES.share_variance(0) == SHARES.variance
+    silent = survivors[0]  # it may never have been there, and its share with it
+    assert SHARES.removed(0, survivors, set(survivors) - {silent}) == ("i",)
 
 
 def test_without_removal_nothing_is_named_and_all_noise_stays():

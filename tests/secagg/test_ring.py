@@ -107,6 +107,15 @@ def test_vectors_at_the_clip_norm_are_encoded_within_the_bound(
     assert min(lengths) > 0.5 * 4**scale_bits
 
 
+def test_the_finest_grid_keeps_its_bound_though_float32_cannot_tell() -> None:
+    """Integers of squared norms about 2^40, where neighbours in float32 are 2^17 apart."""
+    encoding = Encoding(1.0, 1000, 20)
+    rows = np.random.default_rng(0).standard_normal((1000, 1000))
+    values = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    integers = encoding.encode(values, ROOT.stream("finest"))
+    assert max(map(squared, integers)) <= encoding.squared_bound
+
+
 def test_a_rounding_that_is_too_long_is_drawn_again() -> None:
     """Halves everywhere: one draw in some forty exceeds the bound, and no result ever does."""
     encoding = Encoding(1.0, 4096, 5)
@@ -118,6 +127,7 @@ def test_a_rounding_that_is_too_long_is_drawn_again() -> None:
     lengths = (integers**2).sum(1)
     assert lengths.max() <= encoding.squared_bound
     assert lengths.max() > 0.99 * encoding.squared_bound
+    assert lengths.min() > 0.8 * encoding.squared_bound
 
 
 @pytest.mark.statistical

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from copy import copy
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from secagg_rounds import (
+    LENGTHS,
     SMALL,
     Cohort,
     answer,
@@ -243,6 +245,38 @@ def test_the_next_round_rides_on_the_last_message_of_this_one() -> None:
             server = following
             clients = {d: s for d, c in clients.items() if (s := c.following) is not None}
     assert exchanges == 4 + 3 + 3
+
+
+def test_no_seed_is_that_of_another_attempt() -> None:
+    """Seeds are opened at the end: one that came again would give the next mask away."""
+    cohort, seeds = Cohort((0,) * 4), []
+    for attempt in range(2):
+        server, clients = cohort.server(terms(attempt=attempt)), cohort.clients()
+        for stage in list(Stage)[:4]:
+            for device, client in zip(cohort.ids, clients, strict=True):
+                vector = np.zeros(LENGTHS[-1], np.int32)
+                sent = bytes(answer(client, stage, server.outbox()[device], vector))
+                server.receive(device, sent)
+                if stage is Stage.UNMASK:
+                    seeds.append(Opening.parse(sent).seed)
+            server.advance()
+    assert len(set(seeds)) == 8
+
+
+def test_shares_of_another_mask_key_end_the_round() -> None:
+    class Liar(ClientSession):
+        def _dealt(self, round, noise):  # type: ignore[no-untyped-def]
+            prekey = copy(round.prekey)
+            prekey.masking_bytes = bytes([1]) * 32
+            return super()._dealt(replace(round, prekey=prekey), noise)
+
+    cohort = Cohort((0,) * 7)
+    clients = dict(zip(cohort.ids, cohort.clients(), strict=True))
+    liar = cohort.ids[0]
+    clients[liar] = Liar(cohort.books[0], cohort.anchor, cohort.policy)
+    vectors = dict.fromkeys(cohort.ids, np.zeros(LENGTHS[-1], np.int32))
+    with pytest.raises(ReleaseRefused, match="no secret it committed to"):
+        drive(cohort.server(), clients, vectors, {Stage.MASKED: [liar]})
 
 
 def test_devices_that_were_not_there_are_called_by_themselves() -> None:
