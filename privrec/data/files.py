@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -239,7 +240,7 @@ def _places(
             near = difflib.get_close_matches(name, found, n=1)
             guess = f" (perhaps {near[0]!r})" if near and name not in found else ""
             raise bad_file(
-                label, f"column {name!r} is {times} among {shown(', '.join(map(repr, found)), 300)}",
+                label, f"column {name!r} is {times} among {', '.join(map(shown, found[:20]))}",
                 "every column that is read must be there once",
                 f"{remedy}{guess}, or give its number if there is no header; check the separator",
             )  # fmt: skip
@@ -502,11 +503,13 @@ def refuse_infinite(cells: Cells, name: str, where: Where) -> None:
     Raises:
         DataError: at the first cell that is none.
     """
+    row: int | None = None
     try:
-        found = pyarrow.compute.ascii_trim_whitespace(cells).cast(pyarrow.float64())
+        found = cells.cast(pyarrow.float64())
         row = _first(pyarrow.compute.invert(pyarrow.compute.is_finite(found)))
     except pyarrow.ArrowInvalid:
-        row = next(row for row, cell in enumerate(_each(cells)) if not _is_number(cell))
+        numbers = (float(cell) if _is_number(cell) else math.nan for cell in _each(cells))
+        row = next((row for row, each in enumerate(numbers) if not math.isfinite(each)), None)
     if row is not None:
         rule, remedy = "it must be a finite number", "correct the line, or remove it"
         raise bad_file(where(row), f"{name} {shown(cells[row].as_py())}", rule, remedy)
@@ -535,6 +538,7 @@ def times(cells: Cells, name: str, where: Where) -> Int64Array:
     numbers = _whole(text)
     if numbers is not None:
         return numbers
+    text = text.cast(pyarrow.large_string())
     dated = not _is_number(text[0].as_py())
     found = _dates(text) if dated else _decimals(text)
     if isinstance(found, int):
@@ -598,9 +602,13 @@ def _whole(cells: Cells) -> Int64Array | None:
         numbers = cells.cast(pyarrow.int64())
     except pyarrow.ArrowInvalid:
         return None
-    # Arrow also reads 007 and 0x7, other texts than 7: two ids must not become one.
-    same = _is_whole(cells.type) or numbers.cast(cells.type) == cells
-    return np.asarray(numbers.to_numpy()) if same else None
+    if not _is_whole(cells.type):
+        # Arrow also reads 007 and 0x7, other texts than 7: two ids must not become one.
+        compute = pyarrow.compute
+        led = compute.starts_with(cells, "0"), compute.greater(compute.binary_length(cells), 1)
+        if compute.any(compute.or_(compute.and_(*led), compute.starts_with(cells, "-0"))).as_py():
+            return None
+    return np.asarray(numbers.to_numpy())
 
 
 def _whole_cell(cell: str) -> Int64Array | None:

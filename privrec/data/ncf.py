@@ -71,7 +71,7 @@ def read_ncf(folder: Folder, prefix: str, holdout: Holdout) -> Split:
     """
     name = f"{prefix}.train.rating"
     users, items, times, where = read_ratings(folder, name, _RATINGS, "\t")
-    trained = np.unique(users)
+    trained = np.unique(users[np.diff(users, prepend=-1) != 0])
     targets, untrained = _read_test(folder, prefix, trained)
     negatives = _read_negatives(folder, prefix, trained, targets)
     largest = max(int(part.max(initial=0)) for part in (items, targets, negatives))
