@@ -647,10 +647,13 @@ def _dates(text: Cells) -> Int64Array | int:
 
     def read(cells: Cells, unit: str) -> Cells:
         compute = pyarrow.compute
+        nothing, midnight, zone = (pyarrow.scalar(end, cells.type) for end in ("", "T00:00", "Z"))
         day = compute.match_substring_regex(cells, "^[0-9]{4}-[0-9]{2}-[0-9]{2}$")
-        full = compute.if_else(day, compute.binary_join_element_wise(cells, "T00:00", ""), cells)
+        dated = compute.binary_join_element_wise(cells, midnight, nothing)
+        full = compute.if_else(day, dated, cells)
         zoned = compute.match_substring_regex(full, "^.{11}.*(Z|[+-][0-9:]+)$")
-        full = compute.if_else(zoned, full, compute.binary_join_element_wise(full, "Z", ""))
+        universal = compute.binary_join_element_wise(full, zone, nothing)
+        full = compute.if_else(zoned, full, universal)
         return full.cast(pyarrow.timestamp(unit, "UTC")).cast(pyarrow.int64())
 
     return _exactly(text, read, ("ns", "us"))

@@ -95,13 +95,10 @@ def read_ratings(
     """
     read = read_columns([(folder, name)], columns, separator, width=4)
     user, item, rating, time = read.cells
+    users = whole_numbers(user, "user", read.where)
+    items = whole_numbers(item, "item", read.where)
     refuse_infinite(rating, "rating", read.where)
-    return (
-        whole_numbers(user, "user", read.where),
-        whole_numbers(item, "item", read.where),
-        whole_numbers(time, "time", read.where, least=None),
-        read.where,
-    )
+    return users, items, whole_numbers(time, "time", read.where, least=None), read.where
 
 
 def read_titles(folder: Folder, layout: Layout, item_ids: NDArray[Any]) -> tuple[str, ...] | None:

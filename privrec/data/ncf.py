@@ -72,9 +72,16 @@ def read_ncf(folder: Folder, prefix: str, holdout: Holdout) -> Split:
     name = f"{prefix}.train.rating"
     users, items, times, where = read_ratings(folder, name, _RATINGS, "\t")
     trained = np.unique(users[np.diff(users, prepend=-1) != 0])
-    targets, untrained = _read_test(folder, prefix, trained)
-    negatives = _read_negatives(folder, prefix, trained, targets)
-    largest = max(int(part.max(initial=0)) for part in (items, targets, negatives))
+    tested, wanted = _read_test(folder, prefix)
+    published = _read_negatives(folder, prefix, tested, wanted)
+    known = np.isin(tested, trained)
+    places = np.searchsorted(trained, tested[known])
+    targets = np.full(trained.size, -1, np.int64)
+    targets[places] = wanted[known]
+    negatives = np.full((trained.size if published.size else 0, NEGATIVES), -1, np.int32)
+    if published.size:
+        negatives[places] = published[known]
+    largest = max(int(part.max(initial=0)) for part in (items, targets, published))
     item_ids, titles = _item_names(folder, largest)
     everything = Interactions.from_pairs(
         users,
@@ -87,9 +94,9 @@ def read_ncf(folder: Folder, prefix: str, holdout: Holdout) -> Split:
     named = replace(everything, user_ids=names, item_ids=item_ids, titles=titles)
     train = _without_targets(named, targets, folder.label(name))
     if holdout == "validation":
-        return replace(_validation(train), untrained=untrained)
-    published = negatives.astype(np.int32) if negatives.size else None
-    return Split(train, _one_each(targets), published, "test", untrained)
+        return replace(_validation(train), untrained=int((~known).sum()))
+    candidates = negatives if published.size else None
+    return Split(train, _one_each(targets), candidates, "test", int((~known).sum()))
 
 
 def _validation(train: Interactions) -> Split:
@@ -100,44 +107,40 @@ def _validation(train: Interactions) -> Split:
     return Split(split.train, split.heldout, None, "validation")
 
 
-def _read_test(folder: Folder, prefix: str, trained: Int64Array) -> tuple[Int64Array, int]:
-    """The test item of each trained user, int64 [U], -1 for none; and how many others have one."""
+def _read_test(folder: Folder, prefix: str) -> tuple[Int64Array, Int64Array]:
+    """The users that are tested, in order, and the test item of each."""
     name = f"{prefix}.test.rating"
     users, items, _, _ = read_ratings(folder, name, _RATINGS, "\t")
-    first = np.unique(users, return_index=True)[1]
+    distinct, first = np.unique(users, return_index=True)
     if first.size < users.size:
         again = int(np.setdiff1d(np.arange(users.size), first)[0])
         rule, found = "a user has one test item", f"user {users[again]} again"
         raise bad_line(folder.label(name), again + 1, found, rule, "remove the line")
-    known = np.isin(users, trained)
-    targets = np.full(trained.size, -1, np.int64)
-    targets[np.searchsorted(trained, users[known])] = items[known]
-    return targets, int((~known).sum())
+    return distinct, items[first]
 
 
 def _read_negatives(
-    folder: Folder, prefix: str, trained: Int64Array, targets: Int64Array
+    folder: Folder, prefix: str, tested: Int64Array, wanted: Int64Array
 ) -> Int64Array:
-    """The published candidates, int64 [U, 99], or [0, 99] when there is no such file."""
+    """The published candidates of each tested user, [T, 99]; [0, 99] without such a file."""
     name = f"{prefix}.test.negative"
-    negatives = np.full((targets.size, NEGATIVES), -1, np.int64)
     if not folder.has(name):
-        return negatives[:0]
+        return np.empty((0, NEGATIVES), np.int64)
     label, rows = folder.label(name), _candidates(folder, name)
-    known = np.flatnonzero(np.isin(rows[:, 0], trained))
-    places = np.searchsorted(trained, rows[known, 0])
-    wrong = known[targets[places] != rows[known, 1]]
+    places = np.minimum(np.searchsorted(tested, rows[:, 0]), tested.size - 1)
+    wrong = np.flatnonzero((tested[places] != rows[:, 0]) | (wanted[places] != rows[:, 1]))
     if wrong.size:
         user, item = rows[wrong[0], :2]
         rule = f"{prefix}.test.rating does not have this pair"
         found = f"candidates for ({user},{item})"
         raise bad_line(label, int(wrong[0]) + 1, found, rule, "use files of one release")
-    negatives[places] = rows[known, 2:]
-    lacking = np.flatnonzero((negatives[:, 0] < 0) & (targets >= 0))
+    lacking = np.setdiff1d(np.arange(tested.size), places)
     if lacking.size:
-        found = f"no candidates for user {trained[lacking[0]]}"
+        found = f"no candidates for user {tested[lacking[0]]}"
         rule = f"every user of {prefix}.test.rating needs a line"
         raise bad_file(label, found, rule, "copy it again; or remove it, to draw candidates")
+    negatives = np.empty((tested.size, NEGATIVES), np.int64)
+    negatives[places] = rows[:, 2:]
     return negatives
 
 
