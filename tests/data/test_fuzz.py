@@ -20,10 +20,10 @@ from privrec.data.files import TableFormat, read_table
 from privrec.data.labelled import read_labelled
 from privrec.data.listed import read_ids
 from privrec.errors import DataError
-from tests.data.test_malformed import GOOD, Config  # noqa: TID252 (the good files of each reader)
+from privrec.scenario import Data
 
 BLANKS = " \t\n\v\f\r"
-BYTES = b"\0\"\t\n\r,;:#-+.019aeNxT_ \xff\xef\x8b"
+BYTES = b'\0"\t\n\r,;:#-+.019aeNxT_ \xff\xef\x8b'
 
 
 def mutated(content: bytes, rng: random.Random) -> bytes:
@@ -51,7 +51,9 @@ def rows_of(content: bytes, mark: str) -> list[tuple[str, str]]:
     if mark == "\t" or '"' not in text:
         rows = [line.removesuffix("\n").removesuffix("\r").split(mark) for line in lines]
     else:
-        rows = list(csv.reader(io.StringIO("".join(lines), newline=""), delimiter=mark, strict=True))
+        rows = list(
+            csv.reader(io.StringIO("".join(lines), newline=""), delimiter=mark, strict=True)
+        )
     header = [cell.strip(BLANKS) for cell in rows[0]]
     places = header.index("user"), header.index("item")
     return [(row[places[0]].strip(BLANKS), row[places[1]].strip(BLANKS)) for row in rows[1:]]
@@ -83,11 +85,27 @@ def labelled(path: Path, content: bytes) -> None:
 
 
 def listed(path: Path, content: bytes) -> None:
+    read = read_ids(path)
     lines = content.decode("utf-8").removeprefix("\ufeff").split("\n")
-    assert read_ids(path) == [line.strip(BLANKS) for line in lines if line.strip(BLANKS)]
+    assert read == [line.strip(BLANKS) for line in lines if line.strip(BLANKS)]
 
 
 TABLE = b'user,item,note\n1,7,x\n1,8,"a ""b"""\n2,7,y\n12,9,"two\nlines"\n'
+NEGATIVES = "\t".join(str(item) for item in range(10, 109))
+PUBLISHED: dict[str, dict[str, bytes]] = {
+    "ml-100k": {"u.data": b"1\t10\t3\t100\n2\t10\t5\t300\n", "u.item": b"10|Ten (1990)|x\n"},
+    "ml-1m": {"ratings.dat": b"1::10::3::100\n1::20::4::200\n", "movies.dat": b"10::Ten::x\n"},
+    "ml-20m": {
+        "ratings.csv": b"userId,movieId,rating,timestamp\n1,10,3.5,100\n1,20,4.0,200\n",
+        "movies.csv": b'movieId,title,genres\n10,"Ten, or",x\n',
+    },
+    "ncf": {
+        "a.train.rating": b"0\t0\t1\t0\n0\t1\t1\t0\n1\t2\t1\t0\n",
+        "a.test.rating": b"0\t4\t5\t9\n1\t5\t5\t9\n",
+        "a.test.negative": f"(0,4)\t{NEGATIVES}\n(1,5)\t{NEGATIVES}\n".encode(),
+    },
+    "lightgcn": {"train.txt": b"0 1 2\n1 3\n", "test.txt": b"0 4\n1 5\n"},
+}
 READERS: dict[str, tuple[str, bytes, Callable[[Path, bytes], None]]] = {
     "csv": ("t.csv", b"user,item,note\nu1,a,x\nu1,b,y\nu2,a,z\n", table),
     "numbers": ("t.csv", b"user,item\n1,70\n1,8\n22,8\n3,9\n", table),
@@ -113,7 +131,7 @@ def fuzzed(folder: Path, count: int, seed: int) -> tuple[int, int]:
             except DataError as error:
                 assert "\n" not in str(error)
                 refused += 1
-    for source, files in GOOD.items():
+    for source, files in PUBLISHED.items():
         place = folder / source
         place.mkdir()
         for _ in range(count):
@@ -121,7 +139,7 @@ def fuzzed(folder: Path, count: int, seed: int) -> tuple[int, int]:
             for name, content in files.items():
                 (place / name).write_bytes(mutated(content, rng) if name == wrong else content)
             try:
-                data.load(Config(source), data_dir=place)
+                data.load(Data.model_validate({"source": source}), data_dir=place)
                 accepted += 1
             except DataError as error:
                 assert "\n" not in str(error)
@@ -138,7 +156,7 @@ def test_mutated_files_are_read_right_or_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_many_mutated_files_are_read_right_or_refused(tmp_path: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    accepted, refused = fuzzed(tmp_path, 4000, 1)
+    accepted, refused = fuzzed(tmp_path, 4200, 1)
     print(f"{accepted} accepted, {refused} refused")
     assert accepted + refused >= 50_000
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
