@@ -83,12 +83,9 @@ def read_table(path: Path, form: TableFormat) -> Interactions:
         rule = "users, items and times are different columns, all by name or all by number"
         raise bad_file(str(path), f"columns {names}", rule, "set data.user_column and so on")
     read = read_columns(table_files(path), names, form.separator, form.encoding)
-    return Interactions.from_pairs(
-        *(ids(read.cells[at], str(names[at]), read.where) for at in (0, 1)),
-        None if len(names) < 3 else times(read.cells[2], str(names[2]), read.where),
-        where=read.where,
-        duplicates=form.duplicates,
-    )
+    users, items = (ids(read.cells[at], str(names[at]), read.where) for at in (0, 1))
+    when = None if len(names) < 3 else times(read.cells[2], str(names[2]), read.where)
+    return Interactions.from_pairs(users, items, when, where=read.where, duplicates=form.duplicates)
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,7 @@ def read_columns(
 ) -> Columns:
     """Some columns of a table of one or more files, in the order of ``names``.
 
-    In text, quotes have a meaning unless the separator is a tab: they may surround a cell.
+    In text, quotes may surround a cell, unless the separator is a tab or several characters.
 
     Args:
         files: one after the other; parts may be empty, but not all of them.
@@ -321,7 +318,7 @@ def _batches(
         for column, place in zip(cells, at, strict=True):
             column.append(fields[place] if fields else "")
         if len(lines) == _ROWS:
-            yield [pyarrow.array(column) for column in cells], np.array(lines), f"{label}, line"
+            yield [pyarrow.array(column) for column in cells], lines, f"{label}, line"
             lines, cells = [], [[] for _ in at]
     yield [pyarrow.array(column, pyarrow.string()) for column in cells], lines, f"{label}, line"
 
