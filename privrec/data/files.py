@@ -188,7 +188,7 @@ def _text(
         rule, remedy = "cells are separated by another character", "set data.separator"
         raise bad_file(label, f"separator {mark!r}", rule, remedy)
     for piece in pieces:
-        if (mark != "\t" and '"' in piece) or (len(mark) == 1 and not mark.isascii()):
+        if len(mark) == 1 and mark != "\t" and ('"' in piece or not mark.isascii()):
             rows = _quoted(chain([piece], pieces), mark, label, line)
             if at is None:
                 number, fields = next(rows)
