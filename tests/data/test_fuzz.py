@@ -142,6 +142,7 @@ def fuzzed(folder: Path, count: int, seed: int) -> tuple[int, int]:
                 accepted += 1
             except DataError as error:
                 refused += "\n" not in str(error)
+    assert accepted + refused == count * (len(READERS) + len(PUBLISHED))  # no error had two lines
     return accepted, refused
 
 
