@@ -53,7 +53,8 @@ def read_labelled(
         DataError: when the file, a column or a line is not as it must be; it names the line.
     """
     # Imported when a file is read, as Arrow takes a tenth of a second.
-    from privrec.data.files import read_columns, texts_in
+    from privrec.data.cells import texts_in
+    from privrec.data.files import read_columns
 
     files = table_files(path)
     if not files:

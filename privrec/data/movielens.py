@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.data.files import Where, read_columns, refuse_infinite, whole_numbers
+from privrec.data.cells import Where, refuse_infinite, whole_numbers
+from privrec.data.files import read_columns
 from privrec.data.folder import Folder
 from privrec.data.interactions import Interactions
 from privrec.data.problems import bad_file, line_namer, shown

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.data.files import read_columns, read_lists, whole_numbers
+from privrec.data.cells import whole_numbers
+from privrec.data.files import read_columns, read_lists
 from privrec.data.folder import Folder
 from privrec.data.interactions import (
     Holdout,
