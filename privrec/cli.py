@@ -256,7 +256,7 @@ def compare(directories: tuple[Path, ...], out: Path | None, as_json: bool) -> N
     "--history",
     type=_PATH,
     metavar="FILE",
-    help="Ids of liked items, one a line; a user vector is fitted to them. # starts a comment.",
+    help="Ids of liked items, one a line; a user vector is fitted to them.",
 )
 @click.option(
     "-k", "k", type=click.IntRange(1, 10_000), default=10, show_default=True, help="How many items."
@@ -285,13 +285,10 @@ def recommend(
         raise UsageError(f"--user or --history: exactly one is needed, and {given}; choose one")
     check_run(directory)
     _check_data(data_dir)
-    from privrec.cli_history import read_history
     from privrec.serving import recommend as recommendations
 
-    liked = None if history is None else read_history(history)
-
     found = recommendations(
-        directory, user=user, history=liked, k=k, data_dir=data_dir, selector=selector
+        directory, user=user, history=history, k=k, data_dir=data_dir, selector=selector
     )
     if as_json:
         print_json([entry.to_json() for entry in found])

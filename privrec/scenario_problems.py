@@ -74,7 +74,8 @@ def shown(value: object, *, limit: int = 60) -> str:
 def rule_of(schema: Schema) -> str:
     """What a value must be according to its JSON schema, in plain words."""
     if "anyOf" in schema:
-        schema = next(option for option in schema["anyOf"] if option.get("type") != "null")
+        options = [option for option in schema["anyOf"] if option.get("type") != "null"]
+        return " or ".join(map(rule_of, options))
     if "enum" in schema or "const" in schema:
         options = schema.get("enum", [schema.get("const")])
         return "one of " + ", ".join(as_toml(option) for option in options)

@@ -18,7 +18,9 @@ from privrec.scenario_texts import OF_WORDS, WIDE, texts
 SYNTHETIC_KEYS = ("users", "items", "clusters", "interactions_per_user", "seed")
 TEXT_KEYS = ("words", "vocabulary")
 LABEL_KEYS = ("features", "labels_each")
-TABLE_KEYS = ("user_column", "item_column", "time_column", "separator", "encoding")
+TABLE_KEYS = (
+    "user_column", "item_column", "time_column", "separator", "encoding", "duplicates"
+)  # fmt: skip
 
 Values = Mapping[str, Any]
 Problems = dict[str, str]

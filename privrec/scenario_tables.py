@@ -25,6 +25,7 @@ class Table(BaseModel):
 
 Width = Annotated[int, Field(ge=1, le=4096)]
 Cut = Annotated[int, Field(ge=1, le=1000)]
+Column = Annotated[str, Field(min_length=1, max_length=200)] | Annotated[int, Field(ge=1, le=10**5)]
 Baseline = Literal["popularity", "pure_svd", "ease"]
 
 
@@ -78,15 +79,11 @@ class Data(Table):
         None, "Texts, labels: most of them, the commonest; others are unknown.", unit="words", ge=2,
         le=10**7,
     )  # fmt: skip
-    user_column: str = setting(
-        "user", "`table` only: column of user ids.", min_length=1, max_length=200
+    user_column: Column = setting(
+        "user", "`table` only: column of user ids; numbers, from 1, where text has no header."
     )
-    item_column: str = setting(
-        "item", "`table` only: column of item ids.", min_length=1, max_length=200
-    )
-    time_column: str | None = setting(
-        None, "`table` only: column of times; unset, file order.", min_length=1, max_length=200
-    )
+    item_column: Column = setting("item", "`table` only: column of item ids.")
+    time_column: Column | None = setting(None, "`table` only: column of times; unset, file order.")
     separator: str | None = setting(
         None,
         "`table` only: field separator; unset, a tab for `.tsv` and a comma otherwise.",
@@ -95,6 +92,9 @@ class Data(Table):
     )
     encoding: str = setting(
         "utf-8", "`table` only: encoding of the file.", min_length=1, max_length=40
+    )
+    duplicates: Literal["refuse", "first", "last"] = setting(
+        "refuse", "`table` only: which row is kept, in time, of a user and item that occur again."
     )
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from privrec import catalogue, data, rundir
 from privrec.assembly import trainer_of
 from privrec.data import Interactions
+from privrec.data.listed import read_history
 from privrec.device.batch import Histories
 from privrec.device.cohort import Cohort
 from privrec.device.recommender import Recommender
@@ -59,7 +60,7 @@ def recommend(
     run_dir: Path,
     *,
     user: str | None = None,
-    history: Sequence[str] | None = None,
+    history: Sequence[str] | Path | None = None,
     k: int = 10,
     data_dir: Path | None = None,
     selector: Selector = "scan",
@@ -72,7 +73,8 @@ def recommend(
     Args:
         run_dir: a finished run.
         user: a user's id in the data set; or
-        history: ids of liked items.
+        history: ids of liked items, or a file that lists them, see
+            :func:`privrec.data.listed.read_history`.
         k: how many, at least 1.
         data_dir: where the data lies, before the place that the run remembers.
         selector: how the best are found in the memory (:mod:`privrec.lsh.select`): ``scan`` is
@@ -91,6 +93,8 @@ def recommend(
     if user is not None:
         liked = train.history(train.user_index(user))
     else:
+        if isinstance(history, Path):
+            history = read_history(history, {str(item) for item in train.item_ids.tolist()})
         liked = _known_items(train, history or ())
     items = np.unique(liked)  # in one order, since the fit draws its negatives by place
     k = min(k, train.n_items - len(items))

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from privrec.data.fetch import ARCHIVES, cache_dir
-from privrec.data.files import TableFormat, read_table
-from privrec.data.folder import Folder, find_folder
-from privrec.data.interactions import Holdout, Interactions, ItemLists, Split, leave_last_out
-from privrec.data.lightgcn import read_lightgcn
-from privrec.data.movielens import LAYOUTS, read_movielens
-from privrec.data.ncf import find_ncf_prefix, read_ncf
+from privrec.data.folder import Folder, find_folder, table_files
+from privrec.data.interactions import (
+    Duplicates,
+    Holdout,
+    Interactions,
+    ItemLists,
+    Split,
+    leave_last_out,
+)
 from privrec.data.problems import bad_file
 from privrec.data.synthetic import Planted, generate
 from privrec.errors import DataError, UsageError
@@ -30,8 +34,6 @@ __all__ = [
     "load",
     "planted",
 ]
-
-_TABLES = (".csv", ".tsv", ".parquet", ".pq")
 
 
 class DataConfig(Protocol):
@@ -56,15 +58,17 @@ class DataConfig(Protocol):
     @property
     def seed(self) -> int: ...
     @property
-    def user_column(self) -> str: ...
+    def user_column(self) -> str | int: ...
     @property
-    def item_column(self) -> str: ...
+    def item_column(self) -> str | int: ...
     @property
-    def time_column(self) -> str | None: ...
+    def time_column(self) -> str | int | None: ...
     @property
     def separator(self) -> str | None: ...
     @property
     def encoding(self) -> str: ...
+    @property
+    def duplicates(self) -> Duplicates: ...
 
 
 def load(config: DataConfig, *, data_dir: Path | None = None) -> Split:
@@ -87,8 +91,7 @@ def load(config: DataConfig, *, data_dir: Path | None = None) -> Split:
     split = _load(config, data_dir)
     if config.max_history is None:
         return split
-    train = split.train.most_recent(config.max_history)
-    return Split(train, split.heldout, split.negatives, split.holdout)
+    return replace(split, train=split.train.most_recent(config.max_history))
 
 
 def describe(split: Split) -> dict[str, int | float | str | bool]:
@@ -97,8 +100,9 @@ def describe(split: Split) -> dict[str, int | float | str | bool]:
     Returns:
         ``users``, ``items``, ``interactions`` (training), ``heldout``, ``tested_users``,
         ``density`` (share of user-item pairs in training), ``shortest_history``,
-        ``median_history``, ``longest_history``, ``holdout``, ``times``, ``titles`` and
-        ``published_negatives``.
+        ``median_history``, ``longest_history``, ``holdout``, ``times``, ``titles``,
+        ``published_negatives``, ``repeats_left_out`` (rows of a pair that has another) and
+        ``untrained_left_out`` (test users of a published split without training items).
     """
     train, counts = split.train, split.train.counts
     return {
@@ -115,6 +119,8 @@ def describe(split: Split) -> dict[str, int | float | str | bool]:
         "times": train.times is not None,
         "titles": train.titles is not None,
         "published_negatives": split.negatives is not None,
+        "repeats_left_out": train.repeats,
+        "untrained_left_out": split.untrained,
     }
 
 
@@ -126,11 +132,21 @@ def _load(config: DataConfig, data_dir: Path | None) -> Split:
             f"data.source = {config.source!r}: texts and labels have no items to recommend; "
             'privrec run trains on them, with model.kind = "next_word" or "extreme"'
         )
+    # Imported when files are read: Arrow takes a tenth of a second and tens of megabytes, which a
+    # device that holds one history can spare.
+    from privrec.data.files import TableFormat, read_table
+    from privrec.data.lightgcn import read_lightgcn
+
     roots = _roots(config.path, data_dir)
     if config.source == "table":
-        return leave_last_out(
-            read_table(_table_file(roots), _table_format(config)), holdout=config.holdout
-        )
+        form = TableFormat(
+            config.user_column, config.item_column, config.time_column, config.separator,
+            config.encoding, config.duplicates,
+        )  # fmt: skip
+        for root in roots:
+            if root.is_file() or table_files(root):
+                return leave_last_out(read_table(root, form), holdout=config.holdout)
+        raise _not_found(roots, "table (.csv, .tsv or .parquet)", "table")
     if config.source == "lightgcn":
         folder = _found(roots, [], ["train.txt"], config.source)
         return read_lightgcn(folder, config.holdout)
@@ -151,6 +167,9 @@ def planted(config: DataConfig) -> Planted:
 
 
 def _load_movielens(roots: Sequence[Path], source: str, holdout: Holdout) -> Split:
+    from privrec.data.movielens import LAYOUTS, read_movielens
+    from privrec.data.ncf import read_ncf
+
     layout = LAYOUTS.get(source)
     if layout is None:
         raise UsageError(
@@ -165,6 +184,8 @@ def _load_movielens(roots: Sequence[Path], source: str, holdout: Holdout) -> Spl
 
 
 def _load_ncf(roots: Sequence[Path], holdout: Holdout) -> Split:
+    from privrec.data.ncf import find_ncf_prefix, read_ncf
+
     for root in roots:
         if root.is_dir():
             folder, prefix = Folder(root), find_ncf_prefix(Folder(root))
@@ -203,28 +224,4 @@ def _not_found(roots: Sequence[Path], wanted: str, source: str) -> DataError:
         f"no {wanted} there",
         f"source {source!r} needs it",
         f"point --data (or data.path, or PRIVREC_DATA) at its folder{fetch}",
-    )
-
-
-def _table_file(roots: Sequence[Path]) -> Path:
-    """The table itself, or the only one in a folder."""
-    for root in roots:
-        if root.is_file():
-            return root
-        tables = [path for path in root.glob("*") if path.suffix.lower() in _TABLES]
-        if len(tables) == 1:
-            return tables[0]
-        if tables:
-            found = f"{len(tables)} tables"
-            raise bad_file(str(root), found, "one is read", "set data.path to one of them")
-    raise _not_found(roots, "table (.csv, .tsv or .parquet)", "table")
-
-
-def _table_format(config: DataConfig) -> TableFormat:
-    return TableFormat(
-        config.user_column,
-        config.item_column,
-        config.time_column,
-        config.separator,
-        config.encoding,
     )

@@ -9,6 +9,7 @@ Source of format and shapes: Bhatia et al., "The extreme classification reposito
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from privrec.data.folder import table_files
 from privrec.data.problems import bad_file, bad_line, shown
 from privrec.embedding.hashing import finalise
 from privrec.errors import UsageError
@@ -24,6 +26,9 @@ from privrec.randomness import rng_for
 Int64Array = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
 NO_LABEL = -1
+# Python reads more than the format has: 1_0, and digits of other scripts.
+_HEAD = re.compile(r"\s*([0-9]{1,18})\s+([0-9]{1,18})\s+([0-9]{1,18})\s*")
+_LINE = re.compile(r"[-0-9,]*(?:[ \t]+[-0-9]+:[-+.0-9A-Za-z]+)*\s*")
 _OWN, _CLUSTER = 0.5, 0.25  # shares of words that tell a label, and its cluster
 _LABEL_WORDS, _CLUSTER_WORDS = 12, 96
 
@@ -178,43 +183,38 @@ def read_extreme(path: Path) -> Examples:
     """Examples of a file in the repository's format: a head line, then ``1,5 0:0.5 7:1.25`` lines.
 
     Args:
-        path: text; the head line has the numbers of examples, features and labels.
+        path: text, plain or packed by gzip or alone in a zip archive; the head line has the
+            numbers of examples, features and labels.
 
     Raises:
         DataError: when the file is missing, or a line breaks the format.
     """
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise bad_file(
-            str(path), f"cannot be read ({error.strerror})", "it must be a text file",
-            "check the path",
-        ) from None  # fmt: skip
-    if lines[-1] == b"":
-        lines.pop()
-    size = _head(lines[0] if lines else b"", str(path))
-    if len(lines) - 1 != size[0]:
-        raise bad_file(
-            str(path), f"{len(lines) - 1} examples", f"its first line promises {size[0]}",
-            "fetch the whole file again, or correct the first line",
-        )  # fmt: skip
+    files = table_files(path)
+    if len(files) != 1:
+        raise bad_file(str(path), "cannot be read", "it must be a text file", "check the path")
+    (folder, name), label = files[0], str(path)
+    lines = folder.lines(name)
+    size = _head(next(lines), label)
     labels, features, values = [], [], []
-    for number, line in enumerate(lines[1:], 2):
-        own, pairs = _parsed(line, size, str(path), number)
+    for number, line in enumerate(lines, 2):
+        own, pairs = _parsed(line, size, label, number)
         labels.append(own)
         features.append(pairs[0])
         values.append(pairs[1])
+    if len(labels) != size[0]:
+        raise bad_file(
+            label, f"{len(labels)} examples", f"its first line promises {size[0]}",
+            "fetch the whole file again, or correct the first line",
+        )  # fmt: skip
     return Examples(
-        _ends(features), np.concatenate(features), np.concatenate(values).astype(np.float32),
+        _ends(features), np.concatenate(features), np.concatenate(values),
         _ends(labels), np.concatenate(labels), size[1], size[2],
     )  # fmt: skip
 
 
-def _head(line: bytes, label: str) -> tuple[int, int, int]:
-    try:
-        points, features, labels = (int(word) for word in line.split())
-    except ValueError:
-        points = features = labels = 0
+def _head(line: str, label: str) -> tuple[int, int, int]:
+    found = _HEAD.fullmatch(line)
+    points, features, labels = map(int, found.groups()) if found else (0, 0, 0)
     if min(points, features, labels) < 1:
         rule = "the first line has the numbers of examples, features and labels"
         raise bad_line(label, 1, shown(line), rule, "write these three numbers")
@@ -222,29 +222,30 @@ def _head(line: bytes, label: str) -> tuple[int, int, int]:
 
 
 def _parsed(
-    line: bytes, size: tuple[int, int, int], label: str, number: int
-) -> tuple[Int64Array, tuple[Int64Array, NDArray[np.float64]]]:
-    own, _, rest = line.partition(b" ")
+    line: str, size: tuple[int, int, int], label: str, number: int
+) -> tuple[Int64Array, tuple[Int64Array, FloatArray]]:
+    own, _, rest = line.partition(" ")
+    pairs = [word.split(":") for word in rest.split()]
     try:
-        labels = np.array([int(word) for word in own.split(b",") if word], np.int64)
-        pairs = [word.split(b":") for word in rest.split()]
-        features = np.array([int(feature) for feature, _ in pairs], np.int64)
-        values = np.array([float(value) for _, value in pairs])
+        if not _LINE.fullmatch(line):
+            raise ValueError
+        labels = [int(word) for word in own.split(",") if word]
+        features = [int(feature) for feature, _ in pairs]
+        with np.errstate(over="ignore"):  # what float32 cannot hold is refused below
+            values = np.array([float(value) for _, value in pairs]).astype(np.float32)
     except ValueError:
         rule = "a line has labels between commas, a blank, and features as index:value"
         raise bad_line(label, number, shown(line), rule, "correct the line") from None
     for name, found, most in (("feature", features, size[1]), ("label", labels, size[2])):
-        wrong = found[(found < 0) | (found >= most)]
-        if len(wrong):
+        wrong = next((each for each in found if not 0 <= each < most), None)
+        if wrong is not None:
             rule = f"{name}s are numbered from 0 to {most - 1}, as the first line says"
-            raise bad_line(
-                label, number, f"{name} {wrong[0]}", rule, "correct it, or the first line"
-            )
+            found_one = f"{name} {wrong if abs(wrong) < 10**40 else shown(str(wrong))}"
+            raise bad_line(label, number, found_one, rule, "correct it, or the first line")
     if not np.isfinite(values).all():
-        raise bad_line(
-            label, number, shown(line), "a value must be a finite number", "correct the line"
-        )
-    return labels, (features, values)
+        rule = "a value must be a finite number of float32"
+        raise bad_line(label, number, shown(line), rule, "correct the line")
+    return np.array(labels, np.int64), (np.array(features, np.int64), values)
 
 
 def _ends(parts: list[Int64Array]) -> Int64Array:

@@ -1,33 +1,47 @@
-"""A user's own table with named columns: CSV, TSV or Parquet."""
+"""Columns of a table, as text or numbers: CSV, TSV and Parquet, plain, packed or in parts.
+
+Arrow reads what is plain, and the ``csv`` module, whose rules for quotes are strict, what has
+quotes. A cell keeps its value or is refused with its line; ids and times are told from text by one
+rule, so that the same rows give the same data set in every format.
+"""
 
 from __future__ import annotations
 
 import csv
 import difflib
-import io
-import math
-import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from itertools import chain, compress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.compute
+import pyarrow.csv
+import pyarrow.parquet
 from numpy.typing import NDArray
 
-from privrec.data.delimited import Kind, fast_columns
-from privrec.data.folder import Folder, decoded
-from privrec.data.interactions import Interactions
-from privrec.data.problems import bad_file, bad_line, line_namer, shown
-from privrec.errors import UsageError
+from privrec.data.cells import (
+    BLANKS,
+    Cells,
+    Int64Array,
+    Where,
+    as_whole,
+    ids,
+    is_position,
+    is_text,
+    is_whole,
+    times,
+)
+from privrec.data.folder import Folder, suffix, table_files, unified
+from privrec.data.interactions import Duplicates, Interactions
+from privrec.data.problems import bad_file, bad_line, shown
 
-Int64Array = NDArray[np.int64]
-
-_WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
-_MICROSECONDS = 1_000_000
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_ROWS = 1 << 16  # of quoted text, held as Python's strings at a time
+_JOINT = "\x1f"  # in place of a separator of several characters
+_LONGEST = csv.field_size_limit()
 
 
 @dataclass(frozen=True)
@@ -35,244 +49,362 @@ class TableFormat:
     """How to read a table.
 
     Args:
-        user_column: header of the column of user ids.
-        item_column: header of the column of item ids.
-        time_column: header of the column of times, numbers or ISO 8601; None: in file order.
+        user_column: header of the column of user ids; or its number, from 1, in a text table
+            that has no header.
+        item_column: the same of item ids.
+        time_column: the same of times, numbers or ISO 8601; None: in file order.
         separator: one character; None: a tab for ``.tsv`` and a comma otherwise.
         encoding: of a text file.
+        duplicates: see :meth:`Interactions.from_pairs`.
     """
 
-    user_column: str
-    item_column: str
-    time_column: str | None = None
+    user_column: str | int
+    item_column: str | int
+    time_column: str | int | None = None
     separator: str | None = None
     encoding: str = "utf-8"
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The columns to read: user, item and maybe time."""
-        names = (self.user_column, self.item_column)
-        return names if self.time_column is None else (*names, self.time_column)
+    duplicates: Duplicates = "refuse"
 
 
 def read_table(path: Path, form: TableFormat) -> Interactions:
-    """A user's own table: CSV, TSV or (with the extra ``data``) Parquet, one interaction a row.
+    """A user's own table, one interaction a row.
 
-    Ids that are all whole numbers become numbers (leading zeros do not count), otherwise all of
-    them are text. Times that are all whole numbers are kept, Parquet's dates in their own unit;
-    decimal numbers and dates written as text (without a zone: UTC) become microseconds.
+    Ids are numbers if all of a column are whole numbers of 64 bits as they are usually written
+    (``7``, not ``007``), otherwise all of them are text as it stands. Times are kept if they are
+    whole numbers; decimals and dates written as text (without a zone: UTC) become whole numbers of
+    the smallest unit that keeps them exactly. Blanks around a cell do not count.
 
     Args:
-        path: the file; ``.parquet`` and ``.pq`` are Parquet, everything else is text.
+        path: a file, a folder or a zip archive, see :func:`table_files`; ``.parquet`` and ``.pq``
+            are Parquet, everything else is text.
         form: which columns, and how the text is written.
 
     Raises:
         DataError: when the file or a line is malformed, a column is missing, or a pair repeats.
-        UsageError: when a Parquet file is given and pyarrow is not installed.
     """
-    if path.suffix.lower() in (".parquet", ".pq"):
-        return _from_columns(_parquet_columns(path, form), lambda row: f"{path}, row {row + 1}")
-    table = _fast_table(path, form)
-    if table is not None:
-        return _from_columns(table, line_namer(str(path), 2))
-    columns, lines = _text_columns(path, form)
-    return _from_columns(columns, lambda row: f"{path}, line {lines[row]}")
+    names = [form.user_column, form.item_column]
+    names += [] if form.time_column is None else [form.time_column]
+    if len(set(names)) < len(names) or len({type(name) for name in names}) > 1:
+        rule = "users, items and times are different columns, all by name or all by number"
+        raise bad_file(str(path), f"columns {names}", rule, "set data.user_column and so on")
+    read = read_columns(table_files(path), names, form.separator, form.encoding)
+    users, items = (ids(read.cells[at], str(names[at]), read.where) for at in (0, 1))
+    when = None if len(names) < 3 else times(read.cells[2], str(names[2]), read.where)
+    return Interactions.from_pairs(users, items, when, where=read.where, duplicates=form.duplicates)
 
 
-def _from_columns(columns: Sequence[NDArray[Any]], where: Callable[[int], str]) -> Interactions:
-    users, items, *times = columns
-    return Interactions.from_pairs(users, items, times[0] if times else None, where=where)
-
-
-def _fast_table(path: Path, form: TableFormat) -> list[Int64Array] | None:
-    """The columns of a plain file of numbers; None when it needs the general reader."""
-    separator = _separator(path, form).encode()
-    if len(separator) != 1 or form.encoding.lower() not in ("utf-8", "latin-1"):
-        return None
-    chunks = Folder(path.parent).chunks(path.name)
-    header, _, rest = next(chunks).partition(b"\n")
-    names = header.decode("latin-1").split(separator.decode())
-    if any(names.count(name) != 1 for name in form.columns):
-        return None
-    kinds: list[Kind] = ["id" if name in form.columns else "text" for name in names]
-    parts: list[list[Int64Array]] = []
-    for data in chain([rest] if rest else [], chunks):
-        columns = None if b'"' in data else fast_columns(data, kinds, separator)
-        if columns is None:
-            return None
-        parts.append(columns)
-    found = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    kept = [name for name in names if name in form.columns]
-    return [found[kept.index(name)] for name in form.columns] if found else None
-
-
-def _separator(path: Path, form: TableFormat) -> str:
-    if form.separator is not None:
-        return form.separator
-    return "\t" if path.suffix.lower() == ".tsv" else ","
-
-
-def _text_columns(path: Path, form: TableFormat) -> tuple[list[NDArray[Any]], Sequence[int]]:
-    """The columns by the general reader, and the line on which each row ends."""
-    label = str(path)
-    text = decoded(Folder(path.parent).read(path.name), label, form.encoding)
-    rows = records(text, _separator(path, form), label)
-    _, header = next(rows)
-    where = _column_numbers(header, form, f"{label}, line 1")
-    lines: list[int] = []
-    cells: list[tuple[str, ...]] = []
-    for line, fields in rows:
-        if len(fields) != len(header):
-            found = f"{len(fields)} field{'s'[: len(fields) != 1]}" if fields else "no text"
-            rule = f"the header has {len(header)}"
-            raise bad_line(label, line, found, rule, "correct the line, or quote its separators")
-        lines.append(line)
-        cells.append(tuple(fields[at].strip() for at in where))
-    if not cells:
-        rule, remedy = "the header must be followed by data", "copy the file again"
-        raise bad_file(label, "there is no row", rule, remedy)
-    return _typed(cells, lines, form, label), lines
-
-
-def records(text: str, separator: str, label: str) -> Iterator[tuple[int, list[str]]]:
-    """The rows of delimited text, each with the number of the line on which it ends.
+@dataclass(frozen=True)
+class Columns:
+    """Cells of some columns.
 
     Args:
-        text: of a whole file.
-        separator: one character.
-        label: the file, for errors.
+        cells: chunked arrays of Arrow, of one length.
+        where: names a row, as ``file, line`` or ``file, row``.
+    """
+
+    cells: list[Cells]
+    where: Where
+
+
+def read_columns(
+    files: Sequence[tuple[Folder, str]],
+    names: Sequence[str | int],
+    separator: str | None = None,
+    encoding: str = "utf-8",
+    width: int | None = None,
+    remedy: str = "set data.user_column, item_column or time_column to a name in the header",
+) -> Columns:
+    """Some columns of a table of one or more files, in the order of ``names``.
+
+    In text, quotes may surround a cell, unless the separator is a tab or several characters.
+
+    Args:
+        files: one after the other; parts may be empty, but not all of them.
+        names: of the columns in the header; or their numbers, from 1, where there is none.
+        separator: one or more characters; None: a tab for ``.tsv`` and a comma otherwise.
+        encoding: of text.
+        width: how many fields a line without a header must have; None: as many as the first.
+        remedy: what to do about a column that is not there.
 
     Raises:
-        DataError: when quotes are not closed, or a field is longer than a field may be.
+        DataError: when a file or line is malformed, or a column is missing or there twice.
     """
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    parts: list[tuple[list[Cells], Sequence[int], str]] = []
+    for folder, name in files:
+        if suffix(name) in (".parquet", ".pq"):
+            parts.append(_parquet(folder, name, names, remedy))
+        else:
+            mark = separator or ("\t" if suffix(name) == ".tsv" else ",")
+            parts += _text(folder, name, names, mark, encoding, width, remedy)
+    ends = np.cumsum([len(rows) for _, rows, _ in parts])
+    if not ends.size or not ends[-1]:
+        rule, remedy = "a table must hold data", "copy the file again"
+        label = files[0][0].label(files[0][1])
+        raise bad_file(label, "there is no row", rule, remedy)
+
+    def where(row: int) -> str:
+        at = bisect_right(ends, row)
+        _, rows, label = parts[at]
+        return f"{label} {rows[row - int(ends[at])]}"
+
+    columns = zip(*(cells for cells, _, _ in parts), strict=True)
+    return Columns([_joined(column, where, ends) for column in columns], where)
+
+
+def _joined(arrays: Sequence[Cells], where: Where, ends: NDArray[Any]) -> Cells:
+    """Arrays after each other; numbers and text of different parts are text."""
+    kinds = {array.type for array in arrays if len(array)}
+    if len(kinds) > 1:
+        wrong = next((kind for kind in kinds if not (is_whole(kind) or is_text(kind))), None)
+        if wrong is not None:
+            first = arrays[0].type
+            at = next(at for at, array in enumerate(arrays) if array.type != first)
+            raise bad_file(
+                where(int(ends[at]) - 1), f"a column of type {arrays[at].type}",
+                f"all parts of a table have the same types, and it is {first} before",
+                "write the parts alike",
+            )  # fmt: skip
+        kinds = {pyarrow.large_string()}
+    kind = next(iter(kinds))
+    return pyarrow.chunked_array([array.cast(kind) for array in arrays if len(array)])
+
+
+# -------------------------------------------------------------------------------------- text
+
+
+def _text(
+    folder: Folder, name: str, names: Sequence[str | int], mark: str, encoding: str,
+    width: int | None, remedy: str,
+) -> Iterator[tuple[list[Cells], Sequence[int], str]]:  # fmt: skip
+    """Arrays of the columns, piece by piece, with the line that each row ends on."""
+    label, line = folder.label(name), 1
+    at: list[int] | None = None
+    pieces = folder.chunks(name, encoding)
+    if mark in ('"', "\n", "\r"):
+        rule, remedy = "cells are separated by another character", "set data.separator"
+        raise bad_file(label, f"separator {mark!r}", rule, remedy)
+    for piece in pieces:
+        if len(mark) == 1 and mark != "\t" and ('"' in piece or not mark.isascii()):
+            rows = _quoted(chain([piece], pieces), mark, label, line)
+            if at is None:
+                number, fields = next(rows)
+                place = f"{label}, line {number}"
+                at, width, headed = _header(fields, names, width, place, remedy)
+                rows = rows if headed else chain([(number, fields)], rows)
+            yield from _batches(rows, at, width or 0, label, names)
+            return
+        text = unified(piece, label, line)
+        if at is None:
+            first, _, rest = text.partition("\n")
+            fields, place = first.split(mark), f"{label}, line 1"
+            at, width, headed = _header(fields, names, width, place, remedy)
+            text, line = (rest, 2) if headed else (text, 1)
+        if text:
+            cells = _plain(text, mark, at, width or 0, label, line, names)
+            count = len(cells[0])
+            yield cells, range(line, line + count), f"{label}, line"
+            line += count
+
+
+def _header(
+    fields: Sequence[str], names: Sequence[str | int], width: int | None, label: str, remedy: str
+) -> tuple[list[int], int, bool]:
+    """Places of the columns in the first line, how many it has, and whether it is a header."""
+    if isinstance(names[0], int):
+        most = max(name for name in names if isinstance(name, int))
+        if width is None and most > len(fields):
+            rule = f"column {most} is to be read"
+            remedy = "set data.user_column and so on, and data.separator to what separates them"
+            raise bad_file(label, f"{len(fields)} fields", rule, remedy)
+        return [int(name) - 1 for name in names], width or len(fields), False
+    return _places(fields, names, label, remedy), len(fields), True
+
+
+def _places(
+    header: Sequence[str], names: Sequence[str | int], label: str, remedy: str
+) -> list[int]:
+    found = [cell.strip(BLANKS) for cell in header]
+    for name in names:
+        if isinstance(name, int):
+            rule, remedy = "Parquet names its columns", f"name them: {', '.join(found)}"
+            raise bad_file(label, f"column {name}", rule, remedy)
+        if found.count(name) != 1:
+            times = "twice or more" if name in found else "not"
+            near = difflib.get_close_matches(name, found, n=1)
+            guess = f" (perhaps {near[0]!r})" if near and name not in found else ""
+            raise bad_file(
+                label, f"column {name!r} is {times} among {', '.join(map(shown, found[:20]))}",
+                "every column that is read must be there once",
+                f"{remedy}{guess}, or give its number if there is no header; check the separator",
+            )  # fmt: skip
+    return [found.index(str(name)) for name in names]
+
+
+def _plain(
+    text: str, mark: str, at: Sequence[int], width: int, label: str, line: int,
+    names: Sequence[str | int],
+) -> list[Cells]:  # fmt: skip
+    """Columns of whole lines in which no quote has a meaning."""
+    if len(mark) > 1:
+        if _JOINT in text:
+            number = line + text.count("\n", 0, text.index(_JOINT))
+            rule, remedy = "it stands in no such file", "correct the line"
+            raise bad_line(label, number, "character U+001F", rule, remedy)
+        text = text.replace(mark, _JOINT)
+    blank = 0 if text[0] == "\n" else text.find("\n\n") + 1
+    if width > 1 and text[blank] == "\n":
+        raise _wrong_width([], width, mark, names, label, line + text.count("\n", 0, blank))
+    wrong: list[int] = []
+
+    def skip(row: Any) -> str:
+        wrong.append(row.number)
+        return "skip"
+
+    data = text.encode()
+    table = pyarrow.csv.read_csv(
+        pyarrow.BufferReader(data),
+        pyarrow.csv.ReadOptions(
+            use_threads=False, block_size=len(data) + 1,
+            column_names=[str(place) for place in range(width)],
+        ),
+        pyarrow.csv.ParseOptions(
+            delimiter=_JOINT if len(mark) > 1 else mark, quote_char=False, double_quote=False,
+            ignore_empty_lines=False, invalid_row_handler=skip,
+        ),
+        pyarrow.csv.ConvertOptions(
+            check_utf8=False, strings_can_be_null=False, include_columns=[str(p) for p in at],
+            column_types={str(place): pyarrow.string() for place in at},
+        ),
+    )  # fmt: skip
+    if wrong:
+        fields = text.split("\n", wrong[0])[wrong[0] - 1].split(_JOINT if len(mark) > 1 else mark)
+        raise _wrong_width(fields, width, mark, names, label, line + wrong[0] - 1)
+    return [table.column(place).combine_chunks() for place in range(len(at))]
+
+
+def _quoted(
+    pieces: Iterator[str], mark: str, label: str, line: int
+) -> Iterator[tuple[int, list[str]]]:
+    """Rows of text with quotes, each with the number of the line on which it ends."""
+    # Only a line feed ends a line here: a carriage return within quotes is part of the cell.
+    lines = (f"{row}\n" for piece in pieces for row in piece[:-1].split("\n"))
+    reader = csv.reader(lines, delimiter=mark, strict=True)
     try:
         for fields in reader:
-            yield reader.line_num, fields
+            yield line - 1 + reader.line_num, fields
     except csv.Error as error:
         rule = "quotes must be closed and separators inside a field quoted"
-        raise bad_line(label, reader.line_num, str(error), rule, "correct the line") from error
+        if "limit" in str(error):
+            rule = f"a file with quotes has cells of at most {_LONGEST} characters"
+        number, found = line - 1 + reader.line_num, str(error)
+        raise bad_line(label, number, found, rule, "correct the line") from error
 
 
-def _column_numbers(header: Sequence[str], form: TableFormat, label: str) -> list[int]:
-    names = [name.strip() for name in header]
-    if len(set(form.columns)) < len(form.columns):
-        rule = "users, items and times are different columns"
-        raise bad_file(label, f"columns {form.columns}", rule, "set data.user_column and so on")
-    for name in form.columns:
-        if names.count(name) != 1:
-            raise _no_column(name, names, label)
-    return [names.index(name) for name in form.columns]
+def _batches(
+    rows: Iterator[tuple[int, list[str]]], at: Sequence[int], width: int, label: str,
+    names: Sequence[str | int],
+) -> Iterator[tuple[list[Cells], Sequence[int], str]]:  # fmt: skip
+    lines: list[int] = []
+    cells: list[list[str]] = [[] for _ in at]
+    for number, fields in rows:
+        # An empty line is one empty cell, as it is where there are no quotes.
+        if len(fields or [""]) != width:
+            raise _wrong_width(fields, width, None, names, label, number)
+        lines.append(number)
+        for column, place in zip(cells, at, strict=True):
+            column.append(fields[place] if fields else "")
+        if len(lines) == _ROWS:
+            yield [pyarrow.array(column) for column in cells], lines, f"{label}, line"
+            lines, cells = [], [[] for _ in at]
+    yield [pyarrow.array(column, pyarrow.string()) for column in cells], lines, f"{label}, line"
 
 
-def _no_column(name: str, names: Sequence[str], label: str) -> Exception:
-    times = "twice or more" if name in names else "not"
-    near = difflib.get_close_matches(name, names, n=1)
-    guess = f" (perhaps {near[0]!r})" if near and name not in names else ""
-    return bad_file(
-        label,
-        f"column {name!r} is {times} among {', '.join(map(repr, names))}",
-        "every column that is read must be there once",
-        f"set data.user_column, item_column or time_column to a name in the header{guess}, and "
-        "data.separator to what separates them",
-    )
+def _wrong_width(
+    fields: Sequence[str], width: int, mark: str | None, names: Sequence[str | int], label: str,
+    line: int,
+) -> Exception:  # fmt: skip
+    found = f"{len(fields)} field{'s'[: len(fields) != 1]}" if fields else "no text"
+    if isinstance(names[0], str):
+        rule, remedy = f"the header has {width}", "correct the line, or quote its separators"
+    else:
+        between = "" if mark is None else f", separated by {shown(mark)}"
+        rule, remedy = f"a line has {width}{between}", "correct the line, or remove it"
+        found += f" in {shown((mark or ' ').join(fields))}" if fields else ""
+    return bad_line(label, line, found, rule, remedy)
 
 
-def _typed(
-    cells: Sequence[tuple[str, ...]], lines: Sequence[int], form: TableFormat, label: str
-) -> list[NDArray[Any]]:
-    users, items, *times = zip(*cells, strict=True)
-    columns = [
-        _ids(users, lines, form.user_column, label),
-        _ids(items, lines, form.item_column, label),
-    ]
-    return columns + [_times(values, lines, str(form.time_column), label) for values in times]
+def read_lists(
+    folder: Folder, name: str, noun: str, misshapen: Callable[[str], tuple[str, str, str] | None],
+    mark: str | None = None, pair: str | None = None,
+) -> tuple[Int64Array, Int64Array]:  # fmt: skip
+    """The whole numbers on every line of a file, and how many each line has.
+
+    Args:
+        folder: where the file lies.
+        name: the file.
+        noun: what a number is, for errors.
+        misshapen: of a line: what is wrong with it, the rule and the remedy; None: nothing.
+        mark: between numbers; None: blanks.
+        pair: a pattern of two numbers that a line begins with; None: there is none.
+
+    Raises:
+        DataError: at the first line that is misshapen or has anything but whole numbers from 0.
+    """
+    compute, label, line = pyarrow.compute, folder.label(name), 1
+    parts: list[tuple[Int64Array, Int64Array]] = []
+    for piece in folder.chunks(name):
+        lines = unified(piece, label, line)[:-1].split("\n")
+        for at, each in enumerate(lines, line):
+            if wrong := misshapen(each):
+                raise bad_line(label, at, *wrong)
+        text = pyarrow.array(lines, pyarrow.large_string())
+        if pair is not None:
+            text = compute.replace_substring_regex(text, pair, "\\1\t\\2\t", max_replacements=1)
+        if mark is None:
+            tokens = compute.ascii_split_whitespace(compute.ascii_trim_whitespace(text))
+        else:
+            tokens = compute.split_pattern(text, mark)
+        numbers = as_whole(pyarrow.chunked_array([tokens.flatten()]))
+        if numbers is None or (numbers.size and numbers.min() < 0):
+            at, cell = next(
+                (at, cell)
+                for at, cells in enumerate(tokens.to_pylist())
+                for cell in cells
+                if not is_position(cell)
+            )
+            rule = f"{noun}s are whole numbers from 0, without leading zeros"
+            remedy = "number them from 0, or use a table source for other ids"
+            raise bad_line(label, line + at, f"{noun} {shown(cell)}", rule, remedy)
+        parts.append((numbers, compute.list_value_length(tokens).to_numpy()))
+        line += len(lines)
+    values, counts = (np.concatenate(each) for each in zip(*parts, strict=True))
+    return values, counts
 
 
-def _ids(cells: Sequence[str], lines: Sequence[int], name: str, label: str) -> NDArray[Any]:
-    for line in compress(lines, (not cell for cell in cells)):
-        rule, remedy = "every row needs an id", "fill it in, or remove the line"
-        raise bad_line(label, line, f"column {name!r} is empty", rule, remedy)
-    if all(map(_WHOLE.fullmatch, cells)):
-        return np.array([int(cell) for cell in cells], np.int64)
-    return np.array(cells)
+# ----------------------------------------------------------------------------------- Parquet
 
 
-def _times(cells: Sequence[str], lines: Sequence[int], name: str, label: str) -> Int64Array:
-    if all(map(_WHOLE.fullmatch, cells)):
-        return np.array([int(cell) for cell in cells], np.int64)
-    read = _decimal if _is_number(cells[0]) else _date
-    times = [read(cell) for cell in cells]
-    for line, cell in compress(zip(lines, cells, strict=True), (time is None for time in times)):
-        kind = "a finite number" if read is _decimal else "a date as in 2024-05-31T18:00:00"
-        rule = f"it must be {kind}, as in the first row"
-        raise bad_line(label, line, f"{name} {shown(cell)}", rule, "correct it, or remove the line")
-    return np.array(times, np.int64)
+def _parquet(
+    folder: Folder, name: str, names: Sequence[str | int], remedy: str
+) -> tuple[list[Cells], Sequence[int], str]:
+    label = folder.label(name)
+    with folder.open(name) as stream:
+        try:
+            file = pyarrow.parquet.ParquetFile(stream, page_checksum_verification=True)
+            _places(file.schema_arrow.names, names, label, remedy)
+            table = file.read(columns=[str(each) for each in names], use_threads=False)
+            columns = [table.column(str(each)) for each in names]
+            for column in columns:
+                column.validate(full=True)
+        except (pyarrow.ArrowException, OSError, KeyError) as error:
+            found = f"it cannot be read as Parquet ({shown(str(error).splitlines()[0], 200)})"
+            rule = "the file must be complete and of that format"
+            raise bad_file(label, found, rule, "copy it again, or save it as CSV") from error
+    rows = range(1, table.num_rows + 1)
+    return [_undictionaried(column) for column in columns], rows, f"{label}, row"
 
 
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
-
-
-def _decimal(cell: str) -> int | None:
-    """Microseconds from a decimal number of seconds; None if it is not one."""
-    value = float(cell) * _MICROSECONDS if _is_number(cell) else math.nan
-    return round(value) if abs(value) < 2**62 else None
-
-
-def _date(cell: str) -> int | None:
-    """Microseconds since 1970 from a date; None if it is not one."""
-    try:
-        date = datetime.fromisoformat(cell)
-    except ValueError:
-        return None
-    aware = date if date.tzinfo else date.replace(tzinfo=UTC)
-    return (aware - _EPOCH) // timedelta(microseconds=1)
-
-
-def _parquet_columns(path: Path, form: TableFormat) -> list[NDArray[Any]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UsageError(
-            f"{path}: Parquet needs pyarrow, which is not installed; install the extra "
-            "privrec[data], or save the table as CSV"
-        ) from error
-    try:
-        names = pyarrow.parquet.read_schema(path).names
-        _column_numbers(names, form, str(path))
-        table = pyarrow.parquet.read_table(path, columns=list(form.columns))
-    except (pyarrow.ArrowException, OSError) as error:
-        found = f"it cannot be read as Parquet ({str(error).splitlines()[0]})"
-        rule = "the file must be complete and of that format"
-        raise bad_file(str(path), found, rule, "copy it again, or save it as CSV") from error
-    if not table.num_rows:
-        raise bad_file(str(path), "there is no row", "it must hold data", "write it again")
-    return [
-        _parquet_column(table.column(name), name, str(path), time=name == form.time_column)
-        for name in form.columns
-    ]
-
-
-def _parquet_column(column: Any, name: str, label: str, *, time: bool) -> NDArray[Any]:
-    import pyarrow
-
-    if column.null_count:
-        row = int(np.flatnonzero(column.is_null().to_numpy())[0]) + 1
-        found = f"column {name!r} is empty in row {row}"
-        raise bad_file(label, found, "every row needs a value", "fill it in, or remove the row")
+def _undictionaried(column: Cells) -> Cells:
     kind = column.type
-    if pyarrow.types.is_integer(kind):
-        return np.asarray(column.to_numpy()).astype(np.int64)
-    if time and (pyarrow.types.is_timestamp(kind) or pyarrow.types.is_date(kind)):
-        days = pyarrow.types.is_date32(kind)
-        counted = column.cast(pyarrow.int32() if days else pyarrow.int64())
-        return np.asarray(counted.to_numpy()).astype(np.int64)
-    cells = [str(cell) for cell in column.to_pylist()]
-    rows = range(1, len(cells) + 1)
-    return (_times if time else _ids)(cells, rows, name, f"{label}, as rows")
+    column = column.cast(kind.value_type) if pyarrow.types.is_dictionary(kind) else column
+    return column.combine_chunks()

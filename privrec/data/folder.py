@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import gzip
+import re
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from codecs import getincrementaldecoder, lookup
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from privrec.data.problems import bad_file
-from privrec.errors import DataError
+from privrec.data.problems import bad_file, bad_line
 
-_CHUNK = 1 << 22  # bytes read at a time: small enough that the parser's arrays stay in cache
-_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError)
+_CHUNK = 1 << 22  # bytes read at a time: memory stays at a few of them
+_DAMAGE = (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError)
+_GZIP, _ZIP = b"\x1f\x8b", b"PK\x03\x04"
+_PACKED = {_ZIP: "zip", b"BZh91AY&SY": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
-_UTF8_MARK = b"\xef\xbb\xbf"
+_TABLES = (".csv", ".tsv", ".parquet", ".pq")
+_PART = re.compile(r"part[-.]|.*-\d+-of-\d+")
 
 
 @dataclass(frozen=True)
@@ -48,34 +53,80 @@ class Folder:
             return (self.root / name).is_file()
         return f"{self.inside}{name}" in _members(self.root, self.inside)
 
-    def read(self, name: str) -> bytes:
-        """The whole content of a small file, without a byte-order mark.
+    @contextmanager
+    def open(self, name: str) -> Iterator[IO[bytes]]:
+        """The bytes of a file, unpacked if it is a gzip file.
 
         Raises:
-            DataError: when it is missing, cannot be read, is damaged, empty or UTF-16.
+            DataError: when it is missing, cannot be read, or is damaged.
         """
-        return b"".join(self.chunks(name))
+        with _readable(self.label(name)), self._raw(name) as stream:
+            packed = stream.read(2) == _GZIP
+            stream.seek(0)
+            yield gzip.GzipFile(fileobj=stream) if packed else stream  # type: ignore[misc]
 
-    def chunks(self, name: str) -> Iterator[bytes]:
-        """The content in pieces of whole lines, each ending in a newline, line ends unified.
+    def chunks(self, name: str, encoding: str = "utf-8") -> Iterator[str]:
+        """The text in pieces of whole lines, each ending in a newline.
 
-        Blank lines at the very end are left out; memory stays at a few chunks.
+        Line ends are as they stand in the file. A byte-order mark and blank lines at the very end
+        are left out. Memory stays at a few chunks, or a few of the longest line.
 
         Raises:
-            DataError: when it is missing, cannot be read, is damaged, empty or UTF-16.
+            DataError: when the file is missing, cannot be read, is damaged or empty, or when its
+                bytes are not text in this encoding, with the line.
         """
-        label = self.label(name)
-        with _readable(label), self._open(name) as stream:
-            yield from _whole_lines(stream, label)
+        empty = True
+        with self.open(name) as stream:
+            for piece in _whole_lines(_decoded(stream, self.label(name), encoding)):
+                empty = False
+                yield piece
+        if empty:
+            rule, remedy = "it must hold data", "copy or download it again"
+            raise bad_file(self.label(name), "the file is empty", rule, remedy)
+
+    def lines(self, name: str, encoding: str = "utf-8") -> Iterator[str]:
+        """The lines of a text, without their ends.
+
+        Raises:
+            DataError: as :meth:`chunks` does, or when a line has a carriage return within.
+        """
+        line = 1
+        for piece in self.chunks(name, encoding):
+            text = unified(piece, self.label(name), line)
+            line += text.count("\n")
+            yield from text[:-1].split("\n")
 
     @contextmanager
-    def _open(self, name: str) -> Iterator[IO[bytes]]:
+    def _raw(self, name: str) -> Iterator[IO[bytes]]:
         if self.root.is_dir():
             with (self.root / name).open("rb") as stream:
                 yield stream
             return
         with zipfile.ZipFile(self.root) as archive, archive.open(f"{self.inside}{name}") as stream:
             yield stream
+
+
+def unified(piece: str, label: str, line: int) -> str:
+    """Whole lines with line feeds alone between them.
+
+    Args:
+        piece: as :meth:`Folder.chunks` gives it.
+        label: the file, for errors.
+        line: number of its first line.
+
+    Raises:
+        DataError: when a carriage return stands within a line, which some programs take for the
+            line's end and others do not.
+    """
+    if "\r" in piece:
+        piece = piece.replace("\r\n", "\n")
+        if "\r" in piece:
+            raise bad_line(
+                label, line + piece.count("\n", 0, piece.index("\r")), "a carriage return",
+                "lines end in a line feed, with or without a carriage return before it",
+                "save the file with such line ends",
+            )  # fmt: skip
+    return piece
 
 
 def find_folder(root: Path, names: Sequence[str], markers: Sequence[str]) -> Folder | None:
@@ -100,6 +151,56 @@ def find_folder(root: Path, names: Sequence[str], markers: Sequence[str]) -> Fol
         if found is not None:
             return found
     return None
+
+
+def table_files(path: Path) -> list[tuple[Folder, str]]:
+    """The files of a table: one, or the part files that Spark and others write, in their order.
+
+    Args:
+        path: the file itself, plain or packed by gzip; or a folder or zip archive that has one
+            table, or nothing but part files (``part-00000…``, ``…-00000-of-00005…``).
+
+    Returns:
+        None of them when a folder has no table.
+
+    Raises:
+        DataError: when there are several tables, or an archive is damaged or without a table.
+    """
+    if not path.is_file():
+        files = [(Folder(path), name) for name in (Folder(path).names() if path.is_dir() else ())]
+    elif _is_zip(path):
+        cut = (name.rpartition("/") for name in _members(path, "") if name[-1:] != "/")
+        files = [(Folder(path, folder + slash), name) for folder, slash, name in cut]
+        files = [file for file in files if not file[0].inside.startswith("__MACOSX/")]
+    else:
+        return [(Folder(path.parent), path.name)]
+    named = [(each, name) for each, name in files if not name.startswith((".", "_"))]
+    tables = [(each, name) for each, name in named if suffix(name) in _TABLES or _PART.match(name)]
+    if len(tables) > 1 and not all(_PART.match(name) for _, name in tables):
+        raise bad_file(
+            str(path), f"{len(tables)} tables",
+            "one is read, or several that are named as parts of one: part-00000, part-00001",
+            "set data.path to one of them" + " after unpacking" * path.is_file(),
+        )  # fmt: skip
+    if not tables and path.is_file():
+        rule, remedy = "a .csv, .tsv or .parquet is read from it", "unpack it and name the table"
+        raise bad_file(str(path), f"a zip archive of {len(named)} other files", rule, remedy)
+    # Part 10 comes after part 9.
+    return sorted(tables, key=lambda file: (file[0].inside, re.sub(r"\d+", _wide, file[1])))
+
+
+def _wide(number: re.Match[str]) -> str:
+    return number[0].zfill(40)
+
+
+def suffix(name: str) -> str:
+    """What a file's name ends in, without ``.gz``."""
+    return Path(name.lower().removesuffix(".gz")).suffix
+
+
+def _is_zip(path: Path) -> bool:
+    with _readable(str(path)), path.open("rb") as stream:
+        return stream.read(4) == _ZIP or path.suffix.lower() == ".zip"
 
 
 def _inside(archive: Path, markers: Sequence[str]) -> Folder | None:
@@ -128,7 +229,7 @@ def _readable(label: str) -> Iterator[None]:
         raise bad_file(label, "there is no such file", rule, remedy) from error
     except _DAMAGE as error:
         found = f"the archive is damaged or cut off ({error})"
-        rule = "a zip archive must be complete"
+        rule = "an archive must be complete"
         raise bad_file(label, found, rule, "delete it and download it again") from error
     except (OSError, KeyError, RuntimeError) as error:
         rule = "the file must be readable"
@@ -136,65 +237,63 @@ def _readable(label: str) -> Iterator[None]:
         raise bad_file(label, f"it cannot be read ({error})", rule, remedy) from error
 
 
-def _whole_lines(stream: IO[bytes], label: str) -> Iterator[bytes]:
-    rest = _without_mark(stream.read(_CHUNK), label)
-    empty = True
-    while rest:
-        more = stream.read(_CHUNK)
-        if more:
-            # Blank lines wait for what follows: at the end of the file they are no lines.
-            body = len(rest[: rest.rfind(b"\n") + 1].rstrip(b"\r\n"))
-            cut = rest.index(b"\n", body) + 1 if body else 0
-            piece, rest = rest[:cut], rest[cut:] + more
-        else:
-            piece, rest = rest.rstrip(b"\r\n"), b""
-            piece += b"\n" if piece else b""
-        if piece:
-            empty = False
-            yield piece.replace(b"\r\n", b"\n") if b"\r" in piece else piece
-    if empty:
-        raise bad_file(label, "the file is empty", "it must hold data", "copy or download it again")
-
-
-def _without_mark(start: bytes, label: str) -> bytes:
-    if start.startswith(_UTF16):
-        rule, remedy = "the text must be in an 8-bit encoding", "save it again as UTF-8"
-        raise bad_file(label, "line 1 starts as UTF-16 text", rule, remedy)
-    return start.removeprefix(_UTF8_MARK)
-
-
-def decoded(content: bytes, label: str, encoding: str) -> str:
-    """Text of a file in its encoding.
-
-    Args:
-        content: the bytes.
-        label: the path, for the error.
-        encoding: a name that Python knows; ``"utf-8 or latin-1"`` takes the first that fits.
-
-    Raises:
-        DataError: when a byte does not fit, with its line; or when the encoding is unknown.
-    """
-    if encoding == "utf-8 or latin-1":
-        try:
-            return content.decode("utf-8")
-        except UnicodeDecodeError:
-            return content.decode("latin-1")
+def _decoded(stream: IO[bytes], label: str, encoding: str) -> Iterator[str]:
+    """The text of a stream, piece by piece, without its byte-order mark."""
     try:
-        return content.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise _undecodable(content, label, encoding, error) from error
+        b"".decode(encoding)  # refuses what is no encoding of text
+        decoder = getincrementaldecoder(encoding)()
+        wide = lookup(encoding).name.startswith(("utf-16", "utf-32"))
     except LookupError as error:
         rule = "it must be one that Python knows"
         remedy = "set data.encoding to utf-8 or latin-1"
         raise bad_file(label, f"unknown encoding {encoding!r}", rule, remedy) from error
+    line, start, block = 1, True, b" "
+    while block:
+        block = stream.read(_CHUNK)
+        if start:
+            _refuse_packed(block, label, wide=wide)
+        try:
+            text = decoder.decode(block, final=not block)
+            text.encode()  # some encodings can write what is no character
+        except ValueError as error:
+            raise _undecodable(block, label, encoding, line, error) from error
+        line += text.count("\n")
+        yield text.removeprefix("\ufeff") if start else text
+        start = start and not text
 
 
-def _undecodable(content: bytes, label: str, encoding: str, error: UnicodeDecodeError) -> DataError:
-    line = content.count(b"\n", 0, error.start) + 1
-    byte = content[error.start : error.start + 1].hex()
-    return bad_file(
-        f"{label}, line {line}",
-        f"byte 0x{byte} is not {encoding}",
-        f"the file must be {encoding} throughout",
+def _whole_lines(texts: Iterable[str]) -> Iterator[str]:
+    held: list[str] = []
+    for text in texts:
+        # Blank lines wait for what follows: at the end of the file they are no lines.
+        cut = text.rfind("\n", 0, len(text.rstrip("\r\n"))) + 1
+        if cut:
+            yield "".join((*held, text[:cut]))
+            held = []
+        held.append(text[cut:])
+    last = "".join(held).rstrip("\r\n")
+    if last:
+        yield f"{last}\n"
+
+
+def _refuse_packed(start: bytes, label: str, *, wide: bool) -> None:
+    for mark, name in _PACKED.items():
+        if start.startswith(mark):
+            rule, remedy = "text or gzip is read here", "unpack it"
+            raise bad_file(label, f"the file is packed by {name}", rule, remedy)
+    if start.startswith(_UTF16) and not wide:
+        rule, remedy = "the text must be UTF-8", "save it so, or set data.encoding to utf-16"
+        raise bad_file(label, "line 1 starts as UTF-16 text", rule, remedy)
+
+
+def _undecodable(
+    block: bytes, label: str, encoding: str, line: int, error: ValueError
+) -> Exception:
+    found = f"it is not {encoding}"
+    if isinstance(error, UnicodeDecodeError):
+        line += error.object[: error.start].decode(encoding, "ignore").count("\n")
+        found = f"byte 0x{error.object[error.start : error.start + 1].hex()} is not {encoding}"
+    return bad_line(
+        label, line, found, f"the file must be {encoding} throughout",
         "save it as UTF-8, or set data.encoding to what it is (such as latin-1)",
-    )
+    )  # fmt: skip

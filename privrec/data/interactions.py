@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ Int64Array = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 IdArray = NDArray[Any]
 Holdout = Literal["test", "validation"]
+Duplicates = Literal["refuse", "first", "last"]
 
 _HOLDOUT_KEY = 0x686F6C646F7574  # "holdout": fixed, so that a validation split is one split
 _INT32_MAX = np.iinfo(np.int32).max
@@ -39,9 +40,10 @@ class Interactions:
         items: int32 [m], positions in ``0..n-1``.
         times: int64 [m], not decreasing within a user, or None where the source has none. The
             unit is the source's own; only the order is used.
-        user_ids: [U] original ids, int64 or str, without repetition.
-        item_ids: [n] original ids, int64 or str, without repetition. An item need not occur.
+        user_ids: [U] original ids, int64 or objects that are str, without repetition.
+        item_ids: [n] likewise. An item need not occur.
         titles: n titles, or None where the source has none.
+        repeats: rows of the source that were left out, since their pair had another.
     """
 
     indptr: Int64Array
@@ -50,6 +52,7 @@ class Interactions:
     user_ids: IdArray
     item_ids: IdArray
     titles: tuple[str, ...] | None = None
+    repeats: int = 0
 
     @classmethod
     def from_pairs(
@@ -62,30 +65,36 @@ class Interactions:
         item_ids: ArrayLike | None = None,
         titles: Sequence[str] | None = None,
         where: Callable[[int], str] | None = None,
+        duplicates: Duplicates = "refuse",
     ) -> Interactions:
         """Interactions from one row per (user, item) pair, in any order.
 
         Args:
-            users: [m] raw ids, integers or strings.
-            items: [m] raw ids, integers or strings.
+            users: [m] raw ids, integers or strings; an array of Arrow too.
+            items: [m] likewise.
             times: [m] integers, or None: then the order of the rows is the order in time.
             user_ids: [U] the raw ids in the order of positions; None: those that occur, sorted.
             item_ids: [n] likewise; give it to keep items that nobody has interacted with.
             titles: one per item id; needs ``item_ids``.
             where: names a row in an error, such as ``file, line``.
+            duplicates: which row is kept of a pair that occurs again, ``"first"`` or ``"last"``
+                in time; ``"refuse"``: none may.
 
         Raises:
-            DataError: when there is no row, a pair occurs twice, a raw id is not listed, or a
-                listed user has no row.
+            DataError: when there is no row, a pair occurs twice and may not, a raw id is not
+                listed, or a listed user has no row.
         """
         row = where or (lambda index: f"row {index + 1}")
-        user, user_names = _positions(np.asarray(users), user_ids, "user", row)
-        item, item_names = _positions(np.asarray(items), item_ids, "item", row)
+        user, user_names = _positions(users, user_ids, "user", row)
+        item, item_names = _positions(items, item_ids, "item", row)
         if not user.size:
             raise DataError("no interactions: a data set needs at least one; check the input file")
         order = _row_order(user, None if times is None else np.asarray(times))
-        _refuse_duplicates(user, item, user_names, item_names, row)
-        indptr = _row_bounds(user, user_names.size)
+        if duplicates == "refuse":
+            _refuse_duplicates(user, item, user_names, item_names, row)
+        else:
+            order = order[_distinct((user * item_names.size + item)[order], duplicates)]
+        indptr = _row_bounds(user[order], user_names.size)
         _refuse_idle(indptr, user_names)
         return cls(
             indptr,
@@ -94,6 +103,7 @@ class Interactions:
             user_names,
             item_names,
             None if titles is None else tuple(titles),
+            user.size - order.size,
         )
 
     @property
@@ -153,9 +163,7 @@ class Interactions:
         """The same users and catalogue with only the rows where ``keep`` [m] is true."""
         indptr = np.concatenate(([0], np.cumsum(keep, dtype=np.int64)))[self.indptr]
         times = None if self.times is None else self.times[keep]
-        return Interactions(
-            indptr, self.items[keep], times, self.user_ids, self.item_ids, self.titles
-        )
+        return replace(self, indptr=indptr, items=self.items[keep], times=times)
 
     def most_recent(self, limit: int) -> Interactions:
         """The same users with at most their last ``limit`` interactions.
@@ -174,7 +182,7 @@ class Interactions:
         titles = None if self.titles is None else tuple(self.titles[item] for item in order)
         items = _new_positions(order)[self.items]
         names = self.item_ids[order]
-        return Interactions(self.indptr, items, self.times, self.user_ids, names, titles)
+        return replace(self, items=items, item_ids=names, titles=titles)
 
     def _from_end(self) -> Int64Array:
         """How many later rows the same user has, int64 [m]."""
@@ -256,12 +264,14 @@ class Split:
             item is filled with -1. Candidates that are items of that very user are kept as
             published, and the metric leaves them out.
         holdout: which part is held out; choose settings on ``validation`` and report ``test``.
+        untrained: test users of a published split that are left out, having no training items.
     """
 
     train: Interactions
     heldout: ItemLists
     negatives: Int32Array | None
     holdout: Holdout
+    untrained: int = 0
 
     def renumbered(self, order: Int64Array) -> Split:
         """The same split with items numbered anew; see :meth:`Interactions.renumbered`."""
@@ -269,7 +279,8 @@ class Split:
         places = np.append(_new_positions(order), np.int32(-1))
         heldout = ItemLists(self.heldout.indptr, places[self.heldout.items])
         negatives = None if self.negatives is None else places[self.negatives]
-        return Split(self.train.renumbered(order), heldout, negatives, self.holdout)
+        train = self.train.renumbered(order)
+        return replace(self, train=train, heldout=heldout, negatives=negatives)
 
 
 def leave_last_out(interactions: Interactions, *, holdout: Holdout) -> Split:
@@ -367,27 +378,40 @@ def _row_order(users: Int64Array, times: IdArray | None) -> Int64Array:
 
 
 def _positions(
-    raw: IdArray, listed: ArrayLike | None, noun: str, where: Callable[[int], str]
+    raw: Any, listed: ArrayLike | None, noun: str, where: Callable[[int], str]
 ) -> tuple[Int64Array, IdArray]:
     """Positions of raw ids, and the ids in the order of positions."""
-    if listed is None:
-        names, positions = _unique_positions(raw)
+    if listed is not None:
+        names = _array(listed)
+        positions = _find(_array(raw), names, noun, where)
+    elif hasattr(raw, "dictionary_encode"):
+        # Text of Arrow: no Python object a row, only one for each distinct id.
+        coded = raw.combine_chunks().dictionary_encode()
+        found = coded.dictionary.to_numpy(zero_copy_only=False)
+        order = np.argsort(found, kind="stable")
+        positions, names = _new_positions(order)[coded.indices.to_numpy()], found[order]
     else:
-        names = np.asarray(listed)
-        positions = _find(raw, names, noun, where)
+        positions, names = _unique_positions(_array(raw))
     if names.size > _INT32_MAX:
         raise DataError(f"{names.size} {noun}s: positions are 32-bit; split the data set")
-    return positions, names
+    return positions.astype(np.int64, copy=False), names
 
 
-def _unique_positions(raw: IdArray) -> tuple[IdArray, Int64Array]:
+def _array(raw: ArrayLike) -> IdArray:
+    """Ids as numbers, or as objects: numpy would pad each text to the length of the longest."""
+    text = isinstance(raw, list | tuple) and len(raw) > 0 and isinstance(raw[0], str)
+    return np.asarray(raw, object if text else None)
+
+
+def _unique_positions(raw: IdArray) -> tuple[Int64Array, IdArray]:
     """``np.unique`` with inverse, by counting where ids are small integers (much faster)."""
-    if raw.dtype.kind in "iu" and raw.size and raw.min() >= 0 and raw.max() < 4 * raw.size + 1024:
+    small = raw.dtype.kind in "iu" and raw.size and raw.min() >= 0
+    if small and raw.max() < 4 * raw.size + 1024:
         present = np.zeros(int(raw.max()) + 1, np.bool_)
         present[raw] = True
-        return np.flatnonzero(present), (np.cumsum(present) - 1)[raw]
+        return (np.cumsum(present) - 1)[raw], np.flatnonzero(present)
     names, positions = np.unique(raw, return_inverse=True)
-    return names, positions.astype(np.int64)
+    return positions, names
 
 
 def _find(raw: IdArray, names: IdArray, noun: str, where: Callable[[int], str]) -> Int64Array:
@@ -413,6 +437,13 @@ def _refuse_idle(indptr: Int64Array, user_ids: IdArray) -> None:
         )
 
 
+def _distinct(keys: Int64Array, kept: Duplicates) -> Int64Array:
+    """The rows, in order, that are the first or the last of their key."""
+    if kept == "first":
+        return np.sort(np.unique(keys, return_index=True)[1])
+    return np.sort(keys.size - 1 - np.unique(keys[::-1], return_index=True)[1])
+
+
 def _refuse_duplicates(
     users: Int64Array,
     items: Int64Array,
@@ -430,7 +461,7 @@ def _refuse_duplicates(
     raise DataError(
         f"{where(second)}: user {_quoted(user_ids[users[second]])}, item "
         f"{_quoted(item_ids[items[second]])} is already in {where(first)}; a pair may occur once; "
-        "keep one of the two lines"
+        'remove one of them, or keep one of each pair: data.duplicates = "last" of a table'
     )
 
 
@@ -451,9 +482,11 @@ def _as_id(wanted: int | str, names: IdArray) -> int | str:
     if names.dtype.kind not in "iu":
         return str(wanted)
     try:
-        return int(wanted)
+        number = int(wanted)
     except ValueError:
         return wanted
+    # Python also reads 007, 1_0 and digits of other scripts.
+    return number if str(number) == str(wanted) else str(wanted)
 
 
 def _known(wanted: int | str, names: IdArray) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import zlib
 from collections import Counter
@@ -15,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.data.extreme import Examples
-from privrec.data.files import records
-from privrec.data.folder import Folder, decoded
-from privrec.data.problems import bad_file, bad_line
+from privrec.data.folder import table_files
+from privrec.data.problems import bad_file
 from privrec.embedding.hashing import finalise
 from privrec.errors import DataError
 
@@ -52,10 +50,10 @@ def read_labelled(
     path: Path, text: Sequence[str], label: str | None, *, between: str | None = None,
     tokens: Tokens = "blanks",
 ) -> Labelled:  # fmt: skip
-    """Rows of a CSV or TSV file with named columns, in UTF-8.
+    """Rows of a table with named columns; a text is kept as it stands, blanks included.
 
     Args:
-        path: ``.tsv`` is separated by tabs, everything else by commas.
+        path: CSV, TSV or Parquet, see :func:`privrec.data.folder.table_files`; text is UTF-8.
         text: columns that are read; of several, each word carries its column's name, so that
             tables of categories work as texts do.
         label: column of the label; None where labels are not needed.
@@ -65,40 +63,26 @@ def read_labelled(
     Raises:
         DataError: when the file, a column or a line is not as it must be; it names the line.
     """
-    name = str(path)
-    if not path.is_file():
-        raise bad_file(name, "no such file", "a table is read from a file", "check the path")
-    content = decoded(Folder(path.parent).read(path.name), name, "utf-8").removeprefix("\ufeff")
-    rows = records(content, "\t" if path.suffix.lower() == ".tsv" else ",", name)
-    header = [cell.strip() for cell in next(rows, (0, []))[1]]
-    wanted = [_column(header, each, name) for each in text]
-    target = None if label is None else _column(header, label, name)
-    texts, labels = [], []
-    for line, cells in rows:
-        if not cells:
-            continue
-        if len(cells) != len(header):
-            rule = f"the header has {len(header)}"
-            raise bad_line(name, line, f"{len(cells)} fields", rule, "quote separators in a field")
-        texts.append(_joined([cells[at] for at in wanted], text, SPLITS[tokens]))
-        if target is not None and label is not None:
-            labels.append(_labels(cells[target], between, label, name, line))
-    if not texts:
-        raise bad_file(name, "there is no row", "data follow the header", "copy the file again")
+    # Imported when a file is read, as Arrow takes a tenth of a second.
+    from privrec.data.cells import texts_in
+    from privrec.data.files import read_columns
+
+    files = table_files(path)
+    if not files:
+        raise bad_file(str(path), "no such file", "a table is read from a file", "check the path")
+    wanted = list(dict.fromkeys([*text, *([] if label is None else [label])]))
+    read = read_columns(files, wanted, remedy="name the columns as the header does")
+    found = {
+        name: texts_in(cells, name, read.where)
+        for name, cells in zip(wanted, read.cells, strict=True)
+    }
+    columns = zip(*(found[each] for each in text), strict=True)
+    texts = [_joined(cells, text, SPLITS[tokens]) for cells in columns]
+    labels = [
+        _labels(cell, between, str(label), read.where(row))
+        for row, cell in enumerate(found[label] if label is not None else ())
+    ]
     return Labelled(tuple(texts), tuple(labels))
-
-
-def _column(header: Sequence[str], wanted: str, file: str) -> int:
-    if header.count(wanted) == 1:
-        return header.index(wanted)
-    near = difflib.get_close_matches(wanted, header, n=1)
-    guess = f"; perhaps {near[0]!r}" if near and wanted not in header else ""
-    times = "twice or more" if wanted in header else "not"
-    raise bad_line(
-        file, 1, f"column {wanted!r} is {times} among {', '.join(map(repr, header)) or 'nothing'}",
-        "every column that is read is there once",
-        f"name the columns as the header does{guess}",
-    )  # fmt: skip
 
 
 def _joined(cells: Sequence[str], columns: Sequence[str], split: Callable[[str], list[str]]) -> str:
@@ -112,14 +96,12 @@ def _joined(cells: Sequence[str], columns: Sequence[str], split: Callable[[str],
     return " ".join(words)
 
 
-def _labels(cell: str, between: str | None, column: str, file: str, line: int) -> tuple[str, ...]:
+def _labels(cell: str, between: str | None, column: str, where: str) -> tuple[str, ...]:
     parts = [cell] if between is None else cell.split(between)
     found = tuple(dict.fromkeys(part.strip() for part in parts if part.strip()))
     if not found:
         rule = "every row that is learned from has a label"
-        raise bad_line(
-            file, line, f"column {column!r} is empty", rule, "fill it in, or remove the line"
-        )
+        raise bad_file(where, f"column {column!r} is empty", rule, "fill it in, or remove the row")
     return found
 
 

@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 from privrec.errors import DataError
 
-_SHOWN = 60
-
 
 def bad_file(file: str, found: str, rule: str, remedy: str) -> DataError:
     """An error about a whole file.
@@ -34,12 +32,11 @@ def bad_line(file: str, line: int, found: str, rule: str, remedy: str) -> DataEr
     return bad_file(f"{file}, line {line}", found, rule, remedy)
 
 
-def shown(value: bytes | str) -> str:
-    """A value as an error message quotes it: printable, and not longer than a line."""
-    text = value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else value
-    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…")
+def shown(text: str, most: int = 60) -> str:
+    """A value as an error message quotes it: printable, and not longer than ``most`` characters."""
+    return repr(text if len(text) <= most else f"{text[:most]}…")
 
 
-def line_namer(label: str, first: int) -> Callable[[int], str]:
-    """Names a row of a file whose first row stands on line ``first``."""
-    return lambda row: f"{label}, line {row + first}"
+def line_namer(label: str) -> Callable[[int], str]:
+    """Names a row of a file that has one on every line."""
+    return lambda row: f"{label}, line {row + 1}"

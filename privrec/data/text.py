@@ -18,8 +18,10 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from privrec.data.folder import Folder
 from privrec.data.interactions import Interactions
-from privrec.data.problems import bad_file, bad_line, shown
+from privrec.data.listed import read_ids
+from privrec.data.problems import bad_file
 from privrec.errors import UsageError
 from privrec.randomness import rng_for
 
@@ -96,9 +98,8 @@ class Corpus:
             bounds.astype(np.int64),
             (pairs % self.n_items).astype(np.int32),
             None,
-            np.array(self.names),
-            np.array(self.words),
-            None,
+            np.array(self.names, object),
+            np.array(self.words, object),
         )
 
     def select(self, rows: NDArray[np.integer]) -> Corpus:
@@ -211,7 +212,7 @@ def load_text(config: TextConfig, *, data_dir: Path | None = None) -> TextSplit:
         return replace(_synthetic(config), vocabulary=config.vocabulary)
     files = _files(config.path, data_dir)
     source = "embedded" if files == [EMBEDDED] else files[0].parent.name
-    words = None if config.words is None else _word_list(_beside(config.words, data_dir))
+    words = None if config.words is None else read_ids(_beside(config.words, data_dir))
     split = split_devices(read_articles(files, words), config.holdout, source)
     return replace(split, vocabulary=config.vocabulary)
 
@@ -363,7 +364,7 @@ def _articles(path: Path) -> Iterator[tuple[str, list[str]]]:
     """Names and tokens of a file's articles."""
     name, begun = path.stem, False
     tokens: list[str] = []
-    for line in _lines(path):
+    for line in Folder(path.parent).lines(path.name):
         title = _TITLE.match(line)
         if title is not None:
             if begun or tokens:
@@ -373,27 +374,6 @@ def _articles(path: Path) -> Iterator[tuple[str, list[str]]]:
         if found:
             tokens += [*found, END]
     yield name, tokens
-
-
-def _lines(path: Path) -> Iterator[str]:
-    try:
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, 1):
-                try:
-                    yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError:
-                    raise bad_line(
-                        str(path), number, shown(raw), "a text is UTF-8", "save it as UTF-8"
-                    ) from None
-    except OSError as error:
-        raise bad_file(
-            str(path), str(error.strerror), "the text must be readable", "name another"
-        ) from None
-
-
-def _word_list(path: Path) -> list[str]:
-    """A public list of words, one a line."""
-    return [word for line in _lines(path) if (word := line.strip())]
 
 
 def _beside(name: str, data_dir: Path | None) -> Path:

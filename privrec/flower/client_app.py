@@ -15,6 +15,7 @@ from flwr.common.logger import log
 
 from privrec import data
 from privrec.assembly import assign, federation_of
+from privrec.data.listed import read_catalogue, read_history
 from privrec.device.tier import Federation
 from privrec.errors import DataError, PrivrecError, UsageError
 from privrec.flower.enrol import ROOT, STATE, anchor_of, certificates_of
@@ -150,8 +151,8 @@ def _own(scenario: Scenario, config: Mapping[str, Any]) -> tuple[list[Hosted], F
             "history is given without catalogue: add catalogue=FILE to --node-config, with the ids "
             "of all items, one a line, in the order that the server's catalogue has them"
         )
-    items = {name: place for place, name in enumerate(lines(Path(catalogue)))}
-    liked = lines(Path(str(config["history"])))
+    items = read_catalogue(Path(catalogue))
+    liked = read_history(Path(str(config["history"])), items)
     unknown = next((name for name in liked if name not in items), None)
     if unknown is not None:
         raise DataError(
@@ -167,19 +168,6 @@ def _own(scenario: Scenario, config: Mapping[str, Any]) -> tuple[list[Hosted], F
         raise UsageError(f"capacity = {capacity}: the scenario's tiers have {known}; take one")
     history = np.unique(np.array([items[name] for name in liked], np.int32))
     return [Hosted(int(config.get("number", 0)), tier, history)], federation
-
-
-def lines(path: Path) -> list[str]:
-    """The lines of a file of ids, without empty ones.
-
-    Raises:
-        DataError: when the file cannot be read.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: the file of ids could not be read ({error})") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _text(config: Mapping[str, Any], name: str) -> str | None:

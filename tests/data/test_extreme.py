@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,11 @@ def test_the_format_of_the_repository(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "line 1"),
+        ("", "the file is empty"),
+        ("1 10 5\n1 18446744073709551615:1\n", "line 2: feature 18446744073709551615.*0 to 9"),
+        ("1 10 5\n1 0:1e39\n", "line 2.*finite"),
+        ("1 10 5\n1 0:1_0\n", "line 2.*index:value"),
+        ("1 1_0 5\n1 0:1\n", "line 1"),
         ("3 10\n", "line 1"),
         ("2 10 5\n1 0:1\n", "1 examples.*promises 2"),
         ("1 10 5\n1 0:1:2\n", "line 2"),
@@ -44,6 +49,14 @@ def test_the_format_of_the_repository(tmp_path: Path) -> None:
 def test_bad_lines_are_named(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message):
         read_extreme(written(tmp_path, text))
+
+
+@pytest.mark.parametrize("text", ["\ufeff" + GOOD, GOOD + "\n\n", GOOD.replace("\n", "\r\n")])
+def test_a_mark_blank_lines_and_windows_ends_do_no_harm(text: str, tmp_path: Path) -> None:
+    packed = tmp_path / "data.txt.gz"
+    packed.write_bytes(gzip.compress(text.encode()))
+    for path in (written(tmp_path, text), packed):
+        assert read_extreme(path).values.tolist() == [0.5, 1.25, 1.0]
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

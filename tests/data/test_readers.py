@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from privrec import data
-from privrec.data.interactions import Holdout, Split
+from privrec.data.interactions import Duplicates, Holdout, Split
 from privrec.errors import DataError, UsageError
 
 
@@ -30,6 +30,7 @@ class Config:
     time_column: str | None = None
     separator: str | None = None
     encoding: str = "utf-8"
+    duplicates: Duplicates = "refuse"
 
 
 # user, item, rating, time: user 2 has one interaction, user 5 two at the same time.
@@ -317,8 +318,9 @@ def test_times_may_be_numbers_or_dates(times: list[str], order: list[int], tmp_p
 
 @pytest.mark.parametrize("kind", ["int", "text", "timestamp"])
 def test_parquet_tables(kind: str, tmp_path: Path) -> None:
-    arrow = pytest.importorskip("pyarrow", reason="Parquet needs the extra privrec[data]")
-    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
     users: list[object] = [1, 1, 2] if kind != "text" else ["b", "b", "c"]
     times = arrow.array([3, 2, 1])
     if kind == "timestamp":
@@ -327,15 +329,6 @@ def test_parquet_tables(kind: str, tmp_path: Path) -> None:
     parquet.write_table(table, tmp_path / "t.parquet")
     split = data.load(Config("table", time_column="time"), data_dir=tmp_path)
     assert list(histories(split).values()) == [["y", "x"], ["x"]]
-
-
-def test_parquet_without_pyarrow_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    (tmp_path / "t.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UsageError, match=r"privrec\[data\]"):
-        data.load(Config("table"), data_dir=tmp_path)
 
 
 def test_histories_are_cut_after_the_split(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from privrec import data
-from privrec.data.interactions import Holdout, Split
+from privrec.data.interactions import Duplicates, Holdout, Split
 from privrec.metrics import evaluate, popularity_scores
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,6 +33,7 @@ class Config:
     time_column: str | None = None
     separator: str | None = None
     encoding: str = "utf-8"
+    duplicates: Duplicates = "refuse"
 
 
 def load(source: str, folder: str, file: str, holdout: Holdout = "test") -> Split:

@@ -71,7 +71,7 @@ def test_bad_texts_are_named_with_the_line(tmp_path: Path) -> None:
     path.write_bytes(b"good\nb\xff\n")
     with pytest.raises(DataError, match=r"bad\.txt, line 2.*UTF-8"):
         read_articles([path])
-    with pytest.raises(DataError, match="no article"):
+    with pytest.raises(DataError, match="the file is empty"):
         read_articles([write(tmp_path, "\n\n")])
     with pytest.raises(DataError, match=r"no \.txt there"):
         load_text(config(path="nothing"), data_dir=tmp_path / "nowhere")
