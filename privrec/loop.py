@@ -159,7 +159,9 @@ class Loop(ABC):
         With gaps the checkpoint stays, so that ``resume`` can try again to fill them.
         """
         write_model(self.out, self.server, self.scenario)
-        payload = {**self.payload(), "gaps": self.gaps}
+        payload = self.payload()
+        if self.gaps:
+            payload["gaps"] = self.gaps
         rundir.write_json(self.out / "result.json", payload)
         self.events.append("end", round=self.server.index)
         if not self.gaps:
