@@ -58,12 +58,12 @@ def scores_of(name: str, train: Interactions, *, dim: int, seed: int) -> Scores:
     Raises:
         UsageError: as :func:`check`.
     """
-    check(name, train, dim=dim)
     return _MAKERS[name](train, dim, seed)
 
 
 def pure_svd(train: Interactions, dim: int, seed: int) -> Scores:
     """Truncated SVD of the 0/1 matrix (Cremonesi, Koren & Turrin, RecSys 2010)."""
+    check("pure_svd", train, dim=dim)
     start = rng_for(seed, "baselines", "pure_svd").normal(size=min(train.n_users, train.n_items))
     left, values, right = svds(_matrix(train), k=dim, v0=start)
     return partial(_products, left * values, right)
@@ -75,6 +75,7 @@ def ease(train: Interactions) -> Scores:
     With ``K = (X Xᵀ + λI)^-1``, ``X (XᵀX + λI)^-1 = K X``; so a catalogue of any size will do where
     users are few.
     """
+    check("ease", train, dim=0)
     matrix = _matrix(train)
     kernel = (matrix @ matrix.T).toarray() + EASE_L2 * np.eye(train.n_users)
     inverse = linalg.inv(kernel, overwrite_a=True, check_finite=False)

@@ -159,7 +159,9 @@ class Loop(ABC):
         With gaps the checkpoint stays, so that ``resume`` can try again to fill them.
         """
         write_model(self.out, self.server, self.scenario)
-        payload = {**self.payload(), "gaps": self.gaps}
+        payload = self.payload()
+        if self.gaps:
+            payload["gaps"] = self.gaps
         payload = rundir.leave(self.out, payload, self.identity)
         self.events.append("end", round=self.server.index)
         return Result(self.out, payload)
