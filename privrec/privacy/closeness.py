@@ -10,9 +10,10 @@ shares than ``m`` are independent noise on top, hence post-processing.
 ``√(2π) τ (1 + 2 Σ_{r>=1} exp(-2π² τ² r²) cos 2πrμ)``: within ``1 ± e(τ²)`` of a constant,
 ``e(τ²) = 2 Σ_{r>=1} exp(-2π² τ² r²)``. So the law is ``q h / E_q[h]`` for
 ``q = N_Z(0, (k + 1) s²)`` and an ``h`` within ``1 ± e``, and so is ``E_q[h]``: the log-ratio of the
-two is at most ``log (1 + e) / (1 - e) = 2 artanh e``, which is ``4 exp(-2π² τ²)`` to first order (2 for both signs
-of the cosine, 2 for ``h`` and its mean). One more independent share keeps the log-ratio of what was
-summed before, so that by induction that of the whole sum to ``N_Z(0, σ²)`` is at most
+two is at most ``log (1 + e) / (1 - e) = 2 artanh e``, which is ``4 exp(-2π² τ²)`` to first order (2
+for both signs of the cosine, 2 for ``h`` and its mean). One more independent share keeps the
+log-ratio of what was summed before, so that by induction that of the whole sum to ``N_Z(0, σ²)`` is
+at most
 ``Σ_{k=1}^{m-1} 2 artanh e(s² k / (k + 1))``. (Kairouz, Liu & Steinke 2021, theorem 1, has the same
 exponents with a constant of 10, which is larger than the derivation needs.)
 
