@@ -257,6 +257,15 @@ class SparseClassifier:
         self.__init__(**self.get_params() | settings)  # type: ignore[misc]
         return self
 
+    def __sklearn_tags__(self) -> Any:
+        """What scikit-learn's own tools, such as cross-validation, ask an estimator for."""
+        from sklearn.utils import ClassifierTags, Tags, TargetTags  # not needed by anything else
+
+        return Tags(
+            estimator_type="classifier", target_tags=TargetTags(required=True),
+            classifier_tags=ClassifierTags(),
+        )  # fmt: skip
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Replace the file at ``path`` by all that :meth:`load` needs.
 

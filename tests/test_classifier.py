@@ -355,6 +355,15 @@ def test_a_clone_has_the_settings_and_nothing_learned(sparse: SparseClassifier) 
         fitted.set_params(epochs=0)
 
 
+def test_scikit_learn_clones_and_cross_validates_it() -> None:
+    base = pytest.importorskip("sklearn.base", reason="scikit-learn is not installed")
+    selection = pytest.importorskip("sklearn.model_selection")
+    model = SparseClassifier(dim=8, epochs=20, features=512)
+    assert base.clone(model).get_params() == model.get_params()
+    texts, labels = ["a b", "c d"] * 20, [0, 1] * 20
+    assert selection.cross_val_score(model, texts, labels, cv=3).tolist() == [1, 1, 1]
+
+
 def test_what_was_never_fitted_or_saved_is_refused(
     sparse: SparseClassifier, tmp_path: Path
 ) -> None:
