@@ -118,7 +118,7 @@ def test_a_failure_after_the_first_charge_is_survived(tmp_path: Path, place: int
 @pytest.mark.slow
 @pytest.mark.parametrize("place", range(200))
 def test_two_hundred_failures_are_survived(tmp_path: Path, place: int) -> None:
-    _survives(tmp_path, place / 199)
+    _survives(tmp_path, place / 200)
 
 
 @pytest.mark.parametrize(

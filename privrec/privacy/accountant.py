@@ -35,7 +35,7 @@ _TAIL = 1e-15
 _ROUNDING = 2.0**-52
 _ORDERS = np.outer([1.0, -1.0], 2.0 ** np.arange(-18, 0, 0.5)).ravel()  # a grid point
 _MOST_POINTS = 1 << 24  # of a grid, by memory
-_PRV_STRENGTH = 20.0
+_LEAST_OF_PRV = 0.1
 _LARGE = 1e6  # an ε whose rounding errors are worth more than the last digits of δ
 _PLAIN = 1e-12  # sampling above 1 - 1e-12 is treated as everybody, which costs more, never less
 
@@ -122,10 +122,10 @@ def prv(rounds: Composition, delta: float) -> float:
     Raises:
         UsageError: when the noise is so little that Opacus' grid would not fit into memory.
     """
-    if _strength(rounds) > _PRV_STRENGTH:
+    if (least := min(part.noise_multiplier for part in rounds)) < _LEAST_OF_PRV:
         raise UsageError(
-            f"accountant 'prv' with a noise multiplier of {rounds[0].noise_multiplier:g}: its grid "
-            "serves ε up to some hundreds; choose 'pld' or 'rdp'"
+            f"accountant 'prv' with a noise multiplier of {least:g}: its grid takes at least "
+            f"{_LEAST_OF_PRV}; choose 'pld' or 'rdp'"
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Opacus warns while it is imported, about its own parts
