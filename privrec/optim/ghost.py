@@ -157,7 +157,7 @@ class TableLayer:
             found = _bag_lookups(self._layer, record)
         else:
             rows = record.inputs[0].reshape(-1)
-            vectors = record.gradient.reshape(len(rows), -1)
+            vectors = record.gradient.reshape(len(rows), record.gradient.shape[-1])
             found = Lookups(rows, torch.arange(len(rows)), None, vectors)
         if self._layer.padding_idx is None:
             return found

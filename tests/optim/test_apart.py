@@ -103,6 +103,16 @@ class Statistics(nn.Module):
         return x - self.mean
 
 
+class Bank(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(0, WIDTH))
+
+    def forward(self, x):
+        self.seen = torch.cat([self.seen, x.detach().mean(1)])
+        return x
+
+
 class Centred(nn.Linear):
     def forward(self, x):
         return functional.linear(x - x.mean(0), self.weight, self.bias)
@@ -248,6 +258,10 @@ REFUSED = {
     "buffer by its data": (
         Net(lambda m, x: m.head(m.other(m.table(x))).mean(1), other=Statistics(hidden=None)),
         r"buffers other\.mean change",
+    ),
+    "buffer that grows": (
+        Net(lambda m, x: m.head(m.other(m.table(x))).mean(1), other=Bank()),
+        r"buffers other\.seen change",
     ),
     "one example without a batch": (
         Net(lambda m, x: m.head(m.layer(m.table(x)[0, 0]))),
@@ -407,6 +421,12 @@ def test_offsets_of_several_tables_may_be_stacked():
     offsets = torch.tensor([[0, 0, 2, 3, 3, 5], [0, 1, 1, 1, 4, 4]])
     rows = [torch.randint(0, VOCABULARY, (6,)) for _ in offsets]
     assert step(model, (rows, offsets), torch.ones(6)).norm() > 1
+
+
+def test_histories_without_any_item_are_a_batch():
+    rows = torch.zeros(EXAMPLES, 0, dtype=torch.int64)
+    model = Net(lambda m, x: m.head(m.table(x).sum(1)))
+    assert step(model, rows, torch.ones(EXAMPLES)).norm() > 1  # the head has a bias
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
