@@ -482,6 +482,17 @@ def test_a_buffer_that_changes_later_is_refused_then():
         model(data()[0])
 
 
+def test_layers_that_disagree_in_a_later_pass_are_refused_then():
+    model = Net(plainly, other=nn.Linear(WIDTH, WIDTH))
+    optimizer = optimiser(model)
+    square_loss(model, *data(), optimizer)
+    optimizer.step()
+    model.how = experts
+    square_loss(model, *data(), optimizer)
+    with pytest.raises(UsageError, match="examples in one pass"):
+        optimizer.step()
+
+
 def test_what_mixes_only_in_training_mode_is_found_when_it_trains():
     model = Net(lambda m, x: m.head(m.table(x).mean(1) - m.training * m.table(x).mean((0, 1))))
     model.eval()
