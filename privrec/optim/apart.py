@@ -52,14 +52,15 @@ class Probe:
 
     Args:
         batch_first: whether outputs of three dimensions have the examples first.
-        moved: the examples to change, shape ``(examples,)``; none when None. Their inputs become
-            those of the example before, and so stay valid.
+        moved: the examples to change, shape ``(examples,)``; none when None.
+        like: the example whose inputs they are given, which so stay valid. Where all but one are
+            given the inputs of that one, no statistic of the batch is left of the others.
     """
 
-    def __init__(self, batch_first: bool, moved: Tensor | None = None) -> None:
+    def __init__(self, batch_first: bool, moved: Tensor | None = None, like: int = 0) -> None:
         self.counts: set[int] = set()
         """What the layers take for the number of examples."""
-        self.batch_first, self.moved = batch_first, moved
+        self.batch_first, self.moved, self.like = batch_first, moved, like
         self.shown: list[tuple[str, int, Tensor]] = []
         """What came in and out of each layer: its name, the examples' dimension, and values."""
         self.gradients: dict[int, tuple[str, int, Tensor]] = {}
@@ -99,7 +100,7 @@ class Probe:
         wave = wave * (1 + output.detach().abs().mean(rest, keepdim=True) if rest else 1)
         output = output + 0.1 * wave
         if self.moved is not None and output.shape[at] == len(self.moved):
-            output = output + wave * _along(self.moved, at, output)
+            output = output + torch.where(_along(self.moved, at, output), wave, 0.0)
 
         def keep(gradient: Tensor) -> None:
             self.gradients[number] = (f"the gradient behind {name}", at, gradient.detach().clone())
@@ -108,16 +109,18 @@ class Probe:
         return output
 
     def _exchanged(self, given: Any) -> Any:
-        """Inputs where each moved example has the values of the one before it; none has a graph."""
+        """Inputs where each moved example has the values of another; none has a graph."""
         tensors = [x for x in tree_leaves(given) if isinstance(x, Tensor)]
-        # With offsets a flat list of rows has no example in each row.
-        flat = any(_are_offsets(x) for x in tensors)
+        # With offsets, of one table or of several stacked, a flat list of rows has no example in
+        # each row.
+        n = 0 if self.moved is None else len(self.moved)
+        flat = any(_are_offsets(x) for x in tensors if x.dim() == 1 or x.shape[:1] != (n,))
 
         def exchanged(x: Tensor) -> Tensor:
             made, at = x.detach(), int(not self.batch_first and x.dim() > 1)
             is_one_each = self.moved is not None and x.shape[at : at + 1] == self.moved.shape
             if is_one_each and self.moved is not None and not (flat and x.dim() == 1):
-                made = torch.where(_along(self.moved, at, x), made.roll(1, at), made)
+                made = torch.where(_along(self.moved, at, x), made.narrow(at, self.like, 1), made)
             return made.requires_grad_(x.requires_grad)
 
         return tree_map_only(Tensor, exchanged, given)
@@ -175,9 +178,7 @@ def _same(one: Tensor, two: Tensor, at: int, kept: Tensor) -> bool:
     if one.shape != two.shape:
         return False
     a, b = (x.movedim(at, 0)[kept].nan_to_num() for x in (one, two))
-    rest = list(range(1, a.dim()))
-    scale = (a.abs() + b.abs()).sum(rest, keepdim=True) if rest else a.abs() + b.abs()
-    return bool(((a - b).abs() <= _TOLERANCE * scale).all())
+    return torch.allclose(a, b, rtol=_TOLERANCE, atol=0.0)
 
 
 def _along(mask: Tensor, at: int, like: Tensor) -> Tensor:
@@ -185,5 +186,7 @@ def _along(mask: Tensor, at: int, like: Tensor) -> Tensor:
 
 
 def _are_offsets(x: Tensor) -> bool:
-    is_list = x.dim() == 1 and len(x) > 1 and not x.is_floating_point() and x.dtype != torch.bool
-    return is_list and bool(x[0] == 0) and bool((x[1:] >= x[:-1]).all())
+    is_list = 1 <= x.dim() <= 2 and x.shape[-1] > 1 and not x.is_floating_point()
+    if not is_list or x.dtype == torch.bool:
+        return False
+    return bool((x[..., 0] == 0).all()) and bool((x[..., 1:] >= x[..., :-1]).all())

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from privrec.errors import UsageError
@@ -78,6 +79,8 @@ class Capture:
         Raises:
             UsageError: when a layer cannot be clipped or mixes examples, or two share a parameter.
         """
+        for layer in [*self._aliased]:
+            self._restore(layer)  # a pass was interrupted, as in a notebook
         names: dict[nn.Parameter, str] = {}
         for name, module in reversed(list(self._model.named_modules())):
             refuse_mixing(name, module)
@@ -162,16 +165,15 @@ class Capture:
 
     def _refuse_changes(self) -> None:
         now = self._versions()
-        changed = sorted(
-            name
-            for name in now.keys() | self._buffers.keys()
-            if now.get(name) != self._buffers.get(name)
-        )
+        names = now.keys() | self._buffers.keys()
+        self._refuse_buffers([n for n in names if now.get(n) != self._buffers.get(n)])
+
+    def _refuse_buffers(self, changed: list[str]) -> None:
         if changed:
             raise UsageError(
-                f"buffers {', '.join(changed)} change in a training pass: what they take from the "
-                "examples has no noise and would leave with the model; put their layers into "
-                "eval(), or use layers that keep no statistics, as GroupNorm and LayerNorm"
+                f"buffers {', '.join(sorted(changed))} change in a training pass: what they take "
+                "from the examples has no noise and would leave with the model; put their layers "
+                "into eval(), or use layers that keep no statistics, as GroupNorm and LayerNorm"
             )
 
     def _look(self, inputs: tuple[Any, ...], named: dict[str, Any]) -> int:
@@ -186,6 +188,7 @@ class Capture:
                 self._probe = None
             return probe
 
+        before = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
         first = run(Probe(self._batch_first))
         counts = first.counts
         if len(counts) > 1:
@@ -193,9 +196,15 @@ class Capture:
         n = counts.pop() if counts else 0
         if n > 1:
             one = torch.arange(n) == n // 2
-            for moved in (one, ~one):
-                refuse_moved_rows(first, run(Probe(self._batch_first, moved)), n)
+            for moved, like in ((one, n // 2 - 1), (~one, n // 2)):
+                refuse_moved_rows(first, run(Probe(self._batch_first, moved, like)), n)
             refuse_moved_rows(first, run(Probe(self._batch_first)), n)
+        self._refuse_changes()
+        # What is written through .data leaves no other trace.
+        after = dict(self._model.named_buffers())
+        self._refuse_buffers(
+            [k for k, b in before.items() if not torch.allclose(b, after[k], 0, 0, equal_nan=True)]
+        )
         return n
 
     def _enter(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -223,21 +232,29 @@ class Capture:
             else:
                 layer._parameters[key] = parameter.detach()  # type: ignore[assignment]
 
-    def _leave(
-        self, layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any
-    ) -> Any:
-        own = self._aliased.pop(layer, None)
-        if own is None:
-            return None
+    def _restore(self, layer: nn.Module) -> bool:
+        own = self._aliased.pop(layer, {})
         for key, parameter in own.items():
             if isinstance(parameter, LazyParameter):
                 parameter._open = False
             else:
                 layer._parameters[key] = parameter
+        return bool(own)
+
+    def _leave(
+        self, layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any
+    ) -> Any:
+        if not self._restore(layer):
+            return None
         if not isinstance(output, Tensor):
             return None  # an error is on its way, or layer_of() would not know the layer
         if output.is_leaf:
             output = _Source.apply(output, self._source)  # type: ignore[no-untyped-call]
+        if output.dim() < (layer.weight.dim() if isinstance(layer, _ConvNd) else 2):
+            raise UsageError(
+                f"an output of {type(layer).__name__} of shape {tuple(output.shape)}, without a "
+                "dimension for the examples: give a batch, of one example with unsqueeze(0)"
+            )
         turned = not self._batch_first and isinstance(layer, _ANY_LEADING) and output.dim() > 2
         if self._probe is not None:
             return self._probe.seen(layer, inputs, output, int(turned))

@@ -31,6 +31,7 @@ from privrec.errors import UsageError
 # What float32 may lose where terms cancel, of the square of the sum of their lengths. Squared norms
 # have it added, so that neither a norm falls short nor what is added goes beyond the bound.
 _LOST = 2.0**-20
+_TINY = 2.0**-126  # what a square in float32 may lose where it underflows
 _CHUNK = 1 << 22  # numbers of per-example gradient at a time, where they are cheaper than products
 
 
@@ -92,7 +93,7 @@ class LinearLayer:
 
     def squared_norms(self, records: list[Record], examples: int) -> Tensor:
         a, b = self._both(records)
-        total = torch.zeros(len(a), dtype=b.dtype)
+        total = torch.zeros(len(a), dtype=torch.float64)
         if self._layer.weight.requires_grad:
             total += _product_norms(a, b)
         if _is_trained(self._layer.bias):
@@ -145,6 +146,8 @@ class TableLayer:
         for record in records:
             found = self._lookups(record)
             owners = _owners(record, len(factors))
+            if found.weights is not None:
+                found.weights = _where(found.weights, factors[owners[found.which]])
             found.vectors = _times(found.vectors, factors[owners])
             made.append(found)
         return made
@@ -154,7 +157,7 @@ class TableLayer:
             found = _bag_lookups(self._layer, record)
         else:
             rows = record.inputs[0].reshape(-1)
-            vectors = record.gradient.reshape(len(rows), -1)
+            vectors = record.gradient.reshape(len(rows), record.gradient.shape[-1])
             found = Lookups(rows, torch.arange(len(rows)), None, vectors)
         if self._layer.padding_idx is None:
             return found
@@ -205,6 +208,7 @@ def layer_of(layer: nn.Module, name: str) -> Layer:
     kind = type(layer)
     where = f"layer {name!r} ({kind.__name__})"
     own = layer._parameters
+    is_patched = "forward" in vars(layer)
     if any(p is not None and is_lazy(p) for p in own.values()):
         raise UsageError(f"{where} has no shape yet: call the model once before")
     # A subclass that computes something else with the same weights has other gradients.
@@ -213,7 +217,7 @@ def layer_of(layer: nn.Module, name: str) -> Layer:
     }  # fmt: skip
     for known, clipped in kinds.items():
         is_known = isinstance(layer, known) and kind.forward is known.forward
-        if is_known and own.keys() <= {"weight", "bias"}:
+        if is_known and not is_patched and own.keys() <= {"weight", "bias"}:
             return clipped(layer)
     if isinstance(layer, _BatchNorm):
         raise UsageError(
@@ -225,7 +229,7 @@ def layer_of(layer: nn.Module, name: str) -> Layer:
     from opacus.grad_sample import GradSampleModule  # heavy, and few models need it
 
     sampler = GradSampleModule.GRAD_SAMPLERS.get(kind)
-    if sampler is None or isinstance(layer, tuple(kinds)):
+    if sampler is None or is_patched or isinstance(layer, tuple(kinds)):
         raise UsageError(
             f"{where} has trainable parameters of its own, and its per-example gradients are not "
             "known: build it from Linear, Embedding and EmbeddingBag, freeze it, or register it "
@@ -272,10 +276,11 @@ def _owners(record: Record, examples: int) -> Tensor:
 def _bag_norms(found: Lookups, table: int) -> Tensor:
     """Every lookup of a bag has the same vector, so that only its weights have to meet."""
     key = found.which * table + found.rows
-    weights = found.weights
-    squared = found.vectors.square().sum(1)
-    if weights is None:
+    squared = found.vectors.square().sum(1).double() + _TINY * found.vectors.shape[1]
+    if found.weights is None:
         weights = torch.ones((), dtype=squared.dtype).expand(len(key))
+    else:
+        weights = found.weights.double()
     total = torch.zeros(len(found.vectors), dtype=squared.dtype)
     if len(key) <= len(found.vectors) and bool((found.which[1:] > found.which[:-1]).all()):
         return total.index_add_(0, found.which, weights.square()) * squared
@@ -303,9 +308,12 @@ def _meeting_norms(rows: Tensor, of: Tensor, values: Tensor, examples: int, tabl
 def _product_norms(a: Tensor, b: Tensor) -> Tensor:
     n, positions, wide, high = len(a), a.shape[1], a.shape[2], b.shape[2]
     if positions == 1:
-        return a.square().sum((1, 2)) * b.square().sum((1, 2))
-    lost: Tensor = (a.norm(dim=2) * b.norm(dim=2)).sum(1).square()
+        squared = (x.square().sum((1, 2)).double() + _TINY * x.shape[2] for x in (a, b))
+        return next(squared) * next(squared)
+    one, two = a.norm(dim=2).double(), b.norm(dim=2).double()
+    lost: Tensor = (one * two).sum(1).square()
     lost *= _LOST + (wide + high + positions) / 8 * 2.0**-24
+    lost += _TINY * (high * one.sum(1).square() + wide * two.sum(1).square())
     if 2 * positions**2 <= wide * high:
         return ((a @ a.mT) * (b @ b.mT)).sum((1, 2)).clamp_(min=0) + lost
     step = max(1, _CHUNK // (wide * high))

@@ -328,6 +328,8 @@ class LazyDPSGD(torch.optim.Optimizer):
         taken = vectors.to(_float(memory)).numpy()
         step = None if plain else update
         memory.step(rows.numpy(), taken, variance, step, which=which.numpy())
+        # A graph from before the step must not look at rows that owe its noise.
+        torch.autograd.graph.increment_version(cast(Any, parameter)._raw)
 
     def _step_dense(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         gradient = np.zeros((1, parameter.numel()), np.float32)

@@ -64,6 +64,13 @@ class LazyParameter(torch.nn.Parameter):
             if func in _LOOKUPS:
                 return _look_up(func, args, options)
             name = _name(func)
+            if name.startswith("_foreach") and name.endswith("_"):
+                written = args[0] if isinstance(args[0], list | tuple) else ()
+                if any(isinstance(each, LazyParameter) for each in written):
+                    raise UsageError(
+                        f"{name} would write to a copy of a table that owes noise; "
+                        "write to one parameter at a time"
+                    )
             if name in _HARMLESS:
                 return func(*args, **options)
             if _writes(name, args, options):
@@ -110,7 +117,8 @@ def make_lazy(
             f"{tuple(parameter.shape)}: lazy noise needs float32 or float64 rows in main memory; "
             "keep the table on the CPU"
         )
-    raw = parameter.detach()
+    # A copy: views from before, as of pretrained vectors, would see rows that owe noise.
+    raw = parameter.detach().clone()
     memory = LazyMemory(raw.numpy(), source, moving=moving)
     parameter.grad = None
     parameter.data = raw.new_full((1, 1), float("nan")).expand(raw.shape)

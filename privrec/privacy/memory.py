@@ -253,9 +253,9 @@ class LazyMemory:
         which: Rows | None = None,
     ) -> None:
         if update is None:
+            self.noise.owe(variance)  # first: what is refused or interrupted has its noise
             if len(rows):
                 _accumulate(self.__tables[0], rows, gradients, which)
-            self.noise.owe(variance)
             return
         if self._journal is None:
             self.settle(rows)

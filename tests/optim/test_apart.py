@@ -85,6 +85,7 @@ class Function(torch.autograd.Function):
 class Statistics(nn.Module):
     def __init__(self, *, hidden):
         super().__init__()
+        self.by_data = hidden is None
         if hidden:
             self.mean = torch.zeros(WIDTH)
         else:
@@ -92,11 +93,24 @@ class Statistics(nn.Module):
 
     def forward(self, x):
         with torch.no_grad():
+            if self.by_data:
+                self.mean.data.lerp_(x.mean((0, 1)), 0.1)
+                return x
             if isinstance(self._buffers.get("mean"), torch.Tensor):
                 self.mean.lerp_(x.mean((0, 1)), 0.1)
                 return x
             self.mean = self.mean.lerp(x.detach().mean((0, 1)), 0.1)
         return x - self.mean
+
+
+class Bank(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(0, WIDTH))
+
+    def forward(self, x):
+        self.seen = torch.cat([self.seen, x.detach().mean(1)])
+        return x
 
 
 class Centred(nn.Linear):
@@ -155,6 +169,14 @@ MIXING = {
         lambda m, x: m.head(m.layer(m.table(x)).mean(1) - m.table(x).mean((0, 1)).detach())
     ),
     "of inputs": Net(lambda m, x: plainly(m, x) * x.float().mean()),
+    "largest of the inputs": Net(lambda m, x: plainly(m, x) * x.max()),
+    "share of the inputs": Net(lambda m, x: plainly(m, x) - (x > 20).float().mean()),
+    "beside a large number": Net(
+        lambda m, x: m.head(
+            torch.cat([m.table(x).mean(1) - m.table(x).detach().mean((0, 1)), 1e9 * x[:, :1]], 1)
+        ),
+        head=nn.Linear(WIDTH + 1, 1),
+    ),
     "frozen, before what is trained": Net(
         lambda m, x: m.head(m.other(x).mean(1) - m.other(x).mean((0, 1))),
         other=frozen(nn.Embedding(VOCABULARY, WIDTH)),
@@ -212,6 +234,12 @@ def test_what_mixes_examples_is_refused(name):
         step(MIXING[name], *data(length), loss=loss)
 
 
+def patched():
+    layer = nn.Linear(WIDTH, WIDTH)
+    layer.forward = lambda x: functional.linear(100 * x, layer.weight, layer.bias)
+    return layer
+
+
 def looked_up_twice(m, x):
     return m.head(m.table(x) + functional.embedding(x, m.table.weight)).mean(1)
 
@@ -227,6 +255,23 @@ REFUSED = {
         Net(lambda m, x: m.head(m.other(m.table(x))).mean(1), other=Statistics(hidden=False)),
         r"buffers other\.mean change",
     ),
+    "buffer by its data": (
+        Net(lambda m, x: m.head(m.other(m.table(x))).mean(1), other=Statistics(hidden=None)),
+        r"buffers other\.mean change",
+    ),
+    "buffer that grows": (
+        Net(lambda m, x: m.head(m.other(m.table(x))).mean(1), other=Bank()),
+        r"buffers other\.seen change",
+    ),
+    "one example without a batch": (
+        Net(lambda m, x: m.head(m.layer(m.table(x)[0, 0]))),
+        "unsqueeze",
+    ),
+    "one image without a batch": (
+        Net(lambda m, x: m.other(m.table(x)[0].mT), other=nn.Conv1d(WIDTH, EXAMPLES, 2)),
+        r"shape \(6, 4\).*unsqueeze",
+    ),
+    "forward that was replaced": (Net(plainly, layer=patched()), "'layer' .*not known"),
     "state": (
         Net(lambda m, x: m.head(m.other(m.table(x))).mean(1), other=Statistics(hidden=True)),
         "one example changes|two passes over the same batch",
@@ -367,6 +412,53 @@ def test_batch_normalisation_is_refused_whether_trained_or_not(frozen_too):
     assert norm.num_batches_tracked == 0
 
 
+def test_offsets_of_several_tables_may_be_stacked():
+    """As DLRM has them; then as many lookups as examples are not one lookup for each."""
+    parts = {f"bag{i}": bag() for i in range(2)}
+    model = Net(
+        lambda m, x: m.head(sum(m._modules[f"bag{i}"](x[0][i], x[1][i]) for i in range(2))), **parts
+    )
+    offsets = torch.tensor([[0, 0, 2, 3, 3, 5], [0, 1, 1, 1, 4, 4]])
+    rows = [torch.randint(0, VOCABULARY, (6,)) for _ in offsets]
+    assert step(model, (rows, offsets), torch.ones(6)).norm() > 1
+
+
+def test_histories_without_any_item_are_a_batch():
+    rows = torch.zeros(EXAMPLES, 0, dtype=torch.int64)
+    model = Net(lambda m, x: m.head(m.table(x).sum(1)))
+    assert step(model, rows, torch.ones(EXAMPLES)).norm() > 1  # the head has a bias
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_weights_of_a_bag_that_are_not_numbers_count_as_no_example(value):
+    model = Net(lambda m, x: m.head(m.bag(x[0], per_sample_weights=x[1])), bag=bag())
+    rows, weights = data()[0], torch.ones(EXAMPLES, LENGTH)
+    weights[1, 0] = value
+    kept = [i for i in range(EXAMPLES) if i != 1]
+    found = step(model, (rows, weights), torch.ones(EXAMPLES))
+    assert 0 < found.norm() < EXAMPLES
+    torch.testing.assert_close(found, step(model, (rows[kept], weights[kept]), torch.ones(5)))
+
+
+@pytest.mark.parametrize("positions", [(), (2,)])
+def test_squares_that_vanish_are_in_the_bound(positions):
+    """An activation of 1e18 and a gradient of 2e-23, whose square float32 does not have."""
+    model = zeros(nn.Linear(1, 100, bias=False))
+    optimizer = optimiser(model, max_grad_norm=1e-5)
+    (2e-23 * model(torch.full((1, *positions, 1), 1e18))).sum().backward()
+    optimizer.step()
+    assert 0 < model.weight.detach().double().norm() <= 1e-5
+
+
+def test_squares_that_vanish_in_a_bag_are_in_the_bound():
+    model = zeros(nn.EmbeddingBag(3, 100, mode="sum"))
+    optimizer = optimiser(model, max_grad_norm=1e-5)
+    weights = torch.full((1, 1), 1e18)
+    (2e-23 * model(torch.tensor([[1]]), per_sample_weights=weights)).sum().backward()
+    optimizer.step()
+    assert 0 < model.weight.detach().double().norm() <= 1e-5
+
+
 def test_mixing_is_found_behind_offsets():
     """Where no row of the inputs is an example's, outputs of layers are what is moved."""
     rows, offsets = torch.randint(0, VOCABULARY, (9,)), torch.tensor([0, 1, 1, 4, 5, 7])
@@ -388,6 +480,17 @@ def test_a_buffer_that_changes_later_is_refused_then():
     model.eval()
     with torch.no_grad():
         model(data()[0])
+
+
+def test_layers_that_disagree_in_a_later_pass_are_refused_then():
+    model = Net(plainly, other=nn.Linear(WIDTH, WIDTH))
+    optimizer = optimiser(model)
+    square_loss(model, *data(), optimizer)
+    optimizer.step()
+    model.how = experts
+    square_loss(model, *data(), optimizer)
+    with pytest.raises(UsageError, match="examples in one pass"):
+        optimizer.step()
 
 
 def test_what_mixes_only_in_training_mode_is_found_when_it_trains():
@@ -541,6 +644,25 @@ class TestPasses:
         assert all(a is b for a, b in zip(weights, model.parameters(), strict=True))
         square_loss(model, *data(), optimizer)
         optimizer.step()
+
+    def test_an_interrupted_pass_leaves_the_weights_in_place(self):
+        def interrupt(*given):
+            raise KeyboardInterrupt
+
+        for kind in ("table", "layer"):
+            model = Net(plainly)
+            optimizer = optimiser(model)
+            square_loss(model, *data(), optimizer)
+            optimizer.step()
+            weights = list(model.parameters())
+            handle = getattr(model, kind).register_forward_pre_hook(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                model(data()[0])
+            handle.remove()
+            optimizer.step()
+            assert all(a is b for a, b in zip(weights, model.parameters(), strict=True))
+            square_loss(model, *data(), optimizer)
+            optimizer.step()
 
     def test_copies_of_a_model_are_ordinary(self):
         model = Net(plainly, how=plainly)

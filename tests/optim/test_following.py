@@ -275,3 +275,16 @@ def test_a_model_that_was_refused_keeps_no_hooks():
     optimizer.step()
     optimizer.close()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_graph_from_before_a_step_shows_no_rows_that_owe_its_noise():
+    model = nn.Sequential(nn.EmbeddingBag(ROWS, 4, mode="sum"), nn.Linear(4, 1))
+    optimizer = LazyDPSGD(model, lr=1.0, **NOISY)
+    weight = model[0].weight.requires_grad_(False)
+    by = torch.ones(X.shape, requires_grad=True)
+    found = functional.embedding_bag(X, weight, per_sample_weights=by, mode="sum")
+    weight.requires_grad_(True)
+    model(X).sum().backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        found.sum().backward()

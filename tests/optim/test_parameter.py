@@ -243,3 +243,25 @@ def test_lookups_of_unknown_rows_are_refused():
     layer = indebted()
     with pytest.raises(UsageError, match="rows it reads"):
         torch.embedding(layer.weight, torch.tensor([1]))
+
+
+@pytest.mark.parametrize("of", ["pretrained", "state"])
+def test_views_from_before_see_neither_gradients_nor_debt(of):
+    vectors = torch.zeros(ROWS, WIDTH)
+    layer = nn.Embedding.from_pretrained(vectors, freeze=False)
+    view = vectors if of == "pretrained" else layer.state_dict()["weight"]
+    memory = make_lazy(layer.weight)
+    memory.step(np.array([1]), np.ones((1, WIDTH), np.float32), VARIANCE)
+    layer(torch.tensor([1]))
+    assert not view.any()
+    make_plain(layer.weight)
+    assert not view.any()
+
+
+def test_a_list_that_would_be_written_is_refused():
+    layer = indebted()
+    with torch.no_grad(), pytest.raises(UsageError, match="_foreach_mul_.*one parameter"):
+        torch._foreach_mul_([layer.weight], 0.0)
+    copies = [torch.zeros(ROWS, WIDTH)]
+    torch._foreach_add_(copies, [layer.weight.detach()])
+    assert copies[0].any()

@@ -111,3 +111,13 @@ def test_an_update_is_the_step_of_torch(steps):
 def test_a_malformed_update_is_refused(field, value):
     with pytest.raises(UsageError, match=field):
         Update(**{"lr": 0.1, field: value})
+
+
+def test_a_difference_of_sums_that_rounds_down_is_put_up():
+    """The sums are exact here, and their difference lies halfway between two floats."""
+    debt = Sum()
+    steps = [2.0**-53, 1 - 2.0**-53, 2.0**-52]
+    for variance in steps:
+        debt.append(variance)
+    owed = Fraction(float(debt.since(np.array([1]))[0]))
+    assert owed >= sum(map(Fraction, steps[1:]))

@@ -14,7 +14,7 @@ from privrec.errors import UsageError
 from privrec.privacy import lazy
 from privrec.privacy.debt import Update
 from privrec.privacy.deviates import Skellams
-from privrec.privacy.lazy import LazyNoise
+from privrec.privacy.lazy import MOST_STEPS, LazyNoise
 from privrec.privacy.memory import LazyMemory
 
 ROWS = 4
@@ -323,3 +323,10 @@ def test_variances_say_what_is_owed():
 def test_what_cannot_be_done_is_refused(call, match):
     with pytest.raises(UsageError, match=match):
         call()
+
+
+def test_more_steps_than_a_stamp_can_tell_are_refused():
+    noise = LazyNoise(3, 2)
+    noise._sum.steps = MOST_STEPS  # which take hours
+    with pytest.raises(UsageError, match="settle everything"):
+        noise.owe(1.0)

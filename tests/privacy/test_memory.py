@@ -172,3 +172,10 @@ def test_a_refused_step_changes_nothing():
     with pytest.raises(UsageError):
         memory.step(np.array([1]), np.ones((1, 2)), float("nan"))
     assert not memory.settled().any()
+
+
+def test_a_step_whose_noise_is_refused_shows_no_gradient():
+    memory = LazyMemory(np.zeros((ROWS, WIDTH), np.int64), Skellams())
+    with pytest.raises(UsageError, match=r"2\^53"):
+        memory.step(np.array([1]), np.ones((1, WIDTH), np.int64), 2.0**54)
+    assert not memory.settled().any()
