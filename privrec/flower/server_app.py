@@ -126,9 +126,8 @@ class Deployed(Loop):
     def save(self) -> None:
         """See :meth:`Loop.save`."""
         rundir.save(
-            self.out, self.server, (), self.identity, self.scenario, self.ledger, "", self.wall_s,
-            self.cpu_s,
-        )  # fmt: skip
+            self.out, self.server, (), self.identity, self.ledger, "", self.wall_s, self.cpu_s
+        )
 
     def payload(self) -> dict[str, Any]:
         """See :meth:`Loop.payload`."""
@@ -191,7 +190,7 @@ def deploy(
     server = server_of(scenario, federation, population, identity.run_id)
     key = identity.signing_key().public_key()
     position, arrays = checkpoint.read(out / rundir.CHECKPOINT, key)
-    rundir.check_same(out, position, identity, scenario, "")
+    rundir.check_same(out, position, identity, "")
     rundir.restore(server, (), position, arrays)
     root, rate = identity.root("server"), scenario.devices.sampling_rate
     flower = Flower(registry, protection, root, scenario.run.seed, rate)
@@ -233,7 +232,7 @@ def _begun(
             identity.root("server")
             federation = federation_of(scenario, items)
             server = server_of(scenario, federation, population, identity.run_id)
-            rundir.save(folder, server, (), identity, scenario, ledger, "")
+            rundir.save(folder, server, (), identity, ledger, "")
         with EventLog(folder / "events.jsonl") as events:
             events.append("start", run_id=identity.run_id, simulated=identity.simulated)
     storage.sync_directory(out.parent)
