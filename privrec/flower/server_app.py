@@ -21,7 +21,7 @@ from privrec.catalogue import known_items
 from privrec.device.protection import Protection
 from privrec.device.round import Round
 from privrec.device.update import Aggregate
-from privrec.errors import PrivrecError, ReleaseRefused, UsageError
+from privrec.errors import BudgetError, PrivrecError, ReleaseRefused, UsageError
 from privrec.flower.enrol import ServersWord, anchor_of
 from privrec.flower.registry import Member, Registry
 from privrec.flower.settings import scenario_of
@@ -265,6 +265,7 @@ def server_app(folder: Path) -> ServerApp:
     @app.main()  # type: ignore[untyped-decorator]  # Flower may be absent
     def main(grid: Grid, context: Context) -> None:
         config = context.run_config
+        out = Path(str(config.get("out", "run")))
         try:
             scenario = scenario_of(folder, config)
             items = int(config.get("items", 0)) or known_items(scenario)
@@ -273,7 +274,7 @@ def server_app(folder: Path) -> ServerApp:
             roster, key = str(config.get("roster", "")), str(config.get("enrolment-key", ""))
             result = deploy(
                 scenario, grid,
-                out=Path(str(config.get("out", "run"))),
+                out=out,
                 items=items,
                 anchor=anchor_of(roster or None, key or None, simulated=True),
                 observer=_Log(),
@@ -282,15 +283,17 @@ def server_app(folder: Path) -> ServerApp:
             )  # fmt: skip
         except PrivrecError as error:
             log(ERROR, "privrec: %s", error)
+            if isinstance(error, BudgetError):  # the run is finished as far as it came
+                _reported(out)
             raise
-        _reported(result)
+        _reported(result.path)
 
     return app
 
 
-def _reported(result: Result) -> None:
+def _reported(directory: Path) -> None:
     from privrec.report.build import build
     from privrec.report.render import write
 
-    write(build(result.path), result.path)
-    log(INFO, "privrec: the run and its report are in %s", result.path)
+    write(build(directory), directory)
+    log(INFO, "privrec: the run and its report are in %s", directory)
