@@ -373,9 +373,7 @@ SPOILT = {
 }  # fmt: skip
 
 
-def _signed(
-    order: np.ndarray, key: Ed25519PrivateKey, instead: np.ndarray | None = None
-) -> bytes:
+def _signed(order: np.ndarray, key: Ed25519PrivateKey, instead: np.ndarray | None = None) -> bytes:
     record = sign("item order", {"digest": catalogue.digest(order).hex()}, key)
     kept = order if instead is None else instead
     return bytes(save({"order": kept}, metadata={"record": json.dumps(record)}))

@@ -15,8 +15,10 @@ from safetensors.numpy import load_file, save_file
 
 from privrec import checkpoint, cli_rows, run, rundir
 from privrec.agreement import event_without_shares
+from privrec.device.round import digest
 from privrec.errors import BudgetError, IntegrityError, PrivrecError, UsageError
 from privrec.identity import Identity
+from privrec.privacy.book import line_of
 from privrec.privacy.events import epsilon
 from privrec.privacy.ledger import Ledger
 from privrec.privacy.population import Tie, create, read
@@ -246,6 +248,31 @@ def test_the_result_of_another_run_ends_nothing(halfway: Path, tmp_path: Path) -
 def test_an_altered_result_is_never_shown(finished: Path, change: Callable[..., object]) -> None:
     edit(finished / "result.json", change)
     assert "result.json: not" in refused(finished)
+
+
+def test_metrics_are_reported_as_the_run_signed_them(finished: Path) -> None:
+    """In a copy elsewhere too: the key that the ledger names is that of the result."""
+    write(build(finished), finished)
+    honest = (finished / "result.json").read_bytes()
+    edit(finished / "result.json", lambda r: r["metrics"].update({"hr@10": 0.99}))
+    with pytest.raises(IntegrityError, match=r"result\.json: not signed with the key of this run"):
+        build(finished)
+    assert [each.where for each in verify(finished).mismatches] == ["result.json"]
+    (finished / "result.json").write_bytes(honest)
+    edit(finished / "report.json", lambda r: r["gaps"].update(accuracy="lost"))
+    assert "gaps" in [each.where for each in verify(finished).mismatches]
+
+
+def test_an_end_that_is_not_signed_serves_no_model(halfway: Path) -> None:
+    """A line that ends the run can be added without the key; what it names is not the model."""
+    weights = checkpoint.read(halfway / rundir.CHECKPOINT, key_of(halfway).public_key())[1]
+    save_file({"weights": weights["weights"]}, halfway / "model.safetensors")
+    last = json.loads((halfway / "ledger.jsonl").read_bytes().splitlines()[-1])
+    end = {"kind": "end", "model": digest(weights["weights"]).hex(), "index": last["index"] + 1}
+    with (halfway / "ledger.jsonl").open("ab") as file:
+        file.write(line_of({**end, "previous": last["hash"]}))
+    with pytest.raises(IntegrityError, match="not the model that the run's ledger ends with"):
+        recommend(halfway, user="3", k=3)
 
 
 def test_epsilon_of_a_finished_run_is_that_of_its_ledger(finished: Path) -> None:
