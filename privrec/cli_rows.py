@@ -30,9 +30,9 @@ def with_rows(
 
     Row ``i`` is a complete run in ``rows/i`` of the run's directory, with a ledger of its own; with
     ``run.seeds`` above 1 further ones follow in ``rows/i-1`` and so on. What was begun before is
-    resumed, what has gaps is tried again, and what is finished is not run again. ``result.json`` gains ``rows``: name, changed
-    settings, metrics, ε and costs of each; over several seeds, means and their 95 % intervals. Its
-    ``gaps`` gain those of the rows.
+    resumed, what has gaps is tried again, and what is finished is not run again. ``result.json``
+    gains ``rows``: name, changed settings, metrics, ε and costs of each; over several seeds, means
+    and their 95 % intervals. Its ``gaps`` gain those of the rows.
 
     Args:
         result: The finished run of the scenario itself.

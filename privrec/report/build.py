@@ -81,7 +81,8 @@ def build(directory: Path, *, public_key: Ed25519PublicKey | None = None) -> Rep
     Raises:
         UsageError: It is no run directory, or the run is not finished.
         IntegrityError: The ledger was altered, its key did not sign ``result.json``, or another
-            file does not agree with it: on whose run it is, whether the noise is known, δ, sampling, ε or what else the claim needs.
+            file does not agree with it: on whose run it is, whether the noise is known, δ,
+            sampling, ε or what else the claim needs.
         DataError: A file is malformed.
     """
     files = _read(directory, public_key)
