@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from privrec import checkpoint, cli_rows, run, rundir
 from privrec.agreement import event_without_shares
 from privrec.device.round import digest
-from privrec.errors import BudgetError, IntegrityError, PrivrecError, UsageError
+from privrec.errors import BudgetError, IntegrityError, PrivrecError, ReleaseRefused, UsageError
 from privrec.identity import Identity
 from privrec.privacy.book import line_of
 from privrec.privacy.events import epsilon
@@ -153,11 +153,11 @@ def test_a_replaced_weight_is_noticed(halfway: Path) -> None:
 
 
 def test_no_record_passes_for_one_of_another_kind(halfway: Path) -> None:
-    """A head that the key signed is no checkpoint, whatever facts it is given."""
+    """The very facts of a checkpoint, signed as a result, are none."""
     place, key = halfway / rundir.CHECKPOINT, key_of(halfway)
     position, arrays = checkpoint.read(place, key.public_key())
-    head = json.loads((halfway / "ledger.head.json").read_text())
-    save_file(arrays, place, {"record": json.dumps({**vars(position), **head})})
+    facts = {**vars(position), "digest": checkpoint._digest(arrays)}
+    save_file(arrays, place, {"record": json.dumps(sign("result", facts, key))})
     assert "not signed with the key of this run" in refused(halfway)
 
 
@@ -280,6 +280,15 @@ def test_epsilon_of_a_finished_run_is_that_of_its_ledger(finished: Path) -> None
     with Ledger.open(finished / "ledger.jsonl", repair=False) as ledger:
         assert shown["epsilon"] == epsilon(ledger.counts, shown["delta"], "recipients")
         assert shown["charges"] == len(ledger.charges) == ROUNDS
+
+
+def test_nothing_is_charged_after_the_end(finished: Path) -> None:
+    identity, scenario = Identity.read(finished), load(finished / "scenario.toml")
+    with rundir.open_ledger(finished, identity, scenario) as ledger:
+        (event,) = ledger.counts
+        with pytest.raises(ReleaseRefused, match="the run has ended"):
+            ledger.charge(ROUNDS, 0, event)
+        assert len(ledger.charges) == ROUNDS
 
 
 def test_a_finished_run_whose_ledger_lost_its_end_is_not_shown(finished: Path) -> None:
