@@ -6,9 +6,11 @@ Gaussian noise, and the ledger is charged before the first round (as round ``PRE
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
@@ -17,11 +19,12 @@ from privrec.data import Interactions, Split
 from privrec.data.text import UNKNOWN_ID, TextSplit
 from privrec.device.round import digest
 from privrec.errors import IntegrityError
-from privrec.privacy.book import PREPARATION
+from privrec.privacy.book import PREPARATION, parsed
 from privrec.privacy.calibrate import noise_multiplier_for
 from privrec.privacy.events import RoundEvent
 from privrec.privacy.ledger import Ledger
 from privrec.privacy.noise import rounded_gaussian
+from privrec.privacy.signed import verified
 from privrec.randomness import SecretRoot, SecureStream
 from privrec.scenario import Scenario, load
 from privrec.storage import replace
@@ -83,7 +86,7 @@ def numbered(
     order = _released(scenario, split.train, ledger, server, devices)
     if order is None:
         order = np.argsort(-split.train.item_counts(), kind="stable")
-    _write(folder / FILE, order)
+    _write(folder / FILE, order, ledger)
     return split.renumbered(order)
 
 
@@ -110,17 +113,17 @@ def numbered_words(
     if order is None:
         order = np.argsort(-split.train.item_counts(), kind="stable")
     order = np.concatenate(([UNKNOWN_ID], order[order != UNKNOWN_ID]))
-    _write(folder / FILE, order)
+    _write(folder / FILE, order, ledger)
     return split.renumbered(order)
 
 
-def restored_words(folder: Path, split: TextSplit) -> TextSplit:
-    """Texts whose words are numbered as in the run in ``folder``.
+def restored_words(folder: Path, split: TextSplit, key: Ed25519PublicKey) -> TextSplit:
+    """Texts whose words are numbered as in the run in ``folder``, whose key is ``key``.
 
     Raises:
         IntegrityError: when the order kept there is gone, altered or not one of these words.
     """
-    return split.renumbered(_kept(folder / FILE, split.train.n_items))
+    return split.renumbered(_kept(folder / FILE, split.train.n_items, key))
 
 
 def _released(
@@ -143,8 +146,8 @@ def _released(
     return order
 
 
-def restored(folder: Path, split: Split) -> Split:
-    """A split whose items are numbered as in the run in ``folder``.
+def restored(folder: Path, split: Split, key: Ed25519PublicKey) -> Split:
+    """A split whose items are numbered as in the run in ``folder``, whose key is ``key``.
 
     Raises:
         IntegrityError: when the order kept there is gone, altered or not one of this catalogue.
@@ -154,11 +157,11 @@ def restored(folder: Path, split: Split) -> Split:
         if load(folder / "scenario.toml").devices.order == "rows":
             raise IntegrityError(f"{path}: there is no order of the items; restore the file")
         return split
-    return split.renumbered(_kept(path, split.train.n_items))
+    return split.renumbered(_kept(path, split.train.n_items, key))
 
 
-def _kept(path: Path, n_items: int) -> Order:
-    order = _read(path)
+def _kept(path: Path, n_items: int, key: Ed25519PublicKey) -> Order:
+    order = _read(path, key)
     if not np.array_equal(np.sort(order), np.arange(n_items)):
         raise IntegrityError(
             f"{path}: no order of the {n_items} items of this catalogue; use the data that the run "
@@ -167,17 +170,20 @@ def _kept(path: Path, n_items: int) -> Order:
     return order
 
 
-def _write(path: Path, order: Order) -> None:
-    replace(path, save({"order": order}, metadata={"digest": digest(order).hex()}))
+def _write(path: Path, order: Order, ledger: Ledger) -> None:
+    """Keep an order, signed: a model that is read by another one recommends other items."""
+    record = ledger.sign("item order", {"digest": digest(order).hex()})
+    replace(path, save({"order": order}, metadata={"record": json.dumps(record)}))
 
 
-def _read(path: Path) -> Order:
+def _read(path: Path, key: Ed25519PublicKey) -> Order:
     try:
         with safe_open(path, framework="numpy") as file:
-            written = (file.metadata() or {})["digest"]
+            record = parsed(((file.metadata() or {}).get("record") or "").encode())
             order: Order = file.get_tensor("order")
     except (SafetensorError, KeyError, OSError, ValueError) as error:
         raise IntegrityError(f"{path}: not an order ({error}); restore the file") from None
+    written = verified("item order", record, key, path)["digest"]
     if order.dtype != np.int64 or digest(order).hex() != written:
         raise IntegrityError(f"{path}: its content is not what was written; restore the file")
     return order

@@ -28,7 +28,6 @@ class Position:
 
     Args:
         run_id: the run.
-        scenario_hash: of the scenario that it runs.
         data_digest: of the interactions it trains on.
         index: rounds that were applied.
         ledger_entries: entries of the ledger at that moment.
@@ -38,7 +37,6 @@ class Position:
     """
 
     run_id: str
-    scenario_hash: str
     data_digest: str
     index: int
     ledger_entries: int

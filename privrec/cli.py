@@ -22,7 +22,7 @@ from privrec.cli_base import json_option as _json
 from privrec.cli_base import run_dir as _run_dir
 from privrec.cli_flower import flower
 from privrec.cli_review import population, report, write_report
-from privrec.errors import BudgetError, PrivrecError, UsageError
+from privrec.errors import PrivrecError, UsageError
 
 if TYPE_CHECKING:
     from privrec.loop import Result
@@ -110,10 +110,10 @@ def demo(out: Path | None, as_json: bool) -> None:
     from privrec.scenario import load
 
     result = _start(load(QUICKSTART), out, None, ())
+    pages = _reported(result.path)
     from privrec.serving import recommend as recommendations
 
     found = recommendations(result.path, user=DEMO_USER, history=None, k=10, data_dir=None)
-    pages = _reported(result.path)
     with shown():
         if as_json:
             rows = [entry.to_json() for entry in found]
@@ -183,7 +183,7 @@ def resume(
     from privrec.scenario import load
 
     sinks = _sinks(tensorboard, mlflow)
-    with _reported_if_exhausted(directory), _observed(sinks) as observer:
+    with _reported_in_any_case(directory), _observed(sinks) as observer:
         result = go_on(directory, data_dir=data_dir, observer=observer)
         scenario = load(directory / "scenario.toml")
         result = with_rows(result, scenario, data_dir=data_dir, observer=observer)
@@ -415,7 +415,7 @@ def _start(
 
     for _, variant in scenario.variants():
         check(variant, data_dir)  # before the first run is paid for
-    with _reported_if_exhausted(path), _observed(sinks) as observer:
+    with _reported_in_any_case(path), _observed(sinks) as observer:
         result = start(
             scenario, out=path, data_dir=data_dir, observer=observer, population=population
         )
@@ -423,13 +423,17 @@ def _start(
 
 
 @contextmanager
-def _reported_if_exhausted(directory: Path) -> Iterator[None]:
-    """Write the report of a run that its budget stopped early, then let the error pass."""
+def _reported_in_any_case(directory: Path) -> Iterator[None]:
+    """Write the report of a run that is finished although an error came of it, such as its budget.
+
+    A row may have failed, or the settlement with the population; that error is the one to show.
+    """
     try:
         yield
-    except BudgetError:
+    except Exception:
         if (directory / "result.json").is_file():
-            _reported(directory)
+            with suppress(PrivrecError):
+                _reported(directory)
         raise
 
 

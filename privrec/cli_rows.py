@@ -20,6 +20,7 @@ from privrec.scenario import Row, Scenario
 
 KEPT_OF_PRIVACY = ("epsilon", "epsilon_server", "epsilon_popularity", "noise_multiplier")
 FULL = "full_"
+ROWS = "rows/"
 
 
 def with_rows(
@@ -29,8 +30,9 @@ def with_rows(
 
     Row ``i`` is a complete run in ``rows/i`` of the run's directory, with a ledger of its own; with
     ``run.seeds`` above 1 further ones follow in ``rows/i-1`` and so on. What was begun before is
-    resumed and what is finished is not run again. ``result.json`` gains ``rows``: name, changed
-    settings, metrics, ε and costs of each; over several seeds, means and their 95 % intervals.
+    resumed, what has gaps is tried again, and what is finished is not run again. ``result.json``
+    gains ``rows``: name, changed settings, metrics, ε and costs of each; over several seeds, means
+    and their 95 % intervals. Its ``gaps`` gain those of the rows.
 
     Args:
         result: The finished run of the scenario itself.
@@ -41,7 +43,9 @@ def with_rows(
     Raises:
         BudgetError, DataError, Interrupted, UsageError: As :func:`privrec.run.start`.
     """
-    if not scenario.rows or "rows" in result.payload:
+    gaps = {what: why for what, why in result.payload["gaps"].items() if not what.startswith(ROWS)}
+    whole = "rows" in result.payload and gaps == result.payload["gaps"]
+    if not scenario.rows or whole:
         return result
     identity = Identity.read(result.path)
     place = data_dir or identity.data_dir
@@ -50,12 +54,13 @@ def with_rows(
     for index, (row, (name, variant)) in enumerate(
         zip(scenario.rows, scenario.variants(), strict=True)
     ):
-        payloads = [
-            _finished(each, result.path / "rows" / folder, place, observer, population).payload
-            for folder, each in _repeated(variant, str(index), name)
-        ]
+        payloads = []
+        for folder, each in _repeated(variant, f"{ROWS}{index}", name):
+            found = _finished(each, result.path / folder, place, observer, population).payload
+            payloads.append(found)
+            gaps |= {f"{folder}: {what}": why for what, why in found["gaps"].items()}
         rows.append(_facts(row, payloads))
-    payload = rundir.leave(result.path, {**result.payload, "rows": rows}, identity)
+    payload = rundir.leave(result.path, {**result.payload, "rows": rows, "gaps": gaps}, identity)
     return replace(result, payload=payload)
 
 
@@ -91,7 +96,7 @@ def _facts(row: Row, payloads: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     first = payloads[0]
     privacy = {key: first["privacy"].get(key) for key in KEPT_OF_PRIVACY}
     found = [_named(payload["metrics"]) for payload in payloads]
-    values = {key: [each[key] for each in found] for key in found[0]}
+    values = {key: [each[key] for each in found] for key in _measured(found)}
     means = {key: float(np.mean(each)) for key, each in values.items()}
     facts = {"name": row.name, **row.set, **privacy, **means, **first["cost"]}
     facts["tiers"] = [_tier(tiers) for tiers in zip(*(p["tiers"] for p in payloads), strict=True)]
@@ -104,8 +109,15 @@ def _facts(row: Row, payloads: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _tier(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A tier's facts: of the first seed, but for metrics, which are means."""
     found = [_named(tier) for tier in seeds]
-    means = {key: float(np.mean([tier[key] for tier in found])) for key in found[0] if "@" in key}
-    return {**found[0], **means}
+    kept = {key: value for key, value in found[0].items() if "@" not in key}
+    return kept | {
+        key: float(np.mean([tier[key] for tier in found])) for key in _measured(found) if "@" in key
+    }
+
+
+def _measured(seeds: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What every seed has: a mean over those without a gap would be of other runs."""
+    return [key for key in seeds[0] if all(key in each for each in seeds)]
 
 
 def _named(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
 from privrec import catalogue, rundir
 from privrec.assembly import check_tiers, data_digest
 from privrec.assembly_text import TextParts, assemble_texts
@@ -62,9 +64,9 @@ class Texts:
         """See :func:`privrec.catalogue.numbered_words`."""
         return catalogue.numbered_words(scenario, split, ledger, folder, server, devices)
 
-    def restored(self, scenario: Scenario, folder: Path, split: TextSplit) -> TextSplit:
+    def restored(self, folder: Path, split: TextSplit, key: Ed25519PublicKey) -> TextSplit:
         """See :func:`privrec.catalogue.restored_words`."""
-        return catalogue.restored_words(folder, split)
+        return catalogue.restored_words(folder, split, key)
 
     def assemble(
         self, scenario: Scenario, train: Corpus, run_id: str, devices: SecretRoot
@@ -98,10 +100,8 @@ class Writing(Loop):
     def save(self) -> None:
         """See :meth:`Loop.save`."""
         digest, spent = data_digest(self.split.train), (self.wall_s, self.cpu_s)
-        states = self.parts.states
-        rundir.save(
-            self.out, self.server, states, self.identity, self.scenario, self.ledger, digest, *spent
-        )
+        server, states = self.parts.server, self.parts.states
+        rundir.save(self.out, server, states, self.identity, self.ledger, digest, *spent)
 
     def payload(self) -> dict[str, Any]:
         """See :meth:`Loop.payload`; in the form that runs of recommenders have."""

@@ -169,7 +169,7 @@ class Loop(ABC):
     def run(self) -> Result:
         """Go on to the end, the budget or an interrupt; a checkpoint is written in any case."""
         server = self.server
-        refused: PrivrecError | None = None
+        refused: PrivrecError | OSError | None = None
         with _interrupts() as stop:
             while server.index < self.scenario.train.rounds and not self._at_end():
                 try:
@@ -192,7 +192,7 @@ class Loop(ABC):
         try:
             if self.tie:
                 self.tie.settle(self.ledger.counts)
-        except PrivrecError as error:  # all that was set aside then counts as spent
+        except (PrivrecError, OSError) as error:  # all that was set aside then counts as spent
             self.gaps["settlement with the population"] = str(error)
             refused = error
         result = self.finish()

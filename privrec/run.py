@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
 from privrec import baselines, catalogue, checkpoint, data, lifetime, metrics, rundir, storage
 from privrec.assembly import Parts, assemble, check_tiers, data_digest
 from privrec.checkpoint import Position
@@ -69,9 +71,7 @@ def start(
             split = kind.numbered(scenario, split, ledger, folder, server, devices)
             parts = kind.assemble(scenario, split.train, identity.run_id, devices)
             digest = data_digest(split.train)
-            position = rundir.save(
-                folder, parts.server, parts.states, identity, scenario, ledger, digest
-            )
+            position = rundir.save(folder, parts.server, parts.states, identity, ledger, digest)
         with EventLog(folder / "events.jsonl") as events:
             events.append("start", run_id=identity.run_id, simulated=True)
     storage.sync_directory(out.parent)
@@ -113,11 +113,11 @@ def resume(out: Path, *, data_dir: Path | None = None, observer: Observer) -> Re
     if (payload := rundir.left(out, identity, scenario)) is not None:
         return Result(out, payload)
     kind = _kind_of(scenario)
-    split = kind.restored(scenario, out, kind.load(scenario, data_dir or identity.data_dir))
-    parts = kind.assemble(scenario, split.train, identity.run_id, identity.root("devices"))
     key = identity.signing_key().public_key()
+    split = kind.restored(out, kind.load(scenario, data_dir or identity.data_dir), key)
+    parts = kind.assemble(scenario, split.train, identity.run_id, identity.root("devices"))
     position, arrays = checkpoint.read(out / rundir.CHECKPOINT, key)
-    rundir.check_same(out, position, identity, scenario, data_digest(split.train))
+    rundir.check_same(out, position, identity, data_digest(split.train))
     rundir.restore(parts.server, parts.states, position, arrays)
     return _go_on(out, scenario, split, identity, parts, observer, position, resumed=True)
 
@@ -172,7 +172,7 @@ class Kind(Protocol):
         self, scenario: Scenario, split: Any, ledger: Ledger, folder: Path, server: SecretRoot,
         devices: SecretRoot,
     ) -> Any: ...  # fmt: skip
-    def restored(self, scenario: Scenario, folder: Path, split: Any) -> Any: ...
+    def restored(self, folder: Path, split: Any, key: Ed25519PublicKey) -> Any: ...
     def assemble(
         self, scenario: Scenario, train: Any, run_id: str, devices: SecretRoot
     ) -> Any: ...  # fmt: skip
@@ -204,8 +204,8 @@ class _Histories:
     ) -> Split:  # fmt: skip
         return catalogue.numbered(scenario, split, ledger, folder, server, devices)
 
-    def restored(self, scenario: Scenario, folder: Path, split: Split) -> Split:
-        return catalogue.restored(folder, split)
+    def restored(self, folder: Path, split: Split, key: Ed25519PublicKey) -> Split:
+        return catalogue.restored(folder, split, key)
 
     def assemble(
         self, scenario: Scenario, train: Interactions, run_id: str, devices: SecretRoot
@@ -267,6 +267,4 @@ class _Simulated(Loop):
         """See :meth:`Loop.save`."""
         digest, spent = data_digest(self.split.train), (self.wall_s, self.cpu_s)
         server, states = self.parts.server, self.parts.states
-        rundir.save(
-            self.out, server, states, self.identity, self.scenario, self.ledger, digest, *spent
-        )
+        rundir.save(self.out, server, states, self.identity, self.ledger, digest, *spent)

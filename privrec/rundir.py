@@ -34,7 +34,6 @@ def save(
     server: Server,
     states: Sequence[NDArray[np.float32]],
     identity: Identity,
-    scenario: Scenario,
     ledger: Ledger,
     digest: str,
     wall_s: float = 0.0,
@@ -47,7 +46,6 @@ def save(
         server: at its next round.
         states: private states of simulated devices, by tier; none where devices keep their own.
         identity: of the run.
-        scenario: what is run.
         ledger: of the run.
         digest: of the data.
         wall_s: seconds that the run took so far.
@@ -56,7 +54,6 @@ def save(
     ledger.seal()
     position = Position(
         identity.run_id,
-        scenario.hash(),
         digest,
         server.index,
         ledger.entries,
@@ -91,17 +88,14 @@ def restore(
             server.optimizer.moments[name.removeprefix("moments.")] = value.copy()
 
 
-def check_same(
-    out: Path, position: Position, identity: Identity, scenario: Scenario, digest: str
-) -> None:
-    """Refuse a checkpoint of another run, scenario or data set.
+def check_same(out: Path, position: Position, identity: Identity, digest: str) -> None:
+    """Refuse a checkpoint of another run or data set.
 
     Raises:
         IntegrityError: when they differ.
     """
     expected = {
         "run": (position.run_id, identity.run_id),
-        "scenario": (position.scenario_hash, scenario.hash()),
         "data": (position.data_digest, digest),
     }
     for noun, (found, wanted) in expected.items():
@@ -312,5 +306,6 @@ def left(out: Path, identity: Identity, scenario: Scenario) -> dict[str, Any] | 
         raise
     if record is None or (record.get("gaps") and (out / CHECKPOINT).exists()):
         return None
-    (out / CHECKPOINT).unlink(missing_ok=True)
+    if (out / CHECKPOINT).exists():  # a medium that is read only refuses to remove nothing as well
+        (out / CHECKPOINT).unlink()
     return record

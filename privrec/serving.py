@@ -147,8 +147,10 @@ def _data_of(run_dir: Path, data_dir: Path | None) -> tuple[Scenario, Interactio
     key = kept_key(identity.run_id)
     with Ledger.open(run_dir / "ledger.jsonl", public_key=key, repair=False) as ledger:
         rundir.check_header(run_dir, ledger, scenario, identity)
+    # An end that is not signed is not the run's.
+    model = ledger.ended if ledger.signed == ledger.entries else None
     split = data.load(scenario.data, data_dir=data_dir or identity.data_dir)
-    return scenario, catalogue.restored(run_dir, split).train, ledger.ended
+    return scenario, catalogue.restored(run_dir, split, ledger.public_key).train, model
 
 
 def _known_items(train: Interactions, ids: Sequence[str]) -> NDArray[np.int32]:

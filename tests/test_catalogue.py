@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from safetensors.numpy import load_file, save
 from scipy import stats
 
@@ -21,6 +22,7 @@ from privrec.identity import Identity
 from privrec.privacy.book import PREPARATION
 from privrec.privacy.events import RoundEvent, epsilon
 from privrec.privacy.ledger import Ledger
+from privrec.privacy.signed import sign
 from privrec.randomness import SecretRoot
 from privrec.record import NullObserver, Record
 from privrec.report.build import build
@@ -82,6 +84,9 @@ class Memo:
 
     def commit(self, *commit: Any) -> None:
         self.told.append(commit)
+
+    def sign(self, kind: str, facts: dict[str, Any]) -> dict[str, Any]:
+        return facts
 
 
 def order_of(folder: Path, root: bytes = b"server", run_id: str = "run", *changes: str) -> Any:
@@ -348,26 +353,30 @@ SPOILT = {
     "gone": (None, "there is no order"),
     "empty": (b"", "not an order"),
     "no file of its kind": (b"{ spoilt", "not an order"),
-    "another array": (lambda order: save({"other": order}), "not an order"),
-    "unsigned": (lambda order: save({"order": order}), "not an order"),
+    "another array": (lambda order, _: save({"other": order}), "not an order"),
+    "unsigned": (lambda order, _: save({"order": order}), "not a signed order"),
     "two items swapped": (
-        lambda order: save({"order": swapped(order)}, metadata=_digest(order)),
-        "not what was written",
+        lambda order, key: _signed(order, key, swapped(order)), "not what was written",
+    ),
+    "two items swapped, by another key": (
+        lambda order, _: _signed(swapped(order), Ed25519PrivateKey.generate()),
+        "not signed with the key of this run",
     ),
     "an item twice": (
-        lambda order: _signed(np.concatenate((order[:1], order[:-1]))), "no order of the 40 items",
+        lambda order, key: _signed(np.concatenate((order[:1], order[:-1])), key),
+        "no order of the 40 items",
     ),
-    "too short": (lambda order: _signed(order[:-1]), "no order of the 40 items"),
-    "of floats": (lambda order: _signed(order.astype(np.float64)), "not what was written"),
+    "too short": (lambda order, key: _signed(order[:-1], key), "no order of the 40 items"),
+    "of floats": (
+        lambda order, key: _signed(order.astype(np.float64), key), "not what was written",
+    ),
 }  # fmt: skip
 
 
-def _digest(order: np.ndarray) -> dict[str, str]:
-    return {"digest": catalogue.digest(order).hex()}
-
-
-def _signed(order: np.ndarray) -> bytes:
-    return bytes(save({"order": order}, metadata=_digest(order)))
+def _signed(order: np.ndarray, key: Ed25519PrivateKey, instead: np.ndarray | None = None) -> bytes:
+    record = sign("item order", {"digest": catalogue.digest(order).hex()}, key)
+    kept = order if instead is None else instead
+    return bytes(save({"order": kept}, metadata={"record": json.dumps(record)}))
 
 
 @pytest.mark.parametrize("case", SPOILT)
@@ -383,7 +392,8 @@ def test_a_spoilt_order_is_refused_when_recommending_and_resuming(
         order = load_file(path)["order"]
         path.unlink()
         if content is not None:
-            path.write_bytes(content(order) if callable(content) else content)
+            key = Identity.read(folder).signing_key()
+            path.write_bytes(content(order, key) if callable(content) else content)
     with pytest.raises(IntegrityError, match=says):
         recommend(finished, user="1")
     with pytest.raises(IntegrityError, match=says):

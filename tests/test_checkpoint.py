@@ -16,7 +16,7 @@ from privrec.checkpoint import Position
 from privrec.errors import IntegrityError
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
-POSITION = Position("run-1", "scenario", "data", 3, 5, "ab" * 32)
+POSITION = Position("run-1", "data", 3, 5, "ab" * 32)
 
 
 def arrays_of(seed: int = 0) -> dict[str, np.ndarray]:

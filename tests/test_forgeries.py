@@ -15,8 +15,10 @@ from safetensors.numpy import load_file, save_file
 
 from privrec import checkpoint, cli_rows, run, rundir
 from privrec.agreement import event_without_shares
-from privrec.errors import BudgetError, IntegrityError, PrivrecError, UsageError
+from privrec.device.round import digest
+from privrec.errors import BudgetError, IntegrityError, PrivrecError, ReleaseRefused, UsageError
 from privrec.identity import Identity
+from privrec.privacy.book import line_of
 from privrec.privacy.events import epsilon
 from privrec.privacy.ledger import Ledger
 from privrec.privacy.population import Tie, create, read
@@ -138,8 +140,7 @@ def test_another_scenario_is_never_charged(halfway: Path, whose: str, setting: s
     for change in ({}, hashes):
         edit(halfway / "run.json", lambda stored, change=change: stored.update(change))
         key = FORGER if whose == "forger's" else key_of(halfway)
-        moved = checkpoint.Position(**{**vars(position), "scenario_hash": weaker.hash()})
-        checkpoint.write(halfway / rundir.CHECKPOINT, moved, arrays, key)
+        checkpoint.write(halfway / rundir.CHECKPOINT, position, arrays, key)
         assert "that of the signed ledger" in refused(halfway)
 
 
@@ -152,11 +153,11 @@ def test_a_replaced_weight_is_noticed(halfway: Path) -> None:
 
 
 def test_no_record_passes_for_one_of_another_kind(halfway: Path) -> None:
-    """A head that the key signed is no checkpoint, whatever facts it is given."""
+    """The very facts of a checkpoint, signed as a result, are none."""
     place, key = halfway / rundir.CHECKPOINT, key_of(halfway)
     position, arrays = checkpoint.read(place, key.public_key())
-    head = json.loads((halfway / "ledger.head.json").read_text())
-    save_file(arrays, place, {"record": json.dumps({**vars(position), **head})})
+    facts = {**vars(position), "digest": checkpoint._digest(arrays)}
+    save_file(arrays, place, {"record": json.dumps(sign("result", facts, key))})
     assert "not signed with the key of this run" in refused(halfway)
 
 
@@ -249,11 +250,45 @@ def test_an_altered_result_is_never_shown(finished: Path, change: Callable[..., 
     assert "result.json: not" in refused(finished)
 
 
+def test_metrics_are_reported_as_the_run_signed_them(finished: Path) -> None:
+    """In a copy elsewhere too: the key that the ledger names is that of the result."""
+    write(build(finished), finished)
+    honest = (finished / "result.json").read_bytes()
+    edit(finished / "result.json", lambda r: r["metrics"].update({"hr@10": 0.99}))
+    with pytest.raises(IntegrityError, match=r"result\.json: not signed with the key of this run"):
+        build(finished)
+    assert [each.where for each in verify(finished).mismatches] == ["result.json"]
+    (finished / "result.json").write_bytes(honest)
+    edit(finished / "report.json", lambda r: r["gaps"].update(accuracy="lost"))
+    assert "gaps" in [each.where for each in verify(finished).mismatches]
+
+
+def test_an_end_that_is_not_signed_serves_no_model(halfway: Path) -> None:
+    """A line that ends the run can be added without the key; what it names is not the model."""
+    weights = checkpoint.read(halfway / rundir.CHECKPOINT, key_of(halfway).public_key())[1]
+    save_file({"weights": weights["weights"]}, halfway / "model.safetensors")
+    last = json.loads((halfway / "ledger.jsonl").read_bytes().splitlines()[-1])
+    end = {"kind": "end", "model": digest(weights["weights"]).hex(), "index": last["index"] + 1}
+    with (halfway / "ledger.jsonl").open("ab") as file:
+        file.write(line_of({**end, "previous": last["hash"]}))
+    with pytest.raises(IntegrityError, match="not the model that the run's ledger ends with"):
+        recommend(halfway, user="3", k=3)
+
+
 def test_epsilon_of_a_finished_run_is_that_of_its_ledger(finished: Path) -> None:
     shown = resumed(finished)["privacy"]
     with Ledger.open(finished / "ledger.jsonl", repair=False) as ledger:
         assert shown["epsilon"] == epsilon(ledger.counts, shown["delta"], "recipients")
         assert shown["charges"] == len(ledger.charges) == ROUNDS
+
+
+def test_nothing_is_charged_after_the_end(finished: Path) -> None:
+    identity, scenario = Identity.read(finished), load(finished / "scenario.toml")
+    with rundir.open_ledger(finished, identity, scenario) as ledger:
+        (event,) = ledger.counts
+        with pytest.raises(ReleaseRefused, match="the run has ended"):
+            ledger.charge(ROUNDS, 0, event)
+        assert len(ledger.charges) == ROUNDS
 
 
 def test_a_finished_run_whose_ledger_lost_its_end_is_not_shown(finished: Path) -> None:

@@ -8,13 +8,18 @@ from types import FrameType
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from privrec import run
+from privrec.cli import main
 from privrec.cli_review import write_report
-from privrec.errors import DataError, UsageError
+from privrec.cli_rows import with_rows
+from privrec.errors import DataError, IntegrityError, UsageError
 from privrec.identity import Identity
+from privrec.privacy import population
 from privrec.privacy.ledger import Ledger
 from privrec.record import NullObserver
+from privrec.run import _Simulated
 from privrec.scenario import Scenario
 
 SCENARIO = """
@@ -153,6 +158,57 @@ def test_a_figure_that_cannot_be_had_is_a_stated_gap(
     assert "gaps" not in again.payload
     assert again.payload["metrics"]
     assert again.payload["privacy"] == found["privacy"]
+
+
+def test_a_gap_of_one_seed_of_a_row_is_stated_and_filled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = '[[rows]]\nname = "more"\nset = { "train.local_lr" = 0.5 }\n'
+    scenario = Scenario.from_toml(SCENARIO + "seeds = 2\n" + row)
+    out, evaluate = tmp_path / "run", _Simulated.evaluate
+
+    def fails(self: _Simulated, protocols: Any) -> Any:
+        if self.out.name == "0-1":
+            raise Injected
+        return evaluate(self, protocols)
+
+    result = run.start(scenario, out=out, observer=NullObserver())
+    with monkeypatch.context() as patch:
+        patch.setattr(_Simulated, "evaluate", fails)
+        result = with_rows(result, scenario, data_dir=None, observer=NullObserver())
+    assert result.payload["gaps"]["rows/0-1: accuracy"] == "Injected"
+    # A mean over the seed that was measured would pass for one over both.
+    assert not [key for key in result.payload["rows"][0] if "@" in key]
+    result = run.resume(out, observer=NullObserver())
+    result = with_rows(result, scenario, data_dir=None, observer=NullObserver())
+    assert result.payload["gaps"] == {}
+    assert result.payload["rows"][0]["full_ndcg@10"] > 0
+    assert not list(out.rglob("checkpoint.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(OSError(28, "No space left on device"), 2), (IntegrityError("cut"), 4)]
+)
+def test_a_settlement_that_fails_leaves_the_run_and_its_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int
+) -> None:
+    """What was set aside then counts as spent, and resume settles it."""
+
+    def fails(*_: Any) -> None:
+        raise error
+
+    population.create("readers", epsilon=100.0, delta=1e-6, against="recipients")
+    (tmp_path / "late.toml").write_text(SCENARIO, encoding="utf-8")
+    out = tmp_path / "run"
+    words = ["run", str(tmp_path / "late.toml"), "--out", str(out), "--population", "readers"]
+    with monkeypatch.context() as patch:
+        patch.setattr(population, "settle", fails)
+        assert CliRunner().invoke(main, words).exit_code == code
+    assert "settlement with the population" in (out / "report.md").read_text("utf-8")
+    assert population.read("readers").settled == set()
+    assert CliRunner().invoke(main, ["resume", str(out)]).exit_code == 0
+    assert population.read("readers").settled == {Identity.read(out).run_id}
+    assert "settlement" not in (out / "report.md").read_text("utf-8")
 
 
 def _table(tmp_path: Path, rows: int, each: int) -> Path:

@@ -21,7 +21,7 @@ from privrec.catalogue import known_items
 from privrec.device.protection import Protection
 from privrec.device.round import Round
 from privrec.device.update import Aggregate
-from privrec.errors import PrivrecError, ReleaseRefused, UsageError
+from privrec.errors import BudgetError, PrivrecError, ReleaseRefused, UsageError
 from privrec.flower.enrol import ServersWord, anchor_of
 from privrec.flower.registry import Member, Registry
 from privrec.flower.settings import scenario_of
@@ -126,9 +126,8 @@ class Deployed(Loop):
     def save(self) -> None:
         """See :meth:`Loop.save`."""
         rundir.save(
-            self.out, self.server, (), self.identity, self.scenario, self.ledger, "", self.wall_s,
-            self.cpu_s,
-        )  # fmt: skip
+            self.out, self.server, (), self.identity, self.ledger, "", self.wall_s, self.cpu_s
+        )
 
     def payload(self) -> dict[str, Any]:
         """See :meth:`Loop.payload`."""
@@ -191,7 +190,7 @@ def deploy(
     server = server_of(scenario, federation, population, identity.run_id)
     key = identity.signing_key().public_key()
     position, arrays = checkpoint.read(out / rundir.CHECKPOINT, key)
-    rundir.check_same(out, position, identity, scenario, "")
+    rundir.check_same(out, position, identity, "")
     rundir.restore(server, (), position, arrays)
     root, rate = identity.root("server"), scenario.devices.sampling_rate
     flower = Flower(registry, protection, root, scenario.run.seed, rate)
@@ -233,7 +232,7 @@ def _begun(
             identity.root("server")
             federation = federation_of(scenario, items)
             server = server_of(scenario, federation, population, identity.run_id)
-            rundir.save(folder, server, (), identity, scenario, ledger, "")
+            rundir.save(folder, server, (), identity, ledger, "")
         with EventLog(folder / "events.jsonl") as events:
             events.append("start", run_id=identity.run_id, simulated=identity.simulated)
     storage.sync_directory(out.parent)
@@ -266,6 +265,7 @@ def server_app(folder: Path) -> ServerApp:
     @app.main()  # type: ignore[untyped-decorator]  # Flower may be absent
     def main(grid: Grid, context: Context) -> None:
         config = context.run_config
+        out = Path(str(config.get("out", "run")))
         try:
             scenario = scenario_of(folder, config)
             items = int(config.get("items", 0)) or known_items(scenario)
@@ -274,7 +274,7 @@ def server_app(folder: Path) -> ServerApp:
             roster, key = str(config.get("roster", "")), str(config.get("enrolment-key", ""))
             result = deploy(
                 scenario, grid,
-                out=Path(str(config.get("out", "run"))),
+                out=out,
                 items=items,
                 anchor=anchor_of(roster or None, key or None, simulated=True),
                 observer=_Log(),
@@ -283,15 +283,17 @@ def server_app(folder: Path) -> ServerApp:
             )  # fmt: skip
         except PrivrecError as error:
             log(ERROR, "privrec: %s", error)
+            if isinstance(error, BudgetError):  # the run is finished as far as it came
+                _reported(out)
             raise
-        _reported(result)
+        _reported(result.path)
 
     return app
 
 
-def _reported(result: Result) -> None:
+def _reported(directory: Path) -> None:
     from privrec.report.build import build
     from privrec.report.render import write
 
-    write(build(result.path), result.path)
-    log(INFO, "privrec: the run and its report are in %s", result.path)
+    write(build(directory), directory)
+    log(INFO, "privrec: the run and its report are in %s", directory)

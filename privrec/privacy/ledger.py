@@ -356,6 +356,24 @@ class Ledger:
         """Whether one more charge of ``event`` would take ε above ``epsilon``."""
         return self.epsilon_after(event, delta=delta, adversary=adversary) > epsilon
 
+    @property
+    def public_key(self) -> Ed25519PublicKey:
+        """The key that the signed head was checked with."""
+        return self._keys.public
+
+    def sign(self, kind: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a record of the run, see :func:`privrec.privacy.signed.sign`.
+
+        Raises:
+            UsageError: when the ledger was opened without the signing key or for reading.
+        """
+        if self._keys.private is None or not self._files:
+            raise UsageError(
+                f"{self.path}: sealing needs the signing key and a ledger opened for writing; "
+                "open it with signing_key and repair=True"
+            )
+        return sign(kind, facts, self._keys.private)
+
     def seal(self) -> None:
         """Sign the number of entries and the last hash, so that a cut end shows from here on.
 
@@ -365,13 +383,8 @@ class Ledger:
             UsageError: when the ledger was opened without the signing key or for reading.
             ReleaseRefused: when the head could not be written.
         """
-        if self._keys.private is None or not self._files:
-            raise UsageError(
-                f"{self.path}: sealing needs the signing key and a ledger opened for writing; "
-                "open it with signing_key and repair=True"
-            )
         head = {"format": FORMAT, "entries": self.entries, "last_hash": self.last_hash}
-        record = canonical(sign(_HEAD, head, self._keys.private)) + b"\n"
+        record = canonical(self.sign(_HEAD, head)) + b"\n"
         for place in _places(self.path, self._kept):
             try:
                 replace(place, record, mode=0o600 if place == self._kept else 0o666)

@@ -80,8 +80,9 @@ def build(directory: Path, *, public_key: Ed25519PublicKey | None = None) -> Rep
 
     Raises:
         UsageError: It is no run directory, or the run is not finished.
-        IntegrityError: The ledger was altered, or another file does not agree with it: on whose
-            run it is, whether the noise is known, δ, sampling, ε or what else the claim needs.
+        IntegrityError: The ledger was altered, its key did not sign ``result.json``, or another
+            file does not agree with it: on whose run it is, whether the noise is known, δ,
+            sampling, ε or what else the claim needs.
         DataError: A file is malformed.
     """
     files = _read(directory, public_key)
@@ -90,9 +91,11 @@ def build(directory: Path, *, public_key: Ed25519PublicKey | None = None) -> Rep
     _check_claims(files)
     _check_examples(files)
     try:
-        return derive(files.spending, files.declaration, _word(files))
+        report = derive(files.spending, files.declaration, _word(files))
     except ValidationError as error:
         raise DataError(f"{directory / 'result.json'}: {_first_problem(error)}") from None
+    files.spending.check_result(files.result, directory / "result.json")
+    return report
 
 
 def _first_problem(error: ValidationError) -> str:

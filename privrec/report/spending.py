@@ -14,7 +14,7 @@ from privrec.errors import IntegrityError
 from privrec.privacy.book import PREPARATION
 from privrec.privacy.events import RoundEvent
 from privrec.privacy.ledger import Charge, Ledger
-from privrec.privacy.signed import hexadecimal
+from privrec.privacy.signed import hexadecimal, verified
 
 Signature = Literal["server key", "key named in the ledger"]
 
@@ -52,6 +52,15 @@ class Spending:
     def before(self) -> RoundEvent | None:
         """What was charged before the first round, if anything."""
         return next((each.event for each in self.charges if each.round == PREPARATION), None)
+
+    def check_result(self, result: Mapping[str, Any], path: Path) -> None:
+        """Refuse a ``result.json`` that the run's key did not sign.
+
+        Raises:
+            IntegrityError: when it did not.
+        """
+        key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(self.key))
+        verified("result", result, key, path)
 
 
 def read_spending(directory: Path, public_key: Ed25519PublicKey | None = None) -> Spending:

@@ -1,8 +1,9 @@
 """Whether a report says what its ledger says: everything recomputed, every difference named.
 
 The verifier needs ``report.json``, the ledger with its signed head, and the server's public key,
-got by another way than the files. It trusts nothing else: not ``result.json``, not the pages, not
-the other fields of the report. What no ledger tells (:data:`privrec.report.model.WORD`) is taken as
+got by another way than the files. It trusts nothing else: not the pages, not the other fields of
+the report. Metrics and gaps must be those of the signed ``result.json``, where it is there. What no
+ledger tells (:data:`privrec.report.model.WORD`) is taken as
 the report has it, and named as the operator's word.
 """
 
@@ -133,6 +134,7 @@ def verify(
         if found is not None:
             _compare(report, *found, verdict)
             _check_word(report, found[1], verdict)
+            _check_result(path.parent, report, found[0], verdict)
         _check_pages(path.parent, report, verdict)
     if found is not None:
         _check_model(path.parent, found[0], verdict)
@@ -265,6 +267,29 @@ def _check_word(report: Report, declaration: Declaration, verdict: Verdict) -> N
             )
         if audit.passed != all(check.passed for check in audit.checks):
             verdict.mismatches.append(Mismatch("audit.passed", "a check failed, or none did"))
+
+
+def _check_result(directory: Path, report: Report, spending: Spending, verdict: Verdict) -> None:
+    """That metrics and gaps are those of the result that the run signed."""
+    path = directory / "result.json"
+    try:
+        result = _object(path.read_text(encoding="utf-8"))
+        spending.check_result(result, path)
+    except FileNotFoundError:
+        verdict.unchecked.append(
+            "result.json: it is not here, so metrics and gaps are not known to be those that the "
+            "run signed"
+        )
+        return
+    except (IntegrityError, OSError, UnicodeDecodeError) as error:
+        verdict.mismatches.append(Mismatch("result.json", str(error)))
+        return
+    metrics = {each.key: each.value for each in report.accuracy.metrics}
+    for where, found, name in (("accuracy", metrics, "metrics"), ("gaps", report.gaps, "gaps")):
+        if found != (expected := result.get(name) or {}):
+            reason = f"it says {_short(found)}, and the signed result {_short(expected)}"
+            verdict.mismatches.append(Mismatch(where, reason))
+    verdict.checked.append("signature of result.json, and its metrics and gaps")
 
 
 def _check_pages(directory: Path, report: Report, verdict: Verdict) -> None:

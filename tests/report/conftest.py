@@ -18,6 +18,7 @@ from privrec.models.layout import band_sizes
 from privrec.privacy.events import RoundEvent
 from privrec.privacy.ledger import Ledger
 from privrec.privacy.population import Standing
+from privrec.privacy.signed import sign
 from privrec.record import EventLog, Record
 from privrec.scenario import Row, Scenario
 
@@ -160,7 +161,7 @@ def make_run(
         "data": {"source": "ml-1m", "users": 6040, "items": 3706, "interactions": 994_169},
         **(extra or {}),
     }
-    _write_json(path / "result.json", result)
+    _write_json(path / "result.json", sign("result", result, KEY))
     return path
 
 

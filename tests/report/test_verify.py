@@ -561,10 +561,14 @@ def test_what_is_recomputed_is_everything_but_the_operators_word() -> None:
 
 
 def test_edits_of_the_operators_word_alone_pass(reported: Callable[..., Path]) -> None:
-    """The limit of verification, stated: accuracy is believed."""
+    """The limit of verification, stated: what the run signed of its accuracy is believed."""
     run = reported()
     at("accuracy.metrics.0.value", 0.99)(run)
-    assert judged(run).holds
+    assert [each.where for each in judged(run).mismatches] == ["accuracy"]
+    (run / "result.json").unlink()
+    verdict = judged(run)
+    assert verdict.holds
+    assert any(text.startswith("result.json") for text in verdict.unchecked)
 
 
 def test_a_verdict_is_json(reported: Callable[..., Path]) -> None:
