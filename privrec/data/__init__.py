@@ -144,7 +144,7 @@ def _load(config: DataConfig, data_dir: Path | None) -> Split:
             config.encoding, config.duplicates,
         )  # fmt: skip
         for root in roots:
-            if root.is_file() or table_files(root):
+            if table_files(root, needed=False):
                 return leave_last_out(read_table(root, form), holdout=config.holdout)
         raise _not_found(roots, "table (.csv, .tsv or .parquet)", "table")
     if config.source == "lightgcn":

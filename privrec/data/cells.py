@@ -11,14 +11,11 @@ import pyarrow
 import pyarrow.compute
 from numpy.typing import NDArray
 
-from privrec.data.problems import bad_file, shown
+from privrec.data.problems import BLANKS, bad_file, shown
 
 Int64Array = NDArray[np.int64]
 Cells: TypeAlias = Any  # a chunked array of Arrow, which has no types
 Where: TypeAlias = Callable[[int], str]
-
-BLANKS = " \t\n\v\f\r"
-"""What does not count around a cell."""
 
 _DECIMALS = 9
 

@@ -10,6 +10,7 @@ Source of format and shapes: Bhatia et al., "The extreme classification reposito
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ NO_LABEL = -1
 # Python reads more than the format has: 1_0, and digits of other scripts.
 _HEAD = re.compile(r"\s*([0-9]{1,18})\s+([0-9]{1,18})\s+([0-9]{1,18})\s*")
 _LINE = re.compile(r"[-0-9,]*(?:[ \t]+[-0-9]+:[-+.0-9A-Za-z]+)*\s*")
+_LONGEST = 1 << 20  # characters of a line, which take a hundred times their size while it is read
 _OWN, _CLUSTER = 0.5, 0.25  # shares of words that tell a label, and its cluster
 _LABEL_WORDS, _CLUSTER_WORDS = 12, 96
 
@@ -189,26 +191,29 @@ def read_extreme(path: Path) -> Examples:
     Raises:
         DataError: when the file is missing, or a line breaks the format.
     """
-    files = table_files(path)
+    files = table_files(path, needed=False)
     if len(files) != 1:
         raise bad_file(str(path), "cannot be read", "it must be a text file", "check the path")
     (folder, name), label = files[0], str(path)
     lines = folder.lines(name)
     size = _head(next(lines), label)
-    labels, features, values = [], [], []
+    labels, features, values = array("q"), array("q"), array("f")
+    label_ends, ends = array("q"), array("q")
     for number, line in enumerate(lines, 2):
-        own, pairs = _parsed(line, size, label, number)
-        labels.append(own)
-        features.append(pairs[0])
-        values.append(pairs[1])
-    if len(labels) != size[0]:
+        for column, found in zip(
+            (labels, features, values), _parsed(line, size, label, number), strict=True
+        ):
+            column.extend(found)
+        label_ends.append(len(labels))
+        ends.append(len(features))
+    if len(ends) != size[0]:
         raise bad_file(
-            label, f"{len(labels)} examples", f"its first line promises {size[0]}",
+            label, f"{len(ends)} examples", f"its first line promises {size[0]}",
             "fetch the whole file again, or correct the first line",
         )  # fmt: skip
     return Examples(
-        _ends(features), np.concatenate(features), np.concatenate(values),
-        _ends(labels), np.concatenate(labels), size[1], size[2],
+        np.array(ends), np.array(features), np.array(values),
+        np.array(label_ends), np.array(labels), size[1], size[2],
     )  # fmt: skip
 
 
@@ -223,7 +228,10 @@ def _head(line: str, label: str) -> tuple[int, int, int]:
 
 def _parsed(
     line: str, size: tuple[int, int, int], label: str, number: int
-) -> tuple[Int64Array, tuple[Int64Array, FloatArray]]:
+) -> tuple[list[int], list[int], list[float]]:
+    if len(line) > _LONGEST:
+        rule, remedy = f"an example has at most {_LONGEST}", "correct it, or split the example"
+        raise bad_line(label, number, f"{len(line)} characters", rule, remedy)
     own, _, rest = line.partition(" ")
     pairs = [word.split(":") for word in rest.split()]
     try:
@@ -245,11 +253,7 @@ def _parsed(
     if not np.isfinite(values).all():
         rule = "a value must be a finite number of float32"
         raise bad_line(label, number, shown(line), rule, "correct the line")
-    return np.array(labels, np.int64), (np.array(features, np.int64), values)
-
-
-def _ends(parts: list[Int64Array]) -> Int64Array:
-    return np.cumsum([len(part) for part in parts])
+    return labels, features, values.tolist()
 
 
 def _chosen(ends: Int64Array, rows: NDArray[np.integer]) -> tuple[Int64Array, Int64Array]:

@@ -24,7 +24,6 @@ import pyarrow.parquet
 from numpy.typing import NDArray
 
 from privrec.data.cells import (
-    BLANKS,
     Cells,
     Int64Array,
     Where,
@@ -37,7 +36,7 @@ from privrec.data.cells import (
 )
 from privrec.data.folder import Folder, suffix, table_files, unified
 from privrec.data.interactions import Duplicates, Interactions
-from privrec.data.problems import bad_file, bad_line, shown
+from privrec.data.problems import BLANKS, bad_file, bad_line, shown
 
 _ROWS = 1 << 16  # of quoted text, held as Python's strings at a time
 _JOINT = "\x1f"  # in place of a separator of several characters
@@ -84,8 +83,12 @@ def read_table(path: Path, form: TableFormat) -> Interactions:
     """
     names = [form.user_column, form.item_column]
     names += [] if form.time_column is None else [form.time_column]
-    if len(set(names)) < len(names) or len({type(name) for name in names}) > 1:
-        rule = "users, items and times are different columns, all by name or all by number"
+    if (
+        len(set(names)) < len(names)
+        or len({type(name) for name in names}) > 1
+        or (isinstance(names[0], int) and min(map(int, names)) < 1)
+    ):
+        rule = "users, items and times are different columns, all by name or all by number from 1"
         raise bad_file(str(path), f"columns {names}", rule, "set data.user_column and so on")
     read = read_columns(table_files(path), names, form.separator, form.encoding)
     users, items = (ids(read.cells[at], str(names[at]), read.where) for at in (0, 1))
@@ -131,6 +134,8 @@ def read_columns(
     """
     parts: list[tuple[list[Cells], Sequence[int], str]] = []
     for folder, name in files:
+        if len(files) > 1 and folder.is_empty(name):
+            continue
         if suffix(name) in (".parquet", ".pq"):
             parts.append(_parquet(folder, name, names, remedy))
         else:
@@ -180,7 +185,7 @@ def _text(
     label, line = folder.label(name), 1
     at: list[int] | None = None
     pieces = folder.chunks(name, encoding)
-    if mark in ('"', "\n", "\r"):
+    if any(sign in mark for sign in '"\0\n\r'):
         rule, remedy = "cells are separated by another character", "set data.separator"
         raise bad_file(label, f"separator {mark!r}", rule, remedy)
     for piece in pieces:
@@ -391,9 +396,12 @@ def _parquet(
     with folder.open(name) as stream:
         try:
             file = pyarrow.parquet.ParquetFile(stream, page_checksum_verification=True)
-            _places(file.schema_arrow.names, names, label, remedy)
-            table = file.read(columns=[str(each) for each in names], use_threads=False)
-            columns = [table.column(str(each)) for each in names]
+            # Rows that are alike take no room in the file, and eight bytes or more in memory.
+            folder.check_unpacked(name, 8 * file.metadata.num_rows)
+            header = file.schema_arrow.names
+            read = [header[at] for at in _places(header, names, label, remedy)]
+            table = file.read(columns=read, use_threads=False)
+            columns = [table.column(each) for each in read]
             for column in columns:
                 column.validate(full=True)
         except (pyarrow.ArrowException, OSError, KeyError) as error:

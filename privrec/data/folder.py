@@ -13,12 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from privrec.data.problems import bad_file, bad_line
+from privrec.data.problems import bad_file, bad_line, shown
 
 _CHUNK = 1 << 22  # bytes read at a time: memory stays at a few of them
+# What unpacks to more was made to fill the memory: a table shrinks tenfold or so.
+_HARMLESS, _TIMES_PACKED = 1 << 26, 200
 _DAMAGE = (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError)
 _GZIP, _ZIP = b"\x1f\x8b", b"PK\x03\x04"
-_PACKED = {_ZIP: "zip", b"BZh91AY&SY": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_PACKED = {
+    _GZIP: "gzip twice",
+    _ZIP: "zip",
+    b"BZh91AY&SY": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _TABLES = (".csv", ".tsv", ".parquet", ".pq")
 _PART = re.compile(r"part[-.]|.*-\d+-of-\d+")
@@ -43,7 +51,8 @@ class Folder:
     def names(self) -> list[str]:
         """Names of the files that lie directly here, sorted."""
         if self.root.is_dir():
-            return sorted(path.name for path in self.root.iterdir() if path.is_file())
+            with _readable(str(self.root)):
+                return sorted(path.name for path in self.root.iterdir() if path.is_file())
         tails = (name.removeprefix(self.inside) for name in _members(self.root, self.inside))
         return sorted(tail for tail in tails if tail and "/" not in tail)
 
@@ -65,6 +74,27 @@ class Folder:
             stream.seek(0)
             yield gzip.GzipFile(fileobj=stream) if packed else stream  # type: ignore[misc]
 
+    def check_unpacked(self, name: str, size: int) -> None:
+        """Refuse what unpacks to very much more than the file has.
+
+        Args:
+            name: the file.
+            size: bytes that it has at least when it is unpacked.
+
+        Raises:
+            DataError: when a packed file holds more than 64 MiB and 200 times its own size.
+        """
+        path = self.root / name if self.root.is_dir() else self.root
+        if size > max(_HARMLESS, _TIMES_PACKED * path.stat().st_size):
+            found = f"it unpacks to more than {_TIMES_PACKED} times its size"
+            rule, remedy = "it could fill the memory", "unpack it if you trust it"
+            raise bad_file(self.label(name), found, rule, remedy)
+
+    def is_empty(self, name: str) -> bool:
+        """Whether a file has no byte, unpacked."""
+        with self.open(name) as stream:
+            return not stream.read(1)
+
     def chunks(self, name: str, encoding: str = "utf-8") -> Iterator[str]:
         """The text in pieces of whole lines, each ending in a newline.
 
@@ -77,7 +107,7 @@ class Folder:
         """
         empty = True
         with self.open(name) as stream:
-            for piece in _whole_lines(_decoded(stream, self.label(name), encoding)):
+            for piece in _whole_lines(self._decoded(stream, name, encoding)):
                 empty = False
                 yield piece
         if empty:
@@ -95,6 +125,33 @@ class Folder:
             text = unified(piece, self.label(name), line)
             line += text.count("\n")
             yield from text[:-1].split("\n")
+
+    def _decoded(self, stream: IO[bytes], name: str, encoding: str) -> Iterator[str]:
+        """The text of a stream, piece by piece, without its byte-order mark."""
+        label, size = self.label(name), 0
+        try:
+            b"".decode(encoding)  # refuses what is no encoding of text
+            decoder = getincrementaldecoder(encoding)()
+            wide = lookup(encoding).name.startswith(("utf-16", "utf-32"))
+        except LookupError as error:
+            rule = "it must be one that Python knows"
+            remedy = "set data.encoding to utf-8 or latin-1"
+            raise bad_file(label, f"unknown encoding {encoding!r}", rule, remedy) from error
+        line, start, block = 1, True, b" "
+        while block:
+            block = stream.read(_CHUNK)
+            size += len(block)
+            self.check_unpacked(name, size)
+            if start:
+                _refuse_packed(block, label, wide=wide)
+            try:
+                text = decoder.decode(block, final=not block)
+                text.encode()  # some encodings can write what is no character
+            except ValueError as error:
+                raise _undecodable(block, label, encoding, line, error) from error
+            line += text.count("\n")
+            yield text.removeprefix("\ufeff") if start else text
+            start = start and not text
 
     @contextmanager
     def _raw(self, name: str) -> Iterator[IO[bytes]]:
@@ -153,18 +210,16 @@ def find_folder(root: Path, names: Sequence[str], markers: Sequence[str]) -> Fol
     return None
 
 
-def table_files(path: Path) -> list[tuple[Folder, str]]:
+def table_files(path: Path, *, needed: bool = True) -> list[tuple[Folder, str]]:
     """The files of a table: one, or the part files that Spark and others write, in their order.
 
     Args:
         path: the file itself, plain or packed by gzip; or a folder or zip archive that has one
             table, or nothing but part files (``part-00000…``, ``…-00000-of-00005…``).
-
-    Returns:
-        None of them when a folder has no table.
+        needed: whether a path without a table is an error; or else nothing is returned.
 
     Raises:
-        DataError: when there are several tables, or an archive is damaged or without a table.
+        DataError: when there is no table, or several, or an archive is damaged or has none.
     """
     if not path.is_file():
         files = [(Folder(path), name) for name in (Folder(path).names() if path.is_dir() else ())]
@@ -182,6 +237,9 @@ def table_files(path: Path) -> list[tuple[Folder, str]]:
             "one is read, or several that are named as parts of one: part-00000, part-00001",
             "set data.path to one of them" + " after unpacking" * path.is_file(),
         )  # fmt: skip
+    if not tables and needed and not path.is_file():
+        rule = "a file, a folder or a zip archive with a .csv, .tsv or .parquet is read"
+        raise bad_file(str(path), "no table is there", rule, "check the path")
     if not tables and path.is_file():
         rule, remedy = "a .csv, .tsv or .parquet is read from it", "unpack it and name the table"
         raise bad_file(str(path), f"a zip archive of {len(named)} other files", rule, remedy)
@@ -216,7 +274,12 @@ def _inside(archive: Path, markers: Sequence[str]) -> Folder | None:
 
 def _members(archive: Path, inside: str) -> set[str]:
     with _readable(str(archive)), zipfile.ZipFile(archive) as opened:
-        return {name for name in opened.namelist() if name.startswith(inside)}
+        names = opened.namelist()
+    if len(set(names)) < len(names):
+        again = next(name for name in names if names.count(name) > 1)
+        rule, remedy = "an archive has each file once", "pack it again"
+        raise bad_file(str(archive), f"{shown(again)} is in it twice", rule, remedy)
+    return {name for name in names if name.startswith(inside)}
 
 
 @contextmanager
@@ -235,31 +298,6 @@ def _readable(label: str) -> Iterator[None]:
         rule = "the file must be readable"
         remedy = "check its permissions, or unpack the archive"
         raise bad_file(label, f"it cannot be read ({error})", rule, remedy) from error
-
-
-def _decoded(stream: IO[bytes], label: str, encoding: str) -> Iterator[str]:
-    """The text of a stream, piece by piece, without its byte-order mark."""
-    try:
-        b"".decode(encoding)  # refuses what is no encoding of text
-        decoder = getincrementaldecoder(encoding)()
-        wide = lookup(encoding).name.startswith(("utf-16", "utf-32"))
-    except LookupError as error:
-        rule = "it must be one that Python knows"
-        remedy = "set data.encoding to utf-8 or latin-1"
-        raise bad_file(label, f"unknown encoding {encoding!r}", rule, remedy) from error
-    line, start, block = 1, True, b" "
-    while block:
-        block = stream.read(_CHUNK)
-        if start:
-            _refuse_packed(block, label, wide=wide)
-        try:
-            text = decoder.decode(block, final=not block)
-            text.encode()  # some encodings can write what is no character
-        except ValueError as error:
-            raise _undecodable(block, label, encoding, line, error) from error
-        line += text.count("\n")
-        yield text.removeprefix("\ufeff") if start else text
-        start = start and not text
 
 
 def _whole_lines(texts: Iterable[str]) -> Iterator[str]:

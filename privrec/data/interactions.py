@@ -385,11 +385,14 @@ def _positions(
         names = _array(listed)
         positions = _find(_array(raw), names, noun, where)
     elif hasattr(raw, "dictionary_encode"):
-        # Text of Arrow: no Python object a row, only one for each distinct id.
+        # Text of Arrow: no Python object a row, only one for each distinct id. UTF-8 sorts as its
+        # characters do. Imported here: a device that holds one history can spare it.
+        import pyarrow.compute
+
         coded = raw.combine_chunks().dictionary_encode()
-        found = coded.dictionary.to_numpy(zero_copy_only=False)
-        order = np.argsort(found, kind="stable")
-        positions, names = _new_positions(order)[coded.indices.to_numpy()], found[order]
+        order = pyarrow.compute.sort_indices(coded.dictionary)
+        positions = _new_positions(order.to_numpy())[coded.indices.to_numpy()]
+        names = coded.dictionary.take(order).to_numpy(zero_copy_only=False)
     else:
         positions, names = _unique_positions(_array(raw))
     if names.size > _INT32_MAX:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from privrec.data.extreme import Examples
 from privrec.data.folder import table_files
-from privrec.data.problems import bad_file
+from privrec.data.problems import BLANKS, bad_file
 from privrec.embedding.hashing import finalise
 from privrec.errors import DataError
 
@@ -67,11 +67,8 @@ def read_labelled(
     from privrec.data.cells import texts_in
     from privrec.data.files import read_columns
 
-    files = table_files(path)
-    if not files:
-        raise bad_file(str(path), "no such file", "a table is read from a file", "check the path")
     wanted = list(dict.fromkeys([*text, *([] if label is None else [label])]))
-    read = read_columns(files, wanted, remedy="name the columns as the header does")
+    read = read_columns(table_files(path), wanted, remedy="name the columns as the header does")
     found = {
         name: texts_in(cells, name, read.where)
         for name, cells in zip(wanted, read.cells, strict=True)
@@ -98,7 +95,7 @@ def _joined(cells: Sequence[str], columns: Sequence[str], split: Callable[[str],
 
 def _labels(cell: str, between: str | None, column: str, where: str) -> tuple[str, ...]:
     parts = [cell] if between is None else cell.split(between)
-    found = tuple(dict.fromkeys(part.strip() for part in parts if part.strip()))
+    found = tuple(dict.fromkeys(own for part in parts if (own := part.strip(BLANKS))))
     if not found:
         rule = "every row that is learned from has a label"
         raise bad_file(where, f"column {column!r} is empty", rule, "fill it in, or remove the row")

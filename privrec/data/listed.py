@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 from pathlib import Path
 
-from privrec.data.problems import bad_file, shown
+from privrec.data.problems import BLANKS, bad_file, shown
 from privrec.errors import DataError
 
 _RULE = "it must be a text file of ids, one a line"
@@ -29,7 +29,7 @@ def read_ids(path: Path) -> list[str]:
         found = f"byte {error.start} is not UTF-8"
         raise bad_file(str(path), found, _RULE, "save it as UTF-8") from None
     # Only line feeds: str.splitlines would cut an id at a vertical tab or a line separator.
-    found_ids = [entry for line in text.split("\n") if (entry := line.strip(" \t\n\v\f\r"))]
+    found_ids = [entry for line in text.split("\n") if (entry := line.strip(BLANKS))]
     if not found_ids:
         raise _nothing(path)
     return found_ids

@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 from privrec.errors import DataError
 
+BLANKS = " \t\n\v\f\r"
+"""What does not count around a cell, an id or a label."""
+
 
 def bad_file(file: str, found: str, rule: str, remedy: str) -> DataError:
     """An error about a whole file.
