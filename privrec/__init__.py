@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from privrec.classifier import SparseClassifier
+    from privrec.models.classifier import SparseClassifier
     from privrec.optim.lazy_dpsgd import LazyDPSGD
-    from privrec.run import resume, start
-    from privrec.scenario import Scenario
-    from privrec.scenario import load as load_scenario
-    from privrec.serving import recommend
+    from privrec.run.lifecycle import resume, start
+    from privrec.run.recommend import recommend
+    from privrec.scenario.load import Scenario
+    from privrec.scenario.load import load as load_scenario
 
 __all__ = [
     "LazyDPSGD",
@@ -37,12 +37,12 @@ __all__ = [
 
 _LAZY = {
     "LazyDPSGD": ("privrec.optim.lazy_dpsgd", "LazyDPSGD"),
-    "Scenario": ("privrec.scenario", "Scenario"),
-    "SparseClassifier": ("privrec.classifier", "SparseClassifier"),
-    "load_scenario": ("privrec.scenario", "load"),
-    "recommend": ("privrec.serving", "recommend"),
-    "resume": ("privrec.run", "resume"),
-    "start": ("privrec.run", "start"),
+    "Scenario": ("privrec.scenario.load", "Scenario"),
+    "SparseClassifier": ("privrec.models.classifier", "SparseClassifier"),
+    "load_scenario": ("privrec.scenario.load", "load"),
+    "recommend": ("privrec.run.recommend", "recommend"),
+    "resume": ("privrec.run.lifecycle", "resume"),
+    "start": ("privrec.run.lifecycle", "start"),
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from privrec.cli import main
+from privrec.cli.main import main
 
 if __name__ == "__main__":
     main()

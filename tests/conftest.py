@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 
 from privrec import data
-from privrec.assembly import Parts, assemble
 from privrec.data import Split
 from privrec.device.tier import Federation, Tier
 from privrec.models.implicit import pack
 from privrec.randomness import SecretRoot
-from privrec.scenario import Scenario
+from privrec.run.assembly import Parts, assemble
+from privrec.scenario.load import Scenario
 
 # The same examples everywhere, and nothing that a busy machine could fail.
 hypothesis.settings.register_profile(

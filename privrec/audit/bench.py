@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.assembly import Parts, assemble
-from privrec.catalogue import known_items, release_event
 from privrec.data import Interactions
 from privrec.device.cohort import Cohort
 from privrec.device.protection import Protection
@@ -24,9 +22,11 @@ from privrec.errors import ReleaseRefused
 from privrec.models.layout import to_wire
 from privrec.privacy.events import RoundEvent, epsilon
 from privrec.randomness import ROOT_BYTES, SecretRoot
-from privrec.scenario import Scenario
-from privrec.transport.simulate import Rows, Simulation
-from privrec.transport.summing import SUMMING, Participant
+from privrec.run.assembly import Parts, assemble
+from privrec.run.popularity import known_items, release_event
+from privrec.run.simulation import Rows, Simulation
+from privrec.run.summing import SUMMING, Participant
+from privrec.scenario.load import Scenario
 
 Integers = NDArray[np.int64]
 Users = NDArray[np.int64]

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.audit.bench import Bench
+from privrec.audit.bounds import Guesses, best_guesses, separation
 from privrec.audit.judging import ALPHA, Finding
 from privrec.audit.noise import rounds_that_fit
 from privrec.device.device import protected
@@ -21,10 +22,9 @@ from privrec.device.tier import Tier
 from privrec.device.update import Address, Aggregate, RawUpdate
 from privrec.errors import ReleaseRefused
 from privrec.models.layout import to_wire
-from privrec.privacy.audit import Guesses, best_guesses, separation
 from privrec.privacy.events import epsilon
 from privrec.randomness import rng_for
-from privrec.transport.summing import SUMMING
+from privrec.run.summing import SUMMING
 
 Floats = NDArray[np.float64]
 Users = NDArray[np.int64]

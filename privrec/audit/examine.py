@@ -10,9 +10,9 @@ from privrec.audit.bench import Bench
 from privrec.audit.canaries import CONFIDENCE, Attack, attack
 from privrec.audit.judging import Finding
 from privrec.errors import PrivrecError, UsageError
-from privrec.loop import one_thread
 from privrec.report.parts import AuditPart, Checked
-from privrec.scenario import Scenario
+from privrec.run.loop import one_thread
+from privrec.scenario.load import Scenario
 
 _NO_NOISE = (
     "The scenario adds no noise, so there is no ε to hold it to: an attacker who sees a sum may "

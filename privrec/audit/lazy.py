@@ -17,9 +17,9 @@ from privrec.audit.judging import (
     seen_deviation,
     variance_p,
 )
-from privrec.privacy.debt import Update
-from privrec.privacy.deviates import Normals, Skellams
-from privrec.privacy.memory import LazyMemory
+from privrec.privacy.lazy.memory import LazyMemory
+from privrec.privacy.lazy.pending import Update
+from privrec.privacy.lazy.stream import Normals, Skellams
 from privrec.randomness import SecretRoot
 
 Floats = NDArray[np.float64]

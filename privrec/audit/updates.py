@@ -20,14 +20,14 @@ from privrec.device.protection import Protection
 from privrec.device.tier import Tier
 from privrec.device.train import Trained, Trainer
 from privrec.device.update import Address, BoundedUpdate, RawUpdate
-from privrec.lsh.select import Search
 from privrec.models.layout import from_wire, to_wire
 from privrec.privacy.shares import Band
 from privrec.randomness import rng_for
+from privrec.run.simulation import Simulation
+from privrec.run.summing import SUMMING, Enrolled, Participant
+from privrec.search.select import Search
 from privrec.secagg.client import Policy
 from privrec.secagg.server import Stage
-from privrec.transport.simulate import Simulation
-from privrec.transport.summing import SUMMING, Enrolled, Participant
 
 FloatArray = NDArray[np.float32]
 

@@ -18,7 +18,7 @@ from privrec.device.batch import Histories
 from privrec.device.examples import NoiseRoots
 from privrec.device.negatives import Functions
 from privrec.device.train import Trained, Trainer
-from privrec.lsh.select import Search
+from privrec.search.select import Search
 
 TOLERANCE = 1e-5
 """Largest difference from the one-device code, relative to the update's largest coefficient."""

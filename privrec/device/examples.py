@@ -10,11 +10,11 @@ clip_norm)^2)`` to every coefficient of the sum, and the whole round is one Gaus
 that noise multiplier.
 
 A step touches few blocks of the memory, and nobody reads the others before the upload: their noise
-is owed (:mod:`privrec.privacy.memory`) and settled at the end. A user vector fitted to the history
+is owed (:mod:`privrec.privacy.lazy.memory`) and settled at the end. A user vector fitted to the history
 without noise would undo all of it, so there is none: the vector starts from the round's key, takes
 the same noisy steps, and what it is after a round is an output like any other.
 Source: Abadi et al., "Deep learning with differential privacy" (CCS 2016); the deferral is
-:mod:`privrec.privacy.lazy`.
+:mod:`privrec.privacy.lazy.noise`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from privrec.device.batch import merged, representatives, uniform
 from privrec.embedding.hashing import splitmix64
 from privrec.embedding.table import Table
 from privrec.models.losses import LOSSES, Samples
-from privrec.privacy.deviates import Normals
-from privrec.privacy.memory import LazyMemory
+from privrec.privacy.lazy.memory import LazyMemory
+from privrec.privacy.lazy.stream import Normals
 from privrec.randomness import SecretRoot
 
 if TYPE_CHECKING:

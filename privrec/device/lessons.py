@@ -18,9 +18,9 @@ from torch import Tensor
 from privrec.data.extreme import NO_LABEL, Examples
 from privrec.data.labels import examples_in
 from privrec.device.neurons import Active
-from privrec.lsh.sparse_output import softmax_loss
 from privrec.models.extreme import WordBag
 from privrec.models.next_word import NextWord, sampled_loss
+from privrec.models.sparse_output import softmax_loss
 
 Items = NDArray[np.int64]
 Rows = Callable[[Items], Tensor]

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from privrec.device.batch import Batch, Histories, representatives, uniform
 from privrec.errors import UsageError
-from privrec.lsh.select import Search, Selector, mix, outside, select
 from privrec.randomness import SecureStream
+from privrec.search.select import Search, Selector, mix, outside, select
 
 FloatArray = NDArray[np.float32]
 Items = NDArray[np.int64]
@@ -39,7 +39,7 @@ class Budget:
     Args:
         n_items: items that the device holds.
         size: ``B``, at least 1.
-        selector: ``"uniform"``, ``"popularity"``, or one of :mod:`privrec.lsh.select`.
+        selector: ``"uniform"``, ``"popularity"``, or one of :mod:`privrec.search.select`.
         selected: share of the budget that is selected, below 1; the rest is uniform.
         popularity: for ``"popularity"``, the cumulative probabilities of the items, from public
             counts, shape ``(n_items,)``.

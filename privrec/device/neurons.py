@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.errors import UsageError
-from privrec.lsh.active import active_set
 from privrec.randomness import SecretRoot
+from privrec.search.active import active_set
 
 FloatArray = NDArray[np.float32]
 Items = NDArray[np.int64]

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from privrec.device.negatives import EACH
 from privrec.embedding.table import Table
-from privrec.lsh.memory import ItemMemory
 from privrec.models.layout import Layout
 from privrec.models.ncf import NCF
+from privrec.search.memory import ItemMemory
 
 FloatArray = NDArray[np.float32]
 

@@ -29,11 +29,11 @@ from privrec.device.round import digest
 from privrec.device.update import Address, RawUpdate
 from privrec.embedding.table import Table
 from privrec.errors import UsageError
-from privrec.lsh.select import Search
-from privrec.lsh.sketch import Sketch
 from privrec.models.implicit import curvature, item_gram, pack
 from privrec.models.losses import DAMPED, IMPLICIT, LOSSES, WHOLE_CATALOGUE, Graded, Samples
 from privrec.models.ncf import Scored
+from privrec.search.select import Search
+from privrec.search.sketch import Sketch
 
 FloatArray = NDArray[np.float32]
 _RIDGE = 1e-4

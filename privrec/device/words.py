@@ -27,10 +27,10 @@ from privrec.device.update import Address, RawUpdate
 from privrec.embedding.hashing import splitmix64
 from privrec.embedding.table import Table
 from privrec.errors import UsageError
-from privrec.lsh.memory import ItemMemory
-from privrec.lsh.select import Search, Selector, select
-from privrec.lsh.sketch import Sketch
 from privrec.models.layout import Layout
+from privrec.search.memory import ItemMemory
+from privrec.search.select import Search, Selector, select
+from privrec.search.sketch import Sketch
 
 FloatArray = NDArray[np.float32]
 Items = NDArray[np.int64]
@@ -72,7 +72,7 @@ class Practice:
         most: words of a text, or examples, of a device in a round at most; None for all.
         steps: gradient steps, each on a part of them.
         rate: step size.
-        selector: how neurons are selected, one of :mod:`privrec.lsh.select`.
+        selector: how neurons are selected, one of :mod:`privrec.search.select`.
     """
 
     most: int | None

@@ -9,7 +9,7 @@ from string import Template
 
 from privrec.errors import UsageError
 from privrec.flower.settings import checked
-from privrec.scenario import load
+from privrec.scenario.load import load
 
 _FILES = {
     "pyproject.toml.in": "pyproject.toml",

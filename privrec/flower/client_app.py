@@ -14,7 +14,6 @@ from flwr.clientapp import ClientApp
 from flwr.common.logger import log
 
 from privrec import data
-from privrec.assembly import assign, federation_of
 from privrec.data.listed import read_catalogue, read_history
 from privrec.device.tier import Federation
 from privrec.errors import DataError, PrivrecError, UsageError
@@ -23,7 +22,8 @@ from privrec.flower.node import Hosted, Node
 from privrec.flower.settings import scenario_of
 from privrec.flower.wire import CONFIRM, MASKED, REGISTER, SHARES, UNMASK, pack, summary, unpack
 from privrec.randomness import ROOT_BYTES, SecretRoot
-from privrec.scenario import Scenario
+from privrec.run.assembly import assign, federation_of
+from privrec.scenario.load import Scenario
 from privrec.storage import replace
 
 _STATE = "privrec"

@@ -14,7 +14,6 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.assembly import agreement_of, trainer_of
 from privrec.device.device import Device
 from privrec.device.protection import Protection
 from privrec.device.round import Round
@@ -31,7 +30,8 @@ from privrec.flower.wire import (
 )
 from privrec.privacy.events import RoundEvent
 from privrec.randomness import SecretRoot
-from privrec.scenario import Scenario
+from privrec.run.assembly import agreement_of, trainer_of
+from privrec.scenario.load import Scenario
 from privrec.secagg.client import ClientSession, Policy
 from privrec.secagg.keys import DeviceKey, PrekeyBook
 from privrec.secagg.roster import Anchor

@@ -15,9 +15,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 
-from privrec import checkpoint, rundir, storage
-from privrec.assembly import agreement_of, federation_of, server_of
-from privrec.catalogue import known_items
+from privrec import storage
 from privrec.device.protection import Protection
 from privrec.device.round import Round
 from privrec.device.update import Aggregate
@@ -26,17 +24,21 @@ from privrec.flower.enrol import ServersWord, anchor_of
 from privrec.flower.registry import Member, Registry
 from privrec.flower.settings import scenario_of
 from privrec.flower.wire import EXCHANGES, MASKED, SHARES, round_to_body, summary
-from privrec.identity import Identity
-from privrec.loop import Loop, Result
-from privrec.outcome import deployed_result
 from privrec.randomness import SecretRoot, rng_for
-from privrec.record import EventLog, NullObserver, Observer, Record, RunInfo
-from privrec.scenario import Scenario, load
+from privrec.run import checkpoint
+from privrec.run import directory as rundir
+from privrec.run.assembly import agreement_of, federation_of, server_of
+from privrec.run.identity import Identity
+from privrec.run.loop import Loop, Result
+from privrec.run.popularity import known_items
+from privrec.run.record import EventLog, NullObserver, Observer, Record, RunInfo
+from privrec.run.sampling import cohort
+from privrec.run.summary import deployed_result
+from privrec.run.summing import opened
+from privrec.run.wording import opening_words
+from privrec.scenario.load import Scenario, load
 from privrec.secagg.roster import Anchor
 from privrec.secagg.server import ServerSession
-from privrec.server.sampling import cohort
-from privrec.transport.summing import opened
-from privrec.wording import opening_words
 
 SPARE_PREKEYS = 8
 """Prekeys that a device is asked for beyond one for each round."""
@@ -61,7 +63,7 @@ class Flower:
     sampling_rate: float
 
     def collect(self, round: Round, weights: NDArray[np.float32]) -> Aggregate:
-        """See :meth:`privrec.transport.base.Transport.collect`."""
+        """See :meth:`privrec.run.transport.Transport.collect`."""
         called, federation = self._called(round), self.registry.federation
         session = ServerSession(
             self.protection.terms(round, federation.layouts),

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from privrec.errors import UsageError
-from privrec.scenario import Scenario, load
-from privrec.scenario_texts import WIDE
+from privrec.scenario.load import Scenario, load
+from privrec.scenario.texts import WIDE
 
 
 def scenario_of(folder: Path, run_config: Mapping[str, Any]) -> Scenario:

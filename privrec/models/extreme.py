@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from privrec.data.extreme import Examples
-from privrec.lsh.active import ActiveSet
-from privrec.lsh.sparse_output import Loss, SparseOutput
+from privrec.models.sparse_output import Loss, SparseOutput
 from privrec.randomness import rng_for
+from privrec.search.active import ActiveSet
 
 
 class BagOfWords(nn.Module):
@@ -110,7 +110,7 @@ class ExtremeClassifier(nn.Module):
     def loss(
         self, examples: Examples, kind: Loss = "softmax", active: ActiveSet | None = None
     ) -> Tensor:
-        """Mean loss of a batch; see :meth:`privrec.lsh.sparse_output.SparseOutput.loss`."""
+        """Mean loss of a batch; see :meth:`privrec.models.sparse_output.SparseOutput.loss`."""
         labels = torch.from_numpy(examples.padded_labels())
         return self.output.loss(self.words(examples), labels, kind, active)
 

@@ -20,9 +20,9 @@ from privrec.errors import UsageError
 from privrec.optim.capture import COMPILED, Capture
 from privrec.optim.ghost import Lookups, TableLayer, joined
 from privrec.optim.parameter import make_lazy, make_plain
-from privrec.privacy.debt import Update
-from privrec.privacy.deviates import Normals
-from privrec.privacy.memory import LazyMemory
+from privrec.privacy.lazy.memory import LazyMemory
+from privrec.privacy.lazy.pending import Update
+from privrec.privacy.lazy.stream import Normals
 from privrec.randomness import SecretRoot
 
 _SHORT = 1 - 1e-5  # norms are float32 sums; what they may be too small by is taken off the bound

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from privrec.errors import UsageError
-from privrec.privacy.deviates import NoiseSource
-from privrec.privacy.memory import LazyMemory
+from privrec.privacy.lazy.memory import LazyMemory
+from privrec.privacy.lazy.stream import NoiseSource
 
 _LOOKUPS = {functional.embedding, functional.embedding_bag, torch.embedding, torch.embedding_bag}
 # What tells nothing of any value.
@@ -97,7 +97,7 @@ def make_lazy(
 
     Args:
         parameter: float32 or float64 on the CPU, shape ``(rows, width)``.
-        source: what draws its noise; see :class:`privrec.privacy.lazy.LazyNoise`.
+        source: what draws its noise; see :class:`privrec.privacy.lazy.noise.LazyNoise`.
         moving: whether its steps have momentum or weight decay.
 
     Returns:

@@ -27,7 +27,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from privrec.errors import IntegrityError, ReleaseRefused, UsageError
 from privrec.privacy import events
-from privrec.privacy.book import (
+from privrec.privacy.events import Accountant, Adversary, RoundEvent
+from privrec.privacy.ledger_index import (
     EXAMPLE,
     FORMAT,
     PREPARATION,
@@ -41,7 +42,6 @@ from privrec.privacy.book import (
     parsed,
     read,
 )
-from privrec.privacy.events import Accountant, Adversary, RoundEvent
 from privrec.privacy.signed import hexadecimal, server_key, sign, verified
 from privrec.storage import replace
 

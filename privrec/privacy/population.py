@@ -29,7 +29,6 @@ from typing import Any, Self
 
 from privrec import storage
 from privrec.errors import BudgetError, IntegrityError, UsageError
-from privrec.privacy.book import REMEDY, START, canonical, line_of, parsed
 from privrec.privacy.events import (
     Adversary,
     RoundEvent,
@@ -37,6 +36,7 @@ from privrec.privacy.events import (
     check_delta,
     epsilon,
 )
+from privrec.privacy.ledger_index import REMEDY, START, canonical, line_of, parsed
 from privrec.privacy.signed import server_key, sign, verified
 from privrec.randomness import state_dir
 

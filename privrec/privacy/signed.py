@@ -17,7 +17,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from privrec.errors import IntegrityError, UsageError
-from privrec.privacy.book import REMEDY, canonical
+from privrec.privacy.ledger_index import REMEDY, canonical
 from privrec.randomness import ROOT_BYTES, read_secret, write_secret
 
 _ADDED = ("public_key", "signature")

@@ -9,8 +9,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from privrec.agreement import encoding_of
-from privrec.declaration import Declaration
 from privrec.privacy.events import Accountant, Adversary, RoundEvent, divergence, epsilon
 from privrec.report import claims
 from privrec.report.claims import Facts
@@ -25,7 +23,9 @@ from privrec.report.parts import (
     RenyiPoint,
     Sampling,
 )
-from privrec.scenario_texts import WIDE
+from privrec.run.header import Declaration
+from privrec.run.privacy_plan import encoding_of
+from privrec.scenario.texts import WIDE
 
 Counts = Mapping[RoundEvent, int]
 

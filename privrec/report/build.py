@@ -18,22 +18,22 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import ValidationError
 
-from privrec.agreement import example_event
-from privrec.catalogue import release_event
-from privrec.declaration import Declaration
-from privrec.declaration import read as declared_in
 from privrec.errors import DataError, IntegrityError, ScenarioError, UsageError
-from privrec.identity import kept_key
 from privrec.privacy.events import RoundEvent, epsilon
-from privrec.record import OUTSIDE, Record, read_rounds
 from privrec.report.accounts import WHICH
 from privrec.report.derive import derive, thinned
 from privrec.report.examples import example_level
 from privrec.report.model import Accuracy, Cost, Curve, Facts, Metric, Point, Report, flat
 from privrec.report.parts import AuditPart, Segment, TierCost
 from privrec.report.spending import Spending, read_spending
-from privrec.scenario import Scenario, load
-from privrec.wording import headline_metric, metric_name
+from privrec.run.header import Declaration
+from privrec.run.header import read as declared_in
+from privrec.run.identity import kept_key
+from privrec.run.popularity import release_event
+from privrec.run.privacy_plan import example_event
+from privrec.run.record import OUTSIDE, Record, read_rounds
+from privrec.run.wording import headline_metric, metric_name
+from privrec.scenario.load import Scenario, load
 
 CURVE_POINTS = 200
 """Most points of a curve that a report keeps; the first and the last are always kept."""

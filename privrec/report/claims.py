@@ -12,7 +12,7 @@ from typing import Literal
 
 from privrec.report.figures import delta_text
 from privrec.report.model import Adversary, Notice
-from privrec.wording import REVEALED, epsilon_text
+from privrec.run.wording import REVEALED, epsilon_text
 
 
 @dataclass(frozen=True)

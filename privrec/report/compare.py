@@ -13,7 +13,7 @@ from privrec.report.figures import delta_text
 from privrec.report.model import Metric, Report, Scalar
 from privrec.report.plots import intervals, privacy_utility
 from privrec.report.render import headline, render, replace_text
-from privrec.wording import metric_name
+from privrec.run.wording import metric_name
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from privrec.declaration import Declaration
 from privrec.privacy.events import RoundEvent, epsilon
 from privrec.report.figures import delta_text
 from privrec.report.parts import ExampleLevel
 from privrec.report.sections import Section
-from privrec.wording import epsilon_text
+from privrec.run.header import Declaration
+from privrec.run.wording import epsilon_text
 
 
 def example_level(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from privrec.report.model import Metric, Scalar
-from privrec.wording import duration_text, metric_name
+from privrec.run.wording import duration_text, metric_name
 
 _NAMES = {
     "cpu_s_per_device_round": "CPU time",

@@ -13,7 +13,6 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from privrec.record import OPERATOR_ONLY, OUTSIDE
 from privrec.report.parts import (
     STARRED,
     Accounting,
@@ -35,6 +34,7 @@ from privrec.report.parts import (
     TrustModel,
 )
 from privrec.report.spending import Signature
+from privrec.run.record import OPERATOR_ONLY, OUTSIDE
 
 SCHEMA: Final = "privrec-report-2"
 """Name and version of the schema; it changes when a field changes its meaning."""

@@ -9,7 +9,7 @@ from privrec.report.drawing import HALF, WIDE, Dot, Frame, Line, dots, lines, sc
 from privrec.report.figures import amount_text, bytes_text, delta_text
 from privrec.report.model import Curve, Metric, Report
 from privrec.report.parts import Accounting, Mechanism, Point2, Reading, TierCost
-from privrec.wording import adversary_text, epsilon_text
+from privrec.run.wording import adversary_text, epsilon_text
 
 
 @dataclass(frozen=True)

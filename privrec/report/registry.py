@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from privrec.report.model import Report
-from privrec.wording import epsilon_text
+from privrec.run.wording import epsilon_text
 
 TIER = 3
 OPEN = "(the operator fills this in)"

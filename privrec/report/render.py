@@ -18,7 +18,7 @@ from privrec.report.derive import thinned
 from privrec.report.model import Facts, Metric, Point, Report, Scalar
 from privrec.report.plots import by_tier, plots, risks
 from privrec.report.registry import to_registry
-from privrec.wording import adversary_text, epsilon_text, metric_name
+from privrec.run.wording import adversary_text, epsilon_text, metric_name
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from typing import Any, Literal
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from privrec.errors import IntegrityError
-from privrec.privacy.book import PREPARATION
 from privrec.privacy.events import RoundEvent
 from privrec.privacy.ledger import Charge, Ledger
+from privrec.privacy.ledger_index import PREPARATION
 from privrec.privacy.signed import hexadecimal, verified
 
 Signature = Literal["server key", "key named in the ledger"]

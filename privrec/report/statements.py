@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from privrec.declaration import Declaration
 from privrec.report.claims import Facts
 from privrec.report.parts import (
     Actor,
@@ -21,7 +20,8 @@ from privrec.report.parts import (
     Scope,
     TrustModel,
 )
-from privrec.wording import epsilon_text
+from privrec.run.header import Declaration
+from privrec.run.wording import epsilon_text
 
 
 def scope(facts: Facts) -> Scope:

@@ -23,14 +23,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 import privrec
-from privrec.declaration import Declaration, read
 from privrec.errors import DataError, IntegrityError, PrivrecError, UsageError
-from privrec.identity import kept_key
 from privrec.report.derive import derive
 from privrec.report.model import WORD, Report
 from privrec.report.parts import OperatorsWord
 from privrec.report.render import to_html, to_json, to_markdown
 from privrec.report.spending import Spending, read_spending
+from privrec.run.header import Declaration, read
+from privrec.run.identity import kept_key
 
 _DEPENDS_ON_VERIFIER = {"privacy.ledger_signature"}
 _SHOWN = 120

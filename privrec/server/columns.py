@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.lsh.families import Shape, Signs, projection
-from privrec.lsh.memory import ItemMemory
-from privrec.lsh.tables import Buckets
 from privrec.randomness import SecretRoot
+from privrec.search.families import Shape, Signs, projection
+from privrec.search.memory import ItemMemory
+from privrec.search.tables import Buckets
 
 FloatArray = NDArray[np.float32]
 Items = NDArray[np.int64]

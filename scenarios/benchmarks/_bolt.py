@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from privrec.data.extreme import Examples
-from privrec.lsh.sparse_output import SparseOutput
 from privrec.models.extreme import BagOfWords, ExtremeClassifier, precision
-from privrec.optim.rows import RowAdam
+from privrec.models.rows import RowAdam
+from privrec.models.sparse_output import SparseOutput
 from privrec.randomness import SecretRoot, rng_for
 
 TINY = 1e-8

@@ -9,7 +9,7 @@ import torch
 
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable
-from privrec.lsh.memory import ItemMemory
+from privrec.search.memory import ItemMemory
 
 DIM = 128
 

@@ -35,13 +35,13 @@ from privrec.models.layout import Layout
 from privrec.models.ncf import NCF
 from privrec.privacy.events import RoundEvent
 from privrec.randomness import SecretRoot
+from privrec.run.simulation import Simulation
+from privrec.run.summing import Enrolled
 from privrec.secagg.client import Policy
 from privrec.secagg.ring import Encoding
 from privrec.server.completion import Completion
 from privrec.server.optimizer import Optimizer, Schedule
 from privrec.server.server import Plan, Server
-from privrec.transport.simulate import Simulation
-from privrec.transport.summing import Enrolled
 
 ITEMS, DIM, BLOCK, COMPRESSION = 32, 4, 2, 2.0
 USERS, HISTORY, RATE, LOCAL_STEPS = 120, 20, 0.5, 3

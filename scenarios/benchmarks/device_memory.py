@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from _common import Claim, document, machine, print_table, write_json
 
-from privrec.assembly import BYTES_A_COEFFICIENT, federation_of
 from privrec.device.tier import Federation
-from privrec.footprint import peak_bytes
-from privrec.scenario import Scenario
+from privrec.run.assembly import BYTES_A_COEFFICIENT, federation_of
+from privrec.run.memory_profile import peak_bytes
+from privrec.scenario.load import Scenario
 
 ITEMS, DIM, BLOCK, HISTORY = 1_000_000, 64, 16, 50
 CAPACITIES = (1.0, 1 / 4, 1 / 16, 1 / 64)

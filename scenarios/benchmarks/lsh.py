@@ -24,12 +24,12 @@ import torch
 from _common import ROOT, Claim, document, machine, print_table, write_json
 from _wide import DIM, Searched, clusters, isotropic, learned
 
-from privrec.lsh.families import Shape, Signs, signature
-from privrec.lsh.memory import CHUNK
-from privrec.lsh.select import SIGNATURE, Search, Selector, select
-from privrec.lsh.sketch import Sketch
-from privrec.lsh.tables import Buckets, Signatures, draw, nearest, serial
 from privrec.randomness import SecretRoot
+from privrec.search.families import Shape, Signs, signature
+from privrec.search.memory import CHUNK
+from privrec.search.select import SIGNATURE, Search, Selector, select
+from privrec.search.sketch import Sketch
+from privrec.search.tables import Buckets, Signatures, draw, nearest, serial
 
 ITEMS, COMPRESSION = 670_091, 64.0
 TABLES = Shape(12, 20)
@@ -217,8 +217,8 @@ sys.path.insert(0, sys.argv[1])
 from lsh import ITEMS, TABLES, ROOT_SECRET
 from dataclasses import replace
 from _wide import isotropic
-from privrec.resident import give_back_freed, peak_resident_bytes, reset_peak, resident_bytes
-from privrec.lsh.tables import serial
+from privrec.models.process_memory import give_back_freed, peak_resident_bytes, reset_peak, resident_bytes
+from privrec.search.tables import serial
 import torch
 torch.set_num_threads(1)
 searched = isotropic(ITEMS, 64.0, 1)
@@ -251,11 +251,11 @@ import sys, json, time
 import numpy as np, torch
 torch.set_num_threads(1)
 from privrec.embedding.subspace import Subspace
-from privrec.resident import give_back_freed, peak_resident_bytes, reset_peak, resident_bytes
+from privrec.models.process_memory import give_back_freed, peak_resident_bytes, reset_peak, resident_bytes
 from privrec.device.recommender import Recommender
 from privrec.models.layout import Layout
 from privrec.models.ncf import NCF
-from privrec.serving import answer
+from privrec.run.recommend import answer
 
 def made(n):
     table = Subspace.sized(n, 64, block=16, key=1, compression=64)

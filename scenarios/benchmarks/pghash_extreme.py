@@ -23,13 +23,18 @@ from _common import ROOT, Claim, document, machine, print_table, write_json
 
 from privrec.data.extreme import AMAZON_670K, DELICIOUS_200K, Examples, Invented
 from privrec.embedding.subspace import Subspace
-from privrec.lsh.families import Shape
-from privrec.lsh.held import Rebuild
-from privrec.lsh.sparse_output import LayerSelector, SparseOutput
 from privrec.models.extreme import ExtremeClassifier, precision
-from privrec.optim.rows import RowAdam
+from privrec.models.process_memory import (
+    give_back_freed,
+    peak_resident_bytes,
+    reset_peak,
+    resident_bytes,
+)
+from privrec.models.rows import RowAdam
+from privrec.models.sparse_output import LayerSelector, SparseOutput
 from privrec.randomness import SecretRoot, rng_for
-from privrec.resident import give_back_freed, peak_resident_bytes, reset_peak, resident_bytes
+from privrec.search.families import Shape
+from privrec.search.held import Rebuild
 
 DIM, BLOCK, FOLD, WORDS = 128, 16, 32, 1 << 13
 SELECTED = 0.2

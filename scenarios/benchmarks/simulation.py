@@ -7,7 +7,7 @@ row is the median of its repetitions. A repetition is one run whose CPU time (us
 the process and everything it started) is read at the end of an early round and of a late one; the
 difference over the device-rounds in between is the cost in steady state, without start-up.
 
-* privrec: `scenarios/ml-1m.toml` with fewer rounds, through `privrec.run`, everything that a round
+* privrec: `scenarios/ml-1m.toml` with fewer rounds, through `privrec.run.lifecycle`, everything that a round
   does included: plan, charge on disk, local training, clipping, encoding, the sum, the server's
   step, records and checkpoints. Evaluation lies outside the marks.
 * Flower: `_flower_echo.py`, an app that returns the vector it was sent, of as many bytes as a
@@ -38,7 +38,7 @@ import _flower_echo as flower
 from _common import ROOT, Claim, CpuMark, document, machine, print_table, write_json
 
 if TYPE_CHECKING:
-    from privrec.scenario import Scenario
+    from privrec.scenario.load import Scenario
 
 SCENARIO = ROOT / "scenarios" / "ml-1m.toml"
 TARGET_RATIO = 25.0
@@ -113,7 +113,7 @@ def in_fresh_process(function: Callable[..., T], *arguments: object) -> T:
 
 def scenario_of(settings: Settings) -> Scenario:
     """The scenario for a benchmark: short, not evaluated meanwhile, and on data that is there."""
-    from privrec.scenario import load
+    from privrec.scenario.load import load
 
     # Checkpoints ten times as often as in a real run, so that some fall between the marks.
     changes = [f"train.rounds={settings.rounds}", "run.eval_every=0", "run.checkpoint_every=10"]
@@ -127,8 +127,8 @@ def scenario_of(settings: Settings) -> Scenario:
 
 def privrec_sample(settings: Settings) -> Sample:
     """One run of privrec, measured; to be called in a process of its own."""
-    from privrec import run
-    from privrec.record import NullObserver, Record
+    from privrec.run import lifecycle
+    from privrec.run.record import NullObserver, Record
 
     class Meter(NullObserver):
         """Tells the meter of each round's end, and counts devices between the two marks."""
@@ -146,7 +146,9 @@ def privrec_sample(settings: Settings) -> Sample:
     with tempfile.TemporaryDirectory(prefix="privrec") as folder:
         os.environ["PRIVREC_STATE"] = str(Path(folder) / "state")
         out = Path(folder) / "run"
-        result = run.start(scenario_of(settings), out=out, data_dir=settings.data, observer=meter)
+        result = lifecycle.start(
+            scenario_of(settings), out=out, data_dir=settings.data, observer=meter
+        )
     wall, cpu = meter.marks.spent
     return Sample(wall, cpu, meter.device_rounds, int(result.payload["cost"]["upload_bytes"]))
 

@@ -168,15 +168,15 @@ def test_lazy_and_relative_imports_are_seen() -> None:
         "def f():\n"
         "    from ..server import server\n"
         "    from . import train\n"
-        "    import privrec.run\n"
-        "    importlib.import_module('privrec.cli')\n"
+        "    import privrec.run.lifecycle\n"
+        "    importlib.import_module('privrec.cli.main')\n"
     )
     found = imported_modules(ast.parse(text), "privrec.device.device", is_package=False)
     assert [name for _, name in found] == [
         "privrec.server.server",
         "privrec.device.train",
-        "privrec.run",
-        "privrec.cli",
+        "privrec.run.lifecycle",
+        "privrec.cli.main",
     ]
 
 
@@ -209,7 +209,12 @@ def test_importing_the_device_loads_no_server_transport_or_network_client() -> N
     loaded = modules_after("\n".join(f"import {name}" for name in names))
     assert "privrec.device" in loaded
     rooms = {".".join(name.split(".")[:2]) for name in loaded if name.startswith("privrec.")}
-    assert not rooms & {"privrec.server", "privrec.transport", "privrec.run", "privrec.cli"}
+    assert not rooms & {
+        "privrec.server",
+        "privrec.transport",
+        "privrec.run.lifecycle",
+        "privrec.cli.main",
+    }
     assert not loaded & {"pooch", "requests", "flwr", "httpx", "grpc"}
 
 

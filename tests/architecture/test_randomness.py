@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import privrec
-from privrec.record import NullObserver
+from privrec.run.record import NullObserver
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("train.rounds=2", "data.users=40", "data.items=60", "devices.population=40")

@@ -9,9 +9,9 @@ import pytest
 
 import privrec
 from privrec import data
-from privrec.assembly import Parts, assemble
 from privrec.device.device import Device
 from privrec.randomness import SecretRoot
+from privrec.run.assembly import Parts, assemble
 from privrec.server.server import Server
 
 ROOT = Path(__file__).resolve().parents[2]

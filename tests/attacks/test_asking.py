@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from privrec.assembly_text import assemble_texts
 from privrec.data.text import load_text
-from privrec.lsh.select import select
 from privrec.randomness import SecretRoot
-from privrec.scenario import Scenario
+from privrec.run.assembly_text import assemble_texts
+from privrec.scenario.load import Scenario
+from privrec.search.select import select
 from privrec.server.columns import Columns
 
 TEXTS = """

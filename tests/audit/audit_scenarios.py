@@ -6,7 +6,7 @@ from pathlib import Path
 
 import privrec
 from privrec.report.parts import AuditPart
-from privrec.scenario import Scenario
+from privrec.scenario.load import Scenario
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "scenarios" / "quickstart.toml"
 SMALL = (

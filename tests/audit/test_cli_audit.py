@@ -10,9 +10,9 @@ from audit_scenarios import QUICKSTART, SMALL
 from click.testing import CliRunner, Result
 
 import privrec
-from privrec.cli import main
+from privrec.cli.main import main
 from privrec.privacy.noise import rounded_gaussian
-from privrec.record import NullObserver
+from privrec.run.record import NullObserver
 from privrec.server import server
 
 FEW = [word for setting in SMALL for word in ("-s", setting)]

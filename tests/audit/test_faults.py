@@ -17,13 +17,13 @@ from privrec.audit.examine import _collect
 from privrec.device import update
 from privrec.device.round import Round
 from privrec.device.update import BoundedUpdate
-from privrec.privacy.lazy import LazyNoise
+from privrec.privacy.lazy.noise import LazyNoise
 from privrec.privacy.noise import rounded_gaussian
 from privrec.privacy.shares import Shares
+from privrec.run import simulation, summing
+from privrec.run.simulation import Simulation
 from privrec.secagg.ring import Encoding, Ring
 from privrec.server import server
-from privrec.transport import simulate, summing
-from privrec.transport.simulate import Simulation
 
 Patch = pytest.MonkeyPatch
 KEY = b"faults"
@@ -359,7 +359,7 @@ def without_the_first(coins: NDArray[np.uint64], rate: float) -> NDArray[np.int6
     ids=["a fixed size", "pairs", "one never", "everybody"],
 )
 def test_sampling_of_another_law_fails(law: Any, probe: str, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(simulate, "cohort", law)
+    monkeypatch.setattr(simulation, "cohort", law)
     assert probe in found(sampling.probe, "poisson")
 
 
@@ -375,7 +375,7 @@ def test_the_same_cohort_again_fails(monkeypatch: Patch) -> None:
 
 
 def test_somebody_left_out_where_everybody_takes_part_fails(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(simulate, "cohort", lambda coins, rate: np.arange(1, len(coins)))
+    monkeypatch.setattr(simulation, "cohort", lambda coins, rate: np.arange(1, len(coins)))
     assert "everybody takes part" in found(sampling.probe, "central")
 
 

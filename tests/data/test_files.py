@@ -19,7 +19,7 @@ from privrec.data.files import TableFormat, read_table
 from privrec.data.interactions import Interactions, leave_last_out
 from privrec.data.listed import read_catalogue, read_history, read_ids
 from privrec.errors import DataError
-from privrec.scenario import Data
+from privrec.scenario.load import Data
 
 FORM = TableFormat("user", "item")
 

@@ -31,7 +31,7 @@ from privrec.data.interactions import Split
 from privrec.data.labelled import read_labelled
 from privrec.data.listed import read_catalogue, read_history, read_ids
 from privrec.errors import DataError
-from privrec.scenario import Data
+from privrec.scenario.load import Data
 
 BLANKS = " \t\n\v\f\r"
 BYTES = b'\0"\t\n\r,;:#-+.019aeNxT_ \xff\xef\x8b'
@@ -392,7 +392,7 @@ from privrec.data.extreme import read_extreme
 from privrec.data.files import TableFormat, read_table
 from privrec.data.listed import read_history
 from privrec.errors import DataError
-from privrec.resident import peak_resident_bytes
+from privrec.models.process_memory import peak_resident_bytes
 kind, path = sys.argv[1], Path(sys.argv[2])
 try:
     if kind == "table":

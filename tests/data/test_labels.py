@@ -10,7 +10,7 @@ import pytest
 from privrec.data.extreme import Examples, Invented
 from privrec.data.labels import dealt, examples_in, load_labels
 from privrec.errors import DataError
-from privrec.scenario import Data
+from privrec.scenario.load import Data
 
 WORLD = Invented(50, 40, words=6, labels_each=3, clusters=8)
 FILE = "30 5 4\n" + "".join(

@@ -11,7 +11,7 @@ import pytest
 
 from privrec import data
 from privrec.data.interactions import Duplicates, Holdout, Split
-from privrec.metrics import evaluate, popularity_scores
+from privrec.evaluate.metrics import evaluate, popularity_scores
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("PRIVREC_DATA") or ROOT.parent / "shared" / "data")

@@ -6,7 +6,7 @@ import pytest
 from privrec.data.interactions import leave_last_out
 from privrec.data.synthetic import Planted, generate
 from privrec.errors import DataError
-from privrec.metrics import evaluate, popularity_scores
+from privrec.evaluate.metrics import evaluate, popularity_scores
 
 
 def planted(seed: int = 0, *, users: int = 400) -> Planted:

@@ -21,9 +21,9 @@ import click
 import pytest
 from docs_pages import PAGES, ROOT, Fence, commands, fences, inline_code
 
-from privrec import cli
+from privrec.cli import main
 from privrec.errors import UsageError
-from privrec.scenario import Scenario
+from privrec.scenario.load import Scenario
 
 ROUNDS = "train.rounds=3"
 RUN_BY_CI = {"install", "test"}
@@ -34,7 +34,7 @@ PAGE_NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 def group() -> click.Group:
     """The command line as click sees it."""
-    found = [value for value in vars(cli).values() if isinstance(value, click.Group)]
+    found = [value for value in vars(main).values() if isinstance(value, click.Group)]
     tops = [one for one in found if "demo" in one.commands]
     assert tops
     return tops[0]
@@ -65,7 +65,7 @@ def call(words: list[str]) -> tuple[int, str]:
         patch.setattr(sys, "argv", [*words, *extra])
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             try:
-                code = cli.main()
+                code = main.main()
             except SystemExit as stop:
                 code = stop.code
     return (code if isinstance(code, int) else 0 if code is None else 1), output.getvalue()

@@ -17,7 +17,6 @@ pytest.importorskip("flwr", reason="needs the extra privrec[flower]")
 from flwr.app import Message, RecordDict
 from loopback import Loopback, context_of
 
-from privrec import run
 from privrec.device import negatives
 from privrec.errors import DataError, IntegrityError, ReleaseRefused, UsageError
 from privrec.flower import client_app as client_module
@@ -26,13 +25,14 @@ from privrec.flower.enrol import anchor_of, enroll
 from privrec.flower.server_app import deploy
 from privrec.flower.settings import scenario_of
 from privrec.flower.wire import MASKED, SHARES, UNMASK, pack, unpack
-from privrec.lsh import families, select
 from privrec.privacy.ledger import Ledger
 from privrec.randomness import SecretRoot
-from privrec.record import NullObserver
 from privrec.report.build import build
-from privrec.scenario import Scenario, load
-from privrec.serving import recommend
+from privrec.run import lifecycle
+from privrec.run.recommend import recommend
+from privrec.run.record import NullObserver
+from privrec.scenario.load import Scenario, load
+from privrec.search import families, select
 
 SCENARIO = """
 name = "over-flower"
@@ -122,7 +122,7 @@ def test_a_run_over_flower_is_the_simulated_one_bit_for_bit(
     folder = app_folder(tmp_path, SCENARIO.replace("delta", f"remove_excess = {excess}\ndelta"))
     deployed(folder, grid_of(folder), tmp_path / "flower", unsafe_noise_key=b"k")
     scenario = Scenario.from_toml((folder / "scenario.toml").read_text())
-    run.start(scenario, out=tmp_path / "here", observer=NullObserver(), unsafe_noise_key=b"k")
+    lifecycle.start(scenario, out=tmp_path / "here", observer=NullObserver(), unsafe_noise_key=b"k")
     one, two = (
         load_file(tmp_path / n / "model.safetensors")["weights"] for n in ("flower", "here")
     )

@@ -30,7 +30,7 @@ from privrec.flower.app import init
 from privrec.flower.enrol import enroll
 from privrec.privacy.ledger import Ledger
 from privrec.report.build import build
-from privrec.serving import recommend
+from privrec.run.recommend import recommend
 
 pytestmark = pytest.mark.deployment
 ML_100K = Path(__file__).resolve().parents[3] / "shared" / "data" / "ml-100k"

@@ -6,9 +6,9 @@ import torch
 
 from privrec.data.extreme import Invented
 from privrec.embedding.subspace import Subspace
-from privrec.lsh.sparse_output import SparseOutput
 from privrec.models.extreme import BagOfWords, ExtremeClassifier, precision
-from privrec.optim.rows import RowAdam
+from privrec.models.rows import RowAdam
+from privrec.models.sparse_output import SparseOutput
 from privrec.randomness import SecretRoot
 
 WORLD = Invented(1000, 2000, words=20, labels_each=2, clusters=40, zipf=0.8)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from privrec.errors import UsageError
-from privrec.lsh.sparse_output import SparseOutput
-from privrec.optim.rows import RowAdam
+from privrec.models.rows import RowAdam
+from privrec.models.sparse_output import SparseOutput
 from privrec.randomness import SecretRoot
 
 N, DIM = 50, 4

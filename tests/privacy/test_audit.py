@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from privrec.audit.bounds import Guesses, best_guesses, separation
 from privrec.audit.judging import ALPHA
 from privrec.errors import UsageError
 from privrec.privacy.accountant import gaussian
-from privrec.privacy.audit import Guesses, best_guesses, separation
 
 
 def test_a_p_value_without_delta_is_that_of_a_binomial() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from privrec.errors import UsageError
-from privrec.privacy.debt import Drift, Sum, Update
+from privrec.privacy.lazy.pending import Drift, Sum, Update
 
 positive = st.floats(1e-12, 1e6)
 updates = st.builds(

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from privrec.errors import ReleaseRefused, UsageError
-from privrec.privacy import deviates
-from privrec.privacy.deviates import Normals, Skellams, rounded_up
+from privrec.privacy.lazy import stream as deviates
+from privrec.privacy.lazy.stream import Normals, Skellams, rounded_up
 from privrec.randomness import SecretRoot
 
 ROOT = SecretRoot.known(b"deviates")

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from privrec.errors import IntegrityError
-from privrec.privacy.debt import Update
-from privrec.privacy.deviates import Normals
-from privrec.privacy.journal import Journal
-from privrec.privacy.memory import LazyMemory
+from privrec.privacy.lazy.journal import Journal
+from privrec.privacy.lazy.memory import LazyMemory
+from privrec.privacy.lazy.pending import Update
+from privrec.privacy.lazy.stream import Normals
 from privrec.randomness import SecretRoot
 
 ROOT = SecretRoot.known(b"journal")

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from lazy_basis import Basis, Silent
 
 from privrec.errors import UsageError
-from privrec.privacy import lazy
-from privrec.privacy.debt import Update
-from privrec.privacy.deviates import Skellams
-from privrec.privacy.lazy import MOST_STEPS, LazyNoise
-from privrec.privacy.memory import LazyMemory
+from privrec.privacy.lazy import noise as lazy
+from privrec.privacy.lazy.memory import LazyMemory
+from privrec.privacy.lazy.noise import MOST_STEPS, LazyNoise
+from privrec.privacy.lazy.pending import Update
+from privrec.privacy.lazy.stream import Skellams
 
 ROWS = 4
 some_rows = st.lists(st.integers(0, ROWS - 1), max_size=6).map(lambda r: np.array(r, np.int64))
@@ -206,7 +206,7 @@ class TestDefects:
             last = self._sums[self.steps] - self._sums[self.steps - 1]
             return (self.steps - stamps) * last
 
-        monkeypatch.setattr("privrec.privacy.debt.Sum.since", current)
+        monkeypatch.setattr("privrec.privacy.lazy.pending.Sum.since", current)
         assert self.broken(LazyMemory)
 
     def test_plain_steps_under_momentum(self):

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privrec.errors import IntegrityError, ReleaseRefused, UsageError
-from privrec.privacy import book, events
+from privrec.privacy import events, ledger_index
 from privrec.privacy import ledger as module
 from privrec.privacy.events import RoundEvent
 from privrec.privacy.ledger import Charge, Ledger, head_path, server_key
@@ -299,10 +299,10 @@ class TestAlteration:
 
     def forge(self, written, entries):
         """Lines that say what they like, with a chain that is right."""
-        path, previous = written / "ledger.jsonl", book.START
+        path, previous = written / "ledger.jsonl", ledger_index.START
         lines = []
         for index, entry in enumerate(entries):
-            lines.append(book.line_of({**entry, "index": index, "previous": previous}))
+            lines.append(ledger_index.line_of({**entry, "index": index, "previous": previous}))
             previous = json.loads(lines[-1])["hash"]
         path.write_bytes(b"".join(lines))
 
@@ -324,7 +324,7 @@ class TestAlteration:
         lines = path.read_bytes().splitlines(keepends=True)
         entry = json.loads(lines[1])
         entry["event"]["noise_multiplier"] = 100.0
-        lines[1] = book.line_of({name: entry[name] for name in entry if name != "hash"})
+        lines[1] = ledger_index.line_of({name: entry[name] for name in entry if name != "hash"})
         path.write_bytes(b"".join(lines))
         self.refused(written, "line 3 does not follow")
 

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privrec.errors import IntegrityError
-from privrec.privacy import book
-from privrec.privacy.book import START, line_of
+from privrec.privacy import ledger_index
 from privrec.privacy.events import RoundEvent
+from privrec.privacy.ledger_index import START, line_of
 
 PATH = Path("ledger.jsonl")
 EVENTS = [RoundEvent("gaussian", 1.5, 0.25), RoundEvent("gaussian", 2.0), RoundEvent("none", 0.0)]
@@ -20,7 +20,7 @@ def spelled(entries):
     previous, lines = START, []
     for index, entry in enumerate(entries):
         line = line_of({**entry, "index": index, "previous": previous})
-        previous = book.parsed(line)["hash"]
+        previous = ledger_index.parsed(line)["hash"]
         lines.append(line)
     return b"".join(lines)
 
@@ -35,13 +35,13 @@ def entries(rounds=6):
 
 def long_way(content):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(book, "_add_plain", lambda *_: False)
+        patch.setattr(ledger_index, "_add_plain", lambda *_: False)
         return outcome(content)
 
 
 def outcome(content):
     try:
-        return book.read(PATH, content)
+        return ledger_index.read(PATH, content)
     except IntegrityError as error:
         return str(error)
 
@@ -53,16 +53,18 @@ def test_both_ways_read_the_same():
 
 
 def test_the_short_cut_is_taken(monkeypatch):
-    monkeypatch.setattr(book, "add", lambda *given: pytest.fail(f"the long way for {given[2]!r}"))
+    monkeypatch.setattr(
+        ledger_index, "add", lambda *given: pytest.fail(f"the long way for {given[2]!r}")
+    )
     content = spelled(entries())
     first = content.index(b"\n") + 1
-    found = book.Book(hashes=[book.parsed(content[: first - 1])["hash"]])
+    found = ledger_index.Book(hashes=[ledger_index.parsed(content[: first - 1])["hash"]])
     for line in content[first:].splitlines(keepends=True)[2:0:-1]:
-        assert not book._add_plain(found, line, {})  # out of order
+        assert not ledger_index._add_plain(found, line, {})  # out of order
     # The preparation has a negative round, which is left to the long way.
     rest = content[first:].splitlines(keepends=True)
-    found.hashes += [book.parsed(line[:-1])["hash"] for line in rest[:2]]
-    assert all(book._add_plain(found, line, {}) for line in rest[2:])
+    found.hashes += [ledger_index.parsed(line[:-1])["hash"] for line in rest[:2]]
+    assert all(ledger_index._add_plain(found, line, {}) for line in rest[2:])
 
 
 @settings(max_examples=300)

@@ -12,9 +12,9 @@ import pytest
 from lazy_basis import Silent
 
 from privrec.errors import UsageError
-from privrec.privacy.debt import Update
-from privrec.privacy.deviates import Normals, Skellams
-from privrec.privacy.memory import LazyMemory
+from privrec.privacy.lazy.memory import LazyMemory
+from privrec.privacy.lazy.pending import Update
+from privrec.privacy.lazy.stream import Normals, Skellams
 from privrec.randomness import SecretRoot
 
 ROWS, WIDTH, VARIANCE = 6, 200, 9.0

@@ -16,8 +16,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from privrec import storage
 from privrec.errors import BudgetError, IntegrityError, PrivrecError, UsageError
 from privrec.privacy import population
-from privrec.privacy.book import START, canonical, line_of
 from privrec.privacy.events import RoundEvent, epsilon
+from privrec.privacy.ledger_index import START, canonical, line_of
 from privrec.privacy.population import Tie, create, path_of, read, reserve, settle
 from privrec.privacy.signed import server_key, sign
 

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from privrec.agreement import agree, example_event
-from privrec.assembly import federation_of, holders_of
-from privrec.declaration import declared
 from privrec.models.layout import band_sizes
 from privrec.privacy.events import RoundEvent
 from privrec.privacy.ledger import Ledger
 from privrec.privacy.population import Standing
 from privrec.privacy.signed import sign
-from privrec.record import EventLog, Record
-from privrec.scenario import Row, Scenario
+from privrec.run.assembly import federation_of, holders_of
+from privrec.run.header import declared
+from privrec.run.privacy_plan import agree, example_event
+from privrec.run.record import EventLog, Record
+from privrec.scenario.load import Row, Scenario
 
 MakeRun = Callable[..., Path]
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))

@@ -19,7 +19,7 @@ from privrec.report import compare
 from privrec.report.build import AUDIT, build
 from privrec.report.parts import AuditPart, Checked
 from privrec.report.render import write
-from privrec.scenario import load
+from privrec.scenario.load import load
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra privrec[browser]")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs privrec[browser]")

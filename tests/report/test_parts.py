@@ -25,7 +25,7 @@ from privrec.report.build import build
 from privrec.report.model import Report, json_schema, schema_text
 from privrec.report.parts import STARRED
 from privrec.report.render import to_json, to_markdown
-from privrec.wording import epsilon_text
+from privrec.run.wording import epsilon_text
 
 MakeRun = Callable[..., Path]
 ROOT = Path(__file__).parents[2]
@@ -151,8 +151,8 @@ def test_sentences_are_those_that_were_read(a_report: MakeReport, kind: str) -> 
 
 
 def _facts(run: Path) -> Any:
-    from privrec.declaration import read
     from privrec.report.spending import read_spending
+    from privrec.run.header import read
 
     spending = read_spending(run)
     charged = [(charge.round, charge.attempt) for charge in spending.charges]
@@ -161,8 +161,8 @@ def _facts(run: Path) -> Any:
 
 
 def _declared(run: Path) -> Any:
-    from privrec.declaration import read
     from privrec.report.spending import read_spending
+    from privrec.run.header import read
 
     return read(read_spending(run).header, "ledger")
 

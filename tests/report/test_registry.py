@@ -10,7 +10,7 @@ import pytest
 
 from privrec.report.build import build
 from privrec.report.registry import OPEN, to_registry
-from privrec.wording import epsilon_text
+from privrec.run.wording import epsilon_text
 
 yaml = pytest.importorskip("yaml", reason="PyYAML comes with the extra docs")
 

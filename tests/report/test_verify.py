@@ -20,9 +20,9 @@ from pydantic import ValidationError
 from safetensors.numpy import save_file
 
 from privrec.errors import UsageError
-from privrec.privacy.book import START, canonical, line_of
 from privrec.privacy.events import RoundEvent, epsilon
 from privrec.privacy.ledger import Ledger
+from privrec.privacy.ledger_index import START, canonical, line_of
 from privrec.randomness import state_dir, write_secret
 from privrec.report.build import build
 from privrec.report.model import Report
@@ -522,10 +522,10 @@ def test_a_forged_ledger_is_refused_also_when_the_report_is_made_anew(
 
 def _report_anew(run: Path) -> None:
     """What a forger's own program would write: the report that the forged ledger leads to."""
-    from privrec.declaration import read
     from privrec.report.derive import derive
     from privrec.report.model import WORD
     from privrec.report.spending import Spending
+    from privrec.run.header import read
 
     old = Report.model_validate_json((run / "report.json").read_text("utf-8"))
     try:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from privrec.embedding.table import PlainTable
-from privrec.lsh.memory import ItemMemory
 from privrec.randomness import rng_for
+from privrec.search.memory import ItemMemory
 from privrec.server.columns import ColumnServer
 
 WORDS, DIM = 600, 12

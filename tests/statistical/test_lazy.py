@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from privrec.privacy.debt import Update
-from privrec.privacy.deviates import Normals, Skellams
-from privrec.privacy.memory import LazyMemory
+from privrec.privacy.lazy.memory import LazyMemory
+from privrec.privacy.lazy.pending import Update
+from privrec.privacy.lazy.stream import Normals, Skellams
 from privrec.randomness import SecretRoot
 
 pytestmark = pytest.mark.statistical
@@ -112,7 +112,7 @@ def test_rows_columns_and_rounds_are_independent():
 
 PROGRAM = """
 import numpy as np
-from privrec.privacy.memory import LazyMemory
+from privrec.privacy.lazy.memory import LazyMemory
 memory = LazyMemory(np.zeros((50, 40), np.float32))
 memory.owe(1.0)
 print(*memory.settled().ravel())
@@ -148,7 +148,9 @@ def test_integers_have_the_law_of_skellam(delay):
 
 
 def test_a_scale_that_halves_the_variance_is_rejected(monkeypatch):
-    monkeypatch.setattr("privrec.privacy.deviates.rounded_up", lambda v: (v / 2).astype(np.float32))
+    monkeypatch.setattr(
+        "privrec.privacy.lazy.stream.rounded_up", lambda v: (v / 2).astype(np.float32)
+    )
     memory = table()
     memory.owe(1.0)
     assert not variance_fits(memory.settled(), 1.0)

@@ -34,7 +34,7 @@ from click.testing import CliRunner
 from runs import ledger_entries, make_scenario, run_once, weights
 
 import privrec
-from privrec.cli import main
+from privrec.cli.main import main
 
 FOLDER = Path(__file__).resolve().parents[1] / "golden"
 KEPT = FOLDER / "golden.json"

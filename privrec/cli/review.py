@@ -1,0 +1,207 @@
+"""What a privacy reviewer works with: ``privrec report`` and ``population``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from privrec.cli.base import Commands, check_run, example, json_option, print_json, run_dir
+from privrec.errors import IntegrityError
+
+if TYPE_CHECKING:
+    from privrec.privacy.population import Population
+    from privrec.report.render import Written
+    from privrec.report.verify import Verdict
+
+_PATH = click.Path(path_type=Path)
+_name = click.argument("name", metavar="NAME")
+
+
+class _Report(Commands):
+    """``privrec report DIR`` is short for ``privrec report write DIR``."""
+
+    default = "write"
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click's, with ``write`` put before what is none of the group's commands."""
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = [self.default, *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(
+    cls=_Report,
+    short_help="Write the report of a finished run again, or verify one.",
+    epilog=example(
+        "privrec report runs/quickstart-1",
+        "privrec report verify runs/quickstart-1/report.json --key server.pub",
+    ),
+)
+def report() -> None:
+    """Write the report of a finished run (`privrec report DIR`), or verify one."""
+
+
+@report.command(epilog=example("privrec report write runs/quickstart-1"))
+@run_dir
+@json_option
+def write(directory: Path, as_json: bool) -> None:
+    """Write report.html, report.md, report.json and a registry draft of the finished run in DIR."""
+    check_run(directory)
+    pages = write_report(directory)
+    if as_json:
+        click.echo(pages.json.read_text("utf-8").rstrip("\n"))
+        return
+    for page in (pages.html, pages.markdown, pages.json, pages.registry):
+        click.echo(page)
+
+
+@report.command(
+    epilog=example("privrec report verify runs/quickstart-1/report.json --key server.pub")
+)
+@click.argument("path", metavar="FILE", type=_PATH)
+@click.option(
+    "--key",
+    metavar="HEX|FILE",
+    help="The server's public key, got by another way than FILE. [default: the one that this "
+    "machine keeps for the run]",
+)
+@click.option(
+    "--trust-named-key",
+    is_flag=True,
+    help="Go on with the key that the ledger itself names: shows damage, not a forgery as a whole.",
+)
+@json_option
+def verify(path: Path, key: str | None, trust_named_key: bool, as_json: bool) -> None:
+    """Recompute the report in FILE from the ledger beside it, and say what does not match."""
+    from privrec.report.verify import public_key
+    from privrec.report.verify import verify as judge
+
+    verdict = judge(
+        path, key=None if key is None else public_key(key), trust_named_key=trust_named_key
+    )
+    if as_json:
+        print_json(verdict.to_json())
+    else:
+        _print_verdict(verdict)
+    if not verdict.holds:
+        raise IntegrityError(
+            f"{path}: {len(verdict.mismatches)} things do not match the ledger; do not rely on "
+            "this report"
+        )
+
+
+@report.command(epilog=example("privrec report schema"))
+def schema() -> None:
+    """Print the JSON Schema that every report.json of this version satisfies."""
+    from privrec.report.model import schema_text
+
+    click.echo(schema_text().rstrip("\n"))
+
+
+def _print_verdict(verdict: Verdict) -> None:
+    from privrec.cli.tables import print_lines, print_table
+
+    if verdict.checked:
+        print_lines(["Recomputed from the ledger, and agrees:"])
+        print_lines([f"  {text}" for text in verdict.checked])
+    if verdict.unchecked:
+        print_lines(["Not checked:"])
+        print_lines([f"  {text}" for text in verdict.unchecked])
+    if verdict.mismatches:
+        rows = [(each.where, each.reason) for each in verdict.mismatches]
+        print_table("Does not match", ("where", "why"), rows)
+    if verdict.word:
+        print_lines(["On the operator's word, since no verifier can see it:"])
+        print_lines([f"  {each.title}" for each in verdict.word])
+    if not verdict.anchored:
+        print_lines(
+            [
+                "The key was the one that the ledger itself names: whoever made the files can have "
+                "made up all of them."
+            ]
+        )
+
+
+def write_report(directory: Path) -> Written:
+    """Write the report of the finished run in ``directory`` into it."""
+    from privrec.report.build import build
+    from privrec.report.render import write as write_files
+
+    return write_files(build(directory), directory)
+
+
+# --------------------------------------------------------------------------- populations
+
+
+@click.group(
+    cls=Commands,
+    epilog=example(
+        "privrec population create readers --epsilon 8 --delta 1e-6",
+        "privrec run scenarios/quickstart.toml --population readers",
+    ),
+)
+def population() -> None:
+    """Lifetime budgets: one limit on ε over several runs on the same users."""
+
+
+@population.command(
+    epilog=example("privrec population create readers --epsilon 8 --delta 1e-6"),
+)
+@_name
+@click.option("--epsilon", type=float, required=True, help="Lifetime limit on ε.")
+@click.option("--delta", type=float, required=True, help="δ of that limit.")
+@click.option(
+    "--against",
+    type=click.Choice(["recipients", "server"]),
+    default="recipients",
+    show_default=True,
+    help="The adversary of that limit.",
+)
+@json_option
+def create(name: str, epsilon: float, delta: float, against: Any, as_json: bool) -> None:
+    """Begin the ledger of a population; its limit is never changed."""
+    from privrec.privacy.population import create as begin
+
+    _print_population(begin(name, epsilon=epsilon, delta=delta, against=against), as_json)
+
+
+@population.command(epilog=example("privrec population show readers"))
+@_name
+@json_option
+def show(name: str, as_json: bool) -> None:
+    """Say what the runs on a population have spent."""
+    from privrec.privacy.population import read
+
+    _print_population(read(name), as_json)
+
+
+def _print_population(found: Population, as_json: bool) -> None:
+    from privrec.privacy.events import epsilon
+
+    spent = {run: epsilon(counts, found.delta, found.against) for run, counts in found.runs.items()}
+    if as_json:
+        print_json(
+            {
+                "name": found.name,
+                "epsilon": found.epsilon,
+                "delta": found.delta,
+                "against": found.against,
+                "spent": found.spent(),
+                "runs": spent,
+            }
+        )
+        return
+    from privrec.cli.tables import print_lines, print_table
+    from privrec.run.wording import adversary_text, epsilon_text
+
+    print_lines(
+        [
+            f"Population {found.name}: ε = {epsilon_text(found.spent(), 3)} of {found.epsilon:g} "
+            f"spent or set aside, against {adversary_text(found.against)}, at δ = {found.delta:g}."
+        ]
+    )
+    if spent:
+        rows = [(run, epsilon_text(value, 3)) for run, value in spent.items()]
+        print_table("Runs", ("run", "ε by itself"), rows)

@@ -1,0 +1,446 @@
+"""A wide output layer of which a batch computes, and trains, only a few neurons.
+
+Weights are dense, or live in a :class:`~privrec.embedding.subspace.Subspace`. A batch has one set
+of active neurons of an exact size (:mod:`privrec.search.active`); only their rows get gradients, as
+sparse tensors whose indices are the neurons' own, so that whatever an optimiser keeps for a row
+stays with the neuron (:class:`privrec.models.rows.RowAdam`)::
+
+    layer = SparseOutput(670_091, 128, share=0.01, selector="cells")
+    optimizer = RowAdam(layer.parameters(), lr=1e-3)
+    loss = layer.loss(hidden, labels)
+    loss.backward()
+    optimizer.step()
+    scores, neurons = layer.topk(hidden, 5)
+
+Sources: Chen et al., "SLIDE" (MLSys 2020); Jean et al., "On using very large target vocabulary for
+neural machine translation" (ACL 2015) for the importance weights of sampled softmax.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from privrec.embedding.table import PlainTable, Table
+from privrec.errors import UsageError
+from privrec.models.process_memory import give_back_freed
+from privrec.randomness import ROOT_BYTES, SecretRoot, SecureStream, rng_for
+from privrec.search.active import NO_LABEL, ActiveSet, active_set, distinct_labels
+from privrec.search.families import Shape
+from privrec.search.held import KINDS, Index, Kind, Rebuild, build
+from privrec.search.memory import ItemMemory
+from privrec.search.select import Search, ranked, select
+
+Items = NDArray[np.int64]
+Loss = Literal["softmax", "bce"]
+LayerSelector = Kind | Literal["scan", "uniform"]
+
+CANDIDATES = 0.01
+"""Share of the layer that a query of ``topk`` scores exactly, where a caller names no other."""
+
+_SHAPE = Shape(bits=10, tables=16)
+_PART = 1 << 14
+
+
+class SparseOutput(nn.Module):
+    """``n`` output neurons over a hidden vector, few of them active at a time.
+
+    Promise: with ``share = 1`` it is a dense layer. At any share the labels of a batch are active
+    and the union over the batch has exactly :attr:`budget` neurons. Copies and pickles hold neither
+    a secret root nor hash functions that were drawn from it: they draw a new one, and make their
+    index with it. Of a known root they derive another known one, and take the index over.
+
+    Args:
+        n: neurons, at least 1.
+        dim: length of the hidden vector, at least 1.
+        share: active neurons of a batch over ``n``, in (0, 1].
+        selector: who finds the selected ones: ``uniform`` (nobody), ``scan`` (exact scores),
+            or an index that is held: one of :data:`privrec.search.held.KINDS`.
+        selected: of the budget that labels leave, how much is selected, in [0, 1]; the rest is
+            uniform.
+        table: where rows lie: a :class:`~privrec.embedding.subspace.Subspace` of ``n`` items and
+            ``dim`` numbers; None, each neuron has a row of its own.
+        bias: whether neurons have biases.
+        shape: of the hash tables; None, ten bits and sixteen tables.
+        rebuild: when an index is made anew; by default when 1 % of its codes have changed.
+        candidates: share of the layer that a query of :meth:`topk` scores exactly, in (0, 1].
+        init_std: standard deviation of the first weights.
+        seed: of the first weights.
+        root: the secret that hash functions and uniform neurons are drawn from; None, a fresh one.
+            :meth:`privrec.randomness.SecretRoot.known` makes a layer repeat itself.
+
+    Raises:
+        UsageError: when a value is out of its range, or the table has another size.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        dim: int,
+        *,
+        share: float = 0.01,
+        selector: LayerSelector = "cells",
+        selected: float = 0.5,
+        table: Table | None = None,
+        bias: bool = True,
+        shape: Shape | None = None,
+        rebuild: Rebuild | None = None,
+        candidates: float = CANDIDATES,
+        init_std: float | None = None,
+        seed: int = 0,
+        root: SecretRoot | None = None,
+    ) -> None:
+        super().__init__()
+        _check(n, dim, share, selector, selected, candidates, table)
+        self.n, self.dim, self.share, self.selected = n, dim, share, selected
+        self.selector, self.candidates = selector, candidates
+        self.shape, self.rebuild = shape or _SHAPE, rebuild or Rebuild()
+        self.table = table or PlainTable.of(n, dim, block=dim)
+        std = dim**-0.5 if init_std is None else init_std
+        drawn = rng_for(seed, "output").standard_normal(
+            (self.table.slots, self.table.block), np.float32
+        )
+        drawn *= np.float32(std)
+        self.weight = nn.Parameter(torch.from_numpy(drawn))
+        self.bias = nn.Parameter(torch.zeros(n, 1)) if bias else None
+        self._biases = PlainTable.of(n, 1, block=1)
+        self._root = root or SecretRoot(secrets.token_bytes(ROOT_BYTES))
+        self._index: Index | None = None
+        self._indexed: tuple[int, ...] = ()
+        self._age = self._steps = self._looked = self.rebuilds = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        known = self._root.is_known
+        return {
+            **self.__dict__,
+            "_root": self._root.tag("copy of a sparse output") if known else None,
+            "_index": self._index if known else None,
+            "_indexed": self._indexed == self._versions(),  # a copy's tensors count from 0 again
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        key = state["_root"]
+        root = SecretRoot(secrets.token_bytes(ROOT_BYTES)) if key is None else SecretRoot.known(key)
+        super().__setstate__({**state, "_root": root})  # type: ignore[no-untyped-call]
+        self._indexed = self._versions() if state["_indexed"] else ()
+
+    # ------------------------------------------------------------------------- the active set
+
+    @property
+    def budget(self) -> int:
+        """Neurons of an active set, labels included."""
+        return max(1, round(self.share * self.n))
+
+    def active(self, hidden: Tensor, labels: Tensor, *, selected: Items | None = None) -> ActiveSet:
+        """The active set of a batch, and one step of the rebuild schedule.
+
+        Args:
+            hidden: float32 of shape ``(b, dim)``.
+            labels: int64 of shape ``(b,)``, or ``(b, m)`` with rows filled up by -1.
+            selected: neurons that somebody else selected, the most wanted first, instead of this
+                layer's own selector.
+
+        Raises:
+            UsageError: when a label is out of its range, or labels alone exceed the budget.
+        """
+        wanted, stream = distinct_labels(labels, self.n), self._stream("active", self._steps)
+        budget = min(self.budget, self.n)
+        room = round(self.selected * max(0, budget - len(wanted)))
+        if selected is None:
+            selected = np.zeros(0, np.int64)
+            if room and budget < self.n and self.selector != "uniform":
+                selected = self._select(hidden, room, wanted, stream)
+        fresh = selected[~np.isin(selected, wanted)][:room]
+        self._steps += 1
+        self._age += 1
+        return active_set(wanted, fresh, budget, self.n, stream)
+
+    def _select(self, hidden: Tensor, room: int, labels: Items, stream: SecureStream) -> Items:
+        queries = self.queries(hidden)
+        if self.selector == "scan":
+            return select("scan", Search(self.items()), queries, room, stream, exclude=labels).items
+        return self.index().batch(queries, room + len(labels))
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether each neuron has a row of its own, at its own place."""
+        return isinstance(self.table, PlainTable) and self.table.parts == 1
+
+    def queries(self, hidden: Tensor) -> NDArray[np.float32]:
+        """Hidden vectors as an index is asked: float32, each ending in a 1 where biases are."""
+        rows = hidden.detach().to(torch.float32).cpu()
+        if self.bias is not None:
+            rows = functional.pad(rows, (0, 1), value=1.0)
+        return np.ascontiguousarray(rows.numpy())
+
+    def items(self) -> ItemMemory:
+        """The layer as a catalogue to search; it shares the weights' memory."""
+        biases = None
+        if self.bias is not None:
+            biases = self._biases, self.bias.detach().numpy()
+        return ItemMemory(self.table, self.weight.detach().numpy(), biases)
+
+    def index(self) -> Index:
+        """The index that is held.
+
+        In training it follows the rebuild schedule, whose steps are calls of :meth:`active`. After
+        ``eval()`` it is made anew when the weights have changed at all.
+
+        Raises:
+            UsageError: when the selector has none.
+        """
+        if self._index is None or self._is_due(self._index):
+            self.reindex()
+        return cast(Index, self._index)
+
+    def _is_due(self, index: Index) -> bool:
+        if not self.training:
+            return self._versions() != self._indexed
+        if self._looked == self._age:  # one look a step is enough
+            return False
+        self._looked = self._age
+        return self.rebuild.due(self._age, index, self.items())
+
+    def _versions(self) -> tuple[int, ...]:
+        """Counts of changes in place that torch keeps of every tensor."""
+        return tuple(parameter._version for parameter in self.parameters())
+
+    def reindex(self) -> None:
+        """Make the index of the weights as they are now, with functions drawn anew.
+
+        Raises:
+            UsageError: when the selector has none.
+        """
+        if self.selector in ("scan", "uniform"):
+            raise UsageError(
+                f'selector = "{self.selector}": has no index; use one of {", ".join(KINDS)}'
+            )
+        stream = self._stream("functions", self.rebuilds)
+        self._index = build(cast(Kind, self.selector), self.items(), self.shape, stream)
+        give_back_freed()  # making an index takes several times its room
+        self._age, self._indexed = 0, self._versions()
+        self.rebuilds += 1
+
+    def _stream(self, purpose: str, count: int) -> SecureStream:
+        return self._root.stream(f"sparse output {purpose}", count)
+
+    # ---------------------------------------------------------------------- values and gradients
+
+    def rows(self, neurons: Tensor) -> Tensor:
+        """Weights of some neurons, shape ``(A, dim)``, whose gradient is sparse.
+
+        Args:
+            neurons: int64 of shape ``(A,)``; without repeats where each has a row of its own.
+        """
+        table = self.table
+        if self._is_plain:
+            return _rows(self.weight, neurons)
+        slots, signs = table.locate(neurons.numpy())
+        factors = torch.from_numpy(signs.ravel() * np.float32(table.scale))[:, None]
+        blocks = cast(
+            Tensor,
+            _Blocks.apply(self.weight, torch.from_numpy(slots.ravel()), factors),  # type: ignore[no-untyped-call]
+        )
+        return blocks.view(len(neurons), self.dim)
+
+    def logits(self, hidden: Tensor, active: ActiveSet) -> Tensor:
+        """Scores of the active neurons, shape ``(b, A)``, without their importance weights."""
+        scores = hidden @ self.rows(active.neurons).T
+        if self.bias is not None:
+            scores = scores + _rows(self.bias, active.neurons).T
+        return scores
+
+    def loss(
+        self, hidden: Tensor, labels: Tensor, kind: Loss = "softmax",
+        active: ActiveSet | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Mean loss of a batch, over the active set as an estimate of the whole layer.
+
+        ``softmax``: cross-entropy, the mean over an example's labels. ``bce``: binary
+        cross-entropy, summed over the neurons. The sum over the layer is estimated with the set's
+        weights; with everything active it is the loss of the dense layer.
+
+        Args:
+            hidden: float32 of shape ``(b, dim)``.
+            labels: int64 of shape ``(b,)``, or ``(b, m)`` with rows filled up by -1.
+            kind: which loss.
+            active: of this batch; chosen by :meth:`active` where not given.
+
+        Raises:
+            UsageError: as :meth:`active`, or for an unknown loss.
+        """
+        if kind not in ("softmax", "bce"):
+            raise UsageError(f'loss = "{kind}": is "softmax" or "bce"; choose one of them')
+        if active is None:
+            active = self.active(hidden, labels)
+        padded = labels[:, None] if labels.dim() == 1 else labels
+        scores = self.logits(hidden, active)
+        places, real = active.places(padded), padded != NO_LABEL
+        if kind == "softmax":
+            return softmax_loss(scores + active.log_weights, places, real)
+        return _bce(scores, active, places, real)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Scores of all neurons, shape ``(b, n)``: the dense layer, for comparison."""
+        everything = torch.arange(self.n)
+        scores = hidden @ self.rows(everything).T
+        return scores if self.bias is None else scores + self.bias.T
+
+    # -------------------------------------------------------------------------------- inference
+
+    @torch.no_grad()
+    def topk(
+        self, hidden: Tensor, k: int, *, candidates: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The ``k`` best neurons of each vector among those that the index finds, by exact score.
+
+        Args:
+            hidden: float32 of shape ``(b, dim)`` or ``(dim,)``.
+            k: at least 1 and at most ``n``.
+            candidates: neurons that a query scores exactly; by default the layer's share. ``scan``
+                and ``uniform`` score all.
+
+        Returns:
+            ``(scores, neurons)``, each of shape ``(b, k)`` or ``(k,)``, the best first. Where an
+            index finds fewer than ``k``, the scores end in ``-inf`` and the neurons in -1.
+
+        Raises:
+            UsageError: when ``k`` is out of its range.
+        """
+        if not 1 <= k <= self.n:
+            raise UsageError(f"k = {k}: a layer of {self.n} neurons has between 1 and all of them")
+        items, count = self.items(), max(k, candidates or round(self.candidates * self.n))
+        found = [
+            self._best(items, query, k, count)
+            for query in self.queries(hidden).reshape(-1, items.dim)
+        ]
+        neurons = torch.from_numpy(np.stack([neurons for neurons, _ in found]))
+        scores = torch.from_numpy(np.stack([scores for _, scores in found]))
+        return (scores[0], neurons[0]) if hidden.dim() == 1 else (scores, neurons)
+
+    def _best(
+        self, items: ItemMemory, query: NDArray[np.float32], k: int, count: int
+    ) -> tuple[Items, NDArray[np.float32]]:
+        if self.selector in ("scan", "uniform"):
+            close = select("scan", Search(items), query[None], k, self._stream("scan", 0)).items
+        else:
+            close = self.index().one(query, count)
+        neurons, scores = self._ranked(items, query, close, k)
+        short = k - len(neurons)
+        if short:
+            neurons = np.pad(neurons, (0, short), constant_values=-1)
+            scores = np.pad(scores, (0, short), constant_values=-np.inf)
+        return neurons, scores
+
+    def _ranked(
+        self, items: ItemMemory, query: NDArray[np.float32], close: Items, k: int
+    ) -> tuple[Items, NDArray[np.float32]]:
+        """The best of some candidates; rows of their own are read without a second copy."""
+        if not self._is_plain:
+            return ranked(items, query, close, k)
+        places, wanted = torch.from_numpy(close), torch.from_numpy(query[: self.dim])
+        scores = self.weight.index_select(0, places) @ wanted
+        if self.bias is not None:
+            scores += self.bias[:, 0].index_select(0, places)
+        best = scores.topk(min(k, len(close)))
+        return close[best.indices.numpy()], best.values.numpy()
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows."""
+        return (
+            f"n={self.n}, dim={self.dim}, share={self.share:g}, selector={self.selector!r}, "
+            f"budget={self.budget}"
+        )
+
+
+def _rows(weight: Tensor, index: Tensor) -> Tensor:
+    return cast(Tensor, _Rows.apply(weight, index))  # type: ignore[no-untyped-call]
+
+
+class _Rows(torch.autograd.Function):
+    """Distinct rows of a matrix, whose gradient names rows and never places in a list."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.size = weight.shape
+        return weight.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        return _summed(index, gradients[0], ctx.size), None
+
+
+class _Blocks(torch.autograd.Function):
+    """Signed blocks of a memory, of which several neurons may share one: its gradient is summed."""
+
+    @staticmethod
+    def forward(ctx: Any, memory: Tensor, slots: Tensor, factors: Tensor) -> Tensor:
+        ctx.save_for_backward(slots, factors)
+        ctx.size = memory.shape
+        return memory.index_select(0, slots).mul_(factors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        slots, factors = ctx.saved_tensors
+        touched, place = slots.unique(return_inverse=True)
+        values = torch.zeros(len(touched), ctx.size[1])
+        # In parts: a signed copy of all of it would be as large as the active rows.
+        for start in range(0, len(place), _PART):
+            part = slice(start, start + _PART)
+            values.index_add_(0, place[part], gradients[0][part] * factors[part])
+        return _summed(touched, values, ctx.size), None, None
+
+
+def _summed(index: Tensor, values: Tensor, size: torch.Size) -> Tensor:
+    """A gradient of distinct rows: whatever their order, nothing is left to be summed."""
+    sparse = torch.sparse_coo_tensor(index[None], values, size, check_invariants=False)
+    return sparse._coalesced_(True)
+
+
+def softmax_loss(scores: Tensor, places: Tensor, real: Tensor) -> Tensor:
+    """Mean cross-entropy of examples with several labels each, the mean over an example's labels.
+
+    Args:
+        scores: of the active neurons, with the logarithms of how many each stands for: ``(b, A)``.
+        places: where labels stand among the neurons, shape ``(b, m)``.
+        real: which of them are labels and no padding, of that shape.
+    """
+    total = torch.logsumexp(scores, dim=1)
+    own = torch.where(real, scores.gather(1, places), 0.0).sum(1) / real.sum(1).clamp(min=1)
+    return torch.where(real.any(1), total - own, 0.0).mean()
+
+
+def _bce(scores: Tensor, active: ActiveSet, places: Tensor, real: Tensor) -> Tensor:
+    negative = (functional.softplus(scores) * active.log_weights.exp()).sum(1)
+    return (negative - torch.where(real, scores.gather(1, places), 0.0).sum(1)).mean()
+
+
+def _check(
+    n: int, dim: int, share: float, selector: str, selected: float, candidates: float,
+    table: Table | None,
+) -> None:  # fmt: skip
+    for name, size in (("n", n), ("dim", dim)):
+        if size < 1:
+            raise UsageError(f"{name} = {size}: must be at least 1; raise it")
+    for name, part in (("share", share), ("candidates", candidates)):
+        if not 0 < part <= 1:
+            raise UsageError(f"{name} = {part}: must lie above 0 and at most at 1; change it")
+    if not 0 <= selected <= 1:
+        raise UsageError(f"selected = {selected}: must lie in 0 to 1; change it")
+    if selector not in (*KINDS, "scan", "uniform"):
+        raise UsageError(
+            f'selector = "{selector}": is none of {", ".join(KINDS)}, scan and uniform; choose one'
+        )
+    if table is not None and (table.items, table.dim) != (n, dim):
+        raise UsageError(
+            f"a table of {table.items} rows of {table.dim} numbers for a layer of {n} neurons over "
+            f"{dim}: they must be equal; make the table for the layer"
+        )

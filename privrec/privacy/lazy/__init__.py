@@ -1,0 +1,1 @@
+"""Noise that is drawn when its row is read."""

@@ -1,0 +1,1 @@
+"""The one loop: plan, charge, collect, release, apply, record."""

@@ -1,0 +1,393 @@
+"""What a finished run leaves behind: the model, and ``result.json``."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+import privrec
+from privrec.data import Interactions, Split
+from privrec.device.round import digest
+from privrec.device.tier import Federation, Tier
+from privrec.errors import IntegrityError, UsageError
+from privrec.evaluate import baselines, metrics
+from privrec.evaluate.segments import by_segment
+from privrec.privacy.events import Accountant, Adversary, epsilon
+from privrec.privacy.ledger import Ledger
+from privrec.privacy.ledger_index import EXAMPLE
+from privrec.run.assembly import BYTES_A_COEFFICIENT, Parts, federation_of
+from privrec.run.memory_profile import peak_bytes
+from privrec.run.popularity import release_event
+from privrec.run.record import OUTSIDE
+from privrec.scenario.load import Privacy, Scenario
+from privrec.server.server import Server
+from privrec.storage import replace
+
+T = TypeVar("T")
+
+
+class Attempt(Protocol):
+    """See :meth:`privrec.run.loop.Loop.attempt`."""
+
+    def __call__(self, what: str, compute: Callable[[], T], /) -> T | None: ...
+
+
+_EPSILONS: dict[str, tuple[Adversary, Accountant]] = {
+    "epsilon": ("recipients", "pld"),
+    "epsilon_server": ("server", "pld"),
+    "epsilon_rdp": ("recipients", "rdp"),
+    "epsilon_server_rdp": ("server", "rdp"),
+}
+
+
+def write_model(out: Path, server: Server, scenario: Scenario) -> None:
+    """Write the released weights (``model.safetensors``) and what they mean (``model.json``)."""
+    replace(out / "model.safetensors", save({"weights": server.released}))
+    n_items = server.plan.federation.tiers[0].recommender.vectors.items
+    description = {"items": n_items, "scenario": scenario.name, **model_facts(server, scenario)}
+    replace(out / "model.json", (json.dumps(description, indent=2) + "\n").encode())
+
+
+def read_model(
+    out: Path, scenario: Scenario, train: Interactions, model: bytes | None
+) -> tuple[Federation, Any]:
+    """The tiers and coefficients of a finished run.
+
+    Args:
+        out: its directory.
+        scenario: what was run.
+        train: what the model was trained on.
+        model: digest of the model that its ledger ends with.
+
+    Raises:
+        UsageError: when the run is not finished.
+        IntegrityError: when the model is another, or does not fit the scenario or the catalogue.
+    """
+    path = out / "model.safetensors"
+    if not path.exists():
+        raise UsageError(f"{out}: there is no model yet; finish the run: privrec resume {out}")
+    federation = federation_of(scenario, train.n_items)
+    try:
+        weights = load_file(path)["weights"]
+    except (SafetensorError, KeyError, OSError, ValueError) as error:
+        raise IntegrityError(f"{path}: not a model ({error}); restore the file") from None
+    if weights.shape != (federation.layout.size,):
+        raise IntegrityError(
+            f"{path}: {weights.size} coefficients, where a catalogue of {train.n_items} items "
+            f"needs {federation.layout.size}; use the data that the model was trained on"
+        )
+    if digest(weights) != model:
+        raise IntegrityError(
+            f"{path}: it is not the model that the run's ledger ends with; restore the file"
+        )
+    return federation, weights
+
+
+def result_of(
+    scenario: Scenario,
+    split: Split,
+    parts: Parts,
+    ledger: Ledger,
+    evaluated: metrics.Evaluation,
+    *,
+    own: Sequence[metrics.Evaluation],
+    attempt: Attempt,
+    identity: Mapping[str, Any],
+    cpu_s: float,
+    wall_s: float,
+) -> dict[str, Any]:
+    """The content of ``result.json``; realised cohort sizes appear in no figure of it.
+
+    Args:
+        scenario: what was run.
+        split: on what.
+        parts: at the end of the run.
+        ledger: what was charged.
+        evaluated: metrics of everybody with the whole memory.
+        own: those of each tier's users with what the tier holds, the strongest tier's first.
+        attempt: makes a figure that the guarantee does not need, or states the gap.
+        identity: content of ``run.json``.
+        cpu_s: CPU seconds of the rounds.
+        wall_s: seconds of the whole run.
+    """
+    server, seed = parts.server, scenario.run.seed
+    measured = (evaluated, _together(own)) if scenario.devices.tiers else (evaluated,)
+    tiers = [
+        attempt(f"costs of tier {tier.index + 1}", partial(_tier, scenario, parts, tier, measured))
+        or {"capacity": tier.capacity, "share": tier.share, "weight": tier.weight}
+        for tier, measured in zip(parts.federation.tiers, own, strict=False)
+    ]
+    if parts.federation.absent:
+        tiers.append(_absent(parts, own[-1]))
+    compared = {
+        name: attempt(f"baseline {name}", partial(_baseline, name, scenario, split))
+        for name in scenario.run.baselines
+    }
+    intervals = attempt("intervals", lambda: [each.intervals(seed) for each in measured]) or []
+    return {
+        **head_of(scenario, server, identity),
+        "holdout": split.holdout,
+        "metrics": {name: value for each in measured for name, value in each.summary().items()},
+        "intervals": {name: list(pair) for each in intervals for name, pair in each.items()},
+        "baselines": {name: found for name, found in compared.items() if found},
+        "metrics_note": OUTSIDE,
+        "outside_the_guarantee": [
+            "metrics",
+            "intervals",
+            "baselines",
+            "segments",
+            "data",
+            "cost",
+            "tiers",
+        ],
+        "privacy": privacy_of(scenario, split.train.n_users, server, ledger, identity),
+        "cost": _cost(parts, tiers, cpu_s, wall_s),
+        "segments": attempt("segments", lambda: by_segment(evaluated, split)) or [],
+        "tiers": tiers,
+        "model": model_facts(server, scenario),
+        "data": identity["data"],
+    }
+
+
+def deployed_result(
+    scenario: Scenario,
+    server: Server,
+    ledger: Ledger,
+    *,
+    identity: Mapping[str, Any],
+    population: int,
+    wall_s: float,
+) -> dict[str, Any]:
+    """``result.json`` of a run whose devices are elsewhere: what the server knows, no accuracy.
+
+    Args:
+        scenario: what was run.
+        server: at the end of the run.
+        ledger: what was charged.
+        identity: content of ``run.json``.
+        population: enrolled devices.
+        wall_s: seconds of the whole run.
+    """
+    ring_bits, layouts = server.plan.protection.ring.bits, server.plan.federation.layouts
+    return {
+        **head_of(scenario, server, identity),
+        "holdout": scenario.data.holdout,
+        "metrics": {},
+        "intervals": {},
+        "baselines": {},
+        "metrics_note": OUTSIDE,
+        "outside_the_guarantee": ["cost"],
+        "privacy": privacy_of(scenario, population, server, ledger, identity),
+        "cost": {
+            "upload_bytes": layouts[0].size * ring_bits // 8,
+            "download_bytes": layouts[0].size * BYTES_A_COEFFICIENT,
+            "device_peak_bytes": None,
+            "cpu_s_per_device_round": None,
+            "wall_s": two_digits(wall_s) if server.plan.event.hides_cohorts else wall_s,
+        },
+        "tiers": [
+            {
+                "capacity": tier.capacity,
+                "share": tier.share,
+                "weight": tier.weight,
+                "upload_bytes": tier.layout.size * ring_bits // 8,
+                "download_bytes": tier.layout.size * BYTES_A_COEFFICIENT,
+            }
+            for tier in server.plan.federation.tiers
+        ],
+        "model": model_facts(server, scenario),
+        "data": identity["data"],
+    }
+
+
+def head_of(scenario: Scenario, server: Server, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """How ``result.json`` begins: what was run, where, and how far.
+
+    Args:
+        scenario: what was run.
+        server: at the end of the run.
+        identity: content of ``run.json``.
+    """
+    return {
+        "scenario": scenario.name,
+        "title": scenario.title,
+        "simulated": identity["simulated"],
+        "version": privrec.__version__,
+        "run_id": identity["run_id"],
+        "rounds": server.index,
+        "planned_rounds": scenario.train.rounds,
+    }
+
+
+def _baseline(name: str, scenario: Scenario, split: Split) -> dict[str, float]:
+    seed = scenario.run.seed
+    scores = baselines.scores_of(name, split.train, dim=scenario.model.dim, seed=seed)
+    return metrics.evaluate(scores, split, k=scenario.run.top_k, seed=seed).summary()
+
+
+def privacy_of(
+    scenario: Scenario,
+    population: int,
+    server: Server,
+    ledger: Ledger,
+    identity: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What ``result.json`` says about privacy; every ε comes from the ledger.
+
+    Args:
+        scenario: what was run.
+        population: enrolled devices.
+        server: at the end of the run.
+        ledger: what was charged.
+        identity: content of ``run.json``.
+    """
+    privacy, plan, known = scenario.privacy, server.plan, bool(identity["noise_known"])
+    holds = plan.event.is_private and not known
+    spent = {
+        name: finite(ledger.epsilon(privacy.delta, adversary, accountant)) if holds else None
+        for name, (adversary, accountant) in _EPSILONS.items()
+    }
+    encoding, before = plan.protection.encoding, release_event(scenario)
+    return {
+        "private": holds,
+        **spent,
+        "popularity": scenario.devices.popularity,
+        "epsilon_popularity": None
+        if before is None or known
+        else finite(epsilon([before], privacy.delta, "server")),
+        "delta": privacy.delta,
+        "noise": privacy.noise,
+        "noise_multiplier": plan.event.noise_multiplier,
+        "clip_norm": encoding.clip_norm,
+        "unit": "user",
+        "adjacency": "zero-out",
+        "mechanism": plan.event.mechanism,
+        "rounding_bound_ratio": encoding.bound / 2**encoding.scale_bits,
+        "sampling": scenario.devices.sampling,
+        "sampling_rate": scenario.devices.sampling_rate,
+        "population": population,
+        "expected_cohort": plan.expected_cohort,
+        "budget": privacy.epsilon,
+        "budget_against": privacy.budget_against,
+        "noise_known": known,
+        "charges": len(ledger.charges),
+        "examples": _examples(privacy, ledger, known),
+    }
+
+
+def _examples(privacy: Privacy, ledger: Ledger, known: bool) -> dict[str, Any] | None:
+    """The guarantee of devices' own noise: another unit, which nothing adds to the user's."""
+    if privacy.local == "none":
+        return None
+    (event,) = ledger.examples or (None,)
+    return {
+        "unit": EXAMPLE,
+        "epsilon": None if known else finite(ledger.epsilon_of_examples(privacy.local_delta)),
+        "delta": privacy.local_delta,
+        "noise_multiplier": event and event.noise_multiplier,
+        "clip_norm": privacy.local_clip_norm,
+        "budget": privacy.local_epsilon,
+        "charges": sum(ledger.examples.values()),
+    }
+
+
+def _together(own: Sequence[metrics.Evaluation]) -> metrics.Evaluation:
+    """Everybody's metrics, each with what the user's own tier holds, by names of their own."""
+    own = [each for each in own if each.users.size]
+    if not own:
+        return metrics.Evaluation.nobody()
+    users = np.concatenate([each.users for each in own])
+    order = np.argsort(users)
+    names = set.intersection(*(set(each.values) for each in own))
+    return metrics.Evaluation(
+        users[order],
+        {
+            f"own_{name}": np.concatenate([each.values[name] for each in own])[order]
+            for name in own[0].values
+            if name in names
+        },
+    )
+
+
+def _tier(
+    scenario: Scenario, parts: Parts, tier: Tier, measured: metrics.Evaluation
+) -> dict[str, Any]:
+    """What one tier holds and costs, and how good it is at what it holds."""
+    cohort, size = parts.simulation.cohorts[tier.index], tier.layout.size * BYTES_A_COEFFICIENT
+    histories = cohort.histories
+    longest = histories.select(np.array([histories.lengths.argmax()])).items
+    prefix = parts.federation.prefix(parts.server.weights, tier)
+    ring_bits = parts.server.plan.protection.ring.bits
+    n_items = parts.everyone.trainer.recommender.vectors.items
+    peak, shares = None, parts.server.plan.protection.shares
+    if scenario.run.footprint:
+        peak = peak_bytes(scenario, tier.index, n_items, prefix, longest, shares)
+    return {
+        "capacity": tier.capacity,
+        "share": tier.share,
+        "weight": tier.weight,
+        "devices": len(cohort.states),
+        "items": tier.recommender.vectors.items,
+        "dim": tier.recommender.vectors.dim,
+        "upload_bytes": size * ring_bits // (8 * BYTES_A_COEFFICIENT),
+        "download_bytes": size,
+        "device_peak_bytes": peak,
+        **measured.summary(),
+    }
+
+
+def _absent(parts: Parts, measured: metrics.Evaluation) -> dict[str, Any]:
+    """Devices that hold nothing and recommend what is popular."""
+    facts = {"capacity": 0.0, "share": parts.federation.absent, "weight": 0.0}
+    return {**facts, "devices": len(parts.simulation.absent), **measured.summary()}
+
+
+def _cost(
+    parts: Parts, tiers: Sequence[Mapping[str, Any]], cpu_s: float, wall_s: float
+) -> dict[str, Any]:
+    """Costs of the device that holds most, and of the run."""
+    server, plan = parts.server, parts.server.plan
+    device_rounds = server.index * plan.expected_cohort
+    # Realised cohorts are nobody's business: two digits of a total do not tell their number.
+    seconds = two_digits if plan.event.hides_cohorts else float
+    device = ("upload_bytes", "download_bytes", "device_peak_bytes")
+    return {
+        **{name: tiers[0].get(name) for name in device},
+        "cpu_s_per_device_round": seconds(cpu_s / device_rounds) if device_rounds else None,
+        "wall_s": seconds(wall_s),
+        "noise_deferred": parts.simulation.deferred.share,
+    }
+
+
+def finite(value: float) -> float | None:
+    """A number as JSON has it: an infinite ε is null."""
+    return value if math.isfinite(value) else None
+
+
+def two_digits(value: float) -> float:
+    """A time that tells no realised cohort size."""
+    return float(f"{value:.1e}")
+
+
+def model_facts(server: Server, scenario: Scenario) -> dict[str, Any]:
+    """What ``result.json`` and ``model.json`` say about the model's size."""
+    recommender = server.plan.federation.tiers[0].recommender
+    vectors, layout = recommender.vectors, recommender.layout
+    return {
+        "kind": scenario.model.kind,
+        "dim": vectors.dim,
+        "block": vectors.block,
+        "slots": vectors.slots,
+        "compression": vectors.compression,
+        "dense_weights": layout.dense,
+        "coefficients": layout.size,
+        "weights_norm": float(np.linalg.norm(server.released)),
+    }

@@ -1,0 +1,1 @@
+"""One scenario file, read into typed values."""

@@ -1,1 +1,0 @@
-"""How a round reaches the devices, and their sum the server."""

@@ -1,0 +1,737 @@
+"""The command line: what each command prints, where, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from scipy import stats
+
+from privrec import errors
+from privrec.cli import main as cli
+from privrec.cli.main import main
+from privrec.scenario import load as scenario
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = """
+name = "tiny"
+title = "A tiny run"
+[data]
+users = 40
+items = 20
+clusters = 2
+interactions_per_user = 6
+[model]
+dim = 4
+block = 2
+[devices]
+population = 40
+sampling_rate = 0.5
+[train]
+rounds = 3
+[privacy]
+noise = "central"
+clip_norm = 1.0
+epsilon = 8.0
+"""
+
+
+def call(*words: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def done(*words: str | Path) -> Result:
+    result = call(*words)
+    assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
+    return result
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory and a state directory of their own, and a scenario."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PRIVREC_STATE", str(tmp_path / "state"))
+    monkeypatch.setenv("PRIVREC_DATA", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "120")
+    (tmp_path / "tiny.toml").write_text(TINY)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """A finished run, and what running it printed."""
+    place = tmp_path_factory.mktemp("finished")
+    (place / "tiny.toml").write_text(TINY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PRIVREC_STATE", str(place / "state"))
+        patch.setenv("COLUMNS", "120")
+        result = done("run", place / "tiny.toml", "--out", place / "run")
+    return place / "run", result
+
+
+# --------------------------------------------------------------------------- help
+
+
+def commands(group: click.Group, *path: str) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, *path, name)
+        else:
+            yield (*path, name), command
+
+
+COMMANDS = dict(commands(main))
+EVERY_COMMAND = pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+
+
+def examples(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip().startswith("privrec ")]
+
+
+@EVERY_COMMAND
+def test_help_ends_with_an_example_of_the_command_itself(path: tuple[str, ...]) -> None:
+    text = done(*path, "--help").stdout
+    heading, found = text.rstrip().rpartition("Example")[1:]
+    assert heading
+    assert examples(found)
+    assert len(examples(found)) == len(found.strip().splitlines()) - 1
+    for example in examples(found):
+        assert example.startswith(" ".join(["privrec", *path]))
+
+
+@EVERY_COMMAND
+def test_examples_of_the_help_can_be_parsed(path: tuple[str, ...]) -> None:
+    command = COMMANDS[path]
+    for example in examples(command.epilog or ""):
+        words = shlex.split(example)[1 + len(path) :]
+        with command.make_context(path[-1], words):
+            pass
+
+
+@EVERY_COMMAND
+def test_every_command_and_option_is_documented(path: tuple[str, ...]) -> None:
+    page = (ROOT / "docs" / "cli.md").read_text("utf-8")
+    section = page.partition(f"\n## privrec {' '.join(path)}\n")[2].partition("\n## ")[0]
+    assert f"privrec {' '.join(path)}" in section.partition("```bash")[2]
+    for parameter in COMMANDS[path].params:
+        if isinstance(parameter, click.Option):
+            assert any(f"`{name}" in section for name in parameter.opts), parameter.opts
+
+
+@EVERY_COMMAND
+def test_what_lists_something_can_do_so_for_programs(path: tuple[str, ...]) -> None:
+    names = {name for parameter in COMMANDS[path].params for name in parameter.opts}
+    assert "--json" in names or path in {("data", "fetch"), ("report", "schema")}
+
+
+def test_commands_stand_in_the_order_of_first_use() -> None:
+    text = done("--help").stdout.partition("Commands:")[2]
+    places = [text.index(f"\n  {name} ") for name in main.commands]
+    assert places == sorted(places)
+    assert "130 interrupted" in done("--help").stdout
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert done("--version").stdout == "privrec, version 0.1.0\n"
+
+
+def loaded_after(*words: str) -> set[str]:
+    program = (
+        "import sys\nfrom click.testing import CliRunner\nfrom privrec.cli.main import main\n"
+        "result = CliRunner().invoke(main, sys.argv[1:])\n"
+        "assert result.exit_code in (0, 2), result.output\nprint(*sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--help",),
+        ("run", "--help"),
+        ("plan", "tiny.toml", "--json"),
+        ("run", "tiny.toml", "-s", "train.rounds=0"),
+        ("data", "list"),
+        ("recommend", "nothing"),
+    ],
+    ids=" ".join,
+)
+def test_what_needs_only_the_scenario_does_not_load_torch(words: tuple[str, ...]) -> None:
+    assert not loaded_after(*words) & {"torch", "opacus", "matplotlib"}
+
+
+def test_help_loads_no_numbers_at_all() -> None:
+    assert not loaded_after("run", "--help") & {"numpy", "scipy", "pydantic", "rich", "jinja2"}
+
+
+# --------------------------------------------------------------------------- exit codes
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.PrivrecError("value, rule, remedy"), 1),
+        (errors.UsageError("value, rule, remedy"), 2),
+        (errors.UnknownIdError("value, rule, remedy"), 2),
+        (errors.BudgetError("value, rule, remedy"), 3),
+        (errors.DataError("value, rule, remedy"), 4),
+        (errors.IntegrityError("value, rule, remedy"), 4),
+        (errors.ReleaseRefused("value, rule, remedy"), 5),
+        (errors.Interrupted("value, rule, remedy"), 130),
+    ],
+)
+def test_errors_are_one_line_and_an_exit_code(
+    error: errors.PrivrecError, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("privrec.run.lifecycle.start", fail)
+    result = call("run", "tiny.toml")
+    assert result.exit_code == code
+    assert result.stderr == "error: value, rule, remedy\n"
+    assert not result.stdout
+
+
+def test_ctrl_c_anywhere_exits_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("privrec.scenario.load", stop)
+    result = call("plan", "tiny.toml")
+    assert result.exit_code == 130
+    assert "interrupted" in result.stderr
+
+
+def test_a_full_disk_is_named_and_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", "out/model")
+
+    monkeypatch.setattr("privrec.run.lifecycle.start", fail)
+    result = call("run", "tiny.toml")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: out/model: No space left on device; check")
+
+    def fault(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("privrec.run.lifecycle.start", fault)
+    assert isinstance(call("run", "tiny.toml").exception, ZeroDivisionError)
+
+
+def test_a_run_that_its_budget_stopped_is_reported(
+    finished: tuple[Path, Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, _ = finished
+    (directory / "report.html").unlink()
+
+    def fail(*_: object, **__: object) -> None:
+        raise errors.BudgetError("spent")
+
+    monkeypatch.setattr("privrec.run.lifecycle.resume", fail)
+    assert call("resume", directory).exit_code == 3
+    assert (directory / "report.html").is_file()
+
+
+def test_interrupted_by_a_signal_then_resumed(place: Path) -> None:
+    words = [sys.executable, "-m", "privrec", "run", "tiny.toml", "--out", "run"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [*words, "-s", "train.rounds=100000", "-s", "privacy.epsilon=",
+         "-s", "privacy.noise_multiplier=500", "-s", "devices.sampling=everybody"],
+        stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+    assert process.stderr is not None
+    seen = [process.stderr.readline()]
+    while "round" not in (line := process.stderr.readline()):
+        seen.append(line)
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate()[1]
+    assert process.returncode == 130, rest
+    assert seen[0].startswith("Simulated run: tiny")
+    assert "error: stopped after round" in rest
+    assert "privrec resume run" in rest
+    assert "Traceback" not in rest
+    assert not (place / "run" / "result.json").exists()
+    again = subprocess.Popen(
+        [*words[:3], "resume", "run"], stderr=subprocess.PIPE, text=True, env=environment
+    )
+    assert again.stderr is not None
+    assert "going on after round" in again.stderr.readline()
+    time.sleep(0.2)
+    again.send_signal(signal.SIGINT)
+    again.communicate()
+    assert again.returncode == 130
+
+
+# --------------------------------------------------------------------------- run and what follows
+
+
+def test_a_run_says_simulated_first_and_ends_with_figures_and_the_report(
+    finished: tuple[Path, Result],
+) -> None:
+    directory, result = finished
+    assert result.stderr.startswith("Simulated run: tiny (A tiny run), 3 rounds")
+    assert result.stdout.startswith("Simulated run: tiny, 3 rounds")
+    assert "outside the guarantee" in result.stdout
+    payload = json.loads((directory / "result.json").read_text())
+    for adversary in ("epsilon", "epsilon_server"):
+        # Rounded up, never down.
+        value = payload["privacy"][adversary]
+        assert any(f"ε = {value + extra:.3f}" in result.stdout for extra in (0, 0.0005))
+    assert f"{payload['metrics']['hr@10']:.4f}" in result.stdout
+    assert result.stdout.splitlines()[-1] == f"Report: {directory / 'report.html'}"
+    for name in ("report.html", "report.md", "report.json", "scenario.toml", "ledger.jsonl"):
+        assert (directory / name).is_file()
+
+
+def test_json_is_the_result_and_nothing_else() -> None:
+    result = done("run", "tiny.toml", "--out", "run", "--json")
+    assert json.loads(result.stdout) == json.loads(Path("run/result.json").read_text())
+    assert json.loads(result.stdout)["simulated"] is True
+
+
+def test_a_run_without_noise_says_so() -> None:
+    words = ("-s", "privacy.noise=none", "-s", "privacy.epsilon=", "--out", "run")
+    result = done("run", "tiny.toml", *words)
+    assert "no privacy guarantee" in result.stdout
+    assert "ε =" not in result.stdout
+
+
+def test_a_run_without_a_limit_on_epsilon_is_reported() -> None:
+    words = ("-s", "privacy.noise_multiplier=1.5", "-s", "privacy.epsilon=", "--out", "run")
+    result = done("run", "tiny.toml", *words)
+    assert "without a limit on ε" in result.stderr
+    assert "None set for this run" in Path("run/report.html").read_text(encoding="utf-8")
+
+
+def test_no_table_promises_anything_against_the_trusted_server(
+    finished: tuple[Path, Result],
+) -> None:
+    for text in (finished[1].stdout, done("plan", "tiny.toml").stdout):
+        assert "against the server" not in text
+    assert "against somebody who knows every cohort" in finished[1].stdout
+    assert "Cost (outside the guarantee)" in finished[1].stdout
+
+
+ROWS = """
+[[rows]]
+name = "strict"
+set = { "privacy.epsilon" = 1.0 }
+[[rows]]
+name = "ranking"
+set = { "train.loss" = "bpr", "train.rounds" = 2 }
+"""
+
+
+SEEDED = """
+[[rows]]
+name = "alike"
+
+[[rows]]
+name = "mixed"
+set = { "devices.tiers" = [{ capacity = 1.0, share = 0.5 }, { capacity = 0.5, share = 0.5 }] }
+"""
+
+
+def test_rows_over_several_seeds_give_means_and_intervals(place: Path) -> None:
+    (place / "tiny.toml").write_text(TINY + SEEDED)
+    settings = ("-s", "run.seeds=3", "-s", 'run.baselines=["popularity", "ease"]')
+    printed = done("run", "tiny.toml", "--out", "seeded", *settings).stdout
+    payload = json.loads(Path("seeded/result.json").read_text())
+    assert set(payload["baselines"]) == {"popularity", "ease"}
+    for index, row in enumerate(payload["rows"]):
+        folders = [f"{index}", f"{index}-1", f"{index}-2"]
+        found = [json.loads(Path(f"seeded/rows/{f}/result.json").read_text()) for f in folders]
+        seeds = [scenario.load(Path(f"seeded/rows/{f}/scenario.toml")).run.seed for f in folders]
+        assert seeds == [seeds[0], seeds[0] + 1, seeds[0] + 2]
+        assert row["seeds"] == [each["run_id"] for each in found]
+        values = [each["metrics"]["ndcg@10"] for each in found]
+        assert len(set(values)) > 1
+        assert row["ndcg@10"] == pytest.approx(np.mean(values))
+        reach = stats.t.ppf(0.975, 2) * np.std(values, ddof=1) / 3**0.5
+        assert row["intervals"]["ndcg@10"] == pytest.approx(
+            [np.mean(values) - reach, np.mean(values) + reach]
+        )
+        # Memory is measured once, and is that of a real process.
+        peaks = [each["tiers"][0]["device_peak_bytes"] for each in found]
+        assert peaks[0] > 0
+        assert peaks[1:] == [None, None]
+    alike, mixed = payload["rows"]
+    assert "own_ndcg@10" not in alike
+    assert [tier["capacity"] for tier in mixed["tiers"]] == [1.0, 0.5]
+    uploads = [tier["upload_bytes"] for tier in mixed["tiers"]]
+    assert uploads[1] < 0.6 * uploads[0]
+    own = np.mean([tier["ndcg@10"] for tier in mixed["tiers"]])
+    assert mixed["own_ndcg@10"] == pytest.approx(own, abs=0.02)  # tiers of about one size
+    assert "±" in printed
+    assert "ease (centralised)" in printed
+
+
+def test_rows_are_run_and_listed_and_resumed_where_they_stopped(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "tiny.toml").write_text(TINY + ROWS)
+    from privrec.run import lifecycle
+
+    begun: list[str] = []
+
+    def fail_once(scenario: Any, **words: Any) -> Any:
+        begun.append(scenario.title)
+        if begun == ["A tiny run", "strict", "ranking"]:
+            raise errors.Interrupted("stopped")
+        return original(scenario, **words)
+
+    original = lifecycle.start
+    monkeypatch.setattr(lifecycle, "start", fail_once)
+    stopped = call("run", "tiny.toml", "--out", "run")
+    assert stopped.exit_code == 130, stopped.output
+    result = done("resume", "run")
+    assert begun == ["A tiny run", "strict", "ranking", "ranking"]
+    payload = json.loads(Path("run/result.json").read_text())
+    strict, ranking = payload["rows"]
+    assert (strict["name"], strict["privacy.epsilon"]) == ("strict", 1.0)
+    assert strict["epsilon"] <= 1 < payload["privacy"]["epsilon"]
+    assert (ranking["train.loss"], ranking["train.rounds"]) == ("bpr", 2)
+    assert {"hr@10", "upload_bytes"} <= set(ranking)
+    assert "ranking" in result.stdout
+    assert len(json.loads(Path("run/report.json").read_text())["rows"]) == 2
+    assert "rows" not in json.loads(Path("run/rows/0/result.json").read_text())
+
+
+def test_runs_are_numbered(place: Path) -> None:
+    assert cli._new_directory("tiny") == Path("runs/tiny-1")
+    (place / "runs" / "tiny-1").mkdir(parents=True)
+    (place / "runs" / "tiny-3").mkdir()
+    assert cli._new_directory("tiny") == Path("runs/tiny-2")
+
+
+def test_an_empty_folder_is_a_place_for_a_run(place: Path) -> None:
+    (place / "run").mkdir()
+    done("run", "tiny.toml", "-s", "train.rounds=1", "--out", "run")
+    assert (place / "run" / "result.json").is_file()
+
+
+def test_resuming_a_finished_run_shows_its_result(
+    finished: tuple[Path, Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, first = finished
+    assert call("resume", directory).exit_code == 2  # without its key nothing vouches for it
+    monkeypatch.setenv("PRIVREC_STATE", str(directory.parent / "state"))
+    assert done("resume", directory).stdout == first.stdout
+
+
+def test_report_names_its_files_and_prints_json(finished: tuple[Path, Result]) -> None:
+    directory, _ = finished
+    names = [Path(line).name for line in done("report", directory).stdout.splitlines()]
+    assert names == ["report.html", "report.md", "report.json", "report.registry.yaml"]
+    payload = json.loads(done("report", directory, "--json").stdout)
+    assert payload == json.loads((directory / "report.json").read_text())
+
+
+def test_recommendations_for_a_user_have_titles_and_leave_out_the_history(
+    finished: tuple[Path, Result],
+) -> None:
+    directory, _ = finished
+    table = done("recommend", directory, "--user", "3", "-k", "4").stdout
+    assert "Recommendations for user 3" in table
+    assert "of group" in table
+    found = json.loads(done("recommend", directory, "--user", "3", "-k", "4", "--json").stdout)
+    assert [entry["rank"] for entry in found] == [1, 2, 3, 4]
+    assert set(found[0]) == {"rank", "item_id", "title", "score"}
+    assert all(entry["title"].startswith(f"Item {entry['item_id']} ") for entry in found)
+
+
+def test_recommendations_for_a_file_of_liked_items(
+    finished: tuple[Path, Result], place: Path
+) -> None:
+    directory, _ = finished
+    (place / "liked.txt").write_text("# what I like\n5\n\n  7  # this too\n")
+    words = ("recommend", directory, "--history", "liked.txt", "-k", "6", "--json")
+    found = {entry["item_id"] for entry in json.loads(done(*words).stdout)}
+    assert len(found) == 6
+    assert not found & {"5", "7"}
+    assert "the history in liked.txt" in done(*words[:-1]).stdout
+
+
+def test_runs_are_compared(finished: tuple[Path, Result], place: Path) -> None:
+    directory, _ = finished
+    done("run", "tiny.toml", "-s", "name=other", "-s", "privacy.epsilon=4", "--out", "other")
+    table = done("compare", directory, "other", "--out", "page.html").stdout
+    assert "tiny" in table
+    assert "other" in table
+    assert "<html" in (place / "page.html").read_text()
+    rows = json.loads(done("compare", directory, "other", "--json").stdout)["rows"]
+    assert [row["name"] for row in rows] == ["tiny", "other"]
+    assert rows[0]["epsilon"] > rows[1]["epsilon"]
+
+
+def test_the_demo_ends_with_recommendations_and_the_report(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "QUICKSTART", place / "tiny.toml")
+    lines = done("demo").stdout.splitlines()
+    assert "Recommendations for user 7" in lines
+    assert lines[-2:] == ["Run:    runs/tiny-1", "Report: runs/tiny-1/report.html"]
+    payload = json.loads(done("demo", "--json").stdout)
+    assert len(payload["recommendations"]) == 10
+    assert Path(payload["report"]).is_file()
+
+
+def test_sinks_are_opened_before_anything_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+
+    class Sink:
+        def __init__(self, where: object) -> None:
+            opened.append(where)
+            raise errors.UsageError("no such service")
+
+    monkeypatch.setattr("privrec.run.tracking.MLflowSink", Sink)
+    result = call("run", "tiny.toml", "--mlflow", "mine", "--out", "run")
+    assert (result.exit_code, opened) == (2, ["mine"])
+    assert not Path("run").exists()
+
+
+# --------------------------------------------------------------------------- plan
+
+
+def planned(*words: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(done("plan", "tiny.toml", *words, "--json").stdout)
+    return found
+
+
+def test_the_plan_meets_the_target_with_the_accountants_own_figures() -> None:
+    from privrec.privacy.events import RoundEvent, epsilon
+
+    plan = planned("-s", "train.rounds=40")
+    event = {RoundEvent("gaussian", plan["noise_multiplier"], 0.5): 40}
+    assert plan["epsilon"] == epsilon(event, 1e-5, "recipients") <= 8
+    assert plan["epsilon_server"] == epsilon(event, 1e-5, "server") > plan["epsilon"]
+    rounds = [entry["round"] for entry in plan["epsilon_by_round"]]
+    assert len(rounds) == 10
+    assert (rounds[0], rounds[-1]) == (1, 40)
+    spent = [entry["epsilon"] for entry in plan["epsilon_by_round"]]
+    assert spent == sorted(spent)
+    assert spent[-1] == plan["epsilon"]
+
+
+def test_the_plan_against_the_server_needs_more_noise() -> None:
+    against_all = planned("-s", "privacy.budget_against=server")
+    assert against_all["noise_multiplier"] > planned()["noise_multiplier"]
+    assert against_all["epsilon_server"] <= 8
+
+
+def test_signal_to_noise_is_that_of_aligned_updates() -> None:
+    plan = planned("-s", "privacy.clip_norm=0.5")
+    signal, sigma = plan["signal"], plan["noise_multiplier"]
+    assert plan["expected_cohort"] == 20
+    assert signal["signal_norm"] == 10
+    assert signal["noise_per_coefficient"] == pytest.approx(0.5 * sigma)
+    assert signal["ratio_per_coefficient"] == pytest.approx(20 / sigma)
+    assert signal["ratio"] == pytest.approx(20 / sigma / signal["coefficients"] ** 0.5)
+
+
+MIXED = [{"capacity": 0.25, "share": 0.5}, {"capacity": 1.0, "share": 0.5}]
+WEAK = [{"capacity": 0.25, "share": 0.5}, {"capacity": 0.5, "share": 0.5}]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"model.item_bias": False},
+        {"model.compression": 3.0},
+        {"model.kind": "mlp", "model.dim": 6},
+        {"model.kind": "neumf", "model.dim": 6, "model.hidden": (9, 5)},
+        {"devices.tiers": MIXED},
+        {"devices.tiers": WEAK, "model.compression": 3.0},
+        {"devices.tiers": WEAK, "model.kind": "neumf"},
+        {"devices.tiers": WEAK, "devices.popularity": "public"},
+        {"devices.tiers": WEAK, "devices.popularity": "public", "model.item_bias": False},
+        {"devices.tiers": WEAK, "devices.nesting": "dims", "model.block": 1},
+        {"train.loss": "ials", "model.item_bias": False},
+        {
+            "devices.tiers": WEAK,
+            "devices.nesting": "dims",
+            "model.block": 1,
+            "train.loss": "ials",
+            "model.item_bias": False,
+        },
+    ],
+)
+def test_coefficients_are_those_of_the_model_that_is_built(settings: dict[str, Any]) -> None:
+    from privrec.cli.plan import coefficients
+    from privrec.run.assembly import federation_of
+    from privrec.scenario.load import Scenario
+
+    scenario = Scenario.from_toml(TINY).with_settings(settings)
+    layout = federation_of(scenario, scenario.data.items).layout
+    assert coefficients(scenario) == layout.size
+
+
+def test_a_plan_of_published_data_needs_no_data() -> None:
+    plan = planned(
+        *("-s", "data.source=ml-1m"),
+        *(word for key in ("users", "items", "clusters", "interactions_per_user")
+          for word in ("-s", f"data.{key}=")),
+        *("-s", "devices.population="),
+    )  # fmt: skip
+    assert plan["population"] == 6040
+    assert plan["signal"]["coefficients"] == 8192 * 2 + 4096
+    assert not Path("runs").exists()
+
+
+def test_a_plan_without_a_population_says_what_is_missing() -> None:
+    (warning,) = planned(
+        *("-s", "data.source=table", "-s", "devices.population="),
+        *(word for key in ("users", "items", "clusters", "interactions_per_user")
+          for word in ("-s", f"data.{key}=")),
+    )["warnings"]  # fmt: skip
+    assert "devices.population is unset" in warning
+
+
+def test_a_plan_warns_of_a_large_delta_and_a_small_cohort() -> None:
+    warnings = planned("-s", "privacy.delta=0.05", "-s", "devices.sampling_rate=0.1")["warnings"]
+    assert "privacy.delta = 0.05 is not below 1 / population = 0.025" in warnings[0]
+    assert "4 devices on average" in warnings[1]
+    assert not planned("-s", "devices.sampling_rate=0.5")["warnings"]
+
+
+def test_a_plan_without_noise_promises_nothing() -> None:
+    words = ("-s", "privacy.noise=none", "-s", "privacy.epsilon=")
+    plan = planned(*words)
+    assert plan["epsilon"] is plan["epsilon_server"] is plan["signal"] is None
+    assert "no privacy guarantee" in done("plan", "tiny.toml", *words).stdout
+
+
+def test_a_plan_has_the_rows_of_its_scenario(place: Path) -> None:
+    rows = '[[rows]]\nname = "strict"\nset = { "privacy.epsilon" = 1.0 }\n'
+    (place / "tiny.toml").write_text(TINY + rows)
+    plan = planned()
+    assert [row["name"] for row in plan["rows"]] == ["strict"]
+    assert plan["rows"][0]["epsilon"] <= 1 < plan["epsilon"]
+    assert "Row strict" in done("plan", "tiny.toml").stdout
+
+
+def test_the_printed_plan_rounds_epsilon_up() -> None:
+    plan, table = planned(), done("plan", "tiny.toml").stdout
+    shown = next(line.split() for line in table.splitlines() if line.split()[:1] == ["3"])
+    for text, value in zip(shown[1:], (plan["epsilon"], plan["epsilon_server"]), strict=True):
+        assert value <= float(text) < value + 0.001
+
+
+# --------------------------------------------------------------------------- data
+
+
+def test_the_list_of_data_says_what_is_here(place: Path) -> None:
+    (place / "cache" / "ml-1m").mkdir(parents=True)
+    (place / "more").mkdir()
+    (place / "more" / "ml-100k.zip").write_bytes(b"")
+    rows = json.loads(done("data", "list", "--data", "more", "--json").stdout)
+    found = {row["name"]: row["found"] for row in rows}
+    assert found["ml-1m"] == str(place / "cache" / "ml-1m")
+    assert found["ml-100k"] == "more/ml-100k.zip"
+    assert found["ml-25m"] is None
+    assert "not here" in done("data", "list").stdout
+
+
+def test_a_data_set_is_described_by_name_or_scenario() -> None:
+    by_name = done("data", "describe", "synthetic", "-s", "data.users=50", "--json").stdout
+    assert json.loads(by_name)["users"] == 50
+    by_file = json.loads(done("data", "describe", "tiny.toml", "--json").stdout)
+    assert (by_file["users"], by_file["items"]) == (40, 20)
+    assert "heldout" in done("data", "describe", "tiny.toml").stdout
+
+
+def test_fetch_prints_the_path_and_the_terms_apart(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pretend(name: str, *, directory: Path | None, echo: Any) -> Path:
+        echo(f"terms of {name}")
+        return (directory or Path("nowhere")) / f"{name}.zip"
+
+    monkeypatch.setattr("privrec.data.fetch.fetch", pretend)
+    result = done("data", "fetch", "ml-1m", "--data", "here")
+    assert (result.stdout, result.stderr) == ("here/ml-1m.zip\n", "terms of ml-1m\n")
+
+
+# --------------------------------------------------------------------------- doctor
+
+
+def test_the_doctor_finds_a_healthy_machine(place: Path) -> None:
+    findings = {entry["name"]: entry for entry in json.loads(done("doctor", "--json").stdout)}
+    assert {"python", "packages", "threads", "secure generator", "AES speed", "data"} <= set(
+        findings
+    )
+    assert findings["state directory"]["level"] == "ok"
+    assert str(place / "state") in findings["state directory"]["detail"]
+    assert not list((place / "state").iterdir())
+    assert "privrec doctor" in done("doctor").stdout
+
+
+def test_the_doctor_fails_where_the_state_cannot_be_kept(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "file").write_text("")
+    monkeypatch.setenv("PRIVREC_STATE", str(place / "file" / "state"))
+    result = call("doctor")
+    assert result.exit_code == 1
+    assert "FAIL" in result.stdout
+    assert "set PRIVREC_STATE" in result.stdout
+    assert "error: state directory" in result.stderr
+
+
+def test_the_doctor_survives_what_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    from privrec.cli import doctor
+
+    def _aes_speed() -> doctor.Finding:
+        raise RuntimeError("no cipher")
+
+    monkeypatch.setattr(doctor, "_CHECKS", (_aes_speed,))
+    finding = doctor.examine()[0]
+    assert (finding.name, finding.level) == ("aes speed", "fail")
+    assert "no cipher" in finding.detail
+
+
+def test_the_doctor_names_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    from privrec.cli import doctor
+
+    declared = ["torch>=2", "no-such-thing>=1", "nor-this; extra == 'track'", "x; extra == 'dev'"]
+    monkeypatch.setattr(doctor, "_declared", lambda: declared)
+    findings = {finding.name: finding for finding in doctor.examine()}
+    assert findings["packages"].level == "fail"
+    assert findings["packages"].detail == "missing: no-such-thing"
+    assert findings["extra track"].level == "note"
+    assert "extra dev" not in findings
+
+
+# --------------------------------------------------------------------------- the package
+
+
+def test_the_package_offers_its_names_lazily() -> None:
+    import privrec
+    from privrec.scenario.load import load
+
+    assert privrec.load_scenario is load
+    assert set(privrec.__all__) <= set(dir(privrec))
+    with pytest.raises(AttributeError, match="no_such_name"):
+        privrec.no_such_name  # noqa: B018

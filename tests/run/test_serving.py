@@ -1,0 +1,277 @@
+"""Recommendations: for a user of the data, or for a history that nobody has seen."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from privrec import data
+from privrec.data import Interactions
+from privrec.errors import IntegrityError, UnknownIdError, UsageError
+from privrec.evaluate.evaluator import Scorer
+from privrec.privacy.ledger import Ledger
+from privrec.run import lifecycle
+from privrec.run.recommend import Recommendation, answer, recommend
+from privrec.run.record import NullObserver
+from privrec.run.summary import read_model
+from privrec.scenario.load import Scenario
+
+SCENARIO = """
+name = "served"
+[data]
+users = 120
+items = 40
+clusters = 4
+interactions_per_user = 10
+[model]
+dim = 8
+block = 4
+[devices]
+sampling = "everybody"
+[train]
+rounds = 12
+loss = "full_softmax"
+server_optimizer = "fedavg"
+server_lr = 2.0
+[privacy]
+noise = "none"
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("served")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PRIVREC_STATE", str(folder / "state"))
+        patch.setattr("privrec.run.summary.peak_bytes", lambda *_: None)
+        scenario = Scenario.from_toml(SCENARIO)
+        lifecycle.start(
+            scenario, out=folder / "run", observer=NullObserver(), unsafe_noise_key=b"k"
+        )
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def train() -> Interactions:
+    return data.load(Scenario.from_toml(SCENARIO).data, data_dir=None).train
+
+
+def copied(trained: Path, to: Path) -> Path:
+    return Path(shutil.copytree(trained, to / "run"))
+
+
+def ids_of(train: Interactions, user: int) -> list[str]:
+    return [str(train.item_ids[item]) for item in train.history(user)]
+
+
+def test_a_list_is_ranked_and_within_the_catalogue(trained: Path, train: Interactions) -> None:
+    known = {str(item) for item in train.item_ids}
+    for user in (0, 7, 119):
+        found = recommend(trained, user=str(train.user_ids[user]))
+        assert [entry.rank for entry in found] == [*range(1, 11)]
+        scores = [entry.score for entry in found]
+        assert scores == sorted(scores, reverse=True)
+        assert len({entry.item_id for entry in found}) == 10
+        assert {entry.item_id for entry in found} <= known
+
+
+def test_nothing_of_the_history_comes_back(trained: Path, train: Interactions) -> None:
+    for user in range(0, 120, 17):
+        own = ids_of(train, user)
+        for words in ({"user": str(train.user_ids[user])}, {"history": own}):
+            found = recommend(trained, k=1000, **words)  # type: ignore[arg-type]
+            offered = [entry.item_id for entry in found]
+            assert not set(offered) & set(own)
+            assert len(offered) == len(set(offered)) == train.n_items - len(set(own))
+
+
+@pytest.mark.parametrize("loss", ["full_softmax", "softmax", "bce", "bpr"])
+def test_a_user_and_the_same_history_get_the_same_list(
+    loss: str, train: Interactions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the fit draws negatives: those depend on the history, not on its order."""
+    monkeypatch.setenv("PRIVREC_STATE", str(tmp_path / "state"))
+    monkeypatch.setattr("privrec.run.summary.peak_bytes", lambda *_: None)
+    trained, text = tmp_path / "run", SCENARIO.replace("full_softmax", loss)
+    scenario = Scenario.from_toml(text, ["train.rounds=2"])
+    lifecycle.start(scenario, out=trained, observer=NullObserver(), unsafe_noise_key=b"k")
+    for user in (1, 30, 64):
+        by_id = recommend(trained, user=str(train.user_ids[user]))
+        own = ids_of(train, user)
+        for history in (own, own[::-1], own + own):
+            assert recommend(trained, history=history) == by_id
+
+
+def test_a_history_nobody_has_seen_is_served_by_its_taste(
+    trained: Path, train: Interactions
+) -> None:
+    """Two histories from two users' tastes get lists that differ, each closer to its own."""
+    lists = [{entry.item_id for entry in recommend(trained, history=ids_of(train, user)[:4])}
+             for user in range(12)]  # fmt: skip
+    assert len({frozenset(found) for found in lists}) > 6
+
+
+def test_held_out_items_are_found_more_often_than_by_chance(
+    trained: Path, train: Interactions
+) -> None:
+    split = data.load(Scenario.from_toml(SCENARIO).data, data_dir=None)
+    hits = []
+    for user in range(0, 120, 3):
+        target = split.heldout.items[split.heldout.indptr[user]]
+        found = recommend(trained, user=str(train.user_ids[user]))
+        hits.append(str(train.item_ids[target]) in {entry.item_id for entry in found})
+    assert sum(hits) / len(hits) > 0.5  # chance: a third
+
+
+def test_k_bounds_the_list(trained: Path, train: Interactions) -> None:
+    whole = recommend(trained, user=str(train.user_ids[5]), k=1000)
+    for k in (1, 3, 10):
+        assert recommend(trained, user=str(train.user_ids[5]), k=k) == whole[:k]
+    for k in (0, -1):
+        with pytest.raises(UsageError, match=f"k = {k}: must be at least 1"):
+            recommend(trained, user=str(train.user_ids[5]), k=k)
+
+
+def test_a_history_of_everything_leaves_nothing_to_recommend(
+    trained: Path, train: Interactions
+) -> None:
+    assert recommend(trained, history=[str(item) for item in train.item_ids]) == []
+
+
+@pytest.mark.parametrize(
+    "words", [{"user": "nobody"}, {"history": ["nothing"]}, {"history": ["1", "99999"]}], ids=str
+)
+def test_unknown_ids_are_refused(trained: Path, words: dict[str, Any]) -> None:
+    with pytest.raises(UnknownIdError) as caught:
+        recommend(trained, **words)
+    wrong = words.get("user") or words["history"][-1]
+    assert repr(wrong) in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("words", [{}, {"user": "1", "history": ["1"]}], ids=str)
+def test_exactly_one_of_user_and_history_is_needed(trained: Path, words: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="give one of"):
+        recommend(trained, **words)
+
+
+def test_an_empty_history_is_refused(trained: Path) -> None:
+    with pytest.raises(UsageError, match="the history is empty"):
+        recommend(trained, history=[])
+
+
+def test_titles_are_given_where_the_data_has_them(trained: Path, train: Interactions) -> None:
+    assert train.titles is not None
+    titles = {str(item): title for item, title in zip(train.item_ids, train.titles, strict=True)}
+    for entry in recommend(trained, user=str(train.user_ids[3])):
+        assert entry.title == titles[entry.item_id]
+
+
+def test_a_recommendation_is_plain_json() -> None:
+    entry = Recommendation(1, "12", None, 0.5)
+    assert json.loads(json.dumps(entry.to_json())) == {
+        "rank": 1, "item_id": "12", "title": None, "score": 0.5,
+    }  # fmt: skip
+
+
+def test_an_unfinished_run_says_how_to_finish_it(trained: Path, tmp_path: Path) -> None:
+    path = copied(trained, tmp_path)
+    (path / "model.safetensors").unlink()
+    with pytest.raises(UsageError, match="there is no model yet; finish the run: privrec resume"):
+        recommend(path, user="1")
+
+
+@pytest.mark.parametrize("content", [b"", b"{ spoilt", b"\x08" + bytes(7) + b'{"a":{}}'])
+def test_a_spoilt_model_is_refused(trained: Path, tmp_path: Path, content: bytes) -> None:
+    path = copied(trained, tmp_path)
+    (path / "model.safetensors").write_bytes(content)
+    with pytest.raises(IntegrityError, match="not a model"):
+        recommend(path, user="1")
+
+
+def test_a_model_of_another_catalogue_is_refused(trained: Path, tmp_path: Path) -> None:
+    path = copied(trained, tmp_path)
+    text = (path / "scenario.toml").read_text()
+    other = text.replace("items = 40", "items = 400")
+    scenario = Scenario.from_toml(other)
+    train = data.load(scenario.data).train
+    with pytest.raises(IntegrityError, match="use the data that the model was trained on"):
+        read_model(path, scenario, train, None)
+    (path / "scenario.toml").write_text(other)
+    with pytest.raises(IntegrityError, match="its scenario_hash is"):
+        recommend(path, user="1")
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"there is no run\.json"):
+        recommend(tmp_path, user="1")
+
+
+TIERS = """tiers = [{capacity = 1.0, share = 0.5}, {capacity = 0.5, share = 0.5}]
+"""
+
+
+@pytest.mark.parametrize(
+    "nesting", ["nesting = 'fold'", "popularity = 'public'", "nesting = 'dims'"]
+)
+def test_a_model_of_mixed_capacities_is_served_from_the_whole_memory(
+    nesting: str, train: Interactions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept are coefficients; recommendations are made from the memory that they mean."""
+    monkeypatch.setenv("PRIVREC_STATE", str(tmp_path / "state"))
+    monkeypatch.setattr("privrec.run.summary.peak_bytes", lambda *_: None)
+    text = SCENARIO.replace("[train]", f"{TIERS}{nesting}\n[train]")
+    scenario = Scenario.from_toml(text)
+    result = lifecycle.start(
+        scenario, out=tmp_path / "run", observer=NullObserver(), unsafe_noise_key=b"k"
+    ).payload
+    split = data.load(scenario.data, data_dir=None)
+    hits = []
+    for user in range(120):
+        found = recommend(tmp_path / "run", user=str(train.user_ids[user]))
+        if user % 20 == 0:
+            assert recommend(tmp_path / "run", history=ids_of(train, user)) == found
+        target = split.heldout.items[split.heldout.indptr[user]]
+        hits.append(str(train.item_ids[target]) in {entry.item_id for entry in found})
+    assert sum(hits) / len(hits) > 0.45  # chance: a third
+    # They are the lists that were measured.
+    assert sum(hits) / len(hits) == pytest.approx(result["metrics"]["full_hr@10"], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "selector", ["hamming", "sketch", "simhash", "pghash", "pghash_d", "block_sign", "auto"]
+)
+def test_every_selector_recommends_what_it_finds_in_the_order_of_a_scan(
+    trained: Path, train: Interactions, selector: Any
+) -> None:
+    user = str(train.user_ids[3])
+    exact = {entry.item_id: entry.score for entry in recommend(trained, user=user, k=40)}
+    found = recommend(trained, user=user, selector=selector)
+    scores = [entry.score for entry in found]
+    assert 0 < len(found) <= 10
+    assert scores == sorted(scores, reverse=True)
+    for entry in found:
+        assert entry.score == pytest.approx(exact[entry.item_id], rel=1e-4, abs=1e-5)
+
+
+def test_a_scan_is_what_scoring_the_whole_catalogue_gives(
+    trained: Path, train: Interactions
+) -> None:
+    scenario = Scenario.from_toml(SCENARIO)
+    with Ledger.open(trained / "ledger.jsonl", repair=False) as ledger:
+        federation, weights = read_model(trained, scenario, train, ledger.ended)
+    tier = federation.tiers[0]
+    view, rng = tier.view(weights), np.random.default_rng(0)
+    for _ in range(20):
+        state = rng.standard_normal(tier.recommender.model.user_dim).astype(np.float32)
+        scores = Scorer(tier.recommender, view, state[None], train.n_items)(np.array([0]), None)[0]
+        history = rng.permutation(train.n_items)[:6]
+        items, values = answer(tier.recommender, view, state, 10, history)
+        scores[history] = -np.inf
+        np.testing.assert_array_equal(items, np.argsort(-scores, kind="stable")[:10])
+        np.testing.assert_allclose(values, scores[items], rtol=1e-4, atol=1e-5)

@@ -1,0 +1,337 @@
+"""The scenario: what is accepted, how it is changed, what it hashes to."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from privrec.errors import ScenarioError
+from privrec.scenario.load import KNOWN_USERS, Privacy, Scenario, keys, load
+from privrec.scenario.problems import Key, as_toml
+
+ROOT = Path(__file__).resolve().parents[2]
+PLAIN = 'name = "plain"\n[privacy]\nnoise = "none"\n'
+PRIVATE = 'name = "private"\n[privacy]\nnoise = "central"\nclip_norm = 1.0\nepsilon = 8\n'
+ROWS = (
+    PLAIN
+    + '[[rows]]\nname = "a"\nset = { "train.loss" = "bpr" }\n'
+    + '[[rows]]\nname = "b"\nset = { "model.dim" = 64, "data.source" = "ml-1m" }\n'
+)
+
+
+def problems(text: str, *overrides: str) -> tuple[str, ...]:
+    with pytest.raises(ScenarioError) as caught:
+        Scenario.from_toml(text, overrides)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize("text", [PLAIN, PRIVATE, ROWS])
+def test_toml_and_back(text: str) -> None:
+    scenario = Scenario.from_toml(text)
+    assert Scenario.from_toml(scenario.to_toml()) == scenario
+    assert Scenario.from_toml(scenario.to_toml()).hash() == scenario.hash()
+
+
+def test_json_holds_the_same_as_toml() -> None:
+    scenario = Scenario.from_toml(ROWS)
+    assert json.loads(scenario.to_json()) == tomllib.loads(scenario.to_toml())
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=50))
+def test_any_text_survives_toml(text: str) -> None:
+    scenario = Scenario.from_toml(PLAIN).with_settings({"title": text})
+    assert Scenario.from_toml(scenario.to_toml()).title == text
+
+
+@given(st.floats(min_value=1e-10, max_value=0.999))
+def test_any_number_survives_toml(delta: float) -> None:
+    scenario = Scenario.from_toml(PLAIN).with_settings({"privacy.delta": delta})
+    assert Scenario.from_toml(scenario.to_toml()).privacy.delta == delta
+
+
+def test_the_resolved_toml_names_only_what_the_source_reads() -> None:
+    synthetic = tomllib.loads(Scenario.from_toml(PLAIN).to_toml())["data"]
+    published = tomllib.loads(Scenario.from_toml(PLAIN, ["data.source=ml-1m"]).to_toml())["data"]
+    assert "users" in synthetic
+    assert "user_column" not in synthetic
+    assert set(published) == {"source", "holdout"}
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("train.rounds=7", "train.rounds", 7),
+        ("train.loss=bpr", "train.loss", "bpr"),
+        ('train.loss="softmax"', "train.loss", "softmax"),
+        ("train.server_lr = 1", "train.server_lr", 1.0),
+        ("run.top_k=[5, 20]", "run.top_k", (5, 20)),
+        ("model.item_bias=false", "model.item_bias", False),
+        ("data.path=/some/where=odd", "data.path", "/some/where=odd"),
+        ("title=one two", "title", "one two"),
+        ("privacy.delta=1e-6", "privacy.delta", 1e-6),
+    ],
+)
+def test_overrides(override: str, path: str, value: object) -> None:
+    found: object = Scenario.from_toml(PLAIN, [override])
+    for part in path.split("."):
+        found = getattr(found, part)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_the_last_override_wins_and_an_empty_one_removes() -> None:
+    overrides = ["train.rounds=7", "train.rounds=9", "privacy.epsilon=", "privacy.noise=none"]
+    scenario = Scenario.from_toml(PRIVATE, overrides)
+    assert scenario.train.rounds == 9
+    assert scenario.privacy.epsilon is None
+
+
+def test_an_override_cannot_smuggle_in_a_second_key() -> None:
+    assert "train.rounds" in problems(PLAIN, "train.rounds=7\nother = 1")[0]
+
+
+def test_everything_wrong_is_reported_at_once() -> None:
+    text = """
+        name = "bad name"
+        round = 3
+        [data]
+        source = "ml1m"
+        [model]
+        dim = 30
+        [train]
+        loss = "BPR"
+        clip_norm = 1
+        rounds = true
+        [pravicy]
+        [privacy]
+        noise = "central"
+        epsilon = 8
+        noise_multiplier = 1
+    """
+    found = "\n".join(problems(text, "train.negatives=0.5", "nonsense"))
+    for part in (
+        'name = "bad name"',
+        "round = 3",
+        'did you mean "ml-1m"?',
+        "model.block = 16: must divide model.dim = 30; use 15",
+        'did you mean "bpr"?',
+        "did you mean privacy.clip_norm?",
+        "train.rounds = true: must be a whole number of at least 1",
+        "did you mean [privacy]?",
+        "privacy.clip_norm is unset",
+        "excludes privacy.noise_multiplier = 1",
+        "train.negatives = 0.5",
+        "-s 'nonsense'",
+    ):
+        assert part in found
+    assert found.count("\n") == 11
+
+
+def test_no_word_of_the_validator_gets_through() -> None:
+    found = "\n".join(problems('name = 3\n[data]\nusers = "x"\n[model]\nhidden = [0]\ndim = nan\n'))
+    for jargon in ("Input should", "pydantic", "validation error", "int_parsing", "literal"):
+        assert jargon not in found
+
+
+def test_a_key_with_a_problem_of_its_own_has_no_second_one() -> None:
+    assert len(problems(PLAIN, "model.block=0")) == 1
+    assert len(problems(PRIVATE, "privacy.clip_norm=-1")) == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("train.round", "train.rounds"),
+        ("train.learning_rate", "train"),
+        ("data.user", "data.users"),
+        ("rounds", "train.rounds"),
+        ("model.epsilon", "privacy.epsilon"),
+        ("privacy.noise_multipler", "privacy.noise_multiplier"),
+        ("run.name", "name"),
+    ],
+)
+def test_the_nearest_key_is_named(wrong: str, right: str) -> None:
+    (problem,) = problems(PLAIN, f"{wrong}=1")
+    assert problem.startswith(f"{wrong} = 1: there is no such key")
+    assert right in problem.partition("key;")[2]
+
+
+def test_everybody_is_a_rate_of_one() -> None:
+    overrides = ["devices.sampling=everybody", "devices.sampling_rate=0.3"]
+    assert Scenario.from_toml(PLAIN, overrides).devices.sampling_rate == 1.0
+
+
+def test_a_scenario_is_frozen() -> None:
+    scenario = Scenario.from_toml(PLAIN)
+    with pytest.raises(ValidationError):
+        scenario.train.rounds = 3  # type: ignore[misc]
+
+
+def test_the_constructor_checks_what_keys_mean_together() -> None:
+    with pytest.raises(ValidationError, match="clip_norm"):
+        Scenario(name="x", privacy=Privacy(noise="central", epsilon=1.0))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"privacy.epsilon": 4.0},
+        {"privacy.delta": 1e-6},
+        {"privacy.clip_norm": 2.0},
+        {"privacy.budget_against": "server"},
+        {"devices.sampling_rate": 0.1},
+        {"devices.sampling": "everybody"},
+        {"train.rounds": 3},
+    ],
+)
+def test_the_privacy_hash_covers_what_the_guarantee_depends_on(setting: dict[str, object]) -> None:
+    scenario = Scenario.from_toml(PRIVATE)
+    assert scenario.with_settings(setting).privacy_hash() != scenario.privacy_hash()
+
+
+@pytest.mark.parametrize("setting", [{"model.dim": 64}, {"train.server_lr": 3.0}, {"run.seed": 4}])
+def test_the_privacy_hash_covers_nothing_else(setting: dict[str, object]) -> None:
+    scenario = Scenario.from_toml(PRIVATE)
+    changed = scenario.with_settings(setting)
+    assert changed.privacy_hash() == scenario.privacy_hash()
+    assert changed.hash() != scenario.hash()
+
+
+def test_hashes_are_the_same_everywhere() -> None:
+    # Checkpoints and ledgers hold them: a change here breaks resuming what older versions wrote.
+    text = (
+        PRIVATE
+        + "scale_bits = 13\ndelta = 1e-5\nbudget_against = 'recipients'\n"
+        + "[devices]\nsampling_rate = 0.05\n[train]\nrounds = 100\n"
+    )
+    expected = "e0026d12fc82448c35fb86784543ce9d0300783282b28b905d378d4f116ed437"
+    assert Scenario.from_toml(text).privacy_hash() == expected
+
+
+def test_prose_does_not_enter_the_hash() -> None:
+    scenario = Scenario.from_toml(PLAIN)
+    prose = {"title": "A title", "description": "Words"}
+    assert scenario.with_settings(prose).hash() == scenario.hash()
+
+
+def test_variants_are_the_scenario_with_a_few_keys_changed() -> None:
+    scenario = Scenario.from_toml(ROWS)
+    (first, a), (second, b) = scenario.variants()
+    assert (first, second) == ("a", "b")
+    assert a.train.loss == "bpr"
+    assert (b.model.dim, b.data.source) == (64, "ml-1m")
+    assert a.model == scenario.model
+    assert not a.rows
+
+
+def test_a_wrong_row_is_named() -> None:
+    (problem,) = problems(ROWS.replace('"bpr"', '"ranking"'))
+    assert problem.startswith('rows[0] (a): train.loss = "ranking"')
+    (problem,) = problems(ROWS.replace('name = "b"', 'name = "a"'))
+    assert 'rows[1] (a).name = "a": two rows of the same name' in problem
+
+
+@pytest.mark.parametrize(("source", "users"), KNOWN_USERS.items())
+def test_populations_of_published_data_are_known(source: str, users: int) -> None:
+    scenario = Scenario.from_toml(PLAIN, [f"data.source={source}", "devices.sampling_rate=0.1"])
+    assert scenario.population() == users
+    assert scenario.expected_cohort() == pytest.approx(users / 10)
+
+
+def test_a_declared_population_comes_first_and_an_unknown_one_is_unknown() -> None:
+    assert Scenario.from_toml(PLAIN, ["data.users=50"]).population() == 50
+    assert Scenario.from_toml(PLAIN, ["devices.population=60"]).population() == 60
+    table = Scenario.from_toml(PLAIN, ["data.source=table"])
+    assert table.population() is None
+    assert table.expected_cohort() is None
+
+
+def test_load_reads_a_file_with_a_byte_order_mark_and_names_it_in_errors(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + PLAIN.encode())
+    assert load(path).name == "plain"
+    with pytest.raises(ScenarioError, match=r"mine\.toml: 1 problem\n"):
+        load(path, ["train.rounds=0"])
+
+
+def test_every_scenario_of_the_repository_is_one() -> None:
+    paths = sorted((ROOT / "scenarios").glob("*.toml"))
+    assert paths
+    for path in paths:
+        assert load(path).title
+
+
+def test_the_packaged_quickstart_is_the_one_in_scenarios() -> None:
+    texts = [(ROOT / place / "quickstart.toml").read_text() for place in ("privrec", "scenarios")]
+    assert texts[0] == texts[1]
+
+
+def documented(key: Key) -> str:
+    default = key.default if key.default in ("required", "unset") else f"`{key.default}`"
+    return f"| `{key.name}` | {key.rule} | {key.unit} | {default} | {key.meaning} |"
+
+
+@pytest.mark.parametrize("path", keys())
+def test_every_key_is_documented_with_its_rule_unit_and_default(path: str) -> None:
+    key = keys()[path]
+    page = (ROOT / "docs" / "scenarios.md").read_text("utf-8")
+    section = page.partition(f"## [{key.table}]\n" if key.table else "## Above the tables\n")[2]
+    assert key.meaning
+    assert documented(key) in section.partition("\n## ")[0].splitlines()
+
+
+def test_no_key_is_documented_that_does_not_exist() -> None:
+    page = (ROOT / "docs" / "scenarios.md").read_text("utf-8").partition("## [[rows]]")[0]
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    assert len(rows) == len(keys())
+
+
+def test_a_stale_row_of_the_documentation_is_found() -> None:
+    key = keys()["train.rounds"]
+    assert documented(key) != documented(replace(key, default="7"))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "unset"),
+        (True, "true"),
+        ('a"b\n', '"a\\"b\\n"'),
+        ([1, 2.5], "[1, 2.5]"),
+        ({"a.b": 1}, '{ "a.b" = 1 }'),
+        ({}, "{}"),
+    ],
+)
+def test_values_are_shown_as_toml(value: object, text: str) -> None:
+    assert as_toml(value) == text
+
+
+SOFTMAX = ("train.loss=softmax", "train.selector=hamming")
+
+
+def test_a_selector_needs_a_softmax_over_vectors() -> None:
+    Scenario.from_toml(PLAIN, SOFTMAX)
+    (found,) = problems(PLAIN, "train.selector=scan")
+    assert "train.loss" in found
+    (found,) = problems(PLAIN, *SOFTMAX, "model.kind=neumf")
+    assert "no nearest items" in found
+    Scenario.from_toml(PLAIN, ("train.loss=softmax", "train.selector=uniform", "model.kind=neumf"))
+    problems(PLAIN, *SOFTMAX, "train.selected=1.0")  # never all-hard
+
+
+def test_sampling_by_popularity_needs_public_counts_and_any_nesting() -> None:
+    by_popularity = ("train.loss=softmax", "train.selector=popularity")
+    (found,) = problems(PLAIN, *by_popularity)
+    assert "public" in found
+    public = (*by_popularity, "devices.popularity=public")
+    Scenario.from_toml(PLAIN, public)
+    Scenario.from_toml(PLAIN, (*public, "devices.nesting=fold"))
+    # Without that selector, an order that is not used is refused as before.
+    problems(PLAIN, "devices.popularity=public", "devices.nesting=fold")

@@ -1,0 +1,255 @@
+"""Selectors against brute force, the mixture's weights, and the choice by cost."""
+
+from __future__ import annotations
+
+import tracemalloc
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from privrec.embedding.subspace import Subspace
+from privrec.embedding.table import PlainTable
+from privrec.errors import UsageError
+from privrec.randomness import SecretRoot, SecureStream
+from privrec.search.costs import Costs, Demand, _measured, choose
+from privrec.search.families import Shape
+from privrec.search.memory import ItemMemory
+from privrec.search.select import Search, Selector, best, mix, outside, select
+from privrec.search.sketch import Sketch
+
+N, DIM, BUDGET = 4000, 32, 200
+EVERY: tuple[Selector, ...] = (
+    "pghash", "pghash_d", "simhash", "block_sign", "hamming", "sketch", "scan", "uniform", "auto",
+)  # fmt: skip
+GOOD: tuple[Selector, ...] = ("hamming", "sketch", "scan", "auto")
+
+
+def stream(*context: str | int) -> SecureStream:
+    return SecretRoot.known(b"a device of the tests").stream("lsh", *context)
+
+
+@pytest.fixture(scope="module")
+def search() -> Search:
+    """Clustered items with biases, in a quarter of the memory that they would fill."""
+    rng = np.random.default_rng(0)
+    table = Subspace.sized(N, DIM, block=8, key=5, compression=4)
+    memory = rng.standard_normal((table.slots, 8)).astype(np.float32)
+    memory[:, 0] += 1
+    small = Subspace.sized(N, 1, block=1, key=6)
+    biases = small, rng.standard_normal((small.slots, 1)).astype(np.float32)
+    items = ItemMemory(table, memory, biases)
+    return Search(items, Sketch.of(items), fold=8)
+
+
+def query(seed: int, count: int = 1) -> np.ndarray:
+    made = np.random.default_rng(seed).standard_normal((count, DIM + 1)).astype(np.float32)
+    made[:, -1] = 1
+    return made
+
+
+def exact(search: Search, queries: np.ndarray) -> np.ndarray:
+    rows = search.items.rows(np.arange(N)).astype(np.float64) - search.items.centre
+    return (rows @ queries.T).max(1)
+
+
+@pytest.mark.parametrize("count", [3, 64])
+@pytest.mark.parametrize("selector", ["hamming", "scan", "sketch"])
+def test_the_bytes_of_the_evidence_are_those_that_are_taken(selector: Selector, count: int) -> None:
+    table = Subspace.sized(60_000, 64, block=16, key=1, compression=16)
+    memory = np.random.default_rng(0).standard_normal((table.slots, 16), np.float32)
+    items = ItemMemory(table, memory)
+    sketch = Sketch.of(items) if selector == "sketch" else None
+    wanted, asked = Search(items, sketch), np.ones((count, 64), np.float32)
+    select(selector, wanted, asked, 600, stream("warm"))
+    tracemalloc.start()
+    told = select(selector, wanted, asked, 600, stream("bytes")).evidence.bytes
+    taken = tracemalloc.get_traced_memory()[1] + (sketch.codes.nbytes if sketch else 0)
+    tracemalloc.stop()
+    assert 0.5 * told < taken <= told
+
+
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("selector", EVERY)
+def test_every_selector_keeps_to_its_budget_and_leaves_out_the_history(
+    selector: Selector, count: int, search: Search
+) -> None:
+    queries = query(1, count)
+    history = np.argsort(-exact(search, queries))[:30]
+    chosen = select(
+        selector, search, queries, BUDGET, stream(selector), exclude=history, recall_of=10
+    )
+    found, evidence = chosen.items, chosen.evidence
+    assert found.dtype == np.int64
+    assert len(np.unique(found)) == len(found) == evidence.count <= BUDGET
+    assert np.all(np.diff(found) > 0)
+    assert not np.isin(found, history).any()
+    assert evidence.seconds > 0
+    assert evidence.bytes > 0
+    if selector in GOOD or selector == "uniform":
+        assert len(found) == BUDGET
+    else:
+        assert evidence.tables >= 1
+
+
+@pytest.mark.statistical
+def test_good_selectors_find_the_best_and_the_others_less(search: Search) -> None:
+    recalls = {
+        name: np.mean([
+            select(name, search, query(s), BUDGET, stream(name, s), recall_of=10).evidence.recall
+            for s in range(30)
+        ])
+        for name in EVERY
+    }  # fmt: skip
+    assert recalls["scan"] == 1
+    assert recalls["sketch"] > 0.95
+    assert recalls["hamming"] > 0.85
+    assert recalls["uniform"] == pytest.approx(BUDGET / N, abs=0.04)
+    for name in ("simhash", "block_sign"):
+        assert 2 * recalls["uniform"] < recalls[name] < recalls["hamming"]
+    assert recalls["pghash"] > recalls["uniform"]
+
+
+@pytest.mark.parametrize("selector", ["scan", "sketch", "hamming"])
+def test_what_all_items_share_with_one_query_hides_no_other(selector: Selector) -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((N, 16)).astype(np.float32)
+    rows[:, 0] = 50
+    items = ItemMemory(PlainTable.of(N, 16, block=8), rows.reshape(-1, 8))
+    queries = rng.standard_normal((2, 16)).astype(np.float32)
+    queries[:, 0] = 0, 10
+    found = select(selector, Search(items, Sketch.of(items)), queries, 200, stream("both")).items
+    best = np.argsort(-(rows @ queries[0]))[:10]
+    assert np.isin(best, found).mean() > 0.6
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_a_scan_is_brute_force(count: int, search: Search) -> None:
+    queries = query(3, count)
+    found = select("scan", search, queries, 50, stream("scan")).items
+    np.testing.assert_array_equal(found, np.sort(np.argsort(-exact(search, queries))[:50]))
+
+
+def test_the_best_are_those_of_brute_force_in_order(search: Search) -> None:
+    for seed in range(20):
+        asked = query(seed)
+        scores = search.items.rows(np.arange(N)).astype(np.float64) @ asked[0]
+        history = np.argsort(-scores)[:5]
+        items, values = best(search, asked[0], 10, history)
+        scores[history] = -np.inf
+        np.testing.assert_array_equal(items, np.argsort(-scores)[:10])
+        np.testing.assert_allclose(values, scores[items], rtol=1e-4)
+
+
+def test_the_same_secret_chooses_the_same_and_another_does_not(search: Search) -> None:
+    for name in ("pghash", "hamming", "uniform"):
+        first, again = (select(name, search, query(1), 50, stream(name)).items for _ in range(2))
+        other = select(name, search, query(1), 50, stream(name, "other")).items
+        np.testing.assert_array_equal(first, again)
+        assert not np.array_equal(first, other)
+
+
+def test_a_shape_can_be_given_to_the_tables(search: Search) -> None:
+    given = replace(search, shape=Shape(12, 5))
+    assert select("simhash", given, query(1), N, stream("few")).evidence.tables == 5
+
+
+@pytest.mark.parametrize("budget", [10, 1900, 2500, 3990, 9999])
+def test_uniform_items_are_distinct_and_even(budget: int, search: Search) -> None:
+    history = np.arange(0, 20, 2)
+    found = select("uniform", search, query(1), budget, stream(budget), exclude=history).items
+    assert len(np.unique(found)) == min(budget, N - 10)
+    assert not np.isin(found, history).any()
+    if budget == 1900:
+        halves = np.bincount(found // 500, minlength=8)
+        assert halves.min() > 190
+        assert halves.max() < 285
+
+
+def test_places_outside_count_only_what_is_left() -> None:
+    excluded = np.array([0, 1, 4, 9])
+    left = [i for i in range(12) if i not in excluded]
+    assert outside(excluded, np.arange(8)).tolist() == left
+    assert outside(np.zeros(0, np.int64), np.arange(3)).tolist() == [0, 1, 2]
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("wrong", [1.0, 2 / 3, 3 / 2])
+def test_the_mixture_sums_to_the_whole_catalogue(wrong: float) -> None:
+    rng, n = np.random.default_rng(0), 500
+    values = rng.exponential(size=n)
+    positives = np.array([3, 77, 200])
+    values[positives] = 50  # would show if they were counted
+    left = np.setdiff1d(np.arange(n), positives)
+    selected = np.sort(left[np.argsort(-values[left])[:20]])
+    sums = []
+    for _ in range(4000):
+        items, weights = mix(selected, positives, rng.integers(0, n - 23, 20), n)
+        assert len(items) == len(weights) == 40
+        sums.append((values[items] * np.exp(weights) * np.where(weights > 0, wrong, 1)).sum())
+    error = abs(np.mean(sums) - values[left].sum()) / (np.std(sums) / np.sqrt(len(sums)))
+    assert bool(error < 4.5) is (wrong == 1.0)
+
+
+def test_a_mixture_leaves_out_what_is_taken() -> None:
+    items, weights = mix(np.array([5, 9]), np.array([2]), np.arange(7), 10)
+    assert sorted(items.tolist()) == [0, 1, 3, 4, 5, 6, 7, 8, 9]
+    assert weights[:2].tolist() == [0, 0]
+    assert weights[2:].tolist() == [0.0] * 7  # 7 of 7: each stands for itself
+
+
+COSTS = Costs(1e-8, 5e-10, 5e-9, 3e-11, 1.5e-10, 3e-10, 1e-9, 3e-10, 2e-9)
+LARGE = Demand(670_000, 128, 4, 1, 6700, 0, 20 << 20)
+
+
+def test_the_fastest_that_fits_is_chosen() -> None:
+    assert choose(LARGE, COSTS, None) == "scan"
+    assert choose(replace(LARGE, sketched=32), COSTS, None) == "sketch"
+    slow = replace(COSTS, convert=1e-7)
+    assert choose(replace(LARGE, sketched=32), slow, None) == "scan"
+    # Scores of very many queries need room of their own, distances do not.
+    many = replace(LARGE, queries=5000)
+    assert choose(many, COSTS, None) == "scan"
+    assert choose(many, COSTS, Costs.bytes("scan", many) - 1) == "hamming"
+    # Where too little room is left for a pass, what needs the least is tried.
+    assert choose(replace(LARGE, sketched=4), COSTS, 0) == "sketch"
+
+
+def test_a_poor_sketch_is_not_taken_for_a_scan() -> None:
+    rng = np.random.default_rng(0)
+    table = Subspace.sized(N, 64, block=8, key=5)
+    items = ItemMemory(table, rng.standard_normal((table.slots, 8)).astype(np.float32))
+    poor = Sketch.of(items, rank=4)
+    assert poor.recall < 0.9
+    asked = rng.standard_normal((1, 64)).astype(np.float32)
+    chosen = select("auto", Search(items, poor, costs=COSTS), asked, 20, stream("auto"))
+    assert chosen.evidence.selector == "scan"
+
+
+def test_the_costs_of_this_machine_are_measured() -> None:
+    costs = Costs.here()
+    assert costs is Costs.here()
+    assert all(0 < value < 1e-5 for value in vars(costs).values())
+
+
+def test_costs_are_those_of_one_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("privrec.search.costs._time", lambda work: 1.0)
+    costs = _measured()
+    assert 1 / costs.product == 4096 * 64 * 256  # a multiplication and an addition
+    assert 1 / costs.sign == 2048 * 256
+
+
+@pytest.mark.parametrize(
+    ("selector", "queries", "budget", "words"),
+    [
+        ("scan", np.ones((1, DIM + 1), np.float32), 0, "budget = 0"),
+        ("scan", np.ones((1, DIM), np.float32), 5, "rows have 33 numbers"),
+        ("scan", np.ones((0, DIM + 1), np.float32), 5, "rows have 33 numbers"),
+        ("sketch", np.ones((1, DIM + 1), np.float32), 5, "Sketch.of"),
+    ],
+)
+def test_what_cannot_be_selected_is_refused(
+    selector: Selector, queries: np.ndarray, budget: int, words: str, search: Search
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        select(selector, replace(search, sketch=None), queries, budget, stream("bad"))
