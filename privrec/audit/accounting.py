@@ -20,7 +20,7 @@ def probe(bench: Bench) -> Iterator[Finding]:
 def _charged(bench: Bench) -> Finding:
     """The event names the mechanism, noise and sampling that server and devices use."""
     event, shares = bench.event, bench.protection.shares
-    noise = "gaussian" if shares is None else shares.mechanism
+    noise = "gaussian" if shares is None else "discrete_gaussian"
     multiplier = event.noise_multiplier if shares is None else shares.noise_multiplier
     grid = event.grid
     same = (

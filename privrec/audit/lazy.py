@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,14 +18,13 @@ from privrec.audit.judging import (
 )
 from privrec.privacy.lazy.memory import LazyMemory
 from privrec.privacy.lazy.pending import Update
-from privrec.privacy.lazy.stream import Normals, Skellams
+from privrec.privacy.lazy.stream import Normals
 from privrec.randomness import SecretRoot
 
 Floats = NDArray[np.float64]
 
 ROWS, WIDTH = 6000, 32
 _VARIANCES = (1.0, 4.0, 2.0, 3.0)
-_UNIT = Fraction(16)
 _READS: tuple[tuple[str, Callable[[LazyMemory], object]], ...] = (
     ("rows", lambda memory: memory[::2]),
     ("the table", lambda memory: memory.settled()),
@@ -41,19 +39,11 @@ def probe(root: SecretRoot) -> Iterator[Finding]:
     Args:
         root: the audit's secret.
     """
-    for name, scale, memory in (
-        ("floats", 1.0, LazyMemory(np.zeros((ROWS, WIDTH)), Normals(root))),
-        (
-            "integers",
-            float(_UNIT),
-            LazyMemory(np.zeros((ROWS, WIDTH), np.int64), Skellams(root, _UNIT)),
-        ),
-    ):
-        yield _settled(name, scale, memory)
+    yield _settled(LazyMemory(np.zeros((ROWS, WIDTH)), Normals(root)))
     yield _moving(root)
 
 
-def _settled(name: str, unit: float, memory: LazyMemory) -> Finding:
+def _settled(memory: LazyMemory) -> Finding:
     """Each way to read gives the variance owed since the last one, independent of it.
 
     A row read between others owes less than they do; after each read nothing is owed any more.
@@ -62,9 +52,9 @@ def _settled(name: str, unit: float, memory: LazyMemory) -> Finding:
     before, total = np.zeros((ROWS, WIDTH)), 0
     known = np.zeros((ROWS, WIDTH))
     for (_, read), variance in zip(_READS, _VARIANCES, strict=True):
-        memory.owe(variance * unit)
+        memory.owe(variance)
         early = memory[: ROWS // 4].astype(np.float64)
-        memory.owe(2 * variance * unit)
+        memory.owe(2 * variance)
         shown = np.asarray(read(memory), np.float64)
         # What is shown has been paid: a second look shows the same.
         again = np.asarray(read(memory), np.float64)
@@ -77,15 +67,15 @@ def _settled(name: str, unit: float, memory: LazyMemory) -> Finding:
             (now[rest] - known[rest], 3 * variance),
         )
         for change, owed in steps:
-            ratio = float((change**2).mean() / (owed * unit))
+            ratio = float((change**2).mean() / owed)
             p_values.append(float(variance_p(ratio, change.size)))
             worst = max(worst, ratio, key=lambda each: abs(math.log(max(each, 1e-9))))
             total += change.size
-        increment = (now - known) / math.sqrt(3 * variance * unit)
+        increment = (now - known) / math.sqrt(3 * variance)
         p_values.append(float(product_p(np.array((increment * before).sum()), before.size)))
         before, known = increment, now
     return judged(
-        f"lazy noise settled before a read, {name}",
+        "lazy noise settled before a read",
         of_many(np.array(p_values)) if left == 0 else 0.0,
         f"{math.sqrt(worst):.4f} of what was owed at worst, over {len(_READS)} ways to read; "
         f"{left:g} is left after a read",

@@ -76,8 +76,6 @@ class Tape:
         """
         if deviation > _NARROW or self.mechanism == "gaussian":
             return np.asarray(stats.norm.cdf((at + 0.5) / deviation))
-        if self.mechanism == "skellam":
-            return np.asarray(stats.skellam.cdf(at, deviation**2 / 2, deviation**2 / 2))
         reach = math.ceil(12 * deviation) + 2
         masses = np.exp(-(np.arange(-reach, reach + 1) ** 2) / (2 * deviation**2))
         places = np.clip(at.astype(np.int64) + reach, 0, 2 * reach)

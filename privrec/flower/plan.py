@@ -120,10 +120,8 @@ class SumPlan:
         if not self.noise_multiplier:
             return None
         band = Band(self.size, self.least, self.colluders)
-        return Shares(
-            "discrete_gaussian", self.noise_multiplier, self.encoding.squared_bound, (band,),
-            self.remove_excess,
-        )  # fmt: skip
+        bound = self.encoding.squared_bound
+        return Shares(self.noise_multiplier, bound, (band,), self.remove_excess)
 
     @property
     def most_steps(self) -> int:

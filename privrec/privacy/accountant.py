@@ -1,7 +1,7 @@
-"""Three accountants for the composition of Gaussian rounds, sampled or not.
+"""Two accountants for the composition of Gaussian rounds, sampled or not.
 
 ``pld`` is the one that counts: it composes the privacy loss distributions of dp-accounting, always
-from above. ``rdp`` (dp-accounting) and ``prv`` (Opacus) are cross-checks by other mathematics.
+from above. ``rdp`` (dp-accounting) is a cross-check by other mathematics.
 
 dp-accounting makes the distribution of one round. The composition is done here, because the loop
 asks for ε after every round: what does not depend on the number of rounds is kept, so that a
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,8 +25,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.errors import UsageError
-
 REFINEMENT = 0.005
 _NEGLIGIBLE = 2e-5  # against the four decimals to which ε is shown
 _LEVELS = 5
@@ -35,7 +32,6 @@ _TAIL = 1e-15
 _ROUNDING = 2.0**-52
 _ORDERS = np.outer([1.0, -1.0], 2.0 ** np.arange(-18, 0, 0.5)).ravel()  # a grid point
 _MOST_POINTS = 1 << 24  # of a grid, by memory
-_LEAST_OF_PRV = 0.1
 _LARGE = 1e6  # an ε whose rounding errors are worth more than the last digits of δ
 _PLAIN = 1e-12  # sampling above 1 - 1e-12 is treated as everybody, which costs more, never less
 
@@ -113,29 +109,26 @@ def rdp(rounds: Composition, delta: float) -> float:
         return float(accountant.get_epsilon(delta))
 
 
-@lru_cache(maxsize=1024)
-def prv(rounds: Composition, delta: float) -> float:
-    """An upper bound on ε by Opacus' accountant of privacy random variables, good to 0.01.
+@lru_cache(maxsize=4096)
+def renyi(part: Rounds, order: int) -> float:
+    """Rényi divergence of one of some identical rounds, of a whole order of at least 2.
 
-    Arguments and result as for :func:`pld`.
-
-    Raises:
-        UsageError: when the noise is so little that Opacus' grid would not fit into memory.
+    A sampled round compares ``(1 - q) P + q Q`` with ``P``; by symmetry of the noise that is the
+    larger of the two directions (Mironov, Talwar & Zhang 2019, theorem 5). Its moment of order α is
+    ``Σ_k C(α, k) (1-q)^(α-k) q^k E_P[(Q/P)^k]``, and ``log E_P[(Q/P)^k] = k (k - 1) / 2σ²``.
     """
-    if (least := min(part.noise_multiplier for part in rounds)) < _LEAST_OF_PRV:
-        raise UsageError(
-            f"accountant 'prv' with a noise multiplier of {least:g}: its grid takes at least "
-            f"{_LEAST_OF_PRV}; choose 'pld' or 'rdp'"
-        )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Opacus warns while it is imported, about its own parts
-        from opacus.accountants import PRVAccountant
-
-        accountant = PRVAccountant()
-        accountant.history = [
-            (part.noise_multiplier, part.sampling_rate, part.count) for part in rounds
-        ]
-        return float(accountant.get_epsilon(delta))
+    sigma, rate = part.noise_multiplier, part.sampling_rate
+    plain = order / 2 / sigma / sigma
+    if part.everybody:
+        return plain
+    logs = [
+        math.lgamma(order + 1) - math.lgamma(k + 1) - math.lgamma(order - k + 1)
+        + (order - k) * math.log1p(-rate) + k * math.log(rate) + k * (k - 1) / 2 / sigma / sigma
+        for k in range(order + 1)
+    ]  # fmt: skip
+    top = max(logs)
+    moment = top + math.log(math.fsum(math.exp(log - top) for log in logs))
+    return min(plain, moment / (order - 1))
 
 
 def gaussian(strength: float, delta: float) -> float:

@@ -28,9 +28,8 @@ holds of mixtures (Poisson sampling) and, with ``K`` added up, of adaptive compo
 mechanism is ``(ε, δ)`` private, the release is ``(ε + 2K, exp(K) δ)`` private.
 
 **Samplers.** If the draws of the honest shares are within total variation ``t`` of theirs, then
-``δ`` grows by ``(1 + exp(ε)) t``. Skellam shares sum to Skellam noise exactly, so ``K = 0`` there;
-its divergences are in :mod:`privrec.privacy.renyi`. That the keystream is as good as random is the
-assumption behind all of this.
+``δ`` grows by ``(1 + exp(ε)) t``. That the keystream is as good as random is the assumption behind
+all of this.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ import math
 from dataclasses import dataclass
 
 from privrec.errors import UsageError
-from privrec.privacy.discrete import SLACK, IntegerMechanism
+from privrec.privacy.discrete import SLACK
 
 SHARE_OF_DELTA = 1e-3
 """Largest part of δ that the samplers may take."""
@@ -112,17 +111,13 @@ class Grid:
         """Total variation of the honest draws of a round from their distribution."""
         return self.dimension * self.shares * SLACK
 
-    def carries(self, mechanism: IntegerMechanism, noise_multiplier: float) -> bool:
-        """Whether noise of this strength is wide enough to be accounted."""
-        return mechanism == "skellam" or self.log_ratio(noise_multiplier) <= LARGEST_LOG_RATIO
-
-    def check(self, mechanism: IntegerMechanism, noise_multiplier: float) -> None:
+    def check(self, noise_multiplier: float) -> None:
         """Refuse noise that is too narrow for its sum to be what is accounted.
 
         Raises:
             UsageError: when the log-ratio of a round exceeds :data:`LARGEST_LOG_RATIO`.
         """
-        if not self.carries(mechanism, noise_multiplier):
+        if not self.log_ratio(noise_multiplier) <= LARGEST_LOG_RATIO:
             raise UsageError(
                 f"distributed noise of {self.deviation(noise_multiplier):.3g} integer steps a "
                 f"device: sums of {self.shares} such shares in {self.dimension} coefficients are "

@@ -1,4 +1,4 @@
-"""Exact samplers of integer noise: the discrete Gaussian and Skellam's distribution.
+"""The exact sampler of integer noise: the discrete Gaussian.
 
 Tables are built in integers alone, so that everybody who holds the seed of a draw gets the same
 draw, and how far a draw is from its distribution is proved, not measured.
@@ -18,12 +18,11 @@ formula is ``τ √2π (1 + e)`` with ``|e| <= 2 Σ exp(-2π² τ² r²)``. Here
 
 Total variation of a draw from its distribution is at most :data:`SLACK`, the sum of, for at most
 five tables: the tail left out beyond 18.5 deviations (``2 exp(-171) < 2^-245``, since the discrete
-Gaussian is sub-Gaussian and a Poisson variable meets Bernstein's bound); rounding of ``K < 2^17``
+Gaussian is sub-Gaussian); rounding of ``K < 2^17``
 probabilities to multiples of ``2^-256``; arithmetic in 448 bits (errors below ``2^-350``); and
 ``2^-254`` for each sum. That is below ``5 (2^-245 + 2^-239 + 2^-253) < 2^-236``.
 Sources: Canonne, Kamath & Steinke, "The Discrete Gaussian for Differential Privacy" (2020); Walker
-(1977), Vose (1991) for the table; Micciancio & Peikert (2013) for sums; Agarwal, Kairouz & Liu,
-"The Skellam Mechanism for Differentially Private Federated Learning" (2021).
+(1977), Vose (1991) for the table; Micciancio & Peikert (2013) for sums.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,12 +38,10 @@ from numpy.typing import NDArray
 from privrec.errors import UsageError
 from privrec.randomness import SecureStream
 
-IntegerMechanism = Literal["discrete_gaussian", "skellam"]
-
 SLACK = 2.0**-236
 """Largest total variation of one draw from its distribution."""
 LEAST_VARIANCE = Fraction(1, 16)
-LARGEST_VARIANCE = {"discrete_gaussian": Fraction(2**44), "skellam": Fraction(2**24)}
+LARGEST_VARIANCE = Fraction(2**44)
 
 _MASS_BITS = 256
 _WORD_BITS = 32
@@ -75,43 +71,20 @@ def discrete_gaussian(stream: SecureStream, variance: Fraction, size: int) -> ND
     Raises:
         UsageError: when the variance is outside its range.
     """
-    check_variance("discrete_gaussian", variance)
+    check_variance(variance)
     return _gaussian(variance).draw(stream, size)
 
 
-def skellam(stream: SecureStream, variance: Fraction, size: int) -> NDArray[np.int32]:
-    """Independent draws of Skellam's distribution: the difference of two Poisson variables.
-
-    Promise: as :func:`discrete_gaussian`. The sum of draws of variances ``a`` and ``b`` is one of
-    ``a + b``, whatever they are.
-
-    Args:
-        stream: the secure stream of this draw.
-        variance: twice the mean of each Poisson variable, from 1/16 to 2^24.
-        size: number of draws.
-
-    Returns:
-        int32 of shape ``(size,)``.
+def check_variance(variance: Fraction) -> None:
+    """Refuse a variance that the tables are not made for.
 
     Raises:
-        UsageError: when the variance is outside its range.
+        UsageError: when it lies below 1/16 or above 2^44 squared steps.
     """
-    check_variance("skellam", variance)
-    return _skellam(variance).draw(stream, size)
-
-
-def check_variance(mechanism: IntegerMechanism, variance: Fraction) -> None:
-    """Refuse a variance that the tables of a mechanism are not made for.
-
-    Raises:
-        UsageError: when it lies below 1/16, or above 2^44 (``"discrete_gaussian"``) or 2^24
-            (``"skellam"``) squared steps.
-    """
-    largest = LARGEST_VARIANCE[mechanism]
-    if not LEAST_VARIANCE <= variance <= largest:
+    if not LEAST_VARIANCE <= variance <= LARGEST_VARIANCE:
         raise UsageError(
-            f"{mechanism} noise of variance {float(variance):g} squared steps a device: it must lie"
-            f" between {float(LEAST_VARIANCE):g} and {float(largest):g}; check "
+            f"noise of variance {float(variance):g} squared steps a device: it must lie between "
+            f"{float(LEAST_VARIANCE):g} and {float(LARGEST_VARIANCE):g}; check "
             "privacy.noise_multiplier and privacy.scale_bits"
         )
 
@@ -210,26 +183,6 @@ def _gaussian_table(variance: Fraction) -> Table:
         ratio = ratio * square >> _WORK_BITS
         weights.append(weight)
     return Table(-half, _masses(weights[:0:-1] + weights))
-
-
-@lru_cache(maxsize=16)
-def _skellam(variance: Fraction) -> Sampler:
-    table = _poisson_table(variance / 2)
-    return Sampler(((1, table), (-1, table)))
-
-
-def _poisson_table(mean: Fraction) -> Table:
-    """Weights relative to the mode; each step from it multiplies by at most 1."""
-    top, bottom = mean.numerator, mean.denominator
-    mode = math.floor(mean)
-    # Bernstein: a deviation x has probability at most 2 exp(-x² / 2 (mean + x / 3)).
-    reach = 60 + math.isqrt(math.ceil(57**2 + _TAIL * mean))
-    below, above = [_ONE], [_ONE]
-    for count in range(mode, max(0, mode - reach), -1):
-        below.append(below[-1] * count * bottom // top)
-    for count in range(mode + 1, mode + reach + 1):
-        above.append(above[-1] * top // (bottom * count))
-    return Table(mode - len(below) + 1, _masses(below[:0:-1] + above))
 
 
 def _masses(weights: list[int]) -> list[int]:

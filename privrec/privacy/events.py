@@ -9,8 +9,7 @@ replaced by a special one, here the empty history) and, for Gaussian noise, equa
 ``ADD_OR_REMOVE_ONE``. ``REPLACE_ONE`` swaps one history for another, which is twice as far.
 
 Distributed noise is made of the integers of many devices. :mod:`privrec.privacy.closeness` proves
-which Gaussian mechanism discrete Gaussian shares amount to, and how closely; Skellam shares are
-bounded by :mod:`privrec.privacy.renyi`.
+which Gaussian mechanism they amount to, and how closely.
 """
 
 from __future__ import annotations
@@ -22,15 +21,14 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from privrec.errors import UsageError
-from privrec.privacy import renyi
 from privrec.privacy.closeness import Grid, Slack
 
 if TYPE_CHECKING:
     from privrec.privacy.accountant import Composition
 
 Adversary = Literal["recipients", "server"]
-Accountant = Literal["pld", "rdp", "prv"]
-Mechanism = Literal["gaussian", "discrete_gaussian", "skellam", "none"]
+Accountant = Literal["pld", "rdp"]
+Mechanism = Literal["gaussian", "discrete_gaussian", "none"]
 
 DIGITS = 4
 _SMALLEST_DELTA = 1e-10
@@ -39,7 +37,6 @@ _NAMES = ("mechanism", "noise_multiplier", "sampling_rate")
 _GRID_NAMES = (
     "squared_sensitivity", "dimension", "shares", "excess_removed", "small_cohort_delta"
 )  # fmt: skip
-_DISTRIBUTED = ("discrete_gaussian", "skellam")
 
 
 @dataclass(frozen=True)
@@ -47,12 +44,12 @@ class RoundEvent:
     """What one round reveals, to the mathematics: a mechanism, its noise and its sampling.
 
     Args:
-        mechanism: ``"gaussian"`` noise on the sum; ``"discrete_gaussian"`` or ``"skellam"`` noise
-            in shares of the devices; or ``"none"``.
+        mechanism: ``"gaussian"`` noise on the sum; ``"discrete_gaussian"`` noise in shares of the
+            devices; or ``"none"``.
         noise_multiplier: standard deviation of the noise over the sensitivity of the sum; above 0,
             but 0 for ``"none"``. For shares it is that of the shares accounted for alone.
         sampling_rate: probability with which each user takes part, in (0, 1]; 1 means everybody.
-        grid: what shares are made of; with ``"discrete_gaussian"`` and ``"skellam"`` only.
+        grid: what shares are made of; with ``"discrete_gaussian"`` only.
 
     Raises:
         UsageError: when a value is outside its range, or shares are too narrow to be accounted.
@@ -65,9 +62,8 @@ class RoundEvent:
 
     def __post_init__(self) -> None:
         _check(
-            self.mechanism in ("gaussian", *_DISTRIBUTED, "none"),
-            f"mechanism {self.mechanism!r}: it must be 'gaussian', 'discrete_gaussian', 'skellam' "
-            "or 'none'",
+            self.mechanism in ("gaussian", "discrete_gaussian", "none"),
+            f"mechanism {self.mechanism!r}: it must be 'gaussian', 'discrete_gaussian' or 'none'",
         )
         _check_noise(self.mechanism, self.noise_multiplier)
         _check(
@@ -101,10 +97,9 @@ class RoundEvent:
     def gaussian_multiplier(self) -> float:
         """Noise multiplier of the Gaussian mechanism that is accounted for the round.
 
-        For discrete Gaussian shares the round is within :attr:`slack` of it, proved; for Skellam
-        shares it is the leading term alone, and ε comes from Rényi divergences.
+        For discrete Gaussian shares the round is within :attr:`slack` of it, proved.
         """
-        if self.mechanism != "discrete_gaussian" or self.grid is None:
+        if self.grid is None:
             return self.noise_multiplier
         return self.grid.multiplier(self.noise_multiplier)
 
@@ -113,28 +108,19 @@ class RoundEvent:
         """How far the round is from what is accounted for it; nothing for Gaussian noise."""
         if self.grid is None:
             return Slack()
-        discrete = self.mechanism == "discrete_gaussian"
-        log_ratio = self.grid.log_ratio(self.noise_multiplier) if discrete else 0.0
+        log_ratio = self.grid.log_ratio(self.noise_multiplier)
         return Slack(log_ratio, self.grid.sampling_slack, self.grid.small_cohort_delta)
 
     def dp_event(self, adversary: Adversary) -> Any:
         """The same as a ``dp_accounting.DpEvent``, as ``adversary`` sees it.
 
         Discrete Gaussian shares are the Gaussian of :attr:`gaussian_multiplier`.
-
-        Raises:
-            UsageError: for Skellam noise, which dp-accounting has no event for.
         """
         from dp_accounting import dp_event
 
         rate = self.rate_against(adversary)
         if not self.is_private:
             return dp_event.NonPrivateDpEvent()
-        _check(
-            self.mechanism != "skellam",
-            "mechanism 'skellam': dp-accounting has no event for it; "
-            "take ε from privrec, or use mechanism 'discrete_gaussian'",
-        )
         event = dp_event.GaussianDpEvent(self.gaussian_multiplier)
         return event if rate == 1 else dp_event.PoissonSampledDpEvent(rate, event)
 
@@ -150,7 +136,7 @@ class RoundEvent:
         Raises:
             UsageError: when a key is missing or unknown, or a value is outside its range.
         """
-        distributed = values.get("mechanism") in _DISTRIBUTED
+        distributed = values.get("mechanism") == "discrete_gaussian"
         names = {*_NAMES, *_GRID_NAMES} if distributed else set(_NAMES)
         _check(
             set(values) == names,
@@ -174,23 +160,21 @@ def epsilon(
 
     Promise: a function of the arguments alone, in which the order of rounds does not matter. With
     ``"pld"`` it is an upper bound of the true value, on a grid refined until ε moves by < 0.5 %.
-    Distributed noise is accounted with all of its :attr:`RoundEvent.slack`. As soon as one round
-    has Skellam noise, ``"pld"`` too is a bound by Rényi divergences, at whole orders.
+    Distributed noise is accounted with all of its :attr:`RoundEvent.slack`.
 
     Args:
         events: how often each event happened, or the events one by one.
         delta: the δ of the claim, in [1e-10, 1).
         adversary: ``"recipients"`` of the released models, who see neither the cohorts nor their
             sizes, or the ``"server"``, who knows every cohort.
-        accountant: ``"pld"``, or a cross-check: ``"rdp"`` (looser) or ``"prv"`` (Opacus, which has
-            an error of 0.01).
+        accountant: ``"pld"``, or ``"rdp"``, a cross-check that is looser.
 
     Returns:
         0 for no events, infinity as soon as one event has no noise, and where ε is so large (above
         a hundred) that what the samplers leave of their 2^-236 would count.
 
     Raises:
-        UsageError: when an argument is outside its range, or ``"prv"`` is asked about Skellam.
+        UsageError: when an argument is outside its range.
     """
     check_delta(delta)
     check_adversary(adversary)
@@ -201,13 +185,7 @@ def epsilon(
     if not all(event.is_private for event in counts):
         return math.inf
     slack = _slack(counts)
-    if any(event.mechanism == "skellam" for event in counts):
-        _check(
-            accountant != "prv", "accountant 'prv' knows no Skellam noise; choose 'pld' or 'rdp'"
-        )
-        found = renyi.epsilon(_parts(counts, adversary), slack.inner(delta))
-    else:
-        found = account(_composition(counts, adversary), slack.inner(delta))
+    found = account(_composition(counts, adversary), slack.inner(delta))
     return _round_up(slack.outer(found, delta))
 
 
@@ -222,13 +200,15 @@ def divergence(
         adversary: as for :func:`epsilon`.
 
     Returns:
-        Infinity where there is no bound: without noise, or at an order too high for Skellam noise.
+        Infinity where there is no bound: without noise.
     """
+    from privrec.privacy.accountant import renyi
+
     check_adversary(adversary)
     counts = _counts(events)
     if not all(event.is_private for event in counts):
         return math.inf
-    return sum(part.count * renyi.sampled(part, order) for part in _parts(counts, adversary))
+    return sum(part.count * renyi(part, order) for part in _composition(counts, adversary))
 
 
 def check_delta(delta: float) -> None:
@@ -285,18 +265,6 @@ def _accounted(event: RoundEvent, adversary: Adversary) -> tuple[float, float]:
     return sigma, rate if sigma >= _LEAST_SAMPLED else 1.0
 
 
-def _parts(counts: Mapping[RoundEvent, int], adversary: Adversary) -> list[renyi.Part]:
-    """The same for Rényi divergences."""
-    return [
-        renyi.Part(
-            *_accounted(event, adversary),
-            count,
-            event.grid if event.mechanism == "skellam" else None,
-        )
-        for event, count in counts.items()
-    ]
-
-
 def _slack(counts: Mapping[RoundEvent, int]) -> Slack:
     each = [(event.slack, count) for event, count in counts.items()]
     return Slack(
@@ -309,7 +277,7 @@ def _slack(counts: Mapping[RoundEvent, int]) -> Slack:
 def _accountant(name: Accountant) -> Any:
     from privrec.privacy import accountant
 
-    known = {"pld": accountant.pld, "rdp": accountant.rdp, "prv": accountant.prv}
+    known = {"pld": accountant.pld, "rdp": accountant.rdp}
     _check(name in known, f"accountant {name!r}: it must be one of {', '.join(known)}")
     return known[name]
 
@@ -335,12 +303,12 @@ def _check_noise(mechanism: Mechanism, noise_multiplier: float) -> None:
 
 
 def _check_grid(event: RoundEvent) -> None:
-    if event.mechanism == "discrete_gaussian" or event.mechanism == "skellam":
+    if event.mechanism == "discrete_gaussian":
         _check(
             isinstance(event.grid, Grid),
             f"mechanism {event.mechanism!r} without a grid: say what its shares are made of",
         )
-        event.grid.check(event.mechanism, event.noise_multiplier)  # type: ignore[union-attr]
+        event.grid.check(event.noise_multiplier)  # type: ignore[union-attr]
     else:
         _check(
             event.grid is None,

@@ -39,12 +39,7 @@ from numpy.typing import NDArray
 
 from privrec.errors import ReleaseRefused, UsageError
 from privrec.privacy.closeness import Grid
-from privrec.privacy.discrete import (
-    IntegerMechanism,
-    check_variance,
-    discrete_gaussian,
-    skellam,
-)
+from privrec.privacy.discrete import check_variance, discrete_gaussian
 from privrec.privacy.events import RoundEvent
 from privrec.randomness import Name, SecretRoot, SecureStream
 
@@ -95,7 +90,6 @@ class Shares:
     :meth:`released_variance`, and what is accounted of it never falls below ``σ²``.
 
     Args:
-        mechanism: ``"discrete_gaussian"`` or ``"skellam"``.
         noise_multiplier: accounted standard deviation over the sensitivity, above 0.
         squared_sensitivity: largest squared norm of one device's integers,
             ``Encoding.squared_bound``.
@@ -107,7 +101,6 @@ class Shares:
             be drawn and accounted.
     """
 
-    mechanism: IntegerMechanism
     noise_multiplier: float
     squared_sensitivity: int
     bands: tuple[Band, ...]
@@ -118,7 +111,7 @@ class Shares:
             raise UsageError("distributed noise for no bands: there must be at least one")
         self.event(1.0)
         for band in range(len(self.bands)):
-            check_variance(self.mechanism, self.share_variance(band))
+            check_variance(self.share_variance(band))
 
     @property
     def variance(self) -> Fraction:
@@ -151,7 +144,7 @@ class Shares:
                 (:func:`~privrec.privacy.cohorts.small_cohort_delta`).
         """
         grid = grid_of(self.squared_sensitivity, self.bands, self.remove_excess, small_cohort_delta)
-        return RoundEvent(self.mechanism, self.noise_multiplier, sampling_rate, grid)
+        return RoundEvent("discrete_gaussian", self.noise_multiplier, sampling_rate, grid)
 
     def draw(self, seeds: Sequence[bytes]) -> NDArray[np.int32]:
         """A device's share: what it adds to its integers.
@@ -175,8 +168,9 @@ class Shares:
                 f"a noise seed of {len(seed)} bytes for band {band}: it must have {SEED_BYTES}, "
                 f"and there are {len(self.bands)} bands; take seeds from noise_seeds"
             )
-        draw = discrete_gaussian if self.mechanism == "discrete_gaussian" else skellam
-        return draw(SecureStream(seed), self.share_variance(band), self.bands[band].size)
+        return discrete_gaussian(
+            SecureStream(seed), self.share_variance(band), self.bands[band].size
+        )
 
     def removed(
         self, band: int, survivors: Sequence[Device], signers: Collection[Device] | None = None

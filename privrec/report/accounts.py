@@ -191,11 +191,8 @@ def accounting(
     left = None
     if facts.private and facts.budget is not None and spent is not None:
         left = max(0.0, facts.budget - spent)
-    skellam = facts.noise == "distributed" and facts.mechanism == "skellam"
     return Accounting(
-        accountant="Rényi divergences at whole orders (Skellam noise)"
-        if skellam
-        else "privacy loss distributions (PLD), from above",
+        accountant="privacy loss distributions (PLD), from above",
         settings="Losses on a grid, rounded up, refined until ε moves by less than 0.5 %; "
         "composition by run lengths; every ε rounded up in the fourth decimal.",
         second="Rényi differential privacy (RDP): looser, so it lies above.",
@@ -360,7 +357,6 @@ def facts_of(
         requested=scenario.train.scheme == "requested",
         texts=scenario.model.kind in WIDE,
         popularity_released=before is not None,
-        mechanism=privacy.mechanism,
         excess_removed=privacy.remove_excess,
         least_survivors=privacy.least_survivors,
         colluding_share=privacy.colluding_share,

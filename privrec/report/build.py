@@ -183,7 +183,7 @@ def _foreign(files: _Files, name: str, key: str, value: Any) -> IntegrityError:
 
 def _check_charges(files: _Files) -> None:
     privacy = files.scenario.privacy
-    mechanism = {"none": "none", "central": "gaussian", "distributed": privacy.mechanism}
+    mechanism = {"none": "none", "central": "gaussian", "distributed": "discrete_gaussian"}
     planned = (mechanism[privacy.noise], files.scenario.devices.sampling_rate)
     if files.spending.before != release_event(files.scenario):
         raise IntegrityError(

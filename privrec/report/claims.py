@@ -44,7 +44,6 @@ class Facts:
     requested: bool = False
     texts: bool = False
     popularity_released: bool = False
-    mechanism: Literal["discrete_gaussian", "skellam"] = "discrete_gaussian"
     excess_removed: bool = True
     least_survivors: float = 0.67
     colluding_share: float = 0.05
@@ -229,7 +228,6 @@ def mechanism(facts: Facts) -> str:
 
 
 def _shares(facts: Facts) -> str:
-    law = "discrete Gaussian" if facts.mechanism == "discrete_gaussian" else "Skellam"
     rest = (
         "The noise of survivors beyond the fewest is taken off again by seeds that they reveal, so "
         "that the variance is the accounted one whoever drops out."
@@ -238,8 +236,8 @@ def _shares(facts: Facts) -> str:
     )
     return (
         "Sum of integers with noise in shares: each user’s update is clipped in L2 norm and "
-        f"rounded to integers within an enforced bound; every device adds {law} noise from a "
-        "cryptographic generator to every coordinate that it holds. Accounted are the shares of "
+        f"rounded to integers within an enforced bound; every device adds discrete Gaussian noise "
+        "from a cryptographic generator to every coordinate that it holds. Accounted are the shares of "
         f"the fewest survivors of each band, {facts.least_survivors:.0%} of the devices expected "
         f"there, less {facts.colluding_share:.0%} who may collude; with fewer survivors nothing "
         f"is released. {rest}"

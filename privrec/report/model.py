@@ -68,7 +68,7 @@ class Adversary(Part):
 class Charged(Part):
     """One kind of privacy event in the ledger, and how often it was charged."""
 
-    mechanism: Literal["gaussian", "discrete_gaussian", "skellam", "none"]
+    mechanism: Literal["gaussian", "discrete_gaussian", "none"]
     noise_multiplier: float = Field(ge=0)
     sampling_rate: float = Field(gt=0, le=1)
     count: int = Field(ge=1)

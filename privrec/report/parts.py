@@ -128,7 +128,7 @@ class NoiseBand(Part):
 class Mechanism(Part):
     """How one round's release is made."""
 
-    law: Literal["gaussian", "discrete_gaussian", "skellam", "none"]
+    law: Literal["gaussian", "discrete_gaussian", "none"]
     clip_norm: float = Field(gt=0, description="Largest L2 norm of one user's update, C.")
     clipping: str = Field(description="What C bounds, and why it bounds devices of all tiers.")
     scale_bits: float = Field(gt=0)

@@ -52,12 +52,11 @@ def agree(
         spoiled = _small_cohorts(scenario, holders, minimums)
         grid = grid_of(encoding.squared_bound, bands, privacy.remove_excess, spoiled)
         event = _calibrated(
-            scenario, lambda z: RoundEvent(privacy.mechanism, z, _rate(scenario), grid)
+            scenario, lambda z: RoundEvent("discrete_gaussian", z, _rate(scenario), grid)
         )
         shares = Shares(
-            privacy.mechanism, event.noise_multiplier, encoding.squared_bound, bands,
-            privacy.remove_excess,
-        )  # fmt: skip
+            event.noise_multiplier, encoding.squared_bound, bands, privacy.remove_excess
+        )
         protection = Protection(encoding, ring, shares, minimums)
     _check_ring(scenario, protection, sizes, holders)
     return event, protection
@@ -168,8 +167,7 @@ def _check_ring(
         if shares is not None:
             kept = shares.kept(band, max(most, shares.bands[band].least))
             noise = kept * shares.noise_multiplier**2 / shares.bands[band].shares
-        heavy = scenario.privacy.mechanism == "skellam"
-        load = Load(size, most, noise, spread(size) if small else 1, heavy)
+        load = Load(size, most, noise, spread(size) if small else 1)
         protection.ring.check(protection.encoding, load)
 
 

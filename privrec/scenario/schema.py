@@ -348,9 +348,6 @@ class Privacy(Table):
         "`distributed`: every device adds a share of the noise; `central`: a trusted server adds "
         "Gaussian noise to the sum; `none`: no guarantee.",
     )
-    mechanism: Literal["discrete_gaussian", "skellam"] = setting(
-        "discrete_gaussian", "`distributed`: law of a device's share."
-    )
     remove_excess: bool = setting(
         True,
         "`distributed`: take off the noise of survivors beyond the fewest, by seeds that they "

@@ -151,14 +151,12 @@ class Load:
             multiplier; 0 when noise is added elsewhere.
         spread: over how many coefficients a rotation spreads each
             (:func:`privrec.secagg.rotation.spread`); 1 without one.
-        heavy: whether the noise is Skellam's, whose tails are heavier than a Gaussian's.
     """
 
     size: int
     devices: int
     noise: float
     spread: int = 1
-    heavy: bool = False
 
 
 @dataclass(frozen=True)
@@ -198,16 +196,15 @@ class Ring:
         All updates may be the same and as long as they can be. Without rotation a coefficient of
         their sum is at most ``n B``. With it, it is sub-Gaussian of variance ``(n s C)² / D`` for
         rotated vectors, to which rounding adds at most 1 a device; either bound may be the better
-        one. The noise is independent and sub-Gaussian of its own variance ``V``, or for Skellam
-        noise sub-exponential: ``P[X > u] <= exp(-u² / 2(V + u/3))``.
+        one. The noise is independent and sub-Gaussian of its own variance.
         """
         noise = load.noise * encoding.squared_bound
         certain = self.half - 1 - load.devices * math.ceil(encoding.bound)
         turned = self.half - 1 - _STEP * load.devices
         signal = (load.devices * _LENGTH * 2.0**encoding.scale_bits) ** 2 / load.spread
-        bounds = [_beyond(certain, noise, heavy=load.heavy)]
+        bounds = [_beyond(certain, noise)]
         if load.spread > 1:
-            bounds.append(_beyond(turned, signal + noise, heavy=load.heavy))
+            bounds.append(_beyond(turned, signal + noise))
         return min(1.0, 2 * load.size * min(bounds))
 
     def check(self, encoding: Encoding, load: Load) -> None:
@@ -243,10 +240,10 @@ _STEP = 1.125  # most that rounding adds to a coefficient, float32 products incl
 _LENGTH = 1 + 1e-4  # norm of a clipped and rotated float32 vector over the clip norm
 
 
-def _beyond(room: float, variance: float, *, heavy: bool) -> float:
+def _beyond(room: float, variance: float) -> float:
     """Probability that noise goes beyond ``room`` on one side, from above."""
     if room <= 0:
         return 1.0
     if variance == 0:
         return 0.0
-    return math.exp(-(room**2) / (2 * (variance + (room / 3 if heavy else 0.0))))
+    return math.exp(-(room**2) / (2 * variance))

@@ -20,8 +20,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     "poisson": (*POISSON, "privacy.budget_against=recipients"),
     "tiers": (TIERS,),
     "distributed": ("privacy.noise=distributed", "data.users=100", "devices.population=100"),
-    "skellam": (
-        "privacy.noise=distributed", "privacy.mechanism=skellam", "privacy.remove_excess=false",
+    "kept": (
+        "privacy.noise=distributed", "privacy.remove_excess=false",
         "data.users=100", "devices.population=100", "privacy.scale_bits=10",
     ),
     "mixed": (

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from fractions import Fraction
 
 import numpy as np
 import pytest
 
-from privrec.errors import ReleaseRefused, UsageError
+from privrec.errors import ReleaseRefused
 from privrec.privacy.lazy import stream as deviates
-from privrec.privacy.lazy.stream import Normals, Skellams, rounded_up
+from privrec.privacy.lazy.stream import Normals, rounded_up
 from privrec.randomness import SecretRoot
 
 ROOT = SecretRoot.known(b"deviates")
@@ -99,29 +98,6 @@ def test_after_a_fork_nothing_is_drawn():
 def test_nothing_is_drawn_before_a_stream_is_opened():
     with pytest.raises(ReleaseRefused, match="begin"):
         Normals(ROOT).add(np.zeros((1, 1), np.float32), np.ones(1))
-
-
-def test_digits_of_units_are_drawn_apart():
-    out = drawn(Skellams(ROOT, Fraction(1)), 4, 5000, [0, 1, 5, 64], 1, dtype=np.int32)
-    assert not out[0].any()
-    for row, variance in enumerate([0, 1, 5, 64]):
-        assert out[row].var() == pytest.approx(variance, rel=0.15)
-
-
-def test_more_than_the_widest_table_is_a_sum(monkeypatch):
-    source = Skellams(ROOT, Fraction(1))
-    source._wide = 3
-    out = drawn(source, 1, 20_000, [64], 1, dtype=np.int64)
-    assert out.var() == pytest.approx(64, rel=0.1)
-
-
-def test_integers_go_with_integers():
-    source = Skellams(ROOT)
-    source.begin()
-    with pytest.raises(UsageError, match="signed integers"):
-        source.add(np.zeros((1, 1)), np.ones(1))
-    with pytest.raises(UsageError, match="must lie"):
-        Skellams(ROOT, Fraction(1, 64))
 
 
 def test_whether_a_root_is_known():

@@ -25,9 +25,7 @@ def in_ring(bits, devices, size, noise):
         encoding = Encoding(1.0, size, Ring(16).fitting_scale_bits(encoding, load))
     Ring(bits).check(encoding, load)
     multiplier = noise * 2**encoding.scale_bits / encoding.bound
-    shares = Shares(
-        "discrete_gaussian", multiplier, encoding.squared_bound, (Band(size, least),), True
-    )
+    shares = Shares(multiplier, encoding.squared_bound, (Band(size, least),), True)
     return encoding, shares
 
 

@@ -15,7 +15,6 @@ from privrec.privacy.lazy import noise as lazy
 from privrec.privacy.lazy.memory import LazyMemory
 from privrec.privacy.lazy.noise import MOST_STEPS, LazyNoise
 from privrec.privacy.lazy.pending import Update
-from privrec.privacy.lazy.stream import Skellams
 
 ROWS = 4
 some_rows = st.lists(st.integers(0, ROWS - 1), max_size=6).map(lambda r: np.array(r, np.int64))
@@ -313,7 +312,6 @@ def test_variances_say_what_is_owed():
     [
         (lambda: LazyNoise(0, 3), "at least 1"),
         (lambda: LazyNoise(3, 0), "at least 1"),
-        (lambda: LazyNoise(3, 3, Skellams(), moving=True), "leave the grid"),
         (lambda: LazyNoise(3, 3).owe(-1.0), "at least 0"),
         (lambda: LazyNoise(3, 3).owe(float("nan")), "finite"),
         (lambda: LazyNoise(3, 3).owe(1.0, Update(0.1)), "exactly where rows move"),

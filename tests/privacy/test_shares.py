@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privrec.errors import ReleaseRefused, UsageError
-from privrec.privacy.discrete import discrete_gaussian, skellam
+from privrec.privacy.discrete import discrete_gaussian
 from privrec.privacy.events import epsilon
 from privrec.privacy.ledger import Ledger, server_key
 from privrec.privacy.shares import Band, Shares, noise_seeds
@@ -17,7 +17,7 @@ from privrec.randomness import SecretRoot, SecureStream
 
 ROOT = SecretRoot.known(b"shares")
 BANDS = (Band(50, 7, 2), Band(30, 4, 1), Band(20, 3))
-SHARES = Shares("discrete_gaussian", 1.5, 10**6, BANDS, remove_excess=True)
+SHARES = Shares(1.5, 10**6, BANDS, remove_excess=True)
 
 
 def seeds_of(device, bands=3, round=0):
@@ -31,7 +31,7 @@ def test_variances_are_exact():
         SHARES.variance / 3,
         SHARES.variance / 3,
     ]
-    thirds = Shares("discrete_gaussian", 0.1, 10**6, BANDS)
+    thirds = Shares(0.1, 10**6, BANDS)
     assert thirds.share_variance(0) == Fraction(0.1) ** 2 * 10**6 / 5
 
 
@@ -64,12 +64,6 @@ def test_a_share_is_the_draw_of_its_seeds_band_by_band():
 def test_a_weaker_device_draws_a_prefix():
     assert np.array_equal(SHARES.draw(seeds_of(1, 2)), SHARES.draw(seeds_of(1))[:80])
     assert len(SHARES.draw(())) == 0
-
-
-def test_skellam_shares_are_skellam():
-    shares = Shares("skellam", 1.5, 10**6, BANDS)
-    found = skellam(SecureStream(seeds_of(1)[0]), shares.share_variance(0), 50)
-    assert np.array_equal(shares.draw(seeds_of(1, 1)), found)
 
 
 @settings(max_examples=60)
@@ -112,7 +106,7 @@ def test_never_fewer_honest_shares_than_accounted():
 
 
 def test_without_removal_nothing_is_named_and_all_noise_stays():
-    shares = Shares("discrete_gaussian", 1.5, 10**6, BANDS)
+    shares = Shares(1.5, 10**6, BANDS)
     assert shares.removed(0, list(range(12))) == ()
     assert shares.released_variance(0, 12) == Fraction(12, 5) * shares.variance
     assert not shares.excess([[], [], []]).any()
@@ -131,12 +125,11 @@ def test_the_event_is_of_the_narrowest_band():
     assert event.grid.dimension == 100
     assert event.grid.shares == 5
     assert event.grid.excess_removed is True
-    assert Shares("skellam", 1.5, 10**6, BANDS).event(1.0).grid.excess_removed is False
+    assert Shares(1.5, 10**6, BANDS).event(1.0).grid.excess_removed is False
 
 
-@pytest.mark.parametrize("mechanism", ["discrete_gaussian", "skellam"])
-def test_a_ledger_keeps_and_accounts_for_it(mechanism, tmp_path):
-    event, key = Shares(mechanism, 1.5, 10**6, BANDS, True).event(0.2), server_key(tmp_path / "key")
+def test_a_ledger_keeps_and_accounts_for_it(tmp_path):
+    event, key = Shares(1.5, 10**6, BANDS, True).event(0.2), server_key(tmp_path / "key")
     with Ledger.create(tmp_path / "ledger.jsonl", header={}, signing_key=key) as ledger:
         for round in range(3):
             ledger.charge(round, 0, event)
@@ -153,12 +146,11 @@ def test_a_ledger_keeps_and_accounts_for_it(mechanism, tmp_path):
         (lambda: Band(0, 3), "0 coefficients"),
         (lambda: Band(5, 3, 3), "3 colluders among 3"),
         (lambda: Band(5, 3, -1), "-1 colluders"),
-        (lambda: Shares("discrete_gaussian", 1.0, 100, ()), "no bands"),
-        (lambda: Shares("discrete_gaussian", 0.1, 100, (Band(9, 50),)), "raise privacy.scale_bits"),
-        (lambda: Shares("discrete_gaussian", 0.0, 100, BANDS), "noise_multiplier 0.0"),
-        (lambda: Shares("discrete_gaussian", math.nan, 100, BANDS), "noise_multiplier nan"),
-        (lambda: Shares("skellam", 100.0, 2**26, BANDS), "between 0.0625 and 1.67772e.07"),
-        (lambda: Shares("discrete_gaussian", 1e6, 2**44, BANDS), "privacy.noise_multiplier"),
+        (lambda: Shares(1.0, 100, ()), "no bands"),
+        (lambda: Shares(0.1, 100, (Band(9, 50),)), "raise privacy.scale_bits"),
+        (lambda: Shares(0.0, 100, BANDS), "noise_multiplier 0.0"),
+        (lambda: Shares(math.nan, 100, BANDS), "noise_multiplier nan"),
+        (lambda: Shares(1e6, 2**44, BANDS), "privacy.noise_multiplier"),
         (lambda: SHARES.draw(seeds_of(1, 4)), "for band 3"),
         (lambda: SHARES.draw([b"short"]), "seed of 5 bytes"),
         (lambda: SHARES.excess([[], []]), "seeds for 2 bands"),

@@ -43,10 +43,6 @@ NOISES: dict[str, dict[str, Any]] = {
         "noise": "distributed", "sigma": 3.0, "budget": None,
         "settings": {"privacy.remove_excess": False},
     },
-    "skellam": {
-        "noise": "distributed", "sigma": 3.0, "budget": None,
-        "settings": {"privacy.mechanism": "skellam"},
-    },
     "local": {"noise": "none", "budget": None, "settings": LOCAL},
     "both": {
         "noise": "distributed", "sigma": 3.0, "budget": None, "settings": LOCAL,

@@ -62,7 +62,7 @@ def judged(run: Path) -> Verdict:
         {"rate": 1.0},
         {"noise": "none"},
         {"noise": "distributed"},
-        {"noise": "distributed", "settings": {"privacy.mechanism": "skellam"}},
+        {"noise": "distributed", "settings": {"privacy.remove_excess": False}},
         {"noise_known": True},
         {"tiers": True, "noise": "distributed"},
         {"simulated": False},

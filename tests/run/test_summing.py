@@ -69,7 +69,6 @@ KINDS: dict[str, tuple[str, ...]] = {
     "tiers": (TIERS,),
     "rows": (TIERS, ROWS),
     "excess kept": (TIERS, "privacy.remove_excess=false"),
-    "skellam": (TIERS, "privacy.mechanism=skellam", "privacy.scale_bits=10"),
     "small ring": (TIERS, *SMALL_RING),
     "central": (TIERS, "privacy.noise=central"),
     "no noise": (TIERS, "privacy.noise=none", "privacy.noise_multiplier="),
@@ -184,11 +183,10 @@ def fits(noise: np.ndarray, variance: float) -> bool:
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize("mechanism", ["discrete_gaussian", "skellam"])
 @pytest.mark.parametrize("removed", [True, False])
-def test_the_noise_of_each_band_is_as_accounted(mechanism: str, removed: bool) -> None:
+def test_the_noise_of_each_band_is_as_accounted(removed: bool) -> None:
     parts = parts_of(
-        TIERS, "devices.dropout_rate=0", f"privacy.mechanism={mechanism}",
+        TIERS, "devices.dropout_rate=0",
         f"privacy.remove_excess={str(removed).lower()}", "data.items=4000", "privacy.scale_bits=11",
     )  # fmt: skip
     shares = parts.server.plan.protection.shares
@@ -331,9 +329,7 @@ def test_what_cannot_be_protected_is_refused_before_the_run(
         parts_of(*changes)
 
 
-@pytest.mark.parametrize(
-    "kind", ["alike", "tiers", "rows", "excess kept", "skellam", "poisson", "small ring"]
-)
+@pytest.mark.parametrize("kind", ["alike", "tiers", "rows", "excess kept", "poisson", "small ring"])
 def test_a_plan_is_what_the_run_charges(kind: str) -> None:
     changes = (*KINDS[kind], "privacy.noise_multiplier=", "privacy.epsilon=6")
     planned = plan(scenario(*changes))

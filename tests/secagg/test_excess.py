@@ -69,7 +69,7 @@ def test_the_seeds_of_the_excess_arrive_whoever_drops_out(
     result, plain = drive(cohort, drops=named)
     np.testing.assert_array_equal(result.total, plain)
     shares = Shares(
-        "discrete_gaussian", 1.0, 2**20, tuple(Band(4, t, 0) for t in AGREED.minimums),
+        1.0, 2**20, tuple(Band(4, t, 0) for t in AGREED.minimums),
         remove_excess=True,
     )  # fmt: skip
     tiers = dict(zip(cohort.ids, cohort.tiers, strict=True))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from scipy import stats
 
 from privrec.privacy.lazy.memory import LazyMemory
 from privrec.privacy.lazy.pending import Update
-from privrec.privacy.lazy.stream import Normals, Skellams
+from privrec.privacy.lazy.stream import Normals
 from privrec.randomness import SecretRoot
 
 pytestmark = pytest.mark.statistical
@@ -127,24 +126,6 @@ def test_processes_are_independent():
         samples.append(np.array(done.stdout.split(), float))
     assert uncorrelated(*samples)
     assert not np.any(samples[0] == samples[1])
-
-
-@pytest.mark.parametrize("delay", [1, 3, 70])
-def test_integers_have_the_law_of_skellam(delay):
-    memory = LazyMemory(np.zeros((ROWS, WIDTH), np.int32), Skellams(ROOT, Fraction(1, 4)))
-    for _ in range(delay):
-        memory.owe(0.6)  # rounded up to 3 units of a quarter
-    sample, variance = memory.settled(EVERY), 0.75 * delay
-    found = float((sample.astype(float) ** 2).mean())
-    assert abs(found / variance - 1) < 4 * np.sqrt((2 + 1 / variance) / sample.size)
-    values = np.arange(-3, 4)
-    cells = stats.skellam.pmf(values, variance / 2, variance / 2)
-    counts = np.array([np.count_nonzero(sample == v) for v in values])
-    rest, left = sample.size - counts.sum(), 1 - cells.sum()
-    expected = np.append(cells, left) * sample.size
-    kept = expected > 5
-    chi = (((np.append(counts, rest) - expected) ** 2) / expected)[kept].sum()
-    assert stats.chi2.sf(chi, kept.sum() - 1) > LEVEL
 
 
 def test_a_scale_that_halves_the_variance_is_rejected(monkeypatch):

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from privrec.errors import UsageError
 from privrec.privacy.lazy.pending import Drift, Interval, Sum, Update
-from privrec.privacy.lazy.stream import NoiseSource, Normals, Skellams, Values, Variances
+from privrec.privacy.lazy.stream import NoiseSource, Normals, Values, Variances
 from privrec.randomness import Name
 
 Rows = NDArray[np.int64]
@@ -51,7 +51,7 @@ class LazyNoise:
         moving: whether steps have momentum or weight decay, so that rows move while they owe.
 
     Raises:
-        UsageError: when a size is below 1, or integers are asked to move.
+        UsageError: when a size is below 1.
     """
 
     def __init__(
@@ -60,13 +60,8 @@ class LazyNoise:
         if rows < 1 or width < 1:
             raise UsageError(f"lazy noise for {rows} rows of {width}: both must be at least 1")
         self.source: NoiseSource = source or Normals()
-        if moving and isinstance(self.source, Skellams):
-            raise UsageError(
-                "momentum or weight decay with integer noise: it would leave the grid; "
-                "use plain steps, or Normals"
-            )
         self.rows, self.width = rows, width
-        self._sum, self._drift = Sum(self.source.unit()), Drift()
+        self._sum, self._drift = Sum(), Drift()
         self._moving = moving
         self._stamps = np.zeros(rows, np.uint32)
         self._block = max(1, _BLOCK_BYTES // (4 * width))
@@ -170,7 +165,7 @@ class LazyNoise:
         stamps = self._stamps[rows]
         if self._moving:
             return self._interval(stamps).noise[:, 0, 0]
-        return self._sum.since(stamps) * (self.source.unit() or 1.0)
+        return self._sum.since(stamps)
 
     def _taken(self, tables: tuple[Values, ...], rows: Rows) -> tuple[Values, ...]:
         """Copies of rows, in buffers that stay in the cache from block to block."""

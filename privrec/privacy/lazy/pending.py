@@ -78,14 +78,9 @@ class Update:
 
 
 class Sum:
-    """Running sums of variance; stamps are numbers of steps since everything was settled.
+    """Running sums of variance, rounded up; stamps count steps since everything was settled."""
 
-    Args:
-        unit: 0 to keep sums of floats, rounded up; else sums count whole units, rounded up.
-    """
-
-    def __init__(self, unit: float = 0.0) -> None:
-        self._unit = unit
+    def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
@@ -94,18 +89,12 @@ class Sum:
         self.steps = 0
 
     def append(self, variance: float) -> None:
-        """Enter a step; a sum of units beyond 2^53 is refused, since it would not be exact."""
-        total = float(self._sums[self.steps])
-        counted = math.ceil(variance / self._unit) if self._unit else float(variance)
-        after = total + counted
+        """Enter a step of this variance."""
+        total, variance = float(self._sums[self.steps]), float(variance)
+        after = total + variance
         added = after - total
-        if (total - (after - added)) + (counted - added) > 0:  # what rounding lost (Knuth)
+        if (total - (after - added)) + (variance - added) > 0:  # what rounding lost (Knuth)
             after = math.nextafter(after, math.inf)
-        if self._unit and after >= 2.0**53:
-            raise UsageError(
-                f"{after:g} units of owed variance: more than 2^53 are not counted exactly; "
-                "settle everything more often, or choose a larger unit"
-            )
         self._sums = _grown(self._sums, self.steps + 2)
         self.steps += 1
         self._sums[self.steps] = after
@@ -113,8 +102,7 @@ class Sum:
     def since(self, stamps: Steps) -> Variances:
         """Variance owed from each stamp until now, never below the sum of its steps."""
         owed: Variances = np.subtract(self._sums[self.steps], self._sums.take(stamps))
-        if not self._unit:
-            step_up(owed, owed > 0)
+        step_up(owed, owed > 0)
         return owed
 
 

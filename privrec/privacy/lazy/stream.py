@@ -2,12 +2,11 @@
 
 :class:`Normals` makes float32 deviates by Box-Muller on 32-bit uniforms of the keystream. A word
 below 2^8, one in 16 million, is continued by 64 further bits, so that the tail reaches 11.5
-deviations and is not cut where 32 bits end. :class:`Skellams` makes integers whose variances add up
-exactly: what a row owes is a whole number of units, drawn as one sum for each binary digit of it.
+deviations and is not cut where 32 bits end.
 
 Floating point has a caveat that integers do not have: which floats a sum can take depends on what
 the noise was added to (Mironov, "On significance of the least significant bits", 2012).
-Sources: Box & Muller (1958); Agarwal, Kairouz & Liu, "The Skellam Mechanism" (2021).
+Source: Box & Muller (1958).
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from __future__ import annotations
 import math
 import os
 import secrets
-from fractions import Fraction
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -23,12 +21,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from privrec.errors import ReleaseRefused, UsageError
-from privrec.privacy.discrete import LARGEST_VARIANCE, check_variance, skellam
+from privrec.errors import ReleaseRefused
 from privrec.randomness import ROOT_BYTES, Name, SecretRoot, SecureStream
 
 Values: TypeAlias = NDArray[Any]
-"""A table of float32 or float64, or of integers, shape ``(rows, width)``."""
+"""A table of float32 or float64, shape ``(rows, width)``."""
 Variances: TypeAlias = NDArray[np.float64]
 
 _PAIRS = 1 << 16  # enough that the calls cost little, few enough for the cache
@@ -44,9 +41,6 @@ class NoiseSource(Protocol):
 
     def add(self, out: Values, variances: Variances) -> None:
         """Add to each row of ``out`` noise of its own variance, independent everywhere."""
-
-    def unit(self) -> float:
-        """What one unit of variance is; variances are counted in it. 0 means any float."""
 
 
 class _Secure:
@@ -110,9 +104,6 @@ class Normals(_Secure):
         super().__init__(root)
         self._make_buffers(_PAIRS)
 
-    def unit(self) -> float:
-        return 0.0
-
     def add(self, out: Values, variances: Variances) -> None:
         """Add ``N(0, variances[i] I)`` to row ``i`` of ``out``.
 
@@ -148,56 +139,6 @@ class Normals(_Secure):
         out[:, :half].addcmul_(radius, turn)
         rest = width - half
         out[:, half:].addcmul_(radius[:, :rest], angle.sin_()[:, :rest])
-
-
-class Skellams(_Secure):
-    """Integers of Skellam's distribution, added to rows of an integer table.
-
-    Promise: noise of ``a`` and of ``b`` units, drawn apart, is in law noise of ``a + b`` units.
-
-    Args:
-        root: as for :class:`Normals`.
-        unit: the variance in squared integer steps that owed variance is counted in, from 1/16; it
-            is rounded up to a multiple of it. A power of two keeps the count exact.
-
-    Raises:
-        UsageError: when the unit is outside the range of the tables.
-    """
-
-    def __init__(self, root: SecretRoot | None = None, unit: Fraction = Fraction(1)) -> None:
-        super().__init__(root)
-        check_variance("skellam", unit)
-        self._unit = unit
-        self._wide = (LARGEST_VARIANCE["skellam"] / unit).__floor__().bit_length() - 1
-
-    def unit(self) -> float:
-        return float(self._unit)
-
-    def add(self, out: Values, variances: Variances) -> None:
-        """Add Skellam noise of ``variances[i]`` units to row ``i`` of ``out``.
-
-        Args:
-            out: integer array of shape ``(rows, width)``, changed in place.
-            variances: whole numbers of units, shape ``(rows,)``.
-
-        Raises:
-            UsageError: when ``out`` does not hold integers.
-        """
-        if out.dtype.kind != "i":
-            raise UsageError(
-                f"integer noise for a table of {out.dtype}: it must hold signed integers; "
-                "encode it on a grid first, or use Normals"
-            )
-        units = variances.astype(np.int64)
-        for digit in range(int(units.max(initial=0)).bit_length()):
-            rows = np.flatnonzero(units >> digit & 1)
-            if not len(rows):
-                continue
-            # Beyond the widest table a digit is a sum of several draws of it.
-            table = min(digit, self._wide)
-            for _ in range(1 << (digit - table)):
-                drawn = skellam(self._open(), self._unit * 2**table, len(rows) * out.shape[1])
-                out[rows] += drawn.reshape(-1, out.shape[1]).astype(out.dtype)
 
 
 def rounded_up(variances: Variances) -> NDArray[np.float32]:
