@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from _common import Claim, document, machine, print_table, write_json
+from _dlrm import DLRM, MLPERF_BOTTOM, MLPERF_TOP, TABLES, Clicks
 from _lazy_ways import BATCH, PRIVATE, SparseSGD, Way, batches, medians
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from privrec.models.dlrm import DLRM, MLPERF_BOTTOM, MLPERF_TOP, TABLES, Clicks
 from privrec.optim.lazy_dpsgd import LazyDPSGD
 
 WIDTH = 64

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from _dlrm import DLRM, Clicks
 
 from privrec.errors import UsageError
-from privrec.models.dlrm import DLRM, Clicks
 
 
 def test_a_logit_is_the_definition_written_out():
