@@ -13,10 +13,9 @@ from privrec.data import Split
 from privrec.device.cohort import Cohort
 from privrec.device.negatives import Functions
 from privrec.device.recommender import Recommender
-from privrec.device.tier import Tier
+from privrec.device.tier import Federation, Tier
 from privrec.evaluate import metrics
 from privrec.randomness import SecretRoot, rng_for
-from privrec.run.assembly import Parts
 from privrec.scenario.load import Run
 
 FloatArray = NDArray[np.float32]
@@ -80,12 +79,18 @@ class Judge:
     """Measures released weights on what a split holds out, every user fitted from nothing.
 
     Args:
-        parts: of the run.
+        federation: the tiers.
+        everyone: all users with the whole memory.
+        cohorts: the devices of each tier.
+        absent: users whose devices hold nothing.
         split: what to measure on.
         run: seed and lengths of the lists.
     """
 
-    parts: Parts
+    federation: Federation
+    everyone: Cohort
+    cohorts: tuple[Cohort, ...]
+    absent: NDArray[np.int64]
     split: Split
     run: Run
 
@@ -97,7 +102,7 @@ class Judge:
             protocols: those of :func:`privrec.evaluate.metrics.evaluate`.
         """
         return self._measured(
-            self.parts.federation.tiers[0], self.parts.everyone, weights, protocols
+            self.federation.tiers[0], self.everyone, weights, protocols
         )
 
     def own(
@@ -108,7 +113,7 @@ class Judge:
         Those of devices that hold nothing come last: they recommend what is popular. Users of a
         tier none of whom holds out an item have no metrics.
         """
-        cohorts = zip(self.parts.federation.tiers, self.parts.simulation.cohorts, strict=True)
+        cohorts = zip(self.federation.tiers, self.cohorts, strict=True)
         nobody, holds_out = metrics.Evaluation.nobody(), self.split.heldout.counts > 0
         measured = [
             self._measured(tier, cohort, weights, protocols)
@@ -116,8 +121,8 @@ class Judge:
             else nobody
             for tier, cohort in cohorts
         ]
-        if self.parts.federation.absent:
-            absent, scores = self.parts.simulation.absent, metrics.popularity_scores
+        if self.federation.absent:
+            absent, scores = self.absent, metrics.popularity_scores
             measured.append(
                 self._evaluated(scores(self.split.train), protocols, absent)
                 if holds_out[absent].any()
@@ -128,7 +133,7 @@ class Judge:
     def _measured(
         self, tier: Tier, cohort: Cohort, weights: FloatArray, protocols: metrics.Protocols
     ) -> metrics.Evaluation:
-        view = tier.view(self.parts.federation.prefix(weights, tier))
+        view = tier.view(self.federation.prefix(weights, tier))
         key = int(rng_for(self.run.seed, "serving").integers(2**63))
         fitted = cohort.serve(view, key, evaluation_functions(self.run.seed))
         train, users = self.split.train, cohort.histories.users

@@ -248,7 +248,11 @@ class _Simulated(Loop):
 
     @property
     def judge(self) -> Judge:
-        return Judge(self.parts, self.split, self.scenario.run)
+        devices = self.parts.simulation
+        return Judge(
+            self.parts.federation, self.parts.everyone, devices.cohorts, devices.absent,
+            self.split, self.scenario.run,
+        )  # fmt: skip
 
     def payload(self) -> dict[str, Any]:
         """See :meth:`Loop.payload`."""
