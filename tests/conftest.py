@@ -20,7 +20,7 @@ import pytest
 from privrec import data
 from privrec.data import Split
 from privrec.device.tier import Federation, Tier
-from privrec.models.implicit import pack
+from privrec.models.losses import pack
 from privrec.randomness import SecretRoot
 from privrec.run.assembly import Parts, assemble
 from privrec.scenario.load import Scenario

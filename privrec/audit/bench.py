@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from privrec.data import Interactions
 from privrec.device.cohort import Cohort
-from privrec.device.protection import Protection
-from privrec.device.round import Round
+from privrec.device.round import Protection, Round
 from privrec.device.tier import Federation, Tier
 from privrec.device.update import Aggregate
 from privrec.errors import ReleaseRefused

@@ -26,7 +26,7 @@ from privrec.audit.judging import (
 from privrec.device.round import Round
 from privrec.errors import ReleaseRefused
 from privrec.privacy.events import Mechanism
-from privrec.privacy.shares import Shares, noise_seeds
+from privrec.privacy.mechanism import Shares, noise_seeds
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]

@@ -16,12 +16,12 @@ from privrec.device.cohort import Cohort
 from privrec.device.device import protected
 from privrec.device.examples import NoiseRoots
 from privrec.device.negatives import Functions
-from privrec.device.protection import Protection
+from privrec.device.round import Protection
 from privrec.device.tier import Tier
 from privrec.device.train import Trained, Trainer
 from privrec.device.update import Address, BoundedUpdate, RawUpdate
 from privrec.models.layout import from_wire, to_wire
-from privrec.privacy.shares import Band
+from privrec.privacy.mechanism import Band
 from privrec.randomness import rng_for
 from privrec.run.simulation import Simulation
 from privrec.run.summing import SUMMING, Enrolled, Participant

@@ -360,7 +360,7 @@ def describe(name: str, settings: tuple[str, ...], data_dir: Path | None, as_jso
     scenario = _scenario_for_data(name, settings)
     from privrec import data as data_sets
     from privrec.run.texts import read_split
-    from privrec.scenario.texts import WIDE
+    from privrec.scenario.rules import WIDE
 
     facts = (
         read_split(scenario, data_dir).describe()
@@ -539,7 +539,7 @@ def _say_where(directory: Path, pages: Written | None) -> None:
 
 def _scenario_for_data(name: str, settings: Sequence[str]) -> Scenario:
     from privrec.scenario.load import Scenario, load
-    from privrec.scenario.texts import WIDE
+    from privrec.scenario.rules import WIDE
 
     if name.endswith(".toml"):
         return load(name, settings)

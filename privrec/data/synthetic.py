@@ -59,7 +59,7 @@ class Planted:
     def oracle(
         self, users: NDArray[np.integer], candidates: NDArray[np.integer] | None
     ) -> Float32Array:
-        """The best possible scores, in the form that :func:`privrec.evaluate.metrics.evaluate` takes.
+        """Return the best possible scores, as :func:`privrec.evaluate.metrics.evaluate` takes them.
 
         Args:
             users: [m] positions.

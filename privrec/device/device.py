@@ -10,14 +10,13 @@ from numpy.typing import NDArray
 from privrec.device.batch import Histories
 from privrec.device.examples import NoiseRoots
 from privrec.device.negatives import Functions
-from privrec.device.protection import Protection
-from privrec.device.round import Round, digest, model_digests
+from privrec.device.round import Protection, Round, digest, model_digests
 from privrec.device.tier import Tier
 from privrec.device.train import Trained, Trainer
 from privrec.device.update import BoundedUpdate, RawUpdate, Upload
 from privrec.errors import ReleaseRefused
 from privrec.models.layout import Layout
-from privrec.privacy.shares import noise_seeds
+from privrec.privacy.mechanism import noise_seeds
 from privrec.randomness import SecretRoot
 from privrec.secagg.ring import Coins
 

@@ -10,9 +10,9 @@ clip_norm)^2)`` to every coefficient of the sum, and the whole round is one Gaus
 that noise multiplier.
 
 A step touches few blocks of the memory, and nobody reads the others before the upload: their noise
-is owed (:mod:`privrec.privacy.lazy.memory`) and settled at the end. A user vector fitted to the history
-without noise would undo all of it, so there is none: the vector starts from the round's key, takes
-the same noisy steps, and what it is after a round is an output like any other.
+is owed (:mod:`privrec.privacy.lazy.memory`) and settled at the end. A user vector fitted to the
+history without noise would undo all of it, so there is none: the vector starts from the round's
+key, takes the same noisy steps, and what it is after a round is an output like any other.
 Source: Abadi et al., "Deep learning with differential privacy" (CCS 2016); the deferral is
 :mod:`privrec.privacy.lazy.noise`.
 """
@@ -37,7 +37,7 @@ from privrec.privacy.lazy.stream import Normals
 from privrec.randomness import SecretRoot
 
 if TYPE_CHECKING:
-    from privrec.device.recommender import Recommender
+    from privrec.device.train import Recommender
 
 FloatArray = NDArray[np.float32]
 Items = NDArray[np.int64]

@@ -24,18 +24,90 @@ from privrec.device.batch import (
 )
 from privrec.device.examples import Deferred, ExampleNoise, ExampleSteps, NoiseRoots, Schedule
 from privrec.device.negatives import EACH, Budget, Functions
-from privrec.device.recommender import Recommender, Settings
 from privrec.device.round import digest
 from privrec.device.update import Address, RawUpdate
 from privrec.embedding.table import Table
 from privrec.errors import UsageError
-from privrec.models.implicit import curvature, item_gram, pack
-from privrec.models.losses import DAMPED, IMPLICIT, LOSSES, WHOLE_CATALOGUE, Graded, Samples
-from privrec.models.ncf import Scored
+from privrec.models.layout import Layout
+from privrec.models.losses import (
+    DAMPED,
+    IMPLICIT,
+    LOSSES,
+    WHOLE_CATALOGUE,
+    Graded,
+    Samples,
+    curvature,
+    item_gram,
+    pack,
+)
+from privrec.models.ncf import NCF, Scored
+from privrec.search.memory import ItemMemory, Sketch
 from privrec.search.select import Search
-from privrec.search.sketch import Sketch
 
 FloatArray = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Recommender:
+    """The shared parameters' meaning: a model over item vectors in a subspace.
+
+    Args:
+        model: the scorer.
+        vectors: where item vectors lie.
+        biases: where item biases lie, or None.
+        layout: sections of the shared vector.
+    """
+
+    model: NCF
+    vectors: Table
+    biases: Table | None
+    layout: Layout
+
+    def searched(self, weights: FloatArray) -> ItemMemory:
+        """The catalogue as a device searches it.
+
+        Args:
+            weights: the shared vector in memory form.
+        """
+        biases = None
+        if self.biases is not None:
+            biases = self.biases, self.layout.biases_of(weights)[:, None]
+        return ItemMemory(self.vectors, self.layout.memory_of(weights), biases)
+
+    def tabulated(self) -> Recommender:
+        """The same with its places looked up, for a machine that plays many devices."""
+        biases = None if self.biases is None else self.biases.tabulated()
+        return replace(self, vectors=self.vectors.tabulated(), biases=biases)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hyper-parameters of local training, those of the scenario's ``[train]`` table."""
+
+    loss: str
+    negatives: int
+    unobserved_weight: float
+    item_l2: float
+    newton: bool
+    max_samples: int | None
+    user_steps: int
+    user_lr: float
+    user_l2: float
+    serve_steps: int
+    serve_negatives: int
+    local_steps: int
+    local_lr: float
+    selector: str = EACH
+    budget: float = 0.01
+    selected: float = 0.5
+    serve_budget: float | None = None
+
+    def serving(self) -> Settings:
+        """These, for fitting a user vector to a whole history with more negatives."""
+        budget = self.serve_budget or self.budget
+        return replace(self, negatives=self.serve_negatives, budget=budget, max_samples=None)
+
+
 _RIDGE = 1e-4
 """Keeps the Newton system of a device with few samples solvable."""
 
@@ -374,7 +446,7 @@ def _queries(user: FloatArray, search: Search) -> FloatArray:
 
 
 def _preconditioner(recommender: Recommender, weights: FloatArray, settings: Settings) -> Tensor:
-    """``P`` of :mod:`privrec.models.implicit`; zeros in the first round, which finds ``S``."""
+    """``P`` of :mod:`privrec.models.losses`; zeros in the first round, which finds ``S``."""
     users, dim = recommender.layout.gram_of(weights), recommender.vectors.dim
     if not users.any():
         return torch.zeros(dim, dim)

@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 
 from privrec.embedding.table import add_rows
 from privrec.models.layout import Layout, from_wire, to_wire
-from privrec.privacy.shares import Shares
-from privrec.secagg.ring import Coins, Encoding
-from privrec.secagg.rotation import Rotation
+from privrec.privacy.mechanism import Shares
+from privrec.secagg.ring import Coins, Encoding, Rotation
 
 
 @dataclass(frozen=True)

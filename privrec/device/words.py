@@ -19,18 +19,16 @@ from torch import Tensor
 from privrec.data.text import UNKNOWN_ID
 from privrec.device.batch import Histories
 from privrec.device.examples import NoiseRoots
-from privrec.device.lessons import Lesson, Network, Neurons, lesson_of
+from privrec.device.lessons import Active, Find, Lesson, Network, Neurons, Output, lesson_of, spread
 from privrec.device.negatives import Functions
-from privrec.device.neurons import Active, Find, Output, spread
 from privrec.device.train import Trained
 from privrec.device.update import Address, RawUpdate
 from privrec.embedding.hashing import splitmix64
 from privrec.embedding.table import Table
 from privrec.errors import UsageError
 from privrec.models.layout import Layout
-from privrec.search.memory import ItemMemory
+from privrec.search.memory import ItemMemory, Sketch
 from privrec.search.select import Search, Selector, select
-from privrec.search.sketch import Sketch
 
 FloatArray = NDArray[np.float32]
 Items = NDArray[np.int64]

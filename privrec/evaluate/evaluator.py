@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from privrec.data import Split
 from privrec.device.cohort import Cohort
 from privrec.device.negatives import Functions
-from privrec.device.recommender import Recommender
 from privrec.device.tier import Federation, Tier
+from privrec.device.train import Recommender
 from privrec.evaluate import metrics
 from privrec.randomness import SecretRoot, rng_for
 from privrec.scenario.load import Run
@@ -101,9 +101,7 @@ class Judge:
             weights: released coefficients.
             protocols: those of :func:`privrec.evaluate.metrics.evaluate`.
         """
-        return self._measured(
-            self.federation.tiers[0], self.everyone, weights, protocols
-        )
+        return self._measured(self.federation.tiers[0], self.everyone, weights, protocols)
 
     def own(
         self, weights: FloatArray, protocols: metrics.Protocols

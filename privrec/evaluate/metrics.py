@@ -4,16 +4,23 @@ Two protocols. ``sampled``: the held-out item among 99 items that the user has n
 "Neural Collaborative Filtering", WWW 2017). ``full``: the held-out items among the whole catalogue
 less what the user trained on (He et al., "LightGCN", SIGIR 2020). Ties and scores that are not
 numbers count against the held-out item, so a constant model earns nothing.
+
+Segments split the same figures by activity of the user and popularity of the item, since a mean
+over users hides whom noise hurts: light users and rare items lose first. Baselines are recommenders
+that are trained where all histories lie in one place, without privacy or devices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from functools import partial
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import linalg, sparse
+from scipy.sparse.linalg import svds
 
 from privrec.data.interactions import Interactions, ItemLists, Split, rows_of
 from privrec.errors import DataError, UsageError
@@ -358,3 +365,166 @@ def _repeated(items: Int64Array) -> NDArray[np.bool_]:
     marks = np.empty_like(again)
     np.put_along_axis(marks, order, again, axis=1)
     return marks
+
+
+FEWEST = 20
+"""A segment of fewer users is left out: its mean would tell of single ones."""
+
+HEAD = 0.8
+"""Share of all interactions that the popular items have between them."""
+
+
+def by_segment(evaluated: Evaluation, split: Split) -> list[dict[str, Any]]:
+    """Metrics of light, medium and heavy users, and of users whose held-out items are popular.
+
+    Activity is cut at the terciles of the measured users' history lengths. An item is popular when
+    it is one of the most frequent that have :data:`HEAD` of the interactions together; a user goes
+    by the first item held out.
+
+    Args:
+        evaluated: metrics of each measured user.
+        split: what they were measured on.
+
+    Returns:
+        Dictionaries of ``by``, ``name``, ``share`` of the measured users (two digits) and
+        ``metrics``. They come from private data without noise.
+    """
+    if not evaluated.users.size:
+        return []
+    parts = (*_activity(evaluated, split), *_popularity(evaluated, split))
+    return [_segment(evaluated, *part) for part in parts if part[2].sum() >= FEWEST]
+
+
+def _segment(
+    evaluated: Evaluation, by: str, name: str, chosen: NDArray[np.bool_]
+) -> dict[str, Any]:
+    means = {key: float(values[chosen].mean()) for key, values in evaluated.values.items()}
+    return {"by": by, "name": name, "share": round(float(chosen.mean()), 2), "metrics": means}
+
+
+def _activity(evaluated: Evaluation, split: Split) -> Iterator[tuple[str, str, NDArray[np.bool_]]]:
+    lengths = np.diff(split.train.indptr)[evaluated.users]
+    low, high = np.quantile(lengths, [1 / 3, 2 / 3])
+    yield "activity", f"light, up to {low:.0f} items", lengths <= low
+    yield "activity", "medium", (lengths > low) & (lengths <= high)
+    yield "activity", f"heavy, above {high:.0f} items", lengths > high
+
+
+def _popularity(
+    evaluated: Evaluation, split: Split
+) -> Iterator[tuple[str, str, NDArray[np.bool_]]]:
+    first = split.heldout.items[split.heldout.indptr[evaluated.users]]
+    popular = _head(split.train.item_counts())[first]
+    yield "item popularity", "a popular item held out", popular
+    yield "item popularity", "a rare item held out", ~popular
+
+
+def _head(counts: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """The fewest items that have :data:`HEAD` of all interactions."""
+    order = np.argsort(-counts, kind="stable")
+    before = np.cumsum(counts[order]) - counts[order]
+    head = np.zeros(counts.size, np.bool_)
+    head[order[before < HEAD * counts.sum()]] = True
+    return head
+
+
+EASE_USERS = 12_000
+"""Most users that EASE is solved for; it needs a matrix of their square."""
+
+EASE_L2 = 300.0
+"""Ridge penalty of EASE, in the middle of what its paper reports for catalogues of many sizes."""
+
+FloatArray = NDArray[np.float32]
+
+
+def check(name: str, train: Interactions, *, dim: int) -> None:
+    """Refuse a baseline that cannot be had for this many users, items or dimensions.
+
+    Raises:
+        UsageError: ``pure_svd`` when ``dim`` is not below the smaller side of the matrix, ``ease``
+            when there are more than :data:`EASE_USERS` users.
+    """
+    if name == "pure_svd" and dim >= min(train.n_users, train.n_items):
+        raise UsageError(
+            f"pure_svd of {dim} factors: {train.n_users} users and {train.n_items} items have no "
+            "more; lower model.dim or leave it out of run.baselines"
+        )
+    if name == "ease" and train.n_users > EASE_USERS:
+        raise UsageError(
+            f"ease with {train.n_users} users: it is solved for at most {EASE_USERS}; "
+            "leave it out of run.baselines"
+        )
+
+
+def scores_of(name: str, train: Interactions, *, dim: int, seed: int) -> Scores:
+    """A baseline trained on some interactions.
+
+    Args:
+        name: ``"popularity"``, ``"pure_svd"`` or ``"ease"``.
+        train: all histories.
+        dim: factors of the SVD.
+        seed: of the SVD's start.
+
+    Raises:
+        UsageError: as :func:`check`.
+    """
+    return _MAKERS[name](train, dim, seed)
+
+
+def pure_svd(train: Interactions, dim: int, seed: int) -> Scores:
+    """Truncated SVD of the 0/1 matrix (Cremonesi, Koren & Turrin, RecSys 2010)."""
+    check("pure_svd", train, dim=dim)
+    start = rng_for(seed, "baselines", "pure_svd").normal(size=min(train.n_users, train.n_items))
+    left, values, right = svds(_matrix(train), k=dim, v0=start)
+    return partial(_products, left * values, right)
+
+
+def ease(train: Interactions) -> Scores:
+    """EASE, the closed-form linear autoencoder (Steck, WWW 2019), by way of the users.
+
+    With ``K = (X Xᵀ + λI)^-1``, ``X (XᵀX + λI)^-1 = K X``; so a catalogue of any size will do where
+    users are few.
+    """
+    check("ease", train, dim=0)
+    matrix = _matrix(train)
+    kernel = (matrix @ matrix.T).toarray() + EASE_L2 * np.eye(train.n_users)
+    inverse = linalg.inv(kernel, overwrite_a=True, check_finite=False)
+    diagonal = (1 - matrix.multiply(inverse @ matrix).sum(axis=0)) / EASE_L2
+    return partial(_linear, matrix, inverse, np.asarray(diagonal).ravel())
+
+
+def _products(
+    users_by_factor: NDArray[np.float64],
+    factors: NDArray[np.float64],
+    users: NDArray[np.integer],
+    candidates: NDArray[np.integer] | None,
+) -> FloatArray:
+    return _chosen(users_by_factor[users] @ factors, candidates)
+
+
+def _linear(
+    matrix: sparse.csr_array,
+    inverse: NDArray[np.float64],
+    diagonal: NDArray[np.float64],
+    users: NDArray[np.integer],
+    candidates: NDArray[np.integer] | None,
+) -> FloatArray:
+    own = matrix[users].toarray()
+    return _chosen(own - (inverse[users] @ matrix) / diagonal, candidates)
+
+
+def _chosen(table: NDArray[np.float64], candidates: NDArray[np.integer] | None) -> FloatArray:
+    chosen = table if candidates is None else np.take_along_axis(table, candidates, axis=1)
+    return chosen.astype(np.float32)
+
+
+def _matrix(train: Interactions) -> sparse.csr_array:
+    ones = np.ones(train.size)
+    return sparse.csr_array((ones, train.items, train.indptr), shape=(train.n_users, train.n_items))
+
+
+_MAKERS: dict[str, Callable[[Interactions, int, int], Scores]] = {
+    "popularity": lambda train, _dim, _seed: popularity_scores(train),
+    "pure_svd": pure_svd,
+    "ease": lambda train, _dim, _seed: ease(train),
+}

@@ -17,9 +17,9 @@ from privrec import data
 from privrec.data.listed import read_catalogue, read_history
 from privrec.device.tier import Federation
 from privrec.errors import DataError, PrivrecError, UsageError
+from privrec.flower.app import scenario_of
 from privrec.flower.enrol import ROOT, STATE, anchor_of, certificates_of
 from privrec.flower.node import Hosted, Node
-from privrec.flower.settings import scenario_of
 from privrec.flower.wire import CONFIRM, MASKED, REGISTER, SHARES, UNMASK, pack, summary, unpack
 from privrec.randomness import ROOT_BYTES, SecretRoot
 from privrec.run.assembly import assign, federation_of

@@ -14,7 +14,7 @@ from privrec.errors import PrivrecError, ReleaseRefused, UsageError
 from privrec.flower import vectors
 from privrec.flower.devices import Device, RunState
 from privrec.flower.plan import SumPlan
-from privrec.privacy.shares import noise_seeds
+from privrec.privacy.mechanism import noise_seeds
 from privrec.secagg.client import ClientSession, Policy
 from privrec.secagg.roster import Call, Roster, Terms
 

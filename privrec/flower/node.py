@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.device.device import Device
-from privrec.device.protection import Protection
-from privrec.device.round import Round
+from privrec.device.round import Protection, Round
 from privrec.device.tier import Federation
 from privrec.errors import PrivrecError, ReleaseRefused, UsageError
 from privrec.flower.wire import (

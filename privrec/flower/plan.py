@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from privrec.errors import ReleaseRefused, UsageError
-from privrec.privacy.shares import Band, Shares
+from privrec.privacy.mechanism import Band, Shares
 from privrec.secagg.graph import Graph
 from privrec.secagg.keys import statement
 from privrec.secagg.ring import LARGEST_WRAP, Encoding, Load, Ring

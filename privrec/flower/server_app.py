@@ -16,13 +16,12 @@ from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 
 from privrec import storage
-from privrec.device.protection import Protection
-from privrec.device.round import Round
+from privrec.device.round import Protection, Round
 from privrec.device.update import Aggregate
 from privrec.errors import BudgetError, PrivrecError, ReleaseRefused, UsageError
+from privrec.flower.app import scenario_of
 from privrec.flower.enrol import ServersWord, anchor_of
 from privrec.flower.registry import Member, Registry
-from privrec.flower.settings import scenario_of
 from privrec.flower.wire import EXCHANGES, MASKED, SHARES, round_to_body, summary
 from privrec.randomness import SecretRoot, rng_for
 from privrec.run import checkpoint
@@ -32,7 +31,7 @@ from privrec.run.identity import Identity
 from privrec.run.loop import Loop, Result
 from privrec.run.popularity import known_items
 from privrec.run.record import EventLog, NullObserver, Observer, Record, RunInfo
-from privrec.run.sampling import cohort
+from privrec.run.simulation import cohort
 from privrec.run.summary import deployed_result
 from privrec.run.summing import opened
 from privrec.run.wording import opening_words
@@ -63,7 +62,7 @@ class Flower:
     sampling_rate: float
 
     def collect(self, round: Round, weights: NDArray[np.float32]) -> Aggregate:
-        """See :meth:`privrec.run.transport.Transport.collect`."""
+        """See :meth:`privrec.run.simulation.Transport.collect`."""
         called, federation = self._called(round), self.registry.federation
         session = ServerSession(
             self.protection.terms(round, federation.layouts),

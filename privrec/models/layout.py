@@ -22,7 +22,7 @@ class Layout:
         block: floats in a block.
         bias_slots: item biases, 0 when the model has none.
         gram: coefficients of the users' mean Gram matrix, which is no weight but travels with them
-            where the loss looks at all items at once (:mod:`privrec.models.implicit`).
+            where the loss looks at all items at once (:mod:`privrec.models.losses`).
     """
 
     dense: int

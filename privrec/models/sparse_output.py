@@ -33,7 +33,7 @@ from privrec.models.process_memory import give_back_freed
 from privrec.randomness import ROOT_BYTES, SecretRoot, SecureStream, rng_for
 from privrec.search.active import NO_LABEL, ActiveSet, active_set, distinct_labels
 from privrec.search.families import Shape
-from privrec.search.held import KINDS, Index, Kind, Rebuild, build
+from privrec.search.index import KINDS, Index, Kind, Rebuild, build
 from privrec.search.memory import ItemMemory
 from privrec.search.select import Search, ranked, select
 
@@ -61,7 +61,7 @@ class SparseOutput(nn.Module):
         dim: length of the hidden vector, at least 1.
         share: active neurons of a batch over ``n``, in (0, 1].
         selector: who finds the selected ones: ``uniform`` (nobody), ``scan`` (exact scores),
-            or an index that is held: one of :data:`privrec.search.held.KINDS`.
+            or an index that is held: one of :data:`privrec.search.index.KINDS`.
         selected: of the budget that labels leave, how much is selected, in [0, 1]; the rest is
             uniform.
         table: where rows lie: a :class:`~privrec.embedding.subspace.Subspace` of ``n`` items and

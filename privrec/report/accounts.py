@@ -25,7 +25,7 @@ from privrec.report.parts import (
 )
 from privrec.run.header import Declaration
 from privrec.run.privacy_plan import encoding_of
-from privrec.scenario.texts import WIDE
+from privrec.scenario.rules import WIDE
 
 Counts = Mapping[RoundEvent, int]
 

@@ -236,10 +236,10 @@ def _shares(facts: Facts) -> str:
     )
     return (
         "Sum of integers with noise in shares: each user’s update is clipped in L2 norm and "
-        f"rounded to integers within an enforced bound; every device adds discrete Gaussian noise "
-        "from a cryptographic generator to every coordinate that it holds. Accounted are the shares of "
-        f"the fewest survivors of each band, {facts.least_survivors:.0%} of the devices expected "
-        f"there, less {facts.colluding_share:.0%} who may collude; with fewer survivors nothing "
+        "rounded to integers within an enforced bound; every device adds discrete Gaussian noise "
+        "from a cryptographic generator to every coordinate that it holds. Accounted are the "
+        f"shares of the fewest survivors of each band, {facts.least_survivors:.0%} of the devices "
+        f"expected there, less {facts.colluding_share:.0%} who may collude; with fewer survivors nothing "
         f"is released. {rest}"
     )
 

@@ -16,20 +16,17 @@ from privrec.device.cohort import Cohort
 from privrec.device.examples import ExampleNoise
 from privrec.device.lessons import Network
 from privrec.device.negatives import popularity_of
-from privrec.device.protection import Protection
-from privrec.device.recommender import Recommender, Settings
-from privrec.device.round import digest
+from privrec.device.round import Protection, digest
 from privrec.device.tier import Federation, Meaning, Tier
-from privrec.device.train import Trainer
+from privrec.device.train import Recommender, Settings, Trainer
 from privrec.device.words import Language
 from privrec.embedding.nested import Nested, nested
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable, Table
 from privrec.errors import UsageError
 from privrec.models.extreme import WordBag
-from privrec.models.implicit import packed_size
 from privrec.models.layout import Layout, band_sizes
-from privrec.models.losses import IMPLICIT
+from privrec.models.losses import IMPLICIT, packed_size
 from privrec.models.ncf import NCF
 from privrec.models.next_word import NextWord
 from privrec.privacy.events import RoundEvent

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from privrec.data.text import Corpus
 from privrec.device.batch import Histories
-from privrec.device.neurons import Output
+from privrec.device.lessons import Output
 from privrec.device.tier import Federation, Tier
 from privrec.device.words import Language, Practice, Served, WordTrainer, Writers
 from privrec.errors import UsageError

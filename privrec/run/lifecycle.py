@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from privrec import data, storage
 from privrec.data import Interactions, Split
-from privrec.evaluate import baselines, metrics
+from privrec.evaluate import metrics
 from privrec.evaluate.evaluator import Judge
 from privrec.privacy.ledger import Ledger
 from privrec.randomness import SecretRoot
@@ -24,7 +24,7 @@ from privrec.run.record import EventLog, Observer
 from privrec.run.summary import result_of
 from privrec.run.texts import Texts
 from privrec.scenario.load import Scenario, load
-from privrec.scenario.texts import WIDE
+from privrec.scenario.rules import WIDE
 
 
 def start(
@@ -198,7 +198,7 @@ class _Histories:
     def check(self, scenario: Scenario, split: Split) -> None:
         metrics.holding_out(split.heldout, None)
         for name in scenario.run.baselines:
-            baselines.check(name, split.train, dim=scenario.model.dim)
+            metrics.check(name, split.train, dim=scenario.model.dim)
 
     def describe(self, split: Split) -> dict[str, Any]:
         return data.describe(split)

@@ -31,8 +31,8 @@ from privrec.run import directory
 from privrec.run.checkpoint import Position
 from privrec.run.identity import Identity
 from privrec.run.record import EventLog, Observer, Record, RunInfo
+from privrec.run.simulation import Transport
 from privrec.run.summary import write_model
-from privrec.run.transport import Transport
 from privrec.run.wording import adversary_text
 from privrec.scenario.load import Scenario
 from privrec.server.server import Release, Server

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from privrec.device.batch import Histories
 from privrec.device.device import Device, hash_functions, protected
-from privrec.device.protection import Protection
-from privrec.device.round import Round, model_digests
+from privrec.device.round import Protection, Round, model_digests
 from privrec.models.process_memory import (
     give_back_freed,
     peak_resident_bytes,
@@ -23,13 +22,13 @@ from privrec.models.process_memory import (
     resident_bytes,
 )
 from privrec.privacy.events import RoundEvent
-from privrec.privacy.shares import Band, Shares, noise_seeds
+from privrec.privacy.mechanism import Band, Shares, noise_seeds
 from privrec.randomness import SecretRoot
 from privrec.run.assembly import federation_of, trainer_of
 from privrec.run.assembly_text import writers_of
 from privrec.run.privacy_plan import encoding_of
 from privrec.scenario.load import Scenario
-from privrec.scenario.texts import WIDE
+from privrec.scenario.rules import WIDE
 from privrec.secagg.ring import Ring
 
 TIMEOUT_S = 120

@@ -23,7 +23,7 @@ from privrec.privacy.calibrate import noise_multiplier_for
 from privrec.privacy.events import RoundEvent
 from privrec.privacy.ledger import Ledger
 from privrec.privacy.ledger_index import PREPARATION, parsed
-from privrec.privacy.noise import rounded_gaussian
+from privrec.privacy.mechanism import rounded_gaussian
 from privrec.privacy.signed import verified
 from privrec.randomness import SecretRoot, SecureStream
 from privrec.scenario.load import Scenario, load

@@ -11,16 +11,15 @@ from functools import lru_cache, partial
 
 from scipy.stats import binom
 
-from privrec.device.protection import SMALL_RING_BITS, Protection
+from privrec.device.round import SMALL_RING_BITS, Protection
 from privrec.errors import UsageError
 from privrec.privacy.calibrate import noise_multiplier_for
-from privrec.privacy.cohorts import Crowd, check_small_cohorts, small_cohort_delta
+from privrec.privacy.closeness import Crowd, check_small_cohorts, small_cohort_delta
 from privrec.privacy.events import RoundEvent
-from privrec.privacy.shares import Band, Shares, grid_of
+from privrec.privacy.mechanism import Band, Shares, grid_of
 from privrec.run.popularity import release_event
 from privrec.scenario.load import Scenario
-from privrec.secagg.ring import LARGEST_WRAP, Encoding, Load, Ring
-from privrec.secagg.rotation import spread
+from privrec.secagg.ring import LARGEST_WRAP, Encoding, Load, Ring, spread
 
 LOOSE_CLIP_NORM = 100.0
 """Clip norm of a run without noise that names none: a range for the integers, rarely reached."""

@@ -16,8 +16,8 @@ from privrec.data import Interactions
 from privrec.data.listed import read_history
 from privrec.device.batch import Histories
 from privrec.device.cohort import Cohort
-from privrec.device.recommender import Recommender
 from privrec.device.tier import Federation
+from privrec.device.train import Recommender
 from privrec.errors import UsageError
 from privrec.evaluate.evaluator import Scorer
 from privrec.privacy.ledger import Ledger
@@ -27,8 +27,8 @@ from privrec.run.assembly import trainer_of
 from privrec.run.identity import Identity, kept_key
 from privrec.run.summary import read_model
 from privrec.scenario.load import Scenario, load
+from privrec.search.memory import Sketch
 from privrec.search.select import Search, Selector, best, ranked, select
-from privrec.search.sketch import Sketch
 
 FloatArray = NDArray[np.float32]
 Items = NDArray[np.int64]

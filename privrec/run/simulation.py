@@ -1,10 +1,10 @@
-"""Simulated devices in this process, as batched cohorts or one by one."""
+"""The seam between server and devices, and devices that are simulated in this process."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,15 +12,45 @@ from numpy.typing import NDArray
 from privrec.device.cohort import Cohort, Learners
 from privrec.device.device import Device, hash_functions, noise_roots, protected
 from privrec.device.examples import Deferred
-from privrec.device.protection import Protection
-from privrec.device.round import Round, digest
+from privrec.device.round import Protection, Round, digest
 from privrec.device.tier import Federation, Tier
 from privrec.device.update import Aggregate, BoundedUpdate
 from privrec.errors import UsageError
 from privrec.randomness import SecretRoot, rng_for
-from privrec.run.sampling import cohort
 from privrec.run.summing import SUMMING, Enrolled, Participant
 from privrec.secagg.server import Stage
+
+
+class Transport(Protocol):
+    """Carries a round to the devices and brings back their sum."""
+
+    def collect(self, round: Round, weights: NDArray[np.float32]) -> Aggregate:
+        """The sum of the bounded updates of the round's cohort, and nothing per device.
+
+        Asked for the same round again (also another attempt at it), it starts from the same private
+        states as the first time.
+        """
+        ...
+
+
+def cohort(coins: NDArray[np.uint64], sampling_rate: float) -> NDArray[np.int64]:
+    """The users whose coin came up: Poisson sampling, each user by itself.
+
+    The accounted amplification holds for exactly this law: the size is random, may be zero, and is
+    never forced or drawn again. It also needs coins that no recipient knows and that no two
+    attempts share. At a rate of 1 everybody takes part.
+
+    Args:
+        coins: a uniform 64-bit word for each user.
+        sampling_rate: chance of each user, in (0, 1].
+
+    Returns:
+        Sorted user indices.
+    """
+    if sampling_rate >= 1:
+        return np.arange(len(coins))
+    return np.flatnonzero(coins < np.uint64(int(sampling_rate * 2**64)))
+
 
 FloatArray = NDArray[np.float32]
 Rows = list[NDArray[np.int64]]
@@ -74,7 +104,7 @@ class Simulation(Generic[L]):
         return np.setdiff1d(np.arange(self.population), members)
 
     def collect(self, round: Round, weights: FloatArray) -> Aggregate:
-        """See :meth:`privrec.run.transport.Transport.collect`."""
+        """See :meth:`privrec.run.simulation.Transport.collect`."""
         rows = self.rows(self.sample(round))
         self._rewind(round.index, rows)
         cohort, loss = self._participants(round, rows), 0.0

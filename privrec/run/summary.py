@@ -18,8 +18,8 @@ from privrec.data import Interactions, Split
 from privrec.device.round import digest
 from privrec.device.tier import Federation, Tier
 from privrec.errors import IntegrityError, UsageError
-from privrec.evaluate import baselines, metrics
-from privrec.evaluate.segments import by_segment
+from privrec.evaluate import metrics
+from privrec.evaluate.metrics import by_segment
 from privrec.privacy.events import Accountant, Adversary, epsilon
 from privrec.privacy.ledger import Ledger
 from privrec.privacy.ledger_index import EXAMPLE
@@ -229,7 +229,7 @@ def head_of(scenario: Scenario, server: Server, identity: Mapping[str, Any]) -> 
 
 def _baseline(name: str, scenario: Scenario, split: Split) -> dict[str, float]:
     seed = scenario.run.seed
-    scores = baselines.scores_of(name, split.train, dim=scenario.model.dim, seed=seed)
+    scores = metrics.scores_of(name, split.train, dim=scenario.model.dim, seed=seed)
     return metrics.evaluate(scores, split, k=scenario.run.top_k, seed=seed).summary()
 
 

@@ -12,13 +12,12 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.device.protection import Protection
-from privrec.device.round import Round
+from privrec.device.round import Protection, Round
 from privrec.device.tier import Federation, Tier
 from privrec.device.update import BoundedUpdate
 from privrec.errors import ReleaseRefused
 from privrec.models.layout import from_wire
-from privrec.privacy.shares import noise_seeds
+from privrec.privacy.mechanism import noise_seeds
 from privrec.randomness import SecretRoot
 from privrec.secagg.client import ClientSession, Policy
 from privrec.secagg.graph import Graph

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.flop_counter import FlopCounterMode
 
-from privrec.device.neurons import QUERIES
+from privrec.device.lessons import QUERIES
 from privrec.device.tier import Tier
 from privrec.device.words import Writers
 from privrec.models.next_word import sampled_loss

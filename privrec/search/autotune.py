@@ -20,10 +20,9 @@ from privrec.embedding.table import PlainTable
 from privrec.errors import UsageError
 from privrec.randomness import SecretRoot, SecureStream, rng_for
 from privrec.search.families import FAMILIES, Shape
-from privrec.search.held import KINDS, Index, Kind, Rebuild, build
-from privrec.search.memory import ItemMemory
+from privrec.search.index import KINDS, Index, Kind, Rebuild, build
+from privrec.search.memory import RANK, ItemMemory
 from privrec.search.select import SIGNATURE
-from privrec.search.sketch import RANK
 from privrec.search.tables import Items
 
 FloatArray = NDArray[np.float32]

@@ -18,8 +18,7 @@ from privrec.errors import UsageError
 from privrec.randomness import SecureStream
 from privrec.search.costs import Costs, Demand, Ranking, choose
 from privrec.search.families import Shape, own_shape, signature
-from privrec.search.memory import ItemMemory
-from privrec.search.sketch import Sketch
+from privrec.search.memory import ItemMemory, Sketch
 from privrec.search.tables import Items, estimates, serial, serial_bytes
 
 FloatArray = NDArray[np.float32]

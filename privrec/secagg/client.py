@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from privrec.errors import ReleaseRefused, UsageError
 from privrec.randomness import SecureStream
 from privrec.secagg import shamir
-from privrec.secagg.binding import Binding, model_root
 from privrec.secagg.graph import Graph
 from privrec.secagg.keys import SIGNATURE_BYTES, PrekeyBook, SecretPrekey, agree
 from privrec.secagg.masks import Mask, apply_masks
@@ -37,6 +36,7 @@ from privrec.secagg.messages import (
     masked_message,
     sealed_bytes,
 )
+from privrec.secagg.recovery import Binding, model_root
 from privrec.secagg.roster import MAX_BANDS, NOISE, SEED, Anchor, Call, Roster, Terms
 from privrec.secagg.wire import (
     Bitmap,
@@ -276,7 +276,7 @@ class ClientSession:
             message: a :class:`~privrec.secagg.roster.Call`.
             noise: the seeds of this device's noise in this attempt, 32 bytes for each band that it
                 holds, if the terms take noise off again; see
-                :func:`~privrec.privacy.shares.noise_seeds`.
+                :func:`~privrec.privacy.mechanism.noise_seeds`.
 
         Returns:
             A :class:`~privrec.secagg.messages.Shares`.

@@ -126,7 +126,8 @@ class Terms:
         minimums: fewest survivors that hold each band, the weakest tier's first.
         ring_bits: 32 or 16; sums are exact modulo ``2**ring_bits``.
         excess: whether survivors beyond a band's minimum give the seed of their noise in it away,
-            so that as many shares of noise as the minimum are left (:mod:`privrec.privacy.shares`).
+            so that as many shares of noise as the minimum are left
+            (:mod:`privrec.privacy.mechanism`).
     """
 
     run: str

@@ -25,7 +25,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.errors import ReleaseRefused, UsageError
-from privrec.secagg.binding import Binding, model_root
 from privrec.secagg.graph import Graph
 from privrec.secagg.keys import Prekey
 from privrec.secagg.masks import apply_masks, word_type
@@ -41,7 +40,7 @@ from privrec.secagg.messages import (
     masked_entries,
     sealed_bytes,
 )
-from privrec.secagg.recovery import Deposit, Recovery
+from privrec.secagg.recovery import Binding, Deposit, Recovery, model_root
 from privrec.secagg.roster import NOISE, SEED, Anchor, Call, Roster, Terms
 from privrec.secagg.shamir import SECRET_BYTES
 from privrec.secagg.wire import DIGEST_BYTES, Buffer, bitmap, members, refused, split

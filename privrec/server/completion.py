@@ -13,15 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.device.tier import Federation, Tier
-from privrec.models.implicit import curvature, pressure
 from privrec.models.layout import bands
+from privrec.models.losses import curvature, pressure
 
 FloatArray = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Implicit:
-    """The server's part of implicit ALS (:mod:`privrec.models.implicit`).
+    """The server's part of implicit ALS (:mod:`privrec.models.losses`).
 
     Args:
         unobserved_weight: ``α``.

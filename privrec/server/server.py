@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.device.protection import Protection
-from privrec.device.round import Round, digest, model_digests
+from privrec.device.round import Protection, Round, digest, model_digests
 from privrec.device.tier import Federation
 from privrec.device.update import Aggregate
 from privrec.models.layout import from_wire, to_wire
 from privrec.privacy.events import RoundEvent
-from privrec.privacy.noise import rounded_gaussian
+from privrec.privacy.mechanism import rounded_gaussian
 from privrec.randomness import SecretRoot
 from privrec.server.completion import Completion
 from privrec.server.optimizer import Optimizer

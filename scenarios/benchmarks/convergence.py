@@ -24,14 +24,13 @@ from _common import Claim, document, machine, print_table, write_json
 
 from privrec.device.batch import Histories
 from privrec.device.cohort import Cohort
-from privrec.device.protection import Protection
-from privrec.device.recommender import Recommender, Settings
+from privrec.device.round import Protection
 from privrec.device.tier import Federation, Tier
-from privrec.device.train import Trainer
+from privrec.device.train import Recommender, Settings, Trainer
 from privrec.embedding.nested import nested
 from privrec.embedding.subspace import Subspace
-from privrec.models.implicit import packed_size
 from privrec.models.layout import Layout
+from privrec.models.losses import packed_size
 from privrec.models.ncf import NCF
 from privrec.privacy.events import RoundEvent
 from privrec.randomness import SecretRoot

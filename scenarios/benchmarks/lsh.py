@@ -26,9 +26,8 @@ from _wide import DIM, Searched, clusters, isotropic, learned
 
 from privrec.randomness import SecretRoot
 from privrec.search.families import Shape, Signs, signature
-from privrec.search.memory import CHUNK
+from privrec.search.memory import CHUNK, Sketch
 from privrec.search.select import SIGNATURE, Search, Selector, select
-from privrec.search.sketch import Sketch
 from privrec.search.tables import Buckets, Signatures, draw, nearest, serial
 
 ITEMS, COMPRESSION = 670_091, 64.0
@@ -217,7 +216,8 @@ sys.path.insert(0, sys.argv[1])
 from lsh import ITEMS, TABLES, ROOT_SECRET
 from dataclasses import replace
 from _wide import isotropic
-from privrec.models.process_memory import give_back_freed, peak_resident_bytes, reset_peak, resident_bytes
+from privrec.models.process_memory import give_back_freed, peak_resident_bytes
+from privrec.models.process_memory import reset_peak, resident_bytes
 from privrec.search.tables import serial
 import torch
 torch.set_num_threads(1)
@@ -251,8 +251,9 @@ import sys, json, time
 import numpy as np, torch
 torch.set_num_threads(1)
 from privrec.embedding.subspace import Subspace
-from privrec.models.process_memory import give_back_freed, peak_resident_bytes, reset_peak, resident_bytes
-from privrec.device.recommender import Recommender
+from privrec.models.process_memory import give_back_freed, peak_resident_bytes
+from privrec.models.process_memory import reset_peak, resident_bytes
+from privrec.device.train import Recommender
 from privrec.models.layout import Layout
 from privrec.models.ncf import NCF
 from privrec.run.recommend import answer

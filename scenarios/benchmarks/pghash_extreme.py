@@ -34,7 +34,7 @@ from privrec.models.rows import RowAdam
 from privrec.models.sparse_output import LayerSelector, SparseOutput
 from privrec.randomness import SecretRoot, rng_for
 from privrec.search.families import Shape
-from privrec.search.held import Rebuild
+from privrec.search.index import Rebuild
 
 DIM, BLOCK, FOLD, WORDS = 128, 16, 32, 1 << 13
 SELECTED = 0.2

@@ -7,9 +7,9 @@ row is the median of its repetitions. A repetition is one run whose CPU time (us
 the process and everything it started) is read at the end of an early round and of a late one; the
 difference over the device-rounds in between is the cost in steady state, without start-up.
 
-* privrec: `scenarios/ml-1m.toml` with fewer rounds, through `privrec.run.lifecycle`, everything that a round
-  does included: plan, charge on disk, local training, clipping, encoding, the sum, the server's
-  step, records and checkpoints. Evaluation lies outside the marks.
+* privrec: `scenarios/ml-1m.toml` with fewer rounds, through `privrec.run.lifecycle`, everything
+  that a round does included: plan, charge on disk, local training, clipping, encoding, the sum, the
+  server's step, records and checkpoints. Evaluation lies outside the marks.
 * Flower: `_flower_echo.py`, an app that returns the vector it was sent, of as many bytes as a
   privrec upload, on Flower's Ray backend with two actors of one CPU, without dashboard,
   telemetry and logging. 20, 50 and 100 SuperNodes cost the same within the noise, 300 up to twice

@@ -171,7 +171,8 @@ def test_a_device_reaches_no_server_transport_or_network() -> None:
             f"{path.relative_to(ROOT)}:{line} imports {name}"
             for line, name in names
             if name.split(".")[0] in NETWORK
-            or name.split(".")[:2] in (["privrec", "server"], ["privrec", "run"], ["privrec", "flower"])
+            or name.split(".")[:2]
+            in (["privrec", "server"], ["privrec", "run"], ["privrec", "flower"])
         ]
     assert not found
 

@@ -135,8 +135,7 @@ def test_nothing_unpickles_or_evaluates() -> None:
         f"{path.relative_to(ROOT)}:{node.lineno} {dotted(node.func)}"
         for path, tree in sources().items()
         for node in ast.walk(tree)
-        if isinstance(node, ast.Call)
-        and dotted(node.func) in banned
+        if isinstance(node, ast.Call) and dotted(node.func) in banned
     ]
     assert not found
 

@@ -22,7 +22,6 @@ from privrec.randomness import SecretRoot
 from privrec.secagg import client as client_module
 from privrec.secagg import roster as roster_module
 from privrec.secagg import shamir
-from privrec.secagg.binding import Binding, model_root
 from privrec.secagg.client import ClientSession, Policy
 from privrec.secagg.graph import Graph
 from privrec.secagg.keys import PrekeyBook, agree
@@ -38,7 +37,7 @@ from privrec.secagg.messages import (
     masked_entries,
     sealed_bytes,
 )
-from privrec.secagg.recovery import Recovery
+from privrec.secagg.recovery import Binding, Recovery, model_root
 from privrec.secagg.roster import MASKING, SEED, Call, ListedDevices
 from privrec.secagg.server import SecureSum, ServerSession, Stage
 from privrec.secagg.wire import bitmap, members, split

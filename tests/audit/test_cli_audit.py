@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 import privrec
 from privrec.cli.main import main
-from privrec.privacy.noise import rounded_gaussian
+from privrec.privacy.mechanism import rounded_gaussian
 from privrec.run.record import NullObserver
 from privrec.server import server
 

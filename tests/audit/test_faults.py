@@ -18,8 +18,7 @@ from privrec.device import update
 from privrec.device.round import Round
 from privrec.device.update import BoundedUpdate
 from privrec.privacy.lazy.noise import LazyNoise
-from privrec.privacy.noise import rounded_gaussian
-from privrec.privacy.shares import Shares
+from privrec.privacy.mechanism import Shares, rounded_gaussian
 from privrec.run import simulation, summing
 from privrec.run.simulation import Simulation
 from privrec.secagg.ring import Encoding, Ring

@@ -14,16 +14,14 @@ import torch
 from privrec.device.batch import Histories
 from privrec.device.cohort import Cohort
 from privrec.device.device import Device
-from privrec.device.protection import Protection
-from privrec.device.recommender import Recommender, Settings
-from privrec.device.round import Round, model_digests
+from privrec.device.round import Protection, Round, model_digests
 from privrec.device.tier import Tier
-from privrec.device.train import Trained, Trainer
+from privrec.device.train import Recommender, Settings, Trained, Trainer
 from privrec.device.update import RawUpdate
 from privrec.embedding.nested import nested
 from privrec.embedding.subspace import Subspace
-from privrec.models.implicit import pack, packed_size
 from privrec.models.layout import Layout
+from privrec.models.losses import pack, packed_size
 from privrec.models.ncf import NCF
 from privrec.privacy.events import RoundEvent
 from privrec.randomness import SecretRoot

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from privrec.device.batch import Histories
 from privrec.device.device import noise_roots
 from privrec.device.examples import Deferred, ExampleNoise, ExampleSteps, Gradients, Schedule
-from privrec.device.recommender import Recommender, Settings
-from privrec.device.train import Trainer
+from privrec.device.train import Recommender, Settings, Trainer
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable
 from privrec.errors import UsageError

@@ -8,8 +8,7 @@ import torch
 
 from privrec.data.extreme import Invented
 from privrec.data.labels import dealt, examples_in
-from privrec.device.lessons import Bags
-from privrec.device.neurons import Output
+from privrec.device.lessons import Bags, Output
 from privrec.device.words import Language, Practice, WordTrainer
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable, Table

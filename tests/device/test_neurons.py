@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from privrec.device.neurons import Output, spread
+from privrec.device.lessons import Output, spread
 from privrec.errors import UsageError
 
 WORDS = 1000

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
-from privrec.models.implicit import pack, unpack
+from privrec.models.losses import pack, unpack
 
 CASES = list(itertools.product(["gmf", "mlp", "neumf"], ["bce", "bpr", "softmax", "full_softmax"]))
 

@@ -10,8 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from privrec.device.batch import Histories
-from privrec.device.lessons import Sequences
-from privrec.device.neurons import Output
+from privrec.device.lessons import Output, Sequences
 from privrec.device.update import RawUpdate
 from privrec.device.words import Language, Practice, WordTrainer, Writers
 from privrec.embedding.subspace import Subspace

@@ -7,8 +7,7 @@ import pytest
 
 from privrec import data
 from privrec.data import Split
-from privrec.evaluate.metrics import Evaluation
-from privrec.evaluate.segments import FEWEST, by_segment
+from privrec.evaluate.metrics import FEWEST, Evaluation, by_segment
 from privrec.scenario.load import Scenario
 
 

@@ -20,10 +20,10 @@ from loopback import Loopback, context_of
 from privrec.device import negatives
 from privrec.errors import DataError, IntegrityError, ReleaseRefused, UsageError
 from privrec.flower import client_app as client_module
+from privrec.flower.app import scenario_of
 from privrec.flower.client_app import client_app
 from privrec.flower.enrol import anchor_of, enroll
 from privrec.flower.server_app import deploy
-from privrec.flower.settings import scenario_of
 from privrec.flower.wire import MASKED, SHARES, UNMASK, pack, unpack
 from privrec.privacy.ledger import Ledger
 from privrec.randomness import SecretRoot

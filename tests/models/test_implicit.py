@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable, Table
-from privrec.models.implicit import curvature, item_gram, pack, packed_size, pressure, unpack
+from privrec.models.losses import curvature, item_gram, pack, packed_size, pressure, unpack
 
 TABLES = {
     "plain": PlainTable.of(50, 6, block=2),

@@ -6,9 +6,8 @@ import pytest
 
 from privrec.errors import UsageError
 from privrec.privacy.events import RoundEvent, epsilon
-from privrec.privacy.shares import Band, Shares
-from privrec.secagg.ring import Encoding, Load, Ring
-from privrec.secagg.rotation import spread
+from privrec.privacy.mechanism import Band, Shares
+from privrec.secagg.ring import Encoding, Load, Ring, spread
 
 DELTA = 1e-5
 

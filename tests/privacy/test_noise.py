@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from privrec.errors import UsageError
-from privrec.privacy.noise import rounded_gaussian
+from privrec.privacy.mechanism import rounded_gaussian
 from privrec.randomness import SecretRoot
 
 ROOT = SecretRoot.known(b"noise")

@@ -12,7 +12,7 @@ from privrec.errors import ReleaseRefused, UsageError
 from privrec.privacy.discrete import discrete_gaussian
 from privrec.privacy.events import epsilon
 from privrec.privacy.ledger import Ledger, server_key
-from privrec.privacy.shares import Band, Shares, noise_seeds
+from privrec.privacy.mechanism import Band, Shares, noise_seeds
 from privrec.randomness import SecretRoot, SecureStream
 
 ROOT = SecretRoot.known(b"shares")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from privrec.data import Interactions
 from privrec.errors import UsageError
-from privrec.models.implicit import packed_size
+from privrec.models.losses import packed_size
 from privrec.randomness import SecretRoot
 from privrec.run.assembly import BYTES_A_COEFFICIENT, assemble, assign, federation_of
 from privrec.scenario.load import Scenario

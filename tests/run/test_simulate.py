@@ -12,11 +12,9 @@ from scipy import stats
 from privrec.device.batch import Histories
 from privrec.device.cohort import TOLERANCE, Cohort
 from privrec.device.device import Device
-from privrec.device.protection import Protection
-from privrec.device.recommender import Recommender, Settings
-from privrec.device.round import Round, model_digests
+from privrec.device.round import Protection, Round, model_digests
 from privrec.device.tier import Federation, Tier
-from privrec.device.train import Trainer
+from privrec.device.train import Recommender, Settings, Trainer
 from privrec.embedding.nested import nested
 from privrec.embedding.subspace import Subspace
 from privrec.models.layout import Layout

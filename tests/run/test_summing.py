@@ -19,7 +19,7 @@ from privrec.device.update import Aggregate
 from privrec.errors import ReleaseRefused, UsageError
 from privrec.models.layout import band_sizes, from_wire, to_wire
 from privrec.privacy.ledger import Ledger
-from privrec.privacy.shares import Shares
+from privrec.privacy.mechanism import Shares
 from privrec.randomness import SecretRoot
 from privrec.run import lifecycle, summing
 from privrec.run.assembly import Parts, assemble

@@ -211,7 +211,7 @@ def test_hashes_are_the_same_everywhere() -> None:
         + "scale_bits = 13\ndelta = 1e-5\nbudget_against = 'recipients'\n"
         + "[devices]\nsampling_rate = 0.05\n[train]\nrounds = 100\n"
     )
-    expected = "e0026d12fc82448c35fb86784543ce9d0300783282b28b905d378d4f116ed437"
+    expected = "8bfd4069c1b3d436879b9350a6dd8d526ffc3f961fc7abc53512d65e457ebfb6"
     assert Scenario.from_toml(text).privacy_hash() == expected
 
 

@@ -14,9 +14,8 @@ from privrec.errors import UsageError
 from privrec.randomness import SecretRoot, SecureStream
 from privrec.search.costs import Costs, Demand, _measured, choose
 from privrec.search.families import Shape
-from privrec.search.memory import ItemMemory
+from privrec.search.memory import ItemMemory, Sketch
 from privrec.search.select import Search, Selector, best, mix, outside, select
-from privrec.search.sketch import Sketch
 
 N, DIM, BUDGET = 4000, 32, 200
 EVERY: tuple[Selector, ...] = (

@@ -16,7 +16,7 @@ from privrec.models.sparse_output import SparseOutput
 from privrec.randomness import SecretRoot
 from privrec.search.active import NO_LABEL, active_set, distinct_labels
 from privrec.search.families import Shape
-from privrec.search.held import KINDS, Rebuild
+from privrec.search.index import KINDS, Rebuild
 
 N, DIM, BATCH = 600, 16, 12
 ROOT = SecretRoot.known(b"sparse output tests")

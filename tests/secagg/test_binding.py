@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 from secagg_rounds import Cohort, terms
 
-from privrec.secagg.binding import Binding, model_root
 from privrec.secagg.graph import Graph
 from privrec.secagg.keys import Prekey
+from privrec.secagg.recovery import Binding, model_root
 from privrec.secagg.roster import MASKING, NOISE, SEED, Call
 
 ONE, TWO = Binding(bytes(32)), Binding(bytes(31) + b"\x01")

@@ -11,11 +11,11 @@ import pytest
 from secagg_rounds import Cohort, answer, drive, model, plain_sum, terms
 
 from privrec.errors import IntegrityError, ReleaseRefused
-from privrec.secagg.binding import model_root
 from privrec.secagg.client import ClientSession, Policy
 from privrec.secagg.graph import Graph
 from privrec.secagg.keys import PrekeyBook
 from privrec.secagg.messages import Deal, Quorum, Survivors
+from privrec.secagg.recovery import model_root
 from privrec.secagg.roster import ListedDevices
 from privrec.secagg.server import ServerSession, Stage
 from privrec.secagg.wire import bitmap, members

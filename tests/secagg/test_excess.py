@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from secagg_rounds import LENGTHS, Cohort, answer, plain_sum, terms
 
 from privrec.errors import ReleaseRefused
-from privrec.privacy.shares import Band, Shares
+from privrec.privacy.mechanism import Band, Shares
 from privrec.secagg.client import ClientSession
 from privrec.secagg.messages import Opening
 from privrec.secagg.recovery import Recovery

@@ -15,8 +15,7 @@ from hypothesis.extra import numpy as arrays
 from privrec.device.update import clip
 from privrec.errors import ReleaseRefused, UsageError
 from privrec.randomness import SecretRoot
-from privrec.secagg.ring import RING_BITS, Encoding, Load, Ring
-from privrec.secagg.rotation import Rotation, spread
+from privrec.secagg.ring import RING_BITS, Encoding, Load, Ring, Rotation, spread
 
 ROOT = SecretRoot.known(b"test")
 UNIT = st.floats(-1, 1, width=32)

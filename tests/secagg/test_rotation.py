@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from privrec.errors import UsageError
-from privrec.secagg import rotation
-from privrec.secagg.rotation import Rotation, spread
+from privrec.secagg import ring
+from privrec.secagg.ring import Rotation, spread
 
 SEED = bytes(range(32))
 
@@ -55,7 +55,7 @@ def test_values_are_left_as_they_were() -> None:
 
 @pytest.mark.parametrize("order", [2, 8, 12, 16, 20])
 def test_hadamard_matrices(order: int) -> None:
-    matrix = rotation._hadamard(order).astype(int)
+    matrix = ring._hadamard(order).astype(int)
     assert set(np.unique(matrix)) == {-1, 1}
     assert np.array_equal(matrix @ matrix.T, order * np.eye(order, dtype=int))
 

@@ -12,8 +12,8 @@ import pytest
 from privrec.device.tier import Tier
 from privrec.device.train import Trained
 from privrec.embedding.subspace import Subspace
-from privrec.models.implicit import pack, unpack
 from privrec.models.layout import Layout, bands
+from privrec.models.losses import pack, unpack
 from privrec.server.server import Release
 
 SYSTEMS = ["fold", "rows", "dims"]

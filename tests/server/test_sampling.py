@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from privrec.randomness import SecretRoot
-from privrec.run.sampling import cohort
+from privrec.run.simulation import cohort
 
 LEVEL = 1e-4  # of each test; the draws are seeded, so that a pass is a pass for good
 ROUNDS, USERS, RATE = 3000, 200, 0.1

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from privrec.device.protection import Protection
-from privrec.device.recommender import Recommender
-from privrec.device.round import Round
+from privrec.device.round import Protection, Round
 from privrec.device.tier import Federation, Tier
+from privrec.device.train import Recommender
 from privrec.device.update import Aggregate
 from privrec.embedding.nested import nested
 from privrec.embedding.table import PlainTable

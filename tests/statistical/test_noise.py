@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from privrec.privacy.noise import rounded_gaussian
+from privrec.privacy.mechanism import rounded_gaussian
 from privrec.randomness import SecretRoot
 
 pytestmark = pytest.mark.statistical

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from privrec.privacy.discrete import discrete_gaussian
-from privrec.privacy.shares import Band, Shares, noise_seeds
+from privrec.privacy.mechanism import Band, Shares, noise_seeds
 from privrec.randomness import SecretRoot
 
 pytestmark = pytest.mark.statistical
@@ -165,7 +165,7 @@ def test_coefficients_are_independent(lag):
 PROCESS = """
 import sys
 from pathlib import Path
-from privrec.privacy.shares import Band, Shares, noise_seeds
+from privrec.privacy.mechanism import Band, Shares, noise_seeds
 from privrec.randomness import SecretRoot
 path = Path(sys.argv[1])
 root = SecretRoot.load(path) if path.exists() else SecretRoot.create(path)

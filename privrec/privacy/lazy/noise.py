@@ -7,7 +7,8 @@ read equals that of eager noise if and only if steps are linear in the table, no
 on values that still owe noise, and everything that reads a row settles it first.
 
 :class:`LazyNoise` keeps 4 bytes a row: the step at which the row was settled. The table itself
-belongs to :class:`privrec.privacy.lazy.memory.LazyMemory`, which has no way out that does not settle.
+belongs to :class:`privrec.privacy.lazy.memory.LazyMemory`, which has no way out that does not
+settle.
 Source: Lim et al., "LazyDP: Co-Designing Algorithm-Software for Scalable Training of Differentially
 Private Recommendation Models" (ASPLOS 2024), whose deferral it is. The debt as a variance instead
 of a count, the exact treatment of momentum, weight decay and changing steps, and the reading side

@@ -1,4 +1,6 @@
-"""Noise that is made by the devices: each adds a share, and nobody can take it all off again.
+"""Noise on the integer sum: the server's own, or shares of devices that nobody can take off.
+
+:func:`rounded_gaussian` is the noise of ``noise = "central"``; all else here is distributed noise.
 
 In a band at least ``t`` survivors are needed and ``c`` colluders are assumed, who know their own
 shares, so that ``m = t - c`` shares are sure to be secret. A share has the variance ``σ² / m`` in
@@ -29,6 +31,7 @@ named does not matter for this bound, so the order may be public.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -42,6 +45,44 @@ from privrec.privacy.closeness import Grid
 from privrec.privacy.discrete import check_variance, discrete_gaussian
 from privrec.privacy.events import RoundEvent
 from privrec.randomness import Name, SecretRoot, SecureStream
+
+LARGEST_SIGMA = 2.0**40
+_BLOCK = 1 << 16
+
+
+def rounded_gaussian(stream: SecureStream, sigma: float, size: int) -> NDArray[np.int64]:
+    """Gaussian noise rounded on the integer grid, one independent draw a coefficient.
+
+    Promise: added to an integer sum of L2 sensitivity ``B``, it gives exactly what the Gaussian
+    mechanism of noise multiplier ``sigma / B`` gives, rounded. Rounding commutes with adding an
+    integer, so it is post-processing and the accounting of the Gaussian holds unchanged; a rounded
+    output also has no float artefacts from which the sum could be read.
+
+    Args:
+        stream: the secure stream of this draw; it is read by 16 bytes for every two coefficients.
+        sigma: standard deviation before rounding, in integer steps, above 0 and at most 2^40.
+        size: number of coefficients.
+
+    Returns:
+        int64 of shape ``(size,)``, of variance ``sigma² + 1/12`` for ``sigma`` above 1.
+
+    Raises:
+        UsageError: when ``sigma`` is outside its range.
+    """
+    if not (math.isfinite(sigma) and 0 < sigma <= LARGEST_SIGMA):
+        raise UsageError(
+            f"noise of standard deviation {sigma} steps: it must be above 0 and at most 2^40; "
+            "check privacy.noise_multiplier and privacy.scale_bits"
+        )
+    noise = np.empty(size, dtype=np.int64)
+    for start in range(0, size, _BLOCK):
+        part = noise[start : start + _BLOCK]
+        deviates = stream.normal(len(part))
+        deviates *= sigma
+        np.rint(deviates, out=deviates)
+        part[:] = deviates
+    return noise
+
 
 SEED_BYTES = 32
 
@@ -141,7 +182,7 @@ class Shares:
         Args:
             sampling_rate: probability with which each user takes part, in (0, 1].
             small_cohort_delta: what the round adds to δ when it may end without a release
-                (:func:`~privrec.privacy.cohorts.small_cohort_delta`).
+                (:func:`~privrec.privacy.closeness.small_cohort_delta`).
         """
         grid = grid_of(self.squared_sensitivity, self.bands, self.remove_excess, small_cohort_delta)
         return RoundEvent("discrete_gaussian", self.noise_multiplier, sampling_rate, grid)
