@@ -239,8 +239,8 @@ def _shares(facts: Facts) -> str:
         "rounded to integers within an enforced bound; every device adds discrete Gaussian noise "
         "from a cryptographic generator to every coordinate that it holds. Accounted are the "
         f"shares of the fewest survivors of each band, {facts.least_survivors:.0%} of the devices "
-        f"expected there, less {facts.colluding_share:.0%} who may collude; with fewer survivors nothing "
-        f"is released. {rest}"
+        f"expected there, less {facts.colluding_share:.0%} who may collude; with fewer survivors "
+        f"nothing is released. {rest}"
     )
 
 

@@ -123,7 +123,6 @@ TABLE_KEYS = (
 )  # fmt: skip
 
 
-
 def values_of(
     document: Mapping[str, Any], defaults: Mapping[str, Any], malformed: AbstractSet[str]
 ) -> dict[str, Any]:
