@@ -10,7 +10,7 @@ from privrec.audit.bench import Bench
 from privrec.audit.canaries import CONFIDENCE, Attack, attack
 from privrec.audit.judging import Finding
 from privrec.errors import PrivrecError, UsageError
-from privrec.report.parts import AuditPart, Checked
+from privrec.report.model import AuditPart, Checked
 from privrec.run.loop import one_thread
 from privrec.scenario.load import Scenario
 

@@ -12,7 +12,7 @@ from privrec.cli.base import check_run, example, json_option, print_json
 from privrec.errors import ReleaseRefused
 
 if TYPE_CHECKING:
-    from privrec.report.parts import AuditPart
+    from privrec.report.model import AuditPart
 
 
 @click.command(

@@ -13,7 +13,7 @@ from privrec.privacy.events import Accountant, Adversary, RoundEvent, divergence
 from privrec.report import claims
 from privrec.report.claims import Facts
 from privrec.report.figures import delta_text
-from privrec.report.parts import (
+from privrec.report.model import (
     Accounting,
     Lifetime,
     Mechanism,

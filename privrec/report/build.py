@@ -23,8 +23,19 @@ from privrec.privacy.events import RoundEvent, epsilon
 from privrec.report.accounts import WHICH
 from privrec.report.derive import derive, thinned
 from privrec.report.examples import example_level
-from privrec.report.model import Accuracy, Cost, Curve, Facts, Metric, Point, Report, flat
-from privrec.report.parts import AuditPart, Segment, TierCost
+from privrec.report.model import (
+    Accuracy,
+    AuditPart,
+    Cost,
+    Curve,
+    Facts,
+    Metric,
+    Point,
+    Report,
+    Segment,
+    TierCost,
+    flat,
+)
 from privrec.report.spending import Spending, read_spending
 from privrec.run.header import Declaration
 from privrec.run.header import read as declared_in

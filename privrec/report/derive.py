@@ -15,8 +15,7 @@ from typing import Any, TypeVar
 from privrec.privacy.events import RoundEvent, epsilon
 from privrec.report import accounts, claims, statements
 from privrec.report.examples import example_level, sentence
-from privrec.report.model import Charged, Curve, Point, Privacy, Report
-from privrec.report.parts import STARRED
+from privrec.report.model import STARRED, Charged, Curve, Point, Privacy, Report
 from privrec.report.spending import Spending
 from privrec.run.header import Declaration
 from privrec.run.privacy_plan import encoding_of

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from privrec.privacy.events import RoundEvent, epsilon
 from privrec.report.figures import delta_text
-from privrec.report.parts import ExampleLevel
+from privrec.report.model import ExampleLevel
 from privrec.report.sections import Section
 from privrec.run.header import Declaration
 from privrec.run.wording import epsilon_text

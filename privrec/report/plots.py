@@ -17,8 +17,16 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from privrec.report.figures import amount_text, bytes_text, delta_text
-from privrec.report.model import Curve, Metric, Report
-from privrec.report.parts import Accounting, Mechanism, Point2, Reading, TierCost
+from privrec.report.model import (
+    Accounting,
+    Curve,
+    Mechanism,
+    Metric,
+    Point2,
+    Reading,
+    Report,
+    TierCost,
+)
 from privrec.run.wording import adversary_text, epsilon_text
 
 if TYPE_CHECKING:

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from privrec.report.figures import amount_text, delta_text, number_text
-from privrec.report.model import Report
-from privrec.report.parts import Accounting, Mechanism, Reading, Sampling, TrustModel
+from privrec.report.model import Accounting, Mechanism, Reading, Report, Sampling, TrustModel
 from privrec.run.wording import adversary_text, epsilon_text, metric_name
 
 Pair = tuple[str, str | tuple[str, ...]]

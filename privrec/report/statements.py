@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from privrec.report.claims import Facts
-from privrec.report.parts import (
+from privrec.report.model import (
     Actor,
     Definition,
     Deployment,

@@ -25,8 +25,7 @@ from safetensors.numpy import load_file
 import privrec
 from privrec.errors import DataError, IntegrityError, PrivrecError, UsageError
 from privrec.report.derive import derive
-from privrec.report.model import WORD, Report
-from privrec.report.parts import OperatorsWord
+from privrec.report.model import WORD, OperatorsWord, Report
 from privrec.report.render import to_html, to_json, to_markdown
 from privrec.report.spending import Spending, read_spending
 from privrec.run.header import Declaration, read

@@ -1,4 +1,7 @@
-"""From a scenario and a data set to the parts of a run: recommender, devices and server."""
+"""From a scenario and a data set to the parts of a run: recommender, devices and server.
+
+The parts of a run that learns from texts.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,12 @@ from privrec.data.text import Corpus
 from privrec.device.batch import Histories
 from privrec.device.cohort import Cohort
 from privrec.device.examples import ExampleNoise
-from privrec.device.lessons import Network
+from privrec.device.lessons import Network, Output
 from privrec.device.negatives import popularity_of
 from privrec.device.round import Protection, digest
 from privrec.device.tier import Federation, Meaning, Tier
 from privrec.device.train import Recommender, Settings, Trainer
-from privrec.device.words import Language
+from privrec.device.words import Language, Practice, Served, WordTrainer, Writers
 from privrec.embedding.nested import Nested, nested
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable, Table
@@ -36,6 +39,7 @@ from privrec.run.simulation import Simulation
 from privrec.run.summing import Enrolled
 from privrec.scenario.load import DeviceTier, Model, Scenario, Train
 from privrec.secagg.client import Policy
+from privrec.server.columns import ColumnServer
 from privrec.server.completion import Completion, Implicit
 from privrec.server.optimizer import Optimizer, Schedule
 from privrec.server.server import Plan, Server
@@ -368,3 +372,93 @@ def initial_weights(federation: Federation, init_std: float, seed: int) -> NDArr
 def data_digest(train: Interactions | Corpus) -> str:
     """Digest of the histories, to tell that a resumed run has the data it began with."""
     return (digest(train.indptr) + digest(train.items)).hex() + f"-{train.n_items}"
+
+
+@dataclass(frozen=True)
+class TextParts:
+    """What a run over texts consists of.
+
+    Args:
+        federation: the tiers of devices.
+        server: the server at its first round.
+        simulation: the devices, each in its tier.
+        columns: the server that hands out neurons, in the scheme ``"requested"``; else None.
+    """
+
+    federation: Federation
+    server: Server
+    simulation: Simulation[Writers]
+    columns: ColumnServer | None
+
+    @property
+    def language(self) -> Language:
+        """What the shared vector means."""
+        return language_of(self.federation.tiers[0])
+
+    @property
+    def states(self) -> tuple[NDArray[np.float32], ...]:
+        """Private states of the simulated devices, by tier."""
+        return tuple(cohort.states for cohort in self.simulation.cohorts)
+
+
+def assemble_texts(
+    scenario: Scenario, train: Corpus, run_id: str, devices: SecretRoot
+) -> TextParts:
+    """The parts of a run over texts at its first round.
+
+    Args:
+        scenario: what to run.
+        train: every device's text, words numbered by how common they are.
+        run_id: names the run's draws.
+        devices: the devices' secret root.
+
+    Raises:
+        UsageError: as :func:`privrec.run.assembly.assemble`.
+    """
+    federation = federation_of(scenario, train.n_items)
+    server = server_of(scenario, federation, train.n_users, run_id)
+    columns = ColumnServer() if scenario.train.scheme == "requested" else None
+    histories = Histories(np.arange(train.n_users), train.indptr, train.tokens)
+    assigned = assign(train.n_users, federation, scenario.run.seed)
+    cohorts = tuple(
+        writers_of(
+            scenario, tier, histories.select(np.flatnonzero(assigned == tier.index)), columns
+        )
+        for tier in federation.tiers
+    )
+    policy = Policy(scenario.devices.min_cohort, scenario.privacy.colluding_share)
+    simulation = Simulation(
+        federation, cohorts, train.n_users, server.plan.protection, Enrolled(devices, policy),
+        scenario.run.seed, scenario.devices.sampling_rate, scenario.devices.dropout_rate,
+        "cohort", scenario.run.secure_sum,
+    )  # fmt: skip
+    return TextParts(federation, server, simulation, columns)
+
+
+def writers_of(
+    scenario: Scenario, tier: Tier, texts: Histories, served: Served | None = None
+) -> Writers:
+    """Devices of a tier with their texts, and local training as ``[train]`` describes it."""
+    train, language = scenario.train, language_of(tier)
+    sparse = train.loss == "softmax"
+    selects = sparse and train.selector != "uniform"
+    output = Output(
+        language.vectors.items,
+        train.budget if sparse else 1.0,
+        train.selected if selects else 0.0,
+        train.frequent if sparse else 0.0,
+    )
+    selector = train.selector if selects else None
+    practice = Practice(train.max_samples, train.local_steps, train.local_lr, selector)  # type: ignore[arg-type]
+    return Writers(WordTrainer(language, output, practice), texts, served)
+
+
+def language_of(tier: Tier) -> Language:
+    """The wide model of a tier.
+
+    Raises:
+        UsageError: when it has another one.
+    """
+    if not isinstance(tier.recommender, Language):
+        raise UsageError('model.kind: set "next_word" for texts, or "extreme" for labels')
+    return tier.recommender

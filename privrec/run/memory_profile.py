@@ -24,8 +24,7 @@ from privrec.models.process_memory import (
 from privrec.privacy.events import RoundEvent
 from privrec.privacy.mechanism import Band, Shares, noise_seeds
 from privrec.randomness import SecretRoot
-from privrec.run.assembly import federation_of, trainer_of
-from privrec.run.assembly_text import writers_of
+from privrec.run.assembly import federation_of, trainer_of, writers_of
 from privrec.run.privacy_plan import encoding_of
 from privrec.scenario.load import Scenario
 from privrec.scenario.rules import WIDE

@@ -16,12 +16,10 @@ from privrec.evaluate.texts import Predicted, commonest, predict
 from privrec.privacy.ledger import Ledger
 from privrec.randomness import SecretRoot
 from privrec.run import directory, popularity
-from privrec.run.assembly import check_tiers, data_digest
-from privrec.run.assembly_text import TextParts, assemble_texts
+from privrec.run.assembly import TextParts, assemble_texts, check_tiers, data_digest
 from privrec.run.loop import Loop
 from privrec.run.record import OUTSIDE
-from privrec.run.summary import head_of, model_facts, privacy_of, two_digits
-from privrec.run.text_cost import tier_facts
+from privrec.run.summary import head_of, model_facts, privacy_of, tier_facts, two_digits
 from privrec.run.wording import KEPT, REVEALED
 from privrec.scenario.load import Scenario
 
@@ -71,7 +69,7 @@ class Texts:
     def assemble(
         self, scenario: Scenario, train: Corpus, run_id: str, devices: SecretRoot
     ) -> TextParts:
-        """See :func:`privrec.run.assembly_text.assemble_texts`."""
+        """See :func:`privrec.run.assembly.assemble_texts`."""
         return assemble_texts(scenario, train, run_id, devices)
 
 

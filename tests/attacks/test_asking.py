@@ -8,7 +8,7 @@ import pytest
 
 from privrec.data.text import load_text
 from privrec.randomness import SecretRoot
-from privrec.run.assembly_text import assemble_texts
+from privrec.run.assembly import assemble_texts
 from privrec.scenario.load import Scenario
 from privrec.search.select import select
 from privrec.server.columns import Columns

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import privrec
-from privrec.report.parts import AuditPart
+from privrec.report.model import AuditPart
 from privrec.scenario.load import Scenario
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "scenarios" / "quickstart.toml"

@@ -9,33 +9,31 @@ from pathlib import Path
 import pytest
 
 from privrec.report.model import (
+    Accounting,
     Accuracy,
     Adversary,
-    Charged,
-    Cost,
-    Metric,
-    Privacy,
-    Report,
-    flat,
-    json_schema,
-    schema_text,
-)
-from privrec.report.parts import (
-    Accounting,
     AuditPart,
+    Charged,
     Checked,
+    Cost,
     Definition,
     Deployment,
     Fallback,
     Mechanism,
+    Metric,
     NoiseBand,
     Outputs,
     OutsideTheLedger,
+    Privacy,
     Reading,
+    Report,
     Sampling,
     Scope,
     Segment,
     TrustModel,
+    flat,
+    json_schema,
+    schema_text,
 )
 
 DOCS = Path(__file__).parents[2] / "docs" / "report.md"

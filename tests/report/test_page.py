@@ -17,7 +17,7 @@ import pytest
 import privrec
 from privrec.report import compare
 from privrec.report.build import AUDIT, build
-from privrec.report.parts import AuditPart, Checked
+from privrec.report.model import AuditPart, Checked
 from privrec.report.render import write
 from privrec.scenario.load import load
 

@@ -22,8 +22,7 @@ from privrec.privacy.events import RoundEvent, epsilon
 from privrec.privacy.population import Standing
 from privrec.report import accounts, derive
 from privrec.report.build import build
-from privrec.report.model import Report, json_schema, schema_text
-from privrec.report.parts import STARRED
+from privrec.report.model import STARRED, Report, json_schema, schema_text
 from privrec.report.render import to_json, to_markdown
 from privrec.run.wording import epsilon_text
 

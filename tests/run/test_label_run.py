@@ -20,7 +20,7 @@ from privrec.randomness import SecretRoot
 from privrec.report.build import build
 from privrec.report.render import write
 from privrec.run import lifecycle
-from privrec.run.assembly_text import assemble_texts
+from privrec.run.assembly import assemble_texts
 from privrec.scenario.load import Scenario
 
 USERS, LABELS = 30, 121

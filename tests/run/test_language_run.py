@@ -21,10 +21,9 @@ from privrec.randomness import SecretRoot
 from privrec.report.build import build
 from privrec.report.render import write
 from privrec.run import lifecycle
-from privrec.run.assembly import federation_of
-from privrec.run.assembly_text import assemble_texts, language_of
+from privrec.run.assembly import assemble_texts, federation_of, language_of
 from privrec.run.rows import with_rows
-from privrec.run.text_cost import output_cost
+from privrec.run.summary import output_cost
 from privrec.run.wording import KEPT, REVEALED
 from privrec.scenario.load import Scenario, load
 from privrec.server.server import Server
