@@ -50,7 +50,7 @@ class Noise:
 
 
 @dataclass(frozen=True)
-class Bench:
+class Harness:
     """One audit's parts.
 
     Args:
@@ -66,7 +66,7 @@ class Bench:
     stand_ins: str
 
     @classmethod
-    def of(cls, scenario: Scenario, key: bytes | None = None) -> Bench:
+    def of(cls, scenario: Scenario, key: bytes | None = None) -> Harness:
         """The parts of a run of ``scenario``.
 
         Args:

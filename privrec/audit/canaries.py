@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.audit.bench import Bench
+from privrec.audit.bench import Harness
 from privrec.audit.bounds import Guesses, best_guesses, separation
-from privrec.audit.judging import ALPHA, Finding
+from privrec.audit.judging import ALPHA, CheckResult
 from privrec.audit.noise import rounds_that_fit
-from privrec.device.device import protected
+from privrec.device.device import privatize
 from privrec.device.round import Round
 from privrec.device.tier import Tier
 from privrec.device.update import Address, Aggregate, RawUpdate
@@ -65,12 +65,12 @@ class Attack:
         method: how, in words.
     """
 
-    findings: tuple[Finding, ...]
+    findings: tuple[CheckResult, ...]
     lower_bound: float
     method: str
 
 
-def attack(bench: Bench, most: int) -> Attack:
+def attack(bench: Harness, most: int) -> Attack:
     """Both estimates.
 
     Args:
@@ -88,7 +88,7 @@ def attack(bench: Bench, most: int) -> Attack:
     return Attack((run, shot), bound, text)
 
 
-def _one_run(bench: Bench, most: int) -> tuple[Finding, Guesses, float]:
+def _one_run(bench: Harness, most: int) -> tuple[CheckResult, Guesses, float]:
     """Guess of each canary whether it took part, from one run's releases."""
     delta = bench.scenario.privacy.delta
     rng = _rng(bench, "one run")
@@ -108,7 +108,7 @@ def _one_run(bench: Bench, most: int) -> tuple[Finding, Guesses, float]:
             done += 1
     guesses = Guesses.of(scores, present, made)
     claimed, bound = _claimed(bench, done), guesses.lower_bound(delta, CONFIDENCE)
-    finding = Finding(
+    finding = CheckResult(
         "canaries, one run",
         bound <= claimed or guesses.chance(_strength(bench, done)) >= ALPHA,
         f"{guesses.right:,} of {guesses.made:,} guesses right: ε is at least {bound:.3g} "
@@ -118,7 +118,7 @@ def _one_run(bench: Bench, most: int) -> tuple[Finding, Guesses, float]:
     return finding, guesses, bound
 
 
-def _one_shot(bench: Bench, most: int) -> tuple[Finding, str]:
+def _one_shot(bench: Harness, most: int) -> tuple[CheckResult, str]:
     """Fit the cosines of canaries that took part, each in a random direction."""
     delta, size = bench.scenario.privacy.delta, sum(bench.sizes)
     rng = _rng(bench, "one shot")
@@ -150,7 +150,7 @@ def _one_shot(bench: Bench, most: int) -> tuple[Finding, str]:
         f"{found.epsilon(delta):.3g}, at least {found.lower_bound(delta):.3g} with "
         f"{CONFIDENCE:.0%} confidence if cosines are Gaussian (Andrew et al. 2023)."
     )
-    finding = Finding(
+    finding = CheckResult(
         "canaries, one shot",
         sure <= claimed,
         f"ε is about {found.epsilon(delta):.3g}, at least {found.lower_bound(delta):.3g} "
@@ -160,27 +160,27 @@ def _one_shot(bench: Bench, most: int) -> tuple[Finding, str]:
     return finding, text
 
 
-def _rng(bench: Bench, name: str) -> np.random.Generator:
+def _rng(bench: Harness, name: str) -> np.random.Generator:
     return rng_for(int.from_bytes(bench.root.tag("audit canaries"), "big"), name)
 
 
-def _rounds(bench: Bench) -> int:
+def _rounds(bench: Harness) -> int:
     return rounds_that_fit(bench, bench.scenario.train.rounds)
 
 
-def _claimed(bench: Bench, rounds: int) -> float:
+def _claimed(bench: Harness, rounds: int) -> float:
     """ε of so many rounds against recipients."""
     return epsilon({bench.event: rounds}, bench.scenario.privacy.delta, "recipients")
 
 
-def _strength(bench: Bench, rounds: int) -> float:
+def _strength(bench: Harness, rounds: int) -> float:
     """Separation of canaries' scores, if the noise is what is accounted."""
     event, rate = bench.event, bench.event.sampling_rate
     variance = event.noise_multiplier**2 + rate * (1 - rate)
     return float(rate * np.sqrt(rounds / variance))
 
 
-def _chosen(bench: Bench, most: int) -> list[Canaries]:
+def _chosen(bench: Harness, most: int) -> list[Canaries]:
     """Canaries of all tiers that train, the weakest first, no more than have a place each."""
     groups, taken = [], 0
     rows = bench.some(most)
@@ -196,7 +196,7 @@ def _chosen(bench: Bench, most: int) -> list[Canaries]:
 
 
 def _places(
-    bench: Bench, groups: Sequence[Canaries], rng: np.random.Generator
+    bench: Harness, groups: Sequence[Canaries], rng: np.random.Generator
 ) -> list[NDArray[np.int64]]:
     """A place of its own for each canary, in the order of the wire, within what it holds."""
     free = np.ones(sum(bench.sizes), np.bool_)
@@ -213,7 +213,7 @@ Updates = Iterator[tuple[Tier, Users, RawUpdate]]
 
 
 def _spikes(
-    bench: Bench, groups: Sequence[Canaries], places: Sequence[NDArray[np.int64]], signs: Floats,
+    bench: Harness, groups: Sequence[Canaries], places: Sequence[NDArray[np.int64]], signs: Floats,
     present: NDArray[np.bool_],
 ) -> Updates:  # fmt: skip
     """Updates of the canaries that are there, each far too long and in one coefficient."""
@@ -230,7 +230,7 @@ def _spikes(
         start = end
 
 
-def _loud(bench: Bench) -> np.float32:
+def _loud(bench: Harness) -> np.float32:
     return np.float32(_LOUD * bench.protection.encoding.clip_norm)
 
 
@@ -254,7 +254,7 @@ def _in_one_place(tier: Tier, places: NDArray[np.int64], values: Floats) -> RawU
 
 
 def _unit(
-    bench: Bench, groups: Sequence[Canaries], seed: int
+    bench: Harness, groups: Sequence[Canaries], seed: int
 ) -> Iterator[tuple[Tier, Users, NDArray[np.float32]]]:
     """Random unit vectors of the canaries, in their layouts, a batch at a time."""
     for group in groups:
@@ -268,12 +268,12 @@ def _unit(
             yield group.tier, users, values
 
 
-def _directions(bench: Bench, groups: Sequence[Canaries], seed: int) -> Updates:
+def _directions(bench: Harness, groups: Sequence[Canaries], seed: int) -> Updates:
     for tier, users, values in _unit(bench, groups, seed):
         yield tier, users, RawUpdate(values * _loud(bench), Address.whole(tier.layout))
 
 
-def _released(bench: Bench, round: Round, updates: Updates) -> Floats | None:
+def _released(bench: Harness, round: Round, updates: Updates) -> Floats | None:
     """The released sum in units of the clip norm, in the order of the wire; None without one."""
     layouts, protection = bench.federation.layouts, bench.protection
     sampled = bench.simulation.sample(round)
@@ -289,7 +289,7 @@ def _released(bench: Bench, round: Round, updates: Updates) -> Floats | None:
         if not there.any():
             continue
         coins = bench.simulation.root.stream("rounding", *round.context, b"canaries", number)
-        bounded = protected(
+        bounded = privatize(
             _only(update, there), protection, round, tier, bench.federation.weaker(tier), coins
         )
         summing.add(tier, users[there], bounded)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 
 import privrec
 from privrec.audit import accounting, lazy, noise, sampling, updates
-from privrec.audit.bench import Bench
+from privrec.audit.bench import Harness
 from privrec.audit.canaries import CONFIDENCE, Attack, attack
-from privrec.audit.judging import Finding
+from privrec.audit.judging import CheckResult
 from privrec.errors import PrivrecError, UsageError
 from privrec.report.model import AuditPart, Checked
 from privrec.run.loop import one_thread
@@ -41,7 +41,7 @@ def audit(scenario: Scenario, *, canaries: int = 1000, key: bytes | None = None)
         UsageError: when the scenario cannot be run at all.
     """
     with one_thread():
-        bench = Bench.of(scenario, key)
+        bench = Harness.of(scenario, key)
         private = bench.event.is_private
         findings = _findings(bench, private=private)
         found: Attack | None = None
@@ -66,8 +66,8 @@ def audit(scenario: Scenario, *, canaries: int = 1000, key: bytes | None = None)
     )
 
 
-def _findings(bench: Bench, *, private: bool) -> list[Finding]:
-    findings: list[Finding] = []
+def _findings(bench: Harness, *, private: bool) -> list[CheckResult]:
+    findings: list[CheckResult] = []
     if private:
         _collect(findings, "accounting", lambda: accounting.probe(bench))
         _collect(findings, "noise", lambda: noise.probe(bench))
@@ -78,20 +78,22 @@ def _findings(bench: Bench, *, private: bool) -> list[Finding]:
     return findings
 
 
-def _collect(findings: list[Finding], name: str, probe: Callable[[], Iterable[Finding]]) -> None:
+def _collect(
+    findings: list[CheckResult], name: str, probe: Callable[[], Iterable[CheckResult]]
+) -> None:
     """Add what a probe finds; a part that refuses to work has not done what is accounted."""
     try:
         findings.extend(probe())
     except UsageError:
         raise
     except PrivrecError as error:
-        findings.append(Finding(name, False, f"refused: {error}", "does its work"))
+        findings.append(CheckResult(name, False, f"refused: {error}", "does its work"))
 
 
-def _attacked(bench: Bench, canaries: int, findings: list[Finding]) -> Attack | None:
+def _attacked(bench: Harness, canaries: int, findings: list[CheckResult]) -> Attack | None:
     found: list[Attack] = []
 
-    def probe() -> Iterable[Finding]:
+    def probe() -> Iterable[CheckResult]:
         found.append(attack(bench, canaries))
         return found[0].findings
 

@@ -20,7 +20,7 @@ REACH = float(stats.norm.isf(ALPHA / 2) + stats.norm.ppf(POWER))
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """What one probe found.
 
     Args:
@@ -36,9 +36,9 @@ class Finding:
     expected: str
 
 
-def judged(probe: str, p_value: float, found: str, expected: str) -> Finding:
+def judged(probe: str, p_value: float, found: str, expected: str) -> CheckResult:
     """A finding that passes unless what was found has a probability below :data:`ALPHA`."""
-    return Finding(probe, bool(p_value >= ALPHA), found, expected)
+    return CheckResult(probe, bool(p_value >= ALPHA), found, expected)
 
 
 def of_many(p_values: float | Floats) -> float:

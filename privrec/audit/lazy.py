@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.audit.judging import (
-    Finding,
+    CheckResult,
     judged,
     of_many,
     product_p,
@@ -17,7 +17,7 @@ from privrec.audit.judging import (
     variance_p,
 )
 from privrec.privacy.lazy.memory import LazyMemory
-from privrec.privacy.lazy.pending import Update
+from privrec.privacy.lazy.pending import LinearStep
 from privrec.privacy.lazy.stream import Normals
 from privrec.randomness import SecretRoot
 
@@ -33,7 +33,7 @@ _READS: tuple[tuple[str, Callable[[LazyMemory], object]], ...] = (
 )
 
 
-def probe(root: SecretRoot) -> Iterator[Finding]:
+def probe(root: SecretRoot) -> Iterator[CheckResult]:
     """All probes of lazy noise.
 
     Args:
@@ -43,7 +43,7 @@ def probe(root: SecretRoot) -> Iterator[Finding]:
     yield _moving(root)
 
 
-def _settled(memory: LazyMemory) -> Finding:
+def _settled(memory: LazyMemory) -> CheckResult:
     """Each way to read gives the variance owed since the last one, independent of it.
 
     A row read between others owes less than they do; after each read nothing is owed any more.
@@ -83,9 +83,9 @@ def _settled(memory: LazyMemory) -> Finding:
     )
 
 
-def _moving(root: SecretRoot) -> Finding:
+def _moving(root: SecretRoot) -> CheckResult:
     """With momentum and weight decay: the covariance is that of steps taken one by one."""
-    update = Update(0.1, momentum=0.8, weight_decay=0.05)
+    update = LinearStep(0.1, momentum=0.8, weight_decay=0.05)
     memory = LazyMemory(np.zeros((ROWS, WIDTH)), Normals(root), moving=True)
     matrix, gain = update.matrix, update.gain
     covariance = np.zeros((2, 2))

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from privrec.audit.bench import Bench
+from privrec.audit.bench import Harness
 from privrec.audit.judging import (
     ALPHA,
-    Finding,
+    CheckResult,
     count_p,
     distance_p,
     judged,
@@ -44,7 +44,7 @@ _NARROW = 30.0  # deviation in steps below which laws of integers differ visibly
 
 
 @dataclass(frozen=True)
-class Tape:
+class Transcript:
     """The noise of many releases in one band.
 
     Args:
@@ -82,7 +82,7 @@ class Tape:
         return np.asarray(np.cumsum(masses)[places] / masses.sum())
 
 
-def probe(bench: Bench) -> Iterator[Finding]:
+def probe(bench: Harness) -> Iterator[CheckResult]:
     """All probes of the noise of a scenario that adds some."""
     tapes = list(_recorded(bench, list(_rounds(bench))))
     for tape in tapes:
@@ -101,7 +101,7 @@ def probe(bench: Bench) -> Iterator[Finding]:
         yield _within_rounds("independence within shares", listed)
 
 
-def _shares(bench: Bench, shares: Shares) -> Iterator[Tape]:
+def _shares(bench: Harness, shares: Shares) -> Iterator[Transcript]:
     """What single devices add, in a few rounds each; far cheaper than sums, hence sharper."""
     count = min(MOST_LISTED, max(FEWEST_ROUNDS, -(-DRAWS // min(bench.sizes))))
     users = [p.user for p in bench.named(bench.some(-(-count // 2)))][: -(-count // 2)]
@@ -119,7 +119,7 @@ def _shares(bench: Bench, shares: Shares) -> Iterator[Tape]:
         yield _tape(bench, name, parts, np.full(len(parts), deviation))
 
 
-def rounds_that_fit(bench: Bench, most_rounds: int = MOST_ROUNDS) -> int:
+def rounds_that_fit(bench: Harness, most_rounds: int = MOST_ROUNDS) -> int:
     """Releases to look at, from what they cost and what they show."""
     smallest, size = min(bench.sizes), sum(bench.sizes)
     shares = bench.protection.shares
@@ -134,7 +134,7 @@ def rounds_that_fit(bench: Bench, most_rounds: int = MOST_ROUNDS) -> int:
     return max(FEWEST_ROUNDS, min(wanted, most // max(1, cost), most_rounds))
 
 
-def _rounds(bench: Bench) -> Iterator[Round]:
+def _rounds(bench: Harness) -> Iterator[Round]:
     """The planned rounds and more of them, further attempts of the first, and another run's."""
     for index in range(rounds_that_fit(bench)):
         yield bench.round(index)
@@ -143,7 +143,7 @@ def _rounds(bench: Bench) -> Iterator[Round]:
         yield replace(bench.round(index), run_id="audit-other")
 
 
-def _recorded(bench: Bench, rounds: Sequence[Round]) -> Iterator[Tape]:
+def _recorded(bench: Harness, rounds: Sequence[Round]) -> Iterator[Transcript]:
     noises = [noise for round in rounds if (noise := bench.released(round)) is not None]
     # The last one has another sum in the same round, which needs independent noise too.
     if bench.protection.shares is None and (other := bench.released(rounds[0], change=1)):
@@ -156,12 +156,12 @@ def _recorded(bench: Bench, rounds: Sequence[Round]) -> Iterator[Tape]:
         yield _tape(bench, _name(bench, number), parts, deviations)
 
 
-def _name(bench: Bench, number: int) -> str:
+def _name(bench: Harness, number: int) -> str:
     bands = len(bench.sizes)
     return "the whole vector" if bands == 1 else f"band {number + 1} of {bands}"
 
 
-def _tape(bench: Bench, name: str, parts: Sequence[Integers], deviations: Floats) -> Tape:
+def _tape(bench: Harness, name: str, parts: Sequence[Integers], deviations: Floats) -> Transcript:
     size = len(parts[0])
     places = _places(size)
     mechanism = bench.event.mechanism
@@ -173,7 +173,7 @@ def _tape(bench: Bench, name: str, parts: Sequence[Integers], deviations: Floats
         squares += scaled**2
         sums += scaled
     sketch = np.array([part[places] for part in parts], np.int64)
-    return Tape(name, sketch, deviations, squares, sums, mechanism)
+    return Transcript(name, sketch, deviations, squares, sums, mechanism)
 
 
 def _places(size: int) -> NDArray[np.int64]:
@@ -184,7 +184,7 @@ def _places(size: int) -> NDArray[np.int64]:
     return np.unique(np.concatenate((np.arange(_COLUMNS // 2), spread)))
 
 
-def _variance(tape: Tape) -> Finding:
+def _variance(tape: Transcript) -> CheckResult:
     releases = len(tape.sketch)
     draws = releases * len(tape.squares)
     mean = float(tape.squares.sum() / draws)
@@ -202,7 +202,7 @@ def _variance(tape: Tape) -> Finding:
     )
 
 
-def _every_coefficient(tapes: Sequence[Tape]) -> Finding:
+def _every_coefficient(tapes: Sequence[Transcript]) -> CheckResult:
     squares = np.concatenate([tape.squares for tape in tapes])
     sums = np.concatenate([tape.sums for tape in tapes])
     releases = len(tapes[0].sketch)
@@ -221,7 +221,7 @@ def _every_coefficient(tapes: Sequence[Tape]) -> Finding:
     )
 
 
-def _law(probe: str, tapes: Sequence[Tape]) -> Finding:
+def _law(probe: str, tapes: Sequence[Transcript]) -> CheckResult:
     """Distance of the distribution function from the accounted one, and the tails."""
     p_values, distances, far, draws, due = [], [], 0, 0, 0.0
     for tape in tapes:
@@ -243,7 +243,7 @@ def _law(probe: str, tapes: Sequence[Tape]) -> Finding:
     )
 
 
-def _distance(tape: Tape) -> float:
+def _distance(tape: Transcript) -> float:
     """Kolmogorov's distance over all releases together, each in its own deviations."""
     levels = stats.norm.ppf(np.linspace(0, 1, 1026)[1:-1])
     found = np.zeros(len(levels))
@@ -255,7 +255,7 @@ def _distance(tape: Tape) -> float:
     return float(np.abs(found - expected).max() / tape.sketch.size)
 
 
-def _between_rounds(probe: str, tapes: Sequence[Tape]) -> Finding:
+def _between_rounds(probe: str, tapes: Sequence[Transcript]) -> CheckResult:
     """No two releases share noise, not even in part: by products, and by equal integers."""
     p_values, most = [], 0.0
     for tape in tapes:
@@ -275,7 +275,7 @@ def _between_rounds(probe: str, tapes: Sequence[Tape]) -> Finding:
     )
 
 
-def _equal_p(tape: Tape) -> float:
+def _equal_p(tape: Transcript) -> float:
     """Of the number of places at which any two releases carry the same integer."""
     terms, releases = tape.sketch.shape[1], len(tape.sketch)
     smallest = 1.0
@@ -292,7 +292,7 @@ def _coincidence(deviation: Floats) -> Floats:
     return np.asarray(stats.norm.cdf(0.5 / deviation) - stats.norm.cdf(-0.5 / deviation))
 
 
-def _within_rounds(probe: str, tapes: Sequence[Tape]) -> Finding:
+def _within_rounds(probe: str, tapes: Sequence[Transcript]) -> CheckResult:
     """No two coefficients share noise, within a band or between two."""
     p_values, pairs, most = [], 0, 0.0
     for tape in tapes:
@@ -315,12 +315,12 @@ def _within_rounds(probe: str, tapes: Sequence[Tape]) -> Finding:
     )
 
 
-def _repeated(bench: Bench) -> Finding:
+def _repeated(bench: Harness) -> CheckResult:
     """The same input gets the same noise, so that sending again is harmless."""
     first, again = bench.released(bench.round(0)), bench.released(bench.round(0))
     same = (first is None) == (again is None) and (
         first is None or again is None or np.array_equal(first.values, again.values)
     )
-    return Finding(
+    return CheckResult(
         "same input, same noise", same, "identical" if same else "another draw", "identical"
     )

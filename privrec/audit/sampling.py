@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from privrec.audit.bench import Bench
-from privrec.audit.judging import Finding, judged, of_many, two_sided
+from privrec.audit.bench import Harness
+from privrec.audit.judging import CheckResult, judged, of_many, two_sided
 
 COINS = 40_000_000
 MOST_ROUNDS, FEWEST_ROUNDS = 400, 60
 
 
-def probe(bench: Bench) -> Iterator[Finding]:
+def probe(bench: Harness) -> Iterator[CheckResult]:
     """All probes of who takes part; where everybody does, that they do."""
     rate = bench.event.sampling_rate
     if rate >= 1:
@@ -28,10 +28,10 @@ def probe(bench: Bench) -> Iterator[Finding]:
     yield _rounds(taken, rate)
 
 
-def _everybody(bench: Bench) -> Finding:
+def _everybody(bench: Harness) -> CheckResult:
     population = bench.simulation.population
     sizes = {len(bench.simulation.sample(bench.round(index))) for index in range(3)}
-    return Finding(
+    return CheckResult(
         "everybody takes part",
         sizes == {population},
         f"{sizes.pop():,} of {population:,}"
@@ -41,7 +41,7 @@ def _everybody(bench: Bench) -> Finding:
     )
 
 
-def _taken(bench: Bench) -> NDArray[np.bool_]:
+def _taken(bench: Harness) -> NDArray[np.bool_]:
     """Who was drawn in each of many rounds, shape ``(rounds, population)``."""
     population = bench.simulation.population
     rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, COINS // population))
@@ -51,7 +51,7 @@ def _taken(bench: Bench) -> NDArray[np.bool_]:
     return taken
 
 
-def _sizes(taken: NDArray[np.bool_], rate: float) -> Finding:
+def _sizes(taken: NDArray[np.bool_], rate: float) -> CheckResult:
     """Sizes of cohorts are binomial: their mean, and above all their spread."""
     rounds, population = taken.shape
     sizes = taken.sum(axis=1)
@@ -68,7 +68,7 @@ def _sizes(taken: NDArray[np.bool_], rate: float) -> Finding:
     )
 
 
-def _users(taken: NDArray[np.bool_], rate: float) -> Finding:
+def _users(taken: NDArray[np.bool_], rate: float) -> CheckResult:
     """Every user is as likely as any other, and neighbours are drawn apart."""
     rounds, population = taken.shape
     variance = rate * (1 - rate)
@@ -98,7 +98,7 @@ def _users(taken: NDArray[np.bool_], rate: float) -> Finding:
     )
 
 
-def _rounds(taken: NDArray[np.bool_], rate: float) -> Finding:
+def _rounds(taken: NDArray[np.bool_], rate: float) -> CheckResult:
     """Cohorts of two rounds overlap as independent ones do."""
     rounds, population = taken.shape
     centred = (taken - rate).astype(np.float32)

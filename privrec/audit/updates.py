@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.audit.bench import Bench
-from privrec.audit.judging import REACH, Finding, judged, of_many, two_sided
+from privrec.audit.bench import Harness
+from privrec.audit.judging import REACH, CheckResult, judged, of_many, two_sided
 from privrec.device.batch import Histories
 from privrec.device.cohort import Cohort
-from privrec.device.device import protected
+from privrec.device.device import privatize
 from privrec.device.examples import NoiseRoots
 from privrec.device.negatives import Functions
 from privrec.device.round import Protection
@@ -103,7 +103,7 @@ def _blow_up(values: FloatArray, user: int, clip_norm: float) -> None:
                 values *= np.float32(length / norm)
 
 
-def clipping(bench: Bench) -> Finding:
+def clipping(bench: Harness) -> CheckResult:
     """Every user's integers are within the bound that the noise is scaled to."""
     clip_norm = bench.protection.encoding.clip_norm
     cohorts = tuple(
@@ -124,7 +124,7 @@ def clipping(bench: Bench) -> Finding:
         norms = cohort.trainer.norms.values() if isinstance(cohort.trainer, Hostile) else ()
         beyond += sum(not norm <= clip_norm for norm in norms)
     found = f"{broken:,} of {users:,} users longer" if broken else f"all of {users:,} users within"
-    return Finding(
+    return CheckResult(
         "clip norm of every user",
         not broken and beyond > 0,
         f"{found}; {beyond:,} sent more than the clip norm, the longest gave "
@@ -135,7 +135,7 @@ def clipping(bench: Bench) -> Finding:
 
 
 def _bounded(
-    bench: Bench, simulation: Simulation[Cohort], most: int
+    bench: Harness, simulation: Simulation[Cohort], most: int
 ) -> Iterator[tuple[Tier, NDArray[np.int64], BoundedUpdate]]:
     """What some users of every tier put into a sum, on weights that are not zero anywhere."""
     server = bench.parts.server
@@ -147,7 +147,7 @@ def _bounded(
             yield tier, users, update
 
 
-def rounding(bench: Bench) -> Finding:
+def rounding(bench: Harness) -> CheckResult:
     """Rounding is right on average, wherever a value lies between two integers."""
     tier, encoding = bench.training[0], bench.protection.encoding
     layout, weaker = tier.layout, bench.federation.weaker(tier)
@@ -163,7 +163,7 @@ def rounding(bench: Bench) -> Finding:
         # Far inside the clip norm nothing is rounded twice, so the mean is exactly right.
         update = RawUpdate(values, Address.whole(layout))
         coins = root.stream("rounding", *round.context, b"audit", start)
-        bounded = protected(update, bench.protection, round, tier, weaker, coins)
+        bounded = privatize(update, bench.protection, round, tier, weaker, coins)
         exact = values if tier.weight == 1 else values * np.float32(tier.weight)
         rotation = bench.protection.rotation(round, (layout, *weaker))
         if rotation is not None:
@@ -198,7 +198,7 @@ def _moments(
     return np.array([s.sum() for s in sums]), np.array([v.sum() for v in spread])
 
 
-def plain_sum(bench: Bench) -> Finding:
+def plain_sum(bench: Harness) -> CheckResult:
     """The sum that the engine takes is that of the vectors that devices send."""
     bare = bench.without_noise()
     simulation = replace(bench.simulation, protection=bare, cohorts=_fresh(bench))
@@ -214,7 +214,7 @@ def plain_sum(bench: Bench) -> Finding:
             expected += _padded(bench, tier, mine.vector())
             users += 1
     wrong = int(np.count_nonzero(summing.total() != expected))
-    return Finding(
+    return CheckResult(
         "plain sum",
         wrong == 0 and bool(expected.any()),
         f"{wrong:,} of {len(expected):,} coefficients differ, {users:,} devices",
@@ -222,7 +222,7 @@ def plain_sum(bench: Bench) -> Finding:
     )
 
 
-def secure_sum(bench: Bench) -> Finding:
+def secure_sum(bench: Harness) -> CheckResult:
     """The whole protocol gives the sum of the survivors' integers and noise, bit for bit."""
     devices = _FEW_DEVICES if sum(bench.sizes) <= _WIDE_VECTOR else _FEW_DEVICES // 2
     rows = [mine[:devices] for mine in bench.some(devices * len(bench.training))]
@@ -248,7 +248,7 @@ def secure_sum(bench: Bench) -> Finding:
     total = masked.total()
     wrong = int(np.count_nonzero(total != plain.total()))
     wrong += int(np.count_nonzero(total - bare.total() != expected))
-    return Finding(
+    return CheckResult(
         "secure sum",
         wrong == 0 and bool(expected.any()),
         f"{wrong:,} of {len(expected):,} coefficients differ, {len(cohort):,} devices, one of them "
@@ -258,7 +258,10 @@ def secure_sum(bench: Bench) -> Finding:
 
 
 def _answers(
-    bench: Bench, simulation: Simulation[Cohort], rows: list[NDArray[np.int64]], silent: Participant
+    bench: Harness,
+    simulation: Simulation[Cohort],
+    rows: list[NDArray[np.int64]],
+    silent: Participant,
 ) -> Iterator[tuple[Tier, NDArray[np.int64], BoundedUpdate]]:
     """Updates of the cohort but for the device that fell silent."""
     weights = bench.parts.server.weights
@@ -268,7 +271,7 @@ def _answers(
             yield tier, users, update
 
 
-def _for_few(bench: Bench, least: tuple[int, ...]) -> Protection:
+def _for_few(bench: Harness, least: tuple[int, ...]) -> Protection:
     """The scenario's protection for a cohort of a few devices."""
     shares = bench.protection.shares
     if shares is not None:
@@ -280,12 +283,12 @@ def _for_few(bench: Bench, least: tuple[int, ...]) -> Protection:
     return replace(bench.protection, shares=shares, minimums=least)
 
 
-def _fresh(bench: Bench) -> tuple[Cohort, ...]:
+def _fresh(bench: Harness) -> tuple[Cohort, ...]:
     """The cohorts with private states of their own, so that probes leave no trace."""
     return tuple(replace(c, states=c.states.copy()) for c in bench.simulation.cohorts)
 
 
-def _padded(bench: Bench, tier: Tier, vector: NDArray[np.int32]) -> NDArray[np.int64]:
+def _padded(bench: Harness, tier: Tier, vector: NDArray[np.int32]) -> NDArray[np.int64]:
     """A tier's vector with zeros where it holds nothing, in the layout of the shared vector."""
     whole = np.zeros(bench.federation.layout.size, np.int64)
     held = to_wire(vector, (tier.layout, *bench.federation.weaker(tier)))
@@ -293,7 +296,7 @@ def _padded(bench: Bench, tier: Tier, vector: NDArray[np.int32]) -> NDArray[np.i
     return from_wire(whole, bench.federation.layouts)
 
 
-PROBES: dict[str, Callable[[Bench], Finding]] = {
+PROBES: dict[str, Callable[[Harness], CheckResult]] = {
     "clip norm of every user": clipping,
     "rounding to integers": rounding,
     "plain sum": plain_sum,

@@ -87,7 +87,7 @@ def _spending(scenario: Scenario, event: RoundEvent) -> dict[str, Any]:
 
 def _event(scenario: Scenario) -> RoundEvent:
     """The event of each round: for distributed noise, that of the band that all devices hold."""
-    from privrec.run.privacy_plan import agree, event_without_shares
+    from privrec.run.privacy_plan import event_without_shares, plan_privacy
 
     if scenario.privacy.noise != "distributed":
         return event_without_shares(scenario)
@@ -104,7 +104,7 @@ def _event(scenario: Scenario) -> RoundEvent:
         round(population * sum(share for each, share in weakest_first if each >= length))
         for length, _ in weakest_first
     ]
-    return agree(scenario, sizes, holders)[0]
+    return plan_privacy(scenario, sizes, holders)[0]
 
 
 def _finite(value: float) -> float | None:

@@ -119,7 +119,7 @@ class Device:
         coins = self.root.stream("rounding", *round.context, self.user, digest(self.state))
         self.state = trained.states[0]
         update = self.tier.lift(trained.update)
-        return protected(update, self.protection, round, self.tier, self.weaker, coins)
+        return privatize(update, self.protection, round, self.tier, self.weaker, coins)
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
@@ -137,7 +137,7 @@ class Device:
         return bounded.upload(self.layouts, self.protection.shares, self.noise_seeds(round))
 
 
-def protected(
+def privatize(
     update: RawUpdate,
     protection: Protection,
     round: Round,

@@ -64,7 +64,7 @@ class ExampleNoise:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class ExampleSchedule:
     """How the steps of a round are taken.
 
     Args:
@@ -135,8 +135,8 @@ class ExampleSteps:
     """
 
     def __init__(
-        self, recommender: Recommender, schedule: Schedule, weights: FloatArray, user: FloatArray,
-        number: int, key: int, noise: tuple[ExampleNoise, SecretRoot],
+        self, recommender: Recommender, schedule: ExampleSchedule, weights: FloatArray,
+        user: FloatArray, number: int, key: int, noise: tuple[ExampleNoise, SecretRoot],
     ) -> None:  # fmt: skip
         layout, (self.bound, root) = recommender.layout, noise
         self._recommender, self._schedule, self._weights = recommender, schedule, weights

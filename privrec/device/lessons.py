@@ -3,10 +3,10 @@
 A lesson knows which output neurons it cannot do without, its hidden vectors, and its loss over the
 neurons that are active.
 
-:class:`Output` says which output neurons a device trains, within a budget, and how many words each
-stands for. The words of the device's own text are always active. Of the rest of the budget a part
-is public (the most common words), a part is selected by hidden states of the device, and what is
-left is drawn by chance from all others, each standing for as many of them as were not drawn.
+:class:`OutputBudget` says which output neurons a device trains, within a budget, and how many words
+each stands for. The words of the device's own text are always active. Of the rest a part is public
+(the most common words), a part is selected by hidden states of the device, and what is left is
+drawn by chance from all others, each standing for as many of them as were not drawn.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _BY_CHANCE = b"neurons by chance are the round's, and no secret"
 
 
 @dataclass(frozen=True)
-class Output:
+class OutputBudget:
     """How wide the output layer of a device is.
 
     Args:
@@ -72,7 +72,7 @@ class Output:
         return max(1, round(self.share * self.words))
 
     def active(self, own: Items, queries: FloatArray, find: Find | None, key: int, user: int
-    ) -> Active:  # fmt: skip
+    ) -> ActiveSet:  # fmt: skip
         """The active neurons of one device.
 
         Args:
@@ -92,7 +92,7 @@ class Output:
         found = active_set(own, np.concatenate((common, chosen)), self.budget, self.words, stream)
         items, logs = found.neurons.numpy(), found.log_weights.numpy()
         order = np.argsort(items)
-        return Active(items[order], logs[order])
+        return ActiveSet(items[order], logs[order])
 
     def _common(self, own: Items, count: int) -> Items:
         """The ``count`` most common words that are not the device's own anyway."""
@@ -101,7 +101,7 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Active:
+class ActiveSet:
     """Neurons that take part, ascending without repeats, and the logarithms of their weights."""
 
     items: Items
@@ -124,10 +124,10 @@ Network = NextWord | WordBag
 
 
 @dataclass(frozen=True)
-class Neurons:
+class ActiveRows:
     """Active output neurons: who they are, their vectors and their biases."""
 
-    active: Active
+    active: ActiveSet
     rows: Tensor
     biases: Tensor
 
@@ -136,7 +136,7 @@ class Neurons:
         return self.rows[torch.from_numpy(self.active.places(words))]
 
 
-class Lesson(Protocol):
+class TextBatch(Protocol):
     """A device's data of one round."""
 
     @property
@@ -161,7 +161,7 @@ class Lesson(Protocol):
         """
         ...
 
-    def loss(self, part: Items, hidden: Tensor, neurons: Neurons) -> Tensor:
+    def loss(self, part: Items, hidden: Tensor, neurons: ActiveRows) -> Tensor:
         """Mean loss of that part over the active neurons."""
         ...
 
@@ -202,23 +202,23 @@ class Sequences:
 
     @property
     def own(self) -> Items:
-        """See :attr:`Lesson.own`: vectors are tied, so words that are read are neurons too."""
+        """See :attr:`TextBatch.own`: vectors are tied, so words that are read are neurons too."""
         return np.unique(np.concatenate((self.inputs.ravel(), self.targets.ravel())))
 
     @property
     def positions(self) -> int:
-        """See :attr:`Lesson.positions`."""
+        """See :attr:`TextBatch.positions`."""
         return self.targets.size
 
     def __len__(self) -> int:
         return len(self.inputs)
 
     def hidden(self, part: Items, rows: Rows, dense: Tensor) -> Tensor:
-        """See :meth:`Lesson.hidden`."""
+        """See :meth:`TextBatch.hidden`."""
         return self.model.hidden(rows(self.inputs[part]), dense).flatten(0, 1)
 
-    def loss(self, part: Items, hidden: Tensor, neurons: Neurons) -> Tensor:
-        """See :meth:`Lesson.loss`."""
+    def loss(self, part: Items, hidden: Tensor, neurons: ActiveRows) -> Tensor:
+        """See :meth:`TextBatch.loss`."""
         wanted = torch.from_numpy(neurons.active.places(self.targets[part])).flatten()
         logs = torch.from_numpy(neurons.active.logs)
         return sampled_loss(hidden, neurons.rows, neurons.biases, logs, wanted)
@@ -258,23 +258,23 @@ class Bags:
 
     @property
     def own(self) -> Items:
-        """See :attr:`Lesson.own`."""
+        """See :attr:`TextBatch.own`."""
         return np.unique(self.examples.labels)
 
     @property
     def positions(self) -> int:
-        """See :attr:`Lesson.positions`."""
+        """See :attr:`TextBatch.positions`."""
         return len(self.examples)
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def hidden(self, part: Items, rows: Rows, dense: Tensor) -> Tensor:
-        """See :meth:`Lesson.hidden`; words that are read have rows of their own."""
+        """See :meth:`TextBatch.hidden`; words that are read have rows of their own."""
         return self.model.hidden(self.examples.take(part), dense)
 
-    def loss(self, part: Items, hidden: Tensor, neurons: Neurons) -> Tensor:
-        """See :meth:`Lesson.loss`."""
+    def loss(self, part: Items, hidden: Tensor, neurons: ActiveRows) -> Tensor:
+        """See :meth:`TextBatch.loss`."""
         labels = self.examples.take(part).padded_labels()
         real = labels != NO_LABEL
         places = neurons.active.places(np.where(real, labels, neurons.active.items[0]))
@@ -284,9 +284,9 @@ class Bags:
         return softmax_loss(scores, torch.from_numpy(places), torch.from_numpy(real))
 
 
-def lesson_of(
+def text_batch_of(
     model: Network, tokens: NDArray[np.int32], most: int | None, budget: int | None, draw: int
-) -> Lesson:
+) -> TextBatch:
     """A device's lesson; see :meth:`Sequences.of` and :meth:`Bags.of`."""
     if isinstance(model, NextWord):
         return Sequences.of(model, tokens, most, budget, draw)

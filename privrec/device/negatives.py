@@ -33,7 +33,7 @@ _WORD = 2.0**-32
 
 
 @dataclass(frozen=True)
-class Budget:
+class NegativeBudget:
     """How many negatives a device has for all of its positives together, and which.
 
     Args:

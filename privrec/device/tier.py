@@ -25,7 +25,7 @@ class Network(Protocol):
         ...
 
 
-class Meaning(Protocol):
+class ModelView(Protocol):
     """What a shared vector means, whatever is learnt: a network over rows of a table."""
 
     @property
@@ -59,7 +59,7 @@ class Tier:
     capacity: float
     share: float
     weight: float
-    recommender: Meaning
+    recommender: ModelView
     vectors: Nested
     biases: Nested | None
 

@@ -22,8 +22,14 @@ from privrec.device.batch import (
     merged,
     representatives,
 )
-from privrec.device.examples import Deferred, ExampleNoise, ExampleSteps, NoiseRoots, Schedule
-from privrec.device.negatives import EACH, Budget, Functions
+from privrec.device.examples import (
+    Deferred,
+    ExampleNoise,
+    ExampleSchedule,
+    ExampleSteps,
+    NoiseRoots,
+)
+from privrec.device.negatives import EACH, Functions, NegativeBudget
 from privrec.device.round import digest
 from privrec.device.update import Address, RawUpdate
 from privrec.embedding.table import Table
@@ -162,7 +168,7 @@ class Trainer:
         return Sampler(n_items, negatives, settings.max_samples, whole, shared)
 
     @property
-    def budget(self) -> Budget | None:
+    def budget(self) -> NegativeBudget | None:
         """The negatives that a device's positives share; None where each has its own."""
         settings, n_items = self.settings, self.recommender.vectors.items
         if settings.selector == EACH:
@@ -171,7 +177,7 @@ class Trainer:
         popularity = self.popularity
         if popularity is not None and len(popularity) > n_items:
             popularity = popularity[:n_items] / popularity[n_items - 1]
-        return Budget(n_items, size, settings.selector, settings.selected, popularity)
+        return NegativeBudget(n_items, size, settings.selector, settings.selected, popularity)
 
     def search(self, weights: FloatArray, *, resident: bool = False) -> Search | None:
         """What negatives are selected from; None where they are drawn by chance.
@@ -253,7 +259,7 @@ class Trainer:
             )
         settings, m = self.settings, len(histories.users)
         layout = self.recommender.layout
-        schedule = Schedule(
+        schedule = ExampleSchedule(
             settings.loss, settings.negatives, settings.local_steps, settings.local_lr
         )
         changes, users = np.empty((m, layout.size), np.float32), np.empty_like(states)

@@ -19,7 +19,16 @@ from torch import Tensor
 from privrec.data.text import UNKNOWN_ID
 from privrec.device.batch import Histories
 from privrec.device.examples import NoiseRoots
-from privrec.device.lessons import Active, Find, Lesson, Network, Neurons, Output, lesson_of, spread
+from privrec.device.lessons import (
+    ActiveRows,
+    ActiveSet,
+    Find,
+    Network,
+    OutputBudget,
+    TextBatch,
+    spread,
+    text_batch_of,
+)
 from privrec.device.negatives import Functions
 from privrec.device.train import Trained
 from privrec.device.update import Address, RawUpdate
@@ -37,7 +46,7 @@ _WINDOW = 0x77_1D_0E
 
 
 @dataclass(frozen=True)
-class Language:
+class WideModel:
     """The shared parameters' meaning: a network whose output neurons lie in a table.
 
     Args:
@@ -63,7 +72,7 @@ class Language:
 
 
 @dataclass(frozen=True)
-class Practice:
+class LocalSettings:
     """Hyper-parameters of local training.
 
     Args:
@@ -89,9 +98,9 @@ class WordTrainer:
         practice: how.
     """
 
-    language: Language
-    output: Output
-    practice: Practice
+    language: WideModel
+    output: OutputBudget
+    practice: LocalSettings
 
     def __post_init__(self) -> None:
         budget, shortest = self.output.budget, self.language.model.shortest
@@ -124,12 +133,12 @@ class WordTrainer:
         active = self.output.active(lesson.own, queries, find, key, user)
         return local.descend(active, lesson, self.practice)
 
-    def lesson(self, text: NDArray[np.int32], user: int, key: int) -> Lesson:
+    def lesson(self, text: NDArray[np.int32], user: int, key: int) -> TextBatch:
         """What the device learns from in a round; arguments as of :meth:`train`."""
         output = self.output
         budget = output.budget if output.budget < output.words else None
         draw = int(splitmix64(key ^ _WINDOW, np.array([user]))[0] >> np.uint64(33))
-        return lesson_of(self.language.model, text, self.practice.most, budget, draw)
+        return text_batch_of(self.language.model, text, self.practice.most, budget, draw)
 
     def finder(self, search: Search, functions: Functions | None, user: int) -> Find:
         """The device's own selection from its own memory, by functions of its own.
@@ -150,7 +159,7 @@ class WordTrainer:
 
         return find
 
-    def _queries(self, local: _Local, lesson: Lesson) -> FloatArray:
+    def _queries(self, local: _Local, lesson: TextBatch) -> FloatArray:
         with torch.no_grad():
             hidden = local.hidden(lesson, spread(len(lesson))).numpy()
         hidden = hidden[spread(len(hidden))]
@@ -160,12 +169,12 @@ class WordTrainer:
 class _Local:
     """A device's copy of the shared vector, of which it changes what its neurons touch."""
 
-    def __init__(self, language: Language, weights: FloatArray) -> None:
+    def __init__(self, language: WideModel, weights: FloatArray) -> None:
         self._language, layout = language, language.layout
         self._memory, self._bias_memory = layout.memory_of(weights), layout.biases_of(weights)
         self._dense = torch.from_numpy(layout.dense_of(weights))
 
-    def hidden(self, lesson: Lesson, part: Items) -> Tensor:
+    def hidden(self, lesson: TextBatch, part: Items) -> Tensor:
         """Hidden vectors at the start of the round."""
         vectors, memory = self._language.vectors, self._memory
         return lesson.hidden(
@@ -173,7 +182,7 @@ class _Local:
         )
 
     def descend(
-        self, active: Active, lesson: Lesson, practice: Practice
+        self, active: ActiveSet, lesson: TextBatch, practice: LocalSettings
     ) -> tuple[RawUpdate, float]:
         """Gradient steps on parts of the lesson; the change, and the first step's loss."""
         language = self._language
@@ -183,7 +192,7 @@ class _Local:
         parts = np.array_split(np.arange(len(lesson)), min(practice.steps, len(lesson)))
         first = 0.0
         for number, part in enumerate(parts):
-            neurons = Neurons(active, vectors.rows(), biases.rows()[:, 0])
+            neurons = ActiveRows(active, vectors.rows(), biases.rows()[:, 0])
             hidden = lesson.hidden(part, neurons.read, dense)
             loss = lesson.loss(part, hidden, neurons)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -229,13 +238,13 @@ def _step(values: Tensor, rate: float) -> None:
             values.grad = None
 
 
-class Served(Protocol):
+class RowServer(Protocol):
     """A server that hashes its output columns and hands out neurons by bucket, as a device sees it.
 
     It takes part in the scheme ``"requested"`` alone, in which it learns what each device asks.
     """
 
-    def hashed(self, items: ItemMemory, key: int) -> Asking:
+    def hashed(self, items: ItemMemory, key: int) -> RowTables:
         """Hash all columns for one round, by functions that everybody knows.
 
         Args:
@@ -245,7 +254,7 @@ class Served(Protocol):
         ...
 
 
-class Asking(Protocol):
+class RowTables(Protocol):
     """The server's tables of one round."""
 
     def codes(self, queries: FloatArray) -> list[NDArray[np.uint16]]:
@@ -258,7 +267,7 @@ class Asking(Protocol):
 
 
 @dataclass
-class Writers:
+class TextCohort:
     """Simulated devices with texts or examples, of one tier, as a simulation asks for learners.
 
     Args:
@@ -270,7 +279,7 @@ class Writers:
 
     trainer: WordTrainer
     histories: Histories
-    served: Served | None = None
+    served: RowServer | None = None
     states: FloatArray = field(init=False)
 
     def __post_init__(self) -> None:
@@ -315,7 +324,7 @@ class Writers:
         return np.where(tokens < self.trainer.language.vectors.items, tokens, UNKNOWN_ID)
 
 
-def asked_of(tables: Asking) -> Find:
+def asked_of(tables: RowTables) -> Find:
     """A device's selection by asking: it names buckets and words, and gets neurons."""
 
     def find(queries: FloatArray, wanted: int, without: Items) -> Items:

@@ -1,7 +1,7 @@
 """What every embedding table here is: rows made of signed blocks of one small memory.
 
 Part ``b`` of row ``i`` is ``scale * sign_b(i) * memory[slot_b(i)]``, one block of ``block``
-numbers. Where slots and signs come from is the business of :class:`Table`'s kinds: a hash
+numbers. Where slots and signs come from is the business of :class:`ReportTable`'s kinds: a hash
 (:class:`~privrec.embedding.subspace.Subspace`) or the item's own place (:class:`PlainTable`).
 """
 
@@ -176,7 +176,7 @@ class PlainTable(Table):
         return cls(items, dim, block, items * (dim // max(1, block)), by_part)
 
     def locate(self, items: NDArray[np.integer]) -> Places:
-        """See :meth:`Table.locate`."""
+        """See :meth:`ReportTable.locate`."""
         item, part = np.asarray(items, np.int64)[..., None], np.arange(self.parts)
         slots = part * self.items + item if self.by_part else item * self.parts + part
         return slots, np.ones(slots.shape, np.float32)
@@ -195,12 +195,12 @@ class Tabulated(Table):
 
     @property
     def scale(self) -> float:
-        """See :attr:`Table.scale`."""
+        """See :attr:`ReportTable.scale`."""
         return self.source.scale
 
     @property
     def injective(self) -> bool:
-        """See :attr:`Table.injective`."""
+        """See :attr:`ReportTable.injective`."""
         return self.source.injective
 
     @cached_property
@@ -208,7 +208,7 @@ class Tabulated(Table):
         return self.source.locate(np.arange(self.items))
 
     def locate(self, items: NDArray[np.integer]) -> Places:
-        """See :meth:`Table.locate`."""
+        """See :meth:`ReportTable.locate`."""
         slots, signs = self._places
         return np.take(slots, items, axis=0), np.take(signs, items, axis=0)
 

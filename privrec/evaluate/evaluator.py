@@ -75,7 +75,7 @@ class Scorer:
 
 
 @dataclass(frozen=True)
-class Judge:
+class Evaluator:
     """Measures released weights on what a split holds out, every user fitted from nothing.
 
     Args:

@@ -17,7 +17,7 @@ from torch import Tensor
 from privrec.data.labels import examples_in
 from privrec.data.text import UNKNOWN_ID, Corpus
 from privrec.device.lessons import Network
-from privrec.device.words import Language
+from privrec.device.words import WideModel
 from privrec.models.next_word import NextWord
 from privrec.randomness import rng_for
 
@@ -30,7 +30,7 @@ _DRAWS = 1000
 
 
 @dataclass(frozen=True, eq=False)
-class Predicted:
+class TextEvaluation:
     """Predictions counted text by text.
 
     Args:
@@ -68,8 +68,8 @@ class Predicted:
 
 
 def predict(
-    language: Language, weights: FloatArray, texts: Corpus, cuts: Sequence[int]
-) -> Predicted:
+    language: WideModel, weights: FloatArray, texts: Corpus, cuts: Sequence[int]
+) -> TextEvaluation:
     """Predict every next word of some texts, or the labels of examples, by all neurons' scores.
 
     Args:
@@ -105,7 +105,7 @@ def predict(
         / (1 if one else cut)
         for cut in cuts
     }
-    return Predicted(positions, hits, np.nan_to_num(losses, nan=np.inf))
+    return TextEvaluation(positions, hits, np.nan_to_num(losses, nan=np.inf))
 
 
 def _asked(

@@ -23,7 +23,7 @@ _UNIT = "a user of this ledger is a node: all that one Flower node trains on"
 
 
 @dataclass
-class Budget:
+class SumBudget:
     """The write-ahead ledger of one population of nodes, over one run or several.
 
     ε is against the server, which knows who takes part: nobody's sampling is counted on.

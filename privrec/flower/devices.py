@@ -80,7 +80,7 @@ def anchor_of(roster: object, enrolment_key: object) -> Anchor | None:
 
 
 @dataclass(frozen=True)
-class Device:
+class SumDevice:
     """Who a node is in a run.
 
     Args:
@@ -97,7 +97,7 @@ class Device:
     journal: Path | None = None
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], root: SecretRoot, *, trust_server: bool) -> Device:
+    def of(cls, config: Mapping[str, Any], root: SecretRoot, *, trust_server: bool) -> SumDevice:
         """The device that a node's configuration describes.
 
         Args:
@@ -196,7 +196,7 @@ class RunState:
         for name in names:
             self._record.pop(name, None)
 
-    def book(self, device: Device) -> PrekeyBook:
+    def book(self, device: SumDevice) -> PrekeyBook:
         """The one-time prekeys of this run; another run has another root, and so other prekeys."""
         return PrekeyBook(
             device.key,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from privrec.errors import PrivrecError, ReleaseRefused, UsageError
 from privrec.flower import vectors
-from privrec.flower.devices import Device, RunState
+from privrec.flower.devices import RunState, SumDevice
 from privrec.flower.plan import SumPlan
 from privrec.privacy.mechanism import noise_seeds
 from privrec.secagg.client import ClientSession, Policy
@@ -132,7 +132,7 @@ class _Node:
         self._mod = mod
         self._context = context
         self._state = RunState(context.state)
-        self._device = Device.of(
+        self._device = SumDevice.of(
             context.node_config, self._state.root, trust_server=mod.trust_server
         )
         self._book = self._state.book(self._device)

@@ -168,7 +168,7 @@ class SumPlan:
 
 
 @dataclass(frozen=True)
-class Cohort:
+class SumCohort:
     """The nodes of a round.
 
     Args:

@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 
 from privrec.errors import BudgetError, ReleaseRefused, UsageError
 from privrec.flower import vectors
-from privrec.flower.budget import Budget
+from privrec.flower.budget import SumBudget
 from privrec.flower.devices import Anyone, anchor_of, create_device_key
 from privrec.flower.mod import ARRAY, RECORD, SecureSumMod
-from privrec.flower.plan import CAPPED, CLIPPED, ODD, Cohort, SumPlan
+from privrec.flower.plan import CAPPED, CLIPPED, ODD, SumCohort, SumPlan
 from privrec.secagg.keys import RECORD_BYTES, Prekey
 from privrec.secagg.roster import check_prekey
 from privrec.secagg.server import ServerSession
@@ -132,7 +132,7 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
             )
         if noise_multiplier is not None and noise_multiplier <= 0:
             raise UsageError(f"noise_multiplier {noise_multiplier}: it must be above 0")
-        self._budget = None if ledger is None else Budget(Path(ledger), delta, epsilon)
+        self._budget = None if ledger is None else SumBudget(Path(ledger), delta, epsilon)
         self._noise_multiplier = noise_multiplier
         self._rounds = rounds
         self._clip_norm = clip_norm
@@ -141,7 +141,7 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
             "weighted_by": weighted_by or getattr(strategy, "weighted_by_key", "num-examples"),
             "metrics": tuple((metrics or {}).items()),
         }
-        Cohort(3).plan(1, clip_norm, noise_multiplier or float(noisy), **self._given)
+        SumCohort(3).plan(1, clip_norm, noise_multiplier or float(noisy), **self._given)
         self._colluding_share, self._remove_excess = colluding_share, remove_excess
         self._anchor = anchor_of(_path(roster), _path(enrolment_key)) or Anyone()
         self._evaluate_in_clear = evaluate_in_clear
@@ -300,7 +300,7 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         self, round: int, content: RecordDict, nodes: int
     ) -> tuple[SumPlan, int, float | None]:
         """The round's plan, its attempt, and ε after it; paid for before anybody is asked."""
-        cohort = Cohort(nodes, self._colluding_share, self._remove_excess)
+        cohort = SumCohort(nodes, self._colluding_share, self._remove_excess)
         size = vectors.size_of(vectors.only_arrays(content, "a message"))
 
         def planned(noise_multiplier: float) -> SumPlan:

@@ -33,7 +33,7 @@ from privrec.run.popularity import known_items
 from privrec.run.record import EventLog, NullObserver, Observer, Record, RunInfo
 from privrec.run.simulation import cohort
 from privrec.run.summary import deployed_result
-from privrec.run.summing import opened
+from privrec.run.summing import unmask
 from privrec.run.wording import opening_words
 from privrec.scenario.load import Scenario, load
 from privrec.secagg.roster import Anchor
@@ -77,7 +77,7 @@ class Flower:
         }
         for exchange in EXCHANGES:
             self._exchange(exchange, session, extras.get(exchange, {}))
-        return Aggregate(opened(session.result, self.protection, federation), len(called), None)
+        return Aggregate(unmask(session.result, self.protection, federation), len(called), None)
 
     def _called(self, round: Round) -> list[Member]:
         """The round's cohort: those who are sampled, train, and left prekeys."""

@@ -21,7 +21,7 @@ from privrec.optim.capture import COMPILED, Capture
 from privrec.optim.ghost import Lookups, TableLayer, joined
 from privrec.optim.parameter import make_lazy, make_plain
 from privrec.privacy.lazy.memory import LazyMemory
-from privrec.privacy.lazy.pending import Update
+from privrec.privacy.lazy.pending import LinearStep
 from privrec.privacy.lazy.stream import Normals
 from privrec.randomness import SecretRoot
 
@@ -364,11 +364,11 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def _update(group: dict[str, Any]) -> Update:
+def _update(group: dict[str, Any]) -> LinearStep:
     for name in ("dampening", "maximize"):
         if group.get(name):
             raise UsageError(f"torch.optim.SGD({name}={group[name]}): leave it at its default")
-    return Update(
+    return LinearStep(
         **{name: float(group[name]) for name in _LINEAR - {"nesterov"}},
         nesterov=bool(group["nesterov"]),
     )

@@ -76,7 +76,7 @@ def noise_multiplier_for(
 
 
 @dataclass(frozen=True)
-class Plan:
+class Calibration:
     """What rounds of one kind will cost, before any data is touched.
 
     Args:
@@ -113,7 +113,7 @@ def plan(
     delta: float,
     points: int = 100,
     before: RoundEvent | None = None,
-) -> Plan:
+) -> Calibration:
     """ε by round, against both adversaries.
 
     Args:
@@ -132,7 +132,7 @@ def plan(
     spent = [_events(event, count, before) for count in after]
     recipients = tuple(epsilon(events, delta, "recipients") for events in spent)
     server = tuple(epsilon(events, delta, "server") for events in spent)
-    return Plan(event, rounds, delta, after, recipients, server)
+    return Calibration(event, rounds, delta, after, recipients, server)
 
 
 def signal_to_noise(noise_multiplier: float, cohort: float, dimension: int) -> float:

@@ -89,7 +89,7 @@ def check_variance(variance: Fraction) -> None:
         )
 
 
-class Table:
+class AliasTable:
     """Walker's table of a distribution on consecutive integers.
 
     Promise: draws have exactly the probabilities ``masses[i] / 2^256``, as far as the words of the
@@ -138,7 +138,7 @@ class Table:
 class Sampler:
     """Independent draws of ``Σ factor · X`` over a few tables."""
 
-    parts: tuple[tuple[int, Table], ...]
+    parts: tuple[tuple[int, AliasTable], ...]
 
     def draw(self, stream: SecureStream, size: int) -> NDArray[np.int32]:
         """``size`` draws, int32; the stream is read block by block."""
@@ -173,7 +173,7 @@ def _step(variance: Fraction) -> int:
 
 
 @lru_cache(maxsize=16)
-def _gaussian_table(variance: Fraction) -> Table:
+def _gaussian_table(variance: Fraction) -> AliasTable:
     half = math.isqrt(math.ceil(_TAIL * variance)) + 2
     weight, ratio = _ONE, _exp(1 / (2 * variance))
     square = ratio * ratio >> _WORK_BITS
@@ -182,7 +182,7 @@ def _gaussian_table(variance: Fraction) -> Table:
         weight = weight * ratio >> _WORK_BITS
         ratio = ratio * square >> _WORK_BITS
         weights.append(weight)
-    return Table(-half, _masses(weights[:0:-1] + weights))
+    return AliasTable(-half, _masses(weights[:0:-1] + weights))
 
 
 def _masses(weights: list[int]) -> list[int]:

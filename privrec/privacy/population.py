@@ -48,7 +48,7 @@ Counts = Counter[RoundEvent]
 
 
 @dataclass(frozen=True)
-class Standing:
+class PopulationBalance:
     """Where a population stood when a run began, as the run's ledger keeps it.
 
     Args:
@@ -217,7 +217,7 @@ def read(name: str) -> Population:
     return population
 
 
-def reserve(name: str, run_id: str, planned: Counts) -> Standing:
+def reserve(name: str, run_id: str, planned: Counts) -> PopulationBalance:
     """Set aside all that a run may charge, or refuse the run; durable before this returns.
 
     Called again for the same run (to resume it), it sets aside the larger of both.
@@ -250,7 +250,7 @@ def reserve(name: str, run_id: str, planned: Counts) -> Standing:
             )
         if wanted != before:
             _enter(population, "reserve", run_id, wanted)
-        return Standing(
+        return PopulationBalance(
             name, others, population.epsilon, population.delta, population.against, spent, after,
             len(population.hashes), population.hashes[-1],
         )  # fmt: skip
@@ -281,7 +281,7 @@ def settle(name: str, run_id: str, charged: Counts) -> None:
 
 
 @dataclass
-class Tie:
+class PopulationCharge:
     """What ties one run to its population: nothing is charged that is not set aside.
 
     Args:
@@ -295,7 +295,7 @@ class Tie:
     reserved: Counts
 
     @classmethod
-    def of(cls, header: Mapping[str, Any], *, ended: bool) -> Tie | None:
+    def of(cls, header: Mapping[str, Any], *, ended: bool) -> PopulationCharge | None:
         """The tie that a run's ledger names, or None for a run of its own.
 
         Args:
@@ -307,7 +307,7 @@ class Tie:
             IntegrityError: when it was altered or set back; or when it says that the run has ended,
                 and the run's own ledger is an older copy that does not.
         """
-        standing, run_id = Standing.from_json(header["standing"]), header["run_id"]
+        standing, run_id = PopulationBalance.from_json(header["standing"]), header["run_id"]
         if standing.population is None:
             return None
         population = read(standing.population)

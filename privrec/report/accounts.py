@@ -23,7 +23,7 @@ from privrec.report.model import (
     RenyiPoint,
     Sampling,
 )
-from privrec.run.header import Declaration
+from privrec.run.header import LedgerHeader
 from privrec.run.privacy_plan import encoding_of
 from privrec.scenario.rules import WIDE
 
@@ -40,7 +40,7 @@ ALARMS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0
 """Chances of a false alarm at which the trade-off curve is given."""
 
 
-def mechanism(facts: Facts, declaration: Declaration, counts: Counts) -> Mechanism:
+def mechanism(facts: Facts, declaration: LedgerHeader, counts: Counts) -> Mechanism:
     """How one round's release is made, with the noise of each band."""
     scenario = declaration.scenario
     encoding = encoding_of(scenario, declaration.coefficients)
@@ -91,7 +91,7 @@ def _roots(facts: Facts) -> str:
     )
 
 
-def _clipping(declaration: Declaration) -> str:
+def _clipping(declaration: LedgerHeader) -> str:
     tiers = len(declaration.bands)
     if tiers == 1:
         return (
@@ -121,7 +121,7 @@ def _floating_point(facts: Facts) -> str:
     )
 
 
-def _bands(facts: Facts, declaration: Declaration, counts: Counts) -> Iterator[NoiseBand]:
+def _bands(facts: Facts, declaration: LedgerHeader, counts: Counts) -> Iterator[NoiseBand]:
     multiplier = least_noise(counts)
     if multiplier is None:
         return
@@ -145,7 +145,7 @@ def least_noise(counts: Counts) -> float | None:
     return min((event.noise_multiplier for event in counts), default=0.0) or None
 
 
-def sampling(facts: Facts, declaration: Declaration) -> Sampling | None:
+def sampling(facts: Facts, declaration: LedgerHeader) -> Sampling | None:
     """Who takes part, as declared; None where the number of users is not known."""
     if facts.population is None:
         return None
@@ -175,7 +175,7 @@ def _amplification(facts: Facts) -> str:
 
 
 def accounting(
-    facts: Facts, declaration: Declaration, counts: Counts, delta: float, bare: bool = False
+    facts: Facts, declaration: LedgerHeader, counts: Counts, delta: float, bare: bool = False
 ) -> Accounting:
     """How ε was computed; without a guarantee its curves are empty.
 
@@ -249,7 +249,7 @@ def _zcdp(counts: Counts) -> float | None:
     return math.ceil(total * 1e6) / 1e6
 
 
-def _lifetime(declaration: Declaration) -> Lifetime | None:
+def _lifetime(declaration: LedgerHeader) -> Lifetime | None:
     standing = declaration.standing
     if standing.population is None:
         return None
@@ -311,7 +311,7 @@ def _miss(curve: Sequence[Point2], alarm: float) -> float:
 
 
 def facts_of(
-    declaration: Declaration,
+    declaration: LedgerHeader,
     header: Mapping[str, object],
     charged: Sequence[tuple[int, int]],
     counts: Counts,
@@ -388,7 +388,7 @@ def _spent(facts: Facts, counts: Counts, which: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _evaluations(declaration: Declaration, rounds: int) -> int:
+def _evaluations(declaration: LedgerHeader, rounds: int) -> int:
     """How often the split was looked at: as planned, and at the end."""
     if not declaration.simulated:
         return 0

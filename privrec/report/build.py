@@ -37,7 +37,7 @@ from privrec.report.model import (
     flat,
 )
 from privrec.report.spending import Spending, read_spending
-from privrec.run.header import Declaration
+from privrec.run.header import LedgerHeader
 from privrec.run.header import read as declared_in
 from privrec.run.identity import kept_key
 from privrec.run.popularity import release_event
@@ -66,7 +66,7 @@ class _Files:
     scenario: Scenario
     rounds: Sequence[Record]
     spending: Spending
-    declaration: Declaration
+    declaration: LedgerHeader
 
     @property
     def privacy(self) -> Mapping[str, Any]:

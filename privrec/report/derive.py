@@ -17,7 +17,7 @@ from privrec.report import accounts, claims, statements
 from privrec.report.examples import example_level, sentence
 from privrec.report.model import STARRED, Charged, Curve, Point, Privacy, Report
 from privrec.report.spending import Spending
-from privrec.run.header import Declaration
+from privrec.run.header import LedgerHeader
 from privrec.run.privacy_plan import encoding_of
 
 T = TypeVar("T")
@@ -28,7 +28,7 @@ EPSILON_POINTS = 40
 _EARLY = (1, 2, 4, 8, 16)
 
 
-def derive(spending: Spending, declaration: Declaration, word: Mapping[str, Any]) -> Report:
+def derive(spending: Spending, declaration: LedgerHeader, word: Mapping[str, Any]) -> Report:
     """The report of a ledger.
 
     Args:
@@ -69,13 +69,13 @@ def derive(spending: Spending, declaration: Declaration, word: Mapping[str, Any]
         deployment=statements.deployment(facts),
         reading=accounts.reading(facts, curve),
         warnings=claims.warnings(facts),
-        operators_word=statements.operators_word(facts),
+        operators_word=statements.operator_statement(facts),
         curves=(*word["curves"], *_epsilon_curves(spending, facts)),
         **{name: value for name, value in word.items() if name != "curves"},
     )
 
 
-def _parts(spending: Spending, declaration: Declaration, facts: claims.Facts) -> dict[str, Any]:
+def _parts(spending: Spending, declaration: LedgerHeader, facts: claims.Facts) -> dict[str, Any]:
     """The starred parts, those that lack facts as None."""
     delta = spending.header.get("delta")
     known = facts.population is not None and isinstance(delta, float)
@@ -93,7 +93,7 @@ def _parts(spending: Spending, declaration: Declaration, facts: claims.Facts) ->
     }
 
 
-def _privacy(spending: Spending, declaration: Declaration, facts: claims.Facts) -> Privacy:
+def _privacy(spending: Spending, declaration: LedgerHeader, facts: claims.Facts) -> Privacy:
     scenario = declaration.scenario
     encoding = encoding_of(scenario, declaration.coefficients)
     return Privacy(

@@ -13,12 +13,12 @@ from privrec.privacy.events import RoundEvent, epsilon
 from privrec.report.figures import delta_text
 from privrec.report.model import ExampleLevel
 from privrec.report.sections import Section
-from privrec.run.header import Declaration
+from privrec.run.header import LedgerHeader
 from privrec.run.wording import epsilon_text
 
 
 def example_level(
-    charged: Mapping[RoundEvent, int], declaration: Declaration, *, noise_known: bool
+    charged: Mapping[RoundEvent, int], declaration: LedgerHeader, *, noise_known: bool
 ) -> ExampleLevel | None:
     """The guarantee of the ledger's example-level entries; None where devices add no such noise.
 

@@ -14,7 +14,7 @@ Pair = tuple[str, str | tuple[str, ...]]
 
 
 @dataclass(frozen=True)
-class Table:
+class ReportTable:
     """A table under the pairs of a section; columns from ``figures`` on hold figures."""
 
     caption: str
@@ -30,7 +30,7 @@ class Section:
     key: str
     title: str
     pairs: tuple[Pair, ...]
-    table: Table | None = None
+    table: ReportTable | None = None
     outside: bool = False
 
 
@@ -106,7 +106,7 @@ def _trust(trust: TrustModel) -> Section:
             ("Drop-outs", trust.drop_outs),
             *((("If an assumption fails", fallbacks),) if fallbacks else ()),
         ),
-        Table(
+        ReportTable(
             "Each ε holds against one actor; ∞ is no protection against them.",
             ("Actor", "Sees", "Trusted with", "ε"),
             tuple(
@@ -145,7 +145,7 @@ def _mechanism(report: Report, mechanism: Mechanism) -> Section:
             ("Randomness", mechanism.randomness),
             ("Floating point", mechanism.floating_point),
         ),
-        Table(
+        ReportTable(
             "Noise and the largest signal of a sum, in what each tier holds beyond the weaker "
             "ones; in units of an update.",
             ("Tier (capacity)", "Coefficients", "Noise each", "Noise, norm", "Signal at most"),
@@ -197,7 +197,7 @@ def _accounting(report: Report, accounting: Accounting) -> Section:
         "accounting",
         "The accounting",
         tuple(pairs),
-        Table(
+        ReportTable(
             "Rényi divergence of the whole run by order, for whoever composes it with others.",
             ("Order", "Recipients", "Cohorts known"),
             rows,
@@ -293,7 +293,7 @@ def audit(report: Report) -> Section:
             ("Result", "Every check passed." if found.passed else "A CHECK FAILED."),
             ("Canaries", bound),
         ),
-        Table(
+        ReportTable(
             f"White-box checks of privrec {found.version} with this scenario’s settings.",
             ("Check", "Result", "Found", "Expected"),
             tuple(
@@ -314,7 +314,7 @@ def segments(report: Report) -> Section | None:
         "segments",
         "By kind of user",
         (),
-        Table(
+        ReportTable(
             "Light and heavy users, and users whose held-out item is popular or not.",
             ("Users", "Share", *(metric_name(key) for key in keys)),
             tuple(

@@ -20,7 +20,7 @@ from privrec.report.model import (
     Scope,
     TrustModel,
 )
-from privrec.run.header import Declaration
+from privrec.run.header import LedgerHeader
 from privrec.run.wording import epsilon_text
 
 
@@ -192,7 +192,7 @@ def _fallbacks(facts: Facts) -> Iterator[Fallback]:
     )
 
 
-def definition(facts: Facts, declaration: Declaration) -> Definition:
+def definition(facts: Facts, declaration: LedgerHeader) -> Definition:
     """The statement that ε and δ are about."""
     scenario = declaration.scenario
     cap = scenario.data.max_history
@@ -261,7 +261,7 @@ def outputs(facts: Facts) -> Outputs:
     )
 
 
-def outside_the_ledger(facts: Facts, declaration: Declaration) -> OutsideTheLedger:
+def outside_the_ledger(facts: Facts, declaration: LedgerHeader) -> OutsideTheLedger:
     """What no charge tells."""
     scenario, standing = declaration.scenario, declaration.standing
     return OutsideTheLedger(
@@ -279,7 +279,7 @@ def outside_the_ledger(facts: Facts, declaration: Declaration) -> OutsideTheLedg
     )
 
 
-def _tuning(facts: Facts, declaration: Declaration) -> str:
+def _tuning(facts: Facts, declaration: LedgerHeader) -> str:
     standing = declaration.standing
     if standing.population is not None:
         return (
@@ -328,7 +328,7 @@ def _fewer(facts: Facts) -> str:
     return "Fewer real devices make no difference to ε."
 
 
-def operators_word(facts: Facts) -> tuple[OperatorsWord, ...]:
+def operator_statement(facts: Facts) -> tuple[OperatorsWord, ...]:
     """What no verifier can see from the files, so that it rests on the operator’s word."""
     found = [
         (

@@ -28,7 +28,7 @@ from privrec.report.derive import derive
 from privrec.report.model import WORD, OperatorsWord, Report
 from privrec.report.render import to_html, to_json, to_markdown
 from privrec.report.spending import Spending, read_spending
-from privrec.run.header import Declaration, read
+from privrec.run.header import LedgerHeader, read
 from privrec.run.identity import kept_key
 
 _DEPENDS_ON_VERIFIER = {"privacy.ledger_signature"}
@@ -169,7 +169,7 @@ def _report(text: str, content: Mapping[str, Any], verdict: Verdict) -> Report |
 
 def _ledger(
     directory: Path, key: Ed25519PublicKey | None, verdict: Verdict
-) -> tuple[Spending, Declaration] | None:
+) -> tuple[Spending, LedgerHeader] | None:
     try:
         spending = read_spending(directory, key)
         declaration = read(spending.header, str(directory / "ledger.jsonl"))
@@ -183,7 +183,7 @@ def _ledger(
 
 
 def _compare(
-    report: Report, spending: Spending, declaration: Declaration, verdict: Verdict
+    report: Report, spending: Spending, declaration: LedgerHeader, verdict: Verdict
 ) -> None:
     """Make the report again, with the operator's word as it stands, and name what differs."""
     word = {name: getattr(report, name) for name in WORD}
@@ -240,7 +240,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
-def _check_word(report: Report, declaration: Declaration, verdict: Verdict) -> None:
+def _check_word(report: Report, declaration: LedgerHeader, verdict: Verdict) -> None:
     """What the operator's word must agree with, although the ledger does not tell it."""
     scenario = declaration.scenario
     told: dict[str, tuple[Any, Any]] = {

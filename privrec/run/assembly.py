@@ -17,12 +17,12 @@ from privrec.data.text import Corpus
 from privrec.device.batch import Histories
 from privrec.device.cohort import Cohort
 from privrec.device.examples import ExampleNoise
-from privrec.device.lessons import Network, Output
+from privrec.device.lessons import Network, OutputBudget
 from privrec.device.negatives import popularity_of
 from privrec.device.round import Protection, digest
-from privrec.device.tier import Federation, Meaning, Tier
+from privrec.device.tier import Federation, ModelView, Tier
 from privrec.device.train import Recommender, Settings, Trainer
-from privrec.device.words import Language, Practice, Served, WordTrainer, Writers
+from privrec.device.words import LocalSettings, RowServer, TextCohort, WideModel, WordTrainer
 from privrec.embedding.nested import Nested, nested
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable, Table
@@ -34,7 +34,7 @@ from privrec.models.ncf import NCF
 from privrec.models.next_word import NextWord
 from privrec.privacy.events import RoundEvent
 from privrec.randomness import SecretRoot, rng_for
-from privrec.run.privacy_plan import agree, example_event
+from privrec.run.privacy_plan import example_event, plan_privacy
 from privrec.run.simulation import Simulation
 from privrec.run.summing import Enrolled
 from privrec.scenario.load import DeviceTier, Model, Scenario, Train
@@ -143,7 +143,9 @@ def agreement_of(
     scenario: Scenario, federation: Federation, population: int
 ) -> tuple[RoundEvent, Protection]:
     """What server and devices agree on: the event of each round, and how updates are protected."""
-    return agree(scenario, band_sizes(federation.layouts), holders_of(population, federation))
+    return plan_privacy(
+        scenario, band_sizes(federation.layouts), holders_of(population, federation)
+    )
 
 
 def holders_of(population: int, federation: Federation) -> list[int]:
@@ -279,7 +281,9 @@ def _coordinates(
     return chain, None if biases is None else nested(biases, order, same)
 
 
-def _recommender(scenario: Scenario, vectors: Nested, biases: Nested | None, index: int) -> Meaning:
+def _recommender(
+    scenario: Scenario, vectors: Nested, biases: Nested | None, index: int
+) -> ModelView:
     table, small = vectors.tables[index], None if biases is None else biases.tables[index]
     model = scenario.model
     if model.kind == "next_word":
@@ -293,11 +297,11 @@ def _recommender(scenario: Scenario, vectors: Nested, biases: Nested | None, ind
     return Recommender(ncf, table, small, layout)
 
 
-def _wide(network: Network, table: Table, biases: Table | None) -> Language:
+def _wide(network: Network, table: Table, biases: Table | None) -> WideModel:
     if biases is None:
         raise UsageError("model.item_bias = false: an output neuron has a bias; set it")
     layout = Layout(network.dense, table.slots, table.block, biases.slots)
-    return Language(network, table, biases, layout)
+    return WideModel(network, table, biases, layout)
 
 
 def trainer_of(scenario: Scenario, federation: Federation, tier: Tier) -> Trainer:
@@ -387,11 +391,11 @@ class TextParts:
 
     federation: Federation
     server: Server
-    simulation: Simulation[Writers]
+    simulation: Simulation[TextCohort]
     columns: ColumnServer | None
 
     @property
-    def language(self) -> Language:
+    def language(self) -> WideModel:
         """What the shared vector means."""
         return language_of(self.federation.tiers[0])
 
@@ -436,29 +440,29 @@ def assemble_texts(
 
 
 def writers_of(
-    scenario: Scenario, tier: Tier, texts: Histories, served: Served | None = None
-) -> Writers:
+    scenario: Scenario, tier: Tier, texts: Histories, served: RowServer | None = None
+) -> TextCohort:
     """Devices of a tier with their texts, and local training as ``[train]`` describes it."""
     train, language = scenario.train, language_of(tier)
     sparse = train.loss == "softmax"
     selects = sparse and train.selector != "uniform"
-    output = Output(
+    output = OutputBudget(
         language.vectors.items,
         train.budget if sparse else 1.0,
         train.selected if selects else 0.0,
         train.frequent if sparse else 0.0,
     )
     selector = train.selector if selects else None
-    practice = Practice(train.max_samples, train.local_steps, train.local_lr, selector)  # type: ignore[arg-type]
-    return Writers(WordTrainer(language, output, practice), texts, served)
+    practice = LocalSettings(train.max_samples, train.local_steps, train.local_lr, selector)  # type: ignore[arg-type]
+    return TextCohort(WordTrainer(language, output, practice), texts, served)
 
 
-def language_of(tier: Tier) -> Language:
+def language_of(tier: Tier) -> WideModel:
     """The wide model of a tier.
 
     Raises:
         UsageError: when it has another one.
     """
-    if not isinstance(tier.recommender, Language):
+    if not isinstance(tier.recommender, WideModel):
         raise UsageError('model.kind: set "next_word" for texts, or "extreme" for labels')
     return tier.recommender

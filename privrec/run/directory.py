@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from privrec.errors import IntegrityError, UsageError
 from privrec.privacy.ledger import Ledger
 from privrec.privacy.ledger_index import parsed
-from privrec.privacy.population import Standing
+from privrec.privacy.population import PopulationBalance
 from privrec.privacy.signed import sign, verified
 from privrec.run import checkpoint
 from privrec.run.checkpoint import Position
-from privrec.run.header import declared
+from privrec.run.header import ledger_header
 from privrec.run.identity import Identity
 from privrec.scenario.load import Scenario
 from privrec.server.server import Server
@@ -166,7 +166,7 @@ def check_position(out: Path, ledger: Ledger, position: Position) -> None:
 
 def new_ledger(
     folder: Path, scenario: Scenario, identity: Identity, population: int,
-    standing: Standing | None = None,
+    standing: PopulationBalance | None = None,
 ) -> Ledger:  # fmt: skip
     """The ledger of a new run, with a header that binds it to the run's identity and scenario.
 
@@ -187,12 +187,12 @@ def new_ledger(
         "population": population,
         "noise_known": identity.known_key is not None,
         "noise_root": identity.root_tag(),
-        **declared(
+        **ledger_header(
             scenario,
             items=identity.data["items"],
             users=population,
             simulated=identity.simulated,
-            standing=standing or Standing(runs=earlier),
+            standing=standing or PopulationBalance(runs=earlier),
         ),
     }
     key, kept = identity.signing_key(new=True), identity.kept_head()

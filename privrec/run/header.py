@@ -15,13 +15,13 @@ from typing import Any
 import privrec
 from privrec.errors import IntegrityError, ScenarioError
 from privrec.models.layout import band_sizes
-from privrec.privacy.population import Standing
+from privrec.privacy.population import PopulationBalance
 from privrec.run.assembly import federation_of, holders_of
 from privrec.scenario.load import Scenario
 
 
 @dataclass(frozen=True)
-class Declaration:
+class LedgerHeader:
     """The facts of a header that no charge tells.
 
     Args:
@@ -40,7 +40,7 @@ class Declaration:
     bands: tuple[int, ...]
     holders: tuple[int, ...]
     capacities: tuple[float, ...]
-    standing: Standing
+    standing: PopulationBalance
 
     @property
     def coefficients(self) -> int:
@@ -48,8 +48,8 @@ class Declaration:
         return sum(self.bands)
 
 
-def declared(
-    scenario: Scenario, *, items: int, users: int, simulated: bool, standing: Standing
+def ledger_header(
+    scenario: Scenario, *, items: int, users: int, simulated: bool, standing: PopulationBalance
 ) -> dict[str, Any]:
     """The entries of a header that :func:`read` gives back.
 
@@ -72,7 +72,7 @@ def declared(
     }
 
 
-def read(header: Mapping[str, Any], where: str) -> Declaration:
+def read(header: Mapping[str, Any], where: str) -> LedgerHeader:
     """What a header declares.
 
     Args:
@@ -84,14 +84,14 @@ def read(header: Mapping[str, Any], where: str) -> Declaration:
     """
     try:
         scenario = Scenario.model_validate(header["scenario"])
-        found = Declaration(
+        found = LedgerHeader(
             scenario,
             _typed(header["simulated"], bool),
             _typed(header["version"], str),
             tuple(_typed(size, int) for size in header["bands"]),
             tuple(_typed(devices, int) for devices in header["holders"]),
             tuple(float(capacity) for capacity in header["capacities"]),
-            Standing.from_json(header["standing"]),
+            PopulationBalance.from_json(header["standing"]),
         )
     except (KeyError, TypeError, ValueError, ScenarioError) as error:
         raise IntegrityError(

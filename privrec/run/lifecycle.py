@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from privrec import data, storage
 from privrec.data import Interactions, Split
 from privrec.evaluate import metrics
-from privrec.evaluate.evaluator import Judge
+from privrec.evaluate.evaluator import Evaluator
 from privrec.privacy.ledger import Ledger
 from privrec.randomness import SecretRoot
 from privrec.run import checkpoint, directory, popularity, population_budget
@@ -247,9 +247,9 @@ class _Simulated(Loop):
         return self.judge.whole(self.server.released, protocols)
 
     @property
-    def judge(self) -> Judge:
+    def judge(self) -> Evaluator:
         devices = self.parts.simulation
-        return Judge(
+        return Evaluator(
             self.parts.federation, self.parts.everyone, devices.cohorts, devices.absent,
             self.split, self.scenario.run,
         )  # fmt: skip

@@ -25,7 +25,7 @@ from privrec.device.update import Aggregate
 from privrec.errors import BudgetError, Interrupted, PrivrecError, ReleaseRefused
 from privrec.privacy.events import RoundEvent, epsilon
 from privrec.privacy.ledger import Ledger
-from privrec.privacy.population import Tie
+from privrec.privacy.population import PopulationCharge
 from privrec.randomness import SecretRoot
 from privrec.run import directory
 from privrec.run.checkpoint import Position
@@ -80,14 +80,14 @@ class Loop(ABC):
     ledger: Ledger
     events: EventLog
     root: SecretRoot = field(init=False)
-    tie: Tie | None = field(init=False)
+    tie: PopulationCharge | None = field(init=False)
     cpu_s: float = 0.0
     gaps: dict[str, str] = field(default_factory=dict)
     began: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
         self.root = self.identity.root("server")
-        self.tie = Tie.of(self.ledger.header, ended=self.ledger.ended is not None)
+        self.tie = PopulationCharge.of(self.ledger.header, ended=self.ledger.ended is not None)
 
     @property
     def wall_s(self) -> float:

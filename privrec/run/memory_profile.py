@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.device.batch import Histories
-from privrec.device.device import Device, hash_functions, protected
+from privrec.device.device import Device, hash_functions, privatize
 from privrec.device.round import Protection, Round, model_digests
 from privrec.models.process_memory import (
     give_back_freed,
@@ -125,7 +125,7 @@ class _Task:
         streams = hash_functions(root, round)
         for _, trained in writers.train(self._tier.view(model), np.array([0]), 0, streams):
             update, coins = self._tier.lift(trained.update), root.stream("rounding")
-            bounded = protected(update, self._protection, round, self._tier, self._weaker, coins)
+            bounded = privatize(update, self._protection, round, self._tier, self._weaker, coins)
             shares, layouts = self._protection.shares, (self._tier.layout, *self._weaker)
             seeds = () if shares is None else noise_seeds(root, len(layouts), *round.context, 0)
             bounded.upload(layouts, shares, seeds)

@@ -12,7 +12,7 @@ from privrec.errors import BudgetError, UsageError
 from privrec.privacy import population
 from privrec.privacy.events import RoundEvent, epsilon
 from privrec.privacy.ledger import Ledger
-from privrec.privacy.population import Standing
+from privrec.privacy.population import PopulationBalance
 from privrec.run.assembly import agreement_of, federation_of
 from privrec.run.identity import Identity
 from privrec.run.popularity import known_items, release_event
@@ -50,7 +50,7 @@ def check(name: str | None, scenario: Scenario, *, known: bool = False) -> None:
         )
 
 
-def reserve(name: str | None, scenario: Scenario, identity: Identity) -> Standing | None:
+def reserve(name: str | None, scenario: Scenario, identity: Identity) -> PopulationBalance | None:
     """Set aside all that a run may charge; None for a run that is tied to no population.
 
     Raises:

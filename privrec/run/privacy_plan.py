@@ -25,7 +25,7 @@ LOOSE_CLIP_NORM = 100.0
 """Clip norm of a run without noise that names none: a range for the integers, rarely reached."""
 
 
-def agree(
+def plan_privacy(
     scenario: Scenario, sizes: Sequence[int], holders: Sequence[int]
 ) -> tuple[RoundEvent, Protection]:
     """The privacy event of each round, and how updates are protected.

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.device.cohort import Cohort, Learners
-from privrec.device.device import Device, hash_functions, noise_roots, protected
+from privrec.device.device import Device, hash_functions, noise_roots, privatize
 from privrec.device.examples import Deferred
 from privrec.device.round import Protection, Round, digest
 from privrec.device.tier import Federation, Tier
@@ -190,7 +190,7 @@ class Simulation(Generic[L]):
             coins = self.root.stream("rounding", *round.context, users.tobytes(), before)
             cohort.states[batch] = trained.states
             update, weaker = tier.lift(trained.update), self.federation.weaker(tier)
-            bounded = protected(update, self.protection, round, tier, weaker, coins)
+            bounded = privatize(update, self.protection, round, tier, weaker, coins)
             yield users, bounded, trained.losses
 
     def _one_by_one(

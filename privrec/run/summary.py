@@ -28,7 +28,7 @@ from privrec.data import Interactions, Split
 from privrec.device.lessons import QUERIES
 from privrec.device.round import digest
 from privrec.device.tier import Federation, Tier
-from privrec.device.words import Writers
+from privrec.device.words import TextCohort
 from privrec.errors import IntegrityError, UsageError
 from privrec.evaluate import metrics
 from privrec.evaluate.metrics import by_segment
@@ -78,7 +78,7 @@ class OutputCost:
         }
 
 
-def output_cost(writers: Writers, scenario: Scenario, positions: int) -> OutputCost:
+def output_cost(writers: TextCohort, scenario: Scenario, positions: int) -> OutputCost:
     """The output layer of one device of a tier, in a round over so many positions."""
     trainer = writers.trainer
     language, neurons = trainer.language, trainer.output.budget
@@ -100,7 +100,7 @@ def output_cost(writers: Writers, scenario: Scenario, positions: int) -> OutputC
     )
 
 
-def selection_multiply_adds(writers: Writers, scenario: Scenario) -> int:
+def selection_multiply_adds(writers: TextCohort, scenario: Scenario) -> int:
     """Multiply-adds of a device that chooses its neurons, in one round."""
     trainer = writers.trainer
     selector, items = trainer.practice.selector, trainer.language.vectors.items
@@ -160,7 +160,7 @@ def device_peak(
     return peak_bytes(small, 0, neurons, np.resize(prefix, held), text % neurons, shares)
 
 
-def longest(writers: Writers) -> NDArray[np.int32]:
+def longest(writers: TextCohort) -> NDArray[np.int32]:
     """The longest text of a tier's devices, in words that the tier holds."""
     histories = writers.histories
     row = int(histories.lengths.argmax())
@@ -169,7 +169,7 @@ def longest(writers: Writers) -> NDArray[np.int32]:
     return np.where(text < held, text, 0).astype(np.int32)
 
 
-def positions_of(writers: Writers) -> int:
+def positions_of(writers: TextCohort) -> int:
     """Positions, or examples, that a device with much data trains on in a round."""
     return max(1, writers.trainer.lesson(longest(writers), 0, 0).positions)
 

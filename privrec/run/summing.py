@@ -203,7 +203,7 @@ class Secure:
         for name, message in self._asked():
             server.receive(name, self._clients[name].unmask(message))
         server.advance()
-        return opened(server.result, self._protection, self._federation)
+        return unmask(server.result, self._protection, self._federation)
 
     def _asked(self) -> Iterator[tuple[bytes, bytes]]:
         """The devices that are still there, and what they are sent."""
@@ -222,7 +222,7 @@ class Secure:
         return self._seeds(name) if self._protection.removes_excess else ()
 
 
-def opened(result: SecureSum, protection: Protection, federation: Federation) -> Integers:
+def unmask(result: SecureSum, protection: Protection, federation: Federation) -> Integers:
     """The sum that the protocol gave, less noise in excess, in the layout of the shared vector."""
     total = result.total.astype(_WIDE)
     if protection.shares is not None and protection.removes_excess:

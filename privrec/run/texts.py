@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from privrec.data.labels import load_labels
 from privrec.data.text import Corpus, TextSplit, load_text
 from privrec.errors import DataError
-from privrec.evaluate.texts import Predicted, commonest, predict
+from privrec.evaluate.texts import TextEvaluation, commonest, predict
 from privrec.privacy.ledger import Ledger
 from privrec.randomness import SecretRoot
 from privrec.run import directory, popularity
@@ -79,7 +79,7 @@ class Writing(Loop):
 
     split: TextSplit
     parts: TextParts
-    measured: Predicted | None = field(default=None, init=False)
+    measured: TextEvaluation | None = field(default=None, init=False)
 
     def accuracy(self) -> dict[str, float] | None:
         """See :meth:`Loop.accuracy`."""
@@ -89,7 +89,7 @@ class Writing(Loop):
             return self.measured.summary()
         return None if every == 0 or index % every else self.measure().summary()
 
-    def measure(self) -> Predicted:
+    def measure(self) -> TextEvaluation:
         """Predictions of the released weights on the texts held out, by the whole softmax."""
         tier = self.parts.federation.tiers[0]
         view = tier.view(self.parts.federation.prefix(self.server.released, tier))

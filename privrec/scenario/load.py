@@ -37,7 +37,7 @@ from privrec.scenario.schema import (
     Privacy,
     Row,
     Run,
-    Table,
+    Section,
     Train,
     as_tuple,
     setting,
@@ -70,7 +70,7 @@ KNOWN_USERS = {
 _LOCAL_KEYS = {name for name in Privacy.model_fields if name.split("_")[0] == "local"}
 
 
-class Scenario(Table):
+class Scenario(Section):
     """One complete, consistent scenario.
 
     Made by :func:`load` or :meth:`from_toml`, whose errors are in plain words; the constructor

@@ -17,7 +17,7 @@ def setting(default: Any, meaning: str, *, unit: str = "", **rules: Any) -> Any:
     return Field(default, description=meaning, json_schema_extra={"unit": unit}, **rules)
 
 
-class Table(BaseModel):
+class Section(BaseModel):
     """A frozen table that refuses unknown keys, conversions and values that are not finite."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -29,7 +29,7 @@ Column = Annotated[str, Field(min_length=1, max_length=200)] | Annotated[int, Fi
 Baseline = Literal["popularity", "pure_svd", "ease"]
 
 
-class Data(Table):
+class Data(Section):
     """``[data]``: which interactions, and what is held out of them."""
 
     source: Literal[
@@ -98,7 +98,7 @@ class Data(Table):
     )
 
 
-class Model(Table):
+class Model(Section):
     """``[model]``: the recommender, or the language model, and the size of its shared memory."""
 
     kind: Literal["gmf", "mlp", "neumf", "next_word", "extreme"] = setting(
@@ -132,7 +132,7 @@ class Model(Table):
     )
 
 
-class DeviceTier(Table):
+class DeviceTier(Section):
     """An entry of ``devices.tiers``: what devices of one capacity hold, and how many they are."""
 
     capacity: float | None = setting(
@@ -152,7 +152,7 @@ class DeviceTier(Table):
 EVERYBODY_ALIKE = DeviceTier(capacity=1.0, share=1.0)
 
 
-class Devices(Table):
+class Devices(Section):
     """``[devices]``: how many there are, what they hold, and how a round's cohort is drawn."""
 
     population: int | None = setting(
@@ -232,7 +232,7 @@ class Devices(Table):
         return values
 
 
-class Train(Table):
+class Train(Section):
     """``[train]``: local training on a device, and the server's step."""
 
     rounds: int = setting(100, "Rounds of the run.", unit="rounds", ge=1, le=10**6)
@@ -340,7 +340,7 @@ class Train(Table):
     )
 
 
-class Privacy(Table):
+class Privacy(Section):
     """``[privacy]``: clipping, noise and the budget. ``noise`` has no default: choose."""
 
     noise: Literal["none", "central", "distributed"] = setting(
@@ -444,7 +444,7 @@ class Privacy(Table):
     )  # fmt: skip
 
 
-class Run(Table):
+class Run(Section):
     """``[run]``: seed, evaluation, checkpoints, engine."""
 
     seed: int = setting(0, "Seed of everything that is not secret.", ge=0, le=2**63 - 1)
@@ -477,7 +477,7 @@ class Run(Table):
     )
 
 
-class Row(Table):
+class Row(Section):
     """``[[rows]]``: a named variant of the scenario; ``set`` maps dotted keys to values."""
 
     name: str = Field(min_length=1, max_length=200)

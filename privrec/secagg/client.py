@@ -151,7 +151,7 @@ class _Progress(Message):
     stage: Annotated[int, Range(_Stage.DEAL, _Stage.DONE)]
     call: Annotated[bytes, Size(1, 1 << 26)]
     present: Bitmap
-    wards: Bitmap
+    recipients: Bitmap
     held: Annotated[bytes, Size(0, 1 << 26)]
     root: Digest
     survivors: Bitmap
@@ -164,8 +164,8 @@ class ClientSession:
 
     Promise: nothing is sent but for one answer to each of the four messages, in their order; the
     device's vector is covered by a mask of its own, and by one shared with every neighbour, of
-    which it learned from an enrolled device's signature; of each ward a share of either the seed or
-    the mask key is handed out, never both, and of seeds of noise only where the confirmed survivors
+    which it learned from an enrolled device's signature; of each recipient a share of either the
+    seed or the mask key is handed out, never both, and of seeds of noise only where the confirmed survivors
     carry more of it than their band needs; and its own seed is handed out only after a quorum
     signed the same survivors, model and terms, in numbers that satisfy the device's own policy.
 
@@ -332,26 +332,28 @@ class ClientSession:
         deal = Deal.parse(message)
         self._check_context(deal.context)
         present = members(deal.present, round.devices)
-        wards = members(deal.wards, round.devices)
+        recipients = members(deal.recipients, round.devices)
         drawers = members(deal.drawers, round.devices)
-        self._check_present(present, wards, drawers)
+        self._check_present(present, recipients, drawers)
         self._check_model(deal.model, model)
         if len(integers) != self.length:
             raise UsageError(
                 f"a vector of {len(integers)} entries; this device's tier sends {self.length}"
             )
-        pieces = split(deal.sealed, [sealed_bytes(round.roster.secrets(ward)) for ward in wards])
+        pieces = split(
+            deal.sealed, [sealed_bytes(round.roster.secrets(recipient)) for recipient in recipients]
+        )
         root = model_root(deal.model)
         pledges = b"".join(self._pledges(drawers, root))
         answer, entries = masked_message(
             round.binding.context, integers, round.call.ring_bits, pledges
         )
         apply_masks(entries, self._masks(present, drawers, root))
-        held = dict(self._opened(wards, pieces))
+        held = dict(self._opened(recipients, pieces))
         self._advance(
             stage=_Stage.SURVIVORS,
             present=deal.present,
-            wards=self._bitmap(held),
+            recipients=self._bitmap(held),
             held=b"".join(held.values()),
             root=root,
         )
@@ -381,7 +383,7 @@ class ClientSession:
         return Confirmation(round.binding.context, signature).pack()
 
     def unmask(self, message: Buffer, noise: Sequence[bytes] = ()) -> bytes:
-        """Answer a quorum's signatures with the own seed and one share for each ward.
+        """Answer a quorum's signatures with the own seed and one share for each recipient.
 
         When the message carries the call of the next round, its answer rides along and
         :attr:`following` is the session that goes on with it; a call that is refused is left
@@ -402,7 +404,7 @@ class ClientSession:
         self._check_context(quorum.context)
         self._check_signers(quorum)
         opening = self._opening(members(quorum.signers, self._called().devices))
-        self._advance(stage=_Stage.DONE, held=b"", wards=self._bitmap(()), noise=b"")
+        self._advance(stage=_Stage.DONE, held=b"", recipients=self._bitmap(()), noise=b"")
         return replace(opening, following=self._next_shares(quorum.following, noise)).pack()
 
     # ------------------------------------------------------------------ checks
@@ -423,10 +425,10 @@ class ClientSession:
             raise refused("a message of another round, attempt, roster or configuration")
 
     def _check_present(
-        self, present: Sequence[int], wards: Sequence[int], drawers: Sequence[int]
+        self, present: Sequence[int], recipients: Sequence[int], drawers: Sequence[int]
     ) -> None:
         round = self._called()
-        nested = set(wards) <= set(drawers) <= set(present)
+        nested = set(recipients) <= set(drawers) <= set(present)
         if round.own not in present or round.own in drawers or not nested:
             raise refused(
                 "a deal that leaves this device out, or names others that are not present"
@@ -551,26 +553,28 @@ class ClientSession:
         for peer in drawers if round.is_sparse else ():
             yield round.binding.pledge(self._agree(peer), root, round.own, peer)
 
-    def _opened(self, wards: Sequence[int], pieces: Sequence[bytes]) -> Iterator[tuple[int, bytes]]:
+    def _opened(
+        self, recipients: Sequence[int], pieces: Sequence[bytes]
+    ) -> Iterator[tuple[int, bytes]]:
         """The shares that open; a device that sealed rubbish must not make others drop out."""
         round = self._called()
-        for ward, piece in zip(wards, pieces, strict=True):
-            key = round.binding.sealing_key(self._agree(ward), ward, round.own)
+        for recipient, piece in zip(recipients, pieces, strict=True):
+            key = round.binding.sealing_key(self._agree(recipient), recipient, round.own)
             try:
-                yield ward, AESGCM(key).decrypt(_NONCE, piece, None)
+                yield recipient, AESGCM(key).decrypt(_NONCE, piece, None)
             except InvalidTag:
                 continue
 
     def _opening(self, signers: Collection[int]) -> Opening:
-        """What is due of each ward, and of this device, follows from who confirmed which set."""
-        wards, round = self._members("wards"), self._called()
+        """Hand out what is due of each recipient and of this device, by who confirmed which set."""
+        recipients, round = self._members("recipients"), self._called()
         due = round.roster.due(self._members("survivors"), set(signers))
         size = shamir.SECRET_BYTES
-        pieces = split(self._recalled().held, [size * round.roster.secrets(w) for w in wards])
+        pieces = split(self._recalled().held, [size * round.roster.secrets(w) for w in recipients])
         shares = (
             piece[size * kind : size * (kind + 1)]
-            for ward, piece in zip(wards, pieces, strict=True)
-            for kind in due[ward]
+            for recipient, piece in zip(recipients, pieces, strict=True)
+            for kind in due[recipient]
         )
         own = (
             self._recalled().noise[size * (kind - NOISE) :][:size] for kind in due[round.own][1:]
@@ -578,7 +582,7 @@ class ClientSession:
         return Opening(
             round.binding.context,
             self._seed(),
-            self._bitmap(wards),
+            self._bitmap(recipients),
             b"".join(shares),
             b"".join(own),
             following=b"",

@@ -79,16 +79,16 @@ class Deal(Message):
     Args:
         context: of the round.
         present: devices that sent shares.
-        wards: those of them whose shares this device holds.
-        drawers: those of them that drew this device to be masked with, wards included.
-        sealed: for each ward, its shares under AES-GCM.
+        recipients: those of them whose shares this device holds.
+        drawers: those of them that drew this device to be masked with, recipients included.
+        sealed: for each recipient, its shares under AES-GCM.
         model: a 32-byte digest for each band of the model, the band that all hold first.
     """
 
     KIND: ClassVar[int] = 3
     context: Digest
     present: Bitmap
-    wards: Bitmap
+    recipients: Bitmap
     drawers: Bitmap
     sealed: Annotated[bytes, Size(0, _MAX_SEALED)]
     model: Annotated[tuple[bytes, ...], Each(Size(32), MAX_BANDS)]
@@ -135,14 +135,14 @@ class Quorum(Message):
 
 @dataclass(frozen=True, repr=False)
 class Opening(Message):
-    """From a device: its own seed, and of each ward a share of what is needed.
+    """From a device: its own seed, and of each recipient a share of what is needed.
 
     Args:
         context: of the round.
         seed: the seed of the device's own self-mask.
-        wards: devices whose shares follow.
-        shares: for each ward that survived a share of its seed, and of each seed of noise that is
-            in excess; for each other one of its mask key.
+        recipients: devices whose shares follow.
+        shares: for each recipient that survived a share of its seed, and of each seed of noise that
+            is in excess; for each other one of its mask key.
         noise: the device's own seeds of noise that is in excess, in the order of bands.
         following: the device's first message of the next round, if it was called.
     """
@@ -150,7 +150,7 @@ class Opening(Message):
     KIND: ClassVar[int] = 8
     context: Digest
     seed: Annotated[bytes, Size(KEY_BYTES)]
-    wards: Bitmap
+    recipients: Bitmap
     shares: Annotated[bytes, Size(0, MAX_SECRETS * SECRET_BYTES * MAX_DEVICES)]
     noise: Annotated[bytes, Size(0, MAX_BANDS * SECRET_BYTES)]
     following: Rider

@@ -120,7 +120,7 @@ class Deposit:
         sealed: holder's number to its sealed shares.
         pledges: in a sparse graph, number of one that drew the device to what it has to be told.
         own: kind of secret to what the device itself gave in the last exchange, if it answered.
-        opened: ward's number and kind of secret to the share that the device returned.
+        opened: recipient's number and kind of secret to the share that the device returned.
     """
 
     partners: frozenset[int]

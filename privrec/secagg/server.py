@@ -234,10 +234,10 @@ class ServerSession:
     def _deal(self, number: int) -> Deal:
         dealers = ((n, self._deposits[n].sealed) for n in self._drawers[number])
         sealed = {dealer: pieces[number] for dealer, pieces in dealers if number in pieces}
-        present, wards = self._bitmap(self._deposits), self._bitmap(sealed)
+        present, recipients = self._bitmap(self._deposits), self._bitmap(sealed)
         joined = b"".join(sealed.values())
         drawers = self._bitmap(self._drawers[number])
-        return Deal(self._binding.context, present, wards, drawers, joined, self._model)
+        return Deal(self._binding.context, present, recipients, drawers, joined, self._model)
 
     def _tidings(self, numbers: Sequence[int]) -> dict[int, bytes]:
         context, survivors = self._binding.context, self._bitmap(self._survivors)
@@ -314,9 +314,9 @@ class ServerSession:
     def _take_opening(self, number: int, message: Buffer) -> None:
         opening = Opening.parse(message)
         self._check_context(opening.context)
-        wards = members(opening.wards, len(self._roster))
+        recipients = members(opening.recipients, len(self._roster))
         due, deposit = self._opened, self._deposits[number]
-        named = [(ward, kind) for ward in wards for kind in due[ward]]
+        named = [(recipient, kind) for recipient in recipients for kind in due[recipient]]
         shares = split(opening.shares, [SECRET_BYTES] * len(named))
         noise = split(opening.noise, [SECRET_BYTES] * len(due[number][1:]))
         own = dict(zip(due[number], (opening.seed, *noise), strict=True))

@@ -31,7 +31,7 @@ _PUBLIC = b"output columns are hashed by functions that everybody knows"
 
 
 @dataclass
-class Sight:
+class ServerView:
     """What the server has seen of devices so far, in counts.
 
     Args:
@@ -57,7 +57,7 @@ class ColumnServer:
     """
 
     tables: int = TABLES
-    sight: Sight = field(default_factory=Sight)
+    sight: ServerView = field(default_factory=ServerView)
 
     def shape(self, neurons: int) -> Shape:
         """Bits of a code: buckets hold a few dozen neurons."""
@@ -65,7 +65,7 @@ class ColumnServer:
         return Shape(min(_MOST_BITS, max(1, bits)))
 
     def hashed(self, items: ItemMemory, key: int) -> Columns:
-        """See :meth:`privrec.device.words.Served.hashed`."""
+        """See :meth:`privrec.device.words.RowServer.hashed`."""
         shape = self.shape(items.items)
         stream = SecretRoot.known(_PUBLIC).stream("columns", key)
         drawn = [
@@ -87,14 +87,14 @@ class Columns:
 
     tables: tuple[Buckets, ...]
     neurons_held: int
-    sight: Sight
+    sight: ServerView
 
     def codes(self, queries: FloatArray) -> list[Codes]:
-        """See :meth:`privrec.device.words.Asking.codes`; it runs on the device."""
+        """See :meth:`privrec.device.words.RowTables.codes`; it runs on the device."""
         return [np.unique(table.hashed.codes(queries)[:, 0]) for table in self.tables]
 
     def neurons(self, buckets: Sequence[Codes], wanted: int, named: Items) -> Items:
-        """See :meth:`privrec.device.words.Asking.neurons`.
+        """See :meth:`privrec.device.words.RowTables.neurons`.
 
         Those in the most buckets come first; of equally many, the more common words.
         """

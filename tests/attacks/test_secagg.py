@@ -67,9 +67,9 @@ class Attacker(ServerSession):
     def entries(self, number: int) -> np.ndarray:
         """A masked vector, to be unmasked by hand."""
         length = self._roster.length(number)
-        wards = len(self._drawers[number]) if self._is_sparse else 0
+        recipients = len(self._drawers[number]) if self._is_sparse else 0
         upload, context = self.uploads[number], self._binding.context
-        return masked_entries(upload, context, length, 32, wards)[0].copy()
+        return masked_entries(upload, context, length, 32, recipients)[0].copy()
 
     def stripped(
         self, number: int, seed: bytes, keys: dict[int, bytes], root: bytes = ROOT
@@ -90,8 +90,8 @@ class Attacker(ServerSession):
     def recovery(self, openings: dict[int, Opening], survivors: Sequence[int]) -> Recovery:
         """What shares give away, whatever they were handed out for."""
         for number, opening in openings.items():
-            wards = members(opening.wards, len(self._roster))
-            shares = zip(wards, split(opening.shares, [32] * len(wards)), strict=True)
+            recipients = members(opening.recipients, len(self._roster))
+            shares = zip(recipients, split(opening.shares, [32] * len(recipients)), strict=True)
             self._deposits[number].opened = {
                 (ward, kind): share for ward, share in shares for kind in (SEED, MASKING)
             }
@@ -714,7 +714,7 @@ def test_a_node_both_alive_and_dead(monkeypatch: Patch) -> None:
     original = ClientSession._advance
 
     def keep_shares(self: ClientSession, **changes: Any) -> None:
-        original(self, **{k: v for k, v in changes.items() if k not in ("held", "wards")
+        original(self, **{k: v for k, v in changes.items() if k not in ("held", "recipients")
                           or changes["stage"] == 2})  # fmt: skip
 
     monkeypatch.setattr(ClientSession, "_advance", keep_shares)

@@ -11,7 +11,7 @@ from audit_scenarios import failed, scenario
 from numpy.typing import NDArray
 
 from privrec.audit import audit, lazy, noise, sampling, updates
-from privrec.audit.bench import Bench
+from privrec.audit.bench import Harness
 from privrec.audit.canaries import _only
 from privrec.audit.examine import _collect
 from privrec.device import update
@@ -36,14 +36,14 @@ def _quick(monkeypatch: Patch) -> None:
 
 def found(probe: Any, kind: str, *more: str) -> set[str]:
     """What one kind of probes says no to; a part that refuses is a no as well."""
-    bench, findings = Bench.of(scenario(kind, *more), KEY), []
+    bench, findings = Harness.of(scenario(kind, *more), KEY), []
     _collect(findings, "refused", lambda: probe(bench))
     return {finding.probe for finding in findings if not finding.passed}
 
 
 def broken(kind: str, *more: str) -> set[str]:
     """The probes of updates that say no."""
-    bench, findings = Bench.of(scenario(kind, *more), KEY), []
+    bench, findings = Harness.of(scenario(kind, *more), KEY), []
     for name, probe in updates.PROBES.items():
         _collect(findings, name, lambda probe=probe: (probe(bench),))
     return {finding.probe for finding in findings if not finding.passed}
@@ -289,7 +289,7 @@ def test_a_sum_that_loses_something_fails(monkeypatch: Patch) -> None:
 
 @pytest.mark.parametrize("kind", ["central", "mixed"])
 def test_a_masked_sum_that_differs_fails(kind: str, monkeypatch: Patch) -> None:
-    honest = summing.opened
+    honest = summing.unmask
 
     def opened(*asked: Any) -> NDArray[np.int64]:
         total = honest(*asked)
@@ -303,7 +303,7 @@ def test_a_masked_sum_that_differs_fails(kind: str, monkeypatch: Patch) -> None:
 # ------------------------------------------------------------------------------- lazy noise
 
 
-def settling(bench: Bench) -> Any:
+def settling(bench: Harness) -> Any:
     return lazy.probe(bench.root)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from privrec.device.batch import Histories
 from privrec.device.device import noise_roots
-from privrec.device.examples import Deferred, ExampleNoise, ExampleSteps, Gradients, Schedule
+from privrec.device.examples import Deferred, ExampleNoise, ExampleSchedule, ExampleSteps, Gradients
 from privrec.device.train import Recommender, Settings, Trainer
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable
@@ -44,7 +44,7 @@ def steps_of(
     weights = rng.normal(0, scale, parts.layout.size).astype(np.float32)
     state = rng.normal(0, scale, parts.model.user_dim).astype(np.float32)
     bound = ExampleNoise(BOUND, noise)
-    schedule = Schedule(loss, 3, steps, rate)
+    schedule = ExampleSchedule(loss, 3, steps, rate)
     state = state if user is None else user
     return ExampleSteps(parts, schedule, weights, state, 4, key, (bound, ROOT))
 
@@ -173,7 +173,7 @@ def test_every_coefficient_of_the_update_and_the_state_has_the_noise_of_all_step
         start = np.full(parts.model.user_dim, 1.0, np.float32)
         root = SecretRoot.known(b"noise %d" % number)
         made = ExampleSteps(
-            parts, Schedule("bce", 3, steps, rate), nothing, start, 1, 2,
+            parts, ExampleSchedule("bce", 3, steps, rate), nothing, start, 1, 2,
             (ExampleNoise(BOUND, 1.5), root),
         )  # fmt: skip
         made.run(np.zeros(0, np.int64))

@@ -8,8 +8,8 @@ import torch
 
 from privrec.data.extreme import Invented
 from privrec.data.labels import dealt, examples_in
-from privrec.device.lessons import Bags, Output
-from privrec.device.words import Language, Practice, WordTrainer
+from privrec.device.lessons import Bags, OutputBudget
+from privrec.device.words import LocalSettings, WideModel, WordTrainer
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable, Table
 from privrec.models.extreme import WordBag
@@ -30,18 +30,18 @@ def trainer(
 ) -> WordTrainer:
     biases = PlainTable.of(LABELS, 1, block=1)
     layout = Layout(MODEL.dense, table.slots, 4, LABELS)
-    language = Language(MODEL, table, biases, layout)
-    return WordTrainer(language, Output(LABELS, share), Practice(most, steps, 0.5, None))
+    language = WideModel(MODEL, table, biases, layout)
+    return WordTrainer(language, OutputBudget(LABELS, share), LocalSettings(most, steps, 0.5, None))
 
 
-def start(of: Language) -> np.ndarray:
+def start(of: WideModel) -> np.ndarray:
     rng = rng_for(1, "weights")
     weights = rng.normal(0, 0.3, of.layout.size).astype(np.float32)
     of.layout.dense_of(weights)[...] = MODEL.initial_dense(rng)
     return weights
 
 
-def by_autograd(of: Language, weights: np.ndarray, steps: int) -> np.ndarray:
+def by_autograd(of: WideModel, weights: np.ndarray, steps: int) -> np.ndarray:
     """The change of plain gradient steps on the full softmax, example by example."""
     vector = torch.from_numpy(weights.copy()).requires_grad_()
     slots, signs = of.vectors.locate(np.arange(LABELS))

@@ -14,7 +14,7 @@ from privrec.device import cohort as cohort_module
 from privrec.device.batch import Histories
 from privrec.device.cohort import TOLERANCE
 from privrec.device.device import hash_functions
-from privrec.device.negatives import Budget, popularity_of
+from privrec.device.negatives import NegativeBudget, popularity_of
 from privrec.device.train import Trainer
 from privrec.errors import UsageError
 from privrec.models.losses import Samples, sampled_softmax
@@ -37,7 +37,7 @@ def functions(user: int) -> SecureStream:
 @pytest.mark.parametrize("selector", ["uniform", "popularity"])
 def test_a_device_alone_draws_what_it_draws_among_others(selector: str) -> None:
     popularity = popularity_of(np.arange(N)) if selector == "popularity" else None
-    budget = Budget(N, 30, selector, 0.5, popularity)
+    budget = NegativeBudget(N, 30, selector, 0.5, popularity)
     lists = [[1, 2, 3], [], list(range(200)), [7]]
     together = budget.draw(histories_of(*lists), 5, popular=True)
     for row, history in enumerate(lists):
@@ -54,7 +54,7 @@ def test_weighted_draws_stand_for_all_items_outside_the_history(
 ) -> None:
     rng = np.random.default_rng(1)
     popularity = popularity_of(rng.integers(0, 50, N)) if selector == "popularity" else None
-    budget, values = Budget(N, 40, selector, 0.5, popularity), rng.exponential(size=N)
+    budget, values = NegativeBudget(N, 40, selector, 0.5, popularity), rng.exponential(size=N)
     history = np.array([3, 5, 300])
     values[history] = 100
     histories = Histories(np.arange(3000), np.arange(3001) * 3, np.tile(history, 3000))
@@ -68,7 +68,7 @@ def test_weighted_draws_stand_for_all_items_outside_the_history(
 
 def test_a_history_of_everything_leaves_nothing_to_contrast_it_with() -> None:
     everything = histories_of(list(range(N)), [1])
-    items, logs, valid = Budget(N, 20, "uniform", 0.5).draw(everything, 3, popular=False)
+    items, logs, valid = NegativeBudget(N, 20, "uniform", 0.5).draw(everything, 3, popular=False)
     assert not valid[0].any()
     assert valid[1].all()
     assert np.isfinite(logs).all()

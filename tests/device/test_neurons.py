@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from privrec.device.lessons import Output, spread
+from privrec.device.lessons import OutputBudget, spread
 from privrec.errors import UsageError
 
 WORDS = 1000
@@ -28,7 +28,7 @@ def few(queries: np.ndarray, wanted: int, without: np.ndarray) -> np.ndarray:
 def test_the_budget_is_exact_and_own_words_are_always_in(
     share: float, selected: float, frequent: float, finder: object
 ) -> None:
-    output = Output(WORDS, share, selected, frequent)
+    output = OutputBudget(WORDS, share, selected, frequent)
     active = output.active(OWN, QUERIES, finder, 7, 1)  # type: ignore[arg-type]
     assert len(active.items) == output.budget == round(share * WORDS)
     assert (np.diff(active.items) > 0).all()
@@ -40,7 +40,7 @@ def test_the_budget_is_exact_and_own_words_are_always_in(
 
 
 def test_what_is_public_comes_first_and_what_is_selected_counts_once() -> None:
-    output = Output(WORDS, 0.1, 0.4, 0.4)
+    output = OutputBudget(WORDS, 0.1, 0.4, 0.4)
     active = output.active(OWN, QUERIES, find, 7, 1)
     sure = active.items[active.logs == 0]
     common = round(0.4 * 95)
@@ -50,13 +50,13 @@ def test_what_is_public_comes_first_and_what_is_selected_counts_once() -> None:
 
 
 def test_all_active_is_every_word_without_a_weight() -> None:
-    active = Output(WORDS, 1.0, 0.5).active(OWN, QUERIES, None, 1, 1)
+    active = OutputBudget(WORDS, 1.0, 0.5).active(OWN, QUERIES, None, 1, 1)
     assert active.items.tolist() == list(range(WORDS))
     assert not active.logs.any()
 
 
 def test_hidden_states_that_are_not_numbers_select_nothing() -> None:
-    output = Output(WORDS, 0.1, 0.9)
+    output = OutputBudget(WORDS, 0.1, 0.9)
     broken = np.full((1, 4), np.nan, np.float32)
     active = output.active(OWN, broken, find, 7, 1)
     assert len(active.items) == output.budget
@@ -64,7 +64,7 @@ def test_hidden_states_that_are_not_numbers_select_nothing() -> None:
 
 
 def test_chance_is_keyed_by_round_and_user() -> None:
-    output = Output(WORDS, 0.1)
+    output = OutputBudget(WORDS, 0.1)
     first, again, round_, user = (
         output.active(OWN, QUERIES, None, *names).items.tolist()
         for names in ((5, 2), (5, 2), (6, 2), (5, 3))
@@ -82,4 +82,4 @@ def test_queries_are_spread_over_the_text() -> None:
 @pytest.mark.parametrize("wrong", [(0, 0, 0), (1.1, 0, 0), (0.5, -0.1, 0), (0.5, 0.6, 0.6)])
 def test_impossible_shares_are_refused(wrong: tuple[float, float, float]) -> None:
     with pytest.raises(UsageError):
-        Output(WORDS, *wrong)
+        OutputBudget(WORDS, *wrong)

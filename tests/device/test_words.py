@@ -10,9 +10,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from privrec.device.batch import Histories
-from privrec.device.lessons import Output, Sequences
+from privrec.device.lessons import OutputBudget, Sequences
 from privrec.device.update import RawUpdate
-from privrec.device.words import Language, Practice, WordTrainer, Writers
+from privrec.device.words import LocalSettings, TextCohort, WideModel, WordTrainer
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable, Table
 from privrec.errors import UsageError
@@ -28,12 +28,12 @@ HASHED = Subspace.sized(WORDS, DIM, block=8, key=9, compression=4)
 TEXT = rng_for(0, "text").integers(0, 60, 41).astype(np.int32)
 
 
-def language(table: Table = PLAIN) -> Language:
+def language(table: Table = PLAIN) -> WideModel:
     biases = PlainTable.of(WORDS, 1, block=1)
-    return Language(MODEL, table, biases, Layout(MODEL.dense, table.slots, 8, WORDS))
+    return WideModel(MODEL, table, biases, Layout(MODEL.dense, table.slots, 8, WORDS))
 
 
-def start(of: Language) -> np.ndarray:
+def start(of: WideModel) -> np.ndarray:
     rng = rng_for(1, "weights")
     weights = rng.normal(0, 0.3, of.layout.size).astype(np.float32)
     of.layout.dense_of(weights)[...] = MODEL.initial_dense(rng)
@@ -44,8 +44,8 @@ def trainer(
     table: Table = PLAIN, share: float = 1.0, steps: int = 1, tokens: int | None = None,
     **output: float,
 ) -> WordTrainer:  # fmt: skip
-    practice = Practice(tokens, steps, 0.5, "scan")
-    return WordTrainer(language(table), Output(WORDS, share, **output), practice)
+    practice = LocalSettings(tokens, steps, 0.5, "scan")
+    return WordTrainer(language(table), OutputBudget(WORDS, share, **output), practice)
 
 
 def lifted(update: RawUpdate) -> np.ndarray:
@@ -53,7 +53,7 @@ def lifted(update: RawUpdate) -> np.ndarray:
     return update._dense(update.values)[0]
 
 
-def by_autograd(of: Language, weights: np.ndarray, steps: int) -> np.ndarray:
+def by_autograd(of: WideModel, weights: np.ndarray, steps: int) -> np.ndarray:
     """The change of plain gradient steps on the full softmax, every weight trained."""
     vector = torch.from_numpy(weights.copy()).requires_grad_()
     slots, signs = of.vectors.locate(np.arange(WORDS))
@@ -167,7 +167,7 @@ def _stream() -> SecureStream:
 
 def test_selection_needs_secret_functions_of_the_devices_own() -> None:
     of = replace(trainer(share=0.5, selected=0.5))
-    writers = Writers(of, Histories(np.array([4]), np.array([0, 41]), TEXT))
+    writers = TextCohort(of, Histories(np.array([4]), np.array([0, 41]), TEXT))
     weights = start(of.language)
     with pytest.raises(UsageError, match="secret"):
         list(writers.train(weights, np.array([0]), 0))
@@ -194,7 +194,7 @@ def test_the_same_key_gives_the_same_update_and_another_another() -> None:
 
 def test_words_beyond_what_a_tier_holds_are_unknown_to_it() -> None:
     of = trainer()
-    writers = Writers(
+    writers = TextCohort(
         of, Histories(np.array([0]), np.array([0, 3]), np.array([1, 500, 2], np.int32))
     )
     assert writers._text(0).tolist() == [1, 0, 2]

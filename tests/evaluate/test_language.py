@@ -9,10 +9,10 @@ import torch
 from privrec.data.extreme import Invented
 from privrec.data.labels import dealt, examples_in
 from privrec.data.text import UNKNOWN, Corpus
-from privrec.device.words import Language
+from privrec.device.words import WideModel
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable, Table
-from privrec.evaluate.texts import Predicted, commonest, predict
+from privrec.evaluate.texts import TextEvaluation, commonest, predict
 from privrec.models.extreme import WordBag
 from privrec.models.layout import Layout
 from privrec.models.next_word import NextWord
@@ -22,9 +22,9 @@ WORDS, DIM = 30, 8
 MODEL = NextWord(DIM, 2, 10, 1, 4)
 
 
-def language(table: Table) -> Language:
+def language(table: Table) -> WideModel:
     biases = PlainTable.of(WORDS, 1, block=1)
-    return Language(MODEL, table, biases, Layout(MODEL.dense, table.slots, 4, WORDS))
+    return WideModel(MODEL, table, biases, Layout(MODEL.dense, table.slots, 4, WORDS))
 
 
 def texts(*lengths: int) -> Corpus:
@@ -34,13 +34,13 @@ def texts(*lengths: int) -> Corpus:
     return Corpus(tuple(map(str, lengths)), bounds, tokens, words)
 
 
-def weights(of: Language) -> np.ndarray:
+def weights(of: WideModel) -> np.ndarray:
     found = rng_for(1, "weights").normal(0, 0.5, of.layout.size).astype(np.float32)
     of.layout.dense_of(found)[...] = MODEL.initial_dense(rng_for(2, "dense"))
     return found
 
 
-def one_by_one(of: Language, vector: np.ndarray, tokens: np.ndarray, cut: int) -> tuple[int, int]:
+def one_by_one(of: WideModel, vector: np.ndarray, tokens: np.ndarray, cut: int) -> tuple[int, int]:
     rows = torch.from_numpy(of.vectors.gather(of.layout.memory_of(vector), np.arange(WORDS)))
     biases = torch.from_numpy(of.layout.biases_of(vector))
     dense = torch.from_numpy(of.layout.dense_of(vector))
@@ -76,7 +76,7 @@ def test_labels_are_found_as_a_loop_finds_them() -> None:
     model, examples = WordBag(16, DIM), Invented(99, WORDS - 1, 5, 2.5, 3).examples(30)
     corpus = dealt(examples, 10)
     table, biases = PlainTable.of(WORDS, DIM, block=4), PlainTable.of(WORDS, 1, block=1)
-    of = Language(model, table, biases, Layout(model.dense, table.slots, 4, WORDS))
+    of = WideModel(model, table, biases, Layout(model.dense, table.slots, 4, WORDS))
     vector = rng_for(1, "weights").normal(0, 0.5, of.layout.size).astype(np.float32)
     rows, shifts = of.layout.memory_of(vector).reshape(WORDS, DIM), of.layout.biases_of(vector)
     dense = torch.from_numpy(of.layout.dense_of(vector))
@@ -118,7 +118,7 @@ def test_a_model_that_is_no_number_or_constant_earns_nothing() -> None:
 def test_intervals_hold_the_figure_and_shrink_with_texts() -> None:
     hits = rng_for(0, "x").binomial(50, 0.3, 400)
     few, many = (
-        Predicted(np.full(n, 50), {"accuracy@1": hits[:n]}, np.zeros(n)) for n in (20, 400)
+        TextEvaluation(np.full(n, 50), {"accuracy@1": hits[:n]}, np.zeros(n)) for n in (20, 400)
     )
     bounds = [each.intervals(1)["accuracy@1"] for each in (few, many)]
     assert all(low < 0.3 < high for low, high in bounds)

@@ -18,9 +18,9 @@ from sum_apps import app_of, delta, flat, grid_of, lenient, moved, one_round, st
 from sum_apps import model as two_arrays
 
 from privrec.errors import IntegrityError, UsageError
-from privrec.flower.budget import Budget
+from privrec.flower.budget import SumBudget
 from privrec.flower.mod import RECORD
-from privrec.flower.plan import Cohort, SumPlan
+from privrec.flower.plan import SumCohort, SumPlan
 from privrec.flower.secure_sum import SecureSum
 from privrec.privacy.events import epsilon
 from privrec.privacy.ledger import Ledger
@@ -70,7 +70,7 @@ def test_the_noise_of_a_sum_is_what_was_accounted(
     grid = grid_of(9, app_of(lenient(), change=still), lost=gone(*dropped))
     strategy = noisy(9, tmp_path, colluding_share=0.1, remove_excess=remove_excess)
     arrays, _ = one_round(strategy, grid, wide())
-    plan = Cohort(9, 0.1, remove_excess).plan(WIDE, 1.0, 1.0)
+    plan = SumCohort(9, 0.1, remove_excess).plan(WIDE, 1.0, 1.0)
     assert (plan.least, plan.colluders) == (7, 1)
     survivors = 9 - len(dropped)
     kept = plan.least if remove_excess else survivors
@@ -102,19 +102,19 @@ def test_the_mean_under_noise_counts_every_node_as_one(tmp_path: Path) -> None:
 
 
 def test_a_plan_with_noise_sends_coefficients_alone() -> None:
-    plan = Cohort(9).plan(WIDE, 1.0, 1.0)
+    plan = SumCohort(9).plan(WIDE, 1.0, 1.0)
     assert plan.length == WIDE
     assert plan.shares.variance == plan.encoding.squared_bound
-    assert Cohort(9).plan(WIDE, 1.0).shares is None
+    assert SumCohort(9).plan(WIDE, 1.0).shares is None
     with pytest.raises(UsageError, match="without being accounted"):
-        Cohort(9).plan(WIDE, 1.0, 1.0, max_examples=8)
+        SumCohort(9).plan(WIDE, 1.0, 1.0, max_examples=8)
     assert SumPlan.unpack(plan.pack()) == plan
 
 
 @pytest.mark.parametrize("nodes", [3, 9, 200, 5000])
 @pytest.mark.parametrize("noise_multiplier", [0.0, 0.5, 20.0])
 def test_no_sum_of_a_plan_wraps_around(nodes: int, noise_multiplier: float) -> None:
-    plan = Cohort(nodes, 0.05).plan(10**6, 3.0, noise_multiplier)
+    plan = SumCohort(nodes, 0.05).plan(10**6, 3.0, noise_multiplier)
     deviation = noise_multiplier * plan.encoding.bound * 1.3
     assert nodes * plan.encoding.bound + 6 * deviation < 2**31
     assert plan.scale_bits == (13.0 if noise_multiplier else min(23.0, plan.scale_bits))
@@ -156,7 +156,7 @@ def test_epsilon_is_that_of_the_ledger_and_is_told_each_round(
     strategy, found = noisy(5, tmp_path, noise_multiplier=3.0), []
     result = strategy.start(grid_of(5), two_arrays(), num_rounds=3, timeout=5)
     found = [result.train_metrics_clientapp[round]["epsilon"] for round in (1, 2, 3)]
-    event = Cohort(5, 0.05, True).plan(12, 1.0, 3.0).shares.event(1.0)
+    event = SumCohort(5, 0.05, True).plan(12, 1.0, 3.0).shares.event(1.0)
     assert found == [epsilon({event: n}, 1e-5, "server") for n in (1, 2, 3)]
     assert found == sorted(found)
     assert f"epsilon {found[-1]:g} at delta 1e-05 against the server" in caplog.text
@@ -223,7 +223,7 @@ def test_a_budget_that_nothing_meets_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="noise of variance"):
         one_round(noisy(5, tmp_path, noise_multiplier=None, epsilon=1e-4, delta=1e-9), grid_of(5))
     with pytest.raises(UsageError, match="neither noise_multiplier nor epsilon"):
-        Budget(tmp_path / "l", 1e-5).multiplier(lambda z: None, 1)  # type: ignore[arg-type,return-value]
+        SumBudget(tmp_path / "l", 1e-5).multiplier(lambda z: None, 1)  # type: ignore[arg-type,return-value]
 
 
 # ---------------------------------------------------------------------- what a node insists on
@@ -262,7 +262,7 @@ def test_a_server_cannot_lower_the_noise_behind_the_masks(tmp_path: Path) -> Non
             return message
         record = ConfigRecord(dict(message.content[RECORD].items()))
         plan = SumPlan.unpack(record["plan"])
-        record["plan"] = Cohort(5, 0.05, True).plan(plan.size, 1.0, 0.1).pack()
+        record["plan"] = SumCohort(5, 0.05, True).plan(plan.size, 1.0, 0.1).pack()
         meta = message.metadata
         return Message(RecordDict({RECORD: record}), meta.dst_node_id, meta.message_type)
 

@@ -30,7 +30,7 @@ from sum_apps import (
 from privrec.errors import IntegrityError, ReleaseRefused, UsageError
 from privrec.flower.devices import STATE, create_device_key, read_device_key
 from privrec.flower.mod import RECORD, SecureSumMod
-from privrec.flower.plan import Cohort, SumPlan
+from privrec.flower.plan import SumCohort, SumPlan
 from privrec.randomness import SecretRoot
 from privrec.secagg.keys import DeviceKey, PrekeyBook
 from privrec.secagg.roster import enrol
@@ -272,11 +272,14 @@ def test_a_plan_other_than_that_of_the_call_is_refused(changes: dict[str, Any]) 
         (b"", "is none"),
         (b"[]", "is none"),
         (b"{}", "is none"),
-        (Cohort(3).plan(5, 1.0).pack().replace(b'"size": 5', b'"size": 5.0'), "is none"),
-        (Cohort(3).plan(5, 1.0).pack().replace(b'"size": 5', b'"size": 0'), "is none"),
-        (Cohort(3).plan(5, 1.0).pack().replace(b" ", b""), "another spelling"),
-        (Cohort(3).plan(5, 1.0).pack()[:-1] + b', "more": 1}', "another spelling"),
-        (Cohort(3).plan(5, 1.0).pack().replace(b'"clip_norm": 1.0', b'"clip_norm": NaN'), "none"),
+        (SumCohort(3).plan(5, 1.0).pack().replace(b'"size": 5', b'"size": 5.0'), "is none"),
+        (SumCohort(3).plan(5, 1.0).pack().replace(b'"size": 5', b'"size": 0'), "is none"),
+        (SumCohort(3).plan(5, 1.0).pack().replace(b" ", b""), "another spelling"),
+        (SumCohort(3).plan(5, 1.0).pack()[:-1] + b', "more": 1}', "another spelling"),
+        (
+            SumCohort(3).plan(5, 1.0).pack().replace(b'"clip_norm": 1.0', b'"clip_norm": NaN'),
+            "none",
+        ),
     ],
 )
 def test_a_malformed_plan_is_refused(packed: bytes, said: str) -> None:

@@ -11,17 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from privrec.errors import UsageError
-from privrec.privacy.lazy.pending import Drift, Sum, Update
+from privrec.privacy.lazy.pending import LinearStep, PendingNoise, PendingSteps
 
 positive = st.floats(1e-12, 1e6)
 updates = st.builds(
-    Update, st.floats(0, 1), st.floats(0, 0.99), st.floats(0, 0.5), nesterov=st.booleans()
+    LinearStep, st.floats(0, 1), st.floats(0, 0.99), st.floats(0, 0.5), nesterov=st.booleans()
 )
 
 
 @given(st.lists(st.floats(0, 1e12), max_size=40), st.data())
 def test_a_debt_is_never_below_the_exact_sum_and_hardly_above(variances, data):
-    debt = Sum()
+    debt = PendingNoise()
     for variance in variances:
         debt.append(variance)
     stamp = data.draw(st.integers(0, len(variances)))
@@ -34,7 +34,7 @@ def test_a_debt_is_never_below_the_exact_sum_and_hardly_above(variances, data):
 
 
 def test_a_difference_that_falls_between_two_floats_is_rounded_up():
-    debt = Sum()
+    debt = PendingNoise()
     for variance in (1.0, 2.0**53 - 1, 2.0):
         debt.append(variance)
     assert float(debt.since(np.array([1]))[0]) > 2.0**53
@@ -42,7 +42,7 @@ def test_a_difference_that_falls_between_two_floats_is_rounded_up():
 
 @given(st.lists(positive, max_size=40), st.sampled_from([0.0625, 1.0, 4.0]))
 def test_units_are_counted_exactly_and_rounded_up(variances, unit):
-    debt = Sum(unit)
+    debt = PendingNoise(unit)
     for variance in variances:
         debt.append(variance)
     owed = debt.since(np.arange(len(variances) + 1))
@@ -51,14 +51,14 @@ def test_units_are_counted_exactly_and_rounded_up(variances, unit):
 
 
 def test_more_units_than_are_exact_are_refused():
-    debt = Sum(1.0)
+    debt = PendingNoise(1.0)
     with pytest.raises(UsageError, match="settle everything"):
         debt.append(2.0**53)
 
 
 @given(st.lists(st.tuples(updates, positive), min_size=1, max_size=70))
 def test_composed_blocks_are_the_product_written_out(steps):
-    drift = Drift()
+    drift = PendingSteps()
     for update, variance in steps:
         drift.append(update, variance)
     stamps = np.arange(len(steps) + 1)
@@ -76,7 +76,7 @@ def test_composed_blocks_are_the_product_written_out(steps):
 
 @given(st.lists(st.tuples(updates, positive), min_size=1, max_size=20))
 def test_the_factor_gives_the_covariance_back(steps):
-    drift = Drift()
+    drift = PendingSteps()
     for update, variance in steps:
         drift.append(update, variance)
     stamps = np.arange(len(steps))
@@ -110,12 +110,12 @@ def test_an_update_is_the_step_of_torch(steps):
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
 def test_a_malformed_update_is_refused(field, value):
     with pytest.raises(UsageError, match=field):
-        Update(**{"lr": 0.1, field: value})
+        LinearStep(**{"lr": 0.1, field: value})
 
 
 def test_a_difference_of_sums_that_rounds_down_is_put_up():
     """The sums are exact here, and their difference lies halfway between two floats."""
-    debt = Sum()
+    debt = PendingNoise()
     steps = [2.0**-53, 1 - 2.0**-53, 2.0**-52]
     for variance in steps:
         debt.append(variance)

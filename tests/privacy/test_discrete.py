@@ -10,7 +10,7 @@ import pytest
 
 from privrec.errors import UsageError
 from privrec.privacy import discrete
-from privrec.privacy.discrete import SLACK, Table, discrete_gaussian
+from privrec.privacy.discrete import SLACK, AliasTable, discrete_gaussian
 from privrec.randomness import SecretRoot
 
 ROOT = SecretRoot.known(b"discrete")
@@ -154,7 +154,7 @@ def drawn(table, words, tie=b""):
 
 def test_a_tie_is_settled_by_the_bits_of_the_threshold():
     third = ALL // 3
-    table = Table(7, [third, ALL - third])  # two columns; the first has all of the small mass
+    table = AliasTable(7, [third, ALL - third])  # two columns; the first has all of the small mass
     mark = int(table._marks[0])
     assert drawn(table, [0, mark - 1, mark + 1, 2**31 - 1, 2**31, 2**32 - 1]) == [7, 7, 8, 8, 8, 8]
     rest = third % 2**224
@@ -165,7 +165,7 @@ def test_a_tie_is_settled_by_the_bits_of_the_threshold():
 
 
 def test_a_certain_outcome_is_certain():
-    table = Table(-3, [0, ALL, 0])
+    table = AliasTable(-3, [0, ALL, 0])
     assert set(drawn(table, [0, 1, 2**30, 2**31, 2**32 - 1], bytes(2800))) == {-2}
 
 

@@ -14,7 +14,7 @@ from privrec.errors import UsageError
 from privrec.privacy.lazy import noise as lazy
 from privrec.privacy.lazy.memory import LazyMemory
 from privrec.privacy.lazy.noise import MOST_STEPS, LazyNoise
-from privrec.privacy.lazy.pending import Update
+from privrec.privacy.lazy.pending import LinearStep
 
 ROWS = 4
 some_rows = st.lists(st.integers(0, ROWS - 1), max_size=6).map(lambda r: np.array(r, np.int64))
@@ -23,7 +23,7 @@ some_rows = st.lists(st.integers(0, ROWS - 1), max_size=6).map(lambda r: np.arra
 @dataclass(frozen=True)
 class Step:
     variance: float
-    update: Update
+    update: LinearStep
     touched: np.ndarray
     read: np.ndarray
     everything: bool = False
@@ -43,9 +43,9 @@ def schedules(update):
     return st.lists(step, min_size=1, max_size=12)
 
 
-plain = st.builds(Update, st.floats(0.01, 1))
+plain = st.builds(LinearStep, st.floats(0.01, 1))
 moving = st.builds(
-    Update,
+    LinearStep,
     st.floats(0.01, 1),
     st.floats(0, 0.95),
     st.floats(0, 0.2),
@@ -150,7 +150,7 @@ def test_momentum_and_decay_without_noise_are_sgd(steps):
 
 
 def test_rows_that_nobody_read_step_from_where_they_drifted_to():
-    update, eager = Update(0.1, 0.9, 0.05), Eager(1)
+    update, eager = LinearStep(0.1, 0.9, 0.05), Eager(1)
     memory = LazyMemory(np.full((ROWS, 1), 1.5), Silent(1), moving=True)
     eager.values += 1.5
     for number in range(9):
@@ -161,7 +161,7 @@ def test_rows_that_nobody_read_step_from_where_they_drifted_to():
 
 
 STEPS = [
-    Step(1.0 + t, Update(0.5 / (t + 1)), np.array([t % 2]), np.array([2] if t == 3 else [0]))
+    Step(1.0 + t, LinearStep(0.5 / (t + 1)), np.array([t % 2]), np.array([2] if t == 3 else [0]))
     for t in range(6)
 ]
 
@@ -205,11 +205,11 @@ class TestDefects:
             last = self._sums[self.steps] - self._sums[self.steps - 1]
             return (self.steps - stamps) * last
 
-        monkeypatch.setattr("privrec.privacy.lazy.pending.Sum.since", current)
+        monkeypatch.setattr("privrec.privacy.lazy.pending.PendingNoise.since", current)
         assert self.broken(LazyMemory)
 
     def test_plain_steps_under_momentum(self):
-        steps = [Step(s.variance, Update(s.update.lr, 0.9), s.touched, s.read) for s in STEPS]
+        steps = [Step(s.variance, LinearStep(s.update.lr, 0.9), s.touched, s.read) for s in STEPS]
         width = 400
         drawn = lazy_readings(steps, Basis(width), width, is_moving=False)
         wanted = eager_readings(steps, ROWS * len(steps), noisy=True)
@@ -227,7 +227,7 @@ class TestDefects:
 
 
 def test_the_eager_path_has_the_same_law(monkeypatch):
-    steps = [Step(1.0, Update(0.1), np.arange(ROWS), np.arange(ROWS)) for _ in range(3)]
+    steps = [Step(1.0, LinearStep(0.1), np.arange(ROWS), np.arange(ROWS)) for _ in range(3)]
     orders = []
     settle_all = LazyNoise.settle_all
     monkeypatch.setattr(LazyNoise, "settle_all", lambda *a: (orders.append(1), settle_all(*a))[1])
@@ -314,7 +314,7 @@ def test_variances_say_what_is_owed():
         (lambda: LazyNoise(3, 0), "at least 1"),
         (lambda: LazyNoise(3, 3).owe(-1.0), "at least 0"),
         (lambda: LazyNoise(3, 3).owe(float("nan")), "finite"),
-        (lambda: LazyNoise(3, 3).owe(1.0, Update(0.1)), "exactly where rows move"),
+        (lambda: LazyNoise(3, 3).owe(1.0, LinearStep(0.1)), "exactly where rows move"),
         (lambda: LazyNoise(3, 3, moving=True).owe(1.0), "exactly where rows move"),
     ],
 )

@@ -13,7 +13,7 @@ from lazy_basis import Silent
 from privrec.errors import UsageError
 from privrec.privacy.lazy import noise
 from privrec.privacy.lazy.memory import LazyMemory
-from privrec.privacy.lazy.pending import Update
+from privrec.privacy.lazy.pending import LinearStep
 from privrec.privacy.lazy.stream import Normals
 
 ROWS, WIDTH, VARIANCE = 6, 200, 9.0
@@ -81,7 +81,7 @@ def test_norm_and_digest_settle():
 
 def test_velocities_settle():
     memory = LazyMemory(np.zeros((ROWS, WIDTH), np.float32), moving=True)
-    memory.step(np.zeros(0, int), np.zeros((0, WIDTH), np.float32), 4.0, Update(0.1, 0.9))
+    memory.step(np.zeros(0, int), np.zeros((0, WIDTH), np.float32), 4.0, LinearStep(0.1, 0.9))
     assert (memory.velocities() ** 2).mean() == pytest.approx(4.0, rel=0.3)
     assert memory.state_dict().keys() == {"values", "velocities"}
 
@@ -102,7 +102,7 @@ def test_the_noise_is_never_replaced():
 
 def test_state_goes_round_trip():
     memory = LazyMemory(np.zeros((ROWS, 3)), Silent(1), moving=True)
-    update = Update(0.1, 0.5)
+    update = LinearStep(0.1, 0.5)
     rows, gradients = np.array([1, 1, 4]), np.ones((3, 3))
     memory.step(rows, gradients, 0.0, update)
     other = LazyMemory(np.ones((ROWS, 3)), Silent(1), moving=True)
@@ -142,7 +142,7 @@ class Adam:
         (lambda: table().step(np.array([1, 2]), ONES, 1.0), "must be float32"),
         (lambda: table().step(np.array([1]), ONES.astype(float), 1.0), "must be float32"),
         (lambda: table().step(np.array([1]), ONES, -1.0), "at least 0"),
-        (lambda: table().step(np.array([1]), ONES, 1.0, Update(0.1)), "exactly where"),
+        (lambda: table().step(np.array([1]), ONES, 1.0, LinearStep(0.1)), "exactly where"),
         (lambda: table().step(np.array([1]), ONES, 1.0, Adam()), "adaptive steps depend"),
         (lambda: table().settle(np.array([7])), "counted from 0"),
         (lambda: table().owe(float("inf")), "finite"),

@@ -18,7 +18,7 @@ from privrec.errors import BudgetError, IntegrityError, PrivrecError, UsageError
 from privrec.privacy import population
 from privrec.privacy.events import RoundEvent, epsilon
 from privrec.privacy.ledger_index import START, canonical, line_of
-from privrec.privacy.population import Tie, create, path_of, read, reserve, settle
+from privrec.privacy.population import PopulationCharge, create, path_of, read, reserve, settle
 from privrec.privacy.signed import server_key, sign
 
 EVENT = RoundEvent("gaussian", 2.0, 1.0)
@@ -172,12 +172,12 @@ def test_a_run_refuses_a_ledger_that_lacks_its_own_entry(readers: Path, tmp_path
     """Also where everything that this machine keeps was set back: the header is in the run."""
     shutil.copytree(tmp_path / "state", tmp_path / "backup")
     header = header_of("c", 2)
-    assert Tie.of(header, ended=False) == Tie("readers", "c", rounds(2))
+    assert PopulationCharge.of(header, ended=False) == PopulationCharge("readers", "c", rounds(2))
     shutil.rmtree(tmp_path / "state")
     shutil.copytree(tmp_path / "backup", tmp_path / "state")
     assert read("readers").runs.keys() == {"a", "b"}
     with pytest.raises(IntegrityError, match="run c knows it with 5 entries"):
-        Tie.of(header, ended=False)
+        PopulationCharge.of(header, ended=False)
 
 
 def test_settled_is_final(readers: Path) -> None:
@@ -185,14 +185,14 @@ def test_settled_is_final(readers: Path) -> None:
     settle("readers", "c", rounds(2))  # also what charged all that it had set aside
     before = readers.read_bytes()
     settle("readers", "c", rounds(2))  # said again after a crash
-    assert Tie.of(header, ended=True) is not None
+    assert PopulationCharge.of(header, ended=True) is not None
     for charged in (rounds(1), rounds(3)):
         with pytest.raises(IntegrityError, match="what it charged is final"):
             settle("readers", "c", charged)
         with pytest.raises(IntegrityError, match="what it charged is final"):
             reserve("readers", "c", charged)
     with pytest.raises(IntegrityError, match="an older copy of it"):
-        Tie.of(header, ended=False)
+        PopulationCharge.of(header, ended=False)
     assert readers.read_bytes() == before
 
 

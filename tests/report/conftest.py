@@ -14,11 +14,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from privrec.models.layout import band_sizes
 from privrec.privacy.events import RoundEvent
 from privrec.privacy.ledger import Ledger
-from privrec.privacy.population import Standing
+from privrec.privacy.population import PopulationBalance
 from privrec.privacy.signed import sign
 from privrec.run.assembly import federation_of, holders_of
-from privrec.run.header import declared
-from privrec.run.privacy_plan import agree, example_event
+from privrec.run.header import ledger_header
+from privrec.run.privacy_plan import example_event, plan_privacy
 from privrec.run.record import EventLog, Record
 from privrec.scenario.load import Row, Scenario
 
@@ -45,7 +45,7 @@ def make_run(
     charged: RoundEvent | None = None,
     quality: float = 0.56,
     simulated: bool = True,
-    standing: Standing | None = None,
+    standing: PopulationBalance | None = None,
     tiers: bool = False,
     settings: dict[str, Any] | None = None,
     declares: bool = True,
@@ -79,9 +79,9 @@ def make_run(
         "noise_known": noise_known,
     }
     if declares:
-        header |= declared(
+        header |= ledger_header(
             scenario, items=3706, users=population, simulated=simulated,
-            standing=standing or Standing(),
+            standing=standing or PopulationBalance(),
         )  # fmt: skip
     with Ledger.create(path / "ledger.jsonl", header=header, signing_key=KEY) as ledger:
         for number in range(rounds):
@@ -215,7 +215,9 @@ def _event(
     if noise == "central":
         return RoundEvent("gaussian", sigma, rate)
     federation = federation_of(scenario, 3706)
-    planned, _ = agree(scenario, band_sizes(federation.layouts), holders_of(population, federation))
+    planned, _ = plan_privacy(
+        scenario, band_sizes(federation.layouts), holders_of(population, federation)
+    )
     return RoundEvent(planned.mechanism, sigma, rate, planned.grid)
 
 

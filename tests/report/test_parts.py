@@ -19,7 +19,7 @@ import pytest
 from pydantic import ValidationError
 
 from privrec.privacy.events import RoundEvent, epsilon
-from privrec.privacy.population import Standing
+from privrec.privacy.population import PopulationBalance
 from privrec.report import accounts, derive
 from privrec.report.build import build
 from privrec.report.model import STARRED, Report, json_schema, schema_text
@@ -181,9 +181,9 @@ FACTS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "grid": ({"settings": {"privacy.scale_bits": 11.5}}, ["2^11.5 steps"]),
     "tiers": ({"tiers": True}, ["Devices of 3 capacities"]),
     "deployed": ({"simulated": False}, ["Deployed: 6,040 users", "That clients run this code"]),
-    "tuning": ({"standing": Standing(runs=7)}, ["7 earlier runs on this data"]),
+    "tuning": ({"standing": PopulationBalance(runs=7)}, ["7 earlier runs on this data"]),
     "population ledger": (
-        {"standing": Standing("readers", 3, 9.0, 1e-6, "server", 2.5, 8.25)},
+        {"standing": PopulationBalance("readers", 3, 9.0, 1e-6, "server", 2.5, 8.25)},
         [
             "3 runs came before in the ledger of the population “readers”",
             "at most ε = 9 at δ = 1e-6",

@@ -18,7 +18,7 @@ from privrec.errors import BudgetError, IntegrityError, PrivrecError, ReleaseRef
 from privrec.privacy.events import epsilon
 from privrec.privacy.ledger import Ledger
 from privrec.privacy.ledger_index import line_of
-from privrec.privacy.population import Tie, create, read
+from privrec.privacy.population import PopulationCharge, create, read
 from privrec.privacy.signed import sign
 from privrec.report.build import build
 from privrec.report.render import write
@@ -425,7 +425,7 @@ def test_a_crash_before_the_result_leaves_nothing_set_aside(
             lifecycle.start(
                 Scenario.from_toml(TINY), out=out, observer=NullObserver(), population="readers"
             )
-    for place in ((Tie, "settle"), (directory, "leave")):
+    for place in ((PopulationCharge, "settle"), (directory, "leave")):
         with monkeypatch.context() as patch:
             patch.setattr(*place, killed)
             with pytest.raises(Stop):

@@ -15,7 +15,7 @@ from privrec.privacy import population
 from privrec.privacy.events import RoundEvent, epsilon
 from privrec.privacy.ledger import Ledger
 from privrec.privacy.ledger_index import line_of, parsed
-from privrec.privacy.population import Tie
+from privrec.privacy.population import PopulationCharge
 from privrec.run import lifecycle, population_budget
 from privrec.run.record import NullObserver
 from privrec.run.simulation import Simulation
@@ -134,7 +134,7 @@ def test_an_entry_that_was_rewritten_shows_in_the_next_one() -> None:
 def test_what_goes_beyond_a_reservation_is_set_aside_or_refused() -> None:
     create(event=3)
     population.reserve("readers", "first", Counter({EVENT: 2}))
-    tie = Tie("readers", "first", Counter({EVENT: 2}))
+    tie = PopulationCharge("readers", "first", Counter({EVENT: 2}))
     tie.cover(Counter({EVENT: 3}))
     assert held() == [Counter({EVENT: 3})]
     with pytest.raises(BudgetError, match="lifetime"):

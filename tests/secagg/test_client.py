@@ -121,14 +121,16 @@ def test_a_call_without_the_device_is_refused() -> None:
 def test_a_deal_with_too_few_present_is_refused(present: bytes, words: str) -> None:
     waiting = Waiting(Stage.MASKED)
     deal = Deal.parse(waiting.message)
-    kept = [n for n in members(deal.wards, N) if n in members(present, N)]
+    kept = [n for n in members(deal.recipients, N) if n in members(present, N)]
     sealed = b"".join(
         piece
-        for n, piece in zip(members(deal.wards, N), pieces(deal.sealed, 80), strict=True)
+        for n, piece in zip(members(deal.recipients, N), pieces(deal.sealed, 80), strict=True)
         if n in kept
     )
-    wards = bitmap(kept, N)
-    waiting.refuses(words, present=present, wards=wards, drawers=wards, sealed=sealed)
+    recipients = bitmap(kept, N)
+    waiting.refuses(
+        words, present=present, recipients=recipients, drawers=recipients, sealed=sealed
+    )
 
 
 def pieces(joined: bytes, size: int) -> list[bytes]:
@@ -147,12 +149,12 @@ def test_neighbours_alone_are_no_quorum() -> None:
     session = clients[cohort.ids[0]]
     near = {0, *session._called().neighbours}
     message = Deal.parse(server.outbox()[cohort.ids[0]])
-    kept = [n for n in members(message.wards, 40) if n in near]
-    all_pieces = dict(zip(members(message.wards, 40), pieces(message.sealed, 80), strict=True))
+    kept = [n for n in members(message.recipients, 40) if n in near]
+    all_pieces = dict(zip(members(message.recipients, 40), pieces(message.sealed, 80), strict=True))
     lie = replace(
         message,
         present=bitmap(sorted(near), 40),
-        wards=bitmap(kept, 40),
+        recipients=bitmap(kept, 40),
         drawers=bitmap(kept, 40),
         sealed=b"".join(all_pieces[n] for n in kept),
     )
@@ -160,11 +162,11 @@ def test_neighbours_alone_are_no_quorum() -> None:
         session.masked(lie.pack(), VECTOR[:5], model(1))
 
 
-def test_a_deal_with_wards_that_cannot_be_is_refused() -> None:
+def test_a_deal_with_recipients_that_cannot_be_is_refused() -> None:
     waiting = Waiting(Stage.MASKED)
     sealed = Deal.parse(waiting.message).sealed
     own = bitmap(range(N - 1), N)  # names the device itself
-    waiting.refuses("leaves this device out", wards=own, drawers=own, sealed=sealed)
+    waiting.refuses("leaves this device out", recipients=own, drawers=own, sealed=sealed)
     waiting = Waiting(Stage.MASKED)
     waiting.refuses("names others that are not present", drawers=without(0, 8))
     waiting = Waiting(Stage.MASKED)
@@ -372,11 +374,11 @@ class Unchecked(Graph):
 def without_those(session: ClientSession, message: bytes, gone: set[int]) -> bytes:
     """A deal from which devices are left out."""
     deal, size = Deal.parse(message), session._called().devices
-    wards = members(deal.wards, size)
-    held = dict(zip(wards, pieces(deal.sealed, 80), strict=True))
+    recipients = members(deal.recipients, size)
+    held = dict(zip(recipients, pieces(deal.sealed, 80), strict=True))
     left = {
         name: bitmap([n for n in members(getattr(deal, name), size) if n not in gone], size)
-        for name in ("present", "wards", "drawers")
+        for name in ("present", "recipients", "drawers")
     }
     return replace(
         deal, **left, sealed=b"".join(piece for n, piece in held.items() if n not in gone)

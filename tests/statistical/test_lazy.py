@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from privrec.privacy.lazy.memory import LazyMemory
-from privrec.privacy.lazy.pending import Update
+from privrec.privacy.lazy.pending import LinearStep
 from privrec.privacy.lazy.stream import Normals
 from privrec.randomness import SecretRoot
 
@@ -58,7 +58,7 @@ def test_each_delay_has_its_scale_and_shape(delay):
 
 @pytest.mark.parametrize("delay", [1, 5, 64])
 def test_momentum_has_its_scale_in_value_and_velocity(delay):
-    memory, update = table(moving=True), Update(0.5, 0.9, 0.01)
+    memory, update = table(moving=True), LinearStep(0.5, 0.9, 0.01)
     covariance = np.zeros((2, 2))
     for _ in range(delay):
         memory.step(EVERY[:0], np.zeros((0, WIDTH)), 2.0, update)

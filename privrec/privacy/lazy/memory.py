@@ -16,7 +16,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from privrec.errors import UsageError
 from privrec.privacy.lazy.noise import LazyNoise, Rows
-from privrec.privacy.lazy.pending import Update
+from privrec.privacy.lazy.pending import LinearStep
 from privrec.privacy.lazy.stream import NoiseSource, Values
 
 _CHUNK = 1 << 11
@@ -77,7 +77,7 @@ class LazyMemory:
         rows: Rows,
         gradients: Values,
         variance: float,
-        update: Update | None = None,
+        update: LinearStep | None = None,
         *,
         which: Rows | None = None,
     ) -> None:
@@ -97,7 +97,7 @@ class LazyMemory:
             UsageError: when an argument is not of its shape, type or range.
         """
         self._check(rows, gradients, which)
-        if not isinstance(update, Update | None):
+        if not isinstance(update, LinearStep | None):
             raise UsageError(
                 f"a step by {type(update).__name__}: lazy noise is exact for SGD with momentum and "
                 "weight decay; adaptive steps depend on noise that is not drawn yet. Use Update, "

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.errors import UsageError
-from privrec.privacy.lazy.pending import Drift, Interval, Sum, Update
+from privrec.privacy.lazy.pending import Interval, LinearStep, PendingNoise, PendingSteps
 from privrec.privacy.lazy.stream import NoiseSource, Normals, Values, Variances
 from privrec.randomness import Name
 
@@ -62,7 +62,7 @@ class LazyNoise:
             raise UsageError(f"lazy noise for {rows} rows of {width}: both must be at least 1")
         self.source: NoiseSource = source or Normals()
         self.rows, self.width = rows, width
-        self._sum, self._drift = Sum(), Drift()
+        self._sum, self._drift = PendingNoise(), PendingSteps()
         self._moving = moving
         self._stamps = np.zeros(rows, np.uint32)
         self._block = max(1, _BLOCK_BYTES // (4 * width))
@@ -75,7 +75,7 @@ class LazyNoise:
         """Steps since everything was settled."""
         return self._drift.steps if self._moving else self._sum.steps
 
-    def owe(self, variance: float, update: Update | None = None) -> None:
+    def owe(self, variance: float, update: LinearStep | None = None) -> None:
         """Enter one step: from now on every row owes its noise too.
 
         Args:

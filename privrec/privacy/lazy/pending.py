@@ -1,9 +1,9 @@
 """What rows owe: the variance of the steps since each was settled, and how a row drifts meanwhile.
 
-:class:`Sum` is for plain steps: a row owes ``V_t - V_s``, the difference of two running sums, so
-that step sizes, noise multipliers and clipping bounds may change from step to step.
+:class:`PendingNoise` is for plain steps: a row owes ``V_t - V_s``, the difference of two running
+sums, so that step sizes, noise multipliers and clipping bounds may change from step to step.
 
-:class:`Drift` is for momentum and weight decay. The state ``x = (value, velocity)`` of a
+:class:`PendingSteps` is for momentum and weight decay. The state ``x = (value, velocity)`` of a
 coefficient follows ``x_k = A_k x_(k-1) + b_k (g_k + n_k)``. A row without gradients goes from step
 ``s`` to ``t`` by ``x_t = F x_s + noise``, where ``F`` is the product of the ``A_k`` and the noise
 is Gaussian of a covariance ``Q``. Blocks ``(i 2^L, (i + 1) 2^L]`` of steps are composed once, and
@@ -31,7 +31,7 @@ _FIRST = 1 << 10
 
 
 @dataclass(frozen=True)
-class Update:
+class LinearStep:
     """One step of stochastic gradient descent, as the linear map that it is.
 
     With ``g' = g + n + weight_decay p`` and ``v' = momentum v + g'``: ``p' = p - lr v'``, or
@@ -77,7 +77,7 @@ class Update:
         return np.asarray(kept + decay)
 
 
-class Sum:
+class PendingNoise:
     """Running sums of variance, rounded up; stamps count steps since everything was settled."""
 
     def __init__(self) -> None:
@@ -128,7 +128,7 @@ class Interval:
         return first, cross, rest
 
 
-class Drift:
+class PendingSteps:
     """Composed blocks of steps, for momentum and weight decay."""
 
     def __init__(self) -> None:
@@ -140,7 +140,7 @@ class Drift:
         self._noise = np.zeros((2 * _FIRST, 2, 2))
         self.steps = 0
 
-    def append(self, update: Update, variance: float) -> None:
+    def append(self, update: LinearStep, variance: float) -> None:
         """Enter a step; ``variance`` is that of the noise in the gradient."""
         step, self.steps = self.steps, self.steps + 1
         self._drift = _grown(self._drift, 2 * self.steps)
