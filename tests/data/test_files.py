@@ -17,6 +17,7 @@ import pytest
 from privrec import data
 from privrec.data.files import TableFormat, read_table
 from privrec.data.interactions import Interactions, leave_last_out
+from privrec.data.labelled import read_labelled
 from privrec.data.listed import read_catalogue, read_history, read_ids
 from privrec.errors import DataError
 from privrec.scenario.load import Data
@@ -225,3 +226,74 @@ def test_a_history_keeps_ids_with_a_hash_and_a_catalogue_repeats_none(tmp_path: 
     path.write_text("a\nb\na\n")
     with pytest.raises(DataError, match="item 'a' again"):
         read_catalogue(path)
+
+
+def test_blanks_around_a_name_in_a_parquet_header_do_not_count(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(
+        pyarrow.table({" user ": [1, 2], "item": ["a", "b"]}), tmp_path / "t.parquet"
+    )
+    assert histories(read_table(tmp_path / "t.parquet", FORM)) == {1: ["a"], 2: ["b"]}
+
+
+def test_parts_without_a_byte_are_parts_without_a_row(tmp_path: Path) -> None:
+    (tmp_path / "part-0.csv").write_bytes(b"")
+    (tmp_path / "part-1.csv").write_bytes(b"user,item\n1,a\n")
+    assert histories(read_table(tmp_path, FORM)) == {1: ["a"]}
+    (tmp_path / "part-1.csv").write_bytes(b"")
+    with pytest.raises(DataError, match="there is no row"):
+        read_table(tmp_path, FORM)
+
+
+def test_a_no_break_space_is_part_of_a_label(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("text,label\na,\u00a0x \n", encoding="utf-8")
+    assert read_labelled(tmp_path / "t.csv", ["text"], "label").labels == (("\u00a0x",),)
+
+
+@pytest.mark.parametrize("name", ["missing.csv", "dangling.csv", "folder"])
+def test_a_path_without_a_table_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "dangling.csv").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match=f"{name}: no table is there"):
+        read_table(tmp_path / name, FORM)
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (TableFormat("user", "item", separator="\0"), r"separator '\\x00'; cells are separated"),
+        (TableFormat(0, 2), "by number from 1"),
+        (TableFormat(1, -1), "by number from 1"),
+    ],
+)
+def test_a_format_that_no_table_has_is_refused(
+    form: TableFormat, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "t.csv").write_bytes(b"1,2\n")
+    with pytest.raises(DataError, match=message):
+        read_table(tmp_path / "t.csv", form)
+
+
+def test_archives_that_can_be_read_two_ways_are_refused(tmp_path: Path) -> None:
+    rows = b"user,item\n1,a\n"
+    (tmp_path / "t.csv.gz").write_bytes(gzip.compress(gzip.compress(rows)))
+    with pytest.raises(DataError, match="packed by gzip twice"):
+        read_table(tmp_path / "t.csv.gz", FORM)
+    with zipfile.ZipFile(tmp_path / "t.zip", "w") as archive:
+        archive.writestr("t.csv", rows)
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr("t.csv", b"user,item\n9,z\n")
+    with pytest.raises(DataError, match=r"'t.csv' is in it twice"):
+        read_table(tmp_path / "t.zip", FORM)
+
+
+@pytest.mark.parametrize("kind", ["gzip", "parquet"])
+def test_a_file_that_unpacks_to_a_hundred_times_its_size_is_refused(
+    kind: str, tmp_path: Path
+) -> None:
+    path = tmp_path / {"gzip": "t.csv", "parquet": "t.parquet"}[kind]
+    if kind == "gzip":
+        path.write_bytes(gzip.compress(b"user,item\n" + b"1,2\n" * (5 << 20)))
+    else:
+        parquet(path, user=pyarrow.repeat(1, 3 << 20), item=pyarrow.repeat(2, 3 << 20))
+    with pytest.raises(DataError, match="unpacks to more than 100 times its size"):
+        read_table(path, FORM)
