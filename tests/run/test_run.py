@@ -285,8 +285,8 @@ def test_the_result_has_what_the_issue_asks_for(tmp_path: Path) -> None:
     assert json.loads((out / "result.json").read_text()) == result
     assert set(result) == {
         "scenario", "title", "simulated", "version", "run_id", "rounds", "planned_rounds",
-        "holdout", "metrics", "intervals", "baselines", "gaps", "metrics_note", "outside_the_guarantee",
-        "privacy", "cost", "segments", "tiers", "model", "data", "public_key", "signature",
+        "holdout", "metrics", "intervals", "baselines", "metrics_note", "outside_the_guarantee",
+        "privacy", "cost", "segments", "tiers", "model", "data", "gaps", "public_key", "signature",
     }  # fmt: skip
     assert result["scenario"] == "tiny"
     assert result["simulated"] is True
