@@ -482,6 +482,16 @@ def test_a_buffer_that_changes_later_is_refused_then():
         model(data()[0])
 
 
+def test_a_model_is_looked_at_once():
+    calls = []
+    model = Net(lambda m, x: calls.append(m) or plainly(m, x))
+    optimizer = optimiser(model)
+    for passes in (5, 6, 7):
+        square_loss(model, *data(), optimizer)
+        optimizer.step()
+        assert len(calls) == passes
+
+
 def test_layers_that_disagree_in_a_later_pass_are_refused_then():
     model = Net(plainly, other=nn.Linear(WIDTH, WIDTH))
     optimizer = optimiser(model)
