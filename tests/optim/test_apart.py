@@ -482,6 +482,16 @@ def test_a_buffer_that_changes_later_is_refused_then():
         model(data()[0])
 
 
+def test_one_example_is_too_few_to_look_at():
+    model = copy.deepcopy(MIXING["mean of the batch"])
+    optimizer = optimiser(model)
+    x, y = data()
+    square_loss(model, x[:1], y[:1], optimizer)
+    optimizer.step()
+    with pytest.raises(UsageError, match="one example changes"):
+        model(x)
+
+
 def test_a_model_is_looked_at_once():
     calls = []
     model = Net(lambda m, x: calls.append(m) or plainly(m, x))
