@@ -40,6 +40,7 @@ from privrec.data.problems import BLANKS, bad_file, bad_line, shown
 
 _ROWS = 1 << 16  # of quoted text, held as Python's strings at a time
 _JOINT = "\x1f"  # in place of a separator of several characters
+_MOST_COLUMNS = 10**5
 _LONGEST = csv.field_size_limit()
 
 
@@ -147,9 +148,11 @@ def read_columns(
         label = files[0][0].label(files[0][1])
         raise bad_file(label, "there is no row", rule, remedy)
 
+    spots = [(rows, label) for _, rows, label in parts]
+
     def where(row: int) -> str:
         at = bisect_right(ends, row)
-        _, rows, label = parts[at]
+        rows, label = spots[at]
         return f"{label} {rows[row - int(ends[at])]}"
 
     columns = zip(*(cells for cells, _, _ in parts), strict=True)
@@ -215,6 +218,9 @@ def _header(
     fields: Sequence[str], names: Sequence[str | int], width: int | None, label: str, remedy: str
 ) -> tuple[list[int], int, bool]:
     """Places of the columns in the first line, how many it has, and whether it is a header."""
+    if len(fields) > _MOST_COLUMNS:
+        rule = f"a table has at most {_MOST_COLUMNS} columns"
+        raise bad_file(label, f"{len(fields)} fields", rule, "check data.separator")
     if isinstance(names[0], int):
         most = max(name for name in names if isinstance(name, int))
         if width is None and most > len(fields):
@@ -404,7 +410,7 @@ def _parquet(
             columns = [table.column(each) for each in read]
             for column in columns:
                 column.validate(full=True)
-        except (pyarrow.ArrowException, OSError, KeyError) as error:
+        except (pyarrow.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
             found = f"it cannot be read as Parquet ({shown(str(error).splitlines()[0], 200)})"
             rule = "the file must be complete and of that format"
             raise bad_file(label, found, rule, "copy it again, or save it as CSV") from error

@@ -17,7 +17,7 @@ from privrec.data.problems import bad_file, bad_line, shown
 
 _CHUNK = 1 << 22  # bytes read at a time: memory stays at a few of them
 # What unpacks to more was made to fill the memory: a table shrinks tenfold or so.
-_HARMLESS, _TIMES_PACKED = 1 << 26, 200
+_HARMLESS, _TIMES_PACKED = 1 << 24, 100
 _DAMAGE = (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError)
 _GZIP, _ZIP = b"\x1f\x8b", b"PK\x03\x04"
 _PACKED = {
@@ -82,7 +82,7 @@ class Folder:
             size: bytes that it has at least when it is unpacked.
 
         Raises:
-            DataError: when a packed file holds more than 64 MiB and 200 times its own size.
+            DataError: when a packed file holds more than 16 MiB and 100 times its own size.
         """
         path = self.root / name if self.root.is_dir() else self.root
         if size > max(_HARMLESS, _TIMES_PACKED * path.stat().st_size):

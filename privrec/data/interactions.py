@@ -390,6 +390,7 @@ def _positions(
         import pyarrow.compute
 
         coded = raw.combine_chunks().dictionary_encode()
+        pyarrow.default_memory_pool().release_unused()  # the hash table of distinct ids
         order = pyarrow.compute.sort_indices(coded.dictionary)
         positions = _new_positions(order.to_numpy())[coded.indices.to_numpy()]
         names = coded.dictionary.take(order).to_numpy(zero_copy_only=False)

@@ -382,8 +382,8 @@ SHAPES: dict[str, tuple[str, Callable[[], bytes]]] = {
     "examples": ("extreme", lambda: b"400000 9 9\n" + b"1 2:1\n" * 400_000),
     "one example": ("extreme", lambda: b"1 9 9\n1" + b" 2:1" * (2 * MIB) + b"\n"),
     "ids": ("history", lambda: b"".join(b"%d\n" % k for k in range(800_000))),
-    "a line that unpacks": ("table", lambda: gzip.compress(b"x" * (256 * MIB), 1)),
-    "rows that unpack": ("table", lambda: gzip.compress(b"user,item\n" + b"1,2\n" * (64 * MIB), 9)),
+    "a line that unpacks": ("table", lambda: gzip.compress(b"x" * (64 * MIB))),
+    "rows that unpack": ("table", lambda: gzip.compress(b"user,item\n" + b"1,2\n" * (16 * MIB))),
 }  # fmt: skip
 READ = """
 import sys
@@ -413,4 +413,4 @@ def test_memory_is_eight_times_the_file_and_200_mb(shape: str, tmp_path: Path) -
     path.write_bytes(make())
     command = [sys.executable, "-c", READ, kind, str(path)]
     found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert int(found) < 8 * path.stat().st_size + 200 * 10**6 + 64 * MIB * ("unpack" in shape)
+    assert int(found) < 8 * path.stat().st_size + 200 * 10**6
