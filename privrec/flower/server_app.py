@@ -25,7 +25,7 @@ from privrec.flower.registry import Member, Registry
 from privrec.flower.wire import EXCHANGES, MASKED, SHARES, round_to_body, summary
 from privrec.randomness import SecretRoot, rng_for
 from privrec.run import checkpoint
-from privrec.run import directory as rundir
+from privrec.run import directory
 from privrec.run.assembly import agreement_of, federation_of, server_of
 from privrec.run.identity import Identity
 from privrec.run.loop import Loop, Result
@@ -126,7 +126,7 @@ class Deployed(Loop):
 
     def save(self) -> None:
         """See :meth:`Loop.save`."""
-        rundir.save(
+        directory.save(
             self.out, self.server, (), self.identity, self.ledger, "", self.wall_s, self.cpu_s
         )
 
@@ -181,25 +181,25 @@ def deploy(
     if (out / "run.json").exists():
         identity = Identity.read(out)
         _check_same_scenario(out, scenario)
-        if (payload := rundir.left(out, identity, scenario)) is not None:
+        if (payload := directory.left(out, identity, scenario)) is not None:
             return Result(out, payload)
         registry.register()
     else:
-        rundir.refuse_taken(out)
+        directory.refuse_taken(out)
         registry.register()
         identity = _begun(scenario, out, items, population, unsafe_noise_key, registry.simulated)
     server = server_of(scenario, federation, population, identity.run_id)
     key = identity.signing_key().public_key()
-    position, arrays = checkpoint.read(out / rundir.CHECKPOINT, key)
-    rundir.check_same(out, position, identity, "")
-    rundir.restore(server, (), position, arrays)
+    position, arrays = checkpoint.read(out / directory.CHECKPOINT, key)
+    directory.check_same(out, position, identity, "")
+    directory.restore(server, (), position, arrays)
     root, rate = identity.root("server"), scenario.devices.sampling_rate
     flower = Flower(registry, protection, root, scenario.run.seed, rate)
     with (
-        rundir.open_ledger(out, identity, scenario) as ledger,
+        directory.open_ledger(out, identity, scenario) as ledger,
         EventLog(out / "events.jsonl") as events,
     ):
-        rundir.check_position(out, ledger, position)
+        directory.check_position(out, ledger, position)
         observer = observer or NullObserver()
         loop = Deployed(
             out, scenario, population, identity, server, flower, observer, ledger, events
@@ -226,14 +226,14 @@ def _begun(
 ) -> Identity:  # fmt: skip
     described = {"source": scenario.data.source, "items": items, "users": population}
     identity = Identity.new(scenario, described, None, known, simulated=simulated)
-    with identity.forgotten_unless(out), rundir.appearing(out) as folder:
-        rundir.write_json(folder / "run.json", identity.to_json())
+    with identity.forgotten_unless(out), directory.appearing(out) as folder:
+        directory.write_json(folder / "run.json", identity.to_json())
         storage.replace(folder / "scenario.toml", scenario.to_toml().encode())
-        with rundir.new_ledger(folder, scenario, identity, population) as ledger:
+        with directory.new_ledger(folder, scenario, identity, population) as ledger:
             identity.root("server")
             federation = federation_of(scenario, items)
             server = server_of(scenario, federation, population, identity.run_id)
-            rundir.save(folder, server, (), identity, ledger, "")
+            directory.save(folder, server, (), identity, ledger, "")
         with EventLog(folder / "events.jsonl") as events:
             events.append("start", run_id=identity.run_id, simulated=identity.simulated)
     storage.sync_directory(out.parent)

@@ -165,8 +165,9 @@ class ClientSession:
     Promise: nothing is sent but for one answer to each of the four messages, in their order; the
     device's vector is covered by a mask of its own, and by one shared with every neighbour, of
     which it learned from an enrolled device's signature; of each recipient a share of either the
-    seed or the mask key is handed out, never both, and of seeds of noise only where the confirmed survivors
-    carry more of it than their band needs; and its own seed is handed out only after a quorum
+    seed or the mask key is handed out, never both, and of seeds of noise only where the confirmed
+    survivors carry more of it than their band needs; and its own seed is handed out only after a
+    quorum
     signed the same survivors, model and terms, in numbers that satisfy the device's own policy.
 
     Args:
