@@ -16,6 +16,7 @@ from privrec.data.interactions import (
     Holdout,
     Interactions,
     ItemLists,
+    SourceConfig,
     Split,
     leave_last_out,
 )
@@ -36,27 +37,11 @@ __all__ = [
 ]
 
 
-class DataConfig(Protocol):
+class DataConfig(SourceConfig, Protocol):
     """What :func:`load` asks of a scenario's ``[data]`` table."""
 
     @property
-    def source(self) -> str: ...
-    @property
-    def path(self) -> str | None: ...
-    @property
-    def holdout(self) -> Holdout: ...
-    @property
     def max_history(self) -> int | None: ...
-    @property
-    def users(self) -> int: ...
-    @property
-    def items(self) -> int: ...
-    @property
-    def clusters(self) -> int: ...
-    @property
-    def interactions_per_user(self) -> int: ...
-    @property
-    def seed(self) -> int: ...
     @property
     def user_column(self) -> str | int: ...
     @property

@@ -41,40 +41,21 @@ class Archive:
     terms: str
 
 
-def _movielens(name: str, md5: str, size: str) -> Archive:
-    return Archive(name, f"{_GROUPLENS}/{name}.zip", md5, size, _TERMS)
-
-
 ARCHIVES: Mapping[str, Archive] = {
-    archive.name: archive
-    for archive in (
-        _movielens(
-            "ml-100k",
-            "0e33842e24a9c977be4e0107933c0723",
-            "943 users, 1,682 items, 100,000 ratings, 5 MB",
-        ),
-        _movielens(
-            "ml-1m",
-            "c4d9eecfca2ab87c1945afe126590906",
-            "6,040 users, 3,706 items, 1,000,209 ratings, 6 MB",
-        ),
-        _movielens(
-            "ml-10m",
-            "ce571fd55effeba0271552578f2648bd",
-            "69,878 users, 10,677 items, 10,000,054 ratings, 63 MB",
-        ),
-        _movielens(
-            "ml-20m",
-            "cd245b17a1ae2cc31bb14903e1204af3",
-            "138,493 users, 26,744 items, 20,000,263 ratings, 190 MB",
-        ),
-        _movielens(
-            "ml-25m",
-            "6b51fb2759a8657d3bfcbfc42b592ada",
-            "162,541 users, 59,047 items, 25,000,095 ratings, 250 MB",
-        ),
+    name: Archive(name, f"{_GROUPLENS}/{name}.zip", md5, size, _TERMS)
+    for name, md5, size in (
+        ("ml-100k", "0e33842e24a9c977be4e0107933c0723",
+         "943 users, 1,682 items, 100,000 ratings, 5 MB"),
+        ("ml-1m", "c4d9eecfca2ab87c1945afe126590906",
+         "6,040 users, 3,706 items, 1,000,209 ratings, 6 MB"),
+        ("ml-10m", "ce571fd55effeba0271552578f2648bd",
+         "69,878 users, 10,677 items, 10,000,054 ratings, 63 MB"),
+        ("ml-20m", "cd245b17a1ae2cc31bb14903e1204af3",
+         "138,493 users, 26,744 items, 20,000,263 ratings, 190 MB"),
+        ("ml-25m", "6b51fb2759a8657d3bfcbfc42b592ada",
+         "162,541 users, 59,047 items, 25,000,095 ratings, 250 MB"),
     )
-}
+}  # fmt: skip
 
 Downloader = Callable[[str, str, Any], None]
 

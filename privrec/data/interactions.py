@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -29,6 +29,27 @@ Duplicates = Literal["refuse", "first", "last"]
 
 _HOLDOUT_KEY = 0x686F6C646F7574  # "holdout": fixed, so that a validation split is one split
 _INT32_MAX = np.iinfo(np.int32).max
+
+
+class SourceConfig(Protocol):
+    """What every source asks of a scenario's ``[data]`` table."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def path(self) -> str | None: ...
+    @property
+    def holdout(self) -> Holdout: ...
+    @property
+    def users(self) -> int: ...
+    @property
+    def items(self) -> int: ...
+    @property
+    def clusters(self) -> int: ...
+    @property
+    def interactions_per_user(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from privrec.data.files import read_lists
 from privrec.data.folder import Folder
 from privrec.data.interactions import Holdout, Interactions, ItemLists, Split, hold_out_some
-from privrec.data.problems import bad_file, bad_line
+from privrec.data.problems import bad_file, bad_line, first_repeated
 
 Int64Array = NDArray[np.int64]
 
@@ -89,9 +89,8 @@ def _misshapen(line: str) -> tuple[str, str, str] | None:
 
 
 def _refuse_second_lines(lists: _Adjacency) -> None:
-    first = np.unique(lists.line_users, return_index=True)[1]
-    if first.size < lists.line_users.size:
-        again = int(np.setdiff1d(np.arange(lists.line_users.size), first)[0])
+    again = first_repeated(lists.line_users)
+    if again is not None:
         found = f"user {lists.line_users[again]} has a line already"
         raise bad_line(lists.label, again + 1, found, "a user has one line", "join the two lines")
 

@@ -24,7 +24,7 @@ from privrec.data.interactions import (
     leave_last_out,
 )
 from privrec.data.movielens import LAYOUTS, WHOLE, old_text, read_ratings, read_titles
-from privrec.data.problems import bad_file, bad_line, shown
+from privrec.data.problems import bad_file, bad_line, first_repeated, shown
 
 Int64Array = NDArray[np.int64]
 
@@ -112,12 +112,12 @@ def _read_test(folder: Folder, prefix: str) -> tuple[Int64Array, Int64Array]:
     """The users that are tested, in order, and the test item of each."""
     name = f"{prefix}.test.rating"
     users, items, _, _ = read_ratings(folder, name, _RATINGS, "\t")
-    distinct, first = np.unique(users, return_index=True)
-    if first.size < users.size:
-        again = int(np.setdiff1d(np.arange(users.size), first)[0])
+    again = first_repeated(users)
+    if again is not None:
         rule, found = "a user has one test item", f"user {users[again]} again"
         raise bad_line(folder.label(name), again + 1, found, rule, "remove the line")
-    return distinct, items[first]
+    order = np.argsort(users)
+    return users[order], items[order]
 
 
 def _read_negatives(
@@ -201,10 +201,8 @@ def _refuse_gigantic(largest: int, folder: Folder) -> None:
 
 
 def _refuse_repeated(ids: Int64Array, label: str) -> None:
-    order = np.argsort(ids, kind="stable")
-    repeated = order[1:][ids[order[1:]] == ids[order[:-1]]]
-    if repeated.size:
-        row = int(repeated.min())
+    row = first_repeated(ids)
+    if row is not None:
         rule, remedy = "every item has its own id", "use the file of this release, or remove it"
         raise bad_line(label, row + 1, f"id {ids[row]} again", rule, remedy)
 

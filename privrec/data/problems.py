@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+from numpy.typing import NDArray
+
 from privrec.errors import DataError
 
 BLANKS = " \t\n\v\f\r"
@@ -19,7 +22,9 @@ def bad_file(file: str, found: str, rule: str, remedy: str) -> DataError:
         rule: what would be right.
         remedy: what to do about it.
     """
-    return DataError(f"{file}: {found}; {rule}; {remedy}")
+    # A member of an archive may be named by anything, a line feed too.
+    place = file if file.isprintable() else repr(file)
+    return DataError(f"{place}: {found}; {rule}; {remedy}")
 
 
 def bad_line(file: str, line: int, found: str, rule: str, remedy: str) -> DataError:
@@ -43,3 +48,10 @@ def shown(text: str, most: int = 60) -> str:
 def line_namer(label: str) -> Callable[[int], str]:
     """Names a row of a file that has one on every line."""
     return lambda row: f"{label}, line {row + 1}"
+
+
+def first_repeated(values: NDArray[np.int64]) -> int | None:
+    """The first place in an array whose value stands before it too; None: there is none."""
+    first = np.unique(values, return_index=True)[1]
+    again = np.setdiff1d(np.arange(values.size), first)
+    return int(again[0]) if again.size else None

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from privrec.data.folder import Folder
-from privrec.data.interactions import Interactions
+from privrec.data.interactions import Holdout, Interactions, SourceConfig
 from privrec.data.listed import read_ids
 from privrec.data.problems import bad_file
 from privrec.errors import UsageError
@@ -30,7 +30,6 @@ END = "<eos>"
 UNKNOWN_ID = 0
 EMBEDDED = Path(__file__).with_name("articles.txt")
 
-Holdout = Literal["test", "validation"]
 Int64Array = NDArray[np.int64]
 
 _TITLE = re.compile(r"^\s*= ([^=].*?) =\s*$")
@@ -172,29 +171,13 @@ class TextSplit:
         }
 
 
-class TextConfig(Protocol):
+class TextConfig(SourceConfig, Protocol):
     """What :func:`load_text` asks of a scenario's ``[data]`` table."""
 
-    @property
-    def source(self) -> str: ...
-    @property
-    def path(self) -> str | None: ...
-    @property
-    def holdout(self) -> Holdout: ...
     @property
     def words(self) -> str | None: ...
     @property
     def vocabulary(self) -> int | None: ...
-    @property
-    def users(self) -> int: ...
-    @property
-    def items(self) -> int: ...
-    @property
-    def clusters(self) -> int: ...
-    @property
-    def interactions_per_user(self) -> int: ...
-    @property
-    def seed(self) -> int: ...
 
 
 def load_text(config: TextConfig, *, data_dir: Path | None = None) -> TextSplit:

@@ -297,3 +297,11 @@ def test_a_file_that_unpacks_to_a_hundred_times_its_size_is_refused(
         parquet(path, user=pyarrow.repeat(1, 3 << 20), item=pyarrow.repeat(2, 3 << 20))
     with pytest.raises(DataError, match="unpacks to more than 100 times its size"):
         read_table(path, FORM)
+
+
+def test_an_error_about_an_oddly_named_member_is_one_line(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "t.zip", "w") as archive:
+        archive.writestr("t\n.csv", b"nothing\n1\n")
+    with pytest.raises(DataError, match=r"t\\n\.csv") as caught:
+        read_table(tmp_path / "t.zip", FORM)
+    assert "\n" not in str(caught.value)
