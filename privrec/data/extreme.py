@@ -200,10 +200,10 @@ def read_extreme(path: Path) -> Examples:
     labels, features, values = array("q"), array("q"), array("f")
     label_ends, ends = array("q"), array("q")
     for number, line in enumerate(lines, 2):
-        own, names, numbers = _parsed(line, size, label, number)
+        own, places, weights = _parsed(line, size, label, number)
         labels.extend(own)
-        features.extend(names)
-        values.extend(numbers)
+        features.extend(places)
+        values.extend(weights)
         label_ends.append(len(labels))
         ends.append(len(features))
     if len(ends) != size[0]:
