@@ -159,9 +159,7 @@ class Loop(ABC):
         With gaps the checkpoint stays, so that ``resume`` can try again to fill them.
         """
         write_model(self.out, self.server, self.scenario)
-        payload = self.payload()
-        if self.gaps:
-            payload["gaps"] = self.gaps
+        payload = {**self.payload(), "gaps": self.gaps}
         payload = directory.leave(self.out, payload, self.identity)
         self.events.append("end", round=self.server.index)
         return Result(self.out, payload)
