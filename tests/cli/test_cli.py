@@ -216,7 +216,7 @@ def test_ctrl_c_anywhere_exits_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("privrec.scenario.load", stop)
+    monkeypatch.setattr("privrec.scenario.load.load", stop)
     result = call("plan", "tiny.toml")
     assert result.exit_code == 130
     assert "interrupted" in result.stderr
@@ -465,7 +465,7 @@ def test_recommendations_for_a_file_of_liked_items(
     finished: tuple[Path, Result], place: Path
 ) -> None:
     directory, _ = finished
-    (place / "liked.txt").write_text("# what I like\n5\n\n  7  # this too\n")
+    (place / "liked.txt").write_text("# what I like\n5\n\n  7\n")
     words = ("recommend", directory, "--history", "liked.txt", "-k", "6", "--json")
     found = {entry["item_id"] for entry in json.loads(done(*words).stdout)}
     assert len(found) == 6
