@@ -239,7 +239,8 @@ def table_files(path: Path, *, needed: bool = True) -> list[tuple[Folder, str]]:
         )  # fmt: skip
     if not tables and needed and not path.is_file():
         rule = "a file, a folder or a zip archive with a .csv, .tsv or .parquet is read"
-        raise bad_file(str(path), "no table is there", rule, "check the path")
+        found = "no table is there" if path.exists() else "no such file"
+        raise bad_file(str(path), found, rule, "check the path")
     if not tables and path.is_file():
         rule, remedy = "a .csv, .tsv or .parquet is read from it", "unpack it and name the table"
         raise bad_file(str(path), f"a zip archive of {len(named)} other files", rule, remedy)

@@ -24,8 +24,7 @@ from privrec.flower.enrol import ServersWord, anchor_of
 from privrec.flower.registry import Member, Registry
 from privrec.flower.wire import EXCHANGES, MASKED, SHARES, round_to_body, summary
 from privrec.randomness import SecretRoot, rng_for
-from privrec.run import checkpoint
-from privrec.run import directory
+from privrec.run import checkpoint, directory
 from privrec.run.assembly import agreement_of, federation_of, server_of
 from privrec.run.identity import Identity
 from privrec.run.loop import Loop, Result

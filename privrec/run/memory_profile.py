@@ -61,7 +61,7 @@ def peak_bytes(
         done = subprocess.run(
             # -P: a file of the working directory must not pass for a module.
             [sys.executable, "-P", "-m", "privrec.run.memory_profile"],
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
             input=task,
             capture_output=True,
             timeout=TIMEOUT_S,

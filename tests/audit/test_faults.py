@@ -296,7 +296,7 @@ def test_a_masked_sum_that_differs_fails(kind: str, monkeypatch: Patch) -> None:
         total[3] -= 1
         return total
 
-    monkeypatch.setattr(summing, "opened", opened)
+    monkeypatch.setattr(summing, "unmask", opened)
     assert broken(kind) == {"secure sum"}
 
 

@@ -43,15 +43,6 @@ def gaussian_law(variance):
     return normalised({x: (-Decimal(x * x) / two).exp() for x in range(-reach, reach + 1)})
 
 
-def poisson_law(mean):
-    rate = Decimal(mean.numerator) / Decimal(mean.denominator)
-    weights, weight = {}, Decimal(1)
-    for count in range(math.ceil(mean + 25 * math.sqrt(mean)) + 120):
-        weights[count] = weight
-        weight = weight * rate / (count + 1)
-    return normalised(weights)
-
-
 def variation(masses, law):
     off = sum(abs(Decimal(masses.get(x, 0)) / ALL - law.get(x, 0)) for x in {*masses, *law})
     return off / 2
@@ -67,16 +58,6 @@ def test_a_gaussian_table_is_within_its_slack(variance):
         # Another variance, off by 2^-200, would show: the bound is not an empty one.
         other = gaussian_law(variance + Fraction(1, 2**200))
         assert variation(masses, other) > Decimal(SLACK)
-
-
-@pytest.mark.parametrize("mean", [Fraction(1, 32), Fraction(3, 2), Fraction(400)])
-def test_a_poisson_table_is_within_its_slack(mean):
-    with localcontext() as context:
-        context.prec = 110
-        masses = masses_of(discrete._poisson_table(mean))
-        assert sum(masses.values()) == ALL
-        assert 0 < variation(masses, poisson_law(mean)) < Decimal(SLACK)
-        assert variation(masses, poisson_law(mean + Fraction(1, 2**200))) > Decimal(SLACK)
 
 
 def parts_of(variance):

@@ -269,7 +269,8 @@ def test_every_scenario_of_the_repository_is_one() -> None:
 
 
 def test_the_packaged_quickstart_is_the_one_in_scenarios() -> None:
-    texts = [(ROOT / place / "quickstart.toml").read_text() for place in ("privrec", "scenarios")]
+    places = ("privrec/cli", "scenarios")
+    texts = [(ROOT / place / "quickstart.toml").read_text() for place in places]
     assert texts[0] == texts[1]
 
 
