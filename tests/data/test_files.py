@@ -249,11 +249,18 @@ def test_a_no_break_space_is_part_of_a_label(tmp_path: Path) -> None:
     assert read_labelled(tmp_path / "t.csv", ["text"], "label").labels == (("\u00a0x",),)
 
 
-@pytest.mark.parametrize("name", ["missing.csv", "dangling.csv", "folder"])
-def test_a_path_without_a_table_is_refused(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("missing.csv", "no such file"),
+        ("dangling.csv", "no such file"),
+        ("folder", "no table is there"),
+    ],
+)
+def test_a_path_without_a_table_is_refused(name: str, found: str, tmp_path: Path) -> None:
     (tmp_path / "dangling.csv").symlink_to(tmp_path / "nowhere")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(DataError, match=f"{name}: no table is there"):
+    with pytest.raises(DataError, match=f"{name}: {found}"):
         read_table(tmp_path / name, FORM)
 
 
