@@ -131,7 +131,7 @@ def test_an_entry_that_was_rewritten_shows_in_the_next_one() -> None:
     entry["events"][0][1] = 1
     del entry["hash"]
     path.write_bytes(b"".join([lines[0], line_of(entry), *lines[2:]]))
-    with pytest.raises(IntegrityError):
+    with pytest.raises(IntegrityError, match="line 3 does not follow the one before"):
         population.read("readers")
 
 
