@@ -115,6 +115,15 @@ def test_what_the_key_itself_rewrote_lacks_what_runs_know(
     assert "it was cut, set back or begun anew" in refused()
 
 
+@pytest.mark.parametrize(("kind", "run"), [("reserve", "a"), ("settle", "a"), ("header", "b")])
+def test_no_entry_follows_the_end_of_its_run_or_is_of_another_kind(
+    readers: Path, kind: str, run: str
+) -> None:
+    entry = {"kind": kind, "run": run, "events": []}
+    written(readers, [*lines_of(readers), entry], server_key(readers.with_suffix(".key")))
+    assert f"an entry of the kind '{kind}'" in refused()
+
+
 def test_every_altered_byte_is_refused(readers: Path) -> None:
     content = readers.read_bytes()
     for place in range(0, len(content) - 1, 7):

@@ -16,6 +16,7 @@ from privrec.privacy.events import RoundEvent, epsilon
 from privrec.privacy.ledger import Ledger
 from privrec.privacy.ledger_index import line_of, parsed
 from privrec.privacy.population import PopulationCharge
+from privrec.randomness import state_dir
 from privrec.run import lifecycle, population_budget
 from privrec.run.record import NullObserver
 from privrec.run.simulation import Simulation
@@ -111,9 +112,12 @@ def test_a_reservation_is_on_disk_before_its_run_begins(monkeypatch: pytest.Monk
     create(event=3)
     flushed: list[int] = []
     fsync = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda file: (flushed.append(file), fsync(file)))
+    monkeypatch.setattr(
+        os, "fsync", lambda file: (flushed.append(os.fstat(file).st_ino), fsync(file))
+    )
     population.reserve("readers", "first", Counter({EVENT: 3}))
-    assert flushed
+    for path in (population.path_of("readers"), state_dir() / "runs" / "first" / "population.json"):
+        assert {path.stat().st_ino, path.parent.stat().st_ino} <= set(flushed)
 
 
 def test_an_entry_that_was_rewritten_shows_in_the_next_one() -> None:
@@ -127,7 +131,7 @@ def test_an_entry_that_was_rewritten_shows_in_the_next_one() -> None:
     entry["events"][0][1] = 1
     del entry["hash"]
     path.write_bytes(b"".join([lines[0], line_of(entry), *lines[2:]]))
-    with pytest.raises(IntegrityError):
+    with pytest.raises(IntegrityError, match="line 3 does not follow the one before"):
         population.read("readers")
 
 
