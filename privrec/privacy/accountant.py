@@ -86,8 +86,10 @@ def pld(rounds: Composition, delta: float) -> float:
             best = finer
             break
         best = finer
-    # What double precision cannot carry, Rényi divergences still bound, only more loosely.
-    return best if best < math.inf else rdp(rounds, delta)
+    # What double precision cannot carry, Rényi divergences still bound, only more loosely. To be
+    # sampled never costs more than to take part in every round: divergences are convex.
+    found = best if best < math.inf else rdp(rounds, delta)
+    return min(found, gaussian(_strength(rounds), delta))
 
 
 @lru_cache(maxsize=1024)
