@@ -272,7 +272,7 @@ def test_what_cannot_be_measured_is_refused_before_the_first_charge(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("noise", ["1e-4", "1e-160", "1e6"])
+@pytest.mark.parametrize("noise", ["1e-4", "1e-20", "1e-160", "1e6"])
 def test_noise_of_any_size_has_an_epsilon_and_a_report(tmp_path: Path, noise: str) -> None:
     scenario = Scenario.from_toml(SCENARIO, [f"privacy.noise_multiplier={noise}"])
     found = _trained(tmp_path / "run", scenario)
