@@ -113,5 +113,6 @@ def check_run(directory: Path) -> None:
 
 
 def print_json(payload: object) -> None:
-    """Print plain values as JSON, for programs."""
-    click.echo(json.dumps(payload, indent=2, ensure_ascii=False, default=str))
+    """Print plain values as JSON, for programs; what is not finite becomes null, as JSON has it."""
+    plain = json.loads(json.dumps(payload, default=str), parse_constant=lambda _: None)
+    click.echo(json.dumps(plain, indent=2, ensure_ascii=False))

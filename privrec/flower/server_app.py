@@ -24,6 +24,8 @@ from privrec.flower.enrol import ServersWord, anchor_of
 from privrec.flower.registry import Member, Registry
 from privrec.flower.wire import EXCHANGES, MASKED, SHARES, round_to_body, summary
 from privrec.randomness import SecretRoot, rng_for
+from privrec.report.build import build
+from privrec.report.render import write
 from privrec.run import checkpoint, directory
 from privrec.run.assembly import agreement_of, federation_of, server_of
 from privrec.run.identity import Identity
@@ -292,8 +294,15 @@ def server_app(folder: Path) -> ServerApp:
 
 
 def _reported(directory: Path) -> None:
-    from privrec.report.build import build
-    from privrec.report.render import write
-
-    write(build(directory), directory)
-    log(INFO, "privrec: the run and its report are in %s", directory)
+    """Write the report; where that fails the run is finished all the same."""
+    try:
+        write(build(directory), directory)
+    except Exception as error:
+        log(
+            WARNING,
+            "privrec: the run is finished and is in %s; its report could not be written (%s: %s). "
+            "Write it by: privrec report %s",
+            directory, type(error).__name__, error, directory,
+        )  # fmt: skip
+    else:
+        log(INFO, "privrec: the run and its report are in %s", directory)

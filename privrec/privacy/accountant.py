@@ -86,8 +86,10 @@ def pld(rounds: Composition, delta: float) -> float:
             best = finer
             break
         best = finer
-    # What double precision cannot carry, Rényi divergences still bound, only more loosely.
-    return best if best < math.inf else rdp(rounds, delta)
+    # What double precision cannot carry, Rényi divergences still bound, only more loosely. To be
+    # sampled never costs more than to take part in every round: divergences are convex.
+    found = best if best < math.inf else rdp(rounds, delta)
+    return min(found, gaussian(_strength(rounds), delta))
 
 
 @lru_cache(maxsize=1024)
@@ -181,6 +183,9 @@ class _Sum:
     lost: float
 
 
+_LOST = _Sum(np.zeros(1), 0, 1.0)  # all is lost, so that ε is infinite on this grid
+
+
 def _strength(rounds: Sequence[Rounds]) -> float:
     return math.hypot(*(math.sqrt(part.count) / part.noise_multiplier for part in rounds))
 
@@ -250,8 +255,11 @@ def _sum(parts: Sequence[_Losses], counts: Sequence[int]) -> _Sum:
     """The loss of ``counts[i]`` rounds of each ``parts[i]``, all on the same grid, from above."""
     lowest, highest = _window(parts, counts)
     if highest - lowest > _MOST_POINTS:
-        return _Sum(np.zeros(1), 0, 1.0)  # all is lost, so that ε is infinite on this grid
-    mass, lowest = _convolve(parts, counts, lowest, highest)
+        return _LOST
+    with np.errstate(over="ignore", invalid="ignore"):
+        mass, lowest = _convolve(parts, counts, lowest, highest)
+    if not np.isfinite(mass).all():  # rounded masses above 1, to the power of many rounds
+        return _LOST
     finite = sum(n * math.log1p(-part.at_infinity) for part, n in zip(parts, counts, strict=True))
     margin = _ROUNDING * (len(mass) + sum(counts))
     return _Sum(mass, lowest, _TAIL + margin - math.expm1(finite))

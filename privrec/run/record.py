@@ -14,6 +14,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -324,8 +325,7 @@ class Observers(NullObserver):
 
     def started(self, info: RunInfo) -> None:
         """Tell all of them that the run starts."""
-        for observer in self._observers:
-            observer.started(info)
+        self._tell(lambda observer: observer.started(info))
 
     def round(self, record: Record) -> None:
         """Hand the round to all of them."""
@@ -340,7 +340,7 @@ class Observers(NullObserver):
         self._tell(lambda observer: observer.close())
 
     def _tell(self, news: Callable[[Observer], None]) -> None:
-        """Tell all of them; one that fails once rounds are paid for is left out from there on."""
+        """Tell all of them; one that fails is closed and left out, since the run has its ledger."""
         for observer in self._observers:
             try:
                 news(observer)
@@ -348,3 +348,5 @@ class Observers(NullObserver):
                 self._observers = [each for each in self._observers if each is not observer]
                 name, what = type(observer).__name__, type(error).__name__
                 _LOG.warning("%s failed (%s: %s); the run goes on without it", name, what, error)
+                with suppress(Exception, SystemExit):
+                    observer.close()

@@ -35,11 +35,14 @@ def adversary_text(name: str) -> str:
 
 
 def epsilon_text(value: float | None, digits: int = 2) -> str:
-    """ε rounded **up** to ``digits`` decimals; None and infinity give "∞"."""
+    """ε rounded **up** to ``digits`` decimals, from 10^15 on to four digits; None is "∞"."""
     if value is None or math.isinf(value):
         return "∞"
     # In decimal, so that 1.24 stays 1.24 and anything above it, however little, becomes 1.25.
-    return f"{Decimal(repr(float(value))).quantize(Decimal(1).scaleb(-digits), ROUND_CEILING):f}"
+    exact = Decimal(repr(float(value)))
+    long = exact.adjusted() >= 15
+    unit = Decimal(1).scaleb(exact.adjusted() - 3 if long else -digits)
+    return f"{exact.quantize(unit, ROUND_CEILING):{'.3e' if long else 'f'}}"
 
 
 def opening_words(info: RunInfo) -> str:

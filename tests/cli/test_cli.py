@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import signal
@@ -21,6 +22,7 @@ from scipy import stats
 
 from privrec import errors
 from privrec.cli import main as cli
+from privrec.cli.base import print_json
 from privrec.cli.main import main
 from privrec.scenario import load as scenario
 
@@ -621,6 +623,35 @@ def test_a_plan_without_noise_promises_nothing() -> None:
     plan = planned(*words)
     assert plan["epsilon"] is plan["epsilon_server"] is plan["signal"] is None
     assert "no privacy guarantee" in done("plan", "tiny.toml", *words).stdout
+
+
+@pytest.mark.parametrize("noise", ["1e-300", "1e-160", "1e-20", "1e6"])
+@pytest.mark.parametrize("clip_norm", ["1e-30", "1e6"])
+@pytest.mark.parametrize("delta", ["1e-10", "0.5"])
+def test_a_plan_of_extremes_is_json(noise: str, clip_norm: str, delta: str) -> None:
+    words = [f"privacy.{name}" for name in ("epsilon=", f"noise_multiplier={noise}")]
+    words += [f"privacy.clip_norm={clip_norm}", f"privacy.delta={delta}"]
+    text = done("plan", "tiny.toml", *(w for word in words for w in ("-s", word)), "--json").stdout
+    found = json.loads(text, parse_constant=pytest.fail)
+    assert (found["epsilon"] is None) == (noise in ("1e-300", "1e-160"))
+    assert done("plan", "tiny.toml", *(w for word in words for w in ("-s", word))).stdout
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["clip_norm=1e30", "clip_norm=inf", "delta=1e-11", "delta=1", "noise_multiplier=inf"],
+)
+def test_a_plan_beyond_the_extremes_is_refused(word: str) -> None:
+    result = call("plan", "tiny.toml", "-s", f"privacy.{word}", "--json")
+    assert result.exit_code == 2
+    assert word.partition("=")[0] in result.stderr
+
+
+def test_json_has_no_word_for_infinity(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"spent": math.inf, "runs": [math.nan, -math.inf, 1e300, "Infinity"]})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {
+        "spent": None, "runs": [None, None, 1e300, "Infinity"]
+    }  # fmt: skip
 
 
 def test_a_plan_has_the_rows_of_its_scenario(place: Path) -> None:

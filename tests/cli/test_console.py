@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from privrec.cli.console import PlainObserver, ProgressObserver, console_observer
-from privrec.run.record import Record, RunInfo
+from privrec.run.record import Observers, Record, RunInfo
 
 INFO = RunInfo("ml-1m-dp", 20, title="Federated GMF", population=6040, budget=8.0)
 OPEN = replace(INFO, hides_cohorts=False)  # a run whose ε does not rest on hidden cohorts
@@ -108,6 +108,17 @@ def test_the_bar_ends_with_the_run_and_twice_is_harmless(tmp_path: Path) -> None
     observer.finished(SimpleNamespace(path=tmp_path, payload={}))
     observer.close()
     assert drawn(console).endswith("\x1b[?25h")
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), UnicodeEncodeError("ascii", "ε", 0, 1, "")])
+def test_a_terminal_that_is_gone_costs_no_run(error: Exception) -> None:
+    class Gone(Terminal):
+        def write(self, text: str) -> int:
+            raise error
+
+    with Observers(ProgressObserver(Console(file=Gone(), force_terminal=True))) as observer:
+        observer.started(INFO)
+        observer.round(a_record(1))
 
 
 def test_a_pipe_gets_plain_lines_and_a_terminal_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:

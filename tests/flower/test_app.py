@@ -20,6 +20,7 @@ from loopback import Loopback, context_of
 from privrec.device import negatives
 from privrec.errors import DataError, IntegrityError, ReleaseRefused, UsageError
 from privrec.flower import client_app as client_module
+from privrec.flower import server_app as server_module
 from privrec.flower.app import scenario_of
 from privrec.flower.client_app import client_app
 from privrec.flower.enrol import anchor_of, enroll
@@ -438,3 +439,22 @@ def test_a_finished_run_is_shown_for_its_own_scenario_alone(tmp_path: Path) -> N
     (out / "result.json").write_text("{}")
     with pytest.raises(IntegrityError, match="not a signed result"):
         deployed(folder, grid_of(folder), out)
+
+
+def test_a_report_that_cannot_be_written_does_not_unmake_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flower_log: Any
+) -> None:
+    folder, out = app_folder(tmp_path), tmp_path / "run"
+    words = {"out": str(out), "wait-s": 0.2, "set": "train.rounds=1"}
+
+    def fails(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server_module, "write", fails)
+        server_module.server_app(folder)(
+            grid_of(folder, run_config=words), context_of(1, {}, words)
+        )
+    assert (out / "result.json").is_file()
+    assert f"Write it by: privrec report {out}" in flower_log.text
+    assert build(out).privacy

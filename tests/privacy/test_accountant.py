@@ -189,6 +189,19 @@ def test_extreme_noise():
     assert 3000 < little < accountant.rdp(rounds(0.02, 0.05, 3), 1e-5)
 
 
+def test_masses_that_overflow_are_not_taken_for_no_loss():
+    # Rounded upwards, the masses of one round add up to 1.008, whose 10^5th power is no number. The
+    # truth is above 0: what q sqrt(n) / sigma = 3e-8 tells has a δ of 1e-8 at ε = 0.
+    assert accountant.pld(rounds(1e9, 0.1, 10**5), 1e-10) > 0
+    assert accountant._pld_on_grid(rounds(1e9, 0.1, 10**5), 1e-10, 2.0**-46) == math.inf
+
+
+@pytest.mark.parametrize(("sigma", "count"), [(0.01, 10**9), (0.1, 10**9), (1.0, 10**9)])
+def test_rounds_beyond_any_grid_are_bounded_at_once(sigma, count):
+    found = accountant.pld(rounds(sigma, 0.9, count), 1e-6)
+    assert 0.8 * count / 2 / sigma**2 < found <= accountant.pld(rounds(sigma, 1.0, count), 1e-6)
+
+
 def test_the_curve_of_a_run_is_cheap(monkeypatch):
     """Work is counted, not seconds: one distribution of a round, and short convolutions of it."""
     event, asked, lengths = RoundEvent("gaussian", 1.31, 0.07), [], []

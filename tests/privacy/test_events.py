@@ -244,3 +244,29 @@ class TestEpsilon:
     def test_negative_counts(self):
         with pytest.raises(UsageError, match="negative number of rounds"):
             epsilon({EVENT: -1}, 1e-5, "server")
+
+
+@pytest.mark.parametrize("account", ["pld", "rdp"])
+@pytest.mark.parametrize("rate", [1.0, 0.1, 1e-6])
+@pytest.mark.parametrize("count", [1, 10**5])  # 10^6 takes seconds where grids are finest
+def test_epsilon_at_the_extremes(account, rate, count):
+    multipliers = (1e-300, 1e-160, 1e-20, 1e-3, 1e9, 1e100, 1e300)
+    for delta in (1e-10, 1e-6, 0.5):
+        by_adversary = {
+            adversary: [
+                epsilon({RoundEvent("gaussian", sigma, rate): count}, delta, adversary, account)
+                for sigma in multipliers
+            ]
+            for adversary in ("recipients", "server")
+        }
+        for found in by_adversary.values():
+            assert found == sorted(found, reverse=True)
+            assert found[:2] == [math.inf, math.inf]
+            assert all(math.isfinite(each) for each in found[2:])
+            assert 0 <= found[-1] == found[-3]
+        # By so little noise everybody sampled once is as good as known, and sampling hides nothing.
+        assert by_adversary["recipients"][:4] == by_adversary["server"][:4]
+        one = epsilon({RoundEvent("gaussian", 1e-3): 1}, delta, "server")
+        assert by_adversary["recipients"][3] >= one > 4e5
+        pairs = zip(by_adversary["recipients"], by_adversary["server"], strict=True)
+        assert all(ours <= theirs for ours, theirs in pairs)

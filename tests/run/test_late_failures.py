@@ -18,7 +18,7 @@ from privrec.privacy.ledger import Ledger
 from privrec.run import lifecycle
 from privrec.run.identity import Identity
 from privrec.run.lifecycle import _Simulated
-from privrec.run.record import NullObserver
+from privrec.run.record import NullObserver, Observers, Record, RunInfo
 from privrec.run.rows import with_rows
 from privrec.scenario.load import Scenario
 
@@ -49,11 +49,19 @@ class Injected(Exception):
     """The failure that is put in."""
 
 
+class InjectedOSError(Injected, OSError):
+    """One of the system, which is caught apart in places."""
+
+
+class InjectedInterrupt(KeyboardInterrupt):
+    """One that no ``except Exception`` catches."""
+
+
 class _Calls:
     """Raises at the ``fatal``-th call of a function of privrec since the first charge."""
 
-    def __init__(self, fatal: int | None = None) -> None:
-        self.fatal, self.count, self.armed = fatal, 0, False
+    def __init__(self, fatal: int | None = None, error: type[BaseException] = Injected) -> None:
+        self.fatal, self.error, self.count, self.armed = fatal, error, 0, False
         self.hit = ""
 
     def __call__(self, frame: FrameType, event: str, _: Any) -> None:
@@ -66,7 +74,7 @@ class _Calls:
         self.count += 1
         if self.count == self.fatal:
             self.hit = f"{name}.{frame.f_code.co_qualname}"
-            raise Injected(self.hit)
+            raise self.error(self.hit)
 
 
 def _trained(out: Path, scenario: Scenario, calls: _Calls | None = None) -> dict[str, Any]:
@@ -88,16 +96,16 @@ def _state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRIVREC_STATE", str(tmp_path / "state"))
 
 
-def _survives(tmp_path: Path, share: float) -> str:
+def _survives(tmp_path: Path, share: float, error: type[BaseException] = Injected) -> str:
     scenario = Scenario.from_toml(SCENARIO)
     for name in ("warm", "whole"):  # what is cached once is not called again
         whole = _Calls()
         payload = _trained(tmp_path / name, scenario, whole)
-    calls, out = _Calls(1 + int(share * (whole.count - 1))), tmp_path / "hit"
+    calls, out = _Calls(1 + int(share * (whole.count - 1)), error), tmp_path / "hit"
     failed = False
     try:
         found = _trained(out, scenario, calls)
-    except Injected:
+    except error:
         failed = True
     assert calls.hit, "the failure was never put in"
     with Ledger.open(out / "ledger.jsonl", repair=True) as ledger:
@@ -117,13 +125,40 @@ def _survives(tmp_path: Path, share: float) -> str:
 
 @pytest.mark.parametrize("place", range(10))
 def test_a_failure_after_the_first_charge_is_survived(tmp_path: Path, place: int) -> None:
-    _survives(tmp_path, (place + 0.5) / 10)
+    errors = (Injected, InjectedOSError, InjectedInterrupt)
+    _survives(tmp_path, (place + 0.5) / 10, errors[place % 3])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", range(200))
 def test_two_hundred_failures_are_survived(tmp_path: Path, place: int) -> None:
     _survives(tmp_path, place / 200)
+
+
+def test_an_observer_that_cannot_be_opened_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The run has its ledger by then; a tracking server that is away costs no budget."""
+
+    class Away(NullObserver):
+        closed = False
+
+        def started(self, info: RunInfo) -> None:
+            raise UsageError("no server answers")
+
+        def round(self, record: Record) -> None:
+            raise AssertionError("it was left out")
+
+        def close(self) -> None:
+            self.closed = True
+
+    away = Away()
+    result = lifecycle.start(
+        Scenario.from_toml(SCENARIO), out=tmp_path / "run", observer=Observers(away)
+    )
+    assert result.payload["rounds"] == 2
+    assert away.closed
+    assert "Away failed (UsageError: no server answers)" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -237,7 +272,7 @@ def test_what_cannot_be_measured_is_refused_before_the_first_charge(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("noise", ["1e-4", "1e-160", "1e6"])
+@pytest.mark.parametrize("noise", ["1e-4", "1e-20", "1e-160", "1e6"])
 def test_noise_of_any_size_has_an_epsilon_and_a_report(tmp_path: Path, noise: str) -> None:
     scenario = Scenario.from_toml(SCENARIO, [f"privacy.noise_multiplier={noise}"])
     found = _trained(tmp_path / "run", scenario)
