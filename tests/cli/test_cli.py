@@ -218,7 +218,7 @@ def test_ctrl_c_anywhere_exits_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("privrec.scenario.load", stop)
+    monkeypatch.setattr("privrec.scenario.load.load", stop)
     result = call("plan", "tiny.toml")
     assert result.exit_code == 130
     assert "interrupted" in result.stderr
