@@ -30,8 +30,12 @@ def a_record(number: int, **values: Any) -> Record:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(1.24, "1.24"), (1.240001, "1.25"), (7.999, "8.00"), (0.0, "0.00"), (1e-9, "0.01")],
-)
+    [
+        (1.24, "1.24"), (1.240001, "1.25"), (7.999, "8.00"), (0.0, "0.00"), (1e-9, "0.01"),
+        (9.8e14, "980000000000000.00"), (5.0000000000055195e39, "5.001e+39"),
+        (9.9999e39, "1.000e+40"), (1.7e308, "1.700e+308"),
+    ],
+)  # fmt: skip
 def test_epsilon_is_rounded_up(value: float, text: str) -> None:
     assert epsilon_text(value) == text
 
