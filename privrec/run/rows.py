@@ -43,8 +43,9 @@ def with_rows(
     Raises:
         BudgetError, DataError, Interrupted, UsageError: As :func:`privrec.run.lifecycle.start`.
     """
-    gaps = {what: why for what, why in result.payload["gaps"].items() if not what.startswith(ROWS)}
-    whole = "rows" in result.payload and gaps == result.payload["gaps"]
+    before = result.payload.get("gaps", {})
+    gaps = {what: why for what, why in before.items() if not what.startswith(ROWS)}
+    whole = "rows" in result.payload and gaps == before
     if not scenario.rows or whole:
         return result
     identity = Identity.read(result.path)
@@ -58,9 +59,12 @@ def with_rows(
         for folder, each in _repeated(variant, f"{ROWS}{index}", name):
             found = _finished(each, result.path / folder, place, observer, population).payload
             payloads.append(found)
-            gaps |= {f"{folder}: {what}": why for what, why in found["gaps"].items()}
+            gaps |= {f"{folder}: {what}": why for what, why in found.get("gaps", {}).items()}
         rows.append(_facts(row, payloads))
-    payload = directory.leave(result.path, {**result.payload, "rows": rows, "gaps": gaps}, identity)
+    payload = {**result.payload, "rows": rows, "gaps": gaps}
+    if not gaps:
+        del payload["gaps"]
+    payload = directory.leave(result.path, payload, identity)
     return replace(result, payload=payload)
 
 
