@@ -43,9 +43,9 @@ def with_rows(
     Raises:
         BudgetError, DataError, Interrupted, UsageError: As :func:`privrec.run.lifecycle.start`.
     """
-    before = result.payload.get("gaps", {})
-    gaps = {what: why for what, why in before.items() if not what.startswith(ROWS)}
-    whole = "rows" in result.payload and gaps == before
+    stated = result.payload.get("gaps", {})
+    gaps = {what: why for what, why in stated.items() if not what.startswith(ROWS)}
+    whole = "rows" in result.payload and gaps == stated
     if not scenario.rows or whole:
         return result
     identity = Identity.read(result.path)
@@ -61,10 +61,7 @@ def with_rows(
             payloads.append(found)
             gaps |= {f"{folder}: {what}": why for what, why in found.get("gaps", {}).items()}
         rows.append(_facts(row, payloads))
-    payload = {**result.payload, "rows": rows, "gaps": gaps}
-    if not gaps:
-        del payload["gaps"]
-    payload = directory.leave(result.path, payload, identity)
+    payload = directory.leave(result.path, {**result.payload, "rows": rows, "gaps": gaps}, identity)
     return replace(result, payload=payload)
 
 
