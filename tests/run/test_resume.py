@@ -151,7 +151,8 @@ class Sessions:
     def __init__(self, folder: Path) -> None:
         self.folder, self.worlds = folder, 0
         self.scenario = self.written("tiny.toml", TINY)
-        words = [sys.executable, str(ROOT / "tests" / "crash_server.py"), str(self.scenario)]
+        server = Path(__file__).with_name("crash_server.py")
+        words = [sys.executable, str(server), str(self.scenario)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
