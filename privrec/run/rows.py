@@ -43,7 +43,7 @@ def with_rows(
     Raises:
         BudgetError, DataError, Interrupted, UsageError: As :func:`privrec.run.lifecycle.start`.
     """
-    stated = result.payload.get("gaps", {})
+    stated = result.payload["gaps"]
     gaps = {what: why for what, why in stated.items() if not what.startswith(ROWS)}
     whole = "rows" in result.payload and gaps == stated
     if not scenario.rows or whole:
@@ -59,7 +59,7 @@ def with_rows(
         for folder, each in _repeated(variant, f"{ROWS}{index}", name):
             found = _finished(each, result.path / folder, place, observer, population).payload
             payloads.append(found)
-            gaps |= {f"{folder}: {what}": why for what, why in found.get("gaps", {}).items()}
+            gaps |= {f"{folder}: {what}": why for what, why in found["gaps"].items()}
         rows.append(_facts(row, payloads))
     payload = directory.leave(result.path, {**result.payload, "rows": rows, "gaps": gaps}, identity)
     return replace(result, payload=payload)

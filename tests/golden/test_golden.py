@@ -8,7 +8,7 @@ from typing import Any
 
 import golden
 import pytest
-from runs import Silent, Stop, run_once
+from small_runs import Silent, Stop, run_once
 
 import privrec
 from privrec.errors import Interrupted

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from runs import Silent, Stop, make_scenario, run_once, weights
+from small_runs import Silent, Stop, make_scenario, run_once, weights
 
 from privrec.cli.main import main
 from privrec.cli.plan import coefficients

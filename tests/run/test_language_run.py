@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from runs import Silent, Stop, make_scenario, run_once, weights
+from small_runs import Silent, Stop, make_scenario, run_once, weights
 
 from privrec.cli.plan import coefficients
 from privrec.data.text import load_text

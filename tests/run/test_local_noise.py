@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from runs import make_scenario, run_once
+from small_runs import make_scenario, run_once
 
 from privrec import data
 from privrec.errors import BudgetError, IntegrityError, ReleaseRefused, ScenarioError

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from click.testing import CliRunner
-from runs import ledger_entries, make_scenario, run_once, weights
+from small_runs import ledger_entries, make_scenario, run_once, weights
 
 import privrec
 from privrec.cli.main import main
