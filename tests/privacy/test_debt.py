@@ -40,22 +40,6 @@ def test_a_difference_that_falls_between_two_floats_is_rounded_up():
     assert float(debt.since(np.array([1]))[0]) > 2.0**53
 
 
-@given(st.lists(positive, max_size=40), st.sampled_from([0.0625, 1.0, 4.0]))
-def test_units_are_counted_exactly_and_rounded_up(variances, unit):
-    debt = PendingNoise(unit)
-    for variance in variances:
-        debt.append(variance)
-    owed = debt.since(np.arange(len(variances) + 1))
-    counts = [-(-Fraction(v) // Fraction(unit)) for v in variances]
-    assert owed.tolist() == [float(sum(counts[s:])) for s in range(len(variances) + 1)]
-
-
-def test_more_units_than_are_exact_are_refused():
-    debt = PendingNoise(1.0)
-    with pytest.raises(UsageError, match="settle everything"):
-        debt.append(2.0**53)
-
-
 @given(st.lists(st.tuples(updates, positive), min_size=1, max_size=70))
 def test_composed_blocks_are_the_product_written_out(steps):
     drift = PendingSteps()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,17 @@ def test_a_replaced_weight_is_noticed(halfway: Path) -> None:
     arrays["weights"][3] += 1.0
     checkpoint.write(place, position, arrays, FORGER)
     assert "not signed with the key of this run" in refused(halfway)
+
+
+@pytest.mark.parametrize("change", [{"ledger_hash": "0" * 64}, {"ledger_entries": 99}])
+def test_a_checkpoint_that_was_taken_with_another_ledger_is_refused(
+    halfway: Path, change: dict[str, Any]
+) -> None:
+    """As on a machine that was set back as a whole but for the run's directory."""
+    place, key = halfway / directory.CHECKPOINT, key_of(halfway)
+    position, arrays = checkpoint.read(place, key.public_key())
+    checkpoint.write(place, replace(position, **change), arrays, key)
+    assert "of another ledger" in refused(halfway)
 
 
 def test_no_record_passes_for_one_of_another_kind(halfway: Path) -> None:
