@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from privrec.privacy.population import PopulationCharge, create, read
 from privrec.privacy.signed import sign
 from privrec.report.build import build
 from privrec.report.render import write
+from privrec.report.spending import read_spending
 from privrec.report.verify import verify
-from privrec.run import checkpoint, directory, lifecycle, rows
+from privrec.run import checkpoint, directory, header, lifecycle, rows
 from privrec.run.identity import Identity
 from privrec.run.privacy_plan import event_without_shares
 from privrec.run.recommend import recommend
@@ -152,6 +154,17 @@ def test_a_replaced_weight_is_noticed(halfway: Path) -> None:
     assert "not signed with the key of this run" in refused(halfway)
 
 
+@pytest.mark.parametrize("change", [{"ledger_hash": "0" * 64}, {"ledger_entries": 99}])
+def test_a_checkpoint_that_was_taken_with_another_ledger_is_refused(
+    halfway: Path, change: dict[str, Any]
+) -> None:
+    """As on a machine that was set back as a whole but for the run's directory."""
+    place, key = halfway / directory.CHECKPOINT, key_of(halfway)
+    position, arrays = checkpoint.read(place, key.public_key())
+    checkpoint.write(place, replace(position, **change), arrays, key)
+    assert "of another ledger" in refused(halfway)
+
+
 def test_no_record_passes_for_one_of_another_kind(halfway: Path) -> None:
     """The very facts of a checkpoint, signed as a result, are none."""
     place, key = halfway / directory.CHECKPOINT, key_of(halfway)
@@ -273,6 +286,17 @@ def test_an_end_that_is_not_signed_serves_no_model(halfway: Path) -> None:
         file.write(line_of({**end, "previous": last["hash"]}))
     with pytest.raises(IntegrityError, match="not the model that the run's ledger ends with"):
         recommend(halfway, user="3", k=3)
+    with pytest.raises(IntegrityError, match="entries, of which"):
+        read_spending(halfway)
+
+
+@pytest.mark.parametrize("name", ["scenario_hash", "privacy_hash"])
+def test_a_header_that_contradicts_its_scenario_declares_nothing(finished: Path, name: str) -> None:
+    with Ledger.open(finished / "ledger.jsonl", repair=False) as ledger:
+        declared = ledger.header
+    assert header.read(declared, "ledger").scenario.hash() == declared["scenario_hash"]
+    with pytest.raises(IntegrityError, match=f"the header's {name} is not that of the scenario"):
+        header.read({**declared, name: "0" * 64}, "ledger")
 
 
 def test_epsilon_of_a_finished_run_is_that_of_its_ledger(finished: Path) -> None:
