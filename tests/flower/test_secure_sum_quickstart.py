@@ -19,7 +19,7 @@ from sum_apps import fedavg, grid_of, lenient
 
 from privrec.flower.secure_sum import SecureSum
 
-NODES, ROUNDS, SEEDS = 8, 7, (0, 1, 2)
+NODES, ROUNDS, SEEDS = 8, 9, (0, 1, 2)
 STAGES = ("prekeys", "shares", "masked", "confirm", "unmask")
 
 
