@@ -123,6 +123,11 @@ def _survives(tmp_path: Path, share: float, error: type[BaseException] = Injecte
     return calls.hit
 
 
+# A failure that is put into closing a file leaves it to the garbage collector, which says so.
+leaves_files = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@leaves_files
 @pytest.mark.parametrize("place", range(10))
 def test_a_failure_after_the_first_charge_is_survived(tmp_path: Path, place: int) -> None:
     errors = (Injected, InjectedOSError, InjectedInterrupt)
@@ -130,6 +135,7 @@ def test_a_failure_after_the_first_charge_is_survived(tmp_path: Path, place: int
 
 
 @pytest.mark.slow
+@leaves_files
 @pytest.mark.parametrize("place", range(200))
 def test_two_hundred_failures_are_survived(tmp_path: Path, place: int) -> None:
     _survives(tmp_path, place / 200)
