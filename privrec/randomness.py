@@ -18,7 +18,6 @@ import hmac
 import operator
 import os
 import secrets
-import stat
 from pathlib import Path
 from typing import NoReturn, SupportsIndex, TypeAlias
 
@@ -26,13 +25,12 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
-from privrec.errors import IntegrityError, ReleaseRefused, UsageError
-from privrec.storage import sync_directory
+from privrec.errors import ReleaseRefused, UsageError
+from privrec.storage import read_secret, write_secret
 
 ROOT_BYTES = 32
 STREAM_LIMIT = 2**36
 _EXTRACT_SALT = b"privrec secret root, version 1"
-_CHECK_BYTES = 8
 _ZEROS = memoryview(bytes(1 << 16))
 _CIPHER_TAIL = 15  # update_into asks for a block less one byte more than it writes
 _PAIRS = 1 << 12  # Box-Muller pairs at a time: all buffers together stay in the level-2 cache
@@ -237,86 +235,6 @@ class SecureStream:
                 f"{n} bytes of a secure stream that has {self._left} of {STREAM_LIMIT} left: one "
                 "key gives no more; open a stream with another context for each part of the draw"
             )
-
-
-def write_secret(path: Path, secret: bytes) -> None:
-    """Keep a secret in a new file that its owner alone can read, durable before this returns.
-
-    A crash leaves either the whole file or none under this name.
-
-    Args:
-        path: the new file (mode 0600); missing directories are made with mode 0700.
-        secret: the bytes to keep; a short checksum is added.
-
-    Raises:
-        UsageError: when ``path`` exists or its directory cannot be written.
-    """
-    if path.exists():
-        raise UsageError(
-            f"{path}: a secret is kept here already and is never overwritten; "
-            "load it, or choose another place"
-        )
-    try:
-        _make_directory(path.parent)
-        _write_once(path, secret + _checksum(secret))
-    except OSError as error:
-        raise UsageError(
-            f"{path}: the secret could not be kept ({error.strerror}); make the directory "
-            "writable, or set PRIVREC_STATE to one that is"
-        ) from error
-
-
-def read_secret(path: Path, size: int) -> bytes:
-    """The secret of ``size`` bytes that :func:`write_secret` kept at ``path``.
-
-    Raises:
-        UsageError: when the file is missing, or others than its owner may use it.
-        IntegrityError: when its content is not what was written.
-    """
-    try:
-        mode, content = path.stat().st_mode, path.read_bytes()
-    except OSError as error:
-        raise UsageError(
-            f"{path}: the secret could not be read ({error.strerror}); "
-            "bring the file back, or set PRIVREC_STATE to the directory that holds it"
-        ) from error
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise UsageError(
-            f"{path}: mode {stat.S_IMODE(mode):04o} lets others than the owner use this secret; "
-            "run chmod 600 on it, and start a new run if somebody may have read it"
-        )
-    secret = content[:size]
-    if content != secret + _checksum(secret) or len(secret) != size:
-        raise IntegrityError(
-            f"{path}: not a secret of {size} bytes as privrec writes it; "
-            "bring back the original file, or start a new run"
-        )
-    return secret
-
-
-def _make_directory(path: Path) -> None:
-    missing = [place for place in (path, *path.parents) if not place.exists()]
-    path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for place in missing:
-        sync_directory(place.parent)
-
-
-def _write_once(path: Path, content: bytes) -> None:
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(draft, path)  # unlike a rename, it fails when another process took the name
-    finally:
-        draft.unlink()
-    sync_directory(path.parent)
-
-
-def _checksum(secret: bytes) -> bytes:
-    return hashlib.sha256(b"privrec secret" + secret).digest()[:_CHECK_BYTES]
 
 
 def _encode(kind: str, names: tuple[Name, ...]) -> bytes:

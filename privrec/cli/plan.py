@@ -76,8 +76,8 @@ def _spending(scenario: Scenario, event: RoundEvent) -> dict[str, Any]:
     spent = spend(event, rounds=rounds, delta=delta, points=MILESTONES, before=before)
     by_round = zip(spent.after, spent.recipients, spent.server, strict=True)
     return {
-        "epsilon": _finite(spent.epsilon),
-        "epsilon_server": _finite(spent.epsilon_server),
+        "epsilon": _finite(spent.recipients[-1]),
+        "epsilon_server": _finite(spent.server[-1]),
         "epsilon_by_round": [
             {"round": after, "epsilon": _finite(ours), "epsilon_server": _finite(theirs)}
             for after, ours, theirs in by_round

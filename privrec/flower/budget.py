@@ -15,9 +15,9 @@ from privrec.errors import BudgetError, IntegrityError, UsageError
 from privrec.privacy.calibrate import noise_multiplier_for
 from privrec.privacy.events import RoundEvent, check_delta
 from privrec.privacy.ledger import Ledger
-from privrec.privacy.signed import server_key
 from privrec.randomness import SecretRoot, state_dir
 from privrec.secagg.keys import statement
+from privrec.storage import server_key
 
 _UNIT = "a user of this ledger is a node: all that one Flower node trains on"
 

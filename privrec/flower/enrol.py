@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from privrec.errors import DataError, UsageError
-from privrec.randomness import SecretRoot, read_secret, write_secret
+from privrec.randomness import SecretRoot
 from privrec.secagg.keys import KEY_BYTES, SIGNATURE_BYTES, DeviceKey, Prekey, Verifier
 from privrec.secagg.roster import Anchor, EnrolmentKey, ListedDevices, enrol
-from privrec.storage import replace
+from privrec.storage import read_secret, replace, write_secret
 
 ROOT, CERTIFICATES, STATE = "device.root", "certificates", "state"
 EMPTY = b""

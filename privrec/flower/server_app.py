@@ -228,7 +228,7 @@ def _begun(
     described = {"source": scenario.data.source, "items": items, "users": population}
     identity = Identity.new(scenario, described, None, known, simulated=simulated)
     with identity.forgotten_unless(out), directory.appearing(out) as folder:
-        directory.write_json(folder / "run.json", identity.to_json())
+        storage.write_json(folder / "run.json", identity.to_json())
         storage.replace(folder / "scenario.toml", scenario.to_toml().encode())
         with directory.new_ledger(folder, scenario, identity, population) as ledger:
             identity.root("server")

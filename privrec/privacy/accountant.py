@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -40,7 +39,7 @@ _PLAIN = 1e-12  # sampling above 1 - 1e-12 is treated as everybody, which costs 
 class Rounds:
     """Identical rounds of the Gaussian mechanism of sensitivity 1.
 
-    Args:
+    Attributes:
         noise_multiplier: standard deviation of the noise over the sensitivity, above 0.
         sampling_rate: probability with which each user is sampled, in (0, 1]; 1 means everybody.
         count: how many of them, at least 1.
@@ -77,7 +76,9 @@ def pld(rounds: Composition, delta: float) -> float:
     """
     if all(part.everybody for part in rounds):
         return gaussian(_strength(rounds), delta)
-    step = _first_step(rounds)
+    # A power of two that puts the loss of one round on some thousand points.
+    sigma = min(part.noise_multiplier for part in rounds)
+    step = 2.0 ** math.floor(math.log2((0.5 / sigma + 10) / sigma / 1024))
     best = _pld_on_grid(rounds, delta, step)
     for _ in range(_LEVELS):
         step /= 4
@@ -98,17 +99,24 @@ def rdp(rounds: Composition, delta: float) -> float:
 
     Arguments and result as for :func:`pld`.
     """
-    from dp_accounting import NeighboringRelation
+    from dp_accounting import NeighboringRelation, dp_event
     from dp_accounting.rdp import RdpAccountant
 
     accountant = RdpAccountant(neighboring_relation=NeighboringRelation.REPLACE_SPECIAL)
-    with (
-        _quiet("absl"),
-        np.errstate(all="ignore"),
-    ):  # it reports each order that it leaves out, which only loosens the bound
-        for part in rounds:
-            accountant.compose(_dp_event(part), part.count)
-        return float(accountant.get_epsilon(delta))
+    # It reports each order that it leaves out, which only loosens the bound.
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with np.errstate(all="ignore"):
+            for part in rounds:
+                event: Any = dp_event.GaussianDpEvent(part.noise_multiplier)
+                if not part.everybody:
+                    event = dp_event.PoissonSampledDpEvent(part.sampling_rate, event)
+                accountant.compose(event, part.count)
+            return float(accountant.get_epsilon(delta))
+    finally:
+        logger.setLevel(level)
 
 
 @lru_cache(maxsize=4096)
@@ -123,11 +131,11 @@ def renyi(part: Rounds, order: int) -> float:
     plain = order / 2 / sigma / sigma
     if part.everybody:
         return plain
-    logs = [
-        math.lgamma(order + 1) - math.lgamma(k + 1) - math.lgamma(order - k + 1)
-        + (order - k) * math.log1p(-rate) + k * math.log(rate) + k * (k - 1) / 2 / sigma / sigma
-        for k in range(order + 1)
-    ]  # fmt: skip
+    logs = []
+    for k in range(order + 1):
+        choose = math.lgamma(order + 1) - math.lgamma(k + 1) - math.lgamma(order - k + 1)
+        weight = (order - k) * math.log1p(-rate) + k * math.log(rate)
+        logs.append(choose + weight + k * (k - 1) / 2 / sigma / sigma)
     top = max(logs)
     moment = top + math.log(math.fsum(math.exp(log - top) for log in logs))
     return min(plain, moment / (order - 1))
@@ -146,11 +154,14 @@ def gaussian(strength: float, delta: float) -> float:
     """
     if gaussian_delta(strength, 0.0) <= delta:
         return 0.0
-    high = 1.0
+    low, high = 0.0, 1.0
     while gaussian_delta(strength, high) > delta:
         high *= 2
-    found = _bisect(lambda epsilon: gaussian_delta(strength, epsilon) <= delta, 0.0, high)
-    return found if found <= _LARGE else found * (1 + 1e-12)
+    while high - low > 1e-12 * high:
+        middle = (low + high) / 2
+        holds = gaussian_delta(strength, middle) <= delta
+        low, high = (low, middle) if holds else (middle, high)
+    return high if high <= _LARGE else high * (1 + 1e-12)
 
 
 def gaussian_delta(strength: float, epsilon: float) -> float:
@@ -188,12 +199,6 @@ _LOST = _Sum(np.zeros(1), 0, 1.0)  # all is lost, so that ε is infinite on this
 
 def _strength(rounds: Sequence[Rounds]) -> float:
     return math.hypot(*(math.sqrt(part.count) / part.noise_multiplier for part in rounds))
-
-
-def _first_step(rounds: Sequence[Rounds]) -> float:
-    """A power of two that puts the loss of one round on some thousand points."""
-    sigma = min(part.noise_multiplier for part in rounds)
-    return 2.0 ** math.floor(math.log2((0.5 / sigma + 10) / sigma / 1024))
 
 
 def _merged(rounds: Sequence[Rounds]) -> list[Rounds]:
@@ -242,13 +247,13 @@ def _losses(pmf: Any) -> _Losses:
     places = dense._lower_loss + np.arange(len(mass), dtype=np.float64)
     with np.errstate(divide="ignore"):
         weights = np.log(mass)
-    moments = np.array([_log_sum(weights + order * places) for order in _ORDERS])
-    return _Losses(mass, int(dense._lower_loss), float(dense._infinity_mass), moments)
-
-
-def _log_sum(logs: NDArray[np.float64]) -> float:
-    top = float(logs.max())
-    return top + math.log(float(np.exp(logs - top).sum()))
+    moments = []
+    for order in _ORDERS:
+        logs = weights + order * places
+        top = float(logs.max())
+        moments.append(top + math.log(float(np.exp(logs - top).sum())))
+    lowest, at_infinity = int(dense._lower_loss), float(dense._infinity_mass)
+    return _Losses(mass, lowest, at_infinity, np.array(moments))
 
 
 def _sum(parts: Sequence[_Losses], counts: Sequence[int]) -> _Sum:
@@ -287,18 +292,13 @@ def _convolve(
     size = fft.next_fast_len(highest - lowest + 1, real=True)
     spectrum: NDArray[np.complex128] = np.ones(size // 2 + 1, dtype=np.complex128)
     for part, count in zip(parts, counts, strict=True):
-        spectrum *= fft.rfft(_wrapped(part.mass, size)) ** count
+        rows = -(-len(part.mass) // size)
+        wrapped = np.zeros(rows * size)
+        wrapped[: len(part.mass)] = part.mass
+        spectrum *= fft.rfft(wrapped.reshape(rows, size).sum(axis=0)) ** count
     start = sum(count * part.lowest for part, count in zip(parts, counts, strict=True))
     mass = np.roll(fft.irfft(spectrum, n=size), start - lowest)
     return np.maximum(mass, 0.0), lowest
-
-
-def _wrapped(mass: NDArray[np.float64], size: int) -> NDArray[np.float64]:
-    rows = -(-len(mass) // size)
-    padded = np.zeros(rows * size)
-    padded[: len(mass)] = mass
-    folded: NDArray[np.float64] = padded.reshape(rows, size).sum(axis=0)
-    return folded
 
 
 def _invert(mass: NDArray[np.float64], lowest: int, step: float, delta: float) -> float:
@@ -325,31 +325,3 @@ def _invert(mass: NDArray[np.float64], lowest: int, step: float, delta: float) -
         return 0.0
     # Between two grid points the divergence is `upper - exp(ε - loss) lower`.
     return max(0.0, (lowest + high) * step + math.log((upper - delta) / lower))
-
-
-@contextmanager
-def _quiet(logger_name: str) -> Iterator[None]:
-    logger = logging.getLogger(logger_name)
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
-def _bisect(holds: Callable[[float], bool], low: float, high: float) -> float:
-    """The end of a bracket of 1e-12 relative width at which ``holds``, which fails at ``low``."""
-    while high - low > 1e-12 * high:
-        middle = (low + high) / 2
-        low, high = (low, middle) if holds(middle) else (middle, high)
-    return high
-
-
-def _dp_event(part: Rounds) -> Any:
-    from dp_accounting import dp_event
-
-    event = dp_event.GaussianDpEvent(part.noise_multiplier)
-    if part.everybody:
-        return event
-    return dp_event.PoissonSampledDpEvent(part.sampling_rate, event)

@@ -50,7 +50,11 @@ def noise_multiplier_for(
         UsageError: when an argument is outside its range, or not even a noise multiplier of a
             million meets the target.
     """
-    _check_target(target_epsilon)
+    if not (math.isfinite(target_epsilon) and target_epsilon >= 10.0**-DIGITS):
+        raise UsageError(
+            f"epsilon {target_epsilon}: it must be finite and at least {10.0**-DIGITS}, "
+            'to which ε is rounded up; for no guarantee at all choose noise = "none"'
+        )
     _check_rounds(rounds)
     check_delta(delta)
     check_adversary(adversary)
@@ -62,10 +66,13 @@ def noise_multiplier_for(
             return False
         return epsilon(_events(event, rounds, before), delta, against) <= target_epsilon
 
+    def first(against: Adversary, last: int) -> int:
+        return bisect_left(range(last), True, key=lambda candidate: holds(candidate, against))
+
     # What holds against the server holds against recipients too, and costs nothing to find.
-    enough = _first(lambda candidate: holds(candidate, "server"), (_MOST - _LEAST) * _STEPS)
+    enough = first("server", (_MOST - _LEAST) * _STEPS)
     if adversary == "recipients":
-        enough = _first(lambda candidate: holds(candidate, "recipients"), enough)
+        enough = first("recipients", enough)
     if not holds(enough, adversary):
         event_of(_number(enough))  # says what is wrong with the event, if anything is
         raise UsageError(
@@ -79,31 +86,15 @@ def noise_multiplier_for(
 class Calibration:
     """What rounds of one kind will cost, before any data is touched.
 
-    Args:
-        event: the event of each round.
-        rounds: how many are planned.
-        delta: the δ of both claims.
-        after: numbers of rounds at which ε is given, ascending, the last is ``rounds``.
+    Attributes:
+        after: numbers of rounds at which ε is given, ascending; the last is all that are planned.
         recipients: ε against the recipients of the models after as many rounds.
         server: ε against the server after as many rounds.
     """
 
-    event: RoundEvent
-    rounds: int
-    delta: float
     after: tuple[int, ...]
     recipients: tuple[float, ...]
     server: tuple[float, ...]
-
-    @property
-    def epsilon(self) -> float:
-        """ε against recipients after all rounds."""
-        return self.recipients[-1]
-
-    @property
-    def epsilon_server(self) -> float:
-        """ε against the server after all rounds."""
-        return self.server[-1]
 
 
 def plan(
@@ -128,27 +119,13 @@ def plan(
         UsageError: when an argument is outside its range.
     """
     _check_rounds(rounds)
-    after = _spread(rounds, points)
+    count = max(2, min(points, rounds))
+    spread = {round(1 + (rounds - 1) * place / (count - 1)) for place in range(count)}
+    after = tuple(sorted(spread))
     spent = [_events(event, count, before) for count in after]
     recipients = tuple(epsilon(events, delta, "recipients") for events in spent)
     server = tuple(epsilon(events, delta, "server") for events in spent)
-    return Calibration(event, rounds, delta, after, recipients, server)
-
-
-def signal_to_noise(noise_multiplier: float, cohort: float, dimension: int) -> float:
-    """Largest expected ratio of a round's sum to its noise, both in L2 norm.
-
-    It is reached when all updates of the cohort are clipped and point the same way; updates that
-    have nothing in common reach it divided by ``√cohort``.
-
-    Args:
-        noise_multiplier: standard deviation of the noise over the clip norm; 0 gives infinity.
-        cohort: expected number of devices in a round.
-        dimension: number of coefficients of the sum, at least 1.
-    """
-    if noise_multiplier == 0:
-        return math.inf
-    return cohort / (noise_multiplier * math.sqrt(dimension))
+    return Calibration(after, recipients, server)
 
 
 def _events(event: RoundEvent, rounds: int, before: RoundEvent | None) -> Counter[RoundEvent]:
@@ -159,25 +136,6 @@ def _number(candidate: int) -> float:
     """The candidates in ascending order: all numbers of four significant digits from 0.01 on."""
     decade, place = divmod(candidate, _STEPS)
     return float(f"{10 ** (_DIGITS - 1) + place}e{decade + _LEAST - _DIGITS + 1}")
-
-
-def _first(holds: Callable[[int], bool], last: int) -> int:
-    """The first candidate that ``holds``, which all after it do too; ``last`` when none before."""
-    return bisect_left(range(last), True, key=holds)
-
-
-def _spread(rounds: int, points: int) -> tuple[int, ...]:
-    """At most ``points`` whole numbers, evenly from 1 to ``rounds``."""
-    count = max(2, min(points, rounds))
-    return tuple(sorted({round(1 + (rounds - 1) * place / (count - 1)) for place in range(count)}))
-
-
-def _check_target(target_epsilon: float) -> None:
-    if not (math.isfinite(target_epsilon) and target_epsilon >= 10.0**-DIGITS):
-        raise UsageError(
-            f"epsilon {target_epsilon}: it must be finite and at least {10.0**-DIGITS}, "
-            'to which ε is rounded up; for no guarantee at all choose noise = "none"'
-        )
 
 
 def _check_rounds(rounds: int) -> None:

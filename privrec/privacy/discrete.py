@@ -1,7 +1,7 @@
-"""The exact sampler of integer noise: the discrete Gaussian.
+"""The discrete Gaussian: an exact sampler, and how near sums of shares come to what is accounted.
 
-Tables are built in integers alone, so that everybody who holds the seed of a draw gets the same
-draw, and how far a draw is from its distribution is proved, not measured.
+**Sampler.** Tables are built in integers alone, so that everybody who holds the seed of a draw gets
+the same draw, and how far a draw is from its distribution is proved, not measured.
 
 A table is Walker's: with ``N = 2^k`` columns of equal mass ``2^(256-k)``, each split between its
 own outcome and one other. A 32-bit word names the column with its first ``k`` bits and a place in
@@ -18,9 +18,51 @@ formula is ``τ √2π (1 + e)`` with ``|e| <= 2 Σ exp(-2π² τ² r²)``. Here
 
 Total variation of a draw from its distribution is at most :data:`SLACK`, the sum of, for at most
 five tables: the tail left out beyond 18.5 deviations (``2 exp(-171) < 2^-245``, since the discrete
-Gaussian is sub-Gaussian); rounding of ``K < 2^17``
-probabilities to multiples of ``2^-256``; arithmetic in 448 bits (errors below ``2^-350``); and
-``2^-254`` for each sum. That is below ``5 (2^-245 + 2^-239 + 2^-253) < 2^-236``.
+Gaussian is sub-Gaussian); rounding of ``K < 2^17`` probabilities to multiples of ``2^-256``;
+arithmetic in 448 bits (errors below ``2^-350``); and ``2^-254`` for each sum. That is below
+``5 (2^-245 + 2^-239 + 2^-253) < 2^-236``.
+
+**Shares.** A round releases ``f + Σ Zᵢ`` where ``f`` is an integer vector of L2 sensitivity ``B``
+and ``m`` honest shares ``Zᵢ`` have the variance parameter ``s² = σ² / m`` in each of ``d``
+coefficients. More shares than ``m`` are independent noise on top, hence post-processing.
+
+**Sum of discrete Gaussians.** Let ``a = k s²``. The law of ``N_Z(0, a) + N_Z(0, s²)`` at ``x`` is
+``exp(-x² / 2(a + s²))`` times a Gaussian sum over shifted integers of variance
+``τ² = s² k / (k + 1)``. By Poisson's summation formula that sum is, at a shift ``μ``,
+``√(2π) τ (1 + 2 Σ_{r>=1} exp(-2π² τ² r²) cos 2πrμ)``: within ``1 ± e(τ²)`` of a constant,
+``e(τ²) = 2 Σ_{r>=1} exp(-2π² τ² r²)``. So the law is ``q h / E_q[h]`` for
+``q = N_Z(0, (k + 1) s²)`` and an ``h`` within ``1 ± e``, and so is ``E_q[h]``: the log-ratio of the
+two is at most ``log (1 + e) / (1 - e) = 2 artanh e``, which is ``4 exp(-2π² τ²)`` to first order
+(2 for both signs of the cosine, 2 for ``h`` and its mean). One more independent share keeps the
+log-ratio of what was summed before: by induction that of the whole sum to ``N_Z(0, σ²)`` is at most
+``Σ_{k=1}^{m-1} 2 artanh e(s² k / (k + 1))``. (Kairouz, Liu & Steinke 2021, theorem 1, has the same
+exponents with a constant of 10, which is larger than the derivation needs.)
+
+**Discrete Gaussian and Gaussian.** Round ``X ~ N(f, σ² - ρ)`` to ``Y ~ N_Z(X, ρ)``, a discrete
+Gaussian with centre ``X`` (randomised rounding, Peikert 2010, theorem 3.1). Since the normaliser of
+``N_Z(X, ρ)`` is within ``1 ± e(ρ)`` of ``√2πρ``, ``Y`` has within ``2 artanh e(ρ)`` the law of
+``f + N_Z(0, σ²)``, and ``Y`` is post-processing of the Gaussian mechanism of variance ``σ² - ρ``.
+
+**Together.** The release has within a log-ratio of ``K = d (sum + rounding)``, on every set, the
+law of a post-processing of the Gaussian mechanism of noise multiplier ``√(σ² - ρ) / B``. The same
+holds of mixtures (Poisson sampling) and, with ``K`` added up, of adaptive compositions. If that
+mechanism is ``(ε, δ)`` private, the release is ``(ε + 2K, exp(K) δ)`` private. If the draws of
+the honest shares are within total variation ``t`` of theirs, ``δ`` grows by ``(1 + exp(ε)) t``.
+That the keystream is as good as random is the assumption behind all of this.
+
+**Small cohorts.** Central noise is added to any sum, also to that of nobody. Distributed noise is
+not there when nobody is, so that a round with fewer than its fewest devices ends without a release.
+Who is sampled depends on no history, and so neither does the end of a round, but it spoils the
+secrecy of sampling a little: with exactly one device too few among the others, a release shows that
+the user in question took part.
+
+Fix the coins of all others. If enough of them are sampled in every band, the round is the sampled
+mechanism as accounted; if two or more are missing, it never releases. There remains, for a band of
+``N`` devices that needs ``n``, the case of ``n - 1`` others, of probability ``P[Bin(N-1, q) =
+n-1]``, in which something is released with probability ``q``. The three cases have the same
+probabilities for two neighbouring histories, so the case adds its ``q P[Bin(N-1, q) = n-1]``, which
+is at most ``P[Bin(N, q) < n] max(1, q / (1-q))``, to δ, whatever ε is.
+
 Sources: Canonne, Kamath & Steinke, "The Discrete Gaussian for Differential Privacy" (2020); Walker
 (1977), Vose (1991) for the table; Micciancio & Peikert (2013) for sums.
 """
@@ -28,6 +70,7 @@ Sources: Canonne, Kamath & Steinke, "The Discrete Gaussian for Differential Priv
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -42,16 +85,23 @@ SLACK = 2.0**-236
 """Largest total variation of one draw from its distribution."""
 LEAST_VARIANCE = Fraction(1, 16)
 LARGEST_VARIANCE = Fraction(2**44)
+SHARE_OF_DELTA = 1e-3
+"""Largest part of δ that the samplers may take."""
+SMALL_COHORTS_SHARE = 0.01
+"""Largest part of δ that small cohorts may take."""
+LARGEST_LOG_RATIO = 1e-10
+"""Largest log-ratio of one round to what is accounted for it."""
 
 _MASS_BITS = 256
 _WORD_BITS = 32
 _TIE_BYTES = (_MASS_BITS - _WORD_BITS) // 8
 _WORK_BITS = 448
-_ONE = 1 << _WORK_BITS
 _TAIL = Fraction(685, 2)  # 18.5 deviations, squared and rounded up
 _NARROW = 1 << 20  # variance up to which one table is used
 _RATIO = 9  # v₁ / j²
 _BLOCK = 1 << 15
+_ROUNDING = 3.0  # ρ
+_FEW = 64
 
 
 def discrete_gaussian(stream: SecureStream, variance: Fraction, size: int) -> NDArray[np.int32]:
@@ -61,18 +111,26 @@ def discrete_gaussian(stream: SecureStream, variance: Fraction, size: int) -> ND
     draw is within a total variation of :data:`SLACK` of ``P(x) ∝ exp(-x² / (2 variance))``.
 
     Args:
-        stream: the secure stream of this draw.
+        stream: the secure stream of this draw; it is read block by block.
         variance: the parameter ``σ²`` in squared integer steps, from 1/16 to 2^44.
         size: number of draws.
-
-    Returns:
-        int32 of shape ``(size,)``.
 
     Raises:
         UsageError: when the variance is outside its range.
     """
     check_variance(variance)
-    return _gaussian(variance).draw(stream, size)
+    (_, first), *others = _parts(variance)
+    out = np.empty(size, np.int32)
+    buffer = np.empty(min(size, _BLOCK), np.int32)
+    for start in range(0, size, _BLOCK):
+        block = out[start : start + _BLOCK]
+        first.draw(stream, block)
+        for factor, table in others:
+            part = buffer[: len(block)]
+            table.draw(stream, part)
+            part *= np.int32(factor)
+            block += part
+    return out
 
 
 def check_variance(variance: Fraction) -> None:
@@ -87,6 +145,49 @@ def check_variance(variance: Fraction) -> None:
             f"{float(LEAST_VARIANCE):g} and {float(LARGEST_VARIANCE):g}; check "
             "privacy.noise_multiplier and privacy.scale_bits"
         )
+
+
+@lru_cache(maxsize=16)
+def _parts(variance: Fraction) -> tuple[tuple[int, AliasTable], ...]:
+    """Factors and tables of the Gaussians that a wide one is the sum of; the first has factor 1."""
+    parts, factor = [], 1
+    while variance > _NARROW:
+        # The smallest step that leaves a narrow rest, or the largest whose own part is narrow.
+        enough = math.isqrt(math.ceil(variance / (_NARROW + _RATIO)) - 1) + 1
+        step = min(enough, math.isqrt(_NARROW // _RATIO))
+        parts.append((factor, _gaussian_table(Fraction(_RATIO * step**2))))
+        factor, variance = factor * step, variance / step**2 - _RATIO
+    return (*parts, (factor, _gaussian_table(variance)))
+
+
+@lru_cache(maxsize=16)
+def _gaussian_table(variance: Fraction) -> AliasTable:
+    half = math.isqrt(math.ceil(_TAIL * variance)) + 2
+    weight, ratio = 1 << _WORK_BITS, _exp(1 / (2 * variance))
+    square = ratio * ratio >> _WORK_BITS
+    weights = [weight]
+    for _ in range(half):
+        weight = weight * ratio >> _WORK_BITS
+        ratio = ratio * square >> _WORK_BITS
+        weights.append(weight)
+    weights = weights[:0:-1] + weights
+    total = sum(weights)
+    masses = [(weight << _MASS_BITS) // total for weight in weights]
+    masses[half] += (1 << _MASS_BITS) - sum(masses)  # what rounding loses goes to the largest
+    return AliasTable(-half, masses)
+
+
+def _exp(x: Fraction) -> int:
+    """``exp(-x)`` in units of ``2^-448``, for ``x`` from 0 to 8, good to ``2^-400``."""
+    guard = 64
+    one = 1 << (_WORK_BITS + guard)
+    argument = one * x.numerator // x.denominator
+    total, term, order = one, one, 0
+    while term:
+        order += 1
+        term = term * argument // (order * one)
+        total += -term if order % 2 else term
+    return total >> guard
 
 
 class AliasTable:
@@ -126,71 +227,10 @@ class AliasTable:
         self._outcomes.take(place, out=out, mode="clip")
         for index in ties:
             column = int(place[index]) >> 1
-            out[index] = self._outcomes[2 * column + self._is_own(column, stream)]
-
-    def _is_own(self, column: int, stream: SecureStream) -> bool:
-        start = column * _TIE_BYTES
-        threshold = int.from_bytes(self._rests[start : start + _TIE_BYTES], "little")
-        return int.from_bytes(stream.bytes(_TIE_BYTES), "little") < threshold
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """Independent draws of ``Σ factor · X`` over a few tables."""
-
-    parts: tuple[tuple[int, AliasTable], ...]
-
-    def draw(self, stream: SecureStream, size: int) -> NDArray[np.int32]:
-        """``size`` draws, int32; the stream is read block by block."""
-        out = np.empty(size, np.int32)
-        buffer = np.empty(min(size, _BLOCK), np.int32)
-        for start in range(0, size, _BLOCK):
-            block = out[start : start + _BLOCK]
-            self.parts[0][1].draw(stream, block)
-            for factor, table in self.parts[1:]:
-                part = buffer[: len(block)]
-                table.draw(stream, part)
-                part *= np.int32(factor)
-                block += part
-        return out
-
-
-@lru_cache(maxsize=16)
-def _gaussian(variance: Fraction) -> Sampler:
-    """The table of a narrow Gaussian, or of the parts of a wide one; the first has factor 1."""
-    parts, factor = [], 1
-    while variance > _NARROW:
-        step = _step(variance)
-        parts.append((factor, _gaussian_table(Fraction(_RATIO * step**2))))
-        factor, variance = factor * step, variance / step**2 - _RATIO
-    return Sampler((*parts, (factor, _gaussian_table(variance))))
-
-
-def _step(variance: Fraction) -> int:
-    """The smallest step that leaves a narrow rest, or the largest whose own part is narrow."""
-    enough = math.isqrt(math.ceil(variance / (_NARROW + _RATIO)) - 1) + 1
-    return min(enough, math.isqrt(_NARROW // _RATIO))
-
-
-@lru_cache(maxsize=16)
-def _gaussian_table(variance: Fraction) -> AliasTable:
-    half = math.isqrt(math.ceil(_TAIL * variance)) + 2
-    weight, ratio = _ONE, _exp(1 / (2 * variance))
-    square = ratio * ratio >> _WORK_BITS
-    weights = [weight]
-    for _ in range(half):
-        weight = weight * ratio >> _WORK_BITS
-        ratio = ratio * square >> _WORK_BITS
-        weights.append(weight)
-    return AliasTable(-half, _masses(weights[:0:-1] + weights))
-
-
-def _masses(weights: list[int]) -> list[int]:
-    """Weights as probabilities in units of ``2^-256``; what rounding loses goes to the largest."""
-    total = sum(weights)
-    masses = [(weight << _MASS_BITS) // total for weight in weights]
-    masses[weights.index(max(weights))] += (1 << _MASS_BITS) - sum(masses)
-    return masses
+            threshold = self._rests[column * _TIE_BYTES : (column + 1) * _TIE_BYTES]
+            word = int.from_bytes(stream.bytes(_TIE_BYTES), "little")
+            is_own = word < int.from_bytes(threshold, "little")
+            out[index] = self._outcomes[2 * column + is_own]
 
 
 def _alias(masses: list[int], bits: int) -> tuple[list[int], list[int]]:
@@ -210,14 +250,212 @@ def _alias(masses: list[int], bits: int) -> tuple[list[int], list[int]]:
     return thresholds, others
 
 
-def _exp(x: Fraction) -> int:
-    """``exp(-x)`` in units of ``2^-448``, for ``x`` from 0 to 8, good to ``2^-400``."""
-    guard = 64
-    one = 1 << (_WORK_BITS + guard)
-    argument = one * x.numerator // x.denominator
-    total, term, order = one, one, 0
-    while term:
-        order += 1
-        term = term * argument // (order * one)
-        total += -term if order % 2 else term
-    return total >> guard
+@dataclass(frozen=True)
+class Grid:
+    """What a round of distributed noise is made of, as far as privacy depends on it.
+
+    Attributes:
+        squared_sensitivity: largest squared L2 norm of one device's integers, ``B²``.
+        dimension: coefficients of the whole sum, at least 1.
+        shares: ``m``, the shares that the accounted variance is made of: fewest survivors less
+            colluders, in the band where that is most.
+        excess_removed: whether the sum always keeps the same number of shares, so that its
+            variance does not tell how many devices took part.
+        small_cohort_delta: what a round adds to δ because it ends without a release when few were
+            sampled, in [0, 1).
+
+    Raises:
+        UsageError: when a value is outside its range.
+    """
+
+    squared_sensitivity: int
+    dimension: int
+    shares: int
+    excess_removed: bool
+    small_cohort_delta: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("squared_sensitivity", "dimension", "shares"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise UsageError(f"{name} {value!r}: it must be a whole number of at least 1")
+        if type(self.excess_removed) is not bool:
+            raise UsageError(f"excess_removed {self.excess_removed!r}: it must be true or false")
+        spoiled = self.small_cohort_delta
+        if type(spoiled) is not float or not 0 <= spoiled < 1:
+            raise UsageError(f"small_cohort_delta {spoiled!r}: it must be a number in [0, 1)")
+
+    @property
+    def sensitivity(self) -> float:
+        """``B``, in integer steps."""
+        return math.sqrt(self.squared_sensitivity)
+
+    def deviation(self, noise_multiplier: float) -> float:
+        """Standard deviation of one share, in integer steps."""
+        return noise_multiplier * self.sensitivity / math.sqrt(self.shares)
+
+    def log_ratio(self, noise_multiplier: float) -> float:
+        """``K`` of discrete Gaussian shares; infinity when they are too narrow for any bound."""
+        share = self.deviation(noise_multiplier) ** 2
+        if share * self.shares <= _ROUNDING:
+            return math.inf
+        return self.dimension * (_of_sum(share, self.shares) + _apart(_ROUNDING))
+
+    def multiplier(self, noise_multiplier: float) -> float:
+        """Noise multiplier of the Gaussian mechanism that discrete Gaussian shares amount to."""
+        return math.sqrt(noise_multiplier**2 - _ROUNDING / self.squared_sensitivity)
+
+    @property
+    def sampling_slack(self) -> float:
+        """Total variation of the honest draws of a round from their distribution."""
+        return self.dimension * self.shares * SLACK
+
+    def check(self, noise_multiplier: float) -> None:
+        """Refuse noise that is too narrow for its sum to be what is accounted.
+
+        Raises:
+            UsageError: when the log-ratio of a round exceeds :data:`LARGEST_LOG_RATIO`.
+        """
+        if not self.log_ratio(noise_multiplier) <= LARGEST_LOG_RATIO:
+            raise UsageError(
+                f"distributed noise of {self.deviation(noise_multiplier):.3g} integer steps a "
+                f"device: sums of {self.shares} such shares in {self.dimension} coefficients are "
+                f"{self.log_ratio(noise_multiplier):.1e} away from what is accounted, and at most "
+                f"{LARGEST_LOG_RATIO:g} is allowed; raise privacy.scale_bits or the noise"
+            )
+
+
+@dataclass(frozen=True)
+class Slack:
+    """How far releases are from what is accounted: added up over rounds.
+
+    Attributes:
+        log_ratio: ``K``, on every set of outcomes.
+        variation: total variation, of the samplers.
+        spoiled: δ of small cohorts.
+    """
+
+    log_ratio: float = 0.0
+    variation: float = 0.0
+    spoiled: float = 0.0
+
+    def inner(self, delta: float) -> float:
+        """The δ that is left for the mechanism which is accounted."""
+        if self == Slack():
+            return delta
+        left = delta - min(self.spoiled, SMALL_COHORTS_SHARE * delta)
+        return left * (1 - SHARE_OF_DELTA) * math.exp(-self.log_ratio)
+
+    def outer(self, epsilon: float, delta: float) -> float:
+        """ε of the releases, given that of the accounted mechanism at :meth:`inner`.
+
+        Returns:
+            Infinity when the samplers would take more of δ than :data:`SHARE_OF_DELTA`, or small
+            cohorts more than :data:`SMALL_COHORTS_SHARE`.
+        """
+        total = epsilon + 2 * self.log_ratio
+        taken = self.variation * (1 + math.exp(min(total, 700.0)))
+        within = self.spoiled <= SMALL_COHORTS_SHARE * delta
+        return total if taken <= SHARE_OF_DELTA * delta and within else math.inf
+
+
+def _of_sum(share: float, shares: int) -> float:
+    """Log-ratio of the sum of discrete Gaussians to one, in a coefficient."""
+    first = min(shares - 1, _FEW)
+    exact = sum(_apart(share * k / (k + 1)) for k in range(1, first + 1))
+    # The terms fall as k grows, so that the next one bounds all that are left.
+    return exact + (shares - 1 - first) * _apart(share * (first + 1) / (first + 2))
+
+
+def _apart(variance: float) -> float:
+    """``2 artanh e(variance)``: Poisson's summation formula as a log-ratio, from above."""
+    x = math.exp(-2 * math.pi**2 * variance)
+    ripple = 2 * x / (1 - x)
+    return 2 * math.atanh(ripple) if ripple < 1 else math.inf
+
+
+@dataclass(frozen=True)
+class Crowd:
+    """The devices of one band, and how many of them a round needs.
+
+    Attributes:
+        population: devices that hold the band and train, at least 0.
+        least: fewest of them that a release needs, at least 1.
+    """
+
+    population: int
+    least: int
+
+
+def small_cohort(crowds: Sequence[Crowd], sampling_rate: float) -> float:
+    """Probability that a round is called off, from above: that some band has too few devices.
+
+    Args:
+        crowds: the bands.
+        sampling_rate: probability with which each device takes part, in (0, 1]; with drop-outs that
+            depend on no history, that with which it takes part and stays.
+    """
+    from scipy.special import bdtr
+
+    return min(
+        1.0,
+        sum(
+            float(bdtr(crowd.least - 1, crowd.population, sampling_rate))
+            if crowd.least <= crowd.population
+            else 1.0
+            for crowd in crowds
+        ),
+    )
+
+
+def small_cohort_delta(crowds: Sequence[Crowd], sampling_rate: float, rounds: int) -> float:
+    """What ``rounds`` rounds add to δ because small cohorts release nothing.
+
+    Args:
+        crowds: the bands.
+        sampling_rate: as for :func:`small_cohort`.
+        rounds: how many, at least 0.
+
+    Returns:
+        ``T · P[k < n]``, and ``q / (1 - q)`` times as much for ``q`` above one half; in [0, 1].
+    """
+    if sampling_rate == 1:
+        return 0.0  # there is no secrecy of sampling to spoil
+    odds = max(1.0, sampling_rate / (1 - sampling_rate))
+    return min(1.0, rounds * odds * small_cohort(crowds, sampling_rate))
+
+
+def check_small_cohorts(
+    crowds: Sequence[Crowd], sampling_rate: float, rounds: int, delta: float
+) -> float:
+    """The δ that is left for the noise, when small cohorts are rare enough.
+
+    Args:
+        crowds: the bands.
+        sampling_rate: as for :func:`small_cohort`.
+        rounds: how many are planned.
+        delta: the δ of the claim.
+
+    Returns:
+        ``delta`` less :func:`small_cohort_delta`; the δ to compute ε at.
+
+    Raises:
+        UsageError: when small cohorts would take more than a hundredth of δ, or a band has fewer
+            devices than it needs.
+    """
+    for crowd in crowds:
+        if crowd.population < crowd.least:
+            raise UsageError(
+                f"a band of {crowd.population} devices that needs {crowd.least} in a round: it "
+                "would never release; lower the fewest devices of a round or add devices"
+            )
+    taken = small_cohort_delta(crowds, sampling_rate, rounds)
+    if taken > SMALL_COHORTS_SHARE * delta:
+        fewest = min(crowds, key=lambda crowd: crowd.population * sampling_rate / crowd.least)
+        raise UsageError(
+            f"{rounds} rounds at sampling_rate {sampling_rate}: too few of the {fewest.population} "
+            f"devices of a band for its least, {fewest.least}, come together often enough to add "
+            f"{taken:.1e} to delta, more than a hundredth of {delta:g}; raise the sampling rate or "
+            "lower the fewest devices of a round"
+        )
+    return delta - taken

@@ -8,7 +8,7 @@ directions. That is the pair that dp-accounting analyses as ``REPLACE_SPECIAL`` 
 replaced by a special one, here the empty history) and, for Gaussian noise, equally as
 ``ADD_OR_REMOVE_ONE``. ``REPLACE_ONE`` swaps one history for another, which is twice as far.
 
-Distributed noise is made of the integers of many devices. :mod:`privrec.privacy.closeness` proves
+Distributed noise is made of the integers of many devices. :mod:`privrec.privacy.discrete` proves
 which Gaussian mechanism they amount to, and how closely.
 """
 
@@ -17,11 +17,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from privrec.errors import UsageError
-from privrec.privacy.closeness import Grid, Slack
+from privrec.privacy.discrete import Grid, Slack
 
 if TYPE_CHECKING:
     from privrec.privacy.accountant import Composition
@@ -34,16 +34,14 @@ DIGITS = 4
 _SMALLEST_DELTA = 1e-10
 _LEAST_SAMPLED, _MOST_NOISE = 0.01, 1e9
 _NAMES = ("mechanism", "noise_multiplier", "sampling_rate")
-_GRID_NAMES = (
-    "squared_sensitivity", "dimension", "shares", "excess_removed", "small_cohort_delta"
-)  # fmt: skip
+_GRID_NAMES = tuple(field.name for field in fields(Grid))
 
 
 @dataclass(frozen=True)
 class RoundEvent:
     """What one round reveals, to the mathematics: a mechanism, its noise and its sampling.
 
-    Args:
+    Attributes:
         mechanism: ``"gaussian"`` noise on the sum; ``"discrete_gaussian"`` noise in shares of the
             devices; or ``"none"``.
         noise_multiplier: standard deviation of the noise over the sensitivity of the sum; above 0,
@@ -61,16 +59,35 @@ class RoundEvent:
     grid: Grid | None = None
 
     def __post_init__(self) -> None:
+        name, noise = self.mechanism, self.noise_multiplier
         _check(
-            self.mechanism in ("gaussian", "discrete_gaussian", "none"),
-            f"mechanism {self.mechanism!r}: it must be 'gaussian', 'discrete_gaussian' or 'none'",
+            name in ("gaussian", "discrete_gaussian", "none"),
+            f"mechanism {name!r}: it must be 'gaussian', 'discrete_gaussian' or 'none'",
         )
-        _check_noise(self.mechanism, self.noise_multiplier)
+        _check(
+            name != "none" or noise == 0,
+            f"noise_multiplier {noise} with mechanism 'none': it must be 0; "
+            "choose another mechanism for noise",
+        )
+        _check(
+            name == "none" or (math.isfinite(noise) and noise > 0),
+            f"noise_multiplier {noise}: it must be above 0 and finite; "
+            "choose mechanism 'none' for no noise",
+        )
         _check(
             0 < self.sampling_rate <= 1,
             f"sampling_rate {self.sampling_rate}: it must be above 0 and at most 1 (everybody)",
         )
-        _check_grid(self)
+        _check(
+            name == "discrete_gaussian" or self.grid is None,
+            f"a grid with mechanism {name!r}: only noise in shares has one",
+        )
+        if name == "discrete_gaussian":
+            if self.grid is None:
+                raise UsageError(
+                    f"mechanism {name!r} without a grid: say what its shares are made of"
+                )
+            self.grid.check(noise)
 
     @property
     def is_private(self) -> bool:
@@ -176,17 +193,30 @@ def epsilon(
     Raises:
         UsageError: when an argument is outside its range.
     """
+    from privrec.privacy.accountant import pld, rdp
+
     check_delta(delta)
     check_adversary(adversary)
-    account = _accountant(accountant)
+    accountants = {"pld": pld, "rdp": rdp}
+    _check(
+        accountant in accountants,
+        f"accountant {accountant!r}: it must be one of {', '.join(accountants)}",
+    )
     counts = _counts(events)
     if not counts:
         return 0.0
     if not all(event.is_private for event in counts):
         return math.inf
-    slack = _slack(counts)
-    found = account(_composition(counts, adversary), slack.inner(delta))
-    return _round_up(slack.outer(found, delta))
+    each = [(event.slack, count) for event, count in counts.items()]
+    slack = Slack(
+        math.fsum(slack.log_ratio * count for slack, count in each),
+        math.fsum(slack.variation * count for slack, count in each),
+        math.fsum(slack.spoiled * count for slack, count in each),
+    )
+    within = accountants[accountant](_composition(counts, adversary), slack.inner(delta))
+    bound = slack.outer(within, delta)
+    scaled = bound * 10**DIGITS
+    return math.ceil(scaled) / 10**DIGITS if math.isfinite(scaled) else bound
 
 
 def divergence(
@@ -246,74 +276,19 @@ def _counts(events: Mapping[RoundEvent, int] | Iterable[RoundEvent]) -> dict[Rou
 
 
 def _composition(counts: Mapping[RoundEvent, int], adversary: Adversary) -> Composition:
-    """The rounds as the adversary sees them, in one order, so that equal collections compare so."""
+    """The rounds as the adversary sees them, in one order, so that equal collections compare so.
+
+    Outside of two bounds grids and series leave double precision, so that what is accounted costs
+    more, never less. By little noise sampling gains next to nothing, and a thousand million times
+    the sensitivity is as good as any more.
+    """
     from privrec.privacy.accountant import Rounds
 
     seen: Counter[tuple[float, float]] = Counter()
     for event, count in counts.items():
-        seen[_accounted(event, adversary)] += count
+        sigma, rate = min(event.gaussian_multiplier, _MOST_NOISE), event.rate_against(adversary)
+        seen[sigma, rate if sigma >= _LEAST_SAMPLED else 1.0] += count
     return tuple(Rounds(sigma, rate, count) for (sigma, rate), count in sorted(seen.items()))
-
-
-def _accounted(event: RoundEvent, adversary: Adversary) -> tuple[float, float]:
-    """Noise multiplier and sampling rate that are accounted; they cost more, never less.
-
-    Outside of these bounds grids and series leave double precision. By little noise sampling gains
-    next to nothing, and a thousand million times the sensitivity is as good as any more.
-    """
-    sigma, rate = min(event.gaussian_multiplier, _MOST_NOISE), event.rate_against(adversary)
-    return sigma, rate if sigma >= _LEAST_SAMPLED else 1.0
-
-
-def _slack(counts: Mapping[RoundEvent, int]) -> Slack:
-    each = [(event.slack, count) for event, count in counts.items()]
-    return Slack(
-        math.fsum(slack.log_ratio * count for slack, count in each),
-        math.fsum(slack.variation * count for slack, count in each),
-        math.fsum(slack.spoiled * count for slack, count in each),
-    )
-
-
-def _accountant(name: Accountant) -> Any:
-    from privrec.privacy import accountant
-
-    known = {"pld": accountant.pld, "rdp": accountant.rdp}
-    _check(name in known, f"accountant {name!r}: it must be one of {', '.join(known)}")
-    return known[name]
-
-
-def _round_up(value: float) -> float:
-    scaled = value * 10**DIGITS
-    return math.ceil(scaled) / 10**DIGITS if math.isfinite(scaled) else value
-
-
-def _check_noise(mechanism: Mechanism, noise_multiplier: float) -> None:
-    if mechanism == "none":
-        _check(
-            noise_multiplier == 0,
-            f"noise_multiplier {noise_multiplier} with mechanism 'none': it must be 0; "
-            "choose another mechanism for noise",
-        )
-        return
-    _check(
-        math.isfinite(noise_multiplier) and noise_multiplier > 0,
-        f"noise_multiplier {noise_multiplier}: it must be above 0 and finite; "
-        "choose mechanism 'none' for no noise",
-    )
-
-
-def _check_grid(event: RoundEvent) -> None:
-    if event.mechanism == "discrete_gaussian":
-        _check(
-            isinstance(event.grid, Grid),
-            f"mechanism {event.mechanism!r} without a grid: say what its shares are made of",
-        )
-        event.grid.check(event.noise_multiplier)  # type: ignore[union-attr]
-    else:
-        _check(
-            event.grid is None,
-            f"a grid with mechanism {event.mechanism!r}: only noise in shares has one",
-        )
 
 
 def _number(value: object) -> float:

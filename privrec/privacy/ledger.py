@@ -4,12 +4,12 @@
 disk before :meth:`Ledger.charge` returns, hence before its round collects anything, so that a crash
 can waste budget but never hide it. A commit says, before it is released, what the round releases.
 
-Every entry carries its place and the hash of the entry before, so that an altered, removed or
-reordered line shows. The chain alone cannot show that its end was cut away: ``ledger.head.json``
-beside it holds the number of entries and the last hash, signed with the server's key. The same head
-is kept beside that key, on the machine that charges, so an old ledger put back together with its
-own old head is refused there, and so is a copy in another folder that was left behind. Entries
-written after the last :meth:`Ledger.seal` are protected by the chain only.
+The lines are a chain (:mod:`privrec.storage`), so that an altered, removed or reordered one shows.
+The chain alone cannot show that its end was cut away: ``ledger.head.json`` beside it holds the
+number of entries and the last hash, signed with the server's key. The same head is kept beside that
+key, on the machine that charges, so an old ledger put back together with its own old head is
+refused there, and so is a copy in another folder that was left behind. Entries written after the
+last :meth:`Ledger.seal` are protected by the chain only.
 """
 
 from __future__ import annotations
@@ -25,30 +25,29 @@ from typing import Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from privrec import storage
 from privrec.errors import IntegrityError, ReleaseRefused, UsageError
 from privrec.privacy import events
 from privrec.privacy.events import Accountant, Adversary, RoundEvent
-from privrec.privacy.ledger_index import (
-    EXAMPLE,
-    FORMAT,
-    PREPARATION,
-    REMEDY,
-    START,
-    Book,
-    Charge,
-    add,
-    canonical,
-    line_of,
-    parsed,
-    read,
-)
-from privrec.privacy.signed import hexadecimal, server_key, sign, verified
-from privrec.storage import replace
+from privrec.storage import REMEDY, START
 
-__all__ = ["Charge", "Ledger", "head_path", "server_key"]
+FORMAT = 1
+PREPARATION = -1
+"""The round of what is released before the first one."""
+EXAMPLE = "example"
+"""The unit of what devices' own noise protects: one interaction, never added to a user's ε."""
 
 _HEAD = "ledger head"
 _RESERVED = frozenset({"format", "unit", "adjacency", "public_key"})
+
+
+@dataclass(frozen=True)
+class Charge:
+    """One paid attempt at a round; round ``PREPARATION`` is what came before the first one."""
+
+    round: int
+    attempt: int
+    event: RoundEvent
 
 
 class Ledger:
@@ -59,16 +58,24 @@ class Ledger:
     at a time. It is a context manager that closes the file.
     """
 
-    def __init__(
-        self, path: Path, book: Book, files: list[FileIO], key: _Keys, kept: Path | None
-    ) -> None:
+    public_key: Ed25519PublicKey
+    """The key that the signed head is checked with."""
+
+    def __init__(self, path: Path, key: Ed25519PrivateKey | None, kept: Path | None) -> None:
         self.path = path
         self.repaired: str | None = None
-        self._book = book
-        self._files = files
-        self._keys = key
+        self.signed = 0
+        """Number of entries that the signed head covered when it was last read or written."""
+        self._key = key
         self._kept = kept
-        self._signed = 0
+        self._files: list[FileIO] = []
+        self._header: dict[str, Any] = {}
+        self._hashes: list[str] = []
+        self._charges: dict[tuple[int, int], Charge] = {}
+        self._examples: dict[tuple[int, int], Charge] = {}
+        self._commits: dict[tuple[int, int], bytes] = {}
+        self._counts: Counter[RoundEvent] = Counter()
+        self._end: bytes | None = None
 
     @classmethod
     def create(
@@ -86,7 +93,7 @@ class Ledger:
             header: what the charges are for, as plain JSON values: run id, hash of the privacy
                 settings, delta, note on the population. Format, unit (``user``), adjacency
                 (``zero-out``) and the public key are added.
-            signing_key: the server's key; see :func:`server_key`.
+            signing_key: the server's key; see :func:`privrec.storage.server_key`.
             kept: where this machine keeps the last head that it signed, beside the key.
 
         Raises:
@@ -96,11 +103,13 @@ class Ledger:
             raise UsageError(
                 f"ledger header {sorted(taken)}: these the ledger adds; leave them out"
             )
-        keys = _Keys(signing_key.public_key(), signing_key)
-        own = {"format": FORMAT, "unit": "user", "adjacency": "zero-out", "public_key": keys.text}
+        ledger = cls(path, signing_key, kept)
+        ledger.public_key = signing_key.public_key()
+        public = ledger.public_key.public_bytes_raw().hex()
+        own = {"format": FORMAT, "unit": "user", "adjacency": "zero-out", "public_key": public}
         entry = {"kind": "header", "body": {**header, **own}}
-        canonical(entry)  # refused before there is a file
-        ledger = cls(path, Book(), _open(path, "xb+", kept), keys, kept)
+        storage.canonical(entry)  # refused before there is a file
+        ledger._open_files("xb+")
         try:
             ledger._append(entry)
             ledger.seal()
@@ -140,55 +149,84 @@ class Ledger:
                 than its signed head says, or the head is missing or signed by another key.
             UsageError: when the file cannot be opened, or something else has it open for writing.
         """
-        files = _open(path, "rb+", kept) if repair else []
+        ledger = cls(path, signing_key, kept)
+        if repair:
+            ledger._open_files("rb+")
         try:
             # Before the lines, since a writer may add some in between.
-            heads = {place: _head(place) for place in _places(path, kept)}
-            content = _content(path)
-            book, end = read(path, content)
-            trusted = signing_key.public_key() if signing_key else public_key
-            keys = _Keys(trusted or _named_key(path, book.header), signing_key)
-            ledger = cls(path, book, files, keys, kept)
-            ledger._signed = max(_check_head(path, *head, book, keys) for head in heads.items())
+            heads = {place: _head(place) for place in ledger._heads()}
+            content, end = ledger._read()
+            ledger._check_key(signing_key.public_key() if signing_key else public_key)
+            ledger.signed = max(ledger._check_head(*head) for head in heads.items())
             ledger._mend(content, end)
         except BaseException:
-            _close(files)
+            ledger.close()
             raise
         return ledger
 
     @property
     def header(self) -> dict[str, Any]:
         """The header's values, with what :meth:`create` added."""
-        return dict(self._book.header)
+        return dict(self._header)
 
     @property
     def charges(self) -> list[Charge]:
         """Every charge, in the order in which they were made."""
-        return list(self._book.charges.values())
+        return list(self._charges.values())
 
     @property
     def counts(self) -> dict[RoundEvent, int]:
         """How often each event was charged."""
-        return dict(self._book.counts)
+        return dict(self._counts)
+
+    @property
+    def examples(self) -> dict[RoundEvent, int]:
+        """How often each example-level event was entered; never part of :attr:`counts`."""
+        return dict(Counter(charge.event for charge in self._examples.values()))
 
     @property
     def entries(self) -> int:
         """Number of entries, the header included."""
-        return len(self._book.hashes)
-
-    @property
-    def signed(self) -> int:
-        """Number of entries that the signed head covered when the ledger was opened or sealed."""
-        return self._signed
+        return len(self._hashes)
 
     @property
     def last_hash(self) -> str:
         """Hash of the last entry, on which a checkpoint can be bound; see :meth:`has`."""
-        return self._book.hashes[-1]
+        return self._hashes[-1]
+
+    @property
+    def ended(self) -> bytes | None:
+        """Digest of the model that the run ended with, or None for one that goes on."""
+        return self._end
 
     def has(self, entries: int, last_hash: str) -> bool:
         """Whether this ledger continues one of ``entries`` entries that ended in ``last_hash``."""
-        return 0 < entries <= self.entries and self._book.hashes[entries - 1] == last_hash
+        return 0 < entries <= self.entries and self._hashes[entries - 1] == last_hash
+
+    def attempts(self, round: int) -> int:
+        """How many attempts at a round were charged."""
+        count = 0
+        while (round, count) in self._charges:
+            count += 1
+        return count
+
+    def committed(self, round: int, attempt: int) -> bytes | None:
+        """The tag of what the attempt releases, or None when nothing was committed."""
+        return self._commits.get((round, attempt))
+
+    def epsilon(self, delta: float, adversary: Adversary, accountant: Accountant = "pld") -> float:
+        """ε of everything charged; see :func:`privrec.privacy.events.epsilon`."""
+        return events.epsilon(self._counts, delta, adversary, accountant)
+
+    def epsilon_after(
+        self, event: RoundEvent, *, delta: float, adversary: Adversary, times: int = 1
+    ) -> float:
+        """ε as it would be after ``times`` more charges of ``event``; nothing is charged."""
+        return events.epsilon(self._counts + Counter({event: times}), delta, adversary)
+
+    def epsilon_of_examples(self, delta: float) -> float:
+        """ε of one example against whoever sees every upload, of a device in every attempt."""
+        return events.epsilon(self.examples, delta, "server")
 
     def charge(self, round: int, attempt: int, event: RoundEvent) -> bool:
         """Pay for one attempt at a round, on disk before this returns.
@@ -204,29 +242,27 @@ class Ledger:
 
         Raises:
             IntegrityError: when the attempt was charged with another event, or skips attempts.
-            ReleaseRefused: when the charge could not be written: nothing may be released.
+            ReleaseRefused: when the charge could not be written, or the run has ended: nothing may
+                be released.
         """
-        known = self._book.charges.get((round, attempt))
-        if known is None and self._book.end is not None:
-            raise ReleaseRefused(
-                f"{self.path}: the run has ended, and nothing more is charged to it; start a new "
-                "run"
-            )
-        if known is not None:
-            if known.event != event:
+        known = self._charges.get((round, attempt))
+        if known is None:
+            self._check_goes_on()
+            if round < PREPARATION or attempt != self.attempts(round):
                 raise IntegrityError(
-                    f"{self.path}: round {round}, attempt {attempt} was charged as {known.event}, "
-                    f"not as {event}; resume with the scenario that the run was started with"
+                    f"{self.path}: attempt {attempt} at round {round}, of which "
+                    f"{self.attempts(round)} were charged; the next one is attempt "
+                    f"{self.attempts(round)}"
                 )
-            return False
-        if round < PREPARATION or attempt != self.attempts(round):
+            entry = {"kind": "charge", "round": round, "attempt": attempt, "event": event.to_json()}
+            self._append(entry)
+            return True
+        if known.event != event:
             raise IntegrityError(
-                f"{self.path}: attempt {attempt} at round {round}, of which {self.attempts(round)} "
-                f"were charged; the next one is attempt {self.attempts(round)}"
+                f"{self.path}: round {round}, attempt {attempt} was charged as {known.event}, "
+                f"not as {event}; resume with the scenario that the run was started with"
             )
-        entry = {"kind": "charge", "round": round, "attempt": attempt, "event": event.to_json()}
-        self._append(entry)
-        return True
+        return False
 
     def charge_examples(self, round: int, attempt: int, event: RoundEvent) -> bool:
         """Enter what an attempt costs each example of a device in it, on disk before this returns.
@@ -245,37 +281,26 @@ class Ledger:
             IntegrityError: when another event was entered, or the attempt was charged without one.
             ReleaseRefused: when it could not be written, or the run has ended.
         """
-        known = self._book.examples.get((round, attempt))
+        known = self._examples.get((round, attempt))
         if known is not None and known.event == event:
             return False
-        if known is not None or (round, attempt) in self._book.charges:
+        if known is not None or (round, attempt) in self._charges:
             raise IntegrityError(
                 f"{self.path}: round {round}, attempt {attempt} was charged as {known} at example "
                 f"level, not as {event}; resume with the scenario that the run was started with"
             )
-        if self._book.end is not None:
-            raise ReleaseRefused(f"{self.path}: the run has ended; start a new run")
+        self._check_goes_on()
         entry = {"kind": "examples", "unit": EXAMPLE, "round": round, "attempt": attempt}
         self._append({**entry, "event": event.to_json()})
         return True
 
-    @property
-    def examples(self) -> dict[RoundEvent, int]:
-        """How often each example-level event was entered; never part of :attr:`counts`."""
-        return dict(Counter(charge.event for charge in self._book.examples.values()))
-
-    def epsilon_of_examples(self, delta: float) -> float:
-        """ε of one example against whoever sees every upload, of a device in every attempt."""
-        return events.epsilon(self.examples, delta, "server")
-
     def commit(self, round: int, attempt: int, tag: bytes) -> None:
-        """Say what an attempt releases, on disk before it is released.
+        """Say what an attempt that was charged releases, on disk before it is released.
 
         Args:
-            round: index of a round that was charged.
-            attempt: index of an attempt at it that was charged.
-            tag: a keyed hash of what is released; see
-                :meth:`~privrec.randomness.SecretRoot.tag`.
+            round: index of its round.
+            attempt: index of the attempt at it.
+            tag: a keyed hash of what is released (:meth:`~privrec.randomness.SecretRoot.tag`).
 
         Raises:
             ReleaseRefused: when the attempt was not charged, has another tag already (two different
@@ -284,7 +309,7 @@ class Ledger:
         known = self.committed(round, attempt)
         if known == tag:
             return
-        if (round, attempt) not in self._book.charges:
+        if (round, attempt) not in self._charges:
             raise ReleaseRefused(
                 f"{self.path}: round {round}, attempt {attempt} was not charged; charge it first"
             )
@@ -294,10 +319,6 @@ class Ledger:
                 "charge a new attempt with fresh noise"
             )
         self._append({"kind": "commit", "round": round, "attempt": attempt, "tag": tag.hex()})
-
-    def committed(self, round: int, attempt: int) -> bytes | None:
-        """The tag of what the attempt releases, or None when nothing was committed."""
-        return self._book.commits.get((round, attempt))
 
     def end(self, model: bytes) -> None:
         """Say that the run is over and what it leaves, on disk before this returns.
@@ -312,67 +333,27 @@ class Ledger:
             ReleaseRefused: when the run ended with another model, or the entry could not be
                 written.
         """
-        if self._book.end == model:
+        if self._end == model:
             return
-        if self._book.end is not None:
+        if self._end is not None:
             raise ReleaseRefused(
                 f"{self.path}: the run ended with another model; restore the directory as the run "
                 "left it"
             )
         self._append({"kind": "end", "model": model.hex()})
 
-    @property
-    def ended(self) -> bytes | None:
-        """Digest of the model that the run ended with, or None for one that goes on."""
-        return self._book.end
-
-    def attempts(self, round: int) -> int:
-        """How many attempts at a round were charged."""
-        count = 0
-        while (round, count) in self._book.charges:
-            count += 1
-        return count
-
-    def epsilon(self, delta: float, adversary: Adversary, accountant: Accountant = "pld") -> float:
-        """ε of everything charged; see :func:`privrec.privacy.events.epsilon`."""
-        return events.epsilon(self._book.counts, delta, adversary, accountant)
-
-    def epsilon_after(
-        self,
-        event: RoundEvent,
-        *,
-        delta: float,
-        adversary: Adversary,
-        accountant: Accountant = "pld",
-        times: int = 1,
-    ) -> float:
-        """ε as it would be after ``times`` more charges of ``event``; nothing is charged."""
-        after = self._book.counts + Counter({event: times})
-        return events.epsilon(after, delta, adversary, accountant)
-
-    def would_exceed(
-        self, event: RoundEvent, *, epsilon: float, delta: float, adversary: Adversary
-    ) -> bool:
-        """Whether one more charge of ``event`` would take ε above ``epsilon``."""
-        return self.epsilon_after(event, delta=delta, adversary=adversary) > epsilon
-
-    @property
-    def public_key(self) -> Ed25519PublicKey:
-        """The key that the signed head was checked with."""
-        return self._keys.public
-
     def sign(self, kind: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a record of the run, see :func:`privrec.privacy.signed.sign`.
+        """Return a record of the run, see :func:`privrec.storage.sign`.
 
         Raises:
             UsageError: when the ledger was opened without the signing key or for reading.
         """
-        if self._keys.private is None or not self._files:
+        if self._key is None or not self._files:
             raise UsageError(
                 f"{self.path}: sealing needs the signing key and a ledger opened for writing; "
                 "open it with signing_key and repair=True"
             )
-        return sign(kind, facts, self._keys.private)
+        return storage.sign(kind, facts, self._key)
 
     def seal(self) -> None:
         """Sign the number of entries and the last hash, so that a cut end shows from here on.
@@ -384,20 +365,21 @@ class Ledger:
             ReleaseRefused: when the head could not be written.
         """
         head = {"format": FORMAT, "entries": self.entries, "last_hash": self.last_hash}
-        record = canonical(self.sign(_HEAD, head)) + b"\n"
-        for place in _places(self.path, self._kept):
+        record = storage.canonical(self.sign(_HEAD, head)) + b"\n"
+        for place in self._heads():
             try:
-                replace(place, record, mode=0o600 if place == self._kept else 0o666)
+                storage.replace(place, record, mode=0o600 if place == self._kept else 0o666)
             except OSError as error:
                 raise ReleaseRefused(
                     f"{place}: it could not be written ({error.strerror}); make room or mend the "
                     "disk, and resume"
                 ) from error
-        self._signed = self.entries
+        self.signed = self.entries
 
     def close(self) -> None:
         """Let go of the file; the ledger can still be read, but nothing charged any more."""
-        _close(self._files)
+        while self._files:
+            self._files.pop().close()
 
     def __enter__(self) -> Ledger:
         return self
@@ -405,13 +387,16 @@ class Ledger:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _append(self, entry: dict[str, Any]) -> None:
-        previous = self._book.hashes[-1] if self._book.hashes else START
-        line = line_of({**entry, "index": self.entries, "previous": previous})
-        self._write(line)
-        add(self.path, self._book, line.removesuffix(b"\n"))
+    def _check_goes_on(self) -> None:
+        if self._end is not None:
+            raise ReleaseRefused(
+                f"{self.path}: the run has ended, and nothing more is charged to it; start a new "
+                "run"
+            )
 
-    def _write(self, line: bytes) -> None:
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        previous = self._hashes[-1] if self._hashes else START
+        line = storage.line_of({**entry, "index": self.entries, "previous": previous})
         if not self._files:
             raise ReleaseRefused(
                 f"{self.path}: it is not open for writing, so nothing can be charged or released; "
@@ -427,6 +412,67 @@ class Ledger:
                 f"{self.path}: the entry could not be written ({error.strerror}), so nothing was "
                 "released; make room or mend the disk, and resume"
             ) from error
+        self._add(line)
+
+    def _read(self) -> tuple[bytes, int]:
+        """Count all whole lines of the file; its content, and where in it they end."""
+        try:
+            content = self.path.read_bytes()
+        except OSError as error:
+            raise UsageError(f"{self.path}: {error.strerror}; name the ledger of a run") from error
+        end = 0
+        for line in content.splitlines(keepends=True):
+            is_last = end + len(line) == len(content)
+            # A crash leaves part of an entry, which is no JSON, or blocks that were never written.
+            # A whole entry with other content is one that was altered.
+            is_torn = not line.endswith(b"\n") or b"\0" in line
+            if is_last and is_torn and storage.parsed(line) is None:
+                break
+            self._add(line.removesuffix(b"\n") + b"\n")
+            end += len(line)
+        if not self._hashes:
+            raise IntegrityError(f"{self.path}: it has no header line; {REMEDY}")
+        return content, end
+
+    def _add(self, line: bytes) -> None:
+        """Count a line that is to the byte the next entry of the chain."""
+        entry = storage.linked(self.path, line, self._hashes)
+        try:
+            self._count(entry)
+        except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
+            raise IntegrityError(
+                f"{self.path}: line {self.entries + 1} is no entry that this version writes "
+                f"({error}); {REMEDY}"
+            ) from error
+        self._hashes.append(entry["hash"])
+
+    def _count(self, entry: Mapping[str, Any]) -> None:
+        """Enter what a line says; raises whatever a line of another shape leads to."""
+        if not self._hashes:
+            self._header = dict(entry["body"])
+            if entry["kind"] != "header" or self._header["format"] != FORMAT:
+                raise ValueError(
+                    f"a header of format {self._header['format']}, and {FORMAT} is read here"
+                )
+            return
+        if self._end is not None:
+            raise ValueError("an entry after the one that ends a run")
+        if entry["kind"] == "end":
+            self._end = bytes.fromhex(entry["model"])
+            return
+        key = (_index(entry["round"], PREPARATION), _index(entry["attempt"], 0))
+        if entry["kind"] == "examples" and key not in self._examples | self._charges:
+            if entry["unit"] != EXAMPLE:
+                raise ValueError(f"a charge for the unit {entry['unit']!r}")
+            self._examples[key] = Charge(*key, RoundEvent.from_json(entry["event"]))
+        elif entry["kind"] == "commit" and key in self._charges:
+            self._commits[key] = bytes.fromhex(entry["tag"])
+        elif entry["kind"] == "charge" and key not in self._charges:
+            charge = Charge(*key, RoundEvent.from_json(entry["event"]))
+            self._charges[key] = charge
+            self._counts[charge.event] += 1
+        else:
+            raise ValueError(f"{entry['kind']} of round {key[0]}, attempt {key[1]}")
 
     def _mend(self, content: bytes, end: int) -> None:
         """Bring the file to the end of its last whole line."""
@@ -446,15 +492,65 @@ class Ledger:
             _write_all(file, b"\n")
         os.fsync(file.fileno())
 
+    def _heads(self) -> list[Path]:
+        """Where the signed head lies: beside the ledger, and beside the key."""
+        return [head_path(self.path)] + ([] if self._kept is None else [self._kept])
 
-@dataclass(frozen=True)
-class _Keys:
-    public: Ed25519PublicKey
-    private: Ed25519PrivateKey | None
+    def _check_key(self, trusted: Ed25519PublicKey | None) -> None:
+        """Settle which key must have signed the head, and that the header names it."""
+        named = self._header.get("public_key")
+        try:
+            own = bytes.fromhex(named)  # type: ignore[arg-type]
+            self.public_key = trusted or Ed25519PublicKey.from_public_bytes(own)
+        except (TypeError, ValueError) as error:
+            raise IntegrityError(f"{self.path}: its header names no key; {REMEDY}") from error
+        if own != self.public_key.public_bytes_raw():
+            raise IntegrityError(
+                f"{self.path}: it belongs to the key {named}, not to "
+                f"{self.public_key.public_bytes_raw().hex()}; use the signing key of this run, or "
+                "bring back its ledger"
+            )
 
-    @property
-    def text(self) -> str:
-        return hexadecimal(self.public)
+    def _check_head(self, place: Path, head: Mapping[str, Any] | None) -> int:
+        """Number of entries that a head covers, which this ledger must have."""
+        facts = storage.verified(_HEAD, head, self.public_key, place)
+        entries, last_hash = int(facts["entries"]), facts["last_hash"]
+        if entries > self.entries:
+            raise IntegrityError(
+                f"{self.path}: {self.entries} entries, but {entries} were signed: its end was cut "
+                f"away; {REMEDY}"
+            )
+        if not self.has(entries, last_hash):
+            raise IntegrityError(
+                f"{self.path}: line {entries} is not the one that was signed; {REMEDY}"
+            )
+        return entries
+
+    def _open_files(self, mode: Literal["xb+", "rb+"]) -> None:
+        """Open the file at its end, and keep other processes off it and its copies."""
+        try:
+            self._files.append(FileIO(self.path, mode))
+            if self._kept is not None:  # the head itself is replaced, so it can keep nobody off
+                lock = self._kept.with_suffix(".lock")
+                self._files.append(FileIO(lock, "ab", opener=lambda p, f: os.open(p, f, 0o600)))
+        except OSError as error:
+            self.close()
+            place, why = error.filename, error.strerror
+            raise UsageError(
+                f"{place}: {why}; name the ledger of a run"
+                if mode == "rb+"
+                else f"{place}: a new ledger cannot be made here ({why}); resume the run that it "
+                "belongs to, or choose another directory"
+            ) from error
+        try:
+            for file in self._files:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.close()
+            raise UsageError(
+                f"{self.path}: another process writes to this run; wait for it or stop it"
+            ) from error
+        self._files[0].seek(0, os.SEEK_END)
 
 
 def head_path(path: Path) -> Path:
@@ -462,97 +558,23 @@ def head_path(path: Path) -> Path:
     return path.with_suffix(".head.json")
 
 
-def _named_key(path: Path, header: Mapping[str, Any]) -> Ed25519PublicKey:
-    try:
-        return Ed25519PublicKey.from_public_bytes(bytes.fromhex(header["public_key"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise IntegrityError(f"{path}: its header names no key; {REMEDY}") from error
-
-
-def _places(path: Path, kept: Path | None) -> list[Path]:
-    """Where the signed head lies: beside the ledger, and beside the key."""
-    return [head_path(path)] + ([] if kept is None else [kept])
-
-
-def _head(place: Path) -> Mapping[str, Any] | None:
+def _head(place: Path) -> dict[str, Any] | None:
     """The signed head as it lies on disk, its signature not checked yet."""
     try:
-        return parsed(place.read_bytes())
+        return storage.parsed(place.read_bytes())
     except OSError as error:
         raise IntegrityError(
             f"{place}: the signed head could not be read ({error.strerror}); {REMEDY}"
         ) from error
 
 
-def _check_head(
-    path: Path, place: Path, head: Mapping[str, Any] | None, book: Book, keys: _Keys
-) -> int:
-    if book.header.get("public_key") != keys.text:
-        raise IntegrityError(
-            f"{path}: it belongs to the key {book.header.get('public_key')}, not to {keys.text}; "
-            "use the signing key of this run, or bring back its ledger"
-        )
-    facts = verified(_HEAD, head, keys.public, place)
-    entries, last_hash = int(facts["entries"]), facts["last_hash"]
-    if entries > len(book.hashes):
-        raise IntegrityError(
-            f"{path}: {len(book.hashes)} entries, but {entries} were signed: its end was cut away; "
-            f"{REMEDY}"
-        )
-    if entries < 1 or book.hashes[entries - 1] != last_hash:
-        raise IntegrityError(f"{path}: line {entries} is not the one that was signed; {REMEDY}")
-    return entries
-
-
-def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}; name the ledger of a run") from error
-
-
-def _open(path: Path, mode: Literal["xb+", "rb+"], kept: Path | None) -> list[FileIO]:
-    """The ledger's file, at its end, and what keeps other processes off it and its copies."""
-    files: list[FileIO] = []
-    try:
-        files.append(FileIO(path, mode))
-        if kept is not None:  # the head itself is replaced, so that it can keep nobody off
-            files.append(FileIO(kept.with_suffix(".lock"), "ab", opener=_own))
-    except OSError as error:
-        _close(files)
-        place, why = error.filename, error.strerror
-        raise UsageError(
-            f"{place}: {why}; name the ledger of a run"
-            if mode == "rb+"
-            else f"{place}: a new ledger cannot be made here ({why}); resume the run that it "
-            "belongs to, or choose another directory"
-        ) from error
-    for file in files:
-        _lock(path, files, file)
-    files[0].seek(0, os.SEEK_END)
-    return files
-
-
-def _own(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
-
-
-def _lock(path: Path, files: list[FileIO], file: FileIO) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        _close(files)
-        raise UsageError(
-            f"{path}: another process writes to this run; wait for it or stop it"
-        ) from error
+def _index(value: object, least: int) -> int:
+    if type(value) is not int or value < least:
+        raise ValueError(f"{value!r}, where an index is wanted")
+    return value
 
 
 def _write_all(file: FileIO, content: bytes) -> None:
     left = memoryview(content)
     while left:
         left = left[file.write(left) :]
-
-
-def _close(files: list[FileIO]) -> None:
-    while files:
-        files.pop().close()

@@ -41,8 +41,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.errors import ReleaseRefused, UsageError
-from privrec.privacy.closeness import Grid
-from privrec.privacy.discrete import check_variance, discrete_gaussian
+from privrec.privacy.discrete import Grid, check_variance, discrete_gaussian
 from privrec.privacy.events import RoundEvent
 from privrec.randomness import Name, SecretRoot, SecureStream
 
@@ -59,7 +58,7 @@ def rounded_gaussian(stream: SecureStream, sigma: float, size: int) -> NDArray[n
     output also has no float artefacts from which the sum could be read.
 
     Args:
-        stream: the secure stream of this draw; it is read by 16 bytes for every two coefficients.
+        stream: of this draw alone; it is read by 16 bytes for every two coefficients.
         sigma: standard deviation before rounding, in integer steps, above 0 and at most 2^40.
         size: number of coefficients.
 
@@ -93,7 +92,7 @@ Device = TypeVar("Device")
 class Band:
     """Coefficients that the same devices hold.
 
-    Args:
+    Attributes:
         size: number of coefficients, at least 1.
         least: ``t``, the fewest survivors that are accepted, at least 1.
         colluders: ``c``, the devices in it that are assumed to tell the server their noise, or to
@@ -127,10 +126,10 @@ class Shares:
     """The distributed noise of a round.
 
     Promise: a device's share is a function of its seeds, the same on every platform; the sum over
-    survivors, less what :meth:`excess` gives, has in each coefficient of a band the variance
-    :meth:`released_variance`, and what is accounted of it never falls below ``σ²``.
+    survivors, less what :meth:`excess` gives, has in each coefficient of a band :meth:`kept` times
+    :meth:`share_variance`, and what is accounted of it never falls below ``σ²``.
 
-    Args:
+    Attributes:
         noise_multiplier: accounted standard deviation over the sensitivity, above 0.
         squared_sensitivity: largest squared norm of one device's integers,
             ``Encoding.squared_bound``.
@@ -164,17 +163,17 @@ class Shares:
         return self.variance / self.bands[band].shares
 
     def kept(self, band: int, survivors: int) -> int:
-        """Shares that are left in the released sum of a band."""
-        self._check_survivors(band, survivors)
-        return self.bands[band].least if self.remove_excess else survivors
-
-    def released_variance(self, band: int, survivors: int) -> Fraction:
-        """Variance of the released sum in each coefficient of a band, when nobody withheld noise.
+        """Shares that are left in the released sum of a band.
 
         Raises:
             ReleaseRefused: when there are fewer survivors than the band needs.
         """
-        return self.kept(band, survivors) * self.share_variance(band)
+        if survivors < self.bands[band].least:
+            raise ReleaseRefused(
+                f"{survivors} survivors in band {band}, and at least {self.bands[band].least} are "
+                "needed for its noise to be what is accounted; nothing is released"
+            )
+        return self.bands[band].least if self.remove_excess else survivors
 
     def event(self, sampling_rate: float, small_cohort_delta: float = 0.0) -> RoundEvent:
         """What a round costs that samples each user with this rate.
@@ -182,7 +181,7 @@ class Shares:
         Args:
             sampling_rate: probability with which each user takes part, in (0, 1].
             small_cohort_delta: what the round adds to δ when it may end without a release
-                (:func:`~privrec.privacy.closeness.small_cohort_delta`).
+                (:func:`~privrec.privacy.discrete.small_cohort_delta`).
         """
         grid = grid_of(self.squared_sensitivity, self.bands, self.remove_excess, small_cohort_delta)
         return RoundEvent("discrete_gaussian", self.noise_multiplier, sampling_rate, grid)
@@ -258,20 +257,11 @@ class Shares:
                 f"seeds for {len(seeds)} bands, and there are {len(self.bands)}; "
                 "give one list for each band"
             )
-        return np.concatenate([self._sum(band, revealed) for band, revealed in enumerate(seeds)])
-
-    def _sum(self, band: int, seeds: Sequence[bytes]) -> NDArray[np.int64]:
-        total = np.zeros(self.bands[band].size, np.int64)
-        for seed in seeds:
-            total += self.draw_band(band, seed)
-        return total
-
-    def _check_survivors(self, band: int, survivors: int) -> None:
-        if survivors < self.bands[band].least:
-            raise ReleaseRefused(
-                f"{survivors} survivors in band {band}, and at least {self.bands[band].least} are "
-                "needed for its noise to be what is accounted; nothing is released"
-            )
+        total = [np.zeros(band.size, np.int64) for band in self.bands]
+        for band, revealed in enumerate(seeds):
+            for seed in revealed:
+                total[band] += self.draw_band(band, seed)
+        return np.concatenate(total)
 
 
 def grid_of(

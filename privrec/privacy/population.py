@@ -18,7 +18,6 @@ What this cannot show is a machine whose whole state folder was set back in time
 from __future__ import annotations
 
 import fcntl
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,9 +35,18 @@ from privrec.privacy.events import (
     check_delta,
     epsilon,
 )
-from privrec.privacy.ledger_index import REMEDY, START, canonical, line_of, parsed
-from privrec.privacy.signed import server_key, sign, verified
 from privrec.randomness import state_dir
+from privrec.storage import (
+    REMEDY,
+    START,
+    canonical,
+    line_of,
+    linked,
+    parsed,
+    server_key,
+    sign,
+    verified,
+)
 
 FORMAT = 1
 _HEAD = "population head"
@@ -51,11 +59,11 @@ Counts = Counter[RoundEvent]
 class PopulationBalance:
     """Where a population stood when a run began, as the run's ledger keeps it.
 
-    Args:
+    Attributes:
         population: name of the population ledger; None for a run that is tied to none.
         runs: runs over the same users before this one: of the population ledger, or, without one,
             those that this machine's store has of the same data.
-        epsilon: lifetime limit; None without a population ledger.
+        epsilon: lifetime limit; None, as all below, without a population ledger.
         delta: δ of that limit.
         against: the adversary of that limit.
         spent: ε of all runs before this one, at ``delta``.
@@ -75,19 +83,19 @@ class PopulationBalance:
     last_hash: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The standing as plain JSON values."""
+        """The balance as plain JSON values."""
         return dict(vars(self))
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """The standing that :meth:`to_json` wrote.
+        """The balance that :meth:`to_json` wrote.
 
         Raises:
             TypeError: when a key is missing or unknown.
             ValueError: when a value is of another kind.
         """
         if set(values) != set(cls.__dataclass_fields__):
-            raise TypeError(f"a standing with the keys {sorted(values)}")
+            raise TypeError(f"a balance with the keys {sorted(values)}")
         if type(values["runs"]) is not int or values["runs"] < 0:
             raise ValueError(f"{values['runs']!r} runs")
         return cls(**values)
@@ -97,16 +105,16 @@ class PopulationBalance:
 class Population:
     """A population ledger.
 
-    Args:
+    Attributes:
         path: its file.
         name: of the population.
         epsilon: lifetime limit on ε.
         delta: δ of that limit.
         against: whom the limit is against.
+        content: the entries as the file has them, without its head.
         runs: events reserved or charged, by run.
         hashes: of the entries.
         settled: runs that have ended; what they charged is final.
-        content: the entries as the file has them, without its head.
     """
 
     path: Path
@@ -114,10 +122,10 @@ class Population:
     epsilon: float
     delta: float
     against: Adversary
+    content: bytes = b""
     runs: dict[str, Counts] = field(default_factory=dict)
     hashes: list[str] = field(default_factory=list)
     settled: set[str] = field(default_factory=set)
-    content: bytes = b""
 
     @property
     def counts(self) -> Counts:
@@ -173,7 +181,7 @@ def create(name: str, *, epsilon: float, delta: float, against: Adversary) -> Po
     check_adversary(against)
     if not 0 < epsilon < float("inf"):
         raise UsageError(f"lifetime epsilon {epsilon}: it must be above 0 and finite; choose one")
-    server_key(_key(path))
+    server_key(path.with_suffix(".key"))
     with _alone(path):
         runs = list(_known(name))
         if path.exists() or runs:
@@ -183,10 +191,8 @@ def create(name: str, *, epsilon: float, delta: float, against: Adversary) -> Po
                 f"with: privrec population show {name}, or bring back the ledger that is gone"
             )
         header = {"kind": "header", "format": FORMAT, "name": name, "epsilon": epsilon}
-        _append(
-            Population(path, name, epsilon, delta, against),
-            {**header, "delta": delta, "against": against},
-        )
+        begun = Population(path, name, epsilon, delta, against)
+        _append(begun, {**header, "delta": delta, "against": against})
     return read(name)
 
 
@@ -206,9 +212,9 @@ def read(name: str) -> Population:
             f"population {name!r}: it has no ledger here; make one with: "
             f"privrec population create {name} --epsilon 8 --delta 1e-6"
         ) from None
-    key = server_key(_key(path), new=False).public_key()
+    key = server_key(path.with_suffix(".key"), new=False).public_key()
     *lines, head = content.splitlines(keepends=True) or [b""]
-    population = _parsed(path, lines)
+    population = _counted(path, lines)
     for place, record in [*known, (path, parsed(head))]:
         facts = verified(_HEAD, record, key, place)
         population.check_continues(facts["entries"], facts["last_hash"], str(place))
@@ -251,9 +257,16 @@ def reserve(name: str, run_id: str, planned: Counts) -> PopulationBalance:
         if wanted != before:
             _enter(population, "reserve", run_id, wanted)
         return PopulationBalance(
-            name, others, population.epsilon, population.delta, population.against, spent, after,
-            len(population.hashes), population.hashes[-1],
-        )  # fmt: skip
+            population=name,
+            runs=others,
+            epsilon=population.epsilon,
+            delta=population.delta,
+            against=population.against,
+            spent=spent,
+            reserved=after,
+            entries=len(population.hashes),
+            last_hash=population.hashes[-1],
+        )
 
 
 def settle(name: str, run_id: str, charged: Counts) -> None:
@@ -282,13 +295,7 @@ def settle(name: str, run_id: str, charged: Counts) -> None:
 
 @dataclass
 class PopulationCharge:
-    """What ties one run to its population: nothing is charged that is not set aside.
-
-    Args:
-        name: of the population.
-        run_id: the run.
-        reserved: what it has set aside.
-    """
+    """What ties one run to its population: nothing is charged that is not set aside."""
 
     name: str
     run_id: str
@@ -307,11 +314,11 @@ class PopulationCharge:
             IntegrityError: when it was altered or set back; or when it says that the run has ended,
                 and the run's own ledger is an older copy that does not.
         """
-        standing, run_id = PopulationBalance.from_json(header["standing"]), header["run_id"]
-        if standing.population is None:
+        balance, run_id = PopulationBalance.from_json(header["standing"]), header["run_id"]
+        if balance.population is None:
             return None
-        population = read(standing.population)
-        population.check_continues(standing.entries, standing.last_hash, f"run {run_id}")
+        population = read(balance.population)
+        population.check_continues(balance.entries, balance.last_hash, f"run {run_id}")
         if run_id in population.settled and not ended:
             raise _final(population.name, run_id)
         return cls(population.name, run_id, population.runs[run_id])
@@ -338,14 +345,10 @@ def _final(name: str, run_id: str) -> IntegrityError:
     )
 
 
-def _key(path: Path) -> Path:
-    return path.with_suffix(".key")
-
-
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """Keep other writers off; the ledger is replaced as a whole, so its key is what is locked."""
-    with _key(path).open("rb+") as file:
+    with path.with_suffix(".key").open("rb+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -376,50 +379,38 @@ def _enter(population: Population, kind: str, run_id: str, counts: Counts) -> No
 
 def _append(population: Population, entry: Mapping[str, Any]) -> bytes:
     """Replace the file by one that has one more entry; its head, which is returned."""
-    entries, previous = population.hashes, population.hashes[-1] if population.hashes else START
-    line = line_of({**entry, "index": len(entries), "previous": previous})
-    entries.append(json.loads(line)["hash"])
-    facts = {"population": population.name, "entries": len(entries), "last_hash": entries[-1]}
-    head = canonical(sign(_HEAD, facts, server_key(_key(population.path), new=False))) + b"\n"
-    storage.replace(population.path, population.content + line + head, mode=0o600)
+    path, hashes = population.path, population.hashes
+    previous = hashes[-1] if hashes else START
+    line = line_of({**entry, "index": len(hashes), "previous": previous})
+    hashes.append(linked(path, line, hashes)["hash"])
+    facts = {"population": population.name, "entries": len(hashes), "last_hash": hashes[-1]}
+    key = server_key(path.with_suffix(".key"), new=False)
+    head = canonical(sign(_HEAD, facts, key)) + b"\n"
+    storage.replace(path, population.content + line + head, mode=0o600)
     return head
 
 
-def _parsed(path: Path, lines: Sequence[bytes]) -> Population:
-    entries = [_entry(path, number, line) for number, line in enumerate(lines, 1)]
+def _counted(path: Path, lines: Sequence[bytes]) -> Population:
+    """What the lines of a population ledger add up to, each checked to follow the one before."""
     try:
-        header = entries[0]
-        population = Population(
-            path, header["name"], header["epsilon"], header["delta"], header["against"],
-            content=b"".join(lines),
-        )  # fmt: skip
-        for entry in entries:
-            _count(population, entry)
+        entry = linked(path, lines[0], [])
+        if entry["kind"] != "header":
+            raise ValueError(f"an entry of the kind {entry['kind']!r}")
+        limit = entry["epsilon"], entry["delta"], entry["against"]
+        population = Population(path, entry["name"], *limit, content=b"".join(lines))
+        population.hashes.append(entry["hash"])
+        for line in lines[1:]:
+            entry = linked(path, line, population.hashes)
+            if entry["kind"] not in ("reserve", "settle") or entry["run"] in population.settled:
+                raise ValueError(f"an entry of the kind {entry['kind']!r}")
+            if entry["kind"] == "settle":
+                population.settled.add(entry["run"])
+            population.runs[entry["run"]] = Counter(
+                {RoundEvent.from_json(event): int(count) for event, count in entry["events"]}
+            )
+            population.hashes.append(entry["hash"])
     except (IndexError, KeyError, TypeError, ValueError, UsageError) as error:
         raise IntegrityError(
             f"{path}: not the ledger of a population ({error!r}); {REMEDY}"
         ) from None
     return population
-
-
-def _entry(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    entry = parsed(line)
-    if entry is None or line_of({k: v for k, v in entry.items() if k != "hash"}) != line:
-        raise IntegrityError(f"{path}: line {number} was altered; {REMEDY}")
-    return entry
-
-
-def _count(population: Population, entry: Mapping[str, Any]) -> None:
-    previous = population.hashes[-1] if population.hashes else START
-    if entry["index"] != len(population.hashes) or entry["previous"] != previous:
-        raise ValueError(f"line {len(population.hashes) + 1} does not follow the one before")
-    population.hashes.append(entry["hash"])
-    if entry["kind"] == "header" and len(population.hashes) == 1:
-        return
-    if entry["kind"] not in ("reserve", "settle") or entry["run"] in population.settled:
-        raise ValueError(f"an entry of the kind {entry['kind']!r}")
-    if entry["kind"] == "settle":
-        population.settled.add(entry["run"])
-    population.runs[entry["run"]] = Counter(
-        {RoundEvent.from_json(event): int(count) for event, count in entry["events"]}
-    )

@@ -12,9 +12,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from privrec.errors import IntegrityError
 from privrec.privacy.events import RoundEvent
-from privrec.privacy.ledger import Charge, Ledger
-from privrec.privacy.ledger_index import PREPARATION
-from privrec.privacy.signed import hexadecimal, verified
+from privrec.privacy.ledger import PREPARATION, Charge, Ledger
+from privrec.storage import verified
 
 Signature = Literal["server key", "key named in the ledger"]
 
@@ -89,7 +88,7 @@ def read_spending(directory: Path, public_key: Ed25519PublicKey | None = None) -
             counts=ledger.counts,
             examples=ledger.examples,
             head=ledger.last_hash,
-            key=_key_text(public_key, ledger.header),
+            key=ledger.public_key.public_bytes_raw().hex(),
             signature="server key" if public_key else "key named in the ledger",
             model=(ledger.ended or b"").hex(),
         )
@@ -106,9 +105,3 @@ def _check_whole(path: Path, ledger: Ledger) -> None:
             f"{path}: {ledger.entries} entries, of which {ledger.signed} are signed: lines were "
             "added behind the signed end. Bring back the original file"
         )
-
-
-def _key_text(public_key: Ed25519PublicKey | None, header: Mapping[str, Any]) -> str:
-    if public_key is not None:
-        return hexadecimal(public_key)
-    return str(header.get("public_key", ""))

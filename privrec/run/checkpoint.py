@@ -15,9 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from privrec.errors import IntegrityError
-from privrec.privacy.ledger_index import parsed
-from privrec.privacy.signed import sign, verified
-from privrec.storage import replace
+from privrec.storage import parsed, replace, sign, verified
 
 Arrays = Mapping[str, NDArray[np.float32]]
 

@@ -13,18 +13,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from privrec import storage
 from privrec.errors import IntegrityError, UsageError
 from privrec.privacy.ledger import Ledger
-from privrec.privacy.ledger_index import parsed
 from privrec.privacy.population import PopulationBalance
-from privrec.privacy.signed import sign, verified
 from privrec.run import checkpoint
 from privrec.run.checkpoint import Position
 from privrec.run.header import ledger_header
 from privrec.run.identity import Identity
 from privrec.scenario.load import Scenario
 from privrec.server.server import Server
-from privrec.storage import replace
+from privrec.storage import parsed, sign, verified
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -258,12 +257,6 @@ def appearing(out: Path) -> Iterator[Path]:
         raise
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replace a JSON file as a whole, durable before this returns."""
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    replace(path, text.encode())
-
-
 def leave(out: Path, payload: dict[str, Any], identity: Identity) -> dict[str, Any]:
     """Write ``result.json``, signed, and then remove the checkpoint of the run that has ended.
 
@@ -275,7 +268,7 @@ def leave(out: Path, payload: dict[str, Any], identity: Identity) -> dict[str, A
     """
     plain = json.loads(json.dumps(payload, allow_nan=False))
     record = sign("result", plain, identity.signing_key())
-    write_json(out / "result.json", record)
+    storage.write_json(out / "result.json", record)
     if not record.get("gaps"):
         (out / CHECKPOINT).unlink(missing_ok=True)
     return record

@@ -16,10 +16,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 import privrec
 from privrec.errors import IntegrityError, UsageError
-from privrec.privacy.signed import server_key
 from privrec.randomness import SecretRoot, state_dir
 from privrec.scenario.load import Scenario
-from privrec.storage import replace
+from privrec.storage import replace, server_key
 
 _RUN_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
 _KNOWN, _KEY = "known-", "server.key"

@@ -65,7 +65,7 @@ def start(
     split = _checked(scenario, data_dir)
     identity = Identity.new(scenario, kind.describe(split), data_dir, unsafe_noise_key)
     with identity.forgotten_unless(out), directory.appearing(out) as folder:
-        directory.write_json(folder / "run.json", identity.to_json())
+        storage.write_json(folder / "run.json", identity.to_json())
         storage.replace(folder / "scenario.toml", scenario.to_toml().encode())
         users, standing = (
             split.train.n_users,

@@ -21,13 +21,11 @@ from privrec.device.round import digest
 from privrec.errors import IntegrityError
 from privrec.privacy.calibrate import noise_multiplier_for
 from privrec.privacy.events import RoundEvent
-from privrec.privacy.ledger import Ledger
-from privrec.privacy.ledger_index import PREPARATION, parsed
+from privrec.privacy.ledger import PREPARATION, Ledger
 from privrec.privacy.mechanism import rounded_gaussian
-from privrec.privacy.signed import verified
 from privrec.randomness import SecretRoot, SecureStream
 from privrec.scenario.load import Scenario, load
-from privrec.storage import replace
+from privrec.storage import parsed, replace, verified
 
 KNOWN_ITEMS = {
     "ml-100k": 1682,

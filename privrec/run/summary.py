@@ -8,7 +8,6 @@ bytes are those of the tensors. Selection is counted beside them.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from safetensors.numpy import load_file, save
 from torch.utils.flop_counter import FlopCounterMode
 
 import privrec
+from privrec import storage
 from privrec.data import Interactions, Split
 from privrec.device.lessons import QUERIES
 from privrec.device.round import digest
@@ -34,8 +34,7 @@ from privrec.evaluate import metrics
 from privrec.evaluate.metrics import by_segment
 from privrec.models.next_word import sampled_loss
 from privrec.privacy.events import Accountant, Adversary, epsilon
-from privrec.privacy.ledger import Ledger
-from privrec.privacy.ledger_index import EXAMPLE
+from privrec.privacy.ledger import EXAMPLE, Ledger
 from privrec.run.assembly import BYTES_A_COEFFICIENT, Parts, TextParts, federation_of
 from privrec.run.memory_profile import peak_bytes
 from privrec.run.popularity import release_event
@@ -45,7 +44,6 @@ from privrec.search.families import Shape
 from privrec.search.select import FOLD, SIGNATURE
 from privrec.server.columns import ColumnServer
 from privrec.server.server import Server
-from privrec.storage import replace
 
 _TABLES = 20  # of a device's own choice, on average; see privrec.search.families.own_shape
 _CODE_BYTES = 2
@@ -215,10 +213,10 @@ _EPSILONS: dict[str, tuple[Adversary, Accountant]] = {
 
 def write_model(out: Path, server: Server, scenario: Scenario) -> None:
     """Write the released weights (``model.safetensors``) and what they mean (``model.json``)."""
-    replace(out / "model.safetensors", save({"weights": server.released}))
+    storage.replace(out / "model.safetensors", save({"weights": server.released}))
     n_items = server.plan.federation.tiers[0].recommender.vectors.items
     description = {"items": n_items, "scenario": scenario.name, **model_facts(server, scenario)}
-    replace(out / "model.json", (json.dumps(description, indent=2) + "\n").encode())
+    storage.write_json(out / "model.json", description)
 
 
 def read_model(

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from privrec.errors import UsageError
-from privrec.privacy import closeness
-from privrec.privacy.closeness import Grid, Slack
+from privrec.privacy import discrete
+from privrec.privacy.discrete import Grid, Slack
 from privrec.privacy.events import RoundEvent, epsilon
 
 
@@ -36,17 +36,17 @@ def log_ratio(share, shares):
 @pytest.mark.parametrize("share", [0.2, 0.35, 0.6])
 @pytest.mark.parametrize("shares", [2, 3, 10, 200])
 def test_a_sum_of_discrete_gaussians_is_as_close_as_stated(share, shares):
-    stated = closeness._of_sum(share, shares)
+    stated = discrete._of_sum(share, shares)
     found = log_ratio(share, shares)
     assert found <= stated * (1 + 1e-9)
     assert found > 0.02 * stated  # of the same order, as far as doubles show it
 
 
 def test_many_shares_are_bounded_by_the_terms_written_out():
-    each = [closeness._apart(0.5 * k / (k + 1)) for k in range(1, 1000)]
-    assert sum(each) <= closeness._of_sum(0.5, 1000) < 1.2 * sum(each)
-    assert closeness._of_sum(0.5, 1) == 0
-    assert closeness._of_sum(0.5, 66) == pytest.approx(sum(each[:65]), rel=1e-12)
+    each = [discrete._apart(0.5 * k / (k + 1)) for k in range(1, 1000)]
+    assert sum(each) <= discrete._of_sum(0.5, 1000) < 1.2 * sum(each)
+    assert discrete._of_sum(0.5, 1) == 0
+    assert discrete._of_sum(0.5, 66) == pytest.approx(sum(each[:65]), rel=1e-12)
 
 
 @pytest.mark.parametrize("variance", [0.15, 0.3, 0.5, 1.0])
@@ -55,11 +55,11 @@ def test_sums_over_shifted_integers_ripple_as_stated(variance):
     x, centre = np.arange(-40, 41), np.linspace(0, 1, 101)
     sums = np.exp(-((x - centre[:, None]) ** 2) / (2 * variance)).sum(1)
     found = np.log(sums.max() / sums.min())
-    assert 0.9 * closeness._apart(variance) < found <= closeness._apart(variance) * (1 + 1e-6)
+    assert 0.9 * discrete._apart(variance) < found <= discrete._apart(variance) * (1 + 1e-6)
 
 
 def test_hardly_any_variance_has_no_bound():
-    assert closeness._apart(0.01) == math.inf
+    assert discrete._apart(0.01) == math.inf
 
 
 @pytest.mark.parametrize("rho", [0.2, 0.5])
@@ -76,7 +76,7 @@ def test_randomised_rounding_of_a_gaussian_is_as_close_as_stated(rho):
     exact = law(variance, 40)
     clear = exact > 1e-6
     found = np.abs(np.log(rounded[clear] / exact[clear])).max()
-    assert 0 < found <= closeness._apart(rho)
+    assert 0 < found <= discrete._apart(rho)
 
 
 def hockey_stick(noise, shift, at, rate):
@@ -155,7 +155,7 @@ class TestGrid:
     def test_the_narrowest_share_that_is_allowed(self):
         grid = Grid(10**6, 2**17, 100, True)
         widths = np.linspace(1, 3, 201)
-        most = closeness.LARGEST_LOG_RATIO
+        most = discrete.LARGEST_LOG_RATIO
         allowed = [w for w in widths if grid.log_ratio(w * 10 / 1000) <= most]
         assert 1.8 < min(allowed) < 2.0
         assert allowed == [w for w in widths if w >= min(allowed)]

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from privrec.errors import UsageError
-from privrec.privacy.closeness import Crowd, check_small_cohorts, small_cohort, small_cohort_delta
+from privrec.privacy.discrete import Crowd, check_small_cohorts, small_cohort, small_cohort_delta
 from privrec.privacy.events import RoundEvent, epsilon
 
 

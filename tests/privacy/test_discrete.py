@@ -66,10 +66,10 @@ def parts_of(variance):
     table = discrete._gaussian_table
     try:
         discrete._gaussian_table = lambda v: made.append(v) or None
-        sampler = discrete._gaussian.__wrapped__(variance)
+        sampler = discrete._parts.__wrapped__(variance)
     finally:
         discrete._gaussian_table = table
-    return [(factor, v) for (factor, _), v in zip(sampler.parts, made, strict=True)]
+    return [(factor, v) for (factor, _), v in zip(sampler, made, strict=True)]
 
 
 @pytest.mark.parametrize(

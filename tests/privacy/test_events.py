@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from privrec.errors import UsageError
-from privrec.privacy import accountant, closeness
-from privrec.privacy.closeness import Grid
+from privrec.privacy import accountant, discrete
+from privrec.privacy.discrete import Grid
 from privrec.privacy.events import RoundEvent, epsilon
 
 EVENT = RoundEvent("gaussian", 1.2, 0.05)
@@ -154,7 +154,7 @@ class TestDistributed:
 
     @pytest.mark.parametrize("count", [1, 7])
     def test_slack_enters_epsilon_and_delta(self, count, monkeypatch):
-        monkeypatch.setattr(closeness, "LARGEST_LOG_RATIO", 1.0)
+        monkeypatch.setattr(discrete, "LARGEST_LOG_RATIO", 1.0)
         event = RoundEvent("discrete_gaussian", 0.6, 1.0, Grid(100, 20, 45, True))
         log_ratio = event.slack.log_ratio
         assert 1e-3 < log_ratio < 0.1
@@ -165,7 +165,7 @@ class TestDistributed:
         assert found == pytest.approx(bare + 2 * count * log_ratio, abs=1.1e-4)
 
     def test_the_samplers_are_counted_by_round(self, monkeypatch):
-        monkeypatch.setattr(closeness, "SLACK", 1e-15)
+        monkeypatch.setattr(discrete, "SLACK", 1e-15)
         event = RoundEvent("discrete_gaussian", 40.0, 1.0, Grid(10**6, 10, 10, True))
         # (1 + exp(ε)) 1e-13 a round against 1e-8 / 1000
         assert epsilon({event: 10}, 1e-8, "server") < math.inf

@@ -17,9 +17,8 @@ from privrec import storage
 from privrec.errors import BudgetError, IntegrityError, PrivrecError, UsageError
 from privrec.privacy import population
 from privrec.privacy.events import RoundEvent, epsilon
-from privrec.privacy.ledger_index import START, canonical, line_of
 from privrec.privacy.population import PopulationCharge, create, path_of, read, reserve, settle
-from privrec.privacy.signed import server_key, sign
+from privrec.storage import START, canonical, line_of, server_key, sign
 
 EVENT = RoundEvent("gaussian", 2.0, 1.0)
 DELTA = 1e-5

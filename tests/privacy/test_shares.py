@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from privrec.errors import ReleaseRefused, UsageError
 from privrec.privacy.discrete import discrete_gaussian
 from privrec.privacy.events import epsilon
-from privrec.privacy.ledger import Ledger, server_key
+from privrec.privacy.ledger import Ledger
 from privrec.privacy.mechanism import Band, Shares, noise_seeds
 from privrec.randomness import SecretRoot, SecureStream
+from privrec.storage import server_key
 
 ROOT = SecretRoot.known(b"shares")
 BANDS = (Band(50, 7, 2), Band(30, 4, 1), Band(20, 3))
@@ -91,7 +92,7 @@ def test_removal_leaves_the_shares_of_exactly_the_fewest(survivors, data):
         expected = sum(SHARES.draw_band(band, seeds_of(d)[band]).astype(int) for d in kept)
         assert np.array_equal(left[start:end], expected)
         variance = BANDS[band].least * SHARES.share_variance(band)
-        assert SHARES.released_variance(band, held[band]) == variance
+        assert SHARES.kept(band, held[band]) * SHARES.share_variance(band) == variance
 
 
 def test_never_fewer_honest_shares_than_accounted():
@@ -108,7 +109,7 @@ def test_never_fewer_honest_shares_than_accounted():
 def test_without_removal_nothing_is_named_and_all_noise_stays():
     shares = Shares(1.5, 10**6, BANDS)
     assert shares.removed(0, list(range(12))) == ()
-    assert shares.released_variance(0, 12) == Fraction(12, 5) * shares.variance
+    assert shares.kept(0, 12) * shares.share_variance(0) == Fraction(12, 5) * shares.variance
     assert not shares.excess([[], [], []]).any()
 
 
@@ -164,4 +165,4 @@ def test_refusals(make, message):
 
 def test_too_few_survivors_are_refused():
     with pytest.raises(ReleaseRefused, match="6 survivors in band 0, and at least 7"):
-        SHARES.released_variance(0, 6)
+        SHARES.kept(0, 6)

@@ -15,12 +15,12 @@ from privrec.models.layout import band_sizes
 from privrec.privacy.events import RoundEvent
 from privrec.privacy.ledger import Ledger
 from privrec.privacy.population import PopulationBalance
-from privrec.privacy.signed import sign
 from privrec.run.assembly import federation_of, holders_of
 from privrec.run.header import ledger_header
 from privrec.run.privacy_plan import example_event, plan_privacy
 from privrec.run.record import EventLog, Record
 from privrec.scenario.load import Row, Scenario
+from privrec.storage import sign
 
 MakeRun = Callable[..., Path]
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))

@@ -22,12 +22,12 @@ from safetensors.numpy import save_file
 from privrec.errors import UsageError
 from privrec.privacy.events import RoundEvent, epsilon
 from privrec.privacy.ledger import Ledger
-from privrec.privacy.ledger_index import START, canonical, line_of
 from privrec.randomness import state_dir, write_secret
 from privrec.report.build import build
 from privrec.report.model import Report
 from privrec.report.render import to_json, write
 from privrec.report.verify import Verdict, public_key, verify
+from privrec.storage import START, canonical, line_of
 
 MakeRun = Callable[..., Path]
 Content = dict[str, Any]

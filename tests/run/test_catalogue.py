@@ -17,9 +17,7 @@ from privrec import data
 from privrec.data import Interactions, Split
 from privrec.errors import IntegrityError, Interrupted
 from privrec.privacy.events import RoundEvent, epsilon
-from privrec.privacy.ledger import Ledger
-from privrec.privacy.ledger_index import PREPARATION
-from privrec.privacy.signed import sign
+from privrec.privacy.ledger import PREPARATION, Ledger
 from privrec.randomness import SecretRoot
 from privrec.report.build import build
 from privrec.run import lifecycle
@@ -30,6 +28,7 @@ from privrec.run.privacy_plan import event_without_shares
 from privrec.run.recommend import recommend
 from privrec.run.record import NullObserver, Record
 from privrec.scenario.load import Scenario
+from privrec.storage import sign
 
 ROUNDS = 4
 LEVEL = 1e-4

@@ -18,9 +18,7 @@ from privrec.device.round import digest
 from privrec.errors import BudgetError, IntegrityError, PrivrecError, ReleaseRefused, UsageError
 from privrec.privacy.events import epsilon
 from privrec.privacy.ledger import Ledger
-from privrec.privacy.ledger_index import line_of
 from privrec.privacy.population import PopulationCharge, create, read
-from privrec.privacy.signed import sign
 from privrec.report.build import build
 from privrec.report.render import write
 from privrec.report.spending import read_spending
@@ -31,6 +29,7 @@ from privrec.run.privacy_plan import event_without_shares
 from privrec.run.recommend import recommend
 from privrec.run.record import NullObserver, Record
 from privrec.scenario.load import Scenario, load
+from privrec.storage import line_of, sign
 
 ROUNDS = 5
 TINY = f"""

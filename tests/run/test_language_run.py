@@ -16,7 +16,7 @@ from privrec.data.text import load_text
 from privrec.device.device import hash_functions
 from privrec.errors import Interrupted, ScenarioError, UsageError
 from privrec.privacy.events import RoundEvent, epsilon
-from privrec.privacy.ledger_index import PREPARATION
+from privrec.privacy.ledger import PREPARATION
 from privrec.randomness import SecretRoot
 from privrec.report.build import build
 from privrec.report.render import write

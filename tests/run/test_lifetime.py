@@ -14,13 +14,13 @@ from privrec.errors import BudgetError, IntegrityError, ReleaseRefused, UsageErr
 from privrec.privacy import population
 from privrec.privacy.events import RoundEvent, epsilon
 from privrec.privacy.ledger import Ledger
-from privrec.privacy.ledger_index import line_of, parsed
 from privrec.privacy.population import PopulationCharge
 from privrec.randomness import state_dir
 from privrec.run import lifecycle, population_budget
 from privrec.run.record import NullObserver
 from privrec.run.simulation import Simulation
 from privrec.scenario.load import Scenario
+from privrec.storage import line_of, parsed
 
 EVENT, OTHER = RoundEvent("gaussian", 2.0), RoundEvent("gaussian", 3.0, 0.5)
 DELTA, ROUNDS = 1e-6, 4

@@ -25,11 +25,11 @@ from privrec.cli.main import main
 from privrec.errors import IntegrityError, PrivrecError, UsageError
 from privrec.privacy.events import RoundEvent, epsilon
 from privrec.privacy.ledger import Ledger
-from privrec.privacy.signed import server_key
 from privrec.report.build import build
 from privrec.run import checkpoint, directory, lifecycle
 from privrec.run.record import NullObserver, Record, read_events, read_rounds
 from privrec.scenario.load import load
+from privrec.storage import server_key
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDS, EVERY, RATE, NOISE = 6, 2, 0.4, 1.0
