@@ -16,9 +16,8 @@ from privrec.audit.judging import (
     seen_deviation,
     variance_p,
 )
-from privrec.privacy.lazy.memory import LazyMemory
-from privrec.privacy.lazy.pending import LinearStep
-from privrec.privacy.lazy.stream import Normals
+from privrec.privacy.lazy import LazyMemory
+from privrec.privacy.pending import LinearStep, Normals
 from privrec.randomness import SecretRoot
 
 Floats = NDArray[np.float64]

@@ -10,11 +10,10 @@ clip_norm)^2)`` to every coefficient of the sum, and the whole round is one Gaus
 that noise multiplier.
 
 A step touches few blocks of the memory, and nobody reads the others before the upload: their noise
-is owed (:mod:`privrec.privacy.lazy.memory`) and settled at the end. A user vector fitted to the
+is owed (:mod:`privrec.privacy.lazy`) and settled at the end. A user vector fitted to the
 history without noise would undo all of it, so there is none: the vector starts from the round's
 key, takes the same noisy steps, and what it is after a round is an output like any other.
-Source: Abadi et al., "Deep learning with differential privacy" (CCS 2016); the deferral is
-:mod:`privrec.privacy.lazy.noise`.
+Source: Abadi et al., "Deep learning with differential privacy" (CCS 2016).
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ from privrec.device.batch import merged, representatives, uniform
 from privrec.embedding.hashing import splitmix64
 from privrec.embedding.table import Table
 from privrec.models.losses import LOSSES, Samples
-from privrec.privacy.lazy.memory import LazyMemory
-from privrec.privacy.lazy.stream import Normals
+from privrec.privacy.lazy import LazyMemory
+from privrec.privacy.pending import Normals
 from privrec.randomness import SecretRoot
 
 if TYPE_CHECKING:
@@ -172,7 +171,6 @@ class ExampleSteps:
         for value, gradient in ((self._user, clipped.user), (self._dense, clipped.dense)):
             value -= rate * gradient.sum(0).numpy()
             if len(value):
-                self._eager.begin()
                 self._eager.add(value[None], np.array([std**2]))
         return clipped.losses
 
@@ -231,8 +229,8 @@ class ExampleSteps:
     @property
     def deferred(self) -> Deferred:
         """Of the memory blocks so far; call it after :meth:`change`."""
-        noise = self._vectors.memory.noise
-        return Deferred(noise.drawn, noise.rows * self._schedule.steps)
+        memory = self._vectors.memory
+        return Deferred(memory.drawn, memory.shape[0] * self._schedule.steps)
 
     def _start(self, width: int) -> FloatArray:
         """A private state of the round's key, of norm about 1 and without bias."""

@@ -20,9 +20,8 @@ from privrec.errors import UsageError
 from privrec.optim.capture import COMPILED, Capture
 from privrec.optim.ghost import Lookups, TableLayer, joined
 from privrec.optim.parameter import make_lazy, make_plain
-from privrec.privacy.lazy.memory import LazyMemory
-from privrec.privacy.lazy.pending import LinearStep
-from privrec.privacy.lazy.stream import Normals
+from privrec.privacy.lazy import LazyMemory
+from privrec.privacy.pending import LinearStep, Normals
 from privrec.randomness import SecretRoot
 
 _SHORT = 1 - 1e-5  # norms are float32 sums; what they may be too small by is taken off the bound
@@ -200,7 +199,6 @@ class LazyDPSGD(torch.optim.Optimizer):
             return loss
         if self.step_hook is not None:
             self.step_hook(self)
-        self._noise.begin()
         for group in self.param_groups:
             for parameter in group["params"]:
                 if not parameter.requires_grad:

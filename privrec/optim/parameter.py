@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from privrec.errors import UsageError
-from privrec.privacy.lazy.memory import LazyMemory
-from privrec.privacy.lazy.stream import NoiseSource
+from privrec.privacy.lazy import LazyMemory
+from privrec.privacy.pending import Normals
 
 _LOOKUPS = {functional.embedding, functional.embedding_bag, torch.embedding, torch.embedding_bag}
 # What tells nothing of any value.
@@ -91,13 +91,13 @@ class LazyParameter(torch.nn.Parameter):
 
 
 def make_lazy(
-    parameter: torch.nn.Parameter, source: NoiseSource | None = None, *, moving: bool = False
+    parameter: torch.nn.Parameter, source: Normals | None = None, *, moving: bool = False
 ) -> LazyMemory:
     """Turn an embedding weight into a :class:`LazyParameter`, in place.
 
     Args:
         parameter: float32 or float64 on the CPU, shape ``(rows, width)``.
-        source: what draws its noise; see :class:`privrec.privacy.lazy.noise.LazyNoise`.
+        source: what draws its noise; see :class:`~privrec.privacy.lazy.LazyMemory`.
         moving: whether its steps have momentum or weight decay.
 
     Returns:

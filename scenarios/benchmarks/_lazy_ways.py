@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from privrec.privacy.lazy.memory import LazyMemory
+from privrec.privacy.lazy import LazyMemory
 
 LR, SIGMA, CLIP, BATCH = 0.1, 1.0, 1.0, 2048
 STD = SIGMA * CLIP / BATCH

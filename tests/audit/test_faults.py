@@ -17,7 +17,7 @@ from privrec.audit.examine import _collect
 from privrec.device import update
 from privrec.device.round import Round
 from privrec.device.update import BoundedUpdate
-from privrec.privacy.lazy.noise import LazyNoise
+from privrec.privacy.lazy import LazyMemory
 from privrec.privacy.mechanism import Shares, rounded_gaussian
 from privrec.run import simulation, summing
 from privrec.run.simulation import Simulation
@@ -311,20 +311,20 @@ def idle(*ignored: Any) -> None:
     return None
 
 
-@pytest.mark.parametrize("name", ["settle", "settle_all"])
+@pytest.mark.parametrize("name", ["settle", "_settle_all"])
 def test_a_settlement_that_is_skipped_fails(name: str, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(LazyNoise, name, idle)
+    monkeypatch.setattr(LazyMemory, name, idle)
     assert "lazy noise settled before a read" in found(settling, "central")
 
 
 @pytest.mark.parametrize("share", [20, 5])
 def test_rows_that_are_left_out_of_a_settlement_fail(share: int, monkeypatch: Patch) -> None:
-    honest = LazyNoise.settle
+    honest = LazyMemory.settle
 
-    def settle(self: Any, tables: Any, rows: Any, *context: Any) -> None:
-        honest(self, tables, rows[np.arange(len(rows)) % share != 0], *context)
+    def settle(self: Any, rows: Any = None) -> None:
+        honest(self, None if rows is None else rows[np.arange(len(rows)) % share != 0])
 
-    monkeypatch.setattr(LazyNoise, "settle", settle)
+    monkeypatch.setattr(LazyMemory, "settle", settle)
     assert "lazy noise settled before a read" in found(settling, "central")
 
 

@@ -190,10 +190,10 @@ def test_every_coefficient_of_the_update_and_the_state_has_the_noise_of_all_step
 def test_most_noise_of_a_round_is_deferred_and_all_of_it_settled():
     made = steps_of(recommender(), steps=4)
     made.run(np.array([2, 3]))
-    before = made._vectors.memory.noise.steps
+    before = made._vectors.memory.steps
     made.change()
     assert before == 4
-    assert made._vectors.memory.noise.steps == 0
+    assert made._vectors.memory.steps == 0
     assert 0.3 < made.deferred.share < 1
     assert Deferred().share is None
 

@@ -101,7 +101,7 @@ def test_what_goes_past_the_guard_finds_nothing(way):
         shown = PAST_THE_GUARD[way](layer.weight)
     except RuntimeError:
         return  # refusing is as good
-    settled = layer.weight._memory.noise.steps == 0
+    settled = layer.weight._memory.steps == 0
     assert settled or bool(torch.isnan(shown).all())
 
 
@@ -136,7 +136,7 @@ def test_norms_hashes_and_text_settle():
 def test_a_lookup_settles_its_rows_alone():
     layer = indebted()
     layer(torch.tensor([[1, 1], [4, 1]]))
-    assert layer.weight._memory.noise.drawn == 2
+    assert layer.weight._memory.drawn == 2
 
 
 @pytest.mark.parametrize("ask", ["shape", "dtype", "device", "grad", "requires_grad", "is_leaf"])
@@ -146,7 +146,7 @@ def test_what_tells_no_value_settles_nothing(ask):
     len(weight)
     weight.numel()
     assert hash(weight)
-    assert weight._memory.noise.drawn == 0
+    assert weight._memory.drawn == 0
 
 
 def test_writes_settle_first_and_arrive():

@@ -14,12 +14,6 @@ class Basis:
     def __init__(self, width: int) -> None:
         self.width, self.used = width, 0
 
-    def begin(self, *context):
-        self.context = context
-
-    def unit(self):
-        return 0.0
-
     def add(self, out, variances):
         assert len(out) == len(variances)
         for row in np.flatnonzero(variances):

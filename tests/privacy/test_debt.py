@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from privrec.errors import UsageError
-from privrec.privacy.lazy.pending import LinearStep, PendingNoise, PendingSteps
+from privrec.privacy.pending import LinearStep, PendingNoise, PendingSteps
 
 positive = st.floats(1e-12, 1e6)
 updates = st.builds(

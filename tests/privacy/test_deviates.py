@@ -9,30 +9,33 @@ import numpy as np
 import pytest
 
 from privrec.errors import ReleaseRefused
-from privrec.privacy.lazy import stream as deviates
-from privrec.privacy.lazy.stream import Normals, rounded_up
-from privrec.randomness import SecretRoot
+from privrec.privacy import pending as deviates
+from privrec.privacy.pending import Normals, rounded_up
+from privrec.randomness import STREAM_LIMIT, SecretRoot
 
 ROOT = SecretRoot.known(b"deviates")
 
 
-def drawn(source, rows, width, variances, *context, dtype=np.float32):
+def drawn(source, rows, width, variances, dtype=np.float32):
     out = np.zeros((rows, width), dtype)
-    source.begin(*context)
     source.add(out, np.asarray(variances, float))
     return out
 
 
 @pytest.mark.parametrize("width", [1, 2, 7, 64, 40_001])
-def test_one_context_one_noise_another_another(width):
-    one, two, three = (drawn(Normals(ROOT), 5, width, np.ones(5), c) for c in (1, 1, 2))
+def test_one_root_one_noise_another_another(width):
+    roots = (ROOT, ROOT, SecretRoot.known(b"others"))
+    one, two, three = (drawn(Normals(root), 5, width, np.ones(5)) for root in roots)
     assert np.array_equal(one, two)
     assert not np.any(one == three)
     assert np.all(one != 0)
     assert len(np.unique(one)) > 0.99 * one.size
 
 
-def test_draws_without_context_are_all_different():
+@pytest.mark.parametrize("spare", [deviates._SPARE, STREAM_LIMIT])
+def test_draws_are_all_different(spare, monkeypatch):
+    """Of one stream, and of streams that are used up."""
+    monkeypatch.setattr(deviates, "_SPARE", spare)
     source = Normals(ROOT)
     assert not np.any(drawn(source, 3, 8, np.ones(3)) == drawn(source, 3, 8, np.ones(3)))
 
@@ -44,11 +47,9 @@ def test_sources_of_their_own_roots_differ():
 
 
 def test_noise_is_added_with_the_variance_of_each_row():
-    unit = drawn(Normals(ROOT), 3, 6, np.ones(3), 1)
+    unit = drawn(Normals(ROOT), 3, 6, np.ones(3))
     out = np.full((3, 6), 10.0)
-    source = Normals(ROOT)
-    source.begin(1)
-    source.add(out, np.array([4.0, 0.0, 0.25]))
+    Normals(ROOT).add(out, np.array([4.0, 0.0, 0.25]))
     np.testing.assert_allclose(out - 10, unit * [[2.0], [0.0], [0.5]], rtol=1e-5, atol=1e-5)
 
 
@@ -82,22 +83,19 @@ def test_variances_are_rounded_up():
     assert short[1] == 1.0
 
 
-def test_after_a_fork_nothing_is_drawn():
+@pytest.mark.parametrize("before", [0, 1])
+def test_after_a_fork_nothing_is_drawn(before):
     source = Normals(ROOT)
-    source.begin()
+    for _ in range(before):
+        drawn(source, 1, 1, np.ones(1))
     child = os.fork()
     if not child:
         try:
-            source.begin()
+            drawn(source, 1, 1, np.ones(1))
         except ReleaseRefused:
             os._exit(7)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-
-
-def test_nothing_is_drawn_before_a_stream_is_opened():
-    with pytest.raises(ReleaseRefused, match="begin"):
-        Normals(ROOT).add(np.zeros((1, 1), np.float32), np.ones(1))
 
 
 def test_whether_a_root_is_known():

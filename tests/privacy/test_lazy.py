@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from lazy_basis import Basis, Silent
 
 from privrec.errors import UsageError
-from privrec.privacy.lazy import noise as lazy
-from privrec.privacy.lazy.memory import LazyMemory
-from privrec.privacy.lazy.noise import MOST_STEPS, LazyNoise
-from privrec.privacy.lazy.pending import LinearStep
+from privrec.privacy import lazy
+from privrec.privacy.lazy import MOST_STEPS, LazyMemory
+from privrec.privacy.pending import LinearStep
 
 ROWS = 4
 some_rows = st.lists(st.integers(0, ROWS - 1), max_size=6).map(lambda r: np.array(r, np.int64))
@@ -205,7 +204,7 @@ class TestDefects:
             last = self._sums[self.steps] - self._sums[self.steps - 1]
             return (self.steps - stamps) * last
 
-        monkeypatch.setattr("privrec.privacy.lazy.pending.PendingNoise.since", current)
+        monkeypatch.setattr("privrec.privacy.pending.PendingNoise.since", current)
         assert self.broken(LazyMemory)
 
     def test_plain_steps_under_momentum(self):
@@ -216,11 +215,11 @@ class TestDefects:
         assert not np.allclose(drawn @ drawn.T, wanted @ wanted.T, rtol=1e-3, atol=1e-3)
 
     def test_a_checkpoint_without_its_history(self, monkeypatch):
-        def forget(self, tables, *context):
+        def forget(self):
             self._sum.clear()
             self._stamps.fill(0)
 
-        monkeypatch.setattr(LazyNoise, "settle_all", forget)
+        monkeypatch.setattr(LazyMemory, "_settle_all", forget)
         assert self.broken(LazyMemory)
 
     # The fifth, the same noise in every process, is in test_deviates and tests/statistical.
@@ -229,51 +228,57 @@ class TestDefects:
 def test_the_eager_path_has_the_same_law(monkeypatch):
     steps = [Step(1.0, LinearStep(0.1), np.arange(ROWS), np.arange(ROWS)) for _ in range(3)]
     orders = []
-    settle_all = LazyNoise.settle_all
-    monkeypatch.setattr(LazyNoise, "settle_all", lambda *a: (orders.append(1), settle_all(*a))[1])
+    settle_all = LazyMemory._settle_all
+    monkeypatch.setattr(LazyMemory, "_settle_all", lambda m: (orders.append(1), settle_all(m))[1])
     check_law(steps, is_moving=False)
     assert orders
     monkeypatch.setattr(lazy, "EAGER_SHARE", 2.0)
     check_law(steps, is_moving=False)
 
 
+def owing(rows, width, source):
+    """A table of zeros, and the memory that took it over."""
+    table = np.zeros((rows, width))
+    return LazyMemory(table, source), table
+
+
 @pytest.mark.parametrize("block", [1, 3, 1000])
 def test_blocks_do_not_change_what_is_owed(block):
-    noise, width = LazyNoise(50, 60, Basis(60)), 60
-    noise._block = block
-    table = np.zeros((50, width))
-    noise.owe(2.0)
-    noise.settle((table,), np.array([7, 7, 30, 2]))
-    noise.owe(1.0)
-    noise.settle_all((table,))
+    memory, table = owing(50, 60, Basis(60))
+    memory._block = block
+    memory.owe(2.0)
+    memory.settle(np.array([7, 7, 30, 2]))
+    memory.owe(1.0)
+    memory.settle()
     np.testing.assert_allclose((table**2).sum(1), 3.0)
     assert np.allclose(table @ table.T, 3.0 * np.eye(50))
 
 
 def test_four_bytes_a_row():
-    noise = LazyNoise(1_000_000, 64, Silent(1))
-    assert noise._stamps.nbytes == 4_000_000
-    arrays = [v for v in vars(noise).values() if isinstance(v, np.ndarray)]
+    memory = LazyMemory(np.zeros((1_000_000, 64), np.float32), Silent(1))
+    assert memory._stamps.nbytes == 4_000_000
+    arrays = [v for v in vars(memory).values() if isinstance(v, np.ndarray)]
     assert sum(a.nbytes for a in arrays) == 4_000_000
-    noise.owe(1.0)
-    noise.settle((np.zeros((1_000_000, 64), np.float32),), np.arange(3000))
-    assert sum(b.nbytes for b in noise._held) < 1 << 20
+    memory.owe(1.0)
+    memory.settle(np.arange(3000))
+    assert sum(b.nbytes for b in memory._held) < 1 << 20
 
 
 @pytest.mark.parametrize("row", [-1, 10, 1000])
 def test_a_row_outside_of_the_table_is_refused_before_anything_is_paid(row: int) -> None:
-    noise, table = LazyNoise(10, 40, Basis(40)), np.zeros((10, 40))
-    noise.owe(1.0)
+    memory, table = owing(10, 40, Basis(40))
+    memory.owe(1.0)
     with pytest.raises(UsageError, match="counted from 0"):
-        noise.settle((table,), np.array([3, row]))
+        memory.settle(np.array([3, row]))
     assert not table.any()
-    assert np.all(noise.variances(np.arange(10)) >= 1.0)
+    memory.settle()
+    np.testing.assert_allclose((table**2).sum(1), 1.0)
 
 
 def test_an_interrupted_settle_owes_what_it_did_not_add(monkeypatch):
-    noise, table = LazyNoise(10, 40, Basis(40)), np.zeros((10, 40))
-    noise._block = 2
-    noise.owe(1.0)
+    memory, table = owing(10, 40, Basis(40))
+    memory._block = 2
+    memory.owe(1.0)
     add, calls = Basis.add, []
 
     def interrupted(self, out, variances):
@@ -284,38 +289,46 @@ def test_an_interrupted_settle_owes_what_it_did_not_add(monkeypatch):
 
     monkeypatch.setattr(Basis, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        noise.settle((table,), np.arange(6))
-    noise.settle_all((table,))
+        memory.settle(np.arange(6))
+    memory.settle()
     np.testing.assert_allclose((table**2).sum(1), 1.0)
 
 
 def test_what_is_drawn_is_counted():
-    noise, table = LazyNoise(100, 4, Silent(1)), np.zeros((100, 4))
+    memory, _ = owing(100, 4, Silent(1))
     for _ in range(5):
-        noise.owe(1.0)
-        noise.settle((table,), np.array([1, 2, 2]))
-    assert noise.drawn == 10
-    noise.settle_all((table,))
-    assert noise.drawn == 10 + 98
+        memory.owe(1.0)
+        memory.settle(np.array([1, 2, 2]))
+    assert memory.drawn == 10
+    memory.settle()
+    assert memory.drawn == 10 + 98
 
 
-def test_variances_say_what_is_owed():
-    noise, table = LazyNoise(3, 4, Silent(1)), np.zeros((3, 4))
-    noise.owe(1.0)
-    noise.settle((table,), np.array([1]))
-    noise.owe(0.5)
-    np.testing.assert_allclose(noise.variances(np.arange(3)), [1.5, 0.5, 1.5])
+def test_a_row_owes_what_came_since_it_was_settled():
+    memory, table = owing(3, 40, Basis(40))
+    memory.owe(1.0)
+    memory.settle(np.array([1]))
+    memory.owe(0.5)
+    settled = table.copy()
+    np.testing.assert_allclose(((memory.settled() - settled) ** 2).sum(1), [1.5, 0.5, 1.5])
+
+
+def nothing(width):
+    return np.zeros(0, np.int64), np.zeros((0, width))
 
 
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (lambda: LazyNoise(0, 3), "at least 1"),
-        (lambda: LazyNoise(3, 0), "at least 1"),
-        (lambda: LazyNoise(3, 3).owe(-1.0), "at least 0"),
-        (lambda: LazyNoise(3, 3).owe(float("nan")), "finite"),
-        (lambda: LazyNoise(3, 3).owe(1.0, LinearStep(0.1)), "exactly where rows move"),
-        (lambda: LazyNoise(3, 3, moving=True).owe(1.0), "exactly where rows move"),
+        (lambda: owing(0, 3, None), "with rows and columns"),
+        (lambda: owing(3, 0, None), "with rows and columns"),
+        (lambda: owing(3, 3, None)[0].owe(-1.0), "at least 0"),
+        (lambda: owing(3, 3, None)[0].owe(float("nan")), "finite"),
+        (
+            lambda: owing(3, 3, None)[0].step(*nothing(3), 1.0, LinearStep(0.1)),
+            "exactly where rows move",
+        ),
+        (lambda: LazyMemory(np.zeros((3, 3)), moving=True).owe(1.0), "exactly where rows move"),
     ],
 )
 def test_what_cannot_be_done_is_refused(call, match):
@@ -323,8 +336,9 @@ def test_what_cannot_be_done_is_refused(call, match):
         call()
 
 
-def test_more_steps_than_a_stamp_can_tell_are_refused():
-    noise = LazyNoise(3, 2)
-    noise._sum.steps = MOST_STEPS  # which take hours
+@pytest.mark.parametrize("update", [None, LinearStep(0.1, 0.5)])
+def test_more_steps_than_a_stamp_can_tell_are_refused(update):
+    memory = LazyMemory(np.zeros((3, 2)), moving=update is not None)
+    memory._sum.steps = memory._drift.steps = MOST_STEPS  # which take hours
     with pytest.raises(UsageError, match="settle everything"):
-        noise.owe(1.0)
+        memory.step(*nothing(2), 1.0, update)

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from privrec.privacy.lazy.memory import LazyMemory
-from privrec.privacy.lazy.pending import LinearStep
-from privrec.privacy.lazy.stream import Normals
+from privrec.privacy.lazy import LazyMemory
+from privrec.privacy.pending import LinearStep, Normals
 from privrec.randomness import SecretRoot
 
 pytestmark = pytest.mark.statistical
@@ -111,7 +110,7 @@ def test_rows_columns_and_rounds_are_independent():
 
 PROGRAM = """
 import numpy as np
-from privrec.privacy.lazy.memory import LazyMemory
+from privrec.privacy.lazy import LazyMemory
 memory = LazyMemory(np.zeros((50, 40), np.float32))
 memory.owe(1.0)
 print(*memory.settled().ravel())
@@ -129,9 +128,7 @@ def test_processes_are_independent():
 
 
 def test_a_scale_that_halves_the_variance_is_rejected(monkeypatch):
-    monkeypatch.setattr(
-        "privrec.privacy.lazy.stream.rounded_up", lambda v: (v / 2).astype(np.float32)
-    )
+    monkeypatch.setattr("privrec.privacy.pending.rounded_up", lambda v: (v / 2).astype(np.float32))
     memory = table()
     memory.owe(1.0)
     assert not variance_fits(memory.settled(), 1.0)
@@ -140,6 +137,6 @@ def test_a_scale_that_halves_the_variance_is_rejected(monkeypatch):
 def test_skipping_a_settle_is_rejected():
     memory = table()
     memory.owe(1.0)
-    memory.noise._stamps[:] = 1  # as if everything had been settled already
+    memory._stamps[:] = 1  # as if everything had been settled already
     memory.owe(1.0)
     assert not variance_fits(memory.settled(), np.sqrt(2))

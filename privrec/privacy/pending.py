@@ -1,4 +1,4 @@
-"""What rows owe: the variance of the steps since each was settled, and how a row drifts meanwhile.
+"""What rows under lazy noise owe: how much of it, how they drift meanwhile, and the draw that pays.
 
 :class:`PendingNoise` is for plain steps: a row owes ``V_t - V_s``, the difference of two running
 sums, so that step sizes, noise multipliers and clipping bounds may change from step to step.
@@ -9,25 +9,41 @@ coefficient follows ``x_k = A_k x_(k-1) + b_k (g_k + n_k)``. A row without gradi
 is Gaussian of a covariance ``Q``. Blocks ``(i 2^L, (i + 1) 2^L]`` of steps are composed once, and
 any interval is put together from at most ``2 log2(t)`` of them: exact for every schedule, and no
 inverse, which momentum would make useless.
+
+:class:`Normals` draws, in cache-sized blocks, float32 deviates by Box-Muller on 32-bit uniforms of
+the keystream. A word below 2^8, one in 16 million, is continued by 64 further bits, so that the
+tail reaches 11.5 deviations and is not cut where 32 bits end. Floating point has a caveat that
+integers do not have: which floats a sum can take depends on what the noise was added to (Mironov,
+"On significance of the least significant bits", 2012).
 """
 
 from __future__ import annotations
 
 import math
+import os
+import secrets
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from privrec.errors import UsageError
-from privrec.privacy.lazy.stream import Variances, step_up
+from privrec.errors import ReleaseRefused, UsageError
+from privrec.randomness import ROOT_BYTES, SecretRoot, SecureStream
 
-Steps = NDArray[np.integer[Any]]
-Matrices = NDArray[np.float64]
+Values: TypeAlias = NDArray[Any]
+"""A table of float32 or float64, shape ``(rows, width)``."""
+Variances: TypeAlias = NDArray[np.float64]
+Steps: TypeAlias = NDArray[np.integer[Any]]
+Matrices: TypeAlias = NDArray[np.float64]
 
 _INFLATION = 1 + 1e-11
 _FIRST = 1 << 10
+_PAIRS = 1 << 16  # enough that the calls cost little, few enough for the cache
+_RARE = 1 << 8
+_SPARE = 1 << 35  # more than one draw takes; the next one opens another stream
 
 
 @dataclass(frozen=True)
@@ -36,13 +52,8 @@ class LinearStep:
 
     With ``g' = g + n + weight_decay p`` and ``v' = momentum v + g'``: ``p' = p - lr v'``, or
     ``p - lr (g' + momentum v')`` with Nesterov's momentum, as ``torch.optim.SGD`` has them. Without
-    momentum ``p' = p - lr g'``, and ``v`` stays for a step that has it again.
-
-    Args:
-        lr: step size, at least 0.
-        momentum: at least 0.
-        weight_decay: at least 0.
-        nesterov: whether the step looks ahead.
+    momentum ``p' = p - lr g'``, and ``v`` stays for a step that has it again. All but ``nesterov``
+    are at least 0.
     """
 
     lr: float
@@ -108,12 +119,7 @@ class PendingNoise:
 
 @dataclass(frozen=True)
 class Interval:
-    """How rows get from their stamps to now.
-
-    Args:
-        drift: ``F``, shape ``(n, 2, 2)``.
-        noise: ``Q``, shape ``(n, 2, 2)``.
-    """
+    """How ``n`` rows get from their stamps to now: ``F`` and ``Q``, shape ``(n, 2, 2)`` each."""
 
     drift: Matrices
     noise: Matrices
@@ -145,15 +151,18 @@ class PendingSteps:
         step, self.steps = self.steps, self.steps + 1
         self._drift = _grown(self._drift, 2 * self.steps)
         self._noise = _grown(self._noise, 2 * self.steps)
-        gain = update.gain
-        self._put(_place(0, step), update.matrix, variance * np.outer(gain, gain))
+        place, gain = _place(0, step), update.gain
+        self._drift[place] = update.matrix
+        self._noise[place] = variance * np.outer(gain, gain)
         level = 0
         while self.steps % (2 << level) == 0:
             # Blocks (i, level) and (i + 1, level) have just become complete together.
             second = (self.steps >> level) - 1
             one, two = _place(level, second - 1), _place(level, second)
             level += 1
-            self._put(_place(level, second // 2), *self._then(one, two))
+            both, F = _place(level, second // 2), self._drift[two]
+            self._drift[both] = F @ self._drift[one]
+            self._noise[both] = F @ self._noise[one] @ F.T + self._noise[two]
 
     def since(self, drift_from: Steps, noise_from: Steps) -> Interval:
         """From stamps until now; drift and noise may start at stamps of their own."""
@@ -168,7 +177,10 @@ class PendingSteps:
         noise = np.zeros((len(at), 2, 2))
         while len(moving := np.flatnonzero(at < self.steps)):
             here = at[moving]
-            level = _level(here, self.steps - here)
+            # The largest block that starts here and ends by now.
+            aligned = np.where(here == 0, np.int64(1) << 62, here & -here)
+            fits = np.minimum(aligned, self.steps - here).astype(np.float64)
+            level = (np.frexp(fits)[1] - 1).astype(np.int64)
             place = (here >> level << (level + 1)) + (1 << level) - 1
             F = self._drift[place]
             drift[moving] = F @ drift[moving]
@@ -176,24 +188,10 @@ class PendingSteps:
             at[moving] += 1 << level
         return drift[inverse], noise[inverse]
 
-    def _then(self, one: int, two: int) -> tuple[Matrices, Matrices]:
-        F = self._drift[two]
-        return F @ self._drift[one], F @ self._noise[one] @ F.T + self._noise[two]
-
-    def _put(self, place: int, drift: Matrices, noise: Matrices) -> None:
-        self._drift[place], self._noise[place] = drift, noise
-
 
 def _place(level: int, index: int) -> int:
     """Place of a block among all blocks in order, so that levels share one growing array."""
     return (index << (level + 1)) + (1 << level) - 1
-
-
-def _level(at: Steps, left: Steps) -> Steps:
-    """The largest block that starts at ``at`` and ends within ``left`` steps."""
-    aligned = np.where(at == 0, np.int64(1) << 62, at & -at)
-    fits = np.minimum(aligned, left)
-    return (np.frexp(fits.astype(np.float64))[1] - 1).astype(np.int64)
 
 
 def _grown(array: NDArray[np.float64], needed: int) -> NDArray[np.float64]:
@@ -202,3 +200,103 @@ def _grown(array: NDArray[np.float64], needed: int) -> NDArray[np.float64]:
     larger = np.zeros((2 * needed, *array.shape[1:]))
     larger[: len(array)] = array
     return larger
+
+
+class Normals:
+    """Normal deviates in float32, added to rows of a float table.
+
+    Promise: the same root gives the same noise for the same sequence of shapes, another root
+    independent noise, and no byte of the keystream is used twice; a source refuses use after a
+    fork, where it would repeat its parent's draws.
+
+    Args:
+        root: the secret to draw from; one is drawn from the operating system when None.
+    """
+
+    def __init__(self, root: SecretRoot | None = None) -> None:
+        self._root = root or SecretRoot(secrets.token_bytes(ROOT_BYTES))
+        self._process = os.getpid()
+        self._streams = 0
+        self._stream: SecureStream | None = None
+        self._make_buffers(_PAIRS)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether others know the root, so that the noise protects nobody."""
+        return self._root.is_known
+
+    def add(self, out: Values, variances: Variances) -> None:
+        """Add ``N(0, variances[i] I)`` to row ``i`` of ``out``, independent of all other draws.
+
+        Args:
+            out: float array of shape ``(rows, width)``, changed in place.
+            variances: shape ``(rows,)``, at least 0; rounded up to float32.
+
+        Raises:
+            ReleaseRefused: in a process that a fork made.
+        """
+        stream = self._open()
+        step = max(1, _PAIRS // -(-out.shape[1] // 2))
+        table = torch.from_numpy(out)
+        for start in range(0, len(out), step):
+            part = slice(start, start + step)
+            self._add_block(stream, table[part], rounded_up(variances[part]))
+
+    def _open(self) -> SecureStream:
+        if os.getpid() != self._process:
+            raise ReleaseRefused(
+                f"lazy noise of process {self._process} was asked for after a fork, in process "
+                f"{os.getpid()}: both would draw the same; make the optimiser after the fork"
+            )
+        if self._stream is None or self._stream.left <= _SPARE:
+            self._streams += 1
+            self._stream = self._root.stream("lazy noise", self._streams)
+        return self._stream
+
+    def _make_buffers(self, pairs: int) -> None:
+        self._turn = torch.empty(pairs)
+        self._bytes = np.empty(8 * pairs + 16, np.uint8)
+
+    def _add_block(self, stream: SecureStream, out: Tensor, variances: NDArray[np.float32]) -> None:
+        rows, width = out.shape
+        half = -(-width // 2)
+        pairs = rows * half
+        if pairs > len(self._turn):  # one very wide row
+            self._make_buffers(pairs)
+        words = stream.uint32(2 * pairs, self._bytes)
+        angle = torch.from_numpy(words[pairs:].view(np.float32)).view(rows, half)
+        radius = _log_uniform(words[:pairs], stream).view(rows, half)
+        radius.mul_(torch.from_numpy(variances).mul_(-2.0)[:, None]).sqrt_()
+        angle.copy_(torch.from_numpy(words[pairs:].view(np.int32)).view(rows, half))
+        angle.mul_(math.pi * 2.0**-31)
+        turn = torch.cos(angle, out=self._turn[:pairs].view(rows, half))
+        out[:, :half].addcmul_(radius, turn)
+        rest = width - half
+        out[:, half:].addcmul_(radius[:, :rest], angle.sin_()[:, :rest])
+
+
+def rounded_up(variances: Variances) -> NDArray[np.float32]:
+    """Variances in float32, never below what they were."""
+    short = variances.astype(np.float32)
+    step_up(short, short < variances)
+    return short
+
+
+def step_up(values: Values, where: NDArray[np.bool_]) -> None:
+    """Put the next larger float in the place of some floats of at least 0."""
+    bits = values.view(f"i{values.itemsize}")  # ordered as such floats are
+    bits += where
+
+
+def _log_uniform(words: NDArray[np.uint32], stream: SecureStream) -> Tensor:
+    """``ln u`` of the uniform ``u`` that each word stands for, from -67 to 0, in their place."""
+    rare = np.flatnonzero(words < _RARE) if words.min() < _RARE else None
+    if rare is not None:  # words that 32 bits are too few for get 96
+        rest = (stream.uint64(len(rare)) + 0.5) * 2.0**-64
+        uniforms = torch.from_numpy(((words[rare] + rest) * 2.0**-32).astype(np.float32))
+    # Floats take the places of words one by one: half the room, so that it all stays in the cache.
+    out = torch.from_numpy(words.view(np.float32))
+    out.copy_(torch.from_numpy(words)).mul_(2.0**-32)
+    if rare is not None:
+        out[rare] = uniforms
+    return out.log_()

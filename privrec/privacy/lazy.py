@@ -1,75 +1,98 @@
-"""A table whose noise is lazy, and that can only be read settled.
+"""Lazy noise: the noise of a row is owed until the row is read, then drawn at once.
 
-Every way out of a :class:`LazyMemory` pays the noise of what it shows: rows, the whole table,
-norms, digests, conversion to an array, state, copies and pickles. There is no method
-that shows a value which still owes noise.
+DP-SGD adds noise to every row of a table in every step, also where no gradient came. Noise that
+nobody has seen can be drawn later: the sum of what the steps since the last reading would have
+added is one Gaussian, whose variance is the sum of theirs. The joint law of everything that is ever
+read equals that of eager noise if and only if steps are linear in the table, no step size depends
+on values that still owe noise, and everything that reads a row settles it first.
+
+:class:`LazyMemory` is a table that can only be read settled. It keeps 4 bytes a row: the step at
+which the row was settled; :mod:`privrec.privacy.pending` knows what is owed since.
+Source: Lim et al., "LazyDP: Co-Designing Algorithm-Software for Scalable Training of Differentially
+Private Recommendation Models" (ASPLOS 2024), whose deferral it is. The debt as a variance instead
+of a count, the exact treatment of momentum, weight decay and changing steps, and the reading side
+are this package's own.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import DTypeLike, NDArray
 
 from privrec.errors import UsageError
-from privrec.privacy.lazy.noise import LazyNoise, Rows
-from privrec.privacy.lazy.pending import LinearStep
-from privrec.privacy.lazy.stream import NoiseSource, Values
+from privrec.privacy.pending import (
+    Interval,
+    LinearStep,
+    Normals,
+    PendingNoise,
+    PendingSteps,
+    Values,
+    Variances,
+)
+
+Rows = NDArray[np.int64]
+
+EAGER_SHARE = 0.7
+"""Share of rows from which settling all of them in order is cheaper: see the benchmark."""
+MOST_STEPS = 2**31 - 1
 
 _CHUNK = 1 << 11
+_BLOCK_BYTES = (1 << 20) - 1  # with the buffers of the noise, about what a level-2 cache holds
+_STAMP = np.uint32(MOST_STEPS)
+_OWN = np.uint32(1 << 31)  # the row moved in the step of its stamp and still owes that step's noise
 
 
 class LazyMemory:
     """A table of rows under DP-SGD whose noise is drawn when a row is read.
 
-    Promise: what is read has, jointly, the law of noise added to every row in every step.
+    Promise: what is read has, jointly, the law of noise added to every row in every step. Every way
+    out pays the noise of what it shows: rows, the whole table, norms, digests, conversion to an
+    array, state, copies and pickles. Interrupted at any moment, rows owe at least what they had
+    owed and was not added.
 
     Args:
         values: float, shape ``(rows, width)``, C-contiguous, taken over and not copied: the caller
             must not keep other views of it.
-        source: what draws; see :class:`privrec.privacy.lazy.noise.LazyNoise`.
-        moving: whether steps have momentum or weight decay; it doubles the memory.
+        source: what draws; :class:`Normals` from a root of the operating system when None.
+        moving: whether steps have momentum or weight decay, so that rows move while they owe; it
+            doubles the memory.
 
     Raises:
         UsageError: when the values are not such a table.
     """
 
     def __init__(
-        self,
-        values: Values,
-        source: NoiseSource | None = None,
-        *,
-        moving: bool = False,
+        self, values: Values, source: Normals | None = None, *, moving: bool = False
     ) -> None:
-        if values.ndim != 2 or values.dtype.kind != "f" or not values.flags.c_contiguous:
+        is_table = values.ndim == 2 and values.dtype.kind == "f" and values.size
+        if not is_table or not values.flags.c_contiguous:
             raise UsageError(
                 f"a table of {values.dtype} of shape {values.shape}: it must be contiguous, of "
                 "floats, with rows and columns"
             )
-        self.noise = LazyNoise(values.shape[0], values.shape[1], source, moving=moving)
-        velocities = (np.zeros_like(values),) if moving else ()
-        self.__tables: tuple[Values, ...] = (values, *velocities)
+        self.shape: tuple[int, int] = values.shape
+        self.dtype = values.dtype
+        self.is_moving = moving
+        self.drawn = 0
+        """Rows that noise was drawn for so far; eager noise draws for every row in each step."""
+        self._source = source or Normals()
+        self._sum, self._drift = PendingNoise(), PendingSteps()
+        self._stamps = np.zeros(len(values), np.uint32)
+        self._block = max(1, _BLOCK_BYTES // (4 * self.shape[1]))
+        self._held: tuple[Values, ...] = ()
+        self.__tables: tuple[Values, ...] = (values, *([np.zeros_like(values)] if moving else []))
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and coefficients a row."""
-        return (self.noise.rows, self.noise.width)
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Type of the values."""
-        return self.__tables[0].dtype
-
-    @property
-    def is_moving(self) -> bool:
-        """Whether steps have momentum or weight decay."""
-        return len(self.__tables) > 1
+    def steps(self) -> int:
+        """Steps since everything was settled."""
+        return self._drift.steps if self.is_moving else self._sum.steps
 
     def owe(self, variance: float) -> None:
-        """Let every row owe noise of one more step; see :meth:`LazyNoise.owe`."""
+        """Let every row owe noise of one more step, of this variance in each coefficient."""
         self.step(np.zeros(0, np.int64), np.zeros((0, self.shape[1]), self.dtype), variance)
 
     def step(
@@ -94,7 +117,7 @@ class LazyMemory:
                 of a bag do; they are in order when None.
 
         Raises:
-            UsageError: when an argument is not of its shape, type or range.
+            UsageError: when an argument is not of its shape, type or range, or 2^31 steps are owed.
         """
         self._check(rows, gradients, which)
         if not isinstance(update, LinearStep | None):
@@ -107,8 +130,11 @@ class LazyMemory:
             raise UsageError("a step with an update exactly where rows move; see moving")
         if not 0 <= variance < np.inf:
             raise UsageError(f"noise of variance {variance}: it must be finite and at least 0")
+        if self.steps >= MOST_STEPS:
+            raise UsageError(f"{self.steps} steps are owed: settle everything at least once before")
         if update is None:
-            self.noise.owe(variance)  # first: what is refused or interrupted has its noise
+            if variance:
+                self._sum.append(variance)  # first: what is interrupted has its noise
             if len(rows):
                 _accumulate(self.__tables[0], rows, gradients, which)
             return
@@ -120,21 +146,40 @@ class LazyMemory:
         values, velocities = (table[distinct] for table in self.__tables)
         (a, b), (c, d) = update.matrix.astype(self.dtype)
         first, second = update.gain.astype(self.dtype)
-        self.noise.owe(variance, update)
+        self._drift.append(update, variance)
         self.__tables[0][distinct] = a * values + b * velocities + first * total
         self.__tables[1][distinct] = c * values + d * velocities + second * total
-        self.noise.moved(distinct)
+        self._stamps[distinct] = np.uint32(self.steps) | _OWN
 
     def settle(self, rows: Rows | None = None) -> None:
-        """Pay what some rows owe, or all of them; nothing is shown."""
+        """Pay what some rows owe, or all of them; nothing is shown.
+
+        Raises:
+            UsageError: when a row is not of the table; nothing is drawn then.
+        """
         if rows is not None:
             self._check_rows(rows)
-        if not self.noise.steps:
+        if not self.steps:
             return
         if rows is None:
-            self.noise.settle_all(self.__tables)
-        else:
-            self.noise.settle(self.__tables, rows)
+            self._settle_all()
+            return
+        distinct = np.unique(rows)
+        stamps = self._stamps.take(distinct)
+        owing = stamps != self.steps
+        debtors, stamps = (distinct, stamps) if owing.all() else (distinct[owing], stamps[owing])
+        if len(debtors) >= EAGER_SHARE * self.shape[0]:
+            self._settle_all()
+            return
+        debt = self._debt(stamps)
+        for start in range(0, len(debtors), self._block):
+            part = debtors[start : start + self._block]
+            held = self._taken(part)
+            self._pay(held, debt, slice(start, start + self._block))
+            for table, paid in zip(self.__tables, held, strict=True):
+                table[part] = paid
+            self._stamps[part] = self.steps
+        self.drawn += len(debtors)
 
     def settled(self, rows: Rows | None = None) -> Values:
         """A copy of some rows, or of the whole table, with all their noise."""
@@ -195,16 +240,59 @@ class LazyMemory:
     def __reduce__(self) -> tuple[Any, ...]:
         return np.asarray, (self.settled(),)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "noise" and hasattr(self, "noise"):
-            self._refuse()
-        super().__setattr__(name, value)
-
     def __repr__(self) -> str:
-        return f"LazyMemory({self.shape[0]} x {self.shape[1]}, {self.noise.steps} steps owed)"
+        return f"LazyMemory({self.shape[0]} x {self.shape[1]}, {self.steps} steps owed)"
 
-    def _refuse(self) -> NoReturn:
-        raise UsageError("the noise of a table is never replaced: what is owed would be forgotten")
+    def _settle_all(self) -> None:
+        """Pay everything, block by block in order, and forget the steps."""
+        for start in range(0, self.shape[0], self._block):
+            part = slice(start, start + self._block)
+            held = tuple(table[part].copy() for table in self.__tables)
+            stamps = self._stamps[part]
+            self.drawn += int(np.count_nonzero(stamps != self.steps))
+            self._pay(held, self._debt(stamps), slice(None))
+            for table, paid in zip(self.__tables, held, strict=True):
+                table[part] = paid
+            self._stamps[part] = self.steps
+        self._stamps.fill(0)
+        self._sum.clear()
+        self._drift.clear()
+
+    def _taken(self, rows: Rows) -> tuple[Values, ...]:
+        """Copies of rows, in buffers that stay in the cache from block to block."""
+        if not self._held:
+            shape = self._block, self.shape[1]
+            self._held = tuple(np.empty(shape, self.dtype) for _ in self.__tables)
+        buffers = tuple(buffer[: len(rows)] for buffer in self._held)
+        for table, buffer in zip(self.__tables, buffers, strict=True):
+            np.take(table, rows, axis=0, out=buffer, mode="clip")
+        return buffers
+
+    def _debt(self, stamps: NDArray[np.uint32]) -> Variances | Interval:
+        if not self.is_moving:
+            return self._sum.since(stamps)
+        at = (stamps & _STAMP).astype(np.int64)
+        return self._drift.since(at, at - (stamps >> np.uint32(31)).astype(np.int64))
+
+    def _pay(self, held: tuple[Values, ...], debt: Variances | Interval, part: slice) -> None:
+        """Bring rows from their stamps to now, in place."""
+        if not isinstance(debt, Interval):
+            self._source.add(held[0], debt[part])
+            return
+        values, velocities = held
+        due = Interval(debt.drift[part], debt.noise[part])
+        (a, b), (c, d) = due.drift.astype(self.dtype).transpose(1, 2, 0)[..., None]
+        first, cross, rest = (each.astype(self.dtype)[:, None] for each in due.factor())
+        moved = a * values + b * velocities
+        velocities *= d
+        velocities += c * values
+        noise = np.zeros_like(values)
+        self._source.add(noise, np.ones(len(noise)))
+        np.add(moved, noise * first, out=values)
+        velocities += noise * cross
+        noise[:] = 0
+        self._source.add(noise, np.ones(len(noise)))
+        velocities += noise * rest
 
     def _check(self, rows: Rows, gradients: Values, which: Rows | None) -> None:
         self._check_rows(rows)

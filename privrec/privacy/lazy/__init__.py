@@ -1,1 +1,0 @@
-"""Noise that is drawn when its row is read."""
