@@ -3,20 +3,27 @@
 While a layer works in a pass that will be differentiated, its trainable parameters are replaced by
 aliases that have no gradient. So autograd spends nothing on gradients of whole batches, and
 whatever gradient a parameter does get came by another way than through its layer.
+
+Clipping bounds nobody unless the model keeps the examples of a batch apart. Layers that are known
+to mix examples are refused by type. For all others the model is run on a batch, and again after one
+example was changed, and after all but one were: what it makes of the others must stay what it was.
+That holds for one batch and one state of the model, so it finds what mixes by construction; a model
+that mixes on rare inputs alone is its user's to avoid.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from privrec.errors import UsageError
-from privrec.optim.apart import Probe, refuse_mixing, refuse_moved_rows
 from privrec.optim.ghost import Layer, Record, layer_of
 from privrec.optim.parameter import LazyParameter
 
@@ -27,6 +34,9 @@ COMPILED = (
     "torch.compile, and compile it after close()"
 )
 _ENOUGH = 3  # examples, so that one has others before and after it
+_TOLERANCE = 1e-5
+
+Records = dict[nn.Module, list[Record]]
 
 
 class _Pass:
@@ -54,7 +64,7 @@ class Capture:
     ) -> None:
         self.layers: dict[nn.Module, Layer] = {}
         self._model, self._prepare, self._batch_first = model, prepare, batch_first
-        self._records: dict[nn.Module, list[Record]] = {}
+        self._records: Records = {}
         self._passes: set[_Pass] = set()
         self._now: _Pass | None = None
         self._last = _Pass()
@@ -64,10 +74,9 @@ class Capture:
         self._hooked: set[nn.Module] = set()
         self._aliased: dict[nn.Module, dict[str, nn.Parameter]] = {}
         self._source = torch.zeros(0, requires_grad=True)
-        before, after = _Hook(self._begin), _Hook(self._end)
         self._handles: list[Any] = [
-            model.register_forward_pre_hook(before, with_kwargs=True),
-            model.register_forward_hook(after, always_call=True),
+            model.register_forward_pre_hook(_Hook(self._begin), with_kwargs=True),
+            model.register_forward_hook(_Hook(self._end), always_call=True),
         ]
 
     def follow(self) -> dict[nn.Parameter, str]:
@@ -83,7 +92,7 @@ class Capture:
             self._restore(layer)  # a pass was interrupted, as in a notebook
         names: dict[nn.Parameter, str] = {}
         for name, module in reversed(list(self._model.named_modules())):
-            refuse_mixing(name, module)
+            _refuse_mixing(name, module)
             prefix = name and f"{name}."
             is_owner = False
             for key, parameter in module._parameters.items():
@@ -103,15 +112,12 @@ class Capture:
                 self.layers[module] = layer_of(module, name)
             if module._parameters and module not in self._hooked:
                 self._hooked.add(module)
-                self._handles += [
-                    module.register_forward_pre_hook(_Hook(self._enter)),
-                    module.register_forward_hook(
-                        _Hook(self._leave), prepend=True, with_kwargs=True, always_call=True
-                    ),
-                ]
+                leave = {"prepend": True, "with_kwargs": True, "always_call": True}
+                self._handles.append(module.register_forward_pre_hook(_Hook(self._enter)))
+                self._handles.append(module.register_forward_hook(_Hook(self._leave), **leave))
         return names
 
-    def take(self) -> tuple[int, dict[nn.Module, list[Record]]]:
+    def take(self) -> tuple[int, Records]:
         """The number of examples and the records of the pass; none are kept.
 
         Raises:
@@ -126,9 +132,7 @@ class Capture:
                 "same ones, make one pass and add their losses, or an example counts in each"
             )
         counts = {len(record.gradient) for each in records.values() for record in each}
-        if len(counts) > 1:
-            raise UsageError(_disagree(counts))
-        return (counts.pop() if counts else 0), records
+        return _agreed(counts), records
 
     def forget(self) -> None:
         """Drop the records of the pass; its examples are not asked for again."""
@@ -147,7 +151,7 @@ class Capture:
         if self._probe is not None or not (torch.is_grad_enabled() or model.training):
             return
         self._prepare()
-        self._buffers = self._versions()
+        self._buffers = {name: (id(b), b._version) for name, b in model.named_buffers()}
         mode = tuple(state for m in model.modules() for state in (m.training, m in self.layers))
         if torch.is_grad_enabled() and self.layers and mode not in self._looked:
             if self._look(inputs, named) >= _ENOUGH:
@@ -155,20 +159,19 @@ class Capture:
         self._now = self._last = _Pass()
 
     def _end(self, model: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if self._probe is not None or self._now is None:
-            return
-        self._now = None
-        self._refuse_changes()
+        if self._probe is None and self._now is not None:
+            self._now = None
+            self._refuse_changes({})
 
-    def _versions(self) -> dict[str, tuple[int, int]]:
-        return {name: (id(b), b._version) for name, b in self._model.named_buffers()}
-
-    def _refuse_changes(self) -> None:
-        now = self._versions()
+    def _refuse_changes(self, values: Mapping[str, Tensor]) -> None:
+        """Refuse buffers that changed since the pass began, or that have not these values."""
+        now = dict(self._model.named_buffers())
+        versions = {name: (id(b), b._version) for name, b in now.items()}
         names = now.keys() | self._buffers.keys()
-        self._refuse_buffers([n for n in names if now.get(n) != self._buffers.get(n)])
-
-    def _refuse_buffers(self, changed: list[str]) -> None:
+        changed = {name for name in names if versions.get(name) != self._buffers.get(name)}
+        for name in values.keys() - changed:
+            if not torch.allclose(values[name], now[name], 0, 0, equal_nan=True):
+                changed.add(name)
         if changed:
             raise UsageError(
                 f"buffers {', '.join(sorted(changed))} change in a training pass: what they take "
@@ -179,32 +182,23 @@ class Capture:
     def _look(self, inputs: tuple[Any, ...], named: dict[str, Any]) -> int:
         """Number of examples of a pass, after it was looked at whether one moves another."""
 
-        def run(probe: Probe) -> Probe:
-            self._probe = probe
+        def run(moved: Tensor | None = None, like: int = 0) -> Probe:
+            self._probe = Probe(self._batch_first, moved, like)
             try:
                 with torch.random.fork_rng(devices=[]), torch.enable_grad():
-                    probe.run(self._model, inputs, named)
+                    return self._probe.run(self._model, inputs, named)
             finally:
                 self._probe = None
-            return probe
 
         before = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
-        first = run(Probe(self._batch_first))
-        counts = first.counts
-        if len(counts) > 1:
-            raise UsageError(_disagree(counts))
-        n = counts.pop() if counts else 0
+        first = run()
+        n = _agreed(first.counts)
         if n > 1:
             one = torch.arange(n) == n // 2
-            for moved, like in ((one, n // 2 - 1), (~one, n // 2)):
-                refuse_moved_rows(first, run(Probe(self._batch_first, moved, like)), n)
-            refuse_moved_rows(first, run(Probe(self._batch_first)), n)
-        self._refuse_changes()
-        # What is written through .data leaves no other trace.
-        after = dict(self._model.named_buffers())
-        self._refuse_buffers(
-            [k for k, b in before.items() if not torch.allclose(b, after[k], 0, 0, equal_nan=True)]
-        )
+            for moved, like in ((one, n // 2 - 1), (~one, n // 2), (None, 0)):
+                _refuse_moved(first, run(moved, like), n)
+        # What is written through .data leaves no trace but its values.
+        self._refuse_changes(before)
         return n
 
     def _enter(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -244,9 +238,7 @@ class Capture:
     def _leave(
         self, layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any
     ) -> Any:
-        if not self._restore(layer):
-            return None
-        if not isinstance(output, Tensor):
+        if not self._restore(layer) or not isinstance(output, Tensor):
             return None  # an error is on its way, or layer_of() would not know the layer
         if output.is_leaf:
             output = _Source.apply(output, self._source)  # type: ignore[no-untyped-call]
@@ -262,8 +254,8 @@ class Capture:
         if not inputs:
             named = dict(named)
             inputs = (named.pop("input" if "input" in named else next(iter(named))),)
-        given = inputs, named
-        versions = [v._version for v in _tensors(given)]
+        tensors = [x for x in tree_leaves((inputs, named)) if isinstance(x, Tensor)]
+        versions = [x._version for x in tensors]
 
         def keep(gradient: Tensor) -> None:
             if passed.is_taken:
@@ -277,14 +269,13 @@ class Capture:
                     "a backward pass with create_graph=True: gradients of gradients are not "
                     "clipped; leave it out"
                 )
-            if versions != [v._version for v in _tensors(given)]:
+            if versions != [x._version for x in tensors]:
                 raise UsageError(
                     f"what came into {type(layer).__name__} was changed in place before the "
                     "backward pass: its gradient is not known any more; change a copy"
                 )
             self._passes.add(passed)
-            positional, by_name = _plain(given, turned)
-            record = Record(positional, by_name, _plain(gradient, turned))
+            record = Record(*_plain((inputs, named, gradient), turned))
             self._records.setdefault(layer, []).append(record)
 
         output.register_hook(keep)
@@ -320,16 +311,16 @@ def _nothing(*given: Any) -> None:
     return None
 
 
-def _disagree(counts: set[int]) -> str:
-    return (
-        f"layers that saw {sorted(counts)} examples in one pass: the first dimension of every "
-        "layer's output must be the example, with one bag an example in each table; with positions "
-        "first give batch_first=False, and what all examples share expand() to a row for each"
-    )
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+def _agreed(counts: set[int]) -> int:
+    """The number of examples that all layers saw, 0 when there was none."""
+    if len(counts) > 1:
+        raise UsageError(
+            f"layers that saw {sorted(counts)} examples in one pass: the first dimension of every "
+            "layer's output must be the example, with one bag an example in each table; with "
+            "positions first give batch_first=False, and what all examples share expand() to a row "
+            "for each"
+        )
+    return next(iter(counts), 0)
 
 
 def _plain(values: Any, turned: bool) -> Any:
@@ -342,3 +333,168 @@ def _plain(values: Any, turned: bool) -> Any:
         return value.transpose(0, 1) if turned else value
 
     return tree_map_only(Tensor, plain, values)
+
+
+def _refuse_mixing(name: str, layer: nn.Module) -> None:
+    """Refuse a layer that mixes the examples of a batch as it stands, trained or not."""
+    where = f"layer {name!r} ({type(layer).__name__})"
+    if isinstance(layer, _BatchNorm) and (layer.training or not layer.track_running_stats):
+        raise UsageError(
+            f"{where} normalises each example by all others of its batch, so that one moves the "
+            "gradients of all, whether or not its own parameters are trained: use GroupNorm or "
+            "LayerNorm, or keep it in eval() with the statistics that it has"
+        )
+    if isinstance(layer, _InstanceNorm) and layer.training and layer.track_running_stats:
+        raise UsageError(
+            f"{where} averages statistics over the batch, without noise: make it with "
+            "track_running_stats=False, or use GroupNorm"
+        )
+    if isinstance(layer, nn.DataParallel):
+        raise UsageError(f"{where} trains replicas that are not clipped: give the model inside")
+
+
+class Probe:
+    """One run of a model whose layers' outputs are moved, for chosen examples by more.
+
+    All outputs are moved by a little, so that weights which are still zero let through what they
+    will let through later.
+
+    Args:
+        batch_first: whether outputs of three dimensions have the examples first.
+        moved: the examples to change, shape ``(examples,)``; none when None.
+        like: the example whose inputs they are given, which so stay valid. Where all but one are
+            given the inputs of that one, no statistic of the batch is left of the others.
+    """
+
+    def __init__(self, batch_first: bool, moved: Tensor | None, like: int) -> None:
+        self.counts: set[int] = set()
+        """What the layers take for the number of examples."""
+        self.shown: list[tuple[str, int, Tensor]] = []
+        """What came in and out of each layer: its name, the examples' dimension, and values."""
+        self.gradients: dict[int, tuple[str, int, Tensor]] = {}
+        """The gradients behind the layers' outputs, alike."""
+        self.outputs: list[Tensor] = []
+        """What the model gives that has a gradient, scalars included."""
+        self.batch_first, self.moved, self.like = batch_first, moved, like
+
+    def run(self, model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Probe:
+        """Run the model forth and back, and keep what it and its layers make of the examples."""
+        inputs, named = self._exchanged((inputs, named))
+        leaves = tree_leaves(model(*inputs, **named))
+        given = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
+        weights = [torch.ones_like(x) for x in given]
+        for x, weight in zip(given, weights, strict=True):
+            if self.moved is not None and (at := self.places(x, len(self.moved))):
+                weight += _along(self.moved, at[0], weight)
+        self.outputs = [x.detach().clone() for x in given]
+        torch.autograd.backward(given, weights)
+        return self
+
+    def places(self, output: Tensor, examples: int) -> list[int]:
+        """Dimensions of an output that may be the examples."""
+        places = [0] if self.batch_first else [1, 0]
+        return [at for at in places if output.dim() > at and output.shape[at] == examples]
+
+    def seen(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor, at: int) -> Tensor:
+        """Keep what came in and out of a layer, and give what goes on in its place."""
+        name, number = f"a {type(layer).__name__}", len(self.shown)
+        self.counts.add(output.shape[at])
+        for value in inputs[:1]:
+            if isinstance(value, Tensor) and value.is_floating_point():
+                self.shown.append((f"what comes into {name}", at, value.detach().clone()))
+        self.shown.append((f"the output of {name}", at, output.detach()))
+        # Neither symmetric nor of one sign, so that sums, means and maxima all feel it.
+        each = output[:1] if at == 0 else output[:, :1]
+        wave = torch.cos(torch.arange(each.numel(), dtype=output.dtype)).reshape(each.shape) + 0.5
+        rest = [d for d in range(output.dim()) if d != at]
+        wave = wave * (1 + output.detach().abs().mean(rest, keepdim=True) if rest else 1)
+        output = output + 0.1 * wave
+        if self.moved is not None and output.shape[at] == len(self.moved):
+            output = output + torch.where(_along(self.moved, at, output), wave, 0.0)
+
+        def keep(gradient: Tensor) -> None:
+            self.gradients[number] = (f"the gradient behind {name}", at, gradient.detach().clone())
+
+        output.register_hook(keep)  # type: ignore[no-untyped-call]
+        return output
+
+    def _exchanged(self, given: Any) -> Any:
+        """Inputs where each moved example has the values of another; none has a graph."""
+        tensors = [x for x in tree_leaves(given) if isinstance(x, Tensor)]
+        n = 0 if self.moved is None else len(self.moved)
+        # With offsets, of one table or of several stacked, a flat list of rows has no example in
+        # each row.
+        flat = any(_are_offsets(x) for x in tensors if x.dim() == 1 or x.shape[:1] != (n,))
+
+        def exchanged(x: Tensor) -> Tensor:
+            made, at = x.detach(), int(not self.batch_first and x.dim() > 1)
+            is_one_each = x.shape[at : at + 1] == (n,) and not (flat and x.dim() == 1)
+            if self.moved is not None and is_one_each:
+                made = torch.where(_along(self.moved, at, x), made.narrow(at, self.like, 1), made)
+            return made.requires_grad_(x.requires_grad)
+
+        return tree_map_only(Tensor, exchanged, given)
+
+
+def _refuse_moved(still: Probe, moved: Probe, examples: int) -> None:
+    """Refuse a model where what it made of the examples that were not moved is not what it was."""
+    kept = torch.ones(examples, dtype=torch.bool) if moved.moved is None else ~moved.moved
+    if not still.outputs:
+        raise UsageError(
+            "a model without an output that has a gradient: whether it keeps examples apart cannot "
+            "be seen; return tensors, or tuples, lists and dictionaries of tensors"
+        )
+    first, second = (
+        [*probe.shown, *(probe.gradients[at] for at in sorted(probe.gradients))]
+        for probe in (still, moved)
+    )
+    if [name for name, _, _ in first] != [name for name, _, _ in second]:
+        _refuse("which layers are called", moved)
+    for (name, at, one), (_, _, two) in zip(first, second, strict=True):
+        if one.shape[at : at + 1] == (examples,) and not _same(one, two, at, kept):
+            _refuse(name, moved)
+    for one, two in zip(still.outputs, moved.outputs, strict=True):
+        if one.numel() == 1:
+            continue  # a loss of all examples, seen by its gradients alone
+        places = still.places(one, examples)
+        if not places and one.shape[0] % examples == 0:  # positions of each example in turn
+            one, two, places = one.view(examples, -1), two.reshape(examples, -1), [0]
+        if not places:
+            raise UsageError(
+                f"an output of shape {tuple(one.shape)} of a model whose layers saw {examples} "
+                "examples: the first dimension must be the example; with positions first give "
+                "batch_first=False"
+            )
+        if not any(_same(one, two, at, kept) for at in places):
+            _refuse("the model's output", moved)
+
+
+def _refuse(what: str, moved: Probe) -> NoReturn:
+    if moved.moved is None:
+        raise UsageError(
+            f"{what} differs between two passes over the same batch: what a model keeps from one "
+            "pass to the next may carry examples; keep no state, and draw from torch's generator"
+        )
+    raise UsageError(
+        f"one example changes {what} for others: the model mixes the examples of a batch, so that "
+        "no clipping bounds what one of them moves. Use GroupNorm or LayerNorm, mix nothing along "
+        "the first dimension, and with positions first give batch_first=False"
+    )
+
+
+def _same(one: Tensor, two: Tensor, at: int, kept: Tensor) -> bool:
+    if one.shape != two.shape:
+        return False
+    a, b = (x.movedim(at, 0)[kept].nan_to_num() for x in (one, two))
+    return torch.allclose(a, b, rtol=_TOLERANCE, atol=0.0)
+
+
+def _along(mask: Tensor, at: int, like: Tensor) -> Tensor:
+    return mask.reshape(*[1] * at, -1, *[1] * (like.dim() - at - 1))
+
+
+def _are_offsets(x: Tensor) -> bool:
+    is_list = 1 <= x.dim() <= 2 and x.shape[-1] > 1 and not x.is_floating_point()
+    if not is_list or x.dtype == torch.bool:
+        return False
+    return bool((x[..., 0] == 0).all()) and bool((x[..., 1:] >= x[..., :-1]).all())

@@ -18,11 +18,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
@@ -75,16 +74,6 @@ def joined(parts: list[Lookups], width: int, scale: float) -> tuple[Tensor, Tens
     return torch.cat([part.rows for part in made]).to(torch.int64), torch.cat(which), vectors
 
 
-class Layer(Protocol):
-    """A layer whose per-example gradients can be measured and summed."""
-
-    def squared_norms(self, records: list[Record], examples: int) -> Tensor:
-        """Squared norm of each example's gradient, shape ``(examples,)``."""
-
-    def clipped(self, records: list[Record], factors: Tensor) -> Any:
-        """What each parameter's gradient is when example ``e`` counts ``factors[e]``."""
-
-
 class LinearLayer:
     """``torch.nn.Linear`` over inputs of shape ``(examples, …, features)``."""
 
@@ -92,6 +81,7 @@ class LinearLayer:
         self._layer: Any = layer
 
     def squared_norms(self, records: list[Record], examples: int) -> Tensor:
+        """Squared norm of each example's gradient, shape ``(examples,)``."""
         a, b = self._both(records)
         total = torch.zeros(len(a), dtype=torch.float64)
         if self._layer.weight.requires_grad:
@@ -103,6 +93,7 @@ class LinearLayer:
         return total
 
     def clipped(self, records: list[Record], factors: Tensor) -> dict[nn.Parameter, Tensor]:
+        """What each parameter's gradient is when example ``e`` counts ``factors[e]``."""
         a, b = self._both(records)
         scaled = _times(b, factors)
         made: dict[nn.Parameter, Tensor] = {}
@@ -130,15 +121,11 @@ class TableLayer:
 
     def squared_norms(self, records: list[Record], examples: int) -> Tensor:
         parts = [(self._lookups(record), _owners(record, examples)) for record in records]
-        if len(parts) == 1:
-            (found, owners), bag = parts[0], isinstance(self._layer, nn.EmbeddingBag)
-            if bag:
-                return _bag_norms(found, self._layer.num_embeddings)
-            values, rows, of = found.values(), found.rows, owners[found.which]
-        else:
-            values = torch.cat([found.values() for found, _ in parts])
-            rows = torch.cat([found.rows for found, _ in parts])
-            of = torch.cat([owners[found.which] for found, owners in parts])
+        if len(parts) == 1 and isinstance(self._layer, nn.EmbeddingBag):
+            return _bag_norms(parts[0][0], self._layer.num_embeddings)
+        values = torch.cat([found.values() for found, _ in parts])
+        rows = torch.cat([found.rows for found, _ in parts])
+        of = torch.cat([owners[found.which] for found, owners in parts])
         return _meeting_norms(rows, of, values, examples, self._layer.num_embeddings)
 
     def clipped(self, records: list[Record], factors: Tensor) -> list[Lookups]:
@@ -199,6 +186,9 @@ class SampledLayer:
         return made
 
 
+Layer = LinearLayer | TableLayer | SampledLayer
+
+
 def layer_of(layer: nn.Module, name: str) -> Layer:
     """How a layer with trainable parameters of its own is clipped.
 
@@ -212,24 +202,17 @@ def layer_of(layer: nn.Module, name: str) -> Layer:
     if any(p is not None and is_lazy(p) for p in own.values()):
         raise UsageError(f"{where} has no shape yet: call the model once before")
     # A subclass that computes something else with the same weights has other gradients.
-    kinds: dict[type[nn.Module], Callable[[Any], Layer]] = {
-        nn.Linear: LinearLayer, nn.Embedding: TableLayer, nn.EmbeddingBag: TableLayer
-    }  # fmt: skip
-    for known, clipped in kinds.items():
+    tables = (nn.Embedding, nn.EmbeddingBag)
+    for known in (nn.Linear, *tables):
         is_known = isinstance(layer, known) and kind.forward is known.forward
         if is_known and not is_patched and own.keys() <= {"weight", "bias"}:
-            return clipped(layer)
-    if isinstance(layer, _BatchNorm):
-        raise UsageError(
-            f"{where} has trainable parameters, whose per-example gradients are not known: use "
-            "GroupNorm or LayerNorm, or take them out of training and keep the layer in eval()"
-        )
+            return TableLayer(layer) if isinstance(layer, tables) else LinearLayer(layer)
     if isinstance(layer, _InstanceNorm) and layer.track_running_stats:
         raise UsageError(f"{where}: make it with track_running_stats=False, or use GroupNorm")
     from opacus.grad_sample import GradSampleModule  # heavy, and few models need it
 
     sampler = GradSampleModule.GRAD_SAMPLERS.get(kind)
-    if sampler is None or is_patched or isinstance(layer, tuple(kinds)):
+    if sampler is None or is_patched or isinstance(layer, (nn.Linear, *tables)):
         raise UsageError(
             f"{where} has trainable parameters of its own, and its per-example gradients are not "
             "known: build it from Linear, Embedding and EmbeddingBag, freeze it, or register it "
@@ -251,10 +234,9 @@ def _bag_lookups(layer: nn.EmbeddingBag, record: Record) -> Lookups:
         which = torch.arange(bags).repeat_interleave(each)
         counts = torch.full((bags,), each)
     else:
-        ends = offsets[1:] if layer.include_last_offset else offsets.new_tensor([len(rows)])
-        starts = offsets[:-1] if layer.include_last_offset else offsets
-        ends = ends if layer.include_last_offset else torch.cat([offsets[1:], ends])
-        counts = ends - starts
+        if not layer.include_last_offset:
+            offsets = torch.cat([offsets, offsets.new_tensor([len(rows)])])
+        counts = offsets[1:] - offsets[:-1]
         which = torch.arange(len(counts)).repeat_interleave(counts)
     rows = rows.reshape(-1)
     weights = None if weights is None else weights.detach().reshape(-1)

@@ -40,13 +40,11 @@ class LazyDPSGD(torch.optim.Optimizer):
         model: its embedding weights become lazy, in place, until :meth:`close`. A model that
             Opacus wrapped is used without Opacus' own hooks. It must keep the examples of a batch
             apart; before the first training pass that is looked at, at the price of five passes.
-        lr: step size.
+        lr: step size; like ``momentum``, ``weight_decay`` and ``nesterov`` as in
+            ``torch.optim.SGD``.
         noise_multiplier: standard deviation of the noise over ``max_grad_norm``; at least 0.
         max_grad_norm: ``C``, above 0.
         expected_batch_size: what the sum is divided by; a public constant, never the batch's size.
-        momentum: as in ``torch.optim.SGD``.
-        weight_decay: as in ``torch.optim.SGD``.
-        nesterov: as in ``torch.optim.SGD``.
         loss_reduction: ``"mean"`` or ``"sum"`` over the examples of a pass.
         params: parameters or groups, as ``torch.optim`` takes them; all that are trainable when
             None. What is frozen at a step stays as it is, and owes that step no noise.
@@ -76,7 +74,13 @@ class LazyDPSGD(torch.optim.Optimizer):
     ) -> None:
         if hasattr(model, "_orig_mod"):
             raise UsageError(COMPILED)
-        self._model = _unwrapped(model)
+        # The model itself, without the hooks by which Opacus makes per-example gradients.
+        inner = getattr(model, "_module", None)
+        if isinstance(inner, nn.Module) and hasattr(model, "remove_hooks"):
+            unhook: Any = model.remove_hooks
+            unhook()
+            model = inner
+        self._model = model
         self.noise_multiplier = noise_multiplier
         self.max_grad_norm = max_grad_norm
         self.expected_batch_size = expected_batch_size
@@ -252,21 +256,17 @@ class LazyDPSGD(torch.optim.Optimizer):
         try:
             return super().state_dict()
         finally:
-            self._forget_velocities()
+            for parameter in self.tables:
+                self.state.pop(parameter, None)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave; the model has a state of its own to load."""
         super().load_state_dict(state_dict)
         self._follow()
         for parameter, memory in self.tables.items():
-            held = self.state.get(parameter, {}).get("momentum_buffer")
+            held = self.state.pop(parameter, {}).get("momentum_buffer")
             if held is not None:
                 memory.load(memory.settled(), held.numpy())
-        self._forget_velocities()
-
-    def _forget_velocities(self) -> None:
-        for parameter in self.tables:
-            self.state.pop(parameter, None)
 
     def _follow(self) -> None:
         """Take over what became of the model and of the groups since the last pass or step.
@@ -274,7 +274,7 @@ class LazyDPSGD(torch.optim.Optimizer):
         Raises:
             UsageError: when a group or a layer is not such that its steps are exact and clipped.
         """
-        _check(self)
+        self._check()
         groups = {p: group for group in self.param_groups for p in group["params"]}
         self._names = self._capture.follow()
         others = [tuple(p.shape) for p in groups.keys() - set(self._model.parameters())]
@@ -302,6 +302,24 @@ class LazyDPSGD(torch.optim.Optimizer):
                 self.tables[weight] = make_lazy(weight, self._noise, moving=is_moving)
                 weight._open = False
 
+    def _check(self) -> None:
+        noise = self.noise_multiplier
+        if not (math.isfinite(noise) and noise >= 0):
+            raise UsageError(f"noise_multiplier = {noise}: it must be finite and at least 0")
+        for name in ("max_grad_norm", "expected_batch_size"):
+            value = getattr(self, name)
+            if not (value is not None and math.isfinite(value) and value > 0):
+                raise UsageError(f"{name} = {value}: it must be finite and above 0")
+        if self.loss_reduction not in ("mean", "sum"):
+            raise UsageError(
+                f'loss_reduction = {self.loss_reduction!r}: it must be "mean" or "sum"'
+            )
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            raise UsageError(
+                "LazyDPSGD in a torch.distributed group: each process would settle with noise of "
+                "its own; train a table in one process"
+            )
+
     def _factors(self, examples: int, records: dict[nn.Module, Any]) -> Tensor:
         squared = torch.zeros(examples, dtype=torch.float64)
         for module, each in records.items():
@@ -316,14 +334,13 @@ class LazyDPSGD(torch.optim.Optimizer):
         return (self.noise_multiplier * self.max_grad_norm / self.expected_batch_size) ** 2
 
     def _step_table(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
-        memory = self.tables[parameter]
-        update = _update(group)
-        plain = update.is_plain and not memory.is_moving
+        memory, update = self.tables[parameter], _update(group)
+        plain = not memory.is_moving
         scale = -update.lr if plain else 1.0
         parts = self._lookups.get(parameter, [])
         rows, which, vectors = joined(parts, memory.shape[1], scale / self.expected_batch_size)
         variance = self._variance() * (update.lr**2 if plain else 1.0)
-        taken = vectors.to(_float(memory)).numpy()
+        taken = vectors.numpy().astype(memory.dtype, copy=False)
         step = None if plain else update
         memory.step(rows.numpy(), taken, variance, step, which=which.numpy())
         # A graph from before the step must not look at rows that owe its noise.
@@ -348,20 +365,6 @@ class LazyDPSGD(torch.optim.Optimizer):
         parameter.add_(private, alpha=-group["lr"])
 
 
-def _float(memory: LazyMemory) -> torch.dtype:
-    return torch.float32 if memory.dtype == np.float32 else torch.float64
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, without the hooks by which Opacus makes per-example gradients."""
-    inner = getattr(model, "_module", None)
-    if isinstance(inner, nn.Module) and hasattr(model, "remove_hooks"):
-        unhook: Any = model.remove_hooks
-        unhook()
-        return inner
-    return model
-
-
 def _update(group: dict[str, Any]) -> LinearStep:
     for name in ("dampening", "maximize"):
         if group.get(name):
@@ -370,22 +373,3 @@ def _update(group: dict[str, Any]) -> LinearStep:
         **{name: float(group[name]) for name in _LINEAR - {"nesterov"}},
         nesterov=bool(group["nesterov"]),
     )
-
-
-def _check(optimizer: LazyDPSGD) -> None:
-    noise = optimizer.noise_multiplier
-    if not (math.isfinite(noise) and noise >= 0):
-        raise UsageError(f"noise_multiplier = {noise}: it must be finite and at least 0")
-    for name in ("max_grad_norm", "expected_batch_size"):
-        value = getattr(optimizer, name)
-        if not (value is not None and math.isfinite(value) and value > 0):
-            raise UsageError(f"{name} = {value}: it must be finite and above 0")
-    if optimizer.loss_reduction not in ("mean", "sum"):
-        raise UsageError(
-            f'loss_reduction = {optimizer.loss_reduction!r}: it must be "mean" or "sum"'
-        )
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        raise UsageError(
-            "LazyDPSGD in a torch.distributed group: each process would settle with noise of its "
-            "own; train a table in one process"
-        )

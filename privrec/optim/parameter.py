@@ -24,24 +24,21 @@ from privrec.privacy.lazy import LazyMemory
 from privrec.privacy.pending import Normals
 
 _LOOKUPS = {functional.embedding, functional.embedding_bag, torch.embedding, torch.embedding_bag}
-# What tells nothing of any value.
-_HARMLESS = {
-    "shape", "dtype", "device", "layout", "ndim", "requires_grad", "grad", "grad_fn", "is_leaf",
-    "retains_grad", "is_sparse", "is_sparse_csr", "is_cuda", "is_cpu", "is_meta", "is_quantized",
-    "is_mkldnn", "is_mps", "is_xpu", "is_nested", "names", "itemsize", "nbytes", "_version",
-    "_backward_hooks", "_post_accumulate_grad_hooks", "output_nr", "_base", "_is_view", "name",
-    "size", "dim", "numel", "nelement", "stride", "storage_offset", "element_size", "get_device",
-    "is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_shared", "is_pinned",
-    "is_inference", "is_same_size", "__len__", "__hash__", "requires_grad_", "register_hook",
-    "register_post_accumulate_grad_hook", "retain_grad", "has_names", "_has_names",
-    "is_conj", "is_neg",
-}  # fmt: skip
+_TELL_NOTHING = """
+    shape dtype device layout ndim requires_grad grad grad_fn is_leaf retains_grad is_sparse
+    is_sparse_csr is_cuda is_cpu is_meta is_quantized is_mkldnn is_mps is_xpu is_nested names
+    itemsize nbytes _version _backward_hooks _post_accumulate_grad_hooks output_nr _base _is_view
+    name size dim numel nelement stride storage_offset element_size get_device is_contiguous
+    is_floating_point is_complex is_signed is_shared is_pinned is_inference is_same_size __len__
+    __hash__ requires_grad_ register_hook register_post_accumulate_grad_hook retain_grad has_names
+    _has_names is_conj is_neg
+"""
+_HARMLESS = frozenset(_TELL_NOTHING.split())  # of any value
 _MOVES = {"data:set", "set_", "share_memory_", "resize_", "resize_as_", "swap_"}
+# In place, as __iadd__ beside __add__.
 _OPERATORS = {
-    f"__i{name}__"
-    for name in ("add", "sub", "mul", "truediv", "floordiv", "div", "mod", "pow", "and", "or",
-                 "xor", "lshift", "rshift")
-}  # fmt: skip
+    name for name in dir(Tensor) if name.startswith("__i") and hasattr(Tensor, "__" + name[3:])
+}
 
 
 class LazyParameter(torch.nn.Parameter):
@@ -73,17 +70,20 @@ class LazyParameter(torch.nn.Parameter):
                     )
             if name in _HARMLESS:
                 return func(*args, **options)
-            if _writes(name, args, options):
+            inplace = name.endswith("_") and not name.endswith("__")
+            inplace |= name in ("__setitem__", "data:set") or name in _OPERATORS
+            if isinstance(options.get("out"), LazyParameter) or (
+                inplace and isinstance(args[0], LazyParameter)
+            ):
                 return _write(func, name, args, options)
             return func(*_mapped(_copied, args), **_mapped(_copied, options))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> torch.nn.Parameter:
-        made = _plain(self)
-        memo[id(self)] = made
-        return made
-
     def __copy__(self) -> torch.nn.Parameter:
-        return _plain(self)
+        return torch.nn.Parameter(torch.from_numpy(self._memory.settled()), self.requires_grad)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.nn.Parameter:
+        memo[id(self)] = made = self.__copy__()
+        return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         content = torch.from_numpy(self._memory.settled())
@@ -152,10 +152,6 @@ class _Read(torch.autograd.Function):
         return gradients[0]
 
 
-def _plain(lazy: LazyParameter) -> torch.nn.Parameter:
-    return torch.nn.Parameter(torch.from_numpy(lazy._memory.settled()), lazy.requires_grad)
-
-
 def _look_up(func: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
     """A lookup: it settles its rows, and its output is where the gradient is taken."""
     lookup = func in (functional.embedding, functional.embedding_bag)
@@ -203,14 +199,6 @@ def _write(
     named = {k: target._raw if v is target else _copied(v) for k, v in options.items()}
     result = func(*given, **named)
     return target if result is target._raw else result
-
-
-def _writes(name: str, args: tuple[Any, ...], options: Mapping[str, Any]) -> bool:
-    if isinstance(options.get("out"), LazyParameter):
-        return True
-    inplace = name.endswith("_") and not name.endswith("__")
-    special = name in ("__setitem__", "data:set") or name in _OPERATORS
-    return (inplace or special) and isinstance(args[0], LazyParameter)
 
 
 def _name(func: Callable[..., Any]) -> str:
