@@ -42,9 +42,8 @@ Name: TypeAlias = str | bytes | SupportsIndex
 def state_dir() -> Path:
     """The directory that keeps roots and signing keys, apart from everything that is shared.
 
-    Returns:
-        ``$PRIVREC_STATE``, else ``$XDG_STATE_HOME/privrec``, else ``~/.local/state/privrec``. It
-        need not exist.
+    It is ``$PRIVREC_STATE``, else ``$XDG_STATE_HOME/privrec``, else ``~/.local/state/privrec``, and
+    need not exist.
     """
     if own := os.environ.get("PRIVREC_STATE"):
         return Path(own).absolute()
@@ -74,9 +73,7 @@ class SecretRoot:
     never share a stream or a tag. :meth:`create` draws a root, :meth:`load` reads one back, and
     :meth:`known` makes one that is no secret, for reproducible comparisons.
 
-    Args:
-        key: the root itself; :meth:`create` draws 32 bytes from the operating system.
-        is_known: whether others know it, so that its noise protects nobody and ε is infinite.
+    ``is_known`` says that others know it, so that its noise protects nobody and ε is infinite.
     """
 
     def __init__(self, key: bytes, *, is_known: bool = False) -> None:
@@ -87,10 +84,7 @@ class SecretRoot:
 
     @classmethod
     def create(cls, path: Path) -> SecretRoot:
-        """Draw a root and keep it at ``path``, durable before this returns.
-
-        Args:
-            path: the new file, made with mode 0600 in a directory made with mode 0700.
+        """Draw a root and keep it at ``path`` (:func:`~privrec.storage.write_secret`).
 
         Raises:
             UsageError: when ``path`` exists, since another root would draw a second noise for
@@ -116,15 +110,12 @@ class SecretRoot:
         return cls(key, is_known=True)
 
     def stream(self, purpose: str, *context: Name) -> SecureStream:
-        """The secure generator of one draw.
+        """The secure generator of one draw, at its beginning: asked for twice, it repeats itself.
 
         Args:
             purpose: what the bytes are for, such as ``"noise"``.
             *context: everything the draw may depend on: run, round, attempt, device, hashes of the
                 plan, the model and the integer input.
-
-        Returns:
-            A stream at its beginning: asked for twice, it repeats the same bytes.
         """
         return SecureStream(self._expand("stream", purpose, context))
 
@@ -149,9 +140,7 @@ class SecureStream:
     Promise: the stream is a function of the key and of what was read before alone; no byte is given
     out twice; a copy that a fork made is refused, since it would repeat what its parent draws.
 
-    Args:
-        key: 32 bytes that are used for this stream and nothing else; see
-            :meth:`SecretRoot.stream`.
+    Its key has 32 bytes that are used for nothing else; see :meth:`SecretRoot.stream`.
     """
 
     def __init__(self, key: bytes) -> None:
@@ -175,10 +164,8 @@ class SecureStream:
     def uint32(self, size: int, buffer: NDArray[np.uint8] | None = None) -> NDArray[np.uint32]:
         """The next ``size`` uniform 32-bit words, shape ``(size,)``.
 
-        Args:
-            size: how many.
-            buffer: at least ``4 * size + 15`` bytes that the words are written to and shown from,
-                so that a loop of draws needs no new memory; made when None.
+        They are written to ``buffer``, of at least ``4 * size + 15`` bytes, and shown from there,
+        so that a loop of draws needs no new memory.
         """
         return self._next(4 * size, buffer).view("<u4").astype(np.uint32, copy=False)
 
@@ -194,8 +181,7 @@ class SecureStream:
         """
         deviates = np.empty(size)
         for start in range(0, size, 2 * _PAIRS):
-            part = deviates[start : start + 2 * _PAIRS]
-            self._box_muller(part)
+            self._box_muller(deviates[start : start + 2 * _PAIRS])
         return deviates
 
     def _box_muller(self, out: NDArray[np.float64]) -> None:
@@ -214,17 +200,6 @@ class SecureStream:
         np.multiply(radius[:rest], np.sin(angle[:rest]), out=out[pairs:])
 
     def _next(self, n: int, buffer: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
-        self._check(n)
-        if buffer is None:
-            buffer = np.empty(n + _CIPHER_TAIL, dtype=np.uint8)
-        target = buffer.data
-        for start in range(0, n, len(_ZEROS)):
-            part = _ZEROS[: n - start]
-            self._keystream.update_into(part, target[start:])
-        self._left -= n
-        return buffer[:n]
-
-    def _check(self, n: int) -> None:
         if os.getpid() != self._process:
             raise ReleaseRefused(
                 f"a secure stream of process {self._process} was used after a fork, in process "
@@ -235,18 +210,25 @@ class SecureStream:
                 f"{n} bytes of a secure stream that has {self._left} of {STREAM_LIMIT} left: one "
                 "key gives no more; open a stream with another context for each part of the draw"
             )
+        if buffer is None:
+            buffer = np.empty(n + _CIPHER_TAIL, dtype=np.uint8)
+        target = buffer.data
+        for start in range(0, n, len(_ZEROS)):
+            part = _ZEROS[: n - start]
+            self._keystream.update_into(part, target[start:])
+        self._left -= n
+        return buffer[:n]
 
 
 def _encode(kind: str, names: tuple[Name, ...]) -> bytes:
     """Names as bytes that no other list of names has: each with its type and its length."""
-    return b"".join(_encode_name(name) for name in (kind, *names))
-
-
-def _encode_name(name: Name) -> bytes:
-    if isinstance(name, str):
-        mark, text = b"s", name.encode()
-    elif isinstance(name, bytes):
-        mark, text = b"b", name
-    else:
-        mark, text = b"i", str(operator.index(name)).encode()
-    return mark + len(text).to_bytes(8, "little") + text
+    encoded = b""
+    for name in (kind, *names):
+        if isinstance(name, str):
+            mark, text = b"s", name.encode()
+        elif isinstance(name, bytes):
+            mark, text = b"b", name
+        else:
+            mark, text = b"i", str(operator.index(name)).encode()
+        encoded += mark + len(text).to_bytes(8, "little") + text
+    return encoded

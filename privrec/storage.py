@@ -38,10 +38,7 @@ _ADDED = ("public_key", "signature")
 def replace(path: Path, content: bytes, *, mode: int = 0o666) -> None:
     """Replace the file at ``path`` as a whole, durable before this returns.
 
-    Args:
-        path: the file.
-        content: all that it will hold.
-        mode: who may use a new file, less what the process's umask forbids.
+    ``mode`` says who may use a new file, less what the process's umask forbids.
     """
     fresh = path.with_name(path.name + ".new")
     _write(fresh, content, os.O_TRUNC, mode)
@@ -74,11 +71,8 @@ def _write(path: Path, content: bytes, flag: int, mode: int) -> None:
 def write_secret(path: Path, secret: bytes) -> None:
     """Keep a secret in a new file that its owner alone can read, durable before this returns.
 
-    A crash leaves either the whole file or none under this name.
-
-    Args:
-        path: the new file (mode 0600); missing directories are made with mode 0700.
-        secret: the bytes to keep; a short checksum is added.
+    A crash leaves either the whole file (mode 0600) or none under this name. Missing directories
+    are made with mode 0700.
 
     Raises:
         UsageError: when ``path`` exists or its directory cannot be written.
@@ -140,12 +134,10 @@ def _checksum(secret: bytes) -> bytes:
 
 
 def server_key(path: Path, *, new: bool = True) -> Ed25519PrivateKey:
-    """The signing key at ``path``.
+    """The signing key at ``path``, which lies apart from everything that is shared.
 
-    Args:
-        path: of the key, apart from everything that is shared.
-        new: draw and keep one (mode 0600) where there is none; a key that is gone is otherwise
-            never replaced by another.
+    With ``new`` one is drawn and kept where there is none; a key that is gone is otherwise never
+    replaced by another.
 
     Raises:
         UsageError: when the file is gone, cannot be kept or read, or others may use it.
@@ -192,10 +184,7 @@ def line_of(entry: Mapping[str, Any]) -> bytes:
 def linked(path: Path, line: bytes, hashes: Sequence[str]) -> dict[str, Any]:
     """The entry of a line, after checking that it is to the byte the next one of its chain.
 
-    Args:
-        path: of the file, for errors.
-        line: with its end.
-        hashes: of the entries before.
+    ``hashes`` are those of the entries before; ``path`` is for errors.
 
     Raises:
         IntegrityError: when it is not the one spelling of an entry with its own hash, or does not
@@ -219,12 +208,10 @@ def linked(path: Path, line: bytes, hashes: Sequence[str]) -> dict[str, Any]:
 
 
 def sign(kind: str, facts: Mapping[str, Any], key: Ed25519PrivateKey) -> dict[str, Any]:
-    """The signed record of some facts.
+    """The signed record of some facts, which are plain, finite JSON values.
 
-    Args:
-        kind: what the record is, such as ``"ledger head"``.
-        facts: plain, finite JSON values; the signature of an earlier record is left out.
-        key: the server's.
+    ``kind`` is what the record is, such as ``"ledger head"``. The signature of an earlier record
+    among the facts is left out.
     """
     facts = {name: value for name, value in facts.items() if name not in _ADDED}
     signature = key.sign(_message(kind, facts)).hex()
@@ -241,7 +228,7 @@ def verified(
         kind: what the record must be.
         record: as it was read; None where there was no JSON object.
         key: the only key that is trusted; the one that the record names is not.
-        path: of the file, for errors.
+        path: of its file, for errors.
 
     Raises:
         IntegrityError: when ``key`` did not sign these facts as a record of this kind.

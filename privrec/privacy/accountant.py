@@ -37,12 +37,9 @@ _PLAIN = 1e-12  # sampling above 1 - 1e-12 is treated as everybody, which costs 
 
 @dataclass(frozen=True)
 class Rounds:
-    """Identical rounds of the Gaussian mechanism of sensitivity 1.
+    """``count`` identical rounds of the Gaussian mechanism of sensitivity 1.
 
-    Attributes:
-        noise_multiplier: standard deviation of the noise over the sensitivity, above 0.
-        sampling_rate: probability with which each user is sampled, in (0, 1]; 1 means everybody.
-        count: how many of them, at least 1.
+    Each user is sampled with ``sampling_rate``, in (0, 1]; 1 means everybody.
     """
 
     noise_multiplier: float
@@ -66,13 +63,8 @@ def pld(rounds: Composition, delta: float) -> float:
     With sampling, the losses are put on a grid from above (pessimistically), and the grid is made
     four times finer until ε moves by less than 0.5 %.
 
-    Args:
-        rounds: what is composed; the order does not matter.
-        delta: the δ of the claim, in (0, 1).
-
-    Returns:
-        ε at least as large as the true one; that of :func:`rdp` when δ is below what double
-        precision carries.
+    The order of ``rounds`` does not matter. Where δ, in (0, 1), is below what double precision
+    carries, ε is that of :func:`rdp`.
     """
     if all(part.everybody for part in rounds):
         return gaussian(_strength(rounds), delta)
@@ -95,10 +87,7 @@ def pld(rounds: Composition, delta: float) -> float:
 
 @lru_cache(maxsize=1024)
 def rdp(rounds: Composition, delta: float) -> float:
-    """An upper bound on ε by Rényi differential privacy: looser than :func:`pld`, never below it.
-
-    Arguments and result as for :func:`pld`.
-    """
+    """An upper bound on ε by Rényi divergences: looser than :func:`pld`, never below it."""
     from dp_accounting import NeighboringRelation, dp_event
     from dp_accounting.rdp import RdpAccountant
 
@@ -142,15 +131,10 @@ def renyi(part: Rounds, order: int) -> float:
 
 
 def gaussian(strength: float, delta: float) -> float:
-    """The exact ε of a Gaussian mechanism, or of any composition of them.
+    """The exact ε, at least 0, of a Gaussian mechanism or of any composition of them.
 
-    Args:
-        strength: root of the sum of ``1 / noise_multiplier²`` over the rounds, above 0.
-        delta: in (0, 1).
-
-    Returns:
-        The smallest ε, at least 0, at which the mechanism is (ε, δ) private. Balle & Wang (2018),
-        theorem 8.
+    ``strength`` is the root of the sum of ``1 / noise_multiplier²`` over the rounds, above 0.
+    Balle & Wang (2018), theorem 8.
     """
     if gaussian_delta(strength, 0.0) <= delta:
         return 0.0

@@ -43,7 +43,7 @@ def noise_multiplier_for(
         event_of: the event of a round with a noise multiplier, so that ε falls as noise grows; it
             may refuse noise with a ``UsageError`` when that is too little to be accounted.
         rounds: how many rounds, at least 1.
-        adversary: whom the target is against, ``"recipients"`` or ``"server"``.
+        adversary: whom the target is against.
         before: what is charged before the first round, if anything; the target covers it.
 
     Raises:
@@ -105,18 +105,12 @@ def plan(
     points: int = 100,
     before: RoundEvent | None = None,
 ) -> Calibration:
-    """ε by round, against both adversaries.
+    """ε by round against both adversaries, at ``points`` numbers of rounds spread from 1 on.
 
-    Args:
-        event: the event of each round.
-        rounds: how many are planned, at least 1.
-        delta: the δ of the claims, in [1e-10, 1).
-        points: at most how many numbers of rounds to give ε for, at least 2; 1 and ``rounds`` are
-            among them.
-        before: what is charged before the first round, if anything.
+    ``before`` is what is charged before the first round, if anything.
 
     Raises:
-        UsageError: when an argument is outside its range.
+        UsageError: when there are no rounds, or δ is outside of [1e-10, 1).
     """
     _check_rounds(rounds)
     count = max(2, min(points, rounds))

@@ -110,10 +110,7 @@ def discrete_gaussian(stream: SecureStream, variance: Fraction, size: int) -> ND
     Promise: a function of the stream, the variance and the size, the same on every platform; each
     draw is within a total variation of :data:`SLACK` of ``P(x) ∝ exp(-x² / (2 variance))``.
 
-    Args:
-        stream: the secure stream of this draw; it is read block by block.
-        variance: the parameter ``σ²`` in squared integer steps, from 1/16 to 2^44.
-        size: number of draws.
+    The variance parameter ``σ²`` is in squared integer steps, from 1/16 to 2^44.
 
     Raises:
         UsageError: when the variance is outside its range.
@@ -327,12 +324,10 @@ class Grid:
 
 @dataclass(frozen=True)
 class Slack:
-    """How far releases are from what is accounted: added up over rounds.
+    """How far releases are from what is accounted, added up over rounds.
 
-    Attributes:
-        log_ratio: ``K``, on every set of outcomes.
-        variation: total variation, of the samplers.
-        spoiled: δ of small cohorts.
+    ``log_ratio`` is ``K``, on every set of outcomes; ``variation`` the total variation of the
+    samplers, and ``spoiled`` the δ of small cohorts.
     """
 
     log_ratio: float = 0.0
@@ -349,9 +344,8 @@ class Slack:
     def outer(self, epsilon: float, delta: float) -> float:
         """ε of the releases, given that of the accounted mechanism at :meth:`inner`.
 
-        Returns:
-            Infinity when the samplers would take more of δ than :data:`SHARE_OF_DELTA`, or small
-            cohorts more than :data:`SMALL_COHORTS_SHARE`.
+        Infinite when the samplers would take more of δ than :data:`SHARE_OF_DELTA`, or small
+        cohorts more than :data:`SMALL_COHORTS_SHARE`.
         """
         total = epsilon + 2 * self.log_ratio
         taken = self.variation * (1 + math.exp(min(total, 700.0)))
@@ -390,34 +384,22 @@ class Crowd:
 def small_cohort(crowds: Sequence[Crowd], sampling_rate: float) -> float:
     """Probability that a round is called off, from above: that some band has too few devices.
 
-    Args:
-        crowds: the bands.
-        sampling_rate: probability with which each device takes part, in (0, 1]; with drop-outs that
-            depend on no history, that with which it takes part and stays.
+    ``sampling_rate`` is the probability with which each device takes part, in (0, 1]; with
+    drop-outs that depend on no history, that with which it takes part and stays.
     """
     from scipy.special import bdtr
 
-    return min(
-        1.0,
-        sum(
-            float(bdtr(crowd.least - 1, crowd.population, sampling_rate))
-            if crowd.least <= crowd.population
-            else 1.0
-            for crowd in crowds
-        ),
-    )
+    if any(crowd.least > crowd.population for crowd in crowds):
+        return 1.0
+    below = (bdtr(crowd.least - 1, crowd.population, sampling_rate) for crowd in crowds)
+    return min(1.0, float(sum(below)))
 
 
 def small_cohort_delta(crowds: Sequence[Crowd], sampling_rate: float, rounds: int) -> float:
-    """What ``rounds`` rounds add to δ because small cohorts release nothing.
+    """What ``rounds`` rounds add to δ because small cohorts release nothing, in [0, 1].
 
-    Args:
-        crowds: the bands.
-        sampling_rate: as for :func:`small_cohort`.
-        rounds: how many, at least 0.
-
-    Returns:
-        ``T · P[k < n]``, and ``q / (1 - q)`` times as much for ``q`` above one half; in [0, 1].
+    ``T · P[k < n]``, and ``q / (1 - q)`` times as much for ``q`` above one half; the rate is that
+    of :func:`small_cohort`.
     """
     if sampling_rate == 1:
         return 0.0  # there is no secrecy of sampling to spoil
@@ -428,16 +410,7 @@ def small_cohort_delta(crowds: Sequence[Crowd], sampling_rate: float, rounds: in
 def check_small_cohorts(
     crowds: Sequence[Crowd], sampling_rate: float, rounds: int, delta: float
 ) -> float:
-    """The δ that is left for the noise, when small cohorts are rare enough.
-
-    Args:
-        crowds: the bands.
-        sampling_rate: as for :func:`small_cohort`.
-        rounds: how many are planned.
-        delta: the δ of the claim.
-
-    Returns:
-        ``delta`` less :func:`small_cohort_delta`; the δ to compute ε at.
+    """The δ that is left to compute ε at: ``delta`` less :func:`small_cohort_delta`.
 
     Raises:
         UsageError: when small cohorts would take more than a hundredth of δ, or a band has fewer

@@ -224,13 +224,7 @@ def divergence(
 ) -> float:
     """Rényi divergence of a collection of rounds, from above; of shares, that of their Gaussian.
 
-    Args:
-        events: how often each event happened, or the events one by one.
-        order: a whole number of at least 2.
-        adversary: as for :func:`epsilon`.
-
-    Returns:
-        Infinity where there is no bound: without noise.
+    ``order`` is a whole number of at least 2; without noise there is no bound, and it is infinite.
     """
     from privrec.privacy.accountant import renyi
 
@@ -242,11 +236,7 @@ def divergence(
 
 
 def check_delta(delta: float) -> None:
-    """Refuse a δ that no accountant here can answer for.
-
-    Raises:
-        UsageError: when it lies outside [1e-10, 1).
-    """
+    """Raise UsageError for a δ that no accountant here can answer for: outside [1e-10, 1)."""
     _check(
         _SMALLEST_DELTA <= delta < 1,
         f"delta {delta}: it must be at least {_SMALLEST_DELTA} (what double precision carries) and "
@@ -255,11 +245,7 @@ def check_delta(delta: float) -> None:
 
 
 def check_adversary(adversary: str) -> None:
-    """Refuse an adversary that no claim here is about.
-
-    Raises:
-        UsageError: unless it is ``"recipients"`` or ``"server"``.
-    """
+    """Raise UsageError unless it is ``"recipients"`` or ``"server"``."""
     _check(
         adversary in ("recipients", "server"),
         f"adversary {adversary!r}: it must be 'recipients' or 'server'",

@@ -16,7 +16,6 @@ are this package's own.
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import numpy as np
@@ -50,8 +49,8 @@ class LazyMemory:
     """A table of rows under DP-SGD whose noise is drawn when a row is read.
 
     Promise: what is read has, jointly, the law of noise added to every row in every step. Every way
-    out pays the noise of what it shows: rows, the whole table, norms, digests, conversion to an
-    array, state, copies and pickles. Interrupted at any moment, rows owe at least what they had
+    out pays the noise of what it shows: rows, the whole table, conversion to an array, state,
+    copies and pickles. Interrupted at any moment, rows owe at least what they had
     owed and was not added.
 
     Args:
@@ -198,25 +197,11 @@ class LazyMemory:
         if velocities is not None and self.is_moving:
             self.__tables[1][:] = velocities
 
-    def norm(self) -> float:
-        """The Euclidean norm of the settled table."""
-        self.settle()
-        return float(np.linalg.norm(self.__tables[0].astype(np.float64)))
-
-    def digest(self) -> str:
-        """SHA-256 of the settled table."""
-        self.settle()
-        return hashlib.sha256(self.__tables[0].data.cast("B")).hexdigest()
-
     def state_dict(self) -> dict[str, Values]:
         """The settled table, and its settled velocities where it has them."""
         velocities = self.velocities()
         moving = {} if velocities is None else {"velocities": velocities}
         return {"values": self.settled(), **moving}
-
-    def load_state_dict(self, state: dict[str, Values]) -> None:
-        """Replace the table by what :meth:`state_dict` gave."""
-        self.load(state["values"], state.get("velocities"))
 
     def __getitem__(self, key: Any) -> Values:
         rows = np.arange(self.shape[0])

@@ -90,10 +90,9 @@ class Ledger:
 
         Args:
             path: the new file, usually ``ledger.jsonl``; the head is ``ledger.head.json`` beside.
-            header: what the charges are for, as plain JSON values: run id, hash of the privacy
-                settings, delta, note on the population. Format, unit (``user``), adjacency
-                (``zero-out``) and the public key are added.
-            signing_key: the server's key; see :func:`privrec.storage.server_key`.
+            header: what the charges are for, as plain JSON values. Format, unit (``user``),
+                adjacency (``zero-out``) and the public key are added.
+            signing_key: the server's (:func:`privrec.storage.server_key`).
             kept: where this machine keeps the last head that it signed, beside the key.
 
         Raises:
@@ -141,8 +140,8 @@ class Ledger:
                 ledger that was replaced as a whole).
             kept: where :meth:`create` was told to keep the last head; the ledger must go on from
                 it, and no other copy of it may be open for writing.
-            repair: open for writing and repair; ``False`` opens for reading alone, leaves the file
-                as it is, and works while another process writes.
+            repair: open for writing and repair; ``False`` only reads, leaves the file as it is,
+                and works while another process writes.
 
         Raises:
             IntegrityError: when a line was altered, removed or reordered, when the file is shorter
@@ -231,14 +230,13 @@ class Ledger:
     def charge(self, round: int, attempt: int, event: RoundEvent) -> bool:
         """Pay for one attempt at a round, on disk before this returns.
 
+        False says that this very attempt was paid for before: only the same bits may be released
+        again.
+
         Args:
             round: index of the round, from 0; ``PREPARATION`` for what is released before.
             attempt: index of the attempt at it, from 0, without gaps.
             event: what the attempt costs.
-
-        Returns:
-            True when it was charged now; False when this very attempt was paid for before, in which
-            case only the same bits may be released again.
 
         Raises:
             IntegrityError: when the attempt was charged with another event, or skips attempts.
@@ -267,15 +265,8 @@ class Ledger:
     def charge_examples(self, round: int, attempt: int, event: RoundEvent) -> bool:
         """Enter what an attempt costs each example of a device in it, on disk before this returns.
 
-        The entry has a unit of its own, and comes before the attempt's :meth:`charge`.
-
-        Args:
-            round: index of the round, from 0.
-            attempt: index of the attempt at it.
-            event: what it costs one example of a device that takes part.
-
-        Returns:
-            True when it was entered now, False when it was there.
+        The entry has a unit of its own, and comes before the attempt's :meth:`charge`. False says
+        that it was there.
 
         Raises:
             IntegrityError: when another event was entered, or the attempt was charged without one.
@@ -297,10 +288,7 @@ class Ledger:
     def commit(self, round: int, attempt: int, tag: bytes) -> None:
         """Say what an attempt that was charged releases, on disk before it is released.
 
-        Args:
-            round: index of its round.
-            attempt: index of the attempt at it.
-            tag: a keyed hash of what is released (:meth:`~privrec.randomness.SecretRoot.tag`).
+        ``tag`` is a keyed hash of it (:meth:`~privrec.randomness.SecretRoot.tag`).
 
         Raises:
             ReleaseRefused: when the attempt was not charged, has another tag already (two different
@@ -321,13 +309,10 @@ class Ledger:
         self._append({"kind": "commit", "round": round, "attempt": attempt, "tag": tag.hex()})
 
     def end(self, model: bytes) -> None:
-        """Say that the run is over and what it leaves, on disk before this returns.
+        """Say that the run is over and the digest of its last model, on disk before this returns.
 
         From here on nothing is charged. An older copy of the ledger, with the head that was signed
         then, lacks this entry: so it shows that it is not the whole.
-
-        Args:
-            model: digest of the model that is released last.
 
         Raises:
             ReleaseRefused: when the run ended with another model, or the entry could not be
@@ -343,7 +328,7 @@ class Ledger:
         self._append({"kind": "end", "model": model.hex()})
 
     def sign(self, kind: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a record of the run, see :func:`privrec.storage.sign`.
+        """A signed record of the run; see :func:`privrec.storage.sign`.
 
         Raises:
             UsageError: when the ledger was opened without the signing key or for reading.
@@ -403,8 +388,7 @@ class Ledger:
                 "open it again with repair=True"
             )
         try:
-            _write_all(self._files[0], line)
-            os.fsync(self._files[0].fileno())
+            self._write(line)
         except OSError as error:
             # What reached the disk is unknown: only reading it again can tell.
             self.close()
@@ -413,6 +397,12 @@ class Ledger:
                 "released; make room or mend the disk, and resume"
             ) from error
         self._add(line)
+
+    def _write(self, content: bytes) -> None:
+        left = memoryview(content)
+        while left:
+            left = left[self._files[0].write(left) :]
+        os.fsync(self._files[0].fileno())
 
     def _read(self) -> tuple[bytes, int]:
         """Count all whole lines of the file; its content, and where in it they end."""
@@ -488,9 +478,7 @@ class Ledger:
         file = self._files[0]
         file.truncate(end)
         file.seek(end)
-        if not content[:end].endswith(b"\n"):
-            _write_all(file, b"\n")
-        os.fsync(file.fileno())
+        self._write(b"" if content[:end].endswith(b"\n") else b"\n")
 
     def _heads(self) -> list[Path]:
         """Where the signed head lies: beside the ledger, and beside the key."""
@@ -572,9 +560,3 @@ def _index(value: object, least: int) -> int:
     if type(value) is not int or value < least:
         raise ValueError(f"{value!r}, where an index is wanted")
     return value
-
-
-def _write_all(file: FileIO, content: bytes) -> None:
-    left = memoryview(content)
-    while left:
-        left = left[file.write(left) :]

@@ -59,11 +59,9 @@ def rounded_gaussian(stream: SecureStream, sigma: float, size: int) -> NDArray[n
 
     Args:
         stream: of this draw alone; it is read by 16 bytes for every two coefficients.
-        sigma: standard deviation before rounding, in integer steps, above 0 and at most 2^40.
+        sigma: standard deviation before rounding, in integer steps, above 0 and at most 2^40; for
+            ``sigma`` above 1, the variance is ``sigma² + 1/12``.
         size: number of coefficients.
-
-    Returns:
-        int64 of shape ``(size,)``, of variance ``sigma² + 1/12`` for ``sigma`` above 1.
 
     Raises:
         UsageError: when ``sigma`` is outside its range.
@@ -94,12 +92,9 @@ class Band:
 
     Attributes:
         size: number of coefficients, at least 1.
-        least: ``t``, the fewest survivors that are accepted, at least 1.
+        least: ``t``, the fewest survivors that are accepted.
         colluders: ``c``, the devices in it that are assumed to tell the server their noise, or to
             add none; at least 0 and below ``least``.
-
-    Raises:
-        UsageError: when a value is outside its range.
     """
 
     size: int
@@ -137,8 +132,7 @@ class Shares:
         remove_excess: whether the sum keeps ``least`` shares of each band.
 
     Raises:
-        UsageError: when a value is outside its range, or the shares are too narrow or too wide to
-            be drawn and accounted.
+        UsageError: when shares are too narrow or too wide to be drawn and accounted.
     """
 
     noise_multiplier: float
@@ -176,24 +170,19 @@ class Shares:
         return self.bands[band].least if self.remove_excess else survivors
 
     def event(self, sampling_rate: float, small_cohort_delta: float = 0.0) -> RoundEvent:
-        """What a round costs that samples each user with this rate.
+        """What a round costs that samples each user with this rate, in (0, 1].
 
-        Args:
-            sampling_rate: probability with which each user takes part, in (0, 1].
-            small_cohort_delta: what the round adds to δ when it may end without a release
-                (:func:`~privrec.privacy.discrete.small_cohort_delta`).
+        ``small_cohort_delta`` is what it adds to δ when it may end without a release
+        (:func:`~privrec.privacy.discrete.small_cohort_delta`).
         """
         grid = grid_of(self.squared_sensitivity, self.bands, self.remove_excess, small_cohort_delta)
         return RoundEvent("discrete_gaussian", self.noise_multiplier, sampling_rate, grid)
 
     def draw(self, seeds: Sequence[bytes]) -> NDArray[np.int32]:
-        """A device's share: what it adds to its integers.
+        """A device's share, which it adds to its integers: int32, of the length of its prefix.
 
         Args:
             seeds: one for each band that the device holds, the first bands of the vector.
-
-        Returns:
-            int32 of the length of that prefix.
 
         Raises:
             UsageError: when there are more seeds than bands, or one is not of 32 bytes.
@@ -208,9 +197,8 @@ class Shares:
                 f"a noise seed of {len(seed)} bytes for band {band}: it must have {SEED_BYTES}, "
                 f"and there are {len(self.bands)} bands; take seeds from noise_seeds"
             )
-        return discrete_gaussian(
-            SecureStream(seed), self.share_variance(band), self.bands[band].size
-        )
+        size = self.bands[band].size
+        return discrete_gaussian(SecureStream(seed), self.share_variance(band), size)
 
     def removed(
         self, band: int, survivors: Sequence[Device], signers: Collection[Device] | None = None
@@ -220,14 +208,13 @@ class Shares:
         A device asks this about the survivors that were confirmed to it, never about those that
         the server names later; the server asks it about the same.
 
+        Nobody is named without ``remove_excess``.
+
         Args:
-            band: the band.
+            band: index of the band.
             survivors: the confirmed survivors that hold the band, in the order all agree on.
             signers: those of them who are known to have confirmed, all of them by default. A
                 survivor that fell silent before is not known to have been there at all.
-
-        Returns:
-            None of them without ``remove_excess``.
 
         Raises:
             ReleaseRefused: when there are fewer than the band needs, or one is named twice.
@@ -241,13 +228,10 @@ class Shares:
         return tuple(survivors[last + 1 :]) if self.remove_excess else ()
 
     def excess(self, seeds: Sequence[Sequence[bytes]]) -> NDArray[np.int64]:
-        """The sum of the shares that are taken off again.
+        """The sum of the shares to subtract from the unmasked sum: int64, of the whole vector.
 
         Args:
             seeds: for each band, the revealed seeds of the devices that :meth:`removed` names.
-
-        Returns:
-            int64 of the length of the whole vector, to subtract from the unmasked sum.
 
         Raises:
             UsageError: when there is not one list for each band, or a seed is not of 32 bytes.

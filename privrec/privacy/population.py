@@ -103,14 +103,9 @@ class PopulationBalance:
 
 @dataclass
 class Population:
-    """A population ledger.
+    """A population ledger: its limit, and what its runs have set aside or charged.
 
     Attributes:
-        path: its file.
-        name: of the population.
-        epsilon: lifetime limit on ε.
-        delta: δ of that limit.
-        against: whom the limit is against.
         content: the entries as the file has them, without its head.
         runs: events reserved or charged, by run.
         hashes: of the entries.
@@ -137,11 +132,7 @@ class Population:
         return epsilon(self.counts, self.delta, self.against)
 
     def check_continues(self, entries: int, last_hash: str | None, source: str) -> None:
-        """Refuse a ledger that lacks a head which was signed before.
-
-        Raises:
-            IntegrityError: when it does; ``source`` names where that head is known from.
-        """
+        """Raise IntegrityError for a ledger that lacks a head which ``source`` knows as signed."""
         if not 0 < entries <= len(self.hashes) or self.hashes[entries - 1] != last_hash:
             raise IntegrityError(
                 f"{self.path}: {source} knows it with {entries} entries, which this is not a "
@@ -151,11 +142,7 @@ class Population:
 
 
 def path_of(name: str) -> Path:
-    """Where the ledger of a population lies.
-
-    Raises:
-        UsageError: when it is no name for one.
-    """
+    """Where the ledger of a population lies; UsageError when it is no name for one."""
     if not _NAME.fullmatch(name):
         raise UsageError(
             f"population {name!r}: a name has up to 64 letters, digits, dots, dashes and "
@@ -165,13 +152,7 @@ def path_of(name: str) -> Path:
 
 
 def create(name: str, *, epsilon: float, delta: float, against: Adversary) -> Population:
-    """Begin the ledger of a population, durable before this returns.
-
-    Args:
-        name: of the population.
-        epsilon: lifetime limit on ε, above 0.
-        delta: δ of that limit, in [1e-10, 1).
-        against: ``"recipients"`` or ``"server"``.
+    """Begin the ledger of a population with its limit on ε, durable before this returns.
 
     Raises:
         UsageError: when there is one of that name, or a value is outside its range.
@@ -226,12 +207,8 @@ def read(name: str) -> Population:
 def reserve(name: str, run_id: str, planned: Counts) -> PopulationBalance:
     """Set aside all that a run may charge, or refuse the run; durable before this returns.
 
-    Called again for the same run (to resume it), it sets aside the larger of both.
-
-    Args:
-        name: of the population.
-        run_id: the run.
-        planned: the most that it may charge in all.
+    ``planned`` is the most that the run may charge in all. Called again for the same run (to resume
+    it), it sets aside the larger of both.
 
     Returns:
         Where the population stands, for the run's own ledger.
@@ -303,11 +280,9 @@ class PopulationCharge:
 
     @classmethod
     def of(cls, header: Mapping[str, Any], *, ended: bool) -> PopulationCharge | None:
-        """The tie that a run's ledger names, or None for a run of its own.
+        """The tie that the header of a run's ledger names, or None for a run of its own.
 
-        Args:
-            header: of the run's ledger.
-            ended: whether that ledger says that the run has ended.
+        ``ended`` is whether that ledger says that the run has ended.
 
         Raises:
             UsageError: when the population's ledger is gone.
@@ -324,10 +299,9 @@ class PopulationCharge:
         return cls(population.name, run_id, population.runs[run_id])
 
     def cover(self, counts: Counts) -> None:
-        """Set more aside where ``counts`` go beyond it: rounds that had to be charged again.
+        """Set more aside where ``counts`` go beyond it, or raise BudgetError.
 
-        Raises:
-            BudgetError: when the lifetime limit does not allow it.
+        They do where rounds had to be charged again.
         """
         if counts - self.reserved:
             reserve(self.name, self.run_id, counts)

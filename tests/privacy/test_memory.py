@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import pickle
 
 import numpy as np
@@ -41,6 +40,7 @@ WAYS_OUT = {
     "copy": copy.copy,
     "deep copy": copy.deepcopy,
     "pickle": lambda m: pickle.loads(pickle.dumps(m)),  # noqa: S301
+    "a norm": lambda m: np.full((ROWS, WIDTH), np.linalg.norm(m) / np.sqrt(ROWS * WIDTH)),
     "list": lambda m: np.array(np.asarray(m).tolist()),
 }
 
@@ -69,15 +69,6 @@ def test_what_is_shown_is_no_view(way):
     assert np.array_equal(memory.settled(), before)
 
 
-def test_norm_and_digest_settle():
-    memory = indebted()
-    assert memory.norm() ** 2 == pytest.approx(VARIANCE * ROWS * WIDTH, rel=0.5)
-    memory.owe(1.0)
-    found = memory.digest()
-    assert found == hashlib.sha256(memory.settled().tobytes()).hexdigest()
-    assert found != hashlib.sha256(bytes(4 * ROWS * WIDTH)).hexdigest()
-
-
 def test_velocities_settle():
     memory = LazyMemory(np.zeros((ROWS, WIDTH), np.float32), moving=True)
     memory.step(np.zeros(0, int), np.zeros((0, WIDTH), np.float32), 4.0, LinearStep(0.1, 0.9))
@@ -100,7 +91,7 @@ def test_state_goes_round_trip():
     rows, gradients = np.array([1, 1, 4]), np.ones((3, 3))
     memory.step(rows, gradients, 0.0, update)
     other = LazyMemory(np.ones((ROWS, 3)), Silent(1), moving=True)
-    other.load_state_dict(memory.state_dict())
+    other.load(**memory.state_dict())
     for each in (memory, other):
         each.step(rows, gradients, 0.0, update)
     np.testing.assert_allclose(other.settled(), memory.settled())
