@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -74,14 +74,23 @@ def joined(parts: list[Lookups], width: int, scale: float) -> tuple[Tensor, Tens
     return torch.cat([part.rows for part in made]).to(torch.int64), torch.cat(which), vectors
 
 
-class LinearLayer:
-    """``torch.nn.Linear`` over inputs of shape ``(examples, …, features)``."""
-
-    def __init__(self, layer: nn.Linear) -> None:
-        self._layer: Any = layer
+class Layer(Protocol):
+    """A layer whose per-example gradients can be measured and summed."""
 
     def squared_norms(self, records: list[Record], examples: int) -> Tensor:
         """Squared norm of each example's gradient, shape ``(examples,)``."""
+
+    def clipped(self, records: list[Record], factors: Tensor) -> Any:
+        """What each parameter's gradient is when example ``e`` counts ``factors[e]``."""
+
+
+class LinearLayer:
+    """``torch.nn.Linear`` over inputs of shape ``(examples, …, features)``."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer: Any = layer
+
+    def squared_norms(self, records: list[Record], examples: int) -> Tensor:
         a, b = self._both(records)
         total = torch.zeros(len(a), dtype=torch.float64)
         if self._layer.weight.requires_grad:
@@ -93,7 +102,6 @@ class LinearLayer:
         return total
 
     def clipped(self, records: list[Record], factors: Tensor) -> dict[nn.Parameter, Tensor]:
-        """What each parameter's gradient is when example ``e`` counts ``factors[e]``."""
         a, b = self._both(records)
         scaled = _times(b, factors)
         made: dict[nn.Parameter, Tensor] = {}
@@ -184,9 +192,6 @@ class SampledLayer:
                 "a trainable parameter: it would be noise alone; freeze it, or register its too"
             )
         return made
-
-
-Layer = LinearLayer | TableLayer | SampledLayer
 
 
 def layer_of(layer: nn.Module, name: str) -> Layer:

@@ -66,16 +66,21 @@ class Ledger:
         self.repaired: str | None = None
         self.signed = 0
         """Number of entries that the signed head covered when it was last read or written."""
+        self.header: dict[str, Any] = {}
+        """The header's values, with what :meth:`create` added."""
+        self.counts: Counter[RoundEvent] = Counter()
+        """How often each event was charged."""
+        self.examples: Counter[RoundEvent] = Counter()
+        """How often each example-level event was entered; never part of :attr:`counts`."""
+        self.ended: bytes | None = None
+        """Digest of the model that the run ended with, or None for one that goes on."""
         self._key = key
         self._kept = kept
         self._files: list[FileIO] = []
-        self._header: dict[str, Any] = {}
         self._hashes: list[str] = []
         self._charges: dict[tuple[int, int], Charge] = {}
         self._examples: dict[tuple[int, int], Charge] = {}
         self._commits: dict[tuple[int, int], bytes] = {}
-        self._counts: Counter[RoundEvent] = Counter()
-        self._end: bytes | None = None
 
     @classmethod
     def create(
@@ -164,24 +169,9 @@ class Ledger:
         return ledger
 
     @property
-    def header(self) -> dict[str, Any]:
-        """The header's values, with what :meth:`create` added."""
-        return dict(self._header)
-
-    @property
     def charges(self) -> list[Charge]:
         """Every charge, in the order in which they were made."""
         return list(self._charges.values())
-
-    @property
-    def counts(self) -> dict[RoundEvent, int]:
-        """How often each event was charged."""
-        return dict(self._counts)
-
-    @property
-    def examples(self) -> dict[RoundEvent, int]:
-        """How often each example-level event was entered; never part of :attr:`counts`."""
-        return dict(Counter(charge.event for charge in self._examples.values()))
 
     @property
     def entries(self) -> int:
@@ -192,11 +182,6 @@ class Ledger:
     def last_hash(self) -> str:
         """Hash of the last entry, on which a checkpoint can be bound; see :meth:`has`."""
         return self._hashes[-1]
-
-    @property
-    def ended(self) -> bytes | None:
-        """Digest of the model that the run ended with, or None for one that goes on."""
-        return self._end
 
     def has(self, entries: int, last_hash: str) -> bool:
         """Whether this ledger continues one of ``entries`` entries that ended in ``last_hash``."""
@@ -215,13 +200,13 @@ class Ledger:
 
     def epsilon(self, delta: float, adversary: Adversary, accountant: Accountant = "pld") -> float:
         """ε of everything charged; see :func:`privrec.privacy.events.epsilon`."""
-        return events.epsilon(self._counts, delta, adversary, accountant)
+        return events.epsilon(self.counts, delta, adversary, accountant)
 
     def epsilon_after(
         self, event: RoundEvent, *, delta: float, adversary: Adversary, times: int = 1
     ) -> float:
         """ε as it would be after ``times`` more charges of ``event``; nothing is charged."""
-        return events.epsilon(self._counts + Counter({event: times}), delta, adversary)
+        return events.epsilon(self.counts + Counter({event: times}), delta, adversary)
 
     def epsilon_of_examples(self, delta: float) -> float:
         """ε of one example against whoever sees every upload, of a device in every attempt."""
@@ -318,9 +303,9 @@ class Ledger:
             ReleaseRefused: when the run ended with another model, or the entry could not be
                 written.
         """
-        if self._end == model:
+        if self.ended == model:
             return
-        if self._end is not None:
+        if self.ended is not None:
             raise ReleaseRefused(
                 f"{self.path}: the run ended with another model; restore the directory as the run "
                 "left it"
@@ -373,7 +358,7 @@ class Ledger:
         self.close()
 
     def _check_goes_on(self) -> None:
-        if self._end is not None:
+        if self.ended is not None:
             raise ReleaseRefused(
                 f"{self.path}: the run has ended, and nothing more is charged to it; start a new "
                 "run"
@@ -439,28 +424,30 @@ class Ledger:
     def _count(self, entry: Mapping[str, Any]) -> None:
         """Enter what a line says; raises whatever a line of another shape leads to."""
         if not self._hashes:
-            self._header = dict(entry["body"])
-            if entry["kind"] != "header" or self._header["format"] != FORMAT:
+            self.header = dict(entry["body"])
+            if entry["kind"] != "header" or self.header["format"] != FORMAT:
                 raise ValueError(
-                    f"a header of format {self._header['format']}, and {FORMAT} is read here"
+                    f"a header of format {self.header['format']}, and {FORMAT} is read here"
                 )
             return
-        if self._end is not None:
+        if self.ended is not None:
             raise ValueError("an entry after the one that ends a run")
         if entry["kind"] == "end":
-            self._end = bytes.fromhex(entry["model"])
+            self.ended = bytes.fromhex(entry["model"])
             return
         key = (_index(entry["round"], PREPARATION), _index(entry["attempt"], 0))
         if entry["kind"] == "examples" and key not in self._examples | self._charges:
             if entry["unit"] != EXAMPLE:
                 raise ValueError(f"a charge for the unit {entry['unit']!r}")
-            self._examples[key] = Charge(*key, RoundEvent.from_json(entry["event"]))
+            charge = Charge(*key, RoundEvent.from_json(entry["event"]))
+            self._examples[key] = charge
+            self.examples[charge.event] += 1
         elif entry["kind"] == "commit" and key in self._charges:
             self._commits[key] = bytes.fromhex(entry["tag"])
         elif entry["kind"] == "charge" and key not in self._charges:
             charge = Charge(*key, RoundEvent.from_json(entry["event"]))
             self._charges[key] = charge
-            self._counts[charge.event] += 1
+            self.counts[charge.event] += 1
         else:
             raise ValueError(f"{entry['kind']} of round {key[0]}, attempt {key[1]}")
 
@@ -486,7 +473,7 @@ class Ledger:
 
     def _check_key(self, trusted: Ed25519PublicKey | None) -> None:
         """Settle which key must have signed the head, and that the header names it."""
-        named = self._header.get("public_key")
+        named = self.header.get("public_key")
         try:
             own = bytes.fromhex(named)  # type: ignore[arg-type]
             self.public_key = trusted or Ed25519PublicKey.from_public_bytes(own)
