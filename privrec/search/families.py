@@ -1,4 +1,4 @@
-"""Families of hash functions, each with the probability that two vectors collide.
+"""Families of hash functions that a device draws for itself.
 
 A device draws its functions, and how many of them it uses, from its own secret stream: nothing of
 them is ever sent, and no two devices share one.
@@ -14,8 +14,6 @@ Rabbani, Bornstein & Huang, "Large-scale distributed learning via private on-dev
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import product
-from math import comb
 from typing import Literal, Protocol
 
 import numpy as np
@@ -71,7 +69,7 @@ class Shape:
 
 
 def own_shape(items: int, budget: int, stream: SecureStream, base: Shape) -> Shape:
-    """The shape that one device chooses for itself, from its own stream.
+    """Draw the shape that one device chooses for itself, from its own stream.
 
     A table's bucket should hold about as many items as the budget has for a table; the device then
     moves one bit up or down, so that not even the shape is known to others.
@@ -98,21 +96,14 @@ class Hash(Protocol):
         ...
 
     def codes(self, rows: FloatArray, centre: FloatArray | None = None) -> NDArray[np.uint16]:
-        """One code of each table for each row, shape ``(m, tables)``.
-
-        Args:
-            rows: shape ``(m, dim)``.
-            centre: taken from each row before it is hashed, shape ``(dim,)``.
-        """
+        """Return one code of each table for each row less the centre, shape ``(m, tables)``."""
         ...
 
 
 def draw(family: Family, dim: int, shape: Shape, stream: SecureStream) -> Hash:
-    """Hash functions of a family.
+    """Draw hash functions of a family for vectors of length ``dim``.
 
     Args:
-        family: one of :data:`FAMILIES`.
-        dim: length of the vectors.
         shape: how many; at most 16 bits a code.
         stream: the device's own secret stream.
 
@@ -130,7 +121,7 @@ def draw(family: Family, dim: int, shape: Shape, stream: SecureStream) -> Hash:
 
 
 def projection(family: Family, dim: int, shape: Shape, stream: SecureStream) -> FloatArray:
-    """Vectors ``a`` of a sign family, as columns: shape ``(dim, tables * bits)``.
+    """Draw the vectors ``a`` of a sign family, as columns: shape ``(dim, tables * bits)``.
 
     ``simhash``: Gaussian. ``pghash``: ``S F`` with Gaussian ``S`` over vectors folded to ``c``, so
     a column repeats itself every ``c`` numbers. ``block_sign``: one Gaussian block a column,
@@ -154,7 +145,7 @@ def projection(family: Family, dim: int, shape: Shape, stream: SecureStream) -> 
 
 
 def signature(dim: int, bits: int, stream: SecureStream) -> Signs:
-    """Functions of a long code that is ranked by how many of its bits differ.
+    """Draw the functions of a long code that is ranked by how many of its bits differ.
 
     Promise: each bit differs with probability ``angle(x, y) / π``, as with ``simhash``. The vectors
     are orthogonal in groups of ``dim``, so that the share of bits that differ scatters less about
@@ -190,7 +181,7 @@ class Signs:
         return packed.view("<u2").reshape(len(rows), tables)
 
     def signatures(self, rows: FloatArray, centre: FloatArray | None = None) -> NDArray[np.uint64]:
-        """All bits of each row together, shape ``(m, ceil(tables * bits / 64))``."""
+        """Return all bits of each row together, shape ``(m, ceil(tables * bits / 64))``."""
         count = self.matrix.shape[1]
         packed = self._packed(rows, centre, 1, count, -(-count // 64) * 64)
         return packed.view("<u8").reshape(len(rows), -1)
@@ -297,68 +288,3 @@ def _normal(stream: SecureStream, rows: int, columns: int) -> FloatArray:
 
 def _repeated(block: FloatArray, dim: int) -> FloatArray:
     return np.tile(block, (-(-dim // len(block)), 1))[:dim]
-
-
-# ----------------------------------------------------------------------- collision probabilities
-
-
-def collision(family: Family, x: FloatArray, y: FloatArray, shape: Shape) -> float:
-    """Probability, over the draw, that two vectors have the same code in one table.
-
-    ``simhash``: ``(1 - angle(x, y) / π)^k``. ``pghash``: ``(1 - angle(F x, F y) / π)^k``.
-    ``block_sign``: the mean of ``1 - angle(F_s x, F_s y) / π`` over all patterns ``s`` of block
-    signs, with ``F_s = [s_1 I s_2 I ...]``, to the power ``k``. ``pghash_d``: of
-    :func:`winners_collision`, to the power of its symbols.
-
-    Args:
-        family: one of :data:`FAMILIES`.
-        x: shape ``(dim,)``, not zero.
-        y: likewise.
-        shape: of the codes.
-    """
-    if family == "simhash":
-        return _same_sign(x, y) ** shape.bits
-    fold = min(shape.block if family == "block_sign" else shape.fold, len(x))
-    if family == "pghash":
-        return _same_sign(*folded_to(np.stack((x, y)), fold)) ** shape.bits
-    if family == "pghash_d":
-        return winners_collision(*folded_to(np.stack((x, y)), fold)) ** (shape.bits // _SYMBOL_BITS)
-    short = -len(x) % fold
-    blocks = np.pad(np.stack((x, y)), ((0, 0), (0, short))).reshape(2, -1, fold)
-    # The sign of all blocks together changes nothing, so the first one is held.
-    patterns = product((1.0,), *((1.0, -1.0) for _ in range(blocks.shape[1] - 1)))
-    chances = [_same_sign(*np.tensordot(blocks, np.array(p), ((1,), (0,)))) for p in patterns]
-    return float(np.mean(chances)) ** shape.bits
-
-
-def winners_collision(x: FloatArray, y: FloatArray) -> float:
-    """Probability that two folded vectors have the same symbol of ``pghash_d``.
-
-    Among coordinates drawn without order, both have the same largest one with probability
-    ``Σ_i C(R_i, w - 1) / C(c, w)``, where ``R_i`` coordinates are below ``i`` in both. Where all
-    that were drawn are zero in one vector alone, it borrows and agrees by chance, ``1 / w``; where
-    they are in both, both draw again.
-
-    Args:
-        x: shape ``(c,)``, without equal coordinates other than zeros.
-        y: likewise.
-    """
-    every = comb(len(x), WINDOW)
-    x, y = (np.where(v == 0, -np.inf, v) for v in (x, y))
-    below = (x[None] < x[:, None]) & (y[None] < y[:, None])
-    dead_x, dead_y = np.isneginf(x), np.isneginf(y)
-    agree = 0
-    for i in np.flatnonzero(~dead_x & ~dead_y):
-        # A dead coordinate loses to every live one.
-        lower = (below[i] | (dead_x & (y < y[i])) | (dead_y & (x < x[i])) | (dead_x & dead_y)).sum()
-        agree += comb(int(lower), WINDOW - 1)
-    empty_x, empty_y = (comb(int(dead.sum()), WINDOW) for dead in (dead_x, dead_y))
-    empty = comb(int((dead_x & dead_y).sum()), WINDOW)
-    alone = (empty_x - empty) + (empty_y - empty)
-    return float((agree + alone / WINDOW) / (every - empty)) if every > empty else 1.0
-
-
-def _same_sign(x: NDArray[np.floating], y: NDArray[np.floating]) -> float:
-    x, y = x.astype(np.float64), y.astype(np.float64)
-    cosine = x @ y / np.sqrt((x @ x) * (y @ y))
-    return float(1 - np.arccos(np.clip(cosine, -1, 1)) / np.pi)

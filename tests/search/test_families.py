@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from math import comb
 
 import numpy as np
@@ -12,9 +13,9 @@ from privrec.errors import UsageError
 from privrec.randomness import SecretRoot, SecureStream
 from privrec.search.families import (
     FAMILIES,
+    WINDOW,
     Family,
     Shape,
-    collision,
     draw,
     folded_to,
     own_shape,
@@ -44,6 +45,68 @@ def collisions(family: Family, x: np.ndarray, y: np.ndarray, shape: Shape, seed:
     many = Shape(shape.bits, DRAWS, shape.fold, shape.block)
     codes = draw(family, len(x), many, stream(family, shape.bits, seed)).codes(np.stack((x, y)))
     return int((codes[0] == codes[1]).sum())
+
+
+def collision(family: Family, x: np.ndarray, y: np.ndarray, shape: Shape) -> float:
+    """Probability, over the draw, that two vectors have the same code in one table.
+
+    ``simhash``: ``(1 - angle(x, y) / π)^k``. ``pghash``: ``(1 - angle(F x, F y) / π)^k``.
+    ``block_sign``: the mean of ``1 - angle(F_s x, F_s y) / π`` over all patterns ``s`` of block
+    signs, with ``F_s = [s_1 I s_2 I ...]``, to the power ``k``. ``pghash_d``: of
+    `winners_collision`, to the power of its symbols.
+
+    Args:
+        family: one of :data:`FAMILIES`.
+        x: shape ``(dim,)``, not zero.
+        y: likewise.
+        shape: of the codes.
+    """
+    if family == "simhash":
+        return _same_sign(x, y) ** shape.bits
+    fold = min(shape.block if family == "block_sign" else shape.fold, len(x))
+    if family == "pghash":
+        return _same_sign(*folded_to(np.stack((x, y)), fold)) ** shape.bits
+    if family == "pghash_d":
+        return winners_collision(*folded_to(np.stack((x, y)), fold)) ** (shape.bits // 2)
+    short = -len(x) % fold
+    blocks = np.pad(np.stack((x, y)), ((0, 0), (0, short))).reshape(2, -1, fold)
+    # The sign of all blocks together changes nothing, so the first one is held.
+    patterns = product((1.0,), *((1.0, -1.0) for _ in range(blocks.shape[1] - 1)))
+    chances = [_same_sign(*np.tensordot(blocks, np.array(p), ((1,), (0,)))) for p in patterns]
+    return float(np.mean(chances)) ** shape.bits
+
+
+def winners_collision(x: np.ndarray, y: np.ndarray) -> float:
+    """Probability that two folded vectors have the same symbol of ``pghash_d``.
+
+    Among coordinates drawn without order, both have the same largest one with probability
+    ``Σ_i C(R_i, w - 1) / C(c, w)``, where ``R_i`` coordinates are below ``i`` in both. Where all
+    that were drawn are zero in one vector alone, it borrows and agrees by chance, ``1 / w``; where
+    they are in both, both draw again.
+
+    Args:
+        x: shape ``(c,)``, without equal coordinates other than zeros.
+        y: likewise.
+    """
+    every = comb(len(x), WINDOW)
+    x, y = (np.where(v == 0, -np.inf, v) for v in (x, y))
+    below = (x[None] < x[:, None]) & (y[None] < y[:, None])
+    dead_x, dead_y = np.isneginf(x), np.isneginf(y)
+    agree = 0
+    for i in np.flatnonzero(~dead_x & ~dead_y):
+        # A dead coordinate loses to every live one.
+        lower = (below[i] | (dead_x & (y < y[i])) | (dead_y & (x < x[i])) | (dead_x & dead_y)).sum()
+        agree += comb(int(lower), WINDOW - 1)
+    empty_x, empty_y = (comb(int(dead.sum()), WINDOW) for dead in (dead_x, dead_y))
+    empty = comb(int((dead_x & dead_y).sum()), WINDOW)
+    alone = (empty_x - empty) + (empty_y - empty)
+    return float((agree + alone / WINDOW) / (every - empty)) if every > empty else 1.0
+
+
+def _same_sign(x: np.ndarray, y: np.ndarray) -> float:
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    cosine = x @ y / np.sqrt((x @ x) * (y @ y))
+    return float(1 - np.arccos(np.clip(cosine, -1, 1)) / np.pi)
 
 
 def rejects(count: int, probability: float) -> bool:
