@@ -4,17 +4,16 @@ A device draws its functions, and how many of them it uses, from its own secret 
 them is ever sent, and no two devices share one.
 
 ``simhash``, ``pghash`` and ``block_sign`` are signs of Gaussian projections, ``sign(<a, x>)``, that
-differ in how ``a`` is made. ``pghash_d`` compares folded coordinates by rank instead.
+differ in how ``a`` is made.
 Sources: Charikar, "Similarity estimation techniques from rounding algorithms" (STOC 2002);
 Rabbani, Bornstein & Huang, "Large-scale distributed learning via private on-device LSH"
-(NeurIPS 2023); Yagnik et al., "The power of comparative reasoning" (ICCV 2011); Chen & Shrivastava,
-"Densified winner take all (WTA) hashing for sparse datasets" (UAI 2018).
+(NeurIPS 2023).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,18 +24,13 @@ from privrec.randomness import SecureStream
 from privrec.search.memory import CHUNK
 
 FloatArray = NDArray[np.float32]
-Family = Literal["simhash", "pghash", "pghash_d", "block_sign"]
-FAMILIES: tuple[Family, ...] = ("simhash", "pghash", "pghash_d", "block_sign")
-
-WINDOW = 4
-"""Coordinates that compete for a symbol of ``pghash_d``."""
+Family = Literal["simhash", "pghash", "block_sign"]
+FAMILIES: tuple[Family, ...] = ("simhash", "pghash", "block_sign")
 
 ROOM = 1 << 18
 """Projections at a time: 1 MiB of float32, which stays in a level-2 cache."""
 
 _WORD = 16  # bits in a code's integer
-_SYMBOL_BITS = 2
-_PROBES = 8
 _LONGEST = 4096
 _FEWEST, _MOST = 12, 28  # tables that a device may choose to build
 
@@ -48,7 +42,7 @@ class Shape:
     Args:
         bits: 1 to 16 for tables, any number for signatures that are ranked.
         tables: at least 1.
-        fold: ``pghash``, ``pghash_d``: length ``c`` of a folded vector.
+        fold: ``pghash``: length ``c`` of a folded vector.
         block: ``block_sign``: length of a block.
 
     Raises:
@@ -87,20 +81,7 @@ def own_shape(items: int, budget: int, stream: SecureStream, base: Shape) -> Sha
     return Shape(min(_WORD, max(2, bits)), tables, base.fold, base.block)
 
 
-class Hash(Protocol):
-    """Functions that were drawn."""
-
-    @property
-    def shape(self) -> Shape:
-        """How many they are."""
-        ...
-
-    def codes(self, rows: FloatArray, centre: FloatArray | None = None) -> NDArray[np.uint16]:
-        """Return one code of each table for each row less the centre, shape ``(m, tables)``."""
-        ...
-
-
-def draw(family: Family, dim: int, shape: Shape, stream: SecureStream) -> Hash:
+def draw(family: Family, dim: int, shape: Shape, stream: SecureStream) -> Signs:
     """Draw hash functions of a family for vectors of length ``dim``.
 
     Args:
@@ -115,8 +96,6 @@ def draw(family: Family, dim: int, shape: Shape, stream: SecureStream) -> Hash:
             f"bits = {shape.bits}: the code of a table has at most {_WORD}; use fewer bits, or "
             "rank signatures"
         )
-    if family == "pghash_d":
-        return Winners.of(dim, shape, stream)
     return Signs(projection(family, dim, shape, stream), shape)
 
 
@@ -126,22 +105,20 @@ def projection(family: Family, dim: int, shape: Shape, stream: SecureStream) -> 
     ``simhash``: Gaussian. ``pghash``: ``S F`` with Gaussian ``S`` over vectors folded to ``c``, so
     a column repeats itself every ``c`` numbers. ``block_sign``: one Gaussian block a column,
     repeated with a fresh sign for every block.
-
-    Raises:
-        UsageError: for a family that is no projection.
     """
     count = shape.bits * shape.tables
-    if family == "simhash":
-        return _normal(stream, dim, count)
-    if family == "pghash":
-        return _repeated(_normal(stream, min(shape.fold, dim), count), dim)
+    length = {"simhash": dim, "pghash": shape.fold, "block_sign": shape.block}[family]
+    drawn = min(length, dim)
+    signs = None
     if family == "block_sign":
         blocks = -(-dim // shape.block)
-        signs = 1 - 2 * (stream.uint32(blocks * count) >> np.uint32(31)).astype(np.float32)
-        repeated = _repeated(_normal(stream, min(shape.block, dim), count), dim)
-        repeated *= np.repeat(signs.reshape(blocks, count), shape.block, axis=0)[:dim]
-        return repeated
-    raise UsageError(f'family = "{family}": is no projection; use one of {FAMILIES[:2]}')
+        coins = stream.uint32(blocks * count) >> np.uint32(31)
+        signs = 1 - 2 * coins.reshape(blocks, count).astype(np.float32)
+    block = stream.normal(drawn * count).astype(np.float32).reshape(drawn, count)
+    vectors = np.tile(block, (-(-dim // drawn), 1))[:dim]
+    if signs is not None:
+        vectors *= np.repeat(signs, shape.block, axis=0)[:dim]
+    return vectors
 
 
 def signature(dim: int, bits: int, stream: SecureStream) -> Signs:
@@ -175,7 +152,7 @@ class Signs:
     )
 
     def codes(self, rows: FloatArray, centre: FloatArray | None = None) -> NDArray[np.uint16]:
-        """See :meth:`Hash.codes`."""
+        """Return one code of each table for each row less the centre, shape ``(m, tables)``."""
         tables, bits = self.shape.tables, self.shape.bits
         packed = self._packed(rows, centre, tables, bits, _WORD)
         return packed.view("<u2").reshape(len(rows), tables)
@@ -213,78 +190,3 @@ class Signs:
             object.__setattr__(self, "_room", room)
             return room
         return self._room
-
-
-@dataclass(frozen=True)
-class Winners:
-    """Codes of ``pghash_d``: which of a few folded coordinates is the largest, densified.
-
-    Args:
-        order: coordinates that compete, shape ``(probes, tables * symbols, WINDOW)``; a later probe
-            is asked where all coordinates of the earlier ones are zero.
-        shape: of the codes; ``bits`` are twice the symbols of a code.
-        dim: length of the vectors.
-    """
-
-    order: NDArray[np.int64]
-    shape: Shape
-    dim: int
-
-    @classmethod
-    def of(cls, dim: int, shape: Shape, stream: SecureStream) -> Winners:
-        """Draw functions.
-
-        Raises:
-            UsageError: when the bits are odd, or the fold has fewer coordinates than compete.
-        """
-        fold = min(shape.fold, dim)
-        if shape.bits % _SYMBOL_BITS:
-            raise UsageError(f"bits = {shape.bits}: a symbol of pghash_d has two; use an even one")
-        if fold < WINDOW:
-            raise UsageError(f"fold = {fold}: at least {WINDOW} coordinates compete; raise it")
-        count = _PROBES * shape.tables * (shape.bits // _SYMBOL_BITS)
-        keys = stream.uint64(count * fold).reshape(_PROBES, -1, fold)
-        return cls(np.argsort(keys, axis=-1)[..., :WINDOW], shape, dim)
-
-    def codes(self, rows: FloatArray, centre: FloatArray | None = None) -> NDArray[np.uint16]:
-        """See :meth:`Hash.codes`."""
-        if centre is not None:
-            rows = rows - centre
-        fold = min(self.shape.fold, self.dim)
-        folded = folded_to(rows, fold)
-        folded[folded == 0] = -np.inf
-        symbols, empty = self._symbols(folded, 0)
-        for probe in range(1, _PROBES):
-            if not empty.any():
-                break
-            borrowed, still = self._symbols(folded, probe)
-            symbols = np.where(empty, borrowed, symbols)
-            empty &= still
-        places = np.arange(self.shape.bits // _SYMBOL_BITS, dtype=np.uint16) * _SYMBOL_BITS
-        spread = symbols.reshape(len(rows), self.shape.tables, -1).astype(np.uint16) << places
-        codes: NDArray[np.uint16] = np.bitwise_or.reduce(spread, axis=-1).astype(np.uint16)
-        return codes
-
-    def _symbols(
-        self, folded: FloatArray, probe: int
-    ) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
-        competing = folded[:, self.order[probe]]
-        empty = np.asarray(np.isneginf(competing).all(axis=-1))
-        return competing.argmax(axis=-1), empty
-
-
-def folded_to(rows: FloatArray, fold: int) -> FloatArray:
-    """``F x`` with ``F = [I_c I_c ...]``: coordinates ``c`` apart added up, shape ``(m, c)``."""
-    short = -rows.shape[1] % fold
-    if short:
-        rows = np.pad(rows, ((0, 0), (0, short)))
-    folded: FloatArray = rows.reshape(len(rows), -1, fold).sum(axis=1)
-    return folded
-
-
-def _normal(stream: SecureStream, rows: int, columns: int) -> FloatArray:
-    return stream.normal(rows * columns).astype(np.float32).reshape(rows, columns)
-
-
-def _repeated(block: FloatArray, dim: int) -> FloatArray:
-    return np.tile(block, (-(-dim // len(block)), 1))[:dim]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -208,8 +208,6 @@ class SerialTables:
         search, items, budget = request.search, request.search.items, request.budget
         base = Shape(8, 1, search.fold, items.table.block)
         shape = search.shape or own_shape(items.items, budget, request.stream, base)
-        if self.family == "pghash_d" and shape.bits % 2:
-            shape = replace(shape, bits=shape.bits + 1)
         found: list[Items] = []
         size = 0
         for new in serial(items, request.queries, self.family, shape, request.stream):

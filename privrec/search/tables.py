@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.randomness import SecureStream
-from privrec.search.families import ROOM, Family, Hash, Shape, draw
+from privrec.search.families import ROOM, Family, Shape, Signs, draw
 from privrec.search.memory import CHUNK, ItemMemory, Items
 
 FloatArray = NDArray[np.float32]
@@ -80,10 +80,10 @@ class Buckets:
 
     order: NDArray[np.int32]
     ends: Items
-    hashed: Hash
+    hashed: Signs
 
     @classmethod
-    def of(cls, items: ItemMemory, hashed: Hash) -> Buckets:
+    def of(cls, items: ItemMemory, hashed: Signs) -> Buckets:
         """Hash all items and sort them by their codes."""
         codes = np.empty(items.items, np.uint16)
         for start, rows in items.chunks():

@@ -35,7 +35,7 @@ ITEMS, COMPRESSION = 670_091, 64.0
 TABLES = Shape(12, 20)
 SHARES = (0.001, 0.01, 0.1)
 SELECTORS: tuple[Selector, ...] = (
-    "scan", "sketch", "hamming", "simhash", "block_sign", "pghash", "pghash_d", "uniform", "auto",
+    "scan", "sketch", "hamming", "simhash", "block_sign", "pghash", "uniform", "auto",
 )  # fmt: skip
 EQUAL = 0.02
 SHORTEST = 0.05

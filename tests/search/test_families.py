@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import product
-from math import comb
 
 import numpy as np
 import pytest
@@ -13,11 +12,9 @@ from privrec.errors import UsageError
 from privrec.randomness import SecretRoot, SecureStream
 from privrec.search.families import (
     FAMILIES,
-    WINDOW,
     Family,
     Shape,
     draw,
-    folded_to,
     own_shape,
     projection,
     signature,
@@ -52,8 +49,7 @@ def collision(family: Family, x: np.ndarray, y: np.ndarray, shape: Shape) -> flo
 
     ``simhash``: ``(1 - angle(x, y) / π)^k``. ``pghash``: ``(1 - angle(F x, F y) / π)^k``.
     ``block_sign``: the mean of ``1 - angle(F_s x, F_s y) / π`` over all patterns ``s`` of block
-    signs, with ``F_s = [s_1 I s_2 I ...]``, to the power ``k``. ``pghash_d``: of
-    `winners_collision`, to the power of its symbols.
+    signs, with ``F_s = [s_1 I s_2 I ...]``, to the power ``k``.
 
     Args:
         family: one of :data:`FAMILIES`.
@@ -66,8 +62,6 @@ def collision(family: Family, x: np.ndarray, y: np.ndarray, shape: Shape) -> flo
     fold = min(shape.block if family == "block_sign" else shape.fold, len(x))
     if family == "pghash":
         return _same_sign(*folded_to(np.stack((x, y)), fold)) ** shape.bits
-    if family == "pghash_d":
-        return winners_collision(*folded_to(np.stack((x, y)), fold)) ** (shape.bits // 2)
     short = -len(x) % fold
     blocks = np.pad(np.stack((x, y)), ((0, 0), (0, short))).reshape(2, -1, fold)
     # The sign of all blocks together changes nothing, so the first one is held.
@@ -76,31 +70,10 @@ def collision(family: Family, x: np.ndarray, y: np.ndarray, shape: Shape) -> flo
     return float(np.mean(chances)) ** shape.bits
 
 
-def winners_collision(x: np.ndarray, y: np.ndarray) -> float:
-    """Probability that two folded vectors have the same symbol of ``pghash_d``.
-
-    Among coordinates drawn without order, both have the same largest one with probability
-    ``Σ_i C(R_i, w - 1) / C(c, w)``, where ``R_i`` coordinates are below ``i`` in both. Where all
-    that were drawn are zero in one vector alone, it borrows and agrees by chance, ``1 / w``; where
-    they are in both, both draw again.
-
-    Args:
-        x: shape ``(c,)``, without equal coordinates other than zeros.
-        y: likewise.
-    """
-    every = comb(len(x), WINDOW)
-    x, y = (np.where(v == 0, -np.inf, v) for v in (x, y))
-    below = (x[None] < x[:, None]) & (y[None] < y[:, None])
-    dead_x, dead_y = np.isneginf(x), np.isneginf(y)
-    agree = 0
-    for i in np.flatnonzero(~dead_x & ~dead_y):
-        # A dead coordinate loses to every live one.
-        lower = (below[i] | (dead_x & (y < y[i])) | (dead_y & (x < x[i])) | (dead_x & dead_y)).sum()
-        agree += comb(int(lower), WINDOW - 1)
-    empty_x, empty_y = (comb(int(dead.sum()), WINDOW) for dead in (dead_x, dead_y))
-    empty = comb(int((dead_x & dead_y).sum()), WINDOW)
-    alone = (empty_x - empty) + (empty_y - empty)
-    return float((agree + alone / WINDOW) / (every - empty)) if every > empty else 1.0
+def folded_to(rows: np.ndarray, fold: int) -> np.ndarray:
+    """``F x`` with ``F = [I_c I_c ...]``: coordinates ``c`` apart added up, shape ``(m, c)``."""
+    padded = np.pad(rows, ((0, 0), (0, -rows.shape[1] % fold)))
+    return padded.reshape(len(rows), -1, fold).sum(axis=1)
 
 
 def _same_sign(x: np.ndarray, y: np.ndarray) -> float:
@@ -164,29 +137,6 @@ def test_a_fold_to_the_whole_length_is_simhash() -> None:
     whole, plain = Shape(6, fold=DIM), Shape(6)
     assert collision("pghash", x, y, whole) == pytest.approx(collision("simhash", x, y, plain))
     assert not rejects(collisions("pghash", x, y, whole, 5), collision("simhash", x, y, plain))
-
-
-def sparse_pair(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Vectors with many zeros, as after a ReLU, so that windows come out empty."""
-    rng = np.random.default_rng(seed)
-    x = rng.standard_normal(12)
-    y = x + 0.3 * rng.standard_normal(12)
-    x[:9] = 0
-    y[[0, 1, 2, 3, 4, 5, 6, 7, 9]] = 0
-    return x.astype(np.float32), y.astype(np.float32)
-
-
-@pytest.mark.statistical
-@pytest.mark.parametrize("seed", range(4))
-def test_empty_windows_borrow_as_the_formula_says(seed: int) -> None:
-    x, y = sparse_pair(seed)
-    shape = Shape(2, 1, fold=12)
-    count = collisions("pghash_d", x, y, shape, seed)
-    right = collision("pghash_d", x, y, shape)
-    assert not rejects(count, right), (count / DRAWS, right)
-    # Without borrowing, windows that are empty in both would always agree.
-    both = comb(8, 4) / comb(12, 4)
-    assert rejects(count, right * (1 - both) + both)
 
 
 def shares_that_differ(angle: float, functions: list[np.ndarray]) -> np.ndarray:
@@ -296,7 +246,6 @@ def test_codes_take_the_centre_off() -> None:
 
 def test_vectors_that_no_fold_divides_are_padded() -> None:
     x = np.arange(1, 36, dtype=np.float32)[None]
-    np.testing.assert_allclose(folded_to(x, 16)[0, :3], [1 + 17 + 33, 2 + 18 + 34, 3 + 19 + 35])
     for family in FAMILIES:
         assert draw(family, 35, Shape(8, 2, 16, 16), stream("odd")).codes(x).shape == (1, 2)
 
@@ -305,8 +254,6 @@ def test_vectors_that_no_fold_divides_are_padded() -> None:
     ("family", "shape", "words"),
     [
         ("simhash", {"bits": 17}, "at most 16"),
-        ("pghash_d", {"bits": 7}, "even"),
-        ("pghash_d", {"bits": 8, "fold": 2}, "compete"),
         ("simhash", {"bits": 0}, "bits = 0"),
         ("simhash", {"bits": 8, "tables": 0}, "tables = 0"),
     ],

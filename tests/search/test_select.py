@@ -19,7 +19,7 @@ from privrec.search.select import RANKINGS, Search, Selector, best, cheapest, mi
 
 N, DIM, BUDGET = 4000, 32, 200
 EVERY: tuple[Selector, ...] = (
-    "pghash", "pghash_d", "simhash", "block_sign", "hamming", "sketch", "scan", "uniform", "auto",
+    "pghash", "simhash", "block_sign", "hamming", "sketch", "scan", "uniform", "auto",
 )  # fmt: skip
 GOOD: tuple[Selector, ...] = ("hamming", "sketch", "scan", "auto")
 
