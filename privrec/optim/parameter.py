@@ -97,8 +97,8 @@ def make_lazy(
 
     Args:
         parameter: float32 or float64 on the CPU, shape ``(rows, width)``.
-        source: what draws its noise; see :class:`~privrec.privacy.lazy.LazyMemory`.
-        moving: whether its steps have momentum or weight decay.
+        source: what draws its noise; like ``moving`` as :class:`~privrec.privacy.lazy.LazyMemory`
+            takes it.
 
     Returns:
         The memory that takes its steps.

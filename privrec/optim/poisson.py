@@ -59,15 +59,11 @@ def poisson_loader(
 ) -> DataLoader[Any]:
     """A loader of Poisson batches of a map-style data set.
 
+    An empty batch has the structure of a full one, with tensors of length 0 and lists without
+    texts. ``rate``, ``steps`` and ``root`` are those of :class:`PoissonSampler`.
+
     Args:
         dataset: with a length and at least one example, of what ``default_collate`` takes.
-        rate: probability of each example to be in a batch.
-        steps: number of batches.
-        root: as for :class:`PoissonSampler`.
-
-    Returns:
-        A loader; an empty batch has the structure of a full one, with tensors of length 0 and lists
-        without texts.
 
     Raises:
         UsageError: when a value is outside its range, or examples cannot be put into a batch.

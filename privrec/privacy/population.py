@@ -60,16 +60,14 @@ class PopulationBalance:
     """Where a population stood when a run began, as the run's ledger keeps it.
 
     Attributes:
-        population: name of the population ledger; None for a run that is tied to none.
+        population: name of the population ledger; None, as all but ``runs``, for a run that is tied
+            to none.
         runs: runs over the same users before this one: of the population ledger, or, without one,
             those that this machine's store has of the same data.
-        epsilon: lifetime limit; None, as all below, without a population ledger.
-        delta: δ of that limit.
-        against: the adversary of that limit.
-        spent: ε of all runs before this one, at ``delta``.
+        epsilon: lifetime limit on ε, at ``delta`` and against ``against``.
+        spent: ε of all runs before this one.
         reserved: ε with all that this run may charge.
-        entries: entries of the population ledger once this run was in it.
-        last_hash: hash of the last of them.
+        entries: of the population ledger once this run was in it; ``last_hash`` is of the last.
     """
 
     population: str | None = None
