@@ -27,7 +27,7 @@ from privrec.run.simulation import Simulation
 from privrec.run.summing import SUMMING, Enrolled, Participant
 from privrec.search.select import Search
 from privrec.secagg.client import Policy
-from privrec.secagg.server import Stage
+from privrec.secagg.messages import Stage
 
 FloatArray = NDArray[np.float32]
 

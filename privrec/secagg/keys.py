@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 
 from privrec.errors import IntegrityError, ReleaseRefused, UsageError
 from privrec.randomness import SecretRoot
-from privrec.secagg.wire import packed, refused
+from privrec.secagg.messages import packed, refused
 
 KEY_BYTES = 32
 SIGNATURE_BYTES = 64
@@ -87,13 +87,7 @@ class Verifier:
         self._good: set[tuple[bytes, bytes, bytes]] = set()
 
     def check(self, public: bytes, signature: bytes, stated: bytes) -> bool:
-        """Whether ``public`` signed the statement.
-
-        Args:
-            public: 32-byte Ed25519 key.
-            signature: 64 bytes.
-            stated: a :func:`statement`.
-        """
+        """Whether the Ed25519 key ``public`` signed the :func:`statement`."""
         name = (public, signature, stated)  # joined, bytes of one could pass for the next one's
         if name in self._good:
             return True
@@ -111,7 +105,7 @@ class Verifier:
 class Prekey:
     """The public half of a one-time prekey, as it lies with the server and in a roster.
 
-    Args:
+    Attributes:
         identity: the device's Ed25519 key.
         certificate: signature of an enrolment key over ``identity``; zeros where devices keep a
             list of identities instead.
@@ -205,12 +199,12 @@ class PrekeyBook:
         """Make fresh prekeys for the server to keep.
 
         Args:
-            count: how many.
+            count: how many, and no more than the device is willing to take part: each serves one
+                attempt, and without one there is none.
             tier: the capacity that the device will take part with, 0 for the strongest.
 
         Returns:
-            Their records, to be sent to the server. No more than the device is willing to take
-            part: each serves one attempt, and without one there is none.
+            Their records, to be sent to the server.
 
         Raises:
             UsageError: when the count is below 0 or the tier is no byte.
@@ -230,13 +224,7 @@ class PrekeyBook:
 
         Neither happens twice. A mask key of an earlier attempt may be known. And two sums of one
         attempt over different survivors would carry the same noise, so that their difference would
-        show single devices without any.
-
-        Args:
-            serial: which prekey.
-            run: id of the run.
-            round: index of the round; attempts are in the order of (round, attempt).
-            attempt: at this round.
+        show single devices without any. Attempts are in the order of (round, attempt).
 
         Raises:
             ReleaseRefused: when the prekey was used before or never issued, or this attempt or a
@@ -256,13 +244,12 @@ class PrekeyBook:
         that the book is behind of shows that the book was set back, and would reuse its prekeys.
 
         Args:
-            run: id of the run.
             progress: what the session kept; empty for one that has just entered.
 
         Raises:
             IntegrityError: when it is not what :meth:`advance` was last told.
         """
-        if self._joined.get(run, (0, 0, None))[2] != _mark(progress):
+        if self._joined.get(run, (0, 0, None))[2] != _digest(progress):
             raise IntegrityError(
                 f"a session of run {run} that is not where this device's book of prekeys saw it "
                 "last: one of the two was set back to an earlier state, or the session was worked "
@@ -270,18 +257,14 @@ class PrekeyBook:
             )
 
     def advance(self, run: str, before: bytes, after: bytes) -> None:
-        """Follow a session from one progress to the next; each is left once.
-
-        Args:
-            run: id of the run.
-            before: the progress that it leaves, as in :meth:`check_latest`.
-            after: the one that it takes, before the answer that goes with it is given.
+        """Follow a session from one progress to the next, before the answer that goes with it.
 
         Raises:
-            IntegrityError: when the session is not where the book saw it last.
+            IntegrityError: when the session is not where the book saw it last: each progress is
+                left once.
         """
         self.check_latest(run, before)
-        self._joined[run] = (*self._joined[run][:2], _mark(after))
+        self._joined[run] = (*self._joined[run][:2], _digest(after))
         self._keep()
 
     def secret(self, serial: int) -> SecretPrekey:
@@ -315,7 +298,7 @@ class PrekeyBook:
         self._save(json.dumps(state).encode())
 
 
-def _mark(progress: bytes) -> str:
+def _digest(progress: bytes) -> str:
     """What the book keeps of a session's progress, which is secret."""
     return statement("progress", progress).hex() if progress else ""
 

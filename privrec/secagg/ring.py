@@ -96,19 +96,6 @@ class Encoding:
         """L2 sensitivity of the integer sum, the root of :attr:`squared_bound`."""
         return math.sqrt(self.squared_bound)
 
-    def check_capacity(self, devices: int) -> None:
-        """Refuse a cohort whose sum could wrap around in the ring of ``2^32``.
-
-        Raises:
-            UsageError: when ``devices`` vectors of the largest norm could exceed the ring.
-        """
-        most = 2 ** (RING_BITS - 1) // math.ceil(self.bound)
-        if devices > most:
-            raise UsageError(
-                f"a cohort of {devices} devices: at most {most} fit the 2^{RING_BITS} ring at "
-                f"privacy.scale_bits = {self.scale_bits}; lower scale_bits or the sampling rate"
-            )
-
     def encode(self, values: NDArray[np.float32], coins: Coins) -> NDArray[np.int32]:
         """Round each row to integers, unbiased but for the condition on its norm.
 
