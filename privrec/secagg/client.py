@@ -64,14 +64,11 @@ class Policy:
     Args:
         minimum: fewest devices that it is willing to be summed with, itself included, in the
             cohort and in every band; at least 2.
-        corrupt_share: share of a cohort that it assumes to collude with the server.
+        corrupt_share: share of a cohort that it assumes to collude with the server, below 1/3.
         agreed: what it agreed to take part in; the terms of every round must be these but for
             round and attempt, or a server could lower what noise is left. None leaves the
             comparison to whoever reads :attr:`ClientSession.terms`.
         graph: constants of the protocol.
-
-    Raises:
-        UsageError: when ``minimum`` or ``corrupt_share`` is out of range.
     """
 
     minimum: int = 20
@@ -113,10 +110,12 @@ class _Round:
 
     @property
     def devices(self) -> int:
+        """How many the roster names."""
         return len(self.roster)
 
     @property
     def is_sparse(self) -> bool:
+        """Whether the device has fewer neighbours than there are others."""
         return not self.graph.is_complete(self.devices)
 
     def check_quorum(
@@ -234,11 +233,7 @@ class ClientSession:
 
     @property
     def terms(self) -> Terms:
-        """The terms of the round, for the device to compare with what it agreed to.
-
-        Raises:
-            ReleaseRefused: before the first message was answered.
-        """
+        """The terms of the round, once called, for the device to compare with what it agreed to."""
         return self._called().roster.terms
 
     @property

@@ -82,21 +82,21 @@ class Limits:
             return f"not an array of 1 to {self.most} items"
         return next(filter(None, map(self._problem_of_one, value)), None)
 
-    def bytes(self) -> int:
+    def size(self) -> int:
         """Bytes that a packed value takes at most."""
-        size = _HEAD_BYTES + (self.high if self.kind in (bytes, str) else 0)
-        return _HEAD_BYTES + self.most * size if self.most else size
+        one = _HEAD_BYTES + (self.high if self.kind in (bytes, str) else 0)
+        return _HEAD_BYTES + self.most * one if self.most else one
 
-    def _problem_of_one(self, value: Any) -> str | None:
+    def _problem_of_one(self, value: object) -> str | None:
         if type(value) is not self.kind:
             return f"{type(value).__name__} instead of {self.kind.__name__}"
-        encoded = value.encode() if isinstance(value, str) else value
-        size = len(encoded) if isinstance(encoded, bytes) else int(encoded)
-        unit = " bytes" if isinstance(encoded, bytes) else ""
+        if isinstance(value, int):
+            return None if self.low <= value <= self.high else f"{value} outside its range"
+        size = len(value.encode() if isinstance(value, str) else value)  # type: ignore[arg-type]
         return (
             None
             if self.low <= size <= self.high
-            else f"{size}{unit}, not {self.low} to {self.high}"
+            else f"{size} bytes, not {self.low} to {self.high}"
         )
 
 
@@ -149,7 +149,7 @@ class Message:
     @classmethod
     def limit(cls) -> int:
         """Bytes that a message of this kind takes at most; a transport need not take in more."""
-        return HEADER_BYTES + _HEAD_BYTES + sum(each.bytes() for each in _schema(cls).values())
+        return HEADER_BYTES + _HEAD_BYTES + sum(each.size() for each in _schema(cls).values())
 
 
 _SCHEMAS: dict[type[Message], dict[str, Limits]] = {}

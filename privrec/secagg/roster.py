@@ -51,11 +51,7 @@ class Anchor(Protocol):
 
 
 class ListedDevices:
-    """A trust anchor that is a list of identities, handed to the device by someone it trusts.
-
-    Args:
-        identities: Ed25519 keys of 32 bytes.
-    """
+    """A trust anchor that is a list of identities, handed to the device by someone it trusts."""
 
     def __init__(self, identities: Iterable[bytes]) -> None:
         self.verifier = Verifier()
@@ -92,11 +88,7 @@ class ListedDevices:
 
 
 class EnrolmentKey:
-    """A trust anchor that is the key of an enrolment office, which is not the server.
-
-    Args:
-        public: its Ed25519 key of 32 bytes.
-    """
+    """A trust anchor that is the Ed25519 key of an enrolment office, which is not the server."""
 
     def __init__(self, public: bytes) -> None:
         self.verifier = Verifier()
@@ -123,8 +115,7 @@ class Terms:
 
     Args:
         run: id of the run, 1 to 256 bytes.
-        round: counted from 0.
-        attempt: counted from 0.
+        round: counted from 0, and so is ``attempt``.
         plan: 32-byte digest of everything else that was agreed: scenario, privacy event.
         lengths: entries that a device of each tier sends, ascending: the weakest tier's first, the
             whole vector last. What one tier has more than the one before is a band.
@@ -227,11 +218,7 @@ class Roster:
         return len(self.prekeys)
 
     def number(self, identity: bytes) -> int:
-        """A device's number.
-
-        Raises:
-            ReleaseRefused: when the roster does not name it.
-        """
+        """A device's number; ReleaseRefused is raised when the roster does not name it."""
         for number, prekey in enumerate(self.prekeys):
             if prekey.identity == identity:
                 return number

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from privrec.audit.judging import (
+from privrec.audit.harness import (
     ALPHA,
     POWER,
     count_p,

@@ -331,3 +331,18 @@ def test_a_turned_sum_comes_back_through_the_small_ring() -> None:
     back = turn.undo(encoding.decode(Ring(16).leave(total))[None])[0]
     error = np.abs(back - values.sum(0, dtype=np.float64)).max()
     assert error < 6 * math.sqrt(devices / 4) / encoding.scale
+
+
+@pytest.mark.parametrize("scale_bits", [4, 13, 20])
+def test_a_cohort_that_could_wrap_around_is_refused(scale_bits: int) -> None:
+    encoding = Encoding(1.0, 100_000, scale_bits)
+    most = int(2**31 / encoding.bound)
+    Ring().check(encoding, Load(100_000, most * 99 // 100, noise=0))
+    with pytest.raises(
+        UsageError, match=r"could wrap .* 2\^32 ring .*lower privacy"
+    ):
+        Ring().check(encoding, Load(100_000, most + 1, noise=0))
+
+
+def test_the_ring_holds_the_devices_that_the_design_promises() -> None:
+    Ring().check(Encoding(1.0, 118_000), Load(118_000, 250_000, noise=0))
