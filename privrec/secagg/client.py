@@ -260,15 +260,12 @@ class ClientSession:
     # ------------------------------------------------------------------ the four exchanges
 
     def shares(self, message: Buffer, noise: Sequence[bytes] = ()) -> bytes:
-        """Answer a :class:`~privrec.secagg.roster.Call` with secrets, in shares for neighbours.
+        """Answer a :class:`~privrec.secagg.roster.Call` with this device's secrets in shares.
 
         Args:
             noise: the seeds of this device's noise in this attempt, 32 bytes for each band that it
                 holds, if the terms take noise off again; see
                 :func:`~privrec.privacy.mechanism.noise_seeds`.
-
-        Returns:
-            A :class:`~privrec.secagg.messages.Shares`.
 
         Raises:
             ReleaseRefused: when the roster is not made of enrolled devices, is below the device's
@@ -302,9 +299,6 @@ class ClientSession:
             integers: the vector, :attr:`length` integers of any integer type; left as it is. They
                 are summed modulo ``2**ring_bits``.
             model: 32-byte digests of the bands that the device holds, as it computed them itself.
-
-        Returns:
-            A :func:`~privrec.secagg.messages.masked_message`.
 
         Raises:
             ReleaseRefused: when too few devices are left, or the model is not the one whose digests
@@ -349,9 +343,6 @@ class ClientSession:
     def confirm(self, message: Buffer) -> bytes:
         """Answer :class:`~privrec.secagg.messages.Survivors` with a signature over them.
 
-        Returns:
-            A :class:`~privrec.secagg.messages.Confirmation`.
-
         Raises:
             ReleaseRefused: when the set is too small in any band, lacks this device, or comes with
                 another model.
@@ -367,10 +358,7 @@ class ClientSession:
         return Confirmation(round.binding.context, signature).pack()
 
     def unmask(self, message: Buffer) -> bytes:
-        """Answer a :class:`~privrec.secagg.messages.Quorum` with one share for each dealer.
-
-        Returns:
-            An :class:`~privrec.secagg.messages.Opening`, which has the device's own seed too.
+        """Answer a :class:`~privrec.secagg.messages.Quorum` with an own seed and others' shares.
 
         Raises:
             ReleaseRefused: when too few devices signed what this device confirmed.

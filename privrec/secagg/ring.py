@@ -83,14 +83,11 @@ class Encoding:
         return math.sqrt(self.squared_bound)
 
     def encode(self, values: NDArray[np.float32], coins: Coins) -> NDArray[np.int32]:
-        """Round each row to integers, unbiased but for the condition on its norm.
+        """Round each row to integers, unbiased but for the condition on its norm; zeros stay zeros.
 
         Args:
             values: float32 of shape ``(m, k)``; each row has an L2 norm of at most ``clip_norm``.
             coins: the secure stream that decides the rounding.
-
-        Returns:
-            int32 of shape ``(m, k)``; zeros stay zeros.
 
         Raises:
             ReleaseRefused: when a row keeps exceeding the bound, so it was never clipped.
@@ -132,10 +129,9 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Load:
-    """What a band of a round puts into the ring at most.
+    """What a band of ``size`` coefficients puts into the ring at most.
 
     Args:
-        size: coefficients of the band.
         devices: most devices that add to it.
         noise: variance of all their noise together over the squared sensitivity
             (``Encoding.squared_bound``); with shares, ``devices / m`` times the squared noise
@@ -198,11 +194,7 @@ class Ring:
         return min(1.0, 2 * load.size * min(bounds))
 
     def check(self, encoding: Encoding, load: Load) -> None:
-        """Refuse a round whose sum could wrap around.
-
-        Raises:
-            UsageError: when :meth:`wrap_probability` exceeds :data:`LARGEST_WRAP`.
-        """
+        """Refuse a round whose :meth:`wrap_probability` exceeds :data:`LARGEST_WRAP`."""
         found = self.wrap_probability(encoding, load)
         if found <= LARGEST_WRAP:
             return
@@ -264,9 +256,6 @@ class Rotation:
         sizes: coefficients of each band, in their order, at least 1 each.
         seed: 32 public bytes, the same for all devices, that depend on no update; a digest of run,
             round and attempt.
-
-    Raises:
-        UsageError: when a value is outside its range.
     """
 
     sizes: tuple[int, ...]

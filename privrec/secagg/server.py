@@ -155,23 +155,16 @@ class ServerSession:
 
     @property
     def result(self) -> SecureSum:
-        """The sum.
-
-        Raises:
-            ReleaseRefused: when the round is not over, or ended without one.
-        """
+        """The sum; ReleaseRefused is raised when the round is not over, or ended without one."""
         if self._result is None:
             raise ReleaseRefused("there is no sum: the round is not over, or it was given up")
         return self._result
 
     def publish(self, model: Sequence[bytes]) -> None:
-        """Fix the model of the round; due before masked vectors are asked for.
+        """Fix the model of the round, before masked vectors are asked for and for good.
 
         Args:
             model: 32-byte digest of each band, the band that all devices hold first.
-
-        Raises:
-            UsageError: when there is not one digest for each band, or another model was published.
         """
         if len(model) != len(self._call.lengths):
             raise UsageError(
@@ -184,11 +177,7 @@ class ServerSession:
         self._model = tuple(model)
 
     def outbox(self) -> dict[bytes, bytes]:
-        """What to send now, by the identity of the device; those that answered are left out.
-
-        Raises:
-            UsageError: when masked vectors are due and no model was published.
-        """
+        """What to send now, by the identity of the device; those that answered are left out."""
         if self.done:
             return {}
         awaited = [number for number in self._due if number not in self._answered]
@@ -202,11 +191,7 @@ class ServerSession:
         return {self._roster.prekeys[n].identity: message for n, message in messages.items()}
 
     def receive(self, device: bytes, message: Buffer) -> None:
-        """Take in the answer of one device.
-
-        Args:
-            device: the identity that the transport knows the sender by.
-            message: its answer to what :meth:`outbox` had for it.
+        """Take in the answer of a device, by the identity that the transport knows it by.
 
         Raises:
             ReleaseRefused: when the answer is not what is due from this device; it changes nothing,

@@ -42,14 +42,10 @@ Numbers = int | NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Graph:
-    """The neighbourhoods of a cohort.
+    """The neighbourhoods of a cohort: all others, or ``degree`` of them in a larger one.
 
     Both numbers are constants of the protocol; they are bound into every mask, so that devices of
     different opinions do not complete a round. Tests make them small.
-
-    Args:
-        complete_up_to: largest cohort in which everybody is a neighbour of everybody.
-        degree: neighbours that a device draws in a larger one.
     """
 
     complete_up_to: int = 200
@@ -94,15 +90,13 @@ class Graph:
         return tuple(among[i] for i in sorted(np.argpartition(lots, count)[:count].tolist()))
 
     def check(self, holders: Sequence[int], corrupt_share: float) -> None:
-        """Refuse a cohort that would be unsafe with this share of colluding devices.
+        """Refuse a cohort that would be unsafe with this share of colluding devices in every band.
+
+        It is when colluders could make two quorums, or the chance that some device drew its
+        neighbours badly exceeds :data:`MAX_FAILURE`.
 
         Args:
             holders: how many devices hold each band, the band that all hold first.
-            corrupt_share: of them, in every band.
-
-        Raises:
-            ReleaseRefused: when colluders could make two quorums, or the chance that some device
-                drew its neighbours badly exceeds :data:`MAX_FAILURE`.
         """
         devices = holders[0]
         corrupt = [math.floor(corrupt_share * count) for count in holders]
@@ -120,11 +114,10 @@ class Graph:
             )
 
     def failure(self, devices: int, corrupt: int) -> float:
-        """Upper bound of the chance that the drawn neighbourhoods are unsafe; 0 for complete ones.
+        """Upper bound of the chance that drawn neighbourhoods are unsafe; 0 for complete ones.
 
-        Args:
-            devices: size of the roster, or how many of it hold a band.
-            corrupt: colluding devices among them.
+        ``devices`` is the size of the roster, or how many of it hold a band; ``corrupt`` of them
+        collude.
         """
         if self.is_complete(devices):
             return 0.0
@@ -179,9 +172,6 @@ def split_secrets(
 
     Returns:
         For each secret the 32-byte shares in the order of ``points``.
-
-    Raises:
-        UsageError: when a secret is not below the prime.
     """
     constants = [int.from_bytes(secret, "little") for secret in secrets]
     if max(constants) >= PRIME:
@@ -191,7 +181,12 @@ def split_secrets(
     width = 256 + threshold * max(points).bit_length() + threshold.bit_length()
     rows = [[_element(stream) for _ in range(threshold - 1)] + [c] for c in constants]
     wide = [sum(row[i] << (width * j) for j, row in enumerate(rows)) for i in range(threshold)]
-    values = [_horner(wide, point) for point in points]
+    values = []
+    for point in points:
+        value = 0
+        for coefficient in wide:
+            value = value * point + coefficient
+        values.append(value)
     mask = (1 << width) - 1
     return [
         [_share((value >> (width * j) & mask) % PRIME) for value in values]
@@ -202,9 +197,7 @@ def split_secrets(
 def combine_shares(shares: Sequence[bytes], points: Sequence[int]) -> bytes:
     """The secret behind a quorum of shares; anything at all when a share is wrong or missing.
 
-    Args:
-        shares: 32 bytes each; see :func:`in_field`.
-        points: where they were evaluated, in the same order.
+    Each share has to be :func:`in_field`; the weights depend on the points alone, and are cached.
     """
     values = [int.from_bytes(share, "little") for share in shares]
     return _share(sum(map(mul, _weights(tuple(points)), values)) % PRIME)
@@ -223,13 +216,6 @@ def _weights(points: tuple[int, ...]) -> list[int]:
         product * pow(x * math.prod(y - x for y in points if y != x), -1, PRIME) % PRIME
         for x in points
     ]
-
-
-def _horner(coefficients: Sequence[int], point: int) -> int:
-    value = 0
-    for coefficient in coefficients:
-        value = value * point + coefficient
-    return value
 
 
 def _element(stream: SecureStream) -> int:
