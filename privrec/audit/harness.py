@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -248,15 +249,17 @@ class CheckResult:
     expected: str
 
 
-def judged(probe: str, p_value: float, found: str, expected: str) -> CheckResult:
-    """A finding that passes unless what was found has a probability below :data:`ALPHA`."""
-    return CheckResult(probe, bool(p_value >= ALPHA), found, expected)
+def judged(
+    probe: str, p_values: float | Sequence[float] | Floats, found: str, expected: str
+) -> CheckResult:
+    """A finding that fails when the smallest probability, see :func:`of_many`, is below ALPHA."""
+    return CheckResult(probe, bool(of_many(p_values) >= ALPHA), found, expected)
 
 
-def of_many(p_values: float | Floats) -> float:
-    """The smallest of several, corrected for how many there are (Bonferroni)."""
+def of_many(p_values: float | Sequence[float] | Floats) -> float:
+    """The smallest of several, corrected for how many there are (Bonferroni); NaN if one is."""
     values = np.ravel(p_values)
-    return min(1.0, float(values.min(initial=1.0)) * max(1, len(values)))
+    return float(np.minimum(1.0, values.min(initial=1.0) * max(1, len(values))))
 
 
 def two_sided(z: float | Floats) -> Floats:
@@ -278,7 +281,7 @@ def seen_deviation(freedom: float) -> float:
 
 def distance_p(distance: float, draws: int) -> float:
     """Probability that an empirical distribution is that far from the true one (DKW, Massart)."""
-    return min(1.0, 2 * math.exp(-2 * draws * distance**2))
+    return float(np.minimum(1.0, 2 * math.exp(-2 * draws * distance**2)))
 
 
 def product_p(sums: Floats, terms: int) -> Floats:

@@ -193,7 +193,7 @@ def _variance(tape: Transcript) -> CheckResult:
     single = of_many(variance_p(by_release, tape.sketch.shape[1]))
     return judged(
         f"amount of noise, {tape.name}",
-        of_many(np.array([float(variance_p(mean, draws)), single])),
+        [float(variance_p(mean, draws)), single],
         f"{math.sqrt(mean):.4f} σ over {draws:,} coefficients; the quietest of {releases:,} draws "
         f"{math.sqrt(by_release.min()):.3f} σ",
         f"1 σ as accounted ({tape.deviations[0]:,.6g} steps); {seen_deviation(draws):.2%} is seen",
@@ -212,7 +212,7 @@ def _every_coefficient(tapes: Sequence[Transcript]) -> CheckResult:
     mean = sums.sum() / (releases * len(sums))
     return judged(
         "noise in every coefficient",
-        of_many(np.array(p_values)),
+        p_values,
         f"least {math.sqrt(squares.min() / releases):.3f} σ of {len(squares):,} coefficients over "
         f"{releases:,} releases; mean {mean:+.1e} σ",
         "none without noise, none shifted",
@@ -234,7 +234,7 @@ def _law(probe: str, tapes: Sequence[Transcript]) -> CheckResult:
     seen = math.sqrt(math.log(2 / ALPHA) / (2 * min(t.sketch.size for t in tapes)))
     return judged(
         probe,
-        of_many(np.array(p_values)),
+        p_values,
         f"{max(distances):.4f} from the accounted law at most (Kolmogorov); {far:,} of {draws:,} "
         f"beyond {_FAR} σ",
         f"below {seen:.4f}; about {due:,.0f} beyond",
@@ -266,7 +266,7 @@ def _between_rounds(probe: str, tapes: Sequence[Transcript]) -> CheckResult:
     releases = len(tapes[0].sketch)
     return judged(
         probe,
-        of_many(np.array(p_values)),
+        p_values,
         f"largest correlation {most:.3f} in {releases * (releases - 1) // 2:,} pairs of "
         f"{releases:,} draws",
         "no two share noise",
@@ -283,8 +283,8 @@ def _equal_p(tape: Transcript) -> float:
         # Probability that an integer Gaussian of that deviation is 0.
         chance = stats.norm.cdf(0.5 / both) - stats.norm.cdf(-0.5 / both)
         p_values = np.asarray(stats.binom.sf(equal - 1, terms, chance))
-        smallest = min(smallest, float(p_values.min()))
-    return min(1.0, smallest * releases * (releases - 1) / 2)
+        smallest = float(np.minimum(smallest, p_values.min()))
+    return float(np.minimum(1.0, smallest * releases * (releases - 1) / 2))
 
 
 def _within_rounds(probe: str, tapes: Sequence[Transcript]) -> CheckResult:
@@ -295,7 +295,7 @@ def _within_rounds(probe: str, tapes: Sequence[Transcript]) -> CheckResult:
         most, pairs = max(most, abs(float(products.mean()))), pairs + products.size
     return judged(
         probe,
-        of_many(np.array(p_values)),
+        p_values,
         f"largest correlation {most:.1e} over {pairs:,} pairs of coefficients",
         "none of neighbours, of the halves of a band, or of two bands",
     )
@@ -371,7 +371,7 @@ def _settled(memory: LazyMemory) -> CheckResult:
         before, known = increment, now
     return judged(
         "lazy noise settled before a read",
-        of_many(np.array(p_values)) if left == 0 else 0.0,
+        p_values if left == 0 else 0.0,
         f"{math.sqrt(worst):.4f} of what was owed at worst, over {len(_READS)} ways to read; "
         f"{left:g} is left after a read",
         f"1, independent of all reads before; {seen_deviation(ROWS * WIDTH / 4):.1%} is seen",
@@ -402,7 +402,7 @@ def _moving(root: SecretRoot) -> CheckResult:
     )
     return judged(
         "lazy noise with momentum",
-        of_many(variance_p(ratios, values.size)),
+        variance_p(ratios, values.size),
         "value, velocity and what is left of it: "
         + ", ".join(f"{math.sqrt(each):.4f}" for each in ratios),
         f"1 each; {seen_deviation(values.size):.1%} is seen",

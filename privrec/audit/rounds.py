@@ -183,7 +183,7 @@ def rounding(bench: Harness) -> CheckResult:
     mean, spread = sums[0] / draws, math.sqrt(variances[0]) / draws
     return judged(
         "rounding to integers",
-        of_many(two_sided(z)),
+        two_sided(z),
         f"mean error {mean:+.1e} steps over {draws:,} values; "
         f"towards zero {-sums[1] / draws:+.1e}; worst {np.abs(z).max():.1f} standard errors",
         f"0, and a fair coin between two integers; a bias of {REACH * spread:.1e} steps is seen",
@@ -404,7 +404,7 @@ def _sizes(taken: NDArray[np.bool_], rate: float) -> CheckResult:
     shift = float(two_sided((sizes.mean() - mean) / math.sqrt(variance / rounds)))
     return judged(
         "sizes of cohorts",
-        of_many(np.array([spread, shift])),
+        [spread, shift],
         f"mean {sizes.mean():,.1f}, variance {sizes.var():,.1f} over {rounds:,} rounds",
         f"binomial: mean {mean:,.1f}, variance {variance:,.1f}; a fixed size has none",
     )
@@ -425,7 +425,7 @@ def _users(taken: NDArray[np.bool_], rate: float) -> CheckResult:
     neighbours = float(two_sided(correlation * math.sqrt(pairs)))
     return judged(
         "chances of users",
-        of_many(np.array([spread, extremes, neighbours])),
+        [spread, extremes, neighbours],
         f"between {counts.min():,} and {counts.max():,} of {rounds:,} rounds; neighbours "
         f"correlate by {correlation:+.1e}",
         f"{rounds * rate:,.1f} on average, each by its own coin of {rate:g}",
@@ -440,10 +440,10 @@ def _rounds(taken: NDArray[np.bool_], rate: float) -> CheckResult:
     z = overlaps / (rate * (1 - rate) * math.sqrt(population))
     whole = float(overlaps.sum()) / (rate * (1 - rate) * math.sqrt(population * len(overlaps)))
     largest = float(np.abs(z).max())
-    p_values = np.array([_bernstein(overlaps, population, rate), float(two_sided(whole))])
+    p_values = [_bernstein(overlaps, population, rate), float(two_sided(whole))]
     return judged(
         "cohorts of different rounds",
-        of_many(p_values),
+        p_values,
         f"largest overlap {largest:.1f} standard errors from chance in {len(z):,} pairs",
         "independent",
     )
@@ -459,7 +459,7 @@ def _dispersion_p(squares: float, freedom: int, trials: int, rate: float) -> flo
     excess = (1 - 6 * variance) / (trials * variance)
     scale = 1 + excess / 2
     law = stats.gamma(freedom / (2 * scale), scale=2 * scale)
-    return min(1.0, 2 * float(min(law.cdf(squares), law.sf(squares))))
+    return float(np.minimum(1.0, 2 * np.minimum(law.cdf(squares), law.sf(squares))))
 
 
 def _bernstein(sums: NDArray[np.float64], terms: int, rate: float) -> float:
@@ -468,4 +468,4 @@ def _bernstein(sums: NDArray[np.float64], terms: int, rate: float) -> float:
     largest = max(rate, 1 - rate) ** 2
     most = float(np.abs(sums).max(initial=0.0))
     exponent = most**2 / (2 * (variance + largest * most / 3))
-    return min(1.0, 2 * len(sums) * math.exp(-exponent))
+    return float(np.minimum(1.0, 2 * len(sums) * math.exp(-exponent)))
