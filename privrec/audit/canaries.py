@@ -321,7 +321,7 @@ LARGEST = 100.0
 
 @dataclass(frozen=True)
 class Guesses:
-    """What an attacker achieved in one run: ``right <= made <= canaries``, of which there is one.
+    """What an attacker achieved in one run: ``right <= made <= canaries``.
 
     Attributes:
         canaries: ``m``, each of which took part with probability one half.
