@@ -90,18 +90,18 @@ class Transcript:
 
 def probe(bench: Harness) -> Iterator[CheckResult]:
     """All probes of the noise of a scenario that adds some."""
-    tapes = list(_recorded(bench, list(_rounds(bench))))
-    for tape in tapes:
-        yield _variance(tape)
-    yield _every_coefficient(tapes)
-    yield _law("law of the noise", tapes)
-    yield _between_rounds("independence between rounds", tapes)
-    yield _within_rounds("independence within rounds", tapes)
+    transcripts = list(_recorded(bench, list(_rounds(bench))))
+    for transcript in transcripts:
+        yield _variance(transcript)
+    yield _every_coefficient(transcripts)
+    yield _law("law of the noise", transcripts)
+    yield _between_rounds("independence between rounds", transcripts)
+    yield _within_rounds("independence within rounds", transcripts)
     yield _repeated(bench)
     if bench.protection.shares is not None:
         listed = list(_shares(bench, bench.protection.shares))
-        for tape in listed:
-            yield _variance(tape)
+        for transcript in listed:
+            yield _variance(transcript)
         yield _law("law of a share", listed)
         yield _between_rounds("independence of shares", listed)
         yield _within_rounds("independence within shares", listed)
@@ -122,7 +122,7 @@ def _shares(bench: Harness, shares: Shares) -> Iterator[Transcript]:
     for number, (band, parts) in enumerate(zip(shares.bands, drawn, strict=True)):
         deviation = math.sqrt(accounted / (band.least - band.colluders))
         name = f"a device's share, {_name(bench, number)}"
-        yield _tape(bench, name, parts, np.full(len(parts), deviation))
+        yield _transcript(bench, name, parts, np.full(len(parts), deviation))
 
 
 def rounds_that_fit(bench: Harness, most_rounds: int = MOST_ROUNDS) -> int:
@@ -159,7 +159,7 @@ def _recorded(bench: Harness, rounds: Sequence[Round]) -> Iterator[Transcript]:
     for number in range(len(bench.sizes)):
         parts = [bench.band(noise.values, number) for noise in noises]
         deviations = np.array([noise.deviations[number] for noise in noises])
-        yield _tape(bench, _name(bench, number), parts, deviations)
+        yield _transcript(bench, _name(bench, number), parts, deviations)
 
 
 def _name(bench: Harness, number: int) -> str:
@@ -167,7 +167,9 @@ def _name(bench: Harness, number: int) -> str:
     return "the whole vector" if bands == 1 else f"band {number + 1} of {bands}"
 
 
-def _tape(bench: Harness, name: str, parts: Sequence[Integers], deviations: Floats) -> Transcript:
+def _transcript(
+    bench: Harness, name: str, parts: Sequence[Integers], deviations: Floats
+) -> Transcript:
     size = len(parts[0])
     places = np.arange(min(size, _COLUMNS))
     if size > _COLUMNS:  # the first ones, and others all over the band
@@ -185,25 +187,26 @@ def _tape(bench: Harness, name: str, parts: Sequence[Integers], deviations: Floa
     return Transcript(name, sketch, deviations, squares, sums, mechanism)
 
 
-def _variance(tape: Transcript) -> CheckResult:
-    releases = len(tape.sketch)
-    draws = releases * len(tape.squares)
-    mean = float(tape.squares.sum() / draws)
-    by_release = (tape.standard**2).mean(axis=1)
-    single = of_many(variance_p(by_release, tape.sketch.shape[1]))
+def _variance(transcript: Transcript) -> CheckResult:
+    releases = len(transcript.sketch)
+    draws = releases * len(transcript.squares)
+    mean = float(transcript.squares.sum() / draws)
+    by_release = (transcript.standard**2).mean(axis=1)
+    single = of_many(variance_p(by_release, transcript.sketch.shape[1]))
     return judged(
-        f"amount of noise, {tape.name}",
+        f"amount of noise, {transcript.name}",
         [float(variance_p(mean, draws)), single],
         f"{math.sqrt(mean):.4f} σ over {draws:,} coefficients; the quietest of {releases:,} draws "
         f"{math.sqrt(by_release.min()):.3f} σ",
-        f"1 σ as accounted ({tape.deviations[0]:,.6g} steps); {seen_deviation(draws):.2%} is seen",
+        f"1 σ as accounted ({transcript.deviations[0]:,.6g} steps); "
+        f"{seen_deviation(draws):.2%} is seen",
     )
 
 
-def _every_coefficient(tapes: Sequence[Transcript]) -> CheckResult:
-    squares = np.concatenate([tape.squares for tape in tapes])
-    sums = np.concatenate([tape.sums for tape in tapes])
-    releases = len(tapes[0].sketch)
+def _every_coefficient(transcripts: Sequence[Transcript]) -> CheckResult:
+    squares = np.concatenate([transcript.squares for transcript in transcripts])
+    sums = np.concatenate([transcript.sums for transcript in transcripts])
+    releases = len(transcripts[0].sketch)
     p_values = (
         of_many(variance_p(squares / releases, releases)),
         of_many(two_sided(sums / math.sqrt(releases))),
@@ -219,19 +222,20 @@ def _every_coefficient(tapes: Sequence[Transcript]) -> CheckResult:
     )
 
 
-def _law(probe: str, tapes: Sequence[Transcript]) -> CheckResult:
+def _law(probe: str, transcripts: Sequence[Transcript]) -> CheckResult:
     """Distance of the distribution function from the accounted one, and the tails."""
     p_values, distances, far, draws, due = [], [], 0, 0, 0.0
-    for tape in tapes:
-        distance = _distance(tape)
-        count = tape.sketch.size
-        beyond = int(np.count_nonzero(np.abs(tape.standard) > _FAR))
-        reach = float(np.floor(_FAR * tape.deviations.mean()))
-        chance = float(2 * tape.below(np.array(-reach - 1), float(tape.deviations.mean())))
+    for transcript in transcripts:
+        distance = _distance(transcript)
+        count = transcript.sketch.size
+        beyond = int(np.count_nonzero(np.abs(transcript.standard) > _FAR))
+        deviation = float(transcript.deviations.mean())
+        reach = math.floor(_FAR * deviation)
+        chance = float(2 * transcript.below(np.array(-reach - 1), deviation))
         p_values += [distance_p(distance, count), float(count_p(beyond, count, chance))]
         distances.append(distance)
         far, draws, due = far + beyond, draws + count, due + count * chance
-    seen = math.sqrt(math.log(2 / ALPHA) / (2 * min(t.sketch.size for t in tapes)))
+    seen = math.sqrt(math.log(2 / ALPHA) / (2 * min(t.sketch.size for t in transcripts)))
     return judged(
         probe,
         p_values,
@@ -241,29 +245,29 @@ def _law(probe: str, tapes: Sequence[Transcript]) -> CheckResult:
     )
 
 
-def _distance(tape: Transcript) -> float:
+def _distance(transcript: Transcript) -> float:
     """Kolmogorov's distance over all releases together, each in its own deviations."""
     levels = stats.norm.ppf(np.linspace(0, 1, 1026)[1:-1])
     found = np.zeros(len(levels))
     expected = np.zeros(len(levels))
-    for row, deviation in zip(tape.sketch, tape.deviations, strict=True):
+    for row, deviation in zip(transcript.sketch, transcript.deviations, strict=True):
         at = np.floor(levels * deviation)
         found += np.searchsorted(np.sort(row), at, side="right")
-        expected += len(row) * tape.below(at, float(deviation))
-    return float(np.abs(found - expected).max() / tape.sketch.size)
+        expected += len(row) * transcript.below(at, float(deviation))
+    return float(np.abs(found - expected).max() / transcript.sketch.size)
 
 
-def _between_rounds(probe: str, tapes: Sequence[Transcript]) -> CheckResult:
+def _between_rounds(probe: str, transcripts: Sequence[Transcript]) -> CheckResult:
     """No two releases share noise, not even in part: by products, and by equal integers."""
     p_values, most = [], 0.0
-    for tape in tapes:
-        standard, terms = tape.standard, tape.sketch.shape[1]
+    for transcript in transcripts:
+        standard, terms = transcript.standard, transcript.sketch.shape[1]
         pairs = np.triu_indices(len(standard), 1)
         sums = (standard @ standard.T)[pairs]
         p_values.append(of_many(product_p(sums, terms)))
         most = max(most, float(np.abs(sums).max(initial=0) / terms) if terms > 1 else 0.0)
-        p_values.append(_equal_p(tape))
-    releases = len(tapes[0].sketch)
+        p_values.append(_equal_p(transcript))
+    releases = len(transcripts[0].sketch)
     return judged(
         probe,
         p_values,
@@ -273,13 +277,13 @@ def _between_rounds(probe: str, tapes: Sequence[Transcript]) -> CheckResult:
     )
 
 
-def _equal_p(tape: Transcript) -> float:
+def _equal_p(transcript: Transcript) -> float:
     """Of the number of places at which any two releases carry the same integer."""
-    terms, releases = tape.sketch.shape[1], len(tape.sketch)
+    terms, releases = transcript.sketch.shape[1], len(transcript.sketch)
     smallest = 1.0
     for gap in range(1, releases):
-        equal = np.count_nonzero(tape.sketch[gap:] == tape.sketch[:-gap], axis=1)
-        both = np.hypot(tape.deviations[gap:], tape.deviations[:-gap])
+        equal = np.count_nonzero(transcript.sketch[gap:] == transcript.sketch[:-gap], axis=1)
+        both = np.hypot(transcript.deviations[gap:], transcript.deviations[:-gap])
         # Probability that an integer Gaussian of that deviation is 0.
         chance = stats.norm.cdf(0.5 / both) - stats.norm.cdf(-0.5 / both)
         p_values = np.asarray(stats.binom.sf(equal - 1, terms, chance))
@@ -287,10 +291,10 @@ def _equal_p(tape: Transcript) -> float:
     return float(np.minimum(1.0, smallest * releases * (releases - 1) / 2))
 
 
-def _within_rounds(probe: str, tapes: Sequence[Transcript]) -> CheckResult:
+def _within_rounds(probe: str, transcripts: Sequence[Transcript]) -> CheckResult:
     """No two coefficients share noise, within a band or between two."""
     p_values, pairs, most = [], 0, 0.0
-    for products in _products(tapes):
+    for products in _products(transcripts):
         p_values.append(float(product_p(products.sum(), products.size)))
         most, pairs = max(most, abs(float(products.mean()))), pairs + products.size
     return judged(
@@ -301,13 +305,13 @@ def _within_rounds(probe: str, tapes: Sequence[Transcript]) -> CheckResult:
     )
 
 
-def _products(tapes: Sequence[Transcript]) -> Iterator[Floats]:
-    for tape in tapes:
-        standard = tape.standard
+def _products(transcripts: Sequence[Transcript]) -> Iterator[Floats]:
+    for transcript in transcripts:
+        standard = transcript.standard
         for lag in (1, 2, standard.shape[1] // 2):
             if 0 < lag < standard.shape[1]:
                 yield standard[:, lag:] * standard[:, :-lag]
-    for first, second in pairwise(tapes):
+    for first, second in pairwise(transcripts):
         width = min(first.sketch.shape[1], second.sketch.shape[1], _COLUMNS // 2)
         yield first.standard[:, :width] * second.standard[:, :width]
 

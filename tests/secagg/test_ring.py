@@ -338,9 +338,7 @@ def test_a_cohort_that_could_wrap_around_is_refused(scale_bits: int) -> None:
     encoding = Encoding(1.0, 100_000, scale_bits)
     most = int(2**31 / encoding.bound)
     Ring().check(encoding, Load(100_000, most * 99 // 100, noise=0))
-    with pytest.raises(
-        UsageError, match=r"could wrap .* 2\^32 ring .*lower privacy"
-    ):
+    with pytest.raises(UsageError, match=r"could wrap .* 2\^32 ring .*lower privacy"):
         Ring().check(encoding, Load(100_000, most + 1, noise=0))
 
 
