@@ -110,7 +110,7 @@ def enrol(office: DeviceKey, identity: bytes) -> bytes:
 
 
 @dataclass(frozen=True)
-class Terms:
+class Terms(Message):
     """What one attempt at one round is about; all of it is bound into every mask and signature.
 
     Args:
@@ -126,14 +126,14 @@ class Terms:
             (:mod:`privrec.privacy.mechanism`).
     """
 
-    run: str
-    round: int
-    attempt: int
-    plan: bytes
-    lengths: tuple[int, ...]
-    minimums: tuple[int, ...]
-    ring_bits: int = 32
-    excess: bool = False
+    run: Annotated[str, Limits(str, 1, 256)]
+    round: Counter
+    attempt: Counter
+    plan: Digest
+    lengths: Annotated[tuple[int, ...], Limits(int, 1, MAX_LENGTH, most=MAX_BANDS)]
+    minimums: Annotated[tuple[int, ...], Limits(int, 1, MAX_DEVICES, most=MAX_BANDS)]
+    ring_bits: Annotated[int, Limits(int, 16, 32)] = 32
+    excess: Annotated[bool, Limits(bool, 0, 1)] = False
 
     def length(self, tier: int) -> int:
         """Entries that a device of a tier sends; tier 0 is the strongest."""
@@ -144,7 +144,9 @@ class Terms:
         return len(self.lengths) - tier
 
     def problem(self) -> str | None:
-        """What contradicts itself in these terms, or None."""
+        """The first field outside its limits, or what contradicts itself; None without either."""
+        if problem := super().problem():
+            return problem
         if len(self.lengths) != len(self.minimums):
             return f"{len(self.lengths)} bands with {len(self.minimums)} minimums"
         if any(longer <= shorter for shorter, longer in pairwise(self.lengths)):
@@ -153,19 +155,11 @@ class Terms:
 
 
 @dataclass(frozen=True)
-class Call(Message):
+class Call(Terms):
     """The first message of a round: its terms and its roster, the same for every device."""
 
     KIND: ClassVar[int] = 1
-    run: Annotated[str, Limits(str, 1, 256)]
-    round: Counter
-    attempt: Counter
-    plan: Digest
-    lengths: Annotated[tuple[int, ...], Limits(int, 1, MAX_LENGTH, most=MAX_BANDS)]
-    minimums: Annotated[tuple[int, ...], Limits(int, 1, MAX_DEVICES, most=MAX_BANDS)]
-    ring_bits: Annotated[int, Limits(int, 16, 32)]
-    excess: Annotated[bool, Limits(bool, 0, 1)]
-    records: Annotated[bytes, Limits(bytes, RECORD_BYTES, RECORD_BYTES * MAX_DEVICES)]
+    records: Annotated[bytes, Limits(bytes, RECORD_BYTES, RECORD_BYTES * MAX_DEVICES)] = b""
 
     @classmethod
     def of(cls, terms: Terms, prekeys: Sequence[Prekey]) -> Call:
@@ -198,7 +192,7 @@ class Roster:
     """
 
     def __init__(self, call: Call, anchor: Anchor) -> None:
-        if problem := call.terms.problem():
+        if problem := call.problem():
             raise refused(f"a round of {problem}")
         count, rest = divmod(len(call.records), RECORD_BYTES)
         if rest:

@@ -124,7 +124,7 @@ class ServerSession:
     ) -> None:
         self._graph = graph or Graph()
         self._call = Call.of(terms, [Prekey.unpack(record) for record in prekeys])
-        if problem := terms.problem() or self._call.problem():
+        if problem := self._call.problem():
             raise UsageError(f"a round of {problem}; lengths ascend, with one minimum for each")
         self._roster = Roster(self._call, anchor)
         self._roster.check_bands(range(len(self._roster)), 1)
