@@ -41,6 +41,7 @@ class Binding:
 
     ``agreed`` is what the keys of two devices agree on, those for masking in :meth:`pair_key` and
     those for sealing elsewhere; ``root`` is the :func:`model_root`; devices go by their numbers.
+    Labels are part of the protocol: keys derive from them.
 
     Args:
         context: digest of all that was agreed on before the model.
