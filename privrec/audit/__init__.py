@@ -7,6 +7,86 @@ noise goes unseen by the best attack, and 1 % is seen by counting.
 
 from __future__ import annotations
 
-from privrec.audit.examine import audit
+from collections.abc import Callable, Iterable
 
-__all__ = ["audit"]
+import privrec
+from privrec.audit import noise, rounds
+from privrec.audit.canaries import CONFIDENCE, Attack, attack
+from privrec.audit.harness import CheckResult, Harness
+from privrec.errors import PrivrecError, UsageError
+from privrec.report.model import AuditPart, Checked
+from privrec.run.loop import one_thread
+from privrec.scenario.load import Scenario
+
+_NO_NOISE = (
+    "The scenario adds no noise, so there is no ε to hold it to: an attacker who sees a sum may "
+    "learn anything of a user. Clipping, rounding and sums were checked all the same."
+)
+_NO_CANARIES = "Canaries were left out; the checks look from inside."
+
+
+def audit(scenario: Scenario, *, canaries: int = 1000, key: bytes | None = None) -> AuditPart:
+    """Measure this build against what is accounted for a scenario.
+
+    Promise: no data is looked at, nothing is written, and no budget is spent. An honest build
+    fails with a probability below one in a million. What each probe sees is in ``docs/audit.md``.
+
+    Args:
+        scenario: what is audited; numbers that are not public are made up.
+        canaries: at most so many for the empirical bounds; below 2 leaves them out.
+        key: what all secrets of the audit derive from, for tests that repeat; by default the
+            operating system gives one.
+
+    Returns:
+        All checks; the audit passed when every one did. ``lower_bound`` is that of the one-run
+        audit, None without noise or without canaries.
+
+    Raises:
+        UsageError: when the scenario cannot be run at all.
+    """
+    with one_thread():
+        bench = Harness.of(scenario, key)
+        private = bench.event.is_private
+        findings: list[CheckResult] = []
+        if private:
+            _collect(findings, "accounting", lambda: rounds.probe_accounting(bench))
+            _collect(findings, "noise", lambda: noise.probe(bench))
+            _collect(findings, "sampling", lambda: rounds.probe_sampling(bench))
+        for name, probe in rounds.PROBES.items():
+            _collect(findings, name, lambda probe=probe: (probe(bench),))  # type: ignore[misc]
+        _collect(findings, "lazy noise", lambda: noise.probe_lazy(bench.root))
+        found: Attack | None = None
+        if private and canaries >= 2:
+
+            def probe_canaries() -> Iterable[CheckResult]:
+                nonlocal found
+                found = attack(bench, canaries)
+                return found.findings
+
+            _collect(findings, "canaries", probe_canaries)
+    claimed = bench.claimed if private else None
+    method = _NO_NOISE if not private else _NO_CANARIES if found is None else found.method
+    if bench.stand_ins:
+        method += f" Not public, hence made up: {bench.stand_ins}."
+    return AuditPart(
+        version=privrec.__version__,
+        scenario_hash=scenario.hash(),
+        passed=all(finding.passed for finding in findings),
+        checks=tuple(Checked(**vars(finding)) for finding in findings),
+        lower_bound=None if found is None else found.lower_bound,
+        confidence=None if found is None else CONFIDENCE,
+        claimed=claimed,
+        method=method,
+    )
+
+
+def _collect(
+    findings: list[CheckResult], name: str, probe: Callable[[], Iterable[CheckResult]]
+) -> None:
+    """Add what a probe finds; a part that refuses to work has not done what is accounted."""
+    try:
+        findings.extend(probe())
+    except UsageError:
+        raise
+    except PrivrecError as error:
+        findings.append(CheckResult(name, False, f"refused: {error}", "does its work"))

@@ -2,29 +2,43 @@
 
 A canary's update goes the way of everybody's: clipped, rounded, summed and noised by the parts of
 the run. All other users send nothing, which an attacker may know of them, and which helps it most.
+Whoever can tell canaries that took part from canaries that did not shows that ε is at least so
+much; no attack shows that it is not more.
+
+**One run** (Steinke, Nasr & Jagielski, "Privacy Auditing with One (1) Training Run", 2023,
+theorem 5.2). Each of ``m`` canaries takes part with probability one half, independently. Of ``r``
+guesses ``v`` are right. Under (ε, δ) privacy the right ones are stochastically dominated by
+``Binomial(r, 1 / (1 + exp(-ε)))``, up to an addition of at most ``2 m δ α``. The bound holds for
+every attack and every distribution.
+
+**One shot** (Andrew et al., "One-shot Empirical Privacy Estimation for Federated Learning", 2023).
+Canaries are random directions, and the cosine of each with what was released is Gaussian with a
+variance known in advance where the canary took no part. What the canaries that took part show is
+fitted by a Gaussian, and ε is that of telling the two apart. It is sharper, and an estimate: it
+holds as far as the cosines are Gaussian, which high dimensions make them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
-from privrec.audit.bench import Harness
-from privrec.audit.bounds import Guesses, best_guesses, separation
-from privrec.audit.judging import ALPHA, CheckResult
+from privrec.audit.harness import ALPHA, CheckResult, Harness
 from privrec.audit.noise import rounds_that_fit
 from privrec.device.device import privatize
 from privrec.device.round import Round
 from privrec.device.tier import Tier
 from privrec.device.update import Address, Aggregate, RawUpdate
-from privrec.errors import ReleaseRefused
+from privrec.errors import ReleaseRefused, UsageError
 from privrec.models.layout import to_wire
+from privrec.privacy.accountant import gaussian
 from privrec.privacy.events import epsilon
 from privrec.randomness import rng_for
-from privrec.run.summing import SUMMING
 
 Floats = NDArray[np.float64]
 Users = NDArray[np.int64]
@@ -44,12 +58,7 @@ _QUIET = 32.0  # a canary's noise over what the others add to it, as variances
 
 @dataclass(frozen=True)
 class Canaries:
-    """Canaries of one tier.
-
-    Args:
-        tier: what they hold.
-        users: who they are, shape ``(m,)``.
-    """
+    """Canaries of one tier: users, shape ``(m,)``."""
 
     tier: Tier
     users: Users
@@ -59,7 +68,7 @@ class Canaries:
 class Attack:
     """What the canaries gave.
 
-    Args:
+    Attributes:
         findings: that the bounds stay below what is claimed.
         lower_bound: on ε, with :data:`CONFIDENCE`.
         method: how, in words.
@@ -71,12 +80,7 @@ class Attack:
 
 
 def attack(bench: Harness, most: int) -> Attack:
-    """Both estimates.
-
-    Args:
-        bench: of a scenario with noise.
-        most: canaries at most, at least 2.
-    """
+    """Both estimates for a scenario with noise, from at most so many canaries, 2 or more."""
     run, guesses, bound = _one_run(bench, most)
     shot, method = _one_shot(bench, most)
     text = (
@@ -95,14 +99,14 @@ def _one_run(bench: Harness, most: int) -> tuple[CheckResult, Guesses, float]:
     groups = _chosen(bench, most)
     total = sum(len(group.users) for group in groups)
     present = rng.random(total) < 0.5
-    strength = _strength(bench, rounds := _rounds(bench))
+    rounds = rounds_that_fit(bench, bench.scenario.train.rounds)
+    strength = _strength(bench, rounds)
     made = best_guesses(total, strength, delta, CONFIDENCE)
     scores, done = np.zeros(total), 0
     for index in range(rounds):
         places, signs = _places(bench, groups, rng), rng.choice([-1.0, 1.0], total)
-        released = _released(
-            bench, bench.round(index), _spikes(bench, groups, places, signs, present)
-        )
+        updates = _spikes(bench, groups, places, signs, present)
+        released = _released(bench, bench.round(index), updates)
         if released is not None:
             scores += signs * released[np.concatenate(places)]
             done += 1
@@ -122,7 +126,7 @@ def _one_shot(bench: Harness, most: int) -> tuple[CheckResult, str]:
     """Fit the cosines of canaries that took part, each in a random direction."""
     delta, size = bench.scenario.privacy.delta, sum(bench.sizes)
     rng = _rng(bench, "one shot")
-    rounds = _rounds(bench)
+    rounds = rounds_that_fit(bench, bench.scenario.train.rounds)
     room = size * bench.event.noise_multiplier**2 / _QUIET / bench.event.sampling_rate
     affordable = max(_FEWEST, _WORK // (size * rounds))
     groups = _chosen(bench, max(2, min(most, int(room), affordable)))
@@ -145,16 +149,15 @@ def _one_shot(bench: Harness, most: int) -> tuple[CheckResult, str]:
     found = separation(cosines.tolist(), max(1, size * done), CONFIDENCE)
     sure = separation(cosines.tolist(), max(1, size * done), 1 - ALPHA).lower_bound(delta)
     claimed = _claimed(bench, done)
+    estimate = f"ε is about {found.epsilon(delta):.3g}, at least {found.lower_bound(delta):.3g}"
     text = (
-        f"One shot of {total:,} random directions in {done:,} rounds: ε is about "
-        f"{found.epsilon(delta):.3g}, at least {found.lower_bound(delta):.3g} with "
+        f"One shot of {total:,} random directions in {done:,} rounds: {estimate} with "
         f"{CONFIDENCE:.0%} confidence if cosines are Gaussian (Andrew et al. 2023)."
     )
     finding = CheckResult(
         "canaries, one shot",
         sure <= claimed,
-        f"ε is about {found.epsilon(delta):.3g}, at least {found.lower_bound(delta):.3g} "
-        f"({CONFIDENCE:.0%}); {sure:.3g} beyond doubt",
+        f"{estimate} ({CONFIDENCE:.0%}); {sure:.3g} beyond doubt",
         f"at most {claimed:.4f}, claimed for the {done:,} rounds of it",
     )
     return finding, text
@@ -162,10 +165,6 @@ def _one_shot(bench: Harness, most: int) -> tuple[CheckResult, str]:
 
 def _rng(bench: Harness, name: str) -> np.random.Generator:
     return rng_for(int.from_bytes(bench.root.tag("audit canaries"), "big"), name)
-
-
-def _rounds(bench: Harness) -> int:
-    return rounds_that_fit(bench, bench.scenario.train.rounds)
 
 
 def _claimed(bench: Harness, rounds: int) -> float:
@@ -213,9 +212,12 @@ Updates = Iterator[tuple[Tier, Users, RawUpdate]]
 
 
 def _spikes(
-    bench: Harness, groups: Sequence[Canaries], places: Sequence[NDArray[np.int64]], signs: Floats,
+    bench: Harness,
+    groups: Sequence[Canaries],
+    places: Sequence[Users],
+    signs: Floats,
     present: NDArray[np.bool_],
-) -> Updates:  # fmt: skip
+) -> Updates:
     """Updates of the canaries that are there, each far too long and in one coefficient."""
     start = 0
     for group, wire in zip(groups, places, strict=True):
@@ -223,9 +225,8 @@ def _spikes(
         there = present[start:end]
         layout = group.tier.layout
         order = to_wire(np.arange(layout.size), (layout, *bench.federation.weaker(group.tier)))
-        update = _in_one_place(
-            group.tier, order[wire[there]], signs[start:end][there] * _loud(bench)
-        )
+        values = signs[start:end][there] * _loud(bench)
+        update = _in_one_place(group.tier, order[wire[there]], values)
         yield group.tier, group.users[there], update
         start = end
 
@@ -279,9 +280,8 @@ def _released(bench: Harness, round: Round, updates: Updates) -> Floats | None:
     sampled = bench.simulation.sample(round)
     counted = protection.shares is not None or bool(protection.minimums)
     cohort = bench.named(bench.simulation.rows(sampled)) if counted else []
-    made = SUMMING["exact"]
     try:
-        summing = made(round, bench.federation, protection, cohort, bench.simulation.enrolled)
+        summing = bench.summing(round, protection, cohort)
     except ReleaseRefused:
         return None  # too few devices came together, as a run has it too
     for number, (tier, users, update) in enumerate(updates):
@@ -311,3 +311,157 @@ def _only(update: RawUpdate, chosen: NDArray[np.bool_]) -> RawUpdate:
         for names in (address.blocks, address.biases)
     )
     return RawUpdate(update.values[chosen], Address(blocks, biases, address.layout))
+
+
+# ------------------------------------------------------------------------------------ lower bounds
+
+LARGEST = 100.0
+"""Bounds stop here: no number of canaries that fits a machine shows more."""
+
+
+@dataclass(frozen=True)
+class Guesses:
+    """What an attacker achieved in one run: ``right <= made <= canaries``.
+
+    Attributes:
+        canaries: ``m``, each of which took part with probability one half.
+        made: ``r``, guesses that were made; about the others the attacker abstained.
+        right: ``v`` of them.
+    """
+
+    canaries: int
+    made: int
+    right: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.right <= self.made <= self.canaries or self.canaries < 1:
+            raise UsageError(
+                f"{self.right} of {self.made} guesses right about {self.canaries} canaries: there "
+                "must be at least one canary, a guess at most about each, and no more right ones"
+            )
+
+    @classmethod
+    def of(cls, scores: NDArray[np.float64], present: NDArray[np.bool_], made: int) -> Guesses:
+        """Guess "present" of the highest scores and "absent" of the lowest, half of ``made`` each.
+
+        Args:
+            scores: of each canary, shape ``(m,)``; larger ones speak for its presence.
+            present: which canaries took part, shape ``(m,)``.
+            made: how many guesses, chosen before the scores were seen; an odd one is left out.
+        """
+        half = min(made, len(scores)) // 2
+        order = np.argsort(scores, kind="stable")
+        right = int(present[order[len(order) - half :]].sum()) + int((~present[order[:half]]).sum())
+        return cls(len(scores), 2 * half, right)
+
+    def p_value(self, epsilon: float, delta: float) -> float:
+        """Probability of at least so many right guesses under (ε, δ) privacy, from above."""
+        if not self.made:
+            return 1.0
+        chance = 1 / (1 + math.exp(-epsilon))
+        beta = float(stats.binom.sf(self.right - 1, self.made, chance))
+        below = stats.binom.pmf(np.arange(self.right - 1, -1, -1), self.made, chance)
+        alpha = float((np.cumsum(below) / np.arange(1, self.right + 1)).max(initial=0.0))
+        return min(1.0, beta + 2 * self.canaries * delta * alpha)
+
+    def chance(self, strength: float) -> float:
+        """Probability of at least so many right guesses, if scores are what noise makes of them.
+
+        Args:
+            strength: separation of the scores of canaries with and without part, in standard
+                deviations of either, both of them Gaussian.
+
+        Returns:
+            An upper bound but for events as rare as six standard deviations: the guesses are taken
+            to be about the outermost scores that chance may have left.
+        """
+        half = self.made / 2
+        if not half:
+            return 1.0
+        tail = half / self.canaries * max(0.1, 1 - 6 / math.sqrt(half))
+        return float(stats.binom.sf(self.right - 1, self.made, _accuracy(tail, strength)))
+
+    def lower_bound(self, delta: float, confidence: float) -> float:
+        """The largest ε that is refuted with this confidence, at the claim's δ; 0 when none is."""
+        if self.p_value(0.0, delta) > 1 - confidence:
+            return 0.0
+        low, high = 0.0, LARGEST
+        while high - low > 1e-4:
+            middle = (low + high) / 2
+            refuted = self.p_value(middle, delta) <= 1 - confidence
+            low, high = (middle, high) if refuted else (low, middle)
+        return low
+
+
+def best_guesses(canaries: int, strength: float, delta: float, confidence: float) -> int:
+    """How many guesses promise the highest bound, from what is claimed and from nothing else.
+
+    Args:
+        strength: separation of the scores of canaries with and without part, in standard
+            deviations of either.
+
+    Returns:
+        An even number of at most ``canaries``.
+    """
+    best, found = 0, -1.0
+    for share in np.geomspace(max(1e-3, 2 / canaries), 1.0, 24):
+        made = 2 * max(1, round(share * canaries / 2))
+        right = math.floor(made * _accuracy(made / canaries / 2, strength))
+        bound = Guesses(max(canaries, made), made, right).lower_bound(delta, confidence)
+        if bound >= found and made <= canaries:
+            best, found = made, bound
+    return best
+
+
+def _accuracy(tail: float, strength: float) -> float:
+    """Share of right guesses on one tail of the mixture of two Gaussians."""
+    reach = 10 + strength
+    at = np.linspace(-reach, reach, 8001)
+    above = (stats.norm.sf(at - strength / 2) + stats.norm.sf(at + strength / 2)) / 2
+    threshold = at[int(np.searchsorted(-above, -min(tail, 0.5)))]
+    own = float(stats.norm.sf(threshold - strength / 2))
+    other = float(stats.norm.sf(threshold + strength / 2))
+    return own / (own + other) if own + other else 1.0
+
+
+@dataclass(frozen=True)
+class Separation:
+    """How far the cosines of canaries that took part lie from those of canaries that did not.
+
+    In standard deviations: an estimate, and the least with the confidence that was asked for.
+    """
+
+    estimate: float
+    least: float
+
+    def epsilon(self, delta: float) -> float:
+        """ε of two Gaussians that far apart."""
+        return gaussian(self.estimate, delta) if self.estimate > 0 else 0.0
+
+    def lower_bound(self, delta: float) -> float:
+        """ε of two Gaussians as far apart as is certain with the confidence asked for."""
+        return gaussian(self.least, delta) if self.least > 0 else 0.0
+
+
+def separation(cosines: Sequence[float], dimension: int, confidence: float) -> Separation:
+    """The Gaussian fit of the one-shot estimate.
+
+    Args:
+        cosines: of each canary with what was released, at least 2.
+        dimension: coefficients of what was released; without its canary a cosine has a variance
+            of ``1 / dimension``.
+        confidence: of the bound from below.
+
+    Returns:
+        The mean over the larger of the two deviations, so that a spread that has other reasons
+        than noise is never taken for privacy lost.
+    """
+    values = np.asarray(cosines, np.float64)
+    if len(values) < 2 or dimension < 1:
+        raise UsageError(
+            f"{len(values)} cosines in {dimension} dimensions: the fit needs two canaries or more"
+        )
+    mean, own = float(values.mean()), float(values.std(ddof=1))
+    deviation = max(own, 1 / math.sqrt(dimension))
+    margin = float(stats.t.ppf(confidence, len(values) - 1)) * own / math.sqrt(len(values))
+    return Separation(mean / deviation, (mean - margin) / deviation)

@@ -1,19 +1,23 @@
-"""Probes of the noise: how much, of which law, in every band, and new every time."""
+"""Probes of the noise: how much, of which law, in every band, and new every time.
+
+Those of lazy noise: whoever reads a row gets all the noise that it owes, and once.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from privrec.audit.bench import Harness
-from privrec.audit.judging import (
+from privrec.audit.harness import (
     ALPHA,
     CheckResult,
+    Harness,
     count_p,
     distance_p,
     judged,
@@ -26,11 +30,13 @@ from privrec.audit.judging import (
 from privrec.device.round import Round
 from privrec.errors import ReleaseRefused
 from privrec.privacy.events import Mechanism
+from privrec.privacy.lazy import LazyMemory
+from privrec.privacy.pending import LinearStep, Normals
 from privrec.privacy.mechanism import Shares, noise_seeds
+from privrec.randomness import SecretRoot
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
-Sketch = NDArray[np.int64]
 
 DRAWS = 400_000
 """Coefficients of each band to look at, where that is not too dear: 0.9 % of σ is then seen."""
@@ -47,8 +53,7 @@ _NARROW = 30.0  # deviation in steps below which laws of integers differ visibly
 class Transcript:
     """The noise of many releases in one band.
 
-    Args:
-        name: of the band, in words.
+    Attributes:
         sketch: integer noise at some of its coefficients, shape ``(releases, places)``.
         deviations: expected of each release, shape ``(releases,)``.
         squares: sum over the releases of the squared standardised noise, by coefficient.
@@ -57,7 +62,7 @@ class Transcript:
     """
 
     name: str
-    sketch: Sketch
+    sketch: Integers
     deviations: Floats
     squares: Floats
     sums: Floats
@@ -84,18 +89,18 @@ class Transcript:
 
 def probe(bench: Harness) -> Iterator[CheckResult]:
     """All probes of the noise of a scenario that adds some."""
-    tapes = list(_recorded(bench, list(_rounds(bench))))
-    for tape in tapes:
-        yield _variance(tape)
-    yield _every_coefficient(tapes)
-    yield _law("law of the noise", tapes)
-    yield _between_rounds("independence between rounds", tapes)
-    yield _within_rounds("independence within rounds", tapes)
+    transcripts = list(_recorded(bench, list(_rounds(bench))))
+    for transcript in transcripts:
+        yield _variance(transcript)
+    yield _every_coefficient(transcripts)
+    yield _law("law of the noise", transcripts)
+    yield _between_rounds("independence between rounds", transcripts)
+    yield _within_rounds("independence within rounds", transcripts)
     yield _repeated(bench)
     if bench.protection.shares is not None:
         listed = list(_shares(bench, bench.protection.shares))
-        for tape in listed:
-            yield _variance(tape)
+        for transcript in listed:
+            yield _variance(transcript)
         yield _law("law of a share", listed)
         yield _between_rounds("independence of shares", listed)
         yield _within_rounds("independence within shares", listed)
@@ -116,7 +121,7 @@ def _shares(bench: Harness, shares: Shares) -> Iterator[Transcript]:
     for number, (band, parts) in enumerate(zip(shares.bands, drawn, strict=True)):
         deviation = math.sqrt(accounted / (band.least - band.colluders))
         name = f"a device's share, {_name(bench, number)}"
-        yield _tape(bench, name, parts, np.full(len(parts), deviation))
+        yield _transcript(bench, name, parts, np.full(len(parts), deviation))
 
 
 def rounds_that_fit(bench: Harness, most_rounds: int = MOST_ROUNDS) -> int:
@@ -153,7 +158,7 @@ def _recorded(bench: Harness, rounds: Sequence[Round]) -> Iterator[Transcript]:
     for number in range(len(bench.sizes)):
         parts = [bench.band(noise.values, number) for noise in noises]
         deviations = np.array([noise.deviations[number] for noise in noises])
-        yield _tape(bench, _name(bench, number), parts, deviations)
+        yield _transcript(bench, _name(bench, number), parts, deviations)
 
 
 def _name(bench: Harness, number: int) -> str:
@@ -161,9 +166,14 @@ def _name(bench: Harness, number: int) -> str:
     return "the whole vector" if bands == 1 else f"band {number + 1} of {bands}"
 
 
-def _tape(bench: Harness, name: str, parts: Sequence[Integers], deviations: Floats) -> Transcript:
+def _transcript(
+    bench: Harness, name: str, parts: Sequence[Integers], deviations: Floats
+) -> Transcript:
     size = len(parts[0])
-    places = _places(size)
+    places = np.arange(min(size, _COLUMNS))
+    if size > _COLUMNS:  # the first ones, and others all over the band
+        spread_out = np.linspace(0, size - 1, _COLUMNS // 2).astype(np.int64)
+        places = np.unique(np.concatenate((np.arange(_COLUMNS // 2), spread_out)))
     mechanism = bench.event.mechanism
     # Rounding a Gaussian adds its own twelfth of a step.
     spread = np.sqrt(deviations**2 + (1 / 12 if mechanism == "gaussian" else 0))
@@ -176,36 +186,26 @@ def _tape(bench: Harness, name: str, parts: Sequence[Integers], deviations: Floa
     return Transcript(name, sketch, deviations, squares, sums, mechanism)
 
 
-def _places(size: int) -> NDArray[np.int64]:
-    """The first coefficients, and others all over the band."""
-    if size <= _COLUMNS:
-        return np.arange(size)
-    spread = np.linspace(0, size - 1, _COLUMNS // 2).astype(np.int64)
-    return np.unique(np.concatenate((np.arange(_COLUMNS // 2), spread)))
-
-
-def _variance(tape: Transcript) -> CheckResult:
-    releases = len(tape.sketch)
-    draws = releases * len(tape.squares)
-    mean = float(tape.squares.sum() / draws)
-    by_release = (tape.standard**2).mean(axis=1)
-    p_values = (
-        float(variance_p(mean, draws)),
-        of_many(variance_p(by_release, tape.sketch.shape[1])),
-    )
+def _variance(transcript: Transcript) -> CheckResult:
+    releases = len(transcript.sketch)
+    draws = releases * len(transcript.squares)
+    mean = float(transcript.squares.sum() / draws)
+    by_release = (transcript.standard**2).mean(axis=1)
+    single = of_many(variance_p(by_release, transcript.sketch.shape[1]))
     return judged(
-        f"amount of noise, {tape.name}",
-        of_many(np.array(p_values)),
+        f"amount of noise, {transcript.name}",
+        [float(variance_p(mean, draws)), single],
         f"{math.sqrt(mean):.4f} σ over {draws:,} coefficients; the quietest of {releases:,} draws "
         f"{math.sqrt(by_release.min()):.3f} σ",
-        f"1 σ as accounted ({tape.deviations[0]:,.6g} steps); {seen_deviation(draws):.2%} is seen",
+        f"1 σ as accounted ({transcript.deviations[0]:,.6g} steps); "
+        f"{seen_deviation(draws):.2%} is seen",
     )
 
 
-def _every_coefficient(tapes: Sequence[Transcript]) -> CheckResult:
-    squares = np.concatenate([tape.squares for tape in tapes])
-    sums = np.concatenate([tape.sums for tape in tapes])
-    releases = len(tapes[0].sketch)
+def _every_coefficient(transcripts: Sequence[Transcript]) -> CheckResult:
+    squares = np.concatenate([transcript.squares for transcript in transcripts])
+    sums = np.concatenate([transcript.sums for transcript in transcripts])
+    releases = len(transcripts[0].sketch)
     p_values = (
         of_many(variance_p(squares / releases, releases)),
         of_many(two_sided(sums / math.sqrt(releases))),
@@ -214,113 +214,197 @@ def _every_coefficient(tapes: Sequence[Transcript]) -> CheckResult:
     mean = sums.sum() / (releases * len(sums))
     return judged(
         "noise in every coefficient",
-        of_many(np.array(p_values)),
+        p_values,
         f"least {math.sqrt(squares.min() / releases):.3f} σ of {len(squares):,} coefficients over "
         f"{releases:,} releases; mean {mean:+.1e} σ",
         "none without noise, none shifted",
     )
 
 
-def _law(probe: str, tapes: Sequence[Transcript]) -> CheckResult:
+def _law(probe: str, transcripts: Sequence[Transcript]) -> CheckResult:
     """Distance of the distribution function from the accounted one, and the tails."""
     p_values, distances, far, draws, due = [], [], 0, 0, 0.0
-    for tape in tapes:
-        distance = _distance(tape)
-        count = tape.sketch.size
-        beyond = int(np.count_nonzero(np.abs(tape.standard) > _FAR))
-        reach = float(np.floor(_FAR * tape.deviations.mean()))
-        chance = float(2 * tape.below(np.array(-reach - 1), float(tape.deviations.mean())))
-        p_values += [distance_p(distance, count), count_p(beyond, count, chance)]
+    for transcript in transcripts:
+        distance = _distance(transcript)
+        count = transcript.sketch.size
+        beyond = int(np.count_nonzero(np.abs(transcript.standard) > _FAR))
+        deviation = float(transcript.deviations.mean())
+        reach = math.floor(_FAR * deviation)
+        chance = float(2 * transcript.below(np.array(-reach - 1), deviation))
+        p_values += [distance_p(distance, count), float(count_p(beyond, count, chance))]
         distances.append(distance)
         far, draws, due = far + beyond, draws + count, due + count * chance
-    seen = math.sqrt(math.log(2 / ALPHA) / (2 * min(t.sketch.size for t in tapes)))
+    seen = math.sqrt(math.log(2 / ALPHA) / (2 * min(t.sketch.size for t in transcripts)))
     return judged(
         probe,
-        of_many(np.array(p_values)),
+        p_values,
         f"{max(distances):.4f} from the accounted law at most (Kolmogorov); {far:,} of {draws:,} "
         f"beyond {_FAR} σ",
         f"below {seen:.4f}; about {due:,.0f} beyond",
     )
 
 
-def _distance(tape: Transcript) -> float:
+def _distance(transcript: Transcript) -> float:
     """Kolmogorov's distance over all releases together, each in its own deviations."""
     levels = stats.norm.ppf(np.linspace(0, 1, 1026)[1:-1])
     found = np.zeros(len(levels))
     expected = np.zeros(len(levels))
-    for row, deviation in zip(tape.sketch, tape.deviations, strict=True):
+    for row, deviation in zip(transcript.sketch, transcript.deviations, strict=True):
         at = np.floor(levels * deviation)
         found += np.searchsorted(np.sort(row), at, side="right")
-        expected += len(row) * tape.below(at, float(deviation))
-    return float(np.abs(found - expected).max() / tape.sketch.size)
+        expected += len(row) * transcript.below(at, float(deviation))
+    return float(np.abs(found - expected).max() / transcript.sketch.size)
 
 
-def _between_rounds(probe: str, tapes: Sequence[Transcript]) -> CheckResult:
+def _between_rounds(probe: str, transcripts: Sequence[Transcript]) -> CheckResult:
     """No two releases share noise, not even in part: by products, and by equal integers."""
     p_values, most = [], 0.0
-    for tape in tapes:
-        standard, terms = tape.standard, tape.sketch.shape[1]
+    for transcript in transcripts:
+        standard, terms = transcript.standard, transcript.sketch.shape[1]
         pairs = np.triu_indices(len(standard), 1)
         sums = (standard @ standard.T)[pairs]
         p_values.append(of_many(product_p(sums, terms)))
         most = max(most, float(np.abs(sums).max(initial=0) / terms) if terms > 1 else 0.0)
-        p_values.append(_equal_p(tape))
-    releases = len(tapes[0].sketch)
+        p_values.append(_equal_p(transcript))
+    releases = len(transcripts[0].sketch)
     return judged(
         probe,
-        of_many(np.array(p_values)),
+        p_values,
         f"largest correlation {most:.3f} in {releases * (releases - 1) // 2:,} pairs of "
         f"{releases:,} draws",
         "no two share noise",
     )
 
 
-def _equal_p(tape: Transcript) -> float:
+def _equal_p(transcript: Transcript) -> float:
     """Of the number of places at which any two releases carry the same integer."""
-    terms, releases = tape.sketch.shape[1], len(tape.sketch)
+    terms, releases = transcript.sketch.shape[1], len(transcript.sketch)
     smallest = 1.0
     for gap in range(1, releases):
-        equal = np.count_nonzero(tape.sketch[gap:] == tape.sketch[:-gap], axis=1)
-        both = np.hypot(tape.deviations[gap:], tape.deviations[:-gap])
-        p_values = np.asarray(stats.binom.sf(equal - 1, terms, _coincidence(both)))
-        smallest = min(smallest, float(p_values.min()))
-    return min(1.0, smallest * releases * (releases - 1) / 2)
+        equal = np.count_nonzero(transcript.sketch[gap:] == transcript.sketch[:-gap], axis=1)
+        both = np.hypot(transcript.deviations[gap:], transcript.deviations[:-gap])
+        # Probability that an integer Gaussian of that deviation is 0.
+        chance = stats.norm.cdf(0.5 / both) - stats.norm.cdf(-0.5 / both)
+        p_values = np.asarray(stats.binom.sf(equal - 1, terms, chance))
+        smallest = float(np.minimum(smallest, p_values.min()))
+    return float(np.minimum(1.0, smallest * releases * (releases - 1) / 2))
 
 
-def _coincidence(deviation: Floats) -> Floats:
-    """Probability that an integer Gaussian of that deviation is 0."""
-    return np.asarray(stats.norm.cdf(0.5 / deviation) - stats.norm.cdf(-0.5 / deviation))
-
-
-def _within_rounds(probe: str, tapes: Sequence[Transcript]) -> CheckResult:
+def _within_rounds(probe: str, transcripts: Sequence[Transcript]) -> CheckResult:
     """No two coefficients share noise, within a band or between two."""
     p_values, pairs, most = [], 0, 0.0
-    for tape in tapes:
-        standard = tape.standard
-        for lag in (1, 2, standard.shape[1] // 2):
-            if 0 < lag < standard.shape[1]:
-                products = standard[:, lag:] * standard[:, :-lag]
-                p_values.append(float(product_p(products.sum(), products.size)))
-                most, pairs = max(most, abs(float(products.mean()))), pairs + products.size
-    for first, second in zip(tapes, tapes[1:], strict=False):
-        width = min(first.sketch.shape[1], second.sketch.shape[1], _COLUMNS // 2)
-        products = first.standard[:, :width] * second.standard[:, :width]
+    for products in _products(transcripts):
         p_values.append(float(product_p(products.sum(), products.size)))
         most, pairs = max(most, abs(float(products.mean()))), pairs + products.size
     return judged(
         probe,
-        of_many(np.array(p_values)),
+        p_values,
         f"largest correlation {most:.1e} over {pairs:,} pairs of coefficients",
         "none of neighbours, of the halves of a band, or of two bands",
     )
 
 
+def _products(transcripts: Sequence[Transcript]) -> Iterator[Floats]:
+    for transcript in transcripts:
+        standard = transcript.standard
+        for lag in (1, 2, standard.shape[1] // 2):
+            if 0 < lag < standard.shape[1]:
+                yield standard[:, lag:] * standard[:, :-lag]
+    for first, second in pairwise(transcripts):
+        width = min(first.sketch.shape[1], second.sketch.shape[1], _COLUMNS // 2)
+        yield first.standard[:, :width] * second.standard[:, :width]
+
+
 def _repeated(bench: Harness) -> CheckResult:
     """The same input gets the same noise, so that sending again is harmless."""
-    first, again = bench.released(bench.round(0)), bench.released(bench.round(0))
-    same = (first is None) == (again is None) and (
-        first is None or again is None or np.array_equal(first.values, again.values)
+    first, again = (bench.released(bench.round(0)) for _ in range(2))
+    values = [None if noise is None else noise.values.tolist() for noise in (first, again)]
+    found = "identical" if values[0] == values[1] else "another draw"
+    return CheckResult("same input, same noise", found == "identical", found, "identical")
+
+
+# -------------------------------------------------------------------------------------- lazy noise
+
+ROWS, WIDTH = 6000, 32
+_VARIANCES = (1.0, 4.0, 2.0, 3.0)
+_READS: tuple[Callable[[LazyMemory], object], ...] = (
+    lambda memory: memory[::2],
+    lambda memory: memory.settled(),
+    np.asarray,
+    lambda memory: memory.state_dict()["values"],
+)
+
+
+def probe_lazy(root: SecretRoot) -> Iterator[CheckResult]:
+    """Whoever reads a row of a lazy memory gets all the noise that it owes, and once."""
+    yield _settled(LazyMemory(np.zeros((ROWS, WIDTH)), Normals(root)))
+    yield _moving(root)
+
+
+def _settled(memory: LazyMemory) -> CheckResult:
+    """Each way to read gives the variance owed since the last one, independent of it.
+
+    A row read between others owes less than they do; after each read nothing is owed any more.
+    """
+    p_values, worst, left = [], 1.0, 0.0
+    before, known = np.zeros((ROWS, WIDTH)), np.zeros((ROWS, WIDTH))
+    for read, variance in zip(_READS, _VARIANCES, strict=True):
+        memory.owe(variance)
+        early = memory[: ROWS // 4].astype(np.float64)
+        memory.owe(2 * variance)
+        shown = np.asarray(read(memory), np.float64)
+        # What is shown has been paid: a second look shows the same.
+        again = np.asarray(read(memory), np.float64)
+        left = max(left, float(np.abs(again - shown).max()))
+        now = memory.settled().astype(np.float64)
+        first, rest = slice(None, ROWS // 4), slice(ROWS // 4, None)
+        steps = (
+            (early - known[first], variance),
+            (now[first] - early, 2 * variance),
+            (now[rest] - known[rest], 3 * variance),
+        )
+        for change, owed in steps:
+            ratio = float((change**2).mean() / owed)
+            p_values.append(float(variance_p(ratio, change.size)))
+            worst = max(worst, ratio, key=lambda each: abs(math.log(max(each, 1e-9))))
+        increment = (now - known) / math.sqrt(3 * variance)
+        p_values.append(float(product_p(np.array((increment * before).sum()), before.size)))
+        before, known = increment, now
+    return judged(
+        "lazy noise settled before a read",
+        p_values if left == 0 else 0.0,
+        f"{math.sqrt(worst):.4f} of what was owed at worst, over {len(_READS)} ways to read; "
+        f"{left:g} is left after a read",
+        f"1, independent of all reads before; {seen_deviation(ROWS * WIDTH / 4):.1%} is seen",
     )
-    return CheckResult(
-        "same input, same noise", same, "identical" if same else "another draw", "identical"
+
+
+def _moving(root: SecretRoot) -> CheckResult:
+    """With momentum and weight decay: the covariance is that of steps taken one by one."""
+    update = LinearStep(0.1, momentum=0.8, weight_decay=0.05)
+    memory = LazyMemory(np.zeros((ROWS, WIDTH)), Normals(root), moving=True)
+    matrix, gain = update.matrix, update.gain
+    covariance = np.zeros((2, 2))
+    nothing = np.zeros(0, np.int64), np.zeros((0, WIDTH))
+    for variance in _VARIANCES:
+        memory.step(*nothing, variance, update)
+        covariance = matrix @ covariance @ matrix.T + variance * np.outer(gain, gain)
+    velocities = memory.velocities()
+    values = memory.settled().astype(np.float64)
+    moved = np.zeros_like(values) if velocities is None else velocities.astype(np.float64)
+    ratios = np.array(
+        [
+            (values**2).mean() / covariance[0, 0],
+            (moved**2).mean() / covariance[1, 1],
+            # What of the velocity the value does not tell.
+            ((moved - covariance[1, 0] / covariance[0, 0] * values) ** 2).mean()
+            / (covariance[1, 1] - covariance[1, 0] ** 2 / covariance[0, 0]),
+        ]
+    )
+    return judged(
+        "lazy noise with momentum",
+        variance_p(ratios, values.size),
+        "value, velocity and what is left of it: "
+        + ", ".join(f"{math.sqrt(each):.4f}" for each in ratios),
+        f"1 each; {seen_deviation(values.size):.1%} is seen",
     )

@@ -13,10 +13,10 @@ from typing import Any
 
 from privrec.errors import ReleaseRefused, UsageError
 from privrec.privacy.mechanism import Band, Shares
-from privrec.secagg.graph import Graph
 from privrec.secagg.keys import statement
 from privrec.secagg.ring import LARGEST_WRAP, Encoding, Load, Ring
 from privrec.secagg.roster import MAX_LENGTH, Terms
+from privrec.secagg.sharing import Graph
 
 WEIGHT, CLIPPED, CAPPED, ODD = range(4)
 """What follows the coefficients in a sum without noise: the weight, and the three warnings."""

@@ -18,7 +18,7 @@ from privrec.device.update import Aggregate, BoundedUpdate
 from privrec.errors import UsageError
 from privrec.randomness import SecretRoot, rng_for
 from privrec.run.summing import SUMMING, Enrolled, Participant
-from privrec.secagg.server import Stage
+from privrec.secagg.messages import Stage
 
 
 class Transport(Protocol):

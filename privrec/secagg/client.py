@@ -21,35 +21,36 @@ from numpy.typing import NDArray
 
 from privrec.errors import ReleaseRefused, UsageError
 from privrec.randomness import SecureStream
-from privrec.secagg import shamir
-from privrec.secagg.graph import Graph
+from privrec.secagg import sharing
 from privrec.secagg.keys import SIGNATURE_BYTES, PrekeyBook, SecretPrekey, agree
-from privrec.secagg.masks import Mask, apply_masks
+from privrec.secagg.masks import Binding, Mask, apply_masks, model_root
 from privrec.secagg.messages import (
-    PLEDGE_BYTES,
+    MAX_BANDS,
+    NOISE,
+    PAIR_TAG_BYTES,
+    SECRET_BYTES,
+    SEED,
+    Bitmap,
+    Buffer,
     Confirmation,
     Deal,
+    Digest,
+    Limits,
+    Message,
     Opening,
     Quorum,
     Shares,
+    Stage,
     Survivors,
-    masked_message,
-    sealed_bytes,
-)
-from privrec.secagg.recovery import Binding, model_root
-from privrec.secagg.roster import MAX_BANDS, NOISE, SEED, Anchor, Call, Roster, Terms
-from privrec.secagg.wire import (
-    Bitmap,
-    Buffer,
-    Digest,
-    Message,
-    Range,
-    Size,
     bitmap,
+    masked_message,
     members,
     refused,
+    sealed_bytes,
     split,
 )
+from privrec.secagg.roster import Anchor, Call, Roster, Terms
+from privrec.secagg.sharing import Graph
 
 WARN_BELOW = 100
 """Cohorts below this are reported: one device is hidden among few."""
@@ -63,14 +64,11 @@ class Policy:
     Args:
         minimum: fewest devices that it is willing to be summed with, itself included, in the
             cohort and in every band; at least 2.
-        corrupt_share: share of a cohort that it assumes to collude with the server.
+        corrupt_share: share of a cohort that it assumes to collude with the server, below 1/3.
         agreed: what it agreed to take part in; the terms of every round must be these but for
             round and attempt, or a server could lower what noise is left. None leaves the
             comparison to whoever reads :attr:`ClientSession.terms`.
         graph: constants of the protocol.
-
-    Raises:
-        UsageError: when ``minimum`` or ``corrupt_share`` is out of range.
     """
 
     minimum: int = 20
@@ -106,16 +104,18 @@ class _Round:
         return self.drawn[0]
 
     @property
-    def partners(self) -> set[int]:
+    def masked_with(self) -> set[int]:
         """All that were drawn for some band."""
         return set(chain.from_iterable(self.drawn))
 
     @property
     def devices(self) -> int:
+        """How many the roster names."""
         return len(self.roster)
 
     @property
     def is_sparse(self) -> bool:
+        """Whether the device has fewer neighbours than there are others."""
         return not self.graph.is_complete(self.devices)
 
     def check_quorum(
@@ -139,24 +139,20 @@ class _Round:
                 )
 
 
-class _Stage:
-    CALL, DEAL, SURVIVORS, QUORUM, DONE = range(5)
-
-
 @dataclass(frozen=True, repr=False)
 class _Progress(Message):
     """What a device has to remember between two messages; secret, since it holds others' shares."""
 
     KIND: ClassVar[int] = 64
-    stage: Annotated[int, Range(_Stage.DEAL, _Stage.DONE)]
-    call: Annotated[bytes, Size(1, 1 << 26)]
+    stage: Annotated[int, Limits(int, Stage.MASKED, Stage.DONE)]
+    call: Annotated[bytes, Limits(bytes, 1, 1 << 26)]
+    noise: Annotated[bytes, Limits(bytes, 0, MAX_BANDS * SECRET_BYTES)]
     present: Bitmap
-    recipients: Bitmap
-    held: Annotated[bytes, Size(0, 1 << 26)]
-    root: Digest
+    dealers: Bitmap
     survivors: Bitmap
     heard: Bitmap
-    noise: Annotated[bytes, Size(0, MAX_BANDS * shamir.SECRET_BYTES)]
+    held: Annotated[bytes, Limits(bytes, 0, 1 << 26)] = b""
+    root: Digest = bytes(32)
 
 
 class ClientSession:
@@ -164,11 +160,10 @@ class ClientSession:
 
     Promise: nothing is sent but for one answer to each of the four messages, in their order; the
     device's vector is covered by a mask of its own, and by one shared with every neighbour, of
-    which it learned from an enrolled device's signature; of each recipient a share of either the
+    which it learned from an enrolled device's signature; of each dealer a share of either the
     seed or the mask key is handed out, never both, and of seeds of noise only where the confirmed
     survivors carry more of it than their band needs; and its own seed is handed out only after a
-    quorum
-    signed the same survivors, model and terms, in numbers that satisfy the device's own policy.
+    quorum signed the same survivors, model and terms, in numbers that satisfy its own policy.
 
     Args:
         book: the device's identity, root and one-time prekeys; it follows the session, so that none
@@ -194,8 +189,6 @@ class ClientSession:
         self._round: _Round | None = None
         self._progress: _Progress | None = None
         self._agreed: dict[int, bytes] = {}
-        self.following: ClientSession | None = None
-        """The session of the next round, when its call rode on this one's last message."""
 
     @classmethod
     def resume(
@@ -240,11 +233,7 @@ class ClientSession:
 
     @property
     def terms(self) -> Terms:
-        """The terms of the round, for the device to compare with what it agreed to.
-
-        Raises:
-            ReleaseRefused: before the first message was answered.
-        """
+        """The terms of the round, once called, for the device to compare with what it agreed to."""
         return self._called().roster.terms
 
     @property
@@ -265,148 +254,122 @@ class ClientSession:
     @property
     def warning(self) -> str | None:
         """That the cohort is small though not below the minimum, or None."""
-        least = min(self._called().roster.holders(range(self._called().devices)))
+        least = min(map(len, self._called().roster.holding))
         return f"a band of {least} devices hides each among few" if least < WARN_BELOW else None
 
     # ------------------------------------------------------------------ the four exchanges
 
     def shares(self, message: Buffer, noise: Sequence[bytes] = ()) -> bytes:
-        """Answer a call with this device's secrets, in shares sealed to its neighbours.
+        """Answer a :class:`~privrec.secagg.roster.Call` with this device's secrets in shares.
 
         Args:
-            message: a :class:`~privrec.secagg.roster.Call`.
             noise: the seeds of this device's noise in this attempt, 32 bytes for each band that it
                 holds, if the terms take noise off again; see
                 :func:`~privrec.privacy.mechanism.noise_seeds`.
-
-        Returns:
-            A :class:`~privrec.secagg.messages.Shares`.
 
         Raises:
             ReleaseRefused: when the roster is not made of enrolled devices, is below the device's
                 minimum in any band, does not name this device, asks it to take part again, or has
                 terms that ask for more or fewer seeds.
         """
-        self._due(_Stage.CALL)
+        self._due(Stage.SHARES)
         call = Call.parse(message)
         roster = Roster(call, self._anchor)
         own = roster.number(self._book.key.public)
         self._check_cohort(roster)
         terms = roster.terms
         due = roster.secrets(own) - NOISE
-        if [len(seed) for seed in noise] != [shamir.SECRET_BYTES] * due:
+        if [len(seed) for seed in noise] != [SECRET_BYTES] * due:
             raise ReleaseRefused(
                 f"{len(noise)} seeds of noise, where the terms of this round ask for {due} of "
-                f"{shamir.SECRET_BYTES} bytes; give one for each band if the device agreed to have "
+                f"{SECRET_BYTES} bytes; give one for each band if the device agreed to have "
                 "noise taken off again, and none if not"
             )
         serial = roster.prekeys[own].serial
         prekey = self._book.enter(serial, terms.run, terms.round, terms.attempt)
         self._round = self._enter(call, roster, own, prekey)
-        nobody = self._bitmap(())
-        self._keep(_Progress(
-            _Stage.DEAL, call.pack(), nobody, nobody, b"", bytes(32), nobody,
-            nobody, b"".join(noise),
-        ))  # fmt: skip
+        nobody = [self._bitmap(())] * 4
+        self._keep(_Progress(Stage.MASKED, call.pack(), b"".join(noise), *nobody))
         return self._dealt(self._round, noise).pack()
 
     def masked(self, message: Buffer, integers: NDArray[Any], model: Sequence[bytes]) -> bytearray:
-        """Answer a deal with this device's vector under masks.
+        """Answer a :class:`~privrec.secagg.messages.Deal` with this device's vector under masks.
 
         Args:
-            message: a :class:`~privrec.secagg.messages.Deal`.
             integers: the vector, :attr:`length` integers of any integer type; left as it is. They
                 are summed modulo ``2**ring_bits``.
             model: 32-byte digests of the bands that the device holds, as it computed them itself.
-
-        Returns:
-            The masked message: 36 bytes, the raw entries, and in a sparse graph 16 bytes for
-            each device that drew this one.
 
         Raises:
             ReleaseRefused: when too few devices are left, or the model is not the one whose digests
                 all devices are told.
             UsageError: when the vector is of another length or type.
         """
-        self._due(_Stage.DEAL)
+        self._due(Stage.MASKED)
         round = self._called()
         deal = Deal.parse(message)
         self._check_context(deal.context)
-        present = members(deal.present, round.devices)
-        recipients = members(deal.recipients, round.devices)
-        drawers = members(deal.drawers, round.devices)
-        self._check_present(present, recipients, drawers)
+        present, dealers, drawn_by = (
+            members(bits, round.devices) for bits in (deal.present, deal.dealers, deal.drawn_by)
+        )
+        self._check_present(present, dealers, drawn_by)
         self._check_model(deal.model, model)
         if len(integers) != self.length:
             raise UsageError(
                 f"a vector of {len(integers)} entries; this device's tier sends {self.length}"
             )
-        pieces = split(
-            deal.sealed, [sealed_bytes(round.roster.secrets(recipient)) for recipient in recipients]
-        )
+        sizes = [sealed_bytes(round.roster.secrets(dealer)) for dealer in dealers]
+        pieces = split(deal.sealed, sizes)
         root = model_root(deal.model)
-        pledges = b"".join(self._pledges(drawers, root))
-        answer, entries = masked_message(
-            round.binding.context, integers, round.call.ring_bits, pledges
+        # In a sparse graph, what tells each device that drew this one that they are masked.
+        tags = b"".join(
+            round.binding.pair_tag(self._agree(peer), root, round.own, peer)
+            for peer in (drawn_by if round.is_sparse else ())
         )
-        apply_masks(entries, self._masks(present, drawers, root))
-        held = dict(self._opened(recipients, pieces))
+        answer, entries = masked_message(
+            round.binding.context, integers, round.call.ring_bits, tags
+        )
+        apply_masks(entries, self._masks(present, drawn_by, root))
+        held = dict(self._opened(dealers, pieces))
         self._advance(
-            stage=_Stage.SURVIVORS,
+            stage=Stage.CONFIRM,
             present=deal.present,
-            recipients=self._bitmap(held),
+            dealers=self._bitmap(held),
             held=b"".join(held.values()),
             root=root,
         )
         return answer
 
     def confirm(self, message: Buffer) -> bytes:
-        """Answer a set of survivors with a signature over it.
-
-        Args:
-            message: a :class:`~privrec.secagg.messages.Survivors`.
-
-        Returns:
-            A :class:`~privrec.secagg.messages.Confirmation`.
+        """Answer :class:`~privrec.secagg.messages.Survivors` with a signature over them.
 
         Raises:
             ReleaseRefused: when the set is too small in any band, lacks this device, or comes with
                 another model.
         """
-        self._due(_Stage.SURVIVORS)
+        self._due(Stage.CONFIRM)
         round = self._called()
         told = Survivors.parse(message)
         self._check_context(told.context)
         survivors = members(told.survivors, round.devices)
         heard = self._check_survivors(survivors, told)
-        self._advance(stage=_Stage.QUORUM, survivors=told.survivors, heard=self._bitmap(heard))
+        self._advance(stage=Stage.UNMASK, survivors=told.survivors, heard=self._bitmap(heard))
         signature = self._book.key.sign(round.binding.confirmation(told.survivors, told.root))
         return Confirmation(round.binding.context, signature).pack()
 
-    def unmask(self, message: Buffer, noise: Sequence[bytes] = ()) -> bytes:
-        """Answer a quorum's signatures with the own seed and one share for each recipient.
-
-        When the message carries the call of the next round, its answer rides along and
-        :attr:`following` is the session that goes on with it; a call that is refused is left
-        unanswered, and this round ends all the same.
-
-        Args:
-            message: a :class:`~privrec.secagg.messages.Quorum`.
-            noise: seeds of this device's noise in the round whose call rides along.
-
-        Returns:
-            An :class:`~privrec.secagg.messages.Opening`.
+    def unmask(self, message: Buffer) -> bytes:
+        """Answer a :class:`~privrec.secagg.messages.Quorum` with an own seed and others' shares.
 
         Raises:
             ReleaseRefused: when too few devices signed what this device confirmed.
         """
-        self._due(_Stage.QUORUM)
+        self._due(Stage.UNMASK)
         quorum = Quorum.parse(message)
         self._check_context(quorum.context)
         self._check_signers(quorum)
         opening = self._opening(members(quorum.signers, self._called().devices))
-        self._advance(stage=_Stage.DONE, held=b"", recipients=self._bitmap(()), noise=b"")
-        return replace(opening, following=self._next_shares(quorum.following, noise)).pack()
+        self._advance(stage=Stage.DONE, held=b"", dealers=self._bitmap(()), noise=b"")
+        return opening.pack()
 
     # ------------------------------------------------------------------ checks
 
@@ -426,11 +389,11 @@ class ClientSession:
             raise refused("a message of another round, attempt, roster or configuration")
 
     def _check_present(
-        self, present: Sequence[int], recipients: Sequence[int], drawers: Sequence[int]
+        self, present: Sequence[int], dealers: Sequence[int], drawn_by: Sequence[int]
     ) -> None:
         round = self._called()
-        nested = set(recipients) <= set(drawers) <= set(present)
-        if round.own not in present or round.own in drawers or not nested:
+        nested = set(dealers) <= set(drawn_by) <= set(present)
+        if round.own not in present or round.own in drawn_by or not nested:
             raise refused(
                 "a deal that leaves this device out, or names others that are not present"
             )
@@ -457,22 +420,23 @@ class ClientSession:
             raise refused("survivors that lack this device, or were never present")
         if told.root != self._recalled().root:
             raise refused("survivors of a round with another model")
-        heard = self._heard(sorted(round.partners.intersection(survivors)), told.pledges)
+        heard = self._heard(sorted(round.masked_with.intersection(survivors)), told.pair_tags)
         round.check_quorum(survivors, "survived", heard)
         round.roster.check_bands(survivors, self._policy.minimum)
         return heard
 
-    def _heard(self, near: Sequence[int], pledges: bytes) -> Sequence[int]:
-        """The neighbours from which pledges came; in a complete graph all are masked with all."""
+    def _heard(self, near: Sequence[int], pair_tags: bytes) -> Sequence[int]:
+        """The neighbours from which tags came; in a complete graph all are masked with all."""
         round, root = self._called(), self._recalled().root
-        pieces = split(pledges, [PLEDGE_BYTES] * (len(near) if round.is_sparse else 0))
+        pieces = split(pair_tags, [PAIR_TAG_BYTES] * (len(near) if round.is_sparse else 0))
         if not round.is_sparse:
             return near
-        return [
-            peer
-            for peer, piece in zip(near, pieces, strict=True)
-            if compare_digest(piece, round.binding.pledge(self._agree(peer), root, peer, round.own))
-        ]
+        heard = []
+        for peer, piece in zip(near, pieces, strict=True):
+            tag = round.binding.pair_tag(self._agree(peer), root, peer, round.own)
+            if compare_digest(piece, tag):
+                heard.append(peer)
+        return heard
 
     def _check_signers(self, quorum: Quorum) -> None:
         """Counts are taken over signatures: a server could name devices that are not there."""
@@ -509,18 +473,18 @@ class ClientSession:
         return self._book.root.stream(name, self._book.key.public, binding.context)
 
     def _seed(self) -> bytes:
-        return self._stream("seed", self._called().binding).bytes(shamir.SECRET_BYTES)
+        return self._stream("seed", self._called().binding).bytes(SECRET_BYTES)
 
     def _dealt(self, round: _Round, noise: Sequence[bytes]) -> Shares:
         seed, binding = self._seed(), round.binding
         threshold = round.graph.threshold(round.devices)
         points = [number + 1 for number in round.neighbours]
         secrets = (seed, round.prekey.masking_bytes, *noise)
-        dealt = shamir.split(secrets, threshold, points, self._stream("shares", binding))
-        marks, sealed = [], []
+        dealt = sharing.split_secrets(secrets, threshold, points, self._stream("shares", binding))
+        commitments, sealed = [], []
         for holder, *mine in zip(round.neighbours, *dealt, strict=True):
-            marks += [
-                binding.share_mark(kind, round.own, holder, share)
+            commitments += [
+                binding.share_commitment(kind, round.own, holder, share)
                 for kind, share in enumerate(mine)
             ]
             key = binding.sealing_key(self._agree(holder), round.own, holder)
@@ -528,77 +492,61 @@ class ClientSession:
         seeds = ((SEED, seed), *enumerate(noise, NOISE))
         return Shares(
             binding.context,
-            self._bitmap(round.neighbours),
-            self._bitmap(round.partners),
-            tuple(binding.seed_mark(kind, round.own, each) for kind, each in seeds),
-            b"".join(marks),
-            b"".join(sealed),
+            neighbours=self._bitmap(round.neighbours),
+            masked_with=self._bitmap(round.masked_with),
+            seed_commitments=tuple(
+                binding.seed_commitment(kind, round.own, each) for kind, each in seeds
+            ),
+            share_commitments=b"".join(commitments),
+            sealed=b"".join(sealed),
         )
 
-    def _masks(self, present: Sequence[int], drawers: Sequence[int], root: bytes) -> Iterator[Mask]:
+    def _masks(
+        self, present: Sequence[int], drawn_by: Sequence[int], root: bytes
+    ) -> Iterator[Mask]:
         """The own mask, and one with each device that drew this one or was drawn by it.
 
         Of two devices the one of the lower number adds and the other one subtracts.
         """
         round = self._called()
         yield Mask(round.binding.self_key(self._seed(), root), self.length, negative=False)
-        for peer in sorted(round.partners.union(drawers).intersection(present)):
+        for peer in sorted(round.masked_with.union(drawn_by).intersection(present)):
             agreed = agree(round.prekey.masking, round.roster.prekeys[peer].masking)
             key = round.binding.pair_key(agreed, root, round.own, peer)
             length = min(self.length, round.roster.length(peer))
             yield Mask(key, length, negative=round.own > peer)
 
-    def _pledges(self, drawers: Sequence[int], root: bytes) -> Iterator[bytes]:
-        """In a sparse graph, what tells each device that drew this one that they are masked."""
-        round = self._called()
-        for peer in drawers if round.is_sparse else ():
-            yield round.binding.pledge(self._agree(peer), root, round.own, peer)
-
     def _opened(
-        self, recipients: Sequence[int], pieces: Sequence[bytes]
+        self, dealers: Sequence[int], pieces: Sequence[bytes]
     ) -> Iterator[tuple[int, bytes]]:
         """The shares that open; a device that sealed rubbish must not make others drop out."""
         round = self._called()
-        for recipient, piece in zip(recipients, pieces, strict=True):
-            key = round.binding.sealing_key(self._agree(recipient), recipient, round.own)
+        for dealer, piece in zip(dealers, pieces, strict=True):
+            key = round.binding.sealing_key(self._agree(dealer), dealer, round.own)
             try:
-                yield recipient, AESGCM(key).decrypt(_NONCE, piece, None)
+                yield dealer, AESGCM(key).decrypt(_NONCE, piece, None)
             except InvalidTag:
                 continue
 
     def _opening(self, signers: Collection[int]) -> Opening:
-        """Hand out what is due of each recipient and of this device, by who confirmed which set."""
-        recipients, round = self._members("recipients"), self._called()
+        """Hand out what is due of each dealer and of this device, by who confirmed which set."""
+        dealers, round, progress = self._members("dealers"), self._called(), self._recalled()
         due = round.roster.due(self._members("survivors"), set(signers))
-        size = shamir.SECRET_BYTES
-        pieces = split(self._recalled().held, [size * round.roster.secrets(w) for w in recipients])
+        size = SECRET_BYTES
+        pieces = split(progress.held, [size * round.roster.secrets(dealer) for dealer in dealers])
         shares = (
             piece[size * kind : size * (kind + 1)]
-            for recipient, piece in zip(recipients, pieces, strict=True)
-            for kind in due[recipient]
+            for dealer, piece in zip(dealers, pieces, strict=True)
+            for kind in due[dealer]
         )
-        own = (
-            self._recalled().noise[size * (kind - NOISE) :][:size] for kind in due[round.own][1:]
-        )
+        own = (progress.noise[size * (kind - NOISE) :][:size] for kind in due[round.own][1:])
         return Opening(
             round.binding.context,
             self._seed(),
-            self._bitmap(recipients),
+            self._bitmap(dealers),
             b"".join(shares),
             b"".join(own),
-            following=b"",
         )
-
-    def _next_shares(self, call: bytes, noise: Sequence[bytes]) -> bytes:
-        if not call:
-            return b""
-        session = ClientSession(self._book, self._anchor, self._policy, self._save)
-        try:
-            answer = session.shares(call, noise)
-        except ReleaseRefused:
-            return b""
-        self.following = session
-        return answer
 
     def _agree(self, peer: int) -> bytes:
         round = self._called()
@@ -609,7 +557,7 @@ class ClientSession:
     # ------------------------------------------------------------------ progress
 
     def _due(self, stage: int) -> None:
-        now = self._progress.stage if self._progress else _Stage.CALL
+        now = self._progress.stage if self._progress else Stage.SHARES
         if now != stage:
             raise refused(f"message {stage + 1} of a round, where message {now + 1} is due")
 

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 
 from privrec.errors import IntegrityError, ReleaseRefused, UsageError
 from privrec.randomness import SecretRoot
-from privrec.secagg.wire import packed, refused
+from privrec.secagg.messages import packed, refused
 
 KEY_BYTES = 32
 SIGNATURE_BYTES = 64
@@ -60,11 +60,7 @@ def derive(secret: bytes, label: str, *parts: bytes | int | str) -> bytes:
 
 
 class DeviceKey:
-    """The identity of a device: an Ed25519 key that others know it by.
-
-    Args:
-        seed: 32 secret bytes; :meth:`derive` takes them from the device's root.
-    """
+    """The identity of a device: an Ed25519 key, of 32 secret bytes, that others know it by."""
 
     def __init__(self, seed: bytes) -> None:
         self._private = Ed25519PrivateKey.from_private_bytes(seed)
@@ -87,13 +83,7 @@ class Verifier:
         self._good: set[tuple[bytes, bytes, bytes]] = set()
 
     def check(self, public: bytes, signature: bytes, stated: bytes) -> bool:
-        """Whether ``public`` signed the statement.
-
-        Args:
-            public: 32-byte Ed25519 key.
-            signature: 64 bytes.
-            stated: a :func:`statement`.
-        """
+        """Whether the Ed25519 key ``public`` signed the :func:`statement`."""
         name = (public, signature, stated)  # joined, bytes of one could pass for the next one's
         if name in self._good:
             return True
@@ -111,7 +101,7 @@ class Verifier:
 class Prekey:
     """The public half of a one-time prekey, as it lies with the server and in a roster.
 
-    Args:
+    Attributes:
         identity: the device's Ed25519 key.
         certificate: signature of an enrolment key over ``identity``; zeros where devices keep a
             list of identities instead.
@@ -153,11 +143,9 @@ class Prekey:
 
 
 class SecretPrekey:
-    """The secret half of a prekey that was taken for one attempt at one round.
+    """The secret half of a prekey that was taken for one attempt at one round; see :class:`Prekey`.
 
-    Args:
-        sealing: 32 private bytes of the key that shares are encrypted to.
-        masking: 32 private bytes of the key that masks are drawn from; these are shared.
+    The 32 private bytes of the masking key are dealt in shares.
     """
 
     def __init__(self, sealing: bytes, masking: bytes) -> None:
@@ -175,7 +163,6 @@ class PrekeyBook:
     device.
 
     Args:
-        key: the device's identity.
         root: the device's secret root; private keys are derived from it, never stored.
         certificate: signature of the enrolment key over the identity, empty if there is none.
         save: keeps the state, which is not secret but must not be rolled back.
@@ -202,18 +189,12 @@ class PrekeyBook:
         self._issued, self._unused, self._joined = _restored(state)
 
     def issue(self, count: int, tier: int) -> list[bytes]:
-        """Make fresh prekeys for the server to keep.
+        """Make records of fresh prekeys, for the server to keep.
 
         Args:
-            count: how many.
-            tier: the capacity that the device will take part with, 0 for the strongest.
-
-        Returns:
-            Their records, to be sent to the server. No more than the device is willing to take
-            part: each serves one attempt, and without one there is none.
-
-        Raises:
-            UsageError: when the count is below 0 or the tier is no byte.
+            count: no more than the device is willing to take part: each serves one attempt, and
+                without one there is none.
+            tier: the capacity that the device will take part with, 0 for the strongest, to 255.
         """
         if count < 0 or not 0 <= tier <= LAST_TIER:
             raise UsageError(
@@ -230,17 +211,10 @@ class PrekeyBook:
 
         Neither happens twice. A mask key of an earlier attempt may be known. And two sums of one
         attempt over different survivors would carry the same noise, so that their difference would
-        show single devices without any.
-
-        Args:
-            serial: which prekey.
-            run: id of the run.
-            round: index of the round; attempts are in the order of (round, attempt).
-            attempt: at this round.
+        show single devices without any. Attempts are in the order of (round, attempt).
 
         Raises:
-            ReleaseRefused: when the prekey was used before or never issued, or this attempt or a
-                later one of the run was entered before.
+            ReleaseRefused: when it would.
         """
         self._check_fresh(serial)
         self._check_order(run, round, attempt)
@@ -250,19 +224,15 @@ class PrekeyBook:
         return self.secret(serial)
 
     def check_latest(self, run: str, progress: bytes) -> None:
-        """Refuse progress of a session that is not the latest of the run's latest attempt.
+        """Refuse progress, empty after :meth:`enter`, that is not what the book was last told.
 
         A session that was set back alone would answer a message again, under the same masks; one
         that the book is behind of shows that the book was set back, and would reuse its prekeys.
 
-        Args:
-            run: id of the run.
-            progress: what the session kept; empty for one that has just entered.
-
         Raises:
-            IntegrityError: when it is not what :meth:`advance` was last told.
+            IntegrityError: when one of the two was set back.
         """
-        if self._joined.get(run, (0, 0, None))[2] != _mark(progress):
+        if self._joined.get(run, (0, 0, None))[2] != _digest(progress):
             raise IntegrityError(
                 f"a session of run {run} that is not where this device's book of prekeys saw it "
                 "last: one of the two was set back to an earlier state, or the session was worked "
@@ -270,18 +240,12 @@ class PrekeyBook:
             )
 
     def advance(self, run: str, before: bytes, after: bytes) -> None:
-        """Follow a session from one progress to the next; each is left once.
+        """Follow a session to its next progress, before the answer that goes with it.
 
-        Args:
-            run: id of the run.
-            before: the progress that it leaves, as in :meth:`check_latest`.
-            after: the one that it takes, before the answer that goes with it is given.
-
-        Raises:
-            IntegrityError: when the session is not where the book saw it last.
+        Each progress is left once: that ``before`` is the latest is checked.
         """
         self.check_latest(run, before)
-        self._joined[run] = (*self._joined[run][:2], _mark(after))
+        self._joined[run] = (*self._joined[run][:2], _digest(after))
         self._keep()
 
     def secret(self, serial: int) -> SecretPrekey:
@@ -315,7 +279,7 @@ class PrekeyBook:
         self._save(json.dumps(state).encode())
 
 
-def _mark(progress: bytes) -> str:
+def _digest(progress: bytes) -> str:
     """What the book keeps of a session's progress, which is secret."""
     return statement("progress", progress).hex() if progress else ""
 

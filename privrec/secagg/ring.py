@@ -6,25 +6,11 @@ the sensitivity of the integer sum is hardly larger than that of the clipped one
 
 Sums are taken in a ring of ``2^32`` or ``2^16``, where they wrap around. Wrapping costs no privacy,
 since it is done to what is released already, but it spoils the sum: how likely it is in the worst
-case, with all updates the same, is bounded before a round starts. The small ring needs the random
-rotation of :class:`Rotation` before the rounding.
+case, with all updates the same, is bounded before a round starts. In the small ring a coefficient
+in which all devices agree might, which the public random :class:`Rotation` before the rounding
+prevents.
 Source: Kairouz, Liu & Steinke, "The Distributed Discrete Gaussian Mechanism for Federated Learning
 with Secure Aggregation" (ICML 2021), section 4.
-
-A public random rotation of each band, after which no coefficient can stand out.
-
-In a small ring the sum of a thousand updates must not wrap around, and a coefficient in which all
-devices agree might. Random signs and a Hadamard matrix spread every vector evenly: a coefficient of
-the rotated sum ``x`` is ``Σ ±xᵢ / √D``, which exceeds ``u`` with a probability of at most
-``2 exp(-u² D / 2‖x‖²)`` (Hoeffding).
-
-Bands are rotated one by one, so that prefixes stay prefixes, and the rotation is orthonormal, so
-that norms, and noise of one variance in all coefficients, stay what they are. Nothing is padded:
-Hadamard matrices of the orders ``2^a``, ``12 · 2^a`` and ``20 · 2^a`` are used, of which the
-largest order ``D`` that fits is at least three quarters of a band (from 12 coefficients on); it is
-applied to its first ``D`` coefficients and then, with signs of its own, to its last ``D``. So each
-coefficient was spread over ``D`` in the last step that touched it.
-Sources: Kairouz, Liu & Steinke (2021), section 4; Paley (1933) for the orders 12 and 20.
 """
 
 from __future__ import annotations
@@ -96,28 +82,12 @@ class Encoding:
         """L2 sensitivity of the integer sum, the root of :attr:`squared_bound`."""
         return math.sqrt(self.squared_bound)
 
-    def check_capacity(self, devices: int) -> None:
-        """Refuse a cohort whose sum could wrap around in the ring of ``2^32``.
-
-        Raises:
-            UsageError: when ``devices`` vectors of the largest norm could exceed the ring.
-        """
-        most = 2 ** (RING_BITS - 1) // math.ceil(self.bound)
-        if devices > most:
-            raise UsageError(
-                f"a cohort of {devices} devices: at most {most} fit the 2^{RING_BITS} ring at "
-                f"privacy.scale_bits = {self.scale_bits}; lower scale_bits or the sampling rate"
-            )
-
     def encode(self, values: NDArray[np.float32], coins: Coins) -> NDArray[np.int32]:
-        """Round each row to integers, unbiased but for the condition on its norm.
+        """Round each row to integers, unbiased but for the condition on its norm; zeros stay zeros.
 
         Args:
             values: float32 of shape ``(m, k)``; each row has an L2 norm of at most ``clip_norm``.
             coins: the secure stream that decides the rounding.
-
-        Returns:
-            int32 of shape ``(m, k)``; zeros stay zeros.
 
         Raises:
             ReleaseRefused: when a row keeps exceeding the bound, so it was never clipped.
@@ -159,16 +129,14 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Load:
-    """What a band of a round puts into the ring at most.
+    """What a band of ``size`` coefficients puts into the ring at most.
 
     Args:
-        size: coefficients of the band.
         devices: most devices that add to it.
         noise: variance of all their noise together over the squared sensitivity
             (``Encoding.squared_bound``); with shares, ``devices / m`` times the squared noise
             multiplier; 0 when noise is added elsewhere.
-        spread: over how many coefficients a rotation spreads each
-            (:func:`privrec.secagg.ring.spread`); 1 without one.
+        spread: over how many coefficients a rotation spreads each (:func:`spread`); 1 without one.
     """
 
     size: int
@@ -218,19 +186,15 @@ class Ring:
         """
         noise = load.noise * encoding.squared_bound
         certain = self.half - 1 - load.devices * math.ceil(encoding.bound)
-        turned = self.half - 1 - _STEP * load.devices
+        rotated = self.half - 1 - _STEP * load.devices
         signal = (load.devices * _LENGTH * 2.0**encoding.scale_bits) ** 2 / load.spread
         bounds = [_beyond(certain, noise)]
         if load.spread > 1:
-            bounds.append(_beyond(turned, signal + noise))
+            bounds.append(_beyond(rotated, signal + noise))
         return min(1.0, 2 * load.size * min(bounds))
 
     def check(self, encoding: Encoding, load: Load) -> None:
-        """Refuse a round whose sum could wrap around.
-
-        Raises:
-            UsageError: when :meth:`wrap_probability` exceeds :data:`LARGEST_WRAP`.
-        """
+        """Refuse a round whose :meth:`wrap_probability` exceeds :data:`LARGEST_WRAP`."""
         found = self.wrap_probability(encoding, load)
         if found <= LARGEST_WRAP:
             return
@@ -268,12 +232,22 @@ def _beyond(room: float, variance: float) -> float:
 
 
 SEED_BYTES = 32
-_CORES = (16, 12, 20)  # orders of the dense factors
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """Random signs and Hadamard matrices, band by band.
+    """Random signs and Hadamard matrices, band by band, after which no coefficient can stand out.
+
+    They spread every vector evenly: a coefficient of the rotated sum ``x`` is ``Σ ±xᵢ / √D``, which
+    exceeds ``u`` with a probability of at most ``2 exp(-u² D / 2‖x‖²)`` (Hoeffding). Bands are
+    rotated one by one, so that prefixes stay prefixes, and the rotation is orthonormal, so that
+    norms, and noise of one variance in all coefficients, stay what they are.
+
+    Nothing is padded: Hadamard matrices of the orders ``2^a``, ``12 · 2^a`` and ``20 · 2^a`` are
+    used (Paley 1933), of which the largest order ``D`` that fits is at least three quarters of a
+    band (from 12 coefficients on); it is applied to its first ``D`` coefficients and then, with
+    signs of its own, to its last ``D``. So each coefficient was spread over ``D`` in the last step
+    that touched it.
 
     Promise: a function of the sizes and the seed, the same on every platform; up to rounding of
     floats, :meth:`undo` is the inverse of :meth:`apply`, and both keep every norm.
@@ -282,9 +256,6 @@ class Rotation:
         sizes: coefficients of each band, in their order, at least 1 each.
         seed: 32 public bytes, the same for all devices, that depend on no update; a digest of run,
             round and attempt.
-
-    Raises:
-        UsageError: when a value is outside its range.
     """
 
     sizes: tuple[int, ...]
@@ -300,31 +271,24 @@ class Rotation:
             )
 
     def apply(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Rotate vectors.
-
-        Args:
-            values: float32 of shape ``(m, k)``, where ``k`` ends with a band.
-
-        Returns:
-            A new array of the same shape and type.
-        """
-        turned = values.copy()
-        for part, band in self._parts(turned):
+        """Rotate vectors, float32 of shape ``(m, k)`` where ``k`` ends with a band, to new ones."""
+        rotated = values.copy()
+        for part, band in self._parts(rotated):
             for window, places in enumerate(_windows(part.shape[1])):
                 piece = part[:, places]
                 piece *= self._signs(band, window, piece.shape[1])
                 _transform(piece)
-        return turned
+        return rotated
 
     def undo(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Rotate vectors, or their sum, back; as :meth:`apply`, in float64."""
-        turned = values.copy()
-        for part, band in self._parts(turned):
+        rotated = values.copy()
+        for part, band in self._parts(rotated):
             for window, places in reversed(list(enumerate(_windows(part.shape[1])))):
                 piece = part[:, places]
                 _transform(piece, backwards=True)
                 piece *= self._signs(band, window, piece.shape[1])
-        return turned
+        return rotated
 
     def _parts(self, values: NDArray[np.floating]) -> list[tuple[NDArray[np.floating], int]]:
         """Views of the bands that vectors hold."""
@@ -361,7 +325,8 @@ def _windows(size: int) -> list[slice]:
 def _transform(values: NDArray[np.floating], *, backwards: bool = False) -> None:
     """Multiply each row by an orthonormal Hadamard matrix, in place."""
     rows, order = values.shape
-    core = next((core for core in (12, 20) if _is_doubled(order, core)), min(order, _CORES[0]))
+    # An order is a power of two times an odd part of 1, 3 or 5, which 12 and 20 have.
+    core = {3: 12, 5: 20}.get(order // (order & -order), min(order, 16))
     matrix = _hadamard(core).astype(values.dtype)
     work = np.ascontiguousarray(values).reshape(-1, core) @ (matrix if backwards else matrix.T)
     work = work.reshape(rows, order)
@@ -375,29 +340,19 @@ def _transform(values: NDArray[np.floating], *, backwards: bool = False) -> None
     np.multiply(work, values.dtype.type(1 / math.sqrt(order)), out=values)
 
 
-def _is_doubled(order: int, core: int) -> bool:
-    times, rest = divmod(order, core)
-    return rest == 0 and times & (times - 1) == 0 and times > 0
-
-
 @lru_cache(maxsize=8)
 def _hadamard(order: int) -> NDArray[np.int8]:
     """A matrix of ±1 with orthogonal rows, of an order that is a power of two, 12 or 20."""
-    if order & (order - 1):
-        return _paley(order - 1)
+    if order & (order - 1):  # Paley, for a prime of the form 4k + 3
+        prime = order - 1
+        places = np.arange(prime)
+        character = np.where(np.isin(places, places[1:] ** 2 % prime), 1, -1)
+        character[0] = 0
+        skew = np.zeros((order, order), np.int64)
+        skew[0, 1:], skew[1:, 0] = 1, -1
+        skew[1:, 1:] = character[(places[:, None] - places) % prime]
+        return (skew + np.eye(order, dtype=np.int64)).astype(np.int8)
     matrix = np.ones((1, 1), np.int8)
     while len(matrix) < order:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
     return matrix
-
-
-def _paley(prime: int) -> NDArray[np.int8]:
-    """Paley's matrix of order ``prime + 1``, for a prime of the form ``4 k + 3``."""
-    places = np.arange(prime)
-    squares = np.isin(places, places[1:] ** 2 % prime)
-    character = np.where(squares, 1, -1)
-    character[0] = 0
-    skew = np.zeros((prime + 1, prime + 1), np.int64)
-    skew[0, 1:], skew[1:, 0] = 1, -1
-    skew[1:, 1:] = character[(places[:, None] - places) % prime]
-    return (skew + np.eye(prime + 1, dtype=np.int64)).astype(np.int8)

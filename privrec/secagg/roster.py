@@ -24,23 +24,20 @@ from privrec.secagg.keys import (
     is_low_order,
     statement,
 )
-from privrec.secagg.wire import (
+from privrec.secagg.messages import (
+    MASKING,
+    MAX_BANDS,
     MAX_DEVICES,
+    NOISE,
+    SEED,
     Counter,
     Digest,
-    Each,
-    Flag,
+    Limits,
     Message,
-    Range,
-    Size,
     refused,
 )
 
-MAX_BANDS = 32
 MAX_LENGTH = 1 << 26
-SEED, MASKING, NOISE = range(3)
-"""Secrets that a device deals in shares: the seed of its own mask, its mask key, and from 2 on the
-seeds of its noise, that of the band that all hold first."""
 
 
 class Anchor(Protocol):
@@ -54,11 +51,7 @@ class Anchor(Protocol):
 
 
 class ListedDevices:
-    """A trust anchor that is a list of identities, handed to the device by someone it trusts.
-
-    Args:
-        identities: Ed25519 keys of 32 bytes.
-    """
+    """A trust anchor that is a list of identities, handed to the device by someone it trusts."""
 
     def __init__(self, identities: Iterable[bytes]) -> None:
         self.verifier = Verifier()
@@ -76,19 +69,26 @@ class ListedDevices:
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"{path}: the roster file could not be read ({error})") from None
-        named = ((number, line.partition("#")[0].strip()) for number, line in enumerate(lines, 1))
-        return cls(_identity(path, number, text) for number, text in named if text)
+        identities = []
+        for number, line in enumerate(lines, 1):
+            text = line.partition("#")[0].strip()
+            try:
+                identity = bytes.fromhex(text)
+            except ValueError:
+                identity = b"?"
+            if text and len(identity) != KEY_BYTES:
+                raise DataError(
+                    f"{path}:{number}: {text[:80]!r} is no identity of 64 hexadecimal digits"
+                )
+            identities += [identity] if text else []
+        return cls(identities)
 
     def knows(self, prekey: Prekey) -> bool:
         return prekey.identity in self._identities
 
 
 class EnrolmentKey:
-    """A trust anchor that is the key of an enrolment office, which is not the server.
-
-    Args:
-        public: its Ed25519 key of 32 bytes.
-    """
+    """A trust anchor that is the Ed25519 key of an enrolment office, which is not the server."""
 
     def __init__(self, public: bytes) -> None:
         self.verifier = Verifier()
@@ -100,26 +100,22 @@ class EnrolmentKey:
 
 
 def enrol(office: DeviceKey, identity: bytes) -> bytes:
-    """The certificate by which an enrolment office vouches for a device.
+    """The certificate, for its :class:`~privrec.secagg.keys.PrekeyBook`, that vouches for a device.
 
     Args:
         office: the key whose public half devices hold as :class:`EnrolmentKey`.
         identity: the device's Ed25519 key of 32 bytes.
-
-    Returns:
-        64 bytes, for the device's :class:`~privrec.secagg.keys.PrekeyBook`.
     """
     return office.sign(_enrolment(identity))
 
 
 @dataclass(frozen=True)
-class Terms:
+class Terms(Message):
     """What one attempt at one round is about; all of it is bound into every mask and signature.
 
     Args:
         run: id of the run, 1 to 256 bytes.
-        round: counted from 0.
-        attempt: counted from 0.
+        round: counted from 0, and so is ``attempt``.
         plan: 32-byte digest of everything else that was agreed: scenario, privacy event.
         lengths: entries that a device of each tier sends, ascending: the weakest tier's first, the
             whole vector last. What one tier has more than the one before is a band.
@@ -130,14 +126,14 @@ class Terms:
             (:mod:`privrec.privacy.mechanism`).
     """
 
-    run: str
-    round: int
-    attempt: int
-    plan: bytes
-    lengths: tuple[int, ...]
-    minimums: tuple[int, ...]
-    ring_bits: int = 32
-    excess: bool = False
+    run: Annotated[str, Limits(str, 1, 256)]
+    round: Counter
+    attempt: Counter
+    plan: Digest
+    lengths: Annotated[tuple[int, ...], Limits(int, 1, MAX_LENGTH, most=MAX_BANDS)]
+    minimums: Annotated[tuple[int, ...], Limits(int, 1, MAX_DEVICES, most=MAX_BANDS)]
+    ring_bits: Annotated[int, Limits(int, 16, 32)] = 32
+    excess: Annotated[bool, Limits(bool, 0, 1)] = False
 
     def length(self, tier: int) -> int:
         """Entries that a device of a tier sends; tier 0 is the strongest."""
@@ -148,7 +144,9 @@ class Terms:
         return len(self.lengths) - tier
 
     def problem(self) -> str | None:
-        """What contradicts itself in these terms, or None."""
+        """The first field outside its limits, or what contradicts itself; None without either."""
+        if problem := super().problem():
+            return problem
         if len(self.lengths) != len(self.minimums):
             return f"{len(self.lengths)} bands with {len(self.minimums)} minimums"
         if any(longer <= shorter for shorter, longer in pairwise(self.lengths)):
@@ -157,19 +155,11 @@ class Terms:
 
 
 @dataclass(frozen=True)
-class Call(Message):
+class Call(Terms):
     """The first message of a round: its terms and its roster, the same for every device."""
 
     KIND: ClassVar[int] = 1
-    run: Annotated[str, Size(1, 256, str)]
-    round: Counter
-    attempt: Counter
-    plan: Digest
-    lengths: Annotated[tuple[int, ...], Each(Range(1, MAX_LENGTH), MAX_BANDS)]
-    minimums: Annotated[tuple[int, ...], Each(Range(1, MAX_DEVICES), MAX_BANDS)]
-    ring_bits: Annotated[int, Range(16, 32)]
-    excess: Annotated[bool, Flag()]
-    records: Annotated[bytes, Size(RECORD_BYTES, RECORD_BYTES * MAX_DEVICES)]
+    records: Annotated[bytes, Limits(bytes, RECORD_BYTES, RECORD_BYTES * MAX_DEVICES)] = b""
 
     @classmethod
     def of(cls, terms: Terms, prekeys: Sequence[Prekey]) -> Call:
@@ -202,7 +192,7 @@ class Roster:
     """
 
     def __init__(self, call: Call, anchor: Anchor) -> None:
-        if problem := call.terms.problem():
+        if problem := call.problem():
             raise refused(f"a round of {problem}")
         count, rest = divmod(len(call.records), RECORD_BYTES)
         if rest:
@@ -210,8 +200,11 @@ class Roster:
         records = (call.records[i * RECORD_BYTES :][:RECORD_BYTES] for i in range(count))
         self.terms = call.terms
         self.prekeys = tuple(map(Prekey.unpack, records))
-        self._check_order()
-        self._check_tiers()
+        if any(a.identity >= b.identity for a, b in pairwise(self.prekeys)):
+            raise refused("a roster that names devices twice or not in the order of identities")
+        tiers = len(self.terms.lengths)
+        if any(prekey.tier >= tiers for prekey in self.prekeys):
+            raise refused(f"a roster with a tier beyond the {tiers} of this round")
         for prekey in self.prekeys:
             check_prekey(prekey, anchor)
 
@@ -219,11 +212,7 @@ class Roster:
         return len(self.prekeys)
 
     def number(self, identity: bytes) -> int:
-        """A device's number.
-
-        Raises:
-            ReleaseRefused: when the roster does not name it.
-        """
+        """A device's number; ReleaseRefused is raised when the roster does not name it."""
         for number, prekey in enumerate(self.prekeys):
             if prekey.identity == identity:
                 return number
@@ -233,32 +222,33 @@ class Roster:
         """Entries that a device sends."""
         return self.terms.length(self.prekeys[number].tier)
 
+    def bands(self, number: int) -> int:
+        """Bands that a device holds."""
+        return self.terms.bands(self.prekeys[number].tier)
+
     @functools.cached_property
     def holding(self) -> tuple[tuple[int, ...], ...]:
-        """For each band, the numbers of the devices that hold it."""
-        bands = [self.terms.bands(prekey.tier) for prekey in self.prekeys]
+        """The :meth:`holders` among all."""
+        return self.holders(range(len(self)))
+
+    def holders(self, members: Iterable[int]) -> tuple[tuple[int, ...], ...]:
+        """For each band, the band that all hold first, the numbers of the members that hold it."""
+        held = [(number, self.bands(number)) for number in members]
         return tuple(
-            tuple(number for number, held in enumerate(bands) if held > band)
+            tuple(number for number, bands in held if bands > band)
             for band in range(len(self.terms.lengths))
         )
 
-    def holders(self, members: Iterable[int]) -> tuple[int, ...]:
-        """How many of the members hold each band, the band that all hold first."""
-        held = [self.terms.bands(self.prekeys[number].tier) for number in members]
-        return tuple(sum(bands > band for bands in held) for band in range(len(self.terms.lengths)))
-
     def identities(self, members: Iterable[int]) -> tuple[tuple[bytes, ...], ...]:
-        """For each band the identities of the members that hold it, the band of all first."""
-        chosen = [self.prekeys[number] for number in members]
+        """The identities of :meth:`holders`."""
         return tuple(
-            tuple(prekey.identity for prekey in chosen if self.terms.bands(prekey.tier) > band)
-            for band in range(len(self.terms.lengths))
+            tuple(self.prekeys[number].identity for number in band)
+            for band in self.holders(members)
         )
 
     def secrets(self, number: int) -> int:
         """How many secrets a device deals in shares."""
-        held = self.terms.bands(self.prekeys[number].tier)
-        return NOISE + (held if self.terms.excess else 0)
+        return NOISE + (self.bands(number) if self.terms.excess else 0)
 
     def due(self, survivors: Iterable[int], signers: Collection[int]) -> list[tuple[int, ...]]:
         """Which secrets of each device are opened at the end, by its number.
@@ -276,9 +266,10 @@ class Roster:
         opened: list[tuple[int, ...]] = [(MASKING,)] * len(self)
         for number in alive:
             opened[number] = (SEED,)
-        for band, least in enumerate(self.terms.minimums if self.terms.excess else ()):
-            holders = (n for n in alive if self.terms.bands(self.prekeys[n].tier) > band)
-            before = 0
+        if not self.terms.excess:
+            return opened
+        for band, holders in enumerate(self.holders(alive)):
+            least, before = self.terms.minimums[band], 0
             for number in holders:
                 if before >= least:
                     opened[number] += (NOISE + band,)
@@ -293,11 +284,8 @@ class Roster:
         Args:
             members: device numbers.
             minimum: fewest holders of any band, besides what the terms ask for.
-
-        Raises:
-            ReleaseRefused: when a band is below either minimum.
         """
-        for band, count in enumerate(self.holders(members)):
+        for band, count in enumerate(map(len, self.holders(members))):
             least = max(minimum, self.terms.minimums[band])
             if count < least:
                 raise ReleaseRefused(
@@ -305,15 +293,6 @@ class Roster:
                     f"the least that hides them among each other is set to {least}; the round is "
                     "given up; sample more devices of this capacity, or drop the tier"
                 )
-
-    def _check_order(self) -> None:
-        if any(a.identity >= b.identity for a, b in pairwise(self.prekeys)):
-            raise refused("a roster that names devices twice or not in the order of identities")
-
-    def _check_tiers(self) -> None:
-        tiers = len(self.terms.lengths)
-        if any(prekey.tier >= tiers for prekey in self.prekeys):
-            raise refused(f"a roster with a tier beyond the {tiers} of this round")
 
 
 def check_prekey(prekey: Prekey, anchor: Anchor) -> None:
@@ -338,13 +317,3 @@ def check_prekey(prekey: Prekey, anchor: Anchor) -> None:
 
 def _enrolment(identity: bytes) -> bytes:
     return statement("enrolment", identity)
-
-
-def _identity(path: Path, number: int, text: str) -> bytes:
-    try:
-        key = bytes.fromhex(text)
-    except ValueError:
-        key = b""
-    if len(key) != KEY_BYTES:
-        raise DataError(f"{path}:{number}: {text[:80]!r} is no identity of 64 hexadecimal digits")
-    return key

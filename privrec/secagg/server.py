@@ -16,51 +16,53 @@ Source: Bonawitz et al. (CCS 2017); see ``docs/protocol.md``.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from enum import IntEnum
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from numpy.typing import NDArray
 
 from privrec.errors import ReleaseRefused, UsageError
-from privrec.secagg.graph import Graph
-from privrec.secagg.keys import Prekey
-from privrec.secagg.masks import apply_masks, word_type
+from privrec.secagg import sharing
+from privrec.secagg.keys import Prekey, agree, public_of
+from privrec.secagg.masks import Binding, Mask, apply_masks, model_root
 from privrec.secagg.messages import (
-    PLEDGE_BYTES,
-    SHARE_MARK_BYTES,
+    DIGEST_BYTES,
+    MASKING,
+    NOISE,
+    PAIR_TAG_BYTES,
+    SECRET_BYTES,
+    SEED,
+    SHARE_COMMITMENT_BYTES,
+    Buffer,
     Confirmation,
     Deal,
     Opening,
     Quorum,
     Shares,
+    Stage,
     Survivors,
+    bitmap,
     masked_entries,
+    members,
+    refused,
     sealed_bytes,
+    split,
+    word_type,
 )
-from privrec.secagg.recovery import Binding, Deposit, Recovery, model_root
-from privrec.secagg.roster import NOISE, SEED, Anchor, Call, Roster, Terms
-from privrec.secagg.shamir import SECRET_BYTES
-from privrec.secagg.wire import DIGEST_BYTES, Buffer, bitmap, members, refused, split
+from privrec.secagg.roster import Anchor, Call, Roster, Terms
+from privrec.secagg.sharing import Graph
 
-
-class Stage(IntEnum):
-    """What the server waits for."""
-
-    SHARES = 0
-    MASKED = 1
-    CONFIRM = 2
-    UNMASK = 3
-    DONE = 4
+_QUORUMS = 8  # tried before a dealer is held to have dealt shares of no one secret
 
 
 @dataclass(frozen=True)
 class SecureSum:
     """What a round gives.
 
-    Args:
+    Attributes:
         total: the sum over the survivors, each padded with zeros to the whole vector; signed
             integers of the ring's width, shape ``(lengths[-1],)``.
         survivors: for each band, the band that all hold first, the identities of the devices in the
@@ -74,6 +76,29 @@ class SecureSum:
     survivors: tuple[tuple[bytes, ...], ...]
     excess: tuple[tuple[bytes, ...], ...]
     faults: Mapping[bytes, str]
+
+
+@dataclass
+class Deposit:
+    """What the server holds of one device.
+
+    Attributes:
+        masked_with: numbers of those that the device drew to be masked with.
+        seed_commitments: by kind of secret.
+        share_commitments: holder's number to commitments to its share of each secret.
+        sealed: holder's number to its sealed shares.
+        pair_tags: in a sparse graph, number of one that drew the device to what it has to be told.
+        own: kind of secret to what the device itself gave in the last exchange, if it answered.
+        opened: dealer's number and kind of secret to the share that the device returned.
+    """
+
+    masked_with: frozenset[int]
+    seed_commitments: dict[int, bytes]
+    share_commitments: dict[int, list[bytes]]
+    sealed: dict[int, bytes]
+    pair_tags: dict[int, bytes] = field(default_factory=dict)
+    own: dict[int, bytes] = field(default_factory=dict, repr=False)
+    opened: dict[tuple[int, int], bytes] = field(default_factory=dict, repr=False)
 
 
 class ServerSession:
@@ -99,7 +124,7 @@ class ServerSession:
     ) -> None:
         self._graph = graph or Graph()
         self._call = Call.of(terms, [Prekey.unpack(record) for record in prekeys])
-        if problem := terms.problem() or self._call.problem():
+        if problem := self._call.problem():
             raise UsageError(f"a round of {problem}; lengths ascend, with one minimum for each")
         self._roster = Roster(self._call, anchor)
         self._roster.check_bands(range(len(self._roster)), 1)
@@ -107,12 +132,10 @@ class ServerSession:
         self._verifier = anchor.verifier
         self._numbers = {p.identity: number for number, p in enumerate(self._roster.prekeys)}
         self._deposits: dict[int, Deposit] = {}
-        self._drawers: dict[int, list[int]] = {}
+        self._drawn_by: dict[int, list[int]] = {}
         self._signatures: dict[int, bytes] = {}
-        self._faults: dict[bytes, str] = {}
         self._model: tuple[bytes, ...] = ()
         self._total = np.zeros(terms.lengths[-1], word_type(terms.ring_bits))
-        self._following: ServerSession | None = None
         self._result: SecureSum | None = None
         self._survivors: tuple[int, ...] = ()
         self._opened: list[tuple[int, ...]] = []
@@ -132,23 +155,16 @@ class ServerSession:
 
     @property
     def result(self) -> SecureSum:
-        """The sum.
-
-        Raises:
-            ReleaseRefused: when the round is not over, or ended without one.
-        """
+        """The sum; ReleaseRefused is raised when the round is not over, or ended without one."""
         if self._result is None:
             raise ReleaseRefused("there is no sum: the round is not over, or it was given up")
         return self._result
 
     def publish(self, model: Sequence[bytes]) -> None:
-        """Fix the model of the round; due before masked vectors are asked for.
+        """Fix the model of the round, before masked vectors are asked for and for good.
 
         Args:
             model: 32-byte digest of each band, the band that all devices hold first.
-
-        Raises:
-            UsageError: when there is not one digest for each band, or another model was published.
         """
         if len(model) != len(self._call.lengths):
             raise UsageError(
@@ -160,34 +176,22 @@ class ServerSession:
             raise UsageError("another model was published: devices may have it; begin a new round")
         self._model = tuple(model)
 
-    def follow(self, session: ServerSession) -> None:
-        """Let the first exchange of another round ride on the last one of this round.
-
-        Args:
-            session: of the next round, with devices of this cohort among its own. Devices that do
-                not answer here stay in its :meth:`outbox`.
-        """
-        self._following = session
-
     def outbox(self) -> dict[bytes, bytes]:
-        """What to send now, by the identity of the device; those that answered are left out.
-
-        Raises:
-            UsageError: when masked vectors are due and no model was published.
-        """
-        awaited = [number for number in self._due if number not in self._answered]
+        """What to send now, by the identity of the device; those that answered are left out."""
         if self.done:
             return {}
-        make = (self._calls, self._deals, self._tidings, self._quorums)
-        messages = make[self._stage](awaited)
+        awaited = [number for number in self._due if number not in self._answered]
+        if self._stage is Stage.MASKED:
+            messages = self._deals(awaited)
+        elif self._stage is Stage.CONFIRM:
+            messages = self._tidings(awaited)
+        else:
+            same = self._call if self._stage is Stage.SHARES else self._quorum()
+            messages = dict.fromkeys(awaited, same.pack())
         return {self._roster.prekeys[n].identity: message for n, message in messages.items()}
 
     def receive(self, device: bytes, message: Buffer) -> None:
-        """Take in the answer of one device.
-
-        Args:
-            device: the identity that the transport knows the sender by.
-            message: its answer to what :meth:`outbox` had for it.
+        """Take in the answer of a device, by the identity that the transport knows it by.
 
         Raises:
             ReleaseRefused: when the answer is not what is due from this device; it changes nothing,
@@ -223,46 +227,40 @@ class ServerSession:
 
     # ------------------------------------------------------------------ what is sent
 
-    def _calls(self, numbers: Sequence[int]) -> dict[int, bytes]:
-        return dict.fromkeys(numbers, self._call.pack())
-
     def _deals(self, numbers: Sequence[int]) -> dict[int, bytes]:
         if not self._model:
             raise UsageError("masked vectors are due, but no model was published: call publish()")
         return {number: self._deal(number).pack() for number in numbers}
 
     def _deal(self, number: int) -> Deal:
-        dealers = ((n, self._deposits[n].sealed) for n in self._drawers[number])
+        dealers = ((n, self._deposits[n].sealed) for n in self._drawn_by[number])
         sealed = {dealer: pieces[number] for dealer, pieces in dealers if number in pieces}
-        present, recipients = self._bitmap(self._deposits), self._bitmap(sealed)
-        joined = b"".join(sealed.values())
-        drawers = self._bitmap(self._drawers[number])
-        return Deal(self._binding.context, present, recipients, drawers, joined, self._model)
+        return Deal(
+            self._binding.context,
+            present=self._bitmap(self._deposits),
+            dealers=self._bitmap(sealed),
+            drawn_by=self._bitmap(self._drawn_by[number]),
+            sealed=b"".join(sealed.values()),
+            model=self._model,
+        )
 
     def _tidings(self, numbers: Sequence[int]) -> dict[int, bytes]:
         context, survivors = self._binding.context, self._bitmap(self._survivors)
         told = Survivors(context, survivors, model_root(self._model), b"")
         if not self._is_sparse:
             return dict.fromkeys(numbers, told.pack())
-        return {
-            number: replace(told, pledges=self._pledges_to(number)).pack() for number in numbers
-        }
+        messages = {}
+        for number in numbers:
+            drawn = self._deposits[number].masked_with
+            near = (self._deposits[peer] for peer in self._survivors if peer in drawn)
+            tags = b"".join(deposit.pair_tags[number] for deposit in near)
+            messages[number] = replace(told, pair_tags=tags).pack()
+        return messages
 
-    def _pledges_to(self, number: int) -> bytes:
-        drawn = self._deposits[number].partners
-        near = (self._deposits[peer] for peer in self._survivors if peer in drawn)
-        return b"".join(deposit.pledges[number] for deposit in near)
-
-    def _quorums(self, numbers: Sequence[int]) -> dict[int, bytes]:
-        calls = self._following.outbox() if self._following else {}
-        packed = {call: self._quorum(call) for call in {b"", *calls.values()}}
-        names = [self._roster.prekeys[number].identity for number in numbers]
-        return {n: packed[calls.get(name, b"")] for n, name in zip(numbers, names, strict=True)}
-
-    def _quorum(self, call: bytes) -> bytes:
+    def _quorum(self) -> Quorum:
         signed = sorted(self._signatures)
         joined = b"".join(self._signatures[number] for number in signed)
-        return Quorum(self._binding.context, self._bitmap(signed), joined, call).pack()
+        return Quorum(self._binding.context, self._bitmap(signed), joined)
 
     # ------------------------------------------------------------------ what comes in
 
@@ -273,32 +271,32 @@ class ServerSession:
         count = self._graph.neighbours(len(self._roster))
         if number in holders or len(holders) != count:
             raise refused(f"shares for {len(holders)} neighbours, where {count} others are due")
-        partners = frozenset(members(shares.partners, len(self._roster)))
-        if number in partners or not partners.issuperset(holders):
-            raise refused("partners that lack a neighbour, or include the device itself")
+        masked_with = frozenset(members(shares.masked_with, len(self._roster)))
+        if number in masked_with or not masked_with.issuperset(holders):
+            raise refused("a set of masked devices that lacks a neighbour or has the sender")
         secrets = self._roster.secrets(number)
-        marks = split(shares.share_marks, [SHARE_MARK_BYTES] * secrets * count)
+        sizes = [SHARE_COMMITMENT_BYTES] * secrets
+        committed = split(shares.share_commitments, sizes * count)
         sealed = split(shares.sealed, [sealed_bytes(secrets)] * count)
         kinds = (SEED, *range(NOISE, secrets))
-        if len(shares.seed_marks) != len(kinds):
-            raise refused(f"{len(shares.seed_marks)} commitments to {len(kinds)} seeds")
-        each = [marks[start : start + secrets] for start in range(0, len(marks), secrets)]
+        if len(shares.seed_commitments) != len(kinds):
+            raise refused(f"{len(shares.seed_commitments)} commitments to {len(kinds)} seeds")
+        each = [committed[start : start + secrets] for start in range(0, len(committed), secrets)]
         self._deposits[number] = Deposit(
-            partners,
-            dict(zip(kinds, shares.seed_marks, strict=True)),
-            dict(zip(holders, each, strict=True)),
-            dict(zip(holders, sealed, strict=True)),
+            masked_with,
+            seed_commitments=dict(zip(kinds, shares.seed_commitments, strict=True)),
+            share_commitments=dict(zip(holders, each, strict=True)),
+            sealed=dict(zip(holders, sealed, strict=True)),
         )
 
     def _take_masked(self, number: int, message: Buffer) -> None:
         length = self._roster.length(number)
-        ring_bits = self._call.ring_bits
-        drawers = self._drawers[number] if self._is_sparse else []
-        entries, pledges = masked_entries(
-            message, self._binding.context, length, ring_bits, len(drawers)
+        drawn_by = self._drawn_by[number] if self._is_sparse else []
+        entries, tags = masked_entries(
+            message, self._binding.context, length, self._call.ring_bits, len(drawn_by)
         )
-        pieces = split(pledges, [PLEDGE_BYTES] * len(drawers))
-        self._deposits[number].pledges = dict(zip(drawers, pieces, strict=True))
+        pieces = split(tags, [PAIR_TAG_BYTES] * len(drawn_by))
+        self._deposits[number].pair_tags = dict(zip(drawn_by, pieces, strict=True))
         self._total[:length] += entries
 
     def _take_confirmation(self, number: int, message: Buffer) -> None:
@@ -314,27 +312,16 @@ class ServerSession:
     def _take_opening(self, number: int, message: Buffer) -> None:
         opening = Opening.parse(message)
         self._check_context(opening.context)
-        recipients = members(opening.recipients, len(self._roster))
+        dealers = members(opening.dealers, len(self._roster))
         due, deposit = self._opened, self._deposits[number]
-        named = [(recipient, kind) for recipient in recipients for kind in due[recipient]]
+        named = [(dealer, kind) for dealer in dealers for kind in due[dealer]]
         shares = split(opening.shares, [SECRET_BYTES] * len(named))
         noise = split(opening.noise, [SECRET_BYTES] * len(due[number][1:]))
         own = dict(zip(due[number], (opening.seed, *noise), strict=True))
         for kind, seed in own.items():
-            if self._binding.seed_mark(kind, number, seed) != deposit.seed_marks[kind]:
+            if self._binding.seed_commitment(kind, number, seed) != deposit.seed_commitments[kind]:
                 raise refused("a seed that is not the one that its device committed to")
         deposit.own, deposit.opened = own, dict(zip(named, shares, strict=True))
-        self._pass_on(number, opening.following)
-
-    def _pass_on(self, number: int, answer: bytes) -> None:
-        """A bad answer to the next call must not spoil a good one to this round."""
-        if not (answer and self._following):
-            return
-        identity = self._roster.prekeys[number].identity
-        try:
-            self._following.receive(identity, answer)
-        except ReleaseRefused as error:
-            self._faults[identity] = str(error)
 
     def _check_context(self, context: bytes) -> None:
         if context != self._binding.context:
@@ -345,10 +332,10 @@ class ServerSession:
     def _close_shares(self, answered: tuple[int, ...]) -> None:
         self._check_enough(answered, "sent shares")
         self._due = answered
-        self._drawers = {number: [] for number in range(len(self._roster))}
+        self._drawn_by = {number: [] for number in range(len(self._roster))}
         for number in answered:
-            for partner in self._deposits[number].partners:
-                self._drawers[partner].append(number)
+            for peer in self._deposits[number].masked_with:
+                self._drawn_by[peer].append(number)
 
     def _close_masked(self, answered: tuple[int, ...]) -> None:
         self._check_enough(answered, "sent masked vectors")
@@ -360,17 +347,20 @@ class ServerSession:
         self._opened = self._roster.due(self._survivors, set(answered))
 
     def _close_unmask(self, _: tuple[int, ...]) -> None:
-        threshold = self._graph.threshold(len(self._roster))
         recovery = Recovery(
-            self._roster, self._binding, model_root(self._model), threshold,
-            self._deposits, self._survivors, self._faults,
-        )  # fmt: skip
+            self._roster,
+            self._binding,
+            root=model_root(self._model),
+            threshold=self._graph.threshold(len(self._roster)),
+            deposits=self._deposits,
+            survivors=self._survivors,
+        )
         apply_masks(self._total, recovery.masks())
         self._result = SecureSum(
             self._total.view(self._total.dtype.str.replace("u", "i")),
             self._roster.identities(self._survivors),
             tuple(map(tuple, recovery.noise(self._opened))),
-            self._faults,
+            recovery.faults,
         )
 
     def _check_enough(self, numbers: Collection[int], doing: str) -> None:
@@ -394,3 +384,115 @@ class ServerSession:
 
     def _bitmap(self, numbers: Collection[int]) -> bytes:
         return bitmap(tuple(numbers), len(self._roster))
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """The secrets of one round, from what devices deposited, and the masks that they take off.
+
+    A survivor's own mask goes with its seed. A device that dropped out after it dealt shares left a
+    mask in the vector of every survivor that it is masked with; these go with its mask key. Secrets
+    come from shares, and each is checked against the commitment of the device that dealt it.
+
+    Attributes:
+        root: of the model.
+        threshold: shares that give a secret back.
+        deposits: of every device that sent shares, by number.
+        survivors: numbers of the devices in the sum.
+        faults: filled with what was wrong, by identity.
+    """
+
+    roster: Roster
+    binding: Binding
+    root: bytes
+    threshold: int
+    deposits: dict[int, Deposit]
+    survivors: Sequence[int]
+    faults: dict[bytes, str] = field(default_factory=dict)
+
+    def masks(self) -> Iterator[Mask]:
+        """Every mask that is left in the sum, signed so that applying it takes it off.
+
+        Raises:
+            ReleaseRefused: when a secret cannot be had: the round is over.
+        """
+        for survivor in self.survivors:
+            key = self.binding.self_key(self._seed(SEED, survivor), self.root)
+            yield Mask(key, self.roster.length(survivor), negative=True)
+        for dropped in sorted(self.deposits.keys() - set(self.survivors)):
+            yield from self._masks_of(dropped)
+
+    def noise(self, due: Sequence[Collection[int]]) -> list[list[bytes]]:
+        """For each band the seeds of the noise that is taken off again, of what is ``due``.
+
+        Raises:
+            ReleaseRefused: when one cannot be had: the round is over.
+        """
+        return [
+            [self._seed(NOISE + band, n) for n in self.survivors if NOISE + band in due[n]]
+            for band in range(len(self.roster.terms.lengths))
+        ]
+
+    def _masks_of(self, dropped: int) -> Iterator[Mask]:
+        """What a drop-out left in the vectors of survivors that it is masked with."""
+        own = self.deposits[dropped].masked_with
+        near = [s for s in self.survivors if s in own or dropped in self.deposits[s].masked_with]
+        private = X25519PrivateKey.from_private_bytes(self._secret(MASKING, dropped))
+        for survivor in near:
+            agreed = agree(private, self.roster.prekeys[survivor].masking)
+            key = self.binding.pair_key(agreed, self.root, survivor, dropped)
+            length = min(self.roster.length(survivor), self.roster.length(dropped))
+            # The survivor of the lower number added it.
+            yield Mask(key, length, negative=survivor < dropped)
+
+    def _seed(self, kind: int, survivor: int) -> bytes:
+        return self.deposits[survivor].own.get(kind) or self._secret(kind, survivor)
+
+    def _secret(self, kind: int, dealer: int) -> bytes:
+        """A secret that its dealer is not there to give; other quorums are tried if one fails."""
+        shares = self._shares(kind, dealer)
+        if len(shares) < self.threshold:
+            raise ReleaseRefused(
+                f"{len(shares)} sound shares of a device that dropped out, and {self.threshold} "
+                "give its secret back: too many dropped out; the round ends without a sum"
+            )
+        for start in range(min(_QUORUMS, len(shares) - self.threshold + 1)):
+            quorum = shares[start : start + self.threshold]
+            points = [holder + 1 for holder, _ in quorum]
+            secret = sharing.combine_shares([share for _, share in quorum], points)
+            if self._is_secret(kind, dealer, secret):
+                return secret
+        self._blame(dealer, "dealt shares that give no secret it committed to")
+        raise ReleaseRefused(
+            f"device {self.roster.prekeys[dealer].identity.hex()[:16]} dealt shares that give no "
+            "secret it committed to; the round ends without a sum; leave the device out"
+        )
+
+    def _shares(self, kind: int, dealer: int) -> list[tuple[int, bytes]]:
+        """The shares of a dealer that are what it committed to.
+
+        Of any other share either its holder or its dealer is to blame; nobody can tell which.
+        """
+        shares = []
+        for holder, committed in self.deposits[dealer].share_commitments.items():
+            deposit = self.deposits.get(holder)
+            share = deposit.opened.get((dealer, kind)) if deposit else None
+            if share is None:
+                continue
+            commitment = self.binding.share_commitment(kind, dealer, holder, share)
+            if sharing.in_field(share) and commitment == committed[kind]:
+                shares.append((holder, share))
+            else:
+                name = self.roster.prekeys[dealer].identity.hex()[:16]
+                self._blame(holder, f"returned a share that {name} did not commit to")
+        return shares
+
+    def _is_secret(self, kind: int, dealer: int, secret: bytes) -> bool:
+        if kind != MASKING:
+            commitment = self.binding.seed_commitment(kind, dealer, secret)
+            return commitment == self.deposits[dealer].seed_commitments[kind]
+        public = public_of(X25519PrivateKey.from_private_bytes(secret))
+        return public == self.roster.prekeys[dealer].masking
+
+    def _blame(self, number: int, what: str) -> None:
+        self.faults[self.roster.prekeys[number].identity] = what

@@ -43,11 +43,11 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from privrec.privacy.discrete import discrete_gaussian
 from privrec.randomness import SecretRoot
 from privrec.secagg.client import ClientSession, Policy
-from privrec.secagg.graph import Graph
 from privrec.secagg.keys import DeviceKey, PrekeyBook, agree, derive, public_of
-from privrec.secagg.messages import MASKED_START, PLEDGE_BYTES
+from privrec.secagg.messages import MASKED_START, PAIR_TAG_BYTES, Stage
 from privrec.secagg.roster import ListedDevices, Terms
-from privrec.secagg.server import ServerSession, Stage
+from privrec.secagg.server import ServerSession
+from privrec.secagg.sharing import Graph
 
 MODEL = (bytes(32),)
 NOISE_VARIANCE = Fraction(8192**2, 67)
@@ -162,10 +162,10 @@ class Federation:
             )
             for book in self.books
         }
-        wards, uploads = self._drive(size, server, sessions, server_meter, meters)
-        floor = floor_of(size, sessions[alone[0]], wards[alone[0]])
-        pledges = len(wards[alone[0]]) if sessions[alone[0]]._called().is_sparse else 0
-        upload, overhead = uploads[alone[0]], MASKED_START + PLEDGE_BYTES * pledges
+        dealers, uploads = self._drive(size, server, sessions, server_meter, meters)
+        floor = floor_of(size, sessions[alone[0]], dealers[alone[0]])
+        tags = len(dealers[alone[0]]) if sessions[alone[0]]._called().is_sparse else 0
+        upload, overhead = uploads[alone[0]], MASKED_START + PAIR_TAG_BYTES * tags
         seconds = median(meters[device].seconds for device in alone)
         return Sample(seconds, server_meter.seconds, upload, floor, overhead)
 
@@ -180,11 +180,11 @@ class Federation:
         """Carry the messages; who dealt shares to whom is returned, and bytes of masked vectors."""
         vector = (np.arange(size.entries) % 1000).astype(np.int32)
         gone = set(self.identities[: size.dropped])
-        wards: dict[bytes, set[int]] = {}
+        dealers: dict[bytes, set[int]] = {}
         uploads: dict[bytes, int] = {}
         while not server.done:
             if server.stage is Stage.MASKED:
-                wards = {
+                dealers = {
                     device: {n for n, dealt in server._deposits.items() if number in dealt.sealed}
                     for device, number in server._numbers.items()
                 }
@@ -201,7 +201,7 @@ class Federation:
         )
         if not np.array_equal(server.result.total, expected):
             raise SystemExit("error: the secure sum is not the plain sum")
-        return wards, uploads
+        return dealers, uploads
 
 
 def answered(session: ClientSession, stage: Stage, message: bytes, vector: Any) -> Any:
@@ -260,20 +260,20 @@ def mask_cost(entries: int, ring_bits: int) -> float:
     return opening + (keystream + addition) * entries * ring_bits / 8 / size
 
 
-def floor_of(size: Size, session: ClientSession, wards: set[int]) -> float:
+def floor_of(size: Size, session: ClientSession, dealers: set[int]) -> float:
     """What the primitives of one client cost: counted as the protocol has it, measured now."""
     unit, near = primitives(), set(session._called().neighbours)
-    partners = len(near | wards)
+    masked_with = len(near | dealers)
     return (
         unit["verify"] * (size.devices + size.devices - size.dropped)
         + unit["sign"]
         + unit["private"] * 2
-        + unit["agree"] * 2 * partners
-        + unit["derive"] * (len(near) + len(wards) + partners)
-        + unit["derive"] * (len(near) + len(wards)) * session._called().is_sparse  # pledges
+        + unit["agree"] * 2 * masked_with
+        + unit["derive"] * (len(near) + len(dealers) + masked_with)
+        + unit["derive"] * (len(near) + len(dealers)) * session._called().is_sparse  # tags
         + unit["seal"] * len(near)
-        + unit["open"] * len(wards)
-        + mask_cost(size.entries, size.ring_bits) * (partners + 1)
+        + unit["open"] * len(dealers)
+        + mask_cost(size.entries, size.ring_bits) * (masked_with + 1)
     )
 
 

@@ -21,26 +21,30 @@ from privrec.errors import ReleaseRefused
 from privrec.randomness import SecretRoot
 from privrec.secagg import client as client_module
 from privrec.secagg import roster as roster_module
-from privrec.secagg import shamir
+from privrec.secagg import sharing
 from privrec.secagg.client import ClientSession, Policy
-from privrec.secagg.graph import Graph
 from privrec.secagg.keys import PrekeyBook, agree
-from privrec.secagg.masks import Mask, apply_masks
+from privrec.secagg.masks import Binding, Mask, apply_masks, model_root
 from privrec.secagg.messages import (
     MASKED_START,
+    MASKING,
+    SEED,
     Confirmation,
     Deal,
     Opening,
     Quorum,
     Shares,
+    Stage,
     Survivors,
+    bitmap,
     masked_entries,
+    members,
     sealed_bytes,
+    split,
 )
-from privrec.secagg.recovery import Binding, Recovery, model_root
-from privrec.secagg.roster import MASKING, SEED, Call, ListedDevices
-from privrec.secagg.server import SecureSum, ServerSession, Stage
-from privrec.secagg.wire import bitmap, members, split
+from privrec.secagg.roster import Call, ListedDevices
+from privrec.secagg.server import Recovery, SecureSum, ServerSession
+from privrec.secagg.sharing import Graph
 
 LENGTH = 20
 ROOT = model_root(model(1))
@@ -67,9 +71,9 @@ class Attacker(ServerSession):
     def entries(self, number: int) -> np.ndarray:
         """A masked vector, to be unmasked by hand."""
         length = self._roster.length(number)
-        recipients = len(self._drawers[number]) if self._is_sparse else 0
+        dealers = len(self._drawn_by[number]) if self._is_sparse else 0
         upload, context = self.uploads[number], self._binding.context
-        return masked_entries(upload, context, length, 32, recipients)[0].copy()
+        return masked_entries(upload, context, length, 32, dealers)[0].copy()
 
     def stripped(
         self, number: int, seed: bytes, keys: dict[int, bytes], root: bytes = ROOT
@@ -90,10 +94,10 @@ class Attacker(ServerSession):
     def recovery(self, openings: dict[int, Opening], survivors: Sequence[int]) -> Recovery:
         """What shares give away, whatever they were handed out for."""
         for number, opening in openings.items():
-            recipients = members(opening.recipients, len(self._roster))
-            shares = zip(recipients, split(opening.shares, [32] * len(recipients)), strict=True)
+            dealers = members(opening.dealers, len(self._roster))
+            shares = zip(dealers, split(opening.shares, [32] * len(dealers)), strict=True)
             self._deposits[number].opened = {
-                (ward, kind): share for ward, share in shares for kind in (SEED, MASKING)
+                (dealer, kind): share for dealer, share in shares for kind in (SEED, MASKING)
             }
         threshold = self._graph.threshold(len(self._roster))
         return Recovery(self._roster, self._binding, ROOT, threshold, self._deposits, survivors, {})
@@ -146,8 +150,8 @@ def opened_by_colluders(
     if len(found) < threshold:
         return False
     quorum = list(found)[:threshold]
-    seed = shamir.combine([found[h][:32] for h in quorum], [h + 1 for h in quorum])
-    key = shamir.combine([found[h][32:] for h in quorum], [h + 1 for h in quorum])
+    seed = sharing.combine_shares([found[h][:32] for h in quorum], [h + 1 for h in quorum])
+    key = sharing.combine_shares([found[h][32:] for h in quorum], [h + 1 for h in quorum])
     roster, number = server._roster, victim
     private = X25519PrivateKey.from_private_bytes(key)
     if private.public_key().public_bytes_raw() != roster.prekeys[victim].masking:
@@ -529,7 +533,7 @@ def isolated(cohort: Cohort, server: Attacker, clients: dict[bytes, ClientSessio
         session = clients[cohort.ids[number]]
         signatures[number] = Confirmation.parse(session.confirm(told)).signature
     joined = b"".join(signatures[number] for number in survivors)
-    quorum = Quorum(server._binding.context, bitmap(survivors, n), joined, b"").pack()
+    quorum = Quorum(server._binding.context, bitmap(survivors, n), joined).pack()
     openings = {
         number: Opening.parse(clients[cohort.ids[number]].unmask(quorum)) for number in survivors
     }
@@ -576,7 +580,7 @@ def alone_in_a_band(cohort: Cohort) -> tuple[np.ndarray, np.ndarray]:
 
 def masked_with_each_other(server: Attacker, one: int, other: int) -> bool:
     deposits = server._deposits
-    return one in deposits[other].partners or other in deposits[one].partners
+    return one in deposits[other].masked_with or other in deposits[one].masked_with
 
 
 def test_a_device_that_is_alone_in_its_band_though_others_hold_it(monkeypatch: Patch) -> None:
@@ -614,9 +618,9 @@ def hidden_round(cohort: Cohort) -> tuple[set[int], np.ndarray, dict[bytes, np.n
     hidden = min(drew, key=lambda v: len(drew[v]))
     named = sorted(set(range(n)) - drew[hidden])
     for number in named:
-        if number in deposits[hidden].partners:
-            deposits[hidden].partners -= {number}
-            server._drawers[number].remove(hidden)
+        if number in deposits[hidden].masked_with:
+            deposits[hidden].masked_with -= {number}
+            server._drawn_by[number].remove(hidden)
         device = cohort.ids[number]
         message = server._deal(number).pack()
         server.receive(device, clients[device].masked(message, vectors[device], model(1)))
@@ -634,8 +638,10 @@ def hidden_round(cohort: Cohort) -> tuple[set[int], np.ndarray, dict[bytes, np.n
     keys = {v: server.recovery(openings, named)._secret(MASKING, v) for v in drew[hidden]}
     total = np.zeros(LENGTH, np.uint32)
     for number in summed:
-        near = set(deposits[number].share_marks)
-        mine = {v: k for v, k in keys.items() if v in near or number in deposits[v].share_marks}
+        near = set(deposits[number].share_commitments)
+        mine = {
+            v: k for v, k in keys.items() if v in near or number in deposits[v].share_commitments
+        }
         total += server.stripped(number, openings[number].seed, mine).view(np.uint32)
     return set(named), total.view(np.int32), {cohort.ids[n]: vectors[cohort.ids[n]] for n in summed}
 
@@ -676,9 +682,8 @@ def unmask_all(
         number: Confirmation.parse(clients[cohort.ids[number]].confirm(told)).signature
         for number in asked
     }
-    quorum = Quorum(
-        server._binding.context, bitmap(list(signed), n), b"".join(signed.values()), b""
-    )  # fmt: skip
+    joined = b"".join(signed.values())
+    quorum = Quorum(server._binding.context, bitmap(list(signed), n), joined)
     return {
         number: Opening.parse(clients[cohort.ids[number]].unmask(quorum.pack())) for number in asked
     }
@@ -714,7 +719,7 @@ def test_a_node_both_alive_and_dead(monkeypatch: Patch) -> None:
     original = ClientSession._advance
 
     def keep_shares(self: ClientSession, **changes: Any) -> None:
-        original(self, **{k: v for k, v in changes.items() if k not in ("held", "recipients")
+        original(self, **{k: v for k, v in changes.items() if k not in ("held", "dealers")
                           or changes["stage"] == 2})  # fmt: skip
 
     monkeypatch.setattr(ClientSession, "_advance", keep_shares)
@@ -767,7 +772,7 @@ def split_views(cohort: Cohort) -> np.ndarray:
         signed[number] = Confirmation.parse(session.confirm(told)).signature
     for number, view in views.items():
         joined = b"".join(signed[signer] for signer in view)  # each of them signed something
-        quorum = Quorum(server._binding.context, bitmap(view, 10), joined, b"")
+        quorum = Quorum(server._binding.context, bitmap(view, 10), joined)
         openings[number] = Opening.parse(clients[cohort.ids[number]].unmask(quorum.pack()))
     for number, opening in openings.items():
         server._deposits[number].own[SEED] = opening.seed
@@ -989,7 +994,7 @@ ALTERED: dict[str, Callable[[bytes], bytes]] = {
     "one bit": lambda share: bytes([share[0] ^ 1]) + share[1:],
     "zero": lambda share: bytes(32),
     "out of the field": lambda share: b"\xff" * 32,
-    "the modulus": lambda share: shamir.PRIME.to_bytes(32, "little"),
+    "the modulus": lambda share: sharing.PRIME.to_bytes(32, "little"),
 }
 
 
@@ -1000,8 +1005,8 @@ def test_altered_shares_and_values_outside_the_field(how: str, monkeypatch: Patc
     assert len(blamed) == 2
     with monkeypatch.context() as patch:  # without commitments the server takes the lie
         patch.setattr(Recovery, "_is_secret", lambda *arguments: True)
-        patch.setattr(Binding, "share_mark", lambda *arguments: bytes(16))
-        patch.setattr(shamir, "in_field", lambda share: True)
+        patch.setattr(Binding, "share_commitment", lambda *arguments: bytes(16))
+        patch.setattr(sharing, "in_field", lambda share: True)
         right, blamed = altered_round(Cohort((0,) * 10), ALTERED[how])
         assert not right
         assert not blamed
@@ -1010,7 +1015,7 @@ def test_altered_shares_and_values_outside_the_field(how: str, monkeypatch: Patc
 @pytest.mark.parametrize(("wrong", "works"), [(2, True), (3, False)])
 def test_shares_that_were_never_of_one_secret(wrong: int, works: bool, monkeypatch: Patch) -> None:
     """A dealer commits to shares of nothing, and drops out: another quorum, then no sum."""
-    original, calls = shamir.split, []
+    original, calls = sharing.split_secrets, []
 
     def crooked(*arguments: Any) -> list[list[bytes]]:
         dealt = original(*arguments)
@@ -1019,7 +1024,7 @@ def test_shares_that_were_never_of_one_secret(wrong: int, works: bool, monkeypat
             dealt[0] = [bytes(32)] * wrong + dealt[0][wrong:]
         return dealt
 
-    monkeypatch.setattr(shamir, "split", crooked)
+    monkeypatch.setattr(sharing, "split_secrets", crooked)
     cohort = Cohort((0,) * 10)
     server, clients = begun(cohort, Stage.UNMASK)
     for device, message in list(server.outbox().items())[:9]:
@@ -1057,9 +1062,8 @@ def test_colluders_learn_no_seed_before_the_survivors_are_certain() -> None:
     told = Survivors(server._binding.context, bitmap(everybody, n), ROOT, b"").pack()
     signed = [Confirmation.parse(clients[d].confirm(told)).signature for d in cohort.ids[:7]]
     for count in (6, 7):
-        quorum = Quorum(
-            server._binding.context, bitmap(range(count), n), b"".join(signed[:count]), b""
-        )
+        joined = b"".join(signed[:count])
+        quorum = Quorum(server._binding.context, bitmap(range(count), n), joined)
         if count < 7:
             with pytest.raises(ReleaseRefused, match="6 of 10 devices confirmed"):
                 clients[cohort.ids[0]].unmask(quorum.pack())

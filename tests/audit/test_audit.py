@@ -7,8 +7,7 @@ from audit_scenarios import KINDS, failed, scenario
 
 import privrec
 from privrec.audit import audit, noise
-from privrec.audit.bench import STAND_IN_ITEMS, stand_in
-from privrec.audit.judging import ALPHA
+from privrec.audit.harness import ALPHA, STAND_IN_ITEMS, stand_in
 
 
 @pytest.fixture(autouse=True)

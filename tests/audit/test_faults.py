@@ -10,10 +10,9 @@ import pytest
 from audit_scenarios import failed, scenario
 from numpy.typing import NDArray
 
-from privrec.audit import audit, lazy, noise, sampling, updates
-from privrec.audit.bench import Harness
+from privrec.audit import _collect, audit, noise, rounds
 from privrec.audit.canaries import _only
-from privrec.audit.examine import _collect
+from privrec.audit.harness import Harness
 from privrec.device import update
 from privrec.device.round import Round
 from privrec.device.update import BoundedUpdate
@@ -44,7 +43,7 @@ def found(probe: Any, kind: str, *more: str) -> set[str]:
 def broken(kind: str, *more: str) -> set[str]:
     """The probes of updates that say no."""
     bench, findings = Harness.of(scenario(kind, *more), KEY), []
-    for name, probe in updates.PROBES.items():
+    for name, probe in rounds.PROBES.items():
         _collect(findings, name, lambda probe=probe: (probe(bench),))
     return {finding.probe for finding in findings if not finding.passed}
 
@@ -304,7 +303,7 @@ def test_a_masked_sum_that_differs_fails(kind: str, monkeypatch: Patch) -> None:
 
 
 def settling(bench: Harness) -> Any:
-    return lazy.probe(bench.root)
+    return noise.probe_lazy(bench.root)
 
 
 def idle(*ignored: Any) -> None:
@@ -356,7 +355,7 @@ def without_the_first(coins: NDArray[np.uint64], rate: float) -> NDArray[np.int6
 )
 def test_sampling_of_another_law_fails(law: Any, probe: str, monkeypatch: Patch) -> None:
     monkeypatch.setattr(simulation, "cohort", law)
-    assert probe in found(sampling.probe, "poisson")
+    assert probe in found(rounds.probe_sampling, "poisson")
 
 
 def test_the_same_cohort_again_fails(monkeypatch: Patch) -> None:
@@ -367,12 +366,12 @@ def test_the_same_cohort_again_fails(monkeypatch: Patch) -> None:
         return (run, index // 2, *rest)
 
     monkeypatch.setattr(Round, "context", property(context))
-    assert "cohorts of different rounds" in found(sampling.probe, "poisson")
+    assert "cohorts of different rounds" in found(rounds.probe_sampling, "poisson")
 
 
 def test_somebody_left_out_where_everybody_takes_part_fails(monkeypatch: Patch) -> None:
     monkeypatch.setattr(simulation, "cohort", lambda coins, rate: np.arange(1, len(coins)))
-    assert "everybody takes part" in found(sampling.probe, "central")
+    assert "everybody takes part" in found(rounds.probe_sampling, "central")
 
 
 # -------------------------------------------------------------------------------- canaries

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from privrec.audit.judging import (
+from privrec.audit.harness import (
     ALPHA,
     POWER,
     count_p,
@@ -72,5 +72,7 @@ def test_a_finding_passes_from_the_level_on(p_value: float, passed: bool) -> Non
     assert judged("it", p_value, "this", "that").passed is passed
 
 
-def test_a_finding_that_is_no_number_fails() -> None:
-    assert not judged("it", float("nan"), "this", "that").passed
+@pytest.mark.parametrize("p_values", [np.nan, [0.5, np.nan], [np.nan, 0.5]])
+def test_a_finding_that_is_no_number_fails(p_values: float | list[float]) -> None:
+    assert not judged("it", p_values, "this", "that").passed
+    assert not judged("it", [distance_p(np.nan, 10), 0.5], "this", "that").passed

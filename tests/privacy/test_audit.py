@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from privrec.audit.bounds import Guesses, best_guesses, separation
-from privrec.audit.judging import ALPHA
+from privrec.audit.canaries import Guesses, best_guesses, separation
+from privrec.audit.harness import ALPHA
 from privrec.errors import UsageError
 from privrec.privacy.accountant import gaussian
 

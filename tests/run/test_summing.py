@@ -27,7 +27,8 @@ from privrec.run.record import NullObserver
 from privrec.run.simulation import Simulation
 from privrec.scenario.load import Scenario
 from privrec.secagg.client import ClientSession
-from privrec.secagg.server import ServerSession, Stage
+from privrec.secagg.messages import Stage
+from privrec.secagg.server import ServerSession
 
 LEVEL = 1e-4
 SCENARIO = """

@@ -11,10 +11,11 @@ import numpy as np
 from privrec.errors import ReleaseRefused
 from privrec.randomness import SecretRoot
 from privrec.secagg.client import ClientSession, Policy
-from privrec.secagg.graph import Graph
 from privrec.secagg.keys import DeviceKey, PrekeyBook
+from privrec.secagg.messages import Stage
 from privrec.secagg.roster import ListedDevices, Terms
-from privrec.secagg.server import SecureSum, ServerSession, Stage
+from privrec.secagg.server import SecureSum, ServerSession
+from privrec.secagg.sharing import Graph
 
 LENGTHS = (4, 11, 30)
 SMALL = Policy(minimum=2, corrupt_share=0.0)

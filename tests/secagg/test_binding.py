@@ -7,10 +7,11 @@ from collections.abc import Callable
 import pytest
 from secagg_rounds import Cohort, terms
 
-from privrec.secagg.graph import Graph
 from privrec.secagg.keys import Prekey
-from privrec.secagg.recovery import Binding, model_root
-from privrec.secagg.roster import MASKING, NOISE, SEED, Call
+from privrec.secagg.masks import Binding, model_root
+from privrec.secagg.messages import MASKING, NOISE, SEED
+from privrec.secagg.roster import Call
+from privrec.secagg.sharing import Graph
 
 ONE, TWO = Binding(bytes(32)), Binding(bytes(31) + b"\x01")
 A, B = b"a" * 32, b"b" * 32
@@ -39,19 +40,19 @@ DIFFERENT: dict[str, Callable[[], list[bytes]]] = {
         ONE.self_key(A, B),
     ],
     "seed mark": lambda: [
-        ONE.seed_mark(SEED, 1, A),
-        TWO.seed_mark(SEED, 1, A),
-        ONE.seed_mark(NOISE, 1, A),
-        ONE.seed_mark(SEED, 2, A),
-        ONE.seed_mark(SEED, 1, B),
+        ONE.seed_commitment(SEED, 1, A),
+        TWO.seed_commitment(SEED, 1, A),
+        ONE.seed_commitment(NOISE, 1, A),
+        ONE.seed_commitment(SEED, 2, A),
+        ONE.seed_commitment(SEED, 1, B),
     ],
     "share mark": lambda: [
-        ONE.share_mark(SEED, 1, 2, A),
-        TWO.share_mark(SEED, 1, 2, A),
-        ONE.share_mark(MASKING, 1, 2, A),
-        ONE.share_mark(SEED, 2, 1, A),
-        ONE.share_mark(SEED, 1, 3, A),
-        ONE.share_mark(SEED, 1, 2, B),
+        ONE.share_commitment(SEED, 1, 2, A),
+        TWO.share_commitment(SEED, 1, 2, A),
+        ONE.share_commitment(MASKING, 1, 2, A),
+        ONE.share_commitment(SEED, 2, 1, A),
+        ONE.share_commitment(SEED, 1, 3, A),
+        ONE.share_commitment(SEED, 1, 2, B),
     ],
     "confirmation": lambda: [
         ONE.confirmation(b"\x07", A),

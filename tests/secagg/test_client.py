@@ -12,13 +12,12 @@ from secagg_rounds import Cohort, answer, drive, model, plain_sum, terms
 
 from privrec.errors import IntegrityError, ReleaseRefused
 from privrec.secagg.client import ClientSession, Policy
-from privrec.secagg.graph import Graph
 from privrec.secagg.keys import PrekeyBook
-from privrec.secagg.messages import Deal, Quorum, Survivors
-from privrec.secagg.recovery import model_root
+from privrec.secagg.masks import model_root
+from privrec.secagg.messages import Deal, Quorum, Stage, Survivors, bitmap, members
 from privrec.secagg.roster import ListedDevices
-from privrec.secagg.server import ServerSession, Stage
-from privrec.secagg.wire import bitmap, members
+from privrec.secagg.server import ServerSession
+from privrec.secagg.sharing import Graph
 
 # Nine devices, so that bitmaps have a second byte; three of them hold both bands.
 TIERS = (0, 0, 0, 1, 1, 1, 1, 1, 1)
@@ -121,16 +120,14 @@ def test_a_call_without_the_device_is_refused() -> None:
 def test_a_deal_with_too_few_present_is_refused(present: bytes, words: str) -> None:
     waiting = Waiting(Stage.MASKED)
     deal = Deal.parse(waiting.message)
-    kept = [n for n in members(deal.recipients, N) if n in members(present, N)]
+    kept = [n for n in members(deal.dealers, N) if n in members(present, N)]
     sealed = b"".join(
         piece
-        for n, piece in zip(members(deal.recipients, N), pieces(deal.sealed, 80), strict=True)
+        for n, piece in zip(members(deal.dealers, N), pieces(deal.sealed, 80), strict=True)
         if n in kept
     )
-    recipients = bitmap(kept, N)
-    waiting.refuses(
-        words, present=present, recipients=recipients, drawers=recipients, sealed=sealed
-    )
+    dealers = bitmap(kept, N)
+    waiting.refuses(words, present=present, dealers=dealers, drawn_by=dealers, sealed=sealed)
 
 
 def pieces(joined: bytes, size: int) -> list[bytes]:
@@ -149,26 +146,26 @@ def test_neighbours_alone_are_no_quorum() -> None:
     session = clients[cohort.ids[0]]
     near = {0, *session._called().neighbours}
     message = Deal.parse(server.outbox()[cohort.ids[0]])
-    kept = [n for n in members(message.recipients, 40) if n in near]
-    all_pieces = dict(zip(members(message.recipients, 40), pieces(message.sealed, 80), strict=True))
+    kept = [n for n in members(message.dealers, 40) if n in near]
+    all_pieces = dict(zip(members(message.dealers, 40), pieces(message.sealed, 80), strict=True))
     lie = replace(
         message,
         present=bitmap(sorted(near), 40),
-        recipients=bitmap(kept, 40),
-        drawers=bitmap(kept, 40),
+        dealers=bitmap(kept, 40),
+        drawn_by=bitmap(kept, 40),
         sealed=b"".join(all_pieces[n] for n in kept),
     )
     with pytest.raises(ReleaseRefused, match="26 of 40 devices sent shares, 26 of this"):
         session.masked(lie.pack(), VECTOR[:5], model(1))
 
 
-def test_a_deal_with_recipients_that_cannot_be_is_refused() -> None:
+def test_a_deal_with_dealers_that_cannot_be_is_refused() -> None:
     waiting = Waiting(Stage.MASKED)
     sealed = Deal.parse(waiting.message).sealed
     own = bitmap(range(N - 1), N)  # names the device itself
-    waiting.refuses("leaves this device out", recipients=own, drawers=own, sealed=sealed)
+    waiting.refuses("leaves this device out", dealers=own, drawn_by=own, sealed=sealed)
     waiting = Waiting(Stage.MASKED)
-    waiting.refuses("names others that are not present", drawers=without(0, 8))
+    waiting.refuses("names others that are not present", drawn_by=without(0, 8))
     waiting = Waiting(Stage.MASKED)
     waiting.refuses("not present", present=without(8))
     waiting = Waiting(Stage.MASKED)
@@ -316,10 +313,8 @@ def test_survivors_of_another_model_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("altered", "works"), [(0, True), (8, True), (9, False), (25, False)])
-def test_in_a_sparse_graph_a_neighbour_counts_when_its_pledge_came(
-    altered: int, works: bool
-) -> None:
-    """Eighteen of a neighbourhood of 26 must; whoever sends no pledge may hide this device."""
+def test_in_a_sparse_graph_a_neighbour_counts_when_its_tag_came(altered: int, works: bool) -> None:
+    """Eighteen of a neighbourhood of 26 must; whoever sends no tag may hide this device."""
     cohort = Cohort((0,) * 40, Policy(3, 0.0, graph=Graph(complete_up_to=5, degree=25)))
     server, vector = cohort.server(terms((5,))), VECTOR[:5]
     clients = dict(zip(cohort.ids, cohort.clients(), strict=True))
@@ -329,18 +324,18 @@ def test_in_a_sparse_graph_a_neighbour_counts_when_its_pledge_came(
         server.advance()
     device = cohort.ids[0]
     session, told = clients[device], Survivors.parse(server.outbox()[device])
-    lie = bytes(16 * altered) + told.pledges[16 * altered :]
+    lie = bytes(16 * altered) + told.pair_tags[16 * altered :]
     with pytest.raises(ReleaseRefused, match="25 pieces, 400 bytes, are due"):
-        session.confirm(replace(told, pledges=lie[:-16]).pack())
+        session.confirm(replace(told, pair_tags=lie[:-16]).pack())
     if works:
-        session.confirm(replace(told, pledges=lie).pack())
+        session.confirm(replace(told, pair_tags=lie).pack())
         assert len(session._members("heard")) == 25 - altered
     else:
         with pytest.raises(ReleaseRefused, match=f"{26 - altered} of this device's own"):
-            session.confirm(replace(told, pledges=lie).pack())
+            session.confirm(replace(told, pair_tags=lie).pack())
 
 
-def test_signatures_of_neighbours_that_sent_no_pledge_do_not_make_a_neighbourhood() -> None:
+def test_signatures_of_neighbours_that_sent_no_tag_do_not_make_a_neighbourhood() -> None:
     cohort = Cohort((0,) * 40, Policy(3, 0.0, graph=Graph(complete_up_to=5, degree=25)))
     server, vector = cohort.server(terms((5,))), VECTOR[:5]
     clients = dict(zip(cohort.ids, cohort.clients(), strict=True))
@@ -349,8 +344,8 @@ def test_signatures_of_neighbours_that_sent_no_pledge_do_not_make_a_neighbourhoo
         for device, message in server.outbox().items():
             if server.stage is Stage.CONFIRM and device == cohort.ids[0]:
                 told = Survivors.parse(message)
-                lie = bytes(16 * 8) + told.pledges[16 * 8 :]  # 18 of 26 are left, as few as may
-                message = replace(told, pledges=lie).pack()
+                lie = bytes(16 * 8) + told.pair_tags[16 * 8 :]  # 18 of 26 are left, as few as may
+                message = replace(told, pair_tags=lie).pack()
             server.receive(device, answer(clients[device], server.stage, message, vector))
         server.advance()
     quorum = Quorum.parse(server.outbox()[cohort.ids[0]])
@@ -374,11 +369,11 @@ class Unchecked(Graph):
 def without_those(session: ClientSession, message: bytes, gone: set[int]) -> bytes:
     """A deal from which devices are left out."""
     deal, size = Deal.parse(message), session._called().devices
-    recipients = members(deal.recipients, size)
-    held = dict(zip(recipients, pieces(deal.sealed, 80), strict=True))
+    dealers = members(deal.dealers, size)
+    held = dict(zip(dealers, pieces(deal.sealed, 80), strict=True))
     left = {
         name: bitmap([n for n in members(getattr(deal, name), size) if n not in gone], size)
-        for name in ("present", "recipients", "drawers")
+        for name in ("present", "dealers", "drawn_by")
     }
     return replace(
         deal, **left, sealed=b"".join(piece for n, piece in held.items() if n not in gone)
@@ -429,8 +424,8 @@ def test_sums_of_sparse_rounds_with_bands_are_exact(drops: dict[Stage, list[int]
     np.testing.assert_array_equal(result.total, plain_sum(summed, agreed))
 
 
-def test_in_a_complete_graph_there_are_no_pledges() -> None:
-    Waiting(Stage.CONFIRM).refuses("0 pieces", pledges=bytes(16 * 8))
+def test_in_a_complete_graph_there_are_no_tags() -> None:
+    Waiting(Stage.CONFIRM).refuses("0 pieces", pair_tags=bytes(16 * 8))
 
 
 # ---------------------------------------------------------------- the quorum

@@ -20,11 +20,11 @@ from secagg_rounds import Cohort, answer, model, plain_sum, terms
 
 from privrec.errors import IntegrityError, ReleaseRefused
 from privrec.secagg.client import ClientSession, Policy
-from privrec.secagg.graph import Graph
 from privrec.secagg.keys import PrekeyBook
-from privrec.secagg.messages import MASKED_START
+from privrec.secagg.messages import MASKED_START, Stage
 from privrec.secagg.roster import Terms
-from privrec.secagg.server import ServerSession, Stage
+from privrec.secagg.server import ServerSession
+from privrec.secagg.sharing import Graph
 
 TIERS = (0, 0, 1, 0, 1)
 BAND = 2

@@ -11,8 +11,8 @@ from scipy import stats
 
 from privrec.errors import ReleaseRefused
 from privrec.randomness import SecretRoot
-from privrec.secagg import graph as module
-from privrec.secagg.graph import MAX_FAILURE, Graph
+from privrec.secagg import sharing as module
+from privrec.secagg.sharing import MAX_FAILURE, Graph
 
 ROOT = SecretRoot.known(b"graph")
 

@@ -7,7 +7,8 @@ import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from privrec.secagg import masks
-from privrec.secagg.masks import Mask, apply_masks, word_type
+from privrec.secagg.masks import Mask, apply_masks
+from privrec.secagg.messages import word_type
 
 
 def keystream(key: bytes, length: int, ring_bits: int) -> np.ndarray:

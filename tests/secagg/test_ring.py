@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as arrays
 from privrec.device.update import clip
 from privrec.errors import ReleaseRefused, UsageError
 from privrec.randomness import SecretRoot
-from privrec.secagg.ring import RING_BITS, Encoding, Load, Ring, Rotation, spread
+from privrec.secagg.ring import Encoding, Load, Ring, Rotation, spread
 
 ROOT = SecretRoot.known(b"test")
 UNIT = st.floats(-1, 1, width=32)
@@ -207,19 +207,6 @@ def test_decode_gives_back_the_units(clip_norm: float, scale_bits: int, integer:
     assert decoded[1] == pytest.approx(clip_norm, rel=1e-12)
 
 
-@pytest.mark.parametrize("scale_bits", [4, 13, 20])
-def test_a_cohort_that_could_wrap_around_is_refused(scale_bits: int) -> None:
-    encoding = Encoding(1.0, 100_000, scale_bits)
-    most = int(2 ** (RING_BITS - 1) / encoding.bound)
-    encoding.check_capacity(most * 99 // 100)
-    with pytest.raises(UsageError, match=r"2\^32 ring at privacy.scale_bits = .*lower scale_bits"):
-        encoding.check_capacity(most + 1)
-
-
-def test_the_ring_holds_the_devices_that_the_design_promises() -> None:
-    Encoding(1.0, 118_000).check_capacity(250_000)
-
-
 @pytest.mark.parametrize("bits", [16, 32])
 def test_sums_in_a_ring_are_exact_within_it(bits: int) -> None:
     small = Ring(bits)
@@ -344,3 +331,16 @@ def test_a_turned_sum_comes_back_through_the_small_ring() -> None:
     back = turn.undo(encoding.decode(Ring(16).leave(total))[None])[0]
     error = np.abs(back - values.sum(0, dtype=np.float64)).max()
     assert error < 6 * math.sqrt(devices / 4) / encoding.scale
+
+
+@pytest.mark.parametrize("scale_bits", [4, 13, 20])
+def test_a_cohort_that_could_wrap_around_is_refused(scale_bits: int) -> None:
+    encoding = Encoding(1.0, 100_000, scale_bits)
+    most = int(2**31 / encoding.bound)
+    Ring().check(encoding, Load(100_000, most * 99 // 100, noise=0))
+    with pytest.raises(UsageError, match=r"could wrap .* 2\^32 ring .*lower privacy"):
+        Ring().check(encoding, Load(100_000, most + 1, noise=0))
+
+
+def test_the_ring_holds_the_devices_that_the_design_promises() -> None:
+    Ring().check(Encoding(1.0, 118_000), Load(118_000, 250_000, noise=0))

@@ -49,8 +49,8 @@ def test_the_digest_covers_all_terms_and_the_roster(
 def test_lengths_and_bands_of_tiers(cohort: Cohort, prekeys: list[Prekey]) -> None:
     roster = Roster(Call.of(terms(), prekeys), cohort.anchor)
     assert [roster.length(n) for n in range(5)] == [30, 11, 4, 30, 4]
-    assert roster.holders(range(5)) == (5, 3, 2)
-    assert roster.holders([2, 4]) == (2, 0, 0)
+    assert roster.holders(range(5)) == roster.holding == ((0, 1, 2, 3, 4), (0, 1, 3), (0, 3))
+    assert roster.holders([2, 4]) == ((2, 4), (), ())
     assert [roster.number(identity) for identity in cohort.ids] == list(range(5))
     with pytest.raises(ReleaseRefused, match="without device"):
         roster.number(bytes(32))

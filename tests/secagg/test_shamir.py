@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from privrec.errors import UsageError
 from privrec.randomness import SecretRoot
-from privrec.secagg import shamir
-from privrec.secagg.shamir import PRIME
+from privrec.secagg import sharing
+from privrec.secagg.sharing import PRIME
 
 ROOT = SecretRoot.known(b"shares")
 SECRETS = st.integers(0, PRIME - 1).map(lambda value: value.to_bytes(32, "little"))
@@ -27,12 +27,12 @@ def test_every_quorum_gives_every_secret_back(data: st.DataObject) -> None:
     secrets = data.draw(st.lists(SECRETS, min_size=1, max_size=3))
     points = data.draw(st.lists(st.integers(1, 2**32), min_size=1, max_size=12, unique=True))
     threshold = data.draw(st.integers(1, len(points)))
-    dealt = shamir.split(secrets, threshold, points, ROOT.stream("test"))
+    dealt = sharing.split_secrets(secrets, threshold, points, ROOT.stream("test"))
     chosen = data.draw(st.permutations(range(len(points))))[:threshold]
     for secret, shares in zip(secrets, dealt, strict=True):
-        assert all(map(shamir.in_field, shares))
+        assert all(map(sharing.in_field, shares))
         quorum = [shares[i] for i in chosen]
-        assert shamir.combine(quorum, [points[i] for i in chosen]) == secret
+        assert sharing.combine_shares(quorum, [points[i] for i in chosen]) == secret
 
 
 def test_shares_are_values_of_a_random_polynomial_over_the_prime_field() -> None:
@@ -40,7 +40,7 @@ def test_shares_are_values_of_a_random_polynomial_over_the_prime_field() -> None
     stream = ROOT.stream("polynomial")
     words = [int.from_bytes(stream.bytes(32), "little") % PRIME for _ in range(4)]
     coefficients = [int.from_bytes(secret, "little"), *reversed(words)]
-    (shares,) = shamir.split([secret], 5, [1, 7, 2**32], ROOT.stream("polynomial"))
+    (shares,) = sharing.split_secrets([secret], 5, [1, 7, 2**32], ROOT.stream("polynomial"))
     assert shares == [evaluated(coefficients, x) for x in (1, 7, 2**32)]
 
 
@@ -56,28 +56,28 @@ def test_the_modulus_is_prime() -> None:
 
 def test_one_share_less_fits_every_secret() -> None:
     """For any secret some polynomial goes through the shares: they say nothing about it."""
-    (shares,) = shamir.split([bytes(32)], 4, [1, 2, 3, 4], ROOT.stream("hiding"))
+    (shares,) = sharing.split_secrets([bytes(32)], 4, [1, 2, 3, 4], ROOT.stream("hiding"))
     known = [int.from_bytes(share, "little") for share in shares[:3]]
     for other in (0, 1, PRIME - 1, 12345):
         # The value at 4 that makes the secret `other`, by the weights at zero of 1, 2, 3, 4.
         w = [Fraction(4), Fraction(-6), Fraction(4), Fraction(-1)]
         last = (sum(int(a) * b for a, b in zip(w, known, strict=False)) - other) % PRIME
         forged = [*shares[:3], last.to_bytes(32, "little")]
-        assert shamir.combine(forged, [1, 2, 3, 4]) == other.to_bytes(32, "little")
+        assert sharing.combine_shares(forged, [1, 2, 3, 4]) == other.to_bytes(32, "little")
 
 
 def test_too_few_or_altered_shares_give_something_else() -> None:
     secret = b"\x07" * 32
-    (shares,) = shamir.split([secret], 3, [1, 2, 3], ROOT.stream("few"))
-    assert shamir.combine(shares, [1, 2, 3]) == secret
-    assert shamir.combine(shares[:2], [1, 2]) != secret
+    (shares,) = sharing.split_secrets([secret], 3, [1, 2, 3], ROOT.stream("few"))
+    assert sharing.combine_shares(shares, [1, 2, 3]) == secret
+    assert sharing.combine_shares(shares[:2], [1, 2]) != secret
     altered = bytes([shares[0][0] ^ 1]) + shares[0][1:]
-    assert shamir.combine([altered, *shares[1:]], [1, 2, 3]) != secret
+    assert sharing.combine_shares([altered, *shares[1:]], [1, 2, 3]) != secret
 
 
 def test_the_field_ends_below_the_prime() -> None:
-    assert shamir.in_field((PRIME - 1).to_bytes(32, "little"))
+    assert sharing.in_field((PRIME - 1).to_bytes(32, "little"))
     for beyond in (PRIME, 2**256 - 1):
-        assert not shamir.in_field(beyond.to_bytes(32, "little"))
+        assert not sharing.in_field(beyond.to_bytes(32, "little"))
         with pytest.raises(UsageError, match="no element"):
-            shamir.split([beyond.to_bytes(32, "little")], 2, [1, 2], ROOT.stream("beyond"))
+            sharing.split_secrets([beyond.to_bytes(32, "little")], 2, [1, 2], ROOT.stream("beyond"))

@@ -12,17 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from privrec.errors import ReleaseRefused
-from privrec.secagg import wire
-from privrec.secagg.wire import Digest, Each, Message, Range, Size
+from privrec.secagg import messages
+from privrec.secagg.messages import Digest, Limits, Message
 
 
 @dataclass(frozen=True)
 class Sample(Message):
     KIND: ClassVar[int] = 9
-    name: Annotated[str, Size(1, 4, str)]
+    name: Annotated[str, Limits(str, 1, 4)]
     digest: Digest
-    count: Annotated[int, Range(-2, 300)]
-    items: Annotated[tuple[bytes, ...], Each(Size(2), 3)]
+    count: Annotated[int, Limits(int, -2, 300)]
+    items: Annotated[tuple[bytes, ...], Limits(bytes, 2, 2, most=3)]
 
 
 GOOD = Sample("é2", bytes(32), 300, (b"ab", b"cd"))
@@ -116,7 +116,7 @@ def test_the_longest_message_of_a_kind_is_taken_and_a_longer_one_is_not_looked_a
 @dataclass(frozen=True)
 class Long(Message):
     KIND: ClassVar[int] = 10
-    content: Annotated[bytes, Size(0, 1 << 22)]
+    content: Annotated[bytes, Limits(bytes, 0, 1 << 22)]
 
 
 @pytest.mark.parametrize("item", [b"\x90", b"\x80", b"\xc0", b"\xa0", b"\xd4\x01\x01"])
@@ -148,21 +148,21 @@ def refused_at_a_peak_of(body: bytes) -> int:
 @given(st.integers(1, 70).flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, n - 1)))))
 def test_sets_of_devices_survive_the_way(case: tuple[int, set[int]]) -> None:
     devices, numbers = case
-    bits = wire.bitmap(sorted(numbers), devices)
+    bits = messages.bitmap(sorted(numbers), devices)
     assert len(bits) == -(-devices // 8)
-    assert wire.members(bits, devices) == tuple(sorted(numbers))
+    assert messages.members(bits, devices) == tuple(sorted(numbers))
 
 
 def test_a_set_of_another_roster_is_refused() -> None:
-    assert wire.members(b"\xff\x01", 9) == tuple(range(9))
+    assert messages.members(b"\xff\x01", 9) == tuple(range(9))
     for bits, devices in ((b"\xff", 9), (b"\xff\x01\x00", 9), (b"\xff\x03", 9), (b"\x80", 7)):
         with pytest.raises(ReleaseRefused, match="set"):
-            wire.members(bits, devices)
+            messages.members(bits, devices)
 
 
 def test_joined_pieces_are_taken_apart() -> None:
-    assert wire.split(b"aabbbc", [2, 3, 1]) == [b"aa", b"bbb", b"c"]
-    assert wire.split(b"", []) == []
+    assert messages.split(b"aabbbc", [2, 3, 1]) == [b"aa", b"bbb", b"c"]
+    assert messages.split(b"", []) == []
     for joined, count in ((b"aab", 2), (b"", 1), (b"aabb", 1)):
         with pytest.raises(ReleaseRefused, match=f"{count} pieces, {2 * count} bytes"):
-            wire.split(joined, [2] * count)
+            messages.split(joined, [2] * count)

@@ -1,4 +1,4 @@
-"""Probes of what devices put into the sum: clipping, rounding, and the sum itself."""
+"""Probes of a round: that what is charged is what runs, who takes part, and what devices put in."""
 
 from __future__ import annotations
 
@@ -8,9 +8,17 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
-from privrec.audit.bench import Harness
-from privrec.audit.judging import REACH, CheckResult, judged, of_many, two_sided
+from privrec.audit.harness import (
+    REACH,
+    CheckResult,
+    Harness,
+    count_p,
+    judged,
+    of_many,
+    two_sided,
+)
 from privrec.device.batch import Histories
 from privrec.device.cohort import Cohort
 from privrec.device.device import privatize
@@ -27,7 +35,7 @@ from privrec.run.simulation import Simulation
 from privrec.run.summing import SUMMING, Enrolled, Participant
 from privrec.search.select import Search
 from privrec.secagg.client import Policy
-from privrec.secagg.server import Stage
+from privrec.secagg.messages import Stage
 
 FloatArray = NDArray[np.float32]
 
@@ -175,7 +183,7 @@ def rounding(bench: Harness) -> CheckResult:
     mean, spread = sums[0] / draws, math.sqrt(variances[0]) / draws
     return judged(
         "rounding to integers",
-        of_many(two_sided(z)),
+        two_sided(z),
         f"mean error {mean:+.1e} steps over {draws:,} values; "
         f"towards zero {-sums[1] / draws:+.1e}; worst {np.abs(z).max():.1f} standard errors",
         f"0, and a fair coin between two integers; a bias of {REACH * spread:.1e} steps is seen",
@@ -200,12 +208,9 @@ def _moments(
 
 def plain_sum(bench: Harness) -> CheckResult:
     """The sum that the engine takes is that of the vectors that devices send."""
-    bare = bench.without_noise()
+    bare = replace(bench.protection, shares=None, minimums=())
     simulation = replace(bench.simulation, protection=bare, cohorts=_fresh(bench))
-    cohort = bench.named(bench.some(SUMMED_USERS))
-    summing = SUMMING["exact"](
-        bench.round(0), bench.federation, bare, cohort, bench.simulation.enrolled
-    )
+    summing = bench.summing(bench.round(0), bare, bench.named(bench.some(SUMMED_USERS)))
     expected = np.zeros(bench.federation.layout.size, np.int64)
     users = 0
     for tier, each, update in _bounded(bench, simulation, SUMMED_USERS):
@@ -303,3 +308,164 @@ PROBES: dict[str, Callable[[Harness], CheckResult]] = {
     "secure sum": secure_sum,
 }
 """Each by its own name, since a part that refuses to work ends its own probe alone."""
+
+
+# -------------------------------------------------------------------------------------- accounting
+
+_TOLERANCE = 1e-3  # of the looser accountant below the tighter, which rounding alone explains
+
+
+def probe_accounting(bench: Harness) -> Iterator[CheckResult]:
+    """All probes of the accounting of a scenario with noise."""
+    yield _charged(bench)
+    yield _budget(bench)
+
+
+def _charged(bench: Harness) -> CheckResult:
+    """The event names the mechanism, noise and sampling that server and devices use."""
+    event, shares = bench.event, bench.protection.shares
+    noise = "gaussian" if shares is None else "discrete_gaussian"
+    multiplier = event.noise_multiplier if shares is None else shares.noise_multiplier
+    grid = event.grid
+    same = (
+        event.mechanism == noise
+        and event.noise_multiplier == multiplier
+        and event.sampling_rate == bench.simulation.sampling_rate
+        and (shares is None) == (grid is None)
+    )
+    if shares is not None and grid is not None:
+        same &= grid.shares == max(b.least - b.colluders for b in shares.bands)
+        same &= grid.dimension == sum(bench.sizes)
+        same &= grid.squared_sensitivity == bench.protection.encoding.squared_bound
+        same &= grid.excess_removed == shares.remove_excess
+    return CheckResult(
+        "what is charged is what runs",
+        bool(same),
+        f"{event.mechanism}, noise {event.noise_multiplier:.4f} of the sensitivity, sampling "
+        f"{event.sampling_rate:g}",
+        f"{noise}, {multiplier:.4f}, {bench.simulation.sampling_rate:g}",
+    )
+
+
+def _budget(bench: Harness) -> CheckResult:
+    """ε of the planned rounds is within the budget, and a second accountant does not object."""
+    privacy = bench.scenario.privacy
+    against = privacy.budget_against
+    first, second = bench.epsilon(against), bench.epsilon(against, "rdp")
+    budget = math.inf if privacy.epsilon is None else privacy.epsilon
+    agree = second >= first * (1 - _TOLERANCE)
+    return CheckResult(
+        "ε of the planned rounds",
+        first <= budget and agree,
+        f"{first:.4f} by loss distributions, {second:.4f} by Rényi divergences, at δ = "
+        f"{privacy.delta:g} against {against}",
+        "no budget; the latter is the looser" if budget == math.inf else f"at most {budget:g}",
+    )
+
+
+# ---------------------------------------------------------------------------------------- sampling
+
+COINS = 40_000_000
+MOST_ROUNDS, FEWEST_ROUNDS = 400, 60
+
+
+def probe_sampling(bench: Harness) -> Iterator[CheckResult]:
+    """Every user takes part by its own coin, in every round anew; where all do, that they do."""
+    rate, population = bench.event.sampling_rate, bench.simulation.population
+    if rate < 1:
+        taken = _taken(bench)
+        yield _sizes(taken, rate)
+        yield _users(taken, rate)
+        yield _rounds(taken, rate)
+        return
+    sizes = {len(bench.simulation.sample(bench.round(index))) for index in range(3)}
+    found = f"{min(sizes):,} to {max(sizes):,} of {population:,} in a round"
+    expected = "all of them, as accounted"
+    yield CheckResult("everybody takes part", sizes == {population}, found, expected)
+
+
+def _taken(bench: Harness) -> NDArray[np.bool_]:
+    """Who was drawn in each of many rounds, shape ``(rounds, population)``."""
+    population = bench.simulation.population
+    rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, COINS // population))
+    taken = np.zeros((rounds, population), np.bool_)
+    for index in range(rounds):
+        taken[index, bench.simulation.sample(bench.round(index))] = True
+    return taken
+
+
+def _sizes(taken: NDArray[np.bool_], rate: float) -> CheckResult:
+    """Sizes of cohorts are binomial: their mean, and above all their spread."""
+    rounds, population = taken.shape
+    sizes = taken.sum(axis=1)
+    mean, variance = population * rate, population * rate * (1 - rate)
+    squares = float(((sizes - mean) ** 2).sum() / variance)
+    spread = _dispersion_p(squares, rounds, population, rate)
+    shift = float(two_sided((sizes.mean() - mean) / math.sqrt(variance / rounds)))
+    return judged(
+        "sizes of cohorts",
+        [spread, shift],
+        f"mean {sizes.mean():,.1f}, variance {sizes.var():,.1f} over {rounds:,} rounds",
+        f"binomial: mean {mean:,.1f}, variance {variance:,.1f}; a fixed size has none",
+    )
+
+
+def _users(taken: NDArray[np.bool_], rate: float) -> CheckResult:
+    """Every user is as likely as any other, and neighbours are drawn apart."""
+    rounds, population = taken.shape
+    variance = rate * (1 - rate)
+    counts = taken.sum(axis=0)
+    squares = float(((counts - rounds * rate) ** 2).sum() / (rounds * variance))
+    spread = _dispersion_p(squares, population, rounds, rate)
+    extremes = of_many(count_p(counts, rounds, rate))
+    centred = taken - rate
+    together = float((centred[:, 1:] * centred[:, :-1]).sum())
+    pairs = rounds * max(1, population - 1)
+    correlation = together / (variance * pairs)
+    neighbours = float(two_sided(correlation * math.sqrt(pairs)))
+    return judged(
+        "chances of users",
+        [spread, extremes, neighbours],
+        f"between {counts.min():,} and {counts.max():,} of {rounds:,} rounds; neighbours "
+        f"correlate by {correlation:+.1e}",
+        f"{rounds * rate:,.1f} on average, each by its own coin of {rate:g}",
+    )
+
+
+def _rounds(taken: NDArray[np.bool_], rate: float) -> CheckResult:
+    """Cohorts of two rounds overlap as independent ones do."""
+    rounds, population = taken.shape
+    centred = (taken - rate).astype(np.float32)
+    overlaps = (centred @ centred.T)[np.triu_indices(rounds, 1)].astype(np.float64)
+    z = overlaps / (rate * (1 - rate) * math.sqrt(population))
+    whole = float(overlaps.sum()) / (rate * (1 - rate) * math.sqrt(population * len(overlaps)))
+    largest = float(np.abs(z).max())
+    p_values = [_bernstein(overlaps, population, rate), float(two_sided(whole))]
+    return judged(
+        "cohorts of different rounds",
+        p_values,
+        f"largest overlap {largest:.1f} standard errors from chance in {len(z):,} pairs",
+        "independent",
+    )
+
+
+def _dispersion_p(squares: float, freedom: int, trials: int, rate: float) -> float:
+    """Two-sided probability of a sum of squared standardised binomial counts.
+
+    A gamma of the right mean and variance, since a count has a little excess kurtosis; it is the
+    chi-square where counts are as good as Gaussian.
+    """
+    variance = rate * (1 - rate)
+    excess = (1 - 6 * variance) / (trials * variance)
+    scale = 1 + excess / 2
+    law = stats.gamma(freedom / (2 * scale), scale=2 * scale)
+    return float(np.minimum(1.0, 2 * np.minimum(law.cdf(squares), law.sf(squares))))
+
+
+def _bernstein(sums: NDArray[np.float64], terms: int, rate: float) -> float:
+    """Bound on the probability of any of these sums of products of centred coins (Bernstein)."""
+    variance = terms * (rate * (1 - rate)) ** 2
+    largest = max(rate, 1 - rate) ** 2
+    most = float(np.abs(sums).max(initial=0.0))
+    exponent = most**2 / (2 * (variance + largest * most / 3))
+    return float(np.minimum(1.0, 2 * len(sums) * math.exp(-exponent)))

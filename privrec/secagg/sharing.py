@@ -1,4 +1,4 @@
-"""Who shares secrets with whom, how many must agree, and how likely that is to be unsafe.
+"""Secrets in shares: who holds whose, how many give one back, and how they are split.
 
 Up to 200 devices everybody is everybody's neighbour. Beyond, each device draws its own 100
 neighbours when it holds the roster, uniformly and from its own secret generator. Its shares go to
@@ -10,9 +10,11 @@ only add edges, between which masks are known to them anyway. A hash of the rost
 since the server could try rosters until it likes the graph; a joint coin would take another
 exchange and be biased by whoever stays away.
 
-Nothing here is negotiated: degree and thresholds follow from the number of devices.
+Nothing here is negotiated: degree and thresholds follow from the number of devices. Shares are
+Shamir's, over a prime field of 256 bits.
 Sources: Bell, Bonawitz, Gascón, Lepoint & Raykova, "Secure Single-Server Aggregation with
 (Poly)Logarithmic Overhead" (CCS 2020) for sparse graphs; the bounds are in ``docs/protocol.md``.
+Shamir, "How to Share a Secret" (CACM 1979).
 """
 
 from __future__ import annotations
@@ -22,29 +24,28 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import mul
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaln, logsumexp
 
-from privrec.errors import ReleaseRefused
+from privrec.errors import ReleaseRefused, UsageError
 from privrec.randomness import SecureStream
+from privrec.secagg.messages import SECRET_BYTES
 
 MAX_FAILURE = 2.0**-40
+PRIME = 2**256 - 189
 
 Numbers = int | NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Graph:
-    """The neighbourhoods of a cohort.
+    """The neighbourhoods of a cohort: all others, or ``degree`` of them in a larger one.
 
     Both numbers are constants of the protocol; they are bound into every mask, so that devices of
     different opinions do not complete a round. Tests make them small.
-
-    Args:
-        complete_up_to: largest cohort in which everybody is a neighbour of everybody.
-        degree: neighbours that a device draws in a larger one.
     """
 
     complete_up_to: int = 200
@@ -74,15 +75,11 @@ class Graph:
         return 2 * (self.neighbours(devices) + 1) // 3 + 1
 
     def draw(self, own: int, among: Sequence[int], stream: SecureStream) -> tuple[int, ...]:
-        """The neighbours of one device, uniform among others.
+        """The neighbours of device ``own``, uniform among others, ascending.
 
         Args:
-            own: the device's number in the roster.
-            among: ascending numbers of devices, itself among them.
+            among: ascending numbers of devices, ``own`` among them.
             stream: the device's own secure stream for this attempt.
-
-        Returns:
-            Their numbers, ascending.
         """
         if self.is_complete(len(among)):
             return tuple(number for number in among if number != own)
@@ -93,15 +90,13 @@ class Graph:
         return tuple(among[i] for i in sorted(np.argpartition(lots, count)[:count].tolist()))
 
     def check(self, holders: Sequence[int], corrupt_share: float) -> None:
-        """Refuse a cohort that would be unsafe with this share of colluding devices.
+        """Refuse a cohort that would be unsafe with this share of colluding devices in every band.
+
+        It is when colluders could make two quorums, or the chance that some device drew its
+        neighbours badly exceeds :data:`MAX_FAILURE`.
 
         Args:
             holders: how many devices hold each band, the band that all hold first.
-            corrupt_share: of them, in every band.
-
-        Raises:
-            ReleaseRefused: when colluders could make two quorums, or the chance that some device
-                drew its neighbours badly exceeds :data:`MAX_FAILURE`.
         """
         devices = holders[0]
         corrupt = [math.floor(corrupt_share * count) for count in holders]
@@ -119,11 +114,10 @@ class Graph:
             )
 
     def failure(self, devices: int, corrupt: int) -> float:
-        """Upper bound of the chance that the drawn neighbourhoods are unsafe; 0 for complete ones.
+        """Upper bound of the chance that drawn neighbourhoods are unsafe; 0 for complete ones.
 
-        Args:
-            devices: size of the roster, or how many of it hold a band.
-            corrupt: colluding devices among them.
+        ``devices`` is the size of the roster, or how many of it hold a band; ``corrupt`` of them
+        collude.
         """
         if self.is_complete(devices):
             return 0.0
@@ -161,3 +155,72 @@ def _tail(population: int, marked: Numbers, draws: int, least: int) -> NDArray[n
 def _choose(n: Numbers, k: Numbers) -> NDArray[np.float64]:
     """Logarithm of the binomial coefficient."""
     return np.asarray(gammaln(n + 1.0) - gammaln(k + 1.0) - gammaln(np.subtract(n, k) + 1.0))
+
+
+def split_secrets(
+    secrets: Sequence[bytes], threshold: int, points: Sequence[int], stream: SecureStream
+) -> list[list[bytes]]:
+    """Shares of each secret, any ``threshold`` of which give it back and fewer say nothing.
+
+    Args:
+        secrets: each 32 bytes that are, as a little-endian integer, below :data:`PRIME` (as random
+            bytes are but for a chance of 2^-248).
+        threshold: shares that are needed, at least 1.
+        points: where the polynomials are evaluated: distinct, from 1 to 2^32.
+        stream: decides the polynomials. The coefficients are reduced 256-bit words, which are
+            uniform but for a chance of 2^-248.
+
+    Returns:
+        For each secret the 32-byte shares in the order of ``points``.
+    """
+    constants = [int.from_bytes(secret, "little") for secret in secrets]
+    if max(constants) >= PRIME:
+        raise UsageError("a secret of 256 bits that is no element of the field; draw another one")
+    # All polynomials side by side in one wide integer: Horner's rule costs one product for all of
+    # them, and is reduced once at the end, since points are small.
+    width = 256 + threshold * max(points).bit_length() + threshold.bit_length()
+    rows = [[_element(stream) for _ in range(threshold - 1)] + [c] for c in constants]
+    wide = [sum(row[i] << (width * j) for j, row in enumerate(rows)) for i in range(threshold)]
+    values = []
+    for point in points:
+        value = 0
+        for coefficient in wide:
+            value = value * point + coefficient
+        values.append(value)
+    mask = (1 << width) - 1
+    return [
+        [_share((value >> (width * j) & mask) % PRIME) for value in values]
+        for j in range(len(secrets))
+    ]
+
+
+def combine_shares(shares: Sequence[bytes], points: Sequence[int]) -> bytes:
+    """The secret behind a quorum of shares; anything at all when a share is wrong or missing.
+
+    Each share has to be :func:`in_field`; the weights depend on the points alone, and are cached.
+    """
+    values = [int.from_bytes(share, "little") for share in shares]
+    return _share(sum(map(mul, _weights(tuple(points)), values)) % PRIME)
+
+
+def in_field(share: bytes) -> bool:
+    """Whether 32 bytes are an element of the field, as every share is."""
+    return int.from_bytes(share, "little") < PRIME
+
+
+@functools.lru_cache(maxsize=64)
+def _weights(points: tuple[int, ...]) -> list[int]:
+    """Lagrange's weights at zero: the product over j other than i of x_j / (x_j - x_i)."""
+    product = math.prod(points)
+    return [
+        product * pow(x * math.prod(y - x for y in points if y != x), -1, PRIME) % PRIME
+        for x in points
+    ]
+
+
+def _element(stream: SecureStream) -> int:
+    return int.from_bytes(stream.bytes(SECRET_BYTES), "little") % PRIME
+
+
+def _share(value: int) -> bytes:
+    return value.to_bytes(SECRET_BYTES, "little")

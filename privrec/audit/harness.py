@@ -1,16 +1,20 @@
-"""The parts of a run on stand-in histories, for an audit to drive.
+"""The parts of a run on stand-in histories, for an audit to drive, and how a probe judges them.
 
 Everything but the histories is what a run of the scenario has: the same assembly, devices, server,
 noise and roots of the same kind. Histories are made up, so an audit says nothing of anybody's data.
+What a probe measures is judged by tests with a stated chance of a false alarm.
 """
 
 from __future__ import annotations
 
+import math
 import secrets
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from privrec.data import Interactions
 from privrec.device.cohort import Cohort
@@ -24,9 +28,10 @@ from privrec.randomness import ROOT_BYTES, SecretRoot
 from privrec.run.assembly import Parts, assemble
 from privrec.run.popularity import known_items, release_event
 from privrec.run.simulation import Rows, Simulation
-from privrec.run.summing import SUMMING, Participant
+from privrec.run.summing import SUMMING, Participant, Summing
 from privrec.scenario.load import Scenario
 
+Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Users = NDArray[np.int64]
 
@@ -40,7 +45,7 @@ _STRIDE = 7919  # a prime, so that no user has an item twice
 class Noise:
     """The noise that one release carries, in the order of the wire.
 
-    Args:
+    Attributes:
         values: what was released less the sum without noise.
         deviations: what is expected of each band, the band that every device holds first.
     """
@@ -144,6 +149,11 @@ class Harness:
         """The round's cohort by the coins of the simulation, with nobody falling silent."""
         return self.named(self.simulation.rows(self.simulation.sample(round)))
 
+    def summing(self, round: Round, protection: Protection, cohort: list[Participant]) -> Summing:
+        """A plain sum of that cohort."""
+        enrolled = self.simulation.enrolled
+        return SUMMING["exact"](round, self.federation, protection, cohort, enrolled)
+
     def named(self, rows: Rows) -> list[Participant]:
         """Devices of each tier by their rows."""
         tiers, cohorts = self.federation.tiers, self.simulation.cohorts
@@ -165,10 +175,6 @@ class Harness:
             for tier, cohort in zip(self.federation.tiers, self.simulation.cohorts, strict=True)
         ]
 
-    def without_noise(self) -> Protection:
-        """The same protection with no noise and no fewest devices."""
-        return replace(self.protection, shares=None, minimums=())
-
     def released(self, round: Round, change: int = 0) -> Noise | None:
         """What one release adds to the plain sum; None when the round ends without one.
 
@@ -183,18 +189,12 @@ class Harness:
         if shares is not None:
             cohort = self.participants(round)
             try:
-                total = plain + self.summed(round, cohort)
+                total = plain + self.summing(round, self.protection, cohort).total()
             except ReleaseRefused:
                 return None  # too few devices came together: charged, and nothing was released
         release = self.parts.server.release(round, Aggregate(total, len(cohort), None), self.root)
         values = to_wire(release.total - plain, self.federation.layouts)
         return Noise(values, self.deviations(cohort))
-
-    def summed(self, round: Round, cohort: list[Participant]) -> Integers:
-        """The sum of a cohort whose updates are all zero: its noise alone."""
-        made = SUMMING["exact"]
-        summing = made(round, self.federation, self.protection, cohort, self.simulation.enrolled)
-        return summing.total()
 
     def deviations(self, cohort: list[Participant]) -> tuple[float, ...]:
         """Expected deviation of the released noise by band, worked out from the event anew."""
@@ -223,3 +223,79 @@ def stand_in(users: int, items: int) -> Interactions:
     names = np.arange(users), np.arange(items)
     indptr = np.arange(users + 1, dtype=np.int64) * length
     return Interactions(indptr, (spread % items).ravel().astype(np.int32), None, *names)
+
+
+# ------------------------------------------------------------------------------- statistical tests
+
+ALPHA = 1e-8
+"""Chance of each test to fail on an honest build; with fewer than 100 tests, 1e-6 of any to."""
+POWER = 0.99
+"""Chance to see the smallest deviation that a test is said to see."""
+REACH = float(stats.norm.isf(ALPHA / 2) + stats.norm.ppf(POWER))
+"""Standard errors between what is right and the smallest deviation that is seen."""
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What one probe found: whether it is as accounted, in words.
+
+    Attributes:
+        expected: what was to be found, and how small a deviation is seen.
+    """
+
+    probe: str
+    passed: bool
+    found: str
+    expected: str
+
+
+def judged(
+    probe: str, p_values: float | Sequence[float] | Floats, found: str, expected: str
+) -> CheckResult:
+    """A finding that fails when the smallest probability, see :func:`of_many`, is below ALPHA."""
+    return CheckResult(probe, bool(of_many(p_values) >= ALPHA), found, expected)
+
+
+def of_many(p_values: float | Sequence[float] | Floats) -> float:
+    """The smallest of several, corrected for how many there are (Bonferroni); NaN if one is."""
+    values = np.ravel(p_values)
+    return float(np.minimum(1.0, values.min(initial=1.0) * max(1, len(values))))
+
+
+def two_sided(z: float | Floats) -> Floats:
+    """Probability of a deviation of at least ``|z|`` standard errors."""
+    return np.asarray(2 * stats.norm.sf(np.abs(z)))
+
+
+def variance_p(ratio: float | Floats, freedom: float) -> Floats:
+    """Two-sided probability of a mean square over the expected one, of ``freedom`` Gaussians."""
+    at = np.asarray(ratio) * freedom
+    low, high = stats.chi2.cdf(at, freedom), stats.chi2.sf(at, freedom)
+    return np.asarray(np.minimum(1.0, 2 * np.minimum(low, high)))
+
+
+def seen_deviation(freedom: float) -> float:
+    """The smallest relative error of a standard deviation that :func:`variance_p` sees."""
+    return REACH * math.sqrt(1 / (2 * freedom))
+
+
+def distance_p(distance: float, draws: int) -> float:
+    """Probability that an empirical distribution is that far from the true one (DKW, Massart)."""
+    return float(np.minimum(1.0, 2 * math.exp(-2 * draws * distance**2)))
+
+
+def product_p(sums: Floats, terms: int) -> Floats:
+    """Probability that sums of ``terms`` products of independent standard normals are that large.
+
+    Chernoff's bound with ``E exp(λ x y) = (1 - λ²)^(-1/2)``, which holds for any number of terms.
+    """
+    size = np.maximum(np.abs(sums), 1e-12)
+    best = (np.sqrt(terms**2 + 4 * size**2) - terms) / (2 * size)
+    exponent = -best * size - terms / 2 * np.log1p(-(best**2))
+    return np.asarray(np.minimum(1.0, 2 * np.exp(exponent)))
+
+
+def count_p(count: int | Integers, trials: int, chance: float) -> Floats:
+    """Two-sided probability of binomial counts."""
+    low, high = stats.binom.cdf(count, trials, chance), stats.binom.sf(count - 1, trials, chance)
+    return np.asarray(np.minimum(1.0, 2 * np.minimum(low, high)))
