@@ -1,4 +1,4 @@
-"""A new Flower app, written to a folder, and the scenario that its run-config names."""
+"""The recommender's app: its scenario, how a round is told, and a new one in a folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from privrec.errors import UsageError
+from privrec.device.round import Round
+from privrec.errors import ReleaseRefused, UsageError
+from privrec.privacy.events import RoundEvent
 from privrec.scenario.load import Scenario, load
 from privrec.scenario.rules import WIDE
 
@@ -41,11 +43,7 @@ def checked(scenario: Scenario) -> Scenario:
             f'model.kind = "{scenario.model.kind}": deployments train recommenders; use "gmf", '
             '"mlp" or "neumf", or simulate it with privrec run'
         )
-    if scenario.devices.population is None:
-        raise UsageError(
-            "devices.population is unset: noise and thresholds follow from the number of enrolled "
-            "devices, which is public; set it"
-        )
+    population_of(scenario)
     if scenario.devices.order == "rows":
         raise UsageError(
             'devices.nesting = "rows" needs an order of items by popularity, which no server of a '
@@ -57,6 +55,44 @@ def checked(scenario: Scenario) -> Scenario:
             'it; use "distributed"'
         )
     return scenario
+
+
+def population_of(scenario: Scenario) -> int:
+    """Return the number of enrolled devices.
+
+    Raises:
+        UsageError: when the scenario does not say it.
+    """
+    if scenario.devices.population is None:
+        raise UsageError(
+            "devices.population is unset: noise and thresholds follow from the number of enrolled "
+            "devices, which is public; set it"
+        )
+    return scenario.devices.population
+
+
+def tell_round(round: Round) -> dict[str, Any]:
+    """Return a round as plain values; :func:`told_round` gives it back."""
+    return {**vars(round), "event": round.event.to_json()}
+
+
+def told_round(body: Any) -> Round:
+    """Return the round that :func:`tell_round` told.
+
+    Raises:
+        ReleaseRefused: when it is none.
+    """
+    try:
+        return Round(
+            run_id=str(body["run_id"]),
+            index=int(body["index"]),
+            attempt=int(body["attempt"]),
+            event=RoundEvent.from_json(body["event"]),
+            plan_digest=str(body["plan_digest"]),
+            model_digests=tuple(bytes(each) for each in body["model_digests"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ReleaseRefused(f"a round that is none ({error!r}); nothing is answered") from None
 
 
 _FILES = {

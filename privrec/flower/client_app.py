@@ -1,141 +1,329 @@
-"""The client app: a node's devices behind Flower's messages."""
+"""The client app: a node's devices behind Flower's messages.
+
+A node hosts a single phone, or every user of a partition. Each device has its own history, private
+state, identity and session. What must survive between messages is kept before an answer leaves.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from logging import ERROR
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import numpy as np
-from flwr.app import ConfigRecord, Context, Message
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
-from flwr.common.logger import log
+from numpy.typing import NDArray
 
 from privrec import data
 from privrec.data.listed import read_catalogue, read_history
+from privrec.device.device import Device
+from privrec.device.round import Round
 from privrec.device.tier import Federation
-from privrec.errors import DataError, PrivrecError, UsageError
-from privrec.flower.app import scenario_of
-from privrec.flower.enrol import ROOT, STATE, anchor_of, certificates_of
-from privrec.flower.node import Hosted, Node
-from privrec.flower.wire import CONFIRM, MASKED, REGISTER, SHARES, UNMASK, pack, summary, unpack
-from privrec.randomness import ROOT_BYTES, SecretRoot
-from privrec.run.assembly import assign, federation_of
+from privrec.errors import DataError, PrivrecError, ReleaseRefused, UsageError
+from privrec.flower.app import population_of, scenario_of, told_round
+from privrec.flower.enrolment import (
+    ROOT,
+    STATE,
+    Anyone,
+    anchor_of,
+    certificates_of,
+    text_of,
+)
+from privrec.flower.exchange import (
+    LOG,
+    MASKED,
+    PREKEYS,
+    SHARES,
+    Body,
+    KeptDevice,
+    asked,
+    by_device,
+    kept_in,
+    refusals,
+    refuse,
+    reply,
+)
+from privrec.randomness import SecretRoot
+from privrec.run.assembly import agreement_of, assign, federation_of, trainer_of
 from privrec.scenario.load import Scenario
+from privrec.secagg.client import Policy
+from privrec.secagg.keys import DeviceKey
+from privrec.secagg.roster import Anchor
 from privrec.storage import replace
 
-_STATE = "privrec"
+_MOST_PREKEYS = 1 << 16
 
 
 def client_app(folder: Path) -> ClientApp:
-    """A Flower ClientApp that hosts the devices of a node.
+    """Make a Flower ClientApp that hosts the devices of a node.
 
     What they are is said by ``--node-config``: ``partition-id`` and ``num-partitions`` for every
-    so-manieth user of the scenario's data set (with ``data=PATH``), or ``history=FILE`` for one
-    user's own items, one id a line, with ``catalogue=FILE`` that has all items, one id a line in
-    the order of the model. ``keys=FOLDER`` has the node's secrets; without it they live as long as
-    the run. ``roster=FILE`` or ``enrolment-key=HEX`` says whom the devices trust.
+    n-th user of the scenario's data set (with ``data=PATH``), or ``history=FILE`` for one user's
+    own items, one id a line, with ``catalogue=FILE`` that has all items, one id a line in the order
+    of the model. ``keys=FOLDER`` has the node's secrets; without it they live as long as the run.
+    ``roster=FILE`` or ``enrolment-key=HEX`` says whom the devices trust.
 
     Args:
         folder: where the app's scenario lies.
     """
     app = ClientApp()
 
-    def handle(message: Message, context: Context) -> Message:
+    @app.train()  # type: ignore[untyped-decorator]  # Flower may be absent
+    def answer(message: Message, context: Context) -> Message:
         try:
-            node = node_of(folder, context)
-            answer = node.answer(message.metadata.message_type, unpack(message))
+            return reply(message, node_of(folder, context).answer(*asked(message)))
         except PrivrecError as error:
-            log(ERROR, "privrec: %s", error)
-            answer = {"answers": {}, "refused": {}, "error": str(error)}
-        if refused := answer.get("refused"):
-            log(ERROR, "privrec: %s", summary(refused))
-        return Message(pack(answer), reply_to=message)
+            return refuse(message, error)
 
-    app.query(REGISTER.partition(".")[2])(handle)
-    for exchange in (SHARES, MASKED, CONFIRM, UNMASK):
-        app.train(exchange.partition(".")[2])(handle)
     return app
 
 
-def node_of(folder: Path, context: Context) -> Node:
-    """The node as its configuration and what it kept have it.
+@dataclass(frozen=True)
+class Hosted:
+    """One device of a node.
 
-    Raises:
-        UsageError: when the configuration contradicts itself, or there is no trust anchor.
-        DataError: when a file is malformed.
+    Args:
+        user: its number, by which the server orders devices; it names the device's draws.
+        tier: index of its tier.
+        history: its items.
     """
-    config = {str(name): value for name, value in context.node_config.items()}
-    scenario = scenario_of(folder, context.run_config)
-    simulated = "history" not in config
-    hosted, federation = _partition(scenario, config) if simulated else _own(scenario, config)
-    anchor = anchor_of(_text(config, "roster"), _text(config, "enrolment-key"), simulated=simulated)
-    keys = _text(config, "keys")
-    kept = _Folder(Path(keys)) if keys else _InContext(context)
-    certificates = certificates_of(Path(keys)) if keys else {}
-    node = Node(
-        scenario, federation, hosted, kept.root(), anchor, kept.save, certificates, simulated
-    )
-    state = kept.load()
-    return node if state is None else node.restore(state)
+
+    user: int
+    tier: int
+    history: NDArray[np.int32]
 
 
-class _InContext:
-    """Secrets that Flower keeps for the node, for as long as the run lasts."""
+@dataclass(frozen=True)
+class NodeKeys:
+    """A node's secrets and what its devices remember.
 
-    def __init__(self, context: Context) -> None:
-        self._state = context.state
+    Args:
+        root: the node's secret; identities, masks and noise derive from it by user.
+        state: what ``save`` was last given; empty for devices that were never asked for anything.
+        save: keeps the state, durable before it returns.
+        certificates: by user, of the enrolment office, where there is one.
+    """
 
-    def _record(self) -> ConfigRecord:
-        if _STATE not in self._state.config_records:
-            self._state[_STATE] = ConfigRecord({"root": os.urandom(ROOT_BYTES)})
-        return self._state.config_records[_STATE]
+    root: SecretRoot
+    state: bytes
+    save: Callable[[bytes], None]
+    certificates: Mapping[int, bytes] = field(default_factory=dict)
 
-    def root(self) -> SecretRoot:
-        return SecretRoot(bytes(self._record()["root"]))
+    @classmethod
+    def of_run(cls, context: Context) -> NodeKeys:
+        """Secrets that Flower keeps for the node, for as long as the run lasts."""
+        kept = kept_in(context.state)
+        save = lambda state: kept.__setitem__("state", state)  # noqa: E731
+        return cls(SecretRoot(kept["root"]), kept.get("state", b""), save)
 
-    def load(self) -> bytes | None:
-        state = self._record().get("state")
-        return None if state is None else bytes(state)
+    @classmethod
+    def in_folder(cls, folder: Path) -> NodeKeys:
+        """Secrets in a folder of the node's, which last over runs and restarts.
 
-    def save(self, state: bytes) -> None:
-        self._record()["state"] = state
-
-
-class _Folder:
-    """Secrets in a folder of the node's, which last over runs and restarts."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def root(self) -> SecretRoot:
-        return SecretRoot.load(self._folder / ROOT)
-
-    def load(self) -> bytes | None:
-        path = self._folder / STATE
+        Raises:
+            UsageError: when the root is there and what the devices remember is not.
+        """
+        root, path = SecretRoot.load(folder / ROOT), folder / STATE
         if not path.exists():
             # Prekeys would be issued, and rounds answered, a second time.
             raise UsageError(
                 f"{path}: what this node's devices remember is gone, and its root is not; remove "
                 "the folder, and enrol the node anew: privrec flower enroll"
             )
-        return path.read_bytes() or None
+        save = lambda state: replace(path, state, mode=0o600)  # noqa: E731
+        return cls(root, path.read_bytes(), save, certificates_of(folder))
 
-    def save(self, state: bytes) -> None:
-        replace(self._folder / STATE, state, mode=0o600)
+
+def node_of(folder: Path, context: Context) -> Node:
+    """Make the node that its configuration describes, with what it kept.
+
+    Raises:
+        UsageError: when the configuration contradicts itself, or there is no trust anchor.
+        DataError: when a file is malformed.
+    """
+    config = context.node_config
+    scenario = scenario_of(folder, context.run_config)
+    simulated = "history" not in config
+    hosted, federation = _partition(scenario, config) if simulated else _own(scenario, config)
+    anchor = anchor_of(config)
+    if anchor is None and not simulated:
+        raise UsageError(
+            "this node has a history of its own and no trust anchor: a server could surround it "
+            "with devices that it made up; add roster=FILE or enrolment-key=HEX to its "
+            "--node-config"
+        )
+    path = text_of(config, "keys")
+    keys = NodeKeys.in_folder(Path(path)) if path else NodeKeys.of_run(context)
+    return Node(scenario, federation, hosted, keys, anchor or Anyone(), simulated)
+
+
+class Node:
+    """Answers the server for all devices that it hosts.
+
+    Promise: an answer is given after ``keys.save`` has kept all that it depends on, so that a node
+    whose process ends between two messages neither answers twice nor draws noise anew.
+
+    Args:
+        scenario: what the devices agreed to take part in.
+        federation: its tiers.
+        hosted: the devices.
+        keys: of the node.
+        anchor: whom the devices trust about other devices.
+        simulated: whether the histories are those of a data set.
+    """
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        federation: Federation,
+        hosted: Sequence[Hosted],
+        keys: NodeKeys,
+        anchor: Anchor,
+        simulated: bool,
+    ) -> None:
+        self.scenario, self.federation, self.hosted = scenario, federation, hosted
+        self.keys, self.simulated = keys, simulated
+        self._event, self._protection = agreement_of(scenario, federation, population_of(scenario))
+        self._round: Any = None
+        self._kept: dict[int, dict[str, Any]] = {}
+        if keys.state:
+            self._round, self._kept = msgpack.unpackb(keys.state, strict_map_key=False)
+        self._devices: dict[bytes, tuple[Hosted, KeptDevice]] = {}
+        for each in hosted:
+            key = DeviceKey.derive(keys.root, "user", each.user)
+            kept = self._kept.setdefault(each.user, {})
+            certificate = keys.certificates.get(each.user, b"")
+            device = KeptDevice(key, keys.root, anchor, kept, certificate)
+            self._devices[key.public] = each, device
+        self._trainer = cache(lambda tier: trainer_of(scenario, federation, federation.tiers[tier]))
+
+    def answer(self, stage: str, body: Mapping[str, Any]) -> Body:
+        """Answer one message of :mod:`privrec.flower.exchange`.
+
+        Raises:
+            ReleaseRefused: when no device can answer such a message.
+        """
+        answer = self._deposits(body) if stage == PREKEYS else self._exchange(stage, body)
+        self.keys.save(msgpack.packb([self._round, self._kept]))
+        return answer
+
+    def _deposits(self, body: Mapping[str, Any]) -> Body:
+        devices = [
+            device.deposit(body, _MOST_PREKEYS, hosted.user, hosted.tier)
+            for hosted, device in self._devices.values()
+        ]
+        return {
+            "devices": devices,
+            "items": self.federation.tiers[0].recommender.vectors.items,
+            "plan": self.scenario.plan_hash(),
+            "simulated": self.simulated,
+        }
+
+    def _exchange(self, stage: str, body: Mapping[str, Any]) -> Body:
+        told = body.get("round") if stage == SHARES else self._round
+        round = told_round(told)
+        self._check_round(round)
+        self._round = told
+        view = self._view(body.get("weights")) if stage == MASKED else None
+        answers: dict[bytes, bytes] = {}
+        refused: dict[bytes, str] = {}
+        for name, message in by_device(body, "messages").items():
+            try:
+                if name not in self._devices:
+                    raise ReleaseRefused("this node hosts no such device")
+                hosted, device = self._devices[name]
+                answers[name] = self._answer(
+                    stage, round, hosted, device, message, view, body.get("key", 0)
+                )
+            except PrivrecError as error:
+                refused[name] = str(error)
+        if not refused:
+            return {"answers": answers}
+        LOG.error("privrec: %s", refusals(refused))
+        return {"answers": answers, "refused": f"{stage} was refused by {refusals(refused)}"}
+
+    def _answer(
+        self,
+        stage: str,
+        round: Round,
+        hosted: Hosted,
+        device: KeptDevice,
+        message: bytes,
+        view: NDArray[np.float32] | None,
+        key: int,
+    ) -> bytes:
+        """One device's answer to one exchange."""
+        devices, privacy = self.scenario.devices, self.scenario.privacy
+        terms = self._protection.terms(round, self.federation.layouts)
+        policy = Policy(devices.min_cohort, privacy.colluding_share, terms)
+        if stage == SHARES:
+            removes = self._protection.removes_excess
+            seeds = self._device(hosted).noise_seeds(round) if removes else ()
+            return device.called(policy).shares(message, seeds)
+        session = device.resumed(policy)
+        if view is None:
+            return device.conclude(session, stage, message)
+        # Another attempt at the same round begins where the first one did.
+        kept = device.kept
+        again = kept.get("index") == round.index
+        state = kept["before"] if again else kept.get("state", b"")
+        own = self._device(hosted, state)
+        before = own.state.tobytes()
+        upload = own.upload(round, own.answer(round, self.federation.prefix(view, own.tier), key))
+        digests = round.model_digests[: len(own.layouts)]
+        masked = session.masked(message, upload.integers, digests)
+        kept.update(index=round.index, before=before, state=own.state.tobytes())
+        return bytes(masked)
+
+    def _check_round(self, round: Round) -> None:
+        """A device takes part in what it agreed to, not in what it is told."""
+        if round.plan_digest != self.scenario.plan_hash():
+            raise ReleaseRefused(
+                f"a round of plan {round.plan_digest[:16]}, and these devices agreed to "
+                f"{self.scenario.plan_hash()[:16]}; run the same app and run-config everywhere"
+            )
+        if round.event != self._event:
+            raise ReleaseRefused(
+                f"a round that is charged as {round.event}, and these devices agreed to "
+                f"{self._event}; server and nodes must run the same version"
+            )
+
+    def _view(self, weights: Any) -> NDArray[np.float32]:
+        """The model that the server sent."""
+        size = self.federation.layout.size
+        if type(weights) is not bytes or len(weights) != 4 * size:
+            raise ReleaseRefused(
+                f"a model that has not the scenario's {size} coefficients; nothing is answered"
+            )
+        return np.frombuffer(weights, np.float32)
+
+    def _device(self, hosted: Hosted, state: bytes = b"") -> Device:
+        tier = self.federation.tiers[hosted.tier]
+        return Device(
+            hosted.user,
+            hosted.history,
+            tier,
+            self.federation.weaker(tier),
+            self._trainer(hosted.tier),
+            self._protection,
+            self.keys.root,
+            np.frombuffer(state, np.float32).copy(),
+        )
 
 
 def _partition(scenario: Scenario, config: Mapping[str, Any]) -> tuple[list[Hosted], Federation]:
-    """Every so-manieth user of the data set, in the tier that the scenario's seed gives."""
+    """Every n-th user of the data set, in the tier that the scenario's seed gives."""
     part, parts = config.get("partition-id"), config.get("num-partitions")
     if not (isinstance(part, int) and isinstance(parts, int) and 0 <= part < parts):
         raise UsageError(
             f"partition-id = {part}, num-partitions = {parts}: give both to host users of a data "
             "set, or history=FILE and catalogue=FILE to host one user"
         )
-    folder = _text(config, "data")
+    folder = text_of(config, "data")
     train = data.load(scenario.data, data_dir=Path(folder) if folder else None).train
     federation = federation_of(scenario, train.n_items)
     tiers = assign(train.n_users, federation, scenario.run.seed)
@@ -145,7 +333,7 @@ def _partition(scenario: Scenario, config: Mapping[str, Any]) -> tuple[list[Host
 
 def _own(scenario: Scenario, config: Mapping[str, Any]) -> tuple[list[Hosted], Federation]:
     """One user with a history of its own."""
-    catalogue = _text(config, "catalogue")
+    catalogue = text_of(config, "catalogue")
     if catalogue is None:
         raise UsageError(
             "history is given without catalogue: add catalogue=FILE to --node-config, with the ids "
@@ -160,16 +348,10 @@ def _own(scenario: Scenario, config: Mapping[str, Any]) -> tuple[list[Hosted], F
             "the id, or bring the catalogue up to date"
         )
     federation = federation_of(scenario, len(items))
-    tier, capacity = 0, config.get("capacity", federation.tiers[0].capacity)
-    for each in federation.tiers:
-        tier = each.index if each.capacity == capacity else tier
-    if federation.tiers[tier].capacity != capacity:
-        known = [each.capacity for each in federation.tiers]
-        raise UsageError(f"capacity = {capacity}: the scenario's tiers have {known}; take one")
+    capacities = [tier.capacity for tier in federation.tiers]
+    capacity = config.get("capacity", capacities[0])
+    if capacity not in capacities:
+        raise UsageError(f"capacity = {capacity}: the scenario's tiers have {capacities}; take one")
     history = np.unique(np.array([items[name] for name in liked], np.int32))
-    return [Hosted(int(config.get("number", 0)), tier, history)], federation
-
-
-def _text(config: Mapping[str, Any], name: str) -> str | None:
-    value = config.get(name)
-    return None if value in (None, "") else str(value)
+    user = int(config.get("number", 0))
+    return [Hosted(user, capacities.index(capacity), history)], federation

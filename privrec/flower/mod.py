@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
-import logging
+import fcntl
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.app import ArrayRecord, Context, Message, RecordDict
 from numpy.typing import NDArray
 
 from privrec.errors import PrivrecError, ReleaseRefused, UsageError
-from privrec.flower import vectors
-from privrec.flower.devices import RunState, SumDevice
+from privrec.flower import plan as plans
+from privrec.flower.enrolment import ROOT, Anyone, anchor_of, certificates_of, text_of
+from privrec.flower.exchange import (
+    LOG,
+    MASKED,
+    NOT_IN,
+    PREKEYS,
+    RECORD,
+    SHARES,
+    KeptDevice,
+    asked,
+    by_device,
+    kept_in,
+    refuse,
+    reply,
+)
 from privrec.flower.plan import SumPlan
 from privrec.privacy.mechanism import noise_seeds
-from privrec.secagg.client import ClientSession, Policy
+from privrec.randomness import SecretRoot
+from privrec.secagg.client import Policy
+from privrec.secagg.keys import DeviceKey, Prekey, statement
 from privrec.secagg.roster import Call, Roster, Terms
 
-RECORD = "privrec.secure-sum"
-"""The record of a message that holds the secure sum's part of it."""
-ARRAY = "masked"
-_REFUSED = 6  # Flower's code for a mod whose conditions are not met
+ANSWERED = "answered"
+"""File beside a node's keys, with what it has answered."""
 _MOST_PREKEYS = 64
-_LOG = logging.getLogger("flwr.privrec")
 
 Next = Callable[[Message, Context], Message]
 
@@ -62,31 +78,28 @@ class SecureSumMod:
     ) -> None:
         if not (math.isfinite(noise_multiplier) and noise_multiplier >= 0):
             raise UsageError(f"noise_multiplier {noise_multiplier}: it must be 0 or above")
-        self._policy = Policy(minimum, corrupt_share)
+        self.policy = Policy(minimum, corrupt_share)
+        self.trust_server = trust_server
         self._noise_multiplier = noise_multiplier
         self._rounds = rounds
         self._evaluate_in_clear = evaluate_in_clear
-        self._trust_server = trust_server
 
     def __call__(self, message: Message, context: Context, call_next: Next) -> Message:
         """Answer a message; see Flower's ``Mod``."""
         try:
             if RECORD in message.content:
                 return _Node(self, context).answer(message, call_next)
-            if self._evaluate_in_clear and _category(message) == "evaluate":
+            kind = message.metadata.message_type
+            is_evaluation = kind.partition(".")[0] == "evaluate"
+            if is_evaluation and self._evaluate_in_clear:
                 return call_next(message, context)
+            remedy = " and evaluate there, or allow evaluate_in_clear" if is_evaluation else ""
             raise ReleaseRefused(
-                f"a message of type {message.metadata.message_type!r} that asks for a reply in "
-                "clear: wrap the server's strategy in SecureSum"
-                + (
-                    " and evaluate there, or allow evaluate_in_clear"
-                    if not _is_train(message)
-                    else ""
-                )
+                f"a message of type {kind!r} that asks for a reply in clear: wrap the server's "
+                f"strategy in SecureSum{remedy}"
             )
         except PrivrecError as error:
-            _LOG.warning("secure sum: this node refuses: %s", error)
-            return Message(Error(_REFUSED, f"privrec: {error}"), reply_to=message)
+            return refuse(message, error)
 
     def check(self, plan: SumPlan, terms: Terms, nodes: int, given: int) -> None:
         """Refuse a round that is not what this mod insists on.
@@ -102,7 +115,7 @@ class SecureSumMod:
         """
         if plan.terms(terms.run, terms.round, terms.attempt) != terms:
             raise ReleaseRefused("a call whose terms are not those of its plan")
-        noise = plan.noise_beyond(math.floor(self._policy.corrupt_share * nodes))
+        noise = plan.noise_beyond(math.floor(self.policy.corrupt_share * nodes))
         if noise < self._noise_multiplier:
             raise ReleaseRefused(
                 f"a round with noise of {noise:.4g} times the sensitivity, without that of the "
@@ -114,144 +127,142 @@ class SecureSumMod:
                 f"update {given + 1} of this node in one run, and it gives at most {self._rounds}"
             )
 
-    @property
-    def policy(self) -> Policy:
-        """What every session of this node insists on."""
-        return self._policy
-
-    @property
-    def trust_server(self) -> bool:
-        """Whether a node without an anchor takes part."""
-        return self._trust_server
-
 
 class _Node:
     """One message at one node."""
 
     def __init__(self, mod: SecureSumMod, context: Context) -> None:
-        self._mod = mod
-        self._context = context
-        self._state = RunState(context.state)
-        self._device = SumDevice.of(
-            context.node_config, self._state.root, trust_server=mod.trust_server
-        )
-        self._book = self._state.book(self._device)
+        self._mod, self._context = mod, context
+        self._kept = kept_in(context.state)
+        self._root = SecretRoot(self._kept["root"])
+        config = context.node_config
+        anchor = anchor_of(config)
+        if anchor is None and not mod.trust_server:
+            raise UsageError(
+                "this node has no list of enrolled devices, so a server could make devices up and "
+                "take the masks of its update off; start the node with node-config keys=FOLDER, "
+                "and roster=FILE or enrolment-key=KEY; for an experiment on your own machine make "
+                "the app's mod with SecureSumMod(trust_server=True)"
+            )
+        self._journal: Path | None = None
+        key, certificate = DeviceKey.derive(self._root, "device"), b""
+        if anchor is not None:
+            key, certificate, self._journal = _enrolled(config)
+            own = Prekey(key.public, certificate or bytes(64), 0, 0, b"", b"", b"")
+            if not anchor.knows(own):
+                raise UsageError(
+                    f"this node's own identity {key.public.hex()} is not enrolled: add it to the "
+                    "roster, or have it certified by the office: privrec flower enroll"
+                )
+        self._device = KeptDevice(key, self._root, anchor or Anyone(), self._kept, certificate)
 
     def answer(self, message: Message, call_next: Next) -> Message:
-        asked = message.content[RECORD]
-        stages = {
-            "prekeys": self._prekeys, "shares": self._shares, "confirm": self._confirm,
-            "unmask": self._unmask,
-        }  # fmt: skip
-        stage = asked.get("stage")
-        if stage == "masked":
-            return self._masked(message, call_next)
-        if stage not in stages:
-            raise ReleaseRefused(f"a message of a secure sum in stage {stage!r}, which is none")
-        reply = ConfigRecord({"answer": bytes(stages[stage](asked))})
-        return Message(RecordDict({RECORD: reply}), reply_to=message)
+        stage, body = asked(message)
+        if stage == PREKEYS:
+            return reply(message, {"devices": [self._device.deposit(body, _MOST_PREKEYS)]})
+        mine = self._device.key.public
+        told = by_device(body, "messages").get(mine)
+        if told is None:
+            raise ReleaseRefused(NOT_IN)
+        if stage == SHARES:
+            answer = self._shares(told, body.get("plan"))
+        elif stage == MASKED:
+            trained = self._masked(told, message, call_next)
+            if isinstance(trained, Message):
+                return trained  # the app's own error
+            answer = trained
+        else:
+            session = self._device.resumed(self._mod.policy)
+            self._claim_stage(stage, session.terms)
+            answer = self._device.conclude(session, stage, told)
+        return reply(message, {"answers": {mine: answer}})
 
-    def _prekeys(self, asked: ConfigRecord) -> bytes:
-        count = asked.get("count")
-        if type(count) is not int or not 1 <= count <= _MOST_PREKEYS:
-            raise ReleaseRefused(f"{count!r} prekeys asked for: 1 to {_MOST_PREKEYS} are given")
-        return b"".join(self._book.issue(count, 0))
-
-    def _shares(self, asked: ConfigRecord) -> bytes:
-        packed, message = _bytes(asked, "plan"), _bytes(asked, "message")
-        plan, call = SumPlan.unpack(packed), Call.parse(message)
+    def _shares(self, told: bytes, packed: Any) -> bytes:
+        plan, call = SumPlan.unpack(packed), Call.parse(told)
         terms, roster = call.terms, Roster(call, self._device.anchor)
-        self._mod.check(plan, terms, len(roster), self._given())
+        self._mod.check(plan, terms, len(roster), self._kept.get("given", 0))
         own = roster.prekeys[roster.number(self._device.key.public)]
-        self._device.claim("prekey", own.signature)
-        self._claim("shares", terms)
-        session = ClientSession(self._book, self._device.anchor, self._mod.policy)
-        seeds = self._seeds(terms) if plan.remove_excess else ()
-        answer = session.shares(message, seeds)
-        self._state.keep(session=session.saved(), plan=packed)
+        self._claim("prekey", own.signature)
+        self._claim_stage(SHARES, terms)
+        session = self._device.called(self._mod.policy)
+        answer = session.shares(told, self._seeds(terms) if plan.remove_excess else ())
+        self._kept["plan"] = packed
         if session.warning:
-            _LOG.warning("secure sum: %s", session.warning)
+            LOG.warning("privrec: %s", session.warning)
         return answer
 
-    def _masked(self, message: Message, call_next: Next) -> Message:
-        deal = _bytes(message.content[RECORD], "message")
+    def _masked(self, told: bytes, message: Message, call_next: Next) -> bytes | Message:
+        session = self._device.resumed(self._mod.policy)
+        plan, terms = SumPlan.unpack(self._kept.get("plan")), session.terms
         content = RecordDict({n: r for n, r in message.content.items() if n != RECORD})
-        digest = vectors.content_digest(content, message.metadata.message_type)
+        digest = plans.content_digest(content, message.metadata.message_type)
         # A copy: apps may take the arrays out of the record that they are given.
-        received = ArrayRecord(dict(vectors.only_arrays(content, "a message").items()))
-        session = self._session()
-        plan, terms = SumPlan.unpack(self._state.get("plan") or b""), session.terms
+        received = ArrayRecord(dict(plans.only_arrays(content, "a message").items()))
         message.content = content
-        reply = call_next(message, self._context)
-        if reply.has_error():
-            return reply
-        vector = self._vector(plan, terms, received, reply.content)
-        self._claim("masked", terms)
-        masked = bytes(session.masked(deal, vector, [digest]))
-        given = (self._given() + 1).to_bytes(8)
-        self._state.keep(session=session.saved(), given=given)
-        array = Array(dtype="uint8", shape=(len(masked),), stype=RECORD, data=masked)
-        return Message(RecordDict({RECORD: ArrayRecord({ARRAY: array})}), reply_to=message)
-
-    def _confirm(self, asked: ConfigRecord) -> bytes:
-        session = self._session()
-        self._claim("confirm", session.terms)
-        answer = session.confirm(_bytes(asked, "message"))
-        self._state.keep(session=session.saved())
-        return answer
-
-    def _unmask(self, asked: ConfigRecord) -> bytes:
-        session = self._session()
-        self._claim("unmask", session.terms)
-        answer = session.unmask(_bytes(asked, "message"))
-        self._state.forget("session", "plan")
-        return answer
+        trained = call_next(message, self._context)
+        if trained.has_error():
+            return trained
+        vector = self._vector(plan, terms, received, trained.content)
+        self._claim_stage(MASKED, terms)
+        masked = bytes(session.masked(told, vector, [digest]))
+        self._kept["given"] = self._kept.get("given", 0) + 1
+        self._kept.pop("plan")
+        return masked
 
     def _vector(
-        self, plan: SumPlan, terms: Terms, received: ArrayRecord, reply: RecordDict
+        self, plan: SumPlan, terms: Terms, received: ArrayRecord, trained: RecordDict
     ) -> NDArray[np.int32]:
         """The update in integers, with this node's noise."""
-        values = vectors.update(received, vectors.only_arrays(reply, "a reply"))
+        values = plans.update(received, plans.only_arrays(trained, "a reply"))
         metrics = {
-            name: each for record in reply.metric_records.values() for name, each in record.items()
+            name: each
+            for record in trained.metric_records.values()
+            for name, each in record.items()
         }
         context = (terms.run, terms.round, terms.attempt, terms.plan)
-        vector = vectors.integers(
-            plan, values, metrics, self._state.root.stream("rounding", *context)
-        )
+        vector = plans.integers(plan, values, metrics, self._root.stream("rounding", *context))
         return vector if plan.shares is None else vector + plan.shares.draw(self._seeds(terms))
 
     def _seeds(self, terms: Terms) -> tuple[bytes, ...]:
         identity = self._device.key.public
         context = (terms.run, terms.round, terms.attempt, terms.plan, identity)
-        return noise_seeds(self._state.root, 1, *context)
+        return noise_seeds(self._root, 1, *context)
 
-    def _session(self) -> ClientSession:
-        saved = self._state.get("session")
-        if saved is None:
-            raise ReleaseRefused(
-                "a message in the middle of a secure sum that this node is not in: it was started "
-                "anew, or refused to take part; it can join the next round"
-            )
-        return ClientSession.resume(self._book, self._device.anchor, saved, self._mod.policy)
+    def _claim_stage(self, stage: str, terms: Terms) -> None:
+        self._claim(stage, terms.run, terms.round, terms.attempt)
 
-    def _claim(self, stage: str, terms: Terms) -> None:
-        self._device.claim(stage, terms.run, terms.round, terms.attempt)
+    def _claim(self, stage: str, *what: bytes | int | str) -> None:
+        """Mark an answer as given, on disk before it is; a node of one run alone does not.
 
-    def _given(self) -> int:
-        return int.from_bytes(self._state.get("given") or b"")
+        The state of a Flower context may be set back, by a crash or by two messages that are
+        worked on at once. An answer given twice could give an update away.
+        """
+        if self._journal is None:
+            return
+        line = statement("answered", stage, *what).hex()
+        descriptor = os.open(self._journal, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        with os.fdopen(descriptor, "r+", encoding="ascii") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            before = file.read()
+            if line in before.splitlines():
+                raise ReleaseRefused(
+                    f"message {stage!r} of this round was answered before (see {self._journal}): "
+                    "the node's state was set back, or the server asks twice; begin another round"
+                )
+            cut_off = before and not before.endswith("\n")
+            file.write(("\n" if cut_off else "") + line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
-def _bytes(asked: ConfigRecord, name: str) -> bytes:
-    value = asked.get(name)
-    if not isinstance(value, bytes):
-        raise ReleaseRefused(f"a message of a secure sum without {name!r}")
-    return value
-
-
-def _category(message: Message) -> str:
-    return str(message.metadata.message_type).partition(".")[0]
-
-
-def _is_train(message: Message) -> bool:
-    return _category(message) == "train"
+def _enrolled(config: Mapping[str, Any]) -> tuple[DeviceKey, bytes, Path]:
+    """Identity, certificate and journal of an enrolled node, from its folder of keys."""
+    folder = text_of(config, "keys")
+    if folder is None:
+        raise UsageError(
+            "node-config names enrolled devices and no keys=FOLDER: without its own key this node "
+            "is none of them; make one with privrec flower enroll"
+        )
+    keys, number = Path(folder), int(config.get("number", 0))
+    key = DeviceKey.derive(SecretRoot.load(keys / ROOT), "user", number)
+    return key, certificates_of(keys).get(number, b""), keys / ANSWERED

@@ -7,7 +7,6 @@ gives that strategy one reply, which holds the mean. In between are the exchange
 
 from __future__ import annotations
 
-import logging
 import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,18 +22,17 @@ from flwr.serverapp.strategy import Result, Strategy
 from numpy.typing import NDArray
 
 from privrec.errors import BudgetError, ReleaseRefused, UsageError
-from privrec.flower import vectors
+from privrec.flower import plan as plans
 from privrec.flower.budget import SumBudget
-from privrec.flower.devices import Anyone, anchor_of, create_device_key
-from privrec.flower.mod import ARRAY, RECORD, SecureSumMod
+from privrec.flower.enrolment import Anyone, anchor_of, enroll
+from privrec.flower.exchange import CONFIRM, LOG, MASKED, SHARES, UNMASK, Member, Registry
+from privrec.flower.mod import SecureSumMod
 from privrec.flower.plan import CAPPED, CLIPPED, ODD, SumCohort, SumPlan
-from privrec.secagg.keys import RECORD_BYTES, Prekey
-from privrec.secagg.roster import check_prekey
+from privrec.privacy.events import RoundEvent
 from privrec.secagg.server import ServerSession
 
-__all__ = ["SecureSum", "SecureSumMod", "create_device_key"]
+__all__ = ["SecureSum", "SecureSumMod", "enroll"]
 
-_LOG = logging.getLogger("flwr.privrec")
 _PREKEYS = 32  # deposited at a contact, so that one round in 32 has an exchange more
 _ONE_BY_ONE = (
     "Bulyan", "DifferentialPrivacyClientSideAdaptiveClipping",
@@ -45,15 +43,15 @@ _ONE_BY_ONE = (
 """Flower's strategies that look at each reply by itself, which is what nobody shall."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Open:
     """A round between the training that was asked for and its end."""
 
-    grid: Grid
+    registry: Registry
     session: ServerSession
     plan: SumPlan
-    messages: dict[int, Message]
-    names: dict[int, bytes]
+    sent: Message
+    """One of the app's own messages, which all ask for the same."""
     round: int
     attempt: int
     epsilon: float | None
@@ -143,12 +141,13 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         }
         SumCohort(3).plan(1, clip_norm, noise_multiplier or float(noisy), **self._given)
         self._colluding_share, self._remove_excess = colluding_share, remove_excess
-        self._anchor = anchor_of(_path(roster), _path(enrolment_key)) or Anyone()
+        named = {"roster": roster and str(roster), "enrolment-key": enrolment_key}
+        self._anchor = anchor_of(named) or Anyone()
         self._evaluate_in_clear = evaluate_in_clear
         self._timeout, self._own_timeout = timeout, timeout
         self._run: str | None = None
         self._attempts: Counter[int] = Counter()
-        self._deposits: dict[int, list[bytes]] = {}
+        self._registry: Registry | None = None
         self._open: _Open | None = None
 
     # ------------------------------------------------------------------ Flower's own interface
@@ -160,7 +159,7 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         """Run the rounds; arguments and result are those of Flower's ``Strategy.start``."""
         self._timeout = self._own_timeout or timeout
         self._rounds = self._rounds or num_rounds
-        self._deposits.clear()  # this grid may have other nodes
+        self._registry = None  # this grid may have other nodes
         if self._budget is None:
             self._run = None
             self._attempts.clear()
@@ -203,8 +202,8 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         if open.epsilon is not None:
             metrics = MetricRecord() if metrics is None else metrics
             metrics["epsilon"] = open.epsilon
-        sent = vectors.only_arrays(next(iter(open.messages.values())).content, "a message")
-        return arrays and vectors.with_others_of(arrays, sent), metrics
+        sent = plans.only_arrays(open.sent.content, "a message")
+        return arrays and plans.with_others_of(arrays, sent), metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -216,7 +215,7 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
             )
             return evaluation
         if server_round == 1:
-            _LOG.info(
+            LOG.info(
                 "secure sum: nodes are not asked to evaluate, since each reply would be in clear; "
                 "evaluate on the server, name training metrics, or set evaluate_in_clear"
             )
@@ -234,74 +233,40 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         noise = "none" if self._budget is None else (
             f"multiplier {self._noise_multiplier or 'from epsilon'}, ledger {self._budget.path}"
         )  # fmt: skip
-        _LOG.info("\t├──> Secure sum: clip norm %g, noise: %s", self._clip_norm, noise)
+        LOG.info("\t├──> Secure sum: clip norm %g, noise: %s", self._clip_norm, noise)
         self.strategy.summary()
 
     # ------------------------------------------------------------------ before the training
 
     def _begin(self, server_round: int, messages: Sequence[Message], grid: Grid) -> list[Message]:
-        kind, digest = _same(messages)
-        asked = {message.metadata.dst_node_id: message for message in messages}
-        self._fill(grid, list(asked), kind)
-        taken = self._prekeys(list(asked))
-        plan, attempt, epsilon = self._charged(server_round - 1, messages[0].content, len(taken))
+        digest = _same(messages)
+        registry = self._registry
+        if registry is None or registry.grid is not grid:
+            registry = self._registry = Registry(grid, self._anchor, _PREKEYS)
+        registry.timeout_s = self._timeout
+        registry.like = {message.metadata.dst_node_id: message for message in messages}
+        called = _called(registry)
+        plan, attempt, epsilon = self._charged(server_round - 1, messages[0].content, len(called))
         terms = plan.terms(self._run_id(), server_round - 1, attempt)
-        session = ServerSession(terms, list(taken.values()), self._anchor)
+        prekeys = [member.prekeys.pop(0) for member in called]
+        session = ServerSession(terms, prekeys, self._anchor)
         session.publish([digest])
-        names = {node: Prekey.unpack(record).identity for node, record in taken.items()}
-        round = _Open(grid, session, plan, asked, names, server_round - 1, attempt, epsilon)
-        answered = self._exchange(round, "shares", plan=plan.pack())
-        for node in names.keys() - answered:
-            # Its prekeys may be those of a state that it lost: it is asked for new ones.
-            self._deposits.pop(node, None)
+        answered = registry.exchange(SHARES, session, plan=plan.pack())
+        for member in called:
+            if member.name not in answered:
+                # Its prekeys may be those of a state that it lost: it is asked for new ones.
+                member.prekeys.clear()
         session.advance()
-        self._open = round
-        return list(self._asking(round, "masked"))
-
-    def _fill(self, grid: Grid, nodes: Sequence[int], kind: str) -> None:
-        """Ask nodes whose deposit is used up for prekeys."""
-        empty = [node for node in nodes if not self._deposits.get(node)]
-        if not empty:
-            return
-        content = RecordDict({RECORD: ConfigRecord({"stage": "prekeys", "count": _PREKEYS})})
-        asking = [Message(content, dst_node_id=node, message_type=kind) for node in empty]
-        for node, answer in _answers(grid.send_and_receive(asking, timeout=self._timeout)):
-            records = [answer[at : at + RECORD_BYTES] for at in range(0, len(answer), RECORD_BYTES)]
-            try:
-                for record in records:
-                    check_prekey(Prekey.unpack(record), self._anchor)
-            except ReleaseRefused as error:
-                _LOG.warning("secure sum: node %s is left out: %s", node, error)
-                continue
-            self._deposits[node] = records[:_PREKEYS]
-
-    def _prekeys(self, nodes: Sequence[int]) -> dict[int, bytes]:
-        """A prekey of each node that has one, taken from its deposit; none of an identity twice."""
-        taken: dict[int, bytes] = {}
-        seen: set[bytes] = set()
-        for node in nodes:
-            if not self._deposits.get(node):
-                continue
-            record = self._deposits[node].pop(0)
-            identity = Prekey.unpack(record).identity
-            if identity in seen:
-                _LOG.warning("secure sum: node %s has the key of another; it is left out", node)
-                continue
-            seen.add(identity)
-            taken[node] = record
-        if len(taken) < 2:
-            raise ReleaseRefused(
-                f"{len(taken)} of {len(nodes)} nodes gave prekeys: a sum of one hides nobody; see "
-                "above what the others said"
-            )
-        return taken
+        sent, round = messages[0], server_round - 1
+        self._open = _Open(registry, session, plan, sent, round, attempt, epsilon)
+        return registry.asking(MASKED, session)
 
     def _charged(
         self, round: int, content: RecordDict, nodes: int
     ) -> tuple[SumPlan, int, float | None]:
         """The round's plan, its attempt, and ε after it; paid for before anybody is asked."""
         cohort = SumCohort(nodes, self._colluding_share, self._remove_excess)
-        size = vectors.size_of(vectors.only_arrays(content, "a message"))
+        size = plans.size_of(plans.only_arrays(content, "a message"))
 
         def planned(noise_multiplier: float) -> SumPlan:
             return cohort.plan(size, self._clip_norm, noise_multiplier, **self._given)
@@ -313,7 +278,7 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         if self._noise_multiplier is None:
             event_of = lambda z: _event(planned(z))  # noqa: E731 - what calibration asks for
             self._noise_multiplier = self._budget.multiplier(event_of, self._rounds or 1)
-            _LOG.info("secure sum: noise multiplier %g meets epsilon", self._noise_multiplier)
+            LOG.info("secure sum: noise multiplier %g meets epsilon", self._noise_multiplier)
         plan = planned(self._noise_multiplier)
         return plan, *self._budget.charge(round, _event(plan))
 
@@ -324,53 +289,30 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
 
     # ------------------------------------------------------------------ after the training
 
-    def _end(self, round: _Open, replies: Iterable[Message]) -> Message:
+    def _end(self, open: _Open, replies: Iterable[Message]) -> Message:
         """The reply that stands for all: the model moved by the mean update."""
-        _take(round, replies)
-        round.session.advance()
-        for stage in ("confirm", "unmask"):
-            self._exchange(round, stage)
-            round.session.advance()
-        result = round.session.result
+        session, plan = open.session, open.plan
+        open.registry.take(session, replies)
+        session.advance()
+        for stage in (CONFIRM, UNMASK):
+            open.registry.exchange(stage, session)
+            session.advance()
+        result = session.result
         for identity, fault in result.faults.items():
-            _LOG.warning("secure sum: device %s %s", identity.hex()[:16], fault)
+            LOG.warning("secure sum: device %s %s", identity.hex()[:16], fault)
         total = result.total.astype(np.int64)
-        if round.plan.shares is not None and round.plan.remove_excess:
-            total -= round.plan.shares.excess(result.excess)
-        if self._budget is not None:
-            self._budget.commit(round.round, round.attempt, total)
+        if plan.shares is not None and plan.remove_excess:
+            total -= plan.shares.excess(result.excess)
         survivors = len(result.survivors[0])
-        _LOG.info("secure sum: %d of %d nodes are in it", survivors, len(round.messages))
-        if round.epsilon is not None:
-            _LOG.info(
-                "secure sum: epsilon %g at delta %g against the server, for a whole node",
-                round.epsilon, self._budget.delta if self._budget else 0.0,
-            )  # fmt: skip
-        return _mean(round, total, survivors)
-
-    def _exchange(self, round: _Open, stage: str, **more: bytes) -> set[int]:
-        """One exchange with all nodes that are still there; who answered."""
-        asking = list(self._asking(round, stage, **more))
-        return _take(round, round.grid.send_and_receive(asking, timeout=self._timeout))
-
-    def _asking(self, round: _Open, stage: str, **more: bytes) -> Iterable[Message]:
-        outbox = round.session.outbox()
-        for node, name in round.names.items():
-            if name not in outbox:
-                continue
-            asked = ConfigRecord({"stage": stage, "message": outbox[name], **more})
-            message = round.messages[node]
-            if stage == "masked":
-                content = RecordDict({**dict(message.content.items()), RECORD: asked})
-            else:
-                content = RecordDict({RECORD: asked})
-            yield Message(
-                content, dst_node_id=node, message_type=message.metadata.message_type,
-                ttl=message.metadata.ttl, group_id=message.metadata.group_id,
-            )  # fmt: skip
+        LOG.info("secure sum: %d of %d nodes are in it", survivors, len(open.registry.like))
+        if self._budget is not None:
+            self._budget.commit(open.round, open.attempt, total)
+            spent = "secure sum: epsilon %g at delta %g against the server, for a whole node"
+            LOG.info(spent, open.epsilon, self._budget.delta)
+        return _mean(open, total, survivors)
 
     def _give_up(self, server_round: int, error: Exception) -> None:
-        _LOG.error(
+        LOG.error(
             "secure sum: round %d releases nothing, and the model stays as it was: %s",
             server_round, error,
         )  # fmt: skip
@@ -388,60 +330,43 @@ def _averaging(strategy: Strategy) -> Strategy:
     return strategy
 
 
-def _same(messages: Sequence[Message]) -> tuple[str, bytes]:
-    """Type and digest of what all nodes are asked for.
+def _same(messages: Sequence[Message]) -> bytes:
+    """Digest of what all nodes are asked for.
 
     Raises:
         UsageError: when nodes are asked for different things: their masks would not cancel.
     """
-    kinds = {message.metadata.message_type for message in messages}
-    contents = {id(message.content): message.content for message in messages}
-    kind = next(iter(kinds))
-    digests = {vectors.content_digest(content, kind) for content in contents.values()}
-    if len(kinds) > 1 or len(digests) > 1:
+    asked = {(id(m.content), m.metadata.message_type): m.content for m in messages}
+    digests = {plans.content_digest(content, kind) for (_, kind), content in asked.items()}
+    if len(digests) > 1:
         raise UsageError(
             "the strategy sends nodes different models or settings: a secure sum needs all to see "
             "the same, or a server could set one node apart; send the same to all"
         )
-    return kind, next(iter(digests))
+    return digests.pop()
 
 
-def _answers(replies: Iterable[Message]) -> Iterable[tuple[int, bytes]]:
-    """The nodes that answered, and their answers; what others said is logged."""
-    for reply in replies:
-        node = reply.metadata.src_node_id
-        if reply.has_error():
-            _LOG.warning("secure sum: node %s: %s", node, reply.error.reason)
-            continue
-        record = reply.content.get(RECORD)
-        value = record.get("answer") if isinstance(record, ConfigRecord) else None
-        if isinstance(record, ArrayRecord) and ARRAY in record:
-            value = record[ARRAY].data
-        if not isinstance(value, bytes):
-            _LOG.warning(
-                "secure sum: node %s sent no part of a secure sum; is SecureSumMod the first of "
-                "its app's mods?", node,
-            )  # fmt: skip
-            continue
-        yield node, value
+def _called(registry: Registry) -> list[Member]:
+    """A device of each node that is asked and gave prekeys, of which one is left."""
+
+    def hosted() -> dict[int, Member]:
+        members = {member.node: member for member in registry.members.values()}
+        return {node: members[node] for node in registry.like if node in members}
+
+    known = hosted()
+    registry.greet(n for n in registry.like if n not in known or not known[n].prekeys)
+    called = [member for member in hosted().values() if member.prekeys]
+    if len(called) < 2:
+        raise ReleaseRefused(
+            f"{len(called)} of {len(registry.like)} nodes gave prekeys: a sum of one hides nobody; "
+            "see above what the others said"
+        )
+    return called
 
 
-def _take(round: _Open, replies: Iterable[Message]) -> set[int]:
-    """Hand answers to the session; whose were good."""
-    good = set()
-    for node, answer in _answers(replies):
-        try:
-            round.session.receive(round.names.get(node, b""), answer)
-            good.add(node)
-        except ReleaseRefused as error:
-            _LOG.warning("secure sum: node %s: %s", node, error)
-    return good
-
-
-def _mean(round: _Open, total: NDArray[np.int64], survivors: int) -> Message:
-    plan = round.plan
-    message = next(iter(round.messages.values()))
-    name, sent = next(iter(message.content.array_records.items()))
+def _mean(open: _Open, total: NDArray[np.int64], survivors: int) -> Message:
+    plan = open.plan
+    name, sent = next(iter(open.sent.content.array_records.items()))
     weight, shares, metrics = float(survivors), float(survivors), {}
     if len(total) > plan.size:
         tail = total[plan.size :]
@@ -449,7 +374,7 @@ def _mean(round: _Open, total: NDArray[np.int64], survivors: int) -> Message:
         if weight <= 0:
             raise ReleaseRefused("the nodes have no examples at all: there is no mean")
         shares = weight / (plan.max_examples or 1)
-        metrics = vectors.mean_metrics(plan, tail)
+        metrics = plans.mean_metrics(plan, tail)
         for place, said in (
             (CLIPPED, "updates are longer than clip_norm, or not finite"),
             (CAPPED, "nodes have more examples than max_examples"),
@@ -461,18 +386,14 @@ def _mean(round: _Open, total: NDArray[np.int64], survivors: int) -> Message:
             ),
         ):
             if tail[place]:
-                _LOG.warning("secure sum: %d of %d %s", tail[place], survivors, said)
+                LOG.warning("secure sum: %d of %d %s", tail[place], survivors, said)
     change = plan.encoding.decode(total[: plan.size], shares)
-    arrays = vectors.moved(sent, change)
     record = MetricRecord({plan.weighted_by: weight, **metrics})
-    return Message(RecordDict({name: arrays, "metrics": record}), reply_to=message)
+    content = RecordDict({name: plans.moved(sent, change), "metrics": record})
+    return Message(content, reply_to=open.sent)
 
 
-def _event(plan: SumPlan) -> Any:
+def _event(plan: SumPlan) -> RoundEvent:
     if plan.shares is None:
         raise UsageError("a plan without noise costs an infinite epsilon")
     return plan.shares.event(1.0)
-
-
-def _path(value: str | Path | None) -> str | None:
-    return None if value is None else str(value)

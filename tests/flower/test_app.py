@@ -14,8 +14,8 @@ from safetensors.numpy import load_file
 
 pytest.importorskip("flwr", reason="needs the extra privrec[flower]")
 
-from flwr.app import Message, RecordDict
-from loopback import Loopback, context_of
+from flwr.app import ConfigRecord, Message, RecordDict
+from memory_grid import Loopback, context_of
 
 from privrec.device import negatives
 from privrec.errors import DataError, IntegrityError, ReleaseRefused, UsageError
@@ -23,11 +23,10 @@ from privrec.flower import client_app as client_module
 from privrec.flower import server_app as server_module
 from privrec.flower.app import scenario_of
 from privrec.flower.client_app import client_app
-from privrec.flower.enrol import anchor_of, enroll
+from privrec.flower.enrolment import anchor_of, enroll
+from privrec.flower.exchange import MASKED, PREKEYS, RECORD, SHARES, UNMASK, pack, unpack
 from privrec.flower.server_app import deploy
-from privrec.flower.wire import MASKED, SHARES, UNMASK, pack, unpack
 from privrec.privacy.ledger import Ledger
-from privrec.randomness import SecretRoot
 from privrec.report.build import build
 from privrec.run import lifecycle
 from privrec.run.recommend import recommend
@@ -104,10 +103,11 @@ def deployed(folder: Path, grid: Loopback, out: Path, **words: Any) -> dict[str,
     return deploy(load(folder / "scenario.toml"), grid, out=out, **words).payload
 
 
-def known_nodes(monkeypatch: pytest.MonkeyPatch, key: bytes = b"k") -> None:
+def known_nodes(grid: Loopback, key: bytes = b"k") -> Loopback:
     """Nodes that draw from the root that a known simulated run gives its devices."""
-    root = SecretRoot.known(key + b"devices")
-    monkeypatch.setattr(client_module._InContext, "root", lambda _: root)
+    for context in grid.contexts.values():
+        context.state[RECORD] = ConfigRecord({"root": key + b"devices"})
+    return grid
 
 
 def tags(out: Path) -> list[tuple[Any, ...]]:
@@ -116,12 +116,10 @@ def tags(out: Path) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("excess", ["true", "false"])
-def test_a_run_over_flower_is_the_simulated_one_bit_for_bit(
-    excess: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    known_nodes(monkeypatch)
+def test_a_run_over_flower_is_the_simulated_one_bit_for_bit(excess: str, tmp_path: Path) -> None:
     folder = app_folder(tmp_path, SCENARIO.replace("delta", f"remove_excess = {excess}\ndelta"))
-    deployed(folder, grid_of(folder), tmp_path / "flower", unsafe_noise_key=b"k")
+    grid = known_nodes(grid_of(folder))
+    deployed(folder, grid, tmp_path / "flower", unsafe_noise_key=b"k")
     scenario = Scenario.from_toml((folder / "scenario.toml").read_text())
     lifecycle.start(scenario, out=tmp_path / "here", observer=NullObserver(), unsafe_noise_key=b"k")
     one, two = (
@@ -238,7 +236,7 @@ def test_a_node_with_another_scenario_is_left_out(tmp_path: Path, flower_log: An
     grid.put(13, client_app(other), grid.contexts[13])
     payload = deployed(folder, grid, tmp_path / "run")
     assert payload["rounds"] == 3
-    assert "node 13 has another scenario" in logged(flower_log)
+    assert "node 13 is left out: it has another scenario" in logged(flower_log)
 
 
 def test_devices_refuse_a_cohort_with_one_that_is_not_enrolled(
@@ -253,12 +251,11 @@ def test_devices_refuse_a_cohort_with_one_that_is_not_enrolled(
         deployed(folder, grid_of(folder, configs=configs), tmp_path / "run")
     assert "no enrolled device signed this prekey" in logged(flower_log)
     # A server that has the roster leaves the stranger out, and the others go on.
-    anchor = anchor_of(str(roster), None, simulated=False)
     fresh = [tmp_path / f"fresh{part}" for part in range(NODES)]
     for part, each in enumerate(fresh):
         enroll(each, range(part, 40, NODES), roster if part else tmp_path / "elsewhere", None)
     configs = [{"keys": str(each), "roster": str(roster)} for each in fresh]
-    anchor = anchor_of(str(roster), None, simulated=False)
+    anchor = anchor_of({"roster": str(roster)})
     payload = deployed(folder, grid_of(folder, configs=configs), tmp_path / "second", anchor=anchor)
     assert payload["rounds"] == 3
 
@@ -332,7 +329,7 @@ def test_a_device_of_its_own_needs_an_anchor(tmp_path: Path) -> None:
         ({"history": str(tmp_path / "nothing")}, DataError, "could not be read"),
         ({"roster": str(tmp_path / "nothing")}, UsageError, "could not be read"),
         ({"enrolment-key": "12"}, UsageError, "both given"),
-        ({"roster": "", "enrolment-key": "12"}, DataError, "64 hexadecimal"),
+        ({"roster": "", "enrolment-key": "12"}, UsageError, "64 hexadecimal"),
     ):
         with pytest.raises(kind, match=says):
             client_module.node_of(folder, context_of(10, config | bad, {}))
@@ -356,10 +353,15 @@ def test_what_cannot_be_deployed_is_refused(change: str, says: str, tmp_path: Pa
 
 def test_messages_that_are_none_of_ours_are_answered_with_an_error(tmp_path: Path) -> None:
     grid = grid_of(app_folder(tmp_path))
-    for content in (RecordDict(), pack({"round": {"index": 1}, "messages": {}})):
-        message = Message(content=content, dst_node_id=10, message_type=SHARES)
+    for content in (
+        RecordDict(),
+        pack({"stage": SHARES, "round": {"index": 1}, "messages": {}}),
+        pack({"stage": "nonesuch"}),
+        pack({"stage": PREKEYS, "count": -1}),
+    ):
+        message = Message(content=content, dst_node_id=10, message_type="train")
         (reply,) = grid.send_and_receive([message])
-        assert "error" in unpack(reply)
+        assert reply.error.reason.startswith("privrec: ")
 
 
 def test_nothing_of_a_history_travels_in_clear(tmp_path: Path) -> None:
@@ -420,10 +422,8 @@ def test_hash_functions_and_what_they_found_are_in_no_message_of_a_whole_run(
 
 def bodies(content: RecordDict) -> list[bytes]:
     """All bytes that a message carries."""
-    values = [value for record in content.config_records.values() for value in record.values()]
-    assert all(isinstance(value, bytes) for value in values)
-    assert set(content) == set(content.config_records)
-    return values  # type: ignore[return-value]
+    assert set(content) == set(content.array_records) == {RECORD}
+    return [array.data for array in content[RECORD].values()]
 
 
 def test_a_finished_run_is_shown_for_its_own_scenario_alone(tmp_path: Path) -> None:
