@@ -6,13 +6,12 @@ state, identity and session. What must survive between messages is kept before a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import msgpack
 import numpy as np
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -24,38 +23,27 @@ from privrec.device.device import Device
 from privrec.device.round import Round
 from privrec.device.tier import Federation
 from privrec.errors import DataError, PrivrecError, ReleaseRefused, UsageError
-from privrec.flower.app import population_of, scenario_of, told_round
-from privrec.flower.enrolment import (
-    ROOT,
-    STATE,
-    Anyone,
-    anchor_of,
-    certificates_of,
-    text_of,
-)
+from privrec.flower.app import population_of, scenario_of, tell_round, told_round
+from privrec.flower.enrolment import Anyone, anchor_of, text_of
 from privrec.flower.exchange import (
     LOG,
     MASKED,
     PREKEYS,
     SHARES,
     Body,
-    KeptDevice,
+    HostedDevice,
+    NodeKeys,
     asked,
     by_device,
-    kept_in,
-    refusals,
+    keys_of,
     refuse,
     reply,
+    summary,
 )
-from privrec.randomness import SecretRoot
 from privrec.run.assembly import agreement_of, assign, federation_of, trainer_of
 from privrec.scenario.load import Scenario
 from privrec.secagg.client import Policy
-from privrec.secagg.keys import DeviceKey
 from privrec.secagg.roster import Anchor
-from privrec.storage import replace
-
-_MOST_PREKEYS = 1 << 16
 
 
 def client_app(folder: Path) -> ClientApp:
@@ -75,11 +63,34 @@ def client_app(folder: Path) -> ClientApp:
     @app.train()  # type: ignore[untyped-decorator]  # Flower may be absent
     def answer(message: Message, context: Context) -> Message:
         try:
-            return reply(message, node_of(folder, context).answer(*asked(message)))
+            with keys_of(context) as keys:
+                body = node_of(folder, context, keys).answer(*asked(message))
+            return reply(message, body)
         except PrivrecError as error:
             return refuse(message, error)
 
     return app
+
+
+def node_of(folder: Path, context: Context, keys: NodeKeys) -> Node:
+    """Make the node that its configuration describes.
+
+    Raises:
+        UsageError: when the configuration contradicts itself, or there is no trust anchor.
+        DataError: when a file is malformed.
+    """
+    config = context.node_config
+    scenario = scenario_of(folder, context.run_config)
+    simulated = "history" not in config
+    hosted, federation = _partition(scenario, config) if simulated else _own(scenario, config)
+    anchor = anchor_of(config)
+    if anchor is None and not simulated:
+        raise UsageError(
+            "this node has a history of its own and no trust anchor: a server could surround it "
+            "with devices that it made up; add roster=FILE or enrolment-key=HEX to its "
+            "--node-config"
+        )
+    return Node(scenario, federation, hosted, keys, anchor or Anyone(), simulated)
 
 
 @dataclass(frozen=True)
@@ -97,81 +108,14 @@ class Hosted:
     history: NDArray[np.int32]
 
 
-@dataclass(frozen=True)
-class NodeKeys:
-    """A node's secrets and what its devices remember.
-
-    Args:
-        root: the node's secret; identities, masks and noise derive from it by user.
-        state: what ``save`` was last given; empty for devices that were never asked for anything.
-        save: keeps the state, durable before it returns.
-        certificates: by user, of the enrolment office, where there is one.
-    """
-
-    root: SecretRoot
-    state: bytes
-    save: Callable[[bytes], None]
-    certificates: Mapping[int, bytes] = field(default_factory=dict)
-
-    @classmethod
-    def of_run(cls, context: Context) -> NodeKeys:
-        """Secrets that Flower keeps for the node, for as long as the run lasts."""
-        kept = kept_in(context.state)
-        save = lambda state: kept.__setitem__("state", state)  # noqa: E731
-        return cls(SecretRoot(kept["root"]), kept.get("state", b""), save)
-
-    @classmethod
-    def in_folder(cls, folder: Path) -> NodeKeys:
-        """Secrets in a folder of the node's, which last over runs and restarts.
-
-        Raises:
-            UsageError: when the root is there and what the devices remember is not.
-        """
-        root, path = SecretRoot.load(folder / ROOT), folder / STATE
-        if not path.exists():
-            # Prekeys would be issued, and rounds answered, a second time.
-            raise UsageError(
-                f"{path}: what this node's devices remember is gone, and its root is not; remove "
-                "the folder, and enrol the node anew: privrec flower enroll"
-            )
-        save = lambda state: replace(path, state, mode=0o600)  # noqa: E731
-        return cls(root, path.read_bytes(), save, certificates_of(folder))
-
-
-def node_of(folder: Path, context: Context) -> Node:
-    """Make the node that its configuration describes, with what it kept.
-
-    Raises:
-        UsageError: when the configuration contradicts itself, or there is no trust anchor.
-        DataError: when a file is malformed.
-    """
-    config = context.node_config
-    scenario = scenario_of(folder, context.run_config)
-    simulated = "history" not in config
-    hosted, federation = _partition(scenario, config) if simulated else _own(scenario, config)
-    anchor = anchor_of(config)
-    if anchor is None and not simulated:
-        raise UsageError(
-            "this node has a history of its own and no trust anchor: a server could surround it "
-            "with devices that it made up; add roster=FILE or enrolment-key=HEX to its "
-            "--node-config"
-        )
-    path = text_of(config, "keys")
-    keys = NodeKeys.in_folder(Path(path)) if path else NodeKeys.of_run(context)
-    return Node(scenario, federation, hosted, keys, anchor or Anyone(), simulated)
-
-
 class Node:
     """Answers the server for all devices that it hosts.
 
-    Promise: an answer is given after ``keys.save`` has kept all that it depends on, so that a node
-    whose process ends between two messages neither answers twice nor draws noise anew.
+    Promise: all that an answer depends on is in ``keys`` when it is given, so that a node whose
+    process ends between two messages neither answers twice nor draws noise anew.
 
     Args:
         scenario: what the devices agreed to take part in.
-        federation: its tiers.
-        hosted: the devices.
-        keys: of the node.
         anchor: whom the devices trust about other devices.
         simulated: whether the histories are those of a data set.
     """
@@ -188,17 +132,8 @@ class Node:
         self.scenario, self.federation, self.hosted = scenario, federation, hosted
         self.keys, self.simulated = keys, simulated
         self._event, self._protection = agreement_of(scenario, federation, population_of(scenario))
-        self._round: Any = None
-        self._kept: dict[int, dict[str, Any]] = {}
-        if keys.state:
-            self._round, self._kept = msgpack.unpackb(keys.state, strict_map_key=False)
-        self._devices: dict[bytes, tuple[Hosted, KeptDevice]] = {}
-        for each in hosted:
-            key = DeviceKey.derive(keys.root, "user", each.user)
-            kept = self._kept.setdefault(each.user, {})
-            certificate = keys.certificates.get(each.user, b"")
-            device = KeptDevice(key, keys.root, anchor, kept, certificate)
-            self._devices[key.public] = each, device
+        devices = [(each, keys.device(each.user, anchor)) for each in hosted]
+        self._devices = {device.key.public: (each, device) for each, device in devices}
         self._trainer = cache(lambda tier: trainer_of(scenario, federation, federation.tiers[tier]))
 
     def answer(self, stage: str, body: Mapping[str, Any]) -> Body:
@@ -207,27 +142,21 @@ class Node:
         Raises:
             ReleaseRefused: when no device can answer such a message.
         """
-        answer = self._deposits(body) if stage == PREKEYS else self._exchange(stage, body)
-        self.keys.save(msgpack.packb([self._round, self._kept]))
-        return answer
-
-    def _deposits(self, body: Mapping[str, Any]) -> Body:
-        devices = [
-            device.deposit(body, _MOST_PREKEYS, hosted.user, hosted.tier)
-            for hosted, device in self._devices.values()
-        ]
+        if stage != PREKEYS:
+            return self._exchange(stage, body)
+        hosted = self._devices.values()
         return {
-            "devices": devices,
+            "devices": [device.deposit(body, each.tier) for each, device in hosted],
             "items": self.federation.tiers[0].recommender.vectors.items,
             "plan": self.scenario.plan_hash(),
             "simulated": self.simulated,
         }
 
     def _exchange(self, stage: str, body: Mapping[str, Any]) -> Body:
-        told = body.get("round") if stage == SHARES else self._round
-        round = told_round(told)
+        told = body if stage == SHARES else self.keys.kept
+        round = told_round(told.get("round"))
         self._check_round(round)
-        self._round = told
+        self.keys.kept["round"] = tell_round(round)
         view = self._view(body.get("weights")) if stage == MASKED else None
         answers: dict[bytes, bytes] = {}
         refused: dict[bytes, str] = {}
@@ -243,15 +172,15 @@ class Node:
                 refused[name] = str(error)
         if not refused:
             return {"answers": answers}
-        LOG.error("privrec: %s", refusals(refused))
-        return {"answers": answers, "refused": f"{stage} was refused by {refusals(refused)}"}
+        LOG.error("privrec: %s", summary(refused))
+        return {"answers": answers, "refused": f"{stage} was refused by {summary(refused)}"}
 
     def _answer(
         self,
         stage: str,
         round: Round,
         hosted: Hosted,
-        device: KeptDevice,
+        device: HostedDevice,
         message: bytes,
         view: NDArray[np.float32] | None,
         key: int,
@@ -268,15 +197,14 @@ class Node:
         if view is None:
             return device.conclude(session, stage, message)
         # Another attempt at the same round begins where the first one did.
-        kept = device.kept
-        again = kept.get("index") == round.index
-        state = kept["before"] if again else kept.get("state", b"")
+        kept, now = device.kept, [round.run_id, round.index]
+        state = kept["before"] if kept.get("round") == now else kept.get("state", b"")
         own = self._device(hosted, state)
         before = own.state.tobytes()
         upload = own.upload(round, own.answer(round, self.federation.prefix(view, own.tier), key))
         digests = round.model_digests[: len(own.layouts)]
         masked = session.masked(message, upload.integers, digests)
-        kept.update(index=round.index, before=before, state=own.state.tobytes())
+        kept.update(round=now, before=before, state=own.state.tobytes())
         return bytes(masked)
 
     def _check_round(self, round: Round) -> None:

@@ -1,4 +1,4 @@
-"""The exchanges of a secure sum in Flower's messages: how they are packed, and both their halves.
+"""The exchanges of a secure sum in Flower's messages: their form, and both their halves.
 
 A node hosts one device or hundreds, and answers for all of them in one message, whose body is a
 msgpack map with its ``stage``. The server's messages to devices and their answers are maps by
@@ -7,45 +7,51 @@ identity in it, so that what one device refuses leaves the others alone.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import msgpack
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
 
-from privrec.errors import PrivrecError, ReleaseRefused
+from privrec.errors import PrivrecError, ReleaseRefused, UsageError
+from privrec.flower.enrolment import ROOT, STATE, certificates_of, text_of
 from privrec.randomness import ROOT_BYTES, SecretRoot
 from privrec.secagg.client import ClientSession, Policy
 from privrec.secagg.keys import RECORD_BYTES, DeviceKey, Prekey, PrekeyBook
 from privrec.secagg.roster import Anchor, check_prekey
 from privrec.secagg.server import ServerSession
+from privrec.storage import replace
 
 RECORD = "privrec"
-"""Name of the record of a message, and of a context's state, that is this package's."""
+"""Name of this package's record in a message, and in what Flower keeps for a node."""
 PREKEYS = "prekeys"
 EXCHANGES = SHARES, MASKED, CONFIRM, UNMASK = ("shares", "masked", "confirm", "unmask")
 LOG = logging.getLogger("flwr.privrec")
 NOT_IN = (
-    "a message in the middle of a secure sum that this node is not in: it was started anew, or "
-    "refused to take part; it can join the next round"
+    "a message in the middle of a secure sum that this node is not in, or has answered: it was "
+    "started anew, or refused to take part; it can join the next round"
 )
-_BODY = "body"
+_MOST_PREKEYS = 1 << 14
 _REFUSED = 6  # Flower's code for a mod whose conditions are not met
 _OURS = "privrec: "
 _POLL_S = 1.0
+_MEMBER = [bytes, int, int, bytes]
 Body = dict[str, Any]
 
 
 def pack(body: Mapping[str, Any]) -> RecordDict:
-    """Return the content of a message; its one array is what Flower moves in pieces."""
+    """Return a body as the content of a message: one array, which Flower moves in pieces."""
     packed: bytes = msgpack.packb(dict(body))
     array = Array(dtype="uint8", shape=(len(packed),), stype=RECORD, data=packed)
-    return RecordDict({RECORD: ArrayRecord({_BODY: array})})
+    return RecordDict({RECORD: ArrayRecord({"body": array})})
 
 
 def unpack(message: Message) -> Body:
@@ -55,7 +61,7 @@ def unpack(message: Message) -> Body:
         ReleaseRefused: when there is none.
     """
     try:
-        body = msgpack.unpackb(message.content.array_records[RECORD][_BODY].data)
+        body = msgpack.unpackb(message.content.array_records[RECORD]["body"].data)
     except (KeyError, TypeError, ValueError, msgpack.UnpackException) as error:
         raise ReleaseRefused(
             f"a message of type {message.metadata.message_type} without a body of privrec's "
@@ -65,6 +71,28 @@ def unpack(message: Message) -> Body:
     if type(body) is not dict:
         raise ReleaseRefused("a body that is no map; server and nodes must run the same version")
     return body
+
+
+def by_device(body: Mapping[str, Any], name: str) -> dict[bytes, bytes]:
+    """Return a map of a body from identities to bytes; empty when it is not there.
+
+    Raises:
+        ReleaseRefused: when it is something else.
+    """
+    found = body.get(name, {})
+    if type(found) is dict and all(type(each) is bytes for pair in found.items() for each in pair):
+        return found
+    raise ReleaseRefused(f"{name!r} that map no identities to bytes")
+
+
+def summary(refused: Mapping[bytes, str]) -> str:
+    """Say in a line what devices refused: hundreds on a node would fill a log with one reason."""
+    name, why = next(iter(refused.items()))
+    others = f" and {len(refused) - 1} more" if len(refused) > 1 else ""
+    return f"device {name.hex()[:16]}{others}: {why}"
+
+
+# ---------------------------------------------------------------------- at a node
 
 
 def asked(message: Message) -> tuple[str, Body]:
@@ -80,18 +108,6 @@ def asked(message: Message) -> tuple[str, Body]:
     return stage, body
 
 
-def by_device(body: Mapping[str, Any], name: str) -> dict[bytes, bytes]:
-    """Return a map of a body from identities to bytes; empty when it is not there.
-
-    Raises:
-        ReleaseRefused: when it is something else.
-    """
-    found = body.get(name, {})
-    if type(found) is dict and all(type(each) is bytes for pair in found.items() for each in pair):
-        return found
-    raise ReleaseRefused(f"{name!r} that map no identities to bytes")
-
-
 def reply(message: Message, body: Mapping[str, Any]) -> Message:
     """Answer a server's message."""
     return Message(pack(body), reply_to=message)
@@ -99,65 +115,109 @@ def reply(message: Message, body: Mapping[str, Any]) -> Message:
 
 def refuse(message: Message, error: PrivrecError) -> Message:
     """Answer a server's message with an error, and say so in the node's own log."""
-    LOG.warning("privrec: this node refuses: %s", error)
+    LOG.error("privrec: this node refuses: %s", error)
     return Message(Error(_REFUSED, f"{_OURS}{error}"), reply_to=message)
 
 
-def refusals(refused: Mapping[bytes, str]) -> str:
-    """Say in a line what devices refused: hundreds on a node would fill a log with one reason."""
-    name, why = next(iter(refused.items()))
-    others = f" and {len(refused) - 1} more" if len(refused) > 1 else ""
-    return f"device {name.hex()[:16]}{others}: {why}"
+@dataclass(frozen=True)
+class NodeKeys:
+    """A node's secrets, and what it remembers from one message to the next; see :func:`keys_of`.
 
-
-# ---------------------------------------------------------------------- at a node
-
-
-def kept_in(state: RecordDict) -> ConfigRecord:
-    """Return the record of ``context.state`` that is this package's, with a root of this run.
-
-    It never leaves the node, and is as secret as the root.
+    Attributes:
+        root: from which identities, masks and noise of its devices derive.
+        kept: by number of the device, what that remembers, and the node's own by name; as secret
+            as the root.
+        certificates: of the enrolment office, by number of the device.
     """
-    if RECORD not in state:
-        state[RECORD] = ConfigRecord({"root": secrets.token_bytes(ROOT_BYTES)})
-    return state[RECORD]
+
+    root: SecretRoot
+    kept: dict[Any, Any]
+    certificates: Mapping[int, bytes] = field(default_factory=dict)
+
+    def device(self, number: int, anchor: Anchor) -> HostedDevice:
+        """Return one of the node's devices."""
+        key = DeviceKey.derive(self.root, "user", number)
+        kept, certificate = self.kept.setdefault(number, {}), self.certificates.get(number, b"")
+        return HostedDevice(number, key, self.root, anchor, kept, certificate)
+
+
+@contextmanager
+def keys_of(context: Context) -> Iterator[NodeKeys]:
+    """Read a node's keys, and keep what changed in them, durable, when the block is left.
+
+    Promise: between reading and keeping no other message of this node is worked on, where
+    node-config names a folder with ``keys``. Flower's own state of a run, which is used without
+    one, may be set back by a crash or by two messages at once; an answer given twice could give an
+    update away.
+
+    Raises:
+        UsageError: when the folder has no root, or a root and nothing that its devices remember.
+        IntegrityError: when the root is not what was written.
+    """
+    name = text_of(context.node_config, "keys")
+    if name is None:
+        record = context.state.setdefault(
+            RECORD, ConfigRecord({"root": secrets.token_bytes(ROOT_BYTES)})
+        )
+        kept = _read(record.get("state", b""))
+        try:
+            yield NodeKeys(SecretRoot(record["root"]), kept)
+        finally:
+            record["state"] = msgpack.packb(kept)
+        return
+    folder, path = Path(name), Path(name) / STATE
+    root, certificates = SecretRoot.load(folder / ROOT), certificates_of(folder)
+    with (folder / ROOT).open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            # Prekeys would be issued, and rounds answered, a second time.
+            raise UsageError(
+                f"{path}: what this node's devices remember is gone, and its root is not; remove "
+                "the folder, and enrol the node anew: privrec flower enroll"
+            )
+        kept = _read(path.read_bytes())
+        try:
+            yield NodeKeys(root, kept, certificates)
+        finally:
+            replace(path, msgpack.packb(kept), mode=0o600)
+
+
+def _read(state: bytes) -> dict[Any, Any]:
+    kept: dict[Any, Any] = msgpack.unpackb(state, strict_map_key=False) if state else {}
+    return kept
 
 
 @dataclass(frozen=True)
-class KeptDevice:
-    """A device whose prekeys and session outlast the process that answers one message.
+class HostedDevice:
+    """A device of a node, whose prekeys and session outlast the process that answers a message.
 
-    Promise: what an answer depends on is in ``kept`` before the answer is given.
-
-    Args:
+    Attributes:
+        number: by which servers order devices; it names the device's draws.
         key: its identity.
-        root: its secret, from which masks and prekeys are derived.
+        root: of its node, from which masks and prekeys derive.
         anchor: whom it trusts about other devices.
-        kept: has ``book`` and ``session`` between messages; as secret as the root.
+        kept: what it remembers, ``book`` and ``session`` among it.
         certificate: of the enrolment office over its identity; empty without one.
     """
 
+    number: int
     key: DeviceKey
     root: SecretRoot
     anchor: Anchor
-    kept: MutableMapping[str, Any]
-    certificate: bytes = b""
+    kept: dict[str, Any]
+    certificate: bytes
 
-    def deposit(self, body: Mapping[str, Any], most: int, number: int = 0, tier: int = 0) -> Body:
-        """Issue the prekeys that a server asks for, at most ``most``, as it takes them.
-
-        Raises:
-            ReleaseRefused: when it asks for none or for more.
-        """
+    def deposit(self, body: Mapping[str, Any], tier: int = 0) -> Body:
+        """Return the prekeys that a server asks for, in the form in which it takes them."""
         count = body.get("count")
-        if type(count) is not int or not 1 <= count <= most:
-            raise ReleaseRefused(f"{count!r} prekeys asked for: 1 to {most} are given")
+        if type(count) is not int or not 1 <= count <= _MOST_PREKEYS:
+            raise ReleaseRefused(f"{count!r} prekeys asked for: 1 to {_MOST_PREKEYS} are given")
         records = b"".join(self._book().issue(count, tier))
-        return {"name": self.key.public, "number": number, "tier": tier, "prekeys": records}
+        return {"name": self.key.public, "number": self.number, "tier": tier, "prekeys": records}
 
     def called(self, policy: Policy) -> ClientSession:
         """Return the session of a round that begins."""
-        return ClientSession(self._book(), self.anchor, policy, self._keeper("session"))
+        return ClientSession(self._book(), self.anchor, policy, self._keep_session)
 
     def resumed(self, policy: Policy) -> ClientSession:
         """Return the session of the round that this device is in.
@@ -165,42 +225,38 @@ class KeptDevice:
         Raises:
             ReleaseRefused: when it is in none.
         """
-        saved = self.kept.get("session")
-        if saved is None:
+        if "session" not in self.kept:
             raise ReleaseRefused(NOT_IN)
-        keep = self._keeper("session")
-        return ClientSession.resume(self._book(), self.anchor, saved, policy, keep)
+        saved = self.kept["session"]
+        return ClientSession.resume(self._book(), self.anchor, saved, policy, self._keep_session)
 
     def conclude(self, session: ClientSession, stage: str, message: bytes) -> bytes:
-        """Answer an exchange after the masked vector; the session is forgotten with the last."""
+        """Answer an exchange after the masked vector; with the last the session is forgotten."""
         if stage == CONFIRM:
             return session.confirm(message)
         answer = session.unmask(message)
-        self.kept.pop("session")
+        del self.kept["session"]
         return answer
 
     def _book(self) -> PrekeyBook:
-        state, keep = self.kept.get("book"), self._keeper("book")
-        return PrekeyBook(self.key, self.root, certificate=self.certificate, save=keep, state=state)
+        return PrekeyBook(
+            self.key,
+            self.root,
+            certificate=self.certificate,
+            save=lambda state: self.kept.update(book=state),
+            state=self.kept.get("book"),
+        )
 
-    def _keeper(self, name: str) -> Any:
-        return lambda value: self.kept.__setitem__(name, value)
+    def _keep_session(self, progress: bytes) -> None:
+        self.kept["session"] = progress
 
 
 # ---------------------------------------------------------------------- at the server
 
 
-@dataclass
+@dataclass(frozen=True)
 class Member:
-    """A device that deposited prekeys.
-
-    Args:
-        name: its identity.
-        number: by which the server orders devices.
-        tier: index of its tier.
-        node: the Flower node that hosts it.
-        prekeys: records that are left of its deposit.
-    """
+    """A device that deposited prekeys, of which ``prekeys`` are left; ``node`` hosts it."""
 
     name: bytes
     number: int
@@ -222,7 +278,7 @@ class Registry:
         deposit: prekeys that each device is asked for.
         timeout_s: how long an exchange may take; None for any time.
         wait_s: how long devices are waited for at the start.
-        tiers: how many tiers devices may be of.
+        tiers: how many there are.
         agreed: what a node must say of itself for its devices to be taken.
         like: the app's own messages, by node, where there are some: whose type and limits messages
             have, and whose content goes along with the question for masked vectors.
@@ -258,10 +314,6 @@ class Registry:
             )
         LOG.info("privrec: %d of %d devices registered", len(self.members), population)
 
-    def ordered(self) -> list[Member]:
-        """Return all devices, by number."""
-        return sorted(self.members.values(), key=lambda member: (member.number, member.name))
-
     def greet_newcomers(self) -> bool:
         """Ask nodes that were never heard of for their devices; whether there were any."""
         fresh = set(self.grid.get_node_ids()) - self._heard
@@ -272,20 +324,18 @@ class Registry:
         """Ask nodes for prekeys of their devices, and take those that are in order."""
         asking = self._messages(PREKEYS, {node: {"count": self.deposit} for node in nodes})
         # Answers to a greeting may take as long as devices are waited for.
-        patience = None if self.timeout_s is None else max(self.timeout_s, self.wait_s)
-        for node, body in self._bodies(self._sent(asking, patience)):
+        timeout_s = None if self.timeout_s is None else max(self.timeout_s, self.wait_s)
+        for node, body in self._bodies(self._sent(asking, timeout_s)):
             try:
                 self._take_deposits(node, body)
-            except ReleaseRefused as error:
+            except (ReleaseRefused, KeyError, TypeError) as error:
                 LOG.error("privrec: node %d is left out: %s", node, error)
 
     def exchange(self, stage: str, session: ServerSession, **more: Any) -> set[bytes]:
-        """Make one exchange with all devices that a session waits for; whose answers were good.
+        """Make an exchange with all devices that a session waits for; whose answers were good.
 
-        Args:
-            stage: one of :data:`EXCHANGES`, the one that the session is in.
-            session: of the round; it is not advanced.
-            **more: what all nodes are told besides.
+        ``stage`` is the one of :data:`EXCHANGES` that the session is in, which is not advanced;
+        ``more`` is what all nodes are told besides.
         """
         return self.take(session, self._sent(self.asking(stage, session, **more), self.timeout_s))
 
@@ -314,9 +364,6 @@ class Registry:
                     LOG.warning("privrec: device %s: %s", name.hex()[:16], error)
         return good
 
-    def _sent(self, messages: list[Message], timeout_s: float | None) -> Iterable[Message]:
-        return self.grid.send_and_receive(messages, timeout=timeout_s) if messages else ()
-
     def _messages(self, stage: str, bodies: Mapping[int, Body]) -> list[Message]:
         made = []
         for node, body in bodies.items():
@@ -326,20 +373,20 @@ class Registry:
                 continue
             if stage == MASKED:
                 content = RecordDict({**own.content, **content})
-            told = own.metadata
-            made.append(
-                Message(content, node, told.message_type, ttl=told.ttl, group_id=told.group_id)
-            )
+            kind, limits = own.metadata.message_type, own.metadata
+            made.append(Message(content, node, kind, ttl=limits.ttl, group_id=limits.group_id))
         return made
+
+    def _sent(self, messages: list[Message], timeout_s: float | None) -> Iterable[Message]:
+        return self.grid.send_and_receive(messages, timeout=timeout_s) if messages else ()
 
     def _bodies(self, replies: Iterable[Message]) -> Iterator[tuple[int, Body]]:
         for reply in replies:
             node = reply.metadata.src_node_id
             self._heard.add(node)
-            if reply.has_error():
-                LOG.warning("privrec: node %d: %s", node, reply.error.reason.removeprefix(_OURS))
-                continue
             try:
+                if reply.has_error():
+                    raise ReleaseRefused(reply.error.reason.removeprefix(_OURS))
                 body = unpack(reply)
                 body["answers"] = by_device(body, "answers")
             except ReleaseRefused as error:
@@ -348,54 +395,37 @@ class Registry:
             yield node, body
 
     def _take_deposits(self, node: int, body: Body) -> None:
-        stated = {name: body.get(name) for name in self.agreed}
+        stated = {name: body[name] for name in self.agreed}
         if stated != dict(self.agreed):
             raise ReleaseRefused(
-                f"it has another scenario or another catalogue, {_listed(stated)} where the server "
-                f"has {_listed(self.agreed)}; run the same app and run-config everywhere"
+                f"it has another scenario or another catalogue, {stated} where the server has "
+                f"{self.agreed}; run the same app and run-config everywhere"
             )
         self.simulated = self.simulated or bool(body.get("simulated"))
         refused = {}
-        for member in _members(node, body, self.deposit):
-            try:
-                self._check(member)
-            except ReleaseRefused as error:
-                refused[member.name] = str(error)
-                continue
-            before = self.members.get(member.name, member)
-            if before.node != node:
-                LOG.warning("privrec: device %s has moved to node %d", member.name.hex()[:16], node)
-            self.members[member.name] = member
-        if refused:
-            LOG.error("privrec: node %d: left out: %s", node, refusals(refused))
-
-    def _check(self, member: Member) -> None:
-        if not 0 <= member.tier < self.tiers:
-            raise ReleaseRefused(f"tier {member.tier}, of {self.tiers}")
-        for record in member.prekeys:
-            prekey = Prekey.unpack(record)
-            if (prekey.identity, prekey.tier) != (member.name, member.tier):
-                name = member.name.hex()[:16]
-                raise ReleaseRefused(f"device {name}: a prekey of another one or tier")
-            check_prekey(prekey, self.anchor)
-
-
-def _members(node: int, body: Body, most: int) -> list[Member]:
-    """The devices that a node says it hosts; none of their prekeys was looked at yet."""
-    found = []
-    try:
         for told in body["devices"]:
             name, number, tier = told["name"], told["number"], told["tier"]
-            records = told["prekeys"]
-            if not (type(name) is type(records) is bytes and type(number) is type(tier) is int):
-                raise TypeError("of other types")
-            starts = range(0, len(records), RECORD_BYTES)[:most]
-            prekeys = [records[start : start + RECORD_BYTES] for start in starts]
-            found.append(Member(name, number, tier, node, prekeys))
-    except (KeyError, TypeError) as error:
-        raise ReleaseRefused(f"devices that are none ({error!r})") from None
-    return found
+            if [type(each) for each in (name, number, tier, told["prekeys"])] != _MEMBER:
+                raise ReleaseRefused("it describes a device in another way than this version")
+            try:
+                prekeys = self._prekeys(name, tier, told["prekeys"])
+            except ReleaseRefused as error:
+                refused[name] = str(error)
+                continue
+            if name in self.members and self.members[name].node != node:
+                LOG.warning("privrec: device %s has moved to node %d", name.hex()[:16], node)
+            self.members[name] = Member(name, number, tier, node, prekeys)
+        if refused:
+            LOG.error("privrec: node %d: left out is %s", node, summary(refused))
 
-
-def _listed(facts: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in facts.items())
+    def _prekeys(self, name: bytes, tier: int, records: bytes) -> list[bytes]:
+        """A device's deposit, once it is known for that of an enrolled device of a tier."""
+        if not 0 <= tier < self.tiers:
+            raise ReleaseRefused(f"a device of tier {tier}, of {self.tiers}")
+        starts = range(0, len(records), RECORD_BYTES)[: self.deposit]
+        prekeys = [records[start : start + RECORD_BYTES] for start in starts]
+        for prekey in map(Prekey.unpack, prekeys):
+            if (prekey.identity, prekey.tier) != (name, tier):
+                raise ReleaseRefused("a prekey of another device or tier")
+            check_prekey(prekey, self.anchor)
+        return prekeys

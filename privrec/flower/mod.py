@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
-import os
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,7 @@ from numpy.typing import NDArray
 
 from privrec.errors import PrivrecError, ReleaseRefused, UsageError
 from privrec.flower import plan as plans
-from privrec.flower.enrolment import ROOT, Anyone, anchor_of, certificates_of, text_of
+from privrec.flower.enrolment import Anyone, anchor_of
 from privrec.flower.exchange import (
     LOG,
     MASKED,
@@ -23,23 +21,18 @@ from privrec.flower.exchange import (
     PREKEYS,
     RECORD,
     SHARES,
-    KeptDevice,
+    HostedDevice,
     asked,
     by_device,
-    kept_in,
+    keys_of,
     refuse,
     reply,
 )
 from privrec.flower.plan import SumPlan
 from privrec.privacy.mechanism import noise_seeds
-from privrec.randomness import SecretRoot
 from privrec.secagg.client import Policy
-from privrec.secagg.keys import DeviceKey, Prekey, statement
-from privrec.secagg.roster import Call, Roster, Terms
-
-ANSWERED = "answered"
-"""File beside a node's keys, with what it has answered."""
-_MOST_PREKEYS = 64
+from privrec.secagg.keys import Prekey
+from privrec.secagg.roster import Anchor, Call, Roster, Terms
 
 Next = Callable[[Message, Context], Message]
 
@@ -79,7 +72,7 @@ class SecureSumMod:
         if not (math.isfinite(noise_multiplier) and noise_multiplier >= 0):
             raise UsageError(f"noise_multiplier {noise_multiplier}: it must be 0 or above")
         self.policy = Policy(minimum, corrupt_share)
-        self.trust_server = trust_server
+        self._trust_server = trust_server
         self._noise_multiplier = noise_multiplier
         self._rounds = rounds
         self._evaluate_in_clear = evaluate_in_clear
@@ -88,7 +81,10 @@ class SecureSumMod:
         """Answer a message; see Flower's ``Mod``."""
         try:
             if RECORD in message.content:
-                return _Node(self, context).answer(message, call_next)
+                anchor = _anchor(context, trust_server=self._trust_server)
+                with keys_of(context) as keys:
+                    device = keys.device(int(context.node_config.get("number", 0)), anchor)
+                    return _Node(self, context, device).answer(message, call_next)
             kind = message.metadata.message_type
             is_evaluation = kind.partition(".")[0] == "evaluate"
             if is_evaluation and self._evaluate_in_clear:
@@ -128,91 +124,92 @@ class SecureSumMod:
             )
 
 
+def _anchor(context: Context, *, trust_server: bool) -> Anchor:
+    """Whom a node trusts about other nodes.
+
+    Raises:
+        UsageError: when it names nobody to trust, or nothing that would make it one of those.
+    """
+    anchor = anchor_of(context.node_config)
+    if anchor is None and not trust_server:
+        raise UsageError(
+            "this node has no list of enrolled devices, so a server could make devices up and take "
+            "the masks of its update off; start the node with node-config keys=FOLDER, and "
+            "roster=FILE or enrolment-key=KEY; for an experiment on your own machine make the "
+            "app's mod with SecureSumMod(trust_server=True)"
+        )
+    if anchor is not None and not context.node_config.get("keys"):
+        raise UsageError(
+            "node-config names enrolled devices and no keys=FOLDER: without its own key this node "
+            "is none of them; make one with privrec flower enroll"
+        )
+    return anchor or Anyone()
+
+
+@dataclass(frozen=True)
 class _Node:
     """One message at one node."""
 
-    def __init__(self, mod: SecureSumMod, context: Context) -> None:
-        self._mod, self._context = mod, context
-        self._kept = kept_in(context.state)
-        self._root = SecretRoot(self._kept["root"])
-        config = context.node_config
-        anchor = anchor_of(config)
-        if anchor is None and not mod.trust_server:
-            raise UsageError(
-                "this node has no list of enrolled devices, so a server could make devices up and "
-                "take the masks of its update off; start the node with node-config keys=FOLDER, "
-                "and roster=FILE or enrolment-key=KEY; for an experiment on your own machine make "
-                "the app's mod with SecureSumMod(trust_server=True)"
-            )
-        self._journal: Path | None = None
-        key, certificate = DeviceKey.derive(self._root, "device"), b""
-        if anchor is not None:
-            key, certificate, self._journal = _enrolled(config)
-            own = Prekey(key.public, certificate or bytes(64), 0, 0, b"", b"", b"")
-            if not anchor.knows(own):
-                raise UsageError(
-                    f"this node's own identity {key.public.hex()} is not enrolled: add it to the "
-                    "roster, or have it certified by the office: privrec flower enroll"
-                )
-        self._device = KeptDevice(key, self._root, anchor or Anyone(), self._kept, certificate)
+    mod: SecureSumMod
+    context: Context
+    device: HostedDevice
 
     def answer(self, message: Message, call_next: Next) -> Message:
-        stage, body = asked(message)
+        device, (stage, body) = self.device, asked(message)
+        own = Prekey(device.key.public, device.certificate or bytes(64), 0, 0, b"", b"", b"")
+        if not device.anchor.knows(own):
+            raise UsageError(
+                f"this node's own identity {own.identity.hex()} is not enrolled: add it to the "
+                "roster, or have it certified by the office: privrec flower enroll"
+            )
         if stage == PREKEYS:
-            return reply(message, {"devices": [self._device.deposit(body, _MOST_PREKEYS)]})
-        mine = self._device.key.public
-        told = by_device(body, "messages").get(mine)
+            return reply(message, {"devices": [device.deposit(body)]})
+        told = by_device(body, "messages").get(own.identity)
         if told is None:
             raise ReleaseRefused(NOT_IN)
         if stage == SHARES:
             answer = self._shares(told, body.get("plan"))
-        elif stage == MASKED:
-            trained = self._masked(told, message, call_next)
-            if isinstance(trained, Message):
-                return trained  # the app's own error
-            answer = trained
+        elif stage != MASKED:
+            answer = device.conclude(device.resumed(self.mod.policy), stage, told)
         else:
-            session = self._device.resumed(self._mod.policy)
-            self._claim_stage(stage, session.terms)
-            answer = self._device.conclude(session, stage, told)
-        return reply(message, {"answers": {mine: answer}})
+            content = RecordDict({n: r for n, r in message.content.items() if n != RECORD})
+            digest = plans.content_digest(content, message.metadata.message_type)
+            # A copy: apps may take the arrays out of the record that they are given.
+            received = ArrayRecord(dict(plans.only_arrays(content, "a message").items()))
+            session = device.resumed(self.mod.policy)
+            if "plan" not in device.kept:
+                raise ReleaseRefused(NOT_IN)
+            message.content = content
+            trained = call_next(message, self.context)
+            if trained.has_error():
+                return trained
+            vector = self._vector(session.terms, received, trained.content)
+            answer = bytes(session.masked(told, vector, [digest]))
+            device.kept["given"] = [self.context.run_id, self._given() + 1]
+            del device.kept["plan"]
+        return reply(message, {"answers": {own.identity: answer}})
 
     def _shares(self, told: bytes, packed: Any) -> bytes:
-        plan, call = SumPlan.unpack(packed), Call.parse(told)
-        terms, roster = call.terms, Roster(call, self._device.anchor)
-        self._mod.check(plan, terms, len(roster), self._kept.get("given", 0))
-        own = roster.prekeys[roster.number(self._device.key.public)]
-        self._claim("prekey", own.signature)
-        self._claim_stage(SHARES, terms)
-        session = self._device.called(self._mod.policy)
-        answer = session.shares(told, self._seeds(terms) if plan.remove_excess else ())
-        self._kept["plan"] = packed
+        device, plan, call = self.device, SumPlan.unpack(packed), Call.parse(told)
+        roster = Roster(call, device.anchor)
+        self.mod.check(plan, call.terms, len(roster), self._given())
+        session = device.called(self.mod.policy)
+        answer = session.shares(told, self._seeds(call.terms) if plan.remove_excess else ())
+        device.kept["plan"] = packed
         if session.warning:
             LOG.warning("privrec: %s", session.warning)
         return answer
 
-    def _masked(self, told: bytes, message: Message, call_next: Next) -> bytes | Message:
-        session = self._device.resumed(self._mod.policy)
-        plan, terms = SumPlan.unpack(self._kept.get("plan")), session.terms
-        content = RecordDict({n: r for n, r in message.content.items() if n != RECORD})
-        digest = plans.content_digest(content, message.metadata.message_type)
-        # A copy: apps may take the arrays out of the record that they are given.
-        received = ArrayRecord(dict(plans.only_arrays(content, "a message").items()))
-        message.content = content
-        trained = call_next(message, self._context)
-        if trained.has_error():
-            return trained
-        vector = self._vector(plan, terms, received, trained.content)
-        self._claim_stage(MASKED, terms)
-        masked = bytes(session.masked(told, vector, [digest]))
-        self._kept["given"] = self._kept.get("given", 0) + 1
-        self._kept.pop("plan")
-        return masked
+    def _given(self) -> int:
+        """Updates that this node gave in this run of Flower."""
+        run, given = self.device.kept.get("given", (None, 0))
+        return int(given) if run == self.context.run_id else 0
 
     def _vector(
-        self, plan: SumPlan, terms: Terms, received: ArrayRecord, trained: RecordDict
+        self, terms: Terms, received: ArrayRecord, trained: RecordDict
     ) -> NDArray[np.int32]:
         """The update in integers, with this node's noise."""
+        plan = SumPlan.unpack(self.device.kept["plan"])
         values = plans.update(received, plans.only_arrays(trained, "a reply"))
         metrics = {
             name: each
@@ -220,49 +217,11 @@ class _Node:
             for name, each in record.items()
         }
         context = (terms.run, terms.round, terms.attempt, terms.plan)
-        vector = plans.integers(plan, values, metrics, self._root.stream("rounding", *context))
+        coins = self.device.root.stream("rounding", *context)
+        vector = plans.integers(plan, values, metrics, coins)
         return vector if plan.shares is None else vector + plan.shares.draw(self._seeds(terms))
 
     def _seeds(self, terms: Terms) -> tuple[bytes, ...]:
-        identity = self._device.key.public
+        identity = self.device.key.public
         context = (terms.run, terms.round, terms.attempt, terms.plan, identity)
-        return noise_seeds(self._root, 1, *context)
-
-    def _claim_stage(self, stage: str, terms: Terms) -> None:
-        self._claim(stage, terms.run, terms.round, terms.attempt)
-
-    def _claim(self, stage: str, *what: bytes | int | str) -> None:
-        """Mark an answer as given, on disk before it is; a node of one run alone does not.
-
-        The state of a Flower context may be set back, by a crash or by two messages that are
-        worked on at once. An answer given twice could give an update away.
-        """
-        if self._journal is None:
-            return
-        line = statement("answered", stage, *what).hex()
-        descriptor = os.open(self._journal, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-        with os.fdopen(descriptor, "r+", encoding="ascii") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            before = file.read()
-            if line in before.splitlines():
-                raise ReleaseRefused(
-                    f"message {stage!r} of this round was answered before (see {self._journal}): "
-                    "the node's state was set back, or the server asks twice; begin another round"
-                )
-            cut_off = before and not before.endswith("\n")
-            file.write(("\n" if cut_off else "") + line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _enrolled(config: Mapping[str, Any]) -> tuple[DeviceKey, bytes, Path]:
-    """Identity, certificate and journal of an enrolled node, from its folder of keys."""
-    folder = text_of(config, "keys")
-    if folder is None:
-        raise UsageError(
-            "node-config names enrolled devices and no keys=FOLDER: without its own key this node "
-            "is none of them; make one with privrec flower enroll"
-        )
-    keys, number = Path(folder), int(config.get("number", 0))
-    key = DeviceKey.derive(SecretRoot.load(keys / ROOT), "user", number)
-    return key, certificates_of(keys).get(number, b""), keys / ANSWERED
+        return noise_seeds(self.device.root, 1, *context)

@@ -34,6 +34,7 @@ _TAIL = ODD + 1
 FINEST_BITS = 23.0  # what a float32 itself resolves
 NOISY_BITS = 13.0  # noise hides a finer grid, and shares on a coarser one are drawn faster
 _MOST_COUNT = 1 << 30
+_SMALL = 1e-30  # norms and magnitudes lie between this and its inverse
 _COARSE = 0.01  # a weight that its rounding changes by more is reported
 
 
@@ -41,15 +42,14 @@ _COARSE = 0.01  # a weight that its rounding changes by more is reported
 class SumPlan:
     """One secure sum: what a node puts in, and with how much noise.
 
-    Args:
+    Attributes:
         size: float coefficients of the model.
-        clip_norm: largest L2 norm of a node's update, above 0.
-        scale_bits: the integer grid has ``2^scale_bits`` steps to the clip norm, 1 to 23.
+        clip_norm: largest L2 norm of a node's update.
+        scale_bits: the integer grid has ``2^scale_bits`` steps to the clip norm.
         max_examples: most examples that a node counts with; 0 where every node counts as one.
         weighted_by: the metric of a reply that holds the number of examples.
         metrics: name and largest magnitude of each metric that is summed along.
-        least: fewest survivors.
-        colluders: nodes that are assumed to tell the server their noise.
+        colluders: of ``least`` survivors, how many are assumed to tell the server their noise.
         noise_multiplier: accounted noise over the sensitivity; 0 for none.
         remove_excess: whether survivors beyond the fewest take their noise off again.
         weight_bits: numbers of examples are counted in steps of ``2^-weight_bits``.
@@ -72,48 +72,29 @@ class SumPlan:
     weight_bits: int = 0
 
     def __post_init__(self) -> None:
-        _check(
-            1 <= self.size <= MAX_LENGTH - _TAIL - len(self.metrics),
-            f"a model of {self.size} float coefficients: 1 to some {MAX_LENGTH} can be summed",
-        )
-        _check(
-            math.isfinite(self.clip_norm) and self.clip_norm > 0,
-            f"clip_norm {self.clip_norm}: it must be finite and above 0",
-        )
-        _check(
-            math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0,
-            f"noise_multiplier {self.noise_multiplier}: it must be finite and at least 0",
-        )
-        _check(
-            1 <= self.scale_bits <= FINEST_BITS,
-            f"scale_bits {self.scale_bits}: it must lie between 1 and {FINEST_BITS:g}",
-        )
-        _check(
-            0 <= self.max_examples <= _MOST_COUNT,
-            f"max_examples {self.max_examples}: it must lie between 1 and {_MOST_COUNT}; leave the "
-            "weights out with max_examples=None",
-        )
-        _check(
-            0 <= self.weight_bits <= 30 and self.max_examples << self.weight_bits <= _MOST_COUNT,
-            f"{self.max_examples} examples in steps of 2^-{self.weight_bits}: at most "
-            f"{_MOST_COUNT} steps can be summed",
-        )
-        for metric, bound in self.metrics:
-            _check(
-                math.isfinite(bound) and bound > 0,
-                f"metric {metric!r} up to {bound}: its largest magnitude must be above 0",
-            )
+        steps = self.max_examples * 2.0**self.weight_bits
+        for name, value, least, most in (
+            ("size", self.size, 1, MAX_LENGTH - _TAIL - len(self.metrics)),
+            ("clip_norm", self.clip_norm, _SMALL, 1 / _SMALL),
+            ("scale_bits", self.scale_bits, 1, FINEST_BITS),
+            ("max_examples", self.max_examples, 0, _MOST_COUNT),
+            ("weight_bits", self.weight_bits, 0, 30),
+            ("max_examples in steps of 2^-weight_bits", steps, 0, _MOST_COUNT),
+            ("colluders", self.colluders, 0, self.least - 1),
+            ("noise_multiplier", self.noise_multiplier, 0, 1 / _SMALL),
+            *(
+                (f"metric {name!r} up to", bound, _SMALL, 1 / _SMALL)
+                for name, bound in self.metrics
+            ),
+        ):
+            if not least <= value <= most:
+                raise UsageError(f"{name} {value}: it must lie between {least} and {most}")
         plain = not self.metrics and not self.max_examples and self.scale_bits <= NOISY_BITS
-        _check(
-            plain or not self.noise_multiplier,
-            "noise together with metrics or numbers of examples: they would be released without "
-            "being accounted; leave them out, so that every node counts as one",
-        )
-        _check(
-            0 <= self.colluders < self.least,
-            f"{self.colluders} colluders among {self.least} survivors: there must be fewer; "
-            "sample more nodes, or lower colluding_share",
-        )
+        if self.noise_multiplier and not plain:
+            raise UsageError(
+                "noise together with metrics or numbers of examples: they would be released "
+                "without being accounted; leave them out, so that every node counts as one"
+            )
 
     @property
     def length(self) -> int:
@@ -180,13 +161,7 @@ _SUM_PLAN = TypeAdapter(SumPlan)
 
 @dataclass(frozen=True)
 class SumCohort:
-    """The nodes of a round.
-
-    Args:
-        nodes: how many are called.
-        colluding_share: part of them that is assumed to collude with the server, in [0, 1/3).
-        remove_excess: whether survivors beyond the fewest take their noise off again.
-    """
+    """The nodes that are called in a round, ``colluding_share`` of them with the server."""
 
     nodes: int
     colluding_share: float = 0.0
@@ -219,8 +194,8 @@ class SumCohort:
         Raises:
             UsageError: when a setting is out of range, or there is no such grid.
         """
-        noisy = noise_multiplier > 0
-        room = (Ring().half - 1) // max(2, self.nodes)  # steps of one node's weight
+        noisy, ring = noise_multiplier > 0, Ring()
+        room = (ring.half - 1) // max(2, self.nodes)  # steps of one node's weight
         plan = SumPlan(
             size=size,
             clip_norm=float(clip_norm),
@@ -233,17 +208,15 @@ class SumCohort:
             noise_multiplier=float(noise_multiplier),
             remove_excess=noisy and self.remove_excess,
         )
-        _check(
-            plan.most_steps <= room,
-            f"{self.nodes} nodes of {plan.max_examples} examples: their number could wrap around; "
-            "lower max_examples",
-        )
+        if plan.most_steps > room:
+            raise UsageError(
+                f"{self.nodes} nodes of {plan.max_examples} examples: their number could wrap "
+                "around; lower max_examples"
+            )
         if plan.max_examples:
             plan = replace(plan, weight_bits=(room // plan.max_examples).bit_length() - 1)
-        load = Load(
-            size, self.nodes, self.nodes * noise_multiplier**2 / (self.least - plan.colluders)
-        )
-        ring = Ring()
+        noise = self.nodes * noise_multiplier**2 / (self.least - plan.colluders)
+        load = Load(size, self.nodes, noise)
         if ring.wrap_probability(plan.encoding, load) > LARGEST_WRAP:
             plan = replace(plan, scale_bits=ring.fitting_scale_bits(plan.encoding, load) or 1.0)
         ring.check(plan.encoding, load)
@@ -251,7 +224,7 @@ class SumCohort:
 
 
 def only_arrays(content: RecordDict, whose: str) -> ArrayRecord:
-    """The one record of arrays of a message.
+    """Return the one record of arrays of a message.
 
     Raises:
         UsageError: when there is none or more than one.
@@ -266,12 +239,12 @@ def only_arrays(content: RecordDict, whose: str) -> ArrayRecord:
 
 
 def size_of(arrays: ArrayRecord) -> int:
-    """Float coefficients of a model."""
+    """Count the float coefficients of a model."""
     return sum(values.size for _, values in _floats(arrays))
 
 
 def update(received: ArrayRecord, returned: ArrayRecord) -> NDArray[np.float32]:
-    """New coefficients minus old ones, float32 of shape ``(size,)``; private.
+    """Subtract old coefficients from new ones: float32 of shape ``(size,)``, private.
 
     Raises:
         UsageError: when the app returned arrays of other names or shapes than it was sent.
@@ -299,21 +272,12 @@ def update(received: ArrayRecord, returned: ArrayRecord) -> NDArray[np.float32]:
 def integers(
     plan: SumPlan, values: NDArray[np.float32], metrics: Mapping[str, Any], coins: Coins
 ) -> NDArray[np.int32]:
-    """What a node puts into the sum, before its noise.
+    """Return what a node puts into the sum before its noise, int32 of shape ``(plan.length,)``.
 
     Promise: the coefficients have an integer L2 norm of at most ``plan.encoding.bound``, whatever
     the number of examples says; an update that is not finite becomes zero. Coefficients, weight and
     metrics are scaled by the same weight, in ``plan.most_steps`` steps, so that their quotient is
     the mean of exactly these weights; a number of examples that is negative or not finite has none.
-
-    Args:
-        plan: of the round.
-        values: the update, shape ``(plan.size,)``; private.
-        metrics: of the reply.
-        coins: decide the rounding.
-
-    Returns:
-        int32 of shape ``(plan.length,)``.
 
     Raises:
         UsageError: when the update is of another size, or a metric that is summed is missing.
@@ -347,7 +311,7 @@ def integers(
 
 
 def mean_metrics(plan: SumPlan, tail: NDArray[np.int64]) -> dict[str, float]:
-    """The weighted means of the summed metrics, from what follows the coefficients of a sum."""
+    """Compute the weighted means of metrics from what follows the coefficients of a sum."""
     weight = tail[0] / plan.most_steps
     steps = 2.0 ** math.floor(plan.scale_bits)
     pairs = zip(plan.metrics, tail[len(tail) - len(plan.metrics) :].tolist(), strict=True)
@@ -355,12 +319,7 @@ def mean_metrics(plan: SumPlan, tail: NDArray[np.int64]) -> dict[str, float]:
 
 
 def moved(arrays: ArrayRecord, change: NDArray[np.float64]) -> ArrayRecord:
-    """The model after a mean update, each array of its own type.
-
-    Args:
-        arrays: the model that was sent.
-        change: shape ``(size,)``.
-    """
+    """Add a mean update of shape ``(size,)`` to a model, each array of its own type."""
     new, start = dict(arrays.items()), 0
     for name, old in _floats(arrays):
         part = change[start : start + old.size].reshape(old.shape)
@@ -370,13 +329,13 @@ def moved(arrays: ArrayRecord, change: NDArray[np.float64]) -> ArrayRecord:
 
 
 def with_others_of(arrays: ArrayRecord, sent: ArrayRecord) -> ArrayRecord:
-    """A model whose arrays that are not summed are those that were sent, types included."""
+    """Put the arrays that are not summed back to those that were sent, types included."""
     summed = {name for name, _ in _floats(sent)}
     return ArrayRecord({n: a if n in summed else sent.get(n, a) for n, a in arrays.items()})
 
 
 def content_digest(content: RecordDict, message_type: str) -> bytes:
-    """32 bytes that stand for all that a message asks for: model, settings and kind.
+    """Return 32 bytes that stand for all that a message asks for: model, settings and kind.
 
     All nodes must see the same: a server that sends one node another learning rate could tell its
     update from the others'.
@@ -428,8 +387,3 @@ def _number(metrics: Mapping[str, Any], name: str) -> float:
 def _bounded(metrics: Mapping[str, Any], name: str, bound: float) -> float:
     value = _number(metrics, name)
     return max(-1.0, min(1.0, value / bound)) if math.isfinite(value) else 0.0
-
-
-def _check(holds: bool, message: str) -> None:
-    if not holds:
-        raise UsageError(message)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,18 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from numpy.typing import NDArray
 
-from privrec.errors import BudgetError, ReleaseRefused, UsageError
+from privrec.errors import BudgetError, IntegrityError, ReleaseRefused, UsageError
 from privrec.flower import plan as plans
-from privrec.flower.budget import SumBudget
 from privrec.flower.enrolment import Anyone, anchor_of, enroll
 from privrec.flower.exchange import CONFIRM, LOG, MASKED, SHARES, UNMASK, Member, Registry
 from privrec.flower.mod import SecureSumMod
 from privrec.flower.plan import CAPPED, CLIPPED, ODD, SumCohort, SumPlan
-from privrec.privacy.events import RoundEvent
+from privrec.privacy.calibrate import noise_multiplier_for
+from privrec.privacy.events import RoundEvent, check_delta
+from privrec.privacy.ledger import Ledger
+from privrec.privacy.signed import server_key
+from privrec.randomness import SecretRoot, state_dir
+from privrec.secagg.keys import statement
 from privrec.secagg.server import ServerSession
 
 __all__ = ["SecureSum", "SecureSumMod", "enroll"]
@@ -397,3 +402,89 @@ def _event(plan: SumPlan) -> RoundEvent:
     if plan.shares is None:
         raise UsageError("a plan without noise costs an infinite epsilon")
     return plan.shares.event(1.0)
+
+
+@dataclass
+class SumBudget:
+    """The write-ahead ledger of one population of nodes, over one run or several.
+
+    ε is against the server, which knows who takes part: nobody's sampling is counted on. A round
+    that would exceed ``epsilon`` is not started; None only counts.
+    """
+
+    path: Path
+    delta: float
+    epsilon: float | None = None
+
+    def __post_init__(self) -> None:
+        check_delta(self.delta)
+
+    def begin(self) -> str:
+        """Begin the ledger, or check the one that is there; the id of the run in every secure sum.
+
+        Raises:
+            UsageError: when it cannot be written, or its signing key is gone.
+            IntegrityError: when it was altered, or is about another δ.
+        """
+        if self.path.exists():
+            with self._opened() as ledger:
+                delta, run = ledger.header["delta"], str(ledger.header["run_id"])
+            if delta != self.delta:
+                raise IntegrityError(
+                    f"{self.path}: it is about delta = {delta}, not {self.delta}; go on with the "
+                    "same, or begin another ledger for other nodes"
+                )
+            return run
+        run = secrets.token_hex(8)
+        unit = "a user of this ledger is a node: all that one Flower node trains on"
+        header = {"run_id": run, "delta": self.delta, "note": unit}
+        key = server_key(_secrets(run) / "server.key")
+        SecretRoot.create(_secrets(run) / "server.root")
+        kept = _secrets(run) / "head.json"
+        with Ledger.create(self.path, header=header, signing_key=key, kept=kept):
+            return run
+
+    def charge(self, round: int, event: RoundEvent) -> tuple[int, float]:
+        """Pay for another attempt at a round, on disk before this returns; which one, and ε of all.
+
+        Raises:
+            BudgetError: when it would exceed the budget; nothing is charged.
+        """
+        with self._opened() as ledger:
+            spent = ledger.epsilon_after(event, delta=self.delta, adversary="server")
+            if self.epsilon is not None and spent > self.epsilon:
+                raise BudgetError(
+                    f"round {round + 1} would bring epsilon to {spent:g} at delta {self.delta:g}, "
+                    f"above the {self.epsilon:g} that was set; it is not started, and what was "
+                    "released before stays within the budget"
+                )
+            attempt = ledger.attempts(round)
+            ledger.charge(round, attempt, event)
+            ledger.seal()
+            return attempt, spent
+
+    def commit(self, round: int, attempt: int, total: NDArray[np.int64]) -> None:
+        """Say on disk what a round releases, before it is released."""
+        with self._opened() as ledger:
+            root = SecretRoot.load(_secrets(str(ledger.header["run_id"])) / "server.root")
+            released = statement("flower release", total.astype("<i8").tobytes())
+            ledger.commit(round, attempt, root.tag("release", round, attempt, released))
+            ledger.seal()
+
+    def multiplier(self, event_of: Callable[[float], RoundEvent], rounds: int) -> float:
+        """The least noise multiplier that keeps that many rounds within the budget."""
+        if self.epsilon is None:
+            raise UsageError("neither noise_multiplier nor epsilon: give one of them")
+        return noise_multiplier_for(self.epsilon, self.delta, event_of, rounds, "server")
+
+    @contextmanager
+    def _opened(self) -> Iterator[Ledger]:
+        with Ledger.open(self.path, repair=False) as ledger:
+            run = str(ledger.header["run_id"])
+        key = server_key(_secrets(run) / "server.key", new=False)
+        with Ledger.open(self.path, signing_key=key, kept=_secrets(run) / "head.json") as ledger:
+            yield ledger
+
+
+def _secrets(run: str) -> Path:
+    return state_dir() / "flower" / run

@@ -86,7 +86,7 @@ class Flower:
         """The round's cohort: those who are sampled, train, and have prekeys left."""
         registry, tiers = self.registry, self.federation.tiers
         registry.greet_newcomers()
-        members = registry.ordered()
+        members = sorted(registry.members.values(), key=lambda each: (each.number, each.name))
         if round.event.is_private:
             coins = self.root.stream("cohort", *round.context).uint64(len(members))
         else:

@@ -24,7 +24,7 @@ from privrec.flower import server_app as server_module
 from privrec.flower.app import scenario_of
 from privrec.flower.client_app import client_app
 from privrec.flower.enrolment import anchor_of, enroll
-from privrec.flower.exchange import MASKED, PREKEYS, RECORD, SHARES, UNMASK, pack, unpack
+from privrec.flower.exchange import MASKED, PREKEYS, RECORD, SHARES, UNMASK, keys_of, pack, unpack
 from privrec.flower.server_app import deploy
 from privrec.privacy.ledger import Ledger
 from privrec.report.build import build
@@ -108,6 +108,12 @@ def known_nodes(grid: Loopback, key: bytes = b"k") -> Loopback:
     for context in grid.contexts.values():
         context.state[RECORD] = ConfigRecord({"root": key + b"devices"})
     return grid
+
+
+def node_of(folder: Path, config: dict[str, Any]) -> client_module.Node:
+    context = context_of(10, config, {})
+    with keys_of(context) as keys:
+        return client_module.node_of(folder, context, keys)
 
 
 def tags(out: Path) -> list[tuple[Any, ...]]:
@@ -274,9 +280,7 @@ def test_an_office_certifies_devices(tmp_path: Path) -> None:
         deployed(folder, grid_of(folder, configs=wrong), tmp_path / "refused")
     (keys[0] / "state").unlink()
     with pytest.raises(UsageError, match="enrol the node anew"):
-        client_module.node_of(
-            folder, context_of(10, {**configs[0], "partition-id": 0, "num-partitions": 4}, {})
-        )
+        node_of(folder, {**configs[0], "partition-id": 0, "num-partitions": 4})
 
 
 def test_a_server_that_swaps_keys_is_refused(tmp_path: Path, flower_log: Any) -> None:
@@ -313,15 +317,14 @@ def test_a_device_of_its_own_needs_an_anchor(tmp_path: Path) -> None:
     (tmp_path / "liked").write_text("a\nc\n")
     (tmp_path / "catalogue").write_text("\n".join("abcd" * 1) + "\n")
     config = {"history": str(tmp_path / "liked"), "catalogue": str(tmp_path / "catalogue")}
-    message_context = context_of(10, config, {})
     with pytest.raises(UsageError, match="no trust anchor"):
-        client_module.node_of(folder, message_context)
+        node_of(folder, config)
     enroll(tmp_path / "keys", [7], tmp_path / "roster", None)
     config |= {"keys": str(tmp_path / "keys"), "roster": str(tmp_path / "roster"), "number": 7}
-    node = client_module.node_of(folder, context_of(10, config, {}))
+    node = node_of(folder, config)
     assert [(h.user, h.tier, h.history.tolist()) for h in node.hosted] == [(7, 0, [0, 2])]
     assert not node.simulated
-    node = client_module.node_of(folder, context_of(10, config | {"capacity": 0.5}, {}))
+    node = node_of(folder, config | {"capacity": 0.5})
     assert node.hosted[0].tier == 1
     for bad, kind, says in (
         ({"capacity": 0.3}, UsageError, "capacity = 0.3"),
@@ -332,10 +335,10 @@ def test_a_device_of_its_own_needs_an_anchor(tmp_path: Path) -> None:
         ({"roster": "", "enrolment-key": "12"}, UsageError, "64 hexadecimal"),
     ):
         with pytest.raises(kind, match=says):
-            client_module.node_of(folder, context_of(10, config | bad, {}))
+            node_of(folder, config | bad)
     (tmp_path / "liked").write_text("z\n")
     with pytest.raises(DataError, match="'z' is not in the catalogue"):
-        client_module.node_of(folder, context_of(10, config, {}))
+        node_of(folder, config)
 
 
 @pytest.mark.parametrize(

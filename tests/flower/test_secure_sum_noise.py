@@ -18,10 +18,9 @@ from sum_apps import app_of, delta, flat, grid_of, lenient, moved, one_round, st
 from sum_apps import model as two_arrays
 
 from privrec.errors import IntegrityError, UsageError
-from privrec.flower.budget import SumBudget
 from privrec.flower.exchange import pack, unpack
 from privrec.flower.plan import SumCohort, SumPlan
-from privrec.flower.secure_sum import SecureSum
+from privrec.flower.secure_sum import SecureSum, SumBudget
 from privrec.privacy.events import epsilon
 from privrec.privacy.ledger import Ledger
 from privrec.randomness import state_dir
