@@ -23,23 +23,9 @@ from privrec.device.device import Device
 from privrec.device.round import Round
 from privrec.device.tier import Federation
 from privrec.errors import DataError, PrivrecError, ReleaseRefused, UsageError
+from privrec.flower import exchange
 from privrec.flower.app import population_of, scenario_of, tell_round, told_round
 from privrec.flower.enrolment import Anyone, anchor_of, text_of
-from privrec.flower.exchange import (
-    LOG,
-    MASKED,
-    PREKEYS,
-    SHARES,
-    Body,
-    HostedDevice,
-    NodeKeys,
-    asked,
-    by_device,
-    keys_of,
-    refuse,
-    reply,
-    summary,
-)
 from privrec.run.assembly import agreement_of, assign, federation_of, trainer_of
 from privrec.scenario.load import Scenario
 from privrec.secagg.client import Policy
@@ -63,16 +49,16 @@ def client_app(folder: Path) -> ClientApp:
     @app.train()  # type: ignore[untyped-decorator]  # Flower may be absent
     def answer(message: Message, context: Context) -> Message:
         try:
-            with keys_of(context) as keys:
-                body = node_of(folder, context, keys).answer(*asked(message))
-            return reply(message, body)
+            with exchange.keys_of(context) as keys:
+                body = node_of(folder, context, keys).answer(*exchange.asked(message))
+            return exchange.reply(message, body)
         except PrivrecError as error:
-            return refuse(message, error)
+            return exchange.refuse(message, error)
 
     return app
 
 
-def node_of(folder: Path, context: Context, keys: NodeKeys) -> Node:
+def node_of(folder: Path, context: Context, keys: exchange.NodeKeys) -> Node:
     """Make the node that its configuration describes.
 
     Raises:
@@ -95,19 +81,14 @@ def node_of(folder: Path, context: Context, keys: NodeKeys) -> Node:
 
 @dataclass(frozen=True)
 class Hosted:
-    """One device of a node.
-
-    Args:
-        user: its number, by which the server orders devices; it names the device's draws.
-        tier: index of its tier.
-        history: its items.
-    """
+    """A user of a node: the number that names its draws, the index of its tier, its items."""
 
     user: int
     tier: int
     history: NDArray[np.int32]
 
 
+@dataclass
 class Node:
     """Answers the server for all devices that it hosts.
 
@@ -116,92 +97,82 @@ class Node:
 
     Args:
         scenario: what the devices agreed to take part in.
+        federation: its tiers.
+        hosted: the devices.
+        keys: of the node.
         anchor: whom the devices trust about other devices.
         simulated: whether the histories are those of a data set.
     """
 
-    def __init__(
-        self,
-        scenario: Scenario,
-        federation: Federation,
-        hosted: Sequence[Hosted],
-        keys: NodeKeys,
-        anchor: Anchor,
-        simulated: bool,
-    ) -> None:
-        self.scenario, self.federation, self.hosted = scenario, federation, hosted
-        self.keys, self.simulated = keys, simulated
+    scenario: Scenario
+    federation: Federation
+    hosted: Sequence[Hosted]
+    keys: exchange.NodeKeys
+    anchor: Anchor
+    simulated: bool
+
+    def __post_init__(self) -> None:
+        scenario, federation = self.scenario, self.federation
         self._event, self._protection = agreement_of(scenario, federation, population_of(scenario))
-        devices = [(each, keys.device(each.user, anchor)) for each in hosted]
+        devices = [(each, self.keys.device(each.user, self.anchor)) for each in self.hosted]
         self._devices = {device.key.public: (each, device) for each, device in devices}
         self._trainer = cache(lambda tier: trainer_of(scenario, federation, federation.tiers[tier]))
 
-    def answer(self, stage: str, body: Mapping[str, Any]) -> Body:
+    def answer(self, stage: str, body: Mapping[str, Any]) -> exchange.Body:
         """Answer one message of :mod:`privrec.flower.exchange`.
 
         Raises:
             ReleaseRefused: when no device can answer such a message.
         """
-        if stage != PREKEYS:
-            return self._exchange(stage, body)
-        hosted = self._devices.values()
-        return {
-            "devices": [device.deposit(body, each.tier) for each, device in hosted],
-            "items": self.federation.tiers[0].recommender.vectors.items,
-            "plan": self.scenario.plan_hash(),
-            "simulated": self.simulated,
-        }
-
-    def _exchange(self, stage: str, body: Mapping[str, Any]) -> Body:
-        told = body if stage == SHARES else self.keys.kept
+        if stage == exchange.PREKEYS:
+            devices = self._devices.values()
+            return {
+                "devices": [device.deposit(body, each.tier) for each, device in devices],
+                "items": self.federation.tiers[0].recommender.vectors.items,
+                "plan": self.scenario.plan_hash(),
+                "simulated": self.simulated,
+            }
+        told = body if stage == exchange.SHARES else self.keys.kept
         round = told_round(told.get("round"))
         self._check_round(round)
         self.keys.kept["round"] = tell_round(round)
-        view = self._view(body.get("weights")) if stage == MASKED else None
         answers: dict[bytes, bytes] = {}
         refused: dict[bytes, str] = {}
-        for name, message in by_device(body, "messages").items():
+        for name, message in exchange.by_device(body, "messages").items():
             try:
-                if name not in self._devices:
-                    raise ReleaseRefused("this node hosts no such device")
-                hosted, device = self._devices[name]
-                answers[name] = self._answer(
-                    stage, round, hosted, device, message, view, body.get("key", 0)
-                )
+                answers[name] = self._answer(stage, round, name, message, body)
             except PrivrecError as error:
                 refused[name] = str(error)
         if not refused:
             return {"answers": answers}
-        LOG.error("privrec: %s", summary(refused))
-        return {"answers": answers, "refused": f"{stage} was refused by {summary(refused)}"}
+        said = f"{stage} was refused by {exchange.summary(refused)}"
+        exchange.LOG.error("privrec: %s", said)
+        return {"answers": answers, "refused": said}
 
     def _answer(
-        self,
-        stage: str,
-        round: Round,
-        hosted: Hosted,
-        device: HostedDevice,
-        message: bytes,
-        view: NDArray[np.float32] | None,
-        key: int,
+        self, stage: str, round: Round, name: bytes, message: bytes, body: Mapping[str, Any]
     ) -> bytes:
         """One device's answer to one exchange."""
+        if name not in self._devices:
+            raise ReleaseRefused("this node hosts no such device")
+        hosted, device = self._devices[name]
         devices, privacy = self.scenario.devices, self.scenario.privacy
         terms = self._protection.terms(round, self.federation.layouts)
         policy = Policy(devices.min_cohort, privacy.colluding_share, terms)
-        if stage == SHARES:
+        if stage == exchange.SHARES:
             removes = self._protection.removes_excess
-            seeds = self._device(hosted).noise_seeds(round) if removes else ()
+            seeds = self._device(hosted, b"").noise_seeds(round) if removes else ()
             return device.called(policy).shares(message, seeds)
         session = device.resumed(policy)
-        if view is None:
+        if stage != exchange.MASKED:
             return device.conclude(session, stage, message)
+        view = self._view(body.get("weights"))
         # Another attempt at the same round begins where the first one did.
         kept, now = device.kept, [round.run_id, round.index]
         state = kept["before"] if kept.get("round") == now else kept.get("state", b"")
         own = self._device(hosted, state)
-        before = own.state.tobytes()
-        upload = own.upload(round, own.answer(round, self.federation.prefix(view, own.tier), key))
+        before, prefix = own.state.tobytes(), self.federation.prefix(view, own.tier)
+        upload = own.upload(round, own.answer(round, prefix, body.get("key", 0)))
         digests = round.model_digests[: len(own.layouts)]
         masked = session.masked(message, upload.integers, digests)
         kept.update(round=now, before=before, state=own.state.tobytes())
@@ -229,7 +200,7 @@ class Node:
             )
         return np.frombuffer(weights, np.float32)
 
-    def _device(self, hosted: Hosted, state: bytes = b"") -> Device:
+    def _device(self, hosted: Hosted, state: bytes) -> Device:
         tier = self.federation.tiers[hosted.tier]
         return Device(
             hosted.user,

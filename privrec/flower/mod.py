@@ -12,22 +12,9 @@ from flwr.app import ArrayRecord, Context, Message, RecordDict
 from numpy.typing import NDArray
 
 from privrec.errors import PrivrecError, ReleaseRefused, UsageError
+from privrec.flower import exchange
 from privrec.flower import plan as plans
 from privrec.flower.enrolment import Anyone, anchor_of
-from privrec.flower.exchange import (
-    LOG,
-    MASKED,
-    NOT_IN,
-    PREKEYS,
-    RECORD,
-    SHARES,
-    HostedDevice,
-    asked,
-    by_device,
-    keys_of,
-    refuse,
-    reply,
-)
 from privrec.flower.plan import SumPlan
 from privrec.privacy.mechanism import noise_seeds
 from privrec.secagg.client import Policy
@@ -37,6 +24,7 @@ from privrec.secagg.roster import Anchor, Call, Roster, Terms
 Next = Callable[[Message, Context], Message]
 
 
+@dataclass(frozen=True, kw_only=True)
 class SecureSumMod:
     """A client mod for ``flwr.clientapp.ClientApp``, the first of its list of mods.
 
@@ -59,35 +47,34 @@ class SecureSumMod:
         UsageError: when a value is outside its range.
     """
 
-    def __init__(
-        self,
-        *,
-        minimum: int = 20,
-        noise_multiplier: float = 0.0,
-        rounds: int | None = None,
-        corrupt_share: float = 0.05,
-        evaluate_in_clear: bool = False,
-        trust_server: bool = False,
-    ) -> None:
-        if not (math.isfinite(noise_multiplier) and noise_multiplier >= 0):
-            raise UsageError(f"noise_multiplier {noise_multiplier}: it must be 0 or above")
-        self.policy = Policy(minimum, corrupt_share)
-        self._trust_server = trust_server
-        self._noise_multiplier = noise_multiplier
-        self._rounds = rounds
-        self._evaluate_in_clear = evaluate_in_clear
+    minimum: int = 20
+    noise_multiplier: float = 0.0
+    rounds: int | None = None
+    corrupt_share: float = 0.05
+    evaluate_in_clear: bool = False
+    trust_server: bool = False
+
+    def __post_init__(self) -> None:
+        Policy(self.minimum, self.corrupt_share)
+        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
+            raise UsageError(f"noise_multiplier {self.noise_multiplier}: it must be 0 or above")
+
+    @property
+    def policy(self) -> Policy:
+        """What every session of this node insists on."""
+        return Policy(self.minimum, self.corrupt_share)
 
     def __call__(self, message: Message, context: Context, call_next: Next) -> Message:
         """Answer a message; see Flower's ``Mod``."""
         try:
-            if RECORD in message.content:
-                anchor = _anchor(context, trust_server=self._trust_server)
-                with keys_of(context) as keys:
+            if exchange.RECORD in message.content:
+                anchor = _anchor(context, trust_server=self.trust_server)
+                with exchange.keys_of(context) as keys:
                     device = keys.device(int(context.node_config.get("number", 0)), anchor)
                     return _Node(self, context, device).answer(message, call_next)
             kind = message.metadata.message_type
             is_evaluation = kind.partition(".")[0] == "evaluate"
-            if is_evaluation and self._evaluate_in_clear:
+            if is_evaluation and self.evaluate_in_clear:
                 return call_next(message, context)
             remedy = " and evaluate there, or allow evaluate_in_clear" if is_evaluation else ""
             raise ReleaseRefused(
@@ -95,41 +82,32 @@ class SecureSumMod:
                 f"strategy in SecureSum{remedy}"
             )
         except PrivrecError as error:
-            return refuse(message, error)
+            return exchange.refuse(message, error)
 
     def check(self, plan: SumPlan, terms: Terms, nodes: int, given: int) -> None:
-        """Refuse a round that is not what this mod insists on.
-
-        Args:
-            plan: that the server states.
-            terms: of the call, which everybody's masks are bound to.
-            nodes: size of the roster.
-            given: updates that this node gave in this run before.
+        """Refuse a round of so many nodes that is not what this mod insists on.
 
         Raises:
-            ReleaseRefused: when it asks for too much, or the two contradict each other.
+            ReleaseRefused: when its plan asks for too much, is not what everybody's masks are
+                bound to, or this node has given all its updates.
         """
         if plan.terms(terms.run, terms.round, terms.attempt) != terms:
             raise ReleaseRefused("a call whose terms are not those of its plan")
-        noise = plan.noise_beyond(math.floor(self.policy.corrupt_share * nodes))
-        if noise < self._noise_multiplier:
+        noise = plan.noise_beyond(math.floor(self.corrupt_share * nodes))
+        if noise < self.noise_multiplier:
             raise ReleaseRefused(
                 f"a round with noise of {noise:.4g} times the sensitivity, without that of the "
-                f"nodes that may collude, and this node insists on {self._noise_multiplier:g}; "
+                f"nodes that may collude, and this node insists on {self.noise_multiplier:g}; "
                 "raise the server's noise_multiplier or lower its epsilon"
             )
-        if self._rounds is not None and given >= self._rounds:
+        if self.rounds is not None and given >= self.rounds:
             raise ReleaseRefused(
-                f"update {given + 1} of this node in one run, and it gives at most {self._rounds}"
+                f"update {given + 1} of this node in one run, and it gives at most {self.rounds}"
             )
 
 
 def _anchor(context: Context, *, trust_server: bool) -> Anchor:
-    """Whom a node trusts about other nodes.
-
-    Raises:
-        UsageError: when it names nobody to trust, or nothing that would make it one of those.
-    """
+    """Whom a node trusts about other nodes."""
     anchor = anchor_of(context.node_config)
     if anchor is None and not trust_server:
         raise UsageError(
@@ -152,33 +130,33 @@ class _Node:
 
     mod: SecureSumMod
     context: Context
-    device: HostedDevice
+    device: exchange.HostedDevice
 
     def answer(self, message: Message, call_next: Next) -> Message:
-        device, (stage, body) = self.device, asked(message)
+        device, (stage, body) = self.device, exchange.asked(message)
         own = Prekey(device.key.public, device.certificate or bytes(64), 0, 0, b"", b"", b"")
         if not device.anchor.knows(own):
             raise UsageError(
                 f"this node's own identity {own.identity.hex()} is not enrolled: add it to the "
                 "roster, or have it certified by the office: privrec flower enroll"
             )
-        if stage == PREKEYS:
-            return reply(message, {"devices": [device.deposit(body)]})
-        told = by_device(body, "messages").get(own.identity)
+        if stage == exchange.PREKEYS:
+            return exchange.reply(message, {"devices": [device.deposit(body)]})
+        told = exchange.by_device(body, "messages").get(own.identity)
         if told is None:
-            raise ReleaseRefused(NOT_IN)
-        if stage == SHARES:
+            raise ReleaseRefused(exchange.NOT_IN)
+        if stage == exchange.SHARES:
             answer = self._shares(told, body.get("plan"))
-        elif stage != MASKED:
+        elif stage != exchange.MASKED:
             answer = device.conclude(device.resumed(self.mod.policy), stage, told)
         else:
-            content = RecordDict({n: r for n, r in message.content.items() if n != RECORD})
+            content = RecordDict({n: r for n, r in message.content.items() if n != exchange.RECORD})
             digest = plans.content_digest(content, message.metadata.message_type)
             # A copy: apps may take the arrays out of the record that they are given.
             received = ArrayRecord(dict(plans.only_arrays(content, "a message").items()))
             session = device.resumed(self.mod.policy)
             if "plan" not in device.kept:
-                raise ReleaseRefused(NOT_IN)
+                raise ReleaseRefused(exchange.NOT_IN)
             message.content = content
             trained = call_next(message, self.context)
             if trained.has_error():
@@ -187,7 +165,7 @@ class _Node:
             answer = bytes(session.masked(told, vector, [digest]))
             device.kept["given"] = [self.context.run_id, self._given() + 1]
             del device.kept["plan"]
-        return reply(message, {"answers": {own.identity: answer}})
+        return exchange.reply(message, {"answers": {own.identity: answer}})
 
     def _shares(self, told: bytes, packed: Any) -> bytes:
         device, plan, call = self.device, SumPlan.unpack(packed), Call.parse(told)
@@ -197,7 +175,7 @@ class _Node:
         answer = session.shares(told, self._seeds(call.terms) if plan.remove_excess else ())
         device.kept["plan"] = packed
         if session.warning:
-            LOG.warning("privrec: %s", session.warning)
+            exchange.LOG.warning("privrec: %s", session.warning)
         return answer
 
     def _given(self) -> int:

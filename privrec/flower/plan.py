@@ -11,10 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import msgpack
 import numpy as np
 from flwr.app import Array, ArrayRecord, RecordDict
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from pydantic import TypeAdapter
 
 from privrec.device.update import clip
 from privrec.errors import ReleaseRefused, UsageError
+from privrec.privacy.events import RoundEvent
 from privrec.privacy.mechanism import Band, Shares
 from privrec.secagg.graph import Graph
 from privrec.secagg.keys import statement
@@ -116,6 +118,17 @@ class SumPlan:
         return Shares(self.noise_multiplier, bound, (band,), self.remove_excess)
 
     @property
+    def event(self) -> RoundEvent:
+        """What a round costs all nodes, none of them sampled.
+
+        Raises:
+            UsageError: when it is without noise, and costs an infinite epsilon.
+        """
+        if self.shares is None:
+            raise UsageError("a plan without noise costs an infinite epsilon")
+        return self.shares.event(1.0)
+
+    @property
     def most_steps(self) -> int:
         """Steps of the largest weight that a node counts with."""
         return max(1, self.max_examples) << self.weight_bits
@@ -167,16 +180,6 @@ class SumCohort:
     colluding_share: float = 0.0
     remove_excess: bool = False
 
-    @property
-    def least(self) -> int:
-        """Fewest survivors: the quorum of the protocol, more than two thirds."""
-        return Graph().quorum(self.nodes)
-
-    @property
-    def colluders(self) -> int:
-        """How many are assumed to collude."""
-        return math.ceil(self.colluding_share * self.nodes)
-
     def plan(
         self,
         size: int,
@@ -189,12 +192,11 @@ class SumCohort:
     ) -> SumPlan:
         """The plan of a round, on the finest grid on which no sum of these nodes wraps around.
 
-        Arguments are those of :class:`SumPlan`.
-
         Raises:
             UsageError: when a setting is out of range, or there is no such grid.
         """
         noisy, ring = noise_multiplier > 0, Ring()
+        least = Graph().quorum(self.nodes)  # more than two thirds
         room = (ring.half - 1) // max(2, self.nodes)  # steps of one node's weight
         plan = SumPlan(
             size=size,
@@ -203,8 +205,8 @@ class SumCohort:
             max_examples=max_examples,
             weighted_by=weighted_by,
             metrics=metrics,
-            least=self.least,
-            colluders=self.colluders if noisy else 0,
+            least=least,
+            colluders=math.ceil(self.colluding_share * self.nodes) if noisy else 0,
             noise_multiplier=float(noise_multiplier),
             remove_excess=noisy and self.remove_excess,
         )
@@ -215,7 +217,7 @@ class SumCohort:
             )
         if plan.max_examples:
             plan = replace(plan, weight_bits=(room // plan.max_examples).bit_length() - 1)
-        noise = self.nodes * noise_multiplier**2 / (self.least - plan.colluders)
+        noise = self.nodes * noise_multiplier**2 / (least - plan.colluders)
         load = Load(size, self.nodes, noise)
         if ring.wrap_probability(plan.encoding, load) > LARGEST_WRAP:
             plan = replace(plan, scale_bits=ring.fitting_scale_bits(plan.encoding, load) or 1.0)
@@ -340,15 +342,14 @@ def content_digest(content: RecordDict, message_type: str) -> bytes:
     All nodes must see the same: a server that sends one node another learning rate could tell its
     update from the others'.
     """
-    parts: list[bytes | int | str] = [message_type, len(content)]
+    listed = []
     for name in sorted(content):
         record = content[name]
-        parts += [type(record).__name__, name, len(record)]
         # The order of arrays is that of the vector; that of settings tells nothing.
-        names = list(record) if isinstance(record, ArrayRecord) else sorted(record)
-        for key in names:
-            parts += [key, *_spelled(record[key])]
-    return statement("flower content", *parts)
+        keys = record if isinstance(record, ArrayRecord) else sorted(record)
+        values = [[key, _spelled(record[key])] for key in keys]
+        listed.append([type(record).__name__, name, values])
+    return statement("flower content", message_type, msgpack.packb(listed))
 
 
 def _floats(arrays: ArrayRecord) -> Iterator[tuple[str, NDArray[Any]]]:
@@ -360,15 +361,12 @@ def _floats(arrays: ArrayRecord) -> Iterator[tuple[str, NDArray[Any]]]:
             yield name, values
 
 
-def _spelled(value: Any) -> Sequence[bytes | int | str]:
-    if isinstance(value, Array):
-        shape = ",".join(map(str, value.shape))
-        return (value.dtype, shape, value.stype, hashlib.sha256(value.data).digest())
-    if isinstance(value, list):
-        return ("list", len(value), *(part for each in value for part in _spelled(each)))
-    if isinstance(value, float):
-        return ("float", value.hex())
-    return (type(value).__name__, value if isinstance(value, bytes | str) else str(int(value)))
+def _spelled(value: Any) -> Any:
+    """A value as msgpack spells it, which tells types apart; arrays by their digest."""
+    if not isinstance(value, Array):
+        return value
+    digest = hashlib.sha256(value.data).digest()
+    return [value.dtype, list(value.shape), value.stype, digest]
 
 
 def _number(metrics: Mapping[str, Any], name: str) -> float:

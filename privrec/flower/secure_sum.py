@@ -7,11 +7,11 @@ gives that strategy one reply, which holds the mean. In between are the exchange
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +50,18 @@ _ONE_BY_ONE = (
 
 @dataclass(frozen=True)
 class _Open:
-    """A round between the training that was asked for and its end."""
+    """A round between the training that was asked for, in ``sent`` for one, and its end."""
 
     registry: Registry
     session: ServerSession
     plan: SumPlan
     sent: Message
-    """One of the app's own messages, which all ask for the same."""
     round: int
     attempt: int
     epsilon: float | None
 
 
+@dataclass(eq=False)
 class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types are checked
     """A strategy that gives another one the mean of all updates, and no update.
 
@@ -75,8 +75,8 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
     Args:
         strategy: the app's own, whose averaging is used: FedAvg, FedProx, FedAdam and their like,
             which see the replies only by their mean.
-        clip_norm: largest L2 norm of a node's update, above 0. Without noise it is no more than the
-            range of the integers: choose it above what updates have.
+        clip_norm: largest L2 norm of a node's update. Without noise it is no more than the range of
+            the integers: choose it above what updates have.
         max_examples: most examples that a node counts with, a whole number; None lets every node
             count as one. With noise every node does. Rounding grows with its ratio to what nodes
             have, so set it to about the largest node, and to 1 for weights that add up to one.
@@ -101,55 +101,54 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         UsageError: when settings contradict each other, or the strategy needs single replies.
     """
 
-    def __init__(
-        self,
-        strategy: Strategy,
-        *,
-        clip_norm: float,
-        max_examples: int | None = 10_000,
-        metrics: Mapping[str, float] | None = None,
-        weighted_by: str | None = None,
-        noise_multiplier: float | None = None,
-        epsilon: float | None = None,
-        delta: float = 1e-5,
-        rounds: int | None = None,
-        ledger: str | Path | None = None,
-        colluding_share: float = 0.05,
-        remove_excess: bool = True,
-        roster: str | Path | None = None,
-        enrolment_key: str | None = None,
-        evaluate_in_clear: bool = False,
-        timeout: float | None = None,
-    ) -> None:
-        self.strategy = _averaging(strategy)
-        noisy = noise_multiplier is not None or epsilon is not None
-        if noisy != (ledger is not None):
+    strategy: Strategy
+    _: KW_ONLY
+    clip_norm: float
+    max_examples: int | None = 10_000
+    metrics: Mapping[str, float] | None = None
+    weighted_by: str | None = None
+    noise_multiplier: float | None = None
+    epsilon: float | None = None
+    delta: float = 1e-5
+    rounds: int | None = None
+    ledger: str | Path | None = None
+    colluding_share: float = 0.05
+    remove_excess: bool = True
+    roster: str | Path | None = None
+    enrolment_key: str | None = None
+    evaluate_in_clear: bool = False
+    timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_averages(self.strategy)
+        most, noise_multiplier = self.max_examples, self.noise_multiplier
+        noisy = noise_multiplier is not None or self.epsilon is not None
+        if noisy != (self.ledger is not None):
             raise UsageError(
                 "noise and its ledger go together: give ledger=PATH with noise_multiplier or "
                 "epsilon, and none of them for a sum without noise"
             )
-        if max_examples is not None and (type(max_examples) is not int or max_examples < 1):
+        if most is not None and (type(most) is not int or most < 1):
             raise UsageError(
-                f"max_examples {max_examples!r}: it must be a whole number of at least 1, or None "
-                "for nodes that count alike"
+                f"max_examples {most!r}: it must be a whole number of at least 1, or None for "
+                "nodes that count alike"
             )
         if noise_multiplier is not None and noise_multiplier <= 0:
             raise UsageError(f"noise_multiplier {noise_multiplier}: it must be above 0")
-        self._budget = None if ledger is None else SumBudget(Path(ledger), delta, epsilon)
-        self._noise_multiplier = noise_multiplier
-        self._rounds = rounds
-        self._clip_norm = clip_norm
+        self._budget: SumBudget | None = None
+        if self.ledger is not None:
+            budget = math.inf if self.epsilon is None else self.epsilon
+            self._budget = SumBudget(Path(self.ledger), self.delta, budget)
+        named = getattr(self.strategy, "weighted_by_key", "num-examples")
         self._given: dict[str, Any] = {
-            "max_examples": 0 if noisy else max_examples or 0,
-            "weighted_by": weighted_by or getattr(strategy, "weighted_by_key", "num-examples"),
-            "metrics": tuple((metrics or {}).items()),
+            "max_examples": 0 if noisy else most or 0,
+            "weighted_by": self.weighted_by or named,
+            "metrics": tuple((self.metrics or {}).items()),
         }
-        SumCohort(3).plan(1, clip_norm, noise_multiplier or float(noisy), **self._given)
-        self._colluding_share, self._remove_excess = colluding_share, remove_excess
-        named = {"roster": roster and str(roster), "enrolment-key": enrolment_key}
-        self._anchor = anchor_of(named) or Anyone()
-        self._evaluate_in_clear = evaluate_in_clear
-        self._timeout, self._own_timeout = timeout, timeout
+        SumCohort(3).plan(1, self.clip_norm, noise_multiplier or float(noisy), **self._given)
+        trust = {"roster": self.roster and str(self.roster), "enrolment-key": self.enrolment_key}
+        self._anchor = anchor_of(trust) or Anyone()
+        self._timeout_s = self.timeout
         self._run: str | None = None
         self._attempts: Counter[int] = Counter()
         self._registry: Registry | None = None
@@ -158,12 +157,16 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
     # ------------------------------------------------------------------ Flower's own interface
 
     def start(
-        self, grid: Grid, initial_arrays: ArrayRecord, num_rounds: int = 3, timeout: float = 3600,
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
         **options: Any,
-    ) -> Result:  # fmt: skip
+    ) -> Result:
         """Run the rounds; arguments and result are those of Flower's ``Strategy.start``."""
-        self._timeout = self._own_timeout or timeout
-        self._rounds = self._rounds or num_rounds
+        self._timeout_s = self.timeout or timeout
+        self.rounds = self.rounds or num_rounds
         self._registry = None  # this grid may have other nodes
         if self._budget is None:
             self._run = None
@@ -173,10 +176,9 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """The app's own training messages, each with what its node needs to mask its reply.
+        """Return the app's own training messages, each with what its node needs to mask its reply.
 
-        Returns:
-            No messages when the round cannot be, for which the log gives the reason.
+        There are none when the round cannot be, for which the log gives the reason.
 
         Raises:
             UsageError: when the settings do not fit the model or the number of nodes.
@@ -194,7 +196,7 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """What the app's own strategy makes of the mean; nothing when there is no sum."""
+        """Return what the app's own strategy makes of the mean; nothing when there is no sum."""
         open, self._open = self._open, None
         if open is None:
             return None, None
@@ -213,12 +215,9 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """The app's own evaluation messages where replies in clear are allowed, else none."""
-        if self._evaluate_in_clear:
-            evaluation: Iterable[Message] = self.strategy.configure_evaluate(
-                server_round, arrays, config, grid
-            )
-            return evaluation
+        """Return the app's own messages where replies in clear are allowed, else none."""
+        if self.evaluate_in_clear:
+            return list(self.strategy.configure_evaluate(server_round, arrays, config, grid))
         if server_round == 1:
             LOG.info(
                 "secure sum: nodes are not asked to evaluate, since each reply would be in clear; "
@@ -229,16 +228,17 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """What the app's own strategy makes of evaluation replies."""
+        """Return what the app's own strategy makes of evaluation replies."""
         answers = list(replies)
         return self.strategy.aggregate_evaluate(server_round, answers) if answers else None
 
     def summary(self) -> None:
         """Log the settings, then those of the app's own strategy."""
-        noise = "none" if self._budget is None else (
-            f"multiplier {self._noise_multiplier or 'from epsilon'}, ledger {self._budget.path}"
-        )  # fmt: skip
-        LOG.info("\t├──> Secure sum: clip norm %g, noise: %s", self._clip_norm, noise)
+        noise = "none"
+        if self._budget is not None:
+            multiplier = self.noise_multiplier or "from epsilon"
+            noise = f"multiplier {multiplier}, ledger {self._budget.path}"
+        LOG.info("\t├──> Secure sum: clip norm %g, noise: %s", self.clip_norm, noise)
         self.strategy.summary()
 
     # ------------------------------------------------------------------ before the training
@@ -248,7 +248,7 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         registry = self._registry
         if registry is None or registry.grid is not grid:
             registry = self._registry = Registry(grid, self._anchor, _PREKEYS)
-        registry.timeout_s = self._timeout
+        registry.timeout_s = self._timeout_s
         registry.like = {message.metadata.dst_node_id: message for message in messages}
         called = _called(registry)
         plan, attempt, epsilon = self._charged(server_round - 1, messages[0].content, len(called))
@@ -270,26 +270,33 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         self, round: int, content: RecordDict, nodes: int
     ) -> tuple[SumPlan, int, float | None]:
         """The round's plan, its attempt, and ε after it; paid for before anybody is asked."""
-        cohort = SumCohort(nodes, self._colluding_share, self._remove_excess)
+        cohort = SumCohort(nodes, self.colluding_share, self.remove_excess)
         size = plans.size_of(plans.only_arrays(content, "a message"))
 
         def planned(noise_multiplier: float) -> SumPlan:
-            return cohort.plan(size, self._clip_norm, noise_multiplier, **self._given)
+            return cohort.plan(size, self.clip_norm, noise_multiplier, **self._given)
 
         if self._budget is None:
             self._attempts[round] += 1
             return planned(0.0), self._attempts[round] - 1, None
         self._run_id()
-        if self._noise_multiplier is None:
-            event_of = lambda z: _event(planned(z))  # noqa: E731 - what calibration asks for
-            self._noise_multiplier = self._budget.multiplier(event_of, self._rounds or 1)
-            LOG.info("secure sum: noise multiplier %g meets epsilon", self._noise_multiplier)
-        plan = planned(self._noise_multiplier)
-        return plan, *self._budget.charge(round, _event(plan))
+        if self.noise_multiplier is None:
+            self.noise_multiplier = noise_multiplier_for(
+                self._budget.epsilon,
+                self._budget.delta,
+                lambda noise_multiplier: planned(noise_multiplier).event,
+                self.rounds or 1,
+                "server",
+            )
+            LOG.info("secure sum: noise multiplier %g meets epsilon", self.noise_multiplier)
+        plan = planned(self.noise_multiplier)
+        return plan, *self._budget.charge(round, plan.event)
 
     def _run_id(self) -> str:
         if self._run is None:
-            self._run = secrets.token_hex(8) if self._budget is None else self._budget.begin()
+            if self._budget is not None:
+                self._budget.begin()
+            self._run = self._budget.run if self._budget else secrets.token_hex(8)
         return self._run
 
     # ------------------------------------------------------------------ after the training
@@ -317,13 +324,11 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         return _mean(open, total, survivors)
 
     def _give_up(self, server_round: int, error: Exception) -> None:
-        LOG.error(
-            "secure sum: round %d releases nothing, and the model stays as it was: %s",
-            server_round, error,
-        )  # fmt: skip
+        said = "secure sum: round %d releases nothing, and the model stays as it was: %s"
+        LOG.error(said, server_round, error)
 
 
-def _averaging(strategy: Strategy) -> Strategy:
+def _check_averages(strategy: Strategy) -> None:
     """Refuse a strategy that compares single replies, which would do nothing with their mean."""
     for name in _ONE_BY_ONE:
         known = getattr(flower, name, None)
@@ -332,15 +337,10 @@ def _averaging(strategy: Strategy) -> Strategy:
                 f"{name} looks at each node's update by itself, and a secure sum hides them: wrap "
                 "a strategy that averages, such as FedAvg, FedProx or FedAdam"
             )
-    return strategy
 
 
 def _same(messages: Sequence[Message]) -> bytes:
-    """Digest of what all nodes are asked for.
-
-    Raises:
-        UsageError: when nodes are asked for different things: their masks would not cancel.
-    """
+    """Digest of what all nodes are asked for, which is the same: else masks would not cancel."""
     asked = {(id(m.content), m.metadata.message_type): m.content for m in messages}
     digests = {plans.content_digest(content, kind) for (_, kind), content in asked.items()}
     if len(digests) > 1:
@@ -398,51 +398,46 @@ def _mean(open: _Open, total: NDArray[np.int64], survivors: int) -> Message:
     return Message(content, reply_to=open.sent)
 
 
-def _event(plan: SumPlan) -> RoundEvent:
-    if plan.shares is None:
-        raise UsageError("a plan without noise costs an infinite epsilon")
-    return plan.shares.event(1.0)
-
-
 @dataclass
 class SumBudget:
     """The write-ahead ledger of one population of nodes, over one run or several.
 
     ε is against the server, which knows who takes part: nobody's sampling is counted on. A round
-    that would exceed ``epsilon`` is not started; None only counts.
+    that would exceed ``epsilon`` is not started. Its ``run`` is the id in every secure sum.
     """
 
     path: Path
     delta: float
-    epsilon: float | None = None
+    epsilon: float = math.inf
+    run: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
         check_delta(self.delta)
 
-    def begin(self) -> str:
-        """Begin the ledger, or check the one that is there; the id of the run in every secure sum.
+    def begin(self) -> None:
+        """Begin the ledger, or check the one that is there.
 
         Raises:
             UsageError: when it cannot be written, or its signing key is gone.
             IntegrityError: when it was altered, or is about another δ.
         """
         if self.path.exists():
-            with self._opened() as ledger:
-                delta, run = ledger.header["delta"], str(ledger.header["run_id"])
+            with Ledger.open(self.path, repair=False) as ledger:
+                delta, self.run = ledger.header["delta"], str(ledger.header["run_id"])
             if delta != self.delta:
                 raise IntegrityError(
                     f"{self.path}: it is about delta = {delta}, not {self.delta}; go on with the "
                     "same, or begin another ledger for other nodes"
                 )
-            return run
-        run = secrets.token_hex(8)
+            self._opened().close()
+            return
+        self.run = secrets.token_hex(8)
         unit = "a user of this ledger is a node: all that one Flower node trains on"
-        header = {"run_id": run, "delta": self.delta, "note": unit}
-        key = server_key(_secrets(run) / "server.key")
-        SecretRoot.create(_secrets(run) / "server.root")
-        kept = _secrets(run) / "head.json"
-        with Ledger.create(self.path, header=header, signing_key=key, kept=kept):
-            return run
+        header = {"run_id": self.run, "delta": self.delta, "note": unit}
+        key = server_key(self._secret("server.key"))
+        SecretRoot.create(self._secret("server.root"))
+        kept = self._secret("head.json")
+        Ledger.create(self.path, header=header, signing_key=key, kept=kept).close()
 
     def charge(self, round: int, event: RoundEvent) -> tuple[int, float]:
         """Pay for another attempt at a round, on disk before this returns; which one, and ε of all.
@@ -452,7 +447,7 @@ class SumBudget:
         """
         with self._opened() as ledger:
             spent = ledger.epsilon_after(event, delta=self.delta, adversary="server")
-            if self.epsilon is not None and spent > self.epsilon:
+            if spent > self.epsilon:
                 raise BudgetError(
                     f"round {round + 1} would bring epsilon to {spent:g} at delta {self.delta:g}, "
                     f"above the {self.epsilon:g} that was set; it is not started, and what was "
@@ -466,25 +461,14 @@ class SumBudget:
     def commit(self, round: int, attempt: int, total: NDArray[np.int64]) -> None:
         """Say on disk what a round releases, before it is released."""
         with self._opened() as ledger:
-            root = SecretRoot.load(_secrets(str(ledger.header["run_id"])) / "server.root")
+            root = SecretRoot.load(self._secret("server.root"))
             released = statement("flower release", total.astype("<i8").tobytes())
             ledger.commit(round, attempt, root.tag("release", round, attempt, released))
             ledger.seal()
 
-    def multiplier(self, event_of: Callable[[float], RoundEvent], rounds: int) -> float:
-        """The least noise multiplier that keeps that many rounds within the budget."""
-        if self.epsilon is None:
-            raise UsageError("neither noise_multiplier nor epsilon: give one of them")
-        return noise_multiplier_for(self.epsilon, self.delta, event_of, rounds, "server")
+    def _opened(self) -> Ledger:
+        key = server_key(self._secret("server.key"), new=False)
+        return Ledger.open(self.path, signing_key=key, kept=self._secret("head.json"))
 
-    @contextmanager
-    def _opened(self) -> Iterator[Ledger]:
-        with Ledger.open(self.path, repair=False) as ledger:
-            run = str(ledger.header["run_id"])
-        key = server_key(_secrets(run) / "server.key", new=False)
-        with Ledger.open(self.path, signing_key=key, kept=_secrets(run) / "head.json") as ledger:
-            yield ledger
-
-
-def _secrets(run: str) -> Path:
-    return state_dir() / "flower" / run
+    def _secret(self, name: str) -> Path:
+        return state_dir() / "flower" / self.run / name

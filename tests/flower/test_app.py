@@ -167,15 +167,16 @@ def test_two_nodes_lost_are_too_many_and_the_round_is_charged_all_the_same(tmp_p
         assert ledger.committed(0, 0) is None
 
 
+class Died(Exception):
+    """The server's process ends."""
+
+
 def test_a_stopped_run_goes_on_and_no_noise_is_drawn_with_two_values(tmp_path: Path) -> None:
     """The server dies in the midst of a round, and a new one with the same directory goes on."""
     folder, keys = app_folder(tmp_path), [tmp_path / f"keys{part}" for part in range(NODES)]
     for part, each in enumerate(keys):
         enroll(each, range(part, 40, NODES), tmp_path / "roster", None)
     configs = [{"keys": str(each), "roster": str(tmp_path / "roster")} for each in keys]
-
-    class Died(Exception):
-        pass
 
     calls = {"masked": 0}
 
@@ -210,9 +211,14 @@ def test_a_stopped_run_goes_on_and_no_noise_is_drawn_with_two_values(tmp_path: P
 
 def test_another_scenario_does_not_go_on_with_a_run(tmp_path: Path) -> None:
     folder = app_folder(tmp_path)
-    grid = grid_of(folder, lost=lambda node, kind: kind == UNMASK)
-    with pytest.raises(ReleaseRefused):
-        deployed(folder, grid, tmp_path / "run")
+
+    def dying(node: int, stage: str | None) -> bool:
+        if stage == UNMASK:
+            raise Died
+        return False
+
+    with pytest.raises(Died):
+        deployed(folder, grid_of(folder, lost=dying), tmp_path / "run")
     other = app_folder(tmp_path, SCENARIO.replace("rounds = 3", "rounds = 4"))
     with pytest.raises(UsageError, match="another scenario"):
         deployed(other, grid_of(other), tmp_path / "run")

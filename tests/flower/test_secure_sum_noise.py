@@ -20,7 +20,7 @@ from sum_apps import model as two_arrays
 from privrec.errors import IntegrityError, UsageError
 from privrec.flower.exchange import pack, unpack
 from privrec.flower.plan import SumCohort, SumPlan
-from privrec.flower.secure_sum import SecureSum, SumBudget
+from privrec.flower.secure_sum import SecureSum
 from privrec.privacy.events import epsilon
 from privrec.privacy.ledger import Ledger
 from privrec.randomness import state_dir
@@ -221,8 +221,6 @@ def test_a_ledger_whose_end_was_cut_is_refused(tmp_path: Path) -> None:
 def test_a_budget_that_nothing_meets_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="noise of variance"):
         one_round(noisy(5, tmp_path, noise_multiplier=None, epsilon=1e-4, delta=1e-9), grid_of(5))
-    with pytest.raises(UsageError, match="neither noise_multiplier nor epsilon"):
-        SumBudget(tmp_path / "l", 1e-5).multiplier(lambda z: None, 1)  # type: ignore[arg-type,return-value]
 
 
 # ---------------------------------------------------------------------- what a node insists on
