@@ -1,4 +1,4 @@
-"""The recommender's app: its scenario, how a round is told, and a new one in a folder."""
+"""The recommender's app: the scenario that its run-config names, and a new app in a folder."""
 
 from __future__ import annotations
 
@@ -9,20 +9,16 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from privrec.device.round import Round
-from privrec.errors import ReleaseRefused, UsageError
-from privrec.privacy.events import RoundEvent
+from privrec.errors import UsageError
 from privrec.scenario.load import Scenario, load
 from privrec.scenario.rules import WIDE
 
 
 def scenario_of(folder: Path, run_config: Mapping[str, Any]) -> Scenario:
-    """The scenario that ``scenario`` and ``set`` of a run-config name.
+    """Load the scenario of an app as its run-config has it.
 
-    Args:
-        folder: of the app.
-        run_config: ``scenario`` is a file in ``folder``; ``set`` has overrides, such as
-            ``train.rounds=3``, with ``;`` between them.
+    ``scenario`` is a file in the app's folder; ``set`` has overrides such as ``train.rounds=3``,
+    with ``;`` between them.
 
     Raises:
         ScenarioError: when it is malformed.
@@ -33,7 +29,7 @@ def scenario_of(folder: Path, run_config: Mapping[str, Any]) -> Scenario:
 
 
 def checked(scenario: Scenario) -> Scenario:
-    """The scenario, unless it needs what a deployment cannot give.
+    """Return the scenario, unless it needs what a deployment cannot give.
 
     Raises:
         UsageError: when it does.
@@ -71,30 +67,6 @@ def population_of(scenario: Scenario) -> int:
     return scenario.devices.population
 
 
-def tell_round(round: Round) -> dict[str, Any]:
-    """Return a round as plain values; :func:`told_round` gives it back."""
-    return {**vars(round), "event": round.event.to_json()}
-
-
-def told_round(body: Any) -> Round:
-    """Return the round that :func:`tell_round` told.
-
-    Raises:
-        ReleaseRefused: when it is none.
-    """
-    try:
-        return Round(
-            run_id=str(body["run_id"]),
-            index=int(body["index"]),
-            attempt=int(body["attempt"]),
-            event=RoundEvent.from_json(body["event"]),
-            plan_digest=str(body["plan_digest"]),
-            model_digests=tuple(bytes(each) for each in body["model_digests"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ReleaseRefused(f"a round that is none ({error!r}); nothing is answered") from None
-
-
 _FILES = {
     "pyproject.toml.in": "pyproject.toml",
     "README.md.in": "README.md",
@@ -109,9 +81,6 @@ def init(folder: Path, scenario: Path | None = None) -> list[Path]:
     Args:
         folder: a new or empty folder; its name is the app's.
         scenario: what the app trains; a small synthetic one by default.
-
-    Returns:
-        The files, in the order that they were written.
 
     Raises:
         UsageError: when the folder is taken, or the scenario cannot be deployed.

@@ -24,12 +24,12 @@ from privrec.device.round import Round
 from privrec.device.tier import Federation
 from privrec.errors import DataError, PrivrecError, ReleaseRefused, UsageError
 from privrec.flower import exchange
-from privrec.flower.app import population_of, scenario_of, tell_round, told_round
+from privrec.flower.app import population_of, scenario_of
 from privrec.flower.enrolment import Anyone, anchor_of, text_of
 from privrec.run.assembly import agreement_of, assign, federation_of, trainer_of
 from privrec.scenario.load import Scenario
 from privrec.secagg.client import Policy
-from privrec.secagg.roster import Anchor
+from privrec.secagg.roster import Anchor, Call
 
 
 def client_app(folder: Path) -> ClientApp:
@@ -132,15 +132,11 @@ class Node:
                 "plan": self.scenario.plan_hash(),
                 "simulated": self.simulated,
             }
-        told = body if stage == exchange.SHARES else self.keys.kept
-        round = told_round(told.get("round"))
-        self._check_round(round)
-        self.keys.kept["round"] = tell_round(round)
         answers: dict[bytes, bytes] = {}
         refused: dict[bytes, str] = {}
         for name, message in exchange.by_device(body, "messages").items():
             try:
-                answers[name] = self._answer(stage, round, name, message, body)
+                answers[name] = self._answer(stage, name, message, body)
             except PrivrecError as error:
                 refused[name] = str(error)
         if not refused:
@@ -149,47 +145,57 @@ class Node:
         exchange.LOG.error("privrec: %s", said)
         return {"answers": answers, "refused": said}
 
-    def _answer(
-        self, stage: str, round: Round, name: bytes, message: bytes, body: Mapping[str, Any]
-    ) -> bytes:
+    def _answer(self, stage: str, name: bytes, message: bytes, body: Mapping[str, Any]) -> bytes:
         """One device's answer to one exchange."""
         if name not in self._devices:
             raise ReleaseRefused("this node hosts no such device")
         hosted, device = self._devices[name]
-        devices, privacy = self.scenario.devices, self.scenario.privacy
-        terms = self._protection.terms(round, self.federation.layouts)
-        policy = Policy(devices.min_cohort, privacy.colluding_share, terms)
+        kept = device.kept
         if stage == exchange.SHARES:
+            # Of the call itself: noise of another attempt than that of the masks would be drawn
+            # for two sums, or opened for a sum that was released.
+            called = Call.parse(message).terms
+            told = [called.run, called.round, called.attempt, body.get("model")]
+            round = self._round(told)
             removes = self._protection.removes_excess
             seeds = self._device(hosted, b"").noise_seeds(round) if removes else ()
-            return device.called(policy).shares(message, seeds)
-        session = device.resumed(policy)
+            answer = device.called(self._policy(round)).shares(message, seeds)
+            kept["round"] = told
+            return answer
+        round = self._round(kept.get("round"))
+        session = device.resumed(self._policy(round))
         if stage != exchange.MASKED:
             return device.conclude(session, stage, message)
         view = self._view(body.get("weights"))
         # Another attempt at the same round begins where the first one did.
-        kept, now = device.kept, [round.run_id, round.index]
-        state = kept["before"] if kept.get("round") == now else kept.get("state", b"")
+        now = [round.run_id, round.index]
+        state = kept["before"] if kept.get("trained") == now else kept.get("state", b"")
         own = self._device(hosted, state)
         before, prefix = own.state.tobytes(), self.federation.prefix(view, own.tier)
         upload = own.upload(round, own.answer(round, prefix, body.get("key", 0)))
         digests = round.model_digests[: len(own.layouts)]
         masked = session.masked(message, upload.integers, digests)
-        kept.update(round=now, before=before, state=own.state.tobytes())
+        kept.update(trained=now, before=before, state=own.state.tobytes())
         return bytes(masked)
 
-    def _check_round(self, round: Round) -> None:
-        """A device takes part in what it agreed to, not in what it is told."""
-        if round.plan_digest != self.scenario.plan_hash():
-            raise ReleaseRefused(
-                f"a round of plan {round.plan_digest[:16]}, and these devices agreed to "
-                f"{self.scenario.plan_hash()[:16]}; run the same app and run-config everywhere"
-            )
-        if round.event != self._event:
-            raise ReleaseRefused(
-                f"a round that is charged as {round.event}, and these devices agreed to "
-                f"{self._event}; server and nodes must run the same version"
-            )
+    def _round(self, told: Any) -> Round:
+        """The round of a call, with the event and the plan that these devices agreed to.
+
+        The terms that all masks are bound to must be of these, or a device refuses them.
+        """
+        if told is None:
+            raise ReleaseRefused(exchange.NOT_IN)
+        run, index, attempt, model = told
+        kinds = [bytes] * len(self.federation.layouts)
+        if type(model) is not list or [type(each) for each in model] != kinds:
+            raise ReleaseRefused("digests of the model that are none; nothing is answered")
+        plan = self.scenario.plan_hash()
+        return Round(run, index, attempt, self._event, plan, tuple(model))
+
+    def _policy(self, round: Round) -> Policy:
+        devices, privacy = self.scenario.devices, self.scenario.privacy
+        terms = self._protection.terms(round, self.federation.layouts)
+        return Policy(devices.min_cohort, privacy.colluding_share, terms)
 
     def _view(self, weights: Any) -> NDArray[np.float32]:
         """The model that the server sent."""

@@ -125,8 +125,7 @@ class NodeKeys:
 
     Attributes:
         root: from which identities, masks and noise of its devices derive.
-        kept: by number of the device, what that remembers, and the node's own by name; as secret
-            as the root.
+        kept: by number of the device, what that remembers; as secret as the root.
         certificates: of the enrolment office, by number of the device.
     """
 

@@ -18,7 +18,7 @@ from privrec.device.round import Protection, Round
 from privrec.device.tier import Federation
 from privrec.device.update import Aggregate
 from privrec.errors import BudgetError, PrivrecError, UsageError
-from privrec.flower.app import scenario_of, tell_round
+from privrec.flower.app import scenario_of
 from privrec.flower.enrolment import Anyone, anchor_of
 from privrec.flower.exchange import EXCHANGES, MASKED, SHARES, Member, Registry
 from privrec.randomness import SecretRoot, rng_for
@@ -73,7 +73,7 @@ class Flower:
         session.publish(round.model_digests)
         key = int(rng_for(self.seed, "samples", round.index).integers(2**63))
         told: dict[str, dict[str, Any]] = {
-            SHARES: {"round": tell_round(round)},
+            SHARES: {"model": list(round.model_digests)},
             MASKED: {"weights": weights.tobytes(), "key": key},
         }
         for stage in EXCHANGES:

@@ -18,6 +18,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from memory_grid import Loopback, context_of
 
 from privrec.device import negatives
+from privrec.device.device import Device
 from privrec.errors import DataError, IntegrityError, ReleaseRefused, UsageError
 from privrec.flower import client_app as client_module
 from privrec.flower import server_app as server_module
@@ -33,6 +34,7 @@ from privrec.run.recommend import recommend
 from privrec.run.record import NullObserver
 from privrec.scenario.load import Scenario, load
 from privrec.search import families, select
+from privrec.secagg.roster import Call
 
 SCENARIO = """
 name = "over-flower"
@@ -200,8 +202,8 @@ def test_a_stopped_run_goes_on_and_no_noise_is_drawn_with_two_values(tmp_path: P
         current: dict[int, Any] = {}
         for node, kind, asked, reply in grid.seen:
             if kind == SHARES:
-                described = unpack(asked)["round"]
-                current[node] = (described["index"], described["attempt"])
+                (call, *_) = unpack(asked)["messages"].values()
+                current[node] = (Call.parse(call).round, Call.parse(call).attempt)
             if kind != MASKED:
                 continue
             for name, answer in unpack(reply)["answers"].items():
@@ -315,7 +317,7 @@ def test_a_server_that_plans_less_noise_is_refused(
     monkeypatch.setattr(Scenario, "plan_hash", lambda _: agreed)  # it lies about the plan
     with pytest.raises(ReleaseRefused):
         deploy(lowered, grid, out=tmp_path / "run", items=60, wait_s=0.2)
-    assert "these devices agreed to" in logged(flower_log)
+    assert "this device agreed to other ones" in logged(flower_log)
 
 
 def test_a_device_of_its_own_needs_an_anchor(tmp_path: Path) -> None:
@@ -364,13 +366,50 @@ def test_messages_that_are_none_of_ours_are_answered_with_an_error(tmp_path: Pat
     grid = grid_of(app_folder(tmp_path))
     for content in (
         RecordDict(),
-        pack({"stage": SHARES, "round": {"index": 1}, "messages": {}}),
+        pack({"stage": SHARES, "messages": {"name": b""}}),
+        pack({"stage": SHARES, "messages": [b""]}),
         pack({"stage": "nonesuch"}),
         pack({"stage": PREKEYS, "count": -1}),
     ):
         message = Message(content=content, dst_node_id=10, message_type="train")
         (reply,) = grid.send_and_receive([message])
         assert reply.error.reason.startswith("privrec: ")
+
+
+def test_a_model_that_is_none_is_refused_by_each_device(tmp_path: Path) -> None:
+    grid = grid_of(app_folder(tmp_path))
+    deployed(tmp_path / "app", grid, tmp_path / "run")
+    told = next(asked for node, stage, asked, _ in grid.seen if (node, stage) == (10, SHARES))
+    for model in (None, b"", [], [b""], [b"", "x"], [b""] * 3):
+        message = Message(pack({**unpack(told), "model": model}), 10, "train")
+        reply = unpack(grid.ask(message))
+        assert not reply["answers"]
+        assert "digests of the model that are none" in reply["refused"]
+
+
+def test_noise_is_that_of_the_attempt_whose_masks_cover_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that tells of one attempt beside the call of another gets no noise twice."""
+    folder, drawn = app_folder(tmp_path), []
+    seeds = Device.noise_seeds
+
+    def watched(self: Device, round: Any) -> Any:
+        drawn.append((round.index, round.attempt))
+        return seeds(self, round)
+
+    monkeypatch.setattr(Device, "noise_seeds", watched)
+    grid, honest = grid_of(folder), Loopback.ask
+
+    def lying(self: Loopback, message: Message) -> Message:
+        body = unpack(message)
+        body |= {"round": {"index": 0, "attempt": 0}, "index": 0, "attempt": 0}
+        meta = message.metadata
+        return honest(self, Message(pack(body), meta.dst_node_id, meta.message_type))
+
+    monkeypatch.setattr(Loopback, "ask", lying)
+    deployed(folder, grid, tmp_path / "run")
+    assert set(drawn) == {(0, 0), (1, 0), (2, 0)}
 
 
 def test_nothing_of_a_history_travels_in_clear(tmp_path: Path) -> None:
