@@ -53,7 +53,7 @@ def enroll(
     population: int | None, number: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Make the keys of a node in the new folder KEYS, and enrol its devices."""
-    from privrec.flower.enrol import enroll as make
+    from privrec.flower.enrolment import enroll as make
 
     if partition is None:
         users: range = range(number, number + 1)

@@ -1,4 +1,4 @@
-"""A new Flower app, written to a folder, and the scenario that its run-config names."""
+"""The recommender's app: the scenario that its run-config names, and a new app in a folder."""
 
 from __future__ import annotations
 
@@ -15,12 +15,10 @@ from privrec.scenario.rules import WIDE
 
 
 def scenario_of(folder: Path, run_config: Mapping[str, Any]) -> Scenario:
-    """The scenario that ``scenario`` and ``set`` of a run-config name.
+    """Load the scenario of an app as its run-config has it.
 
-    Args:
-        folder: of the app.
-        run_config: ``scenario`` is a file in ``folder``; ``set`` has overrides, such as
-            ``train.rounds=3``, with ``;`` between them.
+    ``scenario`` is a file in the app's folder; ``set`` has overrides such as ``train.rounds=3``,
+    with ``;`` between them.
 
     Raises:
         ScenarioError: when it is malformed.
@@ -31,7 +29,7 @@ def scenario_of(folder: Path, run_config: Mapping[str, Any]) -> Scenario:
 
 
 def checked(scenario: Scenario) -> Scenario:
-    """The scenario, unless it needs what a deployment cannot give.
+    """Return the scenario, unless it needs what a deployment cannot give.
 
     Raises:
         UsageError: when it does.
@@ -41,11 +39,7 @@ def checked(scenario: Scenario) -> Scenario:
             f'model.kind = "{scenario.model.kind}": deployments train recommenders; use "gmf", '
             '"mlp" or "neumf", or simulate it with privrec run'
         )
-    if scenario.devices.population is None:
-        raise UsageError(
-            "devices.population is unset: noise and thresholds follow from the number of enrolled "
-            "devices, which is public; set it"
-        )
+    population_of(scenario)
     if scenario.devices.order == "rows":
         raise UsageError(
             'devices.nesting = "rows" needs an order of items by popularity, which no server of a '
@@ -57,6 +51,20 @@ def checked(scenario: Scenario) -> Scenario:
             'it; use "distributed"'
         )
     return scenario
+
+
+def population_of(scenario: Scenario) -> int:
+    """Return the number of enrolled devices.
+
+    Raises:
+        UsageError: when the scenario does not say it.
+    """
+    if scenario.devices.population is None:
+        raise UsageError(
+            "devices.population is unset: noise and thresholds follow from the number of enrolled "
+            "devices, which is public; set it"
+        )
+    return scenario.devices.population
 
 
 _FILES = {
@@ -73,9 +81,6 @@ def init(folder: Path, scenario: Path | None = None) -> list[Path]:
     Args:
         folder: a new or empty folder; its name is the app's.
         scenario: what the app trains; a small synthetic one by default.
-
-    Returns:
-        The files, in the order that they were written.
 
     Raises:
         UsageError: when the folder is taken, or the scenario cannot be deployed.

@@ -1,141 +1,234 @@
-"""The client app: a node's devices behind Flower's messages."""
+"""The client app: a node's devices behind Flower's messages.
+
+A node hosts a single phone, or every user of a partition. Each device has its own history, private
+state, identity and session. What must survive between messages is kept before an answer leaves.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from logging import ERROR
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import ConfigRecord, Context, Message
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
-from flwr.common.logger import log
+from numpy.typing import NDArray
 
 from privrec import data
 from privrec.data.listed import read_catalogue, read_history
+from privrec.device.device import Device
+from privrec.device.round import Round
 from privrec.device.tier import Federation
-from privrec.errors import DataError, PrivrecError, UsageError
-from privrec.flower.app import scenario_of
-from privrec.flower.enrol import ROOT, STATE, anchor_of, certificates_of
-from privrec.flower.node import Hosted, Node
-from privrec.flower.wire import CONFIRM, MASKED, REGISTER, SHARES, UNMASK, pack, summary, unpack
-from privrec.randomness import ROOT_BYTES, SecretRoot
-from privrec.run.assembly import assign, federation_of
+from privrec.errors import DataError, PrivrecError, ReleaseRefused, UsageError
+from privrec.flower import exchange
+from privrec.flower.app import population_of, scenario_of
+from privrec.flower.enrolment import Anyone, anchor_of, text_of
+from privrec.run.assembly import agreement_of, assign, federation_of, trainer_of
 from privrec.scenario.load import Scenario
-from privrec.storage import replace
-
-_STATE = "privrec"
+from privrec.secagg.client import Policy
+from privrec.secagg.roster import Anchor, Call
 
 
 def client_app(folder: Path) -> ClientApp:
-    """A Flower ClientApp that hosts the devices of a node.
+    """Make a Flower ClientApp that hosts the devices of a node.
 
     What they are is said by ``--node-config``: ``partition-id`` and ``num-partitions`` for every
-    so-manieth user of the scenario's data set (with ``data=PATH``), or ``history=FILE`` for one
-    user's own items, one id a line, with ``catalogue=FILE`` that has all items, one id a line in
-    the order of the model. ``keys=FOLDER`` has the node's secrets; without it they live as long as
-    the run. ``roster=FILE`` or ``enrolment-key=HEX`` says whom the devices trust.
+    n-th user of the scenario's data set (with ``data=PATH``), or ``history=FILE`` for one user's
+    own items, one id a line, with ``catalogue=FILE`` that has all items, one id a line in the order
+    of the model. ``keys=FOLDER`` has the node's secrets; without it they live as long as the run.
+    ``roster=FILE`` or ``enrolment-key=HEX`` says whom the devices trust.
 
     Args:
         folder: where the app's scenario lies.
     """
     app = ClientApp()
 
-    def handle(message: Message, context: Context) -> Message:
+    @app.train()  # type: ignore[untyped-decorator]  # Flower may be absent
+    def answer(message: Message, context: Context) -> Message:
         try:
-            node = node_of(folder, context)
-            answer = node.answer(message.metadata.message_type, unpack(message))
+            with exchange.keys_of(context) as keys:
+                body = node_of(folder, context, keys).answer(*exchange.asked(message))
+            return exchange.reply(message, body)
         except PrivrecError as error:
-            log(ERROR, "privrec: %s", error)
-            answer = {"answers": {}, "refused": {}, "error": str(error)}
-        if refused := answer.get("refused"):
-            log(ERROR, "privrec: %s", summary(refused))
-        return Message(pack(answer), reply_to=message)
+            return exchange.refuse(message, error)
 
-    app.query(REGISTER.partition(".")[2])(handle)
-    for exchange in (SHARES, MASKED, CONFIRM, UNMASK):
-        app.train(exchange.partition(".")[2])(handle)
     return app
 
 
-def node_of(folder: Path, context: Context) -> Node:
-    """The node as its configuration and what it kept have it.
+def node_of(folder: Path, context: Context, keys: exchange.NodeKeys) -> Node:
+    """Make the node that its configuration describes.
 
     Raises:
         UsageError: when the configuration contradicts itself, or there is no trust anchor.
         DataError: when a file is malformed.
     """
-    config = {str(name): value for name, value in context.node_config.items()}
+    config = context.node_config
     scenario = scenario_of(folder, context.run_config)
     simulated = "history" not in config
     hosted, federation = _partition(scenario, config) if simulated else _own(scenario, config)
-    anchor = anchor_of(_text(config, "roster"), _text(config, "enrolment-key"), simulated=simulated)
-    keys = _text(config, "keys")
-    kept = _Folder(Path(keys)) if keys else _InContext(context)
-    certificates = certificates_of(Path(keys)) if keys else {}
-    node = Node(
-        scenario, federation, hosted, kept.root(), anchor, kept.save, certificates, simulated
-    )
-    state = kept.load()
-    return node if state is None else node.restore(state)
+    anchor = anchor_of(config)
+    if anchor is None and not simulated:
+        raise UsageError(
+            "this node has a history of its own and no trust anchor: a server could surround it "
+            "with devices that it made up; add roster=FILE or enrolment-key=HEX to its "
+            "--node-config"
+        )
+    return Node(scenario, federation, hosted, keys, anchor or Anyone(), simulated)
 
 
-class _InContext:
-    """Secrets that Flower keeps for the node, for as long as the run lasts."""
+@dataclass(frozen=True)
+class Hosted:
+    """A user of a node: the number that names its draws, the index of its tier, its items."""
 
-    def __init__(self, context: Context) -> None:
-        self._state = context.state
-
-    def _record(self) -> ConfigRecord:
-        if _STATE not in self._state.config_records:
-            self._state[_STATE] = ConfigRecord({"root": os.urandom(ROOT_BYTES)})
-        return self._state.config_records[_STATE]
-
-    def root(self) -> SecretRoot:
-        return SecretRoot(bytes(self._record()["root"]))
-
-    def load(self) -> bytes | None:
-        state = self._record().get("state")
-        return None if state is None else bytes(state)
-
-    def save(self, state: bytes) -> None:
-        self._record()["state"] = state
+    user: int
+    tier: int
+    history: NDArray[np.int32]
 
 
-class _Folder:
-    """Secrets in a folder of the node's, which last over runs and restarts."""
+@dataclass
+class Node:
+    """Answers the server for all devices that it hosts.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    Promise: all that an answer depends on is in ``keys`` when it is given, so that a node whose
+    process ends between two messages neither answers twice nor draws noise anew.
 
-    def root(self) -> SecretRoot:
-        return SecretRoot.load(self._folder / ROOT)
+    Args:
+        scenario: what the devices agreed to take part in.
+        federation: its tiers.
+        hosted: the devices.
+        keys: of the node.
+        anchor: whom the devices trust about other devices.
+        simulated: whether the histories are those of a data set.
+    """
 
-    def load(self) -> bytes | None:
-        path = self._folder / STATE
-        if not path.exists():
-            # Prekeys would be issued, and rounds answered, a second time.
-            raise UsageError(
-                f"{path}: what this node's devices remember is gone, and its root is not; remove "
-                "the folder, and enrol the node anew: privrec flower enroll"
+    scenario: Scenario
+    federation: Federation
+    hosted: Sequence[Hosted]
+    keys: exchange.NodeKeys
+    anchor: Anchor
+    simulated: bool
+
+    def __post_init__(self) -> None:
+        scenario, federation = self.scenario, self.federation
+        self._event, self._protection = agreement_of(scenario, federation, population_of(scenario))
+        devices = [(each, self.keys.device(each.user, self.anchor)) for each in self.hosted]
+        self._devices = {device.key.public: (each, device) for each, device in devices}
+        self._trainer = cache(lambda tier: trainer_of(scenario, federation, federation.tiers[tier]))
+
+    def answer(self, stage: str, body: Mapping[str, Any]) -> exchange.Body:
+        """Answer one message of :mod:`privrec.flower.exchange`.
+
+        Raises:
+            ReleaseRefused: when no device can answer such a message.
+        """
+        if stage == exchange.PREKEYS:
+            devices = self._devices.values()
+            return {
+                "devices": [device.deposit(body, each.tier) for each, device in devices],
+                "items": self.federation.tiers[0].recommender.vectors.items,
+                "plan": self.scenario.plan_hash(),
+                "simulated": self.simulated,
+            }
+        answers: dict[bytes, bytes] = {}
+        refused: dict[bytes, str] = {}
+        for name, message in exchange.by_device(body, "messages").items():
+            try:
+                answers[name] = self._answer(stage, name, message, body)
+            except PrivrecError as error:
+                refused[name] = str(error)
+        if not refused:
+            return {"answers": answers}
+        said = f"{stage} was refused by {exchange.summary(refused)}"
+        exchange.LOG.error("privrec: %s", said)
+        return {"answers": answers, "refused": said}
+
+    def _answer(self, stage: str, name: bytes, message: bytes, body: Mapping[str, Any]) -> bytes:
+        """One device's answer to one exchange."""
+        if name not in self._devices:
+            raise ReleaseRefused("this node hosts no such device")
+        hosted, device = self._devices[name]
+        kept = device.kept
+        if stage == exchange.SHARES:
+            # Of the call itself: noise of another attempt than that of the masks would be drawn
+            # for two sums, or opened for a sum that was released.
+            called = Call.parse(message).terms
+            told = [called.run, called.round, called.attempt, body.get("model")]
+            round = self._round(told)
+            removes = self._protection.removes_excess
+            seeds = self._device(hosted, b"").noise_seeds(round) if removes else ()
+            answer = device.called(self._policy(round)).shares(message, seeds)
+            kept["round"] = told
+            return answer
+        round = self._round(kept.get("round"))
+        session = device.resumed(self._policy(round))
+        if stage != exchange.MASKED:
+            return device.conclude(session, stage, message)
+        view = self._view(body.get("weights"))
+        # Another attempt at the same round begins where the first one did.
+        now = [round.run_id, round.index]
+        state = kept["before"] if kept.get("trained") == now else kept.get("state", b"")
+        own = self._device(hosted, state)
+        before, prefix = own.state.tobytes(), self.federation.prefix(view, own.tier)
+        upload = own.upload(round, own.answer(round, prefix, body.get("key", 0)))
+        digests = round.model_digests[: len(own.layouts)]
+        masked = session.masked(message, upload.integers, digests)
+        kept.update(trained=now, before=before, state=own.state.tobytes())
+        return bytes(masked)
+
+    def _round(self, told: Any) -> Round:
+        """The round of a call, with the event and the plan that these devices agreed to.
+
+        The terms that all masks are bound to must be of these, or a device refuses them.
+        """
+        if told is None:
+            raise ReleaseRefused(exchange.NOT_IN)
+        run, index, attempt, model = told
+        kinds = [bytes] * len(self.federation.layouts)
+        if type(model) is not list or [type(each) for each in model] != kinds:
+            raise ReleaseRefused("digests of the model that are none; nothing is answered")
+        plan = self.scenario.plan_hash()
+        return Round(run, index, attempt, self._event, plan, tuple(model))
+
+    def _policy(self, round: Round) -> Policy:
+        devices, privacy = self.scenario.devices, self.scenario.privacy
+        terms = self._protection.terms(round, self.federation.layouts)
+        return Policy(devices.min_cohort, privacy.colluding_share, terms)
+
+    def _view(self, weights: Any) -> NDArray[np.float32]:
+        """The model that the server sent."""
+        size = self.federation.layout.size
+        if type(weights) is not bytes or len(weights) != 4 * size:
+            raise ReleaseRefused(
+                f"a model that has not the scenario's {size} coefficients; nothing is answered"
             )
-        return path.read_bytes() or None
+        return np.frombuffer(weights, np.float32)
 
-    def save(self, state: bytes) -> None:
-        replace(self._folder / STATE, state, mode=0o600)
+    def _device(self, hosted: Hosted, state: bytes) -> Device:
+        tier = self.federation.tiers[hosted.tier]
+        return Device(
+            hosted.user,
+            hosted.history,
+            tier,
+            self.federation.weaker(tier),
+            self._trainer(hosted.tier),
+            self._protection,
+            self.keys.root,
+            np.frombuffer(state, np.float32).copy(),
+        )
 
 
 def _partition(scenario: Scenario, config: Mapping[str, Any]) -> tuple[list[Hosted], Federation]:
-    """Every so-manieth user of the data set, in the tier that the scenario's seed gives."""
+    """Every n-th user of the data set, in the tier that the scenario's seed gives."""
     part, parts = config.get("partition-id"), config.get("num-partitions")
     if not (isinstance(part, int) and isinstance(parts, int) and 0 <= part < parts):
         raise UsageError(
             f"partition-id = {part}, num-partitions = {parts}: give both to host users of a data "
             "set, or history=FILE and catalogue=FILE to host one user"
         )
-    folder = _text(config, "data")
+    folder = text_of(config, "data")
     train = data.load(scenario.data, data_dir=Path(folder) if folder else None).train
     federation = federation_of(scenario, train.n_items)
     tiers = assign(train.n_users, federation, scenario.run.seed)
@@ -145,7 +238,7 @@ def _partition(scenario: Scenario, config: Mapping[str, Any]) -> tuple[list[Host
 
 def _own(scenario: Scenario, config: Mapping[str, Any]) -> tuple[list[Hosted], Federation]:
     """One user with a history of its own."""
-    catalogue = _text(config, "catalogue")
+    catalogue = text_of(config, "catalogue")
     if catalogue is None:
         raise UsageError(
             "history is given without catalogue: add catalogue=FILE to --node-config, with the ids "
@@ -160,16 +253,10 @@ def _own(scenario: Scenario, config: Mapping[str, Any]) -> tuple[list[Hosted], F
             "the id, or bring the catalogue up to date"
         )
     federation = federation_of(scenario, len(items))
-    tier, capacity = 0, config.get("capacity", federation.tiers[0].capacity)
-    for each in federation.tiers:
-        tier = each.index if each.capacity == capacity else tier
-    if federation.tiers[tier].capacity != capacity:
-        known = [each.capacity for each in federation.tiers]
-        raise UsageError(f"capacity = {capacity}: the scenario's tiers have {known}; take one")
+    capacities = [tier.capacity for tier in federation.tiers]
+    capacity = config.get("capacity", capacities[0])
+    if capacity not in capacities:
+        raise UsageError(f"capacity = {capacity}: the scenario's tiers have {capacities}; take one")
     history = np.unique(np.array([items[name] for name in liked], np.int32))
-    return [Hosted(int(config.get("number", 0)), tier, history)], federation
-
-
-def _text(config: Mapping[str, Any], name: str) -> str | None:
-    value = config.get(name)
-    return None if value in (None, "") else str(value)
+    user = int(config.get("number", 0))
+    return [Hosted(user, capacities.index(capacity), history)], federation

@@ -1,20 +1,32 @@
-"""What a Flower app's server and nodes agree on about one secure sum, before anybody trains.
+"""What is summed: the plan of a round, and how updates become vectors of integers by it.
 
-The server states it, every node checks it against what its owner asks for, and its digest is bound
-into every mask and signature of the round.
+The server states the plan, every node checks it against what its owner asks for, and its digest is
+bound into every mask and signature of the round. All float arrays of the model are one vector, in
+the order in which the record names them. Other arrays (counters, masks) are not summed and stay
+what the server sent: a counter of steps would use up the clip norm.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import msgpack
+import numpy as np
+from flwr.app import Array, ArrayRecord, RecordDict
+from numpy.typing import NDArray
+from pydantic import TypeAdapter
+
+from privrec.device.update import clip
 from privrec.errors import ReleaseRefused, UsageError
+from privrec.privacy.events import RoundEvent
 from privrec.privacy.mechanism import Band, Shares
 from privrec.secagg.keys import statement
-from privrec.secagg.ring import LARGEST_WRAP, Encoding, Load, Ring
+from privrec.secagg.ring import LARGEST_WRAP, Coins, Encoding, Load, Ring
 from privrec.secagg.roster import MAX_LENGTH, Terms
 from privrec.secagg.sharing import Graph
 
@@ -24,21 +36,22 @@ _TAIL = ODD + 1
 FINEST_BITS = 23.0  # what a float32 itself resolves
 NOISY_BITS = 13.0  # noise hides a finer grid, and shares on a coarser one are drawn faster
 _MOST_COUNT = 1 << 30
+_SMALL = 1e-30  # norms and magnitudes lie between this and its inverse
+_COARSE = 0.01  # a weight that its rounding changes by more is reported
 
 
 @dataclass(frozen=True)
 class SumPlan:
     """One secure sum: what a node puts in, and with how much noise.
 
-    Args:
+    Attributes:
         size: float coefficients of the model.
-        clip_norm: largest L2 norm of a node's update, above 0.
-        scale_bits: the integer grid has ``2^scale_bits`` steps to the clip norm, 1 to 23.
+        clip_norm: largest L2 norm of a node's update.
+        scale_bits: the integer grid has ``2^scale_bits`` steps to the clip norm.
         max_examples: most examples that a node counts with; 0 where every node counts as one.
         weighted_by: the metric of a reply that holds the number of examples.
         metrics: name and largest magnitude of each metric that is summed along.
-        least: fewest survivors.
-        colluders: nodes that are assumed to tell the server their noise.
+        colluders: of ``least`` survivors, how many are assumed to tell the server their noise.
         noise_multiplier: accounted noise over the sensitivity; 0 for none.
         remove_excess: whether survivors beyond the fewest take their noise off again.
         weight_bits: numbers of examples are counted in steps of ``2^-weight_bits``.
@@ -61,48 +74,29 @@ class SumPlan:
     weight_bits: int = 0
 
     def __post_init__(self) -> None:
-        _check(
-            1 <= self.size <= MAX_LENGTH - _TAIL - len(self.metrics),
-            f"a model of {self.size} float coefficients: 1 to some {MAX_LENGTH} can be summed",
-        )
-        _check(
-            math.isfinite(self.clip_norm) and self.clip_norm > 0,
-            f"clip_norm {self.clip_norm}: it must be finite and above 0",
-        )
-        _check(
-            math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0,
-            f"noise_multiplier {self.noise_multiplier}: it must be finite and at least 0",
-        )
-        _check(
-            1 <= self.scale_bits <= FINEST_BITS,
-            f"scale_bits {self.scale_bits}: it must lie between 1 and {FINEST_BITS:g}",
-        )
-        _check(
-            0 <= self.max_examples <= _MOST_COUNT,
-            f"max_examples {self.max_examples}: it must lie between 1 and {_MOST_COUNT}; leave the "
-            "weights out with max_examples=None",
-        )
-        _check(
-            0 <= self.weight_bits <= 30 and self.max_examples << self.weight_bits <= _MOST_COUNT,
-            f"{self.max_examples} examples in steps of 2^-{self.weight_bits}: at most "
-            f"{_MOST_COUNT} steps can be summed",
-        )
-        for metric, bound in self.metrics:
-            _check(
-                math.isfinite(bound) and bound > 0,
-                f"metric {metric!r} up to {bound}: its largest magnitude must be above 0",
-            )
+        steps = self.max_examples * 2.0**self.weight_bits
+        for name, value, least, most in (
+            ("size", self.size, 1, MAX_LENGTH - _TAIL - len(self.metrics)),
+            ("clip_norm", self.clip_norm, _SMALL, 1 / _SMALL),
+            ("scale_bits", self.scale_bits, 1, FINEST_BITS),
+            ("max_examples", self.max_examples, 0, _MOST_COUNT),
+            ("weight_bits", self.weight_bits, 0, 30),
+            ("max_examples in steps of 2^-weight_bits", steps, 0, _MOST_COUNT),
+            ("colluders", self.colluders, 0, self.least - 1),
+            ("noise_multiplier", self.noise_multiplier, 0, 1 / _SMALL),
+            *(
+                (f"metric {name!r} up to", bound, _SMALL, 1 / _SMALL)
+                for name, bound in self.metrics
+            ),
+        ):
+            if not least <= value <= most:
+                raise UsageError(f"{name} {value}: it must lie between {least} and {most}")
         plain = not self.metrics and not self.max_examples and self.scale_bits <= NOISY_BITS
-        _check(
-            plain or not self.noise_multiplier,
-            "noise together with metrics or numbers of examples: they would be released without "
-            "being accounted; leave them out, so that every node counts as one",
-        )
-        _check(
-            0 <= self.colluders < self.least,
-            f"{self.colluders} colluders among {self.least} survivors: there must be fewer; "
-            "sample more nodes, or lower colluding_share",
-        )
+        if self.noise_multiplier and not plain:
+            raise UsageError(
+                "noise together with metrics or numbers of examples: they would be released "
+                "without being accounted; leave them out, so that every node counts as one"
+            )
 
     @property
     def length(self) -> int:
@@ -124,6 +118,17 @@ class SumPlan:
         return Shares(self.noise_multiplier, bound, (band,), self.remove_excess)
 
     @property
+    def event(self) -> RoundEvent:
+        """What a round costs all nodes, none of them sampled.
+
+        Raises:
+            UsageError: when it is without noise, and costs an infinite epsilon.
+        """
+        if self.shares is None:
+            raise UsageError("a plan without noise costs an infinite epsilon")
+        return self.shares.event(1.0)
+
+    @property
     def most_steps(self) -> int:
         """Steps of the largest weight that a node counts with."""
         return max(1, self.max_examples) << self.weight_bits
@@ -138,20 +143,17 @@ class SumPlan:
         return json.dumps(asdict(self), sort_keys=True).encode()
 
     @classmethod
-    def unpack(cls, packed: bytes) -> SumPlan:
+    def unpack(cls, packed: Any) -> SumPlan:
         """The plan that :meth:`pack` wrote, from whoever says that it is one.
 
         Raises:
             ReleaseRefused: when it is not one, or not what :meth:`pack` writes.
         """
         try:
-            values = json.loads(packed)
-            metrics = tuple((str(name), float(bound)) for name, bound in values.pop("metrics"))
-            kinds = {field.name: field.type for field in fields(cls) if field.name != "metrics"}
-            plan = cls(metrics=metrics, **{n: _typed(values.pop(n), k) for n, k in kinds.items()})
-        except (ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
+            plan = _SUM_PLAN.validate_json(packed, strict=True)
+        except (ValueError, UsageError) as error:
             raise ReleaseRefused(f"a plan of a secure sum that is none ({error})") from None
-        if values or plan.pack() != packed:
+        if plan.pack() != packed:
             raise ReleaseRefused("a plan of a secure sum in another spelling than this version's")
         return plan
 
@@ -167,29 +169,16 @@ class SumPlan:
         return self.noise_multiplier * math.sqrt(left)
 
 
+_SUM_PLAN = TypeAdapter(SumPlan)
+
+
 @dataclass(frozen=True)
 class SumCohort:
-    """The nodes of a round.
-
-    Args:
-        nodes: how many are called.
-        colluding_share: part of them that is assumed to collude with the server, in [0, 1/3).
-        remove_excess: whether survivors beyond the fewest take their noise off again.
-    """
+    """The nodes that are called in a round, ``colluding_share`` of them with the server."""
 
     nodes: int
     colluding_share: float = 0.0
     remove_excess: bool = False
-
-    @property
-    def least(self) -> int:
-        """Fewest survivors: the quorum of the protocol, more than two thirds."""
-        return Graph().quorum(self.nodes)
-
-    @property
-    def colluders(self) -> int:
-        """How many are assumed to collude."""
-        return math.ceil(self.colluding_share * self.nodes)
 
     def plan(
         self,
@@ -203,42 +192,196 @@ class SumCohort:
     ) -> SumPlan:
         """The plan of a round, on the finest grid on which no sum of these nodes wraps around.
 
-        Arguments are those of :class:`SumPlan`.
-
         Raises:
             UsageError: when a setting is out of range, or there is no such grid.
         """
-        noisy = noise_multiplier > 0
-        room = (Ring().half - 1) // max(2, self.nodes)  # steps of one node's weight
+        noisy, ring = noise_multiplier > 0, Ring()
+        least = Graph().quorum(self.nodes)  # more than two thirds
+        room = (ring.half - 1) // max(2, self.nodes)  # steps of one node's weight
         plan = SumPlan(
-            size, float(clip_norm), NOISY_BITS if noisy else FINEST_BITS, max_examples, weighted_by,
-            metrics, self.least, self.colluders if noisy else 0, float(noise_multiplier),
-            noisy and self.remove_excess,
-        )  # fmt: skip
-        _check(
-            plan.most_steps <= room,
-            f"{self.nodes} nodes of {plan.max_examples} examples: their number could wrap around; "
-            "lower max_examples",
+            size=size,
+            clip_norm=float(clip_norm),
+            scale_bits=NOISY_BITS if noisy else FINEST_BITS,
+            max_examples=max_examples,
+            weighted_by=weighted_by,
+            metrics=metrics,
+            least=least,
+            colluders=math.ceil(self.colluding_share * self.nodes) if noisy else 0,
+            noise_multiplier=float(noise_multiplier),
+            remove_excess=noisy and self.remove_excess,
         )
+        if plan.most_steps > room:
+            raise UsageError(
+                f"{self.nodes} nodes of {plan.max_examples} examples: their number could wrap "
+                "around; lower max_examples"
+            )
         if plan.max_examples:
             plan = replace(plan, weight_bits=(room // plan.max_examples).bit_length() - 1)
-        load = Load(
-            size, self.nodes, self.nodes * noise_multiplier**2 / (self.least - plan.colluders)
-        )
-        ring = Ring()
+        noise = self.nodes * noise_multiplier**2 / (least - plan.colluders)
+        load = Load(size, self.nodes, noise)
         if ring.wrap_probability(plan.encoding, load) > LARGEST_WRAP:
             plan = replace(plan, scale_bits=ring.fitting_scale_bits(plan.encoding, load) or 1.0)
         ring.check(plan.encoding, load)
         return plan
 
 
-def _typed(value: object, kind: object) -> Any:
-    """A JSON value that is of the field's own type; JSON writes no other."""
-    if type(value).__name__ != kind:
-        raise TypeError(f"{value!r} instead of {kind}")
-    return value
+def only_arrays(content: RecordDict, whose: str) -> ArrayRecord:
+    """Return the one record of arrays of a message.
+
+    Raises:
+        UsageError: when there is none or more than one.
+    """
+    records = list(content.array_records.values())
+    if len(records) != 1:
+        raise UsageError(
+            f"{whose} with {len(records)} array records: a secure sum takes exactly one; put the "
+            "whole model into one ArrayRecord"
+        )
+    return records[0]
 
 
-def _check(holds: bool, message: str) -> None:
-    if not holds:
-        raise UsageError(message)
+def size_of(arrays: ArrayRecord) -> int:
+    """Count the float coefficients of a model."""
+    return sum(values.size for _, values in _floats(arrays))
+
+
+def update(received: ArrayRecord, returned: ArrayRecord) -> NDArray[np.float32]:
+    """Subtract old coefficients from new ones: float32 of shape ``(size,)``, private.
+
+    Raises:
+        UsageError: when the app returned arrays of other names or shapes than it was sent.
+    """
+    if list(received) != list(returned):
+        raise UsageError(
+            f"arrays {sorted(set(received) ^ set(returned))} are in the model that was sent or in "
+            "the one that came back, and not in both, or in another order; return the model's own"
+        )
+    parts = []
+    for name, old in _floats(received):
+        new = returned[name].numpy()
+        if new.shape != old.shape or new.dtype.kind != "f":
+            raise UsageError(
+                f"array {name!r} came back as {new.dtype} of shape {new.shape}, and was sent as "
+                f"{old.dtype} of shape {old.shape}"
+            )
+        part = np.empty(old.size, np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.subtract(new.ravel(), old.ravel(), out=part, casting="unsafe")
+        parts.append(part)
+    return np.concatenate(parts) if parts else np.empty(0, np.float32)
+
+
+def integers(
+    plan: SumPlan, values: NDArray[np.float32], metrics: Mapping[str, Any], coins: Coins
+) -> NDArray[np.int32]:
+    """Return what a node puts into the sum before its noise, int32 of shape ``(plan.length,)``.
+
+    Promise: the coefficients have an integer L2 norm of at most ``plan.encoding.bound``, whatever
+    the number of examples says; an update that is not finite becomes zero. Coefficients, weight and
+    metrics are scaled by the same weight, in ``plan.most_steps`` steps, so that their quotient is
+    the mean of exactly these weights; a number of examples that is negative or not finite has none.
+
+    Raises:
+        UsageError: when the update is of another size, or a metric that is summed is missing.
+    """
+    if len(values) != plan.size:
+        raise UsageError(
+            f"a model of {len(values)} float coefficients here, and of {plan.size} at the server; "
+            "it must be the same in all rounds and on all nodes"
+        )
+    examples = _number(metrics, plan.weighted_by) if plan.max_examples else 1.0
+    counts = math.isfinite(examples) and examples >= 0
+    wanted = min(examples, max(1, plan.max_examples)) * 2**plan.weight_bits if counts else 0.0
+    weight = round(wanted)
+    whole = values[None]
+    rows = clip(whole, plan.clip_norm)
+    share = np.float32(weight / plan.most_steps)
+    weighted = rows if share == 1 else rows * share
+    encoded: NDArray[np.int32] = plan.encoding.encode(weighted, coins)[0]
+    if plan.noise_multiplier:
+        return encoded
+    scaled = (float(share) * _bounded(metrics, name, bound) for name, bound in plan.metrics)
+    steps = 2.0 ** math.floor(plan.scale_bits)
+    tail = [
+        weight,
+        rows is not whole,
+        counts and examples > max(1, plan.max_examples),
+        not counts or abs(weight - wanted) > _COARSE * wanted,
+        *(round(steps * value) for value in scaled),
+    ]
+    return np.concatenate([encoded, np.array(tail, np.int32)])
+
+
+def mean_metrics(plan: SumPlan, tail: NDArray[np.int64]) -> dict[str, float]:
+    """Compute the weighted means of metrics from what follows the coefficients of a sum."""
+    weight = tail[0] / plan.most_steps
+    steps = 2.0 ** math.floor(plan.scale_bits)
+    pairs = zip(plan.metrics, tail[len(tail) - len(plan.metrics) :].tolist(), strict=True)
+    return {name: bound * total / (steps * weight) for (name, bound), total in pairs}
+
+
+def moved(arrays: ArrayRecord, change: NDArray[np.float64]) -> ArrayRecord:
+    """Add a mean update of shape ``(size,)`` to a model, each array of its own type."""
+    new, start = dict(arrays.items()), 0
+    for name, old in _floats(arrays):
+        part = change[start : start + old.size].reshape(old.shape)
+        new[name] = Array(np.asarray(old + part).astype(old.dtype))
+        start += old.size
+    return ArrayRecord(new)
+
+
+def with_others_of(arrays: ArrayRecord, sent: ArrayRecord) -> ArrayRecord:
+    """Put the arrays that are not summed back to those that were sent, types included."""
+    summed = {name for name, _ in _floats(sent)}
+    return ArrayRecord({n: a if n in summed else sent.get(n, a) for n, a in arrays.items()})
+
+
+def content_digest(content: RecordDict, message_type: str) -> bytes:
+    """Return 32 bytes that stand for all that a message asks for: model, settings and kind.
+
+    All nodes must see the same: a server that sends one node another learning rate could tell its
+    update from the others'.
+    """
+    listed = []
+    for name in sorted(content):
+        record = content[name]
+        # The order of arrays is that of the vector; that of settings tells nothing.
+        keys = record if isinstance(record, ArrayRecord) else sorted(record)
+        values = [[key, _spelled(record[key])] for key in keys]
+        listed.append([type(record).__name__, name, values])
+    return statement("flower content", message_type, msgpack.packb(listed))
+
+
+def _floats(arrays: ArrayRecord) -> Iterator[tuple[str, NDArray[Any]]]:
+    for name, array in arrays.items():
+        values = array.numpy()
+        if values.dtype.kind == "c":
+            raise UsageError(f"array {name!r} of {values.dtype}: complex numbers are not summed")
+        if values.dtype.kind == "f":
+            yield name, values
+
+
+def _spelled(value: Any) -> Any:
+    """A value as msgpack spells it, which tells types apart; arrays by their digest."""
+    if not isinstance(value, Array):
+        return value
+    digest = hashlib.sha256(value.data).digest()
+    return [value.dtype, list(value.shape), value.stype, digest]
+
+
+def _number(metrics: Mapping[str, Any], name: str) -> float:
+    value = metrics.get(name)
+    if not isinstance(value, int | float):
+        raise UsageError(
+            f"metric {name!r} of the reply is {value!r}, and the secure sum needs a number there; "
+            "put it into the one MetricRecord, or leave it out of SecureSum's settings"
+        )
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _bounded(metrics: Mapping[str, Any], name: str, bound: float) -> float:
+    value = _number(metrics, name)
+    return max(-1.0, min(1.0, value / bound)) if math.isfinite(value) else 0.0

@@ -7,11 +7,11 @@ gives that strategy one reply, which holds the mean. In between are the exchange
 
 from __future__ import annotations
 
-import logging
+import math
 import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,22 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from numpy.typing import NDArray
 
-from privrec.errors import BudgetError, ReleaseRefused, UsageError
-from privrec.flower import vectors
-from privrec.flower.budget import SumBudget
-from privrec.flower.devices import Anyone, anchor_of, create_device_key
-from privrec.flower.mod import ARRAY, RECORD, SecureSumMod
+from privrec.errors import BudgetError, IntegrityError, ReleaseRefused, UsageError
+from privrec.flower import plan as plans
+from privrec.flower.enrolment import Anyone, anchor_of, enroll
+from privrec.flower.exchange import CONFIRM, LOG, MASKED, SHARES, UNMASK, Member, Registry
+from privrec.flower.mod import SecureSumMod
 from privrec.flower.plan import CAPPED, CLIPPED, ODD, SumCohort, SumPlan
-from privrec.secagg.keys import RECORD_BYTES, Prekey
-from privrec.secagg.roster import check_prekey
+from privrec.privacy.calibrate import noise_multiplier_for
+from privrec.privacy.events import RoundEvent, check_delta
+from privrec.privacy.ledger import Ledger
+from privrec.randomness import SecretRoot, state_dir
+from privrec.secagg.keys import statement
 from privrec.secagg.server import ServerSession
+from privrec.storage import server_key
 
-__all__ = ["SecureSum", "SecureSumMod", "create_device_key"]
+__all__ = ["SecureSum", "SecureSumMod", "enroll"]
 
-_LOG = logging.getLogger("flwr.privrec")
 _PREKEYS = 32  # deposited at a contact, so that one round in 32 has an exchange more
 _ONE_BY_ONE = (
     "Bulyan", "DifferentialPrivacyClientSideAdaptiveClipping",
@@ -45,20 +48,20 @@ _ONE_BY_ONE = (
 """Flower's strategies that look at each reply by itself, which is what nobody shall."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Open:
-    """A round between the training that was asked for and its end."""
+    """A round between the training that was asked for, in ``sent`` for one, and its end."""
 
-    grid: Grid
+    registry: Registry
     session: ServerSession
     plan: SumPlan
-    messages: dict[int, Message]
-    names: dict[int, bytes]
+    sent: Message
     round: int
     attempt: int
     epsilon: float | None
 
 
+@dataclass(eq=False)
 class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types are checked
     """A strategy that gives another one the mean of all updates, and no update.
 
@@ -72,8 +75,8 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
     Args:
         strategy: the app's own, whose averaging is used: FedAvg, FedProx, FedAdam and their like,
             which see the replies only by their mean.
-        clip_norm: largest L2 norm of a node's update, above 0. Without noise it is no more than the
-            range of the integers: choose it above what updates have.
+        clip_norm: largest L2 norm of a node's update. Without noise it is no more than the range of
+            the integers: choose it above what updates have.
         max_examples: most examples that a node counts with, a whole number; None lets every node
             count as one. With noise every node does. Rounding grows with its ratio to what nodes
             have, so set it to about the largest node, and to 1 for weights that add up to one.
@@ -98,69 +101,73 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         UsageError: when settings contradict each other, or the strategy needs single replies.
     """
 
-    def __init__(
-        self,
-        strategy: Strategy,
-        *,
-        clip_norm: float,
-        max_examples: int | None = 10_000,
-        metrics: Mapping[str, float] | None = None,
-        weighted_by: str | None = None,
-        noise_multiplier: float | None = None,
-        epsilon: float | None = None,
-        delta: float = 1e-5,
-        rounds: int | None = None,
-        ledger: str | Path | None = None,
-        colluding_share: float = 0.05,
-        remove_excess: bool = True,
-        roster: str | Path | None = None,
-        enrolment_key: str | None = None,
-        evaluate_in_clear: bool = False,
-        timeout: float | None = None,
-    ) -> None:
-        self.strategy = _averaging(strategy)
-        noisy = noise_multiplier is not None or epsilon is not None
-        if noisy != (ledger is not None):
+    strategy: Strategy
+    _: KW_ONLY
+    clip_norm: float
+    max_examples: int | None = 10_000
+    metrics: Mapping[str, float] | None = None
+    weighted_by: str | None = None
+    noise_multiplier: float | None = None
+    epsilon: float | None = None
+    delta: float = 1e-5
+    rounds: int | None = None
+    ledger: str | Path | None = None
+    colluding_share: float = 0.05
+    remove_excess: bool = True
+    roster: str | Path | None = None
+    enrolment_key: str | None = None
+    evaluate_in_clear: bool = False
+    timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_averages(self.strategy)
+        most, noise_multiplier = self.max_examples, self.noise_multiplier
+        noisy = noise_multiplier is not None or self.epsilon is not None
+        if noisy != (self.ledger is not None):
             raise UsageError(
                 "noise and its ledger go together: give ledger=PATH with noise_multiplier or "
                 "epsilon, and none of them for a sum without noise"
             )
-        if max_examples is not None and (type(max_examples) is not int or max_examples < 1):
+        if most is not None and (type(most) is not int or most < 1):
             raise UsageError(
-                f"max_examples {max_examples!r}: it must be a whole number of at least 1, or None "
-                "for nodes that count alike"
+                f"max_examples {most!r}: it must be a whole number of at least 1, or None for "
+                "nodes that count alike"
             )
         if noise_multiplier is not None and noise_multiplier <= 0:
             raise UsageError(f"noise_multiplier {noise_multiplier}: it must be above 0")
-        self._budget = None if ledger is None else SumBudget(Path(ledger), delta, epsilon)
-        self._noise_multiplier = noise_multiplier
-        self._rounds = rounds
-        self._clip_norm = clip_norm
+        self._budget: SumBudget | None = None
+        if self.ledger is not None:
+            budget = math.inf if self.epsilon is None else self.epsilon
+            self._budget = SumBudget(Path(self.ledger), self.delta, budget)
+        named = getattr(self.strategy, "weighted_by_key", "num-examples")
         self._given: dict[str, Any] = {
-            "max_examples": 0 if noisy else max_examples or 0,
-            "weighted_by": weighted_by or getattr(strategy, "weighted_by_key", "num-examples"),
-            "metrics": tuple((metrics or {}).items()),
+            "max_examples": 0 if noisy else most or 0,
+            "weighted_by": self.weighted_by or named,
+            "metrics": tuple((self.metrics or {}).items()),
         }
-        SumCohort(3).plan(1, clip_norm, noise_multiplier or float(noisy), **self._given)
-        self._colluding_share, self._remove_excess = colluding_share, remove_excess
-        self._anchor = anchor_of(_path(roster), _path(enrolment_key)) or Anyone()
-        self._evaluate_in_clear = evaluate_in_clear
-        self._timeout, self._own_timeout = timeout, timeout
+        SumCohort(3).plan(1, self.clip_norm, noise_multiplier or float(noisy), **self._given)
+        trust = {"roster": self.roster and str(self.roster), "enrolment-key": self.enrolment_key}
+        self._anchor = anchor_of(trust) or Anyone()
+        self._timeout_s = self.timeout
         self._run: str | None = None
         self._attempts: Counter[int] = Counter()
-        self._deposits: dict[int, list[bytes]] = {}
+        self._registry: Registry | None = None
         self._open: _Open | None = None
 
     # ------------------------------------------------------------------ Flower's own interface
 
     def start(
-        self, grid: Grid, initial_arrays: ArrayRecord, num_rounds: int = 3, timeout: float = 3600,
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
         **options: Any,
-    ) -> Result:  # fmt: skip
+    ) -> Result:
         """Run the rounds; arguments and result are those of Flower's ``Strategy.start``."""
-        self._timeout = self._own_timeout or timeout
-        self._rounds = self._rounds or num_rounds
-        self._deposits.clear()  # this grid may have other nodes
+        self._timeout_s = self.timeout or timeout
+        self.rounds = self.rounds or num_rounds
+        self._registry = None  # this grid may have other nodes
         if self._budget is None:
             self._run = None
             self._attempts.clear()
@@ -169,10 +176,9 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """The app's own training messages, each with what its node needs to mask its reply.
+        """Return the app's own training messages, each with what its node needs to mask its reply.
 
-        Returns:
-            No messages when the round cannot be, for which the log gives the reason.
+        There are none when the round cannot be, for which the log gives the reason.
 
         Raises:
             UsageError: when the settings do not fit the model or the number of nodes.
@@ -190,7 +196,7 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """What the app's own strategy makes of the mean; nothing when there is no sum."""
+        """Return what the app's own strategy makes of the mean; nothing when there is no sum."""
         open, self._open = self._open, None
         if open is None:
             return None, None
@@ -203,20 +209,17 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         if open.epsilon is not None:
             metrics = MetricRecord() if metrics is None else metrics
             metrics["epsilon"] = open.epsilon
-        sent = vectors.only_arrays(next(iter(open.messages.values())).content, "a message")
-        return arrays and vectors.with_others_of(arrays, sent), metrics
+        sent = plans.only_arrays(open.sent.content, "a message")
+        return arrays and plans.with_others_of(arrays, sent), metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """The app's own evaluation messages where replies in clear are allowed, else none."""
-        if self._evaluate_in_clear:
-            evaluation: Iterable[Message] = self.strategy.configure_evaluate(
-                server_round, arrays, config, grid
-            )
-            return evaluation
+        """Return the app's own messages where replies in clear are allowed, else none."""
+        if self.evaluate_in_clear:
+            return list(self.strategy.configure_evaluate(server_round, arrays, config, grid))
         if server_round == 1:
-            _LOG.info(
+            LOG.info(
                 "secure sum: nodes are not asked to evaluate, since each reply would be in clear; "
                 "evaluate on the server, name training metrics, or set evaluate_in_clear"
             )
@@ -225,158 +228,107 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """What the app's own strategy makes of evaluation replies."""
+        """Return what the app's own strategy makes of evaluation replies."""
         answers = list(replies)
         return self.strategy.aggregate_evaluate(server_round, answers) if answers else None
 
     def summary(self) -> None:
         """Log the settings, then those of the app's own strategy."""
-        noise = "none" if self._budget is None else (
-            f"multiplier {self._noise_multiplier or 'from epsilon'}, ledger {self._budget.path}"
-        )  # fmt: skip
-        _LOG.info("\t├──> Secure sum: clip norm %g, noise: %s", self._clip_norm, noise)
+        noise = "none"
+        if self._budget is not None:
+            multiplier = self.noise_multiplier or "from epsilon"
+            noise = f"multiplier {multiplier}, ledger {self._budget.path}"
+        LOG.info("\t├──> Secure sum: clip norm %g, noise: %s", self.clip_norm, noise)
         self.strategy.summary()
 
     # ------------------------------------------------------------------ before the training
 
     def _begin(self, server_round: int, messages: Sequence[Message], grid: Grid) -> list[Message]:
-        kind, digest = _same(messages)
-        asked = {message.metadata.dst_node_id: message for message in messages}
-        self._fill(grid, list(asked), kind)
-        taken = self._prekeys(list(asked))
-        plan, attempt, epsilon = self._charged(server_round - 1, messages[0].content, len(taken))
+        digest = _same(messages)
+        registry = self._registry
+        if registry is None or registry.grid is not grid:
+            registry = self._registry = Registry(grid, self._anchor, _PREKEYS)
+        registry.timeout_s = self._timeout_s
+        registry.like = {message.metadata.dst_node_id: message for message in messages}
+        called = _called(registry)
+        plan, attempt, epsilon = self._charged(server_round - 1, messages[0].content, len(called))
         terms = plan.terms(self._run_id(), server_round - 1, attempt)
-        session = ServerSession(terms, list(taken.values()), self._anchor)
+        prekeys = [member.prekeys.pop(0) for member in called]
+        session = ServerSession(terms, prekeys, self._anchor)
         session.publish([digest])
-        names = {node: Prekey.unpack(record).identity for node, record in taken.items()}
-        round = _Open(grid, session, plan, asked, names, server_round - 1, attempt, epsilon)
-        answered = self._exchange(round, "shares", plan=plan.pack())
-        for node in names.keys() - answered:
-            # Its prekeys may be those of a state that it lost: it is asked for new ones.
-            self._deposits.pop(node, None)
+        answered = registry.exchange(SHARES, session, plan=plan.pack())
+        for member in called:
+            if member.name not in answered:
+                # Its prekeys may be those of a state that it lost: it is asked for new ones.
+                member.prekeys.clear()
         session.advance()
-        self._open = round
-        return list(self._asking(round, "masked"))
-
-    def _fill(self, grid: Grid, nodes: Sequence[int], kind: str) -> None:
-        """Ask nodes whose deposit is used up for prekeys."""
-        empty = [node for node in nodes if not self._deposits.get(node)]
-        if not empty:
-            return
-        content = RecordDict({RECORD: ConfigRecord({"stage": "prekeys", "count": _PREKEYS})})
-        asking = [Message(content, dst_node_id=node, message_type=kind) for node in empty]
-        for node, answer in _answers(grid.send_and_receive(asking, timeout=self._timeout)):
-            records = [answer[at : at + RECORD_BYTES] for at in range(0, len(answer), RECORD_BYTES)]
-            try:
-                for record in records:
-                    check_prekey(Prekey.unpack(record), self._anchor)
-            except ReleaseRefused as error:
-                _LOG.warning("secure sum: node %s is left out: %s", node, error)
-                continue
-            self._deposits[node] = records[:_PREKEYS]
-
-    def _prekeys(self, nodes: Sequence[int]) -> dict[int, bytes]:
-        """A prekey of each node that has one, taken from its deposit; none of an identity twice."""
-        taken: dict[int, bytes] = {}
-        seen: set[bytes] = set()
-        for node in nodes:
-            if not self._deposits.get(node):
-                continue
-            record = self._deposits[node].pop(0)
-            identity = Prekey.unpack(record).identity
-            if identity in seen:
-                _LOG.warning("secure sum: node %s has the key of another; it is left out", node)
-                continue
-            seen.add(identity)
-            taken[node] = record
-        if len(taken) < 2:
-            raise ReleaseRefused(
-                f"{len(taken)} of {len(nodes)} nodes gave prekeys: a sum of one hides nobody; see "
-                "above what the others said"
-            )
-        return taken
+        sent, round = messages[0], server_round - 1
+        self._open = _Open(registry, session, plan, sent, round, attempt, epsilon)
+        return registry.asking(MASKED, session)
 
     def _charged(
         self, round: int, content: RecordDict, nodes: int
     ) -> tuple[SumPlan, int, float | None]:
         """The round's plan, its attempt, and ε after it; paid for before anybody is asked."""
-        cohort = SumCohort(nodes, self._colluding_share, self._remove_excess)
-        size = vectors.size_of(vectors.only_arrays(content, "a message"))
+        cohort = SumCohort(nodes, self.colluding_share, self.remove_excess)
+        size = plans.size_of(plans.only_arrays(content, "a message"))
 
         def planned(noise_multiplier: float) -> SumPlan:
-            return cohort.plan(size, self._clip_norm, noise_multiplier, **self._given)
+            return cohort.plan(size, self.clip_norm, noise_multiplier, **self._given)
 
         if self._budget is None:
             self._attempts[round] += 1
             return planned(0.0), self._attempts[round] - 1, None
         self._run_id()
-        if self._noise_multiplier is None:
-            event_of = lambda z: _event(planned(z))  # noqa: E731 - what calibration asks for
-            self._noise_multiplier = self._budget.multiplier(event_of, self._rounds or 1)
-            _LOG.info("secure sum: noise multiplier %g meets epsilon", self._noise_multiplier)
-        plan = planned(self._noise_multiplier)
-        return plan, *self._budget.charge(round, _event(plan))
+        if self.noise_multiplier is None:
+            self.noise_multiplier = noise_multiplier_for(
+                self._budget.epsilon,
+                self._budget.delta,
+                lambda noise_multiplier: planned(noise_multiplier).event,
+                self.rounds or 1,
+                "server",
+            )
+            LOG.info("secure sum: noise multiplier %g meets epsilon", self.noise_multiplier)
+        plan = planned(self.noise_multiplier)
+        return plan, *self._budget.charge(round, plan.event)
 
     def _run_id(self) -> str:
         if self._run is None:
-            self._run = secrets.token_hex(8) if self._budget is None else self._budget.begin()
+            if self._budget is not None:
+                self._budget.begin()
+            self._run = self._budget.run if self._budget else secrets.token_hex(8)
         return self._run
 
     # ------------------------------------------------------------------ after the training
 
-    def _end(self, round: _Open, replies: Iterable[Message]) -> Message:
+    def _end(self, open: _Open, replies: Iterable[Message]) -> Message:
         """The reply that stands for all: the model moved by the mean update."""
-        _take(round, replies)
-        round.session.advance()
-        for stage in ("confirm", "unmask"):
-            self._exchange(round, stage)
-            round.session.advance()
-        result = round.session.result
+        session, plan = open.session, open.plan
+        open.registry.take(session, replies)
+        session.advance()
+        for stage in (CONFIRM, UNMASK):
+            open.registry.exchange(stage, session)
+            session.advance()
+        result = session.result
         for identity, fault in result.faults.items():
-            _LOG.warning("secure sum: device %s %s", identity.hex()[:16], fault)
+            LOG.warning("secure sum: device %s %s", identity.hex()[:16], fault)
         total = result.total.astype(np.int64)
-        if round.plan.shares is not None and round.plan.remove_excess:
-            total -= round.plan.shares.excess(result.excess)
-        if self._budget is not None:
-            self._budget.commit(round.round, round.attempt, total)
+        if plan.shares is not None and plan.remove_excess:
+            total -= plan.shares.excess(result.excess)
         survivors = len(result.survivors[0])
-        _LOG.info("secure sum: %d of %d nodes are in it", survivors, len(round.messages))
-        if round.epsilon is not None:
-            _LOG.info(
-                "secure sum: epsilon %g at delta %g against the server, for a whole node",
-                round.epsilon, self._budget.delta if self._budget else 0.0,
-            )  # fmt: skip
-        return _mean(round, total, survivors)
-
-    def _exchange(self, round: _Open, stage: str, **more: bytes) -> set[int]:
-        """One exchange with all nodes that are still there; who answered."""
-        asking = list(self._asking(round, stage, **more))
-        return _take(round, round.grid.send_and_receive(asking, timeout=self._timeout))
-
-    def _asking(self, round: _Open, stage: str, **more: bytes) -> Iterable[Message]:
-        outbox = round.session.outbox()
-        for node, name in round.names.items():
-            if name not in outbox:
-                continue
-            asked = ConfigRecord({"stage": stage, "message": outbox[name], **more})
-            message = round.messages[node]
-            if stage == "masked":
-                content = RecordDict({**dict(message.content.items()), RECORD: asked})
-            else:
-                content = RecordDict({RECORD: asked})
-            yield Message(
-                content, dst_node_id=node, message_type=message.metadata.message_type,
-                ttl=message.metadata.ttl, group_id=message.metadata.group_id,
-            )  # fmt: skip
+        LOG.info("secure sum: %d of %d nodes are in it", survivors, len(open.registry.like))
+        if self._budget is not None:
+            self._budget.commit(open.round, open.attempt, total)
+            spent = "secure sum: epsilon %g at delta %g against the server, for a whole node"
+            LOG.info(spent, open.epsilon, self._budget.delta)
+        return _mean(open, total, survivors)
 
     def _give_up(self, server_round: int, error: Exception) -> None:
-        _LOG.error(
-            "secure sum: round %d releases nothing, and the model stays as it was: %s",
-            server_round, error,
-        )  # fmt: skip
+        said = "secure sum: round %d releases nothing, and the model stays as it was: %s"
+        LOG.error(said, server_round, error)
 
 
-def _averaging(strategy: Strategy) -> Strategy:
+def _check_averages(strategy: Strategy) -> None:
     """Refuse a strategy that compares single replies, which would do nothing with their mean."""
     for name in _ONE_BY_ONE:
         known = getattr(flower, name, None)
@@ -385,63 +337,41 @@ def _averaging(strategy: Strategy) -> Strategy:
                 f"{name} looks at each node's update by itself, and a secure sum hides them: wrap "
                 "a strategy that averages, such as FedAvg, FedProx or FedAdam"
             )
-    return strategy
 
 
-def _same(messages: Sequence[Message]) -> tuple[str, bytes]:
-    """Type and digest of what all nodes are asked for.
-
-    Raises:
-        UsageError: when nodes are asked for different things: their masks would not cancel.
-    """
-    kinds = {message.metadata.message_type for message in messages}
-    contents = {id(message.content): message.content for message in messages}
-    kind = next(iter(kinds))
-    digests = {vectors.content_digest(content, kind) for content in contents.values()}
-    if len(kinds) > 1 or len(digests) > 1:
+def _same(messages: Sequence[Message]) -> bytes:
+    """Digest of what all nodes are asked for, which is the same: else masks would not cancel."""
+    asked = {(id(m.content), m.metadata.message_type): m.content for m in messages}
+    digests = {plans.content_digest(content, kind) for (_, kind), content in asked.items()}
+    if len(digests) > 1:
         raise UsageError(
             "the strategy sends nodes different models or settings: a secure sum needs all to see "
             "the same, or a server could set one node apart; send the same to all"
         )
-    return kind, next(iter(digests))
+    return digests.pop()
 
 
-def _answers(replies: Iterable[Message]) -> Iterable[tuple[int, bytes]]:
-    """The nodes that answered, and their answers; what others said is logged."""
-    for reply in replies:
-        node = reply.metadata.src_node_id
-        if reply.has_error():
-            _LOG.warning("secure sum: node %s: %s", node, reply.error.reason)
-            continue
-        record = reply.content.get(RECORD)
-        value = record.get("answer") if isinstance(record, ConfigRecord) else None
-        if isinstance(record, ArrayRecord) and ARRAY in record:
-            value = record[ARRAY].data
-        if not isinstance(value, bytes):
-            _LOG.warning(
-                "secure sum: node %s sent no part of a secure sum; is SecureSumMod the first of "
-                "its app's mods?", node,
-            )  # fmt: skip
-            continue
-        yield node, value
+def _called(registry: Registry) -> list[Member]:
+    """A device of each node that is asked and gave prekeys, of which one is left."""
+
+    def hosted() -> dict[int, Member]:
+        members = {member.node: member for member in registry.members.values()}
+        return {node: members[node] for node in registry.like if node in members}
+
+    known = hosted()
+    registry.greet(n for n in registry.like if n not in known or not known[n].prekeys)
+    called = [member for member in hosted().values() if member.prekeys]
+    if len(called) < 2:
+        raise ReleaseRefused(
+            f"{len(called)} of {len(registry.like)} nodes gave prekeys: a sum of one hides nobody; "
+            "see above what the others said"
+        )
+    return called
 
 
-def _take(round: _Open, replies: Iterable[Message]) -> set[int]:
-    """Hand answers to the session; whose were good."""
-    good = set()
-    for node, answer in _answers(replies):
-        try:
-            round.session.receive(round.names.get(node, b""), answer)
-            good.add(node)
-        except ReleaseRefused as error:
-            _LOG.warning("secure sum: node %s: %s", node, error)
-    return good
-
-
-def _mean(round: _Open, total: NDArray[np.int64], survivors: int) -> Message:
-    plan = round.plan
-    message = next(iter(round.messages.values()))
-    name, sent = next(iter(message.content.array_records.items()))
+def _mean(open: _Open, total: NDArray[np.int64], survivors: int) -> Message:
+    plan = open.plan
+    name, sent = next(iter(open.sent.content.array_records.items()))
     weight, shares, metrics = float(survivors), float(survivors), {}
     if len(total) > plan.size:
         tail = total[plan.size :]
@@ -449,7 +379,7 @@ def _mean(round: _Open, total: NDArray[np.int64], survivors: int) -> Message:
         if weight <= 0:
             raise ReleaseRefused("the nodes have no examples at all: there is no mean")
         shares = weight / (plan.max_examples or 1)
-        metrics = vectors.mean_metrics(plan, tail)
+        metrics = plans.mean_metrics(plan, tail)
         for place, said in (
             (CLIPPED, "updates are longer than clip_norm, or not finite"),
             (CAPPED, "nodes have more examples than max_examples"),
@@ -461,18 +391,84 @@ def _mean(round: _Open, total: NDArray[np.int64], survivors: int) -> Message:
             ),
         ):
             if tail[place]:
-                _LOG.warning("secure sum: %d of %d %s", tail[place], survivors, said)
+                LOG.warning("secure sum: %d of %d %s", tail[place], survivors, said)
     change = plan.encoding.decode(total[: plan.size], shares)
-    arrays = vectors.moved(sent, change)
     record = MetricRecord({plan.weighted_by: weight, **metrics})
-    return Message(RecordDict({name: arrays, "metrics": record}), reply_to=message)
+    content = RecordDict({name: plans.moved(sent, change), "metrics": record})
+    return Message(content, reply_to=open.sent)
 
 
-def _event(plan: SumPlan) -> Any:
-    if plan.shares is None:
-        raise UsageError("a plan without noise costs an infinite epsilon")
-    return plan.shares.event(1.0)
+@dataclass
+class SumBudget:
+    """The write-ahead ledger of one population of nodes, over one run or several.
 
+    ε is against the server, which knows who takes part: nobody's sampling is counted on. A round
+    that would exceed ``epsilon`` is not started. Its ``run`` is the id in every secure sum.
+    """
 
-def _path(value: str | Path | None) -> str | None:
-    return None if value is None else str(value)
+    path: Path
+    delta: float
+    epsilon: float = math.inf
+    run: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        check_delta(self.delta)
+
+    def begin(self) -> None:
+        """Begin the ledger, or check the one that is there.
+
+        Raises:
+            UsageError: when it cannot be written, or its signing key is gone.
+            IntegrityError: when it was altered, or is about another δ.
+        """
+        if self.path.exists():
+            with Ledger.open(self.path, repair=False) as ledger:
+                delta, self.run = ledger.header["delta"], str(ledger.header["run_id"])
+            if delta != self.delta:
+                raise IntegrityError(
+                    f"{self.path}: it is about delta = {delta}, not {self.delta}; go on with the "
+                    "same, or begin another ledger for other nodes"
+                )
+            self._opened().close()
+            return
+        self.run = secrets.token_hex(8)
+        unit = "a user of this ledger is a node: all that one Flower node trains on"
+        header = {"run_id": self.run, "delta": self.delta, "note": unit}
+        key = server_key(self._secret("server.key"))
+        SecretRoot.create(self._secret("server.root"))
+        kept = self._secret("head.json")
+        Ledger.create(self.path, header=header, signing_key=key, kept=kept).close()
+
+    def charge(self, round: int, event: RoundEvent) -> tuple[int, float]:
+        """Pay for another attempt at a round, on disk before this returns; which one, and ε of all.
+
+        Raises:
+            BudgetError: when it would exceed the budget; nothing is charged.
+        """
+        with self._opened() as ledger:
+            spent = ledger.epsilon_after(event, delta=self.delta, adversary="server")
+            if spent > self.epsilon:
+                raise BudgetError(
+                    f"round {round + 1} would bring epsilon to {spent:g} at delta {self.delta:g}, "
+                    f"above the {self.epsilon:g} that was set; it is not started, and what was "
+                    "released before stays within the budget"
+                )
+            attempt = ledger.attempts(round)
+            ledger.charge(round, attempt, event)
+            ledger.seal()
+            return attempt, spent
+
+    def commit(self, round: int, attempt: int, total: NDArray[np.int64]) -> None:
+        """Say on disk what a round releases, before it is released."""
+        with self._opened() as ledger:
+            root = SecretRoot.load(self._secret("server.root"))
+            released = statement("flower release", total.astype("<i8").tobytes())
+            ledger.commit(round, attempt, root.tag("release", round, attempt, released))
+            ledger.seal()
+
+    def _opened(self) -> Ledger:
+        key = server_key(self._secret("server.key"), new=False)
+        return Ledger.open(self.path, signing_key=key, kept=self._secret("head.json"))
+
+    def _secret(self, name: str) -> Path:
+        return state_dir() / "flower" / self.run / name

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass
 from logging import ERROR, INFO, WARNING
 from pathlib import Path
@@ -17,12 +15,12 @@ from numpy.typing import NDArray
 
 from privrec import storage
 from privrec.device.round import Protection, Round
+from privrec.device.tier import Federation
 from privrec.device.update import Aggregate
-from privrec.errors import BudgetError, PrivrecError, ReleaseRefused, UsageError
+from privrec.errors import BudgetError, PrivrecError, UsageError
 from privrec.flower.app import scenario_of
-from privrec.flower.enrol import ServersWord, anchor_of
-from privrec.flower.registry import Member, Registry
-from privrec.flower.wire import EXCHANGES, MASKED, SHARES, round_to_body, summary
+from privrec.flower.enrolment import Anyone, anchor_of
+from privrec.flower.exchange import EXCHANGES, MASKED, SHARES, Member, Registry
 from privrec.randomness import SecretRoot, rng_for
 from privrec.report.build import build
 from privrec.report.render import write
@@ -50,6 +48,7 @@ class Flower:
 
     Args:
         registry: the devices.
+        federation: the tiers.
         protection: what everybody agreed on.
         root: the server's secret, for the coins of sampling.
         seed: of samples.
@@ -57,6 +56,7 @@ class Flower:
     """
 
     registry: Registry
+    federation: Federation
     protection: Protection
     root: SecretRoot
     seed: int
@@ -64,26 +64,29 @@ class Flower:
 
     def collect(self, round: Round, weights: NDArray[np.float32]) -> Aggregate:
         """See :meth:`privrec.run.simulation.Transport.collect`."""
-        called, federation = self._called(round), self.registry.federation
+        called = self._called(round)
         session = ServerSession(
-            self.protection.terms(round, federation.layouts),
+            self.protection.terms(round, self.federation.layouts),
             [member.prekeys.pop(0) for member in called],
             self.registry.anchor,
         )
         session.publish(round.model_digests)
         key = int(rng_for(self.seed, "samples", round.index).integers(2**63))
-        extras: dict[str, dict[str, Any]] = {
-            SHARES: {"round": round_to_body(round)},
+        told: dict[str, dict[str, Any]] = {
+            SHARES: {"model": list(round.model_digests)},
             MASKED: {"weights": weights.tobytes(), "key": key},
         }
-        for exchange in EXCHANGES:
-            self._exchange(exchange, session, extras.get(exchange, {}))
-        return Aggregate(unmask(session.result, self.protection, federation), len(called), None)
+        for stage in EXCHANGES:
+            self.registry.exchange(stage, session, **told.get(stage, {}))
+            session.advance()
+        total = unmask(session.result, self.protection, self.federation)
+        return Aggregate(total, len(called), None)
 
     def _called(self, round: Round) -> list[Member]:
-        """The round's cohort: those who are sampled, train, and left prekeys."""
-        self.registry.greet_newcomers()
-        members, tiers = self.registry.ordered(), self.registry.federation.tiers
+        """The round's cohort: those who are sampled, train, and have prekeys left."""
+        registry, tiers = self.registry, self.federation.tiers
+        registry.greet_newcomers()
+        members = sorted(registry.members.values(), key=lambda each: (each.number, each.name))
         if round.event.is_private:
             coins = self.root.stream("cohort", *round.context).uint64(len(members))
         else:
@@ -91,25 +94,9 @@ class Flower:
             coins = seeded.integers(0, 2**64, len(members), dtype=np.uint64)
         chosen = [members[place] for place in cohort(coins, self.sampling_rate)]
         called = [member for member in chosen if tiers[member.tier].weight > 0]
-        self.registry.refill(called)
-        return [member for member in called if member.prekeys]
-
-    def _exchange(self, kind: str, session: ServerSession, extra: Mapping[str, Any]) -> None:
-        """One exchange with everybody that the session waits for."""
-        bodies: dict[int, dict[str, Any]] = defaultdict(lambda: {"messages": {}, **extra})
-        for name, message in session.outbox().items():
-            bodies[self.registry.node_of(name)]["messages"][name] = message
-        for node, reply in self.registry.ask(kind, bodies):
-            if refused := reply.get("refused"):
-                log(WARNING, "privrec: %s was refused by %s", kind, summary(refused))
-            for name, answer in reply.get("answers", {}).items():
-                if self.registry.node_of(name) != node:
-                    continue  # a node speaks for its own devices only
-                try:
-                    session.receive(name, answer)
-                except ReleaseRefused as error:
-                    log(WARNING, "privrec: device %s: %s", name.hex()[:16], error)
-        session.advance()
+        registry.greet({member.node for member in called if not member.prekeys})
+        refilled = (registry.members[member.name] for member in called)
+        return [member for member in refilled if member.prekeys]
 
 
 @dataclass(kw_only=True)
@@ -176,18 +163,23 @@ def deploy(
     federation = federation_of(scenario, items)
     _, protection = agreement_of(scenario, federation, population)
     registry = Registry(
-        grid, federation, scenario.plan_hash(), population, anchor or ServersWord(),
-        scenario.train.rounds + SPARE_PREKEYS, wait_s, timeout_s,
-    )  # fmt: skip
+        grid,
+        anchor or Anyone(),
+        scenario.train.rounds + SPARE_PREKEYS,
+        timeout_s,
+        wait_s,
+        len(federation.tiers),
+        agreed={"plan": scenario.plan_hash(), "items": items},
+    )
     if (out / "run.json").exists():
         identity = Identity.read(out)
         _check_same_scenario(out, scenario)
         if (payload := directory.left(out, identity, scenario)) is not None:
             return Result(out, payload)
-        registry.register()
+        registry.register(population)
     else:
         directory.refuse_taken(out)
-        registry.register()
+        registry.register(population)
         identity = _begun(scenario, out, items, population, unsafe_noise_key, registry.simulated)
     server = server_of(scenario, federation, population, identity.run_id)
     key = identity.signing_key().public_key()
@@ -195,7 +187,7 @@ def deploy(
     directory.check_same(out, position, identity, "")
     directory.restore(server, (), position, arrays)
     root, rate = identity.root("server"), scenario.devices.sampling_rate
-    flower = Flower(registry, protection, root, scenario.run.seed, rate)
+    flower = Flower(registry, federation, protection, root, scenario.run.seed, rate)
     with (
         directory.open_ledger(out, identity, scenario) as ledger,
         EventLog(out / "events.jsonl") as events,
@@ -273,12 +265,11 @@ def server_app(folder: Path) -> ServerApp:
             items = int(config.get("items", 0)) or known_items(scenario)
             if not items:
                 raise UsageError("items is unset: say the size of the catalogue in the run-config")
-            roster, key = str(config.get("roster", "")), str(config.get("enrolment-key", ""))
             result = deploy(
                 scenario, grid,
                 out=out,
                 items=items,
-                anchor=anchor_of(roster or None, key or None, simulated=True),
+                anchor=anchor_of(config),
                 observer=_Log(),
                 wait_s=float(config.get("wait-s", 60)),
                 timeout_s=float(config.get("timeout-s", 600)),

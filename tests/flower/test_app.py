@@ -14,26 +14,27 @@ from safetensors.numpy import load_file
 
 pytest.importorskip("flwr", reason="needs the extra privrec[flower]")
 
-from flwr.app import Message, RecordDict
-from loopback import Loopback, context_of
+from flwr.app import ConfigRecord, Message, RecordDict
+from memory_grid import Loopback, context_of
 
 from privrec.device import negatives
+from privrec.device.device import Device
 from privrec.errors import DataError, IntegrityError, ReleaseRefused, UsageError
 from privrec.flower import client_app as client_module
 from privrec.flower import server_app as server_module
 from privrec.flower.app import scenario_of
 from privrec.flower.client_app import client_app
-from privrec.flower.enrol import anchor_of, enroll
+from privrec.flower.enrolment import anchor_of, enroll
+from privrec.flower.exchange import MASKED, PREKEYS, RECORD, SHARES, UNMASK, keys_of, pack, unpack
 from privrec.flower.server_app import deploy
-from privrec.flower.wire import MASKED, SHARES, UNMASK, pack, unpack
 from privrec.privacy.ledger import Ledger
-from privrec.randomness import SecretRoot
 from privrec.report.build import build
 from privrec.run import lifecycle
 from privrec.run.recommend import recommend
 from privrec.run.record import NullObserver
 from privrec.scenario.load import Scenario, load
 from privrec.search import families, select
+from privrec.secagg.roster import Call
 
 SCENARIO = """
 name = "over-flower"
@@ -104,10 +105,17 @@ def deployed(folder: Path, grid: Loopback, out: Path, **words: Any) -> dict[str,
     return deploy(load(folder / "scenario.toml"), grid, out=out, **words).payload
 
 
-def known_nodes(monkeypatch: pytest.MonkeyPatch, key: bytes = b"k") -> None:
+def known_nodes(grid: Loopback, key: bytes = b"k") -> Loopback:
     """Nodes that draw from the root that a known simulated run gives its devices."""
-    root = SecretRoot.known(key + b"devices")
-    monkeypatch.setattr(client_module._InContext, "root", lambda _: root)
+    for context in grid.contexts.values():
+        context.state[RECORD] = ConfigRecord({"root": key + b"devices"})
+    return grid
+
+
+def node_of(folder: Path, config: dict[str, Any]) -> client_module.Node:
+    context = context_of(10, config, {})
+    with keys_of(context) as keys:
+        return client_module.node_of(folder, context, keys)
 
 
 def tags(out: Path) -> list[tuple[Any, ...]]:
@@ -116,12 +124,10 @@ def tags(out: Path) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("excess", ["true", "false"])
-def test_a_run_over_flower_is_the_simulated_one_bit_for_bit(
-    excess: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    known_nodes(monkeypatch)
+def test_a_run_over_flower_is_the_simulated_one_bit_for_bit(excess: str, tmp_path: Path) -> None:
     folder = app_folder(tmp_path, SCENARIO.replace("delta", f"remove_excess = {excess}\ndelta"))
-    deployed(folder, grid_of(folder), tmp_path / "flower", unsafe_noise_key=b"k")
+    grid = known_nodes(grid_of(folder))
+    deployed(folder, grid, tmp_path / "flower", unsafe_noise_key=b"k")
     scenario = Scenario.from_toml((folder / "scenario.toml").read_text())
     lifecycle.start(scenario, out=tmp_path / "here", observer=NullObserver(), unsafe_noise_key=b"k")
     one, two = (
@@ -163,15 +169,16 @@ def test_two_nodes_lost_are_too_many_and_the_round_is_charged_all_the_same(tmp_p
         assert ledger.committed(0, 0) is None
 
 
+class Died(Exception):
+    """The server's process ends."""
+
+
 def test_a_stopped_run_goes_on_and_no_noise_is_drawn_with_two_values(tmp_path: Path) -> None:
     """The server dies in the midst of a round, and a new one with the same directory goes on."""
     folder, keys = app_folder(tmp_path), [tmp_path / f"keys{part}" for part in range(NODES)]
     for part, each in enumerate(keys):
         enroll(each, range(part, 40, NODES), tmp_path / "roster", None)
     configs = [{"keys": str(each), "roster": str(tmp_path / "roster")} for each in keys]
-
-    class Died(Exception):
-        pass
 
     calls = {"masked": 0}
 
@@ -195,8 +202,8 @@ def test_a_stopped_run_goes_on_and_no_noise_is_drawn_with_two_values(tmp_path: P
         current: dict[int, Any] = {}
         for node, kind, asked, reply in grid.seen:
             if kind == SHARES:
-                described = unpack(asked)["round"]
-                current[node] = (described["index"], described["attempt"])
+                (call, *_) = unpack(asked)["messages"].values()
+                current[node] = (Call.parse(call).round, Call.parse(call).attempt)
             if kind != MASKED:
                 continue
             for name, answer in unpack(reply)["answers"].items():
@@ -206,9 +213,14 @@ def test_a_stopped_run_goes_on_and_no_noise_is_drawn_with_two_values(tmp_path: P
 
 def test_another_scenario_does_not_go_on_with_a_run(tmp_path: Path) -> None:
     folder = app_folder(tmp_path)
-    grid = grid_of(folder, lost=lambda node, kind: kind == UNMASK)
-    with pytest.raises(ReleaseRefused):
-        deployed(folder, grid, tmp_path / "run")
+
+    def dying(node: int, stage: str | None) -> bool:
+        if stage == UNMASK:
+            raise Died
+        return False
+
+    with pytest.raises(Died):
+        deployed(folder, grid_of(folder, lost=dying), tmp_path / "run")
     other = app_folder(tmp_path, SCENARIO.replace("rounds = 3", "rounds = 4"))
     with pytest.raises(UsageError, match="another scenario"):
         deployed(other, grid_of(other), tmp_path / "run")
@@ -238,7 +250,7 @@ def test_a_node_with_another_scenario_is_left_out(tmp_path: Path, flower_log: An
     grid.put(13, client_app(other), grid.contexts[13])
     payload = deployed(folder, grid, tmp_path / "run")
     assert payload["rounds"] == 3
-    assert "node 13 has another scenario" in logged(flower_log)
+    assert "node 13 is left out: it has another scenario" in logged(flower_log)
 
 
 def test_devices_refuse_a_cohort_with_one_that_is_not_enrolled(
@@ -253,12 +265,11 @@ def test_devices_refuse_a_cohort_with_one_that_is_not_enrolled(
         deployed(folder, grid_of(folder, configs=configs), tmp_path / "run")
     assert "no enrolled device signed this prekey" in logged(flower_log)
     # A server that has the roster leaves the stranger out, and the others go on.
-    anchor = anchor_of(str(roster), None, simulated=False)
     fresh = [tmp_path / f"fresh{part}" for part in range(NODES)]
     for part, each in enumerate(fresh):
         enroll(each, range(part, 40, NODES), roster if part else tmp_path / "elsewhere", None)
     configs = [{"keys": str(each), "roster": str(roster)} for each in fresh]
-    anchor = anchor_of(str(roster), None, simulated=False)
+    anchor = anchor_of({"roster": str(roster)})
     payload = deployed(folder, grid_of(folder, configs=configs), tmp_path / "second", anchor=anchor)
     assert payload["rounds"] == 3
 
@@ -277,9 +288,7 @@ def test_an_office_certifies_devices(tmp_path: Path) -> None:
         deployed(folder, grid_of(folder, configs=wrong), tmp_path / "refused")
     (keys[0] / "state").unlink()
     with pytest.raises(UsageError, match="enrol the node anew"):
-        client_module.node_of(
-            folder, context_of(10, {**configs[0], "partition-id": 0, "num-partitions": 4}, {})
-        )
+        node_of(folder, {**configs[0], "partition-id": 0, "num-partitions": 4})
 
 
 def test_a_server_that_swaps_keys_is_refused(tmp_path: Path, flower_log: Any) -> None:
@@ -308,7 +317,7 @@ def test_a_server_that_plans_less_noise_is_refused(
     monkeypatch.setattr(Scenario, "plan_hash", lambda _: agreed)  # it lies about the plan
     with pytest.raises(ReleaseRefused):
         deploy(lowered, grid, out=tmp_path / "run", items=60, wait_s=0.2)
-    assert "these devices agreed to" in logged(flower_log)
+    assert "this device agreed to other ones" in logged(flower_log)
 
 
 def test_a_device_of_its_own_needs_an_anchor(tmp_path: Path) -> None:
@@ -316,15 +325,14 @@ def test_a_device_of_its_own_needs_an_anchor(tmp_path: Path) -> None:
     (tmp_path / "liked").write_text("a\nc\n")
     (tmp_path / "catalogue").write_text("\n".join("abcd" * 1) + "\n")
     config = {"history": str(tmp_path / "liked"), "catalogue": str(tmp_path / "catalogue")}
-    message_context = context_of(10, config, {})
     with pytest.raises(UsageError, match="no trust anchor"):
-        client_module.node_of(folder, message_context)
+        node_of(folder, config)
     enroll(tmp_path / "keys", [7], tmp_path / "roster", None)
     config |= {"keys": str(tmp_path / "keys"), "roster": str(tmp_path / "roster"), "number": 7}
-    node = client_module.node_of(folder, context_of(10, config, {}))
+    node = node_of(folder, config)
     assert [(h.user, h.tier, h.history.tolist()) for h in node.hosted] == [(7, 0, [0, 2])]
     assert not node.simulated
-    node = client_module.node_of(folder, context_of(10, config | {"capacity": 0.5}, {}))
+    node = node_of(folder, config | {"capacity": 0.5})
     assert node.hosted[0].tier == 1
     for bad, kind, says in (
         ({"capacity": 0.3}, UsageError, "capacity = 0.3"),
@@ -332,13 +340,13 @@ def test_a_device_of_its_own_needs_an_anchor(tmp_path: Path) -> None:
         ({"history": str(tmp_path / "nothing")}, DataError, "could not be read"),
         ({"roster": str(tmp_path / "nothing")}, UsageError, "could not be read"),
         ({"enrolment-key": "12"}, UsageError, "both given"),
-        ({"roster": "", "enrolment-key": "12"}, DataError, "64 hexadecimal"),
+        ({"roster": "", "enrolment-key": "12"}, UsageError, "64 hexadecimal"),
     ):
         with pytest.raises(kind, match=says):
-            client_module.node_of(folder, context_of(10, config | bad, {}))
+            node_of(folder, config | bad)
     (tmp_path / "liked").write_text("z\n")
     with pytest.raises(DataError, match="'z' is not in the catalogue"):
-        client_module.node_of(folder, context_of(10, config, {}))
+        node_of(folder, config)
 
 
 @pytest.mark.parametrize(
@@ -356,10 +364,52 @@ def test_what_cannot_be_deployed_is_refused(change: str, says: str, tmp_path: Pa
 
 def test_messages_that_are_none_of_ours_are_answered_with_an_error(tmp_path: Path) -> None:
     grid = grid_of(app_folder(tmp_path))
-    for content in (RecordDict(), pack({"round": {"index": 1}, "messages": {}})):
-        message = Message(content=content, dst_node_id=10, message_type=SHARES)
+    for content in (
+        RecordDict(),
+        pack({"stage": SHARES, "messages": {"name": b""}}),
+        pack({"stage": SHARES, "messages": [b""]}),
+        pack({"stage": "nonesuch"}),
+        pack({"stage": PREKEYS, "count": -1}),
+    ):
+        message = Message(content=content, dst_node_id=10, message_type="train")
         (reply,) = grid.send_and_receive([message])
-        assert "error" in unpack(reply)
+        assert reply.error.reason.startswith("privrec: ")
+
+
+def test_a_model_that_is_none_is_refused_by_each_device(tmp_path: Path) -> None:
+    grid = grid_of(app_folder(tmp_path))
+    deployed(tmp_path / "app", grid, tmp_path / "run")
+    told = next(asked for node, stage, asked, _ in grid.seen if (node, stage) == (10, SHARES))
+    for model in (None, b"", [], [b""], [b"", "x"], [b""] * 3):
+        message = Message(pack({**unpack(told), "model": model}), 10, "train")
+        reply = unpack(grid.ask(message))
+        assert not reply["answers"]
+        assert "digests of the model that are none" in reply["refused"]
+
+
+def test_noise_is_that_of_the_attempt_whose_masks_cover_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that tells of one attempt beside the call of another gets no noise twice."""
+    folder, drawn = app_folder(tmp_path), []
+    seeds = Device.noise_seeds
+
+    def watched(self: Device, round: Any) -> Any:
+        drawn.append((round.index, round.attempt))
+        return seeds(self, round)
+
+    monkeypatch.setattr(Device, "noise_seeds", watched)
+    grid, honest = grid_of(folder), Loopback.ask
+
+    def lying(self: Loopback, message: Message) -> Message:
+        body = unpack(message)
+        body |= {"round": {"index": 0, "attempt": 0}, "index": 0, "attempt": 0}
+        meta = message.metadata
+        return honest(self, Message(pack(body), meta.dst_node_id, meta.message_type))
+
+    monkeypatch.setattr(Loopback, "ask", lying)
+    deployed(folder, grid, tmp_path / "run")
+    assert set(drawn) == {(0, 0), (1, 0), (2, 0)}
 
 
 def test_nothing_of_a_history_travels_in_clear(tmp_path: Path) -> None:
@@ -420,10 +470,8 @@ def test_hash_functions_and_what_they_found_are_in_no_message_of_a_whole_run(
 
 def bodies(content: RecordDict) -> list[bytes]:
     """All bytes that a message carries."""
-    values = [value for record in content.config_records.values() for value in record.values()]
-    assert all(isinstance(value, bytes) for value in values)
-    assert set(content) == set(content.config_records)
-    return values  # type: ignore[return-value]
+    assert set(content) == set(content.array_records) == {RECORD}
+    return [array.data for array in content[RECORD].values()]
 
 
 def test_a_finished_run_is_shown_for_its_own_scenario_alone(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ pytest.importorskip("flwr", reason="needs the extra privrec[flower]")
 
 from privrec.errors import PrivrecError
 from privrec.flower.app import init
-from privrec.flower.enrol import enroll
+from privrec.flower.enrolment import enroll
 from privrec.privacy.ledger import Ledger
 from privrec.report.build import build
 from privrec.run.recommend import recommend

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
 
@@ -13,7 +14,7 @@ pytest.importorskip("flwr", reason="the flower extra is not installed")
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, FedProx, Krum
-from memory_grid import stage_of
+from memory_grid import MemoryGrid, stage_of
 from sum_apps import (
     SIZE,
     app_of,
@@ -34,15 +35,15 @@ from sum_apps import (
 )
 
 from privrec.errors import UsageError
-from privrec.flower import budget, devices, plan, secure_sum, vectors
+from privrec.flower import enrolment, exchange, plan, secure_sum
 from privrec.flower import mod as mod_module
-from privrec.flower.devices import STATE, RunState
-from privrec.flower.mod import RECORD, SecureSumMod
+from privrec.flower.exchange import EXCHANGES, PREKEYS, RECORD, unpack
+from privrec.flower.mod import SecureSumMod
 from privrec.flower.plan import SumPlan
 from privrec.flower.secure_sum import SecureSum
 from privrec.randomness import SecretRoot
 
-STAGES = ("prekeys", "shares", "masked", "confirm", "unmask")
+STAGES = (PREKEYS, *EXCHANGES)
 
 
 @pytest.fixture
@@ -50,6 +51,12 @@ def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     """What the secure sum says in Flower's log."""
     caplog.set_level(logging.INFO, "flwr.privrec")
     return caplog
+
+
+def answers(grid: MemoryGrid, stage: str) -> list[bytes]:
+    """What nodes answered in a stage."""
+    pairs = [(a, r) for a, r in zip(grid.sent, grid.replies, strict=True) if stage_of(a) == stage]
+    return [answer for _, reply in pairs for answer in unpack(reply)["answers"].values()]
 
 
 def losing(stage: str, *nodes: int) -> Any:
@@ -78,15 +85,15 @@ def test_the_sum_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(secure_sum, "_mean", lambda *args: released.append(args[:2]) or mean(*args))
     grid = grid_of(7, lost=losing("masked", 3))
     one_round(strategy_of(7, metrics={"loss": 2.0}), grid)
-    ((round, total),) = released
-    terms = round.plan.terms(round.session._call.run, 0, 0)
-    mine = np.zeros(round.plan.length, np.int64)
+    ((opened, total),) = released
+    terms = opened.plan.terms(opened.session._call.run, 0, 0)
+    mine = np.zeros(opened.plan.length, np.int64)
     for node in (1, 2, 4, 5, 6, 7):
-        update = vectors.update(model(), moved(model(), delta(node)))
-        root = RunState(grid.contexts[node].state).root
+        update = plan.update(model(), moved(model(), delta(node)))
+        root = SecretRoot(grid.contexts[node].state[RECORD]["root"])
         coins = root.stream("rounding", terms.run, terms.round, terms.attempt, terms.plan)
         metrics = {"num-examples": examples(node), "loss": node / 4}
-        mine += vectors.integers(round.plan, update, metrics, coins)
+        mine += plan.integers(opened.plan, update, metrics, coins)
     assert np.array_equal(total, mine)
     assert np.abs(mine[:SIZE]).min() > 0
 
@@ -165,7 +172,7 @@ def test_more_rounds_than_prekeys_of_a_deposit() -> None:
 def test_a_node_that_lost_its_state_comes_back_a_round_later() -> None:
     strategy, grid = strategy_of(5), grid_of(5)
     one_round(strategy, grid)
-    del grid.contexts[4].state[STATE]
+    del grid.contexts[4].state[RECORD]
     arrays, _ = one_round(strategy, grid, round=2)
     assert same(arrays, expected([1, 2, 3, 5], 2))
     arrays, _ = one_round(strategy, grid, round=3)
@@ -305,12 +312,12 @@ def test_whatever_its_weight_says_a_node_stays_within_the_bound(nodes: int, most
     long = np.full(SIZE, 9.0, np.float32)
     given = [0, 1e-300, 0.3, 1, most - 0.25, most, most + 1, 1e300, -2, np.nan, np.inf, 10**400]
     for weight in given:
-        found = vectors.integers(planned, long, {"num-examples": weight}, coins).astype(np.int64)
+        found = plan.integers(planned, long, {"num-examples": weight}, coins).astype(np.int64)
         assert (found[:SIZE] ** 2).sum() <= planned.encoding.squared_bound
         assert 0 <= found[SIZE] <= planned.most_steps
     huge = SumPlan(SIZE, 1.0, 8.0, 7, "n", (), 3)
     for bits in (-1, 31, 28):
-        with pytest.raises(UsageError, match="steps"):
+        with pytest.raises(UsageError, match="weight_bits"):
             replace(huge, weight_bits=bits)
 
 
@@ -335,9 +342,8 @@ def test_nothing_leaves_a_node_but_its_part_of_the_secure_sum() -> None:
     assert grid.replies
     for reply in grid.replies:
         assert list(reply.content) == [RECORD]
-    masked = [
-        r.content[RECORD]["masked"].data for r in grid.replies if "masked" in r.content[RECORD]
-    ]
+        assert set(unpack(reply)) in ({"devices"}, {"answers"})
+    masked = answers(grid, "masked")
     assert len(masked) == 5
     words = np.concatenate([np.frombuffer(m, np.uint32, offset=36) for m in masked])
     # Plain updates are below 2^14 here: under masks next to no word is.
@@ -350,7 +356,7 @@ def test_replies_differ_though_updates_do_not() -> None:
     grid, strategy = grid_of(3, app), strategy_of(3)
     for round in (1, 2):
         one_round(strategy, grid, round=round)
-    sent = [r.content[RECORD]["masked"].data for r in grid.replies if "masked" in r.content[RECORD]]
+    sent = answers(grid, "masked")
     assert len(set(sent)) == len(sent) == 6
 
 
@@ -358,25 +364,30 @@ def test_state_is_forgotten_after_a_round() -> None:
     grid = grid_of(3)
     one_round(strategy_of(3), grid)
     for context in grid.contexts.values():
-        assert set(context.state[STATE]) == {"root", "book", "given"}
+        assert set(context.state[RECORD]) == {"root", "state"}
+        kept = msgpack.unpackb(context.state[RECORD]["state"], strict_map_key=False)
+        assert set(kept) == {0}
+        assert set(kept[0]) == {"book", "given"}
 
 
 def test_the_context_of_a_node_can_be_counted() -> None:
     # Flower's own count_bytes fails on empty values.
     grid = grid_of(3, lost=losing("confirm", 2))
     one_round(strategy_of(3), grid)
-    assert all(context.state[STATE].count_bytes() > 0 for context in grid.contexts.values())
+    assert all(context.state[RECORD].count_bytes() > 0 for context in grid.contexts.values())
 
 
 def test_another_run_has_other_masks_and_prekeys() -> None:
     first, second = grid_of(3), grid_of(3)
     one_round(strategy_of(3), first)
     one_round(strategy_of(3), second)
-    answers = [
-        {r.content[RECORD]["answer"] for r in grid.replies if "answer" in r.content[RECORD]}
+    sent = [
+        {device["prekeys"] for reply in grid.replies for device in unpack(reply).get("devices", ())}
+        | {answer for stage in EXCHANGES for answer in answers(grid, stage)}
         for grid in (first, second)
     ]
-    assert not answers[0] & answers[1]
+    assert len(sent[0]) == len(sent[1]) == 15
+    assert not sent[0] & sent[1]
 
 
 # ---------------------------------------------------------------------- evaluation
@@ -413,7 +424,7 @@ def test_strategies_that_look_at_single_replies_are_refused(inner: Any) -> None:
     [
         ({"clip_norm": 0.0}, "clip_norm 0.0"),
         ({"clip_norm": float("nan")}, "clip_norm nan"),
-        ({"metrics": {"loss": 0.0}}, "largest magnitude must be above 0"),
+        ({"metrics": {"loss": 0.0}}, "metric 'loss' up to 0.0: it must lie between"),
         ({"max_examples": 2**31}, "max_examples 2147483648"),
         ({"noise_multiplier": 1.0}, "ledger go together"),
         ({"ledger": "l.jsonl"}, "ledger go together"),
@@ -460,12 +471,12 @@ def test_a_strategy_that_sends_nodes_different_things_is_refused() -> None:
 
 def test_the_error_code_is_flowers() -> None:
     constant = pytest.importorskip("flwr.common.constant")
-    assert mod_module._REFUSED == constant.ErrorCode.MOD_FAILED_PRECONDITION
+    assert exchange._REFUSED == constant.ErrorCode.MOD_FAILED_PRECONDITION
 
 
 def test_only_flowers_public_names_are_imported() -> None:
     public = {"flwr.app", "flwr.serverapp", "flwr.serverapp.strategy"}
-    for module in (budget, devices, mod_module, plan, secure_sum, vectors):
+    for module in (enrolment, exchange, mod_module, plan, secure_sum):
         text = Path(module.__file__).read_text("utf-8")
         assert set(re.findall(r"^\s*(?:from|import) (flwr[\w.]*)", text, re.M)) <= public
 
@@ -477,8 +488,8 @@ def test_a_node_trains_once_for_each_round() -> None:
     assert {calls(context) for context in grid.contexts.values()} == {2}
 
 
-def test_the_array_of_an_upload_is_the_raw_message() -> None:
+def test_a_message_is_an_array_which_flower_moves_in_pieces() -> None:
     grid = grid_of(3)
     one_round(strategy_of(3), grid)
-    arrays = [r.content[RECORD]["masked"] for r in grid.replies if "masked" in r.content[RECORD]]
+    arrays = [r.content[RECORD]["body"] for r in grid.replies]
     assert all(isinstance(a, Array) and a.shape == (len(a.data),) for a in arrays)

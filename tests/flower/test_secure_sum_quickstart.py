@@ -17,10 +17,11 @@ from flwr.clientapp import ClientApp
 from memory_grid import MemoryGrid, stage_of
 from sum_apps import fedavg, grid_of, lenient
 
+from privrec.flower.exchange import EXCHANGES, PREKEYS
 from privrec.flower.secure_sum import SecureSum
 
 NODES, ROUNDS, SEEDS = 8, 9, (0, 1, 2)
-STAGES = ("prekeys", "shares", "masked", "confirm", "unmask")
+STAGES = (PREKEYS, *EXCHANGES)
 
 
 def quickstart(*mods: Any) -> ClientApp:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ import pytest
 pytest.importorskip("flwr", reason="the flower extra is not installed")
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
-from memory_grid import MemoryGrid, stage_of
+from flwr.common import serde
+from memory_grid import MemoryGrid, acting_as, carried, stage_of
 from sum_apps import (
     app_of,
     calls,
@@ -27,13 +30,11 @@ from sum_apps import (
     strategy_of,
 )
 
-from privrec.errors import IntegrityError, ReleaseRefused, UsageError
-from privrec.flower.devices import STATE, create_device_key, read_device_key
-from privrec.flower.mod import RECORD, SecureSumMod
+from privrec.errors import DataError, ReleaseRefused, UsageError
+from privrec.flower.enrolment import ROOT, certificates_of, enroll
+from privrec.flower.exchange import EXCHANGES, PREKEYS, RECORD, pack, unpack
+from privrec.flower.mod import SecureSumMod
 from privrec.flower.plan import SumCohort, SumPlan
-from privrec.randomness import SecretRoot
-from privrec.secagg.keys import DeviceKey, PrekeyBook
-from privrec.secagg.roster import enrol
 
 STRICT = {"minimum": 2}
 
@@ -50,16 +51,15 @@ def reasons(grid: MemoryGrid) -> dict[int, str]:
     return {reply.metadata.src_node_id: reply.error.reason for reply in failed}
 
 
-def changed(stage: str, change: Callable[[ConfigRecord], None], *nodes: int) -> Any:
+def changed(stage: str, change: Callable[[dict[str, Any]], None], *nodes: int) -> Any:
     """A server that alters its part of a message to some nodes, or to all."""
 
     def tampered(message: Message) -> Message:
         if stage_of(message) != stage or (nodes and message.metadata.dst_node_id not in nodes):
             return message
-        record = ConfigRecord(dict(message.content[RECORD].items()))
-        change(record)
-        meta = message.metadata
-        content = RecordDict({**message.content, RECORD: record})
+        body, meta = unpack(message), message.metadata
+        change(body)
+        content = RecordDict({**message.content, **pack(body)})
         return Message(content, meta.dst_node_id, meta.message_type)
 
     return tampered
@@ -77,25 +77,37 @@ def test_enrolled_nodes_sum(tmp_path: Path) -> None:
 
 
 def test_an_enrolment_key_does_in_place_of_a_roster(tmp_path: Path) -> None:
-    office = DeviceKey(bytes(range(32)))
+    office, public = tmp_path / "office", tmp_path / "office.pub"
     configs: dict[int, dict[str, Any]] = {}
     for node in range(1, 5):
-        path = tmp_path / f"{node}.key"
-        identity = bytes.fromhex(create_device_key(path))
-        (tmp_path / f"{node}.certificate").write_text(enrol(office, identity).hex() + "\n")
+        enroll(tmp_path / f"{node}", office=office)
         configs[node] = {
-            "device-key": str(path),
-            "enrolment-key": office.public.hex(),
-            "certificate": str(tmp_path / f"{node}.certificate"),
+            "keys": str(tmp_path / f"{node}"),
+            "enrolment-key": public.read_text()[:64],
         }
+    configs[4]["enrolment-key"] = str(public)
     grid = grid_of(4, app_of(SecureSumMod(**STRICT)), configs=configs)
-    arrays, _ = one_round(strategy_of(4, enrolment_key=office.public.hex()), grid)
+    arrays, _ = one_round(strategy_of(4, enrolment_key=str(public)), grid)
     assert same(arrays, expected(range(1, 5)))
-    configs[2]["certificate"] = enrol(DeviceKey(bytes(32)), b"somebody else".ljust(32)).hex()
+    enroll(tmp_path / "other", office=tmp_path / "other office")
+    configs[2]["keys"] = str(tmp_path / "other")
     grid = grid_of(4, app_of(SecureSumMod(**STRICT)), configs=configs)
-    arrays, _ = one_round(strategy_of(4, enrolment_key=office.public.hex()), grid)
+    arrays, _ = one_round(strategy_of(4, enrolment_key=str(public)), grid)
     assert same(arrays, expected([1, 3, 4]))
     assert "is not enrolled" in reasons(grid)[2]
+
+
+def test_a_certificate_of_another_identity_is_none(tmp_path: Path) -> None:
+    for node in (1, 2):
+        enroll(tmp_path / f"{node}", office=tmp_path / "office")
+    (tmp_path / "2/certificates").write_bytes((tmp_path / "1/certificates").read_bytes())
+    config = {"keys": str(tmp_path / "2"), "enrolment-key": str(tmp_path / "office.pub")}
+    grid = grid_of(3, app_of(SecureSumMod(**STRICT)), configs=dict.fromkeys(range(1, 4), config))
+    assert one_round(strategy_of(3), grid) == (None, None)
+    assert all("is not enrolled" in reason for reason in reasons(grid).values())
+    (tmp_path / "2/certificates").write_text("0 12")
+    with pytest.raises(DataError, match="'0 12' is no user and certificate"):
+        certificates_of(tmp_path / "2")
 
 
 def test_a_node_without_any_anchor_refuses_and_says_what_to_do() -> None:
@@ -103,16 +115,15 @@ def test_a_node_without_any_anchor_refuses_and_says_what_to_do() -> None:
     assert one_round(strategy_of(3), grid) == (None, None)
     for reason in reasons(grid).values():
         assert "a server could make devices up" in reason
-        assert "roster=PATH or enrolment-key=KEY" in reason
+        assert "keys=FOLDER, and roster=FILE or enrolment-key=KEY" in reason
         assert "trust_server=True" in reason
     assert all(calls(context) == 0 for context in grid.contexts.values())
 
 
 def test_a_node_that_is_not_enrolled_is_left_out(tmp_path: Path) -> None:
     configs = enrolled(tmp_path, 5)
-    path = tmp_path / "stranger.key"
-    create_device_key(path)
-    configs[5]["device-key"] = str(path)  # another's key than the roster's
+    enroll(tmp_path / "stranger", roster=tmp_path / "another roster")
+    configs[5]["keys"] = str(tmp_path / "stranger")
     grid = grid_of(5, app_of(SecureSumMod(**STRICT)), configs=configs)
     arrays, _ = one_round(strategy_of(5), grid)
     assert same(arrays, expected([1, 2, 3, 4]))
@@ -149,12 +160,13 @@ def test_two_nodes_of_one_key_count_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"device-key": None}, "no device-key=PATH"),
-        ({"device-key": "/nowhere/key"}, "could not be read"),
-        ({"device-key": 5}, "put it into quotation marks"),
+        ({"keys": None}, "no keys=FOLDER"),
+        ({"keys": "/nowhere/keys"}, "could not be read"),
+        ({"keys": 5}, "put it into quotation marks"),
+        ({"number": 1}, "is not enrolled"),
         ({"roster": "/nowhere/roster"}, "roster file could not be read"),
         ({"enrolment-key": "ab" * 32}, "keep the one that is in use"),
-        ({"certificate": "short"}, "neither 128 hexadecimal digits nor a file"),
+        ({"roster": None, "enrolment-key": "short"}, "neither 64 hexadecimal digits nor a file"),
     ],
 )
 def test_a_configuration_that_is_not_whole_is_refused(
@@ -172,7 +184,7 @@ def test_a_roster_that_was_tampered_with_is_refused(tmp_path: Path) -> None:
     configs = enrolled(tmp_path, 4)
     mine = tmp_path / "mine.txt"
     lines = (tmp_path / "roster.txt").read_text().splitlines()
-    own = read_device_key(Path(configs[2]["device-key"])).public.hex()
+    own = lines[1]
     mine.write_text("\n".join([own, *("00" * 32 for line in lines if line != own)]))
     configs[2]["roster"] = str(mine)
     grid = grid_of(4, app_of(SecureSumMod(**STRICT)), configs=configs)
@@ -181,18 +193,17 @@ def test_a_roster_that_was_tampered_with_is_refused(tmp_path: Path) -> None:
     assert "no enrolled device signed this prekey" in reasons(grid)[2]
 
 
-def test_a_device_key_others_can_read_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "key"
-    create_device_key(path)
-    path.chmod(0o644)
-    with pytest.raises(UsageError, match="lets others than the owner"):
-        read_device_key(path)
-    with pytest.raises(UsageError, match="never overwritten"):
-        create_device_key(path)
-    path.chmod(0o600)
-    path.write_bytes(b"short")
-    with pytest.raises(IntegrityError):
-        read_device_key(path)
+def test_keys_that_others_can_read_are_refused(tmp_path: Path) -> None:
+    configs = enrolled(tmp_path, 4)
+    with pytest.raises(UsageError, match="has keys already"):
+        enroll(tmp_path / "node-1", roster=tmp_path / "roster.txt")
+    (tmp_path / "node-1" / ROOT).chmod(0o644)
+    (tmp_path / "node-2" / ROOT).write_bytes(b"short")
+    grid = grid_of(4, app_of(SecureSumMod(**STRICT)), configs=configs)
+    arrays, _ = one_round(strategy_of(4), grid)
+    assert same(arrays, expected([3, 4]))
+    assert "lets others than the owner" in reasons(grid)[1]
+    assert "not a secret of 32 bytes" in reasons(grid)[2]
 
 
 # ---------------------------------------------------------------------- what a server may not do
@@ -247,11 +258,9 @@ def test_other_settings_for_one_node_are_refused(value: Any) -> None:
     assert 2 in reasons(grid)
 
 
-def other_plan(**changes: Any) -> Callable[[ConfigRecord], None]:
-    def change(record: ConfigRecord) -> None:
-        plan = SumPlan.unpack(record["plan"])
-        values = {**{n: getattr(plan, n) for n in SumPlan.__match_args__}, **changes}
-        record["plan"] = SumPlan(**values).pack()
+def other_plan(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    def change(body: dict[str, Any]) -> None:
+        body["plan"] = replace(SumPlan.unpack(body["plan"]), **changes).pack()
 
     return change
 
@@ -287,21 +296,37 @@ def test_a_malformed_plan_is_refused(packed: bytes, said: str) -> None:
         SumPlan.unpack(packed)
 
 
-@pytest.mark.parametrize("stage", ["prekeys", "shares", "masked", "confirm", "unmask", "more"])
-@pytest.mark.parametrize("record", [{}, {"message": b"PS"}, {"message": 5, "count": 0}])
-def test_malformed_messages_are_refused(stage: str, record: dict[str, Any]) -> None:
+@pytest.mark.parametrize("stage", [PREKEYS, *EXCHANGES, "more", None, b"shares", ["shares"]])
+@pytest.mark.parametrize("mine", [None, b"", b"PS", 0])
+def test_malformed_messages_are_refused(stage: Any, mine: Any) -> None:
     grid = grid_of(3)
-    content = RecordDict({"arrays": model(), RECORD: ConfigRecord({"stage": stage, **record})})
+    own = _identity(grid, 1)
+    told = {} if mine is None else {"messages": {own: mine}, "plan": mine, "count": mine}
+    content = RecordDict({"arrays": model(), **pack({"stage": stage, **told})})
     reply = grid.ask(Message(content, 1, "train"))
     assert reply.has_error()
     assert reply.error.reason.startswith("privrec: ")
     assert calls(grid.contexts[1]) == 0
 
 
+def _identity(grid: MemoryGrid, node: int) -> bytes:
+    """The name by which a node is known: it is told with its prekeys."""
+    reply = grid.ask(Message(pack({"stage": PREKEYS, "count": 1}), node, "train"))
+    return bytes(unpack(reply)["devices"][0]["name"])
+
+
+@pytest.mark.parametrize("body", [b"", b"\xc1", b"\x90", b"\x81\x05"])
+def test_a_body_that_is_none_is_refused(body: bytes) -> None:
+    grid = grid_of(3)
+    array = Array("uint8", (len(body),), RECORD, body)
+    reply = grid.ask(Message(RecordDict({RECORD: ArrayRecord({"body": array})}), 1, "train"))
+    assert "must run the same version" in reply.error.reason
+
+
 def test_a_message_in_the_middle_of_a_round_that_a_node_is_not_in_is_refused() -> None:
     grid, strategy = grid_of(3), strategy_of(3)
     messages = list(strategy.configure_train(1, model(), ConfigRecord(), grid))
-    del grid.contexts[1].state[STATE]
+    del grid.contexts[1].state[RECORD]
     reply = grid.ask(messages[0] if messages[0].metadata.dst_node_id == 1 else messages[1])
     by_node = {m.metadata.dst_node_id: m for m in messages}
     reply = grid.ask(by_node[1])
@@ -317,8 +342,8 @@ def test_a_node_gives_no_more_updates_than_it_was_made_to_give() -> None:
     assert "update 3 of this node in one run, and it gives at most 2" in reasons(grid)[1]
 
 
-@pytest.mark.parametrize("stage", ["masked", "confirm", "unmask"])
-def test_a_second_answer_is_refused_also_when_the_state_is_set_back(
+@pytest.mark.parametrize("stage", EXCHANGES)
+def test_a_second_answer_is_refused_also_when_flowers_state_is_set_back(
     tmp_path: Path, stage: str
 ) -> None:
     """Two vectors under the same masks would give their difference away."""
@@ -332,36 +357,30 @@ def test_a_second_answer_is_refused_also_when_the_state_is_set_back(
     grid.tampered = keep
     arrays, _ = one_round(strategy_of(5), grid)
     assert same(arrays, expected(range(1, 6)))
-    assert grid.ask(kept["message"]).has_error()
-    grid.contexts[1] = kept["context"]
-    assert f"{stage!r} of this round was answered before" in grid.ask(kept["message"]).error.reason
+    for context in (grid.contexts[1], kept["context"]):
+        grid.contexts[1] = context
+        before = calls(context)
+        assert grid.ask(kept["message"]).has_error()
+        assert calls(grid.contexts[1]) == before
 
 
-def test_a_prekey_serves_once_also_when_the_state_is_set_back(tmp_path: Path) -> None:
-    grid = strict_grid(tmp_path)
-    kept: dict[str, Any] = {}
+def test_of_two_messages_at_once_a_node_answers_one(tmp_path: Path) -> None:
+    """Flower may hand both the state that was there before either."""
+    grid, strategy, replies = strict_grid(tmp_path), strategy_of(5), []
+    messages = list(strategy.configure_train(1, model(), ConfigRecord(), grid))
+    (mine,) = [m for m in messages if m.metadata.dst_node_id == 1]
+    before = serde.context_to_proto(grid.contexts[1])
 
-    def keep(message: Message) -> Message:
-        if stage_of(message) == "shares" and message.metadata.dst_node_id == 1:
-            kept["context"], kept["message"] = grid.contexts[1], message
-        return message
+    def answer() -> None:
+        with acting_as(1):
+            replies.append(grid.app(carried(mine), serde.context_from_proto(before)))
 
-    grid.tampered = keep
-    one_round(strategy_of(5), grid)
-    grid.contexts[1] = kept["context"]
-    assert "'prekey' of this round was answered before" in grid.ask(kept["message"]).error.reason
-
-
-def test_a_journal_whose_last_line_was_cut_off_still_counts(tmp_path: Path) -> None:
-    grid, strategy = strict_grid(tmp_path), strategy_of(5)
-    one_round(strategy, grid)
-    journal = tmp_path / "node-1.answered"
-    lines = journal.read_text().splitlines()
-    assert len(lines) == 5  # a prekey and four answers
-    assert journal.stat().st_mode & 0o777 == 0o600
-    journal.write_text("\n".join(lines) + "\nabc")
-    assert one_round(strategy, grid, round=2)[0] is not None
-    assert set(lines) < set(journal.read_text().splitlines())
+    threads = [threading.Thread(target=answer) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(reply.has_error() for reply in replies) == [False, True]
 
 
 def test_a_node_that_sends_rubbish_drops_out(caplog: pytest.LogCaptureFixture) -> None:
@@ -369,10 +388,8 @@ def test_a_node_that_sends_rubbish_drops_out(caplog: pytest.LogCaptureFixture) -
         def ask(self, message: Message) -> Message:
             reply = super().ask(message)
             if message.metadata.dst_node_id == 2 and stage_of(message) == "masked":
-                array = Array("uint8", (3,), "x", b"abc")
-                return Message(
-                    RecordDict({RECORD: ArrayRecord({"masked": array})}), reply_to=message
-                )
+                (name,) = unpack(reply)["answers"]
+                return Message(pack({"answers": {name: b"abc"}}), reply_to=message)
             if message.metadata.dst_node_id == 3 and stage_of(message) == "masked":
                 return Message(RecordDict({"arrays": model()}), reply_to=message)
             return reply
@@ -381,7 +398,7 @@ def test_a_node_that_sends_rubbish_drops_out(caplog: pytest.LogCaptureFixture) -
     grid = Rubbish(plain.app, plain.configs)
     arrays, _ = one_round(strategy_of(7), grid)
     assert same(arrays, expected([1, 4, 5, 6, 7]))
-    assert "is SecureSumMod the first of its app's mods" in caplog.text
+    assert "SecureSumMod is the first of its mods" in caplog.text
 
 
 def test_an_app_that_raises_or_returns_another_model_drops_out() -> None:
@@ -421,15 +438,14 @@ def test_a_metric_that_is_missing_is_named() -> None:
 
 def test_prekeys_of_a_run_are_not_those_of_another(tmp_path: Path) -> None:
     """A mask key may be known after its round; the identity is the same in every run."""
-    path = tmp_path / "key"
-    create_device_key(path)
-    books = [PrekeyBook(read_device_key(path), SecretRoot(bytes([n]) * 32)) for n in (1, 2)]
-    assert books[0].issue(1, 0) != books[1].issue(1, 0)
     configs = enrolled(tmp_path, 3)
-    seen = []
+    seen, names = [], []
     for _ in range(2):
         grid = grid_of(3, app_of(SecureSumMod(**STRICT)), configs=configs)
         one_round(strategy_of(3), grid)
-        answers = (r.content[RECORD].get("answer") for r in grid.replies[:3])
-        seen.append({bytes(a) for a in answers})
+        devices = [device for r in grid.replies[:3] for device in unpack(r)["devices"]]
+        names.append({device["name"] for device in devices})
+        seen.append({device["prekeys"] for device in devices})
+    assert names[0] == names[1]
+    assert len(seen[0]) == len(seen[1]) == 3
     assert not seen[0] & seen[1]

@@ -180,7 +180,7 @@ def _over_flower(folder: Path, out: Path, changes: tuple[str, ...], key: bytes |
 
     With a key all nodes draw from one root that is known.
     """
-    from loopback import Loopback, context_of
+    from memory_grid import Loopback, context_of
 
     from privrec.flower.client_app import client_app
     from privrec.flower.server_app import deploy

@@ -12,7 +12,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 from memory_grid import MemoryGrid, be_the_server
 
-from privrec.flower.secure_sum import SecureSum, SecureSumMod, create_device_key
+from privrec.flower.enrolment import enroll
+from privrec.flower.secure_sum import SecureSum, SecureSumMod
 
 SIZE = 12
 GRID = 2.0**-10
@@ -128,11 +129,11 @@ def mean_of(nodes: Sequence[int], round: int = 1, size: int = SIZE) -> np.ndarra
 
 
 def enrolled(folder: Path, nodes: int) -> dict[int, dict[str, Any]]:
-    """Node-configs with a key each and one roster of all."""
-    keys = {node: folder / f"node-{node}.key" for node in range(1, nodes + 1)}
-    roster = folder / "roster.txt"
-    roster.write_text("".join(create_device_key(path) + "\n" for path in keys.values()))
-    return {n: {"device-key": str(path), "roster": str(roster)} for n, path in keys.items()}
+    """Node-configs with keys each and one roster of all."""
+    keys, roster = {n: folder / f"node-{n}" for n in range(1, nodes + 1)}, folder / "roster.txt"
+    for path in keys.values():
+        enroll(path, roster=roster)
+    return {n: {"keys": str(path), "roster": str(roster)} for n, path in keys.items()}
 
 
 def expected(nodes: Sequence[int], round: int = 1) -> np.ndarray:

@@ -16,7 +16,7 @@ from flwr.clientapp import ClientApp
 from flwr.common import serde
 from flwr.serverapp import Grid
 
-from privrec.flower.mod import RECORD
+from privrec.flower.exchange import RECORD, unpack
 
 try:
     from flwr.supercore.task_identity import TaskIdentity
@@ -34,8 +34,7 @@ RAISED = 2  # Flower's code for an app that raised
 
 def stage_of(message: Message) -> str | None:
     """What a message of the secure sum asks for; None for any other message."""
-    record = message.content.get(RECORD)
-    return None if record is None else str(record["stage"])
+    return str(unpack(message)["stage"]) if RECORD in message.content else None
 
 
 def never(message: Message) -> bool:
@@ -63,8 +62,7 @@ class MemoryGrid(Grid):
 
     def __post_init__(self) -> None:
         self.contexts = {
-            node: Context(RUN, node, dict(config), RecordDict(), {})
-            for node, config in self.configs.items()
+            node: context_of(node, config, {}) for node, config in self.configs.items()
         }
 
     def set_run(self, run: Any) -> None:
@@ -134,3 +132,36 @@ def acting_as(node: int) -> Iterator[None]:
 def be_the_server() -> None:
     """Let this process make messages, as Flower does where it starts a ServerApp."""
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN, 1
+
+
+def context_of(node: int, node_config: Mapping[str, Any], run_config: Mapping[str, Any]) -> Context:
+    """What Flower hands the app of a node."""
+    return Context(RUN, node, dict(node_config), RecordDict(), dict(run_config))
+
+
+class Loopback(MemoryGrid):
+    """Nodes by id, each with its app and context; ``lost`` looks at node and stage."""
+
+    def __init__(
+        self,
+        apps: Mapping[int, tuple[ClientApp, Context]],
+        lost: Callable[[int, str | None], bool] = lambda node, stage: False,
+    ) -> None:
+        be_the_server()
+        super().__init__(
+            {node: app for node, (app, _) in apps.items()},
+            {node: context.node_config for node, (_, context) in apps.items()},
+            lambda message: lost(message.metadata.dst_node_id, stage_of(message)),
+        )
+        self.contexts = {node: context for node, (_, context) in apps.items()}
+        self.seen: list[tuple[int, str | None, Message, Message]] = []
+
+    def put(self, node: int, app: ClientApp, context: Context) -> None:
+        """Another node in the place of one."""
+        self.app = {**dict(self.app), node: app}  # type: ignore[arg-type]
+        self.contexts[node] = context
+
+    def ask(self, message: Message) -> Message:
+        reply = super().ask(message)
+        self.seen.append((message.metadata.dst_node_id, stage_of(message), message, reply))
+        return reply

@@ -1,0 +1,430 @@
+"""The exchanges of a secure sum in Flower's messages: their form, and both their halves.
+
+A node hosts one device or hundreds, and answers for all of them in one message, whose body is a
+msgpack map with its ``stage``. The server's messages to devices and their answers are maps by
+identity in it, so that what one device refuses leaves the others alone.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import secrets
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgpack
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.serverapp import Grid
+
+from privrec.errors import PrivrecError, ReleaseRefused, UsageError
+from privrec.flower.enrolment import ROOT, STATE, certificates_of, text_of
+from privrec.randomness import ROOT_BYTES, SecretRoot
+from privrec.secagg.client import ClientSession, Policy
+from privrec.secagg.keys import RECORD_BYTES, DeviceKey, Prekey, PrekeyBook
+from privrec.secagg.roster import Anchor, check_prekey
+from privrec.secagg.server import ServerSession
+from privrec.storage import replace
+
+RECORD = "privrec"
+"""Name of this package's record in a message, and in what Flower keeps for a node."""
+PREKEYS = "prekeys"
+EXCHANGES = SHARES, MASKED, CONFIRM, UNMASK = ("shares", "masked", "confirm", "unmask")
+LOG = logging.getLogger("flwr.privrec")
+NOT_IN = (
+    "a message in the middle of a secure sum that this node is not in, or has answered: it was "
+    "started anew, or refused to take part; it can join the next round"
+)
+_MOST_PREKEYS = 1 << 14
+_REFUSED = 6  # Flower's code for a mod whose conditions are not met
+_OURS = "privrec: "
+_POLL_S = 1.0
+_MEMBER = [bytes, int, int, bytes]
+Body = dict[str, Any]
+
+
+def pack(body: Mapping[str, Any]) -> RecordDict:
+    """Return a body as the content of a message: one array, which Flower moves in pieces."""
+    packed: bytes = msgpack.packb(dict(body))
+    array = Array(dtype="uint8", shape=(len(packed),), stype=RECORD, data=packed)
+    return RecordDict({RECORD: ArrayRecord({"body": array})})
+
+
+def unpack(message: Message) -> Body:
+    """Return the body that :func:`pack` put into a message.
+
+    Raises:
+        ReleaseRefused: when there is none.
+    """
+    try:
+        body = msgpack.unpackb(message.content.array_records[RECORD]["body"].data)
+    except (KeyError, TypeError, ValueError, msgpack.UnpackException) as error:
+        raise ReleaseRefused(
+            f"a message of type {message.metadata.message_type} without a body of privrec's "
+            f"({type(error).__name__}); server and nodes must run the same version of the app, and "
+            "in an app of your own SecureSumMod is the first of its mods"
+        ) from None
+    if type(body) is not dict:
+        raise ReleaseRefused("a body that is no map; server and nodes must run the same version")
+    return body
+
+
+def by_device(body: Mapping[str, Any], name: str) -> dict[bytes, bytes]:
+    """Return a map of a body from identities to bytes; empty when it is not there.
+
+    Raises:
+        ReleaseRefused: when it is something else.
+    """
+    found = body.get(name, {})
+    if type(found) is dict and all(type(each) is bytes for pair in found.items() for each in pair):
+        return found
+    raise ReleaseRefused(f"{name!r} that map no identities to bytes")
+
+
+def summary(refused: Mapping[bytes, str]) -> str:
+    """Say in a line what devices refused: hundreds on a node would fill a log with one reason."""
+    name, why = next(iter(refused.items()))
+    others = f" and {len(refused) - 1} more" if len(refused) > 1 else ""
+    return f"device {name.hex()[:16]}{others}: {why}"
+
+
+# ---------------------------------------------------------------------- at a node
+
+
+def asked(message: Message) -> tuple[str, Body]:
+    """Return the stage and the body of a server's message.
+
+    Raises:
+        ReleaseRefused: when it has none, or asks for something that is no stage.
+    """
+    body = unpack(message)
+    stage = body.get("stage")
+    if stage not in (PREKEYS, *EXCHANGES):
+        raise ReleaseRefused(f"a message of a secure sum in stage {stage!r}, which is none")
+    return stage, body
+
+
+def reply(message: Message, body: Mapping[str, Any]) -> Message:
+    """Answer a server's message."""
+    return Message(pack(body), reply_to=message)
+
+
+def refuse(message: Message, error: PrivrecError) -> Message:
+    """Answer a server's message with an error, and say so in the node's own log."""
+    LOG.error("privrec: this node refuses: %s", error)
+    return Message(Error(_REFUSED, f"{_OURS}{error}"), reply_to=message)
+
+
+@dataclass(frozen=True)
+class NodeKeys:
+    """A node's secrets, and what it remembers from one message to the next; see :func:`keys_of`.
+
+    Attributes:
+        root: from which identities, masks and noise of its devices derive.
+        kept: by number of the device, what that remembers; as secret as the root.
+        certificates: of the enrolment office, by number of the device.
+    """
+
+    root: SecretRoot
+    kept: dict[Any, Any]
+    certificates: Mapping[int, bytes] = field(default_factory=dict)
+
+    def device(self, number: int, anchor: Anchor) -> HostedDevice:
+        """Return one of the node's devices."""
+        key = DeviceKey.derive(self.root, "user", number)
+        kept, certificate = self.kept.setdefault(number, {}), self.certificates.get(number, b"")
+        return HostedDevice(number, key, self.root, anchor, kept, certificate)
+
+
+@contextmanager
+def keys_of(context: Context) -> Iterator[NodeKeys]:
+    """Read a node's keys, and keep what changed in them, durable, when the block is left.
+
+    Promise: between reading and keeping no other message of this node is worked on, where
+    node-config names a folder with ``keys``. Flower's own state of a run, which is used without
+    one, may be set back by a crash or by two messages at once; an answer given twice could give an
+    update away.
+
+    Raises:
+        UsageError: when the folder has no root, or a root and nothing that its devices remember.
+        IntegrityError: when the root is not what was written.
+    """
+    name = text_of(context.node_config, "keys")
+    if name is None:
+        record = context.state.setdefault(
+            RECORD, ConfigRecord({"root": secrets.token_bytes(ROOT_BYTES)})
+        )
+        kept = _read(record.get("state", b""))
+        try:
+            yield NodeKeys(SecretRoot(record["root"]), kept)
+        finally:
+            record["state"] = msgpack.packb(kept)
+        return
+    folder, path = Path(name), Path(name) / STATE
+    root, certificates = SecretRoot.load(folder / ROOT), certificates_of(folder)
+    with (folder / ROOT).open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            # Prekeys would be issued, and rounds answered, a second time.
+            raise UsageError(
+                f"{path}: what this node's devices remember is gone, and its root is not; remove "
+                "the folder, and enrol the node anew: privrec flower enroll"
+            )
+        kept = _read(path.read_bytes())
+        try:
+            yield NodeKeys(root, kept, certificates)
+        finally:
+            replace(path, msgpack.packb(kept), mode=0o600)
+
+
+def _read(state: bytes) -> dict[Any, Any]:
+    kept: dict[Any, Any] = msgpack.unpackb(state, strict_map_key=False) if state else {}
+    return kept
+
+
+@dataclass(frozen=True)
+class HostedDevice:
+    """A device of a node, whose prekeys and session outlast the process that answers a message.
+
+    Attributes:
+        number: by which servers order devices; it names the device's draws.
+        key: its identity.
+        root: of its node, from which masks and prekeys derive.
+        anchor: whom it trusts about other devices.
+        kept: what it remembers, ``book`` and ``session`` among it.
+        certificate: of the enrolment office over its identity; empty without one.
+    """
+
+    number: int
+    key: DeviceKey
+    root: SecretRoot
+    anchor: Anchor
+    kept: dict[str, Any]
+    certificate: bytes
+
+    def deposit(self, body: Mapping[str, Any], tier: int = 0) -> Body:
+        """Return the prekeys that a server asks for, in the form in which it takes them."""
+        count = body.get("count")
+        if type(count) is not int or not 1 <= count <= _MOST_PREKEYS:
+            raise ReleaseRefused(f"{count!r} prekeys asked for: 1 to {_MOST_PREKEYS} are given")
+        records = b"".join(self._book().issue(count, tier))
+        return {"name": self.key.public, "number": self.number, "tier": tier, "prekeys": records}
+
+    def called(self, policy: Policy) -> ClientSession:
+        """Return the session of a round that begins."""
+        return ClientSession(self._book(), self.anchor, policy, self._keep_session)
+
+    def resumed(self, policy: Policy) -> ClientSession:
+        """Return the session of the round that this device is in.
+
+        Raises:
+            ReleaseRefused: when it is in none.
+        """
+        if "session" not in self.kept:
+            raise ReleaseRefused(NOT_IN)
+        saved = self.kept["session"]
+        return ClientSession.resume(self._book(), self.anchor, saved, policy, self._keep_session)
+
+    def conclude(self, session: ClientSession, stage: str, message: bytes) -> bytes:
+        """Answer an exchange after the masked vector; with the last the session is forgotten."""
+        if stage == CONFIRM:
+            return session.confirm(message)
+        answer = session.unmask(message)
+        del self.kept["session"]
+        return answer
+
+    def _book(self) -> PrekeyBook:
+        return PrekeyBook(
+            self.key,
+            self.root,
+            certificate=self.certificate,
+            save=lambda state: self.kept.update(book=state),
+            state=self.kept.get("book"),
+        )
+
+    def _keep_session(self, progress: bytes) -> None:
+        self.kept["session"] = progress
+
+
+# ---------------------------------------------------------------------- at the server
+
+
+@dataclass(frozen=True)
+class Member:
+    """A device that deposited prekeys, of which ``prekeys`` are left; ``node`` hosts it."""
+
+    name: bytes
+    number: int
+    tier: int
+    node: int
+    prekeys: list[bytes]
+
+
+@dataclass
+class Registry:
+    """The devices of a grid's nodes: which node hosts each, its prekeys, and exchanges with them.
+
+    A node that does not answer, refuses or sends something else is told of in the log, and its
+    devices have dropped out. Nothing that a node sends ends the server.
+
+    Args:
+        grid: Flower's.
+        anchor: whom the server takes for a device.
+        deposit: prekeys that each device is asked for.
+        timeout_s: how long an exchange may take; None for any time.
+        wait_s: how long devices are waited for at the start.
+        tiers: how many there are.
+        agreed: what a node must say of itself for its devices to be taken.
+        like: the app's own messages, by node, where there are some: whose type and limits messages
+            have, and whose content goes along with the question for masked vectors.
+    """
+
+    grid: Grid
+    anchor: Anchor
+    deposit: int
+    timeout_s: float | None = None
+    wait_s: float = 0.0
+    tiers: int = 1
+    agreed: Mapping[str, Any] = field(default_factory=dict)
+    like: Mapping[int, Message] = field(default_factory=dict)
+    members: dict[bytes, Member] = field(default_factory=dict, init=False)
+    simulated: bool = field(default=False, init=False)
+    """Whether some node hosts users of a data set."""
+    _heard: set[int] = field(default_factory=set, init=False)
+
+    def register(self, population: int) -> None:
+        """Wait for as many devices; those that come later are taken by :meth:`greet_newcomers`.
+
+        Raises:
+            ReleaseRefused: when no device has registered in time.
+        """
+        until = time.monotonic() + self.wait_s
+        while len(self.members) < population and time.monotonic() < until:
+            if not self.greet_newcomers():
+                time.sleep(_POLL_S)
+        if not self.members:
+            raise ReleaseRefused(
+                f"no device registered within {self.wait_s:g} s: start SuperNodes, and look into "
+                "their logs for what they refused"
+            )
+        LOG.info("privrec: %d of %d devices registered", len(self.members), population)
+
+    def greet_newcomers(self) -> bool:
+        """Ask nodes that were never heard of for their devices; whether there were any."""
+        fresh = set(self.grid.get_node_ids()) - self._heard
+        self.greet(fresh)
+        return bool(fresh)
+
+    def greet(self, nodes: Iterable[int]) -> None:
+        """Ask nodes for prekeys of their devices, and take those that are in order."""
+        asking = self._messages(PREKEYS, {node: {"count": self.deposit} for node in nodes})
+        # Answers to a greeting may take as long as devices are waited for.
+        timeout_s = None if self.timeout_s is None else max(self.timeout_s, self.wait_s)
+        for node, body in self._bodies(self._sent(asking, timeout_s)):
+            try:
+                self._take_deposits(node, body)
+            except (ReleaseRefused, KeyError, TypeError) as error:
+                LOG.error("privrec: node %d is left out: %s", node, error)
+
+    def exchange(self, stage: str, session: ServerSession, **more: Any) -> set[bytes]:
+        """Make an exchange with all devices that a session waits for; whose answers were good.
+
+        ``stage`` is the one of :data:`EXCHANGES` that the session is in, which is not advanced;
+        ``more`` is what all nodes are told besides.
+        """
+        return self.take(session, self._sent(self.asking(stage, session, **more), self.timeout_s))
+
+    def asking(self, stage: str, session: ServerSession, **more: Any) -> list[Message]:
+        """Return the messages of an exchange, one for each node; see :meth:`exchange`."""
+        bodies: dict[int, Body] = {}
+        for name, message in session.outbox().items():
+            body = bodies.setdefault(self.members[name].node, {"messages": {}, **more})
+            body["messages"][name] = message
+        return self._messages(stage, bodies)
+
+    def take(self, session: ServerSession, replies: Iterable[Message]) -> set[bytes]:
+        """Hand a session what nodes replied; whose answers were good."""
+        good = set()
+        for node, body in self._bodies(replies):
+            if refused := body.get("refused"):
+                LOG.warning("privrec: node %d: %s", node, refused)
+            for name, answer in body["answers"].items():
+                member = self.members.get(name)
+                if member is None or member.node != node:
+                    continue  # a node speaks for its own devices only
+                try:
+                    session.receive(name, answer)
+                    good.add(name)
+                except ReleaseRefused as error:
+                    LOG.warning("privrec: device %s: %s", name.hex()[:16], error)
+        return good
+
+    def _messages(self, stage: str, bodies: Mapping[int, Body]) -> list[Message]:
+        made = []
+        for node, body in bodies.items():
+            content, own = pack({"stage": stage, **body}), self.like.get(node)
+            if own is None:
+                made.append(Message(content, dst_node_id=node, message_type="train"))
+                continue
+            if stage == MASKED:
+                content = RecordDict({**own.content, **content})
+            kind, limits = own.metadata.message_type, own.metadata
+            made.append(Message(content, node, kind, ttl=limits.ttl, group_id=limits.group_id))
+        return made
+
+    def _sent(self, messages: list[Message], timeout_s: float | None) -> Iterable[Message]:
+        return self.grid.send_and_receive(messages, timeout=timeout_s) if messages else ()
+
+    def _bodies(self, replies: Iterable[Message]) -> Iterator[tuple[int, Body]]:
+        for reply in replies:
+            node = reply.metadata.src_node_id
+            self._heard.add(node)
+            try:
+                if reply.has_error():
+                    raise ReleaseRefused(reply.error.reason.removeprefix(_OURS))
+                body = unpack(reply)
+                body["answers"] = by_device(body, "answers")
+            except ReleaseRefused as error:
+                LOG.warning("privrec: node %d: %s", node, error)
+                continue
+            yield node, body
+
+    def _take_deposits(self, node: int, body: Body) -> None:
+        stated = {name: body[name] for name in self.agreed}
+        if stated != dict(self.agreed):
+            raise ReleaseRefused(
+                f"it has another scenario or another catalogue, {stated} where the server has "
+                f"{self.agreed}; run the same app and run-config everywhere"
+            )
+        self.simulated = self.simulated or bool(body.get("simulated"))
+        refused = {}
+        for told in body["devices"]:
+            name, number, tier = told["name"], told["number"], told["tier"]
+            if [type(each) for each in (name, number, tier, told["prekeys"])] != _MEMBER:
+                raise ReleaseRefused("it describes a device in another way than this version")
+            try:
+                prekeys = self._prekeys(name, tier, told["prekeys"])
+            except ReleaseRefused as error:
+                refused[name] = str(error)
+                continue
+            if name in self.members and self.members[name].node != node:
+                LOG.warning("privrec: device %s has moved to node %d", name.hex()[:16], node)
+            self.members[name] = Member(name, number, tier, node, prekeys)
+        if refused:
+            LOG.error("privrec: node %d: left out is %s", node, summary(refused))
+
+    def _prekeys(self, name: bytes, tier: int, records: bytes) -> list[bytes]:
+        """A device's deposit, once it is known for that of an enrolled device of a tier."""
+        if not 0 <= tier < self.tiers:
+            raise ReleaseRefused(f"a device of tier {tier}, of {self.tiers}")
+        starts = range(0, len(records), RECORD_BYTES)[: self.deposit]
+        prekeys = [records[start : start + RECORD_BYTES] for start in starts]
+        for prekey in map(Prekey.unpack, prekeys):
+            if (prekey.identity, prekey.tier) != (name, tier):
+                raise ReleaseRefused("a prekey of another device or tier")
+            check_prekey(prekey, self.anchor)
+        return prekeys
