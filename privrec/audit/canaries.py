@@ -294,7 +294,7 @@ def _released(bench: Harness, round: Round, updates: Updates) -> Floats | None:
         )
         summing.add(tier, users[there], bounded)
     aggregate = Aggregate(summing.total(), len(sampled), None)
-    release = bench.parts.server.release(round, aggregate, bench.root)
+    release = bench.server.release(round, aggregate, bench.root)
     decoded = to_wire(protection.encoding.decode(release.total), layouts)
     rotation = protection.rotation(round, layouts)
     if rotation is not None:

@@ -138,7 +138,7 @@ def _bounded(
     bench: Harness, simulation: Simulation[Cohort], most: int
 ) -> Iterator[tuple[Tier, NDArray[np.int64], BoundedUpdate]]:
     """What some users of every tier put into a sum, on weights that are not zero anywhere."""
-    server = bench.parts.server
+    server = bench.server
     weights = server.weights.copy()
     weights += rng_for(0, "audit weights").normal(0, 0.1, len(weights)).astype(np.float32)
     round = bench.round(0)
@@ -264,7 +264,7 @@ def _answers(
     silent: Participant,
 ) -> Iterator[tuple[Tier, NDArray[np.int64], BoundedUpdate]]:
     """Updates of the cohort but for the device that fell silent."""
-    weights = bench.parts.server.weights
+    weights = bench.server.weights
     for tier, mine, cohort in zip(bench.federation.tiers, rows, simulation.cohorts, strict=True):
         there = mine[cohort.histories.users[mine] != silent.user]
         for users, update, _ in simulation.answers(bench.round(0), weights, tier, there):

@@ -60,30 +60,41 @@ class Scores(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Metrics of each user who was measured.
+    """Metrics of each user, or of each text, that was measured.
 
     Args:
         users: int64 [m] positions.
         values: float64 [m] by metric: ``hr@k`` and ``ndcg@k`` of the sampled protocol,
-            ``full_hr@k``, ``full_ndcg@k`` and ``full_recall@k`` of full ranking.
+            ``full_hr@k``, ``full_ndcg@k`` and ``full_recall@k`` of full ranking; of texts the sum
+            over their positions.
+        sizes: positions of each text, int64 [m]; None where each user counts once.
+        losses: summed negative log-likelihood of each text, float64 [m], or None.
     """
 
     users: Int64Array
     values: Mapping[str, Float64Array]
+    sizes: Int64Array | None = None
+    losses: Float64Array | None = None
 
     @classmethod
     def nobody(cls) -> Evaluation:
-        """The evaluation of no users, which has no metrics."""
+        """Return the evaluation of no users, which has no metrics."""
         return cls(np.empty(0, np.int64), {})
 
     def summary(self) -> dict[str, float]:
-        """The mean over users of each metric, in [0, 1]."""
-        return {name: float(values.mean()) for name, values in self.values.items()}
+        """Return the mean of each metric, in [0, 1], and the perplexity where losses are known."""
+        if self.sizes is None:
+            return {name: float(values.mean()) for name, values in self.values.items()}
+        size = max(1, int(self.sizes.sum()))
+        found = {name: float(values.sum() / size) for name, values in self.values.items()}
+        if self.losses is not None:
+            found["perplexity"] = float(np.exp(min(50.0, self.losses.sum() / size)))
+        return found
 
     def intervals(
         self, seed: int, *, level: float = 0.95, draws: int = 1000
     ) -> dict[str, tuple[float, float]]:
-        """Percentile bootstrap intervals of the means, users resampled with replacement.
+        """Return percentile bootstrap intervals of the means, users resampled with replacement.
 
         They tell how much the figure depends on who was measured; the spread over training runs
         is another matter.
@@ -92,9 +103,6 @@ class Evaluation:
             seed: of the resampling.
             level: coverage, in (0, 1).
             draws: number of resamples, at least 1.
-
-        Returns:
-            (low, high) by metric.
         """
         if not self.users.size:
             return {}
@@ -107,13 +115,14 @@ class Evaluation:
         """Means of resamples, float64 [some draws, metrics] at a time."""
         rng = rng_for(seed, "metrics", "bootstrap")
         size = self.users.size
+        sizes = np.ones(size, np.int64) if self.sizes is None else self.sizes
         table = np.stack(list(self.values.values()), axis=1)
         step = max(1, _CELLS // size)
         for at in range(0, draws, step):
             rows = min(step, draws - at)
             chosen = rng.integers(0, size, (rows, size)) + np.arange(rows)[:, None] * size
             counts = np.bincount(chosen.ravel(), minlength=rows * size).reshape(rows, size)
-            yield counts @ table / size
+            yield counts @ table / np.maximum(1, counts @ sizes)[:, None]
 
 
 def evaluate(

@@ -1,13 +1,9 @@
-"""From a scenario and a data set to the parts of a run: recommender, devices and server.
-
-The parts of a run that learns from texts.
-"""
+"""From a scenario to its tiers, their models and learners, and the server's half of training."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +15,6 @@ from privrec.device.cohort import Cohort
 from privrec.device.examples import ExampleNoise
 from privrec.device.lessons import Network, OutputBudget
 from privrec.device.negatives import popularity_of
-from privrec.device.round import Protection, digest
 from privrec.device.tier import Federation, ModelView, Tier
 from privrec.device.train import Recommender, Settings, Trainer
 from privrec.device.words import LocalSettings, RowServer, TextCohort, WideModel, WordTrainer
@@ -28,154 +23,54 @@ from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable, Table
 from privrec.errors import UsageError
 from privrec.models.extreme import WordBag
-from privrec.models.layout import Layout, band_sizes
+from privrec.models.layout import Layout
 from privrec.models.losses import IMPLICIT, packed_size
 from privrec.models.ncf import NCF
 from privrec.models.next_word import NextWord
-from privrec.privacy.events import RoundEvent
-from privrec.randomness import SecretRoot, rng_for
-from privrec.run.privacy_plan import example_event, plan_privacy
-from privrec.run.simulation import Simulation
-from privrec.run.summing import Enrolled
+from privrec.randomness import rng_for
+from privrec.run.privacy_plan import example_event
 from privrec.scenario.load import DeviceTier, Model, Scenario, Train
-from privrec.secagg.client import Policy
-from privrec.server.columns import ColumnServer
-from privrec.server.completion import Completion, Implicit
-from privrec.server.optimizer import Optimizer, Schedule
-from privrec.server.server import Plan, Server
+from privrec.server.optimizer import OPTIMIZERS, FedAdam, Optimizer, Schedule, Sgd
+from privrec.server.server import Completion, Implicit
 
 TABULATED_ITEMS = 2**22
 """Largest catalogue whose places in the memory a simulation keeps in a table."""
-
 
 BYTES_A_COEFFICIENT = 4
 _MOST_HALVINGS = 48
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What a run consists of.
-
-    Args:
-        federation: the tiers of devices.
-        everyone: all users with the whole memory, for evaluation.
-        server: the server at its first round.
-        simulation: the devices, each in its tier.
-    """
-
-    federation: Federation
-    everyone: Cohort
-    server: Server
-    simulation: Simulation[Cohort]
-
-    @property
-    def states(self) -> tuple[NDArray[np.float32], ...]:
-        """Private states of the simulated devices, by tier."""
-        return tuple(cohort.states for cohort in self.simulation.cohorts)
-
-
-def assemble(scenario: Scenario, train: Interactions, run_id: str, devices: SecretRoot) -> Parts:
-    """The parts of a run at its first round.
+def cohorts_of(
+    scenario: Scenario,
+    federation: Federation,
+    train: Interactions | Corpus,
+    assigned: NDArray[np.int64],
+    served: RowServer | None = None,
+) -> tuple[Cohort | TextCohort, ...]:
+    """Return the devices of each tier.
 
     Args:
         scenario: what to run.
-        train: every device's history.
-        run_id: names the run's draws.
-        devices: the devices' secret root.
-
-    Raises:
-        UsageError: when a sum could wrap around, no noise meets the target, a band has too few
-            devices, or the tiers do not nest in this catalogue.
+        federation: its tiers.
+        train: what each device trains on.
+        assigned: the tier of each user.
+        served: the server's tables, where devices ask it for neurons.
     """
-    federation = federation_of(scenario, train.n_items)
     histories = Histories(np.arange(train.n_users), train.indptr, train.items)
     popularity = None
     if scenario.train.selector == "popularity":
         popularity = popularity_of(train.item_counts())
-    everyone, *cohorts = _cohorts(scenario, federation, histories, train.n_items, popularity)
-    server = server_of(scenario, federation, train.n_users, run_id)
-    policy = Policy(scenario.devices.min_cohort, scenario.privacy.colluding_share)
-    simulation = Simulation(
-        federation,
-        tuple(cohorts),
-        train.n_users,
-        server.plan.protection,
-        Enrolled(devices, policy),
-        scenario.run.seed,
-        scenario.devices.sampling_rate,
-        scenario.devices.dropout_rate,
-        scenario.run.engine,
-        scenario.run.secure_sum,
-    )
-    return Parts(federation, everyone, server, simulation)
-
-
-def server_of(scenario: Scenario, federation: Federation, population: int, run_id: str) -> Server:
-    """The server of a run at its first round; it needs to know how many devices there are.
-
-    Args:
-        scenario: what to run.
-        federation: the tiers.
-        population: enrolled devices.
-        run_id: names the run's draws.
-
-    Raises:
-        UsageError: as :func:`assemble`.
-    """
-    event, protection = agreement_of(scenario, federation, population)
-    training = sum(_members(population, federation))
-    plan = Plan(
-        run_id,
-        scenario.plan_hash(),
-        event,
-        protection,
-        federation,
-        scenario.devices.sampling_rate * training,
-        scenario.train.average,
-        example_event(scenario),
-    )
-    weights = initial_weights(federation, scenario.model.init_std, scenario.run.seed)
-    completion = completion_of(scenario, federation)
-    return Server(plan, weights, completion, optimizer_of(scenario.train))
-
-
-def agreement_of(
-    scenario: Scenario, federation: Federation, population: int
-) -> tuple[RoundEvent, Protection]:
-    """What server and devices agree on: the event of each round, and how updates are protected."""
-    return plan_privacy(
-        scenario, band_sizes(federation.layouts), holders_of(population, federation)
-    )
-
-
-def holders_of(population: int, federation: Federation) -> list[int]:
-    """Training devices that hold each band, the weakest tier's band first; public numbers alone."""
-    held: list[int] = np.cumsum(_members(population, federation))[::-1].tolist()
-    return held
-
-
-def _members(population: int, federation: Federation) -> list[int]:
-    """Devices of each tier that train; a function of public numbers alone, as :func:`assign`."""
-    shares = [tier.share for tier in federation.tiers]
-    counts = np.diff(np.rint(np.cumsum(shares) * population).astype(int), prepend=0)
-    training = [tier.weight > 0 for tier in federation.tiers]
-    members: list[int] = (counts * training).tolist()
-    return members
-
-
-def _cohorts(
-    scenario: Scenario, federation: Federation, histories: Histories, n_items: int,
-    popularity: NDArray[np.float64] | None,
-) -> Iterator[Cohort]:  # fmt: skip
-    """Everybody with the whole memory, then the devices of each tier."""
-    n_users, tiers = len(histories.users), federation.tiers
-    assigned = assign(n_users, federation, scenario.run.seed)
-    members = [np.arange(n_users), *(np.flatnonzero(assigned == tier.index) for tier in tiers)]
-    for tier, users in zip((tiers[0], *tiers), members, strict=True):
+    cohorts: list[Cohort | TextCohort] = []
+    for tier in federation.tiers:
+        mine = histories.select(np.flatnonzero(assigned == tier.index))
+        if isinstance(tier.recommender, WideModel):
+            cohorts.append(writers_of(scenario, tier, mine, served))
+            continue
         trainer = replace(trainer_of(scenario, federation, tier), popularity=popularity)
-        if n_items <= TABULATED_ITEMS:
+        if train.n_items <= TABULATED_ITEMS:
             trainer = replace(trainer, recommender=trainer.recommender.tabulated())
-        yield Cohort.of(trainer, histories.select(users))
+        cohorts.append(Cohort.of(trainer, mine))
+    return tuple(cohorts)
 
 
 def assign(n_users: int, federation: Federation, seed: int) -> NDArray[np.int64]:
@@ -188,27 +83,6 @@ def assign(n_users: int, federation: Federation, seed: int) -> NDArray[np.int64]
     labels = np.searchsorted(np.rint(np.cumsum(shares) * n_users), np.arange(n_users), side="right")
     most = len(federation.tiers) - (federation.absent == 0)
     return rng_for(seed, "tiers").permutation(labels.clip(max=most))
-
-
-def check_tiers(scenario: Scenario, n_users: int, n_items: int) -> None:
-    """Refuse tiers that do not nest in a catalogue, or that no user would be of.
-
-    Args:
-        scenario: what is to be run.
-        n_users: number of users.
-        n_items: size of the catalogue, or of the vocabulary.
-
-    Raises:
-        UsageError: when there is such a tier.
-    """
-    federation = federation_of(scenario, n_items)
-    assigned = assign(n_users, federation, scenario.run.seed)
-    for tier in federation.tiers:
-        if tier.index not in assigned:
-            raise UsageError(
-                f"devices.tiers: the share {tier.share:g} of {n_users} users is nobody; "
-                "raise the share, or leave the tier out"
-            )
 
 
 def federation_of(scenario: Scenario, n_items: int) -> Federation:
@@ -304,16 +178,22 @@ def _wide(network: Network, table: Table, biases: Table | None) -> WideModel:
     return WideModel(network, table, biases, layout)
 
 
+def local_lr(scenario: Scenario, federation: Federation, tier: Tier) -> float:
+    """Return the step size of a tier's devices."""
+    train = scenario.train
+    if scenario.devices.aggregation == "fair_averaging" and train.server_optimizer != "newton":
+        # FAIR's devices step on a folded memory as it is, where a gradient step in isometric
+        # coordinates is as many times shorter as slots are folded into one.
+        return train.local_lr * (federation.tiers[0].capacity / tier.capacity)
+    return train.local_lr
+
+
 def trainer_of(scenario: Scenario, federation: Federation, tier: Tier) -> Trainer:
     """Local training as ``[train]`` describes it, in a tier's memory."""
     train, newton = scenario.train, scenario.train.server_optimizer == "newton"
     names = Settings.__dataclass_fields__.keys() - {"newton"}
     settings = Settings(**{name: getattr(train, name) for name in names}, newton=newton)
-    if scenario.devices.aggregation == "fair_averaging" and not newton:
-        # FAIR's devices step on a folded memory as it is, where a gradient step in isometric
-        # coordinates is as many times shorter as slots are folded into one.
-        gain = federation.tiers[0].capacity / tier.capacity
-        settings = replace(settings, local_lr=settings.local_lr * gain)
+    settings = replace(settings, local_lr=local_lr(scenario, federation, tier))
     if not isinstance(tier.recommender, Recommender):
         raise UsageError(
             f'model.kind = "{scenario.model.kind}": it learns from texts or labels; this is for '
@@ -328,7 +208,7 @@ def _example_noise(scenario: Scenario) -> ExampleNoise | None:
 
 
 def completion_of(scenario: Scenario, federation: Federation) -> Completion:
-    """What the server makes of a released sum before its step."""
+    """Return what the server makes of a released sum before its step."""
     aggregation, train = scenario.devices.aggregation, scenario.train
     implicit = None
     if train.loss in IMPLICIT:
@@ -336,7 +216,7 @@ def completion_of(scenario: Scenario, federation: Federation) -> Completion:
             train.unobserved_weight,
             train.item_l2,
             train.gram_rate,
-            tuple(trainer_of(scenario, federation, t).settings.local_lr for t in federation.tiers),
+            tuple(local_lr(scenario, federation, tier) for tier in federation.tiers),
             train.server_optimizer == "newton",
         )
     return Completion(
@@ -348,16 +228,14 @@ def completion_of(scenario: Scenario, federation: Federation) -> Completion:
 
 
 def optimizer_of(train: Train) -> Optimizer:
-    """The server's optimiser as ``[train]`` describes it."""
-    return Optimizer(
-        train.server_optimizer,
-        train.server_lr,
-        Schedule(train.schedule, train.rounds, train.warmup_rounds),
-        momentum=train.momentum,
-        betas=(train.beta1, train.beta2),
-        eps=train.adam_eps,
-        weight_decay=train.weight_decay,
-    )
+    """Return the server's optimiser as ``[train]`` describes it."""
+    kind = OPTIMIZERS[train.server_optimizer]
+    own: dict[type[Optimizer], dict[str, float]] = {
+        Sgd: {"momentum": train.momentum},
+        FedAdam: {"beta1": train.beta1, "beta2": train.beta2, "eps": train.adam_eps},
+    }
+    schedule = Schedule(train.schedule, train.rounds, train.warmup_rounds)
+    return kind(train.server_lr, schedule, train.weight_decay, **own.get(kind, {}))
 
 
 def initial_weights(federation: Federation, init_std: float, seed: int) -> NDArray[np.float32]:
@@ -371,72 +249,6 @@ def initial_weights(federation: Federation, init_std: float, seed: int) -> NDArr
     memory = layout.memory_of(weights)
     memory[...] = rng.normal(0, init_std, memory.shape)
     return weights
-
-
-def data_digest(train: Interactions | Corpus) -> str:
-    """Digest of the histories, to tell that a resumed run has the data it began with."""
-    return (digest(train.indptr) + digest(train.items)).hex() + f"-{train.n_items}"
-
-
-@dataclass(frozen=True)
-class TextParts:
-    """What a run over texts consists of.
-
-    Args:
-        federation: the tiers of devices.
-        server: the server at its first round.
-        simulation: the devices, each in its tier.
-        columns: the server that hands out neurons, in the scheme ``"requested"``; else None.
-    """
-
-    federation: Federation
-    server: Server
-    simulation: Simulation[TextCohort]
-    columns: ColumnServer | None
-
-    @property
-    def language(self) -> WideModel:
-        """What the shared vector means."""
-        return language_of(self.federation.tiers[0])
-
-    @property
-    def states(self) -> tuple[NDArray[np.float32], ...]:
-        """Private states of the simulated devices, by tier."""
-        return tuple(cohort.states for cohort in self.simulation.cohorts)
-
-
-def assemble_texts(
-    scenario: Scenario, train: Corpus, run_id: str, devices: SecretRoot
-) -> TextParts:
-    """The parts of a run over texts at its first round.
-
-    Args:
-        scenario: what to run.
-        train: every device's text, words numbered by how common they are.
-        run_id: names the run's draws.
-        devices: the devices' secret root.
-
-    Raises:
-        UsageError: as :func:`privrec.run.assembly.assemble`.
-    """
-    federation = federation_of(scenario, train.n_items)
-    server = server_of(scenario, federation, train.n_users, run_id)
-    columns = ColumnServer() if scenario.train.scheme == "requested" else None
-    histories = Histories(np.arange(train.n_users), train.indptr, train.tokens)
-    assigned = assign(train.n_users, federation, scenario.run.seed)
-    cohorts = tuple(
-        writers_of(
-            scenario, tier, histories.select(np.flatnonzero(assigned == tier.index)), columns
-        )
-        for tier in federation.tiers
-    )
-    policy = Policy(scenario.devices.min_cohort, scenario.privacy.colluding_share)
-    simulation = Simulation(
-        federation, cohorts, train.n_users, server.plan.protection, Enrolled(devices, policy),
-        scenario.run.seed, scenario.devices.sampling_rate, scenario.devices.dropout_rate,
-        "cohort", scenario.run.secure_sum,
-    )  # fmt: skip
-    return TextParts(federation, server, simulation, columns)
 
 
 def writers_of(

@@ -17,12 +17,30 @@ from privrec.privacy.calibrate import noise_multiplier_for
 from privrec.privacy.closeness import Crowd, check_small_cohorts, small_cohort_delta
 from privrec.privacy.events import RoundEvent
 from privrec.privacy.mechanism import Band, Shares, grid_of
-from privrec.run.popularity import release_event
 from privrec.scenario.load import Scenario
 from privrec.secagg.ring import LARGEST_WRAP, Encoding, Load, Ring, spread
 
 LOOSE_CLIP_NORM = 100.0
 """Clip norm of a run without noise that names none: a range for the integers, rarely reached."""
+
+KNOWN_ITEMS = {
+    "ml-100k": 1682,
+    "ml-1m": 3706,
+    "ml-10m": 10677,
+    "ml-20m": 26744,
+    "ml-25m": 59047,
+}
+"""Rated items of the published MovieLens sets: public, like their numbers of users."""
+
+
+def known_items(scenario: Scenario) -> int | None:
+    """Size of the catalogue, where it is public without looking at the data."""
+    data = scenario.data
+    if data.source in ("synthetic_text", "synthetic_labels"):
+        return min(data.items, data.vocabulary or data.items)
+    if data.source == "synthetic":
+        return data.items
+    return KNOWN_ITEMS.get(data.source)
 
 
 def plan_privacy(
@@ -82,6 +100,15 @@ def example_event(scenario: Scenario) -> RoundEvent | None:
             privacy.local_epsilon or 0.0, privacy.local_delta, scenario.train.rounds
         )
     return RoundEvent("gaussian", multiplier)
+
+
+def release_event(scenario: Scenario) -> RoundEvent | None:
+    """What the release of the popularity order costs; None where none is released."""
+    devices, delta = scenario.devices, scenario.privacy.delta
+    if devices.popularity != "released" or devices.popularity_epsilon is None:
+        return None
+    event_of = partial(RoundEvent, "gaussian")
+    return event_of(noise_multiplier_for(devices.popularity_epsilon, delta, event_of, 1, "server"))
 
 
 @lru_cache(maxsize=64)

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec import data
 from privrec.data import Interactions
 from privrec.data.listed import read_history
 from privrec.device.batch import Histories
@@ -22,10 +21,11 @@ from privrec.errors import UsageError
 from privrec.evaluate.evaluator import Scorer
 from privrec.privacy.ledger import Ledger
 from privrec.randomness import ROOT_BYTES, SecretRoot, SecureStream, rng_for
-from privrec.run import directory, popularity
-from privrec.run.assembly import trainer_of
+from privrec.run import directory
+from privrec.run.assembly import federation_of, trainer_of
 from privrec.run.identity import Identity, kept_key
 from privrec.run.summary import read_model
+from privrec.run.task import Recommending
 from privrec.scenario.load import Scenario, load
 from privrec.search.memory import Sketch
 from privrec.search.select import Search, Selector, best, ranked, select
@@ -90,7 +90,8 @@ def recommend(
         raise UsageError("recommend: give one of --user ID and --history FILE")
     if k < 1:
         raise UsageError(f"k = {k}: must be at least 1; ask for one recommendation or more")
-    scenario, train, model = _data_of(run_dir, data_dir)
+    scenario, task, model = _opened(run_dir, data_dir)
+    train = task.split.train
     if user is not None:
         liked = train.history(train.user_index(user))
     else:
@@ -99,7 +100,8 @@ def recommend(
         liked = _known_items(train, history or ())
     items = np.unique(liked)  # in one order, since the fit draws its negatives by place
     k = min(k, train.n_items - len(items))
-    federation, weights = read_model(run_dir, scenario, train, model)
+    federation = federation_of(scenario, train.n_items)
+    weights = read_model(run_dir, federation, train.n_items, model)
     found, scores = _best(federation, weights, scenario, train, items, k, selector)
     return [
         Recommendation(rank, str(train.item_ids[i]), _title(train, int(i)), float(score))
@@ -142,7 +144,7 @@ def answer(
     return found, scores + state[-1]
 
 
-def _data_of(run_dir: Path, data_dir: Path | None) -> tuple[Scenario, Interactions, bytes | None]:
+def _opened(run_dir: Path, data_dir: Path | None) -> tuple[Scenario, Recommending, bytes | None]:
     """The scenario, the data and the model's digest, as far as the run's ledger declares them."""
     identity, scenario = Identity.read(run_dir), load(run_dir / "scenario.toml")
     key = kept_key(identity.run_id)
@@ -150,8 +152,9 @@ def _data_of(run_dir: Path, data_dir: Path | None) -> tuple[Scenario, Interactio
         directory.check_header(run_dir, ledger, scenario, identity)
     # An end that is not signed is not the run's.
     model = ledger.ended if ledger.signed == ledger.entries else None
-    split = data.load(scenario.data, data_dir=data_dir or identity.data_dir)
-    return scenario, popularity.restored(run_dir, split, ledger.public_key).train, model
+    task = Recommending.load(scenario, data_dir or identity.data_dir)
+    task.restore_numbers(run_dir, ledger.public_key)
+    return scenario, task, model
 
 
 def _known_items(train: Interactions, ids: Sequence[str]) -> NDArray[np.int32]:

@@ -1,15 +1,15 @@
-"""The seam between server and devices, and devices that are simulated in this process."""
+"""Devices that are simulated in this process."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.device.cohort import Cohort, Learners
+from privrec.device.cohort import Cohort
 from privrec.device.device import Device, hash_functions, noise_roots, privatize
 from privrec.device.examples import Deferred
 from privrec.device.round import Protection, Round, digest
@@ -19,18 +19,6 @@ from privrec.errors import UsageError
 from privrec.randomness import SecretRoot, rng_for
 from privrec.run.summing import SUMMING, Enrolled, Participant
 from privrec.secagg.server import Stage
-
-
-class Transport(Protocol):
-    """Carries a round to the devices and brings back their sum."""
-
-    def collect(self, round: Round, weights: NDArray[np.float32]) -> Aggregate:
-        """The sum of the bounded updates of the round's cohort, and nothing per device.
-
-        Asked for the same round again (also another attempt at it), it starts from the same private
-        states as the first time.
-        """
-        ...
 
 
 def cohort(coins: NDArray[np.uint64], sampling_rate: float) -> NDArray[np.int64]:
@@ -55,12 +43,11 @@ def cohort(coins: NDArray[np.uint64], sampling_rate: float) -> NDArray[np.int64]
 FloatArray = NDArray[np.float32]
 Rows = list[NDArray[np.int64]]
 Answers = tuple[NDArray[np.int64], BoundedUpdate, FloatArray]
-L = TypeVar("L", bound=Learners)
 _EXCHANGES = (Stage.SHARES, Stage.MASKED, Stage.CONFIRM, Stage.UNMASK)
 
 
 @dataclass
-class Simulation(Generic[L]):
+class Simulation:
     """The devices of a data set, sampled and trained in this process.
 
     Args:
@@ -80,7 +67,7 @@ class Simulation(Generic[L]):
     """
 
     federation: Federation
-    cohorts: tuple[L, ...]
+    cohorts: tuple[Any, ...]
     population: int
     protection: Protection
     enrolled: Enrolled
@@ -98,13 +85,18 @@ class Simulation(Generic[L]):
         return self.enrolled.root
 
     @property
+    def states(self) -> tuple[FloatArray, ...]:
+        """Private states of the devices, by tier."""
+        return tuple(cohort.states for cohort in self.cohorts)
+
+    @property
     def absent(self) -> NDArray[np.int64]:
         """Users whose devices hold nothing and take no part."""
         members = np.concatenate([cohort.users for cohort in self.cohorts])
         return np.setdiff1d(np.arange(self.population), members)
 
     def collect(self, round: Round, weights: FloatArray) -> Aggregate:
-        """See :meth:`privrec.run.simulation.Transport.collect`."""
+        """See :meth:`privrec.run.loop.Transport.collect`."""
         rows = self.rows(self.sample(round))
         self._rewind(round.index, rows)
         cohort, loss = self._participants(round, rows), 0.0

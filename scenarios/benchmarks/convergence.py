@@ -38,9 +38,8 @@ from privrec.run.simulation import Simulation
 from privrec.run.summing import Enrolled
 from privrec.secagg.client import Policy
 from privrec.secagg.ring import Encoding
-from privrec.server.completion import Completion
-from privrec.server.optimizer import Optimizer, Schedule
-from privrec.server.server import Plan, Server
+from privrec.server.optimizer import FedAvg, Schedule
+from privrec.server.server import Completion, RoundPlan, Server
 
 ITEMS, DIM, BLOCK, COMPRESSION = 32, 4, 2, 2.0
 USERS, HISTORY, RATE, LOCAL_STEPS = 120, 20, 0.5, 3
@@ -142,10 +141,10 @@ def _federation(problem: Problem, seed: int) -> tuple[Server, Simulation]:
     cohort = Cohort(Trainer(recommender, settings), problem.histories, problem.states.copy())
     protection = Protection(Encoding(64.0, layout.size, scale_bits=20))
     event = RoundEvent("none", 0.0, RATE)
-    plan = Plan("convergence", "", event, protection, federation, RATE * USERS, 0.0)
+    plan = RoundPlan("convergence", "", event, protection, federation, RATE * USERS, 0.0)
     weights = np.zeros(layout.size, np.float32)
     completion = Completion(federation, None, by_contributors=False, overwrites=False)
-    server = Server(plan, weights, completion, Optimizer("fedavg", 1.0, Schedule("constant", 1, 0)))
+    server = Server(plan, weights, completion, FedAvg(1.0, Schedule("constant", 1, 0)))
     enrolled = Enrolled(SecretRoot.known(b"devices"), Policy())
     return server, Simulation(federation, (cohort,), USERS, protection, enrolled, seed, RATE)
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from parts import Parts, assemble
 
 import privrec
 from privrec import data
 from privrec.device.device import Device
 from privrec.randomness import SecretRoot
-from privrec.run.assembly import Parts, assemble
 from privrec.server.server import Server
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,7 +12,8 @@ from privrec.data.text import UNKNOWN, Corpus
 from privrec.device.words import WideModel
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable, Table
-from privrec.evaluate.texts import TextEvaluation, commonest, predict
+from privrec.evaluate.evaluator import LabelQuestions, WordQuestions, commonest, predict
+from privrec.evaluate.metrics import Evaluation
 from privrec.models.extreme import WordBag
 from privrec.models.layout import Layout
 from privrec.models.next_word import NextWord
@@ -63,12 +64,12 @@ def one_by_one(of: WideModel, vector: np.ndarray, tokens: np.ndarray, cut: int) 
 def test_predictions_are_what_a_loop_finds(table: Table) -> None:
     of, corpus = language(table), texts(2, 9, 300, 31)
     vector = weights(of)
-    found = predict(of, vector, corpus, (1, 3))
+    found = predict(WordQuestions(), of, vector, corpus, (1, 3))
     for text in range(4):
         tokens = corpus.tokens[corpus.indptr[text] : corpus.indptr[text + 1]]
         for cut in (1, 3):
             hits, counted = one_by_one(of, vector, tokens, cut)
-            assert (found.hits[f"accuracy@{cut}"][text], found.tokens[text]) == (hits, counted)
+            assert (found.values[f"accuracy@{cut}"][text], found.sizes[text]) == (hits, counted)
     assert 0 < found.summary()["accuracy@1"] < found.summary()["accuracy@3"] < 1
 
 
@@ -81,7 +82,7 @@ def test_labels_are_found_as_a_loop_finds_them() -> None:
     rows, shifts = of.layout.memory_of(vector).reshape(WORDS, DIM), of.layout.biases_of(vector)
     dense = torch.from_numpy(of.layout.dense_of(vector))
     for held in (corpus, corpus.renumbered(np.arange(WORDS), 12)):
-        found = predict(of, vector, held, (1, 3))
+        found = predict(LabelQuestions(), of, vector, held, (1, 3))
         hits, counted = dict.fromkeys((1, 3), 0.0), 0
         whole = examples_in(held.tokens).hashed(16)
         for one in (whole.take(np.array([row])) for row in range(30)):
@@ -92,7 +93,7 @@ def test_labels_are_found_as_a_loop_finds_them() -> None:
             counted += 1
             for cut in hits:
                 hits[cut] += len(set(best[:cut]) & set(one.labels)) / cut
-        assert found.tokens.sum() == counted
+        assert found.sizes.sum() == counted
         for cut, value in hits.items():
             assert found.summary()[f"precision@{cut}"] == pytest.approx(value / counted)
     assert counted < 30
@@ -103,7 +104,7 @@ def test_the_commonest_labels_are_the_baseline_of_labels() -> None:
     best = 1 + np.argsort(-train.item_counts()[1:], kind="stable")[:3]
     examples = examples_in(train.tokens)
     own = np.split(examples.labels, examples.label_ends[:-1])
-    found = commonest(train, train, (1, 3))
+    found = commonest(LabelQuestions(), train, train, (1, 3))
     for cut in (1, 3):
         value = np.mean([np.isin(labels, best[:cut]).sum() / cut for labels in own])
         assert found[f"precision@{cut}"] == pytest.approx(value)
@@ -112,13 +113,13 @@ def test_the_commonest_labels_are_the_baseline_of_labels() -> None:
 def test_a_model_that_is_no_number_or_constant_earns_nothing() -> None:
     of = language(PlainTable.of(WORDS, DIM, block=4))
     for vector in (weights(of) * np.float32(np.nan), weights(of) * 0):
-        assert predict(of, vector, texts(50), (1,)).summary()["accuracy@1"] == 0
+        assert predict(WordQuestions(), of, vector, texts(50), (1,)).summary()["accuracy@1"] == 0
 
 
 def test_intervals_hold_the_figure_and_shrink_with_texts() -> None:
     hits = rng_for(0, "x").binomial(50, 0.3, 400)
     few, many = (
-        TextEvaluation(np.full(n, 50), {"accuracy@1": hits[:n]}, np.zeros(n)) for n in (20, 400)
+        Evaluation(np.arange(n), {"accuracy@1": hits[:n]}, np.full(n, 50)) for n in (20, 400)
     )
     bounds = [each.intervals(1)["accuracy@1"] for each in (few, many)]
     assert all(low < 0.3 < high for low, high in bounds)
@@ -132,4 +133,6 @@ def test_the_commonest_words_are_those_of_the_training_texts() -> None:
     best = int(np.argmax(counts))
     targets = np.concatenate((heldout.tokens[1:3], heldout.tokens[4:]))
     targets = targets[targets != 0]
-    assert commonest(train, heldout, (1,)) == {"accuracy@1": (targets == best).mean()}
+    assert commonest(WordQuestions(), train, heldout, (1,)) == {
+        "accuracy@1": (targets == best).mean()
+    }

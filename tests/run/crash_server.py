@@ -22,7 +22,7 @@ from typing import Any
 from privrec.errors import PrivrecError
 from privrec.privacy import ledger
 from privrec.randomness import SecretRoot
-from privrec.run import checkpoint, lifecycle, loop, summary
+from privrec.run import checkpoint, costs, lifecycle, summary
 from privrec.run.record import EventLog, NullObserver
 from privrec.run.simulation import Simulation
 from privrec.scenario.load import load
@@ -41,7 +41,7 @@ STEPS: list[tuple[Any, str]] = [
     (EventLog, "append"),
     (SecretRoot, "create"),
     (checkpoint, "write"),
-    (loop, "write_model"),
+    (summary, "write_model"),
     (os, "fdopen"),  # after it, the file is there and empty
     (os, "fsync"),
     (os, "replace"),
@@ -164,7 +164,7 @@ def warm_up(scenario: str) -> None:
 
 
 def main() -> None:
-    summary.peak_bytes = lambda *_: None  # it starts a process of its own, for seconds
+    costs.peak_bytes = lambda *_: None  # it starts a process of its own, for seconds
     warm_up(sys.argv[1])
     print("ready", flush=True)
     for line in sys.stdin:

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parts import assemble
 
 from privrec.data import Interactions
 from privrec.errors import UsageError
 from privrec.models.losses import packed_size
 from privrec.randomness import SecretRoot
-from privrec.run.assembly import BYTES_A_COEFFICIENT, assemble, assign, federation_of
+from privrec.run.assembly import BYTES_A_COEFFICIENT, assign, federation_of
 from privrec.scenario.load import Scenario
 
 PLAIN = """

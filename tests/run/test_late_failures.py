@@ -17,9 +17,8 @@ from privrec.privacy import population
 from privrec.privacy.ledger import Ledger
 from privrec.run import lifecycle
 from privrec.run.identity import Identity
-from privrec.run.lifecycle import _Simulated
+from privrec.run.lifecycle import SimulatedLoop, with_rows
 from privrec.run.record import NullObserver, Observers, Record, RunInfo
-from privrec.run.rows import with_rows
 from privrec.scenario.load import Scenario
 
 SCENARIO = """
@@ -171,10 +170,10 @@ def test_an_observer_that_cannot_be_opened_is_left_out(
     ("module", "function", "gap"),
     [
         ("privrec.evaluate.metrics", "Evaluation.intervals", "intervals"),
-        ("privrec.run.summary", "by_segment", "segments"),
-        ("privrec.run.summary", "_baseline", "baseline popularity"),
-        ("privrec.run.summary", "_tier", "costs of tier 1"),
-        ("privrec.run.lifecycle", "_Simulated.evaluate", "accuracy"),
+        ("privrec.evaluate.metrics", "by_segment", "segments"),
+        ("privrec.run.task", "Recommending.baseline", "baseline popularity"),
+        ("privrec.run.task", "Recommending.cost", "costs of tier 1"),
+        ("privrec.run.lifecycle", "SimulatedLoop.evaluate", "accuracy"),
     ],
 )
 def test_a_figure_that_cannot_be_had_is_a_stated_gap(
@@ -206,16 +205,16 @@ def test_a_gap_of_one_seed_of_a_row_is_stated_and_filled(
 ) -> None:
     row = '[[rows]]\nname = "more"\nset = { "train.local_lr" = 0.5 }\n'
     scenario = Scenario.from_toml(SCENARIO + "seeds = 2\n" + row)
-    out, evaluate = tmp_path / "run", _Simulated.evaluate
+    out, evaluate = tmp_path / "run", SimulatedLoop.evaluate
 
-    def fails(self: _Simulated, protocols: Any) -> Any:
+    def fails(self: SimulatedLoop, **words: Any) -> Any:
         if self.out.name == "0-1":
             raise Injected
-        return evaluate(self, protocols)
+        return evaluate(self, **words)
 
     result = lifecycle.start(scenario, out=out, observer=NullObserver())
     with monkeypatch.context() as patch:
-        patch.setattr(_Simulated, "evaluate", fails)
+        patch.setattr(SimulatedLoop, "evaluate", fails)
         result = with_rows(result, scenario, data_dir=None, observer=NullObserver())
     assert result.payload["gaps"]["rows/0-1: accuracy"] == "Injected"
     # A mean over the seed that was measured would pass for one over both.

@@ -17,7 +17,7 @@ from privrec.privacy.ledger import Ledger
 from privrec.privacy.ledger_index import line_of, parsed
 from privrec.privacy.population import PopulationCharge
 from privrec.randomness import state_dir
-from privrec.run import lifecycle, population_budget
+from privrec.run import lifecycle
 from privrec.run.record import NullObserver
 from privrec.run.simulation import Simulation
 from privrec.scenario.load import Scenario
@@ -148,8 +148,8 @@ def test_what_goes_beyond_a_reservation_is_set_aside_or_refused() -> None:
 def test_a_run_beyond_the_limit_is_refused_before_its_data_is_read() -> None:
     create(tiny=ROUNDS - 1)
     with pytest.raises(BudgetError, match="nothing was read or charged"):
-        population_budget.check("readers", Scenario.from_toml(TINY))
-    population_budget.check("readers", Scenario.from_toml(TINY, [f"train.rounds={ROUNDS - 1}"]))
+        lifecycle.check_lifetime("readers", Scenario.from_toml(TINY))
+    lifecycle.check_lifetime("readers", Scenario.from_toml(TINY, [f"train.rounds={ROUNDS - 1}"]))
 
 
 @pytest.mark.parametrize("spare", [0, 1])

@@ -27,7 +27,7 @@ from privrec.privacy.events import RoundEvent, epsilon
 from privrec.privacy.ledger import Ledger
 from privrec.privacy.signed import server_key
 from privrec.report.build import build
-from privrec.run import checkpoint, directory, lifecycle
+from privrec.run import checkpoint, lifecycle
 from privrec.run.record import NullObserver, Record, read_events, read_rounds
 from privrec.scenario.load import load
 
@@ -110,7 +110,7 @@ class World:
 
     @property
     def checkpoint(self) -> tuple[Path, Ed25519PublicKey]:
-        return self.out / directory.CHECKPOINT, self.key.public_key()
+        return self.out / checkpoint.FILE, self.key.public_key()
 
     def secret(self, name: str) -> Path:
         (folder,) = (self.state / "runs").iterdir()
@@ -243,7 +243,7 @@ def secret(sessions: Sessions) -> Reference:
 def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process: no secrets but the test's, and no process that measures memory."""
     monkeypatch.setenv("PRIVREC_STATE", str(tmp_path / "state"))
-    monkeypatch.setattr("privrec.run.summary.peak_bytes", lambda *_: None)
+    monkeypatch.setattr("privrec.run.costs.peak_bytes", lambda *_: None)
 
 
 def check_same(world: World, reference: Reference) -> None:
@@ -671,11 +671,11 @@ def test_an_earlier_checkpoint_of_the_run_costs_nothing(
     sessions: Sessions, secret: Reference, world: World
 ) -> None:
     earlier, _ = killed_in_round(sessions, secret, 3, "after Server.apply", "earlier still")
-    shutil.copy(earlier.out / directory.CHECKPOINT, world.out)
+    shutil.copy(earlier.out / checkpoint.FILE, world.out)
     resumed(world, secret)
 
 
-@pytest.mark.parametrize("name", ["ledger.jsonl", "ledger.head.json", directory.CHECKPOINT])
+@pytest.mark.parametrize("name", ["ledger.jsonl", "ledger.head.json", checkpoint.FILE])
 def test_a_file_that_is_gone_is_missed(world: World, name: str) -> None:
     (world.out / name).unlink()
     kind = UsageError if name == "ledger.jsonl" else IntegrityError
@@ -688,7 +688,7 @@ def test_an_altered_head_is_refused(world: World) -> None:
 
 
 def test_an_altered_checkpoint_is_refused(world: World) -> None:
-    path = world.out / directory.CHECKPOINT
+    path = world.out / checkpoint.FILE
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(content)
@@ -701,7 +701,7 @@ def test_the_files_of_another_run_are_refused(sessions: Sessions, world: World) 
     assert sessions(other, "start", at=place).code == KILLED
     mine = snapshot(world.out)
     for names, says in (
-        ([directory.CHECKPOINT], "not signed with the key of this run"),
+        ([checkpoint.FILE], "not signed with the key of this run"),
         (["ledger.jsonl"], "it belongs to the key"),
         (["ledger.head.json"], "not signed with the key of this run"),
         (["ledger.jsonl", "ledger.head.json"], "it belongs to the key"),
@@ -842,12 +842,12 @@ def test_a_finished_run_keeps_no_private_states(
     sessions: Sessions, known: Reference, secret: Reference
 ) -> None:
     """Also when it dies between its result and the end."""
-    assert directory.CHECKPOINT not in snapshot(known.world.out)
+    assert checkpoint.FILE not in snapshot(known.world.out)
     world, _ = killed_in_round(sessions, secret, 1, "before os.unlink", "unlinking")
     assert "result.json" in snapshot(world.out)
-    assert directory.CHECKPOINT in snapshot(world.out)
+    assert checkpoint.FILE in snapshot(world.out)
     assert sessions(world, "resume").code == 0
-    assert directory.CHECKPOINT not in snapshot(world.out)
+    assert checkpoint.FILE not in snapshot(world.out)
 
 
 # --------------------------------------------------------------------------- in this process
@@ -895,7 +895,7 @@ def test_every_kind_of_run_goes_on_as_if_nothing_had_happened(
             scenario, out=tmp_path / "late", observer=Stops(ROUNDS), unsafe_noise_key=b"k"
         )
     late, often = (
-        checkpoint.read(tmp_path / name / directory.CHECKPOINT, World(tmp_path).key.public_key())
+        checkpoint.read(tmp_path / name / checkpoint.FILE, World(tmp_path).key.public_key())
         for name in ("late", "broken")
     )
     assert late[0].index == often[0].index == 4

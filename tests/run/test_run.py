@@ -29,9 +29,10 @@ from privrec.privacy.events import RoundEvent, epsilon
 from privrec.privacy.ledger import Ledger
 from privrec.report.build import build
 from privrec.report.render import write
-from privrec.run import directory, lifecycle
+from privrec.run import checkpoint, lifecycle
 from privrec.run.checkpoint import Position, read
 from privrec.run.identity import Identity
+from privrec.run.loop import Loop
 from privrec.run.record import NullObserver, Record, RunInfo, read_events, read_rounds
 from privrec.run.simulation import Simulation
 from privrec.scenario.load import Scenario
@@ -72,7 +73,7 @@ def scenario(*changes: str) -> Scenario:
 def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Secrets of the test's own, and no process that measures memory."""
     monkeypatch.setenv("PRIVREC_STATE", str(tmp_path / "state"))
-    monkeypatch.setattr("privrec.run.summary.peak_bytes", lambda *_: 4096)
+    monkeypatch.setattr("privrec.run.costs.peak_bytes", lambda *_: 4096)
     return tmp_path / "state"
 
 
@@ -471,7 +472,7 @@ def test_an_empty_cohort_is_released_as_noise_alone(tmp_path: Path) -> None:
 
 
 def kept(out: Path) -> tuple[Position, dict[str, np.ndarray]]:
-    return read(out / directory.CHECKPOINT, Identity.read(out).signing_key().public_key())
+    return read(out / checkpoint.FILE, Identity.read(out).signing_key().public_key())
 
 
 def test_checkpoints_are_taken_when_asked(tmp_path: Path) -> None:
@@ -581,7 +582,7 @@ def test_a_start_whose_disk_fails_at_any_write_leaves_nothing(
     before = listing(out.parent)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", failing)
-        patch.setattr(lifecycle, "_go_on", lambda out, *_: went_on.append(out))
+        patch.setattr(Loop, "run", lambda loop, *_: went_on.append(loop.out))
         for number in range(1, 100):
             left[0] = number
             with pytest.raises((OSError, PrivrecError), match="Input/output error"):

@@ -16,6 +16,7 @@ from privrec.errors import IntegrityError, UnknownIdError, UsageError
 from privrec.evaluate.evaluator import Scorer
 from privrec.privacy.ledger import Ledger
 from privrec.run import lifecycle
+from privrec.run.assembly import federation_of
 from privrec.run.recommend import Recommendation, answer, recommend
 from privrec.run.record import NullObserver
 from privrec.run.summary import read_model
@@ -48,7 +49,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("served")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PRIVREC_STATE", str(folder / "state"))
-        patch.setattr("privrec.run.summary.peak_bytes", lambda *_: None)
+        patch.setattr("privrec.run.costs.peak_bytes", lambda *_: None)
         scenario = Scenario.from_toml(SCENARIO)
         lifecycle.start(
             scenario, out=folder / "run", observer=NullObserver(), unsafe_noise_key=b"k"
@@ -96,7 +97,7 @@ def test_a_user_and_the_same_history_get_the_same_list(
 ) -> None:
     """Also where the fit draws negatives: those depend on the history, not on its order."""
     monkeypatch.setenv("PRIVREC_STATE", str(tmp_path / "state"))
-    monkeypatch.setattr("privrec.run.summary.peak_bytes", lambda *_: None)
+    monkeypatch.setattr("privrec.run.costs.peak_bytes", lambda *_: None)
     trained, text = tmp_path / "run", SCENARIO.replace("full_softmax", loss)
     scenario = Scenario.from_toml(text, ["train.rounds=2"])
     lifecycle.start(scenario, out=trained, observer=NullObserver(), unsafe_noise_key=b"k")
@@ -201,7 +202,7 @@ def test_a_model_of_another_catalogue_is_refused(trained: Path, tmp_path: Path) 
     scenario = Scenario.from_toml(other)
     train = data.load(scenario.data).train
     with pytest.raises(IntegrityError, match="use the data that the model was trained on"):
-        read_model(path, scenario, train, None)
+        read_model(path, federation_of(scenario, train.n_items), train.n_items, None)
     (path / "scenario.toml").write_text(other)
     with pytest.raises(IntegrityError, match="its scenario_hash is"):
         recommend(path, user="1")
@@ -224,7 +225,7 @@ def test_a_model_of_mixed_capacities_is_served_from_the_whole_memory(
 ) -> None:
     """What is kept are coefficients; recommendations are made from the memory that they mean."""
     monkeypatch.setenv("PRIVREC_STATE", str(tmp_path / "state"))
-    monkeypatch.setattr("privrec.run.summary.peak_bytes", lambda *_: None)
+    monkeypatch.setattr("privrec.run.costs.peak_bytes", lambda *_: None)
     text = SCENARIO.replace("[train]", f"{TIERS}{nesting}\n[train]")
     scenario = Scenario.from_toml(text)
     result = lifecycle.start(
@@ -264,7 +265,8 @@ def test_a_scan_is_what_scoring_the_whole_catalogue_gives(
 ) -> None:
     scenario = Scenario.from_toml(SCENARIO)
     with Ledger.open(trained / "ledger.jsonl", repair=False) as ledger:
-        federation, weights = read_model(trained, scenario, train, ledger.ended)
+        federation = federation_of(scenario, train.n_items)
+        weights = read_model(trained, federation, train.n_items, ledger.ended)
     tier = federation.tiers[0]
     view, rng = tier.view(weights), np.random.default_rng(0)
     for _ in range(20):

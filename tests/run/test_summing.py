@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from parts import Parts, assemble
 from scipy import stats
 
 from privrec import data
@@ -22,7 +23,6 @@ from privrec.privacy.ledger import Ledger
 from privrec.privacy.mechanism import Shares
 from privrec.randomness import SecretRoot
 from privrec.run import lifecycle, summing
-from privrec.run.assembly import Parts, assemble
 from privrec.run.record import NullObserver
 from privrec.run.simulation import Simulation
 from privrec.scenario.load import Scenario

@@ -19,9 +19,8 @@ from privrec.models.ncf import NCF
 from privrec.privacy.events import RoundEvent
 from privrec.randomness import SecretRoot
 from privrec.secagg.ring import Encoding
-from privrec.server.completion import Completion
-from privrec.server.optimizer import Optimizer, Schedule
-from privrec.server.server import Plan, Release, Server
+from privrec.server.optimizer import FedAvg, Optimizer, Schedule
+from privrec.server.server import Completion, Release, RoundPlan, Server
 
 ROOT, OTHER = SecretRoot.known(b"one"), SecretRoot.known(b"two")
 LEVEL = 1e-4  # of each test; the draws are keyed, so that a pass is a pass for good
@@ -34,15 +33,15 @@ def make_server(
     *,
     size: int = SIZE,
     average: float = 0.0,
-    kind: str = "fedavg",
+    kind: type[Optimizer] = FedAvg,
     rate: float = 1.0,
     clip_norm: float = 2.0,
 ) -> Server:
     federation = plain_federation(size)
-    plan = Plan(
+    plan = RoundPlan(
         "run", "digest", event, Protection(Encoding(clip_norm, size)), federation, 25.0, average
     )
-    optimizer = Optimizer(kind, rate, Schedule("constant", 10, 0))
+    optimizer = kind(rate, Schedule("constant", 10, 0))
     return Server(plan, np.zeros(size, np.float32), nothing_to_add(federation), optimizer)
 
 
