@@ -16,7 +16,7 @@ from privrec.data import Interactions
 from privrec.device.round import Protection, Round
 from privrec.device.tier import Federation, Tier
 from privrec.device.update import Aggregate
-from privrec.errors import ReleaseRefused
+from privrec.errors import ReleaseRefused, UsageError
 from privrec.models.layout import to_wire
 from privrec.privacy.events import RoundEvent, epsilon
 from privrec.randomness import ROOT_BYTES, SecretRoot
@@ -24,6 +24,7 @@ from privrec.run.plan import Plan
 from privrec.run.privacy_plan import known_items, release_event
 from privrec.run.simulation import Rows, Simulation
 from privrec.run.summing import SUMMING, Participant
+from privrec.run.task import TASKS, Recommending
 from privrec.scenario.load import Scenario
 from privrec.server.server import Server
 
@@ -77,7 +78,15 @@ class Harness:
             scenario: what is audited.
             key: what all secrets of the audit derive from, for tests that repeat; by default the
                 operating system gives one.
+
+        Raises:
+            UsageError: when it learns from something else than interactions.
         """
+        if TASKS[scenario.model.kind] is not Recommending:
+            raise UsageError(
+                f'model.kind = "{scenario.model.kind}": it learns from texts or labels; an audit '
+                "is for recommenders of items alone"
+            )
         key = key or secrets.token_bytes(ROOT_BYTES)
         server, devices = SecretRoot(key + b"server"), SecretRoot(key + b"devices")
         known_users, items = scenario.population(), known_items(scenario)

@@ -26,8 +26,7 @@ from privrec.errors import PrivrecError, UsageError
 
 if TYPE_CHECKING:
     from privrec.report.render import Written
-    from privrec.run.loop import Result
-    from privrec.run.record import Observer, Observers
+    from privrec.run.record import Observer, Observers, Result
     from privrec.scenario.load import Scenario
     from privrec.search.select import Selector
 

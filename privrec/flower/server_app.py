@@ -27,10 +27,10 @@ from privrec.report.build import build
 from privrec.report.render import write
 from privrec.run import checkpoint, directory
 from privrec.run.identity import Identity
-from privrec.run.loop import Loop, Result
+from privrec.run.loop import Loop
 from privrec.run.plan import Plan
 from privrec.run.privacy_plan import known_items
-from privrec.run.record import EventLog, NullObserver, Observer, Record, RunInfo
+from privrec.run.record import EventLog, Observer, Record, Result, RunInfo
 from privrec.run.simulation import cohort
 from privrec.run.summing import unmask
 from privrec.run.wording import opening_words
@@ -175,12 +175,12 @@ def deploy(
     root, rate = identity.root("server"), scenario.devices.sampling_rate
     flower = Flower(registry, plan.protection, root, scenario.run.seed, rate)
     with ledger, EventLog(out / directory.EVENTS) as events:
-        observer = observer or NullObserver()
+        observer = observer or Observer()
         loop = Loop(out, plan, identity, server, flower, observer, ledger, events)
         return loop.run(position, resumed=bool(position.index or ledger.charges))
 
 
-class _Log(NullObserver):
+class _Log(Observer):
     """Lines in Flower's log."""
 
     def started(self, info: RunInfo) -> None:

@@ -22,10 +22,10 @@ from privrec.privacy import population as populations
 from privrec.privacy.events import epsilon
 from privrec.run import checkpoint, costs, directory, summary
 from privrec.run.identity import Identity
-from privrec.run.loop import Loop, Result, one_thread
+from privrec.run.loop import Loop, one_thread
 from privrec.run.plan import Plan
 from privrec.run.privacy_plan import event_without_shares, known_items, release_event
-from privrec.run.record import EventLog, Observer
+from privrec.run.record import EventLog, Observer, Result
 from privrec.run.simulation import Simulation
 from privrec.run.task import Task, load_task
 from privrec.scenario.load import Row, Scenario, load

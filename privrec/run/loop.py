@@ -32,7 +32,7 @@ from privrec.run import checkpoint, directory, summary
 from privrec.run.checkpoint import Position
 from privrec.run.identity import Identity
 from privrec.run.plan import Plan
-from privrec.run.record import EventLog, Observer, Record, RunInfo
+from privrec.run.record import EventLog, Observer, Record, Result, RunInfo
 from privrec.run.wording import adversary_text
 from privrec.server.server import Release, Server
 
@@ -54,14 +54,6 @@ class Transport(Protocol):
         states as the first time.
         """
         ...
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished run: its directory, and what ``result.json`` there holds."""
-
-    path: Path
-    payload: dict[str, Any]
 
 
 @dataclass

@@ -110,14 +110,18 @@ class Server:
             released = digest(total)
         return Release(round, total, root.tag("release", *context, released))
 
-    def apply(self, release: Release) -> None:
-        """Take the optimiser's step on a released sum."""
+    def decode(self, release: Release) -> FloatArray:
+        """Return the mean update of a released sum, turned back where updates were rotated."""
         plan, layouts = self.plan, self.plan.federation.layouts
         mean = plan.protection.encoding.decode(release.total, plan.expected_cohort)
         rotation = plan.protection.rotation(release.round, layouts)
         if rotation is not None:
             mean = from_wire(rotation.undo(to_wire(mean[None], layouts)), layouts)[0]
-        update = mean.astype(np.float32)
+        return mean.astype(np.float32)
+
+    def apply(self, release: Release) -> None:
+        """Take the optimiser's step on a released sum."""
+        plan, update = self.plan, self.decode(release)
         self.completion.complete(update, self.weights)
         gram = plan.federation.layout.gram_of(self.weights)
         kept = gram.copy()  # it travels with the weights, but is none that would decay

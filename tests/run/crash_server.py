@@ -23,7 +23,7 @@ from privrec.errors import PrivrecError
 from privrec.privacy import ledger
 from privrec.randomness import SecretRoot
 from privrec.run import checkpoint, costs, lifecycle, summary
-from privrec.run.record import EventLog, NullObserver
+from privrec.run.record import EventLog, Observer
 from privrec.run.simulation import Simulation
 from privrec.scenario.load import load
 from privrec.server.server import Server
@@ -124,9 +124,9 @@ def work(command: Command) -> int:
             key = command.get("key")
             known = None if key is None else bytes.fromhex(key)
             scenario = load(command["scenario"])
-            lifecycle.start(scenario, out=out, observer=NullObserver(), unsafe_noise_key=known)
+            lifecycle.start(scenario, out=out, observer=Observer(), unsafe_noise_key=known)
         else:
-            lifecycle.resume(out, observer=NullObserver())
+            lifecycle.resume(out, observer=Observer())
     except PrivrecError as error:
         steps.note("error", text=str(error))
         return error.exit_code
@@ -160,7 +160,7 @@ def killed_or_done(pid: int, after_s: float | None) -> int:
 def warm_up(scenario: str) -> None:
     with tempfile.TemporaryDirectory() as place:
         os.environ["PRIVREC_STATE"] = f"{place}/state"
-        lifecycle.start(load(scenario), out=Path(place, "run"), observer=NullObserver())
+        lifecycle.start(load(scenario), out=Path(place, "run"), observer=Observer())
 
 
 def main() -> None:

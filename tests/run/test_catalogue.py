@@ -27,7 +27,7 @@ from privrec.run import task as catalogue
 from privrec.run.identity import Identity
 from privrec.run.privacy_plan import event_without_shares, release_event
 from privrec.run.recommend import recommend
-from privrec.run.record import NullObserver, Record
+from privrec.run.record import Observer, Record
 from privrec.run.task import ORDER, Recommending
 from privrec.scenario.load import Scenario
 
@@ -265,7 +265,7 @@ def test_a_public_order_is_that_of_the_counts_and_costs_nothing(tmp_path: Path) 
 
 
 def started(out: Path, *changes: str, **words: Any) -> dict[str, Any]:
-    words.setdefault("observer", NullObserver())
+    words.setdefault("observer", Observer())
     return lifecycle.start(scenario(*changes), out=out, **words).payload
 
 
@@ -310,7 +310,7 @@ def test_a_report_refuses_a_release_that_was_not_charged(tmp_path: Path) -> None
         build(out)
 
 
-class Stops(NullObserver):
+class Stops(Observer):
     def __init__(self, after: int) -> None:
         self.after = after
 
@@ -329,7 +329,7 @@ def test_a_resumed_run_keeps_its_order_and_pays_once(
     with pytest.raises(Interrupted):
         started(out, *popularity, observer=Stops(2), **key)
     before = (out / ORDER).read_bytes()
-    lifecycle.resume(out, observer=NullObserver())
+    lifecycle.resume(out, observer=Observer())
     assert (out / ORDER).read_bytes() == before == (tmp_path / "whole" / ORDER).read_bytes()
     one, two = (
         load_file(tmp_path / name / "model.safetensors")["weights"] for name in ("whole", "run")
@@ -400,7 +400,7 @@ def test_a_spoilt_order_is_refused_when_recommending_and_resuming(
     with pytest.raises(IntegrityError, match=says):
         recommend(finished, user="1")
     with pytest.raises(IntegrityError, match=says):
-        lifecycle.resume(half, observer=NullObserver())
+        lifecycle.resume(half, observer=Observer())
 
 
 def test_the_order_of_another_run_is_refused_when_resuming(tmp_path: Path) -> None:
@@ -409,7 +409,7 @@ def test_the_order_of_another_run_is_refused_when_resuming(tmp_path: Path) -> No
             started(tmp_path / name, observer=Stops(2), unsafe_noise_key=key)
     shutil.copy(tmp_path / "two" / ORDER, tmp_path / "one" / ORDER)
     with pytest.raises(IntegrityError, match="belongs to data"):
-        lifecycle.resume(tmp_path / "one", observer=NullObserver())
+        lifecycle.resume(tmp_path / "one", observer=Observer())
 
 
 def test_recommendations_name_items_as_the_data_does(finished: Path) -> None:

@@ -29,7 +29,7 @@ from privrec.run import checkpoint, directory, lifecycle, plan
 from privrec.run.identity import Identity
 from privrec.run.privacy_plan import event_without_shares
 from privrec.run.recommend import recommend
-from privrec.run.record import NullObserver, Record
+from privrec.run.record import Observer, Record
 from privrec.scenario.load import Scenario, load
 
 ROUNDS = 5
@@ -63,7 +63,7 @@ class Stop(BaseException):
     """Ends a run as a crash would."""
 
 
-class Stops(NullObserver):
+class Stops(Observer):
     def __init__(self, after: int) -> None:
         self.after = after
 
@@ -82,7 +82,7 @@ def started(out: Path, after: int | None = None, *settings: str, **words: Any) -
     """A run, finished or killed after a round."""
     scenario = Scenario.from_toml(TINY, settings)
     if after is None:
-        lifecycle.start(scenario, out=out, observer=NullObserver(), **words)
+        lifecycle.start(scenario, out=out, observer=Observer(), **words)
         return out
     with pytest.raises(Stop):
         lifecycle.start(scenario, out=out, observer=Stops(after), **words)
@@ -101,7 +101,7 @@ def finished(tmp_path: Path) -> Path:
 
 
 def resumed(out: Path) -> dict[str, Any]:
-    return lifecycle.resume(out, observer=NullObserver()).payload
+    return lifecycle.resume(out, observer=Observer()).payload
 
 
 def snapshot(folder: Path) -> dict[Path, bytes]:
@@ -388,9 +388,9 @@ def test_a_row_of_another_scenario_is_not_taken_for_this_one(
     row = '[[rows]]\nname = "more"\nset = { "train.local_lr" = 0.5 }\n'
     scenario = Scenario.from_toml(TINY + row)
     started(finished / "rows" / "0")
-    result = lifecycle.resume(finished, observer=NullObserver())
+    result = lifecycle.resume(finished, observer=Observer())
     with pytest.raises(UsageError, match="a run of another scenario lies where this row belongs"):
-        lifecycle.with_rows(result, scenario, data_dir=None, observer=NullObserver())
+        lifecycle.with_rows(result, scenario, data_dir=None, observer=Observer())
 
 
 def readers() -> None:
@@ -447,7 +447,7 @@ def test_a_crash_before_the_result_leaves_nothing_set_aside(
         patch.setattr(Ledger, "end", killed)
         with pytest.raises(Stop):
             lifecycle.start(
-                Scenario.from_toml(TINY), out=out, observer=NullObserver(), population="readers"
+                Scenario.from_toml(TINY), out=out, observer=Observer(), population="readers"
             )
     for place in ((PopulationCharge, "settle"), (directory, "write_result")):
         with monkeypatch.context() as patch:

@@ -18,7 +18,7 @@ from privrec.privacy.ledger_index import line_of, parsed
 from privrec.privacy.population import PopulationCharge
 from privrec.randomness import state_dir
 from privrec.run import lifecycle
-from privrec.run.record import NullObserver
+from privrec.run.record import Observer
 from privrec.run.simulation import Simulation
 from privrec.scenario.load import Scenario
 
@@ -63,7 +63,7 @@ def create(**counts: int) -> None:
 
 def start(out: Path, *changes: str) -> Path:
     made = lifecycle.start(
-        Scenario.from_toml(TINY, changes), out=out, observer=NullObserver(), population="readers"
+        Scenario.from_toml(TINY, changes), out=out, observer=Observer(), population="readers"
     )
     return made.path
 

@@ -33,7 +33,7 @@ from privrec.run import checkpoint, lifecycle
 from privrec.run.checkpoint import Position, read
 from privrec.run.identity import Identity
 from privrec.run.loop import Loop
-from privrec.run.record import NullObserver, Record, RunInfo, read_events, read_rounds
+from privrec.run.record import Observer, Record, RunInfo, read_events, read_rounds
 from privrec.run.simulation import Simulation
 from privrec.scenario.load import Scenario
 from privrec.server.server import Server
@@ -78,7 +78,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def started(out: Path, *changes: str, key: bytes | None = None, **words: Any) -> dict[str, Any]:
-    words.setdefault("observer", NullObserver())
+    words.setdefault("observer", Observer())
     return lifecycle.start(scenario(*changes), out=out, unsafe_noise_key=key, **words).payload
 
 
@@ -173,7 +173,7 @@ def test_a_charge_that_cannot_be_written_stops_before_anything_is_collected(
             raise OSError(errno.ENOSPC, "No space left on device")
         fsync(descriptor)
 
-    class Sizes(NullObserver):
+    class Sizes(Observer):
         def round(self, record: Record) -> None:
             committed[0] = (out / "ledger.jsonl").stat().st_size
 
@@ -184,7 +184,7 @@ def test_a_charge_that_cannot_be_written_stops_before_anything_is_collected(
         with pytest.raises(ReleaseRefused, match="No space left"):
             started(out, observer=Sizes(), key=b"k")
     assert collected == [0, 1, 2, 3]
-    lifecycle.resume(out, observer=NullObserver())
+    lifecycle.resume(out, observer=Observer())
     started(tmp_path / "whole", key=b"k")
     assert np.array_equal(weights(out), weights(tmp_path / "whole"))
 
@@ -364,7 +364,7 @@ def test_events_tell_every_round_and_evaluate_when_asked(tmp_path: Path) -> None
     assert rounds[-1].epsilon_server == result["privacy"]["epsilon_server"]
 
 
-class Watches(NullObserver):
+class Watches(Observer):
     def __init__(self, on_round: Callable[[Record], None] = lambda _: None) -> None:
         self.infos: list[RunInfo] = []
         self.records: list[Record] = []
@@ -594,7 +594,7 @@ def test_a_start_whose_disk_fails_at_any_write_leaves_nothing(
                 assert listing(state) <= {"runs"}
     assert number > 10
     assert not went_on
-    assert lifecycle.resume(out, observer=NullObserver()).payload["rounds"] == ROUNDS
+    assert lifecycle.resume(out, observer=Observer()).payload["rounds"] == ROUNDS
 
 
 # --------------------------------------------------------------------------- tiers
@@ -713,7 +713,7 @@ def test_a_stopped_run_of_mixed_capacities_goes_on_bit_for_bit(
     with pytest.raises(Interrupted):
         started(tmp_path / "run", *settings, key=b"k", observer=Watches(stop))
     assert {"states.0", "states.1", "states.2"} <= set(kept(tmp_path / "run")[1])
-    resumed = lifecycle.resume(tmp_path / "run", observer=NullObserver()).payload
+    resumed = lifecycle.resume(tmp_path / "run", observer=Observer()).payload
     assert np.array_equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
     assert resumed["metrics"] == whole["metrics"]
 
@@ -731,7 +731,7 @@ def test_implicit_als_runs_and_resumes_in_every_nesting(tmp_path: Path, nesting:
 
     with pytest.raises(Interrupted):
         started(tmp_path / "run", *settings, key=b"k", observer=Watches(stop))
-    resumed = lifecycle.resume(tmp_path / "run", observer=NullObserver()).payload
+    resumed = lifecycle.resume(tmp_path / "run", observer=Observer()).payload
     assert np.array_equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
     assert resumed["metrics"] == whole["metrics"]
     assert np.isfinite(weights(tmp_path / "run")).all()

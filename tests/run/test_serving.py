@@ -18,7 +18,7 @@ from privrec.privacy.ledger import Ledger
 from privrec.run import lifecycle
 from privrec.run.assembly import federation_of
 from privrec.run.recommend import Recommendation, answer, recommend
-from privrec.run.record import NullObserver
+from privrec.run.record import Observer
 from privrec.run.summary import read_model
 from privrec.scenario.load import Scenario
 
@@ -51,9 +51,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("PRIVREC_STATE", str(folder / "state"))
         patch.setattr("privrec.run.costs.peak_bytes", lambda *_: None)
         scenario = Scenario.from_toml(SCENARIO)
-        lifecycle.start(
-            scenario, out=folder / "run", observer=NullObserver(), unsafe_noise_key=b"k"
-        )
+        lifecycle.start(scenario, out=folder / "run", observer=Observer(), unsafe_noise_key=b"k")
     return folder / "run"
 
 
@@ -100,7 +98,7 @@ def test_a_user_and_the_same_history_get_the_same_list(
     monkeypatch.setattr("privrec.run.costs.peak_bytes", lambda *_: None)
     trained, text = tmp_path / "run", SCENARIO.replace("full_softmax", loss)
     scenario = Scenario.from_toml(text, ["train.rounds=2"])
-    lifecycle.start(scenario, out=trained, observer=NullObserver(), unsafe_noise_key=b"k")
+    lifecycle.start(scenario, out=trained, observer=Observer(), unsafe_noise_key=b"k")
     for user in (1, 30, 64):
         by_id = recommend(trained, user=str(train.user_ids[user]))
         own = ids_of(train, user)
@@ -229,7 +227,7 @@ def test_a_model_of_mixed_capacities_is_served_from_the_whole_memory(
     text = SCENARIO.replace("[train]", f"{TIERS}{nesting}\n[train]")
     scenario = Scenario.from_toml(text)
     result = lifecycle.start(
-        scenario, out=tmp_path / "run", observer=NullObserver(), unsafe_noise_key=b"k"
+        scenario, out=tmp_path / "run", observer=Observer(), unsafe_noise_key=b"k"
     ).payload
     split = data.load(scenario.data, data_dir=None)
     hits = []
