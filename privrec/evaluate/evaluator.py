@@ -10,11 +10,12 @@ import torch
 from numpy.typing import NDArray
 
 from privrec.data import Split
-from privrec.device.cohort import Cohort
-from privrec.device.negatives import Functions
-from privrec.device.tier import Federation, Tier
-from privrec.device.train import Recommender
+from privrec.device.device import Cohort, Draws
+from privrec.device.recommender import RecommenderLearner
+from privrec.device.samples import Functions
+from privrec.device.tier import Federation, LocalModel, Tier
 from privrec.evaluate import metrics
+from privrec.models.ncf import NCF
 from privrec.randomness import SecretRoot, rng_for
 from privrec.scenario.load import Run
 
@@ -36,14 +37,12 @@ class Scorer:
     """Scores with one set of weights; the table is gathered in parts and never held.
 
     Args:
-        recommender: the meaning of the weights.
-        weights: its vector, in memory form.
+        model: with its weights.
         states: private states by user, shape ``(users, user_dim)``.
         n_items: size of the catalogue; items that the recommender does not hold come last.
     """
 
-    recommender: Recommender
-    weights: FloatArray
+    model: LocalModel[NCF]
     states: FloatArray
     n_items: int
 
@@ -52,25 +51,21 @@ class Scorer:
     ) -> FloatArray:
         """Scores of each user's candidates ``(m, c)``, or of all items when there are none."""
         parts = [self._part(users, items) for items in self._items()]
-        missing = self.n_items - self.recommender.vectors.items
+        missing = self.n_items - self.model.view.vectors.items
         parts.append(np.full((len(users), missing), -np.inf, np.float32))
         full = np.concatenate(parts, axis=1)
         return full if candidates is None else np.take_along_axis(full, candidates, axis=1)
 
     def _items(self) -> Iterator[NDArray[np.int64]]:
-        n_items = self.recommender.vectors.items
+        n_items = self.model.view.vectors.items
         for start in range(0, n_items, _ITEMS_AT_ONCE):
             yield np.arange(start, min(n_items, start + _ITEMS_AT_ONCE))
 
     def _part(self, users: NDArray[np.integer], items: NDArray[np.int64]) -> FloatArray:
-        parts = self.recommender
-        table = parts.vectors.gather(parts.layout.memory_of(self.weights), items)
-        dense = torch.from_numpy(parts.layout.dense_of(self.weights))
+        table, dense = torch.from_numpy(self.model.rows(items)), torch.from_numpy(self.model.dense)
         own = torch.from_numpy(self.states[users])
-        scores: FloatArray = parts.model.rank(own, torch.from_numpy(table), dense).numpy()
-        if parts.biases is not None:
-            memory = parts.layout.biases_of(self.weights)[:, None]
-            scores += parts.biases.gather(memory, items)[:, 0]
+        scores: FloatArray = self.model.view.model.rank(own, table, dense).numpy()
+        scores += self.model.biases(items)
         return scores
 
 
@@ -88,8 +83,8 @@ class Evaluator:
     """
 
     federation: Federation
-    everyone: Cohort
-    cohorts: tuple[Cohort, ...]
+    everyone: Cohort[RecommenderLearner]
+    cohorts: tuple[Cohort[RecommenderLearner], ...]
     absent: NDArray[np.int64]
     split: Split
     run: Run
@@ -115,7 +110,7 @@ class Evaluator:
         nobody, holds_out = metrics.Evaluation.nobody(), self.split.heldout.counts > 0
         measured = [
             self._measured(tier, cohort, weights, protocols)
-            if holds_out[cohort.histories.users].any()
+            if holds_out[cohort.users].any()
             else nobody
             for tier, cohort in cohorts
         ]
@@ -129,15 +124,20 @@ class Evaluator:
         return tuple(measured)
 
     def _measured(
-        self, tier: Tier, cohort: Cohort, weights: FloatArray, protocols: metrics.Protocols
+        self,
+        tier: Tier,
+        cohort: Cohort[RecommenderLearner],
+        weights: FloatArray,
+        protocols: metrics.Protocols,
     ) -> metrics.Evaluation:
         view = tier.view(self.federation.prefix(weights, tier))
         key = int(rng_for(self.run.seed, "serving").integers(2**63))
-        fitted = cohort.serve(view, key, evaluation_functions(self.run.seed))
-        train, users = self.split.train, cohort.histories.users
+        draws = Draws(key, evaluation_functions(self.run.seed))
+        fitted = cohort.learner.serve(view, cohort.data, draws)
+        train, users = self.split.train, cohort.users
         states = np.zeros((train.n_users, fitted.shape[1]), np.float32)
         states[users] = fitted
-        scorer = Scorer(cohort.trainer.recommender, view, states, train.n_items)
+        scorer = Scorer(LocalModel(cohort.learner.view, view), states, train.n_items)
         return self._evaluated(scorer, protocols, users)
 
     def _evaluated(

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from privrec.data.labels import examples_in
 from privrec.data.text import UNKNOWN_ID, Corpus
-from privrec.device.lessons import Network
-from privrec.device.words import WideModel
-from privrec.models.next_word import NextWord
+from privrec.device.tier import LocalModel
+from privrec.models.words import NextWord, WordBag
 from privrec.randomness import rng_for
 
 FloatArray = NDArray[np.float32]
@@ -68,30 +67,27 @@ class TextEvaluation:
 
 
 def predict(
-    language: WideModel, weights: FloatArray, texts: Corpus, cuts: Sequence[int]
+    model: LocalModel[NextWord | WordBag], texts: Corpus, cuts: Sequence[int]
 ) -> TextEvaluation:
     """Predict every next word of some texts, or the labels of examples, by all neurons' scores.
 
     Args:
-        language: the meaning of the weights.
-        weights: the shared vector in memory form.
+        model: with its weights.
         texts: what is predicted; words that the model does not hold are unknown.
         cuts: for texts ``accuracy@k`` of each is computed, for labels ``precision@k``: how many of
             the best ``k`` are an example's own, over ``k``.
     """
-    words, layout = language.vectors.items, language.layout
-    table = torch.from_numpy(language.vectors.gather(layout.memory_of(weights), np.arange(words)))
-    biases = torch.from_numpy(
-        language.biases.gather(layout.biases_of(weights)[:, None], np.arange(words))[:, 0]
-    )
-    dense = torch.from_numpy(layout.dense_of(weights).copy())
-    model, most = language.model, min(max(cuts), words)
+    words = model.view.vectors.items
+    table = torch.from_numpy(model.rows(np.arange(words)))
+    biases = torch.from_numpy(model.biases(np.arange(words)))
+    dense = torch.from_numpy(model.dense.copy())
+    network, most = model.view.model, min(max(cuts), words)
     positions = np.zeros(texts.n_users, np.int64)
     losses = np.zeros(texts.n_users)
     ranked = np.zeros((texts.n_users, most))
     with torch.no_grad():
         for text in range(texts.n_users):
-            for hidden, wanted in _asked(model, texts, text, table, dense):
+            for hidden, wanted in _asked(network, texts, text, table, dense):
                 scores = torch.addmm(biases, hidden, table.T)
                 scores[:, UNKNOWN_ID] = -torch.inf
                 found, loss = _found(scores, wanted, most)
@@ -99,7 +95,7 @@ def predict(
                 positions[text] += len(wanted)
                 losses[text] += loss
     within = np.cumsum(ranked, axis=1)
-    one = isinstance(model, NextWord)
+    one = isinstance(network, NextWord)
     hits = {
         f"accuracy@{cut}" if one else f"precision@{cut}": within[:, min(cut, words) - 1]
         / (1 if one else cut)
@@ -109,7 +105,7 @@ def predict(
 
 
 def _asked(
-    model: Network, texts: Corpus, text: int, table: Tensor, dense: Tensor
+    model: NextWord | WordBag, texts: Corpus, text: int, table: Tensor, dense: Tensor
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Hidden vectors of a text's positions that count, and what is wanted there: ``(p, labels)``,
     filled up by -1.

@@ -8,30 +8,28 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from privrec.data import Interactions
 from privrec.data.text import Corpus
-from privrec.device.batch import Histories
-from privrec.device.cohort import Cohort
+from privrec.device.device import Cohort, Learner, Settings
 from privrec.device.examples import ExampleNoise
-from privrec.device.lessons import Network, OutputBudget
-from privrec.device.negatives import popularity_of
-from privrec.device.round import Protection, digest
+from privrec.device.recommender import RecommenderLearner
+from privrec.device.samples import Histories, popularity_of
 from privrec.device.tier import Federation, ModelView, Tier
-from privrec.device.train import Recommender, Settings, Trainer
-from privrec.device.words import LocalSettings, RowServer, TextCohort, WideModel, WordTrainer
+from privrec.device.update import Protection, digest
+from privrec.device.words import RowServer, WordLearner
 from privrec.embedding.nested import Nested, nested
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable, Table
 from privrec.errors import UsageError
-from privrec.models.extreme import WordBag
-from privrec.models.layout import Layout, band_sizes
-from privrec.models.losses import IMPLICIT, packed_size
+from privrec.models.layout import band_sizes
+from privrec.models.losses import LOSSES, packed_size
 from privrec.models.ncf import NCF
-from privrec.models.next_word import NextWord
+from privrec.models.words import NextWord, WordBag
 from privrec.privacy.events import RoundEvent
 from privrec.randomness import SecretRoot, rng_for
 from privrec.run.privacy_plan import example_event, plan_privacy
@@ -47,6 +45,14 @@ from privrec.server.server import Plan, Server
 TABULATED_ITEMS = 2**22
 """Largest catalogue whose places in the memory a simulation keeps in a table."""
 
+
+NETWORKS: dict[str, type[NCF | NextWord | WordBag]] = {
+    "gmf": NCF,
+    "mlp": NCF,
+    "neumf": NCF,
+    "next_word": NextWord,
+    "extreme": WordBag,
+}
 
 BYTES_A_COEFFICIENT = 4
 _MOST_HALVINGS = 48
@@ -64,9 +70,9 @@ class Parts:
     """
 
     federation: Federation
-    everyone: Cohort
+    everyone: Cohort[RecommenderLearner]
     server: Server
-    simulation: Simulation[Cohort]
+    simulation: Simulation
 
     @property
     def states(self) -> tuple[NDArray[np.float32], ...]:
@@ -92,7 +98,7 @@ def assemble(scenario: Scenario, train: Interactions, run_id: str, devices: Secr
     popularity = None
     if scenario.train.selector == "popularity":
         popularity = popularity_of(train.item_counts())
-    everyone, *cohorts = _cohorts(scenario, federation, histories, train.n_items, popularity)
+    everyone, *cohorts = cohorts_of(scenario, federation, histories, popularity)
     server = server_of(scenario, federation, train.n_users, run_id)
     policy = Policy(scenario.devices.min_cohort, scenario.privacy.colluding_share)
     simulation = Simulation(
@@ -163,19 +169,30 @@ def _members(population: int, federation: Federation) -> list[int]:
     return members
 
 
-def _cohorts(
-    scenario: Scenario, federation: Federation, histories: Histories, n_items: int,
-    popularity: NDArray[np.float64] | None,
-) -> Iterator[Cohort]:  # fmt: skip
-    """Everybody with the whole memory, then the devices of each tier."""
+def cohorts_of(
+    scenario: Scenario,
+    federation: Federation,
+    histories: Histories,
+    popularity: NDArray[np.float64] | None = None,
+    served: RowServer | None = None,
+) -> Iterator[Cohort[Any]]:
+    """Everybody with the whole memory, then the devices of each tier.
+
+    Args:
+        scenario: what to run.
+        federation: the tiers.
+        histories: everybody's data.
+        popularity: as :func:`learner_of`.
+        served: likewise.
+    """
     n_users, tiers = len(histories.users), federation.tiers
     assigned = assign(n_users, federation, scenario.run.seed)
     members = [np.arange(n_users), *(np.flatnonzero(assigned == tier.index) for tier in tiers)]
     for tier, users in zip((tiers[0], *tiers), members, strict=True):
-        trainer = replace(trainer_of(scenario, federation, tier), popularity=popularity)
-        if n_items <= TABULATED_ITEMS:
-            trainer = replace(trainer, recommender=trainer.recommender.tabulated())
-        yield Cohort.of(trainer, histories.select(users))
+        if tiers[0].recommender.vectors.items <= TABULATED_ITEMS:
+            tier = replace(tier, recommender=tier.recommender.tabulated())
+        learner = learner_of(scenario, federation, tier, popularity, served)
+        yield Cohort.of(learner, histories.select(users))
 
 
 def assign(n_users: int, federation: Federation, seed: int) -> NDArray[np.int64]:
@@ -283,29 +300,29 @@ def _coordinates(
 
 def _recommender(
     scenario: Scenario, vectors: Nested, biases: Nested | None, index: int
-) -> ModelView:
+) -> ModelView[Any]:
     table, small = vectors.tables[index], None if biases is None else biases.tables[index]
-    model = scenario.model
-    if model.kind == "next_word":
-        network = NextWord(table.dim, model.heads, model.ffn, model.layers, model.context)
-        return _wide(network, table, small)
-    if model.kind == "extreme":
-        return _wide(WordBag(model.features, table.dim), table, small)
-    ncf = NCF.of(model.kind, table.dim, tuple(model.hidden))
-    gram = packed_size(table.dim) if scenario.train.loss in IMPLICIT else 0
-    layout = Layout(ncf.dense, table.slots, table.block, 0 if small is None else small.slots, gram)
-    return Recommender(ncf, table, small, layout)
+    network = NETWORKS[scenario.model.kind].configured(scenario.model, table.dim)
+    gram = packed_size(table.dim) if LOSSES[scenario.train.loss].implicit else 0
+    return ModelView.of(network, table, small, gram)
 
 
-def _wide(network: Network, table: Table, biases: Table | None) -> WideModel:
-    if biases is None:
-        raise UsageError("model.item_bias = false: an output neuron has a bias; set it")
-    layout = Layout(network.dense, table.slots, table.block, biases.slots)
-    return WideModel(network, table, biases, layout)
+def learner_of(
+    scenario: Scenario,
+    federation: Federation,
+    tier: Tier,
+    popularity: NDArray[np.float64] | None = None,
+    served: RowServer | None = None,
+) -> Learner:
+    """Local training as ``[train]`` describes it, in a tier's memory.
 
-
-def trainer_of(scenario: Scenario, federation: Federation, tier: Tier) -> Trainer:
-    """Local training as ``[train]`` describes it, in a tier's memory."""
+    Args:
+        scenario: what to run.
+        federation: the tiers.
+        tier: one of them.
+        popularity: public cumulative probabilities of the items, for popular negatives.
+        served: a server that hands out output neurons, in the scheme ``"requested"``.
+    """
     train, newton = scenario.train, scenario.train.server_optimizer == "newton"
     names = Settings.__dataclass_fields__.keys() - {"newton"}
     settings = Settings(**{name: getattr(train, name) for name in names}, newton=newton)
@@ -314,12 +331,10 @@ def trainer_of(scenario: Scenario, federation: Federation, tier: Tier) -> Traine
         # coordinates is as many times shorter as slots are folded into one.
         gain = federation.tiers[0].capacity / tier.capacity
         settings = replace(settings, local_lr=settings.local_lr * gain)
-    if not isinstance(tier.recommender, Recommender):
-        raise UsageError(
-            f'model.kind = "{scenario.model.kind}": it learns from texts or labels; this is for '
-            "recommenders of items alone"
-        )
-    return Trainer(tier.recommender, settings, examples=_example_noise(scenario))
+    if isinstance(tier.recommender.model, NCF):
+        noise = _example_noise(scenario)
+        return RecommenderLearner(tier.recommender, settings, popularity, noise)
+    return WordLearner(tier.recommender, settings, served)
 
 
 def _example_noise(scenario: Scenario) -> ExampleNoise | None:
@@ -331,12 +346,12 @@ def completion_of(scenario: Scenario, federation: Federation) -> Completion:
     """What the server makes of a released sum before its step."""
     aggregation, train = scenario.devices.aggregation, scenario.train
     implicit = None
-    if train.loss in IMPLICIT:
+    if LOSSES[train.loss].implicit:
         implicit = Implicit(
             train.unobserved_weight,
             train.item_l2,
             train.gram_rate,
-            tuple(trainer_of(scenario, federation, t).settings.local_lr for t in federation.tiers),
+            tuple(learner_of(scenario, federation, t).settings.local_lr for t in federation.tiers),
             train.server_optimizer == "newton",
         )
     return Completion(
@@ -391,13 +406,8 @@ class TextParts:
 
     federation: Federation
     server: Server
-    simulation: Simulation[TextCohort]
+    simulation: Simulation
     columns: ColumnServer | None
-
-    @property
-    def language(self) -> WideModel:
-        """What the shared vector means."""
-        return language_of(self.federation.tiers[0])
 
     @property
     def states(self) -> tuple[NDArray[np.float32], ...]:
@@ -423,46 +433,12 @@ def assemble_texts(
     server = server_of(scenario, federation, train.n_users, run_id)
     columns = ColumnServer() if scenario.train.scheme == "requested" else None
     histories = Histories(np.arange(train.n_users), train.indptr, train.tokens)
-    assigned = assign(train.n_users, federation, scenario.run.seed)
-    cohorts = tuple(
-        writers_of(
-            scenario, tier, histories.select(np.flatnonzero(assigned == tier.index)), columns
-        )
-        for tier in federation.tiers
-    )
+    _, *cohorts = cohorts_of(scenario, federation, histories, served=columns)
     policy = Policy(scenario.devices.min_cohort, scenario.privacy.colluding_share)
     simulation = Simulation(
-        federation, cohorts, train.n_users, server.plan.protection, Enrolled(devices, policy),
+        federation, tuple(cohorts), train.n_users, server.plan.protection,
+        Enrolled(devices, policy),
         scenario.run.seed, scenario.devices.sampling_rate, scenario.devices.dropout_rate,
-        "cohort", scenario.run.secure_sum,
+        scenario.run.engine, scenario.run.secure_sum,
     )  # fmt: skip
     return TextParts(federation, server, simulation, columns)
-
-
-def writers_of(
-    scenario: Scenario, tier: Tier, texts: Histories, served: RowServer | None = None
-) -> TextCohort:
-    """Devices of a tier with their texts, and local training as ``[train]`` describes it."""
-    train, language = scenario.train, language_of(tier)
-    sparse = train.loss == "softmax"
-    selects = sparse and train.selector != "uniform"
-    output = OutputBudget(
-        language.vectors.items,
-        train.budget if sparse else 1.0,
-        train.selected if selects else 0.0,
-        train.frequent if sparse else 0.0,
-    )
-    selector = train.selector if selects else None
-    practice = LocalSettings(train.max_samples, train.local_steps, train.local_lr, selector)  # type: ignore[arg-type]
-    return TextCohort(WordTrainer(language, output, practice), texts, served)
-
-
-def language_of(tier: Tier) -> WideModel:
-    """The wide model of a tier.
-
-    Raises:
-        UsageError: when it has another one.
-    """
-    if not isinstance(tier.recommender, WideModel):
-        raise UsageError('model.kind: set "next_word" for texts, or "extreme" for labels')
-    return tier.recommender

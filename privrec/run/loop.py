@@ -20,8 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from privrec.device.round import Round, digest
-from privrec.device.update import Aggregate
+from privrec.device.update import Aggregate, Round, digest
 from privrec.errors import BudgetError, Interrupted, PrivrecError, ReleaseRefused
 from privrec.privacy.events import RoundEvent, epsilon
 from privrec.privacy.ledger import Ledger

@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.device.batch import Histories
-from privrec.device.device import Device, hash_functions, privatize
-from privrec.device.round import Protection, Round, model_digests
+from privrec.device.device import Device
+from privrec.device.update import Protection, Round, model_digests
 from privrec.models.process_memory import (
     give_back_freed,
     peak_resident_bytes,
@@ -22,9 +21,9 @@ from privrec.models.process_memory import (
     resident_bytes,
 )
 from privrec.privacy.events import RoundEvent
-from privrec.privacy.mechanism import Band, Shares, noise_seeds
+from privrec.privacy.mechanism import Band, Shares
 from privrec.randomness import SecretRoot
-from privrec.run.assembly import federation_of, trainer_of, writers_of
+from privrec.run.assembly import federation_of, learner_of
 from privrec.run.privacy_plan import encoding_of
 from privrec.scenario.load import Scenario
 from privrec.scenario.rules import WIDE
@@ -108,27 +107,11 @@ class _Task:
         digests = model_digests(model, (self._tier.layout, *self._weaker))
         round = Round("footprint", 0, 0, RoundEvent("none", 0.0, 1.0), "", digests)
         if self._scenario.model.kind in WIDE:
-            self._write(round, model, items, root)
-            return
-        trainer = trainer_of(self._scenario, self._federation, self._tier)
-        device = Device(0, items, self._tier, self._weaker, trainer, self._protection, root)
+            # A text of one word has no next one: what the libraries load takes two.
+            items = np.resize(items, max(2, len(items)))
+        learner = learner_of(self._scenario, self._federation, self._tier)
+        device = Device(0, items, self._tier, self._weaker, learner, self._protection, root)
         device.upload(round, device.answer(round, model, 0))
-
-    def _write(
-        self, round: Round, model: NDArray[np.float32], text: NDArray[np.int32], root: SecretRoot
-    ) -> None:
-        """A round of one device with a text."""
-        # A text of one word has no next one: what the libraries load takes two.
-        one = np.resize(text, max(2, len(text)))
-        histories = Histories(np.array([0]), np.array([0, len(one)]), one)
-        writers = writers_of(self._scenario, self._tier, histories)
-        streams = hash_functions(root, round)
-        for _, trained in writers.train(self._tier.view(model), np.array([0]), 0, streams):
-            update, coins = self._tier.lift(trained.update), root.stream("rounding")
-            bounded = privatize(update, self._protection, round, self._tier, self._weaker, coins)
-            shares, layouts = self._protection.shares, (self._tier.layout, *self._weaker)
-            seeds = () if shares is None else noise_seeds(root, len(layouts), *round.context, 0)
-            bounded.upload(layouts, shares, seeds)
 
 
 if __name__ == "__main__":

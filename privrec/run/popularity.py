@@ -17,7 +17,7 @@ from safetensors.numpy import save
 
 from privrec.data import Interactions, Split
 from privrec.data.text import UNKNOWN_ID, TextSplit
-from privrec.device.round import digest
+from privrec.device.update import digest
 from privrec.errors import IntegrityError
 from privrec.privacy.calibrate import noise_multiplier_for
 from privrec.privacy.events import RoundEvent

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,21 @@ from numpy.typing import NDArray
 from privrec import data
 from privrec.data import Interactions
 from privrec.data.listed import read_history
-from privrec.device.batch import Histories
-from privrec.device.cohort import Cohort
-from privrec.device.tier import Federation
-from privrec.device.train import Recommender
+from privrec.device.device import Draws
+from privrec.device.recommender import RecommenderLearner
+from privrec.device.samples import Histories
+from privrec.device.tier import Federation, LocalModel
 from privrec.errors import UsageError
 from privrec.evaluate.evaluator import Scorer
+from privrec.models.ncf import NCF
 from privrec.privacy.ledger import Ledger
 from privrec.randomness import ROOT_BYTES, SecretRoot, SecureStream, rng_for
 from privrec.run import directory, popularity
-from privrec.run.assembly import trainer_of
+from privrec.run.assembly import learner_of
 from privrec.run.identity import Identity, kept_key
 from privrec.run.summary import read_model
 from privrec.scenario.load import Scenario, load
-from privrec.search.memory import Sketch
-from privrec.search.select import Search, Selector, best, ranked, select
+from privrec.search.select import Selector, best, ranked, select
 
 FloatArray = NDArray[np.float32]
 Items = NDArray[np.int64]
@@ -108,8 +108,7 @@ def recommend(
 
 
 def answer(
-    recommender: Recommender,
-    weights: FloatArray,
+    model: LocalModel[NCF],
     state: FloatArray,
     k: int,
     exclude: Items,
@@ -118,8 +117,7 @@ def answer(
     """The ``k`` best items of a model without a network, from its memory; no table is made.
 
     Args:
-        recommender: the meaning of the weights.
-        weights: its vector, in memory form.
+        model: with its weights.
         state: a private state, shape ``(user_dim,)``.
         k: how many, at least 1.
         exclude: items to leave out.
@@ -129,10 +127,8 @@ def answer(
         Items, the best first, and their scores; fewer than ``k`` where a selector of tables found
         fewer.
     """
-    items = recommender.searched(weights)
-    search, query = Search(items), np.append(state[:-1], np.float32(1))[: items.dim]
-    if selector == "sketch":
-        search = replace(search, sketch=Sketch.of(items))
+    items, search = model.items, model.search(selector)
+    query = np.append(state[:-1], np.float32(1))[: items.dim]
     if selector == "scan":
         found, scores = best(search, query, k, exclude)
         return found, scores + state[-1]
@@ -171,16 +167,21 @@ def _best(
 ) -> tuple[Items, FloatArray]:  # fmt: skip
     """The best items and their scores, by a state fitted to the history."""
     tier = federation.tiers[0]
-    one = Histories(np.array([0]), np.array([0, len(items)]), items.astype(np.int32))
-    cohort, view = Cohort.of(trainer_of(scenario, federation, tier), one), tier.view(weights)
+    learner, view = learner_of(scenario, federation, tier), tier.view(weights)
     key = int(rng_for(scenario.run.seed, "serving").integers(2**63))
-    states = cohort.serve(view, key, lambda _: _own_stream())
+    draws = Draws(key, lambda _: _own_stream())
+    if not isinstance(learner, RecommenderLearner):
+        raise UsageError(
+            f'model.kind = "{scenario.model.kind}": it learns from texts or labels; this is for '
+            "recommenders of items alone"
+        )
+    states = learner.serve(view, learner.held(Histories.alone(0, items)), draws)
     if k < 1:
         return np.zeros(0, np.int64), np.zeros(0, np.float32)
-    recommender = cohort.trainer.recommender
-    if not recommender.model.tower:
-        return answer(recommender, view, states[0], k, items.astype(np.int64), selector)
-    scores = Scorer(recommender, view, states, train.n_items)(np.array([0]), None)[0]
+    model = LocalModel(learner.view, view)
+    if not learner.view.model.tower:
+        return answer(model, states[0], k, items.astype(np.int64), selector)
+    scores = Scorer(model, states, train.n_items)(np.array([0]), None)[0]
     scores[items] = -np.inf
     order = np.argsort(-scores, kind="stable")[:k]
     return order, scores[order]

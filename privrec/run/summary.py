@@ -25,14 +25,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import privrec
 from privrec.data import Interactions, Split
-from privrec.device.lessons import QUERIES
-from privrec.device.round import digest
+from privrec.device.device import Cohort
 from privrec.device.tier import Federation, Tier
-from privrec.device.words import TextCohort
+from privrec.device.update import digest
+from privrec.device.words import QUERIES, WordLearner
 from privrec.errors import IntegrityError, UsageError
 from privrec.evaluate import metrics
 from privrec.evaluate.metrics import by_segment
-from privrec.models.next_word import sampled_loss
+from privrec.models.losses import sampled_loss
 from privrec.privacy.events import Accountant, Adversary, epsilon
 from privrec.privacy.ledger import Ledger
 from privrec.privacy.ledger_index import EXAMPLE
@@ -78,11 +78,10 @@ class OutputCost:
         }
 
 
-def output_cost(writers: TextCohort, scenario: Scenario, positions: int) -> OutputCost:
+def output_cost(writers: Cohort[WordLearner], scenario: Scenario, positions: int) -> OutputCost:
     """The output layer of one device of a tier, in a round over so many positions."""
-    trainer = writers.trainer
-    language, neurons = trainer.language, trainer.output.budget
-    dim = language.vectors.dim
+    learner = writers.learner
+    neurons, dim = learner.output.size, learner.view.vectors.dim
     rows = torch.zeros(neurons, dim, requires_grad=True)
     biases = torch.zeros(neurons, requires_grad=True)
     hidden = torch.zeros(positions, dim, requires_grad=True)
@@ -100,12 +99,11 @@ def output_cost(writers: TextCohort, scenario: Scenario, positions: int) -> Outp
     )
 
 
-def selection_multiply_adds(writers: TextCohort, scenario: Scenario) -> int:
+def selection_multiply_adds(writers: Cohort[WordLearner], scenario: Scenario) -> int:
     """Multiply-adds of a device that chooses its neurons, in one round."""
-    trainer = writers.trainer
-    selector, items = trainer.practice.selector, trainer.language.vectors.items
-    width = trainer.language.vectors.dim + 1
-    if selector is None or not trainer.output.selected:
+    output, vectors = writers.learner.output, writers.learner.view.vectors
+    selector, items, width = writers.learner.settings.selector, vectors.items, vectors.dim + 1
+    if not output.selected:
         return 0
     if scenario.train.scheme == "requested":
         shape = ColumnServer().shape(items)
@@ -114,7 +112,7 @@ def selection_multiply_adds(writers: TextCohort, scenario: Scenario) -> int:
         return QUERIES * items * width
     if selector == "hamming":
         return (items + QUERIES) * width * SIGNATURE
-    bits = Shape(max(1, round(np.log2(max(2, items * _TABLES / (2 * trainer.output.budget))))))
+    bits = Shape(max(1, round(np.log2(max(2, items * _TABLES / (2 * output.size))))))
     # A fold adds before it multiplies, so only as many numbers are multiplied as it has.
     folded = min(width, FOLD) if selector == "pghash" else width
     return (items + QUERIES) * folded * bits.bits * _TABLES
@@ -130,9 +128,9 @@ def moved(parts: TextParts, scenario: Scenario, tier: Tier) -> tuple[int, int]:
     size = tier.layout.size
     if scenario.train.scheme != "requested" or parts.columns is None:
         return size * ring_bits // 8, size * BYTES_A_COEFFICIENT
-    sight, language = parts.columns.sight, parts.language
-    neurons = round(scenario.train.budget * language.vectors.items)
-    size = tier.layout.head + neurons * (language.vectors.dim + 1)
+    sight, vectors = parts.columns.sight, tier.recommender.vectors
+    neurons = round(scenario.train.budget * vectors.items)
+    size = tier.layout.head + neurons * (vectors.dim + 1)
     asked = sight.words * _NAME_BYTES + sight.buckets * _CODE_BYTES
     request = round(asked / max(1, sight.requests))
     names = neurons * _NAME_BYTES
@@ -147,7 +145,8 @@ def device_peak(
 
     A device that asks for neurons holds those alone: to it, they are a whole vocabulary.
     """
-    words = parts.language.vectors.items
+    vectors = parts.federation.tiers[0].recommender.vectors
+    words = vectors.items
     shares = parts.server.plan.protection.shares
     if scenario.train.scheme != "requested":
         return peak_bytes(scenario, tier.index, words, prefix, text, shares)
@@ -156,22 +155,18 @@ def device_peak(
         {"train.scheme": None, "train.loss": "full_softmax", "train.selector": "each"}
     )
     layout = tier.layout
-    held = layout.head + neurons * (parts.language.vectors.dim + 1)
+    held = layout.head + neurons * (vectors.dim + 1)
     return peak_bytes(small, 0, neurons, np.resize(prefix, held), text % neurons, shares)
 
 
-def longest(writers: TextCohort) -> NDArray[np.int32]:
+def longest(writers: Cohort[WordLearner]) -> NDArray[np.int32]:
     """The longest text of a tier's devices, in words that the tier holds."""
-    histories = writers.histories
-    row = int(histories.lengths.argmax())
-    text = histories.select(np.array([row])).items
-    held = writers.trainer.language.vectors.items
-    return np.where(text < held, text, 0).astype(np.int32)
+    return writers.data.of(int(writers.data.lengths.argmax()))
 
 
-def positions_of(writers: TextCohort) -> int:
+def positions_of(writers: Cohort[WordLearner]) -> int:
     """Positions, or examples, that a device with much data trains on in a round."""
-    return max(1, writers.trainer.lesson(longest(writers), 0, 0).positions)
+    return max(1, writers.learner.batch(longest(writers), 0, 0).positions)
 
 
 def tier_facts(parts: TextParts, scenario: Scenario, tier: Tier) -> dict[str, Any]:
@@ -487,11 +482,10 @@ def _tier(
 ) -> dict[str, Any]:
     """What one tier holds and costs, and how good it is at what it holds."""
     cohort, size = parts.simulation.cohorts[tier.index], tier.layout.size * BYTES_A_COEFFICIENT
-    histories = cohort.histories
-    longest = histories.select(np.array([histories.lengths.argmax()])).items
+    longest = cohort.data.of(int(cohort.data.lengths.argmax()))
     prefix = parts.federation.prefix(parts.server.weights, tier)
     ring_bits = parts.server.plan.protection.ring.bits
-    n_items = parts.everyone.trainer.recommender.vectors.items
+    n_items = parts.everyone.learner.view.vectors.items
     peak, shares = None, parts.server.plan.protection.shares
     if scenario.run.footprint:
         peak = peak_bytes(scenario, tier.index, n_items, prefix, longest, shares)

@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from privrec.data.labels import load_labels
 from privrec.data.text import Corpus, TextSplit, load_text
+from privrec.device.tier import LocalModel
 from privrec.errors import DataError
 from privrec.evaluate.texts import TextEvaluation, commonest, predict
 from privrec.privacy.ledger import Ledger
@@ -93,7 +94,8 @@ class Writing(Loop):
         """Predictions of the released weights on the texts held out, by the whole softmax."""
         tier = self.parts.federation.tiers[0]
         view = tier.view(self.parts.federation.prefix(self.server.released, tier))
-        return predict(self.parts.language, view, self.split.heldout, self.scenario.run.top_k)
+        model = LocalModel(tier.recommender, view)
+        return predict(model, self.split.heldout, self.scenario.run.top_k)
 
     def save(self) -> None:
         """See :meth:`Loop.save`."""

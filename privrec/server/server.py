@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.device.round import Protection, Round, digest, model_digests
 from privrec.device.tier import Federation
-from privrec.device.update import Aggregate
+from privrec.device.update import Aggregate, Protection, Round, digest, model_digests
 from privrec.models.layout import from_wire, to_wire
 from privrec.privacy.events import RoundEvent
 from privrec.privacy.mechanism import rounded_gaussian

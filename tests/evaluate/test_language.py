@@ -15,7 +15,7 @@ from privrec.embedding.table import PlainTable, Table
 from privrec.evaluate.texts import TextEvaluation, commonest, predict
 from privrec.models.extreme import WordBag
 from privrec.models.layout import Layout
-from privrec.models.next_word import NextWord
+from privrec.models.words import NextWord
 from privrec.randomness import rng_for
 
 WORDS, DIM = 30, 8

@@ -12,7 +12,7 @@ from scipy import stats
 from privrec.device.batch import Histories
 from privrec.device.cohort import TOLERANCE, Cohort
 from privrec.device.device import Device
-from privrec.device.round import Protection, Round, model_digests
+from privrec.device.update import Protection, Round, model_digests
 from privrec.device.tier import Federation, Tier
 from privrec.device.train import Recommender, Settings, Trainer
 from privrec.embedding.nested import nested
