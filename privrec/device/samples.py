@@ -21,7 +21,8 @@ from privrec.embedding.table import add_rows
 from privrec.errors import UsageError
 from privrec.randomness import SecretRoot, SecureStream
 from privrec.search.active import active_set
-from privrec.search.select import Search, mix, outside, select
+from privrec.search.memory import outside
+from privrec.search.select import Search, mix, select
 
 FloatArray = NDArray[np.float32]
 Items = NDArray[np.int64]
@@ -304,7 +305,7 @@ def chosen_by(selector: str, search: Search, stream: SecureStream) -> Find:
     def find(queries: FloatArray, count: int, exclude: Items) -> Items:
         if not count or not np.isfinite(queries).all():
             return np.zeros(0, np.int64)
-        return select(selector, search, queries, count, stream, exclude=exclude).items  # type: ignore[arg-type]
+        return select(selector, search, queries, count, stream, exclude=exclude).items
 
     return find
 

@@ -18,7 +18,8 @@ from privrec.embedding.table import Table
 from privrec.errors import UsageError
 from privrec.models.layout import Layout
 from privrec.models.losses import item_gram
-from privrec.search.memory import ItemMemory, Sketch
+from privrec.search.index import Sketch
+from privrec.search.memory import ItemMemory
 from privrec.search.select import Search
 
 FloatArray = NDArray[np.float32]

@@ -4,8 +4,8 @@
 the input and is its neuron at the output, so a device that trains with few output neurons needs no
 other rows. The network between them is dense and small. Source of its sizes: Xu et al., "Adaptive
 sparse federated learning in large output spaces via hashing" (2022): vectors and attention 96 wide,
-a feed-forward layer of 1,536, 20 tokens. The normalisation comes before each part (Xiong et al.,
-"On layer normalization in the Transformer architecture", ICML 2020), for which no warm-up is needed.
+a feed-forward layer of 1,536, 20 tokens. The normalisation comes before each part, which needs no
+warm-up: Xiong et al., "On layer normalization in the Transformer architecture" (ICML 2020).
 
 :class:`WordBag` is one hidden layer over a sparse bag of words, which has rows of its own for them.
 Source: Chen et al., "SLIDE" (MLSys 2020).
