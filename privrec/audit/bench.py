@@ -13,9 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.data import Interactions
-from privrec.device.round import Protection, Round
 from privrec.device.tier import Federation, Tier
-from privrec.device.update import Aggregate
+from privrec.device.update import Aggregate, Protection, Round
 from privrec.errors import ReleaseRefused, UsageError
 from privrec.models.layout import to_wire
 from privrec.privacy.events import RoundEvent, epsilon
@@ -122,7 +121,7 @@ class Harness:
     def training(self) -> tuple[Tier, ...]:
         """Tiers whose devices train."""
         held = zip(self.federation.tiers, self.simulation.cohorts, strict=True)
-        return tuple(t for t, cohort in held if t.weight > 0 and len(cohort.histories.users))
+        return tuple(t for t, cohort in held if t.weight > 0 and len(cohort.users))
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -159,18 +158,16 @@ class Harness:
         return [
             Participant(user, tier)
             for tier, cohort, mine in zip(tiers, cohorts, rows, strict=True)
-            for user in cohort.histories.users[mine].tolist()
+            for user in cohort.users[mine].tolist()
         ]
 
     def some(self, most: int) -> Rows:
         """Rows of each tier that trains, about ``most`` users in all, spread over all of them."""
         training = self.training
-        population = sum(
-            len(self.simulation.cohorts[tier.index].histories.users) for tier in training
-        )
+        population = sum(len(self.simulation.cohorts[tier.index].users) for tier in training)
         step = max(1, population // max(1, most))
         return [
-            np.arange(0, len(cohort.histories.users) if tier in training else 0, step)
+            np.arange(0, len(cohort.users) if tier in training else 0, step)
             for tier, cohort in zip(self.federation.tiers, self.simulation.cohorts, strict=True)
         ]
 

@@ -16,16 +16,14 @@ from torch import Tensor
 from privrec.data import Split
 from privrec.data.labels import examples_in
 from privrec.data.text import UNKNOWN_ID, Corpus
-from privrec.device.batch import Histories
-from privrec.device.cohort import Cohort
-from privrec.device.negatives import Functions
-from privrec.device.tier import Federation, Tier
-from privrec.device.train import Recommender
-from privrec.device.words import WideModel
+from privrec.device.device import Cohort, Draws
+from privrec.device.recommender import RecommenderLearner
+from privrec.device.samples import Functions, Histories
+from privrec.device.tier import Federation, LocalModel, Tier
 from privrec.evaluate import metrics
 from privrec.evaluate.metrics import Evaluation
-from privrec.models.extreme import WordBag
-from privrec.models.next_word import NextWord
+from privrec.models.ncf import NCF
+from privrec.models.words import NextWord, WordBag
 from privrec.randomness import SecretRoot, rng_for
 from privrec.scenario.load import Run
 
@@ -53,14 +51,12 @@ class Scorer:
     """Scores with one set of weights; the table is gathered in parts and never held.
 
     Args:
-        recommender: the meaning of the weights.
-        weights: its vector, in memory form.
+        model: with its weights.
         states: private states by user, shape ``(users, user_dim)``.
         n_items: size of the catalogue; items that the recommender does not hold come last.
     """
 
-    recommender: Recommender
-    weights: FloatArray
+    model: LocalModel[NCF]
     states: FloatArray
     n_items: int
 
@@ -68,19 +64,13 @@ class Scorer:
         self, users: NDArray[np.integer], candidates: NDArray[np.integer] | None
     ) -> FloatArray:
         """Scores of each user's candidates ``(m, c)``, or of all items when there are none."""
-        parts, held = self.recommender, self.recommender.vectors.items
-        memory = parts.layout.memory_of(self.weights)
-        biases = parts.layout.biases_of(self.weights)[:, None]
-        dense = torch.from_numpy(parts.layout.dense_of(self.weights))
-        own = torch.from_numpy(self.states[users])
+        model, held = self.model, self.model.view.vectors.items
+        own, dense = torch.from_numpy(self.states[users]), torch.from_numpy(model.dense)
         full = np.full((len(users), self.n_items), -np.inf, np.float32)
         for start in range(0, held, _ITEMS_AT_ONCE):
             items = np.arange(start, min(held, start + _ITEMS_AT_ONCE))
-            table = torch.from_numpy(parts.vectors.gather(memory, items))
-            scores = parts.model.rank(own, table, dense).numpy()
-            if parts.biases is not None:
-                scores += parts.biases.gather(biases, items)[:, 0]
-            full[:, items] = scores
+            table = torch.from_numpy(model.rows(items))
+            full[:, items] = model.view.model.rank(own, table, dense).numpy() + model.biases(items)
         return full if candidates is None else np.take_along_axis(full, candidates, axis=1)
 
 
@@ -97,7 +87,7 @@ class Evaluator:
     """
 
     federation: Federation
-    cohorts: tuple[Cohort, ...]
+    cohorts: tuple[Cohort[RecommenderLearner], ...]
     absent: Int64Array
     split: Split
     run: Run
@@ -111,7 +101,7 @@ class Evaluator:
         """
         train, strongest = self.split.train, self.cohorts[0]
         histories = Histories(np.arange(train.n_users), train.indptr, train.items)
-        everyone = Cohort.of(strongest.trainer, histories)
+        everyone = Cohort.of(strongest.learner, histories)
         return self._measured(self.federation.tiers[0], everyone, weights, protocols)
 
     def own(self, weights: FloatArray, protocols: metrics.Protocols) -> tuple[Evaluation, ...]:
@@ -123,7 +113,7 @@ class Evaluator:
         holds_out = self.split.heldout.counts > 0
         measured = [
             self._measured(tier, cohort, weights, protocols)
-            if holds_out[cohort.histories.users].any()
+            if holds_out[cohort.users].any()
             else Evaluation.nobody()
             for tier, cohort in zip(self.federation.tiers, self.cohorts, strict=True)
         ]
@@ -136,15 +126,20 @@ class Evaluator:
         return tuple(measured)
 
     def _measured(
-        self, tier: Tier, cohort: Cohort, weights: FloatArray, protocols: metrics.Protocols
+        self,
+        tier: Tier,
+        cohort: Cohort[RecommenderLearner],
+        weights: FloatArray,
+        protocols: metrics.Protocols,
     ) -> Evaluation:
         view = tier.view(self.federation.prefix(weights, tier))
         key = int(rng_for(self.run.seed, "serving").integers(2**63))
-        fitted = cohort.serve(view, key, evaluation_functions(self.run.seed))
-        train, users = self.split.train, cohort.histories.users
+        draws = Draws(key, evaluation_functions(self.run.seed))
+        fitted = cohort.learner.serve(view, cohort.data, draws)
+        train, users = self.split.train, cohort.users
         states = np.zeros((train.n_users, fitted.shape[1]), np.float32)
         states[users] = fitted
-        scorer = Scorer(cohort.trainer.recommender, view, states, train.n_items)
+        scorer = Scorer(LocalModel(cohort.learner.view, view), states, train.n_items)
         return self._evaluated(scorer, protocols, users)
 
     def _evaluated(
@@ -251,7 +246,7 @@ class LabelQuestions(Questions):
 
 
 def predict(
-    questions: Questions, view: WideModel, weights: FloatArray, texts: Corpus, cuts: Sequence[int]
+    questions: Questions, model: LocalModel[Any], texts: Corpus, cuts: Sequence[int]
 ) -> Evaluation:
     """Answer all questions of some texts or examples by all neurons' scores.
 
@@ -260,17 +255,14 @@ def predict(
 
     Args:
         questions: what is asked.
-        view: the meaning of the weights.
-        weights: the shared vector in memory form.
+        model: with its weights.
         texts: what was held out.
         cuts: lengths of the list of best neurons.
     """
-    words, layout = view.vectors.items, view.layout
-    table = torch.from_numpy(view.vectors.gather(layout.memory_of(weights), np.arange(words)))
-    biases = torch.from_numpy(
-        view.biases.gather(layout.biases_of(weights)[:, None], np.arange(words))[:, 0]
-    )
-    dense = torch.from_numpy(layout.dense_of(weights).copy())
+    words = model.view.vectors.items
+    table = torch.from_numpy(model.rows(np.arange(words)))
+    biases = torch.from_numpy(model.biases(np.arange(words)))
+    dense = torch.from_numpy(model.dense.copy())
     most = min(max(cuts), words)
     positions = np.zeros(texts.n_users, np.int64)
     losses = np.zeros(texts.n_users)
@@ -279,7 +271,7 @@ def predict(
         for text in range(texts.n_users):
             tokens = texts.tokens[texts.indptr[text] : texts.indptr[text + 1]].astype(np.int64)
             tokens[tokens >= words] = UNKNOWN_ID
-            for hidden, wanted in questions.ask(view.model, tokens, table, dense):
+            for hidden, wanted in questions.ask(model.view.model, tokens, table, dense):
                 scores = torch.addmm(biases, hidden, table.T)
                 scores[:, UNKNOWN_ID] = -torch.inf
                 found, loss = _found(scores, wanted, most)

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.device.device import Device
-from privrec.device.round import Protection, Round
 from privrec.device.tier import Federation
+from privrec.device.update import Protection, Round
 from privrec.errors import PrivrecError, ReleaseRefused, UsageError
 from privrec.flower.wire import (
     CONFIRM,
@@ -29,7 +29,7 @@ from privrec.flower.wire import (
 )
 from privrec.privacy.events import RoundEvent
 from privrec.randomness import SecretRoot
-from privrec.run.assembly import trainer_of
+from privrec.run.assembly import learner_of
 from privrec.run.plan import Plan
 from privrec.scenario.load import Scenario
 from privrec.secagg.client import ClientSession, Policy
@@ -256,10 +256,10 @@ class Node:
 
     def _device(self, hosted: Hosted) -> Device:
         tier = self.federation.tiers[hosted.tier]
-        trainer = trainer_of(self.scenario, self.federation, tier)
+        learner = learner_of(self.scenario, self.federation, tier)
         state = _floats(self._kept_of(hosted).state)
         return Device(
-            hosted.user, hosted.history, tier, self.federation.weaker(tier), trainer,
+            hosted.user, hosted.history, tier, self.federation.weaker(tier), learner,
             self._protection, self.root, state,
         )  # fmt: skip
 

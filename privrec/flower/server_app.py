@@ -15,8 +15,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 
-from privrec.device.round import Protection, Round
-from privrec.device.update import Aggregate
+from privrec.device.update import Aggregate, Protection, Round
 from privrec.errors import BudgetError, PrivrecError, ReleaseRefused, UsageError
 from privrec.flower.app import scenario_of
 from privrec.flower.enrol import ServersWord, anchor_of

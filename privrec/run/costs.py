@@ -19,15 +19,12 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.flop_counter import FlopCounterMode
 
-from privrec.device.batch import Histories
-from privrec.device.device import Device, hash_functions, privatize
-from privrec.device.lessons import QUERIES
-from privrec.device.round import Protection, Round, model_digests
+from privrec.device.device import Cohort, Device, Learner
 from privrec.device.tier import Tier
-from privrec.device.train import Trainer
-from privrec.device.words import TextCohort
+from privrec.device.update import Protection, Round, model_digests
+from privrec.device.words import QUERIES, WordLearner
 from privrec.models.layout import Layout
-from privrec.models.next_word import sampled_loss
+from privrec.models.losses import sampled_loss
 from privrec.models.process_memory import (
     give_back_freed,
     peak_resident_bytes,
@@ -35,13 +32,13 @@ from privrec.models.process_memory import (
     resident_bytes,
 )
 from privrec.privacy.events import RoundEvent
-from privrec.privacy.mechanism import noise_seeds
 from privrec.randomness import SecretRoot
-from privrec.run.assembly import BYTES_A_COEFFICIENT, trainer_of, writers_of
+from privrec.run.assembly import BYTES_A_COEFFICIENT, learner_of
 from privrec.run.plan import Plan
 from privrec.scenario.load import Scenario
 from privrec.search.families import Shape
-from privrec.search.select import FOLD, SIGNATURE
+from privrec.search.index import SIGNATURE
+from privrec.search.select import FOLD
 from privrec.server.columns import ColumnServer, ServerView
 
 TIMEOUT_S = 120
@@ -85,7 +82,7 @@ def moved_on_request(plan: Plan, tier: Tier, sight: ServerView) -> dict[str, int
     }
 
 
-def of_output(cohort: TextCohort, scenario: Scenario, positions: int) -> dict[str, int]:
+def of_output(cohort: Cohort[WordLearner], scenario: Scenario, positions: int) -> dict[str, int]:
     """Return what the output layer takes of one device of a tier, in a round.
 
     Returns:
@@ -93,8 +90,7 @@ def of_output(cohort: TextCohort, scenario: Scenario, positions: int) -> dict[st
         scores of all positions; ``output_multiply_adds`` of scores and gradients, counted by torch;
         ``selection_multiply_adds`` of choosing the neurons.
     """
-    trainer = cohort.trainer
-    neurons, dim = trainer.output.budget, trainer.language.vectors.dim
+    neurons, dim = cohort.learner.output.size, cohort.learner.view.vectors.dim
     rows = torch.zeros(neurons, dim, requires_grad=True)
     biases = torch.zeros(neurons, requires_grad=True)
     hidden = torch.zeros(positions, dim, requires_grad=True)
@@ -107,16 +103,15 @@ def of_output(cohort: TextCohort, scenario: Scenario, positions: int) -> dict[st
         "output_neurons": neurons,
         "output_bytes": 2 * (rows.nbytes + biases.nbytes) + 2 * scores,
         "output_multiply_adds": counter.get_total_flops() // 2,
-        "selection_multiply_adds": _selection(cohort, scenario),
+        "selection_multiply_adds": _selection(cohort.learner, scenario),
     }
 
 
-def _selection(cohort: TextCohort, scenario: Scenario) -> int:
+def _selection(learner: WordLearner, scenario: Scenario) -> int:
     """Multiply-adds of a device that chooses its neurons, in one round."""
-    trainer = cohort.trainer
-    selector, items = trainer.practice.selector, trainer.language.vectors.items
-    width = trainer.language.vectors.dim + 1
-    if selector is None or not trainer.output.selected:
+    output, vectors, selector = learner.output, learner.view.vectors, learner.settings.selector
+    items, width = vectors.items, vectors.dim + 1
+    if not output.selected:
         return 0
     if scenario.train.scheme == "requested":
         shape = ColumnServer().shape(items)
@@ -125,23 +120,20 @@ def _selection(cohort: TextCohort, scenario: Scenario) -> int:
         return QUERIES * items * width
     if selector == "hamming":
         return (items + QUERIES) * width * SIGNATURE
-    bits = Shape(max(1, round(np.log2(max(2, items * _TABLES / (2 * trainer.output.budget))))))
+    bits = Shape(max(1, round(np.log2(max(2, items * _TABLES / (2 * output.size))))))
     # A fold adds before it multiplies, so only as many numbers are multiplied as it has.
     folded = min(width, FOLD) if selector == "pghash" else width
     return (items + QUERIES) * folded * bits.bits * _TABLES
 
 
-def longest(cohort: TextCohort) -> NDArray[np.int32]:
-    """Return the longest text of a tier's devices, in words that the tier holds."""
-    histories = cohort.histories
-    text = histories.select(np.array([int(histories.lengths.argmax())])).items
-    held = cohort.trainer.language.vectors.items
-    return np.where(text < held, text, 0).astype(np.int32)
+def longest(cohort: Cohort[Any]) -> NDArray[np.int32]:
+    """Return the longest data of a tier's devices, as far as the tier holds it."""
+    return cohort.data.of(int(cohort.data.lengths.argmax()))
 
 
-def positions_of(cohort: TextCohort) -> int:
+def positions_of(cohort: Cohort[WordLearner]) -> int:
     """Return the positions, or examples, that a device with much data trains on in a round."""
-    return max(1, cohort.trainer.lesson(longest(cohort), 0, 0).positions)
+    return max(1, cohort.learner.batch(longest(cohort), 0, 0).positions)
 
 
 # --------------------------------------------------------------------------- peak memory
@@ -161,12 +153,10 @@ def peak_bytes(
         weights: the tier's prefix of the model, which is what it is sent.
         history: the device's items; the longest one tells the worst case.
     """
-    if tier.recommender.biases is None or not hasattr(tier.recommender.model, "shortest"):
-        learner: Any = trainer_of(plan.scenario, plan.federation, tier)
-    else:
-        nobody = Histories(np.array([0]), np.array([0, 0]), history[:0])
-        learner = writers_of(plan.scenario, tier, nobody).trainer
+    learner = learner_of(plan.scenario, plan.federation, tier)
     given = (tier, plan.federation.weaker(tier), plan.protection, learner, weights)
+    if len(history) < 2:  # a text of one word has no next one
+        history = np.resize(history, 2)
     # A first round on two items loads what the libraries load on their first call.
     rounds = [pickle.dumps((*given, each)) for each in (history[:2], history)]
     try:
@@ -196,25 +186,14 @@ def _peak(rounds: list[bytes]) -> int:
 
 
 def _round(
-    tier: Tier, weaker: tuple[Layout, ...], protection: Protection, learner: Any,
+    tier: Tier, weaker: tuple[Layout, ...], protection: Protection, learner: Learner,
     weights: NDArray[np.float32], history: NDArray[np.int32],
 ) -> None:  # fmt: skip
-    root, layouts = SecretRoot.known(b"measures itself"), (tier.layout, *weaker)
-    digests = model_digests(weights, layouts)
+    root = SecretRoot.known(b"measures itself")
+    digests = model_digests(weights, (tier.layout, *weaker))
     round = Round("footprint", 0, 0, RoundEvent("none", 0.0, 1.0), "", digests)
-    if isinstance(learner, Trainer):
-        device = Device(0, history, tier, weaker, learner, protection, root)
-        device.upload(round, device.answer(round, weights, 0))
-        return
-    one = np.resize(history, max(2, len(history)))  # a text of one word has no next one
-    cohort = TextCohort(learner, Histories(np.array([0]), np.array([0, len(one)]), one))
-    streams = hash_functions(root, round)
-    for _, trained in cohort.train(tier.view(weights), np.array([0]), 0, streams):
-        coins = root.stream("rounding")
-        bounded = privatize(tier.lift(trained.update), protection, round, tier, weaker, coins)
-        shares = protection.shares
-        seeds = () if shares is None else noise_seeds(root, len(layouts), *round.context, 0)
-        bounded.upload(layouts, shares, seeds)
+    device = Device(0, history, tier, weaker, learner, protection, root)
+    device.upload(round, device.answer(round, weights, 0))
 
 
 if __name__ == "__main__":

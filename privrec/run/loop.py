@@ -21,8 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from privrec.device.round import Round, digest
-from privrec.device.update import Aggregate
+from privrec.device.update import Aggregate, Round, digest
 from privrec.errors import BudgetError, Interrupted, PrivrecError, ReleaseRefused
 from privrec.privacy.events import Adversary, epsilon
 from privrec.privacy.ledger import Ledger

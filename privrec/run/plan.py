@@ -20,28 +20,23 @@ from numpy.typing import NDArray
 import privrec
 from privrec.data import Interactions
 from privrec.data.text import Corpus
-from privrec.device.round import Protection
 from privrec.device.tier import Federation
+from privrec.device.update import Protection
 from privrec.device.words import RowServer
 from privrec.errors import IntegrityError, ScenarioError, UsageError
 from privrec.models.layout import band_sizes
+from privrec.models.losses import LOSSES
 from privrec.privacy.events import RoundEvent
 from privrec.privacy.population import PopulationBalance
-from privrec.randomness import SecretRoot
-from privrec.run.assembly import (
-    assign,
-    cohorts_of,
-    completion_of,
-    federation_of,
-    initial_weights,
-    optimizer_of,
-)
+from privrec.randomness import SecretRoot, rng_for
+from privrec.run.assembly import assign, cohorts_of, federation_of, local_lr
 from privrec.run.privacy_plan import example_event, plan_privacy, release_event
 from privrec.run.simulation import Simulation
 from privrec.run.summing import Enrolled
-from privrec.scenario.load import Scenario
+from privrec.scenario.load import Scenario, Train
 from privrec.secagg.client import Policy
-from privrec.server.server import RoundPlan, Server
+from privrec.server.optimizer import OPTIMIZERS, FedAdam, Optimizer, Schedule, Sgd
+from privrec.server.server import Completion, Implicit, RoundPlan, Server
 
 
 @dataclass(frozen=True)
@@ -122,9 +117,31 @@ class Plan:
             average=scenario.train.average,
             examples=example_event(scenario),
         )
-        weights = initial_weights(federation, scenario.model.init_std, scenario.run.seed)
-        completion, optimizer = completion_of(scenario, federation), optimizer_of(scenario.train)
-        return Server(rounds, weights, completion, optimizer)
+        # Gaussian item vectors (hence Gaussian coefficients), zero biases, Glorot dense weights.
+        layout, rng = federation.layout, rng_for(scenario.run.seed, "weights")
+        weights = np.zeros(layout.size, np.float32)
+        layout.dense_of(weights)[...] = federation.tiers[0].recommender.model.initial_dense(rng)
+        memory = layout.memory_of(weights)
+        memory[...] = rng.normal(0, scenario.model.init_std, memory.shape)
+        return Server(rounds, weights, self._completion(), _optimizer(scenario.train))
+
+    def _completion(self) -> Completion:
+        scenario, federation, train = self.scenario, self.federation, self.scenario.train
+        implicit = None
+        if LOSSES[train.loss].implicit:
+            implicit = Implicit(
+                train.unobserved_weight,
+                train.item_l2,
+                train.gram_rate,
+                tuple(local_lr(scenario, federation, tier) for tier in federation.tiers),
+                train.server_optimizer == "newton",
+            )
+        return Completion(
+            federation,
+            implicit,
+            by_contributors=scenario.devices.aggregation == "contributors",
+            overwrites=scenario.devices.aggregation == "fair_averaging",
+        )
 
     def simulate(
         self, train: Interactions | Corpus, devices: SecretRoot, served: RowServer | None = None
@@ -182,6 +199,16 @@ def _members(federation: Federation, users: int) -> tuple[int, ...]:
 def _holders(members: tuple[int, ...]) -> list[int]:
     holders: list[int] = np.cumsum(members)[::-1].tolist()
     return holders
+
+
+def _optimizer(train: Train) -> Optimizer:
+    kind = OPTIMIZERS[train.server_optimizer]
+    own: dict[type[Optimizer], dict[str, Any]] = {
+        Sgd: {"momentum": train.momentum},
+        FedAdam: {"beta1": train.beta1, "beta2": train.beta2, "eps": train.adam_eps},
+    }
+    schedule = Schedule(train.schedule, train.rounds, train.warmup_rounds)
+    return kind(train.server_lr, schedule, train.weight_decay, **own.get(kind, {}))
 
 
 @dataclass(frozen=True)

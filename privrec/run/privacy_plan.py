@@ -11,7 +11,7 @@ from functools import lru_cache, partial
 
 from scipy.stats import binom
 
-from privrec.device.round import SMALL_RING_BITS, Protection
+from privrec.device.update import SMALL_RING_BITS, Protection
 from privrec.errors import UsageError
 from privrec.privacy.calibrate import noise_multiplier_for
 from privrec.privacy.closeness import Crowd, check_small_cohorts, small_cohort_delta

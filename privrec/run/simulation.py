@@ -9,13 +9,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.device.cohort import Cohort
-from privrec.device.device import Device, hash_functions, noise_roots, privatize
-from privrec.device.examples import Deferred
-from privrec.device.round import Protection, Round, digest
-from privrec.device.tier import Federation, Tier
-from privrec.device.update import Aggregate, BoundedUpdate
-from privrec.errors import UsageError
+from privrec.device.device import Cohort, Deferred, Device, Draws, privatize
+from privrec.device.tier import Federation, LocalModel, Tier
+from privrec.device.update import Aggregate, BoundedUpdate, Protection, Round, digest
 from privrec.randomness import SecretRoot, rng_for
 from privrec.run.summing import SUMMING, Enrolled, Participant
 from privrec.secagg.server import Stage
@@ -67,7 +63,7 @@ class Simulation:
     """
 
     federation: Federation
-    cohorts: tuple[Any, ...]
+    cohorts: tuple[Cohort[Any], ...]
     population: int
     protection: Protection
     enrolled: Enrolled
@@ -175,8 +171,7 @@ class Simulation:
         if self.engine == "device":
             yield from self._one_by_one(round, view, tier, rows, key)
             return
-        functions, noise = hash_functions(self.root, round), noise_roots(self.root, round)
-        for batch, trained in cohort.train(view, rows, key, functions, noise):
+        for batch, trained in cohort.train(view, rows, Draws.of(self.root, round, key)):
             self.deferred += trained.deferred
             before, users = digest(cohort.states[batch]), cohort.users[batch]
             coins = self.root.stream("rounding", *round.context, users.tobytes(), before)
@@ -188,18 +183,14 @@ class Simulation:
     def _one_by_one(
         self, round: Round, view: FloatArray, tier: Tier, rows: NDArray[np.int64], key: int
     ) -> Iterator[Answers]:
-        cohort = self.cohorts[tier.index]
-        if not isinstance(cohort, Cohort):
-            raise UsageError('run.engine = "device": texts are trained by "cohort" alone; use it')
-        unobserved = cohort.trainer.unobserved(view)
-        for row in rows:
-            mine = cohort.histories.select(np.array([row]))
+        cohort, draws = self.cohorts[tier.index], Draws.of(self.root, round, key)
+        model = LocalModel(cohort.learner.view, view)
+        for row in rows.tolist():
             device = Device(
-                int(mine.users[0]), mine.items, tier, self.federation.weaker(tier),
-                cohort.trainer, self.protection, self.root, cohort.states[row].copy(),
+                int(cohort.users[row]), cohort.data.of(row), tier, self.federation.weaker(tier),
+                cohort.learner, self.protection, self.root, cohort.states[row].copy(),
             )  # fmt: skip
-            noise = noise_roots(self.root, round)
-            trained = device.train(view, key, unobserved, device.functions(round), noise)
+            trained = device.train(model, draws)
             self.deferred += trained.deferred
-            yield mine.users, device.protect(round, trained), trained.losses
+            yield cohort.users[[row]], device.protect(round, trained), trained.losses
             cohort.states[row] = device.state

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 import privrec
-from privrec.device.round import digest
 from privrec.device.tier import Federation
+from privrec.device.update import digest
 from privrec.errors import IntegrityError, UsageError
 from privrec.evaluate.metrics import Evaluation
 from privrec.privacy.events import Accountant, Adversary, epsilon

@@ -22,8 +22,8 @@ from privrec import data
 from privrec.data import Interactions, Split
 from privrec.data.labels import load_labels
 from privrec.data.text import UNKNOWN_ID, TextSplit, load_text
-from privrec.device.round import digest
-from privrec.device.tier import Tier
+from privrec.device.tier import LocalModel, Tier
+from privrec.device.update import digest
 from privrec.errors import DataError, IntegrityError, UsageError
 from privrec.evaluate import evaluator, metrics
 from privrec.evaluate.evaluator import Evaluator, LabelQuestions, Questions, WordQuestions
@@ -239,8 +239,7 @@ class Task(ABC, Generic[S]):
         return {**facts, "device_peak_bytes": peak}
 
     def _peak(self, plan: Plan, devices: Simulation, tier: Tier, weights: FloatArray) -> int | None:
-        histories = devices.cohorts[tier.index].histories
-        longest = histories.select(np.array([histories.lengths.argmax()])).items
+        longest = costs.longest(devices.cohorts[tier.index])
         return costs.peak_bytes(plan, tier, plan.federation.prefix(weights, tier), longest)
 
 
@@ -363,8 +362,8 @@ class WideTask(Task[TextSplit]):
         """See :meth:`Task.evaluate`: everything that was held out, by the whole softmax."""
         tier = plan.federation.tiers[0]
         view = tier.view(plan.federation.prefix(weights, tier))
-        cuts, model = self.scenario.run.top_k, tier.recommender
-        return evaluator.predict(self.questions, model, view, self.split.heldout, cuts)
+        model, cuts = LocalModel(tier.recommender, view), self.scenario.run.top_k
+        return evaluator.predict(self.questions, model, self.split.heldout, cuts)
 
     def baseline(self, name: str) -> dict[str, float]:
         """See :meth:`Task.baseline`: the commonest words, which is what popularity comes to."""
@@ -402,9 +401,9 @@ class WideTask(Task[TextSplit]):
         To it, they are a whole vocabulary.
         """
         prefix = plan.federation.prefix(weights, tier)
-        text = costs.longest(devices.cohorts[tier.index])
         if self.columns is None:
-            return costs.peak_bytes(plan, tier, prefix, text)
+            return super()._peak(plan, devices, tier, weights)
+        text = costs.longest(devices.cohorts[tier.index])
         neurons = round(self.scenario.train.budget * self.items)
         small = self.scenario.with_settings(
             {"train.scheme": None, "train.loss": "full_softmax", "train.selector": "each"}

@@ -8,9 +8,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.device.round import Protection, Round, digest, model_digests
 from privrec.device.tier import Federation, Tier
-from privrec.device.update import Aggregate
+from privrec.device.update import Aggregate, Protection, Round, digest, model_digests
 from privrec.models.layout import bands, from_wire, to_wire
 from privrec.models.losses import curvature, pressure
 from privrec.privacy.events import RoundEvent

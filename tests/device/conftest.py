@@ -14,7 +14,7 @@ import torch
 from privrec.device.batch import Histories
 from privrec.device.cohort import Cohort
 from privrec.device.device import Device
-from privrec.device.round import Protection, Round, model_digests
+from privrec.device.update import Protection, Round, model_digests
 from privrec.device.tier import Tier
 from privrec.device.train import Recommender, Settings, Trained, Trainer
 from privrec.device.update import RawUpdate

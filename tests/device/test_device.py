@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from privrec.device.round import digest
+from privrec.device.update import digest
 from privrec.errors import ReleaseRefused
 from privrec.secagg.ring import Encoding
 

@@ -13,7 +13,7 @@ import pytest
 from privrec.device.batch import Histories
 from privrec.device.cohort import TOLERANCE, Cohort
 from privrec.device.device import Device
-from privrec.device.round import Protection, Round, model_digests
+from privrec.device.update import Protection, Round, model_digests
 from privrec.device.tier import Tier
 from privrec.device.train import Trained
 from privrec.device.update import Address, BoundedUpdate, RawUpdate

@@ -17,7 +17,7 @@ from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable, Table
 from privrec.errors import UsageError
 from privrec.models.layout import Layout
-from privrec.models.next_word import NextWord
+from privrec.models.words import NextWord
 from privrec.randomness import SecretRoot, SecureStream, rng_for
 from privrec.secagg.ring import Encoding
 

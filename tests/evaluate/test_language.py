@@ -16,7 +16,7 @@ from privrec.evaluate.evaluator import LabelQuestions, WordQuestions, commonest,
 from privrec.evaluate.metrics import Evaluation
 from privrec.models.extreme import WordBag
 from privrec.models.layout import Layout
-from privrec.models.next_word import NextWord
+from privrec.models.words import NextWord
 from privrec.randomness import rng_for
 
 WORDS, DIM = 30, 8

@@ -14,7 +14,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from safetensors.numpy import load_file, save_file
 
-from privrec.device.round import digest
+from privrec.device.update import digest
 from privrec.errors import BudgetError, IntegrityError, PrivrecError, ReleaseRefused, UsageError
 from privrec.privacy.events import epsilon
 from privrec.privacy.ledger import Ledger

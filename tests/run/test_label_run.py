@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from parts import assemble
+from privrec.device.lessons import Bags
 from small_runs import Silent, Stop, make_scenario, run_once, weights
 
 from privrec.cli.main import main
 from privrec.cli.plan import coefficients
 from privrec.data.labels import load_labels
-from privrec.device.lessons import Bags
 from privrec.errors import Interrupted, ScenarioError
 from privrec.randomness import SecretRoot
 from privrec.report.build import build

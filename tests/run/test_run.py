@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from privrec.device.round import Round
+from privrec.device.update import Round
 from privrec.errors import (
     BudgetError,
     DataError,

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy import stats
-
 from privrec.device.batch import Histories
 from privrec.device.cohort import TOLERANCE, Cohort
-from privrec.device.device import Device
-from privrec.device.round import Protection, Round, model_digests
-from privrec.device.tier import Federation, Tier
 from privrec.device.train import Recommender, Settings, Trainer
+from scipy import stats
+
+from privrec.device.device import Device
+from privrec.device.tier import Federation, Tier
+from privrec.device.update import Protection, Round, model_digests
 from privrec.embedding.nested import nested
 from privrec.embedding.subspace import Subspace
 from privrec.models.layout import Layout

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from privrec.device.round import Protection, Round
+from privrec.device.update import Protection, Round
 from privrec.device.tier import Federation, Tier
 from privrec.device.train import Recommender
 from privrec.device.update import Aggregate

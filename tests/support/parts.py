@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from privrec.device.batch import Histories
-from privrec.device.cohort import Cohort
+from privrec.device.device import Cohort
+from privrec.device.samples import Histories
 from privrec.device.tier import Federation
 from privrec.randomness import SecretRoot
 from privrec.run.plan import Plan
@@ -32,11 +32,11 @@ class Parts:
         return self.plan.federation
 
     @property
-    def everyone(self) -> Cohort:
+    def everyone(self) -> Cohort[Any]:
         """All users with the whole memory, as an evaluation has them."""
         train = self.train
         histories = Histories(np.arange(train.n_users), train.indptr, train.items)
-        return Cohort.of(self.simulation.cohorts[0].trainer, histories)
+        return Cohort.of(self.simulation.cohorts[0].learner, histories)
 
 
 def assemble(
