@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from privrec.device.update import Round
-from privrec.device.update import Aggregate
+from privrec.device.update import Aggregate, Round
 from privrec.errors import BudgetError, IntegrityError, ReleaseRefused, UsageError
 from privrec.privacy import population
 from privrec.privacy.events import RoundEvent, epsilon
