@@ -78,7 +78,7 @@ def test_a_device_that_selects_alone_sends_the_server_nothing_but_its_update(
         used.append(words[4].bytes(8))
         return select(*words, **named)
 
-    monkeypatch.setattr("privrec.device.words.select", spied)
+    monkeypatch.setattr("privrec.device.samples.select", spied)
     collected()
     assert not asked
     # Every device has functions of its own.

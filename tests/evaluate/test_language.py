@@ -9,23 +9,20 @@ import torch
 from privrec.data.extreme import Invented
 from privrec.data.labels import dealt, examples_in
 from privrec.data.text import UNKNOWN, Corpus
-from privrec.device.words import WideModel
+from privrec.device.tier import LocalModel, ModelView
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable, Table
 from privrec.evaluate.evaluator import LabelQuestions, WordQuestions, commonest, predict
 from privrec.evaluate.metrics import Evaluation
-from privrec.models.extreme import WordBag
-from privrec.models.layout import Layout
-from privrec.models.words import NextWord
+from privrec.models.words import NextWord, WordBag
 from privrec.randomness import rng_for
 
 WORDS, DIM = 30, 8
 MODEL = NextWord(DIM, 2, 10, 1, 4)
 
 
-def language(table: Table) -> WideModel:
-    biases = PlainTable.of(WORDS, 1, block=1)
-    return WideModel(MODEL, table, biases, Layout(MODEL.dense, table.slots, 4, WORDS))
+def language(table: Table) -> ModelView[NextWord]:
+    return ModelView.of(MODEL, table, PlainTable.of(WORDS, 1, block=1))
 
 
 def texts(*lengths: int) -> Corpus:
@@ -35,13 +32,15 @@ def texts(*lengths: int) -> Corpus:
     return Corpus(tuple(map(str, lengths)), bounds, tokens, words)
 
 
-def weights(of: WideModel) -> np.ndarray:
+def weights(of: ModelView[NextWord]) -> np.ndarray:
     found = rng_for(1, "weights").normal(0, 0.5, of.layout.size).astype(np.float32)
     of.layout.dense_of(found)[...] = MODEL.initial_dense(rng_for(2, "dense"))
     return found
 
 
-def one_by_one(of: WideModel, vector: np.ndarray, tokens: np.ndarray, cut: int) -> tuple[int, int]:
+def one_by_one(
+    of: ModelView[NextWord], vector: np.ndarray, tokens: np.ndarray, cut: int
+) -> tuple[int, int]:
     rows = torch.from_numpy(of.vectors.gather(of.layout.memory_of(vector), np.arange(WORDS)))
     biases = torch.from_numpy(of.layout.biases_of(vector))
     dense = torch.from_numpy(of.layout.dense_of(vector))
@@ -64,7 +63,7 @@ def one_by_one(of: WideModel, vector: np.ndarray, tokens: np.ndarray, cut: int) 
 def test_predictions_are_what_a_loop_finds(table: Table) -> None:
     of, corpus = language(table), texts(2, 9, 300, 31)
     vector = weights(of)
-    found = predict(WordQuestions(), of, vector, corpus, (1, 3))
+    found = predict(WordQuestions(), LocalModel(of, vector), corpus, (1, 3))
     for text in range(4):
         tokens = corpus.tokens[corpus.indptr[text] : corpus.indptr[text + 1]]
         for cut in (1, 3):
@@ -77,12 +76,12 @@ def test_labels_are_found_as_a_loop_finds_them() -> None:
     model, examples = WordBag(16, DIM), Invented(99, WORDS - 1, 5, 2.5, 3).examples(30)
     corpus = dealt(examples, 10)
     table, biases = PlainTable.of(WORDS, DIM, block=4), PlainTable.of(WORDS, 1, block=1)
-    of = WideModel(model, table, biases, Layout(model.dense, table.slots, 4, WORDS))
+    of = ModelView.of(model, table, biases)
     vector = rng_for(1, "weights").normal(0, 0.5, of.layout.size).astype(np.float32)
     rows, shifts = of.layout.memory_of(vector).reshape(WORDS, DIM), of.layout.biases_of(vector)
     dense = torch.from_numpy(of.layout.dense_of(vector))
     for held in (corpus, corpus.renumbered(np.arange(WORDS), 12)):
-        found = predict(LabelQuestions(), of, vector, held, (1, 3))
+        found = predict(LabelQuestions(), LocalModel(of, vector), held, (1, 3))
         hits, counted = dict.fromkeys((1, 3), 0.0), 0
         whole = examples_in(held.tokens).hashed(16)
         for one in (whole.take(np.array([row])) for row in range(30)):
@@ -113,7 +112,8 @@ def test_the_commonest_labels_are_the_baseline_of_labels() -> None:
 def test_a_model_that_is_no_number_or_constant_earns_nothing() -> None:
     of = language(PlainTable.of(WORDS, DIM, block=4))
     for vector in (weights(of) * np.float32(np.nan), weights(of) * 0):
-        assert predict(WordQuestions(), of, vector, texts(50), (1,)).summary()["accuracy@1"] == 0
+        found = predict(WordQuestions(), LocalModel(of, vector), texts(50), (1,))
+        assert found.summary()["accuracy@1"] == 0
 
 
 def test_intervals_hold_the_figure_and_shrink_with_texts() -> None:

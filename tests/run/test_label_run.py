@@ -17,6 +17,7 @@ from privrec.cli.main import main
 from privrec.cli.plan import coefficients
 from privrec.data.labels import load_labels
 from privrec.errors import Interrupted, ScenarioError
+from privrec.models.words import Bags
 from privrec.randomness import SecretRoot
 from privrec.report.build import build
 from privrec.report.render import write
@@ -122,13 +123,13 @@ def test_a_device_with_little_room_knows_the_common_labels_alone() -> None:
     split = split.renumbered(np.concatenate(([0], order[order != 0])))
     parts = assemble(of, split.train, "run", SecretRoot.known(b"d"))
     weak = parts.simulation.cohorts[1]
-    held = weak.trainer.language.vectors.items
+    held = weak.learner.view.vectors.items
     assert held < LABELS
     for row in range(len(weak.users)):
-        lesson = weak.trainer.lesson(weak._text(row), 0, 0)
-        assert isinstance(lesson, Bags)
-        assert len(lesson.examples.features)
-        assert lesson.own.max(initial=0) < held
+        batch = weak.learner.batch(weak.data.of(row), 0, 0)
+        assert isinstance(batch, Bags)
+        assert len(batch.examples.features)
+        assert batch.own.max(initial=0) < held
 
 
 @pytest.mark.parametrize("more", [(), ("data.vocabulary=40",)])

@@ -14,15 +14,15 @@ from small_runs import Silent, Stop, make_scenario, run_once, weights
 
 from privrec.cli.plan import coefficients
 from privrec.data.text import load_text
-from privrec.device.device import hash_functions
-from privrec.errors import Interrupted, ScenarioError, UsageError
+from privrec.device.device import Draws
+from privrec.errors import Interrupted, ScenarioError
 from privrec.privacy.events import RoundEvent, epsilon
 from privrec.privacy.ledger_index import PREPARATION
 from privrec.randomness import SecretRoot
 from privrec.report.build import build
 from privrec.report.render import write
 from privrec.run import lifecycle
-from privrec.run.assembly import federation_of, language_of
+from privrec.run.assembly import federation_of
 from privrec.run.costs import of_output
 from privrec.run.lifecycle import with_rows
 from privrec.run.task import NextWords
@@ -296,15 +296,12 @@ def test_other_learners_and_other_data_do_not_mix() -> None:
         Scenario.from_toml(plain, ["train.scheme=requested"])
     with pytest.raises(ScenarioError, match=r"data\.vocabulary"):
         Scenario.from_toml(plain, ["data.vocabulary=30"])
-    recommender = Scenario.from_toml(plain)
-    with pytest.raises(UsageError, match="next_word"):
-        language_of(federation_of(recommender, 30).tiers[0])
 
 
 def test_hash_functions_of_devices_differ() -> None:
     of = scenario()
     parts = assemble(of, load_text(of.data).train, "run", SecretRoot.known(b"d"))
-    functions = hash_functions(SecretRoot.known(b"d"), parts.server.next_round(0))
+    functions = Draws.of(SecretRoot.known(b"d"), parts.server.next_round(0), 0).functions
     assert functions(1).bytes(8) != functions(2).bytes(8)
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from privrec import data
 from privrec.data import Interactions
+from privrec.device.tier import LocalModel
 from privrec.errors import IntegrityError, UnknownIdError, UsageError
 from privrec.evaluate.evaluator import Scorer
 from privrec.privacy.ledger import Ledger
@@ -266,12 +267,12 @@ def test_a_scan_is_what_scoring_the_whole_catalogue_gives(
         federation = federation_of(scenario, train.n_items)
         weights = read_model(trained, federation, train.n_items, ledger.ended)
     tier = federation.tiers[0]
-    view, rng = tier.view(weights), np.random.default_rng(0)
+    model, rng = LocalModel(tier.recommender, tier.view(weights)), np.random.default_rng(0)
     for _ in range(20):
         state = rng.standard_normal(tier.recommender.model.user_dim).astype(np.float32)
-        scores = Scorer(tier.recommender, view, state[None], train.n_items)(np.array([0]), None)[0]
+        scores = Scorer(model, state[None], train.n_items)(np.array([0]), None)[0]
         history = rng.permutation(train.n_items)[:6]
-        items, values = answer(tier.recommender, view, state, 10, history)
+        items, values = answer(model, state, 10, history)
         scores[history] = -np.inf
         np.testing.assert_array_equal(items, np.argsort(-scores, kind="stable")[:10])
         np.testing.assert_allclose(values, scores[items], rtol=1e-4, atol=1e-5)

@@ -225,10 +225,10 @@ def test_what_devices_upload_adds_up_to_the_sum() -> None:
     total = np.zeros(federation.layout.size, np.int64)
     seeds = set()
     for tier, cohort in zip(federation.tiers, simulation.cohorts, strict=True):
-        for row, user in enumerate(cohort.histories.users.tolist()):
+        for row, user in enumerate(cohort.users.tolist()):
             device = Device(
-                user, cohort.histories.select(np.array([row])).items, tier,
-                federation.weaker(tier), cohort.trainer, simulation.protection, simulation.root,
+                user, cohort.data.of(row), tier,
+                federation.weaker(tier), cohort.learner, simulation.protection, simulation.root,
             )  # fmt: skip
             answer = device.answer(round, federation.prefix(server.weights, tier), key)
             sent = device.upload(round, answer).integers

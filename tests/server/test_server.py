@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from privrec.device.update import Protection, Round
-from privrec.device.tier import Federation, Tier
-from privrec.device.train import Recommender
-from privrec.device.update import Aggregate
+from privrec.device.tier import Federation, ModelView, Tier
+from privrec.device.update import Aggregate, Protection, Round
 from privrec.embedding.nested import nested
 from privrec.embedding.table import PlainTable
 from privrec.models.layout import Layout
@@ -48,7 +46,7 @@ def make_server(
 def plain_federation(size: int) -> Federation:
     """One tier, whose vector is a memory of so many numbers."""
     table = PlainTable.of(size, 1, block=1)
-    parts = Recommender(NCF.of("gmf", 1, ()), table, None, Layout(0, size, 1, 0))
+    parts = ModelView(NCF.of("gmf", 1, ()), table, None, Layout(0, size, 1, 0))
     return Federation((Tier(0, 1.0, 1.0, 1.0, parts, nested(table, "rows", [0]), None),))
 
 
