@@ -70,7 +70,7 @@ def start(
     directory.refuse_taken(out)
     if population is not None:
         check_lifetime(population, scenario, known=unsafe_noise_key is not None)
-    task, plan = _planned(scenario, data_dir)
+    task, plan = check(scenario, data_dir)
     identity = Identity.new(scenario, task.describe(), data_dir, unsafe_noise_key)
     with directory.beginning(out, plan, identity, population) as (folder, ledger):
         server_root, devices_root = identity.root("server"), identity.root("devices")
@@ -116,17 +116,13 @@ def resume(out: Path, *, data_dir: Path | None = None, observer: Observer) -> Re
         return loop.run(position, resumed=True)
 
 
-def check(scenario: Scenario, data_dir: Path | None) -> None:
-    """Refuse, before anything is charged, a scenario that cannot be run or measured on its data.
+def check(scenario: Scenario, data_dir: Path | None) -> tuple[Task[Any], Plan]:
+    """Load and plan a scenario; refuse, before a charge, what cannot be run or measured.
 
     Raises:
         UsageError: when a baseline cannot be had, or the data is not of the declared size.
         DataError: when the data is malformed, or holds out nothing to measure on.
     """
-    _planned(scenario, data_dir)
-
-
-def _planned(scenario: Scenario, data_dir: Path | None) -> tuple[Task[Any], Plan]:
     task = load_task(scenario, data_dir)
     plan = task.plan()
     task.check()
@@ -185,9 +181,8 @@ class SimulatedLoop(Loop):
 
     def save(self) -> None:
         """See :meth:`Loop.save`."""
-        states, digest = self.transport.states, self.task.digest
-        clocks = self.wall_s, self.cpu_s
-        checkpoint.save(self.out, self.identity, self.ledger, self.server, states, digest, *clocks)
+        mine = self.transport.states, self.task.digest, self.wall_s, self.cpu_s
+        checkpoint.save(self.out, self.identity, self.ledger, self.server, *mine)
 
     def accuracy(self) -> dict[str, float] | None:
         """See :meth:`Loop.accuracy`."""
@@ -215,8 +210,8 @@ class SimulatedLoop(Loop):
         measured = [whole, summary.together(own)] if plan.scenario.devices.tiers else [whole]
         tiers = []
         for tier, mine in zip(plan.federation.tiers, own, strict=False):
-            cost = partial(task.cost, plan, devices, tier, weights)
-            facts = self.attempt(f"costs of tier {tier.index + 1}", cost)
+            measure = partial(task.cost, plan, devices, tier, weights)
+            facts = self.attempt(f"costs of tier {tier.index + 1}", measure)
             tiers.append({**(facts or costs.of_tier(plan, tier)), **mine.summary()})
         if absent := plan.federation.absent:
             idle = {"capacity": 0.0, "share": absent, "weight": 0.0}
