@@ -33,7 +33,7 @@ from privrec.run import lifecycle
 from privrec.run.recommend import recommend
 from privrec.run.record import Observer
 from privrec.scenario.load import Scenario, load
-from privrec.search import families, index
+from privrec.search import families, select
 
 SCENARIO = """
 name = "over-flower"
@@ -402,7 +402,7 @@ def test_hash_functions_and_what_they_found_are_in_no_message_of_a_whole_run(
         secrets.append(msgpack.packb(chosen.items.tolist()))
         return chosen
 
-    for module in (families, index):
+    for module in (families, select):
         monkeypatch.setattr(module, "signature", watched_functions)
     monkeypatch.setattr(samples, "select", watched_choice)
     folder = app_folder(tmp_path, SELECTIVE)
