@@ -83,19 +83,21 @@ class Plan:
 
     @cached_property
     def assigned(self) -> NDArray[np.int64]:
-        """The tier of each user, see :func:`privrec.run.assembly.assign`.
+        """The tier of each user, see :func:`privrec.run.assembly.assign`."""
+        return assign(self.users, self.federation, self.scenario.run.seed)
+
+    def check_tiers(self) -> None:
+        """Refuse tiers that no user would be of.
 
         Raises:
-            UsageError: when nobody would be of some tier.
+            UsageError: when there is such a tier.
         """
-        assigned = assign(self.users, self.federation, self.scenario.run.seed)
         for tier in self.federation.tiers:
-            if tier.index not in assigned:
+            if tier.index not in self.assigned:
                 raise UsageError(
                     f"devices.tiers: the share {tier.share:g} of {self.users} users is nobody; "
                     "raise the share, or leave the tier out"
                 )
-        return assigned
 
     @property
     def charges(self) -> Counter[RoundEvent]:
@@ -152,9 +154,6 @@ class Plan:
             train: what each of them trains on.
             devices: their secret root.
             served: the server's tables, where devices ask it for neurons.
-
-        Raises:
-            UsageError: when nobody would be of some tier.
         """
         scenario = self.scenario
         policy = Policy(scenario.devices.min_cohort, scenario.privacy.colluding_share)
