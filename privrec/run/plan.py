@@ -148,12 +148,9 @@ class Plan:
     def simulate(
         self, train: Interactions | Corpus, devices: SecretRoot, served: RowServer | None = None
     ) -> Simulation:
-        """Return the devices of a data set, simulated in this process, at the first round.
+        """Return devices that train on ``train`` in this process, with ``devices`` as their secret.
 
-        Args:
-            train: what each of them trains on.
-            devices: their secret root.
-            served: the server's tables, where devices ask it for neurons.
+        ``served`` are the server's tables, where devices ask it for neurons.
         """
         scenario = self.scenario
         policy = Policy(scenario.devices.min_cohort, scenario.privacy.colluding_share)
