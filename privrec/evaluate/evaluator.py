@@ -38,7 +38,7 @@ _EXAMPLES = 16  # likewise, of labels
 
 
 def evaluation_functions(seed: int) -> Functions:
-    """Hash functions of the users that an evaluation plays, by user: its figures must repeat.
+    """Return hash functions by user of an evaluation, whose figures must repeat.
 
     Nothing is sent in an evaluation, so nothing rests on their being secret.
     """
@@ -93,7 +93,7 @@ class Evaluator:
     run: Run
 
     def whole(self, weights: FloatArray, protocols: metrics.Protocols) -> Evaluation:
-        """Metrics of all users with the whole memory.
+        """Measure all users with the whole memory.
 
         Args:
             weights: released coefficients.
@@ -105,7 +105,7 @@ class Evaluator:
         return self._measured(self.federation.tiers[0], everyone, weights, protocols)
 
     def own(self, weights: FloatArray, protocols: metrics.Protocols) -> tuple[Evaluation, ...]:
-        """Metrics of the users of each tier with what their tier holds of the weights.
+        """Measure the users of each tier with what their tier holds of the weights.
 
         Those of devices that hold nothing come last: they recommend what is popular. Users of a
         tier none of whom holds out an item have no metrics.
@@ -186,10 +186,10 @@ class Questions(ABC):
 
     @abstractmethod
     def wanted(self, texts: Corpus) -> tuple[NDArray[np.integer], int]:
-        """All neurons that are wanted, one after the other, and the number of positions."""
+        """Return all neurons that are wanted, one after the other, and the number of positions."""
 
     def value(self, hits: NDArray[np.float64], cut: int) -> NDArray[np.float64]:
-        """What so many hits among the best ``cut`` count for."""
+        """Return what so many hits among the best ``cut`` count for."""
         return hits
 
 
@@ -290,7 +290,7 @@ def predict(
 def commonest(
     questions: Questions, train: Corpus, heldout: Corpus, cuts: Sequence[int]
 ) -> dict[str, float]:
-    """Score of always predicting the commonest words, which is what popularity comes to."""
+    """Score always predicting the commonest words, which is what popularity comes to."""
     counts = train.item_counts()
     counts[UNKNOWN_ID] = -1
     best = np.argsort(-counts, kind="stable")[: max(cuts)]

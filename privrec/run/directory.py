@@ -30,7 +30,7 @@ LEDGER, EVENTS, SCENARIO = "ledger.jsonl", "events.jsonl", "scenario.toml"
 def beginning(
     out: Path, plan: Plan, identity: Identity, population: str | None = None
 ) -> Iterator[tuple[Path, Ledger]]:
-    """A new run's directory, which appears as a whole when the caller has put its checkpoint in.
+    """Make a run's directory, which appears as a whole when the caller has put its checkpoint in.
 
     Until then it is a hidden folder beside ``out``; where ``out`` is a link, the run appears where
     it leads. When anything fails, folder and secrets are gone again.

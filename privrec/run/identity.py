@@ -105,7 +105,7 @@ class Identity:
         replace(out / _FILE, text.encode())
 
     def to_json(self) -> dict[str, Any]:
-        """What ``run.json`` holds."""
+        """Return what ``run.json`` holds."""
         return {
             "run_id": self.run_id,
             "scenario": self.scenario,
@@ -120,18 +120,18 @@ class Identity:
         }
 
     def root(self, maker: str) -> SecretRoot:
-        """The secret of one noise-maker: the injected one, the kept one, or a new one."""
+        """Return the secret of one noise-maker: the injected one, the kept one, or a new one."""
         if self.known_key is not None:
             return SecretRoot.known(bytes.fromhex(self.known_key) + maker.encode())
         path = self.secrets_dir() / f"{maker}.root"
         return SecretRoot.load(path) if path.exists() else SecretRoot.create(path)
 
     def signing_key(self, *, new: bool = False) -> Ed25519PrivateKey:
-        """The key that signs the ledger; one that is gone is never replaced by another."""
+        """Return the key that signs the ledger; one that is gone is never replaced by another."""
         return server_key(self.secrets_dir() / _KEY, new=new)
 
     def kept_head(self) -> Path | None:
-        """Where this machine keeps the last signed head of the run's ledger.
+        """Return where this machine keeps the last signed head of the run's ledger.
 
         Runs of a known root share a name, may be repeated as often as one likes, and protect
         nobody: no head is kept of them.
@@ -139,11 +139,11 @@ class Identity:
         return None if self.run_id.startswith(_KNOWN) else self.secrets_dir() / "head.json"
 
     def root_tag(self) -> str:
-        """What tells the server's root from another one, and nothing of it."""
+        """Return what tells the server's root from another one, and nothing of it."""
         return self.root("server").tag("identity").hex()
 
     def earlier_runs(self) -> int:
-        """How many other runs on data of this description this machine's store knows of.
+        """Count the other runs on data of this description that this machine's store knows of.
 
         It notes the run itself too. A run whose noise is known protects nobody and counts none, so
         that it repeats bit for bit.
@@ -168,16 +168,16 @@ class Identity:
             raise
 
     def secrets_dir(self) -> Path:
-        """Where the run's roots and signing key are kept, apart from its directory."""
+        """Return where the run's roots and signing key are kept, apart from its directory."""
         return state_dir() / "runs" / self.run_id
 
 
 def kept_key(run_id: str) -> Ed25519PublicKey | None:
-    """The server's public key where this machine keeps the key of that run, else None.
+    """Return the server's public key where this machine keeps the key of that run, else None.
 
     Raises:
-        UsageError: The key is there, but others may read it.
-        IntegrityError: The key is there, but damaged.
+        UsageError: when the key is there, but others may read it.
+        IntegrityError: when the key is there, but damaged.
     """
     if not _RUN_ID.fullmatch(run_id):
         return None

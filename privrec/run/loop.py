@@ -298,7 +298,7 @@ class Loop:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Batches fit one core's cache, and sums must not depend on how threads share them."""
+    """Let torch use one thread: batches fit one core's cache, and sums must not depend on more."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

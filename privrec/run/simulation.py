@@ -18,7 +18,7 @@ from privrec.secagg.server import Stage
 
 
 def cohort(coins: NDArray[np.uint64], sampling_rate: float) -> NDArray[np.int64]:
-    """The users whose coin came up: Poisson sampling, each user by itself.
+    """Sample the users whose coin came up: Poisson sampling, each user by itself.
 
     The accounted amplification holds for exactly this law: the size is random, may be zero, and is
     never forced or drawn again. It also needs coins that no recipient knows and that no two
@@ -103,7 +103,7 @@ class Simulation:
         return Aggregate(summing.total(), len(cohort), loss / size if size else None)
 
     def sample(self, round: Round) -> NDArray[np.int64]:
-        """The round's cohort, as sorted user indices.
+        """Sample the round's cohort, as sorted user indices.
 
         Promise: where privacy is accounted, the coins are secret and those of different attempts
         and runs independent, which amplification by sampling rests on. Without a guarantee they
@@ -117,7 +117,7 @@ class Simulation:
         return cohort(coins, self.sampling_rate)
 
     def rows(self, users: NDArray[np.int64]) -> Rows:
-        """Those of the users whose tier trains, as rows of each tier's cohort."""
+        """Return those of the users whose tier trains, as rows of each tier's cohort."""
         chosen = np.zeros(self.population, np.bool_)
         chosen[users] = True
         return [
@@ -149,7 +149,7 @@ class Simulation:
     def answers(
         self, round: Round, weights: FloatArray, tier: Tier, rows: NDArray[np.int64]
     ) -> Iterator[Answers]:
-        """What devices put into the sum, a batch at a time; their private states move on.
+        """Make what devices put into the sum, a batch at a time; their private states move on.
 
         Args:
             round: the round that they answer.

@@ -59,7 +59,7 @@ class ColumnServer:
     _last: tuple[ItemMemory, int, Columns] | None = field(default=None, init=False)
 
     def shape(self, neurons: int) -> Shape:
-        """Bits of a code: buckets hold a few dozen neurons."""
+        """Return the bits of a code: buckets hold a few dozen neurons."""
         bits = round(np.log2(max(2.0, neurons / _LOAD)))
         return Shape(min(_MOST_BITS, max(1, bits)))
 
