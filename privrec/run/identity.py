@@ -78,14 +78,16 @@ class Identity:
         path = out / _FILE
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
-            names = ("run_id", "scenario", "scenario_hash", "privacy_hash")
             place, key = stored["data_dir"], stored["unsafe_noise_key"]
             identity = cls(
-                *(str(stored[name]) for name in names),
-                data=dict(stored["data"]),
-                data_dir=None if place is None else Path(place),
-                known_key=None if key is None else bytes.fromhex(key).hex(),
-                simulated=stored["simulated"] is True,
+                str(stored["run_id"]),
+                str(stored["scenario"]),
+                str(stored["scenario_hash"]),
+                str(stored["privacy_hash"]),
+                dict(stored["data"]),
+                None if place is None else Path(place),
+                None if key is None else bytes.fromhex(key).hex(),
+                stored["simulated"] is True,
             )
             if not _RUN_ID.fullmatch(identity.run_id):
                 raise ValueError(f"run_id {identity.run_id!r} is not one that privrec gives")

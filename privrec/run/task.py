@@ -114,9 +114,9 @@ class Task(ABC, Generic[S]):
         train = self.split.train
         return (digest(train.indptr) + digest(train.items)).hex() + f"-{train.n_items}"
 
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Return figures of the data."""
-        return self.split.describe()
 
     # ------------------------------------------------------------------ the order of the items
 
@@ -337,6 +337,10 @@ class WideTask(Task[TextSplit]):
             raise DataError(
                 "no text or example is held out: metrics need one; use data that has some"
             )
+
+    def describe(self) -> dict[str, Any]:
+        """See :meth:`Task.describe`."""
+        return self.split.describe()
 
     @property
     def items(self) -> int:

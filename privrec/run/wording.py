@@ -46,7 +46,7 @@ def epsilon_text(value: float | None, digits: int = 2) -> str:
 
 
 def opening_words(info: RunInfo) -> str:
-    """Write the first line of a run; it begins with "Simulated run:" where the devices are simulated."""
+    """Write the first line of a run: "Simulated run: …" where the devices are simulated."""
     kind = "Simulated run" if info.simulated else "Run"
     name = f"{info.name} ({info.title})" if info.title else info.name
     users = f", {info.population:,} devices" if info.population and info.simulated else ""
@@ -110,7 +110,7 @@ def metric_name(key: str) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """Write a span of time for people: "42 s", "3 min 05 s", "2 h 07 min"; under ten seconds "0.4 s"."""
+    """Write a span of time: "42 s", "3 min 05 s", "2 h 07 min"; under ten seconds "0.4 s"."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
