@@ -33,9 +33,9 @@ from privrec.run.assembly import assign, cohorts_of, federation_of, local_lr
 from privrec.run.privacy_plan import example_event, plan_privacy, release_event
 from privrec.run.simulation import Simulation
 from privrec.run.summing import Enrolled
-from privrec.scenario.load import Scenario
+from privrec.scenario.load import Scenario, Train
 from privrec.secagg.client import Policy
-from privrec.server.optimizer import OPTIMIZERS
+from privrec.server.optimizer import OPTIMIZERS, FedAdam, Optimizer, Schedule, Sgd
 from privrec.server.server import Completion, Implicit, RoundPlan, Server
 
 
@@ -125,8 +125,7 @@ class Plan:
         layout.dense_of(weights)[...] = federation.tiers[0].recommender.model.initial_dense(rng)
         memory = layout.memory_of(weights)
         memory[...] = rng.normal(0, scenario.model.init_std, memory.shape)
-        optimizer = OPTIMIZERS[scenario.train.server_optimizer].of(scenario.train)
-        return Server(rounds, weights, self._completion(), optimizer)
+        return Server(rounds, weights, self._completion(), _optimizer(scenario.train))
 
     def _completion(self) -> Completion:
         scenario, federation, train = self.scenario, self.federation, self.scenario.train
@@ -196,6 +195,16 @@ def _members(federation: Federation, users: int) -> tuple[int, ...]:
 def _holders(members: tuple[int, ...]) -> list[int]:
     holders: list[int] = np.cumsum(members)[::-1].tolist()
     return holders
+
+
+def _optimizer(train: Train) -> Optimizer:
+    kind = OPTIMIZERS[train.server_optimizer]
+    own: dict[type[Optimizer], dict[str, Any]] = {
+        Sgd: {"momentum": train.momentum},
+        FedAdam: {"beta1": train.beta1, "beta2": train.beta2, "eps": train.adam_eps},
+    }
+    schedule = Schedule(train.schedule, train.rounds, train.warmup_rounds)
+    return kind(train.server_lr, schedule, train.weight_decay, **own.get(kind, {}))
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
-
-from privrec.scenario.load import Train
 
 FloatArray = NDArray[np.float32]
 
@@ -73,16 +69,6 @@ class Optimizer(ABC):
     weight_decay: float = 0.0
     moments: dict[str, FloatArray] = field(default_factory=dict, kw_only=True)
 
-    keys: ClassVar[Mapping[str, str]] = {}
-    """Key of ``[train]`` by field, of those that a kind alone has."""
-
-    @classmethod
-    def of(cls, train: Train) -> Self:
-        """Make the optimiser that ``[train]`` describes."""
-        schedule = Schedule(train.schedule, train.rounds, train.warmup_rounds)
-        own = {name: getattr(train, key) for name, key in cls.keys.items()}
-        return cls(train.server_lr, schedule, train.weight_decay, **own)
-
     def step(self, weights: FloatArray, update: FloatArray, index: int) -> None:
         """Move ``weights``, in place, along the mean change that round ``index`` asks for."""
         rate = self.rate * self.schedule.factor(index)
@@ -111,7 +97,6 @@ class Sgd(Optimizer):
     """Stochastic gradient descent with Polyak's momentum."""
 
     momentum: float = 0.9
-    keys = MappingProxyType({"momentum": "momentum"})
 
     def direction(self, update: FloatArray, index: int) -> FloatArray:
         """See :meth:`Optimizer.direction`."""
@@ -128,7 +113,6 @@ class FedAdam(Optimizer):
     beta1: float = 0.9
     beta2: float = 0.99
     eps: float = 1e-8
-    keys = MappingProxyType({"beta1": "beta1", "beta2": "beta2", "eps": "adam_eps"})
 
     def direction(self, update: FloatArray, index: int) -> FloatArray:
         """See :meth:`Optimizer.direction`."""
