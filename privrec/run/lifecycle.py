@@ -227,7 +227,7 @@ class SimulatedLoop(Loop):
             "metrics": {k: value for each in measured for k, value in each.summary().items()},
             "intervals": {k: list(pair) for each in intervals or () for k, pair in each.items()},
             "baselines": {name: each for name, each in baselines.items() if each},
-            **task.particulars(self.attempt, whole),
+            **{k: self.attempt(k, make) or [] for k, make in task.particulars(whole).items()},
         }
         outside = ("metrics", "intervals", "baselines", "segments", "data", "cost", "tiers")
         clocks = {"wall_s": self.wall_s, "cpu_s": self.cpu_s}

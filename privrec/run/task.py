@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -48,13 +48,6 @@ ORDER = "catalogue.safetensors"
 Order = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
 S = TypeVar("S", Split, TextSplit)
-T = TypeVar("T")
-
-
-class Attempt(Protocol):
-    """See :meth:`privrec.run.loop.Loop.attempt`."""
-
-    def __call__(self, what: str, compute: Callable[[], T], /) -> T | None: ...
 
 
 @dataclass
@@ -219,13 +212,8 @@ class Task(ABC, Generic[S]):
         """Measure a baseline that is trained where all data lies in one place."""
 
     @abstractmethod
-    def particulars(self, attempt: Attempt, evaluated: Evaluation) -> dict[str, Any]:
-        """Return further entries of ``result.json``.
-
-        Args:
-            attempt: makes a figure that the guarantee does not need, or states the gap.
-            evaluated: the final metrics.
-        """
+    def particulars(self, evaluated: Evaluation) -> dict[str, Callable[[], Any]]:
+        """Return what makes further entries of ``result.json`` from the final metrics."""
 
     def cost(self, devices: Simulation, tier: Tier, weights: FloatArray) -> dict[str, Any]:
         """Return what one device of a tier holds, moves and needs in a round."""
@@ -305,10 +293,9 @@ class Recommending(Task[Split]):
         )
         return metrics.evaluate(scores, self.split, k=run.top_k, seed=run.seed).summary()
 
-    def particulars(self, attempt: Attempt, evaluated: Evaluation) -> dict[str, Any]:
+    def particulars(self, evaluated: Evaluation) -> dict[str, Callable[[], Any]]:
         """See :meth:`Task.particulars`: metrics of segments of the users."""
-        segments = attempt("segments", lambda: metrics.by_segment(evaluated, self.split))
-        return {"segments": segments or []}
+        return {"segments": lambda: metrics.by_segment(evaluated, self.split)}
 
 
 @dataclass
@@ -372,20 +359,22 @@ class WideTask(Task[TextSplit]):
         train, heldout, cuts = self.split.train, self.split.heldout, self.scenario.run.top_k
         return evaluator.commonest(self.questions, train, heldout, cuts)
 
-    def particulars(self, attempt: Attempt, evaluated: Evaluation) -> dict[str, Any]:
+    def particulars(self, evaluated: Evaluation) -> dict[str, Callable[[], Any]]:
         """See :meth:`Task.particulars`: what the server was told beside sums, counted."""
+        return {"reveals": self._reveals}
+
+    def _reveals(self) -> dict[str, Any]:
         if self.columns is None:
-            return {"reveals": {"scheme": "private", "statement": KEPT}}
+            return {"scheme": "private", "statement": KEPT}
         sight = self.columns.sight
         each = max(1, sight.requests)
-        reveals = {
+        return {
             "scheme": "requested",
             "statement": REVEALED,
             "buckets_a_request": sight.buckets / each,
             "words_a_request": sight.words / each,
             "neurons_a_request": sight.neurons / each,
         }
-        return {"reveals": reveals}
 
     def cost(self, devices: Simulation, tier: Tier, weights: FloatArray) -> dict[str, Any]:
         """See :meth:`Task.cost`; with what the output layer takes."""
