@@ -6,10 +6,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+class Network(Protocol):
+    """The dense part of a model."""
+
+    @property
+    def dense(self) -> int:
+        """Number of dense weights."""
+        ...
+
+    def initial_dense(self, rng: np.random.Generator) -> NDArray[np.float32]:
+        """Its weights before the first round."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -22,7 +35,7 @@ class Layout:
         block: floats in a block.
         bias_slots: item biases, 0 when the model has none.
         gram: coefficients of the users' mean Gram matrix, which is no weight but travels with them
-            where the loss looks at all items at once (:mod:`privrec.models.losses`).
+            under an implicit loss (:mod:`privrec.models.losses`).
     """
 
     dense: int
