@@ -202,12 +202,9 @@ class NegativeBudget:
         return self.size == self.n_items
 
     def draw(self, histories: Histories, key: int) -> tuple[Items, FloatArray, NDArray[np.bool_]]:
-        """Negatives by chance alone.
+        """Negatives by chance: items, log weights, and which count, each of shape ``(m, size)``.
 
         A budget with room for every item draws nothing: each counts once that is not a positive.
-
-        Returns:
-            Items, their log weights, and which count, each of shape ``(m, size)``.
         """
         if self.is_whole:
             valid = ~histories.marks(self.n_items)
@@ -397,11 +394,9 @@ def representatives(names: NDArray[np.int64], size: int) -> NDArray[np.int64]:
 
 
 def merged(values: NDArray[np.float32], owners: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Values of equal names put together where their representative is; zeros elsewhere.
+    """Values ``(m, k, width)`` of equal names summed at their representative; zeros elsewhere.
 
-    Args:
-        values: shape ``(m, k, width)``.
-        owners: as :func:`representatives` gives them, shape ``(m or 1, k)``.
+    ``owners`` are the places that :func:`representatives` gives, shape ``(m or 1, k)``.
     """
     m, k, width = values.shape
     together = np.zeros((m * k, width), values.dtype)

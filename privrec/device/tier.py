@@ -125,11 +125,7 @@ class LocalModel(Generic[N]):
 class Located:
     """The memory blocks behind some rows of a table, and how the rows are made of them.
 
-    Args:
-        table: a table.
-        items: which rows, shape ``(m, k)``.
-
-    ``slots`` names the blocks, shape ``(m, names)``, each block as often as rows have it.
+    Of rows ``(m, k)``, ``slots`` names the blocks, ``(m, names)``, each as often as a row has it.
     """
 
     def __init__(self, table: Table, items: NDArray[np.int64]) -> None:
@@ -241,7 +237,7 @@ class Federation:
         return self.tiers[0].layout
 
     def prefix(self, coefficients: FloatArray, tier: Tier) -> FloatArray:
-        """What a tier is sent of the shared vector, in its own layout."""
+        """What a tier is sent of the shared vector."""
         return self.layout.prefix_of(coefficients, tier.layout)
 
     def weaker(self, tier: Tier) -> tuple[Layout, ...]:

@@ -229,9 +229,7 @@ class BoundedUpdate:
     def add_to(self, total: NDArray[np.signedinteger], layout: Layout | None = None) -> None:
         """Add the sum of all rows to ``total``, in place.
 
-        Args:
-            total: integer vector of ``layout.size``.
-            layout: sections of ``total``, of which the device's own, its default, are prefixes.
+        Of the sections of its ``layout``, by default the device's own, the device's are prefixes.
         """
         layout = layout or self.address.layout
         head, blocks, biases = self.address.split(self.integers)
@@ -251,12 +249,12 @@ class BoundedUpdate:
     def upload(
         self, layouts: Sequence[Layout], shares: Shares | None, seeds: Sequence[bytes]
     ) -> Upload:
-        """What the one device of this update puts into the sum.
+        """What the one device of this update puts into the sum, with its noise where it adds any.
 
         Args:
             layouts: of the device's tier and those below, the strongest first.
             shares: the noise that devices add, or None.
-            seeds: of this device's noise, one for each band that it holds; none without shares.
+            seeds: of this device's noise, one for each band that it holds.
         """
         integers = to_wire(self.vector(), layouts)
         return Upload(integers if shares is None else integers + shares.draw(seeds))

@@ -44,11 +44,6 @@ class WordBatch(Protocol):
         """Neurons that have to be active, ascending."""
         ...
 
-    @property
-    def positions(self) -> int:
-        """Predictions that are made in all."""
-        ...
-
     def __len__(self) -> int: ...
 
     def hidden(self, part: Items, rows: Rows, dense: Tensor) -> Tensor:
@@ -210,11 +205,6 @@ class Sequences:
         """See :attr:`WordBatch.own`: vectors are tied, so words that are read are neurons too."""
         return np.unique(np.concatenate((self.inputs.ravel(), self.following.ravel())))
 
-    @property
-    def positions(self) -> int:
-        """See :attr:`WordBatch.positions`."""
-        return self.following.size
-
     def __len__(self) -> int:
         return len(self.inputs)
 
@@ -294,11 +284,6 @@ class Bags:
     def own(self) -> Items:
         """See :attr:`WordBatch.own`."""
         return np.unique(self.examples.labels)
-
-    @property
-    def positions(self) -> int:
-        """See :attr:`WordBatch.positions`."""
-        return len(self.examples)
 
     def __len__(self) -> int:
         return len(self.examples)

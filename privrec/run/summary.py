@@ -167,7 +167,8 @@ def longest(writers: Cohort[WordLearner]) -> NDArray[np.int32]:
 
 def positions_of(writers: Cohort[WordLearner]) -> int:
     """Positions, or examples, that a device with much data trains on in a round."""
-    return max(1, writers.learner.batch(longest(writers), 0, 0).positions)
+    batch = writers.learner.batch(longest(writers), 0, 0)
+    return max(1, len(batch.targets(np.arange(len(batch)))))
 
 
 def tier_facts(parts: TextParts, scenario: Scenario, tier: Tier) -> dict[str, Any]:

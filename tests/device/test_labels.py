@@ -107,7 +107,7 @@ def test_a_round_takes_some_examples_from_a_place_that_the_key_decides() -> None
     for key in range(60):
         batch = of.batch(TOKENS, 3, key)
         assert isinstance(batch, Bags)
-        assert len(batch) == batch.positions == 4
+        assert len(batch) == len(batch.targets(np.arange(4))) == 4
         for first in range(9):
             some = whole.take(np.arange(first, first + 4))
             if np.array_equal(some.features, batch.examples.features):
