@@ -91,7 +91,7 @@ def test_with_all_neurons_the_update_is_plain_gradient_descent(table: Table, ste
 
 
 @pytest.mark.parametrize("key", range(5))
-def test_all_labels_of_a_lesson_are_active_within_the_budget(key: int) -> None:
+def test_all_labels_of_a_batch_are_active_within_the_budget(key: int) -> None:
     of = learner(share=0.3)
     batch = of.batch(TOKENS, 0, key)
     assert isinstance(batch, Bags)
