@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.data import Interactions
+from privrec.device.recommender import RecommenderLearner
 from privrec.device.tier import Federation, Tier
 from privrec.device.update import Aggregate, Protection, Round
-from privrec.errors import ReleaseRefused
+from privrec.errors import ReleaseRefused, UsageError
 from privrec.models.layout import to_wire
 from privrec.privacy.events import RoundEvent, epsilon
 from privrec.randomness import ROOT_BYTES, SecretRoot
@@ -71,6 +72,9 @@ class Harness:
             scenario: what is audited.
             key: what all secrets of the audit derive from, for tests that repeat; by default the
                 operating system gives one.
+
+        Raises:
+            UsageError: when it does not learn from interactions.
         """
         key = key or secrets.token_bytes(ROOT_BYTES)
         server, devices = SecretRoot(key + b"server"), SecretRoot(key + b"devices")
@@ -85,6 +89,11 @@ class Harness:
         histories = stand_in(known_users or STAND_IN_USERS, items or STAND_IN_ITEMS)
         run = "audit-" + devices.tag("audit run").hex()[:16]
         parts = assemble(scenario, histories, run, devices)
+        if not isinstance(parts.simulation.cohorts[0].learner, RecommenderLearner):
+            raise UsageError(
+                f'model.kind = "{scenario.model.kind}": it learns from texts or labels; this is for '
+                "recommenders of items alone"
+            )
         return cls(scenario, parts, server, " and ".join(made_up))
 
     @property

@@ -314,7 +314,7 @@ def test_devices_one_by_one_train_as_their_cohort() -> None:
     together, alone = (aggregate.total for aggregate in sums)
     assert sums[0].loss == pytest.approx(sums[1].loss)
     assert 0 < np.abs(together - alone).max() <= sums[0].cohort
-    assert np.abs(together).max() > 100 * sums[0].cohort
+    assert np.abs(together).max() > 10 * sums[0].cohort
 
 
 @pytest.mark.slow
