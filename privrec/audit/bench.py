@@ -91,8 +91,8 @@ class Harness:
         parts = assemble(scenario, histories, run, devices)
         if not isinstance(parts.simulation.cohorts[0].learner, RecommenderLearner):
             raise UsageError(
-                f'model.kind = "{scenario.model.kind}": it learns from texts or labels; this is for '
-                "recommenders of items alone"
+                f'model.kind = "{scenario.model.kind}": it learns from texts or labels; this is '
+                "for recommenders of items alone"
             )
         return cls(scenario, parts, server, " and ".join(made_up))
 
