@@ -111,9 +111,8 @@ class Settings:
 class Deferred:
     """How much of the noise of item blocks was owed instead of drawn in its step.
 
-    Args:
-        drawn: blocks that noise was drawn for.
-        owed: blocks times steps, which eager noise would have drawn.
+    Noise was drawn for ``drawn`` blocks; ``owed`` are blocks times steps, as many as eager noise
+    would have drawn.
     """
 
     drawn: int = 0
@@ -174,10 +173,7 @@ class Learner(ABC):
             model: what they were sent; not changed.
             data: what they hold of their data.
             states: their private states, shape ``(m, state_dim)``; not changed.
-            draws: of the round.
-
-        Raises:
-            UsageError: when something is drawn from the devices' secret, and ``draws`` has none.
+            draws: of the round; a :class:`UsageError` where it lacks a secret that is needed.
         """
 
 
@@ -212,12 +208,9 @@ class Cohort(Generic[L]):
     def train(
         self, weights: FloatArray, rows: Items, draws: Draws
     ) -> Iterator[tuple[Items, Trained]]:
-        """One round's local training of ``rows``, a batch at a time; states are left unchanged.
+        """One round's local training of some rows, a batch at a time; states are left unchanged.
 
-        Args:
-            weights: the tier's vector in memory form.
-            rows: places in :attr:`users`.
-            draws: of the round.
+        ``weights`` are the tier's vector in memory form.
         """
         model = LocalModel(self.learner.view, weights, resident=len(self.states) >= MANY)
         for places in self.learner.batches(self.data.lengths[rows]):
@@ -313,12 +306,12 @@ def privatize(
     weaker: tuple[Layout, ...],
     coins: Coins,
 ) -> BoundedUpdate:
-    """The bounded update of devices of a tier, rotated first where the ring needs it.
+    """The bounded update of one or many devices of a tier, rotated where the ring needs it.
 
     Args:
-        update: lifted, of one or many devices.
+        update: lifted.
         protection: bounds, grid and ring.
-        round: the round, whose rotation is public.
+        round: has a rotation of its own, which is public.
         tier: of the devices.
         weaker: layouts of the tiers below, the stronger first.
         coins: decide the rounding.

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from privrec.embedding.hashing import GOLDEN, finalise, splitmix64
 from privrec.embedding.table import add_rows
-from privrec.errors import UsageError
 from privrec.randomness import SecretRoot, SecureStream
 from privrec.search.active import active_set
 from privrec.search.memory import outside
@@ -41,10 +40,7 @@ _BY_CHANCE = b"neurons by chance are the round's, and no secret"
 class Histories:
     """Data of ``m`` devices, one after the other: items, or the tokens of texts or examples.
 
-    Args:
-        users: who they are, shape ``(m,)``; decides each device's draws.
-        indptr: bounds of each device's data, shape ``(m + 1,)``.
-        items: all of it, shape ``(indptr[-1],)``.
+    ``users`` names each device's draws; ``indptr``, shape ``(m + 1,)``, bounds its ``items``.
     """
 
     users: Items
@@ -73,7 +69,7 @@ class Histories:
         return Histories(self.users[rows], indptr, self.items[offsets + np.arange(indptr[-1])])
 
     def below(self, held: int) -> Histories:
-        """What is left of the histories for devices that hold the first ``held`` items."""
+        """The histories less the items beyond the first ``held``."""
         kept = self.items < held
         before = np.concatenate(([0], np.cumsum(kept)))
         return Histories(self.users, before[self.indptr], self.items[kept])
@@ -117,8 +113,8 @@ class Sampler:
 
     Args:
         n_items: items that the device holds.
-        negatives: negatives for each positive.
-        most: most positives that a device uses in a round; None for its whole history.
+        negatives: for each positive.
+        most: most positives of a device in a round; None for its whole history.
         whole: look at the whole catalogue instead of samples.
         budget: negatives for all positives together, in place of ``negatives`` each.
     """
@@ -206,12 +202,9 @@ class NegativeBudget:
         return self.size == self.n_items
 
     def draw(self, histories: Histories, key: int) -> tuple[Items, FloatArray, NDArray[np.bool_]]:
-        """Negatives by chance alone.
+        """Negatives by chance: items, log weights, and which count, each of shape ``(m, size)``.
 
         A budget with room for every item draws nothing: each counts once that is not a positive.
-
-        Returns:
-            Items, their log weights, and which count, each of shape ``(m, size)``.
         """
         if self.is_whole:
             valid = ~histories.marks(self.n_items)
@@ -262,7 +255,7 @@ class NegativeBudget:
             queries: theirs, shape ``(m, search.items.dim)``.
             search: the catalogue.
             functions: the devices' secret streams.
-            key: the round's key, for the uniform part.
+            key: for the uniform part.
         """
         items, weights = batch.items.copy(), np.zeros(batch.items.shape, np.float32)
         valid, first = batch.valid.copy(), batch.positives
@@ -333,24 +326,14 @@ class OutputBudget:
     Args:
         words: size of the vocabulary, ordered by how common the words are.
         share: of the neurons that are active, in (0, 1].
-        selected: share of the budget that is selected by hidden states, in [0, 1].
-        frequent: share of the budget that is the most common words, in [0, 1]; together at most 1.
+        selected: share of the budget that is selected.
+        frequent: share of the budget that is the most common words; together at most 1.
     """
 
     words: int
     share: float = 1.0
     selected: float = 0.0
     frequent: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise UsageError(f"share = {self.share}: must lie above 0 and at most 1; change it")
-        parts = (self.selected, self.frequent, self.selected + self.frequent)
-        if not all(0 <= part <= 1 for part in parts):
-            raise UsageError(
-                f"selected = {self.selected}, frequent = {self.frequent}: shares of a budget, "
-                "together at most 1; lower one of them"
-            )
 
     @property
     def size(self) -> int:
@@ -366,12 +349,12 @@ class OutputBudget:
             own: words of its data, ascending, at most :attr:`size` of them.
             queries: its hidden states, shape ``(q, dim)``.
             find: who selects; None for nobody.
-            key: the round's key, for the draw by chance.
-            user: whose draw it is.
+            key: the round's key.
+            user: whose draw by chance it is.
         """
         room = max(0, self.size - len(own))
-        commonest = np.arange(min(self.words, len(own) + round(self.frequent * room)))
-        common = np.setdiff1d(commonest, own, assume_unique=True)[: round(self.frequent * room)]
+        public = round(self.frequent * room)
+        common = np.setdiff1d(np.arange(min(self.words, len(own) + public)), own)[:public]
         wanted = min(round(self.selected * room), room - len(common))
         chosen = np.zeros(0, np.int64)
         if find is not None and wanted and np.isfinite(queries).all():
@@ -394,36 +377,26 @@ def representatives(names: NDArray[np.int64], size: int) -> NDArray[np.int64]:
         size: number of possible names.
 
     Returns:
-        Places in ``[0, k)``, shape ``(m, k)``; the last of equal names stands for all.
+        Places of the last of equal names, shape ``(m, k)``.
     """
     m, k = names.shape
     rows = np.arange(m)[:, None]
     if size > _SPARSE * k:
-        places: NDArray[np.int64] = _last_by_sorting(names + rows * size).reshape(m, k) - rows * k
-        return places
+        flat = (names + rows * size).ravel()
+        order = np.argsort(flat, kind="stable")
+        ends = np.append(flat[order][1:] != flat[order][:-1], np.True_)
+        places = np.empty_like(order)
+        places[order] = order[ends][np.cumsum(ends) - ends]
+        return np.asarray(places.reshape(m, k) - rows * k, np.int64)
     table = np.empty((m, size), np.int64)
     table[rows, names] = np.arange(k)
     return table[rows, names]
 
 
-def _last_by_sorting(names: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For each of all names, the last place of its equals in the flattened array."""
-    flat = names.ravel()
-    order = np.argsort(flat, kind="stable")
-    ordered = flat[order]
-    ends = np.append(ordered[1:] != ordered[:-1], np.True_)
-    group = np.cumsum(ends) - ends
-    places = np.empty_like(order)
-    places[order] = order[ends][group]
-    return places
-
-
 def merged(values: NDArray[np.float32], owners: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Values of equal names put together where their representative is; zeros elsewhere.
+    """Values ``(m, k, width)`` of equal names summed at their representative; zeros elsewhere.
 
-    Args:
-        values: shape ``(m, k, width)``.
-        owners: as :func:`representatives` gives them, shape ``(m or 1, k)``.
+    ``owners`` are the places that :func:`representatives` gives, shape ``(m or 1, k)``.
     """
     m, k, width = values.shape
     together = np.zeros((m * k, width), values.dtype)

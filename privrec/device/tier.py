@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -15,27 +15,13 @@ from privrec.device.samples import merged, representatives
 from privrec.device.update import Address, RawUpdate
 from privrec.embedding.nested import Nested, Spread
 from privrec.embedding.table import Table
-from privrec.errors import UsageError
-from privrec.models.layout import Layout
+from privrec.models.layout import Layout, Network
 from privrec.models.losses import item_gram
 from privrec.search.index import Sketch
 from privrec.search.memory import ItemMemory
 from privrec.search.select import Search
 
 FloatArray = NDArray[np.float32]
-
-
-class Network(Protocol):
-    """The dense part of a model."""
-
-    @property
-    def dense(self) -> int:
-        """Number of dense weights."""
-        ...
-
-    def initial_dense(self, rng: np.random.Generator) -> FloatArray:
-        """Its weights before the first round."""
-        ...
 
 
 M = TypeVar("M", bound=Network)
@@ -50,7 +36,7 @@ class ModelView(Generic[N]):
         model: the network.
         vectors: where the vectors of items, words or labels lie.
         biases: where their biases lie, or None.
-        layout: sections of the shared vector.
+        layout: of the shared vector.
     """
 
     model: N
@@ -64,17 +50,6 @@ class ModelView(Generic[N]):
         slots = 0 if biases is None else biases.slots
         layout = Layout(model.dense, vectors.slots, vectors.block, slots, gram)
         return ModelView(model, vectors, biases, layout)
-
-    @property
-    def bias_table(self) -> Table:
-        """Where biases lie, of a model that has them.
-
-        Raises:
-            UsageError: when it has none.
-        """
-        if self.biases is None:
-            raise UsageError("model.item_bias = false: an output neuron has a bias; set it")
-        return self.biases
 
     def tabulated(self) -> ModelView[N]:
         """The same with its places looked up, for a machine that plays many devices."""
@@ -150,11 +125,7 @@ class LocalModel(Generic[N]):
 class Located:
     """The memory blocks behind some rows of a table, and how the rows are made of them.
 
-    Args:
-        table: a table.
-        items: which rows, shape ``(m, k)``.
-
-    ``slots`` names the blocks, shape ``(m, names)``, each block as often as rows have it.
+    Of rows ``(m, k)``, ``slots`` names the blocks, ``(m, names)``, each as often as a row has it.
     """
 
     def __init__(self, table: Table, items: NDArray[np.int64]) -> None:
@@ -228,19 +199,17 @@ class Tier:
         Promise: each device's norm stays as it is, and no coefficient is named twice with a value
         other than zero.
         """
-        address, values = update.address, update.values
-        blocks = self.vectors.spread(address.blocks, self.index)
-        if blocks is None:
+        spread = self.vectors.spread(update.address.blocks, self.index)
+        if spread is None:
             return update
-        layout = self.layout
-        end = layout.head + address.blocks.shape[1] * layout.block
-        names, changed = _lifted(values[:, layout.head : end], blocks, layout.slots)
-        lifted = [values[:, : layout.head], changed]
-        bias_names = address.biases
+        layout, bias_names = self.layout, update.address.biases
+        head, blocks, biases = update.address.split(update.values)
+        names, changed = _lifted(blocks, spread, layout.slots)
+        lifted = [head, changed]
         if self.biases is not None:
-            spread = self.biases.spread(address.biases, self.index)
+            spread = self.biases.spread(bias_names, self.index)
             if spread is not None:
-                bias_names, changed = _lifted(values[:, end:], spread, layout.bias_slots)
+                bias_names, changed = _lifted(biases, spread, layout.bias_slots)
                 lifted.append(changed)
         return RawUpdate(np.concatenate(lifted, axis=1), Address(names, bias_names, layout))
 
@@ -268,7 +237,7 @@ class Federation:
         return self.tiers[0].layout
 
     def prefix(self, coefficients: FloatArray, tier: Tier) -> FloatArray:
-        """What a tier is sent of the shared vector, in its own layout."""
+        """What a tier is sent of the shared vector."""
         return self.layout.prefix_of(coefficients, tier.layout)
 
     def weaker(self, tier: Tier) -> tuple[Layout, ...]:
@@ -292,9 +261,9 @@ class Federation:
 
 
 def _lifted(values: FloatArray, spread: Spread, size: int) -> tuple[NDArray[np.int64], FloatArray]:
-    """Names of the coefficients that a change reaches, ``(m or 1, k)``, and their changes."""
+    """Names of the coefficients that a change of blocks reaches, ``(m or 1, k)``, and theirs."""
     m, (named, count, reach) = len(values), spread.names.shape
     names = spread.names.reshape(named, count * reach)
     factors = spread.factors.astype(np.float32)[..., None]
-    changes = (values.reshape(m, count, 1, -1) * factors).reshape(m, count * reach, -1)
+    changes = (values[:, :, None] * factors).reshape(m, count * reach, -1)
     return names, merged(changes, representatives(names, size)).reshape(m, -1)

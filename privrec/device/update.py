@@ -133,7 +133,7 @@ class Address:
     Args:
         blocks: memory slots, shape ``(m, k_blocks)``, or ``(1, k_blocks)`` when all name the same.
         biases: bias slots, likewise.
-        layout: sections of the vector that the places are in, the device's own.
+        layout: the device's own.
     """
 
     blocks: NDArray[np.int64]
@@ -148,8 +148,17 @@ class Address:
     @property
     def width(self) -> int:
         """Coefficients in a row of values."""
-        layout = self.layout
-        return int(layout.head + self.blocks.shape[1] * layout.block + self.biases.shape[1])
+        return int(self._end + self.biases.shape[1])
+
+    @property
+    def _end(self) -> int:
+        return int(self.layout.head + self.blocks.shape[1] * self.layout.block)
+
+    def split(self, values: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+        """Rows of values as heads, blocks ``(m, k_blocks, block)`` and biases ``(m, k, 1)``."""
+        head, m = self.layout.head, len(values)
+        blocks = values[:, head : self._end].reshape(m, self.blocks.shape[1], self.layout.block)
+        return values[:, :head], blocks, values[:, self._end :, None]
 
 
 @dataclass(frozen=True)
@@ -195,18 +204,18 @@ class RawUpdate:
 
     def dense(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """Values at this update's address as whole vectors, shape ``(m, size)``."""
-        address, layout, m = self.address, self.address.layout, len(values)
-        end = layout.head + address.blocks.shape[1] * layout.block
-        parts = [values[:, : layout.head]]
-        sections = (
-            (address.blocks, layout.slots, layout.block, values[:, layout.head : end]),
-            (address.biases, layout.bias_slots, 1, values[:, end:]),
-        )
-        for names, slots, width, section in sections:
+        layout, m = self.address.layout, len(values)
+        head, blocks, biases = self.address.split(values)
+        parts = [head]
+        for names, slots, section in (
+            (self.address.blocks, layout.slots, blocks),
+            (self.address.biases, layout.bias_slots, biases),
+        ):
+            width = section.shape[2]
             whole = np.zeros((m * slots, width), np.float32)
             rows = names + slots * np.arange(m)[:, None]
             add_rows(whole, rows.ravel(), section.reshape(-1, width))
-            parts.append(whole.reshape(m, -1))
+            parts.append(whole.reshape(m, slots * width))
         return np.concatenate(parts, axis=1)
 
 
@@ -220,16 +229,13 @@ class BoundedUpdate:
     def add_to(self, total: NDArray[np.signedinteger], layout: Layout | None = None) -> None:
         """Add the sum of all rows to ``total``, in place.
 
-        Args:
-            total: integer vector of ``layout.size``.
-            layout: sections of ``total``, of which the device's own, its default, are prefixes.
+        Of the sections of its ``layout``, by default the device's own, the device's are prefixes.
         """
-        own, address = self.address.layout, self.address
-        layout = layout or own
-        end = own.head + address.blocks.shape[1] * own.block
-        total[: own.head] += self.integers[:, : own.head].sum(0, dtype=total.dtype)
-        _add(layout.memory_of(total), address.blocks, self.integers[:, own.head : end])
-        _add(layout.biases_of(total)[:, None], address.biases, self.integers[:, end:])
+        layout = layout or self.address.layout
+        head, blocks, biases = self.address.split(self.integers)
+        total[: head.shape[1]] += head.sum(0, dtype=total.dtype)
+        _add(layout.memory_of(total), self.address.blocks, blocks)
+        _add(layout.biases_of(total)[:, None], self.address.biases, biases)
 
     def rows(self) -> Iterator[BoundedUpdate]:
         """The updates of each device by itself."""
@@ -243,12 +249,12 @@ class BoundedUpdate:
     def upload(
         self, layouts: Sequence[Layout], shares: Shares | None, seeds: Sequence[bytes]
     ) -> Upload:
-        """What the one device of this update puts into the sum.
+        """What the one device of this update puts into the sum, with its noise where it adds any.
 
         Args:
             layouts: of the device's tier and those below, the strongest first.
             shares: the noise that devices add, or None.
-            seeds: of this device's noise, one for each band that it holds; none without shares.
+            seeds: of this device's noise, one for each band that it holds.
         """
         integers = to_wire(self.vector(), layouts)
         return Upload(integers if shares is None else integers + shares.draw(seeds))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -126,7 +126,7 @@ class WordLearner(Learner):
         active = self.output.active(batch.own, queries, find, draws.key, user)
 
         vectors = _Touched(self.view.vectors, model.memory, active.items)
-        biases = _Touched(self.view.bias_table, model.bias_memory, active.items)
+        biases = _Touched(cast(Table, self.view.biases), model.bias_memory, active.items)
         dense = torch.from_numpy(model.dense).clone().requires_grad_()
         logs, first = torch.from_numpy(active.logs), 0.0
         pieces = np.arange(len(batch))

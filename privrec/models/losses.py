@@ -22,7 +22,7 @@ Rendle et al., "iALS++" (2021), for the form of the loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -52,9 +52,6 @@ def pack(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 
     Args:
         vectors: shape ``(m, dim)``.
-
-    Returns:
-        float32 of shape ``(m, packed_size(dim))``.
     """
     rows, columns, factors = _places(vectors.shape[1])
     packed = vectors[:, rows] * vectors[:, columns]
@@ -74,7 +71,7 @@ def unpack(packed: Array, dim: int) -> Array:
 def item_gram(table: Table, memory: NDArray[np.float32]) -> NDArray[np.float32]:
     """``Σ_i v_i v_iᵀ`` over all items of a table, shape ``(dim, dim)``, in parts."""
     gram = np.zeros((table.dim, table.dim))
-    for items in _parts(table):
+    for items in table.in_parts(_ITEMS_AT_ONCE):
         rows = table.gather(memory, items)
         gram += rows.T @ rows
     return gram.astype(np.float32)
@@ -113,14 +110,9 @@ def pressure(
     if matrix is None:
         return memory * table.load[:, None]
     pushed = np.zeros_like(memory)
-    for items in _parts(table):
+    for items in table.in_parts(_ITEMS_AT_ONCE):
         table.scatter_add(pushed, items, table.gather(memory, items) @ matrix)
     return pushed
-
-
-def _parts(table: Table) -> Iterator[NDArray[np.int64]]:
-    for start in range(0, table.items, _ITEMS_AT_ONCE):
-        yield np.arange(start, min(table.items, start + _ITEMS_AT_ONCE))
 
 
 @cache

@@ -25,6 +25,7 @@ from torch.nn.functional import embedding_bag, layer_norm, scaled_dot_product_at
 
 from privrec.data.extreme import Examples
 from privrec.data.labels import examples_in
+from privrec.models.layout import Network
 from privrec.scenario.schema import Model
 
 FloatArray = NDArray[np.float32]
@@ -43,11 +44,6 @@ class WordBatch(Protocol):
         """Neurons that have to be active, ascending."""
         ...
 
-    @property
-    def positions(self) -> int:
-        """Predictions that are made in all."""
-        ...
-
     def __len__(self) -> int: ...
 
     def hidden(self, part: Items, rows: Rows, dense: Tensor) -> Tensor:
@@ -59,21 +55,12 @@ class WordBatch(Protocol):
         ...
 
 
-class WordNetwork(Protocol):
+class WordNetwork(Network, Protocol):
     """The dense part of a model with a wide output."""
-
-    @property
-    def dense(self) -> int:
-        """Number of dense weights."""
-        ...
 
     @property
     def shortest(self) -> int:
         """Output neurons that the smallest piece of training has to have."""
-        ...
-
-    def initial_dense(self, rng: np.random.Generator) -> FloatArray:
-        """Its weights before the first round."""
         ...
 
     def batch(
@@ -111,12 +98,8 @@ class Layer(NamedTuple):
 class NextWord:
     """The network between word vectors and hidden states.
 
-    Args:
-        dim: length of a word vector, a multiple of ``heads``.
-        heads: of the attention.
-        ffn: width of the feed-forward layer.
-        layers: of the Transformer.
-        context: most words that a prediction looks back at, itself included.
+    ``dim`` is the length of a word vector, a multiple of ``heads``; ``context`` the most words that
+    a prediction looks back at, itself included.
     """
 
     dim: int = 96
@@ -174,26 +157,20 @@ class NextWord:
         return np.concatenate(parts).astype(np.float32)
 
     def hidden(self, words: Tensor, dense: Tensor) -> Tensor:
-        """Hidden states after each word, normalised.
+        """Hidden states after each word, normalised; each has seen the words up to it alone.
 
         Args:
             words: word vectors of sequences, shape ``(s, t, dim)`` with ``t`` up to ``context``.
             dense: dense weights, shape ``(dense,)``.
 
         Returns:
-            Shape ``(s, t, dim)``; position ``i`` has seen words ``0`` to ``i`` alone.
+            Of the shape of ``words``.
         """
         first, *rest = self._parts(dense)
         state = words * self.dim**0.5 + first[: words.shape[1]]
         for start in range(0, len(rest) - 2, len(Layer._fields)):
             state = self._layer(state, Layer(*rest[start : start + len(Layer._fields)]))
         return self._normal(state, *rest[-2:])
-
-    def multiply_adds(self, tokens: int) -> int:
-        """Multiply-adds of :meth:`hidden` for so many tokens in sequences of full length."""
-        d, attended = self.dim, (self.context + 1) / 2
-        layer = 4 * d * d + 2 * d * self.ffn + 2 * d * attended
-        return round(tokens * self.layers * layer)
 
     def _layer(self, state: Tensor, layer: Layer) -> Tensor:
         s, t, d = state.shape
@@ -228,11 +205,6 @@ class Sequences:
         """See :attr:`WordBatch.own`: vectors are tied, so words that are read are neurons too."""
         return np.unique(np.concatenate((self.inputs.ravel(), self.following.ravel())))
 
-    @property
-    def positions(self) -> int:
-        """See :attr:`WordBatch.positions`."""
-        return self.following.size
-
     def __len__(self) -> int:
         return len(self.inputs)
 
@@ -249,9 +221,7 @@ class Sequences:
 class WordBag:
     """Hidden vectors ``relu(Σ value · row + bias)``, with rows and bias in one flat vector.
 
-    Args:
-        features: size of the vocabulary that words are hashed to.
-        dim: length of the hidden vector.
+    ``features`` is the size of the vocabulary that words are hashed to.
     """
 
     features: int
@@ -295,12 +265,7 @@ class WordBag:
         return weights
 
     def hidden(self, examples: Examples, dense: Tensor) -> Tensor:
-        """Hidden vectors, shape ``(m, dim)``.
-
-        Args:
-            examples: with features below :attr:`features`.
-            dense: dense weights, shape ``(dense,)``.
-        """
+        """Hidden vectors, shape ``(m, dim)``, of examples hashed to :attr:`features` words."""
         rows = dense[: -self.dim].view(self.features, self.dim)
         starts = torch.from_numpy(np.concatenate(([0], examples.ends[:-1])))
         words, values = torch.from_numpy(examples.features), torch.from_numpy(examples.values)
@@ -319,11 +284,6 @@ class Bags:
     def own(self) -> Items:
         """See :attr:`WordBatch.own`."""
         return np.unique(self.examples.labels)
-
-    @property
-    def positions(self) -> int:
-        """See :attr:`WordBatch.positions`."""
-        return len(self.examples)
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -136,7 +136,8 @@ def longest(cohort: Cohort[Any]) -> NDArray[np.int32]:
 
 def positions_of(cohort: Cohort[WordLearner]) -> int:
     """Return the positions, or examples, that a device with much data trains on in a round."""
-    return max(1, cohort.learner.batch(longest(cohort), 0, 0).positions)
+    batch = cohort.learner.batch(longest(cohort), 0, 0)
+    return max(1, len(batch.targets(np.arange(len(batch)))))
 
 
 # --------------------------------------------------------------------------- peak memory

@@ -91,7 +91,7 @@ def test_with_all_neurons_the_update_is_plain_gradient_descent(table: Table, ste
 
 
 @pytest.mark.parametrize("key", range(5))
-def test_all_labels_of_a_lesson_are_active_within_the_budget(key: int) -> None:
+def test_all_labels_of_a_batch_are_active_within_the_budget(key: int) -> None:
     of = learner(share=0.3)
     batch = of.batch(TOKENS, 0, key)
     assert isinstance(batch, Bags)
@@ -107,7 +107,7 @@ def test_a_round_takes_some_examples_from_a_place_that_the_key_decides() -> None
     for key in range(60):
         batch = of.batch(TOKENS, 3, key)
         assert isinstance(batch, Bags)
-        assert len(batch) == batch.positions == 4
+        assert len(batch) == len(batch.targets(np.arange(4))) == 4
         for first in range(9):
             some = whole.take(np.arange(first, first + 4))
             if np.array_equal(some.features, batch.examples.features):

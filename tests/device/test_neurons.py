@@ -7,7 +7,6 @@ import pytest
 
 from privrec.device.samples import OutputBudget
 from privrec.device.words import spread
-from privrec.errors import UsageError
 
 WORDS = 1000
 OWN = np.array([3, 40, 500, 501, 999])
@@ -78,9 +77,3 @@ def test_chance_is_keyed_by_round_and_user() -> None:
 def test_queries_are_spread_over_the_text() -> None:
     assert spread(1000, 4).tolist() == [0, 333, 666, 999]
     assert spread(3, 16).tolist() == [0, 1, 2]
-
-
-@pytest.mark.parametrize("wrong", [(0, 0, 0), (1.1, 0, 0), (0.5, -0.1, 0), (0.5, 0.6, 0.6)])
-def test_impossible_shares_are_refused(wrong: tuple[float, float, float]) -> None:
-    with pytest.raises(UsageError):
-        OutputBudget(WORDS, *wrong)

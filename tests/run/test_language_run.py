@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -303,6 +304,20 @@ def test_hash_functions_of_devices_differ() -> None:
     parts = assemble(of, load_text(of.data).train, "run", SecretRoot.known(b"d"))
     functions = Draws.of(SecretRoot.known(b"d"), parts.server.next_round(0), 0).functions
     assert functions(1).bytes(8) != functions(2).bytes(8)
+
+
+def test_devices_one_by_one_train_as_their_cohort() -> None:
+    """Their coins are others, so each device's rounding may differ by a step."""
+    of, sums = scenario(), []
+    train = load_text(of.data).train
+    for engine in ("cohort", "device"):
+        parts = assemble(of, train, "run", SecretRoot.known(b"d"))
+        simulation = replace(parts.simulation, engine=engine)
+        sums.append(simulation.collect(parts.server.next_round(0), parts.server.weights))
+    together, alone = (aggregate.total for aggregate in sums)
+    assert sums[0].loss == pytest.approx(sums[1].loss)
+    assert 0 < np.abs(together - alone).max() <= sums[0].cohort
+    assert np.abs(together).max() > 10 * sums[0].cohort
 
 
 @pytest.mark.slow
