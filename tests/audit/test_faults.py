@@ -238,8 +238,8 @@ def test_a_tier_that_is_lifted_without_its_norm_fails(monkeypatch: Patch) -> Non
 
     honest = RawUpdate.bound
 
-    def bound(self: RawUpdate, encoding: Any, coins: Any, weight: float = 1.0) -> BoundedUpdate:
-        made = honest(self, encoding, coins, weight)
+    def bound(self: RawUpdate, *given: Any) -> BoundedUpdate:
+        made = honest(self, *given)
         return BoundedUpdate(made.integers * 2, made.address)
 
     monkeypatch.setattr(RawUpdate, "bound", bound)
