@@ -27,12 +27,12 @@ from privrec.audit.harness import (
     two_sided,
     variance_p,
 )
-from privrec.device.round import Round
+from privrec.device.update import Round
 from privrec.errors import ReleaseRefused
 from privrec.privacy.events import Mechanism
 from privrec.privacy.lazy import LazyMemory
-from privrec.privacy.pending import LinearStep, Normals
 from privrec.privacy.mechanism import Shares, noise_seeds
+from privrec.privacy.pending import LinearStep, Normals
 from privrec.randomness import SecretRoot
 
 Floats = NDArray[np.float64]

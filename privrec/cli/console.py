@@ -26,7 +26,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from privrec.run.record import Finished, NullObserver, Record, RunInfo
+from privrec.run.record import Observer, Record, Result, RunInfo
 from privrec.run.wording import (
     duration_text,
     headline_metric,
@@ -39,7 +39,7 @@ HIDDEN_LINES = 20
 """Lines of a run that hides its cohorts, beside those of the first and of evaluated rounds."""
 
 
-class PlainObserver(NullObserver):
+class PlainObserver(Observer):
     """A line now and then, for logs and pipes.
 
     A line is written for the first round, the last, each evaluated one, and otherwise when
@@ -125,7 +125,7 @@ class _FigureColumn(ProgressColumn):
         return Text(str(task.fields.get(self._field, "")), style=self._style, no_wrap=True)
 
 
-class ProgressObserver(NullObserver):
+class ProgressObserver(Observer):
     """A progress bar on a terminal: round, ε spent of budget, cohort, loss, HR@10 and the ETA.
 
     HR@10 stays on the line from the round in which it was last evaluated. The cohort is the
@@ -180,7 +180,7 @@ class ProgressObserver(NullObserver):
             metric=_metric_text(self._metrics),
         )
 
-    def finished(self, result: Finished) -> None:
+    def finished(self, result: Result) -> None:
         """Leave the finished bar on the terminal."""
         self.close()
 
@@ -191,7 +191,7 @@ class ProgressObserver(NullObserver):
             self._progress = None
 
 
-def console_observer(stream: IO[str] | None = None) -> NullObserver:
+def console_observer(stream: IO[str] | None = None) -> Observer:
     """The observer that suits a stream: a bar on a terminal, else plain lines.
 
     What only passes for a terminal (``FORCE_COLOR``, a notebook) keeps what is drawn on it, so it

@@ -26,8 +26,7 @@ from privrec.errors import PrivrecError, UsageError
 
 if TYPE_CHECKING:
     from privrec.report.render import Written
-    from privrec.run.loop import Result
-    from privrec.run.record import Observer, Observers
+    from privrec.run.record import Observer, Observers, Result
     from privrec.scenario.load import Scenario
     from privrec.search.select import Selector
 
@@ -179,7 +178,7 @@ def resume(
     check_run(directory)
     _check_data(data_dir)
     from privrec.run.lifecycle import resume as go_on
-    from privrec.run.rows import with_rows
+    from privrec.run.lifecycle import with_rows
     from privrec.scenario.load import load
 
     sinks = _sinks(tensorboard, mlflow)
@@ -358,15 +357,9 @@ def describe(name: str, settings: tuple[str, ...], data_dir: Path | None, as_jso
     """Read a data set, by its name or as a scenario file has it, and count what is in it."""
     _check_data(data_dir)
     scenario = _scenario_for_data(name, settings)
-    from privrec import data as data_sets
-    from privrec.run.texts import read_split
-    from privrec.scenario.rules import WIDE
+    from privrec.run.task import load_task
 
-    facts = (
-        read_split(scenario, data_dir).describe()
-        if scenario.model.kind in WIDE
-        else data_sets.describe(data_sets.load(scenario.data, data_dir=data_dir))
-    )
+    facts = load_task(scenario, data_dir).describe()
     if as_json:
         print_json(facts)
         return
@@ -410,8 +403,7 @@ def _start(
     population: str | None = None,
 ) -> Result:
     path = _new_directory(scenario.name) if out is None else _checked_out(out)
-    from privrec.run.lifecycle import check, start
-    from privrec.run.rows import with_rows
+    from privrec.run.lifecycle import check, start, with_rows
 
     for _, variant in scenario.variants():
         check(variant, data_dir)  # before the first run is paid for

@@ -7,7 +7,12 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from privrec.errors import UsageError
-from privrec.run.popularity import known_items, release_event
+from privrec.run.privacy_plan import (
+    event_without_shares,
+    known_items,
+    plan_privacy,
+    release_event,
+)
 from privrec.scenario.load import Scenario
 
 if TYPE_CHECKING:
@@ -87,8 +92,6 @@ def _spending(scenario: Scenario, event: RoundEvent) -> dict[str, Any]:
 
 def _event(scenario: Scenario) -> RoundEvent:
     """The event of each round: for distributed noise, that of the band that all devices hold."""
-    from privrec.run.privacy_plan import event_without_shares, plan_privacy
-
     if scenario.privacy.noise != "distributed":
         return event_without_shares(scenario)
     population, lengths = scenario.population(), _lengths(scenario)

@@ -31,40 +31,23 @@ Array = NDArray[Any]
 class Nested:
     """Plain coordinates: the memory as it is, of which weaker tiers hold a prefix.
 
-    Args:
-        tables: each tier's table in its own memory, the strongest first, with slots that shrink
-            from tier to tier.
+    ``tables`` has each tier's table in its own memory, the strongest first.
     """
 
     tables: tuple[Table, ...]
-
-    @property
-    def whole(self) -> Table:
-        """The strongest tier's table."""
-        return self.tables[0]
 
     def slots(self, tier: int) -> int:
         """Blocks that a tier holds: the length of its prefix."""
         return self.tables[tier].slots
 
     def to_memory(self, prefix: Array, tier: int) -> None:
-        """Turn a tier's coefficients into its memory, in place (synthesis).
-
-        Args:
-            prefix: coefficients of shape ``(slots(tier), block)``.
-            tier: whose they are.
-        """
+        """Turn a tier's coefficients, ``(slots(tier), block)``, into its memory, in place."""
 
     def to_coefficients(self, memory: Array, tier: int) -> None:
-        """Turn a tier's memory into its coefficients, in place: the inverse of the synthesis."""
+        """Turn a tier's memory into its coefficients, in place: the inverse."""
 
     def spread(self, slots: NDArray[np.int64], tier: int) -> Spread | None:
-        """Which coefficients a change of some memory blocks changes; None for the same ones.
-
-        Args:
-            slots: slots of a tier's memory, of any shape.
-            tier: whose they are.
-        """
+        """Which coefficients a change of blocks of a tier's memory changes; None for the same."""
         return None
 
     def lift(self, memory: Array, tier: int) -> Array:

@@ -32,10 +32,7 @@ class Subspace(Table):
     (:mod:`privrec.embedding.nested`).
 
     Args:
-        items: see :class:`~privrec.embedding.table.Table`.
-        dim: likewise.
-        block: likewise.
-        slots: blocks in the memory, a power of two.
+        slots: a power of two.
         key: the shared key of the hash.
         folds: how often the memory was halved; the hash is taken before folding.
 
@@ -82,11 +79,7 @@ class Subspace(Table):
         return self.folds == 0 and self.slots >= self.items * self.parts
 
     def folded(self, times: int) -> Subspace:
-        """The same subspace in a memory halved ``times`` times: ``slot mod (slots / 2^times)``.
-
-        Raises:
-            UsageError: when the memory does not have that many halves.
-        """
+        """The same subspace in a memory halved ``times`` times: ``slot mod (slots / 2^times)``."""
         check_size(
             0 <= times < self.slots.bit_length(),
             f"times = {times}",
@@ -99,14 +92,7 @@ class Subspace(Table):
         return Tabulated.of(self)
 
     def locate(self, items: NDArray[np.integer]) -> Places:
-        """Slots and signs of the parts of each item, computed on the fly.
-
-        Args:
-            items: item indices in ``[0, items)``, of any shape.
-
-        Returns:
-            ``(slots, signs)``, each of shape ``items.shape + (parts,)``.
-        """
+        """See :meth:`~privrec.embedding.table.Table.locate`; computed on the fly."""
         words, negative = self._words(items)
         return words.view(np.int64), 1 - 2 * (negative >> np.uint64(63)).astype(np.float32)
 

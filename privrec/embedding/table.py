@@ -1,13 +1,14 @@
 """What every embedding table here is: rows made of signed blocks of one small memory.
 
 Part ``b`` of row ``i`` is ``scale * sign_b(i) * memory[slot_b(i)]``, one block of ``block``
-numbers. Where slots and signs come from is the business of :class:`ReportTable`'s kinds: a hash
+numbers. Where slots and signs come from is the business of :class:`Table`'s kinds: a hash
 (:class:`~privrec.embedding.subspace.Subspace`) or the item's own place (:class:`PlainTable`).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -31,8 +32,8 @@ class Table(ABC):
     Args:
         items: number of rows, at least 1.
         dim: length of a row, a positive multiple of ``block``.
-        block: numbers in a block, at least 1; 16 to 32 gathers fastest.
-        slots: blocks in the memory, at least 1.
+        block: numbers in a block; 16 to 32 gathers fastest.
+        slots: blocks in the memory.
 
     Raises:
         UsageError: when a value is out of its range.
@@ -86,49 +87,36 @@ class Table(ABC):
 
     @abstractmethod
     def locate(self, items: NDArray[np.integer]) -> Places:
-        """Slots and signs of the parts of each item.
-
-        Args:
-            items: item indices in ``[0, items)``, of any shape.
-
-        Returns:
-            ``(slots, signs)``, each of shape ``items.shape + (parts,)``.
-        """
+        """Slots and signs of the parts of items of any shape ``(*s)``, each ``(*s, parts)``."""
 
     def locate_doubled(self, items: NDArray[np.integer]) -> NDArray[np.int64]:
-        """Places in the memory followed by its negative: slots, plus ``slots`` where negative.
-
-        Args:
-            items: item indices in ``[0, items)``, of any shape.
-
-        Returns:
-            Shape ``items.shape + (parts,)``.
-        """
+        """Places in the memory followed by its negative: slots, plus ``slots`` where negative."""
         slots, signs = self.locate(items)
         doubled: NDArray[np.int64] = slots + (signs < 0) * np.int64(self.slots)
         return doubled
 
     @cached_property
     def load(self) -> FloatArray:
-        """How much of each block the rows use: gathering all rows and scattering them back.
+        """Parts that share each block, times ``scale²``, shape ``(slots,)``.
 
-        Shape ``(slots,)``: the number of parts that share the block, times ``scale²``.
+        It is what gathering all rows and scattering them back multiplies a block by.
         """
         load = np.zeros(self.slots, np.float32)
-        for start in range(0, self.items, _ITEMS_AT_ONCE):
-            items = np.arange(start, min(self.items, start + _ITEMS_AT_ONCE))
+        for items in self.in_parts(_ITEMS_AT_ONCE):
             load += np.bincount(self.locate(items)[0].ravel(), minlength=self.slots)
         return load * np.float32(self.scale**2)
 
+    def in_parts(self, most: int) -> Iterator[NDArray[np.int64]]:
+        """All items in order, so many at a time."""
+        for start in range(0, self.items, most):
+            yield np.arange(start, min(self.items, start + most))
+
     def gather(self, memory: NDArray[Any], items: NDArray[np.integer]) -> NDArray[Any]:
-        """Rows of the table.
+        """Rows of items of any shape ``(*s)``, of shape ``(*s, dim)`` and the memory's type.
 
         Args:
             memory: float array of shape ``(slots, block)``.
-            items: item indices, of any shape.
-
-        Returns:
-            Array of the memory's type and of shape ``items.shape + (dim,)``.
+            items: item indices.
         """
         slots, signs = self.locate(items)
         rows = np.take(memory, slots, axis=0)
@@ -143,9 +131,9 @@ class Table(ABC):
         """Add ``rows`` to the memory in place: the adjoint of :meth:`gather`.
 
         Args:
-            memory: array of shape ``(slots, block)``, changed in place.
-            items: item indices of any shape; repeated ones add up.
-            rows: array of shape ``items.shape + (dim,)``.
+            memory: array of shape ``(slots, block)``.
+            items: item indices of any shape ``(*s)``; repeated ones add up.
+            rows: array of shape ``(*s, dim)``.
         """
         slots, signs = self.locate(items)
         blocks = rows.reshape(-1, self.block)
@@ -158,25 +146,20 @@ class Table(ABC):
 class PlainTable(Table):
     """A table that is its own memory, block by block, without hash or sign.
 
-    Args:
-        by_part: the first parts of all items come first, then all second ones; otherwise the parts
-            of an item lie together. So a prefix of the memory is the first dimensions of all
-            items, or the first items in full.
+    With ``by_part`` the first parts of all items come first, then all second ones; otherwise the
+    parts of an item lie together. So a prefix of the memory is the first dimensions of all items,
+    or the first items in full.
     """
 
     by_part: bool = False
 
     @classmethod
     def of(cls, items: int, dim: int, *, block: int, by_part: bool = False) -> PlainTable:
-        """The plain table of ``items`` rows of ``dim`` numbers.
-
-        Raises:
-            UsageError: when a value is out of its range.
-        """
+        """The plain table of ``items`` rows of ``dim`` numbers."""
         return cls(items, dim, block, items * (dim // max(1, block)), by_part)
 
     def locate(self, items: NDArray[np.integer]) -> Places:
-        """See :meth:`ReportTable.locate`."""
+        """See :meth:`Table.locate`."""
         item, part = np.asarray(items, np.int64)[..., None], np.arange(self.parts)
         slots = part * self.items + item if self.by_part else item * self.parts + part
         return slots, np.ones(slots.shape, np.float32)
@@ -195,12 +178,12 @@ class Tabulated(Table):
 
     @property
     def scale(self) -> float:
-        """See :attr:`ReportTable.scale`."""
+        """See :attr:`Table.scale`."""
         return self.source.scale
 
     @property
     def injective(self) -> bool:
-        """See :attr:`ReportTable.injective`."""
+        """See :attr:`Table.injective`."""
         return self.source.injective
 
     @cached_property
@@ -208,7 +191,7 @@ class Tabulated(Table):
         return self.source.locate(np.arange(self.items))
 
     def locate(self, items: NDArray[np.integer]) -> Places:
-        """See :meth:`ReportTable.locate`."""
+        """See :meth:`Table.locate`."""
         slots, signs = self._places
         return np.take(slots, items, axis=0), np.take(signs, items, axis=0)
 
@@ -223,10 +206,10 @@ def add_rows(
     change, nothing of its size is made.
 
     Args:
-        target: array of shape ``(n, width)``.
-        index: row indices of shape ``(k,)``.
-        rows: array of shape ``(k, width)`` and of the target's type.
-        signs: factors of shape ``(k,)``; ones when absent.
+        target: shape ``(n, width)``.
+        index: row indices, shape ``(k,)``.
+        rows: shape ``(k, width)``, of the target's type.
+        signs: factors, shape ``(k,)``; ones when absent.
     """
     if len(target) > _SPARSE * len(index):
         index, place = np.unique(index, return_inverse=True)
@@ -245,10 +228,6 @@ def _summed(
 
 
 def check_size(holds: bool, value: str, rule: str) -> None:
-    """Refuse a size of ``[model]`` that breaks its rule.
-
-    Raises:
-        UsageError: unless ``holds``.
-    """
+    """Refuse a size of ``[model]`` that breaks its rule, with a :class:`UsageError`."""
     if not holds:
         raise UsageError(f"{value}: must be {rule}; change it in the [model] table")

@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 from privrec import data
 from privrec.data.listed import read_catalogue, read_history
 from privrec.device.device import Device
-from privrec.device.round import Round
 from privrec.device.tier import Federation
+from privrec.device.update import Round
 from privrec.errors import DataError, PrivrecError, ReleaseRefused, UsageError
 from privrec.flower import exchange
 from privrec.flower.app import population_of, scenario_of
 from privrec.flower.enrolment import Anyone, anchor_of, text_of
-from privrec.run.assembly import agreement_of, assign, federation_of, trainer_of
+from privrec.run.assembly import assign, federation_of, learner_of
+from privrec.run.plan import Plan
 from privrec.scenario.load import Scenario
 from privrec.secagg.client import Policy
 from privrec.secagg.roster import Anchor, Call
@@ -113,10 +114,12 @@ class Node:
 
     def __post_init__(self) -> None:
         scenario, federation = self.scenario, self.federation
-        self._event, self._protection = agreement_of(scenario, federation, population_of(scenario))
+        items = federation.tiers[0].recommender.vectors.items
+        plan = Plan.over(scenario, federation, items, population_of(scenario))
+        self._event, self._protection = plan.event, plan.protection
         devices = [(each, self.keys.device(each.user, self.anchor)) for each in self.hosted]
         self._devices = {device.key.public: (each, device) for each, device in devices}
-        self._trainer = cache(lambda tier: trainer_of(scenario, federation, federation.tiers[tier]))
+        self._learner = cache(lambda tier: learner_of(scenario, federation, federation.tiers[tier]))
 
     def answer(self, stage: str, body: Mapping[str, Any]) -> exchange.Body:
         """Answer one message of :mod:`privrec.flower.exchange`.
@@ -213,7 +216,7 @@ class Node:
             hosted.history,
             tier,
             self.federation.weaker(tier),
-            self._trainer(hosted.tier),
+            self._learner(hosted.tier),
             self._protection,
             self.keys.root,
             np.frombuffer(state, np.float32).copy(),

@@ -6,10 +6,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+class Network(Protocol):
+    """The dense part of a model."""
+
+    @property
+    def dense(self) -> int:
+        """Number of dense weights."""
+        ...
+
+    def initial_dense(self, rng: np.random.Generator) -> NDArray[np.float32]:
+        """Its weights before the first round."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -22,7 +35,7 @@ class Layout:
         block: floats in a block.
         bias_slots: item biases, 0 when the model has none.
         gram: coefficients of the users' mean Gram matrix, which is no weight but travels with them
-            where the loss looks at all items at once (:mod:`privrec.models.losses`).
+            under an implicit loss (:mod:`privrec.models.losses`).
     """
 
     dense: int
@@ -73,14 +86,11 @@ def bands(vector: NDArray[Any], layouts: Sequence[Layout]) -> Iterator[list[NDAr
     """The parts of a vector that each tier adds to the next weaker one's, the weakest tier first.
 
     One after the other they are the vector in the order of the wire, in which every tier's own
-    vector is a prefix.
+    vector is a prefix. Each is views of the head (in the first band only), item memory and biases.
 
     Args:
         vector: of the first layout.
         layouts: of all tiers, the strongest first.
-
-    Yields:
-        Views of the vector: the head (in the first band only), item memory, biases.
     """
     whole = layouts[0]
     nothing = replace(whole, slots=0, bias_slots=0, dense=0, gram=0)
@@ -93,11 +103,7 @@ def bands(vector: NDArray[Any], layouts: Sequence[Layout]) -> Iterator[list[NDAr
 
 
 def band_sizes(layouts: Sequence[Layout]) -> tuple[int, ...]:
-    """Coefficients of each band, the weakest tier's first.
-
-    Args:
-        layouts: of all tiers, the strongest first.
-    """
+    """Coefficients of each band, the weakest tier's first; layouts have the strongest first."""
     sizes = [0, *(layout.size for layout in reversed(layouts))]
     return tuple(longer - shorter for shorter, longer in pairwise(sizes))
 
@@ -105,12 +111,11 @@ def band_sizes(layouts: Sequence[Layout]) -> tuple[int, ...]:
 def to_wire(vectors: NDArray[Any], layouts: Sequence[Layout]) -> NDArray[Any]:
     """Vectors in the order of the wire, band after band, in which weaker ones are prefixes.
 
+    A single tier's order is that of the wire, and its vectors are given as they are.
+
     Args:
         vectors: of the first layout, along the last axis.
         layouts: of the tiers from the vectors' own on, the strongest first.
-
-    Returns:
-        A new array, but for a single tier, whose order is that of the wire.
     """
     return vectors if len(layouts) == 1 else vectors[..., _wire_order(tuple(layouts))]
 

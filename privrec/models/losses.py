@@ -22,7 +22,7 @@ Rendle et al., "iALS++" (2021), for the form of the loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import cross_entropy, logsigmoid, softplus
 
 from privrec.embedding.table import Table
 
@@ -52,9 +52,6 @@ def pack(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 
     Args:
         vectors: shape ``(m, dim)``.
-
-    Returns:
-        float32 of shape ``(m, packed_size(dim))``.
     """
     rows, columns, factors = _places(vectors.shape[1])
     packed = vectors[:, rows] * vectors[:, columns]
@@ -74,7 +71,7 @@ def unpack(packed: Array, dim: int) -> Array:
 def item_gram(table: Table, memory: NDArray[np.float32]) -> NDArray[np.float32]:
     """``Σ_i v_i v_iᵀ`` over all items of a table, shape ``(dim, dim)``, in parts."""
     gram = np.zeros((table.dim, table.dim))
-    for items in _parts(table):
+    for items in table.in_parts(_ITEMS_AT_ONCE):
         rows = table.gather(memory, items)
         gram += rows.T @ rows
     return gram.astype(np.float32)
@@ -113,14 +110,9 @@ def pressure(
     if matrix is None:
         return memory * table.load[:, None]
     pushed = np.zeros_like(memory)
-    for items in _parts(table):
+    for items in table.in_parts(_ITEMS_AT_ONCE):
         table.scatter_add(pushed, items, table.gather(memory, items) @ matrix)
     return pushed
-
-
-def _parts(table: Table) -> Iterator[NDArray[np.int64]]:
-    for start in range(0, table.items, _ITEMS_AT_ONCE):
-        yield np.arange(start, min(table.items, start + _ITEMS_AT_ONCE))
 
 
 @cache
@@ -150,7 +142,27 @@ class Samples:
 
 
 Graded = tuple[Tensor, Tensor, Tensor]
-Loss = Callable[[Tensor, Samples], Graded]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss of a recommender, and what it asks of those who use it.
+
+    Args:
+        grade: scores and samples to the summed loss, its gradient and curvature, see this module.
+        damped: whether its curvature can grow along a step, so that a whole Newton step may
+            overshoot. That of the others bounds the loss everywhere.
+        whole_catalogue: whether it looks at every item instead of sampled ones.
+        implicit: whether it has a part over all items that is never sampled, see this module.
+    """
+
+    grade: Callable[[Tensor, Samples], Graded]
+    damped: bool = False
+    whole_catalogue: bool = False
+    implicit: bool = False
+
+    def __call__(self, scores: Tensor, samples: Samples) -> Graded:
+        return self.grade(scores, samples)
 
 
 def bce(scores: Tensor, samples: Samples) -> Graded:
@@ -218,20 +230,46 @@ def ials(scores: Tensor, samples: Samples) -> Graded:
     return missing.square().sum(1) / 2, -missing, valid
 
 
-LOSSES: dict[str, Loss] = {
-    "bce": bce,
-    "bpr": bpr,
-    "softmax": sampled_softmax,
-    "full_softmax": full_softmax,
-    "ials": ials,
+LOSSES = {
+    "bce": Loss(bce),
+    "bpr": Loss(bpr),
+    "softmax": Loss(sampled_softmax, damped=True),
+    "full_softmax": Loss(full_softmax, damped=True, whole_catalogue=True),
+    "ials": Loss(ials, implicit=True),
 }
 
-DAMPED = frozenset({"softmax", "full_softmax"})
-"""Losses whose curvature can grow along a step, so that a whole Newton step may overshoot. That of
-the others bounds the loss everywhere."""
 
-WHOLE_CATALOGUE = frozenset({"full_softmax"})
-"""Losses that look at every item instead of sampled ones."""
+def sampled_loss(
+    hidden: Tensor, rows: Tensor, biases: Tensor, logs: Tensor, places: Tensor
+) -> Tensor:
+    """Mean cross-entropy over active neurons, each of which stands for one or more words.
 
-IMPLICIT = frozenset({"ials"})
-"""Losses with a part over all items that is never sampled (:mod:`privrec.models.losses`)."""
+    With all words active and no weights it is the full softmax. Where each neuron stands for
+    ``w`` words, the sum over words in the softmax is estimated without bias, as in
+    :func:`sampled_softmax`.
+
+    Args:
+        hidden: shape ``(p, dim)``.
+        rows: vectors of the active neurons, shape ``(k, dim)``.
+        biases: theirs, shape ``(k,)``.
+        logs: logarithms of how many words each stands for, shape ``(k,)``; 0 for every target.
+        places: where targets lie among the neurons: one for each row, shape ``(p,)``, or several,
+            shape ``(p, labels)``, filled up by -1, of which the mean counts.
+    """
+    scores = torch.addmm(biases + logs, hidden, rows.T)
+    if places.ndim == 1:
+        return cross_entropy(scores, places)
+    return softmax_loss(scores, places.clamp(min=0), places >= 0)
+
+
+def softmax_loss(scores: Tensor, places: Tensor, real: Tensor) -> Tensor:
+    """Mean cross-entropy of examples with several labels each, the mean over an example's labels.
+
+    Args:
+        scores: of the active neurons, with the logarithms of how many each stands for: ``(b, A)``.
+        places: where labels stand among the neurons, shape ``(b, m)``.
+        real: which of them are labels and no padding, of that shape.
+    """
+    total = torch.logsumexp(scores, dim=1)
+    own = torch.where(real, scores.gather(1, places), 0.0).sum(1) / real.sum(1).clamp(min=1)
+    return torch.where(real.any(1), total - own, 0.0).mean()

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Kind = Literal["gmf", "mlp", "neumf"]
+from privrec.scenario.schema import Model
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,18 @@ class NCF:
     hidden: tuple[int, ...]
 
     @classmethod
-    def of(cls, kind: Kind, dim: int, hidden: tuple[int, ...]) -> NCF:
+    def of(cls, kind: str, dim: int, hidden: tuple[int, ...]) -> NCF:
         """The model named ``kind`` over item vectors of length ``dim``."""
         if kind == "gmf":
             return cls(dim, 0, ())
         if kind == "mlp":
             return cls(0, dim, hidden)
         return cls(dim // 2, dim - dim // 2, hidden)
+
+    @classmethod
+    def configured(cls, config: Model, dim: int) -> NCF:
+        """The network that ``[model]`` describes, over item vectors of length ``dim``."""
+        return cls.of(config.kind, dim, tuple(config.hidden))
 
     @property
     def dim(self) -> int:
@@ -81,31 +86,24 @@ class NCF:
         return np.concatenate(parts).astype(np.float32) if parts else np.zeros(0, np.float32)
 
     def forward(self, user: Tensor, rows: Tensor, dense: Tensor) -> Scored:
-        """Scores of candidate items, with the gradients that training may ask for.
+        """Scores ``(m, k)`` of candidates, without item biases, and the gradients of training.
 
         Args:
             user: private states, shape ``(m, user_dim)``.
             rows: item vectors, shape ``(m, k, dim)``, or ``(1, k, dim)`` when all see the same.
             dense: dense weights, shape ``(m, dense)``.
-
-        Returns:
-            Scores of shape ``(m, k)`` (item biases are added by the caller), wrapped with what
-            training needs.
         """
         if self.tower:
             return _NetworkScored(self, user, rows, dense)
         return _DotScored(user, rows)
 
     def rank(self, user: Tensor, table: Tensor, dense: Tensor) -> Tensor:
-        """Scores of ``k`` items for ``m`` users.
+        """Scores ``(m, k)`` of ``k`` items for ``m`` users, without item biases.
 
         Args:
             user: private states, shape ``(m, user_dim)``.
             table: item vectors, shape ``(k, dim)``.
             dense: dense weights, shape ``(dense,)``.
-
-        Returns:
-            Tensor of shape ``(m, k)``, without item biases.
         """
         scores = user[:, : self.dot] @ table[:, : self.dot].T + user[:, -1:]
         if self.tower:

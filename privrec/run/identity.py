@@ -21,12 +21,18 @@ from privrec.scenario.load import Scenario
 from privrec.storage import replace, server_key
 
 _RUN_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
-_KNOWN, _KEY = "known-", "server.key"
+_KNOWN, _KEY, _FILE = "known-", "server.key", "run.json"
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Who a run is: its name, where its data lies, and its secrets (kept apart from it)."""
+    """Who a run is: its name, where its data lies, and its secrets, which are kept apart from it.
+
+    Attributes:
+        data: public facts of the data.
+        data_dir: where it lies, if here.
+        known_key: a noise key that others know, in hex.
+    """
 
     run_id: str
     scenario: str
@@ -47,16 +53,7 @@ class Identity:
         *,
         simulated: bool = True,
     ) -> Identity:
-        """Name a new run; a known noise key makes the name repeat as the run does.
-
-        Args:
-            scenario: what is run.
-            described: public facts of the data.
-            data_dir: where it lies, if here.
-            known: a noise key that others know.
-            simulated: whether the devices are simulated.
-        """
-        # A known root repeats a run bit for bit, so the run's name must repeat as well.
+        """Name a new run; with a key ``known`` to others, the name repeats as the run does."""
         run_id = secrets.token_hex(8) if known is None else f"{_KNOWN}{scenario.plan_hash()[:16]}"
         return cls(
             run_id,
@@ -71,25 +68,25 @@ class Identity:
 
     @classmethod
     def read(cls, out: Path) -> Identity:
-        """Who the run in ``out`` is.
+        """Return who the run in ``out`` is.
 
         Raises:
             UsageError: when ``out`` is no run directory.
             IntegrityError: when ``run.json`` is not what was written.
         """
-        path = out / "run.json"
+        path = out / _FILE
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
-            data_dir, key = stored["data_dir"], stored["unsafe_noise_key"]
+            place, key = stored["data_dir"], stored["unsafe_noise_key"]
             identity = cls(
                 str(stored["run_id"]),
                 str(stored["scenario"]),
                 str(stored["scenario_hash"]),
                 str(stored["privacy_hash"]),
                 dict(stored["data"]),
-                None if data_dir is None else Path(data_dir),
+                None if place is None else Path(place),
                 None if key is None else bytes.fromhex(key).hex(),
-                stored["simulated"] is not False,
+                stored["simulated"] is True,
             )
             if not _RUN_ID.fullmatch(identity.run_id):
                 raise ValueError(f"run_id {identity.run_id!r} is not one that privrec gives")
@@ -103,8 +100,13 @@ class Identity:
             raise IntegrityError(f"{path}: not what was written ({error!r}); restore it") from None
         return identity
 
+    def write(self, out: Path) -> None:
+        """Write ``run.json``, durable before this returns."""
+        text = json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n"
+        replace(out / _FILE, text.encode())
+
     def to_json(self) -> dict[str, Any]:
-        """What ``run.json`` holds."""
+        """Return what ``run.json`` holds."""
         return {
             "run_id": self.run_id,
             "scenario": self.scenario,
@@ -119,18 +121,18 @@ class Identity:
         }
 
     def root(self, maker: str) -> SecretRoot:
-        """The secret of one noise-maker: the injected one, the kept one, or a new one."""
+        """Return the secret of one noise-maker: the injected one, the kept one, or a new one."""
         if self.known_key is not None:
             return SecretRoot.known(bytes.fromhex(self.known_key) + maker.encode())
         path = self.secrets_dir() / f"{maker}.root"
         return SecretRoot.load(path) if path.exists() else SecretRoot.create(path)
 
     def signing_key(self, *, new: bool = False) -> Ed25519PrivateKey:
-        """The key that signs the ledger; one that is gone is never replaced by another."""
+        """Return the key that signs the ledger; one that is gone is never replaced by another."""
         return server_key(self.secrets_dir() / _KEY, new=new)
 
     def kept_head(self) -> Path | None:
-        """Where this machine keeps the last signed head of the run's ledger.
+        """Return where this machine keeps the last signed head of the run's ledger.
 
         Runs of a known root share a name, may be repeated as often as one likes, and protect
         nobody: no head is kept of them.
@@ -138,11 +140,11 @@ class Identity:
         return None if self.run_id.startswith(_KNOWN) else self.secrets_dir() / "head.json"
 
     def root_tag(self) -> str:
-        """What tells the server's root from another one, and nothing of it."""
+        """Return what tells the server's root from another one, and nothing of it."""
         return self.root("server").tag("identity").hex()
 
     def earlier_runs(self) -> int:
-        """How many other runs on data of this description this machine's store knows of.
+        """Count the other runs on data of this description that this machine's store knows of.
 
         It notes the run itself too. A run whose noise is known protects nobody and counts none, so
         that it repeats bit for bit.
@@ -158,25 +160,25 @@ class Identity:
 
     @contextmanager
     def forgotten_unless(self, out: Path) -> Iterator[None]:
-        """Secrets of a start that made no ``out`` are removed; a known root may serve others."""
+        """Remove the secrets of a start that made no ``out``; a known root may serve others."""
         try:
             yield
         except BaseException:
-            if self.known_key is None and not (out / "run.json").exists():
+            if self.known_key is None and not (out / _FILE).exists():
                 shutil.rmtree(self.secrets_dir(), ignore_errors=True)
             raise
 
     def secrets_dir(self) -> Path:
-        """Where the run's roots and signing key are kept, apart from its directory."""
+        """Return where the run's roots and signing key are kept, apart from its directory."""
         return state_dir() / "runs" / self.run_id
 
 
 def kept_key(run_id: str) -> Ed25519PublicKey | None:
-    """The server's public key where this machine keeps the key of that run, else None.
+    """Return the server's public key where this machine keeps the key of that run, else None.
 
     Raises:
-        UsageError: The key is there, but others may read it.
-        IntegrityError: The key is there, but damaged.
+        UsageError: when the key is there, but others may read it.
+        IntegrityError: when the key is there, but damaged.
     """
     if not _RUN_ID.fullmatch(run_id):
         return None

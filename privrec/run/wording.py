@@ -30,12 +30,12 @@ KEPT = (
 
 
 def adversary_text(name: str) -> str:
-    """Whom an ε holds against, in words, for "recipients" or "server"."""
+    """Say whom an ε holds against, in words, for "recipients" or "server"."""
     return _ADVERSARIES[name]
 
 
 def epsilon_text(value: float | None, digits: int = 2) -> str:
-    """ε rounded **up** to ``digits`` decimals, from 10^15 on to four digits; None is "∞"."""
+    """Write ε rounded **up** to ``digits`` decimals, from 10^15 on to four digits; None is "∞"."""
     if value is None or math.isinf(value):
         return "∞"
     # In decimal, so that 1.24 stays 1.24 and anything above it, however little, becomes 1.25.
@@ -46,7 +46,7 @@ def epsilon_text(value: float | None, digits: int = 2) -> str:
 
 
 def opening_words(info: RunInfo) -> str:
-    """The first line of a run; it begins with "Simulated run:" where the devices are simulated."""
+    """Write the first line of a run: "Simulated run: …" where the devices are simulated."""
     kind = "Simulated run" if info.simulated else "Run"
     name = f"{info.name} ({info.title})" if info.title else info.name
     users = f", {info.population:,} devices" if info.population and info.simulated else ""
@@ -76,7 +76,7 @@ def _users_promise(info: RunInfo) -> str:
 
 
 def spent_text(info: RunInfo, record: Record) -> str:
-    """ε spent, and of what budget, in a few characters: "ε 1.24 of 8", "no privacy"."""
+    """Say ε spent, and of what budget, in a few characters: "ε 1.24 of 8", "no privacy"."""
     if not info.private:
         return "no privacy"
     if info.noise_known:
@@ -86,7 +86,7 @@ def spent_text(info: RunInfo, record: Record) -> str:
 
 
 def headline_metric(metrics: Mapping[str, float]) -> str | None:
-    """The metric to show when there is room for one: HR of the sampled protocol, else any HR.
+    """Pick the metric to show where there is room for one: HR of the sampled protocol, else any HR.
 
     Of next words it is the accuracy of the shortest list, of labels the precision.
     """
@@ -100,7 +100,7 @@ def headline_metric(metrics: Mapping[str, float]) -> str | None:
 
 
 def metric_name(key: str) -> str:
-    """A metric's key as people write it: ``full_hr@10`` is "HR@10, full ranking"."""
+    """Write a metric's key as people do: ``full_hr@10`` is "HR@10, full ranking"."""
     if key.startswith("own_"):
         return f"{metric_name(key[4:])}, own tier"
     base, ranking = (key[5:], ", full ranking") if key.startswith("full_") else (key, "")
@@ -110,7 +110,7 @@ def metric_name(key: str) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """A span of time for people: "42 s", "3 min 05 s", "2 h 07 min"; under ten seconds "0.4 s"."""
+    """Write a span of time: "42 s", "3 min 05 s", "2 h 07 min"; under ten seconds "0.4 s"."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)

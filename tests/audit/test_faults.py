@@ -14,8 +14,7 @@ from privrec.audit import _collect, audit, noise, rounds
 from privrec.audit.canaries import _only
 from privrec.audit.harness import Harness
 from privrec.device import update
-from privrec.device.round import Round
-from privrec.device.update import BoundedUpdate
+from privrec.device.update import BoundedUpdate, Round
 from privrec.privacy.lazy import LazyMemory
 from privrec.privacy.mechanism import Shares, rounded_gaussian
 from privrec.run import simulation, summing
@@ -238,8 +237,8 @@ def test_a_tier_that_is_lifted_without_its_norm_fails(monkeypatch: Patch) -> Non
 
     honest = RawUpdate.bound
 
-    def bound(self: RawUpdate, encoding: Any, coins: Any, weight: float = 1.0) -> BoundedUpdate:
-        made = honest(self, encoding, coins, weight)
+    def bound(self: RawUpdate, *given: Any) -> BoundedUpdate:
+        made = honest(self, *given)
         return BoundedUpdate(made.integers * 2, made.address)
 
     monkeypatch.setattr(RawUpdate, "bound", bound)

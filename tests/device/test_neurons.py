@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from privrec.device.lessons import OutputBudget, spread
-from privrec.errors import UsageError
+from privrec.device.samples import OutputBudget
+from privrec.device.words import spread
 
 WORDS = 1000
 OWN = np.array([3, 40, 500, 501, 999])
@@ -30,7 +30,7 @@ def test_the_budget_is_exact_and_own_words_are_always_in(
 ) -> None:
     output = OutputBudget(WORDS, share, selected, frequent)
     active = output.active(OWN, QUERIES, finder, 7, 1)  # type: ignore[arg-type]
-    assert len(active.items) == output.budget == round(share * WORDS)
+    assert len(active.items) == output.size == round(share * WORDS)
     assert (np.diff(active.items) > 0).all()
     assert np.isin(OWN, active.items).all()
     assert (active.logs[active.places(OWN)] == 0).all()
@@ -59,7 +59,7 @@ def test_hidden_states_that_are_not_numbers_select_nothing() -> None:
     output = OutputBudget(WORDS, 0.1, 0.9)
     broken = np.full((1, 4), np.nan, np.float32)
     active = output.active(OWN, broken, find, 7, 1)
-    assert len(active.items) == output.budget
+    assert len(active.items) == output.size
     assert (active.logs == 0).sum() == len(OWN)
 
 
@@ -77,9 +77,3 @@ def test_chance_is_keyed_by_round_and_user() -> None:
 def test_queries_are_spread_over_the_text() -> None:
     assert spread(1000, 4).tolist() == [0, 333, 666, 999]
     assert spread(3, 16).tolist() == [0, 1, 2]
-
-
-@pytest.mark.parametrize("wrong", [(0, 0, 0), (1.1, 0, 0), (0.5, -0.1, 0), (0.5, 0.6, 0.6)])
-def test_impossible_shares_are_refused(wrong: tuple[float, float, float]) -> None:
-    with pytest.raises(UsageError):
-        OutputBudget(WORDS, *wrong)

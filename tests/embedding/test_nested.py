@@ -47,7 +47,7 @@ class Chain:
         if self.system == "fold":
             classes = whole.reshape(1 << halving, own.slots, -1)
             return classes.sum(0) / 2 ** (halving / 2)
-        rows = self.nested.whole.gather(whole, np.arange(own.items))[:, : own.dim]
+        rows = self.nested.tables[0].gather(whole, np.arange(own.items))[:, : own.dim]
         parts = rows.reshape(own.items, own.parts, own.block)
         return (parts if self.system == "rows" else parts.swapaxes(0, 1)).reshape(-1, own.block)
 
@@ -160,7 +160,7 @@ def test_a_lifted_memory_says_the_same_of_every_item_that_the_tier_holds(chain: 
     for tier in chain:
         memory, own = chain.memory(tier), chain.nested.tables[tier]
         lifted = chain.nested.lift(memory, tier)
-        rows = chain.nested.whole.gather(lifted, np.arange(chain.nested.whole.items))
+        rows = chain.nested.tables[0].gather(lifted, np.arange(chain.nested.tables[0].items))
         expected = np.zeros_like(rows)
         expected[: own.items, : own.dim] = own.gather(memory, np.arange(own.items))
         assert near(rows, expected, 1e-10)
@@ -262,7 +262,7 @@ def test_a_tiers_gradient_is_the_projected_gradient_of_the_whole_memory(chain: C
     memory, and into the whole memory that says the same, of which the tier can only move its part.
     """
     for tier in chain:
-        own, whole = chain.nested.tables[tier], chain.nested.whole
+        own, whole = chain.nested.tables[tier], chain.nested.tables[0]
         items = chain.rng.integers(own.items, size=9)
         slope = chain.rng.normal(size=(9, own.dim))
         padded = np.zeros((9, whole.dim))
@@ -332,7 +332,7 @@ def test_odd_catalogues_nest(items: int) -> None:
     rows = nested(PlainTable.of(items, 4, block=2), "rows", [0, 1, 2])
     assert [table.items for table in rows.tables] == [items, items // 2, items // 4]
     for table in rows.tables:
-        own, whole = (each.locate(np.arange(table.items))[0] for each in (table, rows.whole))
+        own, whole = (each.locate(np.arange(table.items))[0] for each in (table, rows.tables[0]))
         assert np.array_equal(own, whole)
 
 

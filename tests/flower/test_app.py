@@ -17,7 +17,7 @@ pytest.importorskip("flwr", reason="needs the extra privrec[flower]")
 from flwr.app import ConfigRecord, Message, RecordDict
 from memory_grid import Loopback, context_of
 
-from privrec.device import negatives
+from privrec.device import samples
 from privrec.device.device import Device
 from privrec.errors import DataError, IntegrityError, ReleaseRefused, UsageError
 from privrec.flower import client_app as client_module
@@ -31,7 +31,7 @@ from privrec.privacy.ledger import Ledger
 from privrec.report.build import build
 from privrec.run import lifecycle
 from privrec.run.recommend import recommend
-from privrec.run.record import NullObserver
+from privrec.run.record import Observer
 from privrec.scenario.load import Scenario, load
 from privrec.search import families, select
 from privrec.secagg.roster import Call
@@ -129,7 +129,7 @@ def test_a_run_over_flower_is_the_simulated_one_bit_for_bit(excess: str, tmp_pat
     grid = known_nodes(grid_of(folder))
     deployed(folder, grid, tmp_path / "flower", unsafe_noise_key=b"k")
     scenario = Scenario.from_toml((folder / "scenario.toml").read_text())
-    lifecycle.start(scenario, out=tmp_path / "here", observer=NullObserver(), unsafe_noise_key=b"k")
+    lifecycle.start(scenario, out=tmp_path / "here", observer=Observer(), unsafe_noise_key=b"k")
     one, two = (
         load_file(tmp_path / n / "model.safetensors")["weights"] for n in ("flower", "here")
     )
@@ -438,7 +438,7 @@ def test_hash_functions_and_what_they_found_are_in_no_message_of_a_whole_run(
 ) -> None:
     """Every byte that a node sends, looked through for its functions and for the items it chose."""
     secrets: list[bytes] = []
-    draw, choose = families.signature, negatives.select
+    draw, choose = families.signature, samples.select
 
     def watched_functions(*arguments: Any) -> Any:
         drawn = draw(*arguments)
@@ -454,7 +454,7 @@ def test_hash_functions_and_what_they_found_are_in_no_message_of_a_whole_run(
 
     for module in (families, select):
         monkeypatch.setattr(module, "signature", watched_functions)
-    monkeypatch.setattr(negatives, "select", watched_choice)
+    monkeypatch.setattr(samples, "select", watched_choice)
     folder = app_folder(tmp_path, SELECTIVE)
     grid = grid_of(folder)
     deployed(folder, grid, tmp_path / "run")

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from privrec.models.losses import IMPLICIT, LOSSES, WHOLE_CATALOGUE, Samples
+from privrec.models.losses import LOSSES, Samples
 
+IMPLICIT = {name for name, loss in LOSSES.items() if loss.implicit}
+WHOLE_CATALOGUE = {name for name, loss in LOSSES.items() if loss.whole_catalogue}
 SAMPLED = sorted(set(LOSSES) - WHOLE_CATALOGUE - IMPLICIT)
 P, NEG = 3, 2
 K = P * (1 + NEG)
