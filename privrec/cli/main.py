@@ -360,11 +360,10 @@ def describe(name: str, settings: tuple[str, ...], data_dir: Path | None, as_jso
     scenario = _scenario_for_data(name, settings)
     from privrec import data as data_sets
     from privrec.run.texts import read_split
-    from privrec.scenario.rules import WIDE
 
     facts = (
         read_split(scenario, data_dir).describe()
-        if scenario.model.kind in WIDE
+        if scenario.model.learns != "interactions"
         else data_sets.describe(data_sets.load(scenario.data, data_dir=data_dir))
     )
     if as_json:
@@ -538,13 +537,15 @@ def _say_where(directory: Path, pages: Written | None) -> None:
 
 
 def _scenario_for_data(name: str, settings: Sequence[str]) -> Scenario:
+    from privrec.scenario.kinds import MODELS, READERS
     from privrec.scenario.load import Scenario, load
-    from privrec.scenario.rules import WIDE
 
     if name.endswith(".toml"):
         return load(name, settings)
     text = 'name = "data"\n[privacy]\nnoise = "none"\n'
-    kinds = [f"model.kind={kind}" for kind, sources in WIDE.items() if name in sources]
-    wide = [*kinds, "train.loss=full_softmax", "devices.popularity=public"] if kinds else []
-    given = [f"data.source={name}", *wide, *settings]
+    gives = READERS[name].config.gives if name in READERS else "interactions"
+    kinds = [f"model.kind={kind}" for kind in MODELS if MODELS[kind].config.learns == gives][:1]
+    if gives != "interactions":
+        kinds += ["train.loss=full_softmax", "devices.popularity=public"]
+    given = [f"data.source={name}", *kinds, *settings]
     return Scenario.from_toml(text, given, source=f"data {name}")

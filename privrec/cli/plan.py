@@ -171,7 +171,11 @@ def _slots(wanted: int, compression: float) -> int:
 
 
 def _dense(scenario: Scenario) -> int:
-    model = scenario.model
+    model: Any = scenario.model
+    return int(_dense_of(model))
+
+
+def _dense_of(model: Any) -> Any:
     if model.kind == "gmf":
         return 0
     if model.kind == "extreme":

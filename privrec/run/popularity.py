@@ -26,17 +26,9 @@ from privrec.privacy.ledger_index import PREPARATION, parsed
 from privrec.privacy.mechanism import rounded_gaussian
 from privrec.privacy.signed import verified
 from privrec.randomness import SecretRoot, SecureStream
+from privrec.scenario.kinds import KNOWN
 from privrec.scenario.load import Scenario, load
 from privrec.storage import replace
-
-KNOWN_ITEMS = {
-    "ml-100k": 1682,
-    "ml-1m": 3706,
-    "ml-10m": 10677,
-    "ml-20m": 26744,
-    "ml-25m": 59047,
-}
-"""Rated items of the published MovieLens sets: public, like their numbers of users."""
 
 FILE = "catalogue.safetensors"
 Order = NDArray[np.int64]
@@ -45,11 +37,10 @@ Order = NDArray[np.int64]
 def known_items(scenario: Scenario) -> int | None:
     """Size of the catalogue, where it is public without looking at the data."""
     data = scenario.data
-    if data.source in ("synthetic_text", "synthetic_labels"):
-        return min(data.items, data.vocabulary or data.items)
-    if data.source == "synthetic":
-        return data.items
-    return KNOWN_ITEMS.get(scenario.data.source)
+    items: int | None = getattr(data, "items", None) or KNOWN.get(data.source, (None, None))[1]
+    if items is not None and data.gives != "interactions":
+        return min(items, data.vocabulary or items)
+    return items
 
 
 def release_event(scenario: Scenario) -> RoundEvent | None:
