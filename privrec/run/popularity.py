@@ -26,7 +26,7 @@ from privrec.privacy.ledger_index import PREPARATION, parsed
 from privrec.privacy.mechanism import rounded_gaussian
 from privrec.privacy.signed import verified
 from privrec.randomness import SecretRoot, SecureStream
-from privrec.scenario.kinds import KNOWN
+from privrec.scenario.kinds import PUBLISHED
 from privrec.scenario.load import Scenario, load
 from privrec.storage import replace
 
@@ -37,7 +37,7 @@ Order = NDArray[np.int64]
 def known_items(scenario: Scenario) -> int | None:
     """Size of the catalogue, where it is public without looking at the data."""
     data = scenario.data
-    items: int | None = getattr(data, "items", None) or KNOWN.get(data.source, (None, None))[1]
+    items: int | None = getattr(data, "items", None) or PUBLISHED.get(data.source, (None, None))[1]
     if items is not None and data.gives != "interactions":
         return min(items, data.vocabulary or items)
     return items

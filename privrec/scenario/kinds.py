@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
@@ -242,14 +243,14 @@ def _with_keys(table: type[Any], configs: tuple[type[Section], ...]) -> type[Any
 
 # --------------------------------------------------------------------------- readers
 
-KNOWN = {
-    "ml-100k": (943, 1682),
-    "ml-1m": (6040, 3706),
-    "ml-10m": (69878, 10677),
-    "ml-20m": (138493, 26744),
-    "ml-25m": (162541, 59047),
+PUBLISHED = {
+    "ml-100k": (943, 1_682, 100_000),
+    "ml-1m": (6_040, 3_706, 1_000_209),
+    "ml-10m": (69_878, 10_677, 10_000_054),
+    "ml-20m": (138_493, 26_744, 20_000_263),
+    "ml-25m": (162_541, 59_047, 25_000_095),
 }
-"""Users and rated items of the published MovieLens sets: public, so known without the data."""
+"""Users, rated items and ratings of published sets: public, so `plan` needs no data for them."""
 
 Column = Annotated[str, Field(min_length=1, max_length=200)] | Annotated[int, Field(ge=1, le=10**5)]
 
@@ -388,7 +389,7 @@ class SyntheticLabels(_Drawn, _Vocabulary):
 
 
 READERS.add("synthetic", Synthetic)
-for _name in KNOWN:
+for _name in PUBLISHED:
     READERS.add(_name, FilesOfHistories, meaning="A MovieLens set, of GroupLens or the NCF paper.")
 READERS.add("ncf", FilesOfHistories, meaning="A split as the NCF paper has it, with negatives.")
 READERS.add("lightgcn", FilesOfHistories, meaning="A split as the LightGCN paper has it.")
@@ -416,6 +417,10 @@ class Recommender(Section):
 
     item_bias: bool = setting(True, "Whether each item has a bias of its own.")
 
+    def dense_weights(self, dim: int) -> int:
+        """Number of weights besides item vectors of length ``dim`` and biases."""
+        return 0
+
 
 class GMF(Recommender):
     """Matrix factorisation: an inner product of user and item."""
@@ -431,6 +436,19 @@ class Network(Recommender):
     ] = setting(
         (64, 32, 16), "Widths of the hidden layers.", unit="neurons", min_length=1, max_length=8
     )
+
+    def dense_weights(self, dim: int) -> int:
+        """Layers over user and item side by side, and the output's weights."""
+        widths = (2 * dim, *self.hidden)
+        return sum((below + 1) * above for below, above in pairwise(widths)) + widths[-1]
+
+
+class NeuMF(Network):
+    """Matrix factorisation and a network, each over a half of the vectors."""
+
+    def dense_weights(self, dim: int) -> int:
+        """Those of the network over the second half."""
+        return super().dense_weights(dim - dim // 2)
 
 
 class WideOutput(Section):
@@ -480,6 +498,12 @@ class NextWord(WideOutput):
             yield "model.heads", rule, "use 1, 2, 4 or 8"
         yield from super().conflicts(values)
 
+    def dense_weights(self, dim: int) -> int:
+        """Positions, attention and feed-forward layers with their norms, and the last norm."""
+        attention, norms = 4 * dim * (dim + 1), 4 * dim
+        feed_forward = (dim + 1) * self.ffn + (self.ffn + 1) * dim
+        return (self.context + 2) * dim + self.layers * (attention + feed_forward + norms)
+
 
 class Extreme(WideOutput):
     """A bag of words over very many labels."""
@@ -488,10 +512,14 @@ class Extreme(WideOutput):
 
     features: int = setting(8192, "Vocabulary that input words are hashed to.", "[1, 10^7] words")
 
+    def dense_weights(self, dim: int) -> int:
+        """Vectors of the input words, and the hidden layer's bias."""
+        return (self.features + 1) * dim
+
 
 MODELS.add("gmf", GMF)
 MODELS.add("mlp", Network, meaning="A network over user and item, of the NCF paper.")
-MODELS.add("neumf", Network, meaning="Both of them side by side, of the NCF paper.")
+MODELS.add("neumf", NeuMF)
 MODELS.add("next_word", NextWord)
 MODELS.add("extreme", Extreme)
 

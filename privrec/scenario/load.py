@@ -21,8 +21,8 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, mo
 from pydantic_core import PydanticCustomError
 
 from privrec.errors import ScenarioError
-from privrec.scenario.keys import is_key, problems_of, unknown_key
-from privrec.scenario.kinds import KNOWN, Table, Values, as_tuple
+from privrec.scenario.keys import conflicts, describe, is_key, problems_of, shown, unknown_key
+from privrec.scenario.kinds import PUBLISHED, Table, Values, as_tuple
 from privrec.scenario.schema import (
     TABLES,
     Data,
@@ -34,9 +34,6 @@ from privrec.scenario.schema import (
     Row,
     Run,
     Train,
-    conflicts,
-    describe,
-    shown,
 )
 
 __all__ = [
@@ -139,7 +136,7 @@ class Scenario(Heading):
         if self.devices.population is not None:
             return self.devices.population
         known: int | None = getattr(self.data, "users", None)
-        return known or KNOWN.get(self.data.source, (None,))[0]
+        return known or PUBLISHED.get(self.data.source, (None,))[0]
 
     def expected_cohort(self) -> float | None:
         """Mean number of devices in a round, ``sampling_rate`` times the public population."""

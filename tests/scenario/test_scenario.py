@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from privrec.errors import ScenarioError
-from privrec.scenario.keys import json_schema, keys, reference
-from privrec.scenario.kinds import KNOWN, REGISTRIES
+from privrec.scenario.keys import as_toml, json_schema, keys, reference
+from privrec.scenario.kinds import PUBLISHED, REGISTRIES
 from privrec.scenario.load import Privacy, Scenario, load
-from privrec.scenario.schema import as_toml
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = 'name = "plain"\n[privacy]\nnoise = "none"\n'
@@ -240,7 +239,7 @@ def test_a_wrong_row_is_named() -> None:
     assert 'rows[1] (a).name = "a": two rows of the same name' in problem
 
 
-@pytest.mark.parametrize(("source", "users"), [(name, of[0]) for name, of in KNOWN.items()])
+@pytest.mark.parametrize(("source", "users"), [(name, of[0]) for name, of in PUBLISHED.items()])
 def test_populations_of_published_data_are_known(source: str, users: int) -> None:
     scenario = Scenario.from_toml(PLAIN, [f"data.source={source}", "devices.sampling_rate=0.1"])
     assert scenario.population() == users
