@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -169,7 +169,9 @@ def compare(directories: tuple[Path, ...], out: Path | None, as_json: bool) -> N
     columns = [*_HEADINGS, *comparison.metrics, *_COSTS]
     rows = [
         [
-            epsilon_text(row[column], 3) if "epsilon" in column else number_text(row[column])
+            epsilon_text(cast("float | None", row[column]), 3)
+            if "epsilon" in column
+            else number_text(row[column])
             for column in columns
         ]
         for row in comparison.rows()

@@ -647,7 +647,6 @@ SELECTORS.add("hamming", Searching, meaning="Selects by the Hamming distance of 
 SELECTORS.add("sketch", Searching, meaning="Selects by scores of a sketch of few dimensions.")
 SELECTORS.add("simhash", SimHash)
 SELECTORS.add("pghash", Searching, meaning="Selects by tables of projections folded onto blocks.")
-SELECTORS.add("pghash_d", Searching, meaning="Selects by tables of distinct coordinates.")
 SELECTORS.add("block_sign", Searching, meaning="Selects by signs of the memory's blocks.")
 SELECTORS.add("auto", Searching, meaning="Selects by whichever index is measured to be best.")
 
