@@ -41,32 +41,9 @@ SMALL_COHORT = 20
 # --------------------------------------------------------------------------- scenarios
 
 
-@click.group(cls=Commands, epilog=example("privrec scenario keys train", "privrec scenario schema"))
+@click.group(cls=Commands, epilog=example("privrec scenario schema"))
 def scenario() -> None:
-    """Say which keys a scenario has."""
-
-
-@scenario.command(epilog=example("privrec scenario keys", "privrec scenario keys train --json"))
-@click.argument("table", metavar="[TABLE]", required=False)
-@json_option
-def keys(table: str | None, as_json: bool) -> None:
-    """List the keys of scenarios, or of one TABLE: of which kinds, what each takes and means."""
-    from privrec.scenario.keys import keys as all_keys
-
-    found = [key for key in all_keys() if table in (None, key.table)]
-    if not found:
-        tables = ", ".join(dict.fromkeys(key.table for key in all_keys() if key.table))
-        raise UsageError(f"{table}: there is no such table; a scenario has {tables}")
-    rows = [
-        (f"{key.table}.{key.name}".lstrip("."), ", ".join(key.kinds), key.rule, key.default,
-         key.meaning)
-        for key in found
-    ]  # fmt: skip
-    columns = ("key", "of", "takes", "default", "meaning")
-    if as_json:
-        print_json([dict(zip(columns, row, strict=True)) for row in rows])
-        return
-    print_table("Keys of a scenario", columns, rows)
+    """Help to write scenarios."""
 
 
 @scenario.command(epilog=example("privrec scenario schema"))

@@ -134,7 +134,7 @@ def keys_of(table: str, section: type[Section]) -> dict[str, Key]:
             rule=rule_of(entry),
             unit=str(entry.get("unit", "")),
             default="required" if name in required else as_toml(entry.get("default")),
-            meaning=str(entry.get("description", "")),
+            meaning=" ".join(str(entry.get("description", "")).split()),
         )
         for name, entry in schema.get("properties", {}).items()
     }

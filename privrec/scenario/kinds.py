@@ -7,9 +7,10 @@ not have is refused. A kind outside of this package adds itself by the same call
 that names it is loaded::
 
     class Adagrad(Section):
-        \"\"\"AdaGrad: steps shorten as squared changes add up.\"\"\"
+        '''AdaGrad: steps shorten as squared changes add up.'''
 
-        accumulator: float = setting(0.1, "Where the sum of squares begins.", gt=0, le=100)
+        accumulator: float = setting(0.1, "(0, 100]")
+        '''Where the sum of squares begins.'''
 
     SERVER_OPTIMIZERS.add("adagrad", Adagrad, "mine.optimizers:AdaGrad")
 """
@@ -58,7 +59,13 @@ class Need:
 class Section(BaseModel):
     """A frozen table that refuses unknown keys, conversions and values that are not finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
 
     needs: ClassVar[tuple[Need, ...]] = ()
 
@@ -68,12 +75,11 @@ class Section(BaseModel):
         return iter(())
 
 
-def setting(default: Any, meaning: str, within: str = "", *, unit: str = "", **rules: Any) -> Any:
-    """A field that says what it means, for errors, the documentation and the JSON Schema.
+def setting(default: Any, within: str = "", *, unit: str = "", **rules: Any) -> Any:
+    """A field; the docstring below it says what it means.
 
     Args:
         default: Its value where none is given; ``...`` for a key that must be given.
-        meaning: One sentence.
         within: The interval of a number and what it counts, for example ``(0, 10^6] rounds``.
         unit: What a value without an interval counts.
         rules: Further arguments of pydantic's ``Field``.
@@ -83,7 +89,7 @@ def setting(default: Any, meaning: str, within: str = "", *, unit: str = "", **r
         rules["ge" if within[0] == "[" else "gt"] = _number(low)
         if high != "∞":
             rules["le" if f"{high}]" in within else "lt"] = _number(high)
-    return Field(default, description=meaning, json_schema_extra={"unit": unit}, **rules)
+    return Field(default, json_schema_extra={"unit": unit}, **rules)
 
 
 def _number(text: str) -> float:
@@ -262,36 +268,33 @@ class Reader(Section):
 
 
 class _Files(Reader):
-    path: str | None = setting(
-        None,
-        "File or folder; `--data` and `PRIVREC_DATA` come first.",
-        min_length=1,
-        max_length=4096,
-    )
+    path: str | None = setting(None, min_length=1, max_length=4096)
+    """File or folder; `--data` and `PRIVREC_DATA` come first."""
 
 
 class _Histories(Reader):
-    max_history: int | None = setting(
-        None, "The most recent interactions kept of each user.", "[1, ∞) interactions"
-    )
+    max_history: int | None = setting(None, "[1, ∞) interactions")
+    """The most recent interactions kept of each user."""
 
 
 class _Vocabulary(Reader):
     gives = "texts"
 
-    vocabulary: int | None = setting(
-        None, "Most words or labels, the commonest; others are unknown.", "[2, 10^7]"
-    )
+    vocabulary: int | None = setting(None, "[2, 10^7]")
+    """Most words or labels, the commonest; others are unknown."""
 
 
 class _Drawn(Reader):
-    users: int = setting(400, "Number of users that train.", "[2, 10^7] users")
-    items: int = setting(300, "Items; words or labels, with the unknown one.", "[4, 10^7]")
-    clusters: int = setting(8, "Planted groups of taste, or topics.", "[1, 10^4]")
-    interactions_per_user: int = setting(
-        30, "Mean length of a history or a text; of labels, examples of a device.", "[2, 10^5]"
-    )
-    seed: int = setting(0, "Seed of the generator.", "[0, 2^63)")
+    users: int = setting(400, "[2, 10^7] users")
+    """Number of users that train."""
+    items: int = setting(300, "[4, 10^7]")
+    """Items; words or labels, with the unknown one."""
+    clusters: int = setting(8, "[1, 10^4]")
+    """Planted groups of taste, or topics."""
+    interactions_per_user: int = setting(30, "[2, 10^5]")
+    """Mean length of a history or a text; of labels, examples of a device."""
+    seed: int = setting(0, "[0, 2^63)")
+    """Seed of the generator."""
 
 
 class Synthetic(_Drawn, _Histories):
@@ -324,31 +327,27 @@ def _known_encoding(name: str) -> str:
 class TableFile(FilesOfHistories):
     """A table of your own: CSV, TSV or Parquet."""
 
-    user_column: Column = setting(
-        "user", "Column of user ids; numbers, from 1, where text has no header."
-    )
-    item_column: Column = setting("item", "Column of item ids.")
-    time_column: Column | None = setting(None, "Column of times; unset, file order.")
-    separator: str | None = setting(
-        None, "Field separator; unset, a tab for `.tsv`, else a comma.", min_length=1, max_length=1
-    )
+    user_column: Column = "user"
+    """Column of user ids; numbers, from 1, where text has no header."""
+    item_column: Column = "item"
+    """Column of item ids."""
+    time_column: Column | None = None
+    """Column of times; unset, file order."""
+    separator: str | None = setting(None, min_length=1, max_length=1)
+    """Field separator; unset, a tab for `.tsv`, else a comma."""
     encoding: Annotated[str, AfterValidator(_known_encoding)] = setting(
-        "utf-8", "Encoding of the file.", min_length=1, max_length=40
+        "utf-8", min_length=1, max_length=40
     )
-    duplicates: Literal["refuse", "first", "last"] = setting(
-        "refuse", "Which row is kept, in time, of a user and item that occur again."
-    )
+    """Encoding of the file."""
+    duplicates: Literal["refuse", "first", "last"] = "refuse"
+    """Which row is kept, in time, of a user and item that occur again."""
 
 
 class TextFiles(_Files, _Vocabulary):
     """Articles in `.txt` files, a device each; without a path, a small text of its own."""
 
-    words: str | None = setting(
-        None,
-        "File of a public vocabulary, a word a line; unset, all words of the text.",
-        min_length=1,
-        max_length=4096,
-    )
+    words: str | None = setting(None, min_length=1, max_length=4096)
+    """File of a public vocabulary, a word a line; unset, all words of the text."""
 
     @classmethod
     def conflicts(cls, values: Values) -> Iterator[Problem]:
@@ -367,8 +366,10 @@ class LabelFile(_Files, _Vocabulary):
 
     gives = "labels"
 
-    interactions_per_user: int = setting(30, "Examples of a device.", "[2, 10^5]")
-    seed: int = setting(0, "Seed by which examples are dealt.", "[0, 2^63)")
+    interactions_per_user: int = setting(30, "[2, 10^5]")
+    """Examples of a device."""
+    seed: int = setting(0, "[0, 2^63)")
+    """Seed by which examples are dealt."""
 
 
 class SyntheticLabels(_Drawn, _Vocabulary):
@@ -376,8 +377,10 @@ class SyntheticLabels(_Drawn, _Vocabulary):
 
     gives = "labels"
 
-    features: int = setting(10_000, "Words of the world.", "[1, 2^31) words")
-    labels_each: float = setting(3.0, "Mean labels of an example.", "[1, 1000] labels")
+    features: int = setting(10_000, "[1, 2^31) words")
+    """Words of the world."""
+    labels_each: float = setting(3.0, "[1, 1000] labels")
+    """Mean labels of an example."""
 
     @classmethod
     def conflicts(cls, values: Values) -> Iterator[Problem]:
@@ -415,7 +418,8 @@ class Recommender(Section):
     learns: ClassVar[Material] = "interactions"
     inner_product: ClassVar[bool] = False
 
-    item_bias: bool = setting(True, "Whether each item has a bias of its own.")
+    item_bias: bool = True
+    """Whether each item has a bias of its own."""
 
     def dense_weights(self, dim: int) -> int:
         """Number of weights besides item vectors of length ``dim`` and biases."""
@@ -433,9 +437,8 @@ class Network(Recommender):
 
     hidden: Annotated[
         tuple[Annotated[int, Field(ge=1, le=4096)], ...], BeforeValidator(as_tuple)
-    ] = setting(
-        (64, 32, 16), "Widths of the hidden layers.", unit="neurons", min_length=1, max_length=8
-    )
+    ] = setting((64, 32, 16), unit="neurons", min_length=1, max_length=8)
+    """Widths of the hidden layers."""
 
     def dense_weights(self, dim: int) -> int:
         """Layers over user and item side by side, and the output's weights."""
@@ -485,10 +488,14 @@ class WideOutput(Section):
 class NextWord(WideOutput):
     """A small Transformer over words."""
 
-    ffn: int = setting(1536, "Width of the feed-forward layer.", "[1, 10^6] neurons")
-    heads: int = setting(8, "Heads of the attention; they divide `dim`.", "[1, 256]")
-    layers: int = setting(1, "Layers of the Transformer.", "[1, 64]")
-    context: int = setting(20, "Words that a prediction looks back at.", "[1, 4096] words")
+    ffn: int = setting(1536, "[1, 10^6] neurons")
+    """Width of the feed-forward layer."""
+    heads: int = setting(8, "[1, 256]")
+    """Heads of the attention; they divide `dim`."""
+    layers: int = setting(1, "[1, 64]")
+    """Layers of the Transformer."""
+    context: int = setting(20, "[1, 4096] words")
+    """Words that a prediction looks back at."""
 
     @classmethod
     def conflicts(cls, values: Values) -> Iterator[Problem]:
@@ -510,7 +517,8 @@ class Extreme(WideOutput):
 
     learns = "labels"
 
-    features: int = setting(8192, "Vocabulary that input words are hashed to.", "[1, 10^7] words")
+    features: int = setting(8192, "[1, 10^7] words")
+    """Vocabulary that input words are hashed to."""
 
     def dense_weights(self, dim: int) -> int:
         """Vectors of the input words, and the hidden layer's bias."""
@@ -530,10 +538,10 @@ MODELS.add("extreme", Extreme)
 class Sampled(Section):
     """A loss over positives and sampled negatives."""
 
-    negatives: int = setting(4, "Sampled negatives for each positive.", "[1, 1000] items")
-    serve_negatives: int = setting(
-        8, "The same in the fit of a user vector from nothing.", "[1, 1000] items"
-    )
+    negatives: int = setting(4, "[1, 1000] items")
+    """Sampled negatives for each positive."""
+    serve_negatives: int = setting(8, "[1, 1000] items")
+    """The same in the fit of a user vector from nothing."""
 
 
 class FullSoftmax(Section):
@@ -549,13 +557,12 @@ class ImplicitALS(Section):
         Need("train.local_steps", (1,), "its curvature is that of one step"),
     )
 
-    unobserved_weight: float = setting(
-        0.1, "Weight of each item of the catalogue beside those of the history.", "(0, 1000]"
-    )
-    item_l2: float = setting(1e-5, "L2 penalty on items, in the mean over users.", "(0, 1000]")
-    gram_rate: float = setting(
-        1.0, "How fast the users' Gram matrix follows that of the round.", "(0, 1]"
-    )
+    unobserved_weight: float = setting(0.1, "(0, 1000]")
+    """Weight of each item of the catalogue beside those of the history."""
+    item_l2: float = setting(1e-5, "(0, 1000]")
+    """L2 penalty on items, in the mean over users."""
+    gram_rate: float = setting(1.0, "(0, 1]")
+    """How fast the users' Gram matrix follows that of the round."""
 
 
 LOSSES.add("bce", Sampled, meaning="Binary cross-entropy.")
@@ -579,20 +586,14 @@ class Budgeted(Section):
         Need("train.loss", ("softmax",), "a shared budget is a sample of a softmax"),
     )
 
-    budget: float = setting(
-        0.01,
-        "Negatives of a device; of texts, its active neurons, its own words included.",
-        "(0, 1] share of the catalogue",
-    )
-    serve_budget: float | None = setting(
-        None,
-        "The same in the fit of a user vector from nothing; 1 takes every item once and samples "
-        "nothing. Unset, that of training.",
-        "(0, 1] share of the catalogue",
-    )
-    frequent: float = setting(
-        0.0, "Texts, labels: share of the budget that is the commonest.", "[0, 0.9] share"
-    )
+    budget: float = setting(0.01, "(0, 1] share of the catalogue")
+    """Negatives of a device; of texts, its active neurons, its own words included."""
+    serve_budget: float | None = setting(None, "(0, 1] share of the catalogue")
+    """The same in the fit of a user vector from nothing; 1 takes every item once and samples
+    nothing. Unset, that of training.
+    """
+    frequent: float = setting(0.0, "[0, 0.9] share")
+    """Texts, labels: share of the budget that is the commonest."""
 
     @classmethod
     def conflicts(cls, values: Values) -> Iterator[Problem]:
@@ -614,9 +615,8 @@ class ByPopularity(Budgeted):
 class Searching(Budgeted):
     """A shared budget, a part of which a device selects from its own copy of the memory."""
 
-    selected: float = setting(
-        0.5, "Share of the budget that is selected; the rest is by chance.", "[0, 0.9] share"
-    )
+    selected: float = setting(0.5, "[0, 0.9] share")
+    """Share of the budget that is selected; the rest is by chance."""
 
     @classmethod
     def conflicts(cls, values: Values) -> Iterator[Problem]:
@@ -632,11 +632,10 @@ class Searching(Budgeted):
 class SimHash(Searching):
     """Selects by SimHash tables over whole vectors."""
 
-    scheme: Literal["private", "requested"] = setting(
-        "private",
-        "Texts: devices select neurons from their own copy, or ask the server for buckets of "
-        "neurons, which tells it about their text.",
-    )
+    scheme: Literal["private", "requested"] = "private"
+    """Texts: devices select neurons from their own copy, or ask the server for buckets of neurons,
+    which tells it about their text.
+    """
 
 
 SELECTORS.add("each", Each)
@@ -661,15 +660,19 @@ class FedAvg(Section):
 class FedAdam(Section):
     """Adam on the mean update (Reddi et al., 2021)."""
 
-    beta1: float = setting(0.9, "Decay of the first moment.", "[0, 1)")
-    beta2: float = setting(0.99, "Decay of the second moment.", "[0, 1)")
-    adam_eps: float = setting(1e-8, "Added to the root of the second moment.", "(0, 1]")
+    beta1: float = setting(0.9, "[0, 1)")
+    """Decay of the first moment."""
+    beta2: float = setting(0.99, "[0, 1)")
+    """Decay of the second moment."""
+    adam_eps: float = setting(1e-8, "(0, 1]")
+    """Added to the root of the second moment."""
 
 
 class SGD(Section):
     """Gradient descent with momentum."""
 
-    momentum: float = setting(0.9, "Momentum.", "[0, 1)")
+    momentum: float = setting(0.9, "[0, 1)")
+    """Momentum."""
 
 
 class Newton(Section):

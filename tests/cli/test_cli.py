@@ -767,17 +767,6 @@ def test_the_doctor_names_missing_packages(monkeypatch: pytest.MonkeyPatch) -> N
 # --------------------------------------------------------------------------- scenarios
 
 
-def test_the_keys_of_a_table_are_listed_with_their_kinds() -> None:
-    rows = {row["key"]: row for row in json.loads(done("scenario", "keys", "--json").stdout)}
-    assert rows["train.rounds"]["of"] == ""
-    assert rows["train.momentum"]["of"] == "sgd"
-    assert rows["name"]["default"] == "required"
-    table = done("scenario", "keys", "train").stdout
-    assert "train.momentum" in table
-    assert "model.dim" not in table
-    assert call("scenario", "keys", "trian").exit_code == 2
-
-
 def test_the_schema_of_scenarios_is_json() -> None:
     schema = json.loads(done("scenario", "schema").stdout)
     assert "adagrad" not in schema["$defs"]["Train"]["properties"]["server_optimizer"]["enum"]
