@@ -16,13 +16,13 @@ from typing import Any
 import hypothesis
 import numpy as np
 import pytest
+from parts import Parts, assemble
 
 from privrec import data
 from privrec.data import Split
 from privrec.device.tier import Federation, Tier
 from privrec.models.losses import pack
 from privrec.randomness import SecretRoot
-from privrec.run.assembly import Parts, assemble
 from privrec.scenario.load import Scenario
 
 # The same examples everywhere, and nothing that a busy machine could fail.

@@ -13,19 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.data import Interactions
-from privrec.device.cohort import Cohort
-from privrec.device.round import Protection, Round
 from privrec.device.tier import Federation, Tier
-from privrec.device.update import Aggregate
-from privrec.errors import ReleaseRefused
+from privrec.device.update import Aggregate, Protection, Round
+from privrec.errors import ReleaseRefused, UsageError
 from privrec.models.layout import to_wire
 from privrec.privacy.events import RoundEvent, epsilon
 from privrec.randomness import ROOT_BYTES, SecretRoot
-from privrec.run.assembly import Parts, assemble
-from privrec.run.popularity import known_items, release_event
+from privrec.run.plan import Plan
+from privrec.run.privacy_plan import known_items, release_event
 from privrec.run.simulation import Rows, Simulation
 from privrec.run.summing import SUMMING, Participant
+from privrec.run.task import TASKS, Recommending
 from privrec.scenario.load import Scenario
+from privrec.server.server import Server
 
 Integers = NDArray[np.int64]
 Users = NDArray[np.int64]
@@ -55,13 +55,17 @@ class Harness:
 
     Args:
         scenario: what is audited.
-        parts: of a run of it, with stand-in histories.
+        plan: of a run of it.
+        server: of that run, at its first round.
+        simulation: the devices, with stand-in histories.
         root: the server's secret, drawn for this audit.
         stand_ins: numbers that are not public and were made up, in words; empty when none was.
     """
 
     scenario: Scenario
-    parts: Parts
+    plan: Plan
+    server: Server
+    simulation: Simulation
     root: SecretRoot
     stand_ins: str
 
@@ -73,7 +77,15 @@ class Harness:
             scenario: what is audited.
             key: what all secrets of the audit derive from, for tests that repeat; by default the
                 operating system gives one.
+
+        Raises:
+            UsageError: when it learns from something else than interactions.
         """
+        if TASKS[scenario.model.learns] is not Recommending:
+            raise UsageError(
+                f'model.kind = "{scenario.model.kind}": it learns from texts or labels; an audit '
+                "is for recommenders of items alone"
+            )
         key = key or secrets.token_bytes(ROOT_BYTES)
         server, devices = SecretRoot(key + b"server"), SecretRoot(key + b"devices")
         known_users, items = scenario.population(), known_items(scenario)
@@ -86,34 +98,30 @@ class Harness:
         ]  # fmt: skip
         histories = stand_in(known_users or STAND_IN_USERS, items or STAND_IN_ITEMS)
         run = "audit-" + devices.tag("audit run").hex()[:16]
-        parts = assemble(scenario, histories, run, devices)
-        return cls(scenario, parts, server, " and ".join(made_up))
-
-    @property
-    def simulation(self) -> Simulation[Cohort]:
-        """The devices."""
-        return self.parts.simulation
+        plan = Plan.of(scenario, histories.n_items, histories.n_users)
+        simulation = plan.simulate(histories, devices)
+        return cls(scenario, plan, plan.server(run), simulation, server, " and ".join(made_up))
 
     @property
     def federation(self) -> Federation:
         """The tiers."""
-        return self.parts.federation
+        return self.plan.federation
 
     @property
     def protection(self) -> Protection:
         """Bounds, ring and noise, as server and devices agreed on them."""
-        return self.parts.server.plan.protection
+        return self.plan.protection
 
     @property
     def event(self) -> RoundEvent:
         """What each round is charged as."""
-        return self.parts.server.plan.event
+        return self.plan.event
 
     @property
     def training(self) -> tuple[Tier, ...]:
         """Tiers whose devices train."""
         held = zip(self.federation.tiers, self.simulation.cohorts, strict=True)
-        return tuple(t for t, cohort in held if t.weight > 0 and len(cohort.histories.users))
+        return tuple(t for t, cohort in held if t.weight > 0 and len(cohort.users))
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -136,7 +144,7 @@ class Harness:
 
     def round(self, index: int, attempt: int = 0) -> Round:
         """A round as the server announces it."""
-        server = self.parts.server
+        server = self.server
         server.index = index
         return server.next_round(attempt)
 
@@ -150,18 +158,16 @@ class Harness:
         return [
             Participant(user, tier)
             for tier, cohort, mine in zip(tiers, cohorts, rows, strict=True)
-            for user in cohort.histories.users[mine].tolist()
+            for user in cohort.users[mine].tolist()
         ]
 
     def some(self, most: int) -> Rows:
         """Rows of each tier that trains, about ``most`` users in all, spread over all of them."""
         training = self.training
-        population = sum(
-            len(self.simulation.cohorts[tier.index].histories.users) for tier in training
-        )
+        population = sum(len(self.simulation.cohorts[tier.index].users) for tier in training)
         step = max(1, population // max(1, most))
         return [
-            np.arange(0, len(cohort.histories.users) if tier in training else 0, step)
+            np.arange(0, len(cohort.users) if tier in training else 0, step)
             for tier, cohort in zip(self.federation.tiers, self.simulation.cohorts, strict=True)
         ]
 
@@ -186,7 +192,7 @@ class Harness:
                 total = plain + self.summed(round, cohort)
             except ReleaseRefused:
                 return None  # too few devices came together: charged, and nothing was released
-        release = self.parts.server.release(round, Aggregate(total, len(cohort), None), self.root)
+        release = self.server.release(round, Aggregate(total, len(cohort), None), self.root)
         values = to_wire(release.total - plain, self.federation.layouts)
         return Noise(values, self.deviations(cohort))
 

@@ -17,9 +17,8 @@ from privrec.audit.bounds import Guesses, best_guesses, separation
 from privrec.audit.judging import ALPHA, CheckResult
 from privrec.audit.noise import rounds_that_fit
 from privrec.device.device import privatize
-from privrec.device.round import Round
 from privrec.device.tier import Tier
-from privrec.device.update import Address, Aggregate, RawUpdate
+from privrec.device.update import Address, Aggregate, RawUpdate, Round
 from privrec.errors import ReleaseRefused
 from privrec.models.layout import to_wire
 from privrec.privacy.events import epsilon
@@ -189,7 +188,7 @@ def _chosen(bench: Harness, most: int) -> list[Canaries]:
         mine = rows[tier.index]
         share = -(-most * len(mine) // population)
         count = min(len(mine), share, tier.layout.size - taken, most - taken)
-        users = bench.simulation.cohorts[tier.index].histories.users[mine[:count]]
+        users = bench.simulation.cohorts[tier.index].users[mine[:count]]
         groups.append(Canaries(tier, users))
         taken += count
     return [group for group in groups if len(group.users)]
@@ -294,7 +293,7 @@ def _released(bench: Harness, round: Round, updates: Updates) -> Floats | None:
         )
         summing.add(tier, users[there], bounded)
     aggregate = Aggregate(summing.total(), len(sampled), None)
-    release = bench.parts.server.release(round, aggregate, bench.root)
+    release = bench.server.release(round, aggregate, bench.root)
     decoded = to_wire(protection.encoding.decode(release.total), layouts)
     rotation = protection.rotation(round, layouts)
     if rotation is not None:

@@ -23,7 +23,7 @@ from privrec.audit.judging import (
     two_sided,
     variance_p,
 )
-from privrec.device.round import Round
+from privrec.device.update import Round
 from privrec.errors import ReleaseRefused
 from privrec.privacy.events import Mechanism
 from privrec.privacy.mechanism import Shares, noise_seeds

@@ -11,21 +11,17 @@ from numpy.typing import NDArray
 
 from privrec.audit.bench import Harness
 from privrec.audit.judging import REACH, CheckResult, judged, of_many, two_sided
-from privrec.device.batch import Histories
-from privrec.device.cohort import Cohort
-from privrec.device.device import privatize
-from privrec.device.examples import NoiseRoots
-from privrec.device.negatives import Functions
-from privrec.device.round import Protection
-from privrec.device.tier import Tier
-from privrec.device.train import Trained, Trainer
-from privrec.device.update import Address, BoundedUpdate, RawUpdate
+from privrec.device.device import Cohort, Draws, Trained, privatize
+from privrec.device.recommender import RecommenderLearner
+from privrec.device.samples import Histories
+from privrec.device.tier import LocalModel, Tier
+from privrec.device.update import Address, BoundedUpdate, Protection, RawUpdate
 from privrec.models.layout import from_wire, to_wire
+from privrec.models.ncf import NCF
 from privrec.privacy.mechanism import Band
 from privrec.randomness import rng_for
 from privrec.run.simulation import Simulation
 from privrec.run.summing import SUMMING, Enrolled, Participant
-from privrec.search.select import Search
 from privrec.secagg.client import Policy
 from privrec.secagg.server import Stage
 
@@ -42,7 +38,7 @@ _MEMBERS = 4_000_000  # coefficients of a batch of canaries
 
 
 @dataclass(frozen=True)
-class Hostile(Trainer):
+class Hostile(RecommenderLearner):
     """Training whose updates are blown up before they leave it, as a broken device's may be.
 
     Args:
@@ -54,37 +50,22 @@ class Hostile(Trainer):
     norms: dict[int, float] = field(default_factory=dict)
 
     def train(
-        self,
-        weights: FloatArray,
-        histories: Histories,
-        states: FloatArray,
-        key: int,
-        unobserved: FloatArray | None = None,
-        search: Search | None = None,
-        functions: Functions | None = None,
-        noise: NoiseRoots | None = None,
+        self, model: LocalModel[NCF], data: Histories, states: FloatArray, draws: Draws
     ) -> Trained:
-        """As :meth:`Trainer.train`, times anything up to infinity."""
-        trained = super().train(
-            weights, histories, states, key, unobserved, search, functions, noise
-        )
+        """As :meth:`RecommenderLearner.train`, times anything up to infinity."""
+        trained = super().train(model, data, states, draws)
         values = trained.update.values.copy()
-        for row, user in enumerate(histories.users.tolist()):
+        for row, user in enumerate(data.users.tolist()):
             _blow_up(values[row], user, self.clip_norm)
             with np.errstate(all="ignore"):
                 self.norms[user] = float(np.linalg.norm(values[row].astype(np.float64)))
         return replace(trained, update=RawUpdate(values, trained.update.address))
 
     @classmethod
-    def of(cls, trainer: Trainer, clip_norm: float) -> Hostile:
+    def of(cls, learner: RecommenderLearner, clip_norm: float) -> Hostile:
         """The same training, hostile."""
-        return cls(
-            trainer.recommender,
-            trainer.settings,
-            trainer.popularity,
-            trainer.examples,
-            clip_norm=clip_norm,
-        )
+        parts = learner.view, learner.settings, learner.popularity, learner.examples
+        return cls(*parts, clip_norm=clip_norm)
 
 
 def _blow_up(values: FloatArray, user: int, clip_norm: float) -> None:
@@ -107,7 +88,7 @@ def clipping(bench: Harness) -> CheckResult:
     """Every user's integers are within the bound that the noise is scaled to."""
     clip_norm = bench.protection.encoding.clip_norm
     cohorts = tuple(
-        replace(cohort, trainer=Hostile.of(cohort.trainer, clip_norm), states=cohort.states.copy())
+        replace(cohort, learner=Hostile.of(cohort.learner, clip_norm), states=cohort.states.copy())
         for cohort in bench.simulation.cohorts
     )
     simulation = replace(bench.simulation, cohorts=cohorts)
@@ -121,7 +102,7 @@ def clipping(bench: Harness) -> CheckResult:
             longest, broken = max(longest, squared), broken + (squared > bound)
             users += 1
     for cohort in cohorts:
-        norms = cohort.trainer.norms.values() if isinstance(cohort.trainer, Hostile) else ()
+        norms = cohort.learner.norms.values() if isinstance(cohort.learner, Hostile) else ()
         beyond += sum(not norm <= clip_norm for norm in norms)
     found = f"{broken:,} of {users:,} users longer" if broken else f"all of {users:,} users within"
     return CheckResult(
@@ -135,10 +116,10 @@ def clipping(bench: Harness) -> CheckResult:
 
 
 def _bounded(
-    bench: Harness, simulation: Simulation[Cohort], most: int
+    bench: Harness, simulation: Simulation, most: int
 ) -> Iterator[tuple[Tier, NDArray[np.int64], BoundedUpdate]]:
     """What some users of every tier put into a sum, on weights that are not zero anywhere."""
-    server = bench.parts.server
+    server = bench.server
     weights = server.weights.copy()
     weights += rng_for(0, "audit weights").normal(0, 0.1, len(weights)).astype(np.float32)
     round = bench.round(0)
@@ -259,14 +240,14 @@ def secure_sum(bench: Harness) -> CheckResult:
 
 def _answers(
     bench: Harness,
-    simulation: Simulation[Cohort],
+    simulation: Simulation,
     rows: list[NDArray[np.int64]],
     silent: Participant,
 ) -> Iterator[tuple[Tier, NDArray[np.int64], BoundedUpdate]]:
     """Updates of the cohort but for the device that fell silent."""
-    weights = bench.parts.server.weights
+    weights = bench.server.weights
     for tier, mine, cohort in zip(bench.federation.tiers, rows, simulation.cohorts, strict=True):
-        there = mine[cohort.histories.users[mine] != silent.user]
+        there = mine[cohort.users[mine] != silent.user]
         for users, update, _ in simulation.answers(bench.round(0), weights, tier, there):
             yield tier, users, update
 
@@ -283,7 +264,7 @@ def _for_few(bench: Harness, least: tuple[int, ...]) -> Protection:
     return replace(bench.protection, shares=shares, minimums=least)
 
 
-def _fresh(bench: Harness) -> tuple[Cohort, ...]:
+def _fresh(bench: Harness) -> tuple[Cohort[RecommenderLearner], ...]:
     """The cohorts with private states of their own, so that probes leave no trace."""
     return tuple(replace(c, states=c.states.copy()) for c in bench.simulation.cohorts)
 

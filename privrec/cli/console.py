@@ -22,7 +22,7 @@ import click
 from click.core import ParameterSource
 
 from privrec.errors import PrivrecError, UsageError
-from privrec.run.record import Finished, NullObserver, Record, RunInfo
+from privrec.run.record import Observer, Record, Result, RunInfo
 from privrec.run.wording import (
     duration_text,
     headline_metric,
@@ -230,7 +230,7 @@ HIDDEN_LINES = 20
 """Lines of a run that hides its cohorts, beside those of the first and of evaluated rounds."""
 
 
-class ConsoleObserver(NullObserver):
+class ConsoleObserver(Observer):
     """A run on the console: a bar on a terminal, else a line now and then, for logs and pipes.
 
     A line is written for the first round, the last, each evaluated one, and otherwise when
@@ -328,7 +328,7 @@ class ConsoleObserver(NullObserver):
             line = line.encode(encoding, "replace").decode(encoding)
             print(line, file=self._stream, flush=True)
 
-    def finished(self, result: Finished) -> None:
+    def finished(self, result: Result) -> None:
         """Leave the finished bar on the terminal."""
         self.close()
 

@@ -87,14 +87,9 @@ def describe(name: str, settings: tuple[str, ...], data_dir: Path | None, as_jso
     """Read a data set, by its name or as a scenario file has it, and count what is in it."""
     check_data(data_dir)
     scenario = _scenario_for_data(name, settings)
-    from privrec import data as data_sets
-    from privrec.run.texts import read_split
+    from privrec.run.task import load_task
 
-    facts = (
-        read_split(scenario, data_dir).describe()
-        if scenario.model.learns != "interactions"
-        else data_sets.describe(data_sets.load(scenario.data, data_dir=data_dir))
-    )
+    facts = load_task(scenario, data_dir).describe()
     if as_json:
         print_json(facts)
         return

@@ -41,9 +41,8 @@ from privrec.run.wording import adversary_text, epsilon_text, metric_name
 
 if TYPE_CHECKING:
     from privrec.report.render import Written
-    from privrec.run.loop import Result
     from privrec.run.recommend import Recommendation
-    from privrec.run.record import Observers
+    from privrec.run.record import Observers, Result
 
 QUICKSTART = Path(__file__).with_name("quickstart.toml")
 DEMO_USER = "7"
@@ -145,7 +144,7 @@ def run(
 
     described = load(scenario_file, settings)
     path = _new_folder(described.name, out)
-    from privrec.run import lifecycle, rows
+    from privrec.run import lifecycle
 
     for _, variant in described.variants():
         lifecycle.check(variant, data_dir)  # before the first run is paid for
@@ -153,7 +152,7 @@ def run(
         result = lifecycle.start(
             described, out=path, data_dir=data_dir, observer=observer, population=population
         )
-        result = rows.with_rows(result, described, data_dir=data_dir, observer=observer)
+        result = lifecycle.with_rows(result, described, data_dir=data_dir, observer=observer)
     _finish(result, as_json)
 
 
@@ -175,13 +174,13 @@ def resume(
     """Go on with the interrupted run in DIR from its last checkpoint."""
     check_run(directory)
     check_data(data_dir)
-    from privrec.run import lifecycle, rows
+    from privrec.run import lifecycle
     from privrec.scenario.load import load
 
     with _watched(directory, tensorboard, mlflow) as observer:
         result = lifecycle.resume(directory, data_dir=data_dir, observer=observer)
         described = load(directory / "scenario.toml")
-        result = rows.with_rows(result, described, data_dir=data_dir, observer=observer)
+        result = lifecycle.with_rows(result, described, data_dir=data_dir, observer=observer)
     _finish(result, as_json)
 
 

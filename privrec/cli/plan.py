@@ -120,7 +120,7 @@ def _spending(scenario: Scenario, event: RoundEvent) -> dict[str, Any]:
     if not event.is_private:
         return {"epsilon": None, "epsilon_server": None, "epsilon_by_round": []}
     from privrec.privacy.calibrate import plan as spend
-    from privrec.run.popularity import release_event
+    from privrec.run.privacy_plan import release_event
 
     rounds, delta = scenario.train.rounds, scenario.privacy.delta
     before = release_event(scenario)
@@ -167,7 +167,7 @@ def coefficients(scenario: Scenario) -> int | None:
 
 def _lengths(scenario: Scenario) -> dict[int, float] | None:
     """Length of each tier's vector, and the share of devices that train with it."""
-    from privrec.run.popularity import known_items
+    from privrec.run.privacy_plan import known_items
 
     items, chain = known_items(scenario), scenario.devices.chain
     if items is None or any(tier.capacity is None for tier in chain):

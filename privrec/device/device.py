@@ -1,20 +1,32 @@
-"""One device: its history and its private state, and the one thing that it says."""
+"""A device: its history and its private state, and the one thing that it says.
+
+:class:`Device` is a user's own; a :class:`Cohort` is many simulated ones, trained as batches by the
+same :class:`Learner`. Padding and batching change float rounding alone: before integer encoding
+the two agree to ``TOLERANCE``, except where a rectifier's input lies within rounding of zero.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any, Generic, NoReturn, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.device.batch import Histories
-from privrec.device.examples import NoiseRoots
-from privrec.device.negatives import Functions
-from privrec.device.round import Protection, Round, digest, model_digests
-from privrec.device.tier import Tier
-from privrec.device.train import Trained, Trainer
-from privrec.device.update import BoundedUpdate, RawUpdate, Upload
-from privrec.errors import ReleaseRefused
+from privrec.device.samples import EACH, Functions, Histories, Items
+from privrec.device.tier import LocalModel, ModelView, Tier
+from privrec.device.update import (
+    BoundedUpdate,
+    Protection,
+    RawUpdate,
+    Round,
+    Upload,
+    digest,
+    model_digests,
+)
+from privrec.errors import ReleaseRefused, UsageError
 from privrec.models.layout import Layout
 from privrec.privacy.mechanism import noise_seeds
 from privrec.randomness import SecretRoot
@@ -22,23 +34,196 @@ from privrec.secagg.ring import Coins
 
 FloatArray = NDArray[np.float32]
 
+TOLERANCE = 1e-5
+"""Largest difference from the one-device code, relative to the update's largest coefficient."""
 
-def hash_functions(root: SecretRoot, round: Round) -> Functions:
-    """Streams for the hash functions of a round, by user, from the devices' secret.
+MANY = 16
+"""Devices from which on a simulation gathers the rows that they search once for all of them."""
 
-    Promise: no two users and no two rounds share one.
-    """
-    return lambda user: root.stream("lsh", *round.context, user)
+NoiseRoots = Callable[[int, bytes], SecretRoot]
+"""What a device draws the noise of a round from, by its user and a digest of its input."""
 
 
-def noise_roots(root: SecretRoot, round: Round) -> NoiseRoots:
-    """Secrets of the noise between local steps of a round, by user and digest of the input.
-
-    Promise: the same round, user and input have the same noise, any other independent noise.
-    """
-    return lambda user, given: SecretRoot(
-        root.tag("local noise", *round.context, user, given), is_known=root.is_known
+def _without_secret(*_: object) -> NoReturn:
+    raise UsageError(
+        "hash functions and noise of devices are drawn from a secret; hand over the devices' root"
     )
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What the draws of devices in one round derive from.
+
+    Args:
+        key: the round's key, which decides what is drawn by chance and is no secret.
+        functions: the devices' secret streams for hash functions, by user.
+        noise: the devices' secret roots of noise between their own steps, by user.
+    """
+
+    key: int
+    functions: Functions = _without_secret
+    noise: NoiseRoots = _without_secret
+
+    @classmethod
+    def of(cls, root: SecretRoot, round: Round, key: int) -> Draws:
+        """Draws of a round from the devices' secret.
+
+        Promise: no two users and no two rounds share a stream of functions; the same round, user
+        and input have the same noise, any other independent noise.
+        """
+        return cls(
+            key,
+            lambda user: root.stream("lsh", *round.context, user),
+            lambda user, given: SecretRoot(
+                root.tag("local noise", *round.context, user, given), is_known=root.is_known
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hyper-parameters of local training, those of the scenario's ``[train]`` table.
+
+    ``newton`` says whether devices precondition their step, see :mod:`privrec.models.losses`.
+    """
+
+    loss: str
+    newton: bool
+    max_samples: int | None
+    user_steps: int
+    user_lr: float
+    user_l2: float
+    serve_steps: int
+    local_steps: int
+    local_lr: float
+    negatives: int = 0
+    serve_negatives: int = 0
+    unobserved_weight: float = 0.0
+    item_l2: float = 0.0
+    selector: str = EACH
+    budget: float = 0.01
+    selected: float = 0.5
+    frequent: float = 0.0
+    serve_budget: float | None = None
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """How much of the noise of item blocks was owed instead of drawn in its step.
+
+    Args:
+        drawn: blocks that noise was drawn for.
+        owed: blocks times steps, which eager noise would have drawn.
+    """
+
+    drawn: int = 0
+    owed: int = 0
+
+    def __add__(self, other: Deferred) -> Deferred:
+        return Deferred(self.drawn + other.drawn, self.owed + other.owed)
+
+    @property
+    def share(self) -> float | None:
+        """Share of the draws that deferral saved, in [0, 1); None where nothing was owed."""
+        return 1 - self.drawn / self.owed if self.owed else None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a batch of devices has after its local steps: private, all of it.
+
+    Args:
+        update: the change of the shared parameters, until it is bounded.
+        states: new private states, shape ``(m, state_dim)``; they stay on the devices.
+        losses: mean loss of each device before its step on the shared parameters, shape ``(m,)``.
+        deferred: noise that was owed between the devices' own steps.
+    """
+
+    update: RawUpdate
+    states: FloatArray
+    losses: FloatArray
+    deferred: Deferred = field(default_factory=Deferred)
+
+
+class Learner(ABC):
+    """Local training of one tier's model; the same for one device and for a batch of them."""
+
+    view: ModelView[Any]
+    settings: Settings
+
+    @property
+    @abstractmethod
+    def state_dim(self) -> int:
+        """Length of a device's private state."""
+
+    @abstractmethod
+    def held(self, data: Histories) -> Histories:
+        """The devices' data as far as their tier holds it."""
+
+    @abstractmethod
+    def batches(self, lengths: Items) -> Iterator[Items]:
+        """Places of the devices with data of these lengths, in parts that train together."""
+
+    @abstractmethod
+    def train(
+        self, model: LocalModel[Any], data: Histories, states: FloatArray, draws: Draws
+    ) -> Trained:
+        """One round's training on ``m`` devices, each on its own copy of what it touches.
+
+        Args:
+            model: what they were sent; not changed.
+            data: what they hold of their data.
+            states: their private states, shape ``(m, state_dim)``; not changed.
+            draws: of the round.
+
+        Raises:
+            UsageError: when something is drawn from the devices' secret, and ``draws`` has none.
+        """
+
+
+L = TypeVar("L", bound=Learner)
+
+
+@dataclass
+class Cohort(Generic[L]):
+    """Simulated devices of one tier: their data and private states, row by row.
+
+    Args:
+        learner: local training.
+        data: what the devices hold of their data, in ascending order of their users.
+        states: private states, shape ``(devices, state_dim)``; changed by whoever runs a round.
+    """
+
+    learner: L
+    data: Histories
+    states: FloatArray
+
+    @classmethod
+    def of(cls, learner: L, data: Histories) -> Cohort[L]:
+        """New devices, with private states of zeros."""
+        states = np.zeros((len(data.users), learner.state_dim), np.float32)
+        return cls(learner, learner.held(data), states)
+
+    @property
+    def users(self) -> Items:
+        """Whose devices they are, ascending."""
+        return self.data.users
+
+    def train(
+        self, weights: FloatArray, rows: Items, draws: Draws
+    ) -> Iterator[tuple[Items, Trained]]:
+        """One round's local training of ``rows``, a batch at a time; states are left unchanged.
+
+        Args:
+            weights: the tier's vector in memory form.
+            rows: places in :attr:`users`.
+            draws: of the round.
+        """
+        model = LocalModel(self.learner.view, weights, resident=len(self.states) >= MANY)
+        for places in self.learner.batches(self.data.lengths[rows]):
+            batch = rows[places]
+            mine, states = self.data.select(batch), self.states[batch]
+            yield batch, self.learner.train(model, mine, states, draws)
 
 
 @dataclass
@@ -50,48 +235,32 @@ class Device:
 
     Args:
         user: the user's index, which names its draws.
-        history: its items; those that its tier does not hold have no part in the round.
+        history: its data; what its tier does not hold has no part in the round.
         tier: what it holds of the shared vector.
         weaker: layouts of the tiers below, the stronger first: the bands of its prefix.
-        trainer: local training in the tier's memory.
+        learner: local training in the tier's memory.
         protection: bounds, grid, ring and noise.
-        root: the device's secret, for stochastic rounding and noise.
-        state: user vector and bias, shape ``(user_dim,)``; zeros for a new user.
+        root: the device's secret, for hash functions, stochastic rounding and noise.
+        state: shape ``(state_dim,)``; zeros for a new user.
     """
 
     user: int
     history: NDArray[np.int32]
     tier: Tier
     weaker: tuple[Layout, ...]
-    trainer: Trainer
+    learner: Learner
     protection: Protection
     root: SecretRoot
     state: FloatArray = field(default_factory=lambda: np.zeros(0, np.float32))
 
     def __post_init__(self) -> None:
         if not len(self.state):
-            self.state = np.zeros(self.trainer.recommender.model.user_dim, np.float32)
+            self.state = np.zeros(self.learner.state_dim, np.float32)
 
-    def train(
-        self,
-        weights: FloatArray,
-        key: int,
-        unobserved: FloatArray | None = None,
-        functions: Functions | None = None,
-        noise: NoiseRoots | None = None,
-    ) -> Trained:
+    def train(self, model: LocalModel[Any], draws: Draws) -> Trained:
         """The device's local round in its own memory, before any protection."""
-        bounds = np.array([0, len(self.history)])
-        mine = Histories(np.array([self.user]), bounds, self.history)
-        held = mine.below(self.trainer.recommender.vectors.items)
-        state = self.state[None]
-        return self.trainer.train(
-            weights, held, state, key, unobserved, functions=functions, noise=noise
-        )
-
-    def functions(self, round: Round) -> Functions:
-        """The device's own stream for the hash functions of a round, which never leaves it."""
-        return hash_functions(self.root, round)
+        held = self.learner.held(Histories.alone(self.user, self.history))
+        return self.learner.train(model, held, self.state[None], draws)
 
     def answer(self, round: Round, coefficients: FloatArray, key: int) -> BoundedUpdate:
         """Train on the model it was sent, keep the new private state, and give the bounded update.
@@ -110,9 +279,8 @@ class Device:
                 f"round {round.index}: the model received has another digest than the round's; "
                 "ask the server for the round again"
             )
-        view = self.tier.view(coefficients)
-        functions, noise = self.functions(round), noise_roots(self.root, round)
-        return self.protect(round, self.train(view, key, functions=functions, noise=noise))
+        model = LocalModel(self.learner.view, self.tier.view(coefficients))
+        return self.protect(round, self.train(model, Draws.of(self.root, round, key)))
 
     def protect(self, round: Round, trained: Trained) -> BoundedUpdate:
         """Keep the new private state, and give the bounded update of a local round."""
@@ -155,8 +323,6 @@ def privatize(
         weaker: layouts of the tiers below, the stronger first.
         coins: decide the rounding.
     """
-    layouts, encoding = (tier.layout, *weaker), protection.encoding
+    layouts = (tier.layout, *weaker)
     rotation = protection.rotation(round, layouts)
-    if rotation is None:
-        return update.bound(encoding, coins, tier.weight)
-    return update.bound_turned(encoding, coins, tier.weight, rotation, layouts)
+    return update.bound(protection.encoding, coins, tier.weight, rotation, layouts)

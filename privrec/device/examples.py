@@ -19,30 +19,25 @@ Source: Abadi et al., "Deep learning with differential privacy" (CCS 2016); the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from privrec.device.batch import merged, representatives, uniform
+from privrec.device.device import Deferred, Settings
+from privrec.device.samples import Items, merged, representatives, uniform
+from privrec.device.tier import LocalModel, Located
 from privrec.embedding.hashing import splitmix64
 from privrec.embedding.table import Table
-from privrec.models.losses import LOSSES, Samples
+from privrec.models.losses import Samples, loss_of
+from privrec.models.ncf import NCF
 from privrec.privacy.lazy.memory import LazyMemory
 from privrec.privacy.lazy.stream import Normals
 from privrec.randomness import SecretRoot
 
-if TYPE_CHECKING:
-    from privrec.device.train import Recommender
-
 FloatArray = NDArray[np.float32]
-Items = NDArray[np.int64]
-NoiseRoots = Callable[[int, bytes], SecretRoot]
-"""What a device draws the noise of a round from, by its user and a digest of its input."""
 
 _TURN, _START = 0x7E57_0001, 0x57A7_0002
 _SLACK = np.float32(1 - 1e-6)  # a float32 norm is off by less than this
@@ -61,44 +56,6 @@ class ExampleNoise:
 
     clip_norm: float
     noise_multiplier: float
-
-
-@dataclass(frozen=True)
-class ExampleSchedule:
-    """How the steps of a round are taken.
-
-    Args:
-        loss: ``"bce"`` or ``"bpr"``, sums over examples.
-        negatives: of each example.
-        steps: in a round.
-        rate: step size.
-    """
-
-    loss: str
-    negatives: int
-    steps: int
-    rate: float
-
-
-@dataclass(frozen=True)
-class Deferred:
-    """How much of the noise of item blocks was owed instead of drawn in its step.
-
-    Args:
-        drawn: blocks that noise was drawn for.
-        owed: blocks times steps, which eager noise would have drawn.
-    """
-
-    drawn: int = 0
-    owed: int = 0
-
-    def __add__(self, other: Deferred) -> Deferred:
-        return Deferred(self.drawn + other.drawn, self.owed + other.owed)
-
-    @property
-    def share(self) -> float | None:
-        """Share of the draws that deferral saved, in [0, 1); None where nothing was owed."""
-        return 1 - self.drawn / self.owed if self.owed else None
 
 
 @dataclass(frozen=True)
@@ -125,35 +82,40 @@ class ExampleSteps:
     """One device's parameters during a round of noisy steps.
 
     Args:
-        recommender: the model.
-        schedule: of the steps.
-        weights: the shared vector that it starts from; not changed.
-        user: private state, shape ``(user_dim,)``; zeros for one that has none yet.
-        number: the user's index, which names public draws.
+        model: what it starts from; not changed.
+        settings: loss (``"bce"`` or ``"bpr"``, sums over examples), negatives of each example,
+            steps in a round and their size.
+        bound: strength of the protection.
+        state: private state, shape ``(user_dim,)``; zeros for one that has none yet.
+        user: the user's index, which names public draws.
         key: the round's key.
-        noise: strength, and the root that noise is drawn from.
+        root: what noise is drawn from.
     """
 
     def __init__(
-        self, recommender: Recommender, schedule: ExampleSchedule, weights: FloatArray,
-        user: FloatArray, number: int, key: int, noise: tuple[ExampleNoise, SecretRoot],
-    ) -> None:  # fmt: skip
-        layout, (self.bound, root) = recommender.layout, noise
-        self._recommender, self._schedule, self._weights = recommender, schedule, weights
-        self._key = int(splitmix64(key, np.array([number]))[0])
-        self._user = (user if user.any() else self._start(len(user))).astype(np.float32).copy()
-        self._dense = layout.dense_of(weights).copy()
-        self._vectors = _Part(recommender.vectors, layout.memory_of(weights), _own(root, "blocks"))
-        self._biases = None
-        if recommender.biases is not None:
-            memory = layout.biases_of(weights)[:, None]
-            self._biases = _Part(recommender.biases, memory, _own(root, "biases"))
+        self,
+        model: LocalModel[NCF],
+        settings: Settings,
+        bound: ExampleNoise,
+        state: FloatArray,
+        user: int,
+        key: int,
+        root: SecretRoot,
+    ) -> None:
+        self.model, self.bound, self._settings = model, bound, settings
+        self._key = int(splitmix64(key, np.array([user]))[0])
+        self._user = (state if state.any() else self._start(len(state))).astype(np.float32).copy()
+        self._dense = model.dense.copy()
+        self.vectors = _Part(model.view.vectors, model.memory, _own(root, "blocks"))
+        self.biases = None
+        if model.view.biases is not None:
+            self.biases = _Part(model.view.biases, model.bias_memory, _own(root, "biases"))
         self._eager = _own(root, "rest")
 
     def turns(self, items: Items) -> list[Items]:
         """The history by step: each distinct item is in one, whatever the others are."""
         distinct = np.unique(items).astype(np.int64)
-        steps = self._schedule.steps
+        steps = self._settings.local_steps
         turn = (splitmix64(self._key ^ _TURN, distinct) >> np.uint64(33)) % np.uint64(steps)
         return [distinct[turn == step] for step in range(steps)]
 
@@ -164,11 +126,11 @@ class ExampleSteps:
 
     def step(self, items: Items) -> Tensor:
         """One noisy step on the examples of these items; gives their losses."""
-        clipped, rate = self.gradients(items), self._schedule.rate
+        clipped, rate = self.gradients(items), self._settings.local_lr
         std = rate * self.bound.noise_multiplier * self.bound.clip_norm
-        self._vectors.step(clipped.blocks, rate, std**2)
-        if self._biases is not None:
-            self._biases.step(clipped.biases, rate, std**2)
+        self.vectors.step(clipped.blocks, rate, std**2)
+        if self.biases is not None:
+            self.biases.step(clipped.biases, rate, std**2)
         for value, gradient in ((self._user, clipped.user), (self._dense, clipped.dense)):
             value -= rate * gradient.sum(0).numpy()
             if len(value):
@@ -184,30 +146,28 @@ class ExampleSteps:
         """
         if not len(items):
             return self._nothing()
-        samples = np.concatenate((items[:, None], self._negatives(items)), axis=1)
+        samples = np.concatenate((items[:, None], self.negatives(items)), axis=1)
         e, k = samples.shape
-        rows = self._vectors.rows(samples)
+        rows = self.vectors.rows(samples)
         user, dense = torch.from_numpy(self._user), torch.from_numpy(self._dense)
-        scored = self._recommender.model.forward(
-            user.expand(e, -1), rows, dense.expand(e, -1)
-        )  # fmt: skip
+        network = self.model.view.model
+        scored = network.forward(user.expand(e, -1), rows, dense.expand(e, -1))
         scores = scored.values
-        if self._biases is not None:
-            scores = scores + self._biases.rows(samples).squeeze(2)
-        graded = LOSSES[self._schedule.loss](scores, Samples(torch.ones(e, k), 1))
-        losses, upstream, _ = graded
+        if self.biases is not None:
+            scores = scores + self.biases.rows(samples).squeeze(2)
+        losses, upstream, _ = loss_of(self._settings.loss)(scores, Samples(torch.ones(e, k), 1))
         own = torch.bmm(upstream.unsqueeze(1), scored.user_jacobian().expand(e, -1, -1)).squeeze(1)
         moved, weights = scored.shared_gradient(upstream)
-        blocks = self._vectors.gradients(moved)
+        blocks = self.vectors.gradients(moved)
         biases = np.zeros((e, 0, 1), np.float32)
-        if self._biases is not None:
-            biases = self._biases.gradients(upstream.unsqueeze(2))
+        if self.biases is not None:
+            biases = self.biases.gradients(upstream.unsqueeze(2))
         return self._clipped(Gradients(own, weights, blocks, biases, losses))
 
     def _nothing(self) -> Gradients:
         """Of a step without examples, which has its noise like any other."""
-        layout, user = self._recommender.layout, len(self._user)
-        for part in filter(None, (self._vectors, self._biases)):
+        layout, user = self.model.view.layout, len(self._user)
+        for part in filter(None, (self.vectors, self.biases)):
             part.look_at_nothing()
         blocks = np.zeros((0, 0, layout.block), np.float32)
         biases = np.zeros((0, 0, 1), np.float32)
@@ -217,10 +177,10 @@ class ExampleSteps:
 
     def change(self) -> FloatArray:
         """New minus old coefficients of the shared vector, with all their noise: settled."""
-        parts = [self._dense, self._vectors.memory.settled().ravel()]
-        if self._biases is not None:
-            parts.append(self._biases.memory.settled().ravel())
-        change: FloatArray = np.concatenate(parts) - self._weights
+        parts = [self._dense, self.vectors.memory.settled().ravel()]
+        if self.biases is not None:
+            parts.append(self.biases.memory.settled().ravel())
+        change: FloatArray = np.concatenate(parts) - self.model.weights
         return change
 
     @property
@@ -231,8 +191,8 @@ class ExampleSteps:
     @property
     def deferred(self) -> Deferred:
         """Of the memory blocks so far; call it after :meth:`change`."""
-        noise = self._vectors.memory.noise
-        return Deferred(noise.drawn, noise.rows * self._schedule.steps)
+        noise = self.vectors.memory.noise
+        return Deferred(noise.drawn, noise.rows * self._settings.local_steps)
 
     def _start(self, width: int) -> FloatArray:
         """A private state of the round's key, of norm about 1 and without bias."""
@@ -240,10 +200,10 @@ class ExampleSteps:
         start = (words * 2.0**-64 - 0.5) * np.sqrt(12 / max(1, width - 1))
         return np.append(start, 0.0).astype(np.float32)
 
-    def _negatives(self, items: Items) -> Items:
+    def negatives(self, items: Items) -> Items:
         """Over all items, the history's own included, shape ``(e, negatives)``."""
-        n_items = self._recommender.vectors.items
-        return uniform(self._key, items, self._schedule.negatives, n_items)
+        n_items = self.model.view.vectors.items
+        return uniform(self._key, items, self._settings.negatives, n_items)
 
     def _clipped(self, raw: Gradients) -> Gradients:
         e = len(raw.user)
@@ -262,44 +222,37 @@ class ExampleSteps:
         return Gradients(user, dense, blocks.numpy(), biases.numpy(), losses)
 
 
-@dataclass
 class _Part:
     """A memory under lazy noise, and the blocks of it that the examples of a step name."""
 
-    table: Table
-    values: FloatArray
-    source: Normals
-    memory: LazyMemory = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.memory = LazyMemory(self.values.copy(), self.source)
+    def __init__(self, table: Table, values: FloatArray, source: Normals) -> None:
+        self._table, self.memory = table, LazyMemory(values.copy(), source)
+        self.look_at_nothing()
 
     def look_at_nothing(self) -> None:
         """Name no block in the next step."""
-        self._slots = np.zeros((0, 0), np.int64)
+        self._located = Located(self._table, np.zeros((0, 1), np.int64))
+
+    @property
+    def slots(self) -> Items:
+        """The blocks that are named, shape ``(e, names)``."""
+        return self._located.slots
 
     def rows(self, samples: Items) -> Tensor:
         """Rows of the table as they are now, read settled, shape ``(e, k, dim)``."""
-        table = self.table
-        slots, signs = table.locate(samples)
-        self._slots = slots.reshape(len(samples), -1)
-        self._signs = torch.from_numpy(signs * np.float32(table.scale)).reshape(
-            *self._slots.shape, 1
-        )
-        blocks = torch.from_numpy(self.memory.settled(self._slots.ravel()))
-        rows = blocks.reshape(*self._slots.shape, table.block) * self._signs
-        return rows.reshape(*samples.shape, table.dim)
+        self._located = Located(self._table, samples)
+        blocks = torch.from_numpy(self.memory.settled(self.slots.ravel()))
+        return self._located.read(blocks.reshape(*self.slots.shape, -1))
 
     def gradients(self, rows: Tensor) -> FloatArray:
         """Gradients on the blocks, those of one block put together within each example."""
-        names = self._slots.shape[1]
-        blocks = rows.reshape(len(rows), names, self.table.block) * self._signs
-        return merged(blocks.numpy(), representatives(self._slots, self.table.slots))
+        blocks = self._located.spread(rows).numpy()
+        return merged(blocks, representatives(self.slots, self._table.slots))
 
     def step(self, blocks: FloatArray, rate: float, variance: float) -> None:
         """Descend, and let every block owe the noise of the step."""
-        moves = (np.float32(-rate) * blocks).reshape(-1, self.table.block)
-        self.memory.step(self._slots.ravel(), moves, variance)
+        moves = (np.float32(-rate) * blocks).reshape(-1, self._table.block)
+        self.memory.step(self.slots.ravel(), moves, variance)
 
 
 def _own(root: SecretRoot, part: str) -> Normals:

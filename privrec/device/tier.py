@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from privrec.device.batch import merged, representatives
+from privrec.device.samples import merged, representatives
 from privrec.device.update import Address, RawUpdate
 from privrec.embedding.nested import Nested, Spread
 from privrec.embedding.table import Table
+from privrec.errors import UsageError
 from privrec.models.layout import Layout
+from privrec.models.losses import item_gram
+from privrec.search.index import Sketch
+from privrec.search.memory import ItemMemory
+from privrec.search.select import Search
 
 FloatArray = NDArray[np.float32]
 
@@ -20,22 +28,152 @@ FloatArray = NDArray[np.float32]
 class Network(Protocol):
     """The dense part of a model."""
 
+    @property
+    def dense(self) -> int:
+        """Number of dense weights."""
+        ...
+
     def initial_dense(self, rng: np.random.Generator) -> FloatArray:
         """Its weights before the first round."""
         ...
 
 
-class ModelView(Protocol):
-    """What a shared vector means, whatever is learnt: a network over rows of a table."""
+M = TypeVar("M", bound=Network)
+N = TypeVar("N", bound=Network, covariant=True)
+
+
+@dataclass(frozen=True)
+class ModelView(Generic[N]):
+    """What a shared vector means: a network over rows of a table.
+
+    Args:
+        model: the network.
+        vectors: where the vectors of items, words or labels lie.
+        biases: where their biases lie, or None.
+        layout: sections of the shared vector.
+    """
+
+    model: N
+    vectors: Table
+    biases: Table | None
+    layout: Layout
+
+    @staticmethod
+    def of(model: M, vectors: Table, biases: Table | None, gram: int = 0) -> ModelView[M]:
+        """The view with dense weights, ``gram`` coefficients, and tables one after the other."""
+        slots = 0 if biases is None else biases.slots
+        layout = Layout(model.dense, vectors.slots, vectors.block, slots, gram)
+        return ModelView(model, vectors, biases, layout)
 
     @property
-    def model(self) -> Network: ...
+    def bias_table(self) -> Table:
+        """Where biases lie, of a model that has them.
+
+        Raises:
+            UsageError: when it has none.
+        """
+        if self.biases is None:
+            raise UsageError("model.item_bias = false: an output neuron has a bias; set it")
+        return self.biases
+
+    def tabulated(self) -> ModelView[N]:
+        """The same with its places looked up, for a machine that plays many devices."""
+        biases = None if self.biases is None else self.biases.tabulated()
+        return replace(self, vectors=self.vectors.tabulated(), biases=biases)
+
+
+@dataclass(frozen=True)
+class LocalModel(Generic[N]):
+    """A tier's model with its weights, and what devices derive from them once a round.
+
+    Args:
+        view: what the weights mean.
+        weights: the shared vector in memory form; nobody changes it.
+        resident: whether the machine plays many devices, so that rows which are searched are
+            gathered once for all of them; a device has no room for them.
+    """
+
+    view: ModelView[N]
+    weights: FloatArray
+    resident: bool = False
+
     @property
-    def vectors(self) -> Table: ...
+    def dense(self) -> FloatArray:
+        """The dense weights, shape ``(dense,)``."""
+        return self.view.layout.dense_of(self.weights)
+
     @property
-    def biases(self) -> Table | None: ...
+    def memory(self) -> FloatArray:
+        """Memory of the vectors, shape ``(slots, block)``."""
+        return self.view.layout.memory_of(self.weights)
+
     @property
-    def layout(self) -> Layout: ...
+    def bias_memory(self) -> FloatArray:
+        """Memory of the biases, shape ``(bias_slots, 1)``."""
+        return self.view.layout.biases_of(self.weights)[:, None]
+
+    def rows(self, items: NDArray[np.integer]) -> FloatArray:
+        """Vectors of items of any shape: one dimension more."""
+        return self.view.vectors.gather(self.memory, items)
+
+    def biases(self, items: NDArray[np.integer]) -> FloatArray:
+        """Biases of items, of their shape; zeros where the model has none."""
+        if self.view.biases is None:
+            return np.zeros(items.shape, np.float32)
+        return self.view.biases.gather(self.bias_memory, items)[..., 0]
+
+    @cached_property
+    def gram(self) -> FloatArray:
+        """``Σ v vᵀ`` over all items, shape ``(dim, dim)``."""
+        return item_gram(self.view.vectors, self.memory)
+
+    @cached_property
+    def items(self) -> ItemMemory:
+        """The catalogue, or the output neurons, as a device searches them."""
+        table = self.view.biases
+        biases = None if table is None else (table, self.bias_memory)
+        return ItemMemory(self.view.vectors, self.memory, biases)
+
+    def search(self, selector: str) -> Search:
+        """What a selector searches; the sketch comes with its own."""
+        return self._sketched if selector == "sketch" else self._plain
+
+    @cached_property
+    def _plain(self) -> Search:
+        return Search(self.items.unfolded() if self.resident else self.items)
+
+    @cached_property
+    def _sketched(self) -> Search:
+        return replace(self._plain, sketch=Sketch.of(self._plain.items))
+
+
+class Located:
+    """The memory blocks behind some rows of a table, and how the rows are made of them.
+
+    Args:
+        table: a table.
+        items: which rows, shape ``(m, k)``.
+
+    ``slots`` names the blocks, shape ``(m, names)``, each block as often as rows have it.
+    """
+
+    def __init__(self, table: Table, items: NDArray[np.int64]) -> None:
+        slots, signs = table.locate(items)
+        if table.scale != 1:
+            signs = signs * np.float32(table.scale)
+        self.slots = slots.reshape(len(items), items.shape[1] * table.parts)
+        self.block = table.block
+        self._shape = (items.shape[1], table.dim)
+        self._signs = torch.from_numpy(signs.reshape(*self.slots.shape, 1))
+
+    def read(self, blocks: Tensor) -> Tensor:
+        """Rows made of blocks ``(m, names, block)``, shape ``(m, k, dim)``."""
+        return (blocks * self._signs).reshape(len(blocks), *self._shape)
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """A change of rows as one of blocks: the adjoint of :meth:`read`, ``(m, names, block)``."""
+        m, names = len(rows), self.slots.shape[1]
+        return rows.reshape(m, names, self.block) * self._signs
 
 
 @dataclass(frozen=True)
@@ -43,7 +181,7 @@ class Tier:
     """One capacity of a federation.
 
     Its vector comes in two forms of the same layout: coefficients in nested coordinates, which
-    travel and add up across tiers, and memory, which a recommender reads.
+    travel and add up across tiers, and memory, which the model reads.
 
     Args:
         index: its place in the chain, 0 for the strongest.
@@ -59,7 +197,7 @@ class Tier:
     capacity: float
     share: float
     weight: float
-    recommender: ModelView
+    recommender: ModelView[Any]
     vectors: Nested
     biases: Nested | None
 

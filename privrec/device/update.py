@@ -1,4 +1,4 @@
-"""What a device may say, as types that carry how far it has been protected.
+"""What a device is told of a round, and what it may say, as types that carry its protection.
 
 ``RawUpdate`` is what training gave and never leaves a device; ``BoundedUpdate`` is clipped and
 encoded, and is the only thing that can be summed. Both hold a batch of one or many devices, and
@@ -8,16 +8,119 @@ device in the order of the wire, with the device's own noise where devices add i
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from privrec.embedding.table import add_rows
-from privrec.models.layout import Layout, from_wire, to_wire
+from privrec.models.layout import Layout, band_sizes, bands, from_wire, to_wire
+from privrec.privacy.events import RoundEvent
 from privrec.privacy.mechanism import Shares
-from privrec.secagg.ring import Coins, Encoding, Rotation
+from privrec.secagg.keys import statement
+from privrec.secagg.ring import Coins, Encoding, Ring, Rotation
+from privrec.secagg.roster import Terms
+
+SMALL_RING_BITS = 16
+
+
+@dataclass(frozen=True)
+class Round:
+    """One attempt at one round: what runs is what is charged.
+
+    Args:
+        run_id: the run it belongs to.
+        index: the round, counted from 0.
+        attempt: 0, or more when a round had to be drawn anew.
+        event: its privacy event.
+        plan_digest: digest of the scenario that the devices agreed to.
+        model_digests: digests of the weights that the devices start from, one for each band, the
+            one that every tier holds first. A device checks those of its own prefix.
+    """
+
+    run_id: str
+    index: int
+    attempt: int
+    event: RoundEvent
+    plan_digest: str
+    model_digests: tuple[bytes, ...]
+
+    @property
+    def context(self) -> tuple[str | int | bytes, ...]:
+        """What binds every secret draw to this attempt: same context and input, same noise."""
+        model = hashlib.sha256(b"".join(self.model_digests)).digest()
+        return (self.run_id, self.index, self.attempt, self.plan_digest, model)
+
+
+def model_digests(weights: NDArray[Any], layouts: Sequence[Layout]) -> tuple[bytes, ...]:
+    """SHA-256 of each band of a vector, the weakest tier's first.
+
+    Args:
+        weights: of the first layout.
+        layouts: of the tiers up to the vector's own, the strongest first.
+    """
+    digests = []
+    for parts in bands(weights, layouts):
+        sha = hashlib.sha256()
+        for part in filter(len, parts):
+            sha.update(np.ascontiguousarray(part).data.cast("B"))
+        digests.append(sha.digest())
+    return tuple(digests)
+
+
+def digest(array: NDArray[Any]) -> bytes:
+    """SHA-256 of an array's bytes."""
+    return hashlib.sha256(np.ascontiguousarray(array).data.cast("B")).digest()
+
+
+@dataclass(frozen=True)
+class Protection:
+    """From a trained update to integers that may be summed, the same in every round of a run.
+
+    Args:
+        encoding: clip norm and grid, and with them the sensitivity of a sum.
+        ring: in which sums are taken; the small one needs every update rotated.
+        shares: the noise that each device adds itself, or None where it adds none.
+        minimums: fewest survivors of each band, the band that all devices hold first; without
+            them a sum of any number of devices is taken.
+    """
+
+    encoding: Encoding
+    ring: Ring = field(default_factory=Ring)
+    shares: Shares | None = None
+    minimums: tuple[int, ...] = ()
+
+    @property
+    def removes_excess(self) -> bool:
+        """Whether devices beyond a band's fewest give the seeds of their noise away."""
+        return self.shares is not None and self.shares.remove_excess
+
+    def rotation(self, round: Round, layouts: Sequence[Layout]) -> Rotation | None:
+        """The public rotation of a round, of the bands that these tiers have; None for none.
+
+        It depends on no update, and is another one in each attempt.
+        """
+        if self.ring.bits != SMALL_RING_BITS:
+            return None
+        seed = statement("rotation", round.run_id, round.index, round.attempt)
+        return Rotation(band_sizes(layouts), seed)
+
+    def terms(self, round: Round, layouts: Sequence[Layout]) -> Terms:
+        """The terms of a round, as the server states them and as each device holds it to them."""
+        return Terms(
+            round.run_id,
+            round.index,
+            round.attempt,
+            statement("plan", round.plan_digest, json.dumps(round.event.to_json(), sort_keys=True)),
+            tuple(layout.size for layout in reversed(layouts)),
+            self.minimums or (1,) * len(layouts),
+            self.ring.bits,
+            self.removes_excess,
+        )
 
 
 @dataclass(frozen=True)
@@ -61,7 +164,14 @@ class RawUpdate:
     values: NDArray[np.float32]
     address: Address
 
-    def bound(self, encoding: Encoding, coins: Coins, weight: float = 1.0) -> BoundedUpdate:
+    def bound(
+        self,
+        encoding: Encoding,
+        coins: Coins,
+        weight: float = 1.0,
+        rotation: Rotation | None = None,
+        layouts: Sequence[Layout] = (),
+    ) -> BoundedUpdate:
         """Clip each device's whole update to ``clip_norm`` in L2 and round it to integers.
 
         Promise: each row of the result has an integer norm of at most ``encoding.bound``. An update
@@ -71,38 +181,20 @@ class RawUpdate:
             encoding: clip norm and grid.
             coins: decide the rounding.
             weight: public factor of the clipped update, in [0, 1].
+            rotation: applied band by band between clipping and rounding; all is touched then.
+            layouts: for a rotation: of the device's tier and those below, the strongest first.
         """
-        clipped = self._clipped(encoding, weight)
-        return BoundedUpdate(encoding.encode(clipped, coins), self.address)
-
-    def bound_turned(
-        self,
-        encoding: Encoding,
-        coins: Coins,
-        weight: float,
-        rotation: Rotation,
-        layouts: Sequence[Layout],
-    ) -> BoundedUpdate:
-        """As :meth:`bound`, of the clipped update rotated band by band, in which all is touched.
-
-        Args:
-            encoding: clip norm and grid.
-            coins: decide the rounding.
-            weight: public factor of the clipped update, in [0, 1].
-            rotation: of the bands that the device holds.
-            layouts: of the device's tier and those below, the strongest first.
-        """
-        layout = self.address.layout
-        dense = self._dense(self._clipped(encoding, weight))
-        turned = from_wire(rotation.apply(to_wire(dense, layouts)), layouts)
-        return BoundedUpdate(encoding.encode(turned, coins), Address.whole(layout))
-
-    def _clipped(self, encoding: Encoding, weight: float) -> NDArray[np.float32]:
         clipped = clip(self.values, encoding.clip_norm)
-        return clipped if weight == 1 else clipped * np.float32(weight)
+        if weight != 1:
+            clipped = clipped * np.float32(weight)
+        if rotation is None:
+            return BoundedUpdate(encoding.encode(clipped, coins), self.address)
+        turned = rotation.apply(to_wire(self.dense(clipped), layouts))
+        integers = encoding.encode(from_wire(turned, layouts), coins)
+        return BoundedUpdate(integers, Address.whole(self.address.layout))
 
-    def _dense(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Whole vectors, shape ``(m, size)``."""
+    def dense(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Values at this update's address as whole vectors, shape ``(m, size)``."""
         address, layout, m = self.address, self.address.layout, len(values)
         end = layout.head + address.blocks.shape[1] * layout.block
         parts = [values[:, : layout.head]]
@@ -120,7 +212,7 @@ class RawUpdate:
 
 @dataclass(frozen=True)
 class BoundedUpdate:
-    """Clipped and encoded integers: one device's share of the sum, of known sensitivity."""
+    """Clipped and encoded integers: each device's part of the sum, of known sensitivity."""
 
     integers: NDArray[np.int32]
     address: Address
@@ -130,8 +222,7 @@ class BoundedUpdate:
 
         Args:
             total: integer vector of ``layout.size``.
-            layout: sections of ``total``, of which the device's own are prefixes; by default the
-                device's own.
+            layout: sections of ``total``, of which the device's own, its default, are prefixes.
         """
         own, address = self.address.layout, self.address
         layout = layout or own

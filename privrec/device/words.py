@@ -1,4 +1,4 @@
-"""Local training of a wide output: a device's lesson, its active neurons, the change they ask.
+"""Local training of a wide output, of next words or labels: only active output neurons change.
 
 One device at a time: its hidden states and the scores of its neurons are matrices large enough to
 keep a core busy. What is trained is the memory of the touched rows, whatever table they lie in, and
@@ -7,8 +7,9 @@ the dense weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Protocol
 
 import numpy as np
@@ -17,226 +18,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from privrec.data.text import UNKNOWN_ID
-from privrec.device.batch import Histories
-from privrec.device.examples import NoiseRoots
-from privrec.device.lessons import (
-    ActiveRows,
-    ActiveSet,
-    Find,
-    Network,
-    OutputBudget,
-    TextBatch,
-    spread,
-    text_batch_of,
-)
-from privrec.device.negatives import Functions
-from privrec.device.train import Trained
+from privrec.device.device import Draws, Learner, Settings, Trained
+from privrec.device.samples import ActiveSet, Find, Histories, Items, OutputBudget, chosen_by
+from privrec.device.tier import LocalModel, Located, ModelView
 from privrec.device.update import Address, RawUpdate
 from privrec.embedding.hashing import splitmix64
 from privrec.embedding.table import Table
 from privrec.errors import UsageError
-from privrec.models.layout import Layout
-from privrec.search.index import Sketch
+from privrec.models.losses import loss_of, sampled_loss
+from privrec.models.words import WordBatch, WordNetwork
 from privrec.search.memory import ItemMemory
-from privrec.search.select import Search, Selector, select
 
 FloatArray = NDArray[np.float32]
-Items = NDArray[np.int64]
+
+QUERIES = 16
+"""Hidden states that a device searches with: some of its positions, evenly spread."""
 
 _WINDOW = 0x77_1D_0E
-
-
-@dataclass(frozen=True)
-class WideModel:
-    """The shared parameters' meaning: a network whose output neurons lie in a table.
-
-    Args:
-        model: the network; of the next-word model, words are read from the same table.
-        vectors: where the neurons' vectors lie.
-        biases: where the biases of output neurons lie.
-        layout: sections of the shared vector.
-    """
-
-    model: Network
-    vectors: Table
-    biases: Table
-    layout: Layout
-
-    def searched(self, weights: FloatArray) -> ItemMemory:
-        """The neurons as a device searches them.
-
-        Args:
-            weights: the shared vector in memory form.
-        """
-        biases = self.biases, self.layout.biases_of(weights)[:, None]
-        return ItemMemory(self.vectors, self.layout.memory_of(weights), biases)
-
-
-@dataclass(frozen=True)
-class LocalSettings:
-    """Hyper-parameters of local training.
-
-    Args:
-        most: words of a text, or examples, of a device in a round at most; None for all.
-        steps: gradient steps, each on a part of them.
-        rate: step size.
-        selector: how neurons are selected, one of :mod:`privrec.search.select`.
-    """
-
-    most: int | None
-    steps: int
-    rate: float
-    selector: Selector | None = None
-
-
-@dataclass(frozen=True)
-class WordTrainer:
-    """Local training of one language with one set of hyper-parameters.
-
-    Args:
-        language: what is trained.
-        output: how many of its neurons, and which.
-        practice: how.
-    """
-
-    language: WideModel
-    output: OutputBudget
-    practice: LocalSettings
-
-    def __post_init__(self) -> None:
-        budget, shortest = self.output.budget, self.language.model.shortest
-        if budget < min(shortest, self.output.words):
-            raise UsageError(
-                f"train.budget: {budget} of {self.output.words} neurons, and {shortest} words of a "
-                "text may all differ; raise it, or lower model.context"
-            )
-
-    def train(
-        self, weights: FloatArray, text: NDArray[np.int32], user: int, key: int, find: Find | None
-    ) -> tuple[RawUpdate, float]:
-        """One round on one device.
-
-        Args:
-            weights: the shared vector in memory form; not changed.
-            text: the device's tokens: a text in reading order, or examples.
-            user: whose they are; names its draws.
-            key: the round's key, for the window and the neurons drawn by chance.
-            find: who selects neurons; None for nobody.
-
-        Returns:
-            The change of the shared vector, and the mean loss before it.
-        """
-        lesson = self.lesson(text, user, key)
-        local = _Local(self.language, weights)
-        queries = np.zeros((1, self.language.vectors.dim + 1), np.float32)
-        if find is not None and self.output.selected:
-            queries = self._queries(local, lesson)
-        active = self.output.active(lesson.own, queries, find, key, user)
-        return local.descend(active, lesson, self.practice)
-
-    def lesson(self, text: NDArray[np.int32], user: int, key: int) -> TextBatch:
-        """What the device learns from in a round; arguments as of :meth:`train`."""
-        output = self.output
-        budget = output.budget if output.budget < output.words else None
-        draw = int(splitmix64(key ^ _WINDOW, np.array([user]))[0] >> np.uint64(33))
-        return text_batch_of(self.language.model, text, self.practice.most, budget, draw)
-
-    def finder(self, search: Search, functions: Functions | None, user: int) -> Find:
-        """The device's own selection from its own memory, by functions of its own.
-
-        Raises:
-            UsageError: when there are no secret streams.
-        """
-        selector = self.practice.selector
-        if functions is None or selector is None:
-            raise UsageError(
-                f'train.selector = "{selector}": hash functions are drawn from a secret; hand '
-                "over the devices' streams"
-            )
-        stream = functions(user)
-
-        def find(queries: FloatArray, wanted: int, without: Items) -> Items:
-            return select(selector, search, queries, wanted, stream, exclude=without).items
-
-        return find
-
-    def _queries(self, local: _Local, lesson: TextBatch) -> FloatArray:
-        with torch.no_grad():
-            hidden = local.hidden(lesson, spread(len(lesson))).numpy()
-        hidden = hidden[spread(len(hidden))]
-        return np.concatenate((hidden, np.ones((len(hidden), 1), np.float32)), axis=1)
-
-
-class _Local:
-    """A device's copy of the shared vector, of which it changes what its neurons touch."""
-
-    def __init__(self, language: WideModel, weights: FloatArray) -> None:
-        self._language, layout = language, language.layout
-        self._memory, self._bias_memory = layout.memory_of(weights), layout.biases_of(weights)
-        self._dense = torch.from_numpy(layout.dense_of(weights))
-
-    def hidden(self, lesson: TextBatch, part: Items) -> Tensor:
-        """Hidden vectors at the start of the round."""
-        vectors, memory = self._language.vectors, self._memory
-        return lesson.hidden(
-            part, lambda words: torch.from_numpy(vectors.gather(memory, words)), self._dense
-        )
-
-    def descend(
-        self, active: ActiveSet, lesson: TextBatch, practice: LocalSettings
-    ) -> tuple[RawUpdate, float]:
-        """Gradient steps on parts of the lesson; the change, and the first step's loss."""
-        language = self._language
-        vectors = _Touched(language.vectors, self._memory, active.items)
-        biases = _Touched(language.biases, self._bias_memory[:, None], active.items)
-        dense = self._dense.clone().requires_grad_()
-        parts = np.array_split(np.arange(len(lesson)), min(practice.steps, len(lesson)))
-        first = 0.0
-        for number, part in enumerate(parts):
-            neurons = ActiveRows(active, vectors.rows(), biases.rows()[:, 0])
-            hidden = lesson.hidden(part, neurons.read, dense)
-            loss = lesson.loss(part, hidden, neurons)
-            loss.backward()  # type: ignore[no-untyped-call]
-            for each in (dense, vectors.blocks, biases.blocks):
-                _step(each, practice.rate)
-            first = first if number else float(loss.detach())
-        change = (dense.detach() - self._dense).numpy()
-        values = np.concatenate((change, vectors.change(), biases.change()))[None]
-        address = Address(vectors.slots[None], biases.slots[None], language.layout)
-        return RawUpdate(values, address), first
-
-
-class _Touched:
-    """The memory blocks behind some rows of a table, each once, as trainable numbers."""
-
-    def __init__(self, table: Table, memory: FloatArray, items: Items) -> None:
-        located, signs = table.locate(items)
-        self.slots, place = np.unique(located, return_inverse=True)
-        self._before = memory[self.slots]
-        self._shape = (len(items), table.dim)
-        self._place = torch.from_numpy(place.reshape(-1))
-        self._signs = torch.from_numpy(signs.reshape(-1, 1) * np.float32(table.scale))
-        ordered = len(self._place) == len(self.slots) and bool((np.diff(place.ravel()) > 0).all())
-        self._plain = ordered and bool((self._signs == 1).all())
-        self.blocks = torch.from_numpy(self._before.copy()).requires_grad_()
-
-    def rows(self) -> Tensor:
-        """The rows as they are now, shape ``(items, dim)``."""
-        if self._plain:
-            return self.blocks.reshape(self._shape)
-        return (self.blocks[self._place] * self._signs).reshape(self._shape)
-
-    def change(self) -> FloatArray:
-        """New blocks minus old ones, in the order of :attr:`slots`, flat."""
-        changed: FloatArray = self.blocks.detach().numpy() - self._before
-        return changed.ravel()
-
-
-def _step(values: Tensor, rate: float) -> None:
-    with torch.no_grad():
-        if values.grad is not None:
-            values -= rate * values.grad
-            values.grad = None
 
 
 class RowServer(Protocol):
@@ -246,11 +44,9 @@ class RowServer(Protocol):
     """
 
     def hashed(self, items: ItemMemory, key: int) -> RowTables:
-        """Hash all columns for one round, by functions that everybody knows.
+        """Hash all columns of an output layer for the round of a key, by public functions.
 
-        Args:
-            items: the output layer.
-            key: the round's key.
+        Asked again for the same, it gives the same tables.
         """
         ...
 
@@ -267,68 +63,160 @@ class RowTables(Protocol):
         ...
 
 
-@dataclass
-class TextCohort:
-    """Simulated devices with texts or examples, of one tier, as a simulation asks for learners.
+@dataclass(frozen=True)
+class WordLearner(Learner):
+    """Local training of a network over a wide output, with one set of hyper-parameters.
+
+    Devices keep no private state between rounds: theirs is a zero.
 
     Args:
-        trainer: local training.
-        histories: their tokens, in ascending order of their users.
+        view: what is trained.
+        settings: how.
         served: the server's tables, where devices ask for neurons; None where they select alone.
-        states: devices keep nothing between rounds, so zeros: shape ``(devices, 1)``.
+
+    Raises:
+        UsageError: when the smallest piece of data may have more words than may be active.
     """
 
-    trainer: WordTrainer
-    histories: Histories
+    view: ModelView[WordNetwork]
+    settings: Settings
     served: RowServer | None = None
-    states: FloatArray = field(init=False)
 
     def __post_init__(self) -> None:
-        self.states = np.zeros((len(self.histories.users), 1), np.float32)
+        output, shortest = self.output, self.view.model.shortest
+        if output.size < min(shortest, output.words):
+            raise UsageError(
+                f"train.budget: {output.size} of {output.words} neurons, and {shortest} words of a "
+                "text may all differ; raise it, or lower model.context"
+            )
 
     @property
-    def users(self) -> Items:
-        """Whose devices they are, ascending."""
-        return self.histories.users
+    def state_dim(self) -> int:
+        """See the class."""
+        return 1
+
+    @cached_property
+    def output(self) -> OutputBudget:
+        """How many neurons are active, and which."""
+        settings, words = self.settings, self.view.vectors.items
+        if loss_of(settings.loss).whole_catalogue:
+            return OutputBudget(words)
+        selected = 0.0 if settings.selector == "uniform" else settings.selected
+        return OutputBudget(words, settings.budget, selected, settings.frequent)
+
+    def held(self, data: Histories) -> Histories:
+        """The data with words and labels unknown that the tier does not hold."""
+        known = data.items < self.view.vectors.items
+        return data if known.all() else replace(data, items=np.where(known, data.items, UNKNOWN_ID))
+
+    def batches(self, lengths: Items) -> Iterator[Items]:
+        """Each device by itself."""
+        return iter(np.arange(len(lengths))[:, None])
 
     def train(
-        self, weights: FloatArray, rows: Items, key: int, functions: Functions | None = None,
-        noise: NoiseRoots | None = None,
-    ) -> Iterator[tuple[Items, Trained]]:  # fmt: skip
-        """See :meth:`privrec.device.cohort.Learners.train`; texts have no noise between steps."""
-        if not len(rows):
-            return
-        trainer, finders = self.trainer, self._finders(weights, key, functions)
-        for row in rows:
-            text, user = self._text(int(row)), int(self.users[row])
-            update, loss = trainer.train(weights, text, user, key, finders(user))
-            yield row[None], Trained(update, self.states[row[None]], np.array([loss], np.float32))
+        self, model: LocalModel[WordNetwork], data: Histories, states: FloatArray, draws: Draws
+    ) -> Trained:
+        """See :meth:`Learner.train`; of one device, and without noise between its steps."""
+        (user,) = data.users.tolist()
+        batch = self.batch(data.of(0), user, draws.key)
+        queries, find = np.zeros((1, 0), np.float32), None
+        if self.output.selected:
+            find = self._finder(model, user, draws)
+            queries = self._queries(model, batch)
+        active = self.output.active(batch.own, queries, find, draws.key, user)
 
-    def _finders(
-        self, weights: FloatArray, key: int, functions: Functions | None
-    ) -> Callable[[int], Find | None]:
-        """Who selects neurons for each user."""
-        if self.trainer.practice.selector in (None, "uniform") or not self.trainer.output.selected:
-            return lambda user: None
-        items = self.trainer.language.searched(weights)
-        if self.served is not None:
-            find = asked_of(self.served.hashed(items, key))
-            return lambda user: find
-        sketch = Sketch.of(items) if self.trainer.practice.selector == "sketch" else None
-        search = Search(items.unfolded(), sketch)
-        return lambda user: self.trainer.finder(search, functions, user)
+        vectors = _Touched(self.view.vectors, model.memory, active.items)
+        biases = _Touched(self.view.bias_table, model.bias_memory, active.items)
+        dense = torch.from_numpy(model.dense).clone().requires_grad_()
+        logs, first = torch.from_numpy(active.logs), 0.0
+        pieces = np.arange(len(batch))
+        for number, part in enumerate(
+            np.array_split(pieces, min(self.settings.local_steps, len(batch)))
+        ):
+            rows, shifts = vectors.rows(), biases.rows()[:, 0]
+            hidden = batch.hidden(part, partial(_read, rows, active), dense)
+            targets = batch.targets(part)
+            places = np.where(targets < 0, targets, active.places(targets))
+            loss = sampled_loss(hidden, rows, shifts, logs, torch.from_numpy(places))
+            loss.backward()  # type: ignore[no-untyped-call]
+            for each in (dense, vectors.blocks, biases.blocks):
+                _step(each, self.settings.local_lr)
+            first = first if number else float(loss.detach())
 
-    def _text(self, row: int) -> NDArray[np.int32]:
-        """A device's tokens; words and labels that its tier does not hold are unknown to it."""
-        histories = self.histories
-        tokens = histories.items[histories.indptr[row] : histories.indptr[row + 1]]
-        return np.where(tokens < self.trainer.language.vectors.items, tokens, UNKNOWN_ID)
+        change = dense.detach().numpy() - model.dense
+        values = np.concatenate((change, vectors.change(), biases.change()))[None]
+        address = Address(vectors.named, biases.named, self.view.layout)
+        return Trained(RawUpdate(values, address), states, np.array([first], np.float32))
+
+    def batch(self, tokens: NDArray[np.int32], user: int, key: int) -> WordBatch:
+        """What a device learns from in a round.
+
+        Args:
+            tokens: its data: a text in reading order, or examples.
+            user: whose it is; names the draw.
+            key: the round's key.
+        """
+        output = self.output
+        budget = output.size if output.size < output.words else None
+        draw = int(splitmix64(key ^ _WINDOW, np.array([user]))[0] >> np.uint64(33))
+        return self.view.model.batch(tokens, self.settings.max_samples, budget, draw)
+
+    def _finder(self, model: LocalModel[WordNetwork], user: int, draws: Draws) -> Find:
+        """Who selects neurons: the device, by functions of its own, or the server that it asks."""
+        if self.served is None:
+            selector = self.settings.selector
+            return chosen_by(selector, model.search(selector), draws.functions(user))
+        tables = self.served.hashed(model.items, draws.key)
+        return lambda queries, count, exclude: tables.neurons(tables.codes(queries), count, exclude)
+
+    def _queries(self, model: LocalModel[WordNetwork], batch: WordBatch) -> FloatArray:
+        """Some hidden states at the start of the round, each with a 1 for the neuron's bias."""
+        with torch.no_grad():
+            hidden = batch.hidden(
+                spread(len(batch)),
+                lambda words: torch.from_numpy(model.rows(words)),
+                torch.from_numpy(model.dense),
+            ).numpy()
+        hidden = hidden[spread(len(hidden))]
+        return np.concatenate((hidden, np.ones((len(hidden), 1), np.float32)), axis=1)
 
 
-def asked_of(tables: RowTables) -> Find:
-    """A device's selection by asking: it names buckets and words, and gets neurons."""
+def _read(rows: Tensor, active: ActiveSet, words: Items) -> Tensor:
+    """Vectors of words that are active."""
+    return rows[torch.from_numpy(active.places(words))]
 
-    def find(queries: FloatArray, wanted: int, without: Items) -> Items:
-        return tables.neurons(tables.codes(queries), wanted, without)
 
-    return find
+def spread(count: int, most: int = QUERIES) -> Items:
+    """Positions of an even sample."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
+
+
+class _Touched(Located):
+    """The memory blocks behind some rows of a table, each once, as trainable numbers."""
+
+    def __init__(self, table: Table, memory: FloatArray, items: Items) -> None:
+        super().__init__(table, items[None])
+        named, place = np.unique(self.slots, return_inverse=True)
+        self.named, place = named[None], place.ravel()
+        self._before, self._place = memory[named], torch.from_numpy(place)
+        ordered = len(place) == len(named) and bool((np.diff(place) > 0).all())
+        self._plain = ordered and bool((self._signs == 1).all())
+        self.blocks = torch.from_numpy(self._before.copy()).requires_grad_()
+
+    def rows(self) -> Tensor:
+        """The rows as they are now, shape ``(items, dim)``."""
+        if self._plain:
+            return self.blocks.reshape(self._shape)
+        return self.read(self.blocks[self._place][None])[0]
+
+    def change(self) -> FloatArray:
+        """New blocks minus old ones, in the order of ``named``, flat."""
+        changed: FloatArray = self.blocks.detach().numpy() - self._before
+        return changed.ravel()
+
+
+def _step(values: Tensor, rate: float) -> None:
+    with torch.no_grad():
+        if values.grad is not None:
+            values -= rate * values.grad
+            values.grad = None

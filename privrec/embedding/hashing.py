@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 UInt64Array = NDArray[np.uint64]
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 _BIJECTION_ROUNDS = 4
@@ -35,7 +35,7 @@ def steps(positions: NDArray[np.integer]) -> UInt64Array:
     """How far splitmix64's state has come at zero-based positions, whatever its seed."""
     z = np.asarray(positions).astype(np.uint64)
     z += np.uint64(1)
-    z *= _GOLDEN
+    z *= GOLDEN
     return z
 
 

@@ -1,25 +1,40 @@
-"""Scores of items for users whose private states were fitted to the released weights."""
+"""What a model is worth on what its data holds out: a recommender, next words, or labels."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from privrec.data import Split
-from privrec.device.cohort import Cohort
-from privrec.device.negatives import Functions
-from privrec.device.tier import Federation, Tier
-from privrec.device.train import Recommender
+from privrec.data.labels import examples_in
+from privrec.data.text import UNKNOWN_ID, Corpus
+from privrec.device.device import Cohort, Draws
+from privrec.device.recommender import RecommenderLearner
+from privrec.device.samples import Functions, Histories
+from privrec.device.tier import Federation, LocalModel, Tier
 from privrec.evaluate import metrics
+from privrec.evaluate.metrics import Evaluation
+from privrec.models.ncf import NCF
+from privrec.models.words import NextWord, WordBag
 from privrec.randomness import SecretRoot, rng_for
 from privrec.scenario.load import Run
 
 FloatArray = NDArray[np.float32]
+Int64Array = NDArray[np.int64]
 _ITEMS_AT_ONCE = 8192
+_SEQUENCES = 8  # at a time, so that their scores stay in a cache
+_EXAMPLES = 16  # likewise, of labels
+
+
+# ------------------------------------------------------------------------- recommenders
 
 
 def evaluation_functions(seed: int) -> Functions:
@@ -36,14 +51,12 @@ class Scorer:
     """Scores with one set of weights; the table is gathered in parts and never held.
 
     Args:
-        recommender: the meaning of the weights.
-        weights: its vector, in memory form.
+        model: with its weights.
         states: private states by user, shape ``(users, user_dim)``.
         n_items: size of the catalogue; items that the recommender does not hold come last.
     """
 
-    recommender: Recommender
-    weights: FloatArray
+    model: LocalModel[NCF]
     states: FloatArray
     n_items: int
 
@@ -51,27 +64,14 @@ class Scorer:
         self, users: NDArray[np.integer], candidates: NDArray[np.integer] | None
     ) -> FloatArray:
         """Scores of each user's candidates ``(m, c)``, or of all items when there are none."""
-        parts = [self._part(users, items) for items in self._items()]
-        missing = self.n_items - self.recommender.vectors.items
-        parts.append(np.full((len(users), missing), -np.inf, np.float32))
-        full = np.concatenate(parts, axis=1)
+        model, held = self.model, self.model.view.vectors.items
+        own, dense = torch.from_numpy(self.states[users]), torch.from_numpy(model.dense)
+        full = np.full((len(users), self.n_items), -np.inf, np.float32)
+        for start in range(0, held, _ITEMS_AT_ONCE):
+            items = np.arange(start, min(held, start + _ITEMS_AT_ONCE))
+            table = torch.from_numpy(model.rows(items))
+            full[:, items] = model.view.model.rank(own, table, dense).numpy() + model.biases(items)
         return full if candidates is None else np.take_along_axis(full, candidates, axis=1)
-
-    def _items(self) -> Iterator[NDArray[np.int64]]:
-        n_items = self.recommender.vectors.items
-        for start in range(0, n_items, _ITEMS_AT_ONCE):
-            yield np.arange(start, min(n_items, start + _ITEMS_AT_ONCE))
-
-    def _part(self, users: NDArray[np.integer], items: NDArray[np.int64]) -> FloatArray:
-        parts = self.recommender
-        table = parts.vectors.gather(parts.layout.memory_of(self.weights), items)
-        dense = torch.from_numpy(parts.layout.dense_of(self.weights))
-        own = torch.from_numpy(self.states[users])
-        scores: FloatArray = parts.model.rank(own, torch.from_numpy(table), dense).numpy()
-        if parts.biases is not None:
-            memory = parts.layout.biases_of(self.weights)[:, None]
-            scores += parts.biases.gather(memory, items)[:, 0]
-        return scores
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,6 @@ class Evaluator:
 
     Args:
         federation: the tiers.
-        everyone: all users with the whole memory.
         cohorts: the devices of each tier.
         absent: users whose devices hold nothing.
         split: what to measure on.
@@ -88,61 +87,64 @@ class Evaluator:
     """
 
     federation: Federation
-    everyone: Cohort
-    cohorts: tuple[Cohort, ...]
-    absent: NDArray[np.int64]
+    cohorts: tuple[Cohort[RecommenderLearner], ...]
+    absent: Int64Array
     split: Split
     run: Run
 
-    def whole(self, weights: FloatArray, protocols: metrics.Protocols) -> metrics.Evaluation:
+    def whole(self, weights: FloatArray, protocols: metrics.Protocols) -> Evaluation:
         """Metrics of all users with the whole memory.
 
         Args:
             weights: released coefficients.
             protocols: those of :func:`privrec.evaluate.metrics.evaluate`.
         """
-        return self._measured(self.federation.tiers[0], self.everyone, weights, protocols)
+        train, strongest = self.split.train, self.cohorts[0]
+        histories = Histories(np.arange(train.n_users), train.indptr, train.items)
+        everyone = Cohort.of(strongest.learner, histories)
+        return self._measured(self.federation.tiers[0], everyone, weights, protocols)
 
-    def own(
-        self, weights: FloatArray, protocols: metrics.Protocols
-    ) -> tuple[metrics.Evaluation, ...]:
+    def own(self, weights: FloatArray, protocols: metrics.Protocols) -> tuple[Evaluation, ...]:
         """Metrics of the users of each tier with what their tier holds of the weights.
 
         Those of devices that hold nothing come last: they recommend what is popular. Users of a
         tier none of whom holds out an item have no metrics.
         """
-        cohorts = zip(self.federation.tiers, self.cohorts, strict=True)
-        nobody, holds_out = metrics.Evaluation.nobody(), self.split.heldout.counts > 0
+        holds_out = self.split.heldout.counts > 0
         measured = [
             self._measured(tier, cohort, weights, protocols)
-            if holds_out[cohort.histories.users].any()
-            else nobody
-            for tier, cohort in cohorts
+            if holds_out[cohort.users].any()
+            else Evaluation.nobody()
+            for tier, cohort in zip(self.federation.tiers, self.cohorts, strict=True)
         ]
         if self.federation.absent:
-            absent, scores = self.absent, metrics.popularity_scores
-            measured.append(
-                self._evaluated(scores(self.split.train), protocols, absent)
-                if holds_out[absent].any()
-                else nobody
-            )
+            found = Evaluation.nobody()
+            if holds_out[self.absent].any():
+                scores = metrics.popularity_scores(self.split.train)
+                found = self._evaluated(scores, protocols, self.absent)
+            measured.append(found)
         return tuple(measured)
 
     def _measured(
-        self, tier: Tier, cohort: Cohort, weights: FloatArray, protocols: metrics.Protocols
-    ) -> metrics.Evaluation:
+        self,
+        tier: Tier,
+        cohort: Cohort[RecommenderLearner],
+        weights: FloatArray,
+        protocols: metrics.Protocols,
+    ) -> Evaluation:
         view = tier.view(self.federation.prefix(weights, tier))
         key = int(rng_for(self.run.seed, "serving").integers(2**63))
-        fitted = cohort.serve(view, key, evaluation_functions(self.run.seed))
-        train, users = self.split.train, cohort.histories.users
+        draws = Draws(key, evaluation_functions(self.run.seed))
+        fitted = cohort.learner.serve(view, cohort.data, draws)
+        train, users = self.split.train, cohort.users
         states = np.zeros((train.n_users, fitted.shape[1]), np.float32)
         states[users] = fitted
-        scorer = Scorer(cohort.trainer.recommender, view, states, train.n_items)
+        scorer = Scorer(LocalModel(cohort.learner.view, view), states, train.n_items)
         return self._evaluated(scorer, protocols, users)
 
     def _evaluated(
-        self, scores: metrics.Scores, protocols: metrics.Protocols, users: NDArray[np.int64]
-    ) -> metrics.Evaluation:
+        self, scores: metrics.Scores, protocols: metrics.Protocols, users: Int64Array
+    ) -> Evaluation:
         return metrics.evaluate(
             scores,
             self.split,
@@ -151,3 +153,163 @@ class Evaluator:
             seed=self.run.seed,
             users=users,
         )
+
+
+# ------------------------------------------------------------------ next words and labels
+
+Asked = Iterator[tuple[Tensor, Tensor]]
+
+
+class Questions(ABC):
+    """What texts or examples that were held out ask a model, and what the answers count for.
+
+    Attributes:
+        metric: name of the share of answers among the best ``k``.
+    """
+
+    metric: str
+
+    @abstractmethod
+    def ask(self, model: Any, tokens: Int64Array, table: Tensor, dense: Tensor) -> Asked:
+        """Go through one device's data, some positions at a time.
+
+        Args:
+            model: the network.
+            tokens: of the device; what the model does not hold is unknown.
+            table: vectors of all neurons, shape ``(neurons, dim)``.
+            dense: dense weights.
+
+        Yields:
+            Hidden vectors ``(p, dim)`` of positions that count, and the neurons wanted there,
+            ``(p, most)``, filled up by -1.
+        """
+
+    @abstractmethod
+    def wanted(self, texts: Corpus) -> tuple[NDArray[np.integer], int]:
+        """All neurons that are wanted, one after the other, and the number of positions."""
+
+    def value(self, hits: NDArray[np.float64], cut: int) -> NDArray[np.float64]:
+        """What so many hits among the best ``cut`` count for."""
+        return hits
+
+
+class WordQuestions(Questions):
+    """The word after each position of a text, in windows of the model's context."""
+
+    metric = "accuracy"
+
+    def ask(self, model: NextWord, tokens: Int64Array, table: Tensor, dense: Tensor) -> Asked:
+        """See :meth:`Questions.ask`."""
+        context = model.context
+        whole = (len(tokens) - 1) // context
+        ends = [*range(0, whole, _SEQUENCES), whole]
+        windows = [
+            (tokens[a * context : b * context], tokens[a * context + 1 : b * context + 1], context)
+            for a, b in pairwise(ends)
+        ]
+        rest = tokens[whole * context :]
+        if len(rest) > 1:
+            windows.append((rest[:-1], rest[1:], len(rest) - 1))
+        for inputs, targets, length in windows:
+            wanted = torch.from_numpy(targets)
+            counts = wanted != UNKNOWN_ID
+            vectors = table[torch.from_numpy(inputs.reshape(-1, length))]
+            yield model.hidden(vectors, dense).flatten(0, 1)[counts], wanted[counts, None]
+
+    def wanted(self, texts: Corpus) -> tuple[NDArray[np.integer], int]:
+        """See :meth:`Questions.wanted`."""
+        asked = texts.tokens != UNKNOWN_ID
+        asked[texts.indptr[:-1][texts.counts > 0]] = False  # nothing comes before a first word
+        return texts.tokens[asked], int(asked.sum())
+
+
+class LabelQuestions(Questions):
+    """The labels of each example that has one."""
+
+    metric = "precision"
+
+    def ask(self, model: WordBag, tokens: Int64Array, table: Tensor, dense: Tensor) -> Asked:
+        """See :meth:`Questions.ask`."""
+        for part in examples_in(tokens).hashed(model.features).batches(_EXAMPLES):
+            wanted = torch.from_numpy(part.padded_labels())
+            counts = (wanted >= 0).any(1)
+            yield model.hidden(part, dense)[counts], wanted[counts]
+
+    def wanted(self, texts: Corpus) -> tuple[NDArray[np.integer], int]:
+        """See :meth:`Questions.wanted`."""
+        examples = examples_in(texts.tokens)
+        return examples.labels, int((np.diff(examples.label_ends, prepend=0) > 0).sum())
+
+    def value(self, hits: NDArray[np.float64], cut: int) -> NDArray[np.float64]:
+        """Share of the best ``cut`` that are an example's own."""
+        return hits / cut
+
+
+def predict(
+    questions: Questions, model: LocalModel[Any], texts: Corpus, cuts: Sequence[int]
+) -> Evaluation:
+    """Answer all questions of some texts or examples by all neurons' scores.
+
+    All neurons are looked at, whatever part of them devices train. The unknown word is never
+    predicted and never counted: it is no word that a keyboard could offer.
+
+    Args:
+        questions: what is asked.
+        model: with its weights.
+        texts: what was held out.
+        cuts: lengths of the list of best neurons.
+    """
+    words = model.view.vectors.items
+    table = torch.from_numpy(model.rows(np.arange(words)))
+    biases = torch.from_numpy(model.biases(np.arange(words)))
+    dense = torch.from_numpy(model.dense.copy())
+    most = min(max(cuts), words)
+    positions = np.zeros(texts.n_users, np.int64)
+    losses = np.zeros(texts.n_users)
+    ranked = np.zeros((texts.n_users, most))
+    with torch.no_grad():
+        for text in range(texts.n_users):
+            tokens = texts.tokens[texts.indptr[text] : texts.indptr[text + 1]].astype(np.int64)
+            tokens[tokens >= words] = UNKNOWN_ID
+            for hidden, wanted in questions.ask(model.view.model, tokens, table, dense):
+                scores = torch.addmm(biases, hidden, table.T)
+                scores[:, UNKNOWN_ID] = -torch.inf
+                found, loss = _found(scores, wanted, most)
+                ranked[text] += found
+                positions[text] += len(wanted)
+                losses[text] += loss
+    within = np.cumsum(ranked, axis=1)
+    values = {
+        f"{questions.metric}@{cut}": questions.value(within[:, min(cut, words) - 1], cut)
+        for cut in cuts
+    }
+    losses = np.nan_to_num(losses, nan=np.inf)
+    return Evaluation(np.arange(texts.n_users), values, positions, losses)
+
+
+def commonest(
+    questions: Questions, train: Corpus, heldout: Corpus, cuts: Sequence[int]
+) -> dict[str, float]:
+    """Score of always predicting the commonest words, which is what popularity comes to."""
+    counts = train.item_counts()
+    counts[UNKNOWN_ID] = -1
+    best = np.argsort(-counts, kind="stable")[: max(cuts)]
+    wanted, size = questions.wanted(heldout)
+    return {
+        f"{questions.metric}@{cut}": float(
+            questions.value(np.isin(wanted, best[:cut]).sum(), cut) / max(1, size)
+        )
+        for cut in cuts
+    }
+
+
+def _found(scores: Tensor, wanted: Tensor, most: int) -> tuple[NDArray[np.float64], float]:
+    """How many positions have a wanted neuron at each rank, and the summed loss of the wanted."""
+    real = wanted >= 0
+    own = scores.gather(1, wanted.clamp(min=0)).masked_fill(~real, -torch.inf)
+    # Of the best, one more than is asked; a tie or what is no number counts against its neuron.
+    best = torch.topk(scores, min(most + 1, scores.shape[1]), sorted=False).values
+    better = (~(best[:, None, :] < own[:, :, None])).sum(2).clamp(min=1) - 1
+    found = np.bincount(better[real].numpy(), minlength=most + 1)[:most].astype(np.float64)
+    logs = torch.logsumexp(scores, 1) - own.masked_fill(~real, 0.0).sum(1) / real.sum(1)
+    return found, float(logs.sum())

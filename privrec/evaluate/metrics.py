@@ -14,8 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,50 +39,48 @@ _FEW = 8  # more candidates than this for each of the best are not worth sorting
 _ABSENT = -1
 
 
-class Scores(Protocol):
-    """A recommender as the metrics see it."""
-
-    def __call__(
-        self, users: NDArray[np.integer], candidates: NDArray[np.integer] | None, /
-    ) -> NDArray[np.floating]:
-        """Scores, larger is better.
-
-        Args:
-            users: [m] positions.
-            candidates: [m, c] positions of items, or None for the whole catalogue.
-
-        Returns:
-            [m, c], or [m, n_items] for the whole catalogue.
-        """
-        ...
+Scores = Callable[[NDArray[np.integer], NDArray[np.integer] | None], NDArray[np.floating]]
+"""A recommender as the metrics see it: from users ``(m,)`` and candidates ``(m, c)``, or None for
+the whole catalogue, to scores of the candidates' shape; larger is better."""
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Metrics of each user who was measured.
+    """Metrics of each user, or of each text, that was measured.
 
     Args:
         users: int64 [m] positions.
         values: float64 [m] by metric: ``hr@k`` and ``ndcg@k`` of the sampled protocol,
-            ``full_hr@k``, ``full_ndcg@k`` and ``full_recall@k`` of full ranking.
+            ``full_hr@k``, ``full_ndcg@k`` and ``full_recall@k`` of full ranking; of texts the sum
+            over their positions.
+        sizes: positions of each text, int64 [m]; None where each user counts once.
+        losses: summed negative log-likelihood of each text, float64 [m], or None.
     """
 
     users: Int64Array
     values: Mapping[str, Float64Array]
+    sizes: Int64Array | None = None
+    losses: Float64Array | None = None
 
     @classmethod
     def nobody(cls) -> Evaluation:
-        """The evaluation of no users, which has no metrics."""
+        """Return the evaluation of no users, which has no metrics."""
         return cls(np.empty(0, np.int64), {})
 
     def summary(self) -> dict[str, float]:
-        """The mean over users of each metric, in [0, 1]."""
-        return {name: float(values.mean()) for name, values in self.values.items()}
+        """Return the mean of each metric, in [0, 1], and the perplexity where losses are known."""
+        if self.sizes is None:
+            return {name: float(values.mean()) for name, values in self.values.items()}
+        size = max(1, int(self.sizes.sum()))
+        found = {name: float(values.sum() / size) for name, values in self.values.items()}
+        if self.losses is not None:
+            found["perplexity"] = float(np.exp(min(50.0, self.losses.sum() / size)))
+        return found
 
     def intervals(
         self, seed: int, *, level: float = 0.95, draws: int = 1000
     ) -> dict[str, tuple[float, float]]:
-        """Percentile bootstrap intervals of the means, users resampled with replacement.
+        """Return percentile bootstrap intervals of the means, users resampled with replacement.
 
         They tell how much the figure depends on who was measured; the spread over training runs
         is another matter.
@@ -92,9 +89,6 @@ class Evaluation:
             seed: of the resampling.
             level: coverage, in (0, 1).
             draws: number of resamples, at least 1.
-
-        Returns:
-            (low, high) by metric.
         """
         if not self.users.size:
             return {}
@@ -107,13 +101,14 @@ class Evaluation:
         """Means of resamples, float64 [some draws, metrics] at a time."""
         rng = rng_for(seed, "metrics", "bootstrap")
         size = self.users.size
+        sizes = np.ones(size, np.int64) if self.sizes is None else self.sizes
         table = np.stack(list(self.values.values()), axis=1)
         step = max(1, _CELLS // size)
         for at in range(0, draws, step):
             rows = min(step, draws - at)
             chosen = rng.integers(0, size, (rows, size)) + np.arange(rows)[:, None] * size
             counts = np.bincount(chosen.ravel(), minlength=rows * size).reshape(rows, size)
-            yield counts @ table / size
+            yield counts @ table / np.maximum(1, counts @ sizes)[:, None]
 
 
 def evaluate(
@@ -141,7 +136,7 @@ def evaluate(
         k: lengths of the list, each at least 1.
         protocols: which of the two.
         chunk: users scored at a time, at most; fewer where the catalogue is large.
-        users: positions to measure, or None for all; those without held-out items are skipped.
+        users: positions, or None for all; those without held-out items are skipped.
 
     Raises:
         DataError: when none of the users holds out an item.
@@ -165,30 +160,8 @@ def evaluate(
     return Evaluation(measured, {name: np.concatenate(parts) for name, parts in values.items()})
 
 
-def popularity_scores(train: Interactions) -> Scores:
-    """The baseline that ranks items by how many users have them, equal for everybody.
-
-    Equally popular items are told apart by their position, so that ties do not decide.
-
-    Args:
-        train: the interactions to count.
-    """
-    counts = train.item_counts()
-    ranks = np.empty(counts.size, np.float32)
-    ranks[np.argsort(counts, kind="stable")] = np.arange(counts.size)
-
-    def scores(
-        users: NDArray[np.integer], candidates: NDArray[np.integer] | None, /
-    ) -> Float32Array:
-        if candidates is None:
-            return np.broadcast_to(ranks, (len(users), ranks.size))
-        return np.asarray(ranks[candidates])
-
-    return scores
-
-
 def holding_out(heldout: ItemLists, users: NDArray[np.integer] | None) -> Int64Array:
-    """Positions of those among some users, or all of them, who hold out an item.
+    """Return positions of those among some users, or all of them, who hold out an item.
 
     Raises:
         DataError: when none does.
@@ -283,16 +256,10 @@ def _ideal(counts: Int64Array, size: int) -> Float64Array:
 
 
 class _Candidates:
-    """The held-out item and the negatives of each user.
-
-    Args:
-        split: with at most one held-out item a user.
-        seed: of the negatives.
-    """
+    """The held-out item, of which there is at most one, and the negatives of each user."""
 
     def __init__(self, split: Split, seed: int) -> None:
-        self._split = split
-        self._seed = seed
+        self._split, self._seed = split, seed
         self._seen = split.train.membership()
         self._blocks: dict[int, NDArray[np.int32]] = {}
 
@@ -375,15 +342,11 @@ HEAD = 0.8
 
 
 def by_segment(evaluated: Evaluation, split: Split) -> list[dict[str, Any]]:
-    """Metrics of light, medium and heavy users, and of users whose held-out items are popular.
+    """Return metrics of light, medium and heavy users, and of users who hold out popular items.
 
     Activity is cut at the terciles of the measured users' history lengths. An item is popular when
     it is one of the most frequent that have :data:`HEAD` of the interactions together; a user goes
     by the first item held out.
-
-    Args:
-        evaluated: metrics of each measured user.
-        split: what they were measured on.
 
     Returns:
         Dictionaries of ``by``, ``name``, ``share`` of the measured users (two digits) and
@@ -391,50 +354,40 @@ def by_segment(evaluated: Evaluation, split: Split) -> list[dict[str, Any]]:
     """
     if not evaluated.users.size:
         return []
-    parts = (*_activity(evaluated, split), *_popularity(evaluated, split))
-    return [_segment(evaluated, *part) for part in parts if part[2].sum() >= FEWEST]
-
-
-def _segment(
-    evaluated: Evaluation, by: str, name: str, chosen: NDArray[np.bool_]
-) -> dict[str, Any]:
-    means = {key: float(values[chosen].mean()) for key, values in evaluated.values.items()}
-    return {"by": by, "name": name, "share": round(float(chosen.mean()), 2), "metrics": means}
-
-
-def _activity(evaluated: Evaluation, split: Split) -> Iterator[tuple[str, str, NDArray[np.bool_]]]:
     lengths = np.diff(split.train.indptr)[evaluated.users]
     low, high = np.quantile(lengths, [1 / 3, 2 / 3])
-    yield "activity", f"light, up to {low:.0f} items", lengths <= low
-    yield "activity", "medium", (lengths > low) & (lengths <= high)
-    yield "activity", f"heavy, above {high:.0f} items", lengths > high
-
-
-def _popularity(
-    evaluated: Evaluation, split: Split
-) -> Iterator[tuple[str, str, NDArray[np.bool_]]]:
-    first = split.heldout.items[split.heldout.indptr[evaluated.users]]
-    popular = _head(split.train.item_counts())[first]
-    yield "item popularity", "a popular item held out", popular
-    yield "item popularity", "a rare item held out", ~popular
-
-
-def _head(counts: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """The fewest items that have :data:`HEAD` of all interactions."""
+    counts = split.train.item_counts()
     order = np.argsort(-counts, kind="stable")
     before = np.cumsum(counts[order]) - counts[order]
     head = np.zeros(counts.size, np.bool_)
     head[order[before < HEAD * counts.sum()]] = True
-    return head
+    popular = head[split.heldout.items[split.heldout.indptr[evaluated.users]]]
+    segments = (
+        ("activity", f"light, up to {low:.0f} items", lengths <= low),
+        ("activity", "medium", (lengths > low) & (lengths <= high)),
+        ("activity", f"heavy, above {high:.0f} items", lengths > high),
+        ("item popularity", "a popular item held out", popular),
+        ("item popularity", "a rare item held out", ~popular),
+    )
+    return [
+        {
+            "by": by,
+            "name": name,
+            "share": round(float(chosen.mean()), 2),
+            "metrics": {key: float(each[chosen].mean()) for key, each in evaluated.values.items()},
+        }
+        for by, name, chosen in segments
+        if chosen.sum() >= FEWEST
+    ]
 
+
+# --------------------------------------------------------------------------- baselines
 
 EASE_USERS = 12_000
 """Most users that EASE is solved for; it needs a matrix of their square."""
 
 EASE_L2 = 300.0
 """Ridge penalty of EASE, in the middle of what its paper reports for catalogues of many sizes."""
-
-FloatArray = NDArray[np.float32]
 
 
 def check(name: str, train: Interactions, *, dim: int) -> None:
@@ -457,7 +410,7 @@ def check(name: str, train: Interactions, *, dim: int) -> None:
 
 
 def scores_of(name: str, train: Interactions, *, dim: int, seed: int) -> Scores:
-    """A baseline trained on some interactions.
+    """Train a baseline.
 
     Args:
         name: ``"popularity"``, ``"pure_svd"`` or ``"ease"``.
@@ -468,19 +421,32 @@ def scores_of(name: str, train: Interactions, *, dim: int, seed: int) -> Scores:
     Raises:
         UsageError: as :func:`check`.
     """
-    return _MAKERS[name](train, dim, seed)
+    if name == "popularity":
+        return popularity_scores(train)
+    return pure_svd(train, dim, seed) if name == "pure_svd" else ease(train)
+
+
+def popularity_scores(train: Interactions) -> Scores:
+    """Rank items by how many users have them, equal for everybody.
+
+    Equally popular items are told apart by their position, so that ties do not decide.
+    """
+    counts = train.item_counts()
+    ranks = np.empty(counts.size, np.float32)
+    ranks[np.argsort(counts, kind="stable")] = np.arange(counts.size)
+    return _by_users(lambda users: np.broadcast_to(ranks, (len(users), ranks.size)))
 
 
 def pure_svd(train: Interactions, dim: int, seed: int) -> Scores:
-    """Truncated SVD of the 0/1 matrix (Cremonesi, Koren & Turrin, RecSys 2010)."""
+    """Truncate the SVD of the 0/1 matrix (Cremonesi, Koren & Turrin, RecSys 2010)."""
     check("pure_svd", train, dim=dim)
     start = rng_for(seed, "baselines", "pure_svd").normal(size=min(train.n_users, train.n_items))
     left, values, right = svds(_matrix(train), k=dim, v0=start)
-    return partial(_products, left * values, right)
+    return _by_users(lambda users: (left * values)[users] @ right)
 
 
 def ease(train: Interactions) -> Scores:
-    """EASE, the closed-form linear autoencoder (Steck, WWW 2019), by way of the users.
+    """Solve EASE, the closed-form linear autoencoder (Steck, WWW 2019), by way of the users.
 
     With ``K = (X Xᵀ + λI)^-1``, ``X (XᵀX + λI)^-1 = K X``; so a catalogue of any size will do where
     users are few.
@@ -490,41 +456,22 @@ def ease(train: Interactions) -> Scores:
     kernel = (matrix @ matrix.T).toarray() + EASE_L2 * np.eye(train.n_users)
     inverse = linalg.inv(kernel, overwrite_a=True, check_finite=False)
     diagonal = (1 - matrix.multiply(inverse @ matrix).sum(axis=0)) / EASE_L2
-    return partial(_linear, matrix, inverse, np.asarray(diagonal).ravel())
+    scale = np.asarray(diagonal).ravel()
+    return _by_users(lambda users: matrix[users].toarray() - (inverse[users] @ matrix) / scale)
 
 
-def _products(
-    users_by_factor: NDArray[np.float64],
-    factors: NDArray[np.float64],
-    users: NDArray[np.integer],
-    candidates: NDArray[np.integer] | None,
-) -> FloatArray:
-    return _chosen(users_by_factor[users] @ factors, candidates)
+def _by_users(table: Callable[[NDArray[np.integer]], NDArray[np.floating]]) -> Scores:
+    """Scores of whatever is asked, from those of the whole catalogue."""
 
+    def scores(users: NDArray[np.integer], candidates: NDArray[np.integer] | None) -> Float32Array:
+        found = table(users)
+        if candidates is not None:
+            found = np.take_along_axis(found, candidates, axis=1)
+        return found.astype(np.float32, copy=False)
 
-def _linear(
-    matrix: sparse.csr_array,
-    inverse: NDArray[np.float64],
-    diagonal: NDArray[np.float64],
-    users: NDArray[np.integer],
-    candidates: NDArray[np.integer] | None,
-) -> FloatArray:
-    own = matrix[users].toarray()
-    return _chosen(own - (inverse[users] @ matrix) / diagonal, candidates)
-
-
-def _chosen(table: NDArray[np.float64], candidates: NDArray[np.integer] | None) -> FloatArray:
-    chosen = table if candidates is None else np.take_along_axis(table, candidates, axis=1)
-    return chosen.astype(np.float32)
+    return scores
 
 
 def _matrix(train: Interactions) -> sparse.csr_array:
     ones = np.ones(train.size)
     return sparse.csr_array((ones, train.items, train.indptr), shape=(train.n_users, train.n_items))
-
-
-_MAKERS: dict[str, Callable[[Interactions, int, int], Scores]] = {
-    "popularity": lambda train, _dim, _seed: popularity_scores(train),
-    "pure_svd": pure_svd,
-    "ease": lambda train, _dim, _seed: ease(train),
-}

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.device.device import Device
-from privrec.device.round import Protection, Round
 from privrec.device.tier import Federation
+from privrec.device.update import Protection, Round
 from privrec.errors import PrivrecError, ReleaseRefused, UsageError
 from privrec.flower.wire import (
     CONFIRM,
@@ -29,7 +29,8 @@ from privrec.flower.wire import (
 )
 from privrec.privacy.events import RoundEvent
 from privrec.randomness import SecretRoot
-from privrec.run.assembly import agreement_of, trainer_of
+from privrec.run.assembly import learner_of
+from privrec.run.plan import Plan
 from privrec.scenario.load import Scenario
 from privrec.secagg.client import ClientSession, Policy
 from privrec.secagg.keys import DeviceKey, PrekeyBook
@@ -100,7 +101,9 @@ class Node:
                 "devices.population is unset: noise and thresholds follow from the number of "
                 "enrolled devices, which must be public; set it in the scenario"
             )
-        self._event, self._protection = agreement_of(self.scenario, self.federation, population)
+        items = self.federation.tiers[0].recommender.vectors.items
+        plan = Plan.over(self.scenario, self.federation, items, population)
+        self._event, self._protection = plan.event, plan.protection
         self._by_name = {DeviceKey.derive(self.root, "user", h.user).public: h for h in self.hosted}
 
     def restore(self, state: bytes) -> Node:
@@ -253,10 +256,10 @@ class Node:
 
     def _device(self, hosted: Hosted) -> Device:
         tier = self.federation.tiers[hosted.tier]
-        trainer = trainer_of(self.scenario, self.federation, tier)
+        learner = learner_of(self.scenario, self.federation, tier)
         state = _floats(self._kept_of(hosted).state)
         return Device(
-            hosted.user, hosted.history, tier, self.federation.weaker(tier), trainer,
+            hosted.user, hosted.history, tier, self.federation.weaker(tier), learner,
             self._protection, self.root, state,
         )  # fmt: skip
 

@@ -15,9 +15,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 
-from privrec import storage
-from privrec.device.round import Protection, Round
-from privrec.device.update import Aggregate
+from privrec.device.update import Aggregate, Protection, Round
 from privrec.errors import BudgetError, PrivrecError, ReleaseRefused, UsageError
 from privrec.flower.app import scenario_of
 from privrec.flower.enrol import ServersWord, anchor_of
@@ -27,13 +25,12 @@ from privrec.randomness import SecretRoot, rng_for
 from privrec.report.build import build
 from privrec.report.render import write
 from privrec.run import checkpoint, directory
-from privrec.run.assembly import agreement_of, federation_of, server_of
 from privrec.run.identity import Identity
-from privrec.run.loop import Loop, Result
-from privrec.run.popularity import known_items
-from privrec.run.record import EventLog, NullObserver, Observer, Record, RunInfo
+from privrec.run.loop import Loop
+from privrec.run.plan import Plan
+from privrec.run.privacy_plan import known_items
+from privrec.run.record import EventLog, Observer, Record, Result, RunInfo
 from privrec.run.simulation import cohort
-from privrec.run.summary import deployed_result
 from privrec.run.summing import unmask
 from privrec.run.wording import opening_words
 from privrec.scenario.load import Scenario, load
@@ -63,7 +60,7 @@ class Flower:
     sampling_rate: float
 
     def collect(self, round: Round, weights: NDArray[np.float32]) -> Aggregate:
-        """See :meth:`privrec.run.simulation.Transport.collect`."""
+        """See :meth:`privrec.run.loop.Transport.collect`."""
         called, federation = self._called(round), self.registry.federation
         session = ServerSession(
             self.protection.terms(round, federation.layouts),
@@ -112,33 +109,6 @@ class Flower:
         session.advance()
 
 
-@dataclass(kw_only=True)
-class Deployed(Loop):
-    """A run whose devices are elsewhere: nothing is known of their accuracy here."""
-
-    @property
-    def checkpoint_every(self) -> int:
-        """Every round: devices go on, and would refuse to go back to an earlier one."""
-        return 1
-
-    def accuracy(self) -> dict[str, float] | None:
-        """Nothing: metrics are computed from histories, which stay on the devices."""
-        return None
-
-    def save(self) -> None:
-        """See :meth:`Loop.save`."""
-        directory.save(
-            self.out, self.server, (), self.identity, self.ledger, "", self.wall_s, self.cpu_s
-        )
-
-    def payload(self) -> dict[str, Any]:
-        """See :meth:`Loop.payload`."""
-        return deployed_result(
-            self.scenario, self.server, self.ledger, identity=self.identity.to_json(),
-            population=self.population, wall_s=self.wall_s,
-        )  # fmt: skip
-
-
 def deploy(
     scenario: Scenario,
     grid: Grid,
@@ -173,75 +143,43 @@ def deploy(
     population = scenario.devices.population
     if population is None:
         raise UsageError("devices.population is unset: enrolled devices are public; set it")
-    federation = federation_of(scenario, items)
-    _, protection = agreement_of(scenario, federation, population)
+    plan = Plan.of(scenario, items, population)
     registry = Registry(
-        grid, federation, scenario.plan_hash(), population, anchor or ServersWord(),
+        grid, plan.federation, scenario.plan_hash(), population, anchor or ServersWord(),
         scenario.train.rounds + SPARE_PREKEYS, wait_s, timeout_s,
     )  # fmt: skip
     if (out / "run.json").exists():
         identity = Identity.read(out)
-        _check_same_scenario(out, scenario)
-        if (payload := directory.left(out, identity, scenario)) is not None:
+        if load(out / directory.SCENARIO).hash() != scenario.hash():
+            raise UsageError(
+                f"{out}: a run of another scenario lies there; give the run-config that it was "
+                "started with, or another out"
+            )
+        if (payload := directory.read_result(out, identity, scenario)) is not None:
             return Result(out, payload)
         registry.register()
+        server = plan.server(identity.run_id)
+        position = checkpoint.restore(out, identity, server)
+        ledger = directory.open_ledger(out, identity, scenario)
     else:
         directory.refuse_taken(out)
         registry.register()
-        identity = _begun(scenario, out, items, population, unsafe_noise_key, registry.simulated)
-    server = server_of(scenario, federation, population, identity.run_id)
-    key = identity.signing_key().public_key()
-    position, arrays = checkpoint.read(out / directory.CHECKPOINT, key)
-    directory.check_same(out, position, identity, "")
-    directory.restore(server, (), position, arrays)
+        described = {"source": scenario.data.source, "items": items, "users": population}
+        identity = Identity.new(
+            scenario, described, None, unsafe_noise_key, simulated=registry.simulated
+        )
+        with directory.beginning(out, plan, identity) as (folder, ledger):
+            server = plan.server(identity.run_id)
+            position = checkpoint.save(folder, identity, ledger, server)
     root, rate = identity.root("server"), scenario.devices.sampling_rate
-    flower = Flower(registry, protection, root, scenario.run.seed, rate)
-    with (
-        directory.open_ledger(out, identity, scenario) as ledger,
-        EventLog(out / "events.jsonl") as events,
-    ):
-        directory.check_position(out, ledger, position)
-        observer = observer or NullObserver()
-        loop = Deployed(
-            out, scenario, population, identity, server, flower, observer, ledger, events
-        )
-        loop.continue_clocks(position)
-        if position.index or ledger.charges:
-            events.append("resume", round=position.index, repaired=ledger.repaired)
-        observer.started(loop.info())
-        return loop.run()
+    flower = Flower(registry, plan.protection, root, scenario.run.seed, rate)
+    with ledger, EventLog(out / directory.EVENTS) as events:
+        observer = observer or Observer()
+        loop = Loop(out, plan, identity, server, flower, observer, ledger, events)
+        return loop.run(position, resumed=bool(position.index or ledger.charges))
 
 
-def _check_same_scenario(out: Path, scenario: Scenario) -> None:
-    begun = load(out / "scenario.toml")
-    if begun.hash() != scenario.hash():
-        raise UsageError(
-            f"{out}: a run of another scenario lies there; give the run-config that it was "
-            "started with, or another out"
-        )
-
-
-def _begun(
-    scenario: Scenario, out: Path, items: int, population: int, known: bytes | None,
-    simulated: bool,
-) -> Identity:  # fmt: skip
-    described = {"source": scenario.data.source, "items": items, "users": population}
-    identity = Identity.new(scenario, described, None, known, simulated=simulated)
-    with identity.forgotten_unless(out), directory.appearing(out) as folder:
-        directory.write_json(folder / "run.json", identity.to_json())
-        storage.replace(folder / "scenario.toml", scenario.to_toml().encode())
-        with directory.new_ledger(folder, scenario, identity, population) as ledger:
-            identity.root("server")
-            federation = federation_of(scenario, items)
-            server = server_of(scenario, federation, population, identity.run_id)
-            directory.save(folder, server, (), identity, ledger, "")
-        with EventLog(folder / "events.jsonl") as events:
-            events.append("start", run_id=identity.run_id, simulated=identity.simulated)
-    storage.sync_directory(out.parent)
-    return identity
-
-
-class _Log(NullObserver):
+class _Log(Observer):
     """Lines in Flower's log."""
 
     def started(self, info: RunInfo) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import msgpack
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from privrec.device.round import Round
+from privrec.device.update import Round
 from privrec.errors import ReleaseRefused
 from privrec.privacy.events import RoundEvent
 

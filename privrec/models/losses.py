@@ -31,9 +31,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import cross_entropy, logsigmoid, softplus
 
 from privrec.embedding.table import Table
+from privrec.scenario.kinds import LOSSES
 
 Array = NDArray[Any]
 _ITEMS_AT_ONCE = 8192
@@ -150,7 +151,27 @@ class Samples:
 
 
 Graded = tuple[Tensor, Tensor, Tensor]
-Loss = Callable[[Tensor, Samples], Graded]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss of a recommender, and what it asks of those who use it.
+
+    Args:
+        grade: scores and samples to the summed loss, its gradient and curvature, see this module.
+        damped: whether its curvature can grow along a step, so that a whole Newton step may
+            overshoot. That of the others bounds the loss everywhere.
+        whole_catalogue: whether it looks at every item instead of sampled ones.
+        implicit: whether it has a part over all items that is never sampled, see this module.
+    """
+
+    grade: Callable[[Tensor, Samples], Graded]
+    damped: bool = False
+    whole_catalogue: bool = False
+    implicit: bool = False
+
+    def __call__(self, scores: Tensor, samples: Samples) -> Graded:
+        return self.grade(scores, samples)
 
 
 def bce(scores: Tensor, samples: Samples) -> Graded:
@@ -218,20 +239,50 @@ def ials(scores: Tensor, samples: Samples) -> Graded:
     return missing.square().sum(1) / 2, -missing, valid
 
 
-LOSSES: dict[str, Loss] = {
-    "bce": bce,
-    "bpr": bpr,
-    "softmax": sampled_softmax,
-    "full_softmax": full_softmax,
-    "ials": ials,
-}
+BCE = Loss(bce)
+BPR = Loss(bpr)
+SOFTMAX = Loss(sampled_softmax, damped=True)
+FULL_SOFTMAX = Loss(full_softmax, damped=True, whole_catalogue=True)
+IALS = Loss(ials, implicit=True)
 
-DAMPED = frozenset({"softmax", "full_softmax"})
-"""Losses whose curvature can grow along a step, so that a whole Newton step may overshoot. That of
-the others bounds the loss everywhere."""
 
-WHOLE_CATALOGUE = frozenset({"full_softmax"})
-"""Losses that look at every item instead of sampled ones."""
+def loss_of(name: str) -> Loss:
+    """Return the loss that a scenario calls so."""
+    loss: Loss = LOSSES[name].load()
+    return loss
 
-IMPLICIT = frozenset({"ials"})
-"""Losses with a part over all items that is never sampled (:mod:`privrec.models.losses`)."""
+
+def sampled_loss(
+    hidden: Tensor, rows: Tensor, biases: Tensor, logs: Tensor, places: Tensor
+) -> Tensor:
+    """Mean cross-entropy over active neurons, each of which stands for one or more words.
+
+    With all words active and no weights it is the full softmax. Where each neuron stands for
+    ``w`` words, the sum over words in the softmax is estimated without bias, as in
+    :func:`sampled_softmax`.
+
+    Args:
+        hidden: shape ``(p, dim)``.
+        rows: vectors of the active neurons, shape ``(k, dim)``.
+        biases: theirs, shape ``(k,)``.
+        logs: logarithms of how many words each stands for, shape ``(k,)``; 0 for every target.
+        places: where targets lie among the neurons: one for each row, shape ``(p,)``, or several,
+            shape ``(p, labels)``, filled up by -1, of which the mean counts.
+    """
+    scores = torch.addmm(biases + logs, hidden, rows.T)
+    if places.ndim == 1:
+        return cross_entropy(scores, places)
+    return softmax_loss(scores, places.clamp(min=0), places >= 0)
+
+
+def softmax_loss(scores: Tensor, places: Tensor, real: Tensor) -> Tensor:
+    """Mean cross-entropy of examples with several labels each, the mean over an example's labels.
+
+    Args:
+        scores: of the active neurons, with the logarithms of how many each stands for: ``(b, A)``.
+        places: where labels stand among the neurons, shape ``(b, m)``.
+        real: which of them are labels and no padding, of that shape.
+    """
+    total = torch.logsumexp(scores, dim=1)
+    own = torch.where(real, scores.gather(1, places), 0.0).sum(1) / real.sum(1).clamp(min=1)
+    return torch.where(real.any(1), total - own, 0.0).mean()

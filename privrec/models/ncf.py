@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Kind = Literal["gmf", "mlp", "neumf"]
+from privrec.scenario.schema import Model
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,18 @@ class NCF:
     hidden: tuple[int, ...]
 
     @classmethod
-    def of(cls, kind: Kind, dim: int, hidden: tuple[int, ...]) -> NCF:
+    def of(cls, kind: str, dim: int, hidden: tuple[int, ...]) -> NCF:
         """The model named ``kind`` over item vectors of length ``dim``."""
         if kind == "gmf":
             return cls(dim, 0, ())
         if kind == "mlp":
             return cls(0, dim, hidden)
         return cls(dim // 2, dim - dim // 2, hidden)
+
+    @classmethod
+    def configured(cls, config: Model, dim: int) -> NCF:
+        """The network that ``[model]`` describes, over item vectors of length ``dim``."""
+        return cls.of(config.kind, dim, tuple(config.hidden))
 
     @property
     def dim(self) -> int:

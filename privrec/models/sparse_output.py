@@ -31,6 +31,7 @@ from torch.nn import functional
 
 from privrec.embedding.table import PlainTable, Table
 from privrec.errors import UsageError
+from privrec.models.losses import softmax_loss
 from privrec.models.process_memory import give_back_freed
 from privrec.randomness import ROOT_BYTES, SecretRoot, SecureStream, rng_for
 from privrec.search.active import NO_LABEL, ActiveSet, active_set, distinct_labels
@@ -416,19 +417,6 @@ def _summed(index: Tensor, values: Tensor, size: torch.Size) -> Tensor:
     """A gradient of distinct rows: whatever their order, nothing is left to be summed."""
     sparse = torch.sparse_coo_tensor(index[None], values, size, check_invariants=False)
     return sparse._coalesced_(True)
-
-
-def softmax_loss(scores: Tensor, places: Tensor, real: Tensor) -> Tensor:
-    """Mean cross-entropy of examples with several labels each, the mean over an example's labels.
-
-    Args:
-        scores: of the active neurons, with the logarithms of how many each stands for: ``(b, A)``.
-        places: where labels stand among the neurons, shape ``(b, m)``.
-        real: which of them are labels and no padding, of that shape.
-    """
-    total = torch.logsumexp(scores, dim=1)
-    own = torch.where(real, scores.gather(1, places), 0.0).sum(1) / real.sum(1).clamp(min=1)
-    return torch.where(real.any(1), total - own, 0.0).mean()
 
 
 class RowAdam(torch.optim.Optimizer):

@@ -23,7 +23,7 @@ from privrec.report.model import (
     RenyiPoint,
     Sampling,
 )
-from privrec.run.header import LedgerHeader
+from privrec.run.plan import LedgerHeader
 from privrec.run.privacy_plan import encoding_of
 
 Counts = Mapping[RoundEvent, int]

@@ -37,11 +37,10 @@ from privrec.report.model import (
     flat,
 )
 from privrec.report.spending import Spending, read_spending
-from privrec.run.header import LedgerHeader
-from privrec.run.header import read as declared_in
 from privrec.run.identity import kept_key
-from privrec.run.popularity import release_event
-from privrec.run.privacy_plan import example_event
+from privrec.run.plan import LedgerHeader
+from privrec.run.plan import read_header as declared_in
+from privrec.run.privacy_plan import example_event, release_event
 from privrec.run.record import OUTSIDE, Record, read_rounds
 from privrec.run.wording import headline_metric, metric_name
 from privrec.scenario.load import Scenario, load

@@ -17,7 +17,7 @@ from privrec.report import accounts, claims, statements
 from privrec.report.examples import example_level, sentence
 from privrec.report.model import STARRED, Charged, Curve, Point, Privacy, Report
 from privrec.report.spending import Spending
-from privrec.run.header import LedgerHeader
+from privrec.run.plan import LedgerHeader
 from privrec.run.privacy_plan import encoding_of
 
 T = TypeVar("T")

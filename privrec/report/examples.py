@@ -13,7 +13,7 @@ from privrec.privacy.events import RoundEvent, epsilon
 from privrec.report.figures import delta_text
 from privrec.report.model import ExampleLevel
 from privrec.report.sections import Section
-from privrec.run.header import LedgerHeader
+from privrec.run.plan import LedgerHeader
 from privrec.run.wording import epsilon_text
 
 

@@ -20,7 +20,7 @@ from privrec.report.model import (
     Scope,
     TrustModel,
 )
-from privrec.run.header import LedgerHeader
+from privrec.run.plan import LedgerHeader
 from privrec.run.wording import epsilon_text
 
 

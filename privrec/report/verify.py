@@ -28,8 +28,9 @@ from privrec.report.derive import derive
 from privrec.report.model import WORD, OperatorsWord, Report
 from privrec.report.render import to_html, to_json, to_markdown
 from privrec.report.spending import Spending, read_spending
-from privrec.run.header import LedgerHeader, read
 from privrec.run.identity import kept_key
+from privrec.run.plan import LedgerHeader
+from privrec.run.plan import read_header as read
 
 _DEPENDS_ON_VERIFIER = {"privacy.ledger_signature"}
 _SHOWN = 120

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,23 +12,29 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors.numpy import save as packed
 
 from privrec.errors import IntegrityError
+from privrec.privacy.ledger import Ledger
 from privrec.privacy.ledger_index import parsed
 from privrec.privacy.signed import sign, verified
+from privrec.run.identity import Identity
+from privrec.server.server import Server
 from privrec.storage import replace
 
 Arrays = Mapping[str, NDArray[np.float32]]
+States = Sequence[NDArray[np.float32]]
+
+FILE = "checkpoint.safetensors"
+_MOMENT = "moments."
 
 
 @dataclass(frozen=True)
 class Position:
     """Where in its run a checkpoint was taken.
 
-    Args:
-        run_id: the run.
-        data_digest: of the interactions it trains on.
+    Attributes:
+        data_digest: of what the run trains on.
         index: rounds that were applied.
         ledger_entries: entries of the ledger at that moment.
         ledger_hash: hash of the last of them.
@@ -44,21 +50,96 @@ class Position:
     wall_s: float = 0.0
     cpu_s: float = 0.0
 
+    def check(self, ledger: Ledger, path: Path) -> None:
+        """Refuse a checkpoint at ``path`` that was taken with another ledger.
+
+        Raises:
+            IntegrityError: when it was.
+        """
+        if not ledger.has(self.ledger_entries, self.ledger_hash):
+            raise IntegrityError(
+                f"{path}: taken at entry {self.ledger_entries} of another ledger; "
+                "restore the ledger that belongs to this run"
+            )
+
+
+def save(
+    folder: Path,
+    identity: Identity,
+    ledger: Ledger,
+    server: Server,
+    states: States = (),
+    data_digest: str = "",
+    wall_s: float = 0.0,
+    cpu_s: float = 0.0,
+) -> Position:
+    """Seal the ledger, then replace the checkpoint by one that is bound to it.
+
+    Args:
+        folder: the run's directory.
+        identity: of the run.
+        ledger: of the run.
+        server: at its next round.
+        states: private states of simulated devices, by tier; none where devices keep their own.
+        data_digest: see :class:`Position`, as the last two.
+        wall_s: of the run so far.
+        cpu_s: of its rounds so far.
+    """
+    ledger.seal()
+    position = Position(
+        identity.run_id,
+        data_digest,
+        server.index,
+        ledger.entries,
+        ledger.last_hash,
+        wall_s,
+        cpu_s,
+    )
+    arrays = {"weights": server.weights, "mean": server.mean}
+    arrays |= {f"states.{index}": each for index, each in enumerate(states)}
+    arrays |= {f"{_MOMENT}{name}": each for name, each in server.optimizer.moments.items()}
+    write(folder / FILE, position, arrays, identity.signing_key())
+    return position
+
+
+def restore(
+    folder: Path, identity: Identity, server: Server, states: States = (), data_digest: str = ""
+) -> Position:
+    """Put the server and the devices' states, in place, where the checkpoint has them.
+
+    Raises:
+        IntegrityError: when it was altered, or belongs to another run or data set.
+    """
+    path = folder / FILE
+    position, arrays = read(path, identity.signing_key().public_key())
+    expected = {
+        "run": (position.run_id, identity.run_id),
+        "data": (position.data_digest, data_digest),
+    }
+    for noun, (found, wanted) in expected.items():
+        if found != wanted:
+            raise IntegrityError(
+                f"{path}: the checkpoint belongs to {noun} {found[:16]}, not {wanted[:16]}; "
+                "restore what the run was started with"
+            )
+    server.index = position.index
+    server.weights, server.mean = arrays["weights"].copy(), arrays["mean"].copy()
+    for index, each in enumerate(states):
+        each[...] = arrays[f"states.{index}"]
+    for name, value in arrays.items():
+        if name.startswith(_MOMENT):
+            server.optimizer.moments[name.removeprefix(_MOMENT)] = value.copy()
+    return position
+
 
 def write(path: Path, position: Position, arrays: Arrays, key: Ed25519PrivateKey) -> None:
     """Replace the checkpoint at ``path``, durable before this returns.
 
     It holds the simulated devices' private states, so its owner alone may read it; and what is in
-    it becomes the model, so the run's key signs it.
-
-    Args:
-        path: the file.
-        position: where the run is.
-        arrays: what it goes on with.
-        key: that signs the run's ledger.
+    it becomes the model, so ``key``, which signs the run's ledger, signs it too.
     """
     record = sign("checkpoint", {**asdict(position), "digest": _digest(arrays)}, key)
-    replace(path, save(dict(arrays), metadata={"record": json.dumps(record)}), mode=0o600)
+    replace(path, packed(dict(arrays), metadata={"record": json.dumps(record)}), mode=0o600)
 
 
 def read(path: Path, key: Ed25519PublicKey) -> tuple[Position, dict[str, NDArray[np.float32]]]:

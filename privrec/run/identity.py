@@ -22,7 +22,7 @@ from privrec.scenario.load import Scenario
 from privrec.storage import replace
 
 _RUN_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
-_KNOWN, _KEY = "known-", "server.key"
+_KNOWN, _KEY, _FILE = "known-", "server.key", "run.json"
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Identity:
         *,
         simulated: bool = True,
     ) -> Identity:
-        """Name a new run; a known noise key makes the name repeat as the run does.
+        """Name a new run; with a noise key that others know, the name repeats as the run does.
 
         Args:
             scenario: what is run.
@@ -57,7 +57,6 @@ class Identity:
             known: a noise key that others know.
             simulated: whether the devices are simulated.
         """
-        # A known root repeats a run bit for bit, so the run's name must repeat as well.
         run_id = secrets.token_hex(8) if known is None else f"{_KNOWN}{scenario.plan_hash()[:16]}"
         return cls(
             run_id,
@@ -78,7 +77,7 @@ class Identity:
             UsageError: when ``out`` is no run directory.
             IntegrityError: when ``run.json`` is not what was written.
         """
-        path = out / "run.json"
+        path = out / _FILE
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
             data_dir, key = stored["data_dir"], stored["unsafe_noise_key"]
@@ -103,6 +102,11 @@ class Identity:
         except (ValueError, KeyError, TypeError) as error:
             raise IntegrityError(f"{path}: not what was written ({error!r}); restore it") from None
         return identity
+
+    def write(self, out: Path) -> None:
+        """Write ``run.json``, durable before this returns."""
+        text = json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n"
+        replace(out / _FILE, text.encode())
 
     def to_json(self) -> dict[str, Any]:
         """What ``run.json`` holds."""
@@ -159,11 +163,11 @@ class Identity:
 
     @contextmanager
     def forgotten_unless(self, out: Path) -> Iterator[None]:
-        """Secrets of a start that made no ``out`` are removed; a known root may serve others."""
+        """Remove the secrets of a start that made no ``out``; a known root may serve others."""
         try:
             yield
         except BaseException:
-            if self.known_key is None and not (out / "run.json").exists():
+            if self.known_key is None and not (out / _FILE).exists():
                 shutil.rmtree(self.secrets_dir(), ignore_errors=True)
             raise
 

@@ -1,29 +1,38 @@
-"""Simulated runs: from a scenario to a directory with model, ledger and result; and resuming."""
+"""Runs whose devices are simulated: from a scenario to a directory with model, ledger and result.
+
+A run begins, goes on after an interrupt, and is followed by the rows of its scenario, which compare
+settings: each of them is a run of its own, below the first one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+import numpy as np
+from scipy import stats
 
-from privrec import data, storage
-from privrec.data import Interactions, Split
-from privrec.evaluate import metrics
-from privrec.evaluate.evaluator import Evaluator
-from privrec.privacy.ledger import Ledger
-from privrec.randomness import SecretRoot
-from privrec.run import checkpoint, directory, popularity, population_budget
-from privrec.run.assembly import Parts, assemble, check_tiers, data_digest
-from privrec.run.checkpoint import Position
+from privrec.errors import BudgetError, UsageError
+from privrec.evaluate.metrics import Evaluation
+from privrec.privacy import population as populations
+from privrec.privacy.events import epsilon
+from privrec.run import checkpoint, costs, directory, summary
 from privrec.run.identity import Identity
-from privrec.run.loop import Loop, Result, one_thread
-from privrec.run.record import EventLog, Observer
-from privrec.run.summary import result_of
-from privrec.run.texts import Texts
-from privrec.scenario.load import Scenario, load
+from privrec.run.loop import Loop, one_thread
+from privrec.run.plan import Plan
+from privrec.run.privacy_plan import event_without_shares, known_items, release_event
+from privrec.run.record import EventLog, Observer, Result
+from privrec.run.simulation import Simulation
+from privrec.run.task import Task, load_task
+from privrec.scenario.load import Row, Scenario, load
+
+KEPT_OF_PRIVACY = ("epsilon", "epsilon_server", "epsilon_popularity", "noise_multiplier")
+FULL = "full_"
+ROWS = "rows/"
 
 
 def start(
@@ -59,45 +68,20 @@ def start(
         Interrupted: on Ctrl-C, after a checkpoint.
     """
     directory.refuse_taken(out)
-    population_budget.check(population, scenario, known=unsafe_noise_key is not None)
-    kind = _kind_of(scenario)
-    split = _checked(scenario, data_dir)
-    identity = Identity.new(scenario, kind.describe(split), data_dir, unsafe_noise_key)
-    with identity.forgotten_unless(out), directory.appearing(out) as folder:
-        directory.write_json(folder / "run.json", identity.to_json())
-        storage.replace(folder / "scenario.toml", scenario.to_toml().encode())
-        users, standing = (
-            split.train.n_users,
-            population_budget.reserve(population, scenario, identity),
+    if population is not None:
+        check_lifetime(population, scenario, known=unsafe_noise_key is not None)
+    task, plan = _planned(scenario, data_dir)
+    identity = Identity.new(scenario, task.describe(), data_dir, unsafe_noise_key)
+    with directory.beginning(out, plan, identity, population) as (folder, ledger):
+        server_root, devices_root = identity.root("server"), identity.root("devices")
+        task.number(folder, ledger, server_root, devices_root)
+        devices, server = task.simulate(plan, devices_root), plan.server(identity.run_id)
+        position = checkpoint.save(folder, identity, ledger, server, devices.states, task.digest)
+    with ledger, EventLog(out / directory.EVENTS) as events, one_thread():
+        loop = SimulatedLoop(
+            out, plan, identity, server, devices, observer, ledger, events, task=task
         )
-        with directory.new_ledger(folder, scenario, identity, users, standing) as ledger:
-            server, devices = identity.root("server"), identity.root("devices")
-            split = kind.numbered(scenario, split, ledger, folder, server, devices)
-            parts = kind.assemble(scenario, split.train, identity.run_id, devices)
-            digest = data_digest(split.train)
-            position = directory.save(folder, parts.server, parts.states, identity, ledger, digest)
-        with EventLog(folder / "events.jsonl") as events:
-            events.append("start", run_id=identity.run_id, simulated=True)
-    storage.sync_directory(out.parent)
-    return _go_on(out, scenario, split, identity, parts, observer, position)
-
-
-def check(scenario: Scenario, data_dir: Path | None) -> None:
-    """Refuse, before anything is charged, a scenario that cannot be run or measured on its data.
-
-    Raises:
-        UsageError: when a baseline cannot be had, or the data is not of the declared size.
-        DataError: when the data is malformed, or holds out nothing to measure on.
-    """
-    _checked(scenario, data_dir)
-
-
-def _checked(scenario: Scenario, data_dir: Path | None) -> Any:
-    kind = _kind_of(scenario)
-    split = kind.load(scenario, data_dir)
-    directory.check_population(scenario, split.train.n_users)
-    kind.check(scenario, split)
-    return split
+        return loop.run(position)
 
 
 def resume(out: Path, *, data_dir: Path | None = None, observer: Observer) -> Result:
@@ -112,167 +96,249 @@ def resume(out: Path, *, data_dir: Path | None = None, observer: Observer) -> Re
         IntegrityError: when ledger, checkpoint and data do not belong together or were altered.
     """
     identity = Identity.read(out)
-    scenario = load(out / "scenario.toml")
+    scenario = load(out / directory.SCENARIO)
     # What cannot go on is refused before a fresh root is drawn for it.
-    if (payload := directory.left(out, identity, scenario)) is not None:
+    if (payload := directory.read_result(out, identity, scenario)) is not None:
         return Result(out, payload)
-    kind = _kind_of(scenario)
-    key = identity.signing_key().public_key()
-    split = kind.restored(out, kind.load(scenario, data_dir or identity.data_dir), key)
-    parts = kind.assemble(scenario, split.train, identity.run_id, identity.root("devices"))
-    position, arrays = checkpoint.read(out / directory.CHECKPOINT, key)
-    directory.check_same(out, position, identity, data_digest(split.train))
-    directory.restore(parts.server, parts.states, position, arrays)
-    return _go_on(out, scenario, split, identity, parts, observer, position, resumed=True)
-
-
-def _go_on(
-    out: Path,
-    scenario: Scenario,
-    split: Any,
-    identity: Identity,
-    parts: Any,
-    observer: Observer,
-    position: Position,
-    *,
-    resumed: bool = False,
-) -> Result:
+    task = load_task(scenario, data_dir or identity.data_dir)
+    plan = task.plan()
+    task.restore_numbers(out, identity.signing_key().public_key())
+    devices, server = task.simulate(plan, identity.root("devices")), plan.server(identity.run_id)
+    position = checkpoint.restore(out, identity, server, devices.states, task.digest)
     with (
         directory.open_ledger(out, identity, scenario) as ledger,
-        EventLog(out / "events.jsonl") as events,
+        EventLog(out / directory.EVENTS) as events,
         one_thread(),
     ):
-        directory.check_position(out, ledger, position)
-        loop = _kind_of(scenario).loop(
-            out, scenario, split.train.n_users, identity, parts.server, parts.simulation, observer,
-            ledger, events, split=split, parts=parts,
-        )  # fmt: skip
-        loop.continue_clocks(position)
-        info = loop.info()
-        if resumed:
-            events.append(
-                "resume",
-                round=position.index,
-                repaired=ledger.repaired,
-                noise_root_kept=not info.root_lost,
-            )
-        observer.started(info)
-        return loop.run()
+        loop = SimulatedLoop(
+            out, plan, identity, server, devices, observer, ledger, events, task=task
+        )
+        return loop.run(position, resumed=True)
 
 
-class Kind(Protocol):
-    """What runs of one kind of data are made of; nothing else tells the kinds apart.
+def check(scenario: Scenario, data_dir: Path | None) -> None:
+    """Refuse, before anything is charged, a scenario that cannot be run or measured on its data.
 
-    A split has ``train`` with ``n_users``, ``indptr`` and ``items``; parts have ``server``,
-    ``simulation`` and ``states``. Both are the kind's own and go from one method to the next.
+    Raises:
+        UsageError: when a baseline cannot be had, or the data is not of the declared size.
+        DataError: when the data is malformed, or holds out nothing to measure on.
     """
-
-    @property
-    def loop(self) -> Callable[..., Loop]: ...
-    def load(self, scenario: Scenario, data_dir: Path | None) -> Any: ...
-    def check(self, scenario: Scenario, split: Any) -> None: ...
-    def describe(self, split: Any) -> dict[str, Any]: ...
-    def numbered(
-        self, scenario: Scenario, split: Any, ledger: Ledger, folder: Path, server: SecretRoot,
-        devices: SecretRoot,
-    ) -> Any: ...  # fmt: skip
-    def restored(self, folder: Path, split: Any, key: Ed25519PublicKey) -> Any: ...
-    def assemble(
-        self, scenario: Scenario, train: Any, run_id: str, devices: SecretRoot
-    ) -> Any: ...  # fmt: skip
+    _planned(scenario, data_dir)
 
 
-class _Histories:
-    """Recommenders, trained on histories of interactions."""
-
-    @property
-    def loop(self) -> type[_Simulated]:
-        return _Simulated
-
-    def load(self, scenario: Scenario, data_dir: Path | None) -> Split:
-        split = data.load(scenario.data, data_dir=data_dir)
-        check_tiers(scenario, split.train.n_users, split.train.n_items)
-        return split
-
-    def check(self, scenario: Scenario, split: Split) -> None:
-        metrics.holding_out(split.heldout, None)
-        for name in scenario.run.baselines:
-            metrics.check(name, split.train, dim=scenario.model.dim)
-
-    def describe(self, split: Split) -> dict[str, Any]:
-        return data.describe(split)
-
-    def numbered(
-        self, scenario: Scenario, split: Split, ledger: Ledger, folder: Path, server: SecretRoot,
-        devices: SecretRoot,
-    ) -> Split:  # fmt: skip
-        return popularity.numbered(scenario, split, ledger, folder, server, devices)
-
-    def restored(self, folder: Path, split: Split, key: Ed25519PublicKey) -> Split:
-        return popularity.restored(folder, split, key)
-
-    def assemble(
-        self, scenario: Scenario, train: Interactions, run_id: str, devices: SecretRoot
-    ) -> Parts:
-        return assemble(scenario, train, run_id, devices)
+def _planned(scenario: Scenario, data_dir: Path | None) -> tuple[Task[Any], Plan]:
+    task = load_task(scenario, data_dir)
+    plan = task.plan()
+    task.check()
+    return task, plan
 
 
-def _kind_of(scenario: Scenario) -> Kind:
-    return Texts() if scenario.model.learns != "interactions" else _Histories()
+def check_lifetime(population: str, scenario: Scenario, *, known: bool = False) -> None:
+    """Refuse a run that its population's lifetime budget does not allow, before data is touched.
+
+    Where the sizes are not public before the data is read, shares of noise are taken for the
+    Gaussian noise that they come near to; a run reserves what they are.
+
+    Args:
+        population: its name.
+        scenario: what is to be run.
+        known: whether others know its noise.
+
+    Raises:
+        UsageError: when there is no such population, or others know the noise.
+        BudgetError: when the lifetime limit would be exceeded.
+    """
+    if known:
+        raise UsageError(
+            f"population {population!r}: noise that others know protects nobody, so no limit "
+            "holds; leave out unsafe_noise_key or --population"
+        )
+    tied = populations.read(population)
+    items, users = known_items(scenario), scenario.population()
+    if items is not None and users is not None:
+        charges = Plan.of(scenario, items, users).charges
+    else:
+        before = release_event(scenario)
+        charges = Counter({event_without_shares(scenario): scenario.train.rounds})
+        charges += Counter([before] if before else [])
+    after = epsilon(tied.counts + charges, tied.delta, tied.against)
+    if after > tied.epsilon:
+        raise BudgetError(
+            f"population {population!r}: this run would bring its lifetime ε to {after:.4f}, and "
+            f"the limit is {tied.epsilon:g} ({len(tied.runs)} runs spent {tied.spent():.4f}); "
+            "nothing was read or charged. Plan fewer rounds or more noise"
+        )
 
 
-@dataclass(kw_only=True)
-class _Simulated(Loop):
+@dataclass
+class SimulatedLoop(Loop):
     """A run whose devices are here, so that what they get can be measured."""
 
-    split: Split
-    parts: Parts
-    evaluated: metrics.Evaluation | None = field(default=None, init=False)
-
-    def accuracy(self) -> dict[str, float] | None:
-        """See :meth:`Loop.accuracy`."""
-        every, index = self.scenario.run.eval_every, self.server.index
-        if index == self.scenario.train.rounds:
-            # Another try is made at the end, where the gap would be stated as the whole run's.
-            self.evaluated = self.evaluate(("sampled", "full"))
-            return self.evaluated.summary()
-        if every == 0 or index % every:
-            return None
-        protocols: metrics.Protocols = ("sampled",) if self.split.heldout.single else ("full",)
-        return self.evaluate(protocols).summary()
-
-    def evaluate(self, protocols: metrics.Protocols) -> metrics.Evaluation:
-        """Metrics of the released weights, every user served by a vector fitted from nothing."""
-        return self.judge.whole(self.server.released, protocols)
+    transport: Simulation
+    task: Task[Any] = field(kw_only=True)
+    evaluated: Evaluation | None = field(default=None, init=False)
 
     @property
-    def judge(self) -> Evaluator:
-        devices = self.parts.simulation
-        return Evaluator(
-            self.parts.federation, self.parts.everyone, devices.cohorts, devices.absent,
-            self.split, self.scenario.run,
-        )  # fmt: skip
-
-    def payload(self) -> dict[str, Any]:
-        """See :meth:`Loop.payload`."""
-        every: metrics.Protocols = ("sampled", "full")
-        none = metrics.Evaluation.nobody()
-        whole = self.evaluated or self.attempt("accuracy", lambda: self.evaluate(every)) or none
-        federation = self.parts.federation
-        own: tuple[metrics.Evaluation, ...] = (whole,)
-        if len(federation.tiers) > 1 or federation.absent:
-            judged = self.attempt(
-                "accuracy by tier", lambda: self.judge.own(self.server.released, every)
-            )
-            own = judged or (none,) * (len(federation.tiers) + bool(federation.absent))
-        return result_of(
-            self.scenario, self.split, self.parts, self.ledger, whole,
-            own=own, attempt=self.attempt,
-            identity=self.identity.to_json(), cpu_s=self.cpu_s, wall_s=self.wall_s,
-        )  # fmt: skip
+    def checkpoint_every(self) -> int:
+        """Rounds between checkpoints."""
+        return self.plan.scenario.run.checkpoint_every
 
     def save(self) -> None:
         """See :meth:`Loop.save`."""
-        digest, spent = data_digest(self.split.train), (self.wall_s, self.cpu_s)
-        server, states = self.parts.server, self.parts.states
-        directory.save(self.out, server, states, self.identity, self.ledger, digest, *spent)
+        states, digest = self.transport.states, self.task.digest
+        clocks = self.wall_s, self.cpu_s
+        checkpoint.save(self.out, self.identity, self.ledger, self.server, states, digest, *clocks)
+
+    def accuracy(self) -> dict[str, float] | None:
+        """See :meth:`Loop.accuracy`."""
+        every, index = self.plan.scenario.run.eval_every, self.server.index
+        if index == self.plan.scenario.train.rounds:
+            # Another try is made at the end, where the gap would be stated as the whole run's.
+            self.evaluated = self.evaluate()
+            return self.evaluated.summary()
+        if every == 0 or index % every:
+            return None
+        return self.evaluate(whole=False).summary()
+
+    def evaluate(self, *, whole: bool = True) -> Evaluation:
+        """Measure the released weights, see :meth:`Task.evaluate`."""
+        return self.task.evaluate(self.plan, self.transport, self.server.released, whole=whole)
+
+    def payload(self) -> dict[str, Any]:
+        """See :meth:`Loop.payload`; what is measured comes on top."""
+        task, plan, devices, run = self.task, self.plan, self.transport, self.plan.scenario.run
+        weights = self.server.released
+        whole = self.evaluated or self.attempt("accuracy", self.evaluate) or Evaluation.nobody()
+        by_tier = partial(task.evaluate_tiers, plan, devices, weights, whole)
+        nobody = (Evaluation.nobody(),) * (len(plan.federation.tiers) + 1)
+        own = self.attempt("accuracy by tier", by_tier) or nobody
+        measured = [whole, summary.together(own)] if plan.scenario.devices.tiers else [whole]
+        tiers = []
+        for tier, mine in zip(plan.federation.tiers, own, strict=False):
+            cost = partial(task.cost, plan, devices, tier, weights)
+            facts = self.attempt(f"costs of tier {tier.index + 1}", cost)
+            tiers.append({**(facts or costs.of_tier(plan, tier)), **mine.summary()})
+        if absent := plan.federation.absent:
+            idle = {"capacity": 0.0, "share": absent, "weight": 0.0}
+            tiers.append({**idle, "devices": len(devices.absent), **own[-1].summary()})
+        baselines = {
+            name: self.attempt(f"baseline {name}", partial(task.baseline, name))
+            for name in run.baselines
+        }
+        intervals = self.attempt(
+            "intervals", lambda: [each.intervals(run.seed) for each in measured]
+        )
+        found = {
+            "metrics": {k: value for each in measured for k, value in each.summary().items()},
+            "intervals": {k: list(pair) for each in intervals or () for k, pair in each.items()},
+            "baselines": {name: each for name, each in baselines.items() if each},
+            **task.particulars(self.attempt, whole),
+        }
+        outside = ("metrics", "intervals", "baselines", "segments", "data", "cost", "tiers")
+        clocks = {"wall_s": self.wall_s, "cpu_s": self.cpu_s}
+        cost = summary.cost_of(plan, self.server, tiers[0], task.cost_names, **clocks)
+        payload = super().payload()
+        return {
+            **payload,
+            "holdout": task.split.holdout,
+            **found,
+            "outside_the_guarantee": [name for name in outside if name in {**payload, **found}],
+            "cost": {**cost, "noise_deferred": devices.deferred.share},
+            "tiers": tiers,
+        }
+
+
+# --------------------------------------------------------------------------- rows
+
+
+def with_rows(
+    result: Result, scenario: Scenario, *, data_dir: Path | None, observer: Observer
+) -> Result:
+    """Return the result of a run after its scenario's rows were run as well.
+
+    Row ``i`` is a complete run in ``rows/i`` of the run's directory, with a ledger of its own; with
+    ``run.seeds`` above 1 further ones follow in ``rows/i-1`` and so on. What was begun before is
+    resumed, what has gaps is tried again, and what is finished is not run again. ``result.json``
+    gains ``rows``: name, changed settings, metrics, ε and costs of each; over several seeds, means
+    and their 95 % intervals. Its ``gaps`` gain those of the rows.
+
+    Args:
+        result: the finished run of the scenario itself.
+        scenario: its scenario; without rows, ``result`` is returned unchanged.
+        data_dir: where the data lies; None for where the run found it.
+        observer: is told of every row as of a run.
+
+    Raises:
+        BudgetError, DataError, Interrupted, UsageError: as :func:`start`.
+    """
+    stated = result.payload["gaps"]
+    gaps = {what: why for what, why in stated.items() if not what.startswith(ROWS)}
+    if not scenario.rows or ("rows" in result.payload and gaps == stated):
+        return result
+    identity = Identity.read(result.path)
+    place = data_dir or identity.data_dir
+    population = directory.population_of(result.path)  # rows are further runs over the same users
+    rows = []
+    for index, (row, (name, variant)) in enumerate(
+        zip(scenario.rows, scenario.variants(), strict=True)
+    ):
+        payloads = []
+        for seed in range(variant.run.seeds):
+            once = {"title": name, "run.seeds": 1, "run.baselines": ["popularity"]}
+            if seed:  # what no seed changes is measured once
+                once |= {"run.seed": variant.run.seed + seed, "run.footprint": False}
+            folder = f"{ROWS}{index}-{seed}" if seed else f"{ROWS}{index}"
+            found = _finished(
+                variant.with_settings(once), result.path / folder, place, observer, population
+            ).payload
+            payloads.append(found)
+            gaps |= {f"{folder}: {what}": why for what, why in found["gaps"].items()}
+        rows.append(_row(row, payloads))
+    payload = {**result.payload, "rows": rows, "gaps": gaps}
+    return replace(result, payload=directory.write_result(result.path, payload, identity))
+
+
+def _finished(
+    variant: Scenario, out: Path, data_dir: Path | None, observer: Observer, population: str | None
+) -> Result:
+    if (out / "run.json").is_file():
+        if Identity.read(out).scenario_hash != variant.hash():
+            raise UsageError(
+                f"{out}: a run of another scenario lies where this row belongs; move it away"
+            )
+        return resume(out, data_dir=data_dir, observer=observer)
+    return start(variant, out=out, data_dir=data_dir, observer=observer, population=population)
+
+
+def _row(row: Row, payloads: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Facts of a row: of the first seed, but for metrics, which are means over all."""
+    first = payloads[0]
+    privacy = {key: first["privacy"].get(key) for key in KEPT_OF_PRIVACY}
+    values = _measured([payload["metrics"] for payload in payloads])
+    means = {key: float(np.mean(each)) for key, each in values.items()}
+    facts = {"name": row.name, **row.set, **privacy, **means, **first["cost"], "tiers": []}
+    for seeds in zip(*(payload["tiers"] for payload in payloads), strict=True):
+        found = {key: each for key, each in _measured(seeds).items() if "@" in key}
+        kept = {key: value for key, value in seeds[0].items() if "@" not in key}
+        facts["tiers"].append(kept | {key: float(np.mean(each)) for key, each in found.items()})
+    if len(payloads) > 1:
+        facts["seeds"] = [payload["run_id"] for payload in payloads]
+        facts["intervals"] = {}
+        for key, each in values.items():  # Student's, of the mean over seeds
+            reach = stats.t.ppf(0.975, len(each) - 1) * stats.sem(each)
+            facts["intervals"][key] = [means[key] - float(reach), means[key] + float(reach)]
+    return facts
+
+
+def _measured(seeds: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Values by seed of what every seed has: a mean over the others would be of other runs.
+
+    Metrics of full ranking have their short names too where there is no other protocol.
+    """
+    named = [
+        {key.replace(FULL, ""): each for key, each in seed.items() if FULL in key} | dict(seed)
+        for seed in seeds
+    ]
+    return {
+        key: [each[key] for each in named] for key in named[0] if all(key in each for each in named)
+    }

@@ -9,32 +9,30 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from privrec.device.round import Round, digest
-from privrec.device.update import Aggregate
+from privrec.device.update import Aggregate, Round, digest
 from privrec.errors import BudgetError, Interrupted, PrivrecError, ReleaseRefused
-from privrec.privacy.events import RoundEvent, epsilon
+from privrec.privacy.events import Adversary, epsilon
 from privrec.privacy.ledger import Ledger
 from privrec.privacy.population import PopulationCharge
 from privrec.randomness import SecretRoot
-from privrec.run import directory
+from privrec.run import checkpoint, directory, summary
 from privrec.run.checkpoint import Position
 from privrec.run.identity import Identity
-from privrec.run.record import EventLog, Observer, Record, RunInfo
-from privrec.run.simulation import Transport
-from privrec.run.summary import write_model
+from privrec.run.plan import Plan
+from privrec.run.record import EventLog, Observer, Record, Result, RunInfo
 from privrec.run.wording import adversary_text
-from privrec.scenario.load import Scenario
 from privrec.server.server import Release, Server
 
 T = TypeVar("T")
@@ -42,26 +40,28 @@ T = TypeVar("T")
 MOST_ATTEMPTS = 20
 """Attempts at a round before a run is given up whose rounds keep ending without a sum."""
 
-
 _LOG = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Result:
-    """A finished run: its directory, and what ``result.json`` there holds."""
+class Transport(Protocol):
+    """Carries a round to the devices and brings back their sum."""
 
-    path: Path
-    payload: dict[str, Any]
+    def collect(self, round: Round, weights: NDArray[np.float32]) -> Aggregate:
+        """Return the sum of the bounded updates of the round's cohort, and nothing per device.
+
+        Asked for the same round again (also another attempt at it), it starts from the same private
+        states as the first time.
+        """
+        ...
 
 
 @dataclass
-class Loop(ABC):
-    """One run from where it stands to its end.
+class Loop:
+    """One run from where it stands to its end, wherever its devices are: nothing is measured.
 
     Args:
         out: the run's directory.
-        scenario: what is run.
-        population: devices that are enrolled, public.
+        plan: what is run.
         identity: name and secrets of the run.
         server: at its next round.
         transport: reaches the devices.
@@ -71,8 +71,7 @@ class Loop(ABC):
     """
 
     out: Path
-    scenario: Scenario
-    population: int
+    plan: Plan
     identity: Identity
     server: Server
     transport: Transport
@@ -80,65 +79,39 @@ class Loop(ABC):
     ledger: Ledger
     events: EventLog
     root: SecretRoot = field(init=False)
-    tie: PopulationCharge | None = field(init=False)
-    cpu_s: float = 0.0
-    gaps: dict[str, str] = field(default_factory=dict)
-    began: float = field(default_factory=time.perf_counter)
+    cpu_s: float = field(default=0.0, init=False)
+    gaps: dict[str, str] = field(default_factory=dict, init=False)
+    began: float = field(default_factory=time.perf_counter, init=False)
 
     def __post_init__(self) -> None:
         self.root = self.identity.root("server")
-        self.tie = PopulationCharge.of(self.ledger.header, ended=self.ledger.ended is not None)
 
     @property
     def wall_s(self) -> float:
         """Seconds that the run took so far, over all sessions whose rounds are kept."""
         return time.perf_counter() - self.began
 
-    def continue_clocks(self, position: Position) -> None:
-        """Count on from the seconds that the checkpoint has."""
-        self.began -= position.wall_s
-        self.cpu_s += position.cpu_s
-
-    def info(self) -> RunInfo:
-        """What is told at the start."""
-        scenario, plan = self.scenario, self.server.plan
-        return RunInfo(
-            name=scenario.name,
-            title=scenario.title,
-            rounds=scenario.train.rounds,
-            done=self.server.index,
-            population=self.population,
-            simulated=self.identity.simulated,
-            private=plan.event.is_private,
-            noise_known=self.identity.known_key is not None,
-            budget=scenario.privacy.epsilon,
-            budget_against=scenario.privacy.budget_against,
-            expected_cohort=plan.expected_cohort,
-            hides_cohorts=plan.event.hides_cohorts,
-            examples=plan.examples is not None,
-            example_budget=scenario.privacy.local_epsilon,
-            root_lost=self.ledger.header["noise_root"] != self.identity.root_tag(),
-        )
-
     @property
     def checkpoint_every(self) -> int:
-        """Rounds between checkpoints."""
-        return self.scenario.run.checkpoint_every
+        """Rounds between checkpoints: devices go on, and would refuse to go back."""
+        return 1
 
-    @abstractmethod
-    def accuracy(self) -> dict[str, float] | None:
-        """What is known of the accuracy after this round."""
-
-    @abstractmethod
     def save(self) -> None:
         """Seal the ledger and write a checkpoint."""
+        checkpoint.save(
+            self.out, self.identity, self.ledger, self.server, wall_s=self.wall_s, cpu_s=self.cpu_s
+        )
 
-    @abstractmethod
+    def accuracy(self) -> dict[str, float] | None:
+        """Return what is known of the accuracy after this round; histories stay on the devices."""
+        return None
+
     def payload(self) -> dict[str, Any]:
-        """The content of ``result.json``; what only measures goes through :meth:`attempt`."""
+        """Return the content of ``result.json``; what is measured goes through :meth:`attempt`."""
+        return summary.result_of(self.plan, self.server, self.ledger, self.identity, self.wall_s)
 
     def attempt(self, what: str, compute: Callable[[], T]) -> T | None:
-        """What ``compute`` returns; None where it fails, and the gap is stated.
+        """Return what ``compute`` returns; None where it fails, and the gap is stated.
 
         The budget is spent by then: a figure that cannot be had must not take the model with it.
         Only the type of an unforeseen error is kept, since its text may quote private data.
@@ -153,43 +126,54 @@ class Loop(ABC):
         self.gaps.pop(what, None)
         return found
 
-    def finish(self) -> Result:
-        """Write what a finished run leaves behind.
+    def run(self, position: Position, *, resumed: bool = False) -> Result:
+        """Go on to the end, the budget or an interrupt; a checkpoint is written in any case.
 
-        With gaps the checkpoint stays, so that ``resume`` can try again to fill them.
+        Args:
+            position: where the server and the devices' states are.
+            resumed: whether an earlier session made rounds.
+
+        Raises:
+            IntegrityError: when the checkpoint was taken with another ledger.
+            Interrupted: on Ctrl-C, after a checkpoint.
+            BudgetError: when a budget ran out before the planned rounds; the run is finished as far
+                as it came.
         """
-        write_model(self.out, self.server, self.scenario)
-        payload = {**self.payload(), "gaps": self.gaps}
-        payload = directory.leave(self.out, payload, self.identity)
-        self.events.append("end", round=self.server.index)
-        return Result(self.out, payload)
-
-    def run(self) -> Result:
-        """Go on to the end, the budget or an interrupt; a checkpoint is written in any case."""
-        server = self.server
+        server, ledger, rounds = self.server, self.ledger, self.plan.scenario.train.rounds
+        position.check(ledger, self.out / checkpoint.FILE)
+        self.began -= position.wall_s
+        self.cpu_s += position.cpu_s
+        info = self._info()
+        if resumed:
+            kept = not info.root_lost
+            self.events.append(
+                "resume", round=server.index, repaired=ledger.repaired, noise_root_kept=kept
+            )
+        self.observer.started(info)
+        population = PopulationCharge.of(ledger.header, ended=ledger.ended is not None)
         refused: PrivrecError | OSError | None = None
         with _interrupts() as stop:
-            while server.index < self.scenario.train.rounds and not self._at_end():
+            while server.index < rounds and ledger.ended != digest(server.released):
                 try:
-                    self._round()
+                    self._round(population)
                 except BudgetError as error:
                     refused = error
                     break
                 if stop:
                     self.save()
                     raise Interrupted(
-                        f"stopped after round {server.index} of {self.scenario.train.rounds}; "
+                        f"stopped after round {server.index} of {rounds}; "
                         f"go on with: privrec resume {self.out}"
                     )
                 if server.index % self.checkpoint_every == 0:
                     self.save()
         # Each step leaves enough for the next one: what has ended can be finished without a round.
         self.save()
-        self.ledger.end(digest(server.released))
-        self.ledger.seal()
+        ledger.end(digest(server.released))
+        ledger.seal()
         try:
-            if self.tie:
-                self.tie.settle(self.ledger.counts)
+            if population:
+                population.settle(ledger.counts)
         except (PrivrecError, OSError) as error:  # all that was set aside then counts as spent
             self.gaps["settlement with the population"] = str(error)
             refused = error
@@ -199,99 +183,117 @@ class Loop(ABC):
             raise refused
         return result
 
-    def _at_end(self) -> bool:
-        """Whether the run ended here before, at its last round or at its budget."""
-        return self.ledger.ended == digest(self.server.released)
+    def finish(self) -> Result:
+        """Write what a finished run leaves behind.
 
-    def _round(self) -> None:
+        With gaps the checkpoint stays, so that ``resume`` can try again to fill them.
+        """
+        summary.write_model(self.out, self.server, self.plan.scenario)
+        payload = {**self.payload(), "gaps": self.gaps}
+        payload = directory.write_result(self.out, payload, self.identity)
+        self.events.append("end", round=self.server.index)
+        return Result(self.out, payload)
+
+    def _info(self) -> RunInfo:
+        scenario, event = self.plan.scenario, self.plan.event
+        return RunInfo(
+            name=scenario.name,
+            title=scenario.title,
+            rounds=scenario.train.rounds,
+            done=self.server.index,
+            population=self.plan.users,
+            simulated=self.identity.simulated,
+            private=event.is_private,
+            noise_known=self.identity.known_key is not None,
+            budget=scenario.privacy.epsilon,
+            budget_against=scenario.privacy.budget_against,
+            expected_cohort=self.server.plan.expected_cohort,
+            hides_cohorts=event.hides_cohorts,
+            examples=self.server.plan.examples is not None,
+            example_budget=scenario.privacy.local_epsilon,
+            root_lost=self.ledger.header["noise_root"] != self.identity.root_tag(),
+        )
+
+    def _round(self, population: PopulationCharge | None) -> None:
+        """Charge, collect and commit the next round, then apply and record it.
+
+        Where a round ends without a sum, or its bits would differ from what was committed, another
+        attempt is charged.
+        """
         began, cpu = time.perf_counter(), time.process_time()
-        server = self.server
-        release, cohort, loss, attempt = self._release()
+        server, ledger = self.server, self.ledger
+        attempt = max(0, ledger.attempts(server.index) - 1)
+        release: Release | None = None
+        while release is None:
+            if attempt == ledger.attempts(server.index):  # it is not paid yet
+                self._check_budgets(population)
+            if examples := server.plan.examples:
+                ledger.charge_examples(server.index, attempt, examples)
+            ledger.charge(server.index, attempt, server.plan.event)
+            round = server.next_round(attempt)
+            try:
+                aggregate = self.transport.collect(round, server.weights)
+            except ReleaseRefused:
+                # How many devices were there is the operator's own knowledge: no reason is kept.
+                self.events.append("aborted", round=round.index, attempt=attempt)
+                if attempt + 1 >= MOST_ATTEMPTS:
+                    raise
+            else:
+                made = server.release(round, aggregate, self.root)
+                if ledger.committed(server.index, attempt) in (None, made.tag):
+                    ledger.commit(server.index, attempt, made.tag)
+                    release = made
+            if release is None:
+                attempt = ledger.attempts(server.index)
         server.apply(release)
         self.cpu_s += time.process_time() - cpu
+        hides = server.plan.event.hides_cohorts
+        metrics = self.attempt(f"accuracy after round {server.index}", self.accuracy)
         record = Record(
             round=server.index,
-            rounds=self.scenario.train.rounds,
+            rounds=self.plan.scenario.train.rounds,
             attempt=attempt,
             epsilon=self._epsilon("recipients"),
             epsilon_server=self._epsilon("server"),
-            loss=None if server.plan.event.hides_cohorts else loss,
-            metrics=self.attempt(f"accuracy after round {server.index}", self.accuracy),
-            cohort=cohort,
-            **self._timing(began, cpu),
+            loss=None if hides else aggregate.loss,
+            metrics=metrics,
+            cohort=aggregate.cohort,
+            wall_s=0.0 if hides else time.perf_counter() - began,
+            cpu_s=0.0 if hides else time.process_time() - cpu,
         )
         self.events.round(record)
         self.observer.round(record)
 
-    def _release(self) -> tuple[Release, int, float | None, int]:
-        """Charge, collect and commit the next round, with a new attempt where bits would differ."""
-        server, ledger = self.server, self.ledger
-        attempt = max(0, ledger.attempts(server.index) - 1)
-        while True:
-            self._charge(attempt)
-            round = server.next_round(attempt)
-            if aggregate := self._collect(round):
-                release = server.release(round, aggregate, self.root)
-                if ledger.committed(server.index, attempt) in (None, release.tag):
-                    ledger.commit(server.index, attempt, release.tag)
-                    return release, aggregate.cohort, aggregate.loss, attempt
-            attempt = ledger.attempts(server.index)
-
-    def _collect(self, round: Round) -> Aggregate | None:
-        """The round's sum, or None when it ended without one; it stays charged."""
-        try:
-            return self.transport.collect(round, self.server.weights)
-        except ReleaseRefused:
-            # How many devices were there is the operator's own knowledge: no reason is kept.
-            self.events.append("aborted", round=round.index, attempt=round.attempt)
-            if round.attempt + 1 >= MOST_ATTEMPTS:
-                raise
-            return None
-
-    def _charge(self, attempt: int) -> None:
-        server, privacy = self.server, self.scenario.privacy
-        event = server.plan.event
-        paid = attempt < self.ledger.attempts(server.index)
-        if not paid and event.is_private and privacy.epsilon is not None:
-            spent = self.ledger.epsilon_after(
-                event, delta=privacy.delta, adversary=privacy.budget_against
-            )
+    def _check_budgets(self, population: PopulationCharge | None) -> None:
+        """Refuse a round that its run, its examples or its population have no budget for."""
+        plan, ledger, privacy = self.server.plan, self.ledger, self.plan.scenario.privacy
+        done = self.server.index
+        if plan.event.is_private and privacy.epsilon is not None:
+            against = privacy.budget_against
+            spent = ledger.epsilon_after(plan.event, delta=privacy.delta, adversary=against)
             if spent > privacy.epsilon:
                 raise BudgetError(
-                    f"round {server.index + 1} would bring ε to {spent:.4f} against "
-                    f"{adversary_text(privacy.budget_against)}: the budget is {privacy.epsilon}. "
-                    f"Stopped after {server.index} rounds; the model so far is in {self.out}"
+                    f"round {done + 1} would bring ε to {spent:.4f} against "
+                    f"{adversary_text(against)}: the budget is {privacy.epsilon}. "
+                    f"Stopped after {done} rounds; the model so far is in {self.out}"
                 )
-        examples = server.plan.examples
-        if examples is not None:
-            self._charge_examples(attempt, examples, paid)
-        if not paid and self.tie:
-            self.tie.cover(Counter(self.ledger.counts) + Counter([event]))
-        self.ledger.charge(server.index, attempt, event)
-
-    def _charge_examples(self, attempt: int, event: RoundEvent, paid: bool) -> None:
-        """Enter the example-level cost, within its own budget; it is never added to the other."""
-        index, privacy = self.server.index, self.scenario.privacy
-        if not paid and privacy.local_epsilon is not None:
-            after = Counter(self.ledger.examples) + Counter([event])
+        if plan.examples is not None and privacy.local_epsilon is not None:
+            # The cost of examples is never added to that of users.
+            after = Counter(ledger.examples) + Counter([plan.examples])
             spent = epsilon(after, privacy.local_delta, "server")
             if spent > privacy.local_epsilon:
                 raise BudgetError(
-                    f"round {index + 1} would bring the example-level ε to {spent:.4f}: "
-                    f"privacy.local_epsilon is {privacy.local_epsilon}. Stopped after {index} "
+                    f"round {done + 1} would bring the example-level ε to {spent:.4f}: "
+                    f"privacy.local_epsilon is {privacy.local_epsilon}. Stopped after {done} "
                     f"rounds; the model so far is in {self.out}"
                 )
-        self.ledger.charge_examples(index, attempt, event)
+        if population:
+            population.cover(Counter(ledger.counts) + Counter([plan.event]))
 
-    def _epsilon(self, adversary: Any) -> float | None:
-        if not self.server.plan.event.is_private or self.identity.known_key is not None:
+    def _epsilon(self, adversary: Adversary) -> float | None:
+        if not self.plan.event.is_private or self.identity.known_key is not None:
             return None
-        return self.ledger.epsilon(self.scenario.privacy.delta, adversary)
-
-    def _timing(self, began: float, cpu: float) -> dict[str, float]:
-        if self.server.plan.event.hides_cohorts:
-            return {}
-        return {"wall_s": time.perf_counter() - began, "cpu_s": time.process_time() - cpu}
+        return self.ledger.epsilon(self.plan.scenario.privacy.delta, adversary)
 
 
 @contextmanager

@@ -11,18 +11,28 @@ from functools import lru_cache, partial
 
 from scipy.stats import binom
 
-from privrec.device.round import SMALL_RING_BITS, Protection
+from privrec.device.update import SMALL_RING_BITS, Protection
 from privrec.errors import UsageError
 from privrec.privacy.calibrate import noise_multiplier_for
 from privrec.privacy.closeness import Crowd, check_small_cohorts, small_cohort_delta
 from privrec.privacy.events import RoundEvent
 from privrec.privacy.mechanism import Band, Shares, grid_of
-from privrec.run.popularity import release_event
+from privrec.scenario.kinds import PUBLISHED
 from privrec.scenario.load import Scenario
 from privrec.secagg.ring import LARGEST_WRAP, Encoding, Load, Ring, spread
 
 LOOSE_CLIP_NORM = 100.0
 """Clip norm of a run without noise that names none: a range for the integers, rarely reached."""
+
+
+def known_items(scenario: Scenario) -> int | None:
+    """Size of the catalogue, where it is public without looking at the data."""
+    data = scenario.data
+    items: int | None = getattr(data, "items", None)
+    if items is None and data.source in PUBLISHED:
+        _, items, _ = PUBLISHED[data.source]
+    most = getattr(data, "vocabulary", None)
+    return items if items is None or most is None else min(items, most)
 
 
 def plan_privacy(
@@ -82,6 +92,15 @@ def example_event(scenario: Scenario) -> RoundEvent | None:
             privacy.local_epsilon or 0.0, privacy.local_delta, scenario.train.rounds
         )
     return RoundEvent("gaussian", multiplier)
+
+
+def release_event(scenario: Scenario) -> RoundEvent | None:
+    """What the release of the popularity order costs; None where none is released."""
+    devices, delta = scenario.devices, scenario.privacy.delta
+    if devices.popularity != "released" or devices.popularity_epsilon is None:
+        return None
+    event_of = partial(RoundEvent, "gaussian")
+    return event_of(noise_multiplier_for(devices.popularity_epsilon, delta, event_of, 1, "server"))
 
 
 @lru_cache(maxsize=64)

@@ -1,10 +1,8 @@
 """What a run tells while it goes: records, the log ``events.jsonl``, and who may watch.
 
-`run.py` makes one `Record` a round and hands it to an `EventLog` (the file the report is built
-from) and to an `Observer` (what somebody watches, see `console` and `tracking`). Losses and metrics
-come from private data and are named "outside the guarantee" wherever they are kept. The realised
-size of a cohort is written nowhere: amplification by sampling holds only while those sizes stay
-with the operator.
+Losses and metrics come from private data and are named "outside the guarantee" wherever they are
+kept. The realised size of a cohort is written nowhere: amplification by sampling holds only while
+those sizes stay with the operator.
 """
 
 from __future__ import annotations
@@ -16,10 +14,8 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
-from functools import cache
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Final, Protocol, Self
+from typing import Any, Final, Self
 
 from privrec.errors import DataError, ReleaseRefused
 
@@ -36,24 +32,19 @@ OPERATOR_ONLY = frozenset({"cohort", "cohort_size", "cohorts"})
 class RunInfo:
     """What is known before the first round, all of it public.
 
-    Args:
-        name: The scenario's name.
-        title: One line for people; may be empty.
-        rounds: Rounds of the whole run, at least 1.
-        done: Rounds finished before this start (0, or more after a resume).
-        population: Declared number of users.
-        private: Whether noise is added at all.
-        noise_known: Whether the noise comes from an injected root (then no ε holds).
-        budget: The largest ε allowed, or None where the run has no limit.
-        budget_against: The adversary whose ε the budget limits: "recipients" or "server".
-        expected_cohort: Population times sampling rate; public, unlike the realised size.
-        hides_cohorts: Whether ε rests on nobody knowing how many were in a round. Then no observer
+    Attributes:
+        title: one line for people; may be empty.
+        done: rounds finished before this start.
+        noise_known: whether the noise comes from an injected root; then no ε holds.
+        budget: the largest ε allowed, or None without a limit.
+        budget_against: the adversary whose ε the budget limits, "recipients" or "server".
+        expected_cohort: population times sampling rate; public, unlike the realised size.
+        hides_cohorts: whether ε rests on nobody knowing how many were in a round. Then no observer
             shows or keeps a realised size, or anything that tells a round's duration.
-        simulated: Whether the devices are simulated.
-        root_lost: Whether the noise root that the run began with is gone, so that rounds which are
+        root_lost: whether the noise root that the run began with is gone, so that rounds which are
             repeated get fresh noise and are charged again.
-        examples: Whether devices add noise that hides single examples.
-        example_budget: The largest example-level ε allowed, or None without a limit.
+        examples: whether devices add noise that hides single examples.
+        example_budget: the largest example-level ε allowed, or None without a limit.
     """
 
     name: str
@@ -77,19 +68,15 @@ class RunInfo:
 class Record:
     """One finished round.
 
-    Args:
-        round: Number of the round, counted from 1, so that the last one equals ``rounds``.
-        rounds: Rounds of the whole run.
-        attempt: Attempt at this round, counted from 0.
-        epsilon: ε spent so far against the recipients of the models; None is infinite.
-        epsilon_server: ε spent so far against somebody who knows every cohort; None is infinite.
-        loss: Mean training loss of the cohort, or None. Outside the guarantee; a run that hides its
-            cohorts has none.
-        metrics: Metrics where this round was evaluated, such as ``hr@10``; else None.
-            Outside the guarantee.
-        wall_s: Wall-clock seconds of this round; 0 in a run that hides its cohorts.
-        cpu_s: CPU seconds of this round; 0 likewise.
-        cohort: Realised size of the cohort. Never written.
+    Attributes:
+        round: counted from 1, so that the last one equals ``rounds``.
+        attempt: at this round, counted from 0.
+        epsilon: spent so far against the recipients of the models; None is infinite.
+        epsilon_server: spent so far against somebody who knows every cohort; None is infinite.
+        loss: mean training loss of the cohort; a run that hides its cohorts has none.
+        metrics: where this round was evaluated, such as ``hr@10``.
+        wall_s: seconds of this round; 0 in a run that hides its cohorts, as ``cpu_s``.
+        cohort: its realised size. Never written.
     """
 
     round: int
@@ -103,33 +90,17 @@ class Record:
     cpu_s: float = 0.0
     cohort: int | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """The record as an event, without the cohort; what is not finite becomes null."""
-        kept = {key: value for key, value in asdict(self).items() if key not in OPERATOR_ONLY}
-        return {"type": "round", **{key: _finite(value) for key, value in kept.items()}}
-
-    @classmethod
-    def from_json(cls, event: Mapping[str, Any]) -> Self:
-        """The record that `to_json` wrote; keys of later versions are ignored."""
-        names = _read_names()
-        return cls(**{key: value for key, value in event.items() if key in names})
-
     def spent(self, against: str) -> float | None:
-        """ε spent so far against one adversary, "recipients" or "server"; None is infinite."""
+        """Return ε spent so far against "recipients" or "server"; None is infinite."""
         return self.epsilon_server if against == "server" else self.epsilon
 
 
-@cache
-def _read_names() -> frozenset[str]:
-    return frozenset(field.name for field in fields(Record)) - OPERATOR_ONLY
+@dataclass(frozen=True)
+class Result:
+    """A finished run: its directory, and what ``result.json`` there holds."""
 
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    path: Path
+    payload: dict[str, Any]
 
 
 # --------------------------------------------------------------------------- the event log
@@ -142,29 +113,33 @@ class EventLog:
     a log whose last line was cut off by a crash drops that line.
 
     Args:
-        path: The file; made when absent.
+        path: the file; made when absent.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        _drop_cut_off_tail(path)
-        self._file: IO[str] = path.open("a", encoding="utf-8")
+        if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
+            os.truncate(path, content.rfind(b"\n") + 1)
+        self._file = path.open("a", encoding="utf-8")
 
     def append(self, kind: str, **values: Any) -> None:
-        """Write one event ``{"type": kind, …}``.
+        """Write one event ``{"type": kind, …}``; what is not finite becomes null.
 
         Raises:
-            ReleaseRefused: A value is named like a realised cohort size.
+            ReleaseRefused: when a value is named like a realised cohort size.
         """
-        _refuse_operator_only(values)
-        event = {"type": kind, **{key: _finite(value) for key, value in values.items()}}
+        if named := sorted(OPERATOR_ONLY & values.keys()):
+            raise ReleaseRefused(
+                f"the event holds {named[0]!r}: realised cohort sizes are never written, since ε "
+                "against recipients holds only while they are unknown. Leave the value out."
+            )
+        event = _finite({"type": kind, **values})
         self._file.write(json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
 
     def round(self, record: Record) -> None:
         """Write one round, without its cohort."""
-        event = record.to_json()
-        self.append(event.pop("type"), **event)
+        values = asdict(record)
+        self.append("round", **{key: values[key] for key in values if key not in OPERATOR_ONLY})
 
     def close(self) -> None:
         """Close the file; closing twice is harmless."""
@@ -177,170 +152,116 @@ class EventLog:
         self.close()
 
 
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """All events of a log, oldest first; a last line cut off by a crash is left out.
+    """Return all events of a log, oldest first; a last line cut off by a crash is left out.
 
     Raises:
-        DataError: The file is absent, or a line other than the last is not a JSON object.
+        DataError: when the file is absent, or a line other than the last is not a JSON object.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
+        *whole, tail = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         raise DataError(
             f"{path}: there is no event log; a run directory holds one from its first round on. "
             "Name the directory that `privrec run` printed."
         ) from None
-    *whole, tail = lines
-    events = [_event(path, number, line) for number, line in enumerate(whole, 1) if line.strip()]
-    return events + _complete(tail)
+    events = []
+    for number, line in enumerate([*whole, tail], 1):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            event = None
+        if isinstance(event, dict):
+            events.append(event)
+        elif number <= len(whole) and line.strip():
+            raise DataError(
+                f"{path}, line {number}: {line[:60]!r} is not a JSON object; each line is one "
+                "event. Restore the file, or delete the line to lose that event from the plots."
+            )
+    return events
 
 
 def read_rounds(path: Path) -> list[Record]:
-    """The rounds of a log in order; of a round written twice (after a resume) the later line.
+    """Return the rounds of a log in order; of a round written twice (after a resume) the later.
 
     Raises:
-        DataError: As `read_events`, or a round event lacks its number.
+        DataError: as :func:`read_events`, or a round event lacks its number.
     """
+    names = {field.name for field in fields(Record)} - OPERATOR_ONLY
     latest: dict[int, Record] = {}
     for event in read_events(path):
-        if event.get("type") == "round":
-            record = _record(path, event)
-            latest[record.round] = record
+        if event.get("type") != "round":
+            continue
+        try:
+            record = Record(**{key: value for key, value in event.items() if key in names})
+        except TypeError:
+            raise DataError(
+                f"{path}: the round event {event!r} lacks its round or rounds; "
+                "events.jsonl is written by privrec alone. Restore the file, or resume the run."
+            ) from None
+        latest[record.round] = record
     return [latest[number] for number in sorted(latest)]
-
-
-def _record(path: Path, event: Mapping[str, Any]) -> Record:
-    try:
-        return Record.from_json(event)
-    except TypeError:
-        raise DataError(
-            f"{path}: the round event {dict(event)!r} lacks its round or rounds; "
-            "events.jsonl is written by privrec alone. Restore the file, or resume the run."
-        ) from None
-
-
-def _event(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    try:
-        event = json.loads(line)
-    except ValueError:
-        event = None
-    if not isinstance(event, dict):
-        raise DataError(
-            f"{path}, line {number}: {line[:60]!r} is not a JSON object; each line is one event. "
-            "Restore the file, or delete the line to lose that event from the plots."
-        )
-    return event
-
-
-def _complete(tail: bytes) -> list[dict[str, Any]]:
-    try:
-        event = json.loads(tail)
-    except ValueError:
-        return []
-    return [event] if isinstance(event, dict) else []
-
-
-def _drop_cut_off_tail(path: Path) -> None:
-    if not path.exists() or path.stat().st_size == 0:
-        return
-    content = path.read_bytes()
-    if not content.endswith(b"\n"):
-        os.truncate(path, content.rfind(b"\n") + 1)
-
-
-def _refuse_operator_only(values: Mapping[str, Any]) -> None:
-    named = sorted(OPERATOR_ONLY & values.keys())
-    if named:
-        raise ReleaseRefused(
-            f"the event holds {named[0]!r}: realised cohort sizes are never written, since ε "
-            "against recipients holds only while they are unknown. Leave the value out."
-        )
 
 
 # --------------------------------------------------------------------------- observers
 
 
-class Finished(Protocol):
-    """What `loop.Result` offers an observer at the end."""
-
-    @property
-    def path(self) -> Path:
-        """The run directory."""
-        ...
-
-    @property
-    def payload(self) -> Mapping[str, Any]:
-        """The content of ``result.json``."""
-        ...
-
-
-class Observer(Protocol):
-    """Something that watches a run. `close` is called last, whether the run ended well or not."""
+class Observer:
+    """Watches a run; this one watches nothing, and is the base of those that do."""
 
     def started(self, info: RunInfo) -> None:
-        """Called once, before the first round."""
+        """Hear of the start, once, before the first round."""
 
     def round(self, record: Record) -> None:
-        """Called after each round was recorded."""
+        """Hear of a round after it was recorded."""
 
-    def finished(self, result: Finished) -> None:
-        """Called once, after ``result.json`` was written."""
-
-    def close(self) -> None:
-        """Called last, also after an error; calling it twice is harmless."""
-
-
-class NullObserver:
-    """Watches nothing; also the base of observers that care for a part only."""
-
-    def started(self, info: RunInfo) -> None:
-        """Called once, before the first round."""
-
-    def round(self, record: Record) -> None:
-        """Called after each round was recorded."""
-
-    def finished(self, result: Finished) -> None:
-        """Called once, after ``result.json`` was written."""
+    def finished(self, result: Result) -> None:
+        """Hear of the end, once, after ``result.json`` was written."""
 
     def close(self) -> None:
-        """Called last, also after an error; calling it twice is harmless."""
+        """Hear that nothing comes any more, also after an error; twice is harmless."""
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
-class Observers(NullObserver):
-    """Several observers as one, called in the order given."""
+class Observers(Observer):
+    """Several observers as one, told in the order given.
+
+    One that fails is closed and left out, since the run has its ledger.
+    """
 
     def __init__(self, *observers: Observer) -> None:
         self._observers: Sequence[Observer] = observers
 
     def started(self, info: RunInfo) -> None:
-        """Tell all of them that the run starts."""
+        """See :meth:`Observer.started`."""
         self._tell(lambda observer: observer.started(info))
 
     def round(self, record: Record) -> None:
-        """Hand the round to all of them."""
+        """See :meth:`Observer.round`."""
         self._tell(lambda observer: observer.round(record))
 
-    def finished(self, result: Finished) -> None:
-        """Tell all of them that the run is done."""
+    def finished(self, result: Result) -> None:
+        """See :meth:`Observer.finished`."""
         self._tell(lambda observer: observer.finished(result))
 
     def close(self) -> None:
-        """Close all of them."""
+        """See :meth:`Observer.close`."""
         self._tell(lambda observer: observer.close())
 
     def _tell(self, news: Callable[[Observer], None]) -> None:
-        """Tell all of them; one that fails is closed and left out, since the run has its ledger."""
         for observer in self._observers:
             try:
                 news(observer)

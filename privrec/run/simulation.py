@@ -1,36 +1,20 @@
-"""The seam between server and devices, and devices that are simulated in this process."""
+"""Devices that are simulated in this process."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.device.cohort import Cohort, Learners
-from privrec.device.device import Device, hash_functions, noise_roots, privatize
-from privrec.device.examples import Deferred
-from privrec.device.round import Protection, Round, digest
-from privrec.device.tier import Federation, Tier
-from privrec.device.update import Aggregate, BoundedUpdate
-from privrec.errors import UsageError
+from privrec.device.device import Cohort, Deferred, Device, Draws, privatize
+from privrec.device.tier import Federation, LocalModel, Tier
+from privrec.device.update import Aggregate, BoundedUpdate, Protection, Round, digest
 from privrec.randomness import SecretRoot, rng_for
 from privrec.run.summing import SUMMING, Enrolled, Participant
 from privrec.secagg.server import Stage
-
-
-class Transport(Protocol):
-    """Carries a round to the devices and brings back their sum."""
-
-    def collect(self, round: Round, weights: NDArray[np.float32]) -> Aggregate:
-        """The sum of the bounded updates of the round's cohort, and nothing per device.
-
-        Asked for the same round again (also another attempt at it), it starts from the same private
-        states as the first time.
-        """
-        ...
 
 
 def cohort(coins: NDArray[np.uint64], sampling_rate: float) -> NDArray[np.int64]:
@@ -55,12 +39,11 @@ def cohort(coins: NDArray[np.uint64], sampling_rate: float) -> NDArray[np.int64]
 FloatArray = NDArray[np.float32]
 Rows = list[NDArray[np.int64]]
 Answers = tuple[NDArray[np.int64], BoundedUpdate, FloatArray]
-L = TypeVar("L", bound=Learners)
 _EXCHANGES = (Stage.SHARES, Stage.MASKED, Stage.CONFIRM, Stage.UNMASK)
 
 
 @dataclass
-class Simulation(Generic[L]):
+class Simulation:
     """The devices of a data set, sampled and trained in this process.
 
     Args:
@@ -80,7 +63,7 @@ class Simulation(Generic[L]):
     """
 
     federation: Federation
-    cohorts: tuple[L, ...]
+    cohorts: tuple[Cohort[Any], ...]
     population: int
     protection: Protection
     enrolled: Enrolled
@@ -98,13 +81,18 @@ class Simulation(Generic[L]):
         return self.enrolled.root
 
     @property
+    def states(self) -> tuple[FloatArray, ...]:
+        """Private states of the devices, by tier."""
+        return tuple(cohort.states for cohort in self.cohorts)
+
+    @property
     def absent(self) -> NDArray[np.int64]:
         """Users whose devices hold nothing and take no part."""
         members = np.concatenate([cohort.users for cohort in self.cohorts])
         return np.setdiff1d(np.arange(self.population), members)
 
     def collect(self, round: Round, weights: FloatArray) -> Aggregate:
-        """See :meth:`privrec.run.simulation.Transport.collect`."""
+        """See :meth:`privrec.run.loop.Transport.collect`."""
         rows = self.rows(self.sample(round))
         self._rewind(round.index, rows)
         cohort, loss = self._participants(round, rows), 0.0
@@ -183,8 +171,7 @@ class Simulation(Generic[L]):
         if self.engine == "device":
             yield from self._one_by_one(round, view, tier, rows, key)
             return
-        functions, noise = hash_functions(self.root, round), noise_roots(self.root, round)
-        for batch, trained in cohort.train(view, rows, key, functions, noise):
+        for batch, trained in cohort.train(view, rows, Draws.of(self.root, round, key)):
             self.deferred += trained.deferred
             before, users = digest(cohort.states[batch]), cohort.users[batch]
             coins = self.root.stream("rounding", *round.context, users.tobytes(), before)
@@ -196,18 +183,14 @@ class Simulation(Generic[L]):
     def _one_by_one(
         self, round: Round, view: FloatArray, tier: Tier, rows: NDArray[np.int64], key: int
     ) -> Iterator[Answers]:
-        cohort = self.cohorts[tier.index]
-        if not isinstance(cohort, Cohort):
-            raise UsageError('run.engine = "device": texts are trained by "cohort" alone; use it')
-        unobserved = cohort.trainer.unobserved(view)
-        for row in rows:
-            mine = cohort.histories.select(np.array([row]))
+        cohort, draws = self.cohorts[tier.index], Draws.of(self.root, round, key)
+        model = LocalModel(cohort.learner.view, view)
+        for row in rows.tolist():
             device = Device(
-                int(mine.users[0]), mine.items, tier, self.federation.weaker(tier),
-                cohort.trainer, self.protection, self.root, cohort.states[row].copy(),
+                int(cohort.users[row]), cohort.data.of(row), tier, self.federation.weaker(tier),
+                cohort.learner, self.protection, self.root, cohort.states[row].copy(),
             )  # fmt: skip
-            noise = noise_roots(self.root, round)
-            trained = device.train(view, key, unobserved, device.functions(round), noise)
+            trained = device.train(model, draws)
             self.deferred += trained.deferred
-            yield mine.users, device.protect(round, trained), trained.losses
+            yield cohort.users[[row]], device.protect(round, trained), trained.losses
             cohort.states[row] = device.state

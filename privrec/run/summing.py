@@ -12,9 +12,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.device.round import Protection, Round
 from privrec.device.tier import Federation, Tier
-from privrec.device.update import BoundedUpdate
+from privrec.device.update import BoundedUpdate, Protection, Round
 from privrec.errors import ReleaseRefused
 from privrec.models.layout import from_wire
 from privrec.privacy.mechanism import noise_seeds

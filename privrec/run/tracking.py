@@ -10,22 +10,21 @@ import importlib
 import math
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from privrec.errors import UsageError
-from privrec.run.record import OUTSIDE, Finished, NullObserver, Record, RunInfo
+from privrec.run.record import OUTSIDE, Observer, Record, Result, RunInfo
 from privrec.run.wording import opening_words
 
 
-class TensorBoardSink(NullObserver):
+class TensorBoardSink(Observer):
     """Scalars for TensorBoard: ε by adversary, and loss and metrics under "outside the guarantee".
 
     Args:
-        directory: Where the event files go.
+        directory: where the event files go.
 
     Raises:
-        UsageError: TensorBoard is not installed.
+        UsageError: when TensorBoard is not installed.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -49,55 +48,50 @@ class TensorBoardSink(NullObserver):
         self._writer.close()
 
 
-class MLflowSink(NullObserver):
+class MLflowSink(Observer):
     """One MLflow run: public settings as parameters, scalars by round, and how it ended.
 
     Args:
-        experiment: Name of the experiment; MLflow's default when None.
-        tracking_uri: Where MLflow keeps its runs; MLflow's own setting when None.
+        experiment: name of the experiment; MLflow's default when None.
+        tracking_uri: where MLflow keeps its runs; MLflow's own setting when None.
 
     Raises:
-        UsageError: MLflow is not installed.
+        UsageError: when MLflow is not installed.
     """
 
     def __init__(self, experiment: str | None = None, *, tracking_uri: str | None = None) -> None:
         self._mlflow: Any = _optional("mlflow", "MLflow")
-        self._experiment = experiment
-        self._tracking_uri = tracking_uri
-        self._open = False
-        self._hides_cohorts = True
+        self._experiment, self._tracking_uri = experiment, tracking_uri
+        self._open, self._hides_cohorts = False, True
 
     def started(self, info: RunInfo) -> None:
         """Open a run and keep the public settings.
 
         Raises:
-            UsageError: MLflow cannot open a run where it keeps them.
+            UsageError: when MLflow cannot open a run where it keeps them.
         """
         try:
-            self._start(info)
+            if self._tracking_uri is not None:
+                self._mlflow.set_tracking_uri(self._tracking_uri)
+            if self._experiment is not None:
+                self._mlflow.set_experiment(self._experiment)
+            self._mlflow.start_run(run_name=info.name)
+            self._open, self._hides_cohorts = True, info.hides_cohorts
+            settings = {key: value for key, value in asdict(info).items() if key != "done"}
+            self._mlflow.log_params(settings)
+            self._mlflow.set_tag("claim", opening_words(info))
         except self._mlflow.exceptions.MlflowException as error:
             raise UsageError(
                 f"MLflow cannot open a run: {str(error).splitlines()[0]} "
                 "Name a tracking server that answers, or do without MLflow."
             ) from None
 
-    def _start(self, info: RunInfo) -> None:
-        if self._tracking_uri is not None:
-            self._mlflow.set_tracking_uri(self._tracking_uri)
-        if self._experiment is not None:
-            self._mlflow.set_experiment(self._experiment)
-        self._mlflow.start_run(run_name=info.name)
-        self._open = True
-        self._hides_cohorts = info.hides_cohorts
-        self._mlflow.log_params({k: value for k, value in asdict(info).items() if k != "done"})
-        self._mlflow.set_tag("claim", opening_words(info))
-
     def round(self, record: Record) -> None:
         """Keep the figures of the round."""
         time = record.round if self._hides_cohorts else None
         self._mlflow.log_metrics(_scalars(record), step=record.round, timestamp=time)
 
-    def finished(self, result: Finished) -> None:
+    def finished(self, result: Result) -> None:
         """End the run as finished."""
         self._end("FINISHED")
 
@@ -113,18 +107,14 @@ class MLflowSink(NullObserver):
 
 def _scalars(record: Record) -> dict[str, float]:
     """The finite figures of a round that may be kept, by a name that says what they are."""
-    private = {"loss": record.loss, **{_tag(key): v for key, v in (record.metrics or {}).items()}}
-    values = {f"{OUTSIDE}/{name}": value for name, value in private.items()}
-    values |= {"epsilon/recipients": record.epsilon, "epsilon/server": record.epsilon_server}
+    values = {"epsilon/recipients": record.epsilon, "epsilon/server": record.epsilon_server}
+    for key, value in {"loss": record.loss, **(record.metrics or {})}.items():
+        # Neither service allows "@" in the name of a metric.
+        values[f"{OUTSIDE}/{key.replace('@', '_at_')}"] = value
     return {k: float(v) for k, v in values.items() if v is not None and math.isfinite(v)}
 
 
-def _tag(key: str) -> str:
-    # Neither service allows "@" in the name of a metric.
-    return key.replace("@", "_at_")
-
-
-def _optional(module: str, product: str) -> ModuleType:
+def _optional(module: str, product: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:

@@ -433,7 +433,7 @@ class GMF(Recommender):
 
 
 class Network(Recommender):
-    """A network over user and item."""
+    """A network over user and item, of the NCF paper."""
 
     hidden: Annotated[
         tuple[Annotated[int, Field(ge=1, le=4096)], ...], BeforeValidator(as_tuple)
@@ -525,11 +525,16 @@ class Extreme(WideOutput):
         return (self.features + 1) * dim
 
 
-MODELS.add("gmf", GMF)
-MODELS.add("mlp", Network, meaning="A network over user and item, of the NCF paper.")
-MODELS.add("neumf", NeuMF)
-MODELS.add("next_word", NextWord)
-MODELS.add("extreme", Extreme)
+MODELS.add("gmf", GMF, "privrec.models.ncf:NCF")
+MODELS.add(
+    "mlp",
+    Network,
+    "privrec.models.ncf:NCF",
+    meaning="A network over user and item, of the NCF paper.",
+)
+MODELS.add("neumf", NeuMF, "privrec.models.ncf:NCF")
+MODELS.add("next_word", NextWord, "privrec.models.words:NextWord")
+MODELS.add("extreme", Extreme, "privrec.models.words:WordBag")
 
 
 # --------------------------------------------------------------------------- losses
@@ -565,11 +570,16 @@ class ImplicitALS(Section):
     """How fast the users' Gram matrix follows that of the round."""
 
 
-LOSSES.add("bce", Sampled, meaning="Binary cross-entropy.")
-LOSSES.add("bpr", Sampled, meaning="Bayesian personalised ranking.")
-LOSSES.add("softmax", Sampled, meaning="Softmax over a positive and sampled negatives.")
-LOSSES.add("full_softmax", FullSoftmax)
-LOSSES.add("ials", ImplicitALS)
+LOSSES.add("bce", Sampled, "privrec.models.losses:BCE", meaning="Binary cross-entropy.")
+LOSSES.add("bpr", Sampled, "privrec.models.losses:BPR", meaning="Bayesian personalised ranking.")
+LOSSES.add(
+    "softmax",
+    Sampled,
+    "privrec.models.losses:SOFTMAX",
+    meaning="Softmax over a positive and sampled negatives.",
+)
+LOSSES.add("full_softmax", FullSoftmax, "privrec.models.losses:FULL_SOFTMAX")
+LOSSES.add("ials", ImplicitALS, "privrec.models.losses:IALS")
 
 
 # --------------------------------------------------------------------------- selectors
@@ -681,7 +691,7 @@ class Newton(Section):
     needs = (Need("train.loss", ("ials",), "its curvature is that of implicit ALS"),)
 
 
-SERVER_OPTIMIZERS.add("fedavg", FedAvg)
-SERVER_OPTIMIZERS.add("fedadam", FedAdam)
-SERVER_OPTIMIZERS.add("sgd", SGD)
-SERVER_OPTIMIZERS.add("newton", Newton)
+SERVER_OPTIMIZERS.add("fedavg", FedAvg, "privrec.server.optimizer:FedAvg")
+SERVER_OPTIMIZERS.add("fedadam", FedAdam, "privrec.server.optimizer:FedAdam")
+SERVER_OPTIMIZERS.add("sgd", SGD, "privrec.server.optimizer:Sgd")
+SERVER_OPTIMIZERS.add("newton", Newton, "privrec.server.optimizer:FedAvg")

@@ -47,9 +47,9 @@ class ServerView:
     neurons: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass
 class ColumnServer:
-    """A server that hashes its columns anew each round.
+    """A server that hashes its columns anew each round, once for all devices.
 
     Args:
         tables: how many functions; each has as many bits as give buckets of a few dozen neurons.
@@ -58,6 +58,7 @@ class ColumnServer:
 
     tables: int = TABLES
     sight: ServerView = field(default_factory=ServerView)
+    _last: tuple[ItemMemory, int, Columns] | None = field(default=None, init=False)
 
     def shape(self, neurons: int) -> Shape:
         """Bits of a code: buckets hold a few dozen neurons."""
@@ -66,13 +67,17 @@ class ColumnServer:
 
     def hashed(self, items: ItemMemory, key: int) -> Columns:
         """See :meth:`privrec.device.words.RowServer.hashed`."""
+        if self._last is not None and self._last[0] is items and self._last[1] == key:
+            return self._last[2]
         shape = self.shape(items.items)
         stream = SecretRoot.known(_PUBLIC).stream("columns", key)
         drawn = [
             Signs(projection("simhash", items.dim, shape, stream), shape)
             for _ in range(self.tables)
         ]
-        return Columns(tuple(Buckets.of(items, each) for each in drawn), items.items, self.sight)
+        tables = tuple(Buckets.of(items, each) for each in drawn)
+        self._last = items, key, Columns(tables, items.items, self.sight)
+        return self._last[2]
 
 
 @dataclass(frozen=True)

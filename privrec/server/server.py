@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.device.round import Protection, Round, digest, model_digests
-from privrec.device.tier import Federation
-from privrec.device.update import Aggregate
-from privrec.models.layout import from_wire, to_wire
+from privrec.device.tier import Federation, Tier
+from privrec.device.update import Aggregate, Protection, Round, digest, model_digests
+from privrec.models.layout import bands, from_wire, to_wire
+from privrec.models.losses import curvature, pressure
 from privrec.privacy.events import RoundEvent
 from privrec.privacy.mechanism import rounded_gaussian
 from privrec.randomness import SecretRoot
-from privrec.server.completion import Completion
 from privrec.server.optimizer import Optimizer
 
 FloatArray = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Plan:
+class RoundPlan:
     """What stays the same in every round of a run.
 
-    Args:
-        run_id: the run.
+    Attributes:
         digest: of the scenario that all parties agreed to.
-        event: the privacy event of each round.
-        protection: bounds and grid, with the sensitivity, ring and noise.
-        federation: the tiers of devices.
         expected_cohort: training devices times sampling rate, the fixed divisor of every sum. A
             realised count would be private.
         average: decay of the running mean of the weights that is released; 0 releases the last.
@@ -68,7 +64,7 @@ class Server:
         mean: the running mean of the weights, before its correction for the start.
     """
 
-    plan: Plan
+    plan: RoundPlan
     weights: FloatArray
     completion: Completion
     optimizer: Optimizer
@@ -87,7 +83,7 @@ class Server:
         return self.mean / np.float32(1 - decay**self.index)
 
     def next_round(self, attempt: int) -> Round:
-        """The next round, for the ledger to charge and the transport to carry out."""
+        """Return the next round, for the ledger to charge and the transport to carry out."""
         plan = self.plan
         model = model_digests(self.weights, plan.federation.layouts)
         return Round(plan.run_id, self.index, attempt, plan.event, plan.digest, model)
@@ -113,24 +109,129 @@ class Server:
             released = digest(total)
         return Release(round, total, root.tag("release", *context, released))
 
+    def decode(self, release: Release) -> FloatArray:
+        """Return the mean update of a released sum, turned back where updates were rotated."""
+        plan, layouts = self.plan, self.plan.federation.layouts
+        mean = plan.protection.encoding.decode(release.total, plan.expected_cohort)
+        rotation = plan.protection.rotation(release.round, layouts)
+        if rotation is not None:
+            mean = from_wire(rotation.undo(to_wire(mean[None], layouts)), layouts)[0]
+        return mean.astype(np.float32)
+
     def apply(self, release: Release) -> None:
         """Take the optimiser's step on a released sum."""
-        plan = self.plan
-        update = self._decoded(release)
+        plan, update = self.plan, self.decode(release)
         self.completion.complete(update, self.weights)
         gram = plan.federation.layout.gram_of(self.weights)
         kept = gram.copy()  # it travels with the weights, but is none that would decay
         self.optimizer.step(self.weights, update, self.index)
         gram[...] = kept
         self.index += 1
-        decay = np.float32(plan.average)
-        self.mean += (1 - decay) * (self.weights - self.mean)
+        self.mean += (1 - np.float32(plan.average)) * (self.weights - self.mean)
 
-    def _decoded(self, release: Release) -> FloatArray:
-        """The mean update of a released sum, turned back where updates were rotated."""
-        plan, layouts = self.plan, self.plan.federation.layouts
-        update = plan.protection.encoding.decode(release.total, plan.expected_cohort)
-        rotation = plan.protection.rotation(release.round, layouts)
-        if rotation is not None:
-            update = from_wire(rotation.undo(to_wire(update[None], layouts)), layouts)[0]
-        return update.astype(np.float32)
+
+@dataclass(frozen=True)
+class Implicit:
+    """The server's part of implicit ALS (:mod:`privrec.models.losses`).
+
+    Args:
+        unobserved_weight: ``α``.
+        item_l2: ``ρ``.
+        gram_rate: how fast the users' Gram matrix follows that of the round, in (0, 1].
+        local_lr: step size of each tier's devices, which the server's part has too.
+        newton: whether devices precondition their gradient.
+    """
+
+    unobserved_weight: float
+    item_l2: float
+    gram_rate: float
+    local_lr: tuple[float, ...]
+    newton: bool
+
+
+@dataclass(frozen=True)
+class Completion:
+    """From the mean of what devices sent to the change that it asks of the whole vector.
+
+    It looks at nothing but released values and constants that were fixed before the run, so it is
+    public and costs no privacy.
+
+    Args:
+        federation: the tiers.
+        implicit: the loss over all items, where there is one.
+        by_contributors: divide each band by the share of training devices that hold it, so that it
+            is the mean over those; otherwise it is the mean over all.
+        overwrites: what a device does not hold counts as zero instead of as unchanged: the plain
+            average of lifted weights, as FAIR takes it.
+    """
+
+    federation: Federation
+    implicit: Implicit | None
+    by_contributors: bool
+    overwrites: bool
+
+    def complete(self, update: FloatArray, weights: FloatArray) -> None:
+        """Turn the mean of the devices' vectors into the change of the weights, in place.
+
+        Args:
+            update: mean over the expected cohort, in nested coordinates.
+            weights: the coefficients that the devices started from; their Gram matrix moves on.
+        """
+        if self.implicit is not None:
+            self._add_unobserved(update, weights, self.implicit)
+        if self.by_contributors or self.overwrites:
+            self._scale_bands(update, weights)
+
+    def _scale_bands(self, update: FloatArray, weights: FloatArray) -> None:
+        layouts, holders = self.federation.layouts, self.federation.holders
+        changed, before = bands(update, layouts), bands(weights, layouts)
+        for band, old, share in zip(changed, before, holders, strict=True):
+            for part, start in zip(band, old, strict=True):
+                if self.by_contributors and share:
+                    part /= np.float32(share)
+                if self.overwrites:
+                    part -= np.float32(1 - share) * start
+
+    def _add_unobserved(self, update: FloatArray, weights: FloatArray, implicit: Implicit) -> None:
+        """Add what the loss over all items asks, and take over the users' Gram matrix."""
+        layout = self.federation.layout
+        known, sent = layout.gram_of(weights), layout.gram_of(update)
+        first = not known.any()
+        released = known + np.float32(1 if first else implicit.gram_rate) * (
+            sent / self._gram_holders - known
+        )
+        if not (implicit.newton and first):
+            for tier in self.federation.tiers:
+                self._push(update, weights, tier, implicit, released)
+        known[...], sent[...] = released, 0
+
+    def _push(
+        self,
+        update: FloatArray,
+        weights: FloatArray,
+        tier: Tier,
+        implicit: Implicit,
+        users: FloatArray,
+    ) -> None:
+        """Subtract what one tier's devices ask of all their items."""
+        step = self.federation.fraction(tier) * implicit.local_lr[tier.index]
+        if not step:
+            return
+        vectors, matrix = tier.recommender.vectors, None
+        if not implicit.newton:
+            matrix = curvature(users, vectors.dim, implicit.unobserved_weight, implicit.item_l2)
+        asked = tier.view(self.federation.prefix(weights, tier))
+        memory = tier.layout.memory_of(asked)
+        memory[...] = pressure(vectors, memory, matrix)
+        memory *= np.float32(step)
+        asked = tier.coefficients(asked)
+        own = self.federation.layout.memory_of(update)[: tier.layout.slots]
+        own -= tier.layout.memory_of(asked)
+
+    @cached_property
+    def _gram_holders(self) -> FloatArray:
+        """Share of the devices whose Gram matrix has each entry; in ``dims`` some have fewer."""
+        shares = np.zeros(self.federation.layout.gram, np.float32)
+        for tier in self.federation.tiers:
+            shares[: tier.layout.gram] += np.float32(self.federation.fraction(tier))
+        return np.where(shares > 0, shares, 1)

@@ -22,14 +22,13 @@ import numpy as np
 import torch
 from _common import Claim, document, machine, print_table, write_json
 
-from privrec.device.batch import Histories
-from privrec.device.cohort import Cohort
-from privrec.device.round import Protection
-from privrec.device.tier import Federation, Tier
-from privrec.device.train import Recommender, Settings, Trainer
+from privrec.device.device import Cohort, Settings
+from privrec.device.recommender import RecommenderLearner
+from privrec.device.samples import Histories
+from privrec.device.tier import Federation, ModelView, Tier
+from privrec.device.update import Protection
 from privrec.embedding.nested import nested
 from privrec.embedding.subspace import Subspace
-from privrec.models.layout import Layout
 from privrec.models.losses import packed_size
 from privrec.models.ncf import NCF
 from privrec.privacy.events import RoundEvent
@@ -38,9 +37,8 @@ from privrec.run.simulation import Simulation
 from privrec.run.summing import Enrolled
 from privrec.secagg.client import Policy
 from privrec.secagg.ring import Encoding
-from privrec.server.completion import Completion
-from privrec.server.optimizer import Optimizer, Schedule
-from privrec.server.server import Plan, Server
+from privrec.server.optimizer import FedAvg, Schedule
+from privrec.server.server import Completion, RoundPlan, Server
 
 ITEMS, DIM, BLOCK, COMPRESSION = 32, 4, 2, 2.0
 USERS, HISTORY, RATE, LOCAL_STEPS = 120, 20, 0.5, 3
@@ -113,12 +111,12 @@ def errors(seed: int, rounds: int, course: Course) -> np.ndarray:
     schedule = Schedule("inverse", rounds, 0)
     server, simulation = _federation(problem, seed)
     first = 2 / (problem.smallest * LOCAL_STEPS)
-    trainer, found = simulation.cohorts[0].trainer, np.empty(rounds)
+    learner, found = simulation.cohorts[0].learner, np.empty(rounds)
     for t in range(rounds):
         # The schedule starts γ rounds in, where its first step is safe.
         local_lr = first * course(schedule, t + int(gamma / LOCAL_STEPS))
-        simulation.cohorts[0].trainer = replace(
-            trainer, settings=replace(trainer.settings, local_lr=local_lr)
+        simulation.cohorts[0].learner = replace(
+            learner, settings=replace(learner.settings, local_lr=local_lr)
         )
         round = server.next_round(0)
         aggregate = simulation.collect(round, server.weights)
@@ -130,22 +128,22 @@ def errors(seed: int, rounds: int, course: Course) -> np.ndarray:
 
 def _federation(problem: Problem, seed: int) -> tuple[Server, Simulation]:
     table = problem.table
-    layout = Layout(0, table.slots, BLOCK, 0, packed_size(DIM))
-    recommender = Recommender(NCF.of("gmf", DIM, ()), table, None, layout)
+    view = ModelView.of(NCF.of("gmf", DIM, ()), table, None, packed_size(DIM))
     settings = Settings(
         loss="ials", negatives=0, unobserved_weight=1e-9, item_l2=1e-9, newton=False,
         max_samples=None, user_steps=0, user_lr=1.0, user_l2=1.0, serve_steps=1, serve_negatives=1,
         local_steps=LOCAL_STEPS, local_lr=1.0,
     )  # fmt: skip
     chain = nested(table, "fold", [0])
-    federation = Federation((Tier(0, 1.0, 1.0, 1.0, recommender, chain, None),))
-    cohort = Cohort(Trainer(recommender, settings), problem.histories, problem.states.copy())
-    protection = Protection(Encoding(64.0, layout.size, scale_bits=20))
+    federation = Federation((Tier(0, 1.0, 1.0, 1.0, view, chain, None),))
+    learner = RecommenderLearner(view, settings)
+    cohort = Cohort(learner, problem.histories, problem.states.copy())
+    protection = Protection(Encoding(64.0, view.layout.size, scale_bits=20))
     event = RoundEvent("none", 0.0, RATE)
-    plan = Plan("convergence", "", event, protection, federation, RATE * USERS, 0.0)
-    weights = np.zeros(layout.size, np.float32)
+    plan = RoundPlan("convergence", "", event, protection, federation, RATE * USERS, 0.0)
+    weights = np.zeros(view.layout.size, np.float32)
     completion = Completion(federation, None, by_contributors=False, overwrites=False)
-    server = Server(plan, weights, completion, Optimizer("fedavg", 1.0, Schedule("constant", 1, 0)))
+    server = Server(plan, weights, completion, FedAvg(1.0, Schedule("constant", 1, 0)))
     enrolled = Enrolled(SecretRoot.known(b"devices"), Policy())
     return server, Simulation(federation, (cohort,), USERS, protection, enrolled, seed, RATE)
 

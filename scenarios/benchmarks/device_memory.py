@@ -14,11 +14,12 @@ import numpy as np
 from _common import Claim, document, machine, print_table, write_json
 
 from privrec.device.tier import Federation
-from privrec.run.assembly import BYTES_A_COEFFICIENT, federation_of
-from privrec.run.memory_profile import peak_bytes
+from privrec.run.assembly import BYTES_A_COEFFICIENT
+from privrec.run.costs import peak_bytes
+from privrec.run.plan import Plan
 from privrec.scenario.load import Scenario
 
-ITEMS, DIM, BLOCK, HISTORY = 1_000_000, 64, 16, 50
+ITEMS, USERS, DIM, BLOCK, HISTORY = 1_000_000, 1000, 64, 16, 50
 CAPACITIES = (1.0, 1 / 4, 1 / 16, 1 / 64)
 MIB = 2**20
 SYSTEMS = {
@@ -43,11 +44,12 @@ def scenario(system: str, loss: str, block: int = BLOCK) -> Scenario:
 def measured(system: str, loss: str, tier: int) -> dict[str, Any]:
     """One device's round."""
     made = scenario(system, loss, 1 if system == "dims" else BLOCK)
-    federation = federation_of(made, ITEMS)
+    plan = Plan.of(made, ITEMS, USERS)
+    federation = plan.federation
     held, rng = federation.tiers[tier], np.random.default_rng(0)
     history = rng.choice(held.recommender.vectors.items, HISTORY, replace=False)
     model = rng.normal(0, 0.01, held.layout.size).astype(np.float32)
-    peak = peak_bytes(made, tier, ITEMS, model, history.astype(np.int32))
+    peak = peak_bytes(plan, held, model, history.astype(np.int32))
     sent = held.layout.size * BYTES_A_COEFFICIENT
     return {
         "name": f"{system} {loss} {held.capacity:g}",

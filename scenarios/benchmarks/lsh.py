@@ -254,30 +254,29 @@ torch.set_num_threads(1)
 from privrec.embedding.subspace import Subspace
 from privrec.models.process_memory import give_back_freed, peak_resident_bytes
 from privrec.models.process_memory import reset_peak, resident_bytes
-from privrec.device.train import Recommender
-from privrec.models.layout import Layout
+from privrec.device.tier import LocalModel, ModelView
 from privrec.models.ncf import NCF
 from privrec.run.recommend import answer
 
 def made(n):
     table = Subspace.sized(n, 64, block=16, key=1, compression=64)
-    layout = Layout(0, table.slots, 16, 0)
-    weights = np.random.default_rng(0).standard_normal(layout.size, dtype=np.float32)
-    return Recommender(NCF.of("gmf", 64, ()), table, None, layout), weights
+    view = ModelView.of(NCF.of("gmf", 64, ()), table, None)
+    weights = np.random.default_rng(0).standard_normal(view.layout.size, dtype=np.float32)
+    return LocalModel(view, weights)
 
 selector, history = sys.argv[1], np.arange(0, 500, 10)
 states = np.random.default_rng(1).standard_normal((int(sys.argv[2]), 65)).astype(np.float32)
-answer(*made(5000), states[0], 10, history, selector)
+answer(made(5000), states[0], 10, history, selector)
 give_back_freed(); reset_peak(); before = resident_bytes()
-recommender, weights = made(1_000_000)
+model = made(1_000_000)
 seconds, found = [], []
 for state in states:
     started = time.process_time()
-    found.append(answer(recommender, weights, state, 10, history, selector)[0].tolist())
+    found.append(answer(model, state, 10, history, selector)[0].tolist())
     seconds.append(time.process_time() - started)
 peak, right = peak_resident_bytes() - before, 0
 for state, chosen in zip(states, found):
-    items = recommender.searched(weights)
+    items = model.items
     scores = np.concatenate([rows @ state[:-1] for _, rows in items.chunks()])
     scores[history] = -np.inf
     right += chosen == np.argsort(-scores, kind="stable")[:10].tolist()

@@ -128,9 +128,9 @@ def scenario_of(settings: Settings) -> Scenario:
 def privrec_sample(settings: Settings) -> Sample:
     """One run of privrec, measured; to be called in a process of its own."""
     from privrec.run import lifecycle
-    from privrec.run.record import NullObserver, Record
+    from privrec.run.record import Observer, Record
 
-    class Meter(NullObserver):
+    class Meter(Observer):
         """Tells the meter of each round's end, and counts devices between the two marks."""
 
         def __init__(self) -> None:

@@ -62,7 +62,7 @@ def main(scenario: str = "scenarios/quickstart.toml") -> None:
                 "functions": len(depths),
                 "files": len(files),
                 "charge": {k: v for k, v in depths.items() if k.endswith("Ledger.charge")},
-                "train": {k: v for k, v in depths.items() if k.endswith("Trainer.train")},
+                "train": {k: v for k, v in depths.items() if k.endswith("Learner.train")},
             }
         )
     )

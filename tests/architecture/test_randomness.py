@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import privrec
-from privrec.run.record import NullObserver
+from privrec.run.record import Observer
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("train.rounds=2", "data.users=40", "data.items=60", "devices.population=40")
@@ -31,5 +31,5 @@ def test_a_run_leaves_the_global_generators_alone(
     settings = (*SMALL, f"model.kind={kind}", f"run.engine={engine}")
     scenario = privrec.load_scenario(ROOT / "scenarios" / "quickstart.toml", settings)
     before = global_states()
-    privrec.start(scenario, out=tmp_path / "run", observer=NullObserver())
+    privrec.start(scenario, out=tmp_path / "run", observer=Observer())
     assert global_states() == before

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from parts import Parts, assemble
 
 import privrec
 from privrec import data
 from privrec.device.device import Device
 from privrec.randomness import SecretRoot
-from privrec.run.assembly import Parts, assemble
 from privrec.server.server import Server
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,10 +29,10 @@ def norm_of_answer(parts: Parts, history: np.ndarray, state: np.ndarray, index: 
     """Of a device of one tier, by default the strongest."""
     server: Server = parts.server
     federation, protection = parts.federation, server.plan.protection
-    tier, trainer = federation.tiers[index], parts.simulation.cohorts[index].trainer
+    tier, learner = federation.tiers[index], parts.simulation.cohorts[index].learner
     private = state.astype(np.float32)[: tier.recommender.model.user_dim]
     device = Device(
-        3, history, tier, federation.weaker(tier), trainer, protection, KNOWN, private
+        3, history, tier, federation.weaker(tier), learner, protection, KNOWN, private
     )  # fmt: skip
     coefficients = federation.prefix(server.weights, tier)
     vector = device.answer(server.next_round(0), coefficients, 5).vector()

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from parts import assemble
 
 from privrec.data.text import load_text
 from privrec.randomness import SecretRoot
-from privrec.run.assembly import assemble_texts
+from privrec.run.task import NextWords
 from privrec.scenario.load import Scenario
 from privrec.search.select import select
 from privrec.server.columns import Columns
@@ -45,7 +46,8 @@ noise = "none"
 def collected(*changes: str) -> Any:
     scenario = Scenario.from_toml(TEXTS, changes)
     split = load_text(scenario.data)
-    parts = assemble_texts(scenario, split.train, "run", SecretRoot.known(b"d"))
+    columns = NextWords(scenario, split).columns
+    parts = assemble(scenario, split.train, "run", SecretRoot.known(b"d"), columns)
     parts.simulation.collect(parts.server.next_round(0), parts.server.weights)
     return split.train
 
@@ -76,7 +78,7 @@ def test_a_device_that_selects_alone_sends_the_server_nothing_but_its_update(
         used.append(words[4].bytes(8))
         return select(*words, **named)
 
-    monkeypatch.setattr("privrec.device.words.select", spied)
+    monkeypatch.setattr("privrec.device.samples.select", spied)
     collected()
     assert not asked
     # Every device has functions of its own.

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 import privrec
 from privrec.cli.main import main
 from privrec.privacy.mechanism import rounded_gaussian
-from privrec.run.record import NullObserver
+from privrec.run.record import Observer
 from privrec.server import server
 
 FEW = [word for setting in SMALL for word in ("-s", setting)]
@@ -26,7 +26,7 @@ def call(*words: str | Path) -> Result:
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PRIVREC_STATE", str(tmp_path / "state"))
     scenario = privrec.load_scenario(QUICKSTART, (*SMALL, "train.rounds=2"))
-    privrec.start(scenario, out=tmp_path / "run", observer=NullObserver())
+    privrec.start(scenario, out=tmp_path / "run", observer=Observer())
     return tmp_path / "run"
 
 

@@ -15,8 +15,7 @@ from privrec.audit.bench import Harness
 from privrec.audit.canaries import _only
 from privrec.audit.examine import _collect
 from privrec.device import update
-from privrec.device.round import Round
-from privrec.device.update import BoundedUpdate
+from privrec.device.update import BoundedUpdate, Round
 from privrec.privacy.lazy.noise import LazyNoise
 from privrec.privacy.mechanism import Shares, rounded_gaussian
 from privrec.run import simulation, summing

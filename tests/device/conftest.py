@@ -11,16 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from privrec.device.batch import Histories
-from privrec.device.cohort import Cohort
-from privrec.device.device import Device
-from privrec.device.round import Protection, Round, model_digests
-from privrec.device.tier import Tier
-from privrec.device.train import Recommender, Settings, Trained, Trainer
-from privrec.device.update import RawUpdate
+from privrec.device.device import Cohort, Device, Draws, Settings, Trained
+from privrec.device.recommender import RecommenderLearner
+from privrec.device.samples import Histories
+from privrec.device.tier import LocalModel, ModelView, Tier
+from privrec.device.update import Protection, RawUpdate, Round, model_digests
 from privrec.embedding.nested import nested
 from privrec.embedding.subspace import Subspace
-from privrec.models.layout import Layout
 from privrec.models.losses import pack, packed_size
 from privrec.models.ncf import NCF
 from privrec.privacy.events import RoundEvent
@@ -57,9 +54,9 @@ def uneven_histories() -> list[np.ndarray]:
 
 @dataclass
 class Lab:
-    """A trainer, the weights it starts from, and devices with private states."""
+    """A learner, the weights it starts from, and devices with private states."""
 
-    trainer: Trainer
+    learner: RecommenderLearner
     weights: np.ndarray
     histories: list[np.ndarray]
     states: np.ndarray
@@ -70,30 +67,38 @@ class Lab:
         return np.arange(len(self.histories))
 
     @property
-    def cohort(self) -> Cohort:
+    def model(self) -> LocalModel:
+        """The model as one device has it."""
+        return LocalModel(self.learner.view, self.weights)
+
+    @property
+    def cohort(self) -> Cohort[RecommenderLearner]:
         indptr = np.cumsum([0, *map(len, self.histories)])
         everyone = Histories(self.users, indptr, np.concatenate(self.histories))
-        cohort = Cohort.of(self.trainer, everyone)
+        cohort = Cohort.of(self.learner, everyone)
         cohort.states = self.states.copy()
         return cohort
 
     def history(self, user: int) -> Histories:
-        mine = self.histories[user]
-        return Histories(np.array([user]), np.array([0, len(mine)]), mine)
+        return Histories.alone(user, self.histories[user])
+
+    def serve(self, user: int) -> np.ndarray:
+        """The private state that is fitted to the history of ``user`` alone."""
+        return self.learner.serve(self.weights, self.history(user), Draws(self.key))[0]
 
     def alone(self, user: int) -> Trained:
         """What the device of ``user`` makes of the round by itself."""
-        return self.device(user).train(self.weights, self.key)
+        return self.device(user).train(self.model, Draws(self.key))
 
     def device(self, user: int, encoding: Encoding | None = None) -> Device:
-        encoding = encoding or Encoding(1.0, self.trainer.recommender.layout.size)
+        encoding = encoding or Encoding(1.0, self.learner.view.layout.size)
         state, mine = self.states[user].copy(), self.histories[user]
         root = SecretRoot.known(b"test")
-        return Device(user, mine, self.tier, (), self.trainer, Protection(encoding), root, state)
+        return Device(user, mine, self.tier, (), self.learner, Protection(encoding), root, state)
 
     @property
     def tier(self) -> Tier:
-        parts = self.trainer.recommender
+        parts = self.learner.view
         biases = None if parts.biases is None else nested(parts.biases, "fold", [0])
         return Tier(0, 1.0, 1.0, 1.0, parts, nested(parts.vectors, "fold", [0]), biases)
 
@@ -105,7 +110,7 @@ class Lab:
     def together(self) -> dict[int, tuple[np.ndarray, Any, Any]]:
         """By user: the whole update vector, the new state and the loss, as the cohort has them."""
         found = {}
-        for batch, trained in self.cohort.train(self.weights, self.users, self.key):
+        for batch, trained in self.cohort.train(self.weights, self.users, Draws(self.key)):
             for row, user in enumerate(batch):
                 vector = vector_of(trained.update, row)
                 found[int(user)] = vector, trained.states[row], trained.losses[row]
@@ -135,12 +140,12 @@ def make_lab(
     dtype: type[np.floating] = np.float32,
     **settings: Any,
 ) -> Lab:
-    model = NCF.of(kind, DIM, (6, 5))  # type: ignore[arg-type]
+    model = NCF.of(kind, DIM, (6, 5))
     vectors = Subspace.sized(ITEMS, DIM, block=BLOCK, key=11, compression=compression)
     biases = Subspace.sized(ITEMS, 1, block=1, key=12, compression=compression)
     gram = packed_size(DIM) if settings.get("loss") == "ials" else 0
-    layout = Layout(model.dense, vectors.slots, BLOCK, biases.slots if item_bias else 0, gram)
-    recommender = Recommender(model, vectors, biases if item_bias else None, layout)
+    view = ModelView.of(model, vectors, biases if item_bias else None, gram)
+    layout = view.layout
     histories = uneven_histories() if histories is None else histories
     rng = np.random.default_rng(9)
     weights = rng.normal(0, scale, layout.size).astype(dtype)
@@ -148,9 +153,8 @@ def make_lab(
         users = rng.normal(0, scale, (20, DIM)).astype(np.float32)
         layout.gram_of(weights)[...] = pack(users).mean(0)
     states = rng.normal(0, scale, (len(histories), model.user_dim)).astype(dtype)
-    return Lab(
-        Trainer(recommender, Settings(**{**DEFAULTS, **settings})), weights, histories, states
-    )
+    learner = RecommenderLearner(view, Settings(**{**DEFAULTS, **settings}))
+    return Lab(learner, weights, histories, states)
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from privrec.device.batch import Histories
-from privrec.device.cohort import SAMPLES_IN_BATCH, TOLERANCE
+from privrec.device.device import TOLERANCE, Draws
+from privrec.device.recommender import SAMPLES_IN_BATCH
+from privrec.device.samples import Histories
 
 CASES = list(itertools.product(["gmf", "mlp", "neumf"], ["bce", "bpr", "softmax", "full_softmax"]))
 
@@ -142,7 +143,7 @@ def test_a_broken_device_breaks_no_other(lab, kind, bad) -> None:
 def test_training_changes_neither_weights_nor_states(lab) -> None:
     here = lab("neumf", 8.0, local_steps=2)
     weights, cohort = here.weights.copy(), here.cohort
-    for _ in cohort.train(here.weights, here.users, here.key):
+    for _ in cohort.train(here.weights, here.users, Draws(here.key)):
         pass
     assert np.array_equal(here.weights, weights)
     assert np.array_equal(cohort.states, here.states)
@@ -154,26 +155,26 @@ def test_batches_hold_every_user_once_within_the_cache(lab) -> None:
     histories = [rng.permutation(30)[:n].astype(np.int32) for n in lengths]
     cohort = lab(histories=histories, negatives=50).cohort
     users = rng.permutation(1000)[:900]
-    batches = list(cohort.batches(users, cohort.trainer))
+    batches = [users[places] for places in cohort.learner.batches(lengths[users])]
     assert len(batches) > 2
     assert sorted(np.concatenate(batches)) == sorted(users)
     for batch in batches:
-        padded = len(batch) * cohort.trainer.sampler.width(lengths[batch]).max()
+        padded = len(batch) * cohort.learner.sampler.width(lengths[batch]).max()
         assert padded <= SAMPLES_IN_BATCH or len(batch) == 1
 
 
 def test_a_cohort_of_nobody_has_no_batches(lab) -> None:
     here = lab()
-    assert list(here.cohort.train(here.weights, np.zeros(0, np.int64), 1)) == []
+    assert list(here.cohort.train(here.weights, np.zeros(0, np.int64), Draws(1))) == []
 
 
 def test_serving_in_a_cohort_is_serving_alone(lab) -> None:
     here = lab("neumf")
     cohort = here.cohort
-    served = cohort.serve(here.weights, 5)
+    served = here.learner.serve(here.weights, cohort.data, Draws(here.key))
     assert served.shape == cohort.states.shape
     assert np.array_equal(cohort.states, here.states)  # a fit of its own
     for user in here.users:
-        alone = here.trainer.serve(here.weights, here.history(int(user)), 5)
-        assert np.allclose(served[user], alone[0], rtol=1e-3, atol=1e-4)
+        alone = here.serve(int(user))
+        assert np.allclose(served[user], alone, rtol=1e-3, atol=1e-4)
         assert np.abs(alone).max() > 0.01 or not len(here.histories[user])

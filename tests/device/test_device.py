@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from privrec.device.round import digest
+from privrec.device.update import digest
 from privrec.errors import ReleaseRefused
 from privrec.secagg.ring import Encoding
 
@@ -21,7 +21,7 @@ def norm(vector: np.ndarray) -> float:
 @pytest.mark.parametrize("scale_bits", [4, 13, 20])
 def test_the_answer_is_within_the_bound(lab, compression, clip_norm, scale_bits) -> None:
     here = lab("neumf", compression, local_lr=50.0, local_steps=2)
-    encoding = Encoding(clip_norm, here.trainer.recommender.layout.size, scale_bits)
+    encoding = Encoding(clip_norm, here.learner.view.layout.size, scale_bits)
     for user in here.users:
         answer = here.device(user, encoding).answer(here.round(), here.weights, here.key)
         assert norm(answer.vector()) <= encoding.bound
@@ -32,7 +32,7 @@ def test_the_answer_is_within_the_bound(lab, compression, clip_norm, scale_bits)
 def test_a_history_that_repeats_items_is_within_the_bound(lab, compression, history) -> None:
     """Readers refuse repeated items, but a device promises its bound for whatever it holds."""
     here = lab("gmf", compression, histories=[np.array(history, np.int32)], local_lr=100.0)
-    encoding = Encoding(0.5, here.trainer.recommender.layout.size)
+    encoding = Encoding(0.5, here.learner.view.layout.size)
     answer = here.device(0, encoding).answer(here.round(), here.weights, here.key)
     assert 0 < norm(answer.vector()) <= encoding.bound
 
@@ -68,7 +68,7 @@ def test_a_new_device_starts_at_zero(lab) -> None:
     here = lab("mlp")
     device = here.device(3)
     fresh = replace(device, state=np.zeros(0, np.float32))
-    assert fresh.state.shape == (here.trainer.recommender.model.user_dim,)
+    assert fresh.state.shape == (here.learner.state_dim,)
     assert not fresh.state.any()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privrec.device.batch import Histories
-from privrec.device.device import noise_roots
-from privrec.device.examples import Deferred, ExampleNoise, ExampleSchedule, ExampleSteps, Gradients
-from privrec.device.train import Recommender, Settings, Trainer
+from privrec.device.device import Deferred, Draws, Settings
+from privrec.device.examples import ExampleNoise, ExampleSteps, Gradients
+from privrec.device.recommender import RecommenderLearner
+from privrec.device.samples import Histories
+from privrec.device.tier import LocalModel, ModelView
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable
 from privrec.errors import UsageError
-from privrec.models.layout import Layout
 from privrec.models.ncf import NCF
 from privrec.randomness import SecretRoot
 
@@ -24,7 +25,7 @@ ITEMS, DIM, BLOCK, BOUND = 24, 8, 4, 0.7
 ROOT = SecretRoot.known(b"examples")
 
 
-def recommender(kind: str = "gmf", *, compressed: bool = False) -> Recommender:
+def recommender(kind: str = "gmf", *, compressed: bool = False) -> ModelView[NCF]:
     ncf = NCF.of(kind, DIM, (6,))
     if compressed:
         vectors = Subspace.sized(ITEMS, DIM, block=BLOCK, key=3, compression=4.0)
@@ -32,29 +33,36 @@ def recommender(kind: str = "gmf", *, compressed: bool = False) -> Recommender:
     else:
         vectors = PlainTable.of(ITEMS, DIM, block=BLOCK)
         biases = PlainTable.of(ITEMS, 1, block=1)
-    layout = Layout(ncf.dense, vectors.slots, BLOCK, biases.slots)
-    return Recommender(ncf, vectors, biases, layout)
+    return ModelView.of(ncf, vectors, biases)
+
+
+def settings_of(loss: str, steps: int, rate: float) -> Settings:
+    """Of noisy steps with three negatives an example; they look at nothing else."""
+    return Settings(
+        loss, 3, 0.1, 0.01, False, None, 2, 1.0, 0.3, 3, 6, local_steps=steps, local_lr=rate
+    )
 
 
 def steps_of(
-    parts: Recommender, seed: int = 0, *, scale: float = 1.0, loss: str = "bce", steps: int = 3,
+    parts: ModelView[NCF], seed: int = 0, *, scale: float = 1.0, loss: str = "bce", steps: int = 3,
     noise: float = 1.0, user: np.ndarray | None = None, rate: float = 0.1, key: int = 9,
 ) -> ExampleSteps:  # fmt: skip
     rng = np.random.default_rng(seed)
     weights = rng.normal(0, scale, parts.layout.size).astype(np.float32)
     state = rng.normal(0, scale, parts.model.user_dim).astype(np.float32)
-    bound = ExampleNoise(BOUND, noise)
-    schedule = ExampleSchedule(loss, 3, steps, rate)
     state = state if user is None else user
-    return ExampleSteps(parts, schedule, weights, state, 4, key, (bound, ROOT))
+    return ExampleSteps(
+        LocalModel(parts, weights), settings_of(loss, steps, rate), ExampleNoise(BOUND, noise),
+        state, 4, key, ROOT,
+    )  # fmt: skip
 
 
 def whole(made: ExampleSteps, clipped: Gradients) -> np.ndarray:
     """The sum of a step as one vector over every parameter."""
-    size = made._recommender.layout
+    size = made.model.view.layout
     blocks, biases = np.zeros((size.slots, size.block)), np.zeros((size.bias_slots, 1))
-    np.add.at(blocks, made._vectors._slots.ravel(), clipped.blocks.reshape(-1, size.block))
-    np.add.at(biases, made._biases._slots.ravel(), clipped.biases.reshape(-1, 1))
+    np.add.at(blocks, made.vectors.slots.ravel(), clipped.blocks.reshape(-1, size.block))
+    np.add.at(biases, made.biases.slots.ravel(), clipped.biases.reshape(-1, 1))
     user, dense = clipped.user.numpy().sum(0), clipped.dense.numpy().sum(0)
     return np.concatenate([user, dense, blocks.ravel(), biases.ravel()])
 
@@ -109,21 +117,20 @@ def test_the_bound_is_reached():
 
 
 def fitted(
-    parts: Recommender, chosen: Settings, weights: np.ndarray, items: np.ndarray
+    parts: ModelView[NCF], chosen: Settings, weights: np.ndarray, items: np.ndarray
 ) -> np.ndarray:
     """The user vector that ordinary local training fits to the history, without noise."""
-    trainer = Trainer(parts, chosen)
-    one = Histories(np.array([4]), np.array([0, len(items)]), items.astype(np.int32))
-    return trainer.serve(weights, one, 9)[0]
+    one = Histories.alone(4, items.astype(np.int32))
+    return RecommenderLearner(parts, chosen).serve(weights, one, Draws(9))[0]
 
 
 def test_a_user_vector_fitted_without_noise_breaks_the_bound(lab):
-    chosen = lab().trainer.settings
+    chosen = lab().learner.settings
     parts, worst = recommender(), 0.0
     for seed in range(20):
         rng = np.random.default_rng(seed)
         items = rng.permutation(ITEMS)[:12]
-        weights = steps_of(parts, seed)._weights
+        weights = steps_of(parts, seed).model.weights
         both = []
         for history in (items, items[1:]):
             user = fitted(parts, chosen, weights, history)
@@ -140,8 +147,8 @@ def test_an_example_stays_itself_whatever_the_others_are():
     for place, item in enumerate(items):
         (alone,) = (t for t, part in enumerate(made.turns(items[place : place + 1])) if len(part))
         assert together[item] == alone
-        negatives = made._negatives(items)[place : place + 1]
-        assert np.array_equal(negatives, made._negatives(items[place : place + 1]))
+        negatives = made.negatives(items)[place : place + 1]
+        assert np.array_equal(negatives, made.negatives(items[place : place + 1]))
     repeated = np.concatenate(made.turns(np.repeat(items, 2)))
     assert sorted(repeated) == sorted(items)
 
@@ -149,7 +156,7 @@ def test_an_example_stays_itself_whatever_the_others_are():
 def test_negatives_are_uniform_over_all_items_the_history_included():
     parts = recommender()
     drawn = np.concatenate(
-        [steps_of(parts, key=key)._negatives(np.arange(ITEMS)).ravel() for key in range(200)]
+        [steps_of(parts, key=key).negatives(np.arange(ITEMS)).ravel() for key in range(200)]
     )
     counts = np.bincount(drawn, minlength=ITEMS)
     chi = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
@@ -173,8 +180,8 @@ def test_every_coefficient_of_the_update_and_the_state_has_the_noise_of_all_step
         start = np.full(parts.model.user_dim, 1.0, np.float32)
         root = SecretRoot.known(b"noise %d" % number)
         made = ExampleSteps(
-            parts, ExampleSchedule("bce", 3, steps, rate), nothing, start, 1, 2,
-            (ExampleNoise(BOUND, 1.5), root),
+            LocalModel(parts, nothing), settings_of("bce", steps, rate), ExampleNoise(BOUND, 1.5),
+            start, 1, 2, root,
         )  # fmt: skip
         made.run(np.zeros(0, np.int64))
         update.append(made.change())
@@ -190,23 +197,24 @@ def test_every_coefficient_of_the_update_and_the_state_has_the_noise_of_all_step
 def test_most_noise_of_a_round_is_deferred_and_all_of_it_settled():
     made = steps_of(recommender(), steps=4)
     made.run(np.array([2, 3]))
-    before = made._vectors.memory.noise.steps
+    before = made.vectors.memory.noise.steps
     made.change()
     assert before == 4
-    assert made._vectors.memory.noise.steps == 0
+    assert made.vectors.memory.noise.steps == 0
     assert 0.3 < made.deferred.share < 1
     assert Deferred().share is None
 
 
 def test_the_same_input_has_the_same_noise_and_any_other_its_own(lab):
     parts = recommender()
-    trainer = Trainer(parts, lab().trainer.settings, examples=ExampleNoise(BOUND, 100.0))
+    noise = ExampleNoise(BOUND, 100.0)
+    learner = RecommenderLearner(parts, lab().learner.settings, examples=noise)
 
     def change(history=(1, 2, 3), state=0.0, *context: int) -> np.ndarray:
-        one = Histories(np.array([4]), np.array([0, len(history)]), np.array(history, np.int32))
-        noise = noise_roots(ROOT, SimpleNamespace(context=context))
-        states = np.full((1, parts.model.user_dim), state, np.float32)
-        return trainer.train(steps_of(parts)._weights, one, states, 9, noise=noise).update.values
+        one = Histories.alone(4, np.array(history, np.int32))
+        draws = Draws.of(ROOT, SimpleNamespace(context=context), 9)
+        states = np.full((1, learner.state_dim), state, np.float32)
+        return learner.train(steps_of(parts).model, one, states, draws).update.values
 
     once = change()
     assert np.array_equal(once, change())
@@ -223,10 +231,6 @@ def test_a_broken_example_counts_as_none():
 
 def test_without_a_secret_nothing_is_trained(lab):
     here = lab()
-    trainer = Trainer(
-        here.trainer.recommender, here.trainer.settings, examples=ExampleNoise(1.0, 1.0)
-    )
-    one = Histories(np.array([0]), np.array([0, 1]), np.array([1], np.int32))
-    state = np.zeros((1, trainer.recommender.model.user_dim), np.float32)
+    here.learner = replace(here.learner, examples=ExampleNoise(1.0, 1.0))
     with pytest.raises(UsageError, match="secret"):
-        trainer.train(here.weights, one, state, 3)
+        here.device(0).train(here.model, Draws(3))

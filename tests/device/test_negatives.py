@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from privrec.device import cohort as cohort_module
-from privrec.device.batch import Histories
-from privrec.device.cohort import TOLERANCE
-from privrec.device.device import hash_functions
-from privrec.device.negatives import NegativeBudget, popularity_of
-from privrec.device.train import Trainer
+from privrec.device import device as device_module
+from privrec.device import recommender as recommender_module
+from privrec.device.device import TOLERANCE, Draws
+from privrec.device.samples import Histories, NegativeBudget, popularity_of
+from privrec.device.tier import LocalModel
 from privrec.errors import UsageError
 from privrec.models.losses import Samples, sampled_softmax
 from privrec.randomness import SecretRoot, SecureStream
@@ -39,10 +38,10 @@ def test_a_device_alone_draws_what_it_draws_among_others(selector: str) -> None:
     popularity = popularity_of(np.arange(N)) if selector == "popularity" else None
     budget = NegativeBudget(N, 30, selector, 0.5, popularity)
     lists = [[1, 2, 3], [], list(range(200)), [7]]
-    together = budget.draw(histories_of(*lists), 5, popular=True)
+    together = budget.draw(histories_of(*lists), 5)
     for row, history in enumerate(lists):
         one = replace(histories_of(history), users=np.array([row]))
-        for part, alone in zip(together, budget.draw(one, 5, popular=True), strict=True):
+        for part, alone in zip(together, budget.draw(one, 5), strict=True):
             np.testing.assert_array_equal(part[row], alone[0])
 
 
@@ -58,7 +57,7 @@ def test_weighted_draws_stand_for_all_items_outside_the_history(
     history = np.array([3, 5, 300])
     values[history] = 100
     histories = Histories(np.arange(3000), np.arange(3001) * 3, np.tile(history, 3000))
-    items, logs, valid = budget.draw(histories, 9, popular=True)
+    items, logs, valid = budget.draw(histories, 9)
     sums = (values[items] * np.exp(logs) * valid).sum(1) * wrong
     error = sums.mean() - np.delete(values, history).sum()
     # Dividing by how many of the draws count biases popular draws by a share of 1 / B at most.
@@ -68,7 +67,7 @@ def test_weighted_draws_stand_for_all_items_outside_the_history(
 
 def test_a_history_of_everything_leaves_nothing_to_contrast_it_with() -> None:
     everything = histories_of(list(range(N)), [1])
-    items, logs, valid = NegativeBudget(N, 20, "uniform", 0.5).draw(everything, 3, popular=False)
+    items, logs, valid = NegativeBudget(N, 20, "uniform", 0.5).draw(everything, 3)
     assert not valid[0].any()
     assert valid[1].all()
     assert np.isfinite(logs).all()
@@ -97,12 +96,10 @@ def test_the_softmax_sums_what_each_negative_stands_for() -> None:
 
 def refined(lab: Callable[..., Any], **settings: Any) -> tuple[Any, Any, Any]:
     here = lab(**{**LARGE, **settings})
-    trainer: Trainer = here.trainer
-    histories = here.cohort.histories
-    batch = trainer._draw(histories, 11, serving=False)
-    search, budget = trainer.search(here.weights), trainer.budget
-    assert search is not None
+    histories, sampler = here.cohort.data, here.learner.sampler
+    batch, budget = sampler.draw(histories, 11), sampler.budget
     assert budget is not None
+    search = here.model.search(budget.selector)
     queries = np.random.default_rng(0).standard_normal((len(histories.users), search.items.dim))
     again = budget.refine(batch, histories, queries.astype(np.float32), search, functions, 11)
     return histories, batch, (again, queries.astype(np.float32), search, budget)
@@ -152,62 +149,72 @@ def test_cohort_and_one_device_agree(
     lab: Callable[..., Any], vector: Callable[..., Any], selector: str, biased: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(cohort_module, "SAMPLES_IN_BATCH", 60)
-    monkeypatch.setattr(cohort_module, "MANY", 1)
+    monkeypatch.setattr(recommender_module, "SAMPLES_IN_BATCH", 60)
+    monkeypatch.setattr(device_module, "MANY", 1)
     here = lab(item_bias=biased, selector=selector, **LARGE)
-    together = {}
-    for batch, trained in here.cohort.train(
-        here.weights, np.arange(len(here.users)), here.key, functions
-    ):
+    together, draws = {}, Draws(here.key, functions)
+    for batch, trained in here.cohort.train(here.weights, np.arange(len(here.users)), draws):
         for row, user in enumerate(batch):
             together[int(user)] = vector(trained.update, row)
     for user in here.users:
-        one = here.history(int(user))
-        state = here.states[user : user + 1]
-        alone = here.trainer.train(here.weights, one, state, here.key, functions=functions)
+        alone = here.device(int(user)).train(here.model, draws)
         right = vector(alone.update)
         scale = max(np.abs(right).max(), 1e-9)
         assert np.abs(together[int(user)] - right).max() <= TOLERANCE * scale
 
 
-def test_a_single_device_never_holds_the_table(lab: Callable[..., Any]) -> None:
+def test_a_single_device_never_holds_the_table(
+    lab: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     here = lab(selector="scan", **LARGE)
-    parts = here.trainer.recommender
-    few, many = (here.trainer.search(here.weights, resident=r) for r in (False, True))
+    vectors = here.learner.view.vectors
+    few, many = (
+        LocalModel(here.learner.view, here.weights, resident=many).search("scan")
+        for many in (False, True)
+    )
     assert np.shares_memory(few.items.memory, here.weights)
     assert not np.shares_memory(many.items.memory, here.weights)
-    assert many.items.memory.size == parts.vectors.items * parts.vectors.dim
-    assert np.shares_memory(
-        here.cohort._search(here.weights, here.trainer).items.memory, here.weights
-    )
+    assert many.items.memory.size == vectors.items * vectors.dim
+    used: list[Any] = []
+    honest = LocalModel.search
+
+    def noted(self: LocalModel, selector: str) -> Any:
+        used.append(honest(self, selector))
+        return used[-1]
+
+    monkeypatch.setattr(LocalModel, "search", noted)
+    here.device(3).train(here.model, Draws(here.key, functions))
+    list(here.cohort.train(here.weights, here.users, Draws(here.key, functions)))
+    # Nor do a few devices together.
+    assert all(np.shares_memory(search.items.memory, here.weights) for search in used)
 
 
 def test_without_a_secret_nothing_is_selected(lab: Callable[..., Any]) -> None:
     here = lab(selector="hamming", **LARGE)
     with pytest.raises(UsageError, match="from a secret"):
-        here.trainer.train(here.weights, here.history(0), here.states[:1], here.key)
+        here.device(0).train(here.model, Draws(here.key))
 
 
 def test_a_new_device_starts_with_uniform_negatives(lab: Callable[..., Any]) -> None:
     here = lab(selector="scan", user_steps=0, **LARGE)
-    nothing = np.zeros_like(here.states[:1])
-    trained = here.trainer.train(
-        here.weights, here.history(0), nothing, here.key, functions=functions
-    )
+    here.states[0] = 0
+    trained = here.device(0).train(here.model, Draws(here.key, functions))
     assert np.isfinite(trained.update.values).all()
 
 
 def test_functions_are_of_one_device_and_one_round(lab: Callable[..., Any]) -> None:
     here = lab()
-    root = SecretRoot(b"\x01" * 32)
+    root, other = SecretRoot(b"\x01" * 32), SecretRoot(b"\x02" * 32)
     first, later = here.round(0), here.round(1)
     drawn = [
-        hash_functions(root, first)(0).bytes(32), hash_functions(root, first)(1).bytes(32),
-        hash_functions(root, later)(0).bytes(32),
-        hash_functions(SecretRoot(b"\x02" * 32), first)(0).bytes(32),
+        Draws.of(of, round, 0).functions(user).bytes(32)
+        for of, round, user in (
+            (root, first, 0), (root, first, 1), (root, later, 0), (other, first, 0),
+            (root, first, 0),
+        )
     ]  # fmt: skip
     assert len(set(drawn)) == 4
-    assert hash_functions(root, first)(0).bytes(32) == drawn[0]
+    assert drawn[4] == drawn[0]
 
 
 @pytest.mark.parametrize("selector", ["hamming", "pghash"])
@@ -230,7 +237,7 @@ def test_functions_and_selected_items_appear_in_no_message(
     assert secrets  # functions were drawn
     wire = message.tobytes()
     assert not any(secret in wire for secret in secrets)
-    assert len(message) == here.trainer.recommender.layout.size
+    assert len(message) == here.learner.view.layout.size
     # Nor do they stay in what the device keeps.
     kept = here.device(3).__dict__
     assert not any("hash" in name or "table" in name for name in kept)
@@ -241,25 +248,27 @@ def test_a_budget_of_everything_is_the_softmax_of_the_whole_catalogue(
     lab: Callable[..., Any], selector: str
 ) -> None:
     here = lab(selector=selector, loss="softmax", budget=0.05, serve_budget=1.0, serve_steps=200)
-    fitted = here.trainer.serve(here.weights, here.cohort.histories, here.key)
-    again = here.trainer.serve(here.weights, here.cohort.histories, here.key + 1)
+    fitted, again = (
+        here.learner.serve(here.weights, here.cohort.data, Draws(key))
+        for key in (here.key, here.key + 1)
+    )
     np.testing.assert_allclose(fitted, again, atol=1e-5)
-    items = here.trainer.recommender.searched(here.weights)
+    items = here.model.items
     table = torch.from_numpy(items.rows(np.arange(items.items)))
-    for user in here.users[here.cohort.histories.lengths > 0]:
+    for user in here.users[here.cohort.data.lengths > 0]:
         history = here.history(int(user)).items.astype(np.int64)
         wanted = torch.from_numpy(fitted[user, :-1]).requires_grad_()
         scores = table[:, :-1] @ wanted + table[:, -1]
         others = np.delete(np.arange(items.items), history)
         behind = torch.logsumexp(scores[others], 0) - scores[history]
         loss = torch.nn.functional.softplus(behind).sum()
-        prior = here.trainer.settings.user_l2 / 2 * wanted.square().sum()
+        prior = here.learner.settings.user_l2 / 2 * wanted.square().sum()
         (slope,) = torch.autograd.grad(loss + prior, wanted)
         assert slope.abs().max() < 1e-3
 
 
 def test_serving_has_batches_of_its_own_size(lab: Callable[..., Any]) -> None:
     here = lab(selector="uniform", loss="softmax", budget=0.05, serve_budget=1.0, max_samples=1)
-    widths = here.trainer.serving.sampler.width(here.cohort.histories.lengths)
-    np.testing.assert_array_equal(widths, here.cohort.histories.lengths.clip(1) + 30)
-    assert here.trainer.sampler.shared == 2
+    widths = here.learner.serving.sampler.width(here.cohort.data.lengths)
+    np.testing.assert_array_equal(widths, here.cohort.data.lengths.clip(1) + 30)
+    assert here.learner.sampler.budget.size == 2

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from privrec.device.lessons import OutputBudget, spread
+from privrec.device.samples import OutputBudget
+from privrec.device.words import spread
 from privrec.errors import UsageError
 
 WORDS = 1000
@@ -30,7 +31,7 @@ def test_the_budget_is_exact_and_own_words_are_always_in(
 ) -> None:
     output = OutputBudget(WORDS, share, selected, frequent)
     active = output.active(OWN, QUERIES, finder, 7, 1)  # type: ignore[arg-type]
-    assert len(active.items) == output.budget == round(share * WORDS)
+    assert len(active.items) == output.size == round(share * WORDS)
     assert (np.diff(active.items) > 0).all()
     assert np.isin(OWN, active.items).all()
     assert (active.logs[active.places(OWN)] == 0).all()
@@ -59,7 +60,7 @@ def test_hidden_states_that_are_not_numbers_select_nothing() -> None:
     output = OutputBudget(WORDS, 0.1, 0.9)
     broken = np.full((1, 4), np.nan, np.float32)
     active = output.active(OWN, broken, find, 7, 1)
-    assert len(active.items) == output.budget
+    assert len(active.items) == output.size
     assert (active.logs == 0).sum() == len(OWN)
 
 

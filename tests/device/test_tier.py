@@ -10,13 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from privrec.device.batch import Histories
-from privrec.device.cohort import TOLERANCE, Cohort
-from privrec.device.device import Device
-from privrec.device.round import Protection, Round, model_digests
-from privrec.device.tier import Tier
-from privrec.device.train import Trained
-from privrec.device.update import Address, BoundedUpdate, RawUpdate
+from privrec.device.device import TOLERANCE, Cohort, Device, Draws, Trained
+from privrec.device.samples import Histories
+from privrec.device.tier import LocalModel, Tier
+from privrec.device.update import (
+    Address,
+    BoundedUpdate,
+    Protection,
+    RawUpdate,
+    Round,
+    model_digests,
+)
 from privrec.errors import ReleaseRefused
 from privrec.models.layout import Layout
 from privrec.privacy.events import RoundEvent
@@ -59,7 +63,7 @@ def trained(here: Any, weights: np.ndarray) -> Iterator[tuple[Tier, np.ndarray, 
     """Each tier, its memory, and what its own batches of devices make of a round."""
     for tier, cohort in zip(here.tiers, here.parts.simulation.cohorts, strict=True):
         view = tier.view(here.federation.prefix(weights, tier))
-        for _, result in cohort.train(view, np.arange(len(cohort.states)), KEY):
+        for _, result in cohort.train(view, np.arange(len(cohort.states)), Draws(KEY)):
             yield tier, view, result
 
 
@@ -204,15 +208,16 @@ def test_a_tier_trains_as_if_on_the_whole_memory_that_says_the_same(
         if tier.biases is not None:
             biases = tier.biases.lift(mine.biases_of(view)[:, None], tier.index)
             everywhere.biases_of(lifted)[...] = biases[:, 0]
-        trainer = here.parts.simulation.cohorts[tier.index].trainer
-        strong = here.parts.everyone.trainer
-        history = Histories(np.array([3]), np.array([0, 4]), np.array([0, 2, 5, 7], np.int32))
-        batch = trainer.sampler.draw(history, KEY)
-        state = np.random.default_rng(1).normal(0, 0.5, (1, trainer.recommender.model.user_dim))
-        padded = np.zeros((1, strong.recommender.model.user_dim))
+        learner = here.parts.simulation.cohorts[tier.index].learner
+        strong = here.parts.everyone.learner
+        history = Histories.alone(3, np.array([0, 2, 5, 7], np.int32))
+        batch = learner.sampler.draw(history, KEY)
+        state = np.random.default_rng(1).normal(0, 0.5, (1, learner.state_dim))
+        padded = np.zeros((1, strong.state_dim))
         # The bias of a user comes last; its vector is padded with zeros where it has fewer.
         padded[:, : state.shape[1] - 1], padded[:, -1] = state[:, :-1], state[:, -1]
-        small = trainer.train(view, history, state.astype(np.float32), KEY)
+        model = LocalModel(learner.view, view)
+        small = learner.train(model, history, state.astype(np.float32), Draws(KEY))
         large = _train_on(strong, lifted, batch, padded.astype(np.float32))
         coefficients = whole.coefficients(vector(large))
         projected = layout.prefix_of(coefficients, mine)
@@ -222,17 +227,19 @@ def test_a_tier_trains_as_if_on_the_whole_memory_that_says_the_same(
         assert np.abs(found - projected).max() <= 1e-5 * scale
 
 
-def _train_on(trainer: Any, weights: np.ndarray, batch: Any, state: np.ndarray) -> RawUpdate:
+def _train_on(learner: Any, weights: np.ndarray, batch: Any, state: np.ndarray) -> RawUpdate:
     """One round's update on given samples."""
 
     class Same:
+        budget = None
+
         def draw(self, histories: Histories, key: int) -> Any:
             return batch
 
-    fixed = type("Fixed", (type(trainer),), {"sampler": property(lambda self: Same())})
-    one = fixed(trainer.recommender, trainer.settings)
-    nobody = Histories(np.array([3]), np.array([0, 0]), np.zeros(0, np.int32))
-    update: RawUpdate = one.train(weights, nobody, state, 0).update
+    fixed = type("Fixed", (type(learner),), {"sampler": property(lambda self: Same())})
+    one = fixed(learner.view, learner.settings)
+    nobody = Histories.alone(3, np.zeros(0, np.int32))
+    update: RawUpdate = one.train(LocalModel(one.view, weights), nobody, state, Draws(0)).update
     return update
 
 
@@ -307,11 +314,15 @@ def device_of(here: Any, user: int, index: int, weight: float | None = None) -> 
     tier = here.tiers[index]
     if weight is not None:
         tier = replace(tier, weight=weight)
-    trainer = here.parts.simulation.cohorts[index].trainer
+    learner = here.parts.simulation.cohorts[index].learner
     protection = here.parts.server.plan.protection
     history = here.split.train.history(user)
     weaker = here.federation.weaker(tier)
-    return Device(user, history, tier, weaker, trainer, protection, ROOT)
+    return Device(user, history, tier, weaker, learner, protection, ROOT)
+
+
+def model_of(tier: Tier, view: np.ndarray) -> LocalModel[Any]:
+    return LocalModel(tier.recommender, view)
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -320,10 +331,10 @@ def test_a_device_alone_agrees_with_the_cohort_of_its_tier(mixed, vector, system
     weights, seen = here.weights(), 0
     for tier, cohort in zip(here.tiers, here.parts.simulation.cohorts, strict=True):
         view = tier.view(here.federation.prefix(weights, tier))
-        for rows, result in cohort.train(view, np.arange(len(cohort.states)), KEY):
+        for rows, result in cohort.train(view, np.arange(len(cohort.states)), Draws(KEY)):
             for place, row in enumerate(rows):
-                user = int(cohort.histories.users[row])
-                alone = device_of(here, user, tier.index).train(view, KEY)
+                user = int(cohort.users[row])
+                alone = device_of(here, user, tier.index).train(model_of(tier, view), Draws(KEY))
                 lifted = [vector(tier.lift(alone.update)), vector(tier.lift(result.update), place)]
                 scale = max(float(np.abs(lifted[0]).max()), 1e-30)
                 assert np.abs(lifted[0] - lifted[1]).max() <= 2 * TOLERANCE * scale
@@ -345,13 +356,13 @@ def test_a_device_trains_on_what_it_holds_of_its_history(mixed, system) -> None:
         more = replace(device, history=np.concatenate((device.history, beyond[:5])))
         fewer = replace(device, history=device.history[device.history < held])
         for other in (more, fewer) if system == "rows" else (more,):
-            assert np.array_equal(
-                other.train(view, KEY).update.values, device.train(view, KEY).update.values
+            values, expected = (
+                each.train(model_of(tier, view), Draws(KEY)).update.values
+                for each in (other, device)
             )
-        cohort = Cohort.of(device.trainer, Histories(
-            np.array([3]), np.array([0, len(more.history)]), more.history
-        ))  # fmt: skip
-        assert cohort.histories.items.max(initial=0) < tier.recommender.vectors.items
+            assert np.array_equal(values, expected)
+        cohort = Cohort.of(device.learner, Histories.alone(3, more.history))
+        assert cohort.data.items.max(initial=0) < tier.recommender.vectors.items
 
 
 # --------------------------------------------------------------------------- weights
@@ -366,7 +377,7 @@ def test_a_weight_scales_the_clipped_update(mixed, vector, weight) -> None:
         device = device_of(here, 3, index, weight)
         device.protection = Protection(Encoding(0.5, here.federation.layout.size, 20))
         view = tier.view(here.federation.prefix(weights, tier))
-        raw = vector(tier.lift(device.train(view, KEY).update))
+        raw = vector(tier.lift(device.train(model_of(tier, view), Draws(KEY)).update))
         assert np.linalg.norm(raw) > 0.5
         expected = weight * raw * 0.5 / np.linalg.norm(raw)
         prefix = here.federation.prefix(weights, tier)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from privrec.device.batch import Histories
-from privrec.device.lessons import OutputBudget, Sequences
-from privrec.device.update import RawUpdate
-from privrec.device.words import LocalSettings, TextCohort, WideModel, WordTrainer
+from privrec.device.device import Cohort, Draws, Settings, Trained
+from privrec.device.samples import Histories
+from privrec.device.tier import LocalModel, ModelView
+from privrec.device.words import WordLearner
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable, Table
 from privrec.errors import UsageError
-from privrec.models.layout import Layout
-from privrec.models.next_word import NextWord
+from privrec.models.words import NextWord, Sequences
 from privrec.randomness import SecretRoot, SecureStream, rng_for
 from privrec.secagg.ring import Encoding
 
@@ -28,32 +29,51 @@ HASHED = Subspace.sized(WORDS, DIM, block=8, key=9, compression=4)
 TEXT = rng_for(0, "text").integers(0, 60, 41).astype(np.int32)
 
 
-def language(table: Table = PLAIN) -> WideModel:
-    biases = PlainTable.of(WORDS, 1, block=1)
-    return WideModel(MODEL, table, biases, Layout(MODEL.dense, table.slots, 8, WORDS))
+Find = Callable[[np.ndarray, int, np.ndarray], np.ndarray]
 
 
-def start(of: WideModel) -> np.ndarray:
-    rng = rng_for(1, "weights")
-    weights = rng.normal(0, 0.3, of.layout.size).astype(np.float32)
-    of.layout.dense_of(weights)[...] = MODEL.initial_dense(rng)
+class Asked:
+    """A server whose neurons a function names."""
+
+    def __init__(self, find: Find) -> None:
+        self.find = find
+
+    def hashed(self, items: Any, key: int) -> Any:
+        return SimpleNamespace(codes=lambda queries: queries, neurons=self.find)
+
+
+def learner(
+    table: Table = PLAIN, share: float = 1.0, steps: int = 1, tokens: int | None = None,
+    find: Find | None = None, selected: float = 0.0, frequent: float = 0.0,
+) -> WordLearner:  # fmt: skip
+    view = ModelView.of(MODEL, table, PlainTable.of(WORDS, 1, block=1))
+    settings = Settings(
+        "softmax", 1, 1.0, 1.0, False, tokens, 1, 1.0, 1.0, 1, 1, local_steps=steps, local_lr=0.5,
+        selector="scan", budget=share, selected=selected, frequent=frequent,
+    )  # fmt: skip
+    return WordLearner(view, settings, None if find is None else Asked(find))
+
+
+def start(of: WordLearner) -> np.ndarray:
+    layout, rng = of.view.layout, rng_for(1, "weights")
+    weights = rng.normal(0, 0.3, layout.size).astype(np.float32)
+    layout.dense_of(weights)[...] = MODEL.initial_dense(rng)
     return weights
 
 
-def trainer(
-    table: Table = PLAIN, share: float = 1.0, steps: int = 1, tokens: int | None = None,
-    **output: float,
-) -> WordTrainer:  # fmt: skip
-    practice = LocalSettings(tokens, steps, 0.5, "scan")
-    return WordTrainer(language(table), OutputBudget(WORDS, share, **output), practice)
+def trained(of: WordLearner, weights: np.ndarray, key: int = 0) -> Trained:
+    """What one device makes of its text."""
+    states = np.zeros((1, 1), np.float32)
+    return of.train(LocalModel(of.view, weights), Histories.alone(0, TEXT), states, Draws(key))
 
 
-def lifted(update: RawUpdate) -> np.ndarray:
-    """The update as a whole vector."""
-    return update._dense(update.values)[0]
+def change(of: WordLearner, weights: np.ndarray, key: int = 0) -> np.ndarray:
+    """Its update as a whole vector."""
+    update = trained(of, weights, key).update
+    return update.dense(update.values)[0]
 
 
-def by_autograd(of: WideModel, weights: np.ndarray, steps: int) -> np.ndarray:
+def by_autograd(of: ModelView[NextWord], weights: np.ndarray, steps: int) -> np.ndarray:
     """The change of plain gradient steps on the full softmax, every weight trained."""
     vector = torch.from_numpy(weights.copy()).requires_grad_()
     slots, signs = of.vectors.locate(np.arange(WORDS))
@@ -76,28 +96,24 @@ def by_autograd(of: WideModel, weights: np.ndarray, steps: int) -> np.ndarray:
 @pytest.mark.parametrize("table", [PLAIN, HASHED, HASHED.folded(1)])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_with_all_neurons_the_update_is_plain_gradient_descent(table: Table, steps: int) -> None:
-    of = trainer(table, steps=steps)
-    weights = start(of.language)
-    update, _ = of.train(weights, TEXT, 0, 0, None)
-    expected = by_autograd(of.language, weights, steps)
-    assert np.abs(lifted(update) - expected).max() < 1e-5
+    of = learner(table, steps=steps)
+    weights = start(of)
+    expected = by_autograd(of.view, weights, steps)
+    assert np.abs(change(of, weights) - expected).max() < 1e-5
     assert np.abs(expected).max() > 1e-3
 
 
 @pytest.mark.parametrize("table", [PLAIN, HASHED])
 def test_few_neurons_change_their_own_rows_alone(table: Table) -> None:
-    of = trainer(table, 0.6, selected=0.3, frequent=0.3)
-    weights = start(of.language)
-
     def find(queries: np.ndarray, wanted: int, without: np.ndarray) -> np.ndarray:
         assert queries.shape[1] == DIM + 1
         assert (queries[:, -1] == 1).all()
         return np.setdiff1d(np.arange(WORDS), without)[-wanted:]
 
-    update, loss = of.train(weights, TEXT, 0, 0, find)
-    changed = lifted(update)
-    layout = of.language.layout
-    assert np.isfinite(loss)
+    of = learner(table, 0.6, find=find, selected=0.3, frequent=0.3)
+    result, layout = trained(of, start(of)), of.view.layout
+    changed = result.update.dense(result.update.values)[0]
+    assert np.isfinite(result.losses).all()
     biases = layout.biases_of(changed)
     assert (biases != 0).sum() == 72
     assert (biases[np.unique(TEXT)] != 0).all()
@@ -108,21 +124,22 @@ def test_few_neurons_change_their_own_rows_alone(table: Table) -> None:
 
 
 def test_no_block_is_named_twice() -> None:
-    update, _ = trainer(HASHED, 0.5).train(start(language(HASHED)), TEXT, 0, 0, None)
+    of = learner(HASHED, 0.5)
+    update = trained(of, start(of)).update
     for names in (update.address.blocks, update.address.biases):
         assert len(np.unique(names)) == names.size
 
 
 def windows(
-    of: WordTrainer, text: np.ndarray, user: int, key: int
+    of: WordLearner, text: np.ndarray, user: int, key: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    lesson = of.lesson(text, user, key)
-    assert isinstance(lesson, Sequences)
-    return lesson.inputs, lesson.targets
+    batch = of.batch(text, user, key)
+    assert isinstance(batch, Sequences)
+    return batch.inputs, batch.following
 
 
 def test_a_window_is_a_place_of_the_text_that_the_key_decides() -> None:
-    of = trainer(tokens=10)
+    of = learner(tokens=10)
     seen = set()
     for key in range(60):
         inputs, targets = windows(of, TEXT, 3, key)
@@ -137,27 +154,30 @@ def test_a_window_is_a_place_of_the_text_that_the_key_decides() -> None:
 
 def test_a_text_of_too_many_words_is_cut_to_what_its_neurons_hold() -> None:
     text = np.arange(41, dtype=np.int32)
-    inputs, targets = windows(trainer(share=0.15), text, 0, 0)  # 18 neurons, 41 words
+    inputs, targets = windows(learner(share=0.15), text, 0, 0)  # 18 neurons, 41 words
     assert len(inputs) == 3  # of 16 words
     assert len(np.unique(np.append(inputs, targets))) <= 18
     # One sequence fits whatever its words; fewer neurons than that are refused at once.
-    assert len(windows(trainer(share=0.05), text, 0, 0)[0]) == 1
+    assert len(windows(learner(share=0.05), text, 0, 0)[0]) == 1
     with pytest.raises(UsageError, match=r"train\.budget"):
-        trainer(share=0.04)
+        learner(share=0.04)
 
 
 def test_short_texts_train_as_far_as_they_go() -> None:
     for length in (2, 3, 5, 6, 7):
-        inputs, targets = windows(trainer(tokens=10), TEXT[:length], 0, 0)
+        inputs, targets = windows(learner(tokens=10), TEXT[:length], 0, 0)
         assert inputs.size == targets.size >= 1
 
 
 def test_weights_that_are_not_numbers_give_an_update_that_is_zero_when_bound() -> None:
-    of = trainer(share=0.5, selected=0.5)
-    weights = start(of.language)
+    def find(*_: object) -> np.ndarray:
+        return pytest.fail("nothing to search with")
+
+    of = learner(share=0.5, selected=0.5, find=find)
+    weights = start(of)
     weights[0] = np.nan
-    update, _ = of.train(weights, TEXT, 0, 0, lambda *_: pytest.fail("nothing to search with"))
-    bounded = update.bound(Encoding(1.0, of.language.layout.size, 13.0), _stream())
+    update = trained(of, weights).update
+    bounded = update.bound(Encoding(1.0, of.view.layout.size, 13.0), _stream())
     assert not bounded.integers.any()
 
 
@@ -166,44 +186,41 @@ def _stream() -> SecureStream:
 
 
 def test_selection_needs_secret_functions_of_the_devices_own() -> None:
-    of = replace(trainer(share=0.5, selected=0.5))
-    writers = TextCohort(of, Histories(np.array([4]), np.array([0, 41]), TEXT))
-    weights = start(of.language)
+    of = learner(share=0.5, selected=0.5)
+    writers = Cohort.of(of, Histories.alone(4, TEXT))
+    weights = start(of)
     with pytest.raises(UsageError, match="secret"):
-        list(writers.train(weights, np.array([0]), 0))
+        list(writers.train(weights, np.array([0]), Draws(0)))
     asked = []
 
     def functions(user: int) -> SecureStream:
         asked.append(user)
         return _stream()
 
-    ((rows, trained),) = writers.train(weights, np.array([0]), 0, functions)
+    ((rows, result),) = writers.train(weights, np.array([0]), Draws(0, functions))
     assert asked == [4]
     assert rows.tolist() == [0]
-    assert trained.states.shape == (1, 1)
+    assert result.states.shape == (1, 1)
 
 
 def test_the_same_key_gives_the_same_update_and_another_another() -> None:
-    of = trainer(share=0.5, tokens=10)
-    weights = start(of.language)
-    first, again, other = (lifted(of.train(weights, TEXT, 0, k, None)[0]) for k in (1, 1, 2))
+    of = learner(share=0.5, tokens=10)
+    weights = start(of)
+    first, again, other = (change(of, weights, key) for key in (1, 1, 2))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
-    assert np.array_equal(weights, start(of.language))
+    assert np.array_equal(weights, start(of))
 
 
 def test_words_beyond_what_a_tier_holds_are_unknown_to_it() -> None:
-    of = trainer()
-    writers = TextCohort(
-        of, Histories(np.array([0]), np.array([0, 3]), np.array([1, 500, 2], np.int32))
-    )
-    assert writers._text(0).tolist() == [1, 0, 2]
+    writers = Cohort.of(learner(), Histories.alone(0, np.array([1, 500, 2], np.int32)))
+    assert writers.data.of(0).tolist() == [1, 0, 2]
 
 
 def test_training_lowers_the_loss() -> None:
-    of = trainer(share=0.7, steps=2, frequent=0.5)
-    weights = start(of.language)
-    _, before = of.train(weights, TEXT, 0, 0, None)
+    of = learner(share=0.7, steps=2, frequent=0.5)
+    weights = start(of)
+    before = trained(of, weights).losses
     for key in range(30):
-        weights += lifted(of.train(weights, TEXT, 0, key, None)[0])
-    assert of.train(weights, TEXT, 0, 99, None)[1] < before - 1
+        weights += change(of, weights, key)
+    assert trained(of, weights, 99).losses < before - 1

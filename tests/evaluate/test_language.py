@@ -9,22 +9,20 @@ import torch
 from privrec.data.extreme import Invented
 from privrec.data.labels import dealt, examples_in
 from privrec.data.text import UNKNOWN, Corpus
-from privrec.device.words import WideModel
+from privrec.device.tier import LocalModel, ModelView
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable, Table
-from privrec.evaluate.texts import TextEvaluation, commonest, predict
-from privrec.models.extreme import WordBag
-from privrec.models.layout import Layout
-from privrec.models.next_word import NextWord
+from privrec.evaluate.evaluator import LabelQuestions, WordQuestions, commonest, predict
+from privrec.evaluate.metrics import Evaluation
+from privrec.models.words import NextWord, WordBag
 from privrec.randomness import rng_for
 
 WORDS, DIM = 30, 8
 MODEL = NextWord(DIM, 2, 10, 1, 4)
 
 
-def language(table: Table) -> WideModel:
-    biases = PlainTable.of(WORDS, 1, block=1)
-    return WideModel(MODEL, table, biases, Layout(MODEL.dense, table.slots, 4, WORDS))
+def language(table: Table) -> ModelView[NextWord]:
+    return ModelView.of(MODEL, table, PlainTable.of(WORDS, 1, block=1))
 
 
 def texts(*lengths: int) -> Corpus:
@@ -34,13 +32,15 @@ def texts(*lengths: int) -> Corpus:
     return Corpus(tuple(map(str, lengths)), bounds, tokens, words)
 
 
-def weights(of: WideModel) -> np.ndarray:
+def weights(of: ModelView[NextWord]) -> np.ndarray:
     found = rng_for(1, "weights").normal(0, 0.5, of.layout.size).astype(np.float32)
     of.layout.dense_of(found)[...] = MODEL.initial_dense(rng_for(2, "dense"))
     return found
 
 
-def one_by_one(of: WideModel, vector: np.ndarray, tokens: np.ndarray, cut: int) -> tuple[int, int]:
+def one_by_one(
+    of: ModelView[NextWord], vector: np.ndarray, tokens: np.ndarray, cut: int
+) -> tuple[int, int]:
     rows = torch.from_numpy(of.vectors.gather(of.layout.memory_of(vector), np.arange(WORDS)))
     biases = torch.from_numpy(of.layout.biases_of(vector))
     dense = torch.from_numpy(of.layout.dense_of(vector))
@@ -63,12 +63,12 @@ def one_by_one(of: WideModel, vector: np.ndarray, tokens: np.ndarray, cut: int) 
 def test_predictions_are_what_a_loop_finds(table: Table) -> None:
     of, corpus = language(table), texts(2, 9, 300, 31)
     vector = weights(of)
-    found = predict(of, vector, corpus, (1, 3))
+    found = predict(WordQuestions(), LocalModel(of, vector), corpus, (1, 3))
     for text in range(4):
         tokens = corpus.tokens[corpus.indptr[text] : corpus.indptr[text + 1]]
         for cut in (1, 3):
             hits, counted = one_by_one(of, vector, tokens, cut)
-            assert (found.hits[f"accuracy@{cut}"][text], found.tokens[text]) == (hits, counted)
+            assert (found.values[f"accuracy@{cut}"][text], found.sizes[text]) == (hits, counted)
     assert 0 < found.summary()["accuracy@1"] < found.summary()["accuracy@3"] < 1
 
 
@@ -76,12 +76,12 @@ def test_labels_are_found_as_a_loop_finds_them() -> None:
     model, examples = WordBag(16, DIM), Invented(99, WORDS - 1, 5, 2.5, 3).examples(30)
     corpus = dealt(examples, 10)
     table, biases = PlainTable.of(WORDS, DIM, block=4), PlainTable.of(WORDS, 1, block=1)
-    of = WideModel(model, table, biases, Layout(model.dense, table.slots, 4, WORDS))
+    of = ModelView.of(model, table, biases)
     vector = rng_for(1, "weights").normal(0, 0.5, of.layout.size).astype(np.float32)
     rows, shifts = of.layout.memory_of(vector).reshape(WORDS, DIM), of.layout.biases_of(vector)
     dense = torch.from_numpy(of.layout.dense_of(vector))
     for held in (corpus, corpus.renumbered(np.arange(WORDS), 12)):
-        found = predict(of, vector, held, (1, 3))
+        found = predict(LabelQuestions(), LocalModel(of, vector), held, (1, 3))
         hits, counted = dict.fromkeys((1, 3), 0.0), 0
         whole = examples_in(held.tokens).hashed(16)
         for one in (whole.take(np.array([row])) for row in range(30)):
@@ -92,7 +92,7 @@ def test_labels_are_found_as_a_loop_finds_them() -> None:
             counted += 1
             for cut in hits:
                 hits[cut] += len(set(best[:cut]) & set(one.labels)) / cut
-        assert found.tokens.sum() == counted
+        assert found.sizes.sum() == counted
         for cut, value in hits.items():
             assert found.summary()[f"precision@{cut}"] == pytest.approx(value / counted)
     assert counted < 30
@@ -103,7 +103,7 @@ def test_the_commonest_labels_are_the_baseline_of_labels() -> None:
     best = 1 + np.argsort(-train.item_counts()[1:], kind="stable")[:3]
     examples = examples_in(train.tokens)
     own = np.split(examples.labels, examples.label_ends[:-1])
-    found = commonest(train, train, (1, 3))
+    found = commonest(LabelQuestions(), train, train, (1, 3))
     for cut in (1, 3):
         value = np.mean([np.isin(labels, best[:cut]).sum() / cut for labels in own])
         assert found[f"precision@{cut}"] == pytest.approx(value)
@@ -112,13 +112,14 @@ def test_the_commonest_labels_are_the_baseline_of_labels() -> None:
 def test_a_model_that_is_no_number_or_constant_earns_nothing() -> None:
     of = language(PlainTable.of(WORDS, DIM, block=4))
     for vector in (weights(of) * np.float32(np.nan), weights(of) * 0):
-        assert predict(of, vector, texts(50), (1,)).summary()["accuracy@1"] == 0
+        found = predict(WordQuestions(), LocalModel(of, vector), texts(50), (1,))
+        assert found.summary()["accuracy@1"] == 0
 
 
 def test_intervals_hold_the_figure_and_shrink_with_texts() -> None:
     hits = rng_for(0, "x").binomial(50, 0.3, 400)
     few, many = (
-        TextEvaluation(np.full(n, 50), {"accuracy@1": hits[:n]}, np.zeros(n)) for n in (20, 400)
+        Evaluation(np.arange(n), {"accuracy@1": hits[:n]}, np.full(n, 50)) for n in (20, 400)
     )
     bounds = [each.intervals(1)["accuracy@1"] for each in (few, many)]
     assert all(low < 0.3 < high for low, high in bounds)
@@ -132,4 +133,6 @@ def test_the_commonest_words_are_those_of_the_training_texts() -> None:
     best = int(np.argmax(counts))
     targets = np.concatenate((heldout.tokens[1:3], heldout.tokens[4:]))
     targets = targets[targets != 0]
-    assert commonest(train, heldout, (1,)) == {"accuracy@1": (targets == best).mean()}
+    assert commonest(WordQuestions(), train, heldout, (1,)) == {
+        "accuracy@1": (targets == best).mean()
+    }

@@ -31,7 +31,7 @@ from privrec.randomness import SecretRoot
 from privrec.report.build import build
 from privrec.run import lifecycle
 from privrec.run.recommend import recommend
-from privrec.run.record import NullObserver
+from privrec.run.record import Observer
 from privrec.scenario.load import Scenario, load
 from privrec.search import families, select
 
@@ -123,7 +123,7 @@ def test_a_run_over_flower_is_the_simulated_one_bit_for_bit(
     folder = app_folder(tmp_path, SCENARIO.replace("delta", f"remove_excess = {excess}\ndelta"))
     deployed(folder, grid_of(folder), tmp_path / "flower", unsafe_noise_key=b"k")
     scenario = Scenario.from_toml((folder / "scenario.toml").read_text())
-    lifecycle.start(scenario, out=tmp_path / "here", observer=NullObserver(), unsafe_noise_key=b"k")
+    lifecycle.start(scenario, out=tmp_path / "here", observer=Observer(), unsafe_noise_key=b"k")
     one, two = (
         load_file(tmp_path / n / "model.safetensors")["weights"] for n in ("flower", "here")
     )

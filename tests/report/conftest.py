@@ -11,14 +11,12 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from privrec.models.layout import band_sizes
 from privrec.privacy.events import RoundEvent
 from privrec.privacy.ledger import Ledger
 from privrec.privacy.population import PopulationBalance
 from privrec.privacy.signed import sign
-from privrec.run.assembly import federation_of, holders_of
-from privrec.run.header import ledger_header
-from privrec.run.privacy_plan import example_event, plan_privacy
+from privrec.run.plan import Plan
+from privrec.run.privacy_plan import example_event
 from privrec.run.record import EventLog, Record
 from privrec.scenario.load import Row, Scenario
 
@@ -79,10 +77,8 @@ def make_run(
         "noise_known": noise_known,
     }
     if declares:
-        header |= ledger_header(
-            scenario, items=3706, users=population, simulated=simulated,
-            standing=standing or PopulationBalance(),
-        )  # fmt: skip
+        plan = Plan.of(scenario, 3706, population)
+        header |= plan.header(simulated=simulated, standing=standing or PopulationBalance())
     with Ledger.create(path / "ledger.jsonl", header=header, signing_key=KEY) as ledger:
         for number in range(rounds):
             for attempt in range(2 if number in retried else 1):
@@ -214,10 +210,7 @@ def _event(
         return RoundEvent("none", 0.0, rate)
     if noise == "central":
         return RoundEvent("gaussian", sigma, rate)
-    federation = federation_of(scenario, 3706)
-    planned, _ = plan_privacy(
-        scenario, band_sizes(federation.layouts), holders_of(population, federation)
-    )
+    planned = Plan.of(scenario, 3706, population).event
     return RoundEvent(planned.mechanism, sigma, rate, planned.grid)
 
 

@@ -147,7 +147,7 @@ def test_sentences_are_those_that_were_read(a_report: MakeReport, kind: str) -> 
 
 def _facts(run: Path) -> Any:
     from privrec.report.spending import read_spending
-    from privrec.run.header import read
+    from privrec.run.plan import read_header as read
 
     spending = read_spending(run)
     charged = [(charge.round, charge.attempt) for charge in spending.charges]
@@ -157,7 +157,7 @@ def _facts(run: Path) -> Any:
 
 def _declared(run: Path) -> Any:
     from privrec.report.spending import read_spending
-    from privrec.run.header import read
+    from privrec.run.plan import read_header as read
 
     return read(read_spending(run).header, "ledger")
 

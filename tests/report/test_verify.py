@@ -525,7 +525,7 @@ def _report_anew(run: Path) -> None:
     from privrec.report.derive import derive
     from privrec.report.model import WORD
     from privrec.report.spending import Spending
-    from privrec.run.header import read
+    from privrec.run.plan import read_header as read
 
     old = Report.model_validate_json((run / "report.json").read_text("utf-8"))
     try:

@@ -22,8 +22,8 @@ from typing import Any
 from privrec.errors import PrivrecError
 from privrec.privacy import ledger
 from privrec.randomness import SecretRoot
-from privrec.run import checkpoint, lifecycle, loop, summary
-from privrec.run.record import EventLog, NullObserver
+from privrec.run import checkpoint, costs, lifecycle, summary
+from privrec.run.record import EventLog, Observer
 from privrec.run.simulation import Simulation
 from privrec.scenario.load import load
 from privrec.server.server import Server
@@ -41,7 +41,7 @@ STEPS: list[tuple[Any, str]] = [
     (EventLog, "append"),
     (SecretRoot, "create"),
     (checkpoint, "write"),
-    (loop, "write_model"),
+    (summary, "write_model"),
     (os, "fdopen"),  # after it, the file is there and empty
     (os, "fsync"),
     (os, "replace"),
@@ -124,9 +124,9 @@ def work(command: Command) -> int:
             key = command.get("key")
             known = None if key is None else bytes.fromhex(key)
             scenario = load(command["scenario"])
-            lifecycle.start(scenario, out=out, observer=NullObserver(), unsafe_noise_key=known)
+            lifecycle.start(scenario, out=out, observer=Observer(), unsafe_noise_key=known)
         else:
-            lifecycle.resume(out, observer=NullObserver())
+            lifecycle.resume(out, observer=Observer())
     except PrivrecError as error:
         steps.note("error", text=str(error))
         return error.exit_code
@@ -160,11 +160,11 @@ def killed_or_done(pid: int, after_s: float | None) -> int:
 def warm_up(scenario: str) -> None:
     with tempfile.TemporaryDirectory() as place:
         os.environ["PRIVREC_STATE"] = f"{place}/state"
-        lifecycle.start(load(scenario), out=Path(place, "run"), observer=NullObserver())
+        lifecycle.start(load(scenario), out=Path(place, "run"), observer=Observer())
 
 
 def main() -> None:
-    summary.peak_bytes = lambda *_: None  # it starts a process of its own, for seconds
+    costs.peak_bytes = lambda *_: None  # it starts a process of its own, for seconds
     warm_up(sys.argv[1])
     print("ready", flush=True)
     for line in sys.stdin:

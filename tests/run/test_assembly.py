@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parts import assemble
 
 from privrec.data import Interactions
 from privrec.errors import UsageError
 from privrec.models.losses import packed_size
 from privrec.randomness import SecretRoot
-from privrec.run.assembly import BYTES_A_COEFFICIENT, assemble, assign, federation_of
+from privrec.run.assembly import BYTES_A_COEFFICIENT, assign, federation_of
 from privrec.scenario.load import Scenario
 
 PLAIN = """
@@ -88,7 +89,7 @@ def test_the_expected_cohort_counts_who_trains() -> None:
     assert parts.server.plan.expected_cohort == pytest.approx(0.1 * 35)
     assert [len(cohort.states) for cohort in parts.simulation.cohorts] == [25, 15, 10]
     assert len(parts.everyone.states) == 50
-    users = np.concatenate([cohort.histories.users for cohort in parts.simulation.cohorts])
+    users = np.concatenate([cohort.users for cohort in parts.simulation.cohorts])
     assert sorted(users) == list(range(50))
 
 
@@ -186,9 +187,9 @@ def test_fair_averaging_steps_as_far_as_the_folded_memory_itself() -> None:
     }
     for changes, gains in ((fair, [1, 4]), ({**described, "train.local_lr": 0.3}, [1, 1])):
         parts = assemble(scenario(changes), train_of(20), "run", SecretRoot.known(b"x"))
-        rates = [cohort.trainer.settings.local_lr for cohort in parts.simulation.cohorts]
+        rates = [cohort.learner.settings.local_lr for cohort in parts.simulation.cohorts]
         assert rates == pytest.approx([0.3 * gain for gain in gains])
-        assert parts.everyone.trainer.settings.local_lr == 0.3
+        assert parts.everyone.learner.settings.local_lr == 0.3
 
 
 def test_the_first_weights_do_not_depend_on_the_tiers() -> None:

@@ -23,12 +23,12 @@ from privrec.privacy.signed import sign
 from privrec.randomness import SecretRoot
 from privrec.report.build import build
 from privrec.run import lifecycle
-from privrec.run import popularity as catalogue
+from privrec.run import task as catalogue
 from privrec.run.identity import Identity
-from privrec.run.popularity import FILE, numbered, release_event
-from privrec.run.privacy_plan import event_without_shares
+from privrec.run.privacy_plan import event_without_shares, release_event
 from privrec.run.recommend import recommend
-from privrec.run.record import NullObserver, Record
+from privrec.run.record import Observer, Record
+from privrec.run.task import ORDER, Recommending
 from privrec.scenario.load import Scenario
 
 ROUNDS = 4
@@ -95,8 +95,9 @@ def order_of(folder: Path, root: bytes = b"server", run_id: str = "run", *change
     """The order that a release gives, and the ledger that it was charged to."""
     folder.mkdir(exist_ok=True)
     ledger, server = Memo(run_id), SecretRoot.known(root)
-    numbered(scenario(*changes), split_of(), ledger, folder, server, DEVICES)  # type: ignore[arg-type]
-    return load_file(folder / FILE)["order"], ledger
+    task = Recommending(scenario(*changes), split_of())
+    task.number(folder, ledger, server, DEVICES)  # type: ignore[arg-type]
+    return load_file(folder / ORDER)["order"], ledger
 
 
 # --------------------------------------------------------------------------- what it costs
@@ -264,7 +265,7 @@ def test_a_public_order_is_that_of_the_counts_and_costs_nothing(tmp_path: Path) 
 
 
 def started(out: Path, *changes: str, **words: Any) -> dict[str, Any]:
-    words.setdefault("observer", NullObserver())
+    words.setdefault("observer", Observer())
     return lifecycle.start(scenario(*changes), out=out, **words).payload
 
 
@@ -309,7 +310,7 @@ def test_a_report_refuses_a_release_that_was_not_charged(tmp_path: Path) -> None
         build(out)
 
 
-class Stops(NullObserver):
+class Stops(Observer):
     def __init__(self, after: int) -> None:
         self.after = after
 
@@ -327,9 +328,9 @@ def test_a_resumed_run_keeps_its_order_and_pays_once(
     out = tmp_path / "run"
     with pytest.raises(Interrupted):
         started(out, *popularity, observer=Stops(2), **key)
-    before = (out / FILE).read_bytes()
-    lifecycle.resume(out, observer=NullObserver())
-    assert (out / FILE).read_bytes() == before == (tmp_path / "whole" / FILE).read_bytes()
+    before = (out / ORDER).read_bytes()
+    lifecycle.resume(out, observer=Observer())
+    assert (out / ORDER).read_bytes() == before == (tmp_path / "whole" / ORDER).read_bytes()
     one, two = (
         load_file(tmp_path / name / "model.safetensors")["weights"] for name in ("whole", "run")
     )
@@ -390,7 +391,7 @@ def test_a_spoilt_order_is_refused_when_recommending_and_resuming(
     with pytest.raises(Interrupted):
         started(half, observer=Stops(2), unsafe_noise_key=b"k")
     for folder in (finished, half):
-        path = folder / FILE
+        path = folder / ORDER
         order = load_file(path)["order"]
         path.unlink()
         if content is not None:
@@ -399,16 +400,16 @@ def test_a_spoilt_order_is_refused_when_recommending_and_resuming(
     with pytest.raises(IntegrityError, match=says):
         recommend(finished, user="1")
     with pytest.raises(IntegrityError, match=says):
-        lifecycle.resume(half, observer=NullObserver())
+        lifecycle.resume(half, observer=Observer())
 
 
 def test_the_order_of_another_run_is_refused_when_resuming(tmp_path: Path) -> None:
     for name, key in (("one", b"k"), ("two", b"l")):
         with pytest.raises(Interrupted):
             started(tmp_path / name, observer=Stops(2), unsafe_noise_key=key)
-    shutil.copy(tmp_path / "two" / FILE, tmp_path / "one" / FILE)
+    shutil.copy(tmp_path / "two" / ORDER, tmp_path / "one" / ORDER)
     with pytest.raises(IntegrityError, match="belongs to data"):
-        lifecycle.resume(tmp_path / "one", observer=NullObserver())
+        lifecycle.resume(tmp_path / "one", observer=Observer())
 
 
 def test_recommendations_name_items_as_the_data_does(finished: Path) -> None:
@@ -431,6 +432,6 @@ def test_a_run_without_rows_keeps_no_order(tmp_path: Path) -> None:
     started(tmp_path / "run", *words)
     privacy = json.loads((tmp_path / "run" / "result.json").read_text())["privacy"]
     assert privacy["popularity"] is privacy["epsilon_popularity"] is None
-    assert not (tmp_path / "run" / FILE).exists()
+    assert not (tmp_path / "run" / ORDER).exists()
     assert recommend(tmp_path / "run", user="1")
     assert Identity.read(tmp_path / "run")

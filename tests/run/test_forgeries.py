@@ -14,7 +14,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from safetensors.numpy import load_file, save_file
 
-from privrec.device.round import digest
+from privrec.device.update import digest
 from privrec.errors import BudgetError, IntegrityError, PrivrecError, ReleaseRefused, UsageError
 from privrec.privacy.events import epsilon
 from privrec.privacy.ledger import Ledger
@@ -25,11 +25,11 @@ from privrec.report.build import build
 from privrec.report.render import write
 from privrec.report.spending import read_spending
 from privrec.report.verify import verify
-from privrec.run import checkpoint, directory, header, lifecycle, rows
+from privrec.run import checkpoint, directory, lifecycle, plan
 from privrec.run.identity import Identity
 from privrec.run.privacy_plan import event_without_shares
 from privrec.run.recommend import recommend
-from privrec.run.record import NullObserver, Record
+from privrec.run.record import Observer, Record
 from privrec.scenario.load import Scenario, load
 
 ROUNDS = 5
@@ -63,7 +63,7 @@ class Stop(BaseException):
     """Ends a run as a crash would."""
 
 
-class Stops(NullObserver):
+class Stops(Observer):
     def __init__(self, after: int) -> None:
         self.after = after
 
@@ -82,7 +82,7 @@ def started(out: Path, after: int | None = None, *settings: str, **words: Any) -
     """A run, finished or killed after a round."""
     scenario = Scenario.from_toml(TINY, settings)
     if after is None:
-        lifecycle.start(scenario, out=out, observer=NullObserver(), **words)
+        lifecycle.start(scenario, out=out, observer=Observer(), **words)
         return out
     with pytest.raises(Stop):
         lifecycle.start(scenario, out=out, observer=Stops(after), **words)
@@ -101,7 +101,7 @@ def finished(tmp_path: Path) -> Path:
 
 
 def resumed(out: Path) -> dict[str, Any]:
-    return lifecycle.resume(out, observer=NullObserver()).payload
+    return lifecycle.resume(out, observer=Observer()).payload
 
 
 def snapshot(folder: Path) -> dict[Path, bytes]:
@@ -135,19 +135,19 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 )
 def test_another_scenario_is_never_charged(halfway: Path, whose: str, setting: str) -> None:
     """Scenario, run.json and checkpoint rewritten together, the last even with the run's key."""
-    position, arrays = checkpoint.read(halfway / directory.CHECKPOINT, key_of(halfway).public_key())
+    position, arrays = checkpoint.read(halfway / checkpoint.FILE, key_of(halfway).public_key())
     weaker = load(halfway / "scenario.toml", [setting])
     (halfway / "scenario.toml").write_text(weaker.to_toml())
     hashes = {"scenario_hash": weaker.hash(), "privacy_hash": weaker.privacy_hash()}
     for change in ({}, hashes):
         edit(halfway / "run.json", lambda stored, change=change: stored.update(change))
         key = FORGER if whose == "forger's" else key_of(halfway)
-        checkpoint.write(halfway / directory.CHECKPOINT, position, arrays, key)
+        checkpoint.write(halfway / checkpoint.FILE, position, arrays, key)
         assert "that of the signed ledger" in refused(halfway)
 
 
 def test_a_replaced_weight_is_noticed(halfway: Path) -> None:
-    place, mine = halfway / directory.CHECKPOINT, key_of(halfway).public_key()
+    place, mine = halfway / checkpoint.FILE, key_of(halfway).public_key()
     position, arrays = checkpoint.read(place, mine)
     arrays["weights"][3] += 1.0
     checkpoint.write(place, position, arrays, FORGER)
@@ -159,7 +159,7 @@ def test_a_checkpoint_that_was_taken_with_another_ledger_is_refused(
     halfway: Path, change: dict[str, Any]
 ) -> None:
     """As on a machine that was set back as a whole but for the run's directory."""
-    place, key = halfway / directory.CHECKPOINT, key_of(halfway)
+    place, key = halfway / checkpoint.FILE, key_of(halfway)
     position, arrays = checkpoint.read(place, key.public_key())
     checkpoint.write(place, replace(position, **change), arrays, key)
     assert "of another ledger" in refused(halfway)
@@ -167,7 +167,7 @@ def test_a_checkpoint_that_was_taken_with_another_ledger_is_refused(
 
 def test_no_record_passes_for_one_of_another_kind(halfway: Path) -> None:
     """The very facts of a checkpoint, signed as a result, are none."""
-    place, key = halfway / directory.CHECKPOINT, key_of(halfway)
+    place, key = halfway / checkpoint.FILE, key_of(halfway)
     position, arrays = checkpoint.read(place, key.public_key())
     facts = {**vars(position), "digest": checkpoint._digest(arrays)}
     save_file(arrays, place, {"record": json.dumps(sign("result", facts, key))})
@@ -219,10 +219,10 @@ def test_the_head_that_this_machine_keeps_is_missed(halfway: Path) -> None:
 
 def test_an_older_checkpoint_with_the_ledger_of_today_costs_nothing(tmp_path: Path) -> None:
     out = started(tmp_path / "run", 1)
-    old = (out / directory.CHECKPOINT).read_bytes()
+    old = (out / checkpoint.FILE).read_bytes()
     with pytest.raises(Stop):
         lifecycle.resume(out, observer=Stops(4))
-    (out / directory.CHECKPOINT).write_bytes(old)
+    (out / checkpoint.FILE).write_bytes(old)
     assert resumed(out)["privacy"]["charges"] == ROUNDS
 
 
@@ -232,10 +232,10 @@ def test_an_older_checkpoint_with_the_ledger_of_today_costs_nothing(tmp_path: Pa
 @pytest.mark.parametrize("content", ["{}", "[]", "", '{"rounds": 5, "privacy": {"epsilon": 0.1}}'])
 def test_a_stray_result_ends_nothing(halfway: Path, content: str) -> None:
     (halfway / "result.json").write_text(content)
-    before = (halfway / directory.CHECKPOINT).read_bytes()
+    before = (halfway / checkpoint.FILE).read_bytes()
     with pytest.raises(Stop):
         lifecycle.resume(halfway, observer=Stops(3))
-    assert (halfway / directory.CHECKPOINT).read_bytes() == before
+    assert (halfway / checkpoint.FILE).read_bytes() == before
     payload = resumed(halfway)
     assert payload["rounds"] == payload["privacy"]["charges"] == ROUNDS
     assert json.loads((halfway / "result.json").read_text()) == payload
@@ -278,7 +278,7 @@ def test_metrics_are_reported_as_the_run_signed_them(finished: Path) -> None:
 
 def test_an_end_that_is_not_signed_serves_no_model(halfway: Path) -> None:
     """A line that ends the run can be added without the key; what it names is not the model."""
-    weights = checkpoint.read(halfway / directory.CHECKPOINT, key_of(halfway).public_key())[1]
+    weights = checkpoint.read(halfway / checkpoint.FILE, key_of(halfway).public_key())[1]
     save_file({"weights": weights["weights"]}, halfway / "model.safetensors")
     last = json.loads((halfway / "ledger.jsonl").read_bytes().splitlines()[-1])
     end = {"kind": "end", "model": digest(weights["weights"]).hex(), "index": last["index"] + 1}
@@ -294,9 +294,9 @@ def test_an_end_that_is_not_signed_serves_no_model(halfway: Path) -> None:
 def test_a_header_that_contradicts_its_scenario_declares_nothing(finished: Path, name: str) -> None:
     with Ledger.open(finished / "ledger.jsonl", repair=False) as ledger:
         declared = ledger.header
-    assert header.read(declared, "ledger").scenario.hash() == declared["scenario_hash"]
+    assert plan.read_header(declared, "ledger").scenario.hash() == declared["scenario_hash"]
     with pytest.raises(IntegrityError, match=f"the header's {name} is not that of the scenario"):
-        header.read({**declared, name: "0" * 64}, "ledger")
+        plan.read_header({**declared, name: "0" * 64}, "ledger")
 
 
 def test_epsilon_of_a_finished_run_is_that_of_its_ledger(finished: Path) -> None:
@@ -331,7 +331,7 @@ def test_a_run_that_ended_is_finished_without_another_round(
         lifecycle.start(limited, out=out, observer=Stops(3))
     (Identity.read(out).secrets_dir() / "server.root").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(lifecycle._Simulated, "finish", killed)
+        patch.setattr(lifecycle.SimulatedLoop, "finish", killed)
         with pytest.raises(Stop):
             resumed(out)
     assert not (out / "result.json").exists()
@@ -388,9 +388,9 @@ def test_a_row_of_another_scenario_is_not_taken_for_this_one(
     row = '[[rows]]\nname = "more"\nset = { "train.local_lr" = 0.5 }\n'
     scenario = Scenario.from_toml(TINY + row)
     started(finished / "rows" / "0")
-    result = lifecycle.resume(finished, observer=NullObserver())
+    result = lifecycle.resume(finished, observer=Observer())
     with pytest.raises(UsageError, match="a run of another scenario lies where this row belongs"):
-        rows.with_rows(result, scenario, data_dir=None, observer=NullObserver())
+        lifecycle.with_rows(result, scenario, data_dir=None, observer=Observer())
 
 
 def readers() -> None:
@@ -447,9 +447,9 @@ def test_a_crash_before_the_result_leaves_nothing_set_aside(
         patch.setattr(Ledger, "end", killed)
         with pytest.raises(Stop):
             lifecycle.start(
-                Scenario.from_toml(TINY), out=out, observer=NullObserver(), population="readers"
+                Scenario.from_toml(TINY), out=out, observer=Observer(), population="readers"
             )
-    for place in ((PopulationCharge, "settle"), (directory, "leave")):
+    for place in ((PopulationCharge, "settle"), (directory, "write_result")):
         with monkeypatch.context() as patch:
             patch.setattr(*place, killed)
             with pytest.raises(Stop):
@@ -488,7 +488,7 @@ def test_where_no_run_can_appear_is_a_plain_error(
 
 def test_weights_of_a_checkpoint_are_those_that_were_saved(halfway: Path) -> None:
     """Else a test above could pass by a checkpoint that nothing reads."""
-    _, arrays = checkpoint.read(halfway / directory.CHECKPOINT, key_of(halfway).public_key())
+    _, arrays = checkpoint.read(halfway / checkpoint.FILE, key_of(halfway).public_key())
     resumed(halfway)
     weights = load_file(halfway / "model.safetensors")["weights"]
     assert arrays["weights"].shape == weights.shape

@@ -9,18 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from parts import assemble
+from privrec.device.lessons import Bags
 from small_runs import Silent, Stop, make_scenario, run_once, weights
 
 from privrec.cli.main import main
 from privrec.cli.plan import coefficients
 from privrec.data.labels import load_labels
-from privrec.device.lessons import Bags
 from privrec.errors import Interrupted, ScenarioError
+from privrec.models.words import Bags
 from privrec.randomness import SecretRoot
 from privrec.report.build import build
 from privrec.report.render import write
 from privrec.run import lifecycle
-from privrec.run.assembly import assemble_texts
 from privrec.scenario.load import Scenario
 
 USERS, LABELS = 30, 121
@@ -103,7 +104,7 @@ def test_every_way_repeats_bit_for_bit_and_goes_on_where_it_stopped(
 @pytest.mark.parametrize("selector", ["uniform", "scan", "hamming", "pghash", "sketch", "auto"])
 def test_no_device_moves_the_sum_by_more_than_the_bound(selector: str) -> None:
     of = scenario(*NOISE, "train.local_lr=1000", f"train.selector={selector}")
-    parts = assemble_texts(of, load_labels(of.data).train, "run", SecretRoot.known(b"d"))
+    parts = assemble(of, load_labels(of.data).train, "run", SecretRoot.known(b"d"))
     round, tier = parts.server.next_round(0), parts.federation.tiers[0]
     bound, layout = parts.server.plan.protection.encoding.bound, parts.federation.layout
     largest = 0.0
@@ -120,15 +121,15 @@ def test_a_device_with_little_room_knows_the_common_labels_alone() -> None:
     split = load_labels(of.data)
     order = np.argsort(-split.train.item_counts(), kind="stable")
     split = split.renumbered(np.concatenate(([0], order[order != 0])))
-    parts = assemble_texts(of, split.train, "run", SecretRoot.known(b"d"))
+    parts = assemble(of, split.train, "run", SecretRoot.known(b"d"))
     weak = parts.simulation.cohorts[1]
-    held = weak.trainer.language.vectors.items
+    held = weak.learner.view.vectors.items
     assert held < LABELS
     for row in range(len(weak.users)):
-        lesson = weak.trainer.lesson(weak._text(row), 0, 0)
-        assert isinstance(lesson, Bags)
-        assert len(lesson.examples.features)
-        assert lesson.own.max(initial=0) < held
+        batch = weak.learner.batch(weak.data.of(row), 0, 0)
+        assert isinstance(batch, Bags)
+        assert len(batch.examples.features)
+        assert batch.own.max(initial=0) < held
 
 
 @pytest.mark.parametrize("more", [(), ("data.vocabulary=40",)])
@@ -136,7 +137,7 @@ def test_the_plan_knows_the_size_of_the_model(more: tuple[str, ...]) -> None:
     of = scenario("model.compression=2", "devices.nesting=fold", *more)
     split = load_labels(of.data)
     split = split.renumbered(np.arange(split.train.n_items))
-    parts = assemble_texts(of, split.train, "run", SecretRoot.known(b"d"))
+    parts = assemble(of, split.train, "run", SecretRoot.known(b"d"))
     assert of.population() == USERS
     assert coefficients(of) == parts.federation.layout.size
 

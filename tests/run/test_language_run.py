@@ -9,21 +9,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+from parts import assemble
 from small_runs import Silent, Stop, make_scenario, run_once, weights
 
 from privrec.cli.plan import coefficients
 from privrec.data.text import load_text
-from privrec.device.device import hash_functions
-from privrec.errors import Interrupted, ScenarioError, UsageError
+from privrec.device.device import Draws
+from privrec.errors import Interrupted, ScenarioError
 from privrec.privacy.events import RoundEvent, epsilon
 from privrec.privacy.ledger_index import PREPARATION
 from privrec.randomness import SecretRoot
 from privrec.report.build import build
 from privrec.report.render import write
 from privrec.run import lifecycle
-from privrec.run.assembly import assemble_texts, federation_of, language_of
-from privrec.run.rows import with_rows
-from privrec.run.summary import output_cost
+from privrec.run.assembly import federation_of
+from privrec.run.costs import of_output
+from privrec.run.lifecycle import with_rows
+from privrec.run.task import NextWords
 from privrec.run.wording import KEPT, REVEALED
 from privrec.scenario.load import Scenario, load
 from privrec.server.server import Server
@@ -142,7 +144,7 @@ def test_the_noise_on_the_sum_is_that_of_the_event(tmp_path: Path) -> None:
 def test_no_device_moves_the_sum_by_more_than_the_bound(tmp_path: Path) -> None:
     of = scenario(*NOISE, "train.local_lr=1000")
     split = load_text(of.data)
-    parts = assemble_texts(of, split.train, "run", SecretRoot.known(b"d"))
+    parts = assemble(of, split.train, "run", SecretRoot.known(b"d"))
     round = parts.server.next_round(0)
     parts.simulation.sampling_rate = 1.0
     layout, bound = parts.federation.layout, parts.server.plan.protection.encoding.bound
@@ -222,8 +224,9 @@ def test_a_private_device_asks_the_server_for_nothing(monkeypatch: pytest.Monkey
         "privrec.server.columns.ColumnServer.hashed", lambda *_: pytest.fail("it asked")
     )
     of = scenario()
-    parts = assemble_texts(of, load_text(of.data).train, "run", SecretRoot.known(b"d"))
-    assert parts.columns is None
+    task = NextWords(of, load_text(of.data))
+    assert task.columns is None
+    parts = assemble(of, task.split.train, "run", SecretRoot.known(b"d"))
     round = parts.server.next_round(0)
     assert parts.simulation.collect(round, parts.server.weights).cohort > 0
 
@@ -238,18 +241,18 @@ def test_devices_of_every_capacity_train_on_texts(tmp_path: Path) -> None:
 def test_output_costs_fall_with_the_share() -> None:
     def cost(*changes: str) -> Any:
         of = scenario(*changes)
-        parts = assemble_texts(of, load_text(of.data).train, "run", SecretRoot.known(b"d"))
-        return output_cost(parts.simulation.cohorts[0], of, 20)
+        parts = assemble(of, load_text(of.data).train, "run", SecretRoot.known(b"d"))
+        return of_output(parts.simulation.cohorts[0], of, 20)
 
     full = cost("train.loss=full_softmax", "train.selector=each")
     few = cost("train.selector=uniform", "train.budget=0.3")
-    assert (full.neurons, few.neurons) == (WORDS, 36)
+    assert (full["output_neurons"], few["output_neurons"]) == (WORDS, 36)
     # Scores, their gradient on states and that on rows: three products.
-    assert full.multiply_adds == 3 * 20 * WORDS * 16
-    assert few.multiply_adds == 3 * 20 * 36 * 16
-    assert few.bytes / full.bytes == pytest.approx(0.3)
-    assert few.selection == full.selection == 0
-    assert cost().selection == 16 * WORDS * 17
+    assert full["output_multiply_adds"] == 3 * 20 * WORDS * 16
+    assert few["output_multiply_adds"] == 3 * 20 * 36 * 16
+    assert few["output_bytes"] / full["output_bytes"] == pytest.approx(0.3)
+    assert few["selection_multiply_adds"] == full["selection_multiply_adds"] == 0
+    assert cost()["selection_multiply_adds"] == 16 * WORDS * 17
 
 
 def test_the_plan_knows_the_length_of_the_model() -> None:
@@ -293,15 +296,12 @@ def test_other_learners_and_other_data_do_not_mix() -> None:
         Scenario.from_toml(plain, ["train.scheme=requested"])
     with pytest.raises(ScenarioError, match=r"data\.vocabulary"):
         Scenario.from_toml(plain, ["data.vocabulary=30"])
-    recommender = Scenario.from_toml(plain)
-    with pytest.raises(UsageError, match="next_word"):
-        language_of(federation_of(recommender, 30).tiers[0])
 
 
 def test_hash_functions_of_devices_differ() -> None:
     of = scenario()
-    parts = assemble_texts(of, load_text(of.data).train, "run", SecretRoot.known(b"d"))
-    functions = hash_functions(SecretRoot.known(b"d"), parts.server.next_round(0))
+    parts = assemble(of, load_text(of.data).train, "run", SecretRoot.known(b"d"))
+    functions = Draws.of(SecretRoot.known(b"d"), parts.server.next_round(0), 0).functions
     assert functions(1).bytes(8) != functions(2).bytes(8)
 
 

@@ -17,9 +17,8 @@ from privrec.privacy import population
 from privrec.privacy.ledger import Ledger
 from privrec.run import lifecycle
 from privrec.run.identity import Identity
-from privrec.run.lifecycle import _Simulated
-from privrec.run.record import NullObserver, Observers, Record, RunInfo
-from privrec.run.rows import with_rows
+from privrec.run.lifecycle import SimulatedLoop, with_rows
+from privrec.run.record import Observer, Observers, Record, RunInfo
 from privrec.scenario.load import Scenario
 
 SCENARIO = """
@@ -82,9 +81,9 @@ def _trained(out: Path, scenario: Scenario, calls: _Calls | None = None) -> dict
     sys.setprofile(calls)
     try:
         if (out / "run.json").exists():
-            result = lifecycle.resume(out, observer=NullObserver())
+            result = lifecycle.resume(out, observer=Observer())
         else:
-            result = lifecycle.start(scenario, out=out, observer=NullObserver())
+            result = lifecycle.start(scenario, out=out, observer=Observer())
         write_report(out)
     finally:
         sys.setprofile(None)
@@ -146,7 +145,7 @@ def test_an_observer_that_cannot_be_opened_is_left_out(
 ) -> None:
     """The run has its ledger by then; a tracking server that is away costs no budget."""
 
-    class Away(NullObserver):
+    class Away(Observer):
         closed = False
 
         def started(self, info: RunInfo) -> None:
@@ -171,10 +170,10 @@ def test_an_observer_that_cannot_be_opened_is_left_out(
     ("module", "function", "gap"),
     [
         ("privrec.evaluate.metrics", "Evaluation.intervals", "intervals"),
-        ("privrec.run.summary", "by_segment", "segments"),
-        ("privrec.run.summary", "_baseline", "baseline popularity"),
-        ("privrec.run.summary", "_tier", "costs of tier 1"),
-        ("privrec.run.lifecycle", "_Simulated.evaluate", "accuracy"),
+        ("privrec.evaluate.metrics", "by_segment", "segments"),
+        ("privrec.run.task", "Recommending.baseline", "baseline popularity"),
+        ("privrec.run.task", "Recommending.cost", "costs of tier 1"),
+        ("privrec.run.lifecycle", "SimulatedLoop.evaluate", "accuracy"),
     ],
 )
 def test_a_figure_that_cannot_be_had_is_a_stated_gap(
@@ -195,7 +194,7 @@ def test_a_figure_that_cannot_be_had_is_a_stated_gap(
         text = (out / page).read_text("utf-8")
         assert gap in text
         assert "user 42" not in text
-    again = lifecycle.resume(out, observer=NullObserver())
+    again = lifecycle.resume(out, observer=Observer())
     assert again.payload["gaps"] == {}
     assert again.payload["metrics"]
     assert again.payload["privacy"] == found["privacy"]
@@ -206,22 +205,22 @@ def test_a_gap_of_one_seed_of_a_row_is_stated_and_filled(
 ) -> None:
     row = '[[rows]]\nname = "more"\nset = { "train.local_lr" = 0.5 }\n'
     scenario = Scenario.from_toml(SCENARIO + "seeds = 2\n" + row)
-    out, evaluate = tmp_path / "run", _Simulated.evaluate
+    out, evaluate = tmp_path / "run", SimulatedLoop.evaluate
 
-    def fails(self: _Simulated, protocols: Any) -> Any:
+    def fails(self: SimulatedLoop, **words: Any) -> Any:
         if self.out.name == "0-1":
             raise Injected
-        return evaluate(self, protocols)
+        return evaluate(self, **words)
 
-    result = lifecycle.start(scenario, out=out, observer=NullObserver())
+    result = lifecycle.start(scenario, out=out, observer=Observer())
     with monkeypatch.context() as patch:
-        patch.setattr(_Simulated, "evaluate", fails)
-        result = with_rows(result, scenario, data_dir=None, observer=NullObserver())
+        patch.setattr(SimulatedLoop, "evaluate", fails)
+        result = with_rows(result, scenario, data_dir=None, observer=Observer())
     assert result.payload["gaps"]["rows/0-1: accuracy"] == "Injected"
     # A mean over the seed that was measured would pass for one over both.
     assert not [key for key in result.payload["rows"][0] if "@" in key]
-    result = lifecycle.resume(out, observer=NullObserver())
-    result = with_rows(result, scenario, data_dir=None, observer=NullObserver())
+    result = lifecycle.resume(out, observer=Observer())
+    result = with_rows(result, scenario, data_dir=None, observer=Observer())
     assert result.payload["gaps"] == {}
     assert result.payload["rows"][0]["full_ndcg@10"] > 0
     assert not list(out.rglob("checkpoint.safetensors"))
@@ -273,7 +272,7 @@ def test_what_cannot_be_measured_is_refused_before_the_first_charge(
     given += ["data.items=", "data.interactions_per_user=", *settings]
     with pytest.raises(error, match=says):
         lifecycle.start(
-            Scenario.from_toml(SCENARIO, given), out=tmp_path / "out", observer=NullObserver()
+            Scenario.from_toml(SCENARIO, given), out=tmp_path / "out", observer=Observer()
         )
     assert not (tmp_path / "out").exists()
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from privrec.device.round import Round
-from privrec.device.update import Aggregate
+from privrec.device.update import Aggregate, Round
 from privrec.errors import BudgetError, IntegrityError, ReleaseRefused, UsageError
 from privrec.privacy import population
 from privrec.privacy.events import RoundEvent, epsilon
@@ -17,8 +16,8 @@ from privrec.privacy.ledger import Ledger
 from privrec.privacy.ledger_index import line_of, parsed
 from privrec.privacy.population import PopulationCharge
 from privrec.randomness import state_dir
-from privrec.run import lifecycle, population_budget
-from privrec.run.record import NullObserver
+from privrec.run import lifecycle
+from privrec.run.record import Observer
 from privrec.run.simulation import Simulation
 from privrec.scenario.load import Scenario
 
@@ -63,7 +62,7 @@ def create(**counts: int) -> None:
 
 def start(out: Path, *changes: str) -> Path:
     made = lifecycle.start(
-        Scenario.from_toml(TINY, changes), out=out, observer=NullObserver(), population="readers"
+        Scenario.from_toml(TINY, changes), out=out, observer=Observer(), population="readers"
     )
     return made.path
 
@@ -148,8 +147,8 @@ def test_what_goes_beyond_a_reservation_is_set_aside_or_refused() -> None:
 def test_a_run_beyond_the_limit_is_refused_before_its_data_is_read() -> None:
     create(tiny=ROUNDS - 1)
     with pytest.raises(BudgetError, match="nothing was read or charged"):
-        population_budget.check("readers", Scenario.from_toml(TINY))
-    population_budget.check("readers", Scenario.from_toml(TINY, [f"train.rounds={ROUNDS - 1}"]))
+        lifecycle.check_lifetime("readers", Scenario.from_toml(TINY))
+    lifecycle.check_lifetime("readers", Scenario.from_toml(TINY, [f"train.rounds={ROUNDS - 1}"]))
 
 
 @pytest.mark.parametrize("spare", [0, 1])

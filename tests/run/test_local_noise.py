@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from parts import assemble
 from small_runs import make_scenario, run_once
 
 from privrec import data
@@ -16,7 +17,6 @@ from privrec.privacy.ledger import Ledger
 from privrec.randomness import SecretRoot
 from privrec.report.build import build
 from privrec.report.render import to_markdown
-from privrec.run.assembly import assemble
 from privrec.run.simulation import Simulation
 
 ROUNDS = 3

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from privrec.errors import DataError, ReleaseRefused
 from privrec.run.record import (
     EventLog,
-    NullObserver,
+    Observer,
     Observers,
     Record,
     RunInfo,
@@ -119,7 +119,7 @@ def test_an_absent_log_is_named(tmp_path: Path) -> None:
 def test_several_observers_are_called_in_order() -> None:
     calls: list[str] = []
 
-    class Noted(NullObserver):
+    class Noted(Observer):
         def __init__(self, name: str) -> None:
             self.name = name
 

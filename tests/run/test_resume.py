@@ -27,8 +27,8 @@ from privrec.privacy.events import RoundEvent, epsilon
 from privrec.privacy.ledger import Ledger
 from privrec.privacy.signed import server_key
 from privrec.report.build import build
-from privrec.run import checkpoint, directory, lifecycle
-from privrec.run.record import NullObserver, Record, read_events, read_rounds
+from privrec.run import checkpoint, lifecycle
+from privrec.run.record import Observer, Record, read_events, read_rounds
 from privrec.scenario.load import load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,7 +110,7 @@ class World:
 
     @property
     def checkpoint(self) -> tuple[Path, Ed25519PublicKey]:
-        return self.out / directory.CHECKPOINT, self.key.public_key()
+        return self.out / checkpoint.FILE, self.key.public_key()
 
     def secret(self, name: str) -> Path:
         (folder,) = (self.state / "runs").iterdir()
@@ -243,7 +243,7 @@ def secret(sessions: Sessions) -> Reference:
 def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process: no secrets but the test's, and no process that measures memory."""
     monkeypatch.setenv("PRIVREC_STATE", str(tmp_path / "state"))
-    monkeypatch.setattr("privrec.run.summary.peak_bytes", lambda *_: None)
+    monkeypatch.setattr("privrec.run.costs.peak_bytes", lambda *_: None)
 
 
 def check_same(world: World, reference: Reference) -> None:
@@ -593,14 +593,14 @@ def refused(world: World, kind: type[PrivrecError] = IntegrityError, **words: An
     """The message of a resume that is refused, and that changes no file and draws no secret."""
     before = snapshot(world.folder)
     with pytest.raises(kind) as caught:
-        lifecycle.resume(world.out, observer=NullObserver(), **words)
+        lifecycle.resume(world.out, observer=Observer(), **words)
     assert caught.value.exit_code == kind.exit_code
     assert snapshot(world.folder) == before
     return str(caught.value)
 
 
 def resumed(world: World, reference: Reference) -> None:
-    lifecycle.resume(world.out, observer=NullObserver())
+    lifecycle.resume(world.out, observer=Observer())
     check_same(world, reference)
 
 
@@ -671,11 +671,11 @@ def test_an_earlier_checkpoint_of_the_run_costs_nothing(
     sessions: Sessions, secret: Reference, world: World
 ) -> None:
     earlier, _ = killed_in_round(sessions, secret, 3, "after Server.apply", "earlier still")
-    shutil.copy(earlier.out / directory.CHECKPOINT, world.out)
+    shutil.copy(earlier.out / checkpoint.FILE, world.out)
     resumed(world, secret)
 
 
-@pytest.mark.parametrize("name", ["ledger.jsonl", "ledger.head.json", directory.CHECKPOINT])
+@pytest.mark.parametrize("name", ["ledger.jsonl", "ledger.head.json", checkpoint.FILE])
 def test_a_file_that_is_gone_is_missed(world: World, name: str) -> None:
     (world.out / name).unlink()
     kind = UsageError if name == "ledger.jsonl" else IntegrityError
@@ -688,7 +688,7 @@ def test_an_altered_head_is_refused(world: World) -> None:
 
 
 def test_an_altered_checkpoint_is_refused(world: World) -> None:
-    path = world.out / directory.CHECKPOINT
+    path = world.out / checkpoint.FILE
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(content)
@@ -701,7 +701,7 @@ def test_the_files_of_another_run_are_refused(sessions: Sessions, world: World) 
     assert sessions(other, "start", at=place).code == KILLED
     mine = snapshot(world.out)
     for names, says in (
-        ([directory.CHECKPOINT], "not signed with the key of this run"),
+        ([checkpoint.FILE], "not signed with the key of this run"),
         (["ledger.jsonl"], "it belongs to the key"),
         (["ledger.head.json"], "not signed with the key of this run"),
         (["ledger.jsonl", "ledger.head.json"], "it belongs to the key"),
@@ -761,7 +761,7 @@ def test_other_data_is_refused(tmp_path: Path) -> None:
     write([*rows[:-4], (19, 0), *rows[-3:]])
     assert "the checkpoint belongs to data" in refused(world)
     write(rows)
-    assert lifecycle.resume(world.out, observer=NullObserver()).payload["rounds"] == ROUNDS
+    assert lifecycle.resume(world.out, observer=Observer()).payload["rounds"] == ROUNDS
 
 
 @pytest.mark.parametrize(
@@ -822,7 +822,7 @@ def test_the_wrong_state_folder_is_refused(
 def test_a_root_that_others_may_read_is_refused(world: World) -> None:
     world.secret("server.root").chmod(0o644)
     with pytest.raises(UsageError, match="chmod 600"):
-        lifecycle.resume(world.out, observer=NullObserver())
+        lifecycle.resume(world.out, observer=Observer())
 
 
 def test_a_run_that_another_process_works_on_is_left_alone(world: World) -> None:
@@ -842,12 +842,12 @@ def test_a_finished_run_keeps_no_private_states(
     sessions: Sessions, known: Reference, secret: Reference
 ) -> None:
     """Also when it dies between its result and the end."""
-    assert directory.CHECKPOINT not in snapshot(known.world.out)
+    assert checkpoint.FILE not in snapshot(known.world.out)
     world, _ = killed_in_round(sessions, secret, 1, "before os.unlink", "unlinking")
     assert "result.json" in snapshot(world.out)
-    assert directory.CHECKPOINT in snapshot(world.out)
+    assert checkpoint.FILE in snapshot(world.out)
     assert sessions(world, "resume").code == 0
-    assert directory.CHECKPOINT not in snapshot(world.out)
+    assert checkpoint.FILE not in snapshot(world.out)
 
 
 # --------------------------------------------------------------------------- in this process
@@ -857,7 +857,7 @@ class Stop(BaseException):
     """Ends a run as a crash would, right after a round."""
 
 
-class Stops(NullObserver):
+class Stops(Observer):
     def __init__(self, after: int) -> None:
         self.after = after
 
@@ -884,7 +884,7 @@ def test_every_kind_of_run_goes_on_as_if_nothing_had_happened(
 ) -> None:
     scenario = load(sessions.scenario, changes)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    lifecycle.start(scenario, out=whole, observer=NullObserver(), unsafe_noise_key=b"k")
+    lifecycle.start(scenario, out=whole, observer=Observer(), unsafe_noise_key=b"k")
     with pytest.raises(Stop):
         lifecycle.start(scenario, out=broken, observer=Stops(3), unsafe_noise_key=b"k")
     for round in (3, 5, ROUNDS):
@@ -895,13 +895,13 @@ def test_every_kind_of_run_goes_on_as_if_nothing_had_happened(
             scenario, out=tmp_path / "late", observer=Stops(ROUNDS), unsafe_noise_key=b"k"
         )
     late, often = (
-        checkpoint.read(tmp_path / name / directory.CHECKPOINT, World(tmp_path).key.public_key())
+        checkpoint.read(tmp_path / name / checkpoint.FILE, World(tmp_path).key.public_key())
         for name in ("late", "broken")
     )
     assert late[0].index == often[0].index == 4
     assert set(late[1]) == set(often[1])
     assert all(np.array_equal(late[1][name], often[1][name]) for name in late[1])
-    lifecycle.resume(broken, observer=NullObserver())
+    lifecycle.resume(broken, observer=Observer())
     for name in ("model.safetensors", "ledger.jsonl"):
         assert (broken / name).read_bytes() == (whole / name).read_bytes()
 
@@ -929,19 +929,19 @@ def test_seconds_of_all_sessions_count(tmp_path: Path, sessions: Sessions) -> No
 
     later = replace(position, wall_s=1000.0, cpu_s=960.0)
     checkpoint.write(path, later, arrays, World(tmp_path).key)
-    cost = lifecycle.resume(out, observer=NullObserver()).payload["cost"]
+    cost = lifecycle.resume(out, observer=Observer()).payload["cost"]
     assert 1000 <= cost["wall_s"] < 1100
     assert cost["cpu_s_per_device_round"] == pytest.approx(960 / (ROUNDS * RATE * 40), rel=0.06)
 
 
 def test_a_finished_run_is_given_back_as_it_is(tmp_path: Path, sessions: Sessions) -> None:
-    result = lifecycle.start(load(sessions.scenario), out=tmp_path / "run", observer=NullObserver())
+    result = lifecycle.start(load(sessions.scenario), out=tmp_path / "run", observer=Observer())
     before = snapshot(tmp_path)
-    assert lifecycle.resume(tmp_path / "run", observer=NullObserver()) == result
+    assert lifecycle.resume(tmp_path / "run", observer=Observer()) == result
     assert snapshot(tmp_path) == before
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(UsageError, match=r"there is no run\.json"):
-            lifecycle.resume(place, observer=NullObserver())
+            lifecycle.resume(place, observer=Observer())

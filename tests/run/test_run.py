@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from privrec.device.round import Round
+from privrec.device.update import Round
 from privrec.errors import (
     BudgetError,
     DataError,
@@ -29,10 +29,11 @@ from privrec.privacy.events import RoundEvent, epsilon
 from privrec.privacy.ledger import Ledger
 from privrec.report.build import build
 from privrec.report.render import write
-from privrec.run import directory, lifecycle
+from privrec.run import checkpoint, lifecycle
 from privrec.run.checkpoint import Position, read
 from privrec.run.identity import Identity
-from privrec.run.record import NullObserver, Record, RunInfo, read_events, read_rounds
+from privrec.run.loop import Loop
+from privrec.run.record import Observer, Record, RunInfo, read_events, read_rounds
 from privrec.run.simulation import Simulation
 from privrec.scenario.load import Scenario
 from privrec.server.server import Server
@@ -72,12 +73,12 @@ def scenario(*changes: str) -> Scenario:
 def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Secrets of the test's own, and no process that measures memory."""
     monkeypatch.setenv("PRIVREC_STATE", str(tmp_path / "state"))
-    monkeypatch.setattr("privrec.run.summary.peak_bytes", lambda *_: 4096)
+    monkeypatch.setattr("privrec.run.costs.peak_bytes", lambda *_: 4096)
     return tmp_path / "state"
 
 
 def started(out: Path, *changes: str, key: bytes | None = None, **words: Any) -> dict[str, Any]:
-    words.setdefault("observer", NullObserver())
+    words.setdefault("observer", Observer())
     return lifecycle.start(scenario(*changes), out=out, unsafe_noise_key=key, **words).payload
 
 
@@ -172,7 +173,7 @@ def test_a_charge_that_cannot_be_written_stops_before_anything_is_collected(
             raise OSError(errno.ENOSPC, "No space left on device")
         fsync(descriptor)
 
-    class Sizes(NullObserver):
+    class Sizes(Observer):
         def round(self, record: Record) -> None:
             committed[0] = (out / "ledger.jsonl").stat().st_size
 
@@ -183,7 +184,7 @@ def test_a_charge_that_cannot_be_written_stops_before_anything_is_collected(
         with pytest.raises(ReleaseRefused, match="No space left"):
             started(out, observer=Sizes(), key=b"k")
     assert collected == [0, 1, 2, 3]
-    lifecycle.resume(out, observer=NullObserver())
+    lifecycle.resume(out, observer=Observer())
     started(tmp_path / "whole", key=b"k")
     assert np.array_equal(weights(out), weights(tmp_path / "whole"))
 
@@ -363,7 +364,7 @@ def test_events_tell_every_round_and_evaluate_when_asked(tmp_path: Path) -> None
     assert rounds[-1].epsilon_server == result["privacy"]["epsilon_server"]
 
 
-class Watches(NullObserver):
+class Watches(Observer):
     def __init__(self, on_round: Callable[[Record], None] = lambda _: None) -> None:
         self.infos: list[RunInfo] = []
         self.records: list[Record] = []
@@ -471,7 +472,7 @@ def test_an_empty_cohort_is_released_as_noise_alone(tmp_path: Path) -> None:
 
 
 def kept(out: Path) -> tuple[Position, dict[str, np.ndarray]]:
-    return read(out / directory.CHECKPOINT, Identity.read(out).signing_key().public_key())
+    return read(out / checkpoint.FILE, Identity.read(out).signing_key().public_key())
 
 
 def test_checkpoints_are_taken_when_asked(tmp_path: Path) -> None:
@@ -581,7 +582,7 @@ def test_a_start_whose_disk_fails_at_any_write_leaves_nothing(
     before = listing(out.parent)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", failing)
-        patch.setattr(lifecycle, "_go_on", lambda out, *_: went_on.append(out))
+        patch.setattr(Loop, "run", lambda loop, *_: went_on.append(loop.out))
         for number in range(1, 100):
             left[0] = number
             with pytest.raises((OSError, PrivrecError), match="Input/output error"):
@@ -593,7 +594,7 @@ def test_a_start_whose_disk_fails_at_any_write_leaves_nothing(
                 assert listing(state) <= {"runs"}
     assert number > 10
     assert not went_on
-    assert lifecycle.resume(out, observer=NullObserver()).payload["rounds"] == ROUNDS
+    assert lifecycle.resume(out, observer=Observer()).payload["rounds"] == ROUNDS
 
 
 # --------------------------------------------------------------------------- tiers
@@ -712,7 +713,7 @@ def test_a_stopped_run_of_mixed_capacities_goes_on_bit_for_bit(
     with pytest.raises(Interrupted):
         started(tmp_path / "run", *settings, key=b"k", observer=Watches(stop))
     assert {"states.0", "states.1", "states.2"} <= set(kept(tmp_path / "run")[1])
-    resumed = lifecycle.resume(tmp_path / "run", observer=NullObserver()).payload
+    resumed = lifecycle.resume(tmp_path / "run", observer=Observer()).payload
     assert np.array_equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
     assert resumed["metrics"] == whole["metrics"]
 
@@ -730,7 +731,7 @@ def test_implicit_als_runs_and_resumes_in_every_nesting(tmp_path: Path, nesting:
 
     with pytest.raises(Interrupted):
         started(tmp_path / "run", *settings, key=b"k", observer=Watches(stop))
-    resumed = lifecycle.resume(tmp_path / "run", observer=NullObserver()).payload
+    resumed = lifecycle.resume(tmp_path / "run", observer=Observer()).payload
     assert np.array_equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
     assert resumed["metrics"] == whole["metrics"]
     assert np.isfinite(weights(tmp_path / "run")).all()

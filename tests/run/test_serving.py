@@ -12,12 +12,14 @@ import pytest
 
 from privrec import data
 from privrec.data import Interactions
+from privrec.device.tier import LocalModel
 from privrec.errors import IntegrityError, UnknownIdError, UsageError
 from privrec.evaluate.evaluator import Scorer
 from privrec.privacy.ledger import Ledger
 from privrec.run import lifecycle
+from privrec.run.assembly import federation_of
 from privrec.run.recommend import Recommendation, answer, recommend
-from privrec.run.record import NullObserver
+from privrec.run.record import Observer
 from privrec.run.summary import read_model
 from privrec.scenario.load import Scenario
 
@@ -48,11 +50,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("served")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PRIVREC_STATE", str(folder / "state"))
-        patch.setattr("privrec.run.summary.peak_bytes", lambda *_: None)
+        patch.setattr("privrec.run.costs.peak_bytes", lambda *_: None)
         scenario = Scenario.from_toml(SCENARIO)
-        lifecycle.start(
-            scenario, out=folder / "run", observer=NullObserver(), unsafe_noise_key=b"k"
-        )
+        lifecycle.start(scenario, out=folder / "run", observer=Observer(), unsafe_noise_key=b"k")
     return folder / "run"
 
 
@@ -96,10 +96,10 @@ def test_a_user_and_the_same_history_get_the_same_list(
 ) -> None:
     """Also where the fit draws negatives: those depend on the history, not on its order."""
     monkeypatch.setenv("PRIVREC_STATE", str(tmp_path / "state"))
-    monkeypatch.setattr("privrec.run.summary.peak_bytes", lambda *_: None)
+    monkeypatch.setattr("privrec.run.costs.peak_bytes", lambda *_: None)
     trained, text = tmp_path / "run", SCENARIO.replace("full_softmax", loss)
     scenario = Scenario.from_toml(text, ["train.rounds=2"])
-    lifecycle.start(scenario, out=trained, observer=NullObserver(), unsafe_noise_key=b"k")
+    lifecycle.start(scenario, out=trained, observer=Observer(), unsafe_noise_key=b"k")
     for user in (1, 30, 64):
         by_id = recommend(trained, user=str(train.user_ids[user]))
         own = ids_of(train, user)
@@ -201,7 +201,7 @@ def test_a_model_of_another_catalogue_is_refused(trained: Path, tmp_path: Path) 
     scenario = Scenario.from_toml(other)
     train = data.load(scenario.data).train
     with pytest.raises(IntegrityError, match="use the data that the model was trained on"):
-        read_model(path, scenario, train, None)
+        read_model(path, federation_of(scenario, train.n_items), train.n_items, None)
     (path / "scenario.toml").write_text(other)
     with pytest.raises(IntegrityError, match="its scenario_hash is"):
         recommend(path, user="1")
@@ -224,11 +224,11 @@ def test_a_model_of_mixed_capacities_is_served_from_the_whole_memory(
 ) -> None:
     """What is kept are coefficients; recommendations are made from the memory that they mean."""
     monkeypatch.setenv("PRIVREC_STATE", str(tmp_path / "state"))
-    monkeypatch.setattr("privrec.run.summary.peak_bytes", lambda *_: None)
+    monkeypatch.setattr("privrec.run.costs.peak_bytes", lambda *_: None)
     text = SCENARIO.replace("[train]", f"{TIERS}{nesting}\n[train]")
     scenario = Scenario.from_toml(text)
     result = lifecycle.start(
-        scenario, out=tmp_path / "run", observer=NullObserver(), unsafe_noise_key=b"k"
+        scenario, out=tmp_path / "run", observer=Observer(), unsafe_noise_key=b"k"
     ).payload
     split = data.load(scenario.data, data_dir=None)
     hits = []
@@ -264,14 +264,15 @@ def test_a_scan_is_what_scoring_the_whole_catalogue_gives(
 ) -> None:
     scenario = Scenario.from_toml(SCENARIO)
     with Ledger.open(trained / "ledger.jsonl", repair=False) as ledger:
-        federation, weights = read_model(trained, scenario, train, ledger.ended)
+        federation = federation_of(scenario, train.n_items)
+        weights = read_model(trained, federation, train.n_items, ledger.ended)
     tier = federation.tiers[0]
-    view, rng = tier.view(weights), np.random.default_rng(0)
+    model, rng = LocalModel(tier.recommender, tier.view(weights)), np.random.default_rng(0)
     for _ in range(20):
         state = rng.standard_normal(tier.recommender.model.user_dim).astype(np.float32)
-        scores = Scorer(tier.recommender, view, state[None], train.n_items)(np.array([0]), None)[0]
+        scores = Scorer(model, state[None], train.n_items)(np.array([0]), None)[0]
         history = rng.permutation(train.n_items)[:6]
-        items, values = answer(tier.recommender, view, state, 10, history)
+        items, values = answer(model, state, 10, history)
         scores[history] = -np.inf
         np.testing.assert_array_equal(items, np.argsort(-scores, kind="stable")[:10])
         np.testing.assert_allclose(values, scores[items], rtol=1e-4, atol=1e-5)

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from privrec.device.batch import Histories
-from privrec.device.cohort import TOLERANCE, Cohort
-from privrec.device.device import Device
-from privrec.device.round import Protection, Round, model_digests
-from privrec.device.tier import Federation, Tier
-from privrec.device.train import Recommender, Settings, Trainer
+from privrec.device.device import TOLERANCE, Cohort, Device, Draws, Settings
+from privrec.device.recommender import RecommenderLearner
+from privrec.device.samples import Histories
+from privrec.device.tier import Federation, LocalModel, ModelView, Tier
+from privrec.device.update import Protection, Round, model_digests
 from privrec.embedding.nested import nested
 from privrec.embedding.subspace import Subspace
 from privrec.models.layout import Layout
@@ -61,17 +60,16 @@ def make_simulation(
     model = NCF.of(kind, 8, (6, 5))  # type: ignore[arg-type]
     vectors = Subspace.sized(ITEMS, 8, block=4, key=1, compression=compression)
     biases = Subspace.sized(ITEMS, 1, block=1, key=2, compression=compression)
-    layout = Layout(model.dense, vectors.slots, 4, biases.slots)
-    settings = Settings(loss=loss, **SETTINGS)
-    parts = Recommender(model, vectors, biases, layout)
+    view = ModelView.of(model, vectors, biases)
+    learner = RecommenderLearner(view, Settings(loss=loss, **SETTINGS))
     chains = nested(vectors, "fold", [0]), nested(biases, "fold", [0])
-    federation = Federation((Tier(0, 1.0, 1.0, 1.0, parts, *chains),))
-    devices = Cohort.of(Trainer(parts, settings), as_histories(histories or HISTORIES))
+    federation = Federation((Tier(0, 1.0, 1.0, 1.0, view, *chains),))
+    devices = Cohort.of(learner, as_histories(histories or HISTORIES))
     return Simulation(
         federation,
         (devices,),
         population=USERS,
-        protection=Protection(Encoding(clip_norm, layout.size, scale_bits)),
+        protection=Protection(Encoding(clip_norm, view.layout.size, scale_bits)),
         enrolled=Enrolled(ROOT, Policy()),
         seed=3,
         sampling_rate=rate,
@@ -147,7 +145,7 @@ def only(simulation: Simulation, user: int, weights: np.ndarray) -> np.ndarray:
     """The decoded answer of one device, drawn with the round's own samples."""
     key = int(rng_for(simulation.seed, "samples", 0).integers(2**63))
     (tier,), (devices,) = simulation.federation.tiers, simulation.cohorts
-    device = Device(user, HISTORIES[user], tier, (), devices.trainer, simulation.protection, ROOT)
+    device = Device(user, HISTORIES[user], tier, (), devices.learner, simulation.protection, ROOT)
     return simulation.protection.encoding.decode(
         device.answer(round_of(weights), weights, key).vector()
     )
@@ -344,8 +342,9 @@ def test_the_sum_is_that_of_what_each_tier_trains(mixed, vector_in, system, engi
     ):
         view = tier.view(here.federation.prefix(weights, tier))
         for row in rows:
-            mine = cohort.histories.select(np.array([row]))
-            trained = cohort.trainer.train(view, mine, cohort.states[row : row + 1], key)
+            mine, states = cohort.data.select(np.array([row])), cohort.states[row : row + 1]
+            model = LocalModel(cohort.learner.view, view)
+            trained = cohort.learner.train(model, mine, states, Draws(key))
             raw = vector_in(tier.lift(trained.update), layout)
             length = max(float(np.linalg.norm(raw)), 1e-30)
             expected += tier.weight * raw * min(1.0, 0.05 / length)
@@ -402,13 +401,13 @@ def test_devices_of_weight_zero_never_train(mixed, engine) -> None:
 
 def test_every_user_is_in_one_tier_and_is_trained_as_itself(mixed) -> None:
     simulation = mixed().parts.simulation
-    users = np.concatenate([cohort.histories.users for cohort in simulation.cohorts])
+    users = np.concatenate([cohort.users for cohort in simulation.cohorts])
     assert sorted(users) == list(range(simulation.population)) == list(range(36))
     chosen = np.array([0, 5, 6, 7, 20, 35])
     rows = simulation.rows(chosen)
-    found = [c.histories.users[mine] for c, mine in zip(simulation.cohorts, rows, strict=True)]
+    found = [c.users[mine] for c, mine in zip(simulation.cohorts, rows, strict=True)]
     assert sorted(np.concatenate(found)) == chosen.tolist()
-    assert all(np.all(np.diff(cohort.histories.users) > 0) for cohort in simulation.cohorts)
+    assert all(np.all(np.diff(cohort.users) > 0) for cohort in simulation.cohorts)
 
 
 @pytest.mark.parametrize("engine", ["cohort", "device"])
@@ -438,14 +437,14 @@ def test_one_history_of_any_tier_moves_the_sum_by_no_more_than_its_weight(mixed,
     weights, moved = here.weights(), []
     first = here.parts.simulation.collect(mixed_round(here, weights), weights).total
     for tier, cohort in zip(here.tiers, without.parts.simulation.cohorts, strict=True):
-        whole, lengths = cohort.histories, cohort.histories.lengths.copy()
+        whole, lengths = cohort.data, cohort.data.lengths.copy()
         lengths[1] = 0  # the second device of the tier forgets everything
         keep = np.ones(len(whole.items), bool)
         keep[whole.indptr[1] : whole.indptr[2]] = False
         indptr = np.concatenate(([0], np.cumsum(lengths)))
-        cohort.histories = Histories(whole.users, indptr, whole.items[keep])
+        cohort.data = Histories(whole.users, indptr, whole.items[keep])
         second = without.parts.simulation.collect(mixed_round(here, weights), weights).total
-        cohort.histories = whole
+        cohort.data = whole
         for each in without.parts.simulation.cohorts:
             each.states[...] = 0
         difference = (first - second).astype(float)
@@ -461,7 +460,7 @@ def test_devices_that_hold_nothing_have_no_part(mixed) -> None:
     simulation, weights = here.parts.simulation, here.weights()
     assert [tier.capacity for tier in here.tiers] == [1.0]
     assert (simulation.population, len(simulation.absent)) == (36, 18)
-    members = simulation.cohorts[0].histories.users
+    members = simulation.cohorts[0].users
     assert sorted([*members, *simulation.absent]) == list(range(36))
     assert simulation.collect(mixed_round(here, weights), weights).cohort == 18
     assert here.parts.server.plan.expected_cohort == 18

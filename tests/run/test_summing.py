@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from parts import Parts, assemble
 from scipy import stats
 
 from privrec import data
@@ -22,8 +23,7 @@ from privrec.privacy.ledger import Ledger
 from privrec.privacy.mechanism import Shares
 from privrec.randomness import SecretRoot
 from privrec.run import lifecycle, summing
-from privrec.run.assembly import Parts, assemble
-from privrec.run.record import NullObserver
+from privrec.run.record import Observer
 from privrec.run.simulation import Simulation
 from privrec.scenario.load import Scenario
 from privrec.secagg.client import ClientSession
@@ -95,7 +95,7 @@ def collected(parts: Parts, attempt: int = 0) -> Aggregate:
 
 def started(out: Path, *changes: str, key: bytes | None = b"k") -> dict[str, Any]:
     made = scenario(*changes)
-    return lifecycle.start(made, out=out, observer=NullObserver(), unsafe_noise_key=key).payload
+    return lifecycle.start(made, out=out, observer=Observer(), unsafe_noise_key=key).payload
 
 
 # --------------------------------------------------------------------------- the same bits
@@ -225,10 +225,10 @@ def test_what_devices_upload_adds_up_to_the_sum() -> None:
     total = np.zeros(federation.layout.size, np.int64)
     seeds = set()
     for tier, cohort in zip(federation.tiers, simulation.cohorts, strict=True):
-        for row, user in enumerate(cohort.histories.users.tolist()):
+        for row, user in enumerate(cohort.users.tolist()):
             device = Device(
-                user, cohort.histories.select(np.array([row])).items, tier,
-                federation.weaker(tier), cohort.trainer, simulation.protection, simulation.root,
+                user, cohort.data.of(row), tier,
+                federation.weaker(tier), cohort.learner, simulation.protection, simulation.root,
             )  # fmt: skip
             answer = device.answer(round, federation.prefix(server.weights, tier), key)
             sent = device.upload(round, answer).integers
@@ -258,7 +258,7 @@ def test_an_aborted_round_is_charged_and_tried_again_without_telling_how_many_we
             original(*arguments)
 
     monkeypatch.setattr(summing, "_check_turnout", moody)
-    lifecycle.start(scenario(), out=tmp_path / "run", observer=NullObserver())
+    lifecycle.start(scenario(), out=tmp_path / "run", observer=Observer())
     events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
     aborted = [event for event in events if event["type"] == "aborted"]
     assert [(event["round"], event["attempt"]) for event in aborted] == [(1, 0), (1, 1)]
@@ -349,7 +349,7 @@ def test_a_small_ring_gives_the_same_model_but_for_its_grid() -> None:
         round = parts.server.next_round(0)
         aggregate = parts.simulation.collect(round, parts.server.weights)
         release = parts.server.release(round, aggregate, SecretRoot.known(b"server"))
-        found.append(parts.server._decoded(release))
+        found.append(parts.server.decode(release))
     large, small = found
     step = 1 / 2**8.5
     assert np.abs(large).max() > 0.02

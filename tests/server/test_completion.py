@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from privrec.device.tier import Tier
-from privrec.device.train import Trained
+from privrec.device.device import Cohort, Draws, Trained
+from privrec.device.tier import LocalModel, Tier
 from privrec.embedding.subspace import Subspace
 from privrec.models.layout import Layout, bands
 from privrec.models.losses import pack, unpack
@@ -42,14 +42,18 @@ def dense_of(update: Any, row: int, layout: Layout) -> np.ndarray:
     return found
 
 
+def _alone(cohort: Cohort[Any], model: LocalModel[Any], row: int) -> Trained:
+    """What one of the devices makes of a round."""
+    mine, states = cohort.data.select(np.array([row])), cohort.states[row : row + 1]
+    return cohort.learner.train(model, mine, states, Draws(KEY))
+
+
 def trained(here: Any, weights: np.ndarray) -> Iterator[tuple[Tier, np.ndarray, Trained]]:
     """Every training device, one by one, with its tier's memory."""
     for tier, cohort in zip(here.tiers, here.parts.simulation.cohorts, strict=True):
         view = tier.view(here.federation.prefix(weights, tier))
         for row in range(len(cohort.states) if tier.weight else 0):
-            mine = cohort.histories.select(np.array([row]))
-            states = cohort.states[row : row + 1]
-            yield tier, view, cohort.trainer.train(view, mine, states, KEY)
+            yield tier, view, _alone(cohort, LocalModel(cohort.learner.view, view), row)
 
 
 def mean_update(here: Any, weights: np.ndarray) -> np.ndarray:
@@ -133,11 +137,10 @@ def test_fair_averaging_is_the_average_of_lifted_memories(mixed) -> None:
             vectors=Unscaled(**vars(parts.vectors)),
             biases=Unscaled(**vars(parts.biases)),
         )
-        settings = replace(cohort.trainer.settings, local_lr=here.scenario.train.local_lr)
-        trainer = replace(cohort.trainer, recommender=plain, settings=settings)
+        settings = replace(cohort.learner.settings, local_lr=here.scenario.train.local_lr)
+        alike = replace(cohort, learner=replace(cohort.learner, view=plain, settings=settings))
         for row in range(len(cohort.states)):
-            mine, states = cohort.histories.select(np.array([row])), cohort.states[row : row + 1]
-            change = dense_of(trainer.train(collapsed, mine, states, KEY).update, 0, own)
+            change = dense_of(_alone(alike, LocalModel(plain, collapsed), row).update, 0, own)
             after = collapsed + change
             layout.memory_of(average)[...] += np.tile(
                 own.memory_of(after), (layout.slots // own.slots, 1)
@@ -180,10 +183,9 @@ def dense_gradient(here: Any, tier: Tier, view: np.ndarray, gram: np.ndarray) ->
     system = train.unobserved_weight * users + train.item_l2 * np.eye(table.dim)
     slopes = np.zeros_like(rows)
     for row in range(len(cohort.states)):
-        mine = cohort.histories.select(np.array([row]))
-        states = cohort.states[row : row + 1]
-        user = cohort.trainer.train(view, mine, states, KEY).states[0, :-1].astype(np.float64)
-        for item in mine.items:
+        model = LocalModel(cohort.learner.view, view)
+        user = _alone(cohort, model, row).states[0, :-1].astype(np.float64)
+        for item in cohort.data.of(row):
             slopes[item] += (rows[item] @ user - 1) * user
     slopes = slopes / len(cohort.states) + rows @ system
     if train.server_optimizer == "newton":
@@ -219,7 +221,7 @@ def test_the_completed_update_is_the_dense_gradient_over_all_items(
     assert not layout.gram_of(update).any()
     found = here.tiers[0].view(update)
     assert near(layout.memory_of(found), expected, 1e-4)
-    touched = np.unique(np.concatenate([c.histories.items for c in here.parts.simulation.cohorts]))
+    touched = np.unique(np.concatenate([c.data.items for c in here.parts.simulation.cohorts]))
     assert len(touched) < 48 or system != "rows"
 
 

@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from privrec.device.round import Protection, Round
-from privrec.device.tier import Federation, Tier
-from privrec.device.train import Recommender
-from privrec.device.update import Aggregate
+from privrec.device.tier import Federation, ModelView, Tier
+from privrec.device.update import Aggregate, Protection, Round
 from privrec.embedding.nested import nested
 from privrec.embedding.table import PlainTable
 from privrec.models.layout import Layout
@@ -19,9 +17,8 @@ from privrec.models.ncf import NCF
 from privrec.privacy.events import RoundEvent
 from privrec.randomness import SecretRoot
 from privrec.secagg.ring import Encoding
-from privrec.server.completion import Completion
-from privrec.server.optimizer import Optimizer, Schedule
-from privrec.server.server import Plan, Release, Server
+from privrec.server.optimizer import FedAvg, Optimizer, Schedule
+from privrec.server.server import Completion, Release, RoundPlan, Server
 
 ROOT, OTHER = SecretRoot.known(b"one"), SecretRoot.known(b"two")
 LEVEL = 1e-4  # of each test; the draws are keyed, so that a pass is a pass for good
@@ -34,22 +31,22 @@ def make_server(
     *,
     size: int = SIZE,
     average: float = 0.0,
-    kind: str = "fedavg",
+    kind: type[Optimizer] = FedAvg,
     rate: float = 1.0,
     clip_norm: float = 2.0,
 ) -> Server:
     federation = plain_federation(size)
-    plan = Plan(
+    plan = RoundPlan(
         "run", "digest", event, Protection(Encoding(clip_norm, size)), federation, 25.0, average
     )
-    optimizer = Optimizer(kind, rate, Schedule("constant", 10, 0))
+    optimizer = kind(rate, Schedule("constant", 10, 0))
     return Server(plan, np.zeros(size, np.float32), nothing_to_add(federation), optimizer)
 
 
 def plain_federation(size: int) -> Federation:
     """One tier, whose vector is a memory of so many numbers."""
     table = PlainTable.of(size, 1, block=1)
-    parts = Recommender(NCF.of("gmf", 1, ()), table, None, Layout(0, size, 1, 0))
+    parts = ModelView(NCF.of("gmf", 1, ()), table, None, Layout(0, size, 1, 0))
     return Federation((Tier(0, 1.0, 1.0, 1.0, parts, nested(table, "rows", [0]), None),))
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from privrec.models.next_word import NextWord, sampled_loss
+from privrec.models.losses import sampled_loss
+from privrec.models.words import NextWord
 from privrec.randomness import rng_for
 
 SMALL = NextWord(dim=8, heads=2, ffn=12, layers=2, context=6)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from privrec.device.batch import Histories, Sampler, uniform
+from privrec.device.samples import Histories, Sampler, uniform
 
 LEVEL = 1e-4  # of each test; the draws are keyed, so that a pass is a pass for good
 

@@ -8,12 +8,13 @@ import torch
 
 from privrec.data.extreme import Invented
 from privrec.data.labels import dealt, examples_in
-from privrec.device.lessons import Bags, OutputBudget
-from privrec.device.words import LocalSettings, WideModel, WordTrainer
+from privrec.device.device import Draws, Settings, Trained
+from privrec.device.samples import Histories
+from privrec.device.tier import LocalModel, ModelView
+from privrec.device.words import WordLearner
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable, Table
-from privrec.models.extreme import WordBag
-from privrec.models.layout import Layout
+from privrec.models.words import Bags, WordBag
 from privrec.randomness import rng_for
 
 LABELS, DIM, FEATURES = 61, 8, 32
@@ -25,23 +26,39 @@ TOKENS = dealt(
 ).tokens
 
 
-def trainer(
+def learner(
     table: Table = PLAIN, share: float = 1.0, steps: int = 1, most: int | None = None
-) -> WordTrainer:
-    biases = PlainTable.of(LABELS, 1, block=1)
-    layout = Layout(MODEL.dense, table.slots, 4, LABELS)
-    language = WideModel(MODEL, table, biases, layout)
-    return WordTrainer(language, OutputBudget(LABELS, share), LocalSettings(most, steps, 0.5, None))
+) -> WordLearner:
+    view = ModelView.of(MODEL, table, PlainTable.of(LABELS, 1, block=1))
+    settings = Settings(
+        "softmax", 1, 1.0, 1.0, False, most, 1, 1.0, 1.0, 1, 1, local_steps=steps, local_lr=0.5,
+        selector="uniform", budget=share,
+    )  # fmt: skip
+    return WordLearner(view, settings)
 
 
-def start(of: WideModel) -> np.ndarray:
-    rng = rng_for(1, "weights")
-    weights = rng.normal(0, 0.3, of.layout.size).astype(np.float32)
-    of.layout.dense_of(weights)[...] = MODEL.initial_dense(rng)
+def start(of: WordLearner) -> np.ndarray:
+    layout, rng = of.view.layout, rng_for(1, "weights")
+    weights = rng.normal(0, 0.3, layout.size).astype(np.float32)
+    layout.dense_of(weights)[...] = MODEL.initial_dense(rng)
     return weights
 
 
-def by_autograd(of: WideModel, weights: np.ndarray, steps: int) -> np.ndarray:
+def trained(
+    of: WordLearner, weights: np.ndarray, key: int = 0, tokens: np.ndarray = TOKENS
+) -> Trained:
+    """What one device makes of its examples."""
+    states = np.zeros((1, 1), np.float32)
+    return of.train(LocalModel(of.view, weights), Histories.alone(0, tokens), states, Draws(key))
+
+
+def change(of: WordLearner, weights: np.ndarray, key: int = 0) -> np.ndarray:
+    """Its update as a whole vector."""
+    update = trained(of, weights, key).update
+    return update.dense(update.values)[0]
+
+
+def by_autograd(of: ModelView[WordBag], weights: np.ndarray, steps: int) -> np.ndarray:
     """The change of plain gradient steps on the full softmax, example by example."""
     vector = torch.from_numpy(weights.copy()).requires_grad_()
     slots, signs = of.vectors.locate(np.arange(LABELS))
@@ -66,57 +83,53 @@ def by_autograd(of: WideModel, weights: np.ndarray, steps: int) -> np.ndarray:
 @pytest.mark.parametrize("table", [PLAIN, HASHED, HASHED.folded(1)])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_with_all_neurons_the_update_is_plain_gradient_descent(table: Table, steps: int) -> None:
-    of = trainer(table, steps=steps)
-    weights = start(of.language)
-    update, _ = of.train(weights, TOKENS, 0, 0, None)
-    changed = update._dense(update.values)[0]
-    expected = by_autograd(of.language, weights, steps)
-    assert np.abs(changed - expected).max() < 1e-5
+    of = learner(table, steps=steps)
+    weights = start(of)
+    expected = by_autograd(of.view, weights, steps)
+    assert np.abs(change(of, weights) - expected).max() < 1e-5
     assert np.abs(expected).max() > 1e-3
 
 
 @pytest.mark.parametrize("key", range(5))
 def test_all_labels_of_a_lesson_are_active_within_the_budget(key: int) -> None:
-    of = trainer(share=0.3)
-    lesson = of.lesson(TOKENS, 0, key)
-    assert isinstance(lesson, Bags)
-    assert 0 < len(lesson.own) <= of.output.budget
-    weights = start(of.language)
-    changed, _ = of.train(weights, TOKENS, 0, key, None)
-    biases = of.language.layout.biases_of(changed._dense(changed.values)[0])
-    assert (biases[lesson.own] != 0).all()
-    assert (biases != 0).sum() == of.output.budget
+    of = learner(share=0.3)
+    batch = of.batch(TOKENS, 0, key)
+    assert isinstance(batch, Bags)
+    assert 0 < len(batch.own) <= of.output.size
+    biases = of.view.layout.biases_of(change(of, start(of), key))
+    assert (biases[batch.own] != 0).all()
+    assert (biases != 0).sum() == of.output.size
 
 
 def test_a_round_takes_some_examples_from_a_place_that_the_key_decides() -> None:
-    of, whole = trainer(most=4), examples_in(TOKENS).hashed(FEATURES)
+    of, whole = learner(most=4), examples_in(TOKENS).hashed(FEATURES)
     firsts = set()
     for key in range(60):
-        lesson = of.lesson(TOKENS, 3, key)
-        assert isinstance(lesson, Bags)
-        assert len(lesson) == lesson.positions == 4
+        batch = of.batch(TOKENS, 3, key)
+        assert isinstance(batch, Bags)
+        assert len(batch) == batch.positions == 4
         for first in range(9):
             some = whole.take(np.arange(first, first + 4))
-            if np.array_equal(some.features, lesson.examples.features):
+            if np.array_equal(some.features, batch.examples.features):
                 firsts.add(first)
     assert firsts == set(range(9))
 
 
 def test_an_example_of_too_many_labels_keeps_the_commonest() -> None:
     tokens = np.array([-1, -2, 9, 30, 4, 12, 7, -3, 5], np.int32)
-    lesson = Bags.of(MODEL, tokens, 1, 3, 0)
-    assert lesson.own.tolist() == [4, 7, 9]
-    assert lesson.examples.label_ends.tolist() == [3]
-    both = Bags.of(MODEL, tokens, None, 6, 0)
+    batch = MODEL.batch(tokens, 1, 3, 0)
+    assert batch.own.tolist() == [4, 7, 9]
+    assert batch.examples.label_ends.tolist() == [3]
+    both = MODEL.batch(tokens, None, 6, 0)
     assert both.own.tolist() == [4, 5, 7, 9, 12, 30]
     # The first alone fits five neurons; with the second there would be six.
-    assert Bags.of(MODEL, tokens, None, 5, 0).own.tolist() == [4, 7, 9, 12, 30]
+    assert MODEL.batch(tokens, None, 5, 0).own.tolist() == [4, 7, 9, 12, 30]
 
 
 def test_an_example_without_a_label_teaches_nothing_and_breaks_nothing() -> None:
-    of = trainer(share=0.2)
-    weights = start(of.language)
+    of = learner(share=0.2)
+    weights = start(of)
     for tokens in ([-1, -2], [-1, 0], [-4, -4, -4], [], [0], [3, 4]):
-        update, loss = of.train(weights, np.array(tokens, np.int32), 0, 0, None)
-        assert loss == 0
-        assert not update.values.any()
+        result = trained(of, weights, 0, np.array(tokens, np.int32))
+        assert result.losses == 0
+        assert not result.update.values.any()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
-from privrec.models.losses import pack, unpack
+from privrec.device.device import Draws
+from privrec.models.losses import item_gram, pack, unpack
 
 CASES = list(itertools.product(["gmf", "mlp", "neumf"], ["bce", "bpr", "softmax", "full_softmax"]))
 
@@ -19,8 +21,8 @@ class Plain:
     """The whole recommender as one flat double vector, differentiated by autograd."""
 
     def __init__(self, here, user: int) -> None:
-        self.parts, self.settings = here.trainer.recommender, here.trainer.settings
-        batch = here.trainer.sampler.draw(here.history(user), here.key)
+        self.parts, self.settings = here.learner.view, here.learner.settings
+        batch = here.learner.sampler.draw(here.history(user), here.key)
         self.items = batch.items[0].tolist()
         self.valid = batch.valid[0].tolist()
         self.positives = batch.positives
@@ -116,7 +118,7 @@ def penalised(here, user: int, state: np.ndarray) -> tuple[float, np.ndarray]:
     plain = Plain(here, user)
     own = torch.from_numpy(state).double().requires_grad_()
     loss = plain.loss(plain.scores(torch.from_numpy(here.weights).double(), own))
-    loss = loss + here.trainer.settings.user_l2 / 2 * (own[:-1] ** 2).sum()
+    loss = loss + here.learner.settings.user_l2 / 2 * (own[:-1] ** 2).sum()
     (slope,) = torch.autograd.grad(loss, own)
     return float(loss.detach()), slope.numpy()
 
@@ -162,20 +164,20 @@ def test_the_loss_is_the_mean_over_samples_before_the_items_move(lab) -> None:
 @pytest.mark.parametrize("kind", ["gmf", "mlp", "neumf"])
 def test_serving_starts_from_nothing(lab, kind) -> None:
     here = lab(kind)
-    served = here.trainer.serve(here.weights, here.history(3), here.key)
+    served = here.serve(3)
     here.states[...] = 5
-    assert np.array_equal(served, here.trainer.serve(here.weights, here.history(3), here.key))
-    assert served.shape == (1, here.trainer.recommender.model.user_dim)
+    assert np.array_equal(served, here.serve(3))
+    assert served.shape == (here.learner.state_dim,)
 
 
 def test_serving_finds_the_optimum_of_its_own_settings(lab) -> None:
     """More negatives than in training, and the whole history however long."""
     here = lab("gmf", serve_steps=200, max_samples=2)
-    served = here.trainer.serve(here.weights, here.history(3), here.key)[0]
+    served = here.serve(3)
     assert np.abs(penalised(here, 3, served)[1]).max() > 0.1
-    serving = here.trainer.settings.serving()
-    assert (serving.negatives, serving.max_samples) == (6, None)
-    here.trainer = type(here.trainer)(here.trainer.recommender, serving)
+    here.learner = here.learner.serving
+    settings = here.learner.settings
+    assert (settings.negatives, settings.max_samples) == (6, None)
     assert np.abs(penalised(here, 3, served)[1]).max() < 2e-3
 
 
@@ -183,8 +185,7 @@ def test_places_looked_up_train_as_places_computed(lab, vector) -> None:
     for compression in (1.0, 8.0):
         here = lab("neumf", compression, local_steps=2)
         before = vector(here.alone(3).update)
-        trainer = here.trainer
-        here.trainer = type(trainer)(trainer.recommender.tabulated(), trainer.settings)
+        here.learner = replace(here.learner, view=here.learner.view.tabulated())
         assert np.array_equal(vector(here.alone(3).update), before)
 
 
@@ -193,7 +194,7 @@ def test_places_looked_up_train_as_places_computed(lab, vector) -> None:
 
 def closed_form(here, user: int) -> np.ndarray:
     """The optimum of a user vector over its history and the whole catalogue."""
-    parts, settings = here.trainer.recommender, here.trainer.settings
+    parts, settings = here.learner.view, here.learner.settings
     memory = parts.layout.memory_of(here.weights).astype(np.float64)
     table = parts.vectors.gather(memory, np.arange(parts.vectors.items))
     mine = table[here.histories[user]]
@@ -210,10 +211,7 @@ def test_implicit_als_fits_a_user_in_closed_form(lab, compression, unobserved_we
     here.states[:, -1] = 0
     for user in here.users:
         expected = closed_form(here, int(user))
-        trained, served = here.alone(int(user)).states[0], here.trainer.serve(
-            here.weights, here.history(int(user)), here.key
-        )[0]  # fmt: skip
-        for found in (trained, served):
+        for found in (here.alone(int(user)).states[0], here.serve(int(user))):
             assert np.allclose(found[:-1], expected, atol=2e-3)
             assert found[-1] == 0
         assert np.abs(expected).max() > 0.05 or not len(here.histories[user])
@@ -225,7 +223,7 @@ def test_implicit_als_sends_the_slope_of_its_history(lab, vector, compression, n
     """Preconditioned where asked, and the packed ``u uᵀ``; nothing of items it has not seen."""
     here = lab("gmf", compression, loss="ials", item_bias=False, local_lr=0.3, newton=newton)
     here.states[:, -1] = 0
-    parts, settings = here.trainer.recommender, here.trainer.settings
+    parts, settings = here.learner.view, here.learner.settings
     layout, table = parts.layout, parts.vectors
     gram = unpack(layout.gram_of(here.weights).astype(np.float64), table.dim)
     system = settings.unobserved_weight * gram + settings.item_l2 * np.eye(table.dim)
@@ -252,21 +250,30 @@ def test_implicit_als_sends_the_slope_of_its_history(lab, vector, compression, n
 def test_before_a_gram_matrix_is_known_nothing_is_preconditioned(lab, vector, newton) -> None:
     """Newton steps wait for it; plain ones need none."""
     here = lab("gmf", loss="ials", item_bias=False, newton=newton)
-    layout = here.trainer.recommender.layout
+    layout = here.learner.view.layout
     layout.gram_of(here.weights)[...] = 0
     found = vector(here.alone(3).update)
     assert layout.gram_of(found).any()
     assert bool(layout.memory_of(found).any()) is not newton
 
 
-def test_a_gram_matrix_of_items_may_be_computed_once_for_all(lab, vector) -> None:
+def test_a_gram_matrix_of_items_is_computed_once_for_all_devices(lab, vector, monkeypatch) -> None:
     here = lab("gmf", 8.0, loss="ials", item_bias=False)
-    known = here.trainer.unobserved(here.weights)
-    assert known is not None
-    one = here.trainer.train(here.weights, here.history(3), here.states[3:4], here.key)
-    two = here.trainer.train(here.weights, here.history(3), here.states[3:4], here.key, known)
-    assert np.array_equal(vector(one.update), vector(two.update))
-    other = here.trainer.train(here.weights, here.history(3), here.states[3:4], here.key, 2 * known)
-    assert not np.array_equal(vector(one.update), vector(other.update))
+    counted: list[int] = []
+
+    def once(table, memory):
+        counted.append(len(memory))
+        return item_gram(table, memory)
+
+    monkeypatch.setattr("privrec.device.tier.item_gram", once)
+    list(here.cohort.train(here.weights, here.users, Draws(here.key)))
+    assert len(counted) == 1
+    model, double = here.model, here.model
+    double.__dict__["gram"] = 2 * model.gram
+    one, other = (here.device(3).train(known, Draws(here.key)).update for known in (model, double))
+    assert np.array_equal(vector(one), vector(here.alone(3).update))
+    assert not np.array_equal(vector(one), vector(other))
+    counted.clear()
     for loss in ("bce", "bpr", "softmax", "full_softmax"):
-        assert lab(loss=loss).trainer.unobserved(here.weights) is None
+        lab(loss=loss).alone(3)
+    assert not counted

@@ -1,0 +1,454 @@
+"""What devices look at in a round: their own items, and what those are contrasted with.
+
+A device draws from its own key, so that alone it draws what it draws among others. Each positive
+has uniform negatives of its own, or all of them share a budget: of ``B`` items of a catalogue
+(:class:`NegativeBudget`) or of a wide output (:class:`OutputBudget`). What is drawn within a budget
+is a sample of what a softmax would sum over, so each carries the logarithm of how many it stands
+for. What is selected, by the device's own vectors and functions of its own, stands for itself; a
+part by chance always remains beside it, since training on nothing but hard negatives collapses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privrec.embedding.hashing import GOLDEN, finalise, splitmix64
+from privrec.embedding.table import add_rows
+from privrec.errors import UsageError
+from privrec.randomness import SecretRoot, SecureStream
+from privrec.search.active import active_set
+from privrec.search.memory import outside
+from privrec.search.select import Search, mix, select
+
+FloatArray = NDArray[np.float32]
+Items = NDArray[np.int64]
+
+EACH = "each"
+CHANCE = frozenset({"uniform", "popularity"})
+POPULARITY_POWER = 0.75
+
+_SPARSE = 64  # names this much rarer than their places are sorted instead of tabulated
+_REFINED = 0x5E1E_C7ED
+_WORD = 2.0**-32
+_BY_CHANCE = b"neurons by chance are the round's, and no secret"
+
+
+@dataclass(frozen=True)
+class Histories:
+    """Data of ``m`` devices, one after the other: items, or the tokens of texts or examples.
+
+    Args:
+        users: who they are, shape ``(m,)``; decides each device's draws.
+        indptr: bounds of each device's data, shape ``(m + 1,)``.
+        items: all of it, shape ``(indptr[-1],)``.
+    """
+
+    users: Items
+    indptr: Items
+    items: NDArray[np.int32]
+
+    @classmethod
+    def alone(cls, user: int, items: NDArray[np.int32]) -> Histories:
+        """Of a single device."""
+        return cls(np.array([user]), np.array([0, len(items)]), items)
+
+    @property
+    def lengths(self) -> Items:
+        """Items of each device, shape ``(m,)``."""
+        return np.diff(self.indptr)
+
+    def of(self, row: int) -> NDArray[np.int32]:
+        """The items of one device."""
+        return self.items[self.indptr[row] : self.indptr[row + 1]]
+
+    def select(self, rows: Items) -> Histories:
+        """The data of some of the devices, in the order of ``rows``."""
+        lengths = self.lengths[rows]
+        indptr = np.concatenate(([0], np.cumsum(lengths)))
+        offsets = np.repeat(self.indptr[rows] - indptr[:-1], lengths)
+        return Histories(self.users[rows], indptr, self.items[offsets + np.arange(indptr[-1])])
+
+    def below(self, held: int) -> Histories:
+        """What is left of the histories for devices that hold the first ``held`` items."""
+        kept = self.items < held
+        before = np.concatenate(([0], np.cumsum(kept)))
+        return Histories(self.users, before[self.indptr], self.items[kept])
+
+    def marks(self, n_items: int) -> NDArray[np.bool_]:
+        """Which items of a catalogue each history has, shape ``(m, n_items)``."""
+        marks = np.zeros((len(self.users), n_items), dtype=np.bool_)
+        marks[np.repeat(np.arange(len(marks)), self.lengths), self.items] = True
+        return marks
+
+    def sets(self) -> list[Items]:
+        """Each history's items, ascending and without repeats."""
+        return [np.unique(self.of(row)).astype(np.int64) for row in range(len(self.users))]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Items that ``m`` devices train on: their samples, or the whole catalogue.
+
+    Args:
+        items: shape ``(m, k)``, or ``(1, k)`` when all devices look at the same; padding names
+            item 0.
+        valid: shape ``(m, k)``, see :class:`~privrec.models.losses.Samples`.
+        positives: the padded number of positives, see there.
+        first: for each sample, the one of its row that stands for its item, shape ``(m, k)``; None
+            when no item is named twice.
+        weights: logarithm of how many items each sample stands for, shape ``(m, k)``; None when
+            each stands for itself.
+    """
+
+    items: Items
+    valid: FloatArray
+    positives: int
+    first: Items | None
+    weights: FloatArray | None = None
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws each device's samples: positives, and fresh negatives out of its history.
+
+    Args:
+        n_items: items that the device holds.
+        negatives: negatives for each positive.
+        most: most positives that a device uses in a round; None for its whole history.
+        whole: look at the whole catalogue instead of samples.
+        budget: negatives for all positives together, in place of ``negatives`` each.
+    """
+
+    n_items: int
+    negatives: int
+    most: int | None
+    whole: bool = False
+    budget: NegativeBudget | None = None
+
+    def width(self, lengths: Items) -> Items:
+        """Samples that devices with histories of these lengths train on."""
+        if self.whole:
+            return np.full_like(lengths, self.n_items)
+        used = np.maximum(self._used(lengths), 1)
+        return used * (1 + self.negatives) if self.budget is None else used + self.budget.size
+
+    def _used(self, lengths: Items) -> Items:
+        return lengths if self.most is None else lengths.clip(max=self.most)
+
+    def draw(self, histories: Histories, key: int) -> Batch:
+        """Samples of each device; the same key and user give the same.
+
+        The positives are the history, or a window of it at a random place if ``most`` is less.
+        """
+        if self.whole:
+            valid = histories.marks(self.n_items).astype(np.float32)
+            return Batch(np.arange(self.n_items)[None], valid, 0, None)
+        positives, present = self._positives(histories, key)
+        weights = None
+        if self.budget is not None:
+            negatives, logs, fresh = self.budget.draw(histories, key)
+            weights = np.concatenate((np.zeros(positives.shape, np.float32), logs), axis=1)
+        else:
+            count = positives.shape[1] * self.negatives
+            negatives = uniform(key, histories.users, count, self.n_items)
+            fresh = np.repeat(present, self.negatives, axis=1)
+            if count:
+                seen = histories.marks(self.n_items)
+                fresh &= ~np.take_along_axis(seen, negatives, axis=1)
+        items = np.concatenate((positives, negatives), axis=1)
+        counts = np.concatenate((present, fresh), axis=1).astype(np.float32)
+        first = representatives(items, self.n_items)
+        return Batch(items, counts, positives.shape[1], first, weights)
+
+    def _positives(self, histories: Histories, key: int) -> tuple[Items, NDArray[np.bool_]]:
+        """Each device's positives, padded, and which are no padding."""
+        used = self._used(histories.lengths)
+        lengths = np.maximum(histories.lengths, 1)[:, None]
+        place = np.arange(max(1, used.max(initial=0)))
+        start = (splitmix64(key, histories.users) >> np.uint64(33)).astype(np.int64)[:, None]
+        index = histories.indptr[:-1, None] + (start + place) % lengths
+        present = place < used[:, None]
+        padded = np.append(histories.items, np.int32(0))
+        return np.where(present, padded[np.where(present, index, 0)], 0).astype(np.int64), present
+
+
+@dataclass(frozen=True)
+class NegativeBudget:
+    """How many negatives a device has for all of its positives together, and which.
+
+    Args:
+        n_items: items that the device holds.
+        size: ``B``, from 1 to ``n_items``.
+        selector: ``"uniform"``, ``"popularity"``, or one of :mod:`privrec.search.select`.
+        selected: share of the budget that is selected, below 1; the rest is uniform.
+        popularity: where popular items are drawn more often: the cumulative probabilities of the
+            items, from public counts, shape ``(n_items,)``.
+    """
+
+    n_items: int
+    size: int
+    selector: str
+    selected: float
+    popularity: NDArray[np.float64] | None = None
+
+    @property
+    def is_selective(self) -> bool:
+        """Whether negatives are chosen by score."""
+        return self.selector not in CHANCE and not self.is_whole
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it has room for every item, so that nothing is sampled."""
+        return self.size == self.n_items
+
+    def draw(self, histories: Histories, key: int) -> tuple[Items, FloatArray, NDArray[np.bool_]]:
+        """Negatives by chance alone.
+
+        A budget with room for every item draws nothing: each counts once that is not a positive.
+
+        Returns:
+            Items, their log weights, and which count, each of shape ``(m, size)``.
+        """
+        if self.is_whole:
+            valid = ~histories.marks(self.n_items)
+            items = np.broadcast_to(np.arange(self.n_items), valid.shape)
+            return items, np.zeros(valid.shape, np.float32), valid
+        if self.popularity is not None:
+            return self._popular(self.popularity, histories, key)
+        items = np.empty((len(histories.users), self.size), np.int64)
+        weights = np.empty(items.shape, np.float32)
+        for row, history in enumerate(histories.sets()):
+            left = self.n_items - len(history)
+            user = histories.users[row : row + 1]
+            places = uniform(key, user, self.size, max(1, left))[0]
+            items[row] = outside(history, places) if left else 0
+            weights[row] = np.log(max(1, left) / self.size)
+        present = histories.lengths[:, None] < self.n_items
+        return items, weights, np.broadcast_to(present, items.shape).copy()
+
+    def _popular(
+        self, cumulative: NDArray[np.float64], histories: Histories, key: int
+    ) -> tuple[Items, FloatArray, NDArray[np.bool_]]:
+        words = uniform(key, histories.users, self.size, 1 << 32)
+        items = np.searchsorted(cumulative, (words + 0.5) * _WORD, side="right")
+        items = items.clip(max=self.n_items - 1)
+        chances = np.diff(cumulative, prepend=0.0)
+        weights, valid = np.empty(items.shape, np.float32), np.empty(items.shape, np.bool_)
+        for row, history in enumerate(histories.sets()):
+            valid[row] = ~np.isin(items[row], history)
+            kept = max(1, int(valid[row].sum()))
+            remaining = max(1 - chances[history].sum(), np.finfo(np.float64).tiny)
+            weights[row] = np.log(remaining / (kept * chances[items[row]]))
+        return items, weights, valid
+
+    def refine(
+        self,
+        batch: Batch,
+        histories: Histories,
+        queries: FloatArray,
+        search: Search,
+        functions: Functions,
+        key: int,
+    ) -> Batch:
+        """The batch with a part of its negatives selected, and the others uniform over the rest.
+
+        Args:
+            batch: samples of ``m`` devices, positives first.
+            histories: theirs.
+            queries: theirs, shape ``(m, search.items.dim)``.
+            search: the catalogue.
+            functions: the devices' secret streams.
+            key: the round's key, for the uniform part.
+        """
+        items, weights = batch.items.copy(), np.zeros(batch.items.shape, np.float32)
+        valid, first = batch.valid.copy(), batch.positives
+        wanted = round(self.selected * self.size)
+        for row, history in enumerate(histories.sets()):
+            user, query = histories.users[row : row + 1], queries[row : row + 1]
+            stream, chosen = functions(int(user[0])), np.zeros(0, np.int64)
+            if query.any():  # a user vector of zeros likes nothing better than anything else
+                chosen = chosen_by(self.selector, search, stream)(query, wanted, history)
+            left = self.n_items - len(history) - len(chosen)
+            count = self.size - len(chosen)
+            places = uniform(key ^ _REFINED, user, count, max(1, left))[0]
+            if not left:
+                valid[row, first + len(chosen) :] = 0
+                places = places[:0]
+            found, logs = mix(chosen, history, places, self.n_items)
+            items[row, first : first + len(found)] = found
+            weights[row, first : first + len(found)] = logs
+        again = representatives(items, self.n_items)
+        return replace(batch, items=items, valid=valid, first=again, weights=weights)
+
+
+def popularity_of(counts: NDArray[np.integer]) -> NDArray[np.float64]:
+    """Cumulative probabilities in proportion to ``(count + 1)^0.75``, shape ``(n,)``."""
+    weights = (np.maximum(counts, 0) + 1.0) ** POPULARITY_POWER
+    cumulative: NDArray[np.float64] = np.cumsum(weights) / weights.sum()
+    return cumulative
+
+
+Functions = Callable[[int], SecureStream]
+"""A device's own secret stream for its hash functions, by its user."""
+
+Find = Callable[[FloatArray, int, Items], Items]
+"""``find(queries, count, exclude)``: at most ``count`` ascending items near some of the queries."""
+
+
+def chosen_by(selector: str, search: Search, stream: SecureStream) -> Find:
+    """A device's own selection from its own memory; queries that are no numbers select nothing."""
+
+    def find(queries: FloatArray, count: int, exclude: Items) -> Items:
+        if not count or not np.isfinite(queries).all():
+            return np.zeros(0, np.int64)
+        return select(selector, search, queries, count, stream, exclude=exclude).items
+
+    return find
+
+
+@dataclass(frozen=True)
+class ActiveSet:
+    """Output neurons that take part, ascending without repeats, and their log weights."""
+
+    items: Items
+    logs: FloatArray
+
+    def places(self, words: NDArray[np.integer]) -> Items:
+        """Where words lie among the neurons, of the shape of ``words``; all of them are active."""
+        return np.searchsorted(self.items, words)
+
+
+@dataclass(frozen=True)
+class OutputBudget:
+    """How wide the output layer of a device is, and which neurons it trains.
+
+    The words of the device's own data are always active. Of the rest a part is public (the most
+    common words), a part is selected by the device's hidden states, and what is left is drawn by
+    chance from all others.
+
+    Args:
+        words: size of the vocabulary, ordered by how common the words are.
+        share: of the neurons that are active, in (0, 1].
+        selected: share of the budget that is selected by hidden states, in [0, 1].
+        frequent: share of the budget that is the most common words, in [0, 1]; together at most 1.
+    """
+
+    words: int
+    share: float = 1.0
+    selected: float = 0.0
+    frequent: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise UsageError(f"share = {self.share}: must lie above 0 and at most 1; change it")
+        parts = (self.selected, self.frequent, self.selected + self.frequent)
+        if not all(0 <= part <= 1 for part in parts):
+            raise UsageError(
+                f"selected = {self.selected}, frequent = {self.frequent}: shares of a budget, "
+                "together at most 1; lower one of them"
+            )
+
+    @property
+    def size(self) -> int:
+        """Active neurons, exactly."""
+        return max(1, round(self.share * self.words))
+
+    def active(
+        self, own: Items, queries: FloatArray, find: Find | None, key: int, user: int
+    ) -> ActiveSet:
+        """The active neurons of one device.
+
+        Args:
+            own: words of its data, ascending, at most :attr:`size` of them.
+            queries: its hidden states, shape ``(q, dim)``.
+            find: who selects; None for nobody.
+            key: the round's key, for the draw by chance.
+            user: whose draw it is.
+        """
+        room = max(0, self.size - len(own))
+        commonest = np.arange(min(self.words, len(own) + round(self.frequent * room)))
+        common = np.setdiff1d(commonest, own, assume_unique=True)[: round(self.frequent * room)]
+        wanted = min(round(self.selected * room), room - len(common))
+        chosen = np.zeros(0, np.int64)
+        if find is not None and wanted and np.isfinite(queries).all():
+            chosen = find(queries, wanted, np.union1d(own, common))
+        stream = SecretRoot.known(_BY_CHANCE).stream("neurons", key, user)
+        found = active_set(own, np.concatenate((common, chosen)), self.size, self.words, stream)
+        items, logs = found.neurons.numpy(), found.log_weights.numpy()
+        order = np.argsort(items)
+        return ActiveSet(items[order], logs[order])
+
+
+def representatives(names: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """For each name of a row, the one place in that row that stands for all its equals.
+
+    Writing every place into a table of names and reading it back elects one, in time linear in the
+    names; where the table would be far larger than the names, they are sorted.
+
+    Args:
+        names: integers in ``[0, size)``, shape ``(m, k)``.
+        size: number of possible names.
+
+    Returns:
+        Places in ``[0, k)``, shape ``(m, k)``; the last of equal names stands for all.
+    """
+    m, k = names.shape
+    rows = np.arange(m)[:, None]
+    if size > _SPARSE * k:
+        places: NDArray[np.int64] = _last_by_sorting(names + rows * size).reshape(m, k) - rows * k
+        return places
+    table = np.empty((m, size), np.int64)
+    table[rows, names] = np.arange(k)
+    return table[rows, names]
+
+
+def _last_by_sorting(names: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For each of all names, the last place of its equals in the flattened array."""
+    flat = names.ravel()
+    order = np.argsort(flat, kind="stable")
+    ordered = flat[order]
+    ends = np.append(ordered[1:] != ordered[:-1], np.True_)
+    group = np.cumsum(ends) - ends
+    places = np.empty_like(order)
+    places[order] = order[ends][group]
+    return places
+
+
+def merged(values: NDArray[np.float32], owners: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Values of equal names put together where their representative is; zeros elsewhere.
+
+    Args:
+        values: shape ``(m, k, width)``.
+        owners: as :func:`representatives` gives them, shape ``(m or 1, k)``.
+    """
+    m, k, width = values.shape
+    together = np.zeros((m * k, width), values.dtype)
+    add_rows(together, flattened(owners, m), values.reshape(-1, width))
+    return together.reshape(m, k, width)
+
+
+def flattened(places: NDArray[np.int64], m: int) -> NDArray[np.int64]:
+    """Places in rows ``(m or 1, k)`` as places in the flattened batch of ``m`` rows."""
+    flat: NDArray[np.int64] = places + np.arange(m)[:, None] * places.shape[1]
+    return flat.ravel()
+
+
+def uniform(key: int, users: NDArray[np.int64], count: int, n: int) -> NDArray[np.int64]:
+    """Keyed draws from ``[0, n)``, shape ``(m, count)``: each user has a stream of splitmix64.
+
+    Args:
+        key: the round's key.
+        users: shape ``(m,)``.
+        count: draws for each user.
+        n: number of outcomes, at most 2^32; the bias is below ``n / 2^32``.
+    """
+    seeds = splitmix64(~key, users)[:, None]
+    steps = np.arange(1, (count + 1) // 2 + 1, dtype=np.uint64) * GOLDEN
+    words = finalise(seeds + steps).view(np.uint32)[:, :count].astype(np.uint64)
+    words *= np.uint64(n)
+    words >>= np.uint64(32)
+    return words.astype(np.int64)

@@ -1,0 +1,357 @@
+"""Networks behind a wide output: next words, and labels of examples; and their batches of a round.
+
+:class:`NextWord` is a small causal Transformer over tied word vectors. A word's vector is read at
+the input and is its neuron at the output, so a device that trains with few output neurons needs no
+other rows. The network between them is dense and small. Source of its sizes: Xu et al., "Adaptive
+sparse federated learning in large output spaces via hashing" (2022): vectors and attention 96 wide,
+a feed-forward layer of 1,536, 20 tokens. The normalisation comes before each part, which needs no
+warm-up: Xiong et al., "On layer normalization in the Transformer architecture" (ICML 2020).
+
+:class:`WordBag` is one hidden layer over a sparse bag of words, which has rows of its own for them.
+Source: Chen et al., "SLIDE" (MLSys 2020).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import embedding_bag, layer_norm, scaled_dot_product_attention
+
+from privrec.data.extreme import Examples
+from privrec.data.labels import examples_in
+from privrec.scenario.schema import Model
+
+FloatArray = NDArray[np.float32]
+Items = NDArray[np.int64]
+Rows = Callable[[Items], Tensor]
+"""Maps word ids of shape ``(*s)`` to vectors ``(*s, dim)``."""
+
+_EPS = 1e-5
+
+
+class WordBatch(Protocol):
+    """A device's data of one round, in pieces: sequences of words, or examples."""
+
+    @property
+    def own(self) -> Items:
+        """Neurons that have to be active, ascending."""
+        ...
+
+    @property
+    def positions(self) -> int:
+        """Predictions that are made in all."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def hidden(self, part: Items, rows: Rows, dense: Tensor) -> Tensor:
+        """Hidden vectors of some of the pieces, shape ``(p, dim)``."""
+        ...
+
+    def targets(self, part: Items) -> Items:
+        """What is to be predicted there, shape ``(p,)``, or ``(p, labels)`` filled up by -1."""
+        ...
+
+
+class WordNetwork(Protocol):
+    """The dense part of a model with a wide output."""
+
+    @property
+    def dense(self) -> int:
+        """Number of dense weights."""
+        ...
+
+    @property
+    def shortest(self) -> int:
+        """Output neurons that the smallest piece of training has to have."""
+        ...
+
+    def initial_dense(self, rng: np.random.Generator) -> FloatArray:
+        """Its weights before the first round."""
+        ...
+
+    def batch(
+        self, tokens: NDArray[np.int32], most: int | None, budget: int | None, draw: int
+    ) -> WordBatch:
+        """What a device learns from in a round, from a random place of its data.
+
+        Args:
+            tokens: the device's data.
+            most: words of a text, or examples; None for all.
+            budget: different words, or labels, that it may have; None for any number.
+            draw: decides the place.
+        """
+        ...
+
+
+class Layer(NamedTuple):
+    """Weights of one layer; gains are kept less 1, so that zeros are a neutral start."""
+
+    gain: Tensor
+    shift: Tensor
+    attend: Tensor
+    attend_bias: Tensor
+    merge: Tensor
+    merge_bias: Tensor
+    second_gain: Tensor
+    second_shift: Tensor
+    widen: Tensor
+    widen_bias: Tensor
+    narrow: Tensor
+    narrow_bias: Tensor
+
+
+@dataclass(frozen=True)
+class NextWord:
+    """The network between word vectors and hidden states.
+
+    Args:
+        dim: length of a word vector, a multiple of ``heads``.
+        heads: of the attention.
+        ffn: width of the feed-forward layer.
+        layers: of the Transformer.
+        context: most words that a prediction looks back at, itself included.
+    """
+
+    dim: int = 96
+    heads: int = 8
+    ffn: int = 1536
+    layers: int = 1
+    context: int = 20
+
+    @classmethod
+    def configured(cls, config: Model, dim: int) -> NextWord:
+        """The network that ``[model]`` describes, over word vectors of length ``dim``."""
+        return cls(dim, config.heads, config.ffn, config.layers, config.context)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the dense weights: positions, the layers, and the last normalisation."""
+        d, f = self.dim, self.ffn
+        attention = ((d,), (d,), (d, 3 * d), (3 * d,), (d, d), (d,))
+        layer: tuple[tuple[int, ...], ...] = (*attention, (d,), (d,), (d, f), (f,), (f, d), (d,))
+        return ((self.context, d), *(layer * self.layers), (d,), (d,))
+
+    @property
+    def dense(self) -> int:
+        """Number of dense weights."""
+        return sum(int(np.prod(shape)) for shape in self.shapes)
+
+    @property
+    def shortest(self) -> int:
+        """See :attr:`WordNetwork.shortest`: all words of a sequence may differ."""
+        return self.context + 1
+
+    def batch(
+        self, tokens: NDArray[np.int32], most: int | None, budget: int | None, draw: int
+    ) -> Sequences:
+        """See :meth:`WordNetwork.batch`: a window of a text of at least two words.
+
+        As many sequences as have no more different words than the budget; one at least.
+        """
+        t = min(self.context, len(tokens) - 1)
+        wanted = len(tokens) - 1 if most is None else min(len(tokens) - 1, max(t, most))
+        count = wanted // t
+        start = draw % (len(tokens) - count * t)
+        piece = tokens[start : start + count * t + 1].astype(np.int64)
+        if budget is not None:
+            count = min(count, (_fitting(piece, budget) - 1) // t)
+        inputs = piece[: count * t].reshape(count, t)
+        return Sequences(self, inputs, piece[1 : count * t + 1].reshape(count, t))
+
+    def initial_dense(self, rng: np.random.Generator) -> FloatArray:
+        """Glorot-uniform matrices, small positions, and zeros elsewhere, as one vector."""
+        parts = [rng.normal(0, 0.1, self.shapes[0]).ravel()]
+        for shape in self.shapes[1:]:
+            limit = np.sqrt(6 / sum(shape)) if len(shape) == 2 else 0.0
+            parts.append(rng.uniform(-limit, limit, shape).ravel())
+        return np.concatenate(parts).astype(np.float32)
+
+    def hidden(self, words: Tensor, dense: Tensor) -> Tensor:
+        """Hidden states after each word, normalised.
+
+        Args:
+            words: word vectors of sequences, shape ``(s, t, dim)`` with ``t`` up to ``context``.
+            dense: dense weights, shape ``(dense,)``.
+
+        Returns:
+            Shape ``(s, t, dim)``; position ``i`` has seen words ``0`` to ``i`` alone.
+        """
+        first, *rest = self._parts(dense)
+        state = words * self.dim**0.5 + first[: words.shape[1]]
+        for start in range(0, len(rest) - 2, len(Layer._fields)):
+            state = self._layer(state, Layer(*rest[start : start + len(Layer._fields)]))
+        return self._normal(state, *rest[-2:])
+
+    def multiply_adds(self, tokens: int) -> int:
+        """Multiply-adds of :meth:`hidden` for so many tokens in sequences of full length."""
+        d, attended = self.dim, (self.context + 1) / 2
+        layer = 4 * d * d + 2 * d * self.ffn + 2 * d * attended
+        return round(tokens * self.layers * layer)
+
+    def _layer(self, state: Tensor, layer: Layer) -> Tensor:
+        s, t, d = state.shape
+        normal = self._normal(state, layer.gain, layer.shift)
+        mixed = (normal @ layer.attend + layer.attend_bias).reshape(s, t, 3, self.heads, -1)
+        query, key, value = mixed.permute(2, 0, 3, 1, 4)
+        seen = scaled_dot_product_attention(query, key, value, is_causal=True)
+        state = state + seen.transpose(1, 2).reshape(s, t, d) @ layer.merge + layer.merge_bias
+        normal = self._normal(state, layer.second_gain, layer.second_shift)
+        wide = torch.relu(normal @ layer.widen + layer.widen_bias)
+        return state + wide @ layer.narrow + layer.narrow_bias
+
+    def _normal(self, state: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+        return layer_norm(state, (self.dim,), 1 + gain, shift, _EPS)
+
+    def _parts(self, dense: Tensor) -> list[Tensor]:
+        sizes = [int(np.prod(shape)) for shape in self.shapes]
+        parts = torch.split(dense, sizes)
+        return [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Sequences of a text and the words that follow each of theirs, ``(s, t)`` both."""
+
+    model: NextWord
+    inputs: Items
+    following: Items
+
+    @property
+    def own(self) -> Items:
+        """See :attr:`WordBatch.own`: vectors are tied, so words that are read are neurons too."""
+        return np.unique(np.concatenate((self.inputs.ravel(), self.following.ravel())))
+
+    @property
+    def positions(self) -> int:
+        """See :attr:`WordBatch.positions`."""
+        return self.following.size
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def hidden(self, part: Items, rows: Rows, dense: Tensor) -> Tensor:
+        """See :meth:`WordBatch.hidden`."""
+        return self.model.hidden(rows(self.inputs[part]), dense).flatten(0, 1)
+
+    def targets(self, part: Items) -> Items:
+        """See :meth:`WordBatch.targets`."""
+        return self.following[part].ravel()
+
+
+@dataclass(frozen=True)
+class WordBag:
+    """Hidden vectors ``relu(Σ value · row + bias)``, with rows and bias in one flat vector.
+
+    Args:
+        features: size of the vocabulary that words are hashed to.
+        dim: length of the hidden vector.
+    """
+
+    features: int
+    dim: int
+
+    @classmethod
+    def configured(cls, config: Model, dim: int) -> WordBag:
+        """The network that ``[model]`` describes, with hidden vectors of length ``dim``."""
+        return cls(config.features, dim)
+
+    @property
+    def dense(self) -> int:
+        """Number of dense weights."""
+        return (self.features + 1) * self.dim
+
+    @property
+    def shortest(self) -> int:
+        """See :attr:`WordNetwork.shortest`."""
+        return 1
+
+    def batch(
+        self, tokens: NDArray[np.int32], most: int | None, budget: int | None, draw: int
+    ) -> Bags:
+        """See :meth:`WordNetwork.batch`: consecutive examples, see :mod:`privrec.data.labels`.
+
+        As many as have no more different labels than the budget. An example that alone has more
+        keeps its commonest ones.
+        """
+        every = examples_in(tokens)
+        count = len(every) if most is None else min(most, len(every))
+        first = draw % (len(every) - count + 1)
+        some = every.take(np.arange(first, first + count))
+        if budget is not None:
+            some = _within(some, budget)
+        return Bags(self, some.hashed(self.features))
+
+    def initial_dense(self, rng: np.random.Generator) -> NDArray[np.float32]:
+        """Gaussian rows and a bias of zeros, as one vector."""
+        weights = rng.standard_normal(self.dense, np.float32) * np.float32(self.dim**-0.5)
+        weights[-self.dim :] = 0
+        return weights
+
+    def hidden(self, examples: Examples, dense: Tensor) -> Tensor:
+        """Hidden vectors, shape ``(m, dim)``.
+
+        Args:
+            examples: with features below :attr:`features`.
+            dense: dense weights, shape ``(dense,)``.
+        """
+        rows = dense[: -self.dim].view(self.features, self.dim)
+        starts = torch.from_numpy(np.concatenate(([0], examples.ends[:-1])))
+        words, values = torch.from_numpy(examples.features), torch.from_numpy(examples.values)
+        summed = embedding_bag(words, rows, starts, mode="sum", per_sample_weights=values)
+        return torch.relu(summed + dense[-self.dim :])
+
+
+@dataclass(frozen=True)
+class Bags:
+    """Labelled examples, with words hashed down to the model's vocabulary."""
+
+    model: WordBag
+    examples: Examples
+
+    @property
+    def own(self) -> Items:
+        """See :attr:`WordBatch.own`."""
+        return np.unique(self.examples.labels)
+
+    @property
+    def positions(self) -> int:
+        """See :attr:`WordBatch.positions`."""
+        return len(self.examples)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def hidden(self, part: Items, rows: Rows, dense: Tensor) -> Tensor:
+        """See :meth:`WordBatch.hidden`; words that are read have rows of their own."""
+        return self.model.hidden(self.examples.take(part), dense)
+
+    def targets(self, part: Items) -> Items:
+        """See :meth:`WordBatch.targets`."""
+        return self.examples.take(part).padded_labels()
+
+
+def _within(examples: Examples, budget: int) -> Examples:
+    """Examples from the start whose labels fit the budget: one at least, if with fewer labels."""
+    fits = _fitting(examples.labels, budget)
+    count = max(1, int(np.searchsorted(examples.label_ends, fits, side="right")))
+    some = examples.take(np.arange(min(count, len(examples))))
+    own = np.unique(some.labels)
+    if len(own) <= budget:
+        return some
+    # Labels are numbered by how common they are, and this is one example alone.
+    kept = some.labels[np.isin(some.labels, own[:budget])]
+    return replace(some, labels=kept, label_ends=np.array([len(kept)]))
+
+
+def _fitting(words: Items, budget: int) -> int:
+    """How many words from the start have at most ``budget`` different ones among them."""
+    _, first = np.unique(words, return_index=True)
+    different = np.cumsum(np.bincount(first, minlength=len(words)))
+    return int(np.searchsorted(different, budget, side="right"))

@@ -1,0 +1,201 @@
+"""What a run costs a device: bytes moved and held, multiply-adds, and memory, all measured.
+
+Multiply-adds are those that torch counts while a device's real scores and gradients are computed;
+bytes are those of the tensors. Selection is counted beside them. Peak memory is that of a process
+of its own, which runs this module: it receives what a device holds, and goes through one round.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.flop_counter import FlopCounterMode
+
+from privrec.device.device import Cohort, Device, Learner
+from privrec.device.tier import Tier
+from privrec.device.update import Protection, Round, model_digests
+from privrec.device.words import QUERIES, WordLearner
+from privrec.models.layout import Layout
+from privrec.models.losses import sampled_loss
+from privrec.models.process_memory import (
+    give_back_freed,
+    peak_resident_bytes,
+    reset_peak,
+    resident_bytes,
+)
+from privrec.privacy.events import RoundEvent
+from privrec.randomness import SecretRoot
+from privrec.run.assembly import BYTES_A_COEFFICIENT, learner_of
+from privrec.run.plan import Plan
+from privrec.scenario.load import Scenario
+from privrec.search.families import Shape
+from privrec.search.index import SIGNATURE
+from privrec.search.select import FOLD
+from privrec.server.columns import ColumnServer, ServerView
+
+TIMEOUT_S = 120
+_TABLES = 20  # of a device's own choice, on average; see privrec.search.families.own_shape
+_CODE_BYTES = 2
+_NAME_BYTES = 4
+
+
+def of_tier(plan: Plan, tier: Tier) -> dict[str, Any]:
+    """Return what is public of a tier: its part, and the bytes up and down of a round.
+
+    Keys and masks are not counted.
+    """
+    size = tier.layout.size
+    return {
+        "capacity": tier.capacity,
+        "share": tier.share,
+        "weight": tier.weight,
+        "upload_bytes": size * plan.protection.ring.bits // 8,
+        "download_bytes": size * BYTES_A_COEFFICIENT,
+    }
+
+
+# --------------------------------------------------------------------------- wide outputs
+
+
+def moved_on_request(plan: Plan, tier: Tier, sight: ServerView) -> dict[str, int]:
+    """Return bytes up and down of a device that asks for neurons.
+
+    It moves those alone, the words that it names and bucket ids. (A device that selects them itself
+    moves the whole of its prefix, touched or not.)
+    """
+    vectors = plan.federation.tiers[0].recommender.vectors
+    neurons = round(plan.scenario.train.budget * vectors.items)
+    size = tier.layout.head + neurons * (vectors.dim + 1)
+    asked = sight.words * _NAME_BYTES + sight.buckets * _CODE_BYTES
+    return {
+        "upload_bytes": size * plan.protection.ring.bits // 8
+        + round(asked / max(1, sight.requests)),
+        "download_bytes": size * BYTES_A_COEFFICIENT + neurons * _NAME_BYTES,
+    }
+
+
+def of_output(cohort: Cohort[WordLearner], scenario: Scenario, positions: int) -> dict[str, int]:
+    """Return what the output layer takes of one device of a tier, in a round.
+
+    Returns:
+        ``output_neurons`` that are active; ``output_bytes``: weights and gradients of those, and
+        scores of all positions; ``output_multiply_adds`` of scores and gradients, counted by torch;
+        ``selection_multiply_adds`` of choosing the neurons.
+    """
+    neurons, dim = cohort.learner.output.size, cohort.learner.view.vectors.dim
+    rows = torch.zeros(neurons, dim, requires_grad=True)
+    biases = torch.zeros(neurons, requires_grad=True)
+    hidden = torch.zeros(positions, dim, requires_grad=True)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        targets = torch.zeros(positions, dtype=torch.int64)
+        sampled_loss(hidden, rows, biases, torch.zeros(neurons), targets).backward()  # type: ignore[no-untyped-call]
+    scores = positions * neurons * BYTES_A_COEFFICIENT
+    return {
+        "output_neurons": neurons,
+        "output_bytes": 2 * (rows.nbytes + biases.nbytes) + 2 * scores,
+        "output_multiply_adds": counter.get_total_flops() // 2,
+        "selection_multiply_adds": _selection(cohort.learner, scenario),
+    }
+
+
+def _selection(learner: WordLearner, scenario: Scenario) -> int:
+    """Multiply-adds of a device that chooses its neurons, in one round."""
+    output, vectors, selector = learner.output, learner.view.vectors, learner.settings.selector
+    items, width = vectors.items, vectors.dim + 1
+    if not output.selected:
+        return 0
+    if scenario.train.requested:
+        shape = ColumnServer().shape(items)
+        return QUERIES * width * shape.bits * ColumnServer().tables
+    if selector == "scan":
+        return QUERIES * items * width
+    if selector == "hamming":
+        return (items + QUERIES) * width * SIGNATURE
+    bits = Shape(max(1, round(np.log2(max(2, items * _TABLES / (2 * output.size))))))
+    # A fold adds before it multiplies, so only as many numbers are multiplied as it has.
+    folded = min(width, FOLD) if selector == "pghash" else width
+    return (items + QUERIES) * folded * bits.bits * _TABLES
+
+
+def longest(cohort: Cohort[Any]) -> NDArray[np.int32]:
+    """Return the longest data of a tier's devices, as far as the tier holds it."""
+    return cohort.data.of(int(cohort.data.lengths.argmax()))
+
+
+def positions_of(cohort: Cohort[WordLearner]) -> int:
+    """Return the positions, or examples, that a device with much data trains on in a round."""
+    return max(1, cohort.learner.batch(longest(cohort), 0, 0).positions)
+
+
+# --------------------------------------------------------------------------- peak memory
+
+
+def peak_bytes(
+    plan: Plan, tier: Tier, weights: NDArray[np.float32], history: NDArray[np.int32]
+) -> int | None:
+    """Return the peak resident memory of one device's round above that of an idle interpreter.
+
+    A fresh interpreter imports what a device needs, then receives the model, trains on one history
+    and encodes its update, with its noise. None when that interpreter could not be run.
+
+    Args:
+        plan: decides the training and the protection.
+        tier: which tier the device is of.
+        weights: the tier's prefix of the model, which is what it is sent.
+        history: the device's items; the longest one tells the worst case.
+    """
+    learner = learner_of(plan.scenario, plan.federation, tier)
+    given = (tier, plan.federation.weaker(tier), plan.protection, learner, weights)
+    if len(history) < 2:  # a text of one word has no next one
+        history = np.resize(history, 2)
+    # A first round on two items loads what the libraries load on their first call.
+    rounds = [pickle.dumps((*given, each)) for each in (history[:2], history)]
+    try:
+        done = subprocess.run(
+            # -P: a file of the working directory must not pass for a module.
+            [sys.executable, "-P", "-m", "privrec.run.costs"],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+            input=pickle.dumps(rounds),
+            capture_output=True,
+            timeout=TIMEOUT_S,
+            check=True,
+        )
+        return int(done.stdout)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+
+
+def _peak(rounds: list[bytes]) -> int:
+    """Bytes that the second round takes at its peak."""
+    _round(*pickle.loads(rounds[0]))  # noqa: S301  # of the process that started this one
+    give_back_freed()
+    reset_peak()
+    before = resident_bytes()
+    # The bytes arrived before the measurement; what is made of them is what a device would hold.
+    _round(*pickle.loads(rounds[1]))  # noqa: S301  # likewise
+    return max(0, peak_resident_bytes() - before)
+
+
+def _round(
+    tier: Tier, weaker: tuple[Layout, ...], protection: Protection, learner: Learner,
+    weights: NDArray[np.float32], history: NDArray[np.int32],
+) -> None:  # fmt: skip
+    root = SecretRoot.known(b"measures itself")
+    digests = model_digests(weights, (tier.layout, *weaker))
+    round = Round("footprint", 0, 0, RoundEvent("none", 0.0, 1.0), "", digests)
+    device = Device(0, history, tier, weaker, learner, protection, root)
+    device.upload(round, device.answer(round, weights, 0))
+
+
+if __name__ == "__main__":
+    received = pickle.load(sys.stdin.buffer)  # noqa: S301  # likewise
+    sys.stdout.write(str(_peak(received)))

@@ -1,0 +1,475 @@
+"""What is particular to recommending, to next words and to labels, with the data of one run.
+
+A task is found by what the model learns from, in :data:`TASKS`. Everything else of a run is the same
+for all.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from privrec import data
+from privrec.data import Interactions, Split
+from privrec.data.labels import load_labels
+from privrec.data.text import UNKNOWN_ID, TextSplit, load_text
+from privrec.device.tier import LocalModel, Tier
+from privrec.device.update import digest
+from privrec.errors import DataError, IntegrityError, UsageError
+from privrec.evaluate import evaluator, metrics
+from privrec.evaluate.evaluator import Evaluator, LabelQuestions, Questions, WordQuestions
+from privrec.evaluate.metrics import Evaluation
+from privrec.privacy.events import RoundEvent
+from privrec.privacy.ledger import Ledger
+from privrec.privacy.ledger_index import PREPARATION, parsed
+from privrec.privacy.mechanism import rounded_gaussian
+from privrec.privacy.signed import verified
+from privrec.randomness import SecretRoot, SecureStream
+from privrec.run import costs
+from privrec.run.plan import Plan
+from privrec.run.privacy_plan import release_event
+from privrec.run.simulation import Simulation
+from privrec.run.wording import KEPT, REVEALED
+from privrec.scenario.load import Scenario
+from privrec.server.columns import ColumnServer
+from privrec.storage import replace
+
+ORDER = "catalogue.safetensors"
+Order = NDArray[np.int64]
+FloatArray = NDArray[np.float32]
+S = TypeVar("S", Split, TextSplit)
+T = TypeVar("T")
+
+
+class Attempt(Protocol):
+    """See :meth:`privrec.run.loop.Loop.attempt`."""
+
+    def __call__(self, what: str, compute: Callable[[], T], /) -> T | None: ...
+
+
+@dataclass
+class Task(ABC, Generic[S]):
+    """One kind of learning, over the data of a scenario.
+
+    Attributes:
+        split: what devices train on, and what is held out.
+    """
+
+    scenario: Scenario
+    split: S
+
+    cost_names: ClassVar[tuple[str, ...]] = ("upload_bytes", "download_bytes", "device_peak_bytes")
+
+    @classmethod
+    @abstractmethod
+    def load(cls, scenario: Scenario, data_dir: Path | None) -> Self:
+        """Read the data of a scenario.
+
+        Raises:
+            DataError: when it is malformed.
+        """
+
+    @abstractmethod
+    def check(self) -> None:
+        """Refuse data that holds out nothing to measure on, and baselines that cannot be had.
+
+        Raises:
+            DataError, UsageError: when it does, or they cannot.
+        """
+
+    @property
+    @abstractmethod
+    def items(self) -> int:
+        """Size of the catalogue, or of the vocabulary."""
+
+    def plan(self) -> Plan:
+        """Plan the scenario for this data.
+
+        Raises:
+            UsageError: when it cannot be run on data of this size, or another one was declared.
+        """
+        declared, users = self.scenario.devices.population, self.split.train.n_users
+        if declared is not None and declared != users:
+            raise UsageError(
+                f"devices.population = {declared}: the data has {users} users; declare that "
+                "number, or leave the key out"
+            )
+        return Plan.of(self.scenario, self.items, users)
+
+    @property
+    def digest(self) -> str:
+        """Digest of the histories, to tell that a resumed run has the data it began with."""
+        train = self.split.train
+        return (digest(train.indptr) + digest(train.items)).hex() + f"-{train.n_items}"
+
+    def describe(self) -> dict[str, Any]:
+        """Return figures of the data."""
+        return self.split.describe()
+
+    # ------------------------------------------------------------------ the order of the items
+
+    @property
+    def is_ordered(self) -> bool:
+        """Whether items are numbered by how popular they are."""
+        return True
+
+    @property
+    @abstractmethod
+    def counted(self) -> Interactions:
+        """What a private count is made of: each device's items, each named once."""
+
+    def number(self, folder: Path, ledger: Ledger, server: SecretRoot, devices: SecretRoot) -> None:
+        """Number the items by popularity, where the task or the scenario's tiers need it.
+
+        The order is public, or it is released: every device's history is cut to a few items, and
+        their counts get Gaussian noise. The ledger is charged for that before the first round (as
+        round ``PREPARATION``), and the order is written to ``folder`` before it is used.
+
+        Args:
+            folder: the run's directory.
+            ledger: of the run.
+            server: the server's secret, for the noise.
+            devices: the devices' secret, for the choice of the items that count.
+        """
+        if not self.is_ordered:
+            return
+        if event := release_event(self.scenario):
+            order = self._released(event, ledger, server, devices)
+        else:
+            order = np.argsort(-self.split.train.item_counts(), kind="stable")
+        order = self.arranged(order)
+        # Signed: a model that is read by another order recommends other items.
+        record = ledger.sign("item order", {"digest": digest(order).hex()})
+        replace(folder / ORDER, save({"order": order}, metadata={"record": json.dumps(record)}))
+        self.split = self.split.renumbered(order)
+
+    def arranged(self, order: Order) -> Order:
+        """Return an order with what has a place of its own put there."""
+        return order
+
+    def _released(
+        self, event: RoundEvent, ledger: Ledger, server: SecretRoot, devices: SecretRoot
+    ) -> Order:
+        most = self.scenario.devices.popularity_items
+        ledger.charge(PREPARATION, 0, event)
+        context = (ledger.header["run_id"], self.scenario.plan_hash())
+        counts = _capped_counts(self.counted, most, devices.stream("popularity", *context))
+        stream = server.stream("popularity", *context, digest(counts))
+        # A 0/1 history of so many items is no longer than the root of their number.
+        counts += rounded_gaussian(stream, event.noise_multiplier * most**0.5, len(counts))
+        order = np.argsort(-counts, kind="stable")
+        ledger.commit(PREPARATION, 0, server.tag("popularity", *context, digest(order)))
+        return order
+
+    def restore_numbers(self, folder: Path, key: Ed25519PublicKey) -> None:
+        """Number the items as in the run in ``folder``, whose key is ``key``.
+
+        Raises:
+            IntegrityError: when the order kept there is gone, altered or not one of this catalogue.
+        """
+        if not self.is_ordered:
+            return
+        order, n_items = _read_order(folder / ORDER, key), self.split.train.n_items
+        if not np.array_equal(np.sort(order), np.arange(n_items)):
+            raise IntegrityError(
+                f"{folder / ORDER}: no order of the {n_items} items of this catalogue; use the "
+                "data that the run was started with, or restore the file"
+            )
+        self.split = self.split.renumbered(order)
+
+    # ------------------------------------------------------------------ devices and figures
+
+    def simulate(self, plan: Plan, devices: SecretRoot) -> Simulation:
+        """Return the simulated devices, which draw from the secret ``devices``."""
+        return plan.simulate(self.split.train, devices)
+
+    @abstractmethod
+    def evaluate(
+        self, plan: Plan, devices: Simulation, weights: FloatArray, *, whole: bool
+    ) -> Evaluation:
+        """Measure released weights; in the midst of a run not by everything that there is."""
+
+    def evaluate_tiers(
+        self, plan: Plan, devices: Simulation, weights: FloatArray, whole: Evaluation
+    ) -> tuple[Evaluation, ...]:
+        """Measure what each tier's users get of released weights.
+
+        Args:
+            plan: of the run.
+            devices: of the run.
+            weights: released coefficients.
+            whole: metrics of all users with the whole memory.
+
+        Returns:
+            One evaluation a tier, and one of devices that hold nothing where there are some.
+        """
+        return (Evaluation.nobody(),) * len(plan.federation.tiers)
+
+    @abstractmethod
+    def baseline(self, name: str) -> dict[str, float]:
+        """Measure a baseline that is trained where all data lies in one place."""
+
+    @abstractmethod
+    def particulars(self, attempt: Attempt, evaluated: Evaluation) -> dict[str, Any]:
+        """Return further entries of ``result.json``.
+
+        Args:
+            attempt: makes a figure that the guarantee does not need, or states the gap.
+            evaluated: the final metrics.
+        """
+
+    def cost(
+        self, plan: Plan, devices: Simulation, tier: Tier, weights: FloatArray
+    ) -> dict[str, Any]:
+        """Return what one device of a tier holds, moves and needs in a round."""
+        facts = costs.of_tier(plan, tier)
+        cohort, vectors = devices.cohorts[tier.index], tier.recommender.vectors
+        facts |= {"devices": len(cohort.states), "items": vectors.items, "dim": vectors.dim}
+        measures = self.scenario.run.footprint
+        peak = self._peak(plan, devices, tier, weights) if measures else None
+        return {**facts, "device_peak_bytes": peak}
+
+    def _peak(self, plan: Plan, devices: Simulation, tier: Tier, weights: FloatArray) -> int | None:
+        longest = costs.longest(devices.cohorts[tier.index])
+        return costs.peak_bytes(plan, tier, plan.federation.prefix(weights, tier), longest)
+
+
+class Recommending(Task[Split]):
+    """Recommenders, which learn from histories of interactions."""
+
+    @classmethod
+    def load(cls, scenario: Scenario, data_dir: Path | None) -> Self:
+        """See :meth:`Task.load`."""
+        return cls(scenario, data.load(scenario.data, data_dir=data_dir))
+
+    def check(self) -> None:
+        """See :meth:`Task.check`."""
+        metrics.holding_out(self.split.heldout, None)
+        for name in self.scenario.run.baselines:
+            metrics.check(name, self.split.train, dim=self.scenario.model.dim)
+
+    def describe(self) -> dict[str, Any]:
+        """See :meth:`Task.describe`."""
+        return data.describe(self.split)
+
+    @property
+    def items(self) -> int:
+        """Size of the catalogue."""
+        return self.split.train.n_items
+
+    @property
+    def is_ordered(self) -> bool:
+        """Whether weak devices hold a prefix of the catalogue."""
+        return self.scenario.devices.order == "rows"
+
+    @property
+    def counted(self) -> Interactions:
+        """See :attr:`Task.counted`."""
+        return self.split.train
+
+    def evaluate(
+        self, plan: Plan, devices: Simulation, weights: FloatArray, *, whole: bool
+    ) -> Evaluation:
+        """See :meth:`Task.evaluate`: all users with the whole memory, fitted from nothing."""
+        protocols: metrics.Protocols = ("sampled", "full")
+        if not whole:
+            protocols = ("sampled",) if self.split.heldout.single else ("full",)
+        return self._evaluator(plan, devices).whole(weights, protocols)
+
+    def evaluate_tiers(
+        self, plan: Plan, devices: Simulation, weights: FloatArray, whole: Evaluation
+    ) -> tuple[Evaluation, ...]:
+        """See :meth:`Task.evaluate_tiers`."""
+        if len(plan.federation.tiers) == 1 and not plan.federation.absent:
+            return (whole,)
+        return self._evaluator(plan, devices).own(weights, ("sampled", "full"))
+
+    def _evaluator(self, plan: Plan, devices: Simulation) -> Evaluator:
+        return Evaluator(
+            plan.federation, devices.cohorts, devices.absent, self.split, self.scenario.run
+        )
+
+    def baseline(self, name: str) -> dict[str, float]:
+        """See :meth:`Task.baseline`."""
+        run = self.scenario.run
+        scores = metrics.scores_of(
+            name, self.split.train, dim=self.scenario.model.dim, seed=run.seed
+        )
+        return metrics.evaluate(scores, self.split, k=run.top_k, seed=run.seed).summary()
+
+    def particulars(self, attempt: Attempt, evaluated: Evaluation) -> dict[str, Any]:
+        """See :meth:`Task.particulars`: metrics of segments of the users."""
+        segments = attempt("segments", lambda: metrics.by_segment(evaluated, self.split))
+        return {"segments": segments or []}
+
+
+@dataclass
+class WideTask(Task[TextSplit]):
+    """Wide outputs over texts, words numbered by how common they are."""
+
+    questions: ClassVar[Questions]
+    cost_names = (
+        *Task.cost_names,
+        "output_neurons",
+        "output_bytes",
+        "output_multiply_adds",
+        "selection_multiply_adds",
+    )
+    columns: ColumnServer | None = field(default=None, init=False)
+    """The server that hands out neurons, in the scheme ``"requested"``."""
+
+    def __post_init__(self) -> None:
+        if self.scenario.train.requested:
+            self.columns = ColumnServer()
+
+    def check(self) -> None:
+        """See :meth:`Task.check`."""
+        if not self.split.heldout.n_users:
+            raise DataError(
+                "no text or example is held out: metrics need one; use data that has some"
+            )
+
+    @property
+    def items(self) -> int:
+        """Words that the model knows."""
+        return self.split.n_items
+
+    @property
+    def counted(self) -> Interactions:
+        """See :attr:`Task.counted`."""
+        return self.split.train.distinct
+
+    def arranged(self, order: Order) -> Order:
+        """See :meth:`Task.arranged`: the unknown word comes first."""
+        return np.concatenate(([UNKNOWN_ID], order[order != UNKNOWN_ID]))
+
+    def simulate(self, plan: Plan, devices: SecretRoot) -> Simulation:
+        """See :meth:`Task.simulate`."""
+        return plan.simulate(self.split.train, devices, self.columns)
+
+    def evaluate(
+        self, plan: Plan, devices: Simulation, weights: FloatArray, *, whole: bool
+    ) -> Evaluation:
+        """See :meth:`Task.evaluate`: everything that was held out, by the whole softmax."""
+        tier = plan.federation.tiers[0]
+        view = tier.view(plan.federation.prefix(weights, tier))
+        model, cuts = LocalModel(tier.recommender, view), self.scenario.run.top_k
+        return evaluator.predict(self.questions, model, self.split.heldout, cuts)
+
+    def baseline(self, name: str) -> dict[str, float]:
+        """See :meth:`Task.baseline`: the commonest words, which is what popularity comes to."""
+        train, heldout, cuts = self.split.train, self.split.heldout, self.scenario.run.top_k
+        return evaluator.commonest(self.questions, train, heldout, cuts)
+
+    def particulars(self, attempt: Attempt, evaluated: Evaluation) -> dict[str, Any]:
+        """See :meth:`Task.particulars`: what the server was told beside sums, counted."""
+        if self.columns is None:
+            return {"reveals": {"scheme": "private", "statement": KEPT}}
+        sight = self.columns.sight
+        each = max(1, sight.requests)
+        reveals = {
+            "scheme": "requested",
+            "statement": REVEALED,
+            "buckets_a_request": sight.buckets / each,
+            "words_a_request": sight.words / each,
+            "neurons_a_request": sight.neurons / each,
+        }
+        return {"reveals": reveals}
+
+    def cost(
+        self, plan: Plan, devices: Simulation, tier: Tier, weights: FloatArray
+    ) -> dict[str, Any]:
+        """See :meth:`Task.cost`; with what the output layer takes."""
+        facts = super().cost(plan, devices, tier, weights)
+        if self.columns is not None:
+            facts |= costs.moved_on_request(plan, tier, self.columns.sight)
+        cohort = devices.cohorts[tier.index]
+        return facts | costs.of_output(cohort, plan.scenario, costs.positions_of(cohort))
+
+    def _peak(self, plan: Plan, devices: Simulation, tier: Tier, weights: FloatArray) -> int | None:
+        """See :meth:`Task._peak`; a device that asks for neurons holds those alone.
+
+        To it, they are a whole vocabulary.
+        """
+        prefix = plan.federation.prefix(weights, tier)
+        if self.columns is None:
+            return super()._peak(plan, devices, tier, weights)
+        text = costs.longest(devices.cohorts[tier.index])
+        neurons = round(self.scenario.train.budget * self.items)
+        small = self.scenario.with_settings(
+            {"train.scheme": None, "train.loss": "full_softmax", "train.selector": "each"}
+        )
+        asked = Plan.of(small, neurons, plan.users)
+        (only,) = asked.federation.tiers
+        return costs.peak_bytes(asked, only, np.resize(prefix, only.layout.size), text % neurons)
+
+
+class NextWords(WideTask):
+    """The next word of texts."""
+
+    questions = WordQuestions()
+
+    @classmethod
+    def load(cls, scenario: Scenario, data_dir: Path | None) -> Self:
+        """See :meth:`Task.load`."""
+        return cls(scenario, load_text(scenario.data, data_dir=data_dir))
+
+
+class Labels(WideTask):
+    """Labels of examples, of which there are very many."""
+
+    questions = LabelQuestions()
+
+    @classmethod
+    def load(cls, scenario: Scenario, data_dir: Path | None) -> Self:
+        """See :meth:`Task.load`."""
+        return cls(scenario, load_labels(scenario.data, data_dir=data_dir))
+
+
+TASKS: dict[str, type[Task[Any]]] = {
+    "interactions": Recommending,
+    "texts": NextWords,
+    "labels": Labels,
+}
+"""The task of a model by what it learns from."""
+
+
+def load_task(scenario: Scenario, data_dir: Path | None) -> Task[Any]:
+    """Return the task of a scenario with its data, items in the order of the data.
+
+    Raises:
+        DataError: when the data is malformed.
+    """
+    return TASKS[scenario.model.learns].load(scenario, data_dir)
+
+
+def _read_order(path: Path, key: Ed25519PublicKey) -> Order:
+    if not path.exists():
+        raise IntegrityError(f"{path}: there is no order of the items; restore the file")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            record = parsed(((file.metadata() or {}).get("record") or "").encode())
+            order: Order = file.get_tensor("order")
+    except (SafetensorError, KeyError, OSError, ValueError) as error:
+        raise IntegrityError(f"{path}: not an order ({error}); restore the file") from None
+    written = verified("item order", record, key, path)["digest"]
+    if order.dtype != np.int64 or digest(order).hex() != written:
+        raise IntegrityError(f"{path}: its content is not what was written; restore the file")
+    return order
+
+
+def _capped_counts(train: Interactions, most: int, coins: SecureStream) -> Order:
+    """How many users count each item, when each counts at most ``most`` of its own, at random."""
+    order = np.lexsort((coins.uint64(train.size), train.users))
+    place = np.arange(train.size) - np.repeat(train.indptr[:-1], train.counts)
+    return np.bincount(train.items[order][place < most], minlength=train.n_items).astype(np.int64)
