@@ -184,6 +184,7 @@ def _length(scenario: Scenario, items: int, halving: int) -> int:
     from privrec.embedding.subspace import Subspace
     from privrec.embedding.table import PlainTable, Table
     from privrec.models.layout import Layout
+    from privrec.scenario.kinds import ImplicitALS
 
     model, order = scenario.model, scenario.devices.order
 
@@ -197,7 +198,7 @@ def _length(scenario: Scenario, items: int, halving: int) -> int:
 
     vectors = held(model.dim, model.block, halving)
     biases = held(1, 1, 0 if order == "dims" else halving)  # the first dimensions are of all items
-    gram = vectors.dim * (vectors.dim + 1) // 2 if scenario.train.loss == "ials" else 0
+    gram = vectors.dim * (vectors.dim + 1) // 2 if isinstance(scenario.train, ImplicitALS) else 0
     layout = Layout(
         model.dense_weights(vectors.dim),
         vectors.slots,

@@ -1,7 +1,7 @@
 """What is particular to recommending, to next words and to labels, with the data of one run.
 
-A task is found by what the model learns from, in :data:`TASKS`. Everything else of a run is the same
-for all.
+A task is found by what the model learns from, in :data:`TASKS`. Everything else of a run
+is the same for all.
 """
 
 from __future__ import annotations

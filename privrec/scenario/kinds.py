@@ -124,8 +124,8 @@ class Kind:
         return getattr(import_module(module), name)
 
 
-class Registry:
-    """The kinds that one key of a scenario can name.
+class Registry(dict[str, Kind]):
+    """The kinds that one key of a scenario can name, by name.
 
     Args:
         path: That key, for example ``train.loss``.
@@ -133,9 +133,9 @@ class Registry:
     """
 
     def __init__(self, path: str, noun: str) -> None:
+        super().__init__()
         self.path = path
         self.noun = noun
-        self._kinds: dict[str, Kind] = {}
 
     def add(
         self, name: str, config: type[Section], implementation: Any = None, *, meaning: str = ""
@@ -149,16 +149,7 @@ class Registry:
             meaning: Help in one line; the first of the configuration's docstring if not given.
         """
         meaning = meaning or (config.__doc__ or "").partition("\n")[0]
-        self._kinds[name] = Kind(name, config, implementation, meaning)
-
-    def __getitem__(self, name: str) -> Kind:
-        return self._kinds[name]
-
-    def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and name in self._kinds
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._kinds)
+        self[name] = Kind(name, config, implementation, meaning)
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
@@ -178,14 +169,12 @@ class Registry:
 
     def nearest(self, name: object) -> Kind | None:
         """The kind of that name, else the one that was most likely meant."""
-        if name in self:
-            return self._kinds[str(name)]
-        near = get_close_matches(str(name).lower(), self._kinds, n=1, cutoff=0.6)
-        return self._kinds[near[0]] if near else None
+        near = get_close_matches(str(name).lower(), self, n=1, cutoff=0.6)
+        return self.get(str(name)) or (self[near[0]] if near else None)
 
     def owners(self, key: str) -> list[str]:
         """Names of the kinds that have a key of this name."""
-        return [kind.name for kind in self._kinds.values() if key in kind.config.model_fields]
+        return [kind.name for kind in self.values() if key in kind.config.model_fields]
 
 
 READERS = Registry("data.source", "source")

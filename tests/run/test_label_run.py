@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from parts import assemble
-from privrec.device.lessons import Bags
 from small_runs import Silent, Stop, make_scenario, run_once, weights
 
 from privrec.cli.main import main
