@@ -145,7 +145,7 @@ def keys() -> list[Key]:
     found: list[Key] = []
     for table, section in TABLES.items():
         found += keys_of(table, section).values()
-        for registry in _registries(section):
+        for registry in registries_of(section):
             owners: dict[Key, tuple[str, ...]] = {}
             for name in registry:
                 for key in keys_of(table, registry[name].config).values():
@@ -160,10 +160,11 @@ def is_key(path: str) -> bool:
     section = TABLES.get(table)
     if section is None:
         return False
-    return name in section.model_fields or any(r.owners(name) for r in _registries(section))
+    return name in section.model_fields or any(r.owners(name) for r in registries_of(section))
 
 
-def _registries(section: type[Section]) -> tuple[Registry, ...]:
+def registries_of(section: type[Section]) -> tuple[Registry, ...]:
+    """The registries whose kinds a table can name."""
     return section.registries if issubclass(section, Table) else ()
 
 
@@ -176,7 +177,6 @@ def problems_of(errors: Iterable[Mapping[str, Any]], document: Mapping[str, Any]
     Args:
         errors: ``ValidationError.errors()`` of the whole scenario.
         document: What was validated.
-        TABLES: The class of each table.
     """
     messages: dict[str, str] = {}
     for error in errors:
@@ -241,7 +241,7 @@ def unknown_key(path: str, value: object, document: Mapping[str, Any]) -> str:
     """The message for a key that this scenario cannot have: whose it is, or what was meant."""
     table, _, name = path.rpartition(".")
     section = TABLES.get(table, Section)
-    for registry in _registries(section):
+    for registry in registries_of(section):
         if owners := registry.owners(name):
             chosen = document.get(table, {}).get(
                 key := registry.path.partition(".")[2], section.model_fields[key].default
@@ -270,16 +270,12 @@ def _nearest_key(name: str, table: str) -> str:
     elsewhere = {key: where for where, key in found if where != table}
     if name in elsewhere:
         where = f"in [{elsewhere[name]}]" if elsewhere[name] else "above the tables"
-        return f"`{name}` stands {where}: did you mean {_dotted(elsewhere[name], name)}?"
+        return f"`{name}` stands {where}: did you mean {f'{elsewhere[name]}.{name}'.lstrip('.')}?"
     if near := get_close_matches(name.lower(), here, n=1, cutoff=0.6):
-        return f"did you mean {_dotted(table, near[0])}?"
+        return f"did you mean {f'{table}.{near[0]}'.lstrip('.')}?"
     if far := get_close_matches(name.lower(), list(elsewhere), n=1, cutoff=0.7):
-        return f"did you mean {_dotted(elsewhere[far[0]], far[0])}?"
+        return f"did you mean {f'{elsewhere[far[0]]}.{far[0]}'.lstrip('.')}?"
     return f"remove it; {f'[{table}]' if table else 'a scenario'} has {', '.join(here)}"
-
-
-def _dotted(table: str, name: str) -> str:
-    return f"{table}.{name}" if table else name
 
 
 # --------------------------------------------------------------------------- rules between keys
@@ -490,33 +486,7 @@ _RULES: tuple[Callable[[Values], Iterator[Problem]], ...] = (
 )
 
 
-# --------------------------------------------------------------------------- documentation
-
-
-def reference() -> dict[str, str]:
-    """The tables of keys in Markdown, by the table of a scenario that they describe."""
-    everything, found = keys(), {}
-    for table, section in TABLES.items():
-        here = [key for key in everything if key.table == table]
-        lines = ["| key | takes | unit | default | meaning |", "|---|---|---|---|---|"]
-        lines += [_row(key) for key in here if key.registry is None]
-        for registry in _registries(section):
-            name = registry.path.partition(".")[2]
-            lines += ["", f"| `{name}` | is | has the keys |", "|---|---|---|"]
-            for kind in registry:
-                own = ", ".join(f"`{key}`" for key in registry[kind].config.model_fields)
-                lines.append(f"| `{kind}` | {registry[kind].meaning} | {own} |")
-            of_kinds = [key for key in here if key.registry is registry]
-            if of_kinds:
-                lines += ["", f"| key of a `{name}` | takes | unit | default | meaning |"]
-                lines += ["|---|---|---|---|---|", *map(_row, of_kinds)]
-        found[table] = "\n".join(lines)
-    return found
-
-
-def _row(key: Key) -> str:
-    default = key.default if key.default in ("required", "unset") else f"`{key.default}`"
-    return f"| `{key.name}` | {key.rule} | {key.unit} | {default} | {key.meaning} |"
+# --------------------------------------------------------------------------- editors
 
 
 def json_schema(scenario: type[Section]) -> dict[str, Any]:
@@ -524,7 +494,7 @@ def json_schema(scenario: type[Section]) -> dict[str, Any]:
     schema = scenario.model_json_schema()
     for section in TABLES.values():
         definition = schema["$defs"].get(section.__name__, {})
-        for registry in _registries(section):
+        for registry in registries_of(section):
             name = registry.path.partition(".")[2]
             of_kinds = {
                 kind: registry[kind].config.model_json_schema().get("properties", {})

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from scenario_keys import reference
 
 from privrec.errors import ScenarioError
-from privrec.scenario.keys import as_toml, json_schema, keys, reference
+from privrec.scenario.keys import as_toml, json_schema, keys
 from privrec.scenario.kinds import PUBLISHED, REGISTRIES
 from privrec.scenario.load import Privacy, Scenario, load
 
@@ -290,7 +291,7 @@ def test_the_documentation_has_the_tables_of_keys(table: str) -> None:
     section = PAGE.read_text("utf-8").partition(heading)[2].partition("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("|")]
     wanted = [line for line in reference()[table].splitlines() if line]
-    assert rows == wanted, f"write them anew: python {ROOT / 'docs' / 'keys.py'}"
+    assert rows == wanted, f"write them anew: python {ROOT / 'docs' / 'scenario_keys.py'}"
 
 
 def test_the_schema_for_editors_is_kept() -> None:
