@@ -83,12 +83,7 @@ class Evaluation:
         """Return percentile bootstrap intervals of the means, users resampled with replacement.
 
         They tell how much the figure depends on who was measured; the spread over training runs
-        is another matter.
-
-        Args:
-            seed: of the resampling.
-            level: coverage, in (0, 1).
-            draws: number of resamples, at least 1.
+        is another matter. ``level`` is their coverage.
         """
         if not self.users.size:
             return {}

@@ -96,8 +96,8 @@ def _coordinates(
     (vectors, biases), order = tables, scenario.devices.order
     # Item biases of the first dimensions are those of all items.
     same = [0] * len(halvings) if order == "dims" else halvings
-    small = None if biases is None else nested(biases, order, same)
-    return nested(vectors, order, halvings), small
+    chain = nested(vectors, order, halvings)
+    return chain, None if biases is None else nested(biases, order, same)
 
 
 def _view(scenario: Scenario, chain: Coordinates, index: int) -> ModelView[Any]:

@@ -75,15 +75,8 @@ def save(
 ) -> Position:
     """Seal the ledger, then replace the checkpoint by one that is bound to it.
 
-    Args:
-        folder: the run's directory.
-        identity: of the run.
-        ledger: of the run.
-        server: at its next round.
-        states: private states of simulated devices, by tier; none where devices keep their own.
-        data_digest: see :class:`Position`, as the last two.
-        wall_s: of the run so far.
-        cpu_s: of its rounds so far.
+    ``states`` are the private ones of simulated devices, by tier; none where devices keep their
+    own. For the rest see :class:`Position`.
     """
     ledger.seal()
     position = Position(

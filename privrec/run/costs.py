@@ -7,10 +7,11 @@ of its own, which runs this module: it receives what a device holds, and goes th
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.flop_counter import FlopCounterMode
 
-from privrec.device.device import Cohort, Device, Learner
+from privrec.device.device import Cohort, Device
 from privrec.device.tier import Tier
 from privrec.device.update import Protection, Round, model_digests
 from privrec.device.words import QUERIES, WordLearner
-from privrec.models.layout import Layout
 from privrec.models.losses import sampled_loss
 from privrec.models.process_memory import (
     give_back_freed,
@@ -32,13 +32,16 @@ from privrec.models.process_memory import (
     resident_bytes,
 )
 from privrec.privacy.events import RoundEvent
+from privrec.privacy.mechanism import Band, Shares
 from privrec.randomness import SecretRoot
-from privrec.run.assembly import BYTES_A_COEFFICIENT, learner_of
+from privrec.run.assembly import BYTES_A_COEFFICIENT, federation_of, learner_of
 from privrec.run.plan import Plan
+from privrec.run.privacy_plan import encoding_of
 from privrec.scenario.load import Scenario
 from privrec.search.families import Shape
 from privrec.search.index import SIGNATURE
 from privrec.search.select import FOLD
+from privrec.secagg.ring import Ring
 from privrec.server.columns import ColumnServer, ServerView
 
 TIMEOUT_S = 120
@@ -153,18 +156,17 @@ def peak_bytes(
         weights: the tier's prefix of the model, which is what it is sent.
         history: the device's items; the longest one tells the worst case.
     """
-    learner = learner_of(plan.scenario, plan.federation, tier)
-    given = (tier, plan.federation.weaker(tier), plan.protection, learner, weights)
     if len(history) < 2:  # a text of one word has no next one
         history = np.resize(history, 2)
-    # A first round on two items loads what the libraries load on their first call.
-    rounds = [pickle.dumps((*given, each)) for each in (history[:2], history)]
+    shares = plan.protection.shares
+    head = {"scenario": plan.scenario.to_toml(), "items": plan.items, "tier": tier.index}
+    head |= {"weights": weights.nbytes, "shares": shares and asdict(shares)}
     try:
         done = subprocess.run(
             # -P: a file of the working directory must not pass for a module.
             [sys.executable, "-P", "-m", "privrec.run.costs"],
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-            input=pickle.dumps(rounds),
+            input=json.dumps(head).encode() + b"\n" + weights.tobytes() + history.tobytes(),
             capture_output=True,
             timeout=TIMEOUT_S,
             check=True,
@@ -174,28 +176,37 @@ def peak_bytes(
         return None
 
 
-def _peak(rounds: list[bytes]) -> int:
-    """Bytes that the second round takes at its peak."""
-    _round(*pickle.loads(rounds[0]))  # noqa: S301  # of the process that started this one
+def _peak(head: bytes, body: bytes) -> int:
+    """Bytes that a round takes at its peak, in the process that :func:`peak_bytes` started."""
+    described = json.loads(head)
+    scenario = Scenario.from_toml(described["scenario"])
+    federation = federation_of(scenario, described["items"])
+    tier, shares = federation.tiers[described["tier"]], described["shares"]
+    if shares is not None:
+        shares = Shares(**shares | {"bands": tuple(Band(**band) for band in shares["bands"])})
+    encoding = encoding_of(scenario, federation.layout.size)
+    protection = Protection(encoding, Ring(scenario.privacy.ring_bits), shares)
+    sent, held = body[: described["weights"]], body[described["weights"] :]
+
+    def round_on(history: bytes) -> None:
+        # The bytes arrived before the measurement; the copies are what a device would hold.
+        weights = np.frombuffer(sent, np.float32).copy()
+        items = np.frombuffer(history, np.int32).copy()
+        learner, root = learner_of(scenario, federation, tier), SecretRoot.known(b"measures itself")
+        device = Device(0, items, tier, federation.weaker(tier), learner, protection, root)
+        digests = model_digests(weights, device.layouts)
+        round = Round("footprint", 0, 0, RoundEvent("none", 0.0, 1.0), "", digests)
+        device.upload(round, device.answer(round, weights, 0))
+
+    # A first round on two items loads what the libraries load on their first call.
+    round_on(held[: 2 * np.dtype(np.int32).itemsize])
     give_back_freed()
     reset_peak()
     before = resident_bytes()
-    # The bytes arrived before the measurement; what is made of them is what a device would hold.
-    _round(*pickle.loads(rounds[1]))  # noqa: S301  # likewise
+    round_on(held)
     return max(0, peak_resident_bytes() - before)
 
 
-def _round(
-    tier: Tier, weaker: tuple[Layout, ...], protection: Protection, learner: Learner,
-    weights: NDArray[np.float32], history: NDArray[np.int32],
-) -> None:  # fmt: skip
-    root = SecretRoot.known(b"measures itself")
-    digests = model_digests(weights, (tier.layout, *weaker))
-    round = Round("footprint", 0, 0, RoundEvent("none", 0.0, 1.0), "", digests)
-    device = Device(0, history, tier, weaker, learner, protection, root)
-    device.upload(round, device.answer(round, weights, 0))
-
-
 if __name__ == "__main__":
-    received = pickle.load(sys.stdin.buffer)  # noqa: S301  # likewise
-    sys.stdout.write(str(_peak(received)))
+    received = sys.stdin.buffer
+    sys.stdout.write(str(_peak(received.readline(), received.read())))

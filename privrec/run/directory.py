@@ -39,8 +39,8 @@ def beginning(
         out: the run's directory.
         plan: of the run.
         identity: of the run.
-        population: name of the population ledger that the run is tied to; by default the runs that
-            this machine made before on the same data are counted.
+        population: what the run is tied to; by default the runs that this machine made before on
+            the same data are counted.
 
     Yields:
         The hidden folder and the run's ledger, which is open and stays so for the rounds.
@@ -131,17 +131,13 @@ def _new_ledger(
 def open_ledger(
     out: Path, identity: Identity, scenario: Scenario, *, repair: bool = True
 ) -> Ledger:
-    """Return the ledger of the run in ``out``, which ``run.json`` and the scenario belong to.
+    """Return the ledger of the run in ``out``.
 
-    Args:
-        out: the run's directory.
-        identity: as ``run.json`` has it.
-        scenario: as it would be run.
-        repair: open it for writing, which one process does at a time.
+    With ``repair`` it is opened for writing, which one process does at a time.
 
     Raises:
-        IntegrityError: when the ledger was altered or set back, or the others are not what its
-            signed header declares.
+        IntegrityError: when the ledger was altered or set back, or ``run.json`` and the scenario
+            are not what its signed header declares.
         UsageError: when it or the key that signs it is gone, or another process writes to it.
     """
     path, key = out / LEDGER, identity.signing_key()

@@ -27,7 +27,13 @@ _KNOWN, _KEY, _FILE = "known-", "server.key", "run.json"
 
 @dataclass(frozen=True)
 class Identity:
-    """Who a run is: its name, where its data lies, and its secrets (kept apart from it)."""
+    """Who a run is: its name, where its data lies, and its secrets, which are kept apart from it.
+
+    Attributes:
+        data: public facts of the data.
+        data_dir: where it lies, if here.
+        known_key: a noise key that others know, in hex.
+    """
 
     run_id: str
     scenario: str
@@ -48,15 +54,7 @@ class Identity:
         *,
         simulated: bool = True,
     ) -> Identity:
-        """Name a new run; with a noise key that others know, the name repeats as the run does.
-
-        Args:
-            scenario: what is run.
-            described: public facts of the data.
-            data_dir: where it lies, if here.
-            known: a noise key that others know.
-            simulated: whether the devices are simulated.
-        """
+        """Name a new run; with a key ``known`` to others, the name repeats as the run does."""
         run_id = secrets.token_hex(8) if known is None else f"{_KNOWN}{scenario.plan_hash()[:16]}"
         return cls(
             run_id,
@@ -71,7 +69,7 @@ class Identity:
 
     @classmethod
     def read(cls, out: Path) -> Identity:
-        """Who the run in ``out`` is.
+        """Return who the run in ``out`` is.
 
         Raises:
             UsageError: when ``out`` is no run directory.
@@ -80,16 +78,14 @@ class Identity:
         path = out / _FILE
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
-            data_dir, key = stored["data_dir"], stored["unsafe_noise_key"]
+            names = ("run_id", "scenario", "scenario_hash", "privacy_hash")
+            place, key = stored["data_dir"], stored["unsafe_noise_key"]
             identity = cls(
-                str(stored["run_id"]),
-                str(stored["scenario"]),
-                str(stored["scenario_hash"]),
-                str(stored["privacy_hash"]),
-                dict(stored["data"]),
-                None if data_dir is None else Path(data_dir),
-                None if key is None else bytes.fromhex(key).hex(),
-                stored["simulated"] is not False,
+                *(str(stored[name]) for name in names),
+                data=dict(stored["data"]),
+                data_dir=None if place is None else Path(place),
+                known_key=None if key is None else bytes.fromhex(key).hex(),
+                simulated=stored["simulated"] is True,
             )
             if not _RUN_ID.fullmatch(identity.run_id):
                 raise ValueError(f"run_id {identity.run_id!r} is not one that privrec gives")

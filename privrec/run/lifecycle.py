@@ -70,12 +70,13 @@ def start(
     directory.refuse_taken(out)
     if population is not None:
         check_lifetime(population, scenario, known=unsafe_noise_key is not None)
-    task, plan = _planned(scenario, data_dir)
+    task = check(scenario, data_dir)
+    plan = task.plan
     identity = Identity.new(scenario, task.describe(), data_dir, unsafe_noise_key)
     with directory.beginning(out, plan, identity, population) as (folder, ledger):
         server_root, devices_root = identity.root("server"), identity.root("devices")
         task.number(folder, ledger, server_root, devices_root)
-        devices, server = task.simulate(plan, devices_root), plan.server(identity.run_id)
+        devices, server = task.simulate(devices_root), plan.server(identity.run_id)
         position = checkpoint.save(folder, identity, ledger, server, devices.states, task.digest)
     with ledger, EventLog(out / directory.EVENTS) as events, one_thread():
         loop = SimulatedLoop(
@@ -101,9 +102,9 @@ def resume(out: Path, *, data_dir: Path | None = None, observer: Observer) -> Re
     if (payload := directory.read_result(out, identity, scenario)) is not None:
         return Result(out, payload)
     task = load_task(scenario, data_dir or identity.data_dir)
-    plan = task.plan()
+    plan = task.plan
     task.restore_numbers(out, identity.signing_key().public_key())
-    devices, server = task.simulate(plan, identity.root("devices")), plan.server(identity.run_id)
+    devices, server = task.simulate(identity.root("devices")), plan.server(identity.run_id)
     position = checkpoint.restore(out, identity, server, devices.states, task.digest)
     with (
         directory.open_ledger(out, identity, scenario) as ledger,
@@ -116,21 +117,16 @@ def resume(out: Path, *, data_dir: Path | None = None, observer: Observer) -> Re
         return loop.run(position, resumed=True)
 
 
-def check(scenario: Scenario, data_dir: Path | None) -> None:
-    """Refuse, before anything is charged, a scenario that cannot be run or measured on its data.
+def check(scenario: Scenario, data_dir: Path | None) -> Task[Any]:
+    """Load and plan a scenario; refuse, before a charge, what cannot be run or measured.
 
     Raises:
         UsageError: when a baseline cannot be had, or the data is not of the declared size.
         DataError: when the data is malformed, or holds out nothing to measure on.
     """
-    _planned(scenario, data_dir)
-
-
-def _planned(scenario: Scenario, data_dir: Path | None) -> tuple[Task[Any], Plan]:
     task = load_task(scenario, data_dir)
-    plan = task.plan()
     task.check()
-    return task, plan
+    return task
 
 
 def check_lifetime(population: str, scenario: Scenario, *, known: bool = False) -> None:
@@ -185,9 +181,8 @@ class SimulatedLoop(Loop):
 
     def save(self) -> None:
         """See :meth:`Loop.save`."""
-        states, digest = self.transport.states, self.task.digest
-        clocks = self.wall_s, self.cpu_s
-        checkpoint.save(self.out, self.identity, self.ledger, self.server, states, digest, *clocks)
+        mine = self.transport.states, self.task.digest, self.wall_s, self.cpu_s
+        checkpoint.save(self.out, self.identity, self.ledger, self.server, *mine)
 
     def accuracy(self) -> dict[str, float] | None:
         """See :meth:`Loop.accuracy`."""
@@ -202,21 +197,21 @@ class SimulatedLoop(Loop):
 
     def evaluate(self, *, whole: bool = True) -> Evaluation:
         """Measure the released weights, see :meth:`Task.evaluate`."""
-        return self.task.evaluate(self.plan, self.transport, self.server.released, whole=whole)
+        return self.task.evaluate(self.transport, self.server.released, whole=whole)
 
     def payload(self) -> dict[str, Any]:
         """See :meth:`Loop.payload`; what is measured comes on top."""
         task, plan, devices, run = self.task, self.plan, self.transport, self.plan.scenario.run
         weights = self.server.released
         whole = self.evaluated or self.attempt("accuracy", self.evaluate) or Evaluation.nobody()
-        by_tier = partial(task.evaluate_tiers, plan, devices, weights, whole)
+        by_tier = partial(task.evaluate_tiers, devices, weights, whole)
         nobody = (Evaluation.nobody(),) * (len(plan.federation.tiers) + 1)
         own = self.attempt("accuracy by tier", by_tier) or nobody
         measured = [whole, summary.together(own)] if plan.scenario.devices.tiers else [whole]
         tiers = []
         for tier, mine in zip(plan.federation.tiers, own, strict=False):
-            cost = partial(task.cost, plan, devices, tier, weights)
-            facts = self.attempt(f"costs of tier {tier.index + 1}", cost)
+            measure = partial(task.cost, devices, tier, weights)
+            facts = self.attempt(f"costs of tier {tier.index + 1}", measure)
             tiers.append({**(facts or costs.of_tier(plan, tier)), **mine.summary()})
         if absent := plan.federation.absent:
             idle = {"capacity": 0.0, "share": absent, "weight": 0.0}

@@ -84,19 +84,21 @@ class Plan:
 
     @cached_property
     def assigned(self) -> NDArray[np.int64]:
-        """The tier of each user, see :func:`privrec.run.assembly.assign`.
+        """The tier of each user, see :func:`privrec.run.assembly.assign`."""
+        return assign(self.users, self.federation, self.scenario.run.seed)
+
+    def check_tiers(self) -> None:
+        """Refuse tiers that no user would be of.
 
         Raises:
-            UsageError: when nobody would be of some tier.
+            UsageError: when there is such a tier.
         """
-        assigned = assign(self.users, self.federation, self.scenario.run.seed)
         for tier in self.federation.tiers:
-            if tier.index not in assigned:
+            if tier.index not in self.assigned:
                 raise UsageError(
                     f"devices.tiers: the share {tier.share:g} of {self.users} users is nobody; "
                     "raise the share, or leave the tier out"
                 )
-        return assigned
 
     @property
     def charges(self) -> Counter[RoundEvent]:
@@ -147,15 +149,9 @@ class Plan:
     def simulate(
         self, train: Interactions | Corpus, devices: SecretRoot, served: RowServer | None = None
     ) -> Simulation:
-        """Return the devices of a data set, simulated in this process, at the first round.
+        """Return devices that train on ``train`` in this process, with ``devices`` as their secret.
 
-        Args:
-            train: what each of them trains on.
-            devices: their secret root.
-            served: the server's tables, where devices ask it for neurons.
-
-        Raises:
-            UsageError: when nobody would be of some tier.
+        ``served`` are the server's tables, where devices ask it for neurons.
         """
         scenario = self.scenario
         policy = Policy(scenario.devices.min_cohort, scenario.privacy.colluding_share)

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,9 +102,9 @@ def recommend(
     items = np.unique(liked)  # in one order, since the fit draws its negatives by place
     federation = federation_of(task.scenario, train.n_items)
     weights = read_model(run_dir, federation, train.n_items, model_digest)
-    learner = learner_of(task.scenario, federation, federation.tiers[0])
-    assert isinstance(learner, RecommenderLearner)  # noqa: S101  # the task is to recommend
-    view = federation.tiers[0].view(weights)
+    tier = federation.tiers[0]
+    learner = cast(RecommenderLearner, learner_of(task.scenario, federation, tier))
+    view = tier.view(weights)
     key = int(rng_for(task.scenario.run.seed, "serving").integers(2**63))
     draws = Draws(key, lambda _: _own_stream())
     states = learner.serve(view, learner.held(Histories.alone(0, items)), draws)

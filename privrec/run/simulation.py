@@ -46,20 +46,16 @@ _EXCHANGES = (Stage.SHARES, Stage.MASKED, Stage.CONFIRM, Stage.UNMASK)
 class Simulation:
     """The devices of a data set, sampled and trained in this process.
 
-    Args:
-        federation: the tiers.
+    Attributes:
         cohorts: the devices of each tier.
-        population: all devices, those that hold nothing included.
-        protection: bounds, grid, ring and noise.
+        population: how many there are, those that hold nothing included.
         enrolled: the devices' secret, of which cohorts and batches of devices have their own
             streams, and their keys.
         seed: of the samples, and of cohorts where nothing is accounted.
-        sampling_rate: chance of each device in a round.
         dropout_rate: chance of each device of a cohort to fall silent in one of the exchanges.
         engine: ``"cohort"`` trains batches; ``"device"`` trains devices one at a time.
         secure_sum: ``"exact"`` adds integers; ``"full"`` runs the protocol, for the same sum.
-
-    ``deferred`` counts noise between local steps since this object was made; it is private.
+        deferred: noise between local steps since this object was made, which is private.
     """
 
     federation: Federation

@@ -10,6 +10,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
@@ -79,21 +80,23 @@ class Task(ABC, Generic[S]):
             DataError: when it is malformed.
         """
 
-    @abstractmethod
     def check(self) -> None:
-        """Refuse data that holds out nothing to measure on, and baselines that cannot be had.
+        """Refuse data that holds out nothing to measure on, and what cannot be had on it.
 
         Raises:
-            DataError, UsageError: when it does, or they cannot.
+            DataError: when it does.
+            UsageError: when the plan, a tier or a baseline cannot be had.
         """
+        self.plan.check_tiers()
 
     @property
     @abstractmethod
     def items(self) -> int:
         """Size of the catalogue, or of the vocabulary."""
 
+    @cached_property
     def plan(self) -> Plan:
-        """Plan the scenario for this data.
+        """The scenario for data of this size, planned once.
 
         Raises:
             UsageError: when it cannot be run on data of this size, or another one was declared.
@@ -189,23 +192,20 @@ class Task(ABC, Generic[S]):
 
     # ------------------------------------------------------------------ devices and figures
 
-    def simulate(self, plan: Plan, devices: SecretRoot) -> Simulation:
+    def simulate(self, devices: SecretRoot) -> Simulation:
         """Return the simulated devices, which draw from the secret ``devices``."""
-        return plan.simulate(self.split.train, devices)
+        return self.plan.simulate(self.split.train, devices)
 
     @abstractmethod
-    def evaluate(
-        self, plan: Plan, devices: Simulation, weights: FloatArray, *, whole: bool
-    ) -> Evaluation:
+    def evaluate(self, devices: Simulation, weights: FloatArray, *, whole: bool) -> Evaluation:
         """Measure released weights; in the midst of a run not by everything that there is."""
 
     def evaluate_tiers(
-        self, plan: Plan, devices: Simulation, weights: FloatArray, whole: Evaluation
+        self, devices: Simulation, weights: FloatArray, whole: Evaluation
     ) -> tuple[Evaluation, ...]:
         """Measure what each tier's users get of released weights.
 
         Args:
-            plan: of the run.
             devices: of the run.
             weights: released coefficients.
             whole: metrics of all users with the whole memory.
@@ -213,7 +213,7 @@ class Task(ABC, Generic[S]):
         Returns:
             One evaluation a tier, and one of devices that hold nothing where there are some.
         """
-        return (Evaluation.nobody(),) * len(plan.federation.tiers)
+        return (Evaluation.nobody(),) * len(self.plan.federation.tiers)
 
     @abstractmethod
     def baseline(self, name: str) -> dict[str, float]:
@@ -228,20 +228,20 @@ class Task(ABC, Generic[S]):
             evaluated: the final metrics.
         """
 
-    def cost(
-        self, plan: Plan, devices: Simulation, tier: Tier, weights: FloatArray
-    ) -> dict[str, Any]:
+    def cost(self, devices: Simulation, tier: Tier, weights: FloatArray) -> dict[str, Any]:
         """Return what one device of a tier holds, moves and needs in a round."""
-        facts = costs.of_tier(plan, tier)
+        facts = costs.of_tier(self.plan, tier)
         cohort, vectors = devices.cohorts[tier.index], tier.recommender.vectors
         facts |= {"devices": len(cohort.states), "items": vectors.items, "dim": vectors.dim}
         measures = self.scenario.run.footprint
-        peak = self._peak(plan, devices, tier, weights) if measures else None
+        peak = self._peak(devices, tier, weights) if measures else None
         return {**facts, "device_peak_bytes": peak}
 
-    def _peak(self, plan: Plan, devices: Simulation, tier: Tier, weights: FloatArray) -> int | None:
+    def _peak(self, devices: Simulation, tier: Tier, weights: FloatArray) -> int | None:
         longest = costs.longest(devices.cohorts[tier.index])
-        return costs.peak_bytes(plan, tier, plan.federation.prefix(weights, tier), longest)
+        return costs.peak_bytes(
+            self.plan, tier, self.plan.federation.prefix(weights, tier), longest
+        )
 
 
 class Recommending(Task[Split]):
@@ -254,6 +254,7 @@ class Recommending(Task[Split]):
 
     def check(self) -> None:
         """See :meth:`Task.check`."""
+        super().check()
         metrics.holding_out(self.split.heldout, None)
         for name in self.scenario.run.baselines:
             metrics.check(name, self.split.train, dim=self.scenario.model.dim)
@@ -277,26 +278,24 @@ class Recommending(Task[Split]):
         """See :attr:`Task.counted`."""
         return self.split.train
 
-    def evaluate(
-        self, plan: Plan, devices: Simulation, weights: FloatArray, *, whole: bool
-    ) -> Evaluation:
+    def evaluate(self, devices: Simulation, weights: FloatArray, *, whole: bool) -> Evaluation:
         """See :meth:`Task.evaluate`: all users with the whole memory, fitted from nothing."""
         protocols: metrics.Protocols = ("sampled", "full")
         if not whole:
             protocols = ("sampled",) if self.split.heldout.single else ("full",)
-        return self._evaluator(plan, devices).whole(weights, protocols)
+        return self._evaluator(devices).whole(weights, protocols)
 
     def evaluate_tiers(
-        self, plan: Plan, devices: Simulation, weights: FloatArray, whole: Evaluation
+        self, devices: Simulation, weights: FloatArray, whole: Evaluation
     ) -> tuple[Evaluation, ...]:
         """See :meth:`Task.evaluate_tiers`."""
-        if len(plan.federation.tiers) == 1 and not plan.federation.absent:
+        if len(devices.cohorts) == 1 and not self.plan.federation.absent:
             return (whole,)
-        return self._evaluator(plan, devices).own(weights, ("sampled", "full"))
+        return self._evaluator(devices).own(weights, ("sampled", "full"))
 
-    def _evaluator(self, plan: Plan, devices: Simulation) -> Evaluator:
+    def _evaluator(self, devices: Simulation) -> Evaluator:
         return Evaluator(
-            plan.federation, devices.cohorts, devices.absent, self.split, self.scenario.run
+            self.plan.federation, devices.cohorts, devices.absent, self.split, self.scenario.run
         )
 
     def baseline(self, name: str) -> dict[str, float]:
@@ -334,6 +333,7 @@ class WideTask(Task[TextSplit]):
 
     def check(self) -> None:
         """See :meth:`Task.check`."""
+        super().check()
         if not self.split.heldout.n_users:
             raise DataError(
                 "no text or example is held out: metrics need one; use data that has some"
@@ -353,16 +353,14 @@ class WideTask(Task[TextSplit]):
         """See :meth:`Task.arranged`: the unknown word comes first."""
         return np.concatenate(([UNKNOWN_ID], order[order != UNKNOWN_ID]))
 
-    def simulate(self, plan: Plan, devices: SecretRoot) -> Simulation:
+    def simulate(self, devices: SecretRoot) -> Simulation:
         """See :meth:`Task.simulate`."""
-        return plan.simulate(self.split.train, devices, self.columns)
+        return self.plan.simulate(self.split.train, devices, self.columns)
 
-    def evaluate(
-        self, plan: Plan, devices: Simulation, weights: FloatArray, *, whole: bool
-    ) -> Evaluation:
+    def evaluate(self, devices: Simulation, weights: FloatArray, *, whole: bool) -> Evaluation:
         """See :meth:`Task.evaluate`: everything that was held out, by the whole softmax."""
-        tier = plan.federation.tiers[0]
-        view = tier.view(plan.federation.prefix(weights, tier))
+        tier = self.plan.federation.tiers[0]
+        view = tier.view(self.plan.federation.prefix(weights, tier))
         model, cuts = LocalModel(tier.recommender, view), self.scenario.run.top_k
         return evaluator.predict(self.questions, model, self.split.heldout, cuts)
 
@@ -386,30 +384,28 @@ class WideTask(Task[TextSplit]):
         }
         return {"reveals": reveals}
 
-    def cost(
-        self, plan: Plan, devices: Simulation, tier: Tier, weights: FloatArray
-    ) -> dict[str, Any]:
+    def cost(self, devices: Simulation, tier: Tier, weights: FloatArray) -> dict[str, Any]:
         """See :meth:`Task.cost`; with what the output layer takes."""
-        facts = super().cost(plan, devices, tier, weights)
+        facts = super().cost(devices, tier, weights)
         if self.columns is not None:
-            facts |= costs.moved_on_request(plan, tier, self.columns.sight)
+            facts |= costs.moved_on_request(self.plan, tier, self.columns.sight)
         cohort = devices.cohorts[tier.index]
-        return facts | costs.of_output(cohort, plan.scenario, costs.positions_of(cohort))
+        return facts | costs.of_output(cohort, self.scenario, costs.positions_of(cohort))
 
-    def _peak(self, plan: Plan, devices: Simulation, tier: Tier, weights: FloatArray) -> int | None:
+    def _peak(self, devices: Simulation, tier: Tier, weights: FloatArray) -> int | None:
         """See :meth:`Task._peak`; a device that asks for neurons holds those alone.
 
         To it, they are a whole vocabulary.
         """
-        prefix = plan.federation.prefix(weights, tier)
+        prefix = self.plan.federation.prefix(weights, tier)
         if self.columns is None:
-            return super()._peak(plan, devices, tier, weights)
+            return super()._peak(devices, tier, weights)
         text = costs.longest(devices.cohorts[tier.index])
         neurons = round(self.scenario.train.budget * self.items)
         small = self.scenario.with_settings(
             {"train.scheme": None, "train.loss": "full_softmax", "train.selector": "each"}
         )
-        asked = Plan.of(small, neurons, plan.users)
+        asked = Plan.of(small, neurons, self.plan.users)
         (only,) = asked.federation.tiers
         return costs.peak_bytes(asked, only, np.resize(prefix, only.layout.size), text % neurons)
 

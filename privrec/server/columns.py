@@ -34,11 +34,9 @@ _PUBLIC = b"output columns are hashed by functions that everybody knows"
 class ServerView:
     """What the server has seen of devices so far, in counts.
 
-    Args:
-        requests: how many devices asked.
-        buckets: ids of buckets that they named.
-        words: words of their text, and common ones, that they named.
-        neurons: neurons that they were handed beside those.
+    Attributes:
+        words: of their text, and common ones, that they named.
+        neurons: that they were handed beside those.
     """
 
     requests: int = 0

@@ -70,13 +70,7 @@ class Optimizer(ABC):
     moments: dict[str, FloatArray] = field(default_factory=dict, kw_only=True)
 
     def step(self, weights: FloatArray, update: FloatArray, index: int) -> None:
-        """Move ``weights`` along ``update``, the mean change that the cohort asks for.
-
-        Args:
-            weights: float32 vector, changed in place.
-            update: float32 vector of the same length.
-            index: the round, counted from 0.
-        """
+        """Move ``weights``, in place, along the mean change that round ``index`` asks for."""
         rate = self.rate * self.schedule.factor(index)
         weights *= np.float32(1 - rate * self.weight_decay)
         weights += np.float32(rate) * self.direction(update, index)

@@ -55,11 +55,9 @@ class Release:
 class Server:
     """The model and its optimiser; it sees sums alone.
 
-    Args:
-        plan: what stays the same.
+    Attributes:
         weights: the shared vector in nested coordinates, float32.
         completion: turns a mean of what devices sent into a change of the weights.
-        optimizer: takes a step along that change.
         index: rounds that were applied.
         mean: the running mean of the weights, before its correction for the start.
     """
@@ -173,9 +171,8 @@ class Completion:
     def complete(self, update: FloatArray, weights: FloatArray) -> None:
         """Turn the mean of the devices' vectors into the change of the weights, in place.
 
-        Args:
-            update: mean over the expected cohort, in nested coordinates.
-            weights: the coefficients that the devices started from; their Gram matrix moves on.
+        Both are in nested coordinates, the mean over the expected cohort. The Gram matrix of the
+        weights, which the devices started from, moves on.
         """
         if self.implicit is not None:
             self._add_unobserved(update, weights, self.implicit)

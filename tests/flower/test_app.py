@@ -17,7 +17,7 @@ pytest.importorskip("flwr", reason="needs the extra privrec[flower]")
 from flwr.app import Message, RecordDict
 from loopback import Loopback, context_of
 
-from privrec.device import negatives
+from privrec.device import samples
 from privrec.errors import DataError, IntegrityError, ReleaseRefused, UsageError
 from privrec.flower import client_app as client_module
 from privrec.flower import server_app as server_module
@@ -388,7 +388,7 @@ def test_hash_functions_and_what_they_found_are_in_no_message_of_a_whole_run(
 ) -> None:
     """Every byte that a node sends, looked through for its functions and for the items it chose."""
     secrets: list[bytes] = []
-    draw, choose = families.signature, negatives.select
+    draw, choose = families.signature, samples.select
 
     def watched_functions(*arguments: Any) -> Any:
         drawn = draw(*arguments)
@@ -404,7 +404,7 @@ def test_hash_functions_and_what_they_found_are_in_no_message_of_a_whole_run(
 
     for module in (families, select):
         monkeypatch.setattr(module, "signature", watched_functions)
-    monkeypatch.setattr(negatives, "select", watched_choice)
+    monkeypatch.setattr(samples, "select", watched_choice)
     folder = app_folder(tmp_path, SELECTIVE)
     grid = grid_of(folder)
     deployed(folder, grid, tmp_path / "run")
