@@ -117,19 +117,24 @@ class Scenario(Heading):
 
     def variants(self) -> list[tuple[str, Scenario]]:
         """Name and scenario of each row, in order; empty without rows."""
-        return list(self._variants)
+        return list(self._variants.items())
 
     @cached_property
-    def _variants(self) -> tuple[tuple[str, Scenario], ...]:
-        found, problems = [], []
+    def _variants(self) -> dict[str, Scenario]:
+        found: dict[str, Scenario] = {}
+        problems: list[str] = []
         for index, row in enumerate(self.rows):
+            where = f"rows[{index}] ({row.name})"
+            if row.name in found:
+                rule = "two rows of the same name cannot be told apart"
+                problems.append(describe(f"{where}.name", row.name, rule, "rename one"))
             try:
-                found.append((row.name, self.with_settings(row.set)))
+                found[row.name] = self.with_settings(row.set)
             except ScenarioError as error:
-                problems += [f"rows[{index}] ({row.name}): {each}" for each in error.problems]
+                problems += [f"{where}: {each}" for each in error.problems]
         if problems:
             raise ScenarioError(problems)
-        return tuple(found)
+        return found
 
     def population(self) -> int | None:
         """Number of users, if it is public: declared, synthetic, or known for the data set."""
@@ -263,7 +268,9 @@ def _changed(
     _forget_former_kinds(document, settings)
     try:
         scenario = Scenario.model_validate(document)
-        problems |= _problems_of_rows(scenario)
+        scenario.variants()
+    except ScenarioError as error:
+        problems |= dict(zip(error.problems, error.problems, strict=True))
     except ValidationError as error:
         errors = error.errors(include_url=False)
         between = [each["ctx"]["found"] for each in errors if each["type"] == "conflicts"]
@@ -288,21 +295,6 @@ def _forget_former_kinds(document: dict[str, Any], settings: Mapping[str, Any]) 
             given = key in own or f"{name}.{key}" in settings
             if not given and any(registry.owners(key) for registry in changed):
                 del document[name][key]
-
-
-def _problems_of_rows(scenario: Scenario) -> dict[str, str]:
-    problems: dict[str, str] = {}
-    names = [row.name for row in scenario.rows]
-    for index, row in enumerate(scenario.rows):
-        where = f"rows[{index}] ({row.name})"
-        if row.name in names[:index]:
-            rule = "two rows of the same name cannot be told apart"
-            problems[f"{where}.name"] = describe(f"{where}.name", row.name, rule, "rename one")
-    try:
-        scenario.variants()
-    except ScenarioError as error:
-        problems |= {problem: problem for problem in error.problems}
-    return problems
 
 
 def _values(document: Mapping[str, Any], malformed: AbstractSet[str] = frozenset()) -> Values:
