@@ -86,7 +86,7 @@ class Harness:
         Raises:
             UsageError: when it learns from something else than interactions.
         """
-        if TASKS[scenario.model.kind] is not Recommending:
+        if TASKS[scenario.model.learns] is not Recommending:
             raise UsageError(
                 f'model.kind = "{scenario.model.kind}": it learns from texts or labels; an audit '
                 "is for recommenders of items alone"

@@ -23,6 +23,7 @@ from privrec.data.interactions import (
 from privrec.data.problems import bad_file
 from privrec.data.synthetic import Planted, generate
 from privrec.errors import DataError, UsageError
+from privrec.scenario.kinds import READERS
 
 __all__ = [
     "Interactions",
@@ -74,9 +75,8 @@ def load(config: DataConfig, *, data_dir: Path | None = None) -> Split:
         DataError: when files are missing or malformed.
     """
     split = _load(config, data_dir)
-    if config.max_history is None:
-        return split
-    return replace(split, train=split.train.most_recent(config.max_history))
+    most = getattr(config, "max_history", None)
+    return split if most is None else replace(split, train=split.train.most_recent(most))
 
 
 def describe(split: Split) -> dict[str, int | float | str | bool]:
@@ -110,6 +110,9 @@ def describe(split: Split) -> dict[str, int | float | str | bool]:
 
 
 def _load(config: DataConfig, data_dir: Path | None) -> Split:
+    if (reader := READERS[config.source].load()) is not None:
+        split: Split = reader(config, data_dir)
+        return split
     if config.source == "synthetic":
         return leave_last_out(planted(config).interactions, holdout=config.holdout)
     if config.source in ("text", "synthetic_text", "labels", "synthetic_labels"):

@@ -30,7 +30,7 @@ from privrec.device.samples import Items, merged, representatives, uniform
 from privrec.device.tier import LocalModel, Located
 from privrec.embedding.hashing import splitmix64
 from privrec.embedding.table import Table
-from privrec.models.losses import LOSSES, Samples
+from privrec.models.losses import Samples, loss_of
 from privrec.models.ncf import NCF
 from privrec.privacy.lazy import LazyMemory
 from privrec.privacy.pending import Normals
@@ -153,7 +153,7 @@ class ExampleSteps:
         scores = scored.values
         if self.biases is not None:
             scores = scores + self.biases.rows(samples).squeeze(2)
-        losses, upstream, _ = LOSSES[self._settings.loss](scores, Samples(torch.ones(e, k), 1))
+        losses, upstream, _ = loss_of(self._settings.loss)(scores, Samples(torch.ones(e, k), 1))
         own = torch.bmm(upstream.unsqueeze(1), scored.user_jacobian().expand(e, -1, -1)).squeeze(1)
         moved, weights = scored.shared_gradient(upstream)
         blocks = self.vectors.gradients(moved)

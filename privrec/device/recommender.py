@@ -32,7 +32,7 @@ from privrec.device.samples import (
 from privrec.device.tier import LocalModel, Located, ModelView
 from privrec.device.update import Address, RawUpdate, digest
 from privrec.embedding.table import Table
-from privrec.models.losses import LOSSES, Graded, Loss, Samples, curvature, pack
+from privrec.models.losses import Graded, Loss, Samples, curvature, loss_of, pack
 from privrec.models.ncf import NCF, Scored
 
 FloatArray = NDArray[np.float32]
@@ -76,7 +76,7 @@ class RecommenderLearner(Learner):
     @property
     def loss(self) -> Loss:
         """What is descended."""
-        return LOSSES[self.settings.loss]
+        return loss_of(self.settings.loss)
 
     @cached_property
     def serving(self) -> RecommenderLearner:
@@ -200,7 +200,7 @@ class _Local:
 
     def __init__(self, model: LocalModel[NCF], batch: Batch, settings: Settings) -> None:
         view, self._settings = model.view, settings
-        self._model, self._loss = view.model, LOSSES[settings.loss]
+        self._model, self._loss = view.model, loss_of(settings.loss)
         self._unobserved: Tensor | None = None
         if self._loss.implicit:
             weighted = model.gram * np.float32(settings.unobserved_weight)

@@ -25,7 +25,7 @@ from privrec.device.update import Address, RawUpdate
 from privrec.embedding.hashing import splitmix64
 from privrec.embedding.table import Table
 from privrec.errors import UsageError
-from privrec.models.losses import LOSSES, sampled_loss
+from privrec.models.losses import loss_of, sampled_loss
 from privrec.models.words import WordBatch, WordNetwork
 from privrec.search.memory import ItemMemory
 
@@ -99,7 +99,7 @@ class WordLearner(Learner):
     def output(self) -> OutputBudget:
         """How many neurons are active, and which."""
         settings, words = self.settings, self.view.vectors.items
-        if LOSSES[settings.loss].whole_catalogue:
+        if loss_of(settings.loss).whole_catalogue:
             return OutputBudget(words)
         selected = 0.0 if settings.selector == "uniform" else settings.selected
         return OutputBudget(words, settings.budget, selected, settings.frequent)

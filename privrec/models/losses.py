@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid, softplus
 
 from privrec.embedding.table import Table
+from privrec.scenario.kinds import LOSSES
 
 Array = NDArray[Any]
 _ITEMS_AT_ONCE = 8192
@@ -230,13 +231,17 @@ def ials(scores: Tensor, samples: Samples) -> Graded:
     return missing.square().sum(1) / 2, -missing, valid
 
 
-LOSSES = {
-    "bce": Loss(bce),
-    "bpr": Loss(bpr),
-    "softmax": Loss(sampled_softmax, damped=True),
-    "full_softmax": Loss(full_softmax, damped=True, whole_catalogue=True),
-    "ials": Loss(ials, implicit=True),
-}
+BCE = Loss(bce)
+BPR = Loss(bpr)
+SOFTMAX = Loss(sampled_softmax, damped=True)
+FULL_SOFTMAX = Loss(full_softmax, damped=True, whole_catalogue=True)
+IALS = Loss(ials, implicit=True)
+
+
+def loss_of(name: str) -> Loss:
+    """Return the loss that a scenario calls so."""
+    loss: Loss = LOSSES[name].load()
+    return loss
 
 
 def sampled_loss(

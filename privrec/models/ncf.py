@@ -49,7 +49,7 @@ class NCF:
     @classmethod
     def configured(cls, config: Model, dim: int) -> NCF:
         """The network that ``[model]`` describes, over item vectors of length ``dim``."""
-        return cls.of(config.kind, dim, tuple(config.hidden))
+        return cls.of(config.kind, dim, tuple(getattr(config, "hidden", ())))
 
     @property
     def dim(self) -> int:

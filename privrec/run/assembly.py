@@ -21,20 +21,11 @@ from privrec.embedding.nested import Nested, nested
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable, Table
 from privrec.errors import UsageError
-from privrec.models.losses import LOSSES, packed_size
-from privrec.models.ncf import NCF
-from privrec.models.words import NextWord, WordBag
+from privrec.models.losses import loss_of, packed_size
 from privrec.randomness import rng_for
 from privrec.run.privacy_plan import example_event
+from privrec.scenario.kinds import MODELS
 from privrec.scenario.load import DeviceTier, Scenario
-
-NETWORKS: dict[str, type[NCF | NextWord | WordBag]] = {
-    "gmf": NCF,
-    "mlp": NCF,
-    "neumf": NCF,
-    "next_word": NextWord,
-    "extreme": WordBag,
-}
 
 TABULATED_ITEMS = 2**22
 """Largest catalogue whose places in the memory a simulation keeps in a table."""
@@ -112,8 +103,8 @@ def _coordinates(
 def _view(scenario: Scenario, chain: Coordinates, index: int) -> ModelView[Any]:
     vectors, biases = chain
     table, small = vectors.tables[index], None if biases is None else biases.tables[index]
-    network = NETWORKS[scenario.model.kind].configured(scenario.model, table.dim)
-    gram = packed_size(table.dim) if LOSSES[scenario.train.loss].implicit else 0
+    network = MODELS[scenario.model.kind].load().configured(scenario.model, table.dim)
+    gram = packed_size(table.dim) if loss_of(scenario.train.loss).implicit else 0
     return ModelView.of(network, table, small, gram)
 
 
@@ -156,10 +147,10 @@ def learner_of(
         served: a server that hands out output neurons, in the scheme ``"requested"``.
     """
     train, newton = scenario.train, scenario.train.server_optimizer == "newton"
-    names = Settings.__dataclass_fields__.keys() - {"newton", "local_lr"}
-    own = {name: getattr(train, name) for name in names}
+    names = Settings.__dataclass_fields__.keys() & type(train).model_fields.keys()
+    own = {name: getattr(train, name) for name in names - {"local_lr"}}
     settings = Settings(**own, newton=newton, local_lr=local_lr(scenario, federation, tier))
-    if not isinstance(tier.recommender.model, NCF):
+    if scenario.model.learns != "interactions":
         return WordLearner(tier.recommender, settings, served)
     event, bound = example_event(scenario), scenario.privacy.local_clip_norm
     noise = None if not event or bound is None else ExampleNoise(bound, event.noise_multiplier)

@@ -116,7 +116,7 @@ def _selection(learner: WordLearner, scenario: Scenario) -> int:
     items, width = vectors.items, vectors.dim + 1
     if not output.selected:
         return 0
-    if scenario.train.scheme == "requested":
+    if scenario.train.requested:
         shape = ColumnServer().shape(items)
         return QUERIES * width * shape.bits * ColumnServer().tables
     if selector == "scan":

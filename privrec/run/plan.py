@@ -25,7 +25,7 @@ from privrec.device.update import Protection
 from privrec.device.words import RowServer
 from privrec.errors import IntegrityError, ScenarioError, UsageError
 from privrec.models.layout import band_sizes
-from privrec.models.losses import LOSSES
+from privrec.models.losses import loss_of
 from privrec.privacy.events import RoundEvent
 from privrec.privacy.population import PopulationBalance
 from privrec.randomness import SecretRoot, rng_for
@@ -33,9 +33,10 @@ from privrec.run.assembly import assign, cohorts_of, federation_of, local_lr
 from privrec.run.privacy_plan import example_event, plan_privacy, release_event
 from privrec.run.simulation import Simulation
 from privrec.run.summing import Enrolled
+from privrec.scenario.kinds import SERVER_OPTIMIZERS
 from privrec.scenario.load import Scenario, Train
 from privrec.secagg.client import Policy
-from privrec.server.optimizer import OPTIMIZERS, FedAdam, Optimizer, Schedule, Sgd
+from privrec.server.optimizer import Optimizer, Schedule
 from privrec.server.server import Completion, Implicit, RoundPlan, Server
 
 
@@ -130,7 +131,7 @@ class Plan:
     def _completion(self) -> Completion:
         scenario, federation, train = self.scenario, self.federation, self.scenario.train
         implicit = None
-        if LOSSES[train.loss].implicit:
+        if loss_of(train.loss).implicit:
             implicit = Implicit(
                 train.unobserved_weight,
                 train.item_l2,
@@ -198,13 +199,11 @@ def _holders(members: tuple[int, ...]) -> list[int]:
 
 
 def _optimizer(train: Train) -> Optimizer:
-    kind = OPTIMIZERS[train.server_optimizer]
-    own: dict[type[Optimizer], dict[str, Any]] = {
-        Sgd: {"momentum": train.momentum},
-        FedAdam: {"beta1": train.beta1, "beta2": train.beta2, "eps": train.adam_eps},
-    }
+    kind = SERVER_OPTIMIZERS[train.server_optimizer]
+    own = {key: getattr(train, key) for key in kind.config.model_fields}
     schedule = Schedule(train.schedule, train.rounds, train.warmup_rounds)
-    return kind(train.server_lr, schedule, train.weight_decay, **own.get(kind, {}))
+    optimizer: Optimizer = kind.load()(train.server_lr, schedule, train.weight_decay, **own)
+    return optimizer
 
 
 @dataclass(frozen=True)

@@ -17,30 +17,22 @@ from privrec.privacy.calibrate import noise_multiplier_for
 from privrec.privacy.discrete import Crowd, check_small_cohorts, small_cohort_delta
 from privrec.privacy.events import RoundEvent
 from privrec.privacy.mechanism import Band, Shares, grid_of
+from privrec.scenario.kinds import PUBLISHED
 from privrec.scenario.load import Scenario
 from privrec.secagg.ring import LARGEST_WRAP, Encoding, Load, Ring, spread
 
 LOOSE_CLIP_NORM = 100.0
 """Clip norm of a run without noise that names none: a range for the integers, rarely reached."""
 
-KNOWN_ITEMS = {
-    "ml-100k": 1682,
-    "ml-1m": 3706,
-    "ml-10m": 10677,
-    "ml-20m": 26744,
-    "ml-25m": 59047,
-}
-"""Rated items of the published MovieLens sets: public, like their numbers of users."""
-
 
 def known_items(scenario: Scenario) -> int | None:
     """Size of the catalogue, where it is public without looking at the data."""
     data = scenario.data
-    if data.source in ("synthetic_text", "synthetic_labels"):
-        return min(data.items, data.vocabulary or data.items)
-    if data.source == "synthetic":
-        return data.items
-    return KNOWN_ITEMS.get(data.source)
+    items: int | None = getattr(data, "items", None)
+    if items is None and data.source in PUBLISHED:
+        _, items, _ = PUBLISHED[data.source]
+    most = getattr(data, "vocabulary", None)
+    return items if items is None or most is None else min(items, most)
 
 
 def plan_privacy(

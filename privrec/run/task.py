@@ -1,6 +1,7 @@
 """What is particular to recommending, to next words and to labels, with the data of one run.
 
-A task is found by the kind of model in :data:`TASKS`. Everything else of a run is the same for all.
+A task is found by what the model learns from, in :data:`TASKS`. Everything else of a run
+is the same for all.
 """
 
 from __future__ import annotations
@@ -312,7 +313,7 @@ class WideTask(Task[TextSplit]):
     """The server that hands out neurons, in the scheme ``"requested"``."""
 
     def __post_init__(self) -> None:
-        if self.scenario.train.scheme == "requested":
+        if self.scenario.train.requested:
             self.columns = ColumnServer()
 
     def check(self) -> None:
@@ -423,13 +424,11 @@ class Labels(WideTask):
 
 
 TASKS: dict[str, type[Task[Any]]] = {
-    "gmf": Recommending,
-    "mlp": Recommending,
-    "neumf": Recommending,
-    "next_word": NextWords,
-    "extreme": Labels,
+    "interactions": Recommending,
+    "texts": NextWords,
+    "labels": Labels,
 }
-"""The task of each kind of model."""
+"""The task of a model by what it learns from."""
 
 
 def load_task(scenario: Scenario, data_dir: Path | None) -> Task[Any]:
@@ -438,7 +437,7 @@ def load_task(scenario: Scenario, data_dir: Path | None) -> Task[Any]:
     Raises:
         DataError: when the data is malformed.
     """
-    return TASKS[scenario.model.kind].load(scenario, data_dir)
+    return TASKS[scenario.model.learns].load(scenario, data_dir)
 
 
 def _read_order(path: Path, key: Ed25519PublicKey) -> Order:

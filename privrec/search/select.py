@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from privrec.errors import UsageError
 from privrec.randomness import SecureStream
+from privrec.scenario import kinds
 from privrec.search.families import FAMILIES, ROOM, Family, Shape, own_shape, signature
 from privrec.search.index import SIGNATURE, Sketch, estimates
 from privrec.search.memory import CHUNK, ItemMemory, Items, outside, uniform
@@ -238,7 +239,10 @@ SELECTORS: dict[str, SelectorKind] = {
     **{family: SerialTables(family) for family in FAMILIES},
     "uniform": Uniform(),
 }
-"""Ways of choosing by name; ``auto`` is the cheapest good one of :data:`RANKINGS` that fits."""
+"""Ways of choosing by name; ``auto`` is the cheapest good one of :data:`RANKINGS` that fits.
+
+Others are found in the kinds that a scenario knows.
+"""
 
 
 def select(
@@ -282,7 +286,8 @@ def select(
         selector = cheapest(search, len(queries))
     started = time.perf_counter()
     request = Request(search, queries, budget, stream, without)
-    found, used, tables = SELECTORS[selector].choose(request)
+    kind = SELECTORS.get(selector) or kinds.SELECTORS[selector].load()
+    found, used, tables = kind.choose(request)
     seconds, recall = time.perf_counter() - started, None
     if recall_of:
         right = top(_most(_scores(search.items, queries)), recall_of, without)

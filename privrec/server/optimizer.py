@@ -1,7 +1,7 @@
 """How the server turns the mean update of a round into new weights, and how its step size moves.
 
 All of it is post-processing of what was released, so none of it costs privacy. A kind of optimiser
-or schedule is a class, found by name in :data:`OPTIMIZERS` and :data:`SCHEDULES`.
+or schedule is a class, found by name in the scenario's kinds and in :data:`SCHEDULES`.
 Source: Reddi et al., "Adaptive Federated Optimization" (ICLR 2021); decoupled decay after
 Loshchilov & Hutter (ICLR 2019).
 """
@@ -108,11 +108,11 @@ class Sgd(Optimizer):
 
 @dataclass
 class FedAdam(Optimizer):
-    """Adam with both moments corrected for their start; ``eps`` is added to the second's root."""
+    """Adam with both moments corrected for their start; ``adam_eps`` joins the second's root."""
 
     beta1: float = 0.9
     beta2: float = 0.99
-    eps: float = 1e-8
+    adam_eps: float = 1e-8
 
     def direction(self, update: FloatArray, index: int) -> FloatArray:
         """See :meth:`Optimizer.direction`."""
@@ -121,13 +121,5 @@ class FedAdam(Optimizer):
         second += np.float32(1 - self.beta2) * (update * update - second)
         unbiased = first / np.float32(1 - self.beta1 ** (index + 1))
         root = np.sqrt(second / np.float32(1 - self.beta2 ** (index + 1)))
-        ratio: FloatArray = unbiased / (root + np.float32(self.eps))
+        ratio: FloatArray = unbiased / (root + np.float32(self.adam_eps))
         return ratio
-
-
-OPTIMIZERS: dict[str, type[Optimizer]] = {
-    "fedavg": FedAvg,
-    "sgd": Sgd,
-    "fedadam": FedAdam,
-    "newton": FedAvg,  # an average of what devices have preconditioned already
-}

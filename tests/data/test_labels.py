@@ -26,7 +26,8 @@ def parts(examples: Examples) -> list[tuple[list[int], list[int]]]:
 
 
 def config(**settings: object) -> Data:
-    return Data.model_validate({"source": "synthetic_labels", "clusters": 4, **settings})
+    synthetic = {"source": "synthetic_labels", "clusters": 4}
+    return Data.model_validate(settings if "source" in settings else {**synthetic, **settings})
 
 
 def test_examples_come_back_from_their_devices() -> None:

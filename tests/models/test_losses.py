@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from privrec.models.losses import LOSSES, Samples
+from privrec.models.losses import Samples, loss_of
+from privrec.scenario import kinds
 
+LOSSES = {name: loss_of(name) for name in kinds.LOSSES}
 IMPLICIT = {name for name, loss in LOSSES.items() if loss.implicit}
 WHOLE_CATALOGUE = {name for name, loss in LOSSES.items() if loss.whole_catalogue}
 SAMPLED = sorted(set(LOSSES) - WHOLE_CATALOGUE - IMPLICIT)

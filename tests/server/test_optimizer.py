@@ -40,13 +40,13 @@ def run_torch(kind: type[torch.optim.Optimizer], **options: Any) -> np.ndarray:
 @pytest.mark.parametrize("eps", [1e-8, 1e-3, 1.0])
 @pytest.mark.parametrize("decay", [0.0, 0.5])
 def test_fedadam_is_adamw(betas: tuple[float, float], eps: float, decay: float) -> None:
-    mine = FedAdam(0.05, CONSTANT, decay, beta1=betas[0], beta2=betas[1], eps=eps)
+    mine = FedAdam(0.05, CONSTANT, decay, beta1=betas[0], beta2=betas[1], adam_eps=eps)
     theirs = run_torch(torch.optim.AdamW, lr=0.05, betas=betas, eps=eps, weight_decay=decay)
     assert np.allclose(run(mine), theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_fedadam_without_decay_is_adam() -> None:
-    mine = FedAdam(0.05, CONSTANT, beta1=0.9, beta2=0.99, eps=1e-6)
+    mine = FedAdam(0.05, CONSTANT, beta1=0.9, beta2=0.99, adam_eps=1e-6)
     theirs = run_torch(torch.optim.Adam, lr=0.05, betas=(0.9, 0.99), eps=1e-6)
     assert np.allclose(run(mine), theirs, rtol=1e-4, atol=1e-5)
 
