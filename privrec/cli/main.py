@@ -315,11 +315,11 @@ def list_data(data_dir: Path | None, as_json: bool) -> None:
     """List the data sets that can be fetched and say which are here."""
     _check_data(data_dir)
     from privrec.cli.doctor import found_data
-    from privrec.data.fetch import ARCHIVES
+    from privrec.data.catalogue import ARCHIVES
 
     here = found_data(data_dir)
     rows = [
-        {"name": name, "holds": archive.size, "url": archive.url, "found": here.get(name)}
+        {"name": name, "holds": archive.holds, "url": archive.url, "found": here.get(name)}
         for name, archive in ARCHIVES.items()
     ]
     if as_json:
@@ -359,14 +359,10 @@ def describe(name: str, settings: tuple[str, ...], data_dir: Path | None, as_jso
     _check_data(data_dir)
     scenario = _scenario_for_data(name, settings)
     from privrec import data as data_sets
-    from privrec.run.texts import read_split
     from privrec.scenario.rules import WIDE
 
-    facts = (
-        read_split(scenario, data_dir).describe()
-        if scenario.model.kind in WIDE
-        else data_sets.describe(data_sets.load(scenario.data, data_dir=data_dir))
-    )
+    load = data_sets.load_texts if scenario.model.kind in WIDE else data_sets.load
+    facts = load(scenario.data, data_dir=data_dir).describe()
     if as_json:
         print_json(facts)
         return

@@ -10,13 +10,12 @@ import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from privrec.data.membership import Membership
-from privrec.data.problems import shown
+from privrec.data.files import shown
 from privrec.embedding.hashing import splitmix64
 from privrec.errors import DataError, UnknownIdError, UsageError
 
@@ -29,27 +28,7 @@ Duplicates = Literal["refuse", "first", "last"]
 
 _HOLDOUT_KEY = 0x686F6C646F7574  # "holdout": fixed, so that a validation split is one split
 _INT32_MAX = np.iinfo(np.int32).max
-
-
-class SourceConfig(Protocol):
-    """What every source asks of a scenario's ``[data]`` table."""
-
-    @property
-    def source(self) -> str: ...
-    @property
-    def path(self) -> str | None: ...
-    @property
-    def holdout(self) -> Holdout: ...
-    @property
-    def users(self) -> int: ...
-    @property
-    def items(self) -> int: ...
-    @property
-    def clusters(self) -> int: ...
-    @property
-    def interactions_per_user(self) -> int: ...
-    @property
-    def seed(self) -> int: ...
+_BITMAP_BITS = 1 << 26  # 8 MiB: beyond it, a search in sorted keys costs less than the memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,6 +197,48 @@ class Interactions:
         return {name: index for index, name in enumerate(self.item_ids.tolist())}
 
 
+class Membership:
+    """Which (user, item) pairs occur: a bitmap when that is small, else sorted keys.
+
+    Args:
+        users: [m] positions.
+        items: [m] positions.
+        n_users: U.
+        n_items: n.
+    """
+
+    def __init__(
+        self, users: NDArray[np.integer], items: NDArray[np.integer], n_users: int, n_items: int
+    ) -> None:
+        self._n_items = n_items
+        keys = self._key(users, items)
+        self._bitmap: NDArray[np.uint8] | None = None
+        if n_users * n_items <= _BITMAP_BITS:
+            flags = np.zeros(n_users * n_items, np.bool_)
+            flags[keys] = True
+            self._bitmap = np.packbits(flags, bitorder="little")
+        self._keys = np.sort(keys) if self._bitmap is None else keys[:0]
+
+    def contains(self, users: NDArray[np.integer], items: NDArray[np.integer]) -> BoolArray:
+        """Whether each pair occurs; the two arrays broadcast and the result has their shape.
+
+        Args:
+            users: positions in ``0..U-1``.
+            items: positions in ``0..n-1``.
+        """
+        keys = self._key(users, items)
+        if self._bitmap is not None:
+            bits = self._bitmap[keys >> 3] >> (keys & 7).astype(np.uint8)
+            return np.asarray(bits & np.uint8(1), np.bool_)
+        if not self._keys.size:
+            return np.zeros(keys.shape, np.bool_)
+        found = np.minimum(np.searchsorted(self._keys, keys), self._keys.size - 1)
+        return np.asarray(self._keys[found] == keys)
+
+    def _key(self, users: NDArray[np.integer], items: NDArray[np.integer]) -> Int64Array:
+        return np.asarray(users).astype(np.int64) * self._n_items + np.asarray(items)
+
+
 @dataclass(frozen=True, eq=False)
 class ItemLists:
     """A list of items for each user, in compressed rows.
@@ -294,6 +315,32 @@ class Split:
     holdout: Holdout
     untrained: int = 0
 
+    def describe(self) -> dict[str, int | float | str | bool]:
+        """Figures of the split, ready for JSON.
+
+        Returns:
+            Among them ``density`` (share of user-item pairs in training), ``repeats_left_out``
+            (rows of a pair that has another) and ``untrained_left_out``, see above.
+        """
+        train, counts = self.train, self.train.counts
+        return {
+            "users": train.n_users,
+            "items": train.n_items,
+            "interactions": train.size,
+            "heldout": self.heldout.size,
+            "tested_users": int((self.heldout.counts > 0).sum()),
+            "density": train.size / (train.n_users * train.n_items),
+            "shortest_history": int(counts.min()),
+            "median_history": float(np.median(counts)),
+            "longest_history": int(counts.max()),
+            "holdout": self.holdout,
+            "times": train.times is not None,
+            "titles": train.titles is not None,
+            "published_negatives": self.negatives is not None,
+            "repeats_left_out": train.repeats,
+            "untrained_left_out": self.untrained,
+        }
+
     def renumbered(self, order: Int64Array) -> Split:
         """The same split with items numbered anew; see :meth:`Interactions.renumbered`."""
         # A candidate that is missing (-1) finds itself at the end.
@@ -318,7 +365,9 @@ def leave_last_out(interactions: Interactions, *, holdout: Holdout) -> Split:
     Raises:
         UsageError: when ``holdout`` is neither.
     """
-    if _checked(holdout) == "validation":
+    if holdout not in ("test", "validation"):
+        raise UsageError(f"holdout {holdout!r}: it is 'test' or 'validation'; set data.holdout")
+    if holdout == "validation":
         interactions = interactions.select(~_last_rows(interactions))
     last = _last_rows(interactions)
     return Split(interactions.select(~last), _lists(interactions, last), None, holdout)
@@ -341,12 +390,6 @@ def hold_out_some(interactions: Interactions, counts: NDArray[np.integer]) -> Sp
     limit = np.minimum(counts, interactions.counts - 1)
     held = place < limit[interactions.users]
     return Split(interactions.select(~held), _lists(interactions, held), None, "validation")
-
-
-def _checked(holdout: Holdout) -> Holdout:
-    if holdout not in ("test", "validation"):
-        raise UsageError(f"holdout {holdout!r}: it is 'test' or 'validation'; set data.holdout")
-    return holdout
 
 
 def _last_rows(interactions: Interactions) -> BoolArray:

@@ -20,8 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from privrec.data.extreme import NO_LABEL, Examples
-from privrec.data.labels import examples_in
+from privrec.data.corpus import NO_LABEL, Examples, examples_in
 from privrec.errors import UsageError
 from privrec.models.extreme import WordBag
 from privrec.models.next_word import NextWord, sampled_loss
@@ -243,7 +242,7 @@ class Bags:
 
         Args:
             model: whose vocabulary words are hashed to.
-            tokens: the device's examples, see :mod:`privrec.data.labels`.
+            tokens: the device's examples, see :func:`privrec.data.corpus.dealt`.
             most: examples; None for all.
             budget: neurons that may be active; None for all.
             draw: decides the first one.

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from privrec.data.text import UNKNOWN_ID
+from privrec.data.corpus import UNKNOWN_ID
 from privrec.device.batch import Histories
 from privrec.device.examples import NoiseRoots
 from privrec.device.lessons import (

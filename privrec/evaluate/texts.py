@@ -14,8 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from privrec.data.labels import examples_in
-from privrec.data.text import UNKNOWN_ID, Corpus
+from privrec.data.corpus import UNKNOWN_ID, Corpus, examples_in
 from privrec.device.lessons import Network
 from privrec.device.words import WideModel
 from privrec.models.next_word import NextWord

@@ -14,7 +14,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.logger import log
 
 from privrec import data
-from privrec.data.listed import read_catalogue, read_history
+from privrec.data.files import read_catalogue, read_history
 from privrec.device.tier import Federation
 from privrec.errors import DataError, PrivrecError, UsageError
 from privrec.flower.app import scenario_of

@@ -32,7 +32,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from privrec import storage
-from privrec.data.extreme import Examples
+from privrec.data.corpus import Examples
 from privrec.data.labelled import (
     SPLITS,
     Label,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from privrec.data.extreme import Examples
+from privrec.data.corpus import Examples
 from privrec.models.sparse_output import Loss, SparseOutput
 from privrec.randomness import rng_for
 from privrec.search.active import ActiveSet

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.data import Interactions
-from privrec.data.text import Corpus
+from privrec.data.corpus import Corpus
 from privrec.device.batch import Histories
 from privrec.device.cohort import Cohort
 from privrec.device.examples import ExampleNoise

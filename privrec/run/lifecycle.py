@@ -201,7 +201,7 @@ class _Histories:
             metrics.check(name, split.train, dim=scenario.model.dim)
 
     def describe(self, split: Split) -> dict[str, Any]:
-        return data.describe(split)
+        return split.describe()
 
     def numbered(
         self, scenario: Scenario, split: Split, ledger: Ledger, folder: Path, server: SecretRoot,

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from privrec.data import Interactions, Split
-from privrec.data.text import UNKNOWN_ID, TextSplit
+from privrec.data.corpus import UNKNOWN_ID, TextSplit
 from privrec.device.round import digest
 from privrec.errors import IntegrityError
 from privrec.privacy.calibrate import noise_multiplier_for
@@ -27,16 +27,8 @@ from privrec.privacy.mechanism import rounded_gaussian
 from privrec.privacy.signed import verified
 from privrec.randomness import SecretRoot, SecureStream
 from privrec.scenario.load import Scenario, load
+from privrec.scenario.schema import PUBLISHED
 from privrec.storage import replace
-
-KNOWN_ITEMS = {
-    "ml-100k": 1682,
-    "ml-1m": 3706,
-    "ml-10m": 10677,
-    "ml-20m": 26744,
-    "ml-25m": 59047,
-}
-"""Rated items of the published MovieLens sets: public, like their numbers of users."""
 
 FILE = "catalogue.safetensors"
 Order = NDArray[np.int64]
@@ -49,7 +41,8 @@ def known_items(scenario: Scenario) -> int | None:
         return min(data.items, data.vocabulary or data.items)
     if data.source == "synthetic":
         return data.items
-    return KNOWN_ITEMS.get(scenario.data.source)
+    _, items, _ = PUBLISHED.get(data.source, (None, None, None))
+    return items
 
 
 def release_event(scenario: Scenario) -> RoundEvent | None:

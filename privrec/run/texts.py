@@ -9,8 +9,8 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from privrec.data.labels import load_labels
-from privrec.data.text import Corpus, TextSplit, load_text
+from privrec import data
+from privrec.data.corpus import Corpus, TextSplit
 from privrec.errors import DataError
 from privrec.evaluate.texts import TextEvaluation, commonest, predict
 from privrec.privacy.ledger import Ledger
@@ -24,12 +24,6 @@ from privrec.run.wording import KEPT, REVEALED
 from privrec.scenario.load import Scenario
 
 
-def read_split(scenario: Scenario, data_dir: Path | None) -> TextSplit:
-    """The texts or labelled examples of a scenario, see :mod:`privrec.data.labels`."""
-    load = load_labels if scenario.model.kind == "extreme" else load_text
-    return load(scenario.data, data_dir=data_dir)
-
-
 class Texts:
     """What :class:`privrec.run.lifecycle.Kind` asks, for texts and labelled examples."""
 
@@ -40,7 +34,7 @@ class Texts:
 
     def load(self, scenario: Scenario, data_dir: Path | None) -> TextSplit:
         """The texts or examples, words in the order of the data."""
-        split = read_split(scenario, data_dir)
+        split = data.load_texts(scenario.data, data_dir=data_dir)
         check_tiers(scenario, split.train.n_users, split.n_items)
         return split
 

@@ -30,6 +30,7 @@ from privrec.scenario.problems import (
 )
 from privrec.scenario.rules import conflicts, foreign_keys, values_of
 from privrec.scenario.schema import (
+    PUBLISHED,
     Data,
     Devices,
     DeviceTier,
@@ -44,7 +45,6 @@ from privrec.scenario.schema import (
 )
 
 __all__ = [
-    "KNOWN_USERS",
     "Data",
     "DeviceTier",
     "Devices",
@@ -57,15 +57,6 @@ __all__ = [
     "keys",
     "load",
 ]
-
-KNOWN_USERS = {
-    "ml-100k": 943,
-    "ml-1m": 6040,
-    "ml-10m": 69878,
-    "ml-20m": 138493,
-    "ml-25m": 162541,
-}
-"""Users of the published MovieLens sets: public, so that `plan` can use them without the data."""
 
 _LOCAL_KEYS = {name for name in Privacy.model_fields if name.split("_")[0] == "local"}
 
@@ -155,7 +146,8 @@ class Scenario(Section):
             return self.devices.population
         if self.data.source.startswith("synthetic"):
             return self.data.users
-        return KNOWN_USERS.get(self.data.source)
+        users, _, _ = PUBLISHED.get(self.data.source, (None, None, None))
+        return users
 
     def expected_cohort(self) -> float | None:
         """Mean number of devices in a round, ``sampling_rate`` times the public population."""

@@ -28,6 +28,15 @@ Cut = Annotated[int, Field(ge=1, le=1000)]
 Column = Annotated[str, Field(min_length=1, max_length=200)] | Annotated[int, Field(ge=1, le=10**5)]
 Baseline = Literal["popularity", "pure_svd", "ease"]
 
+PUBLISHED = {
+    "ml-100k": (943, 1_682, 100_000),
+    "ml-1m": (6_040, 3_706, 1_000_209),
+    "ml-10m": (69_878, 10_677, 10_000_054),
+    "ml-20m": (138_493, 26_744, 20_000_263),
+    "ml-25m": (162_541, 59_047, 25_000_095),
+}
+"""Users, rated items and ratings of published sets: public, so `plan` needs no data for them."""
+
 
 class Data(Section):
     """``[data]``: which interactions, and what is held out of them."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from privrec.data.extreme import Examples
+from privrec.data.corpus import Examples
 from privrec.models.extreme import BagOfWords, ExtremeClassifier, precision
 from privrec.models.rows import RowAdam
 from privrec.models.sparse_output import SparseOutput

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from privrec.data.text import load_text
+from privrec import data
 from privrec.randomness import SecretRoot
 from privrec.run.assembly import assemble_texts
 from privrec.scenario.load import Scenario
@@ -44,7 +44,7 @@ noise = "none"
 
 def collected(*changes: str) -> Any:
     scenario = Scenario.from_toml(TEXTS, changes)
-    split = load_text(scenario.data)
+    split = data.load_texts(scenario.data)
     parts = assemble_texts(scenario, split.train, "run", SecretRoot.known(b"d"))
     parts.simulation.collect(parts.server.next_round(0), parts.server.weights)
     return split.train

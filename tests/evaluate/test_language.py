@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from privrec.data.extreme import Invented
-from privrec.data.labels import dealt, examples_in
-from privrec.data.text import UNKNOWN, Corpus
+from privrec.data.corpus import UNKNOWN, Corpus, dealt, examples_in
+from privrec.data.synthetic import Invented
 from privrec.device.words import WideModel
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable, Table

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from privrec.data.extreme import Invented
+from privrec.data.synthetic import Invented
 from privrec.embedding.subspace import Subspace
 from privrec.models.extreme import BagOfWords, ExtremeClassifier, precision
 from privrec.models.rows import RowAdam

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from small_runs import Silent, Stop, make_scenario, run_once, weights
 
+from privrec import data
 from privrec.cli.plan import coefficients
-from privrec.data.text import load_text
 from privrec.device.device import hash_functions
 from privrec.errors import Interrupted, ScenarioError, UsageError
 from privrec.privacy.events import RoundEvent, epsilon
@@ -141,7 +141,7 @@ def test_the_noise_on_the_sum_is_that_of_the_event(tmp_path: Path) -> None:
 
 def test_no_device_moves_the_sum_by_more_than_the_bound(tmp_path: Path) -> None:
     of = scenario(*NOISE, "train.local_lr=1000")
-    split = load_text(of.data)
+    split = data.load_texts(of.data)
     parts = assemble_texts(of, split.train, "run", SecretRoot.known(b"d"))
     round = parts.server.next_round(0)
     parts.simulation.sampling_rate = 1.0
@@ -222,7 +222,7 @@ def test_a_private_device_asks_the_server_for_nothing(monkeypatch: pytest.Monkey
         "privrec.server.columns.ColumnServer.hashed", lambda *_: pytest.fail("it asked")
     )
     of = scenario()
-    parts = assemble_texts(of, load_text(of.data).train, "run", SecretRoot.known(b"d"))
+    parts = assemble_texts(of, data.load_texts(of.data).train, "run", SecretRoot.known(b"d"))
     assert parts.columns is None
     round = parts.server.next_round(0)
     assert parts.simulation.collect(round, parts.server.weights).cohort > 0
@@ -238,7 +238,7 @@ def test_devices_of_every_capacity_train_on_texts(tmp_path: Path) -> None:
 def test_output_costs_fall_with_the_share() -> None:
     def cost(*changes: str) -> Any:
         of = scenario(*changes)
-        parts = assemble_texts(of, load_text(of.data).train, "run", SecretRoot.known(b"d"))
+        parts = assemble_texts(of, data.load_texts(of.data).train, "run", SecretRoot.known(b"d"))
         return output_cost(parts.simulation.cohorts[0], of, 20)
 
     full = cost("train.loss=full_softmax", "train.selector=each")
@@ -300,7 +300,7 @@ def test_other_learners_and_other_data_do_not_mix() -> None:
 
 def test_hash_functions_of_devices_differ() -> None:
     of = scenario()
-    parts = assemble_texts(of, load_text(of.data).train, "run", SecretRoot.known(b"d"))
+    parts = assemble_texts(of, data.load_texts(of.data).train, "run", SecretRoot.known(b"d"))
     functions = hash_functions(SecretRoot.known(b"d"), parts.server.next_round(0))
     assert functions(1).bytes(8) != functions(2).bytes(8)
 
