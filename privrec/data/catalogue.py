@@ -28,14 +28,18 @@ class Layout:
         separator: between its fields.
         columns: of user, item, rating and time: in its header, or by number.
         titles: file of the titles.
-        title_separator: between its fields; None for quoted comma-separated values.
+        title_separator: between its fields; a comma: with quotes.
+        title_columns: of item and title.
+        old: whether the titles are Latin-1, where nobody has made them UTF-8.
     """
 
     ratings: str
     separator: str
-    columns: tuple[str, ...] | tuple[int, ...]
+    columns: tuple[str | int, ...]
     titles: str
-    title_separator: str | None
+    title_separator: str
+    title_columns: tuple[str | int, ...] = (1, 2)
+    old: bool = True
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Archive:
 _TABS = Layout("u.data", "\t", (1, 2, 3, 4), "u.item", "|")
 _COLONS = Layout("ratings.dat", "::", (1, 2, 3, 4), "movies.dat", "::")
 _NAMED = ("userId", "movieId", "rating", "timestamp")
-_COMMAS = Layout("ratings.csv", ",", _NAMED, "movies.csv", None)
+_COMMAS = Layout("ratings.csv", ",", _NAMED, "movies.csv", ",", ("movieId", "title"), False)
 
 ARCHIVES: Mapping[str, Archive] = {
     archive.name: archive

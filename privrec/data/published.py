@@ -7,7 +7,7 @@ Filtering" (WWW 2017); He et al., "LightGCN" (SIGIR 2020).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,13 @@ from privrec.data.interactions import (
     Interactions,
     ItemLists,
     Split,
+    Where,
     hold_out_some,
     leave_last_out,
+    refuse_duplicates,
+    row_bounds,
 )
-from privrec.data.tables import Where, read_columns, read_lists, read_table
+from privrec.data.tables import read_columns, read_lists, read_table
 from privrec.errors import DataError
 from privrec.scenario.schema import Data
 
@@ -34,9 +37,8 @@ Int64Array = NDArray[np.int64]
 
 NEGATIVES = 99
 _TRAIN = ".train.rating"
-_RATINGS = (1, 2, 3, 4)
-_PAIR = re.compile(r"^\(([0-9]+),([0-9]+)\)\t")
-_WHOLE = re.compile("[0-9]{1,18}")
+_PAIR = re.compile(r"\((0|[1-9][0-9]{0,17}),(0|[1-9][0-9]{0,17})\)")
+_RELEASE = "use the file of this release, or remove it"
 _VALIDATION_SHARE = 0.1
 _SPARE_ITEMS = 1_000_000  # numbers that a catalogue may leave unused, and fifty an interaction
 _INT32_MAX = np.iinfo(np.int32).max
@@ -52,17 +54,39 @@ def load_table(config: Data, data_dir: Path | None) -> Split:
 
 
 def load_movielens(config: Data, data_dir: Path | None) -> Split:
-    """Load a release of MovieLens, in the NCF paper's files where a folder has them."""
+    """Load a release of MovieLens: all ratings as interactions, whatever the rating was.
+
+    Users and items are those that occur, in the order of their ids. Titles are there where the file
+    of titles is. A folder with the NCF paper's files is read by :func:`load_ncf`'s rules.
+    """
     archive, roots = ARCHIVES[config.source], _roots(config, data_dir)
-    ncf = f"{config.source}{_TRAIN}"
-    folder = _found(roots, archive.folders, [ncf, archive.layout.ratings], config.source)
+    layout, ncf = archive.layout, f"{config.source}{_TRAIN}"
+    folder = _found(roots, archive.folders, [ncf, layout.ratings], config.source)
     if folder.has(ncf):
-        return read_ncf(folder, config.source, config.holdout)
-    return leave_last_out(read_movielens(folder, archive.layout), holdout=config.holdout)
+        return _read_ncf(folder, config.source, config.holdout)
+    file = folder.file(layout.ratings)
+    users, items, times, where = _ratings(file, layout.columns, layout.separator)
+    item_ids = np.unique(items)
+    titles = _titles(folder, layout, item_ids)
+    interactions = Interactions.from_pairs(
+        users, items, times, item_ids=item_ids, titles=titles, where=where
+    )
+    return leave_last_out(interactions, holdout=config.holdout)
 
 
 def load_ncf(config: Data, data_dir: Path | None) -> Split:
-    """Load the files of the NCF paper; a path may be a folder, a file, or what its name begins."""
+    """Load the NCF paper's files: ``PREFIX.train.rating``, ``.test.rating``, ``.test.negative``.
+
+    The path may be their folder, one of them, or what their names begin with; ``.test.negative``
+    may be missing. Beside ``item_ids.txt`` (line k: the MovieLens id of item k), ``movies.dat`` and
+    ``users.dat``, ids and titles are MovieLens'.
+
+    ``test`` takes the published test item and candidates. ``validation`` ignores both, except
+    that the test item of no user is learned from: with times it holds out the latest training
+    item; where the times are placeholders, one chosen uniformly by a fixed rule. A test item that
+    the training file has too is dropped from training. Users without a training item are left out
+    and counted.
+    """
     roots = _roots(config, data_dir)
     for root in roots:
         if root.is_dir():
@@ -70,14 +94,32 @@ def load_ncf(config: Data, data_dir: Path | None) -> Split:
         else:
             folder, prefix = Folder(root.parent), root.name.removesuffix(_TRAIN)
         if prefix is not None and folder.has(f"{prefix}{_TRAIN}"):
-            return read_ncf(folder, prefix, config.holdout)
+            return _read_ncf(folder, prefix, config.holdout)
     raise _not_found(roots, f"PREFIX{_TRAIN}", config.source)
 
 
 def load_lightgcn(config: Data, data_dir: Path | None) -> Split:
-    """Load the files of LightGCN."""
+    """Load the files of LightGCN: ``train.txt`` and ``test.txt``, a user and their items a line.
+
+    ``test`` holds out what ``test.txt`` lists. ``validation`` does not read that file's items into
+    anything but the size of the catalogue: it holds out a tenth of each user's training items (at
+    least one, and never all), chosen by a fixed rule. Items are positions already, and the
+    catalogue reaches to the largest in either file. Users without a training item, which published
+    splits have, are left out; the split counts those who have test items.
+    """
     folder = _found(_roots(config, data_dir), [], ["train.txt"], config.source)
-    return read_lightgcn(folder, config.holdout)
+    train, test = _adjacency(folder.file("train.txt")), _adjacency(folder.file("test.txt"))
+    n_items = _catalogue_size(train, test)
+    interactions = Interactions.from_pairs(
+        train.users, train.items, item_ids=np.arange(n_items), where=train.where
+    )
+    trained = np.isin(test.users, interactions.user_ids)
+    untrained = np.unique(test.users[~trained]).size
+    heldout = _tested(test, np.flatnonzero(trained), interactions)
+    if config.holdout == "test":
+        return Split(interactions, heldout, None, "test", untrained)
+    share = np.rint(_VALIDATION_SHARE * interactions.counts).astype(np.int64)
+    return replace(hold_out_some(interactions, np.maximum(share, 1)), untrained=untrained)
 
 
 def _roots(config: Data, data_dir: Path | None) -> list[Path]:
@@ -101,38 +143,24 @@ def _not_found(roots: Sequence[Path], wanted: str, source: str) -> DataError:
     return bad_file(searched, f"no {wanted} there", f"source {source!r} needs it", remedy)
 
 
-# --------------------------------------------------------------------------------------- MovieLens
+def _refuse_repeated(values: Int64Array, file: File, found: str, rule: str, remedy: str) -> None:
+    """Refuse a value that stood on an earlier line."""
+    first = np.unique(values, return_index=True)[1]
+    again = np.setdiff1d(np.arange(values.size), first)
+    if again.size:
+        row = int(again[0])
+        raise bad_file(file.label, found.format(values[row]), rule, remedy, line=row + 1)
 
 
-def read_movielens(folder: Folder, layout: Layout) -> Interactions:
-    """Read all ratings of a release as interactions, whatever the rating was.
-
-    Users and items are those that occur in the ratings, in the order of their ids; titles are
-    there where the file of titles is.
-
-    Raises:
-        DataError: when a line is malformed or a user rated an item twice.
-    """
-    file = folder.file(layout.ratings)
-    users, items, times, where = _ratings(file, layout.columns, layout.separator)
-    item_ids = np.unique(items)
-    titles = _titles(folder, layout, item_ids)
-    return Interactions.from_pairs(
-        users, items, times, item_ids=item_ids, titles=titles, where=where
-    )
+# ------------------------------------------------------------------------------- MovieLens and NCF
 
 
 def _ratings(
-    file: File, columns: tuple[str, ...] | tuple[int, ...] = _RATINGS, separator: str = "\t"
+    file: File, columns: Sequence[str | int] = (1, 2, 3, 4), separator: str = "\t"
 ) -> tuple[Int64Array, Int64Array, Int64Array, Where]:
     """Users, items and times, and what names a row; a rating is a number, and is not kept."""
-    names = ("user", "item", "rating", "time")
-    user, item, rating, time = (
-        replace(column, name=name)
-        for column, name in zip(
-            read_columns([file], columns, separator, width=4), names, strict=True
-        )
-    )
+    called = ("user", "item", "rating", "time")
+    user, item, rating, time = read_columns([file], columns, separator, width=4, called=called)
     users, items = user.whole_numbers(), item.whole_numbers()
     rating.check_finite()
     return users, items, time.whole_numbers(least=None), user.where
@@ -143,48 +171,26 @@ def _titles(folder: Folder, layout: Layout, item_ids: NDArray[Any]) -> tuple[str
     file = folder.file(layout.titles)
     if not file.exists():
         return None
-    rows: Iterable[Sequence[str]]
-    if layout.title_separator is None:
-        columns = read_columns([file], ("movieId", "title"))
-        rows = zip(*(column.cells.to_pylist() for column in columns), strict=True)
-        where = columns[0].where
-    else:
-        rows = [line.split(layout.title_separator) for line in _old_text(file)]
-        where = _line_namer(file)
-    known = {}
-    for row, fields in enumerate(rows):
-        if len(fields) < 2 or not _WHOLE.fullmatch(fields[0]):
-            found = f"{shown('|'.join(fields))} has no id and title"
-            rule = "a line starts with the item's id and its title"
-            remedy = "use the publisher's own file, or remove it"
-            raise bad_file(where(row), found, rule, remedy)
-        known[int(fields[0])] = fields[1].strip()
-    return tuple(known.get(item, f"item {item}") for item in item_ids.tolist())
+    ids, titles = read_columns(
+        [file],
+        layout.title_columns,
+        layout.title_separator,
+        _old_encoding(file) if layout.old else "utf-8",
+        called=("item", "title"),
+        quotes=layout.title_separator == ",",
+    )
+    known = dict(zip(ids.whole_numbers().tolist(), titles.texts(), strict=True))
+    return tuple(known.get(item, f"item {item}").strip() for item in item_ids.tolist())
 
 
-def _line_namer(file: File) -> Where:
-    """Names a row of a file that has one on every line."""
-    return lambda row: f"{file.label}, line {row + 1}"
-
-
-def _old_text(file: File) -> list[str]:
-    """Lines in UTF-8 or Latin-1: the publisher's older files are Latin-1, copies often UTF-8."""
+def _old_encoding(file: File) -> str:
+    """The publisher's older files are Latin-1, copies of them often UTF-8."""
     try:
-        return list(file.lines())
+        for _ in file.chunks():
+            pass
     except DataError:
-        return list(file.lines("latin-1"))
-
-
-def _refuse_repeated(values: Int64Array, file: File, found: str, rule: str, remedy: str) -> None:
-    """Refuse a value that stood on an earlier line."""
-    first = np.unique(values, return_index=True)[1]
-    again = np.setdiff1d(np.arange(values.size), first)
-    if again.size:
-        row = int(again[0])
-        raise bad_file(file.label, found.format(values[row]), rule, remedy, line=row + 1)
-
-
-# --------------------------------------------------------------------------------------------- NCF
+        return "latin-1"
+    return "utf-8"
 
 
 def _ncf_prefix(folder: Folder) -> str | None:
@@ -198,29 +204,16 @@ def _ncf_prefix(folder: Folder) -> str | None:
     return found[0] if found else None
 
 
-def read_ncf(folder: Folder, prefix: str, holdout: Holdout) -> Split:
-    """Read the NCF paper's files: ``PREFIX.train.rating``, ``.test.rating``, ``.test.negative``.
-
-    ``test`` takes the published test item and candidates. ``validation`` ignores both, except
-    that the test item of no user is learned from: with times it holds out the latest training
-    item; where the times are placeholders, one chosen uniformly by a fixed rule. A test item that
-    the training file has too is dropped from training. Users without a training item are left out
-    and counted. Beside ``item_ids.txt`` (line k: the MovieLens id of item k), ``movies.dat`` and
-    ``users.dat``, ids and titles are MovieLens'.
-
-    Args:
-        folder: where the files lie; ``.test.negative`` may be missing.
-        prefix: such as ``ml-1m``.
-        holdout: which part is held out.
-
-    Raises:
-        DataError: when a line is malformed, a pair occurs twice, or the three files do not fit
-            each other.
-    """
+def _read_ncf(folder: Folder, prefix: str, holdout: Holdout) -> Split:
+    """See :func:`load_ncf`."""
     file = folder.file(f"{prefix}{_TRAIN}")
     users, items, times, where = _ratings(file)
     trained = np.unique(users[np.diff(users, prepend=-1) != 0])
-    tested, wanted = _test_items(folder.file(f"{prefix}.test.rating"))
+    test = folder.file(f"{prefix}.test.rating")
+    tested, wanted, _, _ = _ratings(test)
+    _refuse_repeated(tested, test, "user {} again", "a user has one test item", "remove the line")
+    order = np.argsort(tested)
+    tested, wanted = tested[order], wanted[order]
     published = _negatives(folder.file(f"{prefix}.test.negative"), prefix, tested, wanted)
     known = np.isin(tested, trained)
     at = np.searchsorted(trained, tested[known])
@@ -231,8 +224,7 @@ def read_ncf(folder: Folder, prefix: str, holdout: Holdout) -> Split:
         negatives = np.full((trained.size, NEGATIVES), -1, np.int32)
         negatives[at] = published[known]
     numbers = (items, targets) if published is None else (items, targets, published)
-    largest = max(int(part.max(initial=0)) for part in numbers)
-    item_ids, titles = _item_names(folder, largest)
+    item_ids, titles = _item_names(folder, max(int(part.max(initial=0)) for part in numbers))
     everything = Interactions.from_pairs(
         users,
         items,
@@ -240,9 +232,8 @@ def read_ncf(folder: Folder, prefix: str, holdout: Holdout) -> Split:
         item_ids=np.arange(item_ids.size),
         where=where,
     )
-    named = replace(
-        everything, user_ids=_user_names(folder, trained), item_ids=item_ids, titles=titles
-    )
+    user_ids = _user_names(folder, trained)
+    named = replace(everything, user_ids=user_ids, item_ids=item_ids, titles=titles)
     train = named.select(named.items != targets[named.users])
     empty = np.flatnonzero(train.counts == 0)
     if empty.size:
@@ -263,66 +254,53 @@ def read_ncf(folder: Folder, prefix: str, holdout: Holdout) -> Split:
     return replace(split, holdout="validation", untrained=untrained)
 
 
-def _test_items(file: File) -> tuple[Int64Array, Int64Array]:
-    """The users that are tested, in order, and the test item of each."""
-    users, items, _, _ = _ratings(file)
-    _refuse_repeated(users, file, "user {} again", "a user has one test item", "remove the line")
-    order = np.argsort(users)
-    return users[order], items[order]
-
-
 def _negatives(
     file: File, prefix: str, tested: Int64Array, wanted: Int64Array
 ) -> Int64Array | None:
-    """The published candidates of each tested user, [T, 99]; None without such a file."""
+    """The published candidates of each tested user, [T, 99]; None without such a file.
+
+    A line is ``(user,item)``, then the candidates after tabs.
+    """
     if not file.exists():
         return None
-    values, _ = read_lists(file, "item", _misshapen_candidates, "\t", _PAIR.pattern)
-    rows = values.reshape(-1, NEGATIVES + 2)
-    at = np.minimum(np.searchsorted(tested, rows[:, 0]), tested.size - 1)
-    wrong = np.flatnonzero((tested[at] != rows[:, 0]) | (wanted[at] != rows[:, 1]))
+    width, called = NEGATIVES + 1, ("pair", *["item"] * NEGATIVES)
+    pair, *candidates = read_columns([file], range(1, width + 1), "\t", width=width, called=called)
+    pairs = [_PAIR.fullmatch(cell) for cell in pair.texts()]
+    if None in pairs:
+        row = pairs.index(None)
+        found, rule = shown(pair.texts()[row]), "a line starts with (user,item) and a tab"
+        raise bad_file(pair.where(row), found, rule, "use the NCF release's file")
+    users, items = np.array([found.groups() for found in pairs if found], np.int64).T
+    published = np.stack([column.whole_numbers() for column in candidates], axis=1)
+    at = np.minimum(np.searchsorted(tested, users), tested.size - 1)
+    wrong = np.flatnonzero((tested[at] != users) | (wanted[at] != items))
     if wrong.size:
-        user, item = rows[wrong[0], :2]
-        found = f"candidates for ({user},{item})"
+        found = f"candidates for ({users[wrong[0]]},{items[wrong[0]]})"
         rule = f"{prefix}.test.rating does not have this pair"
-        line = int(wrong[0]) + 1
-        raise bad_file(file.label, found, rule, "use files of one release", line=line)
+        raise bad_file(pair.where(int(wrong[0])), found, rule, "use files of one release")
     lacking = np.setdiff1d(np.arange(tested.size), at)
     if lacking.size:
         found = f"no candidates for user {tested[lacking[0]]}"
         rule = f"every user of {prefix}.test.rating needs a line"
         raise bad_file(file.label, found, rule, "copy it again; or remove it, to draw candidates")
     negatives = np.empty((tested.size, NEGATIVES), np.int64)
-    negatives[at] = rows[:, 2:]
+    negatives[at] = published
     return negatives
-
-
-def _misshapen_candidates(line: str) -> tuple[str, str, str] | None:
-    """What is wrong with a line that is not ``(user,item)``, then 99 items after tabs."""
-    if not _PAIR.match(line):
-        rule, remedy = "a line starts with (user,item) and a tab", "use the NCF release's file"
-        return shown(line.partition("\t")[0]), rule, remedy
-    found = line.count("\t")
-    if found != NEGATIVES:
-        rule = f"the protocol has {NEGATIVES}, separated by tabs"
-        return f"{found} candidates", rule, "copy the file again, or remove it"
-    return None
 
 
 def _item_names(folder: Folder, largest: int) -> tuple[NDArray[Any], tuple[str, ...] | None]:
     """Item ids by position, and titles where ids and titles are known."""
-    file, remedy = folder.file("item_ids.txt"), "use the file of this release, or remove it"
+    file = folder.file("item_ids.txt")
     if not file.exists():
         if largest >= _INT32_MAX:
             rule = "items are numbered from 0 and there are fewer than 2^31"
             raise bad_file(folder.label, f"item {largest}", rule, "number them again from 0")
         return np.arange(largest + 1), None
-    column = replace(read_columns([file], [1], "\t", width=1)[0], name="item id")
-    ids = column.whole_numbers()
+    ids = read_columns([file], [1], "\t", width=1, called=["item id"])[0].whole_numbers()
     if ids.size <= largest:
         rule = f"it needs a line for each item up to {largest}"
-        raise bad_file(file.label, f"{ids.size} lines", rule, remedy)
-    _refuse_repeated(ids, file, "id {} again", "every item has its own id", remedy)
+        raise bad_file(file.label, f"{ids.size} lines", rule, _RELEASE)
+    _refuse_repeated(ids, file, "id {} again", "every item has its own id", _RELEASE)
     return ids, _titles(folder, ARCHIVES["ml-1m"].layout, ids)
 
 
@@ -331,20 +309,13 @@ def _user_names(folder: Folder, trained: Int64Array) -> Int64Array:
     file = folder.file("users.dat")
     if not file.exists():
         return trained
-    lines = _old_text(file)
-    if len(lines) <= trained[-1]:
+    (column,) = read_columns([file], [1], "::", _old_encoding(file), called=["user"])
+    ids = column.whole_numbers()
+    if ids.size <= trained[-1]:
         rule = f"training has users up to {trained[-1]}, and user k is on line k + 1"
-        raise bad_file(file.label, f"{len(lines)} lines", rule, "use the file of this release")
-    ids = [line.split("::")[0] for line in lines]
-    wrong = next((row for row, field in enumerate(ids) if not _WHOLE.fullmatch(field)), None)
-    if wrong is not None:
-        found, rule = f"user {shown(ids[wrong])}", "a line starts with the user's number and '::'"
-        remedy = "use the publisher's own file"
-        raise bad_file(file.label, found, rule, remedy, line=wrong + 1)
-    names = np.array(ids, np.int64)
-    remedy = "use the file of this release, or remove it"
-    _refuse_repeated(names, file, "id {} again", "every user has its own id", remedy)
-    return names[trained]
+        raise bad_file(file.label, f"{ids.size} lines", rule, "use the file of this release")
+    _refuse_repeated(ids, file, "id {} again", "every user has its own id", _RELEASE)
+    return ids[trained]
 
 
 # ---------------------------------------------------------------------------------------- LightGCN
@@ -363,51 +334,17 @@ class _Adjacency:
         return f"{self.file.label}, line {self.lines[row]}"
 
 
-def read_lightgcn(folder: Folder, holdout: Holdout) -> Split:
-    """Read the files of LightGCN: ``train.txt`` and ``test.txt``, a user and their items a line.
-
-    ``test`` holds out what ``test.txt`` lists. ``validation`` does not read that file's items into
-    anything but the size of the catalogue: it holds out a tenth of each user's training items (at
-    least one, and never all), chosen by a fixed rule. Items are positions already, and the
-    catalogue reaches to the largest in either file. Users without a training item, which published
-    splits have, are left out; the split counts those who have test items.
-
-    Args:
-        folder: where the two files lie.
-        holdout: which part is held out.
-
-    Raises:
-        DataError: when a line is malformed, a user stands on two lines, or a pair occurs twice.
-    """
-    train, test = _adjacency(folder.file("train.txt")), _adjacency(folder.file("test.txt"))
-    n_items = _catalogue_size(train, test)
-    interactions = Interactions.from_pairs(
-        train.users, train.items, item_ids=np.arange(n_items), where=train.where
-    )
-    trained = np.isin(test.users, interactions.user_ids)
-    untrained = np.unique(test.users[~trained]).size
-    heldout = _tested(test, np.flatnonzero(trained), interactions)
-    if holdout == "test":
-        return Split(interactions, heldout, None, "test", untrained)
-    share = np.rint(_VALIDATION_SHARE * interactions.counts).astype(np.int64)
-    split = hold_out_some(interactions, np.maximum(share, 1))
-    return replace(split, untrained=untrained)
-
-
 def _adjacency(file: File) -> _Adjacency:
-    values, counts = read_lists(file, "field", _misshapen_list)
+    values, counts = read_lists(file, "field", "a line is a user and that user's items")
     heads = np.cumsum(counts) - counts
     users, owners = values[heads], np.repeat(np.arange(counts.size), counts - 1)
     if not owners.size:
         raise bad_file(file.label, "no user has an item", "it must list items", "copy it again")
     found, rule = "user {} has a line already", "a user has one line"
     _refuse_repeated(users, file, found, rule, "join the two lines")
-    return _Adjacency(file, users[owners], np.delete(values, heads), owners + 1)
-
-
-def _misshapen_list(line: str) -> tuple[str, str, str] | None:
-    rule, remedy = "a line is a user and that user's items", "remove the line"
-    return None if line.strip() else ("no text", rule, remedy)
+    is_item = np.ones(values.size, np.bool_)
+    is_item[heads] = False
+    return _Adjacency(file, users[owners], values[is_item], owners + 1)
 
 
 def _catalogue_size(train: _Adjacency, test: _Adjacency) -> int:
@@ -431,4 +368,8 @@ def _tested(test: _Adjacency, rows: Int64Array, train: Interactions) -> ItemList
         found = f"item {test.items[row]} of user {test.users[row]} is in train.txt too"
         rule = "what is tested must not be learned from"
         raise bad_file(test.where(row), found, rule, "remove it from one of them")
-    return ItemLists.from_pairs(users, items, train, lambda row: test.where(int(rows[row])))
+    refuse_duplicates(
+        users, items, train.user_ids, train.item_ids, lambda row: test.where(int(rows[row]))
+    )
+    order = np.argsort(users, kind="stable")
+    return ItemLists(row_bounds(users, train.n_users), items[order].astype(np.int32))

@@ -153,7 +153,6 @@ def generate(
         np.repeat(np.arange(users), lengths) + 1,
         _histories(rng, popularity, user_groups, item_groups, lengths) + 1,
         _times(rng, lengths),
-        user_ids=np.arange(1, users + 1),
         item_ids=np.arange(1, items + 1),
         titles=[f"Item {item + 1} of group {group + 1}" for item, group in enumerate(item_groups)],
     )

@@ -25,13 +25,12 @@ import pyarrow.parquet
 from numpy.typing import NDArray
 
 from privrec.data.files import BLANKS, File, bad_file, shown, table_files
-from privrec.data.interactions import Interactions
+from privrec.data.interactions import Interactions, Where
 from privrec.errors import DataError
 from privrec.scenario.schema import Data
 
 Int64Array = NDArray[np.int64]
 Cells: TypeAlias = Any  # a chunked array of Arrow, which has no types
-Where: TypeAlias = Callable[[int], str]
 Names: TypeAlias = Sequence[str | int]
 
 _DECIMALS = 9
@@ -310,12 +309,7 @@ def _exactly(
         if numbers is not None:
             return np.asarray(numbers.to_numpy())
 
-    def lost(row: int, among: Sequence[Any]) -> bool:
-        return all(found(text.slice(row, 1), unit) is None for unit in among)
-
-    rows = range(len(text))
-    bad = next((row for row in rows if lost(row, units)), None)
-    return bad if bad is not None else next(row for row in rows if lost(row, units[-1:]))
+    return next(row for row in range(len(text)) if found(text.slice(row, 1), units[-1]) is None)
 
 
 # ------------------------------------------------------------------------------ columns of files
@@ -331,7 +325,7 @@ class _Part(NamedTuple):
 
 def read_columns(
     files: Sequence[File], names: Names, separator: str | None = None, encoding: str = "utf-8",
-    width: int | None = None,
+    *, width: int | None = None, called: Sequence[str] | None = None, quotes: bool = True,
     remedy: str = "set data.user_column, item_column or time_column to a name in the header",
 ) -> list[Column]:  # fmt: skip
     """Read some columns of a table of one or more files, in the order of ``names``.
@@ -344,6 +338,8 @@ def read_columns(
         separator: one or more characters; None: a tab for ``.tsv`` and a comma otherwise.
         encoding: of text.
         width: how many fields a line without a header must have; None: as many as the first.
+        called: what errors call the columns; None: by ``names``.
+        quotes: whether quotes may surround a cell.
         remedy: what to do about a column that is not there.
 
     Raises:
@@ -357,7 +353,8 @@ def read_columns(
             parts.append(_parquet(file, names, remedy))
         else:
             mark = separator or ("\t" if file.suffix == ".tsv" else ",")
-            parts += _Text(file, names, mark, width, remedy).parts(encoding)
+            quoted = quotes and len(mark) == 1 and mark != "\t"
+            parts += _Text(file, names, mark, width, remedy).parts(encoding, quoted)
     ends = np.cumsum([len(part.numbers) for part in parts])
     if not ends.size or not ends[-1]:
         rule, remedy = "a table must hold data", "copy the file again"
@@ -371,7 +368,8 @@ def read_columns(
 
     columns = zip(*(part.cells for part in parts), strict=True)
     joined = [_joined(column, where, ends) for column in columns]
-    return [Column(str(name), cells, where) for name, cells in zip(names, joined, strict=True)]
+    called = called or [str(name) for name in names]
+    return [Column(name, cells, where) for name, cells in zip(called, joined, strict=True)]
 
 
 def _joined(arrays: Sequence[Cells], where: Where, ends: NDArray[Any]) -> Cells:
@@ -446,11 +444,11 @@ class _Text:
         self._width = width or 0
         self._at: list[int] | None = None  # places of the columns, once the first line is read
 
-    def parts(self, encoding: str) -> Iterator[_Part]:
+    def parts(self, encoding: str, quotes: bool) -> Iterator[_Part]:
         pieces = self._file.chunks(encoding)
         for line, piece in pieces:
             mark = self._mark
-            if len(mark) == 1 and mark != "\t" and ('"' in piece or not mark.isascii()):
+            if quotes and ('"' in piece or not mark.isascii()):
                 yield from self._quoted(chain([piece], (text for _, text in pieces)), line)
                 return
             text = self._file.unified(piece, line)
@@ -576,39 +574,29 @@ class _Text:
 # -------------------------------------------------------------------------- lists of whole numbers
 
 
-def read_lists(
-    file: File, noun: str, misshapen: Callable[[str], tuple[str, str, str] | None],
-    mark: str | None = None, pair: str | None = None,
-) -> tuple[Int64Array, Int64Array]:  # fmt: skip
-    """Read the whole numbers on every line of a file, and how many each line has.
+def read_lists(file: File, noun: str, rule: str) -> tuple[Int64Array, Int64Array]:
+    """Read the whole numbers between blanks on every line, and how many each line has.
 
     Args:
         file: UTF-8.
         noun: what a number is, for errors.
-        misshapen: of a line: what is wrong with it, the rule and the remedy; None: nothing.
-        mark: between numbers; None: blanks.
-        pair: a pattern of two numbers that a line begins with; None: there is none.
+        rule: what a line is.
 
     Raises:
-        DataError: at the first line that is misshapen or has anything but whole numbers from 0.
+        DataError: at the first line that is empty or has anything but whole numbers from 0.
     """
     compute = pyarrow.compute
     values: list[Int64Array] = []
     counts: list[Int64Array] = []
     for line, piece in file.chunks():
         lines = file.unified(piece, line)[:-1].split("\n")
-        for at, each in enumerate(lines, line):
-            if wrong := misshapen(each):
-                raise bad_file(file.label, *wrong, line=at)
-        text = pyarrow.array(lines, pyarrow.large_string())
-        if pair is not None:
-            text = compute.replace_substring_regex(text, pair, "\\1\t\\2\t", max_replacements=1)
-        if mark is None:
-            tokens = compute.ascii_split_whitespace(compute.ascii_trim_whitespace(text))
-        else:
-            tokens = compute.split_pattern(text, mark)
+        empty = next((at for at, text in enumerate(lines, line) if not text.strip()), None)
+        if empty is not None:
+            raise bad_file(file.label, "no text", rule, "remove the line", line=empty)
+        text = compute.ascii_trim_whitespace(pyarrow.array(lines, pyarrow.large_string()))
+        tokens = compute.ascii_split_whitespace(text)
         numbers = _as_whole(pyarrow.chunked_array([tokens.flatten()]))
-        if numbers is None or (numbers.size and numbers.min() < 0):
+        if numbers is None or numbers.min() < 0:
             at, cell = next(
                 (at, cell)
                 for at, cells in enumerate(tokens.to_pylist(), line)

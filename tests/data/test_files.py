@@ -110,7 +110,7 @@ def test_times_are_kept_exactly(late: str, early: str, tmp_path: Path) -> None:
     split = leave_last_out(
         read_table(tmp_path / "t.csv", form("user", "item", "t")), holdout="test"
     )
-    assert split.train.item_ids[split.heldout.of(0)].tolist() == ["late"]
+    assert split.train.item_ids[split.heldout.history(0)].tolist() == ["late"]
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_one_of_each_repeated_pair_is_kept_and_the_others_counted(
     (tmp_path / "t.csv").write_text("user,item,t\n1,5,9\n1,6,2\n1,5,1\n1,7,3\n")
     split = data.load(form(time="t", duplicates=kept), data_dir=tmp_path)
     train = split.train
-    found = [*train.history(0), *split.heldout.of(0)]
+    found = [*train.history(0), *split.heldout.history(0)]
     assert train.item_ids[found].tolist() == order
     assert split.describe()["repeats_left_out"] == 1
 

@@ -174,7 +174,7 @@ def held(split: Split) -> dict[int, tuple[list[int], list[int]]]:
     """Training and held-out items of each user, by the publisher's ids."""
     names = split.train.item_ids
     return {
-        user: (names[split.train.history(at)].tolist(), names[split.heldout.of(at)].tolist())
+        user: (names[split.train.history(at)].tolist(), names[split.heldout.history(at)].tolist())
         for at, user in enumerate(split.train.user_ids.tolist())
     }
 

@@ -65,7 +65,7 @@ def check(split: Split) -> None:
         [20],
         [10],
     ]
-    assert [train.item_ids[split.heldout.of(user)].tolist() for user in range(3)] == [
+    assert [train.item_ids[split.heldout.history(user)].tolist() for user in range(3)] == [
         [30],
         [],
         [30],
@@ -172,7 +172,7 @@ def test_ncf_validation_with_placeholder_times_is_drawn(tmp_path: Path) -> None:
     assert split.heldout.counts.tolist() == [1, 1, 1]
     assert split.negatives is None
     for user, known in enumerate([{0, 1, 2}, {0, 3}, {1, 5}]):
-        assert {*split.train.history(user), *split.heldout.of(user)} == known
+        assert {*split.train.history(user), *split.heldout.history(user)} == known
 
 
 def test_ncf_validation_with_times_is_the_latest(tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_lightgcn_files(tmp_path: Path) -> None:
     split = data.load(config("lightgcn"), data_dir=tmp_path)
     assert split.train.user_ids.tolist() == [3, 7]
     assert [split.train.history(u).tolist() for u in range(2)] == [[1, 2], [4, 0, 2]]
-    assert [split.heldout.of(u).tolist() for u in range(2)] == [[9, 4], []]
+    assert [split.heldout.history(u).tolist() for u in range(2)] == [[9, 4], []]
     assert (split.train.n_items, split.heldout.single) == (10, False)
 
 
@@ -233,7 +233,7 @@ def test_lightgcn_validation_holds_out_a_tenth(tmp_path: Path) -> None:
     split = data.load(config("lightgcn", holdout="validation"), data_dir=tmp_path)
     assert split.heldout.counts.tolist() == [4, 1, 0]
     assert split.train.counts.tolist() == [36, 1, 1]
-    assert set(split.train.history(0)) | set(split.heldout.of(0)) == set(range(40))
+    assert set(split.train.history(0)) | set(split.heldout.history(0)) == set(range(40))
     assert split.train.n_items == 51
 
 
@@ -246,7 +246,7 @@ def histories(split: Split) -> dict[str, list[object]]:
     return {
         str(name): [
             *train.item_ids[train.history(at)].tolist(),
-            *train.item_ids[split.heldout.of(at)].tolist(),
+            *train.item_ids[split.heldout.history(at)].tolist(),
         ]
         for at, name in enumerate(train.user_ids.tolist())
     }

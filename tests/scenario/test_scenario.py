@@ -14,8 +14,8 @@ from pydantic import ValidationError
 
 from privrec.errors import ScenarioError
 from privrec.scenario.load import Privacy, Scenario, keys, load
-from privrec.scenario.schema import PUBLISHED
 from privrec.scenario.problems import Key, as_toml
+from privrec.scenario.schema import PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = 'name = "plain"\n[privacy]\nnoise = "none"\n'
@@ -239,7 +239,9 @@ def test_a_wrong_row_is_named() -> None:
     assert 'rows[1] (a).name = "a": two rows of the same name' in problem
 
 
-@pytest.mark.parametrize(("source", "users"), [(name, facts[0]) for name, facts in PUBLISHED.items()])
+@pytest.mark.parametrize(
+    ("source", "users"), [(name, users) for name, (users, _, _) in PUBLISHED.items()]
+)
 def test_populations_of_published_data_are_known(source: str, users: int) -> None:
     scenario = Scenario.from_toml(PLAIN, [f"data.source={source}", "devices.sampling_rate=0.1"])
     assert scenario.population() == users
