@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.data.files import bad_file
-from privrec.data.interactions import Holdout, Interactions
+from privrec.data.interactions import Holdout, Interactions, ItemLists
 from privrec.embedding.hashing import finalise
 
 Int64Array = NDArray[np.int64]
@@ -92,68 +92,49 @@ def _entries(ends: Int64Array, rows: NDArray[np.integer]) -> tuple[Int64Array, I
 
 
 @dataclass(frozen=True, eq=False)
-class Corpus:
-    """Texts of devices, one after the other, as word numbers.
+class Corpus(ItemLists):
+    """Texts of devices, one after the other, as word numbers in reading order.
 
     Tokens below zero are no words of the vocabulary, see :func:`dealt`.
 
     Args:
         names: of the articles, one a device.
-        indptr: int64 [devices + 1]; device ``u`` owns ``tokens[indptr[u]:indptr[u + 1]]``.
-        tokens: int32 positions in ``words``, in reading order.
         words: the vocabulary; the first is :data:`UNKNOWN`.
     """
 
     names: tuple[str, ...]
-    indptr: Int64Array
-    tokens: NDArray[np.int32]
     words: tuple[str, ...]
 
     @property
-    def n_users(self) -> int:
-        """Number of devices."""
-        return len(self.names)
+    def tokens(self) -> NDArray[np.int32]:
+        """The word numbers, by their own name."""
+        return self.items
 
     @property
     def n_items(self) -> int:
         """Size of the vocabulary."""
         return len(self.words)
 
-    @property
-    def counts(self) -> Int64Array:
-        """Tokens of each device, int64 [devices]."""
-        return np.diff(self.indptr)
-
-    @property
-    def items(self) -> NDArray[np.int32]:
-        """The tokens, by the name that histories have for them."""
-        return self.tokens
-
     def item_counts(self) -> Int64Array:
         """How often each word occurs, int64 [n_items]."""
-        return np.bincount(self.tokens[self.tokens >= 0], minlength=self.n_items).astype(np.int64)
+        return np.bincount(self.items[self.items >= 0], minlength=self.n_items).astype(np.int64)
 
     @cached_property
     def distinct(self) -> Interactions:
         """Which words each device uses, each named once: what a private count is made of."""
-        named = self.tokens >= 0
-        owners = np.repeat(np.arange(self.n_users), self.counts)[named]
-        pairs = np.unique(owners * self.n_items + self.tokens[named])
+        named = self.items >= 0
+        pairs = np.unique(self.users[named] * np.int64(self.n_items) + self.items[named])
         bounds = np.searchsorted(pairs, np.arange(self.n_users + 1) * self.n_items)
-        return Interactions(
-            bounds.astype(np.int64),
-            (pairs % self.n_items).astype(np.int32),
-            None,
-            np.array(self.names, object),
-            np.array(self.words, object),
-        )
+        items = (pairs % self.n_items).astype(np.int32)
+        ids = np.array(self.names, object), np.array(self.words, object)
+        return Interactions(bounds.astype(np.int64), items, None, *ids)
 
     def select(self, rows: NDArray[np.integer]) -> Corpus:
         """The texts of some devices, in the order of ``rows``."""
         chosen, ends = _entries(self.indptr[1:], rows)
-        names = tuple(self.names[row] for row in rows)
         indptr = np.concatenate(([0], ends)).astype(np.int64)
-        return replace(self, names=names, indptr=indptr, tokens=self.tokens[chosen])
+        names = tuple(self.names[row] for row in rows)
+        return replace(self, indptr=indptr, items=self.items[chosen], names=names)
 
     def renumbered(self, order: Int64Array, size: int | None = None) -> Corpus:
         """The same texts with words numbered anew, and rare ones unknown.
@@ -165,8 +146,8 @@ class Corpus:
         kept = order[:size]
         new = np.full(self.n_items, UNKNOWN_ID, np.int32)
         new[kept] = np.arange(len(kept), dtype=np.int32)
-        tokens = np.where(self.tokens < 0, self.tokens, new[self.tokens.clip(min=0)])
-        return replace(self, tokens=tokens, words=tuple(self.words[word] for word in kept))
+        items = np.where(self.items < 0, self.items, new[self.items.clip(min=0)])
+        return replace(self, items=items, words=tuple(self.words[word] for word in kept))
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,25 +218,6 @@ def split_devices(corpus: Corpus, holdout: Holdout, source: str) -> TextSplit:
     return TextSplit(corpus.select(train), corpus.select(heldout), holdout, source)
 
 
-def with_heldout(users: int) -> int:
-    """Synthetic devices in all, of which so many are to train."""
-    return users + 2 * max(1, users // (EVERY - 1))
-
-
-def split_after(corpus: Corpus, users: int, holdout: Holdout) -> TextSplit:
-    """Train on the first devices of synthetic ones, and hold out as many as asked of the others.
-
-    Args:
-        corpus: :func:`with_heldout` of them.
-        users: those that train.
-        holdout: which of the others.
-    """
-    out = (corpus.n_users - users) // 2
-    first = users if holdout == "validation" else users + out
-    train, heldout = np.arange(users), np.arange(first, first + out)
-    return TextSplit(corpus.select(train), corpus.select(heldout), holdout, "synthetic")
-
-
 def dealt(examples: Examples, each: int) -> Corpus:
     """Deal examples to devices in order, ``each`` a device; drop the incomplete remainder.
 
@@ -273,9 +235,9 @@ def dealt(examples: Examples, each: int) -> Corpus:
     tokens = np.concatenate((-1 - examples.features, examples.labels + 1))[order]
     ends = (examples.ends + examples.label_ends)[each - 1 :: each]
     return Corpus(
-        tuple(f"device {number + 1}" for number in range(devices)),
         np.concatenate(([0], ends)).astype(np.int64),
         tokens.astype(np.int32),
+        tuple(f"device {number + 1}" for number in range(devices)),
         (UNKNOWN, *(str(number) for number in range(examples.n_labels))),
     )
 

@@ -5,21 +5,14 @@ The same arguments give the same data.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.data.corpus import (
-    UNKNOWN,
-    Corpus,
-    Examples,
-    TextSplit,
-    dealt,
-    split_after,
-    with_heldout,
-)
+from privrec.data.corpus import EVERY, UNKNOWN, Corpus, Examples, TextSplit, dealt
 from privrec.data.interactions import Interactions, Split, leave_last_out
 from privrec.embedding.hashing import finalise
 from privrec.errors import DataError, UsageError
@@ -61,18 +54,22 @@ def load_interactions(config: Data, data_dir: Path | None) -> Split:
 
 def load_articles(config: Data, data_dir: Path | None) -> TextSplit:
     """Invent ``config.users`` texts to train on, and others of the same law to be held out."""
-    corpus = generate_text(
-        devices=with_heldout(config.users),
-        words=config.items,
-        topics=config.clusters,
-        tokens_per_device=config.interactions_per_user,
-        seed=config.seed,
-    )
-    return split_after(corpus, config.users, config.holdout)
+
+    def texts(devices: int) -> Corpus:
+        return generate_text(
+            devices=devices,
+            words=config.items,
+            topics=config.clusters,
+            tokens_per_device=config.interactions_per_user,
+            seed=config.seed,
+        )
+
+    return _with_heldout(config, texts)
 
 
 def load_examples(config: Data, data_dir: Path | None) -> TextSplit:
     """Invent the labelled examples of ``config.users`` devices, and of others to be held out."""
+    each = config.interactions_per_user
     world = Invented(
         config.features,
         config.items - 1,
@@ -80,9 +77,16 @@ def load_examples(config: Data, data_dir: Path | None) -> TextSplit:
         clusters=config.clusters,
         seed=config.seed,
     )
-    each = config.interactions_per_user
-    examples = world.examples(with_heldout(config.users) * each)
-    return split_after(dealt(examples, each), config.users, config.holdout)
+    return _with_heldout(config, lambda devices: dealt(world.examples(devices * each), each))
+
+
+def _with_heldout(config: Data, invent: Callable[[int], Corpus]) -> TextSplit:
+    """Train on the first devices; of the others, test and validation hold out one half each."""
+    users, out = config.users, max(1, config.users // (EVERY - 1))
+    corpus = invent(users + 2 * out)
+    first = users if config.holdout == "validation" else users + out
+    train, heldout = corpus.select(np.arange(users)), corpus.select(np.arange(first, first + out))
+    return TextSplit(train, heldout, config.holdout, "synthetic")
 
 
 # ------------------------------------------------------------------------------------ interactions
@@ -239,10 +243,10 @@ def generate_text(
         rank = np.minimum(np.searchsorted(odds, rng.random(devices)), len(_FOLLOWERS) - 1)
         next_one = followers[tokens[:, at - 1], rank]
         tokens[:, at] = np.where(rng.random(devices) < _FOLLOWS, next_one, free)
-    names = tuple(f"text {number + 1}" for number in range(devices))
     bounds = np.arange(devices + 1, dtype=np.int64) * tokens_per_device
+    names = tuple(f"text {number + 1}" for number in range(devices))
     vocabulary = (UNKNOWN, *(f"w{number}" for number in range(known)))
-    return Corpus(names, bounds, (tokens + 1).astype(np.int32).ravel(), vocabulary)
+    return Corpus(bounds, (tokens + 1).astype(np.int32).ravel(), names, vocabulary)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -91,7 +92,7 @@ class Column:
         Raises:
             DataError: when a cell is empty, or the column holds what is no id; it names the row.
         """
-        self._check_filled("id")
+        self._refuse_empty(self.cells.is_null(nan_is_null=True), "id")
         if not (_is_whole(self.cells.type) or _is_text(self.cells.type)):
             raise self._wrong_type("ids are whole numbers or text")
         text = self._trimmed("id")
@@ -124,8 +125,11 @@ class Column:
         if numbers is None:
             numbers = _as_whole(pyarrow.compute.ascii_trim_whitespace(self.cells))
         if numbers is None:
-            cells = enumerate(_each(self.cells))
-            row, cell = next(pair for pair in cells if _whole_cell(pair[1].strip(BLANKS)) is None)
+            row, cell = next(
+                (row, cell)
+                for row, cell in enumerate(_each(self.cells))
+                if _as_whole(pyarrow.chunked_array([[cell.strip(BLANKS)]])) is None
+            )
             rule = "it must be a whole number that 64 bits hold, without leading zeros"
             raise self._bad_cell(row, cell, rule, _hint(cell.strip(BLANKS)))
         low = np.flatnonzero(numbers < least) if least is not None else numbers[:0]
@@ -153,7 +157,7 @@ class Column:
         Raises:
             DataError: when a cell is empty or no time, or the column holds none; it names the row.
         """
-        self._check_filled("time")
+        self._refuse_empty(self.cells.is_null(nan_is_null=True), "time")
         types, kind = pyarrow.types, self.cells.type
         if types.is_timestamp(kind) or types.is_date(kind):
             whole = self.cells.cast(pyarrow.int32() if types.is_date32(kind) else pyarrow.int64())
@@ -186,13 +190,11 @@ class Column:
         if not _is_text(cells.type) or pyarrow.types.is_string_view(cells.type):
             cells = cells.cast(pyarrow.large_string())
         text = pyarrow.compute.ascii_trim_whitespace(cells)
-        self._refuse_empty(_first(pyarrow.compute.equal(text, "")), noun)
+        self._refuse_empty(pyarrow.compute.equal(text, ""), noun)
         return text
 
-    def _check_filled(self, noun: str) -> None:
-        self._refuse_empty(_first(self.cells.is_null(nan_is_null=True)), noun)
-
-    def _refuse_empty(self, row: int | None, noun: str) -> None:
+    def _refuse_empty(self, marks: Cells, noun: str) -> None:
+        row = _first(marks)
         if row is not None:
             rule = f"every row needs {'an' if noun == 'id' else 'a'} {noun}"
             remedy = "fill it in, or remove the row"
@@ -238,15 +240,6 @@ def _as_whole(cells: Cells) -> Int64Array | None:
         if compute.any(compute.or_(compute.and_(*led), compute.starts_with(cells, "-0"))).as_py():
             return None
     return np.asarray(numbers.to_numpy())
-
-
-def _whole_cell(cell: str) -> Int64Array | None:
-    return _as_whole(pyarrow.chunked_array([[cell]]))
-
-
-def _is_position(cell: str) -> bool:
-    number = _whole_cell(cell)
-    return number is not None and bool(number[0] >= 0)
 
 
 def _is_number(cell: str) -> bool:
@@ -423,14 +416,12 @@ def _parquet(file: File, names: Names, remedy: str) -> _Part:
             found = f"it cannot be read as Parquet ({shown(str(error).splitlines()[0], 200)})"
             rule = "the file must be complete and of that format"
             raise bad_file(file.label, found, rule, "copy it again, or save it as CSV") from error
-    cells = [_undictionaried(column) for column in columns]
+    categories = pyarrow.types.is_dictionary
+    cells = [
+        (each.cast(each.type.value_type) if categories(each.type) else each).combine_chunks()
+        for each in columns
+    ]
     return _Part(cells, range(1, table.num_rows + 1), f"{file.label}, row")
-
-
-def _undictionaried(column: Cells) -> Cells:
-    kind = column.type
-    column = column.cast(kind.value_type) if pyarrow.types.is_dictionary(kind) else column
-    return column.combine_chunks()
 
 
 class _Text:
@@ -594,18 +585,13 @@ def read_lists(file: File, noun: str, rule: str) -> tuple[Int64Array, Int64Array
         if empty is not None:
             raise bad_file(file.label, "no text", rule, "remove the line", line=empty)
         text = compute.ascii_trim_whitespace(pyarrow.array(lines, pyarrow.large_string()))
-        tokens = compute.ascii_split_whitespace(text)
-        numbers = _as_whole(pyarrow.chunked_array([tokens.flatten()]))
-        if numbers is None or numbers.min() < 0:
-            at, cell = next(
-                (at, cell)
-                for at, cells in enumerate(tokens.to_pylist(), line)
-                for cell in cells
-                if not _is_position(cell)
-            )
-            rule = f"{noun}s are whole numbers from 0, without leading zeros"
-            remedy = "number them from 0, or use a table source for other ids"
-            raise bad_file(file.label, f"{noun} {shown(cell)}", rule, remedy, line=at)
-        values.append(numbers)
-        counts.append(compute.list_value_length(tokens).to_numpy())
+        numbers = compute.ascii_split_whitespace(text)
+        counts.append(compute.list_value_length(numbers).to_numpy())
+        where = partial(_line_of, f"{file.label}, line", line, numbers)
+        cells = pyarrow.chunked_array([numbers.flatten()])
+        values.append(Column(noun, cells, where).whole_numbers())
     return np.concatenate(values), np.concatenate(counts)
+
+
+def _line_of(label: str, start: int, lists: Cells, row: int) -> str:
+    return f"{label} {start + pyarrow.compute.list_parent_indices(lists)[row].as_py()}"

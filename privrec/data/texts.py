@@ -94,9 +94,9 @@ def read_articles(files: Sequence[Path], words: Sequence[str] | None = None) -> 
         known.setdefault(word, len(known))
     numbers = (known.get(word, UNKNOWN_ID) for word in chain.from_iterable(texts))
     return Corpus(
-        tuple(name for name, _ in articles),
-        np.cumsum([0, *(len(text) for text in texts)]).astype(np.int64),
+        np.cumsum([0, *map(len, texts)]).astype(np.int64),
         np.fromiter(numbers, np.int32),
+        tuple(name for name, _ in articles),
         tuple(known),
     )
 

@@ -30,7 +30,7 @@ def texts(*lengths: int) -> Corpus:
     tokens = rng_for(0, "texts").integers(0, WORDS, sum(lengths)).astype(np.int32)
     bounds = np.concatenate(([0], np.cumsum(lengths)))
     words = (UNKNOWN, *map(str, range(1, WORDS)))
-    return Corpus(tuple(map(str, lengths)), bounds, tokens, words)
+    return Corpus(bounds, tokens, tuple(map(str, lengths)), words)
 
 
 def weights(of: WideModel) -> np.ndarray:
