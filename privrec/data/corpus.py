@@ -39,8 +39,6 @@ class Examples:
         values: float32, one a feature.
         label_ends: where the labels of each example end, shape ``(m,)``.
         labels: int64, each in ``[0, n_labels)``.
-        n_features: size of the vocabulary.
-        n_labels: number of labels.
     """
 
     ends: Int64Array
@@ -155,9 +153,6 @@ class TextSplit:
     """Texts of the devices that train, and of those that are held out.
 
     Args:
-        train: every training device's text.
-        heldout: texts that no device trains on.
-        holdout: ``"test"`` or ``"validation"``.
         source: where the text comes from, in words.
         vocabulary: most words that are kept once they are numbered; None, all.
     """
@@ -201,10 +196,7 @@ class TextSplit:
 def split_devices(corpus: Corpus, holdout: Holdout, source: str) -> TextSplit:
     """Hold out every tenth device; the same one whatever else is asked for.
 
-    Args:
-        corpus: all devices.
-        holdout: which tenth. With ``"validation"`` the test devices are left out altogether.
-        source: where the data comes from, in words.
+    With ``"validation"`` it is another tenth, and the test devices are left out altogether.
 
     Raises:
         DataError: when there are fewer than ten devices.

@@ -28,16 +28,12 @@ def fetch(
 ) -> Path:  # fmt: skip
     """Download the archive of a data set, unless it is on this machine and intact.
 
-    The readers take the archive as it is; nothing is unpacked.
+    Its checksum is verified. The readers take the archive as it is; nothing is unpacked.
 
     Args:
-        name: one of :data:`~privrec.data.catalogue.ARCHIVES`.
         directory: where to keep it; None for :func:`cache_dir`.
         echo: shows the publisher's terms, once for each data set and directory.
         downloader: pooch's downloader; None for https.
-
-    Returns:
-        Path of the zip archive, its checksum verified.
 
     Raises:
         UsageError: when there is no data set of that name.

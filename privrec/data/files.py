@@ -38,14 +38,9 @@ _PART = re.compile(r"part[-.]|.*-\d+-of-\d+")
 def bad_file(
     file: str, found: str, rule: str, remedy: str, *, line: int | None = None
 ) -> DataError:
-    """Word an error about an input file, or about one line of it.
+    """Word an error about an input file: where, what is there, what would be right, what to do.
 
-    Args:
-        file: the path as the user knows it.
-        found: what is wrong, with the offending value.
-        rule: what would be right.
-        remedy: what to do about it.
-        line: counted from 1, the header included.
+    Lines are counted from 1, a header included.
     """
     # A member of an archive may be named by anything, a line feed too.
     place = file if file.isprintable() else repr(file)
@@ -61,19 +56,14 @@ def shown(text: str, most: int = 60) -> str:
 
 @dataclass(frozen=True)
 class File:
-    """A file of a directory, or a member of a zip archive, which is read without unpacking it.
-
-    Args:
-        path: the file itself, or the archive.
-        member: its name within the archive; None outside of one.
-    """
+    """A file; or, with ``member``, one inside the zip archive ``path``, which is not unpacked."""
 
     path: Path
     member: str | None = None
 
     @property
     def label(self) -> str:
-        """The path as an error message names it."""
+        """The path as errors name it."""
         return str(self.path if self.member is None else self.path / self.member)
 
     @property
@@ -114,11 +104,7 @@ class File:
             yield stream
 
     def check_unpacked(self, size: int) -> None:
-        """Refuse a packed file that holds more than 16 MiB and 100 times its own size.
-
-        Args:
-            size: bytes that it has at least when it is unpacked.
-        """
+        """Refuse a file of ``size`` bytes, once unpacked: over 16 MiB and 100 times its own."""
         if size > max(_HARMLESS, _TIMES_PACKED * self.path.stat().st_size):
             found = f"it unpacks to more than {_TIMES_PACKED} times its size"
             rule, remedy = "it could fill the memory", "unpack it if you trust it"
@@ -137,8 +123,8 @@ class File:
         of the longest line.
 
         Raises:
-            DataError: when the file is missing, cannot be read, is damaged or empty, or when its
-                bytes are not text in this encoding, with the line.
+            DataError: when the file cannot be read, is damaged or empty, or has a line that is not
+                text in this encoding.
         """
         line = 1
         with self.open() as stream:
@@ -217,12 +203,7 @@ class File:
 
 @dataclass(frozen=True)
 class Folder:
-    """Files beside each other in a directory or in a folder of a zip archive.
-
-    Args:
-        root: the directory, or the archive.
-        inside: the folder within the archive with a trailing slash; None for a directory.
-    """
+    """A directory; or, with ``inside``, a folder within a zip archive, by its name up to ``/``."""
 
     root: Path
     inside: str | None = None
@@ -252,12 +233,7 @@ class Folder:
 
 
 def places(path: str | None, data_dir: Path | None) -> list[Path]:
-    """List where data is looked for, first choice first; empty where nothing is named.
-
-    Args:
-        path: ``data.path`` of a scenario.
-        data_dir: what ``--data`` says; ``path`` is then looked for inside it first.
-    """
+    """List where data is looked for, first choice first: ``--data``, then ``data.path``."""
     inside = [] if data_dir is None else [data_dir]
     if path is None:
         return inside
@@ -265,15 +241,12 @@ def places(path: str | None, data_dir: Path | None) -> list[Path]:
 
 
 def find_folder(root: Path, names: Sequence[str], markers: Sequence[str]) -> Folder | None:
-    """Find the folder of one of the marker files: ``root`` itself or something right below it.
+    """Find the folder that has one of the marker files; None when there is none.
 
     Args:
-        root: a directory or a zip archive.
-        names: folder names to look for below ``root``, as directories or as ``NAME.zip``.
+        root: a directory or a zip archive; looked at first.
+        names: of folders below ``root``, as directories or, looked at last, as ``NAME.zip``.
         markers: file names, any of which shows that the folder is the right one.
-
-    Returns:
-        The first that fits, plain directories before archives; None when there is none.
 
     Raises:
         DataError: when an archive of that name is damaged.
@@ -384,10 +357,7 @@ def _whole_lines(texts: Iterable[str]) -> Iterator[str]:
 
 
 def read_ids(path: Path) -> list[str]:
-    """Read a file of one id a line, in order; blanks around ids and empty lines do not count.
-
-    Args:
-        path: UTF-8; a byte-order mark does no harm.
+    """Read a UTF-8 file of one id a line; blanks around ids and empty lines do not count.
 
     Raises:
         DataError: when the file cannot be read, is not UTF-8 or lists nothing.

@@ -30,11 +30,9 @@ Label: TypeAlias = str | int | float
 
 @dataclass(frozen=True)
 class Labelled:
-    """Texts, one a row, with the labels of each.
+    """Texts, one a row, with the labels of each: at least one, all of one type.
 
-    Args:
-        texts: what each row says.
-        labels: of each row, at least one each, all of one type; empty where none were asked for.
+    Where no labels were asked for, there are none at all.
     """
 
     texts: tuple[str, ...]
@@ -101,13 +99,8 @@ def _labels(cell: str, between: str | None, column: str, where: str) -> tuple[st
 def bags(texts: Iterable[str], features: int, tokens: Tokens = "blanks") -> Examples:
     """Turn texts into bags of hashed words, with no vocabulary to be learned, kept or shared.
 
-    A word's value is ``1 + log(count)``, scaled so that a text has length one. A text without
-    words has no features.
-
-    Args:
-        texts: case does not count.
-        features: size of the hashed vocabulary.
-        tokens: how texts are split.
+    A word's value is ``1 + log(count)``, scaled so that a text has length one; case does not
+    count. A text without words has no features.
     """
     split = SPLITS[tokens]
     known: dict[str, int] = {}

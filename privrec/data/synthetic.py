@@ -122,15 +122,12 @@ class Planted:
 def generate(
     *, users: int, items: int, clusters: int, interactions_per_user: int, seed: int
 ) -> Planted:
-    """Invent interactions.
+    """Invent interactions; ids are 1 to ``users`` and 1 to ``items``.
 
     Args:
-        users: number of users, at least 1.
-        items: size of the catalogue; ids are 1 to ``items``.
         clusters: groups of taste, at most ``items``.
-        interactions_per_user: mean length of a history, at least 2; lengths vary around it and
-            stay between 2 and half of the catalogue.
-        seed: any integer.
+        interactions_per_user: mean length of a history; lengths vary around it and stay between 2
+            and half of the catalogue.
 
     Raises:
         DataError: when the numbers do not fit each other.
@@ -213,11 +210,9 @@ def generate_text(
     follows what, and what a topic is about, over a vocabulary of any size.
 
     Args:
-        devices: number of texts, at least 1.
         words: size of the vocabulary with the unknown word, at least 16.
         topics: groups of words, at most ``words / 16``.
         tokens_per_device: length of each text, at least 2.
-        seed: any integer.
 
     Raises:
         UsageError: when a value is out of its range.
@@ -258,13 +253,11 @@ class Invented:
     the size of labels times features is ever held.
 
     Args:
-        features: size of the vocabulary, at least 1.
-        labels: number of labels, at least 1.
-        words: features of an example, at least 1.
+        features: size of the vocabulary.
+        words: features of an example.
         labels_each: mean labels of an example, at least 1.
-        clusters: clusters of labels, at most as many as labels.
+        clusters: of labels, at most as many as labels.
         zipf: exponent of the labels' frequencies, at least 0.
-        seed: of everything.
 
     Raises:
         UsageError: when a value is out of its range.
@@ -279,13 +272,11 @@ class Invented:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("features", "labels", "words", "labels_each", "clusters"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} = {getattr(self, name)}: must be at least 1; raise it")
-        if self.clusters > self.labels or self.zipf < 0:
+        least = min(self.features, self.labels, self.words, self.labels_each, self.clusters)
+        if least < 1 or self.clusters > self.labels or self.zipf < 0:
             raise UsageError(
-                f"clusters = {self.clusters}, zipf = {self.zipf}: at most {self.labels} clusters "
-                "for as many labels, and an exponent of 0 or more; change them"
+                f"{self}: sizes are at least 1, clusters at most as many as labels, and the "
+                "exponent is 0 or more; change them"
             )
 
     def examples(self, count: int, part: str = "train") -> Examples:

@@ -76,10 +76,8 @@ def read_table(path: Path, form: Data) -> Interactions:
 class Column:
     """Cells of one column, and what they are: ids, whole numbers, times or texts.
 
-    Args:
-        name: for errors.
-        cells: a chunked array of Arrow.
-        where: names a row, as ``file, line`` or ``file, row``.
+    Every method that reads them raises a :class:`~privrec.errors.DataError` that names the first
+    row whose cell is none of these: by ``where``, as ``file, line`` or ``file, row``.
     """
 
     name: str
@@ -87,11 +85,7 @@ class Column:
     where: Where
 
     def ids(self) -> Int64Array | Cells:
-        """The ids: int64 if all are whole numbers, else text as it stands.
-
-        Raises:
-            DataError: when a cell is empty, or the column holds what is no id; it names the row.
-        """
+        """The ids: int64 if all are whole numbers, else text as it stands."""
         self._refuse_empty(self.cells.is_null(nan_is_null=True), "id")
         if not (_is_whole(self.cells.type) or _is_text(self.cells.type)):
             raise self._wrong_type("ids are whole numbers or text")
@@ -113,14 +107,7 @@ class Column:
         return [cell or "" for cell in _each(self.cells.cast(pyarrow.large_string()))]
 
     def whole_numbers(self, least: int | None = 0) -> Int64Array:
-        """The numbers in a column of text, as they are usually written.
-
-        Args:
-            least: no number is below; None: any is right.
-
-        Raises:
-            DataError: when a cell is no such number; it names the row.
-        """
+        """The numbers in a column of text, as they are usually written; none is below ``least``."""
         numbers = _as_whole(self.cells)
         if numbers is None:
             numbers = _as_whole(pyarrow.compute.ascii_trim_whitespace(self.cells))
@@ -152,11 +139,7 @@ class Column:
             raise self._bad_cell(row, self.cells[row].as_py(), rule, remedy)
 
     def times(self) -> Int64Array:
-        """The times of numbers, dates or text of either, in a unit that keeps all of them exactly.
-
-        Raises:
-            DataError: when a cell is empty or no time, or the column holds none; it names the row.
-        """
+        """The times of numbers, dates or text of either, in a unit that keeps all exactly."""
         self._refuse_empty(self.cells.is_null(nan_is_null=True), "time")
         types, kind = pyarrow.types, self.cells.type
         if types.is_timestamp(kind) or types.is_date(kind):
@@ -329,10 +312,9 @@ def read_columns(
         files: one after the other; parts may be empty, but not all of them.
         names: of the columns in the header; or their numbers, from 1, where there is none.
         separator: one or more characters; None: a tab for ``.tsv`` and a comma otherwise.
-        encoding: of text.
         width: how many fields a line without a header must have; None: as many as the first.
         called: what errors call the columns; None: by ``names``.
-        quotes: whether quotes may surround a cell.
+        quotes: whether quotes may surround a cell at all.
         remedy: what to do about a column that is not there.
 
     Raises:
@@ -568,13 +550,9 @@ class _Text:
 def read_lists(file: File, noun: str, rule: str) -> tuple[Int64Array, Int64Array]:
     """Read the whole numbers between blanks on every line, and how many each line has.
 
-    Args:
-        file: UTF-8.
-        noun: what a number is, for errors.
-        rule: what a line is.
-
     Raises:
-        DataError: at the first line that is empty or has anything but whole numbers from 0.
+        DataError: at the first line that is empty (and not what ``rule`` says a line is), or has
+            anything but whole numbers from 0.
     """
     compute = pyarrow.compute
     values: list[Int64Array] = []

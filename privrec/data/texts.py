@@ -75,7 +75,6 @@ def read_articles(files: Sequence[Path], words: Sequence[str] | None = None) -> 
     Each line that is not empty ends in :data:`END`. A file without titles is one article.
 
     Args:
-        files: UTF-8 texts.
         words: the vocabulary, from elsewhere; words that it lacks are unknown. None: all words of
             the text, in order of their first occurrence.
 
