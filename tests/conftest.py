@@ -51,7 +51,6 @@ interactions_per_user = 8
 dim = {DIM}
 block = 2
 init_std = 0.4
-hidden = [6, 5]
 [devices]
 sampling_rate = 0.5
 [train]
@@ -106,6 +105,8 @@ def make_mixed(
         )
     ]
     settings = {name.replace("__", "."): value for name, value in changes.items()}
+    if settings.get("model.kind") == "neumf":
+        settings = {"model.hidden": (6, 5), **settings}
     if settings.get("train.loss") == "ials":
         settings = {"model.item_bias": False, **settings}
     settings = {**SYSTEMS[system], "devices.tiers": tiers, **settings}

@@ -1,31 +1,27 @@
-"""A run on the console: plain lines for logs and pipes, a progress bar on a terminal.
+"""The console: what commands share, how they print, and a run as it goes on.
 
-Where ε rests on hidden cohorts, neither shows a cohort's realised size, and plain lines, which end
-up in logs, tell no duration either.
+Modules that count (numpy, rich, torch) are imported where they are needed, so that help answers at
+once. Results go to standard output, progress and errors to standard error.
 """
 
 from __future__ import annotations
 
+import io
+import json
 import math
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
-from typing import IO
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from difflib import get_close_matches
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
+import click
+from click.core import ParameterSource
 
+from privrec.errors import PrivrecError, UsageError
 from privrec.run.record import Finished, NullObserver, Record, RunInfo
 from privrec.run.wording import (
     duration_text,
@@ -35,21 +31,218 @@ from privrec.run.wording import (
     spent_text,
 )
 
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+PATH = click.Path(path_type=Path)
+
+
+# --------------------------------------------------------------------------- commands
+
+
+class Commands(click.Group):
+    """A group whose errors are one message and an exit code, and which suggests near names."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run the program and exit with its code.
+
+        What privrec raises on purpose is printed without a traceback; what a stream cannot encode
+        is replaced, as ε is in code page 1252.
+        """
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
+        try:
+            sys.exit(super().main(*args, **{**extra, "standalone_mode": False}) or 0)
+        except click.ClickException as error:
+            error.show()
+            code = error.exit_code
+        except click.Abort:
+            code = _fail("interrupted; nothing after the last checkpoint is kept", 130)
+        except PrivrecError as error:
+            code = _fail(str(error), error.exit_code)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            remedy = "check that the path is right, writable and on a disk with room"
+            code = _fail(f"{where}{error.strerror or error}; {remedy}", UsageError.exit_code)
+        sys.exit(code)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order in which the commands are written, which is that of first use."""
+        return list(self.commands)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click's, with the nearest command named where there is none of that name."""
+        known = self.list_commands(ctx)
+        if args and args[0] not in known and not args[0].startswith("-"):
+            near = get_close_matches(args[0], known, n=1, cutoff=0.5)
+            remedy = f"did you mean {near[0]!r}?" if near else f"try {ctx.command_path} --help"
+            raise UsageError(
+                f"{args[0]!r} is no command of {ctx.command_path}; it has {', '.join(known)}; "
+                f"{remedy}"
+            )
+        return super().resolve_command(ctx, args)
+
+
+def _fail(message: str, code: int) -> int:
+    with suppress(OSError):  # standard error may be closed; the exit code still tells
+        click.echo(f"error: {message}", err=True)
+    return code
+
+
+def example(*lines: str) -> str:
+    """The end of a command's help: how it is called."""
+    heading = "Example:" if len(lines) == 1 else "Examples:"
+    return "\b\n" + "\n".join([heading, *(f"  {line}" for line in lines)])
+
+
+run_dir = click.argument("directory", metavar="DIR", type=PATH)
+scenario_file = click.argument("scenario_file", metavar="SCENARIO", type=PATH)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+settings_option = click.option(
+    "-s",
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="TABLE.KEY=VALUE",
+    help="Change a key of the scenario; an empty value removes it. May be repeated.",
+)
+data_option = click.option(
+    "--data",
+    "data_dir",
+    type=PATH,
+    envvar="PRIVREC_DATA",
+    metavar="PATH",
+    help="Where the data set lies: its folder, archive or file, or a folder above. "
+    "[default: $PRIVREC_DATA]",
+)
+
+
+def check_run(directory: Path) -> None:
+    """Refuse what is no run directory.
+
+    Raises:
+        UsageError: If it does not exist or holds no run.
+    """
+    if (directory / "run.json").is_file():
+        return
+    found = "it has no run.json" if directory.is_dir() else "there is no such folder"
+    raise UsageError(
+        f"{directory}: {found}; a run directory is what `privrec run` or `privrec demo` left; name "
+        "one of those"
+    )
+
+
+def check_data(data_dir: Path | None) -> None:
+    """Refuse a ``--data`` that does not exist; ``PRIVREC_DATA`` may name a folder yet to be made.
+
+    Raises:
+        UsageError: If it was given on the command line and is not there.
+    """
+    source = click.get_current_context().get_parameter_source("data_dir")
+    if source is ParameterSource.COMMANDLINE and data_dir is not None and not data_dir.exists():
+        raise UsageError(
+            f"--data {data_dir}: there is no such file or folder; it must hold the data set; "
+            "correct the path, or see: privrec data list"
+        )
+
+
+# --------------------------------------------------------------------------- printing
+
+
+@contextmanager
+def shown() -> Iterator[None]:
+    """Print what is already done and kept: a closed pipe or a full disk is no failure of it."""
+    try:
+        yield
+        if sys.stdout is not None:  # as it is where it was closed
+            sys.stdout.flush()
+    except (OSError, SystemExit):  # rich ends the program when a pipe is closed
+        # Python flushes what is left in the buffer on exit: let it go nowhere.
+        with suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
+
+
+def print_json(payload: object) -> None:
+    """Print plain values as JSON, for programs; what is not finite becomes null, as JSON has it."""
+    plain = json.loads(json.dumps(payload, default=str), parse_constant=lambda _: None)
+    click.echo(json.dumps(plain, indent=2, ensure_ascii=False))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a title and rows under headings; columns of numbers are aligned to the right.
+
+    Cells are as many in each row as there are headings.
+    """
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    cells = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in r] for r in rows]
+    table = Table(box=None)
+    for place, name in enumerate(columns):
+        right = all(_is_number(row[place]) for row in cells)
+        table.add_column(name, justify="right" if right else "left", overflow="fold")
+    for row in cells:
+        table.add_row(*map(escape, row))
+    console = Console(highlight=False)
+    console.print(escape(title), style="bold")
+    console.print(table)
+    console.print()
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Print sentences, wrapped at the width of the terminal."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for line in lines:
+        console.print(line, markup=False)
+    console.print()
+
+
+def number_text(value: object) -> str:
+    """A number for people, with thousands apart; None is ``unknown``."""
+    if value is None:
+        return "unknown"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e9):
+        return f"{int(value):,}"
+    return f"{value:.4g}"
+
+
+def _is_number(text: str) -> bool:
+    with suppress(ValueError):
+        float(text.replace(",", ""))
+        return True
+    return text == "∞"
+
+
+# --------------------------------------------------------------------------- a run as it goes on
+
 HIDDEN_LINES = 20
 """Lines of a run that hides its cohorts, beside those of the first and of evaluated rounds."""
 
 
-class PlainObserver(NullObserver):
-    """A line now and then, for logs and pipes.
+class ConsoleObserver(NullObserver):
+    """A run on the console: a bar on a terminal, else a line now and then, for logs and pipes.
 
     A line is written for the first round, the last, each evaluated one, and otherwise when
-    ``every_s`` seconds have passed since the last line. In a run that hides its cohorts time
-    decides nothing and is not told: a line is written after each twentieth of the rounds.
+    ``every_s`` seconds have passed since the last line. Where ε rests on hidden cohorts, neither
+    shows a cohort's realised size (the bar has the expected one), and for lines, which end up in
+    logs, time decides nothing and is not told: one is written after each twentieth of the rounds.
 
     Args:
-        stream: Where lines go; standard error when None, so that standard output stays a result.
+        stream: Where it writes; standard error when None, so that standard output stays a result.
         every_s: Seconds between lines, >= 0.
-        clock: Seconds that only grow; a test gives its own.
+        clock: Seconds that only grow.
+        console: A terminal to draw the bar on, instead of what ``stream`` is found to be.
     """
 
     def __init__(
@@ -58,44 +251,74 @@ class PlainObserver(NullObserver):
         *,
         every_s: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
+        console: Console | None = None,
     ) -> None:
+        from rich.console import Console
+
         self._stream: IO[str] | None = sys.stderr if stream is None else stream
         self._every_s = every_s
         self._clock = clock
-        self._info: RunInfo | None = None
+        self._info = RunInfo(name="", rounds=0)
         self._start = self._last = clock()
         self._first = True
+        self._bar: Progress | None = None
+        self._metrics: Mapping[str, float] | None = None
+        # What only passes for a terminal (FORCE_COLOR, a notebook) keeps what is drawn on it.
+        found = Console(file=stream, stderr=stream is None)
+        drawable = found.is_interactive and found.file.isatty()
+        self._console = console or (found if drawable else None)
 
     def started(self, info: RunInfo) -> None:
-        """Write the opening words."""
-        self._info = info
+        """Write the opening words, and draw the bar."""
+        self._info, self._metrics, self._first = info, None, True
         self._start = self._last = self._clock()
-        self._first = True
-        self._write(opening_words(info))
+        if self._console is None:
+            self._write(opening_words(info))
+            return
+        self._console.print(opening_words(info), highlight=False, soft_wrap=True)
+        self._bar = _bar(self._console)
+        self._bar.add_task("Round", total=info.rounds, completed=info.done, figures="")
+        self._bar.start()
 
     def round(self, record: Record) -> None:
-        """Write a line if one is due."""
-        info = self._info or RunInfo(name="", rounds=record.rounds)
-        now = self._clock()
-        if not self._due(info, record, now):
-            return
-        self._first, self._last = False, now
-        self._write(" · ".join(part for part in self._parts(info, record, now) if part))
+        """Move the bar and show the figures of the round, or write a line if one is due."""
+        if self._bar is not None:
+            self._metrics = record.metrics or self._metrics  # of the last evaluation
+            figures = self._figures(record, self._cohort(record), self._metrics)
+            self._bar.update(self._bar.task_ids[0], completed=record.round, figures=figures)
+        elif self._console is None and self._due(record, now := self._clock()):
+            self._first, self._last = False, now
+            left = ""
+            if not self._info.hides_cohorts and record.round < record.rounds:
+                done = max(1, record.round - self._info.done)
+                remaining = (now - self._start) / done * (record.rounds - record.round)
+                left = f"{duration_text(remaining)} left" if remaining else ""
+            figures = self._figures(record, "", record.metrics)
+            head = f"round {record.round}/{record.rounds}"
+            self._write(" · ".join(part for part in (head, figures, left) if part))
 
-    def _due(self, info: RunInfo, record: Record, now: float) -> bool:
+    def _due(self, record: Record, now: float) -> bool:
         if self._first or record.metrics or record.round >= record.rounds:
             return True
-        if info.hides_cohorts:
+        if self._info.hides_cohorts:
             return record.round % math.ceil(record.rounds / HIDDEN_LINES) == 0
         return now - self._last >= self._every_s
 
-    def _parts(self, info: RunInfo, record: Record, now: float) -> Iterator[str]:
-        yield f"round {record.round}/{record.rounds}"
-        yield spent_text(info, record)
-        yield _loss_text(record)
-        yield _metric_text(record.metrics)
-        left = _seconds_left(info, record, now - self._start)
-        yield f"{duration_text(left)} left" if left and not info.hides_cohorts else ""
+    def _figures(self, record: Record, cohort: str, metrics: Mapping[str, float] | None) -> str:
+        name = headline_metric(metrics or {})
+        parts = (
+            spent_text(self._info, record),
+            cohort,
+            "" if record.loss is None else f"loss {record.loss:.4f}",
+            f"{metric_name(name)} {(metrics or {})[name]:.3f}" if name else "",
+        )
+        return " · ".join(part for part in parts if part)
+
+    def _cohort(self, record: Record) -> str:
+        if not self._info.hides_cohorts:
+            return "" if record.cohort is None else f"cohort {record.cohort:,}"
+        expected = self._info.expected_cohort
+        return "" if expected is None else f"cohort ≈{expected:,.0f}"
 
     def _write(self, line: str) -> None:
         if self._stream is None:  # Python has no standard error where it was closed
@@ -105,116 +328,32 @@ class PlainObserver(NullObserver):
             line = line.encode(encoding, "replace").decode(encoding)
             print(line, file=self._stream, flush=True)
 
-
-def _seconds_left(info: RunInfo, record: Record, elapsed: float) -> float:
-    done = max(1, record.round - info.done)
-    return elapsed / done * (record.rounds - record.round)
-
-
-class _FigureColumn(ProgressColumn):
-    """One figure of the last round, in a column that vanishes while it is empty."""
-
-    max_refresh = None
-
-    def __init__(self, field: str, style: str = "") -> None:
-        super().__init__()
-        self._field = field
-        self._style = style
-
-    def render(self, task: Task) -> Text:
-        return Text(str(task.fields.get(self._field, "")), style=self._style, no_wrap=True)
-
-
-class ProgressObserver(NullObserver):
-    """A progress bar on a terminal: round, ε spent of budget, cohort, loss, HR@10 and the ETA.
-
-    HR@10 stays on the line from the round in which it was last evaluated. The cohort is the
-    realised size, or the expected one in a run that hides its cohorts.
-
-    Args:
-        console: Where to draw; standard error when None.
-    """
-
-    def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True)
-        self._info: RunInfo | None = None
-        self._progress: Progress | None = None
-        self._task = TaskID(0)
-        self._metrics: Mapping[str, float] | None = None
-
-    def started(self, info: RunInfo) -> None:
-        """Write the opening words and draw the bar."""
-        self._info = info
-        self._metrics = None
-        self._console.print(opening_words(info), highlight=False, soft_wrap=True)
-        self._progress = self._bar()
-        self._task = self._progress.add_task("Round", total=info.rounds, completed=info.done)
-        self._progress.start()
-
-    def _bar(self) -> Progress:
-        narrow = self._console.width < 100
-        return Progress(
-            TextColumn("{task.description}"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=8 if narrow else 24),
-            _FigureColumn("spent", "bold"),
-            _FigureColumn("cohort"),
-            _FigureColumn("loss"),
-            _FigureColumn("metric"),
-            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-            console=self._console,
-            transient=False,
-        )
-
-    def round(self, record: Record) -> None:
-        """Move the bar and show the figures of the round."""
-        if self._progress is None or self._info is None:
-            return
-        self._metrics = record.metrics or self._metrics
-        self._progress.update(
-            self._task,
-            completed=record.round,
-            spent=spent_text(self._info, record),
-            cohort=_cohort_text(self._info, record),
-            loss=_loss_text(record),
-            metric=_metric_text(self._metrics),
-        )
-
     def finished(self, result: Finished) -> None:
         """Leave the finished bar on the terminal."""
         self.close()
 
     def close(self) -> None:
         """Stop drawing and leave the last state on the terminal."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
 
-def console_observer(stream: IO[str] | None = None) -> NullObserver:
-    """The observer that suits a stream: a bar on a terminal, else plain lines.
+def _bar(console: Console) -> Progress:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    What only passes for a terminal (``FORCE_COLOR``, a notebook) keeps what is drawn on it, so it
-    gets lines.
-
-    Args:
-        stream: Where it writes; standard error when None.
-    """
-    console = Console(file=stream, stderr=stream is None)
-    drawable = console.is_interactive and console.file.isatty()
-    return ProgressObserver(console) if drawable else PlainObserver(stream)
-
-
-def _cohort_text(info: RunInfo, record: Record) -> str:
-    if not info.hides_cohorts:
-        return "" if record.cohort is None else f"cohort {record.cohort:,}"
-    return "" if info.expected_cohort is None else f"cohort ≈{info.expected_cohort:,.0f}"
-
-
-def _loss_text(record: Record) -> str:
-    return "" if record.loss is None else f"loss {record.loss:.4f}"
-
-
-def _metric_text(metrics: Mapping[str, float] | None) -> str:
-    name = headline_metric(metrics or {})
-    return f"{metric_name(name)} {(metrics or {})[name]:.3f}" if name else ""
+    return Progress(
+        TextColumn("{task.description}"),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=8 if console.width < 100 else 24),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        console=console,
+        transient=False,
+    )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
-from privrec.cli.base import Commands, example
+from privrec.cli.console import PATH, Commands, example, json_option, print_json
 from privrec.errors import UsageError
 
 
@@ -20,18 +19,16 @@ def flower() -> None:
 
 
 @flower.command(epilog=example("privrec flower init my-app --scenario my.toml"))
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option(
-    "--scenario", type=click.Path(path_type=Path), help="What the app trains; a small one if unset."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.argument("folder", type=PATH)
+@click.option("--scenario", type=PATH, help="What the app trains; a small one if unset.")
+@json_option
 def init(folder: Path, scenario: Path | None, as_json: bool) -> None:
     """Write a complete Flower app to FOLDER, ready for `flwr run`."""
     from privrec.flower.app import init as write
 
     files = write(folder, scenario)
     if as_json:
-        click.echo(json.dumps({"files": [str(path) for path in files]}))
+        print_json({"files": [str(path) for path in files]})
         return
     for path in files:
         click.echo(f"wrote {path}")
@@ -39,19 +36,22 @@ def init(folder: Path, scenario: Path | None, as_json: bool) -> None:
 
 
 @flower.command(epilog=example("privrec flower enroll keys --roster roster.txt --number 7"))
-@click.argument("keys", type=click.Path(path_type=Path))
-@click.option("--roster", type=click.Path(path_type=Path), help="Add the devices to this file.")
-@click.option(
-    "--office", type=click.Path(path_type=Path), help="Certify them with this secret key."
-)
+@click.argument("keys", type=PATH)
+@click.option("--roster", type=PATH, help="Add the devices to this file.")
+@click.option("--office", type=PATH, help="Certify them with this secret key.")
 @click.option("--partition", nargs=2, type=int, metavar="ID COUNT", help="Users of a partition.")
 @click.option("--population", type=int, help="Users of the data set, with --partition.")
 @click.option("--number", type=int, default=0, show_default=True, help="Of a single device.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def enroll(
-    keys: Path, roster: Path | None, office: Path | None, partition: tuple[int, int] | None,
-    population: int | None, number: int, as_json: bool,
-) -> None:  # fmt: skip
+    keys: Path,
+    roster: Path | None,
+    office: Path | None,
+    partition: tuple[int, int] | None,
+    population: int | None,
+    number: int,
+    as_json: bool,
+) -> None:
     """Make the keys of a node in the new folder KEYS, and enrol its devices."""
     from privrec.flower.enrol import enroll as make
 
@@ -67,7 +67,7 @@ def enroll(
         users = range(part, population, parts)
     identities = make(keys, users, roster, office)
     if as_json:
-        click.echo(json.dumps({"keys": str(keys), "identities": identities}))
+        print_json({"keys": str(keys), "identities": identities})
         return
     click.echo(f"{len(identities)} devices; their secret root is in {keys}: keep it there")
     if roster is not None:

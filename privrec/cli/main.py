@@ -1,88 +1,71 @@
-"""The command line: commands that parse, call and print.
+"""The command line: train, go on, recommend; the groups of other commands are added here.
 
 Modules that load torch are imported inside the commands that train, so that help, ``plan`` and the
-checks of a scenario answer at once. Results go to standard output, progress and errors to standard
-error. Exit codes are those of :mod:`privrec.errors`.
+checks of a scenario answer at once. Exit codes are those of :mod:`privrec.errors`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from privrec import __version__
-from privrec.cli.audit import audit
-from privrec.cli.base import Commands, check_run, example, print_json, shown
-from privrec.cli.base import json_option as _json
-from privrec.cli.base import run_dir as _run_dir
+from privrec.cli.console import (
+    PATH,
+    Commands,
+    check_data,
+    check_run,
+    data_option,
+    example,
+    json_option,
+    number_text,
+    print_json,
+    print_lines,
+    print_table,
+    run_dir,
+    scenario_file,
+    settings_option,
+    shown,
+)
 from privrec.cli.flower import flower
-from privrec.cli.review import population, report, write_report
+from privrec.cli.machine import data, doctor
+from privrec.cli.plan import audit, plan, scenario
+from privrec.cli.report import compare, population, report, write_report
 from privrec.errors import PrivrecError, UsageError
+from privrec.run.record import OUTSIDE
+from privrec.run.wording import adversary_text, epsilon_text, metric_name
 
 if TYPE_CHECKING:
     from privrec.report.render import Written
     from privrec.run.loop import Result
-    from privrec.run.record import Observer, Observers
-    from privrec.scenario.load import Scenario
-    from privrec.search.select import Selector
-
-Command = TypeVar("Command", bound=Callable[..., Any])
+    from privrec.run.recommend import Recommendation
+    from privrec.run.record import Observers
 
 QUICKSTART = Path(__file__).with_name("quickstart.toml")
 DEMO_USER = "7"
+SELECTORS = ("scan", "hamming", "sketch", "simhash", "pghash", "block_sign", "auto")
 
-_PATH = click.Path(path_type=Path)
-
-
-def _options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    def decorate(command: Command) -> Command:
-        for decorator in reversed(decorators):
-            command = decorator(command)
-        return command
-
-    return decorate
-
-
-_scenario = click.argument("scenario_file", metavar="SCENARIO", type=_PATH)
-_set = click.option(
-    "-s",
-    "--set",
-    "settings",
-    multiple=True,
-    metavar="TABLE.KEY=VALUE",
-    help="Change a key of the scenario; an empty value removes it. May be repeated.",
-)
-_data = click.option(
-    "--data",
-    "data_dir",
-    type=_PATH,
-    envvar="PRIVREC_DATA",
-    metavar="PATH",
-    help="Where the data set lies: its folder, archive or file, or a folder above. "
-    "[default: $PRIVREC_DATA]",
-)
-_out = click.option(
+out_option = click.option(
     "--out",
-    type=_PATH,
+    type=PATH,
     metavar="DIR",
     help="Folder of the run; must be new or empty. [default: runs/NAME-1, runs/NAME-2, …]",
 )
-_population = click.option(
-    "--population",
-    metavar="NAME",
-    help="Tie the run to this population's lifetime budget: see `privrec population`.",
-)
-_track = _options(
-    click.option(
-        "--tensorboard", type=_PATH, metavar="DIR", help="Log to TensorBoard too (extra `track`)."
-    ),
-    click.option("--mlflow", metavar="EXPERIMENT", help="Log to MLflow too (extra `track`)."),
-)
+
+
+def track_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Where a run is logged besides its own folder."""
+    tensorboard = click.option(
+        "--tensorboard", type=PATH, metavar="DIR", help="Log to TensorBoard too (extra `track`)."
+    )
+    mlflow = click.option(
+        "--mlflow", metavar="EXPERIMENT", help="Log to MLflow too (extra `track`)."
+    )
+    return tensorboard(mlflow(command))
 
 
 @click.group(
@@ -103,16 +86,19 @@ def main() -> None:
     short_help="The whole path on embedded data, offline, in under a minute.",
     epilog=example("privrec demo", "privrec demo --out runs/first"),
 )
-@_out
-@_json
+@out_option
+@json_option
 def demo(out: Path | None, as_json: bool) -> None:
     """Train on embedded synthetic data, recommend and report: the whole path, offline."""
+    from privrec.run import lifecycle
+    from privrec.run.recommend import recommend as recommendations
     from privrec.scenario.load import load
 
-    result = _start(load(QUICKSTART), out, None, ())
+    quickstart = load(QUICKSTART)
+    path = _new_folder(quickstart.name, out)
+    with _watched(path) as observer:
+        result = lifecycle.start(quickstart, out=path, observer=observer)
     pages = _reported(result.path)
-    from privrec.run.recommend import recommend as recommendations
-
     found = recommendations(result.path, user=DEMO_USER, history=None, k=10, data_dir=None)
     with shown():
         if as_json:
@@ -120,10 +106,8 @@ def demo(out: Path | None, as_json: bool) -> None:
             page = None if pages is None else str(pages.html)
             print_json({**result.payload, "recommendations": rows, "report": page})
             return
-        from privrec.cli.tables import print_recommendations, print_result
-
         print_result(result.payload)
-        print_recommendations(found, f"Recommendations for user {DEMO_USER}")
+        _print_recommendations(found, f"Recommendations for user {DEMO_USER}")
         _say_where(result.path, pages)
 
 
@@ -134,13 +118,17 @@ def demo(out: Path | None, as_json: bool) -> None:
         "privrec run scenarios/ml-1m-dp.toml --data data/ml-1m --json",
     ),
 )
-@_scenario
-@_set
-@_data
-@_out
-@_population
-@_track
-@_json
+@scenario_file
+@settings_option
+@data_option
+@out_option
+@click.option(
+    "--population",
+    metavar="NAME",
+    help="Tie the run to this population's lifetime budget: see `privrec population`.",
+)
+@track_options
+@json_option
 def run(
     scenario_file: Path,
     settings: tuple[str, ...],
@@ -152,11 +140,20 @@ def run(
     as_json: bool,
 ) -> None:
     """Train what SCENARIO describes, on simulated devices, and write its report."""
-    _check_data(data_dir)
+    check_data(data_dir)
     from privrec.scenario.load import load
 
-    scenario = load(scenario_file, settings)
-    result = _start(scenario, out, data_dir, _sinks(tensorboard, mlflow), population)
+    described = load(scenario_file, settings)
+    path = _new_folder(described.name, out)
+    from privrec.run import lifecycle, rows
+
+    for _, variant in described.variants():
+        lifecycle.check(variant, data_dir)  # before the first run is paid for
+    with _watched(path, tensorboard, mlflow) as observer:
+        result = lifecycle.start(
+            described, out=path, data_dir=data_dir, observer=observer, population=population
+        )
+        result = rows.with_rows(result, described, data_dir=data_dir, observer=observer)
     _finish(result, as_json)
 
 
@@ -164,10 +161,10 @@ def run(
     short_help="Go on with an interrupted run.",
     epilog=example("privrec resume runs/quickstart-1"),
 )
-@_run_dir
-@_data
-@_track
-@_json
+@run_dir
+@data_option
+@track_options
+@json_option
 def resume(
     directory: Path,
     data_dir: Path | None,
@@ -177,70 +174,19 @@ def resume(
 ) -> None:
     """Go on with the interrupted run in DIR from its last checkpoint."""
     check_run(directory)
-    _check_data(data_dir)
-    from privrec.run.lifecycle import resume as go_on
-    from privrec.run.rows import with_rows
+    check_data(data_dir)
+    from privrec.run import lifecycle, rows
     from privrec.scenario.load import load
 
-    sinks = _sinks(tensorboard, mlflow)
-    with _reported_in_any_case(directory), _observed(sinks) as observer:
-        result = go_on(directory, data_dir=data_dir, observer=observer)
-        scenario = load(directory / "scenario.toml")
-        result = with_rows(result, scenario, data_dir=data_dir, observer=observer)
+    with _watched(directory, tensorboard, mlflow) as observer:
+        result = lifecycle.resume(directory, data_dir=data_dir, observer=observer)
+        described = load(directory / "scenario.toml")
+        result = rows.with_rows(result, described, data_dir=data_dir, observer=observer)
     _finish(result, as_json)
 
 
-@main.command(
-    short_help="Noise, ε by round and signal to noise, before any data.",
-    epilog=example("privrec plan scenarios/ml-1m-dp.toml -s privacy.epsilon=4"),
-)
-@_scenario
-@_set
-@_json
-def plan(scenario_file: Path, settings: tuple[str, ...], as_json: bool) -> None:
-    """Say what SCENARIO will cost, without touching data: noise, ε by round, signal to noise."""
-    from privrec.cli.plan import plan as planned
-    from privrec.scenario.load import load
-
-    payload = planned(load(scenario_file, settings))
-    if as_json:
-        print_json(payload)
-        return
-    from privrec.cli.tables import print_plan
-
-    print_plan(payload)
-
-
-main.add_command(report)
-main.add_command(audit)
-
-
-@main.command(
-    short_help="Put finished runs side by side.",
-    epilog=example(
-        "privrec compare runs/ml-1m-1 runs/ml-1m-dp-1",
-        "privrec compare runs/* --out comparison.html",
-    ),
-)
-@click.argument("directories", metavar="DIR...", type=_PATH, nargs=-1, required=True)
-@click.option("--out", type=_PATH, metavar="FILE", help="Write the table as an HTML page too.")
-@_json
-def compare(directories: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
-    """Put finished runs side by side."""
-    for directory in directories:
-        check_run(directory)
-    from privrec.report.compare import compare as side_by_side
-    from privrec.report.compare import write
-
-    comparison = side_by_side(directories)
-    if out is not None:
-        write(comparison, out)
-    if as_json:
-        print_json({"rows": comparison.rows(), "cautions": comparison.cautions})
-        return
-    from privrec.cli.tables import print_comparison
-
-    print_comparison(comparison)
+for _command in (plan, report, audit, compare):
+    main.add_command(_command)
 
 
 @main.command(
@@ -250,11 +196,11 @@ def compare(directories: tuple[Path, ...], out: Path | None, as_json: bool) -> N
         "privrec recommend runs/ml-1m-1 --history liked.txt -k 20",
     ),
 )
-@_run_dir
+@run_dir
 @click.option("--user", metavar="ID", help="A user of the data set.")
 @click.option(
     "--history",
-    type=_PATH,
+    type=PATH,
     metavar="FILE",
     help="Ids of liked items, one a line; a user vector is fitted to them.",
 )
@@ -263,19 +209,19 @@ def compare(directories: tuple[Path, ...], out: Path | None, as_json: bool) -> N
 )
 @click.option(
     "--selector",
-    type=click.Choice(("scan", "hamming", "sketch", "simhash", "pghash", "block_sign", "auto")),
+    type=click.Choice(SELECTORS),
     default="scan",
     show_default=True,
     help="How the best items are found; scan is exact.",
 )
-@_data
-@_json
+@data_option
+@json_option
 def recommend(
     directory: Path,
     user: str | None,
     history: Path | None,
     k: int,
-    selector: Selector,
+    selector: Any,
     data_dir: Path | None,
     as_json: bool,
 ) -> None:
@@ -284,7 +230,7 @@ def recommend(
         given = "neither was given" if user is None else "both were given"
         raise UsageError(f"--user or --history: exactly one is needed, and {given}; choose one")
     check_run(directory)
-    _check_data(data_dir)
+    check_data(data_dir)
     from privrec.run.recommend import recommend as recommendations
 
     found = recommendations(
@@ -293,217 +239,68 @@ def recommend(
     if as_json:
         print_json([entry.to_json() for entry in found])
         return
-    from privrec.cli.tables import print_recommendations
-
     whom = f"user {user}" if user is not None else f"the history in {history}"
-    print_recommendations(found, f"Recommendations for {whom}")
+    _print_recommendations(found, f"Recommendations for {whom}")
 
 
-main.add_command(population)
-main.add_command(flower)
-
-
-@main.group(cls=Commands, epilog=example("privrec data list", "privrec data fetch ml-1m"))
-def data() -> None:
-    """List, fetch and describe data sets."""
-
-
-@data.command("list", epilog=example("privrec data list --json"))
-@_data
-@_json
-def list_data(data_dir: Path | None, as_json: bool) -> None:
-    """List the data sets that can be fetched and say which are here."""
-    _check_data(data_dir)
-    from privrec.cli.doctor import found_data
-    from privrec.data.catalogue import ARCHIVES
-
-    here = found_data(data_dir)
-    rows = [
-        {"name": name, "holds": archive.holds, "url": archive.url, "found": here.get(name)}
-        for name, archive in ARCHIVES.items()
-    ]
-    if as_json:
-        print_json(rows)
-        return
-    from privrec.cli.tables import print_table
-
-    cells = [(row["name"], row["holds"], row["found"] or "not here") for row in rows]
-    print_table("Data sets", ("name", "holds", "found"), cells)
-
-
-@data.command(epilog=example("privrec data fetch ml-1m"))
-@click.argument("name", metavar="NAME")
-@click.option(
-    "--data",
-    "directory",
-    type=_PATH,
-    metavar="DIR",
-    envvar="PRIVREC_DATA",
-    help="Where to keep it. [default: $PRIVREC_DATA, else the user's cache]",
-)
-def fetch(name: str, directory: Path | None) -> None:
-    """Download a data set over https, check it, and show its terms of use once."""
-    from privrec.data.fetch import fetch as download
-
-    path = download(name, directory=directory, echo=lambda terms: click.echo(terms, err=True))
-    click.echo(path)
-
-
-@data.command(epilog=example("privrec data describe ml-1m --data data/ml-1m"))
-@click.argument("name", metavar="NAME|SCENARIO")
-@_set
-@_data
-@_json
-def describe(name: str, settings: tuple[str, ...], data_dir: Path | None, as_json: bool) -> None:
-    """Read a data set, by its name or as a scenario file has it, and count what is in it."""
-    _check_data(data_dir)
-    scenario = _scenario_for_data(name, settings)
-    from privrec import data as data_sets
-    from privrec.scenario.rules import WIDE
-
-    load = data_sets.load_texts if scenario.model.kind in WIDE else data_sets.load
-    facts = load(scenario.data, data_dir=data_dir).describe()
-    if as_json:
-        print_json(facts)
-        return
-    from privrec.cli.tables import print_table
-
-    rows = [(fact.replace("_", " "), value) for fact, value in facts.items()]
-    print_table(f"Data of {name}", ("fact", "value"), rows)
-
-
-@main.command(
-    short_help="Check what this machine offers to a run.",
-    epilog=example("privrec doctor"),
-)
-@_data
-@_json
-def doctor(data_dir: Path | None, as_json: bool) -> None:
-    """Check Python, packages, threads, the secure generator, AES speed, state folder and data."""
-    _check_data(data_dir)
-    from privrec.cli.doctor import examine
-
-    findings = examine(data_dir)
-    if as_json:
-        print_json([finding.to_json() for finding in findings])
-    else:
-        from privrec.cli.tables import print_findings
-
-        print_findings(findings)
-    failed = [finding.name for finding in findings if finding.level == "fail"]
-    if failed:
-        raise PrivrecError(f"{', '.join(failed)}: a run needs this; see the remedy above")
+for _command in (population, flower, data, scenario, doctor):
+    main.add_command(_command)
 
 
 # --------------------------------------------------------------------------- what commands share
 
 
-def _start(
-    scenario: Scenario,
-    out: Path | None,
-    data_dir: Path | None,
-    sinks: Iterable[Observer],
-    population: str | None = None,
-) -> Result:
-    path = _new_directory(scenario.name) if out is None else _checked_out(out)
-    from privrec.run.lifecycle import check, start
-    from privrec.run.rows import with_rows
+def _new_folder(name: str, out: Path | None) -> Path:
+    """``--out``, or the first of ``runs/NAME-1``, ``runs/NAME-2``, … that does not exist.
 
-    for _, variant in scenario.variants():
-        check(variant, data_dir)  # before the first run is paid for
-    with _reported_in_any_case(path), _observed(sinks) as observer:
-        result = start(
-            scenario, out=path, data_dir=data_dir, observer=observer, population=population
+    Raises:
+        UsageError: If no run can be written to ``--out``; before any work is done.
+    """
+    if out is None:
+        number = 1
+        while (path := Path("runs") / f"{name}-{number}").exists():
+            number += 1
+        return path
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        kind = "this folder is not empty" if out.is_dir() else "this is a file"
+        raise UsageError(
+            f"--out {out}: {kind}; a run needs a new or empty folder; name another, or go on "
+            f"with a run that is there by: privrec resume {out}"
         )
-        return with_rows(result, scenario, data_dir=data_dir, observer=observer)
+    above = next(parent for parent in out.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise UsageError(
+            f"--out {out}: {above.name} is a file; a run folder lies in a folder; name another"
+        )
+    return out
 
 
 @contextmanager
-def _reported_in_any_case(directory: Path) -> Iterator[None]:
-    """Write the report of a run that is finished although an error came of it, such as its budget.
+def _watched(
+    directory: Path, tensorboard: Path | None = None, mlflow: str | None = None
+) -> Iterator[Observers]:
+    """The console and the services that a run is shown on.
 
-    A row may have failed, or the settlement with the population; that error is the one to show.
+    A run that is finished is reported although an error came of it, such as its budget: a row may
+    have failed, or the settlement with the population. That error is the one to show.
     """
+    from privrec.cli.console import ConsoleObserver
+    from privrec.run import tracking
+    from privrec.run.record import Observer, Observers
+
+    sinks: list[Observer] = []
+    if tensorboard is not None:
+        sinks.append(tracking.TensorBoardSink(tensorboard))
+    if mlflow is not None:
+        sinks.append(tracking.MLflowSink(mlflow))
     try:
-        yield
+        with Observers(ConsoleObserver(), *sinks) as observer:
+            yield observer
     except Exception:
         if (directory / "result.json").is_file():
             with suppress(PrivrecError):
                 _reported(directory)
         raise
-
-
-def _check_data(data_dir: Path | None) -> None:
-    """Refuse a ``--data`` that does not exist; ``PRIVREC_DATA`` may name a folder yet to be made.
-
-    Raises:
-        UsageError: If it was given on the command line and is not there.
-    """
-    source = click.get_current_context().get_parameter_source("data_dir")
-    if source is ParameterSource.COMMANDLINE and data_dir is not None and not data_dir.exists():
-        raise UsageError(
-            f"--data {data_dir}: there is no such file or folder; it must hold the data set; "
-            "correct the path, or see: privrec data list"
-        )
-
-
-def _new_directory(name: str) -> Path:
-    """The first of ``runs/NAME-1``, ``runs/NAME-2``, … that does not exist."""
-    number = 1
-    while (path := Path("runs") / f"{name}-{number}").exists():
-        number += 1
-    return path
-
-
-def _checked_out(path: Path) -> Path:
-    """``--out``, refused before any work is done if a run cannot be written there.
-
-    Raises:
-        UsageError: If it is a file or a folder with something in it.
-    """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        kind = "this folder is not empty" if path.is_dir() else "this is a file"
-        raise UsageError(
-            f"--out {path}: {kind}; a run needs a new or empty folder; name another, or go on "
-            f"with a run that is there by: privrec resume {path}"
-        )
-    above = next(parent for parent in path.absolute().parents if parent.exists())
-    if not above.is_dir():
-        raise UsageError(
-            f"--out {path}: {above.name} is a file; a run folder lies in a folder; name another"
-        )
-    return path
-
-
-def _sinks(tensorboard: Path | None, mlflow: str | None) -> list[Observer]:
-    from privrec.run.tracking import MLflowSink, TensorBoardSink
-
-    sinks: list[Observer] = []
-    if tensorboard is not None:
-        sinks.append(TensorBoardSink(tensorboard))
-    if mlflow is not None:
-        sinks.append(MLflowSink(mlflow))
-    return sinks
-
-
-def _observed(sinks: Iterable[Observer]) -> Observers:
-    """The console and ``sinks`` as one observer, which is closed on leaving its ``with``."""
-    from privrec.cli import console
-    from privrec.run import record
-
-    return record.Observers(console.console_observer(), *sinks)
-
-
-def _finish(result: Result, as_json: bool) -> None:
-    pages = _reported(result.path)
-    with shown():
-        if as_json:
-            print_json(result.payload)
-            return
-        from privrec.cli.tables import print_result
-
-        print_result(result.payload)
-        _say_where(result.path, pages)
 
 
 def _reported(directory: Path) -> Written | None:
@@ -527,20 +324,127 @@ def _reported(directory: Path) -> Written | None:
         return None
 
 
+def _finish(result: Result, as_json: bool) -> None:
+    pages = _reported(result.path)
+    with shown():
+        if as_json:
+            print_json(result.payload)
+            return
+        print_result(result.payload)
+        _say_where(result.path, pages)
+
+
 def _say_where(directory: Path, pages: Written | None) -> None:
     click.echo(f"Run:    {directory}")
     if pages is not None:
         click.echo(f"Report: {pages.html}")
 
 
-def _scenario_for_data(name: str, settings: Sequence[str]) -> Scenario:
-    from privrec.scenario.load import Scenario, load
-    from privrec.scenario.rules import WIDE
+# --------------------------------------------------------------------------- results
 
-    if name.endswith(".toml"):
-        return load(name, settings)
-    text = 'name = "data"\n[privacy]\nnoise = "none"\n'
-    kinds = [f"model.kind={kind}" for kind, sources in WIDE.items() if name in sources]
-    wide = [*kinds, "train.loss=full_softmax", "devices.popularity=public"] if kinds else []
-    given = [f"data.source={name}", *wide, *settings]
-    return Scenario.from_toml(text, given, source=f"data {name}")
+
+def print_result(payload: Mapping[str, Any]) -> None:
+    """Print the metrics, the privacy and the costs of a finished run, from its ``result.json``."""
+    kind = "Simulated run" if payload["simulated"] else "Run"
+    title = f"{kind}: {payload['scenario']}, {payload['rounds']} rounds"
+    intervals, baselines = payload.get("intervals") or {}, payload.get("baselines") or {}
+    rows = []
+    for key, value in payload["metrics"].items():
+        low, high = intervals.get(key) or (None, None)
+        within = "" if low is None else f"{low:.4f} to {high:.4f}"
+        others = (_digits(baseline.get(key)) for baseline in baselines.values())
+        rows.append((metric_name(key), f"{value:.4f}", within, *others))
+    title = f"{title} (accuracy on {payload.get('holdout', 'test')}, {OUTSIDE})"
+    print_table(title, ("metric", "value", "95 %", *baselines), rows)
+    print_lines(_privacy_lines(payload["privacy"]))
+    costs = [
+        (words, number_text(payload["cost"][name]), unit)
+        for name, (words, unit) in _COSTS.items()
+        if payload["cost"].get(name) is not None
+    ]
+    print_table(f"Cost ({OUTSIDE})", ("what", "value", "unit"), costs)
+    if payload.get("rows"):
+        _print_rows(payload["rows"], baselines)
+    print_lines(f"Not measured: {what}: {why}" for what, why in (payload.get("gaps") or {}).items())
+
+
+_COSTS = {
+    "upload_bytes": ("upload of a device in a round", "bytes"),
+    "download_bytes": ("download of a device in a round", "bytes"),
+    "device_peak_bytes": ("memory of a device, at most", "bytes"),
+    "cpu_s_per_device_round": ("CPU of a device in a round", "s"),
+    "noise_deferred": ("devices' own noise that was not drawn", "share"),
+    "wall_s": ("the whole run", "s"),
+}
+
+
+def _digits(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _privacy_lines(privacy: Mapping[str, Any]) -> Iterator[str]:
+    single = privacy.get("examples")
+    if privacy.get("noise") == "none":
+        no = ", so users have no guarantee" if single else ", so there is no privacy guarantee"
+        yield f"Privacy: no noise was added{' to the sums' if single else ''}{no}."
+    elif privacy.get("noise_known"):
+        yield "Privacy: the noise is known, so there is no privacy guarantee (ε = ∞)."
+    else:
+        yield (
+            f"Privacy: ε = {epsilon_text(privacy['epsilon'], 3)} against "
+            f"{adversary_text('recipients')}, ε = {epsilon_text(privacy['epsilon_server'], 3)} "
+            f"against {adversary_text('server')}, at δ = {privacy['delta']:g}; unit "
+            f"{privacy['unit']}, adjacency {privacy['adjacency']}."
+        )
+    if single is not None:
+        yield (
+            f"Single interactions, a unit of its own: ε = {epsilon_text(single['epsilon'], 3)} "
+            f"against whoever sees a device's upload, at δ = {single['delta']:g}."
+        )
+
+
+def _print_rows(rows: Sequence[Mapping[str, Any]], baselines: Mapping[str, Any]) -> None:
+    """A line for each row and baseline, with the metrics of the longest list."""
+    wanted = _headlines(rows[0])
+    lines = [[row["name"], *(_headline(row, key) for key in wanted), _by_tier(row)] for row in rows]
+    for name, found in baselines.items():
+        values = {key.removeprefix("full_"): value for key, value in found.items()} | found
+        lines.append([f"{name} (centralised)", *(_headline(values, key) for key in wanted), ""])
+    heads = ["", *(metric_name(key) for key in wanted), "NDCG by tier (own)"]
+    print_table(f"Rows (metrics are {OUTSIDE})", heads, lines)
+
+
+def _headlines(row: Mapping[str, Any]) -> list[str]:
+    """Keys of the metrics at the longest cut-off, each under one name only."""
+    shares = [key for key in row if key.startswith(("accuracy@", "precision@"))]
+    if shares:
+        return shares
+    most = max((int(key.partition("@")[2]) for key in row if "@" in key), default=0)
+    stems = ("hr", "ndcg", "recall", "full_ndcg", "own_ndcg", "own_full_ndcg")
+    found = [f"{stem}@{most}" for stem in stems if f"{stem}@{most}" in row]
+    return [
+        key for key in found if "full_" not in key or row[key] != row.get(key.replace("full_", ""))
+    ]
+
+
+def _headline(row: Mapping[str, Any], key: str) -> str:
+    bounds = (row.get("intervals") or {}).get(key)
+    reach = f" ± {(bounds[1] - bounds[0]) / 2:.4f}" if bounds else ""
+    return f"{row[key]:.4f}{reach}" if row.get(key) is not None else ""
+
+
+def _by_tier(row: Mapping[str, Any]) -> str:
+    tiers = row.get("tiers") or []
+    keys = [key for key in tiers[0] if key.startswith("ndcg@")] if len(tiers) > 1 else []
+    return " · ".join(f"{tier[keys[-1]]:.3f}" for tier in tiers) if keys else ""
+
+
+def _print_recommendations(entries: Sequence[Recommendation], title: str) -> None:
+    """Print ranked items, with titles where the data set has them."""
+    titled = any(entry.title for entry in entries)
+    columns = ("rank", "item", *(["title"] if titled else []), "score")
+    rows = [
+        (entry.rank, entry.item_id, *([entry.title or ""] if titled else []), f"{entry.score:.3f}")
+        for entry in entries
+    ]
+    print_table(title, columns, rows)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 
 from privrec.data.corpus import TextSplit
 from privrec.data.interactions import Interactions, ItemLists, Split, leave_last_out
 from privrec.data.synthetic import Planted, generate
 from privrec.errors import UsageError
+from privrec.scenario.kinds import READERS
 from privrec.scenario.schema import Data
 
 __all__ = [
@@ -25,27 +24,13 @@ __all__ = [
     "load_texts",
 ]
 
-# Modules are imported when a source is read: Arrow takes a tenth of a second and tens of megabytes,
-# which a device that holds one history can spare.
-_PUBLISHED = "privrec.data.published"
-SOURCES: Mapping[str, tuple[str, str]] = {
-    "synthetic": ("privrec.data.synthetic", "load_interactions"),
-    **dict.fromkeys(
-        ("ml-100k", "ml-1m", "ml-10m", "ml-20m", "ml-25m"), (_PUBLISHED, "load_movielens")
-    ),
-    "ncf": (_PUBLISHED, "load_ncf"),
-    "lightgcn": (_PUBLISHED, "load_lightgcn"),
-    "table": (_PUBLISHED, "load_table"),
-    "text": ("privrec.data.texts", "load_articles"),
-    "synthetic_text": ("privrec.data.synthetic", "load_articles"),
-    "labels": ("privrec.data.texts", "load_examples"),
-    "synthetic_labels": ("privrec.data.synthetic", "load_examples"),
-}
-"""Module and function that loads each source: from ``[data]`` and the folder of ``--data``."""
-
 
 def load(config: Data, *, data_dir: Path | None = None) -> Split:
     """Load the interactions that a scenario asks for.
+
+    What reads a source is found in :data:`~privrec.scenario.kinds.READERS`: a function of the table
+    and the folder that returns a :class:`Split`, or a :class:`TextSplit`; it is imported only now,
+    since Arrow takes a tenth of a second and tens of megabytes.
 
     Files are looked for in ``data_dir`` if given, else at ``config.path``, else where downloads
     go. A folder may be the data set's own or its parent, or a zip archive as published. Where a
@@ -62,12 +47,13 @@ def load(config: Data, *, data_dir: Path | None = None) -> Split:
         DataError: when files are missing or malformed.
         UsageError: when the source has texts or labels.
     """
-    split = _loaded(config, data_dir)
-    if isinstance(split, TextSplit):
+    kind = READERS[config.source]
+    if kind.config.gives != "interactions":
         raise UsageError(
             f"data.source = {config.source!r}: texts and labels have no items to recommend; "
             'privrec run trains on them, with model.kind = "next_word" or "extreme"'
         )
+    split: Split = kind.load()(config, data_dir)
     if config.max_history is None:
         return split
     return replace(split, train=split.train.most_recent(config.max_history))
@@ -82,13 +68,8 @@ def load_texts(config: Data, *, data_dir: Path | None = None) -> TextSplit:
         DataError: when there is no text, it is malformed, or too short to be split.
         UsageError: when the source has interactions.
     """
-    split = _loaded(config, data_dir)
-    if isinstance(split, Split):
+    kind = READERS[config.source]
+    if kind.config.gives == "interactions":
         raise UsageError(f"data.source = {config.source!r}: it has no texts; use data.load")
+    split: TextSplit = kind.load()(config, data_dir)
     return replace(split, vocabulary=config.vocabulary)
-
-
-def _loaded(config: Data, data_dir: Path | None) -> Split | TextSplit:
-    module, function = SOURCES[config.source]
-    split: Split | TextSplit = getattr(import_module(module), function)(config, data_dir)
-    return split

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from privrec.scenario.schema import PUBLISHED
+from privrec.scenario.kinds import PUBLISHED
 
 _TERMS = (
     "MovieLens data sets are published by GroupLens Research, University of Minnesota, for "

@@ -158,14 +158,8 @@ class File:
 
     def _decoded(self, stream: IO[bytes], encoding: str) -> Iterator[str]:
         """The text of a stream, piece by piece, without its byte-order mark."""
-        try:
-            b"".decode(encoding)  # refuses what is no encoding of text
-            decoder = getincrementaldecoder(encoding)()
-            wide = lookup(encoding).name.startswith(("utf-16", "utf-32"))
-        except LookupError as error:
-            found, rule = f"unknown encoding {encoding!r}", "it must be one that Python knows"
-            remedy = "set data.encoding to utf-8 or latin-1"
-            raise bad_file(self.label, found, rule, remedy) from error
+        decoder = getincrementaldecoder(encoding)()
+        wide = lookup(encoding).name.startswith(("utf-16", "utf-32"))
         size, line, start, block = 0, 1, True, b" "
         while block:
             block = stream.read(_CHUNK)

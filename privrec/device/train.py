@@ -92,18 +92,18 @@ class Settings:
     """Hyper-parameters of local training, those of the scenario's ``[train]`` table."""
 
     loss: str
-    negatives: int
-    unobserved_weight: float
-    item_l2: float
     newton: bool
     max_samples: int | None
     user_steps: int
     user_lr: float
     user_l2: float
     serve_steps: int
-    serve_negatives: int
     local_steps: int
     local_lr: float
+    negatives: int = 0
+    serve_negatives: int = 0
+    unobserved_weight: float = 0.0
+    item_l2: float = 0.0
     selector: str = EACH
     budget: float = 0.01
     selected: float = 0.5

@@ -11,7 +11,6 @@ from typing import Any
 
 from privrec.errors import UsageError
 from privrec.scenario.load import Scenario, load
-from privrec.scenario.rules import WIDE
 
 
 def scenario_of(folder: Path, run_config: Mapping[str, Any]) -> Scenario:
@@ -36,7 +35,7 @@ def checked(scenario: Scenario) -> Scenario:
     Raises:
         UsageError: when it does.
     """
-    if scenario.model.kind in WIDE:
+    if scenario.model.learns != "interactions":
         raise UsageError(
             f'model.kind = "{scenario.model.kind}": deployments train recommenders; use "gmf", '
             '"mlp" or "neumf", or simulate it with privrec run'

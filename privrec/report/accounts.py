@@ -25,7 +25,6 @@ from privrec.report.model import (
 )
 from privrec.run.header import LedgerHeader
 from privrec.run.privacy_plan import encoding_of
-from privrec.scenario.rules import WIDE
 
 Counts = Mapping[RoundEvent, int]
 
@@ -354,8 +353,8 @@ def facts_of(
         # Runs of one population are charged to it, and need no warning.
         runs_before=0 if declaration.standing.population else declaration.standing.runs,
         public_popularity=devices.popularity == "public",
-        requested=scenario.train.scheme == "requested",
-        texts=scenario.model.kind in WIDE,
+        requested=scenario.train.requested,
+        texts=scenario.model.learns != "interactions",
         popularity_released=before is not None,
         excess_removed=privacy.remove_excess,
         least_survivors=privacy.least_survivors,

@@ -195,7 +195,7 @@ def _fallbacks(facts: Facts) -> Iterator[Fallback]:
 def definition(facts: Facts, declaration: LedgerHeader) -> Definition:
     """The statement that ε and δ are about."""
     scenario = declaration.scenario
-    cap = scenario.data.max_history
+    cap = getattr(scenario.data, "max_history", None)
     bounds = [
         f"One user’s update has an L2 norm of at most {scenario.privacy.clip_norm:g} in a round, "
         "over all coefficients together."

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +38,7 @@ from privrec.randomness import SecretRoot, rng_for
 from privrec.run.privacy_plan import example_event, plan_privacy
 from privrec.run.simulation import Simulation
 from privrec.run.summing import Enrolled
+from privrec.scenario.kinds import SGD, FedAdam
 from privrec.scenario.load import DeviceTier, Model, Scenario, Train
 from privrec.secagg.client import Policy
 from privrec.server.columns import ColumnServer
@@ -291,7 +293,8 @@ def _recommender(
         return _wide(network, table, small)
     if model.kind == "extreme":
         return _wide(WordBag(model.features, table.dim), table, small)
-    ncf = NCF.of(model.kind, table.dim, tuple(model.hidden))
+    kind: Any = model.kind
+    ncf = NCF.of(kind, table.dim, tuple(getattr(model, "hidden", ())))
     gram = packed_size(table.dim) if scenario.train.loss in IMPLICIT else 0
     layout = Layout(ncf.dense, table.slots, table.block, 0 if small is None else small.slots, gram)
     return Recommender(ncf, table, small, layout)
@@ -307,7 +310,7 @@ def _wide(network: Network, table: Table, biases: Table | None) -> WideModel:
 def trainer_of(scenario: Scenario, federation: Federation, tier: Tier) -> Trainer:
     """Local training as ``[train]`` describes it, in a tier's memory."""
     train, newton = scenario.train, scenario.train.server_optimizer == "newton"
-    names = Settings.__dataclass_fields__.keys() - {"newton"}
+    names = Settings.__dataclass_fields__.keys() & type(train).model_fields.keys()
     settings = Settings(**{name: getattr(train, name) for name in names}, newton=newton)
     if scenario.devices.aggregation == "fair_averaging" and not newton:
         # FAIR's devices step on a folded memory as it is, where a gradient step in isometric
@@ -353,9 +356,9 @@ def optimizer_of(train: Train) -> Optimizer:
         train.server_optimizer,
         train.server_lr,
         Schedule(train.schedule, train.rounds, train.warmup_rounds),
-        momentum=train.momentum,
-        betas=(train.beta1, train.beta2),
-        eps=train.adam_eps,
+        momentum=train.momentum if isinstance(train, SGD) else 0.0,
+        betas=(train.beta1, train.beta2) if isinstance(train, FedAdam) else (0.0, 0.0),
+        eps=train.adam_eps if isinstance(train, FedAdam) else 0.0,
         weight_decay=train.weight_decay,
     )
 
@@ -421,7 +424,7 @@ def assemble_texts(
     """
     federation = federation_of(scenario, train.n_items)
     server = server_of(scenario, federation, train.n_users, run_id)
-    columns = ColumnServer() if scenario.train.scheme == "requested" else None
+    columns = ColumnServer() if scenario.train.requested else None
     histories = Histories(np.arange(train.n_users), train.indptr, train.tokens)
     assigned = assign(train.n_users, federation, scenario.run.seed)
     cohorts = tuple(

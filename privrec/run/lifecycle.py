@@ -24,7 +24,6 @@ from privrec.run.record import EventLog, Observer
 from privrec.run.summary import result_of
 from privrec.run.texts import Texts
 from privrec.scenario.load import Scenario, load
-from privrec.scenario.rules import WIDE
 
 
 def start(
@@ -219,7 +218,7 @@ class _Histories:
 
 
 def _kind_of(scenario: Scenario) -> Kind:
-    return Texts() if scenario.model.kind in WIDE else _Histories()
+    return Texts() if scenario.model.learns != "interactions" else _Histories()
 
 
 @dataclass(kw_only=True)

@@ -27,7 +27,6 @@ from privrec.randomness import SecretRoot
 from privrec.run.assembly import federation_of, trainer_of, writers_of
 from privrec.run.privacy_plan import encoding_of
 from privrec.scenario.load import Scenario
-from privrec.scenario.rules import WIDE
 from privrec.secagg.ring import Ring
 
 TIMEOUT_S = 120
@@ -107,7 +106,7 @@ class _Task:
         root = SecretRoot.known(b"measures itself")
         digests = model_digests(model, (self._tier.layout, *self._weaker))
         round = Round("footprint", 0, 0, RoundEvent("none", 0.0, 1.0), "", digests)
-        if self._scenario.model.kind in WIDE:
+        if self._scenario.model.learns != "interactions":
             self._write(round, model, items, root)
             return
         trainer = trainer_of(self._scenario, self._federation, self._tier)

@@ -26,8 +26,8 @@ from privrec.privacy.ledger_index import PREPARATION, parsed
 from privrec.privacy.mechanism import rounded_gaussian
 from privrec.privacy.signed import verified
 from privrec.randomness import SecretRoot, SecureStream
+from privrec.scenario.kinds import PUBLISHED
 from privrec.scenario.load import Scenario, load
-from privrec.scenario.schema import PUBLISHED
 from privrec.storage import replace
 
 FILE = "catalogue.safetensors"
@@ -37,11 +37,9 @@ Order = NDArray[np.int64]
 def known_items(scenario: Scenario) -> int | None:
     """Size of the catalogue, where it is public without looking at the data."""
     data = scenario.data
-    if data.source in ("synthetic_text", "synthetic_labels"):
-        return min(data.items, data.vocabulary or data.items)
-    if data.source == "synthetic":
-        return data.items
-    _, items, _ = PUBLISHED.get(data.source, (None, None, None))
+    items: int | None = getattr(data, "items", None) or PUBLISHED.get(data.source, (None, None))[1]
+    if items is not None and data.gives != "interactions":
+        return min(items, data.vocabulary or items)
     return items
 
 

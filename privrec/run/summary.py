@@ -108,7 +108,7 @@ def selection_multiply_adds(writers: TextCohort, scenario: Scenario) -> int:
     width = trainer.language.vectors.dim + 1
     if selector is None or not trainer.output.selected:
         return 0
-    if scenario.train.scheme == "requested":
+    if scenario.train.requested:
         shape = ColumnServer().shape(items)
         return QUERIES * width * shape.bits * ColumnServer().tables
     if selector == "scan":
@@ -129,7 +129,7 @@ def moved(parts: TextParts, scenario: Scenario, tier: Tier) -> tuple[int, int]:
     """
     ring_bits = parts.server.plan.protection.ring.bits
     size = tier.layout.size
-    if scenario.train.scheme != "requested" or parts.columns is None:
+    if not scenario.train.requested or parts.columns is None:
         return size * ring_bits // 8, size * BYTES_A_COEFFICIENT
     sight, language = parts.columns.sight, parts.language
     neurons = round(scenario.train.budget * language.vectors.items)
@@ -150,7 +150,7 @@ def device_peak(
     """
     words = parts.language.vectors.items
     shares = parts.server.plan.protection.shares
-    if scenario.train.scheme != "requested":
+    if not scenario.train.requested:
         return peak_bytes(scenario, tier.index, words, prefix, text, shares)
     neurons = round(scenario.train.budget * words)
     small = scenario.with_settings(

@@ -11,37 +11,29 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
-from functools import cache
+from collections.abc import Set as AbstractSet
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+import tomli_w
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from privrec.errors import ScenarioError
-from privrec.scenario.problems import (
-    Key,
-    as_toml,
-    describe,
-    from_pydantic,
-    keys_of,
-    shown,
-    unknown_key,
-)
-from privrec.scenario.rules import conflicts, foreign_keys, values_of
+from privrec.scenario.keys import conflicts, describe, is_key, problems_of, shown, unknown_key
+from privrec.scenario.kinds import PUBLISHED, Table, Values, as_tuple
 from privrec.scenario.schema import (
-    PUBLISHED,
+    TABLES,
     Data,
     Devices,
     DeviceTier,
+    Heading,
     Model,
     Privacy,
     Row,
     Run,
-    Section,
     Train,
-    as_tuple,
-    setting,
 )
 
 __all__ = [
@@ -54,31 +46,21 @@ __all__ = [
     "Run",
     "Scenario",
     "Train",
-    "keys",
     "load",
 ]
 
-_LOCAL_KEYS = {name for name in Privacy.model_fields if name.split("_")[0] == "local"}
 
-
-class Scenario(Section):
+class Scenario(Heading):
     """One complete, consistent scenario.
 
     Made by :func:`load` or :meth:`from_toml`, whose errors are in plain words; the constructor
     checks the same and raises pydantic's ``ValidationError``.
     """
 
-    name: str = setting(
-        ...,
-        "Short name; run folders are named after it.",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
-    )
-    title: str = setting("", "Heading of the report.", max_length=200)
-    description: str = setting("", "What the scenario shows.", max_length=10**4)
-    data: Data = Data()
-    model: Model = Model()
+    data: SerializeAsAny[Data] = Data()
+    model: SerializeAsAny[Model] = Model()
     devices: Devices = Devices()
-    train: Train = Train()
+    train: SerializeAsAny[Train] = Train()
     privacy: Privacy
     run: Run = Run()
     rows: Annotated[tuple[Row, ...], BeforeValidator(as_tuple)] = Field(
@@ -87,10 +69,9 @@ class Scenario(Section):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
-        written = _paths(self.model_dump(exclude_unset=True))
-        problems = conflicts(values_of(self.model_dump(), _defaults(), set()), written)
-        if problems:
-            raise ValueError("; ".join(problems.values()))
+        if found := conflicts(_values(self.model_dump())):
+            text = "; ".join(found.values())
+            raise PydanticCustomError("conflicts", "{text}", {"text": text, "found": found})
         return self
 
     @classmethod
@@ -101,22 +82,27 @@ class Scenario(Section):
 
         Args:
             text: The TOML document.
-            overrides: ``table.key=value`` each, applied in order. The value is read as TOML and,
-                where that fails, as a bare text; an empty value removes the key.
+            overrides: ``table.key=value`` each, the last of a key counts. The value is read as TOML
+                and, where that fails, as a bare text; an empty value removes the key.
             source: What to call the text in errors.
-
-        Returns:
-            The validated scenario.
 
         Raises:
             ScenarioError: If anything is wrong, listing everything that is.
         """
-        document = _document(text, source)
-        problems = _apply(document, overrides)
-        return _validated(document, problems, source)
+        try:
+            document = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            problem = f"not TOML: {error}{_line_of(text, error)}; correct that line"
+            raise ScenarioError([problem], source=source) from None
+        problems: dict[str, str] = {}
+        settings = dict(_parsed(override, problems) for override in overrides)
+        settings.pop("", None)
+        return _changed(document, settings, problems, source)
 
     def with_settings(self, settings: Mapping[str, Any], *, source: str = "settings") -> Scenario:
         """This scenario with some keys changed, without its rows.
+
+        A change of kind takes the keys of the former kind away, but for those that both have.
 
         Args:
             settings: Value by dotted key; None or an empty text removes the key.
@@ -127,27 +113,30 @@ class Scenario(Section):
         """
         document = self._document()
         document.pop("rows", None)
-        problems = {}
-        for path, value in settings.items():
-            problems.update(_set(document, path, value))
-        data = document["data"]
-        for key in foreign_keys(str(data.get("source", "synthetic"))):
-            if f"data.{key}" not in settings:
-                data.pop(key, None)
-        return _validated(document, problems, source)
+        return _changed(document, settings, {}, source)
 
     def variants(self) -> list[tuple[str, Scenario]]:
         """Name and scenario of each row, in order; empty without rows."""
-        return [(row.name, self.with_settings(row.set)) for row in self.rows]
+        return list(self._variants)
+
+    @cached_property
+    def _variants(self) -> tuple[tuple[str, Scenario], ...]:
+        found, problems = [], []
+        for index, row in enumerate(self.rows):
+            try:
+                found.append((row.name, self.with_settings(row.set)))
+            except ScenarioError as error:
+                problems += [f"rows[{index}] ({row.name}): {each}" for each in error.problems]
+        if problems:
+            raise ScenarioError(problems)
+        return tuple(found)
 
     def population(self) -> int | None:
         """Number of users, if it is public: declared, synthetic, or known for the data set."""
         if self.devices.population is not None:
             return self.devices.population
-        if self.data.source.startswith("synthetic"):
-            return self.data.users
-        users, _, _ = PUBLISHED.get(self.data.source, (None, None, None))
-        return users
+        known: int | None = getattr(self.data, "users", None)
+        return known or PUBLISHED.get(self.data.source, (None,))[0]
 
     def expected_cohort(self) -> float | None:
         """Mean number of devices in a round, ``sampling_rate`` times the public population."""
@@ -160,10 +149,11 @@ class Scenario(Section):
         Two scenarios of the same hash plan the same events against the same budget. Titles,
         models and step sizes do not enter.
         """
-        # Without local noise its keys mean nothing, and older hashes lack them.
-        unused = _LOCAL_KEYS if self.privacy.local == "none" else set()
+        unused = {key for key in Privacy.model_fields if key.split("_")[0] == "local"}
         planned: dict[str, Any] = {
-            "privacy": self.privacy.model_dump(exclude=unused),
+            "privacy": self.privacy.model_dump(
+                exclude=unused if self.privacy.local == "none" else set()
+            ),
             "sampling": self.devices.sampling,
             "sampling_rate": self.devices.sampling_rate,
             "rounds": self.train.rounds,
@@ -188,25 +178,15 @@ class Scenario(Section):
         return _digest(own | {"seed": self.run.seed})
 
     def to_json(self) -> str:
-        """The scenario as JSON with every key, defaults included."""
+        """The scenario as JSON with every key that applies, defaults included."""
         return json.dumps(self._document(), indent=2, ensure_ascii=False) + "\n"
 
     def to_toml(self) -> str:
         """The scenario as TOML with defaults written out; :meth:`from_toml` gives it back."""
-        document = self._document()
-        rows = document.pop("rows", [])
-        tables = {
-            key: document.pop(key) for key in list(document) if isinstance(document[key], dict)
-        }
-        parts = [_lines(document)]
-        parts += [f"[{name}]\n{_lines(table)}" for name, table in tables.items()]
-        parts += [f"[[rows]]\n{_lines(row)}" for row in rows]
-        return "\n".join(parts)
+        return tomli_w.dumps(self._document())
 
     def _document(self) -> dict[str, Any]:
         document = self.model_dump(mode="json", exclude_none=True)
-        for key in foreign_keys(self.data.source):
-            document["data"].pop(key, None)
         if not self.rows:
             del document["rows"]
         return document
@@ -222,19 +202,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Scenario:
     Raises:
         ScenarioError: If the file cannot be read or is not a scenario.
     """
-    return Scenario.from_toml(_read(Path(path)), overrides, source=str(path))
-
-
-@cache
-def keys() -> Mapping[str, Key]:
-    """Every key that a scenario can have, by dotted path: rule, unit, default and meaning."""
-    found = keys_of(Scenario.model_json_schema())
-    return {path: key for path, key in found.items() if path != "rows"}
-
-
-def _read(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        text = Path(path).read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         problem = "there is no such file; a scenario is a TOML file, for example"
         problem += " scenarios/quickstart.toml"
@@ -244,15 +213,9 @@ def _read(path: Path) -> str:
         problem = f"byte {error.start} is not UTF-8, which TOML must be; save the file as UTF-8"
     except OSError as error:
         problem = f"the file must be readable, but: {error.strerror}; check its permissions"
+    else:
+        return Scenario.from_toml(text, overrides, source=str(path))
     raise ScenarioError([problem], source=str(path))
-
-
-def _document(text: str, source: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        problem = f"not TOML: {error}{_line_of(text, error)}; correct that line"
-        raise ScenarioError([problem], source=source) from None
 
 
 def _line_of(text: str, error: tomllib.TOMLDecodeError) -> str:
@@ -263,65 +226,71 @@ def _line_of(text: str, error: tomllib.TOMLDecodeError) -> str:
     return f", which reads {shown(lines[int(number) - 1].strip())}"
 
 
-def _apply(document: dict[str, Any], overrides: Sequence[str]) -> dict[str, str]:
-    problems: dict[str, str] = {}
-    for override in overrides:
-        path, equals, value = override.partition("=")
-        path = path.strip()
-        if not equals or not path:
-            rule = "an override has the form table.key=value"
-            problems[f"-s {override}"] = f"-s {override!r}: {rule}; for example train.rounds=50"
-            continue
-        try:
-            problems.update(_set(document, path, _override_value(value.strip())))
-        except tomllib.TOMLDecodeError as error:
-            rule = "the value after = is neither TOML nor a bare text"
-            problems[f"-s {override}"] = f"-s {override!r}: {rule} ({error}); check its quotes"
-    return problems
-
-
-def _override_value(text: str) -> Any:
+def _parsed(override: str, problems: dict[str, str]) -> tuple[str, Any]:
+    """Key and value of an override; the empty key, and a problem more, where it is none."""
+    path, equals, value = (part.strip() for part in override.partition("="))
+    where = f"-s {override}"
+    if not equals or not path:
+        rule = "an override has the form table.key=value"
+        problems[where] = f"-s {override!r}: {rule}; for example train.rounds=50"
+        return "", None
     try:
-        parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
-        if text[:1] in ('"', "'", "[", "{"):
-            raise
-        return text
-    return parsed["value"] if list(parsed) == ["value"] else text
+        parsed = tomllib.loads(f"value = {value}")
+    except tomllib.TOMLDecodeError as error:
+        if value[:1] not in ('"', "'", "[", "{"):
+            return path, value
+        rule = "the value after = is neither TOML nor a bare text"
+        problems[where] = f"-s {override!r}: {rule} ({error}); check its quotes"
+        return "", None
+    return path, parsed["value"] if list(parsed) == ["value"] else value
 
 
-def _set(document: dict[str, Any], path: str, value: Any) -> dict[str, str]:
-    """Change one key in place; a problem by path if no scenario has such a key."""
-    if path not in keys():
-        return {path: unknown_key(path, value, keys())}
-    table, _, name = path.rpartition(".")
-    target = document.setdefault(table, {}) if table else document
-    if not isinstance(target, dict):
-        return {}  # reported as a malformed table
-    if value is None or value == "":
-        target.pop(name, None)
-    else:
-        target[name] = value
-    return {}
-
-
-def _validated(document: dict[str, Any], problems: dict[str, str], source: str) -> Scenario:
-    """The scenario, or one ScenarioError with every problem of it and of its rows."""
-    fields: dict[str, str] = {}
+def _changed(
+    document: dict[str, Any], settings: Mapping[str, Any], problems: dict[str, str], source: str
+) -> Scenario:
+    """The scenario of a document after changes; one ScenarioError with everything wrong in it."""
+    for path, value in settings.items():
+        table, _, name = path.rpartition(".")
+        target = document.setdefault(table, {}) if table in TABLES and table else document
+        if not is_key(path):
+            problems[path] = unknown_key(path, value, document)
+        elif not isinstance(target, dict):
+            continue  # reported as a malformed table
+        elif value is None or value == "":
+            target.pop(name, None)
+        else:
+            target[name] = value
+    _forget_former_kinds(document, settings)
     try:
-        scenario = Scenario.model_validate(deepcopy(document))
+        scenario = Scenario.model_validate(document)
+        problems |= _problems_of_rows(scenario)
     except ValidationError as error:
-        fields = from_pydantic(error.errors(include_url=False), keys())
-    values = values_of(document, _defaults(), {path.partition("[")[0] for path in fields})
-    found = {**problems, **fields, **conflicts(values, _paths(document))}
-    if not found:
-        found = _row_problems(scenario)
-    if found:
-        raise ScenarioError(list(found.values()), source=source)
+        errors = error.errors(include_url=False)
+        between = [each["ctx"]["found"] for each in errors if each["type"] == "conflicts"]
+        if between:
+            problems |= between[0]
+        else:
+            problems |= problems_of(errors, document)
+            problems |= conflicts(_values(document, {path.partition("[")[0] for path in problems}))
+    if problems:
+        raise ScenarioError(list(problems.values()), source=source)
     return scenario
 
 
-def _row_problems(scenario: Scenario) -> dict[str, str]:
+def _forget_former_kinds(document: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    """Remove what only the former kind had, where the kind was changed and the key was not."""
+    for name, table in TABLES.items():
+        if not issubclass(table, Table) or not isinstance(document.get(name), dict):
+            continue
+        own = table.of(document[name]).model_fields
+        changed = [registry for registry in table.registries if registry.path in settings]
+        for key in list(document[name]):
+            given = key in own or f"{name}.{key}" in settings
+            if not given and any(registry.owners(key) for registry in changed):
+                del document[name][key]
+
+
+def _problems_of_rows(scenario: Scenario) -> dict[str, str]:
     problems: dict[str, str] = {}
     names = [row.name for row in scenario.rows]
     for index, row in enumerate(scenario.rows):
@@ -329,36 +298,27 @@ def _row_problems(scenario: Scenario) -> dict[str, str]:
         if row.name in names[:index]:
             rule = "two rows of the same name cannot be told apart"
             problems[f"{where}.name"] = describe(f"{where}.name", row.name, rule, "rename one")
-        try:
-            scenario.with_settings(row.set)
-        except ScenarioError as error:
-            for problem in error.problems:
-                problems[f"{where} {problem}"] = f"{where}: {problem}"
+    try:
+        scenario.variants()
+    except ScenarioError as error:
+        problems |= {problem: problem for problem in error.problems}
     return problems
 
 
-@cache
-def _defaults() -> Mapping[str, Any]:
-    """Default by dotted path, of every key that stands in a table."""
-    tables: dict[str, type[BaseModel]] = {"data": Data, "model": Model, "devices": Devices}
-    tables |= {"train": Train, "privacy": Privacy, "run": Run}
-    return {
-        f"{table}.{name}": field.get_default()
-        for table, model in tables.items()
-        for name, field in model.model_fields.items()
-    }
-
-
-def _paths(document: Mapping[str, Any]) -> set[str]:
-    """The dotted keys that stand in tables of this document."""
-    tables = {name: table for name, table in document.items() if isinstance(table, Mapping)}
-    return {f"{name}.{key}" for name, table in tables.items() for key in table}
+def _values(document: Mapping[str, Any], malformed: AbstractSet[str] = frozenset()) -> Values:
+    """Values by dotted path, defaults of the chosen kinds filled in, without the malformed."""
+    values: dict[str, Any] = {}
+    for name, table in TABLES.items():
+        given = document.get(name, {})
+        if not name or name in malformed or not isinstance(given, Mapping):
+            continue
+        section = table.of(given) if issubclass(table, Table) else table
+        for key, field in section.model_fields.items():
+            if f"{name}.{key}" not in malformed:
+                values[f"{name}.{key}"] = given.get(key, field.get_default())
+    return values
 
 
 def _digest(value: object) -> str:
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _lines(table: Mapping[str, Any]) -> str:
-    return "".join(f"{key} = {as_toml(value)}\n" for key, value in table.items())

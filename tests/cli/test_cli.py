@@ -21,8 +21,9 @@ from click.testing import CliRunner, Result
 from scipy import stats
 
 from privrec import errors
+from privrec.cli import machine
 from privrec.cli import main as cli
-from privrec.cli.base import print_json
+from privrec.cli.console import print_json
 from privrec.cli.main import main
 from privrec.scenario import load as scenario
 
@@ -135,7 +136,11 @@ def test_every_command_and_option_is_documented(path: tuple[str, ...]) -> None:
 @EVERY_COMMAND
 def test_what_lists_something_can_do_so_for_programs(path: tuple[str, ...]) -> None:
     names = {name for parameter in COMMANDS[path].params for name in parameter.opts}
-    assert "--json" in names or path in {("data", "fetch"), ("report", "schema")}
+    assert "--json" in names or path in {
+        ("data", "fetch"),
+        ("report", "schema"),
+        ("scenario", "schema"),
+    }
 
 
 def test_commands_stand_in_the_order_of_first_use() -> None:
@@ -420,11 +425,19 @@ def test_rows_are_run_and_listed_and_resumed_where_they_stopped(
     assert "rows" not in json.loads(Path("run/rows/0/result.json").read_text())
 
 
-def test_runs_are_numbered(place: Path) -> None:
-    assert cli._new_directory("tiny") == Path("runs/tiny-1")
+def test_runs_are_numbered(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = []
+
+    def begin(_: object, *, out: Path, **words: object) -> None:
+        begun.append(out)
+        raise errors.UsageError("enough")
+
+    monkeypatch.setattr("privrec.run.lifecycle.start", begin)
+    call("run", "tiny.toml")
     (place / "runs" / "tiny-1").mkdir(parents=True)
     (place / "runs" / "tiny-3").mkdir()
-    assert cli._new_directory("tiny") == Path("runs/tiny-2")
+    call("run", "tiny.toml")
+    assert begun == [Path("runs/tiny-1"), Path("runs/tiny-2")]
 
 
 def test_an_empty_folder_is_a_place_for_a_run(place: Path) -> None:
@@ -732,27 +745,42 @@ def test_the_doctor_fails_where_the_state_cannot_be_kept(
 
 
 def test_the_doctor_survives_what_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    from privrec.cli import doctor
-
-    def _aes_speed() -> doctor.Finding:
+    def broken() -> machine.Finding:
         raise RuntimeError("no cipher")
 
-    monkeypatch.setattr(doctor, "_CHECKS", (_aes_speed,))
-    finding = doctor.examine()[0]
-    assert (finding.name, finding.level) == ("aes speed", "fail")
+    monkeypatch.setattr(machine, "CHECKS", {"AES speed": broken})
+    finding = machine.examine()[0]
+    assert (finding.name, finding.level) == ("AES speed", "fail")
     assert "no cipher" in finding.detail
 
 
 def test_the_doctor_names_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    from privrec.cli import doctor
-
     declared = ["torch>=2", "no-such-thing>=1", "nor-this; extra == 'track'", "x; extra == 'dev'"]
-    monkeypatch.setattr(doctor, "_declared", lambda: declared)
-    findings = {finding.name: finding for finding in doctor.examine()}
+    monkeypatch.setattr(machine, "requires", lambda name: declared)
+    findings = {finding.name: finding for finding in machine.examine()}
     assert findings["packages"].level == "fail"
     assert findings["packages"].detail == "missing: no-such-thing"
     assert findings["extra track"].level == "note"
     assert "extra dev" not in findings
+
+
+# --------------------------------------------------------------------------- scenarios
+
+
+def test_the_keys_of_a_table_are_listed_with_their_kinds() -> None:
+    rows = {row["key"]: row for row in json.loads(done("scenario", "keys", "--json").stdout)}
+    assert rows["train.rounds"]["of"] == ""
+    assert rows["train.momentum"]["of"] == "sgd"
+    assert rows["name"]["default"] == "required"
+    table = done("scenario", "keys", "train").stdout
+    assert "train.momentum" in table
+    assert "model.dim" not in table
+    assert call("scenario", "keys", "trian").exit_code == 2
+
+
+def test_the_schema_of_scenarios_is_json() -> None:
+    schema = json.loads(done("scenario", "schema").stdout)
+    assert "adagrad" not in schema["$defs"]["Train"]["properties"]["server_optimizer"]["enum"]
 
 
 # --------------------------------------------------------------------------- the package

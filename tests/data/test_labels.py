@@ -28,7 +28,8 @@ def parts(examples: Examples) -> list[tuple[list[int], list[int]]]:
 
 
 def config(source: str = "synthetic_labels", **settings: object) -> Data:
-    return data_of(source, **{"clusters": 4, **settings})
+    synthetic = {"clusters": 4} if source == "synthetic_labels" else {}
+    return data_of(source, **{**synthetic, **settings})
 
 
 def test_examples_come_back_from_their_devices() -> None:

@@ -18,7 +18,7 @@ from privrec.scenario.schema import Data
 
 def config(source: str, **keys: Any) -> Data:
     sizes = {"users": 30, "items": 80, "clusters": 4, "interactions_per_user": 8}
-    return data_of(source, **{**sizes, **keys})
+    return data_of(source, **{**(sizes if source == "synthetic" else {}), **keys})
 
 
 # user, item, rating, time: user 2 has one interaction, user 5 two at the same time.

@@ -21,7 +21,7 @@ TWO = " = First one = \n\n the cat sat \n\n = = Part = = \n\n the dog \n = Secon
 
 def config(source: str = "text", **changes: Any) -> Data:
     plain = {"users": 18, "items": 64, "clusters": 2, "interactions_per_user": 50, "seed": 3}
-    return data_of(source, **{**plain, **changes})
+    return data_of(source, **{**(plain if source == "synthetic_text" else {}), **changes})
 
 
 def write(folder: Path, text: str, name: str = "one.txt") -> Path:

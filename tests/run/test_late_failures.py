@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from privrec.cli.main import main
-from privrec.cli.review import write_report
+from privrec.cli.report import write_report
 from privrec.errors import DataError, IntegrityError, UsageError
 from privrec.privacy import population
 from privrec.privacy.ledger import Ledger

@@ -141,7 +141,13 @@ VALUES = {
     "negative clip": settings(
         "privacy.clip_norm=-1", "privacy.clip_norm = -1", "above 0", "change the value"
     ),
-    "momentum of one": settings("train.momentum=1", "train.momentum = 1", "below 1", "change"),
+    "momentum of one": settings(
+        "train.momentum=1", "train.momentum = 1", "below 1", "change",
+        text=TINY.replace("[train]", "[train]\nserver_optimizer = 'sgd'"),
+    ),
+    "momentum of another optimiser": settings(
+        "train.momentum=0.5", "train.momentum = 0.5", 'train.server_optimizer = "sgd"', "remove it"
+    ),
     "misspelt choice": settings("train.loss=BPR", 'train.loss = "BPR"', 'one of "bce"', '"bpr"?'),
     "unknown choice": settings(
         "run.engine=gpu", 'run.engine = "gpu"', 'one of "cohort", "device"', "the default"
@@ -325,7 +331,10 @@ TIERS = {
         ),
     ),
     "no weight of the unobserved": settings(
-        "train.unobserved_weight=0", "unobserved_weight = 0", "above 0", "change the value"
+        "train.unobserved_weight=0", "unobserved_weight = 0", "above 0", "change the value",
+        text=TINY.replace("[devices]", "item_bias = false\n[devices]").replace(
+            "[train]", "[train]\nloss = 'ials'"
+        ),
     ),
 }  # fmt: skip
 

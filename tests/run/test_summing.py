@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from privrec import data
-from privrec.cli.plan import plan
+from privrec.cli.plan import planned
 from privrec.device.device import Device
 from privrec.device.update import Aggregate
 from privrec.errors import ReleaseRefused, UsageError
@@ -332,12 +332,12 @@ def test_what_cannot_be_protected_is_refused_before_the_run(
 @pytest.mark.parametrize("kind", ["alike", "tiers", "rows", "excess kept", "poisson", "small ring"])
 def test_a_plan_is_what_the_run_charges(kind: str) -> None:
     changes = (*KINDS[kind], "privacy.noise_multiplier=", "privacy.epsilon=6")
-    planned = plan(scenario(*changes))
+    costs = planned(scenario(*changes))
     event = parts_of(*changes).server.plan.event
-    assert planned["noise_multiplier"] == event.noise_multiplier
-    assert planned["epsilon"] <= 6
+    assert costs["noise_multiplier"] == event.noise_multiplier
+    assert costs["epsilon"] <= 6
     kept = kind == "excess kept"
-    assert (planned["epsilon"] == planned["epsilon_server"]) == (kind != "poisson" or kept)
+    assert (costs["epsilon"] == costs["epsilon_server"]) == (kind != "poisson" or kept)
 
 
 def test_a_small_ring_gives_the_same_model_but_for_its_grid() -> None:

@@ -1,27 +1,37 @@
-"""What a privacy reviewer works with: ``privrec report`` and ``population``."""
+"""What a privacy reviewer works with: ``privrec report``, ``compare`` and ``population``."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from privrec.cli.base import Commands, check_run, example, json_option, print_json, run_dir
+from privrec.cli.console import (
+    PATH,
+    Commands,
+    check_run,
+    example,
+    json_option,
+    number_text,
+    print_json,
+    print_lines,
+    print_table,
+    run_dir,
+)
 from privrec.errors import IntegrityError
+from privrec.run.record import OUTSIDE
+from privrec.run.wording import adversary_text, epsilon_text, metric_name
 
 if TYPE_CHECKING:
     from privrec.privacy.population import Population
     from privrec.report.render import Written
     from privrec.report.verify import Verdict
 
-_PATH = click.Path(path_type=Path)
 _name = click.argument("name", metavar="NAME")
 
 
 class _Report(Commands):
-    """``privrec report DIR`` is short for ``privrec report write DIR``."""
-
     default = "write"
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -60,7 +70,7 @@ def write(directory: Path, as_json: bool) -> None:
 @report.command(
     epilog=example("privrec report verify runs/quickstart-1/report.json --key server.pub")
 )
-@click.argument("path", metavar="FILE", type=_PATH)
+@click.argument("path", metavar="FILE", type=PATH)
 @click.option(
     "--key",
     metavar="HEX|FILE",
@@ -101,8 +111,6 @@ def schema() -> None:
 
 
 def _print_verdict(verdict: Verdict) -> None:
-    from privrec.cli.tables import print_lines, print_table
-
     if verdict.checked:
         print_lines(["Recomputed from the ledger, and agrees:"])
         print_lines([f"  {text}" for text in verdict.checked])
@@ -130,6 +138,58 @@ def write_report(directory: Path) -> Written:
     from privrec.report.render import write as write_files
 
     return write_files(build(directory), directory)
+
+
+# --------------------------------------------------------------------------- comparing
+
+
+@click.command(
+    short_help="Put finished runs side by side.",
+    epilog=example(
+        "privrec compare runs/ml-1m-1 runs/ml-1m-dp-1",
+        "privrec compare runs/* --out comparison.html",
+    ),
+)
+@click.argument("directories", metavar="DIR...", type=PATH, nargs=-1, required=True)
+@click.option("--out", type=PATH, metavar="FILE", help="Write the table as an HTML page too.")
+@json_option
+def compare(directories: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
+    """Put finished runs side by side."""
+    for directory in directories:
+        check_run(directory)
+    from privrec.report.compare import compare as side_by_side
+    from privrec.report.compare import write as write_page
+
+    comparison = side_by_side(directories)
+    if out is not None:
+        write_page(comparison, out)
+    if as_json:
+        print_json({"rows": comparison.rows(), "cautions": comparison.cautions})
+        return
+    columns = [*_HEADINGS, *comparison.metrics, *_COSTS]
+    rows = [
+        [
+            epsilon_text(cast("float | None", row[column]), 3)
+            if "epsilon" in column
+            else number_text(row[column])
+            for column in columns
+        ]
+        for row in comparison.rows()
+    ]
+    names = {**_HEADINGS, **_COSTS}
+    headings = [names.get(column) or metric_name(column) for column in columns]
+    print_table(f"Runs (metrics are {OUTSIDE})", headings, rows)
+    if comparison.cautions:
+        print_lines(f"caution: {caution}" for caution in comparison.cautions)
+
+
+_HEADINGS = {
+    "name": "run",
+    "rounds": "rounds",
+    "epsilon": "ε, recipients",
+    "epsilon_server": "ε, cohorts known",
+}
+_COSTS = {"upload_bytes": "upload, bytes", "wall_s": "wall, s"}
 
 
 # --------------------------------------------------------------------------- populations
@@ -193,9 +253,6 @@ def _print_population(found: Population, as_json: bool) -> None:
             }
         )
         return
-    from privrec.cli.tables import print_lines, print_table
-    from privrec.run.wording import adversary_text, epsilon_text
-
     print_lines(
         [
             f"Population {found.name}: ε = {epsilon_text(found.spent(), 3)} of {found.epsilon:g} "

@@ -1,0 +1,300 @@
+"""What this machine has: ``privrec data`` for data sets, ``privrec doctor`` for all else."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from privrec.cli.console import (
+    PATH,
+    Commands,
+    check_data,
+    data_option,
+    example,
+    json_option,
+    print_json,
+    print_table,
+    settings_option,
+)
+from privrec.errors import PrivrecError
+
+if TYPE_CHECKING:
+    from privrec.scenario.load import Scenario
+
+# --------------------------------------------------------------------------- data sets
+
+
+@click.group(cls=Commands, epilog=example("privrec data list", "privrec data fetch ml-1m"))
+def data() -> None:
+    """List, fetch and describe data sets."""
+
+
+@data.command("list", epilog=example("privrec data list --json"))
+@data_option
+@json_option
+def list_data(data_dir: Path | None, as_json: bool) -> None:
+    """List the data sets that can be fetched and say which are here."""
+    check_data(data_dir)
+    from privrec.data.catalogue import ARCHIVES
+
+    here = found_data(data_dir)
+    rows = [
+        {"name": name, "holds": archive.holds, "url": archive.url, "found": here.get(name)}
+        for name, archive in ARCHIVES.items()
+    ]
+    if as_json:
+        print_json(rows)
+        return
+    cells = [(row["name"], row["holds"], row["found"] or "not here") for row in rows]
+    print_table("Data sets", ("name", "holds", "found"), cells)
+
+
+@data.command(epilog=example("privrec data fetch ml-1m"))
+@click.argument("name", metavar="NAME")
+@click.option(
+    "--data",
+    "directory",
+    type=PATH,
+    metavar="DIR",
+    envvar="PRIVREC_DATA",
+    help="Where to keep it. [default: $PRIVREC_DATA, else the user's cache]",
+)
+def fetch(name: str, directory: Path | None) -> None:
+    """Download a data set over https, check it, and show its terms of use once."""
+    from privrec.data.fetch import fetch as download
+
+    path = download(name, directory=directory, echo=lambda terms: click.echo(terms, err=True))
+    click.echo(path)
+
+
+@data.command(epilog=example("privrec data describe ml-1m --data data/ml-1m"))
+@click.argument("name", metavar="NAME|SCENARIO")
+@settings_option
+@data_option
+@json_option
+def describe(name: str, settings: tuple[str, ...], data_dir: Path | None, as_json: bool) -> None:
+    """Read a data set, by its name or as a scenario file has it, and count what is in it."""
+    check_data(data_dir)
+    scenario = _scenario_for_data(name, settings)
+    from privrec import data as data_sets
+
+    interactions = scenario.model.learns == "interactions"
+    load = data_sets.load if interactions else data_sets.load_texts
+    facts = load(scenario.data, data_dir=data_dir).describe()
+    if as_json:
+        print_json(facts)
+        return
+    rows = [(fact.replace("_", " "), value) for fact, value in facts.items()]
+    print_table(f"Data of {name}", ("fact", "value"), rows)
+
+
+def _scenario_for_data(name: str, settings: Sequence[str]) -> Scenario:
+    from privrec.scenario.kinds import MODELS, READERS
+    from privrec.scenario.load import Scenario, load
+
+    if name.endswith(".toml"):
+        return load(name, settings)
+    text = 'name = "data"\n[privacy]\nnoise = "none"\n'
+    gives = READERS[name].config.gives if name in READERS else "interactions"
+    kinds = [f"model.kind={kind}" for kind in MODELS if MODELS[kind].config.learns == gives][:1]
+    if gives != "interactions":
+        kinds += ["train.loss=full_softmax", "devices.popularity=public"]
+    given = [f"data.source={name}", *kinds, *settings]
+    return Scenario.from_toml(text, given, source=f"data {name}")
+
+
+# --------------------------------------------------------------------------- the doctor
+
+OLDEST_PYTHON = (3, 11)
+SLOW_AES_GB_S = 0.5
+AES_BYTES = 1 << 25
+SHOWN = ("torch", "numpy", "scipy", "cryptography", "dp-accounting")
+EXTRAS = ("data", "track", "flower")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        level: ``ok``; ``note`` for what a run can do without; ``fail`` for what it cannot.
+        remedy: What to do about it; empty when nothing is.
+    """
+
+    name: str
+    level: Literal["ok", "note", "fail"]
+    detail: str
+    remedy: str = ""
+
+
+@click.command(
+    short_help="Check what this machine offers to a run.",
+    epilog=example("privrec doctor"),
+)
+@data_option
+@json_option
+def doctor(data_dir: Path | None, as_json: bool) -> None:
+    """Check Python, packages, threads, the secure generator, AES speed, state folder and data."""
+    check_data(data_dir)
+    findings = examine(data_dir)
+    if as_json:
+        print_json([asdict(finding) for finding in findings])
+    else:
+        rows = [
+            ("FAIL" if each.level == "fail" else each.level, each.name, each.detail, each.remedy)
+            for each in findings
+        ]
+        print_table("privrec doctor", ("", "what", "found", "remedy"), rows)
+    failed = [finding.name for finding in findings if finding.level == "fail"]
+    if failed:
+        raise PrivrecError(f"{', '.join(failed)}: a run needs this; see the remedy above")
+
+
+def examine(data_dir: Path | None = None) -> list[Finding]:
+    """Every finding about this machine, in reading order; ``data_dir`` may hold data sets."""
+    findings = []
+    for name, check in CHECKS.items():
+        try:
+            findings.append(check())
+        except Exception as error:  # to be shown, not to die of
+            detail = f"{type(error).__name__}: {error}"
+            findings.append(Finding(name, "fail", detail, "reinstall privrec"))
+    places = [f"{name} in {place}" for name, place in found_data(data_dir).items()]
+    remedy = "privrec data fetch ml-1m, or set PRIVREC_DATA; synthetic data needs nothing"
+    nothing = Finding("data", "note", "no MovieLens set was found", remedy)
+    here = Finding("data", "ok", ", ".join(places)) if places else nothing
+    return [*findings, *_packages(), here]
+
+
+def _python() -> Finding:
+    found = platform.python_version()
+    if sys.version_info[:2] < OLDEST_PYTHON:
+        return Finding("python", "fail", found, "install Python 3.11 or newer")
+    return Finding("python", "ok", f"{found} on {platform.system()} {platform.machine()}")
+
+
+def _threads() -> Finding:
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    used = torch.get_num_threads()
+    detail = f"{used} used by torch, {cores} cores usable"
+    if cores and used > cores:
+        return Finding("threads", "note", detail, f"set OMP_NUM_THREADS={cores}")
+    return Finding("threads", "ok", detail)
+
+
+def _secure_generator() -> Finding:
+    from privrec.randomness import SecretRoot
+
+    first, second = (SecretRoot(os.urandom(32)).stream("doctor").bytes(32) for _ in range(2))
+    if first == second:
+        remedy = "do not run privrec with noise on this machine"
+        return Finding("secure generator", "fail", "two roots gave the same bytes", remedy)
+    return Finding("secure generator", "ok", "operating system entropy, AES-CTR keystream")
+
+
+def _aes_speed() -> Finding:
+    from privrec.randomness import SecretRoot
+
+    stream = SecretRoot(os.urandom(32)).stream("doctor")
+    stream.bytes(AES_BYTES)
+    start = time.perf_counter()
+    stream.bytes(AES_BYTES)
+    speed = AES_BYTES / (time.perf_counter() - start) / 1e9
+    detail = f"{speed:.1f} GB/s"
+    if speed < SLOW_AES_GB_S:
+        return Finding("AES speed", "note", detail, "noise will be slow: use a CPU with AES-NI")
+    return Finding("AES speed", "ok", detail)
+
+
+def _state_directory() -> Finding:
+    from privrec.randomness import state_dir
+
+    directory = state_dir()
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.NamedTemporaryFile(dir=directory) as probe:
+            probe.write(b"privrec")
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        detail = f"{directory} cannot be written: {error.strerror}"
+        remedy = "set PRIVREC_STATE to a folder of your own on a local disk"
+        return Finding("state directory", "fail", detail, remedy)
+    return Finding("state directory", "ok", f"{directory} is writable; noise roots are kept there")
+
+
+CHECKS: dict[str, Callable[[], Finding]] = {
+    "python": _python,
+    "threads": _threads,
+    "secure generator": _secure_generator,
+    "AES speed": _aes_speed,
+    "state directory": _state_directory,
+}
+
+
+def _packages() -> Iterator[Finding]:
+    """One finding for the packages that are needed and one for each extra."""
+    try:
+        declared = requires("privrec") or []
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        declared = list(SHOWN)
+    wanted: dict[str, list[str]] = {"": []}
+    for line in declared:
+        extra = line.partition("extra ==")[2].strip(" '\"")
+        if not extra or extra in EXTRAS:
+            wanted.setdefault(extra, []).append(re.split(r"[^\w.-]", line, maxsplit=1)[0])
+    for extra, names in wanted.items():
+        missing = f"missing: {', '.join(absent)}" if (absent := _absent(names)) else ""
+        if not extra and missing:
+            yield Finding("packages", "fail", missing, "reinstall privrec")
+        elif not extra:
+            yield Finding("packages", "ok", ", ".join(f"{name} {version(name)}" for name in SHOWN))
+        elif missing:
+            remedy = f"pip install 'privrec[{extra}]' if you want it"
+            yield Finding(f"extra {extra}", "note", missing, remedy)
+        else:
+            yield Finding(f"extra {extra}", "ok", ", ".join(names))
+
+
+def _absent(names: Sequence[str]) -> list[str]:
+    found = []
+    for name in names:
+        try:
+            version(name)
+        except PackageNotFoundError:
+            found.append(name)
+    return found
+
+
+def found_data(data_dir: Path | None = None) -> dict[str, str]:
+    """Where each MovieLens set was found, by name; sets that are not here are left out.
+
+    Args:
+        data_dir: A folder to look in first: a data set's own, or one above.
+    """
+    from privrec.data.catalogue import ARCHIVES
+    from privrec.data.fetch import cache_dir
+
+    found: dict[str, str] = {}
+    for name, archive in ARCHIVES.items():
+        for root in (root for root in (data_dir, cache_dir()) if root is not None):
+            places = [root] if root.name in archive.folders else []
+            places += [root / folder for folder in archive.folders]
+            places += [root / f"{folder}.zip" for folder in archive.folders]
+            here = next((place for place in places if place.exists()), None)
+            if here is not None:
+                found.setdefault(name, str(here))
+    return found

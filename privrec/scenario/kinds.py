@@ -1,0 +1,689 @@
+"""Kinds: readers, models, losses, selectors and server optimisers, each with keys of its own.
+
+Some keys of a scenario name a kind, as ``train.loss = "bce"`` does. A :class:`Registry` holds the
+kinds that such a key can name: a configuration class, whose fields are further keys of the same
+table, and the implementation, which is imported when it is needed. A key that the chosen kind does
+not have is refused. A kind outside of this package adds itself by the same call, before a scenario
+that names it is loaded::
+
+    class Adagrad(Section):
+        \"\"\"AdaGrad: steps shorten as squared changes add up.\"\"\"
+
+        accumulator: float = setting(0.1, "Where the sum of squares begins.", gt=0, le=100)
+
+    SERVER_OPTIMIZERS.add("adagrad", Adagrad, "mine.optimizers:AdaGrad")
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from importlib import import_module
+from itertools import pairwise
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    model_validator,
+)
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+Values = Mapping[str, Any]
+"""Values by dotted path with defaults; malformed keys and those of other kinds are absent."""
+Problem = tuple[str, str, str]
+"""A dotted key, the rule that it breaks, and the remedy."""
+Material = str
+"""What a reader gives and a model learns from: ``interactions``, ``texts`` or ``labels``."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a kind needs of another key: one of ``options``, the first of which is the remedy."""
+
+    path: str
+    options: tuple[Any, ...]
+    reason: str
+
+
+class Section(BaseModel):
+    """A frozen table that refuses unknown keys, conversions and values that are not finite."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    needs: ClassVar[tuple[Need, ...]] = ()
+
+    @classmethod
+    def conflicts(cls, values: Values) -> Iterator[Problem]:
+        """What is wrong between this kind's keys and others; most kinds say it by ``needs``."""
+        return iter(())
+
+
+def setting(default: Any, meaning: str, within: str = "", *, unit: str = "", **rules: Any) -> Any:
+    """A field that says what it means, for errors, the documentation and the JSON Schema.
+
+    Args:
+        default: Its value where none is given; ``...`` for a key that must be given.
+        meaning: One sentence.
+        within: The interval of a number and what it counts, for example ``(0, 10^6] rounds``.
+        unit: What a value without an interval counts.
+        rules: Further arguments of pydantic's ``Field``.
+    """
+    if within:
+        low, high, unit = re.fullmatch(r"[\[(](.+), (.+)[\])] ?(.*)", within).groups()  # type: ignore[union-attr]
+        rules["ge" if within[0] == "[" else "gt"] = _number(low)
+        if high != "∞":
+            rules["le" if f"{high}]" in within else "lt"] = _number(high)
+    return Field(default, description=meaning, json_schema_extra={"unit": unit}, **rules)
+
+
+def _number(text: str) -> float:
+    base, _, power = text.partition("^")
+    whole: int = int(base) ** int(power or 1) if base.isdigit() else 0
+    return whole if base.isdigit() else float(text)
+
+
+def as_tuple(value: object) -> object:
+    """A TOML list as the tuple that a frozen model holds; anything else as it is."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind: its keys, what implements it, and its help in one line.
+
+    Attributes:
+        implementation: The object itself, or ``package.module:name`` to import it late.
+    """
+
+    name: str
+    config: type[Any]
+    implementation: Any
+    meaning: str
+
+    def load(self) -> Any:
+        """The implementation, imported now where it is named by a text."""
+        if not isinstance(self.implementation, str):
+            return self.implementation
+        module, _, name = self.implementation.partition(":")
+        return getattr(import_module(module), name)
+
+
+class Registry:
+    """The kinds that one key of a scenario can name.
+
+    Args:
+        path: That key, for example ``train.loss``.
+        noun: What a kind is, for messages.
+    """
+
+    def __init__(self, path: str, noun: str) -> None:
+        self.path = path
+        self.noun = noun
+        self._kinds: dict[str, Kind] = {}
+
+    def add(
+        self, name: str, config: type[Section], implementation: Any = None, *, meaning: str = ""
+    ) -> None:
+        """Add a kind, or replace the one of that name.
+
+        Args:
+            name: What a scenario calls it.
+            config: Its keys, and what it needs of others.
+            implementation: As in :class:`Kind`; what it has to be is said where it is used.
+            meaning: Help in one line; the first of the configuration's docstring if not given.
+        """
+        meaning = meaning or (config.__doc__ or "").partition("\n")[0]
+        self._kinds[name] = Kind(name, config, implementation, meaning)
+
+    def __getitem__(self, name: str) -> Kind:
+        return self._kinds[name]
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name in self._kinds
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kinds)
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        """As metadata of a text: it names one of the kinds."""
+        return core_schema.no_info_after_validator_function(self._known, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {**handler(schema), "enum": list(self)}
+
+    def _known(self, name: str) -> str:
+        if name not in self:
+            raise PydanticCustomError("kind", "there is no such kind")
+        return name
+
+    def nearest(self, name: object) -> Kind | None:
+        """The kind of that name, else the one that was most likely meant."""
+        if name in self:
+            return self._kinds[str(name)]
+        near = get_close_matches(str(name).lower(), self._kinds, n=1, cutoff=0.6)
+        return self._kinds[near[0]] if near else None
+
+    def owners(self, key: str) -> list[str]:
+        """Names of the kinds that have a key of this name."""
+        return [kind.name for kind in self._kinds.values() if key in kind.config.model_fields]
+
+
+READERS = Registry("data.source", "source")
+MODELS = Registry("model.kind", "model")
+LOSSES = Registry("train.loss", "loss")
+SELECTORS = Registry("train.selector", "selector")
+SERVER_OPTIMIZERS = Registry("train.server_optimizer", "optimiser")
+REGISTRIES = (READERS, MODELS, LOSSES, SELECTORS, SERVER_OPTIMIZERS)
+
+
+class Table(Section):
+    """A table whose kinds add keys: an object is of a class that has those of its kinds too.
+
+    ``isinstance(scenario.train, ImplicitALS)`` says that the loss is that one, and then its keys
+    are there: ``scenario.train.item_l2``.
+    """
+
+    registries: ClassVar[tuple[Registry, ...]] = ()
+    composed: ClassVar[bool] = False
+
+    if TYPE_CHECKING:  # keys of kinds, which no static type can know
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def __new__(cls, **keys: Any) -> Self:
+        return object.__new__(cls if cls.composed else cls.of(keys))
+
+    @classmethod
+    def of(cls, keys: Mapping[str, Any]) -> type[Self]:
+        """The class of a table with these keys; an unknown kind is taken for its nearest."""
+        kinds = [(registry, cls._named(registry, keys)) for registry in cls.registries]
+        found = [registry.nearest(name) for registry, name in kinds]
+        return _with_keys(cls, tuple(dict.fromkeys(kind.config for kind in found if kind)))
+
+    @classmethod
+    def _named(cls, registry: Registry, keys: Mapping[str, Any]) -> Any:
+        key = registry.path.partition(".")[2]
+        return keys.get(key, cls.model_fields[key].default)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_its_own_class(cls, given: Any, handler: Any) -> Any:
+        if cls.composed or not isinstance(given, Mapping):
+            return handler(given)
+        own = cls.of(given)
+        unknown = [r for r in cls.registries if r.nearest(cls._named(r, given)) is None]
+        foreign = {key for key in given if key not in own.model_fields}
+        foreign = {key for key in foreign if any(r.owners(key) for r in unknown)}
+        return own.model_validate({k: v for k, v in given.items() if k not in foreign})
+
+
+@cache
+def _with_keys(table: type[Any], configs: tuple[type[Section], ...]) -> type[Any]:
+    """The class of ``table`` that has the keys of ``configs`` as well."""
+    bases = (*(each for each in configs if each is not Section), table)
+    words = {"__module__": table.__module__, "__doc__": table.__doc__, "composed": True}
+    metaclass: Any = type(table)
+    made: type[Any] = metaclass(table.__name__, bases, words)
+    return made
+
+
+# --------------------------------------------------------------------------- readers
+
+PUBLISHED = {
+    "ml-100k": (943, 1_682, 100_000),
+    "ml-1m": (6_040, 3_706, 1_000_209),
+    "ml-10m": (69_878, 10_677, 10_000_054),
+    "ml-20m": (138_493, 26_744, 20_000_263),
+    "ml-25m": (162_541, 59_047, 25_000_095),
+}
+"""Users, rated items and ratings of published sets: public, so `plan` needs no data for them."""
+
+Column = Annotated[str, Field(min_length=1, max_length=200)] | Annotated[int, Field(ge=1, le=10**5)]
+
+
+class Reader(Section):
+    """Configuration of a source of data: ``gives`` says what it is made of."""
+
+    gives: ClassVar[Material] = "interactions"
+
+
+class _Files(Reader):
+    path: str | None = setting(
+        None,
+        "File or folder; `--data` and `PRIVREC_DATA` come first.",
+        min_length=1,
+        max_length=4096,
+    )
+
+
+class _Histories(Reader):
+    max_history: int | None = setting(
+        None, "The most recent interactions kept of each user.", "[1, ∞) interactions"
+    )
+
+
+class _Vocabulary(Reader):
+    gives = "texts"
+
+    vocabulary: int | None = setting(
+        None, "Most words or labels, the commonest; others are unknown.", "[2, 10^7]"
+    )
+
+
+class _Drawn(Reader):
+    users: int = setting(400, "Number of users that train.", "[2, 10^7] users")
+    items: int = setting(300, "Items; words or labels, with the unknown one.", "[4, 10^7]")
+    clusters: int = setting(8, "Planted groups of taste, or topics.", "[1, 10^4]")
+    interactions_per_user: int = setting(
+        30, "Mean length of a history or a text; of labels, examples of a device.", "[2, 10^5]"
+    )
+    seed: int = setting(0, "Seed of the generator.", "[0, 2^63)")
+
+
+class Synthetic(_Drawn, _Histories):
+    """Interactions drawn from planted groups of taste; needs no files."""
+
+    @classmethod
+    def conflicts(cls, values: Values) -> Iterator[Problem]:
+        """A cluster has an item at least, and a history half of them at most."""
+        items, remedy = values["data.items"], "lower it or raise data.items"
+        if values["data.clusters"] > items:
+            yield "data.clusters", f"must not exceed data.items = {items}", remedy
+        if values["data.interactions_per_user"] > items // 2:
+            rule = f"must not exceed half of data.items = {items}"
+            yield "data.interactions_per_user", rule, remedy
+
+
+class FilesOfHistories(_Files, _Histories):
+    """Files of users' interactions, as published."""
+
+
+def _known_encoding(name: str) -> str:
+    try:
+        "a".encode(name)  # refuses what is no encoding of text, as base64
+    except LookupError:
+        rule = 'must name a text encoding that Python knows; for example "utf-8" or "latin-1"'
+        raise PydanticCustomError("rule", "{rule}", {"rule": rule}) from None
+    return name
+
+
+class TableFile(FilesOfHistories):
+    """A table of your own: CSV, TSV or Parquet."""
+
+    user_column: Column = setting(
+        "user", "Column of user ids; numbers, from 1, where text has no header."
+    )
+    item_column: Column = setting("item", "Column of item ids.")
+    time_column: Column | None = setting(None, "Column of times; unset, file order.")
+    separator: str | None = setting(
+        None, "Field separator; unset, a tab for `.tsv`, else a comma.", min_length=1, max_length=1
+    )
+    encoding: Annotated[str, AfterValidator(_known_encoding)] = setting(
+        "utf-8", "Encoding of the file.", min_length=1, max_length=40
+    )
+    duplicates: Literal["refuse", "first", "last"] = setting(
+        "refuse", "Which row is kept, in time, of a user and item that occur again."
+    )
+
+
+class TextFiles(_Files, _Vocabulary):
+    """Articles in `.txt` files, a device each; without a path, a small text of its own."""
+
+    words: str | None = setting(
+        None,
+        "File of a public vocabulary, a word a line; unset, all words of the text.",
+        min_length=1,
+        max_length=4096,
+    )
+
+    @classmethod
+    def conflicts(cls, values: Values) -> Iterator[Problem]:
+        """A count that is released with noise is over words that everybody may know."""
+        if values["devices.popularity"] == "released" and values["data.words"] is None:
+            rule = "which words there are in private texts is private too"
+            yield "data.words", rule, "name a public list of words"
+
+
+class SyntheticText(_Drawn, _Vocabulary):
+    """Texts drawn from topics; needs no files."""
+
+
+class LabelFile(_Files, _Vocabulary):
+    """A file of the Extreme Classification Repository, its examples dealt to devices."""
+
+    gives = "labels"
+
+    interactions_per_user: int = setting(30, "Examples of a device.", "[2, 10^5]")
+    seed: int = setting(0, "Seed by which examples are dealt.", "[0, 2^63)")
+
+
+class SyntheticLabels(_Drawn, _Vocabulary):
+    """Labelled examples drawn from topics; needs no files."""
+
+    gives = "labels"
+
+    features: int = setting(10_000, "Words of the world.", "[1, 2^31) words")
+    labels_each: float = setting(3.0, "Mean labels of an example.", "[1, 1000] labels")
+
+    @classmethod
+    def conflicts(cls, values: Values) -> Iterator[Problem]:
+        """A topic has a label beside the unknown one."""
+        most = values["data.items"] - 1
+        if values["data.clusters"] > most:
+            rule = f"must not exceed data.items - 1 = {most}"
+            yield "data.clusters", rule, "lower it or raise data.items"
+
+
+_MOVIELENS = "A MovieLens set, of GroupLens or the NCF paper."
+_NCF = "A split as the NCF paper has it, with negatives."
+_LIGHTGCN = "A split as the LightGCN paper has it."
+
+READERS.add("synthetic", Synthetic, "privrec.data.synthetic:load_interactions")
+for _name in PUBLISHED:
+    READERS.add(
+        _name, FilesOfHistories, "privrec.data.published:load_movielens", meaning=_MOVIELENS
+    )
+READERS.add("ncf", FilesOfHistories, "privrec.data.published:load_ncf", meaning=_NCF)
+READERS.add("lightgcn", FilesOfHistories, "privrec.data.published:load_lightgcn", meaning=_LIGHTGCN)
+READERS.add("table", TableFile, "privrec.data.published:load_table")
+READERS.add("text", TextFiles, "privrec.data.texts:load_articles")
+READERS.add("synthetic_text", SyntheticText, "privrec.data.synthetic:load_articles")
+READERS.add("labels", LabelFile, "privrec.data.texts:load_examples")
+READERS.add("synthetic_labels", SyntheticLabels, "privrec.data.synthetic:load_examples")
+
+
+# --------------------------------------------------------------------------- models
+
+
+class Recommender(Section):
+    """Configuration of a model over items.
+
+    Attributes:
+        learns: What it learns from.
+        inner_product: Whether scores are inner products of item vectors, so that items near to a
+            user's vector can be searched, vectors be cut short, and sums over all items be had.
+    """
+
+    learns: ClassVar[Material] = "interactions"
+    inner_product: ClassVar[bool] = False
+
+    item_bias: bool = setting(True, "Whether each item has a bias of its own.")
+
+    def dense_weights(self, dim: int) -> int:
+        """Number of weights besides item vectors of length ``dim`` and biases."""
+        return 0
+
+
+class GMF(Recommender):
+    """Matrix factorisation: an inner product of user and item."""
+
+    inner_product = True
+
+
+class Network(Recommender):
+    """A network over user and item."""
+
+    hidden: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=4096)], ...], BeforeValidator(as_tuple)
+    ] = setting(
+        (64, 32, 16), "Widths of the hidden layers.", unit="neurons", min_length=1, max_length=8
+    )
+
+    def dense_weights(self, dim: int) -> int:
+        """Layers over user and item side by side, and the output's weights."""
+        widths = (2 * dim, *self.hidden)
+        return sum((below + 1) * above for below, above in pairwise(widths)) + widths[-1]
+
+
+class NeuMF(Network):
+    """Matrix factorisation and a network, each over a half of the vectors."""
+
+    def dense_weights(self, dim: int) -> int:
+        """Those of the network over the second half."""
+        return super().dense_weights(dim - dim // 2)
+
+
+class WideOutput(Section):
+    """Configuration of a model whose output layer is over all words or labels."""
+
+    learns: ClassVar[Material] = "texts"
+    inner_product: ClassVar[bool] = False
+    item_bias: ClassVar[bool] = True
+    needs = tuple(
+        Need(path, options, "a wide output does not have it")
+        for path, options in {
+            "privacy.local": ("none",),
+            "train.loss": ("softmax", "full_softmax"),
+            "train.serve_budget": (None,),
+            "run.engine": ("cohort",),
+            "devices.popularity": ("public", "released"),
+            "devices.aggregation": ("sum", "contributors"),
+            "run.baselines": (("popularity",), ()),
+        }.items()
+    )
+
+    @classmethod
+    def conflicts(cls, values: Values) -> Iterator[Problem]:
+        """A sampled softmax chooses its neurons by a selector, whose shares add up."""
+        if values["train.loss"] == "softmax" and values["train.selector"] in ("each", "popularity"):
+            rule = "a sampled softmax chooses its neurons, common words as a share of the budget"
+            remedy = 'set train.selector = "uniform" (and train.frequent), or loss = "full_softmax"'
+            yield "train.selector", rule, remedy
+        if (selected := values.get("train.selected", 0.0)) + values["train.frequent"] > 1:
+            rule = f"with train.selected = {selected} it is more than the budget"
+            yield "train.frequent", rule, "lower one of them"
+
+
+class NextWord(WideOutput):
+    """A small Transformer over words."""
+
+    ffn: int = setting(1536, "Width of the feed-forward layer.", "[1, 10^6] neurons")
+    heads: int = setting(8, "Heads of the attention; they divide `dim`.", "[1, 256]")
+    layers: int = setting(1, "Layers of the Transformer.", "[1, 64]")
+    context: int = setting(20, "Words that a prediction looks back at.", "[1, 4096] words")
+
+    @classmethod
+    def conflicts(cls, values: Values) -> Iterator[Problem]:
+        """Heads divide the vector."""
+        if values["model.dim"] % values["model.heads"]:
+            rule = f"must divide model.dim = {values['model.dim']}"
+            yield "model.heads", rule, "use 1, 2, 4 or 8"
+        yield from super().conflicts(values)
+
+    def dense_weights(self, dim: int) -> int:
+        """Positions, attention and feed-forward layers with their norms, and the last norm."""
+        attention, norms = 4 * dim * (dim + 1), 4 * dim
+        feed_forward = (dim + 1) * self.ffn + (self.ffn + 1) * dim
+        return (self.context + 2) * dim + self.layers * (attention + feed_forward + norms)
+
+
+class Extreme(WideOutput):
+    """A bag of words over very many labels."""
+
+    learns = "labels"
+
+    features: int = setting(8192, "Vocabulary that input words are hashed to.", "[1, 10^7] words")
+
+    def dense_weights(self, dim: int) -> int:
+        """Vectors of the input words, and the hidden layer's bias."""
+        return (self.features + 1) * dim
+
+
+MODELS.add("gmf", GMF)
+MODELS.add("mlp", Network, meaning="A network over user and item, of the NCF paper.")
+MODELS.add("neumf", NeuMF)
+MODELS.add("next_word", NextWord)
+MODELS.add("extreme", Extreme)
+
+
+# --------------------------------------------------------------------------- losses
+
+
+class Sampled(Section):
+    """A loss over positives and sampled negatives."""
+
+    negatives: int = setting(4, "Sampled negatives for each positive.", "[1, 1000] items")
+    serve_negatives: int = setting(
+        8, "The same in the fit of a user vector from nothing.", "[1, 1000] items"
+    )
+
+
+class FullSoftmax(Section):
+    """Softmax over all items; samples nothing."""
+
+
+class ImplicitALS(Section):
+    """Implicit ALS, a weighted square loss over all items; samples nothing."""
+
+    needs = (
+        Need("model.kind", ("gmf",), "it sums over all items"),
+        Need("model.item_bias", (False,), "it sums over all items"),
+        Need("train.local_steps", (1,), "its curvature is that of one step"),
+    )
+
+    unobserved_weight: float = setting(
+        0.1, "Weight of each item of the catalogue beside those of the history.", "(0, 1000]"
+    )
+    item_l2: float = setting(1e-5, "L2 penalty on items, in the mean over users.", "(0, 1000]")
+    gram_rate: float = setting(
+        1.0, "How fast the users' Gram matrix follows that of the round.", "(0, 1]"
+    )
+
+
+LOSSES.add("bce", Sampled, meaning="Binary cross-entropy.")
+LOSSES.add("bpr", Sampled, meaning="Bayesian personalised ranking.")
+LOSSES.add("softmax", Sampled, meaning="Softmax over a positive and sampled negatives.")
+LOSSES.add("full_softmax", FullSoftmax)
+LOSSES.add("ials", ImplicitALS)
+
+
+# --------------------------------------------------------------------------- selectors
+
+
+class Each(Section):
+    """`negatives` for each positive."""
+
+
+class Budgeted(Section):
+    """A budget that all positives of a device share, drawn by chance."""
+
+    needs: ClassVar[tuple[Need, ...]] = (
+        Need("train.loss", ("softmax",), "a shared budget is a sample of a softmax"),
+    )
+
+    budget: float = setting(
+        0.01,
+        "Negatives of a device; of texts, its active neurons, its own words included.",
+        "(0, 1] share of the catalogue",
+    )
+    serve_budget: float | None = setting(
+        None,
+        "The same in the fit of a user vector from nothing; 1 takes every item once and samples "
+        "nothing. Unset, that of training.",
+        "(0, 1] share of the catalogue",
+    )
+    frequent: float = setting(
+        0.0, "Texts, labels: share of the budget that is the commonest.", "[0, 0.9] share"
+    )
+
+    @classmethod
+    def conflicts(cls, values: Values) -> Iterator[Problem]:
+        """Only words and labels are in the order of how common they are."""
+        config = MODELS[values["model.kind"]].config
+        if values["train.frequent"] and getattr(config, "learns", "") == "interactions":
+            yield "train.frequent", "it belongs to texts and labels", "remove it"
+
+
+class ByPopularity(Budgeted):
+    """A shared budget, drawn by counts that everybody knows."""
+
+    needs = (
+        *Budgeted.needs,
+        Need("devices.popularity", ("public",), "it draws by counts that everybody knows"),
+    )
+
+
+class Searching(Budgeted):
+    """A shared budget, a part of which a device selects from its own copy of the memory."""
+
+    selected: float = setting(
+        0.5, "Share of the budget that is selected; the rest is by chance.", "[0, 0.9] share"
+    )
+
+    @classmethod
+    def conflicts(cls, values: Values) -> Iterator[Problem]:
+        """Vectors are searched where scores are inner products, of hidden states too."""
+        kind = values["model.kind"]
+        config: Any = MODELS[kind].config
+        if not config.inner_product and config.learns == "interactions":
+            rule = f'the network of model.kind = "{kind}" has no nearest items'
+            yield "train.selector", rule, 'use model.kind = "gmf", or "uniform"'
+        yield from super().conflicts(values)
+
+
+class SimHash(Searching):
+    """Selects by SimHash tables over whole vectors."""
+
+    scheme: Literal["private", "requested"] = setting(
+        "private",
+        "Texts: devices select neurons from their own copy, or ask the server for buckets of "
+        "neurons, which tells it about their text.",
+    )
+
+
+SELECTORS.add("each", Each)
+SELECTORS.add("uniform", Budgeted)
+SELECTORS.add("popularity", ByPopularity)
+SELECTORS.add("scan", Searching, meaning="Selects by exact scores.")
+SELECTORS.add("hamming", Searching, meaning="Selects by the Hamming distance of signatures.")
+SELECTORS.add("sketch", Searching, meaning="Selects by scores of a sketch of few dimensions.")
+SELECTORS.add("simhash", SimHash)
+SELECTORS.add("pghash", Searching, meaning="Selects by tables of projections folded onto blocks.")
+SELECTORS.add("block_sign", Searching, meaning="Selects by signs of the memory's blocks.")
+SELECTORS.add("auto", Searching, meaning="Selects by whichever index is measured to be best.")
+
+
+# --------------------------------------------------------------------------- server optimisers
+
+
+class FedAvg(Section):
+    """Plain averaging of the updates."""
+
+
+class FedAdam(Section):
+    """Adam on the mean update (Reddi et al., 2021)."""
+
+    beta1: float = setting(0.9, "Decay of the first moment.", "[0, 1)")
+    beta2: float = setting(0.99, "Decay of the second moment.", "[0, 1)")
+    adam_eps: float = setting(1e-8, "Added to the root of the second moment.", "(0, 1]")
+
+
+class SGD(Section):
+    """Gradient descent with momentum."""
+
+    momentum: float = setting(0.9, "Momentum.", "[0, 1)")
+
+
+class Newton(Section):
+    """Averages steps that devices precondition by the users' Gram matrix."""
+
+    needs = (Need("train.loss", ("ials",), "its curvature is that of implicit ALS"),)
+
+
+SERVER_OPTIMIZERS.add("fedavg", FedAvg)
+SERVER_OPTIMIZERS.add("fedadam", FedAdam)
+SERVER_OPTIMIZERS.add("sgd", SGD)
+SERVER_OPTIMIZERS.add("newton", Newton)
