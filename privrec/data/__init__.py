@@ -54,9 +54,8 @@ def load(config: Data, *, data_dir: Path | None = None) -> Split:
             'privrec run trains on them, with model.kind = "next_word" or "extreme"'
         )
     split: Split = kind.load()(config, data_dir)
-    if config.max_history is None:
-        return split
-    return replace(split, train=split.train.most_recent(config.max_history))
+    most: int | None = getattr(config, "max_history", None)  # a reader may do without it
+    return split if most is None else replace(split, train=split.train.most_recent(most))
 
 
 def load_texts(config: Data, *, data_dir: Path | None = None) -> TextSplit:
@@ -72,4 +71,4 @@ def load_texts(config: Data, *, data_dir: Path | None = None) -> TextSplit:
     if kind.config.gives == "interactions":
         raise UsageError(f"data.source = {config.source!r}: it has no texts; use data.load")
     split: TextSplit = kind.load()(config, data_dir)
-    return replace(split, vocabulary=config.vocabulary)
+    return replace(split, vocabulary=getattr(config, "vocabulary", None))

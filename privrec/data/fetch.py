@@ -23,9 +23,12 @@ def cache_dir() -> Path:
 
 
 def fetch(
-    name: str, *, directory: Path | None = None, echo: Callable[[str], None],
+    name: str,
+    *,
+    directory: Path | None = None,
+    echo: Callable[[str], None],
     downloader: Downloader | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
     """Download the archive of a data set, unless it is on this machine and intact.
 
     Its checksum is verified. The readers take the archive as it is; nothing is unpacked.

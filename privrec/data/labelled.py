@@ -43,9 +43,13 @@ class Labelled:
 
 
 def read_labelled(
-    path: Path, text: Sequence[str], label: str | None, *, between: str | None = None,
+    path: Path,
+    text: Sequence[str],
+    label: str | None,
+    *,
+    between: str | None = None,
     tokens: Tokens = "blanks",
-) -> Labelled:  # fmt: skip
+) -> Labelled:
     """Read rows of a table with named columns; a text is kept as it stands, blanks included.
 
     Args:

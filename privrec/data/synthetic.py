@@ -168,9 +168,12 @@ def _weights(
 
 
 def _histories(
-    rng: np.random.Generator, popularity: Float64Array, user_groups: Int64Array,
-    item_groups: Int64Array, lengths: Int64Array,
-) -> Int64Array:  # fmt: skip
+    rng: np.random.Generator,
+    popularity: Float64Array,
+    user_groups: Int64Array,
+    item_groups: Int64Array,
+    lengths: Int64Array,
+) -> Int64Array:
     """All histories one after another, int64 [sum of lengths], earliest item first.
 
     Every item gets an exponential waiting time of rate equal to its weight. The order of arrival

@@ -300,10 +300,16 @@ class _Part(NamedTuple):
 
 
 def read_columns(
-    files: Sequence[File], names: Names, separator: str | None = None, encoding: str = "utf-8",
-    *, width: int | None = None, called: Sequence[str] | None = None, quotes: bool = True,
+    files: Sequence[File],
+    names: Names,
+    separator: str | None = None,
+    encoding: str = "utf-8",
+    *,
+    width: int | None = None,
+    called: Sequence[str] | None = None,
+    quotes: bool = True,
     remedy: str = "set data.user_column, item_column or time_column to a name in the header",
-) -> list[Column]:  # fmt: skip
+) -> list[Column]:
     """Read some columns of a table of one or more files, in the order of ``names``.
 
     In text, quotes may surround a cell, unless the separator is a tab or several characters.

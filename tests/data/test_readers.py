@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 from data_of import data_of
+from pydantic import ValidationError
 
 from privrec import data
 from privrec.data.interactions import Split
 from privrec.errors import DataError
+from privrec.scenario.kinds import READERS, Reader, setting
 from privrec.scenario.schema import Data
 
 
@@ -348,3 +350,27 @@ def test_a_description_is_plain_json(tmp_path: Path) -> None:
     assert figures["density"] == pytest.approx(7 / 321)
     assert figures["published_negatives"] is True
     assert figures["median_history"] == 2.0
+
+
+class Pairs(Reader):
+    """Two items for every user, as somebody else's reader invents them."""
+
+    people: int = setting(3, "How many there are.", "[1, 100]")
+
+
+def read_pairs(config: Data, data_dir: Path | None) -> Split:
+    users = np.repeat(np.arange(config.people), 2)
+    interactions = data.Interactions.from_pairs(users, np.tile([7, 9], config.people))
+    return data.leave_last_out(interactions, holdout=config.holdout)
+
+
+def test_a_reader_comes_from_outside_by_its_keys_and_one_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(READERS, "_kinds", {**READERS._kinds})  # the test's own
+    READERS.add("pairs", Pairs, read_pairs)
+    split = data.load(data_of("pairs", people=5))
+    assert (split.train.n_users, split.train.item_ids.tolist()) == (5, [7, 9])
+    assert split.heldout.items.tolist() == [1] * 5
+    with pytest.raises(ValidationError, match="people"):
+        data_of("pairs", people=0)
