@@ -46,11 +46,11 @@ def data() -> None:
 def list_data(data_dir: Path | None, as_json: bool) -> None:
     """List the data sets that can be fetched and say which are here."""
     check_data(data_dir)
-    from privrec.data.fetch import ARCHIVES
+    from privrec.data.catalogue import ARCHIVES
 
     here = found_data(data_dir)
     rows = [
-        {"name": name, "holds": archive.size, "url": archive.url, "found": here.get(name)}
+        {"name": name, "holds": archive.holds, "url": archive.url, "found": here.get(name)}
         for name, archive in ARCHIVES.items()
     ]
     if as_json:
@@ -283,15 +283,15 @@ def found_data(data_dir: Path | None = None) -> dict[str, str]:
     Args:
         data_dir: A folder to look in first: a data set's own, or one above.
     """
+    from privrec.data.catalogue import ARCHIVES
     from privrec.data.fetch import cache_dir
-    from privrec.data.movielens import LAYOUTS
 
     found: dict[str, str] = {}
-    for name, layout in LAYOUTS.items():
+    for name, archive in ARCHIVES.items():
         for root in (root for root in (data_dir, cache_dir()) if root is not None):
-            places = [root] if root.name in layout.folders else []
-            places += [root / folder for folder in layout.folders]
-            places += [root / f"{folder}.zip" for folder in layout.folders]
+            places = [root] if root.name in archive.folders else []
+            places += [root / folder for folder in archive.folders]
+            places += [root / f"{folder}.zip" for folder in archive.folders]
             here = next((place for place in places if place.exists()), None)
             if here is not None:
                 found.setdefault(name, str(here))

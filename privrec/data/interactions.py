@@ -10,13 +10,12 @@ import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from privrec.data.membership import Membership
-from privrec.data.problems import shown
+from privrec.data.files import shown
 from privrec.embedding.hashing import splitmix64
 from privrec.errors import DataError, UnknownIdError, UsageError
 
@@ -26,39 +25,60 @@ BoolArray = NDArray[np.bool_]
 IdArray = NDArray[Any]
 Holdout = Literal["test", "validation"]
 Duplicates = Literal["refuse", "first", "last"]
+Where = Callable[[int], str]
 
 _HOLDOUT_KEY = 0x686F6C646F7574  # "holdout": fixed, so that a validation split is one split
 _INT32_MAX = np.iinfo(np.int32).max
-
-
-class SourceConfig(Protocol):
-    """What every source asks of a scenario's ``[data]`` table."""
-
-    @property
-    def source(self) -> str: ...
-    @property
-    def path(self) -> str | None: ...
-    @property
-    def holdout(self) -> Holdout: ...
-    @property
-    def users(self) -> int: ...
-    @property
-    def items(self) -> int: ...
-    @property
-    def clusters(self) -> int: ...
-    @property
-    def interactions_per_user(self) -> int: ...
-    @property
-    def seed(self) -> int: ...
+_BITMAP_BITS = 1 << 26  # 8 MiB: beyond it, a search in sorted keys costs less than the memory
 
 
 @dataclass(frozen=True, eq=False)
-class Interactions:
+class ItemLists:
+    """A list of items for each user, in compressed rows.
+
+    Args:
+        indptr: int64 [U + 1]; user ``u`` owns ``items[indptr[u]:indptr[u + 1]]``, maybe nothing.
+        items: int32 [m], positions in ``0..n-1``.
+    """
+
+    indptr: Int64Array
+    items: Int32Array
+
+    @property
+    def n_users(self) -> int:
+        """Number of users."""
+        return int(self.indptr.size - 1)
+
+    @property
+    def size(self) -> int:
+        """Number of items in all lists together."""
+        return int(self.items.size)
+
+    @property
+    def counts(self) -> Int64Array:
+        """Length of each list, int64 [U]."""
+        return np.diff(self.indptr)
+
+    @property
+    def single(self) -> bool:
+        """Whether no list is longer than one item."""
+        return bool(self.counts.max(initial=0) <= 1)
+
+    @cached_property
+    def users(self) -> Int32Array:
+        """The user of each row, int32 [m]."""
+        return np.repeat(np.arange(self.n_users, dtype=np.int32), self.counts)
+
+    def history(self, user: int) -> Int32Array:
+        """The items of one user, earliest first: a view, int32 [length]."""
+        return self.items[self.indptr[user] : self.indptr[user + 1]]
+
+
+@dataclass(frozen=True, eq=False)
+class Interactions(ItemLists):
     """The histories of all users, sorted by user, then time, then original order.
 
     Args:
-        indptr: int64 [U + 1]; user ``u`` owns rows ``indptr[u]:indptr[u + 1]``.
-        items: int32 [m], positions in ``0..n-1``.
         times: int64 [m], not decreasing within a user, or None where the source has none. The
             unit is the source's own; only the order is used.
         user_ids: [U] original ids, int64 or objects that are str, without repetition.
@@ -67,8 +87,6 @@ class Interactions:
         repeats: rows of the source that were left out, since their pair had another.
     """
 
-    indptr: Int64Array
-    items: Int32Array
     times: Int64Array | None
     user_ids: IdArray
     item_ids: IdArray
@@ -82,45 +100,46 @@ class Interactions:
         items: ArrayLike,
         times: ArrayLike | None = None,
         *,
-        user_ids: ArrayLike | None = None,
         item_ids: ArrayLike | None = None,
         titles: Sequence[str] | None = None,
-        where: Callable[[int], str] | None = None,
+        where: Where = lambda row: f"row {row + 1}",
         duplicates: Duplicates = "refuse",
     ) -> Interactions:
-        """Interactions from one row per (user, item) pair, in any order.
+        """Sort one row per (user, item) pair, in any order, into histories.
 
         Args:
             users: [m] raw ids, integers or strings; an array of Arrow too.
             items: [m] likewise.
             times: [m] integers, or None: then the order of the rows is the order in time.
-            user_ids: [U] the raw ids in the order of positions; None: those that occur, sorted.
-            item_ids: [n] likewise; give it to keep items that nobody has interacted with.
+            item_ids: [n] the raw ids in the order of positions, also of items that nobody has
+                interacted with; None: those that occur, sorted.
             titles: one per item id; needs ``item_ids``.
             where: names a row in an error, such as ``file, line``.
             duplicates: which row is kept of a pair that occurs again, ``"first"`` or ``"last"``
                 in time; ``"refuse"``: none may.
 
         Raises:
-            DataError: when there is no row, a pair occurs twice and may not, a raw id is not
-                listed, or a listed user has no row.
+            DataError: when there is no row, a pair occurs twice and may not, or a raw id is not
+                listed.
         """
-        row = where or (lambda index: f"row {index + 1}")
-        user, user_names = _positions(users, user_ids, "user", row)
-        item, item_names = _positions(items, item_ids, "item", row)
+        user, user_names = _positions(users, "user")
+        if item_ids is None:
+            item, item_names = _positions(items, "item")
+        else:
+            item_names = _array(item_ids)
+            item = _find(_array(items), item_names, where)
         if not user.size:
             raise DataError("no interactions: a data set needs at least one; check the input file")
-        order = _row_order(user, None if times is None else np.asarray(times))
+        stamps = None if times is None else np.asarray(times)
+        order = _row_order(user, stamps)
         if duplicates == "refuse":
-            _refuse_duplicates(user, item, user_names, item_names, row)
+            refuse_duplicates(user, item, user_names, item_names, where)
         else:
             order = order[_distinct((user * item_names.size + item)[order], duplicates)]
-        indptr = _row_bounds(user[order], user_names.size)
-        _refuse_idle(indptr, user_names)
         return cls(
-            indptr,
+            row_bounds(user[order], user_names.size),
             item[order].astype(np.int32),
-            None if times is None else np.asarray(times)[order].astype(np.int64),
+            None if stamps is None else stamps[order].astype(np.int64),
             user_names,
             item_names,
             None if titles is None else tuple(titles),
@@ -128,33 +147,9 @@ class Interactions:
         )
 
     @property
-    def n_users(self) -> int:
-        """Number of users."""
-        return int(self.indptr.size - 1)
-
-    @property
     def n_items(self) -> int:
         """Size of the catalogue, items without interactions included."""
         return int(self.item_ids.size)
-
-    @property
-    def size(self) -> int:
-        """Number of interactions."""
-        return int(self.items.size)
-
-    @property
-    def counts(self) -> Int64Array:
-        """Length of each user's history, int64 [U]."""
-        return np.diff(self.indptr)
-
-    @cached_property
-    def users(self) -> Int32Array:
-        """The user of each row, int32 [m]."""
-        return np.repeat(np.arange(self.n_users, dtype=np.int32), self.counts)
-
-    def history(self, user: int) -> Int32Array:
-        """The items of one user, earliest first: a view, int32 [length]."""
-        return self.items[self.indptr[user] : self.indptr[user + 1]]
 
     def item_counts(self) -> Int64Array:
         """How many users interacted with each item, int64 [n]."""
@@ -176,6 +171,14 @@ class Interactions:
         """
         return _lookup(item_id, self._item_positions, self.item_ids, "item")
 
+    @cached_property
+    def _user_positions(self) -> dict[str, int]:
+        return {str(name): index for index, name in enumerate(self.user_ids.tolist())}
+
+    @cached_property
+    def _item_positions(self) -> dict[str, int]:
+        return {str(name): index for index, name in enumerate(self.item_ids.tolist())}
+
     def membership(self) -> Membership:
         """An index that answers ``contains(users, items)`` for whole arrays at once."""
         return Membership(self.users, self.items, self.n_users, self.n_items)
@@ -187,12 +190,9 @@ class Interactions:
         return replace(self, indptr=indptr, items=self.items[keep], times=times)
 
     def most_recent(self, limit: int) -> Interactions:
-        """The same users with at most their last ``limit`` interactions.
-
-        Args:
-            limit: at least 1.
-        """
-        return self.select(self._from_end() < limit)
+        """The same users with at most their last ``limit`` interactions, at least 1."""
+        later = np.repeat(self.indptr[1:], self.counts) - 1 - np.arange(self.size)
+        return self.select(later < limit)
 
     def renumbered(self, order: Int64Array) -> Interactions:
         """The same interactions with items numbered anew.
@@ -201,77 +201,48 @@ class Interactions:
             order: int64 [n], the present position of each new one.
         """
         titles = None if self.titles is None else tuple(self.titles[item] for item in order)
-        items = _new_positions(order)[self.items]
-        names = self.item_ids[order]
+        items, names = _new_positions(order)[self.items], self.item_ids[order]
         return replace(self, items=items, item_ids=names, titles=titles)
 
-    def _from_end(self) -> Int64Array:
-        """How many later rows the same user has, int64 [m]."""
-        return np.repeat(self.indptr[1:], self.counts) - 1 - np.arange(self.size)
 
-    @cached_property
-    def _user_positions(self) -> dict[int | str, int]:
-        return {name: index for index, name in enumerate(self.user_ids.tolist())}
-
-    @cached_property
-    def _item_positions(self) -> dict[int | str, int]:
-        return {name: index for index, name in enumerate(self.item_ids.tolist())}
-
-
-@dataclass(frozen=True, eq=False)
-class ItemLists:
-    """A list of items for each user, in compressed rows.
+class Membership:
+    """Which (user, item) pairs occur: a bitmap when that is small, else sorted keys.
 
     Args:
-        indptr: int64 [U + 1]; user ``u`` owns ``items[indptr[u]:indptr[u + 1]]``, maybe nothing.
-        items: int32 [h] positions.
+        users: [m] positions.
+        items: [m] positions.
+        n_users: U.
+        n_items: n.
     """
 
-    indptr: Int64Array
-    items: Int32Array
+    def __init__(
+        self, users: NDArray[np.integer], items: NDArray[np.integer], n_users: int, n_items: int
+    ) -> None:
+        self._n_items = n_items
+        keys = self._key(users, items)
+        self._bitmap: NDArray[np.uint8] | None = None
+        if n_users * n_items <= _BITMAP_BITS:
+            flags = np.zeros(n_users * n_items, np.bool_)
+            flags[keys] = True
+            self._bitmap = np.packbits(flags, bitorder="little")
+        self._keys = np.sort(keys) if self._bitmap is None else keys[:0]
 
-    @classmethod
-    def from_pairs(
-        cls,
-        users: NDArray[np.integer],
-        items: NDArray[np.integer],
-        train: Interactions,
-        where: Callable[[int], str],
-    ) -> ItemLists:
-        """Lists for the users of ``train``, each in the order of the rows.
+    def contains(self, users: NDArray[np.integer], items: NDArray[np.integer]) -> BoolArray:
+        """Whether each pair of positions occurs; the two arrays broadcast."""
+        keys = self._key(users, items)
+        if self._bitmap is not None:
+            bits = self._bitmap[keys >> 3] >> (keys & 7).astype(np.uint8)
+            return np.asarray(bits & np.uint8(1), np.bool_)
+        if not self._keys.size:
+            return np.zeros(keys.shape, np.bool_)
+        found = np.minimum(np.searchsorted(self._keys, keys), self._keys.size - 1)
+        return np.asarray(self._keys[found] == keys)
 
-        Args:
-            users: [h] positions.
-            items: [h] positions.
-            train: gives the users and the catalogue.
-            where: names a row in an error, such as ``file, line``.
+    def _key(self, users: NDArray[np.integer], items: NDArray[np.integer]) -> Int64Array:
+        return np.asarray(users).astype(np.int64) * self._n_items + np.asarray(items)
 
-        Raises:
-            DataError: when a pair occurs twice.
-        """
-        user, item = np.asarray(users, np.int64), np.asarray(items, np.int64)
-        _refuse_duplicates(user, item, train.user_ids, train.item_ids, where)
-        chosen = item[_row_order(user, None)].astype(np.int32)
-        return cls(_row_bounds(user, train.n_users), chosen)
 
-    @property
-    def counts(self) -> Int64Array:
-        """Length of each list, int64 [U]."""
-        return np.diff(self.indptr)
-
-    @property
-    def size(self) -> int:
-        """Number of items in all lists together."""
-        return int(self.items.size)
-
-    @property
-    def single(self) -> bool:
-        """Whether no list is longer than one item."""
-        return bool(self.counts.max(initial=0) <= 1)
-
-    def of(self, user: int) -> Int32Array:
-        """The list of one user: a view, int32 [length]."""
-        return self.items[self.indptr[user] : self.indptr[user + 1]]
+# ------------------------------------------------------------------------------------------ splits
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,6 +265,27 @@ class Split:
     holdout: Holdout
     untrained: int = 0
 
+    def describe(self) -> dict[str, int | float | str | bool]:
+        """Figures of the split, ready for JSON; ``density`` is of user-item pairs in training."""
+        train, counts = self.train, self.train.counts
+        return {
+            "users": train.n_users,
+            "items": train.n_items,
+            "interactions": train.size,
+            "heldout": self.heldout.size,
+            "tested_users": int((self.heldout.counts > 0).sum()),
+            "density": train.size / (train.n_users * train.n_items),
+            "shortest_history": int(counts.min()),
+            "median_history": float(np.median(counts)),
+            "longest_history": int(counts.max()),
+            "holdout": self.holdout,
+            "times": train.times is not None,
+            "titles": train.titles is not None,
+            "published_negatives": self.negatives is not None,
+            "repeats_left_out": train.repeats,
+            "untrained_left_out": self.untrained,
+        }
+
     def renumbered(self, order: Int64Array) -> Split:
         """The same split with items numbered anew; see :meth:`Interactions.renumbered`."""
         # A candidate that is missing (-1) finds itself at the end.
@@ -311,17 +303,14 @@ def leave_last_out(interactions: Interactions, *, holdout: Holdout) -> Split:
     times it is the last in the file. ``validation`` removes the test item altogether. A user who
     would be left with nothing to learn from keeps everything and holds out nothing.
 
-    Args:
-        interactions: histories of any length of at least one.
-        holdout: ``"test"`` or ``"validation"``.
-
     Raises:
-        UsageError: when ``holdout`` is neither.
+        UsageError: when ``holdout`` is neither ``"test"`` nor ``"validation"``.
     """
-    if _checked(holdout) == "validation":
+    if holdout not in ("test", "validation"):
+        raise UsageError(f"holdout {holdout!r}: it is 'test' or 'validation'; set data.holdout")
+    if holdout == "validation":
         interactions = interactions.select(~_last_rows(interactions))
-    last = _last_rows(interactions)
-    return Split(interactions.select(~last), _lists(interactions, last), None, holdout)
+    return _holding_out(interactions, _last_rows(interactions), holdout)
 
 
 def hold_out_some(interactions: Interactions, counts: NDArray[np.integer]) -> Split:
@@ -339,14 +328,7 @@ def hold_out_some(interactions: Interactions, counts: NDArray[np.integer]) -> Sp
     place = np.empty(interactions.size, np.int64)
     place[order] = np.arange(interactions.size) - interactions.indptr[interactions.users]
     limit = np.minimum(counts, interactions.counts - 1)
-    held = place < limit[interactions.users]
-    return Split(interactions.select(~held), _lists(interactions, held), None, "validation")
-
-
-def _checked(holdout: Holdout) -> Holdout:
-    if holdout not in ("test", "validation"):
-        raise UsageError(f"holdout {holdout!r}: it is 'test' or 'validation'; set data.holdout")
-    return holdout
+    return _holding_out(interactions, place < limit[interactions.users], "validation")
 
 
 def _last_rows(interactions: Interactions) -> BoolArray:
@@ -356,15 +338,10 @@ def _last_rows(interactions: Interactions) -> BoolArray:
     return last
 
 
-def _new_positions(order: Int64Array) -> Int32Array:
-    positions = np.empty(order.size, np.int32)
-    positions[order] = np.arange(order.size, dtype=np.int32)
-    return positions
-
-
-def _lists(interactions: Interactions, rows: BoolArray) -> ItemLists:
+def _holding_out(interactions: Interactions, rows: BoolArray, holdout: Holdout) -> Split:
     chosen = interactions.select(rows)
-    return ItemLists(chosen.indptr, chosen.items)
+    heldout = ItemLists(chosen.indptr, chosen.items)
+    return Split(interactions.select(~rows), heldout, None, holdout)
 
 
 def rows_of(
@@ -372,13 +349,8 @@ def rows_of(
 ) -> tuple[Int64Array, Int32Array]:
     """The items of some users in compressed rows, and whose they are.
 
-    Args:
-        indptr: int64 [U + 1].
-        items: int32 [m].
-        users: [k] positions.
-
     Returns:
-        For each of their items the place in ``users`` (0..k-1), and the item; both of one length.
+        For each of their items the place in ``users`` [k], and the item; both of one length.
     """
     lengths = indptr[users + 1] - indptr[users]
     rows = np.repeat(np.arange(users.size), lengths)
@@ -386,10 +358,12 @@ def rows_of(
     return rows, items[np.repeat(indptr[users], lengths) + np.arange(rows.size) - before]
 
 
-def _row_bounds(users: Int64Array, n_users: int) -> Int64Array:
-    indptr = np.zeros(n_users + 1, np.int64)
-    np.cumsum(np.bincount(users, minlength=n_users), out=indptr[1:])
-    return indptr
+# --------------------------------------------------------------------------------- ids to positions
+
+
+def row_bounds(users: Int64Array, n_users: int) -> Int64Array:
+    """Where each user's rows begin and end among rows sorted by user, int64 [U + 1]."""
+    return np.concatenate(([0], np.cumsum(np.bincount(users, minlength=n_users), dtype=np.int64)))
 
 
 def _row_order(users: Int64Array, times: IdArray | None) -> Int64Array:
@@ -398,14 +372,15 @@ def _row_order(users: Int64Array, times: IdArray | None) -> Int64Array:
     return np.lexsort((times, users))
 
 
-def _positions(
-    raw: Any, listed: ArrayLike | None, noun: str, where: Callable[[int], str]
-) -> tuple[Int64Array, IdArray]:
-    """Positions of raw ids, and the ids in the order of positions."""
-    if listed is not None:
-        names = _array(listed)
-        positions = _find(_array(raw), names, noun, where)
-    elif hasattr(raw, "dictionary_encode"):
+def _new_positions(order: Int64Array) -> Int32Array:
+    positions = np.empty(order.size, np.int32)
+    positions[order] = np.arange(order.size, dtype=np.int32)
+    return positions
+
+
+def _positions(raw: Any, noun: str) -> tuple[Int64Array, IdArray]:
+    """Positions of raw ids among those that occur, sorted; and those."""
+    if hasattr(raw, "dictionary_encode"):
         # Text of Arrow: no Python object a row, only one for each distinct id. UTF-8 sorts as its
         # characters do. Imported here: a device that holds one history can spare it.
         import pyarrow.compute
@@ -416,7 +391,15 @@ def _positions(
         positions = _new_positions(order.to_numpy())[coded.indices.to_numpy()]
         names = coded.dictionary.take(order).to_numpy(zero_copy_only=False)
     else:
-        positions, names = _unique_positions(_array(raw))
+        ids = _array(raw)
+        small = ids.dtype.kind in "iu" and ids.size and ids.min() >= 0
+        if small and ids.max() < 4 * ids.size + 1024:
+            # Small integers are counted, which is much faster than to sort them.
+            present = np.zeros(int(ids.max()) + 1, np.bool_)
+            present[ids] = True
+            positions, names = (np.cumsum(present) - 1)[ids], np.flatnonzero(present)
+        else:
+            names, positions = np.unique(ids, return_inverse=True)
     if names.size > _INT32_MAX:
         raise DataError(f"{names.size} {noun}s: positions are 32-bit; split the data set")
     return positions.astype(np.int64, copy=False), names
@@ -428,18 +411,8 @@ def _array(raw: ArrayLike) -> IdArray:
     return np.asarray(raw, object if text else None)
 
 
-def _unique_positions(raw: IdArray) -> tuple[Int64Array, IdArray]:
-    """``np.unique`` with inverse, by counting where ids are small integers (much faster)."""
-    small = raw.dtype.kind in "iu" and raw.size and raw.min() >= 0
-    if small and raw.max() < 4 * raw.size + 1024:
-        present = np.zeros(int(raw.max()) + 1, np.bool_)
-        present[raw] = True
-        return (np.cumsum(present) - 1)[raw], np.flatnonzero(present)
-    names, positions = np.unique(raw, return_inverse=True)
-    return positions, names
-
-
-def _find(raw: IdArray, names: IdArray, noun: str, where: Callable[[int], str]) -> Int64Array:
+def _find(raw: IdArray, names: IdArray, where: Where) -> Int64Array:
+    """Positions of raw ids of items among all that are listed."""
     order = np.argsort(names, kind="stable")
     guess = np.minimum(np.searchsorted(names, raw, sorter=order), names.size - 1)
     positions = order[guess].astype(np.int64)
@@ -447,19 +420,10 @@ def _find(raw: IdArray, names: IdArray, noun: str, where: Callable[[int], str]) 
     if wrong.size:
         first = int(wrong[0])
         raise DataError(
-            f"{where(first)}: {noun} {_quoted(raw[first])} is not among the {names.size} listed "
-            f"{noun}s; all must be listed; add it to the list or remove the line"
+            f"{where(first)}: item {_quoted(raw[first])} is not among the {names.size} listed "
+            "items; all must be listed; add it to the list or remove the line"
         )
     return positions
-
-
-def _refuse_idle(indptr: Int64Array, user_ids: IdArray) -> None:
-    idle = np.flatnonzero(np.diff(indptr) == 0)
-    if idle.size:
-        raise DataError(
-            f"user {user_ids[idle[0]]} has no interactions; every listed user needs at least one; "
-            "remove the user from the list"
-        )
 
 
 def _distinct(keys: Int64Array, kept: Duplicates) -> Int64Array:
@@ -469,13 +433,14 @@ def _distinct(keys: Int64Array, kept: Duplicates) -> Int64Array:
     return np.sort(keys.size - 1 - np.unique(keys[::-1], return_index=True)[1])
 
 
-def _refuse_duplicates(
-    users: Int64Array,
-    items: Int64Array,
-    user_ids: IdArray,
-    item_ids: IdArray,
-    where: Callable[[int], str],
+def refuse_duplicates(
+    users: Int64Array, items: Int64Array, user_ids: IdArray, item_ids: IdArray, where: Where
 ) -> None:
+    """Refuse a pair of positions that occurs twice.
+
+    Raises:
+        DataError: names the second row of a pair, and the first.
+    """
     keys = users * item_ids.size + items
     ordered = np.sort(keys)
     if not (ordered[1:] == ordered[:-1]).any():
@@ -491,39 +456,24 @@ def _refuse_duplicates(
 
 
 def _quoted(name: Any) -> str:
-    return shown(str(name)) if isinstance(name, str) else str(name)
+    return shown(name) if isinstance(name, str) else str(name)
 
 
-def _lookup(wanted: int | str, positions: dict[int | str, int], names: IdArray, noun: str) -> int:
-    key = _as_id(wanted, names)
-    if key in positions:
-        return positions[key]
-    raise UnknownIdError(
-        f"{noun} {wanted!r}: the data set has no such {noun}; {_known(wanted, names)}"
-    )
-
-
-def _as_id(wanted: int | str, names: IdArray) -> int | str:
-    if names.dtype.kind not in "iu":
-        return str(wanted)
-    try:
-        number = int(wanted)
-    except ValueError:
-        return wanted
-    # Python also reads 007, 1_0 and digits of other scripts.
-    return number if str(number) == str(wanted) else str(wanted)
-
-
-def _known(wanted: int | str, names: IdArray) -> str:
-    """The remedy of an unknown id: what ids look like, and the nearest one."""
+def _lookup(wanted: int | str, positions: dict[str, int], names: IdArray, noun: str) -> int:
+    """The position of an id; or an error with what ids look like, and the nearest one."""
+    if str(wanted) in positions:
+        return positions[str(wanted)]
     if names.dtype.kind in "iu":
-        reach = f"its {names.size} ids lie between {names.min()} and {names.max()}"
-        key = _as_id(wanted, names)
-        if isinstance(key, str):
-            return f"{reach}; give one of these numbers"
-        # Python integers: what was asked for may not fit into 64 bits.
-        nearest = min(names.tolist(), key=lambda name: abs(name - key))
-        return f"{reach}; the nearest is {nearest}"
-    close = difflib.get_close_matches(str(wanted), names.tolist(), n=3, cutoff=0.5)
-    examples = ", ".join(repr(name) for name in close or names[:3].tolist())
-    return f"its {names.size} ids are like {examples}; give one of them"
+        remedy = f"its {names.size} ids lie between {names.min()} and {names.max()}"
+        try:
+            number = int(wanted)
+        except ValueError:
+            remedy += "; give one of these numbers"
+        else:
+            # Python integers: what was asked for may not fit into 64 bits.
+            remedy += f"; the nearest is {min(names.tolist(), key=lambda each: abs(each - number))}"
+    else:
+        close = difflib.get_close_matches(str(wanted), names.tolist(), n=3, cutoff=0.5)
+        examples = ", ".join(repr(name) for name in close or names[:3].tolist())
+        remedy = f"its {names.size} ids are like {examples}; give one of them"
+    raise UnknownIdError(f"{noun} {wanted!r}: the data set has no such {noun}; {remedy}")

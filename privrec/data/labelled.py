@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
-from privrec.data.extreme import Examples
-from privrec.data.folder import table_files
-from privrec.data.problems import BLANKS, bad_file
+from privrec.data.corpus import Examples
+from privrec.data.files import BLANKS, bad_file, table_files
 from privrec.embedding.hashing import finalise
 from privrec.errors import DataError
 
@@ -25,18 +23,16 @@ SPLITS: dict[Tokens, Callable[[str], list[str]]] = {
     "words": re.compile(r"\w+").findall,
 }
 """How a text becomes tokens: what stands between blanks, as in fastText and in the texts of
-:mod:`privrec.data.text`; or runs of letters, digits and underscores, which drops signs (``-5`` is
+:mod:`privrec.data.texts`; or runs of letters, digits and underscores, which drops signs (``-5`` is
 ``5``) and breaks words at the combining marks of scripts such as Devanagari."""
 Label: TypeAlias = str | int | float
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Texts, one a row, with the labels of each.
+    """Texts, one a row, with the labels of each: at least one, all of one type.
 
-    Args:
-        texts: what each row says.
-        labels: of each row, at least one each, all of one type; empty where none were asked for.
+    Where no labels were asked for, there are none at all.
     """
 
     texts: tuple[str, ...]
@@ -47,13 +43,17 @@ class Labelled:
 
 
 def read_labelled(
-    path: Path, text: Sequence[str], label: str | None, *, between: str | None = None,
+    path: Path,
+    text: Sequence[str],
+    label: str | None,
+    *,
+    between: str | None = None,
     tokens: Tokens = "blanks",
-) -> Labelled:  # fmt: skip
-    """Rows of a table with named columns; a text is kept as it stands, blanks included.
+) -> Labelled:
+    """Read rows of a table with named columns; a text is kept as it stands, blanks included.
 
     Args:
-        path: CSV, TSV or Parquet, see :func:`privrec.data.folder.table_files`; text is UTF-8.
+        path: CSV, TSV or Parquet, see :func:`~privrec.data.files.table_files`; text is UTF-8.
         text: columns that are read; of several, each word carries its column's name, so that
             tables of categories work as texts do.
         label: column of the label; None where labels are not needed.
@@ -64,22 +64,20 @@ def read_labelled(
         DataError: when the file, a column or a line is not as it must be; it names the line.
     """
     # Imported when a file is read, as Arrow takes a tenth of a second.
-    from privrec.data.cells import texts_in
-    from privrec.data.files import read_columns
+    from privrec.data.tables import read_columns
 
     wanted = list(dict.fromkeys([*text, *([] if label is None else [label])]))
-    read = read_columns(table_files(path), wanted, remedy="name the columns as the header does")
-    found = {
-        name: texts_in(cells, name, read.where)
-        for name, cells in zip(wanted, read.cells, strict=True)
-    }
-    columns = zip(*(found[each] for each in text), strict=True)
-    texts = [_joined(cells, text, SPLITS[tokens]) for cells in columns]
-    labels = [
-        _labels(cell, between, str(label), read.where(row))
-        for row, cell in enumerate(found[label] if label is not None else ())
-    ]
-    return Labelled(tuple(texts), tuple(labels))
+    columns = read_columns(table_files(path), wanted, remedy="name the columns as the header does")
+    found = {column.name: column.texts() for column in columns}
+    texts = zip(*(found[each] for each in text), strict=True)
+    labels = () if label is None else found[label]
+    return Labelled(
+        tuple(_joined(cells, text, SPLITS[tokens]) for cells in texts),
+        tuple(
+            _labels(cell, between, str(label), columns[0].where(row))
+            for row, cell in enumerate(labels)
+        ),
+    )
 
 
 def _joined(cells: Sequence[str], columns: Sequence[str], split: Callable[[str], list[str]]) -> str:
@@ -103,15 +101,10 @@ def _labels(cell: str, between: str | None, column: str, where: str) -> tuple[st
 
 
 def bags(texts: Iterable[str], features: int, tokens: Tokens = "blanks") -> Examples:
-    """Texts as bags of hashed words, with no vocabulary to be learned, kept or shared.
+    """Turn texts into bags of hashed words, with no vocabulary to be learned, kept or shared.
 
-    A word's value is ``1 + log(count)``, scaled so that a text has length one. A text without
-    words has no features.
-
-    Args:
-        texts: case does not count.
-        features: size of the hashed vocabulary.
-        tokens: how texts are split.
+    A word's value is ``1 + log(count)``, scaled so that a text has length one; case does not
+    count. A text without words has no features.
     """
     split = SPLITS[tokens]
     known: dict[str, int] = {}
@@ -123,23 +116,20 @@ def bags(texts: Iterable[str], features: int, tokens: Tokens = "blanks") -> Exam
         words.extend(known.setdefault(word, len(known)) for word in found)
         counts.extend(found.values())
         lengths.append(len(found))
-    places = _hashed(list(known), features)
+    sums = np.array([zlib.crc32(word.encode()) for word in known], np.uint64)
+    places = (finalise(sums) % np.uint64(features)).astype(np.int64)
     values = 1 + np.log(np.array(counts, np.float32))
     rows = np.repeat(np.arange(len(lengths)), lengths)
     norms = np.sqrt(np.bincount(rows, values**2, minlength=len(lengths)))
-    values /= norms[rows]
-    nothing = np.zeros(0, np.int64)
-    ends = np.cumsum(lengths)
-    empty = np.zeros(len(lengths), np.int64)
     return Examples(
-        ends, places[np.array(words, np.int64)], values.astype(np.float32),
-        empty, nothing, features, 1,
-    )  # fmt: skip
-
-
-def _hashed(words: Sequence[str], features: int) -> NDArray[np.int64]:
-    sums = np.array([zlib.crc32(word.encode()) for word in words], np.uint64)
-    return (finalise(sums) % np.uint64(features)).astype(np.int64)
+        np.cumsum(lengths),
+        places[np.array(words, np.int64)],
+        (values / norms[rows]).astype(np.float32),
+        np.zeros(len(lengths), np.int64),
+        np.zeros(0, np.int64),
+        features,
+        1,
+    )
 
 
 def labels_of(rows: Sequence[Sequence[Label]]) -> tuple[Label, ...]:

@@ -1,27 +1,27 @@
-"""Invented interactions whose best possible recommender is known.
+"""Invented data: interactions, texts and labelled examples, each with something to be learned.
 
-Every user belongs to one of several groups of taste and every item too. A history is drawn item by
-item, without repetition, with probability proportional to the item's popularity (a power law) times
-a factor for an item of the user's own group. The last item is therefore drawn, given the earlier
-ones, from exactly those weights over the items not yet seen: ranking by them is the best that
-anyone can do, and its expected hit ratio is a sum that can be computed.
+The same arguments give the same data.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.data.interactions import Interactions, Split, rows_of
-from privrec.errors import DataError
+from privrec.data.corpus import EVERY, UNKNOWN, Corpus, Examples, TextSplit, dealt
+from privrec.data.interactions import Interactions, Split, leave_last_out
+from privrec.embedding.hashing import finalise
+from privrec.errors import DataError, UsageError
 from privrec.randomness import rng_for
+from privrec.scenario.schema import Data
 
 Float64Array = NDArray[np.float64]
-Float32Array = NDArray[np.float32]
 Int64Array = NDArray[np.int64]
+Shape = int | tuple[int, ...]
 
 _POPULARITY_EXPONENT = 0.8
 _OWN_GROUP = 25.0  # how many times likelier an item of one's own group is than another's
@@ -30,10 +30,77 @@ _CELLS = 1 << 21  # user-item pairs drawn at a time
 _START = 1_600_000_000  # seconds since 1970
 _MEAN_GAP_S = 6 * 3600.0
 
+_FOLLOWERS = (0.5, 0.25, 0.15, 0.1)  # how often each of the words that follow one does
+_FOLLOWS = 0.6  # chance that a word is one of those that follow the last
+_TOPICAL = 0.5  # chance, else, that it is of the device's own topic
+
+_OWN, _CLUSTER = 0.5, 0.25  # shares of words that tell a label, and its cluster
+_LABEL_WORDS, _CLUSTER_WORDS = 12, 96
+
+
+def load_interactions(config: Data, data_dir: Path | None) -> Split:
+    """Invent the interactions that a scenario asks for."""
+    return leave_last_out(
+        generate(
+            users=config.users,
+            items=config.items,
+            clusters=config.clusters,
+            interactions_per_user=config.interactions_per_user,
+            seed=config.seed,
+        ).interactions,
+        holdout=config.holdout,
+    )
+
+
+def load_articles(config: Data, data_dir: Path | None) -> TextSplit:
+    """Invent ``config.users`` texts to train on, and others of the same law to be held out."""
+
+    def texts(devices: int) -> Corpus:
+        return generate_text(
+            devices=devices,
+            words=config.items,
+            topics=config.clusters,
+            tokens_per_device=config.interactions_per_user,
+            seed=config.seed,
+        )
+
+    return _with_heldout(config, texts)
+
+
+def load_examples(config: Data, data_dir: Path | None) -> TextSplit:
+    """Invent the labelled examples of ``config.users`` devices, and of others to be held out."""
+    each = config.interactions_per_user
+    world = Invented(
+        config.features,
+        config.items - 1,
+        labels_each=config.labels_each,
+        clusters=config.clusters,
+        seed=config.seed,
+    )
+    return _with_heldout(config, lambda devices: dealt(world.examples(devices * each), each))
+
+
+def _with_heldout(config: Data, invent: Callable[[int], Corpus]) -> TextSplit:
+    """Train on the first devices; of the others, test and validation hold out one half each."""
+    users, out = config.users, max(1, config.users // (EVERY - 1))
+    corpus = invent(users + 2 * out)
+    first = users if config.holdout == "validation" else users + out
+    train, heldout = corpus.select(np.arange(users)), corpus.select(np.arange(first, first + out))
+    return TextSplit(train, heldout, config.holdout, "synthetic")
+
+
+# ------------------------------------------------------------------------------------ interactions
+
 
 @dataclass(frozen=True, eq=False)
 class Planted:
     """A synthetic data set together with what generated it.
+
+    Every user belongs to one of several groups of taste and every item too. A history is drawn item
+    by item, without repetition, with probability proportional to the item's popularity (a power
+    law), times a factor for an item of the user's own group. So the last item is drawn, given the
+    earlier ones, from exactly those weights over the items not yet seen: ranking by them is the
+    best that anyone can do.
 
     Args:
         interactions: all of it, times in seconds.
@@ -48,115 +115,63 @@ class Planted:
     item_groups: Int64Array
 
     def weights(self, users: NDArray[np.integer]) -> Float64Array:
-        """Unnormalised probability of every item as a user's next one, float64 [m, n].
-
-        Args:
-            users: [m] positions.
-        """
-        own = self.user_groups[users][:, None] == self.item_groups[None, :]
-        return self.popularity * np.where(own, _OWN_GROUP, 1.0)
-
-    def oracle(
-        self, users: NDArray[np.integer], candidates: NDArray[np.integer] | None
-    ) -> Float32Array:
-        """Return the best possible scores, as :func:`privrec.evaluate.metrics.evaluate` takes them.
-
-        Args:
-            users: [m] positions.
-            candidates: [m, c] positions, or None for the whole catalogue.
-        """
-        weights = self.weights(users)
-        if candidates is not None:
-            weights = np.take_along_axis(weights, np.asarray(candidates), axis=1)
-        return weights.astype(np.float32)
-
-    def expected_hr(self, split: Split, k: int) -> float:
-        """The hit ratio at ``k`` in full ranking that no recommender can exceed in expectation.
-
-        Promise: the oracle reaches it in expectation over the held-out items, given ``train``, of
-        a ``test`` split by :func:`~privrec.data.interactions.leave_last_out` (of ``validation``
-        it holds only nearly, since the number of items drawn after is not accounted for).
-
-        Args:
-            split: leave-last-out of ``interactions``.
-            k: length of the list.
-        """
-        tested = np.flatnonzero(split.heldout.counts)
-        step = max(1, _CELLS // split.train.n_items)
-        parts = [
-            self._chances(split.train, tested[at : at + step], k)
-            for at in range(0, tested.size, step)
-        ]
-        return float(np.concatenate(parts).mean())
-
-    def _chances(self, train: Interactions, users: Int64Array, k: int) -> Float64Array:
-        """Chance that the next item of each user is among the ``k`` likeliest unseen ones."""
-        weights = self.weights(users)
-        weights[rows_of(train.indptr, train.items, users)] = 0.0
-        best = -np.partition(-weights, min(k, weights.shape[1]) - 1, axis=1)[:, :k]
-        return np.asarray(best.sum(axis=1) / weights.sum(axis=1))
+        """Unnormalised probability of every item as a user's next one, float64 [m, n]."""
+        return _weights(self.popularity, self.user_groups[users], self.item_groups)
 
 
 def generate(
     *, users: int, items: int, clusters: int, interactions_per_user: int, seed: int
 ) -> Planted:
-    """A synthetic data set: the same arguments give the same one.
+    """Invent interactions; ids are 1 to ``users`` and 1 to ``items``.
 
     Args:
-        users: number of users, at least 1.
-        items: size of the catalogue; ids are 1 to ``items``.
         clusters: groups of taste, at most ``items``.
-        interactions_per_user: mean length of a history, at least 2; lengths vary around it and
-            stay between 2 and half of the catalogue.
-        seed: any integer.
+        interactions_per_user: mean length of a history; lengths vary around it and stay between 2
+            and half of the catalogue.
 
     Raises:
         DataError: when the numbers do not fit each other.
     """
-    _check(users, items, clusters, interactions_per_user)
+    if not 1 <= clusters <= items:
+        raise DataError(
+            f"synthetic data: {clusters} clusters of {items} items; a cluster needs at least one "
+            "item; lower data.clusters or raise data.items"
+        )
+    if users < 1 or not 2 <= interactions_per_user <= items // 2:
+        raise DataError(
+            f"synthetic data: {interactions_per_user} interactions for each of {users} users out "
+            f"of {items} items; there must be a user, and a history has from 2 interactions to "
+            "half of the catalogue; change data.users, data.interactions_per_user or data.items"
+        )
     rng = rng_for(seed, "data", "synthetic")
     popularity = rng.permutation((1.0 + np.arange(items)) ** -_POPULARITY_EXPONENT)
     item_groups = rng.permutation(np.arange(items) % clusters)
     user_groups = rng.permutation(np.arange(users) % clusters)
-    lengths = _lengths(rng, users, interactions_per_user, items // 2)
-    owner = np.repeat(np.arange(users), lengths)
-    chosen = _histories(rng, popularity, item_groups, user_groups, lengths)
+    drift = _LENGTH_SPREAD**2 / 2  # makes the mean of the log-normal factor one
+    factor = np.exp(rng.normal(-drift, _LENGTH_SPREAD, users))
+    lengths = np.clip(np.rint(interactions_per_user * factor), 2, items // 2).astype(np.int64)
     interactions = Interactions.from_pairs(
-        owner + 1,
-        chosen + 1,
+        np.repeat(np.arange(users), lengths) + 1,
+        _histories(rng, popularity, user_groups, item_groups, lengths) + 1,
         _times(rng, lengths),
-        user_ids=np.arange(1, users + 1),
         item_ids=np.arange(1, items + 1),
         titles=[f"Item {item + 1} of group {group + 1}" for item, group in enumerate(item_groups)],
     )
     return Planted(interactions, popularity, user_groups, item_groups)
 
 
-def _check(users: int, items: int, clusters: int, mean: int) -> None:
-    if not 1 <= clusters <= items:
-        raise DataError(
-            f"synthetic data: {clusters} clusters of {items} items; a cluster needs at least one "
-            "item; lower data.clusters or raise data.items"
-        )
-    if users < 1 or mean < 2 or mean > items // 2:
-        raise DataError(
-            f"synthetic data: {mean} interactions for each of {users} users out of {items} items; "
-            "there must be a user, and a history has from 2 interactions to half of the catalogue; "
-            "change data.users, data.interactions_per_user or data.items"
-        )
-
-
-def _lengths(rng: np.random.Generator, users: int, mean: int, most: int) -> Int64Array:
-    drift = _LENGTH_SPREAD**2 / 2  # makes the mean of the log-normal factor one
-    factor = np.exp(rng.normal(-drift, _LENGTH_SPREAD, users))
-    return np.asarray(np.clip(np.rint(mean * factor), 2, most), np.int64)
+def _weights(
+    popularity: Float64Array, user_groups: Int64Array, item_groups: Int64Array
+) -> Float64Array:
+    own = user_groups[:, None] == item_groups
+    return popularity * np.where(own, _OWN_GROUP, 1.0)
 
 
 def _histories(
     rng: np.random.Generator,
     popularity: Float64Array,
-    item_groups: Int64Array,
     user_groups: Int64Array,
+    item_groups: Int64Array,
     lengths: Int64Array,
 ) -> Int64Array:
     """All histories one after another, int64 [sum of lengths], earliest item first.
@@ -165,21 +180,16 @@ def _histories(
     is then the order of successive draws without repetition.
     """
     step = max(1, _CELLS // popularity.size)
-    parts: list[NDArray[Any]] = []
+    parts: list[Int64Array] = []
     for at in range(0, lengths.size, step):
-        own = user_groups[at : at + step, None] == item_groups
-        waits = rng.standard_exponential(own.shape)
-        waits /= popularity * np.where(own, _OWN_GROUP, 1.0)
-        parts.append(_earliest(waits, lengths[at : at + step]))
+        weights = _weights(popularity, user_groups[at : at + step], item_groups)
+        waits = rng.standard_exponential(weights.shape) / weights
+        longest = int(lengths[at : at + step].max())
+        first = np.argpartition(waits, longest - 1, axis=1)[:, :longest]
+        arrival = np.argsort(np.take_along_axis(waits, first, axis=1), axis=1)
+        order = np.take_along_axis(first, arrival, axis=1)
+        parts.append(order[np.arange(longest) < lengths[at : at + step, None]])
     return np.concatenate(parts)
-
-
-def _earliest(waits: Float64Array, lengths: Int64Array) -> Int64Array:
-    longest = int(lengths.max())
-    first = np.argpartition(waits, longest - 1, axis=1)[:, :longest]
-    arrival = np.argsort(np.take_along_axis(waits, first, axis=1), axis=1)
-    order = np.take_along_axis(first, arrival, axis=1)
-    return order[np.arange(longest) < lengths[:, None]]
 
 
 def _times(rng: np.random.Generator, lengths: Int64Array) -> Int64Array:
@@ -188,3 +198,154 @@ def _times(rng: np.random.Generator, lengths: Int64Array) -> Int64Array:
     total = np.cumsum(gaps)
     before = np.repeat((total - gaps)[np.cumsum(lengths) - lengths], lengths)
     return np.asarray(_START + total - before)
+
+
+# -------------------------------------------------------------------------------- texts and labels
+
+
+def generate_text(
+    *, devices: int, words: int, topics: int, tokens_per_device: int, seed: int
+) -> Corpus:
+    """Invent texts.
+
+    A word is one of four that follow the last one, the first of them in half of the cases; or else
+    one of the device's topic or of the whole vocabulary, by Zipf's law. So a model can learn what
+    follows what, and what a topic is about, over a vocabulary of any size.
+
+    Args:
+        words: size of the vocabulary with the unknown word, at least 16.
+        topics: groups of words, at most ``words / 16``.
+        tokens_per_device: length of each text, at least 2.
+
+    Raises:
+        UsageError: when a value is out of its range.
+    """
+    if words < 16 or not 1 <= topics <= words // 16 or tokens_per_device < 2:
+        raise UsageError(
+            f"words = {words}, topics = {topics}, tokens_per_device = {tokens_per_device}: a text "
+            "has 16 words or more, a topic for at most every 16th, and 2 tokens; raise the words"
+        )
+    rng = rng_for(seed, "text")
+    known = words - 1
+    cumulative = np.cumsum(1.0 / np.arange(1, known + 1))
+    followers = _tabled_zipf(rng, cumulative, (known, len(_FOLLOWERS)))
+    topic = rng.integers(topics, size=devices)
+    tokens = np.empty((devices, tokens_per_device), np.int32)
+    tokens[:, 0] = _tabled_zipf(rng, cumulative, devices)
+    odds = np.cumsum(_FOLLOWERS)
+    for at in range(1, tokens_per_device):
+        free = _tabled_zipf(rng, cumulative, devices)
+        # A topic is every n-th word: the nearest one of the topic to a word drawn by Zipf's law.
+        own = np.minimum(free // topics * topics + topic, known - 1)
+        free = np.where(rng.random(devices) < _TOPICAL, own, free)
+        rank = np.minimum(np.searchsorted(odds, rng.random(devices)), len(_FOLLOWERS) - 1)
+        next_one = followers[tokens[:, at - 1], rank]
+        tokens[:, at] = np.where(rng.random(devices) < _FOLLOWS, next_one, free)
+    bounds = np.arange(devices + 1, dtype=np.int64) * tokens_per_device
+    names = tuple(f"text {number + 1}" for number in range(devices))
+    vocabulary = (UNKNOWN, *(f"w{number}" for number in range(known)))
+    return Corpus(bounds, (tokens + 1).astype(np.int32).ravel(), names, vocabulary)
+
+
+@dataclass(frozen=True)
+class Invented:
+    """A world of labelled examples, of the shape of extreme classification's sets.
+
+    Labels follow Zipf's law and lie in clusters; an example's words tell its labels, their cluster,
+    or nothing. What a label means is computed from a keyed mixer when it is needed, so nothing of
+    the size of labels times features is ever held.
+
+    Args:
+        features: size of the vocabulary.
+        words: features of an example.
+        labels_each: mean labels of an example, at least 1.
+        clusters: of labels, at most as many as labels.
+        zipf: exponent of the labels' frequencies, at least 0.
+
+    Raises:
+        UsageError: when a value is out of its range.
+    """
+
+    features: int
+    labels: int
+    words: int = 64
+    labels_each: float = 1.0
+    clusters: int = 1000
+    zipf: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = min(self.features, self.labels, self.words, self.labels_each, self.clusters)
+        if least < 1 or self.clusters > self.labels or self.zipf < 0:
+            raise UsageError(
+                f"{self}: sizes are at least 1, clusters at most as many as labels, and the "
+                "exponent is 0 or more; change them"
+            )
+
+    def examples(self, count: int, part: str = "train") -> Examples:
+        """``count`` examples; parts of other names are independent draws of the same world."""
+        rng = rng_for(self.seed, "extreme", part)
+        first = _zipf(rng, self.labels, self.zipf, count)
+        more = rng.poisson(self.labels_each - 1, count)
+        owner = np.repeat(np.arange(count), more)
+        clusters = first % self.clusters
+        within = -(-(self.labels - clusters[owner]) // self.clusters)
+        also = clusters[owner] + self.clusters * _zipf(rng, within, self.zipf, len(owner))
+        rows = np.concatenate((np.arange(count), owner))
+        # An example names a label once.
+        pairs = np.unique(rows * np.int64(self.labels) + np.concatenate((first, also)))
+        rows, labels = pairs // self.labels, pairs % self.labels
+        label_ends = np.cumsum(np.bincount(rows, minlength=count))
+        features = self._words(rng, count, labels, label_ends)
+        values = np.full(features.size, self.words**-0.5, np.float32)
+        ends = np.arange(1, count + 1) * self.words
+        return Examples(ends, features, values, label_ends, labels, self.features, self.labels)
+
+    def _words(
+        self, rng: np.random.Generator, count: int, labels: Int64Array, ends: Int64Array
+    ) -> Int64Array:
+        shape = (count, self.words)
+        counts = np.diff(ends, prepend=0)[:, None]
+        told = labels[ends[:, None] - counts + (rng.random(shape) * counts).astype(np.int64)]
+        kind = rng.random(shape)
+        words = _zipf(rng, self.features, 1.0, shape)
+        own = kind < _OWN
+        which = rng.integers(0, _LABEL_WORDS, shape)
+        words[own] = self._meant(told[own], which[own], 1)
+        near = ~own & (kind < _OWN + _CLUSTER)
+        which = rng.integers(0, _CLUSTER_WORDS, shape)
+        words[near] = self._meant(told[near] % self.clusters, which[near], 2)
+        return words.ravel()
+
+    def _meant(self, subject: Int64Array, which: Int64Array, kind: int) -> Int64Array:
+        """The words that tell a label or a cluster, from the mixer."""
+        key = np.uint64(2 * self.seed + kind) << np.uint64(40)
+        mixed = finalise(finalise(subject.astype(np.uint64) + key) + which.astype(np.uint64))
+        return (mixed % np.uint64(self.features)).astype(np.int64)
+
+
+AMAZON_670K = Invented(135_909, 670_091, words=75, labels_each=5.45, clusters=4096)
+"""The shape of Amazon-670K; the repository's split has 490,449 and 153,025 examples."""
+
+DELICIOUS_200K = Invented(782_585, 205_443, words=301, labels_each=75.54, clusters=1024)
+"""The shape of Delicious-200K; the repository's split has 196,606 and 100,095 examples."""
+
+
+def _tabled_zipf(rng: np.random.Generator, cumulative: Float64Array, shape: Shape) -> Int64Array:
+    """Ranks by the law of which a table has the cumulative weights."""
+    places = np.searchsorted(cumulative, rng.random(shape) * cumulative[-1])
+    return np.asarray(np.minimum(places, len(cumulative) - 1), np.int64)
+
+
+def _zipf(
+    rng: np.random.Generator, n: int | Int64Array, exponent: float, shape: Shape
+) -> Int64Array:
+    """Ranks below ``n`` by a power law, from the inverse of its continuous distribution."""
+    u = rng.random(shape)
+    if exponent == 1:
+        places = np.exp(u * np.log(np.asarray(n) + 1.0)) - 1
+    else:
+        power = 1 - exponent
+        places = (u * ((np.asarray(n) + 1.0) ** power - 1) + 1) ** (1 / power) - 1
+    ranks: Int64Array = np.minimum(places.astype(np.int64), np.asarray(n) - 1)
+    return ranks

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from privrec.data.text import UNKNOWN_ID
+from privrec.data.corpus import UNKNOWN_ID
 from privrec.device.device import Draws, Learner, Settings, Trained
 from privrec.device.samples import ActiveSet, Find, Histories, Items, OutputBudget, chosen_by
 from privrec.device.tier import LocalModel, Located, ModelView

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from privrec.data import Split
-from privrec.data.labels import examples_in
-from privrec.data.text import UNKNOWN_ID, Corpus
+from privrec.data.corpus import UNKNOWN_ID, Corpus, examples_in
 from privrec.device.device import Cohort, Draws
 from privrec.device.recommender import RecommenderLearner
 from privrec.device.samples import Functions, Histories

@@ -18,7 +18,7 @@ from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
 from privrec import data
-from privrec.data.listed import read_catalogue, read_history
+from privrec.data.files import read_catalogue, read_history
 from privrec.device.device import Device
 from privrec.device.tier import Federation
 from privrec.device.update import Round

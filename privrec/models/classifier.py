@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from privrec import storage
-from privrec.data.extreme import Examples
+from privrec.data.corpus import Examples
 from privrec.data.labelled import SPLITS, Label, Labelled, Tokens, bags, labels_of, read_labelled
 from privrec.errors import DataError, UsageError
 from privrec.models.sparse_output import Loss, RowAdam, SparseOutput

@@ -23,8 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import embedding_bag, layer_norm, scaled_dot_product_attention
 
-from privrec.data.extreme import Examples
-from privrec.data.labels import examples_in
+from privrec.data.corpus import Examples, examples_in
 from privrec.models.layout import Network
 from privrec.scenario.schema import Model
 
@@ -245,7 +244,7 @@ class WordBag:
     def batch(
         self, tokens: NDArray[np.int32], most: int | None, budget: int | None, draw: int
     ) -> Bags:
-        """See :meth:`WordNetwork.batch`: consecutive examples, see :mod:`privrec.data.labels`.
+        """See :meth:`WordNetwork.batch`: those of :func:`privrec.data.corpus.dealt`.
 
         As many as have no more different labels than the budget. An example that alone has more
         keeps its commonest ones.

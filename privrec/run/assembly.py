@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.data import Interactions
-from privrec.data.text import Corpus
+from privrec.data.corpus import Corpus
 from privrec.device.device import Cohort, Learner, Settings
 from privrec.device.examples import ExampleNoise
 from privrec.device.recommender import RecommenderLearner

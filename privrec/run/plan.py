@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 import privrec
 from privrec.data import Interactions
-from privrec.data.text import Corpus
+from privrec.data.corpus import Corpus
 from privrec.device.tier import Federation
 from privrec.device.update import Protection
 from privrec.device.words import RowServer

@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.data.listed import read_history
+from privrec.data.files import read_history
 from privrec.device.device import Draws
 from privrec.device.recommender import RecommenderLearner
 from privrec.device.samples import Histories
@@ -74,7 +74,7 @@ def recommend(
         run_dir: a finished run.
         user: a user's id in the data set; or
         history: ids of liked items, or a file that lists them, see
-            :func:`privrec.data.listed.read_history`.
+            :func:`privrec.data.files.read_history`.
         k: how many, at least 1.
         data_dir: where the data lies, before the place that the run remembers.
         selector: how the best are found in the memory (:mod:`privrec.search.select`): ``scan`` is

@@ -22,8 +22,7 @@ from safetensors.numpy import save
 
 from privrec import data
 from privrec.data import Interactions, Split
-from privrec.data.labels import load_labels
-from privrec.data.text import UNKNOWN_ID, TextSplit, load_text
+from privrec.data.corpus import UNKNOWN_ID, TextSplit
 from privrec.device.tier import LocalModel, Tier
 from privrec.device.update import digest
 from privrec.errors import DataError, IntegrityError, UsageError
@@ -247,7 +246,7 @@ class Recommending(Task[Split]):
 
     def describe(self) -> dict[str, Any]:
         """See :meth:`Task.describe`."""
-        return data.describe(self.split)
+        return self.split.describe()
 
     @property
     def items(self) -> int:
@@ -409,7 +408,7 @@ class NextWords(WideTask):
     @classmethod
     def load(cls, scenario: Scenario, data_dir: Path | None) -> Self:
         """See :meth:`Task.load`."""
-        return cls(scenario, load_text(scenario.data, data_dir=data_dir))
+        return cls(scenario, data.load_texts(scenario.data, data_dir=data_dir))
 
 
 class Labels(WideTask):
@@ -420,7 +419,7 @@ class Labels(WideTask):
     @classmethod
     def load(cls, scenario: Scenario, data_dir: Path | None) -> Self:
         """See :meth:`Task.load`."""
-        return cls(scenario, load_labels(scenario.data, data_dir=data_dir))
+        return cls(scenario, data.load_texts(scenario.data, data_dir=data_dir))
 
 
 TASKS: dict[str, type[Task[Any]]] = {

@@ -17,7 +17,6 @@ that names it is loaded::
 
 from __future__ import annotations
 
-import codecs
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -306,7 +305,7 @@ class FilesOfHistories(_Files, _Histories):
 
 def _known_encoding(name: str) -> str:
     try:
-        codecs.lookup(name)
+        "a".encode(name)  # refuses what is no encoding of text, as base64
     except LookupError:
         rule = 'must name a text encoding that Python knows; for example "utf-8" or "latin-1"'
         raise PydanticCustomError("rule", "{rule}", {"rule": rule}) from None
@@ -380,16 +379,22 @@ class SyntheticLabels(_Drawn, _Vocabulary):
             yield "data.clusters", rule, "lower it or raise data.items"
 
 
-READERS.add("synthetic", Synthetic)
+_MOVIELENS = "A MovieLens set, of GroupLens or the NCF paper."
+_NCF = "A split as the NCF paper has it, with negatives."
+_LIGHTGCN = "A split as the LightGCN paper has it."
+
+READERS.add("synthetic", Synthetic, "privrec.data.synthetic:load_interactions")
 for _name in PUBLISHED:
-    READERS.add(_name, FilesOfHistories, meaning="A MovieLens set, of GroupLens or the NCF paper.")
-READERS.add("ncf", FilesOfHistories, meaning="A split as the NCF paper has it, with negatives.")
-READERS.add("lightgcn", FilesOfHistories, meaning="A split as the LightGCN paper has it.")
-READERS.add("table", TableFile)
-READERS.add("text", TextFiles)
-READERS.add("synthetic_text", SyntheticText)
-READERS.add("labels", LabelFile)
-READERS.add("synthetic_labels", SyntheticLabels)
+    READERS.add(
+        _name, FilesOfHistories, "privrec.data.published:load_movielens", meaning=_MOVIELENS
+    )
+READERS.add("ncf", FilesOfHistories, "privrec.data.published:load_ncf", meaning=_NCF)
+READERS.add("lightgcn", FilesOfHistories, "privrec.data.published:load_lightgcn", meaning=_LIGHTGCN)
+READERS.add("table", TableFile, "privrec.data.published:load_table")
+READERS.add("text", TextFiles, "privrec.data.texts:load_articles")
+READERS.add("synthetic_text", SyntheticText, "privrec.data.synthetic:load_articles")
+READERS.add("labels", LabelFile, "privrec.data.texts:load_examples")
+READERS.add("synthetic_labels", SyntheticLabels, "privrec.data.synthetic:load_examples")
 
 
 # --------------------------------------------------------------------------- models

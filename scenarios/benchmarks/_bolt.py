@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from privrec.data.extreme import Examples
+from privrec.data.corpus import Examples
 from privrec.models.classifier import BagOfWords, ExtremeClassifier
 from privrec.models.sparse_output import RowAdam, SparseOutput
 from privrec.randomness import SecretRoot, rng_for

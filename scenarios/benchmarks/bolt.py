@@ -20,7 +20,8 @@ import torch
 from _bolt import Dense, Sparse, distinct, epochs, queries
 from _common import Claim, document, machine, print_table, write_json
 
-from privrec.data.extreme import AMAZON_670K, Examples, Invented
+from privrec.data.corpus import Examples
+from privrec.data.synthetic import AMAZON_670K, Invented
 
 DIM, SHARE, BATCH = 128, 0.01, 256
 RATES = (3e-3, 1e-2, 3e-2, 1e-1)

@@ -22,7 +22,8 @@ import torch
 from _bolt import precision
 from _common import ROOT, Claim, document, machine, print_table, write_json
 
-from privrec.data.extreme import AMAZON_670K, DELICIOUS_200K, Examples, Invented
+from privrec.data.corpus import Examples
+from privrec.data.synthetic import AMAZON_670K, DELICIOUS_200K, Invented
 from privrec.embedding.subspace import Subspace
 from privrec.models.classifier import ExtremeClassifier
 from privrec.models.process_memory import (

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from parts import assemble
 
-from privrec.data.text import load_text
+from privrec import data
 from privrec.randomness import SecretRoot
 from privrec.run.task import NextWords
 from privrec.scenario.load import Scenario
@@ -45,7 +45,7 @@ noise = "none"
 
 def collected(*changes: str) -> Any:
     scenario = Scenario.from_toml(TEXTS, changes)
-    split = load_text(scenario.data)
+    split = data.load_texts(scenario.data)
     columns = NextWords(scenario, split).columns
     parts = assemble(scenario, split.train, "run", SecretRoot.known(b"d"), columns)
     parts.simulation.collect(parts.server.next_round(0), parts.server.weights)

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from privrec.data.extreme import AMAZON_670K, DELICIOUS_200K, Invented, read_extreme
+from privrec.data.synthetic import AMAZON_670K, DELICIOUS_200K, Invented
+from privrec.data.texts import read_extreme
 from privrec.errors import DataError, UsageError
 
 GOOD = "3 10 5\n1,4 0:0.5 7:1.25\n 2:1\n0 \n"

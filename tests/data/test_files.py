@@ -13,16 +13,17 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from data_of import data_of, form
+from pydantic import ValidationError
 
 from privrec import data
-from privrec.data.files import TableFormat, read_table
+from privrec.data.files import read_catalogue, read_history, read_ids
 from privrec.data.interactions import Interactions, leave_last_out
 from privrec.data.labelled import read_labelled
-from privrec.data.listed import read_catalogue, read_history, read_ids
+from privrec.data.tables import read_table
 from privrec.errors import DataError
-from privrec.scenario.load import Data
 
-FORM = TableFormat("user", "item")
+FORM = form()
 
 
 def histories(read: Interactions) -> dict[Any, list[Any]]:
@@ -107,9 +108,9 @@ def test_unsigned_ids_and_categories_keep_their_value(tmp_path: Path) -> None:
 def test_times_are_kept_exactly(late: str, early: str, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text(f"user,item,t\n1,late,{late}\n1,early,{early}\n")
     split = leave_last_out(
-        read_table(tmp_path / "t.csv", TableFormat("user", "item", "t")), holdout="test"
+        read_table(tmp_path / "t.csv", form("user", "item", "t")), holdout="test"
     )
-    assert split.train.item_ids[split.heldout.of(0)].tolist() == ["late"]
+    assert split.train.item_ids[split.heldout.history(0)].tolist() == ["late"]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +126,7 @@ def test_times_are_kept_exactly(late: str, early: str, tmp_path: Path) -> None:
 def test_a_time_that_cannot_be_kept_is_refused(time: Any, says: str, tmp_path: Path) -> None:
     path = parquet(tmp_path / "t.parquet", user=[1, 1], item=[1, 2], t=time)
     with pytest.raises(DataError, match=says):
-        read_table(path, TableFormat("user", "item", "t"))
+        read_table(path, form("user", "item", "t"))
 
 
 def test_long_cells_are_read_or_refused_by_their_own_rule(tmp_path: Path) -> None:
@@ -145,8 +146,9 @@ def test_memory_is_that_of_the_file(tmp_path: Path) -> None:
     path.write_text("user,item\n" + "".join(rows))
     code = (
         "import sys; from pathlib import Path; "
-        "from privrec.data.files import read_table, TableFormat; "
-        "read_table(Path(sys.argv[1]), TableFormat('user', 'item')); "
+        "from privrec.data.tables import read_table; "
+        "from privrec.scenario.schema import Data; "
+        "read_table(Path(sys.argv[1]), Data(source='table')); "
         # Not ru_maxrss, which begins with that of the process that started this one.
         "print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])"
     )
@@ -164,8 +166,8 @@ def test_packed_and_divided_tables_are_read_as_one(tmp_path: Path) -> None:
     (tmp_path / "v.csv").write_bytes(content.decode().encode("utf-16-le"))
     for name, encoding in (("t.csv.gz", "utf-8"), ("t.zip", "utf-8"), ("u.csv", "utf-16"),
                            ("v.csv", "utf-16-le")):  # fmt: skip
-        form = TableFormat("user", "item", encoding=encoding)
-        assert histories(read_table(tmp_path / name, form)) == {1: [5, 6], 2: [5]}
+        coded = form(encoding=encoding)
+        assert histories(read_table(tmp_path / name, coded)) == {1: [5, 6], 2: [5]}
     with pytest.raises(DataError, match="starts as UTF-16.*set data.encoding to utf-16"):
         read_table(tmp_path / "u.csv", FORM)
     parts = tmp_path / "parts"
@@ -181,12 +183,12 @@ def test_packed_and_divided_tables_are_read_as_one(tmp_path: Path) -> None:
 
 def test_columns_are_numbered_where_there_is_no_header(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("A1,0001,5.0,9\nA1,0002,4.0,8\n")
-    form = TableFormat(1, 2, 4)
-    assert histories(read_table(tmp_path / "t.csv", form)) == {"A1": ["0002", "0001"]}
+    numbered = form(1, 2, 4)
+    assert histories(read_table(tmp_path / "t.csv", numbered)) == {"A1": ["0002", "0001"]}
     with pytest.raises(DataError, match="line 1: 4 fields; column 5 is to be read"):
-        read_table(tmp_path / "t.csv", TableFormat(1, 5))
+        read_table(tmp_path / "t.csv", form(1, 5))
     with pytest.raises(DataError, match="all by name or all by number"):
-        read_table(tmp_path / "t.csv", TableFormat(1, "item"))
+        read_table(tmp_path / "t.csv", form(1, "item"))
 
 
 @pytest.mark.parametrize(("kept", "order"), [("first", [5, 6, 7]), ("last", [6, 7, 5])])
@@ -194,25 +196,24 @@ def test_one_of_each_repeated_pair_is_kept_and_the_others_counted(
     kept: str, order: list[int], tmp_path: Path
 ) -> None:
     (tmp_path / "t.csv").write_text("user,item,t\n1,5,9\n1,6,2\n1,5,1\n1,7,3\n")
-    settings = {"source": "table", "time_column": "t", "duplicates": kept}
-    split = data.load(Data.model_validate(settings), data_dir=tmp_path)
+    split = data.load(form(time="t", duplicates=kept), data_dir=tmp_path)
     train = split.train
-    found = [*train.history(0), *split.heldout.of(0)]
+    found = [*train.history(0), *split.heldout.history(0)]
     assert train.item_ids[found].tolist() == order
-    assert data.describe(split)["repeats_left_out"] == 1
+    assert split.describe()["repeats_left_out"] == 1
 
 
 def test_users_without_training_items_are_left_out_and_counted(tmp_path: Path) -> None:
     for name, text in {"train.txt": "0 1 2\n1\n", "test.txt": "0 4\n1 3\n8 5\n"}.items():
         (tmp_path / name).write_text(text)
-    split = data.load(Data.model_validate({"source": "lightgcn"}), data_dir=tmp_path)
+    split = data.load(data_of("lightgcn"), data_dir=tmp_path)
     assert split.train.user_ids.tolist() == [0]
     assert (split.heldout.items.tolist(), split.untrained) == ([4], 2)
     train = "0\t0\t1\t0\n0\t1\t1\t0\n2\t1\t1\t0\n"
     test = "0\t4\t5\t9\n1\t5\t5\t9\n2\t5\t5\t9\n"
     for name, text in {"a.train.rating": train, "a.test.rating": test}.items():
         (tmp_path / name).write_text(text)
-    split = data.load(Data.model_validate({"source": "ncf"}), data_dir=tmp_path)
+    split = data.load(data_of("ncf"), data_dir=tmp_path)
     assert split.train.user_ids.tolist() == [0, 2]
     assert (split.heldout.items.tolist(), split.untrained) == ([4, 5], 1)
 
@@ -264,20 +265,13 @@ def test_a_path_without_a_table_is_refused(name: str, found: str, tmp_path: Path
         read_table(tmp_path / name, FORM)
 
 
-@pytest.mark.parametrize(
-    ("form", "message"),
-    [
-        (TableFormat("user", "item", separator="\0"), r"separator '\\x00'; cells are separated"),
-        (TableFormat(0, 2), "by number from 1"),
-        (TableFormat(1, -1), "by number from 1"),
-    ],
-)
-def test_a_format_that_no_table_has_is_refused(
-    form: TableFormat, message: str, tmp_path: Path
-) -> None:
+def test_a_format_that_no_table_has_is_refused(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_bytes(b"1,2\n")
-    with pytest.raises(DataError, match=message):
-        read_table(tmp_path / "t.csv", form)
+    with pytest.raises(DataError, match=r"separator '\\x00'; cells are separated"):
+        read_table(tmp_path / "t.csv", form(separator="\0"))
+    for columns in ((0, 2), (1, -1)):  # numbers begin at 1
+        with pytest.raises(ValidationError, match="greater than or equal to 1"):
+            form(*columns)
 
 
 def test_archives_that_can_be_read_two_ways_are_refused(tmp_path: Path) -> None:

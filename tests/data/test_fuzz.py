@@ -21,17 +21,17 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from data_of import data_of, form
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privrec import data
-from privrec.data.extreme import read_extreme
-from privrec.data.files import TableFormat, read_table
+from privrec.data.files import read_catalogue, read_history, read_ids
 from privrec.data.interactions import Split
 from privrec.data.labelled import read_labelled
-from privrec.data.listed import read_catalogue, read_history, read_ids
+from privrec.data.tables import read_table
+from privrec.data.texts import read_extreme
 from privrec.errors import DataError
-from privrec.scenario.load import Data
 
 BLANKS = " \t\n\v\f\r"
 BYTES = b'\0"\t\n\r,;:#-+.019aeNxT_ \xff\xef\x8b'
@@ -71,12 +71,12 @@ def rows_of(content: bytes, mark: str) -> list[tuple[str, str]]:
 
 
 def table(path: Path, content: bytes) -> None:
-    read = read_table(path, TableFormat("user", "item"))
+    read = read_table(path, form())
     same(read, rows_of(content, "\t" if path.suffix == ".tsv" else ","))
 
 
 def packed(path: Path, content: bytes) -> None:
-    read = read_table(path, TableFormat("user", "item"))
+    read = read_table(path, form())
     if content.startswith(b"\x1f\x8b"):
         content = gzip.decompress(content)
     elif content.startswith(b"PK\3\4") or path.suffix == ".zip":
@@ -86,7 +86,7 @@ def packed(path: Path, content: bytes) -> None:
 
 
 def parquet(path: Path, content: bytes) -> None:
-    read = read_table(path, TableFormat("user", "item"))
+    read = read_table(path, form())
     found = pyarrow.parquet.read_table(io.BytesIO(content)).to_pydict()
     pairs = zip(found["user"], found["item"], strict=True)
     same(read, [(str(user).strip(BLANKS), str(item).strip(BLANKS)) for user, item in pairs])
@@ -174,7 +174,7 @@ def held(split: Split) -> dict[int, tuple[list[int], list[int]]]:
     """Training and held-out items of each user, by the publisher's ids."""
     names = split.train.item_ids
     return {
-        user: (names[split.train.history(at)].tolist(), names[split.heldout.of(at)].tolist())
+        user: (names[split.train.history(at)].tolist(), names[split.heldout.history(at)].tolist())
         for at, user in enumerate(split.train.user_ids.tolist())
     }
 
@@ -298,7 +298,7 @@ def fuzzed(folder: Path, count: int, seed: int) -> tuple[Counter[str], Counter[s
     for source, files in PUBLISHED.items():
         place = folder / source
         place.mkdir()
-        form = Data.model_validate({"source": source})
+        config = data_of(source)
         for _ in range(count):
             wrong = rng.choice(sorted(files))
             changed = {**files, wrong: mutated(files[wrong], rng)}
@@ -307,7 +307,7 @@ def fuzzed(folder: Path, count: int, seed: int) -> tuple[Counter[str], Counter[s
             attempt(
                 source,
                 changed,
-                lambda: CHECKS[source](data.load(form, data_dir=place), changed),  # noqa: B023
+                lambda: CHECKS[source](data.load(config, data_dir=place), changed),  # noqa: B023
             )
     return accepted, refused
 
@@ -358,7 +358,7 @@ def test_any_cells_are_one_data_set_in_every_format(rows: list[tuple[str, str]])
             names.append("t.tsv")
         for name in names:
             try:
-                same(read_table(folder / name, TableFormat("user", "item")), wanted)
+                same(read_table(folder / name, form()), wanted)
             except DataError:
                 # Nothing else is refused in any of the formats.
                 cells = [cell for row in wanted for cell in row]
@@ -389,15 +389,16 @@ SHAPES: dict[str, tuple[str, Callable[[], bytes]]] = {
 READ = """
 import sys
 from pathlib import Path
-from privrec.data.extreme import read_extreme
-from privrec.data.files import TableFormat, read_table
-from privrec.data.listed import read_history
+from privrec.data.files import read_history
+from privrec.data.tables import read_table
+from privrec.data.texts import read_extreme
 from privrec.errors import DataError
 from privrec.models.process_memory import peak_resident_bytes
+from privrec.scenario.schema import Data
 kind, path = sys.argv[1], Path(sys.argv[2])
 try:
     if kind == "table":
-        read_table(path, TableFormat("user", "item"))
+        read_table(path, Data(source="table"))
     else:
         read_extreme(path) if kind == "extreme" else read_history(path, ())
 except DataError as error:

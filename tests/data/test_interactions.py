@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privrec.data import membership
+from privrec.data import interactions
 from privrec.data.interactions import (
     Interactions,
+    Membership,
     Split,
     hold_out_some,
     leave_last_out,
@@ -24,7 +25,7 @@ def small() -> Interactions:
 
 
 def heldout_of(split: Split) -> list[list[int]]:
-    return [split.heldout.of(user).tolist() for user in range(split.train.n_users)]
+    return [split.heldout.history(user).tolist() for user in range(split.train.n_users)]
 
 
 def test_rows_are_sorted_by_user_and_time() -> None:
@@ -111,13 +112,11 @@ def test_a_repeated_pair_names_both_rows() -> None:
         Interactions.from_pairs([7, 3, 7, 7], [50, 50, 40, 50])
 
 
-def test_an_empty_table_a_stranger_and_an_idle_user_are_refused() -> None:
+def test_an_empty_table_and_a_stranger_are_refused() -> None:
     with pytest.raises(DataError, match="no interactions"):
         Interactions.from_pairs([], [])
     with pytest.raises(DataError, match="row 2: item 9 is not"):
         Interactions.from_pairs([0, 0], [1, 9], item_ids=[0, 1])
-    with pytest.raises(DataError, match="user 5 has no interactions"):
-        Interactions.from_pairs([0, 0], [1, 2], user_ids=[0, 5])
 
 
 def test_most_recent_keeps_the_end_of_each_history() -> None:
@@ -164,10 +163,10 @@ def test_a_split_loses_and_invents_nothing(rows: list[tuple[int, int]], timed: b
     data = Interactions.from_pairs(users, items, users * 3 % 5 if timed else None)
     split = leave_last_out(data, holdout="test")
     for user in range(data.n_users):
-        whole = [*split.train.history(user), *split.heldout.of(user)]
+        whole = [*split.train.history(user), *split.heldout.history(user)]
         assert whole == data.history(user).tolist()
         assert split.train.history(user).size >= 1
-        assert split.heldout.of(user).size == (data.history(user).size >= 2)
+        assert split.heldout.history(user).size == (data.history(user).size >= 2)
 
 
 def test_a_random_holdout_is_stable_uniform_and_leaves_one() -> None:
@@ -182,20 +181,20 @@ def test_a_random_holdout_is_stable_uniform_and_leaves_one() -> None:
     assert hold_out_some(data, np.full(2000, 99)).train.counts.tolist() == [1] * 2000
 
 
-@pytest.mark.parametrize("bits", [membership._BITMAP_BITS, 0])
+@pytest.mark.parametrize("bits", [interactions._BITMAP_BITS, 0])
 def test_membership_by_bitmap_and_by_search_agree(
     bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(membership, "_BITMAP_BITS", bits)
+    monkeypatch.setattr(interactions, "_BITMAP_BITS", bits)
     data = small()
     found = data.membership().contains(np.arange(3)[:, None], np.arange(3)[None, :])
     assert found.tolist() == [[True, False, True], [True, True, True], [True, False, False]]
 
 
 def test_membership_of_nothing_is_false(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(membership, "_BITMAP_BITS", 0)
+    monkeypatch.setattr(interactions, "_BITMAP_BITS", 0)
     none = np.empty(0, np.int64)
-    index = membership.Membership(none, none, 3, 3)
+    index = Membership(none, none, 3, 3)
     assert not index.contains(np.arange(3), np.arange(3)).any()
 
 
@@ -226,7 +225,7 @@ def test_renumbering_keeps_every_interaction_title_and_held_out_item(
     for user in range(users):
         mine, theirs = split.train.history(user), other.train.history(user)
         assert np.array_equal(split.train.item_ids[mine], other.train.item_ids[theirs])
-        kept, moved = split.heldout.of(user), other.heldout.of(user)
+        kept, moved = split.heldout.history(user), other.heldout.history(user)
         assert np.array_equal(split.train.item_ids[kept], other.train.item_ids[moved])
     assert other.negatives is not None
     missing = negatives < 0

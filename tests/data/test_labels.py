@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_of import data_of
 
-from privrec.data.extreme import Examples, Invented
-from privrec.data.labels import dealt, examples_in, load_labels
+from privrec.data import load_texts
+from privrec.data.corpus import Examples, dealt, examples_in
+from privrec.data.synthetic import Invented
 from privrec.errors import DataError
-from privrec.scenario.load import Data
+from privrec.scenario.schema import Data
 
 WORLD = Invented(50, 40, words=6, labels_each=3, clusters=8)
 FILE = "30 5 4\n" + "".join(
@@ -25,9 +27,9 @@ def parts(examples: Examples) -> list[tuple[list[int], list[int]]]:
     return [(w.tolist(), n.tolist()) for w, n in zip(words, labels, strict=True)]
 
 
-def config(**settings: object) -> Data:
-    synthetic = {"source": "synthetic_labels", "clusters": 4}
-    return Data.model_validate(settings if "source" in settings else {**synthetic, **settings})
+def config(source: str = "synthetic_labels", **settings: object) -> Data:
+    synthetic = {"clusters": 4} if source == "synthetic_labels" else {}
+    return data_of(source, **{**synthetic, **settings})
 
 
 def test_examples_come_back_from_their_devices() -> None:
@@ -82,7 +84,7 @@ def test_only_labels_are_counted_and_numbered_anew() -> None:
 
 @pytest.mark.parametrize("holdout", ["test", "validation"])
 def test_synthetic_devices_are_as_many_as_asked_and_others_are_held_out(holdout: str) -> None:
-    split = load_labels(config(users=30, items=65, interactions_per_user=5, holdout=holdout))
+    split = load_texts(config(users=30, items=65, interactions_per_user=5, holdout=holdout))
     assert (split.train.n_users, split.heldout.n_users, split.n_items) == (30, 3, 65)
     assert len(examples_in(split.heldout.tokens)) == 15
     assert not set(split.train.names) & set(split.heldout.names)
@@ -90,7 +92,7 @@ def test_synthetic_devices_are_as_many_as_asked_and_others_are_held_out(holdout:
 
 def test_test_and_validation_devices_train_alike_and_are_others() -> None:
     test, validation = (
-        load_labels(config(users=30, items=65, interactions_per_user=5, holdout=each))
+        load_texts(config(users=30, items=65, interactions_per_user=5, holdout=each))
         for each in ("test", "validation")
     )
     np.testing.assert_array_equal(test.train.tokens, validation.train.tokens)
@@ -100,11 +102,11 @@ def test_test_and_validation_devices_train_alike_and_are_others() -> None:
 def test_a_file_of_the_repository_is_dealt_to_devices(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text(FILE)
     settings = config(source="labels", interactions_per_user=3)
-    split = load_labels(settings, data_dir=tmp_path)
+    split = load_texts(settings, data_dir=tmp_path)
     assert (split.train.n_users, split.heldout.n_users) == (9, 1)
     assert split.source == "train"
     assert split.n_items == 5
-    named = load_labels(config(source="labels", path="train.txt", interactions_per_user=3),
+    named = load_texts(config(source="labels", path="train.txt", interactions_per_user=3),
                         data_dir=tmp_path)  # fmt: skip
     np.testing.assert_array_equal(named.train.tokens, split.train.tokens)
 
@@ -114,7 +116,7 @@ def test_examples_without_words_or_labels_are_left_out_and_a_label_counts_once(
 ) -> None:
     lines = ["1,1 0:1.0", " 2:1.0", "2 ", "3,0,3 1:1.0 4:1.0"] * 20
     (tmp_path / "train.txt").write_text("\n".join(["80 5 4", *lines]) + "\n")
-    split = load_labels(config(source="labels", interactions_per_user=4), data_dir=tmp_path)
+    split = load_texts(config(source="labels", interactions_per_user=4), data_dir=tmp_path)
     for device in range(split.train.n_users):
         tokens = split.train.tokens[split.train.indptr[device] : split.train.indptr[device + 1]]
         found = parts(examples_in(tokens))
@@ -123,7 +125,7 @@ def test_examples_without_words_or_labels_are_left_out_and_a_label_counts_once(
 
 
 def test_a_vocabulary_keeps_the_commonest_labels() -> None:
-    split = load_labels(config(users=30, items=65, interactions_per_user=5, vocabulary=10))
+    split = load_texts(config(users=30, items=65, interactions_per_user=5, vocabulary=10))
     assert split.n_items == 10
     order = np.argsort(-split.train.item_counts(), kind="stable")
     kept = split.renumbered(np.concatenate(([0], order[order != 0])))
@@ -132,7 +134,7 @@ def test_a_vocabulary_keeps_the_commonest_labels() -> None:
 
 
 def test_facts_count_labels_and_no_words() -> None:
-    split = load_labels(config(users=30, items=65, interactions_per_user=5, labels_each=2))
+    split = load_texts(config(users=30, items=65, interactions_per_user=5, labels_each=2))
     facts = split.describe()
     assert facts["interactions"] == (split.train.tokens >= 0).sum() < split.train.tokens.size / 10
     assert facts["shortest_history"] >= 5
@@ -140,9 +142,9 @@ def test_facts_count_labels_and_no_words() -> None:
 
 def test_few_examples_and_no_file_are_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="one file of the Extreme"):
-        load_labels(config(source="labels"), data_dir=tmp_path)
+        load_texts(config(source="labels"), data_dir=tmp_path)
     with pytest.raises(DataError, match=r"data\.path"):
-        load_labels(config(source="labels"))
+        load_texts(config(source="labels"))
     (tmp_path / "train.txt").write_text(FILE)
     with pytest.raises(DataError, match=r"30 examples.*lower data\.interactions_per_user"):
-        load_labels(config(source="labels", interactions_per_user=4), data_dir=tmp_path)
+        load_texts(config(source="labels", interactions_per_user=4), data_dir=tmp_path)

@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import zipfile
-from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from data_of import data_of
+from pydantic import ValidationError
 
 from privrec import data
-from privrec.data.interactions import Duplicates, Holdout, Split
-from privrec.errors import DataError, UsageError
+from privrec.data.interactions import Split
+from privrec.errors import DataError
+from privrec.scenario.kinds import READERS, Reader, setting
+from privrec.scenario.schema import Data
 
 
-@dataclass(frozen=True)
-class Config:
-    source: str
-    path: str | None = None
-    holdout: Holdout = "test"
-    max_history: int | None = None
-    users: int = 30
-    items: int = 80
-    clusters: int = 4
-    interactions_per_user: int = 8
-    seed: int = 0
-    user_column: str = "user"
-    item_column: str = "item"
-    time_column: str | None = None
-    separator: str | None = None
-    encoding: str = "utf-8"
-    duplicates: Duplicates = "refuse"
+def config(source: str, **keys: Any) -> Data:
+    sizes = {"users": 30, "items": 80, "clusters": 4, "interactions_per_user": 8}
+    return data_of(source, **{**(sizes if source == "synthetic" else {}), **keys})
 
 
 # user, item, rating, time: user 2 has one interaction, user 5 two at the same time.
@@ -77,7 +67,7 @@ def check(split: Split) -> None:
         [20],
         [10],
     ]
-    assert [train.item_ids[split.heldout.of(user)].tolist() for user in range(3)] == [
+    assert [train.item_ids[split.heldout.history(user)].tolist() for user in range(3)] == [
         [30],
         [],
         [30],
@@ -92,9 +82,9 @@ MOVIELENS = ("ml-100k", "ml-1m", "ml-10m", "ml-20m", "ml-25m")
 def test_a_release_is_found_and_read(source: str, place: str, tmp_path: Path) -> None:
     publish(tmp_path / source, source)
     if place == "path":
-        check(data.load(Config(source, path=str(tmp_path / source))))
+        check(data.load(config(source, path=str(tmp_path / source))))
         return
-    check(data.load(Config(source), data_dir=tmp_path / (source if place == "itself" else "")))
+    check(data.load(config(source), data_dir=tmp_path / (source if place == "itself" else "")))
 
 
 @pytest.mark.parametrize("source", MOVIELENS)
@@ -105,8 +95,8 @@ def test_an_archive_is_read_as_it_is(source: str, inner: str, tmp_path: Path) ->
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
         for file in (tmp_path / "unpacked").iterdir():
             packed.write(file, f"{inner}{file.name}")
-    check(data.load(Config(source), data_dir=tmp_path))
-    check(data.load(Config(source), data_dir=archive))
+    check(data.load(config(source), data_dir=tmp_path))
+    check(data.load(config(source), data_dir=archive))
 
 
 def test_downloads_are_found_without_a_path(
@@ -114,23 +104,23 @@ def test_downloads_are_found_without_a_path(
 ) -> None:
     monkeypatch.setenv("PRIVREC_DATA", str(tmp_path))
     publish(tmp_path / "ml-1m", "ml-1m")
-    check(data.load(Config("ml-1m")))
+    check(data.load(config("ml-1m")))
 
 
 def test_titles_are_optional_and_may_be_utf_8(tmp_path: Path) -> None:
     publish(tmp_path, "ml-1m")
     content = (tmp_path / "movies.dat").read_bytes()
     (tmp_path / "movies.dat").write_bytes(content.decode("latin-1").encode("utf-8"))
-    check(data.load(Config("ml-1m"), data_dir=tmp_path))
+    check(data.load(config("ml-1m"), data_dir=tmp_path))
     (tmp_path / "movies.dat").unlink()
-    assert data.load(Config("ml-1m"), data_dir=tmp_path).train.titles is None
+    assert data.load(config("ml-1m"), data_dir=tmp_path).train.titles is None
 
 
 def test_windows_line_ends_and_a_byte_order_mark_do_no_harm(tmp_path: Path) -> None:
     publish(tmp_path, "ml-20m")
     for file in tmp_path.iterdir():
         file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
-    check(data.load(Config("ml-20m"), data_dir=tmp_path))
+    check(data.load(config("ml-20m"), data_dir=tmp_path))
 
 
 def write_ncf(folder: Path, prefix: str = "ml-1m", *, times: bool = False) -> None:
@@ -147,7 +137,7 @@ def write_ncf(folder: Path, prefix: str = "ml-1m", *, times: bool = False) -> No
 
 def test_ncf_files_give_their_own_split(tmp_path: Path) -> None:
     write_ncf(tmp_path)
-    split = data.load(Config("ncf"), data_dir=tmp_path)
+    split = data.load(config("ncf"), data_dir=tmp_path)
     train = split.train
     assert [train.history(u).tolist() for u in range(3)] == [[0, 1, 2], [3, 0], [1, 5]]
     assert split.heldout.items.tolist() == [6, 7, 4]
@@ -164,32 +154,32 @@ def test_ncf_files_come_before_the_publishers(tmp_path: Path) -> None:
     publish(tmp_path, "ml-1m")
     write_ncf(tmp_path)
     (tmp_path / "movies.dat").unlink()
-    assert data.load(Config("ml-1m"), data_dir=tmp_path).negatives is not None
+    assert data.load(config("ml-1m"), data_dir=tmp_path).negatives is not None
 
 
 @pytest.mark.parametrize("path", ["b", "b.train.rating"])
 def test_one_of_several_ncf_sets_is_chosen_by_path(path: str, tmp_path: Path) -> None:
     write_ncf(tmp_path, "a")
     write_ncf(tmp_path, "b")
-    assert data.load(Config("ncf", path=path), data_dir=tmp_path).train.n_users == 3
+    assert data.load(config("ncf", path=path), data_dir=tmp_path).train.n_users == 3
     with pytest.raises(DataError, match="several data sets"):
-        data.load(Config("ncf"), data_dir=tmp_path)
+        data.load(config("ncf"), data_dir=tmp_path)
 
 
 def test_ncf_validation_with_placeholder_times_is_drawn(tmp_path: Path) -> None:
     write_ncf(tmp_path)
-    split = data.load(Config("ncf", holdout="validation"), data_dir=tmp_path)
-    again = data.load(Config("ncf", holdout="validation"), data_dir=tmp_path)
+    split = data.load(config("ncf", holdout="validation"), data_dir=tmp_path)
+    again = data.load(config("ncf", holdout="validation"), data_dir=tmp_path)
     assert split.heldout.items.tolist() == again.heldout.items.tolist()
     assert split.heldout.counts.tolist() == [1, 1, 1]
     assert split.negatives is None
     for user, known in enumerate([{0, 1, 2}, {0, 3}, {1, 5}]):
-        assert {*split.train.history(user), *split.heldout.of(user)} == known
+        assert {*split.train.history(user), *split.heldout.history(user)} == known
 
 
 def test_ncf_validation_with_times_is_the_latest(tmp_path: Path) -> None:
     write_ncf(tmp_path, times=True)
-    split = data.load(Config("ncf", holdout="validation"), data_dir=tmp_path)
+    split = data.load(config("ncf", holdout="validation"), data_dir=tmp_path)
     assert split.heldout.items.tolist() == [0, 0, 1]
     assert split.train.history(0).tolist() == [2, 1]
     assert split.holdout == "validation"
@@ -201,7 +191,7 @@ def test_ncf_ids_and_titles_beside_the_files(tmp_path: Path) -> None:
     (tmp_path / "item_ids.txt").write_text("".join(f"{item}\n" for item in ids))
     (tmp_path / "movies.dat").write_text("1000::First::x\n998::Third::x\n")
     (tmp_path / "users.dat").write_text("1::F::1\n2::M::1\n3::M::1\n4::M::1\n")
-    train = data.load(Config("ncf"), data_dir=tmp_path).train
+    train = data.load(config("ncf"), data_dir=tmp_path).train
     assert train.item_index("998") == 2
     assert train.titles is not None
     assert train.titles[:3] == ("First", "item 999", "Third")
@@ -211,7 +201,7 @@ def test_ncf_ids_and_titles_beside_the_files(tmp_path: Path) -> None:
 def test_ncf_files_without_candidates(tmp_path: Path) -> None:
     write_ncf(tmp_path)
     (tmp_path / "ml-1m.test.negative").unlink()
-    split = data.load(Config("ncf"), data_dir=tmp_path)
+    split = data.load(config("ncf"), data_dir=tmp_path)
     assert split.negatives is None
     assert split.train.n_items == 8
 
@@ -222,7 +212,7 @@ def test_ncf_users_without_a_test_item_hold_out_none(tmp_path: Path) -> None:
         file = tmp_path / f"ml-1m.{name}"
         kept = file.read_text().splitlines(keepends=True)
         file.write_text(kept[0] + kept[2])
-    split = data.load(Config("ncf"), data_dir=tmp_path)
+    split = data.load(config("ncf"), data_dir=tmp_path)
     assert split.heldout.counts.tolist() == [1, 0, 1]
     assert split.negatives is not None
     assert split.negatives[1].tolist() == [-1] * 99
@@ -231,10 +221,10 @@ def test_ncf_users_without_a_test_item_hold_out_none(tmp_path: Path) -> None:
 def test_lightgcn_files(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("7 4 0 2\n3 1 2 \n")
     (tmp_path / "test.txt").write_text("3 9 4\n7\n")
-    split = data.load(Config("lightgcn"), data_dir=tmp_path)
+    split = data.load(config("lightgcn"), data_dir=tmp_path)
     assert split.train.user_ids.tolist() == [3, 7]
     assert [split.train.history(u).tolist() for u in range(2)] == [[1, 2], [4, 0, 2]]
-    assert [split.heldout.of(u).tolist() for u in range(2)] == [[9, 4], []]
+    assert [split.heldout.history(u).tolist() for u in range(2)] == [[9, 4], []]
     assert (split.train.n_items, split.heldout.single) == (10, False)
 
 
@@ -242,10 +232,10 @@ def test_lightgcn_validation_holds_out_a_tenth(tmp_path: Path) -> None:
     long = " ".join(str(item) for item in range(40))
     (tmp_path / "train.txt").write_text(f"0 {long}\n1 5 6\n2 3\n")
     (tmp_path / "test.txt").write_text("0 50\n1 7\n2 8\n")
-    split = data.load(Config("lightgcn", holdout="validation"), data_dir=tmp_path)
+    split = data.load(config("lightgcn", holdout="validation"), data_dir=tmp_path)
     assert split.heldout.counts.tolist() == [4, 1, 0]
     assert split.train.counts.tolist() == [36, 1, 1]
-    assert set(split.train.history(0)) | set(split.heldout.of(0)) == set(range(40))
+    assert set(split.train.history(0)) | set(split.heldout.history(0)) == set(range(40))
     assert split.train.n_items == 51
 
 
@@ -258,7 +248,7 @@ def histories(split: Split) -> dict[str, list[object]]:
     return {
         str(name): [
             *train.item_ids[train.history(at)].tolist(),
-            *train.item_ids[split.heldout.of(at)].tolist(),
+            *train.item_ids[split.heldout.history(at)].tolist(),
         ]
         for at, name in enumerate(train.user_ids.tolist())
     }
@@ -283,8 +273,8 @@ def test_tables_by_named_columns(
 ) -> None:
     file = tmp_path / name
     file.write_bytes(text.encode(extra.get("encoding", "utf-8")))
-    config = replace(Config("table", path=name), **NAMES, **extra)
-    split = data.load(config, data_dir=tmp_path)
+    form = config("table", path=name, **NAMES, **extra)
+    split = data.load(form, data_dir=tmp_path)
     assert list(histories(split).values()) in ([[9], [7, 8, 9]], [[9], [8, 7, 9]])
     # b1 has two items at time 1: the one earlier in the file comes first.
     longest = max(histories(split).values(), key=len)
@@ -293,10 +283,10 @@ def test_tables_by_named_columns(
 
 def test_a_table_without_times_is_in_file_order(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("user,item\n1,30\n1,20\n1,10\n")
-    split = data.load(Config("table"), data_dir=tmp_path)  # the only table of the folder
+    split = data.load(config("table"), data_dir=tmp_path)  # the only table of the folder
     assert histories(split) == {"1": [30, 20, 10]}
     assert split.train.times is None
-    assert data.load(Config("table"), data_dir=tmp_path / "t.csv").train.size == 2
+    assert data.load(config("table"), data_dir=tmp_path / "t.csv").train.size == 2
 
 
 @pytest.mark.parametrize(
@@ -312,7 +302,7 @@ def test_a_table_without_times_is_in_file_order(tmp_path: Path) -> None:
 def test_times_may_be_numbers_or_dates(times: list[str], order: list[int], tmp_path: Path) -> None:
     rows = "".join(f"1,{at},{time}\n" for at, time in enumerate(times))
     (tmp_path / "t.csv").write_text(f"user,item,time\n{rows}")
-    split = data.load(Config("table", time_column="time"), data_dir=tmp_path)
+    split = data.load(config("table", time_column="time"), data_dir=tmp_path)
     assert histories(split) == {"1": order}
 
 
@@ -327,23 +317,23 @@ def test_parquet_tables(kind: str, tmp_path: Path) -> None:
         times = times.cast(arrow.timestamp("ns"))
     table = arrow.table({"time": times, "user": users, "item": ["x", "y", "x"]})
     parquet.write_table(table, tmp_path / "t.parquet")
-    split = data.load(Config("table", time_column="time"), data_dir=tmp_path)
+    split = data.load(config("table", time_column="time"), data_dir=tmp_path)
     assert list(histories(split).values()) == [["y", "x"], ["x"]]
 
 
 def test_histories_are_cut_after_the_split(tmp_path: Path) -> None:
     write_ncf(tmp_path)
-    split = data.load(Config("ncf", max_history=1), data_dir=tmp_path)
+    split = data.load(config("ncf", max_history=1), data_dir=tmp_path)
     assert split.train.items.tolist() == [2, 0, 5]
     assert split.heldout.items.tolist() == [6, 7, 4]
     assert split.negatives is not None
 
 
 def test_the_synthetic_source_needs_no_files() -> None:
-    split = data.load(Config("synthetic"))
+    split = data.load(config("synthetic"))
     assert (split.train.n_users, split.train.n_items) == (30, 80)
-    assert data.load(Config("synthetic", seed=1)).train.items.tolist() != split.train.items.tolist()
-    made = data.planted(Config("synthetic"))
+    assert data.load(config("synthetic", seed=1)).train.items.tolist() != split.train.items.tolist()
+    made = data.generate(users=30, items=80, clusters=4, interactions_per_user=8, seed=0)
     assert made.interactions.size == split.train.size + split.heldout.size
 
 
@@ -351,7 +341,7 @@ def test_a_description_is_plain_json(tmp_path: Path) -> None:
     import json
 
     write_ncf(tmp_path)
-    figures = data.describe(data.load(Config("ncf"), data_dir=tmp_path))
+    figures = data.load(config("ncf"), data_dir=tmp_path).describe()
     assert json.loads(json.dumps(figures)) == figures
     assert figures["users"] == 3
     assert figures["items"] == 107
@@ -362,6 +352,25 @@ def test_a_description_is_plain_json(tmp_path: Path) -> None:
     assert figures["median_history"] == 2.0
 
 
-def test_an_unknown_source_lists_the_known_ones() -> None:
-    with pytest.raises(UsageError, match="lightgcn"):
-        data.load(Config("netflix"))
+class Pairs(Reader):
+    """Two items for every user, as somebody else's reader invents them."""
+
+    people: int = setting(3, "How many there are.", "[1, 100]")
+
+
+def read_pairs(config: Data, data_dir: Path | None) -> Split:
+    users = np.repeat(np.arange(config.people), 2)
+    interactions = data.Interactions.from_pairs(users, np.tile([7, 9], config.people))
+    return data.leave_last_out(interactions, holdout=config.holdout)
+
+
+def test_a_reader_comes_from_outside_by_its_keys_and_one_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(READERS, "_kinds", {**READERS._kinds})  # the test's own
+    READERS.add("pairs", Pairs, read_pairs)
+    split = data.load(data_of("pairs", people=5))
+    assert (split.train.n_users, split.train.item_ids.tolist()) == (5, [7, 9])
+    assert split.heldout.items.tolist() == [1] * 5
+    with pytest.raises(ValidationError, match="people"):
+        data_of("pairs", people=0)

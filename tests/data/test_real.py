@@ -3,43 +3,24 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+from data_of import data_of
 
 from privrec import data
-from privrec.data.interactions import Duplicates, Holdout, Split
+from privrec.data.interactions import Holdout, Split
 from privrec.evaluate.metrics import evaluate, popularity_scores
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("PRIVREC_DATA") or ROOT.parent / "shared" / "data")
 
 
-@dataclass(frozen=True)
-class Config:
-    source: str
-    path: str | None = None
-    holdout: Holdout = "test"
-    max_history: int | None = None
-    users: int = 30
-    items: int = 80
-    clusters: int = 4
-    interactions_per_user: int = 8
-    seed: int = 0
-    user_column: str = "user"
-    item_column: str = "item"
-    time_column: str | None = None
-    separator: str | None = None
-    encoding: str = "utf-8"
-    duplicates: Duplicates = "refuse"
-
-
 def load(source: str, folder: str, file: str, holdout: Holdout = "test") -> Split:
     if not (DATA / folder / file).is_file():
         pytest.skip(f"{folder} is not in {DATA}; set PRIVREC_DATA")
-    return data.load(Config(source, holdout=holdout), data_dir=DATA / folder)
+    return data.load(data_of(source, holdout=holdout), data_dir=DATA / folder)
 
 
 def test_movielens_100k() -> None:

@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from data_of import data_of
 
-from privrec.data.text import (
-    EMBEDDED,
-    END,
-    UNKNOWN,
-    Corpus,
-    generate_text,
-    load_text,
-    read_articles,
-    split_devices,
-)
+from privrec.data import load_texts
+from privrec.data.corpus import UNKNOWN, Corpus, split_devices
+from privrec.data.synthetic import generate_text
+from privrec.data.texts import EMBEDDED, END, read_articles
 from privrec.errors import DataError, UsageError
+from privrec.scenario.schema import Data
 
 TWO = " = First one = \n\n the cat sat \n\n = = Part = = \n\n the dog \n = Second = \n the cat \n"
 
 
-def config(**changes: Any) -> Any:
-    plain = {
-        "source": "text", "path": None, "holdout": "test", "words": None, "users": 18,
-        "vocabulary": None,
-        "items": 64, "clusters": 2, "interactions_per_user": 50, "seed": 3,
-    }  # fmt: skip
-    return SimpleNamespace(**{**plain, **changes})
+def config(source: str = "text", **changes: Any) -> Data:
+    plain = {"users": 18, "items": 64, "clusters": 2, "interactions_per_user": 50, "seed": 3}
+    return data_of(source, **{**(plain if source == "synthetic_text" else {}), **changes})
 
 
 def write(folder: Path, text: str, name: str = "one.txt") -> Path:
@@ -74,9 +65,9 @@ def test_bad_texts_are_named_with_the_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the file is empty"):
         read_articles([write(tmp_path, "\n\n")])
     with pytest.raises(DataError, match=r"no \.txt there"):
-        load_text(config(path="nothing"), data_dir=tmp_path / "nowhere")
+        load_texts(config(path="nothing"), data_dir=tmp_path / "nowhere")
     with pytest.raises(DataError, match="2 articles"):
-        load_text(config(), data_dir=write(tmp_path, TWO))
+        load_texts(config(), data_dir=write(tmp_path, TWO))
 
 
 def test_no_article_is_on_both_sides_and_validation_never_sees_the_test() -> None:
@@ -109,11 +100,11 @@ def test_distinct_words_are_what_a_loop_finds() -> None:
 
 
 def test_the_embedded_text_needs_no_file_and_a_folder_above_is_searched(tmp_path: Path) -> None:
-    assert load_text(config()).source == "embedded"
+    assert load_texts(config()).source == "embedded"
     inner = tmp_path / "wikitext-2"
     inner.mkdir()
     write(inner, "\n".join(f" = T{i} = \n a b c" for i in range(12)))
-    split = load_text(config(), data_dir=tmp_path)
+    split = load_texts(config(), data_dir=tmp_path)
     assert (split.train.n_users, split.heldout.n_users, split.source) == (11, 1, "wikitext-2")
     assert split.describe()["users"] == 11
 
@@ -141,7 +132,7 @@ def test_synthetic_words_follow_each_other_and_are_of_a_power_law() -> None:
 
 def test_a_synthetic_split_has_the_users_that_were_asked_for() -> None:
     test, validation = (
-        load_text(config(source="synthetic_text", holdout=h)) for h in ("test", "validation")
+        load_texts(config(source="synthetic_text", holdout=h)) for h in ("test", "validation")
     )
     assert test.train.n_users == validation.train.n_users == 18
     assert not set(test.heldout.names) & set(validation.heldout.names)

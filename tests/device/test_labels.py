@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from privrec.data.extreme import Invented
-from privrec.data.labels import dealt, examples_in
+from privrec.data.corpus import dealt, examples_in
+from privrec.data.synthetic import Invented
 from privrec.device.device import Draws, Settings, Trained
 from privrec.device.samples import Histories
 from privrec.device.tier import LocalModel, ModelView

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from privrec.data.extreme import Invented
-from privrec.data.labels import dealt, examples_in
-from privrec.data.text import UNKNOWN, Corpus
+from privrec.data.corpus import UNKNOWN, Corpus, dealt, examples_in
+from privrec.data.synthetic import Invented
 from privrec.device.tier import LocalModel, ModelView
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable, Table
@@ -29,7 +28,7 @@ def texts(*lengths: int) -> Corpus:
     tokens = rng_for(0, "texts").integers(0, WORDS, sum(lengths)).astype(np.int32)
     bounds = np.concatenate(([0], np.cumsum(lengths)))
     words = (UNKNOWN, *map(str, range(1, WORDS)))
-    return Corpus(tuple(map(str, lengths)), bounds, tokens, words)
+    return Corpus(bounds, tokens, tuple(map(str, lengths)), words)
 
 
 def weights(of: ModelView[NextWord]) -> np.ndarray:

@@ -59,7 +59,7 @@ def test_a_nan_for_the_target_or_an_item_before_it_counts_against() -> None:
     table[truth(split) == 1] = np.nan
     assert evaluate(from_table(table), split, seed=0).summary()["full_hr@10"] == 0.0
     table = truth(split)
-    unseen = np.setdiff1d(np.arange(112), [*split.train.history(0), *split.heldout.of(0)])
+    unseen = np.setdiff1d(np.arange(112), [*split.train.history(0), *split.heldout.history(0)])
     table[0, unseen[:3]] = np.nan
     summary = evaluate(from_table(table), split, seed=0, k=(3, 4)).summary()
     assert (summary["hr@3"], summary["hr@4"]) == (0.0, 1.0)
@@ -79,7 +79,7 @@ def by_hand(table: NDArray[Any], split: Split, k: int) -> dict[str, list[float]]
     """Full ranking by sorting, with ties against the held-out items."""
     found: dict[str, list[float]] = {"hr": [], "ndcg": [], "recall": []}
     for user in range(split.train.n_users):
-        targets = split.heldout.of(user).tolist()
+        targets = split.heldout.history(user).tolist()
         if not targets:
             continue
         open_items = set(range(split.train.n_items)) - set(split.train.history(user).tolist())
@@ -216,10 +216,10 @@ def published(split: Split, rows: NDArray[Any]) -> Split:
 def test_published_negatives_are_used_and_own_items_left_out() -> None:
     split = split_of(n_users=2, n_items=300)
     rows = np.array(
-        [np.setdiff1d(np.arange(300), [*split.train.history(u), *split.heldout.of(u)])[:99]
+        [np.setdiff1d(np.arange(300), [*split.train.history(u), *split.heldout.history(u)])[:99]
          for u in range(2)]
     )  # fmt: skip
-    rows[0, :12] = [*split.train.history(0), split.heldout.of(0)[0]]
+    rows[0, :12] = [*split.train.history(0), split.heldout.history(0)[0]]
     table = np.zeros((2, 300), np.float32)
     table[0, rows[0, :11]] = 9.0  # the user's own items are ahead, and are no rivals
     table[np.arange(2), split.heldout.items] = 5.0

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from privrec.data.extreme import Examples, Invented
+from privrec.data.corpus import Examples
+from privrec.data.synthetic import Invented
 from privrec.embedding.subspace import Subspace
 from privrec.models.classifier import BagOfWords, ExtremeClassifier
 from privrec.models.sparse_output import RowAdam, SparseOutput

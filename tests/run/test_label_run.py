@@ -12,9 +12,9 @@ from click.testing import CliRunner
 from parts import assemble
 from small_runs import Silent, Stop, make_scenario, run_once, weights
 
+from privrec import data
 from privrec.cli.main import main
 from privrec.cli.plan import coefficients
-from privrec.data.labels import load_labels
 from privrec.errors import Interrupted, ScenarioError
 from privrec.models.words import Bags
 from privrec.randomness import SecretRoot
@@ -103,7 +103,8 @@ def test_every_way_repeats_bit_for_bit_and_goes_on_where_it_stopped(
 @pytest.mark.parametrize("selector", ["uniform", "scan", "hamming", "pghash", "sketch", "auto"])
 def test_no_device_moves_the_sum_by_more_than_the_bound(selector: str) -> None:
     of = scenario(*NOISE, "train.local_lr=1000", f"train.selector={selector}")
-    parts = assemble(of, load_labels(of.data).train, "run", SecretRoot.known(b"d"))
+    train = data.load_texts(of.data).train
+    parts = assemble(of, train, "run", SecretRoot.known(b"d"))
     round, tier = parts.server.next_round(0), parts.federation.tiers[0]
     bound, layout = parts.server.plan.protection.encoding.bound, parts.federation.layout
     largest = 0.0
@@ -117,7 +118,7 @@ def test_no_device_moves_the_sum_by_more_than_the_bound(selector: str) -> None:
 
 def test_a_device_with_little_room_knows_the_common_labels_alone() -> None:
     of = scenario(*TIERS)
-    split = load_labels(of.data)
+    split = data.load_texts(of.data)
     order = np.argsort(-split.train.item_counts(), kind="stable")
     split = split.renumbered(np.concatenate(([0], order[order != 0])))
     parts = assemble(of, split.train, "run", SecretRoot.known(b"d"))
@@ -134,7 +135,7 @@ def test_a_device_with_little_room_knows_the_common_labels_alone() -> None:
 @pytest.mark.parametrize("more", [(), ("data.vocabulary=40",)])
 def test_the_plan_knows_the_size_of_the_model(more: tuple[str, ...]) -> None:
     of = scenario("model.compression=2", "devices.nesting=fold", *more)
-    split = load_labels(of.data)
+    split = data.load_texts(of.data)
     split = split.renumbered(np.arange(split.train.n_items))
     parts = assemble(of, split.train, "run", SecretRoot.known(b"d"))
     assert of.population() == USERS

@@ -13,8 +13,8 @@ import pytest
 from parts import assemble
 from small_runs import Silent, Stop, make_scenario, run_once, weights
 
+from privrec import data
 from privrec.cli.plan import coefficients
-from privrec.data.text import load_text
 from privrec.device.device import Draws
 from privrec.errors import Interrupted, ScenarioError
 from privrec.privacy.events import RoundEvent, epsilon
@@ -144,7 +144,7 @@ def test_the_noise_on_the_sum_is_that_of_the_event(tmp_path: Path) -> None:
 
 def test_no_device_moves_the_sum_by_more_than_the_bound(tmp_path: Path) -> None:
     of = scenario(*NOISE, "train.local_lr=1000")
-    split = load_text(of.data)
+    split = data.load_texts(of.data)
     parts = assemble(of, split.train, "run", SecretRoot.known(b"d"))
     round = parts.server.next_round(0)
     parts.simulation.sampling_rate = 1.0
@@ -225,7 +225,7 @@ def test_a_private_device_asks_the_server_for_nothing(monkeypatch: pytest.Monkey
         "privrec.server.columns.ColumnServer.hashed", lambda *_: pytest.fail("it asked")
     )
     of = scenario()
-    task = NextWords(of, load_text(of.data))
+    task = NextWords(of, data.load_texts(of.data))
     assert task.columns is None
     parts = assemble(of, task.split.train, "run", SecretRoot.known(b"d"))
     round = parts.server.next_round(0)
@@ -242,7 +242,7 @@ def test_devices_of_every_capacity_train_on_texts(tmp_path: Path) -> None:
 def test_output_costs_fall_with_the_share() -> None:
     def cost(*changes: str) -> Any:
         of = scenario(*changes)
-        parts = assemble(of, load_text(of.data).train, "run", SecretRoot.known(b"d"))
+        parts = assemble(of, data.load_texts(of.data).train, "run", SecretRoot.known(b"d"))
         return of_output(parts.simulation.cohorts[0], of, 20)
 
     full = cost("train.loss=full_softmax", "train.selector=each")
@@ -301,7 +301,7 @@ def test_other_learners_and_other_data_do_not_mix() -> None:
 
 def test_hash_functions_of_devices_differ() -> None:
     of = scenario()
-    parts = assemble(of, load_text(of.data).train, "run", SecretRoot.known(b"d"))
+    parts = assemble(of, data.load_texts(of.data).train, "run", SecretRoot.known(b"d"))
     functions = Draws.of(SecretRoot.known(b"d"), parts.server.next_round(0), 0).functions
     assert functions(1).bytes(8) != functions(2).bytes(8)
 
@@ -309,7 +309,7 @@ def test_hash_functions_of_devices_differ() -> None:
 def test_devices_one_by_one_train_as_their_cohort() -> None:
     """Their coins are others, so each device's rounding may differ by a step."""
     of, sums = scenario(), []
-    train = load_text(of.data).train
+    train = data.load_texts(of.data).train
     for engine in ("cohort", "device"):
         parts = assemble(of, train, "run", SecretRoot.known(b"d"))
         simulation = replace(parts.simulation, engine=engine)

@@ -1,0 +1,244 @@
+"""Readers of texts and of labelled examples: files to devices that train and that are held out.
+
+Articles are text files in which a line ``= Title =`` opens one, as WikiText has them. Examples are
+in the sparse format of the Extreme Classification Repository (Bhatia et al., 2016).
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from privrec.data.corpus import (
+    EVERY,
+    UNKNOWN,
+    UNKNOWN_ID,
+    Corpus,
+    Examples,
+    TextSplit,
+    dealt,
+    split_devices,
+)
+from privrec.data.files import File, bad_file, places, read_ids, shown, table_files
+from privrec.randomness import rng_for
+from privrec.scenario.schema import Data
+
+END = "<eos>"
+EMBEDDED = Path(__file__).with_name("articles.txt")
+
+_TITLE = re.compile(r"^\s*= ([^=].*?) =\s*$")
+_SHORTEST = 2  # tokens; a text of one word has no next one
+_MOST = 2**31 - 2  # a token is an int32, and label 0 is the unknown one
+# Python reads more than the format has: 1_0, and digits of other scripts.
+_HEAD = re.compile(r"\s*([0-9]{1,18})\s+([0-9]{1,18})\s+([0-9]{1,18})\s*")
+_LINE = re.compile(r"[-0-9,]*(?:[ \t]+[-0-9]+:[-+.0-9A-Za-z]+)*\s*")
+_LONGEST = 1 << 20  # characters of a line, which take a hundred times their size while it is read
+
+
+def load_articles(config: Data, data_dir: Path | None) -> TextSplit:
+    """Load the texts of the first place that has any; where none is named, those of the package.
+
+    Words are numbered by their first occurrence.
+    """
+    roots = places(config.path, data_dir)
+    files = _text_files(roots) if roots else [EMBEDDED]
+    source = files[0].parent.name if roots else "embedded"
+    words = None
+    if config.words is not None:
+        beside = (data_dir or Path()) / config.words
+        words = read_ids(beside if beside.is_file() else Path(config.words))
+    return split_devices(read_articles(files, words), config.holdout, source)
+
+
+def _text_files(roots: Sequence[Path]) -> list[Path]:
+    """The text files of the first root that has any, by name."""
+    for root in roots:
+        if root.is_file():
+            return [root]
+        for folder in (root, root / "wikitext-2"):
+            if texts := sorted(folder.glob("*.txt")):
+                return texts
+    remedy = "point --data (or data.path, or PRIVREC_DATA) at a text file or a folder of them"
+    searched = ", ".join(map(str, roots))
+    raise bad_file(searched, "no .txt there", "a text source needs one", remedy)
+
+
+def read_articles(files: Sequence[Path], words: Sequence[str] | None = None) -> Corpus:
+    """Read articles of text files, tokenised by blanks; a line ``= Title =`` opens one.
+
+    Each line that is not empty ends in :data:`END`. A file without titles is one article.
+
+    Args:
+        words: the vocabulary, from elsewhere; words that it lacks are unknown. None: all words of
+            the text, in order of their first occurrence.
+
+    Raises:
+        DataError: when a file is not UTF-8, or has no text.
+    """
+    articles = [
+        (name, text) for path in files for name, text in _articles(path) if len(text) >= _SHORTEST
+    ]
+    if not articles:
+        searched = ", ".join(map(str, files))
+        raise bad_file(searched, "no article", "a text has words", "name a file with text")
+    texts = [text for _, text in articles]
+    known = {UNKNOWN: UNKNOWN_ID}
+    for word in chain.from_iterable(texts) if words is None else (END, *words):
+        known.setdefault(word, len(known))
+    numbers = (known.get(word, UNKNOWN_ID) for word in chain.from_iterable(texts))
+    return Corpus(
+        np.cumsum([0, *map(len, texts)]).astype(np.int64),
+        np.fromiter(numbers, np.int32),
+        tuple(name for name, _ in articles),
+        tuple(known),
+    )
+
+
+def _articles(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Names and tokens of a file's articles."""
+    name, begun = path.stem, False
+    tokens: list[str] = []
+    for line in File(path).lines():
+        title = _TITLE.match(line)
+        if title is not None:
+            if begun or tokens:
+                yield name, tokens
+            name, tokens, begun = title[1], [], True
+        found = line.split()
+        if found:
+            tokens += [*found, END]
+    yield name, tokens
+
+
+def load_examples(config: Data, data_dir: Path | None) -> TextSplit:
+    """Load the examples of a file and deal them to devices at random.
+
+    Values of the file's features are not used, and examples without features or labels are left
+    out.
+    """
+    path, each = _examples_file(config, data_dir), config.interactions_per_user
+    examples = _whole(read_extreme(path))
+    if max(examples.n_features, examples.n_labels) > _MOST:
+        found = f"{examples.n_features} features, {examples.n_labels} labels"
+        rule = f"at most {_MOST} of each can be numbered"
+        raise bad_file(str(path), found, rule, "use a smaller numbering", line=1)
+    if len(examples) < EVERY * each:
+        rule = f"{EVERY} devices of {each} are the fewest that can be split"
+        remedy = "lower data.interactions_per_user"
+        raise bad_file(str(path), f"{len(examples)} examples", rule, remedy)
+    order = rng_for(config.seed, "labels", "devices").permutation(len(examples))
+    return split_devices(dealt(examples.take(order), each), config.holdout, path.stem)
+
+
+def _examples_file(config: Data, data_dir: Path | None) -> Path:
+    """The file that is named, or else the only one in the folder."""
+    roots = places(config.path, data_dir)
+    for root in roots:
+        if config.path is not None and root == data_dir:
+            continue
+        if root.is_file():
+            return root
+        texts = sorted(root.glob("*.txt")) if root.is_dir() else []
+        if len(texts) == 1:
+            return texts[0]
+    searched = ", ".join(map(str, roots)) or "data.path"
+    rule = "labels lie in one file of the Extreme Classification Repository's sparse format"
+    raise bad_file(searched, "no file there", rule, "point --data (or data.path) at it")
+
+
+def _whole(examples: Examples) -> Examples:
+    """Examples that have words and labels, each label of theirs once."""
+    row = np.repeat(np.arange(len(examples)), np.diff(examples.label_ends, prepend=0))
+    named = np.unique(row * np.int64(examples.n_labels) + examples.labels)
+    row, labels = named // examples.n_labels, named % examples.n_labels
+    counts = np.bincount(row, minlength=len(examples))
+    once = replace(examples, labels=labels, label_ends=np.cumsum(counts))
+    words = np.diff(examples.ends, prepend=0)
+    return once.take(np.flatnonzero((words > 0) & (counts > 0)))
+
+
+def read_extreme(path: Path) -> Examples:
+    """Read examples of the repository's format: a head line, then ``1,5 0:0.5 7:1.25`` lines.
+
+    Args:
+        path: text, plain or packed by gzip or alone in a zip archive; the head line has the
+            numbers of examples, features and labels.
+
+    Raises:
+        DataError: when the file is missing, or a line breaks the format.
+    """
+    files = table_files(path, needed=False)
+    if len(files) != 1:
+        raise bad_file(str(path), "cannot be read", "it must be a text file", "check the path")
+    lines = files[0].lines()
+    size = _head(next(lines), path)
+    labels, features, values = array("q"), array("q"), array("f")
+    label_ends, ends = array("q"), array("q")
+    for number, line in enumerate(lines, 2):
+        own, places, weights = _parsed(line, size, path, number)
+        labels.extend(own)
+        features.extend(places)
+        values.extend(weights)
+        label_ends.append(len(labels))
+        ends.append(len(features))
+    if len(ends) != size[0]:
+        found, rule = f"{len(ends)} examples", f"its first line promises {size[0]}"
+        remedy = "fetch the whole file again, or correct the first line"
+        raise bad_file(str(path), found, rule, remedy)
+    return Examples(
+        np.array(ends),
+        np.array(features),
+        np.array(values),
+        np.array(label_ends),
+        np.array(labels),
+        size[1],
+        size[2],
+    )
+
+
+def _head(line: str, path: Path) -> tuple[int, int, int]:
+    found = _HEAD.fullmatch(line)
+    points, features, labels = map(int, found.groups()) if found else (0, 0, 0)
+    if min(points, features, labels) < 1:
+        rule = "the first line has the numbers of examples, features and labels"
+        raise bad_file(str(path), shown(line), rule, "write these three numbers", line=1)
+    return points, features, labels
+
+
+def _parsed(
+    line: str, size: tuple[int, int, int], path: Path, number: int
+) -> tuple[list[int], list[int], list[float]]:
+    """Labels, features and values of a line."""
+    label = str(path)
+    if len(line) > _LONGEST:
+        rule, remedy = f"an example has at most {_LONGEST}", "correct it, or split the example"
+        raise bad_file(label, f"{len(line)} characters", rule, remedy, line=number)
+    own, _, rest = line.partition(" ")
+    pairs = [word.split(":") for word in rest.split()]
+    try:
+        if not _LINE.fullmatch(line):
+            raise ValueError
+        labels = [int(word) for word in own.split(",") if word]
+        features = [int(feature) for feature, _ in pairs]
+        with np.errstate(over="ignore"):  # what float32 cannot hold is refused below
+            values = np.array([float(value) for _, value in pairs]).astype(np.float32)
+    except ValueError:
+        rule = "a line has labels between commas, a blank, and features as index:value"
+        raise bad_file(label, shown(line), rule, "correct the line", line=number) from None
+    for name, found, most in (("feature", features, size[1]), ("label", labels, size[2])):
+        wrong = next((each for each in found if not 0 <= each < most), None)
+        if wrong is not None:
+            rule = f"{name}s are numbered from 0 to {most - 1}, as the first line says"
+            found_one = f"{name} {wrong if abs(wrong) < 10**40 else shown(str(wrong))}"
+            remedy = "correct it, or the first line"
+            raise bad_file(label, found_one, rule, remedy, line=number)
+    if not np.isfinite(values).all():
+        rule = "a value must be a finite number of float32"
+        raise bad_file(label, shown(line), rule, "correct the line", line=number)
+    return labels, features, values.tolist()
