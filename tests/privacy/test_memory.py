@@ -151,3 +151,18 @@ def test_a_step_whose_noise_is_refused_shows_no_gradient(monkeypatch):
     with pytest.raises(UsageError, match="steps are owed"):
         memory.step(np.array([1]), np.ones((1, WIDTH)), 1.0)
     assert not memory.settled().any()
+
+
+def test_a_step_that_is_interrupted_has_its_noise(monkeypatch):
+    accumulate = lazy._accumulate
+
+    def interrupted(*given):
+        accumulate(*given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lazy, "_accumulate", interrupted)
+    memory = LazyMemory(np.zeros((ROWS, WIDTH)), Normals())
+    with pytest.raises(KeyboardInterrupt):
+        memory.step(np.array([1]), np.ones((1, WIDTH)), VARIANCE)
+    shown = memory.settled() - np.eye(ROWS)[1][:, None]
+    assert (shown**2).mean() == pytest.approx(VARIANCE, rel=0.3)
