@@ -249,7 +249,7 @@ def test_an_aborted_round_is_charged_and_tried_again_without_telling_how_many_we
 ) -> None:
     monkeypatch.setenv("PRIVREC_STATE", str(tmp_path / "state"))
     failing = {"left": 3}
-    original = summing._check_turnout
+    original = summing.Plain._check_turnout
 
     def moody(*arguments: Any) -> None:
         failing["left"] -= 1
@@ -258,7 +258,7 @@ def test_an_aborted_round_is_charged_and_tried_again_without_telling_how_many_we
         if failing["left"] > 0:
             original(*arguments)
 
-    monkeypatch.setattr(summing, "_check_turnout", moody)
+    monkeypatch.setattr(summing.Plain, "_check_turnout", moody)
     lifecycle.start(scenario(), out=tmp_path / "run", observer=Observer())
     events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
     aborted = [event for event in events if event["type"] == "aborted"]
