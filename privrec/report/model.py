@@ -18,7 +18,6 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from privrec.report.spending import Signature
 from privrec.run.record import OPERATOR_ONLY, OUTSIDE
 
 STARRED: Final = (
@@ -33,6 +32,7 @@ STARRED: Final = (
 )
 """Parts without which a report refuses to call a run private."""
 
+Signature = Literal["server key", "key named in the ledger"]
 Grade = Literal["critical", "theoretical", "negligible"]
 
 
@@ -62,14 +62,18 @@ class Actor(Part):
     name: str
     sees: str = Field(description="What they observe.")
     trusted_with: str = Field(description="What the claim relies on them for.")
-    epsilon: float | None = Field(ge=0, description="ε that holds against them; null is none.")
+    epsilon: float | None = Field(
+        default=None, ge=0, description="ε that holds against them; null is none."
+    )
 
 
 class Fallback(Part):
     """What is left of the claim when an assumption fails."""
 
     when: str
-    epsilon: float | None = Field(ge=0, description="ε that then holds; null is none.")
+    epsilon: float | None = Field(
+        default=None, ge=0, description="ε that then holds; null is none."
+    )
     means: str
 
 
@@ -293,7 +297,7 @@ def _without_cohorts(values: dict[str, Scalar]) -> dict[str, Scalar]:
     return values
 
 
-Facts = Annotated[dict[str, Scalar], AfterValidator(_without_cohorts)]
+Flat = Annotated[dict[str, Scalar], AfterValidator(_without_cohorts)]
 """Flat facts by name, none of which is a realised cohort size."""
 
 
@@ -484,13 +488,13 @@ class Report(Part):
     segments: tuple[Segment, ...] = Field(description="Accuracy by kind of user.")
     cost: Cost
     tiers: tuple[TierCost, ...] = Field(description="Costs and accuracy by capacity.")
-    data: Facts
-    model: Facts
+    data: Flat
+    model: Flat
     outside_the_guarantee: tuple[str, ...] = Field(
         default=("accuracy", "segments", "cost", "tiers", "data", "rows"),
         description="Fields computed from private data without noise; curves carry notes.",
     )
-    rows: tuple[Facts, ...] = Field(description="Settings compared by the scenario, if any.")
+    rows: tuple[Flat, ...] = Field(description="Settings compared by the scenario, if any.")
     curves: tuple[Curve, ...]
     warnings: tuple[Notice, ...]
     operators_word: tuple[OperatorsWord, ...] = Field(

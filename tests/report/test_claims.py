@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from privrec.report.claims import Facts
 
 from privrec.report import claims
-from privrec.report.claims import Facts
 
 PRIVATE = Facts(
     scenario="ml-1m-dp",

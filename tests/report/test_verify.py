@@ -522,9 +522,10 @@ def test_a_forged_ledger_is_refused_also_when_the_report_is_made_anew(
 
 def _report_anew(run: Path) -> None:
     """What a forger's own program would write: the report that the forged ledger leads to."""
+    from privrec.report.spending import Spending
+
     from privrec.report.derive import derive
     from privrec.report.model import WORD
-    from privrec.report.spending import Spending
     from privrec.run.header import read
 
     old = Report.model_validate_json((run / "report.json").read_text("utf-8"))

@@ -23,7 +23,7 @@ from privrec.privacy.population import PopulationCharge, create, read
 from privrec.privacy.signed import sign
 from privrec.report.build import build
 from privrec.report.render import write
-from privrec.report.spending import read_spending
+from privrec.report.facts import read_spending
 from privrec.report.verify import verify
 from privrec.run import checkpoint, directory, header, lifecycle, rows
 from privrec.run.identity import Identity
