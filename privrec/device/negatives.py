@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from privrec.device.batch import Batch, Histories, representatives, uniform
 from privrec.errors import UsageError
 from privrec.randomness import SecureStream
-from privrec.search.select import Search, Selector, mix, outside, select
+from privrec.search.memory import outside
+from privrec.search.select import Search, Selector, mix, select
 
 FloatArray = NDArray[np.float32]
 Items = NDArray[np.int64]
@@ -144,7 +145,7 @@ class NegativeBudget:
         wanted = round(self.selected * self.size)
         if not wanted or not query.any() or not np.isfinite(query).all():
             return np.zeros(0, np.int64)
-        selector: Selector = self.selector  # type: ignore[assignment]
+        selector: Selector = self.selector
         return select(selector, search, query[None], wanted, stream, exclude=history).items
 
     def _popular(

@@ -47,7 +47,8 @@ from privrec.models.losses import (
     pack,
 )
 from privrec.models.ncf import NCF, Scored
-from privrec.search.memory import ItemMemory, Sketch
+from privrec.search.index import Sketch
+from privrec.search.memory import ItemMemory
 from privrec.search.select import Search
 
 FloatArray = NDArray[np.float32]

@@ -36,7 +36,8 @@ from privrec.embedding.hashing import splitmix64
 from privrec.embedding.table import Table
 from privrec.errors import UsageError
 from privrec.models.layout import Layout
-from privrec.search.memory import ItemMemory, Sketch
+from privrec.search.index import Sketch
+from privrec.search.memory import ItemMemory
 from privrec.search.select import Search, Selector, select
 
 FloatArray = NDArray[np.float32]

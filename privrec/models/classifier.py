@@ -9,9 +9,10 @@
     print(model.evaluate("test.csv"))
     print(model.predict(["where is my parcel"]))
 
-Behind it is the network of :mod:`privrec.models.extreme`: hashed words, one hidden layer, and an
-output of which a batch trains only a few neurons where there are many. It is trained here, on one
-machine, and gives no privacy guarantee.
+Behind it is :class:`ExtremeClassifier`: hashed words, one hidden layer, and an output of which a
+batch trains only a few neurons where there are many. It is trained here, on one machine, and gives
+no privacy guarantee.
+Source: Chen et al., "SLIDE" (MLSys 2020), whose network this is.
 """
 
 from __future__ import annotations
@@ -29,24 +30,16 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from privrec import storage
 from privrec.data.extreme import Examples
-from privrec.data.labelled import (
-    SPLITS,
-    Label,
-    Labelled,
-    Tokens,
-    bags,
-    labels_of,
-    read_labelled,
-)
+from privrec.data.labelled import SPLITS, Label, Labelled, Tokens, bags, labels_of, read_labelled
 from privrec.errors import DataError, UsageError
-from privrec.models.extreme import ExtremeClassifier
-from privrec.models.rows import RowAdam
-from privrec.models.sparse_output import LayerSelector, Loss, SparseOutput
+from privrec.models.sparse_output import Loss, RowAdam, SparseOutput
 from privrec.randomness import SecretRoot, rng_for
+from privrec.search.active import ActiveSet
 
 Labels: TypeAlias = Sequence[Label | Sequence[Label]]
 Texts: TypeAlias = str | os.PathLike[str] | Sequence[str]
@@ -58,6 +51,58 @@ ROOM = 2048
 """Neurons that the automatic share leaves beside the labels of a batch, at least."""
 _AT_ONCE = 256
 _FORMAT = "privrec sparse classifier, version 1"
+
+
+class BagOfWords(nn.Module):
+    """A hidden vector ``relu(Σ value · row + bias)`` of the words of an example.
+
+    Args:
+        features: size of the vocabulary.
+        dim: length of the hidden vector.
+        seed: of the first weights.
+    """
+
+    def __init__(self, features: int, dim: int, *, seed: int = 0) -> None:
+        super().__init__()
+        drawn = rng_for(seed, "words").standard_normal((features, dim), np.float32)
+        drawn *= np.float32(dim**-0.5)
+        self.weight = nn.Parameter(torch.from_numpy(drawn))
+        self.bias = nn.Parameter(torch.zeros(1, dim))
+
+    def forward(self, examples: Examples) -> Tensor:
+        """Return hidden vectors, shape ``(m, dim)``; the gradient of the words is sparse."""
+        starts = torch.from_numpy(np.concatenate(([0], examples.ends[:-1])))
+        words, values = torch.from_numpy(examples.features), torch.from_numpy(examples.values)
+        summed = functional.embedding_bag(
+            words, self.weight, starts, mode="sum", sparse=True, per_sample_weights=values
+        )
+        return torch.relu(summed + self.bias)
+
+
+class ExtremeClassifier(nn.Module):
+    """Words to hidden vector to labels.
+
+    Args:
+        features: size of the vocabulary.
+        output: the layer of labels; its ``dim`` is the hidden vector's length.
+        seed: of the first weights of the words.
+    """
+
+    def __init__(self, features: int, output: SparseOutput, *, seed: int = 0) -> None:
+        super().__init__()
+        self.words, self.output = BagOfWords(features, output.dim, seed=seed), output
+
+    def loss(
+        self, examples: Examples, kind: Loss = "softmax", active: ActiveSet | None = None
+    ) -> Tensor:
+        """Return the mean loss of a batch; see :meth:`SparseOutput.loss`."""
+        labels = torch.from_numpy(examples.padded_labels())
+        return self.output.loss(self.words(examples), labels, kind, active)
+
+    @torch.no_grad()
+    def topk(self, examples: Examples, k: int) -> tuple[Tensor, Tensor]:
+        """Return scores and labels of the best ``k`` of each example, shape ``(m, k)``."""
+        return self.output.topk(cast(Tensor, self.words(examples)), k)
 
 
 @dataclass(frozen=True)
@@ -111,7 +156,7 @@ class SparseClassifier:
         between: str | None = None,
         dim: int = 128,
         share: float | None = None,
-        selector: LayerSelector = "cells",
+        selector: str = "cells",
         features: int = 1 << 18,
         epochs: int = 10,
         batch: int | None = None,
@@ -137,9 +182,12 @@ class SparseClassifier:
         self.model: ExtremeClassifier | None = None
 
     def fit(
-        self, source: Source, labels: Labels | None = None, *,
+        self,
+        source: Source,
+        labels: Labels | None = None,
+        *,
         on_epoch: Callable[[Epoch], None] | None = None,
-    ) -> SparseClassifier:  # fmt: skip
+    ) -> SparseClassifier:
         """Learn from labelled texts; what was learned before is forgotten.
 
         Args:
@@ -159,9 +207,21 @@ class SparseClassifier:
         """
         data = self._read(source, labels)
         known = labels_of(data.labels)
-        examples = self._examples(data, {name: place for place, name in enumerate(known)})
+        places = {name: place for place, name in enumerate(known)}
+        examples = replace(
+            bags(data.texts, self.features, self.tokens),
+            label_ends=np.cumsum([len(own) for own in data.labels]),
+            labels=np.array([places[name] for own in data.labels for name in own], np.int64),
+            n_labels=len(places),
+        )
         batch = self.batch or min(256, max(32, len(examples) // 500))
-        model = self._network(len(known), self._share(len(known), examples, batch))
+        share = self.share
+        if share is None and len(known) <= DENSE:
+            share = 1.0
+        elif share is None:
+            most = int(np.sort(np.diff(examples.label_ends, prepend=0))[-batch:].sum())
+            share = min(1.0, max(0.01, (most + ROOM) / len(known)))
+        model = self._network(len(known), share)
         optimizer = RowAdam(model.parameters(), lr=self.lr)
         for number in range(1, self.epochs + 1):
             order = rng_for(self.seed, "classifier", number).permutation(len(examples))
@@ -178,7 +238,7 @@ class SparseClassifier:
         return self
 
     def predict(self, texts: Texts) -> list[Label]:
-        """The best label of each text.
+        """Return the best label of each text.
 
         Args:
             texts: texts, or path of a file with the text columns; one string is a path.
@@ -190,21 +250,21 @@ class SparseClassifier:
         return [best[0] for best in self.predict_top(texts, 1)]
 
     def predict_top(self, texts: Texts, k: int) -> list[list[Label]]:
-        """The best ``k`` labels of each text, the best first; see :meth:`predict`."""
+        """Return the best ``k`` labels of each text, the best first; see :meth:`predict`."""
         self._fitted()
         if isinstance(texts, str | os.PathLike):
-            found = read_labelled(Path(texts), self._columns, None, tokens=self.tokens).texts
+            found = read_labelled(Path(texts), self._columns(), None, tokens=self.tokens).texts
         else:
             found = _texts(texts)
         best = self._best(bags(found, self.features, self.tokens), k)
         return [[self.labels[place] for place in row] for row in best.tolist()]
 
     def score(self, source: Source, labels: Labels | None = None) -> float:
-        """The ``precision@1`` of :meth:`evaluate`, by the name that cross-validation uses."""
+        """Return the ``precision@1`` of :meth:`evaluate`, as cross-validation names it."""
         return self.evaluate(source, labels)["precision@1"]
 
     def evaluate(self, source: Source, labels: Labels | None = None) -> dict[str, float]:
-        """How often the best label is right; a label that was never learned counts as missed.
+        """Measure how often the best label is right; one that was never learned counts as missed.
 
         Args:
             source: as for :meth:`fit`.
@@ -240,7 +300,7 @@ class SparseClassifier:
         return {**found, "rows": len(data), "unknown_labels": len(unknown)}
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """What it was made with, by the names of its arguments; ``deep`` changes nothing."""
+        """Return what it was made with, by name of argument; ``deep`` changes nothing."""
         return {name: getattr(self, name) for name in self.__init__.__kwdefaults__}  # type: ignore[misc]
 
     def set_params(self, **settings: Any) -> SparseClassifier:
@@ -258,13 +318,11 @@ class SparseClassifier:
         return self
 
     def __sklearn_tags__(self) -> Any:
-        """What scikit-learn's own tools, such as cross-validation, ask an estimator for."""
+        """Tell scikit-learn's own tools, such as cross-validation, what this is."""
         from sklearn.utils import ClassifierTags, Tags, TargetTags  # not needed by anything else
 
-        return Tags(
-            estimator_type="classifier", target_tags=TargetTags(required=True),
-            classifier_tags=ClassifierTags(),
-        )  # fmt: skip
+        tags = {"target_tags": TargetTags(required=True), "classifier_tags": ClassifierTags()}
+        return Tags(estimator_type="classifier", **tags)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Replace the file at ``path`` by all that :meth:`load` needs.
@@ -292,7 +350,7 @@ class SparseClassifier:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SparseClassifier:
-        """The classifier that :meth:`save` kept at ``path``, which predicts what that one did.
+        """Return the classifier that :meth:`save` kept at ``path``; it predicts what that one did.
 
         Raises:
             DataError: when the file is missing, or not what :meth:`save` writes.
@@ -322,11 +380,17 @@ class SparseClassifier:
         return found
 
     def _network(self, labels: int, share: float) -> ExtremeClassifier:
+        selector = "scan" if share == 1 else self.selector
+        root = SecretRoot.known(b"a classifier of one machine %d" % self.seed)
         layer = SparseOutput(
-            labels, self.dim, share=share, selector="scan" if share == 1 else self.selector,
-            init_std=0.01, seed=self.seed,
-            root=SecretRoot.known(b"a classifier of one machine %d" % self.seed),
-        )  # fmt: skip
+            labels,
+            self.dim,
+            share=share,
+            selector=selector,
+            init_std=0.01,
+            seed=self.seed,
+            root=root,
+        )
         return ExtremeClassifier(self.features, layer, seed=self.seed)
 
     @torch.no_grad()
@@ -347,7 +411,6 @@ class SparseClassifier:
             raise UsageError("nothing was learned yet: call fit(...) with labelled texts first")
         return self.model
 
-    @property
     def _columns(self) -> tuple[str, ...]:
         return (self.text,) if isinstance(self.text, str) else tuple(self.text)
 
@@ -356,23 +419,9 @@ class SparseClassifier:
             source = cast(Source, (source, labels))
         if isinstance(source, str | os.PathLike):
             return read_labelled(
-                Path(source), self._columns, self.label, between=self.between, tokens=self.tokens
+                Path(source), self._columns(), self.label, between=self.between, tokens=self.tokens
             )
         return _handed_over(source)
-
-    def _examples(self, data: Labelled, places: dict[Label, int]) -> Examples:
-        ends = np.cumsum([len(own) for own in data.labels])
-        labels = np.array([places[name] for own in data.labels for name in own], np.int64)
-        bagged = bags(data.texts, self.features, self.tokens)
-        return replace(bagged, label_ends=ends, labels=labels, n_labels=len(places))
-
-    def _share(self, labels: int, examples: Examples, batch: int) -> float:
-        if self.share is not None:
-            return self.share
-        if labels <= DENSE:
-            return 1.0
-        most = int(np.sort(np.diff(examples.label_ends, prepend=0))[-batch:].sum())
-        return min(1.0, max(0.01, (most + ROOM) / labels))
 
 
 def _handed_over(source: object) -> Labelled:

@@ -3,7 +3,7 @@
 Weights are dense, or live in a :class:`~privrec.embedding.subspace.Subspace`. A batch has one set
 of active neurons of an exact size (:mod:`privrec.search.active`); only their rows get gradients, as
 sparse tensors whose indices are the neurons' own, so that whatever an optimiser keeps for a row
-stays with the neuron (:class:`privrec.models.rows.RowAdam`)::
+stays with the neuron (:class:`RowAdam`)::
 
     layer = SparseOutput(670_091, 128, share=0.01, selector="cells")
     optimizer = RowAdam(layer.parameters(), lr=1e-3)
@@ -13,12 +13,14 @@ stays with the neuron (:class:`privrec.models.rows.RowAdam`)::
     scores, neurons = layer.topk(hidden, 5)
 
 Sources: Chen et al., "SLIDE" (MLSys 2020); Jean et al., "On using very large target vocabulary for
-neural machine translation" (ACL 2015) for the importance weights of sampled softmax.
+neural machine translation" (ACL 2015) for the importance weights of sampled softmax; Kingma & Ba,
+"Adam" (ICLR 2015), per row.
 """
 
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -33,19 +35,18 @@ from privrec.models.process_memory import give_back_freed
 from privrec.randomness import ROOT_BYTES, SecretRoot, SecureStream, rng_for
 from privrec.search.active import NO_LABEL, ActiveSet, active_set, distinct_labels
 from privrec.search.families import Shape
-from privrec.search.index import KINDS, Index, Kind, Rebuild, build
-from privrec.search.memory import ItemMemory
+from privrec.search.index import INDEXES, Index, Rebuild
+from privrec.search.memory import ItemMemory, Items
 from privrec.search.select import Search, ranked, select
 
-Items = NDArray[np.int64]
 Loss = Literal["softmax", "bce"]
-LayerSelector = Kind | Literal["scan", "uniform"]
 
 CANDIDATES = 0.01
 """Share of the layer that a query of ``topk`` scores exactly, where a caller names no other."""
 
 _SHAPE = Shape(bits=10, tables=16)
 _PART = 1 << 14
+_AT_ONCE = 1 << 17  # floats of an optimiser's step: what a cache holds
 
 
 class SparseOutput(nn.Module):
@@ -61,7 +62,7 @@ class SparseOutput(nn.Module):
         dim: length of the hidden vector, at least 1.
         share: active neurons of a batch over ``n``, in (0, 1].
         selector: who finds the selected ones: ``uniform`` (nobody), ``scan`` (exact scores),
-            or an index that is held: one of :data:`privrec.search.index.KINDS`.
+            or an index that is held: one of :data:`privrec.search.index.INDEXES`.
         selected: of the budget that labels leave, how much is selected, in [0, 1]; the rest is
             uniform.
         table: where rows lie: a :class:`~privrec.embedding.subspace.Subspace` of ``n`` items and
@@ -85,7 +86,7 @@ class SparseOutput(nn.Module):
         dim: int,
         *,
         share: float = 0.01,
-        selector: LayerSelector = "cells",
+        selector: str = "cells",
         selected: float = 0.5,
         table: Table | None = None,
         bias: bool = True,
@@ -97,7 +98,24 @@ class SparseOutput(nn.Module):
         root: SecretRoot | None = None,
     ) -> None:
         super().__init__()
-        _check(n, dim, share, selector, selected, candidates, table)
+        for name, size in (("n", n), ("dim", dim)):
+            if size < 1:
+                raise UsageError(f"{name} = {size}: must be at least 1; raise it")
+        for name, part in (("share", share), ("candidates", candidates)):
+            if not 0 < part <= 1:
+                raise UsageError(f"{name} = {part}: must lie above 0 and at most at 1; change it")
+        if not 0 <= selected <= 1:
+            raise UsageError(f"selected = {selected}: must lie in 0 to 1; change it")
+        if selector not in (*INDEXES, "scan", "uniform"):
+            raise UsageError(
+                f'selector = "{selector}": is none of {", ".join(INDEXES)}, scan and uniform; '
+                "choose one"
+            )
+        if table is not None and (table.items, table.dim) != (n, dim):
+            raise UsageError(
+                f"a table of {table.items} rows of {table.dim} numbers for a layer of {n} neurons "
+                f"over {dim}: they must be equal; make the table for the layer"
+            )
         self.n, self.dim, self.share, self.selected = n, dim, share, selected
         self.selector, self.candidates = selector, candidates
         self.shape, self.rebuild = shape or _SHAPE, rebuild or Rebuild()
@@ -138,7 +156,7 @@ class SparseOutput(nn.Module):
         return max(1, round(self.share * self.n))
 
     def active(self, hidden: Tensor, labels: Tensor, *, selected: Items | None = None) -> ActiveSet:
-        """The active set of a batch, and one step of the rebuild schedule.
+        """Return the active set of a batch, and take one step of the rebuild schedule.
 
         Args:
             hidden: float32 of shape ``(b, dim)``.
@@ -155,17 +173,16 @@ class SparseOutput(nn.Module):
         if selected is None:
             selected = np.zeros(0, np.int64)
             if room and budget < self.n and self.selector != "uniform":
-                selected = self._select(hidden, room, wanted, stream)
+                queries = self.queries(hidden)
+                if self.selector == "scan":
+                    search = Search(self.items())
+                    selected = select("scan", search, queries, room, stream, exclude=wanted).items
+                else:
+                    selected = self.index().batch(queries, room + len(wanted))
         fresh = selected[~np.isin(selected, wanted)][:room]
         self._steps += 1
         self._age += 1
         return active_set(wanted, fresh, budget, self.n, stream)
-
-    def _select(self, hidden: Tensor, room: int, labels: Items, stream: SecureStream) -> Items:
-        queries = self.queries(hidden)
-        if self.selector == "scan":
-            return select("scan", Search(self.items()), queries, room, stream, exclude=labels).items
-        return self.index().batch(queries, room + len(labels))
 
     @property
     def _is_plain(self) -> bool:
@@ -173,21 +190,21 @@ class SparseOutput(nn.Module):
         return isinstance(self.table, PlainTable) and self.table.parts == 1
 
     def queries(self, hidden: Tensor) -> NDArray[np.float32]:
-        """Hidden vectors as an index is asked: float32, each ending in a 1 where biases are."""
+        """Return hidden vectors as an index is asked: float32, each ending in a 1 with biases."""
         rows = hidden.detach().to(torch.float32).cpu()
         if self.bias is not None:
             rows = functional.pad(rows, (0, 1), value=1.0)
         return np.ascontiguousarray(rows.numpy())
 
     def items(self) -> ItemMemory:
-        """The layer as a catalogue to search; it shares the weights' memory."""
+        """Return the layer as a catalogue to search; it shares the weights' memory."""
         biases = None
         if self.bias is not None:
             biases = self._biases, self.bias.detach().numpy()
         return ItemMemory(self.table, self.weight.detach().numpy(), biases)
 
     def index(self) -> Index:
-        """The index that is held.
+        """Return the index that is held.
 
         In training it follows the rebuild schedule, whose steps are calls of :meth:`active`. After
         ``eval()`` it is made anew when the weights have changed at all.
@@ -195,17 +212,15 @@ class SparseOutput(nn.Module):
         Raises:
             UsageError: when the selector has none.
         """
-        if self._index is None or self._is_due(self._index):
+        due = self._index is None
+        if self._index is not None and not self.training:
+            due = self._versions() != self._indexed
+        elif self._index is not None and self._looked != self._age:  # one look a step is enough
+            self._looked = self._age
+            due = self.rebuild.due(self._age, self._index, self.items())
+        if due:
             self.reindex()
         return cast(Index, self._index)
-
-    def _is_due(self, index: Index) -> bool:
-        if not self.training:
-            return self._versions() != self._indexed
-        if self._looked == self._age:  # one look a step is enough
-            return False
-        self._looked = self._age
-        return self.rebuild.due(self._age, index, self.items())
 
     def _versions(self) -> tuple[int, ...]:
         """Counts of changes in place that torch keeps of every tensor."""
@@ -219,10 +234,10 @@ class SparseOutput(nn.Module):
         """
         if self.selector in ("scan", "uniform"):
             raise UsageError(
-                f'selector = "{self.selector}": has no index; use one of {", ".join(KINDS)}'
+                f'selector = "{self.selector}": has no index; use one of {", ".join(INDEXES)}'
             )
         stream = self._stream("functions", self.rebuilds)
-        self._index = build(cast(Kind, self.selector), self.items(), self.shape, stream)
+        self._index = INDEXES[self.selector](self.items(), self.shape, stream)
         give_back_freed()  # making an index takes several times its room
         self._age, self._indexed = 0, self._versions()
         self.rebuilds += 1
@@ -233,7 +248,7 @@ class SparseOutput(nn.Module):
     # ---------------------------------------------------------------------- values and gradients
 
     def rows(self, neurons: Tensor) -> Tensor:
-        """Weights of some neurons, shape ``(A, dim)``, whose gradient is sparse.
+        """Return the weights of some neurons, shape ``(A, dim)``, whose gradient is sparse.
 
         Args:
             neurons: int64 of shape ``(A,)``; without repeats where each has a row of its own.
@@ -243,24 +258,25 @@ class SparseOutput(nn.Module):
             return _rows(self.weight, neurons)
         slots, signs = table.locate(neurons.numpy())
         factors = torch.from_numpy(signs.ravel() * np.float32(table.scale))[:, None]
-        blocks = cast(
-            Tensor,
-            _Blocks.apply(self.weight, torch.from_numpy(slots.ravel()), factors),  # type: ignore[no-untyped-call]
-        )
-        return blocks.view(len(neurons), self.dim)
+        places = torch.from_numpy(slots.ravel())
+        blocks = _Blocks.apply(self.weight, places, factors)  # type: ignore[no-untyped-call]
+        return cast(Tensor, blocks).view(len(neurons), self.dim)
 
     def logits(self, hidden: Tensor, active: ActiveSet) -> Tensor:
-        """Scores of the active neurons, shape ``(b, A)``, without their importance weights."""
+        """Return scores of the active neurons, shape ``(b, A)``, without importance weights."""
         scores = hidden @ self.rows(active.neurons).T
         if self.bias is not None:
             scores = scores + _rows(self.bias, active.neurons).T
         return scores
 
     def loss(
-        self, hidden: Tensor, labels: Tensor, kind: Loss = "softmax",
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        kind: Loss = "softmax",
         active: ActiveSet | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Mean loss of a batch, over the active set as an estimate of the whole layer.
+    ) -> Tensor:
+        """Return the mean loss of a batch, over the active set as an estimate of the whole layer.
 
         ``softmax``: cross-entropy, the mean over an example's labels. ``bce``: binary
         cross-entropy, summed over the neurons. The sum over the layer is estimated with the set's
@@ -284,10 +300,11 @@ class SparseOutput(nn.Module):
         places, real = active.places(padded), padded != NO_LABEL
         if kind == "softmax":
             return softmax_loss(scores + active.log_weights, places, real)
-        return _bce(scores, active, places, real)
+        own = torch.where(real, scores.gather(1, places), 0.0).sum(1)
+        return ((functional.softplus(scores) * active.log_weights.exp()).sum(1) - own).mean()
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Scores of all neurons, shape ``(b, n)``: the dense layer, for comparison."""
+        """Return the scores of all neurons, shape ``(b, n)``, as a dense layer does."""
         everything = torch.arange(self.n)
         scores = hidden @ self.rows(everything).T
         return scores if self.bias is None else scores + self.bias.T
@@ -298,7 +315,7 @@ class SparseOutput(nn.Module):
     def topk(
         self, hidden: Tensor, k: int, *, candidates: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The ``k`` best neurons of each vector among those that the index finds, by exact score.
+        """Return the ``k`` best neurons of each vector among those found, by exact score.
 
         Args:
             hidden: float32 of shape ``(b, dim)`` or ``(dim,)``.
@@ -327,29 +344,25 @@ class SparseOutput(nn.Module):
     def _best(
         self, items: ItemMemory, query: NDArray[np.float32], k: int, count: int
     ) -> tuple[Items, NDArray[np.float32]]:
+        """The best of the candidates; rows of their own are read without a second copy."""
         if self.selector in ("scan", "uniform"):
             close = select("scan", Search(items), query[None], k, self._stream("scan", 0)).items
         else:
             close = self.index().one(query, count)
-        neurons, scores = self._ranked(items, query, close, k)
+        if self._is_plain:
+            places, wanted = torch.from_numpy(close), torch.from_numpy(query[: self.dim])
+            values = self.weight.index_select(0, places) @ wanted
+            if self.bias is not None:
+                values += self.bias[:, 0].index_select(0, places)
+            best = values.topk(min(k, len(close)))
+            neurons, scores = close[best.indices.numpy()], best.values.numpy()
+        else:
+            neurons, scores = ranked(items, query, close, k)
         short = k - len(neurons)
         if short:
             neurons = np.pad(neurons, (0, short), constant_values=-1)
             scores = np.pad(scores, (0, short), constant_values=-np.inf)
         return neurons, scores
-
-    def _ranked(
-        self, items: ItemMemory, query: NDArray[np.float32], close: Items, k: int
-    ) -> tuple[Items, NDArray[np.float32]]:
-        """The best of some candidates; rows of their own are read without a second copy."""
-        if not self._is_plain:
-            return ranked(items, query, close, k)
-        places, wanted = torch.from_numpy(close), torch.from_numpy(query[: self.dim])
-        scores = self.weight.index_select(0, places) @ wanted
-        if self.bias is not None:
-            scores += self.bias[:, 0].index_select(0, places)
-        best = scores.topk(min(k, len(close)))
-        return close[best.indices.numpy()], best.values.numpy()
 
     def extra_repr(self) -> str:
         """What ``print`` shows."""
@@ -418,29 +431,74 @@ def softmax_loss(scores: Tensor, places: Tensor, real: Tensor) -> Tensor:
     return torch.where(real.any(1), total - own, 0.0).mean()
 
 
-def _bce(scores: Tensor, active: ActiveSet, places: Tensor, real: Tensor) -> Tensor:
-    negative = (functional.softplus(scores) * active.log_weights.exp()).sum(1)
-    return (negative - torch.where(real, scores.gather(1, places), 0.0).sum(1)).mean()
+class RowAdam(torch.optim.Optimizer):
+    """Adam whose state belongs to rows, for sparse and dense gradients.
 
+    A sparse gradient names rows: a row without one costs nothing, takes no step and keeps
+    everything, and two batches with other active neurons in other orders never mix what is kept.
+    The count of steps is the row's own: its first step is as long as that of any other, however
+    late it comes. A dense gradient moves every row.
 
-def _check(
-    n: int, dim: int, share: float, selector: str, selected: float, candidates: float,
-    table: Table | None,
-) -> None:  # fmt: skip
-    for name, size in (("n", n), ("dim", dim)):
-        if size < 1:
-            raise UsageError(f"{name} = {size}: must be at least 1; raise it")
-    for name, part in (("share", share), ("candidates", candidates)):
-        if not 0 < part <= 1:
-            raise UsageError(f"{name} = {part}: must lie above 0 and at most at 1; change it")
-    if not 0 <= selected <= 1:
-        raise UsageError(f"selected = {selected}: must lie in 0 to 1; change it")
-    if selector not in (*KINDS, "scan", "uniform"):
-        raise UsageError(
-            f'selector = "{selector}": is none of {", ".join(KINDS)}, scan and uniform; choose one'
-        )
-    if table is not None and (table.items, table.dim) != (n, dim):
-        raise UsageError(
-            f"a table of {table.items} rows of {table.dim} numbers for a layer of {n} neurons over "
-            f"{dim}: they must be equal; make the table for the layer"
-        )
+    Args:
+        params: parameters, or groups of them; a row is what their first index names.
+        lr: step size, above 0.
+        betas: decay of the first and the second moment, each in [0, 1).
+        eps: added to the root of the second moment, above 0.
+
+    Raises:
+        UsageError: when a value is out of its range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        if not (lr > 0 and eps > 0 and all(0 <= beta < 1 for beta in betas)):
+            raise UsageError(
+                f"lr = {lr}, betas = {betas}, eps = {eps}: lr and eps must be above 0 and betas in "
+                "0 to below 1; change them"
+            )
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every row that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._move(parameter, parameter.grad, group)
+        return loss
+
+    def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["first"] = torch.zeros_like(parameter)
+            state["second"] = torch.zeros_like(parameter)
+            state["steps"] = torch.zeros(len(parameter), dtype=torch.int32)
+        first, second, steps = state["first"], state["second"], state["steps"]
+        one, two = group["betas"]
+        if gradient.is_sparse:
+            gradient = gradient.coalesce()
+            rows, values = gradient._indices()[0], gradient._values()
+        else:
+            rows, values = torch.arange(len(parameter)), gradient
+        # In parts that a cache holds: copies of all active rows would cost more than the layer's.
+        size = max(1, _AT_ONCE // max(1, parameter[0].numel()))
+        for part, change in zip(torch.split(rows, size), torch.split(values, size), strict=True):
+            mean = first[part].lerp_(change, 1 - one)
+            square = second[part].mul_(two).addcmul_(change, change, value=1 - two)
+            taken = steps[part] + 1
+            first.index_copy_(0, part, mean)
+            second.index_copy_(0, part, square)
+            steps.index_copy_(0, part, taken)
+            count = taken.to(torch.float32).view(-1, *(1,) * (change.dim() - 1))
+            root = (square / (1 - two**count)).sqrt_().add_(group["eps"])
+            moved = (mean / (1 - one**count)).div_(root).mul_(-group["lr"])
+            parameter.index_add_(0, part, moved)

@@ -453,7 +453,7 @@ def writers_of(
         train.frequent if sparse else 0.0,
     )
     selector = train.selector if selects else None
-    practice = LocalSettings(train.max_samples, train.local_steps, train.local_lr, selector)  # type: ignore[arg-type]
+    practice = LocalSettings(train.max_samples, train.local_steps, train.local_lr, selector)
     return TextCohort(WordTrainer(language, output, practice), texts, served)
 
 

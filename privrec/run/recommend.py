@@ -27,7 +27,7 @@ from privrec.run.assembly import trainer_of
 from privrec.run.identity import Identity, kept_key
 from privrec.run.summary import read_model
 from privrec.scenario.load import Scenario, load
-from privrec.search.memory import Sketch
+from privrec.search.index import Sketch
 from privrec.search.select import Search, Selector, best, ranked, select
 
 FloatArray = NDArray[np.float32]

@@ -42,7 +42,8 @@ from privrec.run.popularity import release_event
 from privrec.run.record import OUTSIDE
 from privrec.scenario.load import Privacy, Scenario
 from privrec.search.families import Shape
-from privrec.search.select import FOLD, SIGNATURE
+from privrec.search.index import SIGNATURE
+from privrec.search.select import FOLD
 from privrec.server.columns import ColumnServer
 from privrec.server.server import Server
 from privrec.storage import replace

@@ -256,7 +256,7 @@ class Train(Section):
     negatives: int = setting(4, "Sampled negatives for each positive.", unit="items", ge=1, le=1000)
     selector: Literal[
         "each", "uniform", "popularity", "scan", "hamming", "sketch", "simhash", "pghash",
-        "pghash_d", "block_sign", "auto",
+        "block_sign", "auto",
     ] = setting(
         "each",
         "`each`: `negatives` for each positive. Otherwise all positives of a device share a budget "

@@ -11,14 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from privrec.errors import UsageError
 from privrec.randomness import SecureStream
-from privrec.search.select import uniform
+from privrec.search.memory import Items, uniform
 
-Items = NDArray[np.int64]
 NO_LABEL = -1
 """Fills up the rows of examples that have fewer labels than others."""
 
@@ -58,11 +56,7 @@ class ActiveSet:
         return len(self.neurons) / self.width
 
     def places(self, labels: Tensor) -> Tensor:
-        """Where each label stands among the neurons; 0 for :data:`NO_LABEL`.
-
-        Args:
-            labels: of this batch, of any shape.
-        """
+        """Return where each label of this batch stands among the neurons; 0 for no label."""
         return torch.searchsorted(self.neurons[: self.labels], labels).clamp_(
             max=max(0, self.labels - 1)
         )
@@ -75,11 +69,10 @@ class ActiveSet:
 
 
 def distinct_labels(labels: Tensor, width: int) -> Items:
-    """Labels of a batch, ascending, without repeats.
+    """Return the labels of a batch, ascending, without repeats.
 
     Args:
         labels: int64, each in ``[0, width)`` or :data:`NO_LABEL`.
-        width: neurons of the layer.
 
     Raises:
         UsageError: when one is out of its range.
@@ -99,14 +92,12 @@ def distinct_labels(labels: Tensor, width: int) -> Items:
 def active_set(
     labels: Items, selected: Items, budget: int, width: int, stream: SecureStream
 ) -> ActiveSet:
-    """Labels, then selected neurons, then uniform ones: ``min(budget, width)`` of them, exactly.
+    """Join labels, selected neurons and uniform ones: ``min(budget, width)`` in all, exactly.
 
     Args:
         labels: of the batch, ascending, without repeats.
         selected: neurons in the order in which they are wanted; labels among them and what is
             beyond the budget are left out.
-        budget: neurons of the set.
-        width: neurons of the layer.
         stream: for the uniform ones.
 
     Raises:

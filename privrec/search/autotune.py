@@ -18,12 +18,10 @@ from numpy.typing import NDArray
 
 from privrec.embedding.table import PlainTable
 from privrec.errors import UsageError
-from privrec.randomness import SecretRoot, SecureStream, rng_for
+from privrec.randomness import SecretRoot, rng_for
 from privrec.search.families import FAMILIES, Shape
-from privrec.search.index import KINDS, Index, Kind, Rebuild, build
-from privrec.search.memory import RANK, ItemMemory
-from privrec.search.select import SIGNATURE
-from privrec.search.tables import Items
+from privrec.search.index import INDEXES, RANK, SIGNATURE, Rebuild
+from privrec.search.memory import ItemMemory
 
 FloatArray = NDArray[np.float32]
 
@@ -35,14 +33,15 @@ _SPARE = 10  # steps' selections that a rebuild may cost as much as, spread over
 _FEWEST, _MOST = 20, 2000  # steps between rebuilds
 _BEST = 10
 _OPEN = 16  # queries of an invented batch
+_BYTES_EACH = {"hamming": SIGNATURE // 8, "sketch": RANK, "cells": 8}  # a neuron, at least
 
 
 @dataclass(frozen=True)
 class Trial:
     """One index, measured.
 
-    Args:
-        kind: which.
+    Attributes:
+        kind: one of :data:`privrec.search.index.INDEXES`.
         shape: of its tables; None where it has none.
         recall: share of each query's exact best ten among what it chose for the batch.
         build_s: seconds to build it over the whole layer.
@@ -51,13 +50,19 @@ class Trial:
         fits: whether the memory has room for it.
     """
 
-    kind: Kind
+    kind: str
     shape: Shape | None
     recall: float
     build_s: float
     select_s: float
     nbytes: int
     fits: bool
+
+    @property
+    def every(self) -> int:
+        """Steps after which building has cost no more than a tenth of selecting, within limits."""
+        wanted = math.ceil(_SPARE * self.build_s / max(self.select_s, 1e-9))
+        return min(_MOST, max(_FEWEST, wanted))
 
     def __str__(self) -> str:
         shape = "" if self.shape is None else f" {self.shape.bits} bits, {self.shape.tables} tables"
@@ -72,7 +77,7 @@ class Trial:
 class Choice:
     """What was chosen, and everything that was measured.
 
-    Args:
+    Attributes:
         trial: the index; None where nothing fits, or all neurons are active: uniform then.
         rebuild: when it is made anew.
         share: active neurons of a batch over the layer's.
@@ -85,7 +90,7 @@ class Choice:
     trials: tuple[Trial, ...]
 
     def settings(self) -> dict[str, Any]:
-        """Arguments of :class:`privrec.models.sparse_output.SparseOutput`."""
+        """Return the arguments of :class:`privrec.models.sparse_output.SparseOutput`."""
         common = {"share": self.share, "rebuild": self.rebuild}
         if self.trial is None:
             return {**common, "selector": "uniform"}
@@ -111,7 +116,7 @@ def autotune(
     queries: FloatArray | None = None,
     root: SecretRoot | None = None,
 ) -> Choice:
-    """Family, bits, tables and schedule for a layer, by measuring on this machine.
+    """Find family, bits, tables and schedule for a layer, by measuring on this machine.
 
     Args:
         sparsity: share of neurons that are not active in a batch, in [0, 1): 0.99 leaves 1 %.
@@ -138,40 +143,47 @@ def autotune(
     if share == 1:
         return Choice(None, Rebuild(), share, ())
     layer = layer or _invented(min(n, _LARGEST), dim)
-    scale = n / layer.items
     if queries is None:
         queries = layer.rows(np.linspace(0, layer.items - 1, _OPEN).astype(np.int64))
-    budget = max(1, round(share * layer.items / 2))
+    scores = np.concatenate([rows @ queries.T for _, rows in layer.chunks()])
+    count = min(_BEST, len(scores))
+    best = np.argpartition(-scores, count - 1, axis=0)[:count].ravel()
     stream = (root or SecretRoot.known(b"autotune")).stream("trials")
-    best, found = _best(layer, queries), []
+    budget, scale, found = max(1, round(share * layer.items / 2)), n / layer.items, []
     for kind, shape in _open(budget, layer.items, len(queries)):
-        # What cannot fit is not even built.
-        if memory is not None and _least_bytes(kind, shape, n) > memory:
-            continue
-        trial = _tried(kind, shape, layer, queries, budget, best, stream, scale)
-        fits = memory is None or trial.nbytes <= memory
-        found.append(Trial(**{**trial.__dict__, "fits": fits}))
+        each = _BYTES_EACH.get(kind) or 8 * (shape.tables if shape else 1)
+        if memory is not None and n * each > memory:
+            continue  # what cannot fit is not even built
+        started = time.perf_counter()
+        index = INDEXES[kind](layer, shape or Shape(1), stream)
+        built = time.perf_counter()
+        chosen = index.batch(queries, budget)
+        selected = time.perf_counter()
+        kept = round(scale * index.nbytes)
+        trial = Trial(
+            kind=kind,
+            shape=shape,
+            recall=float(np.isin(best, chosen).mean()),
+            build_s=scale * (built - started),
+            select_s=scale * (selected - built),
+            nbytes=kept,
+            fits=memory is None or kept <= memory,
+        )
+        found.append(trial)
     usable = [trial for trial in found if trial.fits]
     if not usable:
         return Choice(None, Rebuild(), share, tuple(found))
     enough = max(trial.recall for trial in usable) - NEARLY
-    chosen = min((t for t in usable if t.recall >= enough), key=_cost)
-    return Choice(chosen, Rebuild(every=_every(chosen)), share, tuple(found))
+    # The cheapest a batch, building included.
+    taken = min(
+        (trial for trial in usable if trial.recall >= enough),
+        key=lambda trial: trial.select_s + trial.build_s / trial.every,
+    )
+    return Choice(taken, Rebuild(every=taken.every), share, tuple(found))
 
 
-def _every(trial: Trial) -> int:
-    """Steps after which building has cost no more than a tenth of selecting, within limits."""
-    wanted = math.ceil(_SPARE * trial.build_s / max(trial.select_s, 1e-9))
-    return min(_MOST, max(_FEWEST, wanted))
-
-
-def _cost(trial: Trial) -> float:
-    """Seconds a batch, building included."""
-    return trial.select_s + trial.build_s / _every(trial)
-
-
-def _open(budget: int, items: int, queries: int) -> Iterator[tuple[Kind, Shape | None]]:
-    for kind in KINDS:
+def _open(budget: int, items: int, queries: int) -> Iterator[tuple[str, Shape | None]]:
+    for kind in INDEXES:
         if kind not in FAMILIES:
             yield kind, None
             continue
@@ -180,38 +192,6 @@ def _open(budget: int, items: int, queries: int) -> Iterator[tuple[Kind, Shape |
             load = max(1.0, budget / (tables * queries) * 2)
             bits = min(16, max(2, round(math.log2(max(2.0, items / load)))))
             yield kind, Shape(bits + bits % 2, tables)
-
-
-def _least_bytes(kind: Kind, shape: Shape | None, n: int) -> int:
-    each = {"hamming": SIGNATURE // 8, "sketch": RANK, "cells": 8}.get(kind)
-    return n * (each if each is not None else 8 * (shape.tables if shape else 1))
-
-
-def _tried(
-    kind: Kind, shape: Shape | None, layer: ItemMemory, queries: FloatArray, budget: int,
-    best: Items, stream: SecureStream, scale: float,
-) -> Trial:  # fmt: skip
-    started = time.perf_counter()
-    index = build(kind, layer, shape or Shape(1), stream)
-    built = time.perf_counter()
-    chosen = index.batch(queries, budget)
-    selected = time.perf_counter()
-    return Trial(
-        kind, shape, float(np.isin(best, chosen).mean()), scale * (built - started),
-        scale * (selected - built), _bytes(index, scale), True,
-    )  # fmt: skip
-
-
-def _bytes(index: Index, scale: float) -> int:
-    return round(scale * index.nbytes)
-
-
-def _best(layer: ItemMemory, queries: FloatArray) -> Items:
-    """Each query's best neurons by exact score."""
-    scores = np.concatenate([rows @ queries.T for _, rows in layer.chunks()])
-    count = min(_BEST, len(scores))
-    best: Items = np.argpartition(-scores, count - 1, axis=0)[:count].ravel()
-    return best
 
 
 def _invented(n: int, dim: int) -> ItemMemory:

@@ -1,22 +1,19 @@
-"""Families of hash functions, each with the probability that two vectors collide.
+"""Families of hash functions that a device draws for itself.
 
 A device draws its functions, and how many of them it uses, from its own secret stream: nothing of
 them is ever sent, and no two devices share one.
 
 ``simhash``, ``pghash`` and ``block_sign`` are signs of Gaussian projections, ``sign(<a, x>)``, that
-differ in how ``a`` is made. ``pghash_d`` compares folded coordinates by rank instead.
+differ in how ``a`` is made.
 Sources: Charikar, "Similarity estimation techniques from rounding algorithms" (STOC 2002);
 Rabbani, Bornstein & Huang, "Large-scale distributed learning via private on-device LSH"
-(NeurIPS 2023); Yagnik et al., "The power of comparative reasoning" (ICCV 2011); Chen & Shrivastava,
-"Densified winner take all (WTA) hashing for sparse datasets" (UAI 2018).
+(NeurIPS 2023).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import product
-from math import comb
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,18 +24,13 @@ from privrec.randomness import SecureStream
 from privrec.search.memory import CHUNK
 
 FloatArray = NDArray[np.float32]
-Family = Literal["simhash", "pghash", "pghash_d", "block_sign"]
-FAMILIES: tuple[Family, ...] = ("simhash", "pghash", "pghash_d", "block_sign")
-
-WINDOW = 4
-"""Coordinates that compete for a symbol of ``pghash_d``."""
+Family = Literal["simhash", "pghash", "block_sign"]
+FAMILIES: tuple[Family, ...] = ("simhash", "pghash", "block_sign")
 
 ROOM = 1 << 18
 """Projections at a time: 1 MiB of float32, which stays in a level-2 cache."""
 
 _WORD = 16  # bits in a code's integer
-_SYMBOL_BITS = 2
-_PROBES = 8
 _LONGEST = 4096
 _FEWEST, _MOST = 12, 28  # tables that a device may choose to build
 
@@ -50,7 +42,7 @@ class Shape:
     Args:
         bits: 1 to 16 for tables, any number for signatures that are ranked.
         tables: at least 1.
-        fold: ``pghash``, ``pghash_d``: length ``c`` of a folded vector.
+        fold: ``pghash``: length ``c`` of a folded vector.
         block: ``block_sign``: length of a block.
 
     Raises:
@@ -71,7 +63,7 @@ class Shape:
 
 
 def own_shape(items: int, budget: int, stream: SecureStream, base: Shape) -> Shape:
-    """The shape that one device chooses for itself, from its own stream.
+    """Draw the shape that one device chooses for itself, from its own stream.
 
     A table's bucket should hold about as many items as the budget has for a table; the device then
     moves one bit up or down, so that not even the shape is known to others.
@@ -89,30 +81,10 @@ def own_shape(items: int, budget: int, stream: SecureStream, base: Shape) -> Sha
     return Shape(min(_WORD, max(2, bits)), tables, base.fold, base.block)
 
 
-class Hash(Protocol):
-    """Functions that were drawn."""
-
-    @property
-    def shape(self) -> Shape:
-        """How many they are."""
-        ...
-
-    def codes(self, rows: FloatArray, centre: FloatArray | None = None) -> NDArray[np.uint16]:
-        """One code of each table for each row, shape ``(m, tables)``.
-
-        Args:
-            rows: shape ``(m, dim)``.
-            centre: taken from each row before it is hashed, shape ``(dim,)``.
-        """
-        ...
-
-
-def draw(family: Family, dim: int, shape: Shape, stream: SecureStream) -> Hash:
-    """Hash functions of a family.
+def draw(family: Family, dim: int, shape: Shape, stream: SecureStream) -> Signs:
+    """Draw hash functions of a family for vectors of length ``dim``.
 
     Args:
-        family: one of :data:`FAMILIES`.
-        dim: length of the vectors.
         shape: how many; at most 16 bits a code.
         stream: the device's own secret stream.
 
@@ -124,37 +96,33 @@ def draw(family: Family, dim: int, shape: Shape, stream: SecureStream) -> Hash:
             f"bits = {shape.bits}: the code of a table has at most {_WORD}; use fewer bits, or "
             "rank signatures"
         )
-    if family == "pghash_d":
-        return Winners.of(dim, shape, stream)
     return Signs(projection(family, dim, shape, stream), shape)
 
 
 def projection(family: Family, dim: int, shape: Shape, stream: SecureStream) -> FloatArray:
-    """Vectors ``a`` of a sign family, as columns: shape ``(dim, tables * bits)``.
+    """Draw the vectors ``a`` of a sign family, as columns: shape ``(dim, tables * bits)``.
 
     ``simhash``: Gaussian. ``pghash``: ``S F`` with Gaussian ``S`` over vectors folded to ``c``, so
     a column repeats itself every ``c`` numbers. ``block_sign``: one Gaussian block a column,
     repeated with a fresh sign for every block.
-
-    Raises:
-        UsageError: for a family that is no projection.
     """
     count = shape.bits * shape.tables
-    if family == "simhash":
-        return _normal(stream, dim, count)
-    if family == "pghash":
-        return _repeated(_normal(stream, min(shape.fold, dim), count), dim)
+    length = {"simhash": dim, "pghash": shape.fold, "block_sign": shape.block}[family]
+    drawn = min(length, dim)
+    signs = None
     if family == "block_sign":
         blocks = -(-dim // shape.block)
-        signs = 1 - 2 * (stream.uint32(blocks * count) >> np.uint32(31)).astype(np.float32)
-        repeated = _repeated(_normal(stream, min(shape.block, dim), count), dim)
-        repeated *= np.repeat(signs.reshape(blocks, count), shape.block, axis=0)[:dim]
-        return repeated
-    raise UsageError(f'family = "{family}": is no projection; use one of {FAMILIES[:2]}')
+        coins = stream.uint32(blocks * count) >> np.uint32(31)
+        signs = 1 - 2 * coins.reshape(blocks, count).astype(np.float32)
+    block = stream.normal(drawn * count).astype(np.float32).reshape(drawn, count)
+    vectors = np.tile(block, (-(-dim // drawn), 1))[:dim]
+    if signs is not None:
+        vectors *= np.repeat(signs, shape.block, axis=0)[:dim]
+    return vectors
 
 
 def signature(dim: int, bits: int, stream: SecureStream) -> Signs:
-    """Functions of a long code that is ranked by how many of its bits differ.
+    """Draw the functions of a long code that is ranked by how many of its bits differ.
 
     Promise: each bit differs with probability ``angle(x, y) / π``, as with ``simhash``. The vectors
     are orthogonal in groups of ``dim``, so that the share of bits that differ scatters less about
@@ -184,13 +152,13 @@ class Signs:
     )
 
     def codes(self, rows: FloatArray, centre: FloatArray | None = None) -> NDArray[np.uint16]:
-        """See :meth:`Hash.codes`."""
+        """Return one code of each table for each row less the centre, shape ``(m, tables)``."""
         tables, bits = self.shape.tables, self.shape.bits
         packed = self._packed(rows, centre, tables, bits, _WORD)
         return packed.view("<u2").reshape(len(rows), tables)
 
     def signatures(self, rows: FloatArray, centre: FloatArray | None = None) -> NDArray[np.uint64]:
-        """All bits of each row together, shape ``(m, ceil(tables * bits / 64))``."""
+        """Return all bits of each row together, shape ``(m, ceil(tables * bits / 64))``."""
         count = self.matrix.shape[1]
         packed = self._packed(rows, centre, 1, count, -(-count // 64) * 64)
         return packed.view("<u8").reshape(len(rows), -1)
@@ -222,143 +190,3 @@ class Signs:
             object.__setattr__(self, "_room", room)
             return room
         return self._room
-
-
-@dataclass(frozen=True)
-class Winners:
-    """Codes of ``pghash_d``: which of a few folded coordinates is the largest, densified.
-
-    Args:
-        order: coordinates that compete, shape ``(probes, tables * symbols, WINDOW)``; a later probe
-            is asked where all coordinates of the earlier ones are zero.
-        shape: of the codes; ``bits`` are twice the symbols of a code.
-        dim: length of the vectors.
-    """
-
-    order: NDArray[np.int64]
-    shape: Shape
-    dim: int
-
-    @classmethod
-    def of(cls, dim: int, shape: Shape, stream: SecureStream) -> Winners:
-        """Draw functions.
-
-        Raises:
-            UsageError: when the bits are odd, or the fold has fewer coordinates than compete.
-        """
-        fold = min(shape.fold, dim)
-        if shape.bits % _SYMBOL_BITS:
-            raise UsageError(f"bits = {shape.bits}: a symbol of pghash_d has two; use an even one")
-        if fold < WINDOW:
-            raise UsageError(f"fold = {fold}: at least {WINDOW} coordinates compete; raise it")
-        count = _PROBES * shape.tables * (shape.bits // _SYMBOL_BITS)
-        keys = stream.uint64(count * fold).reshape(_PROBES, -1, fold)
-        return cls(np.argsort(keys, axis=-1)[..., :WINDOW], shape, dim)
-
-    def codes(self, rows: FloatArray, centre: FloatArray | None = None) -> NDArray[np.uint16]:
-        """See :meth:`Hash.codes`."""
-        if centre is not None:
-            rows = rows - centre
-        fold = min(self.shape.fold, self.dim)
-        folded = folded_to(rows, fold)
-        folded[folded == 0] = -np.inf
-        symbols, empty = self._symbols(folded, 0)
-        for probe in range(1, _PROBES):
-            if not empty.any():
-                break
-            borrowed, still = self._symbols(folded, probe)
-            symbols = np.where(empty, borrowed, symbols)
-            empty &= still
-        places = np.arange(self.shape.bits // _SYMBOL_BITS, dtype=np.uint16) * _SYMBOL_BITS
-        spread = symbols.reshape(len(rows), self.shape.tables, -1).astype(np.uint16) << places
-        codes: NDArray[np.uint16] = np.bitwise_or.reduce(spread, axis=-1).astype(np.uint16)
-        return codes
-
-    def _symbols(
-        self, folded: FloatArray, probe: int
-    ) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
-        competing = folded[:, self.order[probe]]
-        empty = np.asarray(np.isneginf(competing).all(axis=-1))
-        return competing.argmax(axis=-1), empty
-
-
-def folded_to(rows: FloatArray, fold: int) -> FloatArray:
-    """``F x`` with ``F = [I_c I_c ...]``: coordinates ``c`` apart added up, shape ``(m, c)``."""
-    short = -rows.shape[1] % fold
-    if short:
-        rows = np.pad(rows, ((0, 0), (0, short)))
-    folded: FloatArray = rows.reshape(len(rows), -1, fold).sum(axis=1)
-    return folded
-
-
-def _normal(stream: SecureStream, rows: int, columns: int) -> FloatArray:
-    return stream.normal(rows * columns).astype(np.float32).reshape(rows, columns)
-
-
-def _repeated(block: FloatArray, dim: int) -> FloatArray:
-    return np.tile(block, (-(-dim // len(block)), 1))[:dim]
-
-
-# ----------------------------------------------------------------------- collision probabilities
-
-
-def collision(family: Family, x: FloatArray, y: FloatArray, shape: Shape) -> float:
-    """Probability, over the draw, that two vectors have the same code in one table.
-
-    ``simhash``: ``(1 - angle(x, y) / π)^k``. ``pghash``: ``(1 - angle(F x, F y) / π)^k``.
-    ``block_sign``: the mean of ``1 - angle(F_s x, F_s y) / π`` over all patterns ``s`` of block
-    signs, with ``F_s = [s_1 I s_2 I ...]``, to the power ``k``. ``pghash_d``: of
-    :func:`winners_collision`, to the power of its symbols.
-
-    Args:
-        family: one of :data:`FAMILIES`.
-        x: shape ``(dim,)``, not zero.
-        y: likewise.
-        shape: of the codes.
-    """
-    if family == "simhash":
-        return _same_sign(x, y) ** shape.bits
-    fold = min(shape.block if family == "block_sign" else shape.fold, len(x))
-    if family == "pghash":
-        return _same_sign(*folded_to(np.stack((x, y)), fold)) ** shape.bits
-    if family == "pghash_d":
-        return winners_collision(*folded_to(np.stack((x, y)), fold)) ** (shape.bits // _SYMBOL_BITS)
-    short = -len(x) % fold
-    blocks = np.pad(np.stack((x, y)), ((0, 0), (0, short))).reshape(2, -1, fold)
-    # The sign of all blocks together changes nothing, so the first one is held.
-    patterns = product((1.0,), *((1.0, -1.0) for _ in range(blocks.shape[1] - 1)))
-    chances = [_same_sign(*np.tensordot(blocks, np.array(p), ((1,), (0,)))) for p in patterns]
-    return float(np.mean(chances)) ** shape.bits
-
-
-def winners_collision(x: FloatArray, y: FloatArray) -> float:
-    """Probability that two folded vectors have the same symbol of ``pghash_d``.
-
-    Among coordinates drawn without order, both have the same largest one with probability
-    ``Σ_i C(R_i, w - 1) / C(c, w)``, where ``R_i`` coordinates are below ``i`` in both. Where all
-    that were drawn are zero in one vector alone, it borrows and agrees by chance, ``1 / w``; where
-    they are in both, both draw again.
-
-    Args:
-        x: shape ``(c,)``, without equal coordinates other than zeros.
-        y: likewise.
-    """
-    every = comb(len(x), WINDOW)
-    x, y = (np.where(v == 0, -np.inf, v) for v in (x, y))
-    below = (x[None] < x[:, None]) & (y[None] < y[:, None])
-    dead_x, dead_y = np.isneginf(x), np.isneginf(y)
-    agree = 0
-    for i in np.flatnonzero(~dead_x & ~dead_y):
-        # A dead coordinate loses to every live one.
-        lower = (below[i] | (dead_x & (y < y[i])) | (dead_y & (x < x[i])) | (dead_x & dead_y)).sum()
-        agree += comb(int(lower), WINDOW - 1)
-    empty_x, empty_y = (comb(int(dead.sum()), WINDOW) for dead in (dead_x, dead_y))
-    empty = comb(int((dead_x & dead_y).sum()), WINDOW)
-    alone = (empty_x - empty) + (empty_y - empty)
-    return float((agree + alone / WINDOW) / (every - empty)) if every > empty else 1.0
-
-
-def _same_sign(x: NDArray[np.floating], y: NDArray[np.floating]) -> float:
-    x, y = x.astype(np.float64), y.astype(np.float64)
-    cosine = x @ y / np.sqrt((x @ x) * (y @ y))
-    return float(1 - np.arccos(np.clip(cosine, -1, 1)) / np.pi)

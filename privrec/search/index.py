@@ -1,21 +1,14 @@
-"""A partition of a layer's neurons around centres, of which a query visits the best few.
+"""Indexes of a wide layer that are kept for many batches, and when they are made anew.
 
-A cell is a learned code: the centre that a neuron lies nearest to, where a drawn hash function
-cuts space blindly. A query's product with a centre is the mean product of its cell, so the cells
-are visited in that order.
-Sources: Lloyd, "Least squares quantization in PCM" (IEEE Trans. Inf. Theory 1982); Jégou, Douze &
-Schmid, "Product quantization for nearest neighbor search" (PAMI 2011), for the inverted file.
-
-Indexes of a layer that are kept for many batches, and when they are made anew.
-
-Families, tables, signatures and the sketch are those of a device's own search; here they outlive
-one query. An index never changes what a neuron computes, only which neurons are looked at.
+Families, signatures and the sketch are those of a device's own search; here they outlive one
+query. An index never changes what a neuron computes, only which neurons are looked at.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -23,119 +16,46 @@ from numpy.typing import NDArray
 
 from privrec.errors import UsageError
 from privrec.randomness import SecureStream
-from privrec.search.families import FAMILIES, Family, Shape, draw, signature
-from privrec.search.memory import ItemMemory, Sketch
-from privrec.search.select import SIGNATURE, uniform
-from privrec.search.tables import Buckets, Items, Signatures
+from privrec.search.families import FAMILIES, Family, Shape, Signs, draw, signature
+from privrec.search.memory import CHUNK, ItemMemory, Items, uniform
+from privrec.search.tables import Buckets
 
 FloatArray = NDArray[np.float32]
+SAMPLE = 4096
+"""Neurons whose codes are compared to tell how many have changed."""
+SIGNATURE = 256
+"""Bits of a signature that is ranked."""
+RANK = 32
+"""Directions that a sketch keeps."""
 CELLS = 1024
 """Most cells; fewer where a cell would hold less than :data:`FEWEST` neurons."""
 FEWEST = 16
-SAMPLE = 4096
-"""Neurons whose cells are compared to tell how many have changed."""
-_TRAINED_ON, _ROUNDS = 64, 8  # neurons a cell that centres are fitted to, and passes over them
 
 
-@dataclass(frozen=True)
-class Cells:
-    """Neurons by cell.
-
-    Args:
-        centres: one a cell, shape ``(C, dim)``.
-        order: neurons by cell, ascending within one.
-        ends: where each cell ends in ``order``.
-    """
-
-    centres: FloatArray
-    order: Items
-    ends: Items
-
-    @classmethod
-    def of(cls, items: ItemMemory, stream: SecureStream, count: int | None = None) -> Cells:
-        """Fit centres to a sample of neurons, and put every neuron into the nearest one's cell.
-
-        Args:
-            items: the layer.
-            stream: draws the sample.
-            count: cells; about :data:`CELLS` where not said.
-        """
-        count = count or max(1, min(CELLS, items.items // FEWEST))
-        few = uniform(items.items, _TRAINED_ON * count, stream, np.zeros(0, np.int64))
-        centres = _fitted(items.rows(few), count)
-        cell = np.empty(items.items, np.int64)
-        for start, rows in items.chunks():
-            cell[start : start + len(rows)] = _nearest(rows, centres)
-        order = np.argsort(cell.astype(np.uint16 if count <= 1 << 16 else np.int64), kind="stable")
-        return cls(centres, order, np.cumsum(np.bincount(cell, minlength=count)))
+class Index(Protocol):
+    """A way to find neurons that score high."""
 
     def batch(self, queries: FloatArray, budget: int) -> Items:
-        """Neurons of the cells that the queries like best, each query's best cell before any's
-        second; up to ``budget``.
+        """Return neurons for a batch together, the most wanted first, without repeats.
 
         Args:
             queries: shape ``(q, dim)``.
-            budget: at least 1.
-        """  # noqa: D205
-        liked = queries @ self.centres.T
-        # Of each query its best cell has rank 0: ranks tell queries' wishes apart, not lengths.
-        count = min(len(self.centres), 1 + 2 * budget * len(self.centres) // len(self.order))
-        best = np.argpartition(-liked, count - 1, axis=1)[:, :count]
-        values = np.take_along_axis(liked, best, axis=1)
-        best = np.take_along_axis(best, np.argsort(-values, axis=1), axis=1)
-        _, first = np.unique(best.T, return_index=True)
-        cells = best.T.ravel()[np.sort(first)]
-        return self._members(cells, budget)[:budget]
+            budget: how many at most, at least 1.
+        """
+        ...
 
     def one(self, query: FloatArray, budget: int) -> Items:
-        """Neurons of the best cells of one query, whole cells until there are ``budget``."""
-        return self._members(np.argsort(-(self.centres @ query)), budget)
-
-    def _members(self, cells: Items, budget: int) -> Items:
-        sizes = np.diff(self.ends, prepend=0)[cells]
-        last = int(np.searchsorted(np.cumsum(sizes), budget)) + 1
-        ends = self.ends[cells[:last]]
-        return np.concatenate(
-            [self.order[e - s : e] for e, s in zip(ends, sizes[:last], strict=True)]
-        )
+        """Return candidates of one query of shape ``(dim,)``, about ``budget``, in any order."""
+        ...
 
     def changed(self, items: ItemMemory) -> float:
-        """Share of a sample of neurons that lie nearest to another centre now."""
-        places = np.unique(np.linspace(0, items.items - 1, min(items.items, SAMPLE)).astype(int))
-        cells = np.searchsorted(self.ends, places, side="right")
-        return float((_nearest(items.rows(self.order[places]), self.centres) != cells).mean())
+        """Return the share of the codes of a sample that would be other ones now."""
+        ...
 
     @property
     def nbytes(self) -> int:
         """Bytes that are kept."""
-        return self.centres.nbytes + self.order.nbytes + self.ends.nbytes
-
-
-def _fitted(rows: FloatArray, count: int) -> FloatArray:
-    centres = rows[np.linspace(0, len(rows) - 1, count).astype(np.int64)].copy()
-    for _ in range(_ROUNDS):
-        cell = _nearest(rows, centres)
-        sizes = np.bincount(cell, minlength=count)
-        sums = torch.zeros(centres.shape)
-        sums.index_add_(0, torch.from_numpy(cell), torch.from_numpy(rows))
-        filled = sizes > 0
-        centres[filled] = sums.numpy()[filled] / sizes[filled, None]
-    return centres
-
-
-def _nearest(rows: FloatArray, centres: FloatArray) -> Items:
-    """The centre nearest to each row; a row's own length decides nothing."""
-    half = np.einsum("ij,ij->i", centres, centres) / 2
-    products = torch.from_numpy(rows) @ torch.from_numpy(centres.T)
-    found: Items = (products - torch.from_numpy(half)).argmax(dim=1).numpy()
-    return found
-
-
-Kind = Literal["hamming", "sketch", "cells", "simhash", "pghash", "pghash_d", "block_sign"]
-KINDS: tuple[Kind, ...] = ("hamming", "sketch", "cells", *FAMILIES)
-"""Indexes that can be held; ``scan`` and ``uniform`` need none."""
-
-"""Neurons whose codes are compared to tell how many have changed."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -163,7 +83,7 @@ class Rebuild:
             raise UsageError(f"changed = {self.changed}: is a share above 0 and below 1")
 
     def due(self, age: int, index: Index, items: ItemMemory) -> bool:
-        """Whether an index of an age in steps has to be made anew."""
+        """Return whether an index of an age in steps has to be made anew."""
         if age == 0:
             return False
         if self.every is not None and age >= self.every:
@@ -173,91 +93,29 @@ class Rebuild:
         return index.changed(items) > self.changed
 
 
-class Index(Protocol):
-    """A way to find neurons that score high."""
-
-    def batch(self, queries: FloatArray, budget: int) -> Items:
-        """Neurons for a batch together, the most wanted first, without repeats; up to ``budget``.
-
-        Args:
-            queries: shape ``(q, dim)``.
-            budget: at least 1.
-        """
-        ...
-
-    def one(self, query: FloatArray, budget: int) -> Items:
-        """Candidates of one query, about ``budget`` of them, in any order.
-
-        Args:
-            query: shape ``(dim,)``.
-            budget: at least 1.
-        """
-        ...
-
-    def changed(self, items: ItemMemory) -> float:
-        """Share of the codes of a sample that would be other ones now."""
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are kept."""
-        ...
-
-
-def build(kind: Kind, items: ItemMemory, shape: Shape, stream: SecureStream) -> Index:
-    """An index of a kind over a layer as it is now.
-
-    Args:
-        kind: one of :data:`KINDS`.
-        items: the layer.
-        shape: of the tables; of no effect on other kinds.
-        stream: for hash functions and first cells.
-
-    Raises:
-        UsageError: for an unknown kind, or a shape that the kind cannot have.
-    """
-    if kind == "hamming":
-        return HeldSignatures.of(items, stream)
-    if kind == "sketch":
-        return HeldSketch(Sketch.of(items, probes=items.rows(np.zeros(1, np.int64))), items.centre)
-    if kind == "cells":
-        return Cells.of(items, stream)
-    if kind in FAMILIES:
-        return HeldTables.of(kind, items, shape, stream)
-    raise UsageError(f'selector = "{kind}": is none of {", ".join(KINDS)}, scan and uniform')
-
-
-def sampled(items: int) -> Items:
-    """An evenly spaced sample of neurons."""
-    found: Items = np.unique(np.linspace(0, items - 1, min(items, SAMPLE)).astype(np.int64))
-    return found
-
-
 def most_wanted(values: FloatArray, budget: int) -> Items:
-    """Neurons of the highest values, the highest first."""
+    """Return the neurons of the highest values, the highest first."""
     budget = min(budget, len(values))
     chosen = np.argpartition(values, len(values) - budget)[len(values) - budget :]
     found: Items = chosen[np.argsort(-values[chosen], kind="stable")]
     return found
 
 
-@dataclass(frozen=True)
-class HeldTables:
-    """Hash tables: who shares buckets with the queries, by how often.
+def _sample(items: int) -> Items:
+    """An evenly spaced sample of neurons."""
+    return np.unique(np.linspace(0, items - 1, min(items, SAMPLE)).astype(np.int64))
 
-    Args:
-        tables: one function each.
-        centre: what was taken from neurons before they were hashed.
-    """
+
+@dataclass(frozen=True)
+class Tables:
+    """Hash tables of one function each: who shares buckets with the queries, by how often."""
 
     tables: tuple[Buckets, ...]
     centre: FloatArray
     width: int
 
     @classmethod
-    def of(
-        cls, family: Family, items: ItemMemory, shape: Shape, stream: SecureStream
-    ) -> HeldTables:
+    def of(cls, family: Family, items: ItemMemory, shape: Shape, stream: SecureStream) -> Tables:
         """Draw functions, and hash and sort all neurons, table after table."""
         one = replace(shape, tables=1)
         tables = tuple(
@@ -267,8 +125,9 @@ class HeldTables:
 
     def batch(self, queries: FloatArray, budget: int) -> Items:
         """See :meth:`Index.batch`."""
-        found = [part for table in self.tables for part in table.lists(queries)]
-        times = np.bincount(np.concatenate(found), minlength=self.width).astype(np.float32)
+        each = (table.lists(table.hashed.codes(queries)[:, 0]) for table in self.tables)
+        found = np.concatenate([part for lists in each for part in lists])
+        times = np.bincount(found, minlength=self.width).astype(np.float32)
         wanted = most_wanted(times, budget)
         return wanted[times[wanted] > 0]
 
@@ -278,11 +137,12 @@ class HeldTables:
 
     def changed(self, items: ItemMemory) -> float:
         """See :meth:`Index.changed`."""
-        sample = sampled(items.items)
-        rows, shares = items.rows(sample), []
-        for table in self.tables:
-            now = table.hashed.codes(rows, self.centre)[:, 0]
-            shares.append(float((now != table.codes_of(sample)).mean()))
+        sample = _sample(items.items)
+        rows = items.rows(sample)
+        shares = [
+            (table.hashed.codes(rows, self.centre)[:, 0] != table.codes_of(sample)).mean()
+            for table in self.tables
+        ]
         return float(np.mean(shares))
 
     @property
@@ -292,28 +152,30 @@ class HeldTables:
 
 
 @dataclass(frozen=True)
-class HeldSignatures:
-    """256 signs a neuron and its length: the angle they estimate, times the length.
+class Signatures:
+    """Signs of each neuron, and its length: the angle they estimate, times the length.
 
-    Args:
-        signed: the signatures.
-        lengths: of the centred neurons.
+    Attributes:
+        words: shape ``(words, n)``: a signature is a column, so that words are read in a row.
+        lengths: of the centred neurons, shape ``(n,)``.
         centre: what was taken from them.
     """
 
-    signed: Signatures
+    words: NDArray[np.uint64]
     lengths: FloatArray
     centre: FloatArray
+    hashed: Signs
 
     @classmethod
-    def of(cls, items: ItemMemory, stream: SecureStream) -> HeldSignatures:
-        """Draw functions and sign all neurons."""
-        centre, hashed = items.centre, signature(items.dim, SIGNATURE, stream)
+    def of(cls, items: ItemMemory, hashed: Signs) -> Signatures:
+        """Sign all neurons: 32 bytes each at 256 bits."""
+        words = np.empty((-(-hashed.matrix.shape[1] // 64), items.items), np.uint64)
         lengths = np.empty(items.items, np.float32)
         for start, rows in items.chunks():
-            squares = np.einsum("ij,ij->i", rows, rows) - rows @ (2 * centre) + centre @ centre
-            lengths[start : start + len(rows)] = np.sqrt(squares.clip(min=0))
-        return cls(Signatures.of(items, hashed), lengths, centre)
+            part = slice(start, start + len(rows))
+            words[:, part] = hashed.signatures(rows, items.centre).T
+            lengths[part] = _lengths(rows, items.centre)
+        return cls(words, lengths, items.centre, hashed)
 
     def batch(self, queries: FloatArray, budget: int) -> Items:
         """See :meth:`Index.batch`."""
@@ -326,42 +188,151 @@ class HeldSignatures:
         """See :meth:`Index.one`."""
         return most_wanted(self._likely(query), budget)
 
+    def distances(self, query: FloatArray) -> NDArray[np.uint16]:
+        """Return in how many bits each neuron differs from one query, shape ``(n,)``."""
+        return _differing(self.words, self.hashed.signatures(query[None])[0])
+
     def _likely(self, query: FloatArray) -> FloatArray:
         """Estimated product of each centred neuron with a query."""
-        count = self.signed.hashed.matrix.shape[1]
-        cosine = np.cos(np.arange(count + 1) * (np.pi / count)) * np.linalg.norm(query)
-        likely: FloatArray = np.take(cosine.astype(np.float32), self.signed.distances(query))
+        likely: FloatArray = np.take(_cosines(self.hashed, query), self.distances(query))
         likely *= self.lengths
         return likely
 
     def changed(self, items: ItemMemory) -> float:
         """See :meth:`Index.changed`; of 256 bits some always do, so it is the share of bits."""
-        sample = sampled(items.items)
-        now = self.signed.hashed.signatures(items.rows(sample), self.centre)
-        differing = np.unpackbits((now ^ self.signed.words[:, sample].T).view(np.uint8))
-        return float(differing.sum() / (len(sample) * self.signed.hashed.matrix.shape[1]))
+        sample = _sample(items.items)
+        now = self.hashed.signatures(items.rows(sample), self.centre)
+        differing = int(np.bitwise_count(now ^ self.words[:, sample].T).sum())
+        return float(differing / (len(sample) * self.hashed.matrix.shape[1]))
 
     @property
     def nbytes(self) -> int:
         """See :attr:`Index.nbytes`."""
-        return self.signed.words.nbytes + self.lengths.nbytes + self.signed.hashed.matrix.nbytes
+        return self.words.nbytes + self.lengths.nbytes + self.hashed.matrix.nbytes
+
+
+def estimates(items: ItemMemory, queries: FloatArray, hashed: Signs) -> FloatArray:
+    """Return estimated products of each centred item with the query that likes it best.
+
+    The share of bits that differ estimates the angle, and an item's length is known: items of one
+    angle are told apart, which bits alone cannot. Signatures are forgotten chunk by chunk: nothing
+    is held but the estimates.
+
+    Args:
+        queries: shape ``(q, dim)``.
+
+    Returns:
+        Shape ``(n,)``.
+    """
+    wanted = hashed.signatures(queries)
+    cosines = [_cosines(hashed, query) for query in queries]
+    likely = np.full(items.items, -np.inf, np.float32)
+    for start, rows in items.chunks():
+        words = np.ascontiguousarray(hashed.signatures(rows, items.centre).T)
+        part = likely[start : start + len(rows)]
+        for query, cosine in zip(wanted, cosines, strict=True):
+            np.maximum(part, cosine[_differing(words, query)], out=part)
+        part *= _lengths(rows, items.centre)
+    return likely
+
+
+def _cosines(hashed: Signs, query: FloatArray) -> FloatArray:
+    """The cosine that each number of differing bits estimates, times the query's length."""
+    count = hashed.matrix.shape[1]
+    cosine = np.cos(np.arange(count + 1) * (np.pi / count)) * np.linalg.norm(query)
+    scaled: FloatArray = cosine.astype(np.float32)
+    return scaled
+
+
+def _lengths(rows: FloatArray, centre: FloatArray) -> FloatArray:
+    squares = np.einsum("ij,ij->i", rows, rows) - rows @ (2 * centre) + centre @ centre
+    lengths: FloatArray = np.sqrt(squares.clip(min=0))
+    return lengths
+
+
+def _differing(words: NDArray[np.uint64], query: NDArray[np.uint64]) -> NDArray[np.uint16]:
+    count = np.zeros(words.shape[1], np.uint16)
+    for word, wanted in zip(words, query, strict=True):
+        count += np.bitwise_count(word ^ wanted)
+    return count
+
+
+_LARGEST = 127
+_RANGE = 4.0  # standard deviations that the 8 bits span
+_MOVED = 8  # steps of a quarter of a standard deviation: less changes no ranking that matters
+_PROBES, _BEST = 32, 10
 
 
 @dataclass(frozen=True)
-class HeldSketch:
-    """Neurons on their leading directions, in 8 bits a number.
+class Sketch:
+    """Rows on their leading directions, in 8 bits a number: 32 bytes an item at any length.
 
-    Args:
-        sketch: the codes.
-        centre: what was taken from neurons.
+    A server makes one of its public item table, and every device gets the same; nothing about a
+    device goes back.
+
+    Attributes:
+        codes: int8 of shape ``(n, rank)``.
+        basis: what a query is multiplied with, shape ``(dim, rank)``; it carries the codes' scales.
+        recall: how much of the exact best items it finds, as its maker measured on public queries.
+        centre: what was taken from the rows; a device, which never encodes any, has none.
     """
 
-    sketch: Sketch
-    centre: FloatArray
+    codes: NDArray[np.int8]
+    basis: FloatArray
+    recall: float
+    centre: FloatArray = field(default_factory=lambda: np.zeros(0, np.float32))
+
+    @classmethod
+    def of(cls, items: ItemMemory, rank: int = RANK, probes: FloatArray | None = None) -> Sketch:
+        """Sketch a catalogue, in two passes: its covariance, then its codes.
+
+        Args:
+            rank: directions kept; all of them where vectors are shorter.
+            probes: public queries to measure its recall on, shape ``(q, dim)``; by default rows of
+                the catalogue itself.
+        """
+        rank = min(rank, items.dim)
+        covariance = np.zeros((items.dim, items.dim))
+        for _, rows in items.chunks():
+            centred = rows - items.centre
+            covariance += centred.T @ centred
+        variances, vectors = np.linalg.eigh(covariance / items.items)
+        forward = vectors[:, ::-1][:, :rank].astype(np.float32)
+        spread = np.sqrt(variances[::-1][:rank].clip(min=np.finfo(np.float32).tiny))
+        step = (_RANGE * spread / _LARGEST).astype(np.float32)
+        codes = np.empty((items.items, rank), np.int8)
+        for start, rows in items.chunks():
+            codes[start : start + len(rows)] = _eight_bits(
+                (rows @ forward - items.centre @ forward) / step
+            )
+        if probes is None:
+            probes = items.rows(np.linspace(0, items.items - 1, _PROBES).astype(np.int64))
+            probes = probes - items.centre
+        made = cls(codes, forward * step, 0.0, items.centre)
+        return replace(made, recall=made._recall(items, probes))
+
+    def _recall(self, items: ItemMemory, probes: FloatArray) -> float:
+        """Share of each probe's exact best ten that are among the best percent of the sketch."""
+        exact = np.concatenate([rows @ probes.T for _, rows in items.chunks()])
+        close = np.concatenate([values for _, values in self.values(probes)])
+        best, found = min(_BEST, items.items), max(_BEST, items.items // 100)
+        right = np.argsort(-exact, axis=0)[:best]
+        edge = -np.sort(-close, axis=0)[min(found, items.items) - 1]
+        return float((np.take_along_axis(close, right, axis=0) >= edge).mean())
+
+    def values(self, queries: FloatArray) -> Iterator[tuple[int, FloatArray]]:
+        """Yield approximate products, but for a number a query, as ``(first item, (m, q))``.
+
+        Args:
+            queries: shape ``(q, dim)``.
+        """
+        short = (queries @ self.basis).T
+        for start in range(0, len(self.codes), CHUNK):
+            yield start, self.codes[start : start + CHUNK].astype(np.float32) @ short
 
     def batch(self, queries: FloatArray, budget: int) -> Items:
         """See :meth:`Index.batch`."""
-        values = [part.max(axis=1) for _, part in self.sketch.values(queries)]
+        values = [part.max(axis=1) for _, part in self.values(queries)]
         return most_wanted(np.concatenate(values), budget)
 
     def one(self, query: FloatArray, budget: int) -> Items:
@@ -370,15 +341,128 @@ class HeldSketch:
 
     def changed(self, items: ItemMemory) -> float:
         """See :meth:`Index.changed`: in units of the codes' spread, so that a step is a change."""
-        sample = sampled(items.items)
-        now = self.sketch.encoded(items.rows(sample) - self.centre)
-        moved = np.abs(now.astype(np.int16) - self.sketch.codes[sample])
+        sample = _sample(items.items)
+        inverse = self.basis / np.square(self.basis).sum(axis=0)
+        now = _eight_bits((items.rows(sample) - self.centre) @ inverse)
+        moved = np.abs(now.astype(np.int16) - self.codes[sample])
         return float((moved > _MOVED).mean())
 
     @property
     def nbytes(self) -> int:
+        """Bytes that a device keeps."""
+        return self.codes.nbytes + self.basis.nbytes
+
+
+def _eight_bits(scaled: FloatArray) -> NDArray[np.int8]:
+    np.rint(scaled, out=scaled)
+    codes: NDArray[np.int8] = scaled.clip(-_LARGEST, _LARGEST).astype(np.int8)
+    return codes
+
+
+_TRAINED_ON, _ROUNDS = 64, 8  # neurons a cell that centres are fitted to, and passes over them
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A partition of the neurons around centres, of which a query visits the best few.
+
+    A cell is a learned code: the centre that a neuron lies nearest to, where a drawn hash function
+    cuts space blindly. A query's product with a centre is the mean product of its cell, so the
+    cells are visited in that order.
+    Sources: Lloyd, "Least squares quantization in PCM" (IEEE Trans. Inf. Theory 1982); Jégou, Douze
+    & Schmid, "Product quantization for nearest neighbor search" (PAMI 2011), for the inverted file.
+
+    Attributes:
+        centres: one a cell, shape ``(C, dim)``.
+        order: neurons by cell, ascending within one.
+        ends: where each cell ends in ``order``.
+    """
+
+    centres: FloatArray
+    order: Items
+    ends: Items
+
+    @classmethod
+    def of(cls, items: ItemMemory, stream: SecureStream, count: int | None = None) -> Cells:
+        """Fit centres to a sample of neurons, and put every neuron into the nearest one's cell.
+
+        Args:
+            stream: draws the sample.
+            count: cells; about :data:`CELLS` where not said.
+        """
+        count = count or max(1, min(CELLS, items.items // FEWEST))
+        rows = items.rows(uniform(items.items, _TRAINED_ON * count, stream, np.zeros(0, np.int64)))
+        centres = rows[np.linspace(0, len(rows) - 1, count).astype(np.int64)].copy()
+        for _ in range(_ROUNDS):
+            near = _nearest(rows, centres)
+            sums = torch.zeros(centres.shape)
+            sums.index_add_(0, torch.from_numpy(near), torch.from_numpy(rows))
+            sizes = np.bincount(near, minlength=count)
+            filled = sizes > 0
+            centres[filled] = sums.numpy()[filled] / sizes[filled, None]
+        cell = np.empty(items.items, np.int64)
+        for start, part in items.chunks():
+            cell[start : start + len(part)] = _nearest(part, centres)
+        order = np.argsort(cell.astype(np.uint16 if count <= 1 << 16 else np.int64), kind="stable")
+        return cls(centres, order, np.cumsum(np.bincount(cell, minlength=count)))
+
+    def batch(self, queries: FloatArray, budget: int) -> Items:
+        """See :meth:`Index.batch`: each query's best cell comes before any query's second."""
+        liked = queries @ self.centres.T
+        # Ranks are compared, not products: queries differ in length.
+        count = min(len(self.centres), 1 + 2 * budget * len(self.centres) // len(self.order))
+        best = np.argpartition(-liked, count - 1, axis=1)[:, :count]
+        values = np.take_along_axis(liked, best, axis=1)
+        best = np.take_along_axis(best, np.argsort(-values, axis=1), axis=1)
+        _, first = np.unique(best.T, return_index=True)
+        return self._members(best.T.ravel()[np.sort(first)], budget)[:budget]
+
+    def one(self, query: FloatArray, budget: int) -> Items:
+        """See :meth:`Index.one`; cells are whole."""
+        return self._members(np.argsort(-(self.centres @ query)), budget)
+
+    def _members(self, cells: Items, budget: int) -> Items:
+        """Neurons of as many of the cells as it takes to have ``budget``."""
+        sizes = np.diff(self.ends, prepend=0)[cells]
+        last = int(np.searchsorted(np.cumsum(sizes), budget)) + 1
+        ends = self.ends[cells[:last]]
+        return np.concatenate(
+            [self.order[e - s : e] for e, s in zip(ends, sizes[:last], strict=True)]
+        )
+
+    def changed(self, items: ItemMemory) -> float:
+        """See :meth:`Index.changed`: the share that lies nearest to another centre now."""
+        places = _sample(items.items)
+        cells = np.searchsorted(self.ends, places, side="right")
+        return float((_nearest(items.rows(self.order[places]), self.centres) != cells).mean())
+
+    @property
+    def nbytes(self) -> int:
         """See :attr:`Index.nbytes`."""
-        return self.sketch.nbytes
+        return self.centres.nbytes + self.order.nbytes + self.ends.nbytes
 
 
-_MOVED = 8  # steps of a quarter of a standard deviation: less changes no ranking that matters
+def _nearest(rows: FloatArray, centres: FloatArray) -> Items:
+    """The centre nearest to each row; a row's own length decides nothing."""
+    half = np.einsum("ij,ij->i", centres, centres) / 2
+    products = torch.from_numpy(rows) @ torch.from_numpy(centres.T)
+    found: Items = (products - torch.from_numpy(half)).argmax(dim=1).numpy()
+    return found
+
+
+def _tables(family: Family) -> Builder:
+    return lambda items, shape, stream: Tables.of(family, items, shape, stream)
+
+
+Builder: TypeAlias = Callable[[ItemMemory, Shape, SecureStream], Index]
+INDEXES: dict[str, Builder] = {
+    "hamming": lambda items, _, stream: Signatures.of(
+        items, signature(items.dim, SIGNATURE, stream)
+    ),
+    "sketch": lambda items, _, __: Sketch.of(items, probes=items.rows(np.zeros(1, np.int64))),
+    "cells": lambda items, _, stream: Cells.of(items, stream),
+    **{family: _tables(family) for family in FAMILIES},
+}
+"""What makes an index of a layer as it is now, by name: of the layer, the shape of tables (of no
+effect on other kinds), and the stream of hash functions or first cells. It raises a
+:class:`~privrec.errors.UsageError` for a shape that the kind cannot have."""

@@ -2,17 +2,12 @@
 
 A row is the item's vector, followed by its bias where items have one; a query then ends in a 1.
 Neither the table nor anything of its size is ever held.
-
-A short summary of the public item table that a server makes and a device searches.
-
-Rows are projected on their leading directions and kept as 8-bit integers: 32 bytes an item, for
-any length of vector. Every device gets the same sketch, and nothing about a device goes back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -20,8 +15,10 @@ from numpy.typing import NDArray
 
 from privrec.embedding.table import PlainTable, Table
 from privrec.errors import UsageError
+from privrec.randomness import SecureStream
 
 FloatArray = NDArray[np.float32]
+Items = NDArray[np.int64]
 CHUNK = 8192
 """Items at a time: rows and what is computed from them stay in a level-2 cache or near it."""
 
@@ -77,7 +74,7 @@ class ItemMemory:
         return doubled + places + size * (self.table.dim + self.dim) * 4
 
     def unfolded(self) -> ItemMemory:
-        """The same items with every row gathered, for a machine that plays many devices."""
+        """Gather every row of the same items, for a machine that plays many devices."""
         table = PlainTable.of(self.items, self.table.dim, block=self.table.block)
         memory = np.concatenate([vectors.copy() for _, vectors in self._vectors()])
         small = self.biases
@@ -87,14 +84,14 @@ class ItemMemory:
         return ItemMemory(table, memory.reshape(table.slots, table.block), small)
 
     def rows(self, items: NDArray[np.integer]) -> FloatArray:
-        """Rows of some items, shape ``(k, dim)``."""
+        """Return the rows of some items, shape ``(k, dim)``."""
         vectors: FloatArray = self.table.gather(self.memory, items)
         if self.biases is None:
             return vectors
         return np.concatenate((vectors, self._biases_of(self.biases, items)[:, None]), axis=1)
 
     def chunks(self) -> Iterator[tuple[int, FloatArray]]:
-        """All rows in order, as ``(first item, rows)``.
+        """Yield all rows in order, as ``(first item, rows)``.
 
         The rows are a view that the next step overwrites; they must not be changed.
         """
@@ -111,13 +108,10 @@ class ItemMemory:
             yield start, rows
 
     def products(self, query: FloatArray) -> Iterator[tuple[int, FloatArray]]:
-        """Products of all rows with one query, as ``(first item, products)``.
+        """Yield the products of all rows with one query, as ``(first item, products)``.
 
         Each memory block is multiplied once by each part of the query, and items gather numbers
         instead of blocks.
-
-        Args:
-            query: shape ``(dim,)``.
         """
         table = self.table
         parts = query[: table.dim].reshape(table.parts, table.block)
@@ -194,82 +188,34 @@ def _check_shape(name: str, memory: FloatArray, table: Table) -> None:
         )
 
 
-RANK = 32
-_LARGEST = 127
-_PROBES, _BEST = 32, 10
-_RANGE = 4.0  # standard deviations that the 8 bits span
-
-
-@dataclass(frozen=True)
-class Sketch:
-    """Rows of rank 32 or less, in 8 bits a number.
+def outside(excluded: Items, places: Items) -> Items:
+    """Return the items at given places of the catalogue less some of its items.
 
     Args:
-        codes: int8 of shape ``(n, rank)``.
-        basis: what a query is multiplied with, shape ``(dim, rank)``; it carries the codes' scales.
-        recall: how much of the exact best items it finds, as its maker measured on public queries.
+        excluded: ascending, without repeats.
+        places: in ``[0, n - len(excluded))``, of any shape.
     """
+    gaps = excluded - np.arange(len(excluded))
+    return places + np.searchsorted(gaps, places, side="right")
 
-    codes: NDArray[np.int8]
-    basis: FloatArray
-    recall: float
 
-    @classmethod
-    def of(cls, items: ItemMemory, rank: int = RANK, probes: FloatArray | None = None) -> Sketch:
-        """The sketch of a catalogue, in two passes: its covariance, then its codes.
+def uniform(left: int, budget: int, stream: SecureStream, without: Items) -> Items:
+    """Return distinct items, ascending, uniform over those that are not excluded.
 
-        Args:
-            items: the catalogue, as everybody knows it.
-            rank: directions kept; all of them where vectors are shorter.
-            probes: public queries to measure its recall on, shape ``(q, dim)``; by default rows of
-                the catalogue itself.
-        """
-        rank = min(rank, items.dim)
-        covariance = np.zeros((items.dim, items.dim))
-        for _, rows in items.chunks():
-            centred = rows - items.centre
-            covariance += centred.T @ centred
-        variances, vectors = np.linalg.eigh(covariance / items.items)
-        leading = vectors[:, ::-1][:, :rank]
-        spread = np.sqrt(variances[::-1][:rank].clip(min=np.finfo(np.float32).tiny))
-        step = (_RANGE * spread / _LARGEST).astype(np.float32)
-        forward, codes = leading.astype(np.float32), np.empty((items.items, rank), np.int8)
-        for start, rows in items.chunks():
-            scaled = (rows @ forward - items.centre @ forward) / step
-            np.rint(scaled, out=scaled)
-            codes[start : start + len(rows)] = scaled.clip(-_LARGEST, _LARGEST)
-        if probes is None:
-            probes = items.rows(np.linspace(0, items.items - 1, _PROBES).astype(np.int64))
-            probes = probes - items.centre
-        made = cls(codes, forward * step, 0.0)
-        return replace(made, recall=made.measured(items, probes))
-
-    def measured(self, items: ItemMemory, probes: FloatArray) -> float:
-        """Share of each probe's exact best ten that are among the best percent of the sketch."""
-        exact = np.concatenate([rows @ probes.T for _, rows in items.chunks()])
-        close = np.concatenate([values for _, values in self.values(probes)])
-        best, found = min(_BEST, items.items), max(_BEST, items.items // 100)
-        right = np.argsort(-exact, axis=0)[:best]
-        edge = -np.sort(-close, axis=0)[min(found, items.items) - 1]
-        return float((np.take_along_axis(close, right, axis=0) >= edge).mean())
-
-    def encoded(self, centred: FloatArray) -> NDArray[np.int8]:
-        """Codes that rows less their centre have in this sketch, shape ``(m, rank)``."""
-        scaled = centred @ (self.basis / np.square(self.basis).sum(axis=0))
-        codes: NDArray[np.int8] = np.rint(scaled).clip(-_LARGEST, _LARGEST).astype(np.int8)
-        return codes
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that a device keeps."""
-        return self.codes.nbytes + self.basis.nbytes
-
-    def values(self, queries: FloatArray) -> Iterator[tuple[int, FloatArray]]:
-        """Approximate products, but for a number a query, as ``(first item, (m, q))``.
-
-        Args:
-            queries: shape ``(q, dim)``.
-        """
-        short = (queries @ self.basis).T
-        for start in range(0, len(self.codes), CHUNK):
-            yield start, self.codes[start : start + CHUNK].astype(np.float32) @ short
+    Args:
+        left: how many items are not excluded.
+        budget: how many to draw; all that are left where they are fewer.
+        stream: the drawer's own.
+        without: excluded items, ascending, without repeats.
+    """
+    budget = min(budget, left)
+    if 2 * budget > left:
+        return outside(without, np.sort(np.argsort(stream.uint64(left))[:budget]))
+    places = np.zeros(0, np.int64)
+    while len(places) < budget:
+        more = (stream.uint64(2 * budget) % np.uint64(left)).astype(np.int64)
+        # In order of their draw, so that being distinct favours no item.
+        together = np.concatenate((places, more))
+        _, first = np.unique(together, return_index=True)
+        places = together[np.sort(first)][:budget]
+    return outside(without, np.sort(places))

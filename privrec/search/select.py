@@ -1,39 +1,30 @@
 """One interface to every way of choosing items for a device, with what it cost.
 
 All run on the device, over the compressed memory that it holds anyway, and nothing of what they
-choose leaves it. ``scan`` is exact: the others are measured against it.
+choose leaves it. ``scan`` is exact: the others are measured against it. A way of choosing is a
+:class:`SelectorKind` in :data:`SELECTORS`.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from privrec.errors import UsageError
 from privrec.randomness import SecureStream
-from privrec.search.costs import Costs, Demand, Ranking, choose
-from privrec.search.families import Shape, own_shape, signature
-from privrec.search.memory import ItemMemory, Sketch
-from privrec.search.tables import Items, estimates, serial, serial_bytes
+from privrec.search.families import FAMILIES, ROOM, Family, Shape, own_shape, signature
+from privrec.search.index import SIGNATURE, Sketch, estimates
+from privrec.search.memory import CHUNK, ItemMemory, Items, outside, uniform
+from privrec.search.tables import serial, serial_bytes
 
 FloatArray = NDArray[np.float32]
-Selector = Literal[
-    "pghash", "pghash_d", "simhash", "block_sign", "hamming", "sketch", "scan", "uniform", "auto"
-]
-TABLES: tuple[Literal["pghash", "pghash_d", "simhash", "block_sign"], ...] = (
-    "pghash",
-    "pghash_d",
-    "simhash",
-    "block_sign",
-)
-
-SIGNATURE = 256
-"""Bits of a signature that is ranked."""
+Selector: TypeAlias = str
+"""Name of one of :data:`SELECTORS`."""
 
 FOLD = 32
 """Length to which ``pghash`` folds a vector, where a caller names no other."""
@@ -43,6 +34,13 @@ GOOD = 0.97
 
 PUSHED = 2
 """Most queries for which numbers are gathered instead of blocks."""
+
+# Nanoseconds a unit of work on the machine that the documented timings are from. Only ratios decide
+# what `auto` picks, and they are fixed so that a resumed or repeated run picks the same.
+_PLACE, _COPY, _PICK = 7.0, 0.17, 5.1  # hash a part to its slot; gather a block's float; a number
+_PRODUCT, _THIN = 0.020, 0.032  # multiply and add, in a wide matrix product; with one vector
+_SIGN, _WORD = 0.21, 0.57  # turn a projection into a bit; compare 64 bits
+_CONVERT, _SORT = 0.10, 7.1  # turn 8 bits into a float; sort a number partially
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,6 @@ class Search:
         shape: functions of the tables; None, the device chooses for itself.
         fold: ``pghash``: length of a folded vector.
         room: bytes that the device can spare beside the memory, for ``auto``; None, any.
-        costs: this machine's measured costs, for ``auto``.
     """
 
     items: ItemMemory
@@ -63,14 +60,13 @@ class Search:
     shape: Shape | None = None
     fold: int = FOLD
     room: int | None = None
-    costs: Costs | None = None
 
 
 @dataclass(frozen=True)
 class Evidence:
     """What a selection cost, and how good it was where that was asked.
 
-    Args:
+    Attributes:
         selector: who chose; for ``auto``, the one that it picked.
         count: items chosen.
         seconds: wall time.
@@ -97,6 +93,154 @@ class Selection:
     evidence: Evidence
 
 
+@dataclass(frozen=True)
+class Request:
+    """A selection that is asked for; ``without`` is ascending and without repeats."""
+
+    search: Search
+    queries: FloatArray
+    budget: int
+    stream: SecureStream
+    without: Items
+
+
+class SelectorKind(Protocol):
+    """A way of choosing items."""
+
+    def choose(self, request: Request) -> tuple[Items, int, int]:
+        """Return chosen items, ascending, bytes held at a time, and tables built."""
+        ...
+
+
+class Ranking(Protocol):
+    """A way of choosing the items of the highest estimates, whose cost can be told beforehand."""
+
+    def choose(self, request: Request) -> tuple[Items, int, int]:
+        """See :meth:`SelectorKind.choose`."""
+        found = top(self.values(request), request.budget, request.without)
+        return found, self.bytes(request.search, len(request.queries)), 0
+
+    def values(self, request: Request) -> FloatArray:
+        """Return each item's value for the query that likes it best, shape ``(n,)``."""
+        ...
+
+    def seconds(self, search: Search, queries: int) -> float:
+        """Predict the time of a selection, up to a factor of the machine."""
+        ...
+
+    def bytes(self, search: Search, queries: int) -> int:
+        """Count the room of a selection beside the memory."""
+        ...
+
+
+class Scan(Ranking):
+    """Exact scores from the memory."""
+
+    def values(self, request: Request) -> FloatArray:
+        """See :meth:`Ranking.values`."""
+        return _most(_scores(request.search.items, request.queries))
+
+    def seconds(self, search: Search, queries: int) -> float:
+        """See :meth:`Ranking.seconds`."""
+        items = search.items
+        scored = items.dim * (_THIN if queries == 1 else queries * _PRODUCT)
+        each = _pass(items) + scored
+        if queries <= PUSHED:
+            each = min(each, items.table.parts * queries * (_PLACE + _PICK))
+        return items.items * (_SORT + each)
+
+    def bytes(self, search: Search, queries: int) -> int:
+        """See :meth:`Ranking.bytes`."""
+        return search.items.pass_bytes + _kept(search.items, queries)
+
+
+class Hamming(Ranking):
+    """Signatures of 256 bits, made, compared and forgotten chunk by chunk."""
+
+    def values(self, request: Request) -> FloatArray:
+        """See :meth:`Ranking.values`."""
+        items = request.search.items
+        hashed = signature(items.dim, SIGNATURE, request.stream)
+        return estimates(items, request.queries, hashed)
+
+    def seconds(self, search: Search, queries: int) -> float:
+        """See :meth:`Ranking.seconds`."""
+        dim, words = search.items.dim, SIGNATURE // 64
+        signed = SIGNATURE * (dim * _PRODUCT + _SIGN) + dim * _THIN + words * queries * _WORD
+        return search.items.items * (_SORT + _pass(search.items) + signed)
+
+    def bytes(self, search: Search, queries: int) -> int:
+        """See :meth:`Ranking.bytes`."""
+        items = search.items
+        some = SIGNATURE // 4 * min(CHUNK, items.items)
+        return items.pass_bytes + 12 * items.items + 4 * items.dim * SIGNATURE + 5 * ROOM + some
+
+
+class Sketched(Ranking):
+    """The server's sketch of its public table."""
+
+    def values(self, request: Request) -> FloatArray:
+        """See :meth:`Ranking.values`."""
+        if request.search.sketch is None:
+            raise UsageError('selector = "sketch": there is none; make one with Sketch.of')
+        return _most(request.search.sketch.values(request.queries))
+
+    def seconds(self, search: Search, queries: int) -> float:
+        """See :meth:`Ranking.seconds`."""
+        scored = _CONVERT + (_THIN if queries == 1 else queries * _PRODUCT)
+        return search.items.items * (_SORT + _rank(search) * scored)
+
+    def bytes(self, search: Search, queries: int) -> int:
+        """See :meth:`Ranking.bytes`; the sketch itself is counted."""
+        items = search.items
+        some = min(CHUNK, items.items)
+        return _kept(items, queries) + (items.items + 4 * some) * _rank(search)
+
+
+@dataclass(frozen=True)
+class SerialTables:
+    """Hash tables of one family, one after another, until the budget is filled."""
+
+    family: Family
+
+    def choose(self, request: Request) -> tuple[Items, int, int]:
+        """See :meth:`SelectorKind.choose`."""
+        search, items, budget = request.search, request.search.items, request.budget
+        base = Shape(8, 1, search.fold, items.table.block)
+        shape = search.shape or own_shape(items.items, budget, request.stream, base)
+        found: list[Items] = []
+        size = 0
+        for new in serial(items, request.queries, self.family, shape, request.stream):
+            fresh = np.setdiff1d(new, request.without, assume_unique=True)
+            if size + len(fresh) > budget:
+                # The last table gives what is wanting, evenly over the catalogue.
+                fresh = fresh[np.linspace(0, len(fresh) - 1, budget - size).astype(np.int64)]
+            found.append(fresh)
+            size += len(fresh)
+            if size == budget:
+                break
+        return np.sort(np.concatenate(found)), serial_bytes(items, shape), len(found)
+
+
+class Uniform:
+    """Chance."""
+
+    def choose(self, request: Request) -> tuple[Items, int, int]:
+        """See :meth:`SelectorKind.choose`."""
+        left = request.search.items.items - len(request.without)
+        found = uniform(left, request.budget, request.stream, request.without)
+        return found, 16 * request.budget, 0
+
+
+RANKINGS: dict[str, Ranking] = {"scan": Scan(), "hamming": Hamming(), "sketch": Sketched()}
+SELECTORS: dict[str, SelectorKind] = {
+    **RANKINGS,
+    **{family: SerialTables(family) for family in FAMILIES},
+    "uniform": Uniform(),
+}
+"""Ways of choosing by name; ``auto`` is the cheapest good one of :data:`RANKINGS` that fits."""
+
+
 def select(
     selector: Selector,
     search: Search,
@@ -113,9 +257,7 @@ def select(
     with a query speaks for none of them.
 
     Args:
-        selector: how: tables (``pghash``, ``pghash_d``, ``simhash``, ``block_sign``), 256-bit
-            signatures (``hamming``), the server's ``sketch``, exact scores (``scan``), chance
-            (``uniform``), or ``auto``: the cheapest of the good ones that fits.
+        selector: one of :data:`SELECTORS`, or ``auto``.
         search: the catalogue.
         queries: shape ``(q, items.dim)``, ``q`` at least 1; with biases, each ends in a 1.
         budget: at least 1; a table selector may find fewer.
@@ -128,58 +270,67 @@ def select(
         UsageError: when the budget is below 1, queries have another length than rows, or
             ``sketch`` is asked for without one.
     """
-    _check(selector, search, queries, budget)
+    if budget < 1:
+        raise UsageError(f"budget = {budget}: must be at least 1; ask for one item or more")
+    if queries.ndim != 2 or queries.shape[1] != search.items.dim or not len(queries):
+        raise UsageError(
+            f"queries of shape {queries.shape}: rows have {search.items.dim} numbers; "
+            "hand over one row a query, with a last 1 where items have biases"
+        )
     without = np.zeros(0, np.int64) if exclude is None else np.unique(exclude)
     if selector == "auto":
-        selector = _cheapest(search, len(queries), budget)
+        selector = cheapest(search, len(queries))
     started = time.perf_counter()
-    found, used, tables = _run(selector, search, queries, budget, stream, without)
+    request = Request(search, queries, budget, stream, without)
+    found, used, tables = SELECTORS[selector].choose(request)
     seconds, recall = time.perf_counter() - started, None
     if recall_of:
-        best = _top(_most(_scores(search.items, queries)), recall_of, without)
-        recall = float(np.isin(best, found).mean())
+        right = top(_most(_scores(search.items, queries)), recall_of, without)
+        recall = float(np.isin(right, found).mean())
     evidence = Evidence(selector, len(found), seconds, used, tables, recall, recall_of)
     return Selection(found, evidence)
 
 
+def cheapest(search: Search, queries: int) -> Selector:
+    """Name the fastest ranking whose recall is near that of a scan, among those that fit.
+
+    Tables are never chosen: at equal candidates they find fewer of the best. Where nothing fits,
+    the one that needs the least is.
+    """
+    good = search.sketch is not None and search.sketch.recall >= GOOD
+    open_to = {name: kind for name, kind in RANKINGS.items() if name != "sketch" or good}
+    room = {name: kind.bytes(search, queries) for name, kind in open_to.items()}
+    fitting = [name for name in open_to if search.room is None or room[name] <= search.room]
+    if not fitting:
+        return min(room, key=room.__getitem__)
+    return min(fitting, key=lambda name: open_to[name].seconds(search, queries))
+
+
 def best(search: Search, query: FloatArray, k: int, exclude: Items) -> tuple[Items, FloatArray]:
-    """The ``k`` items of the highest exact scores, the best first, and their scores.
+    """Return the ``k`` items of the highest exact scores, the best first, and their scores.
 
     Args:
-        search: the catalogue.
         query: shape ``(dim,)``.
-        k: how many, at least 1.
         exclude: items to leave out.
     """
     # Gathered numbers and gathered blocks round differently: blocks decide between close ones.
-    close = _top(_most(_scores(search.items, query[None])), 2 * k + 16, np.unique(exclude))
+    close = top(_most(_scores(search.items, query[None])), 2 * k + 16, np.unique(exclude))
     return ranked(search.items, query, close, k)
 
 
 def ranked(
     items: ItemMemory, query: FloatArray, candidates: Items, k: int
 ) -> tuple[Items, FloatArray]:
-    """The best ``k`` of some candidates by exact score, and their scores."""
+    """Return the best ``k`` of some candidates by exact score, and their scores."""
     scores = items.rows(candidates) @ query
     order = np.argsort(-scores, kind="stable")[:k]
     return candidates[order], scores[order]
 
 
-def outside(excluded: Items, places: Items) -> Items:
-    """The items at given places of the catalogue less some of its items.
-
-    Args:
-        excluded: ascending, without repeats.
-        places: in ``[0, n - len(excluded))``, of any shape.
-    """
-    gaps = excluded - np.arange(len(excluded))
-    return places + np.searchsorted(gaps, places, side="right")
-
-
 def mix(
     selected: Items, positives: Items, places: Items, catalogue: int
 ) -> tuple[Items, FloatArray]:
-    """Selected items and a uniform sample of the others, with the logarithms of their weights.
+    """Join selected items and a uniform sample of the others, with the logarithms of their weights.
 
     A selected item stands for itself. One of the ``B - H`` uniform draws stands for its share of
     the ``n - P - H`` items that are neither positive nor selected.
@@ -200,78 +351,13 @@ def mix(
     return np.concatenate((selected, drawn)), weights
 
 
-def _check(selector: str, search: Search, queries: FloatArray, budget: int) -> None:
-    if budget < 1:
-        raise UsageError(f"budget = {budget}: must be at least 1; ask for one item or more")
-    if queries.ndim != 2 or queries.shape[1] != search.items.dim or not len(queries):
-        raise UsageError(
-            f"queries of shape {queries.shape}: rows have {search.items.dim} numbers; "
-            "hand over one row a query, with a last 1 where items have biases"
-        )
-    if selector == "sketch" and search.sketch is None:
-        raise UsageError('selector = "sketch": there is none; make one with Sketch.of')
-
-
-def _cheapest(search: Search, queries: int, budget: int) -> Selector:
-    sketch = search.sketch
-    if sketch is not None and sketch.recall < GOOD:
-        sketch = None
-    demand = _demand(search.items, sketch, queries, budget)
-    return choose(demand, search.costs or Costs.here(), search.room)
-
-
-def _demand(items: ItemMemory, sketch: Sketch | None, queries: int, budget: int) -> Demand:
-    rank = 0 if sketch is None else sketch.codes.shape[1]
-    return Demand(
-        items.items, items.dim, items.table.parts, queries, budget, rank, items.pass_bytes
-    )
-
-
-def _run(
-    selector: Selector, search: Search, queries: FloatArray, budget: int, stream: SecureStream,
-    without: Items,
-) -> tuple[Items, int, int]:  # fmt: skip
-    """Chosen items, bytes held, and tables built."""
-    items = search.items
-    if selector in TABLES:
-        return _from_tables(selector, search, queries, budget, stream, without)
-    if selector == "uniform":
-        left = items.items - len(without)
-        return uniform(left, budget, stream, without), 16 * budget, 0
-    ranking: Ranking = "scan"
-    if selector == "hamming":
-        likely = estimates(items, queries, signature(items.dim, SIGNATURE, stream))
-        ranking = "hamming"
-    elif selector == "sketch" and search.sketch is not None:
-        likely = _most(search.sketch.values(queries))
-        ranking = "sketch"
-    else:
-        likely = _most(_scores(items, queries))
-    held = Costs.bytes(ranking, _demand(items, search.sketch, len(queries), budget))
-    return _top(likely, budget, without), held, 0
-
-
-def _from_tables(
-    selector: Selector, search: Search, queries: FloatArray, budget: int, stream: SecureStream,
-    without: Items,
-) -> tuple[Items, int, int]:  # fmt: skip
-    items, base = search.items, Shape(8, 1, search.fold, search.items.table.block)
-    shape = search.shape or own_shape(items.items, budget, stream, base)
-    if selector == "pghash_d" and shape.bits % 2:
-        shape = replace(shape, bits=shape.bits + 1)
-    found: list[Items] = []
-    size = tables = 0
-    for new in serial(items, queries, selector, shape, stream):  # type: ignore[arg-type]
-        tables += 1
-        fresh = np.setdiff1d(new, without, assume_unique=True)
-        if size + len(fresh) > budget:
-            # The last table gives what is wanting, evenly over the catalogue.
-            fresh = fresh[np.linspace(0, len(fresh) - 1, budget - size).astype(np.int64)]
-        found.append(fresh)
-        size += len(fresh)
-        if size == budget:
-            break
-    return np.sort(np.concatenate(found)), serial_bytes(items, shape), tables
+def top(values: FloatArray, budget: int, without: Items) -> Items:
+    """Return the items of the highest values, ascending; ``values`` loses what is excluded."""
+    values[without] = -np.inf
+    budget = min(budget, len(values) - len(without))
+    if budget == 0:
+        return np.zeros(0, np.int64)
+    return np.sort(np.argpartition(values, len(values) - budget)[len(values) - budget :])
 
 
 def _scores(items: ItemMemory, queries: FloatArray) -> Iterator[tuple[int, FloatArray]]:
@@ -291,32 +377,15 @@ def _most(scores: Iterator[tuple[int, FloatArray]]) -> FloatArray:
     return np.concatenate([part.max(axis=1) for _, part in scores])
 
 
-def _top(values: FloatArray, budget: int, without: Items) -> Items:
-    """Items of the highest values, ascending; ``values`` loses what is excluded."""
-    values[without] = -np.inf
-    budget = min(budget, len(values) - len(without))
-    if budget == 0:
-        return np.zeros(0, np.int64)
-    return np.sort(np.argpartition(values, len(values) - budget)[len(values) - budget :])
+def _pass(items: ItemMemory) -> float:
+    """Time an item of gathering all rows."""
+    return items.table.parts * _PLACE + items.dim * _COPY
 
 
-def uniform(left: int, budget: int, stream: SecureStream, without: Items) -> Items:
-    """Distinct items, ascending, uniform over those that are not excluded.
+def _kept(items: ItemMemory, queries: int) -> int:
+    """Bytes of the values, what is chosen, and a chunk's scores."""
+    return 12 * items.items + 8 * min(CHUNK, items.items) * queries
 
-    Args:
-        left: how many items are not excluded.
-        budget: how many to draw; all that are left where they are fewer.
-        stream: the drawer's own.
-        without: excluded items, ascending, without repeats.
-    """
-    budget = min(budget, left)
-    if 2 * budget > left:
-        return outside(without, np.sort(np.argsort(stream.uint64(left))[:budget]))
-    places = np.zeros(0, np.int64)
-    while len(places) < budget:
-        more = (stream.uint64(2 * budget) % np.uint64(left)).astype(np.int64)
-        # In order of their draw, so that being distinct favours no item.
-        together = np.concatenate((places, more))
-        _, first = np.unique(together, return_index=True)
-        places = together[np.sort(first)][:budget]
-    return outside(without, np.sort(places))
+
+def _rank(search: Search) -> int:
+    return 0 if search.sketch is None else search.sketch.codes.shape[1]

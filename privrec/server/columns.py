@@ -100,7 +100,7 @@ class Columns:
         """
         hits = np.zeros(self.neurons_held, np.int32)
         for table, codes in zip(self.tables, buckets, strict=True):
-            for found in table.within(codes):
+            for found in table.lists(codes):
                 hits[found] += 1
         hits[named] = 0
         found = np.flatnonzero(hits)

@@ -26,15 +26,16 @@ from _wide import DIM, Searched, clusters, isotropic, learned
 
 from privrec.randomness import SecretRoot
 from privrec.search.families import Shape, Signs, signature
-from privrec.search.memory import CHUNK, Sketch
-from privrec.search.select import SIGNATURE, Search, Selector, select
-from privrec.search.tables import Buckets, Signatures, draw, nearest, serial
+from privrec.search.index import SIGNATURE, Signatures, Sketch
+from privrec.search.memory import CHUNK
+from privrec.search.select import Search, Selector, select
+from privrec.search.tables import Buckets, draw, serial
 
 ITEMS, COMPRESSION = 670_091, 64.0
 TABLES = Shape(12, 20)
 SHARES = (0.001, 0.01, 0.1)
 SELECTORS: tuple[Selector, ...] = (
-    "scan", "sketch", "hamming", "simhash", "block_sign", "pghash", "pghash_d", "uniform", "auto",
+    "scan", "sketch", "hamming", "simhash", "block_sign", "pghash", "uniform", "auto",
 )  # fmt: skip
 EQUAL = 0.02
 SHORTEST = 0.05
@@ -100,7 +101,7 @@ def hashing(n: int, repetitions: int) -> tuple[list[dict[str, Any]], list[Claim]
             serial(items, query, "simhash", TABLES, ROOT_SECRET.stream("serial"))
         ),
         "lists of one table, sorted": lambda: Buckets.of(items, single),
-        "ranking one query, 256 bits": lambda: nearest(codes.distances(query[0]), n // 100),
+        "ranking one query, 256 bits": lambda: codes.one(query[0], n // 100),
     }
     found = side_by_side(works, repetitions)
     names = list(works)

@@ -19,19 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _bolt import precision
 from _common import ROOT, Claim, document, machine, print_table, write_json
 
 from privrec.data.extreme import AMAZON_670K, DELICIOUS_200K, Examples, Invented
 from privrec.embedding.subspace import Subspace
-from privrec.models.extreme import ExtremeClassifier, precision
+from privrec.models.classifier import ExtremeClassifier
 from privrec.models.process_memory import (
     give_back_freed,
     peak_resident_bytes,
     reset_peak,
     resident_bytes,
 )
-from privrec.models.rows import RowAdam
-from privrec.models.sparse_output import LayerSelector, SparseOutput
+from privrec.models.sparse_output import RowAdam, SparseOutput
 from privrec.randomness import SecretRoot, rng_for
 from privrec.search.families import Shape
 from privrec.search.index import Rebuild
@@ -40,12 +40,12 @@ DIM, BLOCK, FOLD, WORDS = 128, 16, 32, 1 << 13
 SELECTED = 0.2
 """Share of what labels leave of the budget; few tables find too little to spend more on it."""
 WORLDS = {"delicious-200k": DELICIOUS_200K, "amazon-670k": AMAZON_670K}
-DEVICE: tuple[LayerSelector, ...] = ("pghash", "block_sign", "sketch")
+DEVICE: tuple[str, ...] = ("pghash", "block_sign", "sketch")
 SMALL = Invented(4096, 6000, words=60, labels_each=8, clusters=128)
 MIB = 2**20
 
 
-def made(world: Invented, selector: LayerSelector, compression: float, share: float
+def made(world: Invented, selector: str, compression: float, share: float
          ) -> ExtremeClassifier:  # fmt: skip
     """The model, with rows of its own for every label or in a smaller memory."""
     table = None
@@ -84,7 +84,7 @@ def judged(model: ExtremeClassifier, test: Examples) -> float:
     return precision(torch.cat(best).tolist(), test)
 
 
-def row(name: str, world: Invented, selector: LayerSelector, options: argparse.Namespace,
+def row(name: str, world: Invented, selector: str, options: argparse.Namespace,
         compression: float, measure: bool = True) -> dict[str, Any]:  # fmt: skip
     """One selector: its precision, and the peak of its process."""
     words = min(WORDS, world.features)
@@ -133,7 +133,7 @@ def taken(name: str, selector: Any, compression: float, share: float, batch: flo
     return peak_resident_bytes() - before
 
 
-def _train(world: Invented, selector: LayerSelector, compression: float, share: float, batch: int
+def _train(world: Invented, selector: str, compression: float, share: float, batch: int
            ) -> None:  # fmt: skip
     train = world.examples(3 * batch).hashed(min(WORDS, world.features))
     learn(made(world, selector, compression, share), train, batch, 3)

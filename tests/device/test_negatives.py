@@ -21,7 +21,7 @@ from privrec.models.losses import Samples, sampled_softmax
 from privrec.randomness import SecretRoot, SecureStream
 
 N = 400
-SELECTIVE = ("scan", "hamming", "sketch", "simhash", "pghash", "pghash_d", "block_sign", "auto")
+SELECTIVE = ("scan", "hamming", "sketch", "simhash", "pghash", "block_sign", "auto")
 LARGE = {"loss": "softmax", "budget": 0.5, "selected": 0.5}
 
 

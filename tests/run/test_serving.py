@@ -244,7 +244,7 @@ def test_a_model_of_mixed_capacities_is_served_from_the_whole_memory(
 
 
 @pytest.mark.parametrize(
-    "selector", ["hamming", "sketch", "simhash", "pghash", "pghash_d", "block_sign", "auto"]
+    "selector", ["hamming", "sketch", "simhash", "pghash", "block_sign", "auto"]
 )
 def test_every_selector_recommends_what_it_finds_in_the_order_of_a_scan(
     trained: Path, train: Interactions, selector: Any

@@ -16,7 +16,7 @@ def test_the_choice_fits_is_nearly_the_best_and_is_told() -> None:
     choice = autotune(0.9, N, dim=DIM)
     assert choice.trial is not None
     assert {trial.kind for trial in choice.trials} == {
-        "hamming", "sketch", "cells", "simhash", "pghash", "pghash_d", "block_sign",
+        "hamming", "sketch", "cells", "simhash", "pghash", "block_sign",
     }  # fmt: skip
     assert choice.trial.recall >= max(trial.recall for trial in choice.trials) - NEARLY
     assert choice.trial.recall > 0.5

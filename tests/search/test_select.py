@@ -12,14 +12,14 @@ from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable
 from privrec.errors import UsageError
 from privrec.randomness import SecretRoot, SecureStream
-from privrec.search.costs import Costs, Demand, _measured, choose
 from privrec.search.families import Shape
-from privrec.search.memory import ItemMemory, Sketch
-from privrec.search.select import Search, Selector, best, mix, outside, select
+from privrec.search.index import Sketch
+from privrec.search.memory import ItemMemory, outside
+from privrec.search.select import RANKINGS, Search, Selector, best, cheapest, mix, select
 
 N, DIM, BUDGET = 4000, 32, 200
 EVERY: tuple[Selector, ...] = (
-    "pghash", "pghash_d", "simhash", "block_sign", "hamming", "sketch", "scan", "uniform", "auto",
+    "pghash", "simhash", "block_sign", "hamming", "sketch", "scan", "uniform", "auto",
 )  # fmt: skip
 GOOD: tuple[Selector, ...] = ("hamming", "sketch", "scan", "auto")
 
@@ -197,21 +197,25 @@ def test_a_mixture_leaves_out_what_is_taken() -> None:
     assert weights[2:].tolist() == [0.0] * 7  # 7 of 7: each stands for itself
 
 
-COSTS = Costs(1e-8, 5e-10, 5e-9, 3e-11, 1.5e-10, 3e-10, 1e-9, 3e-10, 2e-9)
-LARGE = Demand(670_000, 128, 4, 1, 6700, 0, 20 << 20)
+def large(rank: int | None = None, *, room: int | None = None) -> Search:
+    """A catalogue of 670,000 items, with a perfect sketch where it has a rank."""
+    table = Subspace.sized(670_000, 128, block=32, key=1, compression=64)
+    items = ItemMemory(table, np.zeros((table.slots, 32), np.float32))
+    sketch = None
+    if rank is not None:
+        sketch = Sketch(np.zeros((1, rank), np.int8), np.zeros((128, rank), np.float32), 1.0)
+    return Search(items, sketch, room=room)
 
 
 def test_the_fastest_that_fits_is_chosen() -> None:
-    assert choose(LARGE, COSTS, None) == "scan"
-    assert choose(replace(LARGE, sketched=32), COSTS, None) == "sketch"
-    slow = replace(COSTS, convert=1e-7)
-    assert choose(replace(LARGE, sketched=32), slow, None) == "scan"
+    assert cheapest(large(), 1) == "scan"
+    assert cheapest(large(32), 1) == "sketch"
+    assert cheapest(large(2048), 1) == "scan"  # a sketch that is slower to read
     # Scores of very many queries need room of their own, distances do not.
-    many = replace(LARGE, queries=5000)
-    assert choose(many, COSTS, None) == "scan"
-    assert choose(many, COSTS, Costs.bytes("scan", many) - 1) == "hamming"
+    assert cheapest(large(), 200) == "scan"
+    assert cheapest(large(room=RANKINGS["scan"].bytes(large(), 200) - 1), 200) == "hamming"
     # Where too little room is left for a pass, what needs the least is tried.
-    assert choose(replace(LARGE, sketched=4), COSTS, 0) == "sketch"
+    assert cheapest(large(4, room=0), 1) == "sketch"
 
 
 def test_a_poor_sketch_is_not_taken_for_a_scan() -> None:
@@ -221,21 +225,8 @@ def test_a_poor_sketch_is_not_taken_for_a_scan() -> None:
     poor = Sketch.of(items, rank=4)
     assert poor.recall < 0.9
     asked = rng.standard_normal((1, 64)).astype(np.float32)
-    chosen = select("auto", Search(items, poor, costs=COSTS), asked, 20, stream("auto"))
+    chosen = select("auto", Search(items, poor), asked, 20, stream("auto"))
     assert chosen.evidence.selector == "scan"
-
-
-def test_the_costs_of_this_machine_are_measured() -> None:
-    costs = Costs.here()
-    assert costs is Costs.here()
-    assert all(0 < value < 1e-5 for value in vars(costs).values())
-
-
-def test_costs_are_those_of_one_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("privrec.search.costs._time", lambda work: 1.0)
-    costs = _measured()
-    assert 1 / costs.product == 4096 * 64 * 256  # a multiplication and an addition
-    assert 1 / costs.sign == 2048 * 256
 
 
 @pytest.mark.parametrize(

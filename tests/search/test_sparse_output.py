@@ -16,11 +16,11 @@ from privrec.models.sparse_output import SparseOutput
 from privrec.randomness import SecretRoot
 from privrec.search.active import NO_LABEL, active_set, distinct_labels
 from privrec.search.families import Shape
-from privrec.search.index import KINDS, Rebuild
+from privrec.search.index import INDEXES, Rebuild
 
 N, DIM, BATCH = 600, 16, 12
 ROOT = SecretRoot.known(b"sparse output tests")
-EVERY = (*KINDS, "scan", "uniform")
+EVERY = (*INDEXES, "scan", "uniform")
 
 
 def layer(**settings: object) -> SparseOutput:
@@ -279,7 +279,7 @@ def test_an_index_is_made_anew_every_so_many_steps() -> None:
     assert counts == [1, 1, 1, 2, 2, 2, 3]
 
 
-@pytest.mark.parametrize("selector", KINDS)
+@pytest.mark.parametrize("selector", INDEXES)
 def test_an_index_is_made_anew_when_its_codes_have_changed(selector: str) -> None:
     made = layer(selector=selector, rebuild=Rebuild(changed=0.01, check=2), shape=Shape(8, 4))
     hidden, labels = batch()
@@ -314,7 +314,7 @@ def test_inference_follows_the_weights_once_and_training_does_not() -> None:
     assert made.rebuilds == 3
 
 
-@pytest.mark.parametrize("selector", KINDS)
+@pytest.mark.parametrize("selector", INDEXES)
 def test_a_small_change_of_few_neurons_is_no_reason(selector: str) -> None:
     made = layer(selector=selector, shape=Shape(8, 4))
     index = made.index()

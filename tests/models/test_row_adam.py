@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from privrec.errors import UsageError
-from privrec.models.rows import RowAdam
-from privrec.models.sparse_output import SparseOutput
+from privrec.models.sparse_output import RowAdam, SparseOutput
 from privrec.randomness import SecretRoot
 
 N, DIM = 50, 4
