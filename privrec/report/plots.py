@@ -103,7 +103,7 @@ class _Axis:
 
     def ticks(self, most: int, *, whole: bool = False) -> list[float]:
         """At most ``most`` round numbers within the axis, evenly spread."""
-        if not self.log:
+        if not self.log or self.high < 10 * self.low:
             return _steps(self.low, self.high, most, 1.0 if whole else 0.0)
         span = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         for digits in ((1, 2, 5), (1,)):
@@ -175,7 +175,7 @@ def _lower(axis: _Axis, y: float, frame: Frame, *, top: float | None = None) -> 
     for value in axis.ticks(6, whole=whole):
         x = axis(value)
         yield _path([(x, y + 3), (x, y if top is None else top)], "rule", 0.6)
-        yield _text(x, y + 10, f"{value:g}", colour="muted", anchor="middle")
+        yield _text(x, y + 10, delta_text(value), colour="muted", anchor="middle")
     yield _path([(axis.start, y), (axis.end, y)], "rule", 0.8)
     yield _text((axis.start + axis.end) / 2, y + 23, frame.x, colour="muted", anchor="middle")
 
@@ -184,7 +184,7 @@ def _grid(axis: _Axis, left: float, right: float, frame: Frame) -> Iterator[str]
     """The left axis: lines across with figures, its name above, and the limit."""
     for value in axis.ticks(6):
         yield _path([(left, axis(value)), (right, axis(value))], "rule", 0.6)
-        yield _text(left - 5, axis(value), f"{value:g}", colour="muted", anchor="end")
+        yield _text(left - 5, axis(value), delta_text(value), colour="muted", anchor="end")
     if frame.y:
         yield _text(left - 5, axis.end - 11, frame.y, colour="muted", anchor="end")
     if frame.limit is not None:

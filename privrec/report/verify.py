@@ -175,7 +175,11 @@ def _ledger(directory: Path, key: Ed25519PublicKey | None, verdict: Verdict) -> 
     verdict.checked.append(
         f"hash chain of the ledger and its signed head, {len(spending.charges):,} charges"
     )
-    return Facts.of(spending)
+    try:
+        return Facts.of(spending)
+    except (DataError, UsageError) as error:
+        verdict.mismatches.append(Mismatch("ledger", f"no report can be made of it: {error}"))
+        return None
 
 
 def _compare(report: Report, facts: Facts, verdict: Verdict) -> None:

@@ -22,8 +22,8 @@ from privrec.privacy.ledger_index import line_of
 from privrec.privacy.population import PopulationCharge, create, read
 from privrec.privacy.signed import sign
 from privrec.report.build import build
-from privrec.report.render import write
 from privrec.report.facts import read_spending
+from privrec.report.render import write
 from privrec.report.verify import verify
 from privrec.run import checkpoint, directory, header, lifecycle, rows
 from privrec.run.identity import Identity
