@@ -225,6 +225,11 @@ class Facts:
         return self.scenario.model.kind in WIDE
 
     @property
+    def requested(self) -> bool:
+        """Whether devices ask the server for output neurons, and so tell it their words."""
+        return self.scenario.train.scheme == "requested"
+
+    @property
     def further_runs(self) -> int:
         """Runs of the settings that the scenario compares."""
         return len(self.scenario.rows) * self.scenario.run.seeds

@@ -46,7 +46,7 @@ class Mismatch:
 class Verdict:
     """What a verification found.
 
-    Args:
+    Attributes:
         anchored: whether the ledger was checked with a key from elsewhere than the files.
         checked: what was recomputed and agrees.
         unchecked: what was not looked at, and why.
