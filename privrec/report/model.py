@@ -4,9 +4,7 @@ Every field says what it is and in which unit. Models are frozen and refuse unkn
 report that is read back is one that this version could have written. No field holds a realised
 cohort size: ε against recipients is valid only while those stay with the operator.
 
-The parts of a report that a reviewer signs for, one by one.
-
-The starred ones (:data:`STARRED`) are those without which no run is called private. Each is filled
+The starred parts (:data:`STARRED`) are those without which no run is called private. Each is filled
 from facts of the run or left out; a report with one left out makes no claim.
 """
 
@@ -444,9 +442,7 @@ class Notice(Part):
     text: str
 
 
-WORD: Final = (
-    "accuracy", "cost", "data", "model", "rows", "segments", "tiers", "audit", "gaps",
-)  # fmt: skip
+WORD: Final = ("accuracy", "cost", "data", "model", "rows", "segments", "tiers", "audit", "gaps")
 """Fields that no ledger tells; so do the curves that carry the stamp of private data."""
 
 
