@@ -210,8 +210,8 @@ def _mechanism(facts: Facts, said: Said) -> Mechanism:
     """How one round's release is made, with the noise of each band."""
     encoding, declared = facts.encoding, facts.declared
     rate, multiplier = facts.scenario.devices.sampling_rate, facts.least_noise
-    laws = {event.mechanism for event in facts.spending.rounds}
-    first = min(laws, key=lambda law: law == "gaussian", default="none")
+    charged = {event.mechanism for event in facts.spending.rounds}
+    laws = sorted(charged, key=lambda law: law == "gaussian")
     places = zip(reversed(declared.capacities), declared.bands, declared.holders, strict=True)
     std = (multiplier or 0.0) * encoding.bound / encoding.scale
     bands = tuple(
@@ -226,7 +226,7 @@ def _mechanism(facts: Facts, said: Said) -> Mechanism:
         if multiplier
     )
     return Mechanism(
-        law=first,
+        law=laws[0] if laws else "none",
         clip_norm=encoding.clip_norm,
         scale_bits=encoding.scale_bits,
         ring_bits=facts.scenario.privacy.ring_bits,

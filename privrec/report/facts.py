@@ -160,12 +160,11 @@ class Facts:
         known = spending.header.get("noise_known") is not False
         attempts = [charge.round for charge in spending.charges if charge.round >= 0]
         rounds = len(set(attempts))
-        spent = {
-            name: epsilon(spending.counts, float(delta), *which)
-            if noisy and delta is not None and not known
-            else math.inf
-            for name, which in WHICH.items()
-        }
+        spent: dict[str, float | None] = dict.fromkeys(WHICH)
+        if noisy and delta is not None and not known:
+            for name, which in WHICH.items():
+                value = epsilon(spending.counts, float(delta), *which)
+                spent[name] = value if math.isfinite(value) else None
         return cls(
             spending=spending,
             noise_known=known,
@@ -174,7 +173,10 @@ class Facts:
             rounds=rounds,
             charges=len(attempts),
             evaluations=_evaluations(header, rounds),
-            **{name: value if math.isfinite(value) else None for name, value in spent.items()},
+            epsilon=spent["epsilon"],
+            epsilon_server=spent["epsilon_server"],
+            epsilon_rdp=spent["epsilon_rdp"],
+            epsilon_server_rdp=spent["epsilon_server_rdp"],
         )
 
     @property
