@@ -197,13 +197,14 @@ def lines(frame: Frame, drawn: Sequence[Line]) -> str:
     """Draw lines in one ``<svg>``; short ones have their points marked."""
     heights = [y for line in drawn for _, y in line.points]
     limit = [frame.limit[0]] if frame.limit else []
-    low, high = _span([*heights, *limit], log=frame.log, margin=0.05)
-    if not frame.log and min(heights) >= 0:
+    log = frame.log and min([*heights, *limit]) > 0
+    low, high = _span([*heights, *limit], log=log, margin=0.05)
+    if not log and min(heights) >= 0:
         low = 0.0
     letters = max(len(row) for line in drawn for row in line.end.split("\n"))
     width, height = frame.size
     right = width - 8 - letters * _LETTER
-    vertical = _Axis(low, high, height - 30, 18, frame.log)
+    vertical = _Axis(low, high, height - 30, 18, log)
     horizontal = _Axis(0, max(line.points[-1][0] for line in drawn), 42, right)
     body = [*_grid(vertical, 42, right, frame), *_lower(horizontal, height - 30, frame)]
     marked = frame.rounds and len(drawn[0].points) <= MARKED
@@ -227,7 +228,8 @@ def dots(frame: Frame, names: Sequence[str], series: Sequence[tuple[str, Sequenc
     width, height = frame.size[0], 54 + 22.0 * len(names)
     left = 14 + _LETTER * max(len(_shortened(name)) for name in names)
     right = width - 8 - _LETTER * max(len(dot.text) for dot in found)
-    axis = _Axis(*_span(ends, log=frame.log, margin=0.06), left, right, frame.log)
+    log = frame.log and min(ends) > 0
+    axis = _Axis(*_span(ends, log=log, margin=0.06), left, right, log)
     body = list(_lower(axis, height - 30, frame, top=18))
     for place, name in enumerate(names):
         body.append(_text(left - 8, 29 + 22 * place, _shortened(name), anchor="end"))
