@@ -19,16 +19,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import ValidationError
 
 from privrec.errors import DataError, IntegrityError, ScenarioError, UsageError
-from privrec.privacy.events import RoundEvent, epsilon
-from privrec.report.accounts import WHICH
-from privrec.report.derive import derive, thinned
-from privrec.report.examples import example_level
+from privrec.report.derive import derive, example_figures
+from privrec.report.facts import Facts, read_spending
 from privrec.report.model import (
     Accuracy,
     AuditPart,
     Cost,
     Curve,
-    Facts,
+    Flat,
     Metric,
     Point,
     Report,
@@ -36,10 +34,8 @@ from privrec.report.model import (
     TierCost,
     flat,
 )
-from privrec.report.spending import Spending, read_spending
+from privrec.report.words import thinned
 from privrec.run.identity import kept_key
-from privrec.run.plan import LedgerHeader
-from privrec.run.plan import read_header as declared_in
 from privrec.run.privacy_plan import example_event, release_event
 from privrec.run.record import OUTSIDE, Record, read_rounds
 from privrec.run.wording import headline_metric, metric_name
@@ -57,43 +53,48 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class _Files:
-    """The parsed files of a run directory."""
+    """The parsed files of a run directory; ``facts`` are those of its ledger."""
 
     directory: Path
     run: Mapping[str, Any]
     result: Mapping[str, Any]
     scenario: Scenario
     rounds: Sequence[Record]
-    spending: Spending
-    declaration: LedgerHeader
+    facts: Facts
 
-    @property
-    def privacy(self) -> Mapping[str, Any]:
-        return _section(self, "privacy")
+    def section(self, name: str) -> Mapping[str, Any]:
+        """A section of ``result.json``.
 
-    @property
-    def noise_known(self) -> bool:
-        return self.spending.header.get("noise_known") is not False
+        Raises:
+            DataError: when it is no object.
+        """
+        section = self.result.get(name)
+        if not isinstance(section, Mapping):
+            raise DataError(
+                f"{self.directory / 'result.json'}: {name!r} is {section!r}, not an object; "
+                "the file is written by privrec alone. Restore it."
+            )
+        return section
 
 
 def build(directory: Path, *, public_key: Ed25519PublicKey | None = None) -> Report:
-    """The report of one finished run.
+    """Report a finished run.
 
     Args:
-        directory: The run directory, as ``privrec run`` left it. It is only read.
-        public_key: The server's key, to check the ledger's signed head with. Without it, the one
-            that this machine keeps for the run is used, else the one that the ledger itself names;
-            the report says which.
+        directory: of the run, as ``privrec run`` left it; it is only read.
+        public_key: the server's, to check the ledger's signed head with. Without it, the one that
+            this machine keeps for the run is used, else the one that the ledger itself names; the
+            report says which.
 
     Returns:
         The report; its ε come from ``ledger.jsonl`` alone.
 
     Raises:
-        UsageError: It is no run directory, or the run is not finished.
-        IntegrityError: The ledger was altered, its key did not sign ``result.json``, or another
-            file does not agree with it: on whose run it is, whether the noise is known, δ,
+        UsageError: when it is no run directory, or the run is not finished.
+        IntegrityError: when the ledger was altered, its key did not sign ``result.json``, or
+            another file does not agree with it: on whose run it is, whether the noise is known, δ,
             sampling, ε or what else the claim needs.
-        DataError: A file is malformed.
+        DataError: when a file is malformed.
     """
     files = _read(directory, public_key)
     _check_same_run(files)
@@ -101,20 +102,17 @@ def build(directory: Path, *, public_key: Ed25519PublicKey | None = None) -> Rep
     _check_claims(files)
     _check_examples(files)
     try:
-        report = derive(files.spending, files.declaration, _word(files))
+        report = derive(files.facts, _word(files))
     except ValidationError as error:
-        raise DataError(f"{directory / 'result.json'}: {_first_problem(error)}") from None
-    files.spending.check_result(files.result, directory / "result.json")
+        problem = error.errors()[0]
+        place = ".".join(str(part) for part in problem["loc"])
+        raise DataError(
+            f"{directory / 'result.json'}: {place} is {problem.get('input')!r}: {problem['msg']}. "
+            "The file is written by privrec alone; restore it, or finish the run again with "
+            "`privrec resume`."
+        ) from None
+    files.facts.spending.check_result(files.result, directory / "result.json")
     return report
-
-
-def _first_problem(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    place = ".".join(str(part) for part in problem["loc"])
-    return (
-        f"{place} is {problem.get('input')!r}: {problem['msg']}. The file is written by privrec "
-        "alone; restore it, or finish the run again with `privrec resume`."
-    )
 
 
 # --------------------------------------------------------------------------- reading
@@ -122,15 +120,16 @@ def _first_problem(error: ValidationError) -> str:
 
 def _read(directory: Path, public_key: Ed25519PublicKey | None) -> _Files:
     run = _json(directory, "run.json", "it is not a run directory; name one that privrec made")
-    run_id = str(run.get("run_id", ""))
     result = _json(
         directory, "result.json", f"the run is not finished; go on with: privrec resume {directory}"
     )
-    scenario = _scenario(directory / "scenario.toml")
+    try:
+        scenario = load(directory / "scenario.toml")
+    except ScenarioError as error:
+        raise DataError(f"{error}; the run wrote this file, restore it") from None
     rounds = read_rounds(directory / "events.jsonl")
-    spending = read_spending(directory, public_key or kept_key(run_id))
-    declaration = declared_in(spending.header, str(directory / "ledger.jsonl"))
-    return _Files(directory, run, result, scenario, rounds, spending, declaration)
+    spending = read_spending(directory, public_key or kept_key(str(run.get("run_id", ""))))
+    return _Files(directory, run, result, scenario, rounds, Facts.of(spending))
 
 
 def _json(directory: Path, name: str, absent: str) -> Mapping[str, Any]:
@@ -146,28 +145,11 @@ def _json(directory: Path, name: str, absent: str) -> Mapping[str, Any]:
     return content
 
 
-def _scenario(path: Path) -> Scenario:
-    try:
-        return load(path)
-    except ScenarioError as error:
-        raise DataError(f"{error}; the run wrote this file, restore it") from None
-
-
-def _section(files: _Files, name: str) -> Mapping[str, Any]:
-    section = files.result.get(name)
-    if not isinstance(section, Mapping):
-        raise DataError(
-            f"{files.directory / 'result.json'}: {name!r} is {section!r}, not an object; "
-            "the file is written by privrec alone. Restore it."
-        )
-    return section
-
-
 # --------------------------------------------------------------------------- checks
 
 
 def _check_same_run(files: _Files) -> None:
-    scenario = files.scenario
+    scenario, header = files.scenario, files.facts.spending.header
     bound = ("run_id", "scenario_hash", "privacy_hash", "noise_known", "simulated")
     said: Mapping[str, Mapping[str, Any]] = {
         "run.json": {key: files.run.get(key) for key in bound},
@@ -179,84 +161,72 @@ def _check_same_run(files: _Files) -> None:
     }
     for name, values in said.items():
         for key, value in values.items():
-            if value != files.spending.header.get(key):
-                raise _foreign(files, name, key, value)
-
-
-def _foreign(files: _Files, name: str, key: str, value: Any) -> IntegrityError:
-    return IntegrityError(
-        f"{files.directory / name}: its {key} is {value!r}, that of the signed ledger is "
-        f"{files.spending.header.get(key)!r}; the files of a directory belong to one run. "
-        "Restore the directory as the run left it."
-    )
+            if value != header.get(key):
+                raise IntegrityError(
+                    f"{files.directory / name}: its {key} is {value!r}, that of the signed ledger "
+                    f"is {header.get(key)!r}; the files of a directory belong to one run. Restore "
+                    "the directory as the run left it."
+                )
 
 
 def _check_charges(files: _Files) -> None:
-    privacy = files.scenario.privacy
-    mechanism = {"none": "none", "central": "gaussian", "distributed": "discrete_gaussian"}
-    planned = (mechanism[privacy.noise], files.scenario.devices.sampling_rate)
-    if files.spending.before != release_event(files.scenario):
-        raise IntegrityError(
-            f"{files.directory / 'ledger.jsonl'}: {files.spending.before} was charged before the "
-            f"first round, and the scenario plans {release_event(files.scenario)}; both must "
-            "agree. Rely on neither, and restore the directory as the run left it."
+    """Refuse charges of rounds, or of what came before them, that the scenario does not plan."""
+    scenario, spending = files.scenario, files.facts.spending
+    laws = {"none": "none", "central": "gaussian", "distributed": "discrete_gaussian"}
+    planned = (laws[scenario.privacy.noise], scenario.devices.sampling_rate)
+    if spending.before != release_event(scenario):
+        raise _charged_otherwise(
+            files,
+            f"{spending.before} was charged before the first round, and the scenario plans "
+            f"{release_event(scenario)}",
         )
-    for event in files.spending.rounds:
+    for event in spending.rounds:
         if (event.mechanism, event.sampling_rate) != planned:
-            raise IntegrityError(
-                f"{files.directory / 'ledger.jsonl'}: a round was charged as {event}, and the "
-                f"scenario plans the mechanism and sampling rate {planned}; both must agree. "
-                "Rely on neither, and restore the directory as the run left it."
+            raise _charged_otherwise(
+                files,
+                f"a round was charged as {event}, and the scenario plans the mechanism and "
+                f"sampling rate {planned}",
             )
 
 
 def _check_examples(files: _Files) -> None:
-    """Every round that devices trained in was entered at example level too, as the scenario has it.
+    """Refuse entries at example level other than planned, one for every round devices trained in.
 
-    Raises:
-        IntegrityError: when an entry lacks, or costs other than planned; or result.json says other
-            than the ledger.
+    What ``result.json`` says of them must be what the ledger gives.
     """
-    planned, spent = example_event(files.scenario), files.spending.examples
-    rounds = sum(files.spending.rounds.values())
-    if planned is None:
-        wanted: dict[RoundEvent, int] = {}
-    else:
-        wanted = {planned: max(rounds, sum(spent.values()))}
+    planned, spent = example_event(files.scenario), files.facts.spending.examples
+    rounds = sum(files.facts.spending.rounds.values())
+    wanted = {planned: max(rounds, sum(spent.values()))} if planned else {}
     if dict(spent) != wanted:
-        raise IntegrityError(
-            f"{files.directory / 'ledger.jsonl'}: {dict(spent)} was entered for examples over "
-            f"{rounds} charged rounds, and the scenario plans {planned} for each; both must agree. "
-            "Rely on neither, and restore the directory as the run left it."
+        raise _charged_otherwise(
+            files,
+            f"{dict(spent)} was entered for examples over {rounds} charged rounds, and the "
+            f"scenario plans {planned} for each",
         )
-    own = example_level(spent, files.declaration, noise_known=files.noise_known)
-    said = files.privacy.get("examples") or {}
+    own = example_figures(files.facts) or {}
+    said = files.section("privacy").get("examples") or {}
     for name in ("epsilon", "delta", "noise_multiplier", "clip_norm", "charges"):
-        value = getattr(own, name, None)
-        if not _agree(said.get(name), value):
-            raise _disagreement(files, f"examples.{name}", said.get(name), value)
+        if not _agree(said.get(name), own.get(name)):
+            raise _disagreement(files, f"examples.{name}", said.get(name), own.get(name))
+
+
+def _charged_otherwise(files: _Files, what: str) -> IntegrityError:
+    return IntegrityError(
+        f"{files.directory / 'ledger.jsonl'}: {what}; both must agree. Rely on neither, and "
+        "restore the directory as the run left it."
+    )
 
 
 def _check_claims(files: _Files) -> None:
-    delta = files.spending.header.get("delta")
-    for key, value in _stated(files).items():
-        if files.privacy.get(key) != value:
-            raise _disagreement(files, key, files.privacy.get(key), value)
-    for key in ("epsilon", "epsilon_server"):
-        recorded, computed = files.privacy.get(key), _recomputed(files, key, delta)
-        if not _agree(recorded, computed):
-            raise _disagreement(files, key, recorded, computed)
-
-
-def _stated(files: _Files) -> dict[str, Any]:
-    """What ``privacy`` of result.json must say, by the ledger and the scenario it is bound to."""
-    header, privacy, devices = files.spending.header, files.scenario.privacy, files.scenario.devices
-    noise = {event.noise_multiplier for event in files.spending.rounds}
-    return {
+    """Hold ``privacy`` of ``result.json`` to the ledger and the scenario that it is bound to."""
+    facts, privacy, said = files.facts, files.scenario.privacy, files.section("privacy")
+    header, devices = facts.spending.header, files.scenario.devices
+    noise = {event.noise_multiplier for event in facts.spending.rounds}
+    stated = {
         "unit": header.get("unit"),
         "adjacency": header.get("adjacency"),
-        "charges": len(files.spending.charges),
-        "noise_known": files.noise_known,
+        "charges": len(facts.spending.charges),
+        "noise_known": facts.noise_known,
         "delta": header.get("delta"),
         "population": header.get("population"),
         "noise": privacy.noise,
@@ -268,13 +238,12 @@ def _stated(files: _Files) -> dict[str, Any]:
         **({"noise_multiplier": noise.pop()} if len(noise) == 1 else {}),
         **({"clip_norm": privacy.clip_norm} if privacy.clip_norm is not None else {}),
     }
-
-
-def _recomputed(files: _Files, key: str, delta: Any) -> float | None:
-    if files.noise_known or delta is None or files.scenario.privacy.noise == "none":
-        return None
-    value = epsilon(files.spending.counts, float(delta), *WHICH[key])
-    return value if math.isfinite(value) else None
+    for key, value in stated.items():
+        if said.get(key) != value:
+            raise _disagreement(files, key, said.get(key), value)
+    for key, computed in (("epsilon", facts.epsilon), ("epsilon_server", facts.epsilon_server)):
+        if not _agree(said.get(key), computed):
+            raise _disagreement(files, key, said.get(key), computed)
 
 
 def _agree(recorded: Any, computed: float | None) -> bool:
@@ -289,7 +258,8 @@ def _disagreement(files: _Files, key: str, recorded: Any, computed: Any) -> Inte
     def shown(value: Any) -> str:
         if value is None:
             return "infinite" if key.startswith("epsilon") else "nothing"
-        return f"{value:g}" if _is_number(value) else repr(value)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return f"{value:g}" if number else repr(value)
 
     return IntegrityError(
         f"{files.directory / 'result.json'}: privacy.{key} is {shown(recorded)}, the ledger gives "
@@ -298,22 +268,29 @@ def _disagreement(files: _Files, key: str, recorded: Any, computed: Any) -> Inte
     )
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 # --------------------------------------------------------------------------- assembling
 
 
 def _word(files: _Files) -> dict[str, Any]:
     """The fields that no ledger tells."""
-    result = files.result
+    result, cost = files.result, files.section("cost")
+    sizes = ("upload_bytes", "download_bytes", "device_peak_bytes")
+    tiers = tuple(
+        TierCost(
+            capacity=tier["capacity"],
+            share=tier["share"],
+            **{name: tier.get(name) for name in sizes},
+            metrics={key: value for key, value in tier.items() if "@" in key},
+        )
+        for tier in result.get("tiers") or ()
+    )
+    figures = Cost.model_fields.keys() - {"note"}
     return {
         "gaps": dict(result.get("gaps") or {}),
         "accuracy": _accuracy(files),
         "segments": tuple(Segment(**each) for each in result.get("segments") or ()),
-        "cost": _cost(files),
-        "tiers": tuple(_tier(tier) for tier in result.get("tiers") or ()),
+        "cost": Cost.model_validate({name: cost.get(name) for name in figures}),
+        "tiers": tiers,
         "data": flat(result.get("data") or files.run.get("data") or {}),
         "model": flat(result.get("model") or {}),
         "rows": tuple(_row(row) for row in result.get("rows") or ()),
@@ -327,7 +304,7 @@ def _audit(files: _Files) -> AuditPart | None:
     if not (files.directory / AUDIT).exists():
         return None
     found = AuditPart.model_validate(_json(files.directory, AUDIT, ""))
-    declared = files.declaration
+    declared = files.facts.declared
     if (found.version, found.scenario_hash) != (declared.version, declared.scenario.hash()):
         raise IntegrityError(
             f"{files.directory / AUDIT}: it is of another scenario or version of privrec; audit "
@@ -336,31 +313,23 @@ def _audit(files: _Files) -> AuditPart | None:
     return found
 
 
-def _tier(tier: Mapping[str, Any]) -> TierCost:
-    sizes = ("upload_bytes", "download_bytes", "device_peak_bytes")
-    return TierCost(
-        capacity=tier["capacity"],
-        share=tier["share"],
-        **{name: tier.get(name) for name in sizes},
-        metrics={key: value for key, value in tier.items() if "@" in key},
-    )
-
-
 def _accuracy(files: _Files) -> Accuracy:
     result = files.result
     intervals, baselines = result.get("intervals") or {}, result.get("baselines") or {}
-    metrics = [
-        Metric(
-            key=key,
-            name=metric_name(key).removesuffix(", full ranking"),
-            protocol=_protocol(key),
-            value=value,
-            low=(intervals.get(key) or (None, None))[0],
-            high=(intervals.get(key) or (None, None))[1],
-            baselines={name: row[key] for name, row in baselines.items() if key in row},
+    metrics = []
+    for key, value in sorted(files.section("metrics").items(), key=_metric_order):
+        low, high = intervals.get(key) or (None, None)
+        metrics.append(
+            Metric(
+                key=key,
+                name=metric_name(key).removesuffix(", full ranking"),
+                protocol=_protocol(key),
+                value=value,
+                low=low,
+                high=high,
+                baselines={name: row[key] for name, row in baselines.items() if key in row},
+            )
         )
-        for key, value in sorted(_section(files, "metrics").items(), key=_metric_order)
-    ]
     return Accuracy(holdout=files.scenario.data.holdout, metrics=tuple(metrics))
 
 
@@ -380,14 +349,7 @@ def _protocol(key: str) -> str:
     return "99 items the user has not seen"
 
 
-def _cost(files: _Files) -> Cost:
-    cost = _section(files, "cost")
-    return Cost.model_validate(
-        {name: cost.get(name) for name in Cost.model_fields.keys() - {"note"}}
-    )
-
-
-def _row(row: Mapping[str, Any]) -> Facts:
+def _row(row: Mapping[str, Any]) -> Flat:
     """A row's facts but for those of its tiers and seeds, and full ranking under a second name."""
     left_out = {"tiers", "seeds", "intervals"}
     twice = {key for key in row if "full_" in key and row.get(key.replace("full_", "")) == row[key]}
@@ -395,15 +357,12 @@ def _row(row: Mapping[str, Any]) -> Facts:
 
 
 def _curves(files: _Files) -> Iterator[Curve]:
-    losses = [(record.round, record.loss) for record in files.rounds]
-    yield from _curve("loss", "Training loss", losses)
     key = headline_metric(files.result.get("metrics") or {}) or "hr@10"
+    losses = [(record.round, record.loss) for record in files.rounds]
     metrics = [(record.round, (record.metrics or {}).get(key)) for record in files.rounds]
-    yield from _curve(key, metric_name(key), metrics)
-
-
-def _curve(key: str, name: str, values: Sequence[tuple[int, float | None]]) -> Iterator[Curve]:
-    points = [Point(round=number, value=value) for number, value in values if value is not None]
-    if points:
-        kept = thinned(points, CURVE_POINTS)
-        yield Curve(key=key, name=name, note=OUTSIDE, points=tuple(kept))
+    named = (("loss", "Training loss", losses), (key, metric_name(key), metrics))
+    for name, title, values in named:
+        points = [Point(round=number, value=value) for number, value in values if value is not None]
+        if points:
+            kept = tuple(thinned(points, CURVE_POINTS))
+            yield Curve(key=name, name=title, note=OUTSIDE, points=kept)

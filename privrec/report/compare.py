@@ -9,10 +9,10 @@ from pathlib import Path
 
 from privrec.errors import UsageError
 from privrec.report.build import build
-from privrec.report.figures import delta_text
 from privrec.report.model import Metric, Report, Scalar
 from privrec.report.plots import intervals, privacy_utility
-from privrec.report.render import headline, render, replace_text
+from privrec.report.render import replace_text
+from privrec.report.words import delta_text, render
 from privrec.run.wording import metric_name
 
 
@@ -32,24 +32,26 @@ class Comparison:
 
     def rows(self) -> list[dict[str, Scalar]]:
         """One flat row a run: name, ε, metrics and costs; an infinite ε is None."""
-        pairs = zip(self.names, self.reports, strict=True)
-        return [self._row(name, report) for name, report in pairs]
-
-    def _row(self, name: str, report: Report) -> dict[str, Scalar]:
-        metrics = {key: _value(report.metric(key)) for key in self.metrics}
-        return {
-            "name": name,
-            "scenario": report.scenario,
-            "simulated": report.simulated,
-            "rounds": report.rounds,
-            "private": report.privacy.private,
-            "epsilon": report.adversary("recipients").epsilon,
-            "epsilon_server": report.adversary("server").epsilon,
-            "delta": report.privacy.delta,
-            "holdout": report.accuracy.holdout,
-            **metrics,
-            **report.cost.model_dump(exclude={"note"}),
-        }
+        values = [{m.key: m.value for m in report.accuracy.metrics} for report in self.reports]
+        return [
+            {
+                "name": name,
+                "scenario": report.scenario,
+                "simulated": report.simulated,
+                "rounds": report.rounds,
+                "private": report.privacy.private,
+                "epsilon": report.adversary("recipients").epsilon,
+                "epsilon_server": report.adversary("server").epsilon,
+                "delta": report.privacy.delta,
+                "holdout": report.accuracy.holdout,
+                **{
+                    key: found.value if (found := report.metric(key)) else None
+                    for key in self.metrics
+                },
+                **report.cost.model_dump(exclude={"note"}),
+            }
+            for name, report, metrics in zip(self.names, self.reports, values, strict=True)
+        ]
 
 
 def compare(directories: Sequence[Path]) -> Comparison:
@@ -124,13 +126,9 @@ def _protocols(keys: Sequence[str]) -> list[tuple[str, list[str]]]:
     ]
 
 
-def _value(metric: Metric | None) -> float | None:
-    return None if metric is None else metric.value
-
-
 def _shown(comparison: Comparison) -> list[tuple[str, Metric]]:
     """The headline metric of the first run, in all runs that have it."""
-    first = headline(comparison.reports[0])
+    first = next(iter(comparison.reports[0].accuracy.metrics), None)
     if first is None:
         return []
     found = (report.metric(first.key) for report in comparison.reports)

@@ -1,146 +1,369 @@
-"""From a ledger to everything in a report that a ledger tells.
+"""From the facts of a ledger to everything in a report that a ledger tells.
 
 :func:`derive` is a function of the signed ledger and of the few fields that no ledger tells, which
 it puts in as they are (:data:`privrec.report.model.WORD`). A run directory is reported with it, and
-a report is verified by doing it again.
+a report is verified by doing it again. Here are the figures; the sentences beside them come from
+``templates/sentences.toml.j2``.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
-from privrec.privacy.events import RoundEvent, epsilon
-from privrec.report import accounts, claims, statements
-from privrec.report.examples import example_level, sentence
-from privrec.report.model import STARRED, Charged, Curve, Point, Privacy, Report
-from privrec.report.spending import Spending
-from privrec.run.plan import LedgerHeader
-from privrec.run.privacy_plan import encoding_of
+from privrec.privacy.events import Adversary, RoundEvent, divergence, epsilon
+from privrec.report.facts import WHICH, Facts, Spending
+from privrec.report.model import (
+    STARRED,
+    Accounting,
+    Charged,
+    Curve,
+    Definition,
+    Deployment,
+    ExampleLevel,
+    Lifetime,
+    Mechanism,
+    NoiseBand,
+    Notice,
+    OperatorsWord,
+    Outputs,
+    OutsideTheLedger,
+    Point,
+    Point2,
+    Privacy,
+    Reading,
+    RenyiPoint,
+    Report,
+    Sampling,
+    Scope,
+    TrustModel,
+)
+from privrec.report.model import Adversary as AdversaryPart
+from privrec.report.words import tables, thinned
+from privrec.run.wording import REVEALED
 
-T = TypeVar("T")
+DELTAS = (1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.03, *(n / 10 for n in range(1, 10)))
+"""The δ of the δ(ε) curve; the run's own comes on top."""
+
+ORDERS = (2, 4, 8, 16, 32, 64)
+ALARMS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+"""Chances of a false alarm at which the trade-off curve is given."""
 
 EPSILON_POINTS = 40
 """Rounds, spread evenly, at which ε is computed anew for the curve; early ones come on top."""
 
 _EARLY = (1, 2, 4, 8, 16)
 
+Said = Mapping[str, Any]
+Counts = Mapping[RoundEvent, int]
 
-def derive(spending: Spending, declaration: LedgerHeader, word: Mapping[str, Any]) -> Report:
-    """The report of a ledger.
+
+def derive(facts: Facts, word: Mapping[str, Any]) -> Report:
+    """Make the report of a ledger's facts.
 
     Args:
-        spending: what the ledger holds.
-        declaration: of its header.
         word: the fields of ``WORD``, and ``curves`` from private data.
 
     Returns:
         The report; called private only when every starred part is there.
     """
-    counts = spending.counts
-    charged = [(charge.round, charge.attempt) for charge in spending.charges]
-    facts = accounts.facts_of(declaration, spending.header, charged, counts, spending.before)
-    single = example_level(spending.examples, declaration, noise_known=facts.noise_known)
-    parts = _parts(spending, declaration, facts)
+    single = example_figures(facts)
+    said = sentences(facts, single)
+    parts = starred(facts, said)
     missing = tuple(name for name in STARRED if parts[name] is None)
     if missing:
         facts = replace(facts, missing=missing)
-        parts = {**_parts(spending, declaration, facts), **dict.fromkeys(missing)}
-    curve = parts["accounting"].curve if parts["accounting"] else ()
-    scenario = declaration.scenario
+        said = sentences(facts, single)
+        parts = {**starred(facts, said), **dict.fromkeys(missing)}
+    scenario, curve = facts.scenario, parts["accounting"].curve if parts["accounting"] else ()
     return Report(
-        simulated=facts.simulated,
-        scenario=facts.scenario,
+        simulated=facts.declared.simulated,
+        scenario=scenario.name,
         title=scenario.title,
         description=scenario.description.strip(),
-        run_id=str(spending.header["run_id"]),
-        version=declaration.version,
+        run_id=str(facts.spending.header["run_id"]),
+        version=facts.declared.version,
         scenario_hash=scenario.hash(),
         privacy_hash=scenario.privacy_hash(),
         rounds=facts.rounds,
-        claim=claims.claim(facts)
-        + (sentence(single.epsilon, single.delta) if single is not None else ""),
+        claim=said["claim"],
         missing=missing,
-        privacy=_privacy(spending, declaration, facts),
+        privacy=_privacy(facts, said),
         **parts,
-        examples=single,
-        deployment=statements.deployment(facts),
-        reading=accounts.reading(facts, curve),
-        warnings=claims.warnings(facts),
-        operators_word=statements.operator_statement(facts),
-        curves=(*word["curves"], *_epsilon_curves(spending, facts)),
+        examples=ExampleLevel(**said["examples"], **single) if single else None,
+        deployment=Deployment(
+            simulated=facts.declared.simulated,
+            accounted_population=facts.population,
+            **said["deployment"],
+        ),
+        reading=_reading(facts, curve, said),
+        warnings=tuple(Notice(**each) for each in said.get("warnings", ())),
+        operators_word=tuple(OperatorsWord(**each) for each in said["operators_word"]),
+        curves=(*word["curves"], *_epsilon_curves(facts)),
         **{name: value for name, value in word.items() if name != "curves"},
     )
 
 
-def _parts(spending: Spending, declaration: LedgerHeader, facts: claims.Facts) -> dict[str, Any]:
+def sentences(facts: Facts, examples: Mapping[str, Any] | None = None) -> Said:
+    """Every sentence that holds of the facts, by part and field of the report.
+
+    Args:
+        examples: figures of the guarantee at example level; None where there is none.
+    """
+    return tables("sentences.toml.j2", facts=facts, examples=examples, revealed=REVEALED)
+
+
+def starred(facts: Facts, said: Said) -> dict[str, Any]:
     """The starred parts, those that lack facts as None."""
-    delta = spending.header.get("delta")
-    known = facts.population is not None and isinstance(delta, float)
     return {
-        "scope": statements.scope(facts),
-        "trust_model": statements.trust_model(facts),
-        "definition": statements.definition(facts, declaration),
-        "outputs": statements.outputs(facts),
-        "mechanism": accounts.mechanism(facts, declaration, spending.rounds),
-        "sampling": accounts.sampling(facts, declaration),
-        "accounting": accounts.accounting(facts, declaration, spending.counts, float(delta))
-        if known and delta is not None
-        else None,
-        "outside_the_ledger": statements.outside_the_ledger(facts, declaration),
+        "scope": Scope(**said["scope"]),
+        "trust_model": TrustModel(**said["trust_model"]),
+        "definition": Definition(**said["definition"]),
+        "outputs": Outputs(**said["outputs"]),
+        "mechanism": _mechanism(facts, said),
+        "sampling": _sampling(facts, said),
+        "accounting": _accounting(facts, said),
+        "outside_the_ledger": OutsideTheLedger(**said["outside_the_ledger"]),
     }
 
 
-def _privacy(spending: Spending, declaration: LedgerHeader, facts: claims.Facts) -> Privacy:
-    scenario = declaration.scenario
-    encoding = encoding_of(scenario, declaration.coefficients)
-    return Privacy(
-        private=facts.private,
-        unit="user",
-        adjacency="zero-out",
-        delta=facts.delta,
-        adversaries=claims.adversaries(facts),
-        trust=claims.trust(facts),
-        noise=facts.noise,
-        mechanism=claims.mechanism(facts),
-        noise_multiplier=accounts.least_noise(spending.rounds),
-        clip_norm=encoding.clip_norm,
-        rounding_bound_ratio=encoding.bound / 2**encoding.scale_bits,
-        sampling=facts.sampling,
-        sampling_rate=facts.sampling_rate,
-        population=facts.population,
-        expected_cohort=facts.population * facts.sampling_rate if facts.population else None,
-        budget=facts.budget,
-        budget_against=facts.budget_against,
-        noise_known=facts.noise_known,
-        charges=len(spending.charges),
-        events=tuple(_charged(spending.counts)),
-        ledger_head=spending.head,
-        ledger_key=spending.key,
-        ledger_signature=spending.signature,
+def _privacy(facts: Facts, said: Said) -> Privacy:
+    spending, encoding = facts.spending, facts.encoding
+    privacy, rate = facts.scenario.privacy, facts.scenario.devices.sampling_rate
+    found = {
+        "recipients": (facts.epsilon, facts.epsilon_rdp),
+        "server": (facts.epsilon_server, facts.epsilon_server_rdp),
+    }
+    adversaries = tuple(
+        AdversaryPart(
+            name=name,  # type: ignore[arg-type]  # one of the two
+            epsilon=pld if facts.private else None,
+            epsilon_rdp=rdp if facts.private else None,
+            limits_run=privacy.epsilon is not None and privacy.budget_against == name,
+            **said["adversaries"][name],
+        )
+        for name, (pld, rdp) in found.items()
     )
-
-
-def _charged(counts: Mapping[RoundEvent, int]) -> Iterator[Charged]:
-    for event, count in counts.items():
-        yield Charged(
+    events = tuple(
+        Charged(
             **event.to_json(),
             count=count,
             accounted_multiplier=event.gaussian_multiplier,
             hidden_rate=event.rate_against("recipients"),
         )
+        for event, count in spending.counts.items()
+    )
+    return Privacy(
+        private=facts.private,
+        unit="user",
+        adjacency="zero-out",
+        delta=facts.delta,
+        adversaries=adversaries,
+        noise=privacy.noise,
+        noise_multiplier=facts.least_noise,
+        clip_norm=encoding.clip_norm,
+        rounding_bound_ratio=encoding.bound / 2**encoding.scale_bits,
+        sampling="everybody" if facts.everybody else "poisson",
+        sampling_rate=rate,
+        population=facts.population,
+        expected_cohort=facts.population * rate if facts.population else None,
+        budget=privacy.epsilon,
+        budget_against=privacy.budget_against,
+        noise_known=facts.noise_known,
+        charges=len(spending.charges),
+        events=events,
+        ledger_head=spending.head,
+        ledger_key=spending.key,
+        ledger_signature=spending.signature,
+        **said["privacy"],
+    )
 
 
-def _epsilon_curves(spending: Spending, facts: claims.Facts) -> Iterator[Curve]:
+def example_figures(facts: Facts) -> dict[str, Any] | None:
+    """The guarantee of single interactions; None where devices add no noise to their own steps.
+
+    That ε stands beside the one of users and is never added to it: they bound different changes of
+    the data, and are of two units.
+    """
+    privacy, charged = facts.scenario.privacy, facts.spending.examples
+    if privacy.local == "none" or privacy.local_clip_norm is None:
+        return None
+    value = epsilon(charged, privacy.local_delta, "server")
+    holds = not facts.noise_known and math.isfinite(value) and bool(charged)
+    return {
+        "epsilon": value if holds else None,
+        "delta": privacy.local_delta,
+        "budget": privacy.local_epsilon,
+        "clip_norm": privacy.local_clip_norm,
+        "noise_multiplier": min((event.noise_multiplier for event in charged), default=None),
+        "charges": sum(charged.values()),
+    }
+
+
+# --------------------------------------------------------------------------- starred parts
+
+
+def _mechanism(facts: Facts, said: Said) -> Mechanism:
+    """How one round's release is made, with the noise of each band."""
+    encoding, declared = facts.encoding, facts.declared
+    rate, multiplier = facts.scenario.devices.sampling_rate, facts.least_noise
+    charged = {event.mechanism for event in facts.spending.rounds}
+    laws = sorted(charged, key=lambda law: law == "gaussian")
+    places = zip(reversed(declared.capacities), declared.bands, declared.holders, strict=True)
+    std = (multiplier or 0.0) * encoding.bound / encoding.scale
+    bands = tuple(
+        NoiseBand(
+            capacity=capacity,
+            coefficients=size,
+            noise_std=std,
+            noise_norm=std * math.sqrt(size),
+            signal_norm=rate * devices * encoding.clip_norm,
+        )
+        for capacity, size, devices in places
+        if multiplier
+    )
+    return Mechanism(
+        law=laws[0] if laws else "none",
+        clip_norm=encoding.clip_norm,
+        scale_bits=encoding.scale_bits,
+        ring_bits=facts.scenario.privacy.ring_bits,
+        squared_sensitivity=encoding.squared_bound,
+        bands=bands,
+        **said["mechanism"],
+    )
+
+
+def _sampling(facts: Facts, said: Said) -> Sampling | None:
+    """Who takes part, as declared; None where the number of users is not known."""
+    if facts.population is None:
+        return None
+    rate, holders = facts.scenario.devices.sampling_rate, facts.declared.holders
+    return Sampling(
+        declared="everybody" if facts.everybody else "poisson",
+        rate=rate,
+        population=facts.population,
+        expected_cohort=rate * holders[0] if holders else 0.0,
+        **said["sampling"],
+    )
+
+
+def _accounting(facts: Facts, said: Said) -> Accounting | None:
+    """How ε was computed; None where δ or the number of users is not known.
+
+    Without a guarantee its curves are empty.
+    """
+    delta, counts = facts.spending.header.get("delta"), facts.spending.counts
+    if facts.population is None or not isinstance(delta, float):
+        return None
+    privacy, finite = facts.scenario.privacy, facts.private
+    spent = facts.epsilon if privacy.budget_against == "recipients" else facts.epsilon_server
+    left = None
+    if finite and privacy.epsilon is not None and spent is not None:
+        left = max(0.0, privacy.epsilon - spent)
+    return Accounting(
+        delta=delta,
+        curve=tuple(delta_curve(counts, delta, "recipients")) if finite else (),
+        curve_server=tuple(delta_curve(counts, delta, "server")) if finite else (),
+        renyi=tuple(_renyi(counts)) if finite else (),
+        zcdp_server=_zcdp(counts) if finite else None,
+        remaining=left,
+        lifetime=_lifetime(facts),
+        **said["accounting"],
+    )
+
+
+def delta_curve(counts: Counts, delta: float, adversary: Adversary) -> Iterator[Point2]:
+    """Points (ε, δ) that hold, by rising δ; those that double precision cannot carry left out."""
+    for each in sorted({*DELTAS, delta}):
+        found = epsilon(counts, each, adversary)
+        if math.isfinite(found):
+            yield Point2(x=found, y=each)
+
+
+def _renyi(counts: Counts) -> Iterator[RenyiPoint]:
+    for order in ORDERS:
+        bounds = (divergence(counts, order, each) for each in ("recipients", "server"))
+        recipients, server = (_up(b) if math.isfinite(b) else None for b in bounds)
+        yield RenyiPoint(order=order, recipients=recipients, server=server)
+
+
+def _zcdp(counts: Counts) -> float | None:
+    """ρ of zero-concentrated DP: 1/(2σ²) a charge of the Gaussian mechanism, cohorts known."""
+    if any(event.mechanism != "gaussian" for event in counts):
+        return None
+    return _up(math.fsum(n / (2 * event.noise_multiplier**2) for event, n in counts.items()))
+
+
+def _up(value: float, unit: float = 1e6) -> float:
+    """Rounded up in the sixth decimal."""
+    return math.ceil(value * unit) / unit
+
+
+def _lifetime(facts: Facts) -> Lifetime | None:
+    balance = facts.declared.standing
+    if balance.population is None:
+        return None
+    return Lifetime(
+        population=balance.population,
+        epsilon=balance.epsilon or 0.0,
+        delta=balance.delta or 0.0,
+        against=balance.against or "recipients",
+        runs_before=balance.runs,
+        spent_before=balance.spent or 0.0,
+        reserved=balance.reserved or 0.0,
+    )
+
+
+# --------------------------------------------------------------------------- reading the number
+
+
+def _reading(facts: Facts, curve: Sequence[Point2], said: Said) -> Reading:
+    """What the number means for somebody who is in the data, against recipients.
+
+    Args:
+        curve: points (ε, δ) that hold; empty without a guarantee.
+    """
+    odds = None
+    if curve and facts.epsilon is not None and facts.epsilon < 300:
+        odds = math.exp(facts.epsilon)
+        unit = 10.0 ** (3 - math.floor(math.log10(odds)))  # four significant digits, rounded up
+        odds = math.ceil(odds * unit - 1e-9) / unit
+    return Reading(
+        odds=odds,
+        advantage=_advantage(curve),
+        trade_off=tuple(Point2(x=alarm, y=_miss(curve, alarm)) for alarm in ALARMS),
+        **said["reading"],
+    )
+
+
+def _advantage(curve: Sequence[Point2]) -> float:
+    """The most that a test gains over guessing: the total variation that the points allow."""
+    bounds = [1 - (1 - point.y) * 2 / (math.exp(point.x) + 1) for point in curve if point.x < 300]
+    return math.ceil(min([1.0, *bounds]) * 1e4) / 1e4
+
+
+def _miss(curve: Sequence[Point2], alarm: float) -> float:
+    """The least chance of a miss of any test with a given chance of a false alarm, from below."""
+    bounds = [0.0]
+    for point in curve:
+        grown = math.exp(min(point.x, 700.0))
+        bounds += [1 - point.y - grown * alarm, (1 - point.y - alarm) / grown]
+    return math.floor(max(bounds) * 1e6) / 1e6
+
+
+# --------------------------------------------------------------------------- ε by round
+
+
+def _epsilon_curves(facts: Facts) -> Iterator[Curve]:
     if not facts.private or facts.delta is None:
         return
-    milestones = list(_milestones(spending))
+    milestones = list(_milestones(facts.spending))
     for key, name in (("epsilon", "ε, recipients"), ("epsilon_server", "ε, cohorts known")):
-        adversary, _ = accounts.WHICH[key]
         points = [
-            Point(round=number, value=epsilon(counts, facts.delta, adversary))
+            Point(round=number, value=epsilon(counts, facts.delta, WHICH[key][0]))
             for number, counts in milestones
         ]
         if points:
@@ -155,15 +378,6 @@ def _milestones(spending: Spending) -> Iterator[tuple[int, Counter[RoundEvent]]]
     counts: Counter[RoundEvent] = Counter()
     start = 0
     for place in places:
-        part = spending.charges[start : place + 1]
-        counts.update(Counter(charge.event for charge in part))
+        counts.update(charge.event for charge in spending.charges[start : place + 1])
         start = place + 1
         yield spending.charges[place].round + 1, counts.copy()
-
-
-def thinned(values: Sequence[T], most: int) -> list[T]:
-    """At most ``most`` (>= 2) of the values, evenly spread, the first and the last among them."""
-    if len(values) <= most:
-        return list(values)
-    step = (len(values) - 1) / (most - 1)
-    return [values[round(place * step)] for place in range(most)]

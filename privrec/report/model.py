@@ -4,9 +4,7 @@ Every field says what it is and in which unit. Models are frozen and refuse unkn
 report that is read back is one that this version could have written. No field holds a realised
 cohort size: ε against recipients is valid only while those stay with the operator.
 
-The parts of a report that a reviewer signs for, one by one.
-
-The starred ones (:data:`STARRED`) are those without which no run is called private. Each is filled
+The starred parts (:data:`STARRED`) are those without which no run is called private. Each is filled
 from facts of the run or left out; a report with one left out makes no claim.
 """
 
@@ -18,7 +16,6 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from privrec.report.spending import Signature
 from privrec.run.record import OPERATOR_ONLY, OUTSIDE
 
 STARRED: Final = (
@@ -33,6 +30,7 @@ STARRED: Final = (
 )
 """Parts without which a report refuses to call a run private."""
 
+Signature = Literal["server key", "key named in the ledger"]
 Grade = Literal["critical", "theoretical", "negligible"]
 
 
@@ -62,14 +60,18 @@ class Actor(Part):
     name: str
     sees: str = Field(description="What they observe.")
     trusted_with: str = Field(description="What the claim relies on them for.")
-    epsilon: float | None = Field(ge=0, description="ε that holds against them; null is none.")
+    epsilon: float | None = Field(
+        default=None, ge=0, description="ε that holds against them; null is none."
+    )
 
 
 class Fallback(Part):
     """What is left of the claim when an assumption fails."""
 
     when: str
-    epsilon: float | None = Field(ge=0, description="ε that then holds; null is none.")
+    epsilon: float | None = Field(
+        default=None, ge=0, description="ε that then holds; null is none."
+    )
     means: str
 
 
@@ -293,7 +295,7 @@ def _without_cohorts(values: dict[str, Scalar]) -> dict[str, Scalar]:
     return values
 
 
-Facts = Annotated[dict[str, Scalar], AfterValidator(_without_cohorts)]
+Flat = Annotated[dict[str, Scalar], AfterValidator(_without_cohorts)]
 """Flat facts by name, none of which is a realised cohort size."""
 
 
@@ -440,9 +442,7 @@ class Notice(Part):
     text: str
 
 
-WORD: Final = (
-    "accuracy", "cost", "data", "model", "rows", "segments", "tiers", "audit", "gaps",
-)  # fmt: skip
+WORD: Final = ("accuracy", "cost", "data", "model", "rows", "segments", "tiers", "audit", "gaps")
 """Fields that no ledger tells; so do the curves that carry the stamp of private data."""
 
 
@@ -484,13 +484,13 @@ class Report(Part):
     segments: tuple[Segment, ...] = Field(description="Accuracy by kind of user.")
     cost: Cost
     tiers: tuple[TierCost, ...] = Field(description="Costs and accuracy by capacity.")
-    data: Facts
-    model: Facts
+    data: Flat
+    model: Flat
     outside_the_guarantee: tuple[str, ...] = Field(
         default=("accuracy", "segments", "cost", "tiers", "data", "rows"),
         description="Fields computed from private data without noise; curves carry notes.",
     )
-    rows: tuple[Facts, ...] = Field(description="Settings compared by the scenario, if any.")
+    rows: tuple[Flat, ...] = Field(description="Settings compared by the scenario, if any.")
     curves: tuple[Curve, ...]
     warnings: tuple[Notice, ...]
     operators_word: tuple[OperatorsWord, ...] = Field(

@@ -1,80 +1,37 @@
 """The pictures of a report: ε by round, what ε means, noise against signal, accuracy and bytes.
 
-Lines and dots as inline SVG: no scripts, colours from the page, the same bytes every time.
-
-Colours are CSS variables, so that the page decides light and dark; a title and a description are
-inside for those who do not see it.
+Lines and dots as inline SVG: no scripts, the same bytes every time. Colours are the page's CSS
+variables, so that the page decides light and dark; a title and a description are inside for those
+who do not see the picture.
 """
 
 from __future__ import annotations
 
-import io
-import re
+import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any
 
-from privrec.report.figures import amount_text, bytes_text, delta_text
-from privrec.report.model import (
-    Accounting,
-    Curve,
-    Mechanism,
-    Metric,
-    Point2,
-    Reading,
-    Report,
-    TierCost,
-)
+from privrec.report.model import Curve, Metric, Point2, Report
+from privrec.report.words import amount_text, bytes_text, delta_text
 from privrec.run.wording import adversary_text, epsilon_text
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-# Stand-ins that matplotlib can draw with; the page's variables replace them in the text.
-_VARIABLES = {
-    "#010101": "var(--ink)",
-    "#020202": "var(--muted)",
-    "#030303": "var(--rule)",
-    "#040404": "var(--first)",
-    "#050505": "var(--second)",
-    "#060606": "var(--third)",
-    "#070707": "var(--fourth)",
-}
 MARKED = 30
 """Most points of a line for each to be marked with a dot."""
 
-_INK, _MUTED, _RULE, *_LINES = _VARIABLES
-_SETTINGS: dict[Any, Any] = {
-    "svg.hashsalt": "privrec",
-    "svg.fonttype": "none",
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.edgecolor": _RULE,
-    "axes.labelcolor": _MUTED,
-    "text.color": _INK,
-    "xtick.color": _RULE,
-    "ytick.color": _RULE,
-    "xtick.labelcolor": _MUTED,
-    "ytick.labelcolor": _MUTED,
-    "axes.linewidth": 0.8,
-    "grid.color": _RULE,
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.8,
-    "lines.solid_capstyle": "round",
-}
-_STEPS = [1, 2, 2.5, 5, 10]
-WIDE = (7.4, 2.7)
-HALF = (3.6, 2.6)
+WIDE = (533.0, 194.0)
+HALF = (259.0, 187.0)
+_LETTER = 5.0  # mean width of a letter at size 9
+_COLOURS = ("first", "second", "third", "fourth")
+
+XY = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Line:
     """One line of a picture: ``(x, y)`` by growing x, and what is written beside its last point."""
 
-    points: Sequence[tuple[float, float]]
+    points: Sequence[XY]
     end: str = ""
 
 
@@ -92,15 +49,12 @@ class Dot:
 class Frame:
     """What stands around the lines of a picture.
 
-    Args:
+    Attributes:
         key: begins every id inside.
-        title: of the picture.
-        description: what it shows, in words.
-        size: width and height, inches.
-        x: what the lower axis is.
-        y: what the left axis is.
+        description: what the picture shows, in words.
+        size: width and height, points.
         rounds: whether the lower axis counts rounds.
-        log: whether the left axis is logarithmic.
+        log: whether the left axis, or the only one of a row of dots, is logarithmic.
         limit: a dashed line across, with its words.
         colour: of the first line, counted from 0.
     """
@@ -108,193 +62,13 @@ class Frame:
     key: str
     title: str
     description: str
-    size: tuple[float, float] = HALF
+    size: XY = HALF
     x: str = "round"
     y: str = ""
     rounds: bool = True
     log: bool = False
     limit: tuple[float, str] | None = None
     colour: int = 0
-
-
-def lines(frame: Frame, drawn: Sequence[Line]) -> str:
-    """One ``<svg>`` of lines; short ones have their points marked."""
-    with _figure(frame.size) as (figure, axes):
-        _style(axes, frame)
-        marks = frame.rounds and len(drawn[0].points) <= MARKED
-        for place, line in enumerate(drawn):
-            _draw(axes, line, _LINES[frame.colour + place], marks)
-        _limit(axes, frame.limit)
-        _range(axes, drawn, frame)
-        return _embedded(_printed(figure), frame.key, frame.title, frame.description)
-
-
-def dots(frame: Frame, names: Sequence[str], series: Sequence[tuple[str, Sequence[Dot]]]) -> str:
-    """One ``<svg>`` of rows of dots, in the order given.
-
-    Args:
-        frame: what stands around; its ``size`` gives the width, the rows give the height.
-        names: of the rows.
-        series: name of each series, and its dots, one for each row; several get a legend.
-    """
-    with _figure((frame.size[0], 0.75 + 0.3 * len(names))) as (figure, axes):
-        for order, (name, found) in enumerate(series):
-            for place, dot in enumerate(found):
-                _dot(axes, place, dot, _LINES[frame.colour + order], name if not place else "")
-        axes.set_yticks(range(len(names)), [_shortened(name) for name in names])
-        axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.tick_params(axis="y", length=0, labelcolor=_INK)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.grid(axis="x")
-        axes.set_axisbelow(True)
-        axes.margins(x=0.12)
-        if frame.log:
-            axes.set_xscale("log")
-        axes.set_xlabel(frame.x)
-        if len(series) > 1:
-            figure.legend(loc="outside upper right", ncols=len(series), frameon=False)
-        return _embedded(_printed(figure), frame.key, frame.title, frame.description)
-
-
-def scatter(frame: Frame, found: Sequence[tuple[str, float, Dot]]) -> str:
-    """One ``<svg>`` of named points, each with the interval of its height.
-
-    Args:
-        frame: what stands around.
-        found: name, place on the lower axis, and height.
-    """
-    with _figure(frame.size) as (figure, axes):
-        _style(axes, frame)
-        colour = _LINES[frame.colour]
-        for name, x, dot in found:
-            if dot.low is not None and dot.high is not None:
-                axes.plot([x, x], [dot.low, dot.high], color=colour)
-            axes.plot([x], [dot.value], color=colour, marker="o", markersize=5.5)
-            axes.annotate(
-                _shortened(name), (x, dot.value), xytext=(7, 0), textcoords="offset points",
-                va="center", color=_INK, annotation_clip=False,
-            )  # fmt: skip
-        axes.margins(x=0.15, y=0.15)
-        return _embedded(_printed(figure), frame.key, frame.title, frame.description)
-
-
-def _dot(axes: Axes, place: int, dot: Dot, colour: str, label: str) -> None:
-    if dot.low is not None and dot.high is not None:
-        axes.plot([dot.low, dot.high], [place, place], color=colour)
-    axes.plot(
-        [dot.value], [place], color=colour, marker="o", markersize=5.5, linestyle="",
-        label=label or None,
-    )  # fmt: skip
-    axes.annotate(
-        dot.text,
-        (dot.value if dot.high is None else dot.high, place),
-        xytext=(8, 0),
-        textcoords="offset points",
-        va="center",
-        color=_INK,
-        annotation_clip=False,
-    )
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= 32 else f"{name[:31]}…"
-
-
-@contextmanager
-def _figure(size: tuple[float, float]) -> Iterator[tuple[Figure, Axes]]:
-    import matplotlib as mpl
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context(_SETTINGS):
-        figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasSVG(figure)
-        yield figure, figure.add_subplot()
-
-
-def _style(axes: Axes, frame: Frame) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
-
-    axes.set_xlabel(frame.x)
-    axes.set_ylabel(frame.y, rotation=0, labelpad=8)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="y")
-    axes.set_axisbelow(True)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=frame.rounds, steps=_STEPS))
-    if frame.log:
-        axes.set_yscale("log")
-        subs = (1.0, 2.0, 5.0) if frame.rounds else (1.0,)
-        axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=6))
-        axes.yaxis.set_minor_locator(LogLocator(subs=()))
-    else:
-        axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-def _draw(axes: Axes, line: Line, colour: str, marks: bool) -> None:
-    x, y = zip(*line.points, strict=True)
-    axes.plot(x, y, color=colour, marker="o" if marks else "", markersize=3.2)
-    axes.annotate(
-        line.end,
-        (x[-1], y[-1]),
-        xytext=(6, 0),
-        textcoords="offset points",
-        va="center",
-        color=colour,
-        annotation_clip=False,
-    )
-
-
-def _limit(axes: Axes, limit: tuple[float, str] | None) -> None:
-    if limit is None:
-        return
-    axes.axhline(limit[0], color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
-    axes.annotate(
-        limit[1],
-        (0.5, limit[0]),
-        xycoords=("axes fraction", "data"),
-        xytext=(0, 3),
-        textcoords="offset points",
-        ha="center",
-        color=_MUTED,
-    )
-
-
-def _range(axes: Axes, drawn: Sequence[Line], frame: Frame) -> None:
-    axes.set_xlim(0, max(line.points[-1][0] for line in drawn))
-    if frame.log:
-        return
-    if min(y for line in drawn for _, y in line.points) >= 0:
-        axes.set_ylim(bottom=0)
-    axes.set_ylim(top=max(axes.get_ylim()[1], 1.12 * (frame.limit[0] if frame.limit else 0)))
-
-
-def _printed(figure: Figure) -> str:
-    text = io.StringIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(text, format="svg", transparent=True, metadata=nothing)
-    return text.getvalue()
-
-
-def _embedded(text: str, key: str, title: str, description: str) -> str:
-    """Matplotlib's document as an element: no prolog, no page-wide style, ids of its own."""
-    body = text[text.index("<svg") :].strip()
-    body = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", body, flags=re.DOTALL)
-    body = re.sub(r"<!--.*?-->\s*", "", body, flags=re.DOTALL)
-    body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{key}-", body)
-    body = re.sub(r"'DejaVu Sans'(, [^;\"]*)?", "var(--sans)", body)
-    for stand_in, variable in _VARIABLES.items():
-        body = body.replace(stand_in, variable)
-    box = re.search(r'viewBox="[^"]+"', body)
-    start = f'<svg class="plot" role="img" {box[0] if box else ""}'
-    names = f'aria-labelledby="{key}-title" aria-describedby="{key}-text"'
-    link = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    words = (
-        f'<title id="{key}-title">{escape(title)}</title>'
-        f'<desc id="{key}-text">{escape(description)}</desc>'
-    )
-    return f"{start} {names} {link}>{words}{body[body.index('>') + 1 :]}"
 
 
 @dataclass(frozen=True)
@@ -308,94 +82,259 @@ class Plot:
     wide: bool
 
 
-def plots(report: Report) -> tuple[Plot, ...]:
-    """The pictures of one run's rounds, ε first; a curve of one point is left out."""
-    spent = report.curve("epsilon")
-    others = [
-        curve
-        for curve in (_metric_curve(report), report.curve("loss"))
-        if curve is not None and _drawable(curve)
-    ]
-    drawn = [_epsilon(report, spent)] if spent is not None and _drawable(spent) else []
-    wide = len(others) == 1
-    return (*drawn, *(_outside(report, curve, wide=wide) for curve in others))
+# --------------------------------------------------------------------------- drawing
 
 
-def risks(report: Report) -> tuple[Plot, ...]:
-    """What ε and δ mean, as curves: all pairs that hold, and the errors of any test."""
-    return tuple(_risks(report))
+@dataclass(frozen=True)
+class _Axis:
+    """Maps values from ``low`` to ``high`` to places from ``start`` to ``end``."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        low, high = self.low, self.high
+        if self.log:
+            low, high, value = math.log10(low), math.log10(high), math.log10(value)
+        return self.start + (value - low) / (high - low) * (self.end - self.start)
+
+    def ticks(self, most: int, *, whole: bool = False) -> list[float]:
+        """At most ``most`` round numbers within the axis, evenly spread."""
+        if not self.log or self.high < 10 * self.low:
+            return _steps(self.low, self.high, most, 1.0 if whole else 0.0)
+        span = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        for digits in ((1, 2, 5), (1,)):
+            found = [digit * 10.0**power for power in span for digit in digits]
+            found = [value for value in found if self.low <= value * 1.0001 <= self.high * 1.0002]
+            if len(found) <= most:
+                return found
+        return found[:: math.ceil(len(found) / most)]
 
 
-def by_tier(report: Report) -> tuple[Plot, ...]:
-    """Noise against signal by band, and bytes by tier, of a run with several capacities."""
-    return tuple(_by_tier(report))
+def _steps(low: float, high: float, most: int, least: float) -> list[float]:
+    unit = 10.0 ** math.floor(math.log10((high - low) / most))
+    steps = (max(unit * factor, least) for factor in (1, 2, 2.5, 5, 10, 20))
+    step = next(s for s in steps if (high - low) / s < most and (s % 1 == 0 or not least))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [step * place for place in range(first, last + 1)]
 
 
-def _drawable(curve: Curve) -> bool:
-    return len(curve.points) > 1
+def _span(values: Sequence[float], *, log: bool, margin: float = 0.0) -> XY:
+    """The least and largest value, set apart where they are equal, and widened by a share."""
+    low, high = min(values), max(values)
+    if log:
+        low, high = math.log10(low), math.log10(high)
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    more = margin * (high - low)
+    low, high = low - more, high + more
+    return (10**low, 10**high) if log else (low, high)
 
 
-def _metric_curve(report: Report) -> Curve | None:
-    others = {"loss", "epsilon", "epsilon_server"}
-    return next((curve for curve in report.curves if curve.key not in others), None)
+def _text(x: float, y: float, words: str, *, colour: str = "ink", anchor: str = "start") -> str:
+    """Text of one line or several, the middle of which is at ``y``."""
+    rows = words.split("\n")
+    first = y + 3 - 5.5 * (len(rows) - 1)
+    spans = "".join(
+        f'<tspan x="{x:.1f}" y="{first + 11 * place:.1f}">{escape(row)}</tspan>'
+        for place, row in enumerate(rows)
+    )
+    return f'<text text-anchor="{anchor}" fill="var(--{colour})">{spans}</text>'
 
 
-def _points(curve: Curve) -> list[tuple[float, float]]:
-    return [(point.round, point.value) for point in curve.points]
+def _path(points: Sequence[XY], colour: str, width: float = 1.8, dashes: str = "") -> str:
+    places = " ".join(f"{x:.2f},{y:.2f}" for x, y in points)
+    dashed = f' stroke-dasharray="{dashes}"' if dashes else ""
+    return (
+        f'<polyline points="{places}" fill="none" stroke="var(--{colour})" '
+        f'stroke-width="{width}"{dashed}/>'
+    )
+
+
+def _circle(x: float, y: float, colour: str, radius: float = 2.75) -> str:
+    return f'<circle cx="{x:.2f}" cy="{y:.2f}" r="{radius}" fill="var(--{colour})"/>'
+
+
+def _svg(frame: Frame, size: XY, body: Sequence[str]) -> str:
+    key, (width, height) = frame.key, size
+    return (
+        f'<svg class="plot" role="img" viewBox="0 0 {width:g} {height:g}" font-size="9" '
+        f'aria-labelledby="{key}-title" aria-describedby="{key}-text" '
+        'font-family="var(--sans)" xmlns="http://www.w3.org/2000/svg">'
+        f'<title id="{key}-title">{escape(frame.title)}</title>'
+        f'<desc id="{key}-text">{escape(frame.description)}</desc>{"".join(body)}</svg>'
+    )
+
+
+def _lower(axis: _Axis, y: float, frame: Frame, *, top: float | None = None) -> Iterator[str]:
+    """The lower axis: ticks with lines up to ``top`` if it is given, figures and a name."""
+    whole = frame.rounds and top is None
+    for value in axis.ticks(6, whole=whole):
+        x = axis(value)
+        yield _path([(x, y + 3), (x, y if top is None else top)], "rule", 0.6)
+        yield _text(x, y + 10, delta_text(value), colour="muted", anchor="middle")
+    yield _path([(axis.start, y), (axis.end, y)], "rule", 0.8)
+    yield _text((axis.start + axis.end) / 2, y + 23, frame.x, colour="muted", anchor="middle")
+
+
+def _grid(axis: _Axis, left: float, right: float, frame: Frame) -> Iterator[str]:
+    """The left axis: lines across with figures, its name above, and the limit."""
+    for value in axis.ticks(6):
+        yield _path([(left, axis(value)), (right, axis(value))], "rule", 0.6)
+        yield _text(left - 5, axis(value), delta_text(value), colour="muted", anchor="end")
+    if frame.y:
+        yield _text(left - 5, axis.end - 11, frame.y, colour="muted", anchor="end")
+    if frame.limit is not None:
+        y = axis(frame.limit[0])
+        yield _path([(left, y), (right, y)], "muted", 1, "4 3")
+        yield _text((left + right) / 2, y - 7, frame.limit[1], colour="muted", anchor="middle")
+
+
+def lines(frame: Frame, drawn: Sequence[Line]) -> str:
+    """Draw lines in one ``<svg>``; short ones have their points marked."""
+    heights = [y for line in drawn for _, y in line.points]
+    limit = [frame.limit[0]] if frame.limit else []
+    log = frame.log and min([*heights, *limit]) > 0
+    low, high = _span([*heights, *limit], log=log, margin=0.05)
+    if not log and min(heights) >= 0:
+        low = 0.0
+    letters = max(len(row) for line in drawn for row in line.end.split("\n"))
+    width, height = frame.size
+    right = width - 8 - letters * _LETTER
+    vertical = _Axis(low, high, height - 30, 18, log)
+    horizontal = _Axis(0, max(line.points[-1][0] for line in drawn), 42, right)
+    body = [*_grid(vertical, 42, right, frame), *_lower(horizontal, height - 30, frame)]
+    marked = frame.rounds and len(drawn[0].points) <= MARKED
+    for line, colour in zip(drawn, _COLOURS[frame.colour :], strict=False):
+        places = [(horizontal(x), vertical(y)) for x, y in line.points]
+        body.append(_path(places, colour))
+        body += [_circle(*place, colour, 1.6) for place in places if marked]
+        body.append(_text(right + 6, places[-1][1], line.end, colour=colour))
+    return _svg(frame, frame.size, body)
+
+
+def dots(frame: Frame, names: Sequence[str], series: Sequence[tuple[str, Sequence[Dot]]]) -> str:
+    """Draw rows of dots in one ``<svg>``, in the order given.
+
+    Args:
+        frame: its ``size`` gives the width, the rows give the height.
+        series: name of each series, and its dots, one for each row; several get a legend.
+    """
+    found = [dot for _, row in series for dot in row]
+    ends = [end for dot in found for end in (dot.value, dot.low, dot.high) if end is not None]
+    width, height = frame.size[0], 54 + 22.0 * len(names)
+    left = 14 + _LETTER * max(len(_shortened(name)) for name in names)
+    right = width - 8 - _LETTER * max(len(dot.text) for dot in found)
+    log = frame.log and min(ends) > 0
+    axis = _Axis(*_span(ends, log=log, margin=0.06), left, right, log)
+    body = list(_lower(axis, height - 30, frame, top=18))
+    for place, name in enumerate(names):
+        body.append(_text(left - 8, 29 + 22 * place, _shortened(name), anchor="end"))
+    for order, (title, row) in enumerate(series):
+        colour = _COLOURS[frame.colour + order]
+        for place, dot in enumerate(row):
+            y = 29 + 22.0 * place
+            last = dot.value if dot.high is None else dot.high
+            if dot.low is not None:
+                body.append(_path([(axis(dot.low), y), (axis(last), y)], colour))
+            body.append(_circle(axis(dot.value), y, colour))
+            body.append(_text(axis(last) + 8, y, dot.text))
+        if len(series) > 1:
+            x = width - 110 * (len(series) - order)
+            body += [_circle(x, 8, colour), _text(x + 8, 8, title)]
+    return _svg(frame, (width, height), body)
+
+
+def scatter(frame: Frame, found: Sequence[tuple[str, float, Dot]]) -> str:
+    """Draw named points in one ``<svg>``, each with the interval of its height.
+
+    Args:
+        found: name, place on the lower axis, and height.
+    """
+    width, height = frame.size
+    ends = [end for _, _, dot in found for end in (dot.value, dot.low, dot.high) if end is not None]
+    right = width - 8 - _LETTER * max(len(_shortened(name)) for name, _, _ in found)
+    vertical = _Axis(*_span(ends, log=False, margin=0.15), height - 30, 18)
+    across = _span([x for _, x, _ in found], log=False, margin=0.15)
+    horizontal = _Axis(max(0.0, across[0]), across[1], 42, right)
+    body = [*_grid(vertical, 42, right, frame), *_lower(horizontal, height - 30, frame)]
+    colour = _COLOURS[frame.colour]
+    for name, value, dot in found:
+        x, y = horizontal(value), vertical(dot.value)
+        if dot.low is not None and dot.high is not None:
+            body.append(_path([(x, vertical(dot.low)), (x, vertical(dot.high))], colour))
+        body += [_circle(x, y, colour), _text(x + 7, y, _shortened(name))]
+    return _svg(frame, frame.size, body)
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= 32 else f"{name[:31]}…"
 
 
 # --------------------------------------------------------------------------- by round
 
 
-def _epsilon(report: Report, recipients: Curve) -> Plot:
-    drawn = _epsilon_lines(recipients, report.curve("epsilon_server"))
+def plots(report: Report) -> tuple[Plot, ...]:
+    """The pictures of one run's rounds, ε first; a curve of one point is left out."""
+    drawable = {curve.key: curve for curve in report.curves if len(curve.points) > 1}
+    spent, known = drawable.pop("epsilon", None), drawable.pop("epsilon_server", None)
+    loss = drawable.pop("loss", None)
+    others = [*list(drawable.values())[:1], *([loss] if loss else [])]
+    first = [_epsilon(report, spent, known)] if spent else []
+    return (*first, *(_outside(report, curve, wide=len(others) == 1) for curve in others))
+
+
+def _points(curve: Curve) -> list[XY]:
+    return [(point.round, point.value) for point in curve.points]
+
+
+def _epsilon(report: Report, recipients: Curve, server: Curve | None) -> Plot:
+    privacy = report.privacy
+    named = [("recipients", recipients), ("cohorts known", server)]
+    if server is None or server.points == recipients.points:
+        named = [("both adversaries", recipients)]
+    drawn = [
+        Line(_points(curve), f"{name}\nε = {epsilon_text(curve.points[-1].value)}")
+        for name, curve in named
+        if curve is not None
+    ]
     said = "; ".join(f"{line.end.replace(chr(10), ' ')} after the last round" for line in drawn)
-    budget = report.privacy.budget
+    ends = [line.points[-1][1] for line in drawn]
+    limit = (
+        f" The budget is {privacy.budget:g} against {adversary_text(privacy.budget_against)}."
+        if privacy.budget
+        else ""
+    )
     frame = Frame(
         key="epsilon",
         title="ε by round",
         description=f"ε grows with every round: {said}.",
         size=WIDE,
         y="ε",
-        log=_spread(drawn) > 5,
-        limit=(budget, f"budget {budget:g}") if budget else None,
+        log=max(ends) > 5 * min(ends) > 0,
+        limit=(privacy.budget, f"budget {privacy.budget:g}") if privacy.budget else None,
     )
     return Plot(
         key="epsilon",
         heading="ε by round",
         caption="Spent privacy, computed from the ledger at "
-        f"δ = {delta_text(report.privacy.delta)}. Lower is more private."
-        f"{_limit_text(budget, report.privacy.budget_against)}",
+        f"δ = {delta_text(privacy.delta)}. Lower is more private.{limit}",
         svg=lines(frame, drawn),
         wide=True,
     )
 
 
-def _limit_text(budget: float | None, against: str) -> str:
-    return f" The budget is {budget:g} against {adversary_text(against)}." if budget else ""
-
-
-def _epsilon_lines(recipients: Curve, server: Curve | None) -> list[Line]:
-    if server is None or server.points == recipients.points:
-        return [Line(_points(recipients), f"both adversaries\nε = {_last(recipients)}")]
-    return [
-        Line(_points(recipients), f"recipients\nε = {_last(recipients)}"),
-        Line(_points(server), f"cohorts known\nε = {_last(server)}"),
-    ]
-
-
-def _last(curve: Curve) -> str:
-    return epsilon_text(curve.points[-1].value)
-
-
-def _spread(drawn: Sequence[Line]) -> float:
-    ends = [line.points[-1][1] for line in drawn]
-    return max(ends) / max(min(ends), 1e-9)
-
-
 def _outside(report: Report, curve: Curve, *, wide: bool) -> Plot:
     loss = curve.key == "loss"
     first, last = curve.points[0], curve.points[-1]
+    measured = (
+        "Mean over the devices of a round"
+        if loss
+        else f"{report.accuracy.holdout.capitalize()} split"
+    )
     frame = Frame(
         key="loss" if loss else "metric",
         title=f"{curve.name} by round",
@@ -407,64 +346,46 @@ def _outside(report: Report, curve: Curve, *, wide: bool) -> Plot:
     return Plot(
         key=frame.key,
         heading=frame.title,
-        caption=f"{_measured_on(report, loss)}; {curve.note}.",
+        caption=f"{measured}; {curve.note}.",
         svg=lines(frame, [Line(_points(curve), f"{last.value:.3f}")]),
         wide=wide,
     )
 
 
-def _measured_on(report: Report, loss: bool) -> str:
-    if loss:
-        return "Mean over the devices of a round"
-    return f"{report.accuracy.holdout.capitalize()} split"
-
-
 # --------------------------------------------------------------------------- what ε means
 
 
+def risks(report: Report) -> tuple[Plot, ...]:
+    """What ε and δ mean, as curves: all pairs that hold, and the errors of any test."""
+    return tuple(_risks(report))
+
+
 def _risks(report: Report) -> Iterator[Plot]:
-    if (
-        report.privacy.private
-        and report.accounting
-        and any(point.x for point in report.accounting.curve)
-    ):
-        yield _pairs(report.accounting)
-    if report.privacy.private and len(report.reading.trade_off) > 1:
-        yield _trade_off(report.reading)
-
-
-def _xy(points: Sequence[Point2]) -> list[tuple[float, float]]:
-    return sorted((point.x, point.y) for point in points)
-
-
-def _pairs(accounting: Accounting) -> Plot:
-    recipients, known = _xy(accounting.curve), _xy(accounting.curve_server)
-    drawn = [Line(recipients)]
-    if known and known != recipients:
-        drawn.append(Line(known))
-    frame = Frame(
-        key="pairs",
-        title="δ by ε",
-        description=f"δ falls from {recipients[0][1]:.2g} at ε = {recipients[0][0]:.3g} to "
-        f"{recipients[-1][1]:.2g} at ε = {recipients[-1][0]:.3g}.",
-        x="ε",
-        y="δ",
-        rounds=False,
-        log=True,
-        limit=(accounting.delta, f"δ = {delta_text(accounting.delta)}"),
-    )
-    second = " Lower line: recipients; upper: cohorts known." if len(drawn) > 1 else ""
-    return Plot(
-        key="pairs",
-        heading="One mechanism, many pairs",
-        caption=f"The least δ at each ε. All of these hold at once.{second}",
-        svg=lines(frame, drawn),
-        wide=False,
-    )
-
-
-def _trade_off(reading: Reading) -> Plot:
-    drawn = [Line(_xy(reading.trade_off)), Line([(0.0, 1.0), (1.0, 0.0)])]
+    if not report.privacy.private:
+        return
+    accounting, reading = report.accounting, report.reading
+    if accounting and any(point.x for point in accounting.curve):
+        recipients, known = _xy(accounting.curve), _xy(accounting.curve_server)
+        two = bool(known) and known != recipients
+        second = " Lower line: recipients; upper: cohorts known." if two else ""
+        frame = Frame(
+            key="pairs",
+            title="δ by ε",
+            description=f"δ falls from {recipients[0][1]:.2g} at ε = {recipients[0][0]:.3g} to "
+            f"{recipients[-1][1]:.2g} at ε = {recipients[-1][0]:.3g}.",
+            x="ε",
+            y="δ",
+            rounds=False,
+            log=True,
+            limit=(accounting.delta, f"δ = {delta_text(accounting.delta)}"),
+        )
+        yield Plot(
+            key="pairs",
+            heading="One mechanism, many pairs",
+            caption=f"The least δ at each ε. All of these hold at once.{second}",
+            svg=lines(frame, [Line(recipients), *([Line(known)] if two else [])]),
+            wide=False,
+        )
     frame = Frame(
         key="trade-off",
         title="Errors of any test",
@@ -474,88 +395,88 @@ def _trade_off(reading: Reading) -> Plot:
         y="misses",
         rounds=False,
     )
-    return Plot(
+    yield Plot(
         key="trade-off",
         heading="Errors of any membership test",
         caption="The least misses at each share of false alarms, against recipients. The straight "
         "line is guessing.",
-        svg=lines(frame, drawn),
+        svg=lines(frame, [Line(_xy(reading.trade_off)), Line([(0.0, 1.0), (1.0, 0.0)])]),
         wide=False,
     )
+
+
+def _xy(points: Sequence[Point2]) -> list[XY]:
+    return sorted((point.x, point.y) for point in points)
 
 
 # --------------------------------------------------------------------------- by tier
 
 
+def by_tier(report: Report) -> tuple[Plot, ...]:
+    """Noise against signal by band, and bytes by tier, of a run with several capacities."""
+    return tuple(_by_tier(report))
+
+
 def _by_tier(report: Report) -> Iterator[Plot]:
-    if report.mechanism and len(report.mechanism.bands) > 1:
-        yield _bands(report.mechanism)
+    bands = report.mechanism.bands if report.mechanism else ()
+    if len(bands) > 1:
+        names = [f"from capacity {band.capacity:g}" for band in bands]
+        noise = [Dot(band.noise_norm, amount_text(band.noise_norm)) for band in bands]
+        signal = [Dot(band.signal_norm, amount_text(band.signal_norm)) for band in bands]
+        said = "; ".join(
+            f"{name}: noise {band.noise_norm:.3g}, signal at most {band.signal_norm:.3g}"
+            for name, band in zip(names, bands, strict=True)
+        )
+        title = "Noise against signal by band"
+        frame = Frame("bands", title, f"{said}.", WIDE, x="L2 norm", log=True)
+        yield Plot(
+            key="bands",
+            heading="Noise against signal, by band",
+            caption="Expected norm of the noise in what each weaker tier holds, and the largest "
+            "that the sum of all updates can have there.",
+            svg=dots(frame, names, [("noise", noise), ("signal, at most", signal)]),
+            wide=True,
+        )
     tiers = [tier for tier in report.tiers if tier.upload_bytes]
     if len(tiers) > 1:
-        yield _bytes(tiers)
-
-
-def _bands(mechanism: Mechanism) -> Plot:
-    bands = mechanism.bands
-    noise = [Dot(band.noise_norm, amount_text(band.noise_norm)) for band in bands]
-    signal = [Dot(band.signal_norm, amount_text(band.signal_norm)) for band in bands]
-    names = [f"from capacity {band.capacity:g}" for band in bands]
-    said = "; ".join(
-        f"{name}: noise {band.noise_norm:.3g}, signal at most {band.signal_norm:.3g}"
-        for name, band in zip(names, bands, strict=True)
-    )
-    frame = Frame("bands", "Noise against signal by band", f"{said}.", WIDE, x="L2 norm", log=True)
-    return Plot(
-        key="bands",
-        heading="Noise against signal, by band",
-        caption="Expected norm of the noise in what each weaker tier holds, and the largest that "
-        "the sum of all updates can have there.",
-        svg=dots(frame, names, [("noise", noise), ("signal, at most", signal)]),
-        wide=True,
-    )
-
-
-def _bytes(tiers: Sequence[TierCost]) -> Plot:
-    names = [f"capacity {tier.capacity:g}" for tier in tiers]
-    up = [Dot(float(tier.upload_bytes or 0), bytes_text(tier.upload_bytes)) for tier in tiers]
-    said = "; ".join(f"{name}: {dot.text}" for name, dot in zip(names, up, strict=True))
-    frame = Frame("bytes", "Upload by capacity", f"{said}.", WIDE, x="bytes", log=True, colour=2)
-    return Plot(
-        key="bytes",
-        heading="Upload by capacity",
-        caption="Bytes that one device sends in a round.",
-        svg=dots(frame, names, [("upload", up)]),
-        wide=True,
-    )
+        names = [f"capacity {tier.capacity:g}" for tier in tiers]
+        sent = [Dot(float(tier.upload_bytes or 0), bytes_text(tier.upload_bytes)) for tier in tiers]
+        said = "; ".join(f"{name}: {dot.text}" for name, dot in zip(names, sent, strict=True))
+        title = "Upload by capacity"
+        frame = Frame("bytes", title, f"{said}.", WIDE, x="bytes", log=True, colour=2)
+        yield Plot(
+            key="bytes",
+            heading=title,
+            caption="Bytes that one device sends in a round.",
+            svg=dots(frame, names, [("upload", sent)]),
+            wide=True,
+        )
 
 
 # --------------------------------------------------------------------------- several runs
 
 
 def intervals(metrics: Sequence[tuple[str, Metric]], heading: str) -> str:
-    """One metric of several runs as dots with their intervals, in the order given.
+    """Draw one metric of several runs as dots with their intervals, in the order given.
 
     Args:
-        metrics: Name of the run, and its metric; at least one.
-        heading: What the picture shows.
+        metrics: name of the run, and its metric; at least one.
     """
     said = "; ".join(f"{name}: {metric.value:.3f}" for name, metric in metrics)
-    frame = Frame("intervals", heading, f"{said}.", WIDE, x="", colour=2)
+    frame = Frame("intervals", heading, f"{said}.", WIDE, x="", rounds=False, colour=2)
     names = [name for name, _ in metrics]
     return dots(frame, names, [("", [_measured(metric) for _, metric in metrics])])
 
 
 def privacy_utility(found: Sequence[tuple[str, float, Metric]], heading: str) -> str:
-    """One metric of several private runs by their ε against recipients.
+    """Draw one metric of several private runs by their ε against recipients.
 
     Args:
-        found: Name of the run, its ε, and its metric; at least two.
-        heading: What the picture shows.
+        found: name of the run, its ε, and its metric; at least two.
     """
     said = "; ".join(f"{name}: {metric.value:.3f} at ε = {e:.3g}" for name, e, metric in found)
-    frame = Frame(
-        "utility", heading, f"{said}.", WIDE, x="ε against recipients", rounds=False, colour=2
-    )
+    words = f"{said}."
+    frame = Frame("utility", heading, words, WIDE, "ε against recipients", rounds=False, colour=2)
     return scatter(frame, [(name, e, _measured(metric)) for name, e, metric in found])
 
 

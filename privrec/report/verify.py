@@ -25,12 +25,10 @@ from safetensors.numpy import load_file
 import privrec
 from privrec.errors import DataError, IntegrityError, PrivrecError, UsageError
 from privrec.report.derive import derive
+from privrec.report.facts import Facts, read_spending
 from privrec.report.model import WORD, OperatorsWord, Report
 from privrec.report.render import to_html, to_json, to_markdown
-from privrec.report.spending import Spending, read_spending
 from privrec.run.identity import kept_key
-from privrec.run.plan import LedgerHeader
-from privrec.run.plan import read_header as read
 
 _DEPENDS_ON_VERIFIER = {"privacy.ledger_signature"}
 _SHOWN = 120
@@ -48,7 +46,7 @@ class Mismatch:
 class Verdict:
     """What a verification found.
 
-    Args:
+    Attributes:
         anchored: whether the ledger was checked with a key from elsewhere than the files.
         checked: what was recomputed and agrees.
         unchecked: what was not looked at, and why.
@@ -128,16 +126,16 @@ def verify(
         )
     verdict = Verdict(anchored=key is not None)
     report = _report(text, content, verdict)
-    found = _ledger(path.parent, key, verdict)
+    facts = _ledger(path.parent, key, verdict)
     if report is not None:
         verdict.word = report.operators_word
-        if found is not None:
-            _compare(report, *found, verdict)
-            _check_word(report, found[1], verdict)
-            _check_result(path.parent, report, found[0], verdict)
+        if facts is not None:
+            _compare(report, facts, verdict)
+            _check_word(report, facts, verdict)
+            _check_result(path.parent, report, facts, verdict)
         _check_pages(path.parent, report, verdict)
-    if found is not None:
-        _check_model(path.parent, found[0], verdict)
+    if facts is not None:
+        _check_model(path.parent, facts, verdict)
     return verdict
 
 
@@ -168,29 +166,28 @@ def _report(text: str, content: Mapping[str, Any], verdict: Verdict) -> Report |
     return report
 
 
-def _ledger(
-    directory: Path, key: Ed25519PublicKey | None, verdict: Verdict
-) -> tuple[Spending, LedgerHeader] | None:
+def _ledger(directory: Path, key: Ed25519PublicKey | None, verdict: Verdict) -> Facts | None:
     try:
         spending = read_spending(directory, key)
-        declaration = read(spending.header, str(directory / "ledger.jsonl"))
-    except (IntegrityError, PrivrecError) as error:
+    except PrivrecError as error:
         verdict.mismatches.append(Mismatch("ledger", str(error)))
         return None
     verdict.checked.append(
         f"hash chain of the ledger and its signed head, {len(spending.charges):,} charges"
     )
-    return spending, declaration
+    try:
+        return Facts.of(spending)
+    except (DataError, UsageError) as error:
+        verdict.mismatches.append(Mismatch("ledger", f"no report can be made of it: {error}"))
+        return None
 
 
-def _compare(
-    report: Report, spending: Spending, declaration: LedgerHeader, verdict: Verdict
-) -> None:
+def _compare(report: Report, facts: Facts, verdict: Verdict) -> None:
     """Make the report again, with the operator's word as it stands, and name what differs."""
     word = {name: getattr(report, name) for name in WORD}
     word["curves"] = tuple(curve for curve in report.curves if curve.note)
     try:
-        again = derive(spending, declaration, word)
+        again = derive(facts, word)
     except (DataError, ValidationError, UsageError) as error:
         verdict.mismatches.append(Mismatch("ledger", f"no report can be made of it: {error}"))
         return
@@ -241,18 +238,18 @@ def _short(value: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
-def _check_word(report: Report, declaration: LedgerHeader, verdict: Verdict) -> None:
+def _check_word(report: Report, facts: Facts, verdict: Verdict) -> None:
     """What the operator's word must agree with, although the ledger does not tell it."""
-    scenario = declaration.scenario
+    declared, scenario = facts.declared, facts.scenario
     told: dict[str, tuple[Any, Any]] = {
         "accuracy.holdout": (report.accuracy.holdout, scenario.data.holdout),
         "data.users": (report.data.get("users"), report.privacy.population),
-        "model.coefficients": (report.model.get("coefficients"), declaration.coefficients),
+        "model.coefficients": (report.model.get("coefficients"), declared.coefficients),
         "model.kind": (report.model.get("kind"), scenario.model.kind),
     }
     capacities = [tier.capacity for tier in report.tiers if tier.capacity]
     if capacities:
-        told["tiers"] = (capacities, list(declaration.capacities))
+        told["tiers"] = (capacities, list(declared.capacities))
     for where, (found, expected) in told.items():
         if found is not None and found != expected:
             verdict.mismatches.append(
@@ -261,7 +258,7 @@ def _check_word(report: Report, declaration: LedgerHeader, verdict: Verdict) -> 
     audit = report.audit
     if audit is not None:
         of = (audit.version, audit.scenario_hash)
-        if of != (declaration.version, scenario.hash()):
+        if of != (declared.version, scenario.hash()):
             verdict.mismatches.append(
                 Mismatch("audit", "it is of another scenario or another version of privrec")
             )
@@ -269,12 +266,12 @@ def _check_word(report: Report, declaration: LedgerHeader, verdict: Verdict) -> 
             verdict.mismatches.append(Mismatch("audit.passed", "a check failed, or none did"))
 
 
-def _check_result(directory: Path, report: Report, spending: Spending, verdict: Verdict) -> None:
+def _check_result(directory: Path, report: Report, facts: Facts, verdict: Verdict) -> None:
     """That metrics and gaps are those of the result that the run signed."""
     path = directory / "result.json"
     try:
         result = _object(path.read_text(encoding="utf-8"))
-        spending.check_result(result, path)
+        facts.spending.check_result(result, path)
     except FileNotFoundError:
         verdict.unchecked.append(
             "result.json: it is not here, so metrics and gaps are not known to be those that the "
@@ -315,7 +312,7 @@ def _without_pictures(text: str) -> str:
     return re.sub(r"<svg.*?</svg>", "", text, flags=re.DOTALL)
 
 
-def _check_model(directory: Path, spending: Spending, verdict: Verdict) -> None:
+def _check_model(directory: Path, facts: Facts, verdict: Verdict) -> None:
     path = directory / "model.safetensors"
     if not path.exists():
         verdict.unchecked.append(
@@ -328,7 +325,7 @@ def _check_model(directory: Path, spending: Spending, verdict: Verdict) -> None:
         found = hashlib.sha256(weights.tobytes()).hexdigest()
     except (SafetensorError, KeyError, OSError, ValueError):
         found = ""
-    if found == spending.model:
+    if found == facts.spending.model:
         verdict.checked.append("the released model is the one that the ledger ends with")
     else:
         verdict.mismatches.append(

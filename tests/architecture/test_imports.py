@@ -203,7 +203,7 @@ def test_importing_the_device_loads_no_server_transport_or_network_client() -> N
 
 def test_the_package_itself_imports_nothing_heavy() -> None:
     loaded = modules_after("import privrec; privrec.__version__")
-    assert not loaded & {"torch", "numpy", "scipy", "opacus", "dp_accounting", "matplotlib"}
+    assert not loaded & {"torch", "numpy", "scipy", "opacus", "dp_accounting"}
 
 
 def test_importing_the_package_takes_less_than_300_ms() -> None:

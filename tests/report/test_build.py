@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from privrec.errors import DataError, IntegrityError, PrivrecError, UsageError
 from privrec.privacy.events import RoundEvent, epsilon
 from privrec.randomness import state_dir, write_secret
-from privrec.report.build import build, thinned
+from privrec.report.build import build
+from privrec.report.words import thinned
 
 MakeRun = Callable[..., Path]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from privrec.report import figures
+from privrec.report import words
 from privrec.report.model import Scalar
 
 
@@ -21,7 +21,7 @@ from privrec.report.model import Scalar
     ],
 )
 def test_bytes(count: float | None, text: str) -> None:
-    assert figures.bytes_text(count) == text
+    assert words.bytes_text(count) == text
 
 
 @pytest.mark.parametrize(
@@ -29,12 +29,12 @@ def test_bytes(count: float | None, text: str) -> None:
     [(None, "–"), (0.0, "0.0 s"), (3.1e-5, "31 µs"), (0.00031, "0.31 ms"), (214.2, "3 min 34 s")],
 )
 def test_seconds(seconds: float | None, text: str) -> None:
-    assert figures.seconds_text(seconds) == text
+    assert words.seconds_text(seconds) == text
 
 
 @pytest.mark.parametrize(("delta", "text"), [(1e-5, "1e-5"), (0.01, "0.01"), (None, "–")])
 def test_delta(delta: float | None, text: str) -> None:
-    assert figures.delta_text(delta) == text
+    assert words.delta_text(delta) == text
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_delta(delta: float | None, text: str) -> None:
     ],
 )
 def test_cells_of_compared_settings(key: str, value: Scalar, text: str) -> None:
-    assert figures.result_text(key, value) == text
+    assert words.fact_text(value, key) == text
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_cells_of_compared_settings(key: str, value: Scalar, text: str) -> None:
     ],
 )
 def test_names(key: str, name: str) -> None:
-    assert figures.fact_name(key) == name
+    assert words.fact_name(key) == name
 
 
 @pytest.mark.parametrize(
@@ -72,4 +72,4 @@ def test_names(key: str, name: str) -> None:
     [(2000.4, "2,000"), (158.2, "158"), (3.2879, "3.29"), (0.00012345, "0.000123"), (0.0, "0")],
 )
 def test_amounts_have_three_digits_and_no_exponent(value: float, text: str) -> None:
-    assert figures.amount_text(value) == text
+    assert words.amount_text(value) == text

@@ -20,8 +20,9 @@ from pydantic import ValidationError
 
 from privrec.privacy.events import RoundEvent, epsilon
 from privrec.privacy.population import PopulationBalance
-from privrec.report import accounts, derive
+from privrec.report import derive
 from privrec.report.build import build
+from privrec.report.facts import Facts, read_spending
 from privrec.report.model import STARRED, Report, json_schema, schema_text
 from privrec.report.render import to_json, to_markdown
 from privrec.run.wording import epsilon_text
@@ -107,8 +108,8 @@ def test_no_report_calls_a_run_private_without_a_starred_part(
 def test_a_run_without_the_facts_of_a_part_makes_no_claim(
     a_run: MakeRun, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    whole = derive._parts
-    monkeypatch.setattr(derive, "_parts", lambda *given: {**whole(*given), name: None})
+    whole = derive.starred
+    monkeypatch.setattr(derive, "starred", lambda *given: {**whole(*given), name: None})
     report = build(a_run(sigma=3.0, budget=None))
     assert not report.privacy.private
     assert report.missing == (name,)
@@ -120,8 +121,9 @@ def test_a_run_without_the_facts_of_a_part_makes_no_claim(
 
 def test_an_unknown_population_makes_no_claim(a_run: MakeRun) -> None:
     """The one fact that a header of this version could lack."""
-    facts = replace(_facts(a_run()), population=None)
-    assert accounts.sampling(facts, _declared(a_run("b"))) is None
+    facts = replace(Facts.of(read_spending(a_run())), population=None)
+    parts = derive.starred(facts, derive.sentences(facts))
+    assert [name for name, part in parts.items() if part is None] == ["sampling", "accounting"]
 
 
 # --------------------------------------------------------------------------- sentences
@@ -143,23 +145,6 @@ def test_sentences_are_those_that_were_read(a_report: MakeReport, kind: str) -> 
     if os.environ.get("PRIVREC_ACCEPT"):
         path.write_text(text, "utf-8")
     assert text == path.read_text("utf-8"), "read the difference, then accept it"
-
-
-def _facts(run: Path) -> Any:
-    from privrec.report.spending import read_spending
-    from privrec.run.plan import read_header as read
-
-    spending = read_spending(run)
-    charged = [(charge.round, charge.attempt) for charge in spending.charges]
-    declared = read(spending.header, "ledger")
-    return accounts.facts_of(declared, spending.header, charged, spending.counts, spending.before)
-
-
-def _declared(run: Path) -> Any:
-    from privrec.report.spending import read_spending
-    from privrec.run.plan import read_header as read
-
-    return read(read_spending(run).header, "ledger")
 
 
 FACTS: dict[str, tuple[dict[str, Any], list[str]]] = {

@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -287,12 +286,6 @@ def test_a_picture_describes_its_ends(a_report: MakeReport) -> None:
 
 def test_equal_epsilons_are_drawn_once(a_report: MakeReport) -> None:
     assert plots(a_report("everybody"))[0].svg.count("both adversaries") == 2  # desc and label
-
-
-def test_importing_the_report_does_not_import_matplotlib() -> None:
-    code = "import sys, privrec.report.render; print('matplotlib' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
 
 
 # --------------------------------------------------------------------------- checking it oneself

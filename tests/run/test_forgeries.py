@@ -20,8 +20,8 @@ from privrec.privacy.events import epsilon
 from privrec.privacy.ledger import Ledger
 from privrec.privacy.population import PopulationCharge, create, read
 from privrec.report.build import build
+from privrec.report.facts import read_spending
 from privrec.report.render import write
-from privrec.report.spending import read_spending
 from privrec.report.verify import verify
 from privrec.run import checkpoint, directory, lifecycle, plan
 from privrec.run.identity import Identity

@@ -1,0 +1,249 @@
+"""What a ledger tells: its charges, what its header declares, and the ε of both adversaries.
+
+:class:`Facts` is all that a figure or a sentence about privacy may depend on. A fact is read here
+and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from privrec.errors import IntegrityError
+from privrec.privacy.events import Accountant, Adversary, RoundEvent, epsilon
+from privrec.privacy.ledger import PREPARATION, Charge, Ledger
+from privrec.report.model import Signature
+from privrec.run.plan import LedgerHeader, read_header
+from privrec.run.privacy_plan import encoding_of
+from privrec.scenario.load import Scenario
+from privrec.secagg.ring import Encoding
+from privrec.storage import verified
+
+WHICH: Mapping[str, tuple[Adversary, Accountant]] = {
+    "epsilon": ("recipients", "pld"),
+    "epsilon_server": ("server", "pld"),
+    "epsilon_rdp": ("recipients", "rdp"),
+    "epsilon_server_rdp": ("server", "rdp"),
+}
+"""Every ε of a claim: its adversary and its accountant."""
+
+
+@dataclass(frozen=True)
+class Spending:
+    """Everything charged, in order, and how far the ledger was checked.
+
+    Attributes:
+        declared: what the header declares.
+        charges: one for each (round, attempt); rounds are counted from 0.
+        counts: how often each event was charged.
+        examples: how often each example-level event was entered, which is another unit.
+        head: hash of the last entry, in hex.
+        key: public key that the signed head was checked with, in hex.
+        signature: whether that key was given, or is the one that the ledger itself names.
+        model: digest of the model that the run ended with.
+    """
+
+    header: Mapping[str, Any]
+    declared: LedgerHeader
+    charges: Sequence[Charge]
+    counts: Mapping[RoundEvent, int]
+    examples: Mapping[RoundEvent, int]
+    head: str
+    key: str
+    signature: Signature
+    model: str
+
+    @cached_property
+    def rounds(self) -> Counter[RoundEvent]:
+        """How often each event was charged for a round."""
+        return Counter(charge.event for charge in self.charges if charge.round >= 0)
+
+    @property
+    def before(self) -> RoundEvent | None:
+        """What was charged before the first round, if anything."""
+        return next((each.event for each in self.charges if each.round == PREPARATION), None)
+
+    def check_result(self, result: Mapping[str, Any], path: Path) -> None:
+        """Refuse a ``result.json`` that the run's key did not sign.
+
+        Raises:
+            IntegrityError: when it did not.
+        """
+        key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(self.key))
+        verified("result", result, key, path)
+
+
+def read_spending(directory: Path, public_key: Ed25519PublicKey | None = None) -> Spending:
+    """Read what the run in ``directory`` spent; its ledger is left as it is.
+
+    Args:
+        public_key: the server's; without it the head is checked with the key that the header names,
+            which shows damage but not a ledger that was replaced as a whole.
+
+    Raises:
+        IntegrityError: when the ledger was altered, cut short, not signed to its end, or signed by
+            another key, or is absent, or of a run that did not end, or contradicts itself.
+    """
+    path = directory / "ledger.jsonl"
+    if not path.exists():
+        raise IntegrityError(
+            f"{path}: the ledger is missing, and no ε can be stated without it. "
+            "Restore the directory as the run left it."
+        )
+    with Ledger.open(path, public_key=public_key, repair=False) as ledger:
+        if ledger.ended is None:
+            raise IntegrityError(
+                f"{path}: it lacks the entry that ends a run, so its end was cut away, or the run "
+                "goes on; bring back the whole ledger, or finish the run"
+            )
+        if ledger.signed < ledger.entries:
+            raise IntegrityError(
+                f"{path}: {ledger.entries} entries, of which {ledger.signed} are signed: lines "
+                "were added behind the signed end. Bring back the original file"
+            )
+        named = str(ledger.header.get("public_key", ""))
+        return Spending(
+            header=ledger.header,
+            declared=read_header(ledger.header, str(path)),
+            charges=ledger.charges,
+            counts=ledger.counts,
+            examples=ledger.examples,
+            head=ledger.last_hash,
+            key=public_key.public_bytes_raw().hex() if public_key else named,
+            signature="server key" if public_key else "key named in the ledger",
+            model=ledger.ended.hex(),
+        )
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything that the figures and sentences of a report depend on.
+
+    Attributes:
+        delta: δ of the claim; None where no noise was planned.
+        population: number of users, as declared; None where it is not known.
+        epsilon: against recipients of the models, by PLD; None is infinite, as in the other three.
+        rounds: that were charged; ``charges`` counts attempts, and nothing before the first round.
+        evaluations: how often the held-out split was looked at.
+        missing: names of starred parts that the run has no facts for.
+    """
+
+    spending: Spending
+    noise_known: bool
+    delta: float | None
+    population: int | None
+    rounds: int
+    charges: int
+    evaluations: int
+    epsilon: float | None
+    epsilon_server: float | None
+    epsilon_rdp: float | None
+    epsilon_server_rdp: float | None
+    missing: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, spending: Spending) -> Facts:
+        """Read the facts of a ledger, and compute every ε from its charges."""
+        header = spending.declared
+        delta, population = spending.header.get("delta"), spending.header.get("population")
+        noisy = header.scenario.privacy.noise != "none" and isinstance(delta, float)
+        known = spending.header.get("noise_known") is not False
+        attempts = [charge.round for charge in spending.charges if charge.round >= 0]
+        rounds = len(set(attempts))
+        spent: dict[str, float | None] = dict.fromkeys(WHICH)
+        if noisy and delta is not None and not known:
+            for name, which in WHICH.items():
+                value = epsilon(spending.counts, float(delta), *which)
+                spent[name] = value if math.isfinite(value) else None
+        return cls(
+            spending=spending,
+            noise_known=known,
+            delta=delta if noisy else None,
+            population=population if isinstance(population, int) else None,
+            rounds=rounds,
+            charges=len(attempts),
+            evaluations=_evaluations(header, rounds),
+            epsilon=spent["epsilon"],
+            epsilon_server=spent["epsilon_server"],
+            epsilon_rdp=spent["epsilon_rdp"],
+            epsilon_server_rdp=spent["epsilon_server_rdp"],
+        )
+
+    @property
+    def declared(self) -> LedgerHeader:
+        """What the ledger's header declared before the first round."""
+        return self.spending.declared
+
+    @property
+    def scenario(self) -> Scenario:
+        """The scenario that the header declares."""
+        return self.declared.scenario
+
+    @cached_property
+    def encoding(self) -> Encoding:
+        """How updates become integers, and their sensitivity."""
+        return encoding_of(self.scenario, self.declared.coefficients)
+
+    @property
+    def everybody(self) -> bool:
+        """Whether every user is asked in every round."""
+        return self.scenario.devices.sampling_rate == 1
+
+    @property
+    def distributed(self) -> bool:
+        """Whether devices add the noise, in shares."""
+        return self.scenario.privacy.noise == "distributed"
+
+    @property
+    def hides_cohorts(self) -> bool:
+        """Whether ε against recipients rests on cohorts that they do not know."""
+        shown = self.distributed and not self.scenario.privacy.remove_excess
+        return not self.everybody and not shown
+
+    @property
+    def private(self) -> bool:
+        """Whether a finite ε holds against anybody, and the report is whole."""
+        noisy = self.scenario.privacy.noise != "none" and not self.noise_known
+        return noisy and self.epsilon is not None and not self.missing
+
+    @property
+    def examples(self) -> bool:
+        """Whether devices add noise to their own steps, for single interactions."""
+        return self.scenario.privacy.local == "example"
+
+    @property
+    def texts(self) -> bool:
+        """Whether users write words or labelled examples, and do not choose items."""
+        return bool(self.scenario.model.learns != "interactions")
+
+    @property
+    def requested(self) -> bool:
+        """Whether devices ask the server for output neurons, and so tell it their words."""
+        return self.scenario.train.requested
+
+    @property
+    def further_runs(self) -> int:
+        """Runs of the settings that the scenario compares."""
+        return len(self.scenario.rows) * self.scenario.run.seeds
+
+    @cached_property
+    def least_noise(self) -> float | None:
+        """The smallest noise multiplier that a round was charged with; None without noise."""
+        rounds = self.spending.rounds
+        return min((event.noise_multiplier for event in rounds), default=0.0) or None
+
+
+def _evaluations(header: LedgerHeader, rounds: int) -> int:
+    """How often the split was looked at: as planned, and at the end."""
+    if not header.simulated:
+        return 0
+    every, last = header.scenario.run.eval_every, header.scenario.train.rounds
+    between = (rounds - (rounds == last)) // every if every else 0
+    return between + (rounds > 0)
