@@ -39,8 +39,10 @@ def recommender(kind: str = "gmf", *, compressed: bool = False) -> ModelView[NCF
 def settings_of(loss: str, steps: int, rate: float) -> Settings:
     """Of noisy steps with three negatives an example; they look at nothing else."""
     return Settings(
-        loss, 3, 0.1, 0.01, False, None, 2, 1.0, 0.3, 3, 6, local_steps=steps, local_lr=rate
-    )
+        loss=loss, newton=False, max_samples=None, user_steps=2, user_lr=1.0, user_l2=0.3,
+        serve_steps=3, local_steps=steps, local_lr=rate, negatives=3, serve_negatives=6,
+        unobserved_weight=0.1, item_l2=0.01,
+    )  # fmt: skip
 
 
 def steps_of(

@@ -31,7 +31,8 @@ def learner(
 ) -> WordLearner:
     view = ModelView.of(MODEL, table, PlainTable.of(LABELS, 1, block=1))
     settings = Settings(
-        "softmax", 1, 1.0, 1.0, False, most, 1, 1.0, 1.0, 1, 1, local_steps=steps, local_lr=0.5,
+        loss="softmax", newton=False, max_samples=most, user_steps=1, user_lr=1.0, user_l2=1.0,
+        serve_steps=1, local_steps=steps, local_lr=0.5,
         selector="uniform", budget=share,
     )  # fmt: skip
     return WordLearner(view, settings)

@@ -48,7 +48,8 @@ def learner(
 ) -> WordLearner:  # fmt: skip
     view = ModelView.of(MODEL, table, PlainTable.of(WORDS, 1, block=1))
     settings = Settings(
-        "softmax", 1, 1.0, 1.0, False, tokens, 1, 1.0, 1.0, 1, 1, local_steps=steps, local_lr=0.5,
+        loss="softmax", newton=False, max_samples=tokens, user_steps=1, user_lr=1.0, user_l2=1.0,
+        serve_steps=1, local_steps=steps, local_lr=0.5,
         selector="scan", budget=share, selected=selected, frequent=frequent,
     )  # fmt: skip
     return WordLearner(view, settings, None if find is None else Asked(find))

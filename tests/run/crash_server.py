@@ -86,14 +86,14 @@ class Steps:
 
     def tear_ledger_lines(self) -> None:
         """A step in the midst of every line of the ledger."""
-        whole = ledger._write_all
+        whole = ledger.Ledger._write
 
-        def torn(file: Any, content: bytes) -> None:
+        def torn(of: ledger.Ledger, content: bytes) -> None:
             half = content[: len(content) // 2]
-            self.pass_by("within a ledger line", lambda: whole(file, half))
-            whole(file, content)
+            self.pass_by("within a ledger line", lambda: whole(of, half))
+            whole(of, content)
 
-        ledger._write_all = torn
+        ledger.Ledger._write = torn  # type: ignore[method-assign]
 
     def note_releases(self, out: Path) -> None:
         """What is applied, and whether the ledger on disk has its charge and its commit."""

@@ -83,7 +83,7 @@ def test_bands_have_their_own_variances(survivors):
     shares = Shares(0.8, 10**6, bands)
     total = sum(shares.draw(seeds_of(d, 2)).astype(np.int64) for d in range(survivors))
     for band, part in enumerate((total[:SIZE], total[SIZE:])):
-        assert fits_only(part, shares.released_variance(band, survivors))
+        assert fits_only(part, survivors * shares.share_variance(band))
 
 
 def bins_fit(sample, law):
