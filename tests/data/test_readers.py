@@ -355,7 +355,8 @@ def test_a_description_is_plain_json(tmp_path: Path) -> None:
 class Pairs(Reader):
     """Two items for every user, as somebody else's reader invents them."""
 
-    people: int = setting(3, "How many there are.", "[1, 100]")
+    people: int = setting(3, "[1, 100]")
+    """How many there are."""
 
 
 def read_pairs(config: Data, data_dir: Path | None) -> Split:
