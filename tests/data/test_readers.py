@@ -366,10 +366,10 @@ def read_pairs(config: Data, data_dir: Path | None) -> Split:
 
 
 def test_a_reader_comes_from_outside_by_its_keys_and_one_call(
-    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
-    monkeypatch.setattr(READERS, "_kinds", {**READERS._kinds})  # the test's own
     READERS.add("pairs", Pairs, read_pairs)
+    request.addfinalizer(lambda: READERS.pop("pairs"))
     split = data.load(data_of("pairs", people=5))
     assert (split.train.n_users, split.train.item_ids.tolist()) == (5, [7, 9])
     assert split.heldout.items.tolist() == [1] * 5
