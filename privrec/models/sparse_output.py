@@ -35,7 +35,7 @@ from privrec.models.losses import softmax_loss
 from privrec.models.process_memory import give_back_freed
 from privrec.randomness import ROOT_BYTES, SecretRoot, SecureStream, rng_for
 from privrec.search.active import NO_LABEL, ActiveSet, active_set, distinct_labels
-from privrec.search.families import Shape
+from privrec.search.hashing import Shape
 from privrec.search.index import INDEXES, Index, Rebuild
 from privrec.search.memory import ItemMemory, Items
 from privrec.search.select import Search, ranked, select

@@ -23,9 +23,9 @@ NO_LABEL = -1
 
 @dataclass(frozen=True)
 class ActiveSet:
-    """The neurons of a batch, without repeats: labels, then selected ones, then uniform ones.
+    """The neurons of a batch, without repeats.
 
-    Args:
+    Attributes:
         neurons: int64 of shape ``(A,)``; labels ascending, then selected ascending, then uniform
             ascending.
         log_weights: float32 of shape ``(A,)``: logarithm of how many neurons each one stands for
@@ -69,10 +69,7 @@ class ActiveSet:
 
 
 def distinct_labels(labels: Tensor, width: int) -> Items:
-    """Return the labels of a batch, ascending, without repeats.
-
-    Args:
-        labels: int64, each in ``[0, width)`` or :data:`NO_LABEL`.
+    """Return the labels of a batch, ascending, without repeats and :data:`NO_LABEL`.
 
     Raises:
         UsageError: when one is out of its range.

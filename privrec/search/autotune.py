@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from privrec.embedding.table import PlainTable
 from privrec.errors import UsageError
 from privrec.randomness import SecretRoot, rng_for
-from privrec.search.families import FAMILIES, Shape
+from privrec.search.hashing import FAMILIES, Shape
 from privrec.search.index import INDEXES, RANK, SIGNATURE, Rebuild
 from privrec.search.memory import ItemMemory
 
@@ -46,7 +46,6 @@ class Trial:
         recall: share of each query's exact best ten among what it chose for the batch.
         build_s: seconds to build it over the whole layer.
         select_s: seconds to choose for one batch.
-        nbytes: bytes that it keeps.
         fits: whether the memory has room for it.
     """
 
@@ -79,9 +78,7 @@ class Choice:
 
     Attributes:
         trial: the index; None where nothing fits, or all neurons are active: uniform then.
-        rebuild: when it is made anew.
         share: active neurons of a batch over the layer's.
-        trials: all that were measured.
     """
 
     trial: Trial | None
@@ -91,10 +88,10 @@ class Choice:
 
     def settings(self) -> dict[str, Any]:
         """Return the arguments of :class:`privrec.models.sparse_output.SparseOutput`."""
-        common = {"share": self.share, "rebuild": self.rebuild}
-        if self.trial is None:
-            return {**common, "selector": "uniform"}
-        return {**common, "selector": self.trial.kind, "shape": self.trial.shape}
+        chosen: dict[str, Any] = {"selector": "uniform"}
+        if self.trial is not None:
+            chosen = {"selector": self.trial.kind, "shape": self.trial.shape}
+        return {"share": self.share, "rebuild": self.rebuild, **chosen}
 
     def __str__(self) -> str:
         if self.trial is None:
@@ -125,8 +122,8 @@ def autotune(
         dim: length of the hidden vector, where no layer is given.
         layer: the layer itself, once it has learned something; by default an invented one, with
             neurons around a few hundred centres.
-        queries: a batch of hidden vectors for it, shape ``(q, layer.dim)``, with a last 1 where it
-            has biases; by default rows of the layer.
+        queries: hidden vectors, shape ``(q, layer.dim)``, with a last 1 where the layer has biases;
+            by default rows of the layer.
         root: of hash functions; by default a known one, which makes trials repeat.
 
     Raises:
@@ -159,17 +156,9 @@ def autotune(
         built = time.perf_counter()
         chosen = index.batch(queries, budget)
         selected = time.perf_counter()
-        kept = round(scale * index.nbytes)
-        trial = Trial(
-            kind=kind,
-            shape=shape,
-            recall=float(np.isin(best, chosen).mean()),
-            build_s=scale * (built - started),
-            select_s=scale * (selected - built),
-            nbytes=kept,
-            fits=memory is None or kept <= memory,
-        )
-        found.append(trial)
+        recall, kept = float(np.isin(best, chosen).mean()), round(scale * index.nbytes)
+        times = scale * (built - started), scale * (selected - built)
+        found.append(Trial(kind, shape, recall, *times, kept, memory is None or kept <= memory))
     usable = [trial for trial in found if trial.fits]
     if not usable:
         return Choice(None, Rebuild(), share, tuple(found))

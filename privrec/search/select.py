@@ -18,10 +18,18 @@ from numpy.typing import NDArray
 from privrec.errors import UsageError
 from privrec.randomness import SecureStream
 from privrec.scenario import kinds
-from privrec.search.families import FAMILIES, ROOM, Family, Shape, own_shape, signature
+from privrec.search.hashing import (
+    FAMILIES,
+    ROOM,
+    Family,
+    Shape,
+    own_shape,
+    serial,
+    serial_bytes,
+    signature,
+)
 from privrec.search.index import SIGNATURE, Sketch, estimates
 from privrec.search.memory import CHUNK, ItemMemory, Items, outside, uniform
-from privrec.search.tables import serial, serial_bytes
 
 FloatArray = NDArray[np.float32]
 Selector: TypeAlias = str
@@ -48,8 +56,7 @@ _CONVERT, _SORT = 0.10, 7.1  # turn 8 bits into a float; sort a number partially
 class Search:
     """What a device searches.
 
-    Args:
-        items: the catalogue in its memory.
+    Attributes:
         sketch: the server's, for ``sketch``.
         shape: functions of the tables; None, the device chooses for itself.
         fold: ``pghash``: length of a folded vector.
@@ -70,11 +77,9 @@ class Evidence:
     Attributes:
         selector: who chose; for ``auto``, the one that it picked.
         count: items chosen.
-        seconds: wall time.
         bytes: room taken beside the memory, by count of what is held at a time.
         tables: tables that were built; 0 for a selector without.
         recall: share of the exact best ``asked`` items that were chosen; None where not asked.
-        asked: how many that were.
     """
 
     selector: str
@@ -113,11 +118,10 @@ class SelectorKind(Protocol):
         ...
 
 
-class Ranking(Protocol):
+class Ranking(SelectorKind, Protocol):
     """A way of choosing the items of the highest estimates, whose cost can be told beforehand."""
 
     def choose(self, request: Request) -> tuple[Items, int, int]:
-        """See :meth:`SelectorKind.choose`."""
         found = top(self.values(request), request.budget, request.without)
         return found, self.bytes(request.search, len(request.queries)), 0
 
@@ -138,11 +142,9 @@ class Scan(Ranking):
     """Exact scores from the memory."""
 
     def values(self, request: Request) -> FloatArray:
-        """See :meth:`Ranking.values`."""
         return _most(_scores(request.search.items, request.queries))
 
     def seconds(self, search: Search, queries: int) -> float:
-        """See :meth:`Ranking.seconds`."""
         items = search.items
         scored = items.dim * (_THIN if queries == 1 else queries * _PRODUCT)
         each = _pass(items) + scored
@@ -151,7 +153,6 @@ class Scan(Ranking):
         return items.items * (_SORT + each)
 
     def bytes(self, search: Search, queries: int) -> int:
-        """See :meth:`Ranking.bytes`."""
         return search.items.pass_bytes + _kept(search.items, queries)
 
 
@@ -159,40 +160,34 @@ class Hamming(Ranking):
     """Signatures of 256 bits, made, compared and forgotten chunk by chunk."""
 
     def values(self, request: Request) -> FloatArray:
-        """See :meth:`Ranking.values`."""
         items = request.search.items
         hashed = signature(items.dim, SIGNATURE, request.stream)
         return estimates(items, request.queries, hashed)
 
     def seconds(self, search: Search, queries: int) -> float:
-        """See :meth:`Ranking.seconds`."""
         dim, words = search.items.dim, SIGNATURE // 64
         signed = SIGNATURE * (dim * _PRODUCT + _SIGN) + dim * _THIN + words * queries * _WORD
         return search.items.items * (_SORT + _pass(search.items) + signed)
 
     def bytes(self, search: Search, queries: int) -> int:
-        """See :meth:`Ranking.bytes`."""
         items = search.items
         some = SIGNATURE // 4 * min(CHUNK, items.items)
         return items.pass_bytes + 12 * items.items + 4 * items.dim * SIGNATURE + 5 * ROOM + some
 
 
 class Sketched(Ranking):
-    """The server's sketch of its public table."""
+    """The server's sketch of its public table; its own bytes are counted."""
 
     def values(self, request: Request) -> FloatArray:
-        """See :meth:`Ranking.values`."""
         if request.search.sketch is None:
             raise UsageError('selector = "sketch": there is none; make one with Sketch.of')
         return _most(request.search.sketch.values(request.queries))
 
     def seconds(self, search: Search, queries: int) -> float:
-        """See :meth:`Ranking.seconds`."""
         scored = _CONVERT + (_THIN if queries == 1 else queries * _PRODUCT)
         return search.items.items * (_SORT + _rank(search) * scored)
 
     def bytes(self, search: Search, queries: int) -> int:
-        """See :meth:`Ranking.bytes`; the sketch itself is counted."""
         items = search.items
         some = min(CHUNK, items.items)
         return _kept(items, queries) + (items.items + 4 * some) * _rank(search)
@@ -205,7 +200,6 @@ class SerialTables:
     family: Family
 
     def choose(self, request: Request) -> tuple[Items, int, int]:
-        """See :meth:`SelectorKind.choose`."""
         search, items, budget = request.search, request.search.items, request.budget
         base = Shape(8, 1, search.fold, items.table.block)
         shape = search.shape or own_shape(items.items, budget, request.stream, base)
@@ -227,7 +221,6 @@ class Uniform:
     """Chance."""
 
     def choose(self, request: Request) -> tuple[Items, int, int]:
-        """See :meth:`SelectorKind.choose`."""
         left = request.search.items.items - len(request.without)
         found = uniform(left, request.budget, request.stream, request.without)
         return found, 16 * request.budget, 0
@@ -262,13 +255,11 @@ def select(
 
     Args:
         selector: one of :data:`SELECTORS`, or ``auto``.
-        search: the catalogue.
         queries: shape ``(q, items.dim)``, ``q`` at least 1; with biases, each ends in a 1.
         budget: at least 1; a table selector may find fewer.
         stream: the device's own secret stream.
         exclude: items never to be chosen, such as the history.
-        recall_of: how many of the exact best items to measure recall on, which costs a scan; 0 for
-            none.
+        recall_of: how many of the exact best items to measure recall on, which costs a scan.
 
     Raises:
         UsageError: when the budget is below 1, queries have another length than rows, or
@@ -312,12 +303,7 @@ def cheapest(search: Search, queries: int) -> Selector:
 
 
 def best(search: Search, query: FloatArray, k: int, exclude: Items) -> tuple[Items, FloatArray]:
-    """Return the ``k`` items of the highest exact scores, the best first, and their scores.
-
-    Args:
-        query: shape ``(dim,)``.
-        exclude: items to leave out.
-    """
+    """Return the ``k`` items of the highest exact scores, the best first, and their scores."""
     # Gathered numbers and gathered blocks round differently: blocks decide between close ones.
     close = top(_most(_scores(search.items, query[None])), 2 * k + 16, np.unique(exclude))
     return ranked(search.items, query, close, k)
@@ -345,9 +331,6 @@ def mix(
         positives: ``P`` items, ascending.
         places: ``B - H`` uniform draws from ``[0, n - P - H)``.
         catalogue: ``n``.
-
-    Returns:
-        ``B`` items and ``B`` log weights.
     """
     taken = np.union1d(selected, positives)
     drawn = outside(taken, places)

@@ -25,11 +25,10 @@ from _common import ROOT, Claim, document, machine, print_table, write_json
 from _wide import DIM, Searched, clusters, isotropic, learned
 
 from privrec.randomness import SecretRoot
-from privrec.search.families import Shape, Signs, signature
+from privrec.search.hashing import Buckets, Shape, Signs, draw, serial, signature
 from privrec.search.index import SIGNATURE, Signatures, Sketch
 from privrec.search.memory import CHUNK
 from privrec.search.select import Search, Selector, select
-from privrec.search.tables import Buckets, draw, serial
 
 ITEMS, COMPRESSION = 670_091, 64.0
 TABLES = Shape(12, 20)
@@ -219,7 +218,7 @@ from dataclasses import replace
 from _wide import isotropic
 from privrec.models.process_memory import give_back_freed, peak_resident_bytes
 from privrec.models.process_memory import reset_peak, resident_bytes
-from privrec.search.tables import serial
+from privrec.search.hashing import serial
 import torch
 torch.set_num_threads(1)
 searched = isotropic(ITEMS, 64.0, 1)

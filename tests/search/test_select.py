@@ -12,7 +12,7 @@ from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable
 from privrec.errors import UsageError
 from privrec.randomness import SecretRoot, SecureStream
-from privrec.search.families import Shape
+from privrec.search.hashing import Shape
 from privrec.search.index import Sketch
 from privrec.search.memory import ItemMemory, outside
 from privrec.search.select import RANKINGS, Search, Selector, best, cheapest, mix, select
