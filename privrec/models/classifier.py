@@ -51,16 +51,19 @@ ROOM = 2048
 """Neurons that the automatic share leaves beside the labels of a batch, at least."""
 _AT_ONCE = 256
 _FORMAT = "privrec sparse classifier, version 1"
+_UNREADABLE = (
+    SafetensorError,
+    OSError,
+    LookupError,
+    TypeError,
+    ValueError,
+    RuntimeError,
+    UsageError,
+)
 
 
 class BagOfWords(nn.Module):
-    """A hidden vector ``relu(Σ value · row + bias)`` of the words of an example.
-
-    Args:
-        features: size of the vocabulary.
-        dim: length of the hidden vector.
-        seed: of the first weights.
-    """
+    """A hidden vector ``relu(Σ value · row + bias)`` of the words of an example."""
 
     def __init__(self, features: int, dim: int, *, seed: int = 0) -> None:
         super().__init__()
@@ -109,7 +112,7 @@ class ExtremeClassifier(nn.Module):
 class Epoch:
     """What ``fit`` tells after each pass over the examples.
 
-    Args:
+    Attributes:
         number: from 1.
         loss: mean over the batches, estimated from the active neurons.
         active: neurons active in a batch, labels included.
@@ -197,9 +200,6 @@ class SparseClassifier:
                 the texts alone.
             on_epoch: is told of each pass.
 
-        Returns:
-            This classifier.
-
         Raises:
             DataError: when the file or a line is malformed, a label is missing, or there are fewer
                 than two labels.
@@ -238,10 +238,7 @@ class SparseClassifier:
         return self
 
     def predict(self, texts: Texts) -> list[Label]:
-        """Return the best label of each text.
-
-        Args:
-            texts: texts, or path of a file with the text columns; one string is a path.
+        """Return the best label of each text of a list, or of the file at a path.
 
         Raises:
             UsageError: before :meth:`fit`.
@@ -266,9 +263,7 @@ class SparseClassifier:
     def evaluate(self, source: Source, labels: Labels | None = None) -> dict[str, float]:
         """Measure how often the best label is right; one that was never learned counts as missed.
 
-        Args:
-            source: as for :meth:`fit`.
-            labels: as for :meth:`fit`.
+        Texts and labels are handed over as to :meth:`fit`.
 
         Returns:
             ``precision@1`` (share of texts whose best label is one of their own; with one label
@@ -369,9 +364,7 @@ class SparseClassifier:
             model = found._network(len(found.labels), float(about["share"]))
             model.load_state_dict(weights)
             model.output.rebuilds = max(0, int(about["rebuilds"]) - 1)
-        except (
-            SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError, UsageError
-        ) as error:  # fmt: skip
+        except _UNREADABLE as error:
             raise DataError(
                 f"{path}: not a classifier that save(...) wrote ({error}); check the path, or fit "
                 "it anew"
@@ -381,16 +374,9 @@ class SparseClassifier:
 
     def _network(self, labels: int, share: float) -> ExtremeClassifier:
         selector = "scan" if share == 1 else self.selector
+        first = {"init_std": 0.01, "seed": self.seed}
         root = SecretRoot.known(b"a classifier of one machine %d" % self.seed)
-        layer = SparseOutput(
-            labels,
-            self.dim,
-            share=share,
-            selector=selector,
-            init_std=0.01,
-            seed=self.seed,
-            root=root,
-        )
+        layer = SparseOutput(labels, self.dim, share=share, selector=selector, root=root, **first)
         return ExtremeClassifier(self.features, layer, seed=self.seed)
 
     @torch.no_grad()
@@ -443,10 +429,9 @@ def _handed_over(source: object) -> Labelled:
         # Numbers of NumPy and PyTorch as Python's own, which JSON keeps and everybody compares.
         names = [n.item() if _lone(n) else n for n in (own if several else (own,))]
         kinds = {type(name) for name in (*names, *(labels[0] if labels else ()))}
-        if not (
-            names and len(kinds) == 1 and kinds <= {str, bool, int, float}
-            and all(math.isfinite(n) if isinstance(n, float) else n != "" for n in names)
-        ):  # fmt: skip
+        is_known = len(kinds) == 1 and kinds <= {str, bool, int, float}
+        is_blank = any(n == "" or (isinstance(n, float) and not math.isfinite(n)) for n in names)
+        if not names or not is_known or is_blank:
             raise DataError(
                 f"row {row}: labels {own!r}: at least one label, all in all rows strings that are "
                 "not empty, or all numbers of one type; correct the row, or leave it out"

@@ -25,7 +25,6 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -37,7 +36,7 @@ from privrec.randomness import ROOT_BYTES, SecretRoot, SecureStream, rng_for
 from privrec.search.active import NO_LABEL, ActiveSet, active_set, distinct_labels
 from privrec.search.hashing import Shape
 from privrec.search.index import INDEXES, Index, Rebuild
-from privrec.search.memory import ItemMemory, Items
+from privrec.search.memory import FloatArray, ItemMemory, Items
 from privrec.search.select import Search, ranked, select
 
 Loss = Literal["softmax", "bce"]
@@ -51,7 +50,7 @@ _AT_ONCE = 1 << 17  # floats of an optimiser's step: what a cache holds
 
 
 class SparseOutput(nn.Module):
-    """``n`` output neurons over a hidden vector, few of them active at a time.
+    """``n`` output neurons over a hidden vector of length ``dim``, few of them active at a time.
 
     Promise: with ``share = 1`` it is a dense layer. At any share the labels of a batch are active
     and the union over the batch has exactly :attr:`budget` neurons. Copies and pickles hold neither
@@ -59,8 +58,6 @@ class SparseOutput(nn.Module):
     index with it. Of a known root they derive another known one, and take the index over.
 
     Args:
-        n: neurons, at least 1.
-        dim: length of the hidden vector, at least 1.
         share: active neurons of a batch over ``n``, in (0, 1].
         selector: who finds the selected ones: ``uniform`` (nobody), ``scan`` (exact scores),
             or an index that is held: one of :data:`privrec.search.index.INDEXES`.
@@ -72,8 +69,7 @@ class SparseOutput(nn.Module):
         shape: of the hash tables; None, ten bits and sixteen tables.
         rebuild: when an index is made anew; by default when 1 % of its codes have changed.
         candidates: share of the layer that a query of :meth:`topk` scores exactly, in (0, 1].
-        init_std: standard deviation of the first weights.
-        seed: of the first weights.
+        init_std: standard deviation of the first weights, which ``seed`` gives.
         root: the secret that hash functions and uniform neurons are drawn from; None, a fresh one.
             :meth:`privrec.randomness.SecretRoot.known` makes a layer repeat itself.
 
@@ -121,11 +117,9 @@ class SparseOutput(nn.Module):
         self.selector, self.candidates = selector, candidates
         self.shape, self.rebuild = shape or _SHAPE, rebuild or Rebuild()
         self.table = table or PlainTable.of(n, dim, block=dim)
-        std = dim**-0.5 if init_std is None else init_std
-        drawn = rng_for(seed, "output").standard_normal(
-            (self.table.slots, self.table.block), np.float32
-        )
-        drawn *= np.float32(std)
+        size = (self.table.slots, self.table.block)
+        drawn = rng_for(seed, "output").standard_normal(size, np.float32)
+        drawn *= np.float32(dim**-0.5 if init_std is None else init_std)
         self.weight = nn.Parameter(torch.from_numpy(drawn))
         self.bias = nn.Parameter(torch.zeros(n, 1)) if bias else None
         self._biases = PlainTable.of(n, 1, block=1)
@@ -190,7 +184,7 @@ class SparseOutput(nn.Module):
         """Whether each neuron has a row of its own, at its own place."""
         return isinstance(self.table, PlainTable) and self.table.parts == 1
 
-    def queries(self, hidden: Tensor) -> NDArray[np.float32]:
+    def queries(self, hidden: Tensor) -> FloatArray:
         """Return hidden vectors as an index is asked: float32, each ending in a 1 with biases."""
         rows = hidden.detach().to(torch.float32).cpu()
         if self.bias is not None:
@@ -199,9 +193,7 @@ class SparseOutput(nn.Module):
 
     def items(self) -> ItemMemory:
         """Return the layer as a catalogue to search; it shares the weights' memory."""
-        biases = None
-        if self.bias is not None:
-            biases = self._biases, self.bias.detach().numpy()
+        biases = None if self.bias is None else (self._biases, self.bias.detach().numpy())
         return ItemMemory(self.table, self.weight.detach().numpy(), biases)
 
     def index(self) -> Index:
@@ -213,21 +205,19 @@ class SparseOutput(nn.Module):
         Raises:
             UsageError: when the selector has none.
         """
-        due = self._index is None
-        if self._index is not None and not self.training:
-            due = self._versions() != self._indexed
-        elif self._index is not None and self._looked != self._age:  # one look a step is enough
+        if self._index is None or (not self.training and self._versions() != self._indexed):
+            return self.reindex()
+        if self.training and self._looked != self._age:  # one look a step is enough
             self._looked = self._age
-            due = self.rebuild.due(self._age, self._index, self.items())
-        if due:
-            self.reindex()
-        return cast(Index, self._index)
+            if self.rebuild.due(self._age, self._index, self.items()):
+                return self.reindex()
+        return self._index
 
     def _versions(self) -> tuple[int, ...]:
         """Counts of changes in place that torch keeps of every tensor."""
         return tuple(parameter._version for parameter in self.parameters())
 
-    def reindex(self) -> None:
+    def reindex(self) -> Index:
         """Make the index of the weights as they are now, with functions drawn anew.
 
         Raises:
@@ -242,6 +232,7 @@ class SparseOutput(nn.Module):
         give_back_freed()  # making an index takes several times its room
         self._age, self._indexed = 0, self._versions()
         self.rebuilds += 1
+        return self._index
 
     def _stream(self, purpose: str, count: int) -> SecureStream:
         return self._root.stream(f"sparse output {purpose}", count)
@@ -251,8 +242,7 @@ class SparseOutput(nn.Module):
     def rows(self, neurons: Tensor) -> Tensor:
         """Return the weights of some neurons, shape ``(A, dim)``, whose gradient is sparse.
 
-        Args:
-            neurons: int64 of shape ``(A,)``; without repeats where each has a row of its own.
+        Neurons are without repeats where each has a row of its own.
         """
         table = self.table
         if self._is_plain:
@@ -281,13 +271,8 @@ class SparseOutput(nn.Module):
 
         ``softmax``: cross-entropy, the mean over an example's labels. ``bce``: binary
         cross-entropy, summed over the neurons. The sum over the layer is estimated with the set's
-        weights; with everything active it is the loss of the dense layer.
-
-        Args:
-            hidden: float32 of shape ``(b, dim)``.
-            labels: int64 of shape ``(b,)``, or ``(b, m)`` with rows filled up by -1.
-            kind: which loss.
-            active: of this batch; chosen by :meth:`active` where not given.
+        weights; with everything active it is the loss of the dense layer. Hidden vectors and labels
+        are as for :meth:`active`, which chooses the active set where none is given.
 
         Raises:
             UsageError: as :meth:`active`, or for an unknown loss.
@@ -306,8 +291,7 @@ class SparseOutput(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the scores of all neurons, shape ``(b, n)``, as a dense layer does."""
-        everything = torch.arange(self.n)
-        scores = hidden @ self.rows(everything).T
+        scores = hidden @ self.rows(torch.arange(self.n)).T
         return scores if self.bias is None else scores + self.bias.T
 
     # -------------------------------------------------------------------------------- inference
@@ -320,7 +304,6 @@ class SparseOutput(nn.Module):
 
         Args:
             hidden: float32 of shape ``(b, dim)`` or ``(dim,)``.
-            k: at least 1 and at most ``n``.
             candidates: neurons that a query scores exactly; by default the layer's share. ``scan``
                 and ``uniform`` score all.
 
@@ -329,22 +312,19 @@ class SparseOutput(nn.Module):
             index finds fewer than ``k``, the scores end in ``-inf`` and the neurons in -1.
 
         Raises:
-            UsageError: when ``k`` is out of its range.
+            UsageError: when ``k`` is not between 1 and ``n``.
         """
         if not 1 <= k <= self.n:
             raise UsageError(f"k = {k}: a layer of {self.n} neurons has between 1 and all of them")
         items, count = self.items(), max(k, candidates or round(self.candidates * self.n))
-        found = [
-            self._best(items, query, k, count)
-            for query in self.queries(hidden).reshape(-1, items.dim)
-        ]
-        neurons = torch.from_numpy(np.stack([neurons for neurons, _ in found]))
-        scores = torch.from_numpy(np.stack([scores for _, scores in found]))
+        queries = self.queries(hidden).reshape(-1, items.dim)
+        found = zip(*(self._best(items, query, k, count) for query in queries), strict=True)
+        neurons, scores = (torch.from_numpy(np.stack(each)) for each in found)
         return (scores[0], neurons[0]) if hidden.dim() == 1 else (scores, neurons)
 
     def _best(
-        self, items: ItemMemory, query: NDArray[np.float32], k: int, count: int
-    ) -> tuple[Items, NDArray[np.float32]]:
+        self, items: ItemMemory, query: FloatArray, k: int, count: int
+    ) -> tuple[Items, FloatArray]:
         """The best of the candidates; rows of their own are read without a second copy."""
         if self.selector in ("scan", "uniform"):
             close = select("scan", Search(items), query[None], k, self._stream("scan", 0)).items
@@ -425,10 +405,9 @@ class RowAdam(torch.optim.Optimizer):
     A sparse gradient names rows: a row without one costs nothing, takes no step and keeps
     everything, and two batches with other active neurons in other orders never mix what is kept.
     The count of steps is the row's own: its first step is as long as that of any other, however
-    late it comes. A dense gradient moves every row.
+    late it comes. A dense gradient moves every row. A row is what a parameter's first index names.
 
     Args:
-        params: parameters, or groups of them; a row is what their first index names.
         lr: step size, above 0.
         betas: decay of the first and the second moment, each in [0, 1).
         eps: added to the root of the second moment, above 0.
@@ -453,7 +432,6 @@ class RowAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of every row that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -467,8 +445,10 @@ class RowAdam(torch.optim.Optimizer):
     def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
-            state["first"] = torch.zeros_like(parameter)
-            state["second"] = torch.zeros_like(parameter)
+            state["first"], state["second"] = (
+                torch.zeros_like(parameter),
+                torch.zeros_like(parameter),
+            )
             state["steps"] = torch.zeros(len(parameter), dtype=torch.int32)
         first, second, steps = state["first"], state["second"], state["steps"]
         one, two = group["betas"]

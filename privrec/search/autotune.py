@@ -14,16 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from privrec.embedding.table import PlainTable
 from privrec.errors import UsageError
 from privrec.randomness import SecretRoot, rng_for
 from privrec.search.hashing import FAMILIES, Shape
 from privrec.search.index import INDEXES, RANK, SIGNATURE, Rebuild
-from privrec.search.memory import ItemMemory
-
-FloatArray = NDArray[np.float32]
+from privrec.search.memory import FloatArray, ItemMemory, evenly
 
 NEARLY = 0.03
 """Recall below the best at which an index still counts as equally good."""
@@ -141,7 +138,7 @@ def autotune(
         return Choice(None, Rebuild(), share, ())
     layer = layer or _invented(min(n, _LARGEST), dim)
     if queries is None:
-        queries = layer.rows(np.linspace(0, layer.items - 1, _OPEN).astype(np.int64))
+        queries = layer.rows(evenly(layer.items, _OPEN))
     scores = np.concatenate([rows @ queries.T for _, rows in layer.chunks()])
     count = min(_BEST, len(scores))
     best = np.argpartition(-scores, count - 1, axis=0)[:count].ravel()

@@ -26,9 +26,8 @@ from numpy.typing import NDArray
 
 from privrec.errors import UsageError
 from privrec.randomness import SecureStream
-from privrec.search.memory import CHUNK, ItemMemory, Items
+from privrec.search.memory import CHUNK, FloatArray, ItemMemory, Items
 
-FloatArray = NDArray[np.float32]
 Family = Literal["simhash", "pghash", "block_sign"]
 FAMILIES: tuple[Family, ...] = ("simhash", "pghash", "block_sign")
 

@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 from privrec.errors import UsageError
 from privrec.randomness import SecureStream
 from privrec.search.hashing import FAMILIES, Buckets, Family, Shape, Signs, draw, signature
-from privrec.search.memory import CHUNK, ItemMemory, Items, uniform
+from privrec.search.memory import CHUNK, FloatArray, ItemMemory, Items, evenly, uniform
 
-FloatArray = NDArray[np.float32]
 SAMPLE = 4096
 """Neurons whose codes are compared to tell how many have changed."""
 SIGNATURE = 256
@@ -100,7 +99,7 @@ def most_wanted(values: FloatArray, budget: int) -> Items:
 
 def _sample(items: int) -> Items:
     """An evenly spaced sample of neurons."""
-    return np.unique(np.linspace(0, items - 1, min(items, SAMPLE)).astype(np.int64))
+    return evenly(items, min(items, SAMPLE))
 
 
 @dataclass(frozen=True)
@@ -283,7 +282,7 @@ class Sketch(Index):
                 (rows @ forward - items.centre @ forward) / step
             )
         if probes is None:
-            probes = items.rows(np.linspace(0, items.items - 1, _PROBES).astype(np.int64))
+            probes = items.rows(evenly(items.items, _PROBES))
             probes = probes - items.centre
         made = cls(codes, forward * step, 0.0, items.centre)
         return replace(made, recall=made._recall(items, probes))
@@ -355,7 +354,7 @@ class Cells(Index):
         """
         count = count or max(1, min(CELLS, items.items // FEWEST))
         rows = items.rows(uniform(items.items, _TRAINED_ON * count, stream, np.zeros(0, np.int64)))
-        centres = rows[np.linspace(0, len(rows) - 1, count).astype(np.int64)].copy()
+        centres = rows[evenly(len(rows), count)]
         for _ in range(_ROUNDS):
             near = _nearest(rows, centres)
             sums = torch.zeros(centres.shape)

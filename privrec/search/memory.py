@@ -186,6 +186,11 @@ class ItemMemory:
         return values
 
 
+def evenly(n: int, count: int) -> Items:
+    """Return ``count`` numbers from 0 to ``n - 1``, evenly spaced, ascending."""
+    return np.linspace(0, n - 1, count).astype(np.int64)
+
+
 def outside(excluded: Items, places: Items) -> Items:
     """Return the items at given places of the catalogue less some of its items.
 

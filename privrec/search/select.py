@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from privrec.errors import UsageError
 from privrec.randomness import SecureStream
@@ -29,9 +28,8 @@ from privrec.search.hashing import (
     signature,
 )
 from privrec.search.index import SIGNATURE, Sketch, estimates
-from privrec.search.memory import CHUNK, ItemMemory, Items, outside, uniform
+from privrec.search.memory import CHUNK, FloatArray, ItemMemory, Items, evenly, outside, uniform
 
-FloatArray = NDArray[np.float32]
 Selector: TypeAlias = str
 """Name of one of :data:`SELECTORS`."""
 
@@ -209,7 +207,7 @@ class SerialTables:
             fresh = np.setdiff1d(new, request.without, assume_unique=True)
             if size + len(fresh) > budget:
                 # The last table gives what is wanting, evenly over the catalogue.
-                fresh = fresh[np.linspace(0, len(fresh) - 1, budget - size).astype(np.int64)]
+                fresh = fresh[evenly(len(fresh), budget - size)]
             found.append(fresh)
             size += len(fresh)
             if size == budget:
