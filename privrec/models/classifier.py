@@ -21,7 +21,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -51,15 +51,7 @@ ROOM = 2048
 """Neurons that the automatic share leaves beside the labels of a batch, at least."""
 _AT_ONCE = 256
 _FORMAT = "privrec sparse classifier, version 1"
-_UNREADABLE = (
-    SafetensorError,
-    OSError,
-    LookupError,
-    TypeError,
-    ValueError,
-    RuntimeError,
-    UsageError,
-)
+_UNREADABLE = (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError, UsageError)
 
 
 class BagOfWords(nn.Module):
@@ -123,6 +115,7 @@ class Epoch:
     active: int
 
 
+@dataclass(kw_only=True, eq=False)
 class SparseClassifier:
     """Learns labels of texts, few or hundreds of thousands of them.
 
@@ -151,38 +144,32 @@ class SparseClassifier:
         UsageError: when a value is out of its range.
     """
 
-    def __init__(
-        self,
-        *,
-        text: str | Sequence[str] = "text",
-        label: str = "label",
-        between: str | None = None,
-        dim: int = 128,
-        share: float | None = None,
-        selector: str = "cells",
-        features: int = 1 << 18,
-        epochs: int = 10,
-        batch: int | None = None,
-        lr: float = 3e-3,
-        loss: Loss = "softmax",
-        seed: int = 0,
-        tokens: Tokens = "blanks",
-    ) -> None:
-        sizes = {"dim": dim, "features": features, "epochs": epochs}
-        sizes |= {} if batch is None else {"batch": batch}
-        for name, size in sizes.items():
-            if size < 1:
+    text: str | Sequence[str] = "text"
+    label: str = "label"
+    between: str | None = None
+    dim: int = 128
+    share: float | None = None
+    selector: str = "cells"
+    features: int = 1 << 18
+    epochs: int = 10
+    batch: int | None = None
+    lr: float = 3e-3
+    loss: Loss = "softmax"
+    seed: int = 0
+    tokens: Tokens = "blanks"
+    labels: tuple[Label, ...] = field(init=False, repr=False)
+    model: ExtremeClassifier | None = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.labels, self.model = (), None
+        for name in ("dim", "features", "epochs", "batch"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
                 raise UsageError(f"{name} = {size}: must be at least 1; raise it")
-        if share is not None and not 0 < share <= 1:
-            raise UsageError(f"share = {share}: must lie above 0 and at most at 1; change it")
-        if tokens not in SPLITS:
-            raise UsageError(f"tokens = {tokens!r}: is one of {', '.join(SPLITS)}; choose one")
-        self.text, self.tokens = text, tokens
-        self.label, self.between, self.dim, self.share = label, between, dim, share
-        self.selector, self.features, self.epochs = selector, features, epochs
-        self.batch, self.lr, self.loss, self.seed = batch, lr, loss, seed
-        self.labels: tuple[Label, ...] = ()
-        self.model: ExtremeClassifier | None = None
+        if self.share is not None and not 0 < self.share <= 1:
+            raise UsageError(f"share = {self.share}: must lie above 0 and at most at 1; change it")
+        if self.tokens not in SPLITS:
+            raise UsageError(f"tokens = {self.tokens!r}: is one of {', '.join(SPLITS)}; choose one")
 
     def fit(
         self,
@@ -296,7 +283,7 @@ class SparseClassifier:
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """Return what it was made with, by name of argument; ``deep`` changes nothing."""
-        return {name: getattr(self, name) for name in self.__init__.__kwdefaults__}  # type: ignore[misc]
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.init}
 
     def set_params(self, **settings: Any) -> SparseClassifier:
         """Make it anew with some settings changed; what was learned is forgotten.
@@ -373,10 +360,15 @@ class SparseClassifier:
         return found
 
     def _network(self, labels: int, share: float) -> ExtremeClassifier:
-        selector = "scan" if share == 1 else self.selector
-        first = {"init_std": 0.01, "seed": self.seed}
-        root = SecretRoot.known(b"a classifier of one machine %d" % self.seed)
-        layer = SparseOutput(labels, self.dim, share=share, selector=selector, root=root, **first)
+        layer = SparseOutput(
+            labels,
+            self.dim,
+            share=share,
+            selector="scan" if share == 1 else self.selector,
+            init_std=0.01,
+            seed=self.seed,
+            root=SecretRoot.known(b"a classifier of one machine %d" % self.seed),
+        )
         return ExtremeClassifier(self.features, layer, seed=self.seed)
 
     @torch.no_grad()

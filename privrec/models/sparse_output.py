@@ -95,10 +95,10 @@ class SparseOutput(nn.Module):
         root: SecretRoot | None = None,
     ) -> None:
         super().__init__()
-        for name, size in (("n", n), ("dim", dim)):
+        for name, size in {"n": n, "dim": dim}.items():
             if size < 1:
                 raise UsageError(f"{name} = {size}: must be at least 1; raise it")
-        for name, part in (("share", share), ("candidates", candidates)):
+        for name, part in {"share": share, "candidates": candidates}.items():
             if not 0 < part <= 1:
                 raise UsageError(f"{name} = {part}: must lie above 0 and at most at 1; change it")
         if not 0 <= selected <= 1:
@@ -117,8 +117,8 @@ class SparseOutput(nn.Module):
         self.selector, self.candidates = selector, candidates
         self.shape, self.rebuild = shape or _SHAPE, rebuild or Rebuild()
         self.table = table or PlainTable.of(n, dim, block=dim)
-        size = (self.table.slots, self.table.block)
-        drawn = rng_for(seed, "output").standard_normal(size, np.float32)
+        blocks = (self.table.slots, self.table.block)
+        drawn = rng_for(seed, "output").standard_normal(blocks, np.float32)
         drawn *= np.float32(dim**-0.5 if init_std is None else init_std)
         self.weight = nn.Parameter(torch.from_numpy(drawn))
         self.bias = nn.Parameter(torch.zeros(n, 1)) if bias else None
@@ -244,14 +244,12 @@ class SparseOutput(nn.Module):
 
         Neurons are without repeats where each has a row of its own.
         """
-        table = self.table
         if self._is_plain:
             return _rows(self.weight, neurons)
-        slots, signs = table.locate(neurons.numpy())
-        factors = torch.from_numpy(signs.ravel() * np.float32(table.scale))[:, None]
-        places = torch.from_numpy(slots.ravel())
-        blocks = _Blocks.apply(self.weight, places, factors)  # type: ignore[no-untyped-call]
-        return cast(Tensor, blocks).view(len(neurons), self.dim)
+        slots, signs = self.table.locate(neurons.numpy())
+        factors = torch.from_numpy(signs.ravel() * np.float32(self.table.scale))[:, None]
+        blocks = _rows(self.weight, torch.from_numpy(slots.ravel()), factors)
+        return blocks.view(len(neurons), self.dim)
 
     def logits(self, hidden: Tensor, active: ActiveSet) -> Tensor:
         """Return scores of the active neurons, shape ``(b, A)``, without importance weights."""
@@ -353,50 +351,37 @@ class SparseOutput(nn.Module):
         )
 
 
-def _rows(weight: Tensor, index: Tensor) -> Tensor:
-    return cast(Tensor, _Rows.apply(weight, index))  # type: ignore[no-untyped-call]
+def _rows(weight: Tensor, index: Tensor, factors: Tensor | None = None) -> Tensor:
+    return cast(Tensor, _Rows.apply(weight, index, factors))  # type: ignore[no-untyped-call]
 
 
 class _Rows(torch.autograd.Function):
-    """Distinct rows of a matrix, whose gradient names rows and never places in a list."""
+    """Rows of a matrix, whose gradient names rows and never places in a list.
+
+    They are distinct; or, with factors, signed blocks of which several neurons may share one.
+    """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
+    def forward(ctx: Any, weight: Tensor, index: Tensor, factors: Tensor | None) -> Tensor:
+        ctx.save_for_backward(index, factors)
         ctx.size = weight.shape
-        return weight.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (index,) = ctx.saved_tensors
-        return _summed(index, gradients[0], ctx.size), None
-
-
-class _Blocks(torch.autograd.Function):
-    """Signed blocks of a memory, of which several neurons may share one: its gradient is summed."""
-
-    @staticmethod
-    def forward(ctx: Any, memory: Tensor, slots: Tensor, factors: Tensor) -> Tensor:
-        ctx.save_for_backward(slots, factors)
-        ctx.size = memory.shape
-        return memory.index_select(0, slots).mul_(factors)
+        rows = weight.index_select(0, index)
+        return rows if factors is None else rows.mul_(factors)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        slots, factors = ctx.saved_tensors
-        touched, place = slots.unique(return_inverse=True)
-        values = torch.zeros(len(touched), ctx.size[1])
-        # In parts: a signed copy of all of it would be as large as the active rows.
-        for start in range(0, len(place), _PART):
-            part = slice(start, start + _PART)
-            values.index_add_(0, place[part], gradients[0][part] * factors[part])
-        return _summed(touched, values, ctx.size), None, None
-
-
-def _summed(index: Tensor, values: Tensor, size: torch.Size) -> Tensor:
-    """A gradient of distinct rows: whatever their order, nothing is left to be summed."""
-    sparse = torch.sparse_coo_tensor(index[None], values, size, check_invariants=False)
-    return sparse._coalesced_(True)
+        index, factors = ctx.saved_tensors
+        values = gradients[0]
+        if factors is not None:
+            index, place = index.unique(return_inverse=True)
+            values = torch.zeros(len(index), ctx.size[1])
+            # In parts: a signed copy of all of it would be as large as the active rows.
+            for start in range(0, len(place), _PART):
+                part = slice(start, start + _PART)
+                values.index_add_(0, place[part], gradients[0][part] * factors[part])
+        # Rows are distinct: whatever their order, nothing is left to be summed.
+        sparse = torch.sparse_coo_tensor(index[None], values, ctx.size, check_invariants=False)
+        return sparse._coalesced_(True), None, None
 
 
 class RowAdam(torch.optim.Optimizer):
@@ -432,6 +417,7 @@ class RowAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every row that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -445,10 +431,8 @@ class RowAdam(torch.optim.Optimizer):
     def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
-            state["first"], state["second"] = (
-                torch.zeros_like(parameter),
-                torch.zeros_like(parameter),
-            )
+            state["first"] = torch.zeros_like(parameter)
+            state["second"] = torch.zeros_like(parameter)
             state["steps"] = torch.zeros(len(parameter), dtype=torch.int32)
         first, second, steps = state["first"], state["second"], state["steps"]
         one, two = group["betas"]

@@ -190,7 +190,7 @@ def _write(
         )
     target = next(a for a in (args[0], options.get("out")) if isinstance(a, LazyParameter))
     target._memory.settle()
-    given = tuple(target._raw if arg is target else _copied(arg) for arg in args)
+    given = [target._raw if arg is target else _copied(arg) for arg in args]
     named = {k: target._raw if v is target else _copied(v) for k, v in options.items()}
     result = func(*given, **named)
     return target if result is target._raw else result

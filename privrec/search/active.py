@@ -57,9 +57,8 @@ class ActiveSet:
 
     def places(self, labels: Tensor) -> Tensor:
         """Return where each label of this batch stands among the neurons; 0 for no label."""
-        return torch.searchsorted(self.neurons[: self.labels], labels).clamp_(
-            max=max(0, self.labels - 1)
-        )
+        places = torch.searchsorted(self.neurons[: self.labels], labels)
+        return places.clamp_(max=max(0, self.labels - 1))
 
     def __str__(self) -> str:
         return (

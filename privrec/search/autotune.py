@@ -91,12 +91,12 @@ class Choice:
         return {"share": self.share, "rebuild": self.rebuild, **chosen}
 
     def __str__(self) -> str:
+        active = f"{100 * self.share:g} % active"
         if self.trial is None:
-            return f"chosen: uniform, {100 * self.share:g} % active; no index is needed or fits"
+            return f"chosen: uniform, {active}; no index is needed or fits"
         return (
-            f"chosen: {self.trial}; {100 * self.share:g} % active; rebuilt every "
-            f"{self.rebuild.every} steps, or when {100 * (self.rebuild.changed or 0):g} % of the "
-            "codes have changed"
+            f"chosen: {self.trial}; {active}; rebuilt every {self.rebuild.every} steps, or when "
+            f"{100 * (self.rebuild.changed or 0):g} % of the codes have changed"
         )
 
 

@@ -347,12 +347,9 @@ class Cells(Index):
     ends: Items
 
     @classmethod
-    def of(cls, items: ItemMemory, stream: SecureStream, count: int | None = None) -> Cells:
-        """Fit centres to a sample of neurons, and put every neuron into the nearest one's cell.
-
-        There are about :data:`CELLS` where ``count`` says no other number.
-        """
-        count = count or max(1, min(CELLS, items.items // FEWEST))
+    def of(cls, items: ItemMemory, stream: SecureStream) -> Cells:
+        """Fit centres to a drawn sample of neurons, and put each neuron into the nearest's cell."""
+        count = max(1, min(CELLS, items.items // FEWEST))
         rows = items.rows(uniform(items.items, _TRAINED_ON * count, stream, np.zeros(0, np.int64)))
         centres = rows[evenly(len(rows), count)]
         for _ in range(_ROUNDS):
@@ -362,10 +359,8 @@ class Cells(Index):
             sizes = np.bincount(near, minlength=count)
             filled = sizes > 0
             centres[filled] = sums.numpy()[filled] / sizes[filled, None]
-        cell = np.empty(items.items, np.int64)
-        for start, part in items.chunks():
-            cell[start : start + len(part)] = _nearest(part, centres)
-        order = np.argsort(cell.astype(np.uint16 if count <= 1 << 16 else np.int64), kind="stable")
+        cell = np.concatenate([_nearest(part, centres) for _, part in items.chunks()])
+        order = np.argsort(cell.astype(np.uint16), kind="stable")
         return cls(centres, order, np.cumsum(np.bincount(cell, minlength=count)))
 
     def batch(self, queries: FloatArray, budget: int) -> Items:

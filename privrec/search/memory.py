@@ -84,11 +84,11 @@ class ItemMemory:
         """Gather every row of the same items, for a machine that plays many devices."""
         table = PlainTable.of(self.items, self.table.dim, block=self.table.block)
         memory = np.concatenate([vectors.copy() for _, vectors in self._vectors()])
-        small = self.biases
-        if small is not None:
-            plain = PlainTable.of(self.items, 1, block=1)
-            small = plain, self._biases_of(small, np.arange(self.items))[:, None]
-        return ItemMemory(table, memory.reshape(table.slots, table.block), small)
+        biases = None
+        if self.biases is not None:
+            values = self._biases_of(self.biases, np.arange(self.items))[:, None]
+            biases = PlainTable.of(self.items, 1, block=1), values
+        return ItemMemory(table, memory.reshape(table.slots, table.block), biases)
 
     def rows(self, items: NDArray[np.integer]) -> FloatArray:
         """Return the rows of some items, shape ``(k, dim)``."""

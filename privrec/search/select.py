@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 import numpy as np
 
@@ -29,9 +29,6 @@ from privrec.search.hashing import (
 )
 from privrec.search.index import SIGNATURE, Sketch, estimates
 from privrec.search.memory import CHUNK, FloatArray, ItemMemory, Items, evenly, outside, uniform
-
-Selector: TypeAlias = str
-"""Name of one of :data:`SELECTORS`."""
 
 FOLD = 32
 """Length to which ``pghash`` folds a vector, where a caller names no other."""
@@ -77,7 +74,7 @@ class Evidence:
         count: items chosen.
         bytes: room taken beside the memory, by count of what is held at a time.
         tables: tables that were built; 0 for a selector without.
-        recall: share of the exact best ``asked`` items that were chosen; None where not asked.
+        recall: share of the exact best items that were chosen; None where not asked.
     """
 
     selector: str
@@ -86,7 +83,6 @@ class Evidence:
     bytes: int
     tables: int = 0
     recall: float | None = None
-    asked: int = 0
 
 
 @dataclass(frozen=True)
@@ -237,7 +233,7 @@ Others are found in the kinds that a scenario knows.
 
 
 def select(
-    selector: Selector,
+    selector: str,
     search: Search,
     queries: FloatArray,
     budget: int,
@@ -281,11 +277,11 @@ def select(
     if recall_of:
         right = top(_most(_scores(search.items, queries)), recall_of, without)
         recall = float(np.isin(right, found).mean())
-    evidence = Evidence(selector, len(found), seconds, used, tables, recall, recall_of)
+    evidence = Evidence(selector, len(found), seconds, used, tables, recall)
     return Selection(found, evidence)
 
 
-def cheapest(search: Search, queries: int) -> Selector:
+def cheapest(search: Search, queries: int) -> str:
     """Name the fastest ranking whose recall is near that of a scan, among those that fit.
 
     Tables are never chosen: at equal candidates they find fewer of the best. Where nothing fits,

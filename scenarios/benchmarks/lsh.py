@@ -28,12 +28,12 @@ from privrec.randomness import SecretRoot
 from privrec.search.hashing import Buckets, Shape, Signs, draw, serial, signature
 from privrec.search.index import SIGNATURE, Signatures, Sketch
 from privrec.search.memory import CHUNK
-from privrec.search.select import Search, Selector, select
+from privrec.search.select import Search, select
 
 ITEMS, COMPRESSION = 670_091, 64.0
 TABLES = Shape(12, 20)
 SHARES = (0.001, 0.01, 0.1)
-SELECTORS: tuple[Selector, ...] = (
+SELECTORS: tuple[str, ...] = (
     "scan", "sketch", "hamming", "simhash", "block_sign", "pghash", "uniform", "auto",
 )  # fmt: skip
 EQUAL = 0.02
