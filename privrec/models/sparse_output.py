@@ -251,13 +251,6 @@ class SparseOutput(nn.Module):
         blocks = _rows(self.weight, torch.from_numpy(slots.ravel()), factors)
         return blocks.view(len(neurons), self.dim)
 
-    def logits(self, hidden: Tensor, active: ActiveSet) -> Tensor:
-        """Return scores of the active neurons, shape ``(b, A)``, without importance weights."""
-        scores = hidden @ self.rows(active.neurons).T
-        if self.bias is not None:
-            scores = scores + _rows(self.bias, active.neurons).T
-        return scores
-
     def loss(
         self,
         hidden: Tensor,
@@ -280,7 +273,9 @@ class SparseOutput(nn.Module):
         if active is None:
             active = self.active(hidden, labels)
         padded = labels[:, None] if labels.dim() == 1 else labels
-        scores = self.logits(hidden, active)
+        scores = hidden @ self.rows(active.neurons).T
+        if self.bias is not None:
+            scores = scores + _rows(self.bias, active.neurons).T
         places, real = active.places(padded), padded != NO_LABEL
         if kind == "softmax":
             return softmax_loss(scores + active.log_weights, places, real)

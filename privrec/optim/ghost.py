@@ -133,14 +133,12 @@ class TableLayer:
         return _meeting_norms(rows, of, values, examples, self._layer.num_embeddings)
 
     def clipped(self, records: list[Record], factors: Tensor) -> list[Lookups]:
-        made = []
-        for record in records:
-            found = self._lookups(record)
+        made = [self._lookups(record) for record in records]
+        for record, found in zip(records, made, strict=True):
             owners = _owners(record, len(factors))
             if found.weights is not None:
                 found.weights = _where(found.weights, factors[owners[found.which]])
             found.vectors = _times(found.vectors, factors[owners])
-            made.append(found)
         return made
 
     def _lookups(self, record: Record) -> Lookups:

@@ -330,14 +330,11 @@ class LazyDPSGD(torch.optim.Optimizer):
 
     def _step_table(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         memory, update = self.tables[parameter], _update(group)
-        plain = not memory.is_moving
-        scale = -update.lr if plain else 1.0
+        step, scale = (update, 1.0) if memory.is_moving else (None, -update.lr)
         parts = self._lookups.get(parameter, [])
         rows, which, vectors = joined(parts, memory.shape[1], scale / self.expected_batch_size)
-        variance = self._variance() * (update.lr**2 if plain else 1.0)
         taken = vectors.numpy().astype(memory.dtype, copy=False)
-        step = None if plain else update
-        memory.step(rows.numpy(), taken, variance, step, which=which.numpy())
+        memory.step(rows.numpy(), taken, self._variance() * scale**2, step, which=which.numpy())
         # A graph from before the step must not look at rows that owe its noise.
         torch.autograd.graph.increment_version(cast(Any, parameter)._raw)
 

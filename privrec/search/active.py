@@ -106,21 +106,16 @@ def active_set(
             "are always active; raise the share of the layer, or take smaller batches"
         )
     if budget == width:
-        rest = np.delete(np.arange(width), labels)
-        return _made(labels, rest, rest[:0], width)
-    fresh = selected[~np.isin(selected, labels)]
-    if len(fresh):
+        fresh, drawn = np.delete(np.arange(width), labels), labels[:0]
+    else:
+        fresh = selected[~np.isin(selected, labels)]
         _, first = np.unique(fresh, return_index=True)
         fresh = np.sort(fresh[np.sort(first)][: budget - len(labels)])
-    taken = np.union1d(labels, fresh)
-    drawn = uniform(width - len(taken), budget - len(taken), stream, taken)
-    return _made(labels, fresh, drawn, width)
-
-
-def _made(labels: Items, selected: Items, drawn: Items, width: int) -> ActiveSet:
-    neurons = torch.from_numpy(np.concatenate((labels, selected, drawn)))
-    certain = len(labels) + len(selected)
-    weights = torch.zeros(len(neurons))
+        taken = np.union1d(labels, fresh)
+        drawn = uniform(width - len(taken), budget - len(taken), stream, taken)
+    certain = len(labels) + len(fresh)
+    weights = torch.zeros(budget)
     if len(drawn):
         weights[certain:] = float(np.log((width - certain) / len(drawn)))
-    return ActiveSet(neurons, weights, len(labels), len(selected), width)
+    neurons = torch.from_numpy(np.concatenate((labels, fresh, drawn)))
+    return ActiveSet(neurons, weights, len(labels), len(fresh), width)

@@ -31,12 +31,8 @@ from privrec.search.memory import CHUNK, FloatArray, ItemMemory, Items
 Family = Literal["simhash", "pghash", "block_sign"]
 FAMILIES: tuple[Family, ...] = ("simhash", "pghash", "block_sign")
 
-ROOM = 1 << 18
-"""Projections at a time: 1 MiB of float32, which stays in a level-2 cache."""
-
-TABLES_A_PASS = 8
-"""Tables that share a pass over the items."""
-
+ROOM = 1 << 18  # projections at a time: 1 MiB of float32, which stays in a level-2 cache
+_TABLES_A_PASS = 8  # tables that share a pass over the items
 _WORD = 16  # bits in a code's integer
 _CODES = 1 << _WORD
 _LONGEST = 4096
@@ -201,9 +197,9 @@ def serial(
         For each table the items, ascending, that no earlier table has found.
     """
     seen = np.zeros(items.items, np.bool_)
-    found = np.empty((min(TABLES_A_PASS, shape.tables), items.items), np.bool_)
-    for first in range(0, shape.tables, TABLES_A_PASS):
-        few = replace(shape, tables=min(TABLES_A_PASS, shape.tables - first))
+    found = np.empty((min(_TABLES_A_PASS, shape.tables), items.items), np.bool_)
+    for first in range(0, shape.tables, _TABLES_A_PASS):
+        few = replace(shape, tables=min(_TABLES_A_PASS, shape.tables - first))
         hashed = draw(family, items.dim, few, stream)
         each = np.arange(few.tables)
         wanted = np.zeros((few.tables, _CODES), np.bool_)
@@ -221,7 +217,7 @@ def serial(
 
 def serial_bytes(items: ItemMemory, shape: Shape) -> int:
     """Return the most bytes that :func:`serial` holds at a time, beside the memory."""
-    tables, size = min(TABLES_A_PASS, shape.tables), min(CHUNK, items.items)
+    tables, size = min(_TABLES_A_PASS, shape.tables), min(CHUNK, items.items)
     signs = min(CHUNK * tables, ROOM // shape.bits) * (4 * shape.bits + 16)
     held = items.items * (tables + 2) + tables * _CODES + 4 * items.dim * tables * shape.bits
     return items.pass_bytes + signs + 4 * size * tables + held

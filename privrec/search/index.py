@@ -19,15 +19,10 @@ from privrec.randomness import SecureStream
 from privrec.search.hashing import FAMILIES, Buckets, Family, Shape, Signs, draw, signature
 from privrec.search.memory import CHUNK, FloatArray, ItemMemory, Items, evenly, uniform
 
-SAMPLE = 4096
-"""Neurons whose codes are compared to tell how many have changed."""
-SIGNATURE = 256
-"""Bits of a signature that is ranked."""
-RANK = 32
-"""Directions that a sketch keeps."""
-CELLS = 1024
-"""Most cells; fewer where a cell would hold less than :data:`FEWEST` neurons."""
-FEWEST = 16
+SIGNATURE = 256  # bits of a signature that is ranked
+_SAMPLE = 4096  # neurons whose codes are compared to tell how many have changed
+RANK = 32  # directions that a sketch keeps
+_CELLS, _FEWEST = 1024, 16  # most cells; fewer where one would hold less than so many neurons
 
 
 class Index(Protocol):
@@ -99,7 +94,7 @@ def most_wanted(values: FloatArray, budget: int) -> Items:
 
 def _sample(items: int) -> Items:
     """An evenly spaced sample of neurons."""
-    return evenly(items, min(items, SAMPLE))
+    return evenly(items, min(items, _SAMPLE))
 
 
 @dataclass(frozen=True)
@@ -349,7 +344,7 @@ class Cells(Index):
     @classmethod
     def of(cls, items: ItemMemory, stream: SecureStream) -> Cells:
         """Fit centres to a drawn sample of neurons, and put each neuron into the nearest's cell."""
-        count = max(1, min(CELLS, items.items // FEWEST))
+        count = max(1, min(_CELLS, items.items // _FEWEST))
         rows = items.rows(uniform(items.items, _TRAINED_ON * count, stream, np.zeros(0, np.int64)))
         centres = rows[evenly(len(rows), count)]
         for _ in range(_ROUNDS):

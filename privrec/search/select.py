@@ -30,14 +30,9 @@ from privrec.search.hashing import (
 from privrec.search.index import SIGNATURE, Sketch, estimates
 from privrec.search.memory import CHUNK, FloatArray, ItemMemory, Items, evenly, outside, uniform
 
-FOLD = 32
-"""Length to which ``pghash`` folds a vector, where a caller names no other."""
-
-GOOD = 0.97
-"""Recall from which ``auto`` takes the sketch for as good as a scan."""
-
-PUSHED = 2
-"""Most queries for which numbers are gathered instead of blocks."""
+FOLD = 32  # length to which ``pghash`` folds a vector, where a caller names no other
+_GOOD = 0.97  # recall from which ``auto`` takes the sketch for as good as a scan
+_PUSHED = 2  # most queries for which numbers are gathered instead of blocks
 
 # Nanoseconds a unit of work on the machine that the documented timings are from. Only ratios decide
 # what `auto` picks, and they are fixed so that a resumed or repeated run picks the same.
@@ -66,31 +61,24 @@ class Search:
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """What a selection cost, and how good it was where that was asked.
+class Selection:
+    """Chosen items, what they cost, and how good they are where that was asked.
 
     Attributes:
+        items: ascending and without repeats.
         selector: who chose; for ``auto``, the one that it picked.
-        count: items chosen.
+        seconds: wall time.
         bytes: room taken beside the memory, by count of what is held at a time.
         tables: tables that were built; 0 for a selector without.
         recall: share of the exact best items that were chosen; None where not asked.
     """
 
+    items: Items
     selector: str
-    count: int
     seconds: float
     bytes: int
-    tables: int = 0
-    recall: float | None = None
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Chosen items, ascending and without repeats, and the evidence."""
-
-    items: Items
-    evidence: Evidence
+    tables: int
+    recall: float | None
 
 
 @dataclass(frozen=True)
@@ -142,7 +130,7 @@ class Scan(Ranking):
         items = search.items
         scored = items.dim * (_THIN if queries == 1 else queries * _PRODUCT)
         each = _pass(items) + scored
-        if queries <= PUSHED:
+        if queries <= _PUSHED:
             each = min(each, items.table.parts * queries * (_PLACE + _PICK))
         return items.items * (_SORT + each)
 
@@ -277,8 +265,7 @@ def select(
     if recall_of:
         right = top(_most(_scores(search.items, queries)), recall_of, without)
         recall = float(np.isin(right, found).mean())
-    evidence = Evidence(selector, len(found), seconds, used, tables, recall)
-    return Selection(found, evidence)
+    return Selection(found, selector, seconds, used, tables, recall)
 
 
 def cheapest(search: Search, queries: int) -> str:
@@ -287,7 +274,7 @@ def cheapest(search: Search, queries: int) -> str:
     Tables are never chosen: at equal candidates they find fewer of the best. Where nothing fits,
     the one that needs the least is.
     """
-    good = search.sketch is not None and search.sketch.recall >= GOOD
+    good = search.sketch is not None and search.sketch.recall >= _GOOD
     open_to = {name: kind for name, kind in RANKINGS.items() if name != "sketch" or good}
     room = {name: kind.bytes(search, queries) for name, kind in open_to.items()}
     fitting = [name for name in open_to if search.room is None or room[name] <= search.room]
@@ -345,7 +332,7 @@ def top(values: FloatArray, budget: int, without: Items) -> Items:
 def _scores(items: ItemMemory, queries: FloatArray) -> Iterator[tuple[int, FloatArray]]:
     """Exact scores of centred items by chunks, ``(m, q)``."""
     table, centre = items.table, queries @ items.centre
-    if len(queries) <= PUSHED and 2 * table.slots <= table.items * table.parts:
+    if len(queries) <= _PUSHED and 2 * table.slots <= table.items * table.parts:
         together = zip(*(items.products(query) for query in queries), strict=True)
         for parts in together:
             yield parts[0][0], np.stack([values for _, values in parts], axis=1) - centre

@@ -134,16 +134,16 @@ def quality(searched: Searched) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"name": f"{searched.name}: {selector}"}
         for share in SHARES:
             budget = max(1, round(share * items.items))
-            evidence = [
+            chosen = [
                 select(selector, search, query[None], budget,
-                       ROOT_SECRET.stream(selector, number), recall_of=10).evidence
+                       ROOT_SECRET.stream(selector, number), recall_of=10)
                 for number, query in enumerate(searched.queries)
             ]  # fmt: skip
-            row[f"recall_{share:g}"] = statistics.mean(e.recall or 0.0 for e in evidence)
-            row[f"found_{share:g}"] = statistics.mean(e.count for e in evidence) / budget
-        row["ms"] = 1e3 * statistics.median(e.seconds for e in evidence)
-        row["tables"] = statistics.mean(e.tables for e in evidence)
-        row["workspace_mb"] = max(e.bytes for e in evidence) / 1e6
+            row[f"recall_{share:g}"] = statistics.mean(e.recall or 0.0 for e in chosen)
+            row[f"found_{share:g}"] = statistics.mean(len(e.items) for e in chosen) / budget
+        row["ms"] = 1e3 * statistics.median(e.seconds for e in chosen)
+        row["tables"] = statistics.mean(e.tables for e in chosen)
+        row["workspace_mb"] = max(e.bytes for e in chosen) / 1e6
         rows.append(row)
     rows += faiss_row(searched)
     return rows
@@ -187,11 +187,11 @@ def automatic(cases: list[Searched], repetitions: int) -> tuple[list[dict[str, A
 
                 def work(name: str, s: Search = search, q: np.ndarray = queries, b: int = budget
                          ) -> Callable[[], object]:  # fmt: skip
-                    return lambda: select(name, s, q, b, ROOT_SECRET.stream(name))  # type: ignore[arg-type]
+                    return lambda: select(name, s, q, b, ROOT_SECRET.stream(name))
 
                 recalls = {
-                    name: select(name, search, queries, budget, ROOT_SECRET.stream(name),  # type: ignore[arg-type]
-                                 recall_of=10).evidence for name in open_to
+                    name: select(name, search, queries, budget, ROOT_SECRET.stream(name),
+                                 recall_of=10) for name in open_to
                 }  # fmt: skip
                 found = side_by_side({name: work(name) for name in open_to}, repetitions)
                 reached = (recalls["auto"].recall or 0) - EQUAL

@@ -54,7 +54,7 @@ def exact(search: Search, queries: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("count", [3, 64])
 @pytest.mark.parametrize("selector", ["hamming", "scan", "sketch"])
-def test_the_bytes_of_the_evidence_are_those_that_are_taken(selector: str, count: int) -> None:
+def test_the_bytes_that_are_told_are_those_that_are_taken(selector: str, count: int) -> None:
     table = Subspace.sized(60_000, 64, block=16, key=1, compression=16)
     memory = np.random.default_rng(0).standard_normal((table.slots, 16), np.float32)
     items = ItemMemory(table, memory)
@@ -62,7 +62,7 @@ def test_the_bytes_of_the_evidence_are_those_that_are_taken(selector: str, count
     wanted, asked = Search(items, sketch), np.ones((count, 64), np.float32)
     select(selector, wanted, asked, 600, stream("warm"))
     tracemalloc.start()
-    told = select(selector, wanted, asked, 600, stream("bytes")).evidence.bytes
+    told = select(selector, wanted, asked, 600, stream("bytes")).bytes
     taken = tracemalloc.get_traced_memory()[1] + (sketch.codes.nbytes if sketch else 0)
     tracemalloc.stop()
     assert 0.5 * told < taken <= told
@@ -78,24 +78,24 @@ def test_every_selector_keeps_to_its_budget_and_leaves_out_the_history(
     chosen = select(
         selector, search, queries, BUDGET, stream(selector), exclude=history, recall_of=10
     )
-    found, evidence = chosen.items, chosen.evidence
+    found = chosen.items
     assert found.dtype == np.int64
-    assert len(np.unique(found)) == len(found) == evidence.count <= BUDGET
+    assert len(np.unique(found)) == len(found) <= BUDGET
     assert np.all(np.diff(found) > 0)
     assert not np.isin(found, history).any()
-    assert evidence.seconds > 0
-    assert evidence.bytes > 0
+    assert chosen.seconds > 0
+    assert chosen.bytes > 0
     if selector in GOOD or selector == "uniform":
         assert len(found) == BUDGET
     else:
-        assert evidence.tables >= 1
+        assert chosen.tables >= 1
 
 
 @pytest.mark.statistical
 def test_good_selectors_find_the_best_and_the_others_less(search: Search) -> None:
     recalls = {
         name: np.mean([
-            select(name, search, query(s), BUDGET, stream(name, s), recall_of=10).evidence.recall
+            select(name, search, query(s), BUDGET, stream(name, s), recall_of=10).recall
             for s in range(30)
         ])
         for name in EVERY
@@ -150,7 +150,7 @@ def test_the_same_secret_chooses_the_same_and_another_does_not(search: Search) -
 
 def test_a_shape_can_be_given_to_the_tables(search: Search) -> None:
     given = replace(search, shape=Shape(12, 5))
-    assert select("simhash", given, query(1), N, stream("few")).evidence.tables == 5
+    assert select("simhash", given, query(1), N, stream("few")).tables == 5
 
 
 @pytest.mark.parametrize("budget", [10, 1900, 2500, 3990, 9999])
@@ -226,7 +226,7 @@ def test_a_poor_sketch_is_not_taken_for_a_scan() -> None:
     assert poor.recall < 0.9
     asked = rng.standard_normal((1, 64)).astype(np.float32)
     chosen = select("auto", Search(items, poor), asked, 20, stream("auto"))
-    assert chosen.evidence.selector == "scan"
+    assert chosen.selector == "scan"
 
 
 @pytest.mark.parametrize(
