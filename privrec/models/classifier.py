@@ -21,7 +21,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -51,16 +51,11 @@ ROOM = 2048
 """Neurons that the automatic share leaves beside the labels of a batch, at least."""
 _AT_ONCE = 256
 _FORMAT = "privrec sparse classifier, version 1"
+_UNREADABLE = (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError, UsageError)
 
 
 class BagOfWords(nn.Module):
-    """A hidden vector ``relu(Σ value · row + bias)`` of the words of an example.
-
-    Args:
-        features: size of the vocabulary.
-        dim: length of the hidden vector.
-        seed: of the first weights.
-    """
+    """A hidden vector ``relu(Σ value · row + bias)`` of the words of an example."""
 
     def __init__(self, features: int, dim: int, *, seed: int = 0) -> None:
         super().__init__()
@@ -109,7 +104,7 @@ class ExtremeClassifier(nn.Module):
 class Epoch:
     """What ``fit`` tells after each pass over the examples.
 
-    Args:
+    Attributes:
         number: from 1.
         loss: mean over the batches, estimated from the active neurons.
         active: neurons active in a batch, labels included.
@@ -120,6 +115,7 @@ class Epoch:
     active: int
 
 
+@dataclass(kw_only=True, eq=False)
 class SparseClassifier:
     """Learns labels of texts, few or hundreds of thousands of them.
 
@@ -148,38 +144,32 @@ class SparseClassifier:
         UsageError: when a value is out of its range.
     """
 
-    def __init__(
-        self,
-        *,
-        text: str | Sequence[str] = "text",
-        label: str = "label",
-        between: str | None = None,
-        dim: int = 128,
-        share: float | None = None,
-        selector: str = "cells",
-        features: int = 1 << 18,
-        epochs: int = 10,
-        batch: int | None = None,
-        lr: float = 3e-3,
-        loss: Loss = "softmax",
-        seed: int = 0,
-        tokens: Tokens = "blanks",
-    ) -> None:
-        sizes = {"dim": dim, "features": features, "epochs": epochs}
-        sizes |= {} if batch is None else {"batch": batch}
-        for name, size in sizes.items():
-            if size < 1:
+    text: str | Sequence[str] = "text"
+    label: str = "label"
+    between: str | None = None
+    dim: int = 128
+    share: float | None = None
+    selector: str = "cells"
+    features: int = 1 << 18
+    epochs: int = 10
+    batch: int | None = None
+    lr: float = 3e-3
+    loss: Loss = "softmax"
+    seed: int = 0
+    tokens: Tokens = "blanks"
+    labels: tuple[Label, ...] = field(init=False, repr=False)
+    model: ExtremeClassifier | None = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.labels, self.model = (), None
+        for name in ("dim", "features", "epochs", "batch"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
                 raise UsageError(f"{name} = {size}: must be at least 1; raise it")
-        if share is not None and not 0 < share <= 1:
-            raise UsageError(f"share = {share}: must lie above 0 and at most at 1; change it")
-        if tokens not in SPLITS:
-            raise UsageError(f"tokens = {tokens!r}: is one of {', '.join(SPLITS)}; choose one")
-        self.text, self.tokens = text, tokens
-        self.label, self.between, self.dim, self.share = label, between, dim, share
-        self.selector, self.features, self.epochs = selector, features, epochs
-        self.batch, self.lr, self.loss, self.seed = batch, lr, loss, seed
-        self.labels: tuple[Label, ...] = ()
-        self.model: ExtremeClassifier | None = None
+        if self.share is not None and not 0 < self.share <= 1:
+            raise UsageError(f"share = {self.share}: must lie above 0 and at most at 1; change it")
+        if self.tokens not in SPLITS:
+            raise UsageError(f"tokens = {self.tokens!r}: is one of {', '.join(SPLITS)}; choose one")
 
     def fit(
         self,
@@ -196,9 +186,6 @@ class SparseClassifier:
             labels: of the texts, a string, a number or several of them each, where ``source`` is
                 the texts alone.
             on_epoch: is told of each pass.
-
-        Returns:
-            This classifier.
 
         Raises:
             DataError: when the file or a line is malformed, a label is missing, or there are fewer
@@ -238,10 +225,7 @@ class SparseClassifier:
         return self
 
     def predict(self, texts: Texts) -> list[Label]:
-        """Return the best label of each text.
-
-        Args:
-            texts: texts, or path of a file with the text columns; one string is a path.
+        """Return the best label of each text of a list, or of the file at a path.
 
         Raises:
             UsageError: before :meth:`fit`.
@@ -266,9 +250,7 @@ class SparseClassifier:
     def evaluate(self, source: Source, labels: Labels | None = None) -> dict[str, float]:
         """Measure how often the best label is right; one that was never learned counts as missed.
 
-        Args:
-            source: as for :meth:`fit`.
-            labels: as for :meth:`fit`.
+        Texts and labels are handed over as to :meth:`fit`.
 
         Returns:
             ``precision@1`` (share of texts whose best label is one of their own; with one label
@@ -301,7 +283,7 @@ class SparseClassifier:
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """Return what it was made with, by name of argument; ``deep`` changes nothing."""
-        return {name: getattr(self, name) for name in self.__init__.__kwdefaults__}  # type: ignore[misc]
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.init}
 
     def set_params(self, **settings: Any) -> SparseClassifier:
         """Make it anew with some settings changed; what was learned is forgotten.
@@ -369,9 +351,7 @@ class SparseClassifier:
             model = found._network(len(found.labels), float(about["share"]))
             model.load_state_dict(weights)
             model.output.rebuilds = max(0, int(about["rebuilds"]) - 1)
-        except (
-            SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError, UsageError
-        ) as error:  # fmt: skip
+        except _UNREADABLE as error:
             raise DataError(
                 f"{path}: not a classifier that save(...) wrote ({error}); check the path, or fit "
                 "it anew"
@@ -380,16 +360,14 @@ class SparseClassifier:
         return found
 
     def _network(self, labels: int, share: float) -> ExtremeClassifier:
-        selector = "scan" if share == 1 else self.selector
-        root = SecretRoot.known(b"a classifier of one machine %d" % self.seed)
         layer = SparseOutput(
             labels,
             self.dim,
             share=share,
-            selector=selector,
+            selector="scan" if share == 1 else self.selector,
             init_std=0.01,
             seed=self.seed,
-            root=root,
+            root=SecretRoot.known(b"a classifier of one machine %d" % self.seed),
         )
         return ExtremeClassifier(self.features, layer, seed=self.seed)
 
@@ -443,10 +421,9 @@ def _handed_over(source: object) -> Labelled:
         # Numbers of NumPy and PyTorch as Python's own, which JSON keeps and everybody compares.
         names = [n.item() if _lone(n) else n for n in (own if several else (own,))]
         kinds = {type(name) for name in (*names, *(labels[0] if labels else ()))}
-        if not (
-            names and len(kinds) == 1 and kinds <= {str, bool, int, float}
-            and all(math.isfinite(n) if isinstance(n, float) else n != "" for n in names)
-        ):  # fmt: skip
+        is_known = len(kinds) == 1 and kinds <= {str, bool, int, float}
+        is_blank = any(n == "" or (isinstance(n, float) and not math.isfinite(n)) for n in names)
+        if not names or not is_known or is_blank:
             raise DataError(
                 f"row {row}: labels {own!r}: at least one label, all in all rows strings that are "
                 "not empty, or all numbers of one type; correct the row, or leave it out"

@@ -25,7 +25,6 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -35,9 +34,9 @@ from privrec.models.losses import softmax_loss
 from privrec.models.process_memory import give_back_freed
 from privrec.randomness import ROOT_BYTES, SecretRoot, SecureStream, rng_for
 from privrec.search.active import NO_LABEL, ActiveSet, active_set, distinct_labels
-from privrec.search.families import Shape
+from privrec.search.hashing import Shape
 from privrec.search.index import INDEXES, Index, Rebuild
-from privrec.search.memory import ItemMemory, Items
+from privrec.search.memory import FloatArray, ItemMemory, Items
 from privrec.search.select import Search, ranked, select
 
 Loss = Literal["softmax", "bce"]
@@ -51,7 +50,7 @@ _AT_ONCE = 1 << 17  # floats of an optimiser's step: what a cache holds
 
 
 class SparseOutput(nn.Module):
-    """``n`` output neurons over a hidden vector, few of them active at a time.
+    """``n`` output neurons over a hidden vector of length ``dim``, few of them active at a time.
 
     Promise: with ``share = 1`` it is a dense layer. At any share the labels of a batch are active
     and the union over the batch has exactly :attr:`budget` neurons. Copies and pickles hold neither
@@ -59,8 +58,6 @@ class SparseOutput(nn.Module):
     index with it. Of a known root they derive another known one, and take the index over.
 
     Args:
-        n: neurons, at least 1.
-        dim: length of the hidden vector, at least 1.
         share: active neurons of a batch over ``n``, in (0, 1].
         selector: who finds the selected ones: ``uniform`` (nobody), ``scan`` (exact scores),
             or an index that is held: one of :data:`privrec.search.index.INDEXES`.
@@ -72,8 +69,7 @@ class SparseOutput(nn.Module):
         shape: of the hash tables; None, ten bits and sixteen tables.
         rebuild: when an index is made anew; by default when 1 % of its codes have changed.
         candidates: share of the layer that a query of :meth:`topk` scores exactly, in (0, 1].
-        init_std: standard deviation of the first weights.
-        seed: of the first weights.
+        init_std: standard deviation of the first weights, which ``seed`` gives.
         root: the secret that hash functions and uniform neurons are drawn from; None, a fresh one.
             :meth:`privrec.randomness.SecretRoot.known` makes a layer repeat itself.
 
@@ -99,10 +95,10 @@ class SparseOutput(nn.Module):
         root: SecretRoot | None = None,
     ) -> None:
         super().__init__()
-        for name, size in (("n", n), ("dim", dim)):
+        for name, size in {"n": n, "dim": dim}.items():
             if size < 1:
                 raise UsageError(f"{name} = {size}: must be at least 1; raise it")
-        for name, part in (("share", share), ("candidates", candidates)):
+        for name, part in {"share": share, "candidates": candidates}.items():
             if not 0 < part <= 1:
                 raise UsageError(f"{name} = {part}: must lie above 0 and at most at 1; change it")
         if not 0 <= selected <= 1:
@@ -121,11 +117,9 @@ class SparseOutput(nn.Module):
         self.selector, self.candidates = selector, candidates
         self.shape, self.rebuild = shape or _SHAPE, rebuild or Rebuild()
         self.table = table or PlainTable.of(n, dim, block=dim)
-        std = dim**-0.5 if init_std is None else init_std
-        drawn = rng_for(seed, "output").standard_normal(
-            (self.table.slots, self.table.block), np.float32
-        )
-        drawn *= np.float32(std)
+        blocks = (self.table.slots, self.table.block)
+        drawn = rng_for(seed, "output").standard_normal(blocks, np.float32)
+        drawn *= np.float32(dim**-0.5 if init_std is None else init_std)
         self.weight = nn.Parameter(torch.from_numpy(drawn))
         self.bias = nn.Parameter(torch.zeros(n, 1)) if bias else None
         self._biases = PlainTable.of(n, 1, block=1)
@@ -190,7 +184,7 @@ class SparseOutput(nn.Module):
         """Whether each neuron has a row of its own, at its own place."""
         return isinstance(self.table, PlainTable) and self.table.parts == 1
 
-    def queries(self, hidden: Tensor) -> NDArray[np.float32]:
+    def queries(self, hidden: Tensor) -> FloatArray:
         """Return hidden vectors as an index is asked: float32, each ending in a 1 with biases."""
         rows = hidden.detach().to(torch.float32).cpu()
         if self.bias is not None:
@@ -199,9 +193,7 @@ class SparseOutput(nn.Module):
 
     def items(self) -> ItemMemory:
         """Return the layer as a catalogue to search; it shares the weights' memory."""
-        biases = None
-        if self.bias is not None:
-            biases = self._biases, self.bias.detach().numpy()
+        biases = None if self.bias is None else (self._biases, self.bias.detach().numpy())
         return ItemMemory(self.table, self.weight.detach().numpy(), biases)
 
     def index(self) -> Index:
@@ -213,21 +205,19 @@ class SparseOutput(nn.Module):
         Raises:
             UsageError: when the selector has none.
         """
-        due = self._index is None
-        if self._index is not None and not self.training:
-            due = self._versions() != self._indexed
-        elif self._index is not None and self._looked != self._age:  # one look a step is enough
+        if self._index is None or (not self.training and self._versions() != self._indexed):
+            return self.reindex()
+        if self.training and self._looked != self._age:  # one look a step is enough
             self._looked = self._age
-            due = self.rebuild.due(self._age, self._index, self.items())
-        if due:
-            self.reindex()
-        return cast(Index, self._index)
+            if self.rebuild.due(self._age, self._index, self.items()):
+                return self.reindex()
+        return self._index
 
     def _versions(self) -> tuple[int, ...]:
         """Counts of changes in place that torch keeps of every tensor."""
         return tuple(parameter._version for parameter in self.parameters())
 
-    def reindex(self) -> None:
+    def reindex(self) -> Index:
         """Make the index of the weights as they are now, with functions drawn anew.
 
         Raises:
@@ -242,6 +232,7 @@ class SparseOutput(nn.Module):
         give_back_freed()  # making an index takes several times its room
         self._age, self._indexed = 0, self._versions()
         self.rebuilds += 1
+        return self._index
 
     def _stream(self, purpose: str, count: int) -> SecureStream:
         return self._root.stream(f"sparse output {purpose}", count)
@@ -251,24 +242,14 @@ class SparseOutput(nn.Module):
     def rows(self, neurons: Tensor) -> Tensor:
         """Return the weights of some neurons, shape ``(A, dim)``, whose gradient is sparse.
 
-        Args:
-            neurons: int64 of shape ``(A,)``; without repeats where each has a row of its own.
+        Neurons are without repeats where each has a row of its own.
         """
-        table = self.table
         if self._is_plain:
             return _rows(self.weight, neurons)
-        slots, signs = table.locate(neurons.numpy())
-        factors = torch.from_numpy(signs.ravel() * np.float32(table.scale))[:, None]
-        places = torch.from_numpy(slots.ravel())
-        blocks = _Blocks.apply(self.weight, places, factors)  # type: ignore[no-untyped-call]
-        return cast(Tensor, blocks).view(len(neurons), self.dim)
-
-    def logits(self, hidden: Tensor, active: ActiveSet) -> Tensor:
-        """Return scores of the active neurons, shape ``(b, A)``, without importance weights."""
-        scores = hidden @ self.rows(active.neurons).T
-        if self.bias is not None:
-            scores = scores + _rows(self.bias, active.neurons).T
-        return scores
+        slots, signs = self.table.locate(neurons.numpy())
+        factors = torch.from_numpy(signs.ravel() * np.float32(self.table.scale))[:, None]
+        blocks = _rows(self.weight, torch.from_numpy(slots.ravel()), factors)
+        return blocks.view(len(neurons), self.dim)
 
     def loss(
         self,
@@ -281,13 +262,8 @@ class SparseOutput(nn.Module):
 
         ``softmax``: cross-entropy, the mean over an example's labels. ``bce``: binary
         cross-entropy, summed over the neurons. The sum over the layer is estimated with the set's
-        weights; with everything active it is the loss of the dense layer.
-
-        Args:
-            hidden: float32 of shape ``(b, dim)``.
-            labels: int64 of shape ``(b,)``, or ``(b, m)`` with rows filled up by -1.
-            kind: which loss.
-            active: of this batch; chosen by :meth:`active` where not given.
+        weights; with everything active it is the loss of the dense layer. Hidden vectors and labels
+        are as for :meth:`active`, which chooses the active set where none is given.
 
         Raises:
             UsageError: as :meth:`active`, or for an unknown loss.
@@ -297,7 +273,9 @@ class SparseOutput(nn.Module):
         if active is None:
             active = self.active(hidden, labels)
         padded = labels[:, None] if labels.dim() == 1 else labels
-        scores = self.logits(hidden, active)
+        scores = hidden @ self.rows(active.neurons).T
+        if self.bias is not None:
+            scores = scores + _rows(self.bias, active.neurons).T
         places, real = active.places(padded), padded != NO_LABEL
         if kind == "softmax":
             return softmax_loss(scores + active.log_weights, places, real)
@@ -306,8 +284,7 @@ class SparseOutput(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the scores of all neurons, shape ``(b, n)``, as a dense layer does."""
-        everything = torch.arange(self.n)
-        scores = hidden @ self.rows(everything).T
+        scores = hidden @ self.rows(torch.arange(self.n)).T
         return scores if self.bias is None else scores + self.bias.T
 
     # -------------------------------------------------------------------------------- inference
@@ -320,7 +297,6 @@ class SparseOutput(nn.Module):
 
         Args:
             hidden: float32 of shape ``(b, dim)`` or ``(dim,)``.
-            k: at least 1 and at most ``n``.
             candidates: neurons that a query scores exactly; by default the layer's share. ``scan``
                 and ``uniform`` score all.
 
@@ -329,22 +305,19 @@ class SparseOutput(nn.Module):
             index finds fewer than ``k``, the scores end in ``-inf`` and the neurons in -1.
 
         Raises:
-            UsageError: when ``k`` is out of its range.
+            UsageError: when ``k`` is not between 1 and ``n``.
         """
         if not 1 <= k <= self.n:
             raise UsageError(f"k = {k}: a layer of {self.n} neurons has between 1 and all of them")
         items, count = self.items(), max(k, candidates or round(self.candidates * self.n))
-        found = [
-            self._best(items, query, k, count)
-            for query in self.queries(hidden).reshape(-1, items.dim)
-        ]
-        neurons = torch.from_numpy(np.stack([neurons for neurons, _ in found]))
-        scores = torch.from_numpy(np.stack([scores for _, scores in found]))
+        queries = self.queries(hidden).reshape(-1, items.dim)
+        found = zip(*(self._best(items, query, k, count) for query in queries), strict=True)
+        neurons, scores = (torch.from_numpy(np.stack(each)) for each in found)
         return (scores[0], neurons[0]) if hidden.dim() == 1 else (scores, neurons)
 
     def _best(
-        self, items: ItemMemory, query: NDArray[np.float32], k: int, count: int
-    ) -> tuple[Items, NDArray[np.float32]]:
+        self, items: ItemMemory, query: FloatArray, k: int, count: int
+    ) -> tuple[Items, FloatArray]:
         """The best of the candidates; rows of their own are read without a second copy."""
         if self.selector in ("scan", "uniform"):
             close = select("scan", Search(items), query[None], k, self._stream("scan", 0)).items
@@ -373,50 +346,37 @@ class SparseOutput(nn.Module):
         )
 
 
-def _rows(weight: Tensor, index: Tensor) -> Tensor:
-    return cast(Tensor, _Rows.apply(weight, index))  # type: ignore[no-untyped-call]
+def _rows(weight: Tensor, index: Tensor, factors: Tensor | None = None) -> Tensor:
+    return cast(Tensor, _Rows.apply(weight, index, factors))  # type: ignore[no-untyped-call]
 
 
 class _Rows(torch.autograd.Function):
-    """Distinct rows of a matrix, whose gradient names rows and never places in a list."""
+    """Rows of a matrix, whose gradient names rows and never places in a list.
+
+    They are distinct; or, with factors, signed blocks of which several neurons may share one.
+    """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
+    def forward(ctx: Any, weight: Tensor, index: Tensor, factors: Tensor | None) -> Tensor:
+        ctx.save_for_backward(index, factors)
         ctx.size = weight.shape
-        return weight.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (index,) = ctx.saved_tensors
-        return _summed(index, gradients[0], ctx.size), None
-
-
-class _Blocks(torch.autograd.Function):
-    """Signed blocks of a memory, of which several neurons may share one: its gradient is summed."""
-
-    @staticmethod
-    def forward(ctx: Any, memory: Tensor, slots: Tensor, factors: Tensor) -> Tensor:
-        ctx.save_for_backward(slots, factors)
-        ctx.size = memory.shape
-        return memory.index_select(0, slots).mul_(factors)
+        rows = weight.index_select(0, index)
+        return rows if factors is None else rows.mul_(factors)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        slots, factors = ctx.saved_tensors
-        touched, place = slots.unique(return_inverse=True)
-        values = torch.zeros(len(touched), ctx.size[1])
-        # In parts: a signed copy of all of it would be as large as the active rows.
-        for start in range(0, len(place), _PART):
-            part = slice(start, start + _PART)
-            values.index_add_(0, place[part], gradients[0][part] * factors[part])
-        return _summed(touched, values, ctx.size), None, None
-
-
-def _summed(index: Tensor, values: Tensor, size: torch.Size) -> Tensor:
-    """A gradient of distinct rows: whatever their order, nothing is left to be summed."""
-    sparse = torch.sparse_coo_tensor(index[None], values, size, check_invariants=False)
-    return sparse._coalesced_(True)
+        index, factors = ctx.saved_tensors
+        values = gradients[0]
+        if factors is not None:
+            index, place = index.unique(return_inverse=True)
+            values = torch.zeros(len(index), ctx.size[1])
+            # In parts: a signed copy of all of it would be as large as the active rows.
+            for start in range(0, len(place), _PART):
+                part = slice(start, start + _PART)
+                values.index_add_(0, place[part], gradients[0][part] * factors[part])
+        # Rows are distinct: whatever their order, nothing is left to be summed.
+        sparse = torch.sparse_coo_tensor(index[None], values, ctx.size, check_invariants=False)
+        return sparse._coalesced_(True), None, None
 
 
 class RowAdam(torch.optim.Optimizer):
@@ -425,10 +385,9 @@ class RowAdam(torch.optim.Optimizer):
     A sparse gradient names rows: a row without one costs nothing, takes no step and keeps
     everything, and two batches with other active neurons in other orders never mix what is kept.
     The count of steps is the row's own: its first step is as long as that of any other, however
-    late it comes. A dense gradient moves every row.
+    late it comes. A dense gradient moves every row. A row is what a parameter's first index names.
 
     Args:
-        params: parameters, or groups of them; a row is what their first index names.
         lr: step size, above 0.
         betas: decay of the first and the second moment, each in [0, 1).
         eps: added to the root of the second moment, above 0.

@@ -5,15 +5,15 @@ aliases that have no gradient. So autograd spends nothing on gradients of whole 
 whatever gradient a parameter does get came by another way than through its layer.
 
 Clipping bounds nobody unless the model keeps the examples of a batch apart. Layers that are known
-to mix examples are refused by type. For all others the model is run on a batch, and again after one
-example was changed, and after all but one were: what it makes of the others must stay what it was.
-That holds for one batch and one state of the model, so it finds what mixes by construction; a model
-that mixes on rare inputs alone is its user's to avoid.
+to mix examples are refused by type. For all others the model is run on a batch, again as it is, and
+after one example was changed, and after all but one were: what it makes of the others must stay
+what it was. That holds for one batch and one state of the model, so it finds what mixes by
+construction; a model that mixes on rare inputs alone is its user's to avoid.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -54,7 +54,6 @@ class Capture:
     mode of the model, a pass is preceded by a look at whether it keeps examples apart.
 
     Args:
-        model: its trainable parameters must all belong to layers that can be clipped, each to one.
         prepare: called before each training pass.
         batch_first: False when layers' outputs of three dimensions have positions first.
     """
@@ -80,10 +79,7 @@ class Capture:
         ]
 
     def follow(self) -> dict[nn.Parameter, str]:
-        """Hook the layers with trainable parameters, as the model stands now.
-
-        Returns:
-            Each trainable parameter's name.
+        """Hook the layers with trainable parameters, as the model stands now, and name those.
 
         Raises:
             UsageError: when a layer cannot be clipped or mixes examples, or two share a parameter.
@@ -131,8 +127,8 @@ class Capture:
                 "other examples, call accumulate() after each backward pass; where they hold the "
                 "same ones, make one pass and add their losses, or an example counts in each"
             )
-        counts = {len(record.gradient) for each in records.values() for record in each}
-        return _agreed(counts), records
+        examples = _agreed(len(use.gradient) for uses in records.values() for use in uses)
+        return examples, records
 
     def forget(self) -> None:
         """Drop the records of the pass; its examples are not asked for again."""
@@ -151,7 +147,7 @@ class Capture:
         if self._probe is not None or not (torch.is_grad_enabled() or model.training):
             return
         self._prepare()
-        self._buffers = {name: (id(b), b._version) for name, b in model.named_buffers()}
+        self._buffers = self._versions()
         mode = tuple(state for m in model.modules() for state in (m.training, m in self.layers))
         if torch.is_grad_enabled() and self.layers and mode not in self._looked:
             if self._look(inputs, named) >= _ENOUGH:
@@ -165,10 +161,8 @@ class Capture:
 
     def _refuse_changes(self, values: Mapping[str, Tensor]) -> None:
         """Refuse buffers that changed since the pass began, or that have not these values."""
-        now = dict(self._model.named_buffers())
-        versions = {name: (id(b), b._version) for name, b in now.items()}
-        names = now.keys() | self._buffers.keys()
-        changed = {name for name in names if versions.get(name) != self._buffers.get(name)}
+        now, versions = dict(self._model.named_buffers()), self._versions()
+        changed = {name for name, _ in versions.items() ^ self._buffers.items()}
         for name in values.keys() - changed:
             if not torch.allclose(values[name], now[name], 0, 0, equal_nan=True):
                 changed.add(name)
@@ -179,6 +173,9 @@ class Capture:
                 "into eval(), or use layers that keep no statistics, as GroupNorm and LayerNorm"
             )
 
+    def _versions(self) -> dict[str, tuple[int, int]]:
+        return {name: (id(b), b._version) for name, b in self._model.named_buffers()}
+
     def _look(self, inputs: tuple[Any, ...], named: dict[str, Any]) -> int:
         """Number of examples of a pass, after it was looked at whether one moves another."""
 
@@ -186,7 +183,8 @@ class Capture:
             self._probe = Probe(self._batch_first, moved, like)
             try:
                 with torch.random.fork_rng(devices=[]), torch.enable_grad():
-                    return self._probe.run(self._model, inputs, named)
+                    self._probe.run(self._model, inputs, named)
+                return self._probe
             finally:
                 self._probe = None
 
@@ -297,22 +295,19 @@ class _Source(torch.autograd.Function):
 class _Hook:
     """A hook that stays with its model: in copies and pickles of the model it does nothing."""
 
-    def __init__(self, call: Callable[..., Any]) -> None:
+    def __init__(self, call: Callable[..., Any] | None = None) -> None:
         self._call = call
 
     def __call__(self, *given: Any) -> Any:
-        return self._call(*given)
+        return self._call and self._call(*given)
 
     def __reduce__(self) -> Any:
-        return _Hook, (_nothing,)
+        return _Hook, ()
 
 
-def _nothing(*given: Any) -> None:
-    return None
-
-
-def _agreed(counts: set[int]) -> int:
+def _agreed(seen: Iterable[int]) -> int:
     """The number of examples that all layers saw, 0 when there was none."""
+    counts = set(seen)
     if len(counts) > 1:
         raise UsageError(
             f"layers that saw {sorted(counts)} examples in one pass: the first dimension of every "
@@ -327,9 +322,8 @@ def _plain(values: Any, turned: bool) -> Any:
     """Without their graph, examples first, and no shorter than float32, so that norms are exact."""
 
     def plain(value: Tensor) -> Tensor:
-        value = value.detach()
-        if value.dtype in (torch.float16, torch.bfloat16):
-            value = value.float()
+        is_short = value.dtype in (torch.float16, torch.bfloat16)
+        value = value.detach().float() if is_short else value.detach()
         return value.transpose(0, 1) if turned else value
 
     return tree_map_only(Tensor, plain, values)
@@ -360,24 +354,20 @@ class Probe:
     will let through later.
 
     Args:
-        batch_first: whether outputs of three dimensions have the examples first.
         moved: the examples to change, shape ``(examples,)``; none when None.
         like: the example whose inputs they are given, which so stay valid. Where all but one are
             given the inputs of that one, no statistic of the batch is left of the others.
     """
 
     def __init__(self, batch_first: bool, moved: Tensor | None, like: int) -> None:
-        self.counts: set[int] = set()
-        """What the layers take for the number of examples."""
-        self.shown: list[tuple[str, int, Tensor]] = []
-        """What came in and out of each layer: its name, the examples' dimension, and values."""
-        self.gradients: dict[int, tuple[str, int, Tensor]] = {}
-        """The gradients behind the layers' outputs, alike."""
-        self.outputs: list[Tensor] = []
-        """What the model gives that has a gradient, scalars included."""
+        self.counts: set[int] = set()  # what the layers take for the number of examples
+        # What came in and out of each layer, and the gradients behind it that there were: a name,
+        # the examples' dimension, and values.
+        self.shown: list[tuple[str, int, Tensor | None]] = []
+        self.outputs: list[Tensor] = []  # what the model gives that has a gradient, scalars too
         self.batch_first, self.moved, self.like = batch_first, moved, like
 
-    def run(self, model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Probe:
+    def run(self, model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Run the model forth and back, and keep what it and its layers make of the examples."""
         inputs, named = self._exchanged((inputs, named))
         leaves = tree_leaves(model(*inputs, **named))
@@ -388,7 +378,6 @@ class Probe:
                 weight += _along(self.moved, at[0], weight)
         self.outputs = [x.detach().clone() for x in given]
         torch.autograd.backward(given, weights)
-        return self
 
     def places(self, output: Tensor, examples: int) -> list[int]:
         """Dimensions of an output that may be the examples."""
@@ -397,12 +386,14 @@ class Probe:
 
     def seen(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor, at: int) -> Tensor:
         """Keep what came in and out of a layer, and give what goes on in its place."""
-        name, number = f"a {type(layer).__name__}", len(self.shown)
+        name = f"a {type(layer).__name__}"
         self.counts.add(output.shape[at])
         for value in inputs[:1]:
             if isinstance(value, Tensor) and value.is_floating_point():
                 self.shown.append((f"what comes into {name}", at, value.detach().clone()))
         self.shown.append((f"the output of {name}", at, output.detach()))
+        place, behind = len(self.shown), f"the gradient behind {name}"
+        self.shown.append((behind, at, None))
         # Neither symmetric nor of one sign, so that sums, means and maxima all feel it.
         each = output[:1] if at == 0 else output[:, :1]
         wave = torch.cos(torch.arange(each.numel(), dtype=output.dtype)).reshape(each.shape) + 0.5
@@ -413,7 +404,7 @@ class Probe:
             output = output + torch.where(_along(self.moved, at, output), wave, 0.0)
 
         def keep(gradient: Tensor) -> None:
-            self.gradients[number] = (f"the gradient behind {name}", at, gradient.detach().clone())
+            self.shown[place] = (behind, at, gradient.detach().clone())
 
         output.register_hook(keep)  # type: ignore[no-untyped-call]
         return output
@@ -444,14 +435,13 @@ def _refuse_moved(still: Probe, moved: Probe, examples: int) -> None:
             "a model without an output that has a gradient: whether it keeps examples apart cannot "
             "be seen; return tensors, or tuples, lists and dictionaries of tensors"
         )
-    first, second = (
-        [*probe.shown, *(probe.gradients[at] for at in sorted(probe.gradients))]
-        for probe in (still, moved)
-    )
-    if [name for name, _, _ in first] != [name for name, _, _ in second]:
+    calls = [[(name, x is None) for name, _, x in probe.shown] for probe in (still, moved)]
+    if calls[0] != calls[1]:
         _refuse("which layers are called", moved)
-    for (name, at, one), (_, _, two) in zip(first, second, strict=True):
-        if one.shape[at : at + 1] == (examples,) and not _same(one, two, at, kept):
+    for (name, at, one), (_, _, two) in zip(still.shown, moved.shown, strict=True):
+        if one is None or two is None or one.shape[at : at + 1] != (examples,):
+            continue
+        if not _same(one, two, at, kept):
             _refuse(name, moved)
     for one, two in zip(still.outputs, moved.outputs, strict=True):
         if one.numel() == 1:

@@ -15,7 +15,6 @@ Private Optimization on Large Model at Small Cost" (2023), for a single backward
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -57,21 +56,18 @@ class Lookups:
         made = self.vectors.index_select(0, self.which)
         return made if self.weights is None else made.mul_(self.weights[:, None])
 
-    def spread(self) -> Lookups:
-        """The same without weights: each lookup has a vector of its own."""
-        return Lookups(self.rows, torch.arange(len(self.rows)), None, self.values())
-
 
 def joined(parts: list[Lookups], width: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """The lookups of several microbatches as rows, numbers of vectors, and scaled vectors."""
-    made = [part if part.weights is None else part.spread() for part in parts]
-    if not made:
-        none = torch.zeros(0, dtype=torch.int64)
-        return none, none, torch.zeros(0, width)
-    starts = [0, *itertools.accumulate(len(part.vectors) for part in made)]
-    which = [part.which + start for part, start in zip(made, starts, strict=False)]
-    vectors = torch.cat([part.vectors for part in made]) * scale
-    return torch.cat([part.rows for part in made]).to(torch.int64), torch.cat(which), vectors
+    rows, which = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
+    vectors, count = [torch.zeros(0, width)], 0
+    for part in parts:
+        is_shared = part.weights is None  # with weights, each lookup has a vector of its own
+        rows.append(part.rows.to(torch.int64))
+        which.append(count + (part.which if is_shared else torch.arange(len(part.rows))))
+        vectors.append(part.vectors if is_shared else part.values())
+        count += len(vectors[-1])
+    return torch.cat(rows), torch.cat(which), torch.cat(vectors) * scale
 
 
 class Layer(Protocol):
@@ -137,14 +133,12 @@ class TableLayer:
         return _meeting_norms(rows, of, values, examples, self._layer.num_embeddings)
 
     def clipped(self, records: list[Record], factors: Tensor) -> list[Lookups]:
-        made = []
-        for record in records:
-            found = self._lookups(record)
+        made = [self._lookups(record) for record in records]
+        for record, found in zip(records, made, strict=True):
             owners = _owners(record, len(factors))
             if found.weights is not None:
                 found.weights = _where(found.weights, factors[owners[found.which]])
             found.vectors = _times(found.vectors, factors[owners])
-            made.append(found)
         return made
 
     def _lookups(self, record: Record) -> Lookups:

@@ -3,18 +3,23 @@
 :class:`LazyDPSGD` is a ``torch.optim.Optimizer``. It clips by ghost norms, so that no per-example
 gradient of a table is ever made, adds noise to dense parameters in each step, and lets the rows of
 embedding tables owe theirs until somebody reads them. What it accounts for is the usual subsampled
-Gaussian mechanism: Opacus' accountants attach to it as they do to Opacus' own optimiser.
+Gaussian mechanism: Opacus' accountants attach to it as they do to Opacus' own optimiser. That
+accounting assumes Poisson batches, in which each example is at a fixed rate: :func:`poisson_loader`
+makes them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data._utils.collate import collate, default_collate_fn_map
 
 from privrec.errors import UsageError
 from privrec.optim.capture import COMPILED, Capture
@@ -22,9 +27,10 @@ from privrec.optim.ghost import Lookups, TableLayer, joined
 from privrec.optim.parameter import make_lazy, make_plain
 from privrec.privacy.lazy import LazyMemory
 from privrec.privacy.pending import LinearStep, Normals
-from privrec.randomness import SecretRoot
+from privrec.randomness import ROOT_BYTES, SecretRoot
 
 _SHORT = 1 - 1e-5  # norms are float32 sums; what they may be too small by is taken off the bound
+_WORD = 2**32
 _LINEAR = {"lr", "momentum", "weight_decay", "nesterov"}
 
 
@@ -77,8 +83,7 @@ class LazyDPSGD(torch.optim.Optimizer):
         # The model itself, without the hooks by which Opacus makes per-example gradients.
         inner = getattr(model, "_module", None)
         if isinstance(inner, nn.Module) and hasattr(model, "remove_hooks"):
-            unhook: Any = model.remove_hooks
-            unhook()
+            cast(Any, model).remove_hooks()
             model = inner
         self._model = model
         self.noise_multiplier = noise_multiplier
@@ -87,15 +92,12 @@ class LazyDPSGD(torch.optim.Optimizer):
         self.loss_reduction = loss_reduction
         self.step_hook: Callable[[LazyDPSGD], None] | None = None
         self._skips: list[bool] = []
-        trainable = [p for p in self._model.parameters() if p.requires_grad]
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__(
-            trainable if params is None else params, {**defaults, "nesterov": nesterov}
-        )
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        given = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
+        super().__init__(trainable if params is None else params, given)
         self._capture = Capture(self._model, self._follow, batch_first=batch_first)
         self._noise = Normals(root)
         self.tables: dict[nn.Parameter, LazyMemory] = {}
-        """The memory of each lazy table, by its parameter."""
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._lookups: dict[nn.Parameter, list[Lookups]] = {}
         self._bound: float | None = None
@@ -110,10 +112,8 @@ class LazyDPSGD(torch.optim.Optimizer):
     def replacing(cls, optimizer: Any, model: nn.Module, **options: Any) -> LazyDPSGD:
         """The lazy form of a ``torch.optim.SGD``, or of Opacus' ``DPOptimizer`` around one.
 
-        Args:
-            optimizer: it is read, and must not step any more.
-            model: as for the class.
-            **options: further arguments of the class; those of a ``DPOptimizer`` are taken from it.
+        That optimiser is read, and must not step any more. ``options`` are further arguments of the
+        class; those of a ``DPOptimizer`` are taken from it.
 
         Raises:
             UsageError: when steps of that optimiser are not linear in what owes noise.
@@ -183,16 +183,11 @@ class LazyDPSGD(torch.optim.Optimizer):
                 self._lookups.setdefault(cast(nn.Parameter, module.weight), []).extend(found)
             else:
                 for parameter, total in found.items():
-                    before = self._sums.get(parameter)
-                    self._sums[parameter] = total if before is None else before + total
+                    self._sums[parameter] = total + self._sums.get(parameter, 0)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Clip what is left to clip, add noise, and take one step.
-
-        Args:
-            closure: recomputes the loss and its gradients, as for every optimiser of PyTorch.
-        """
+        """Clip what is left to clip, add noise, and take one step."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -335,14 +330,11 @@ class LazyDPSGD(torch.optim.Optimizer):
 
     def _step_table(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         memory, update = self.tables[parameter], _update(group)
-        plain = not memory.is_moving
-        scale = -update.lr if plain else 1.0
+        step, scale = (update, 1.0) if memory.is_moving else (None, -update.lr)
         parts = self._lookups.get(parameter, [])
         rows, which, vectors = joined(parts, memory.shape[1], scale / self.expected_batch_size)
-        variance = self._variance() * (update.lr**2 if plain else 1.0)
         taken = vectors.numpy().astype(memory.dtype, copy=False)
-        step = None if plain else update
-        memory.step(rows.numpy(), taken, variance, step, which=which.numpy())
+        memory.step(rows.numpy(), taken, self._variance() * scale**2, step, which=which.numpy())
         # A graph from before the step must not look at rows that owe its noise.
         torch.autograd.graph.increment_version(cast(Any, parameter)._raw)
 
@@ -373,3 +365,79 @@ def _update(group: dict[str, Any]) -> LinearStep:
         **{name: float(group[name]) for name in _LINEAR - {"nesterov"}},
         nesterov=bool(group["nesterov"]),
     )
+
+
+class PoissonSampler(Sampler[list[int]]):
+    """Batches of examples that are each in with probability ``rate``, independently.
+
+    Promise: coins come from the secure generator; the rate is never above the one given (it is
+    rounded down to a multiple of 2^-32). Batches may be empty, and must be stepped on all the same.
+
+    Args:
+        examples: how many there are, at least 1.
+        rate: above 0, at most 1.
+        steps: batches in one pass over the sampler, at least 1.
+        root: the secret to draw from; one is drawn from the operating system when None.
+
+    Raises:
+        UsageError: when a value is outside its range.
+    """
+
+    def __init__(
+        self, examples: int, rate: float, steps: int, root: SecretRoot | None = None
+    ) -> None:
+        if not (examples >= 1 and 0 < rate <= 1 and steps >= 1):
+            raise UsageError(
+                f"{steps} Poisson batches at rate {rate} of {examples} examples: there must be at "
+                "least one of each, and the rate above 0 and at most 1"
+            )
+        self._examples, self._steps, self._below = examples, steps, int(rate * _WORD)
+        self._root, self._drawn = root or SecretRoot(secrets.token_bytes(ROOT_BYTES)), 0
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for _ in range(self._steps):
+            self._drawn += 1
+            coins = self._root.stream("poisson batch", self._drawn).uint32(self._examples)
+            yield np.flatnonzero(coins.astype(np.int64) < self._below).tolist()
+
+
+def poisson_loader(
+    dataset: Dataset[Any], rate: float, steps: int, *, root: SecretRoot | None = None
+) -> DataLoader[Any]:
+    """A loader of Poisson batches of a map-style data set; see :class:`PoissonSampler`.
+
+    The data set has a length, at least one example, and what ``default_collate`` takes. An empty
+    batch has the structure of a full one, with tensors of length 0 and lists without texts.
+
+    Raises:
+        UsageError: when a value is outside its range, or examples cannot be put into a batch.
+    """
+    if not isinstance(dataset, Sized):
+        raise UsageError(
+            f"Poisson batches of {type(dataset).__name__}: each example has a coin of its own, "
+            "which needs a data set with a length and an index"
+        )
+    sampler = PoissonSampler(len(dataset), rate, steps, root)
+    first = [dataset[0]]
+    try:
+        default_collate(first)
+    except (TypeError, RuntimeError) as error:
+        raise UsageError(
+            f"examples that cannot be put into a batch: {error} Make each of tensors, numbers, "
+            "texts, and tuples, lists or mappings of those"
+        ) from error
+
+    def made(examples: list[Any]) -> Any:
+        return default_collate(examples) if examples else collate(first, collate_fn_map=_EMPTY)
+
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=made)
+
+
+def _emptied(make: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda batch, **options: make(batch, **options)[:0]
+
+
+_EMPTY = {kind: _emptied(make) for kind, make in default_collate_fn_map.items()}

@@ -76,7 +76,7 @@ class LazyParameter(torch.nn.Parameter):
                 inplace and isinstance(args[0], LazyParameter)
             ):
                 return _write(func, name, args, options)
-            return func(*_mapped(_copied, args), **_mapped(_copied, options))
+            return func(*_copied(args), **_copied(options))
 
     def __copy__(self) -> torch.nn.Parameter:
         return torch.nn.Parameter(torch.from_numpy(self._memory.settled()), self.requires_grad)
@@ -93,15 +93,10 @@ class LazyParameter(torch.nn.Parameter):
 def make_lazy(
     parameter: torch.nn.Parameter, source: Normals | None = None, *, moving: bool = False
 ) -> LazyMemory:
-    """Turn an embedding weight into a :class:`LazyParameter`, in place.
+    """Turn an embedding weight into a :class:`LazyParameter`, in place, and return its memory.
 
-    Args:
-        parameter: float32 or float64 on the CPU, shape ``(rows, width)``.
-        source: what draws its noise; like ``moving`` as :class:`~privrec.privacy.lazy.LazyMemory`
-            takes it.
-
-    Returns:
-        The memory that takes its steps.
+    It is float32 or float64 on the CPU, of shape ``(rows, width)``. What draws its noise is
+    ``source``; like ``moving`` as :class:`~privrec.privacy.lazy.LazyMemory` takes it.
 
     Raises:
         UsageError: when it is not such a parameter, or lazy already.
@@ -195,7 +190,7 @@ def _write(
         )
     target = next(a for a in (args[0], options.get("out")) if isinstance(a, LazyParameter))
     target._memory.settle()
-    given = tuple(target._raw if arg is target else _mapped(_copied, arg) for arg in args)
+    given = [target._raw if arg is target else _copied(arg) for arg in args]
     named = {k: target._raw if v is target else _copied(v) for k, v in options.items()}
     result = func(*given, **named)
     return target if result is target._raw else result
@@ -211,16 +206,12 @@ def _name(func: Callable[..., Any]) -> str:
 
 
 def _copied(value: Any) -> Any:
-    """A settled copy of a lazy parameter, to which gradients flow; anything else as it is."""
-    if not isinstance(value, LazyParameter):
-        return value
-    return _Read.apply(value)  # type: ignore[no-untyped-call]
-
-
-def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    """With a settled copy, to which gradients flow, in place of each lazy parameter."""
+    if isinstance(value, LazyParameter):
+        return _Read.apply(value)  # type: ignore[no-untyped-call]
     if isinstance(value, list | tuple):
-        made = [_mapped(change, each) for each in value]
+        made = [_copied(each) for each in value]
         return made if isinstance(value, list) else tuple(made)
     if isinstance(value, dict):
-        return {key: _mapped(change, each) for key, each in value.items()}
-    return change(value)
+        return {key: _copied(each) for key, each in value.items()}
+    return value

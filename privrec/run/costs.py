@@ -38,14 +38,14 @@ from privrec.run.assembly import BYTES_A_COEFFICIENT, federation_of, learner_of
 from privrec.run.plan import Plan
 from privrec.run.privacy_plan import encoding_of
 from privrec.scenario.load import Scenario
-from privrec.search.families import Shape
+from privrec.search.hashing import Shape
 from privrec.search.index import SIGNATURE
 from privrec.search.select import FOLD
 from privrec.secagg.ring import Ring
 from privrec.server.columns import ColumnServer, ServerView
 
 TIMEOUT_S = 120
-_TABLES = 20  # of a device's own choice, on average; see privrec.search.families.own_shape
+_TABLES = 20  # of a device's own choice, on average; see privrec.search.hashing.own_shape
 _CODE_BYTES = 2
 _NAME_BYTES = 4
 

@@ -27,7 +27,7 @@ from privrec.run.identity import Identity, kept_key
 from privrec.run.summary import read_model
 from privrec.run.task import Recommending
 from privrec.scenario.load import load
-from privrec.search.select import Selector, best, ranked, select
+from privrec.search.select import best, ranked, select
 
 FloatArray = NDArray[np.float32]
 Items = NDArray[np.int64]
@@ -63,7 +63,7 @@ def recommend(
     history: Sequence[str] | Path | None = None,
     k: int = 10,
     data_dir: Path | None = None,
-    selector: Selector = "scan",
+    selector: str = "scan",
 ) -> list[Recommendation]:
     """Return the ``k`` best items for a user, those of the history left out.
 
@@ -150,7 +150,7 @@ def answer(
     state: FloatArray,
     k: int,
     exclude: Items,
-    selector: Selector = "scan",
+    selector: str = "scan",
 ) -> tuple[Items, FloatArray]:
     """Return the ``k`` best items of a model without a network, from its memory; no table is made.
 

@@ -23,9 +23,9 @@ NO_LABEL = -1
 
 @dataclass(frozen=True)
 class ActiveSet:
-    """The neurons of a batch, without repeats: labels, then selected ones, then uniform ones.
+    """The neurons of a batch, without repeats.
 
-    Args:
+    Attributes:
         neurons: int64 of shape ``(A,)``; labels ascending, then selected ascending, then uniform
             ascending.
         log_weights: float32 of shape ``(A,)``: logarithm of how many neurons each one stands for
@@ -57,9 +57,8 @@ class ActiveSet:
 
     def places(self, labels: Tensor) -> Tensor:
         """Return where each label of this batch stands among the neurons; 0 for no label."""
-        return torch.searchsorted(self.neurons[: self.labels], labels).clamp_(
-            max=max(0, self.labels - 1)
-        )
+        places = torch.searchsorted(self.neurons[: self.labels], labels)
+        return places.clamp_(max=max(0, self.labels - 1))
 
     def __str__(self) -> str:
         return (
@@ -69,10 +68,7 @@ class ActiveSet:
 
 
 def distinct_labels(labels: Tensor, width: int) -> Items:
-    """Return the labels of a batch, ascending, without repeats.
-
-    Args:
-        labels: int64, each in ``[0, width)`` or :data:`NO_LABEL`.
+    """Return the labels of a batch, ascending, without repeats and :data:`NO_LABEL`.
 
     Raises:
         UsageError: when one is out of its range.
@@ -110,21 +106,16 @@ def active_set(
             "are always active; raise the share of the layer, or take smaller batches"
         )
     if budget == width:
-        rest = np.delete(np.arange(width), labels)
-        return _made(labels, rest, rest[:0], width)
-    fresh = selected[~np.isin(selected, labels)]
-    if len(fresh):
+        fresh, drawn = np.delete(np.arange(width), labels), labels[:0]
+    else:
+        fresh = selected[~np.isin(selected, labels)]
         _, first = np.unique(fresh, return_index=True)
         fresh = np.sort(fresh[np.sort(first)][: budget - len(labels)])
-    taken = np.union1d(labels, fresh)
-    drawn = uniform(width - len(taken), budget - len(taken), stream, taken)
-    return _made(labels, fresh, drawn, width)
-
-
-def _made(labels: Items, selected: Items, drawn: Items, width: int) -> ActiveSet:
-    neurons = torch.from_numpy(np.concatenate((labels, selected, drawn)))
-    certain = len(labels) + len(selected)
-    weights = torch.zeros(len(neurons))
+        taken = np.union1d(labels, fresh)
+        drawn = uniform(width - len(taken), budget - len(taken), stream, taken)
+    certain = len(labels) + len(fresh)
+    weights = torch.zeros(budget)
     if len(drawn):
         weights[certain:] = float(np.log((width - certain) / len(drawn)))
-    return ActiveSet(neurons, weights, len(labels), len(selected), width)
+    neurons = torch.from_numpy(np.concatenate((labels, fresh, drawn)))
+    return ActiveSet(neurons, weights, len(labels), len(fresh), width)

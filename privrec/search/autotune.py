@@ -14,16 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from privrec.embedding.table import PlainTable
 from privrec.errors import UsageError
 from privrec.randomness import SecretRoot, rng_for
-from privrec.search.families import FAMILIES, Shape
+from privrec.search.hashing import FAMILIES, Shape
 from privrec.search.index import INDEXES, RANK, SIGNATURE, Rebuild
-from privrec.search.memory import ItemMemory
-
-FloatArray = NDArray[np.float32]
+from privrec.search.memory import FloatArray, ItemMemory, evenly
 
 NEARLY = 0.03
 """Recall below the best at which an index still counts as equally good."""
@@ -46,7 +43,6 @@ class Trial:
         recall: share of each query's exact best ten among what it chose for the batch.
         build_s: seconds to build it over the whole layer.
         select_s: seconds to choose for one batch.
-        nbytes: bytes that it keeps.
         fits: whether the memory has room for it.
     """
 
@@ -79,9 +75,7 @@ class Choice:
 
     Attributes:
         trial: the index; None where nothing fits, or all neurons are active: uniform then.
-        rebuild: when it is made anew.
         share: active neurons of a batch over the layer's.
-        trials: all that were measured.
     """
 
     trial: Trial | None
@@ -91,18 +85,18 @@ class Choice:
 
     def settings(self) -> dict[str, Any]:
         """Return the arguments of :class:`privrec.models.sparse_output.SparseOutput`."""
-        common = {"share": self.share, "rebuild": self.rebuild}
-        if self.trial is None:
-            return {**common, "selector": "uniform"}
-        return {**common, "selector": self.trial.kind, "shape": self.trial.shape}
+        chosen: dict[str, Any] = {"selector": "uniform"}
+        if self.trial is not None:
+            chosen = {"selector": self.trial.kind, "shape": self.trial.shape}
+        return {"share": self.share, "rebuild": self.rebuild, **chosen}
 
     def __str__(self) -> str:
+        active = f"{100 * self.share:g} % active"
         if self.trial is None:
-            return f"chosen: uniform, {100 * self.share:g} % active; no index is needed or fits"
+            return f"chosen: uniform, {active}; no index is needed or fits"
         return (
-            f"chosen: {self.trial}; {100 * self.share:g} % active; rebuilt every "
-            f"{self.rebuild.every} steps, or when {100 * (self.rebuild.changed or 0):g} % of the "
-            "codes have changed"
+            f"chosen: {self.trial}; {active}; rebuilt every {self.rebuild.every} steps, or when "
+            f"{100 * (self.rebuild.changed or 0):g} % of the codes have changed"
         )
 
 
@@ -125,8 +119,8 @@ def autotune(
         dim: length of the hidden vector, where no layer is given.
         layer: the layer itself, once it has learned something; by default an invented one, with
             neurons around a few hundred centres.
-        queries: a batch of hidden vectors for it, shape ``(q, layer.dim)``, with a last 1 where it
-            has biases; by default rows of the layer.
+        queries: hidden vectors, shape ``(q, layer.dim)``, with a last 1 where the layer has biases;
+            by default rows of the layer.
         root: of hash functions; by default a known one, which makes trials repeat.
 
     Raises:
@@ -144,7 +138,7 @@ def autotune(
         return Choice(None, Rebuild(), share, ())
     layer = layer or _invented(min(n, _LARGEST), dim)
     if queries is None:
-        queries = layer.rows(np.linspace(0, layer.items - 1, _OPEN).astype(np.int64))
+        queries = layer.rows(evenly(layer.items, _OPEN))
     scores = np.concatenate([rows @ queries.T for _, rows in layer.chunks()])
     count = min(_BEST, len(scores))
     best = np.argpartition(-scores, count - 1, axis=0)[:count].ravel()
@@ -159,17 +153,9 @@ def autotune(
         built = time.perf_counter()
         chosen = index.batch(queries, budget)
         selected = time.perf_counter()
-        kept = round(scale * index.nbytes)
-        trial = Trial(
-            kind=kind,
-            shape=shape,
-            recall=float(np.isin(best, chosen).mean()),
-            build_s=scale * (built - started),
-            select_s=scale * (selected - built),
-            nbytes=kept,
-            fits=memory is None or kept <= memory,
-        )
-        found.append(trial)
+        recall, kept = float(np.isin(best, chosen).mean()), round(scale * index.nbytes)
+        times = scale * (built - started), scale * (selected - built)
+        found.append(Trial(kind, shape, recall, *times, kept, memory is None or kept <= memory))
     usable = [trial for trial in found if trial.fits]
     if not usable:
         return Choice(None, Rebuild(), share, tuple(found))

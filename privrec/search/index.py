@@ -16,37 +16,28 @@ from numpy.typing import NDArray
 
 from privrec.errors import UsageError
 from privrec.randomness import SecureStream
-from privrec.search.families import FAMILIES, Family, Shape, Signs, draw, signature
-from privrec.search.memory import CHUNK, ItemMemory, Items, uniform
-from privrec.search.tables import Buckets
+from privrec.search.hashing import FAMILIES, Buckets, Family, Shape, Signs, draw, signature
+from privrec.search.memory import CHUNK, FloatArray, ItemMemory, Items, evenly, uniform
 
-FloatArray = NDArray[np.float32]
-SAMPLE = 4096
-"""Neurons whose codes are compared to tell how many have changed."""
-SIGNATURE = 256
-"""Bits of a signature that is ranked."""
-RANK = 32
-"""Directions that a sketch keeps."""
-CELLS = 1024
-"""Most cells; fewer where a cell would hold less than :data:`FEWEST` neurons."""
-FEWEST = 16
+SIGNATURE = 256  # bits of a signature that is ranked
+_SAMPLE = 4096  # neurons whose codes are compared to tell how many have changed
+RANK = 32  # directions that a sketch keeps
+_CELLS, _FEWEST = 1024, 16  # most cells; fewer where one would hold less than so many neurons
 
 
 class Index(Protocol):
     """A way to find neurons that score high."""
 
     def batch(self, queries: FloatArray, budget: int) -> Items:
-        """Return neurons for a batch together, the most wanted first, without repeats.
+        """Return at most ``budget`` neurons, the most wanted first, without repeats.
 
-        Args:
-            queries: shape ``(q, dim)``.
-            budget: how many at most, at least 1.
+        They are for all queries of shape ``(q, dim)`` together.
         """
         ...
 
     def one(self, query: FloatArray, budget: int) -> Items:
         """Return candidates of one query of shape ``(dim,)``, about ``budget``, in any order."""
-        ...
+        return self.batch(query[None], budget)
 
     def changed(self, items: ItemMemory) -> float:
         """Return the share of the codes of a sample that would be other ones now."""
@@ -62,7 +53,7 @@ class Index(Protocol):
 class Rebuild:
     """When an index is made anew.
 
-    Args:
+    Attributes:
         every: steps between rebuilds, at least 1; None, never by count.
         changed: share of codes in (0, 1) beyond which it is rebuilt; None, codes are not looked at.
         check: steps between two looks at the codes of a sample, at least 1.
@@ -103,11 +94,11 @@ def most_wanted(values: FloatArray, budget: int) -> Items:
 
 def _sample(items: int) -> Items:
     """An evenly spaced sample of neurons."""
-    return np.unique(np.linspace(0, items - 1, min(items, SAMPLE)).astype(np.int64))
+    return evenly(items, min(items, _SAMPLE))
 
 
 @dataclass(frozen=True)
-class Tables:
+class Tables(Index):
     """Hash tables of one function each: who shares buckets with the queries, by how often."""
 
     tables: tuple[Buckets, ...]
@@ -124,19 +115,13 @@ class Tables:
         return cls(tables, items.centre, items.items)
 
     def batch(self, queries: FloatArray, budget: int) -> Items:
-        """See :meth:`Index.batch`."""
         each = (table.lists(table.hashed.codes(queries)[:, 0]) for table in self.tables)
         found = np.concatenate([part for lists in each for part in lists])
         times = np.bincount(found, minlength=self.width).astype(np.float32)
         wanted = most_wanted(times, budget)
         return wanted[times[wanted] > 0]
 
-    def one(self, query: FloatArray, budget: int) -> Items:
-        """See :meth:`Index.one`."""
-        return self.batch(query[None], budget)
-
     def changed(self, items: ItemMemory) -> float:
-        """See :meth:`Index.changed`."""
         sample = _sample(items.items)
         rows = items.rows(sample)
         shares = [
@@ -147,12 +132,11 @@ class Tables:
 
     @property
     def nbytes(self) -> int:
-        """See :attr:`Index.nbytes`."""
         return sum(table.order.nbytes + table.ends.nbytes for table in self.tables)
 
 
 @dataclass(frozen=True)
-class Signatures:
+class Signatures(Index):
     """Signs of each neuron, and its length: the angle they estimate, times the length.
 
     Attributes:
@@ -178,28 +162,15 @@ class Signatures:
         return cls(words, lengths, items.centre, hashed)
 
     def batch(self, queries: FloatArray, budget: int) -> Items:
-        """See :meth:`Index.batch`."""
-        likely = np.full(len(self.lengths), -np.inf, np.float32)
-        for query in queries:
-            np.maximum(likely, self._likely(query), out=likely)
-        return most_wanted(likely, budget)
-
-    def one(self, query: FloatArray, budget: int) -> Items:
-        """See :meth:`Index.one`."""
-        return most_wanted(self._likely(query), budget)
+        wanted, cosines = self.hashed.signatures(queries), _cosines(self.hashed, queries)
+        return most_wanted(_products(self.words, self.lengths, wanted, cosines), budget)
 
     def distances(self, query: FloatArray) -> NDArray[np.uint16]:
         """Return in how many bits each neuron differs from one query, shape ``(n,)``."""
         return _differing(self.words, self.hashed.signatures(query[None])[0])
 
-    def _likely(self, query: FloatArray) -> FloatArray:
-        """Estimated product of each centred neuron with a query."""
-        likely: FloatArray = np.take(_cosines(self.hashed, query), self.distances(query))
-        likely *= self.lengths
-        return likely
-
     def changed(self, items: ItemMemory) -> float:
-        """See :meth:`Index.changed`; of 256 bits some always do, so it is the share of bits."""
+        """The share of bits: of 256 some always change."""
         sample = _sample(items.items)
         now = self.hashed.signatures(items.rows(sample), self.centre)
         differing = int(np.bitwise_count(now ^ self.words[:, sample].T).sum())
@@ -207,7 +178,6 @@ class Signatures:
 
     @property
     def nbytes(self) -> int:
-        """See :attr:`Index.nbytes`."""
         return self.words.nbytes + self.lengths.nbytes + self.hashed.matrix.nbytes
 
 
@@ -216,32 +186,33 @@ def estimates(items: ItemMemory, queries: FloatArray, hashed: Signs) -> FloatArr
 
     The share of bits that differ estimates the angle, and an item's length is known: items of one
     angle are told apart, which bits alone cannot. Signatures are forgotten chunk by chunk: nothing
-    is held but the estimates.
-
-    Args:
-        queries: shape ``(q, dim)``.
-
-    Returns:
-        Shape ``(n,)``.
+    is held but the estimates, shape ``(n,)``.
     """
-    wanted = hashed.signatures(queries)
-    cosines = [_cosines(hashed, query) for query in queries]
-    likely = np.full(items.items, -np.inf, np.float32)
+    wanted, cosines = hashed.signatures(queries), _cosines(hashed, queries)
+    likely = np.empty(items.items, np.float32)
     for start, rows in items.chunks():
         words = np.ascontiguousarray(hashed.signatures(rows, items.centre).T)
-        part = likely[start : start + len(rows)]
-        for query, cosine in zip(wanted, cosines, strict=True):
-            np.maximum(part, cosine[_differing(words, query)], out=part)
-        part *= _lengths(rows, items.centre)
+        lengths = _lengths(rows, items.centre)
+        likely[start : start + len(rows)] = _products(words, lengths, wanted, cosines)
     return likely
 
 
-def _cosines(hashed: Signs, query: FloatArray) -> FloatArray:
-    """The cosine that each number of differing bits estimates, times the query's length."""
+def _products(
+    words: NDArray[np.uint64], lengths: FloatArray, wanted: NDArray[np.uint64], cosines: FloatArray
+) -> FloatArray:
+    """Estimated product of each neuron with the query that likes it best."""
+    likely = np.full(len(lengths), -np.inf, np.float32)
+    for query, cosine in zip(wanted, cosines, strict=True):
+        np.maximum(likely, np.take(cosine, _differing(words, query)), out=likely)
+    likely *= lengths
+    return likely
+
+
+def _cosines(hashed: Signs, queries: FloatArray) -> FloatArray:
+    """The cosine that each number of differing bits estimates, times each query's length."""
     count = hashed.matrix.shape[1]
-    cosine = np.cos(np.arange(count + 1) * (np.pi / count)) * np.linalg.norm(query)
-    scaled: FloatArray = cosine.astype(np.float32)
-    return scaled
+    cosine = np.cos(np.arange(count + 1) * (np.pi / count))
+    return np.stack([cosine * np.linalg.norm(query) for query in queries]).astype(np.float32)
 
 
 def _lengths(rows: FloatArray, centre: FloatArray) -> FloatArray:
@@ -264,7 +235,7 @@ _PROBES, _BEST = 32, 10
 
 
 @dataclass(frozen=True)
-class Sketch:
+class Sketch(Index):
     """Rows on their leading directions, in 8 bits a number: 32 bytes an item at any length.
 
     A server makes one of its public item table, and every device gets the same; nothing about a
@@ -306,7 +277,7 @@ class Sketch:
                 (rows @ forward - items.centre @ forward) / step
             )
         if probes is None:
-            probes = items.rows(np.linspace(0, items.items - 1, _PROBES).astype(np.int64))
+            probes = items.rows(evenly(items.items, _PROBES))
             probes = probes - items.centre
         made = cls(codes, forward * step, 0.0, items.centre)
         return replace(made, recall=made._recall(items, probes))
@@ -321,26 +292,17 @@ class Sketch:
         return float((np.take_along_axis(close, right, axis=0) >= edge).mean())
 
     def values(self, queries: FloatArray) -> Iterator[tuple[int, FloatArray]]:
-        """Yield approximate products, but for a number a query, as ``(first item, (m, q))``.
-
-        Args:
-            queries: shape ``(q, dim)``.
-        """
+        """Yield approximate products, but for a number a query, as ``(first item, (m, q))``."""
         short = (queries @ self.basis).T
         for start in range(0, len(self.codes), CHUNK):
             yield start, self.codes[start : start + CHUNK].astype(np.float32) @ short
 
     def batch(self, queries: FloatArray, budget: int) -> Items:
-        """See :meth:`Index.batch`."""
         values = [part.max(axis=1) for _, part in self.values(queries)]
         return most_wanted(np.concatenate(values), budget)
 
-    def one(self, query: FloatArray, budget: int) -> Items:
-        """See :meth:`Index.one`."""
-        return self.batch(query[None], budget)
-
     def changed(self, items: ItemMemory) -> float:
-        """See :meth:`Index.changed`: in units of the codes' spread, so that a step is a change."""
+        """In units of the codes' spread, so that a step is a change."""
         sample = _sample(items.items)
         inverse = self.basis / np.square(self.basis).sum(axis=0)
         now = _eight_bits((items.rows(sample) - self.centre) @ inverse)
@@ -349,21 +311,18 @@ class Sketch:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that a device keeps."""
         return self.codes.nbytes + self.basis.nbytes
 
 
 def _eight_bits(scaled: FloatArray) -> NDArray[np.int8]:
-    np.rint(scaled, out=scaled)
-    codes: NDArray[np.int8] = scaled.clip(-_LARGEST, _LARGEST).astype(np.int8)
-    return codes
+    return np.rint(scaled).clip(-_LARGEST, _LARGEST).astype(np.int8)
 
 
 _TRAINED_ON, _ROUNDS = 64, 8  # neurons a cell that centres are fitted to, and passes over them
 
 
 @dataclass(frozen=True)
-class Cells:
+class Cells(Index):
     """A partition of the neurons around centres, of which a query visits the best few.
 
     A cell is a learned code: the centre that a neuron lies nearest to, where a drawn hash function
@@ -383,16 +342,11 @@ class Cells:
     ends: Items
 
     @classmethod
-    def of(cls, items: ItemMemory, stream: SecureStream, count: int | None = None) -> Cells:
-        """Fit centres to a sample of neurons, and put every neuron into the nearest one's cell.
-
-        Args:
-            stream: draws the sample.
-            count: cells; about :data:`CELLS` where not said.
-        """
-        count = count or max(1, min(CELLS, items.items // FEWEST))
+    def of(cls, items: ItemMemory, stream: SecureStream) -> Cells:
+        """Fit centres to a drawn sample of neurons, and put each neuron into the nearest's cell."""
+        count = max(1, min(_CELLS, items.items // _FEWEST))
         rows = items.rows(uniform(items.items, _TRAINED_ON * count, stream, np.zeros(0, np.int64)))
-        centres = rows[np.linspace(0, len(rows) - 1, count).astype(np.int64)].copy()
+        centres = rows[evenly(len(rows), count)]
         for _ in range(_ROUNDS):
             near = _nearest(rows, centres)
             sums = torch.zeros(centres.shape)
@@ -400,14 +354,12 @@ class Cells:
             sizes = np.bincount(near, minlength=count)
             filled = sizes > 0
             centres[filled] = sums.numpy()[filled] / sizes[filled, None]
-        cell = np.empty(items.items, np.int64)
-        for start, part in items.chunks():
-            cell[start : start + len(part)] = _nearest(part, centres)
-        order = np.argsort(cell.astype(np.uint16 if count <= 1 << 16 else np.int64), kind="stable")
+        cell = np.concatenate([_nearest(part, centres) for _, part in items.chunks()])
+        order = np.argsort(cell.astype(np.uint16), kind="stable")
         return cls(centres, order, np.cumsum(np.bincount(cell, minlength=count)))
 
     def batch(self, queries: FloatArray, budget: int) -> Items:
-        """See :meth:`Index.batch`: each query's best cell comes before any query's second."""
+        """Each query's best cell comes before any query's second."""
         liked = queries @ self.centres.T
         # Ranks are compared, not products: queries differ in length.
         count = min(len(self.centres), 1 + 2 * budget * len(self.centres) // len(self.order))
@@ -418,7 +370,7 @@ class Cells:
         return self._members(best.T.ravel()[np.sort(first)], budget)[:budget]
 
     def one(self, query: FloatArray, budget: int) -> Items:
-        """See :meth:`Index.one`; cells are whole."""
+        """Cells are whole."""
         return self._members(np.argsort(-(self.centres @ query)), budget)
 
     def _members(self, cells: Items, budget: int) -> Items:
@@ -431,14 +383,13 @@ class Cells:
         )
 
     def changed(self, items: ItemMemory) -> float:
-        """See :meth:`Index.changed`: the share that lies nearest to another centre now."""
+        """The share that lies nearest to another centre now."""
         places = _sample(items.items)
         cells = np.searchsorted(self.ends, places, side="right")
         return float((_nearest(items.rows(self.order[places]), self.centres) != cells).mean())
 
     @property
     def nbytes(self) -> int:
-        """See :attr:`Index.nbytes`."""
         return self.centres.nbytes + self.order.nbytes + self.ends.nbytes
 
 

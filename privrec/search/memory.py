@@ -31,7 +31,7 @@ _SAMPLE = 1 << 14
 class ItemMemory:
     """A catalogue in its memory.
 
-    Args:
+    Attributes:
         table: where item vectors lie: a :class:`~privrec.embedding.subspace.Subspace`, whole or
             folded, or another table.
         memory: its blocks, float32 of shape ``(slots, block)``.
@@ -46,9 +46,16 @@ class ItemMemory:
     biases: tuple[Table, FloatArray] | None = None
 
     def __post_init__(self) -> None:
-        _check_shape("memory", self.memory, self.table)
+        owned = {"memory": (self.table, self.memory)}
         if self.biases is not None:
-            _check_shape("biases", self.biases[1], self.biases[0])
+            owned["biases"] = self.biases
+        for name, (table, memory) in owned.items():
+            wanted = (table.slots, table.block)
+            if memory.shape != wanted:
+                raise UsageError(
+                    f"{name} of shape {memory.shape}: its table has {wanted[0]} blocks of "
+                    f"{wanted[1]} floats; hand over the memory that belongs to the table"
+                )
 
     @property
     def items(self) -> int:
@@ -77,11 +84,11 @@ class ItemMemory:
         """Gather every row of the same items, for a machine that plays many devices."""
         table = PlainTable.of(self.items, self.table.dim, block=self.table.block)
         memory = np.concatenate([vectors.copy() for _, vectors in self._vectors()])
-        small = self.biases
-        if small is not None:
-            plain = PlainTable.of(self.items, 1, block=1)
-            small = plain, self._biases_of(small, np.arange(self.items))[:, None]
-        return ItemMemory(table, memory.reshape(table.slots, table.block), small)
+        biases = None
+        if self.biases is not None:
+            values = self._biases_of(self.biases, np.arange(self.items))[:, None]
+            biases = PlainTable.of(self.items, 1, block=1), values
+        return ItemMemory(table, memory.reshape(table.slots, table.block), biases)
 
     def rows(self, items: NDArray[np.integer]) -> FloatArray:
         """Return the rows of some items, shape ``(k, dim)``."""
@@ -179,13 +186,9 @@ class ItemMemory:
         return values
 
 
-def _check_shape(name: str, memory: FloatArray, table: Table) -> None:
-    wanted = (table.slots, table.block)
-    if memory.shape != wanted:
-        raise UsageError(
-            f"{name} of shape {memory.shape}: its table has {wanted[0]} blocks of {wanted[1]} "
-            "floats; hand over the memory that belongs to the table"
-        )
+def evenly(n: int, count: int) -> Items:
+    """Return ``count`` numbers from 0 to ``n - 1``, evenly spaced, ascending."""
+    return np.linspace(0, n - 1, count).astype(np.int64)
 
 
 def outside(excluded: Items, places: Items) -> Items:
@@ -205,7 +208,6 @@ def uniform(left: int, budget: int, stream: SecureStream, without: Items) -> Ite
     Args:
         left: how many items are not excluded.
         budget: how many to draw; all that are left where they are fewer.
-        stream: the drawer's own.
         without: excluded items, ascending, without repeats.
     """
     budget = min(budget, left)

@@ -10,31 +10,29 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from privrec.errors import UsageError
 from privrec.randomness import SecureStream
 from privrec.scenario import kinds
-from privrec.search.families import FAMILIES, ROOM, Family, Shape, own_shape, signature
+from privrec.search.hashing import (
+    FAMILIES,
+    ROOM,
+    Family,
+    Shape,
+    own_shape,
+    serial,
+    serial_bytes,
+    signature,
+)
 from privrec.search.index import SIGNATURE, Sketch, estimates
-from privrec.search.memory import CHUNK, ItemMemory, Items, outside, uniform
-from privrec.search.tables import serial, serial_bytes
+from privrec.search.memory import CHUNK, FloatArray, ItemMemory, Items, evenly, outside, uniform
 
-FloatArray = NDArray[np.float32]
-Selector: TypeAlias = str
-"""Name of one of :data:`SELECTORS`."""
-
-FOLD = 32
-"""Length to which ``pghash`` folds a vector, where a caller names no other."""
-
-GOOD = 0.97
-"""Recall from which ``auto`` takes the sketch for as good as a scan."""
-
-PUSHED = 2
-"""Most queries for which numbers are gathered instead of blocks."""
+FOLD = 32  # length to which ``pghash`` folds a vector, where a caller names no other
+_GOOD = 0.97  # recall from which ``auto`` takes the sketch for as good as a scan
+_PUSHED = 2  # most queries for which numbers are gathered instead of blocks
 
 # Nanoseconds a unit of work on the machine that the documented timings are from. Only ratios decide
 # what `auto` picks, and they are fixed so that a resumed or repeated run picks the same.
@@ -48,8 +46,7 @@ _CONVERT, _SORT = 0.10, 7.1  # turn 8 bits into a float; sort a number partially
 class Search:
     """What a device searches.
 
-    Args:
-        items: the catalogue in its memory.
+    Attributes:
         sketch: the server's, for ``sketch``.
         shape: functions of the tables; None, the device chooses for itself.
         fold: ``pghash``: length of a folded vector.
@@ -64,34 +61,24 @@ class Search:
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """What a selection cost, and how good it was where that was asked.
+class Selection:
+    """Chosen items, what they cost, and how good they are where that was asked.
 
     Attributes:
+        items: ascending and without repeats.
         selector: who chose; for ``auto``, the one that it picked.
-        count: items chosen.
         seconds: wall time.
         bytes: room taken beside the memory, by count of what is held at a time.
         tables: tables that were built; 0 for a selector without.
-        recall: share of the exact best ``asked`` items that were chosen; None where not asked.
-        asked: how many that were.
+        recall: share of the exact best items that were chosen; None where not asked.
     """
 
+    items: Items
     selector: str
-    count: int
     seconds: float
     bytes: int
-    tables: int = 0
-    recall: float | None = None
-    asked: int = 0
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Chosen items, ascending and without repeats, and the evidence."""
-
-    items: Items
-    evidence: Evidence
+    tables: int
+    recall: float | None
 
 
 @dataclass(frozen=True)
@@ -113,11 +100,10 @@ class SelectorKind(Protocol):
         ...
 
 
-class Ranking(Protocol):
+class Ranking(SelectorKind, Protocol):
     """A way of choosing the items of the highest estimates, whose cost can be told beforehand."""
 
     def choose(self, request: Request) -> tuple[Items, int, int]:
-        """See :meth:`SelectorKind.choose`."""
         found = top(self.values(request), request.budget, request.without)
         return found, self.bytes(request.search, len(request.queries)), 0
 
@@ -138,20 +124,17 @@ class Scan(Ranking):
     """Exact scores from the memory."""
 
     def values(self, request: Request) -> FloatArray:
-        """See :meth:`Ranking.values`."""
         return _most(_scores(request.search.items, request.queries))
 
     def seconds(self, search: Search, queries: int) -> float:
-        """See :meth:`Ranking.seconds`."""
         items = search.items
         scored = items.dim * (_THIN if queries == 1 else queries * _PRODUCT)
         each = _pass(items) + scored
-        if queries <= PUSHED:
+        if queries <= _PUSHED:
             each = min(each, items.table.parts * queries * (_PLACE + _PICK))
         return items.items * (_SORT + each)
 
     def bytes(self, search: Search, queries: int) -> int:
-        """See :meth:`Ranking.bytes`."""
         return search.items.pass_bytes + _kept(search.items, queries)
 
 
@@ -159,40 +142,34 @@ class Hamming(Ranking):
     """Signatures of 256 bits, made, compared and forgotten chunk by chunk."""
 
     def values(self, request: Request) -> FloatArray:
-        """See :meth:`Ranking.values`."""
         items = request.search.items
         hashed = signature(items.dim, SIGNATURE, request.stream)
         return estimates(items, request.queries, hashed)
 
     def seconds(self, search: Search, queries: int) -> float:
-        """See :meth:`Ranking.seconds`."""
         dim, words = search.items.dim, SIGNATURE // 64
         signed = SIGNATURE * (dim * _PRODUCT + _SIGN) + dim * _THIN + words * queries * _WORD
         return search.items.items * (_SORT + _pass(search.items) + signed)
 
     def bytes(self, search: Search, queries: int) -> int:
-        """See :meth:`Ranking.bytes`."""
         items = search.items
         some = SIGNATURE // 4 * min(CHUNK, items.items)
         return items.pass_bytes + 12 * items.items + 4 * items.dim * SIGNATURE + 5 * ROOM + some
 
 
 class Sketched(Ranking):
-    """The server's sketch of its public table."""
+    """The server's sketch of its public table; its own bytes are counted."""
 
     def values(self, request: Request) -> FloatArray:
-        """See :meth:`Ranking.values`."""
         if request.search.sketch is None:
             raise UsageError('selector = "sketch": there is none; make one with Sketch.of')
         return _most(request.search.sketch.values(request.queries))
 
     def seconds(self, search: Search, queries: int) -> float:
-        """See :meth:`Ranking.seconds`."""
         scored = _CONVERT + (_THIN if queries == 1 else queries * _PRODUCT)
         return search.items.items * (_SORT + _rank(search) * scored)
 
     def bytes(self, search: Search, queries: int) -> int:
-        """See :meth:`Ranking.bytes`; the sketch itself is counted."""
         items = search.items
         some = min(CHUNK, items.items)
         return _kept(items, queries) + (items.items + 4 * some) * _rank(search)
@@ -205,7 +182,6 @@ class SerialTables:
     family: Family
 
     def choose(self, request: Request) -> tuple[Items, int, int]:
-        """See :meth:`SelectorKind.choose`."""
         search, items, budget = request.search, request.search.items, request.budget
         base = Shape(8, 1, search.fold, items.table.block)
         shape = search.shape or own_shape(items.items, budget, request.stream, base)
@@ -215,7 +191,7 @@ class SerialTables:
             fresh = np.setdiff1d(new, request.without, assume_unique=True)
             if size + len(fresh) > budget:
                 # The last table gives what is wanting, evenly over the catalogue.
-                fresh = fresh[np.linspace(0, len(fresh) - 1, budget - size).astype(np.int64)]
+                fresh = fresh[evenly(len(fresh), budget - size)]
             found.append(fresh)
             size += len(fresh)
             if size == budget:
@@ -227,7 +203,6 @@ class Uniform:
     """Chance."""
 
     def choose(self, request: Request) -> tuple[Items, int, int]:
-        """See :meth:`SelectorKind.choose`."""
         left = request.search.items.items - len(request.without)
         found = uniform(left, request.budget, request.stream, request.without)
         return found, 16 * request.budget, 0
@@ -246,7 +221,7 @@ Others are found in the kinds that a scenario knows.
 
 
 def select(
-    selector: Selector,
+    selector: str,
     search: Search,
     queries: FloatArray,
     budget: int,
@@ -262,13 +237,11 @@ def select(
 
     Args:
         selector: one of :data:`SELECTORS`, or ``auto``.
-        search: the catalogue.
         queries: shape ``(q, items.dim)``, ``q`` at least 1; with biases, each ends in a 1.
         budget: at least 1; a table selector may find fewer.
         stream: the device's own secret stream.
         exclude: items never to be chosen, such as the history.
-        recall_of: how many of the exact best items to measure recall on, which costs a scan; 0 for
-            none.
+        recall_of: how many of the exact best items to measure recall on, which costs a scan.
 
     Raises:
         UsageError: when the budget is below 1, queries have another length than rows, or
@@ -292,17 +265,16 @@ def select(
     if recall_of:
         right = top(_most(_scores(search.items, queries)), recall_of, without)
         recall = float(np.isin(right, found).mean())
-    evidence = Evidence(selector, len(found), seconds, used, tables, recall, recall_of)
-    return Selection(found, evidence)
+    return Selection(found, selector, seconds, used, tables, recall)
 
 
-def cheapest(search: Search, queries: int) -> Selector:
+def cheapest(search: Search, queries: int) -> str:
     """Name the fastest ranking whose recall is near that of a scan, among those that fit.
 
     Tables are never chosen: at equal candidates they find fewer of the best. Where nothing fits,
     the one that needs the least is.
     """
-    good = search.sketch is not None and search.sketch.recall >= GOOD
+    good = search.sketch is not None and search.sketch.recall >= _GOOD
     open_to = {name: kind for name, kind in RANKINGS.items() if name != "sketch" or good}
     room = {name: kind.bytes(search, queries) for name, kind in open_to.items()}
     fitting = [name for name in open_to if search.room is None or room[name] <= search.room]
@@ -312,12 +284,7 @@ def cheapest(search: Search, queries: int) -> Selector:
 
 
 def best(search: Search, query: FloatArray, k: int, exclude: Items) -> tuple[Items, FloatArray]:
-    """Return the ``k`` items of the highest exact scores, the best first, and their scores.
-
-    Args:
-        query: shape ``(dim,)``.
-        exclude: items to leave out.
-    """
+    """Return the ``k`` items of the highest exact scores, the best first, and their scores."""
     # Gathered numbers and gathered blocks round differently: blocks decide between close ones.
     close = top(_most(_scores(search.items, query[None])), 2 * k + 16, np.unique(exclude))
     return ranked(search.items, query, close, k)
@@ -345,9 +312,6 @@ def mix(
         positives: ``P`` items, ascending.
         places: ``B - H`` uniform draws from ``[0, n - P - H)``.
         catalogue: ``n``.
-
-    Returns:
-        ``B`` items and ``B`` log weights.
     """
     taken = np.union1d(selected, positives)
     drawn = outside(taken, places)
@@ -368,7 +332,7 @@ def top(values: FloatArray, budget: int, without: Items) -> Items:
 def _scores(items: ItemMemory, queries: FloatArray) -> Iterator[tuple[int, FloatArray]]:
     """Exact scores of centred items by chunks, ``(m, q)``."""
     table, centre = items.table, queries @ items.centre
-    if len(queries) <= PUSHED and 2 * table.slots <= table.items * table.parts:
+    if len(queries) <= _PUSHED and 2 * table.slots <= table.items * table.parts:
         together = zip(*(items.products(query) for query in queries), strict=True)
         for parts in together:
             yield parts[0][0], np.stack([values for _, values in parts], axis=1) - centre

@@ -16,9 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.randomness import SecretRoot
-from privrec.search.families import Shape, Signs, projection
+from privrec.search.hashing import Buckets, Shape, Signs, projection
 from privrec.search.memory import ItemMemory
-from privrec.search.tables import Buckets
 
 FloatArray = NDArray[np.float32]
 Items = NDArray[np.int64]

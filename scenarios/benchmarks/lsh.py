@@ -25,16 +25,15 @@ from _common import ROOT, Claim, document, machine, print_table, write_json
 from _wide import DIM, Searched, clusters, isotropic, learned
 
 from privrec.randomness import SecretRoot
-from privrec.search.families import Shape, Signs, signature
+from privrec.search.hashing import Buckets, Shape, Signs, draw, serial, signature
 from privrec.search.index import SIGNATURE, Signatures, Sketch
 from privrec.search.memory import CHUNK
-from privrec.search.select import Search, Selector, select
-from privrec.search.tables import Buckets, draw, serial
+from privrec.search.select import Search, select
 
 ITEMS, COMPRESSION = 670_091, 64.0
 TABLES = Shape(12, 20)
 SHARES = (0.001, 0.01, 0.1)
-SELECTORS: tuple[Selector, ...] = (
+SELECTORS: tuple[str, ...] = (
     "scan", "sketch", "hamming", "simhash", "block_sign", "pghash", "uniform", "auto",
 )  # fmt: skip
 EQUAL = 0.02
@@ -135,16 +134,16 @@ def quality(searched: Searched) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"name": f"{searched.name}: {selector}"}
         for share in SHARES:
             budget = max(1, round(share * items.items))
-            evidence = [
+            chosen = [
                 select(selector, search, query[None], budget,
-                       ROOT_SECRET.stream(selector, number), recall_of=10).evidence
+                       ROOT_SECRET.stream(selector, number), recall_of=10)
                 for number, query in enumerate(searched.queries)
             ]  # fmt: skip
-            row[f"recall_{share:g}"] = statistics.mean(e.recall or 0.0 for e in evidence)
-            row[f"found_{share:g}"] = statistics.mean(e.count for e in evidence) / budget
-        row["ms"] = 1e3 * statistics.median(e.seconds for e in evidence)
-        row["tables"] = statistics.mean(e.tables for e in evidence)
-        row["workspace_mb"] = max(e.bytes for e in evidence) / 1e6
+            row[f"recall_{share:g}"] = statistics.mean(e.recall or 0.0 for e in chosen)
+            row[f"found_{share:g}"] = statistics.mean(len(e.items) for e in chosen) / budget
+        row["ms"] = 1e3 * statistics.median(e.seconds for e in chosen)
+        row["tables"] = statistics.mean(e.tables for e in chosen)
+        row["workspace_mb"] = max(e.bytes for e in chosen) / 1e6
         rows.append(row)
     rows += faiss_row(searched)
     return rows
@@ -188,11 +187,11 @@ def automatic(cases: list[Searched], repetitions: int) -> tuple[list[dict[str, A
 
                 def work(name: str, s: Search = search, q: np.ndarray = queries, b: int = budget
                          ) -> Callable[[], object]:  # fmt: skip
-                    return lambda: select(name, s, q, b, ROOT_SECRET.stream(name))  # type: ignore[arg-type]
+                    return lambda: select(name, s, q, b, ROOT_SECRET.stream(name))
 
                 recalls = {
-                    name: select(name, search, queries, budget, ROOT_SECRET.stream(name),  # type: ignore[arg-type]
-                                 recall_of=10).evidence for name in open_to
+                    name: select(name, search, queries, budget, ROOT_SECRET.stream(name),
+                                 recall_of=10) for name in open_to
                 }  # fmt: skip
                 found = side_by_side({name: work(name) for name in open_to}, repetitions)
                 reached = (recalls["auto"].recall or 0) - EQUAL
@@ -219,7 +218,7 @@ from dataclasses import replace
 from _wide import isotropic
 from privrec.models.process_memory import give_back_freed, peak_resident_bytes
 from privrec.models.process_memory import reset_peak, resident_bytes
-from privrec.search.tables import serial
+from privrec.search.hashing import serial
 import torch
 torch.set_num_threads(1)
 searched = isotropic(ITEMS, 64.0, 1)

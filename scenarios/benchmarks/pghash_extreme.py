@@ -34,7 +34,7 @@ from privrec.models.process_memory import (
 )
 from privrec.models.sparse_output import RowAdam, SparseOutput
 from privrec.randomness import SecretRoot, rng_for
-from privrec.search.families import Shape
+from privrec.search.hashing import Shape
 from privrec.search.index import Rebuild
 
 DIM, BLOCK, FOLD, WORDS = 128, 16, 32, 1 << 13

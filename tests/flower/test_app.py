@@ -33,7 +33,7 @@ from privrec.run import lifecycle
 from privrec.run.recommend import recommend
 from privrec.run.record import Observer
 from privrec.scenario.load import Scenario, load
-from privrec.search import families, select
+from privrec.search import hashing, select
 from privrec.secagg.roster import Call
 
 SCENARIO = """
@@ -438,7 +438,7 @@ def test_hash_functions_and_what_they_found_are_in_no_message_of_a_whole_run(
 ) -> None:
     """Every byte that a node sends, looked through for its functions and for the items it chose."""
     secrets: list[bytes] = []
-    draw, choose = families.signature, samples.select
+    draw, choose = hashing.signature, samples.select
 
     def watched_functions(*arguments: Any) -> Any:
         drawn = draw(*arguments)
@@ -452,7 +452,7 @@ def test_hash_functions_and_what_they_found_are_in_no_message_of_a_whole_run(
         secrets.append(msgpack.packb(chosen.items.tolist()))
         return chosen
 
-    for module in (families, select):
+    for module in (hashing, select):
         monkeypatch.setattr(module, "signature", watched_functions)
     monkeypatch.setattr(samples, "select", watched_choice)
     folder = app_folder(tmp_path, SELECTIVE)

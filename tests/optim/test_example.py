@@ -9,8 +9,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-from privrec.optim.lazy_dpsgd import LazyDPSGD
-from privrec.optim.poisson import poisson_loader
+from privrec.optim.lazy_dpsgd import LazyDPSGD, poisson_loader
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Full backward hook is firing")]
 

@@ -16,9 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 
 from privrec.errors import UsageError
-from privrec.optim.lazy_dpsgd import LazyDPSGD
+from privrec.optim.lazy_dpsgd import LazyDPSGD, PoissonSampler, poisson_loader
 from privrec.optim.parameter import LazyParameter
-from privrec.optim.poisson import PoissonSampler, poisson_loader
 from privrec.randomness import SecretRoot, SecureStream
 
 VOCABULARY, TAGS, WIDTH = 7, 5, 3

@@ -10,7 +10,7 @@ from scipy.stats import binomtest
 
 from privrec.errors import UsageError
 from privrec.randomness import SecretRoot, SecureStream
-from privrec.search.families import (
+from privrec.search.hashing import (
     FAMILIES,
     Family,
     Shape,

@@ -15,7 +15,7 @@ from privrec.errors import UsageError
 from privrec.models.sparse_output import SparseOutput
 from privrec.randomness import SecretRoot
 from privrec.search.active import NO_LABEL, active_set, distinct_labels
-from privrec.search.families import Shape
+from privrec.search.hashing import Shape
 from privrec.search.index import INDEXES, Rebuild
 
 N, DIM, BATCH = 600, 16, 12

@@ -12,11 +12,20 @@ import pytest
 
 from privrec.embedding.subspace import Subspace
 from privrec.randomness import SecretRoot, SecureStream
-from privrec.search import memory, tables
-from privrec.search.families import FAMILIES, Family, Shape, Signs, draw, projection
+from privrec.search import hashing, memory
+from privrec.search.hashing import (
+    FAMILIES,
+    Buckets,
+    Family,
+    Shape,
+    Signs,
+    draw,
+    projection,
+    serial,
+    serial_bytes,
+)
 from privrec.search.index import Signatures, estimates
 from privrec.search.memory import ItemMemory
-from privrec.search.tables import Buckets, serial, serial_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 N, DIM = 3000, 32
@@ -41,7 +50,7 @@ def queries() -> np.ndarray:
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (memory, tables):
+    for module in (memory, hashing):
         monkeypatch.setattr(module, "CHUNK", 700)
 
 
@@ -172,9 +181,9 @@ torch.set_num_threads(1)
 from privrec.embedding.subspace import Subspace
 from privrec.models.process_memory import give_back_freed, peak_resident_bytes
 from privrec.models.process_memory import reset_peak, resident_bytes
-from privrec.search.families import Shape
+from privrec.search.hashing import Shape
 from privrec.search.memory import ItemMemory
-from privrec.search.tables import serial, serial_bytes
+from privrec.search.hashing import serial, serial_bytes
 from privrec.randomness import SecretRoot
 
 n, dim, count, family = int(sys.argv[1]), 128, int(sys.argv[2]), sys.argv[3]

@@ -1,10 +1,14 @@
-"""Families of hash functions that a device draws for itself.
+"""Hash functions that a device draws for itself, and the tables that it makes of them.
 
 A device draws its functions, and how many of them it uses, from its own secret stream: nothing of
-them is ever sent, and no two devices share one.
+them is ever sent, and no two devices share one. ``simhash``, ``pghash`` and ``block_sign`` are
+signs of Gaussian projections, ``sign(<a, x>)``, that differ in how ``a`` is made.
 
-``simhash``, ``pghash`` and ``block_sign`` are signs of Gaussian projections, ``sign(<a, x>)``, that
-differ in how ``a`` is made.
+:func:`serial` builds, queries and discards tables one at a time. A table is never held: the
+queries' codes are known first, so as codes of the items come out of a pass over the memory, each is
+looked up in a bitmap of wanted codes and forgotten. A few tables share a pass, since gathering the
+items is the larger part of one table's work.
+
 Sources: Charikar, "Similarity estimation techniques from rounding algorithms" (STOC 2002);
 Rabbani, Bornstein & Huang, "Large-scale distributed learning via private on-device LSH"
 (NeurIPS 2023).
@@ -12,7 +16,8 @@ Rabbani, Bornstein & Huang, "Large-scale distributed learning via private on-dev
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -21,16 +26,15 @@ from numpy.typing import NDArray
 
 from privrec.errors import UsageError
 from privrec.randomness import SecureStream
-from privrec.search.memory import CHUNK
+from privrec.search.memory import CHUNK, FloatArray, ItemMemory, Items
 
-FloatArray = NDArray[np.float32]
 Family = Literal["simhash", "pghash", "block_sign"]
 FAMILIES: tuple[Family, ...] = ("simhash", "pghash", "block_sign")
 
-ROOM = 1 << 18
-"""Projections at a time: 1 MiB of float32, which stays in a level-2 cache."""
-
+ROOM = 1 << 18  # projections at a time: 1 MiB of float32, which stays in a level-2 cache
+_TABLES_A_PASS = 8  # tables that share a pass over the items
 _WORD = 16  # bits in a code's integer
+_CODES = 1 << _WORD
 _LONGEST = 4096
 _FEWEST, _MOST = 12, 28  # tables that a device may choose to build
 
@@ -39,9 +43,8 @@ _FEWEST, _MOST = 12, 28  # tables that a device may choose to build
 class Shape:
     """How many functions: a code has ``bits`` of them, and there are ``tables`` codes.
 
-    Args:
+    Attributes:
         bits: 1 to 16 for tables, any number for signatures that are ranked.
-        tables: at least 1.
         fold: ``pghash``: length ``c`` of a folded vector.
         block: ``block_sign``: length of a block.
 
@@ -66,13 +69,8 @@ def own_shape(items: int, budget: int, stream: SecureStream, base: Shape) -> Sha
     """Draw the shape that one device chooses for itself, from its own stream.
 
     A table's bucket should hold about as many items as the budget has for a table; the device then
-    moves one bit up or down, so that not even the shape is known to others.
-
-    Args:
-        items: size of the catalogue.
-        budget: items that it wants, at least 1.
-        stream: the device's own.
-        base: its ``fold`` and ``block`` are kept.
+    moves one bit up or down, so that not even the shape is known to others. ``fold`` and ``block``
+    are those of ``base``.
     """
     coins = stream.uint32(2)
     tables = _FEWEST + int(coins[0]) % (_MOST - _FEWEST + 1)
@@ -82,14 +80,10 @@ def own_shape(items: int, budget: int, stream: SecureStream, base: Shape) -> Sha
 
 
 def draw(family: Family, dim: int, shape: Shape, stream: SecureStream) -> Signs:
-    """Draw hash functions of a family for vectors of length ``dim``.
-
-    Args:
-        shape: how many; at most 16 bits a code.
-        stream: the device's own secret stream.
+    """Draw hash functions of a family for vectors of length ``dim``, from a device's own stream.
 
     Raises:
-        UsageError: when a code would not fit its integer.
+        UsageError: when a code has more than 16 bits.
     """
     if shape.bits > _WORD:
         raise UsageError(
@@ -138,12 +132,7 @@ def signature(dim: int, bits: int, stream: SecureStream) -> Signs:
 
 @dataclass(frozen=True)
 class Signs:
-    """Codes made of signs of projections.
-
-    Args:
-        matrix: as :func:`projection` gives it.
-        shape: of the codes.
-    """
+    """Codes made of signs of projections on the columns of ``matrix``."""
 
     matrix: FloatArray
     shape: Shape
@@ -190,3 +179,87 @@ class Signs:
             object.__setattr__(self, "_room", room)
             return room
         return self._room
+
+
+def serial(
+    items: ItemMemory, queries: FloatArray, family: Family, shape: Shape, stream: SecureStream
+) -> Iterator[Items]:
+    """Yield the items that share a bucket with a query, table after table.
+
+    Whoever takes from this generator stops when it has enough: tables of later passes are never
+    drawn. Items are centred before they are hashed, which changes no ranking of theirs.
+
+    Args:
+        queries: shape ``(q, items.dim)``.
+        stream: the device's own secret stream.
+
+    Yields:
+        For each table the items, ascending, that no earlier table has found.
+    """
+    seen = np.zeros(items.items, np.bool_)
+    found = np.empty((min(_TABLES_A_PASS, shape.tables), items.items), np.bool_)
+    for first in range(0, shape.tables, _TABLES_A_PASS):
+        few = replace(shape, tables=min(_TABLES_A_PASS, shape.tables - first))
+        hashed = draw(family, items.dim, few, stream)
+        each = np.arange(few.tables)
+        wanted = np.zeros((few.tables, _CODES), np.bool_)
+        wanted[each, hashed.codes(queries)] = True
+        for start, rows in items.chunks():
+            codes = hashed.codes(rows, items.centre)
+            for table in each:
+                part = found[table, start : start + len(rows)]
+                np.take(wanted[table], codes[:, table], out=part, mode="clip")
+        for hits in found[: few.tables]:
+            hits &= ~seen
+            seen |= hits
+            yield np.flatnonzero(hits)
+
+
+def serial_bytes(items: ItemMemory, shape: Shape) -> int:
+    """Return the most bytes that :func:`serial` holds at a time, beside the memory."""
+    tables, size = min(_TABLES_A_PASS, shape.tables), min(CHUNK, items.items)
+    signs = min(CHUNK * tables, ROOM // shape.bits) * (4 * shape.bits + 16)
+    held = items.items * (tables + 2) + tables * _CODES + 4 * items.dim * tables * shape.bits
+    return items.pass_bytes + signs + 4 * size * tables + held
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """One table as lists, for many queries that each want their own.
+
+    Attributes:
+        order: items by code, ascending within one.
+        ends: where the items of each code end in ``order``.
+        hashed: the function; it has one table.
+    """
+
+    order: NDArray[np.int32]
+    ends: Items
+    hashed: Signs
+
+    @classmethod
+    def of(cls, items: ItemMemory, hashed: Signs) -> Buckets:
+        """Hash all items and sort them by their codes."""
+        codes = np.empty(items.items, np.uint16)
+        for start, rows in items.chunks():
+            codes[start : start + len(rows)] = hashed.codes(rows, items.centre)[:, 0]
+        # A stable sort of 16-bit words is a radix sort.
+        order = np.argsort(codes, kind="stable").astype(np.int32)
+        ends = np.cumsum(np.bincount(codes, minlength=1 << hashed.shape.bits))
+        return cls(order, ends, hashed)
+
+    def codes_of(self, items: Items) -> NDArray[np.uint16]:
+        """Return the codes under which some items are listed."""
+        where = np.empty(len(self.order), np.uint16)
+        where[self.order] = np.repeat(
+            np.arange(len(self.ends), dtype=np.uint16), np.diff(self.ends, prepend=0)
+        )
+        return where[items]
+
+    def lists(self, codes: NDArray[np.uint16]) -> list[Items]:
+        """Return the items of the buckets of some codes, ascending within each."""
+        codes = codes.astype(np.int64)
+        starts = np.where(codes > 0, self.ends[codes - 1], 0)
+        return [
+            self.order[a:b].astype(np.int64) for a, b in zip(starts, self.ends[codes], strict=True)
+        ]
