@@ -45,29 +45,29 @@ def audit(scenario: Scenario, *, canaries: int = 1000, key: bytes | None = None)
         UsageError: when the scenario cannot be run at all.
     """
     with one_thread():
-        bench = Harness.of(scenario, key)
-        private = bench.event.is_private
+        harness = Harness.of(scenario, key)
+        private = harness.event.is_private
         findings: list[CheckResult] = []
         if private:
-            _collect(findings, "accounting", lambda: rounds.probe_accounting(bench))
-            _collect(findings, "noise", lambda: noise.probe(bench))
-            _collect(findings, "sampling", lambda: rounds.probe_sampling(bench))
+            _collect(findings, "accounting", lambda: rounds.probe_accounting(harness))
+            _collect(findings, "noise", lambda: noise.probe(harness))
+            _collect(findings, "sampling", lambda: rounds.probe_sampling(harness))
         for name, probe in rounds.PROBES.items():
-            _collect(findings, name, lambda probe=probe: (probe(bench),))  # type: ignore[misc]
-        _collect(findings, "lazy noise", lambda: noise.probe_lazy(bench.root))
+            _collect(findings, name, lambda probe=probe: (probe(harness),))  # type: ignore[misc]
+        _collect(findings, "lazy noise", lambda: noise.probe_lazy(harness.root))
         found: Attack | None = None
         if private and canaries >= 2:
 
             def probe_canaries() -> Iterable[CheckResult]:
                 nonlocal found
-                found = attack(bench, canaries)
+                found = attack(harness, canaries)
                 return found.findings
 
             _collect(findings, "canaries", probe_canaries)
-    claimed = bench.claimed if private else None
+    claimed = harness.claimed if private else None
     method = _NO_NOISE if not private else _NO_CANARIES if found is None else found.method
-    if bench.stand_ins:
-        method += f" Not public, hence made up: {bench.stand_ins}."
+    if harness.stand_ins:
+        method += f" Not public, hence made up: {harness.stand_ins}."
     return AuditPart(
         version=privrec.__version__,
         scenario_hash=scenario.hash(),
