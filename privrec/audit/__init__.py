@@ -32,7 +32,7 @@ def audit(scenario: Scenario, *, canaries: int = 1000, key: bytes | None = None)
     fails with a probability below one in a million. What each probe sees is in ``docs/audit.md``.
 
     Args:
-        scenario: what is audited; numbers that are not public are made up.
+        scenario: its numbers that are not public are made up.
         canaries: at most so many for the empirical bounds; below 2 leaves them out.
         key: what all secrets of the audit derive from, for tests that repeat; by default the
             operating system gives one.
@@ -64,7 +64,6 @@ def audit(scenario: Scenario, *, canaries: int = 1000, key: bytes | None = None)
                 return found.findings
 
             _collect(findings, "canaries", probe_canaries)
-    claimed = harness.claimed if private else None
     method = _NO_NOISE if not private else _NO_CANARIES if found is None else found.method
     if harness.stand_ins:
         method += f" Not public, hence made up: {harness.stand_ins}."
@@ -75,7 +74,8 @@ def audit(scenario: Scenario, *, canaries: int = 1000, key: bytes | None = None)
         checks=tuple(Checked(**vars(finding)) for finding in findings),
         lower_bound=None if found is None else found.lower_bound,
         confidence=None if found is None else CONFIDENCE,
-        claimed=claimed,
+        # An auditor of sums sees what recipients see.
+        claimed=harness.epsilon("recipients") if private else None,
         method=method,
     )
 

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from privrec.audit.harness import ALPHA, CheckResult, Harness
+from privrec.audit.harness import ALPHA, CheckResult, Floats, Harness
 from privrec.audit.noise import rounds_that_fit
 from privrec.device.device import privatize
 from privrec.device.tier import Tier
@@ -39,7 +39,6 @@ from privrec.privacy.accountant import gaussian
 from privrec.privacy.events import epsilon
 from privrec.randomness import rng_for
 
-Floats = NDArray[np.float64]
 Users = NDArray[np.int64]
 
 CONFIDENCE = 0.95
@@ -345,7 +344,6 @@ class Guesses:
 
         Args:
             scores: of each canary, shape ``(m,)``; larger ones speak for its presence.
-            present: which canaries took part, shape ``(m,)``.
             made: how many guesses, chosen before the scores were seen; an odd one is left out.
         """
         half = min(made, len(scores)) // 2
@@ -393,14 +391,9 @@ class Guesses:
 
 
 def best_guesses(canaries: int, strength: float, delta: float, confidence: float) -> int:
-    """How many guesses promise the highest bound, from what is claimed and from nothing else.
+    """An even number of guesses that promises the highest bound, from the claim and nothing else.
 
-    Args:
-        strength: separation of the scores of canaries with and without part, in standard
-            deviations of either.
-
-    Returns:
-        An even number of at most ``canaries``.
+    ``strength`` is as in :meth:`Guesses.chance`.
     """
     best, found = 0, -1.0
     for share in np.geomspace(max(1e-3, 2 / canaries), 1.0, 24):

@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import stats
 
 from privrec.audit.harness import (
     ALPHA,
     CheckResult,
+    Floats,
     Harness,
+    Integers,
     count_p,
     distance_p,
     judged,
@@ -34,9 +35,6 @@ from privrec.privacy.lazy import LazyMemory
 from privrec.privacy.mechanism import Shares, noise_seeds
 from privrec.privacy.pending import LinearStep, Normals
 from privrec.randomness import SecretRoot
-
-Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
 
 DRAWS = 400_000
 """Coefficients of each band to look at, where that is not too dear: 0.9 % of σ is then seen."""

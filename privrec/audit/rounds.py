@@ -10,15 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from privrec.audit.harness import (
-    REACH,
-    CheckResult,
-    Harness,
-    count_p,
-    judged,
-    of_many,
-    two_sided,
-)
+from privrec.audit.harness import REACH, CheckResult, Harness, count_p, judged, of_many, two_sided
 from privrec.device.device import Cohort, Draws, Trained, privatize
 from privrec.device.recommender import RecommenderLearner
 from privrec.device.samples import Histories
@@ -28,12 +20,13 @@ from privrec.models.layout import from_wire, to_wire
 from privrec.models.ncf import NCF
 from privrec.privacy.mechanism import Band
 from privrec.randomness import rng_for
-from privrec.run.simulation import Simulation
+from privrec.run.simulation import Rows, Simulation
 from privrec.run.summing import SUMMING, Enrolled, Participant
 from privrec.secagg.client import Policy
 from privrec.secagg.messages import Stage
 
 FloatArray = NDArray[np.float32]
+Users = NDArray[np.int64]
 
 USERS = 4000
 """Users whose updates are measured; where 1 % of users are unclipped, none is among them with a
@@ -49,9 +42,7 @@ _MEMBERS = 4_000_000  # coefficients of a batch of canaries
 class Hostile(RecommenderLearner):
     """Training whose updates are blown up before they leave it, as a broken device's may be.
 
-    Args:
-        clip_norm: which nearly all updates exceed.
-        norms: of what each user handed over, filled while it trains.
+    Nearly all exceed ``clip_norm``; ``norms``, of what each user handed over, is filled meanwhile.
     """
 
     clip_norm: float = 1.0
@@ -103,7 +94,7 @@ def clipping(harness: Harness) -> CheckResult:
     bound = harness.protection.encoding.squared_bound
     users = beyond = broken = 0
     longest = 0.0
-    for _, _, update in _bounded(harness, simulation, USERS):
+    for _, _, update in _bounded(harness, simulation, harness.some(USERS)):
         for mine in update.rows():
             vector = mine.vector().astype(np.float64)
             squared = float(vector @ vector)
@@ -124,15 +115,18 @@ def clipping(harness: Harness) -> CheckResult:
 
 
 def _bounded(
-    harness: Harness, simulation: Simulation, most: int
-) -> Iterator[tuple[Tier, NDArray[np.int64], BoundedUpdate]]:
-    """What some users of every tier put into a sum, on weights that are not zero anywhere."""
-    server = harness.server
-    weights = server.weights.copy()
+    harness: Harness, simulation: Simulation, rows: Rows, silent: int | None = None
+) -> Iterator[tuple[Tier, Users, BoundedUpdate]]:
+    """What users of every tier put into a sum, but for one who falls silent.
+
+    They train on weights that are not zero anywhere.
+    """
+    weights = harness.server.weights.copy()
     weights += rng_for(0, "audit weights").normal(0, 0.1, len(weights)).astype(np.float32)
     round = harness.round(0)
-    for tier, rows in zip(harness.federation.tiers, harness.some(most), strict=True):
-        for users, update, _ in simulation.answers(round, weights, tier, rows):
+    for tier, mine in zip(harness.federation.tiers, rows, strict=True):
+        there = mine[simulation.cohorts[tier.index].users[mine] != silent]
+        for users, update, _ in simulation.answers(round, weights, tier, there):
             yield tier, users, update
 
 
@@ -191,10 +185,11 @@ def plain_sum(harness: Harness) -> CheckResult:
     """The sum that the engine takes is that of the vectors that devices send."""
     bare = replace(harness.protection, shares=None, minimums=())
     simulation = replace(harness.simulation, protection=bare, cohorts=_fresh(harness))
-    summing = harness.summing(harness.round(0), bare, harness.named(harness.some(SUMMED_USERS)))
+    rows = harness.some(SUMMED_USERS)
+    summing = harness.summing(harness.round(0), bare, harness.named(rows))
     expected = np.zeros(harness.federation.layout.size, np.int64)
     users = 0
-    for tier, each, update in _bounded(harness, simulation, SUMMED_USERS):
+    for tier, each, update in _bounded(harness, simulation, rows):
         summing.add(tier, each, update)
         for mine in update.rows():
             expected += _padded(harness, tier, mine.vector())
@@ -226,7 +221,7 @@ def secure_sum(harness: Harness) -> CheckResult:
     masked, plain, bare = SUMMING["full"](*made), SUMMING["exact"](*made), SUMMING["exact"](*made)
     simulation = replace(harness.simulation, cohorts=_fresh(harness), protection=protection)
     expected = np.zeros(harness.federation.layout.size, np.int64)
-    for tier, users, update in _answers(harness, simulation, rows, silent):
+    for tier, users, update in _bounded(harness, simulation, rows, silent.user):
         masked.add(tier, users, update)
         plain.add(tier, users, update)
         for mine in update.rows():
@@ -241,20 +236,6 @@ def secure_sum(harness: Harness) -> CheckResult:
         "falling silent",
         "the sum of the survivors' integers, and their noise where devices add it",
     )
-
-
-def _answers(
-    harness: Harness,
-    simulation: Simulation,
-    rows: list[NDArray[np.int64]],
-    silent: Participant,
-) -> Iterator[tuple[Tier, NDArray[np.int64], BoundedUpdate]]:
-    """Updates of the cohort but for the device that fell silent."""
-    weights = harness.server.weights
-    for tier, mine, cohort in zip(harness.federation.tiers, rows, simulation.cohorts, strict=True):
-        there = mine[cohort.users[mine] != silent.user]
-        for users, update, _ in simulation.answers(harness.round(0), weights, tier, there):
-            yield tier, users, update
 
 
 def _for_few(harness: Harness, least: tuple[int, ...]) -> Protection:
