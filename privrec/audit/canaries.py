@@ -133,11 +133,15 @@ def _one_shot(harness: Harness, most: int) -> tuple[CheckResult, str]:
     products, squares, done = np.zeros(total), 0.0, 0
     for index in range(rounds):
         seed = int(rng.integers(2**63))
-        released = _released(harness, harness.round(index), _directions(harness, groups, seed))
+        updates = (
+            (tier, users, RawUpdate(values * _loud(harness), Address.whole(tier.layout)))
+            for tier, users, values in _unit(groups, seed)
+        )
+        released = _released(harness, harness.round(index), updates)
         if released is None:
             continue
         place = 0
-        for tier, users, values in _unit(harness, groups, seed):
+        for tier, users, values in _unit(groups, seed):
             held = released[: values.shape[1]]
             wire = to_wire(values, (tier.layout, *harness.federation.weaker(tier)))
             products[place : place + len(users)] += wire @ held
@@ -217,16 +221,13 @@ def _spikes(
     present: NDArray[np.bool_],
 ) -> Updates:
     """Updates of the canaries that are there, each far too long and in one coefficient."""
-    start = 0
-    for group, wire in zip(groups, places, strict=True):
-        end = start + len(group.users)
-        there = present[start:end]
+    ends = np.cumsum([len(group.users) for group in groups])[:-1]
+    parts = zip(groups, places, np.split(signs, ends), np.split(present, ends), strict=True)
+    for group, wire, sign, there in parts:
         layout = group.tier.layout
         order = to_wire(np.arange(layout.size), (layout, *harness.federation.weaker(group.tier)))
-        values = signs[start:end][there] * _loud(harness)
-        update = _in_one_place(group.tier, order[wire[there]], values)
+        update = _in_one_place(group.tier, order[wire[there]], sign[there] * _loud(harness))
         yield group.tier, group.users[there], update
-        start = end
 
 
 def _loud(harness: Harness) -> np.float32:
@@ -253,7 +254,7 @@ def _in_one_place(tier: Tier, places: NDArray[np.int64], values: Floats) -> RawU
 
 
 def _unit(
-    harness: Harness, groups: Sequence[Canaries], seed: int
+    groups: Sequence[Canaries], seed: int
 ) -> Iterator[tuple[Tier, Users, NDArray[np.float32]]]:
     """Random unit vectors of the canaries, in their layouts, a batch at a time."""
     for group in groups:
@@ -265,11 +266,6 @@ def _unit(
             values = rng.standard_normal((len(users), size), np.float32)
             values /= np.linalg.norm(values, axis=1, keepdims=True)
             yield group.tier, users, values
-
-
-def _directions(harness: Harness, groups: Sequence[Canaries], seed: int) -> Updates:
-    for tier, users, values in _unit(harness, groups, seed):
-        yield tier, users, RawUpdate(values * _loud(harness), Address.whole(tier.layout))
 
 
 def _released(harness: Harness, round: Round, updates: Updates) -> Floats | None:

@@ -272,9 +272,9 @@ def _zcdp(counts: Counts) -> float | None:
     return _up(math.fsum(n / (2 * event.noise_multiplier**2) for event, n in counts.items()))
 
 
-def _up(value: float, unit: float = 1e6) -> float:
+def _up(value: float) -> float:
     """Rounded up in the sixth decimal."""
-    return math.ceil(value * unit) / unit
+    return math.ceil(value * 1e6) / 1e6
 
 
 def _lifetime(facts: Facts) -> model.Lifetime | None:

@@ -158,10 +158,7 @@ class Comparison:
                 "epsilon_server": report.adversary("server").epsilon,
                 "delta": report.privacy.delta,
                 "holdout": report.accuracy.holdout,
-                **{
-                    key: found.value if (found := report.metric(key)) else None
-                    for key in self.metrics
-                },
+                **{key: metrics.get(key) for key in self.metrics},
                 **report.cost.model_dump(exclude={"note"}),
             }
             for name, report, metrics in zip(self.names, self.reports, values, strict=True)
@@ -219,12 +216,8 @@ def _utility(comparison: Comparison, shown: Sequence[tuple[str, Metric]], headin
 def _protocols(keys: Sequence[str]) -> list[tuple[str, list[str]]]:
     """Metric keys by how the held-out item is ranked; keys of one protocol stand together."""
     full = [key for key in keys if key.startswith("full_")]
-    sampled = [key for key in keys if key not in full]
-    return [
-        (name, group)
-        for name, group in (("Among 99 items", sampled), ("Full ranking", full))
-        if group
-    ]
+    groups = (("Among 99 items", [key for key in keys if key not in full]), ("Full ranking", full))
+    return [(name, group) for name, group in groups if group]
 
 
 def _shown(comparison: Comparison) -> list[tuple[str, Metric]]:
@@ -236,19 +229,18 @@ def _shown(comparison: Comparison) -> list[tuple[str, Metric]]:
     return [(n, metric) for n, metric in zip(comparison.names, found, strict=True) if metric]
 
 
-def _names(places: Sequence[Path], reports: Sequence[Report]) -> Iterator[str]:
+def _names(places: Sequence[Path], reports: Sequence[Report]) -> Sequence[str]:
     """The shortest of scenario, folder and path that tells all runs apart."""
-    for candidates in ([report.scenario for report in reports], [place.name for place in places]):
-        if len(set(candidates)) == len(candidates):
-            yield from candidates
-            return
-    yield from (str(place) for place in places)
+    scenarios = [report.scenario for report in reports]
+    choices = (scenarios, [place.name for place in places], [str(place) for place in places])
+    return next(names for names in choices if len(set(names)) == len(names))
 
 
 def _cautions(reports: Sequence[Report]) -> Iterator[str]:
     if len({report.accuracy.holdout for report in reports}) > 1:
         yield "Metrics are of different splits (test and validation): do not compare them."
-    if len({_data(report) for report in reports}) > 1:
+    facts = ("source", "users", "items", "interactions")
+    if len({tuple(report.data.get(key) for key in facts) for report in reports}) > 1:
         yield "The runs used different data: metrics and costs are not comparable."
     deltas = {report.privacy.delta for report in reports if report.privacy.private}
     if len(deltas) > 1:
@@ -256,7 +248,3 @@ def _cautions(reports: Sequence[Report]) -> Iterator[str]:
         yield f"The runs state ε at different δ ({values}): an ε means less at a larger δ."
     if len({report.simulated for report in reports}) > 1:
         yield "Some runs are simulated and some are not: their costs are not comparable."
-
-
-def _data(report: Report) -> tuple[Scalar, ...]:
-    return tuple(report.data.get(key) for key in ("source", "users", "items", "interactions"))
