@@ -32,7 +32,7 @@ def audit(scenario: Scenario, *, canaries: int = 1000, key: bytes | None = None)
     fails with a probability below one in a million. What each probe sees is in ``docs/audit.md``.
 
     Args:
-        scenario: what is audited; numbers that are not public are made up.
+        scenario: its numbers that are not public are made up.
         canaries: at most so many for the empirical bounds; below 2 leaves them out.
         key: what all secrets of the audit derive from, for tests that repeat; by default the
             operating system gives one.
@@ -45,29 +45,28 @@ def audit(scenario: Scenario, *, canaries: int = 1000, key: bytes | None = None)
         UsageError: when the scenario cannot be run at all.
     """
     with one_thread():
-        bench = Harness.of(scenario, key)
-        private = bench.event.is_private
+        harness = Harness.of(scenario, key)
+        private = harness.event.is_private
         findings: list[CheckResult] = []
         if private:
-            _collect(findings, "accounting", lambda: rounds.probe_accounting(bench))
-            _collect(findings, "noise", lambda: noise.probe(bench))
-            _collect(findings, "sampling", lambda: rounds.probe_sampling(bench))
+            _collect(findings, "accounting", lambda: rounds.probe_accounting(harness))
+            _collect(findings, "noise", lambda: noise.probe(harness))
+            _collect(findings, "sampling", lambda: rounds.probe_sampling(harness))
         for name, probe in rounds.PROBES.items():
-            _collect(findings, name, lambda probe=probe: (probe(bench),))  # type: ignore[misc]
-        _collect(findings, "lazy noise", lambda: noise.probe_lazy(bench.root))
+            _collect(findings, name, lambda probe=probe: (probe(harness),))  # type: ignore[misc]
+        _collect(findings, "lazy noise", lambda: noise.probe_lazy(harness.root))
         found: Attack | None = None
         if private and canaries >= 2:
 
             def probe_canaries() -> Iterable[CheckResult]:
                 nonlocal found
-                found = attack(bench, canaries)
+                found = attack(harness, canaries)
                 return found.findings
 
             _collect(findings, "canaries", probe_canaries)
-    claimed = bench.claimed if private else None
     method = _NO_NOISE if not private else _NO_CANARIES if found is None else found.method
-    if bench.stand_ins:
-        method += f" Not public, hence made up: {bench.stand_ins}."
+    if harness.stand_ins:
+        method += f" Not public, hence made up: {harness.stand_ins}."
     return AuditPart(
         version=privrec.__version__,
         scenario_hash=scenario.hash(),
@@ -75,7 +74,8 @@ def audit(scenario: Scenario, *, canaries: int = 1000, key: bytes | None = None)
         checks=tuple(Checked(**vars(finding)) for finding in findings),
         lower_bound=None if found is None else found.lower_bound,
         confidence=None if found is None else CONFIDENCE,
-        claimed=claimed,
+        # An auditor of sums sees what recipients see.
+        claimed=harness.epsilon("recipients") if private else None,
         method=method,
     )
 

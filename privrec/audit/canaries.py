@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from privrec.audit.harness import ALPHA, CheckResult, Harness
+from privrec.audit.harness import ALPHA, CheckResult, Floats, Harness
 from privrec.audit.noise import rounds_that_fit
 from privrec.device.device import privatize
 from privrec.device.tier import Tier
@@ -39,7 +39,6 @@ from privrec.privacy.accountant import gaussian
 from privrec.privacy.events import epsilon
 from privrec.randomness import rng_for
 
-Floats = NDArray[np.float64]
 Users = NDArray[np.int64]
 
 CONFIDENCE = 0.95
@@ -78,10 +77,10 @@ class Attack:
     method: str
 
 
-def attack(bench: Harness, most: int) -> Attack:
+def attack(harness: Harness, most: int) -> Attack:
     """Both estimates for a scenario with noise, from at most so many canaries, 2 or more."""
-    run, guesses, bound = _one_run(bench, most)
-    shot, method = _one_shot(bench, most)
+    run, guesses, bound = _one_run(harness, most)
+    shot, method = _one_shot(harness, most)
     text = (
         f"One run of {guesses.canaries:,} canaries, each there with probability one half and a "
         f"coefficient of its own in each round: {guesses.right:,} of {guesses.made:,} guesses "
@@ -91,29 +90,29 @@ def attack(bench: Harness, most: int) -> Attack:
     return Attack((run, shot), bound, text)
 
 
-def _one_run(bench: Harness, most: int) -> tuple[CheckResult, Guesses, float]:
+def _one_run(harness: Harness, most: int) -> tuple[CheckResult, Guesses, float]:
     """Guess of each canary whether it took part, from one run's releases."""
-    delta = bench.scenario.privacy.delta
-    rng = _rng(bench, "one run")
-    groups = _chosen(bench, most)
+    delta = harness.scenario.privacy.delta
+    rng = _rng(harness, "one run")
+    groups = _chosen(harness, most)
     total = sum(len(group.users) for group in groups)
     present = rng.random(total) < 0.5
-    rounds = rounds_that_fit(bench, bench.scenario.train.rounds)
-    strength = _strength(bench, rounds)
+    rounds = rounds_that_fit(harness, harness.scenario.train.rounds)
+    strength = _strength(harness, rounds)
     made = best_guesses(total, strength, delta, CONFIDENCE)
     scores, done = np.zeros(total), 0
     for index in range(rounds):
-        places, signs = _places(bench, groups, rng), rng.choice([-1.0, 1.0], total)
-        updates = _spikes(bench, groups, places, signs, present)
-        released = _released(bench, bench.round(index), updates)
+        places, signs = _places(harness, groups, rng), rng.choice([-1.0, 1.0], total)
+        updates = _spikes(harness, groups, places, signs, present)
+        released = _released(harness, harness.round(index), updates)
         if released is not None:
             scores += signs * released[np.concatenate(places)]
             done += 1
     guesses = Guesses.of(scores, present, made)
-    claimed, bound = _claimed(bench, done), guesses.lower_bound(delta, CONFIDENCE)
+    claimed, bound = _claimed(harness, done), guesses.lower_bound(delta, CONFIDENCE)
     finding = CheckResult(
         "canaries, one run",
-        bound <= claimed or guesses.chance(_strength(bench, done)) >= ALPHA,
+        bound <= claimed or guesses.chance(_strength(harness, done)) >= ALPHA,
         f"{guesses.right:,} of {guesses.made:,} guesses right: ε is at least {bound:.3g} "
         f"({CONFIDENCE:.0%})",
         f"at most {claimed:.4f}, claimed for the {done:,} rounds of it",
@@ -121,33 +120,37 @@ def _one_run(bench: Harness, most: int) -> tuple[CheckResult, Guesses, float]:
     return finding, guesses, bound
 
 
-def _one_shot(bench: Harness, most: int) -> tuple[CheckResult, str]:
+def _one_shot(harness: Harness, most: int) -> tuple[CheckResult, str]:
     """Fit the cosines of canaries that took part, each in a random direction."""
-    delta, size = bench.scenario.privacy.delta, sum(bench.sizes)
-    rng = _rng(bench, "one shot")
-    rounds = rounds_that_fit(bench, bench.scenario.train.rounds)
-    room = size * bench.event.noise_multiplier**2 / _QUIET / bench.event.sampling_rate
+    delta, size = harness.scenario.privacy.delta, sum(harness.sizes)
+    rng = _rng(harness, "one shot")
+    rounds = rounds_that_fit(harness, harness.scenario.train.rounds)
+    room = size * harness.event.noise_multiplier**2 / _QUIET / harness.event.sampling_rate
     affordable = max(_FEWEST, _WORK // (size * rounds))
-    groups = _chosen(bench, max(2, min(most, int(room), affordable)))
+    groups = _chosen(harness, max(2, min(most, int(room), affordable)))
     total = sum(len(group.users) for group in groups)
     rounds = max(1, min(rounds, _WORK // (size * total)))
     products, squares, done = np.zeros(total), 0.0, 0
     for index in range(rounds):
         seed = int(rng.integers(2**63))
-        released = _released(bench, bench.round(index), _directions(bench, groups, seed))
+        updates = (
+            (tier, users, RawUpdate(values * _loud(harness), Address.whole(tier.layout)))
+            for tier, users, values in _unit(groups, seed)
+        )
+        released = _released(harness, harness.round(index), updates)
         if released is None:
             continue
         place = 0
-        for tier, users, values in _unit(bench, groups, seed):
+        for tier, users, values in _unit(groups, seed):
             held = released[: values.shape[1]]
-            wire = to_wire(values, (tier.layout, *bench.federation.weaker(tier)))
+            wire = to_wire(values, (tier.layout, *harness.federation.weaker(tier)))
             products[place : place + len(users)] += wire @ held
             place += len(users)
         squares, done = squares + float(released @ released), done + 1
     cosines = products / np.sqrt(max(squares, np.finfo(float).tiny) * max(done, 1))
     found = separation(cosines.tolist(), max(1, size * done), CONFIDENCE)
     sure = separation(cosines.tolist(), max(1, size * done), 1 - ALPHA).lower_bound(delta)
-    claimed = _claimed(bench, done)
+    claimed = _claimed(harness, done)
     estimate = f"ε is about {found.epsilon(delta):.3g}, at least {found.lower_bound(delta):.3g}"
     text = (
         f"One shot of {total:,} random directions in {done:,} rounds: {estimate} with "
@@ -162,42 +165,42 @@ def _one_shot(bench: Harness, most: int) -> tuple[CheckResult, str]:
     return finding, text
 
 
-def _rng(bench: Harness, name: str) -> np.random.Generator:
-    return rng_for(int.from_bytes(bench.root.tag("audit canaries"), "big"), name)
+def _rng(harness: Harness, name: str) -> np.random.Generator:
+    return rng_for(int.from_bytes(harness.root.tag("audit canaries"), "big"), name)
 
 
-def _claimed(bench: Harness, rounds: int) -> float:
+def _claimed(harness: Harness, rounds: int) -> float:
     """ε of so many rounds against recipients."""
-    return epsilon({bench.event: rounds}, bench.scenario.privacy.delta, "recipients")
+    return epsilon({harness.event: rounds}, harness.scenario.privacy.delta, "recipients")
 
 
-def _strength(bench: Harness, rounds: int) -> float:
+def _strength(harness: Harness, rounds: int) -> float:
     """Separation of canaries' scores, if the noise is what is accounted."""
-    event, rate = bench.event, bench.event.sampling_rate
+    event, rate = harness.event, harness.event.sampling_rate
     variance = event.noise_multiplier**2 + rate * (1 - rate)
     return float(rate * np.sqrt(rounds / variance))
 
 
-def _chosen(bench: Harness, most: int) -> list[Canaries]:
+def _chosen(harness: Harness, most: int) -> list[Canaries]:
     """Canaries of all tiers that train, the weakest first, no more than have a place each."""
     groups, taken = [], 0
-    rows = bench.some(most)
+    rows = harness.some(most)
     population = sum(len(mine) for mine in rows)
-    for tier in reversed(bench.training):
+    for tier in reversed(harness.training):
         mine = rows[tier.index]
         share = -(-most * len(mine) // population)
         count = min(len(mine), share, tier.layout.size - taken, most - taken)
-        users = bench.simulation.cohorts[tier.index].users[mine[:count]]
+        users = harness.simulation.cohorts[tier.index].users[mine[:count]]
         groups.append(Canaries(tier, users))
         taken += count
     return [group for group in groups if len(group.users)]
 
 
 def _places(
-    bench: Harness, groups: Sequence[Canaries], rng: np.random.Generator
+    harness: Harness, groups: Sequence[Canaries], rng: np.random.Generator
 ) -> list[NDArray[np.int64]]:
     """A place of its own for each canary, in the order of the wire, within what it holds."""
-    free = np.ones(sum(bench.sizes), np.bool_)
+    free = np.ones(sum(harness.sizes), np.bool_)
     places = []
     for group in groups:
         held = np.flatnonzero(free[: group.tier.layout.size])
@@ -211,27 +214,24 @@ Updates = Iterator[tuple[Tier, Users, RawUpdate]]
 
 
 def _spikes(
-    bench: Harness,
+    harness: Harness,
     groups: Sequence[Canaries],
     places: Sequence[Users],
     signs: Floats,
     present: NDArray[np.bool_],
 ) -> Updates:
     """Updates of the canaries that are there, each far too long and in one coefficient."""
-    start = 0
-    for group, wire in zip(groups, places, strict=True):
-        end = start + len(group.users)
-        there = present[start:end]
+    ends = np.cumsum([len(group.users) for group in groups])[:-1]
+    parts = zip(groups, places, np.split(signs, ends), np.split(present, ends), strict=True)
+    for group, wire, sign, there in parts:
         layout = group.tier.layout
-        order = to_wire(np.arange(layout.size), (layout, *bench.federation.weaker(group.tier)))
-        values = signs[start:end][there] * _loud(bench)
-        update = _in_one_place(group.tier, order[wire[there]], values)
+        order = to_wire(np.arange(layout.size), (layout, *harness.federation.weaker(group.tier)))
+        update = _in_one_place(group.tier, order[wire[there]], sign[there] * _loud(harness))
         yield group.tier, group.users[there], update
-        start = end
 
 
-def _loud(bench: Harness) -> np.float32:
-    return np.float32(_LOUD * bench.protection.encoding.clip_norm)
+def _loud(harness: Harness) -> np.float32:
+    return np.float32(_LOUD * harness.protection.encoding.clip_norm)
 
 
 def _in_one_place(tier: Tier, places: NDArray[np.int64], values: Floats) -> RawUpdate:
@@ -254,7 +254,7 @@ def _in_one_place(tier: Tier, places: NDArray[np.int64], values: Floats) -> RawU
 
 
 def _unit(
-    bench: Harness, groups: Sequence[Canaries], seed: int
+    groups: Sequence[Canaries], seed: int
 ) -> Iterator[tuple[Tier, Users, NDArray[np.float32]]]:
     """Random unit vectors of the canaries, in their layouts, a batch at a time."""
     for group in groups:
@@ -268,32 +268,27 @@ def _unit(
             yield group.tier, users, values
 
 
-def _directions(bench: Harness, groups: Sequence[Canaries], seed: int) -> Updates:
-    for tier, users, values in _unit(bench, groups, seed):
-        yield tier, users, RawUpdate(values * _loud(bench), Address.whole(tier.layout))
-
-
-def _released(bench: Harness, round: Round, updates: Updates) -> Floats | None:
+def _released(harness: Harness, round: Round, updates: Updates) -> Floats | None:
     """The released sum in units of the clip norm, in the order of the wire; None without one."""
-    layouts, protection = bench.federation.layouts, bench.protection
-    sampled = bench.simulation.sample(round)
+    layouts, protection = harness.federation.layouts, harness.protection
+    sampled = harness.simulation.sample(round)
     counted = protection.shares is not None or bool(protection.minimums)
-    cohort = bench.named(bench.simulation.rows(sampled)) if counted else []
+    cohort = harness.named(harness.simulation.rows(sampled)) if counted else []
     try:
-        summing = bench.summing(round, protection, cohort)
+        summing = harness.summing(round, protection, cohort)
     except ReleaseRefused:
         return None  # too few devices came together, as a run has it too
     for number, (tier, users, update) in enumerate(updates):
         there = np.isin(users, sampled)
         if not there.any():
             continue
-        coins = bench.simulation.root.stream("rounding", *round.context, b"canaries", number)
+        coins = harness.simulation.root.stream("rounding", *round.context, b"canaries", number)
         bounded = privatize(
-            _only(update, there), protection, round, tier, bench.federation.weaker(tier), coins
+            _only(update, there), protection, round, tier, harness.federation.weaker(tier), coins
         )
         summing.add(tier, users[there], bounded)
     aggregate = Aggregate(summing.total(), len(sampled), None)
-    release = bench.server.release(round, aggregate, bench.root)
+    release = harness.server.release(round, aggregate, harness.root)
     decoded = to_wire(protection.encoding.decode(release.total), layouts)
     rotation = protection.rotation(round, layouts)
     if rotation is not None:
@@ -345,7 +340,6 @@ class Guesses:
 
         Args:
             scores: of each canary, shape ``(m,)``; larger ones speak for its presence.
-            present: which canaries took part, shape ``(m,)``.
             made: how many guesses, chosen before the scores were seen; an odd one is left out.
         """
         half = min(made, len(scores)) // 2
@@ -393,14 +387,9 @@ class Guesses:
 
 
 def best_guesses(canaries: int, strength: float, delta: float, confidence: float) -> int:
-    """How many guesses promise the highest bound, from what is claimed and from nothing else.
+    """An even number of guesses that promises the highest bound, from the claim and nothing else.
 
-    Args:
-        strength: separation of the scores of canaries with and without part, in standard
-            deviations of either.
-
-    Returns:
-        An even number of at most ``canaries``.
+    ``strength`` is as in :meth:`Guesses.chance`.
     """
     best, found = 0, -1.0
     for share in np.geomspace(max(1e-3, 2 / canaries), 1.0, 24):

@@ -33,7 +33,6 @@ from privrec.server.server import Server
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
-Users = NDArray[np.int64]
 
 STAND_IN_USERS = 1000
 STAND_IN_ITEMS = 1000
@@ -56,12 +55,9 @@ class Noise:
 
 @dataclass(frozen=True)
 class Harness:
-    """One audit's parts.
+    """The parts of a run of ``scenario`` that one audit drives.
 
-    Args:
-        scenario: what is audited.
-        plan: of a run of it.
-        server: of that run, at its first round.
+    Attributes:
         simulation: the devices, with stand-in histories.
         root: the server's secret, drawn for this audit.
         stand_ins: numbers that are not public and were made up, in words; empty when none was.
@@ -79,7 +75,6 @@ class Harness:
         """The parts of a run of ``scenario``.
 
         Args:
-            scenario: what is audited.
             key: what all secrets of the audit derive from, for tests that repeat; by default the
                 operating system gives one.
 
@@ -93,15 +88,12 @@ class Harness:
             )
         key = key or secrets.token_bytes(ROOT_BYTES)
         server, devices = SecretRoot(key + b"server"), SecretRoot(key + b"devices")
-        known_users, items = scenario.population(), known_items(scenario)
-        made_up = [
-            f"{number:,} {name}"
-            for name, number, known in (
-                ("users", STAND_IN_USERS, known_users), ("items", STAND_IN_ITEMS, items)
-            )
-            if known is None
-        ]  # fmt: skip
-        histories = stand_in(known_users or STAND_IN_USERS, items or STAND_IN_ITEMS)
+        users, items, made_up = scenario.population(), known_items(scenario), []
+        if users is None:
+            made_up.append(f"{STAND_IN_USERS:,} users")
+        if items is None:
+            made_up.append(f"{STAND_IN_ITEMS:,} items")
+        histories = stand_in(users or STAND_IN_USERS, items or STAND_IN_ITEMS)
         run = "audit-" + devices.tag("audit run").hex()[:16]
         plan = Plan.of(scenario, histories.n_items, histories.n_users)
         simulation = plan.simulate(histories, devices)
@@ -134,11 +126,6 @@ class Harness:
         ends = [layout.size for layout in reversed(self.federation.layouts)]
         return tuple(np.diff(ends, prepend=0).tolist())
 
-    @property
-    def claimed(self) -> float:
-        """ε of the planned rounds against recipients, which is what an auditor of sums sees."""
-        return self.epsilon("recipients")
-
     def epsilon(self, against: str, accountant: str = "pld") -> float:
         """ε of the planned rounds and of what is released before them."""
         counts = {self.event: self.scenario.train.rounds}
@@ -152,10 +139,6 @@ class Harness:
         server = self.server
         server.index = index
         return server.next_round(attempt)
-
-    def participants(self, round: Round) -> list[Participant]:
-        """The round's cohort by the coins of the simulation, with nobody falling silent."""
-        return self.named(self.simulation.rows(self.simulation.sample(round)))
 
     def summing(self, round: Round, protection: Protection, cohort: list[Participant]) -> Summing:
         """A plain sum of that cohort."""
@@ -184,16 +167,14 @@ class Harness:
     def released(self, round: Round, change: int = 0) -> Noise | None:
         """What one release adds to the plain sum; None when the round ends without one.
 
-        Args:
-            round: which.
-            change: added to the first coefficient of the sum, to make another input of it.
+        ``change`` is added to the first coefficient of the sum, to make another input of it.
         """
         plain = np.zeros(self.federation.layout.size, np.int64)
         plain[0] = change
         shares, cohort = self.protection.shares, []
         total = plain
         if shares is not None:
-            cohort = self.participants(round)
+            cohort = self.named(self.simulation.rows(self.simulation.sample(round)))
             try:
                 total = plain + self.summing(round, self.protection, cohort).total()
             except ReleaseRefused:

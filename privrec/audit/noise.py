@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import stats
 
 from privrec.audit.harness import (
     ALPHA,
     CheckResult,
+    Floats,
     Harness,
+    Integers,
     count_p,
     distance_p,
     judged,
@@ -34,9 +35,6 @@ from privrec.privacy.lazy import LazyMemory
 from privrec.privacy.mechanism import Shares, noise_seeds
 from privrec.privacy.pending import LinearStep, Normals
 from privrec.randomness import SecretRoot
-
-Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
 
 DRAWS = 400_000
 """Coefficients of each band to look at, where that is not too dear: 0.9 % of σ is then seen."""
@@ -87,18 +85,18 @@ class Transcript:
         return np.asarray(np.cumsum(masses)[places] / masses.sum())
 
 
-def probe(bench: Harness) -> Iterator[CheckResult]:
+def probe(harness: Harness) -> Iterator[CheckResult]:
     """All probes of the noise of a scenario that adds some."""
-    transcripts = list(_recorded(bench, list(_rounds(bench))))
+    transcripts = list(_recorded(harness, list(_rounds(harness))))
     for transcript in transcripts:
         yield _variance(transcript)
     yield _every_coefficient(transcripts)
     yield _law("law of the noise", transcripts)
     yield _between_rounds("independence between rounds", transcripts)
     yield _within_rounds("independence within rounds", transcripts)
-    yield _repeated(bench)
-    if bench.protection.shares is not None:
-        listed = list(_shares(bench, bench.protection.shares))
+    yield _repeated(harness)
+    if harness.protection.shares is not None:
+        listed = list(_shares(harness, harness.protection.shares))
         for transcript in listed:
             yield _variance(transcript)
         yield _law("law of a share", listed)
@@ -106,75 +104,75 @@ def probe(bench: Harness) -> Iterator[CheckResult]:
         yield _within_rounds("independence within shares", listed)
 
 
-def _shares(bench: Harness, shares: Shares) -> Iterator[Transcript]:
+def _shares(harness: Harness, shares: Shares) -> Iterator[Transcript]:
     """What single devices add, in a few rounds each; far cheaper than sums, hence sharper."""
-    count = min(MOST_LISTED, max(FEWEST_ROUNDS, -(-DRAWS // min(bench.sizes))))
-    users = [p.user for p in bench.named(bench.some(-(-count // 2)))][: -(-count // 2)]
-    drawn: list[list[Integers]] = [[] for _ in bench.sizes]
+    count = min(MOST_LISTED, max(FEWEST_ROUNDS, -(-DRAWS // min(harness.sizes))))
+    users = [p.user for p in harness.named(harness.some(-(-count // 2)))][: -(-count // 2)]
+    drawn: list[list[Integers]] = [[] for _ in harness.sizes]
     for index in range(2):
-        context = bench.round(index).context
+        context = harness.round(index).context
         for user in users:
-            seeds = noise_seeds(bench.simulation.root, len(drawn), *context, user)
+            seeds = noise_seeds(harness.simulation.root, len(drawn), *context, user)
             for number, seed in enumerate(seeds):
                 drawn[number].append(shares.draw_band(number, seed).astype(np.int64))
-    accounted = bench.event.noise_multiplier**2 * bench.protection.encoding.squared_bound
+    accounted = harness.event.noise_multiplier**2 * harness.protection.encoding.squared_bound
     for number, (band, parts) in enumerate(zip(shares.bands, drawn, strict=True)):
         deviation = math.sqrt(accounted / (band.least - band.colluders))
-        name = f"a device's share, {_name(bench, number)}"
-        yield _transcript(bench, name, parts, np.full(len(parts), deviation))
+        name = f"a device's share, {_name(harness, number)}"
+        yield _transcript(harness, name, parts, np.full(len(parts), deviation))
 
 
-def rounds_that_fit(bench: Harness, most_rounds: int = MOST_ROUNDS) -> int:
+def rounds_that_fit(harness: Harness, most_rounds: int = MOST_ROUNDS) -> int:
     """Releases to look at, from what they cost and what they show."""
-    smallest, size = min(bench.sizes), sum(bench.sizes)
-    shares = bench.protection.shares
+    smallest, size = min(harness.sizes), sum(harness.sizes)
+    shares = harness.protection.shares
     if shares is None:
         cost, most = size, MOST_CENTRAL
     else:
-        cohort = bench.simulation.sampling_rate * bench.simulation.population
+        cohort = harness.simulation.sampling_rate * harness.simulation.population
         kept = [band.least if shares.remove_excess else cohort for band in shares.bands]
-        cost = sum(int(k) * (n + _A_SHARE) for k, n in zip(kept, bench.sizes, strict=True))
+        cost = sum(int(k) * (n + _A_SHARE) for k, n in zip(kept, harness.sizes, strict=True))
         most = MOST_SHARES
-    wanted = max(-(-DRAWS // smallest), bench.scenario.train.rounds)
+    wanted = max(-(-DRAWS // smallest), harness.scenario.train.rounds)
     return max(FEWEST_ROUNDS, min(wanted, most // max(1, cost), most_rounds))
 
 
-def _rounds(bench: Harness) -> Iterator[Round]:
+def _rounds(harness: Harness) -> Iterator[Round]:
     """The planned rounds and more of them, further attempts of the first, and another run's."""
-    for index in range(rounds_that_fit(bench)):
-        yield bench.round(index)
+    for index in range(rounds_that_fit(harness)):
+        yield harness.round(index)
     for index in range(2):
-        yield bench.round(index, attempt=1)
-        yield replace(bench.round(index), run_id="audit-other")
+        yield harness.round(index, attempt=1)
+        yield replace(harness.round(index), run_id="audit-other")
 
 
-def _recorded(bench: Harness, rounds: Sequence[Round]) -> Iterator[Transcript]:
-    noises = [noise for round in rounds if (noise := bench.released(round)) is not None]
+def _recorded(harness: Harness, rounds: Sequence[Round]) -> Iterator[Transcript]:
+    noises = [noise for round in rounds if (noise := harness.released(round)) is not None]
     # The last one has another sum in the same round, which needs independent noise too.
-    if bench.protection.shares is None and (other := bench.released(rounds[0], change=1)):
+    if harness.protection.shares is None and (other := harness.released(rounds[0], change=1)):
         noises.append(other)
     if not noises:
         raise ReleaseRefused(f"none of {len(rounds)} rounds ended with a release")
-    for number in range(len(bench.sizes)):
-        parts = [bench.band(noise.values, number) for noise in noises]
+    for number in range(len(harness.sizes)):
+        parts = [harness.band(noise.values, number) for noise in noises]
         deviations = np.array([noise.deviations[number] for noise in noises])
-        yield _transcript(bench, _name(bench, number), parts, deviations)
+        yield _transcript(harness, _name(harness, number), parts, deviations)
 
 
-def _name(bench: Harness, number: int) -> str:
-    bands = len(bench.sizes)
+def _name(harness: Harness, number: int) -> str:
+    bands = len(harness.sizes)
     return "the whole vector" if bands == 1 else f"band {number + 1} of {bands}"
 
 
 def _transcript(
-    bench: Harness, name: str, parts: Sequence[Integers], deviations: Floats
+    harness: Harness, name: str, parts: Sequence[Integers], deviations: Floats
 ) -> Transcript:
     size = len(parts[0])
     places = np.arange(min(size, _COLUMNS))
     if size > _COLUMNS:  # the first ones, and others all over the band
         spread_out = np.linspace(0, size - 1, _COLUMNS // 2).astype(np.int64)
         places = np.unique(np.concatenate((np.arange(_COLUMNS // 2), spread_out)))
-    mechanism = bench.event.mechanism
+    mechanism = harness.event.mechanism
     # Rounding a Gaussian adds its own twelfth of a step.
     spread = np.sqrt(deviations**2 + (1 / 12 if mechanism == "gaussian" else 0))
     squares, sums = np.zeros(size), np.zeros(size)
@@ -315,9 +313,9 @@ def _products(transcripts: Sequence[Transcript]) -> Iterator[Floats]:
         yield first.standard[:, :width] * second.standard[:, :width]
 
 
-def _repeated(bench: Harness) -> CheckResult:
+def _repeated(harness: Harness) -> CheckResult:
     """The same input gets the same noise, so that sending again is harmless."""
-    first, again = (bench.released(bench.round(0)) for _ in range(2))
+    first, again = (harness.released(harness.round(0)) for _ in range(2))
     values = [None if noise is None else noise.values.tolist() for noise in (first, again)]
     found = "identical" if values[0] == values[1] else "another draw"
     return CheckResult("same input, same noise", found == "identical", found, "identical")

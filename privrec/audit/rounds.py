@@ -10,15 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from privrec.audit.harness import (
-    REACH,
-    CheckResult,
-    Harness,
-    count_p,
-    judged,
-    of_many,
-    two_sided,
-)
+from privrec.audit.harness import REACH, CheckResult, Harness, count_p, judged, of_many, two_sided
 from privrec.device.device import Cohort, Draws, Trained, privatize
 from privrec.device.recommender import RecommenderLearner
 from privrec.device.samples import Histories
@@ -28,12 +20,13 @@ from privrec.models.layout import from_wire, to_wire
 from privrec.models.ncf import NCF
 from privrec.privacy.mechanism import Band
 from privrec.randomness import rng_for
-from privrec.run.simulation import Simulation
+from privrec.run.simulation import Rows, Simulation
 from privrec.run.summing import SUMMING, Enrolled, Participant
 from privrec.secagg.client import Policy
 from privrec.secagg.messages import Stage
 
 FloatArray = NDArray[np.float32]
+Users = NDArray[np.int64]
 
 USERS = 4000
 """Users whose updates are measured; where 1 % of users are unclipped, none is among them with a
@@ -49,9 +42,7 @@ _MEMBERS = 4_000_000  # coefficients of a batch of canaries
 class Hostile(RecommenderLearner):
     """Training whose updates are blown up before they leave it, as a broken device's may be.
 
-    Args:
-        clip_norm: which nearly all updates exceed.
-        norms: of what each user handed over, filled while it trains.
+    Nearly all exceed ``clip_norm``; ``norms``, of what each user handed over, is filled meanwhile.
     """
 
     clip_norm: float = 1.0
@@ -92,18 +83,18 @@ def _blow_up(values: FloatArray, user: int, clip_norm: float) -> None:
                 values *= np.float32(length / norm)
 
 
-def clipping(bench: Harness) -> CheckResult:
+def clipping(harness: Harness) -> CheckResult:
     """Every user's integers are within the bound that the noise is scaled to."""
-    clip_norm = bench.protection.encoding.clip_norm
+    clip_norm = harness.protection.encoding.clip_norm
     cohorts = tuple(
         replace(cohort, learner=Hostile.of(cohort.learner, clip_norm), states=cohort.states.copy())
-        for cohort in bench.simulation.cohorts
+        for cohort in harness.simulation.cohorts
     )
-    simulation = replace(bench.simulation, cohorts=cohorts)
-    bound = bench.protection.encoding.squared_bound
+    simulation = replace(harness.simulation, cohorts=cohorts)
+    bound = harness.protection.encoding.squared_bound
     users = beyond = broken = 0
     longest = 0.0
-    for _, _, update in _bounded(bench, simulation, USERS):
+    for _, _, update in _bounded(harness, simulation, harness.some(USERS)):
         for mine in update.rows():
             vector = mine.vector().astype(np.float64)
             squared = float(vector @ vector)
@@ -124,23 +115,26 @@ def clipping(bench: Harness) -> CheckResult:
 
 
 def _bounded(
-    bench: Harness, simulation: Simulation, most: int
-) -> Iterator[tuple[Tier, NDArray[np.int64], BoundedUpdate]]:
-    """What some users of every tier put into a sum, on weights that are not zero anywhere."""
-    server = bench.server
-    weights = server.weights.copy()
+    harness: Harness, simulation: Simulation, rows: Rows, silent: int | None = None
+) -> Iterator[tuple[Tier, Users, BoundedUpdate]]:
+    """What users of every tier put into a sum, but for one who falls silent.
+
+    They train on weights that are not zero anywhere.
+    """
+    weights = harness.server.weights.copy()
     weights += rng_for(0, "audit weights").normal(0, 0.1, len(weights)).astype(np.float32)
-    round = bench.round(0)
-    for tier, rows in zip(bench.federation.tiers, bench.some(most), strict=True):
-        for users, update, _ in simulation.answers(round, weights, tier, rows):
+    round = harness.round(0)
+    for tier, mine in zip(harness.federation.tiers, rows, strict=True):
+        there = mine[simulation.cohorts[tier.index].users[mine] != silent]
+        for users, update, _ in simulation.answers(round, weights, tier, there):
             yield tier, users, update
 
 
-def rounding(bench: Harness) -> CheckResult:
+def rounding(harness: Harness) -> CheckResult:
     """Rounding is right on average, wherever a value lies between two integers."""
-    tier, encoding = bench.training[0], bench.protection.encoding
-    layout, weaker = tier.layout, bench.federation.weaker(tier)
-    round, root = bench.round(0), bench.simulation.root
+    tier, encoding = harness.training[0], harness.protection.encoding
+    layout, weaker = tier.layout, harness.federation.weaker(tier)
+    round, root = harness.round(0), harness.simulation.root
     rows = max(1, _ROUNDED // layout.size)
     rng = rng_for(0, "audit rounding")
     sums, variances, draws = np.zeros(4), np.zeros(4), 0
@@ -152,9 +146,9 @@ def rounding(bench: Harness) -> CheckResult:
         # Far inside the clip norm nothing is rounded twice, so the mean is exactly right.
         update = RawUpdate(values, Address.whole(layout))
         coins = root.stream("rounding", *round.context, b"audit", start)
-        bounded = privatize(update, bench.protection, round, tier, weaker, coins)
+        bounded = privatize(update, harness.protection, round, tier, weaker, coins)
         exact = values if tier.weight == 1 else values * np.float32(tier.weight)
-        rotation = bench.protection.rotation(round, (layout, *weaker))
+        rotation = harness.protection.rotation(round, (layout, *weaker))
         if rotation is not None:
             turned = rotation.apply(to_wire(exact, (layout, *weaker)))
             exact = from_wire(turned, (layout, *weaker))
@@ -187,17 +181,18 @@ def _moments(
     return np.array([s.sum() for s in sums]), np.array([v.sum() for v in spread])
 
 
-def plain_sum(bench: Harness) -> CheckResult:
+def plain_sum(harness: Harness) -> CheckResult:
     """The sum that the engine takes is that of the vectors that devices send."""
-    bare = replace(bench.protection, shares=None, minimums=())
-    simulation = replace(bench.simulation, protection=bare, cohorts=_fresh(bench))
-    summing = bench.summing(bench.round(0), bare, bench.named(bench.some(SUMMED_USERS)))
-    expected = np.zeros(bench.federation.layout.size, np.int64)
+    bare = replace(harness.protection, shares=None, minimums=())
+    simulation = replace(harness.simulation, protection=bare, cohorts=_fresh(harness))
+    rows = harness.some(SUMMED_USERS)
+    summing = harness.summing(harness.round(0), bare, harness.named(rows))
+    expected = np.zeros(harness.federation.layout.size, np.int64)
     users = 0
-    for tier, each, update in _bounded(bench, simulation, SUMMED_USERS):
+    for tier, each, update in _bounded(harness, simulation, rows):
         summing.add(tier, each, update)
         for mine in update.rows():
-            expected += _padded(bench, tier, mine.vector())
+            expected += _padded(harness, tier, mine.vector())
             users += 1
     wrong = int(np.count_nonzero(summing.total() != expected))
     return CheckResult(
@@ -208,29 +203,29 @@ def plain_sum(bench: Harness) -> CheckResult:
     )
 
 
-def secure_sum(bench: Harness) -> CheckResult:
+def secure_sum(harness: Harness) -> CheckResult:
     """The whole protocol gives the sum of the survivors' integers and noise, bit for bit."""
-    devices = _FEW_DEVICES if sum(bench.sizes) <= _WIDE_VECTOR else _FEW_DEVICES // 2
-    rows = [mine[:devices] for mine in bench.some(devices * len(bench.training))]
-    cohort = bench.named(rows)
+    devices = _FEW_DEVICES if sum(harness.sizes) <= _WIDE_VECTOR else _FEW_DEVICES // 2
+    rows = [mine[:devices] for mine in harness.some(devices * len(harness.training))]
+    cohort = harness.named(rows)
     # One device of the strongest tier falls silent after its shares; the others' sum is due.
     silent = cohort[0]
     cohort = [Participant(silent.user, silent.tier, Stage.MASKED), *cohort[1:]]
     least = [
-        sum(len(bench.sizes) - each.tier.index > band for each in cohort[1:]) * 3 // 4
-        for band in range(len(bench.sizes))
+        sum(len(harness.sizes) - each.tier.index > band for each in cohort[1:]) * 3 // 4
+        for band in range(len(harness.sizes))
     ]
-    protection = _for_few(bench, tuple(max(1, each) for each in least))
-    enrolled = Enrolled(bench.simulation.root, Policy(2, 0.0))
-    made = (bench.round(0), bench.federation, protection, cohort, enrolled)
+    protection = _for_few(harness, tuple(max(1, each) for each in least))
+    enrolled = Enrolled(harness.simulation.root, Policy(2, 0.0))
+    made = (harness.round(0), harness.federation, protection, cohort, enrolled)
     masked, plain, bare = SUMMING["full"](*made), SUMMING["exact"](*made), SUMMING["exact"](*made)
-    simulation = replace(bench.simulation, cohorts=_fresh(bench), protection=protection)
-    expected = np.zeros(bench.federation.layout.size, np.int64)
-    for tier, users, update in _answers(bench, simulation, rows, silent):
+    simulation = replace(harness.simulation, cohorts=_fresh(harness), protection=protection)
+    expected = np.zeros(harness.federation.layout.size, np.int64)
+    for tier, users, update in _bounded(harness, simulation, rows, silent.user):
         masked.add(tier, users, update)
         plain.add(tier, users, update)
         for mine in update.rows():
-            expected += _padded(bench, tier, mine.vector())
+            expected += _padded(harness, tier, mine.vector())
     total = masked.total()
     wrong = int(np.count_nonzero(total != plain.total()))
     wrong += int(np.count_nonzero(total - bare.total() != expected))
@@ -243,43 +238,29 @@ def secure_sum(bench: Harness) -> CheckResult:
     )
 
 
-def _answers(
-    bench: Harness,
-    simulation: Simulation,
-    rows: list[NDArray[np.int64]],
-    silent: Participant,
-) -> Iterator[tuple[Tier, NDArray[np.int64], BoundedUpdate]]:
-    """Updates of the cohort but for the device that fell silent."""
-    weights = bench.server.weights
-    for tier, mine, cohort in zip(bench.federation.tiers, rows, simulation.cohorts, strict=True):
-        there = mine[cohort.users[mine] != silent.user]
-        for users, update, _ in simulation.answers(bench.round(0), weights, tier, there):
-            yield tier, users, update
-
-
-def _for_few(bench: Harness, least: tuple[int, ...]) -> Protection:
+def _for_few(harness: Harness, least: tuple[int, ...]) -> Protection:
     """The scenario's protection for a cohort of a few devices."""
-    shares = bench.protection.shares
+    shares = harness.protection.shares
     if shares is not None:
-        bands = tuple(Band(n, few) for n, few in zip(bench.sizes, least, strict=True))
+        bands = tuple(Band(n, few) for n, few in zip(harness.sizes, least, strict=True))
         # As wide as the scenario's own shares, of which there are fewer here.
         part = min(few / own.shares for few, own in zip(least, shares.bands, strict=True))
         multiplier = shares.noise_multiplier * math.sqrt(part)
         shares = replace(shares, bands=bands, noise_multiplier=multiplier)
-    return replace(bench.protection, shares=shares, minimums=least)
+    return replace(harness.protection, shares=shares, minimums=least)
 
 
-def _fresh(bench: Harness) -> tuple[Cohort[RecommenderLearner], ...]:
+def _fresh(harness: Harness) -> tuple[Cohort[RecommenderLearner], ...]:
     """The cohorts with private states of their own, so that probes leave no trace."""
-    return tuple(replace(c, states=c.states.copy()) for c in bench.simulation.cohorts)
+    return tuple(replace(c, states=c.states.copy()) for c in harness.simulation.cohorts)
 
 
-def _padded(bench: Harness, tier: Tier, vector: NDArray[np.int32]) -> NDArray[np.int64]:
+def _padded(harness: Harness, tier: Tier, vector: NDArray[np.int32]) -> NDArray[np.int64]:
     """A tier's vector with zeros where it holds nothing, in the layout of the shared vector."""
-    whole = np.zeros(bench.federation.layout.size, np.int64)
-    held = to_wire(vector, (tier.layout, *bench.federation.weaker(tier)))
+    whole = np.zeros(harness.federation.layout.size, np.int64)
+    held = to_wire(vector, (tier.layout, *harness.federation.weaker(tier)))
     whole[: len(held)] = held
-    return from_wire(whole, bench.federation.layouts)
+    return from_wire(whole, harness.federation.layouts)
 
 
 PROBES: dict[str, Callable[[Harness], CheckResult]] = {
@@ -296,43 +277,43 @@ PROBES: dict[str, Callable[[Harness], CheckResult]] = {
 _TOLERANCE = 1e-3  # of the looser accountant below the tighter, which rounding alone explains
 
 
-def probe_accounting(bench: Harness) -> Iterator[CheckResult]:
+def probe_accounting(harness: Harness) -> Iterator[CheckResult]:
     """All probes of the accounting of a scenario with noise."""
-    yield _charged(bench)
-    yield _budget(bench)
+    yield _charged(harness)
+    yield _budget(harness)
 
 
-def _charged(bench: Harness) -> CheckResult:
+def _charged(harness: Harness) -> CheckResult:
     """The event names the mechanism, noise and sampling that server and devices use."""
-    event, shares = bench.event, bench.protection.shares
+    event, shares = harness.event, harness.protection.shares
     noise = "gaussian" if shares is None else "discrete_gaussian"
     multiplier = event.noise_multiplier if shares is None else shares.noise_multiplier
     grid = event.grid
     same = (
         event.mechanism == noise
         and event.noise_multiplier == multiplier
-        and event.sampling_rate == bench.simulation.sampling_rate
+        and event.sampling_rate == harness.simulation.sampling_rate
         and (shares is None) == (grid is None)
     )
     if shares is not None and grid is not None:
         same &= grid.shares == max(b.least - b.colluders for b in shares.bands)
-        same &= grid.dimension == sum(bench.sizes)
-        same &= grid.squared_sensitivity == bench.protection.encoding.squared_bound
+        same &= grid.dimension == sum(harness.sizes)
+        same &= grid.squared_sensitivity == harness.protection.encoding.squared_bound
         same &= grid.excess_removed == shares.remove_excess
     return CheckResult(
         "what is charged is what runs",
         bool(same),
         f"{event.mechanism}, noise {event.noise_multiplier:.4f} of the sensitivity, sampling "
         f"{event.sampling_rate:g}",
-        f"{noise}, {multiplier:.4f}, {bench.simulation.sampling_rate:g}",
+        f"{noise}, {multiplier:.4f}, {harness.simulation.sampling_rate:g}",
     )
 
 
-def _budget(bench: Harness) -> CheckResult:
+def _budget(harness: Harness) -> CheckResult:
     """ε of the planned rounds is within the budget, and a second accountant does not object."""
-    privacy = bench.scenario.privacy
+    privacy = harness.scenario.privacy
     against = privacy.budget_against
-    first, second = bench.epsilon(against), bench.epsilon(against, "rdp")
+    first, second = harness.epsilon(against), harness.epsilon(against, "rdp")
     budget = math.inf if privacy.epsilon is None else privacy.epsilon
     agree = second >= first * (1 - _TOLERANCE)
     return CheckResult(
@@ -350,28 +331,28 @@ COINS = 40_000_000
 MOST_ROUNDS, FEWEST_ROUNDS = 400, 60
 
 
-def probe_sampling(bench: Harness) -> Iterator[CheckResult]:
+def probe_sampling(harness: Harness) -> Iterator[CheckResult]:
     """Every user takes part by its own coin, in every round anew; where all do, that they do."""
-    rate, population = bench.event.sampling_rate, bench.simulation.population
+    rate, population = harness.event.sampling_rate, harness.simulation.population
     if rate < 1:
-        taken = _taken(bench)
+        taken = _taken(harness)
         yield _sizes(taken, rate)
         yield _users(taken, rate)
         yield _rounds(taken, rate)
         return
-    sizes = {len(bench.simulation.sample(bench.round(index))) for index in range(3)}
+    sizes = {len(harness.simulation.sample(harness.round(index))) for index in range(3)}
     found = f"{min(sizes):,} to {max(sizes):,} of {population:,} in a round"
     expected = "all of them, as accounted"
     yield CheckResult("everybody takes part", sizes == {population}, found, expected)
 
 
-def _taken(bench: Harness) -> NDArray[np.bool_]:
+def _taken(harness: Harness) -> NDArray[np.bool_]:
     """Who was drawn in each of many rounds, shape ``(rounds, population)``."""
-    population = bench.simulation.population
+    population = harness.simulation.population
     rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, COINS // population))
     taken = np.zeros((rounds, population), np.bool_)
     for index in range(rounds):
-        taken[index, bench.simulation.sample(bench.round(index))] = True
+        taken[index, harness.simulation.sample(harness.round(index))] = True
     return taken
 
 

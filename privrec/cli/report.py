@@ -157,12 +157,12 @@ def compare(directories: tuple[Path, ...], out: Path | None, as_json: bool) -> N
     """Put finished runs side by side."""
     for directory in directories:
         check_run(directory)
-    from privrec.report.compare import compare as side_by_side
-    from privrec.report.compare import write as write_page
+    from privrec.report.render import compare as side_by_side
+    from privrec.report.render import replace_text
 
     comparison = side_by_side(directories)
     if out is not None:
-        write_page(comparison, out)
+        replace_text(out, comparison.to_html())
     if as_json:
         print_json({"rows": comparison.rows(), "cautions": comparison.cautions})
         return

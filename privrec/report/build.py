@@ -19,21 +19,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import ValidationError
 
 from privrec.errors import DataError, IntegrityError, ScenarioError, UsageError
+from privrec.report import model
 from privrec.report.derive import derive, example_figures
 from privrec.report.facts import Facts, read_spending
-from privrec.report.model import (
-    Accuracy,
-    AuditPart,
-    Cost,
-    Curve,
-    Flat,
-    Metric,
-    Point,
-    Report,
-    Segment,
-    TierCost,
-    flat,
-)
 from privrec.report.words import thinned
 from privrec.run.identity import kept_key
 from privrec.run.privacy_plan import example_event, release_event
@@ -77,7 +65,7 @@ class _Files:
         return section
 
 
-def build(directory: Path, *, public_key: Ed25519PublicKey | None = None) -> Report:
+def build(directory: Path, *, public_key: Ed25519PublicKey | None = None) -> model.Report:
     """Report a finished run.
 
     Args:
@@ -276,7 +264,7 @@ def _word(files: _Files) -> dict[str, Any]:
     result, cost = files.result, files.section("cost")
     sizes = ("upload_bytes", "download_bytes", "device_peak_bytes")
     tiers = tuple(
-        TierCost(
+        model.TierCost(
             capacity=tier["capacity"],
             share=tier["share"],
             **{name: tier.get(name) for name in sizes},
@@ -284,26 +272,26 @@ def _word(files: _Files) -> dict[str, Any]:
         )
         for tier in result.get("tiers") or ()
     )
-    figures = Cost.model_fields.keys() - {"note"}
+    figures = model.Cost.model_fields.keys() - {"note"}
     return {
         "gaps": dict(result.get("gaps") or {}),
         "accuracy": _accuracy(files),
-        "segments": tuple(Segment(**each) for each in result.get("segments") or ()),
-        "cost": Cost.model_validate({name: cost.get(name) for name in figures}),
+        "segments": tuple(model.Segment(**each) for each in result.get("segments") or ()),
+        "cost": model.Cost.model_validate({name: cost.get(name) for name in figures}),
         "tiers": tiers,
-        "data": flat(result.get("data") or files.run.get("data") or {}),
-        "model": flat(result.get("model") or {}),
+        "data": model.flat(result.get("data") or files.run.get("data") or {}),
+        "model": model.flat(result.get("model") or {}),
         "rows": tuple(_row(row) for row in result.get("rows") or ()),
         "audit": _audit(files),
         "curves": tuple(_curves(files)),
     }
 
 
-def _audit(files: _Files) -> AuditPart | None:
+def _audit(files: _Files) -> model.AuditPart | None:
     """What an audit of this scenario by this version left in the directory, if there was one."""
     if not (files.directory / AUDIT).exists():
         return None
-    found = AuditPart.model_validate(_json(files.directory, AUDIT, ""))
+    found = model.AuditPart.model_validate(_json(files.directory, AUDIT, ""))
     declared = files.facts.declared
     if (found.version, found.scenario_hash) != (declared.version, declared.scenario.hash()):
         raise IntegrityError(
@@ -313,14 +301,14 @@ def _audit(files: _Files) -> AuditPart | None:
     return found
 
 
-def _accuracy(files: _Files) -> Accuracy:
+def _accuracy(files: _Files) -> model.Accuracy:
     result = files.result
     intervals, baselines = result.get("intervals") or {}, result.get("baselines") or {}
     metrics = []
     for key, value in sorted(files.section("metrics").items(), key=_metric_order):
         low, high = intervals.get(key) or (None, None)
         metrics.append(
-            Metric(
+            model.Metric(
                 key=key,
                 name=metric_name(key).removesuffix(", full ranking"),
                 protocol=_protocol(key),
@@ -330,7 +318,7 @@ def _accuracy(files: _Files) -> Accuracy:
                 baselines={name: row[key] for name, row in baselines.items() if key in row},
             )
         )
-    return Accuracy(holdout=files.scenario.data.holdout, metrics=tuple(metrics))
+    return model.Accuracy(holdout=files.scenario.data.holdout, metrics=tuple(metrics))
 
 
 def _metric_order(item: tuple[str, Any]) -> tuple[bool, int, int, str]:
@@ -349,20 +337,22 @@ def _protocol(key: str) -> str:
     return "99 items the user has not seen"
 
 
-def _row(row: Mapping[str, Any]) -> Flat:
+def _row(row: Mapping[str, Any]) -> model.Flat:
     """A row's facts but for those of its tiers and seeds, and full ranking under a second name."""
     left_out = {"tiers", "seeds", "intervals"}
     twice = {key for key in row if "full_" in key and row.get(key.replace("full_", "")) == row[key]}
-    return flat({key: value for key, value in row.items() if key not in left_out | twice})
+    return model.flat({key: value for key, value in row.items() if key not in left_out | twice})
 
 
-def _curves(files: _Files) -> Iterator[Curve]:
+def _curves(files: _Files) -> Iterator[model.Curve]:
     key = headline_metric(files.result.get("metrics") or {}) or "hr@10"
     losses = [(record.round, record.loss) for record in files.rounds]
     metrics = [(record.round, (record.metrics or {}).get(key)) for record in files.rounds]
     named = (("loss", "Training loss", losses), (key, metric_name(key), metrics))
     for name, title, values in named:
-        points = [Point(round=number, value=value) for number, value in values if value is not None]
+        points = [
+            model.Point(round=number, value=value) for number, value in values if value is not None
+        ]
         if points:
             kept = tuple(thinned(points, CURVE_POINTS))
-            yield Curve(key=name, name=title, note=OUTSIDE, points=kept)
+            yield model.Curve(key=name, name=title, note=OUTSIDE, points=kept)

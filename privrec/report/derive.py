@@ -15,33 +15,8 @@ from dataclasses import replace
 from typing import Any
 
 from privrec.privacy.events import Adversary, RoundEvent, divergence, epsilon
+from privrec.report import model
 from privrec.report.facts import WHICH, Facts, Spending
-from privrec.report.model import (
-    STARRED,
-    Accounting,
-    Charged,
-    Curve,
-    Definition,
-    Deployment,
-    ExampleLevel,
-    Lifetime,
-    Mechanism,
-    NoiseBand,
-    Notice,
-    OperatorsWord,
-    Outputs,
-    OutsideTheLedger,
-    Point,
-    Point2,
-    Privacy,
-    Reading,
-    RenyiPoint,
-    Report,
-    Sampling,
-    Scope,
-    TrustModel,
-)
-from privrec.report.model import Adversary as AdversaryPart
 from privrec.report.words import tables, thinned
 from privrec.run.wording import REVEALED
 
@@ -61,7 +36,7 @@ Said = Mapping[str, Any]
 Counts = Mapping[RoundEvent, int]
 
 
-def derive(facts: Facts, word: Mapping[str, Any]) -> Report:
+def derive(facts: Facts, word: Mapping[str, Any]) -> model.Report:
     """Make the report of a ledger's facts.
 
     Args:
@@ -73,13 +48,13 @@ def derive(facts: Facts, word: Mapping[str, Any]) -> Report:
     single = example_figures(facts)
     said = sentences(facts, single)
     parts = starred(facts, said)
-    missing = tuple(name for name in STARRED if parts[name] is None)
+    missing = tuple(name for name in model.STARRED if parts[name] is None)
     if missing:
         facts = replace(facts, missing=missing)
         said = sentences(facts, single)
         parts = {**starred(facts, said), **dict.fromkeys(missing)}
     scenario, curve = facts.scenario, parts["accounting"].curve if parts["accounting"] else ()
-    return Report(
+    return model.Report(
         simulated=facts.declared.simulated,
         scenario=scenario.name,
         title=scenario.title,
@@ -93,15 +68,15 @@ def derive(facts: Facts, word: Mapping[str, Any]) -> Report:
         missing=missing,
         privacy=_privacy(facts, said),
         **parts,
-        examples=ExampleLevel(**said["examples"], **single) if single else None,
-        deployment=Deployment(
+        examples=model.ExampleLevel(**said["examples"], **single) if single else None,
+        deployment=model.Deployment(
             simulated=facts.declared.simulated,
             accounted_population=facts.population,
             **said["deployment"],
         ),
         reading=_reading(facts, curve, said),
-        warnings=tuple(Notice(**each) for each in said.get("warnings", ())),
-        operators_word=tuple(OperatorsWord(**each) for each in said["operators_word"]),
+        warnings=tuple(model.Notice(**each) for each in said.get("warnings", ())),
+        operators_word=tuple(model.OperatorsWord(**each) for each in said["operators_word"]),
         curves=(*word["curves"], *_epsilon_curves(facts)),
         **{name: value for name, value in word.items() if name != "curves"},
     )
@@ -119,18 +94,18 @@ def sentences(facts: Facts, examples: Mapping[str, Any] | None = None) -> Said:
 def starred(facts: Facts, said: Said) -> dict[str, Any]:
     """The starred parts, those that lack facts as None."""
     return {
-        "scope": Scope(**said["scope"]),
-        "trust_model": TrustModel(**said["trust_model"]),
-        "definition": Definition(**said["definition"]),
-        "outputs": Outputs(**said["outputs"]),
+        "scope": model.Scope(**said["scope"]),
+        "trust_model": model.TrustModel(**said["trust_model"]),
+        "definition": model.Definition(**said["definition"]),
+        "outputs": model.Outputs(**said["outputs"]),
         "mechanism": _mechanism(facts, said),
         "sampling": _sampling(facts, said),
         "accounting": _accounting(facts, said),
-        "outside_the_ledger": OutsideTheLedger(**said["outside_the_ledger"]),
+        "outside_the_ledger": model.OutsideTheLedger(**said["outside_the_ledger"]),
     }
 
 
-def _privacy(facts: Facts, said: Said) -> Privacy:
+def _privacy(facts: Facts, said: Said) -> model.Privacy:
     spending, encoding = facts.spending, facts.encoding
     privacy, rate = facts.scenario.privacy, facts.scenario.devices.sampling_rate
     found = {
@@ -138,7 +113,7 @@ def _privacy(facts: Facts, said: Said) -> Privacy:
         "server": (facts.epsilon_server, facts.epsilon_server_rdp),
     }
     adversaries = tuple(
-        AdversaryPart(
+        model.Adversary(
             name=name,  # type: ignore[arg-type]  # one of the two
             epsilon=pld if facts.private else None,
             epsilon_rdp=rdp if facts.private else None,
@@ -148,7 +123,7 @@ def _privacy(facts: Facts, said: Said) -> Privacy:
         for name, (pld, rdp) in found.items()
     )
     events = tuple(
-        Charged(
+        model.Charged(
             **event.to_json(),
             count=count,
             accounted_multiplier=event.gaussian_multiplier,
@@ -156,7 +131,7 @@ def _privacy(facts: Facts, said: Said) -> Privacy:
         )
         for event, count in spending.counts.items()
     )
-    return Privacy(
+    return model.Privacy(
         private=facts.private,
         unit="user",
         adjacency="zero-out",
@@ -206,7 +181,7 @@ def example_figures(facts: Facts) -> dict[str, Any] | None:
 # --------------------------------------------------------------------------- starred parts
 
 
-def _mechanism(facts: Facts, said: Said) -> Mechanism:
+def _mechanism(facts: Facts, said: Said) -> model.Mechanism:
     """How one round's release is made, with the noise of each band."""
     encoding, declared = facts.encoding, facts.declared
     rate, multiplier = facts.scenario.devices.sampling_rate, facts.least_noise
@@ -215,7 +190,7 @@ def _mechanism(facts: Facts, said: Said) -> Mechanism:
     places = zip(reversed(declared.capacities), declared.bands, declared.holders, strict=True)
     std = (multiplier or 0.0) * encoding.bound / encoding.scale
     bands = tuple(
-        NoiseBand(
+        model.NoiseBand(
             capacity=capacity,
             coefficients=size,
             noise_std=std,
@@ -225,7 +200,7 @@ def _mechanism(facts: Facts, said: Said) -> Mechanism:
         for capacity, size, devices in places
         if multiplier
     )
-    return Mechanism(
+    return model.Mechanism(
         law=laws[0] if laws else "none",
         clip_norm=encoding.clip_norm,
         scale_bits=encoding.scale_bits,
@@ -236,12 +211,12 @@ def _mechanism(facts: Facts, said: Said) -> Mechanism:
     )
 
 
-def _sampling(facts: Facts, said: Said) -> Sampling | None:
+def _sampling(facts: Facts, said: Said) -> model.Sampling | None:
     """Who takes part, as declared; None where the number of users is not known."""
     if facts.population is None:
         return None
     rate, holders = facts.scenario.devices.sampling_rate, facts.declared.holders
-    return Sampling(
+    return model.Sampling(
         declared="everybody" if facts.everybody else "poisson",
         rate=rate,
         population=facts.population,
@@ -250,7 +225,7 @@ def _sampling(facts: Facts, said: Said) -> Sampling | None:
     )
 
 
-def _accounting(facts: Facts, said: Said) -> Accounting | None:
+def _accounting(facts: Facts, said: Said) -> model.Accounting | None:
     """How ε was computed; None where δ or the number of users is not known.
 
     Without a guarantee its curves are empty.
@@ -263,7 +238,7 @@ def _accounting(facts: Facts, said: Said) -> Accounting | None:
     left = None
     if finite and privacy.epsilon is not None and spent is not None:
         left = max(0.0, privacy.epsilon - spent)
-    return Accounting(
+    return model.Accounting(
         delta=delta,
         curve=tuple(delta_curve(counts, delta, "recipients")) if finite else (),
         curve_server=tuple(delta_curve(counts, delta, "server")) if finite else (),
@@ -275,19 +250,19 @@ def _accounting(facts: Facts, said: Said) -> Accounting | None:
     )
 
 
-def delta_curve(counts: Counts, delta: float, adversary: Adversary) -> Iterator[Point2]:
+def delta_curve(counts: Counts, delta: float, adversary: Adversary) -> Iterator[model.Point2]:
     """Points (ε, δ) that hold, by rising δ; those that double precision cannot carry left out."""
     for each in sorted({*DELTAS, delta}):
         found = epsilon(counts, each, adversary)
         if math.isfinite(found):
-            yield Point2(x=found, y=each)
+            yield model.Point2(x=found, y=each)
 
 
-def _renyi(counts: Counts) -> Iterator[RenyiPoint]:
+def _renyi(counts: Counts) -> Iterator[model.RenyiPoint]:
     for order in ORDERS:
         bounds = (divergence(counts, order, each) for each in ("recipients", "server"))
         recipients, server = (_up(b) if math.isfinite(b) else None for b in bounds)
-        yield RenyiPoint(order=order, recipients=recipients, server=server)
+        yield model.RenyiPoint(order=order, recipients=recipients, server=server)
 
 
 def _zcdp(counts: Counts) -> float | None:
@@ -297,16 +272,16 @@ def _zcdp(counts: Counts) -> float | None:
     return _up(math.fsum(n / (2 * event.noise_multiplier**2) for event, n in counts.items()))
 
 
-def _up(value: float, unit: float = 1e6) -> float:
+def _up(value: float) -> float:
     """Rounded up in the sixth decimal."""
-    return math.ceil(value * unit) / unit
+    return math.ceil(value * 1e6) / 1e6
 
 
-def _lifetime(facts: Facts) -> Lifetime | None:
+def _lifetime(facts: Facts) -> model.Lifetime | None:
     balance = facts.declared.standing
     if balance.population is None:
         return None
-    return Lifetime(
+    return model.Lifetime(
         population=balance.population,
         epsilon=balance.epsilon or 0.0,
         delta=balance.delta or 0.0,
@@ -320,7 +295,7 @@ def _lifetime(facts: Facts) -> Lifetime | None:
 # --------------------------------------------------------------------------- reading the number
 
 
-def _reading(facts: Facts, curve: Sequence[Point2], said: Said) -> Reading:
+def _reading(facts: Facts, curve: Sequence[model.Point2], said: Said) -> model.Reading:
     """What the number means for somebody who is in the data, against recipients.
 
     Args:
@@ -331,21 +306,21 @@ def _reading(facts: Facts, curve: Sequence[Point2], said: Said) -> Reading:
         odds = math.exp(facts.epsilon)
         unit = 10.0 ** (3 - math.floor(math.log10(odds)))  # four significant digits, rounded up
         odds = math.ceil(odds * unit - 1e-9) / unit
-    return Reading(
+    return model.Reading(
         odds=odds,
         advantage=_advantage(curve),
-        trade_off=tuple(Point2(x=alarm, y=_miss(curve, alarm)) for alarm in ALARMS),
+        trade_off=tuple(model.Point2(x=alarm, y=_miss(curve, alarm)) for alarm in ALARMS),
         **said["reading"],
     )
 
 
-def _advantage(curve: Sequence[Point2]) -> float:
+def _advantage(curve: Sequence[model.Point2]) -> float:
     """The most that a test gains over guessing: the total variation that the points allow."""
     bounds = [1 - (1 - point.y) * 2 / (math.exp(point.x) + 1) for point in curve if point.x < 300]
     return math.ceil(min([1.0, *bounds]) * 1e4) / 1e4
 
 
-def _miss(curve: Sequence[Point2], alarm: float) -> float:
+def _miss(curve: Sequence[model.Point2], alarm: float) -> float:
     """The least chance of a miss of any test with a given chance of a false alarm, from below."""
     bounds = [0.0]
     for point in curve:
@@ -357,17 +332,17 @@ def _miss(curve: Sequence[Point2], alarm: float) -> float:
 # --------------------------------------------------------------------------- ε by round
 
 
-def _epsilon_curves(facts: Facts) -> Iterator[Curve]:
+def _epsilon_curves(facts: Facts) -> Iterator[model.Curve]:
     if not facts.private or facts.delta is None:
         return
     milestones = list(_milestones(facts.spending))
     for key, name in (("epsilon", "ε, recipients"), ("epsilon_server", "ε, cohorts known")):
         points = [
-            Point(round=number, value=epsilon(counts, facts.delta, WHICH[key][0]))
+            model.Point(round=number, value=epsilon(counts, facts.delta, WHICH[key][0]))
             for number, counts in milestones
         ]
         if points:
-            yield Curve(key=key, name=name, note="", points=tuple(points))
+            yield model.Curve(key=key, name=name, note="", points=tuple(points))
 
 
 def _milestones(spending: Spending) -> Iterator[tuple[int, Counter[RoundEvent]]]:

@@ -11,7 +11,7 @@ from facts of the run or left out; a report with one left out makes no claim.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -548,14 +548,12 @@ def schema_text() -> str:
 
 def flat(values: Mapping[str, Any]) -> dict[str, Scalar]:
     """Nested facts as one level, with keys joined by dots; lists become comma-separated text."""
-    return dict(_leaves(values, ""))
-
-
-def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Scalar]]:
+    found: dict[str, Scalar] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
+            found |= {f"{key}.{inner}": each for inner, each in flat(value).items()}
         elif isinstance(value, list | tuple):
-            yield f"{prefix}{key}", ", ".join(str(item) for item in value)
+            found[key] = ", ".join(str(item) for item in value)
         else:
-            yield f"{prefix}{key}", value
+            found[key] = value
+    return found

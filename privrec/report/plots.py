@@ -82,6 +82,10 @@ class Plot:
     wide: bool
 
 
+def _plot(frame: Frame, svg: str, caption: str, heading: str = "") -> Plot:
+    return Plot(frame.key, heading or frame.title, caption, svg, frame.size == WIDE)
+
+
 # --------------------------------------------------------------------------- drawing
 
 
@@ -303,11 +307,13 @@ def _epsilon(report: Report, recipients: Curve, server: Curve | None) -> Plot:
     ]
     said = "; ".join(f"{line.end.replace(chr(10), ' ')} after the last round" for line in drawn)
     ends = [line.points[-1][1] for line in drawn]
-    limit = (
-        f" The budget is {privacy.budget:g} against {adversary_text(privacy.budget_against)}."
-        if privacy.budget
-        else ""
+    caption = (
+        f"Spent privacy, computed from the ledger at δ = {delta_text(privacy.delta)}. "
+        "Lower is more private."
     )
+    if privacy.budget:
+        against = adversary_text(privacy.budget_against)
+        caption += f" The budget is {privacy.budget:g} against {against}."
     frame = Frame(
         key="epsilon",
         title="ε by round",
@@ -317,24 +323,14 @@ def _epsilon(report: Report, recipients: Curve, server: Curve | None) -> Plot:
         log=max(ends) > 5 * min(ends) > 0,
         limit=(privacy.budget, f"budget {privacy.budget:g}") if privacy.budget else None,
     )
-    return Plot(
-        key="epsilon",
-        heading="ε by round",
-        caption="Spent privacy, computed from the ledger at "
-        f"δ = {delta_text(privacy.delta)}. Lower is more private.{limit}",
-        svg=lines(frame, drawn),
-        wide=True,
-    )
+    return _plot(frame, lines(frame, drawn), caption)
 
 
 def _outside(report: Report, curve: Curve, *, wide: bool) -> Plot:
     loss = curve.key == "loss"
     first, last = curve.points[0], curve.points[-1]
-    measured = (
-        "Mean over the devices of a round"
-        if loss
-        else f"{report.accuracy.holdout.capitalize()} split"
-    )
+    split = f"{report.accuracy.holdout.capitalize()} split"
+    measured = "Mean over the devices of a round" if loss else split
     frame = Frame(
         key="loss" if loss else "metric",
         title=f"{curve.name} by round",
@@ -343,24 +339,15 @@ def _outside(report: Report, curve: Curve, *, wide: bool) -> Plot:
         size=WIDE if wide else HALF,
         colour=3 if loss else 2,
     )
-    return Plot(
-        key=frame.key,
-        heading=frame.title,
-        caption=f"{measured}; {curve.note}.",
-        svg=lines(frame, [Line(_points(curve), f"{last.value:.3f}")]),
-        wide=wide,
-    )
+    picture = lines(frame, [Line(_points(curve), f"{last.value:.3f}")])
+    return _plot(frame, picture, f"{measured}; {curve.note}.")
 
 
 # --------------------------------------------------------------------------- what ε means
 
 
-def risks(report: Report) -> tuple[Plot, ...]:
+def risks(report: Report) -> Iterator[Plot]:
     """What ε and δ mean, as curves: all pairs that hold, and the errors of any test."""
-    return tuple(_risks(report))
-
-
-def _risks(report: Report) -> Iterator[Plot]:
     if not report.privacy.private:
         return
     accounting, reading = report.accounting, report.reading
@@ -379,12 +366,11 @@ def _risks(report: Report) -> Iterator[Plot]:
             log=True,
             limit=(accounting.delta, f"δ = {delta_text(accounting.delta)}"),
         )
-        yield Plot(
-            key="pairs",
-            heading="One mechanism, many pairs",
-            caption=f"The least δ at each ε. All of these hold at once.{second}",
-            svg=lines(frame, [Line(recipients), *([Line(known)] if two else [])]),
-            wide=False,
+        yield _plot(
+            frame,
+            lines(frame, [Line(recipients), *([Line(known)] if two else [])]),
+            f"The least δ at each ε. All of these hold at once.{second}",
+            "One mechanism, many pairs",
         )
     frame = Frame(
         key="trade-off",
@@ -395,13 +381,12 @@ def _risks(report: Report) -> Iterator[Plot]:
         y="misses",
         rounds=False,
     )
-    yield Plot(
-        key="trade-off",
-        heading="Errors of any membership test",
-        caption="The least misses at each share of false alarms, against recipients. The straight "
-        "line is guessing.",
-        svg=lines(frame, [Line(_xy(reading.trade_off)), Line([(0.0, 1.0), (1.0, 0.0)])]),
-        wide=False,
+    yield _plot(
+        frame,
+        lines(frame, [Line(_xy(reading.trade_off)), Line([(0.0, 1.0), (1.0, 0.0)])]),
+        "The least misses at each share of false alarms, against recipients. The straight line is "
+        "guessing.",
+        "Errors of any membership test",
     )
 
 
@@ -412,12 +397,8 @@ def _xy(points: Sequence[Point2]) -> list[XY]:
 # --------------------------------------------------------------------------- by tier
 
 
-def by_tier(report: Report) -> tuple[Plot, ...]:
+def by_tier(report: Report) -> Iterator[Plot]:
     """Noise against signal by band, and bytes by tier, of a run with several capacities."""
-    return tuple(_by_tier(report))
-
-
-def _by_tier(report: Report) -> Iterator[Plot]:
     bands = report.mechanism.bands if report.mechanism else ()
     if len(bands) > 1:
         names = [f"from capacity {band.capacity:g}" for band in bands]
@@ -429,13 +410,12 @@ def _by_tier(report: Report) -> Iterator[Plot]:
         )
         title = "Noise against signal by band"
         frame = Frame("bands", title, f"{said}.", WIDE, x="L2 norm", log=True)
-        yield Plot(
-            key="bands",
-            heading="Noise against signal, by band",
-            caption="Expected norm of the noise in what each weaker tier holds, and the largest "
-            "that the sum of all updates can have there.",
-            svg=dots(frame, names, [("noise", noise), ("signal, at most", signal)]),
-            wide=True,
+        yield _plot(
+            frame,
+            dots(frame, names, [("noise", noise), ("signal, at most", signal)]),
+            "Expected norm of the noise in what each weaker tier holds, and the largest that the "
+            "sum of all updates can have there.",
+            "Noise against signal, by band",
         )
     tiers = [tier for tier in report.tiers if tier.upload_bytes]
     if len(tiers) > 1:
@@ -444,13 +424,8 @@ def _by_tier(report: Report) -> Iterator[Plot]:
         said = "; ".join(f"{name}: {dot.text}" for name, dot in zip(names, sent, strict=True))
         title = "Upload by capacity"
         frame = Frame("bytes", title, f"{said}.", WIDE, x="bytes", log=True, colour=2)
-        yield Plot(
-            key="bytes",
-            heading=title,
-            caption="Bytes that one device sends in a round.",
-            svg=dots(frame, names, [("upload", sent)]),
-            wide=True,
-        )
+        picture = dots(frame, names, [("upload", sent)])
+        yield _plot(frame, picture, "Bytes that one device sends in a round.")
 
 
 # --------------------------------------------------------------------------- several runs

@@ -3,8 +3,8 @@
 The verifier needs ``report.json``, the ledger with its signed head, and the server's public key,
 got by another way than the files. It trusts nothing else: not the pages, not the other fields of
 the report. Metrics and gaps must be those of the signed ``result.json``, where it is there. What no
-ledger tells (:data:`privrec.report.model.WORD`) is taken as
-the report has it, and named as the operator's word.
+ledger tells (:data:`privrec.report.model.WORD`) is taken as the report has it, and named as the
+operator's word.
 """
 
 from __future__ import annotations
@@ -59,6 +59,10 @@ class Verdict:
     unchecked: list[str] = field(default_factory=list)
     mismatches: list[Mismatch] = field(default_factory=list)
     word: Sequence[OperatorsWord] = ()
+
+    def refute(self, where: str, reason: str) -> None:
+        """Add a mismatch."""
+        self.mismatches.append(Mismatch(where, reason))
 
     @property
     def holds(self) -> bool:
@@ -154,14 +158,10 @@ def _report(text: str, content: Mapping[str, Any], verdict: Verdict) -> Report |
     except ValidationError as error:
         for problem in error.errors()[:5]:
             place = ".".join(str(part) for part in problem["loc"]) or "report"
-            verdict.mismatches.append(
-                Mismatch(place, f"the report does not satisfy its schema: {problem['msg']}")
-            )
+            verdict.refute(place, f"the report does not satisfy its schema: {problem['msg']}")
         return None
     if to_json(report) != text:
-        verdict.mismatches.append(
-            Mismatch("report.json", "it is not spelled as privrec writes it: it was edited")
-        )
+        verdict.refute("report.json", "it is not spelled as privrec writes it: it was edited")
     verdict.checked.append(f"schema {content['report_schema']}, canonical spelling")
     return report
 
@@ -170,7 +170,7 @@ def _ledger(directory: Path, key: Ed25519PublicKey | None, verdict: Verdict) -> 
     try:
         spending = read_spending(directory, key)
     except PrivrecError as error:
-        verdict.mismatches.append(Mismatch("ledger", str(error)))
+        verdict.refute("ledger", str(error))
         return None
     verdict.checked.append(
         f"hash chain of the ledger and its signed head, {len(spending.charges):,} charges"
@@ -178,7 +178,7 @@ def _ledger(directory: Path, key: Ed25519PublicKey | None, verdict: Verdict) -> 
     try:
         return Facts.of(spending)
     except (DataError, UsageError) as error:
-        verdict.mismatches.append(Mismatch("ledger", f"no report can be made of it: {error}"))
+        verdict.refute("ledger", f"no report can be made of it: {error}")
         return None
 
 
@@ -189,14 +189,12 @@ def _compare(report: Report, facts: Facts, verdict: Verdict) -> None:
     try:
         again = derive(facts, word)
     except (DataError, ValidationError, UsageError) as error:
-        verdict.mismatches.append(Mismatch("ledger", f"no report can be made of it: {error}"))
+        verdict.refute("ledger", f"no report can be made of it: {error}")
         return
     said, wanted = report.model_dump(mode="json"), again.model_dump(mode="json")
     differences = list(_differences(said, wanted, ""))
-    verdict.mismatches += [
-        Mismatch(where, _reason(where, found, expected, report.version))
-        for where, found, expected in differences
-    ]
+    for where, found, expected in differences:
+        verdict.refute(where, _reason(where, found, expected, report.version))
     if not differences:
         verdict.checked += [
             "ε against both adversaries, by PLD and by RDP, and every curve of it",
@@ -252,18 +250,14 @@ def _check_word(report: Report, facts: Facts, verdict: Verdict) -> None:
         told["tiers"] = (capacities, list(declared.capacities))
     for where, (found, expected) in told.items():
         if found is not None and found != expected:
-            verdict.mismatches.append(
-                Mismatch(where, _reason(where, found, expected, report.version))
-            )
+            verdict.refute(where, _reason(where, found, expected, report.version))
     audit = report.audit
     if audit is not None:
         of = (audit.version, audit.scenario_hash)
         if of != (declared.version, scenario.hash()):
-            verdict.mismatches.append(
-                Mismatch("audit", "it is of another scenario or another version of privrec")
-            )
+            verdict.refute("audit", "it is of another scenario or another version of privrec")
         if audit.passed != all(check.passed for check in audit.checks):
-            verdict.mismatches.append(Mismatch("audit.passed", "a check failed, or none did"))
+            verdict.refute("audit.passed", "a check failed, or none did")
 
 
 def _check_result(directory: Path, report: Report, facts: Facts, verdict: Verdict) -> None:
@@ -279,13 +273,13 @@ def _check_result(directory: Path, report: Report, facts: Facts, verdict: Verdic
         )
         return
     except (IntegrityError, OSError, UnicodeDecodeError) as error:
-        verdict.mismatches.append(Mismatch("result.json", str(error)))
+        verdict.refute("result.json", str(error))
         return
     metrics = {each.key: each.value for each in report.accuracy.metrics}
     for where, found, name in (("accuracy", metrics, "metrics"), ("gaps", report.gaps, "gaps")):
         if found != (expected := result.get(name) or {}):
             reason = f"it says {_short(found)}, and the signed result {_short(expected)}"
-            verdict.mismatches.append(Mismatch(where, reason))
+            verdict.refute(where, reason)
     verdict.checked.append("signature of result.json, and its metrics and gaps")
 
 
@@ -300,12 +294,10 @@ def _check_pages(directory: Path, report: Report, verdict: Verdict) -> None:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             text = ""
-        if _without_pictures(text) != _without_pictures(render(report)):
-            verdict.mismatches.append(
-                Mismatch(name, "the page says something else than report.json does")
-            )
-        else:
+        if _without_pictures(text) == _without_pictures(render(report)):
             verdict.checked.append(f"{name}, but for its pictures")
+        else:
+            verdict.refute(name, "the page says something else than report.json does")
 
 
 def _without_pictures(text: str) -> str:
@@ -328,6 +320,4 @@ def _check_model(directory: Path, facts: Facts, verdict: Verdict) -> None:
     if found == facts.spending.model:
         verdict.checked.append("the released model is the one that the ledger ends with")
     else:
-        verdict.mismatches.append(
-            Mismatch("model.safetensors", "it is not the model that the ledger ends with")
-        )
+        verdict.refute("model.safetensors", "it is not the model that the ledger ends with")

@@ -34,16 +34,16 @@ def _quick(monkeypatch: Patch) -> None:
 
 def found(probe: Any, kind: str, *more: str) -> set[str]:
     """What one kind of probes says no to; a part that refuses is a no as well."""
-    bench, findings = Harness.of(scenario(kind, *more), KEY), []
-    _collect(findings, "refused", lambda: probe(bench))
+    harness, findings = Harness.of(scenario(kind, *more), KEY), []
+    _collect(findings, "refused", lambda: probe(harness))
     return {finding.probe for finding in findings if not finding.passed}
 
 
 def broken(kind: str, *more: str) -> set[str]:
     """The probes of updates that say no."""
-    bench, findings = Harness.of(scenario(kind, *more), KEY), []
+    harness, findings = Harness.of(scenario(kind, *more), KEY), []
     for name, probe in rounds.PROBES.items():
-        _collect(findings, name, lambda probe=probe: (probe(bench),))
+        _collect(findings, name, lambda probe=probe: (probe(harness),))
     return {finding.probe for finding in findings if not finding.passed}
 
 
@@ -301,8 +301,8 @@ def test_a_masked_sum_that_differs_fails(kind: str, monkeypatch: Patch) -> None:
 # ------------------------------------------------------------------------------- lazy noise
 
 
-def settling(bench: Harness) -> Any:
-    return noise.probe_lazy(bench.root)
+def settling(harness: Harness) -> Any:
+    return noise.probe_lazy(harness.root)
 
 
 def idle(*ignored: Any) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from privrec.errors import UsageError
-from privrec.report.compare import compare, to_html, write
+from privrec.report.render import compare, replace_text
 
 MakeRun = Callable[..., Path]
 
@@ -35,7 +35,7 @@ def test_a_metric_that_only_some_runs_have(a_run: MakeRun) -> None:
     compared = compare([a_run("a"), short])
     assert compared.rows()[1]["ndcg@10"] is None
     assert compared.metrics[-1].startswith("full_")
-    assert "–" in to_html(compared)
+    assert "–" in compared.to_html()
 
 
 @pytest.mark.parametrize(
@@ -52,12 +52,12 @@ def test_what_is_not_comparable_is_said(
 ) -> None:
     compared = compare([a_run("a"), a_run("b", **settings)])
     assert [words in caution for caution in compared.cautions] == [True]
-    assert words in to_html(compared)
+    assert words in compared.to_html()
 
 
 def test_the_page_stands_alone_and_starts_with_the_stamp(a_run: MakeRun, tmp_path: Path) -> None:
     compared = compare([a_run("a"), a_run("b", noise="none")])
-    write(compared, tmp_path / "compare.html")
+    replace_text(tmp_path / "compare.html", compared.to_html())
     text = (tmp_path / "compare.html").read_text(encoding="utf-8")
     tags: list[str] = []
     parser = HTMLParser()
@@ -68,7 +68,7 @@ def test_the_page_stands_alone_and_starts_with_the_stamp(a_run: MakeRun, tmp_pat
     assert tags.count("svg") == 1
     assert text.index("Simulated runs") < text.index("<h1>")
     assert "∞" in text
-    assert text == to_html(compared)
+    assert text == compared.to_html()
 
 
 def test_fewer_than_two_runs_are_refused(a_run: MakeRun) -> None:

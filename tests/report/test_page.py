@@ -15,10 +15,9 @@ from typing import Any, Literal
 import pytest
 
 import privrec
-from privrec.report import compare
 from privrec.report.build import AUDIT, build
 from privrec.report.model import AuditPart, Checked
-from privrec.report.render import write
+from privrec.report.render import compare, replace_text, write
 from privrec.scenario.load import load
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra privrec[browser]")
@@ -73,7 +72,7 @@ def file(
 def page_of(kind: str, folder: Path, make: Any) -> Path:
     if kind == "compared":
         runs = [make(folder / f"{n}", sigma=n, quality=0.5 + n / 50) for n in (1.0, 2.0, 4.0)]
-        compare.write(compare.compare(runs), folder / "comparison.html")
+        replace_text(folder / "comparison.html", compare(runs).to_html())
         return folder / "comparison.html"
     run = make(folder / "run", **KINDS[kind])
     if kind == "distributed":
