@@ -26,8 +26,7 @@ from privrec.errors import DataError, PrivrecError, ReleaseRefused, UsageError
 from privrec.flower import exchange
 from privrec.flower.app import population_of, scenario_of
 from privrec.flower.enrolment import Anyone, anchor_of, text_of
-from privrec.run.assembly import assign, federation_of, learner_of
-from privrec.run.plan import Plan
+from privrec.run.plan import Plan, assign, federation_of, learner_of
 from privrec.scenario.load import Scenario
 from privrec.secagg.client import Policy
 from privrec.secagg.roster import Anchor, Call

@@ -13,7 +13,7 @@ from privrec.report.model import Metric, Report, Scalar
 from privrec.report.plots import intervals, privacy_utility
 from privrec.report.render import replace_text
 from privrec.report.words import delta_text, render
-from privrec.run.wording import metric_name
+from privrec.run.record import metric_name
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,7 @@ from privrec.run import checkpoint, directory, summary
 from privrec.run.checkpoint import Position
 from privrec.run.identity import Identity
 from privrec.run.plan import Plan
-from privrec.run.record import EventLog, Observer, Record, Result, RunInfo
-from privrec.run.wording import adversary_text
+from privrec.run.record import EventLog, Observer, Record, Result, RunInfo, adversary_text
 from privrec.server.server import Release, Server
 
 T = TypeVar("T")

@@ -22,8 +22,8 @@ from privrec.models.ncf import NCF
 from privrec.privacy.ledger import Ledger
 from privrec.randomness import ROOT_BYTES, SecretRoot, SecureStream, rng_for
 from privrec.run import directory
-from privrec.run.assembly import federation_of, learner_of
 from privrec.run.identity import Identity, kept_key
+from privrec.run.plan import federation_of, learner_of
 from privrec.run.summary import read_model
 from privrec.run.task import Recommending
 from privrec.scenario.load import load

@@ -36,8 +36,8 @@ from privrec.randomness import SecretRoot, SecureStream
 from privrec.run import costs
 from privrec.run.plan import Plan
 from privrec.run.privacy_plan import release_event
+from privrec.run.record import KEPT, REVEALED
 from privrec.run.simulation import Simulation
-from privrec.run.wording import KEPT, REVEALED
 from privrec.scenario.load import Scenario
 from privrec.server.columns import ColumnServer
 from privrec.storage import parsed, replace, verified

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from privrec.errors import UsageError
-from privrec.run.record import OUTSIDE, Observer, Record, Result, RunInfo
-from privrec.run.wording import opening_words
+from privrec.run.record import OUTSIDE, Observer, Record, Result, RunInfo, opening_words
 
 
 class TensorBoardSink(Observer):
