@@ -150,11 +150,8 @@ def peak_bytes(
     A fresh interpreter imports what a device needs, then receives the model, trains on one history
     and encodes its update, with its noise. None when that interpreter could not be run.
 
-    Args:
-        plan: decides the training and the protection.
-        tier: which tier the device is of.
-        weights: the tier's prefix of the model, which is what it is sent.
-        history: the device's items; the longest one tells the worst case.
+    ``weights`` are the tier's prefix of the model, which is what it is sent; the longest
+    ``history`` tells the worst case.
     """
     if len(history) < 2:  # a text of one word has no next one
         history = np.resize(history, 2)

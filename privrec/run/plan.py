@@ -44,7 +44,7 @@ from privrec.scenario.kinds import MODELS, SERVER_OPTIMIZERS
 from privrec.scenario.load import DeviceTier, Scenario, Train
 from privrec.secagg.client import Policy
 from privrec.server.optimizer import Optimizer, Schedule
-from privrec.server.server import Completion, Implicit, RoundPlan, Server
+from privrec.server.server import Completion, RoundPlan, Server
 
 TABULATED_ITEMS = 2**22
 """Largest catalogue whose places in the memory a simulation keeps in a table."""
@@ -141,25 +141,14 @@ class Plan:
         layout.dense_of(weights)[...] = federation.tiers[0].recommender.model.initial_dense(rng)
         memory = layout.memory_of(weights)
         memory[...] = rng.normal(0, scenario.model.init_std, memory.shape)
-        return Server(rounds, weights, self._completion(), _optimizer(scenario.train))
-
-    def _completion(self) -> Completion:
-        scenario, federation, train = self.scenario, self.federation, self.scenario.train
-        implicit = None
-        if loss_of(train.loss).implicit:
-            implicit = Implicit(
-                train.unobserved_weight,
-                train.item_l2,
-                train.gram_rate,
-                tuple(local_lr(scenario, federation, tier) for tier in federation.tiers),
-                train.server_optimizer == "newton",
-            )
-        return Completion(
+        completion = Completion(
             federation,
-            implicit,
+            scenario.train if loss_of(scenario.train.loss).implicit else None,
             by_contributors=scenario.devices.aggregation == "contributors",
             overwrites=scenario.devices.aggregation == "fair_averaging",
+            local_lr=tuple(local_lr(scenario, federation, tier) for tier in federation.tiers),
         )
+        return Server(rounds, weights, completion, _optimizer(scenario.train))
 
     def simulate(
         self, train: Interactions | Corpus, devices: SecretRoot, served: RowServer | None = None
@@ -193,12 +182,7 @@ class Plan:
         )
 
     def header(self, *, simulated: bool, standing: PopulationBalance) -> dict[str, Any]:
-        """Return the entries of a ledger's header that :func:`read_header` gives back.
-
-        Args:
-            simulated: whether the devices are simulated.
-            standing: where the run's population stands.
-        """
+        """Return the entries of a ledger's header that :func:`read_header` gives back."""
         return {
             "scenario": json.loads(self.scenario.to_json()),
             "simulated": simulated,
@@ -336,12 +320,8 @@ def learner_of(
 ) -> Learner:
     """Return local training as ``[train]`` describes it, in a tier's memory.
 
-    Args:
-        scenario: what to run.
-        federation: the tiers.
-        tier: one of them.
-        popularity: public cumulative probabilities of the items, for popular negatives.
-        served: a server that hands out output neurons, in the scheme ``"requested"``.
+    ``popularity`` are public cumulative probabilities of the items, for popular negatives, and
+    ``served`` is a server that hands out output neurons, in the scheme ``"requested"``.
     """
     train, newton = scenario.train, scenario.train.server_optimizer == "newton"
     names = Settings.__dataclass_fields__.keys() & type(train).model_fields.keys()
@@ -362,7 +342,6 @@ class LedgerHeader:
     """What the header of a ledger declares and no charge tells.
 
     Attributes:
-        version: of privrec.
         bands: coefficients of each band, the band that every device holds first.
         holders: training devices that hold each band.
         capacities: of the tiers, the strongest first.

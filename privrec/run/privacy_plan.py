@@ -40,10 +40,8 @@ def plan_privacy(
 ) -> tuple[RoundEvent, Protection]:
     """Return the privacy event of each round, and how updates are protected.
 
-    Args:
-        scenario: what to run; a target ε is calibrated to its planned rounds.
-        sizes: coefficients of each band, the band that all devices hold first.
-        holders: training devices that hold each band.
+    A target ε is calibrated to the planned rounds. ``sizes`` are the coefficients of each band and
+    ``holders`` the training devices that hold it, the band that all devices hold first.
 
     Raises:
         UsageError: when no noise meets the target, a band has too few devices, or a sum could wrap

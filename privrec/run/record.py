@@ -110,11 +110,8 @@ class Result:
 class EventLog:
     """``events.jsonl``: one JSON object a line, appended and handed to the system at once.
 
-    It is a log for people and for the report's plots; what was spent stands in the ledger. Opening
-    a log whose last line was cut off by a crash drops that line.
-
-    Args:
-        path: the file; made when absent.
+    It is a log for people and for the report's plots; what was spent stands in the ledger. It is
+    made when absent; opening one whose last line was cut off by a crash drops that line.
     """
 
     def __init__(self, path: Path) -> None:
@@ -319,17 +316,14 @@ def opening_words(info: RunInfo) -> str:
     users = f", {info.population:,} devices" if info.population and info.simulated else ""
     resumed = f", going on after round {info.done}" if info.done else ""
     lost = " Its noise root is gone: rounds made again are charged again." if info.root_lost else ""
-    return f"{kind}: {name}, {info.rounds:,} rounds{users}{resumed}. {_promise(info)}{lost}"
+    apart = ""
+    if info.examples and not info.noise_known:
+        limit = f", at most ε = {info.example_budget:g}" if info.example_budget else ""
+        apart = f" Example-level privacy on the devices{limit}, a unit apart."
+    return f"{kind}: {name}, {info.rounds:,} rounds{users}{resumed}. {_promise(info)}{apart}{lost}"
 
 
 def _promise(info: RunInfo) -> str:
-    if info.examples and not info.noise_known:
-        limit = f", at most ε = {info.example_budget:g}" if info.example_budget else ""
-        return f"{_users_promise(info)} Example-level privacy on the devices{limit}, a unit apart."
-    return _users_promise(info)
-
-
-def _users_promise(info: RunInfo) -> str:
     if not info.private and info.examples:
         return "No noise is added to the sums: no guarantee at user level."
     if not info.private:
