@@ -114,7 +114,7 @@ class Node:
     def __post_init__(self) -> None:
         scenario, federation = self.scenario, self.federation
         items = federation.tiers[0].recommender.vectors.items
-        plan = Plan.over(scenario, federation, items, population_of(scenario))
+        plan = Plan.of(scenario, items, population_of(scenario), federation)
         self._event, self._protection = plan.event, plan.protection
         devices = [(each, self.keys.device(each.user, self.anchor)) for each in self.hosted]
         self._devices = {device.key.public: (each, device) for each, device in devices}

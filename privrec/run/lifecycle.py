@@ -6,7 +6,6 @@ settings: each of them is a run of its own, below the first one.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,7 +23,7 @@ from privrec.run import checkpoint, costs, directory, summary
 from privrec.run.identity import Identity
 from privrec.run.loop import Loop, one_thread
 from privrec.run.plan import Plan
-from privrec.run.privacy_plan import event_without_shares, known_items, release_event
+from privrec.run.privacy_plan import charges_of, event_without_shares, known_items
 from privrec.run.record import EventLog, Observer, Result
 from privrec.run.simulation import Simulation
 from privrec.run.task import Task, load_task
@@ -144,12 +143,10 @@ def check_lifetime(population: str, scenario: Scenario, *, known: bool = False) 
     tied = populations.read(population)
     items, users = known_items(scenario), scenario.population()
     if items is not None and users is not None:
-        charges = Plan.of(scenario, items, users).charges
+        event = Plan.of(scenario, items, users).event
     else:
-        before = release_event(scenario)
-        charges = Counter({event_without_shares(scenario): scenario.train.rounds})
-        charges += Counter([before] if before else [])
-    after = epsilon(tied.counts + charges, tied.delta, tied.against)
+        event = event_without_shares(scenario)
+    after = epsilon(tied.counts + charges_of(scenario, event), tied.delta, tied.against)
     if after > tied.epsilon:
         raise BudgetError(
             f"population {population!r}: this run would bring its lifetime ε to {after:.4f}, and "

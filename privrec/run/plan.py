@@ -37,7 +37,7 @@ from privrec.models.losses import loss_of, packed_size
 from privrec.privacy.events import RoundEvent
 from privrec.privacy.population import PopulationBalance
 from privrec.randomness import SecretRoot, rng_for
-from privrec.run.privacy_plan import example_event, plan_privacy, release_event
+from privrec.run.privacy_plan import charges_of, example_event, plan_privacy
 from privrec.run.simulation import Simulation
 from privrec.run.summing import Enrolled
 from privrec.scenario.kinds import MODELS, SERVER_OPTIMIZERS
@@ -75,18 +75,16 @@ class Plan:
     protection: Protection
 
     @classmethod
-    def of(cls, scenario: Scenario, items: int, users: int) -> Plan:
-        """Plan a scenario.
+    def of(
+        cls, scenario: Scenario, items: int, users: int, federation: Federation | None = None
+    ) -> Plan:
+        """Plan a scenario, whose tiers may be made already.
 
         Raises:
             UsageError: when a sum could wrap around, no noise meets the target, a band has too few
                 devices, or the tiers do not nest in this catalogue.
         """
-        return cls.over(scenario, federation_of(scenario, items), items, users)
-
-    @classmethod
-    def over(cls, scenario: Scenario, federation: Federation, items: int, users: int) -> Plan:
-        """Plan a scenario whose tiers are made already; see :meth:`of`."""
+        federation = federation or federation_of(scenario, items)
         members = _members(federation, users)
         sizes = band_sizes(federation.layouts)
         event, protection = plan_privacy(scenario, sizes, _holders(members))
@@ -118,9 +116,7 @@ class Plan:
     @property
     def charges(self) -> Counter[RoundEvent]:
         """All that a run of this plan charges when no round is made twice."""
-        before = release_event(self.scenario)
-        charges = Counter({self.event: self.scenario.train.rounds})
-        return charges if before is None else charges + Counter([before])
+        return charges_of(self.scenario, self.event)
 
     def server(self, run_id: str) -> Server:
         """Return the server of a run at its first round; ``run_id`` names the run's draws."""
