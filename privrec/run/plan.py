@@ -62,7 +62,7 @@ class Plan:
     Attributes:
         items: size of the catalogue, or of the vocabulary.
         users: enrolled devices.
-        members: devices of each tier that train, the strongest tier first.
+        holders: training devices that hold each band, the weakest tier's band first.
         event: what each round is charged as.
     """
 
@@ -70,7 +70,7 @@ class Plan:
     items: int
     users: int
     federation: Federation
-    members: tuple[int, ...]
+    holders: tuple[int, ...]
     event: RoundEvent
     protection: Protection
 
@@ -85,15 +85,14 @@ class Plan:
                 devices, or the tiers do not nest in this catalogue.
         """
         federation = federation or federation_of(scenario, items)
-        members = _members(federation, users)
-        sizes = band_sizes(federation.layouts)
-        event, protection = plan_privacy(scenario, sizes, _holders(members))
-        return cls(scenario, items, users, federation, members, event, protection)
-
-    @property
-    def holders(self) -> list[int]:
-        """Training devices that hold each band, the weakest tier's band first."""
-        return _holders(self.members)
+        shares = np.cumsum([tier.share for tier in federation.tiers])
+        counts = np.diff(
+            np.rint(shares * users).astype(int), prepend=0
+        )  # as many as :func:`assign`
+        training = np.cumsum(counts * [tier.weight > 0 for tier in federation.tiers])
+        holders = tuple(training[::-1].tolist())
+        event, protection = plan_privacy(scenario, band_sizes(federation.layouts), holders)
+        return cls(scenario, items, users, federation, holders, event, protection)
 
     @cached_property
     def assigned(self) -> NDArray[np.int64]:
@@ -127,7 +126,7 @@ class Plan:
             self.event,
             self.protection,
             federation,
-            expected_cohort=scenario.devices.sampling_rate * sum(self.members),
+            expected_cohort=scenario.devices.sampling_rate * self.holders[0],
             average=scenario.train.average,
             examples=example_event(scenario),
         )
@@ -184,22 +183,10 @@ class Plan:
             "simulated": simulated,
             "version": privrec.__version__,
             "bands": list(band_sizes(self.federation.layouts)),
-            "holders": self.holders,
+            "holders": list(self.holders),
             "capacities": [tier.capacity for tier in self.federation.tiers],
             "standing": standing.to_json(),
         }
-
-
-def _members(federation: Federation, users: int) -> tuple[int, ...]:
-    """Devices of each tier that train, as many as :func:`assign` gives it."""
-    shares = [tier.share for tier in federation.tiers]
-    counts = np.diff(np.rint(np.cumsum(shares) * users).astype(int), prepend=0)
-    return tuple((counts * [tier.weight > 0 for tier in federation.tiers]).tolist())
-
-
-def _holders(members: tuple[int, ...]) -> list[int]:
-    holders: list[int] = np.cumsum(members)[::-1].tolist()
-    return holders
 
 
 def _optimizer(train: Train) -> Optimizer:
