@@ -22,8 +22,11 @@ import click
 from click.core import ParameterSource
 
 from privrec.errors import PrivrecError, UsageError
-from privrec.run.record import Observer, Record, Result, RunInfo
-from privrec.run.wording import (
+from privrec.run.record import (
+    Observer,
+    Record,
+    Result,
+    RunInfo,
     duration_text,
     headline_metric,
     metric_name,

@@ -36,8 +36,7 @@ from privrec.cli.machine import data, doctor
 from privrec.cli.plan import audit, plan, scenario
 from privrec.cli.report import compare, population, report, write_report
 from privrec.errors import PrivrecError, UsageError
-from privrec.run.record import OUTSIDE
-from privrec.run.wording import adversary_text, epsilon_text, metric_name
+from privrec.run.record import OUTSIDE, adversary_text, epsilon_text, metric_name
 
 if TYPE_CHECKING:
     from privrec.report.render import Written

@@ -28,7 +28,7 @@ from privrec.cli.console import (
     settings_option,
 )
 from privrec.errors import ReleaseRefused, UsageError
-from privrec.run.wording import adversary_text, epsilon_text
+from privrec.run.record import adversary_text, epsilon_text
 
 if TYPE_CHECKING:
     from privrec.privacy.events import RoundEvent

@@ -20,8 +20,7 @@ from privrec.cli.console import (
     run_dir,
 )
 from privrec.errors import IntegrityError
-from privrec.run.record import OUTSIDE
-from privrec.run.wording import adversary_text, epsilon_text, metric_name
+from privrec.run.record import OUTSIDE, adversary_text, epsilon_text, metric_name
 
 if TYPE_CHECKING:
     from privrec.privacy.population import Population

@@ -17,7 +17,7 @@ from privrec.data import Split
 from privrec.data.corpus import UNKNOWN_ID, Corpus, examples_in
 from privrec.device.device import Cohort, Draws
 from privrec.device.recommender import RecommenderLearner
-from privrec.device.samples import Functions, Histories
+from privrec.device.samples import Histories
 from privrec.device.tier import Federation, LocalModel, Tier
 from privrec.evaluate import metrics
 from privrec.evaluate.metrics import Evaluation
@@ -36,23 +36,12 @@ _EXAMPLES = 16  # likewise, of labels
 # ------------------------------------------------------------------------- recommenders
 
 
-def evaluation_functions(seed: int) -> Functions:
-    """Return hash functions by user of an evaluation, whose figures must repeat.
-
-    Nothing is sent in an evaluation, so nothing rests on their being secret.
-    """
-    known = SecretRoot.known(b"evaluation")
-    return lambda user: known.stream("lsh", "evaluation", seed, user)
-
-
 @dataclass(frozen=True)
 class Scorer:
     """Scores with one set of weights; the table is gathered in parts and never held.
 
-    Args:
-        model: with its weights.
-        states: private states by user, shape ``(users, user_dim)``.
-        n_items: size of the catalogue; items that the recommender does not hold come last.
+    ``states`` are private ones by user, shape ``(users, user_dim)``; of the ``n_items`` of the
+    catalogue, those that the recommender does not hold come last.
     """
 
     model: LocalModel[NCF]
@@ -77,12 +66,7 @@ class Scorer:
 class Evaluator:
     """Measures released weights on what a split holds out, every user fitted from nothing.
 
-    Args:
-        federation: the tiers.
-        cohorts: the devices of each tier.
-        absent: users whose devices hold nothing.
-        split: what to measure on.
-        run: seed and lengths of the lists.
+    ``absent`` are users whose devices hold nothing.
     """
 
     federation: Federation
@@ -92,12 +76,7 @@ class Evaluator:
     run: Run
 
     def whole(self, weights: FloatArray, protocols: metrics.Protocols) -> Evaluation:
-        """Measure all users with the whole memory.
-
-        Args:
-            weights: released coefficients.
-            protocols: those of :func:`privrec.evaluate.metrics.evaluate`.
-        """
+        """Measure all users with the whole memory."""
         train, strongest = self.split.train, self.cohorts[0]
         histories = Histories(np.arange(train.n_users), train.indptr, train.items)
         everyone = Cohort.of(strongest.learner, histories)
@@ -132,8 +111,11 @@ class Evaluator:
         protocols: metrics.Protocols,
     ) -> Evaluation:
         view = tier.view(self.federation.prefix(weights, tier))
-        key = int(rng_for(self.run.seed, "serving").integers(2**63))
-        draws = Draws(key, evaluation_functions(self.run.seed))
+        seed = self.run.seed
+        key = int(rng_for(seed, "serving").integers(2**63))
+        # Figures must repeat; and nothing is sent, so hash functions need not be secret.
+        known = SecretRoot.known(b"evaluation")
+        draws = Draws(key, lambda user: known.stream("lsh", "evaluation", seed, user))
         fitted = cohort.learner.serve(view, cohort.data, draws)
         train, users = self.split.train, cohort.users
         states = np.zeros((train.n_users, fitted.shape[1]), np.float32)
@@ -144,13 +126,9 @@ class Evaluator:
     def _evaluated(
         self, scores: metrics.Scores, protocols: metrics.Protocols, users: Int64Array
     ) -> Evaluation:
+        cuts, seed = self.run.top_k, self.run.seed
         return metrics.evaluate(
-            scores,
-            self.split,
-            k=self.run.top_k,
-            protocols=protocols,
-            seed=self.run.seed,
-            users=users,
+            scores, self.split, k=cuts, protocols=protocols, seed=seed, users=users
         )
 
 
@@ -172,11 +150,7 @@ class Questions(ABC):
     def ask(self, model: Any, tokens: Int64Array, table: Tensor, dense: Tensor) -> Asked:
         """Go through one device's data, some positions at a time.
 
-        Args:
-            model: the network.
-            tokens: of the device; what the model does not hold is unknown.
-            table: vectors of all neurons, shape ``(neurons, dim)``.
-            dense: dense weights.
+        Tokens that the model does not hold are unknown; ``table`` has the vectors of all neurons.
 
         Yields:
             Hidden vectors ``(p, dim)`` of positions that count, and the neurons wanted there,
@@ -250,13 +224,8 @@ def predict(
     """Answer all questions of some texts or examples by all neurons' scores.
 
     All neurons are looked at, whatever part of them devices train. The unknown word is never
-    predicted and never counted: it is no word that a keyboard could offer.
-
-    Args:
-        questions: what is asked.
-        model: with its weights.
-        texts: what was held out.
-        cuts: lengths of the list of best neurons.
+    predicted and never counted: it is no word that a keyboard could offer. ``cuts`` are lengths of
+    the list of best neurons.
     """
     words = model.view.vectors.items
     table = torch.from_numpy(model.rows(np.arange(words)))

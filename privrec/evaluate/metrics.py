@@ -125,11 +125,8 @@ def evaluate(
     that user alone, not on ``chunk`` or ``users``.
 
     Args:
-        scores: the recommender.
-        split: what to measure on.
         seed: of the negatives.
         k: lengths of the list, each at least 1.
-        protocols: which of the two.
         chunk: users scored at a time, at most; fewer where the catalogue is large.
         users: positions, or None for all; those without held-out items are skipped.
 
@@ -199,13 +196,14 @@ def _full(
     table[seen_rows, seen] = -np.inf
     better = _better(table, rows, wanted, max(k))
     counts = np.bincount(rows, minlength=users.size)
+    ideal = np.cumsum(1.0 / np.log2(np.arange(max(k)) + 2.0))  # all held-out items come first
     found: dict[str, Float64Array] = {}
     for size in k:
         hits = better < size
         total = np.bincount(rows, hits, users.size)
         gains = np.bincount(rows, np.where(hits, 1.0 / np.log2(better + 2.0), 0.0), users.size)
         found[f"full_hr@{size}"] = (total > 0).astype(np.float64)
-        found[f"full_ndcg@{size}"] = gains / _ideal(counts, size)
+        found[f"full_ndcg@{size}"] = gains / ideal[np.minimum(counts, size) - 1]
         found[f"full_recall@{size}"] = total / counts
     return found
 
@@ -242,12 +240,6 @@ def _best(table: Float32Array, count: int) -> Float32Array:
             first = np.cumsum(counts) - counts
             return np.asarray(values[order[first[:, None] + np.arange(count)]])
     return np.asarray(np.partition(table, n - count, axis=1)[:, n - count :])
-
-
-def _ideal(counts: Int64Array, size: int) -> Float64Array:
-    """The discounted gain of a list that starts with all held-out items."""
-    gains = np.cumsum(1.0 / np.log2(np.arange(size) + 2.0))
-    return np.asarray(gains[np.minimum(counts, size) - 1])
 
 
 class _Candidates:
@@ -405,13 +397,7 @@ def check(name: str, train: Interactions, *, dim: int) -> None:
 
 
 def scores_of(name: str, train: Interactions, *, dim: int, seed: int) -> Scores:
-    """Train a baseline.
-
-    Args:
-        name: ``"popularity"``, ``"pure_svd"`` or ``"ease"``.
-        train: all histories.
-        dim: factors of the SVD.
-        seed: of the SVD's start.
+    """Train the baseline ``"popularity"``, ``"pure_svd"`` or ``"ease"``.
 
     Raises:
         UsageError: as :func:`check`.

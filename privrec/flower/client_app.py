@@ -26,8 +26,7 @@ from privrec.errors import DataError, PrivrecError, ReleaseRefused, UsageError
 from privrec.flower import exchange
 from privrec.flower.app import population_of, scenario_of
 from privrec.flower.enrolment import Anyone, anchor_of, text_of
-from privrec.run.assembly import assign, federation_of, learner_of
-from privrec.run.plan import Plan
+from privrec.run.plan import Plan, assign, federation_of, learner_of
 from privrec.scenario.load import Scenario
 from privrec.secagg.client import Policy
 from privrec.secagg.roster import Anchor, Call
@@ -115,7 +114,7 @@ class Node:
     def __post_init__(self) -> None:
         scenario, federation = self.scenario, self.federation
         items = federation.tiers[0].recommender.vectors.items
-        plan = Plan.over(scenario, federation, items, population_of(scenario))
+        plan = Plan.of(scenario, items, population_of(scenario), federation)
         self._event, self._protection = plan.event, plan.protection
         devices = [(each, self.keys.device(each.user, self.anchor)) for each in self.hosted]
         self._devices = {device.key.public: (each, device) for each, device in devices}

@@ -18,7 +18,7 @@ from privrec.privacy.events import Adversary, RoundEvent, divergence, epsilon
 from privrec.report import model
 from privrec.report.facts import WHICH, Facts, Spending
 from privrec.report.words import tables, thinned
-from privrec.run.wording import REVEALED
+from privrec.run.record import REVEALED
 
 DELTAS = (1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.03, *(n / 10 for n in range(1, 10)))
 """The δ of the δ(ε) curve; the run's own comes on top."""

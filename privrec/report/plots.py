@@ -14,7 +14,7 @@ from html import escape
 
 from privrec.report.model import Curve, Metric, Point2, Report
 from privrec.report.words import amount_text, bytes_text, delta_text
-from privrec.run.wording import adversary_text, epsilon_text
+from privrec.run.record import adversary_text, epsilon_text
 
 MARKED = 30
 """Most points of a line for each to be marked with a dot."""

@@ -19,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from markupsafe import Markup, escape
 
 from privrec.report.model import Metric, Scalar
-from privrec.run.wording import adversary_text, duration_text, epsilon_text, metric_name
+from privrec.run.record import adversary_text, duration_text, epsilon_text, metric_name
 
 T = TypeVar("T")
 

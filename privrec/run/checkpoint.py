@@ -78,13 +78,7 @@ def save(
     """
     ledger.seal()
     position = Position(
-        identity.run_id,
-        data_digest,
-        server.index,
-        ledger.entries,
-        ledger.last_hash,
-        wall_s,
-        cpu_s,
+        identity.run_id, data_digest, server.index, ledger.entries, ledger.last_hash, wall_s, cpu_s
     )
     arrays = {"weights": server.weights, "mean": server.mean}
     arrays |= {f"states.{index}": each for index, each in enumerate(states)}

@@ -34,8 +34,7 @@ from privrec.models.process_memory import (
 from privrec.privacy.events import RoundEvent
 from privrec.privacy.mechanism import Band, Shares
 from privrec.randomness import SecretRoot
-from privrec.run.assembly import BYTES_A_COEFFICIENT, federation_of, learner_of
-from privrec.run.plan import Plan
+from privrec.run.plan import BYTES_A_COEFFICIENT, Plan, federation_of, learner_of
 from privrec.run.privacy_plan import encoding_of
 from privrec.scenario.load import Scenario
 from privrec.search.hashing import Shape
@@ -151,11 +150,8 @@ def peak_bytes(
     A fresh interpreter imports what a device needs, then receives the model, trains on one history
     and encodes its update, with its noise. None when that interpreter could not be run.
 
-    Args:
-        plan: decides the training and the protection.
-        tier: which tier the device is of.
-        weights: the tier's prefix of the model, which is what it is sent.
-        history: the device's items; the longest one tells the worst case.
+    ``weights`` are the tier's prefix of the model, which is what it is sent; the longest
+    ``history`` tells the worst case.
     """
     if len(history) < 2:  # a text of one word has no next one
         history = np.resize(history, 2)

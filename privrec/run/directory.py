@@ -34,12 +34,8 @@ def beginning(
     Until then it is a hidden folder beside ``out``; where ``out`` is a link, the run appears where
     it leads. When anything fails, folder and secrets are gone again.
 
-    Args:
-        out: the run's directory.
-        plan: of the run.
-        identity: of the run.
-        population: what the run is tied to; by default the runs that this machine made before on
-            the same data are counted.
+    Without a ``population`` that the run is tied to, the runs that this machine made before on the
+    same data are counted.
 
     Yields:
         The hidden folder and the run's ledger, which is open and stays so for the rounds.
@@ -53,10 +49,23 @@ def beginning(
         with identity.forgotten_unless(out), _appearing(out) as folder:
             identity.write(folder)
             storage.replace(folder / SCENARIO, plan.scenario.to_toml().encode())
-            standing = None
+            earlier = identity.earlier_runs()  # it notes this run too, for those that come after
+            standing = PopulationBalance(runs=earlier)
             if population is not None:
                 standing = populations.reserve(population, identity.run_id, plan.charges)
-            ledger = _new_ledger(folder, plan, identity, standing)
+            header = {
+                "run_id": identity.run_id,
+                "scenario_hash": plan.scenario.hash(),
+                "privacy_hash": plan.scenario.privacy_hash(),
+                "delta": plan.scenario.privacy.delta,
+                "population": plan.users,
+                "noise_known": identity.known_key is not None,
+                "noise_root": identity.root_tag(),
+                **plan.header(simulated=identity.simulated, standing=standing),
+            }
+            key, kept = identity.signing_key(new=True), identity.kept_head()
+            path = folder / LEDGER
+            ledger = Ledger.create(path, header=header, signing_key=key, kept=kept)
             yield folder, ledger
             with EventLog(folder / EVENTS) as events:
                 events.append("start", run_id=identity.run_id, simulated=identity.simulated)
@@ -105,26 +114,6 @@ def refuse_taken(out: Path) -> None:
             f"{out}: it exists and is not empty; name a new directory with --out, or go on with a "
             f"stopped run: privrec resume {out}"
         )
-
-
-def _new_ledger(
-    folder: Path, plan: Plan, identity: Identity, standing: PopulationBalance | None
-) -> Ledger:
-    """A ledger with a header that binds it to the run's identity and scenario."""
-    earlier = identity.earlier_runs()  # it notes this run too, for those that come after
-    standing = standing or PopulationBalance(runs=earlier)
-    header = {
-        "run_id": identity.run_id,
-        "scenario_hash": plan.scenario.hash(),
-        "privacy_hash": plan.scenario.privacy_hash(),
-        "delta": plan.scenario.privacy.delta,
-        "population": plan.users,
-        "noise_known": identity.known_key is not None,
-        "noise_root": identity.root_tag(),
-        **plan.header(simulated=identity.simulated, standing=standing),
-    }
-    key, kept = identity.signing_key(new=True), identity.kept_head()
-    return Ledger.create(folder / LEDGER, header=header, signing_key=key, kept=kept)
 
 
 def open_ledger(

@@ -6,7 +6,6 @@ settings: each of them is a run of its own, below the first one.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,7 +23,7 @@ from privrec.run import checkpoint, costs, directory, summary
 from privrec.run.identity import Identity
 from privrec.run.loop import Loop, one_thread
 from privrec.run.plan import Plan
-from privrec.run.privacy_plan import event_without_shares, known_items, release_event
+from privrec.run.privacy_plan import charges_of, event_without_shares, known_items
 from privrec.run.record import EventLog, Observer, Result
 from privrec.run.simulation import Simulation
 from privrec.run.task import Task, load_task
@@ -53,7 +52,7 @@ def start(
         scenario: what to run.
         out: the run's new directory.
         data_dir: where the data lies, before the scenario's own path.
-        observer: is told of the start, every round and the end.
+        observer: watches.
         unsafe_noise_key: a noise root that others know, for runs that must repeat bit for bit. The
             run then protects nobody and says so.
         population: name of the population ledger that the run is tied to; see
@@ -79,9 +78,7 @@ def start(
         devices, server = task.simulate(devices_root), plan.server(identity.run_id)
         position = checkpoint.save(folder, identity, ledger, server, devices.states, task.digest)
     with ledger, EventLog(out / directory.EVENTS) as events, one_thread():
-        loop = SimulatedLoop(
-            out, plan, identity, server, devices, observer, ledger, events, task=task
-        )
+        loop = SimulatedLoop(out, plan, identity, server, devices, observer, ledger, events, task)
         return loop.run(position)
 
 
@@ -111,9 +108,7 @@ def resume(out: Path, *, data_dir: Path | None = None, observer: Observer) -> Re
         EventLog(out / directory.EVENTS) as events,
         one_thread(),
     ):
-        loop = SimulatedLoop(
-            out, plan, identity, server, devices, observer, ledger, events, task=task
-        )
+        loop = SimulatedLoop(out, plan, identity, server, devices, observer, ledger, events, task)
         return loop.run(position, resumed=True)
 
 
@@ -133,12 +128,8 @@ def check_lifetime(population: str, scenario: Scenario, *, known: bool = False) 
     """Refuse a run that its population's lifetime budget does not allow, before data is touched.
 
     Where the sizes are not public before the data is read, shares of noise are taken for the
-    Gaussian noise that they come near to; a run reserves what they are.
-
-    Args:
-        population: its name.
-        scenario: what is to be run.
-        known: whether others know its noise.
+    Gaussian noise that they come near to; a run reserves what they are. ``known`` says that others
+    know the noise.
 
     Raises:
         UsageError: when there is no such population, or others know the noise.
@@ -152,12 +143,10 @@ def check_lifetime(population: str, scenario: Scenario, *, known: bool = False) 
     tied = populations.read(population)
     items, users = known_items(scenario), scenario.population()
     if items is not None and users is not None:
-        charges = Plan.of(scenario, items, users).charges
+        event = Plan.of(scenario, items, users).event
     else:
-        before = release_event(scenario)
-        charges = Counter({event_without_shares(scenario): scenario.train.rounds})
-        charges += Counter([before] if before else [])
-    after = epsilon(tied.counts + charges, tied.delta, tied.against)
+        event = event_without_shares(scenario)
+    after = epsilon(tied.counts + charges_of(scenario, event), tied.delta, tied.against)
     if after > tied.epsilon:
         raise BudgetError(
             f"population {population!r}: this run would bring its lifetime ε to {after:.4f}, and "
@@ -171,12 +160,12 @@ class SimulatedLoop(Loop):
     """A run whose devices are here, so that what they get can be measured."""
 
     transport: Simulation
-    task: Task[Any] = field(kw_only=True)
+    task: Task[Any]
     evaluated: Evaluation | None = field(default=None, init=False)
 
     @property
     def checkpoint_every(self) -> int:
-        """Rounds between checkpoints."""
+        """See :attr:`Loop.checkpoint_every`."""
         return self.plan.scenario.run.checkpoint_every
 
     def save(self) -> None:
@@ -220,9 +209,7 @@ class SimulatedLoop(Loop):
             name: self.attempt(f"baseline {name}", partial(task.baseline, name))
             for name in run.baselines
         }
-        intervals = self.attempt(
-            "intervals", lambda: [each.intervals(run.seed) for each in measured]
-        )
+        intervals = self.attempt("intervals", lambda: [m.intervals(run.seed) for m in measured])
         found = {
             "metrics": {k: value for each in measured for k, value in each.summary().items()},
             "intervals": {k: list(pair) for each in intervals or () for k, pair in each.items()},
@@ -257,11 +244,8 @@ def with_rows(
     gains ``rows``: name, changed settings, metrics, ε and costs of each; over several seeds, means
     and their 95 % intervals. Its ``gaps`` gain those of the rows.
 
-    Args:
-        result: the finished run of the scenario itself.
-        scenario: its scenario; without rows, ``result`` is returned unchanged.
-        data_dir: where the data lies; None for where the run found it.
-        observer: is told of every row as of a run.
+    Without rows, ``result`` is returned as it is; without ``data_dir``, the data is where the run
+    found it.
 
     Raises:
         BudgetError, DataError, Interrupted, UsageError: as :func:`start`.

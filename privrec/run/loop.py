@@ -31,8 +31,7 @@ from privrec.run import checkpoint, directory, summary
 from privrec.run.checkpoint import Position
 from privrec.run.identity import Identity
 from privrec.run.plan import Plan
-from privrec.run.record import EventLog, Observer, Record, Result, RunInfo
-from privrec.run.wording import adversary_text
+from privrec.run.record import EventLog, Observer, Record, Result, RunInfo, adversary_text
 from privrec.server.server import Release, Server
 
 T = TypeVar("T")
@@ -59,15 +58,7 @@ class Transport(Protocol):
 class Loop:
     """One run from where it stands to its end, wherever its devices are: nothing is measured.
 
-    Args:
-        out: the run's directory.
-        plan: what is run.
-        identity: name and secrets of the run.
-        server: at its next round.
-        transport: reaches the devices.
-        observer: is told of the start, every round and the end.
-        ledger: is charged before each round.
-        events: what happened, in order.
+    ``out`` is its directory; ``ledger`` and ``events`` lie there, open.
     """
 
     out: Path
@@ -129,9 +120,8 @@ class Loop:
     def run(self, position: Position, *, resumed: bool = False) -> Result:
         """Go on to the end, the budget or an interrupt; a checkpoint is written in any case.
 
-        Args:
-            position: where the server and the devices' states are.
-            resumed: whether an earlier session made rounds.
+        ``position`` is where server and devices are; ``resumed`` says that there was an earlier
+        session.
 
         Raises:
             IntegrityError: when the checkpoint was taken with another ledger.

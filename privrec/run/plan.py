@@ -8,9 +8,10 @@ be held to what was declared before the first round.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,24 +21,38 @@ from numpy.typing import NDArray
 import privrec
 from privrec.data import Interactions
 from privrec.data.corpus import Corpus
-from privrec.device.tier import Federation
+from privrec.device.device import Cohort, Learner, Settings
+from privrec.device.examples import ExampleNoise
+from privrec.device.recommender import RecommenderLearner
+from privrec.device.samples import Histories, popularity_of
+from privrec.device.tier import Federation, ModelView, Tier
 from privrec.device.update import Protection
-from privrec.device.words import RowServer
+from privrec.device.words import RowServer, WordLearner
+from privrec.embedding.nested import Nested, nested
+from privrec.embedding.subspace import Subspace
+from privrec.embedding.table import PlainTable, Table
 from privrec.errors import IntegrityError, ScenarioError, UsageError
 from privrec.models.layout import band_sizes
-from privrec.models.losses import loss_of
+from privrec.models.losses import loss_of, packed_size
 from privrec.privacy.events import RoundEvent
 from privrec.privacy.population import PopulationBalance
 from privrec.randomness import SecretRoot, rng_for
-from privrec.run.assembly import assign, cohorts_of, federation_of, local_lr
-from privrec.run.privacy_plan import example_event, plan_privacy, release_event
+from privrec.run.privacy_plan import charges_of, example_event, plan_privacy
 from privrec.run.simulation import Simulation
 from privrec.run.summing import Enrolled
-from privrec.scenario.kinds import SERVER_OPTIMIZERS
-from privrec.scenario.load import Scenario, Train
+from privrec.scenario.kinds import MODELS, SERVER_OPTIMIZERS
+from privrec.scenario.load import DeviceTier, Scenario, Train
 from privrec.secagg.client import Policy
 from privrec.server.optimizer import Optimizer, Schedule
-from privrec.server.server import Completion, Implicit, RoundPlan, Server
+from privrec.server.server import Completion, RoundPlan, Server
+
+TABULATED_ITEMS = 2**22
+"""Largest catalogue whose places in the memory a simulation keeps in a table."""
+
+BYTES_A_COEFFICIENT = 4
+_MOST_HALVINGS = 48
+
+Coordinates = tuple[Nested, Nested | None]
 
 
 @dataclass(frozen=True)
@@ -47,7 +62,7 @@ class Plan:
     Attributes:
         items: size of the catalogue, or of the vocabulary.
         users: enrolled devices.
-        members: devices of each tier that train, the strongest tier first.
+        holders: training devices that hold each band, the weakest tier's band first.
         event: what each round is charged as.
     """
 
@@ -55,36 +70,33 @@ class Plan:
     items: int
     users: int
     federation: Federation
-    members: tuple[int, ...]
+    holders: tuple[int, ...]
     event: RoundEvent
     protection: Protection
 
     @classmethod
-    def of(cls, scenario: Scenario, items: int, users: int) -> Plan:
-        """Plan a scenario.
+    def of(
+        cls, scenario: Scenario, items: int, users: int, federation: Federation | None = None
+    ) -> Plan:
+        """Plan a scenario, whose tiers may be made already.
 
         Raises:
             UsageError: when a sum could wrap around, no noise meets the target, a band has too few
                 devices, or the tiers do not nest in this catalogue.
         """
-        return cls.over(scenario, federation_of(scenario, items), items, users)
-
-    @classmethod
-    def over(cls, scenario: Scenario, federation: Federation, items: int, users: int) -> Plan:
-        """Plan a scenario whose tiers are made already; see :meth:`of`."""
-        members = _members(federation, users)
-        sizes = band_sizes(federation.layouts)
-        event, protection = plan_privacy(scenario, sizes, _holders(members))
-        return cls(scenario, items, users, federation, members, event, protection)
-
-    @property
-    def holders(self) -> list[int]:
-        """Training devices that hold each band, the weakest tier's band first."""
-        return _holders(self.members)
+        federation = federation or federation_of(scenario, items)
+        shares = np.cumsum([tier.share for tier in federation.tiers])
+        counts = np.diff(
+            np.rint(shares * users).astype(int), prepend=0
+        )  # as many as :func:`assign`
+        training = np.cumsum(counts * [tier.weight > 0 for tier in federation.tiers])
+        holders = tuple(training[::-1].tolist())
+        event, protection = plan_privacy(scenario, band_sizes(federation.layouts), holders)
+        return cls(scenario, items, users, federation, holders, event, protection)
 
     @cached_property
     def assigned(self) -> NDArray[np.int64]:
-        """The tier of each user, see :func:`privrec.run.assembly.assign`."""
+        """The tier of each user, see :func:`assign`."""
         return assign(self.users, self.federation, self.scenario.run.seed)
 
     def check_tiers(self) -> None:
@@ -103,9 +115,7 @@ class Plan:
     @property
     def charges(self) -> Counter[RoundEvent]:
         """All that a run of this plan charges when no round is made twice."""
-        before = release_event(self.scenario)
-        charges = Counter({self.event: self.scenario.train.rounds})
-        return charges if before is None else charges + Counter([before])
+        return charges_of(self.scenario, self.event)
 
     def server(self, run_id: str) -> Server:
         """Return the server of a run at its first round; ``run_id`` names the run's draws."""
@@ -116,7 +126,7 @@ class Plan:
             self.event,
             self.protection,
             federation,
-            expected_cohort=scenario.devices.sampling_rate * sum(self.members),
+            expected_cohort=scenario.devices.sampling_rate * self.holders[0],
             average=scenario.train.average,
             examples=example_event(scenario),
         )
@@ -126,25 +136,14 @@ class Plan:
         layout.dense_of(weights)[...] = federation.tiers[0].recommender.model.initial_dense(rng)
         memory = layout.memory_of(weights)
         memory[...] = rng.normal(0, scenario.model.init_std, memory.shape)
-        return Server(rounds, weights, self._completion(), _optimizer(scenario.train))
-
-    def _completion(self) -> Completion:
-        scenario, federation, train = self.scenario, self.federation, self.scenario.train
-        implicit = None
-        if loss_of(train.loss).implicit:
-            implicit = Implicit(
-                train.unobserved_weight,
-                train.item_l2,
-                train.gram_rate,
-                tuple(local_lr(scenario, federation, tier) for tier in federation.tiers),
-                train.server_optimizer == "newton",
-            )
-        return Completion(
+        completion = Completion(
             federation,
-            implicit,
+            scenario.train if loss_of(scenario.train.loss).implicit else None,
             by_contributors=scenario.devices.aggregation == "contributors",
             overwrites=scenario.devices.aggregation == "fair_averaging",
+            local_lr=tuple(local_lr(scenario, federation, tier) for tier in federation.tiers),
         )
+        return Server(rounds, weights, completion, _optimizer(scenario.train))
 
     def simulate(
         self, train: Interactions | Corpus, devices: SecretRoot, served: RowServer | None = None
@@ -153,11 +152,20 @@ class Plan:
 
         ``served`` are the server's tables, where devices ask it for neurons.
         """
-        scenario = self.scenario
+        scenario, cohorts, popularity = self.scenario, list[Cohort[Any]](), None
+        histories = Histories(np.arange(train.n_users), train.indptr, train.items)
+        if scenario.train.selector == "popularity":
+            popularity = popularity_of(train.item_counts())
+        for tier in self.federation.tiers:
+            members = np.flatnonzero(self.assigned == tier.index)
+            if train.n_items <= TABULATED_ITEMS:
+                tier = replace(tier, recommender=tier.recommender.tabulated())
+            learner = learner_of(scenario, self.federation, tier, popularity, served)
+            cohorts.append(Cohort.of(learner, histories.select(members)))
         policy = Policy(scenario.devices.min_cohort, scenario.privacy.colluding_share)
         return Simulation(
             self.federation,
-            cohorts_of(scenario, self.federation, train, self.assigned, served),
+            tuple(cohorts),
             self.users,
             self.protection,
             Enrolled(devices, policy),
@@ -169,33 +177,16 @@ class Plan:
         )
 
     def header(self, *, simulated: bool, standing: PopulationBalance) -> dict[str, Any]:
-        """Return the entries of a ledger's header that :func:`read_header` gives back.
-
-        Args:
-            simulated: whether the devices are simulated.
-            standing: where the run's population stands.
-        """
+        """Return the entries of a ledger's header that :func:`read_header` gives back."""
         return {
             "scenario": json.loads(self.scenario.to_json()),
             "simulated": simulated,
             "version": privrec.__version__,
             "bands": list(band_sizes(self.federation.layouts)),
-            "holders": self.holders,
+            "holders": list(self.holders),
             "capacities": [tier.capacity for tier in self.federation.tiers],
             "standing": standing.to_json(),
         }
-
-
-def _members(federation: Federation, users: int) -> tuple[int, ...]:
-    """Devices of each tier that train, as many as :func:`assign` gives it."""
-    shares = [tier.share for tier in federation.tiers]
-    counts = np.diff(np.rint(np.cumsum(shares) * users).astype(int), prepend=0)
-    return tuple((counts * [tier.weight > 0 for tier in federation.tiers]).tolist())
-
-
-def _holders(members: tuple[int, ...]) -> list[int]:
-    holders: list[int] = np.cumsum(members)[::-1].tolist()
-    return holders
 
 
 def _optimizer(train: Train) -> Optimizer:
@@ -206,12 +197,134 @@ def _optimizer(train: Train) -> Optimizer:
     return optimizer
 
 
+# -------------------------- tiers and local training
+
+
+def federation_of(scenario: Scenario, n_items: int) -> Federation:
+    """Return the tiers that ``[devices]`` describes, over the model of ``[model]``.
+
+    Raises:
+        UsageError: when the tiers do not nest in a catalogue of so many items.
+    """
+    devices, tables = scenario.devices, _tables(scenario, n_items)
+    present = [tier for tier in devices.chain if tier.capacity != 0]
+    described = sorted(
+        [(_halving(scenario, tier, tables), tier) for tier in present], key=lambda pair: pair[0]
+    )
+    halvings = [halving for halving, _ in described]
+    if len(set(halvings)) < len(halvings):
+        raise UsageError(
+            f"devices.tiers: capacities {[2.0**-h for h in halvings]} for this catalogue; two "
+            "tiers of the same capacity are one: put their shares together"
+        )
+    chain = _coordinates(scenario, tables, halvings)
+    tiers = []
+    for index, (halving, tier) in enumerate(described):
+        view = _view(scenario, chain, index)
+        tiers.append(Tier(index, 2.0**-halving, tier.share, tier.weight, view, *chain))
+    return Federation(tuple(tiers), sum(t.share for t in devices.chain if t.capacity == 0))
+
+
+def _tables(scenario: Scenario, n_items: int) -> tuple[Table, Table | None]:
+    """Tables of item vectors and biases at capacity 1."""
+    model, order = scenario.model, scenario.devices.order
+    keys = rng_for(scenario.run.seed, "subspace").integers(2**63, size=2).tolist()
+
+    def table(dim: int, block: int, key: int) -> Table:
+        if order != "fold":
+            return PlainTable.of(n_items, dim, block=block, by_part=order == "dims")
+        return Subspace.sized(n_items, dim, block=block, key=key, compression=model.compression)
+
+    return table(model.dim, model.block, keys[0]), table(1, 1, keys[1]) if model.item_bias else None
+
+
+def _halving(scenario: Scenario, tier: DeviceTier, tables: tuple[Table, Table | None]) -> int:
+    """``h`` of a tier of capacity ``2^-h``; the largest that fits its memory."""
+    if tier.capacity is not None:
+        return round(-math.log2(tier.capacity))
+    room = 1024 * (tier.memory_kib or 0)
+    for halving in range(_MOST_HALVINGS):
+        layout = _view(scenario, _coordinates(scenario, tables, [halving]), 0).layout
+        if layout.size * BYTES_A_COEFFICIENT <= room:
+            return halving
+    raise UsageError(
+        f"devices.tiers: memory_kib = {tier.memory_kib} holds no part of this model; "
+        "raise it, or leave the tier out"
+    )
+
+
+def _coordinates(
+    scenario: Scenario, tables: tuple[Table, Table | None], halvings: list[int]
+) -> Coordinates:
+    """Nested coordinates of item vectors and biases."""
+    (vectors, biases), order = tables, scenario.devices.order
+    # Item biases of the first dimensions are those of all items.
+    same = [0] * len(halvings) if order == "dims" else halvings
+    chain = nested(vectors, order, halvings)
+    return chain, None if biases is None else nested(biases, order, same)
+
+
+def _view(scenario: Scenario, chain: Coordinates, index: int) -> ModelView[Any]:
+    vectors, biases = chain
+    table, small = vectors.tables[index], None if biases is None else biases.tables[index]
+    network = MODELS[scenario.model.kind].load().configured(scenario.model, table.dim)
+    gram = packed_size(table.dim) if loss_of(scenario.train.loss).implicit else 0
+    return ModelView.of(network, table, small, gram)
+
+
+def assign(n_users: int, federation: Federation, seed: int) -> NDArray[np.int64]:
+    """Draw the tier of each user by the seed; every tier has its share to within one device.
+
+    Returns:
+        Index of the tier, or the number of tiers for a device without part, shape ``(n_users,)``.
+    """
+    shares = [*(tier.share for tier in federation.tiers), federation.absent]
+    labels = np.searchsorted(np.rint(np.cumsum(shares) * n_users), np.arange(n_users), side="right")
+    most = len(federation.tiers) - (federation.absent == 0)
+    return rng_for(seed, "tiers").permutation(labels.clip(max=most))
+
+
+def local_lr(scenario: Scenario, federation: Federation, tier: Tier) -> float:
+    """Return the step size of a tier's devices."""
+    train = scenario.train
+    if scenario.devices.aggregation == "fair_averaging" and train.server_optimizer != "newton":
+        # FAIR's devices step on a folded memory as it is, where a gradient step in isometric
+        # coordinates is as many times shorter as slots are folded into one.
+        return train.local_lr * (federation.tiers[0].capacity / tier.capacity)
+    return train.local_lr
+
+
+def learner_of(
+    scenario: Scenario,
+    federation: Federation,
+    tier: Tier,
+    popularity: NDArray[np.float64] | None = None,
+    served: RowServer | None = None,
+) -> Learner:
+    """Return local training as ``[train]`` describes it, in a tier's memory.
+
+    ``popularity`` are public cumulative probabilities of the items, for popular negatives, and
+    ``served`` is a server that hands out output neurons, in the scheme ``"requested"``.
+    """
+    train, newton = scenario.train, scenario.train.server_optimizer == "newton"
+    names = Settings.__dataclass_fields__.keys() & type(train).model_fields.keys()
+    own = {name: getattr(train, name) for name in names - {"local_lr"}}
+    settings = Settings(**own, newton=newton, local_lr=local_lr(scenario, federation, tier))
+    if scenario.model.learns != "interactions":
+        return WordLearner(tier.recommender, settings, served)
+    event, bound = example_event(scenario), scenario.privacy.local_clip_norm
+    noise = None if not event or bound is None else ExampleNoise(bound, event.noise_multiplier)
+    return RecommenderLearner(tier.recommender, settings, popularity, noise)
+
+
+# -------------------------- the header of the ledger
+
+
 @dataclass(frozen=True)
 class LedgerHeader:
     """What the header of a ledger declares and no charge tells.
 
     Attributes:
-        version: of privrec.
         bands: coefficients of each band, the band that every device holds first.
         holders: training devices that hold each band.
         capacities: of the tiers, the strongest first.

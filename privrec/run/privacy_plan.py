@@ -6,6 +6,7 @@ It looks at sizes and numbers of devices alone, so that a plan is made before an
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 
@@ -40,10 +41,8 @@ def plan_privacy(
 ) -> tuple[RoundEvent, Protection]:
     """Return the privacy event of each round, and how updates are protected.
 
-    Args:
-        scenario: what to run; a target ε is calibrated to its planned rounds.
-        sizes: coefficients of each band, the band that all devices hold first.
-        holders: training devices that hold each band.
+    A target ε is calibrated to the planned rounds. ``sizes`` are the coefficients of each band and
+    ``holders`` the training devices that hold it, the band that all devices hold first.
 
     Raises:
         UsageError: when no noise meets the target, a band has too few devices, or a sum could wrap
@@ -106,6 +105,12 @@ def release_event(scenario: Scenario) -> RoundEvent | None:
         return None
     multiplier = _gaussian(devices.popularity_epsilon, scenario.privacy.delta, 1)
     return RoundEvent("gaussian", multiplier)
+
+
+def charges_of(scenario: Scenario, event: RoundEvent) -> Counter[RoundEvent]:
+    """Return all that a run of rounds of this event charges when no round is made twice."""
+    before = release_event(scenario)
+    return Counter({event: scenario.train.rounds}) + Counter([before] if before else [])
 
 
 @lru_cache(maxsize=64)

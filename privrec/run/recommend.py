@@ -22,8 +22,8 @@ from privrec.models.ncf import NCF
 from privrec.privacy.ledger import Ledger
 from privrec.randomness import ROOT_BYTES, SecretRoot, SecureStream, rng_for
 from privrec.run import directory
-from privrec.run.assembly import federation_of, learner_of
 from privrec.run.identity import Identity, kept_key
+from privrec.run.plan import federation_of, learner_of
 from privrec.run.summary import read_model
 from privrec.run.task import Recommending
 from privrec.scenario.load import load
@@ -146,24 +146,12 @@ def _own_stream() -> SecureStream:
 
 
 def answer(
-    model: LocalModel[NCF],
-    state: FloatArray,
-    k: int,
-    exclude: Items,
-    selector: str = "scan",
+    model: LocalModel[NCF], state: FloatArray, k: int, exclude: Items, selector: str = "scan"
 ) -> tuple[Items, FloatArray]:
     """Return the ``k`` best items of a model without a network, from its memory; no table is made.
 
-    Args:
-        model: with its weights.
-        state: a private state, shape ``(user_dim,)``.
-        k: how many, at least 1.
-        exclude: items to leave out.
-        selector: see :func:`recommend`.
-
-    Returns:
-        Items, the best first, and their scores; fewer than ``k`` where a selector of tables found
-        fewer.
+    The best come first, with their scores, for a private ``state`` of shape ``(user_dim,)``; fewer
+    than ``k`` where a selector of tables found fewer.
     """
     items, search = model.items, model.search(selector)
     query = np.append(state[:-1], np.float32(1))[: items.dim]

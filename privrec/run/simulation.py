@@ -22,11 +22,7 @@ def cohort(coins: NDArray[np.uint64], sampling_rate: float) -> NDArray[np.int64]
 
     The accounted amplification holds for exactly this law: the size is random, may be zero, and is
     never forced or drawn again. It also needs coins that no recipient knows and that no two
-    attempts share. At a rate of 1 everybody takes part.
-
-    Args:
-        coins: a uniform 64-bit word for each user.
-        sampling_rate: chance of each user, in (0, 1].
+    attempts share, a uniform 64-bit word for each user. At a rate of 1 everybody takes part.
 
     Returns:
         Sorted user indices.
@@ -149,13 +145,7 @@ class Simulation:
     def answers(
         self, round: Round, weights: FloatArray, tier: Tier, rows: NDArray[np.int64]
     ) -> Iterator[Answers]:
-        """Make what devices put into the sum, a batch at a time; their private states move on.
-
-        Args:
-            round: the round that they answer.
-            weights: the shared vector.
-            tier: of the devices.
-            rows: of its cohort.
+        """Make what ``rows`` of a tier put into the sum, by batch; their private states move on.
 
         Yields:
             Users, their bounded updates and their losses, which nobody outside a simulation sees.
@@ -182,10 +172,9 @@ class Simulation:
         cohort, draws = self.cohorts[tier.index], Draws.of(self.root, round, key)
         model = LocalModel(cohort.learner.view, view)
         for row in rows.tolist():
-            device = Device(
-                int(cohort.users[row]), cohort.data.of(row), tier, self.federation.weaker(tier),
-                cohort.learner, self.protection, self.root, cohort.states[row].copy(),
-            )  # fmt: skip
+            user, data, state = int(cohort.users[row]), cohort.data.of(row), cohort.states[row]
+            keeps = cohort.learner, self.protection, self.root, state.copy()
+            device = Device(user, data, tier, self.federation.weaker(tier), *keeps)
             trained = device.train(model, draws)
             self.deferred += trained.deferred
             yield cohort.users[[row]], device.protect(round, trained), trained.losses

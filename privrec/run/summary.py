@@ -44,13 +44,7 @@ def write_model(out: Path, server: Server, scenario: Scenario) -> None:
 
 
 def read_model(out: Path, federation: Federation, n_items: int, model: bytes | None) -> Any:
-    """Return the coefficients of a finished run.
-
-    Args:
-        out: its directory.
-        federation: the tiers of its scenario.
-        n_items: size of the catalogue.
-        model: digest of the model that its ledger ends with.
+    """Return the coefficients of a finished run whose ledger ends with the digest ``model``.
 
     Raises:
         UsageError: when the run is not finished.
@@ -81,13 +75,6 @@ def result_of(
     """Return the content of ``result.json`` as far as it needs no devices: nothing is measured.
 
     Realised cohort sizes appear in no figure of it.
-
-    Args:
-        plan: what was run.
-        server: at the end of the run.
-        ledger: what was charged.
-        identity: of the run.
-        wall_s: seconds of the whole run.
     """
     scenario = plan.scenario
     tiers = [costs.of_tier(plan, tier) for tier in plan.federation.tiers]
@@ -122,18 +109,13 @@ def cost_of(
     wall_s: float,
     cpu_s: float | None = None,
 ) -> dict[str, Any]:
-    """Return the costs of the device that holds most, and of the run.
+    """Return the costs of the run, and of the device that holds most.
 
-    Args:
-        plan: what was run.
-        server: at the end of the run.
-        strongest: facts of the strongest tier.
-        names: those that are costs.
-        wall_s: seconds of the whole run.
-        cpu_s: CPU seconds of its rounds, where the devices are simulated.
+    Those are the ``names`` among the facts of the ``strongest`` tier; CPU seconds are of the
+    rounds, where the devices are simulated.
     """
     # Realised cohorts are nobody's business: two digits of a total do not tell their number.
-    seconds = _two_digits if plan.event.hides_cohorts else float
+    seconds = (lambda s: float(f"{s:.1e}")) if plan.event.hides_cohorts else float
     device_rounds = server.index * server.plan.expected_cohort
     per_round = None if cpu_s is None or not device_rounds else seconds(cpu_s / device_rounds)
     costs = {name: strongest.get(name) for name in names}
@@ -213,11 +195,6 @@ def together(own: Sequence[Evaluation]) -> Evaluation:
 def _finite(value: float) -> float | None:
     """A number as JSON has it: an infinite ε is null."""
     return value if math.isfinite(value) else None
-
-
-def _two_digits(value: float) -> float:
-    """A time that tells no realised cohort size."""
-    return float(f"{value:.1e}")
 
 
 def _model_facts(server: Server, scenario: Scenario) -> dict[str, Any]:

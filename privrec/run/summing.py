@@ -31,13 +31,7 @@ _WIDE = np.dtype(np.int64)
 
 @dataclass(frozen=True)
 class Participant:
-    """A device of a round's cohort.
-
-    Args:
-        user: its index.
-        tier: what it holds.
-        leaves: the exchange that it does not answer any more; ``Stage.DONE`` for one that stays.
-    """
+    """A device of a round's cohort; ``leaves`` is the exchange that it does not answer any more."""
 
     user: int
     tier: Tier
@@ -51,12 +45,7 @@ class Participant:
 
 @dataclass
 class Enrolled:
-    """The simulated devices as the protocol knows them: identities, books of prekeys, one anchor.
-
-    Args:
-        root: the devices' secret.
-        policy: what every device insists on.
-    """
+    """The simulated devices as the protocol knows them, by their secret: identities, prekeys."""
 
     root: SecretRoot
     policy: Policy
@@ -65,8 +54,7 @@ class Enrolled:
     def book(self, user: int) -> PrekeyBook:
         """The keys of one device, made when it is first asked for."""
         if user not in self._books:
-            key = DeviceKey.derive(self.root, "user", user)
-            self._books[user] = PrekeyBook(key, self.root)
+            self._books[user] = PrekeyBook(DeviceKey.derive(self.root, "user", user), self.root)
         return self._books[user]
 
     def identity(self, user: int) -> bytes:
@@ -76,14 +64,7 @@ class Enrolled:
 
 @dataclass
 class Summing(ABC):
-    """One round's sum in the making.
-
-    Args:
-        round: the round.
-        federation: the tiers.
-        protection: bounds, ring and noise.
-        cohort: who takes part.
-        enrolled: the devices' keys; the order of identities decides whose noise is taken off.
+    """One round's sum in the making; the order of identities decides whose noise is taken off.
 
     Raises:
         ReleaseRefused: when too few devices answer.

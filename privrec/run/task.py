@@ -36,8 +36,8 @@ from privrec.randomness import SecretRoot, SecureStream
 from privrec.run import costs
 from privrec.run.plan import Plan
 from privrec.run.privacy_plan import release_event
+from privrec.run.record import KEPT, REVEALED
 from privrec.run.simulation import Simulation
-from privrec.run.wording import KEPT, REVEALED
 from privrec.scenario.load import Scenario
 from privrec.server.columns import ColumnServer
 from privrec.storage import parsed, replace, verified
@@ -105,9 +105,9 @@ class Task(ABC, Generic[S]):
         train = self.split.train
         return (digest(train.indptr) + digest(train.items)).hex() + f"-{train.n_items}"
 
-    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Return figures of the data."""
+        return self.split.describe()
 
     # ------------------------------------------------------------------ the order of the items
 
@@ -126,13 +126,8 @@ class Task(ABC, Generic[S]):
 
         The order is public, or it is released: every device's history is cut to a few items, and
         their counts get Gaussian noise. The ledger is charged for that before the first round (as
-        round ``PREPARATION``), and the order is written to ``folder`` before it is used.
-
-        Args:
-            folder: the run's directory.
-            ledger: of the run.
-            server: the server's secret, for the noise.
-            devices: the devices' secret, for the choice of the items that count.
+        round ``PREPARATION``), and the order is written to ``folder`` before it is used. The
+        server's secret makes the noise, the devices' chooses the items that count.
         """
         if not self.is_ordered:
             return
@@ -193,15 +188,9 @@ class Task(ABC, Generic[S]):
     def evaluate_tiers(
         self, devices: Simulation, weights: FloatArray, whole: Evaluation
     ) -> tuple[Evaluation, ...]:
-        """Measure what each tier's users get of released weights.
+        """Measure what each tier's users get, and last those whose devices hold nothing, if any.
 
-        Args:
-            devices: of the run.
-            weights: released coefficients.
-            whole: metrics of all users with the whole memory.
-
-        Returns:
-            One evaluation a tier, and one of devices that hold nothing where there are some.
+        ``whole`` are the metrics of all users with the whole memory.
         """
         return (Evaluation.nobody(),) * len(self.plan.federation.tiers)
 
@@ -215,12 +204,16 @@ class Task(ABC, Generic[S]):
 
     def cost(self, devices: Simulation, tier: Tier, weights: FloatArray) -> dict[str, Any]:
         """Return what one device of a tier holds, moves and needs in a round."""
-        facts = costs.of_tier(self.plan, tier)
         cohort, vectors = devices.cohorts[tier.index], tier.recommender.vectors
-        facts |= {"devices": len(cohort.states), "items": vectors.items, "dim": vectors.dim}
-        measures = self.scenario.run.footprint
-        peak = self._peak(devices, tier, weights) if measures else None
-        return {**facts, "device_peak_bytes": peak}
+        return {
+            **costs.of_tier(self.plan, tier),
+            "devices": len(cohort.states),
+            "items": vectors.items,
+            "dim": vectors.dim,
+            "device_peak_bytes": (
+                self._peak(devices, tier, weights) if self.scenario.run.footprint else None
+            ),
+        }
 
     def _peak(self, devices: Simulation, tier: Tier, weights: FloatArray) -> int | None:
         longest = costs.longest(devices.cohorts[tier.index])
@@ -243,10 +236,6 @@ class Recommending(Task[Split]):
         metrics.holding_out(self.split.heldout, None)
         for name in self.scenario.run.baselines:
             metrics.check(name, self.split.train, dim=self.scenario.model.dim)
-
-    def describe(self) -> dict[str, Any]:
-        """See :meth:`Task.describe`."""
-        return self.split.describe()
 
     @property
     def items(self) -> int:
@@ -315,6 +304,11 @@ class WideTask(Task[TextSplit]):
         if self.scenario.train.requested:
             self.columns = ColumnServer()
 
+    @classmethod
+    def load(cls, scenario: Scenario, data_dir: Path | None) -> Self:
+        """See :meth:`Task.load`."""
+        return cls(scenario, data.load_texts(scenario.data, data_dir=data_dir))
+
     def check(self) -> None:
         """See :meth:`Task.check`."""
         super().check()
@@ -322,10 +316,6 @@ class WideTask(Task[TextSplit]):
             raise DataError(
                 "no text or example is held out: metrics need one; use data that has some"
             )
-
-    def describe(self) -> dict[str, Any]:
-        """See :meth:`Task.describe`."""
-        return self.split.describe()
 
     @property
     def items(self) -> int:
@@ -358,10 +348,11 @@ class WideTask(Task[TextSplit]):
         return evaluator.commonest(self.questions, train, heldout, cuts)
 
     def particulars(self, evaluated: Evaluation) -> dict[str, Callable[[], Any]]:
-        """See :meth:`Task.particulars`: what the server was told beside sums, counted."""
+        """See :meth:`Task.particulars`."""
         return {"reveals": self._reveals}
 
     def _reveals(self) -> dict[str, Any]:
+        """What the server was told beside sums, counted."""
         if self.columns is None:
             return {"scheme": "private", "statement": KEPT}
         sight = self.columns.sight
@@ -405,21 +396,11 @@ class NextWords(WideTask):
 
     questions = WordQuestions()
 
-    @classmethod
-    def load(cls, scenario: Scenario, data_dir: Path | None) -> Self:
-        """See :meth:`Task.load`."""
-        return cls(scenario, data.load_texts(scenario.data, data_dir=data_dir))
-
 
 class Labels(WideTask):
     """Labels of examples, of which there are very many."""
 
     questions = LabelQuestions()
-
-    @classmethod
-    def load(cls, scenario: Scenario, data_dir: Path | None) -> Self:
-        """See :meth:`Task.load`."""
-        return cls(scenario, data.load_texts(scenario.data, data_dir=data_dir))
 
 
 TASKS: dict[str, type[Task[Any]]] = {

@@ -13,15 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from privrec.errors import UsageError
-from privrec.run.record import OUTSIDE, Observer, Record, Result, RunInfo
-from privrec.run.wording import opening_words
+from privrec.run.record import OUTSIDE, Observer, Record, Result, RunInfo, opening_words
 
 
 class TensorBoardSink(Observer):
     """Scalars for TensorBoard: ε by adversary, and loss and metrics under "outside the guarantee".
-
-    Args:
-        directory: where the event files go.
 
     Raises:
         UsageError: when TensorBoard is not installed.
@@ -51,9 +47,7 @@ class TensorBoardSink(Observer):
 class MLflowSink(Observer):
     """One MLflow run: public settings as parameters, scalars by round, and how it ended.
 
-    Args:
-        experiment: name of the experiment; MLflow's default when None.
-        tracking_uri: where MLflow keeps its runs; MLflow's own setting when None.
+    Without ``experiment`` or ``tracking_uri``, MLflow's own setting holds.
 
     Raises:
         UsageError: when MLflow is not installed.

@@ -48,9 +48,7 @@ class ServerView:
 class ColumnServer:
     """A server that hashes its columns anew each round, once for all devices.
 
-    Args:
-        tables: how many functions; each has as many bits as give buckets of a few dozen neurons.
-        sight: what it sees is counted there.
+    It does so by as many functions as ``tables``; what it sees is counted in ``sight``.
     """
 
     tables: int = TABLES
@@ -79,13 +77,7 @@ class ColumnServer:
 
 @dataclass(frozen=True)
 class Columns:
-    """The tables of one round.
-
-    Args:
-        tables: the neurons of each bucket, table by table.
-        neurons_held: how many neurons there are.
-        sight: what the server sees is counted there.
-    """
+    """The tables of one round; what the server sees of requests is counted in ``sight``."""
 
     tables: tuple[Buckets, ...]
     neurons_held: int
@@ -108,12 +100,9 @@ class Columns:
         found = np.flatnonzero(hits)
         if len(found) > wanted:
             found = np.sort(found[np.argsort(-hits[found], kind="stable")[:wanted]])
-        self._count(buckets, named, found)
-        return found
-
-    def _count(self, buckets: Sequence[Codes], named: Items, found: Items) -> None:
         sight = self.sight
         sight.requests += 1
         sight.buckets += sum(map(len, buckets))
         sight.words += len(named)
         sight.neurons += len(found)
+        return found

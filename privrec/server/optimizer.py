@@ -33,12 +33,9 @@ SCHEDULES: dict[str, Course] = {
 
 @dataclass(frozen=True)
 class Schedule:
-    """The course of the server's step size over the run.
+    """The course of the server's step size over the run, by one of :data:`SCHEDULES`.
 
-    Args:
-        kind: one of :data:`SCHEDULES`, of which ``"cosine"`` and ``"linear"`` end at zero.
-        rounds: length of the run.
-        warmup_rounds: rounds in which the step size rises linearly from zero.
+    ``"cosine"`` and ``"linear"`` end at zero; in a warm-up the step size rises linearly from zero.
     """
 
     kind: str
@@ -57,11 +54,8 @@ class Schedule:
 class Optimizer(ABC):
     """Moves the weights, in place, by what a kind of optimiser makes of an update.
 
-    Args:
-        rate: step size before the schedule.
-        schedule: its course.
-        weight_decay: the weights shrink by ``rate * weight_decay`` a round.
-        moments: the optimiser's memory, named arrays of the weights' shape.
+    They shrink by ``rate * weight_decay`` a round, the rate as scheduled. ``moments`` are the
+    optimiser's memory, named arrays of the weights' shape.
     """
 
     rate: float

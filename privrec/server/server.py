@@ -15,6 +15,7 @@ from privrec.models.losses import curvature, pressure
 from privrec.privacy.events import RoundEvent
 from privrec.privacy.mechanism import rounded_gaussian
 from privrec.randomness import SecretRoot
+from privrec.scenario.load import Train
 from privrec.server.optimizer import Optimizer
 
 FloatArray = NDArray[np.float32]
@@ -92,11 +93,7 @@ class Server:
         Promise: central noise is that of the round's own event, Gaussian with standard deviation
         ``noise_multiplier * encoding.bound`` on every coefficient, and a function of the round and
         the sum under ``root``: the same input gets the same noise, another independent noise.
-
-        Args:
-            round: the round that was charged.
-            aggregate: the exact sum over its cohort; also that of an empty cohort is noised.
-            root: the server's secret.
+        The sum of an empty cohort is noised too.
         """
         total = aggregate.total
         summed = released = digest(total)
@@ -129,44 +126,26 @@ class Server:
 
 
 @dataclass(frozen=True)
-class Implicit:
-    """The server's part of implicit ALS (:mod:`privrec.models.losses`).
-
-    Args:
-        unobserved_weight: ``α``.
-        item_l2: ``ρ``.
-        gram_rate: how fast the users' Gram matrix follows that of the round, in (0, 1].
-        local_lr: step size of each tier's devices, which the server's part has too.
-        newton: whether devices precondition their gradient.
-    """
-
-    unobserved_weight: float
-    item_l2: float
-    gram_rate: float
-    local_lr: tuple[float, ...]
-    newton: bool
-
-
-@dataclass(frozen=True)
 class Completion:
     """From the mean of what devices sent to the change that it asks of the whole vector.
 
     It looks at nothing but released values and constants that were fixed before the run, so it is
     public and costs no privacy.
 
-    Args:
-        federation: the tiers.
-        implicit: the loss over all items, where there is one.
+    Attributes:
+        implicit: settings of implicit ALS (:mod:`privrec.models.losses`), where that is the loss.
         by_contributors: divide each band by the share of training devices that hold it, so that it
             is the mean over those; otherwise it is the mean over all.
         overwrites: what a device does not hold counts as zero instead of as unchanged: the plain
             average of lifted weights, as FAIR takes it.
+        local_lr: step size of each tier's devices, which the server's part of implicit ALS has too.
     """
 
     federation: Federation
-    implicit: Implicit | None
+    implicit: Train | None
     by_contributors: bool
     overwrites: bool
+    local_lr: tuple[float, ...] = ()
 
     def complete(self, update: FloatArray, weights: FloatArray) -> None:
         """Turn the mean of the devices' vectors into the change of the weights, in place.
@@ -189,7 +168,7 @@ class Completion:
                 if self.overwrites:
                     part -= np.float32(1 - share) * start
 
-    def _add_unobserved(self, update: FloatArray, weights: FloatArray, implicit: Implicit) -> None:
+    def _add_unobserved(self, update: FloatArray, weights: FloatArray, implicit: Train) -> None:
         """Add what the loss over all items asks, and take over the users' Gram matrix."""
         layout = self.federation.layout
         known, sent = layout.gram_of(weights), layout.gram_of(update)
@@ -197,29 +176,26 @@ class Completion:
         released = known + np.float32(1 if first else implicit.gram_rate) * (
             sent / self._gram_holders - known
         )
-        if not (implicit.newton and first):
+        newton = implicit.server_optimizer == "newton"  # then devices precondition their gradient
+        if not (newton and first):
             for tier in self.federation.tiers:
-                self._push(update, weights, tier, implicit, released)
+                matrix = None
+                if not newton:
+                    alpha, rho = implicit.unobserved_weight, implicit.item_l2
+                    matrix = curvature(released, tier.recommender.vectors.dim, alpha, rho)
+                self._push(update, weights, tier, matrix)
         known[...], sent[...] = released, 0
 
     def _push(
-        self,
-        update: FloatArray,
-        weights: FloatArray,
-        tier: Tier,
-        implicit: Implicit,
-        users: FloatArray,
+        self, update: FloatArray, weights: FloatArray, tier: Tier, matrix: FloatArray | None
     ) -> None:
         """Subtract what one tier's devices ask of all their items."""
-        step = self.federation.fraction(tier) * implicit.local_lr[tier.index]
+        step = self.federation.fraction(tier) * self.local_lr[tier.index]
         if not step:
             return
-        vectors, matrix = tier.recommender.vectors, None
-        if not implicit.newton:
-            matrix = curvature(users, vectors.dim, implicit.unobserved_weight, implicit.item_l2)
         asked = tier.view(self.federation.prefix(weights, tier))
         memory = tier.layout.memory_of(asked)
-        memory[...] = pressure(vectors, memory, matrix)
+        memory[...] = pressure(tier.recommender.vectors, memory, matrix)
         memory *= np.float32(step)
         asked = tier.coefficients(asked)
         own = self.federation.layout.memory_of(update)[: tier.layout.slots]

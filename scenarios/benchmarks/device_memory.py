@@ -14,9 +14,8 @@ import numpy as np
 from _common import Claim, document, machine, print_table, write_json
 
 from privrec.device.tier import Federation
-from privrec.run.assembly import BYTES_A_COEFFICIENT
 from privrec.run.costs import peak_bytes
-from privrec.run.plan import Plan
+from privrec.run.plan import BYTES_A_COEFFICIENT, Plan
 from privrec.scenario.load import Scenario
 
 ITEMS, USERS, DIM, BLOCK, HISTORY = 1_000_000, 1000, 64, 16, 50

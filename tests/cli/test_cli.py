@@ -595,7 +595,7 @@ WEAK = [{"capacity": 0.25, "share": 0.5}, {"capacity": 0.5, "share": 0.5}]
 )
 def test_coefficients_are_those_of_the_model_that_is_built(settings: dict[str, Any]) -> None:
     from privrec.cli.plan import coefficients
-    from privrec.run.assembly import federation_of
+    from privrec.run.plan import federation_of
     from privrec.scenario.load import Scenario
 
     scenario = Scenario.from_toml(TINY).with_settings(settings)

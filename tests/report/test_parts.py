@@ -25,7 +25,7 @@ from privrec.report.build import build
 from privrec.report.facts import Facts, read_spending
 from privrec.report.model import STARRED, Report, json_schema, schema_text
 from privrec.report.render import to_json, to_markdown
-from privrec.run.wording import epsilon_text
+from privrec.run.record import epsilon_text
 
 MakeRun = Callable[..., Path]
 ROOT = Path(__file__).parents[2]

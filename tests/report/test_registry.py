@@ -10,7 +10,7 @@ import pytest
 
 from privrec.report.build import build
 from privrec.report.render import to_registry
-from privrec.run.wording import epsilon_text
+from privrec.run.record import epsilon_text
 
 OPEN = "(the operator fills this in)"
 yaml = pytest.importorskip("yaml", reason="PyYAML comes with the extra docs")

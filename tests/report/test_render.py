@@ -21,7 +21,7 @@ from privrec.report.build import build
 from privrec.report.model import Report, json_schema
 from privrec.report.plots import plots
 from privrec.report.render import to_html, to_json, to_markdown, verification, write
-from privrec.run.wording import epsilon_text
+from privrec.run.record import epsilon_text
 
 MakeRun = Callable[..., Path]
 VARIANTS: dict[str, dict[str, object]] = {

@@ -14,7 +14,7 @@ from privrec.data import Interactions
 from privrec.errors import UsageError
 from privrec.models.losses import packed_size
 from privrec.randomness import SecretRoot
-from privrec.run.assembly import BYTES_A_COEFFICIENT, assign, federation_of
+from privrec.run.plan import BYTES_A_COEFFICIENT, assign, federation_of
 from privrec.scenario.load import Scenario
 
 PLAIN = """

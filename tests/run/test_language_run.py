@@ -23,11 +23,11 @@ from privrec.randomness import SecretRoot
 from privrec.report.build import build
 from privrec.report.render import write
 from privrec.run import lifecycle
-from privrec.run.assembly import federation_of
 from privrec.run.costs import of_output
 from privrec.run.lifecycle import with_rows
+from privrec.run.plan import federation_of
+from privrec.run.record import KEPT, REVEALED
 from privrec.run.task import NextWords
-from privrec.run.wording import KEPT, REVEALED
 from privrec.scenario.load import Scenario, load
 from privrec.server.server import Server
 

@@ -17,7 +17,7 @@ from privrec.errors import IntegrityError, UnknownIdError, UsageError
 from privrec.evaluate.evaluator import Scorer
 from privrec.privacy.ledger import Ledger
 from privrec.run import lifecycle
-from privrec.run.assembly import federation_of
+from privrec.run.plan import federation_of
 from privrec.run.recommend import Recommendation, answer, recommend
 from privrec.run.record import Observer
 from privrec.run.summary import read_model

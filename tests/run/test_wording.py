@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from privrec.run.record import Record, RunInfo
-from privrec.run.wording import (
+from privrec.run.record import (
+    Record,
+    RunInfo,
     duration_text,
     epsilon_text,
     headline_metric,
