@@ -18,8 +18,6 @@ from privrec.data.files import bad_file
 from privrec.errors import UsageError
 from privrec.scenario.kinds import PUBLISHED
 
-Downloader = Callable[[str, str, Any], None]
-
 _TERMS = (
     "MovieLens data sets are published by GroupLens Research, University of Minnesota, for "
     "research. By using one you agree to its README: no endorsement may be implied, the data may "
@@ -113,16 +111,16 @@ def fetch(
     *,
     directory: Path | None = None,
     echo: Callable[[str], None],
-    downloader: Downloader | None = None,
+    downloader: Callable[[str, str, Any], None] | None = None,
 ) -> Path:
     """Download the archive of a data set, unless it is on this machine and intact.
 
     Its checksum is verified. The readers take the archive as it is; nothing is unpacked.
 
     Args:
-        directory: where to keep it; None for :func:`cache_dir`.
+        directory: None for :func:`cache_dir`.
         echo: shows the publisher's terms, once for each data set and directory.
-        downloader: pooch's downloader; None for https.
+        downloader: pooch's; None for https.
 
     Raises:
         UsageError: when there is no data set of that name.

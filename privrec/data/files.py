@@ -82,11 +82,7 @@ class File:
 
     @contextmanager
     def open(self) -> Iterator[IO[bytes]]:
-        """The bytes, unpacked if it is a gzip file.
-
-        Raises:
-            DataError: when the file is missing, cannot be read, or is damaged.
-        """
+        """The bytes, unpacked if it is a gzip file; DataError when missing or damaged."""
         with _readable(self.label), ExitStack() as stack:
             if self.member is None:
                 stream: IO[bytes] = stack.enter_context(self.path.open("rb"))
@@ -200,10 +196,6 @@ class Folder:
         if self.inside is None:
             return File(self.root / name)
         return File(self.root, f"{self.inside}{name}")
-
-    def has(self, name: str) -> bool:
-        """Whether there is such a file."""
-        return self.file(name).exists()
 
     def files(self) -> list[File]:
         """The files that lie directly here, by name."""

@@ -174,7 +174,7 @@ class Interactions(ItemLists):
         return {str(name): index for index, name in enumerate(self.item_ids.tolist())}
 
     def membership(self) -> Membership:
-        """An index that answers ``contains(users, items)`` for whole arrays at once."""
+        """The index of which pairs occur."""
         return Membership(self.users, self.items, self.n_users, self.n_items)
 
     def select(self, keep: BoolArray) -> Interactions:

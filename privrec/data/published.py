@@ -61,16 +61,14 @@ def load_movielens(config: Data, data_dir: Path | None) -> Split:
     archive, roots = ARCHIVES[config.source], _roots(config, data_dir)
     layout, ncf = archive.layout, f"{config.source}{_TRAIN}"
     folder = _found(roots, archive.folders, [ncf, layout.ratings], config.source)
-    if folder.has(ncf):
+    if folder.file(ncf).exists():
         return _read_ncf(folder, config.source, config.holdout)
     file = folder.file(layout.ratings)
     users, items, times, where = _ratings(file, layout.columns, layout.separator)
-    item_ids = np.unique(items)
-    titles = _titles(folder, layout, item_ids)
-    interactions = Interactions.from_pairs(
-        users, items, times, item_ids=item_ids, titles=titles, where=where
-    )
-    return leave_last_out(interactions, holdout=config.holdout)
+    ids = np.unique(items)
+    titles = _titles(folder, layout, ids)
+    rated = Interactions.from_pairs(users, items, times, item_ids=ids, titles=titles, where=where)
+    return leave_last_out(rated, holdout=config.holdout)
 
 
 def load_ncf(config: Data, data_dir: Path | None) -> Split:
@@ -92,7 +90,7 @@ def load_ncf(config: Data, data_dir: Path | None) -> Split:
             folder, prefix = Folder(root), _ncf_prefix(Folder(root))
         else:
             folder, prefix = Folder(root.parent), root.name.removesuffix(_TRAIN)
-        if prefix is not None and folder.has(f"{prefix}{_TRAIN}"):
+        if prefix is not None and folder.file(f"{prefix}{_TRAIN}").exists():
             return _read_ncf(folder, prefix, config.holdout)
     raise _not_found(roots, f"PREFIX{_TRAIN}", config.source)
 

@@ -467,28 +467,18 @@ class _Text:
             return "skip"
 
         data = text.encode()
-        wanted = [str(place) for place in at]
-        table = pyarrow.csv.read_csv(
-            pyarrow.BufferReader(data),
-            pyarrow.csv.ReadOptions(
-                use_threads=False,
-                block_size=len(data) + 1,
-                column_names=[str(place) for place in range(self._width)],
-            ),
-            pyarrow.csv.ParseOptions(
-                delimiter=mark,
-                quote_char=False,
-                double_quote=False,
-                ignore_empty_lines=False,
-                invalid_row_handler=skip,
-            ),
-            pyarrow.csv.ConvertOptions(
-                check_utf8=False,
-                strings_can_be_null=False,
-                include_columns=wanted,
-                column_types=dict.fromkeys(wanted, pyarrow.string()),
-            ),
+        wanted, names = [str(place) for place in at], [str(each) for each in range(self._width)]
+        read = pyarrow.csv.ReadOptions(
+            use_threads=False, block_size=len(data) + 1, column_names=names
         )
+        parse = pyarrow.csv.ParseOptions(
+            delimiter=mark, quote_char=False, double_quote=False, invalid_row_handler=skip
+        )
+        parse.ignore_empty_lines = False
+        convert = pyarrow.csv.ConvertOptions(check_utf8=False, strings_can_be_null=False)
+        convert.include_columns = wanted
+        convert.column_types = dict.fromkeys(wanted, pyarrow.string())
+        table = pyarrow.csv.read_csv(pyarrow.BufferReader(data), read, parse, convert)
         if wrong:
             fields = text.split("\n", wrong[0])[wrong[0] - 1].split(mark)
             raise self._wrong_width(fields, line + wrong[0] - 1)
