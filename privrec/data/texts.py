@@ -181,8 +181,8 @@ def read_extreme(path: Path) -> Examples:
         found, rule = f"{len(ends)} examples", f"its first line promises {size[0]}"
         remedy = "fetch the whole file again, or correct the first line"
         raise bad_file(str(path), found, rule, remedy)
-    arrays = map(np.array, (ends, features, values, label_ends, labels))
-    return Examples(*arrays, n_features=size[1], n_labels=size[2])
+    arrays = [np.array(each) for each in (ends, features, values, label_ends, labels)]
+    return Examples(arrays[0], arrays[1], arrays[2], arrays[3], arrays[4], size[1], size[2])
 
 
 def _head(line: str, path: Path) -> tuple[int, int, int]:
