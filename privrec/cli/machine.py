@@ -72,7 +72,7 @@ def list_data(data_dir: Path | None, as_json: bool) -> None:
 )
 def fetch(name: str, directory: Path | None) -> None:
     """Download a data set over https, check it, and show its terms of use once."""
-    from privrec.data.fetch import fetch as download
+    from privrec.data.catalogue import fetch as download
 
     path = download(name, directory=directory, echo=lambda terms: click.echo(terms, err=True))
     click.echo(path)
@@ -283,8 +283,7 @@ def found_data(data_dir: Path | None = None) -> dict[str, str]:
     Args:
         data_dir: A folder to look in first: a data set's own, or one above.
     """
-    from privrec.data.catalogue import ARCHIVES
-    from privrec.data.fetch import cache_dir
+    from privrec.data.catalogue import ARCHIVES, cache_dir
 
     found: dict[str, str] = {}
     for name, archive in ARCHIVES.items():

@@ -37,11 +37,8 @@ def load(config: Data, *, data_dir: Path | None = None) -> Split:
     folder has both the publisher's files and those of the NCF paper, the latter are taken.
 
     Args:
-        config: ``[data]`` of a scenario.
+        config: training interactions are cut to its ``max_history`` a user.
         data_dir: what ``--data`` says; ``config.path`` is then looked for inside it first.
-
-    Returns:
-        Training interactions, cut to ``config.max_history`` each, and what is held out.
 
     Raises:
         DataError: when files are missing or malformed.

@@ -1,13 +1,21 @@
-"""The known public sets: how big they are, where they come from, and how their files are laid out.
+"""The known public sets: how big they are, how their files are laid out, and their download.
+
+Downloads go over https, are checked, and show the publisher's terms once.
 
 Source of MovieLens: Harper & Konstan, "The MovieLens Datasets" (TiiS 2015).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from privrec.data.files import bad_file
+from privrec.errors import UsageError
 from privrec.scenario.kinds import PUBLISHED
 
 _TERMS = (
@@ -23,12 +31,9 @@ _TERMS = (
 class Layout:
     """How the files of a release are written.
 
-    Args:
-        ratings: file of the ratings.
-        separator: between its fields.
-        columns: of user, item, rating and time: in its header, or by number.
-        titles: file of the titles.
-        title_separator: between its fields; a comma: with quotes.
+    Attributes:
+        columns: of user, item, rating and time: in the header, or by number.
+        title_separator: a comma: with quotes.
         title_columns: of item and title.
         old: whether the titles are Latin-1, where nobody has made them UTF-8.
     """
@@ -46,13 +51,11 @@ class Layout:
 class Archive:
     """A data set that can be downloaded.
 
-    Args:
+    Attributes:
         name: what a scenario, ``privrec data fetch`` and its folder call it.
-        md5: checksum of the archive.
-        size: of the archive, in MB.
-        layout: of its files.
+        size: in MB.
         other_folders: more names that its folder goes by.
-        terms: the publisher's terms, to be shown before first use.
+        terms: the publisher's, to be shown before first use.
     """
 
     name: str
@@ -94,3 +97,70 @@ ARCHIVES: Mapping[str, Archive] = {
         Archive("ml-25m", "6b51fb2759a8657d3bfcbfc42b592ada", 250, _COMMAS),
     )
 }
+
+
+def cache_dir() -> Path:
+    """Where downloads go: ``$PRIVREC_DATA``, else the user's cache directory."""
+    if own := os.environ.get("PRIVREC_DATA"):
+        return Path(own)
+    return Path(_pooch().os_cache("privrec"))
+
+
+def fetch(
+    name: str,
+    *,
+    directory: Path | None = None,
+    echo: Callable[[str], None],
+    downloader: Callable[[str, str, Any], None] | None = None,
+) -> Path:
+    """Download the archive of a data set, unless it is on this machine and intact.
+
+    Its checksum is verified. The readers take the archive as it is; nothing is unpacked.
+
+    Args:
+        directory: None for :func:`cache_dir`.
+        echo: shows the publisher's terms, once for each data set and directory.
+        downloader: pooch's; None for https.
+
+    Raises:
+        UsageError: when there is no data set of that name.
+        DataError: when the download fails or its checksum is wrong.
+    """
+    if name not in ARCHIVES:
+        raise UsageError(
+            f"data set {name!r}: only {', '.join(ARCHIVES)} can be downloaded; choose one of them, "
+            "or point --data at files of your own"
+        )
+    archive, folder = ARCHIVES[name], directory or cache_dir()
+    pooch = _pooch()
+    pooch.get_logger().setLevel(logging.WARNING)
+    label, offline = str(folder / f"{name}.zip"), f"get {archive.url} some other way"
+    try:
+        path = pooch.retrieve(
+            archive.url,
+            known_hash=f"md5:{archive.md5}",
+            fname=f"{name}.zip",
+            path=folder,
+            downloader=downloader or pooch.HTTPDownloader(timeout=60),
+        )
+    except ValueError as error:
+        found = "what was downloaded has another checksum than the publisher's archive"
+        rule = f"its MD5 must be {archive.md5}"
+        raise bad_file(label, found, rule, f"try again, or {offline}") from error
+    except OSError as error:  # requests' errors are OSErrors too
+        found = f"{archive.url} could not be downloaded ({error})"
+        rule = "a download needs the network and a folder to write to"
+        remedy = f"check both, or {offline} and point --data at it"
+        raise bad_file(label, found, rule, remedy) from error
+    shown = folder / f".{name}.terms-shown"
+    if not shown.exists():
+        echo(archive.terms)
+        shown.touch()
+    return Path(path)
+
+
+def _pooch() -> Any:
+    """Imported when it is needed: it costs a tenth of a second, and most runs fetch nothing."""
+    import pooch  # type: ignore[import-untyped]
+
+    return pooch

@@ -33,7 +33,7 @@ _FIRST = {"test": 9, "validation": 4}
 class Examples:
     """Sparse examples, row after row.
 
-    Args:
+    Attributes:
         ends: where the features of each example end, int64 of shape ``(m,)``.
         features: int64, each in ``[0, n_features)``.
         values: float32, one a feature.
@@ -74,10 +74,7 @@ class Examples:
         return padded
 
     def hashed(self, features: int) -> Examples:
-        """The same examples with features hashed down to a vocabulary of this size.
-
-        A feature keeps its value and meets others in its place.
-        """
+        """Hash features down to this many; one keeps its value and meets others in its place."""
         words = finalise(self.features.astype(np.uint64)) % np.uint64(features)
         return replace(self, features=words.astype(np.int64), n_features=features)
 
@@ -93,11 +90,8 @@ def _entries(ends: Int64Array, rows: NDArray[np.integer]) -> tuple[Int64Array, I
 class Corpus(ItemLists):
     """Texts of devices, one after the other, as word numbers in reading order.
 
-    Tokens below zero are no words of the vocabulary, see :func:`dealt`.
-
-    Args:
-        names: of the articles, one a device.
-        words: the vocabulary; the first is :data:`UNKNOWN`.
+    Tokens below zero are no words of the vocabulary, see :func:`dealt`. ``names`` are of the
+    articles, one a device; the first of ``words``, the vocabulary, is :data:`UNKNOWN`.
     """
 
     names: tuple[str, ...]
@@ -135,11 +129,10 @@ class Corpus(ItemLists):
         return replace(self, indptr=indptr, items=self.items[chosen], names=names)
 
     def renumbered(self, order: Int64Array, size: int | None = None) -> Corpus:
-        """The same texts with words numbered anew, and rare ones unknown.
+        """Number words anew; those beyond the first ``size``, at least 1, become unknown.
 
         Args:
             order: int64 [n_items], the present position of each new one; the unknown word first.
-            size: words that are kept, at least 1; None, all.
         """
         kept = order[:size]
         new = np.full(self.n_items, UNKNOWN_ID, np.int32)
@@ -150,11 +143,9 @@ class Corpus(ItemLists):
 
 @dataclass(frozen=True, eq=False)
 class TextSplit:
-    """Texts of the devices that train, and of those that are held out.
+    """Texts of the devices that train, and of those that are held out; ``source`` is for people.
 
-    Args:
-        source: where the text comes from, in words.
-        vocabulary: most words that are kept once they are numbered; None, all.
+    At most ``vocabulary`` words are kept once they are numbered; all, where it is None.
     """
 
     train: Corpus

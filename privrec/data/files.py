@@ -8,7 +8,7 @@ import zipfile
 import zlib
 from codecs import getincrementaldecoder, lookup
 from collections.abc import Container, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -35,9 +35,7 @@ _TABLES = (".csv", ".tsv", ".parquet", ".pq")
 _PART = re.compile(r"part[-.]|.*-\d+-of-\d+")
 
 
-def bad_file(
-    file: str, found: str, rule: str, remedy: str, *, line: int | None = None
-) -> DataError:
+def bad_file(file: str, found: str, rule: str, remedy: str, line: int | None = None) -> DataError:
     """Word an error about an input file: where, what is there, what would be right, what to do.
 
     Lines are counted from 1, a header included.
@@ -84,24 +82,16 @@ class File:
 
     @contextmanager
     def open(self) -> Iterator[IO[bytes]]:
-        """The bytes, unpacked if it is a gzip file.
-
-        Raises:
-            DataError: when the file is missing, cannot be read, or is damaged.
-        """
-        with _readable(self.label), self._raw() as stream:
+        """The bytes, unpacked if it is a gzip file; DataError when missing or damaged."""
+        with _readable(self.label), ExitStack() as stack:
+            if self.member is None:
+                stream: IO[bytes] = stack.enter_context(self.path.open("rb"))
+            else:
+                archive = stack.enter_context(zipfile.ZipFile(self.path))
+                stream = stack.enter_context(archive.open(self.member))
             packed = stream.read(2) == _GZIP
             stream.seek(0)
             yield gzip.GzipFile(fileobj=stream) if packed else stream  # type: ignore[misc]
-
-    @contextmanager
-    def _raw(self) -> Iterator[IO[bytes]]:
-        if self.member is None:
-            with self.path.open("rb") as stream:
-                yield stream
-            return
-        with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as stream:
-            yield stream
 
     def check_unpacked(self, size: int) -> None:
         """Refuse a file of ``size`` bytes, once unpacked: over 16 MiB and 100 times its own."""
@@ -120,11 +110,7 @@ class File:
 
         Every piece ends in a newline; other line ends are as they stand in the file. A byte-order
         mark and blank lines at the very end are left out. Memory stays at a few chunks, or a few
-        of the longest line.
-
-        Raises:
-            DataError: when the file cannot be read, is damaged or empty, or has a line that is not
-                text in this encoding.
+        of the longest line. A file that is damaged, empty or not of this encoding is refused.
         """
         line = 1
         with self.open() as stream:
@@ -138,9 +124,7 @@ class File:
     def unified(self, piece: str, line: int) -> str:
         """A piece of :meth:`chunks` with nothing but line feeds between its lines.
 
-        Raises:
-            DataError: when a carriage return stands within a line, which some programs take for
-                the line's end and others do not.
+        A carriage return within a line, where only some programs see the line's end, is refused.
         """
         if "\r" in piece:
             piece = piece.replace("\r\n", "\n")
@@ -204,7 +188,7 @@ class Folder:
 
     @property
     def label(self) -> str:
-        """The path as an error message names it."""
+        """The path as errors name it."""
         return str(self.root if not self.inside else self.root / self.inside)
 
     def file(self, name: str) -> File:
@@ -212,10 +196,6 @@ class Folder:
         if self.inside is None:
             return File(self.root / name)
         return File(self.root, f"{self.inside}{name}")
-
-    def has(self, name: str) -> bool:
-        """Whether there is such a file."""
-        return self.file(name).exists()
 
     def files(self) -> list[File]:
         """The files that lie directly here, by name."""
@@ -240,10 +220,6 @@ def find_folder(root: Path, names: Sequence[str], markers: Sequence[str]) -> Fol
     Args:
         root: a directory or a zip archive; looked at first.
         names: of folders below ``root``, as directories or, looked at last, as ``NAME.zip``.
-        markers: file names, any of which shows that the folder is the right one.
-
-    Raises:
-        DataError: when an archive of that name is damaged.
     """
     for folder in (root, *(root / name for name in names)):
         if any((folder / marker).is_file() for marker in markers):
@@ -323,14 +299,12 @@ def _readable(label: str) -> Iterator[None]:
         rule, remedy = "the data set needs it", "put it there, or point --data at another folder"
         raise bad_file(label, "there is no such file", rule, remedy) from error
     except _DAMAGE as error:
-        found = f"the archive is damaged or cut off ({error})"
-        rule = "an archive must be complete"
+        found, rule = f"the archive is damaged or cut off ({error})", "an archive must be complete"
         raise bad_file(label, found, rule, "delete it and download it again") from error
     except (OSError, KeyError, RuntimeError) as error:
         found, rule = f"it cannot be read ({error})", "the file must be readable"
-        raise bad_file(
-            label, found, rule, "check its permissions, or unpack the archive"
-        ) from error
+        remedy = "check its permissions, or unpack the archive"
+        raise bad_file(label, found, rule, remedy) from error
 
 
 def _whole_lines(texts: Iterable[str]) -> Iterator[str]:
@@ -351,11 +325,7 @@ def _whole_lines(texts: Iterable[str]) -> Iterator[str]:
 
 
 def read_ids(path: Path) -> list[str]:
-    """Read a UTF-8 file of one id a line; blanks around ids and empty lines do not count.
-
-    Raises:
-        DataError: when the file cannot be read, is not UTF-8 or lists nothing.
-    """
+    """Read a UTF-8 file of one id a line; blanks around ids and empty lines do not count."""
     rule = "it must be a text file of ids, one a line"
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -372,9 +342,8 @@ def read_ids(path: Path) -> list[str]:
 def read_catalogue(path: Path) -> dict[str, int]:
     """Read the place of each item from a file that lists a whole catalogue in its order.
 
-    Raises:
-        DataError: as :func:`read_ids` does, or when an item stands there twice: all that follow
-            would have another place than in the model.
+    An item that stands there twice is refused: all that follow would have another place than in
+    the model.
     """
     places: dict[str, int] = {}
     for name in read_ids(path):
@@ -389,9 +358,6 @@ def read_history(path: Path, catalogue: Container[str]) -> list[str]:
     """Read the items that a file lists, whether the catalogue has them or not.
 
     A line that begins with ``#`` is a comment unless the catalogue has an item of that name.
-
-    Raises:
-        DataError: as :func:`read_ids` does.
     """
     return _some(path, [name for name in read_ids(path) if name[0] != "#" or name in catalogue])
 

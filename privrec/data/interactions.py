@@ -36,7 +36,7 @@ _BITMAP_BITS = 1 << 26  # 8 MiB: beyond it, a search in sorted keys costs less t
 class ItemLists:
     """A list of items for each user, in compressed rows.
 
-    Args:
+    Attributes:
         indptr: int64 [U + 1]; user ``u`` owns ``items[indptr[u]:indptr[u + 1]]``, maybe nothing.
         items: int32 [m], positions in ``0..n-1``.
     """
@@ -78,7 +78,7 @@ class ItemLists:
 class Interactions(ItemLists):
     """The histories of all users, sorted by user, then time, then original order.
 
-    Args:
+    Attributes:
         times: int64 [m], not decreasing within a user, or None where the source has none. The
             unit is the source's own; only the order is used.
         user_ids: [U] original ids, int64 or objects that are str, without repetition.
@@ -108,8 +108,7 @@ class Interactions(ItemLists):
         """Sort one row per (user, item) pair, in any order, into histories.
 
         Args:
-            users: [m] raw ids, integers or strings; an array of Arrow too.
-            items: [m] likewise.
+            users: [m] raw ids, integers or strings; an array of Arrow too; ``items`` likewise.
             times: [m] integers, or None: then the order of the rows is the order in time.
             item_ids: [n] the raw ids in the order of positions, also of items that nobody has
                 interacted with; None: those that occur, sorted.
@@ -131,11 +130,14 @@ class Interactions(ItemLists):
         if not user.size:
             raise DataError("no interactions: a data set needs at least one; check the input file")
         stamps = None if times is None else np.asarray(times)
-        order = _row_order(user, stamps)
+        order = np.lexsort((user,) if stamps is None else (stamps, user))
         if duplicates == "refuse":
             refuse_duplicates(user, item, user_names, item_names, where)
         else:
-            order = order[_distinct((user * item_names.size + item)[order], duplicates)]
+            keys = (user * item_names.size + item)[order]
+            ahead = slice(None) if duplicates == "first" else slice(None, None, -1)
+            first = np.unique(keys[ahead], return_index=True)[1]
+            order = order[ahead][np.sort(first)][ahead]
         return cls(
             row_bounds(user[order], user_names.size),
             item[order].astype(np.int32),
@@ -156,19 +158,11 @@ class Interactions(ItemLists):
         return np.bincount(self.items, minlength=self.n_items).astype(np.int64)
 
     def user_index(self, user_id: int | str) -> int:
-        """Position of the user with this original id.
-
-        Raises:
-            UnknownIdError: when the data set has no such user.
-        """
+        """Position of the user with this original id; UnknownIdError where there is none."""
         return _lookup(user_id, self._user_positions, self.user_ids, "user")
 
     def item_index(self, item_id: int | str) -> int:
-        """Position of the item with this original id.
-
-        Raises:
-            UnknownIdError: when the data set has no such item.
-        """
+        """Position of the item with this original id; UnknownIdError where there is none."""
         return _lookup(item_id, self._item_positions, self.item_ids, "item")
 
     @cached_property
@@ -180,7 +174,7 @@ class Interactions(ItemLists):
         return {str(name): index for index, name in enumerate(self.item_ids.tolist())}
 
     def membership(self) -> Membership:
-        """An index that answers ``contains(users, items)`` for whole arrays at once."""
+        """The index of which pairs occur."""
         return Membership(self.users, self.items, self.n_users, self.n_items)
 
     def select(self, keep: BoolArray) -> Interactions:
@@ -195,25 +189,14 @@ class Interactions(ItemLists):
         return self.select(later < limit)
 
     def renumbered(self, order: Int64Array) -> Interactions:
-        """The same interactions with items numbered anew.
-
-        Args:
-            order: int64 [n], the present position of each new one.
-        """
+        """Number items anew: ``order``, int64 [n], has the present position of each new one."""
         titles = None if self.titles is None else tuple(self.titles[item] for item in order)
         items, names = _new_positions(order)[self.items], self.item_ids[order]
         return replace(self, items=items, item_ids=names, titles=titles)
 
 
 class Membership:
-    """Which (user, item) pairs occur: a bitmap when that is small, else sorted keys.
-
-    Args:
-        users: [m] positions.
-        items: [m] positions.
-        n_users: U.
-        n_items: n.
-    """
+    """Which (user, item) pairs of positions occur: a bitmap where it is small, or sorted keys."""
 
     def __init__(
         self, users: NDArray[np.integer], items: NDArray[np.integer], n_users: int, n_items: int
@@ -249,9 +232,9 @@ class Membership:
 class Split:
     """What may be learned from, and what is held out to measure.
 
-    Args:
-        train: the interactions to learn from; every user has at least one.
-        heldout: the items to predict; users too short to give one up hold out none.
+    Attributes:
+        train: every user has at least one interaction.
+        heldout: users too short to give one up hold out none.
         negatives: int32 [U, 99] published candidates, or None. A row of a user without a held-out
             item is filled with -1. Candidates that are items of that very user are kept as
             published, and the metric leaves them out.
@@ -320,8 +303,7 @@ def hold_out_some(interactions: Interactions, counts: NDArray[np.integer]) -> Sp
     the same file always gives the same split. At least one interaction stays in training.
 
     Args:
-        interactions: histories whose order in time is unknown.
-        counts: [U] how many to hold out, at least 0; cut to the length less one.
+        counts: [U], at least 0; cut to the length less one.
     """
     marks = splitmix64(_HOLDOUT_KEY, np.arange(interactions.size))
     order = np.lexsort((marks, interactions.users))
@@ -347,11 +329,7 @@ def _holding_out(interactions: Interactions, rows: BoolArray, holdout: Holdout) 
 def rows_of(
     indptr: Int64Array, items: Int32Array, users: NDArray[np.integer]
 ) -> tuple[Int64Array, Int32Array]:
-    """The items of some users in compressed rows, and whose they are.
-
-    Returns:
-        For each of their items the place in ``users`` [k], and the item; both of one length.
-    """
+    """For each item of some users in compressed rows: its user's place in ``users``, and it."""
     lengths = indptr[users + 1] - indptr[users]
     rows = np.repeat(np.arange(users.size), lengths)
     before = np.repeat(np.cumsum(lengths) - lengths, lengths)
@@ -364,12 +342,6 @@ def rows_of(
 def row_bounds(users: Int64Array, n_users: int) -> Int64Array:
     """Where each user's rows begin and end among rows sorted by user, int64 [U + 1]."""
     return np.concatenate(([0], np.cumsum(np.bincount(users, minlength=n_users), dtype=np.int64)))
-
-
-def _row_order(users: Int64Array, times: IdArray | None) -> Int64Array:
-    if times is None:
-        return np.argsort(users, kind="stable")
-    return np.lexsort((times, users))
 
 
 def _new_positions(order: Int64Array) -> Int32Array:
@@ -426,21 +398,10 @@ def _find(raw: IdArray, names: IdArray, where: Where) -> Int64Array:
     return positions
 
 
-def _distinct(keys: Int64Array, kept: Duplicates) -> Int64Array:
-    """The rows, in order, that are the first or the last of their key."""
-    if kept == "first":
-        return np.sort(np.unique(keys, return_index=True)[1])
-    return np.sort(keys.size - 1 - np.unique(keys[::-1], return_index=True)[1])
-
-
 def refuse_duplicates(
     users: Int64Array, items: Int64Array, user_ids: IdArray, item_ids: IdArray, where: Where
 ) -> None:
-    """Refuse a pair of positions that occurs twice.
-
-    Raises:
-        DataError: names the second row of a pair, and the first.
-    """
+    """Refuse a pair of positions that occurs twice; the error names its second row and first."""
     keys = users * item_ids.size + items
     ordered = np.sort(keys)
     if not (ordered[1:] == ordered[:-1]).any():

@@ -30,10 +30,7 @@ Label: TypeAlias = str | int | float
 
 @dataclass(frozen=True)
 class Labelled:
-    """Texts, one a row, with the labels of each: at least one, all of one type.
-
-    Where no labels were asked for, there are none at all.
-    """
+    """Texts, one a row, with the labels of each, of one type; none at all if not asked for."""
 
     texts: tuple[str, ...]
     labels: tuple[tuple[Label, ...], ...]
@@ -53,15 +50,12 @@ def read_labelled(
     """Read rows of a table with named columns; a text is kept as it stands, blanks included.
 
     Args:
-        path: CSV, TSV or Parquet, see :func:`~privrec.data.files.table_files`; text is UTF-8.
+        path: see :func:`~privrec.data.files.table_files`; text is UTF-8.
         text: columns that are read; of several, each word carries its column's name, so that
             tables of categories work as texts do.
         label: column of the label; None where labels are not needed.
         between: what separates several labels in a cell; None, a cell is one label.
         tokens: how cells are split where each word carries its column's name.
-
-    Raises:
-        DataError: when the file, a column or a line is not as it must be; it names the line.
     """
     # Imported when a file is read, as Arrow takes a tenth of a second.
     from privrec.data.tables import read_columns

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.data.catalogue import ARCHIVES, Layout
-from privrec.data.fetch import cache_dir
+from privrec.data.catalogue import ARCHIVES, Layout, cache_dir
 from privrec.data.files import File, Folder, bad_file, find_folder, places, shown, table_files
 from privrec.data.interactions import (
     Holdout,
@@ -62,16 +61,14 @@ def load_movielens(config: Data, data_dir: Path | None) -> Split:
     archive, roots = ARCHIVES[config.source], _roots(config, data_dir)
     layout, ncf = archive.layout, f"{config.source}{_TRAIN}"
     folder = _found(roots, archive.folders, [ncf, layout.ratings], config.source)
-    if folder.has(ncf):
+    if folder.file(ncf).exists():
         return _read_ncf(folder, config.source, config.holdout)
     file = folder.file(layout.ratings)
     users, items, times, where = _ratings(file, layout.columns, layout.separator)
-    item_ids = np.unique(items)
-    titles = _titles(folder, layout, item_ids)
-    interactions = Interactions.from_pairs(
-        users, items, times, item_ids=item_ids, titles=titles, where=where
-    )
-    return leave_last_out(interactions, holdout=config.holdout)
+    ids = np.unique(items)
+    titles = _titles(folder, layout, ids)
+    rated = Interactions.from_pairs(users, items, times, item_ids=ids, titles=titles, where=where)
+    return leave_last_out(rated, holdout=config.holdout)
 
 
 def load_ncf(config: Data, data_dir: Path | None) -> Split:
@@ -93,7 +90,7 @@ def load_ncf(config: Data, data_dir: Path | None) -> Split:
             folder, prefix = Folder(root), _ncf_prefix(Folder(root))
         else:
             folder, prefix = Folder(root.parent), root.name.removesuffix(_TRAIN)
-        if prefix is not None and folder.has(f"{prefix}{_TRAIN}"):
+        if prefix is not None and folder.file(f"{prefix}{_TRAIN}").exists():
             return _read_ncf(folder, prefix, config.holdout)
     raise _not_found(roots, f"PREFIX{_TRAIN}", config.source)
 
@@ -168,17 +165,12 @@ def _ratings(
 
 def _titles(folder: Folder, layout: Layout, item_ids: NDArray[Any]) -> tuple[str, ...] | None:
     """A title for each item id, or None when the file of titles is not there."""
-    file = folder.file(layout.titles)
+    file, mark = folder.file(layout.titles), layout.title_separator
     if not file.exists():
         return None
-    ids, titles = read_columns(
-        [file],
-        layout.title_columns,
-        layout.title_separator,
-        _old_encoding(file) if layout.old else "utf-8",
-        called=("item", "title"),
-        quotes=layout.title_separator == ",",
-    )
+    encoding = _old_encoding(file) if layout.old else "utf-8"
+    called, columns = ("item", "title"), layout.title_columns
+    ids, titles = read_columns([file], columns, mark, encoding, called=called, quotes=mark == ",")
     known = dict(zip(ids.whole_numbers().tolist(), titles.texts(), strict=True))
     return tuple(known.get(item, f"item {item}").strip() for item in item_ids.tolist())
 
@@ -225,13 +217,9 @@ def _read_ncf(folder: Folder, prefix: str, holdout: Holdout) -> Split:
         negatives[at] = published[known]
     numbers = (items, targets) if published is None else (items, targets, published)
     item_ids, titles = _item_names(folder, max(int(part.max(initial=0)) for part in numbers))
-    everything = Interactions.from_pairs(
-        users,
-        items,
-        None if (times == times[:1]).all() else times,
-        item_ids=np.arange(item_ids.size),
-        where=where,
-    )
+    known_times = None if (times == times[:1]).all() else times
+    positions = np.arange(item_ids.size)
+    everything = Interactions.from_pairs(users, items, known_times, item_ids=positions, where=where)
     user_ids = _user_names(folder, trained)
     named = replace(everything, user_ids=user_ids, item_ids=item_ids, titles=titles)
     train = named.select(named.items != targets[named.users])
@@ -243,8 +231,9 @@ def _read_ncf(folder: Folder, prefix: str, holdout: Holdout) -> Split:
         raise bad_file(file.label, found, rule, remedy)
     untrained = int((~known).sum())
     if holdout == "test":
-        indptr = np.concatenate(([0], np.cumsum(targets >= 0, dtype=np.int64)))
-        heldout = ItemLists(indptr, targets[targets >= 0].astype(np.int32))
+        has_target = targets >= 0
+        bounds = row_bounds(np.flatnonzero(has_target), trained.size)
+        heldout = ItemLists(bounds, targets[has_target].astype(np.int32))
         return Split(train, heldout, negatives, "test", untrained)
     if train.times is None:
         split = hold_out_some(train, np.ones(train.n_users, np.int64))

@@ -40,16 +40,14 @@ _LABEL_WORDS, _CLUSTER_WORDS = 12, 96
 
 def load_interactions(config: Data, data_dir: Path | None) -> Split:
     """Invent the interactions that a scenario asks for."""
-    return leave_last_out(
-        generate(
-            users=config.users,
-            items=config.items,
-            clusters=config.clusters,
-            interactions_per_user=config.interactions_per_user,
-            seed=config.seed,
-        ).interactions,
-        holdout=config.holdout,
+    planted = generate(
+        users=config.users,
+        items=config.items,
+        clusters=config.clusters,
+        interactions_per_user=config.interactions_per_user,
+        seed=config.seed,
     )
+    return leave_last_out(planted.interactions, holdout=config.holdout)
 
 
 def load_articles(config: Data, data_dir: Path | None) -> TextSplit:
@@ -100,13 +98,8 @@ class Planted:
     by item, without repetition, with probability proportional to the item's popularity (a power
     law), times a factor for an item of the user's own group. So the last item is drawn, given the
     earlier ones, from exactly those weights over the items not yet seen: ranking by them is the
-    best that anyone can do.
-
-    Args:
-        interactions: all of it, times in seconds.
-        popularity: float64 [n], the power law.
-        user_groups: int64 [U], the group of taste of each user.
-        item_groups: int64 [n], the group that each item belongs to.
+    best that anyone can do. Times are in seconds, ``popularity`` [n] is the power law, and
+    ``user_groups`` [U] and ``item_groups`` [n] are the groups.
     """
 
     interactions: Interactions
@@ -115,7 +108,7 @@ class Planted:
     item_groups: Int64Array
 
     def weights(self, users: NDArray[np.integer]) -> Float64Array:
-        """Unnormalised probability of every item as a user's next one, float64 [m, n]."""
+        """Unnormalised probability of every item as a user's next one, [m, n]."""
         return _weights(self.popularity, self.user_groups[users], self.item_groups)
 
 
@@ -215,7 +208,7 @@ def generate_text(
     Args:
         words: size of the vocabulary with the unknown word, at least 16.
         topics: groups of words, at most ``words / 16``.
-        tokens_per_device: length of each text, at least 2.
+        tokens_per_device: at least 2.
 
     Raises:
         UsageError: when a value is out of its range.
@@ -255,15 +248,12 @@ class Invented:
     or nothing. What a label means is computed from a keyed mixer when it is needed, so nothing of
     the size of labels times features is ever held.
 
-    Args:
+    Attributes:
         features: size of the vocabulary.
         words: features of an example.
         labels_each: mean labels of an example, at least 1.
         clusters: of labels, at most as many as labels.
         zipf: exponent of the labels' frequencies, at least 0.
-
-    Raises:
-        UsageError: when a value is out of its range.
     """
 
     features: int

@@ -13,7 +13,6 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -49,10 +48,8 @@ def read_table(path: Path, form: Data) -> Interactions:
     whole numbers; decimals and dates written as text (without a zone: UTC) become whole numbers of
     the smallest unit that keeps them exactly. Blanks around a cell do not count.
 
-    Args:
-        path: a file, a folder or a zip archive, see :func:`~privrec.data.files.table_files`;
-            ``.parquet`` and ``.pq`` are Parquet, everything else is text.
-        form: which columns, how the text is written, and which of equal pairs is kept.
+    The path is as :func:`~privrec.data.files.table_files` takes it; ``.parquet`` and ``.pq`` are
+    Parquet, everything else is text.
 
     Raises:
         DataError: when the file or a line is malformed, a column is missing, or a pair repeats.
@@ -153,7 +150,10 @@ class Column:
             return numbers
         text = text.cast(pyarrow.large_string())
         dated = not _is_number(text[0].as_py())
-        found = _dates(text) if dated else _decimals(text)
+        if dated:
+            found = _exactly(text, _dates, ("ns", "us"))
+        else:
+            found = _exactly(text, _decimals, range(_DECIMALS + 1))
         if not isinstance(found, int):
             return found
         rule = (
@@ -201,7 +201,6 @@ def _is_whole(kind: Any) -> bool:
 
 
 def _first(marks: Cells) -> int | None:
-    """The first row that is marked."""
     row = pyarrow.compute.index(marks, True).as_py()
     return None if row < 0 else int(row)
 
@@ -241,32 +240,24 @@ def _hint(cell: str) -> str:
     return "correct the line; check the separator and the encoding"
 
 
-def _decimals(text: Cells) -> Int64Array | int:
-    """Numbers times the power of ten that makes all of them whole; or the row of a bad one."""
-
-    def read(cells: Cells, places: int) -> Cells:
-        exact = cells.cast(pyarrow.decimal128(38, _DECIMALS)).cast(pyarrow.decimal128(38, places))
-        digits = [part.view(pyarrow.decimal128(38, 0)) for part in exact.chunks]
-        return pyarrow.chunked_array(digits).cast(pyarrow.int64())
-
-    return _exactly(text, read, range(_DECIMALS + 1))
+def _decimals(cells: Cells, places: int) -> Cells:
+    """Numbers times ten to the power of ``places``, which makes all of them whole."""
+    exact = cells.cast(pyarrow.decimal128(38, _DECIMALS)).cast(pyarrow.decimal128(38, places))
+    digits = [part.view(pyarrow.decimal128(38, 0)) for part in exact.chunks]
+    return pyarrow.chunked_array(digits).cast(pyarrow.int64())
 
 
-def _dates(text: Cells) -> Int64Array | int:
-    """Times since 1970 from dates; or the row of one that is none."""
-
-    def read(cells: Cells, unit: str) -> Cells:
-        compute = pyarrow.compute
-        nothing, midnight, zone = (pyarrow.scalar(end, cells.type) for end in ("", "T00:00", "Z"))
-        day = compute.match_substring_regex(cells, "^[0-9]{4}-[0-9]{2}-[0-9]{2}$")
-        dated = compute.binary_join_element_wise(cells, midnight, nothing)
-        full = compute.if_else(day, dated, cells)
-        zoned = compute.match_substring_regex(full, "^.{11}.*(Z|[+-][0-9:]+)$")
-        universal = compute.binary_join_element_wise(full, zone, nothing)
-        full = compute.if_else(zoned, full, universal)
-        return full.cast(pyarrow.timestamp(unit, "UTC")).cast(pyarrow.int64())
-
-    return _exactly(text, read, ("ns", "us"))
+def _dates(cells: Cells, unit: str) -> Cells:
+    """Times since 1970 from dates."""
+    compute = pyarrow.compute
+    nothing, midnight, zone = (pyarrow.scalar(end, cells.type) for end in ("", "T00:00", "Z"))
+    day = compute.match_substring_regex(cells, "^[0-9]{4}-[0-9]{2}-[0-9]{2}$")
+    dated = compute.binary_join_element_wise(cells, midnight, nothing)
+    full = compute.if_else(day, dated, cells)
+    zoned = compute.match_substring_regex(full, "^.{11}.*(Z|[+-][0-9:]+)$")
+    universal = compute.binary_join_element_wise(full, zone, nothing)
+    full = compute.if_else(zoned, full, universal)
+    return full.cast(pyarrow.timestamp(unit, "UTC")).cast(pyarrow.int64())
 
 
 def _exactly(
@@ -315,13 +306,13 @@ def read_columns(
     In text, quotes may surround a cell, unless the separator is a tab or several characters.
 
     Args:
-        files: one after the other; parts may be empty, but not all of them.
-        names: of the columns in the header; or their numbers, from 1, where there is none.
+        files: parts of one table; some may be empty, but not all of them.
+        names: in the header; or numbers, from 1, where there is none.
         separator: one or more characters; None: a tab for ``.tsv`` and a comma otherwise.
         width: how many fields a line without a header must have; None: as many as the first.
         called: what errors call the columns; None: by ``names``.
-        quotes: whether quotes may surround a cell at all.
-        remedy: what to do about a column that is not there.
+        quotes: whether they may surround a cell at all.
+        remedy: for a column that is not there.
 
     Raises:
         DataError: when a file or line is malformed, or a column is missing or there twice.
@@ -476,28 +467,18 @@ class _Text:
             return "skip"
 
         data = text.encode()
-        wanted = [str(place) for place in at]
-        table = pyarrow.csv.read_csv(
-            pyarrow.BufferReader(data),
-            pyarrow.csv.ReadOptions(
-                use_threads=False,
-                block_size=len(data) + 1,
-                column_names=[str(place) for place in range(self._width)],
-            ),
-            pyarrow.csv.ParseOptions(
-                delimiter=mark,
-                quote_char=False,
-                double_quote=False,
-                ignore_empty_lines=False,
-                invalid_row_handler=skip,
-            ),
-            pyarrow.csv.ConvertOptions(
-                check_utf8=False,
-                strings_can_be_null=False,
-                include_columns=wanted,
-                column_types=dict.fromkeys(wanted, pyarrow.string()),
-            ),
+        wanted, names = [str(place) for place in at], [str(each) for each in range(self._width)]
+        read = pyarrow.csv.ReadOptions(
+            use_threads=False, block_size=len(data) + 1, column_names=names
         )
+        parse = pyarrow.csv.ParseOptions(
+            delimiter=mark, quote_char=False, double_quote=False, invalid_row_handler=skip
+        )
+        parse.ignore_empty_lines = False
+        convert = pyarrow.csv.ConvertOptions(check_utf8=False, strings_can_be_null=False)
+        convert.include_columns = wanted
+        convert.column_types = dict.fromkeys(wanted, pyarrow.string())
+        table = pyarrow.csv.read_csv(pyarrow.BufferReader(data), read, parse, convert)
         if wrong:
             fields = text.split("\n", wrong[0])[wrong[0] - 1].split(mark)
             raise self._wrong_width(fields, line + wrong[0] - 1)
@@ -571,11 +552,10 @@ def read_lists(file: File, noun: str, rule: str) -> tuple[Int64Array, Int64Array
         text = compute.ascii_trim_whitespace(pyarrow.array(lines, pyarrow.large_string()))
         numbers = compute.ascii_split_whitespace(text)
         counts.append(compute.list_value_length(numbers).to_numpy())
-        where = partial(_line_of, f"{file.label}, line", line, numbers)
+
+        def where(row: int, start: int = line, lists: Cells = numbers) -> str:
+            return f"{file.label}, line {start + compute.list_parent_indices(lists)[row].as_py()}"
+
         cells = pyarrow.chunked_array([numbers.flatten()])
         values.append(Column(noun, cells, where).whole_numbers())
     return np.concatenate(values), np.concatenate(counts)
-
-
-def _line_of(label: str, start: int, lists: Cells, row: int) -> str:
-    return f"{label} {start + pyarrow.compute.list_parent_indices(lists)[row].as_py()}"

@@ -72,14 +72,9 @@ def _text_files(roots: Sequence[Path]) -> list[Path]:
 def read_articles(files: Sequence[Path], words: Sequence[str] | None = None) -> Corpus:
     """Read articles of text files, tokenised by blanks; a line ``= Title =`` opens one.
 
-    Each line that is not empty ends in :data:`END`. A file without titles is one article.
-
-    Args:
-        words: the vocabulary, from elsewhere; words that it lacks are unknown. None: all words of
-            the text, in order of their first occurrence.
-
-    Raises:
-        DataError: when a file is not UTF-8, or has no text.
+    Each line that is not empty ends in :data:`END`. A file without titles is one article. Words
+    that are not among ``words`` are unknown; without those, the vocabulary is all words of the
+    text, in order of their first occurrence.
     """
     articles = [
         (name, text) for path in files for name, text in _articles(path) if len(text) >= _SHORTEST
@@ -117,10 +112,9 @@ def _articles(path: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def load_examples(config: Data, data_dir: Path | None) -> TextSplit:
-    """Load the examples of a file and deal them to devices at random.
+    """Load the examples of a file that have features and labels; deal them to devices at random.
 
-    Values of the file's features are not used, and examples without features or labels are left
-    out.
+    The values of features are not used.
     """
     path, each = _examples_file(config, data_dir), config.interactions_per_user
     examples = _whole(read_extreme(path))
@@ -166,12 +160,8 @@ def _whole(examples: Examples) -> Examples:
 def read_extreme(path: Path) -> Examples:
     """Read examples of the repository's format: a head line, then ``1,5 0:0.5 7:1.25`` lines.
 
-    Args:
-        path: text, plain or packed by gzip or alone in a zip archive; the head line has the
-            numbers of examples, features and labels.
-
-    Raises:
-        DataError: when the file is missing, or a line breaks the format.
+    The head line has the numbers of examples, features and labels. The text may be packed by gzip,
+    or lie alone in a zip archive.
     """
     files = table_files(path, needed=False)
     if len(files) != 1:
@@ -191,15 +181,8 @@ def read_extreme(path: Path) -> Examples:
         found, rule = f"{len(ends)} examples", f"its first line promises {size[0]}"
         remedy = "fetch the whole file again, or correct the first line"
         raise bad_file(str(path), found, rule, remedy)
-    return Examples(
-        np.array(ends),
-        np.array(features),
-        np.array(values),
-        np.array(label_ends),
-        np.array(labels),
-        size[1],
-        size[2],
-    )
+    arrays = [np.array(each) for each in (ends, features, values, label_ends, labels)]
+    return Examples(arrays[0], arrays[1], arrays[2], arrays[3], arrays[4], size[1], size[2])
 
 
 def _head(line: str, path: Path) -> tuple[int, int, int]:

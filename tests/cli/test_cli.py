@@ -713,7 +713,7 @@ def test_fetch_prints_the_path_and_the_terms_apart(
         echo(f"terms of {name}")
         return (directory or Path("nowhere")) / f"{name}.zip"
 
-    monkeypatch.setattr("privrec.data.fetch.fetch", pretend)
+    monkeypatch.setattr("privrec.data.catalogue.fetch", pretend)
     result = done("data", "fetch", "ml-1m", "--data", "here")
     assert (result.stdout, result.stderr) == ("here/ml-1m.zip\n", "terms of ml-1m\n")
 

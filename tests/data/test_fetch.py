@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from privrec.data import fetch as module
-from privrec.data.fetch import ARCHIVES, cache_dir, fetch
+from privrec.data import catalogue as module
+from privrec.data.catalogue import ARCHIVES, cache_dir, fetch
 from privrec.errors import DataError, UsageError
 
 CONTENT = b"not really an archive"
