@@ -56,11 +56,8 @@ def rng_for(seed: int, *names: Name) -> np.random.Generator:
     """A simulation generator for one named purpose; for nothing that has to stay secret.
 
     Promise: the same seed and names give the same generator on every platform; any other path of
-    names, also one that merely joins to the same text, gives an independent one.
-
-    Args:
-        seed: any integer, the scenario's ``run.seed``.
-        *names: the path of the purpose, such as ``"cohort", 12``.
+    names, also one that merely joins to the same text, gives an independent one. ``names`` are the
+    path of the purpose, such as ``"cohort", 12``.
     """
     digest = hashlib.sha256(_encode("simulation", (seed, *names))).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))

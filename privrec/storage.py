@@ -122,10 +122,7 @@ def read_secret(path: Path, size: int) -> bytes:
         )
     secret = content[:size]
     if content != secret + _checksum(secret) or len(secret) != size:
-        raise IntegrityError(
-            f"{path}: not a secret of {size} bytes as privrec writes it; "
-            "bring back the original file, or start a new run"
-        )
+        raise IntegrityError(f"{path}: not a secret of {size} bytes as privrec writes it; {REMEDY}")
     return secret
 
 
@@ -224,11 +221,8 @@ def verified(
 ) -> dict[str, Any]:
     """The facts of a record after checking its signature.
 
-    Args:
-        kind: what the record must be.
-        record: as it was read; None where there was no JSON object.
-        key: the only key that is trusted; the one that the record names is not.
-        path: of its file, for errors.
+    Only ``key`` is trusted, not the one that the record names. ``record`` is None
+    where there was no JSON object; ``path`` is for errors.
 
     Raises:
         IntegrityError: when ``key`` did not sign these facts as a record of this kind.

@@ -9,14 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from privrec.errors import UsageError
-from privrec.privacy.events import (
-    DIGITS,
-    Adversary,
-    RoundEvent,
-    check_adversary,
-    check_delta,
-    epsilon,
-)
+from privrec.privacy import events
+from privrec.privacy.events import DIGITS, Adversary, RoundEvent, epsilon
 
 _DIGITS = 4
 _STEPS = 9 * 10 ** (_DIGITS - 1)  # numbers of four significant digits in a decade
@@ -42,8 +36,6 @@ def noise_multiplier_for(
         delta: the δ of the claim, in [1e-10, 1).
         event_of: the event of a round with a noise multiplier, so that ε falls as noise grows; it
             may refuse noise with a ``UsageError`` when that is too little to be accounted.
-        rounds: how many rounds, at least 1.
-        adversary: whom the target is against.
         before: what is charged before the first round, if anything; the target covers it.
 
     Raises:
@@ -56,8 +48,8 @@ def noise_multiplier_for(
             'to which ε is rounded up; for no guarantee at all choose noise = "none"'
         )
     _check_rounds(rounds)
-    check_delta(delta)
-    check_adversary(adversary)
+    events.check_delta(delta)
+    events.check_adversary(adversary)
 
     def holds(candidate: int, against: Adversary) -> bool:
         try:
@@ -88,8 +80,8 @@ class Calibration:
 
     Attributes:
         after: numbers of rounds at which ε is given, ascending; the last is all that are planned.
-        recipients: ε against the recipients of the models after as many rounds.
-        server: ε against the server after as many rounds.
+        recipients, server: ε after as many rounds against the recipients of the models, or the
+            server.
     """
 
     after: tuple[int, ...]
@@ -117,8 +109,8 @@ def plan(
     spread = {round(1 + (rounds - 1) * place / (count - 1)) for place in range(count)}
     after = tuple(sorted(spread))
     spent = [_events(event, count, before) for count in after]
-    recipients = tuple(epsilon(events, delta, "recipients") for events in spent)
-    server = tuple(epsilon(events, delta, "server") for events in spent)
+    recipients = tuple(epsilon(charged, delta, "recipients") for charged in spent)
+    server = tuple(epsilon(charged, delta, "server") for charged in spent)
     return Calibration(after, recipients, server)
 
 

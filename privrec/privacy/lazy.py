@@ -23,15 +23,8 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 
 from privrec.errors import UsageError
-from privrec.privacy.pending import (
-    Interval,
-    LinearStep,
-    Normals,
-    PendingNoise,
-    PendingSteps,
-    Values,
-    Variances,
-)
+from privrec.privacy import pending
+from privrec.privacy.pending import Interval, LinearStep, Normals, Values, Variances
 
 Rows = NDArray[np.int64]
 
@@ -79,7 +72,7 @@ class LazyMemory:
         self.drawn = 0
         """Rows that noise was drawn for so far; eager noise draws for every row in each step."""
         self._source = source or Normals()
-        self._sum, self._drift = PendingNoise(), PendingSteps()
+        self._sum, self._drift = pending.PendingNoise(), pending.PendingSteps()
         self._stamps = np.zeros(len(values), np.uint32)
         self._block = max(1, _BLOCK_BYTES // (4 * self.shape[1]))
         self._held: tuple[Values, ...] = ()

@@ -94,10 +94,8 @@ class Ledger:
         """Begin a ledger with its header and its first signed head, durable before this returns.
 
         Args:
-            path: the new file, usually ``ledger.jsonl``; the head is ``ledger.head.json`` beside.
             header: what the charges are for, as plain JSON values. Format, unit (``user``),
                 adjacency (``zero-out``) and the public key are added.
-            signing_key: the server's (:func:`privrec.storage.server_key`).
             kept: where this machine keeps the last head that it signed, beside the key.
 
         Raises:
@@ -105,7 +103,7 @@ class Ledger:
         """
         if taken := _RESERVED & set(header):
             raise UsageError(
-                f"ledger header {sorted(taken)}: these the ledger adds; leave them out"
+                f"ledger header {sorted(taken)}: the ledger adds these; leave them out"
             )
         ledger = cls(path, signing_key, kept)
         ledger.public_key = signing_key.public_key()
@@ -138,7 +136,6 @@ class Ledger:
         says so. A last line that lacks only its end is kept.
 
         Args:
-            path: the file that :meth:`create` made.
             signing_key: the server's key; needed to :meth:`seal`.
             public_key: the key that the head must be signed with; by default the one of
                 ``signing_key``, else the one that the header names (which shows damage, but not a
@@ -215,13 +212,8 @@ class Ledger:
     def charge(self, round: int, attempt: int, event: RoundEvent) -> bool:
         """Pay for one attempt at a round, on disk before this returns.
 
-        False says that this very attempt was paid for before: only the same bits may be released
-        again.
-
-        Args:
-            round: index of the round, from 0; ``PREPARATION`` for what is released before.
-            attempt: index of the attempt at it, from 0, without gaps.
-            event: what the attempt costs.
+        Attempts at a round are numbered from 0, without gaps. False says that this very attempt was
+        paid for before: only the same bits may be released again.
 
         Raises:
             IntegrityError: when the attempt was charged with another event, or skips attempts.
@@ -538,9 +530,8 @@ def _head(place: Path) -> dict[str, Any] | None:
     try:
         return storage.parsed(place.read_bytes())
     except OSError as error:
-        raise IntegrityError(
-            f"{place}: the signed head could not be read ({error.strerror}); {REMEDY}"
-        ) from error
+        why = f"{place}: the signed head could not be read ({error.strerror}); {REMEDY}"
+        raise IntegrityError(why) from error
 
 
 def _index(value: object, least: int) -> int:

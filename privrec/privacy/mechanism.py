@@ -61,7 +61,6 @@ def rounded_gaussian(stream: SecureStream, sigma: float, size: int) -> NDArray[n
         stream: of this draw alone; it is read by 16 bytes for every two coefficients.
         sigma: standard deviation before rounding, in integer steps, above 0 and at most 2^40; for
             ``sigma`` above 1, the variance is ``sigma² + 1/12``.
-        size: number of coefficients.
 
     Raises:
         UsageError: when ``sigma`` is outside its range.
@@ -181,8 +180,7 @@ class Shares:
     def draw(self, seeds: Sequence[bytes]) -> NDArray[np.int32]:
         """A device's share, which it adds to its integers: int32, of the length of its prefix.
 
-        Args:
-            seeds: one for each band that the device holds, the first bands of the vector.
+        ``seeds`` has one for each band that the device holds, the first bands of the vector.
 
         Raises:
             UsageError: when there are more seeds than bands, or one is not of 32 bytes.
@@ -206,12 +204,10 @@ class Shares:
         """The survivors whose seed of a band is revealed: those after the fewest who signed.
 
         A device asks this about the survivors that were confirmed to it, never about those that
-        the server names later; the server asks it about the same.
-
-        Nobody is named without ``remove_excess``.
+        the server names later; the server asks it about the same. Nobody is named without
+        ``remove_excess``.
 
         Args:
-            band: index of the band.
             survivors: the confirmed survivors that hold the band, in the order all agree on.
             signers: those of them who are known to have confirmed, all of them by default. A
                 survivor that fell silent before is not known to have been there at all.
@@ -230,8 +226,7 @@ class Shares:
     def excess(self, seeds: Sequence[Sequence[bytes]]) -> NDArray[np.int64]:
         """The sum of the shares to subtract from the unmasked sum: int64, of the whole vector.
 
-        Args:
-            seeds: for each band, the revealed seeds of the devices that :meth:`removed` names.
+        ``seeds`` has, for each band, what the devices that :meth:`removed` names revealed.
 
         Raises:
             UsageError: when there is not one list for each band, or a seed is not of 32 bytes.
@@ -276,7 +271,6 @@ def noise_seeds(root: SecretRoot, bands: int, *context: Name) -> tuple[bytes, ..
 
     Args:
         root: the device's own secret.
-        bands: how many bands it holds.
         *context: what the share is for: run, round, attempt, device and hashes of the plan and the
             model. The integer input belongs to it where seeds are made after it. Where they are
             shared out before, a device must never send two inputs in one attempt: its masks would

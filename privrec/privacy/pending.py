@@ -207,10 +207,7 @@ class Normals:
 
     Promise: the same root gives the same noise for the same sequence of shapes, another root
     independent noise, and no byte of the keystream is used twice; a source refuses use after a
-    fork, where it would repeat its parent's draws.
-
-    Args:
-        root: the secret to draw from; one is drawn from the operating system when None.
+    fork, where it would repeat its parent's draws. The root is the operating system's when None.
     """
 
     def __init__(self, root: SecretRoot | None = None) -> None:
@@ -228,9 +225,7 @@ class Normals:
     def add(self, out: Values, variances: Variances) -> None:
         """Add ``N(0, variances[i] I)`` to row ``i`` of ``out``, independent of all other draws.
 
-        Args:
-            out: float array of shape ``(rows, width)``, changed in place.
-            variances: shape ``(rows,)``, at least 0; rounded up to float32.
+        ``variances`` are at least 0, and rounded up to float32.
 
         Raises:
             ReleaseRefused: in a process that a fork made.

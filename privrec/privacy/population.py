@@ -28,13 +28,7 @@ from typing import Any, Self
 
 from privrec import storage
 from privrec.errors import BudgetError, IntegrityError, UsageError
-from privrec.privacy.events import (
-    Adversary,
-    RoundEvent,
-    check_adversary,
-    check_delta,
-    epsilon,
-)
+from privrec.privacy.events import Adversary, RoundEvent, check_adversary, check_delta, epsilon
 from privrec.randomness import state_dir
 from privrec.storage import (
     REMEDY,
@@ -206,10 +200,7 @@ def reserve(name: str, run_id: str, planned: Counts) -> PopulationBalance:
     """Set aside all that a run may charge, or refuse the run; durable before this returns.
 
     ``planned`` is the most that the run may charge in all. Called again for the same run (to resume
-    it), it sets aside the larger of both.
-
-    Returns:
-        Where the population stands, for the run's own ledger.
+    it), it sets aside the larger of both. The balance is for the run's own ledger.
 
     Raises:
         BudgetError: when the lifetime ε would be exceeded; nothing is reserved.
@@ -382,7 +373,6 @@ def _counted(path: Path, lines: Sequence[bytes]) -> Population:
             )
             population.hashes.append(entry["hash"])
     except (IndexError, KeyError, TypeError, ValueError, UsageError) as error:
-        raise IntegrityError(
-            f"{path}: not the ledger of a population ({error!r}); {REMEDY}"
-        ) from None
+        why = f"{path}: not the ledger of a population ({error!r}); {REMEDY}"
+        raise IntegrityError(why) from None
     return population
