@@ -151,10 +151,10 @@ def learner_of(
     own = {name: getattr(train, name) for name in names - {"local_lr"}}
     settings = Settings(**own, newton=newton, local_lr=local_lr(scenario, federation, tier))
     if scenario.model.learns != "interactions":
-        return WordLearner(tier.recommender, settings, served)
+        return WordLearner(tier.model, settings, served)
     event, bound = example_event(scenario), scenario.privacy.local_clip_norm
     noise = None if not event or bound is None else ExampleNoise(bound, event.noise_multiplier)
-    return RecommenderLearner(tier.recommender, settings, popularity, noise)
+    return RecommenderLearner(tier.model, settings, popularity, noise)
 
 
 def cohorts_of(
@@ -181,7 +181,7 @@ def cohorts_of(
     for tier in federation.tiers:
         members = np.flatnonzero(assigned == tier.index)
         if train.n_items <= TABULATED_ITEMS:
-            tier = replace(tier, recommender=tier.recommender.tabulated())
+            tier = replace(tier, model=tier.model.tabulated())
         learner = learner_of(scenario, federation, tier, popularity, served)
         cohorts.append(Cohort.of(learner, histories.select(members)))
     return tuple(cohorts)

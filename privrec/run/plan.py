@@ -123,7 +123,7 @@ class Plan:
         # Gaussian item vectors (hence Gaussian coefficients), zero biases, Glorot dense weights.
         layout, rng = federation.layout, rng_for(scenario.run.seed, "weights")
         weights = np.zeros(layout.size, np.float32)
-        layout.dense_of(weights)[...] = federation.tiers[0].recommender.model.initial_dense(rng)
+        layout.dense_of(weights)[...] = federation.tiers[0].model.model.initial_dense(rng)
         memory = layout.memory_of(weights)
         memory[...] = rng.normal(0, scenario.model.init_std, memory.shape)
         return Server(rounds, weights, self._completion(), _optimizer(scenario.train))

@@ -214,7 +214,7 @@ class Completion:
         step = self.federation.fraction(tier) * implicit.local_lr[tier.index]
         if not step:
             return
-        vectors, matrix = tier.recommender.vectors, None
+        vectors, matrix = tier.model.vectors, None
         if not implicit.newton:
             matrix = curvature(users, vectors.dim, implicit.unobserved_weight, implicit.item_l2)
         asked = tier.view(self.federation.prefix(weights, tier))
