@@ -83,7 +83,7 @@ class Mixed:
         rng, layout = np.random.default_rng(seed), self.federation.layout
         weights = rng.normal(0, 0.4, layout.size).astype(np.float32)
         if layout.gram:
-            users = rng.normal(0, 0.4, (20, self.tiers[0].recommender.vectors.dim))
+            users = rng.normal(0, 0.4, (20, self.tiers[0].model.vectors.dim))
             layout.gram_of(weights)[...] = pack(users.astype(np.float32)).mean(0)
         return weights
 

@@ -159,7 +159,7 @@ class Tier:
         capacity: the memory it holds over the whole one, a power of two of at most 1.
         share: of all devices, public.
         weight: public factor of its updates, in [0, 1]; 0 for devices that do not train.
-        recommender: over the tier's own memory.
+        model: over the tier's own memory.
         vectors: nested coordinates of the item vectors, for all tiers.
         biases: those of the item biases, or None.
     """
@@ -168,14 +168,14 @@ class Tier:
     capacity: float
     share: float
     weight: float
-    recommender: ModelView[Any]
+    model: ModelView[Any]
     vectors: Nested
     biases: Nested | None
 
     @property
     def layout(self) -> Layout:
         """Of the tier's vector, in both of its forms."""
-        return self.recommender.layout
+        return self.model.layout
 
     def view(self, coefficients: FloatArray) -> FloatArray:
         """The tier's memory form of its coefficients, a copy."""

@@ -113,7 +113,7 @@ class Node:
 
     def __post_init__(self) -> None:
         scenario, federation = self.scenario, self.federation
-        items = federation.tiers[0].recommender.vectors.items
+        items = federation.tiers[0].model.vectors.items
         plan = Plan.of(scenario, items, population_of(scenario), federation)
         self._event, self._protection = plan.event, plan.protection
         devices = [(each, self.keys.device(each.user, self.anchor)) for each in self.hosted]
@@ -130,7 +130,7 @@ class Node:
             devices = self._devices.values()
             return {
                 "devices": [device.deposit(body, each.tier) for each, device in devices],
-                "items": self.federation.tiers[0].recommender.vectors.items,
+                "items": self.federation.tiers[0].model.vectors.items,
                 "plan": self.scenario.plan_hash(),
                 "simulated": self.simulated,
             }

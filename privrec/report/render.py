@@ -15,7 +15,7 @@ from privrec.report.build import build
 from privrec.report.model import Metric, Report, Scalar
 from privrec.report.plots import by_tier, intervals, plots, privacy_utility, risks
 from privrec.report.words import delta_text, render, tables
-from privrec.run.wording import metric_name
+from privrec.run.record import metric_name
 
 
 @dataclass(frozen=True)

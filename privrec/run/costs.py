@@ -73,7 +73,7 @@ def moved_on_request(plan: Plan, tier: Tier, sight: ServerView) -> dict[str, int
     It moves those alone, the words that it names and bucket ids. (A device that selects them itself
     moves the whole of its prefix, touched or not.)
     """
-    vectors = plan.federation.tiers[0].recommender.vectors
+    vectors = plan.federation.tiers[0].model.vectors
     neurons = round(plan.scenario.train.budget * vectors.items)
     size = tier.layout.head + neurons * (vectors.dim + 1)
     asked = sight.words * _NAME_BYTES + sight.buckets * _CODE_BYTES

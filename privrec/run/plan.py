@@ -133,7 +133,7 @@ class Plan:
         # Gaussian item vectors (hence Gaussian coefficients), zero biases, Glorot dense weights.
         layout, rng = federation.layout, rng_for(scenario.run.seed, "weights")
         weights = np.zeros(layout.size, np.float32)
-        layout.dense_of(weights)[...] = federation.tiers[0].recommender.model.initial_dense(rng)
+        layout.dense_of(weights)[...] = federation.tiers[0].model.model.initial_dense(rng)
         memory = layout.memory_of(weights)
         memory[...] = rng.normal(0, scenario.model.init_std, memory.shape)
         completion = Completion(
@@ -159,7 +159,7 @@ class Plan:
         for tier in self.federation.tiers:
             members = np.flatnonzero(self.assigned == tier.index)
             if train.n_items <= TABULATED_ITEMS:
-                tier = replace(tier, recommender=tier.recommender.tabulated())
+                tier = replace(tier, model=tier.model.tabulated())
             learner = learner_of(scenario, self.federation, tier, popularity, served)
             cohorts.append(Cohort.of(learner, histories.select(members)))
         policy = Policy(scenario.devices.min_cohort, scenario.privacy.colluding_share)
@@ -311,10 +311,10 @@ def learner_of(
     own = {name: getattr(train, name) for name in names - {"local_lr"}}
     settings = Settings(**own, newton=newton, local_lr=local_lr(scenario, federation, tier))
     if scenario.model.learns != "interactions":
-        return WordLearner(tier.recommender, settings, served)
+        return WordLearner(tier.model, settings, served)
     event, bound = example_event(scenario), scenario.privacy.local_clip_norm
     noise = None if not event or bound is None else ExampleNoise(bound, event.noise_multiplier)
-    return RecommenderLearner(tier.recommender, settings, popularity, noise)
+    return RecommenderLearner(tier.model, settings, popularity, noise)
 
 
 # -------------------------- the header of the ledger

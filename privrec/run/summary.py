@@ -38,7 +38,7 @@ _EPSILONS: dict[str, tuple[Adversary, Accountant]] = {
 def write_model(out: Path, server: Server, scenario: Scenario) -> None:
     """Write the released weights (``model.safetensors``) and what they mean (``model.json``)."""
     storage.replace(out / "model.safetensors", save({"weights": server.released}))
-    n_items = server.plan.federation.tiers[0].recommender.vectors.items
+    n_items = server.plan.federation.tiers[0].model.vectors.items
     description = {"items": n_items, "scenario": scenario.name, **_model_facts(server, scenario)}
     storage.write_json(out / "model.json", description)
 
@@ -198,7 +198,7 @@ def _finite(value: float) -> float | None:
 
 
 def _model_facts(server: Server, scenario: Scenario) -> dict[str, Any]:
-    recommender = server.plan.federation.tiers[0].recommender
+    recommender = server.plan.federation.tiers[0].model
     vectors, layout = recommender.vectors, recommender.layout
     return {
         "kind": scenario.model.kind,

@@ -204,7 +204,7 @@ class Task(ABC, Generic[S]):
 
     def cost(self, devices: Simulation, tier: Tier, weights: FloatArray) -> dict[str, Any]:
         """Return what one device of a tier holds, moves and needs in a round."""
-        cohort, vectors = devices.cohorts[tier.index], tier.recommender.vectors
+        cohort, vectors = devices.cohorts[tier.index], tier.model.vectors
         return {
             **costs.of_tier(self.plan, tier),
             "devices": len(cohort.states),
@@ -339,7 +339,7 @@ class WideTask(Task[TextSplit]):
         """See :meth:`Task.evaluate`: everything that was held out, by the whole softmax."""
         tier = self.plan.federation.tiers[0]
         view = tier.view(self.plan.federation.prefix(weights, tier))
-        model, cuts = LocalModel(tier.recommender, view), self.scenario.run.top_k
+        model, cuts = LocalModel(tier.model, view), self.scenario.run.top_k
         return evaluator.predict(self.questions, model, self.split.heldout, cuts)
 
     def baseline(self, name: str) -> dict[str, float]:

@@ -182,7 +182,7 @@ class Completion:
                 matrix = None
                 if not newton:
                     alpha, rho = implicit.unobserved_weight, implicit.item_l2
-                    matrix = curvature(released, tier.recommender.vectors.dim, alpha, rho)
+                    matrix = curvature(released, tier.model.vectors.dim, alpha, rho)
                 self._push(update, weights, tier, matrix)
         known[...], sent[...] = released, 0
 
@@ -195,7 +195,7 @@ class Completion:
             return
         asked = tier.view(self.federation.prefix(weights, tier))
         memory = tier.layout.memory_of(asked)
-        memory[...] = pressure(tier.recommender.vectors, memory, matrix)
+        memory[...] = pressure(tier.model.vectors, memory, matrix)
         memory *= np.float32(step)
         asked = tier.coefficients(asked)
         own = self.federation.layout.memory_of(update)[: tier.layout.slots]

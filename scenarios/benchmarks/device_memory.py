@@ -46,7 +46,7 @@ def measured(system: str, loss: str, tier: int) -> dict[str, Any]:
     plan = Plan.of(made, ITEMS, USERS)
     federation = plan.federation
     held, rng = federation.tiers[tier], np.random.default_rng(0)
-    history = rng.choice(held.recommender.vectors.items, HISTORY, replace=False)
+    history = rng.choice(held.model.vectors.items, HISTORY, replace=False)
     model = rng.normal(0, 0.01, held.layout.size).astype(np.float32)
     peak = peak_bytes(plan, held, model, history.astype(np.int32))
     sent = held.layout.size * BYTES_A_COEFFICIENT

@@ -322,7 +322,7 @@ def device_of(here: Any, user: int, index: int, weight: float | None = None) -> 
 
 
 def model_of(tier: Tier, view: np.ndarray) -> LocalModel[Any]:
-    return LocalModel(tier.recommender, view)
+    return LocalModel(tier.model, view)
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -350,7 +350,7 @@ def test_a_device_trains_on_what_it_holds_of_its_history(mixed, system) -> None:
     weights = here.weights()
     for index, tier in enumerate(here.tiers):
         view, held = tier.view(here.federation.prefix(weights, tier)), 48 >> index
-        assert tier.recommender.vectors.items == (held if system == "rows" else 48)
+        assert tier.model.vectors.items == (held if system == "rows" else 48)
         device = device_of(here, 3, index)
         beyond = np.arange(held, 48, dtype=np.int32) if system == "rows" else np.zeros(0, np.int32)
         more = replace(device, history=np.concatenate((device.history, beyond[:5])))
@@ -362,7 +362,7 @@ def test_a_device_trains_on_what_it_holds_of_its_history(mixed, system) -> None:
             )
             assert np.array_equal(values, expected)
         cohort = Cohort.of(device.learner, Histories.alone(3, more.history))
-        assert cohort.data.items.max(initial=0) < tier.recommender.vectors.items
+        assert cohort.data.items.max(initial=0) < tier.model.vectors.items
 
 
 # --------------------------------------------------------------------------- weights

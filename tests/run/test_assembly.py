@@ -104,12 +104,12 @@ def test_tiers_are_sorted_from_strong_to_weak(system: str) -> None:
     assert [tier.capacity for tier in federation.tiers] == [1, 0.5, 0.25, 0.125]
     assert [tier.index for tier in federation.tiers] == [0, 1, 2, 3]
     assert [tier.weight for tier in federation.tiers] == [1, 0.5, 0.25, 0.125]
-    whole = federation.tiers[0].recommender.vectors
+    whole = federation.tiers[0].model.vectors
     for tier in federation.tiers:
-        table = tier.recommender.vectors
+        table = tier.model.vectors
         assert table.size == whole.size * tier.capacity
         assert tier.layout.slots == table.slots == tier.vectors.slots(tier.index)
-        assert tier.recommender.model.dot == table.dim
+        assert tier.model.model.dot == table.dim
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -119,7 +119,7 @@ def test_the_weakest_capacity_alone_is_a_smaller_model_of_the_same_kind(system: 
     mixed = federation_of(
         scenario({**SYSTEMS[system], **tiers((1.0, 0.5, 1.0), (0.25, 0.5, 1.0))}), 40
     )
-    assert alone.tiers[0].recommender == mixed.tiers[1].recommender
+    assert alone.tiers[0].model == mixed.tiers[1].model
     assert alone.layout == mixed.tiers[1].layout
 
 
@@ -129,7 +129,7 @@ def test_in_dims_biases_are_whole_and_gram_matrices_small(loss: str) -> None:
     if loss == "ials":
         changes |= {"train.loss": "ials", "model.item_bias": False}
     strong, weak = federation_of(scenario(changes), 40).tiers
-    assert weak.recommender.vectors.dim == 2
+    assert weak.model.vectors.dim == 2
     assert (strong.layout.gram, weak.layout.gram) == (
         (packed_size(8), packed_size(2)) if loss == "ials" else (0, 0)
     )

@@ -125,7 +125,7 @@ def test_fair_averaging_is_the_average_of_lifted_memories(mixed) -> None:
     memory = whole.view(weights)
     average = np.zeros(layout.size)
     for tier, cohort in zip(here.tiers, here.parts.simulation.cohorts, strict=True):
-        parts = tier.recommender
+        parts = tier.model
         assert parts.biases is not None
         own = tier.layout
         collapsed = np.concatenate((
@@ -175,7 +175,7 @@ def dense_gradient(here: Any, tier: Tier, view: np.ndarray, gram: np.ndarray) ->
     ``S`` in the place of ``u uᵀ`` in the second sum; with Newton steps, times
     ``P = (α S + ρ I)^-1``.
     """
-    train, table = here.scenario.train, tier.recommender.vectors
+    train, table = here.scenario.train, tier.model.vectors
     cohort = here.parts.simulation.cohorts[tier.index]
     items = np.arange(table.items)
     rows = table.gather(tier.layout.memory_of(view).astype(np.float64), items)
