@@ -283,14 +283,14 @@ def _watched(
     have failed, or the settlement with the population. That error is the one to show.
     """
     from privrec.cli.console import ConsoleObserver
-    from privrec.run import tracking
+    from privrec.run import record
     from privrec.run.record import Observer, Observers
 
     sinks: list[Observer] = []
     if tensorboard is not None:
-        sinks.append(tracking.TensorBoardSink(tensorboard))
+        sinks.append(record.TensorBoardSink(tensorboard))
     if mlflow is not None:
-        sinks.append(tracking.MLflowSink(mlflow))
+        sinks.append(record.MLflowSink(mlflow))
     try:
         with Observers(ConsoleObserver(), *sinks) as observer:
             yield observer

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from privrec.data.files import bad_file
 from privrec.data.interactions import Holdout, Interactions, ItemLists
-from privrec.embedding.hashing import finalise
+from privrec.embedding.subspace import finalise
 
 Int64Array = NDArray[np.int64]
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from privrec.data.files import shown
-from privrec.embedding.hashing import splitmix64
+from privrec.embedding.subspace import splitmix64
 from privrec.errors import DataError, UnknownIdError, UsageError
 
 Int32Array = NDArray[np.int32]

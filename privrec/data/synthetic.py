@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from privrec.data.corpus import EVERY, UNKNOWN, Corpus, Examples, TextSplit, dealt
 from privrec.data.interactions import Interactions, Split, leave_last_out
-from privrec.embedding.hashing import finalise
+from privrec.embedding.subspace import finalise
 from privrec.errors import DataError, UsageError
 from privrec.randomness import rng_for
 from privrec.scenario.schema import Data

@@ -28,7 +28,7 @@ from torch import Tensor
 from privrec.device.device import Deferred, Settings
 from privrec.device.samples import Items, merged, representatives, uniform
 from privrec.device.tier import LocalModel, Located
-from privrec.embedding.hashing import splitmix64
+from privrec.embedding.subspace import splitmix64
 from privrec.embedding.table import Table
 from privrec.models.losses import Samples, loss_of
 from privrec.models.ncf import NCF

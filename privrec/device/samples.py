@@ -16,12 +16,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.embedding.hashing import GOLDEN, finalise, splitmix64
+from privrec.embedding.subspace import GOLDEN, finalise, splitmix64
 from privrec.embedding.table import add_rows
 from privrec.randomness import SecretRoot, SecureStream
-from privrec.search.active import active_set
 from privrec.search.memory import outside
-from privrec.search.select import Search, mix, select
+from privrec.search.select import Search, active_set, mix, select
 
 FloatArray = NDArray[np.float32]
 Items = NDArray[np.int64]

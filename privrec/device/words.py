@@ -22,7 +22,7 @@ from privrec.device.device import Draws, Learner, Settings, Trained
 from privrec.device.samples import ActiveSet, Find, Histories, Items, OutputBudget, chosen_by
 from privrec.device.tier import LocalModel, Located, ModelView
 from privrec.device.update import Address, RawUpdate
-from privrec.embedding.hashing import splitmix64
+from privrec.embedding.subspace import splitmix64
 from privrec.embedding.table import Table
 from privrec.errors import UsageError
 from privrec.models.losses import loss_of, sampled_loss

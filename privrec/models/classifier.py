@@ -35,11 +35,11 @@ from torch.nn import functional
 
 from privrec import storage
 from privrec.data.corpus import Examples
-from privrec.data.labelled import SPLITS, Label, Labelled, Tokens, bags, labels_of, read_labelled
+from privrec.data.texts import SPLITS, Label, Labelled, Tokens, bags, labels_of, read_labelled
 from privrec.errors import DataError, UsageError
 from privrec.models.sparse_output import Loss, RowAdam, SparseOutput
 from privrec.randomness import SecretRoot, rng_for
-from privrec.search.active import ActiveSet
+from privrec.search.select import ActiveSet
 
 Labels: TypeAlias = Sequence[Label | Sequence[Label]]
 Texts: TypeAlias = str | os.PathLike[str] | Sequence[str]

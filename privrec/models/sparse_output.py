@@ -1,7 +1,7 @@
 """A wide output layer of which a batch computes, and trains, only a few neurons.
 
 Weights are dense, or live in a :class:`~privrec.embedding.subspace.Subspace`. A batch has one set
-of active neurons of an exact size (:mod:`privrec.search.active`); only their rows get gradients, as
+of active neurons of an exact size (:mod:`privrec.search.select`); only their rows get gradients, as
 sparse tensors whose indices are the neurons' own, so that whatever an optimiser keeps for a row
 stays with the neuron (:class:`RowAdam`)::
 
@@ -33,11 +33,18 @@ from privrec.errors import UsageError
 from privrec.models.losses import softmax_loss
 from privrec.models.process_memory import give_back_freed
 from privrec.randomness import ROOT_BYTES, SecretRoot, SecureStream, rng_for
-from privrec.search.active import NO_LABEL, ActiveSet, active_set, distinct_labels
 from privrec.search.hashing import Shape
 from privrec.search.index import INDEXES, Index, Rebuild
 from privrec.search.memory import FloatArray, ItemMemory, Items
-from privrec.search.select import Search, ranked, select
+from privrec.search.select import (
+    NO_LABEL,
+    ActiveSet,
+    Search,
+    active_set,
+    distinct_labels,
+    ranked,
+    select,
+)
 
 Loss = Literal["softmax", "bce"]
 

@@ -520,7 +520,7 @@ def test_sinks_are_opened_before_anything_is_trained(monkeypatch: pytest.MonkeyP
             opened.append(where)
             raise errors.UsageError("no such service")
 
-    monkeypatch.setattr("privrec.run.tracking.MLflowSink", Sink)
+    monkeypatch.setattr("privrec.run.record.MLflowSink", Sink)
     result = call("run", "tiny.toml", "--mlflow", "mine", "--out", "run")
     assert (result.exit_code, opened) == (2, ["mine"])
     assert not Path("run").exists()

@@ -19,8 +19,8 @@ from pydantic import ValidationError
 from privrec import data
 from privrec.data.files import read_catalogue, read_history, read_ids
 from privrec.data.interactions import Interactions, leave_last_out
-from privrec.data.labelled import read_labelled
 from privrec.data.tables import read_table
+from privrec.data.texts import read_labelled
 from privrec.errors import DataError
 
 FORM = form()

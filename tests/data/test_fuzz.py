@@ -28,9 +28,8 @@ from hypothesis import strategies as st
 from privrec import data
 from privrec.data.files import read_catalogue, read_history, read_ids
 from privrec.data.interactions import Split
-from privrec.data.labelled import read_labelled
 from privrec.data.tables import read_table
-from privrec.data.texts import read_extreme
+from privrec.data.texts import read_extreme, read_labelled
 from privrec.errors import DataError
 
 BLANKS = " \t\n\v\f\r"

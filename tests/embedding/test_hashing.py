@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from privrec.embedding.hashing import finalise, permute, splitmix64
+from privrec.embedding.subspace import finalise, permute, splitmix64
 
 MASK = 2**64 - 1
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import privrec
-from privrec.data.labelled import bags
+from privrec.data.texts import bags
 from privrec.errors import DataError, UsageError
 from privrec.models.classifier import Epoch, SparseClassifier
 

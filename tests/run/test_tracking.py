@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from privrec.errors import UsageError
-from privrec.run.record import Record, RunInfo
-from privrec.run.tracking import MLflowSink, TensorBoardSink
+from privrec.run.record import MLflowSink, Record, RunInfo, TensorBoardSink
 
 INFO = RunInfo("ml-1m-dp", 20, title="Federated GMF", population=6040, budget=8.0)
 

@@ -14,9 +14,9 @@ from privrec.embedding.subspace import Subspace
 from privrec.errors import UsageError
 from privrec.models.sparse_output import SparseOutput
 from privrec.randomness import SecretRoot
-from privrec.search.active import NO_LABEL, active_set, distinct_labels
 from privrec.search.hashing import Shape
 from privrec.search.index import INDEXES, Rebuild
+from privrec.search.select import NO_LABEL, active_set, distinct_labels
 
 N, DIM, BATCH = 600, 16, 12
 ROOT = SecretRoot.known(b"sparse output tests")
