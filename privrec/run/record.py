@@ -4,8 +4,9 @@ Losses and metrics come from private data and are named "outside the guarantee" 
 kept. The realised size of a cohort is written nowhere: amplification by sampling holds only while
 those sizes stay with the operator.
 
-A run may also be told to a tracking service, TensorBoard or MLflow. Where ε rests on hidden cohorts, the times that a service keeps beside each figure are replaced by
-the number of the round: how long a round took tells how many devices were in it.
+A run may also be told to a tracking service, TensorBoard or MLflow. Where ε rests on hidden
+cohorts, the times that a service keeps beside each figure are replaced by the number of the round:
+how long a round took tells how many devices were in it.
 """
 
 from __future__ import annotations
