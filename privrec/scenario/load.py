@@ -22,7 +22,7 @@ from pydantic_core import PydanticCustomError
 
 from privrec.errors import ScenarioError
 from privrec.scenario.keys import conflicts, describe, is_key, problems_of, shown, unknown_key
-from privrec.scenario.kinds import PUBLISHED, Table, Values, as_tuple
+from privrec.scenario.kinds import PUBLISHED, Values, as_tuple
 from privrec.scenario.schema import (
     TABLES,
     Data,
@@ -36,18 +36,8 @@ from privrec.scenario.schema import (
     Train,
 )
 
-__all__ = [
-    "Data",
-    "DeviceTier",
-    "Devices",
-    "Model",
-    "Privacy",
-    "Row",
-    "Run",
-    "Scenario",
-    "Train",
-    "load",
-]
+__all__ = ["Data", "DeviceTier", "Devices", "Model", "Privacy", "Row", "Run", "Scenario"]
+__all__ += ["Train", "load"]
 
 
 class Scenario(Heading):
@@ -287,7 +277,7 @@ def _changed(
 def _forget_former_kinds(document: dict[str, Any], settings: Mapping[str, Any]) -> None:
     """Remove what only the former kind had, where the kind was changed and the key was not."""
     for name, table in TABLES.items():
-        if not issubclass(table, Table) or not isinstance(document.get(name), dict):
+        if not isinstance(document.get(name), dict):
             continue
         own = table.of(document[name]).model_fields
         changed = [registry for registry in table.registries if registry.path in settings]
@@ -304,8 +294,7 @@ def _values(document: Mapping[str, Any], malformed: AbstractSet[str] = frozenset
         given = document.get(name, {})
         if not name or name in malformed or not isinstance(given, Mapping):
             continue
-        section = table.of(given) if issubclass(table, Table) else table
-        for key, field in section.model_fields.items():
+        for key, field in table.of(given).model_fields.items():
             if f"{name}.{key}" not in malformed:
                 values[f"{name}.{key}"] = given.get(key, field.get_default())
     return values
