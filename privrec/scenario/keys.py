@@ -34,6 +34,12 @@ _KINDS = {
     "string": "a text in quotes",
     "object": "a table",
 }
+_BOUNDS = {
+    "minimum": "of at least",
+    "exclusiveMinimum": "above",
+    "maximum": "at most",
+    "exclusiveMaximum": "below",
+}
 
 
 @dataclass(frozen=True)
@@ -108,9 +114,7 @@ def _bounds(schema: Schema) -> str:
         if least == most == 1:
             return ", one character"
         return f", {least} to {most} characters" if least else f", at most {most} characters"
-    words = (("minimum", "of at least"), ("exclusiveMinimum", "above"))
-    words += (("maximum", "at most"), ("exclusiveMaximum", "below"))
-    found = [f"{text} {_plain(schema[key])}" for key, text in words if key in schema]
+    found = [f"{text} {_plain(schema[key])}" for key, text in _BOUNDS.items() if key in schema]
     return f" {' and '.join(found)}" if found else ""
 
 
