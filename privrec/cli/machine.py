@@ -121,6 +121,11 @@ SHOWN = ("torch", "numpy", "scipy", "cryptography", "dp-accounting")
 EXTRAS = ("data", "track", "flower")
 
 
+Level = Literal["ok", "note", "fail"]
+Found = tuple[Level, str] | tuple[Level, str, str]
+"""What a check says: level, detail and perhaps a remedy, as in :class:`Finding`."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing that was looked at.
@@ -131,7 +136,7 @@ class Finding:
     """
 
     name: str
-    level: Literal["ok", "note", "fail"]
+    level: Level
     detail: str
     remedy: str = ""
 
@@ -164,7 +169,7 @@ def examine(data_dir: Path | None = None) -> list[Finding]:
     findings = []
     for name, check in CHECKS.items():
         try:
-            findings.append(check())
+            findings.append(Finding(name, *check()))
         except Exception as error:  # to be shown, not to die of
             detail = f"{type(error).__name__}: {error}"
             findings.append(Finding(name, "fail", detail, "reinstall privrec"))
@@ -175,35 +180,35 @@ def examine(data_dir: Path | None = None) -> list[Finding]:
     return [*findings, *_packages(), here]
 
 
-def _python() -> Finding:
+def _python() -> Found:
     found = platform.python_version()
     if sys.version_info[:2] < OLDEST_PYTHON:
-        return Finding("python", "fail", found, "install Python 3.11 or newer")
-    return Finding("python", "ok", f"{found} on {platform.system()} {platform.machine()}")
+        return "fail", found, "install Python 3.11 or newer"
+    return "ok", f"{found} on {platform.system()} {platform.machine()}"
 
 
-def _threads() -> Finding:
+def _threads() -> Found:
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     used = torch.get_num_threads()
     detail = f"{used} used by torch, {cores} cores usable"
     if cores and used > cores:
-        return Finding("threads", "note", detail, f"set OMP_NUM_THREADS={cores}")
-    return Finding("threads", "ok", detail)
+        return "note", detail, f"set OMP_NUM_THREADS={cores}"
+    return "ok", detail
 
 
-def _secure_generator() -> Finding:
+def _secure_generator() -> Found:
     from privrec.randomness import SecretRoot
 
     first, second = (SecretRoot(os.urandom(32)).stream("doctor").bytes(32) for _ in range(2))
     if first == second:
         remedy = "do not run privrec with noise on this machine"
-        return Finding("secure generator", "fail", "two roots gave the same bytes", remedy)
-    return Finding("secure generator", "ok", "operating system entropy, AES-CTR keystream")
+        return "fail", "two roots gave the same bytes", remedy
+    return "ok", "operating system entropy, AES-CTR keystream"
 
 
-def _aes_speed() -> Finding:
+def _aes_speed() -> Found:
     from privrec.randomness import SecretRoot
 
     stream = SecretRoot(os.urandom(32)).stream("doctor")
@@ -213,11 +218,11 @@ def _aes_speed() -> Finding:
     speed = AES_BYTES / (time.perf_counter() - start) / 1e9
     detail = f"{speed:.1f} GB/s"
     if speed < SLOW_AES_GB_S:
-        return Finding("AES speed", "note", detail, "noise will be slow: use a CPU with AES-NI")
-    return Finding("AES speed", "ok", detail)
+        return "note", detail, "noise will be slow: use a CPU with AES-NI"
+    return "ok", detail
 
 
-def _state_directory() -> Finding:
+def _state_directory() -> Found:
     from privrec.randomness import state_dir
 
     directory = state_dir()
@@ -230,11 +235,11 @@ def _state_directory() -> Finding:
     except OSError as error:
         detail = f"{directory} cannot be written: {error.strerror}"
         remedy = "set PRIVREC_STATE to a folder of your own on a local disk"
-        return Finding("state directory", "fail", detail, remedy)
-    return Finding("state directory", "ok", f"{directory} is writable; noise roots are kept there")
+        return "fail", detail, remedy
+    return "ok", f"{directory} is writable; noise roots are kept there"
 
 
-CHECKS: dict[str, Callable[[], Finding]] = {
+CHECKS: dict[str, Callable[[], Found]] = {
     "python": _python,
     "threads": _threads,
     "secure generator": _secure_generator,

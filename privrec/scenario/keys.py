@@ -126,19 +126,13 @@ def _plain(value: float) -> str:
 
 def keys_of(table: str, section: type[Section]) -> dict[str, Key]:
     """The keys of one class by name, in the order of its fields."""
-    schema = section.model_json_schema()
-    required = schema.get("required", ())
-    return {
-        name: Key(
-            table=table,
-            name=name,
-            rule=rule_of(entry),
-            unit=str(entry.get("unit", "")),
-            default="required" if name in required else as_toml(entry.get("default")),
-            meaning=" ".join(str(entry.get("description", "")).split()),
-        )
-        for name, entry in schema.get("properties", {}).items()
-    }
+    schema, found = section.model_json_schema(), {}
+    for name, entry in schema.get("properties", {}).items():
+        required = name in schema.get("required", ())
+        default = "required" if required else as_toml(entry.get("default"))
+        meaning = " ".join(entry.get("description", "").split())
+        found[name] = Key(table, name, rule_of(entry), entry.get("unit", ""), default, meaning)
+    return found
 
 
 def keys() -> list[Key]:
@@ -237,7 +231,7 @@ def unknown_key(path: str, value: object, document: Mapping[str, Any]) -> str:
                 few = f" other than {_listed(others)}"
             rule = f"it belongs to {registry.path}{few}, and the {registry.noun} is {chosen}"
             return describe(path, value, rule, f"remove it (-s {path}=)")
-    names = [each for each in TABLES if each]
+    names = list(filter(None, TABLES))
     if not table and isinstance(value, dict):
         near = get_close_matches(path, names, n=1, cutoff=0.5)
         remedy = f"did you mean [{near[0]}]?" if near else "remove it"
@@ -271,13 +265,10 @@ def _nearest_key(name: str, table: str) -> str:
 
 def conflicts(values: Values) -> dict[str, str]:
     """Everything that is wrong between keys: a message by path."""
-    chosen = [
-        (registry.path, registry[values[registry.path]].config)
-        for registry in REGISTRIES
-        if values.get(registry.path) in registry
-    ]
-    rules = [*_RULES, *(config.conflicts for _, config in chosen)]
-    needs = [(path, config.needs) for path, config in chosen]
+    known = [registry for registry in REGISTRIES if values.get(registry.path) in registry]
+    chosen = {registry.path: registry[values[registry.path]].config for registry in known}
+    rules = [*_RULES, *(config.conflicts for config in chosen.values())]
+    needs = [(path, config.needs) for path, config in chosen.items()]
     needs += [(path, of) for (path, value), of in _NEEDS.items() if values.get(path) == value]
     found: dict[str, str] = {}
     for problems in [*(rule(values) for rule in rules), *(_unmet(*each, values) for each in needs)]:
@@ -456,8 +447,8 @@ def json_schema(scenario: type[Section]) -> dict[str, Any]:
         for registry in section.registries:
             name = registry.key
             of_kinds = {
-                kind: registry[kind].config.model_json_schema().get("properties", {})
-                for kind in registry
+                kind.name: kind.config.model_json_schema().get("properties", {})
+                for kind in registry.values()
             }
             everything = {key: entry for keys in of_kinds.values() for key, entry in keys.items()}
             definition["properties"] |= everything

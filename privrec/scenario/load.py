@@ -68,13 +68,11 @@ class Scenario(Heading):
     def from_toml(
         cls, text: str, overrides: Sequence[str] = (), *, source: str = "scenario"
     ) -> Scenario:
-        """The scenario that a TOML text describes.
+        """The scenario that a TOML text describes; errors call the text ``source``.
 
         Args:
-            text: The TOML document.
             overrides: ``table.key=value`` each, the last of a key counts. The value is read as TOML
                 and, where that fails, as a bare text; an empty value removes the key.
-            source: What to call the text in errors.
 
         Raises:
             ScenarioError: If anything is wrong, listing everything that is.
@@ -90,13 +88,12 @@ class Scenario(Heading):
         return _changed(document, settings, problems, source)
 
     def with_settings(self, settings: Mapping[str, Any], *, source: str = "settings") -> Scenario:
-        """This scenario with some keys changed, without its rows.
+        """This scenario with some keys changed, without its rows; errors name ``source``.
 
         A change of kind takes the keys of the former kind away, but for those that both have.
 
         Args:
             settings: Value by dotted key; None or an empty text removes the key.
-            source: What to call the settings in errors.
 
         Raises:
             ScenarioError: If the result is not a scenario.
@@ -188,11 +185,7 @@ class Scenario(Heading):
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Scenario:
-    """The scenario in a TOML file.
-
-    Args:
-        path: The file, UTF-8.
-        overrides: As in :meth:`Scenario.from_toml`.
+    """The scenario in a TOML file; see :meth:`Scenario.from_toml`.
 
     Raises:
         ScenarioError: If the file cannot be read or is not a scenario.
@@ -200,8 +193,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Scenario:
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        problem = "there is no such file; a scenario is a TOML file, for example"
-        problem += " scenarios/quickstart.toml"
+        example = "scenarios/quickstart.toml"
+        problem = f"there is no such file; a scenario is a TOML file, for example {example}"
     except IsADirectoryError:
         problem = "this is a folder, and a scenario is a file; name a .toml file in it"
     except UnicodeDecodeError as error:
@@ -226,8 +219,8 @@ def _parsed(override: str, problems: dict[str, str]) -> tuple[str, Any]:
     path, equals, value = (part.strip() for part in override.partition("="))
     where = f"-s {override}"
     if not equals or not path:
-        rule = "an override has the form table.key=value"
-        problems[where] = f"-s {override!r}: {rule}; for example train.rounds=50"
+        form = "an override has the form table.key=value; for example train.rounds=50"
+        problems[where] = f"-s {override!r}: {form}"
         return "", None
     try:
         parsed = tomllib.loads(f"value = {value}")
