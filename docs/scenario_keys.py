@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from privrec.scenario.keys import Key, json_schema, keys, registries_of
+from privrec.scenario.keys import Key, json_schema, keys
 from privrec.scenario.load import Scenario
 from privrec.scenario.schema import TABLES
 
@@ -33,8 +33,8 @@ def reference() -> dict[str, str]:
         here = [key for key in everything if key.table == table]
         lines = ["| key | takes | unit | default | meaning |", "|---|---|---|---|---|"]
         lines += [_row(key) for key in here if key.registry is None]
-        for registry in registries_of(section):
-            name = registry.path.partition(".")[2]
+        for registry in section.registries:
+            name = registry.key
             lines += ["", f"| `{name}` | is | has the keys |", "|---|---|---|"]
             for kind in registry:
                 own = ", ".join(f"`{key}`" for key in registry[kind].config.model_fields)

@@ -106,16 +106,13 @@ run_dir = click.argument("directory", metavar="DIR", type=PATH)
 scenario_file = click.argument("scenario_file", metavar="SCENARIO", type=PATH)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 settings_option = click.option(
-    "-s",
-    "--set",
-    "settings",
+    *("-s", "--set", "settings"),
     multiple=True,
     metavar="TABLE.KEY=VALUE",
     help="Change a key of the scenario; an empty value removes it. May be repeated.",
 )
 data_option = click.option(
-    "--data",
-    "data_dir",
+    *("--data", "data_dir"),
     type=PATH,
     envvar="PRIVREC_DATA",
     metavar="PATH",
@@ -125,11 +122,7 @@ data_option = click.option(
 
 
 def check_run(directory: Path) -> None:
-    """Refuse what is no run directory.
-
-    Raises:
-        UsageError: If it does not exist or holds no run.
-    """
+    """Refuse, by a UsageError, what is no run directory."""
     if (directory / "run.json").is_file():
         return
     found = "it has no run.json" if directory.is_dir() else "there is no such folder"
@@ -140,10 +133,9 @@ def check_run(directory: Path) -> None:
 
 
 def check_data(data_dir: Path | None) -> None:
-    """Refuse a ``--data`` that does not exist; ``PRIVREC_DATA`` may name a folder yet to be made.
+    """Refuse, by a UsageError, a ``--data`` that is not there.
 
-    Raises:
-        UsageError: If it was given on the command line and is not there.
+    ``PRIVREC_DATA`` may name a folder yet to be made.
     """
     source = click.get_current_context().get_parameter_source("data_dir")
     if source is ParameterSource.COMMANDLINE and data_dir is not None and not data_dir.exists():
@@ -178,10 +170,7 @@ def print_json(payload: object) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a title and rows under headings; columns of numbers are aligned to the right.
-
-    Cells are as many in each row as there are headings.
-    """
+    """Print a title and rows under headings; columns of numbers are aligned to the right."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -243,8 +232,7 @@ class ConsoleObserver(Observer):
 
     Args:
         stream: Where it writes; standard error when None, so that standard output stays a result.
-        every_s: Seconds between lines, >= 0.
-        clock: Seconds that only grow.
+        every_s: Seconds between lines, >= 0, by ``clock``, which only grows.
         console: A terminal to draw the bar on, instead of what ``stream`` is found to be.
     """
 
@@ -287,7 +275,11 @@ class ConsoleObserver(Observer):
         """Move the bar and show the figures of the round, or write a line if one is due."""
         if self._bar is not None:
             self._metrics = record.metrics or self._metrics  # of the last evaluation
-            figures = self._figures(record, self._cohort(record), self._metrics)
+            cohort = "" if record.cohort is None else f"cohort {record.cohort:,}"
+            if self._info.hides_cohorts:
+                expected = self._info.expected_cohort
+                cohort = "" if expected is None else f"cohort ≈{expected:,.0f}"
+            figures = self._figures(record, cohort, self._metrics)
             self._bar.update(self._bar.task_ids[0], completed=record.round, figures=figures)
         elif self._console is None and self._due(record, now := self._clock()):
             self._first, self._last = False, now
@@ -317,12 +309,6 @@ class ConsoleObserver(Observer):
         )
         return " · ".join(part for part in parts if part)
 
-    def _cohort(self, record: Record) -> str:
-        if not self._info.hides_cohorts:
-            return "" if record.cohort is None else f"cohort {record.cohort:,}"
-        expected = self._info.expected_cohort
-        return "" if expected is None else f"cohort ≈{expected:,.0f}"
-
     def _write(self, line: str) -> None:
         if self._stream is None:  # Python has no standard error where it was closed
             return
@@ -343,20 +329,13 @@ class ConsoleObserver(Observer):
 
 
 def _bar(console: Console) -> Progress:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich import progress
 
-    return Progress(
-        TextColumn("{task.description}"),
-        MofNCompleteColumn(),
-        BarColumn(bar_width=8 if console.width < 100 else 24),
-        TextColumn("{task.fields[figures]}"),
-        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.MofNCompleteColumn(),
+        progress.BarColumn(bar_width=8 if console.width < 100 else 24),
+        progress.TextColumn("{task.fields[figures]}"),
+        progress.TimeRemainingColumn(compact=True, elapsed_when_finished=True),
         console=console,
-        transient=False,
     )

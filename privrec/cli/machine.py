@@ -1,4 +1,4 @@
-"""What this machine has: ``privrec data`` for data sets, ``privrec doctor`` for all else."""
+"""What runs stand on: ``privrec data`` for data sets, ``doctor`` for the machine, ``flower``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -27,7 +28,7 @@ from privrec.cli.console import (
     print_table,
     settings_option,
 )
-from privrec.errors import PrivrecError
+from privrec.errors import PrivrecError, UsageError
 
 if TYPE_CHECKING:
     from privrec.scenario.load import Scenario
@@ -63,8 +64,7 @@ def list_data(data_dir: Path | None, as_json: bool) -> None:
 @data.command(epilog=example("privrec data fetch ml-1m"))
 @click.argument("name", metavar="NAME")
 @click.option(
-    "--data",
-    "directory",
+    *("--data", "directory"),
     type=PATH,
     metavar="DIR",
     envvar="PRIVREC_DATA",
@@ -121,6 +121,11 @@ SHOWN = ("torch", "numpy", "scipy", "cryptography", "dp-accounting")
 EXTRAS = ("data", "track", "flower")
 
 
+Level = Literal["ok", "note", "fail"]
+Found = tuple[Level, str] | tuple[Level, str, str]
+"""What a check says: level, detail and perhaps a remedy, as in :class:`Finding`."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing that was looked at.
@@ -131,7 +136,7 @@ class Finding:
     """
 
     name: str
-    level: Literal["ok", "note", "fail"]
+    level: Level
     detail: str
     remedy: str = ""
 
@@ -164,7 +169,7 @@ def examine(data_dir: Path | None = None) -> list[Finding]:
     findings = []
     for name, check in CHECKS.items():
         try:
-            findings.append(check())
+            findings.append(Finding(name, *check()))
         except Exception as error:  # to be shown, not to die of
             detail = f"{type(error).__name__}: {error}"
             findings.append(Finding(name, "fail", detail, "reinstall privrec"))
@@ -175,35 +180,35 @@ def examine(data_dir: Path | None = None) -> list[Finding]:
     return [*findings, *_packages(), here]
 
 
-def _python() -> Finding:
+def _python() -> Found:
     found = platform.python_version()
     if sys.version_info[:2] < OLDEST_PYTHON:
-        return Finding("python", "fail", found, "install Python 3.11 or newer")
-    return Finding("python", "ok", f"{found} on {platform.system()} {platform.machine()}")
+        return "fail", found, "install Python 3.11 or newer"
+    return "ok", f"{found} on {platform.system()} {platform.machine()}"
 
 
-def _threads() -> Finding:
+def _threads() -> Found:
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     used = torch.get_num_threads()
     detail = f"{used} used by torch, {cores} cores usable"
     if cores and used > cores:
-        return Finding("threads", "note", detail, f"set OMP_NUM_THREADS={cores}")
-    return Finding("threads", "ok", detail)
+        return "note", detail, f"set OMP_NUM_THREADS={cores}"
+    return "ok", detail
 
 
-def _secure_generator() -> Finding:
+def _secure_generator() -> Found:
     from privrec.randomness import SecretRoot
 
     first, second = (SecretRoot(os.urandom(32)).stream("doctor").bytes(32) for _ in range(2))
     if first == second:
         remedy = "do not run privrec with noise on this machine"
-        return Finding("secure generator", "fail", "two roots gave the same bytes", remedy)
-    return Finding("secure generator", "ok", "operating system entropy, AES-CTR keystream")
+        return "fail", "two roots gave the same bytes", remedy
+    return "ok", "operating system entropy, AES-CTR keystream"
 
 
-def _aes_speed() -> Finding:
+def _aes_speed() -> Found:
     from privrec.randomness import SecretRoot
 
     stream = SecretRoot(os.urandom(32)).stream("doctor")
@@ -213,11 +218,11 @@ def _aes_speed() -> Finding:
     speed = AES_BYTES / (time.perf_counter() - start) / 1e9
     detail = f"{speed:.1f} GB/s"
     if speed < SLOW_AES_GB_S:
-        return Finding("AES speed", "note", detail, "noise will be slow: use a CPU with AES-NI")
-    return Finding("AES speed", "ok", detail)
+        return "note", detail, "noise will be slow: use a CPU with AES-NI"
+    return "ok", detail
 
 
-def _state_directory() -> Finding:
+def _state_directory() -> Found:
     from privrec.randomness import state_dir
 
     directory = state_dir()
@@ -230,11 +235,11 @@ def _state_directory() -> Finding:
     except OSError as error:
         detail = f"{directory} cannot be written: {error.strerror}"
         remedy = "set PRIVREC_STATE to a folder of your own on a local disk"
-        return Finding("state directory", "fail", detail, remedy)
-    return Finding("state directory", "ok", f"{directory} is writable; noise roots are kept there")
+        return "fail", detail, remedy
+    return "ok", f"{directory} is writable; noise roots are kept there"
 
 
-CHECKS: dict[str, Callable[[], Finding]] = {
+CHECKS: dict[str, Callable[[], Found]] = {
     "python": _python,
     "threads": _threads,
     "secure generator": _secure_generator,
@@ -255,34 +260,25 @@ def _packages() -> Iterator[Finding]:
         if not extra or extra in EXTRAS:
             wanted.setdefault(extra, []).append(re.split(r"[^\w.-]", line, maxsplit=1)[0])
     for extra, names in wanted.items():
-        missing = f"missing: {', '.join(absent)}" if (absent := _absent(names)) else ""
-        if not extra and missing:
-            yield Finding("packages", "fail", missing, "reinstall privrec")
-        elif not extra:
-            yield Finding("packages", "ok", ", ".join(f"{name} {version(name)}" for name in SHOWN))
-        elif missing:
-            remedy = f"pip install 'privrec[{extra}]' if you want it"
-            yield Finding(f"extra {extra}", "note", missing, remedy)
+        what = f"extra {extra}" if extra else "packages"
+        if absent := [name for name in names if not _installed(name)]:
+            install = f"pip install 'privrec[{extra}]' if you want it"
+            remedy = install if extra else "reinstall privrec"
+            missing = f"missing: {', '.join(absent)}"
+            yield Finding(what, "note" if extra else "fail", missing, remedy)
         else:
-            yield Finding(f"extra {extra}", "ok", ", ".join(names))
+            here = names if extra else [f"{name} {version(name)}" for name in SHOWN]
+            yield Finding(what, "ok", ", ".join(here))
 
 
-def _absent(names: Sequence[str]) -> list[str]:
-    found = []
-    for name in names:
-        try:
-            version(name)
-        except PackageNotFoundError:
-            found.append(name)
-    return found
+def _installed(name: str) -> bool:
+    with suppress(PackageNotFoundError):
+        return bool(version(name))
+    return False
 
 
 def found_data(data_dir: Path | None = None) -> dict[str, str]:
-    """Where each MovieLens set was found, by name; sets that are not here are left out.
-
-    Args:
-        data_dir: A folder to look in first: a data set's own, or one above.
-    """
+    """Where each set was found, by name, in ``data_dir`` first: a data set's own, or one above."""
     from privrec.data.catalogue import ARCHIVES, cache_dir
 
     found: dict[str, str] = {}
@@ -291,7 +287,75 @@ def found_data(data_dir: Path | None = None) -> dict[str, str]:
             places = [root] if root.name in archive.folders else []
             places += [root / folder for folder in archive.folders]
             places += [root / f"{folder}.zip" for folder in archive.folders]
-            here = next((place for place in places if place.exists()), None)
-            if here is not None:
+            for here in filter(Path.exists, places):
                 found.setdefault(name, str(here))
     return found
+
+
+# --------------------------------------------------------------------------- Flower
+
+
+@click.group(
+    cls=Commands,
+    epilog=example("privrec flower init my-app", "privrec flower enroll keys --roster roster.txt"),
+)
+def flower() -> None:
+    """Deploy with Flower: write an app, enrol devices."""
+
+
+@flower.command(epilog=example("privrec flower init my-app --scenario my.toml"))
+@click.argument("folder", type=PATH)
+@click.option("--scenario", type=PATH, help="What the app trains; a small one if unset.")
+@json_option
+def init(folder: Path, scenario: Path | None, as_json: bool) -> None:
+    """Write a complete Flower app to FOLDER, ready for `flwr run`."""
+    from privrec.flower.app import init as write
+
+    files = write(folder, scenario)
+    if as_json:
+        print_json({"files": [str(path) for path in files]})
+        return
+    for path in files:
+        click.echo(f"wrote {path}")
+    click.echo(f"Run it: cd {folder} && flwr run .")
+
+
+@flower.command(epilog=example("privrec flower enroll keys --roster roster.txt --number 7"))
+@click.argument("keys", type=PATH)
+@click.option("--roster", type=PATH, help="Add the devices to this file.")
+@click.option("--office", type=PATH, help="Certify them with this secret key.")
+@click.option("--partition", nargs=2, type=int, metavar="ID COUNT", help="Users of a partition.")
+@click.option("--population", type=int, help="Users of the data set, with --partition.")
+@click.option("--number", type=int, default=0, show_default=True, help="Of a single device.")
+@json_option
+def enroll(
+    keys: Path,
+    roster: Path | None,
+    office: Path | None,
+    partition: tuple[int, int] | None,
+    population: int | None,
+    number: int,
+    as_json: bool,
+) -> None:
+    """Make the keys of a node in the new folder KEYS, and enrol its devices."""
+    from privrec.flower.enrolment import enroll as make
+
+    if partition is None:
+        users: range = range(number, number + 1)
+    else:
+        part, parts = partition
+        if population is None or not 0 <= part < parts:
+            raise UsageError(
+                f"--partition {part} {parts}: ID is below COUNT, and --population N says how many "
+                "users the data set has"
+            )
+        users = range(part, population, parts)
+    identities = make(keys, users, roster, office)
+    if as_json:
+        print_json({"keys": str(keys), "identities": identities})
+        return
+    click.echo(f"{len(identities)} devices; their secret root is in {keys}: keep it there")
+    if roster is not None:
+        click.echo(f"Enrolled in {roster}: hand that file to every device, not by the server")
+    if office is not None:
+        click.echo(f"Certified by {office}: hand {office}.pub to every device")

@@ -31,8 +31,7 @@ from privrec.cli.console import (
     settings_option,
     shown,
 )
-from privrec.cli.flower import flower
-from privrec.cli.machine import data, doctor
+from privrec.cli.machine import data, doctor, flower
 from privrec.cli.plan import audit, plan, scenario
 from privrec.cli.report import compare, population, report, write_report
 from privrec.errors import PrivrecError, UsageError
@@ -98,15 +97,13 @@ def demo(out: Path | None, as_json: bool) -> None:
         result = lifecycle.start(quickstart, out=path, observer=observer)
     pages = _reported(result.path)
     found = recommendations(result.path, user=DEMO_USER, history=None, k=10, data_dir=None)
-    with shown():
-        if as_json:
-            rows = [entry.to_json() for entry in found]
-            page = None if pages is None else str(pages.html)
+    if as_json:
+        rows = [entry.to_json() for entry in found]
+        page = None if pages is None else str(pages.html)
+        with shown():
             print_json({**result.payload, "recommendations": rows, "report": page})
-            return
-        print_result(result.payload)
-        _print_recommendations(found, f"Recommendations for user {DEMO_USER}")
-        _say_where(result.path, pages)
+    else:
+        _print_finished(result, pages, found)
 
 
 @main.command(
@@ -249,11 +246,7 @@ for _command in (population, flower, data, scenario, doctor):
 
 
 def _new_folder(name: str, out: Path | None) -> Path:
-    """``--out``, or the first of ``runs/NAME-1``, ``runs/NAME-2``, … that does not exist.
-
-    Raises:
-        UsageError: If no run can be written to ``--out``; before any work is done.
-    """
+    """``--out`` if a run can be written there; without it, the first free ``runs/NAME-number``."""
     if out is None:
         number = 1
         while (path := Path("runs") / f"{name}-{number}").exists():
@@ -304,8 +297,7 @@ def _watched(
 def _reported(directory: Path) -> Written | None:
     """Write the report of a finished run; None where that fails, which does not unmake the run.
 
-    Raises:
-        PrivrecError: If the files of the run do not agree, so that no report may be made of them.
+    Where the files of the run do not agree, no report may be made of them: that error is raised.
     """
     try:
         return write_report(directory)
@@ -324,18 +316,23 @@ def _reported(directory: Path) -> Written | None:
 
 def _finish(result: Result, as_json: bool) -> None:
     pages = _reported(result.path)
-    with shown():
-        if as_json:
+    if as_json:
+        with shown():
             print_json(result.payload)
-            return
+    else:
+        _print_finished(result, pages)
+
+
+def _print_finished(
+    result: Result, pages: Written | None, found: Sequence[Recommendation] = ()
+) -> None:
+    with shown():
         print_result(result.payload)
-        _say_where(result.path, pages)
-
-
-def _say_where(directory: Path, pages: Written | None) -> None:
-    click.echo(f"Run:    {directory}")
-    if pages is not None:
-        click.echo(f"Report: {pages.html}")
+        if found:
+            _print_recommendations(found, f"Recommendations for user {DEMO_USER}")
+        click.echo(f"Run:    {result.path}")
+        if pages is not None:
+            click.echo(f"Report: {pages.html}")
 
 
 # --------------------------------------------------------------------------- results
@@ -350,8 +347,9 @@ def print_result(payload: Mapping[str, Any]) -> None:
     for key, value in payload["metrics"].items():
         low, high = intervals.get(key) or (None, None)
         within = "" if low is None else f"{low:.4f} to {high:.4f}"
-        others = (_digits(baseline.get(key)) for baseline in baselines.values())
-        rows.append((metric_name(key), f"{value:.4f}", within, *others))
+        others = (baseline.get(key) for baseline in baselines.values())
+        beside = ("" if other is None else f"{other:.4f}" for other in others)
+        rows.append((metric_name(key), f"{value:.4f}", within, *beside))
     title = f"{title} (accuracy on {payload.get('holdout', 'test')}, {OUTSIDE})"
     print_table(title, ("metric", "value", "95 %", *baselines), rows)
     print_lines(_privacy_lines(payload["privacy"]))
@@ -374,10 +372,6 @@ _COSTS = {
     "noise_deferred": ("devices' own noise that was not drawn", "share"),
     "wall_s": ("the whole run", "s"),
 }
-
-
-def _digits(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
 
 
 def _privacy_lines(privacy: Mapping[str, Any]) -> Iterator[str]:
@@ -438,7 +432,6 @@ def _by_tier(row: Mapping[str, Any]) -> str:
 
 
 def _print_recommendations(entries: Sequence[Recommendation], title: str) -> None:
-    """Print ranked items, with titles where the data set has them."""
     titled = any(entry.title for entry in entries)
     columns = ("rank", "item", *(["title"] if titled else []), "score")
     rows = [

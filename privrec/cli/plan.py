@@ -81,13 +81,10 @@ def plan(scenario_file: Path, settings: tuple[str, ...], as_json: bool) -> None:
 def planned(scenario: Scenario) -> dict[str, Any]:
     """The plan of a scenario as JSON values, with one entry of ``rows`` for each of its rows.
 
-    Returns:
-        ``noise_multiplier``, ``epsilon`` and ``epsilon_server`` (null is infinite) after the last
-        round, ``epsilon_by_round`` at about ten rounds, ``signal``, ``warnings`` and the settings
-        that they follow from.
+    ``epsilon`` and ``epsilon_server`` are after the last round; null is infinite.
 
     Raises:
-        UsageError: If no noise meets the target, or the population is not positive.
+        UsageError: If no noise meets the target, or sizes that distributed noise needs are unknown.
     """
     rows = [{"name": name, **_planned(variant)} for name, variant in scenario.variants()]
     return {**_planned(scenario), "rows": rows}
@@ -199,14 +196,9 @@ def _length(scenario: Scenario, items: int, halving: int) -> int:
     vectors = held(model.dim, model.block, halving)
     biases = held(1, 1, 0 if order == "dims" else halving)  # the first dimensions are of all items
     gram = vectors.dim * (vectors.dim + 1) // 2 if isinstance(scenario.train, ImplicitALS) else 0
-    layout = Layout(
-        model.dense_weights(vectors.dim),
-        vectors.slots,
-        vectors.block,
-        biases.slots if model.item_bias else 0,
-        gram,
-    )
-    return layout.size
+    bias_slots = biases.slots if model.item_bias else 0
+    dense = model.dense_weights(vectors.dim)
+    return Layout(dense, vectors.slots, vectors.block, bias_slots, gram).size
 
 
 def _signal(scenario: Scenario, noise_multiplier: float) -> dict[str, Any] | None:

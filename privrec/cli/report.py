@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -110,25 +111,22 @@ def schema() -> None:
 
 
 def _print_verdict(verdict: Verdict) -> None:
-    if verdict.checked:
-        print_lines(["Recomputed from the ledger, and agrees:"])
-        print_lines([f"  {text}" for text in verdict.checked])
-    if verdict.unchecked:
-        print_lines(["Not checked:"])
-        print_lines([f"  {text}" for text in verdict.unchecked])
+    _print_list("Recomputed from the ledger, and agrees:", verdict.checked)
+    _print_list("Not checked:", verdict.unchecked)
     if verdict.mismatches:
         rows = [(each.where, each.reason) for each in verdict.mismatches]
         print_table("Does not match", ("where", "why"), rows)
-    if verdict.word:
-        print_lines(["On the operator's word, since no verifier can see it:"])
-        print_lines([f"  {each.title}" for each in verdict.word])
+    titles = [each.title for each in verdict.word]
+    _print_list("On the operator's word, since no verifier can see it:", titles)
     if not verdict.anchored:
-        print_lines(
-            [
-                "The key was the one that the ledger itself names: whoever made the files can have "
-                "made up all of them."
-            ]
-        )
+        warning = "The key was the one that the ledger itself names: whoever made the files can "
+        print_lines([f"{warning}have made up all of them."])
+
+
+def _print_list(heading: str, entries: Sequence[str]) -> None:
+    if entries:
+        print_lines([heading])
+        print_lines(f"  {entry}" for entry in entries)
 
 
 def write_report(directory: Path) -> Written:
@@ -166,20 +164,16 @@ def compare(directories: tuple[Path, ...], out: Path | None, as_json: bool) -> N
         print_json({"rows": comparison.rows(), "cautions": comparison.cautions})
         return
     columns = [*_HEADINGS, *comparison.metrics, *_COSTS]
-    rows = [
-        [
-            epsilon_text(cast("float | None", row[column]), 3)
-            if "epsilon" in column
-            else number_text(row[column])
-            for column in columns
-        ]
-        for row in comparison.rows()
-    ]
+    rows = [[_cell(column, row[column]) for column in columns] for row in comparison.rows()]
     names = {**_HEADINGS, **_COSTS}
     headings = [names.get(column) or metric_name(column) for column in columns]
     print_table(f"Runs (metrics are {OUTSIDE})", headings, rows)
     if comparison.cautions:
         print_lines(f"caution: {caution}" for caution in comparison.cautions)
+
+
+def _cell(column: str, value: Any) -> str:
+    return epsilon_text(value, 3) if "epsilon" in column else number_text(value)
 
 
 _HEADINGS = {
@@ -205,9 +199,7 @@ def population() -> None:
     """Lifetime budgets: one limit on ε over several runs on the same users."""
 
 
-@population.command(
-    epilog=example("privrec population create readers --epsilon 8 --delta 1e-6"),
-)
+@population.command(epilog=example("privrec population create readers --epsilon 8 --delta 1e-6"))
 @_name
 @click.option("--epsilon", type=float, required=True, help="Lifetime limit on ε.")
 @click.option("--delta", type=float, required=True, help="δ of that limit.")
@@ -241,23 +233,12 @@ def _print_population(found: Population, as_json: bool) -> None:
 
     spent = {run: epsilon(counts, found.delta, found.against) for run, counts in found.runs.items()}
     if as_json:
-        print_json(
-            {
-                "name": found.name,
-                "epsilon": found.epsilon,
-                "delta": found.delta,
-                "against": found.against,
-                "spent": found.spent(),
-                "runs": spent,
-            }
-        )
+        limit = {key: getattr(found, key) for key in ("name", "epsilon", "delta", "against")}
+        print_json({**limit, "spent": found.spent(), "runs": spent})
         return
-    print_lines(
-        [
-            f"Population {found.name}: ε = {epsilon_text(found.spent(), 3)} of {found.epsilon:g} "
-            f"spent or set aside, against {adversary_text(found.against)}, at δ = {found.delta:g}."
-        ]
-    )
+    limit_text = f"{found.epsilon:g} spent or set aside, against {adversary_text(found.against)}"
+    so_far = f"Population {found.name}: ε = {epsilon_text(found.spent(), 3)} of {limit_text}"
+    print_lines([f"{so_far}, at δ = {found.delta:g}."])
     if spent:
         rows = [(run, epsilon_text(value, 3)) for run, value in spent.items()]
         print_table("Runs", ("run", "ε by itself"), rows)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -22,7 +22,6 @@ from privrec.scenario.kinds import (
     Problem,
     Registry,
     Section,
-    Table,
     Values,
 )
 from privrec.scenario.schema import TABLES
@@ -34,6 +33,12 @@ _KINDS = {
     "boolean": "true or false",
     "string": "a text in quotes",
     "object": "a table",
+}
+_BOUNDS = {
+    "minimum": "of at least",
+    "exclusiveMinimum": "above",
+    "maximum": "at most",
+    "exclusiveMaximum": "below",
 }
 
 
@@ -109,11 +114,7 @@ def _bounds(schema: Schema) -> str:
         if least == most == 1:
             return ", one character"
         return f", {least} to {most} characters" if least else f", at most {most} characters"
-    words = {
-        "minimum": "of at least", "exclusiveMinimum": "above",
-        "maximum": "at most", "exclusiveMaximum": "below",
-    }  # fmt: skip
-    found = [f"{text} {_plain(schema[key])}" for key, text in words.items() if key in schema]
+    found = [f"{text} {_plain(schema[key])}" for key, text in _BOUNDS.items() if key in schema]
     return f" {' and '.join(found)}" if found else ""
 
 
@@ -125,19 +126,13 @@ def _plain(value: float) -> str:
 
 def keys_of(table: str, section: type[Section]) -> dict[str, Key]:
     """The keys of one class by name, in the order of its fields."""
-    schema = section.model_json_schema()
-    required = schema.get("required", ())
-    return {
-        name: Key(
-            table=table,
-            name=name,
-            rule=rule_of(entry),
-            unit=str(entry.get("unit", "")),
-            default="required" if name in required else as_toml(entry.get("default")),
-            meaning=" ".join(str(entry.get("description", "")).split()),
-        )
-        for name, entry in schema.get("properties", {}).items()
-    }
+    schema, found = section.model_json_schema(), {}
+    for name, entry in schema.get("properties", {}).items():
+        required = name in schema.get("required", ())
+        default = "required" if required else as_toml(entry.get("default"))
+        meaning = " ".join(entry.get("description", "").split())
+        found[name] = Key(table, name, rule_of(entry), entry.get("unit", ""), default, meaning)
+    return found
 
 
 def keys() -> list[Key]:
@@ -145,7 +140,7 @@ def keys() -> list[Key]:
     found: list[Key] = []
     for table, section in TABLES.items():
         found += keys_of(table, section).values()
-        for registry in registries_of(section):
+        for registry in section.registries:
             owners: dict[Key, tuple[str, ...]] = {}
             for name in registry:
                 for key in keys_of(table, registry[name].config).values():
@@ -157,74 +152,59 @@ def keys() -> list[Key]:
 def is_key(path: str) -> bool:
     """Whether some scenario has this key."""
     table, _, name = path.rpartition(".")
-    section = TABLES.get(table)
-    if section is None:
-        return False
-    return name in section.model_fields or any(r.owners(name) for r in registries_of(section))
-
-
-def registries_of(section: type[Section]) -> tuple[Registry, ...]:
-    """The registries whose kinds a table can name."""
-    return section.registries if issubclass(section, Table) else ()
+    section = TABLES.get(table, Section)
+    return name in section.model_fields or any(r.owners(name) for r in section.registries)
 
 
 # --------------------------------------------------------------------------- problems
 
 
 def problems_of(errors: Iterable[Mapping[str, Any]], document: Mapping[str, Any]) -> dict[str, str]:
-    """Pydantic's errors in plain words: a message by dotted path, at most one for each key.
-
-    Args:
-        errors: ``ValidationError.errors()`` of the whole scenario.
-        document: What was validated.
-    """
+    """Pydantic's errors on a document in plain words: at most one message by dotted path."""
     messages: dict[str, str] = {}
     for error in errors:
-        table, *rest = error["loc"]
-        value, path = error["input"], ".".join(map(str, error["loc"][:2]))
-        known = None
-        if table not in (*TABLES, "rows"):
-            known, path = keys_of("", TABLES[""]).get(str(table)), str(table)
-        elif rest:
-            section = TABLES.get(str(table), Section)
-            if issubclass(section, Table):
-                section = section.of(document[table])
-            known = keys_of(str(table), section).get(str(rest[0]))
-        if table == "rows" or (error["loc"][:2] == ("devices", "tiers") and len(rest) > 1):
-            path = "".join(f"[{x}]" if isinstance(x, int) else f".{x}" for x in error["loc"])[1:]
-            words = _OF_ENTRIES["rows" if table == "rows" else "tiers"]
-            message = describe(path, value, *words)
-            if table == "rows" and error["type"] == "missing":
-                message = f"{path}: it is missing; a row needs it; add it"
-        elif error["type"] == "extra_forbidden":
-            message = unknown_key(path, value, document)
-        elif error["type"] == "rule":
-            message = f"{path} = {shown(value)}: {error['msg']}"
-        elif path in TABLES and error["type"] == "missing":
-            message = f"[{path}]: the table is missing; add it"
-        elif path in TABLES:
-            message = describe(path, value, "must be a table", f"write it as [{path}]")
-        elif known is None:
-            message = describe(path, value, "must be a valid value", "correct it")
-        elif error["type"] == "missing":
-            message = f"{path}: it is missing; it must be {known.rule}; add it"
-        else:
-            message = describe(path, value, f"must be {known.rule}", _remedy(value, known))
+        path, message = _problem(error, document)
         messages.setdefault(path, message)
     return messages
 
 
-_OF_ENTRIES = {
-    "tiers": (
-        "a tier is a table with a capacity of 1, 0.5, 0.25 and so on (or memory_kib, a whole "
-        "number of at least 1), a share above 0 and at most 1, and perhaps a weight from 0 to 1",
-        "for example {capacity = 1.0, share = 1}",
-    ),
-    "rows": (
-        "a row is a table with a text `name` and a table `set` of dotted keys",
-        'for example name = "bpr"',
-    ),
-}
+_TIER = (
+    "a tier is a table with a capacity of 1, 0.5, 0.25 and so on (or memory_kib, a whole "
+    "number of at least 1), a share above 0 and at most 1, and perhaps a weight from 0 to 1",
+    "for example {capacity = 1.0, share = 1}",
+)
+_ROW = (
+    "a row is a table with a text `name` and a table `set` of dotted keys",
+    'for example name = "bpr"',
+)
+
+
+def _problem(error: Mapping[str, Any], document: Mapping[str, Any]) -> tuple[str, str]:
+    """Path and message of one of pydantic's errors."""
+    place, value, missing = error["loc"], error["input"], error["type"] == "missing"
+    table, path = str(place[0]), ".".join(map(str, place[:2]))
+    if table == "rows" or (place[:2] == ("devices", "tiers") and len(place) > 2):
+        path = "".join(f"[{x}]" if isinstance(x, int) else f".{x}" for x in place)[1:]
+        if table == "rows" and missing:
+            return path, f"{path}: it is missing; a row needs it; add it"
+        return path, describe(path, value, *(_ROW if table == "rows" else _TIER))
+    if error["type"] == "extra_forbidden":
+        return path, unknown_key(path, value, document)
+    if error["type"] == "rule":
+        return path, f"{path} = {shown(value)}: {error['msg']}"
+    if path in TABLES:
+        if missing:
+            return path, f"[{path}]: the table is missing; add it"
+        return path, describe(path, value, "must be a table", f"write it as [{path}]")
+    if table in TABLES:
+        known = keys_of(table, TABLES[table].of(document[table])).get(str(place[1]))
+    else:
+        known = keys_of("", TABLES[""]).get(table)
+    if known is None:
+        return path, describe(path, value, "must be a valid value", "correct it")
+    if missing:
+        return path, f"{path}: it is missing; it must be {known.rule}; add it"
+    return path, describe(path, value, f"must be {known.rule}", _remedy(value, known))
 
 
 def _remedy(value: object, key: Key) -> str:
@@ -241,18 +221,17 @@ def unknown_key(path: str, value: object, document: Mapping[str, Any]) -> str:
     """The message for a key that this scenario cannot have: whose it is, or what was meant."""
     table, _, name = path.rpartition(".")
     section = TABLES.get(table, Section)
-    for registry in registries_of(section):
+    for registry in section.registries:
         if owners := registry.owners(name):
-            chosen = document.get(table, {}).get(
-                key := registry.path.partition(".")[2], section.model_fields[key].default
-            )
+            default = section.model_fields[registry.key].default
+            chosen = as_toml(document.get(table, {}).get(registry.key, default))
             others = [each for each in registry if each not in owners]
             few = f" = {_listed(owners)}"
             if len(others) < len(owners):
                 few = f" other than {_listed(others)}"
-            rule = f"it belongs to {registry.path}{few}, and the {registry.noun} is "
-            return describe(path, value, rule + as_toml(chosen), f"remove it (-s {path}=)")
-    names = [each for each in TABLES if each]
+            rule = f"it belongs to {registry.path}{few}, and the {registry.noun} is {chosen}"
+            return describe(path, value, rule, f"remove it (-s {path}=)")
+    names = list(filter(None, TABLES))
     if not table and isinstance(value, dict):
         near = get_close_matches(path, names, n=1, cutoff=0.5)
         remedy = f"did you mean [{near[0]}]?" if near else "remove it"
@@ -286,14 +265,11 @@ def _nearest_key(name: str, table: str) -> str:
 
 def conflicts(values: Values) -> dict[str, str]:
     """Everything that is wrong between keys: a message by path."""
-    chosen = [
-        (registry.path, registry[values[registry.path]].config)
-        for registry in REGISTRIES
-        if values.get(registry.path) in registry
-    ]
-    rules = [*_RULES, *(config.conflicts for _, config in chosen)]
-    needs = [(path, config.needs) for path, config in chosen]
-    needs += [(path, of) for path, value, of in _NEEDS if values.get(path) == value]
+    known = [registry for registry in REGISTRIES if values.get(registry.path) in registry]
+    chosen = {registry.path: registry[values[registry.path]].config for registry in known}
+    rules = [*_RULES, *(config.conflicts for config in chosen.values())]
+    needs = [(path, config.needs) for path, config in chosen.items()]
+    needs += [(path, of) for (path, value), of in _NEEDS.items() if values.get(path) == value]
     found: dict[str, str] = {}
     for problems in [*(rule(values) for rule in rules), *(_unmet(*each, values) for each in needs)]:
         with suppress(KeyError):
@@ -310,57 +286,40 @@ def _unmet(owner: str, needs: Sequence[Need], values: Values) -> Iterator[Proble
             continue
         rule = f"{owner} = {as_toml(values[owner])} does not go with it: {need.reason}"
         wanted = need.options[0]
-        fix = (
-            f"remove it (-s {need.path}=)"
-            if wanted is None
-            else f"set {need.path} = {as_toml(wanted)}"
-        )
-        nouns = [registry.noun for registry in REGISTRIES if registry.path == owner]
-        yield need.path, rule, f"{fix}, or use another {(nouns or [owner])[0]}"
+        fix = f"set {need.path} = {as_toml(wanted)}"
+        if wanted is None:
+            fix = f"remove it (-s {need.path}=)"
+        nouns = {registry.path: registry.noun for registry in REGISTRIES}
+        yield need.path, rule, f"{fix}, or use another {nouns.get(owner, owner)}"
         return
 
 
 _FAIR = "it is FAIR's plain average of item memories"
 _ASKED = "the server sees who asks for what"
-_NEEDS: tuple[tuple[str, str, tuple[Need, ...]], ...] = (
-    (
-        "devices.aggregation",
-        "fair_averaging",
-        (
-            Need("model.kind", ("gmf",), _FAIR),
-            Need("privacy.noise", ("none",), _FAIR),
-            Need("train.server_optimizer", ("fedavg", "newton"), _FAIR),
-            Need("devices.nesting", ("fold", None), "FAIR averages folded memories"),
-            Need("devices.popularity", (None,), 'FAIR averages folded memories, nesting = "fold"'),
-        ),
+_SHOWN = "a user vector fitted without noise would show the examples"
+_NEEDS: dict[tuple[str, str], tuple[Need, ...]] = {
+    ("devices.aggregation", "fair_averaging"): (
+        Need("model.kind", ("gmf",), _FAIR),
+        Need("privacy.noise", ("none",), _FAIR),
+        Need("train.server_optimizer", ("fedavg", "newton"), _FAIR),
+        Need("devices.nesting", ("fold", None), "FAIR averages folded memories"),
+        Need("devices.popularity", (None,), 'FAIR averages folded memories, nesting = "fold"'),
     ),
-    (
-        "privacy.local",
-        "example",
-        (
-            Need("train.loss", ("bce", "bpr"), "each example has a loss of its own"),
-            Need("train.selector", ("each",), "negatives must not depend on the history"),
-            Need(
-                "train.user_steps",
-                (0,),
-                "a user vector fitted without noise would show the examples",
-            ),
-            Need("train.max_samples", (None,), "a window of the history moves with every example"),
-            Need("devices.aggregation", ("sum", "contributors"), "updates have noise everywhere"),
-        ),
+    ("privacy.local", "example"): (
+        Need("train.loss", ("bce", "bpr"), "each example has a loss of its own"),
+        Need("train.selector", ("each",), "negatives must not depend on the history"),
+        Need("train.user_steps", (0,), _SHOWN),
+        Need("train.max_samples", (None,), "a window of the history moves with every example"),
+        Need("devices.aggregation", ("sum", "contributors"), "updates have noise everywhere"),
     ),
-    (
-        "train.scheme",
-        "requested",
-        (
-            Need("model.kind", ("next_word",), _ASKED),
-            Need("privacy.noise", ("none",), _ASKED),
-            Need("run.secure_sum", ("exact",), _ASKED),
-            Need("devices.tiers", ((),), _ASKED),
-            Need("model.compression", (1.0,), _ASKED),
-        ),
+    ("train.scheme", "requested"): (
+        Need("model.kind", ("next_word",), _ASKED),
+        Need("privacy.noise", ("none",), _ASKED),
+        Need("run.secure_sum", ("exact",), _ASKED),
+        Need("devices.tiers", ((),), _ASKED),
+        Need("model.compression", (1.0,), _ASKED),
     ),
-)
+}
 """What goes only with some values of other keys, besides kinds."""
 
 
@@ -406,8 +365,7 @@ def _noise(values: Values) -> Iterator[Problem]:
         )
         if values[owner] == "none":
             # Updates are encoded within a bound without noise too; single interactions are not.
-            given = (epsilon, multiplier, *([clip] if owner == "privacy.local" else []))
-            for path in given:
+            for path in (epsilon, multiplier, *([clip] if owner == "privacy.local" else [])):
                 if values[path] is not None:
                     yield path, f"{kind} {without}", f"set {owner} or remove it (-s {path}=)"
             continue
@@ -475,15 +433,7 @@ def _release(values: Values) -> Iterator[Problem]:
         yield path, "there is no release to charge", remedy
 
 
-_RULES: tuple[Callable[[Values], Iterator[Problem]], ...] = (
-    _material,
-    _sizes,
-    _course,
-    _noise,
-    _tiers,
-    _nesting,
-    _release,
-)
+_RULES = (_material, _sizes, _course, _noise, _tiers, _nesting, _release)
 
 
 # --------------------------------------------------------------------------- editors
@@ -494,11 +444,11 @@ def json_schema(scenario: type[Section]) -> dict[str, Any]:
     schema = scenario.model_json_schema()
     for section in TABLES.values():
         definition = schema["$defs"].get(section.__name__, {})
-        for registry in registries_of(section):
-            name = registry.path.partition(".")[2]
+        for registry in section.registries:
+            name = registry.key
             of_kinds = {
-                kind: registry[kind].config.model_json_schema().get("properties", {})
-                for kind in registry
+                kind.name: kind.config.model_json_schema().get("properties", {})
+                for kind in registry.values()
             }
             everything = {key: entry for keys in of_kinds.values() for key, entry in keys.items()}
             definition["properties"] |= everything

@@ -32,8 +32,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
     model_validator,
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
@@ -59,19 +57,21 @@ class Section(BaseModel):
     """A frozen table that refuses unknown keys, conversions and values that are not finite."""
 
     model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
     needs: ClassVar[tuple[Need, ...]] = ()
+    registries: ClassVar[tuple[Registry, ...]] = ()
 
     @classmethod
     def conflicts(cls, values: Values) -> Iterator[Problem]:
         """What is wrong between this kind's keys and others; most kinds say it by ``needs``."""
         return iter(())
+
+    @classmethod
+    def of(cls, keys: Mapping[str, Any]) -> type[Self]:
+        """The class of a table with these keys."""
+        return cls
 
 
 def setting(default: Any, within: str = "", *, unit: str = "", **rules: Any) -> Any:
@@ -93,8 +93,8 @@ def setting(default: Any, within: str = "", *, unit: str = "", **rules: Any) -> 
 
 def _number(text: str) -> float:
     base, _, power = text.partition("^")
-    whole: int = int(base) ** int(power or 1) if base.isdigit() else 0
-    return whole if base.isdigit() else float(text)
+    number: float = int(base) ** int(power or 1) if base.isdigit() else float(text)
+    return number
 
 
 def as_tuple(value: object) -> object:
@@ -133,32 +133,26 @@ class Registry(dict[str, Kind]):
 
     def __init__(self, path: str, noun: str) -> None:
         super().__init__()
-        self.path = path
-        self.noun = noun
+        self.path, self.noun = path, noun
+        self.key = path.partition(".")[2]
 
     def add(
         self, name: str, config: type[Section], implementation: Any = None, *, meaning: str = ""
     ) -> None:
-        """Add a kind, or replace the one of that name.
+        """Add a kind, or replace the one of that name; see :class:`Kind`.
 
         Args:
-            name: What a scenario calls it.
-            config: Its keys, and what it needs of others.
-            implementation: As in :class:`Kind`; what it has to be is said where it is used.
-            meaning: Help in one line; the first of the configuration's docstring if not given.
+            implementation: What it has to be is said where it is used.
+            meaning: The first line of the configuration's docstring if not given.
         """
         meaning = meaning or (config.__doc__ or "").partition("\n")[0]
         self[name] = Kind(name, config, implementation, meaning)
 
-    def __get_pydantic_core_schema__(
-        self, source: Any, handler: GetCoreSchemaHandler
-    ) -> CoreSchema:
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
         """As metadata of a text: it names one of the kinds."""
         return core_schema.no_info_after_validator_function(self._known, handler(source))
 
-    def __get_pydantic_json_schema__(
-        self, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: Any) -> dict[str, Any]:
         return {**handler(schema), "enum": list(self)}
 
     def _known(self, name: str) -> str:
@@ -191,7 +185,6 @@ class Table(Section):
     are there: ``scenario.train.item_l2``.
     """
 
-    registries: ClassVar[tuple[Registry, ...]] = ()
     composed: ClassVar[bool] = False
 
     if TYPE_CHECKING:  # keys of kinds, which no static type can know
@@ -204,14 +197,13 @@ class Table(Section):
     @classmethod
     def of(cls, keys: Mapping[str, Any]) -> type[Self]:
         """The class of a table with these keys; an unknown kind is taken for its nearest."""
-        kinds = [(registry, cls._named(registry, keys)) for registry in cls.registries]
-        found = [registry.nearest(name) for registry, name in kinds]
+        found = [registry.nearest(cls.named(registry, keys)) for registry in cls.registries]
         return _with_keys(cls, tuple(dict.fromkeys(kind.config for kind in found if kind)))
 
     @classmethod
-    def _named(cls, registry: Registry, keys: Mapping[str, Any]) -> Any:
-        key = registry.path.partition(".")[2]
-        return keys.get(key, cls.model_fields[key].default)
+    def named(cls, registry: Registry, keys: Mapping[str, Any]) -> Any:
+        """The kind that these keys name, known or not."""
+        return keys.get(registry.key, cls.model_fields[registry.key].default)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -219,7 +211,7 @@ class Table(Section):
         if cls.composed or not isinstance(given, Mapping):
             return handler(given)
         own = cls.of(given)
-        unknown = [r for r in cls.registries if r.nearest(cls._named(r, given)) is None]
+        unknown = [r for r in cls.registries if r.nearest(cls.named(r, given)) is None]
         foreign = {key for key in given if key not in own.model_fields}
         foreign = {key for key in foreign if any(r.owners(key) for r in unknown)}
         return own.model_validate({k: v for k, v in given.items() if k not in foreign})
@@ -379,17 +371,14 @@ class SyntheticLabels(_Drawn, _Vocabulary):
             yield "data.clusters", rule, "lower it or raise data.items"
 
 
-_MOVIELENS = "A MovieLens set, of GroupLens or the NCF paper."
-_NCF = "A split as the NCF paper has it, with negatives."
-_LIGHTGCN = "A split as the LightGCN paper has it."
-
 READERS.add("synthetic", Synthetic, "privrec.data.synthetic:load_interactions")
-for _name in PUBLISHED:
-    READERS.add(
-        _name, FilesOfHistories, "privrec.data.published:load_movielens", meaning=_MOVIELENS
-    )
-READERS.add("ncf", FilesOfHistories, "privrec.data.published:load_ncf", meaning=_NCF)
-READERS.add("lightgcn", FilesOfHistories, "privrec.data.published:load_lightgcn", meaning=_LIGHTGCN)
+_MOVIELENS = "A MovieLens set, of GroupLens or the NCF paper."
+for _name, _load, _meaning in (
+    *((each, "load_movielens", _MOVIELENS) for each in PUBLISHED),
+    ("ncf", "load_ncf", "A split as the NCF paper has it, with negatives."),
+    ("lightgcn", "load_lightgcn", "A split as the LightGCN paper has it."),
+):
+    READERS.add(_name, FilesOfHistories, f"privrec.data.published:{_load}", meaning=_meaning)
 READERS.add("table", TableFile, "privrec.data.published:load_table")
 READERS.add("text", TextFiles, "privrec.data.texts:load_articles")
 READERS.add("synthetic_text", SyntheticText, "privrec.data.synthetic:load_articles")
@@ -520,12 +509,7 @@ class Extreme(WideOutput):
 
 
 MODELS.add("gmf", GMF, "privrec.models.ncf:NCF")
-MODELS.add(
-    "mlp",
-    Network,
-    "privrec.models.ncf:NCF",
-    meaning="A network over user and item, of the NCF paper.",
-)
+MODELS.add("mlp", Network, "privrec.models.ncf:NCF")
 MODELS.add("neumf", NeuMF, "privrec.models.ncf:NCF")
 MODELS.add("next_word", NextWord, "privrec.models.words:NextWord")
 MODELS.add("extreme", Extreme, "privrec.models.words:WordBag")
@@ -564,14 +548,12 @@ class ImplicitALS(Section):
     """How fast the users' Gram matrix follows that of the round."""
 
 
-LOSSES.add("bce", Sampled, "privrec.models.losses:BCE", meaning="Binary cross-entropy.")
-LOSSES.add("bpr", Sampled, "privrec.models.losses:BPR", meaning="Bayesian personalised ranking.")
-LOSSES.add(
-    "softmax",
-    Sampled,
-    "privrec.models.losses:SOFTMAX",
-    meaning="Softmax over a positive and sampled negatives.",
-)
+for _name, _meaning in (
+    ("bce", "Binary cross-entropy."),
+    ("bpr", "Bayesian personalised ranking."),
+    ("softmax", "Softmax over a positive and sampled negatives."),
+):
+    LOSSES.add(_name, Sampled, f"privrec.models.losses:{_name.upper()}", meaning=_meaning)
 LOSSES.add("full_softmax", FullSoftmax, "privrec.models.losses:FULL_SOFTMAX")
 LOSSES.add("ials", ImplicitALS, "privrec.models.losses:IALS")
 

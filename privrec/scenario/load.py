@@ -22,7 +22,7 @@ from pydantic_core import PydanticCustomError
 
 from privrec.errors import ScenarioError
 from privrec.scenario.keys import conflicts, describe, is_key, problems_of, shown, unknown_key
-from privrec.scenario.kinds import PUBLISHED, Table, Values, as_tuple
+from privrec.scenario.kinds import PUBLISHED, Values, as_tuple
 from privrec.scenario.schema import (
     TABLES,
     Data,
@@ -36,18 +36,8 @@ from privrec.scenario.schema import (
     Train,
 )
 
-__all__ = [
-    "Data",
-    "DeviceTier",
-    "Devices",
-    "Model",
-    "Privacy",
-    "Row",
-    "Run",
-    "Scenario",
-    "Train",
-    "load",
-]
+__all__ = ["Data", "DeviceTier", "Devices", "Model", "Privacy", "Row", "Run", "Scenario"]
+__all__ += ["Train", "load"]
 
 
 class Scenario(Heading):
@@ -78,13 +68,11 @@ class Scenario(Heading):
     def from_toml(
         cls, text: str, overrides: Sequence[str] = (), *, source: str = "scenario"
     ) -> Scenario:
-        """The scenario that a TOML text describes.
+        """The scenario that a TOML text describes; errors call the text ``source``.
 
         Args:
-            text: The TOML document.
             overrides: ``table.key=value`` each, the last of a key counts. The value is read as TOML
                 and, where that fails, as a bare text; an empty value removes the key.
-            source: What to call the text in errors.
 
         Raises:
             ScenarioError: If anything is wrong, listing everything that is.
@@ -100,13 +88,12 @@ class Scenario(Heading):
         return _changed(document, settings, problems, source)
 
     def with_settings(self, settings: Mapping[str, Any], *, source: str = "settings") -> Scenario:
-        """This scenario with some keys changed, without its rows.
+        """This scenario with some keys changed, without its rows; errors name ``source``.
 
         A change of kind takes the keys of the former kind away, but for those that both have.
 
         Args:
             settings: Value by dotted key; None or an empty text removes the key.
-            source: What to call the settings in errors.
 
         Raises:
             ScenarioError: If the result is not a scenario.
@@ -198,11 +185,7 @@ class Scenario(Heading):
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Scenario:
-    """The scenario in a TOML file.
-
-    Args:
-        path: The file, UTF-8.
-        overrides: As in :meth:`Scenario.from_toml`.
+    """The scenario in a TOML file; see :meth:`Scenario.from_toml`.
 
     Raises:
         ScenarioError: If the file cannot be read or is not a scenario.
@@ -210,8 +193,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Scenario:
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        problem = "there is no such file; a scenario is a TOML file, for example"
-        problem += " scenarios/quickstart.toml"
+        example = "scenarios/quickstart.toml"
+        problem = f"there is no such file; a scenario is a TOML file, for example {example}"
     except IsADirectoryError:
         problem = "this is a folder, and a scenario is a file; name a .toml file in it"
     except UnicodeDecodeError as error:
@@ -236,8 +219,8 @@ def _parsed(override: str, problems: dict[str, str]) -> tuple[str, Any]:
     path, equals, value = (part.strip() for part in override.partition("="))
     where = f"-s {override}"
     if not equals or not path:
-        rule = "an override has the form table.key=value"
-        problems[where] = f"-s {override!r}: {rule}; for example train.rounds=50"
+        form = "an override has the form table.key=value; for example train.rounds=50"
+        problems[where] = f"-s {override!r}: {form}"
         return "", None
     try:
         parsed = tomllib.loads(f"value = {value}")
@@ -287,7 +270,7 @@ def _changed(
 def _forget_former_kinds(document: dict[str, Any], settings: Mapping[str, Any]) -> None:
     """Remove what only the former kind had, where the kind was changed and the key was not."""
     for name, table in TABLES.items():
-        if not issubclass(table, Table) or not isinstance(document.get(name), dict):
+        if not isinstance(document.get(name), dict):
             continue
         own = table.of(document[name]).model_fields
         changed = [registry for registry in table.registries if registry.path in settings]
@@ -304,8 +287,7 @@ def _values(document: Mapping[str, Any], malformed: AbstractSet[str] = frozenset
         given = document.get(name, {})
         if not name or name in malformed or not isinstance(given, Mapping):
             continue
-        section = table.of(given) if issubclass(table, Table) else table
-        for key, field in section.model_fields.items():
+        for key, field in table.of(given).model_fields.items():
             if f"{name}.{key}" not in malformed:
                 values[f"{name}.{key}"] = given.get(key, field.get_default())
     return values

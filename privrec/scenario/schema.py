@@ -260,8 +260,7 @@ class Row(Section):
     set: dict[str, Any] = Field(default_factory=dict)
 
 
-TABLES: dict[str, type[Section]] = {
-    "": Heading, "data": Data, "model": Model, "devices": Devices, "train": Train,
-    "privacy": Privacy, "run": Run,
-}  # fmt: skip
+TABLES: dict[str, type[Section]] = {"": Heading} | {
+    each.__name__.lower(): each for each in (Data, Model, Devices, Train, Privacy, Run)
+}
 """The class of each table by name; that of the keys above all tables by the empty name."""

@@ -745,7 +745,7 @@ def test_the_doctor_fails_where_the_state_cannot_be_kept(
 
 
 def test_the_doctor_survives_what_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken() -> machine.Finding:
+    def broken() -> machine.Found:
         raise RuntimeError("no cipher")
 
     monkeypatch.setattr(machine, "CHECKS", {"AES speed": broken})

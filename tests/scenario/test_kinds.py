@@ -1,6 +1,7 @@
-"""A reader, a model, a loss, a selector and an optimiser from outside of the package, in a run.
+"""A reader, models, a loss, a selector, an optimiser and a task from outside, in a run.
 
-Each takes two places: a class of its own keys with what implements it, and one call that adds it.
+Each kind takes two places: a class of its own keys with what implements it, and one call that adds
+it. A wide task takes four: a network, a reader of its data, the task, and the calls that add them.
 """
 
 from __future__ import annotations
@@ -9,19 +10,35 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
 import torch
 from small_runs import make_scenario, run_once
 
-from privrec.data import Interactions, Split, leave_last_out
+from privrec.data import Interactions, Split, TextSplit, leave_last_out, load_texts
+from privrec.data.corpus import Corpus
 from privrec.errors import ScenarioError
+from privrec.evaluate.evaluator import WordQuestions
 from privrec.models.losses import Graded, Loss, Samples
 from privrec.models.ncf import NCF
+from privrec.models.words import NextWord
+from privrec.report.build import build
+from privrec.run.task import TASKS, WideTask
 from privrec.scenario import kinds
-from privrec.scenario.kinds import Reader, Recommender, Sampled, Searching, Section, setting
+from privrec.scenario.kinds import (
+    MODELS,
+    READERS,
+    Kind,
+    Reader,
+    Recommender,
+    Sampled,
+    Searching,
+    Section,
+    WideOutput,
+    setting,
+)
 from privrec.scenario.load import Scenario
 from privrec.search.select import Request
 from privrec.server.optimizer import Optimizer
@@ -46,6 +63,33 @@ clip_norm = 1.0
 noise_multiplier = 1.0
 [run]
 footprint = false
+"""
+MELODIES = """
+name = "melodies"
+[data]
+source = "melodies"
+notes = 16
+[model]
+kind = "transition"
+context = 5
+dim = 8
+block = 2
+init_std = 0.3
+[devices]
+sampling = "everybody"
+population = 30
+popularity = "public"
+[train]
+rounds = 60
+loss = "full_softmax"
+server_lr = 0.1
+[privacy]
+noise = "central"
+clip_norm = 1.0
+noise_multiplier = 1.0
+[run]
+footprint = false
+top_k = [2]
 """
 asked: Counter[str] = Counter()
 
@@ -134,6 +178,68 @@ class AdagradOptimizer(Optimizer):
         return update / np.sqrt(total + np.float32(self.accumulator))
 
 
+class Melodies(Reader):
+    """Scales, which go up by a step of the player's own."""
+
+    gives = "melodies"
+    notes: int = setting(12, "[4, 1000] notes")
+    """Notes of a player."""
+
+
+def read_melodies(config: Any, data_dir: Path | None) -> TextSplit:
+    """Thirty players that train and four that are held out, on ten notes in a ring."""
+    words = ("<unk>", *map(str, range(10)))
+
+    def played(players: range) -> Corpus:
+        steps = np.arange(config.notes)
+        notes = np.concatenate([1 + (who + steps * (1 + who % 2)) % 10 for who in players])
+        ends = np.arange(len(players) + 1) * config.notes
+        return Corpus(ends, notes.astype(np.int32), tuple(map(str, players)), words)
+
+    return TextSplit(played(range(30)), played(range(30, 34)), config.holdout, "scales")
+
+
+class Transition(WideOutput):
+    """One matrix from a note's vector to the next one's."""
+
+    learns = "melodies"
+    context: int = setting(4, "[1, 100] notes")
+    """Notes of a piece."""
+
+    def dense_weights(self, dim: int) -> int:
+        """The matrix."""
+        return dim * dim
+
+
+class TransitionNetwork(NextWord):
+    """The network of that model: pieces of a melody are those of a text."""
+
+    @classmethod
+    def configured(cls, config: Any, dim: int) -> NextWord:
+        """As configured."""
+        return cls(dim, context=config.context)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The matrix."""
+        return ((self.dim, self.dim),)
+
+    def hidden(self, words: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+        """The vectors, mapped."""
+        return words @ dense.view(self.dim, self.dim)
+
+
+class Continuing(WideTask):
+    """To continue melodies, a note at a time."""
+
+    questions = WordQuestions()
+
+    @classmethod
+    def load(cls, scenario: Scenario, data_dir: Path | None) -> Self:
+        """From that reader."""
+        return cls(scenario, load_texts(scenario.data, data_dir=data_dir))
+
+
 OUTSIDE = {
     "reader": (
         kinds.READERS,
@@ -189,6 +295,21 @@ def test_it_trains(added: str, tmp_path: Path) -> None:
     assert "ndcg@10" in payload["metrics"] or "full_ndcg@10" in payload["metrics"]
     kept = Scenario.from_toml((tmp_path / "run" / "scenario.toml").read_text("utf-8"))
     assert kept == make_scenario(TINY, *changes)
+
+
+@pytest.mark.usefixtures("state")
+def test_a_wide_task_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(READERS, "melodies", Kind("melodies", Melodies, read_melodies, ""))
+    monkeypatch.setitem(MODELS, "transition", Kind("transition", Transition, TransitionNetwork, ""))
+    monkeypatch.setitem(TASKS, "melodies", Continuing)
+    payload = run_once(MELODIES, tmp_path / "run")
+    assert payload["rounds"] == 60
+    assert 0 < payload["privacy"]["epsilon"] < 100
+    # Of two steps that a player may take, popularity knows neither.
+    assert payload["metrics"]["accuracy@2"] > 2 * payload["baselines"]["popularity"]["accuracy@2"]
+    assert build(tmp_path / "run").scenario == "melodies"
+    with pytest.raises(ScenarioError, match="melodies and model.kind = .transition. need"):
+        make_scenario(MELODIES, "model.kind=next_word")
 
 
 @pytest.mark.parametrize("added", OUTSIDE, indirect=True)
