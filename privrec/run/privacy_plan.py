@@ -14,7 +14,7 @@ from scipy.stats import binom
 
 from privrec.device.update import SMALL_RING_BITS, Protection
 from privrec.errors import UsageError
-from privrec.privacy.accountant import noise_multiplier_for
+from privrec.privacy.calibrate import noise_multiplier_for
 from privrec.privacy.discrete import Crowd, check_small_cohorts, small_cohort_delta
 from privrec.privacy.events import RoundEvent
 from privrec.privacy.mechanism import Band, Shares, grid_of

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from privrec.errors import UsageError
-from privrec.privacy.accountant import noise_multiplier_for, plan
+from privrec.privacy.calibrate import noise_multiplier_for, plan
 from privrec.privacy.events import RoundEvent, epsilon
 
 TARGETS = [
