@@ -18,23 +18,36 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from memory_grid import Loopback, context_of
 
 from privrec.device import samples
-from privrec.device.device import Device
 from privrec.errors import DataError, IntegrityError, ReleaseRefused, UsageError
 from privrec.flower import client_app as client_module
 from privrec.flower import server_app as server_module
 from privrec.flower.app import scenario_of
 from privrec.flower.client_app import client_app
-from privrec.flower.enrolment import anchor_of, enroll
-from privrec.flower.exchange import MASKED, PREKEYS, RECORD, SHARES, UNMASK, keys_of, pack, unpack
+from privrec.flower.enrolment import Anyone, anchor_of, enroll
+from privrec.flower.exchange import (
+    MASKED,
+    PREKEYS,
+    RECORD,
+    SHARES,
+    UNMASK,
+    Registry,
+    keys_of,
+    pack,
+    unpack,
+)
 from privrec.flower.server_app import deploy
 from privrec.privacy.ledger import Ledger
+from privrec.randomness import SecretRoot
 from privrec.report.build import build
 from privrec.run import lifecycle
+from privrec.run.plan import Plan
 from privrec.run.recommend import recommend
 from privrec.run.record import Observer
+from privrec.run.summing import unmask
 from privrec.scenario.load import Scenario, load
 from privrec.search import hashing, select
 from privrec.secagg.roster import Call
+from privrec.secagg.server import SecureSum
 
 SCENARIO = """
 name = "over-flower"
@@ -390,26 +403,42 @@ def test_a_model_that_is_none_is_refused_by_each_device(tmp_path: Path) -> None:
 def test_noise_is_that_of_the_attempt_whose_masks_cover_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A server that tells of one attempt beside the call of another gets no noise twice."""
-    folder, drawn = app_folder(tmp_path), []
-    seeds = Device.noise_seeds
+    """A server that tells of an attempt beside the call of the next one gets fresh noise all over.
 
-    def watched(self: Device, round: Any) -> Any:
-        drawn.append((round.index, round.attempt))
-        return seeds(self, round)
+    With the same noise in two sums of a round, their difference would show a drop-out without any;
+    with the same seeds, what is opened for one sum would take the noise off the other.
+    """
+    folder = app_folder(tmp_path)
+    scenario = load(folder / "scenario.toml")
+    plan, grid, opened = Plan.of(scenario, 60, 40), grid_of(folder), []
+    server = plan.server("run")
+    rounds = [server.next_round(attempt) for attempt in (0, 1)]
+    first = {**vars(rounds[0]), "event": rounds[0].event.to_json()}
+    beside = {**first, "run": "run", "round": first}
 
-    monkeypatch.setattr(Device, "noise_seeds", watched)
-    grid, honest = grid_of(folder), Loopback.ask
-
-    def lying(self: Loopback, message: Message) -> Message:
-        body = unpack(message)
-        body |= {"round": {"index": 0, "attempt": 0}, "index": 0, "attempt": 0}
+    def lying(message: Message) -> Message:
+        told = {**beside, **unpack(message)}
         meta = message.metadata
-        return honest(self, Message(pack(body), meta.dst_node_id, meta.message_type))
+        return Message(pack(told), meta.dst_node_id, meta.message_type)
 
-    monkeypatch.setattr(Loopback, "ask", lying)
-    deployed(folder, grid, tmp_path / "run")
-    assert set(drawn) == {(0, 0), (1, 0), (2, 0)}
+    def watched(result: SecureSum, *arguments: Any) -> Any:
+        opened.append({seed for band in result.excess for seed in band})
+        return unmask(result, *arguments)
+
+    grid.tampered = lying
+    monkeypatch.setattr(server_module, "unmask", watched)
+    registry = Registry(grid, Anyone(), 2, wait_s=0.2, tiers=2)
+    registry.register(40)
+    root, protection = SecretRoot(bytes(32)), plan.protection
+    flower = server_module.Flower(registry, plan.federation, protection, root, 0, 1.0)
+    one, two = (flower.collect(round, server.weights).total for round in rounds)
+    assert min(map(len, opened)) > 10
+    assert opened[0].isdisjoint(opened[1])
+    shares = protection.shares
+    assert shares is not None
+    kept = shares.share_variance(0) * shares.kept(0, 40)
+    # All train alike in both attempts: what differs is the noise, and half a step of rounding.
+    assert np.mean((one - two) ** 2) == pytest.approx(2 * float(kept), rel=0.3)
 
 
 def test_nothing_of_a_history_travels_in_clear(tmp_path: Path) -> None:
