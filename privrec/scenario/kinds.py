@@ -633,7 +633,7 @@ SELECTORS.add("sketch", Searching, meaning="Selects by scores of a sketch of few
 SELECTORS.add("simhash", SimHash)
 SELECTORS.add("pghash", Searching, meaning="Selects by tables of projections folded onto blocks.")
 SELECTORS.add("block_sign", Searching, meaning="Selects by signs of the memory's blocks.")
-SELECTORS.add("auto", Searching, meaning="Selects by whichever index is measured to be best.")
+SELECTORS.add("auto", Searching, meaning="Selects by the cheapest of the good rankings that fit.")
 
 
 # --------------------------------------------------------------------------- server optimisers

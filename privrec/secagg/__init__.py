@@ -1,1 +1,1 @@
-"""What devices send: integers of bounded norm, in a ring where they can be summed."""
+"""The secure sum: the ring, keys, masks, shares and neighbours, and both sides of the protocol."""

@@ -462,7 +462,7 @@ class ClientSession:
     def _enter(self, call: Call, roster: Roster, own: int, prekey: SecretPrekey) -> _Round:
         graph = self._policy.graph
         binding = Binding.of(call, graph)
-        # Drawn now that the roster is fixed, from this device's own secrets: see graph.py.
+        # Drawn now that the roster is fixed, from this device's own secrets: see sharing.py.
         lots = self._stream("neighbours", binding)
         held = roster.terms.bands(roster.prekeys[own].tier)
         drawn = tuple(graph.draw(own, holders, lots) for holders in roster.holding[:held])

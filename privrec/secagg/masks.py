@@ -1,8 +1,8 @@
 """Masks: what they and all else of one attempt are derived from, and how they are put on.
 
-A mask is an AES-128-CTR keystream, added to a prefix of a vector of integers in place. Who is
-masked with whom, and with which sign, is decided in
-:meth:`ClientSession.masked() <privrec.secagg.client.ClientSession.masked>`.
+A mask is an AES-128-CTR keystream, added to a prefix of a vector of integers in place. Partners are
+drawn in ``ClientSession._enter`` (:mod:`privrec.secagg.client`); ``ClientSession._masks`` makes the
+keys and the signs.
 """
 
 from __future__ import annotations
