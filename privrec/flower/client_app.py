@@ -33,16 +33,13 @@ from privrec.secagg.roster import Anchor, Call
 
 
 def client_app(folder: Path) -> ClientApp:
-    """Make a Flower ClientApp that hosts the devices of a node.
+    """Make a Flower ClientApp that hosts a node's devices, for the app that lies in ``folder``.
 
     What they are is said by ``--node-config``: ``partition-id`` and ``num-partitions`` for every
     n-th user of the scenario's data set (with ``data=PATH``), or ``history=FILE`` for one user's
     own items, one id a line, with ``catalogue=FILE`` that has all items, one id a line in the order
     of the model. ``keys=FOLDER`` has the node's secrets; without it they live as long as the run.
     ``roster=FILE`` or ``enrolment-key=HEX`` says whom the devices trust.
-
-    Args:
-        folder: where the app's scenario lies.
     """
     app = ClientApp()
 
@@ -95,11 +92,8 @@ class Node:
     Promise: all that an answer depends on is in ``keys`` when it is given, so that a node whose
     process ends between two messages neither answers twice nor draws noise anew.
 
-    Args:
+    Attributes:
         scenario: what the devices agreed to take part in.
-        federation: its tiers.
-        hosted: the devices.
-        keys: of the node.
         anchor: whom the devices trust about other devices.
         simulated: whether the histories are those of a data set.
     """
@@ -210,16 +204,10 @@ class Node:
 
     def _device(self, hosted: Hosted, state: bytes) -> Device:
         tier = self.federation.tiers[hosted.tier]
-        return Device(
-            hosted.user,
-            hosted.history,
-            tier,
-            self.federation.weaker(tier),
-            self._learner(hosted.tier),
-            self._protection,
-            self.keys.root,
-            np.frombuffer(state, np.float32).copy(),
-        )
+        weaker, learner = self.federation.weaker(tier), self._learner(hosted.tier)
+        protection, root = self._protection, self.keys.root
+        own = np.frombuffer(state, np.float32).copy()
+        return Device(hosted.user, hosted.history, tier, weaker, learner, protection, root, own)
 
 
 def _partition(scenario: Scenario, config: Mapping[str, Any]) -> tuple[list[Hosted], Federation]:

@@ -192,9 +192,7 @@ class HostedDevice:
 
     Attributes:
         number: by which servers order devices; it names the device's draws.
-        key: its identity.
         root: of its node, from which masks and prekeys derive.
-        anchor: whom it trusts about other devices.
         kept: what it remembers, ``book`` and ``session`` among it.
         certificate: of the enrolment office over its identity; empty without one.
     """
@@ -271,13 +269,11 @@ class Registry:
     A node that does not answer, refuses or sends something else is told of in the log, and its
     devices have dropped out. Nothing that a node sends ends the server.
 
-    Args:
-        grid: Flower's.
+    Attributes:
         anchor: whom the server takes for a device.
         deposit: prekeys that each device is asked for.
         timeout_s: how long an exchange may take; None for any time.
         wait_s: how long devices are waited for at the start.
-        tiers: how many there are.
         agreed: what a node must say of itself for its devices to be taken.
         like: the app's own messages, by node, where there are some: whose type and limits messages
             have, and whose content goes along with the question for masked vectors.

@@ -84,10 +84,7 @@ class SumPlan:
             ("max_examples in steps of 2^-weight_bits", steps, 0, _MOST_COUNT),
             ("colluders", self.colluders, 0, self.least - 1),
             ("noise_multiplier", self.noise_multiplier, 0, 1 / _SMALL),
-            *(
-                (f"metric {name!r} up to", bound, _SMALL, 1 / _SMALL)
-                for name, bound in self.metrics
-            ),
+            *((f"metric {name!r} up to", most, _SMALL, 1 / _SMALL) for name, most in self.metrics),
         ):
             if not least <= value <= most:
                 raise UsageError(f"{name} {value}: it must lie between {least} and {most}")
@@ -159,9 +156,8 @@ class SumPlan:
 
     def terms(self, run: str, round: int, attempt: int) -> Terms:
         """The terms of the round, as the server states them and each node holds it to them."""
-        return Terms(
-            run, round, attempt, self.digest, (self.length,), (self.least,), 32, self.remove_excess
-        )
+        lengths, minimums = (self.length,), (self.least,)
+        return Terms(run, round, attempt, self.digest, lengths, minimums, 32, self.remove_excess)
 
     def noise_beyond(self, colluders: int) -> float:
         """Noise over the sensitivity that is left when as many of the fewest survivors add none."""

@@ -262,8 +262,7 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
                 # Its prekeys may be those of a state that it lost: it is asked for new ones.
                 member.prekeys.clear()
         session.advance()
-        sent, round = messages[0], server_round - 1
-        self._open = _Open(registry, session, plan, sent, round, attempt, epsilon)
+        self._open = _Open(registry, session, plan, messages[0], terms.round, attempt, epsilon)
         return registry.asking(MASKED, session)
 
     def _charged(
@@ -281,12 +280,9 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
             return planned(0.0), self._attempts[round] - 1, None
         self._run_id()
         if self.noise_multiplier is None:
+            epsilon, delta, rounds = self._budget.epsilon, self._budget.delta, self.rounds or 1
             self.noise_multiplier = noise_multiplier_for(
-                self._budget.epsilon,
-                self._budget.delta,
-                lambda noise_multiplier: planned(noise_multiplier).event,
-                self.rounds or 1,
-                "server",
+                epsilon, delta, lambda noise: planned(noise).event, rounds, "server"
             )
             LOG.info("secure sum: noise multiplier %g meets epsilon", self.noise_multiplier)
         plan = planned(self.noise_multiplier)

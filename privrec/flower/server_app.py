@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from privrec.device.tier import Federation
 from privrec.device.update import Aggregate, Protection, Round
 from privrec.errors import BudgetError, PrivrecError, UsageError
-from privrec.flower.app import scenario_of
+from privrec.flower.app import population_of, scenario_of
 from privrec.flower.enrolment import Anyone, anchor_of
 from privrec.flower.exchange import EXCHANGES, MASKED, SHARES, Member, Registry
 from privrec.randomness import SecretRoot, rng_for
@@ -42,13 +42,7 @@ SPARE_PREKEYS = 8
 class Flower:
     """A round over Flower's grid: four exchanges with the devices of all connected nodes.
 
-    Args:
-        registry: the devices.
-        federation: the tiers.
-        protection: what everybody agreed on.
-        root: the server's secret, for the coins of sampling.
-        seed: of samples.
-        sampling_rate: chance of each device in a round.
+    ``root`` is the server's secret, for the coins of sampling; ``seed`` is that of samples.
     """
 
     registry: Registry
@@ -110,12 +104,8 @@ def deploy(
     """Run a scenario over the devices of a grid, or go on with what ``out`` has of it.
 
     Args:
-        scenario: what all parties agreed to.
-        grid: Flower's.
-        out: the run's directory; one that a stopped run left is gone on with.
         items: size of the catalogue.
         anchor: whom the server takes for a device; anybody by default.
-        observer: is told of the start, every round and the end.
         unsafe_noise_key: a root that others know, for comparisons; the run protects nobody then.
         wait_s: how long nodes are waited for.
         timeout_s: how long an exchange may take.
@@ -126,19 +116,11 @@ def deploy(
         ReleaseRefused: when rounds keep ending without a sum.
         IntegrityError: when ``out`` was altered.
     """
-    population = scenario.devices.population
-    if population is None:
-        raise UsageError("devices.population is unset: enrolled devices are public; set it")
+    population = population_of(scenario)
     plan = Plan.of(scenario, items, population)
-    registry = Registry(
-        grid,
-        anchor or Anyone(),
-        scenario.train.rounds + SPARE_PREKEYS,
-        timeout_s,
-        wait_s,
-        len(plan.federation.tiers),
-        agreed={"plan": scenario.plan_hash(), "items": items},
-    )
+    prekeys, tiers = scenario.train.rounds + SPARE_PREKEYS, len(plan.federation.tiers)
+    agreed = {"plan": scenario.plan_hash(), "items": items}
+    registry = Registry(grid, anchor or Anyone(), prekeys, timeout_s, wait_s, tiers, agreed)
     if (out / "run.json").exists():
         identity = Identity.read(out)
         if load(out / directory.SCENARIO).hash() != scenario.hash():
@@ -156,9 +138,8 @@ def deploy(
         directory.refuse_taken(out)
         registry.register(population)
         described = {"source": scenario.data.source, "items": items, "users": population}
-        identity = Identity.new(
-            scenario, described, None, unsafe_noise_key, simulated=registry.simulated
-        )
+        simulated = registry.simulated
+        identity = Identity.new(scenario, described, None, unsafe_noise_key, simulated=simulated)
         with directory.beginning(out, plan, identity) as (folder, ledger):
             server = plan.server(identity.run_id)
             position = checkpoint.save(folder, identity, ledger, server)
@@ -182,14 +163,11 @@ class _Log(Observer):
 
 
 def server_app(folder: Path) -> ServerApp:
-    """A Flower ServerApp that trains the scenario of an app over all connected nodes.
+    """Make a Flower ServerApp that trains the scenario of the app in ``folder`` over all nodes.
 
     Its run-config has ``scenario``, ``set``, ``out`` (the run's directory on the server), ``items``
     (size of the catalogue, for data that the scenario does not describe), ``wait-s``, ``timeout-s``
     and, for the server's own check of devices, ``roster`` or ``enrolment-key``.
-
-    Args:
-        folder: where the app's scenario lies.
     """
     app = ServerApp()
 

@@ -22,8 +22,16 @@ from numpy.typing import NDArray
 from privrec.errors import ReleaseRefused, UsageError
 from privrec.randomness import SecureStream
 from privrec.secagg import sharing
-from privrec.secagg.keys import SIGNATURE_BYTES, PrekeyBook, SecretPrekey, agree
-from privrec.secagg.masks import Binding, Mask, apply_masks, model_root
+from privrec.secagg.keys import (
+    SIGNATURE_BYTES,
+    Binding,
+    Mask,
+    PrekeyBook,
+    SecretPrekey,
+    agree,
+    apply_masks,
+    model_root,
+)
 from privrec.secagg.messages import (
     MAX_BANDS,
     NOISE,
@@ -61,14 +69,13 @@ _NONCE = bytes(12)  # every sealing key encrypts one message
 class Policy:
     """What a device insists on, whatever a server asks for.
 
-    Args:
+    Attributes:
         minimum: fewest devices that it is willing to be summed with, itself included, in the
             cohort and in every band; at least 2.
         corrupt_share: share of a cohort that it assumes to collude with the server, below 1/3.
         agreed: what it agreed to take part in; the terms of every round must be these but for
             round and attempt, or a server could lower what noise is left. None leaves the
             comparison to whoever reads :attr:`ClientSession.terms`.
-        graph: constants of the protocol.
     """
 
     minimum: int = 20
@@ -105,17 +112,14 @@ class _Round:
 
     @property
     def masked_with(self) -> set[int]:
-        """All that were drawn for some band."""
         return set(chain.from_iterable(self.drawn))
 
     @property
     def devices(self) -> int:
-        """How many the roster names."""
         return len(self.roster)
 
     @property
     def is_sparse(self) -> bool:
-        """Whether the device has fewer neighbours than there are others."""
         return not self.graph.is_complete(self.devices)
 
     def check_quorum(
@@ -156,7 +160,7 @@ class _Progress(Message):
 
 
 class ClientSession:
-    """One device in one attempt at one round.
+    """One device in one attempt at one round, held to ``policy``; ``anchor`` says who is a device.
 
     Promise: nothing is sent but for one answer to each of the four messages, in their order; the
     device's vector is covered by a mask of its own, and by one shared with every neighbour, of
@@ -168,8 +172,6 @@ class ClientSession:
     Args:
         book: the device's identity, root and one-time prekeys; it follows the session, so that none
             that was set back, copied or overtaken by a later attempt answers.
-        anchor: whom it trusts about other devices.
-        policy: what it insists on.
         save: keeps the session's progress, for :meth:`resume`; it is called before each answer is
             given, and after the book was saved. A device whose process may end between two messages
             needs it: without the latest progress it drops out of the round.
@@ -326,18 +328,13 @@ class ClientSession:
             round.binding.pair_tag(self._agree(peer), root, round.own, peer)
             for peer in (drawn_by if round.is_sparse else ())
         )
-        answer, entries = masked_message(
-            round.binding.context, integers, round.call.ring_bits, tags
-        )
+        context, ring_bits = round.binding.context, round.call.ring_bits
+        answer, entries = masked_message(context, integers, ring_bits, tags)
         apply_masks(entries, self._masks(present, drawn_by, root))
-        held = dict(self._opened(dealers, pieces))
-        self._advance(
-            stage=Stage.CONFIRM,
-            present=deal.present,
-            dealers=self._bitmap(held),
-            held=b"".join(held.values()),
-            root=root,
-        )
+        shares = dict(self._opened(dealers, pieces))
+        known, held = self._bitmap(shares), b"".join(shares.values())
+        stage = Stage.CONFIRM
+        self._advance(stage=stage, present=deal.present, dealers=known, held=held, root=root)
         return answer
 
     def confirm(self, message: Buffer) -> bytes:
@@ -461,7 +458,7 @@ class ClientSession:
 
     def _enter(self, call: Call, roster: Roster, own: int, prekey: SecretPrekey) -> _Round:
         graph = self._policy.graph
-        binding = Binding.of(call, graph)
+        binding = Binding.of(call.digest, graph)
         # Drawn now that the roster is fixed, from this device's own secrets: see sharing.py.
         lots = self._stream("neighbours", binding)
         held = roster.terms.bands(roster.prekeys[own].tier)
@@ -476,13 +473,13 @@ class ClientSession:
         return self._stream("seed", self._called().binding).bytes(SECRET_BYTES)
 
     def _dealt(self, round: _Round, noise: Sequence[bytes]) -> Shares:
-        seed, binding = self._seed(), round.binding
+        seed, binding, neighbours = self._seed(), round.binding, round.neighbours
         threshold = round.graph.threshold(round.devices)
-        points = [number + 1 for number in round.neighbours]
+        points = [number + 1 for number in neighbours]
         secrets = (seed, round.prekey.masking_bytes, *noise)
         dealt = sharing.split_secrets(secrets, threshold, points, self._stream("shares", binding))
         commitments, sealed = [], []
-        for holder, *mine in zip(round.neighbours, *dealt, strict=True):
+        for holder, *mine in zip(neighbours, *dealt, strict=True):
             commitments += [
                 binding.share_commitment(kind, round.own, holder, share)
                 for kind, share in enumerate(mine)
@@ -490,13 +487,12 @@ class ClientSession:
             key = binding.sealing_key(self._agree(holder), round.own, holder)
             sealed.append(AESGCM(key).encrypt(_NONCE, b"".join(mine), None))
         seeds = ((SEED, seed), *enumerate(noise, NOISE))
+        committed = (binding.seed_commitment(kind, round.own, each) for kind, each in seeds)
         return Shares(
             binding.context,
-            neighbours=self._bitmap(round.neighbours),
+            neighbours=self._bitmap(neighbours),
             masked_with=self._bitmap(round.masked_with),
-            seed_commitments=tuple(
-                binding.seed_commitment(kind, round.own, each) for kind, each in seeds
-            ),
+            seed_commitments=tuple(committed),
             share_commitments=b"".join(commitments),
             sealed=b"".join(sealed),
         )
@@ -540,13 +536,8 @@ class ClientSession:
             for kind in due[dealer]
         )
         own = (progress.noise[size * (kind - NOISE) :][:size] for kind in due[round.own][1:])
-        return Opening(
-            round.binding.context,
-            self._seed(),
-            self._bitmap(dealers),
-            b"".join(shares),
-            b"".join(own),
-        )
+        context, named = round.binding.context, self._bitmap(dealers)
+        return Opening(context, self._seed(), named, b"".join(shares), b"".join(own))
 
     def _agree(self, peer: int) -> bytes:
         round = self._called()

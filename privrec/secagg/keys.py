@@ -1,8 +1,11 @@
-"""Keys of a device: its identity, its one-time prekeys, and what two devices derive from theirs.
+"""Keys of a device: its identity, its one-time prekeys, and the masks that two derive from theirs.
 
 A device signs prekeys in advance and leaves them with the server: two X25519 keys each, one under
 which others encrypt shares to it, one from which pairs of devices draw masks. The mask key may be
 reconstructed after a drop-out, so that a prekey serves one attempt at one round and is then burned.
+A mask is an AES-128-CTR keystream, added to a prefix of a vector of integers in place; who is
+masked with whom, and with which sign, is decided in
+:meth:`ClientSession.masked() <privrec.secagg.client.ClientSession.masked>`.
 Sources: RFC 7748 (X25519), RFC 8032 (Ed25519), RFC 5869 (HKDF).
 """
 
@@ -12,16 +15,26 @@ import hashlib
 import hmac
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
+import numpy as np
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 
 from privrec.errors import IntegrityError, ReleaseRefused, UsageError
 from privrec.randomness import SecretRoot
-from privrec.secagg.messages import packed, refused
+from privrec.secagg.messages import (
+    PAIR_TAG_BYTES,
+    SHARE_COMMITMENT_BYTES,
+    Words,
+    packed,
+    refused,
+)
+from privrec.secagg.sharing import Graph
 
 KEY_BYTES = 32
 SIGNATURE_BYTES = 64
@@ -40,15 +53,18 @@ _LOW_ORDER = {
     _FIELD + 1,
 }
 _REMEMBERED = 1 << 16
+MASK_KEY_BYTES = 16
+_PIECE_BYTES = 1 << 16
+_ZEROS = memoryview(bytes(_PIECE_BYTES))
+_CIPHER_TAIL = 15  # update_into asks for a block less one byte more than it writes
+_BATCH = 512  # keystreams open at a time
 
 
 def statement(label: str, *parts: bytes | int | str) -> bytes:
     """32 bytes that stand for a label and its parts, and for no other list of parts.
 
-    Args:
-        label: what is stated; each purpose has its own, so that a signature under one purpose
-            is never valid under another.
-        *parts: what it is stated of; integers are not negative.
+    Each purpose has a label of its own, so that a signature under one is never valid under another.
+    Integers are not negative.
     """
     return hashlib.sha256(_SALT + packed((label, *parts))).digest()
 
@@ -143,10 +159,7 @@ class Prekey:
 
 
 class SecretPrekey:
-    """The secret half of a prekey that was taken for one attempt at one round; see :class:`Prekey`.
-
-    The 32 private bytes of the masking key are dealt in shares.
-    """
+    """The secret half of a :class:`Prekey`; ``masking_bytes`` are what is dealt in shares."""
 
     def __init__(self, sealing: bytes, masking: bytes) -> None:
         self.sealing = X25519PrivateKey.from_private_bytes(sealing)
@@ -189,12 +202,9 @@ class PrekeyBook:
         self._issued, self._unused, self._joined = _restored(state)
 
     def issue(self, count: int, tier: int) -> list[bytes]:
-        """Make records of fresh prekeys, for the server to keep.
+        """Make records of fresh prekeys, for the server to keep; each serves one attempt.
 
-        Args:
-            count: no more than the device is willing to take part: each serves one attempt, and
-                without one there is none.
-            tier: the capacity that the device will take part with, 0 for the strongest, to 255.
+        ``tier`` is the capacity that the device will take part with, from 0, the strongest, to 255.
         """
         if count < 0 or not 0 <= tier <= LAST_TIER:
             raise UsageError(
@@ -204,7 +214,14 @@ class PrekeyBook:
         self._issued += count
         self._unused.update(serials)
         self._keep()
-        return [self._prekey(serial, tier).pack() for serial in serials]
+        records = []
+        for serial in serials:
+            secret = self.secret(serial)
+            keys = public_of(secret.sealing), public_of(secret.masking)
+            signature = self.key.sign(statement("prekey", serial, tier, *keys))
+            prekey = Prekey(self.key.public, self._certificate, serial, tier, *keys, signature)
+            records.append(prekey.pack())
+        return records
 
     def enter(self, serial: int, run: str, round: int, attempt: int) -> SecretPrekey:
         """Enter an attempt at a round with a prekey, which is burned by this.
@@ -240,10 +257,7 @@ class PrekeyBook:
             )
 
     def advance(self, run: str, before: bytes, after: bytes) -> None:
-        """Follow a session to its next progress, before the answer that goes with it.
-
-        Each progress is left once: that ``before`` is the latest is checked.
-        """
+        """Follow a session from its latest progress to the next, before the answer to it leaves."""
         self.check_latest(run, before)
         self._joined[run] = (*self._joined[run][:2], _digest(after))
         self._keep()
@@ -267,12 +281,6 @@ class PrekeyBook:
                 f"attempt {attempt} at round {round} of run {run}: this device took part in "
                 f"attempt {last[1]} at round {last[0]}; the server must plan, and charge, a new one"
             )
-
-    def _prekey(self, serial: int, tier: int) -> Prekey:
-        secret = self.secret(serial)
-        sealing, masking = public_of(secret.sealing), public_of(secret.masking)
-        signature = self.key.sign(statement("prekey", serial, tier, sealing, masking))
-        return Prekey(self.key.public, self._certificate, serial, tier, sealing, masking, signature)
 
     def _keep(self) -> None:
         state = {"issued": self._issued, "unused": sorted(self._unused), "joined": self._joined}
@@ -321,3 +329,115 @@ def agree(private: X25519PrivateKey, public: bytes) -> bytes:
             f"the X25519 key {public.hex()} gives every device the same secret; "
             "leave the device that issued it out of the round"
         ) from None
+
+
+def model_root(digests: Sequence[bytes]) -> bytes:
+    """What stands for the model: a digest over those of its bands, the band that all hold first."""
+    return statement("model", *digests)
+
+
+@dataclass(frozen=True)
+class Binding:
+    """Keys, commitments and statements of one attempt at one round, bound to all that was agreed.
+
+    Two devices that were told different things (another roster, configuration, run, round, attempt
+    or model) derive different keys: their masks do not cancel, their shares do not open, and their
+    signatures do not count for each other. A server gains nothing by telling them different things.
+
+    ``agreed`` is what the keys of two devices agree on, those for masking in :meth:`pair_key` and
+    those for sealing elsewhere; ``root`` is the :func:`model_root`; devices go by their numbers.
+    ``context`` is the digest of all that was agreed on before the model. Labels are part of the
+    protocol: keys derive from them.
+    """
+
+    context: bytes
+
+    @classmethod
+    def of(cls, call_digest: bytes, graph: Graph) -> Binding:
+        """The binding to a call and to the constants of the protocol."""
+        return cls(statement("context", call_digest, graph.complete_up_to, graph.degree))
+
+    def sealing_key(self, agreed: bytes, sender: int, receiver: int) -> bytes:
+        """The AES-GCM key of the one message from a device to another; 32 bytes."""
+        return derive(agreed, "sealing", self.context, sender, receiver)
+
+    def pair_key(self, agreed: bytes, root: bytes, one: int, other: int) -> bytes:
+        """The key of the mask between two devices, the same for both; 16 bytes."""
+        low, high = sorted((one, other))
+        return derive(agreed, "pair mask", self.context, root, low, high)[:MASK_KEY_BYTES]
+
+    def self_key(self, seed: bytes, root: bytes) -> bytes:
+        """The key of a device's own mask; 16 bytes."""
+        return derive(seed, "self mask", self.context, root)[:MASK_KEY_BYTES]
+
+    def pair_tag(self, agreed: bytes, root: bytes, sender: int, receiver: int) -> bytes:
+        """What one device sends to another that drew it, once it is masked with it; 16 bytes."""
+        return derive(agreed, "pledge", self.context, root, sender, receiver)[:PAIR_TAG_BYTES]
+
+    def seed_commitment(self, kind: int, dealer: int, seed: bytes) -> bytes:
+        """A commitment to a seed; 32 bytes, which hide it since it is random."""
+        return statement("seed mark", self.context, kind, dealer, seed)
+
+    def share_commitment(self, kind: int, dealer: int, holder: int, share: bytes) -> bytes:
+        """A commitment to one share; 16 bytes, which hide it since it is random.
+
+        A holder that alters its share would need a second preimage of 128 bits. A dealer could make
+        two shares of one commitment, and could as well deal wrong ones.
+        """
+        stated = statement("share mark", self.context, kind, dealer, holder, share)
+        return stated[:SHARE_COMMITMENT_BYTES]
+
+    def confirmation(self, survivors: bytes, root: bytes) -> bytes:
+        """What devices sign when they confirm the survivors (a bitmap) and the model they saw."""
+        return statement("confirmation", self.context, root, survivors)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """One AES-128-CTR keystream over the first ``length`` entries, of a key for it alone."""
+
+    key: bytes
+    length: int
+    negative: bool
+
+    def __repr__(self) -> str:
+        return f"Mask(length={self.length})"
+
+
+def apply_masks(vector: Words, masks: Iterable[Mask]) -> None:
+    """Add or subtract every mask, in place and modulo the ring.
+
+    The vector is walked in pieces that stay in the cache, each under all masks before the next, so
+    that memory is read once however many masks there are. Integers wrap around by themselves.
+
+    Args:
+        vector: contiguous entries of a :func:`~privrec.secagg.messages.word_type`, at least as many
+            as any mask covers.
+        masks: in any order, of any number: memory does not grow with it.
+    """
+    pending = iter(masks)
+    while batch := list(islice(pending, _BATCH)):
+        # Longest first, so that the masks that still cover a piece come before all others.
+        _apply(vector, sorted(batch, key=lambda mask: -mask.length))
+
+
+def _apply(vector: Words, masks: Sequence[Mask]) -> None:
+    step = _PIECE_BYTES // vector.itemsize
+    buffer = np.empty(_PIECE_BYTES + _CIPHER_TAIL, np.uint8)
+    target, words = buffer.data, buffer[:_PIECE_BYTES].view(vector.dtype)
+    streams = [
+        (_keystream(mask.key), mask.length, np.subtract if mask.negative else np.add)
+        for mask in masks
+    ]
+    for start in range(0, masks[0].length, step):
+        piece = vector[start : start + step]
+        for stream, length, operation in streams:
+            count = min(length - start, len(piece))
+            if count <= 0:
+                break
+            stream.update_into(_ZEROS[: count * vector.itemsize], target)
+            operation(piece[:count], words[:count], out=piece[:count])
+
+
+def _keystream(key: bytes) -> CipherContext:
+    return Cipher(algorithms.AES128(key), modes.CTR(bytes(16))).encryptor()

@@ -48,8 +48,8 @@ class Encoding:
     :attr:`bound`, checked in exact arithmetic, whatever was put in. So ``bound`` is the sensitivity
     of the integer sum when one device's vector is replaced by zeros.
 
-    Args:
-        clip_norm: largest L2 norm of an input vector, above 0.
+    Attributes:
+        clip_norm: above 0.
         dimension: public number of coefficients of the whole vector, at least 1; never a device's
             own count of non-zeros, which would be private.
         scale_bits: the grid has ``2^scale_bits`` steps to the clip norm, 1 to 20; not
@@ -85,9 +85,7 @@ class Encoding:
     def encode(self, values: NDArray[np.float32], coins: Coins) -> NDArray[np.int32]:
         """Round each row to integers, unbiased but for the condition on its norm; zeros stay zeros.
 
-        Args:
-            values: float32 of shape ``(m, k)``; each row has an L2 norm of at most ``clip_norm``.
-            coins: the secure stream that decides the rounding.
+        ``values`` has shape ``(m, k)``; each row has an L2 norm of at most ``clip_norm``.
 
         Raises:
             ReleaseRefused: when a row keeps exceeding the bound, so it was never clipped.
@@ -118,9 +116,8 @@ class Encoding:
     def _too_long(self, integers: NDArray[np.float32]) -> NDArray[np.intp]:
         # A float32 sum is off by less than its number of terms times 2^-24, so it can clear a row.
         rough = (integers[:, None] @ integers[:, :, None])[:, 0, 0].astype(np.float64)
-        doubtful = np.flatnonzero(
-            ~(rough * (1 + integers.shape[1] * 2.0**-23) <= self.squared_bound)
-        )
+        slack = 1 + integers.shape[1] * 2.0**-23
+        doubtful = np.flatnonzero(~(rough * slack <= self.squared_bound))
         # float64 sums of squared integers of this size are exact (below 2^53).
         wide = integers[doubtful].astype(np.float64)
         long = ~(np.einsum("ij,ij->i", wide, wide) <= self.squared_bound)
@@ -131,7 +128,7 @@ class Encoding:
 class Load:
     """What a band of ``size`` coefficients puts into the ring at most.
 
-    Args:
+    Attributes:
         devices: most devices that add to it.
         noise: variance of all their noise together over the squared sensitivity
             (``Encoding.squared_bound``); with shares, ``devices / m`` times the squared noise
@@ -151,9 +148,7 @@ class Ring:
 
     Promise: ``leave(enter(a) + enter(b))`` is ``a + b`` wherever that lies in
     ``[-2^(bits-1), 2^(bits-1))``, and elsewhere differs from it by a multiple of ``2^bits``.
-
-    Args:
-        bits: 32, or 16 for half the upload and small cohorts.
+    16 bits are for half the upload and small cohorts.
     """
 
     bits: Literal[16, 32] = 32

@@ -100,11 +100,9 @@ class EnrolmentKey:
 
 
 def enrol(office: DeviceKey, identity: bytes) -> bytes:
-    """The certificate, for its :class:`~privrec.secagg.keys.PrekeyBook`, that vouches for a device.
+    """The certificate that vouches for a device, for its :class:`~privrec.secagg.keys.PrekeyBook`.
 
-    Args:
-        office: the key whose public half devices hold as :class:`EnrolmentKey`.
-        identity: the device's Ed25519 key of 32 bytes.
+    Devices hold the public half of the office's key as :class:`EnrolmentKey`.
     """
     return office.sign(_enrolment(identity))
 
@@ -113,7 +111,7 @@ def enrol(office: DeviceKey, identity: bytes) -> bytes:
 class Terms(Message):
     """What one attempt at one round is about; all of it is bound into every mask and signature.
 
-    Args:
+    Attributes:
         run: id of the run, 1 to 256 bytes.
         round: counted from 0, and so is ``attempt``.
         plan: 32-byte digest of everything else that was agreed: scenario, privacy event.
@@ -181,10 +179,6 @@ class Call(Terms):
 
 class Roster:
     """The devices of a round, numbered in the order of their identities.
-
-    Args:
-        call: terms and prekeys.
-        anchor: whom to believe about identities.
 
     Raises:
         ReleaseRefused: when terms contradict themselves, devices are named twice or out of order, a
@@ -257,10 +251,6 @@ class Roster:
         taken off again, those of the bands in which it comes after as many signers as the band
         needs. The first of those who signed are so never opened, whichever part of the signatures
         a device is shown; were survivors counted, a server could name some that are not there.
-
-        Args:
-            survivors: numbers of the confirmed survivors.
-            signers: those of them whose signature is there.
         """
         alive = sorted(survivors)
         opened: list[tuple[int, ...]] = [(MASKING,)] * len(self)
@@ -277,13 +267,9 @@ class Roster:
         return opened
 
     def check_bands(self, members: Iterable[int], minimum: int) -> None:
-        """Refuse members among which some band has too few holders.
+        """Refuse members of whom fewer than ``minimum``, or than the terms ask for, hold some band.
 
         A single seed opens all bands of a device, so that no band can be left out.
-
-        Args:
-            members: device numbers.
-            minimum: fewest holders of any band, besides what the terms ask for.
         """
         for band, count in enumerate(map(len, self.holders(members))):
             least = max(minimum, self.terms.minimums[band])

@@ -26,8 +26,15 @@ from numpy.typing import NDArray
 
 from privrec.errors import ReleaseRefused, UsageError
 from privrec.secagg import sharing
-from privrec.secagg.keys import Prekey, agree, public_of
-from privrec.secagg.masks import Binding, Mask, apply_masks, model_root
+from privrec.secagg.keys import (
+    Binding,
+    Mask,
+    Prekey,
+    agree,
+    apply_masks,
+    model_root,
+    public_of,
+)
 from privrec.secagg.messages import (
     DIGEST_BYTES,
     MASKING,
@@ -108,10 +115,8 @@ class ServerSession:
     ``survivors`` put in, or there is none.
 
     Args:
-        terms: of the round.
         prekeys: one record of each device of the cohort, from its deposit; a record serves once.
         anchor: which devices are enrolled; an honest server checks as devices do.
-        graph: constants of the protocol.
 
     Raises:
         UsageError: when the terms contradict themselves.
@@ -128,7 +133,7 @@ class ServerSession:
             raise UsageError(f"a round of {problem}; lengths ascend, with one minimum for each")
         self._roster = Roster(self._call, anchor)
         self._roster.check_bands(range(len(self._roster)), 1)
-        self._binding = Binding.of(self._call, self._graph)
+        self._binding = Binding.of(self._call.digest, self._graph)
         self._verifier = anchor.verifier
         self._numbers = {p.identity: number for number, p in enumerate(self._roster.prekeys)}
         self._deposits: dict[int, Deposit] = {}
@@ -181,13 +186,20 @@ class ServerSession:
         if self.done:
             return {}
         awaited = [number for number in self._due if number not in self._answered]
-        if self._stage is Stage.MASKED:
-            messages = self._deals(awaited)
+        if self._stage is Stage.SHARES:
+            messages = dict.fromkeys(awaited, self._call.pack())
+        elif self._stage is Stage.MASKED:
+            if not self._model:
+                raise UsageError(
+                    "masked vectors are due, but no model was published: call publish()"
+                )
+            messages = {number: self._deal(number).pack() for number in awaited}
         elif self._stage is Stage.CONFIRM:
             messages = self._tidings(awaited)
         else:
-            same = self._call if self._stage is Stage.SHARES else self._quorum()
-            messages = dict.fromkeys(awaited, same.pack())
+            signers, signatures = zip(*sorted(self._signatures.items()), strict=True)
+            quorum = Quorum(self._binding.context, self._bitmap(signers), b"".join(signatures))
+            messages = dict.fromkeys(awaited, quorum.pack())
         return {self._roster.prekeys[n].identity: message for n, message in messages.items()}
 
     def receive(self, device: bytes, message: Buffer) -> None:
@@ -211,26 +223,23 @@ class ServerSession:
             ReleaseRefused: when too few devices are left, or a secret could not be recovered. The
                 round is over then, and nothing of the sum is kept.
         """
-        close = (self._close_shares, self._close_masked, self._close_confirm, self._close_unmask)
         if self.done:
             raise UsageError("the round is over; begin another session")
+        answered = tuple(sorted(self._answered))
         try:
-            close[self._stage](tuple(sorted(self._answered)))
+            if self._stage is Stage.UNMASK:
+                self._unmask()
+            else:
+                self._close(answered)
         except ReleaseRefused:
             self._finish()
             raise
-        self._answered = set()
-        if self._result is None:
-            self._stage = Stage(self._stage + 1)
-        else:
+        if self._stage is Stage.UNMASK:
             self._finish()
+        else:
+            self._stage, self._due, self._answered = Stage(self._stage + 1), answered, set()
 
     # ------------------------------------------------------------------ what is sent
-
-    def _deals(self, numbers: Sequence[int]) -> dict[int, bytes]:
-        if not self._model:
-            raise UsageError("masked vectors are due, but no model was published: call publish()")
-        return {number: self._deal(number).pack() for number in numbers}
 
     def _deal(self, number: int) -> Deal:
         dealers = ((n, self._deposits[n].sealed) for n in self._drawn_by[number])
@@ -256,11 +265,6 @@ class ServerSession:
             tags = b"".join(deposit.pair_tags[number] for deposit in near)
             messages[number] = replace(told, pair_tags=tags).pack()
         return messages
-
-    def _quorum(self) -> Quorum:
-        signed = sorted(self._signatures)
-        joined = b"".join(self._signatures[number] for number in signed)
-        return Quorum(self._binding.context, self._bitmap(signed), joined)
 
     # ------------------------------------------------------------------ what comes in
 
@@ -329,24 +333,27 @@ class ServerSession:
 
     # ------------------------------------------------------------------ ends of stages
 
-    def _close_shares(self, answered: tuple[int, ...]) -> None:
-        self._check_enough(answered, "sent shares")
-        self._due = answered
-        self._drawn_by = {number: [] for number in range(len(self._roster))}
-        for number in answered:
-            for peer in self._deposits[number].masked_with:
-                self._drawn_by[peer].append(number)
+    def _close(self, answered: tuple[int, ...]) -> None:
+        """Go on with those that answered, if they are enough."""
+        doing = ("sent shares", "sent masked vectors", "confirmed the survivors")[self._stage]
+        least = self._graph.quorum(len(self._roster))
+        if len(answered) < least:
+            raise ReleaseRefused(
+                f"{len(answered)} of {len(self._roster)} devices {doing}, and {least} must: too "
+                "many dropped out; the round ends without a sum, and stays charged"
+            )
+        self._roster.check_bands(answered, 1)
+        if self._stage is Stage.SHARES:
+            self._drawn_by = {number: [] for number in range(len(self._roster))}
+            for number in answered:
+                for peer in self._deposits[number].masked_with:
+                    self._drawn_by[peer].append(number)
+        elif self._stage is Stage.MASKED:
+            self._survivors = answered
+        else:
+            self._opened = self._roster.due(self._survivors, set(answered))
 
-    def _close_masked(self, answered: tuple[int, ...]) -> None:
-        self._check_enough(answered, "sent masked vectors")
-        self._due = self._survivors = answered
-
-    def _close_confirm(self, answered: tuple[int, ...]) -> None:
-        self._check_enough(answered, "confirmed the survivors")
-        self._due = answered
-        self._opened = self._roster.due(self._survivors, set(answered))
-
-    def _close_unmask(self, _: tuple[int, ...]) -> None:
+    def _unmask(self) -> None:
         recovery = Recovery(
             self._roster,
             self._binding,
@@ -362,15 +369,6 @@ class ServerSession:
             tuple(map(tuple, recovery.noise(self._opened))),
             recovery.faults,
         )
-
-    def _check_enough(self, numbers: Collection[int], doing: str) -> None:
-        least = self._graph.quorum(len(self._roster))
-        if len(numbers) < least:
-            raise ReleaseRefused(
-                f"{len(numbers)} of {len(self._roster)} devices {doing}, and {least} must: too "
-                "many dropped out; the round ends without a sum, and stays charged"
-            )
-        self._roster.check_bands(numbers, 1)
 
     def _finish(self) -> None:
         """Forget what only this round needed; after a failure nothing of the sum is left."""
@@ -392,14 +390,8 @@ class Recovery:
 
     A survivor's own mask goes with its seed. A device that dropped out after it dealt shares left a
     mask in the vector of every survivor that it is masked with; these go with its mask key. Secrets
-    come from shares, and each is checked against the commitment of the device that dealt it.
-
-    Attributes:
-        root: of the model.
-        threshold: shares that give a secret back.
-        deposits: of every device that sent shares, by number.
-        survivors: numbers of the devices in the sum.
-        faults: filled with what was wrong, by identity.
+    come from shares, and each is checked against the commitment of the device that dealt it; what
+    was wrong is in ``faults``.
     """
 
     roster: Roster

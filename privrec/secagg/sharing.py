@@ -68,18 +68,13 @@ class Graph:
         return 2 * devices // 3 + 1
 
     def threshold(self, devices: int) -> int:
-        """How many shares give a secret back: more than two thirds of a device and its neighbours.
-
-        A device counts itself as one of them.
-        """
+        """How many shares give a secret back: over two thirds of a device and its neighbours."""
         return 2 * (self.neighbours(devices) + 1) // 3 + 1
 
     def draw(self, own: int, among: Sequence[int], stream: SecureStream) -> tuple[int, ...]:
         """The neighbours of device ``own``, uniform among others, ascending.
 
-        Args:
-            among: ascending numbers of devices, ``own`` among them.
-            stream: the device's own secure stream for this attempt.
+        ``among`` is ascending and has ``own``; ``stream`` is the device's own for this attempt.
         """
         if self.is_complete(len(among)):
             return tuple(number for number in among if number != own)
@@ -93,10 +88,8 @@ class Graph:
         """Refuse a cohort that would be unsafe with this share of colluding devices in every band.
 
         It is when colluders could make two quorums, or the chance that some device drew its
-        neighbours badly exceeds :data:`MAX_FAILURE`.
-
-        Args:
-            holders: how many devices hold each band, the band that all hold first.
+        neighbours badly exceeds :data:`MAX_FAILURE`. ``holders`` is how many devices hold each
+        band, the band that all hold first.
         """
         devices = holders[0]
         corrupt = [math.floor(corrupt_share * count) for count in holders]

@@ -23,8 +23,7 @@ from privrec.secagg import client as client_module
 from privrec.secagg import roster as roster_module
 from privrec.secagg import sharing
 from privrec.secagg.client import ClientSession, Policy
-from privrec.secagg.keys import PrekeyBook, agree
-from privrec.secagg.masks import Binding, Mask, apply_masks, model_root
+from privrec.secagg.keys import Binding, Mask, PrekeyBook, agree, apply_masks, model_root
 from privrec.secagg.messages import (
     MASKED_START,
     MASKING,

@@ -7,8 +7,7 @@ from collections.abc import Callable
 import pytest
 from secagg_rounds import Cohort, terms
 
-from privrec.secagg.keys import Prekey
-from privrec.secagg.masks import Binding, model_root
+from privrec.secagg.keys import Binding, Prekey, model_root
 from privrec.secagg.messages import MASKING, NOISE, SEED
 from privrec.secagg.roster import Call
 from privrec.secagg.sharing import Graph
@@ -87,5 +86,5 @@ def test_the_context_covers_the_call_and_the_constants_of_the_protocol() -> None
     prekeys = [Prekey.unpack(record) for record in cohort.prekeys()]
     calls = [Call.of(terms((5,), round=index), prekeys) for index in range(2)]
     graphs = [Graph(), Graph(complete_up_to=199), Graph(degree=99)]
-    contexts = {Binding.of(call, graph).context for call in calls for graph in graphs}
+    contexts = {Binding.of(call.digest, graph).context for call in calls for graph in graphs}
     assert len(contexts) == 6

@@ -12,8 +12,7 @@ from secagg_rounds import Cohort, answer, drive, model, plain_sum, terms
 
 from privrec.errors import IntegrityError, ReleaseRefused
 from privrec.secagg.client import ClientSession, Policy
-from privrec.secagg.keys import PrekeyBook
-from privrec.secagg.masks import model_root
+from privrec.secagg.keys import PrekeyBook, model_root
 from privrec.secagg.messages import Deal, Quorum, Stage, Survivors, bitmap, members
 from privrec.secagg.roster import ListedDevices
 from privrec.secagg.server import ServerSession

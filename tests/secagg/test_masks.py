@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from privrec.secagg import masks
-from privrec.secagg.masks import Mask, apply_masks
+from privrec.secagg import keys
+from privrec.secagg.keys import Mask, apply_masks
 from privrec.secagg.messages import word_type
 
 
@@ -44,7 +44,7 @@ def test_memory_of_open_keystreams_is_bounded_and_batches_add_up(
     chosen = sample(25, 100)
     whole, parts = np.zeros(100, np.uint32), np.zeros(100, np.uint32)
     apply_masks(whole, chosen)
-    monkeypatch.setattr(masks, "_BATCH", 4)
+    monkeypatch.setattr(keys, "_BATCH", 4)
     apply_masks(parts, chosen)
     np.testing.assert_array_equal(whole, parts)
 
