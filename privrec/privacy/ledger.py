@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import FileIO
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,11 +44,12 @@ _RESERVED = frozenset({"format", "unit", "adjacency", "public_key"})
 
 @dataclass(frozen=True)
 class Charge:
-    """One paid attempt at a round; round ``PREPARATION`` is what came before the first one."""
+    """One paid attempt at a round; ``examples`` is its cost in the unit :data:`EXAMPLE`, if any."""
 
     round: int
     attempt: int
     event: RoundEvent
+    examples: RoundEvent | None = None
 
 
 class Ledger:
@@ -56,30 +58,32 @@ class Ledger:
     Promise: whatever :meth:`charge` and :meth:`commit` returned from is on disk, and is found again
     by :meth:`open` after a crash at any moment; no method takes anything back. One process writes
     at a time. It is a context manager that closes the file.
+
+    Attributes:
+        public_key: the key that the signed head is checked with.
+        signed: entries that the signed head covered when it was last read or written.
+        header: the header's values, with what :meth:`create` added.
+        counts: how often each event was charged.
+        examples: how often each example-level event was charged; never part of ``counts``.
+        ended: digest of the model that the run ended with, or None for one that goes on.
     """
 
     public_key: Ed25519PublicKey
-    """The key that the signed head is checked with."""
 
     def __init__(self, path: Path, key: Ed25519PrivateKey | None, kept: Path | None) -> None:
         self.path = path
         self.repaired: str | None = None
         self.signed = 0
-        """Number of entries that the signed head covered when it was last read or written."""
         self.header: dict[str, Any] = {}
-        """The header's values, with what :meth:`create` added."""
         self.counts: Counter[RoundEvent] = Counter()
-        """How often each event was charged."""
         self.examples: Counter[RoundEvent] = Counter()
-        """How often each example-level event was entered; never part of :attr:`counts`."""
         self.ended: bytes | None = None
-        """Digest of the model that the run ended with, or None for one that goes on."""
         self._key = key
         self._kept = kept
         self._files: list[FileIO] = []
         self._hashes: list[str] = []
         self._charges: dict[tuple[int, int], Charge] = {}
-        self._examples: dict[tuple[int, int], Charge] = {}
+        self._examples: dict[tuple[int, int], RoundEvent] = {}
         self._commits: dict[tuple[int, int], bytes] = {}
 
     @classmethod
@@ -136,14 +140,13 @@ class Ledger:
         says so. A last line that lacks only its end is kept.
 
         Args:
-            signing_key: the server's key; needed to :meth:`seal`.
-            public_key: the key that the head must be signed with; by default the one of
-                ``signing_key``, else the one that the header names (which shows damage, but not a
-                ledger that was replaced as a whole).
-            kept: where :meth:`create` was told to keep the last head; the ledger must go on from
-                it, and no other copy of it may be open for writing.
-            repair: open for writing and repair; ``False`` only reads, leaves the file as it is,
-                and works while another process writes.
+            signing_key: the server's; needed to :meth:`seal`.
+            public_key: must have signed the head; by default that of ``signing_key``, else the one
+                that the header names (which shows damage, but no ledger replaced as a whole).
+            kept: as for :meth:`create`; the ledger must go on from that head, and no other copy of
+                it may be open for writing.
+            repair: whether to open for writing and repair; else it only reads, also while another
+                process writes.
 
         Raises:
             IntegrityError: when a line was altered, removed or reordered, when the file is shorter
@@ -186,10 +189,7 @@ class Ledger:
 
     def attempts(self, round: int) -> int:
         """How many attempts at a round were charged."""
-        count = 0
-        while (round, count) in self._charges:
-            count += 1
-        return count
+        return next(n for n in count() if (round, n) not in self._charges)
 
     def committed(self, round: int, attempt: int) -> bytes | None:
         """The tag of what the attempt releases, or None when nothing was committed."""
@@ -199,67 +199,51 @@ class Ledger:
         """ε of everything charged; see :func:`privrec.privacy.events.epsilon`."""
         return events.epsilon(self.counts, delta, adversary, accountant)
 
-    def epsilon_after(
-        self, event: RoundEvent, *, delta: float, adversary: Adversary, times: int = 1
-    ) -> float:
-        """ε as it would be after ``times`` more charges of ``event``; nothing is charged."""
-        return events.epsilon(self.counts + Counter({event: times}), delta, adversary)
+    def epsilon_after(self, event: RoundEvent, *, delta: float, adversary: Adversary) -> float:
+        """ε as it would be after one more charge of ``event``; nothing is charged."""
+        return events.epsilon(self.counts + Counter([event]), delta, adversary)
 
-    def epsilon_of_examples(self, delta: float) -> float:
-        """ε of one example against whoever sees every upload, of a device in every attempt."""
-        return events.epsilon(self.examples, delta, "server")
-
-    def charge(self, round: int, attempt: int, event: RoundEvent) -> bool:
+    def charge(
+        self, round: int, attempt: int, event: RoundEvent, examples: RoundEvent | None = None
+    ) -> bool:
         """Pay for one attempt at a round, on disk before this returns.
 
         Attempts at a round are numbered from 0, without gaps. False says that this very attempt was
-        paid for before: only the same bits may be released again.
+        paid for before: only the same bits may be released again. ``examples`` is what the attempt
+        costs each example of a device in it. It is entered first, in a unit of its own, and counts
+        from the charge on: what a crash left without one was never collected.
 
         Raises:
-            IntegrityError: when the attempt was charged with another event, or skips attempts.
+            IntegrityError: when the attempt was charged with other events, or skips attempts.
             ReleaseRefused: when the charge could not be written, or the run has ended: nothing may
                 be released.
         """
-        known = self._charges.get((round, attempt))
-        if known is None:
-            self._check_goes_on()
-            if round < PREPARATION or attempt != self.attempts(round):
-                raise IntegrityError(
-                    f"{self.path}: attempt {attempt} at round {round}, of which "
-                    f"{self.attempts(round)} were charged; the next one is attempt "
-                    f"{self.attempts(round)}"
-                )
-            entry = {"kind": "charge", "round": round, "attempt": attempt, "event": event.to_json()}
-            self._append(entry)
-            return True
-        if known.event != event:
-            raise IntegrityError(
-                f"{self.path}: round {round}, attempt {attempt} was charged as {known.event}, "
-                f"not as {event}; resume with the scenario that the run was started with"
+        place, wanted = (round, attempt), Charge(round, attempt, event, examples)
+        known = self._charges.get(place)
+        if known is None and self.ended is not None:
+            raise ReleaseRefused(
+                f"{self.path}: the run has ended, and nothing more is charged to it; start a new "
+                "run"
             )
-        return False
-
-    def charge_examples(self, round: int, attempt: int, event: RoundEvent) -> bool:
-        """Enter what an attempt costs each example of a device in it, on disk before this returns.
-
-        The entry has a unit of its own, and comes before the attempt's :meth:`charge`. False says
-        that it was there.
-
-        Raises:
-            IntegrityError: when another event was entered, or the attempt was charged without one.
-            ReleaseRefused: when it could not be written, or the run has ended.
-        """
-        known = self._examples.get((round, attempt))
-        if known is not None and known.event == event:
+        if known is None and (round < PREPARATION or attempt != self.attempts(round)):
+            raise IntegrityError(
+                f"{self.path}: attempt {attempt} at round {round}, of which {self.attempts(round)} "
+                f"were charged; the next one is attempt {self.attempts(round)}"
+            )
+        entered = self._examples.get(place)
+        if (known or wanted) != wanted or (entered or examples) != examples:
+            raise IntegrityError(
+                f"{self.path}: round {round}, attempt {attempt} was charged as "
+                f"{known and known.event} ({entered} at example level), not as {event} "
+                f"({examples}); resume with the scenario that the run was started with"
+            )
+        if known is not None:
             return False
-        if known is not None or (round, attempt) in self._charges:
-            raise IntegrityError(
-                f"{self.path}: round {round}, attempt {attempt} was charged as {known} at example "
-                f"level, not as {event}; resume with the scenario that the run was started with"
-            )
-        self._check_goes_on()
-        entry = {"kind": "examples", "unit": EXAMPLE, "round": round, "attempt": attempt}
-        self._append({**entry, "event": event.to_json()})
+        named = {"round": round, "attempt": attempt}
+        if examples is not None and entered is None:
+            entry = {"kind": "examples", "unit": EXAMPLE, **named, "event": examples.to_json()}
+            self._append(entry)
+        self._append({"kind": "charge", **named, "event": event.to_json()})
         return True
 
     def commit(self, round: int, attempt: int, tag: bytes) -> None:
@@ -292,8 +276,7 @@ class Ledger:
         then, lacks this entry: so it shows that it is not the whole.
 
         Raises:
-            ReleaseRefused: when the run ended with another model, or the entry could not be
-                written.
+            ReleaseRefused: when it ended with another model, or the entry could not be written.
         """
         if self.ended == model:
             return
@@ -323,7 +306,7 @@ class Ledger:
         The head is replaced as a whole and durable before this returns.
 
         Raises:
-            UsageError: when the ledger was opened without the signing key or for reading.
+            UsageError: as :meth:`sign`.
             ReleaseRefused: when the head could not be written.
         """
         head = {"format": FORMAT, "entries": self.entries, "last_hash": self.last_hash}
@@ -339,7 +322,7 @@ class Ledger:
         self.signed = self.entries
 
     def close(self) -> None:
-        """Let go of the file; the ledger can still be read, but nothing charged any more."""
+        """Close the file; the ledger can still be read, but nothing charged any more."""
         while self._files:
             self._files.pop().close()
 
@@ -348,13 +331,6 @@ class Ledger:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _check_goes_on(self) -> None:
-        if self.ended is not None:
-            raise ReleaseRefused(
-                f"{self.path}: the run has ended, and nothing more is charged to it; start a new "
-                "run"
-            )
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         previous = self._hashes[-1] if self._hashes else START
@@ -367,8 +343,7 @@ class Ledger:
         try:
             self._write(line)
         except OSError as error:
-            # What reached the disk is unknown: only reading it again can tell.
-            self.close()
+            self.close()  # what reached the disk is unknown: only reading it again can tell
             raise ReleaseRefused(
                 f"{self.path}: the entry could not be written ({error.strerror}), so nothing was "
                 "released; make room or mend the disk, and resume"
@@ -431,15 +406,15 @@ class Ledger:
         if entry["kind"] == "examples" and key not in self._examples | self._charges:
             if entry["unit"] != EXAMPLE:
                 raise ValueError(f"a charge for the unit {entry['unit']!r}")
-            charge = Charge(*key, RoundEvent.from_json(entry["event"]))
-            self._examples[key] = charge
-            self.examples[charge.event] += 1
+            self._examples[key] = RoundEvent.from_json(entry["event"])
         elif entry["kind"] == "commit" and key in self._charges:
             self._commits[key] = bytes.fromhex(entry["tag"])
         elif entry["kind"] == "charge" and key not in self._charges:
-            charge = Charge(*key, RoundEvent.from_json(entry["event"]))
+            charge = Charge(*key, RoundEvent.from_json(entry["event"]), self._examples.get(key))
             self._charges[key] = charge
             self.counts[charge.event] += 1
+            if charge.examples is not None:
+                self.examples[charge.examples] += 1
         else:
             raise ValueError(f"{entry['kind']} of round {key[0]}, attempt {key[1]}")
 
@@ -452,12 +427,10 @@ class Ledger:
             )
         elif not content.endswith(b"\n"):
             self.repaired = "the missing end of the last line was added"
-        if self.repaired is None or not self._files:
-            return
-        file = self._files[0]
-        file.truncate(end)
-        file.seek(end)
-        self._write(b"" if content[:end].endswith(b"\n") else b"\n")
+        if self.repaired and self._files:
+            self._files[0].truncate(end)
+            self._files[0].seek(end)
+            self._write(b"" if content[:end].endswith(b"\n") else b"\n")
 
     def _heads(self) -> list[Path]:
         """Where the signed head lies: beside the ledger, and beside the key."""

@@ -177,17 +177,17 @@ def _check_charges(files: _Files) -> None:
 
 
 def _check_examples(files: _Files) -> None:
-    """Refuse entries at example level other than planned, one for every round devices trained in.
+    """Refuse charges at example level other than planned, one for every charge of a round.
 
     What ``result.json`` says of them must be what the ledger gives.
     """
     planned, spent = example_event(files.scenario), files.facts.spending.examples
     rounds = sum(files.facts.spending.rounds.values())
-    wanted = {planned: max(rounds, sum(spent.values()))} if planned else {}
+    wanted = {planned: rounds} if planned and rounds else {}
     if dict(spent) != wanted:
         raise _charged_otherwise(
             files,
-            f"{dict(spent)} was entered for examples over {rounds} charged rounds, and the "
+            f"{dict(spent)} was charged for examples over {rounds} charged rounds, and the "
             f"scenario plans {planned} for each",
         )
     own = example_figures(files.facts) or {}

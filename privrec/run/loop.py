@@ -217,9 +217,7 @@ class Loop:
         while release is None:
             if attempt == ledger.attempts(server.index):  # it is not paid yet
                 self._check_budgets(population)
-            if examples := server.plan.examples:
-                ledger.charge_examples(server.index, attempt, examples)
-            ledger.charge(server.index, attempt, server.plan.event)
+            ledger.charge(server.index, attempt, server.plan.event, server.plan.examples)
             round = server.next_round(attempt)
             try:
                 aggregate = self.transport.collect(round, server.weights)
@@ -269,7 +267,7 @@ class Loop:
                 )
         if plan.examples is not None and privacy.local_epsilon is not None:
             # The cost of examples is never added to that of users.
-            after = Counter(ledger.examples) + Counter([plan.examples])
+            after = ledger.examples + Counter([plan.examples])
             spent = epsilon(after, privacy.local_delta, "server")
             if spent > privacy.local_epsilon:
                 raise BudgetError(
@@ -278,7 +276,7 @@ class Loop:
                     f"rounds; the model so far is in {self.out}"
                 )
         if population:
-            population.cover(Counter(ledger.counts) + Counter([plan.event]))
+            population.cover(ledger.counts + Counter([plan.event]))
 
     def _epsilon(self, adversary: Adversary) -> float | None:
         if not self.plan.event.is_private or self.identity.known_key is not None:

@@ -167,7 +167,9 @@ def _examples(privacy: Privacy, ledger: Ledger, known: bool) -> dict[str, Any] |
     (event,) = ledger.examples or (None,)
     return {
         "unit": EXAMPLE,
-        "epsilon": None if known else _finite(ledger.epsilon_of_examples(privacy.local_delta)),
+        "epsilon": None
+        if known
+        else _finite(epsilon(ledger.examples, privacy.local_delta, "server")),
         "delta": privacy.local_delta,
         "noise_multiplier": event and event.noise_multiplier,
         "clip_norm": privacy.local_clip_norm,

@@ -225,8 +225,8 @@ class TestEpsilon:
 
     def test_dry_run_charges_nothing(self, written):
         with reopen(written) as ledger:
-            after = ledger.epsilon_after(OTHER, delta=1e-5, adversary="server", times=3)
-            assert after == events.epsilon({EVENT: 2, OTHER: 4}, 1e-5, "server")
+            after = ledger.epsilon_after(OTHER, delta=1e-5, adversary="server")
+            assert after == events.epsilon({EVENT: 2, OTHER: 2}, 1e-5, "server")
             assert len(ledger.charges) == 3
 
     def test_budget(self, written):
@@ -645,40 +645,61 @@ class TestExamples:
     def test_they_are_found_again_and_never_added(self, tmp_path):
         with create(tmp_path) as ledger:
             for round in range(3):
-                assert ledger.charge_examples(round, 0, OTHER)
-                ledger.charge(round, 0, EVENT)
+                assert ledger.charge(round, 0, EVENT, OTHER)
             ledger.seal()
+        lines = (tmp_path / "ledger.jsonl").read_text().splitlines()
+        kinds = [json.loads(line)["kind"] for line in lines]
+        assert kinds == ["header", *["examples", "charge"] * 3]
         with reopen(tmp_path) as ledger:
             assert ledger.counts == {EVENT: 3}
             assert ledger.examples == {OTHER: 3}
             assert ledger.epsilon(1e-5, "server") == events.epsilon({EVENT: 3}, 1e-5, "server")
-            spent = ledger.epsilon_of_examples(1e-6)
+            spent = events.epsilon(ledger.examples, 1e-6, "server")
             # Sampling of devices amplifies nothing at this level.
             assert spent == events.epsilon({RoundEvent("gaussian", 2.5): 3}, 1e-6, "server")
 
-    def test_a_repeated_entry_is_one(self, tmp_path):
+    def test_a_repeated_charge_is_one(self, tmp_path):
         with create(tmp_path) as ledger:
-            ledger.charge_examples(0, 0, OTHER)
-            assert not ledger.charge_examples(0, 0, OTHER)
+            ledger.charge(0, 0, EVENT, OTHER)
+            assert not ledger.charge(0, 0, EVENT, OTHER)
             assert ledger.examples == {OTHER: 1}
-            with pytest.raises(IntegrityError, match="at example level"):
-                ledger.charge_examples(0, 0, EVENT)
+            for other in (EVENT, None):
+                with pytest.raises(IntegrityError, match="at example level"):
+                    ledger.charge(0, 0, EVENT, other)
 
-    def test_they_come_before_the_charge(self, tmp_path):
+    def test_they_are_not_added_to_a_charge(self, tmp_path):
         with create(tmp_path) as ledger:
             ledger.charge(0, 0, EVENT)
             with pytest.raises(IntegrityError, match="at example level"):
-                ledger.charge_examples(0, 0, OTHER)
+                ledger.charge(0, 0, EVENT, OTHER)
+
+    def test_a_crash_between_the_two_entries_counts_nothing_twice(self, tmp_path):
+        with create(tmp_path) as ledger:
+            ledger.charge(0, 0, EVENT, OTHER)
+        path = tmp_path / "ledger.jsonl"
+        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]))
+        with reopen(tmp_path) as ledger:
+            assert (ledger.entries, ledger.attempts(0)) == (2, 0)
+            assert not ledger.counts
+            assert not ledger.examples
+            for other in (EVENT, None):
+                with pytest.raises(IntegrityError, match="at example level"):
+                    ledger.charge(0, 0, EVENT, other)
+            assert ledger.charge(0, 0, EVENT, OTHER)
+            assert ledger.examples == {OTHER: 1}
+        with reopen(tmp_path) as ledger:
+            assert ledger.entries == 3
+            assert ledger.examples == {OTHER: 1}
 
     def test_an_ended_run_takes_none(self, tmp_path):
         with create(tmp_path) as ledger:
             ledger.end(b"m")
             with pytest.raises(ReleaseRefused, match="ended"):
-                ledger.charge_examples(0, 0, OTHER)
+                ledger.charge(0, 0, EVENT, OTHER)
 
     def test_an_altered_entry_shows(self, tmp_path):
         with create(tmp_path) as ledger:
-            ledger.charge_examples(0, 0, OTHER)
+            ledger.charge(0, 0, EVENT, OTHER)
         change(tmp_path / "ledger.jsonl", b'"unit":"example"', b'"unit":"users__"')
         with pytest.raises(IntegrityError, match="altered"):
             reopen(tmp_path)

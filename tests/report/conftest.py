@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from privrec.privacy.events import RoundEvent
+from privrec.privacy.events import RoundEvent, epsilon
 from privrec.privacy.ledger import Ledger
 from privrec.privacy.population import PopulationBalance
 from privrec.run.plan import Plan
@@ -82,9 +82,7 @@ def make_run(
     with Ledger.create(path / "ledger.jsonl", header=header, signing_key=KEY) as ledger:
         for number in range(rounds):
             for attempt in range(2 if number in retried else 1):
-                if single := example_event(scenario):
-                    ledger.charge_examples(number, attempt, single)
-                ledger.charge(number, attempt, event)
+                ledger.charge(number, attempt, event, example_event(scenario))
             ledger.commit(number, ledger.attempts(number) - 1, b"t" * 32)
         ledger.end(b"m" * 32)
         ledger.seal()
@@ -167,7 +165,7 @@ def _examples(scenario: Scenario, ledger: Ledger, known: bool) -> dict[str, Any]
         return None
     return {
         "unit": "example",
-        "epsilon": None if known else ledger.epsilon_of_examples(privacy.local_delta),
+        "epsilon": None if known else epsilon(ledger.examples, privacy.local_delta, "server"),
         "delta": privacy.local_delta,
         "noise_multiplier": single.noise_multiplier,
         "clip_norm": privacy.local_clip_norm,
