@@ -116,15 +116,14 @@ def _planned(scenario: Scenario) -> dict[str, Any]:
 def _spending(scenario: Scenario, event: RoundEvent) -> dict[str, Any]:
     if not event.is_private:
         return {"epsilon": None, "epsilon_server": None, "epsilon_by_round": []}
-    from privrec.privacy.calibrate import plan as spend
+    from privrec.privacy.calibrate import epsilon_by_round
     from privrec.run.privacy_plan import release_event
 
     rounds, delta = scenario.train.rounds, scenario.privacy.delta
-    before = release_event(scenario)
-    spent = spend(event, rounds=rounds, delta=delta, points=MILESTONES, before=before)
+    spent = epsilon_by_round(event, rounds, delta, MILESTONES, release_event(scenario))
     by_round = [
         {"round": after, "epsilon": _finite(ours), "epsilon_server": _finite(theirs)}
-        for after, ours, theirs in zip(spent.after, spent.recipients, spent.server, strict=True)
+        for after, ours, theirs in spent
     ]
     last = {key: by_round[-1][key] for key in ("epsilon", "epsilon_server")}
     return {**last, "epsilon_by_round": by_round}

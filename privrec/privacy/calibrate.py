@@ -6,7 +6,6 @@ import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from privrec.errors import UsageError
 from privrec.privacy import events
@@ -35,7 +34,7 @@ def noise_multiplier_for(
         target_epsilon: largest ε at the end of all rounds, at least 0.0001.
         delta: the δ of the claim, in [1e-10, 1).
         event_of: the event of a round with a noise multiplier, so that ε falls as noise grows; it
-            may refuse noise with a ``UsageError`` when that is too little to be accounted.
+            may refuse too little noise with a ``UsageError``.
         before: what is charged before the first round, if anything; the target covers it.
 
     Raises:
@@ -74,44 +73,23 @@ def noise_multiplier_for(
     return _number(enough)
 
 
-@dataclass(frozen=True)
-class Calibration:
+def epsilon_by_round(
+    event: RoundEvent, rounds: int, delta: float, points: int, before: RoundEvent | None = None
+) -> list[tuple[int, float, float]]:
     """What rounds of one kind will cost, before any data is touched.
 
-    Attributes:
-        after: numbers of rounds at which ε is given, ascending; the last is all that are planned.
-        recipients, server: ε after as many rounds against the recipients of the models, or the
-            server.
-    """
-
-    after: tuple[int, ...]
-    recipients: tuple[float, ...]
-    server: tuple[float, ...]
-
-
-def plan(
-    event: RoundEvent,
-    *,
-    rounds: int,
-    delta: float,
-    points: int = 100,
-    before: RoundEvent | None = None,
-) -> Calibration:
-    """ε by round against both adversaries, at ``points`` numbers of rounds spread from 1 on.
-
-    ``before`` is what is charged before the first round, if anything.
-
-    Raises:
-        UsageError: when there are no rounds, or δ is outside of [1e-10, 1).
+    Numbers of rounds, ``points`` of them spread from 1 to ``rounds``, each with its ε against the
+    recipients of the models and against the server. Refused is what :func:`noise_multiplier_for`
+    refuses.
     """
     _check_rounds(rounds)
     count = max(2, min(points, rounds))
-    spread = {round(1 + (rounds - 1) * place / (count - 1)) for place in range(count)}
-    after = tuple(sorted(spread))
-    spent = [_events(event, count, before) for count in after]
-    recipients = tuple(epsilon(charged, delta, "recipients") for charged in spent)
-    server = tuple(epsilon(charged, delta, "server") for charged in spent)
-    return Calibration(after, recipients, server)
+    after = {round(1 + (rounds - 1) * place / (count - 1)) for place in range(count)}
+    spent = [(each, _events(event, each, before)) for each in sorted(after)]
+    return [
+        (each, epsilon(charged, delta, "recipients"), epsilon(charged, delta, "server"))
+        for each, charged in spent
+    ]
 
 
 def _events(event: RoundEvent, rounds: int, before: RoundEvent | None) -> Counter[RoundEvent]:

@@ -110,10 +110,7 @@ def discrete_gaussian(stream: SecureStream, variance: Fraction, size: int) -> ND
     Promise: a function of the stream, the variance and the size, the same on every platform; each
     draw is within a total variation of :data:`SLACK` of ``P(x) ∝ exp(-x² / (2 variance))``.
 
-    The variance parameter ``σ²`` is in squared integer steps, from 1/16 to 2^44.
-
-    Raises:
-        UsageError: when the variance is outside its range.
+    The variance is in squared integer steps; see :func:`check_variance`.
     """
     check_variance(variance)
     (_, first), *others = _parts(variance)
@@ -131,11 +128,7 @@ def discrete_gaussian(stream: SecureStream, variance: Fraction, size: int) -> ND
 
 
 def check_variance(variance: Fraction) -> None:
-    """Refuse a variance that the tables are not made for.
-
-    Raises:
-        UsageError: when it lies below 1/16 or above 2^44 squared steps.
-    """
+    """Raise UsageError for a variance that no table is made for: below 1/16 or above 2^44."""
     if not LEAST_VARIANCE <= variance <= LARGEST_VARIANCE:
         raise UsageError(
             f"noise of variance {float(variance):g} squared steps a device: it must lie between "
@@ -188,14 +181,10 @@ def _exp(x: Fraction) -> int:
 
 
 class AliasTable:
-    """Walker's table of a distribution on consecutive integers.
+    """Walker's table of a distribution on consecutive integers, from ``first`` on.
 
     Promise: draws have exactly the probabilities ``masses[i] / 2^256``, as far as the words of the
-    stream are uniform.
-
-    Args:
-        first: the outcome of ``masses[0]``.
-        masses: whole numbers, at least 0, that add up to ``2^256``.
+    stream are uniform. Masses are whole numbers, at least 0, that add up to ``2^256``.
     """
 
     def __init__(self, first: int, masses: list[int]) -> None:
@@ -253,7 +242,7 @@ class Grid:
 
     Attributes:
         squared_sensitivity: largest squared L2 norm of one device's integers, ``B²``.
-        dimension: coefficients of the whole sum, at least 1.
+        dimension: coefficients of the whole sum.
         shares: ``m``, the shares that the accounted variance is made of: fewest survivors less
             colluders, in the band where that is most.
         excess_removed: whether the sum always keeps the same number of shares, so that its
@@ -282,14 +271,9 @@ class Grid:
         if type(spoiled) is not float or not 0 <= spoiled < 1:
             raise UsageError(f"small_cohort_delta {spoiled!r}: it must be a number in [0, 1)")
 
-    @property
-    def sensitivity(self) -> float:
-        """``B``, in integer steps."""
-        return math.sqrt(self.squared_sensitivity)
-
     def deviation(self, noise_multiplier: float) -> float:
         """Standard deviation of one share, in integer steps."""
-        return noise_multiplier * self.sensitivity / math.sqrt(self.shares)
+        return noise_multiplier * math.sqrt(self.squared_sensitivity) / math.sqrt(self.shares)
 
     def log_ratio(self, noise_multiplier: float) -> float:
         """``K`` of discrete Gaussian shares; infinity when they are too narrow for any bound."""
@@ -302,17 +286,13 @@ class Grid:
         """Noise multiplier of the Gaussian mechanism that discrete Gaussian shares amount to."""
         return math.sqrt(noise_multiplier**2 - _ROUNDING / self.squared_sensitivity)
 
-    @property
-    def sampling_slack(self) -> float:
-        """Total variation of the honest draws of a round from their distribution."""
-        return self.dimension * self.shares * SLACK
+    def slack(self, noise_multiplier: float) -> Slack:
+        """How far a round is from that mechanism; every honest draw has the samplers' SLACK."""
+        draws = self.dimension * self.shares
+        return Slack(self.log_ratio(noise_multiplier), draws * SLACK, self.small_cohort_delta)
 
     def check(self, noise_multiplier: float) -> None:
-        """Refuse noise that is too narrow for its sum to be what is accounted.
-
-        Raises:
-            UsageError: when the log-ratio of a round exceeds :data:`LARGEST_LOG_RATIO`.
-        """
+        """Raise UsageError for a round of a log-ratio above :data:`LARGEST_LOG_RATIO`."""
         if not self.log_ratio(noise_multiplier) <= LARGEST_LOG_RATIO:
             raise UsageError(
                 f"distributed noise of {self.deviation(noise_multiplier):.3g} integer steps a "
@@ -335,7 +315,7 @@ class Slack:
     spoiled: float = 0.0
 
     def inner(self, delta: float) -> float:
-        """The δ that is left for the mechanism which is accounted."""
+        """The δ that is left for the mechanism that is accounted."""
         if self == Slack():
             return delta
         left = delta - min(self.spoiled, SMALL_COHORTS_SHARE * delta)
@@ -373,7 +353,7 @@ class Crowd:
     """The devices of one band, and how many of them a round needs.
 
     Attributes:
-        population: devices that hold the band and train, at least 0.
+        population: devices that hold the band and train.
         least: fewest of them that a release needs, at least 1.
     """
 

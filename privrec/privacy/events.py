@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from privrec.errors import UsageError
@@ -79,19 +79,15 @@ class RoundEvent:
             f"sampling_rate {self.sampling_rate}: it must be above 0 and at most 1 (everybody)",
         )
         _check(
-            name == "discrete_gaussian" or self.grid is None,
-            f"a grid with mechanism {name!r}: only noise in shares has one",
+            (name == "discrete_gaussian") == (self.grid is not None),
+            f"mechanism {name!r} with grid {self.grid}: only noise in shares has one, and it must",
         )
-        if name == "discrete_gaussian":
-            if self.grid is None:
-                raise UsageError(
-                    f"mechanism {name!r} without a grid: say what its shares are made of"
-                )
+        if self.grid is not None:
             self.grid.check(noise)
 
     @property
     def is_private(self) -> bool:
-        """Whether it has noise, so that its ε is finite."""
+        """Whether it has noise, and so a finite ε."""
         return self.mechanism != "none"
 
     @property
@@ -112,27 +108,17 @@ class RoundEvent:
 
     @property
     def gaussian_multiplier(self) -> float:
-        """Noise multiplier of the Gaussian mechanism that is accounted for the round.
-
-        For discrete Gaussian shares the round is within :attr:`slack` of it, proved.
-        """
-        if self.grid is None:
-            return self.noise_multiplier
-        return self.grid.multiplier(self.noise_multiplier)
+        """That of the Gaussian mechanism accounted for the round, proved within :attr:`slack`."""
+        noise = self.noise_multiplier
+        return noise if self.grid is None else self.grid.multiplier(noise)
 
     @property
     def slack(self) -> Slack:
         """How far the round is from what is accounted for it; nothing for Gaussian noise."""
-        if self.grid is None:
-            return Slack()
-        log_ratio = self.grid.log_ratio(self.noise_multiplier)
-        return Slack(log_ratio, self.grid.sampling_slack, self.grid.small_cohort_delta)
+        return Slack() if self.grid is None else self.grid.slack(self.noise_multiplier)
 
     def dp_event(self, adversary: Adversary) -> Any:
-        """The same as a ``dp_accounting.DpEvent``, as ``adversary`` sees it.
-
-        Discrete Gaussian shares are the Gaussian of :attr:`gaussian_multiplier`.
-        """
+        """The ``dp_accounting.DpEvent`` of :attr:`gaussian_multiplier` as ``adversary`` sees it."""
         from dp_accounting import dp_event
 
         rate = self.rate_against(adversary)
@@ -148,23 +134,21 @@ class RoundEvent:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> RoundEvent:
-        """The event that :meth:`to_json` wrote.
-
-        Raises:
-            UsageError: when a key is missing or unknown, or a value is outside its range.
-        """
+        """The event that :meth:`to_json` wrote; UsageError for any other key or value."""
         distributed = values.get("mechanism") == "discrete_gaussian"
         names = {*_NAMES, *_GRID_NAMES} if distributed else set(_NAMES)
         _check(
             set(values) == names,
             f"a privacy event with the keys {sorted(values)}: it has exactly {sorted(names)}",
         )
-        return cls(
-            values["mechanism"],
-            _number(values["noise_multiplier"]),
-            _number(values["sampling_rate"]),
-            Grid(*(values[name] for name in _GRID_NAMES)) if distributed else None,
-        )
+        mechanism, noise, rate = (values[name] for name in _NAMES)
+        for number in (noise, rate):
+            _check(
+                isinstance(number, (int, float)) and not isinstance(number, bool),
+                f"{number!r} in a privacy event: it must be a number",
+            )
+        grid = Grid(*(values[name] for name in _GRID_NAMES)) if distributed else None
+        return cls(mechanism, float(noise), float(rate), grid)
 
 
 def epsilon(
@@ -207,12 +191,8 @@ def epsilon(
         return 0.0
     if not all(event.is_private for event in counts):
         return math.inf
-    each = [(event.slack, count) for event, count in counts.items()]
-    slack = Slack(
-        math.fsum(slack.log_ratio * count for slack, count in each),
-        math.fsum(slack.variation * count for slack, count in each),
-        math.fsum(slack.spoiled * count for slack, count in each),
-    )
+    each = [[count * part for part in astuple(e.slack)] for e, count in counts.items()]
+    slack = Slack(*map(math.fsum, zip(*each, strict=True)))
     within = accountants[accountant](_composition(counts, adversary), slack.inner(delta))
     bound = slack.outer(within, delta)
     scaled = bound * 10**DIGITS
@@ -275,14 +255,6 @@ def _composition(counts: Mapping[RoundEvent, int], adversary: Adversary) -> Comp
         sigma, rate = min(event.gaussian_multiplier, _MOST_NOISE), event.rate_against(adversary)
         seen[sigma, rate if sigma >= _LEAST_SAMPLED else 1.0] += count
     return tuple(Rounds(sigma, rate, count) for (sigma, rate), count in sorted(seen.items()))
-
-
-def _number(value: object) -> float:
-    _check(
-        isinstance(value, (int, float)) and not isinstance(value, bool),
-        f"{value!r} in a privacy event: it must be a number",
-    )
-    return float(value)  # type: ignore[arg-type]  # checked on the line above
 
 
 def _check(holds: bool, message: str) -> None:

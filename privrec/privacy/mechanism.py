@@ -57,13 +57,9 @@ def rounded_gaussian(stream: SecureStream, sigma: float, size: int) -> NDArray[n
     integer, so it is post-processing and the accounting of the Gaussian holds unchanged; a rounded
     output also has no float artefacts from which the sum could be read.
 
-    Args:
-        stream: of this draw alone; it is read by 16 bytes for every two coefficients.
-        sigma: standard deviation before rounding, in integer steps, above 0 and at most 2^40; for
-            ``sigma`` above 1, the variance is ``sigma² + 1/12``.
-
-    Raises:
-        UsageError: when ``sigma`` is outside its range.
+    ``stream`` is of this draw alone. ``sigma`` is the standard deviation before rounding, in
+    integer steps, above 0 and at most 2^40 (UsageError outside); above 1, the variance is
+    ``sigma² + 1/12``.
     """
     if not (math.isfinite(sigma) and 0 < sigma <= LARGEST_SIGMA):
         raise UsageError(
@@ -90,7 +86,6 @@ class Band:
     """Coefficients that the same devices hold.
 
     Attributes:
-        size: number of coefficients, at least 1.
         least: ``t``, the fewest survivors that are accepted.
         colluders: ``c``, the devices in it that are assumed to tell the server their noise, or to
             add none; at least 0 and below ``least``.
@@ -156,11 +151,7 @@ class Shares:
         return self.variance / self.bands[band].shares
 
     def kept(self, band: int, survivors: int) -> int:
-        """Shares that are left in the released sum of a band.
-
-        Raises:
-            ReleaseRefused: when there are fewer survivors than the band needs.
-        """
+        """Shares left in the released sum of a band; ReleaseRefused for too few survivors."""
         if survivors < self.bands[band].least:
             raise ReleaseRefused(
                 f"{survivors} survivors in band {band}, and at least {self.bands[band].least} are "
@@ -168,22 +159,16 @@ class Shares:
             )
         return self.bands[band].least if self.remove_excess else survivors
 
-    def event(self, sampling_rate: float, small_cohort_delta: float = 0.0) -> RoundEvent:
-        """What a round costs that samples each user with this rate, in (0, 1].
-
-        ``small_cohort_delta`` is what it adds to δ when it may end without a release
-        (:func:`~privrec.privacy.discrete.small_cohort_delta`).
-        """
-        grid = grid_of(self.squared_sensitivity, self.bands, self.remove_excess, small_cohort_delta)
+    def event(self, sampling_rate: float) -> RoundEvent:
+        """What a round costs that samples each user with this rate, in (0, 1]."""
+        grid = grid_of(self.squared_sensitivity, self.bands, self.remove_excess)
         return RoundEvent("discrete_gaussian", self.noise_multiplier, sampling_rate, grid)
 
     def draw(self, seeds: Sequence[bytes]) -> NDArray[np.int32]:
         """A device's share, which it adds to its integers: int32, of the length of its prefix.
 
-        ``seeds`` has one for each band that the device holds, the first bands of the vector.
-
-        Raises:
-            UsageError: when there are more seeds than bands, or one is not of 32 bytes.
+        ``seeds`` has one of 32 bytes for each band that the device holds, the first bands of the
+        vector; UsageError otherwise.
         """
         parts = [self.draw_band(band, seed) for band, seed in enumerate(seeds)]
         return np.concatenate(parts) if parts else np.zeros(0, np.int32)
@@ -226,10 +211,8 @@ class Shares:
     def excess(self, seeds: Sequence[Sequence[bytes]]) -> NDArray[np.int64]:
         """The sum of the shares to subtract from the unmasked sum: int64, of the whole vector.
 
-        ``seeds`` has, for each band, what the devices that :meth:`removed` names revealed.
-
-        Raises:
-            UsageError: when there is not one list for each band, or a seed is not of 32 bytes.
+        ``seeds`` has a list for each band, of what the devices that :meth:`removed` names revealed;
+        UsageError otherwise.
         """
         if len(seeds) != len(self.bands):
             raise UsageError(
@@ -249,31 +232,22 @@ def grid_of(
     remove_excess: bool,
     small_cohort_delta: float = 0.0,
 ) -> Grid:
-    """What the accounting of shares depends on besides their noise multiplier.
+    """What the accounting of :class:`Shares` depends on besides their noise multiplier.
 
-    The band with most shares decides, since its shares are the narrowest. Arguments are those of
-    :class:`Shares` and :meth:`Shares.event`.
+    The band with most shares decides, since its shares are the narrowest.
     """
-    return Grid(
-        squared_sensitivity,
-        sum(band.size for band in bands),
-        max(band.shares for band in bands),
-        remove_excess,
-        small_cohort_delta,
-    )
+    size, narrowest = sum(band.size for band in bands), max(band.shares for band in bands)
+    return Grid(squared_sensitivity, size, narrowest, remove_excess, small_cohort_delta)
 
 
 def noise_seeds(root: SecretRoot, bands: int, *context: Name) -> tuple[bytes, ...]:
     """The seeds of a device's share, one of 32 bytes for each band that it holds.
 
     Promise: the same root and context give the same seeds, any other independent ones; a seed tells
-    nothing of the other bands' seeds, nor of the root.
+    nothing of the other bands' seeds, nor of the device's root.
 
-    Args:
-        root: the device's own secret.
-        *context: what the share is for: run, round, attempt, device and hashes of the plan and the
-            model. The integer input belongs to it where seeds are made after it. Where they are
-            shared out before, a device must never send two inputs in one attempt: its masks would
-            repeat too.
+    ``context`` is what the share is for: run, round, attempt, device and hashes of the plan and the
+    model. The integer input belongs to it where seeds are made after it. Where they are shared out
+    before, a device must never send two inputs in one attempt: its masks would repeat too.
     """
     return tuple(root.tag("noise share", *context, band) for band in range(bands))

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from privrec.errors import UsageError
-from privrec.privacy.calibrate import noise_multiplier_for, plan
+from privrec.privacy.calibrate import epsilon_by_round, noise_multiplier_for
 from privrec.privacy.events import RoundEvent, epsilon
 
 TARGETS = [
@@ -82,26 +82,26 @@ class TestPlan:
     EVENT = RoundEvent("gaussian", 1.2, 0.05)
 
     def test_gives_what_the_rounds_will_cost(self):
-        planned = plan(self.EVENT, rounds=300, delta=1e-5, points=7)
-        assert len(planned.after) == len(planned.recipients) == len(planned.server) == 7
-        assert (planned.after[0], planned.after[-1]) == (1, 300)
-        for after, recipients, server in zip(
-            planned.after, planned.recipients, planned.server, strict=True
-        ):
+        planned = epsilon_by_round(self.EVENT, 300, 1e-5, 7)
+        assert len(planned) == 7
+        assert (planned[0][0], planned[-1][0]) == (1, 300)
+        for after, recipients, server in planned:
             assert recipients == epsilon({self.EVENT: after}, 1e-5, "recipients")
             assert server == epsilon({self.EVENT: after}, 1e-5, "server")
 
     @pytest.mark.parametrize(("rounds", "points", "after"), [(1, 100, (1,)), (3, 9, (1, 2, 3))])
     def test_few_rounds(self, rounds, points, after):
-        assert plan(self.EVENT, rounds=rounds, delta=1e-5, points=points).after == after
+        planned = epsilon_by_round(self.EVENT, rounds, 1e-5, points)
+        assert tuple(each for each, *_ in planned) == after
 
     def test_every_round_when_there_is_room(self):
-        assert plan(self.EVENT, rounds=50, delta=1e-5).after == tuple(range(1, 51))
+        planned = epsilon_by_round(self.EVENT, 50, 1e-5, 100)
+        assert [after for after, *_ in planned] == list(range(1, 51))
 
     def test_without_noise(self):
-        planned = plan(RoundEvent("none", 0.0, 0.1), rounds=5, delta=1e-5)
-        assert set(planned.recipients + planned.server) == {math.inf}
+        planned = epsilon_by_round(RoundEvent("none", 0.0, 0.1), 5, 1e-5, 100)
+        assert {spent for _, *both in planned for spent in both} == {math.inf}
 
     def test_no_rounds(self):
         with pytest.raises(UsageError, match="0 rounds"):
-            plan(self.EVENT, rounds=0, delta=1e-5)
+            epsilon_by_round(self.EVENT, 0, 1e-5, 100)

@@ -120,7 +120,9 @@ class TestDistributed:
         for mechanism, multiplier in (("gaussian", 1.0), ("none", 0.0)):
             with pytest.raises(UsageError, match="only noise in shares has one"):
                 RoundEvent(mechanism, multiplier, 1.0, GRID)
-        with pytest.raises(UsageError, match="without a grid"):
+        with pytest.raises(
+            UsageError, match="grid None: only noise in shares has one, and it must"
+        ):
             RoundEvent("discrete_gaussian", 1.0)
 
     def test_epsilon_is_hardly_more_than_that_of_the_gaussian(self):
