@@ -5,6 +5,7 @@ Those of lazy noise: whoever reads a row gets all the noise that it owes, and on
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -329,7 +330,7 @@ _READS: tuple[Callable[[LazyMemory], object], ...] = (
     lambda memory: memory[::2],
     lambda memory: memory.settled(),
     np.asarray,
-    lambda memory: memory.state_dict()["values"],
+    copy.copy,
 )
 
 

@@ -260,8 +260,8 @@ class LazyDPSGD(torch.optim.Optimizer):
         self._follow()
         for parameter, memory in self.tables.items():
             held = self.state.pop(parameter, {}).get("momentum_buffer")
-            if held is not None:
-                memory.load(memory.settled(), held.numpy())
+            if held is not None and memory.is_moving:
+                memory.load_velocities(held.numpy())
 
     def _follow(self) -> None:
         """Take over what became of the model and of the groups since the last pass or step.

@@ -42,19 +42,18 @@ class LazyMemory:
     """A table of rows under DP-SGD whose noise is drawn when a row is read.
 
     Promise: what is read has, jointly, the law of noise added to every row in every step. Every way
-    out pays the noise of what it shows: rows, the whole table, conversion to an array, state,
-    copies and pickles. Interrupted at any moment, rows owe at least what they had
-    owed and was not added.
+    out pays the noise of what it shows: rows, the whole table, conversion to an array, copies and
+    pickles. Interrupted at any moment, rows owe at least what they had owed and was not added.
 
     Args:
-        values: float, shape ``(rows, width)``, C-contiguous, taken over and not copied: the caller
-            must not keep other views of it.
+        values: float, shape ``(rows, width)``, C-contiguous (UsageError otherwise), taken over and
+            not copied: the caller must not keep other views of it.
         source: what draws; :class:`Normals` from a root of the operating system when None.
         moving: whether steps have momentum or weight decay, so that rows move while they owe; it
             doubles the memory.
 
-    Raises:
-        UsageError: when the values are not such a table.
+    Attributes:
+        drawn: rows that noise was drawn for; eager noise draws for every row in each step.
     """
 
     def __init__(
@@ -70,7 +69,6 @@ class LazyMemory:
         self.dtype = values.dtype
         self.is_moving = moving
         self.drawn = 0
-        """Rows that noise was drawn for so far; eager noise draws for every row in each step."""
         self._source = source or Normals()
         self._sum, self._drift = pending.PendingNoise(), pending.PendingSteps()
         self._stamps = np.zeros(len(values), np.uint32)
@@ -99,7 +97,7 @@ class LazyMemory:
         """Take one step on some rows, and let all of them owe its noise.
 
         Args:
-            rows: which rows, in any order; repeated ones add up.
+            rows: in any order; repeated ones add up.
             gradients: of the table's type, shape ``(len(rows), width)``. Without ``update`` they
                 are added as they are.
             variance: of the noise in each coefficient: of the gradient with ``update``, else of
@@ -144,11 +142,7 @@ class LazyMemory:
         self._stamps[distinct] = np.uint32(self.steps) | _OWN
 
     def settle(self, rows: Rows | None = None) -> None:
-        """Pay what some rows owe, or all of them; nothing is shown.
-
-        Raises:
-            UsageError: when a row is not of the table; nothing is drawn then.
-        """
+        """Pay what some rows owe, or all of them; UsageError, and no draw, for unknown rows."""
         if rows is not None:
             self._check_rows(rows)
         if not self.steps:
@@ -183,18 +177,10 @@ class LazyMemory:
         self.settle()
         return self.__tables[1].copy() if self.is_moving else None
 
-    def load(self, values: Values, velocities: Values | None = None) -> None:
-        """Replace the whole table by settled values; what was owed is drawn and forgotten."""
+    def load_velocities(self, velocities: Values) -> None:
+        """Replace the momentum buffer by a settled one; what was owed is drawn first."""
         self.settle()
-        self.__tables[0][:] = values
-        if velocities is not None and self.is_moving:
-            self.__tables[1][:] = velocities
-
-    def state_dict(self) -> dict[str, Values]:
-        """The settled table, and its settled velocities where it has them."""
-        velocities = self.velocities()
-        moving = {} if velocities is None else {"velocities": velocities}
-        return {"values": self.settled(), **moving}
+        self.__tables[1][:] = velocities
 
     def __getitem__(self, key: Any) -> Values:
         rows = np.arange(self.shape[0])

@@ -1,4 +1,4 @@
-"""What rows under lazy noise owe: how much of it, how they drift meanwhile, and the draw that pays.
+"""What rows under lazy noise owe, how they drift meanwhile, and the draw that pays.
 
 :class:`PendingNoise` is for plain steps: a row owes ``V_t - V_s``, the difference of two running
 sums, so that step sizes, noise multipliers and clipping bounds may change from step to step.
@@ -69,7 +69,7 @@ class LinearStep:
 
     @property
     def is_plain(self) -> bool:
-        """Whether a row without gradient and noise stays where it is."""
+        """Whether a row without gradient and noise stays."""
         return not (self.momentum or self.weight_decay)
 
     @property
@@ -81,11 +81,9 @@ class LinearStep:
     @property
     def matrix(self) -> Matrices:
         """``A``: where value and velocity go by themselves, shape ``(2, 2)``."""
-        kept = np.array([[1.0, 0.0], [0.0, self.momentum or 1.0]])
-        decay = np.outer(self.gain, [self.weight_decay, 0.0])
         ahead = self.momentum if self.nesterov else 1.0
-        kept[0, 1] = -self.lr * self.momentum * ahead
-        return np.asarray(kept + decay)
+        kept = np.array([[1.0, -self.lr * self.momentum * ahead], [0.0, self.momentum or 1.0]])
+        return np.asarray(kept + np.outer(self.gain, [self.weight_decay, 0.0]))
 
 
 class PendingNoise:
@@ -206,8 +204,8 @@ class Normals:
     """Normal deviates in float32, added to rows of a float table.
 
     Promise: the same root gives the same noise for the same sequence of shapes, another root
-    independent noise, and no byte of the keystream is used twice; a source refuses use after a
-    fork, where it would repeat its parent's draws. The root is the operating system's when None.
+    independent noise, and no byte of the keystream is used twice. The root is the operating
+    system's when None.
     """
 
     def __init__(self, root: SecretRoot | None = None) -> None:
@@ -225,10 +223,7 @@ class Normals:
     def add(self, out: Values, variances: Variances) -> None:
         """Add ``N(0, variances[i] I)`` to row ``i`` of ``out``, independent of all other draws.
 
-        ``variances`` are at least 0, and rounded up to float32.
-
-        Raises:
-            ReleaseRefused: in a process that a fork made.
+        Variances are rounded up to float32. ReleaseRefused after a fork, which would repeat draws.
         """
         stream = self._open()
         step = max(1, _PAIRS // -(-out.shape[1] // 2))

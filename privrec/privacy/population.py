@@ -30,17 +30,7 @@ from privrec import storage
 from privrec.errors import BudgetError, IntegrityError, UsageError
 from privrec.privacy.events import Adversary, RoundEvent, check_adversary, check_delta, epsilon
 from privrec.randomness import state_dir
-from privrec.storage import (
-    REMEDY,
-    START,
-    canonical,
-    line_of,
-    linked,
-    parsed,
-    server_key,
-    sign,
-    verified,
-)
+from privrec.storage import REMEDY, START, linked, parsed, server_key, verified
 
 FORMAT = 1
 _HEAD = "population head"
@@ -54,8 +44,7 @@ class PopulationBalance:
     """Where a population stood when a run began, as the run's ledger keeps it.
 
     Attributes:
-        population: name of the population ledger; None, as all but ``runs``, for a run that is tied
-            to none.
+        population: name of the population ledger; None, as all but ``runs``, for a run of its own.
         runs: runs over the same users before this one: of the population ledger, or, without one,
             those that this machine's store has of the same data.
         epsilon: lifetime limit on ε, at ``delta`` and against ``against``.
@@ -80,12 +69,7 @@ class PopulationBalance:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """The balance that :meth:`to_json` wrote.
-
-        Raises:
-            TypeError: when a key is missing or unknown.
-            ValueError: when a value is of another kind.
-        """
+        """The balance that :meth:`to_json` wrote; TypeError or ValueError for anything else."""
         if set(values) != set(cls.__dataclass_fields__):
             raise TypeError(f"a balance with the keys {sorted(values)}")
         if type(values["runs"]) is not int or values["runs"] < 0:
@@ -98,9 +82,8 @@ class Population:
     """A population ledger: its limit, and what its runs have set aside or charged.
 
     Attributes:
-        content: the entries as the file has them, without its head.
+        content: the entries as the file has them, without its head; ``hashes`` are theirs.
         runs: events reserved or charged, by run.
-        hashes: of the entries.
         settled: runs that have ended; what they charged is final.
     """
 
@@ -116,11 +99,11 @@ class Population:
 
     @property
     def counts(self) -> Counts:
-        """All events of all runs."""
+        """All events of all runs, reservations included."""
         return sum(self.runs.values(), Counter())
 
     def spent(self) -> float:
-        """ε of all runs so far, reservations included."""
+        """ε of all runs so far."""
         return epsilon(self.counts, self.delta, self.against)
 
     def check_continues(self, entries: int, last_hash: str | None, source: str) -> None:
@@ -163,9 +146,9 @@ def create(name: str, *, epsilon: float, delta: float, against: Adversary) -> Po
                 f"population {name!r}: it has {found}, and a limit is never taken back; see it "
                 f"with: privrec population show {name}, or bring back the ledger that is gone"
             )
-        header = {"kind": "header", "format": FORMAT, "name": name, "epsilon": epsilon}
-        begun = Population(path, name, epsilon, delta, against)
-        _append(begun, {**header, "delta": delta, "against": against})
+        limit = {"epsilon": epsilon, "delta": delta, "against": against}
+        header = {"kind": "header", "format": FORMAT, "name": name, **limit}
+        _append(Population(path, name, epsilon, delta, against), header)
     return read(name)
 
 
@@ -204,10 +187,10 @@ def reserve(name: str, run_id: str, planned: Counts) -> PopulationBalance:
 
     Raises:
         BudgetError: when the lifetime ε would be exceeded; nothing is reserved.
-        UsageError: when there is no such population.
-        IntegrityError: when its ledger was altered.
+        UsageError, IntegrityError: as :func:`read`.
     """
-    with _locked(name) as population:
+    with _alone(read(name).path):
+        population = read(name)
         if run_id in population.settled:
             raise _final(name, run_id)
         before = population.runs.pop(run_id, Counter())
@@ -222,16 +205,10 @@ def reserve(name: str, run_id: str, planned: Counts) -> PopulationBalance:
             )
         if wanted != before:
             _enter(population, "reserve", run_id, wanted)
+        limit = population.epsilon, population.delta, population.against
+        hashes = population.hashes
         return PopulationBalance(
-            population=name,
-            runs=others,
-            epsilon=population.epsilon,
-            delta=population.delta,
-            against=population.against,
-            spent=spent,
-            reserved=after,
-            entries=len(population.hashes),
-            last_hash=population.hashes[-1],
+            name, others, *limit, spent, after, entries=len(hashes), last_hash=hashes[-1]
         )
 
 
@@ -239,11 +216,12 @@ def settle(name: str, run_id: str, charged: Counts) -> None:
     """Replace what a run that has ended had set aside by what it charged, once and for all.
 
     Raises:
-        UsageError: when the run had set nothing aside, or there is no such population.
-        IntegrityError: when the ledger was altered, when the run charged what it had not set aside,
-            or when it was settled with other charges before.
+        UsageError: as :func:`read`, and when the run had set nothing aside.
+        IntegrityError: as :func:`read`, when the run charged what it had not set aside, or when it
+            was settled with other charges before.
     """
-    with _locked(name) as population:
+    with _alone(read(name).path):
+        population = read(name)
         reserved = population.runs.get(run_id)
         if reserved is None:
             raise UsageError(f"population {name!r}: the run {run_id} set nothing aside in it")
@@ -274,9 +252,9 @@ class PopulationCharge:
         ``ended`` is whether that ledger says that the run has ended.
 
         Raises:
-            UsageError: when the population's ledger is gone.
-            IntegrityError: when it was altered or set back; or when it says that the run has ended,
-                and the run's own ledger is an older copy that does not.
+            UsageError: as :func:`read`.
+            IntegrityError: as :func:`read`; when the population's ledger was set back; or when it
+                says that the run has ended, and the run's own is an older copy that does not.
         """
         balance, run_id = PopulationBalance.from_json(header["standing"]), header["run_id"]
         if balance.population is None:
@@ -288,17 +266,14 @@ class PopulationCharge:
         return cls(population.name, run_id, population.runs[run_id])
 
     def cover(self, counts: Counts) -> None:
-        """Set more aside where ``counts`` go beyond it, or raise BudgetError.
-
-        They do where rounds had to be charged again.
-        """
+        """Set more aside where rounds charged again go beyond it, or raise BudgetError."""
         if counts - self.reserved:
             reserve(self.name, self.run_id, counts)
             self.reserved |= counts
 
-    def settle(self, counts: Mapping[RoundEvent, int]) -> None:
+    def settle(self, counts: Counts) -> None:
         """Give back what a finished run set aside and did not charge."""
-        settle(self.name, self.run_id, Counter(counts))
+        settle(self.name, self.run_id, counts)
 
 
 def _final(name: str, run_id: str) -> IntegrityError:
@@ -314,13 +289,6 @@ def _alone(path: Path) -> Iterator[None]:
     with path.with_suffix(".key").open("rb+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-@contextmanager
-def _locked(name: str) -> Iterator[Population]:
-    """A population that nobody else writes to."""
-    with _alone(read(name).path):
-        yield read(name)
 
 
 def _known(name: str) -> Iterator[tuple[Path, dict[str, Any] | None]]:
@@ -344,11 +312,11 @@ def _append(population: Population, entry: Mapping[str, Any]) -> bytes:
     """Replace the file by one that has one more entry; its head, which is returned."""
     path, hashes = population.path, population.hashes
     previous = hashes[-1] if hashes else START
-    line = line_of({**entry, "index": len(hashes), "previous": previous})
+    line = storage.line_of({**entry, "index": len(hashes), "previous": previous})
     hashes.append(linked(path, line, hashes)["hash"])
     facts = {"population": population.name, "entries": len(hashes), "last_hash": hashes[-1]}
     key = server_key(path.with_suffix(".key"), new=False)
-    head = canonical(sign(_HEAD, facts, key)) + b"\n"
+    head = storage.canonical(storage.sign(_HEAD, facts, key)) + b"\n"
     storage.replace(path, population.content + line + head, mode=0o600)
     return head
 
