@@ -7,12 +7,12 @@ noise goes unseen by the best attack, and 1 % is seen by counting.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
 
 import privrec
 from privrec.audit import noise, rounds
-from privrec.audit.canaries import CONFIDENCE, Attack, attack
-from privrec.audit.harness import CheckResult, Harness
+from privrec.audit.canaries import CONFIDENCE, Attack
+from privrec.audit.harness import Harness, checked
 from privrec.errors import PrivrecError, UsageError
 from privrec.report.model import AuditPart, Checked
 from privrec.run.loop import one_thread
@@ -46,47 +46,37 @@ def audit(scenario: Scenario, *, canaries: int = 1000, key: bytes | None = None)
     """
     with one_thread():
         harness = Harness.of(scenario, key)
-        private = harness.event.is_private
-        findings: list[CheckResult] = []
+        private, attack = harness.event.is_private, Attack(harness, canaries)
+        probing = dict(rounds.PROBES)
         if private:
-            _collect(findings, "accounting", lambda: rounds.probe_accounting(harness))
-            _collect(findings, "noise", lambda: noise.probe(harness))
-            _collect(findings, "sampling", lambda: rounds.probe_sampling(harness))
-        for name, probe in rounds.PROBES.items():
-            _collect(findings, name, lambda probe=probe: (probe(harness),))  # type: ignore[misc]
-        _collect(findings, "lazy noise", lambda: noise.probe_lazy(harness.root))
-        found: Attack | None = None
+            first = {"accounting": rounds.probe_accounting, "noise": noise.probe}
+            probing = {**first, "sampling": rounds.probe_sampling, **probing}
+        probes = {name: probe(harness) for name, probe in probing.items()}
+        probes["lazy noise"] = noise.probe_lazy(harness.root)
         if private and canaries >= 2:
-
-            def probe_canaries() -> Iterable[CheckResult]:
-                nonlocal found
-                found = attack(harness, canaries)
-                return found.findings
-
-            _collect(findings, "canaries", probe_canaries)
-    method = _NO_NOISE if not private else _NO_CANARIES if found is None else found.method
+            probes["canaries"] = attack.probe()
+        checks = [check for name, probe in probes.items() for check in _findings(name, probe)]
+    method = _NO_NOISE if not private else attack.method or _NO_CANARIES
     if harness.stand_ins:
         method += f" Not public, hence made up: {harness.stand_ins}."
     return AuditPart(
         version=privrec.__version__,
         scenario_hash=scenario.hash(),
-        passed=all(finding.passed for finding in findings),
-        checks=tuple(Checked(**vars(finding)) for finding in findings),
-        lower_bound=None if found is None else found.lower_bound,
-        confidence=None if found is None else CONFIDENCE,
+        passed=all(check.passed for check in checks),
+        checks=tuple(checks),
+        lower_bound=attack.lower_bound,
+        confidence=None if attack.lower_bound is None else CONFIDENCE,
         # An auditor of sums sees what recipients see.
         claimed=harness.epsilon("recipients") if private else None,
         method=method,
     )
 
 
-def _collect(
-    findings: list[CheckResult], name: str, probe: Callable[[], Iterable[CheckResult]]
-) -> None:
-    """Add what a probe finds; a part that refuses to work has not done what is accounted."""
+def _findings(name: str, probe: Iterator[Checked]) -> Iterator[Checked]:
+    """What a probe finds; a part that refuses to work has not done what is accounted."""
     try:
-        findings.extend(probe())
+        yield from probe
     except UsageError:
         raise
     except PrivrecError as error:
-        findings.append(CheckResult(name, False, f"refused: {error}", "does its work"))
+        yield checked(name, False, f"refused: {error}", "does its work")

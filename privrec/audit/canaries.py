@@ -23,12 +23,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from privrec.audit.harness import ALPHA, CheckResult, Floats, Harness
+from privrec.audit.harness import ALPHA, Floats, Harness, Integers, checked
 from privrec.audit.noise import rounds_that_fit
 from privrec.device.device import privatize
 from privrec.device.tier import Tier
@@ -38,8 +39,11 @@ from privrec.models.layout import to_wire
 from privrec.privacy.accountant import gaussian
 from privrec.privacy.events import epsilon
 from privrec.randomness import rng_for
+from privrec.report.model import Checked
 
-Users = NDArray[np.int64]
+Canaries: TypeAlias = tuple[Tier, Integers]
+"""Canaries of one tier: their users, shape ``(m,)``."""
+Updates: TypeAlias = Iterator[tuple[Tier, Integers, RawUpdate]]
 
 CONFIDENCE = 0.95
 """Of the lower bounds that are reported.
@@ -54,52 +58,43 @@ _FEWEST = 100
 _QUIET = 32.0  # a canary's noise over what the others add to it, as variances
 
 
-@dataclass(frozen=True)
-class Canaries:
-    """Canaries of one tier: users, shape ``(m,)``."""
-
-    tier: Tier
-    users: Users
-
-
-@dataclass(frozen=True)
+@dataclass
 class Attack:
-    """What the canaries gave.
+    """Both estimates for a scenario with noise, from at most so many canaries, 2 or more.
 
     Attributes:
-        findings: that the bounds stay below what is claimed.
-        lower_bound: on ε, with :data:`CONFIDENCE`.
+        lower_bound: on ε by the one-run audit, with :data:`CONFIDENCE`; None before it is made.
         method: how, in words.
     """
 
-    findings: tuple[CheckResult, ...]
-    lower_bound: float
-    method: str
+    harness: Harness
+    most: int
+    lower_bound: float | None = None
+    method: str = ""
+
+    def probe(self) -> Iterator[Checked]:
+        """That the bounds stay below what is claimed."""
+        one_run, guesses, bound = _one_run(self.harness, self.most)
+        one_shot, method = _one_shot(self.harness, self.most)
+        self.lower_bound = bound
+        self.method = (
+            f"One run of {guesses.canaries:,} canaries, each there with probability one half and a "
+            f"coefficient of its own in each round: {guesses.right:,} of {guesses.made:,} guesses "
+            f"right (Steinke, Nasr & Jagielski 2023). {method} Most attacks show less than is "
+            "lost: a low bound is no sign of more privacy than claimed."
+        )
+        yield from (one_run, one_shot)
 
 
-def attack(harness: Harness, most: int) -> Attack:
-    """Both estimates for a scenario with noise, from at most so many canaries, 2 or more."""
-    run, guesses, bound = _one_run(harness, most)
-    shot, method = _one_shot(harness, most)
-    text = (
-        f"One run of {guesses.canaries:,} canaries, each there with probability one half and a "
-        f"coefficient of its own in each round: {guesses.right:,} of {guesses.made:,} guesses "
-        f"right (Steinke, Nasr & Jagielski 2023). {method} Most attacks show less than is lost: a "
-        "low bound is no sign of more privacy than claimed."
-    )
-    return Attack((run, shot), bound, text)
-
-
-def _one_run(harness: Harness, most: int) -> tuple[CheckResult, Guesses, float]:
+def _one_run(harness: Harness, most: int) -> tuple[Checked, Guesses, float]:
     """Guess of each canary whether it took part, from one run's releases."""
     delta = harness.scenario.privacy.delta
     rng = _rng(harness, "one run")
     groups = _chosen(harness, most)
-    total = sum(len(group.users) for group in groups)
+    total = sum(len(users) for _, users in groups)
     present = rng.random(total) < 0.5
     rounds = rounds_that_fit(harness, harness.scenario.train.rounds)
-    strength = _strength(harness, rounds)
-    made = best_guesses(total, strength, delta, CONFIDENCE)
+    made = best_guesses(total, _strength(harness, rounds), delta, CONFIDENCE)
     scores, done = np.zeros(total), 0
     for index in range(rounds):
         places, signs = _places(harness, groups, rng), rng.choice([-1.0, 1.0], total)
@@ -110,7 +105,7 @@ def _one_run(harness: Harness, most: int) -> tuple[CheckResult, Guesses, float]:
             done += 1
     guesses = Guesses.of(scores, present, made)
     claimed, bound = _claimed(harness, done), guesses.lower_bound(delta, CONFIDENCE)
-    finding = CheckResult(
+    finding = checked(
         "canaries, one run",
         bound <= claimed or guesses.chance(_strength(harness, done)) >= ALPHA,
         f"{guesses.right:,} of {guesses.made:,} guesses right: ε is at least {bound:.3g} "
@@ -120,7 +115,7 @@ def _one_run(harness: Harness, most: int) -> tuple[CheckResult, Guesses, float]:
     return finding, guesses, bound
 
 
-def _one_shot(harness: Harness, most: int) -> tuple[CheckResult, str]:
+def _one_shot(harness: Harness, most: int) -> tuple[Checked, str]:
     """Fit the cosines of canaries that took part, each in a random direction."""
     delta, size = harness.scenario.privacy.delta, sum(harness.sizes)
     rng = _rng(harness, "one shot")
@@ -128,7 +123,7 @@ def _one_shot(harness: Harness, most: int) -> tuple[CheckResult, str]:
     room = size * harness.event.noise_multiplier**2 / _QUIET / harness.event.sampling_rate
     affordable = max(_FEWEST, _WORK // (size * rounds))
     groups = _chosen(harness, max(2, min(most, int(room), affordable)))
-    total = sum(len(group.users) for group in groups)
+    total = sum(len(users) for _, users in groups)
     rounds = max(1, min(rounds, _WORK // (size * total)))
     products, squares, done = np.zeros(total), 0.0, 0
     for index in range(rounds):
@@ -142,27 +137,25 @@ def _one_shot(harness: Harness, most: int) -> tuple[CheckResult, str]:
             continue
         place = 0
         for tier, users, values in _unit(groups, seed):
-            held = released[: values.shape[1]]
             wire = to_wire(values, (tier.layout, *harness.federation.weaker(tier)))
-            products[place : place + len(users)] += wire @ held
+            products[place : place + len(users)] += wire @ released[: values.shape[1]]
             place += len(users)
         squares, done = squares + float(released @ released), done + 1
     cosines = products / np.sqrt(max(squares, np.finfo(float).tiny) * max(done, 1))
-    found = separation(cosines.tolist(), max(1, size * done), CONFIDENCE)
-    sure = separation(cosines.tolist(), max(1, size * done), 1 - ALPHA).lower_bound(delta)
+    estimate, least = separation(cosines, max(1, size * done), CONFIDENCE)
+    sure = apart(separation(cosines, max(1, size * done), 1 - ALPHA)[1], delta)
     claimed = _claimed(harness, done)
-    estimate = f"ε is about {found.epsilon(delta):.3g}, at least {found.lower_bound(delta):.3g}"
-    text = (
-        f"One shot of {total:,} random directions in {done:,} rounds: {estimate} with "
-        f"{CONFIDENCE:.0%} confidence if cosines are Gaussian (Andrew et al. 2023)."
-    )
-    finding = CheckResult(
+    found = f"ε is about {apart(estimate, delta):.3g}, at least {apart(least, delta):.3g}"
+    finding = checked(
         "canaries, one shot",
         sure <= claimed,
-        f"{estimate} ({CONFIDENCE:.0%}); {sure:.3g} beyond doubt",
+        f"{found} ({CONFIDENCE:.0%}); {sure:.3g} beyond doubt",
         f"at most {claimed:.4f}, claimed for the {done:,} rounds of it",
     )
-    return finding, text
+    return finding, (
+        f"One shot of {total:,} random directions in {done:,} rounds: {found} with "
+        f"{CONFIDENCE:.0%} confidence if cosines are Gaussian (Andrew et al. 2023)."
+    )
 
 
 def _rng(harness: Harness, name: str) -> np.random.Generator:
@@ -190,82 +183,74 @@ def _chosen(harness: Harness, most: int) -> list[Canaries]:
         mine = rows[tier.index]
         share = -(-most * len(mine) // population)
         count = min(len(mine), share, tier.layout.size - taken, most - taken)
-        users = harness.simulation.cohorts[tier.index].users[mine[:count]]
-        groups.append(Canaries(tier, users))
-        taken += count
-    return [group for group in groups if len(group.users)]
+        if count > 0:
+            groups.append((tier, harness.simulation.cohorts[tier.index].users[mine[:count]]))
+            taken += count
+    return groups
 
 
 def _places(
     harness: Harness, groups: Sequence[Canaries], rng: np.random.Generator
-) -> list[NDArray[np.int64]]:
+) -> list[Integers]:
     """A place of its own for each canary, in the order of the wire, within what it holds."""
     free = np.ones(sum(harness.sizes), np.bool_)
     places = []
-    for group in groups:
-        held = np.flatnonzero(free[: group.tier.layout.size])
-        mine = rng.choice(held, len(group.users), replace=False)
+    for tier, users in groups:
+        mine = rng.choice(np.flatnonzero(free[: tier.layout.size]), len(users), replace=False)
         free[mine] = False
         places.append(mine)
     return places
 
 
-Updates = Iterator[tuple[Tier, Users, RawUpdate]]
-
-
 def _spikes(
     harness: Harness,
     groups: Sequence[Canaries],
-    places: Sequence[Users],
+    places: Sequence[Integers],
     signs: Floats,
     present: NDArray[np.bool_],
 ) -> Updates:
     """Updates of the canaries that are there, each far too long and in one coefficient."""
-    ends = np.cumsum([len(group.users) for group in groups])[:-1]
+    ends = np.cumsum([len(users) for _, users in groups])[:-1]
     parts = zip(groups, places, np.split(signs, ends), np.split(present, ends), strict=True)
-    for group, wire, sign, there in parts:
-        layout = group.tier.layout
-        order = to_wire(np.arange(layout.size), (layout, *harness.federation.weaker(group.tier)))
-        update = _in_one_place(group.tier, order[wire[there]], sign[there] * _loud(harness))
-        yield group.tier, group.users[there], update
+    for (tier, users), wire, sign, there in parts:
+        order = to_wire(
+            np.arange(tier.layout.size), (tier.layout, *harness.federation.weaker(tier))
+        )
+        update = _in_one_place(tier, order[wire[there]], sign[there] * _loud(harness))
+        yield tier, users[there], update
 
 
 def _loud(harness: Harness) -> np.float32:
     return np.float32(_LOUD * harness.protection.encoding.clip_norm)
 
 
-def _in_one_place(tier: Tier, places: NDArray[np.int64], values: Floats) -> RawUpdate:
+def _in_one_place(tier: Tier, places: Integers, values: Floats) -> RawUpdate:
     """Updates that touch one coefficient each, named in the tier's layout."""
-    layout, count = tier.layout, len(places)
-    memory = layout.slots * layout.block
-    inside = places - layout.head
-    in_memory = (inside >= 0) & (inside < memory)
-    in_biases = inside >= memory
-    blocks = np.where(in_memory, inside // max(1, layout.block), 0)[:, None]
+    layout, block = tier.layout, max(1, tier.layout.block)
+    memory, inside = layout.slots * layout.block, places - layout.head
+    in_memory, in_biases = (inside >= 0) & (inside < memory), inside >= memory
+    blocks = np.where(in_memory, inside // block, 0)[:, None]
     biases = np.where(in_biases, inside - memory, 0)[:, None]
-    if not layout.bias_slots:
-        biases = biases[:, :0]
-    row = np.where(in_memory, layout.head + inside % max(1, layout.block), places)
+    address = Address(blocks, biases if layout.bias_slots else biases[:, :0], layout)
+    row = np.where(in_memory, layout.head + inside % block, places)
     row = np.where(in_biases, layout.head + layout.block, row)
-    address = Address(blocks, biases, layout)
-    spikes = np.zeros((count, address.width), np.float32)
-    spikes[np.arange(count), row] = values
+    spikes = np.zeros((len(places), address.width), np.float32)
+    spikes[np.arange(len(places)), row] = values
     return RawUpdate(spikes, address)
 
 
 def _unit(
     groups: Sequence[Canaries], seed: int
-) -> Iterator[tuple[Tier, Users, NDArray[np.float32]]]:
+) -> Iterator[tuple[Tier, Integers, NDArray[np.float32]]]:
     """Random unit vectors of the canaries, in their layouts, a batch at a time."""
-    for group in groups:
-        size = group.tier.layout.size
+    for tier, users in groups:
+        size = tier.layout.size
         step = max(1, _CELLS // size)
-        for start in range(0, len(group.users), step):
-            users = group.users[start : start + step]
-            rng = rng_for(seed, group.tier.index, start)
-            values = rng.standard_normal((len(users), size), np.float32)
+        for start in range(0, len(users), step):
+            some, rng = users[start : start + step], rng_for(seed, tier.index, start)
+            values = rng.standard_normal((len(some), size), np.float32)
             values /= np.linalg.norm(values, axis=1, keepdims=True)
-            yield group.tier, users, values
+            yield tier, some, values
 
 
 def _released(harness: Harness, round: Round, updates: Updates) -> Floats | None:
@@ -280,18 +265,15 @@ def _released(harness: Harness, round: Round, updates: Updates) -> Floats | None
         return None  # too few devices came together, as a run has it too
     for number, (tier, users, update) in enumerate(updates):
         there = np.isin(users, sampled)
-        if not there.any():
-            continue
-        coins = harness.simulation.root.stream("rounding", *round.context, b"canaries", number)
-        bounded = privatize(
-            _only(update, there), protection, round, tier, harness.federation.weaker(tier), coins
-        )
-        summing.add(tier, users[there], bounded)
+        if there.any():
+            coins = harness.simulation.root.stream("rounding", *round.context, b"canaries", number)
+            weaker = harness.federation.weaker(tier)
+            bounded = privatize(_only(update, there), protection, round, tier, weaker, coins)
+            summing.add(tier, users[there], bounded)
     aggregate = Aggregate(summing.total(), len(sampled), None)
     release = harness.server.release(round, aggregate, harness.root)
     decoded = to_wire(protection.encoding.decode(release.total), layouts)
-    rotation = protection.rotation(round, layouts)
-    if rotation is not None:
+    if rotation := protection.rotation(round, layouts):
         decoded = rotation.undo(decoded[None])[0]
     scaled: Floats = decoded / protection.encoding.clip_norm
     return scaled
@@ -315,13 +297,7 @@ LARGEST = 100.0
 
 @dataclass(frozen=True)
 class Guesses:
-    """What an attacker achieved in one run: ``right <= made <= canaries``.
-
-    Attributes:
-        canaries: ``m``, each of which took part with probability one half.
-        made: ``r``, guesses that were made; about the others the attacker abstained.
-        right: ``v`` of them.
-    """
+    """What an attacker achieved in one run, ``v`` right of ``r`` made about ``m`` canaries."""
 
     canaries: int
     made: int
@@ -338,9 +314,7 @@ class Guesses:
     def of(cls, scores: NDArray[np.float64], present: NDArray[np.bool_], made: int) -> Guesses:
         """Guess "present" of the highest scores and "absent" of the lowest, half of ``made`` each.
 
-        Args:
-            scores: of each canary, shape ``(m,)``; larger ones speak for its presence.
-            made: how many guesses, chosen before the scores were seen; an odd one is left out.
+        How many to make is chosen before the scores are seen; an odd one is left out.
         """
         half = min(made, len(scores)) // 2
         order = np.argsort(scores, kind="stable")
@@ -360,13 +334,9 @@ class Guesses:
     def chance(self, strength: float) -> float:
         """Probability of at least so many right guesses, if scores are what noise makes of them.
 
-        Args:
-            strength: separation of the scores of canaries with and without part, in standard
-                deviations of either, both of them Gaussian.
-
-        Returns:
-            An upper bound but for events as rare as six standard deviations: the guesses are taken
-            to be about the outermost scores that chance may have left.
+        ``strength`` separates the scores of canaries with and without part, both Gaussian, in
+        standard deviations of either. An upper bound but for events as rare as six standard
+        deviations: guesses are taken to be about the outermost scores that chance may have left.
         """
         half = self.made / 2
         if not half:
@@ -412,44 +382,28 @@ def _accuracy(tail: float, strength: float) -> float:
     return own / (own + other) if own + other else 1.0
 
 
-@dataclass(frozen=True)
-class Separation:
-    """How far the cosines of canaries that took part lie from those of canaries that did not.
+def separation(cosines: Floats, dimension: int, confidence: float) -> tuple[float, float]:
+    """The Gaussian fit of the one-shot estimate, from the cosines of 2 or more canaries.
 
-    In standard deviations: an estimate, and the least with the confidence that was asked for.
-    """
-
-    estimate: float
-    least: float
-
-    def epsilon(self, delta: float) -> float:
-        """ε of two Gaussians that far apart."""
-        return gaussian(self.estimate, delta) if self.estimate > 0 else 0.0
-
-    def lower_bound(self, delta: float) -> float:
-        """ε of two Gaussians as far apart as is certain with the confidence asked for."""
-        return gaussian(self.least, delta) if self.least > 0 else 0.0
-
-
-def separation(cosines: Sequence[float], dimension: int, confidence: float) -> Separation:
-    """The Gaussian fit of the one-shot estimate.
-
-    Args:
-        cosines: of each canary with what was released, at least 2.
-        dimension: coefficients of what was released; without its canary a cosine has a variance
-            of ``1 / dimension``.
-        confidence: of the bound from below.
+    Without its canary a cosine with what was released, of ``dimension`` coefficients, has a
+    variance of ``1 / dimension``.
 
     Returns:
-        The mean over the larger of the two deviations, so that a spread that has other reasons
-        than noise is never taken for privacy lost.
+        How far cosines of canaries that took part lie from those of canaries that did not, in
+        standard deviations, as estimated and at least, with ``confidence``. It is the mean over the
+        larger of the two deviations, so that a spread that has other reasons than noise is never
+        taken for privacy lost.
     """
-    values = np.asarray(cosines, np.float64)
-    if len(values) < 2 or dimension < 1:
+    if len(cosines) < 2 or dimension < 1:
         raise UsageError(
-            f"{len(values)} cosines in {dimension} dimensions: the fit needs two canaries or more"
+            f"{len(cosines)} cosines in {dimension} dimensions: the fit needs two canaries or more"
         )
-    mean, own = float(values.mean()), float(values.std(ddof=1))
+    mean, own = float(cosines.mean()), float(cosines.std(ddof=1))
     deviation = max(own, 1 / math.sqrt(dimension))
-    margin = float(stats.t.ppf(confidence, len(values) - 1)) * own / math.sqrt(len(values))
-    return Separation(mean / deviation, (mean - margin) / deviation)
+    margin = float(stats.t.ppf(confidence, len(cosines) - 1)) * own / math.sqrt(len(cosines))
+    return mean / deviation, (mean - margin) / deviation
+
+
+def apart(deviations: float, delta: float) -> float:
+    """ε of two Gaussians so many standard deviations apart; 0 where it is below 0."""
+    return gaussian(deviations, delta) if deviations > 0 else 0.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,8 +22,9 @@ from privrec.device.tier import Federation, Tier
 from privrec.device.update import Aggregate, Protection, Round
 from privrec.errors import ReleaseRefused, UsageError
 from privrec.models.layout import to_wire
-from privrec.privacy.events import RoundEvent, epsilon
+from privrec.privacy.events import Accountant, Adversary, RoundEvent, epsilon
 from privrec.randomness import ROOT_BYTES, SecretRoot
+from privrec.report.model import Checked
 from privrec.run.plan import Plan
 from privrec.run.privacy_plan import known_items, release_event
 from privrec.run.simulation import Rows, Simulation
@@ -72,11 +74,7 @@ class Harness:
 
     @classmethod
     def of(cls, scenario: Scenario, key: bytes | None = None) -> Harness:
-        """The parts of a run of ``scenario``.
-
-        Args:
-            key: what all secrets of the audit derive from, for tests that repeat; by default the
-                operating system gives one.
+        """Assemble them; ``key`` is as for :func:`privrec.audit.audit`.
 
         Raises:
             UsageError: when it learns from something else than interactions.
@@ -88,11 +86,9 @@ class Harness:
             )
         key = key or secrets.token_bytes(ROOT_BYTES)
         server, devices = SecretRoot(key + b"server"), SecretRoot(key + b"devices")
-        users, items, made_up = scenario.population(), known_items(scenario), []
-        if users is None:
-            made_up.append(f"{STAND_IN_USERS:,} users")
-        if items is None:
-            made_up.append(f"{STAND_IN_ITEMS:,} items")
+        users, items = scenario.population(), known_items(scenario)
+        made_up = [f"{STAND_IN_USERS:,} users"] if users is None else []
+        made_up += [f"{STAND_IN_ITEMS:,} items"] if items is None else []
         histories = stand_in(users or STAND_IN_USERS, items or STAND_IN_ITEMS)
         run = "audit-" + devices.tag("audit run").hex()[:16]
         plan = Plan.of(scenario, histories.n_items, histories.n_users)
@@ -126,19 +122,17 @@ class Harness:
         ends = [layout.size for layout in reversed(self.federation.layouts)]
         return tuple(np.diff(ends, prepend=0).tolist())
 
-    def epsilon(self, against: str, accountant: str = "pld") -> float:
+    def epsilon(self, against: Adversary, accountant: Accountant = "pld") -> float:
         """ε of the planned rounds and of what is released before them."""
-        counts = {self.event: self.scenario.train.rounds}
         before = release_event(self.scenario)
-        if before is not None:
-            counts[before] = counts.get(before, 0) + 1
-        return epsilon(counts, self.scenario.privacy.delta, against, accountant)  # type: ignore[arg-type]
+        counts = Counter({self.event: self.scenario.train.rounds})
+        counts.update([] if before is None else [before])
+        return epsilon(counts, self.scenario.privacy.delta, against, accountant)
 
     def round(self, index: int, attempt: int = 0) -> Round:
         """A round as the server announces it."""
-        server = self.server
-        server.index = index
-        return server.next_round(attempt)
+        self.server.index = index
+        return self.server.next_round(attempt)
 
     def summing(self, round: Round, protection: Protection, cohort: list[Participant]) -> Summing:
         """A plain sum of that cohort."""
@@ -156,24 +150,19 @@ class Harness:
 
     def some(self, most: int) -> Rows:
         """Rows of each tier that trains, about ``most`` users in all, spread over all of them."""
-        training = self.training
-        population = sum(len(self.simulation.cohorts[tier.index].users) for tier in training)
-        step = max(1, population // max(1, most))
-        return [
-            np.arange(0, len(cohort.users) if tier in training else 0, step)
-            for tier, cohort in zip(self.federation.tiers, self.simulation.cohorts, strict=True)
-        ]
+        trains, cohorts = {tier.index for tier in self.training}, self.simulation.cohorts
+        sizes = [len(each.users) if n in trains else 0 for n, each in enumerate(cohorts)]
+        step = max(1, sum(sizes) // max(1, most))
+        return [np.arange(0, size, step) for size in sizes]
 
     def released(self, round: Round, change: int = 0) -> Noise | None:
         """What one release adds to the plain sum; None when the round ends without one.
 
         ``change`` is added to the first coefficient of the sum, to make another input of it.
         """
-        plain = np.zeros(self.federation.layout.size, np.int64)
-        plain[0] = change
-        shares, cohort = self.protection.shares, []
-        total = plain
-        if shares is not None:
+        total = plain = np.zeros(self.federation.layout.size, np.int64)
+        plain[0], cohort = change, []
+        if self.protection.shares is not None:
             cohort = self.named(self.simulation.rows(self.simulation.sample(round)))
             try:
                 total = plain + self.summing(round, self.protection, cohort).total()
@@ -222,25 +211,16 @@ REACH = float(stats.norm.isf(ALPHA / 2) + stats.norm.ppf(POWER))
 """Standard errors between what is right and the smallest deviation that is seen."""
 
 
-@dataclass(frozen=True)
-class CheckResult:
-    """What one probe found: whether it is as accounted, in words.
-
-    Attributes:
-        expected: what was to be found, and how small a deviation is seen.
-    """
-
-    probe: str
-    passed: bool
-    found: str
-    expected: str
+def checked(probe: str, passed: bool, found: str, expected: str) -> Checked:
+    """What one probe found; ``expected`` also says how small a deviation is seen."""
+    return Checked(probe=probe, passed=passed, found=found, expected=expected)
 
 
 def judged(
     probe: str, p_values: float | Sequence[float] | Floats, found: str, expected: str
-) -> CheckResult:
+) -> Checked:
     """A finding that fails when the smallest probability, see :func:`of_many`, is below ALPHA."""
-    return CheckResult(probe, bool(of_many(p_values) >= ALPHA), found, expected)
+    return checked(probe, bool(of_many(p_values) >= ALPHA), found, expected)
 
 
 def of_many(p_values: float | Sequence[float] | Floats) -> float:
@@ -257,8 +237,7 @@ def two_sided(z: float | Floats) -> Floats:
 def variance_p(ratio: float | Floats, freedom: float) -> Floats:
     """Two-sided probability of a mean square over the expected one, of ``freedom`` Gaussians."""
     at = np.asarray(ratio) * freedom
-    low, high = stats.chi2.cdf(at, freedom), stats.chi2.sf(at, freedom)
-    return np.asarray(np.minimum(1.0, 2 * np.minimum(low, high)))
+    return _two_tails(stats.chi2.cdf(at, freedom), stats.chi2.sf(at, freedom))
 
 
 def seen_deviation(freedom: float) -> float:
@@ -285,4 +264,8 @@ def product_p(sums: Floats, terms: int) -> Floats:
 def count_p(count: int | Integers, trials: int, chance: float) -> Floats:
     """Two-sided probability of binomial counts."""
     low, high = stats.binom.cdf(count, trials, chance), stats.binom.sf(count - 1, trials, chance)
+    return _two_tails(low, high)
+
+
+def _two_tails(low: float | Floats, high: float | Floats) -> Floats:
     return np.asarray(np.minimum(1.0, 2 * np.minimum(low, high)))

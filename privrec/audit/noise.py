@@ -16,10 +16,10 @@ from scipy import stats
 
 from privrec.audit.harness import (
     ALPHA,
-    CheckResult,
     Floats,
     Harness,
     Integers,
+    checked,
     count_p,
     distance_p,
     judged,
@@ -36,6 +36,7 @@ from privrec.privacy.lazy import LazyMemory
 from privrec.privacy.mechanism import Shares, noise_seeds
 from privrec.privacy.pending import LinearStep, Normals
 from privrec.randomness import SecretRoot
+from privrec.report.model import Checked
 
 DRAWS = 400_000
 """Coefficients of each band to look at, where that is not too dear: 0.9 % of σ is then seen."""
@@ -86,11 +87,10 @@ class Transcript:
         return np.asarray(np.cumsum(masses)[places] / masses.sum())
 
 
-def probe(harness: Harness) -> Iterator[CheckResult]:
+def probe(harness: Harness) -> Iterator[Checked]:
     """All probes of the noise of a scenario that adds some."""
     transcripts = list(_recorded(harness, list(_rounds(harness))))
-    for transcript in transcripts:
-        yield _variance(transcript)
+    yield from map(_variance, transcripts)
     yield _every_coefficient(transcripts)
     yield _law("law of the noise", transcripts)
     yield _between_rounds("independence between rounds", transcripts)
@@ -98,8 +98,7 @@ def probe(harness: Harness) -> Iterator[CheckResult]:
     yield _repeated(harness)
     if harness.protection.shares is not None:
         listed = list(_shares(harness, harness.protection.shares))
-        for transcript in listed:
-            yield _variance(transcript)
+        yield from map(_variance, listed)
         yield _law("law of a share", listed)
         yield _between_rounds("independence of shares", listed)
         yield _within_rounds("independence within shares", listed)
@@ -108,7 +107,8 @@ def probe(harness: Harness) -> Iterator[CheckResult]:
 def _shares(harness: Harness, shares: Shares) -> Iterator[Transcript]:
     """What single devices add, in a few rounds each; far cheaper than sums, hence sharper."""
     count = min(MOST_LISTED, max(FEWEST_ROUNDS, -(-DRAWS // min(harness.sizes))))
-    users = [p.user for p in harness.named(harness.some(-(-count // 2)))][: -(-count // 2)]
+    each = -(-count // 2)
+    users = [p.user for p in harness.named(harness.some(each))][:each]
     drawn: list[list[Integers]] = [[] for _ in harness.sizes]
     for index in range(2):
         context = harness.round(index).context
@@ -177,15 +177,14 @@ def _transcript(
     # Rounding a Gaussian adds its own twelfth of a step.
     spread = np.sqrt(deviations**2 + (1 / 12 if mechanism == "gaussian" else 0))
     squares, sums = np.zeros(size), np.zeros(size)
-    for part, deviation in zip(parts, spread, strict=True):
-        scaled = part / deviation
+    for scaled in map(np.divide, parts, spread):
         squares += scaled**2
         sums += scaled
     sketch = np.array([part[places] for part in parts], np.int64)
     return Transcript(name, sketch, deviations, squares, sums, mechanism)
 
 
-def _variance(transcript: Transcript) -> CheckResult:
+def _variance(transcript: Transcript) -> Checked:
     releases = len(transcript.sketch)
     draws = releases * len(transcript.squares)
     mean = float(transcript.squares.sum() / draws)
@@ -201,26 +200,25 @@ def _variance(transcript: Transcript) -> CheckResult:
     )
 
 
-def _every_coefficient(transcripts: Sequence[Transcript]) -> CheckResult:
+def _every_coefficient(transcripts: Sequence[Transcript]) -> Checked:
     squares = np.concatenate([transcript.squares for transcript in transcripts])
     sums = np.concatenate([transcript.sums for transcript in transcripts])
     releases = len(transcripts[0].sketch)
-    p_values = (
-        of_many(variance_p(squares / releases, releases)),
-        of_many(two_sided(sums / math.sqrt(releases))),
-        float(two_sided(sums.sum() / math.sqrt(releases * len(sums)))),
-    )
     mean = sums.sum() / (releases * len(sums))
     return judged(
         "noise in every coefficient",
-        p_values,
+        [
+            of_many(variance_p(squares / releases, releases)),
+            of_many(two_sided(sums / math.sqrt(releases))),
+            float(two_sided(sums.sum() / math.sqrt(releases * len(sums)))),
+        ],
         f"least {math.sqrt(squares.min() / releases):.3f} σ of {len(squares):,} coefficients over "
         f"{releases:,} releases; mean {mean:+.1e} σ",
         "none without noise, none shifted",
     )
 
 
-def _law(probe: str, transcripts: Sequence[Transcript]) -> CheckResult:
+def _law(probe: str, transcripts: Sequence[Transcript]) -> Checked:
     """Distance of the distribution function from the accounted one, and the tails."""
     p_values, distances, far, draws, due = [], [], 0, 0, 0.0
     for transcript in transcripts:
@@ -246,16 +244,15 @@ def _law(probe: str, transcripts: Sequence[Transcript]) -> CheckResult:
 def _distance(transcript: Transcript) -> float:
     """Kolmogorov's distance over all releases together, each in its own deviations."""
     levels = stats.norm.ppf(np.linspace(0, 1, 1026)[1:-1])
-    found = np.zeros(len(levels))
-    expected = np.zeros(len(levels))
+    excess = np.zeros(len(levels))
     for row, deviation in zip(transcript.sketch, transcript.deviations, strict=True):
         at = np.floor(levels * deviation)
-        found += np.searchsorted(np.sort(row), at, side="right")
-        expected += len(row) * transcript.below(at, float(deviation))
-    return float(np.abs(found - expected).max() / transcript.sketch.size)
+        excess += np.searchsorted(np.sort(row), at, side="right")
+        excess -= len(row) * transcript.below(at, float(deviation))
+    return float(np.abs(excess).max() / transcript.sketch.size)
 
 
-def _between_rounds(probe: str, transcripts: Sequence[Transcript]) -> CheckResult:
+def _between_rounds(probe: str, transcripts: Sequence[Transcript]) -> Checked:
     """No two releases share noise, not even in part: by products, and by equal integers."""
     p_values, most = [], 0.0
     for transcript in transcripts:
@@ -289,7 +286,7 @@ def _equal_p(transcript: Transcript) -> float:
     return float(np.minimum(1.0, smallest * releases * (releases - 1) / 2))
 
 
-def _within_rounds(probe: str, transcripts: Sequence[Transcript]) -> CheckResult:
+def _within_rounds(probe: str, transcripts: Sequence[Transcript]) -> Checked:
     """No two coefficients share noise, within a band or between two."""
     p_values, pairs, most = [], 0, 0.0
     for products in _products(transcripts):
@@ -314,12 +311,12 @@ def _products(transcripts: Sequence[Transcript]) -> Iterator[Floats]:
         yield first.standard[:, :width] * second.standard[:, :width]
 
 
-def _repeated(harness: Harness) -> CheckResult:
+def _repeated(harness: Harness) -> Checked:
     """The same input gets the same noise, so that sending again is harmless."""
-    first, again = (harness.released(harness.round(0)) for _ in range(2))
-    values = [None if noise is None else noise.values.tolist() for noise in (first, again)]
-    found = "identical" if values[0] == values[1] else "another draw"
-    return CheckResult("same input, same noise", found == "identical", found, "identical")
+    noises = (harness.released(harness.round(0)) for _ in range(2))
+    first, again = (None if noise is None else noise.values.tolist() for noise in noises)
+    found = "identical" if first == again else "another draw"
+    return checked("same input, same noise", first == again, found, "identical")
 
 
 # -------------------------------------------------------------------------------------- lazy noise
@@ -334,13 +331,13 @@ _READS: tuple[Callable[[LazyMemory], object], ...] = (
 )
 
 
-def probe_lazy(root: SecretRoot) -> Iterator[CheckResult]:
+def probe_lazy(root: SecretRoot) -> Iterator[Checked]:
     """Whoever reads a row of a lazy memory gets all the noise that it owes, and once."""
     yield _settled(LazyMemory(np.zeros((ROWS, WIDTH)), Normals(root)))
     yield _moving(root)
 
 
-def _settled(memory: LazyMemory) -> CheckResult:
+def _settled(memory: LazyMemory) -> Checked:
     """Each way to read gives the variance owed since the last one, independent of it.
 
     A row read between others owes less than they do; after each read nothing is owed any more.
@@ -378,7 +375,7 @@ def _settled(memory: LazyMemory) -> CheckResult:
     )
 
 
-def _moving(root: SecretRoot) -> CheckResult:
+def _moving(root: SecretRoot) -> Checked:
     """With momentum and weight decay: the covariance is that of steps taken one by one."""
     update = LinearStep(0.1, momentum=0.8, weight_decay=0.05)
     memory = LazyMemory(np.zeros((ROWS, WIDTH)), Normals(root), moving=True)
@@ -388,18 +385,12 @@ def _moving(root: SecretRoot) -> CheckResult:
     for variance in _VARIANCES:
         memory.step(*nothing, variance, update)
         covariance = matrix @ covariance @ matrix.T + variance * np.outer(gain, gain)
-    velocities = memory.velocities()
+    velocities = np.asarray(memory.velocities(), np.float64)
     values = memory.settled().astype(np.float64)
-    moved = np.zeros_like(values) if velocities is None else velocities.astype(np.float64)
-    ratios = np.array(
-        [
-            (values**2).mean() / covariance[0, 0],
-            (moved**2).mean() / covariance[1, 1],
-            # What of the velocity the value does not tell.
-            ((moved - covariance[1, 0] / covariance[0, 0] * values) ** 2).mean()
-            / (covariance[1, 1] - covariance[1, 0] ** 2 / covariance[0, 0]),
-        ]
-    )
+    slope = covariance[1, 0] / covariance[0, 0]
+    squares = [(each**2).mean() for each in (values, velocities, velocities - slope * values)]
+    # The last is what of the velocity the value does not tell.
+    ratios = squares / np.append(np.diag(covariance), covariance[1, 1] - slope * covariance[1, 0])
     return judged(
         "lazy noise with momentum",
         variance_p(ratios, values.size),

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from privrec.audit.harness import REACH, CheckResult, Harness, count_p, judged, of_many, two_sided
+from privrec.audit.harness import (
+    REACH,
+    Floats,
+    Harness,
+    Integers,
+    checked,
+    count_p,
+    judged,
+    of_many,
+    two_sided,
+)
 from privrec.device.device import Cohort, Draws, Trained, privatize
 from privrec.device.recommender import RecommenderLearner
 from privrec.device.samples import Histories
@@ -18,15 +28,16 @@ from privrec.device.tier import LocalModel, Tier
 from privrec.device.update import Address, BoundedUpdate, Protection, RawUpdate
 from privrec.models.layout import from_wire, to_wire
 from privrec.models.ncf import NCF
+from privrec.privacy.discrete import Grid
 from privrec.privacy.mechanism import Band
 from privrec.randomness import rng_for
+from privrec.report.model import Checked
 from privrec.run.simulation import Rows, Simulation
-from privrec.run.summing import SUMMING, Enrolled, Participant
+from privrec.run.summing import SUMMING, Enrolled, Participant, Summing
 from privrec.secagg.client import Policy
 from privrec.secagg.messages import Stage
 
 FloatArray = NDArray[np.float32]
-Users = NDArray[np.int64]
 
 USERS = 4000
 """Users whose updates are measured; where 1 % of users are unclipped, none is among them with a
@@ -42,11 +53,11 @@ _MEMBERS = 4_000_000  # coefficients of a batch of canaries
 class Hostile(RecommenderLearner):
     """Training whose updates are blown up before they leave it, as a broken device's may be.
 
-    Nearly all exceed ``clip_norm``; ``norms``, of what each user handed over, is filled meanwhile.
+    Nearly all exceed ``clip_norm``; ``norms`` gathers those of all that was handed over.
     """
 
     clip_norm: float = 1.0
-    norms: dict[int, float] = field(default_factory=dict)
+    norms: list[float] = field(default_factory=list)
 
     def train(
         self, model: LocalModel[NCF], data: Histories, states: FloatArray, draws: Draws
@@ -57,14 +68,8 @@ class Hostile(RecommenderLearner):
         for row, user in enumerate(data.users.tolist()):
             _blow_up(values[row], user, self.clip_norm)
             with np.errstate(all="ignore"):
-                self.norms[user] = float(np.linalg.norm(values[row].astype(np.float64)))
+                self.norms.append(float(np.linalg.norm(values[row].astype(np.float64))))
         return replace(trained, update=RawUpdate(values, trained.update.address))
-
-    @classmethod
-    def of(cls, learner: RecommenderLearner, clip_norm: float) -> Hostile:
-        """The same training, hostile."""
-        parts = learner.view, learner.settings, learner.popularity, learner.examples
-        return cls(*parts, clip_norm=clip_norm)
 
 
 def _blow_up(values: FloatArray, user: int, clip_norm: float) -> None:
@@ -83,32 +88,28 @@ def _blow_up(values: FloatArray, user: int, clip_norm: float) -> None:
                 values *= np.float32(length / norm)
 
 
-def clipping(harness: Harness) -> CheckResult:
+def clipping(harness: Harness) -> Iterator[Checked]:
     """Every user's integers are within the bound that the noise is scaled to."""
-    clip_norm = harness.protection.encoding.clip_norm
-    cohorts = tuple(
-        replace(cohort, learner=Hostile.of(cohort.learner, clip_norm), states=cohort.states.copy())
-        for cohort in harness.simulation.cohorts
-    )
-    simulation = replace(harness.simulation, cohorts=cohorts)
-    bound = harness.protection.encoding.squared_bound
-    users = beyond = broken = 0
-    longest = 0.0
+    encoding = harness.protection.encoding
+    clip_norm, bound = encoding.clip_norm, encoding.squared_bound
+    learners = [
+        Hostile(own.view, own.settings, own.popularity, own.examples, clip_norm)
+        for own in (cohort.learner for cohort in harness.simulation.cohorts)
+    ]
+    cohorts = map(lambda cohort, own: replace(cohort, learner=own), _fresh(harness), learners)
+    simulation = replace(harness.simulation, cohorts=tuple(cohorts))
+    squared = []
     for _, _, update in _bounded(harness, simulation, harness.some(USERS)):
-        for mine in update.rows():
-            vector = mine.vector().astype(np.float64)
-            squared = float(vector @ vector)
-            longest, broken = max(longest, squared), broken + (squared > bound)
-            users += 1
-    for cohort in cohorts:
-        norms = cohort.learner.norms.values() if isinstance(cohort.learner, Hostile) else ()
-        beyond += sum(not norm <= clip_norm for norm in norms)
+        vectors = [mine.vector().astype(np.float64) for mine in update.rows()]
+        squared += [float(vector @ vector) for vector in vectors]
+    users, broken = len(squared), sum(each > bound for each in squared)
+    beyond = sum(not norm <= clip_norm for own in learners for norm in own.norms)
     found = f"{broken:,} of {users:,} users longer" if broken else f"all of {users:,} users within"
-    return CheckResult(
+    yield checked(
         "clip norm of every user",
         not broken and beyond > 0,
         f"{found}; {beyond:,} sent more than the clip norm, the longest gave "
-        f"{math.sqrt(longest / bound):.4f} of the bound",
+        f"{math.sqrt(max(squared, default=0) / bound):.4f} of the bound",
         f"at most {math.sqrt(bound):,.2f} steps, which the noise is scaled to; 1 % of users "
         f"unclipped escape with a chance of {0.99 ** max(1, beyond):.0e}",
     )
@@ -116,11 +117,8 @@ def clipping(harness: Harness) -> CheckResult:
 
 def _bounded(
     harness: Harness, simulation: Simulation, rows: Rows, silent: int | None = None
-) -> Iterator[tuple[Tier, Users, BoundedUpdate]]:
-    """What users of every tier put into a sum, but for one who falls silent.
-
-    They train on weights that are not zero anywhere.
-    """
+) -> Iterator[tuple[Tier, Integers, BoundedUpdate]]:
+    """What users of every tier put into a sum, but for one; they train on weights without zeros."""
     weights = harness.server.weights.copy()
     weights += rng_for(0, "audit weights").normal(0, 0.1, len(weights)).astype(np.float32)
     round = harness.round(0)
@@ -130,7 +128,7 @@ def _bounded(
             yield tier, users, update
 
 
-def rounding(harness: Harness) -> CheckResult:
+def rounding(harness: Harness) -> Iterator[Checked]:
     """Rounding is right on average, wherever a value lies between two integers."""
     tier, encoding = harness.training[0], harness.protection.encoding
     layout, weaker = tier.layout, harness.federation.weaker(tier)
@@ -156,7 +154,7 @@ def rounding(harness: Harness) -> CheckResult:
         sums, variances, draws = sums + moments[0], variances + moments[1], draws + values.size
     z = np.divide(sums, np.sqrt(variances), out=np.zeros(4), where=variances > 0)
     mean, spread = sums[0] / draws, math.sqrt(variances[0]) / draws
-    return judged(
+    yield judged(
         "rounding to integers",
         two_sided(z),
         f"mean error {mean:+.1e} steps over {draws:,} values; "
@@ -165,9 +163,7 @@ def rounding(harness: Harness) -> CheckResult:
     )
 
 
-def _moments(
-    integers: NDArray[np.int32], exact: FloatArray
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _moments(integers: NDArray[np.int32], exact: FloatArray) -> tuple[Floats, Floats]:
     """Sums whose mean is 0 under fair coins, and their variances.
 
     Of the error; of the error away from zero; of the error times the place between two integers,
@@ -181,61 +177,68 @@ def _moments(
     return np.array([s.sum() for s in sums]), np.array([v.sum() for v in spread])
 
 
-def plain_sum(harness: Harness) -> CheckResult:
+def plain_sum(harness: Harness) -> Iterator[Checked]:
     """The sum that the engine takes is that of the vectors that devices send."""
     bare = replace(harness.protection, shares=None, minimums=())
-    simulation = replace(harness.simulation, protection=bare, cohorts=_fresh(harness))
     rows = harness.some(SUMMED_USERS)
-    summing = harness.summing(harness.round(0), bare, harness.named(rows))
-    expected = np.zeros(harness.federation.layout.size, np.int64)
-    users = 0
-    for tier, each, update in _bounded(harness, simulation, rows):
-        summing.add(tier, each, update)
-        for mine in update.rows():
-            expected += _padded(harness, tier, mine.vector())
-            users += 1
+    cohort = harness.named(rows)
+    summing = harness.summing(harness.round(0), bare, cohort)
+    expected = _summed(harness, bare, rows, (summing,))
     wrong = int(np.count_nonzero(summing.total() != expected))
-    return CheckResult(
+    yield checked(
         "plain sum",
         wrong == 0 and bool(expected.any()),
-        f"{wrong:,} of {len(expected):,} coefficients differ, {users:,} devices",
+        f"{wrong:,} of {len(expected):,} coefficients differ, {len(cohort):,} devices",
         "the sum of the same integers",
     )
 
 
-def secure_sum(harness: Harness) -> CheckResult:
+def secure_sum(harness: Harness) -> Iterator[Checked]:
     """The whole protocol gives the sum of the survivors' integers and noise, bit for bit."""
     devices = _FEW_DEVICES if sum(harness.sizes) <= _WIDE_VECTOR else _FEW_DEVICES // 2
     rows = [mine[:devices] for mine in harness.some(devices * len(harness.training))]
-    cohort = harness.named(rows)
     # One device of the strongest tier falls silent after its shares; the others' sum is due.
-    silent = cohort[0]
-    cohort = [Participant(silent.user, silent.tier, Stage.MASKED), *cohort[1:]]
-    least = [
-        sum(len(harness.sizes) - each.tier.index > band for each in cohort[1:]) * 3 // 4
-        for band in range(len(harness.sizes))
-    ]
-    protection = _for_few(harness, tuple(max(1, each) for each in least))
+    silent, *others = harness.named(rows)
+    cohort = [Participant(silent.user, silent.tier, Stage.MASKED), *others]
+    bands = range(len(harness.sizes))
+    holders = [sum(len(bands) - each.tier.index > band for each in others) for band in bands]
+    protection = _for_few(harness, tuple(max(1, each * 3 // 4) for each in holders))
     enrolled = Enrolled(harness.simulation.root, Policy(2, 0.0))
     made = (harness.round(0), harness.federation, protection, cohort, enrolled)
     masked, plain, bare = SUMMING["full"](*made), SUMMING["exact"](*made), SUMMING["exact"](*made)
-    simulation = replace(harness.simulation, cohorts=_fresh(harness), protection=protection)
-    expected = np.zeros(harness.federation.layout.size, np.int64)
-    for tier, users, update in _bounded(harness, simulation, rows, silent.user):
-        masked.add(tier, users, update)
-        plain.add(tier, users, update)
-        for mine in update.rows():
-            expected += _padded(harness, tier, mine.vector())
+    expected = _summed(harness, protection, rows, (masked, plain), silent.user)
     total = masked.total()
     wrong = int(np.count_nonzero(total != plain.total()))
     wrong += int(np.count_nonzero(total - bare.total() != expected))
-    return CheckResult(
+    yield checked(
         "secure sum",
         wrong == 0 and bool(expected.any()),
         f"{wrong:,} of {len(expected):,} coefficients differ, {len(cohort):,} devices, one of them "
         "falling silent",
         "the sum of the survivors' integers, and their noise where devices add it",
     )
+
+
+def _summed(
+    harness: Harness,
+    protection: Protection,
+    rows: Rows,
+    summings: Sequence[Summing],
+    silent: int | None = None,
+) -> Integers:
+    """Put updates of all but one user into every sum, and add their integers up on their own.
+
+    What a tier does not hold is zero in the layout of the shared vector.
+    """
+    simulation = replace(harness.simulation, cohorts=_fresh(harness), protection=protection)
+    total = np.zeros(harness.federation.layout.size, np.int64)
+    for tier, users, update in _bounded(harness, simulation, rows, silent):
+        for summing in summings:
+            summing.add(tier, users, update)
+        for mine in update.rows():
+            held = to_wire(mine.vector(), (tier.layout, *harness.federation.weaker(tier)))
+            total[: len(held)] += held
+    return from_wire(total, harness.federation.layouts)
 
 
 def _for_few(harness: Harness, least: tuple[int, ...]) -> Protection:
@@ -255,15 +258,7 @@ def _fresh(harness: Harness) -> tuple[Cohort[RecommenderLearner], ...]:
     return tuple(replace(c, states=c.states.copy()) for c in harness.simulation.cohorts)
 
 
-def _padded(harness: Harness, tier: Tier, vector: NDArray[np.int32]) -> NDArray[np.int64]:
-    """A tier's vector with zeros where it holds nothing, in the layout of the shared vector."""
-    whole = np.zeros(harness.federation.layout.size, np.int64)
-    held = to_wire(vector, (tier.layout, *harness.federation.weaker(tier)))
-    whole[: len(held)] = held
-    return from_wire(whole, harness.federation.layouts)
-
-
-PROBES: dict[str, Callable[[Harness], CheckResult]] = {
+PROBES: dict[str, Callable[[Harness], Iterator[Checked]]] = {
     "clip norm of every user": clipping,
     "rounding to integers": rounding,
     "plain sum": plain_sum,
@@ -277,48 +272,32 @@ PROBES: dict[str, Callable[[Harness], CheckResult]] = {
 _TOLERANCE = 1e-3  # of the looser accountant below the tighter, which rounding alone explains
 
 
-def probe_accounting(harness: Harness) -> Iterator[CheckResult]:
-    """All probes of the accounting of a scenario with noise."""
-    yield _charged(harness)
-    yield _budget(harness)
-
-
-def _charged(harness: Harness) -> CheckResult:
-    """The event names the mechanism, noise and sampling that server and devices use."""
-    event, shares = harness.event, harness.protection.shares
+def probe_accounting(harness: Harness) -> Iterator[Checked]:
+    """The event names what server and devices use, its ε is in the budget, twice computed."""
+    event, shares, rate = harness.event, harness.protection.shares, harness.simulation.sampling_rate
     noise = "gaussian" if shares is None else "discrete_gaussian"
     multiplier = event.noise_multiplier if shares is None else shares.noise_multiplier
-    grid = event.grid
-    same = (
-        event.mechanism == noise
-        and event.noise_multiplier == multiplier
-        and event.sampling_rate == harness.simulation.sampling_rate
-        and (shares is None) == (grid is None)
-    )
-    if shares is not None and grid is not None:
-        same &= grid.shares == max(b.least - b.colluders for b in shares.bands)
-        same &= grid.dimension == sum(harness.sizes)
-        same &= grid.squared_sensitivity == harness.protection.encoding.squared_bound
-        same &= grid.excess_removed == shares.remove_excess
-    return CheckResult(
+    grid = None
+    if shares is not None:
+        narrowest = max(band.least - band.colluders for band in shares.bands)
+        bound, size = harness.protection.encoding.squared_bound, sum(harness.sizes)
+        grid = Grid(bound, size, narrowest, shares.remove_excess)
+    charged = event.grid and replace(event.grid, small_cohort_delta=0.0)
+    planned = noise, multiplier, rate, grid
+    yield checked(
         "what is charged is what runs",
-        bool(same),
+        (event.mechanism, event.noise_multiplier, event.sampling_rate, charged) == planned,
         f"{event.mechanism}, noise {event.noise_multiplier:.4f} of the sensitivity, sampling "
         f"{event.sampling_rate:g}",
-        f"{noise}, {multiplier:.4f}, {harness.simulation.sampling_rate:g}",
+        f"{noise}, {multiplier:.4f}, {rate:g}",
     )
-
-
-def _budget(harness: Harness) -> CheckResult:
-    """ε of the planned rounds is within the budget, and a second accountant does not object."""
     privacy = harness.scenario.privacy
     against = privacy.budget_against
     first, second = harness.epsilon(against), harness.epsilon(against, "rdp")
     budget = math.inf if privacy.epsilon is None else privacy.epsilon
-    agree = second >= first * (1 - _TOLERANCE)
-    return CheckResult(
+    yield checked(
         "ε of the planned rounds",
-        first <= budget and agree,
+        first <= budget and second >= first * (1 - _TOLERANCE),
         f"{first:.4f} by loss distributions, {second:.4f} by Rényi divergences, at δ = "
         f"{privacy.delta:g} against {against}",
         "no budget; the latter is the looser" if budget == math.inf else f"at most {budget:g}",
@@ -331,19 +310,16 @@ COINS = 40_000_000
 MOST_ROUNDS, FEWEST_ROUNDS = 400, 60
 
 
-def probe_sampling(harness: Harness) -> Iterator[CheckResult]:
+def probe_sampling(harness: Harness) -> Iterator[Checked]:
     """Every user takes part by its own coin, in every round anew; where all do, that they do."""
     rate, population = harness.event.sampling_rate, harness.simulation.population
     if rate < 1:
         taken = _taken(harness)
-        yield _sizes(taken, rate)
-        yield _users(taken, rate)
-        yield _rounds(taken, rate)
+        yield from (probe(taken, rate) for probe in (_sizes, _users, _rounds))
         return
     sizes = {len(harness.simulation.sample(harness.round(index))) for index in range(3)}
     found = f"{min(sizes):,} to {max(sizes):,} of {population:,} in a round"
-    expected = "all of them, as accounted"
-    yield CheckResult("everybody takes part", sizes == {population}, found, expected)
+    yield checked("everybody takes part", sizes == {population}, found, "all of them, as accounted")
 
 
 def _taken(harness: Harness) -> NDArray[np.bool_]:
@@ -356,7 +332,7 @@ def _taken(harness: Harness) -> NDArray[np.bool_]:
     return taken
 
 
-def _sizes(taken: NDArray[np.bool_], rate: float) -> CheckResult:
+def _sizes(taken: NDArray[np.bool_], rate: float) -> Checked:
     """Sizes of cohorts are binomial: their mean, and above all their spread."""
     rounds, population = taken.shape
     sizes = taken.sum(axis=1)
@@ -372,7 +348,7 @@ def _sizes(taken: NDArray[np.bool_], rate: float) -> CheckResult:
     )
 
 
-def _users(taken: NDArray[np.bool_], rate: float) -> CheckResult:
+def _users(taken: NDArray[np.bool_], rate: float) -> Checked:
     """Every user is as likely as any other, and neighbours are drawn apart."""
     rounds, population = taken.shape
     variance = rate * (1 - rate)
@@ -394,7 +370,7 @@ def _users(taken: NDArray[np.bool_], rate: float) -> CheckResult:
     )
 
 
-def _rounds(taken: NDArray[np.bool_], rate: float) -> CheckResult:
+def _rounds(taken: NDArray[np.bool_], rate: float) -> Checked:
     """Cohorts of two rounds overlap as independent ones do."""
     rounds, population = taken.shape
     centred = (taken - rate).astype(np.float32)
@@ -424,7 +400,7 @@ def _dispersion_p(squares: float, freedom: int, trials: int, rate: float) -> flo
     return float(np.minimum(1.0, 2 * np.minimum(law.cdf(squares), law.sf(squares))))
 
 
-def _bernstein(sums: NDArray[np.float64], terms: int, rate: float) -> float:
+def _bernstein(sums: Floats, terms: int, rate: float) -> float:
     """Bound on the probability of any of these sums of products of centred coins (Bernstein)."""
     variance = terms * (rate * (1 - rate)) ** 2
     largest = max(rate, 1 - rate) ** 2

@@ -10,7 +10,7 @@ import pytest
 from audit_scenarios import failed, scenario
 from numpy.typing import NDArray
 
-from privrec.audit import _collect, audit, noise, rounds
+from privrec.audit import _findings, audit, noise, rounds
 from privrec.audit.canaries import _only
 from privrec.audit.harness import Harness
 from privrec.device import update
@@ -34,17 +34,15 @@ def _quick(monkeypatch: Patch) -> None:
 
 def found(probe: Any, kind: str, *more: str) -> set[str]:
     """What one kind of probes says no to; a part that refuses is a no as well."""
-    harness, findings = Harness.of(scenario(kind, *more), KEY), []
-    _collect(findings, "refused", lambda: probe(harness))
-    return {finding.probe for finding in findings if not finding.passed}
+    harness = Harness.of(scenario(kind, *more), KEY)
+    return {check.probe for check in _findings("refused", probe(harness)) if not check.passed}
 
 
 def broken(kind: str, *more: str) -> set[str]:
     """The probes of updates that say no."""
-    harness, findings = Harness.of(scenario(kind, *more), KEY), []
-    for name, probe in rounds.PROBES.items():
-        _collect(findings, name, lambda probe=probe: (probe(harness),))
-    return {finding.probe for finding in findings if not finding.passed}
+    harness = Harness.of(scenario(kind, *more), KEY)
+    probes = [_findings(name, probe(harness)) for name, probe in rounds.PROBES.items()]
+    return {check.probe for found in probes for check in found if not check.passed}
 
 
 # ------------------------------------------------------------------------------- noise

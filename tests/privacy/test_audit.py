@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from privrec.audit.canaries import Guesses, best_guesses, separation
+from privrec.audit.canaries import Guesses, apart, best_guesses, separation
 from privrec.audit.harness import ALPHA
 from privrec.errors import UsageError
 from privrec.privacy.accountant import gaussian
@@ -105,26 +105,25 @@ def test_the_number_of_guesses_is_chosen_before_the_scores(canaries: int, streng
 def test_two_gaussians_are_told_apart_as_far_as_they_are(strength: float) -> None:
     rng, dimension = np.random.default_rng(3), 4096
     cosines = (rng.normal(size=4000) + strength) / math.sqrt(dimension)
-    found = separation(cosines.tolist(), dimension, 0.95)
-    assert found.estimate == pytest.approx(strength, abs=0.06)
-    assert found.least < found.estimate
-    assert found.epsilon(1e-5) == pytest.approx(gaussian(strength, 1e-5), rel=0.15)
-    assert found.lower_bound(1e-5) < gaussian(strength, 1e-5)
+    estimate, least = separation(cosines, dimension, 0.95)
+    assert estimate == pytest.approx(strength, abs=0.06)
+    assert least < estimate
+    assert apart(estimate, 1e-5) == pytest.approx(gaussian(strength, 1e-5), rel=0.15)
+    assert apart(least, 1e-5) < gaussian(strength, 1e-5)
     missed = 0
     for _ in range(300):
         some = (rng.normal(size=50) + strength) / math.sqrt(dimension)
-        missed += separation(some.tolist(), dimension, 0.95).least > strength
+        missed += separation(some, dimension, 0.95)[1] > strength
     assert missed < 30
 
 
 def test_a_spread_of_other_reasons_is_not_taken_for_privacy_lost() -> None:
-    wide = separation([0.5, -0.5] * 50 + [0.6], 100, 0.95)
-    assert wide.estimate < 0.1
-    quiet = separation([0.1] * 10, 100, 0.95)  # less spread than noise has: that of noise counts
-    assert quiet.estimate == pytest.approx(1.0)
-    assert separation([-0.3] * 10, 100, 0.95).lower_bound(1e-5) == 0.0
+    assert separation(np.array([0.5, -0.5] * 50 + [0.6]), 100, 0.95)[0] < 0.1
+    # Less spread than noise has: that of noise counts.
+    assert separation(np.full(10, 0.1), 100, 0.95)[0] == pytest.approx(1.0)
+    assert apart(separation(np.full(10, -0.3), 100, 0.95)[1], 1e-5) == 0.0
 
 
 def test_a_fit_of_nothing_is_refused() -> None:
     with pytest.raises(UsageError, match="two canaries"):
-        separation([0.1], 10, 0.95)
+        separation(np.array([0.1]), 10, 0.95)
