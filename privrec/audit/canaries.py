@@ -21,7 +21,7 @@ holds as far as the cosines are Gaussian, which high dimensions make them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -43,7 +43,7 @@ from privrec.report.model import Checked
 
 Canaries: TypeAlias = tuple[Tier, Integers]
 """Canaries of one tier: their users, shape ``(m,)``."""
-Updates: TypeAlias = Iterator[tuple[Tier, Integers, RawUpdate]]
+Update: TypeAlias = tuple[Tier, Integers, RawUpdate]
 
 CONFIDENCE = 0.95
 """Of the lower bounds that are reported.
@@ -62,9 +62,7 @@ _QUIET = 32.0  # a canary's noise over what the others add to it, as variances
 class Attack:
     """Both estimates for a scenario with noise, from at most so many canaries, 2 or more.
 
-    Attributes:
-        lower_bound: on ε by the one-run audit, with :data:`CONFIDENCE`; None before it is made.
-        method: how, in words.
+    ``lower_bound``, on ε by the one-run audit, and ``method`` in words are there once probed.
     """
 
     harness: Harness
@@ -74,88 +72,83 @@ class Attack:
 
     def probe(self) -> Iterator[Checked]:
         """That the bounds stay below what is claimed."""
-        one_run, guesses, bound = _one_run(self.harness, self.most)
-        one_shot, method = _one_shot(self.harness, self.most)
+        yield self._one_run()
+        yield self._one_shot()
+        self.method += " Most attacks show less than is lost: a low bound is no sign of privacy."
+
+    def _one_run(self) -> Checked:
+        """Guess of each canary whether it took part, from one run's releases."""
+        harness, delta = self.harness, self.harness.scenario.privacy.delta
+        rng = _rng(harness, "one run")
+        groups = _chosen(harness, self.most)
+        total = sum(len(users) for _, users in groups)
+        present = rng.random(total) < 0.5
+        rounds = rounds_that_fit(harness, harness.scenario.train.rounds)
+        made = best_guesses(total, _strength(harness, rounds), delta, CONFIDENCE)
+        scores, done = np.zeros(total), 0
+        for index in range(rounds):
+            places, signs, updates = _spikes(harness, groups, present, rng)
+            released = _released(harness, harness.round(index), updates)
+            if released is not None:
+                scores += signs * released[places]
+                done += 1
+        guesses = Guesses.of(scores, present, made)
+        claimed, bound = _claimed(harness, done), guesses.lower_bound(delta, CONFIDENCE)
+        right = f"{guesses.right:,} of {guesses.made:,} guesses right"
         self.lower_bound = bound
         self.method = (
-            f"One run of {guesses.canaries:,} canaries, each there with probability one half and a "
-            f"coefficient of its own in each round: {guesses.right:,} of {guesses.made:,} guesses "
-            f"right (Steinke, Nasr & Jagielski 2023). {method} Most attacks show less than is "
-            "lost: a low bound is no sign of more privacy than claimed."
+            f"One run of {total:,} canaries, each there with probability one half and a "
+            f"coefficient of its own in each round: {right} (Steinke, Nasr & Jagielski 2023)."
         )
-        yield from (one_run, one_shot)
-
-
-def _one_run(harness: Harness, most: int) -> tuple[Checked, Guesses, float]:
-    """Guess of each canary whether it took part, from one run's releases."""
-    delta = harness.scenario.privacy.delta
-    rng = _rng(harness, "one run")
-    groups = _chosen(harness, most)
-    total = sum(len(users) for _, users in groups)
-    present = rng.random(total) < 0.5
-    rounds = rounds_that_fit(harness, harness.scenario.train.rounds)
-    made = best_guesses(total, _strength(harness, rounds), delta, CONFIDENCE)
-    scores, done = np.zeros(total), 0
-    for index in range(rounds):
-        places, signs = _places(harness, groups, rng), rng.choice([-1.0, 1.0], total)
-        updates = _spikes(harness, groups, places, signs, present)
-        released = _released(harness, harness.round(index), updates)
-        if released is not None:
-            scores += signs * released[np.concatenate(places)]
-            done += 1
-    guesses = Guesses.of(scores, present, made)
-    claimed, bound = _claimed(harness, done), guesses.lower_bound(delta, CONFIDENCE)
-    finding = checked(
-        "canaries, one run",
-        bound <= claimed or guesses.chance(_strength(harness, done)) >= ALPHA,
-        f"{guesses.right:,} of {guesses.made:,} guesses right: ε is at least {bound:.3g} "
-        f"({CONFIDENCE:.0%})",
-        f"at most {claimed:.4f}, claimed for the {done:,} rounds of it",
-    )
-    return finding, guesses, bound
-
-
-def _one_shot(harness: Harness, most: int) -> tuple[Checked, str]:
-    """Fit the cosines of canaries that took part, each in a random direction."""
-    delta, size = harness.scenario.privacy.delta, sum(harness.sizes)
-    rng = _rng(harness, "one shot")
-    rounds = rounds_that_fit(harness, harness.scenario.train.rounds)
-    room = size * harness.event.noise_multiplier**2 / _QUIET / harness.event.sampling_rate
-    affordable = max(_FEWEST, _WORK // (size * rounds))
-    groups = _chosen(harness, max(2, min(most, int(room), affordable)))
-    total = sum(len(users) for _, users in groups)
-    rounds = max(1, min(rounds, _WORK // (size * total)))
-    products, squares, done = np.zeros(total), 0.0, 0
-    for index in range(rounds):
-        seed = int(rng.integers(2**63))
-        updates = (
-            (tier, users, RawUpdate(values * _loud(harness), Address.whole(tier.layout)))
-            for tier, users, values in _unit(groups, seed)
+        return checked(
+            "canaries, one run",
+            bound <= claimed or guesses.chance(_strength(harness, done)) >= ALPHA,
+            f"{right}: ε is at least {bound:.3g} ({CONFIDENCE:.0%})",
+            f"at most {claimed:.4f}, claimed for the {done:,} rounds of it",
         )
-        released = _released(harness, harness.round(index), updates)
-        if released is None:
-            continue
-        place = 0
-        for tier, users, values in _unit(groups, seed):
-            wire = to_wire(values, (tier.layout, *harness.federation.weaker(tier)))
-            products[place : place + len(users)] += wire @ released[: values.shape[1]]
-            place += len(users)
-        squares, done = squares + float(released @ released), done + 1
-    cosines = products / np.sqrt(max(squares, np.finfo(float).tiny) * max(done, 1))
-    estimate, least = separation(cosines, max(1, size * done), CONFIDENCE)
-    sure = apart(separation(cosines, max(1, size * done), 1 - ALPHA)[1], delta)
-    claimed = _claimed(harness, done)
-    found = f"ε is about {apart(estimate, delta):.3g}, at least {apart(least, delta):.3g}"
-    finding = checked(
-        "canaries, one shot",
-        sure <= claimed,
-        f"{found} ({CONFIDENCE:.0%}); {sure:.3g} beyond doubt",
-        f"at most {claimed:.4f}, claimed for the {done:,} rounds of it",
-    )
-    return finding, (
-        f"One shot of {total:,} random directions in {done:,} rounds: {found} with "
-        f"{CONFIDENCE:.0%} confidence if cosines are Gaussian (Andrew et al. 2023)."
-    )
+
+    def _one_shot(self) -> Checked:
+        """Fit the cosines of canaries that took part, each in a random direction."""
+        harness = self.harness
+        delta, size = harness.scenario.privacy.delta, sum(harness.sizes)
+        rng = _rng(harness, "one shot")
+        rounds = rounds_that_fit(harness, harness.scenario.train.rounds)
+        room = size * harness.event.noise_multiplier**2 / _QUIET / harness.event.sampling_rate
+        affordable = max(_FEWEST, _WORK // (size * rounds))
+        groups = _chosen(harness, max(2, min(self.most, int(room), affordable)))
+        total = sum(len(users) for _, users in groups)
+        rounds = max(1, min(rounds, _WORK // (size * total)))
+        products, squares, done = np.zeros(total), 0.0, 0
+        for index in range(rounds):
+            seed = int(rng.integers(2**63))
+            updates = (
+                (tier, users, RawUpdate(values * _loud(harness), Address.whole(tier.layout)))
+                for tier, users, values in _unit(groups, seed)
+            )
+            released = _released(harness, harness.round(index), updates)
+            if released is None:
+                continue
+            place = 0
+            for tier, users, values in _unit(groups, seed):
+                wire = to_wire(values, (tier.layout, *harness.federation.weaker(tier)))
+                products[place : place + len(users)] += wire @ released[: values.shape[1]]
+                place += len(users)
+            squares, done = squares + float(released @ released), done + 1
+        cosines = products / np.sqrt(max(squares, np.finfo(float).tiny) * max(done, 1))
+        estimate, least = separation(cosines, max(1, size * done), CONFIDENCE)
+        sure = apart(separation(cosines, max(1, size * done), 1 - ALPHA)[1], delta)
+        claimed = _claimed(harness, done)
+        found = f"ε is about {apart(estimate, delta):.3g}, at least {apart(least, delta):.3g}"
+        self.method += (
+            f" One shot of {total:,} random directions in {done:,} rounds: {found} with "
+            f"{CONFIDENCE:.0%} confidence if cosines are Gaussian (Andrew et al. 2023)."
+        )
+        return checked(
+            "canaries, one shot",
+            sure <= claimed,
+            f"{found} ({CONFIDENCE:.0%}); {sure:.3g} beyond doubt",
+            f"at most {claimed:.4f}, claimed for the {done:,} rounds of it",
+        )
 
 
 def _rng(harness: Harness, name: str) -> np.random.Generator:
@@ -189,35 +182,32 @@ def _chosen(harness: Harness, most: int) -> list[Canaries]:
     return groups
 
 
-def _places(
-    harness: Harness, groups: Sequence[Canaries], rng: np.random.Generator
-) -> list[Integers]:
-    """A place of its own for each canary, in the order of the wire, within what it holds."""
-    free = np.ones(sum(harness.sizes), np.bool_)
-    places = []
+def _spikes(
+    harness: Harness,
+    groups: Sequence[Canaries],
+    present: NDArray[np.bool_],
+    rng: np.random.Generator,
+) -> tuple[Integers, Floats, list[Update]]:
+    """A place of its own and a sign for each canary, and the updates of those that are there.
+
+    An update is far too long and in that one coefficient, of those that the canary holds; places
+    are in the order of the wire.
+    """
+    free, places = np.ones(sum(harness.sizes), np.bool_), []
     for tier, users in groups:
         mine = rng.choice(np.flatnonzero(free[: tier.layout.size]), len(users), replace=False)
         free[mine] = False
         places.append(mine)
-    return places
-
-
-def _spikes(
-    harness: Harness,
-    groups: Sequence[Canaries],
-    places: Sequence[Integers],
-    signs: Floats,
-    present: NDArray[np.bool_],
-) -> Updates:
-    """Updates of the canaries that are there, each far too long and in one coefficient."""
+    signs = rng.choice([-1.0, 1.0], len(present))
     ends = np.cumsum([len(users) for _, users in groups])[:-1]
     parts = zip(groups, places, np.split(signs, ends), np.split(present, ends), strict=True)
+    updates = []
     for (tier, users), wire, sign, there in parts:
-        order = to_wire(
-            np.arange(tier.layout.size), (tier.layout, *harness.federation.weaker(tier))
-        )
+        layouts = tier.layout, *harness.federation.weaker(tier)
+        order = to_wire(np.arange(tier.layout.size), layouts)
         update = _in_one_place(tier, order[wire[there]], sign[there] * _loud(harness))
-        yield tier, users[there], update
+        updates.append((tier, users[there], update))
+    return np.concatenate(places), signs, updates
 
 
 def _loud(harness: Harness) -> np.float32:
@@ -253,7 +243,7 @@ def _unit(
             yield tier, some, values
 
 
-def _released(harness: Harness, round: Round, updates: Updates) -> Floats | None:
+def _released(harness: Harness, round: Round, updates: Iterable[Update]) -> Floats | None:
     """The released sum in units of the clip norm, in the order of the wire; None without one."""
     layouts, protection = harness.federation.layouts, harness.protection
     sampled = harness.simulation.sample(round)

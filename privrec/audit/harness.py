@@ -12,6 +12,7 @@ import secrets
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,17 +43,9 @@ _HISTORY = 6
 _STRIDE = 7919  # a prime, so that no user has an item twice
 
 
-@dataclass(frozen=True)
-class Noise:
-    """The noise that one release carries, in the order of the wire.
-
-    Attributes:
-        values: what was released less the sum without noise.
-        deviations: what is expected of each band, the band that every device holds first.
-    """
-
-    values: Integers
-    deviations: tuple[float, ...]
+Noise: TypeAlias = list[tuple[Integers, float]]
+"""What one release carries in each band, the band that every device holds first: what was released
+less the sum without noise, and the deviation that is expected."""
 
 
 @dataclass(frozen=True)
@@ -170,25 +163,21 @@ class Harness:
                 return None  # too few devices came together: charged, and nothing was released
         release = self.server.release(round, Aggregate(total, len(cohort), None), self.root)
         values = to_wire(release.total - plain, self.federation.layouts)
-        return Noise(values, self.deviations(cohort))
+        bands = np.split(values, np.cumsum(self.sizes)[:-1])
+        return list(zip(bands, self._deviations(cohort), strict=True))
 
-    def deviations(self, cohort: list[Participant]) -> tuple[float, ...]:
+    def _deviations(self, cohort: list[Participant]) -> list[float]:
         """Expected deviation of the released noise by band, worked out from the event anew."""
-        protection, z = self.protection, self.event.noise_multiplier
-        accounted = z**2 * protection.encoding.squared_bound
-        if protection.shares is None:
-            return (accounted**0.5,) * len(self.sizes)
-        found = []
-        for number, band in enumerate(protection.shares.bands):
-            holders = sum(len(self.sizes) - each.tier.index > number for each in cohort)
-            left = band.least if protection.shares.remove_excess else holders
-            found.append((accounted * left / (band.least - band.colluders)) ** 0.5)
-        return tuple(found)
-
-    def band(self, wire: Integers, number: int) -> Integers:
-        """One band of a vector in the order of the wire."""
-        start = sum(self.sizes[:number])
-        return wire[start : start + self.sizes[number]]
+        shares, z = self.protection.shares, self.event.noise_multiplier
+        accounted = z**2 * self.protection.encoding.squared_bound
+        if shares is None:
+            return [accounted**0.5] * len(self.sizes)
+        held = [len(self.sizes) - each.tier.index for each in cohort]
+        holders = [sum(bands > number for bands in held) for number in range(len(self.sizes))]
+        return [
+            (accounted * (b.least if shares.remove_excess else n) / (b.least - b.colluders)) ** 0.5
+            for b, n in zip(shares.bands, holders, strict=True)
+        ]
 
 
 def stand_in(users: int, items: int) -> Interactions:

@@ -29,7 +29,6 @@ from privrec.audit.harness import (
     two_sided,
     variance_p,
 )
-from privrec.device.update import Round
 from privrec.errors import ReleaseRefused
 from privrec.privacy.events import Mechanism
 from privrec.privacy.lazy import LazyMemory
@@ -56,9 +55,7 @@ class Transcript:
     Attributes:
         sketch: integer noise at some of its coefficients, shape ``(releases, places)``.
         deviations: expected of each release, shape ``(releases,)``.
-        squares: sum over the releases of the squared standardised noise, by coefficient.
-        sums: the same, not squared.
-        mechanism: its law.
+        squares, sums: of the standardised noise over all releases, by coefficient.
     """
 
     name: str
@@ -89,7 +86,7 @@ class Transcript:
 
 def probe(harness: Harness) -> Iterator[Checked]:
     """All probes of the noise of a scenario that adds some."""
-    transcripts = list(_recorded(harness, list(_rounds(harness))))
+    transcripts = list(_recorded(harness))
     yield from map(_variance, transcripts)
     yield _every_coefficient(transcripts)
     yield _law("law of the noise", transcripts)
@@ -125,39 +122,31 @@ def _shares(harness: Harness, shares: Shares) -> Iterator[Transcript]:
 
 def rounds_that_fit(harness: Harness, most_rounds: int = MOST_ROUNDS) -> int:
     """Releases to look at, from what they cost and what they show."""
-    smallest, size = min(harness.sizes), sum(harness.sizes)
-    shares = harness.protection.shares
-    if shares is None:
-        cost, most = size, MOST_CENTRAL
-    else:
+    shares, cost, most = harness.protection.shares, sum(harness.sizes), MOST_CENTRAL
+    if shares is not None:
         cohort = harness.simulation.sampling_rate * harness.simulation.population
         kept = [band.least if shares.remove_excess else cohort for band in shares.bands]
         cost = sum(int(k) * (n + _A_SHARE) for k, n in zip(kept, harness.sizes, strict=True))
         most = MOST_SHARES
-    wanted = max(-(-DRAWS // smallest), harness.scenario.train.rounds)
+    wanted = max(-(-DRAWS // min(harness.sizes)), harness.scenario.train.rounds)
     return max(FEWEST_ROUNDS, min(wanted, most // max(1, cost), most_rounds))
 
 
-def _rounds(harness: Harness) -> Iterator[Round]:
+def _recorded(harness: Harness) -> Iterator[Transcript]:
     """The planned rounds and more of them, further attempts of the first, and another run's."""
-    for index in range(rounds_that_fit(harness)):
-        yield harness.round(index)
+    rounds = [harness.round(index) for index in range(rounds_that_fit(harness))]
     for index in range(2):
-        yield harness.round(index, attempt=1)
-        yield replace(harness.round(index), run_id="audit-other")
-
-
-def _recorded(harness: Harness, rounds: Sequence[Round]) -> Iterator[Transcript]:
+        rounds.append(harness.round(index, attempt=1))
+        rounds.append(replace(harness.round(index), run_id="audit-other"))
     noises = [noise for round in rounds if (noise := harness.released(round)) is not None]
     # The last one has another sum in the same round, which needs independent noise too.
     if harness.protection.shares is None and (other := harness.released(rounds[0], change=1)):
         noises.append(other)
     if not noises:
         raise ReleaseRefused(f"none of {len(rounds)} rounds ended with a release")
-    for number in range(len(harness.sizes)):
-        parts = [harness.band(noise.values, number) for noise in noises]
-        deviations = np.array([noise.deviations[number] for noise in noises])
-        yield _transcript(harness, _name(harness, number), parts, deviations)
+    for number, band in enumerate(zip(*noises, strict=True)):
+        parts, deviations = zip(*band, strict=True)
+        yield _transcript(harness, _name(harness, number), parts, np.array(deviations))
 
 
 def _name(harness: Harness, number: int) -> str:
@@ -257,11 +246,9 @@ def _between_rounds(probe: str, transcripts: Sequence[Transcript]) -> Checked:
     p_values, most = [], 0.0
     for transcript in transcripts:
         standard, terms = transcript.standard, transcript.sketch.shape[1]
-        pairs = np.triu_indices(len(standard), 1)
-        sums = (standard @ standard.T)[pairs]
-        p_values.append(of_many(product_p(sums, terms)))
+        sums = (standard @ standard.T)[np.triu_indices(len(standard), 1)]
+        p_values += [of_many(product_p(sums, terms)), _equal_p(transcript)]
         most = max(most, float(np.abs(sums).max(initial=0) / terms) if terms > 1 else 0.0)
-        p_values.append(_equal_p(transcript))
     releases = len(transcripts[0].sketch)
     return judged(
         probe,
@@ -288,33 +275,28 @@ def _equal_p(transcript: Transcript) -> float:
 
 def _within_rounds(probe: str, transcripts: Sequence[Transcript]) -> Checked:
     """No two coefficients share noise, within a band or between two."""
-    p_values, pairs, most = [], 0, 0.0
-    for products in _products(transcripts):
-        p_values.append(float(product_p(products.sum(), products.size)))
-        most, pairs = max(most, abs(float(products.mean()))), pairs + products.size
+    products = []
+    for transcript in transcripts:
+        standard = transcript.standard
+        lags = [lag for lag in (1, 2, standard.shape[1] // 2) if 0 < lag < standard.shape[1]]
+        products += [standard[:, lag:] * standard[:, :-lag] for lag in lags]
+    for first, second in pairwise(transcript.standard for transcript in transcripts):
+        width = min(first.shape[1], second.shape[1], _COLUMNS // 2)
+        products.append(first[:, :width] * second[:, :width])
+    most = max((abs(float(each.mean())) for each in products), default=0.0)
     return judged(
         probe,
-        p_values,
-        f"largest correlation {most:.1e} over {pairs:,} pairs of coefficients",
+        [float(product_p(each.sum(), each.size)) for each in products],
+        f"largest correlation {most:.1e} over {sum(each.size for each in products):,} pairs of "
+        "coefficients",
         "none of neighbours, of the halves of a band, or of two bands",
     )
 
 
-def _products(transcripts: Sequence[Transcript]) -> Iterator[Floats]:
-    for transcript in transcripts:
-        standard = transcript.standard
-        for lag in (1, 2, standard.shape[1] // 2):
-            if 0 < lag < standard.shape[1]:
-                yield standard[:, lag:] * standard[:, :-lag]
-    for first, second in pairwise(transcripts):
-        width = min(first.sketch.shape[1], second.sketch.shape[1], _COLUMNS // 2)
-        yield first.standard[:, :width] * second.standard[:, :width]
-
-
 def _repeated(harness: Harness) -> Checked:
     """The same input gets the same noise, so that sending again is harmless."""
-    noises = (harness.released(harness.round(0)) for _ in range(2))
-    first, again = (None if noise is None else noise.values.tolist() for noise in noises)
+    noises = (harness.released(harness.round(0)) or [] for _ in range(2))
+    first, again = ([values.tolist() for values, _ in noise] for noise in noises)
     found = "identical" if first == again else "another draw"
     return checked("same input, same noise", first == again, found, "identical")
 

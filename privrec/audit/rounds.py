@@ -135,7 +135,7 @@ def rounding(harness: Harness) -> Iterator[Checked]:
     round, root = harness.round(0), harness.simulation.root
     rows = max(1, _ROUNDED // layout.size)
     rng = rng_for(0, "audit rounding")
-    sums, variances, draws = np.zeros(4), np.zeros(4), 0
+    moments, draws = np.zeros((2, 4)), 0
     step = max(1, _MEMBERS // layout.size)
     for start in range(0, rows, step):
         count = min(step, rows - start)
@@ -146,12 +146,12 @@ def rounding(harness: Harness) -> Iterator[Checked]:
         coins = root.stream("rounding", *round.context, b"audit", start)
         bounded = privatize(update, harness.protection, round, tier, weaker, coins)
         exact = values if tier.weight == 1 else values * np.float32(tier.weight)
-        rotation = harness.protection.rotation(round, (layout, *weaker))
-        if rotation is not None:
+        if rotation := harness.protection.rotation(round, (layout, *weaker)):
             turned = rotation.apply(to_wire(exact, (layout, *weaker)))
             exact = from_wire(turned, (layout, *weaker))
-        moments = _moments(bounded.integers, exact * np.float32(encoding.scale))
-        sums, variances, draws = sums + moments[0], variances + moments[1], draws + values.size
+        moments += _moments(bounded.integers, exact * np.float32(encoding.scale))
+        draws += values.size
+    sums, variances = moments
     z = np.divide(sums, np.sqrt(variances), out=np.zeros(4), where=variances > 0)
     mean, spread = sums[0] / draws, math.sqrt(variances[0]) / draws
     yield judged(
@@ -163,7 +163,7 @@ def rounding(harness: Harness) -> Iterator[Checked]:
     )
 
 
-def _moments(integers: NDArray[np.int32], exact: FloatArray) -> tuple[Floats, Floats]:
+def _moments(integers: NDArray[np.int32], exact: FloatArray) -> Floats:
     """Sums whose mean is 0 under fair coins, and their variances.
 
     Of the error; of the error away from zero; of the error times the place between two integers,
@@ -174,7 +174,7 @@ def _moments(integers: NDArray[np.int32], exact: FloatArray) -> tuple[Floats, Fl
     variance, error = part * (1 - part), integers - wide
     sums = (error, np.sign(wide) * error, (part - 0.5) * error, error**2 - variance)
     spread = (variance, variance, (part - 0.5) ** 2 * variance, variance * (1 - 4 * variance))
-    return np.array([s.sum() for s in sums]), np.array([v.sum() for v in spread])
+    return np.array([[each.sum() for each in sums], [each.sum() for each in spread]])
 
 
 def plain_sum(harness: Harness) -> Iterator[Checked]:
@@ -314,22 +314,15 @@ def probe_sampling(harness: Harness) -> Iterator[Checked]:
     """Every user takes part by its own coin, in every round anew; where all do, that they do."""
     rate, population = harness.event.sampling_rate, harness.simulation.population
     if rate < 1:
-        taken = _taken(harness)
+        rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, COINS // population))
+        taken = np.zeros((rounds, population), np.bool_)
+        for index, who in enumerate(taken):
+            who[harness.simulation.sample(harness.round(index))] = True
         yield from (probe(taken, rate) for probe in (_sizes, _users, _rounds))
         return
     sizes = {len(harness.simulation.sample(harness.round(index))) for index in range(3)}
     found = f"{min(sizes):,} to {max(sizes):,} of {population:,} in a round"
     yield checked("everybody takes part", sizes == {population}, found, "all of them, as accounted")
-
-
-def _taken(harness: Harness) -> NDArray[np.bool_]:
-    """Who was drawn in each of many rounds, shape ``(rounds, population)``."""
-    population = harness.simulation.population
-    rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, COINS // population))
-    taken = np.zeros((rounds, population), np.bool_)
-    for index in range(rounds):
-        taken[index, harness.simulation.sample(harness.round(index))] = True
-    return taken
 
 
 def _sizes(taken: NDArray[np.bool_], rate: float) -> Checked:

@@ -348,38 +348,27 @@ def _apart(variance: float) -> float:
     return 2 * math.atanh(ripple) if ripple < 1 else math.inf
 
 
-@dataclass(frozen=True)
-class Crowd:
-    """The devices of one band, and how many of them a round needs.
-
-    Attributes:
-        population: devices that hold the band and train.
-        least: fewest of them that a release needs, at least 1.
-    """
-
-    population: int
-    least: int
-
-
-def small_cohort(crowds: Sequence[Crowd], sampling_rate: float) -> float:
+def small_cohort(crowds: Sequence[tuple[int, int]], sampling_rate: float) -> float:
     """Probability that a round is called off, from above: that some band has too few devices.
 
-    ``sampling_rate`` is the probability with which each device takes part, in (0, 1]; with
-    drop-outs that depend on no history, that with which it takes part and stays.
+    ``crowds`` has the devices of each band that hold it and train, and the fewest that a release
+    needs. Each takes part with the probability ``sampling_rate``, in (0, 1]; with drop-outs that
+    depend on no history, that with which it takes part and stays.
     """
     from scipy.special import bdtr
 
-    if any(crowd.least > crowd.population for crowd in crowds):
+    if any(least > population for population, least in crowds):
         return 1.0
-    below = (bdtr(crowd.least - 1, crowd.population, sampling_rate) for crowd in crowds)
+    below = (bdtr(least - 1, population, sampling_rate) for population, least in crowds)
     return min(1.0, float(sum(below)))
 
 
-def small_cohort_delta(crowds: Sequence[Crowd], sampling_rate: float, rounds: int) -> float:
+def small_cohort_delta(
+    crowds: Sequence[tuple[int, int]], sampling_rate: float, rounds: int
+) -> float:
     """What ``rounds`` rounds add to δ because small cohorts release nothing, in [0, 1].
 
-    ``T · P[k < n]``, and ``q / (1 - q)`` times as much for ``q`` above one half; the rate is that
-    of :func:`small_cohort`.
+    ``T · P[k < n]``, and ``q / (1 - q)`` times as much for ``q`` above one half.
     """
     if sampling_rate == 1:
         return 0.0  # there is no secrecy of sampling to spoil
@@ -388,27 +377,27 @@ def small_cohort_delta(crowds: Sequence[Crowd], sampling_rate: float, rounds: in
 
 
 def check_small_cohorts(
-    crowds: Sequence[Crowd], sampling_rate: float, rounds: int, delta: float
+    crowds: Sequence[tuple[int, int]], sampling_rate: float, rounds: int, delta: float
 ) -> float:
-    """The δ that is left to compute ε at: ``delta`` less :func:`small_cohort_delta`.
+    """What one round adds to δ because small cohorts release nothing.
 
     Raises:
-        UsageError: when small cohorts would take more than a hundredth of δ, or a band has fewer
+        UsageError: when all rounds would take more than a hundredth of δ, or a band has fewer
             devices than it needs.
     """
-    for crowd in crowds:
-        if crowd.population < crowd.least:
+    for population, least in crowds:
+        if population < least:
             raise UsageError(
-                f"a band of {crowd.population} devices that needs {crowd.least} in a round: it "
-                "would never release; lower the fewest devices of a round or add devices"
+                f"a band of {population} devices that needs {least} in a round: it would never "
+                "release; lower the fewest devices of a round or add devices"
             )
     taken = small_cohort_delta(crowds, sampling_rate, rounds)
     if taken > SMALL_COHORTS_SHARE * delta:
-        fewest = min(crowds, key=lambda crowd: crowd.population * sampling_rate / crowd.least)
+        population, least = min(crowds, key=lambda crowd: crowd[0] * sampling_rate / crowd[1])
         raise UsageError(
-            f"{rounds} rounds at sampling_rate {sampling_rate}: too few of the {fewest.population} "
-            f"devices of a band for its least, {fewest.least}, come together often enough to add "
+            f"{rounds} rounds at sampling_rate {sampling_rate}: too few of the {population} "
+            f"devices of a band for its least, {least}, come together often enough to add "
             f"{taken:.1e} to delta, more than a hundredth of {delta:g}; raise the sampling rate or "
             "lower the fewest devices of a round"
         )
-    return delta - taken
+    return small_cohort_delta(crowds, sampling_rate, 1)

@@ -24,7 +24,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from privrec.errors import UsageError
 from privrec.privacy import pending
-from privrec.privacy.pending import Interval, LinearStep, Normals, Values, Variances
+from privrec.privacy.pending import LinearStep, Normals, Values
 
 Rows = NDArray[np.int64]
 
@@ -157,15 +157,9 @@ class LazyMemory:
         if len(debtors) >= EAGER_SHARE * self.shape[0]:
             self._settle_all()
             return
-        debt = self._debt(stamps)
         for start in range(0, len(debtors), self._block):
             part = debtors[start : start + self._block]
-            held = self._taken(part)
-            self._pay(held, debt, slice(start, start + self._block))
-            for table, paid in zip(self.__tables, held, strict=True):
-                table[part] = paid
-            self._stamps[part] = self.steps
-        self.drawn += len(debtors)
+            self._settle_block(part, self._taken(part), stamps[start : start + self._block])
 
     def settled(self, rows: Rows | None = None) -> Values:
         """A copy of some rows, or of the whole table, with all their noise."""
@@ -212,15 +206,23 @@ class LazyMemory:
         for start in range(0, self.shape[0], self._block):
             part = slice(start, start + self._block)
             held = tuple(table[part].copy() for table in self.__tables)
-            stamps = self._stamps[part]
-            self.drawn += int(np.count_nonzero(stamps != self.steps))
-            self._pay(held, self._debt(stamps), slice(None))
-            for table, paid in zip(self.__tables, held, strict=True):
-                table[part] = paid
-            self._stamps[part] = self.steps
+            self._settle_block(part, held, self._stamps[part])
         self._stamps.fill(0)
         self._sum.clear()
         self._drift.clear()
+
+    def _settle_block(
+        self, part: Rows | slice, held: tuple[Values, ...], stamps: NDArray[np.uint32]
+    ) -> None:
+        """Bring copies of some rows from their stamps to now, and write them back when paid."""
+        if self.is_moving:
+            self._move(held[0], held[1], stamps)
+        else:
+            self._source.add(held[0], self._sum.since(stamps))
+        self.drawn += int(np.count_nonzero(stamps != self.steps))
+        for table, paid in zip(self.__tables, held, strict=True):
+            table[part] = paid
+        self._stamps[part] = self.steps
 
     def _taken(self, rows: Rows) -> tuple[Values, ...]:
         """Copies of rows, in buffers that stay in the cache from block to block."""
@@ -232,19 +234,10 @@ class LazyMemory:
             np.take(table, rows, axis=0, out=buffer, mode="clip")
         return buffers
 
-    def _debt(self, stamps: NDArray[np.uint32]) -> Variances | Interval:
-        if not self.is_moving:
-            return self._sum.since(stamps)
+    def _move(self, values: Values, velocities: Values, stamps: NDArray[np.uint32]) -> None:
+        """Let rows drift from their stamps to now, in place, with the noise of these steps."""
         at = (stamps & _STAMP).astype(np.int64)
-        return self._drift.since(at, at - (stamps >> np.uint32(31)).astype(np.int64))
-
-    def _pay(self, held: tuple[Values, ...], debt: Variances | Interval, part: slice) -> None:
-        """Bring rows from their stamps to now, in place."""
-        if not isinstance(debt, Interval):
-            self._source.add(held[0], debt[part])
-            return
-        values, velocities = held
-        due = Interval(debt.drift[part], debt.noise[part])
+        due = self._drift.since(at, at - (stamps >> np.uint32(31)).astype(np.int64))
         (a, b), (c, d) = due.drift.astype(self.dtype).transpose(1, 2, 0)[..., None]
         first, cross, rest = (each.astype(self.dtype)[:, None] for each in due.factor())
         moved = a * values + b * velocities

@@ -39,7 +39,6 @@ EXAMPLE = "example"
 """The unit of what devices' own noise protects: one interaction, never added to a user's ε."""
 
 _HEAD = "ledger head"
-_RESERVED = frozenset({"format", "unit", "adjacency", "public_key"})
 
 
 @dataclass(frozen=True)
@@ -99,24 +98,20 @@ class Ledger:
 
         Args:
             header: what the charges are for, as plain JSON values. Format, unit (``user``),
-                adjacency (``zero-out``) and the public key are added.
+                adjacency (``zero-out``) and the public key are always the ledger's own.
             kept: where this machine keeps the last head that it signed, beside the key.
 
         Raises:
-            UsageError: when ``path`` exists, cannot be written, or the header names what is added.
+            UsageError: when ``path`` exists or cannot be written.
         """
-        if taken := _RESERVED & set(header):
-            raise UsageError(
-                f"ledger header {sorted(taken)}: the ledger adds these; leave them out"
-            )
         ledger = cls(path, signing_key, kept)
         ledger.public_key = signing_key.public_key()
         public = ledger.public_key.public_bytes_raw().hex()
         own = {"format": FORMAT, "unit": "user", "adjacency": "zero-out", "public_key": public}
         entry = {"kind": "header", "body": {**header, **own}}
         storage.canonical(entry)  # refused before there is a file
-        ledger._open_files("xb+")
         try:
+            ledger._open_files("xb+")
             ledger._append(entry)
             ledger.seal()
         except BaseException:
@@ -154,9 +149,9 @@ class Ledger:
             UsageError: when the file cannot be opened, or something else has it open for writing.
         """
         ledger = cls(path, signing_key, kept)
-        if repair:
-            ledger._open_files("rb+")
         try:
+            if repair:
+                ledger._open_files("rb+")
             # Before the lines, since a writer may add some in between.
             heads = {place: _head(place) for place in ledger._heads()}
             content, end = ledger._read()
@@ -219,16 +214,16 @@ class Ledger:
                 be released.
         """
         place, wanted = (round, attempt), Charge(round, attempt, event, examples)
-        known = self._charges.get(place)
+        known, next_one = self._charges.get(place), self.attempts(round)
         if known is None and self.ended is not None:
             raise ReleaseRefused(
                 f"{self.path}: the run has ended, and nothing more is charged to it; start a new "
                 "run"
             )
-        if known is None and (round < PREPARATION or attempt != self.attempts(round)):
+        if known is None and (round < PREPARATION or attempt != next_one):
             raise IntegrityError(
-                f"{self.path}: attempt {attempt} at round {round}, of which {self.attempts(round)} "
-                f"were charged; the next one is attempt {self.attempts(round)}"
+                f"{self.path}: attempt {attempt} at round {round}, of which {next_one} were "
+                f"charged; the next one is attempt {next_one}"
             )
         entered = self._examples.get(place)
         if (known or wanted) != wanted or (entered or examples) != examples:
@@ -241,8 +236,8 @@ class Ledger:
             return False
         named = {"round": round, "attempt": attempt}
         if examples is not None and entered is None:
-            entry = {"kind": "examples", "unit": EXAMPLE, **named, "event": examples.to_json()}
-            self._append(entry)
+            own = {"kind": "examples", "unit": EXAMPLE, "event": examples.to_json()}
+            self._append({**own, **named})
         self._append({"kind": "charge", **named, "event": event.to_json()})
         return True
 
@@ -402,7 +397,9 @@ class Ledger:
         if entry["kind"] == "end":
             self.ended = bytes.fromhex(entry["model"])
             return
-        key = (_index(entry["round"], PREPARATION), _index(entry["attempt"], 0))
+        key = entry["round"], entry["attempt"]
+        if set(map(type, key)) != {int} or key[0] < PREPARATION or key[1] < 0:
+            raise ValueError(f"round {key[0]!r}, attempt {key[1]!r}")
         if entry["kind"] == "examples" and key not in self._examples | self._charges:
             if entry["unit"] != EXAMPLE:
                 raise ValueError(f"a charge for the unit {entry['unit']!r}")
@@ -474,7 +471,6 @@ class Ledger:
                 lock = self._kept.with_suffix(".lock")
                 self._files.append(FileIO(lock, "ab", opener=lambda p, f: os.open(p, f, 0o600)))
         except OSError as error:
-            self.close()
             place, why = error.filename, error.strerror
             raise UsageError(
                 f"{place}: {why}; name the ledger of a run"
@@ -486,7 +482,6 @@ class Ledger:
             for file in self._files:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            self.close()
             raise UsageError(
                 f"{self.path}: another process writes to this run; wait for it or stop it"
             ) from error
@@ -505,9 +500,3 @@ def _head(place: Path) -> dict[str, Any] | None:
     except OSError as error:
         why = f"{place}: the signed head could not be read ({error.strerror}); {REMEDY}"
         raise IntegrityError(why) from error
-
-
-def _index(value: object, least: int) -> int:
-    if type(value) is not int or value < least:
-        raise ValueError(f"{value!r}, where an index is wanted")
-    return value

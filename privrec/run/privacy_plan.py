@@ -15,7 +15,7 @@ from scipy.stats import binom
 from privrec.device.update import SMALL_RING_BITS, Protection
 from privrec.errors import UsageError
 from privrec.privacy.calibrate import noise_multiplier_for
-from privrec.privacy.discrete import Crowd, check_small_cohorts, small_cohort_delta
+from privrec.privacy.discrete import check_small_cohorts
 from privrec.privacy.events import RoundEvent
 from privrec.privacy.mechanism import Band, Shares, grid_of
 from privrec.scenario.kinds import PUBLISHED
@@ -167,6 +167,5 @@ def _small_cohorts(scenario: Scenario, holders: Sequence[int], minimums: Sequenc
     if rate == 1:
         return 0.0  # everybody is sampled: there is no secrecy of sampling to spoil
     staying = rate * (1 - scenario.devices.dropout_rate)
-    crowds = [Crowd(devices, least) for devices, least in zip(holders, minimums, strict=True)]
-    check_small_cohorts(crowds, staying, scenario.train.rounds, scenario.privacy.delta)
-    return small_cohort_delta(crowds, staying, 1)
+    crowds = list(zip(holders, minimums, strict=True))
+    return check_small_cohorts(crowds, staying, scenario.train.rounds, scenario.privacy.delta)

@@ -599,9 +599,8 @@ class TestFiles:
 
     @pytest.mark.parametrize("name", ["unit", "adjacency", "format", "public_key"])
     def test_header_cannot_set_what_is_added(self, tmp_path, name):
-        with pytest.raises(UsageError, match=name):
-            Ledger.create(tmp_path / "l", header={name: "x"}, signing_key=KEY)
-        assert not list(tmp_path.iterdir())
+        with Ledger.create(tmp_path / "l", header={name: "x"}, signing_key=KEY) as ledger:
+            assert ledger.header[name] != "x"
 
     @pytest.mark.parametrize("value", [float("nan"), object(), {1, 2}])
     def test_header_holds_plain_values(self, tmp_path, value):
