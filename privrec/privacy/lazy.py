@@ -109,7 +109,17 @@ class LazyMemory:
         Raises:
             UsageError: when an argument is not of its shape, type or range, or 2^31 steps are owed.
         """
-        self._check(rows, gradients, which)
+        self._check_rows(rows)
+        count = len(rows) if which is None else len(gradients)
+        if gradients.shape != (count, self.shape[1]) or gradients.dtype != self.dtype:
+            raise UsageError(
+                f"{len(rows)} rows and gradients of {gradients.dtype} of shape {gradients.shape}: "
+                f"they must be {self.dtype} of shape ({count}, {self.shape[1]})"
+            )
+        if which is not None and (which.shape != rows.shape or which.dtype.kind not in "iu"):
+            raise UsageError(
+                f"{len(rows)} rows and the gradients of {len(which)}: name one for each row"
+            )
         if not isinstance(update, LinearStep | None):
             raise UsageError(
                 f"a step by {type(update).__name__}: lazy noise is exact for SGD with momentum and "
@@ -208,8 +218,7 @@ class LazyMemory:
             held = tuple(table[part].copy() for table in self.__tables)
             self._settle_block(part, held, self._stamps[part])
         self._stamps.fill(0)
-        self._sum.clear()
-        self._drift.clear()
+        self._sum, self._drift = pending.PendingNoise(), pending.PendingSteps()
 
     def _settle_block(
         self, part: Rows | slice, held: tuple[Values, ...], stamps: NDArray[np.uint32]
@@ -237,9 +246,9 @@ class LazyMemory:
     def _move(self, values: Values, velocities: Values, stamps: NDArray[np.uint32]) -> None:
         """Let rows drift from their stamps to now, in place, with the noise of these steps."""
         at = (stamps & _STAMP).astype(np.int64)
-        due = self._drift.since(at, at - (stamps >> np.uint32(31)).astype(np.int64))
-        (a, b), (c, d) = due.drift.astype(self.dtype).transpose(1, 2, 0)[..., None]
-        first, cross, rest = (each.astype(self.dtype)[:, None] for each in due.factor())
+        drift, owed = self._drift.since(at, at - (stamps >> np.uint32(31)).astype(np.int64))
+        (a, b), (c, d) = drift.astype(self.dtype).transpose(1, 2, 0)[..., None]
+        first, cross, rest = (each.astype(self.dtype)[:, None] for each in pending.factor(owed))
         moved = a * values + b * velocities
         velocities *= d
         velocities += c * values
@@ -250,19 +259,6 @@ class LazyMemory:
         noise[:] = 0
         self._source.add(noise, np.ones(len(noise)))
         velocities += noise * rest
-
-    def _check(self, rows: Rows, gradients: Values, which: Rows | None) -> None:
-        self._check_rows(rows)
-        count = len(rows) if which is None else len(gradients)
-        if gradients.shape != (count, self.shape[1]) or gradients.dtype != self.dtype:
-            raise UsageError(
-                f"{len(rows)} rows and gradients of {gradients.dtype} of shape {gradients.shape}: "
-                f"they must be {self.dtype} of shape ({count}, {self.shape[1]})"
-            )
-        if which is not None and (which.shape != rows.shape or which.dtype.kind not in "iu"):
-            raise UsageError(
-                f"{len(rows)} rows and the gradients of {len(which)}: name one for each row"
-            )
 
     def _check_rows(self, rows: Rows) -> None:
         if rows.ndim != 1 or rows.dtype.kind not in "iu":

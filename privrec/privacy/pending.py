@@ -90,10 +90,6 @@ class PendingNoise:
     """Running sums of variance, rounded up; stamps count steps since everything was settled."""
 
     def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget all steps: nothing is owed."""
         self._sums = np.zeros(_FIRST)
         self.steps = 0
 
@@ -115,31 +111,10 @@ class PendingNoise:
         return owed
 
 
-@dataclass(frozen=True)
-class Interval:
-    """How ``n`` rows get from their stamps to now: ``F`` and ``Q``, shape ``(n, 2, 2)`` each."""
-
-    drift: Matrices
-    noise: Matrices
-
-    def factor(self) -> tuple[NDArray[np.float64], ...]:
-        """Cholesky's factor of ``Q``: ``l11, l21, l22``, each of shape ``(n,)``."""
-        a, b, d = self.noise[:, 0, 0], self.noise[:, 1, 0], self.noise[:, 1, 1]
-        # A step size of 0 leaves the value alone while the velocity takes the noise.
-        first = np.sqrt(a * _INFLATION)
-        cross = np.divide(b, first, out=np.zeros_like(b), where=first > 0)
-        rest = np.sqrt(np.maximum(0.0, d * _INFLATION - cross**2))
-        return first, cross, rest
-
-
 class PendingSteps:
     """Composed blocks of steps, for momentum and weight decay."""
 
     def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget all steps: nothing is owed, and nothing moves."""
         self._drift = np.zeros((2 * _FIRST, 2, 2))
         self._noise = np.zeros((2 * _FIRST, 2, 2))
         self.steps = 0
@@ -162,11 +137,9 @@ class PendingSteps:
             self._drift[both] = F @ self._drift[one]
             self._noise[both] = F @ self._noise[one] @ F.T + self._noise[two]
 
-    def since(self, drift_from: Steps, noise_from: Steps) -> Interval:
-        """From stamps until now; drift and noise may start at stamps of their own."""
-        drift, _ = self._between(drift_from)
-        _, noise = self._between(noise_from)
-        return Interval(drift, noise)
+    def since(self, drift_from: Steps, noise_from: Steps) -> tuple[Matrices, Matrices]:
+        """``F`` and ``Q`` of rows from stamps of each until now, shape ``(n, 2, 2)``."""
+        return self._between(drift_from)[0], self._between(noise_from)[1]
 
     def _between(self, stamps: Steps) -> tuple[Matrices, Matrices]:
         distinct, inverse = np.unique(stamps, return_inverse=True)
@@ -185,6 +158,15 @@ class PendingSteps:
             noise[moving] = F @ noise[moving] @ F.transpose(0, 2, 1) + self._noise[place]
             at[moving] += 1 << level
         return drift[inverse], noise[inverse]
+
+
+def factor(noise: Matrices) -> tuple[Variances, Variances, Variances]:
+    """Cholesky's factor of ``Q``, slightly larger: ``l11, l21, l22``, each of shape ``(n,)``."""
+    a, b, d = noise[:, 0, 0], noise[:, 1, 0], noise[:, 1, 1]
+    # A step size of 0 leaves the value alone while the velocity takes the noise.
+    first = np.sqrt(a * _INFLATION)
+    cross = np.divide(b, first, out=np.zeros_like(b), where=first > 0)
+    return first, cross, np.sqrt(np.maximum(0.0, d * _INFLATION - cross**2))
 
 
 def _place(level: int, index: int) -> int:

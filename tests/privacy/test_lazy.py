@@ -13,7 +13,7 @@ from lazy_basis import Basis, Silent
 from privrec.errors import UsageError
 from privrec.privacy import lazy
 from privrec.privacy.lazy import MOST_STEPS, LazyMemory
-from privrec.privacy.pending import LinearStep
+from privrec.privacy.pending import LinearStep, PendingNoise
 
 ROWS = 4
 some_rows = st.lists(st.integers(0, ROWS - 1), max_size=6).map(lambda r: np.array(r, np.int64))
@@ -216,7 +216,7 @@ class TestDefects:
 
     def test_a_checkpoint_without_its_history(self, monkeypatch):
         def forget(self):
-            self._sum.clear()
+            self._sum = PendingNoise()
             self._stamps.fill(0)
 
         monkeypatch.setattr(LazyMemory, "_settle_all", forget)
