@@ -293,13 +293,6 @@ class Guesses:
     made: int
     right: int
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.right <= self.made <= self.canaries or self.canaries < 1:
-            raise UsageError(
-                f"{self.right} of {self.made} guesses right about {self.canaries} canaries: there "
-                "must be at least one canary, a guess at most about each, and no more right ones"
-            )
-
     @classmethod
     def of(cls, scores: NDArray[np.float64], present: NDArray[np.bool_], made: int) -> Guesses:
         """Guess "present" of the highest scores and "absent" of the lowest, half of ``made`` each.

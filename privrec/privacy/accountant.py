@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -278,11 +279,9 @@ def _invert(mass: Floats, lowest: int, step: float, delta: float) -> float:
 
     if not len(mass):
         return 0.0
-    low, high = -1, len(mass) - 1  # the divergence at the grid point `high` is at most delta
-    while high - low > 1:
-        middle = (low + high) // 2
-        upper, lower = sums(middle)
-        low, high = (low, middle) if upper - lower <= delta else (middle, high)
+    # The first grid point at which the divergence is at most delta, as it is at the last one.
+    places = range(len(mass) - 1)
+    high = bisect_left(places, True, key=lambda point: np.subtract(*sums(point)) <= delta)
     upper, lower = sums(high)
     if upper <= delta:
         return 0.0

@@ -48,7 +48,6 @@ def noise_multiplier_for(
         )
     _check_rounds(rounds)
     events.check_delta(delta)
-    events.check_adversary(adversary)
 
     def holds(candidate: int, against: Adversary) -> bool:
         try:

@@ -180,7 +180,6 @@ def epsilon(
     from privrec.privacy.accountant import pld, rdp
 
     check_delta(delta)
-    check_adversary(adversary)
     accountants = {"pld": pld, "rdp": rdp}
     _check(
         accountant in accountants,
@@ -208,7 +207,6 @@ def divergence(
     """
     from privrec.privacy.accountant import renyi
 
-    check_adversary(adversary)
     counts = _counts(events)
     if not all(event.is_private for event in counts):
         return math.inf

@@ -135,8 +135,6 @@ class Shares:
     remove_excess: bool = False
 
     def __post_init__(self) -> None:
-        if not self.bands:
-            raise UsageError("distributed noise for no bands: there must be at least one")
         self.event(1.0)
         for band in range(len(self.bands)):
             check_variance(self.share_variance(band))
@@ -211,18 +209,12 @@ class Shares:
     def excess(self, seeds: Sequence[Sequence[bytes]]) -> NDArray[np.int64]:
         """The sum of the shares to subtract from the unmasked sum: int64, of the whole vector.
 
-        ``seeds`` has a list for each band, of what the devices that :meth:`removed` names revealed;
-        UsageError otherwise.
+        ``seeds`` has a list for each band, of what the devices that :meth:`removed` names revealed.
         """
-        if len(seeds) != len(self.bands):
-            raise UsageError(
-                f"seeds for {len(seeds)} bands, and there are {len(self.bands)}; "
-                "give one list for each band"
-            )
         total = [np.zeros(band.size, np.int64) for band in self.bands]
-        for band, revealed in enumerate(seeds):
+        for band, (part, revealed) in enumerate(zip(total, seeds, strict=True)):
             for seed in revealed:
-                total[band] += self.draw_band(band, seed)
+                part += self.draw_band(band, seed)
         return np.concatenate(total)
 
 

@@ -63,13 +63,9 @@ class PopulationBalance:
     entries: int = 0
     last_hash: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """The balance as plain JSON values."""
-        return dict(vars(self))
-
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """The balance that :meth:`to_json` wrote; TypeError or ValueError for anything else."""
+        """The balance of a header; TypeError or ValueError where it is none."""
         if set(values) != set(cls.__dataclass_fields__):
             raise TypeError(f"a balance with the keys {sorted(values)}")
         if type(values["runs"]) is not int or values["runs"] < 0:

@@ -11,7 +11,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -185,7 +185,7 @@ class Plan:
             "bands": list(band_sizes(self.federation.layouts)),
             "holders": list(self.holders),
             "capacities": [tier.capacity for tier in self.federation.tiers],
-            "standing": standing.to_json(),
+            "standing": asdict(standing),
         }
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def readers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def header_of(run: str, number: int) -> dict[str, object]:
     """The part of a run's signed header that ties it to the population."""
-    return {"run_id": run, "standing": reserve("readers", run, rounds(number)).to_json()}
+    return {"run_id": run, "standing": asdict(reserve("readers", run, rounds(number)))}
 
 
 def lines_of(path: Path) -> list[dict[str, object]]:
