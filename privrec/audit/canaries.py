@@ -87,8 +87,9 @@ class Attack:
         made = best_guesses(total, _strength(harness, rounds), delta, CONFIDENCE)
         scores, done = np.zeros(total), 0
         for index in range(rounds):
-            places, signs, updates = _spikes(harness, groups, present, rng)
-            released = _released(harness, harness.round(index), updates)
+            round = harness.round(index)
+            places, signs, updates = _spikes(harness, round, groups, present, rng)
+            released = _released(harness, round, updates)
             if released is not None:
                 scores += signs * released[places]
                 done += 1
@@ -120,12 +121,14 @@ class Attack:
         rounds = max(1, min(rounds, _WORK // (size * total)))
         products, squares, done = np.zeros(total), 0.0, 0
         for index in range(rounds):
-            seed = int(rng.integers(2**63))
+            round, seed = harness.round(index), int(rng.integers(2**63))
+            sampled = harness.simulation.sample(round)
             updates = (
-                (tier, users, RawUpdate(values * _loud(harness), Address.whole(tier.layout)))
+                (tier, users[there], RawUpdate(values[there] * _loud(harness), whole))
                 for tier, users, values in _unit(groups, seed)
+                for there, whole in [(np.isin(users, sampled), Address.whole(tier.layout))]
             )
-            released = _released(harness, harness.round(index), updates)
+            released = _released(harness, round, updates)
             if released is None:
                 continue
             place = 0
@@ -184,6 +187,7 @@ def _chosen(harness: Harness, most: int) -> list[Canaries]:
 
 def _spikes(
     harness: Harness,
+    round: Round,
     groups: Sequence[Canaries],
     present: NDArray[np.bool_],
     rng: np.random.Generator,
@@ -198,15 +202,16 @@ def _spikes(
         mine = rng.choice(np.flatnonzero(free[: tier.layout.size]), len(users), replace=False)
         free[mine] = False
         places.append(mine)
-    signs = rng.choice([-1.0, 1.0], len(present))
+    signs, sampled = rng.choice([-1.0, 1.0], len(present)), harness.simulation.sample(round)
     ends = np.cumsum([len(users) for _, users in groups])[:-1]
     parts = zip(groups, places, np.split(signs, ends), np.split(present, ends), strict=True)
     updates = []
     for (tier, users), wire, sign, there in parts:
+        sent = there & np.isin(users, sampled)
         layouts = tier.layout, *harness.federation.weaker(tier)
         order = to_wire(np.arange(tier.layout.size), layouts)
-        update = _in_one_place(tier, order[wire[there]], sign[there] * _loud(harness))
-        updates.append((tier, users[there], update))
+        update = _in_one_place(tier, order[wire[sent]], sign[sent] * _loud(harness))
+        updates.append((tier, users[sent], update))
     return np.concatenate(places), signs, updates
 
 
@@ -254,12 +259,11 @@ def _released(harness: Harness, round: Round, updates: Iterable[Update]) -> Floa
     except ReleaseRefused:
         return None  # too few devices came together, as a run has it too
     for number, (tier, users, update) in enumerate(updates):
-        there = np.isin(users, sampled)
-        if there.any():
+        if len(users):
             coins = harness.simulation.root.stream("rounding", *round.context, b"canaries", number)
             weaker = harness.federation.weaker(tier)
-            bounded = privatize(_only(update, there), protection, round, tier, weaker, coins)
-            summing.add(tier, users[there], bounded)
+            bounded = privatize(update, protection, round, tier, weaker, coins)
+            summing.add(tier, users, bounded)
     aggregate = Aggregate(summing.total(), len(sampled), None)
     release = harness.server.release(round, aggregate, harness.root)
     decoded = to_wire(protection.encoding.decode(release.total), layouts)
@@ -267,16 +271,6 @@ def _released(harness: Harness, round: Round, updates: Iterable[Update]) -> Floa
         decoded = rotation.undo(decoded[None])[0]
     scaled: Floats = decoded / protection.encoding.clip_norm
     return scaled
-
-
-def _only(update: RawUpdate, chosen: NDArray[np.bool_]) -> RawUpdate:
-    """Some rows of a batch."""
-    address = update.address
-    blocks, biases = (
-        names if len(names) == 1 and len(chosen) > 1 else names[chosen]
-        for names in (address.blocks, address.biases)
-    )
-    return RawUpdate(update.values[chosen], Address(blocks, biases, address.layout))
 
 
 # ------------------------------------------------------------------------------------ lower bounds

@@ -1,14 +1,12 @@
 """The discrete Gaussian: an exact sampler, and how near sums of shares come to what is accounted.
 
 **Sampler.** Tables are built in integers alone, so that everybody who holds the seed of a draw gets
-the same draw, and how far a draw is from its distribution is proved, not measured.
-
-A table is Walker's: with ``N = 2^k`` columns of equal mass ``2^(256-k)``, each split between its
-own outcome and one other. A 32-bit word names the column with its first ``k`` bits and a place in
-it with the others. The word decides unless it equals the first 32 bits of the threshold; then 224
-further bits do. So a draw costs 4 bytes and two look-ups, and its probabilities are whole multiples
-of ``2^-256``. The time of a draw depends on ties, so it says a little of the keystream that is used
-up, and nothing of data.
+the same draw, and how far a draw is from its distribution is proved, not measured. A table is
+Walker's: of ``N = 2^k`` columns of equal mass ``2^(256-k)``, each is split between its own outcome
+and one other. The first ``k`` bits of a 32-bit word name the column and the others a place in it.
+The word decides unless it equals the first 32 bits of the threshold; then 224 further bits do. So a
+draw costs 4 bytes and two look-ups, and its probabilities are whole multiples of ``2^-256``. Its
+time depends on ties, so it says a little of the keystream that is used up, and nothing of data.
 
 Let ``v`` be the variance parameter: ``P(x) ∝ exp(-x² / 2v)``. Wide Gaussians are sums of narrow
 ones, ``X = X₁ + j X₂`` with ``v = v₁ + j² v₂``. In ``P(X = x)`` the sum over ``X₂`` is a Gaussian
@@ -50,11 +48,10 @@ mechanism is ``(ε, δ)`` private, the release is ``(ε + 2K, exp(K) δ)`` priva
 the honest shares are within total variation ``t`` of theirs, ``δ`` grows by ``(1 + exp(ε)) t``.
 That the keystream is as good as random is the assumption behind all of this.
 
-**Small cohorts.** Central noise is added to any sum, also to that of nobody. Distributed noise is
-not there when nobody is, so that a round with fewer than its fewest devices ends without a release.
-Who is sampled depends on no history, and so neither does the end of a round, but it spoils the
-secrecy of sampling a little: with exactly one device too few among the others, a release shows that
-the user in question took part.
+**Small cohorts.** Distributed noise is not there when nobody is, so a round with fewer than its
+fewest devices ends without a release. Who is sampled depends on no history, and so neither does the
+end of a round, but it spoils the secrecy of sampling a little: with exactly one device too few
+among the others, a release shows that the user in question took part.
 
 Fix the coins of all others. If enough of them are sampled in every band, the round is the sampled
 mechanism as accounted; if two or more are missing, it never releases. There remains, for a band of
@@ -249,9 +246,6 @@ class Grid:
             variance does not tell how many devices took part.
         small_cohort_delta: what a round adds to δ because it ends without a release when few were
             sampled, in [0, 1).
-
-    Raises:
-        UsageError: when a value is outside its range.
     """
 
     squared_sensitivity: int

@@ -173,9 +173,6 @@ def epsilon(
     Returns:
         0 for no events, infinity as soon as one event has no noise, and where ε is so large (above
         a hundred) that what the samplers leave of their 2^-236 would count.
-
-    Raises:
-        UsageError: when an argument is outside its range.
     """
     from privrec.privacy.accountant import pld, rdp
 

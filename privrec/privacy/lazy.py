@@ -1,17 +1,16 @@
 """Lazy noise: the noise of a row is owed until the row is read, then drawn at once.
 
-DP-SGD adds noise to every row of a table in every step, also where no gradient came. Noise that
-nobody has seen can be drawn later: the sum of what the steps since the last reading would have
-added is one Gaussian, whose variance is the sum of theirs. The joint law of everything that is ever
-read equals that of eager noise if and only if steps are linear in the table, no step size depends
-on values that still owe noise, and everything that reads a row settles it first.
+DP-SGD adds noise to every row of a table in every step, also where no gradient came. What nobody
+has seen can be drawn later: the sum of what the steps since the last reading would have added is
+one Gaussian, whose variance is the sum of theirs. The joint law of everything that is ever read
+equals that of eager noise if and only if steps are linear in the table, no step size depends on
+values that still owe noise, and everything that reads a row settles it first.
 
 :class:`LazyMemory` is a table that can only be read settled. It keeps 4 bytes a row: the step at
 which the row was settled; :mod:`privrec.privacy.pending` knows what is owed since.
 Source: Lim et al., "LazyDP: Co-Designing Algorithm-Software for Scalable Training of Differentially
-Private Recommendation Models" (ASPLOS 2024), whose deferral it is. The debt as a variance instead
-of a count, the exact treatment of momentum, weight decay and changing steps, and the reading side
-are this package's own.
+Private Recommendation Models" (ASPLOS 2024). The debt as a variance instead of a count, the exact
+treatment of momentum, weight decay and changing steps, and the reading side are this package's own.
 """
 
 from __future__ import annotations

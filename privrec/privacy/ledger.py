@@ -144,8 +144,8 @@ class Ledger:
                 process writes.
 
         Raises:
-            IntegrityError: when a line was altered, removed or reordered, when the file is shorter
-                than its signed head says, or the head is missing or signed by another key.
+            IntegrityError: when a line was altered, removed or reordered, the file is shorter than
+                its signed head says, or the head is missing or signed by another key.
             UsageError: when the file cannot be opened, or something else has it open for writing.
         """
         ledger = cls(path, signing_key, kept)
@@ -470,20 +470,19 @@ class Ledger:
             if self._kept is not None:  # the head itself is replaced, so it can keep nobody off
                 lock = self._kept.with_suffix(".lock")
                 self._files.append(FileIO(lock, "ab", opener=lambda p, f: os.open(p, f, 0o600)))
+            for file in self._files:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"{self.path}: another process writes to this run; wait for it or stop it"
+            ) from error
         except OSError as error:
-            place, why = error.filename, error.strerror
+            place, why = error.filename or self.path, error.strerror
             raise UsageError(
                 f"{place}: {why}; name the ledger of a run"
                 if mode == "rb+"
                 else f"{place}: a new ledger cannot be made here ({why}); resume the run that it "
                 "belongs to, or choose another directory"
-            ) from error
-        try:
-            for file in self._files:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UsageError(
-                f"{self.path}: another process writes to this run; wait for it or stop it"
             ) from error
         self._files[0].seek(0, os.SEEK_END)
 

@@ -10,13 +10,13 @@ shares, so that ``m = t - c`` shares are sure to be secret. A share has the vari
 **Removing the excess.** A share is drawn from a seed of its own for each band. Once the survivors
 are agreed on and signed, those that come after the first ``t`` signers in the agreed order give
 their seeds away; whoever sums up draws those shares again and subtracts them. Exactly ``t`` shares
-are left, for every number ``s`` of survivors from ``t`` on, of which at least ``m`` are secret:
-``σ²`` exactly without colluders, ``σ² t / (t - c)`` if all colluders were honest about their noise
-after all. (Survivors that fell silent before they signed, and come before the ``t``-th that did,
-leave their shares on top; how many they are says nothing of the size of the cohort.) The sum
-protects everybody's update, also that of a device whose share is gone: the server sees sums alone.
-(XNoise, Jiang et al. 2024, gives each device one component for every drop-out that it may tolerate
-and so draws and shares n - t + 1 of them; with whole shares there is one, for the same result.)
+are left, whatever the number of survivors from ``t`` on, of which at least ``m`` are secret: ``σ²``
+exactly without colluders, ``σ² t / (t - c)`` if all colluders were honest about their noise after
+all. (Survivors that fell silent before they signed, and come before the ``t``-th that did, leave
+their shares on top; how many they are says nothing of the size of the cohort.) The sum protects
+everybody's update, also that of a device whose share is gone: the server sees sums alone. (XNoise,
+Jiang et al. 2024, gives each device one component for every drop-out that it may tolerate and so
+draws and shares n - t + 1 of them; with whole shares there is one, for the same result.)
 
 **Security condition.** A seed is revealed only when (1) the device itself, or the quorum that holds
 the shares of its seed, has seen that one and the same set of survivors was confirmed by the quorum

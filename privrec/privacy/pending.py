@@ -197,11 +197,6 @@ class Normals:
         self._stream: SecureStream | None = None
         self._make_buffers(_PAIRS)
 
-    @property
-    def is_known(self) -> bool:
-        """Whether others know the root, so that the noise protects nobody."""
-        return self._root.is_known
-
     def add(self, out: Values, variances: Variances) -> None:
         """Add ``N(0, variances[i] I)`` to row ``i`` of ``out``, independent of all other draws.
 

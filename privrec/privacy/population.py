@@ -7,12 +7,12 @@ charge; a reservation that would take the lifetime ε over its limit is refused.
 back what it did not use, and that is final: a copy of it that was restored goes on no more. What a
 crashed run reserved stays reserved.
 
-The file lies beside the secrets (``state_dir()/populations/NAME.jsonl``), one entry a line, each
-chained to the hash of the one before like a run's own ledger. Its last line is the head, signed
-with the population's key, and the file is replaced as a whole, so that no part of it passes for the
-whole. Every run keeps the head as it left it: in its own signed header, and with its secrets. A
-ledger that does not continue all of these is older than they are, or another one, and is refused.
-What this cannot show is a machine whose whole state folder was set back in time.
+The file lies beside the secrets (``state_dir()/populations/NAME.jsonl``) and is chained like a
+run's own ledger. Its last line is the head, signed with the population's key, and it is replaced as
+a whole, so that no part of it passes for the whole. Every run keeps the head as it left it: in its
+own signed header, and with its secrets. A ledger that does not continue all of these is older than
+they are, or another one, and is refused. What this cannot show is a machine whose whole state
+folder was set back in time.
 """
 
 from __future__ import annotations

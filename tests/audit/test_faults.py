@@ -11,7 +11,6 @@ from audit_scenarios import failed, scenario
 from numpy.typing import NDArray
 
 from privrec.audit import _findings, audit, noise, rounds
-from privrec.audit.canaries import _only
 from privrec.audit.harness import Harness
 from privrec.device import update
 from privrec.device.update import BoundedUpdate, Round
@@ -388,17 +387,3 @@ def test_canaries_see_no_noise_at_all(monkeypatch: Patch) -> None:
     assert result.lower_bound is not None
     assert result.claimed is not None
     assert result.lower_bound > result.claimed
-
-
-def test_rows_of_a_batch_keep_their_places() -> None:
-    from privrec.device.update import Address, RawUpdate
-    from privrec.models.layout import Layout
-
-    layout = Layout(0, 4, 1, 0)
-    names = np.array([[0], [1], [2]])
-    update = RawUpdate(
-        np.array([[1], [2], [3]], np.float32), Address(names, np.zeros((3, 0), np.int64), layout)
-    )
-    kept = _only(update, np.array([False, True, True]))
-    assert kept.values.ravel().tolist() == [2, 3]
-    assert kept.address.blocks.ravel().tolist() == [1, 2]

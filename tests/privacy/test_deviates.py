@@ -96,8 +96,3 @@ def test_after_a_fork_nothing_is_drawn(before):
             os._exit(7)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-
-
-def test_whether_a_root_is_known():
-    assert Normals(ROOT).is_known
-    assert not Normals().is_known
