@@ -42,11 +42,11 @@ def audit(scenario: Scenario, *, canaries: int = 1000, key: bytes | None = None)
         audit, None without noise or without canaries.
 
     Raises:
-        UsageError: when the scenario cannot be run at all.
+        UsageError: when the scenario cannot be run, or learns from texts or labels.
     """
     with one_thread():
         harness = Harness.of(scenario, key)
-        private, attack = harness.event.is_private, Attack(harness, canaries)
+        private, attack = harness.plan.event.is_private, Attack(harness, canaries)
         probing = dict(rounds.PROBES)
         if private:
             first = {"accounting": rounds.probe_accounting, "noise": noise.probe}

@@ -114,7 +114,12 @@ class Attack:
         delta, size = harness.scenario.privacy.delta, sum(harness.sizes)
         rng = _rng(harness, "one shot")
         rounds = rounds_that_fit(harness, harness.scenario.train.rounds)
-        room = size * harness.event.noise_multiplier**2 / _QUIET / harness.event.sampling_rate
+        room = (
+            size
+            * harness.plan.event.noise_multiplier**2
+            / _QUIET
+            / harness.plan.event.sampling_rate
+        )
         affordable = max(_FEWEST, _WORK // (size * rounds))
         groups = _chosen(harness, max(2, min(self.most, int(room), affordable)))
         total = sum(len(users) for _, users in groups)
@@ -133,7 +138,7 @@ class Attack:
                 continue
             place = 0
             for tier, users, values in _unit(groups, seed):
-                wire = to_wire(values, (tier.layout, *harness.federation.weaker(tier)))
+                wire = to_wire(values, (tier.layout, *harness.plan.federation.weaker(tier)))
                 products[place : place + len(users)] += wire @ released[: values.shape[1]]
                 place += len(users)
             squares, done = squares + float(released @ released), done + 1
@@ -160,12 +165,12 @@ def _rng(harness: Harness, name: str) -> np.random.Generator:
 
 def _claimed(harness: Harness, rounds: int) -> float:
     """ε of so many rounds against recipients."""
-    return epsilon({harness.event: rounds}, harness.scenario.privacy.delta, "recipients")
+    return epsilon({harness.plan.event: rounds}, harness.scenario.privacy.delta, "recipients")
 
 
 def _strength(harness: Harness, rounds: int) -> float:
     """Separation of canaries' scores, if the noise is what is accounted."""
-    event, rate = harness.event, harness.event.sampling_rate
+    event, rate = harness.plan.event, harness.plan.event.sampling_rate
     variance = event.noise_multiplier**2 + rate * (1 - rate)
     return float(rate * np.sqrt(rounds / variance))
 
@@ -208,7 +213,7 @@ def _spikes(
     updates = []
     for (tier, users), wire, sign, there in parts:
         sent = there & np.isin(users, sampled)
-        layouts = tier.layout, *harness.federation.weaker(tier)
+        layouts = tier.layout, *harness.plan.federation.weaker(tier)
         order = to_wire(np.arange(tier.layout.size), layouts)
         update = _in_one_place(tier, order[wire[sent]], sign[sent] * _loud(harness))
         updates.append((tier, users[sent], update))
@@ -216,7 +221,7 @@ def _spikes(
 
 
 def _loud(harness: Harness) -> np.float32:
-    return np.float32(_LOUD * harness.protection.encoding.clip_norm)
+    return np.float32(_LOUD * harness.plan.protection.encoding.clip_norm)
 
 
 def _in_one_place(tier: Tier, places: Integers, values: Floats) -> RawUpdate:
@@ -250,7 +255,7 @@ def _unit(
 
 def _released(harness: Harness, round: Round, updates: Iterable[Update]) -> Floats | None:
     """The released sum in units of the clip norm, in the order of the wire; None without one."""
-    layouts, protection = harness.federation.layouts, harness.protection
+    layouts, protection = harness.plan.federation.layouts, harness.plan.protection
     sampled = harness.simulation.sample(round)
     counted = protection.shares is not None or bool(protection.minimums)
     cohort = harness.named(harness.simulation.rows(sampled)) if counted else []
@@ -261,7 +266,7 @@ def _released(harness: Harness, round: Round, updates: Iterable[Update]) -> Floa
     for number, (tier, users, update) in enumerate(updates):
         if len(users):
             coins = harness.simulation.root.stream("rounding", *round.context, b"canaries", number)
-            weaker = harness.federation.weaker(tier)
+            weaker = harness.plan.federation.weaker(tier)
             bounded = privatize(update, protection, round, tier, weaker, coins)
             summing.add(tier, users, bounded)
     aggregate = Aggregate(summing.total(), len(sampled), None)

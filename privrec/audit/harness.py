@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from privrec.data import Interactions
-from privrec.device.tier import Federation, Tier
+from privrec.device.tier import Tier
 from privrec.device.update import Aggregate, Protection, Round
 from privrec.errors import ReleaseRefused, UsageError
-from privrec.models.layout import to_wire
-from privrec.privacy.events import Accountant, Adversary, RoundEvent, epsilon
+from privrec.models.layout import band_sizes, to_wire
+from privrec.privacy.events import Accountant, Adversary, epsilon
 from privrec.randomness import ROOT_BYTES, SecretRoot
 from privrec.report.model import Checked
 from privrec.run.plan import Plan
@@ -67,11 +67,7 @@ class Harness:
 
     @classmethod
     def of(cls, scenario: Scenario, key: bytes | None = None) -> Harness:
-        """Assemble them; ``key`` is as for :func:`privrec.audit.audit`.
-
-        Raises:
-            UsageError: when it learns from something else than interactions.
-        """
+        """Assemble them; ``key``, and what is refused, are those of :func:`privrec.audit.audit`."""
         if TASKS[scenario.model.learns] is not Recommending:
             raise UsageError(
                 f'model.kind = "{scenario.model.kind}": it learns from texts or labels; an audit '
@@ -89,36 +85,20 @@ class Harness:
         return cls(scenario, plan, plan.server(run), simulation, server, " and ".join(made_up))
 
     @property
-    def federation(self) -> Federation:
-        """The tiers."""
-        return self.plan.federation
-
-    @property
-    def protection(self) -> Protection:
-        """Bounds, ring and noise, as server and devices agreed on them."""
-        return self.plan.protection
-
-    @property
-    def event(self) -> RoundEvent:
-        """What each round is charged as."""
-        return self.plan.event
-
-    @property
     def training(self) -> tuple[Tier, ...]:
         """Tiers whose devices train."""
-        held = zip(self.federation.tiers, self.simulation.cohorts, strict=True)
+        held = zip(self.plan.federation.tiers, self.simulation.cohorts, strict=True)
         return tuple(t for t, cohort in held if t.weight > 0 and len(cohort.users))
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """Coefficients of each band, the band that every device holds first."""
-        ends = [layout.size for layout in reversed(self.federation.layouts)]
-        return tuple(np.diff(ends, prepend=0).tolist())
+        return band_sizes(self.plan.federation.layouts)
 
     def epsilon(self, against: Adversary, accountant: Accountant = "pld") -> float:
         """ε of the planned rounds and of what is released before them."""
         before = release_event(self.scenario)
-        counts = Counter({self.event: self.scenario.train.rounds})
+        counts = Counter({self.plan.event: self.scenario.train.rounds})
         counts.update([] if before is None else [before])
         return epsilon(counts, self.scenario.privacy.delta, against, accountant)
 
@@ -130,11 +110,11 @@ class Harness:
     def summing(self, round: Round, protection: Protection, cohort: list[Participant]) -> Summing:
         """A plain sum of that cohort."""
         enrolled = self.simulation.enrolled
-        return SUMMING["exact"](round, self.federation, protection, cohort, enrolled)
+        return SUMMING["exact"](round, self.plan.federation, protection, cohort, enrolled)
 
     def named(self, rows: Rows) -> list[Participant]:
         """Devices of each tier by their rows."""
-        tiers, cohorts = self.federation.tiers, self.simulation.cohorts
+        tiers, cohorts = self.plan.federation.tiers, self.simulation.cohorts
         return [
             Participant(user, tier)
             for tier, cohort, mine in zip(tiers, cohorts, rows, strict=True)
@@ -153,23 +133,23 @@ class Harness:
 
         ``change`` is added to the first coefficient of the sum, to make another input of it.
         """
-        total = plain = np.zeros(self.federation.layout.size, np.int64)
+        total = plain = np.zeros(self.plan.federation.layout.size, np.int64)
         plain[0], cohort = change, []
-        if self.protection.shares is not None:
+        if self.plan.protection.shares is not None:
             cohort = self.named(self.simulation.rows(self.simulation.sample(round)))
             try:
-                total = plain + self.summing(round, self.protection, cohort).total()
+                total = plain + self.summing(round, self.plan.protection, cohort).total()
             except ReleaseRefused:
                 return None  # too few devices came together: charged, and nothing was released
         release = self.server.release(round, Aggregate(total, len(cohort), None), self.root)
-        values = to_wire(release.total - plain, self.federation.layouts)
+        values = to_wire(release.total - plain, self.plan.federation.layouts)
         bands = np.split(values, np.cumsum(self.sizes)[:-1])
         return list(zip(bands, self._deviations(cohort), strict=True))
 
     def _deviations(self, cohort: list[Participant]) -> list[float]:
         """Expected deviation of the released noise by band, worked out from the event anew."""
-        shares, z = self.protection.shares, self.event.noise_multiplier
-        accounted = z**2 * self.protection.encoding.squared_bound
+        shares, z = self.plan.protection.shares, self.plan.event.noise_multiplier
+        accounted = z**2 * self.plan.protection.encoding.squared_bound
         if shares is None:
             return [accounted**0.5] * len(self.sizes)
         held = [len(self.sizes) - each.tier.index for each in cohort]

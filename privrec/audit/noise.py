@@ -93,8 +93,8 @@ def probe(harness: Harness) -> Iterator[Checked]:
     yield _between_rounds("independence between rounds", transcripts)
     yield _within_rounds("independence within rounds", transcripts)
     yield _repeated(harness)
-    if harness.protection.shares is not None:
-        listed = list(_shares(harness, harness.protection.shares))
+    if harness.plan.protection.shares is not None:
+        listed = list(_shares(harness, harness.plan.protection.shares))
         yield from map(_variance, listed)
         yield _law("law of a share", listed)
         yield _between_rounds("independence of shares", listed)
@@ -113,7 +113,9 @@ def _shares(harness: Harness, shares: Shares) -> Iterator[Transcript]:
             seeds = noise_seeds(harness.simulation.root, len(drawn), *context, user)
             for number, seed in enumerate(seeds):
                 drawn[number].append(shares.draw_band(number, seed).astype(np.int64))
-    accounted = harness.event.noise_multiplier**2 * harness.protection.encoding.squared_bound
+    accounted = (
+        harness.plan.event.noise_multiplier**2 * harness.plan.protection.encoding.squared_bound
+    )
     for number, (band, parts) in enumerate(zip(shares.bands, drawn, strict=True)):
         deviation = math.sqrt(accounted / (band.least - band.colluders))
         name = f"a device's share, {_name(harness, number)}"
@@ -122,7 +124,7 @@ def _shares(harness: Harness, shares: Shares) -> Iterator[Transcript]:
 
 def rounds_that_fit(harness: Harness, most_rounds: int = MOST_ROUNDS) -> int:
     """Releases to look at, from what they cost and what they show."""
-    shares, cost, most = harness.protection.shares, sum(harness.sizes), MOST_CENTRAL
+    shares, cost, most = harness.plan.protection.shares, sum(harness.sizes), MOST_CENTRAL
     if shares is not None:
         cohort = harness.simulation.sampling_rate * harness.simulation.population
         kept = [band.least if shares.remove_excess else cohort for band in shares.bands]
@@ -140,7 +142,7 @@ def _recorded(harness: Harness) -> Iterator[Transcript]:
         rounds.append(replace(harness.round(index), run_id="audit-other"))
     noises = [noise for round in rounds if (noise := harness.released(round)) is not None]
     # The last one has another sum in the same round, which needs independent noise too.
-    if harness.protection.shares is None and (other := harness.released(rounds[0], change=1)):
+    if harness.plan.protection.shares is None and (other := harness.released(rounds[0], change=1)):
         noises.append(other)
     if not noises:
         raise ReleaseRefused(f"none of {len(rounds)} rounds ended with a release")
@@ -162,7 +164,7 @@ def _transcript(
     if size > _COLUMNS:  # the first ones, and others all over the band
         spread_out = np.linspace(0, size - 1, _COLUMNS // 2).astype(np.int64)
         places = np.unique(np.concatenate((np.arange(_COLUMNS // 2), spread_out)))
-    mechanism = harness.event.mechanism
+    mechanism = harness.plan.event.mechanism
     # Rounding a Gaussian adds its own twelfth of a step.
     spread = np.sqrt(deviations**2 + (1 / 12 if mechanism == "gaussian" else 0))
     squares, sums = np.zeros(size), np.zeros(size)

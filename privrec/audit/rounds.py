@@ -65,32 +65,29 @@ class Hostile(RecommenderLearner):
         """As :meth:`RecommenderLearner.train`, times anything up to infinity."""
         trained = super().train(model, data, states, draws)
         values = trained.update.values.copy()
-        for row, user in enumerate(data.users.tolist()):
-            _blow_up(values[row], user, self.clip_norm)
-            with np.errstate(all="ignore"):
-                self.norms.append(float(np.linalg.norm(values[row].astype(np.float64))))
+        with np.errstate(all="ignore"):
+            for row, user in zip(values, data.users.tolist(), strict=True):
+                _blow_up(row, user, self.clip_norm)
+                self.norms.append(float(np.linalg.norm(row.astype(np.float64))))
         return replace(trained, update=RawUpdate(values, trained.update.address))
 
 
 def _blow_up(values: FloatArray, user: int, clip_norm: float) -> None:
     """Most updates far beyond any clip norm; some not finite, some at the end of the range."""
-    with np.errstate(all="ignore"):
-        if user % 50 == 17:
-            values[values != 0] = np.nan
-        elif user % 50 == 29:
-            values[values != 0] *= np.inf
-        elif user % 50 == 41:
-            values[values != 0] = _LARGEST
-        elif len(values):
-            norm = float(np.linalg.norm(values.astype(np.float64)))
-            length = clip_norm * 10.0 ** rng_for(user, "audit length").uniform(0.3, 9)
-            if norm:
-                values *= np.float32(length / norm)
+    if user % 50 == 17:
+        values[values != 0] = np.nan
+    elif user % 50 == 29:
+        values[values != 0] *= np.inf
+    elif user % 50 == 41:
+        values[values != 0] = _LARGEST
+    elif norm := float(np.linalg.norm(values.astype(np.float64))):
+        length = clip_norm * 10.0 ** rng_for(user, "audit length").uniform(0.3, 9)
+        values *= np.float32(length / norm)
 
 
 def clipping(harness: Harness) -> Iterator[Checked]:
     """Every user's integers are within the bound that the noise is scaled to."""
-    encoding = harness.protection.encoding
+    encoding = harness.plan.protection.encoding
     clip_norm, bound = encoding.clip_norm, encoding.squared_bound
     learners = [
         Hostile(own.view, own.settings, own.popularity, own.examples, clip_norm)
@@ -122,7 +119,7 @@ def _bounded(
     weights = harness.server.weights.copy()
     weights += rng_for(0, "audit weights").normal(0, 0.1, len(weights)).astype(np.float32)
     round = harness.round(0)
-    for tier, mine in zip(harness.federation.tiers, rows, strict=True):
+    for tier, mine in zip(harness.plan.federation.tiers, rows, strict=True):
         there = mine[simulation.cohorts[tier.index].users[mine] != silent]
         for users, update, _ in simulation.answers(round, weights, tier, there):
             yield tier, users, update
@@ -130,8 +127,8 @@ def _bounded(
 
 def rounding(harness: Harness) -> Iterator[Checked]:
     """Rounding is right on average, wherever a value lies between two integers."""
-    tier, encoding = harness.training[0], harness.protection.encoding
-    layout, weaker = tier.layout, harness.federation.weaker(tier)
+    tier, encoding = harness.training[0], harness.plan.protection.encoding
+    layout, weaker = tier.layout, harness.plan.federation.weaker(tier)
     round, root = harness.round(0), harness.simulation.root
     rows = max(1, _ROUNDED // layout.size)
     rng = rng_for(0, "audit rounding")
@@ -144,9 +141,9 @@ def rounding(harness: Harness) -> Iterator[Checked]:
         # Far inside the clip norm nothing is rounded twice, so the mean is exactly right.
         update = RawUpdate(values, Address.whole(layout))
         coins = root.stream("rounding", *round.context, b"audit", start)
-        bounded = privatize(update, harness.protection, round, tier, weaker, coins)
+        bounded = privatize(update, harness.plan.protection, round, tier, weaker, coins)
         exact = values if tier.weight == 1 else values * np.float32(tier.weight)
-        if rotation := harness.protection.rotation(round, (layout, *weaker)):
+        if rotation := harness.plan.protection.rotation(round, (layout, *weaker)):
             turned = rotation.apply(to_wire(exact, (layout, *weaker)))
             exact = from_wire(turned, (layout, *weaker))
         moments += _moments(bounded.integers, exact * np.float32(encoding.scale))
@@ -179,7 +176,7 @@ def _moments(integers: NDArray[np.int32], exact: FloatArray) -> Floats:
 
 def plain_sum(harness: Harness) -> Iterator[Checked]:
     """The sum that the engine takes is that of the vectors that devices send."""
-    bare = replace(harness.protection, shares=None, minimums=())
+    bare = replace(harness.plan.protection, shares=None, minimums=())
     rows = harness.some(SUMMED_USERS)
     cohort = harness.named(rows)
     summing = harness.summing(harness.round(0), bare, cohort)
@@ -204,7 +201,7 @@ def secure_sum(harness: Harness) -> Iterator[Checked]:
     holders = [sum(len(bands) - each.tier.index > band for each in others) for band in bands]
     protection = _for_few(harness, tuple(max(1, each * 3 // 4) for each in holders))
     enrolled = Enrolled(harness.simulation.root, Policy(2, 0.0))
-    made = (harness.round(0), harness.federation, protection, cohort, enrolled)
+    made = (harness.round(0), harness.plan.federation, protection, cohort, enrolled)
     masked, plain, bare = SUMMING["full"](*made), SUMMING["exact"](*made), SUMMING["exact"](*made)
     expected = _summed(harness, protection, rows, (masked, plain), silent.user)
     total = masked.total()
@@ -231,26 +228,26 @@ def _summed(
     What a tier does not hold is zero in the layout of the shared vector.
     """
     simulation = replace(harness.simulation, cohorts=_fresh(harness), protection=protection)
-    total = np.zeros(harness.federation.layout.size, np.int64)
+    total = np.zeros(harness.plan.federation.layout.size, np.int64)
     for tier, users, update in _bounded(harness, simulation, rows, silent):
         for summing in summings:
             summing.add(tier, users, update)
         for mine in update.rows():
-            held = to_wire(mine.vector(), (tier.layout, *harness.federation.weaker(tier)))
+            held = to_wire(mine.vector(), (tier.layout, *harness.plan.federation.weaker(tier)))
             total[: len(held)] += held
-    return from_wire(total, harness.federation.layouts)
+    return from_wire(total, harness.plan.federation.layouts)
 
 
 def _for_few(harness: Harness, least: tuple[int, ...]) -> Protection:
     """The scenario's protection for a cohort of a few devices."""
-    shares = harness.protection.shares
+    shares = harness.plan.protection.shares
     if shares is not None:
         bands = tuple(Band(n, few) for n, few in zip(harness.sizes, least, strict=True))
         # As wide as the scenario's own shares, of which there are fewer here.
         part = min(few / own.shares for few, own in zip(least, shares.bands, strict=True))
         multiplier = shares.noise_multiplier * math.sqrt(part)
         shares = replace(shares, bands=bands, noise_multiplier=multiplier)
-    return replace(harness.protection, shares=shares, minimums=least)
+    return replace(harness.plan.protection, shares=shares, minimums=least)
 
 
 def _fresh(harness: Harness) -> tuple[Cohort[RecommenderLearner], ...]:
@@ -274,13 +271,17 @@ _TOLERANCE = 1e-3  # of the looser accountant below the tighter, which rounding 
 
 def probe_accounting(harness: Harness) -> Iterator[Checked]:
     """The event names what server and devices use, its ε is in the budget, twice computed."""
-    event, shares, rate = harness.event, harness.protection.shares, harness.simulation.sampling_rate
+    event, shares, rate = (
+        harness.plan.event,
+        harness.plan.protection.shares,
+        harness.simulation.sampling_rate,
+    )
     noise = "gaussian" if shares is None else "discrete_gaussian"
     multiplier = event.noise_multiplier if shares is None else shares.noise_multiplier
     grid = None
     if shares is not None:
         narrowest = max(band.least - band.colluders for band in shares.bands)
-        bound, size = harness.protection.encoding.squared_bound, sum(harness.sizes)
+        bound, size = harness.plan.protection.encoding.squared_bound, sum(harness.sizes)
         grid = Grid(bound, size, narrowest, shares.remove_excess)
     charged = event.grid and replace(event.grid, small_cohort_delta=0.0)
     planned = noise, multiplier, rate, grid
@@ -312,7 +313,7 @@ MOST_ROUNDS, FEWEST_ROUNDS = 400, 60
 
 def probe_sampling(harness: Harness) -> Iterator[Checked]:
     """Every user takes part by its own coin, in every round anew; where all do, that they do."""
-    rate, population = harness.event.sampling_rate, harness.simulation.population
+    rate, population = harness.plan.event.sampling_rate, harness.simulation.population
     if rate < 1:
         rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, COINS // population))
         taken = np.zeros((rounds, population), np.bool_)

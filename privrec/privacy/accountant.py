@@ -166,15 +166,9 @@ class _Losses(NamedTuple):
     moments: Floats  # log E[exp(order * place)] at each of _ORDERS
 
 
-class _Sum(NamedTuple):
-    """A composed loss: ``mass[i]`` at grid point ``lowest + i``, and what it ``lost`` of all."""
-
-    mass: Floats
-    lowest: int
-    lost: float
-
-
-_LOST = _Sum(np.zeros(1), 0, 1.0)  # all is lost, so that ε is infinite on this grid
+_Sum = tuple[Floats, int, float]
+"""A composed loss: the mass at grid points, the first of these, and what is lost of all mass."""
+_LOST: _Sum = (np.zeros(1), 0, 1.0)  # all is lost, so that ε is infinite on this grid
 
 
 def _strength(rounds: Sequence[Rounds]) -> float:
@@ -236,7 +230,7 @@ def _sum(parts: Sequence[_Losses], counts: Sequence[int]) -> _Sum:
         return _LOST
     finite = sum(n * math.log1p(-part.at_infinity) for part, n in zip(parts, counts, strict=True))
     margin = _ROUNDING * (len(mass) + sum(counts))
-    return _Sum(mass, lowest, _TAIL + margin - math.expm1(finite))
+    return (mass, lowest, _TAIL + margin - math.expm1(finite))
 
 
 def _window(parts: Sequence[_Losses], counts: Sequence[int]) -> tuple[int, int]:

@@ -38,8 +38,7 @@ def noise_multiplier_for(
         before: what is charged before the first round, if anything; the target covers it.
 
     Raises:
-        UsageError: when an argument is outside its range, or not even a noise multiplier of a
-            million meets the target.
+        UsageError: also when not even a noise multiplier of a million meets the target.
     """
     if not (math.isfinite(target_epsilon) and target_epsilon >= 10.0**-DIGITS):
         raise UsageError(

@@ -342,32 +342,26 @@ def _apart(variance: float) -> float:
     return 2 * math.atanh(ripple) if ripple < 1 else math.inf
 
 
-def small_cohort(crowds: Sequence[tuple[int, int]], sampling_rate: float) -> float:
-    """Probability that a round is called off, from above: that some band has too few devices.
-
-    ``crowds`` has the devices of each band that hold it and train, and the fewest that a release
-    needs. Each takes part with the probability ``sampling_rate``, in (0, 1]; with drop-outs that
-    depend on no history, that with which it takes part and stays.
-    """
-    from scipy.special import bdtr
-
-    if any(least > population for population, least in crowds):
-        return 1.0
-    below = (bdtr(least - 1, population, sampling_rate) for population, least in crowds)
-    return min(1.0, float(sum(below)))
-
-
 def small_cohort_delta(
     crowds: Sequence[tuple[int, int]], sampling_rate: float, rounds: int
 ) -> float:
     """What ``rounds`` rounds add to δ because small cohorts release nothing, in [0, 1].
 
-    ``T · P[k < n]``, and ``q / (1 - q)`` times as much for ``q`` above one half.
+    ``T · P[k < n]``, summed over the bands, and ``q / (1 - q)`` times as much for ``q`` above one
+    half. ``crowds`` has the devices of each band that hold it and train, and the fewest that a
+    release needs. Each takes part with the probability ``sampling_rate``, in (0, 1]; with drop-outs
+    that depend on no history, that with which it takes part and stays.
     """
+    from scipy.special import bdtr
+
     if sampling_rate == 1:
         return 0.0  # there is no secrecy of sampling to spoil
+    below = sum(
+        float(bdtr(least - 1, population, sampling_rate)) if least <= population else 1.0
+        for population, least in crowds
+    )
     odds = max(1.0, sampling_rate / (1 - sampling_rate))
-    return min(1.0, rounds * odds * small_cohort(crowds, sampling_rate))
+    return min(1.0, rounds * odds * below)
 
 
 def check_small_cohorts(

@@ -244,11 +244,9 @@ class Ledger:
     def commit(self, round: int, attempt: int, tag: bytes) -> None:
         """Say what an attempt that was charged releases, on disk before it is released.
 
-        ``tag`` is a keyed hash of it (:meth:`~privrec.randomness.SecretRoot.tag`).
-
-        Raises:
-            ReleaseRefused: when the attempt was not charged, has another tag already (two different
-                releases under one charge), or the commit could not be written.
+        ``tag`` is a keyed hash of it (:meth:`~privrec.randomness.SecretRoot.tag`). ReleaseRefused
+        when the attempt was not charged, has another tag already (two different releases under one
+        charge), or the commit could not be written.
         """
         known = self.committed(round, attempt)
         if known == tag:
@@ -268,10 +266,8 @@ class Ledger:
         """Say that the run is over and the digest of its last model, on disk before this returns.
 
         From here on nothing is charged. An older copy of the ledger, with the head that was signed
-        then, lacks this entry: so it shows that it is not the whole.
-
-        Raises:
-            ReleaseRefused: when it ended with another model, or the entry could not be written.
+        then, lacks this entry: so it shows that it is not the whole. ReleaseRefused when it ended
+        with another model, or the entry could not be written.
         """
         if self.ended == model:
             return
@@ -283,11 +279,7 @@ class Ledger:
         self._append({"kind": "end", "model": model.hex()})
 
     def sign(self, kind: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """A signed record of the run; see :func:`privrec.storage.sign`.
-
-        Raises:
-            UsageError: when the ledger was opened without the signing key or for reading.
-        """
+        """A signed record of the run; UsageError without the key or when opened for reading."""
         if self._key is None or not self._files:
             raise UsageError(
                 f"{self.path}: sealing needs the signing key and a ledger opened for writing; "
@@ -298,11 +290,7 @@ class Ledger:
     def seal(self) -> None:
         """Sign the number of entries and the last hash, so that a cut end shows from here on.
 
-        The head is replaced as a whole and durable before this returns.
-
-        Raises:
-            UsageError: as :meth:`sign`.
-            ReleaseRefused: when the head could not be written.
+        The head is replaced as a whole and durable before this returns, or ReleaseRefused raised.
         """
         head = {"format": FORMAT, "entries": self.entries, "last_hash": self.last_hash}
         record = storage.canonical(self.sign(_HEAD, head)) + b"\n"

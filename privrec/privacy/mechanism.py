@@ -96,8 +96,6 @@ class Band:
     colluders: int = 0
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise UsageError(f"a band of {self.size} coefficients: it must have at least 1")
         if not 0 <= self.colluders < self.least:
             raise UsageError(
                 f"a band with {self.colluders} colluders among {self.least} fewest survivors: there"
@@ -187,16 +185,10 @@ class Shares:
         """The survivors whose seed of a band is revealed: those after the fewest who signed.
 
         A device asks this about the survivors that were confirmed to it, never about those that
-        the server names later; the server asks it about the same. Nobody is named without
-        ``remove_excess``.
-
-        Args:
-            survivors: the confirmed survivors that hold the band, in the order all agree on.
-            signers: those of them who are known to have confirmed, all of them by default. A
-                survivor that fell silent before is not known to have been there at all.
-
-        Raises:
-            ReleaseRefused: when there are fewer than the band needs, or one is named twice.
+        the server names later; the server asks it about the same. They hold the band and come in
+        the order all agree on. ``signers`` are known to have confirmed, all by default: a survivor
+        that fell silent before is not known to have been there at all. Nobody is named without
+        ``remove_excess``. ReleaseRefused for fewer than the band needs, or one named twice.
         """
         if len(set(survivors)) < len(survivors):
             raise ReleaseRefused(

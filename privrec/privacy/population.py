@@ -125,8 +125,7 @@ def path_of(name: str) -> Path:
 def create(name: str, *, epsilon: float, delta: float, against: Adversary) -> Population:
     """Begin the ledger of a population with its limit on ε, durable before this returns.
 
-    Raises:
-        UsageError: when there is one of that name, or a value is outside its range.
+    UsageError when there is, or was, one of that name, or a value is outside its range.
     """
     path = path_of(name)
     check_delta(delta)

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from privrec.errors import UsageError
-from privrec.privacy.discrete import check_small_cohorts, small_cohort, small_cohort_delta
+from privrec.privacy.discrete import check_small_cohorts, small_cohort_delta
 from privrec.privacy.events import RoundEvent, epsilon
 
 
@@ -55,28 +55,27 @@ def test_without_the_addition_the_claim_is_false():
 def test_is_the_binomial_tail_of_all_bands():
     crowds = [(600, 40), (300, 15), (100, 3)]
     tails = [stats.binom.cdf(least - 1, population, 0.1) for population, least in crowds]
-    assert small_cohort(crowds, 0.1) == pytest.approx(sum(tails), rel=1e-9)
+    assert small_cohort_delta(crowds, 0.1, 1) == pytest.approx(sum(tails), rel=1e-9)
     assert small_cohort_delta(crowds, 0.1, 50) == pytest.approx(50 * sum(tails), rel=1e-9)
     assert small_cohort_delta(crowds, 0.1, 10**9) == 1
     assert small_cohort_delta(crowds, 0.1, 0) == 0
 
 
 def test_far_tails_keep_their_digits():
-    found = small_cohort([(100_000, 500)], 0.01)
+    found = small_cohort_delta([(100_000, 500)], 0.01, 1)
     assert found == pytest.approx(stats.binom.cdf(499, 100_000, 0.01), rel=1e-6)
     assert 0 < found < 1e-60
 
 
 def test_above_one_half_the_odds_count():
-    crowds = [(50, 30)]
-    assert small_cohort_delta(crowds, 0.75, 1) == pytest.approx(3 * small_cohort(crowds, 0.75))
-    assert small_cohort_delta(crowds, 0.5, 1) == small_cohort(crowds, 0.5)
+    for rate, odds in ((0.75, 3), (0.5, 1)):
+        tail = stats.binom.cdf(29, 50, rate)
+        assert small_cohort_delta([(50, 30)], rate, 1) == pytest.approx(odds * tail, rel=1e-9)
 
 
 def test_with_everybody_nothing_is_secret_about_sampling():
     assert small_cohort_delta([(50, 50)], 1.0, 100) == 0
-    assert small_cohort([(50, 50)], 1.0) == 0
-    assert small_cohort([(50, 51)], 1.0) == 1
+    assert small_cohort_delta([(50, 51)], 0.5, 1) == 1  # it never releases at all
 
 
 def test_what_one_round_takes_of_delta():

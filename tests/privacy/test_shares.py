@@ -144,7 +144,7 @@ def test_a_ledger_keeps_and_accounts_for_it(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Band(0, 3), "0 coefficients"),
+        (lambda: Shares(1.0, 100, (Band(0, 3),)), "dimension 0"),
         (lambda: Band(5, 3, 3), "3 colluders among 3"),
         (lambda: Band(5, 3, -1), "-1 colluders"),
         (lambda: Shares(0.1, 100, (Band(9, 50),)), "raise privacy.scale_bits"),
