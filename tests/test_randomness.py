@@ -278,7 +278,7 @@ class TestStateDir:
 def test_import_is_light():
     heavy = run("""
         import sys
-        import privrec.randomness, privrec.privacy.ledger, privrec.privacy.calibrate
+        import privrec.randomness, privrec.privacy.ledger, privrec.privacy.events
         heavy = {"torch", "scipy", "dp_accounting", "opacus"}
         print(sorted(heavy & set(sys.modules)))
     """)

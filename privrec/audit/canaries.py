@@ -46,11 +46,8 @@ Canaries: TypeAlias = tuple[Tier, Integers]
 Update: TypeAlias = tuple[Tier, Integers, RawUpdate]
 
 CONFIDENCE = 0.95
-"""Of the lower bounds that are reported.
-
-One honest build in twenty may exceed a claim by that much, where the claim is small. So an audit
-fails only when chance does not explain it either, with the level of every other probe.
-"""
+"""Of the lower bounds that are reported. One honest build in twenty may exceed a small claim, so an
+audit fails only when chance does not explain it either, with the level of every other probe."""
 _LOUD = np.float32(1000.0)  # clip norms before clipping
 _CELLS = 4_000_000  # coefficients of a batch of canaries
 _WORK = 300_000_000  # coefficients of all canaries of the one-shot estimate together

@@ -44,8 +44,8 @@ _STRIDE = 7919  # a prime, so that no user has an item twice
 
 
 Noise: TypeAlias = list[tuple[Integers, float]]
-"""What one release carries in each band, the band that every device holds first: what was released
-less the sum without noise, and the deviation that is expected."""
+"""What one release adds to the sum in each band, the band that every device holds first, and the
+deviation that is expected of it."""
 
 
 @dataclass(frozen=True)

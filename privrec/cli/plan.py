@@ -116,7 +116,7 @@ def _planned(scenario: Scenario) -> dict[str, Any]:
 def _spending(scenario: Scenario, event: RoundEvent) -> dict[str, Any]:
     if not event.is_private:
         return {"epsilon": None, "epsilon_server": None, "epsilon_by_round": []}
-    from privrec.privacy.calibrate import epsilon_by_round
+    from privrec.privacy.events import epsilon_by_round
     from privrec.run.privacy_plan import release_event
 
     rounds, delta = scenario.train.rounds, scenario.privacy.delta

@@ -28,8 +28,7 @@ from privrec.flower.enrolment import Anyone, anchor_of, enroll
 from privrec.flower.exchange import CONFIRM, LOG, MASKED, SHARES, UNMASK, Member, Registry
 from privrec.flower.mod import SecureSumMod
 from privrec.flower.plan import CAPPED, CLIPPED, ODD, SumCohort, SumPlan
-from privrec.privacy.calibrate import noise_multiplier_for
-from privrec.privacy.events import RoundEvent, check_delta
+from privrec.privacy.events import RoundEvent, check_delta, noise_multiplier_for
 from privrec.privacy.ledger import Ledger
 from privrec.randomness import SecretRoot, state_dir
 from privrec.secagg.keys import statement

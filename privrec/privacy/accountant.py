@@ -38,10 +38,7 @@ _PLAIN = 1e-12  # sampling above 1 - 1e-12 is treated as everybody, which costs 
 
 @dataclass(frozen=True)
 class Rounds:
-    """``count`` identical rounds of the Gaussian mechanism of sensitivity 1.
-
-    Each user is sampled with ``sampling_rate``, in (0, 1].
-    """
+    """``count`` identical rounds of the Gaussian mechanism of sensitivity 1, each user sampled."""
 
     noise_multiplier: float
     sampling_rate: float

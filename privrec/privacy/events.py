@@ -1,4 +1,4 @@
-"""What a round costs: its privacy event, and ε of any collection of events.
+"""What rounds cost: privacy events, ε of any collection of them, and the noise that a target takes.
 
 The unit is a user and the adjacency is zero-out: one user's history is replaced by none, while
 enrolment stays public. A sampled user shifts the sum by at most the sensitivity, an unsampled one
@@ -15,8 +15,9 @@ which Gaussian mechanism they amount to, and how closely.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, astuple, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,6 +34,9 @@ Mechanism = Literal["gaussian", "discrete_gaussian", "none"]
 DIGITS = 4
 _SMALLEST_DELTA = 1e-10
 _LEAST_SAMPLED, _MOST_NOISE = 0.01, 1e9
+_FIGURES = 4
+_STEPS = 9 * 10 ** (_FIGURES - 1)  # numbers of four significant digits in a decade
+_LEAST, _MOST = -2, 6  # noise multipliers that are offered, from 0.01 to a million
 _NAMES = ("mechanism", "noise_multiplier", "sampling_rate")
 _GRID_NAMES = tuple(field.name for field in fields(Grid))
 
@@ -208,6 +212,88 @@ def divergence(
     if not all(event.is_private for event in counts):
         return math.inf
     return sum(part.count * renyi(part, order) for part in _composition(counts, adversary))
+
+
+def noise_multiplier_for(
+    target_epsilon: float,
+    delta: float,
+    event_of: Callable[[float], RoundEvent],
+    rounds: int,
+    adversary: Adversary,
+    before: RoundEvent | None = None,
+) -> float:
+    """The smallest noise multiplier of four significant digits that keeps ε within a target.
+
+    Promise: :func:`epsilon` of ``rounds`` such rounds is at most ``target_epsilon``, and with one
+    unit less in the last digit it is more (unless the result is the least that is offered, 0.01).
+
+    Args:
+        target_epsilon: largest ε at the end of all rounds, at least 0.0001.
+        delta: the δ of the claim, in [1e-10, 1).
+        event_of: the event of a round with a noise multiplier, so that ε falls as noise grows; it
+            may refuse too little noise with a ``UsageError``.
+        before: what is charged before the first round, if anything; the target covers it.
+
+    Raises:
+        UsageError: also when not even a noise multiplier of a million meets the target.
+    """
+    _check(
+        math.isfinite(target_epsilon) and target_epsilon >= 10.0**-DIGITS,
+        f"epsilon {target_epsilon}: it must be finite and at least {10.0**-DIGITS}, "
+        'to which ε is rounded up; for no guarantee at all choose noise = "none"',
+    )
+    _check(rounds >= 1, f"{rounds} rounds: there must be at least 1")
+    check_delta(delta)
+
+    def holds(candidate: int, against: Adversary) -> bool:
+        try:
+            event = event_of(_candidate(candidate))
+        except UsageError:
+            return False
+        return epsilon(_charged(event, rounds, before), delta, against) <= target_epsilon
+
+    def first(against: Adversary, last: int) -> int:
+        return bisect_left(range(last), True, key=lambda candidate: holds(candidate, against))
+
+    # What holds against the server holds against recipients too, and costs nothing to find.
+    enough = first("server", (_MOST - _LEAST) * _STEPS)
+    if adversary == "recipients":
+        enough = first("recipients", enough)
+    if not holds(enough, adversary):
+        event_of(_candidate(enough))  # says what is wrong with the event, if anything is
+        raise UsageError(
+            f"epsilon {target_epsilon} at delta {delta} over {rounds} rounds: not met even by a "
+            f"noise multiplier of {_candidate(enough):g}; allow a larger epsilon or fewer rounds"
+        )
+    return _candidate(enough)
+
+
+def epsilon_by_round(
+    event: RoundEvent, rounds: int, delta: float, points: int, before: RoundEvent | None = None
+) -> list[tuple[int, float, float]]:
+    """What rounds of one kind will cost, before any data is touched.
+
+    Numbers of rounds, ``points`` of them spread from 1 to ``rounds``, each with its ε against the
+    recipients of the models and against the server.
+    """
+    _check(rounds >= 1, f"{rounds} rounds: there must be at least 1")
+    count = max(2, min(points, rounds))
+    after = {round(1 + (rounds - 1) * place / (count - 1)) for place in range(count)}
+    spent = [(each, _charged(event, each, before)) for each in sorted(after)]
+    return [
+        (each, epsilon(charged, delta, "recipients"), epsilon(charged, delta, "server"))
+        for each, charged in spent
+    ]
+
+
+def _charged(event: RoundEvent, rounds: int, before: RoundEvent | None) -> Counter[RoundEvent]:
+    return Counter({event: rounds}) + Counter([] if before is None else [before])
+
+
+def _candidate(candidate: int) -> float:
+    """The candidates in ascending order: all numbers of four significant digits from 0.01 on."""
+    decade, place = divmod(candidate, _STEPS)
+    return float(f"{10 ** (_FIGURES - 1) + place}e{decade + _LEAST - _FIGURES + 1}")
 
 
 def check_delta(delta: float) -> None:

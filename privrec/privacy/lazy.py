@@ -106,7 +106,7 @@ class LazyMemory:
                 of a bag do; they are in order when None.
 
         Raises:
-            UsageError: when an argument is not of its shape, type or range, or 2^31 steps are owed.
+            UsageError: also when 2^31 steps are owed.
         """
         self._check_rows(rows)
         count = len(rows) if which is None else len(gradients)

@@ -45,7 +45,10 @@ from privrec.privacy.discrete import Grid, check_variance, discrete_gaussian
 from privrec.privacy.events import RoundEvent
 from privrec.randomness import Name, SecretRoot, SecureStream
 
+Device = TypeVar("Device")
+
 LARGEST_SIGMA = 2.0**40
+SEED_BYTES = 32
 _BLOCK = 1 << 16
 
 
@@ -74,11 +77,6 @@ def rounded_gaussian(stream: SecureStream, sigma: float, size: int) -> NDArray[n
         np.rint(deviates, out=deviates)
         part[:] = deviates
     return noise
-
-
-SEED_BYTES = 32
-
-Device = TypeVar("Device")
 
 
 @dataclass(frozen=True)
@@ -216,10 +214,7 @@ def grid_of(
     remove_excess: bool,
     small_cohort_delta: float = 0.0,
 ) -> Grid:
-    """What the accounting of :class:`Shares` depends on besides their noise multiplier.
-
-    The band with most shares decides, since its shares are the narrowest.
-    """
+    """What accounting depends on besides the noise; the band of the narrowest shares decides."""
     size, narrowest = sum(band.size for band in bands), max(band.shares for band in bands)
     return Grid(squared_sensitivity, size, narrowest, remove_excess, small_cohort_delta)
 

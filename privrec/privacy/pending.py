@@ -7,8 +7,8 @@ sums, so that step sizes, noise multipliers and clipping bounds may change from 
 coefficient follows ``x_k = A_k x_(k-1) + b_k (g_k + n_k)``. A row without gradients goes from step
 ``s`` to ``t`` by ``x_t = F x_s + noise``, where ``F`` is the product of the ``A_k`` and the noise
 is Gaussian of a covariance ``Q``. Blocks ``(i 2^L, (i + 1) 2^L]`` of steps are composed once, and
-any interval is put together from at most ``2 log2(t)`` of them: exact for every schedule, and no
-inverse, which momentum would make useless.
+any interval is made of at most ``2 log2(t)`` of them: exact for every schedule, and no inverse,
+which momentum would make useless.
 
 :class:`Normals` draws, in cache-sized blocks, float32 deviates by Box-Muller on 32-bit uniforms of
 the keystream. A word below 2^8, one in 16 million, is continued by 64 further bits, so that the

@@ -14,9 +14,8 @@ from scipy.stats import binom
 
 from privrec.device.update import SMALL_RING_BITS, Protection
 from privrec.errors import UsageError
-from privrec.privacy.calibrate import noise_multiplier_for
 from privrec.privacy.discrete import check_small_cohorts
-from privrec.privacy.events import RoundEvent
+from privrec.privacy.events import RoundEvent, noise_multiplier_for
 from privrec.privacy.mechanism import Band, Shares, grid_of
 from privrec.scenario.kinds import PUBLISHED
 from privrec.scenario.load import Scenario

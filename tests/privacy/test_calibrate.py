@@ -3,8 +3,7 @@ import math
 import pytest
 
 from privrec.errors import UsageError
-from privrec.privacy.calibrate import epsilon_by_round, noise_multiplier_for
-from privrec.privacy.events import RoundEvent, epsilon
+from privrec.privacy.events import RoundEvent, epsilon, epsilon_by_round, noise_multiplier_for
 
 TARGETS = [
     (8.0, 1e-5, 0.1, 400, "recipients"),
