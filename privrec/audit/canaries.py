@@ -21,6 +21,7 @@ holds as far as the cosines are Gaussian, which high dimensions make them.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -57,10 +58,7 @@ _QUIET = 32.0  # a canary's noise over what the others add to it, as variances
 
 @dataclass
 class Attack:
-    """Both estimates for a scenario with noise, from at most so many canaries, 2 or more.
-
-    ``lower_bound``, on ε by the one-run audit, and ``method`` in words are there once probed.
-    """
+    """Both estimates from at most so many canaries; once probed, with a bound and how, in words."""
 
     harness: Harness
     most: int
@@ -122,11 +120,12 @@ class Attack:
         total = sum(len(users) for _, users in groups)
         rounds = max(1, min(rounds, _WORK // (size * total)))
         products, squares, done = np.zeros(total), 0.0, 0
+        loud = np.float32(_LOUD * harness.plan.protection.encoding.clip_norm)
         for index in range(rounds):
             round, seed = harness.round(index), int(rng.integers(2**63))
             sampled = harness.simulation.sample(round)
             updates = (
-                (tier, users[there], RawUpdate(values[there] * _loud(harness), whole))
+                (tier, users[there], RawUpdate(values[there] * loud, whole))
                 for tier, users, values in _unit(groups, seed)
                 for there, whole in [(np.isin(users, sampled), Address.whole(tier.layout))]
             )
@@ -194,11 +193,7 @@ def _spikes(
     present: NDArray[np.bool_],
     rng: np.random.Generator,
 ) -> tuple[Integers, Floats, list[Update]]:
-    """A place of its own and a sign for each canary, and the updates of those that are there.
-
-    An update is far too long and in that one coefficient, of those that the canary holds; places
-    are in the order of the wire.
-    """
+    """A place on the wire and a sign for each canary, and far too long updates of those there."""
     free, places = np.ones(sum(harness.sizes), np.bool_), []
     for tier, users in groups:
         mine = rng.choice(np.flatnonzero(free[: tier.layout.size]), len(users), replace=False)
@@ -207,18 +202,14 @@ def _spikes(
     signs, sampled = rng.choice([-1.0, 1.0], len(present)), harness.simulation.sample(round)
     ends = np.cumsum([len(users) for _, users in groups])[:-1]
     parts = zip(groups, places, np.split(signs, ends), np.split(present, ends), strict=True)
-    updates = []
+    loud, updates = np.float32(_LOUD * harness.plan.protection.encoding.clip_norm), []
     for (tier, users), wire, sign, there in parts:
         sent = there & np.isin(users, sampled)
         layouts = tier.layout, *harness.plan.federation.weaker(tier)
         order = to_wire(np.arange(tier.layout.size), layouts)
-        update = _in_one_place(tier, order[wire[sent]], sign[sent] * _loud(harness))
+        update = _in_one_place(tier, order[wire[sent]], sign[sent] * loud)
         updates.append((tier, users[sent], update))
     return np.concatenate(places), signs, updates
-
-
-def _loud(harness: Harness) -> np.float32:
-    return np.float32(_LOUD * harness.plan.protection.encoding.clip_norm)
 
 
 def _in_one_place(tier: Tier, places: Integers, values: Floats) -> RawUpdate:
@@ -325,14 +316,9 @@ class Guesses:
 
     def lower_bound(self, delta: float, confidence: float) -> float:
         """The largest ε that is refuted with this confidence, at the claim's δ; 0 when none is."""
-        if self.p_value(0.0, delta) > 1 - confidence:
-            return 0.0
-        low, high = 0.0, LARGEST
-        while high - low > 1e-4:
-            middle = (low + high) / 2
-            refuted = self.p_value(middle, delta) <= 1 - confidence
-            low, high = (middle, high) if refuted else (low, middle)
-        return low
+        steps = range(round(LARGEST * 1e4))
+        kept = bisect_left(steps, True, key=lambda n: self.p_value(n / 1e4, delta) > 1 - confidence)
+        return max(0, kept - 1) / 1e4
 
 
 def best_guesses(canaries: int, strength: float, delta: float, confidence: float) -> int:
@@ -340,14 +326,15 @@ def best_guesses(canaries: int, strength: float, delta: float, confidence: float
 
     ``strength`` is as in :meth:`Guesses.chance`.
     """
-    best, found = 0, -1.0
-    for share in np.geomspace(max(1e-3, 2 / canaries), 1.0, 24):
-        made = 2 * max(1, round(share * canaries / 2))
+
+    def bound(made: int) -> float:
         right = math.floor(made * _accuracy(made / canaries / 2, strength))
-        bound = Guesses(max(canaries, made), made, right).lower_bound(delta, confidence)
-        if bound >= found and made <= canaries:
-            best, found = made, bound
-    return best
+        return Guesses(canaries, made, right).lower_bound(delta, confidence)
+
+    shares = np.geomspace(max(1e-3, 2 / canaries), 1.0, 24)
+    numbers = {2 * max(1, round(share * canaries / 2)) for share in shares.tolist()}
+    affordable = [made for made in sorted(numbers, reverse=True) if made <= canaries]
+    return max(affordable, key=bound, default=0)
 
 
 def _accuracy(tail: float, strength: float) -> float:

@@ -42,7 +42,6 @@ STAND_IN_ITEMS = 1000
 _HISTORY = 6
 _STRIDE = 7919  # a prime, so that no user has an item twice
 
-
 Noise: TypeAlias = list[tuple[Integers, float]]
 """What one release adds to the sum in each band, the band that every device holds first, and the
 deviation that is expected of it."""
@@ -50,12 +49,9 @@ deviation that is expected of it."""
 
 @dataclass(frozen=True)
 class Harness:
-    """The parts of a run of ``scenario`` that one audit drives.
+    """The parts of a run of ``scenario`` that one audit drives, with stand-in histories.
 
-    Attributes:
-        simulation: the devices, with stand-in histories.
-        root: the server's secret, drawn for this audit.
-        stand_ins: numbers that are not public and were made up, in words; empty when none was.
+    ``root`` is the server's secret, and ``stand_ins`` says which numbers were made up, if any.
     """
 
     scenario: Scenario

@@ -322,10 +322,7 @@ def probe_lazy(root: SecretRoot) -> Iterator[Checked]:
 
 
 def _settled(memory: LazyMemory) -> Checked:
-    """Each way to read gives the variance owed since the last one, independent of it.
-
-    A row read between others owes less than they do; after each read nothing is owed any more.
-    """
+    """Each way to read gives the variance owed since the last one, independent of it, and all."""
     p_values, worst, left = [], 1.0, 0.0
     before, known = np.zeros((ROWS, WIDTH)), np.zeros((ROWS, WIDTH))
     for read, variance in zip(_READS, _VARIANCES, strict=True):

@@ -218,10 +218,7 @@ def secure_sum(harness: Harness) -> Iterator[Checked]:
 def _summed(
     harness: Harness, protection: Protection, rows: Rows, summings: Sequence[Summing]
 ) -> Integers:
-    """Put users' updates into every sum, and add their integers up on their own.
-
-    What a tier does not hold is zero in the layout of the shared vector.
-    """
+    """Put users' updates into every sum, and add their integers up on their own."""
     simulation = replace(harness.simulation, cohorts=_fresh(harness), protection=protection)
     total = np.zeros(harness.plan.federation.layout.size, np.int64)
     for tier, users, update in _bounded(harness, simulation, rows):

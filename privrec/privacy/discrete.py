@@ -369,9 +369,7 @@ def check_small_cohorts(
 ) -> float:
     """What one round adds to δ because small cohorts release nothing.
 
-    Raises:
-        UsageError: when all rounds would take more than a hundredth of δ, or a band has fewer
-            devices than it needs.
+    UsageError when all rounds take more than a hundredth of δ, or a band can never release.
     """
     for population, least in crowds:
         if population < least:

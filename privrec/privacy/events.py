@@ -51,10 +51,8 @@ class RoundEvent:
         noise_multiplier: standard deviation of the noise over the sensitivity of the sum; above 0,
             but 0 for ``"none"``. For shares it is that of the shares accounted for alone.
         sampling_rate: probability with which each user takes part, in (0, 1]; 1 means everybody.
-        grid: what shares are made of; with ``"discrete_gaussian"`` only.
-
-    Raises:
-        UsageError: when a value is outside its range, or shares are too narrow to be accounted.
+        grid: what shares are made of; with ``"discrete_gaussian"`` only. Shares that are too narrow
+            to be accounted are refused, as is every value outside its range.
     """
 
     mechanism: Mechanism
@@ -227,15 +225,14 @@ def noise_multiplier_for(
     Promise: :func:`epsilon` of ``rounds`` such rounds is at most ``target_epsilon``, and with one
     unit less in the last digit it is more (unless the result is the least that is offered, 0.01).
 
+    UsageError when not even a noise multiplier of a million meets it.
+
     Args:
         target_epsilon: largest ε at the end of all rounds, at least 0.0001.
         delta: the δ of the claim, in [1e-10, 1).
         event_of: the event of a round with a noise multiplier, so that ε falls as noise grows; it
             may refuse too little noise with a ``UsageError``.
         before: what is charged before the first round, if anything; the target covers it.
-
-    Raises:
-        UsageError: also when not even a noise multiplier of a million meets the target.
     """
     _check(
         math.isfinite(target_epsilon) and target_epsilon >= 10.0**-DIGITS,

@@ -72,8 +72,9 @@ class LazyMemory:
         self._sum, self._drift = pending.PendingNoise(), pending.PendingSteps()
         self._stamps = np.zeros(len(values), np.uint32)
         self._block = max(1, _BLOCK_BYTES // (4 * self.shape[1]))
-        self._held: tuple[Values, ...] = ()
         self.__tables: tuple[Values, ...] = (values, *([np.zeros_like(values)] if moving else []))
+        room = self._block, self.shape[1]
+        self._held = tuple(np.empty(room, self.dtype) for _ in self.__tables)
 
     @property
     def steps(self) -> int:
@@ -93,7 +94,7 @@ class LazyMemory:
         *,
         which: Rows | None = None,
     ) -> None:
-        """Take one step on some rows, and let all of them owe its noise.
+        """Take one step on some rows, and let all of them owe its noise, in up to 2^31 steps.
 
         Args:
             rows: in any order; repeated ones add up.
@@ -104,9 +105,6 @@ class LazyMemory:
             update: the step; required exactly where rows move.
             which: for each row the number of its gradient, where many rows share one, as the rows
                 of a bag do; they are in order when None.
-
-        Raises:
-            UsageError: also when 2^31 steps are owed.
         """
         self._check_rows(rows)
         count = len(rows) if which is None else len(gradients)
@@ -234,9 +232,6 @@ class LazyMemory:
 
     def _taken(self, rows: Rows) -> tuple[Values, ...]:
         """Copies of rows, in buffers that stay in the cache from block to block."""
-        if not self._held:
-            shape = self._block, self.shape[1]
-            self._held = tuple(np.empty(shape, self.dtype) for _ in self.__tables)
         buffers = tuple(buffer[: len(rows)] for buffer in self._held)
         for table, buffer in zip(self.__tables, buffers, strict=True):
             np.take(table, rows, axis=0, out=buffer, mode="clip")

@@ -96,13 +96,12 @@ class Ledger:
     ) -> Ledger:
         """Begin a ledger with its header and its first signed head, durable before this returns.
 
+        UsageError when ``path`` exists or cannot be written.
+
         Args:
             header: what the charges are for, as plain JSON values. Format, unit (``user``),
                 adjacency (``zero-out``) and the public key are always the ledger's own.
             kept: where this machine keeps the last head that it signed, beside the key.
-
-        Raises:
-            UsageError: when ``path`` exists or cannot be written.
         """
         ledger = cls(path, signing_key, kept)
         ledger.public_key = signing_key.public_key()
@@ -132,7 +131,7 @@ class Ledger:
         """Read a ledger back, and check every line of it and its signed head.
 
         A last line that a crash cut off was never acknowledged: it is removed, and ``repaired``
-        says so. A last line that lacks only its end is kept.
+        says so. One that lacks only its end is kept.
 
         Args:
             signing_key: the server's; needed to :meth:`seal`.

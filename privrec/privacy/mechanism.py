@@ -108,7 +108,7 @@ class Band:
 
 @dataclass(frozen=True)
 class Shares:
-    """The distributed noise of a round.
+    """The distributed noise of a round; UsageError when too narrow or wide to be accounted.
 
     Promise: a device's share is a function of its seeds, the same on every platform; the sum over
     survivors, less what :meth:`excess` gives, has in each coefficient of a band :meth:`kept` times
@@ -120,9 +120,6 @@ class Shares:
             ``Encoding.squared_bound``.
         bands: of the whole vector, in its order; a device holds a prefix of them.
         remove_excess: whether the sum keeps ``least`` shares of each band.
-
-    Raises:
-        UsageError: when shares are too narrow or too wide to be drawn and accounted.
     """
 
     noise_multiplier: float

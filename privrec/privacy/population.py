@@ -181,8 +181,7 @@ def reserve(name: str, run_id: str, planned: Counts) -> PopulationBalance:
     it), it sets aside the larger of both. The balance is for the run's own ledger.
 
     Raises:
-        BudgetError: when the lifetime ε would be exceeded; nothing is reserved.
-        UsageError, IntegrityError: as :func:`read`.
+        BudgetError: when the lifetime ε would be exceeded; nothing is reserved then.
     """
     with _alone(read(name).path):
         population = read(name)
@@ -210,10 +209,8 @@ def reserve(name: str, run_id: str, planned: Counts) -> PopulationBalance:
 def settle(name: str, run_id: str, charged: Counts) -> None:
     """Replace what a run that has ended had set aside by what it charged, once and for all.
 
-    Raises:
-        UsageError: as :func:`read`, and when the run had set nothing aside.
-        IntegrityError: as :func:`read`, when the run charged what it had not set aside, or when it
-            was settled with other charges before.
+    UsageError when the run had set nothing aside; IntegrityError when it charged what it had not
+    set aside, or was settled with other charges before.
     """
     with _alone(read(name).path):
         population = read(name)
@@ -244,12 +241,8 @@ class PopulationCharge:
     def of(cls, header: Mapping[str, Any], *, ended: bool) -> PopulationCharge | None:
         """The tie that the header of a run's ledger names, or None for a run of its own.
 
-        ``ended`` is whether that ledger says that the run has ended.
-
-        Raises:
-            UsageError: as :func:`read`.
-            IntegrityError: as :func:`read`; when the population's ledger was set back; or when it
-                says that the run has ended, and the run's own is an older copy that does not.
+        Refused is what :func:`read` refuses, a population ledger that was set back, and, unless the
+        run's own ledger says that it has ``ended``, a run that the population knows as ended.
         """
         balance, run_id = PopulationBalance.from_json(header["standing"]), header["run_id"]
         if balance.population is None:
