@@ -105,8 +105,7 @@ class SparseClassifier:
     or numbers, all of one type, and are predicted as they came.
 
     Args:
-        text: column of the text, or several columns of a table.
-        label: column of the label.
+        text: column of the text, or several columns of a table; ``label`` is that of the label.
         between: what separates several labels in a cell, such as ``"|"``; None, there is one.
         dim: length of the hidden vector.
         share: active neurons of the output in a batch, in (0, 1]; None, all up to 4,096 labels and
@@ -116,7 +115,6 @@ class SparseClassifier:
         features: size of the hashed vocabulary.
         epochs: passes over the examples, at least 1.
         batch: examples of a step, at least 1; None, 32 of few rows and up to 256 of many.
-        lr: step size.
         loss: ``softmax`` where labels compete, ``bce`` where each stands for itself.
         seed: the same data and seed give the same model.
         tokens: ``blanks`` splits texts at blanks alone, as fastText does; ``words`` takes runs of
@@ -187,8 +185,8 @@ class SparseClassifier:
         share = self.share
         if share is None:
             most = int(np.sort(np.diff(examples.label_ends, prepend=0))[-batch:].sum())
-            share = max(0.01, (most + ROOM) / len(known)) if len(known) > DENSE else 1.0
-            share = min(1.0, share)
+            least = (most + ROOM) / len(known)
+            share = 1.0 if len(known) <= DENSE else min(1.0, max(0.01, least))
         model = self._network(len(known), share)
         optimizer = RowAdam(model.parameters(), lr=self.lr)
         for number in range(1, self.epochs + 1):
@@ -206,12 +204,7 @@ class SparseClassifier:
         return self
 
     def predict(self, texts: Texts) -> list[Label]:
-        """Return the best label of each text of a list, or of the file at a path.
-
-        Raises:
-            UsageError: before :meth:`fit`.
-            DataError: when the file is malformed, or what was handed over is no text.
-        """
+        """Return the best label of each text of a list, or of the file at a path."""
         return [best[0] for best in self.predict_top(texts, 1)]
 
     def predict_top(self, texts: Texts, k: int) -> list[list[Label]]:

@@ -27,10 +27,8 @@ from privrec.scenario.schema import Model
 class NCF:
     """A scorer of items for users: ``score = <u, v> + network(u', v') + user bias``.
 
-    Attributes:
-        dot: length of the part of the vectors that enters the dot product.
-        tower: length of the part that enters the network, 0 for none.
-        hidden: widths of the network's hidden layers.
+    ``dot`` is the length of the part of the vectors that enters the dot product, ``tower`` of the
+    part that enters the network, with hidden layers of these widths.
     """
 
     dot: int
@@ -87,10 +85,8 @@ class NCF:
     def forward(self, user: Tensor, rows: Tensor, dense: Tensor) -> Scored:
         """Scores ``(m, k)`` of candidates, without item biases, and the gradients of training.
 
-        Args:
-            user: private states, shape ``(m, user_dim)``.
-            rows: item vectors, shape ``(m, k, dim)``, or ``(1, k, dim)`` when all see the same.
-            dense: dense weights, shape ``(m, dense)``.
+        Users' private states are ``(m, user_dim)``, item vectors ``(m, k, dim)``, or with a 1 for
+        ``m`` when all see the same, and dense weights ``(m, dense)``.
         """
         return _NetworkScored(self, user, rows, dense) if self.tower else Scored(user, rows)
 
@@ -103,12 +99,9 @@ class NCF:
         return scores
 
     def network(self, user: Tensor, rows: Tensor, dense: Tensor) -> Tensor:
-        """The tower's output, shape ``(m, k)``.
+        """The tower's output ``(m, k)`` for parts of users ``(m, 1 or k, tower)`` and of items.
 
-        Args:
-            user: the users' parts, shape ``(m, 1, tower)``, or ``(m, k, tower)`` by sample.
-            rows: the items' parts, shape ``(m, k, tower)`` or ``(1, k, tower)``.
-            dense: dense weights, shape ``(m, dense)`` or ``(1, dense)``.
+        The latter are ``(m or 1, k, tower)``, and dense weights ``(m or 1, dense)``.
         """
         parts = torch.split(dense, [math.prod(shape) for shape in self.shapes], dim=1)
         weights = [p.reshape(-1, *shape) for p, shape in zip(parts, self.shapes, strict=True)]

@@ -124,10 +124,7 @@ class NextWord:
     def batch(
         self, tokens: NDArray[np.int32], most: int | None, budget: int | None, draw: int
     ) -> Sequences:
-        """A window of a text of at least two words; see :meth:`WordNetwork.batch`.
-
-        As many sequences as have no more different words than the budget; one at least.
-        """
+        """As many sequences of a text of at least two words as fit the budget; one at least."""
         longest = len(tokens) - 1
         t = min(self.context, longest)
         count = (longest if most is None else min(longest, max(t, most))) // t
@@ -222,10 +219,9 @@ class WordBag:
     def batch(
         self, tokens: NDArray[np.int32], most: int | None, budget: int | None, draw: int
     ) -> Bags:
-        """Examples as :func:`privrec.data.corpus.dealt` packs them; see :meth:`WordNetwork.batch`.
+        """As many examples of :func:`privrec.data.corpus.dealt` as fit the budget of labels.
 
-        As many as have no more different labels than the budget. An example that alone has more
-        keeps its commonest ones.
+        One that alone has more keeps its commonest ones.
         """
         every = examples_in(tokens)
         count = len(every) if most is None else min(most, len(every))

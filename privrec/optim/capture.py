@@ -74,10 +74,7 @@ class Capture:
         ]
 
     def follow(self) -> dict[nn.Parameter, str]:
-        """Hook the layers with trainable parameters, as the model stands now, and name those.
-
-        Layers that cannot be clipped, mix examples or share a parameter are refused.
-        """
+        """Hook the layers with trainable parameters, or refuse them, and name the parameters."""
         for layer in [*self._aliased]:
             self._restore(layer)  # a pass was interrupted, as in a notebook
         names: dict[nn.Parameter, str] = {}
@@ -106,10 +103,7 @@ class Capture:
         return names
 
     def take(self) -> tuple[int, Records]:
-        """The number of examples and the records of the pass; none are kept.
-
-        Two passes are refused, and layers that disagree on the examples.
-        """
+        """The number of examples and the records of the pass; none are kept."""
         records, passes = self._records, self._passes
         self.forget()
         if len(passes) > 1:

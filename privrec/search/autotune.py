@@ -72,24 +72,23 @@ class Choice:
     """
 
     trial: Trial | None
-    rebuild: Rebuild
     share: float
     trials: tuple[Trial, ...]
 
     def settings(self) -> dict[str, Any]:
         """Return the arguments of :class:`privrec.models.sparse_output.SparseOutput`."""
-        chosen: dict[str, Any] = {"share": self.share, "rebuild": self.rebuild}
         if self.trial is None:
-            return chosen | {"selector": "uniform"}
-        return chosen | {"selector": self.trial.kind, "shape": self.trial.shape}
+            return {"share": self.share, "selector": "uniform"}
+        kept = {"share": self.share, "rebuild": Rebuild(every=self.trial.every)}
+        return kept | {"selector": self.trial.kind, "shape": self.trial.shape}
 
     def __str__(self) -> str:
         active = f"{100 * self.share:g} % active"
         if self.trial is None:
             return f"chosen: uniform, {active}; no index is needed or fits"
         return (
-            f"chosen: {self.trial}; {active}; rebuilt every {self.rebuild.every} steps, or when "
-            f"{100 * (self.rebuild.changed or 0):g} % of the codes have changed"
+            f"chosen: {self.trial}; {active}; rebuilt every {self.trial.every} steps, or when "
+            f"{100 * (Rebuild().changed or 0):g} % of the codes have changed"
         )
 
 
@@ -123,7 +122,7 @@ def autotune(
         raise UsageError(f"n = {n}: the layer has {layer.items} neurons; say as many")
     share = 1 - sparsity
     if share == 1:
-        return Choice(None, Rebuild(), share, ())
+        return Choice(None, share, ())
     layer = layer or _invented(min(n, _LARGEST), dim)
     if queries is None:
         queries = layer.rows(evenly(layer.items, _OPEN))
@@ -146,12 +145,12 @@ def autotune(
         found.append(Trial(kind, shape, recall, *times, kept, memory is None or kept <= memory))
     usable = [trial for trial in found if trial.fits]
     if not usable:
-        return Choice(None, Rebuild(), share, tuple(found))
+        return Choice(None, share, tuple(found))
     enough = max(trial.recall for trial in usable) - NEARLY
     good = [trial for trial in usable if trial.recall >= enough]
     # The cheapest a batch, building included.
     taken = min(good, key=lambda trial: trial.select_s + trial.build_s / trial.every)
-    return Choice(taken, Rebuild(every=taken.every), share, tuple(found))
+    return Choice(taken, share, tuple(found))
 
 
 def _open(budget: int, items: int, queries: int) -> Iterator[tuple[str, Shape | None]]:

@@ -4,10 +4,9 @@ A device draws its functions, and how many of them it uses, from its own secret 
 them is ever sent, and no two devices share one. ``simhash``, ``pghash`` and ``block_sign`` are
 signs of Gaussian projections, ``sign(<a, x>)``, that differ in how ``a`` is made.
 
-:func:`serial` builds, queries and discards tables one at a time. A table is never held: the
-queries' codes are known first, so as codes of the items come out of a pass over the memory, each is
-looked up in a bitmap of wanted codes and forgotten. A few tables share a pass, since gathering the
-items is the larger part of one table's work.
+:func:`serial` never holds a table: the queries' codes are known first, so as codes of the items
+come out of a pass over the memory, each is looked up in a bitmap of wanted codes and forgotten. A
+few tables share a pass, since gathering the items is the larger part of one table's work.
 
 Sources: Charikar, "Similarity estimation techniques from rounding algorithms" (STOC 2002);
 Rabbani, Bornstein & Huang, "Large-scale distributed learning via private on-device LSH"
@@ -127,9 +126,8 @@ class Signs:
 
     def codes(self, rows: FloatArray, centre: FloatArray | None = None) -> NDArray[np.uint16]:
         """Return one code of each table for each row less the centre, shape ``(m, tables)``."""
-        tables, bits = self.shape.tables, self.shape.bits
-        packed = self._packed(rows, centre, tables, bits, _WORD)
-        return packed.view("<u2").reshape(len(rows), tables)
+        packed = self._packed(rows, centre, self.shape.tables, self.shape.bits, _WORD)
+        return packed.view("<u2").reshape(len(rows), self.shape.tables)
 
     def signatures(self, rows: FloatArray, centre: FloatArray | None = None) -> NDArray[np.uint64]:
         """Return all bits of each row together, shape ``(m, ceil(tables * bits / 64))``."""

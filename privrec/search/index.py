@@ -77,11 +77,9 @@ class Rebuild:
             return False
         if self.every is not None and age >= self.every:
             return True
-        return (
-            self.changed is not None
-            and age % self.check == 0
-            and index.changed(items) > self.changed
-        )
+        if self.changed is None or age % self.check:
+            return False
+        return index.changed(items) > self.changed
 
 
 def most_wanted(values: FloatArray, budget: int) -> Items:
@@ -347,11 +345,9 @@ def _nearest(rows: FloatArray, centres: FloatArray) -> Items:
 
 
 INDEXES: dict[str, Callable[[ItemMemory, Shape, SecureStream], Index]] = {
-    "hamming": lambda items, _, random: Signatures.of(
-        items, signature(items.dim, SIGNATURE, random)
-    ),
+    "hamming": lambda items, _, s: Signatures.of(items, signature(items.dim, SIGNATURE, s)),
     "sketch": lambda items, _, __: Sketch.of(items, probes=items.rows(np.zeros(1, np.int64))),
-    "cells": lambda items, _, random: Cells.of(items, random),
+    "cells": lambda items, _, stream: Cells.of(items, stream),
     **{family: partial(Tables.of, family) for family in FAMILIES},
 }
 """What makes an index of a layer as it is now, by name: of the layer, the shape of tables (of no
