@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 QUICKSTART = Path(__file__).with_name("quickstart.toml")
 DEMO_USER = "7"
-SELECTORS = ("scan", "hamming", "sketch", "simhash", "pghash", "block_sign", "auto")
 
 out_option = click.option(
     "--out",
@@ -204,10 +203,10 @@ for _command in (plan, report, audit, compare):
 )
 @click.option(
     "--selector",
-    type=click.Choice(SELECTORS),
+    metavar="NAME",
     default="scan",
     show_default=True,
-    help="How the best items are found; scan is exact.",
+    help="How the best items are found, by a selector that searches; scan is exact.",
 )
 @data_option
 @json_option
@@ -216,7 +215,7 @@ def recommend(
     user: str | None,
     history: Path | None,
     k: int,
-    selector: Any,
+    selector: str,
     data_dir: Path | None,
     as_json: bool,
 ) -> None:

@@ -84,7 +84,8 @@ class Draws:
 class Settings:
     """Hyper-parameters of local training, those of the scenario's ``[train]`` table.
 
-    ``newton`` says whether devices precondition their step, see :mod:`privrec.models.losses`.
+    ``newton`` says whether devices precondition their step, see :mod:`privrec.models.losses`;
+    ``config`` is that table, for the selector, which may have keys of its own.
     """
 
     loss: str
@@ -105,6 +106,7 @@ class Settings:
     selected: float = 0.5
     frequent: float = 0.0
     serve_budget: float | None = None
+    config: Any = None
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,8 @@ class ExampleSteps:
         scores = scored.values
         if self.biases is not None:
             scores = scores + self.biases.rows(samples).squeeze(2)
-        losses, upstream, _ = loss_of(self._settings.loss)(scores, Samples(torch.ones(e, k), 1))
+        grade = loss_of(self._settings.loss).grade
+        losses, upstream, _ = grade(scores, Samples(torch.ones(e, k), 1))
         own = torch.bmm(upstream.unsqueeze(1), scored.user_jacobian().expand(e, -1, -1)).squeeze(1)
         moved, weights = scored.shared_gradient(upstream)
         blocks = self.vectors.gradients(moved)

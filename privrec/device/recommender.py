@@ -164,7 +164,7 @@ class RecommenderLearner(Learner):
         local = _Local(model, batch, self.settings)
         user = local.fit(user)
         if budget is not None and budget.is_selective:
-            search = model.search(budget.selector)
+            search = model.search(budget.selector, self.settings.config)
             queries = user.numpy()[:, : search.items.dim].copy()
             if search.items.biases is not None:
                 queries[:, -1] = 1
@@ -292,7 +292,7 @@ class _Local:
         scores = scored.values
         if self._biases is not None:
             scores = scores + self._biases.rows.squeeze(2)
-        return scored, self._loss(scores, self._samples)
+        return scored, self._loss.grade(scores, self._samples)
 
 
 def _preconditioner(model: LocalModel[NCF], settings: Settings) -> Tensor:

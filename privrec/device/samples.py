@@ -297,7 +297,7 @@ def chosen_by(selector: str, search: Search, stream: SecureStream) -> Find:
     def find(queries: FloatArray, count: int, exclude: Items) -> Items:
         if not count or not np.isfinite(queries).all():
             return np.zeros(0, np.int64)
-        return select(selector, search, queries, count, stream, exclude=exclude).items
+        return select(selector, search, queries, count, stream, exclude=exclude)
 
     return find
 

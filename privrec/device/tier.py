@@ -109,9 +109,9 @@ class LocalModel(Generic[N]):
         biases = None if table is None else (table, self.bias_memory)
         return ItemMemory(self.view.vectors, self.memory, biases)
 
-    def search(self, selector: str) -> Search:
-        """What a selector searches; the sketch comes with its own."""
-        return self._sketched if selector == "sketch" else self._plain
+    def search(self, selector: str, config: Any = None) -> Search:
+        """What a selector searches, by the keys in ``config``; the sketch comes with its own."""
+        return replace(self._sketched if selector == "sketch" else self._plain, config=config)
 
     @cached_property
     def _plain(self) -> Search:

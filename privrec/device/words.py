@@ -165,7 +165,8 @@ class WordLearner(Learner):
         """Who selects neurons: the device, by functions of its own, or the server that it asks."""
         if self.served is None:
             selector = self.settings.selector
-            return chosen_by(selector, model.search(selector), draws.functions(user))
+            search = model.search(selector, self.settings.config)
+            return chosen_by(selector, search, draws.functions(user))
         tables = self.served.hashed(model.items, draws.key)
         return lambda queries, count, exclude: tables.neurons(tables.codes(queries), count, exclude)
 

@@ -9,9 +9,8 @@
     print(model.evaluate("test.csv"))
     print(model.predict(["where is my parcel"]))
 
-Behind it is :class:`ExtremeClassifier`: hashed words, one hidden layer, and an output of which a
-batch trains only a few neurons where there are many. It is trained here, on one machine, and gives
-no privacy guarantee.
+Hashed words, one hidden layer, and an output of which a batch trains only a few neurons where there
+are many. It is trained here, on one machine, and gives no privacy guarantee.
 Source: Chen et al., "SLIDE" (MLSys 2020), whose network this is.
 """
 
@@ -31,15 +30,14 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.nn import functional
 
 from privrec import storage
 from privrec.data.corpus import Examples
 from privrec.data.texts import SPLITS, Label, Labelled, Tokens, bags, labels_of, read_labelled
 from privrec.errors import DataError, UsageError
 from privrec.models.sparse_output import Loss, RowAdam, SparseOutput
+from privrec.models.words import bag_of_words
 from privrec.randomness import SecretRoot, rng_for
-from privrec.search.select import ActiveSet
 
 Labels: TypeAlias = Sequence[Label | Sequence[Label]]
 Texts: TypeAlias = str | os.PathLike[str] | Sequence[str]
@@ -55,7 +53,7 @@ _UNREADABLE = (SafetensorError, OSError, KeyError, TypeError, ValueError, Runtim
 
 
 class BagOfWords(nn.Module):
-    """A hidden vector ``relu(Σ value · row + bias)`` of the words of an example."""
+    """Hidden vectors of examples, ``(m, dim)``; the gradient of the words' rows is sparse."""
 
     def __init__(self, features: int, dim: int, *, seed: int = 0) -> None:
         super().__init__()
@@ -65,34 +63,21 @@ class BagOfWords(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1, dim))
 
     def forward(self, examples: Examples) -> Tensor:
-        """Return hidden vectors, shape ``(m, dim)``; the gradient of the words is sparse."""
-        starts = torch.from_numpy(np.concatenate(([0], examples.ends[:-1])))
-        words, values = torch.from_numpy(examples.features), torch.from_numpy(examples.values)
-        summed = functional.embedding_bag(
-            words, self.weight, starts, mode="sum", sparse=True, per_sample_weights=values
-        )
-        return torch.relu(summed + self.bias)
+        """See :func:`privrec.models.words.bag_of_words`."""
+        return bag_of_words(examples, self.weight, self.bias, sparse=True)
 
 
 class ExtremeClassifier(nn.Module):
-    """Words to hidden vector to labels.
-
-    Args:
-        features: size of the vocabulary.
-        output: the layer of labels; its ``dim`` is the hidden vector's length.
-        seed: of the first weights of the words.
-    """
+    """Words to hidden vector to labels."""
 
     def __init__(self, features: int, output: SparseOutput, *, seed: int = 0) -> None:
         super().__init__()
         self.words, self.output = BagOfWords(features, output.dim, seed=seed), output
 
-    def loss(
-        self, examples: Examples, kind: Loss = "softmax", active: ActiveSet | None = None
-    ) -> Tensor:
+    def loss(self, examples: Examples, kind: Loss = "softmax") -> Tensor:
         """Return the mean loss of a batch; see :meth:`SparseOutput.loss`."""
         labels = torch.from_numpy(examples.padded_labels())
-        return self.output.loss(self.words(examples), labels, kind, active)
+        return self.output.loss(self.words(examples), labels, kind)
 
     @torch.no_grad()
     def topk(self, examples: Examples, k: int) -> tuple[Tensor, Tensor]:
@@ -102,12 +87,9 @@ class ExtremeClassifier(nn.Module):
 
 @dataclass(frozen=True)
 class Epoch:
-    """What ``fit`` tells after each pass over the examples.
+    """What ``fit`` tells after each pass over the examples, numbered from 1.
 
-    Attributes:
-        number: from 1.
-        loss: mean over the batches, estimated from the active neurons.
-        active: neurons active in a batch, labels included.
+    The mean loss of the batches is estimated from their ``active`` neurons.
     """
 
     number: int
@@ -123,8 +105,7 @@ class SparseClassifier:
     or numbers, all of one type, and are predicted as they came.
 
     Args:
-        text: column of the text, or several columns of a table.
-        label: column of the label.
+        text: column of the text, or several columns of a table; ``label`` is that of the label.
         between: what separates several labels in a cell, such as ``"|"``; None, there is one.
         dim: length of the hidden vector.
         share: active neurons of the output in a batch, in (0, 1]; None, all up to 4,096 labels and
@@ -134,7 +115,6 @@ class SparseClassifier:
         features: size of the hashed vocabulary.
         epochs: passes over the examples, at least 1.
         batch: examples of a step, at least 1; None, 32 of few rows and up to 256 of many.
-        lr: step size.
         loss: ``softmax`` where labels compete, ``bce`` where each stands for itself.
         seed: the same data and seed give the same model.
         tokens: ``blanks`` splits texts at blanks alone, as fastText does; ``words`` takes runs of
@@ -203,11 +183,10 @@ class SparseClassifier:
         )
         batch = self.batch or min(256, max(32, len(examples) // 500))
         share = self.share
-        if share is None and len(known) <= DENSE:
-            share = 1.0
-        elif share is None:
+        if share is None:
             most = int(np.sort(np.diff(examples.label_ends, prepend=0))[-batch:].sum())
-            share = min(1.0, max(0.01, (most + ROOM) / len(known)))
+            least = (most + ROOM) / len(known)
+            share = 1.0 if len(known) <= DENSE else min(1.0, max(0.01, least))
         model = self._network(len(known), share)
         optimizer = RowAdam(model.parameters(), lr=self.lr)
         for number in range(1, self.epochs + 1):
@@ -225,23 +204,15 @@ class SparseClassifier:
         return self
 
     def predict(self, texts: Texts) -> list[Label]:
-        """Return the best label of each text of a list, or of the file at a path.
-
-        Raises:
-            UsageError: before :meth:`fit`.
-            DataError: when the file is malformed, or what was handed over is no text.
-        """
+        """Return the best label of each text of a list, or of the file at a path."""
         return [best[0] for best in self.predict_top(texts, 1)]
 
     def predict_top(self, texts: Texts, k: int) -> list[list[Label]]:
         """Return the best ``k`` labels of each text, the best first; see :meth:`predict`."""
         self._fitted()
-        if isinstance(texts, str | os.PathLike):
-            found = read_labelled(Path(texts), self._columns(), None, tokens=self.tokens).texts
-        else:
-            found = _texts(texts)
-        best = self._best(bags(found, self.features, self.tokens), k)
-        return [[self.labels[place] for place in row] for row in best.tolist()]
+        is_path = isinstance(texts, str | os.PathLike)
+        found = self._file(texts, None).texts if is_path else _texts(texts)
+        return [[self.labels[place] for place in row] for row in self._best(found, k).tolist()]
 
     def score(self, source: Source, labels: Labels | None = None) -> float:
         """Return the ``precision@1`` of :meth:`evaluate`, as cross-validation names it."""
@@ -272,7 +243,7 @@ class SparseClassifier:
         places = {name: place for place, name in enumerate(self.labels)}
         unknown = {name for own in data.labels for name in own} - set(places)
         k = 5 if len(self.labels) >= 5 else 1
-        best = self._best(bags(data.texts, self.features, self.tokens), k)
+        best = self._best(data.texts, k)
         hits = np.zeros(best.shape, np.bool_)
         for row, own in enumerate(data.labels):
             hits[row] = np.isin(best[row], [places[name] for name in own if name in places])
@@ -286,11 +257,7 @@ class SparseClassifier:
         return {each.name: getattr(self, each.name) for each in fields(self) if each.init}
 
     def set_params(self, **settings: Any) -> SparseClassifier:
-        """Make it anew with some settings changed; what was learned is forgotten.
-
-        Raises:
-            UsageError: when a setting is unknown, or its value out of its range.
-        """
+        """Make it anew with some settings changed; what was learned is forgotten."""
         if unknown := settings.keys() - self.get_params():
             raise UsageError(
                 f"{', '.join(sorted(unknown))}: is no setting; choose among "
@@ -311,24 +278,15 @@ class SparseClassifier:
 
         It is a safetensors file, with settings and labels as JSON in its header: nothing in it is
         code. It holds no secret, and the labels and words' weights of what was learned from.
-
-        Raises:
-            UsageError: before :meth:`fit`.
         """
         model = self._fitted()
         layer = model.output
         if layer.share < 1 and layer.selector != "uniform":
             layer.index()  # as it is after training; a loaded one is made with the same functions
-        about = {
-            "format": _FORMAT,
-            "settings": self.get_params(),
-            "labels": self.labels,
-            "share": layer.share,
-            "rebuilds": layer.rebuilds,
-        }
+        about: dict[str, Any] = {"format": _FORMAT, "settings": self.get_params()}
+        about |= {"labels": self.labels, "share": layer.share, "rebuilds": layer.rebuilds}
         text = json.dumps(about, default=lambda value: value.item())  # settings may be NumPy's
-        weights = model.state_dict()
-        storage.replace(Path(path), save(weights, metadata={"about": text}))
+        storage.replace(Path(path), save(model.state_dict(), metadata={"about": text}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SparseClassifier:
@@ -372,10 +330,10 @@ class SparseClassifier:
         return ExtremeClassifier(self.features, layer, seed=self.seed)
 
     @torch.no_grad()
-    def _best(self, examples: Examples, k: int) -> NDArray[np.int64]:
+    def _best(self, texts: Sequence[str], k: int) -> NDArray[np.int64]:
         model = self._fitted()
         parts = [np.zeros((0, k), np.int64)]
-        for part in examples.batches(_AT_ONCE):
+        for part in bags(texts, self.features, self.tokens).batches(_AT_ONCE):
             best = model.topk(part, k)[1]
             short = (best < 0).any(1)  # the index found fewer than were asked for
             if short.any():
@@ -389,17 +347,15 @@ class SparseClassifier:
             raise UsageError("nothing was learned yet: call fit(...) with labelled texts first")
         return self.model
 
-    def _columns(self) -> tuple[str, ...]:
-        return (self.text,) if isinstance(self.text, str) else tuple(self.text)
-
     def _read(self, source: Source, labels: Labels | None) -> Labelled:
         if labels is not None:
             source = cast(Source, (source, labels))
-        if isinstance(source, str | os.PathLike):
-            return read_labelled(
-                Path(source), self._columns(), self.label, between=self.between, tokens=self.tokens
-            )
-        return _handed_over(source)
+        is_path = isinstance(source, str | os.PathLike)
+        return self._file(source, self.label) if is_path else _handed_over(source)
+
+    def _file(self, path: Any, label: str | None) -> Labelled:
+        text = (self.text,) if isinstance(self.text, str) else tuple(self.text)
+        return read_labelled(Path(path), text, label, between=self.between, tokens=self.tokens)
 
 
 def _handed_over(source: object) -> Labelled:

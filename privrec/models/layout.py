@@ -18,21 +18,18 @@ class Network(Protocol):
     @property
     def dense(self) -> int:
         """Number of dense weights."""
-        ...
 
     def initial_dense(self, rng: np.random.Generator) -> NDArray[np.float32]:
         """Its weights before the first round."""
-        ...
 
 
 @dataclass(frozen=True)
 class Layout:
     """Sections of the shared vector, those that every device holds first.
 
-    Args:
+    Attributes:
         dense: number of dense weights.
-        slots: blocks of the item memory.
-        block: floats in a block.
+        slots: blocks of the item memory, of ``block`` floats each.
         bias_slots: item biases, 0 when the model has none.
         gram: coefficients of the users' mean Gram matrix, which is no weight but travels with them
             under an implicit loss (:mod:`privrec.models.losses`).
@@ -73,13 +70,9 @@ class Layout:
 
     def prefix_of(self, vector: NDArray[Any], weaker: Layout) -> NDArray[Any]:
         """A copy of what a weaker layout holds of this one's vector."""
-        return np.concatenate(
-            (
-                vector[: weaker.head],
-                self.memory_of(vector)[: weaker.slots].ravel(),
-                self.biases_of(vector)[: weaker.bias_slots],
-            )
-        )
+        memory = self.memory_of(vector)[: weaker.slots].ravel()
+        biases = self.biases_of(vector)[: weaker.bias_slots]
+        return np.concatenate((vector[: weaker.head], memory, biases))
 
 
 def bands(vector: NDArray[Any], layouts: Sequence[Layout]) -> Iterator[list[NDArray[Any]]]:
@@ -87,10 +80,7 @@ def bands(vector: NDArray[Any], layouts: Sequence[Layout]) -> Iterator[list[NDAr
 
     One after the other they are the vector in the order of the wire, in which every tier's own
     vector is a prefix. Each is views of the head (in the first band only), item memory and biases.
-
-    Args:
-        vector: of the first layout.
-        layouts: of all tiers, the strongest first.
+    ``vector`` is of the first of the layouts, which are those of all tiers, the strongest first.
     """
     whole = layouts[0]
     nothing = replace(whole, slots=0, bias_slots=0, dense=0, gram=0)
@@ -111,11 +101,8 @@ def band_sizes(layouts: Sequence[Layout]) -> tuple[int, ...]:
 def to_wire(vectors: NDArray[Any], layouts: Sequence[Layout]) -> NDArray[Any]:
     """Vectors in the order of the wire, band after band, in which weaker ones are prefixes.
 
-    A single tier's order is that of the wire, and its vectors are given as they are.
-
-    Args:
-        vectors: of the first layout, along the last axis.
-        layouts: of the tiers from the vectors' own on, the strongest first.
+    Vectors lie along the last axis; ``layouts`` are those of the tiers from theirs on, the
+    strongest first. A single tier's order is that of the wire: its vectors are given as they are.
     """
     return vectors if len(layouts) == 1 else vectors[..., _wire_order(tuple(layouts))]
 

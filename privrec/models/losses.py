@@ -4,10 +4,9 @@ Each takes scores of shape ``(m, k)`` and the samples behind them, and gives thr
 the summed loss ``(m,)``, its gradient on the scores ``(m, k)``, and a curvature ``(m, k)`` whose
 diagonal is never below the Hessian at those scores, for the Newton steps of a device.
 
-Implicit ALS without sampled negatives, by way of two small Gram matrices.
-
-The loss of a user ``u`` is ``½ Σ_history (u·v_i - 1)² + ½ α Σ_all (u·v_i)²``, and item vectors have
-a penalty ``½ ρ |v_i|²``. Both sums over all items are short. The user's share needs only
+Implicit ALS samples no negatives: two small Gram matrices stand for them. The loss of a user ``u``
+is ``½ Σ_history (u·v_i - 1)² + ½ α Σ_all (u·v_i)²``, and item vectors have a penalty
+``½ ρ |v_i|²``. Both sums over all items are short. The user's share needs only
 ``G = Σ_i v_i v_iᵀ``. In the mean over users, the item gradient is ``v_i (α S + ρ I)`` less what
 the histories say, with ``S`` the mean of ``u uᵀ``. So devices send their histories' gradient and
 ``u uᵀ``, the server works out the rest for every item, touched or not, and no negative is ever
@@ -50,9 +49,6 @@ def pack(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 
     Promise: the packed row has the matrix's Frobenius norm, ``|u|²``; and packing the first
     coordinates of ``u`` gives a prefix, so that vectors of several lengths share one section.
-
-    Args:
-        vectors: shape ``(m, dim)``.
     """
     rows, columns, factors = _places(vectors.shape[1])
     packed = vectors[:, rows] * vectors[:, columns]
@@ -83,11 +79,8 @@ def curvature(
 ) -> NDArray[np.float32]:
     """``α S + ρ I``, shape ``(dim, dim)``: what the loss over all items multiplies each item by.
 
-    Args:
-        users: ``S``, packed; what noise made of it is taken as if it were a Gram matrix.
-        dim: of the vectors, at most those in ``S``.
-        unobserved_weight: ``α``.
-        item_l2: ``ρ``, above 0.
+    ``users`` is ``S``, packed, of vectors at least ``dim`` long; what noise made of it is taken as
+    if it were a Gram matrix. ``unobserved_weight`` is ``α``, and ``item_l2`` is ``ρ``, above 0.
     """
     values, vectors = np.linalg.eigh(unpack(users, dim).astype(np.float64))
     weighted = vectors * (unobserved_weight * values.clip(min=0) + item_l2)
@@ -98,16 +91,7 @@ def curvature(
 def pressure(
     table: Table, memory: NDArray[np.float32], matrix: NDArray[np.float32] | None
 ) -> NDArray[np.float32]:
-    """``v_i M`` for every item, added up in the memory's blocks, in parts.
-
-    Args:
-        table: a table.
-        memory: its memory, shape ``(slots, block)``.
-        matrix: ``M``, shape ``(dim, dim)``; None for the identity.
-
-    Returns:
-        float32 of the memory's shape.
-    """
+    """``v_i M`` for every item, added up in the blocks of a table's memory; None, ``M`` is 1."""
     if matrix is None:
         return memory * table.load[:, None]
     pushed = np.zeros_like(memory)
@@ -128,7 +112,7 @@ def _places(dim: int) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.fl
 class Samples:
     """What the scored items are.
 
-    Args:
+    Attributes:
         valid: 1 where a sample counts, 0 for padding and for negatives that are in the history;
             shape ``(m, k)``. Over the whole catalogue: 1 where the item is in the history.
         positives: how many of the ``k`` samples are positives; they come first, then as many
@@ -149,7 +133,7 @@ Graded = tuple[Tensor, Tensor, Tensor]
 class Loss:
     """A loss of a recommender, and what it asks of those who use it.
 
-    Args:
+    Attributes:
         grade: scores and samples to the summed loss, its gradient and curvature, see this module.
         damped: whether its curvature can grow along a step, so that a whole Newton step may
             overshoot. That of the others bounds the loss everywhere.
@@ -161,9 +145,6 @@ class Loss:
     damped: bool = False
     whole_catalogue: bool = False
     implicit: bool = False
-
-    def __call__(self, scores: Tensor, samples: Samples) -> Graded:
-        return self.grade(scores, samples)
 
 
 def bce(scores: Tensor, samples: Samples) -> Graded:
@@ -225,7 +206,7 @@ def full_softmax(scores: Tensor, samples: Samples) -> Graded:
 
 
 def ials(scores: Tensor, samples: Samples) -> Graded:
-    """Squares of implicit ALS on the history: the part that :mod:`.implicit` does not carry."""
+    """Squares of implicit ALS on the history; the part over all items goes by Gram matrices."""
     valid = samples.valid
     missing = (1 - scores) * valid
     return missing.square().sum(1) / 2, -missing, valid
@@ -255,8 +236,7 @@ def sampled_loss(
 
     Args:
         hidden: shape ``(p, dim)``.
-        rows: vectors of the active neurons, shape ``(k, dim)``.
-        biases: theirs, shape ``(k,)``.
+        rows: vectors of the active neurons, shape ``(k, dim)``, which have ``biases`` ``(k,)``.
         logs: logarithms of how many words each stands for, shape ``(k,)``; 0 for every target.
         places: where targets lie among the neurons: one for each row, shape ``(p,)``, or several,
             shape ``(p, labels)``, filled up by -1, of which the mean counts.
@@ -270,10 +250,8 @@ def sampled_loss(
 def softmax_loss(scores: Tensor, places: Tensor, real: Tensor) -> Tensor:
     """Mean cross-entropy of examples with several labels each, the mean over an example's labels.
 
-    Args:
-        scores: of the active neurons, with the logarithms of how many each stands for: ``(b, A)``.
-        places: where labels stand among the neurons, shape ``(b, m)``.
-        real: which of them are labels and no padding, of that shape.
+    ``scores`` ``(b, A)`` are those of the active neurons, with the logarithms of how many each
+    stands for; ``places`` ``(b, m)`` of the labels among them are no padding where ``real``.
     """
     total = torch.logsumexp(scores, dim=1)
     own = torch.where(real, scores.gather(1, places), 0.0).sum(1) / real.sum(1).clamp(min=1)

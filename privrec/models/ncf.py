@@ -11,9 +11,9 @@ with each device's own copy of what it trains.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,10 +27,8 @@ from privrec.scenario.schema import Model
 class NCF:
     """A scorer of items for users: ``score = <u, v> + network(u', v') + user bias``.
 
-    Args:
-        dot: length of the part of the vectors that enters the dot product.
-        tower: length of the part that enters the network, 0 for none.
-        hidden: widths of the network's hidden layers.
+    ``dot`` is the length of the part of the vectors that enters the dot product, ``tower`` of the
+    part that enters the network, with hidden layers of these widths.
     """
 
     dot: int
@@ -72,8 +70,7 @@ class NCF:
 
     @property
     def dense(self) -> int:
-        """Number of dense weights."""
-        return sum(int(np.prod(shape)) for shape in self.shapes)
+        return sum(math.prod(shape) for shape in self.shapes)
 
     def initial_dense(self, rng: np.random.Generator) -> NDArray[np.float32]:
         """Glorot-uniform weights and zero biases, as a vector of :attr:`dense` numbers."""
@@ -88,23 +85,13 @@ class NCF:
     def forward(self, user: Tensor, rows: Tensor, dense: Tensor) -> Scored:
         """Scores ``(m, k)`` of candidates, without item biases, and the gradients of training.
 
-        Args:
-            user: private states, shape ``(m, user_dim)``.
-            rows: item vectors, shape ``(m, k, dim)``, or ``(1, k, dim)`` when all see the same.
-            dense: dense weights, shape ``(m, dense)``.
+        Users' private states are ``(m, user_dim)``, item vectors ``(m, k, dim)``, or with a 1 for
+        ``m`` when all see the same, and dense weights ``(m, dense)``.
         """
-        if self.tower:
-            return _NetworkScored(self, user, rows, dense)
-        return _DotScored(user, rows)
+        return _NetworkScored(self, user, rows, dense) if self.tower else Scored(user, rows)
 
     def rank(self, user: Tensor, table: Tensor, dense: Tensor) -> Tensor:
-        """Scores ``(m, k)`` of ``k`` items for ``m`` users, without item biases.
-
-        Args:
-            user: private states, shape ``(m, user_dim)``.
-            table: item vectors, shape ``(k, dim)``.
-            dense: dense weights, shape ``(dense,)``.
-        """
+        """Scores ``(m, k)`` of items ``(k, dim)`` for users ``(m, user_dim)``, without biases."""
         scores = user[:, : self.dot] @ table[:, : self.dot].T + user[:, -1:]
         if self.tower:
             own, items = user[:, self.dot : -1], table[None, :, self.dot :]
@@ -112,14 +99,12 @@ class NCF:
         return scores
 
     def network(self, user: Tensor, rows: Tensor, dense: Tensor) -> Tensor:
-        """The tower's output, shape ``(m, k)``.
+        """The tower's output ``(m, k)`` for parts of users ``(m, 1 or k, tower)`` and of items.
 
-        Args:
-            user: the users' parts, shape ``(m, 1, tower)``, or ``(m, k, tower)`` by sample.
-            rows: the items' parts, shape ``(m, k, tower)`` or ``(1, k, tower)``.
-            dense: dense weights, shape ``(m, dense)`` or ``(1, dense)``.
+        The latter are ``(m or 1, k, tower)``, and dense weights ``(m or 1, dense)``.
         """
-        weights = self._unpack(dense)
+        parts = torch.split(dense, [math.prod(shape) for shape in self.shapes], dim=1)
+        weights = [p.reshape(-1, *shape) for p, shape in zip(parts, self.shapes, strict=True)]
         first, bias = weights[0], weights[1]
         own = user @ first[:, : self.tower] + bias[:, None, :]
         x = torch.relu(rows @ first[:, self.tower :] + own)
@@ -127,28 +112,12 @@ class NCF:
             x = torch.relu(x @ weight + bias[:, None, :])
         return (x * weights[-1][:, None, :]).sum(-1)
 
-    def _unpack(self, dense: Tensor) -> list[Tensor]:
-        sizes = [int(np.prod(shape)) for shape in self.shapes]
-        parts = torch.split(dense, sizes, dim=1)
-        return [part.reshape(-1, *s) for part, s in zip(parts, self.shapes, strict=True)]
 
+class Scored:
+    """Scores of candidates, ``values``, and, on demand, what training needs of them.
 
-class Scored(Protocol):
-    """Scores of candidates and, on demand, what training needs of them."""
-
-    values: Tensor
-
-    def user_jacobian(self) -> Tensor:
-        """Derivative of each score by the private state, shape ``(m or 1, k, user_dim)``."""
-        ...
-
-    def shared_gradient(self, upstream: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients on item vectors ``(m, k, dim)`` and dense weights ``(m, dense)``."""
-        ...
-
-
-class _DotScored:
-    """GMF: the gradients are outer products, so nothing needs recording."""
+    Here those of GMF, whose gradients are outer products, so that nothing needs recording.
+    """
 
     def __init__(self, user: Tensor, rows: Tensor) -> None:
         self._vector, self._rows = user[:, :-1], rows
@@ -159,14 +128,16 @@ class _DotScored:
         self.values = products + user[:, -1:]
 
     def user_jacobian(self) -> Tensor:
+        """Derivative of each score by the private state, shape ``(m or 1, k, user_dim)``."""
         return torch.nn.functional.pad(self._rows, (0, 1), value=1.0)
 
     def shared_gradient(self, upstream: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients on item vectors ``(m, k, dim)`` and dense weights ``(m, dense)``."""
         dense = upstream.new_empty((len(upstream), 0))
         return upstream.unsqueeze(2) * self._vector.unsqueeze(1), dense
 
 
-class _NetworkScored:
+class _NetworkScored(Scored):
     """MLP and NeuMF: gradients by automatic differentiation over each device's own weights."""
 
     def __init__(self, model: NCF, user: Tensor, rows: Tensor, dense: Tensor) -> None:

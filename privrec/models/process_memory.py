@@ -12,8 +12,7 @@ from pathlib import Path
 def give_back_freed() -> None:
     """Return freed memory to the system, where the C library can.
 
-    An allocator keeps what was freed for later use of the same size. Before something is measured,
-    that would hide its use; after a large job that is done now and then, it would stay for good.
+    What an allocator keeps for later use would hide what is measured, or stay for good.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from privrec.data.corpus import NO_LABEL
 from privrec.embedding.table import PlainTable, Table
 from privrec.errors import UsageError
 from privrec.models.losses import softmax_loss
@@ -36,20 +37,9 @@ from privrec.randomness import ROOT_BYTES, SecretRoot, SecureStream, rng_for
 from privrec.search.hashing import Shape
 from privrec.search.index import INDEXES, Index, Rebuild
 from privrec.search.memory import FloatArray, ItemMemory, Items
-from privrec.search.select import (
-    NO_LABEL,
-    ActiveSet,
-    Search,
-    active_set,
-    distinct_labels,
-    ranked,
-    select,
-)
+from privrec.search.select import ActiveSet, Search, active_set, ranked, select
 
 Loss = Literal["softmax", "bce"]
-
-CANDIDATES = 0.01
-"""Share of the layer that a query of ``topk`` scores exactly, where a caller names no other."""
 
 _SHAPE = Shape(bits=10, tables=16)
 _PART = 1 << 14
@@ -72,7 +62,6 @@ class SparseOutput(nn.Module):
             uniform.
         table: where rows lie: a :class:`~privrec.embedding.subspace.Subspace` of ``n`` items and
             ``dim`` numbers; None, each neuron has a row of its own.
-        bias: whether neurons have biases.
         shape: of the hash tables; None, ten bits and sixteen tables.
         rebuild: when an index is made anew; by default when 1 % of its codes have changed.
         candidates: share of the layer that a query of :meth:`topk` scores exactly, in (0, 1].
@@ -96,16 +85,16 @@ class SparseOutput(nn.Module):
         bias: bool = True,
         shape: Shape | None = None,
         rebuild: Rebuild | None = None,
-        candidates: float = CANDIDATES,
+        candidates: float = 0.01,
         init_std: float | None = None,
         seed: int = 0,
         root: SecretRoot | None = None,
     ) -> None:
         super().__init__()
-        for name, size in {"n": n, "dim": dim}.items():
+        for name, size in (("n", n), ("dim", dim)):
             if size < 1:
                 raise UsageError(f"{name} = {size}: must be at least 1; raise it")
-        for name, part in {"share": share, "candidates": candidates}.items():
+        for name, part in (("share", share), ("candidates", candidates)):
             if not 0 < part <= 1:
                 raise UsageError(f"{name} = {part}: must lie above 0 and at most at 1; change it")
         if not 0 <= selected <= 1:
@@ -150,52 +139,39 @@ class SparseOutput(nn.Module):
         super().__setstate__({**state, "_root": root})  # type: ignore[no-untyped-call]
         self._indexed = self._versions() if state["_indexed"] else ()
 
-    # ------------------------------------------------------------------------- the active set
-
     @property
     def budget(self) -> int:
         """Neurons of an active set, labels included."""
         return max(1, round(self.share * self.n))
 
-    def active(self, hidden: Tensor, labels: Tensor, *, selected: Items | None = None) -> ActiveSet:
+    def active(self, hidden: Tensor, labels: Tensor) -> ActiveSet:
         """Return the active set of a batch, and take one step of the rebuild schedule.
 
         Args:
             hidden: float32 of shape ``(b, dim)``.
             labels: int64 of shape ``(b,)``, or ``(b, m)`` with rows filled up by -1.
-            selected: neurons that somebody else selected, the most wanted first, instead of this
-                layer's own selector.
 
         Raises:
             UsageError: when a label is out of its range, or labels alone exceed the budget.
         """
         wanted, stream = distinct_labels(labels, self.n), self._stream("active", self._steps)
-        budget = min(self.budget, self.n)
-        room = round(self.selected * max(0, budget - len(wanted)))
-        if selected is None:
+        room = round(self.selected * max(0, self.budget - len(wanted)))
+        if not room or self.budget == self.n or self.selector == "uniform":
             selected = np.zeros(0, np.int64)
-            if room and budget < self.n and self.selector != "uniform":
-                queries = self.queries(hidden)
-                if self.selector == "scan":
-                    search = Search(self.items())
-                    selected = select("scan", search, queries, room, stream, exclude=wanted).items
-                else:
-                    selected = self.index().batch(queries, room + len(wanted))
+        elif self.selector == "scan":
+            search, queries = Search(self.items()), self.queries(hidden)
+            selected = select("scan", search, queries, room, stream, exclude=wanted)
+        else:
+            selected = self.index().batch(self.queries(hidden), room + len(wanted))
         fresh = selected[~np.isin(selected, wanted)][:room]
         self._steps += 1
         self._age += 1
-        return active_set(wanted, fresh, budget, self.n, stream)
-
-    @property
-    def _is_plain(self) -> bool:
-        """Whether each neuron has a row of its own, at its own place."""
-        return isinstance(self.table, PlainTable) and self.table.parts == 1
+        return active_set(wanted, fresh, self.budget, self.n, stream)
 
     def queries(self, hidden: Tensor) -> FloatArray:
         """Return hidden vectors as an index is asked: float32, each ending in a 1 with biases."""
         rows = hidden.detach().to(torch.float32).cpu()
-        if self.bias is not None:
-            rows = functional.pad(rows, (0, 1), value=1.0)
+        rows = rows if self.bias is None else functional.pad(rows, (0, 1), value=1.0)
         return np.ascontiguousarray(rows.numpy())
 
     def items(self) -> ItemMemory:
@@ -204,13 +180,10 @@ class SparseOutput(nn.Module):
         return ItemMemory(self.table, self.weight.detach().numpy(), biases)
 
     def index(self) -> Index:
-        """Return the index that is held.
+        """Return the index that is held; a selector that has none raises a :class:`UsageError`.
 
         In training it follows the rebuild schedule, whose steps are calls of :meth:`active`. After
         ``eval()`` it is made anew when the weights have changed at all.
-
-        Raises:
-            UsageError: when the selector has none.
         """
         if self._index is None or (not self.training and self._versions() != self._indexed):
             return self.reindex()
@@ -225,11 +198,7 @@ class SparseOutput(nn.Module):
         return tuple(parameter._version for parameter in self.parameters())
 
     def reindex(self) -> Index:
-        """Make the index of the weights as they are now, with functions drawn anew.
-
-        Raises:
-            UsageError: when the selector has none.
-        """
+        """Make the index of the weights as they are now, with functions drawn anew."""
         if self.selector in ("scan", "uniform"):
             raise UsageError(
                 f'selector = "{self.selector}": has no index; use one of {", ".join(INDEXES)}'
@@ -244,14 +213,9 @@ class SparseOutput(nn.Module):
     def _stream(self, purpose: str, count: int) -> SecureStream:
         return self._root.stream(f"sparse output {purpose}", count)
 
-    # ---------------------------------------------------------------------- values and gradients
-
     def rows(self, neurons: Tensor) -> Tensor:
-        """Return the weights of some neurons, shape ``(A, dim)``, whose gradient is sparse.
-
-        Neurons are without repeats where each has a row of its own.
-        """
-        if self._is_plain:
+        """Return the weights of distinct neurons, shape ``(A, dim)``, whose gradient is sparse."""
+        if isinstance(self.table, PlainTable) and self.table.parts == 1:
             return _rows(self.weight, neurons)
         slots, signs = self.table.locate(neurons.numpy())
         factors = torch.from_numpy(signs.ravel() * np.float32(self.table.scale))[:, None]
@@ -271,9 +235,6 @@ class SparseOutput(nn.Module):
         cross-entropy, summed over the neurons. The sum over the layer is estimated with the set's
         weights; with everything active it is the loss of the dense layer. Hidden vectors and labels
         are as for :meth:`active`, which chooses the active set where none is given.
-
-        Raises:
-            UsageError: as :meth:`active`, or for an unknown loss.
         """
         if kind not in ("softmax", "bce"):
             raise UsageError(f'loss = "{kind}": is "softmax" or "bce"; choose one of them')
@@ -294,29 +255,17 @@ class SparseOutput(nn.Module):
         scores = hidden @ self.rows(torch.arange(self.n)).T
         return scores if self.bias is None else scores + self.bias.T
 
-    # -------------------------------------------------------------------------------- inference
-
     @torch.no_grad()
-    def topk(
-        self, hidden: Tensor, k: int, *, candidates: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the ``k`` best neurons of each vector among those found, by exact score.
+    def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Return scores and neurons, the ``k`` best of each vector among those found.
 
-        Args:
-            hidden: float32 of shape ``(b, dim)`` or ``(dim,)``.
-            candidates: neurons that a query scores exactly; by default the layer's share. ``scan``
-                and ``uniform`` score all.
-
-        Returns:
-            ``(scores, neurons)``, each of shape ``(b, k)`` or ``(k,)``, the best first. Where an
-            index finds fewer than ``k``, the scores end in ``-inf`` and the neurons in -1.
-
-        Raises:
-            UsageError: when ``k`` is not between 1 and ``n``.
+        Hidden vectors are float32 of shape ``(b, dim)`` or ``(dim,)``; what is returned has the
+        shape ``(b, k)`` or ``(k,)``, the best first. Where an index finds fewer than ``k``, the
+        scores end in ``-inf`` and the neurons in -1. ``scan`` and ``uniform`` score all neurons.
         """
         if not 1 <= k <= self.n:
             raise UsageError(f"k = {k}: a layer of {self.n} neurons has between 1 and all of them")
-        items, count = self.items(), max(k, candidates or round(self.candidates * self.n))
+        items, count = self.items(), max(k, round(self.candidates * self.n))
         queries = self.queries(hidden).reshape(-1, items.dim)
         found = zip(*(self._best(items, query, k, count) for query in queries), strict=True)
         neurons, scores = (torch.from_numpy(np.stack(each)) for each in found)
@@ -325,32 +274,33 @@ class SparseOutput(nn.Module):
     def _best(
         self, items: ItemMemory, query: FloatArray, k: int, count: int
     ) -> tuple[Items, FloatArray]:
-        """The best of the candidates; rows of their own are read without a second copy."""
         if self.selector in ("scan", "uniform"):
-            close = select("scan", Search(items), query[None], k, self._stream("scan", 0)).items
+            close = select("scan", Search(items), query[None], k, self._stream("scan", 0))
         else:
             close = self.index().one(query, count)
-        if self._is_plain:
-            places, wanted = torch.from_numpy(close), torch.from_numpy(query[: self.dim])
-            values = self.weight.index_select(0, places) @ wanted
-            if self.bias is not None:
-                values += self.bias[:, 0].index_select(0, places)
-            best = values.topk(min(k, len(close)))
-            neurons, scores = close[best.indices.numpy()], best.values.numpy()
-        else:
-            neurons, scores = ranked(items, query, close, k)
-        short = k - len(neurons)
-        if short:
-            neurons = np.pad(neurons, (0, short), constant_values=-1)
-            scores = np.pad(scores, (0, short), constant_values=-np.inf)
-        return neurons, scores
+        neurons, scores = ranked(items, query, close, k)
+        missing = (0, k - len(neurons))
+        neurons = np.pad(neurons, missing, constant_values=-1)
+        return neurons, np.pad(scores, missing, constant_values=-np.inf)
 
     def extra_repr(self) -> str:
         """What ``print`` shows."""
-        return (
-            f"n={self.n}, dim={self.dim}, share={self.share:g}, selector={self.selector!r}, "
-            f"budget={self.budget}"
+        shown = f"n={self.n}, dim={self.dim}, share={self.share:g}"
+        return f"{shown}, selector={self.selector!r}, budget={self.budget}"
+
+
+def distinct_labels(labels: Tensor, width: int) -> Items:
+    """Return the labels of a batch, ascending, without repeats and :data:`NO_LABEL`."""
+    found: Items = np.unique(labels.detach().cpu().numpy().astype(np.int64, copy=False))
+    if len(found) and found[0] == NO_LABEL:
+        found = found[1:]
+    if len(found) and not (found[0] >= 0 and found[-1] < width):
+        wrong = int(found[0] if found[0] < 0 else found[-1])
+        raise UsageError(
+            f"label {wrong}: a layer of {width} neurons has labels 0 to {width - 1}; number labels "
+            "from 0, or make the layer wider"
         )
+    return found
 
 
 def _rows(weight: Tensor, index: Tensor, factors: Tensor | None = None) -> Tensor:
@@ -358,9 +308,9 @@ def _rows(weight: Tensor, index: Tensor, factors: Tensor | None = None) -> Tenso
 
 
 class _Rows(torch.autograd.Function):
-    """Rows of a matrix, whose gradient names rows and never places in a list.
+    """Distinct rows of a matrix, whose gradient names rows and never places in a list.
 
-    They are distinct; or, with factors, signed blocks of which several neurons may share one.
+    With factors they are signed blocks, of which several neurons may share one.
     """
 
     @staticmethod
@@ -393,14 +343,8 @@ class RowAdam(torch.optim.Optimizer):
     everything, and two batches with other active neurons in other orders never mix what is kept.
     The count of steps is the row's own: its first step is as long as that of any other, however
     late it comes. A dense gradient moves every row. A row is what a parameter's first index names.
-
-    Args:
-        lr: step size, above 0.
-        betas: decay of the first and the second moment, each in [0, 1).
-        eps: added to the root of the second moment, above 0.
-
-    Raises:
-        UsageError: when a value is out of its range.
+    ``betas`` are the decay of the first and the second moment; ``eps`` is added to the root of the
+    latter. A value out of its range raises a :class:`UsageError`.
     """
 
     def __init__(

@@ -13,6 +13,7 @@ Source: Chen et al., "SLIDE" (MLSys 2020).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
@@ -41,17 +42,14 @@ class WordBatch(Protocol):
     @property
     def own(self) -> Items:
         """Neurons that have to be active, ascending."""
-        ...
 
     def __len__(self) -> int: ...
 
     def hidden(self, part: Items, rows: Rows, dense: Tensor) -> Tensor:
         """Hidden vectors of some of the pieces, shape ``(p, dim)``."""
-        ...
 
     def targets(self, part: Items) -> Items:
         """What is to be predicted there, shape ``(p,)``, or ``(p, labels)`` filled up by -1."""
-        ...
 
 
 class WordNetwork(Network, Protocol):
@@ -60,20 +58,15 @@ class WordNetwork(Network, Protocol):
     @property
     def shortest(self) -> int:
         """Output neurons that the smallest piece of training has to have."""
-        ...
 
     def batch(
         self, tokens: NDArray[np.int32], most: int | None, budget: int | None, draw: int
     ) -> WordBatch:
-        """What a device learns from in a round, from a random place of its data.
+        """What a device learns from in a round, from the place of its data that ``draw`` decides.
 
-        Args:
-            tokens: the device's data.
-            most: words of a text, or examples; None for all.
-            budget: different words, or labels, that it may have; None for any number.
-            draw: decides the place.
+        It has at most ``most`` words of a text, or examples, and at most ``budget`` different
+        words, or labels; None for any number.
         """
-        ...
 
 
 class Layer(NamedTuple):
@@ -122,24 +115,19 @@ class NextWord:
 
     @property
     def dense(self) -> int:
-        """Number of dense weights."""
-        return sum(int(np.prod(shape)) for shape in self.shapes)
+        return sum(math.prod(shape) for shape in self.shapes)
 
     @property
     def shortest(self) -> int:
-        """See :attr:`WordNetwork.shortest`: all words of a sequence may differ."""
-        return self.context + 1
+        return self.context + 1  # all words of a sequence may differ
 
     def batch(
         self, tokens: NDArray[np.int32], most: int | None, budget: int | None, draw: int
     ) -> Sequences:
-        """See :meth:`WordNetwork.batch`: a window of a text of at least two words.
-
-        As many sequences as have no more different words than the budget; one at least.
-        """
-        t = min(self.context, len(tokens) - 1)
-        wanted = len(tokens) - 1 if most is None else min(len(tokens) - 1, max(t, most))
-        count = wanted // t
+        """As many sequences of a text of at least two words as fit the budget; one at least."""
+        longest = len(tokens) - 1
+        t = min(self.context, longest)
+        count = (longest if most is None else min(longest, max(t, most))) // t
         start = draw % (len(tokens) - count * t)
         piece = tokens[start : start + count * t + 1].astype(np.int64)
         if budget is not None:
@@ -156,16 +144,12 @@ class NextWord:
         return np.concatenate(parts).astype(np.float32)
 
     def hidden(self, words: Tensor, dense: Tensor) -> Tensor:
-        """Hidden states after each word, normalised; each has seen the words up to it alone.
+        """Normalised states ``(s, t, dim)`` after each word, which have seen it and those before.
 
-        Args:
-            words: word vectors of sequences, shape ``(s, t, dim)`` with ``t`` up to ``context``.
-            dense: dense weights, shape ``(dense,)``.
-
-        Returns:
-            Of the shape of ``words``.
+        ``words`` are the vectors of sequences, of that shape with ``t`` up to ``context``.
         """
-        first, *rest = self._parts(dense)
+        parts = torch.split(dense, [math.prod(shape) for shape in self.shapes])
+        first, *rest = (part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True))
         state = words * self.dim**0.5 + first[: words.shape[1]]
         for start in range(0, len(rest) - 2, len(Layer._fields)):
             state = self._layer(state, Layer(*rest[start : start + len(Layer._fields)]))
@@ -185,11 +169,6 @@ class NextWord:
     def _normal(self, state: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
         return layer_norm(state, (self.dim,), 1 + gain, shift, _EPS)
 
-    def _parts(self, dense: Tensor) -> list[Tensor]:
-        sizes = [int(np.prod(shape)) for shape in self.shapes]
-        parts = torch.split(dense, sizes)
-        return [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)]
-
 
 @dataclass(frozen=True)
 class Sequences:
@@ -201,24 +180,22 @@ class Sequences:
 
     @property
     def own(self) -> Items:
-        """See :attr:`WordBatch.own`: vectors are tied, so words that are read are neurons too."""
+        """Words that are read are neurons too, since vectors are tied."""
         return np.unique(np.concatenate((self.inputs.ravel(), self.following.ravel())))
 
     def __len__(self) -> int:
         return len(self.inputs)
 
     def hidden(self, part: Items, rows: Rows, dense: Tensor) -> Tensor:
-        """See :meth:`WordBatch.hidden`."""
         return self.model.hidden(rows(self.inputs[part]), dense).flatten(0, 1)
 
     def targets(self, part: Items) -> Items:
-        """See :meth:`WordBatch.targets`."""
         return self.following[part].ravel()
 
 
 @dataclass(frozen=True)
 class WordBag:
-    """Hidden vectors ``relu(Σ value · row + bias)``, with rows and bias in one flat vector.
+    """A bag of words, with rows and bias in one flat vector.
 
     ``features`` is the size of the vocabulary that words are hashed to.
     """
@@ -233,28 +210,24 @@ class WordBag:
 
     @property
     def dense(self) -> int:
-        """Number of dense weights."""
         return (self.features + 1) * self.dim
 
     @property
     def shortest(self) -> int:
-        """See :attr:`WordNetwork.shortest`."""
         return 1
 
     def batch(
         self, tokens: NDArray[np.int32], most: int | None, budget: int | None, draw: int
     ) -> Bags:
-        """See :meth:`WordNetwork.batch`: those of :func:`privrec.data.corpus.dealt`.
+        """As many examples of :func:`privrec.data.corpus.dealt` as fit the budget of labels.
 
-        As many as have no more different labels than the budget. An example that alone has more
-        keeps its commonest ones.
+        One that alone has more keeps its commonest ones.
         """
         every = examples_in(tokens)
         count = len(every) if most is None else min(most, len(every))
         first = draw % (len(every) - count + 1)
         some = every.take(np.arange(first, first + count))
-        if budget is not None:
-            some = _within(some, budget)
+        some = some if budget is None else _within(some, budget)
         return Bags(self, some.hashed(self.features))
 
     def initial_dense(self, rng: np.random.Generator) -> NDArray[np.float32]:
@@ -266,10 +239,20 @@ class WordBag:
     def hidden(self, examples: Examples, dense: Tensor) -> Tensor:
         """Hidden vectors, shape ``(m, dim)``, of examples hashed to :attr:`features` words."""
         rows = dense[: -self.dim].view(self.features, self.dim)
-        starts = torch.from_numpy(np.concatenate(([0], examples.ends[:-1])))
-        words, values = torch.from_numpy(examples.features), torch.from_numpy(examples.values)
-        summed = embedding_bag(words, rows, starts, mode="sum", per_sample_weights=values)
-        return torch.relu(summed + dense[-self.dim :])
+        return bag_of_words(examples, rows, dense[-self.dim :])
+
+
+def bag_of_words(examples: Examples, rows: Tensor, bias: Tensor, *, sparse: bool = False) -> Tensor:
+    """Hidden vectors ``relu(Σ value · row + bias)`` of the words of examples, ``(m, dim)``.
+
+    ``sparse`` is the gradient of ``rows``.
+    """
+    starts = torch.from_numpy(np.concatenate(([0], examples.ends[:-1])))
+    words, values = torch.from_numpy(examples.features), torch.from_numpy(examples.values)
+    summed = embedding_bag(
+        words, rows, starts, mode="sum", sparse=sparse, per_sample_weights=values
+    )
+    return torch.relu(summed + bias)
 
 
 @dataclass(frozen=True)
@@ -281,18 +264,15 @@ class Bags:
 
     @property
     def own(self) -> Items:
-        """See :attr:`WordBatch.own`."""
         return np.unique(self.examples.labels)
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def hidden(self, part: Items, rows: Rows, dense: Tensor) -> Tensor:
-        """See :meth:`WordBatch.hidden`; words that are read have rows of their own."""
         return self.model.hidden(self.examples.take(part), dense)
 
     def targets(self, part: Items) -> Items:
-        """See :meth:`WordBatch.targets`."""
         return self.examples.take(part).padded_labels()
 
 

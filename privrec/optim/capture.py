@@ -5,10 +5,10 @@ aliases that have no gradient. So autograd spends nothing on gradients of whole 
 whatever gradient a parameter does get came by another way than through its layer.
 
 Clipping bounds nobody unless the model keeps the examples of a batch apart. Layers that are known
-to mix examples are refused by type. For all others the model is run on a batch, again as it is, and
-after one example was changed, and after all but one were: what it makes of the others must stay
-what it was. That holds for one batch and one state of the model, so it finds what mixes by
-construction; a model that mixes on rare inputs alone is its user's to avoid.
+to mix examples are refused by type. Any other model is run on a batch, again as it is, and after
+one example was changed, and all but one: what it makes of the others must stay what it was. That
+holds for one batch and one state of the model, so it finds what mixes by construction; a model that
+mixes on rare inputs alone is its user's to avoid.
 """
 
 from __future__ import annotations
@@ -50,17 +50,12 @@ class Capture:
 
     Promise: the examples of one pass are one batch and count once; a second pass before
     :meth:`take` is refused, since its first example is not the first example of the first pass.
-    The layers are those with trainable parameters as the model stands at each pass. Once in each
-    mode of the model, a pass is preceded by a look at whether it keeps examples apart.
-
-    Args:
-        prepare: called before each training pass.
-        batch_first: False when layers' outputs of three dimensions have positions first.
+    The layers are those with trainable parameters as the model stands at each pass, before which
+    ``prepare`` is called. Once in each mode of the model, a pass is preceded by a look at whether
+    it keeps examples apart.
     """
 
-    def __init__(
-        self, model: nn.Module, prepare: Callable[[], None], *, batch_first: bool = True
-    ) -> None:
+    def __init__(self, model: nn.Module, prepare: Callable[[], None], batch_first: bool) -> None:
         self.layers: dict[nn.Module, Layer] = {}
         self._model, self._prepare, self._batch_first = model, prepare, batch_first
         self._records: Records = {}
@@ -79,11 +74,7 @@ class Capture:
         ]
 
     def follow(self) -> dict[nn.Parameter, str]:
-        """Hook the layers with trainable parameters, as the model stands now, and name those.
-
-        Raises:
-            UsageError: when a layer cannot be clipped or mixes examples, or two share a parameter.
-        """
+        """Hook the layers with trainable parameters, or refuse them, and name the parameters."""
         for layer in [*self._aliased]:
             self._restore(layer)  # a pass was interrupted, as in a notebook
         names: dict[nn.Parameter, str] = {}
@@ -91,9 +82,7 @@ class Capture:
             _refuse_mixing(name, module)
             prefix = name and f"{name}."
             is_owner = False
-            for key, parameter in module._parameters.items():
-                if parameter is None or not parameter.requires_grad:
-                    continue
+            for key, parameter in _trained(module).items():
                 owner = names.get(parameter)
                 if owner is None:
                     names[parameter], is_owner = prefix + key, True
@@ -114,11 +103,7 @@ class Capture:
         return names
 
     def take(self) -> tuple[int, Records]:
-        """The number of examples and the records of the pass; none are kept.
-
-        Raises:
-            UsageError: when there were two passes, or layers that disagree on the examples.
-        """
+        """The number of examples and the records of the pass; none are kept."""
         records, passes = self._records, self._passes
         self.forget()
         if len(passes) > 1:
@@ -200,10 +185,7 @@ class Capture:
         return n
 
     def _enter(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if not torch.is_grad_enabled() or layer not in self.layers:
-            return
-        own = {k: p for k, p in layer._parameters.items() if p is not None and p.requires_grad}
-        if not own:
+        if not torch.is_grad_enabled() or layer not in self.layers or not (own := _trained(layer)):
             return
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise UsageError(
@@ -280,6 +262,11 @@ class Capture:
         return output
 
 
+def _trained(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """A layer's own trainable parameters by name."""
+    return {k: p for k, p in layer._parameters.items() if p is not None and p.requires_grad}
+
+
 class _Source(torch.autograd.Function):
     """The same values where gradients begin: no leaf, so that they may be changed in place."""
 
@@ -351,12 +338,9 @@ class Probe:
     """One run of a model whose layers' outputs are moved, for chosen examples by more.
 
     All outputs are moved by a little, so that weights which are still zero let through what they
-    will let through later.
-
-    Args:
-        moved: the examples to change, shape ``(examples,)``; none when None.
-        like: the example whose inputs they are given, which so stay valid. Where all but one are
-            given the inputs of that one, no statistic of the batch is left of the others.
+    will let through later. The examples that are ``moved`` are given the inputs of the one that
+    they are to be ``like``, which so stay valid. Where all but one are given the inputs of that
+    one, no statistic of the batch is left of the others.
     """
 
     def __init__(self, batch_first: bool, moved: Tensor | None, like: int) -> None:
@@ -386,11 +370,10 @@ class Probe:
 
     def seen(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor, at: int) -> Tensor:
         """Keep what came in and out of a layer, and give what goes on in its place."""
-        name = f"a {type(layer).__name__}"
+        name, value = f"a {type(layer).__name__}", inputs[0] if inputs else None
         self.counts.add(output.shape[at])
-        for value in inputs[:1]:
-            if isinstance(value, Tensor) and value.is_floating_point():
-                self.shown.append((f"what comes into {name}", at, value.detach().clone()))
+        if isinstance(value, Tensor) and value.is_floating_point():
+            self.shown.append((f"what comes into {name}", at, value.detach().clone()))
         self.shown.append((f"the output of {name}", at, output.detach()))
         place, behind = len(self.shown), f"the gradient behind {name}"
         self.shown.append((behind, at, None))
@@ -413,8 +396,7 @@ class Probe:
         """Inputs where each moved example has the values of another; none has a graph."""
         tensors = [x for x in tree_leaves(given) if isinstance(x, Tensor)]
         n = 0 if self.moved is None else len(self.moved)
-        # With offsets, of one table or of several stacked, a flat list of rows has no example in
-        # each row.
+        # With offsets, of one table or of several, a flat list of rows has no example in each row.
         flat = any(_are_offsets(x) for x in tensors if x.dim() == 1 or x.shape[:1] != (n,))
 
         def exchanged(x: Tensor) -> Tensor:
@@ -484,7 +466,6 @@ def _along(mask: Tensor, at: int, like: Tensor) -> Tensor:
 
 
 def _are_offsets(x: Tensor) -> bool:
-    is_list = 1 <= x.dim() <= 2 and x.shape[-1] > 1 and not x.is_floating_point()
-    if not is_list or x.dtype == torch.bool:
-        return False
-    return bool((x[..., 0] == 0).all()) and bool((x[..., 1:] >= x[..., :-1]).all())
+    is_list = 1 <= x.dim() <= 2 and x.shape[-1] > 1
+    is_list = is_list and not x.is_floating_point() and x.dtype != torch.bool
+    return is_list and bool((x[..., 0] == 0).all() and (x[..., 1:] >= x[..., :-1]).all())

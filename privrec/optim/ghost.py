@@ -168,10 +168,8 @@ class SampledLayer:
         return total
 
     def clipped(self, records: list[Record], factors: Tensor) -> dict[nn.Parameter, Tensor]:
-        return {
-            parameter: _times(gradients, factors).sum(0)
-            for parameter, gradients in self._gradients(records).items()
-        }
+        found = self._gradients(records)
+        return {own: _times(gradients, factors).sum(0) for own, gradients in found.items()}
 
     def _gradients(self, records: list[Record]) -> dict[nn.Parameter, Tensor]:
         made: dict[nn.Parameter, Tensor] = {}
@@ -189,11 +187,7 @@ class SampledLayer:
 
 
 def layer_of(layer: nn.Module, name: str) -> Layer:
-    """How a layer with trainable parameters of its own is clipped.
-
-    Raises:
-        UsageError: when it is of a kind whose per-example gradients nobody knows.
-    """
+    """How a layer with trainable parameters of its own is clipped; refused where nobody knows."""
     kind = type(layer)
     where = f"layer {name!r} ({kind.__name__})"
     own = layer._parameters
@@ -258,39 +252,33 @@ def _bag_norms(found: Lookups, table: int) -> Tensor:
     """Every lookup of a bag has the same vector, so that only its weights have to meet."""
     key = found.which * table + found.rows
     squared = found.vectors.square().sum(1).double() + _TINY * found.vectors.shape[1]
-    if found.weights is None:
-        weights = torch.ones((), dtype=squared.dtype).expand(len(key))
-    else:
-        weights = found.weights.double()
-    total = torch.zeros(len(found.vectors), dtype=squared.dtype)
+    weights = torch.ones(len(key)) if found.weights is None else found.weights
+    weights, total = weights.double(), torch.zeros_like(squared)
     if len(key) <= len(found.vectors) and bool((found.which[1:] > found.which[:-1]).all()):
         return total.index_add_(0, found.which, weights.square()) * squared
     distinct, place = torch.unique(key, return_inverse=True)
-    met, lengths = (
-        torch.zeros(len(distinct), dtype=squared.dtype).index_add_(0, place, each)
-        for each in (weights, weights.abs())
-    )
+    nothing = squared.new_zeros(len(distinct))
+    met, lengths = (nothing.index_add(0, place, each) for each in (weights, weights.abs()))
     owner = distinct.div(table, rounding_mode="floor")
     return total.index_add_(0, owner, met.square() + _LOST * lengths.square()) * squared
 
 
 def _meeting_norms(rows: Tensor, of: Tensor, values: Tensor, examples: int, table: int) -> Tensor:
     distinct, place = torch.unique(of * table + rows, return_inverse=True)
-    total = torch.zeros(examples, dtype=values.dtype)
+    total = values.new_zeros(examples)
     if len(distinct) == len(rows):
         return total.index_add_(0, of, values.square().sum(1))
-    met = torch.zeros(len(distinct), values.shape[1], dtype=values.dtype)
-    met.index_add_(0, place, values)
-    lengths = total.new_zeros(len(distinct)).index_add_(0, place, values.norm(dim=1))
+    met = values.new_zeros(len(distinct), values.shape[1]).index_add_(0, place, values)
+    lengths = values.new_zeros(len(distinct)).index_add_(0, place, values.norm(dim=1))
     of = distinct.div(table, rounding_mode="floor")
     return total.index_add_(0, of, met.square().sum(1) + _LOST * lengths.square())
 
 
 def _product_norms(a: Tensor, b: Tensor) -> Tensor:
-    n, positions, wide, high = len(a), a.shape[1], a.shape[2], b.shape[2]
+    (n, positions, wide), high = a.shape, b.shape[2]
     if positions == 1:
-        squared = (x.square().sum((1, 2)).double() + _TINY * x.shape[2] for x in (a, b))
-        return next(squared) * next(squared)
+        one, two = (x.square().sum((1, 2)).double() + _TINY * x.shape[2] for x in (a, b))
+        return one * two
     one, two = a.norm(dim=2).double(), b.norm(dim=2).double()
     lost: Tensor = (one * two).sum(1).square()
     lost *= _LOST + (wide + high + positions) / 8 * 2.0**-24
@@ -310,8 +298,7 @@ def _positions(x: Tensor) -> Tensor:
 
 def _times(values: Tensor, factors: Tensor) -> Tensor:
     """Values times a factor each; a factor of 0 makes 0 also of what is not a number."""
-    shaped = factors.reshape(-1, *[1] * (values.dim() - 1))
-    return _where(values * shaped, factors)
+    return _where(values * factors.reshape(-1, *[1] * (values.dim() - 1)), factors)
 
 
 def _where(values: Tensor, factors: Tensor) -> Tensor:

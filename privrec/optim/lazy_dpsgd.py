@@ -1,11 +1,9 @@
 """DP-SGD at the price of the rows that a batch touches.
 
-:class:`LazyDPSGD` is a ``torch.optim.Optimizer``. It clips by ghost norms, so that no per-example
-gradient of a table is ever made, adds noise to dense parameters in each step, and lets the rows of
-embedding tables owe theirs until somebody reads them. What it accounts for is the usual subsampled
-Gaussian mechanism: Opacus' accountants attach to it as they do to Opacus' own optimiser. That
-accounting assumes Poisson batches, in which each example is at a fixed rate: :func:`poisson_loader`
-makes them.
+:class:`LazyDPSGD` clips by ghost norms, so that no per-example gradient of a table is ever made,
+adds noise to dense parameters in each step, and lets the rows of embedding tables owe theirs until
+somebody reads them. It is the usual subsampled Gaussian mechanism: Opacus' accountants attach to it
+as to Opacus' own optimiser. They assume Poisson batches, which :func:`poisson_loader` makes.
 """
 
 from __future__ import annotations
@@ -13,6 +11,8 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sized
+from functools import partial
+from itertools import chain
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -85,17 +85,15 @@ class LazyDPSGD(torch.optim.Optimizer):
         if isinstance(inner, nn.Module) and hasattr(model, "remove_hooks"):
             cast(Any, model).remove_hooks()
             model = inner
-        self._model = model
-        self.noise_multiplier = noise_multiplier
-        self.max_grad_norm = max_grad_norm
+        self._model, self.loss_reduction = model, loss_reduction
+        self.noise_multiplier, self.max_grad_norm = noise_multiplier, max_grad_norm
         self.expected_batch_size = expected_batch_size
-        self.loss_reduction = loss_reduction
         self.step_hook: Callable[[LazyDPSGD], None] | None = None
         self._skips: list[bool] = []
         trainable = [p for p in model.parameters() if p.requires_grad]
         given = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         super().__init__(trainable if params is None else params, given)
-        self._capture = Capture(self._model, self._follow, batch_first=batch_first)
+        self._capture = Capture(self._model, self._follow, batch_first)
         self._noise = Normals(root)
         self.tables: dict[nn.Parameter, LazyMemory] = {}
         self._sums: dict[nn.Parameter, Tensor] = {}
@@ -113,10 +111,8 @@ class LazyDPSGD(torch.optim.Optimizer):
         """The lazy form of a ``torch.optim.SGD``, or of Opacus' ``DPOptimizer`` around one.
 
         That optimiser is read, and must not step any more. ``options`` are further arguments of the
-        class; those of a ``DPOptimizer`` are taken from it.
-
-        Raises:
-            UsageError: when steps of that optimiser are not linear in what owes noise.
+        class; those of a ``DPOptimizer`` are taken from it. It is refused where its steps are not
+        linear in what owes noise.
         """
         given: dict[str, Any] = {}
         inner = optimizer
@@ -138,8 +134,7 @@ class LazyDPSGD(torch.optim.Optimizer):
             )
         for group in inner.param_groups:
             _update(group)
-        keys = _LINEAR | {"params"}
-        groups = [{key: group[key] for key in keys} for group in inner.param_groups]
+        groups = [{key: group[key] for key in (*_LINEAR, "params")} for group in inner.param_groups]
         first = {key: groups[0][key] for key in _LINEAR}
         return cls(model, params=groups, **{**first, **given, **options})
 
@@ -172,10 +167,15 @@ class LazyDPSGD(torch.optim.Optimizer):
             )
         self._bound = self.max_grad_norm
         if self.loss_reduction == "mean":
-            for each in records.values():
-                for record in each:
-                    record.gradient = record.gradient * examples
-        factors = self._factors(examples, records)
+            for record in chain(*records.values()):
+                record.gradient = record.gradient * examples
+        squared = torch.zeros(examples, dtype=torch.float64)
+        for module, each in records.items():
+            squared += self._capture.layers[module].squared_norms(each, examples)
+        norms = squared.sqrt()
+        factors = (self.max_grad_norm * _SHORT / norms).clamp_(max=1.0)
+        # An example whose gradient is not a number counts as none, as if it had dropped out.
+        factors = torch.where(norms.isfinite(), factors, 0.0).to(torch.float32)
         for module, each in records.items():
             layer = self._capture.layers[module]
             found = layer.clipped(each, factors)
@@ -202,10 +202,8 @@ class LazyDPSGD(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if not parameter.requires_grad:
                     continue
-                if parameter in self.tables:
-                    self._step_table(parameter, group)
-                else:
-                    self._step_dense(parameter, group)
+                step = self._step_table if parameter in self.tables else self._step_dense
+                step(parameter, group)
         self._sums.clear()
         self._lookups.clear()
         self._bound = None
@@ -264,11 +262,7 @@ class LazyDPSGD(torch.optim.Optimizer):
                 memory.load_velocities(held.numpy())
 
     def _follow(self) -> None:
-        """Take over what became of the model and of the groups since the last pass or step.
-
-        Raises:
-            UsageError: when a group or a layer is not such that its steps are exact and clipped.
-        """
+        """Take over what became of the model and of the groups since the last step, or refuse it."""
         self._check()
         groups = {p: group for group in self.param_groups for p in group["params"]}
         self._names = self._capture.follow()
@@ -306,23 +300,12 @@ class LazyDPSGD(torch.optim.Optimizer):
             if not (value is not None and math.isfinite(value) and value > 0):
                 raise UsageError(f"{name} = {value}: it must be finite and above 0")
         if self.loss_reduction not in ("mean", "sum"):
-            raise UsageError(
-                f'loss_reduction = {self.loss_reduction!r}: it must be "mean" or "sum"'
-            )
+            raise UsageError(f'loss_reduction = {self.loss_reduction!r}: must be "mean" or "sum"')
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             raise UsageError(
                 "LazyDPSGD in a torch.distributed group: each process would settle with noise of "
                 "its own; train a table in one process"
             )
-
-    def _factors(self, examples: int, records: dict[nn.Module, Any]) -> Tensor:
-        squared = torch.zeros(examples, dtype=torch.float64)
-        for module, each in records.items():
-            squared += self._capture.layers[module].squared_norms(each, examples)
-        norms = squared.sqrt()
-        factors = (self.max_grad_norm * _SHORT / norms).clamp_(max=1.0)
-        # An example whose gradient is not a number counts as none, as if it had dropped out.
-        return torch.where(norms.isfinite(), factors, 0.0).to(torch.float32)
 
     def _variance(self) -> float:
         """Of the noise in each coefficient of the gradient."""
@@ -361,10 +344,8 @@ def _update(group: dict[str, Any]) -> LinearStep:
     for name in ("dampening", "maximize"):
         if group.get(name):
             raise UsageError(f"torch.optim.SGD({name}={group[name]}): leave it at its default")
-    return LinearStep(
-        **{name: float(group[name]) for name in _LINEAR - {"nesterov"}},
-        nesterov=bool(group["nesterov"]),
-    )
+    numbers = {name: float(group[name]) for name in _LINEAR - {"nesterov"}}
+    return LinearStep(**numbers, nesterov=bool(group["nesterov"]))
 
 
 class PoissonSampler(Sampler[list[int]]):
@@ -372,15 +353,7 @@ class PoissonSampler(Sampler[list[int]]):
 
     Promise: coins come from the secure generator; the rate is never above the one given (it is
     rounded down to a multiple of 2^-32). Batches may be empty, and must be stepped on all the same.
-
-    Args:
-        examples: how many there are, at least 1.
-        rate: above 0, at most 1.
-        steps: batches in one pass over the sampler, at least 1.
-        root: the secret to draw from; one is drawn from the operating system when None.
-
-    Raises:
-        UsageError: when a value is outside its range.
+    A pass over the sampler has ``steps`` of them. A value out of its range is refused.
     """
 
     def __init__(
@@ -409,11 +382,9 @@ def poisson_loader(
 ) -> DataLoader[Any]:
     """A loader of Poisson batches of a map-style data set; see :class:`PoissonSampler`.
 
-    The data set has a length, at least one example, and what ``default_collate`` takes. An empty
-    batch has the structure of a full one, with tensors of length 0 and lists without texts.
-
-    Raises:
-        UsageError: when a value is outside its range, or examples cannot be put into a batch.
+    The data set has a length, at least one example, and what ``default_collate`` takes; others are
+    refused. An empty batch has the structure of a full one, with tensors of length 0 and lists
+    without texts.
     """
     if not isinstance(dataset, Sized):
         raise UsageError(
@@ -429,15 +400,15 @@ def poisson_loader(
             f"examples that cannot be put into a batch: {error} Make each of tensors, numbers, "
             "texts, and tuples, lists or mappings of those"
         ) from error
+    empty: dict[Any, Callable[..., Any]] = {
+        kind: partial(_emptied, make) for kind, make in default_collate_fn_map.items()
+    }
 
     def made(examples: list[Any]) -> Any:
-        return default_collate(examples) if examples else collate(first, collate_fn_map=_EMPTY)
+        return default_collate(examples) if examples else collate(first, collate_fn_map=empty)
 
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=made)
 
 
-def _emptied(make: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda batch, **options: make(batch, **options)[:0]
-
-
-_EMPTY = {kind: _emptied(make) for kind, make in default_collate_fn_map.items()}
+def _emptied(make: Callable[..., Any], batch: Any, **options: Any) -> Any:
+    return make(batch, **options)[:0]

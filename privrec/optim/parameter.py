@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._pytree import tree_map_only
 
 from privrec.errors import UsageError
 from privrec.privacy.lazy import LazyMemory
@@ -62,8 +63,7 @@ class LazyParameter(torch.nn.Parameter):
                 return _look_up(func, args, options)
             name = _name(func)
             if name.startswith("_foreach") and name.endswith("_"):
-                written = args[0] if isinstance(args[0], list | tuple) else ()
-                if any(isinstance(each, LazyParameter) for each in written):
+                if any(isinstance(each, LazyParameter) for each in args[0]):
                     raise UsageError(
                         f"{name} would write to a copy of a table that owes noise; "
                         "write to one parameter at a time"
@@ -95,11 +95,9 @@ def make_lazy(
 ) -> LazyMemory:
     """Turn an embedding weight into a :class:`LazyParameter`, in place, and return its memory.
 
-    It is float32 or float64 on the CPU, of shape ``(rows, width)``. What draws its noise is
-    ``source``; like ``moving`` as :class:`~privrec.privacy.lazy.LazyMemory` takes it.
-
-    Raises:
-        UsageError: when it is not such a parameter, or lazy already.
+    It is float32 or float64 on the CPU, of shape ``(rows, width)``; others, and one that is lazy
+    already, are refused. ``source`` and ``moving`` are those of
+    :class:`~privrec.privacy.lazy.LazyMemory`.
     """
     if isinstance(parameter, LazyParameter):
         raise UsageError(
@@ -207,11 +205,4 @@ def _name(func: Callable[..., Any]) -> str:
 
 def _copied(value: Any) -> Any:
     """With a settled copy, to which gradients flow, in place of each lazy parameter."""
-    if isinstance(value, LazyParameter):
-        return _Read.apply(value)  # type: ignore[no-untyped-call]
-    if isinstance(value, list | tuple):
-        made = [_copied(each) for each in value]
-        return made if isinstance(value, list) else tuple(made)
-    if isinstance(value, dict):
-        return {key: _copied(each) for key, each in value.items()}
-    return value
+    return tree_map_only(LazyParameter, _Read.apply, value)

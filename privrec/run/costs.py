@@ -37,9 +37,8 @@ from privrec.randomness import SecretRoot
 from privrec.run.plan import BYTES_A_COEFFICIENT, Plan, federation_of, learner_of
 from privrec.run.privacy_plan import encoding_of
 from privrec.scenario.load import Scenario
-from privrec.search.hashing import Shape
+from privrec.search.hashing import FOLD, Shape
 from privrec.search.index import SIGNATURE
-from privrec.search.select import FOLD
 from privrec.secagg.ring import Ring
 from privrec.server.columns import ColumnServer, ServerView
 

@@ -309,7 +309,8 @@ def learner_of(
     train, newton = scenario.train, scenario.train.server_optimizer == "newton"
     names = Settings.__dataclass_fields__.keys() & type(train).model_fields.keys()
     own = {name: getattr(train, name) for name in names - {"local_lr"}}
-    settings = Settings(**own, newton=newton, local_lr=local_lr(scenario, federation, tier))
+    lr = local_lr(scenario, federation, tier)
+    settings = Settings(**own, newton=newton, local_lr=lr, config=train)
     if scenario.model.learns != "interactions":
         return WordLearner(tier.model, settings, served)
     event, bound = example_event(scenario), scenario.privacy.local_clip_norm

@@ -26,6 +26,7 @@ from privrec.run.identity import Identity, kept_key
 from privrec.run.plan import federation_of, learner_of
 from privrec.run.summary import read_model
 from privrec.run.task import Recommending
+from privrec.scenario.kinds import SELECTORS, Searching
 from privrec.scenario.load import load
 from privrec.search.select import best, ranked, select
 
@@ -83,12 +84,18 @@ def recommend(
 
     Raises:
         UnknownIdError: when the data set has no such user or item.
-        UsageError: when neither or both of ``user`` and ``history`` are given, or ``k`` is below 1.
+        UsageError: when neither or both of ``user`` and ``history`` are given, ``k`` is below 1, or
+            no selector of that name searches.
     """
     if (user is None) == (history is None):
         raise UsageError("recommend: give one of --user ID and --history FILE")
     if k < 1:
         raise UsageError(f"k = {k}: must be at least 1; ask for one recommendation or more")
+    searching = [name for name, kind in SELECTORS.items() if issubclass(kind.config, Searching)]
+    if selector not in searching:
+        raise UsageError(
+            f'--selector "{selector}": is none of {", ".join(searching)}; choose one of them'
+        )
     task, model_digest = _opened(run_dir, data_dir)
     train = task.split.train
     if user is not None:
@@ -159,6 +166,6 @@ def answer(
         found, scores = best(search, query, k, exclude)
         return found, scores + state[-1]
     budget = min(items.items, max(CANDIDATES * k, items.items // 100))
-    near = select(selector, search, query[None], budget, _own_stream(), exclude=exclude).items
+    near = select(selector, search, query[None], budget, _own_stream(), exclude=exclude)
     found, scores = ranked(items, query, near, k)
     return found, scores + state[-1]

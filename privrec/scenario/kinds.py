@@ -625,15 +625,18 @@ class SimHash(Searching):
 
 
 SELECTORS.add("each", Each)
-SELECTORS.add("uniform", Budgeted)
+SELECTORS.add("uniform", Budgeted, "privrec.search.select:chance")
 SELECTORS.add("popularity", ByPopularity)
-SELECTORS.add("scan", Searching, meaning="Selects by exact scores.")
-SELECTORS.add("hamming", Searching, meaning="Selects by the Hamming distance of signatures.")
-SELECTORS.add("sketch", Searching, meaning="Selects by scores of a sketch of few dimensions.")
-SELECTORS.add("simhash", SimHash)
-SELECTORS.add("pghash", Searching, meaning="Selects by tables of projections folded onto blocks.")
-SELECTORS.add("block_sign", Searching, meaning="Selects by signs of the memory's blocks.")
-SELECTORS.add("auto", Searching, meaning="Selects by the cheapest of the good rankings that fit.")
+for _name, _config, _meaning in (
+    ("scan", Searching, "Selects by exact scores."),
+    ("hamming", Searching, "Selects by the Hamming distance of signatures."),
+    ("sketch", Searching, "Selects by scores of a sketch of few dimensions."),
+    ("simhash", SimHash, ""),
+    ("pghash", Searching, "Selects by tables of projections folded onto blocks."),
+    ("block_sign", Searching, "Selects by signs of the memory's blocks."),
+):
+    SELECTORS.add(_name, _config, f"privrec.search.select:{_name}", meaning=_meaning)
+SELECTORS.add("auto", Searching, meaning="Selects by the cheapest of the good rankings.")
 
 
 # --------------------------------------------------------------------------- server optimisers

@@ -1,8 +1,8 @@
 """Settings of a sparse output layer that are found by measuring, and told.
 
-Every kind of index is built over the layer (or, before there is one, over an invented layer of its
-width), timed, counted, and asked for what exact scores would choose. Of those that fit the memory
-and find nearly as much as the best, the cheapest in the long run is taken.
+Every kind of index is built over the layer, or over an invented one of its width, timed, counted,
+and asked for what exact scores would choose. Of those that fit the memory and find nearly as much
+as the best, the cheapest in the long run is taken.
 """
 
 from __future__ import annotations
@@ -35,15 +35,10 @@ _BYTES_EACH = {"hamming": SIGNATURE // 8, "sketch": RANK, "cells": 8}  # a neuro
 
 @dataclass(frozen=True)
 class Trial:
-    """One index, measured.
+    """One index of :data:`privrec.search.index.INDEXES`, measured.
 
-    Attributes:
-        kind: one of :data:`privrec.search.index.INDEXES`.
-        shape: of its tables; None where it has none.
-        recall: share of each query's exact best ten among what it chose for the batch.
-        build_s: seconds to build it over the whole layer.
-        select_s: seconds to choose for one batch.
-        fits: whether the memory has room for it.
+    ``recall`` is the share of each query's exact best ten among what it chose for the batch;
+    ``build_s`` it takes to build it over the whole layer, and ``select_s`` to choose for one batch.
     """
 
     kind: str
@@ -73,30 +68,27 @@ class Trial:
 class Choice:
     """What was chosen, and everything that was measured.
 
-    Attributes:
-        trial: the index; None where nothing fits, or all neurons are active: uniform then.
-        share: active neurons of a batch over the layer's.
+    ``trial`` is the index; None where nothing fits, or all neurons are active: uniform then.
     """
 
     trial: Trial | None
-    rebuild: Rebuild
     share: float
     trials: tuple[Trial, ...]
 
     def settings(self) -> dict[str, Any]:
         """Return the arguments of :class:`privrec.models.sparse_output.SparseOutput`."""
-        chosen: dict[str, Any] = {"selector": "uniform"}
-        if self.trial is not None:
-            chosen = {"selector": self.trial.kind, "shape": self.trial.shape}
-        return {"share": self.share, "rebuild": self.rebuild, **chosen}
+        if self.trial is None:
+            return {"share": self.share, "selector": "uniform"}
+        kept = {"share": self.share, "rebuild": Rebuild(every=self.trial.every)}
+        return kept | {"selector": self.trial.kind, "shape": self.trial.shape}
 
     def __str__(self) -> str:
         active = f"{100 * self.share:g} % active"
         if self.trial is None:
             return f"chosen: uniform, {active}; no index is needed or fits"
         return (
-            f"chosen: {self.trial}; {active}; rebuilt every {self.rebuild.every} steps, or when "
-            f"{100 * (self.rebuild.changed or 0):g} % of the codes have changed"
+            f"chosen: {self.trial}; {active}; rebuilt every {self.trial.every} steps, or when "
+            f"{100 * (Rebuild().changed or 0):g} % of the codes have changed"
         )
 
 
@@ -108,7 +100,6 @@ def autotune(
     dim: int = 128,
     layer: ItemMemory | None = None,
     queries: FloatArray | None = None,
-    root: SecretRoot | None = None,
 ) -> Choice:
     """Find family, bits, tables and schedule for a layer, by measuring on this machine.
 
@@ -121,10 +112,6 @@ def autotune(
             neurons around a few hundred centres.
         queries: hidden vectors, shape ``(q, layer.dim)``, with a last 1 where the layer has biases;
             by default rows of the layer.
-        root: of hash functions; by default a known one, which makes trials repeat.
-
-    Raises:
-        UsageError: when a value is out of its range.
     """
     if not 0 <= sparsity < 1 or n < 1:
         raise UsageError(
@@ -135,14 +122,14 @@ def autotune(
         raise UsageError(f"n = {n}: the layer has {layer.items} neurons; say as many")
     share = 1 - sparsity
     if share == 1:
-        return Choice(None, Rebuild(), share, ())
+        return Choice(None, share, ())
     layer = layer or _invented(min(n, _LARGEST), dim)
     if queries is None:
         queries = layer.rows(evenly(layer.items, _OPEN))
     scores = np.concatenate([rows @ queries.T for _, rows in layer.chunks()])
     count = min(_BEST, len(scores))
     best = np.argpartition(-scores, count - 1, axis=0)[:count].ravel()
-    stream = (root or SecretRoot.known(b"autotune")).stream("trials")
+    stream = SecretRoot.known(b"autotune").stream("trials")  # known, so that trials repeat
     budget, scale, found = max(1, round(share * layer.items / 2)), n / layer.items, []
     for kind, shape in _open(budget, layer.items, len(queries)):
         each = _BYTES_EACH.get(kind) or 8 * (shape.tables if shape else 1)
@@ -158,14 +145,12 @@ def autotune(
         found.append(Trial(kind, shape, recall, *times, kept, memory is None or kept <= memory))
     usable = [trial for trial in found if trial.fits]
     if not usable:
-        return Choice(None, Rebuild(), share, tuple(found))
+        return Choice(None, share, tuple(found))
     enough = max(trial.recall for trial in usable) - NEARLY
+    good = [trial for trial in usable if trial.recall >= enough]
     # The cheapest a batch, building included.
-    taken = min(
-        (trial for trial in usable if trial.recall >= enough),
-        key=lambda trial: trial.select_s + trial.build_s / trial.every,
-    )
-    return Choice(taken, Rebuild(every=taken.every), share, tuple(found))
+    taken = min(good, key=lambda trial: trial.select_s + trial.build_s / trial.every)
+    return Choice(taken, share, tuple(found))
 
 
 def _open(budget: int, items: int, queries: int) -> Iterator[tuple[str, Shape | None]]:

@@ -4,10 +4,9 @@ A device draws its functions, and how many of them it uses, from its own secret 
 them is ever sent, and no two devices share one. ``simhash``, ``pghash`` and ``block_sign`` are
 signs of Gaussian projections, ``sign(<a, x>)``, that differ in how ``a`` is made.
 
-:func:`serial` builds, queries and discards tables one at a time. A table is never held: the
-queries' codes are known first, so as codes of the items come out of a pass over the memory, each is
-looked up in a bitmap of wanted codes and forgotten. A few tables share a pass, since gathering the
-items is the larger part of one table's work.
+:func:`serial` never holds a table: the queries' codes are known first, so as codes of the items
+come out of a pass over the memory, each is looked up in a bitmap of wanted codes and forgotten. A
+few tables share a pass, since gathering the items is the larger part of one table's work.
 
 Sources: Charikar, "Similarity estimation techniques from rounding algorithms" (STOC 2002);
 Rabbani, Bornstein & Huang, "Large-scale distributed learning via private on-device LSH"
@@ -18,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -37,24 +36,20 @@ _WORD = 16  # bits in a code's integer
 _CODES = 1 << _WORD
 _LONGEST = 4096
 _FEWEST, _MOST = 12, 28  # tables that a device may choose to build
+FOLD = 32  # length to which ``pghash`` folds a vector
 
 
 @dataclass(frozen=True)
 class Shape:
     """How many functions: a code has ``bits`` of them, and there are ``tables`` codes.
 
-    Attributes:
-        bits: 1 to 16 for tables, any number for signatures that are ranked.
-        fold: ``pghash``: length ``c`` of a folded vector.
-        block: ``block_sign``: length of a block.
-
-    Raises:
-        UsageError: when a value is out of its range.
+    ``pghash`` folds a vector to the length ``fold``, and ``block_sign`` has blocks of ``block``. A
+    value out of its range is refused.
     """
 
     bits: int
     tables: int = 1
-    fold: int = 32
+    fold: int = FOLD
     block: int = 16
 
     def __post_init__(self) -> None:
@@ -65,26 +60,21 @@ class Shape:
                 raise UsageError(f"{name} = {value}: must lie in 1 to {most}; choose one that does")
 
 
-def own_shape(items: int, budget: int, stream: SecureStream, base: Shape) -> Shape:
+def own_shape(items: int, budget: int, stream: SecureStream, block: int) -> Shape:
     """Draw the shape that one device chooses for itself, from its own stream.
 
     A table's bucket should hold about as many items as the budget has for a table; the device then
-    moves one bit up or down, so that not even the shape is known to others. ``fold`` and ``block``
-    are those of ``base``.
+    moves one bit up or down, so that not even the shape is known to others.
     """
     coins = stream.uint32(2)
     tables = _FEWEST + int(coins[0]) % (_MOST - _FEWEST + 1)
     load = max(1.0, 2 * budget / tables)
     bits = round(np.log2(max(2.0, items / load))) + int(coins[1]) % 3 - 1
-    return Shape(min(_WORD, max(2, bits)), tables, base.fold, base.block)
+    return Shape(min(_WORD, max(2, bits)), tables, block=block)
 
 
 def draw(family: Family, dim: int, shape: Shape, stream: SecureStream) -> Signs:
-    """Draw hash functions of a family for vectors of length ``dim``, from a device's own stream.
-
-    Raises:
-        UsageError: when a code has more than 16 bits.
-    """
+    """Draw hash functions of a family for vectors of length ``dim``; codes of up to 16 bits."""
     if shape.bits > _WORD:
         raise UsageError(
             f"bits = {shape.bits}: the code of a table has at most {_WORD}; use fewer bits, or "
@@ -103,16 +93,12 @@ def projection(family: Family, dim: int, shape: Shape, stream: SecureStream) -> 
     count = shape.bits * shape.tables
     length = {"simhash": dim, "pghash": shape.fold, "block_sign": shape.block}[family]
     drawn = min(length, dim)
-    signs = None
+    times = -(-dim // drawn)
+    signs = np.ones((times, count), np.float32)
     if family == "block_sign":
-        blocks = -(-dim // shape.block)
-        coins = stream.uint32(blocks * count) >> np.uint32(31)
-        signs = 1 - 2 * coins.reshape(blocks, count).astype(np.float32)
+        signs -= 2 * (stream.uint32(times * count) >> np.uint32(31)).reshape(times, count)
     block = stream.normal(drawn * count).astype(np.float32).reshape(drawn, count)
-    vectors = np.tile(block, (-(-dim // drawn), 1))[:dim]
-    if signs is not None:
-        vectors *= np.repeat(signs, shape.block, axis=0)[:dim]
-    return vectors
+    return (signs[:, None] * block).reshape(times * drawn, count)[:dim]
 
 
 def signature(dim: int, bits: int, stream: SecureStream) -> Signs:
@@ -136,15 +122,12 @@ class Signs:
 
     matrix: FloatArray
     shape: Shape
-    _room: tuple[FloatArray, NDArray[np.bool_]] | None = field(
-        default=None, init=False, repr=False, compare=False
-    )
+    _room: Any = field(default=None, init=False, repr=False, compare=False)
 
     def codes(self, rows: FloatArray, centre: FloatArray | None = None) -> NDArray[np.uint16]:
         """Return one code of each table for each row less the centre, shape ``(m, tables)``."""
-        tables, bits = self.shape.tables, self.shape.bits
-        packed = self._packed(rows, centre, tables, bits, _WORD)
-        return packed.view("<u2").reshape(len(rows), tables)
+        packed = self._packed(rows, centre, self.shape.tables, self.shape.bits, _WORD)
+        return packed.view("<u2").reshape(len(rows), self.shape.tables)
 
     def signatures(self, rows: FloatArray, centre: FloatArray | None = None) -> NDArray[np.uint64]:
         """Return all bits of each row together, shape ``(m, ceil(tables * bits / 64))``."""
@@ -156,7 +139,13 @@ class Signs:
         self, rows: FloatArray, centre: FloatArray | None, groups: int, bits: int, width: int
     ) -> NDArray[np.uint8]:
         """Bits of each group, padded with zeros to ``width``, eight a byte."""
-        values, decided = self._scratch(groups, width)
+        # Room that stays in a level-2 cache is kept from call to call; padding stays zero.
+        if self._room is None or self._room[1].shape[1:] != (groups, width):
+            count = max(1, min(CHUNK, ROOM // self.matrix.shape[1]))
+            values = np.empty((count, self.matrix.shape[1]), np.float32)
+            room = values, np.zeros((count, groups, width), np.bool_)
+            object.__setattr__(self, "_room", room)
+        values, decided = self._room
         # Projecting the centre once costs nothing; taking it from every row would cost a pass.
         above = np.float32(0) if centre is None else (centre @ self.matrix).reshape(groups, bits)
         packed = np.empty((len(rows), groups * width // 8), np.uint8)
@@ -170,28 +159,14 @@ class Signs:
             packed[start : start + len(part)] = ready.reshape(len(part), -1)
         return packed
 
-    def _scratch(self, groups: int, width: int) -> tuple[FloatArray, NDArray[np.bool_]]:
-        """Room for projections and bits that stays in a level-2 cache; padding stays zero."""
-        if self._room is None or self._room[1].shape[1:] != (groups, width):
-            count = max(1, min(CHUNK, ROOM // self.matrix.shape[1]))
-            values = np.empty((count, self.matrix.shape[1]), np.float32)
-            room = values, np.zeros((count, groups, width), np.bool_)
-            object.__setattr__(self, "_room", room)
-            return room
-        return self._room
-
 
 def serial(
     items: ItemMemory, queries: FloatArray, family: Family, shape: Shape, stream: SecureStream
 ) -> Iterator[Items]:
-    """Yield the items that share a bucket with a query, table after table.
+    """Yield the items that share a bucket with one of the queries, table after table.
 
     Whoever takes from this generator stops when it has enough: tables of later passes are never
     drawn. Items are centred before they are hashed, which changes no ranking of theirs.
-
-    Args:
-        queries: shape ``(q, items.dim)``.
-        stream: the device's own secret stream.
 
     Yields:
         For each table the items, ascending, that no earlier table has found.
@@ -215,22 +190,11 @@ def serial(
             yield np.flatnonzero(hits)
 
 
-def serial_bytes(items: ItemMemory, shape: Shape) -> int:
-    """Return the most bytes that :func:`serial` holds at a time, beside the memory."""
-    tables, size = min(_TABLES_A_PASS, shape.tables), min(CHUNK, items.items)
-    signs = min(CHUNK * tables, ROOM // shape.bits) * (4 * shape.bits + 16)
-    held = items.items * (tables + 2) + tables * _CODES + 4 * items.dim * tables * shape.bits
-    return items.pass_bytes + signs + 4 * size * tables + held
-
-
 @dataclass(frozen=True)
 class Buckets:
     """One table as lists, for many queries that each want their own.
 
-    Attributes:
-        order: items by code, ascending within one.
-        ends: where the items of each code end in ``order``.
-        hashed: the function; it has one table.
+    ``order`` lists the items code by code, ascending within one, up to its entry in ``ends``.
     """
 
     order: NDArray[np.int32]
@@ -250,16 +214,14 @@ class Buckets:
 
     def codes_of(self, items: Items) -> NDArray[np.uint16]:
         """Return the codes under which some items are listed."""
+        codes = np.arange(len(self.ends), dtype=np.uint16)
         where = np.empty(len(self.order), np.uint16)
-        where[self.order] = np.repeat(
-            np.arange(len(self.ends), dtype=np.uint16), np.diff(self.ends, prepend=0)
-        )
+        where[self.order] = np.repeat(codes, np.diff(self.ends, prepend=0))
         return where[items]
 
     def lists(self, codes: NDArray[np.uint16]) -> list[Items]:
         """Return the items of the buckets of some codes, ascending within each."""
         codes = codes.astype(np.int64)
         starts = np.where(codes > 0, self.ends[codes - 1], 0)
-        return [
-            self.order[a:b].astype(np.int64) for a, b in zip(starts, self.ends[codes], strict=True)
-        ]
+        parts = zip(starts, self.ends[codes], strict=True)
+        return [self.order[start:end].astype(np.int64) for start, end in parts]

@@ -7,8 +7,9 @@ query. An index never changes what a neuron computes, only which neurons are loo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeAlias
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,19 +22,21 @@ from privrec.search.memory import CHUNK, FloatArray, ItemMemory, Items, evenly, 
 
 SIGNATURE = 256  # bits of a signature that is ranked
 _SAMPLE = 4096  # neurons whose codes are compared to tell how many have changed
+
 RANK = 32  # directions that a sketch keeps
+_LARGEST, _RANGE = 127, 4.0  # of its 8 bits, and the standard deviations that they span
+_MOVED = 8  # steps of a quarter of a standard deviation: less changes no ranking that matters
+_PROBES, _BEST = 32, 10
+
 _CELLS, _FEWEST = 1024, 16  # most cells; fewer where one would hold less than so many neurons
+_TRAINED_ON, _ROUNDS = 64, 8  # neurons a cell that centres are fitted to, and passes over them
 
 
 class Index(Protocol):
     """A way to find neurons that score high."""
 
     def batch(self, queries: FloatArray, budget: int) -> Items:
-        """Return at most ``budget`` neurons, the most wanted first, without repeats.
-
-        They are for all queries of shape ``(q, dim)`` together.
-        """
-        ...
+        """Return at most ``budget`` neurons for all queries ``(q, dim)``, the most wanted first."""
 
     def one(self, query: FloatArray, budget: int) -> Items:
         """Return candidates of one query of shape ``(dim,)``, about ``budget``, in any order."""
@@ -41,12 +44,10 @@ class Index(Protocol):
 
     def changed(self, items: ItemMemory) -> float:
         """Return the share of the codes of a sample that would be other ones now."""
-        ...
 
     @property
     def nbytes(self) -> int:
         """Bytes that are kept."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,6 @@ class Rebuild:
         every: steps between rebuilds, at least 1; None, never by count.
         changed: share of codes in (0, 1) beyond which it is rebuilt; None, codes are not looked at.
         check: steps between two looks at the codes of a sample, at least 1.
-
-    Raises:
-        UsageError: when a value is out of its range.
     """
 
     every: int | None = None
@@ -75,7 +73,7 @@ class Rebuild:
 
     def due(self, age: int, index: Index, items: ItemMemory) -> bool:
         """Return whether an index of an age in steps has to be made anew."""
-        if age == 0:
+        if not age:
             return False
         if self.every is not None and age >= self.every:
             return True
@@ -87,9 +85,14 @@ class Rebuild:
 def most_wanted(values: FloatArray, budget: int) -> Items:
     """Return the neurons of the highest values, the highest first."""
     budget = min(budget, len(values))
-    chosen = np.argpartition(values, len(values) - budget)[len(values) - budget :]
+    chosen = np.argpartition(values, -max(1, budget))[len(values) - budget :]
     found: Items = chosen[np.argsort(-values[chosen], kind="stable")]
     return found
+
+
+def highest(scores: Iterator[FloatArray]) -> FloatArray:
+    """Return the highest score of each item for any query, of chunks ``(m, q)``."""
+    return np.concatenate([part.max(axis=1) for part in scores])
 
 
 def _sample(items: int) -> Items:
@@ -109,10 +112,8 @@ class Tables(Index):
     def of(cls, family: Family, items: ItemMemory, shape: Shape, stream: SecureStream) -> Tables:
         """Draw functions, and hash and sort all neurons, table after table."""
         one = replace(shape, tables=1)
-        tables = tuple(
-            Buckets.of(items, draw(family, items.dim, one, stream)) for _ in range(shape.tables)
-        )
-        return cls(tables, items.centre, items.items)
+        drawn = (draw(family, items.dim, one, stream) for _ in range(shape.tables))
+        return cls(tuple(Buckets.of(items, each) for each in drawn), items.centre, items.items)
 
     def batch(self, queries: FloatArray, budget: int) -> Items:
         each = (table.lists(table.hashed.codes(queries)[:, 0]) for table in self.tables)
@@ -124,11 +125,8 @@ class Tables(Index):
     def changed(self, items: ItemMemory) -> float:
         sample = _sample(items.items)
         rows = items.rows(sample)
-        shares = [
-            (table.hashed.codes(rows, self.centre)[:, 0] != table.codes_of(sample)).mean()
-            for table in self.tables
-        ]
-        return float(np.mean(shares))
+        pairs = [(t.hashed.codes(rows, self.centre)[:, 0], t.codes_of(sample)) for t in self.tables]
+        return float(np.mean([now != then for now, then in pairs]))
 
     @property
     def nbytes(self) -> int:
@@ -137,12 +135,11 @@ class Tables(Index):
 
 @dataclass(frozen=True)
 class Signatures(Index):
-    """Signs of each neuron, and its length: the angle they estimate, times the length.
+    """Signs of each centred neuron, and its length.
 
-    Attributes:
-        words: shape ``(words, n)``: a signature is a column, so that words are read in a row.
-        lengths: of the centred neurons, shape ``(n,)``.
-        centre: what was taken from them.
+    The share of bits that differ estimates an angle, and lengths are known: neurons of one angle
+    are told apart, which bits alone cannot. ``words`` has a signature as a column, so that words
+    are read in a row.
     """
 
     words: NDArray[np.uint64]
@@ -151,23 +148,36 @@ class Signatures(Index):
     hashed: Signs
 
     @classmethod
+    def in_chunks(cls, items: ItemMemory, hashed: Signs) -> Iterator[Signatures]:
+        """Sign all neurons, chunk by chunk: 32 bytes each at 256 bits."""
+        centre = items.centre
+        for _, rows in items.chunks():
+            words = np.ascontiguousarray(hashed.signatures(rows, centre).T)
+            squares = np.einsum("ij,ij->i", rows, rows) - rows @ (2 * centre) + centre @ centre
+            yield cls(words, np.sqrt(squares.clip(min=0)), centre, hashed)
+
+    @classmethod
     def of(cls, items: ItemMemory, hashed: Signs) -> Signatures:
-        """Sign all neurons: 32 bytes each at 256 bits."""
-        words = np.empty((-(-hashed.matrix.shape[1] // 64), items.items), np.uint64)
-        lengths = np.empty(items.items, np.float32)
-        for start, rows in items.chunks():
-            part = slice(start, start + len(rows))
-            words[:, part] = hashed.signatures(rows, items.centre).T
-            lengths[part] = _lengths(rows, items.centre)
-        return cls(words, lengths, items.centre, hashed)
+        """Sign all neurons together."""
+        parts = list(cls.in_chunks(items, hashed))
+        words = np.concatenate([part.words for part in parts], axis=1)
+        return cls(words, np.concatenate([part.lengths for part in parts]), items.centre, hashed)
+
+    def values(self, queries: FloatArray) -> FloatArray:
+        """Return the estimated product of each neuron with the query that likes it best."""
+        count = self.hashed.matrix.shape[1]
+        cosine = np.cos(np.arange(count + 1) * (np.pi / count))  # of each number of differing bits
+        likely = np.full(len(self.lengths), -np.inf, np.float32)
+        for query, wanted in zip(queries, self.hashed.signatures(queries), strict=True):
+            differing = np.zeros(len(likely), np.uint16)
+            for word, own in zip(self.words, wanted, strict=True):
+                differing += np.bitwise_count(word ^ own)
+            estimated = (cosine * np.linalg.norm(query)).astype(np.float32)
+            np.maximum(likely, np.take(estimated, differing), out=likely)
+        return likely * self.lengths
 
     def batch(self, queries: FloatArray, budget: int) -> Items:
-        wanted, cosines = self.hashed.signatures(queries), _cosines(self.hashed, queries)
-        return most_wanted(_products(self.words, self.lengths, wanted, cosines), budget)
-
-    def distances(self, query: FloatArray) -> NDArray[np.uint16]:
-        """Return in how many bits each neuron differs from one query, shape ``(n,)``."""
-        return _differing(self.words, self.hashed.signatures(query[None])[0])
+        return most_wanted(self.values(queries), budget)
 
     def changed(self, items: ItemMemory) -> float:
         """The share of bits: of 256 some always change."""
@@ -181,59 +191,6 @@ class Signatures(Index):
         return self.words.nbytes + self.lengths.nbytes + self.hashed.matrix.nbytes
 
 
-def estimates(items: ItemMemory, queries: FloatArray, hashed: Signs) -> FloatArray:
-    """Return estimated products of each centred item with the query that likes it best.
-
-    The share of bits that differ estimates the angle, and an item's length is known: items of one
-    angle are told apart, which bits alone cannot. Signatures are forgotten chunk by chunk: nothing
-    is held but the estimates, shape ``(n,)``.
-    """
-    wanted, cosines = hashed.signatures(queries), _cosines(hashed, queries)
-    likely = np.empty(items.items, np.float32)
-    for start, rows in items.chunks():
-        words = np.ascontiguousarray(hashed.signatures(rows, items.centre).T)
-        lengths = _lengths(rows, items.centre)
-        likely[start : start + len(rows)] = _products(words, lengths, wanted, cosines)
-    return likely
-
-
-def _products(
-    words: NDArray[np.uint64], lengths: FloatArray, wanted: NDArray[np.uint64], cosines: FloatArray
-) -> FloatArray:
-    """Estimated product of each neuron with the query that likes it best."""
-    likely = np.full(len(lengths), -np.inf, np.float32)
-    for query, cosine in zip(wanted, cosines, strict=True):
-        np.maximum(likely, np.take(cosine, _differing(words, query)), out=likely)
-    likely *= lengths
-    return likely
-
-
-def _cosines(hashed: Signs, queries: FloatArray) -> FloatArray:
-    """The cosine that each number of differing bits estimates, times each query's length."""
-    count = hashed.matrix.shape[1]
-    cosine = np.cos(np.arange(count + 1) * (np.pi / count))
-    return np.stack([cosine * np.linalg.norm(query) for query in queries]).astype(np.float32)
-
-
-def _lengths(rows: FloatArray, centre: FloatArray) -> FloatArray:
-    squares = np.einsum("ij,ij->i", rows, rows) - rows @ (2 * centre) + centre @ centre
-    lengths: FloatArray = np.sqrt(squares.clip(min=0))
-    return lengths
-
-
-def _differing(words: NDArray[np.uint64], query: NDArray[np.uint64]) -> NDArray[np.uint16]:
-    count = np.zeros(words.shape[1], np.uint16)
-    for word, wanted in zip(words, query, strict=True):
-        count += np.bitwise_count(word ^ wanted)
-    return count
-
-
-_LARGEST = 127
-_RANGE = 4.0  # standard deviations that the 8 bits span
-_MOVED = 8  # steps of a quarter of a standard deviation: less changes no ranking that matters
-_PROBES, _BEST = 32, 10
-
-
 @dataclass(frozen=True)
 class Sketch(Index):
     """Rows on their leading directions, in 8 bits a number: 32 bytes an item at any length.
@@ -245,22 +202,19 @@ class Sketch(Index):
         codes: int8 of shape ``(n, rank)``.
         basis: what a query is multiplied with, shape ``(dim, rank)``; it carries the codes' scales.
         recall: how much of the exact best items it finds, as its maker measured on public queries.
-        centre: what was taken from the rows; a device, which never encodes any, has none.
+        centre: what was taken from the rows.
     """
 
     codes: NDArray[np.int8]
     basis: FloatArray
     recall: float
-    centre: FloatArray = field(default_factory=lambda: np.zeros(0, np.float32))
+    centre: FloatArray
 
     @classmethod
     def of(cls, items: ItemMemory, rank: int = RANK, probes: FloatArray | None = None) -> Sketch:
         """Sketch a catalogue, in two passes: its covariance, then its codes.
 
-        Args:
-            rank: directions kept; all of them where vectors are shorter.
-            probes: public queries to measure its recall on, shape ``(q, dim)``; by default rows of
-                the catalogue itself.
+        Its recall is measured on public queries of shape ``(q, dim)``, by default on its own rows.
         """
         rank = min(rank, items.dim)
         covariance = np.zeros((items.dim, items.dim))
@@ -273,33 +227,30 @@ class Sketch(Index):
         step = (_RANGE * spread / _LARGEST).astype(np.float32)
         codes = np.empty((items.items, rank), np.int8)
         for start, rows in items.chunks():
-            codes[start : start + len(rows)] = _eight_bits(
-                (rows @ forward - items.centre @ forward) / step
-            )
+            projected = rows @ forward - items.centre @ forward
+            codes[start : start + len(rows)] = _eight_bits(projected / step)
         if probes is None:
-            probes = items.rows(evenly(items.items, _PROBES))
-            probes = probes - items.centre
+            probes = items.rows(evenly(items.items, _PROBES)) - items.centre
         made = cls(codes, forward * step, 0.0, items.centre)
         return replace(made, recall=made._recall(items, probes))
 
     def _recall(self, items: ItemMemory, probes: FloatArray) -> float:
         """Share of each probe's exact best ten that are among the best percent of the sketch."""
         exact = np.concatenate([rows @ probes.T for _, rows in items.chunks()])
-        close = np.concatenate([values for _, values in self.values(probes)])
+        close = np.concatenate(list(self.values(probes)))
         best, found = min(_BEST, items.items), max(_BEST, items.items // 100)
         right = np.argsort(-exact, axis=0)[:best]
         edge = -np.sort(-close, axis=0)[min(found, items.items) - 1]
         return float((np.take_along_axis(close, right, axis=0) >= edge).mean())
 
-    def values(self, queries: FloatArray) -> Iterator[tuple[int, FloatArray]]:
-        """Yield approximate products, but for a number a query, as ``(first item, (m, q))``."""
+    def values(self, queries: FloatArray) -> Iterator[FloatArray]:
+        """Yield approximate products, but for a number a query, chunk by chunk, ``(m, q)``."""
         short = (queries @ self.basis).T
         for start in range(0, len(self.codes), CHUNK):
-            yield start, self.codes[start : start + CHUNK].astype(np.float32) @ short
+            yield self.codes[start : start + CHUNK].astype(np.float32) @ short
 
     def batch(self, queries: FloatArray, budget: int) -> Items:
-        values = [part.max(axis=1) for _, part in self.values(queries)]
-        return most_wanted(np.concatenate(values), budget)
+        return most_wanted(highest(self.values(queries)), budget)
 
     def changed(self, items: ItemMemory) -> float:
         """In units of the codes' spread, so that a step is a change."""
@@ -318,9 +269,6 @@ def _eight_bits(scaled: FloatArray) -> NDArray[np.int8]:
     return np.rint(scaled).clip(-_LARGEST, _LARGEST).astype(np.int8)
 
 
-_TRAINED_ON, _ROUNDS = 64, 8  # neurons a cell that centres are fitted to, and passes over them
-
-
 @dataclass(frozen=True)
 class Cells(Index):
     """A partition of the neurons around centres, of which a query visits the best few.
@@ -331,10 +279,7 @@ class Cells(Index):
     Sources: Lloyd, "Least squares quantization in PCM" (IEEE Trans. Inf. Theory 1982); Jégou, Douze
     & Schmid, "Product quantization for nearest neighbor search" (PAMI 2011), for the inverted file.
 
-    Attributes:
-        centres: one a cell, shape ``(C, dim)``.
-        order: neurons by cell, ascending within one.
-        ends: where each cell ends in ``order``.
+    Cells have ``centres`` ``(C, dim)``; ``order`` lists neurons cell by cell, up to their ``ends``.
     """
 
     centres: FloatArray
@@ -377,10 +322,8 @@ class Cells(Index):
         """Neurons of as many of the cells as it takes to have ``budget``."""
         sizes = np.diff(self.ends, prepend=0)[cells]
         last = int(np.searchsorted(np.cumsum(sizes), budget)) + 1
-        ends = self.ends[cells[:last]]
-        return np.concatenate(
-            [self.order[e - s : e] for e, s in zip(ends, sizes[:last], strict=True)]
-        )
+        places = zip(self.ends[cells[:last]], sizes[:last], strict=True)
+        return np.concatenate([self.order[end - size : end] for end, size in places])
 
     def changed(self, items: ItemMemory) -> float:
         """The share that lies nearest to another centre now."""
@@ -401,18 +344,11 @@ def _nearest(rows: FloatArray, centres: FloatArray) -> Items:
     return found
 
 
-def _tables(family: Family) -> Builder:
-    return lambda items, shape, stream: Tables.of(family, items, shape, stream)
-
-
-Builder: TypeAlias = Callable[[ItemMemory, Shape, SecureStream], Index]
-INDEXES: dict[str, Builder] = {
-    "hamming": lambda items, _, stream: Signatures.of(
-        items, signature(items.dim, SIGNATURE, stream)
-    ),
+INDEXES: dict[str, Callable[[ItemMemory, Shape, SecureStream], Index]] = {
+    "hamming": lambda items, _, s: Signatures.of(items, signature(items.dim, SIGNATURE, s)),
     "sketch": lambda items, _, __: Sketch.of(items, probes=items.rows(np.zeros(1, np.int64))),
     "cells": lambda items, _, stream: Cells.of(items, stream),
-    **{family: _tables(family) for family in FAMILIES},
+    **{family: partial(Tables.of, family) for family in FAMILIES},
 }
 """What makes an index of a layer as it is now, by name: of the layer, the shape of tables (of no
 effect on other kinds), and the stream of hash functions or first cells. It raises a

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,16 +30,10 @@ _SAMPLE = 1 << 14
 
 @dataclass(frozen=True)
 class ItemMemory:
-    """A catalogue in its memory.
+    """A catalogue in its memory: a table of vectors and its blocks, float32 ``(slots, block)``.
 
-    Attributes:
-        table: where item vectors lie: a :class:`~privrec.embedding.subspace.Subspace`, whole or
-            folded, or another table.
-        memory: its blocks, float32 of shape ``(slots, block)``.
-        biases: where item biases lie and their memory of shape ``(slots, 1)``, or None.
-
-    Raises:
-        UsageError: when a memory has not the shape that its table asks for.
+    ``biases`` are a table and its memory as well. A memory of another shape than its table has is
+    refused.
     """
 
     table: Table
@@ -46,10 +41,10 @@ class ItemMemory:
     biases: tuple[Table, FloatArray] | None = None
 
     def __post_init__(self) -> None:
-        owned = {"memory": (self.table, self.memory)}
-        if self.biases is not None:
-            owned["biases"] = self.biases
-        for name, (table, memory) in owned.items():
+        for name, held in {"memory": (self.table, self.memory), "biases": self.biases}.items():
+            if held is None:
+                continue
+            table, memory = held
             wanted = (table.slots, table.block)
             if memory.shape != wanted:
                 raise UsageError(
@@ -67,26 +62,13 @@ class ItemMemory:
         """Length of a row: the vector's, and one more for a bias."""
         return self.table.dim + (self.biases is not None)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the memory itself."""
-        return self.memory.nbytes + (0 if self.biases is None else self.biases[1].nbytes)
-
-    @property
-    def pass_bytes(self) -> int:
-        """Most bytes that :meth:`chunks` and :meth:`products` hold at a time."""
-        size = min(CHUNK, self.items)
-        doubled = 2 * self.memory.nbytes if self._is_doubled else 0
-        places = size * self.table.parts * 48
-        return doubled + places + size * (self.table.dim + self.dim) * 4
-
     def unfolded(self) -> ItemMemory:
         """Gather every row of the same items, for a machine that plays many devices."""
         table = PlainTable.of(self.items, self.table.dim, block=self.table.block)
         memory = np.concatenate([vectors.copy() for _, vectors in self._vectors()])
         biases = None
         if self.biases is not None:
-            values = self._biases_of(self.biases, np.arange(self.items))[:, None]
+            values = self._biases_of(np.arange(self.items))[:, None]
             biases = PlainTable.of(self.items, 1, block=1), values
         return ItemMemory(table, memory.reshape(table.slots, table.block), biases)
 
@@ -95,7 +77,12 @@ class ItemMemory:
         vectors: FloatArray = self.table.gather(self.memory, items)
         if self.biases is None:
             return vectors
-        return np.concatenate((vectors, self._biases_of(self.biases, items)[:, None]), axis=1)
+        return np.concatenate((vectors, self._biases_of(items)[:, None]), axis=1)
+
+    def scores(self, items: NDArray[np.integer], query: FloatArray) -> FloatArray:
+        """Return the products of some rows with one query, shape ``(k,)``."""
+        values: FloatArray = self.table.gather(self.memory, items) @ query[: self.table.dim]
+        return values if self.biases is None else values + query[-1] * self._biases_of(items)
 
     def chunks(self) -> Iterator[tuple[int, FloatArray]]:
         """Yield all rows in order, as ``(first item, rows)``.
@@ -111,14 +98,13 @@ class ItemMemory:
                 widened = np.empty((len(vectors), self.dim), np.float32)
             rows = widened[: len(vectors)]
             rows[:, :-1] = vectors
-            rows[:, -1] = self._biases_of(self.biases, np.arange(start, start + len(rows)))
+            rows[:, -1] = self._biases_of(np.arange(start, start + len(rows)))
             yield start, rows
 
-    def products(self, query: FloatArray) -> Iterator[tuple[int, FloatArray]]:
-        """Yield the products of all rows with one query, as ``(first item, products)``.
+    def products(self, query: FloatArray) -> Iterator[FloatArray]:
+        """Yield the products of all rows with one query, chunk by chunk.
 
-        Each memory block is multiplied once by each part of the query, and items gather numbers
-        instead of blocks.
+        Each memory block is multiplied once by each part of the query, and items gather numbers.
         """
         table = self.table
         parts = query[: table.dim].reshape(table.parts, table.block)
@@ -133,9 +119,8 @@ class ItemMemory:
             terms *= signs
             values = terms.sum(axis=1)
             if self.biases is not None:
-                items = np.arange(start, start + len(values))
-                values += query[-1] * self._biases_of(self.biases, items)
-            yield start, values
+                values += query[-1] * self._biases_of(np.arange(start, start + len(values)))
+            yield values
 
     @cached_property
     def centre(self) -> FloatArray:
@@ -148,21 +133,17 @@ class ItemMemory:
         mean: FloatArray = self.rows(np.arange(0, self.items, step)).mean(axis=0)
         return mean
 
-    @property
-    def _is_doubled(self) -> bool:
-        return self.memory.size <= _DOUBLED
-
     def _vectors(self) -> Iterator[tuple[int, FloatArray]]:
         table = self.table
         if isinstance(table, PlainTable) and not table.by_part:
             whole = self.memory.reshape(table.items, table.dim)
-            yield from (
-                (start, whole[start : start + CHUNK]) for start in range(0, len(whole), CHUNK)
-            )
+            for start in range(0, len(whole), CHUNK):
+                yield start, whole[start : start + CHUNK]
             return
         # A lookup in the memory and its negative saves a pass over all gathered rows.
         scale, source = np.float32(table.scale), self.memory
-        if self._is_doubled:
+        is_doubled = self.memory.size <= _DOUBLED
+        if is_doubled:
             source = np.empty((2 * table.slots, table.block), np.float32)
             np.multiply(self.memory, scale, out=source[: table.slots])
             np.negative(source[: table.slots], out=source[table.slots :])
@@ -170,7 +151,7 @@ class ItemMemory:
         for start in range(0, table.items, CHUNK):
             part = np.arange(start, min(table.items, start + CHUNK))
             blocks = buffer[: len(part) * table.parts]
-            if self._is_doubled:
+            if is_doubled:
                 slots = table.locate_doubled(part)
                 np.take(source, slots.ravel(), axis=0, out=blocks, mode="clip")
             else:
@@ -179,9 +160,8 @@ class ItemMemory:
                 blocks *= signs.reshape(-1, 1) * scale
             yield start, blocks.reshape(len(part), table.dim)
 
-    @staticmethod
-    def _biases_of(biases: tuple[Table, FloatArray], items: NDArray[np.integer]) -> FloatArray:
-        table, memory = biases
+    def _biases_of(self, items: NDArray[np.integer]) -> FloatArray:
+        table, memory = cast(tuple[Table, FloatArray], self.biases)
         values: FloatArray = table.gather(memory, items)[:, 0]
         return values
 
@@ -192,23 +172,18 @@ def evenly(n: int, count: int) -> Items:
 
 
 def outside(excluded: Items, places: Items) -> Items:
-    """Return the items at given places of the catalogue less some of its items.
+    """Return the items at places in ``[0, n - len(excluded))`` of the catalogue less some items.
 
-    Args:
-        excluded: ascending, without repeats.
-        places: in ``[0, n - len(excluded))``, of any shape.
+    Those that are excluded are ascending, without repeats.
     """
     gaps = excluded - np.arange(len(excluded))
     return places + np.searchsorted(gaps, places, side="right")
 
 
 def uniform(left: int, budget: int, stream: SecureStream, without: Items) -> Items:
-    """Return distinct items, ascending, uniform over those that are not excluded.
+    """Return ``budget`` distinct items, ascending, uniform over the ``left`` that are not excluded.
 
-    Args:
-        left: how many items are not excluded.
-        budget: how many to draw; all that are left where they are fewer.
-        without: excluded items, ascending, without repeats.
+    Those that are excluded, ``without``, are ascending and without repeats.
     """
     budget = min(budget, left)
     if 2 * budget > left:

@@ -178,8 +178,8 @@ def test_a_single_device_never_holds_the_table(
     used: list[Any] = []
     honest = LocalModel.search
 
-    def noted(self: LocalModel, selector: str) -> Any:
-        used.append(honest(self, selector))
+    def noted(self: LocalModel, *given: Any) -> Any:
+        used.append(honest(self, *given))
         return used[-1]
 
     monkeypatch.setattr(LocalModel, "search", noted)

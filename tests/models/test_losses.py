@@ -14,6 +14,7 @@ from privrec.models.losses import Samples, loss_of
 from privrec.scenario import kinds
 
 LOSSES = {name: loss_of(name) for name in kinds.LOSSES}
+GRADES = {name: loss.grade for name, loss in LOSSES.items()}
 IMPLICIT = {name for name, loss in LOSSES.items() if loss.implicit}
 WHOLE_CATALOGUE = {name for name, loss in LOSSES.items() if loss.whole_catalogue}
 SAMPLED = sorted(set(LOSSES) - WHOLE_CATALOGUE - IMPLICIT)
@@ -87,7 +88,7 @@ def test_every_loss_is_tested() -> None:
 def test_value_is_the_formula(name: str) -> None:
     scores, valid = scores_of(5, 1), masks(name, 5, 2)
     valid[0] = 1 if name not in WHOLE_CATALOGUE else valid[0]
-    found = LOSSES[name](scores.clone(), samples_of(name, valid))[0]
+    found = GRADES[name](scores.clone(), samples_of(name, valid))[0]
     expected = [BY_HAND[name](s, v) for s, v in zip(scores.tolist(), valid.tolist(), strict=True)]
     assert found.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
@@ -96,9 +97,9 @@ def test_value_is_the_formula(name: str) -> None:
 def test_gradient_is_that_of_the_value(name: str) -> None:
     scores, valid = scores_of(6, 3).requires_grad_(), masks(name, 6, 4)
     samples = samples_of(name, valid)
-    value = LOSSES[name](scores, samples)[0]
+    value = GRADES[name](scores, samples)[0]
     expected = torch.autograd.grad(value.sum(), scores)[0]
-    found = LOSSES[name](scores.detach().clone(), samples)[1]
+    found = GRADES[name](scores.detach().clone(), samples)[1]
     assert torch.allclose(found, expected, atol=1e-5)
     assert found.abs().max() > 0.1
 
@@ -112,10 +113,10 @@ def test_curvature_is_never_below_the_hessian(name: str, seed: int, scale: float
     scores = scores_of(1, seed + 1, scale).double()
 
     def value(s: Tensor) -> Tensor:
-        return LOSSES[name](s[None], samples)[0][0]
+        return GRADES[name](s[None], samples)[0][0]
 
     hessian = torch.autograd.functional.hessian(value, scores[0])
-    curvature = LOSSES[name](scores.clone(), samples)[2][0]
+    curvature = GRADES[name](scores.clone(), samples)[2][0]
     assert curvature.min() >= 0
     lowest = torch.linalg.eigvalsh(torch.diag(curvature) - hessian).min()
     assert float(lowest) > -1e-6
@@ -128,9 +129,9 @@ def test_a_newton_step_never_goes_up(name: str, seed: int, length: float) -> Non
     """Their curvature bounds the loss everywhere, not just to second order at the point."""
     samples = samples_of(name, masks(name, 1, seed).double())
     scores = scores_of(1, seed + 1, length).double()
-    before, gradient, curvature = LOSSES[name](scores.clone(), samples)
+    before, gradient, curvature = GRADES[name](scores.clone(), samples)
     moved = scores - gradient / curvature.clamp_min(1e-12)
-    assert float(LOSSES[name](moved, samples)[0]) <= float(before) + 1e-9
+    assert float(GRADES[name](moved, samples)[0]) <= float(before) + 1e-9
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -140,7 +141,7 @@ def test_padding_has_no_part(name: str) -> None:
     other = torch.where(valid == 0, scores + 3, scores)
     if name in WHOLE_CATALOGUE:
         other = scores  # every item is a candidate; only the history is marked
-    one, two = (LOSSES[name](s.clone(), samples_of(name, valid)) for s in (scores, other))
+    one, two = (GRADES[name](s.clone(), samples_of(name, valid)) for s in (scores, other))
     for a, b in zip(one, two, strict=True):
         assert torch.allclose(a, b, atol=1e-6)
     if name not in WHOLE_CATALOGUE:
@@ -152,7 +153,7 @@ def test_padding_has_no_part(name: str) -> None:
 def test_a_device_without_samples_has_no_loss(name: str) -> None:
     valid = masks(name, 2, 7)
     valid[0] = 0
-    value, gradient, curvature = LOSSES[name](scores_of(2, 8), samples_of(name, valid))
+    value, gradient, curvature = GRADES[name](scores_of(2, 8), samples_of(name, valid))
     assert value[0] == 0
     assert not gradient[0].any()
     assert not curvature[0].any()
@@ -162,7 +163,7 @@ def test_a_device_without_samples_has_no_loss(name: str) -> None:
 @pytest.mark.parametrize("name", SAMPLED)
 def test_positives_whose_negatives_were_all_in_the_history(name: str) -> None:
     valid = torch.cat((torch.ones(1, P), torch.zeros(1, K - P)), dim=1)
-    value, gradient, curvature = LOSSES[name](scores_of(1, 9), samples_of(name, valid))
+    value, gradient, curvature = GRADES[name](scores_of(1, 9), samples_of(name, valid))
     for part in (value, gradient, curvature):
         assert torch.isfinite(part).all()
     assert not gradient[:, P:].any()
@@ -175,15 +176,15 @@ def test_positives_whose_negatives_were_all_in_the_history(name: str) -> None:
 @pytest.mark.parametrize("size", [0.0, 1e-4, 90.0, 1e3])
 def test_extreme_scores_stay_finite(name: str, size: float) -> None:
     signs = torch.sign(scores_of(3, 10))
-    parts = LOSSES[name](size * signs, samples_of(name, torch.ones(3, K)))
+    parts = GRADES[name](size * signs, samples_of(name, torch.ones(3, K)))
     assert all(torch.isfinite(part).all() for part in parts)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_devices_do_not_mix(name: str) -> None:
     scores, valid = scores_of(3, 11), masks(name, 3, 12)
-    together = LOSSES[name](scores.clone(), samples_of(name, valid))
-    alone = LOSSES[name](scores[1:2].clone(), samples_of(name, valid[1:2]))
+    together = GRADES[name](scores.clone(), samples_of(name, valid))
+    alone = GRADES[name](scores[1:2].clone(), samples_of(name, valid[1:2]))
     for whole, part in zip(together, alone, strict=True):
         assert torch.allclose(whole[1:2], part, atol=1e-6)
 
@@ -192,6 +193,6 @@ def test_devices_do_not_mix(name: str) -> None:
 def test_scores_and_samples_are_left_as_they_are(name: str) -> None:
     scores, valid = scores_of(3, 13), masks(name, 3, 14)
     before = scores.clone(), valid.clone()
-    LOSSES[name](scores, samples_of(name, valid))
+    GRADES[name](scores, samples_of(name, valid))
     assert torch.equal(scores, before[0])
     assert torch.equal(valid, before[1])

@@ -147,14 +147,12 @@ class FirstItems(Searching):
     """Every so many."""
 
 
-class First:
-    """Chooses them."""
-
-    def choose(self, request: Request) -> tuple[np.ndarray, int, int]:
-        """What is left after the history, from the first on."""
-        asked["selector"] += 1
-        left = np.setdiff1d(np.arange(request.search.items.items), request.without)
-        return left[: request.budget], 0, 0
+def choose_first(request: Request) -> np.ndarray:
+    """What is left after the history, from the first on."""
+    asked["selector"] += 1
+    asked["step"] = request.config.step
+    every = np.arange(0, request.search.items.items, request.config.step)
+    return np.setdiff1d(every, request.without)[: request.budget]
 
 
 class Adagrad(Section):
@@ -261,8 +259,8 @@ OUTSIDE = {
     ),
     "selector": (
         kinds.SELECTORS,
-        ("first", FirstItems, First()),
-        ("train.selector=first", "train.loss=softmax", "train.budget=0.3", "train.step=1"),
+        ("first", FirstItems, choose_first),
+        ("train.selector=first", "train.loss=softmax", "train.budget=0.3", "train.step=2"),
         "train.step=11",
     ),
     "optimiser": (
@@ -295,6 +293,15 @@ def test_it_trains(added: str, tmp_path: Path) -> None:
     assert "ndcg@10" in payload["metrics"] or "full_ndcg@10" in payload["metrics"]
     kept = Scenario.from_toml((tmp_path / "run" / "scenario.toml").read_text("utf-8"))
     assert kept == make_scenario(TINY, *changes)
+
+
+@pytest.mark.usefixtures("state", "added")
+@pytest.mark.parametrize("added", ["selector"], indirect=True)
+@pytest.mark.parametrize(("step", "engine"), [(2, "cohort"), (3, "device")])
+def test_a_selector_is_handed_keys_of_its_own(step: int, engine: str, tmp_path: Path) -> None:
+    changes = (*OUTSIDE["selector"][2], f"train.step={step}", f"run.engine={engine}")
+    run_once(TINY, tmp_path / "run", *changes)
+    assert asked["step"] == step
 
 
 @pytest.mark.usefixtures("state")

@@ -227,8 +227,7 @@ def test_no_two_of_many_devices_draw_one_vector_or_all_one_shape() -> None:
         [projection("simhash", 8, Shape(16), root.stream("lsh", user)).T for user in range(200)]
     )
     assert len(np.unique(columns, axis=0)) == len(columns)
-    base = Shape(8)
-    shapes = {own_shape(10_000, 100, root.stream("lsh shape", user), base) for user in range(200)}
+    shapes = {own_shape(10_000, 100, root.stream("lsh shape", user), 16) for user in range(200)}
     assert len(shapes) > 20
     assert {shape.bits for shape in shapes} >= {8, 9, 10}
 

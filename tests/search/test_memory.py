@@ -44,7 +44,7 @@ def test_chunks_and_products_are_those_of_the_gathered_rows(
     assert [start for start, _ in chunks] == list(range(0, 1000, 96))
     np.testing.assert_allclose(np.concatenate([part for _, part in chunks]), rows, rtol=1e-6)
     query = np.random.default_rng(2).standard_normal(items.dim).astype(np.float32)
-    products = np.concatenate([part for _, part in items.products(query)])
+    products = np.concatenate(list(items.products(query)))
     np.testing.assert_allclose(products, rows @ query, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(items.centre, rows.mean(0), rtol=1e-4, atol=1e-5)
 

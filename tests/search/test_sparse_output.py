@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch.nn import functional
 
+from privrec.data.corpus import NO_LABEL
 from privrec.embedding.subspace import Subspace
 from privrec.errors import UsageError
-from privrec.models.sparse_output import SparseOutput
+from privrec.models.sparse_output import SparseOutput, distinct_labels
 from privrec.randomness import SecretRoot
 from privrec.search.hashing import Shape
 from privrec.search.index import INDEXES, Rebuild
-from privrec.search.select import NO_LABEL, active_set, distinct_labels
+from privrec.search.select import active_set
 
 N, DIM, BATCH = 600, 16, 12
 ROOT = SecretRoot.known(b"sparse output tests")
@@ -117,7 +118,6 @@ def test_labels_are_active_and_the_budget_is_exact(selector: str, share: float) 
         assert len(chosen) == len(neurons) == round(share * N) == made.budget
         assert len(np.unique(neurons)) == len(neurons)
         np.testing.assert_array_equal(neurons[: chosen.labels], wanted)
-        assert chosen.labels + chosen.selected + chosen.uniform == len(chosen)
         np.testing.assert_array_equal(
             chosen.neurons[chosen.places(labels)][labels >= 0], labels[labels >= 0]
         )
@@ -152,14 +152,12 @@ def test_selected_neurons_are_the_best_that_are_no_labels() -> None:
 
 
 def test_neurons_that_somebody_else_selected_are_taken_in_their_order() -> None:
-    made, (hidden, labels) = layer(share=0.1), batch()
-    given = np.random.default_rng(0).permutation(N)
-    chosen = made.active(hidden, labels, selected=given)
-    own = set(chosen.neurons[: chosen.labels].tolist())
+    own, given = np.array([3, 5, 8]), np.random.default_rng(0).permutation(N)
+    chosen = active_set(own, given, 60, N, ROOT.stream("nobody is left to chance"))
     wanted = [neuron for neuron in given.tolist() if neuron not in own][: chosen.selected]
+    assert chosen.selected == 57
     found = chosen.neurons[chosen.labels : chosen.labels + chosen.selected]
     assert found.tolist() == sorted(wanted)
-    assert chosen.selected == round(0.5 * (60 - chosen.labels))
 
 
 def test_more_labels_than_the_budget_are_refused() -> None:
@@ -220,13 +218,13 @@ def test_every_other_neuron_is_equally_likely_to_be_drawn() -> None:
 @pytest.mark.parametrize("selector", EVERY)
 @pytest.mark.parametrize("compressed", [False, True])
 def test_scores_of_topk_are_exact(selector: str, compressed: bool) -> None:
-    made = layer(selector=selector, table=table(4.0) if compressed else None)
+    made = layer(selector=selector, table=table(4.0) if compressed else None, candidates=0.2)
     hidden, _ = batch()
-    scores, neurons = made.topk(hidden, 3, candidates=120)
+    scores, neurons = made.topk(hidden, 3)
     assert scores.shape == neurons.shape == (BATCH, 3)
     torch.testing.assert_close(scores, made(hidden).gather(1, neurons))
     assert (scores.diff(dim=1) <= 0).all()
-    one = made.topk(hidden[0], 3, candidates=120)
+    one = made.topk(hidden[0], 3)
     np.testing.assert_array_equal(one[1], neurons[0])
 
 
@@ -240,13 +238,13 @@ def test_without_an_index_topk_is_brute_force(selector: str) -> None:
 def test_an_index_finds_the_best_of_grouped_neurons(selector: str, least: float) -> None:
     rng = np.random.default_rng(4)
     centres = rng.standard_normal((40, DIM))
-    made = SparseOutput(4000, DIM, share=0.1, selector=selector, root=ROOT)  # type: ignore[arg-type]
+    made = SparseOutput(4000, DIM, share=0.1, selector=selector, candidates=0.1, root=ROOT)
     rows = centres[rng.integers(0, 40, 4000)] + 0.3 * rng.standard_normal((4000, DIM))
     made.weight.data.copy_(torch.from_numpy(rows))
     hidden = torch.from_numpy(
         (centres[rng.integers(0, 40, 64)] + 0.3 * rng.standard_normal((64, DIM))).astype(np.float32)
     )
-    found = made.topk(hidden, 1, candidates=400)[1][:, 0]
+    found = made.topk(hidden, 1)[1][:, 0]
     assert (found == made(hidden).argmax(1)).float().mean() >= least
 
 
