@@ -30,7 +30,6 @@ from scipy import stats
 
 from privrec.audit.harness import ALPHA, CheckResult, Floats, Harness
 from privrec.audit.noise import rounds_that_fit
-from privrec.device.device import privatize
 from privrec.device.tier import Tier
 from privrec.device.update import Address, Aggregate, RawUpdate, Round
 from privrec.errors import ReleaseRefused, UsageError
@@ -143,7 +142,7 @@ def _one_shot(harness: Harness, most: int) -> tuple[CheckResult, str]:
         place = 0
         for tier, users, values in _unit(groups, seed):
             held = released[: values.shape[1]]
-            wire = to_wire(values, (tier.layout, *harness.federation.weaker(tier)))
+            wire = to_wire(values, harness.federation.layouts_of(tier))
             products[place : place + len(users)] += wire @ held
             place += len(users)
         squares, done = squares + float(released @ released), done + 1
@@ -225,7 +224,7 @@ def _spikes(
     parts = zip(groups, places, np.split(signs, ends), np.split(present, ends), strict=True)
     for group, wire, sign, there in parts:
         layout = group.tier.layout
-        order = to_wire(np.arange(layout.size), (layout, *harness.federation.weaker(group.tier)))
+        order = to_wire(np.arange(layout.size), harness.federation.layouts_of(group.tier))
         update = _in_one_place(group.tier, order[wire[there]], sign[there] * _loud(harness))
         yield group.tier, group.users[there], update
 
@@ -283,9 +282,8 @@ def _released(harness: Harness, round: Round, updates: Updates) -> Floats | None
         if not there.any():
             continue
         coins = harness.simulation.root.stream("rounding", *round.context, b"canaries", number)
-        bounded = privatize(
-            _only(update, there), protection, round, tier, harness.federation.weaker(tier), coins
-        )
+        held, mine = harness.federation.layouts_of(tier), _only(update, there)
+        bounded = mine.bound(protection, round, held, coins, tier.weight)
         summing.add(tier, users[there], bounded)
     aggregate = Aggregate(summing.total(), len(sampled), None)
     release = harness.server.release(round, aggregate, harness.root)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from privrec.audit.harness import REACH, CheckResult, Harness, count_p, judged, of_many, two_sided
-from privrec.device.device import Cohort, Draws, Trained, privatize
+from privrec.device.device import Cohort, Draws, Trained
 from privrec.device.recommender import RecommenderLearner
 from privrec.device.samples import Histories
 from privrec.device.tier import LocalModel, Tier
@@ -133,7 +133,7 @@ def _bounded(
 def rounding(harness: Harness) -> CheckResult:
     """Rounding is right on average, wherever a value lies between two integers."""
     tier, encoding = harness.training[0], harness.protection.encoding
-    layout, weaker = tier.layout, harness.federation.weaker(tier)
+    layout, held = tier.layout, harness.federation.layouts_of(tier)
     round, root = harness.round(0), harness.simulation.root
     rows = max(1, _ROUNDED // layout.size)
     rng = rng_for(0, "audit rounding")
@@ -146,12 +146,12 @@ def rounding(harness: Harness) -> CheckResult:
         # Far inside the clip norm nothing is rounded twice, so the mean is exactly right.
         update = RawUpdate(values, Address.whole(layout))
         coins = root.stream("rounding", *round.context, b"audit", start)
-        bounded = privatize(update, harness.protection, round, tier, weaker, coins)
+        bounded = update.bound(harness.protection, round, held, coins, tier.weight)
         exact = values if tier.weight == 1 else values * np.float32(tier.weight)
-        rotation = harness.protection.rotation(round, (layout, *weaker))
+        rotation = harness.protection.rotation(round, held)
         if rotation is not None:
-            turned = rotation.apply(to_wire(exact, (layout, *weaker)))
-            exact = from_wire(turned, (layout, *weaker))
+            turned = rotation.apply(to_wire(exact, held))
+            exact = from_wire(turned, held)
         moments = _moments(bounded.integers, exact * np.float32(encoding.scale))
         sums, variances, draws = sums + moments[0], variances + moments[1], draws + values.size
     z = np.divide(sums, np.sqrt(variances), out=np.zeros(4), where=variances > 0)
@@ -258,7 +258,7 @@ def _fresh(harness: Harness) -> tuple[Cohort[RecommenderLearner], ...]:
 def _padded(harness: Harness, tier: Tier, vector: NDArray[np.int32]) -> NDArray[np.int64]:
     """A tier's vector with zeros where it holds nothing, in the layout of the shared vector."""
     whole = np.zeros(harness.federation.layout.size, np.int64)
-    held = to_wire(vector, (tier.layout, *harness.federation.weaker(tier)))
+    held = to_wire(vector, harness.federation.layouts_of(tier))
     whole[: len(held)] = held
     return from_wire(whole, harness.federation.layouts)
 

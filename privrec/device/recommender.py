@@ -57,10 +57,8 @@ class RecommenderLearner(Learner):
     Args:
         view: what is trained.
         settings: how.
-        popularity: public cumulative probabilities of the items, see
-            :func:`~privrec.device.samples.popularity_of`; None where nothing asks for them.
-        examples: noise that hides single examples, of which then every local step has its own; None
-            for steps without.
+        popularity: see :func:`~privrec.device.samples.popularity_of`; None where nothing asks.
+        examples: noise of every local step, which hides single examples; None for none.
     """
 
     view: ModelView[NCF]
@@ -71,7 +69,7 @@ class RecommenderLearner(Learner):
     @property
     def state_dim(self) -> int:
         """User vector and user bias."""
-        return self.view.model.user_dim
+        return self.view.network.user_dim
 
     @property
     def loss(self) -> Loss:
@@ -81,16 +79,11 @@ class RecommenderLearner(Learner):
     @cached_property
     def serving(self) -> RecommenderLearner:
         """The same for fitting user vectors alone to whole histories, without any noise."""
-        settings = self.settings
-        settings = replace(
-            settings,
-            negatives=settings.serve_negatives,
-            budget=settings.serve_budget or settings.budget,
-            max_samples=None,
-            user_steps=settings.serve_steps,
-        )
+        own = self.settings
+        budget, negatives = own.serve_budget or own.budget, own.serve_negatives
+        settings = replace(own, budget=budget, negatives=negatives, user_steps=own.serve_steps)
         # Popular negatives are for training: a fit is to all items alike.
-        return RecommenderLearner(self.view, settings)
+        return RecommenderLearner(self.view, replace(settings, max_samples=None))
 
     @cached_property
     def sampler(self) -> Sampler:
@@ -142,11 +135,7 @@ class RecommenderLearner(Learner):
         """Private states fitted from nothing to fixed items, shape ``(m, state_dim)``.
 
         It is how recommendations are made, for users seen in training and for others alike.
-
-        Args:
-            weights: the shared vector in memory form.
-            data: what the devices hold of their histories.
-            draws: of samples, and of functions where negatives are selected.
+        ``weights`` are the shared vector in memory form.
         """
         model = LocalModel(self.view, weights, resident=len(data.users) >= MANY)
         fitted = np.zeros((len(data.users), self.state_dim), np.float32)
@@ -200,12 +189,18 @@ class _Local:
 
     def __init__(self, model: LocalModel[NCF], batch: Batch, settings: Settings) -> None:
         view, self._settings = model.view, settings
-        self._model, self._loss = view.model, loss_of(settings.loss)
+        self._model, self._loss = view.network, loss_of(settings.loss)
         self._unobserved: Tensor | None = None
         if self._loss.implicit:
             weighted = model.gram * np.float32(settings.unobserved_weight)
             self._unobserved = torch.from_numpy(weighted)
-        self._preconditioner = _preconditioner(model, settings) if settings.newton else None
+        self._preconditioner: Tensor | None = None
+        if settings.newton:  # ``P`` of privrec.models.losses; zeros in the first round, to find S
+            users, dim = view.layout.gram_of(model.weights), view.vectors.dim
+            self._preconditioner = torch.zeros(dim, dim)
+            if users.any():
+                matrix = curvature(users, dim, settings.unobserved_weight, settings.item_l2)
+                self._preconditioner = torch.from_numpy(np.linalg.inv(matrix))
         logs = None if batch.weights is None else torch.from_numpy(batch.weights)
         self._samples = Samples(torch.from_numpy(batch.valid), batch.positives, logs)
         self._first = None if batch.first is None else torch.from_numpy(batch.first)
@@ -222,21 +217,20 @@ class _Local:
     def fit(self, user: Tensor) -> Tensor:
         """Newton steps on the private states."""
         for _ in range(self._settings.user_steps):
-            user = user - self._settings.user_lr * self._newton(user, self._settings.user_l2)
+            user = user - self._settings.user_lr * self._newton(user)
         return user
 
-    def _newton(self, user: Tensor, l2: float) -> Tensor:
+    def _newton(self, user: Tensor) -> Tensor:
         """Newton step on the private state under the loss's curvature and an L2 penalty.
 
-        The penalty is that of a Gaussian prior of precision ``l2`` on the vector; the bias has
-        none.
+        The penalty is that of a Gaussian prior on the vector; the bias has none.
         """
         scored, (_, gradient, curvature) = self._graded(user)
         jacobian = scored.user_jacobian()
         if self._unobserved is not None:
             # Squares over all items would have the bias fit their common level, which ranks none.
             jacobian[..., -1] = 0
-        prior = torch.full((user.shape[1],), l2)
+        prior = torch.full((user.shape[1],), self._settings.user_l2)
         prior[-1] = 0
         hessian = _weighted_gram(jacobian, curvature)
         hessian += torch.diag(prior + _RIDGE)
@@ -295,15 +289,6 @@ class _Local:
         return scored, self._loss(scores, self._samples)
 
 
-def _preconditioner(model: LocalModel[NCF], settings: Settings) -> Tensor:
-    """``P`` of :mod:`privrec.models.losses`; zeros in the first round, which finds ``S``."""
-    users, dim = model.view.layout.gram_of(model.weights), model.view.vectors.dim
-    if not users.any():
-        return torch.zeros(dim, dim)
-    matrix = curvature(users, dim, settings.unobserved_weight, settings.item_l2)
-    return torch.from_numpy(np.linalg.inv(matrix))
-
-
 def _weighted_gram(jacobian: Tensor, weights: Tensor) -> Tensor:
     """``J^T diag(w) J`` of each device, shape ``(m, u, u)``; ``J`` may be shared."""
     if len(jacobian) > 1 or len(weights) == 1:
@@ -330,8 +315,8 @@ class _Touched(Located):
     """The blocks of a memory that the samples of each device touch.
 
     Items that collide share a block here too: one of them owns it, and its copy is the one that
-    changes, which keeps the update's norm the true one. When all devices look at the same items,
-    they share the copy of the old values.
+    changes, which keeps the update's norm the true one. Devices that look at the same items share
+    the copy of the old values.
     """
 
     def __init__(self, table: Table, memory: FloatArray, batch: Batch) -> None:
@@ -364,11 +349,9 @@ class _Touched(Located):
         return self._change.reshape(len(self._change), -1).numpy()
 
     def move(self, rows: Tensor, *, last: bool) -> None:
-        """Add ``rows`` to the blocks.
+        """Add the change of each sample's row, ``(m, samples, dim)``, to the blocks.
 
-        Args:
-            rows: change of each sample's row, shape ``(m, samples, dim)``.
-            last: whether nobody looks at :attr:`rows` again, so that they may stay as they are.
+        After the ``last`` one nobody looks at :attr:`rows` again, and they stay as they are.
         """
         changed = self.spread(rows)
         if self._merges:

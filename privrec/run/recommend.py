@@ -111,7 +111,7 @@ def recommend(
     model, k = LocalModel(learner.view, view), min(k, train.n_items - len(items))
     if k < 1:
         return []
-    if learner.view.model.tower:
+    if learner.view.network.tower:
         every = Scorer(model, states, train.n_items)(np.array([0]), None)[0]
         every[items] = -np.inf
         found = np.argsort(-every, kind="stable")[:k]

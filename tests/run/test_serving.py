@@ -269,7 +269,7 @@ def test_a_scan_is_what_scoring_the_whole_catalogue_gives(
     tier = federation.tiers[0]
     model, rng = LocalModel(tier.model, tier.view(weights)), np.random.default_rng(0)
     for _ in range(20):
-        state = rng.standard_normal(tier.model.model.user_dim).astype(np.float32)
+        state = rng.standard_normal(tier.model.network.user_dim).astype(np.float32)
         scores = Scorer(model, state[None], train.n_items)(np.array([0]), None)[0]
         history = rng.permutation(train.n_items)[:6]
         items, values = answer(model, state, 10, history)
