@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import cast
 
 import numpy as np
 import torch
@@ -124,9 +125,9 @@ class RecommenderLearner(Learner):
     ) -> Trained:
         """See :meth:`Learner.train`."""
         if self.examples is not None:
-            return self._noisy(self.examples, model, data, states, draws)
+            return self._noisy(model, data, states, draws)
         local, user = self._fitted(model, data, torch.from_numpy(states), draws)
-        losses = local.descend(user, self.settings.local_steps, self.settings.local_lr)
+        losses = local.descend(user)
         kept = np.where(np.isfinite(user.numpy()).all(1, keepdims=True), user.numpy(), states)
         update = RawUpdate(local.change(user.numpy()), local.address)
         return Trained(update, kept, losses.numpy())
@@ -163,21 +164,16 @@ class RecommenderLearner(Learner):
         return local, user
 
     def _noisy(
-        self,
-        examples: ExampleNoise,
-        model: LocalModel[NCF],
-        data: Histories,
-        states: FloatArray,
-        draws: Draws,
+        self, model: LocalModel[NCF], data: Histories, states: FloatArray, draws: Draws
     ) -> Trained:
         """Noisy local steps, device by device, since each has a noisy memory of its own."""
-        m, layout = len(data.users), self.view.layout
+        m, layout, bound = len(data.users), self.view.layout, cast(ExampleNoise, self.examples)
         changes, users = np.empty((m, layout.size), np.float32), np.empty_like(states)
         losses, deferred = np.zeros(m, np.float32), Deferred()
         for row, user in enumerate(data.users.tolist()):
             items = data.of(row)
             root = draws.noise(user, digest(states[row]) + digest(items))
-            steps = ExampleSteps(model, self.settings, examples, states[row], user, draws.key, root)
+            steps = ExampleSteps(model, self.settings, bound, states[row], user, draws.key, root)
             losses[row] = steps.run(items.astype(np.int64))
             changes[row], users[row] = steps.change(), steps.user
             deferred += steps.deferred
@@ -205,14 +201,14 @@ class _Local:
         self._samples = Samples(torch.from_numpy(batch.valid), batch.positives, logs)
         self._first = None if batch.first is None else torch.from_numpy(batch.first)
         self._vectors = _Touched(view.vectors, model.memory, batch)
-        self._biases = None
-        slots = self._vectors.slots[:, :0]
+        self._biases: _Touched | None = None
         if view.biases is not None:
             self._biases = _Touched(view.biases, model.bias_memory, batch)
-            slots = self._biases.slots
         self._dense = torch.from_numpy(model.dense).expand(len(batch.valid), -1)
         self._dense_change = torch.zeros(self._dense.shape)
-        self.address = Address(self._vectors.slots, slots, view.layout)
+        slots = self._vectors.slots
+        named = slots[:, :0] if self._biases is None else self._biases.slots
+        self.address = Address(slots, named, view.layout)
 
     def fit(self, user: Tensor) -> Tensor:
         """Newton steps on the private states."""
@@ -250,9 +246,9 @@ class _Local:
         # Padding and negatives that are in the history have neither; the loss does not see them.
         return step * _damping(jacobian, step, (curvature > 0) | (gradient != 0))
 
-    def descend(self, user: Tensor, steps: int, rate: float) -> Tensor:
+    def descend(self, user: Tensor) -> Tensor:
         """Gradient steps of the summed loss on the shared parameters; gives the first mean loss."""
-        first = torch.zeros(len(user))
+        first, steps, rate = torch.zeros(0), self._settings.local_steps, self._settings.local_lr
         for step in range(steps):
             scored, (losses, gradient, _) = self._graded(user)
             if step == 0:

@@ -52,15 +52,12 @@ class Scorer:
         self, users: NDArray[np.integer], candidates: NDArray[np.integer] | None
     ) -> FloatArray:
         """Scores of each user's candidates ``(m, c)``, or of all items when there are none."""
-        model, held = self.model, self.model.view.vectors.items
+        model, network = self.model, self.model.view.network
         own, dense = torch.from_numpy(self.states[users]), torch.from_numpy(model.dense)
         full = np.full((len(users), self.n_items), -np.inf, np.float32)
-        for start in range(0, held, _ITEMS_AT_ONCE):
-            items = np.arange(start, min(held, start + _ITEMS_AT_ONCE))
-            table = torch.from_numpy(model.rows(items))
-            full[:, items] = model.view.network.rank(own, table, dense).numpy() + model.biases(
-                items
-            )
+        for items in model.view.vectors.in_parts(_ITEMS_AT_ONCE):
+            scores = network.rank(own, torch.from_numpy(model.rows(items)), dense)
+            full[:, items] = scores.numpy() + model.biases(items)
         return full if candidates is None else np.take_along_axis(full, candidates, axis=1)
 
 

@@ -119,38 +119,29 @@ def evaluate(
 
     Args:
         seed: of the negatives.
-        k: lengths of the list, each at least 1.
+        k: lengths of the list.
         chunk: users scored at a time, at most; fewer where the catalogue is large.
         users: positions, or None for all; those without held-out items are skipped.
 
     Raises:
         DataError: when none of the users holds out an item.
-        UsageError: when ``k`` has a value below 1.
     """
-    if not k or min(k) < 1:
-        raise UsageError(f"top k {list(k)}: a list has at least one place; give k of 1 or more")
-    measured = holding_out(split.heldout, users)
-    values: dict[str, list[Float64Array]] = {}
+    measured, found = holding_out(split.heldout, users), []
     sampled = _Candidates(split, seed) if "sampled" in protocols and split.heldout.single else None
     step = max(1, min(chunk, _CELLS // split.train.n_items))
     for at in range(0, measured.size, step):
-        part = measured[at : at + step]
-        found: dict[str, Float64Array] = {}
+        part, values = measured[at : at + step], dict[str, Float64Array]()
         if sampled is not None:
-            found |= _sampled(scores, sampled, part, k)
+            values |= _sampled(scores, sampled, part, k)
         if "full" in protocols:
-            found |= _full(scores, split, part, k)
-        for name, value in found.items():
-            values.setdefault(name, []).append(value)
-    return Evaluation(measured, {name: np.concatenate(parts) for name, parts in values.items()})
+            values |= _full(scores, split, part, k)
+        found.append(values)
+    together = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+    return Evaluation(measured, together)
 
 
 def holding_out(heldout: ItemLists, users: NDArray[np.integer] | None) -> Int64Array:
-    """Return positions of those among some users, or all of them, who hold out an item.
-
-    Raises:
-        DataError: when none does.
-    """
+    """Return those among some users, or all, who hold out an item; :class:`DataError` for none."""
     chosen = np.arange(heldout.counts.size) if users is None else np.asarray(users, np.int64)
     found = chosen[heldout.counts[chosen] > 0]
     if not found.size:
@@ -294,9 +285,7 @@ def by_segment(evaluated: Evaluation, split: Split) -> list[dict[str, Any]]:
     it is one of the most frequent that have :data:`HEAD` of the interactions together; a user goes
     by the first item held out.
 
-    Returns:
-        Dictionaries of ``by``, ``name``, ``share`` of the measured users (two digits) and
-        ``metrics``. They come from private data without noise.
+    They come from private data without noise; ``share`` is of the measured users, in two digits.
     """
     if not evaluated.users.size:
         return []
@@ -357,6 +346,7 @@ def check(name: str, train: Interactions, *, dim: int) -> None:
 
 def scores_of(name: str, train: Interactions, *, dim: int, seed: int) -> Scores:
     """Train the baseline ``"popularity"``, ``"pure_svd"`` or ``"ease"``; see :func:`check`."""
+    check(name, train, dim=dim)
     if name == "popularity":
         return popularity_scores(train)
     return pure_svd(train, dim, seed) if name == "pure_svd" else ease(train)
@@ -375,7 +365,6 @@ def popularity_scores(train: Interactions) -> Scores:
 
 def pure_svd(train: Interactions, dim: int, seed: int) -> Scores:
     """Truncate the SVD of the 0/1 matrix (Cremonesi, Koren & Turrin, RecSys 2010)."""
-    check("pure_svd", train, dim=dim)
     start = rng_for(seed, "baselines", "pure_svd").normal(size=min(train.n_users, train.n_items))
     left, values, right = svds(_matrix(train), k=dim, v0=start)
     return _by_users(lambda users: (left * values)[users] @ right)
@@ -387,7 +376,6 @@ def ease(train: Interactions) -> Scores:
     With ``K = (X Xᵀ + λI)^-1``, ``X (XᵀX + λI)^-1 = K X``; so a catalogue of any size will do where
     users are few.
     """
-    check("ease", train, dim=0)
     matrix = _matrix(train)
     kernel = (matrix @ matrix.T).toarray() + EASE_L2 * np.eye(train.n_users)
     inverse = linalg.inv(kernel, overwrite_a=True, check_finite=False)

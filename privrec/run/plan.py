@@ -139,9 +139,8 @@ class Plan:
         completion = Completion(
             federation,
             scenario.train if loss_of(scenario.train.loss).implicit else None,
-            by_contributors=scenario.devices.aggregation == "contributors",
-            overwrites=scenario.devices.aggregation == "fair_averaging",
-            local_lr=tuple(local_lr(scenario, federation, tier) for tier in federation.tiers),
+            scenario.devices.aggregation,
+            tuple(local_lr(scenario, federation, tier) for tier in federation.tiers),
         )
         return Server(rounds, weights, completion, _optimizer(scenario.train))
 

@@ -132,17 +132,16 @@ class Completion:
 
     Attributes:
         implicit: settings of implicit ALS (:mod:`privrec.models.losses`), where that is the loss.
-        by_contributors: divide each band by the share of training devices that hold it, so that it
-            is the mean over those; otherwise it is the mean over all.
-        overwrites: what a device does not hold counts as zero instead of as unchanged: the plain
-            average of lifted weights, as FAIR takes it.
+        aggregation: ``"contributors"`` divides each band by the share of training devices that hold
+            it, so that it is the mean over those instead of over all. With ``"fair_averaging"``
+            what a device does not hold counts as zero instead of as unchanged: the plain average of
+            lifted weights, as FAIR takes it.
         local_lr: step size of each tier's devices, which the server's part of implicit ALS has too.
     """
 
     federation: Federation
     implicit: Train | None
-    by_contributors: bool
-    overwrites: bool
+    aggregation: str
     local_lr: tuple[float, ...] = ()
 
     def complete(self, update: FloatArray, weights: FloatArray) -> None:
@@ -156,9 +155,9 @@ class Completion:
         changed, before = bands(update, layouts), bands(weights, layouts)
         for band, old, share in zip(changed, before, holders, strict=True):
             for part, start in zip(band, old, strict=True):
-                if self.by_contributors and share:
+                if self.aggregation == "contributors" and share:
                     part /= np.float32(share)
-                if self.overwrites:
+                if self.aggregation == "fair_averaging":
                     part -= np.float32(1 - share) * start
 
     def _add_unobserved(self, update: FloatArray, weights: FloatArray, implicit: Train) -> None:

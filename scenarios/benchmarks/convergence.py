@@ -142,7 +142,7 @@ def _federation(problem: Problem, seed: int) -> tuple[Server, Simulation]:
     event = RoundEvent("none", 0.0, RATE)
     plan = RoundPlan("convergence", "", event, protection, federation, RATE * USERS, 0.0)
     weights = np.zeros(view.layout.size, np.float32)
-    completion = Completion(federation, None, by_contributors=False, overwrites=False)
+    completion = Completion(federation, None, "sum")
     server = Server(plan, weights, completion, FedAvg(1.0, Schedule("constant", 1, 0)))
     enrolled = Enrolled(SecretRoot.known(b"devices"), Policy())
     return server, Simulation(federation, (cohort,), USERS, protection, enrolled, seed, RATE)

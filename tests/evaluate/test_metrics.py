@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from privrec.data.interactions import Interactions, ItemLists, Split, leave_last_out
-from privrec.errors import DataError, UsageError
+from privrec.errors import DataError
 from privrec.evaluate import metrics
 from privrec.evaluate.metrics import Scores, evaluate, popularity_scores
 
@@ -229,12 +229,6 @@ def test_users_without_a_heldout_item_are_not_measured() -> None:
     assert found.users.tolist() == [1]
     with pytest.raises(DataError, match="no user holds out"):
         evaluate(popularity_scores(split.train), split, seed=0, users=np.array([0]))
-
-
-@pytest.mark.parametrize("k", [(), (0,), (10, -1)])
-def test_a_list_without_places_is_refused(k: tuple[int, ...]) -> None:
-    with pytest.raises(UsageError, match="k of 1 or more"):
-        evaluate(popularity_scores(split_of().train), split_of(), seed=0, k=k)
 
 
 def test_popularity_ranks_by_count_and_breaks_ties() -> None:

@@ -50,7 +50,7 @@ def plain_federation(size: int) -> Federation:
 
 
 def nothing_to_add(federation: Federation) -> Completion:
-    return Completion(federation, None, by_contributors=False, overwrites=False)
+    return Completion(federation, None, "sum")
 
 
 def sum_of(size: int = SIZE, seed: int = 0) -> Aggregate:
