@@ -56,15 +56,10 @@ class ExampleNoise:
 
 @dataclass(frozen=True)
 class Gradients:
-    """Gradients of ``e`` examples, one row each.
+    """Gradients of ``e`` examples, one row each: on the private state, dense weights, and memory.
 
-    Args:
-        user: on the private state, shape ``(e, user_dim)``.
-        dense: on the dense weights, shape ``(e, dense)``.
-        blocks: on the memory blocks that the examples name, ``(e, names, block)``; a block that an
-            example names twice has its gradient in one place.
-        biases: on the item biases they name, ``(e, names, 1)``, or no columns.
-        losses: shape ``(e,)``.
+    ``blocks``, ``(e, names, block)``, are those of the blocks that the examples name; a block that
+    one names twice has its gradient in one place. ``biases`` are likewise, or have no columns.
     """
 
     user: Tensor
@@ -137,6 +132,12 @@ class ExampleSteps:
 
     def gradients(self, items: Items) -> Gradients:
         """Gradients of the examples of distinct items, clipped as one vector each; no noise yet."""
+        if not len(items):  # such a step names no block, and has its noise like any other
+            for part in filter(None, (self.vectors, self.biases)):
+                part.rows(items[:, None])
+            user, dense = torch.zeros(0, len(self._user)), torch.zeros(0, len(self._dense))
+            nothing = np.zeros((0, 0, 1), np.float32)
+            return Gradients(user, dense, nothing, nothing, torch.zeros(0))
         samples = np.concatenate((items[:, None], self.negatives(items)), axis=1)
         e, k = samples.shape
         rows = self.vectors.rows(samples)
@@ -182,7 +183,7 @@ class ExampleSteps:
     def _clipped(self, raw: Gradients) -> Gradients:
         e = len(raw.user)
         flat = (raw.user, raw.dense, *(torch.from_numpy(p) for p in (raw.blocks, raw.biases)))
-        squares = sum((p.reshape(e, -1).square().sum(1) for p in flat), torch.zeros(e))
+        squares = sum((p.flatten(1).square().sum(1) for p in flat), torch.zeros(e))
         norms = squares.sqrt()
         factors = (self.bound.clip_norm / 2 * float(_SLACK) / norms.clamp_min(1e-30)).clamp_max(1.0)
         kept = torch.isfinite(norms)
@@ -213,8 +214,6 @@ class _Part:
     def gradients(self, rows: Tensor) -> FloatArray:
         """Gradients on the blocks, those of one block put together within each example."""
         blocks = self.located.spread(rows).numpy()
-        if not len(blocks):  # a step without examples, which has its noise like any other
-            return blocks
         return merged(blocks, representatives(self.located.slots, self._table.slots))
 
     def step(self, blocks: FloatArray, rate: float, variance: float) -> None:

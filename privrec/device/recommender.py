@@ -55,11 +55,8 @@ _RIDGE = 1e-4
 class RecommenderLearner(Learner):
     """Local training of one recommender with one set of hyper-parameters.
 
-    Args:
-        view: what is trained.
-        settings: how.
-        popularity: see :func:`~privrec.device.samples.popularity_of`; None where nothing asks.
-        examples: noise of every local step, which hides single examples; None for none.
+    ``popularity`` is that of :func:`~privrec.device.samples.popularity_of`, where negatives ask for
+    it; ``examples`` is the noise of every local step, where single examples are to be hidden.
     """
 
     view: ModelView[NCF]

@@ -91,8 +91,7 @@ class Batch:
 
     Args:
         items: shape ``(1, k)`` when all devices look at the same; padding names item 0.
-        first: the sample of its row that stands for each one's item; None when no item is named
-            twice.
+        first: the sample of a row that stands for each one's item; None when none is named twice.
         weights: logarithm of how many items each sample stands for; None for one.
     """
 
@@ -109,10 +108,9 @@ class Sampler:
 
     Args:
         n_items: that the device holds.
-        negatives: for each positive.
+        negatives: for each positive, unless there is a ``budget`` for all together.
         most: positives of a device in a round; None for its whole history.
         whole: look at the whole catalogue instead of samples.
-        budget: negatives for all positives together, in place of ``negatives`` each.
     """
 
     n_items: int

@@ -205,7 +205,7 @@ class Tier:
             changes = sections[at][:, :, None] * factors.astype(np.float32)[..., None]
             changes = changes.reshape(m, names[at].shape[1], -1)
             parts.append(merged(changes, representatives(names[at], sizes[at])).reshape(m, -1))
-        return RawUpdate(np.concatenate(parts, axis=1), Address(*names, self.layout))
+        return RawUpdate(np.concatenate(parts, axis=1), Address(names[0], names[1], self.layout))
 
 
 @dataclass(frozen=True)

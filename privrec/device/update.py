@@ -33,10 +33,8 @@ class Round:
     """One attempt at one round: what runs is what is charged.
 
     Args:
-        run_id: the run it belongs to.
         index: counted from 0.
         attempt: 0, or more when a round had to be drawn anew.
-        event: what it is charged.
         plan_digest: of the scenario that the devices agreed to.
         model_digests: of the weights that the devices start from, one for each band, the one that
             every tier holds first. A device checks those of its own prefix.
@@ -224,11 +222,9 @@ class BoundedUpdate:
     def rows(self) -> Iterator[BoundedUpdate]:
         """The updates of each device by itself."""
         address, layout = self.address, self.address.layout
-        for row, integers in enumerate(self.integers):
-            blocks, biases = (
-                names[min(row, len(names) - 1)][None] for names in (address.blocks, address.biases)
-            )
-            yield BoundedUpdate(integers[None], Address(blocks, biases, layout))
+        for row in range(len(self.integers)):
+            blocks, biases = (n[[row % len(n)]] for n in (address.blocks, address.biases))
+            yield BoundedUpdate(self.integers[[row]], Address(blocks, biases, layout))
 
     def upload(
         self, layouts: Sequence[Layout], shares: Shares | None, seeds: Sequence[bytes]

@@ -75,12 +75,8 @@ class OutputBudget:
     ) -> tuple[Items, FloatArray]:
         """The active neurons of one device, ascending without repeats, and their log weights.
 
-        Args:
-            own: words of its data, ascending, at most :attr:`size` of them.
-            queries: its hidden states, shape ``(q, dim)``.
-            find: who selects; None for nobody.
-            key: of the round.
-            user: whose draw by chance it is.
+        ``own`` are the words of its data, ascending, at most :attr:`size` of them; ``queries`` are
+        its hidden states, ``(q, dim)``; ``key`` and ``user`` name the draw by chance.
         """
         room = max(0, self.size - len(own))
         public = round(self.frequent * room)

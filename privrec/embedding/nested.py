@@ -89,14 +89,10 @@ class Folds(Nested):
 
 
 def nested(table: Table, halvings: Sequence[int]) -> Nested:
-    """Nested coordinates for tiers that hold ``2^-h`` of a table's memory.
+    """Nested coordinates for tiers that hold ``2^-h`` of a table's memory, ``h`` ascending.
 
     A :class:`Subspace` nests by ``"fold"``, a :class:`PlainTable` by ``"rows"`` or, when it lies by
     part, by ``"dims"``.
-
-    Args:
-        table: of capacity 1.
-        halvings: for each tier the ``h`` of its capacity ``2^-h``, ascending.
 
     Raises:
         UsageError: when a tier would hold nothing, or nothing that nests.

@@ -56,16 +56,12 @@ def finalise(z: UInt64Array) -> UInt64Array:
 
 
 def permute(key: int, positions: NDArray[np.integer], bits: int) -> UInt64Array:
-    """A keyed bijection of ``[0, 2^bits)`` applied to ``positions``.
+    """A keyed bijection of ``[0, 2^bits)``, ``bits`` at most 63, applied to ``positions``.
 
     Each round is invertible on ``bits``-bit words: an odd multiplication and an addition carry low
     bits upwards, and a xor with the upper half brings them down again, so that folding by the low
-    bits still scatters neighbouring positions.
-
-    Args:
-        key: any integer; the round constants are splitmix64 outputs of it.
-        positions: integers in the domain.
-        bits: 0 to 63.
+    bits still scatters neighbouring positions. The rounds' constants are splitmix64 outputs of
+    ``key``, any integer.
     """
     mask = np.uint64((1 << bits) - 1)
     shift = np.uint64(max(1, (bits + 1) // 2))
