@@ -36,29 +36,23 @@ _EXAMPLES = 16  # likewise, of labels
 # ------------------------------------------------------------------------- recommenders
 
 
-@dataclass(frozen=True)
-class Scorer:
+def scores_with(model: LocalModel[NCF], states: FloatArray, n_items: int) -> metrics.Scores:
     """Scores with one set of weights; the table is gathered in parts and never held.
 
     ``states`` are private ones by user, shape ``(users, user_dim)``; of the ``n_items`` of the
     catalogue, those that the recommender does not hold come last.
     """
+    network, dense = model.view.network, torch.from_numpy(model.dense)
 
-    model: LocalModel[NCF]
-    states: FloatArray
-    n_items: int
-
-    def __call__(
-        self, users: NDArray[np.integer], candidates: NDArray[np.integer] | None
-    ) -> FloatArray:
-        """Scores of each user's candidates ``(m, c)``, or of all items when there are none."""
-        model, network = self.model, self.model.view.network
-        own, dense = torch.from_numpy(self.states[users]), torch.from_numpy(model.dense)
-        full = np.full((len(users), self.n_items), -np.inf, np.float32)
+    def full(users: NDArray[np.integer]) -> FloatArray:
+        own = torch.from_numpy(states[users])
+        scores = np.full((len(users), n_items), -np.inf, np.float32)
         for items in model.view.vectors.in_parts(_ITEMS_AT_ONCE):
-            scores = network.rank(own, torch.from_numpy(model.rows(items)), dense)
-            full[:, items] = scores.numpy() + model.biases(items)
-        return full if candidates is None else np.take_along_axis(full, candidates, axis=1)
+            ranked = network.rank(own, torch.from_numpy(model.rows(items)), dense)
+            scores[:, items] = ranked.numpy() + model.biases(items)
+        return scores
+
+    return metrics.by_users(full)
 
 
 @dataclass(frozen=True)
@@ -111,8 +105,8 @@ class Evaluator:
         draws = Draws(key, lambda user: known.stream("lsh", "evaluation", seed, user))
         states = np.zeros((train.n_users, learner.state_dim), np.float32)
         states[cohort.users] = learner.serve(view, cohort.data, draws)
-        scorer = Scorer(LocalModel(learner.view, view), states, train.n_items)
-        return self._evaluated(scorer, protocols, cohort.users)
+        scores = scores_with(LocalModel(learner.view, view), states, train.n_items)
+        return self._evaluated(scores, protocols, cohort.users)
 
     def _evaluated(
         self, scores: metrics.Scores, protocols: metrics.Protocols, users: Int64Array

@@ -360,14 +360,14 @@ def popularity_scores(train: Interactions) -> Scores:
     counts = train.item_counts()
     ranks = np.empty(counts.size, np.float32)
     ranks[np.argsort(counts, kind="stable")] = np.arange(counts.size)
-    return _by_users(lambda users: np.broadcast_to(ranks, (len(users), ranks.size)))
+    return by_users(lambda users: np.broadcast_to(ranks, (len(users), ranks.size)))
 
 
 def pure_svd(train: Interactions, dim: int, seed: int) -> Scores:
     """Truncate the SVD of the 0/1 matrix (Cremonesi, Koren & Turrin, RecSys 2010)."""
     start = rng_for(seed, "baselines", "pure_svd").normal(size=min(train.n_users, train.n_items))
     left, values, right = svds(_matrix(train), k=dim, v0=start)
-    return _by_users(lambda users: (left * values)[users] @ right)
+    return by_users(lambda users: (left * values)[users] @ right)
 
 
 def ease(train: Interactions) -> Scores:
@@ -381,10 +381,10 @@ def ease(train: Interactions) -> Scores:
     inverse = linalg.inv(kernel, overwrite_a=True, check_finite=False)
     diagonal = (1 - matrix.multiply(inverse @ matrix).sum(axis=0)) / EASE_L2
     scale = np.asarray(diagonal).ravel()
-    return _by_users(lambda users: matrix[users].toarray() - (inverse[users] @ matrix) / scale)
+    return by_users(lambda users: matrix[users].toarray() - (inverse[users] @ matrix) / scale)
 
 
-def _by_users(table: Callable[[NDArray[np.integer]], NDArray[np.floating]]) -> Scores:
+def by_users(table: Callable[[NDArray[np.integer]], NDArray[np.floating]]) -> Scores:
     """Scores of what is asked, from those of the whole catalogue."""
 
     def scores(users: NDArray[np.integer], candidates: NDArray[np.integer] | None) -> Float32Array:
