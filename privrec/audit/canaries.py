@@ -32,7 +32,6 @@ from scipy import stats
 
 from privrec.audit.harness import ALPHA, Floats, Harness, Integers, checked
 from privrec.audit.noise import rounds_that_fit
-from privrec.device.device import privatize
 from privrec.device.tier import Tier
 from privrec.device.update import Address, Aggregate, RawUpdate, Round
 from privrec.errors import ReleaseRefused, UsageError
@@ -134,7 +133,7 @@ class Attack:
                 continue
             place = 0
             for tier, users, values in _unit(groups, seed):
-                wire = to_wire(values, (tier.layout, *harness.plan.federation.weaker(tier)))
+                wire = to_wire(values, harness.plan.federation.layouts_of(tier))
                 products[place : place + len(users)] += wire @ released[: values.shape[1]]
                 place += len(users)
             squares, done = squares + float(released @ released), done + 1
@@ -205,8 +204,7 @@ def _spikes(
     loud, updates = np.float32(_LOUD * harness.plan.protection.encoding.clip_norm), []
     for (tier, users), wire, sign, there in parts:
         sent = there & np.isin(users, sampled)
-        layouts = tier.layout, *harness.plan.federation.weaker(tier)
-        order = to_wire(np.arange(tier.layout.size), layouts)
+        order = to_wire(np.arange(tier.layout.size), harness.plan.federation.layouts_of(tier))
         update = _in_one_place(tier, order[wire[sent]], sign[sent] * loud)
         updates.append((tier, users[sent], update))
     return np.concatenate(places), signs, updates
@@ -254,8 +252,8 @@ def _released(harness: Harness, round: Round, updates: Iterable[Update]) -> Floa
     for number, (tier, users, update) in enumerate(updates):
         if len(users):
             coins = harness.simulation.root.stream("rounding", *round.context, b"canaries", number)
-            weaker = harness.plan.federation.weaker(tier)
-            bounded = privatize(update, protection, round, tier, weaker, coins)
+            held = harness.plan.federation.layouts_of(tier)
+            bounded = update.bound(protection, round, held, coins, tier.weight)
             summing.add(tier, users, bounded)
     aggregate = Aggregate(summing.total(), len(sampled), None)
     release = harness.server.release(round, aggregate, harness.root)

@@ -21,7 +21,7 @@ from privrec.audit.harness import (
     of_many,
     two_sided,
 )
-from privrec.device.device import Cohort, Draws, Trained, privatize
+from privrec.device.device import Cohort, Draws, Trained
 from privrec.device.recommender import RecommenderLearner
 from privrec.device.samples import Histories
 from privrec.device.tier import LocalModel, Tier
@@ -126,7 +126,7 @@ def _bounded(
 def rounding(harness: Harness) -> Iterator[Checked]:
     """Rounding is right on average, wherever a value lies between two integers."""
     tier, encoding = harness.training[0], harness.plan.protection.encoding
-    layout, weaker = tier.layout, harness.plan.federation.weaker(tier)
+    layout, held = tier.layout, harness.plan.federation.layouts_of(tier)
     round, root = harness.round(0), harness.simulation.root
     rows = max(1, _ROUNDED // layout.size)
     rng = rng_for(0, "audit rounding")
@@ -139,11 +139,11 @@ def rounding(harness: Harness) -> Iterator[Checked]:
         # Far inside the clip norm nothing is rounded twice, so the mean is exactly right.
         update = RawUpdate(values, Address.whole(layout))
         coins = root.stream("rounding", *round.context, b"audit", start)
-        bounded = privatize(update, harness.plan.protection, round, tier, weaker, coins)
+        bounded = update.bound(harness.plan.protection, round, held, coins, tier.weight)
         exact = values if tier.weight == 1 else values * np.float32(tier.weight)
-        if rotation := harness.plan.protection.rotation(round, (layout, *weaker)):
-            turned = rotation.apply(to_wire(exact, (layout, *weaker)))
-            exact = from_wire(turned, (layout, *weaker))
+        if rotation := harness.plan.protection.rotation(round, held):
+            turned = rotation.apply(to_wire(exact, held))
+            exact = from_wire(turned, held)
         moments += _moments(bounded.integers, exact * np.float32(encoding.scale))
         draws += values.size
     sums, variances = moments
@@ -225,7 +225,7 @@ def _summed(
         for summing in summings:
             summing.add(tier, users, update)
         for mine in update.rows():
-            held = to_wire(mine.vector(), (tier.layout, *harness.plan.federation.weaker(tier)))
+            held = to_wire(mine.vector(), harness.plan.federation.layouts_of(tier))
             total[: len(held)] += held
     return from_wire(total, harness.plan.federation.layouts)
 

@@ -190,7 +190,7 @@ def _length(scenario: Scenario, items: int, halving: int) -> int:
             table: Table = Subspace.sized(items, dim, block=block, key=0, compression=size)
         else:
             table = PlainTable.of(items, dim, block=block, by_part=order == "dims")
-        return nested(table, order, [halving]).tables[0]
+        return nested(table, [halving]).tables[0]
 
     vectors = held(model.dim, model.block, halving)
     biases = held(1, 1, 0 if order == "dims" else halving)  # the first dimensions are of all items

@@ -30,7 +30,6 @@ from privrec.errors import ReleaseRefused, UsageError
 from privrec.models.layout import Layout
 from privrec.privacy.mechanism import noise_seeds
 from privrec.randomness import SecretRoot
-from privrec.secagg.ring import Coins
 
 FloatArray = NDArray[np.float32]
 
@@ -54,10 +53,8 @@ def _without_secret(*_: object) -> NoReturn:
 class Draws:
     """What the draws of devices in one round derive from.
 
-    Args:
-        key: the round's key, which decides what is drawn by chance and is no secret.
-        functions: the devices' secret streams for hash functions, by user.
-        noise: the devices' secret roots of noise between their own steps, by user.
+    ``key`` decides what is drawn by chance and is no secret. ``functions`` are secret streams for
+    hash functions, and ``noise`` secret roots of noise between the devices' own steps, by user.
     """
 
     key: int
@@ -71,13 +68,12 @@ class Draws:
         Promise: no two users and no two rounds share a stream of functions; the same round, user
         and input have the same noise, any other independent noise.
         """
-        return cls(
-            key,
-            lambda user: root.stream("lsh", *round.context, user),
-            lambda user, given: SecretRoot(
-                root.tag("local noise", *round.context, user, given), is_known=root.is_known
-            ),
-        )
+
+        def noise(user: int, given: bytes) -> SecretRoot:
+            tag = root.tag("local noise", *round.context, user, given)
+            return SecretRoot(tag, is_known=root.is_known)
+
+        return cls(key, lambda user: root.stream("lsh", *round.context, user), noise)
 
 
 @dataclass(frozen=True)
@@ -133,11 +129,8 @@ class Deferred:
 class Trained:
     """What a batch of devices has after its local steps: private, all of it.
 
-    Args:
-        update: the change of the shared parameters, until it is bounded.
-        states: new private states, shape ``(m, state_dim)``; they stay on the devices.
-        losses: mean loss of each device before its step on the shared parameters, shape ``(m,)``.
-        deferred: noise that was owed between the devices' own steps.
+    The new ``states``, ``(m, state_dim)``, stay on the devices; ``losses``, ``(m,)``, are means
+    before the step on the shared parameters.
     """
 
     update: RawUpdate
@@ -171,11 +164,10 @@ class Learner(ABC):
     ) -> Trained:
         """One round's training on ``m`` devices, each on its own copy of what it touches.
 
-        Args:
-            model: what they were sent; not changed.
-            data: what they hold of their data.
-            states: their private states, shape ``(m, state_dim)``; not changed.
-            draws: of the round; a :class:`UsageError` where it lacks a secret that is needed.
+        Neither the model they were sent nor their private ``states``, ``(m, state_dim)``, change.
+
+        Raises:
+            UsageError: when ``draws`` lack a secret that is needed.
         """
 
 
@@ -184,12 +176,10 @@ L = TypeVar("L", bound=Learner)
 
 @dataclass
 class Cohort(Generic[L]):
-    """Simulated devices of one tier: their data and private states, row by row.
+    """Simulated devices of one tier, in ascending order of their users.
 
-    Args:
-        learner: local training.
-        data: what the devices hold of their data, in ascending order of their users.
-        states: private states, shape ``(devices, state_dim)``; changed by whoever runs a round.
+    ``data`` is what they hold of theirs; their private ``states``, ``(devices, state_dim)``, are
+    changed by whoever runs a round.
     """
 
     learner: L
@@ -217,8 +207,8 @@ class Cohort(Generic[L]):
         model = LocalModel(self.learner.view, weights, resident=len(self.states) >= MANY)
         for places in self.learner.batches(self.data.lengths[rows]):
             batch = rows[places]
-            mine, states = self.data.select(batch), self.states[batch]
-            yield batch, self.learner.train(model, mine, states, draws)
+            data = self.data.select(batch)
+            yield batch, self.learner.train(model, data, self.states[batch], draws)
 
 
 @dataclass
@@ -229,20 +219,17 @@ class Device:
     and encoded update and nothing else, and :meth:`upload` adds the device's own noise to it.
 
     Args:
-        user: the user's index, which names its draws.
-        history: its data; what its tier does not hold has no part in the round.
-        tier: what it holds of the shared vector.
-        weaker: layouts of the tiers below, the stronger first: the bands of its prefix.
-        learner: local training in the tier's memory.
-        protection: bounds, grid, ring and noise.
-        root: the device's secret, for hash functions, stochastic rounding and noise.
+        user: names its draws.
+        history: what its tier does not hold has no part in the round.
+        layouts: of its tier and those below, the strongest first: the bands of its prefix.
+        root: its secret, for hash functions, stochastic rounding and noise.
         state: shape ``(state_dim,)``; zeros for a new user.
     """
 
     user: int
     history: NDArray[np.int32]
     tier: Tier
-    weaker: tuple[Layout, ...]
+    layouts: tuple[Layout, ...]
     learner: Learner
     protection: Protection
     root: SecretRoot
@@ -260,10 +247,7 @@ class Device:
     def answer(self, round: Round, coefficients: FloatArray, key: int) -> BoundedUpdate:
         """Train on the model it was sent, keep the new private state, and give the bounded update.
 
-        Args:
-            round: the round that it answers.
-            coefficients: the tier's prefix of the model, as the round's digests name it.
-            key: the round's key for samples.
+        ``coefficients`` are the tier's prefix of the model, and ``key`` draws the round's samples.
 
         Raises:
             ReleaseRefused: when ``coefficients`` are not of the model that the round names.
@@ -282,12 +266,7 @@ class Device:
         coins = self.root.stream("rounding", *round.context, self.user, digest(self.state))
         self.state = trained.states[0]
         update = self.tier.lift(trained.update)
-        return privatize(update, self.protection, round, self.tier, self.weaker, coins)
-
-    @property
-    def layouts(self) -> tuple[Layout, ...]:
-        """Of its tier and those below, the strongest first."""
-        return (self.tier.layout, *self.weaker)
+        return update.bound(self.protection, round, self.layouts, coins, self.tier.weight)
 
     def noise_seeds(self, round: Round) -> tuple[bytes, ...]:
         """The secret seeds of its noise in this attempt, one for each band; none without shares."""
@@ -298,26 +277,3 @@ class Device:
     def upload(self, round: Round, bounded: BoundedUpdate) -> Upload:
         """The whole vector that this device puts into the sum, with its noise."""
         return bounded.upload(self.layouts, self.protection.shares, self.noise_seeds(round))
-
-
-def privatize(
-    update: RawUpdate,
-    protection: Protection,
-    round: Round,
-    tier: Tier,
-    weaker: tuple[Layout, ...],
-    coins: Coins,
-) -> BoundedUpdate:
-    """The bounded update of one or many devices of a tier, rotated where the ring needs it.
-
-    Args:
-        update: lifted.
-        protection: bounds, grid and ring.
-        round: has a rotation of its own, which is public.
-        tier: of the devices.
-        weaker: layouts of the tiers below, the stronger first.
-        coins: decide the rounding.
-    """
-    layouts = (tier.layout, *weaker)
-    rotation = protection.rotation(round, layouts)
-    return update.bound(protection.encoding, coins, tier.weight, rotation, layouts)

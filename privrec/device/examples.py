@@ -46,11 +46,8 @@ _SLACK = np.float32(1 - 1e-6)  # a float32 norm is off by less than this
 class ExampleNoise:
     """Protection of single examples on the device.
 
-    Args:
-        clip_norm: the most that removing or changing one example moves the sums of a round, in L2;
-            above 0.
-        noise_multiplier: standard deviation of the noise in each coefficient over ``clip_norm``;
-            above 0.
+    Removing or changing one moves the sums of a round by at most ``clip_norm`` in L2;
+    ``noise_multiplier`` is the standard deviation of the noise in each coefficient over it.
     """
 
     clip_norm: float
@@ -59,15 +56,10 @@ class ExampleNoise:
 
 @dataclass(frozen=True)
 class Gradients:
-    """Clipped gradients of ``e`` examples, one row each.
+    """Gradients of ``e`` examples, one row each: on the private state, dense weights, and memory.
 
-    Args:
-        user: on the private state, shape ``(e, user_dim)``.
-        dense: on the dense weights, shape ``(e, dense)``.
-        blocks: on the memory blocks that the examples name, ``(e, names, block)``; a block that an
-            example names twice has its gradient in one place.
-        biases: on the item biases they name, ``(e, names, 1)``, or no columns.
-        losses: of the examples, shape ``(e,)``.
+    ``blocks``, ``(e, names, block)``, are those of the blocks that the examples name; a block that
+    one names twice has its gradient in one place. ``biases`` are likewise, or have no columns.
     """
 
     user: Tensor
@@ -82,12 +74,10 @@ class ExampleSteps:
 
     Args:
         model: what it starts from; not changed.
-        settings: loss (``"bce"`` or ``"bpr"``, sums over examples), negatives of each example,
-            steps in a round and their size.
+        settings: of a loss that sums over examples, ``"bce"`` or ``"bpr"``.
         bound: strength of the protection.
         state: private state, shape ``(user_dim,)``; zeros for one that has none yet.
-        user: the user's index, which names public draws.
-        key: the round's key.
+        user: names public draws, with the round's ``key``.
         root: what noise is drawn from.
     """
 
@@ -103,7 +93,11 @@ class ExampleSteps:
     ) -> None:
         self.model, self.bound, self._settings = model, bound, settings
         self._key = int(splitmix64(key, np.array([user]))[0])
-        self._user = (state if state.any() else self._start(len(state))).astype(np.float32).copy()
+        self._user = state.astype(np.float32)
+        if not state.any():  # it starts from the key, at a norm of about 1 and without bias
+            width = len(state) - 1
+            words = splitmix64(self._key ^ _START, np.arange(width)).astype(np.float64)
+            self._user[:-1] = (words * 2.0**-64 - 0.5) * np.sqrt(12 / max(1, width))
         self._dense = model.dense.copy()
         self.vectors = _Part(model.view.vectors, model.memory, _own(root, "blocks"))
         self.biases = None
@@ -137,18 +131,18 @@ class ExampleSteps:
         return clipped.losses
 
     def gradients(self, items: Items) -> Gradients:
-        """Each example's gradient on all parameters, clipped as one vector; no noise yet.
-
-        Args:
-            items: the examples' items, distinct.
-        """
-        if not len(items):
-            return self._nothing()
+        """Gradients of the examples of distinct items, clipped as one vector each; no noise yet."""
+        if not len(items):  # such a step names no block, and has its noise like any other
+            for part in filter(None, (self.vectors, self.biases)):
+                part.rows(items[:, None])
+            user, dense = torch.zeros(0, len(self._user)), torch.zeros(0, len(self._dense))
+            nothing = np.zeros((0, 0, 1), np.float32)
+            return Gradients(user, dense, nothing, nothing, torch.zeros(0))
         samples = np.concatenate((items[:, None], self.negatives(items)), axis=1)
         e, k = samples.shape
         rows = self.vectors.rows(samples)
         user, dense = torch.from_numpy(self._user), torch.from_numpy(self._dense)
-        network = self.model.view.model
+        network = self.model.view.network
         scored = network.forward(user.expand(e, -1), rows, dense.expand(e, -1))
         scores = scored.values
         if self.biases is not None:
@@ -162,17 +156,6 @@ class ExampleSteps:
         if self.biases is not None:
             biases = self.biases.gradients(upstream.unsqueeze(2))
         return self._clipped(Gradients(own, weights, blocks, biases, losses))
-
-    def _nothing(self) -> Gradients:
-        """Of a step without examples, which has its noise like any other."""
-        layout, user = self.model.view.layout, len(self._user)
-        for part in filter(None, (self.vectors, self.biases)):
-            part.look_at_nothing()
-        blocks = np.zeros((0, 0, layout.block), np.float32)
-        biases = np.zeros((0, 0, 1), np.float32)
-        return Gradients(
-            torch.zeros(0, user), torch.zeros(0, layout.dense), blocks, biases, torch.zeros(0)
-        )
 
     def change(self) -> FloatArray:
         """New minus old coefficients of the shared vector, with all their noise: settled."""
@@ -193,12 +176,6 @@ class ExampleSteps:
         memory = self.vectors.memory
         return Deferred(memory.drawn, memory.shape[0] * self._settings.local_steps)
 
-    def _start(self, width: int) -> FloatArray:
-        """A private state of the round's key, of norm about 1 and without bias."""
-        words = splitmix64(self._key ^ _START, np.arange(width - 1)).astype(np.float64)
-        start = (words * 2.0**-64 - 0.5) * np.sqrt(12 / max(1, width - 1))
-        return np.append(start, 0.0).astype(np.float32)
-
     def negatives(self, items: Items) -> Items:
         """Over all items, the history's own included, shape ``(e, negatives)``."""
         n_items = self.model.view.vectors.items
@@ -207,7 +184,7 @@ class ExampleSteps:
     def _clipped(self, raw: Gradients) -> Gradients:
         e = len(raw.user)
         flat = (raw.user, raw.dense, *(torch.from_numpy(p) for p in (raw.blocks, raw.biases)))
-        squares = sum((p.reshape(e, -1).square().sum(1) for p in flat), torch.zeros(e))
+        squares = sum((p.flatten(1).square().sum(1) for p in flat), torch.zeros(e))
         norms = squares.sqrt()
         factors = (self.bound.clip_norm / 2 * float(_SLACK) / norms.clamp_min(1e-30)).clamp_max(1.0)
         kept = torch.isfinite(norms)
@@ -226,32 +203,24 @@ class _Part:
 
     def __init__(self, table: Table, values: FloatArray, source: Normals) -> None:
         self._table, self.memory = table, LazyMemory(values.copy(), source)
-        self.look_at_nothing()
-
-    def look_at_nothing(self) -> None:
-        """Name no block in the next step."""
-        self._located = Located(self._table, np.zeros((0, 1), np.int64))
-
-    @property
-    def slots(self) -> Items:
-        """The blocks that are named, shape ``(e, names)``."""
-        return self._located.slots
+        self.located = Located(table, np.zeros((0, 1), np.int64))
 
     def rows(self, samples: Items) -> Tensor:
         """Rows of the table as they are now, read settled, shape ``(e, k, dim)``."""
-        self._located = Located(self._table, samples)
-        blocks = torch.from_numpy(self.memory.settled(self.slots.ravel()))
-        return self._located.read(blocks.reshape(*self.slots.shape, -1))
+        self.located = Located(self._table, samples)
+        slots = self.located.slots
+        blocks = torch.from_numpy(self.memory.settled(slots.ravel()))
+        return self.located.read(blocks.reshape(*slots.shape, self._table.block))
 
     def gradients(self, rows: Tensor) -> FloatArray:
         """Gradients on the blocks, those of one block put together within each example."""
-        blocks = self._located.spread(rows).numpy()
-        return merged(blocks, representatives(self.slots, self._table.slots))
+        blocks = self.located.spread(rows).numpy()
+        return merged(blocks, representatives(self.located.slots, self._table.slots))
 
     def step(self, blocks: FloatArray, rate: float, variance: float) -> None:
         """Descend, and let every block owe the noise of the step."""
         moves = (np.float32(-rate) * blocks).reshape(-1, self._table.block)
-        self.memory.step(self.slots.ravel(), moves, variance)
+        self.memory.step(self.located.slots.ravel(), moves, variance)
 
 
 def _own(root: SecretRoot, part: str) -> Normals:

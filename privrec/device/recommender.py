@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import cast
 
 import numpy as np
 import torch
@@ -54,13 +55,8 @@ _RIDGE = 1e-4
 class RecommenderLearner(Learner):
     """Local training of one recommender with one set of hyper-parameters.
 
-    Args:
-        view: what is trained.
-        settings: how.
-        popularity: public cumulative probabilities of the items, see
-            :func:`~privrec.device.samples.popularity_of`; None where nothing asks for them.
-        examples: noise that hides single examples, of which then every local step has its own; None
-            for steps without.
+    ``popularity`` is that of :func:`~privrec.device.samples.popularity_of`, where negatives ask for
+    it; ``examples`` is the noise of every local step, where single examples are to be hidden.
     """
 
     view: ModelView[NCF]
@@ -71,7 +67,7 @@ class RecommenderLearner(Learner):
     @property
     def state_dim(self) -> int:
         """User vector and user bias."""
-        return self.view.model.user_dim
+        return self.view.network.user_dim
 
     @property
     def loss(self) -> Loss:
@@ -81,16 +77,11 @@ class RecommenderLearner(Learner):
     @cached_property
     def serving(self) -> RecommenderLearner:
         """The same for fitting user vectors alone to whole histories, without any noise."""
-        settings = self.settings
-        settings = replace(
-            settings,
-            negatives=settings.serve_negatives,
-            budget=settings.serve_budget or settings.budget,
-            max_samples=None,
-            user_steps=settings.serve_steps,
-        )
+        own = self.settings
+        budget, negatives = own.serve_budget or own.budget, own.serve_negatives
+        settings = replace(own, budget=budget, negatives=negatives, user_steps=own.serve_steps)
         # Popular negatives are for training: a fit is to all items alike.
-        return RecommenderLearner(self.view, settings)
+        return RecommenderLearner(self.view, replace(settings, max_samples=None))
 
     @cached_property
     def sampler(self) -> Sampler:
@@ -131,9 +122,9 @@ class RecommenderLearner(Learner):
     ) -> Trained:
         """See :meth:`Learner.train`."""
         if self.examples is not None:
-            return self._noisy(self.examples, model, data, states, draws)
+            return self._noisy(model, data, states, draws)
         local, user = self._fitted(model, data, torch.from_numpy(states), draws)
-        losses = local.descend(user, self.settings.local_steps, self.settings.local_lr)
+        losses = local.descend(user)
         kept = np.where(np.isfinite(user.numpy()).all(1, keepdims=True), user.numpy(), states)
         update = RawUpdate(local.change(user.numpy()), local.address)
         return Trained(update, kept, losses.numpy())
@@ -142,11 +133,7 @@ class RecommenderLearner(Learner):
         """Private states fitted from nothing to fixed items, shape ``(m, state_dim)``.
 
         It is how recommendations are made, for users seen in training and for others alike.
-
-        Args:
-            weights: the shared vector in memory form.
-            data: what the devices hold of their histories.
-            draws: of samples, and of functions where negatives are selected.
+        ``weights`` are the shared vector in memory form.
         """
         model = LocalModel(self.view, weights, resident=len(data.users) >= MANY)
         fitted = np.zeros((len(data.users), self.state_dim), np.float32)
@@ -174,21 +161,16 @@ class RecommenderLearner(Learner):
         return local, user
 
     def _noisy(
-        self,
-        examples: ExampleNoise,
-        model: LocalModel[NCF],
-        data: Histories,
-        states: FloatArray,
-        draws: Draws,
+        self, model: LocalModel[NCF], data: Histories, states: FloatArray, draws: Draws
     ) -> Trained:
         """Noisy local steps, device by device, since each has a noisy memory of its own."""
-        m, layout = len(data.users), self.view.layout
+        m, layout, bound = len(data.users), self.view.layout, cast(ExampleNoise, self.examples)
         changes, users = np.empty((m, layout.size), np.float32), np.empty_like(states)
         losses, deferred = np.zeros(m, np.float32), Deferred()
         for row, user in enumerate(data.users.tolist()):
             items = data.of(row)
             root = draws.noise(user, digest(states[row]) + digest(items))
-            steps = ExampleSteps(model, self.settings, examples, states[row], user, draws.key, root)
+            steps = ExampleSteps(model, self.settings, bound, states[row], user, draws.key, root)
             losses[row] = steps.run(items.astype(np.int64))
             changes[row], users[row] = steps.change(), steps.user
             deferred += steps.deferred
@@ -200,43 +182,48 @@ class _Local:
 
     def __init__(self, model: LocalModel[NCF], batch: Batch, settings: Settings) -> None:
         view, self._settings = model.view, settings
-        self._model, self._loss = view.model, loss_of(settings.loss)
+        self._model, self._loss = view.network, loss_of(settings.loss)
         self._unobserved: Tensor | None = None
         if self._loss.implicit:
             weighted = model.gram * np.float32(settings.unobserved_weight)
             self._unobserved = torch.from_numpy(weighted)
-        self._preconditioner = _preconditioner(model, settings) if settings.newton else None
+        self._preconditioner: Tensor | None = None
+        if settings.newton:  # ``P`` of privrec.models.losses; zeros in the first round, to find S
+            users, dim = view.layout.gram_of(model.weights), view.vectors.dim
+            self._preconditioner = torch.zeros(dim, dim)
+            if users.any():
+                matrix = curvature(users, dim, settings.unobserved_weight, settings.item_l2)
+                self._preconditioner = torch.from_numpy(np.linalg.inv(matrix))
         logs = None if batch.weights is None else torch.from_numpy(batch.weights)
         self._samples = Samples(torch.from_numpy(batch.valid), batch.positives, logs)
         self._first = None if batch.first is None else torch.from_numpy(batch.first)
         self._vectors = _Touched(view.vectors, model.memory, batch)
-        self._biases = None
-        slots = self._vectors.slots[:, :0]
+        self._biases: _Touched | None = None
         if view.biases is not None:
             self._biases = _Touched(view.biases, model.bias_memory, batch)
-            slots = self._biases.slots
         self._dense = torch.from_numpy(model.dense).expand(len(batch.valid), -1)
         self._dense_change = torch.zeros(self._dense.shape)
-        self.address = Address(self._vectors.slots, slots, view.layout)
+        slots = self._vectors.slots
+        named = slots[:, :0] if self._biases is None else self._biases.slots
+        self.address = Address(slots, named, view.layout)
 
     def fit(self, user: Tensor) -> Tensor:
         """Newton steps on the private states."""
         for _ in range(self._settings.user_steps):
-            user = user - self._settings.user_lr * self._newton(user, self._settings.user_l2)
+            user = user - self._settings.user_lr * self._newton(user)
         return user
 
-    def _newton(self, user: Tensor, l2: float) -> Tensor:
+    def _newton(self, user: Tensor) -> Tensor:
         """Newton step on the private state under the loss's curvature and an L2 penalty.
 
-        The penalty is that of a Gaussian prior of precision ``l2`` on the vector; the bias has
-        none.
+        The penalty is that of a Gaussian prior on the vector; the bias has none.
         """
         scored, (_, gradient, curvature) = self._graded(user)
         jacobian = scored.user_jacobian()
         if self._unobserved is not None:
             # Squares over all items would have the bias fit their common level, which ranks none.
             jacobian[..., -1] = 0
-        prior = torch.full((user.shape[1],), l2)
+        prior = torch.full((user.shape[1],), self._settings.user_l2)
         prior[-1] = 0
         hessian = _weighted_gram(jacobian, curvature)
         hessian += torch.diag(prior + _RIDGE)
@@ -256,9 +243,9 @@ class _Local:
         # Padding and negatives that are in the history have neither; the loss does not see them.
         return step * _damping(jacobian, step, (curvature > 0) | (gradient != 0))
 
-    def descend(self, user: Tensor, steps: int, rate: float) -> Tensor:
+    def descend(self, user: Tensor) -> Tensor:
         """Gradient steps of the summed loss on the shared parameters; gives the first mean loss."""
-        first = torch.zeros(len(user))
+        first, steps, rate = torch.zeros(0), self._settings.local_steps, self._settings.local_lr
         for step in range(steps):
             scored, (losses, gradient, _) = self._graded(user)
             if step == 0:
@@ -295,15 +282,6 @@ class _Local:
         return scored, self._loss.grade(scores, self._samples)
 
 
-def _preconditioner(model: LocalModel[NCF], settings: Settings) -> Tensor:
-    """``P`` of :mod:`privrec.models.losses`; zeros in the first round, which finds ``S``."""
-    users, dim = model.view.layout.gram_of(model.weights), model.view.vectors.dim
-    if not users.any():
-        return torch.zeros(dim, dim)
-    matrix = curvature(users, dim, settings.unobserved_weight, settings.item_l2)
-    return torch.from_numpy(np.linalg.inv(matrix))
-
-
 def _weighted_gram(jacobian: Tensor, weights: Tensor) -> Tensor:
     """``J^T diag(w) J`` of each device, shape ``(m, u, u)``; ``J`` may be shared."""
     if len(jacobian) > 1 or len(weights) == 1:
@@ -330,8 +308,8 @@ class _Touched(Located):
     """The blocks of a memory that the samples of each device touch.
 
     Items that collide share a block here too: one of them owns it, and its copy is the one that
-    changes, which keeps the update's norm the true one. When all devices look at the same items,
-    they share the copy of the old values.
+    changes, which keeps the update's norm the true one. Devices that look at the same items share
+    the copy of the old values.
     """
 
     def __init__(self, table: Table, memory: FloatArray, batch: Batch) -> None:
@@ -364,11 +342,9 @@ class _Touched(Located):
         return self._change.reshape(len(self._change), -1).numpy()
 
     def move(self, rows: Tensor, *, last: bool) -> None:
-        """Add ``rows`` to the blocks.
+        """Add the change of each sample's row, ``(m, samples, dim)``, to the blocks.
 
-        Args:
-            rows: change of each sample's row, shape ``(m, samples, dim)``.
-            last: whether nobody looks at :attr:`rows` again, so that they may stay as they are.
+        After the ``last`` one nobody looks at :attr:`rows` again, and they stay as they are.
         """
         changed = self.spread(rows)
         if self._merges:

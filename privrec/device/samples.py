@@ -1,11 +1,11 @@
 """What devices look at in a round: their own items, and what those are contrasted with.
 
 A device draws from its own key, so that alone it draws what it draws among others. Each positive
-has uniform negatives of its own, or all of them share a budget: of ``B`` items of a catalogue
-(:class:`NegativeBudget`) or of a wide output (:class:`OutputBudget`). What is drawn within a budget
-is a sample of what a softmax would sum over, so each carries the logarithm of how many it stands
-for. What is selected, by the device's own vectors and functions of its own, stands for itself; a
-part by chance always remains beside it, since training on nothing but hard negatives collapses.
+has uniform negatives of its own, or all of them share a budget of ``B`` items of the catalogue.
+What is drawn within a budget is a sample of what a softmax would sum over, so each carries the
+logarithm of how many it stands for. What is selected, by the device's own vectors and functions of
+its own, stands for itself; a part by chance always remains beside it, since training on nothing
+but hard negatives collapses.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from privrec.embedding.subspace import GOLDEN, finalise, splitmix64
 from privrec.embedding.table import add_rows
-from privrec.randomness import SecretRoot, SecureStream
+from privrec.randomness import SecureStream
 from privrec.search.memory import outside
-from privrec.search.select import Search, active_set, mix, select
+from privrec.search.select import Search, mix, select
 
 FloatArray = NDArray[np.float32]
 Items = NDArray[np.int64]
@@ -32,7 +32,6 @@ POPULARITY_POWER = 0.75
 _SPARSE = 64  # names this much rarer than their places are sorted instead of tabulated
 _REFINED = 0x5E1E_C7ED
 _WORD = 2.0**-32
-_BY_CHANCE = b"neurons by chance are the round's, and no secret"
 
 
 @dataclass(frozen=True)
@@ -86,17 +85,14 @@ class Histories:
 
 @dataclass(frozen=True)
 class Batch:
-    """Items that ``m`` devices train on: their samples, or the whole catalogue.
+    """Items that ``m`` devices train on, ``k`` each: their samples, or the whole catalogue.
+
+    ``valid`` and ``positives`` are those of :class:`~privrec.models.losses.Samples`.
 
     Args:
-        items: shape ``(m, k)``, or ``(1, k)`` when all devices look at the same; padding names
-            item 0.
-        valid: shape ``(m, k)``, see :class:`~privrec.models.losses.Samples`.
-        positives: the padded number of positives, see there.
-        first: for each sample, the one of its row that stands for its item, shape ``(m, k)``; None
-            when no item is named twice.
-        weights: logarithm of how many items each sample stands for, shape ``(m, k)``; None when
-            each stands for itself.
+        items: shape ``(1, k)`` when all devices look at the same; padding names item 0.
+        first: the sample of a row that stands for each one's item; None when none is named twice.
+        weights: logarithm of how many items each sample stands for; None for one.
     """
 
     items: Items
@@ -111,11 +107,10 @@ class Sampler:
     """Draws each device's samples: positives, and fresh negatives out of its history.
 
     Args:
-        n_items: items that the device holds.
-        negatives: for each positive.
-        most: most positives of a device in a round; None for its whole history.
+        n_items: that the device holds.
+        negatives: for each positive, unless there is a ``budget`` for all together.
+        most: positives of a device in a round; None for its whole history.
         whole: look at the whole catalogue instead of samples.
-        budget: negatives for all positives together, in place of ``negatives`` each.
     """
 
     n_items: int
@@ -142,7 +137,14 @@ class Sampler:
         if self.whole:
             valid = histories.marks(self.n_items).astype(np.float32)
             return Batch(np.arange(self.n_items)[None], valid, 0, None)
-        positives, present = self._positives(histories, key)
+        used = self._used(histories.lengths)
+        lengths = np.maximum(histories.lengths, 1)[:, None]
+        place = np.arange(max(1, used.max(initial=0)))
+        start = (splitmix64(key, histories.users) >> np.uint64(33)).astype(np.int64)[:, None]
+        index = histories.indptr[:-1, None] + (start + place) % lengths
+        present = place < used[:, None]
+        padded = np.append(histories.items, np.int32(0))
+        positives = np.where(present, padded[np.where(present, index, 0)], 0).astype(np.int64)
         weights = None
         if self.budget is not None:
             negatives, logs, fresh = self.budget.draw(histories, key)
@@ -159,29 +161,17 @@ class Sampler:
         first = representatives(items, self.n_items)
         return Batch(items, counts, positives.shape[1], first, weights)
 
-    def _positives(self, histories: Histories, key: int) -> tuple[Items, NDArray[np.bool_]]:
-        """Each device's positives, padded, and which are no padding."""
-        used = self._used(histories.lengths)
-        lengths = np.maximum(histories.lengths, 1)[:, None]
-        place = np.arange(max(1, used.max(initial=0)))
-        start = (splitmix64(key, histories.users) >> np.uint64(33)).astype(np.int64)[:, None]
-        index = histories.indptr[:-1, None] + (start + place) % lengths
-        present = place < used[:, None]
-        padded = np.append(histories.items, np.int32(0))
-        return np.where(present, padded[np.where(present, index, 0)], 0).astype(np.int64), present
-
 
 @dataclass(frozen=True)
 class NegativeBudget:
     """How many negatives a device has for all of its positives together, and which.
 
     Args:
-        n_items: items that the device holds.
+        n_items: that the device holds.
         size: ``B``, from 1 to ``n_items``.
         selector: ``"uniform"``, ``"popularity"``, or one of :mod:`privrec.search.select`.
         selected: share of the budget that is selected, below 1; the rest is uniform.
-        popularity: where popular items are drawn more often: the cumulative probabilities of the
-            items, from public counts, shape ``(n_items,)``.
+        popularity: where popular items are drawn more often, see :func:`popularity_of`.
     """
 
     n_items: int
@@ -193,19 +183,14 @@ class NegativeBudget:
     @property
     def is_selective(self) -> bool:
         """Whether negatives are chosen by score."""
-        return self.selector not in CHANCE and not self.is_whole
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether it has room for every item, so that nothing is sampled."""
-        return self.size == self.n_items
+        return self.selector not in CHANCE and self.size < self.n_items
 
     def draw(self, histories: Histories, key: int) -> tuple[Items, FloatArray, NDArray[np.bool_]]:
         """Negatives by chance: items, log weights, and which count, each of shape ``(m, size)``.
 
         A budget with room for every item draws nothing: each counts once that is not a positive.
         """
-        if self.is_whole:
+        if self.size == self.n_items:
             valid = ~histories.marks(self.n_items)
             items = np.broadcast_to(np.arange(self.n_items), valid.shape)
             return items, np.zeros(valid.shape, np.float32), valid
@@ -248,13 +233,7 @@ class NegativeBudget:
     ) -> Batch:
         """The batch with a part of its negatives selected, and the others uniform over the rest.
 
-        Args:
-            batch: samples of ``m`` devices, positives first.
-            histories: theirs.
-            queries: theirs, shape ``(m, search.items.dim)``.
-            search: the catalogue.
-            functions: the devices' secret streams.
-            key: for the uniform part.
+        ``queries``, shape ``(m, search.items.dim)``, and ``functions`` are the devices' own.
         """
         items, weights = batch.items.copy(), np.zeros(batch.items.shape, np.float32)
         valid, first = batch.valid.copy(), batch.positives
@@ -262,7 +241,8 @@ class NegativeBudget:
         for row, history in enumerate(histories.sets()):
             user, query = histories.users[row : row + 1], queries[row : row + 1]
             stream, chosen = functions(int(user[0])), np.zeros(0, np.int64)
-            if query.any():  # a user vector of zeros likes nothing better than anything else
+            # A user vector of zeros, or of what is no number, likes nothing better than the rest.
+            if wanted and query.any() and np.isfinite(query).all():
                 chosen = chosen_by(self.selector, search, stream)(query, wanted, history)
             left = self.n_items - len(history) - len(chosen)
             count = self.size - len(chosen)
@@ -278,7 +258,7 @@ class NegativeBudget:
 
 
 def popularity_of(counts: NDArray[np.integer]) -> NDArray[np.float64]:
-    """Cumulative probabilities in proportion to ``(count + 1)^0.75``, shape ``(n,)``."""
+    """Cumulative probabilities in proportion to ``(count + 1)^0.75`` of public counts, ``(n,)``."""
     weights = (np.maximum(counts, 0) + 1.0) ** POPULARITY_POWER
     cumulative: NDArray[np.float64] = np.cumsum(weights) / weights.sum()
     return cumulative
@@ -288,95 +268,21 @@ Functions = Callable[[int], SecureStream]
 """A device's own secret stream for its hash functions, by its user."""
 
 Find = Callable[[FloatArray, int, Items], Items]
-"""``find(queries, count, exclude)``: at most ``count`` ascending items near some of the queries."""
+"""``find(queries, count, exclude)``: at most ``count`` ascending items near some finite queries."""
 
 
 def chosen_by(selector: str, search: Search, stream: SecureStream) -> Find:
-    """A device's own selection from its own memory; queries that are no numbers select nothing."""
-
-    def find(queries: FloatArray, count: int, exclude: Items) -> Items:
-        if not count or not np.isfinite(queries).all():
-            return np.zeros(0, np.int64)
-        return select(selector, search, queries, count, stream, exclude=exclude)
-
-    return find
-
-
-@dataclass(frozen=True)
-class ActiveSet:
-    """Output neurons that take part, ascending without repeats, and their log weights."""
-
-    items: Items
-    logs: FloatArray
-
-    def places(self, words: NDArray[np.integer]) -> Items:
-        """Where words lie among the neurons, of the shape of ``words``; all of them are active."""
-        return np.searchsorted(self.items, words)
-
-
-@dataclass(frozen=True)
-class OutputBudget:
-    """How wide the output layer of a device is, and which neurons it trains.
-
-    The words of the device's own data are always active. Of the rest a part is public (the most
-    common words), a part is selected by the device's hidden states, and what is left is drawn by
-    chance from all others.
-
-    Args:
-        words: size of the vocabulary, ordered by how common the words are.
-        share: of the neurons that are active, in (0, 1].
-        selected: share of the budget that is selected.
-        frequent: share of the budget that is the most common words; together at most 1.
-    """
-
-    words: int
-    share: float = 1.0
-    selected: float = 0.0
-    frequent: float = 0.0
-
-    @property
-    def size(self) -> int:
-        """Active neurons, exactly."""
-        return max(1, round(self.share * self.words))
-
-    def active(
-        self, own: Items, queries: FloatArray, find: Find | None, key: int, user: int
-    ) -> ActiveSet:
-        """The active neurons of one device.
-
-        Args:
-            own: words of its data, ascending, at most :attr:`size` of them.
-            queries: its hidden states, shape ``(q, dim)``.
-            find: who selects; None for nobody.
-            key: the round's key.
-            user: whose draw by chance it is.
-        """
-        room = max(0, self.size - len(own))
-        public = round(self.frequent * room)
-        common = np.setdiff1d(np.arange(min(self.words, len(own) + public)), own)[:public]
-        wanted = min(round(self.selected * room), room - len(common))
-        chosen = np.zeros(0, np.int64)
-        if find is not None and wanted and np.isfinite(queries).all():
-            chosen = find(queries, wanted, np.union1d(own, common))
-        stream = SecretRoot.known(_BY_CHANCE).stream("neurons", key, user)
-        found = active_set(own, np.concatenate((common, chosen)), self.size, self.words, stream)
-        items, logs = found.neurons.numpy(), found.log_weights.numpy()
-        order = np.argsort(items)
-        return ActiveSet(items[order], logs[order])
+    """A device's own selection, from its own memory and by functions of its own."""
+    return lambda queries, count, exclude: select(
+        selector, search, queries, count, stream, exclude=exclude
+    )
 
 
 def representatives(names: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    """For each name of a row, the one place in that row that stands for all its equals.
+    """For each name in ``[0, size)`` of a row, the place of the last of its equals, ``(m, k)``.
 
     Writing every place into a table of names and reading it back elects one, in time linear in the
     names; where the table would be far larger than the names, they are sorted.
-
-    Args:
-        names: integers in ``[0, size)``, shape ``(m, k)``.
-        size: number of possible names.
-
-    Returns:
-        Places of the last of equal names, shape ``(m, k)``.
     """
     m, k = names.shape
     rows = np.arange(m)[:, None]
@@ -412,11 +318,7 @@ def flattened(places: NDArray[np.int64], m: int) -> NDArray[np.int64]:
 def uniform(key: int, users: NDArray[np.int64], count: int, n: int) -> NDArray[np.int64]:
     """Keyed draws from ``[0, n)``, shape ``(m, count)``: each user has a stream of splitmix64.
 
-    Args:
-        key: the round's key.
-        users: shape ``(m,)``.
-        count: draws for each user.
-        n: number of outcomes, at most 2^32; the bias is below ``n / 2^32``.
+    ``n`` is at most 2^32; the bias is below ``n / 2^32``.
     """
     seeds = splitmix64(~key, users)[:, None]
     steps = np.arange(1, (count + 1) // 2 + 1, dtype=np.uint64) * GOLDEN

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from privrec.device.samples import merged, representatives
 from privrec.device.update import Address, RawUpdate
-from privrec.embedding.nested import Nested, Spread
+from privrec.embedding.nested import Nested
 from privrec.embedding.table import Table
 from privrec.models.layout import Layout, Network
 from privrec.models.losses import item_gram
@@ -22,34 +22,28 @@ from privrec.search.memory import ItemMemory
 from privrec.search.select import Search
 
 FloatArray = NDArray[np.float32]
-
-
-M = TypeVar("M", bound=Network)
 N = TypeVar("N", bound=Network, covariant=True)
 
 
 @dataclass(frozen=True)
 class ModelView(Generic[N]):
-    """What a shared vector means: a network over rows of a table.
+    """What a shared vector means: a network over rows of tables of vectors and biases.
 
-    Args:
-        model: the network.
-        vectors: where the vectors of items, words or labels lie.
-        biases: where their biases lie, or None.
-        layout: of the shared vector.
+    Vectors and biases are those of items, words or labels. ``gram`` are the coefficients of the
+    users' Gram matrix, see :class:`~privrec.models.layout.Layout`.
     """
 
-    model: N
+    network: N
     vectors: Table
     biases: Table | None
-    layout: Layout
+    gram: int = 0
 
-    @staticmethod
-    def of(model: M, vectors: Table, biases: Table | None, gram: int = 0) -> ModelView[M]:
-        """The view with dense weights, ``gram`` coefficients, and tables one after the other."""
-        slots = 0 if biases is None else biases.slots
-        layout = Layout(model.dense, vectors.slots, vectors.block, slots, gram)
-        return ModelView(model, vectors, biases, layout)
+    @cached_property
+    def layout(self) -> Layout:
+        """Of the shared vector."""
+        slots = 0 if self.biases is None else self.biases.slots
+        vectors = self.vectors
+        return Layout(self.network.dense, vectors.slots, vectors.block, slots, self.gram)
 
     def tabulated(self) -> ModelView[N]:
         """The same with its places looked up, for a machine that plays many devices."""
@@ -61,11 +55,8 @@ class ModelView(Generic[N]):
 class LocalModel(Generic[N]):
     """A tier's model with its weights, and what devices derive from them once a round.
 
-    Args:
-        view: what the weights mean.
-        weights: the shared vector in memory form; nobody changes it.
-        resident: whether the machine plays many devices, so that rows which are searched are
-            gathered once for all of them; a device has no room for them.
+    Nobody changes the ``weights``, the shared vector in memory form. Where ``resident``, rows that
+    are searched are gathered once for all devices that a machine plays; a device has no room.
     """
 
     view: ModelView[N]
@@ -111,15 +102,16 @@ class LocalModel(Generic[N]):
 
     def search(self, selector: str, config: Any = None) -> Search:
         """What a selector searches, by the keys in ``config``; the sketch comes with its own."""
-        return replace(self._sketched if selector == "sketch" else self._plain, config=config)
+        sketch = self._sketch if selector == "sketch" else None
+        return replace(self._plain, sketch=sketch, config=config)
 
     @cached_property
     def _plain(self) -> Search:
         return Search(self.items.unfolded() if self.resident else self.items)
 
     @cached_property
-    def _sketched(self) -> Search:
-        return replace(self._plain, sketch=Sketch.of(self._plain.items))
+    def _sketch(self) -> Sketch:
+        return Sketch.of(self._plain.items)
 
 
 class Located:
@@ -160,8 +152,7 @@ class Tier:
         share: of all devices, public.
         weight: public factor of its updates, in [0, 1]; 0 for devices that do not train.
         model: over the tier's own memory.
-        vectors: nested coordinates of the item vectors, for all tiers.
-        biases: those of the item biases, or None.
+        vectors: nested coordinates of the item vectors, for all tiers; ``biases`` likewise.
     """
 
     index: int
@@ -199,28 +190,29 @@ class Tier:
         Promise: each device's norm stays as it is, and no coefficient is named twice with a value
         other than zero.
         """
-        spread = self.vectors.spread(update.address.blocks, self.index)
-        if spread is None:
-            return update
-        layout, bias_names = self.layout, update.address.biases
-        head, blocks, biases = update.address.split(update.values)
-        names, changed = _lifted(blocks, spread, layout.slots)
-        lifted = [head, changed]
-        if self.biases is not None:
-            spread = self.biases.spread(bias_names, self.index)
-            if spread is not None:
-                bias_names, changed = _lifted(biases, spread, layout.bias_slots)
-                lifted.append(changed)
-        return RawUpdate(np.concatenate(lifted, axis=1), Address(names, bias_names, layout))
+        head, *sections = update.address.split(update.values)
+        names, parts, m = [update.address.blocks, update.address.biases], [head], len(head)
+        sizes = self.layout.slots, self.layout.bias_slots
+        for at, coordinates in enumerate((self.vectors, self.biases)):
+            if coordinates is None:
+                continue
+            spread = coordinates.spread(names[at], self.index)
+            if spread is None:  # memory and coefficients of such a tier are the same
+                return update
+            reached, factors = spread
+            names[at] = reached.reshape(len(reached), -1)
+            changes = sections[at][:, :, None] * factors.astype(np.float32)[..., None]
+            changes = changes.reshape(m, names[at].shape[1], -1)
+            parts.append(merged(changes, representatives(names[at], sizes[at])).reshape(m, -1))
+        return RawUpdate(np.concatenate(parts, axis=1), Address(names[0], names[1], self.layout))
 
 
 @dataclass(frozen=True)
 class Federation:
     """All tiers of a federation, the strongest first; what is public about them.
 
-    Args:
-        tiers: one chain: each holds a prefix of what the one before holds.
-        absent: share of devices that hold nothing and take no part; they know what is popular.
+    Each holds a prefix of what the one before holds. The share ``absent`` of the devices hold
+    nothing and take no part; they know what is popular.
     """
 
     tiers: tuple[Tier, ...]
@@ -240,9 +232,9 @@ class Federation:
         """What a tier is sent of the shared vector."""
         return self.layout.prefix_of(coefficients, tier.layout)
 
-    def weaker(self, tier: Tier) -> tuple[Layout, ...]:
-        """Layouts of the tiers below one, the stronger first."""
-        return self.layouts[tier.index + 1 :]
+    def layouts_of(self, tier: Tier) -> tuple[Layout, ...]:
+        """Layouts of a tier and those below, the strongest first: the bands of its prefix."""
+        return self.layouts[tier.index :]
 
     def fraction(self, tier: Tier) -> float:
         """A tier's part of the mean over the training devices, by public shares and weights.
@@ -258,12 +250,3 @@ class Federation:
         """Share of the training devices that hold each band, the weakest tier's band first."""
         shares = np.array([tier.share if tier.weight else 0.0 for tier in self.tiers])
         return tuple((np.cumsum(shares) / shares.sum())[::-1])
-
-
-def _lifted(values: FloatArray, spread: Spread, size: int) -> tuple[NDArray[np.int64], FloatArray]:
-    """Names of the coefficients that a change of blocks reaches, ``(m or 1, k)``, and theirs."""
-    m, (named, count, reach) = len(values), spread.names.shape
-    names = spread.names.reshape(named, count * reach)
-    factors = spread.factors.astype(np.float32)[..., None]
-    changes = (values[:, :, None] * factors).reshape(m, count * reach, -1)
-    return names, merged(changes, representatives(names, size)).reshape(m, -1)

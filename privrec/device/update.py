@@ -33,13 +33,11 @@ class Round:
     """One attempt at one round: what runs is what is charged.
 
     Args:
-        run_id: the run it belongs to.
-        index: the round, counted from 0.
+        index: counted from 0.
         attempt: 0, or more when a round had to be drawn anew.
-        event: its privacy event.
-        plan_digest: digest of the scenario that the devices agreed to.
-        model_digests: digests of the weights that the devices start from, one for each band, the
-            one that every tier holds first. A device checks those of its own prefix.
+        plan_digest: of the scenario that the devices agreed to.
+        model_digests: of the weights that the devices start from, one for each band, the one that
+            every tier holds first. A device checks those of its own prefix.
     """
 
     run_id: str
@@ -57,24 +55,16 @@ class Round:
 
 
 def model_digests(weights: NDArray[Any], layouts: Sequence[Layout]) -> tuple[bytes, ...]:
-    """SHA-256 of each band of a vector, the weakest tier's first.
-
-    Args:
-        weights: of the first layout.
-        layouts: of the tiers up to the vector's own, the strongest first.
-    """
-    digests = []
-    for parts in bands(weights, layouts):
-        sha = hashlib.sha256()
-        for part in filter(len, parts):
-            sha.update(np.ascontiguousarray(part).data.cast("B"))
-        digests.append(sha.digest())
-    return tuple(digests)
+    """SHA-256 of each band of a vector of the first layout, the weakest tier's first."""
+    return tuple(digest(*parts) for parts in bands(weights, layouts))
 
 
-def digest(array: NDArray[Any]) -> bytes:
-    """SHA-256 of an array's bytes."""
-    return hashlib.sha256(np.ascontiguousarray(array).data.cast("B")).digest()
+def digest(*arrays: NDArray[Any]) -> bytes:
+    """SHA-256 of the bytes of arrays, one after the other."""
+    sha = hashlib.sha256()
+    for array in arrays:
+        sha.update(np.ascontiguousarray(array).data)
+    return sha.digest()
 
 
 @dataclass(frozen=True)
@@ -125,15 +115,11 @@ class Protection:
 
 @dataclass(frozen=True)
 class Address:
-    """Where the touched coefficients of each device lie in the shared vector.
+    """Where the touched coefficients of each device lie in the shared vector, of its own layout.
 
     A row of values is ``[head | memory blocks | biases]``, in the order of the vector itself.
-    No block or bias is named twice with a value other than zero.
-
-    Args:
-        blocks: memory slots, shape ``(m, k_blocks)``, or ``(1, k_blocks)`` when all name the same.
-        biases: bias slots, likewise.
-        layout: the device's own.
+    No block or bias is named twice with a value other than zero. ``blocks`` are memory slots, shape
+    ``(m, k_blocks)``, or ``(1, k_blocks)`` when all name the same; ``biases`` likewise.
     """
 
     blocks: NDArray[np.int64]
@@ -148,51 +134,43 @@ class Address:
     @property
     def width(self) -> int:
         """Coefficients in a row of values."""
-        return int(self._end + self.biases.shape[1])
-
-    @property
-    def _end(self) -> int:
-        return int(self.layout.head + self.blocks.shape[1] * self.layout.block)
+        blocks, biases = self.blocks.shape[1], self.biases.shape[1]
+        return int(self.layout.head + blocks * self.layout.block + biases)
 
     def split(self, values: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
         """Rows of values as heads, blocks ``(m, k_blocks, block)`` and biases ``(m, k, 1)``."""
-        head, m = self.layout.head, len(values)
-        blocks = values[:, head : self._end].reshape(m, self.blocks.shape[1], self.layout.block)
-        return values[:, :head], blocks, values[:, self._end :, None]
+        head, block, named = self.layout.head, self.layout.block, self.blocks.shape[1]
+        end = head + named * block
+        blocks = values[:, head:end].reshape(len(values), named, block)
+        return values[:, :head], blocks, values[:, end:, None]
 
 
 @dataclass(frozen=True)
 class RawUpdate:
-    """New coefficients minus old ones, before any protection: private, never sent.
-
-    Args:
-        values: float32 of shape ``(m, width)``.
-        address: where the values belong.
-    """
+    """New coefficients minus old ones, before any protection: private, never sent."""
 
     values: NDArray[np.float32]
     address: Address
 
     def bound(
         self,
-        encoding: Encoding,
+        protection: Protection,
+        round: Round,
+        layouts: Sequence[Layout],
         coins: Coins,
         weight: float = 1.0,
-        rotation: Rotation | None = None,
-        layouts: Sequence[Layout] = (),
     ) -> BoundedUpdate:
         """Clip each device's whole update to ``clip_norm`` in L2 and round it to integers.
+
+        Where the ring needs it, each band is rotated in between, and all is touched then.
 
         Promise: each row of the result has an integer norm of at most ``encoding.bound``. An update
         that is not finite becomes zero, so that it cannot be told from an idle device.
 
-        Args:
-            encoding: clip norm and grid.
-            coins: decide the rounding.
-            weight: public factor of the clipped update, in [0, 1].
-            rotation: applied band by band between clipping and rounding; all is touched then.
-            layouts: for a rotation: of the device's tier and those below, the strongest first.
+        ``layouts`` are those of the devices' tier and those below, the strongest first; ``coins``
+        decide the rounding; ``weight``, in [0, 1], is a public factor of the clipped update.
         """
+        encoding, rotation = protection.encoding, protection.rotation(round, layouts)
         clipped = clip(self.values, encoding.clip_norm)
         if weight != 1:
             clipped = clipped * np.float32(weight)
@@ -204,13 +182,11 @@ class RawUpdate:
 
     def dense(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """Values at this update's address as whole vectors, shape ``(m, size)``."""
-        layout, m = self.address.layout, len(values)
-        head, blocks, biases = self.address.split(values)
-        parts = [head]
-        for names, slots, section in (
-            (self.address.blocks, layout.slots, blocks),
-            (self.address.biases, layout.bias_slots, biases),
-        ):
+        address, m = self.address, len(values)
+        head, *sections = address.split(values)
+        parts, named = [head], (address.blocks, address.biases)
+        sizes = address.layout.slots, address.layout.bias_slots
+        for names, slots, section in zip(named, sizes, sections, strict=True):
             width = section.shape[2]
             whole = np.zeros((m * slots, width), np.float32)
             rows = names + slots * np.arange(m)[:, None]
@@ -234,27 +210,28 @@ class BoundedUpdate:
         layout = layout or self.address.layout
         head, blocks, biases = self.address.split(self.integers)
         total[: head.shape[1]] += head.sum(0, dtype=total.dtype)
-        _add(layout.memory_of(total), self.address.blocks, blocks)
-        _add(layout.biases_of(total)[:, None], self.address.biases, biases)
+        for target, slots, values in (
+            (layout.memory_of(total), self.address.blocks, blocks),
+            (layout.biases_of(total)[:, None], self.address.biases, biases),
+        ):
+            if len(slots) < len(values):
+                values = values.sum(axis=0, keepdims=True, dtype=np.int64)
+            rows = values.reshape(-1, target.shape[1]).astype(total.dtype, copy=False)
+            add_rows(target, slots.ravel(), rows)
 
     def rows(self) -> Iterator[BoundedUpdate]:
         """The updates of each device by itself."""
         address, layout = self.address, self.address.layout
-        for row, integers in enumerate(self.integers):
-            blocks, biases = (
-                names[min(row, len(names) - 1)][None] for names in (address.blocks, address.biases)
-            )
-            yield BoundedUpdate(integers[None], Address(blocks, biases, layout))
+        for row in range(len(self.integers)):
+            blocks, biases = (n[[row % len(n)]] for n in (address.blocks, address.biases))
+            yield BoundedUpdate(self.integers[[row]], Address(blocks, biases, layout))
 
     def upload(
         self, layouts: Sequence[Layout], shares: Shares | None, seeds: Sequence[bytes]
     ) -> Upload:
         """What the one device of this update puts into the sum, with its noise where it adds any.
 
-        Args:
-            layouts: of the device's tier and those below, the strongest first.
-            shares: the noise that devices add, or None.
-            seeds: of this device's noise, one for each band that it holds.
+        ``seeds`` are of this device's noise, one for each of the bands that ``layouts`` make.
         """
         integers = to_wire(self.vector(), layouts)
         return Upload(integers if shares is None else integers + shares.draw(seeds))
@@ -277,8 +254,7 @@ class Upload:
 class Aggregate:
     """The sum over a cohort, which is all that the server learns.
 
-    Args:
-        total: int64 vector of ``layout.size``.
+    Attributes:
         cohort: devices that took part; the operator's own knowledge, kept out of every file.
         loss: mean training loss, known in simulation only and outside the guarantee.
     """
@@ -286,15 +262,6 @@ class Aggregate:
     total: NDArray[np.int64]
     cohort: int
     loss: float | None
-
-
-def _add(
-    target: NDArray[np.signedinteger], slots: NDArray[np.int64], values: NDArray[np.signedinteger]
-) -> None:
-    if len(slots) < len(values):
-        values = values.sum(axis=0, keepdims=True, dtype=np.int64)
-    rows = values.reshape(-1, target.shape[1]).astype(target.dtype, copy=False)
-    add_rows(target, slots.ravel(), rows)
 
 
 _SURELY, _FEW = 0.99, 1 << 22  # a float32 norm of so few numbers is off by less than 1 %

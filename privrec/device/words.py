@@ -7,10 +7,10 @@ the dense weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Protocol, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from privrec.data.corpus import UNKNOWN_ID
 from privrec.device.device import Draws, Learner, Settings, Trained
-from privrec.device.samples import ActiveSet, Find, Histories, Items, OutputBudget, chosen_by
+from privrec.device.samples import Find, Histories, Items, chosen_by
 from privrec.device.tier import LocalModel, Located, ModelView
 from privrec.device.update import Address, RawUpdate
 from privrec.embedding.subspace import splitmix64
@@ -27,7 +27,9 @@ from privrec.embedding.table import Table
 from privrec.errors import UsageError
 from privrec.models.losses import loss_of, sampled_loss
 from privrec.models.words import WordBatch, WordNetwork
+from privrec.randomness import SecretRoot
 from privrec.search.memory import ItemMemory
+from privrec.search.select import active_set
 
 FloatArray = NDArray[np.float32]
 
@@ -35,44 +37,66 @@ QUERIES = 16
 """Hidden states that a device searches with: some of its positions, evenly spread."""
 
 _WINDOW = 0x77_1D_0E
+_BY_CHANCE = b"neurons by chance are the round's, and no secret"
+
+Ask = Callable[[ItemMemory, int], Find]
+"""How to ask the server for neurons, by the output columns and the key of a round.
+
+It is part of the scheme ``"requested"`` alone, in which the server learns what each device asks.
+"""
 
 
-class RowServer(Protocol):
-    """A server that hashes its output columns and hands out neurons by bucket, as a device sees it.
+@dataclass(frozen=True)
+class OutputBudget:
+    """How wide the output layer of a device is, and which neurons it trains.
 
-    It takes part in the scheme ``"requested"`` alone, in which it learns what each device asks.
+    The words of the device's own data are always active. Of the rest a part is public (the most
+    common words), a part is selected by the device's hidden states, and what is left is drawn by
+    chance from all others. What is drawn by chance carries the logarithm of how many it stands for
+    in a softmax over all; every other neuron stands for itself.
+
+    ``words`` is the size of the vocabulary, ordered by how common the words are; ``share`` of the
+    neurons are active. Of these ``frequent`` is the share of the most common words, ``selected``
+    the one that is selected; together at most 1.
     """
 
-    def hashed(self, items: ItemMemory, key: int) -> RowTables:
-        """Hash all columns of an output layer for the round of a key, by public functions.
+    words: int
+    share: float = 1.0
+    selected: float = 0.0
+    frequent: float = 0.0
 
-        Asked again for the same, it gives the same tables.
+    @property
+    def size(self) -> int:
+        """Active neurons, exactly."""
+        return max(1, round(self.share * self.words))
+
+    def active(
+        self, own: Items, queries: FloatArray, find: Find | None, key: int, user: int
+    ) -> tuple[Items, FloatArray]:
+        """The active neurons of one device, ascending without repeats, and their log weights.
+
+        ``own`` are the words of its data, ascending, at most :attr:`size` of them; ``queries`` are
+        its hidden states, ``(q, dim)``; ``key`` and ``user`` name the draw by chance.
         """
-        ...
-
-
-class RowTables(Protocol):
-    """The server's tables of one round."""
-
-    def codes(self, queries: FloatArray) -> list[NDArray[np.uint16]]:
-        """The device's half: buckets of its hidden states, each once, for every table."""
-        ...
-
-    def neurons(self, buckets: list[NDArray[np.uint16]], wanted: int, named: Items) -> Items:
-        """The server's half: neurons in the asked buckets beside the named ones, ascending."""
-        ...
+        room = max(0, self.size - len(own))
+        public = round(self.frequent * room)
+        common = np.setdiff1d(np.arange(min(self.words, len(own) + public)), own)[:public]
+        wanted = min(round(self.selected * room), room - len(common))
+        chosen = np.zeros(0, np.int64)
+        if find is not None and wanted and np.isfinite(queries).all():
+            chosen = find(queries, wanted, np.union1d(own, common))
+        stream = SecretRoot.known(_BY_CHANCE).stream("neurons", key, user)
+        found = active_set(own, np.concatenate((common, chosen)), self.size, self.words, stream)
+        order = torch.argsort(found.neurons)
+        return found.neurons[order].numpy(), found.log_weights[order].numpy()
 
 
 @dataclass(frozen=True)
 class WordLearner(Learner):
     """Local training of a network over a wide output, with one set of hyper-parameters.
 
-    Devices keep no private state between rounds: theirs is a zero.
-
-    Args:
-        view: what is trained.
-        settings: how.
-        served: the server's tables, where devices ask for neurons; None where they select alone.
+    Devices keep no private state between rounds: theirs is a zero. Without ``ask`` they select
+    neurons alone.
 
     Raises:
         UsageError: when the smallest piece of data may have more words than may be active.
@@ -80,10 +104,10 @@ class WordLearner(Learner):
 
     view: ModelView[WordNetwork]
     settings: Settings
-    served: RowServer | None = None
+    ask: Ask | None = None
 
     def __post_init__(self) -> None:
-        output, shortest = self.output, self.view.model.shortest
+        output, shortest = self.output, self.view.network.shortest
         if output.size < min(shortest, output.words):
             raise UsageError(
                 f"train.budget: {output.size} of {output.words} neurons, and {shortest} words of a "
@@ -121,54 +145,45 @@ class WordLearner(Learner):
         batch = self.batch(data.of(0), user, draws.key)
         queries, find = np.zeros((1, 0), np.float32), None
         if self.output.selected:
-            find = self._finder(model, user, draws)
+            if self.ask is not None:
+                find = self.ask(model.items, draws.key)
+            else:  # by functions of its own
+                selector = self.settings.selector
+                search = model.search(selector, self.settings.config)
+                find = chosen_by(selector, search, draws.functions(user))
             queries = self._queries(model, batch)
-        active = self.output.active(batch.own, queries, find, draws.key, user)
+        active, logs = self.output.active(batch.own, queries, find, draws.key, user)
 
-        vectors = _Touched(self.view.vectors, model.memory, active.items)
-        biases = _Touched(cast(Table, self.view.biases), model.bias_memory, active.items)
+        vectors = _Touched(self.view.vectors, model.memory, active)
+        biases = _Touched(cast(Table, self.view.biases), model.bias_memory, active)
         dense = torch.from_numpy(model.dense).clone().requires_grad_()
-        logs, first = torch.from_numpy(active.logs), 0.0
-        pieces = np.arange(len(batch))
-        for number, part in enumerate(
-            np.array_split(pieces, min(self.settings.local_steps, len(batch)))
-        ):
+        weights, first = torch.from_numpy(logs), 0.0
+        steps = min(self.settings.local_steps, len(batch))
+        for number, part in enumerate(np.array_split(np.arange(len(batch)), steps)):
             rows, shifts = vectors.rows(), biases.rows()[:, 0]
             hidden = batch.hidden(part, partial(_read, rows, active), dense)
             targets = batch.targets(part)
-            places = np.where(targets < 0, targets, active.places(targets))
-            loss = sampled_loss(hidden, rows, shifts, logs, torch.from_numpy(places))
+            places = np.where(targets < 0, targets, np.searchsorted(active, targets))
+            loss = sampled_loss(hidden, rows, shifts, weights, torch.from_numpy(places))
             loss.backward()  # type: ignore[no-untyped-call]
-            for each in (dense, vectors.blocks, biases.blocks):
-                _step(each, self.settings.local_lr)
+            with torch.no_grad():
+                for values in (dense, vectors.blocks, biases.blocks):
+                    if values.grad is not None:
+                        values -= self.settings.local_lr * values.grad
+                        values.grad = None
             first = first if number else float(loss.detach())
 
         change = dense.detach().numpy() - model.dense
-        values = np.concatenate((change, vectors.change(), biases.change()))[None]
+        changes = np.concatenate((change, vectors.change(), biases.change()))[None]
         address = Address(vectors.named, biases.named, self.view.layout)
-        return Trained(RawUpdate(values, address), states, np.array([first], np.float32))
+        return Trained(RawUpdate(changes, address), states, np.array([first], np.float32))
 
     def batch(self, tokens: NDArray[np.int32], user: int, key: int) -> WordBatch:
-        """What a device learns from in a round.
-
-        Args:
-            tokens: its data: a text in reading order, or examples.
-            user: whose it is; names the draw.
-            key: the round's key.
-        """
+        """What a device learns from in a round: of a text in reading order, or of examples."""
         output = self.output
         budget = output.size if output.size < output.words else None
         draw = int(splitmix64(key ^ _WINDOW, np.array([user]))[0] >> np.uint64(33))
-        return self.view.model.batch(tokens, self.settings.max_samples, budget, draw)
-
-    def _finder(self, model: LocalModel[WordNetwork], user: int, draws: Draws) -> Find:
-        """Who selects neurons: the device, by functions of its own, or the server that it asks."""
-        if self.served is None:
-            selector = self.settings.selector
-            search = model.search(selector, self.settings.config)
-            return chosen_by(selector, search, draws.functions(user))
-        tables = self.served.hashed(model.items, draws.key)
-        return lambda queries, count, exclude: tables.neurons(tables.codes(queries), count, exclude)
+        return self.view.network.batch(tokens, self.settings.max_samples, budget, draw)
 
     def _queries(self, model: LocalModel[WordNetwork], batch: WordBatch) -> FloatArray:
         """Some hidden states at the start of the round, each with a 1 for the neuron's bias."""
@@ -182,9 +197,9 @@ class WordLearner(Learner):
         return np.concatenate((hidden, np.ones((len(hidden), 1), np.float32)), axis=1)
 
 
-def _read(rows: Tensor, active: ActiveSet, words: Items) -> Tensor:
+def _read(rows: Tensor, active: Items, words: Items) -> Tensor:
     """Vectors of words that are active."""
-    return rows[torch.from_numpy(active.places(words))]
+    return rows[torch.from_numpy(np.searchsorted(active, words))]
 
 
 def spread(count: int, most: int = QUERIES) -> Items:
@@ -214,10 +229,3 @@ class _Touched(Located):
         """New blocks minus old ones, in the order of ``named``, flat."""
         changed: FloatArray = self.blocks.detach().numpy() - self._before
         return changed.ravel()
-
-
-def _step(values: Tensor, rate: float) -> None:
-    with torch.no_grad():
-        if values.grad is not None:
-            values -= rate * values.grad
-            values.grad = None

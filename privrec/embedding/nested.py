@@ -14,17 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable, Table, check_size
-from privrec.errors import UsageError
 
-Nesting = Literal["fold", "rows", "dims"]
 Array = NDArray[Any]
+Spread = tuple[NDArray[np.int64], NDArray[np.float64]]
+"""The coefficient blocks that each changed block reaches, ``slots.shape + (reach,)``, and by what
+factors; the squares of a block's factors add up to 1."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,8 @@ class Nested:
 
     tables: tuple[Table, ...]
 
-    def slots(self, tier: int) -> int:
-        """Blocks that a tier holds: the length of its prefix."""
-        return self.tables[tier].slots
-
     def to_memory(self, prefix: Array, tier: int) -> None:
-        """Turn a tier's coefficients, ``(slots(tier), block)``, into its memory, in place."""
+        """Turn a tier's coefficients, ``(slots, block)``, into its memory, in place."""
 
     def to_coefficients(self, memory: Array, tier: int) -> None:
         """Turn a tier's memory into its coefficients, in place: the inverse."""
@@ -49,38 +46,6 @@ class Nested:
     def spread(self, slots: NDArray[np.int64], tier: int) -> Spread | None:
         """Which coefficients a change of blocks of a tier's memory changes; None for the same."""
         return None
-
-    def lift(self, memory: Array, tier: int) -> Array:
-        """The whole memory that says the same as a tier's, shape ``(slots(0), block)``.
-
-        Promise: the lifted memory has the same norm, and :meth:`collapse` takes it back.
-        """
-        lifted = np.zeros((self.slots(0), memory.shape[1]), memory.dtype)
-        lifted[: self.slots(tier)] = memory
-        self.to_coefficients(lifted[: self.slots(tier)], tier)
-        self.to_memory(lifted, 0)
-        return lifted
-
-    def collapse(self, memory: Array, tier: int) -> Array:
-        """What a tier holds of a whole memory: its orthogonal projection, ``(slots, block)``."""
-        coefficients = memory.copy()
-        self.to_coefficients(coefficients, 0)
-        prefix = coefficients[: self.slots(tier)].copy()
-        self.to_memory(prefix, tier)
-        return prefix
-
-
-@dataclass(frozen=True)
-class Spread:
-    """A change of blocks in nested coordinates.
-
-    Args:
-        names: coefficient blocks that each block reaches, shape ``slots.shape + (reach,)``.
-        factors: by how much, the same shape; the squares of a block's factors add up to 1.
-    """
-
-    names: NDArray[np.int64]
-    factors: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -114,61 +79,42 @@ class Folds(Nested):
         steps = np.arange(len(halves), 0, -1)
         factors = np.where(above, -1.0, 1.0) * 2.0 ** (-steps / 2)
         coarse = np.full((*slots.shape, 1), 2.0 ** (-len(halves) / 2))
-        return Spread(
-            np.concatenate((place[..., :1], place + half), axis=-1),
-            np.concatenate((coarse, factors), axis=-1),
-        )
+        names = np.concatenate((place[..., :1], place + half), axis=-1)
+        return names, np.concatenate((coarse, factors), axis=-1)
 
     def _halves(self, tier: int) -> list[int]:
         """Sizes of the halves from the weakest tier's memory up to this tier's."""
-        least, own = self.slots(len(self.tables) - 1), self.slots(tier)
+        least, own = self.tables[-1].slots, self.tables[tier].slots
         return [1 << bit for bit in range(least.bit_length() - 1, own.bit_length() - 1)]
 
 
-def nested(table: Table, nesting: Nesting, halvings: Sequence[int]) -> Nested:
-    """Nested coordinates for tiers that hold ``2^-h`` of a table's memory.
+def nested(table: Table, halvings: Sequence[int]) -> Nested:
+    """Nested coordinates for tiers that hold ``2^-h`` of a table's memory, ``h`` ascending.
 
-    Args:
-        table: of capacity 1: a :class:`Subspace` for ``"fold"``, a :class:`PlainTable` for
-            ``"rows"`` (parts of an item together) and ``"dims"`` (by part).
-        nesting: the system.
-        halvings: for each tier the ``h`` of its capacity ``2^-h``, ascending.
+    A :class:`Subspace` nests by ``"fold"``, a :class:`PlainTable` by ``"rows"`` or, when it lies by
+    part, by ``"dims"``.
 
     Raises:
         UsageError: when a tier would hold nothing, or nothing that nests.
     """
-    if nesting != _nesting_of(table):
-        raise UsageError(
-            f'nesting = "{nesting}": a {type(table).__name__} nests by "{_nesting_of(table)}"; '
-            "use that, or another table"
-        )
-    if list(halvings) != sorted(halvings):
-        raise UsageError(f"halvings = {list(halvings)}: must be ascending; sort the tiers")
-    tables = tuple(_weaker(table, nesting, halving) for halving in halvings)
-    return Folds(tables) if nesting == "fold" else Nested(tables)
+    tables = tuple(_weaker(table, halving) for halving in halvings)
+    return Folds(tables) if isinstance(table, Subspace) else Nested(tables)
 
 
-def _nesting_of(table: Table) -> Nesting:
-    if isinstance(table, PlainTable):
-        return "dims" if table.by_part else "rows"
-    return "fold"
-
-
-def _weaker(table: Table, nesting: Nesting, halving: int) -> Table:
+def _weaker(table: Table, halving: int) -> Table:
     if isinstance(table, Subspace):
         return table.folded(halving)
     items, dim = table.items, table.dim
-    if nesting == "rows":
+    by_part = isinstance(table, PlainTable) and table.by_part
+    capacity = f"capacity 1/{1 << halving} of"
+    if not by_part:
         items >>= halving
-        check_size(items >= 1, f"capacity 1/{1 << halving} of {table.items} items", "an item")
+        check_size(items >= 1, f"{capacity} {table.items} items", "an item")
     elif halving:
-        check_size(
-            dim % (table.block << halving) == 0,
-            f"capacity 1/{1 << halving} of dim = {dim}",
-            f"a multiple of block = {table.block}",
-        )
+        nests = dim % (table.block << halving) == 0
+        check_size(nests, f"{capacity} dim = {dim}", f"a multiple of block = {table.block}")
         dim >>= halving
-    return PlainTable.of(items, dim, block=table.block, by_part=nesting == "dims")
+    return PlainTable.of(items, dim, block=table.block, by_part=by_part)
 
 
 def _butterfly(first: Array, second: Array) -> None:

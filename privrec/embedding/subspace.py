@@ -11,11 +11,12 @@ Source: Steele, Lea & Flood, "Fast splittable pseudorandom number generators" (O
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.embedding.table import Places, Table, Tabulated, check_size
+from privrec.embedding.table import Places, Table, check_size
 
 UInt64Array = NDArray[np.uint64]
 
@@ -26,14 +27,9 @@ _BIJECTION_ROUNDS = 4
 
 
 def splitmix64(seed: int, positions: NDArray[np.integer]) -> UInt64Array:
-    """Outputs of splitmix64 seeded with ``seed`` at the given zero-based positions.
+    """Outputs of splitmix64 seeded with ``seed`` at zero-based positions of any shape.
 
-    Args:
-        seed: any integer, taken modulo 2^64.
-        positions: integers of any shape, taken modulo 2^64.
-
-    Returns:
-        uint64 array of the same shape; ``splitmix64(seed, arange(k))`` is the published sequence.
+    Both are taken modulo 2^64; ``splitmix64(seed, arange(k))`` is the published sequence.
     """
     return finalise(steps(positions) + np.uint64(seed & 0xFFFFFFFFFFFFFFFF))
 
@@ -60,16 +56,12 @@ def finalise(z: UInt64Array) -> UInt64Array:
 
 
 def permute(key: int, positions: NDArray[np.integer], bits: int) -> UInt64Array:
-    """A keyed bijection of ``[0, 2^bits)`` applied to ``positions``.
+    """A keyed bijection of ``[0, 2^bits)``, ``bits`` at most 63, applied to ``positions``.
 
     Each round is invertible on ``bits``-bit words: an odd multiplication and an addition carry low
     bits upwards, and a xor with the upper half brings them down again, so that folding by the low
-    bits still scatters neighbouring positions.
-
-    Args:
-        key: any integer; the round constants are splitmix64 outputs of it.
-        positions: integers in ``[0, 2^bits)``.
-        bits: width of the domain, 0 to 63.
+    bits still scatters neighbouring positions. The rounds' constants are splitmix64 outputs of
+    ``key``, any integer.
     """
     mask = np.uint64((1 << bits) - 1)
     shift = np.uint64(max(1, (bits + 1) // 2))
@@ -104,6 +96,7 @@ class Subspace(Table):
         slots: a power of two.
         key: the shared key of the hash.
         folds: how often the memory was halved; the hash is taken before folding.
+        looked_up: whether all places are computed once, at ``12 * parts`` bytes an item.
 
     Raises:
         UsageError: when a value is out of its range.
@@ -111,14 +104,12 @@ class Subspace(Table):
 
     key: int
     folds: int = 0
+    looked_up: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_size(
-            self.slots >= 1 and self.slots & (self.slots - 1) == 0,
-            f"slots = {self.slots}",
-            "a power of two (so that halving nests)",
-        )
+        holds = self.slots >= 1 and self.slots & (self.slots - 1) == 0
+        check_size(holds, f"slots = {self.slots}", "a power of two (so that halving nests)")
 
     @classmethod
     def sized(
@@ -149,24 +140,30 @@ class Subspace(Table):
 
     def folded(self, times: int) -> Subspace:
         """The same subspace in a memory halved ``times`` times: ``slot mod (slots / 2^times)``."""
-        check_size(
-            0 <= times < self.slots.bit_length(),
-            f"times = {times}",
-            f"0 to {self.slots.bit_length() - 1} for {self.slots} slots",
-        )
+        most = self.slots.bit_length() - 1
+        check_size(0 <= times <= most, f"times = {times}", f"0 to {most} for {self.slots} slots")
         return replace(self, slots=self.slots >> times, folds=self.folds + times)
 
-    def tabulated(self) -> Tabulated:
+    def tabulated(self) -> Subspace:
         """See :meth:`~privrec.embedding.table.Table.tabulated`."""
-        return Tabulated.of(self)
+        return replace(self, looked_up=True)
+
+    @cached_property
+    def _places(self) -> Places:
+        return replace(self, looked_up=False).locate(np.arange(self.items))
 
     def locate(self, items: NDArray[np.integer]) -> Places:
-        """See :meth:`~privrec.embedding.table.Table.locate`; computed on the fly."""
+        """See :meth:`~privrec.embedding.table.Table.locate`."""
+        if self.looked_up:
+            slots, signs = self._places
+            return np.take(slots, items, axis=0), np.take(signs, items, axis=0)
         words, negative = self._words(items)
         return words.view(np.int64), 1 - 2 * (negative >> np.uint64(63)).astype(np.float32)
 
     def locate_doubled(self, items: NDArray[np.integer]) -> NDArray[np.int64]:
         """See :meth:`~privrec.embedding.table.Table.locate_doubled`."""
+        if self.looked_up:
+            return super().locate_doubled(items)
         words, negative = self._words(items)
         # The sign bit, moved to where it adds the number of slots, which is a power of two.
         negative >>= np.uint64(64 - self.slots.bit_length())

@@ -47,11 +47,8 @@ class Table(ABC):
     def __post_init__(self) -> None:
         check_size(self.items >= 1, f"items = {self.items}", "at least 1")
         check_size(self.block >= 1, f"block = {self.block}", "at least 1")
-        check_size(
-            self.dim >= self.block and self.dim % self.block == 0,
-            f"dim = {self.dim}",
-            f"a positive multiple of block = {self.block}",
-        )
+        whole = self.dim >= self.block and self.dim % self.block == 0
+        check_size(whole, f"dim = {self.dim}", f"a positive multiple of block = {self.block}")
 
     @property
     def parts(self) -> int:
@@ -114,9 +111,7 @@ class Table(ABC):
     def gather(self, memory: NDArray[Any], items: NDArray[np.integer]) -> NDArray[Any]:
         """Rows of items of any shape ``(*s)``, of shape ``(*s, dim)`` and the memory's type.
 
-        Args:
-            memory: float array of shape ``(slots, block)``.
-            items: item indices.
+        ``memory`` has the shape ``(slots, block)``.
         """
         slots, signs = self.locate(items)
         rows = np.take(memory, slots, axis=0)
@@ -130,10 +125,7 @@ class Table(ABC):
     ) -> None:
         """Add ``rows`` to the memory in place: the adjoint of :meth:`gather`.
 
-        Args:
-            memory: array of shape ``(slots, block)``.
-            items: item indices of any shape ``(*s)``; repeated ones add up.
-            rows: array of shape ``(*s, dim)``.
+        Repeated items add up.
         """
         slots, signs = self.locate(items)
         blocks = rows.reshape(-1, self.block)
@@ -165,37 +157,6 @@ class PlainTable(Table):
         return slots, np.ones(slots.shape, np.float32)
 
 
-@dataclass(frozen=True)
-class Tabulated(Table):
-    """Another table with its places computed once, at ``12 * parts`` bytes an item."""
-
-    source: Table
-
-    @classmethod
-    def of(cls, table: Table) -> Tabulated:
-        """``table`` with every place looked up."""
-        return cls(table.items, table.dim, table.block, table.slots, table)
-
-    @property
-    def scale(self) -> float:
-        """See :attr:`Table.scale`."""
-        return self.source.scale
-
-    @property
-    def injective(self) -> bool:
-        """See :attr:`Table.injective`."""
-        return self.source.injective
-
-    @cached_property
-    def _places(self) -> Places:
-        return self.source.locate(np.arange(self.items))
-
-    def locate(self, items: NDArray[np.integer]) -> Places:
-        """See :meth:`Table.locate`."""
-        slots, signs = self._places
-        return np.take(slots, items, axis=0), np.take(signs, items, axis=0)
-
-
 def add_rows(
     target: NDArray[Any], index: NDArray[Any], rows: NDArray[Any], signs: NDArray[Any] | None = None
 ) -> None:
@@ -203,13 +164,7 @@ def add_rows(
 
     It is a product with a sparse matrix of one signed entry a column, which runs at memory speed
     where element-wise accumulation costs ten times as much. Where few rows of a large target
-    change, nothing of its size is made.
-
-    Args:
-        target: shape ``(n, width)``.
-        index: row indices, shape ``(k,)``.
-        rows: shape ``(k, width)``, of the target's type.
-        signs: factors, shape ``(k,)``; ones when absent.
+    change, nothing of its size is made. ``rows`` are of the target's type.
     """
     if len(target) > _SPARSE * len(index):
         index, place = np.unique(index, return_inverse=True)

@@ -36,30 +36,23 @@ _EXAMPLES = 16  # likewise, of labels
 # ------------------------------------------------------------------------- recommenders
 
 
-@dataclass(frozen=True)
-class Scorer:
+def scores_with(model: LocalModel[NCF], states: FloatArray, n_items: int) -> metrics.Scores:
     """Scores with one set of weights; the table is gathered in parts and never held.
 
     ``states`` are private ones by user, shape ``(users, user_dim)``; of the ``n_items`` of the
     catalogue, those that the recommender does not hold come last.
     """
+    network, dense = model.view.network, torch.from_numpy(model.dense)
 
-    model: LocalModel[NCF]
-    states: FloatArray
-    n_items: int
+    def full(users: NDArray[np.integer]) -> FloatArray:
+        own = torch.from_numpy(states[users])
+        scores = np.full((len(users), n_items), -np.inf, np.float32)
+        for items in model.view.vectors.in_parts(_ITEMS_AT_ONCE):
+            ranked = network.rank(own, torch.from_numpy(model.rows(items)), dense)
+            scores[:, items] = ranked.numpy() + model.biases(items)
+        return scores
 
-    def __call__(
-        self, users: NDArray[np.integer], candidates: NDArray[np.integer] | None
-    ) -> FloatArray:
-        """Scores of each user's candidates ``(m, c)``, or of all items when there are none."""
-        model, held = self.model, self.model.view.vectors.items
-        own, dense = torch.from_numpy(self.states[users]), torch.from_numpy(model.dense)
-        full = np.full((len(users), self.n_items), -np.inf, np.float32)
-        for start in range(0, held, _ITEMS_AT_ONCE):
-            items = np.arange(start, min(held, start + _ITEMS_AT_ONCE))
-            table = torch.from_numpy(model.rows(items))
-            full[:, items] = model.view.model.rank(own, table, dense).numpy() + model.biases(items)
-        return full if candidates is None else np.take_along_axis(full, candidates, axis=1)
+    return metrics.by_users(full)
 
 
 @dataclass(frozen=True)
@@ -88,19 +81,13 @@ class Evaluator:
         Those of devices that hold nothing come last: they recommend what is popular. Users of a
         tier none of whom holds out an item have no metrics.
         """
-        holds_out = self.split.heldout.counts > 0
         measured = [
             self._measured(tier, cohort, weights, protocols)
-            if holds_out[cohort.users].any()
-            else Evaluation.nobody()
             for tier, cohort in zip(self.federation.tiers, self.cohorts, strict=True)
         ]
         if self.federation.absent:
-            found = Evaluation.nobody()
-            if holds_out[self.absent].any():
-                scores = metrics.popularity_scores(self.split.train)
-                found = self._evaluated(scores, protocols, self.absent)
-            measured.append(found)
+            popular = metrics.popularity_scores(self.split.train)
+            measured.append(self._evaluated(popular, protocols, self.absent))
         return tuple(measured)
 
     def _measured(
@@ -110,26 +97,24 @@ class Evaluator:
         weights: FloatArray,
         protocols: metrics.Protocols,
     ) -> Evaluation:
+        learner, train, seed = cohort.learner, self.split.train, self.run.seed
         view = tier.view(self.federation.prefix(weights, tier))
-        seed = self.run.seed
         key = int(rng_for(seed, "serving").integers(2**63))
         # Figures must repeat; and nothing is sent, so hash functions need not be secret.
         known = SecretRoot.known(b"evaluation")
         draws = Draws(key, lambda user: known.stream("lsh", "evaluation", seed, user))
-        fitted = cohort.learner.serve(view, cohort.data, draws)
-        train, users = self.split.train, cohort.users
-        states = np.zeros((train.n_users, fitted.shape[1]), np.float32)
-        states[users] = fitted
-        scorer = Scorer(LocalModel(cohort.learner.view, view), states, train.n_items)
-        return self._evaluated(scorer, protocols, users)
+        states = np.zeros((train.n_users, learner.state_dim), np.float32)
+        states[cohort.users] = learner.serve(view, cohort.data, draws)
+        scores = scores_with(LocalModel(learner.view, view), states, train.n_items)
+        return self._evaluated(scores, protocols, cohort.users)
 
     def _evaluated(
         self, scores: metrics.Scores, protocols: metrics.Protocols, users: Int64Array
     ) -> Evaluation:
-        cuts, seed = self.run.top_k, self.run.seed
-        return metrics.evaluate(
-            scores, self.split, k=cuts, protocols=protocols, seed=seed, users=users
-        )
+        split, cuts, seed = self.split, self.run.top_k, self.run.seed
+        if not split.heldout.counts[users].any():
+            return Evaluation.nobody()
+        return metrics.evaluate(scores, split, k=cuts, protocols=protocols, seed=seed, users=users)
 
 
 # ------------------------------------------------------------------ next words and labels
@@ -140,8 +125,7 @@ Asked = Iterator[tuple[Tensor, Tensor]]
 class Questions(ABC):
     """What texts or examples that were held out ask a model, and what the answers count for.
 
-    Attributes:
-        metric: name of the share of answers among the best ``k``.
+    ``metric`` names the share of answers among the best ``k``.
     """
 
     metric: str
@@ -150,7 +134,7 @@ class Questions(ABC):
     def ask(self, model: Any, tokens: Int64Array, table: Tensor, dense: Tensor) -> Asked:
         """Go through one device's data, some positions at a time.
 
-        Tokens that the model does not hold are unknown; ``table`` has the vectors of all neurons.
+        ``table`` has the vectors of all neurons.
 
         Yields:
             Hidden vectors ``(p, dim)`` of positions that count, and the neurons wanted there,
@@ -224,8 +208,8 @@ def predict(
     """Answer all questions of some texts or examples by all neurons' scores.
 
     All neurons are looked at, whatever part of them devices train. The unknown word is never
-    predicted and never counted: it is no word that a keyboard could offer. ``cuts`` are lengths of
-    the list of best neurons.
+    predicted and never counted: no keyboard could offer it. ``cuts`` are lengths of the list of
+    best neurons.
     """
     words = model.view.vectors.items
     table = torch.from_numpy(model.rows(np.arange(words)))
@@ -239,7 +223,7 @@ def predict(
         for text in range(texts.n_users):
             tokens = texts.tokens[texts.indptr[text] : texts.indptr[text + 1]].astype(np.int64)
             tokens[tokens >= words] = UNKNOWN_ID
-            for hidden, wanted in questions.ask(model.view.model, tokens, table, dense):
+            for hidden, wanted in questions.ask(model.view.network, tokens, table, dense):
                 scores = torch.addmm(biases, hidden, table.T)
                 scores[:, UNKNOWN_ID] = -torch.inf
                 found, loss = _found(scores, wanted, most)
@@ -261,13 +245,12 @@ def commonest(
     """Score always predicting the commonest words, which is what popularity comes to."""
     counts = train.item_counts()
     counts[UNKNOWN_ID] = -1
-    best = np.argsort(-counts, kind="stable")[: max(cuts)]
+    best = np.argsort(-counts, kind="stable")
     wanted, size = questions.wanted(heldout)
+    hits = {cut: np.isin(wanted, best[:cut]).sum() for cut in cuts}
     return {
-        f"{questions.metric}@{cut}": float(
-            questions.value(np.isin(wanted, best[:cut]).sum(), cut) / max(1, size)
-        )
-        for cut in cuts
+        f"{questions.metric}@{cut}": float(questions.value(found, cut) / max(1, size))
+        for cut, found in hits.items()
     }
 
 

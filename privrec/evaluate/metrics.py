@@ -12,11 +12,12 @@ that are trained where all histories lie in one place, without privacy or device
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy import linalg, sparse
 from scipy.sparse.linalg import svds
@@ -34,8 +35,6 @@ NEGATIVES = 99
 _SPARE = 64  # candidates drawn beyond twice what is needed, so that few users need a second draw
 _BLOCK = 1024  # users whose negatives come from one generator, whatever the chunk
 _CELLS = 1 << 22  # resampled users held at a time
-_GROUPS = 1024  # groups of columns whose maxima are taken first
-_FEW = 8  # more candidates than this for each of the best are not worth sorting
 _ABSENT = -1
 
 
@@ -46,15 +45,14 @@ the whole catalogue, to scores of the candidates' shape; larger is better."""
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Metrics of each user, or of each text, that was measured.
+    """Metrics of each of the ``m`` users, or texts, that were measured.
 
-    Args:
-        users: int64 [m] positions.
-        values: float64 [m] by metric: ``hr@k`` and ``ndcg@k`` of the sampled protocol,
-            ``full_hr@k``, ``full_ndcg@k`` and ``full_recall@k`` of full ranking; of texts the sum
-            over their positions.
-        sizes: positions of each text, int64 [m]; None where each user counts once.
-        losses: summed negative log-likelihood of each text, float64 [m], or None.
+    Attributes:
+        values: by metric: ``hr@k`` and ``ndcg@k`` of the sampled protocol, ``full_hr@k``,
+            ``full_ndcg@k`` and ``full_recall@k`` of full ranking; of texts the sum over their
+            positions.
+        sizes: positions of each text; None where each user counts once.
+        losses: summed negative log-likelihood of each text, or None.
     """
 
     users: Int64Array
@@ -87,23 +85,18 @@ class Evaluation:
         """
         if not self.users.size:
             return {}
-        means = np.concatenate(list(self._resampled(seed, draws)))
-        edge = (1.0 - level) / 2
-        low, high = np.quantile(means, [edge, 1.0 - edge], axis=0)
-        return {name: (float(low[at]), float(high[at])) for at, name in enumerate(self.values)}
-
-    def _resampled(self, seed: int, draws: int) -> Iterator[Float64Array]:
-        """Means of resamples, float64 [some draws, metrics] at a time."""
-        rng = rng_for(seed, "metrics", "bootstrap")
-        size = self.users.size
+        rng, size = rng_for(seed, "metrics", "bootstrap"), self.users.size
         sizes = np.ones(size, np.int64) if self.sizes is None else self.sizes
-        table = np.stack(list(self.values.values()), axis=1)
+        table, means = np.stack(list(self.values.values()), axis=1), []
         step = max(1, _CELLS // size)
         for at in range(0, draws, step):
             rows = min(step, draws - at)
             chosen = rng.integers(0, size, (rows, size)) + np.arange(rows)[:, None] * size
             counts = np.bincount(chosen.ravel(), minlength=rows * size).reshape(rows, size)
-            yield counts @ table / np.maximum(1, counts @ sizes)[:, None]
+            means.append(counts @ table / np.maximum(1, counts @ sizes)[:, None])
+        edge = (1.0 - level) / 2
+        low, high = np.quantile(np.concatenate(means), [edge, 1.0 - edge], axis=0)
+        return {name: (float(low[at]), float(high[at])) for at, name in enumerate(self.values)}
 
 
 def evaluate(
@@ -126,38 +119,29 @@ def evaluate(
 
     Args:
         seed: of the negatives.
-        k: lengths of the list, each at least 1.
+        k: lengths of the list.
         chunk: users scored at a time, at most; fewer where the catalogue is large.
         users: positions, or None for all; those without held-out items are skipped.
 
     Raises:
         DataError: when none of the users holds out an item.
-        UsageError: when ``k`` has a value below 1.
     """
-    if not k or min(k) < 1:
-        raise UsageError(f"top k {list(k)}: a list has at least one place; give k of 1 or more")
-    measured = holding_out(split.heldout, users)
-    values: dict[str, list[Float64Array]] = {}
+    measured, found = holding_out(split.heldout, users), []
     sampled = _Candidates(split, seed) if "sampled" in protocols and split.heldout.single else None
     step = max(1, min(chunk, _CELLS // split.train.n_items))
     for at in range(0, measured.size, step):
-        part = measured[at : at + step]
-        found: dict[str, Float64Array] = {}
+        part, values = measured[at : at + step], dict[str, Float64Array]()
         if sampled is not None:
-            found |= _sampled(scores, sampled, part, k)
+            values |= _sampled(scores, sampled, part, k)
         if "full" in protocols:
-            found |= _full(scores, split, part, k)
-        for name, value in found.items():
-            values.setdefault(name, []).append(value)
-    return Evaluation(measured, {name: np.concatenate(parts) for name, parts in values.items()})
+            values |= _full(scores, split, part, k)
+        found.append(values)
+    together = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+    return Evaluation(measured, together)
 
 
 def holding_out(heldout: ItemLists, users: NDArray[np.integer] | None) -> Int64Array:
-    """Return positions of those among some users, or all of them, who hold out an item.
-
-    Raises:
-        DataError: when none does.
-    """
+    """Return those among some users, or all, who hold out an item; :class:`DataError` for none."""
     chosen = np.arange(heldout.counts.size) if users is None else np.asarray(users, np.int64)
     found = chosen[heldout.counts[chosen] > 0]
     if not found.size:
@@ -177,10 +161,9 @@ def _sampled(
     target, others = given[:, :1], given[:, 1:]
     # "not below" rather than "at least": a comparison with NaN is false, and counts against.
     better = (~(others < target) & present[:, 1:]).sum(axis=1)
-    hit = {size: better < size for size in k}
     gain = 1.0 / np.log2(better + 2.0)
-    return {f"hr@{size}": hit[size].astype(np.float64) for size in k} | {
-        f"ndcg@{size}": np.where(hit[size], gain, 0.0) for size in k
+    return {f"hr@{size}": (better < size).astype(np.float64) for size in k} | {
+        f"ndcg@{size}": np.where(better < size, gain, 0.0) for size in k
     }
 
 
@@ -194,52 +177,22 @@ def _full(
     wanted[np.isnan(wanted)] = -np.inf
     table[np.isnan(table)] = np.inf
     table[seen_rows, seen] = -np.inf
-    better = _better(table, rows, wanted, max(k))
+    # Items that score at least as much as each held-out one, cut where the answer is cut anyway.
+    most = max(k)
+    best = torch.topk(torch.from_numpy(table), min(most + 1, table.shape[1]), sorted=False).values
+    better = np.maximum((best.numpy()[rows] >= wanted[:, None]).sum(axis=1) - 1, 0)
+    better[np.isneginf(wanted)] = most
     counts = np.bincount(rows, minlength=users.size)
-    ideal = np.cumsum(1.0 / np.log2(np.arange(max(k)) + 2.0))  # all held-out items come first
+    ideal = np.cumsum(1.0 / np.log2(np.arange(most) + 2.0))  # all held-out items come first
     found: dict[str, Float64Array] = {}
     for size in k:
         hits = better < size
         total = np.bincount(rows, hits, users.size)
-        gains = np.bincount(rows, np.where(hits, 1.0 / np.log2(better + 2.0), 0.0), users.size)
+        gains = np.bincount(rows, hits / np.log2(better + 2.0), users.size)
         found[f"full_hr@{size}"] = (total > 0).astype(np.float64)
         found[f"full_ndcg@{size}"] = gains / ideal[np.minimum(counts, size) - 1]
         found[f"full_recall@{size}"] = total / counts
     return found
-
-
-def _better(table: Float32Array, rows: Int64Array, wanted: Float32Array, most: int) -> Int64Array:
-    """How many other items score at least as much as each held-out one, cut at ``most``.
-
-    Only the ``most + 1`` best of a row matter: below them the answer is cut anyway.
-    """
-    best = _best(table, min(most + 1, table.shape[1]))
-    at_least = (best[rows] >= wanted[:, None]).sum(axis=1)
-    others = np.maximum(at_least - 1, 0)
-    others[np.isneginf(wanted)] = most
-    return np.asarray(others)
-
-
-def _best(table: Float32Array, count: int) -> Float32Array:
-    """The ``count`` largest values of each row in any order, [m, count].
-
-    The ``count``-th largest of the maxima of disjoint groups of columns is no more than the
-    ``count``-th largest value, and few values reach it: only they need to be sorted. With many
-    ties they are not few, and rows are partitioned instead.
-    """
-    m, n = table.shape
-    groups = min(n, _GROUPS)
-    if count < groups < n:
-        maxima = table[:, : n // groups * groups].reshape(m, -1, groups).max(axis=1)
-        floor = np.partition(maxima, groups - count, axis=1)[:, groups - count]
-        chosen = np.flatnonzero(table >= floor[:, None])
-        if chosen.size <= _FEW * m * count:
-            values, rows = table.reshape(-1)[chosen], chosen // n
-            order = np.lexsort((-values, rows))
-            counts = np.bincount(rows, minlength=m)
-            first = np.cumsum(counts) - counts
-            return np.asarray(values[order[first[:, None] + np.arange(count)]])
-    return np.asarray(np.partition(table, n - count, axis=1)[:, n - count :])
 
 
 class _Candidates:
@@ -258,7 +211,10 @@ class _Candidates:
             own = self._known(users, np.maximum(negatives, 0), target)
             negatives[own] = _ABSENT
         else:
-            negatives = self._drawn(users)
+            negatives = np.empty((users.size, NEGATIVES), np.int64)
+            for block in np.unique(users // _BLOCK).tolist():
+                here = users // _BLOCK == block
+                negatives[here] = self._drawn(block)[users[here] % _BLOCK]
         return np.concatenate([target[:, None], negatives], axis=1)
 
     def _known(self, users: Int64Array, items: Int64Array, target: Int64Array) -> NDArray[np.bool_]:
@@ -266,17 +222,10 @@ class _Candidates:
         seen = self._seen.contains(users[:, None], items)
         return np.asarray(seen | (items == target[:, None]))
 
-    def _drawn(self, users: Int64Array) -> Int64Array:
-        drawn = np.empty((users.size, NEGATIVES), np.int64)
-        for block in np.unique(users // _BLOCK).tolist():
-            here = users // _BLOCK == block
-            if block not in self._blocks:
-                self._blocks[block] = self._draw_block(block)
-            drawn[here] = self._blocks[block][users[here] % _BLOCK]
-        return drawn
-
-    def _draw_block(self, block: int) -> NDArray[np.int32]:
+    def _drawn(self, block: int) -> NDArray[np.int32]:
         """Negatives of a block of users: the first 99 good ones of a long uniform sequence."""
+        if block in self._blocks:
+            return self._blocks[block]
         rng = rng_for(self._seed, "metrics", "negatives", block)
         train, lists = self._split.train, self._split.heldout
         users = np.arange(block * _BLOCK, min((block + 1) * _BLOCK, train.n_users))
@@ -294,6 +243,7 @@ class _Candidates:
         for at in range(0, short.size, step):
             part = short[at : at + step]
             chosen[part] = self._draw_exactly(rng, users[part], target[part])
+        self._blocks[block] = chosen
         return chosen
 
     def _draw_exactly(
@@ -306,8 +256,8 @@ class _Candidates:
         keys[self._known(users, items, target)] = np.inf
         order = np.argsort(keys, axis=1)[:, :NEGATIVES]
         order[np.isinf(np.take_along_axis(keys, order, axis=1))] = _ABSENT
-        missing = np.full((users.size, NEGATIVES - order.shape[1]), _ABSENT)
-        return np.concatenate([order, missing], axis=1)
+        short = NEGATIVES - order.shape[1]
+        return np.pad(order, ((0, 0), (0, short)), constant_values=_ABSENT)
 
 
 def _repeated(items: Int64Array) -> NDArray[np.bool_]:
@@ -335,9 +285,7 @@ def by_segment(evaluated: Evaluation, split: Split) -> list[dict[str, Any]]:
     it is one of the most frequent that have :data:`HEAD` of the interactions together; a user goes
     by the first item held out.
 
-    Returns:
-        Dictionaries of ``by``, ``name``, ``share`` of the measured users (two digits) and
-        ``metrics``. They come from private data without noise.
+    They come from private data without noise; ``share`` is of the measured users, in two digits.
     """
     if not evaluated.users.size:
         return []
@@ -397,11 +345,8 @@ def check(name: str, train: Interactions, *, dim: int) -> None:
 
 
 def scores_of(name: str, train: Interactions, *, dim: int, seed: int) -> Scores:
-    """Train the baseline ``"popularity"``, ``"pure_svd"`` or ``"ease"``.
-
-    Raises:
-        UsageError: as :func:`check`.
-    """
+    """Train the baseline ``"popularity"``, ``"pure_svd"`` or ``"ease"``; see :func:`check`."""
+    check(name, train, dim=dim)
     if name == "popularity":
         return popularity_scores(train)
     return pure_svd(train, dim, seed) if name == "pure_svd" else ease(train)
@@ -415,15 +360,14 @@ def popularity_scores(train: Interactions) -> Scores:
     counts = train.item_counts()
     ranks = np.empty(counts.size, np.float32)
     ranks[np.argsort(counts, kind="stable")] = np.arange(counts.size)
-    return _by_users(lambda users: np.broadcast_to(ranks, (len(users), ranks.size)))
+    return by_users(lambda users: np.broadcast_to(ranks, (len(users), ranks.size)))
 
 
 def pure_svd(train: Interactions, dim: int, seed: int) -> Scores:
     """Truncate the SVD of the 0/1 matrix (Cremonesi, Koren & Turrin, RecSys 2010)."""
-    check("pure_svd", train, dim=dim)
     start = rng_for(seed, "baselines", "pure_svd").normal(size=min(train.n_users, train.n_items))
     left, values, right = svds(_matrix(train), k=dim, v0=start)
-    return _by_users(lambda users: (left * values)[users] @ right)
+    return by_users(lambda users: (left * values)[users] @ right)
 
 
 def ease(train: Interactions) -> Scores:
@@ -432,17 +376,16 @@ def ease(train: Interactions) -> Scores:
     With ``K = (X Xᵀ + λI)^-1``, ``X (XᵀX + λI)^-1 = K X``; so a catalogue of any size will do where
     users are few.
     """
-    check("ease", train, dim=0)
     matrix = _matrix(train)
     kernel = (matrix @ matrix.T).toarray() + EASE_L2 * np.eye(train.n_users)
     inverse = linalg.inv(kernel, overwrite_a=True, check_finite=False)
     diagonal = (1 - matrix.multiply(inverse @ matrix).sum(axis=0)) / EASE_L2
     scale = np.asarray(diagonal).ravel()
-    return _by_users(lambda users: matrix[users].toarray() - (inverse[users] @ matrix) / scale)
+    return by_users(lambda users: matrix[users].toarray() - (inverse[users] @ matrix) / scale)
 
 
-def _by_users(table: Callable[[NDArray[np.integer]], NDArray[np.floating]]) -> Scores:
-    """Scores of whatever is asked, from those of the whole catalogue."""
+def by_users(table: Callable[[NDArray[np.integer]], NDArray[np.floating]]) -> Scores:
+    """Scores of what is asked, from those of the whole catalogue."""
 
     def scores(users: NDArray[np.integer], candidates: NDArray[np.integer] | None) -> Float32Array:
         found = table(users)

@@ -204,10 +204,10 @@ class Node:
 
     def _device(self, hosted: Hosted, state: bytes) -> Device:
         tier = self.federation.tiers[hosted.tier]
-        weaker, learner = self.federation.weaker(tier), self._learner(hosted.tier)
+        layouts, learner = self.federation.layouts_of(tier), self._learner(hosted.tier)
         protection, root = self._protection, self.keys.root
         own = np.frombuffer(state, np.float32).copy()
-        return Device(hosted.user, hosted.history, tier, weaker, learner, protection, root, own)
+        return Device(hosted.user, hosted.history, tier, layouts, learner, protection, root, own)
 
 
 def _partition(scenario: Scenario, config: Mapping[str, Any]) -> tuple[list[Hosted], Federation]:

@@ -40,7 +40,7 @@ from privrec.scenario.load import Scenario
 from privrec.search.hashing import FOLD, Shape
 from privrec.search.index import SIGNATURE
 from privrec.secagg.ring import Ring
-from privrec.server.columns import ColumnServer, ServerView
+from privrec.server.columns import TABLES, ServerView, shape_of
 
 TIMEOUT_S = 120
 _TABLES = 20  # of a device's own choice, on average; see privrec.search.hashing.own_shape
@@ -115,8 +115,7 @@ def _selection(learner: WordLearner, scenario: Scenario) -> int:
     if not output.selected:
         return 0
     if scenario.train.requested:
-        shape = ColumnServer().shape(items)
-        return QUERIES * width * shape.bits * ColumnServer().tables
+        return QUERIES * width * shape_of(items).bits * TABLES
     if selector == "scan":
         return QUERIES * items * width
     if selector == "hamming":
@@ -189,7 +188,7 @@ def _peak(head: bytes, body: bytes) -> int:
         weights = np.frombuffer(sent, np.float32).copy()
         items = np.frombuffer(history, np.int32).copy()
         learner, root = learner_of(scenario, federation, tier), SecretRoot.known(b"measures itself")
-        device = Device(0, items, tier, federation.weaker(tier), learner, protection, root)
+        device = Device(0, items, tier, federation.layouts_of(tier), learner, protection, root)
         digests = model_digests(weights, device.layouts)
         round = Round("footprint", 0, 0, RoundEvent("none", 0.0, 1.0), "", digests)
         device.upload(round, device.answer(round, weights, 0))

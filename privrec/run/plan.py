@@ -27,7 +27,7 @@ from privrec.device.recommender import RecommenderLearner
 from privrec.device.samples import Histories, popularity_of
 from privrec.device.tier import Federation, ModelView, Tier
 from privrec.device.update import Protection
-from privrec.device.words import RowServer, WordLearner
+from privrec.device.words import Ask, WordLearner
 from privrec.embedding.nested import Nested, nested
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable, Table
@@ -133,24 +133,23 @@ class Plan:
         # Gaussian item vectors (hence Gaussian coefficients), zero biases, Glorot dense weights.
         layout, rng = federation.layout, rng_for(scenario.run.seed, "weights")
         weights = np.zeros(layout.size, np.float32)
-        layout.dense_of(weights)[...] = federation.tiers[0].model.model.initial_dense(rng)
+        layout.dense_of(weights)[...] = federation.tiers[0].model.network.initial_dense(rng)
         memory = layout.memory_of(weights)
         memory[...] = rng.normal(0, scenario.model.init_std, memory.shape)
         completion = Completion(
             federation,
             scenario.train if loss_of(scenario.train.loss).implicit else None,
-            by_contributors=scenario.devices.aggregation == "contributors",
-            overwrites=scenario.devices.aggregation == "fair_averaging",
-            local_lr=tuple(local_lr(scenario, federation, tier) for tier in federation.tiers),
+            scenario.devices.aggregation,
+            tuple(local_lr(scenario, federation, tier) for tier in federation.tiers),
         )
         return Server(rounds, weights, completion, _optimizer(scenario.train))
 
     def simulate(
-        self, train: Interactions | Corpus, devices: SecretRoot, served: RowServer | None = None
+        self, train: Interactions | Corpus, devices: SecretRoot, ask: Ask | None = None
     ) -> Simulation:
         """Return devices that train on ``train`` in this process, with ``devices`` as their secret.
 
-        ``served`` are the server's tables, where devices ask it for neurons.
+        ``ask`` is how devices ask the server for neurons, in the scheme ``"requested"``.
         """
         scenario, cohorts, popularity = self.scenario, list[Cohort[Any]](), None
         histories = Histories(np.arange(train.n_users), train.indptr, train.items)
@@ -160,7 +159,7 @@ class Plan:
             members = np.flatnonzero(self.assigned == tier.index)
             if train.n_items <= TABULATED_ITEMS:
                 tier = replace(tier, model=tier.model.tabulated())
-            learner = learner_of(scenario, self.federation, tier, popularity, served)
+            learner = learner_of(scenario, self.federation, tier, popularity, ask)
             cohorts.append(Cohort.of(learner, histories.select(members)))
         policy = Policy(scenario.devices.min_cohort, scenario.privacy.colluding_share)
         return Simulation(
@@ -260,8 +259,8 @@ def _coordinates(
     (vectors, biases), order = tables, scenario.devices.order
     # Item biases of the first dimensions are those of all items.
     same = [0] * len(halvings) if order == "dims" else halvings
-    chain = nested(vectors, order, halvings)
-    return chain, None if biases is None else nested(biases, order, same)
+    chain = nested(vectors, halvings)
+    return chain, None if biases is None else nested(biases, same)
 
 
 def _view(scenario: Scenario, chain: Coordinates, index: int) -> ModelView[Any]:
@@ -269,7 +268,7 @@ def _view(scenario: Scenario, chain: Coordinates, index: int) -> ModelView[Any]:
     table, small = vectors.tables[index], None if biases is None else biases.tables[index]
     network = MODELS[scenario.model.kind].load().configured(scenario.model, table.dim)
     gram = packed_size(table.dim) if loss_of(scenario.train.loss).implicit else 0
-    return ModelView.of(network, table, small, gram)
+    return ModelView(network, table, small, gram)
 
 
 def assign(n_users: int, federation: Federation, seed: int) -> NDArray[np.int64]:
@@ -299,12 +298,12 @@ def learner_of(
     federation: Federation,
     tier: Tier,
     popularity: NDArray[np.float64] | None = None,
-    served: RowServer | None = None,
+    ask: Ask | None = None,
 ) -> Learner:
     """Return local training as ``[train]`` describes it, in a tier's memory.
 
     ``popularity`` are public cumulative probabilities of the items, for popular negatives, and
-    ``served`` is a server that hands out output neurons, in the scheme ``"requested"``.
+    ``ask`` is how devices ask the server for neurons, in the scheme ``"requested"``.
     """
     train, newton = scenario.train, scenario.train.server_optimizer == "newton"
     names = Settings.__dataclass_fields__.keys() & type(train).model_fields.keys()
@@ -312,7 +311,7 @@ def learner_of(
     lr = local_lr(scenario, federation, tier)
     settings = Settings(**own, newton=newton, local_lr=lr, config=train)
     if scenario.model.learns != "interactions":
-        return WordLearner(tier.model, settings, served)
+        return WordLearner(tier.model, settings, ask)
     event, bound = example_event(scenario), scenario.privacy.local_clip_norm
     noise = None if not event or bound is None else ExampleNoise(bound, event.noise_multiplier)
     return RecommenderLearner(tier.model, settings, popularity, noise)

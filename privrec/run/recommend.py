@@ -17,7 +17,7 @@ from privrec.device.recommender import RecommenderLearner
 from privrec.device.samples import Histories
 from privrec.device.tier import LocalModel
 from privrec.errors import UsageError
-from privrec.evaluate.evaluator import Scorer
+from privrec.evaluate.evaluator import scores_with
 from privrec.models.ncf import NCF
 from privrec.privacy.ledger import Ledger
 from privrec.randomness import ROOT_BYTES, SecretRoot, SecureStream, rng_for
@@ -118,8 +118,8 @@ def recommend(
     model, k = LocalModel(learner.view, view), min(k, train.n_items - len(items))
     if k < 1:
         return []
-    if learner.view.model.tower:
-        every = Scorer(model, states, train.n_items)(np.array([0]), None)[0]
+    if learner.view.network.tower:
+        every = scores_with(model, states, train.n_items)(np.array([0]), None)[0]
         every[items] = -np.inf
         found = np.argsort(-every, kind="stable")[:k]
         scores = every[found]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.device.device import Cohort, Deferred, Device, Draws, privatize
+from privrec.device.device import Cohort, Deferred, Device, Draws
 from privrec.device.tier import Federation, LocalModel, Tier
 from privrec.device.update import Aggregate, BoundedUpdate, Protection, Round, digest
 from privrec.randomness import SecretRoot, rng_for
@@ -162,8 +162,8 @@ class Simulation:
             before, users = digest(cohort.states[batch]), cohort.users[batch]
             coins = self.root.stream("rounding", *round.context, users.tobytes(), before)
             cohort.states[batch] = trained.states
-            update, weaker = tier.lift(trained.update), self.federation.weaker(tier)
-            bounded = privatize(update, self.protection, round, tier, weaker, coins)
+            update, held = tier.lift(trained.update), self.federation.layouts_of(tier)
+            bounded = update.bound(self.protection, round, held, coins, tier.weight)
             yield users, bounded, trained.losses
 
     def _one_by_one(
@@ -174,7 +174,7 @@ class Simulation:
         for row in rows.tolist():
             user, data, state = int(cohort.users[row]), cohort.data.of(row), cohort.states[row]
             keeps = cohort.learner, self.protection, self.root, state.copy()
-            device = Device(user, data, tier, self.federation.weaker(tier), *keeps)
+            device = Device(user, data, tier, self.federation.layouts_of(tier), *keeps)
             trained = device.train(model, draws)
             self.deferred += trained.deferred
             yield cohort.users[[row]], device.protect(round, trained), trained.losses

@@ -175,7 +175,7 @@ class Secure(Summing):
 
     def add(self, tier: Tier, users: NDArray[np.int64], update: BoundedUpdate) -> None:
         """See :meth:`Summing.add`."""
-        layouts = (tier.layout, *self.federation.weaker(tier))
+        layouts = self.federation.layouts_of(tier)
         seen = self.round.model_digests[: len(layouts)]
         for user, mine in zip(users.tolist(), update.rows(), strict=True):
             name = self._names[user]

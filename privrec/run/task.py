@@ -333,7 +333,9 @@ class WideTask(Task[TextSplit]):
 
     def simulate(self, devices: SecretRoot) -> Simulation:
         """See :meth:`Task.simulate`."""
-        return self.plan.simulate(self.split.train, devices, self.columns)
+        return self.plan.simulate(
+            self.split.train, devices, None if self.columns is None else self.columns.ask
+        )
 
     def evaluate(self, devices: Simulation, weights: FloatArray, *, whole: bool) -> Evaluation:
         """See :meth:`Task.evaluate`: everything that was held out, by the whole softmax."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from privrec.device.samples import Find
 from privrec.randomness import SecretRoot
 from privrec.search.hashing import Buckets, Shape, Signs, projection
 from privrec.search.memory import ItemMemory
@@ -31,11 +32,10 @@ _PUBLIC = b"output columns are hashed by functions that everybody knows"
 
 @dataclass
 class ServerView:
-    """What the server has seen of devices so far, in counts.
+    """Counts of what the server has seen of devices so far.
 
-    Attributes:
-        words: of their text, and common ones, that they named.
-        neurons: that they were handed beside those.
+    ``words`` are those of their text, and common ones, that they named; ``neurons`` those that they
+    were handed beside.
     """
 
     requests: int = 0
@@ -44,35 +44,36 @@ class ServerView:
     neurons: int = 0
 
 
+def shape_of(neurons: int) -> Shape:
+    """Return the bits of a code: buckets hold a few dozen neurons."""
+    bits = round(np.log2(max(2.0, neurons / _LOAD)))
+    return Shape(min(_MOST_BITS, max(1, bits)))
+
+
 @dataclass
 class ColumnServer:
-    """A server that hashes its columns anew each round, once for all devices.
-
-    It does so by as many functions as ``tables``; what it sees is counted in ``sight``.
-    """
+    """A server that hashes its columns anew each round, once for all devices, into ``tables``."""
 
     tables: int = TABLES
     sight: ServerView = field(default_factory=ServerView)
     _last: tuple[ItemMemory, int, Columns] | None = field(default=None, init=False)
 
-    def shape(self, neurons: int) -> Shape:
-        """Return the bits of a code: buckets hold a few dozen neurons."""
-        bits = round(np.log2(max(2.0, neurons / _LOAD)))
-        return Shape(min(_MOST_BITS, max(1, bits)))
-
     def hashed(self, items: ItemMemory, key: int) -> Columns:
-        """See :meth:`privrec.device.words.RowServer.hashed`."""
+        """Hash all columns for the round of a key; asked again for the same, give the same."""
         if self._last is not None and self._last[0] is items and self._last[1] == key:
             return self._last[2]
-        shape = self.shape(items.items)
+        shape = shape_of(items.items)
         stream = SecretRoot.known(_PUBLIC).stream("columns", key)
-        drawn = [
-            Signs(projection("simhash", items.dim, shape, stream), shape)
-            for _ in range(self.tables)
-        ]
-        tables = tuple(Buckets.of(items, each) for each in drawn)
-        self._last = items, key, Columns(tables, items.items, self.sight)
-        return self._last[2]
+        drawn = [projection("simhash", items.dim, shape, stream) for _ in range(self.tables)]
+        tables = tuple(Buckets.of(items, Signs(each, shape)) for each in drawn)
+        columns = Columns(tables, items.items, self.sight)
+        self._last = items, key, columns
+        return columns
+
+    def ask(self, items: ItemMemory, key: int) -> Find:
+        """What a device selects neurons by in the round of a key: both halves of a request."""
+        columns = self.hashed(items, key)
+        return lambda queries, count, named: columns.neurons(columns.codes(queries), count, named)
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,13 @@ class Columns:
     sight: ServerView
 
     def codes(self, queries: FloatArray) -> list[Codes]:
-        """See :meth:`privrec.device.words.RowTables.codes`; it runs on the device."""
+        """The device's half: buckets of its hidden states, each once, for every table."""
         return [np.unique(table.hashed.codes(queries)[:, 0]) for table in self.tables]
 
     def neurons(self, buckets: Sequence[Codes], wanted: int, named: Items) -> Items:
-        """See :meth:`privrec.device.words.RowTables.neurons`.
+        """The server's half: neurons in the asked buckets beside the named ones, ascending.
 
-        Those in the most buckets come first; of equally many, the more common words.
+        Those in the most buckets are wanted first; of equally many, the more common words.
         """
         hits = np.zeros(self.neurons_held, np.int32)
         for table, codes in zip(self.tables, buckets, strict=True):

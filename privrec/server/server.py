@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.device.tier import Federation, Tier
+from privrec.device.tier import Federation
 from privrec.device.update import Aggregate, Protection, Round, digest, model_digests
 from privrec.models.layout import bands, from_wire, to_wire
 from privrec.models.losses import curvature, pressure
@@ -57,8 +56,7 @@ class Server:
     """The model and its optimiser; it sees sums alone.
 
     Attributes:
-        weights: the shared vector in nested coordinates, float32.
-        completion: turns a mean of what devices sent into a change of the weights.
+        weights: the shared vector in nested coordinates.
         index: rounds that were applied.
         mean: the running mean of the weights, before its correction for the start.
     """
@@ -134,77 +132,58 @@ class Completion:
 
     Attributes:
         implicit: settings of implicit ALS (:mod:`privrec.models.losses`), where that is the loss.
-        by_contributors: divide each band by the share of training devices that hold it, so that it
-            is the mean over those; otherwise it is the mean over all.
-        overwrites: what a device does not hold counts as zero instead of as unchanged: the plain
-            average of lifted weights, as FAIR takes it.
+        aggregation: ``"contributors"`` divides each band by the share of training devices that hold
+            it, so that it is the mean over those instead of over all. With ``"fair_averaging"``
+            what a device does not hold counts as zero instead of as unchanged: the plain average of
+            lifted weights, as FAIR takes it.
         local_lr: step size of each tier's devices, which the server's part of implicit ALS has too.
     """
 
     federation: Federation
     implicit: Train | None
-    by_contributors: bool
-    overwrites: bool
+    aggregation: str
     local_lr: tuple[float, ...] = ()
 
     def complete(self, update: FloatArray, weights: FloatArray) -> None:
-        """Turn the mean of the devices' vectors into the change of the weights, in place.
+        """Turn the mean over the expected cohort into the change of the weights, in place.
 
-        Both are in nested coordinates, the mean over the expected cohort. The Gram matrix of the
-        weights, which the devices started from, moves on.
+        Both are in nested coordinates. The Gram matrix of the weights moves on.
         """
         if self.implicit is not None:
             self._add_unobserved(update, weights, self.implicit)
-        if self.by_contributors or self.overwrites:
-            self._scale_bands(update, weights)
-
-    def _scale_bands(self, update: FloatArray, weights: FloatArray) -> None:
         layouts, holders = self.federation.layouts, self.federation.holders
         changed, before = bands(update, layouts), bands(weights, layouts)
         for band, old, share in zip(changed, before, holders, strict=True):
             for part, start in zip(band, old, strict=True):
-                if self.by_contributors and share:
+                if self.aggregation == "contributors" and share:
                     part /= np.float32(share)
-                if self.overwrites:
+                if self.aggregation == "fair_averaging":
                     part -= np.float32(1 - share) * start
 
     def _add_unobserved(self, update: FloatArray, weights: FloatArray, implicit: Train) -> None:
         """Add what the loss over all items asks, and take over the users' Gram matrix."""
-        layout = self.federation.layout
+        federation, layout = self.federation, self.federation.layout
         known, sent = layout.gram_of(weights), layout.gram_of(update)
+        holders = np.zeros(layout.gram, np.float32)  # of each entry: in ``dims`` some have fewer
+        for tier in federation.tiers:
+            holders[: tier.layout.gram] += np.float32(federation.fraction(tier))
         first = not known.any()
-        released = known + np.float32(1 if first else implicit.gram_rate) * (
-            sent / self._gram_holders - known
-        )
+        rate = np.float32(1 if first else implicit.gram_rate)
+        released = known + rate * (sent / np.where(holders > 0, holders, 1) - known)
         newton = implicit.server_optimizer == "newton"  # then devices precondition their gradient
-        if not (newton and first):
-            for tier in self.federation.tiers:
-                matrix = None
-                if not newton:
-                    alpha, rho = implicit.unobserved_weight, implicit.item_l2
-                    matrix = curvature(released, tier.model.vectors.dim, alpha, rho)
-                self._push(update, weights, tier, matrix)
+        for tier in federation.tiers:
+            step = federation.fraction(tier) * self.local_lr[tier.index]
+            if not step or (newton and first):
+                continue
+            vectors, matrix = tier.model.vectors, None
+            if not newton:
+                alpha, rho = implicit.unobserved_weight, implicit.item_l2
+                matrix = curvature(released, vectors.dim, alpha, rho)
+            # What the tier's devices ask of all their items.
+            asked = tier.view(federation.prefix(weights, tier))
+            memory = tier.layout.memory_of(asked)
+            memory[...] = pressure(vectors, memory, matrix)
+            memory *= np.float32(step)
+            own = layout.memory_of(update)[: tier.layout.slots]
+            own -= tier.layout.memory_of(tier.coefficients(asked))
         known[...], sent[...] = released, 0
-
-    def _push(
-        self, update: FloatArray, weights: FloatArray, tier: Tier, matrix: FloatArray | None
-    ) -> None:
-        """Subtract what one tier's devices ask of all their items."""
-        step = self.federation.fraction(tier) * self.local_lr[tier.index]
-        if not step:
-            return
-        asked = tier.view(self.federation.prefix(weights, tier))
-        memory = tier.layout.memory_of(asked)
-        memory[...] = pressure(tier.model.vectors, memory, matrix)
-        memory *= np.float32(step)
-        asked = tier.coefficients(asked)
-        own = self.federation.layout.memory_of(update)[: tier.layout.slots]
-        own -= tier.layout.memory_of(asked)
-
-    @cached_property
-    def _gram_holders(self) -> FloatArray:
-        """Share of the devices whose Gram matrix has each entry; in ``dims`` some have fewer."""
-        shares = np.zeros(self.federation.layout.gram, np.float32)
-        for tier in self.federation.tiers:
-            shares[: tier.layout.gram] += np.float32(self.federation.fraction(tier))
-        return np.where(shares > 0, shares, 1)

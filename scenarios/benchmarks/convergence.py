@@ -128,13 +128,13 @@ def errors(seed: int, rounds: int, course: Course) -> np.ndarray:
 
 def _federation(problem: Problem, seed: int) -> tuple[Server, Simulation]:
     table = problem.table
-    view = ModelView.of(NCF.of("gmf", DIM, ()), table, None, packed_size(DIM))
+    view = ModelView(NCF.of("gmf", DIM, ()), table, None, packed_size(DIM))
     settings = Settings(
         loss="ials", negatives=0, unobserved_weight=1e-9, item_l2=1e-9, newton=False,
         max_samples=None, user_steps=0, user_lr=1.0, user_l2=1.0, serve_steps=1, serve_negatives=1,
         local_steps=LOCAL_STEPS, local_lr=1.0,
     )  # fmt: skip
-    chain = nested(table, "fold", [0])
+    chain = nested(table, [0])
     federation = Federation((Tier(0, 1.0, 1.0, 1.0, view, chain, None),))
     learner = RecommenderLearner(view, settings)
     cohort = Cohort(learner, problem.histories, problem.states.copy())
@@ -142,7 +142,7 @@ def _federation(problem: Problem, seed: int) -> tuple[Server, Simulation]:
     event = RoundEvent("none", 0.0, RATE)
     plan = RoundPlan("convergence", "", event, protection, federation, RATE * USERS, 0.0)
     weights = np.zeros(view.layout.size, np.float32)
-    completion = Completion(federation, None, by_contributors=False, overwrites=False)
+    completion = Completion(federation, None, "sum")
     server = Server(plan, weights, completion, FedAvg(1.0, Schedule("constant", 1, 0)))
     enrolled = Enrolled(SecretRoot.known(b"devices"), Policy())
     return server, Simulation(federation, (cohort,), USERS, protection, enrolled, seed, RATE)

@@ -267,7 +267,7 @@ from privrec.run.recommend import answer
 
 def made(n):
     table = Subspace.sized(n, 64, block=16, key=1, compression=64)
-    view = ModelView.of(NCF.of("gmf", 64, ()), table, None)
+    view = ModelView(NCF.of("gmf", 64, ()), table, None)
     weights = np.random.default_rng(0).standard_normal(view.layout.size, dtype=np.float32)
     return LocalModel(view, weights)
 

@@ -30,9 +30,9 @@ def norm_of_answer(parts: Parts, history: np.ndarray, state: np.ndarray, index: 
     server: Server = parts.server
     federation, protection = parts.federation, server.plan.protection
     tier, learner = federation.tiers[index], parts.simulation.cohorts[index].learner
-    private = state.astype(np.float32)[: tier.model.model.user_dim]
+    private = state.astype(np.float32)[: tier.model.network.user_dim]
     device = Device(
-        3, history, tier, federation.weaker(tier), learner, protection, KNOWN, private
+        3, history, tier, federation.layouts_of(tier), learner, protection, KNOWN, private
     )  # fmt: skip
     coefficients = federation.prefix(server.weights, tier)
     vector = device.answer(server.next_round(0), coefficients, 5).vector()
@@ -55,7 +55,7 @@ LARGE = ("train.local_lr=1000.0", "model.init_std=0.5", "privacy.clip_norm=0.01"
 @pytest.mark.parametrize("loss", ["bce", "bpr", "softmax", "full_softmax"])
 def test_a_device_without_history_adds_zero(kind: str, loss: str) -> None:
     parts, split = parts_of(f"model.kind={kind}", f"train.loss={loss}")
-    length = parts.federation.tiers[0].model.model.user_dim
+    length = parts.federation.tiers[0].model.network.user_dim
     nothing = np.zeros(0, np.int32)
     for state in (np.zeros(length), np.ones(length)):
         assert norm_of_answer(parts, nothing, state) == 0
@@ -65,7 +65,7 @@ def test_a_device_without_history_adds_zero(kind: str, loss: str) -> None:
 
 def test_a_device_with_any_history_stays_within_the_bound() -> None:
     parts, split = parts_of("train.local_lr=1000.0")
-    length = parts.federation.tiers[0].model.model.user_dim
+    length = parts.federation.tiers[0].model.network.user_dim
     bound = parts.server.plan.protection.encoding.bound
     for history in (split.train.history(3), np.arange(60, dtype=np.int32)):
         assert 0 < norm_of_answer(parts, history, np.ones(length)) <= bound
@@ -78,7 +78,7 @@ def test_a_device_of_any_tier_adds_zero_without_history_and_little_with_one(
 ) -> None:
     """Weights of tiers only shrink a part of the sum, so one bound serves all of them."""
     parts, split = parts_of(TIERS, *NESTINGS[nesting], *loss, *LARGE)
-    length = parts.federation.tiers[0].model.model.user_dim
+    length = parts.federation.tiers[0].model.network.user_dim
     bound = parts.server.plan.protection.encoding.bound
     for tier in parts.federation.tiers:
         for state in (np.zeros(length), np.ones(length)):

@@ -94,13 +94,22 @@ class Lab:
         encoding = encoding or Encoding(1.0, self.learner.view.layout.size)
         state, mine = self.states[user].copy(), self.histories[user]
         root = SecretRoot.known(b"test")
-        return Device(user, mine, self.tier, (), self.learner, Protection(encoding), root, state)
+        return Device(
+            user,
+            mine,
+            self.tier,
+            (self.tier.layout,),
+            self.learner,
+            Protection(encoding),
+            root,
+            state,
+        )
 
     @property
     def tier(self) -> Tier:
         parts = self.learner.view
-        biases = None if parts.biases is None else nested(parts.biases, "fold", [0])
-        return Tier(0, 1.0, 1.0, 1.0, parts, nested(parts.vectors, "fold", [0]), biases)
+        biases = None if parts.biases is None else nested(parts.biases, [0])
+        return Tier(0, 1.0, 1.0, 1.0, parts, nested(parts.vectors, [0]), biases)
 
     def round(self, attempt: int = 0) -> Round:
         event = RoundEvent("none", 0.0, 1.0)
@@ -144,7 +153,7 @@ def make_lab(
     vectors = Subspace.sized(ITEMS, DIM, block=BLOCK, key=11, compression=compression)
     biases = Subspace.sized(ITEMS, 1, block=1, key=12, compression=compression)
     gram = packed_size(DIM) if settings.get("loss") == "ials" else 0
-    view = ModelView.of(model, vectors, biases if item_bias else None, gram)
+    view = ModelView(model, vectors, biases if item_bias else None, gram)
     layout = view.layout
     histories = uneven_histories() if histories is None else histories
     rng = np.random.default_rng(9)

@@ -33,7 +33,7 @@ def recommender(kind: str = "gmf", *, compressed: bool = False) -> ModelView[NCF
     else:
         vectors = PlainTable.of(ITEMS, DIM, block=BLOCK)
         biases = PlainTable.of(ITEMS, 1, block=1)
-    return ModelView.of(ncf, vectors, biases)
+    return ModelView(ncf, vectors, biases)
 
 
 def settings_of(loss: str, steps: int, rate: float) -> Settings:
@@ -51,7 +51,7 @@ def steps_of(
 ) -> ExampleSteps:  # fmt: skip
     rng = np.random.default_rng(seed)
     weights = rng.normal(0, scale, parts.layout.size).astype(np.float32)
-    state = rng.normal(0, scale, parts.model.user_dim).astype(np.float32)
+    state = rng.normal(0, scale, parts.network.user_dim).astype(np.float32)
     state = state if user is None else user
     return ExampleSteps(
         LocalModel(parts, weights), settings_of(loss, steps, rate), ExampleNoise(BOUND, noise),
@@ -63,8 +63,8 @@ def whole(made: ExampleSteps, clipped: Gradients) -> np.ndarray:
     """The sum of a step as one vector over every parameter."""
     size = made.model.view.layout
     blocks, biases = np.zeros((size.slots, size.block)), np.zeros((size.bias_slots, 1))
-    np.add.at(blocks, made.vectors.slots.ravel(), clipped.blocks.reshape(-1, size.block))
-    np.add.at(biases, made.biases.slots.ravel(), clipped.biases.reshape(-1, 1))
+    np.add.at(blocks, made.vectors.located.slots.ravel(), clipped.blocks.reshape(-1, size.block))
+    np.add.at(biases, made.biases.located.slots.ravel(), clipped.biases.reshape(-1, 1))
     user, dense = clipped.user.numpy().sum(0), clipped.dense.numpy().sum(0)
     return np.concatenate([user, dense, blocks.ravel(), biases.ravel()])
 
@@ -179,7 +179,7 @@ def test_every_coefficient_of_the_update_and_the_state_has_the_noise_of_all_step
     update, states = [], []
     for number in range(400):
         nothing = np.zeros(parts.layout.size, np.float32)
-        start = np.full(parts.model.user_dim, 1.0, np.float32)
+        start = np.full(parts.network.user_dim, 1.0, np.float32)
         root = SecretRoot.known(b"noise %d" % number)
         made = ExampleSteps(
             LocalModel(parts, nothing), settings_of("bce", steps, rate), ExampleNoise(BOUND, 1.5),

@@ -29,7 +29,7 @@ TOKENS = dealt(
 def learner(
     table: Table = PLAIN, share: float = 1.0, steps: int = 1, most: int | None = None
 ) -> WordLearner:
-    view = ModelView.of(MODEL, table, PlainTable.of(LABELS, 1, block=1))
+    view = ModelView(MODEL, table, PlainTable.of(LABELS, 1, block=1))
     settings = Settings(
         loss="softmax", newton=False, max_samples=most, user_steps=1, user_lr=1.0, user_l2=1.0,
         serve_steps=1, local_steps=steps, local_lr=0.5,

@@ -29,7 +29,7 @@ class Plain:
         self.history = here.histories[user].tolist()
 
     def scores(self, flat: Tensor, own: Tensor) -> Tensor:
-        layout, model = self.parts.layout, self.parts.model
+        layout, model = self.parts.layout, self.parts.network
         memory = flat[layout.dense : layout.dense + layout.slots * layout.block]
         table = self._table(self.parts.vectors, memory.reshape(layout.slots, -1))
         scores = table[:, : model.dot] @ own[: model.dot] + own[-1]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from on_devices import bounded, lift
 
 from privrec.device.device import TOLERANCE, Cohort, Device, Draws, Trained
 from privrec.device.samples import Histories
@@ -172,14 +173,14 @@ def test_updates_of_all_tiers_add_up_to_the_sum_of_what_they_mean(
     encoding, coins = Encoding(1.01 * float(longest), layout.size, 20), ROOT.stream("rounding")
     total, expected = np.zeros(layout.size, np.int64), np.zeros(layout.size)
     for tier, _, result in updates:
-        tier.lift(result.update).bound(encoding, coins).add_to(total, layout)
+        bounded(tier.lift(result.update), encoding, coins).add_to(total, layout)
         for row in range(len(result.states)):
             change, own = vector(result.update, row), tier.layout
             expected[: own.head] += change[: own.head]
-            memory = tier.vectors.lift(own.memory_of(change), tier.index)
+            memory = lift(tier.vectors, own.memory_of(change), tier.index)
             layout.memory_of(expected)[...] += memory
             if tier.biases is not None:
-                lifted = tier.biases.lift(own.biases_of(change)[:, None], tier.index)
+                lifted = lift(tier.biases, own.biases_of(change)[:, None], tier.index)
                 layout.biases_of(expected)[...] += lifted[:, 0]
     found = whole.view(encoding.decode(total))
     error = 4 * len(here.split.train.user_ids) / encoding.scale
@@ -204,9 +205,9 @@ def test_a_tier_trains_as_if_on_the_whole_memory_that_says_the_same(
         view = tier.view(federation.prefix(weights, tier))
         lifted = np.zeros(layout.size, np.float32)
         lifted[: mine.head] = view[: mine.head]
-        everywhere.memory_of(lifted)[...] = tier.vectors.lift(mine.memory_of(view), tier.index)
+        everywhere.memory_of(lifted)[...] = lift(tier.vectors, mine.memory_of(view), tier.index)
         if tier.biases is not None:
-            biases = tier.biases.lift(mine.biases_of(view)[:, None], tier.index)
+            biases = lift(tier.biases, mine.biases_of(view)[:, None], tier.index)
             everywhere.biases_of(lifted)[...] = biases[:, 0]
         learner = here.parts.simulation.cohorts[tier.index].learner
         strong = here.parts.everyone.learner
@@ -317,8 +318,8 @@ def device_of(here: Any, user: int, index: int, weight: float | None = None) -> 
     learner = here.parts.simulation.cohorts[index].learner
     protection = here.parts.server.plan.protection
     history = here.split.train.history(user)
-    weaker = here.federation.weaker(tier)
-    return Device(user, history, tier, weaker, learner, protection, ROOT)
+    layouts = here.federation.layouts_of(tier)
+    return Device(user, history, tier, layouts, learner, protection, ROOT)
 
 
 def model_of(tier: Tier, view: np.ndarray) -> LocalModel[Any]:
@@ -397,12 +398,12 @@ def test_the_bound_holds_whatever_a_tier_has_trained(weight) -> None:
     address = Address(np.array([[0, 3]]), np.array([[1]]), layout)
     rows = np.array([[1e3] * 7, [np.nan] * 7, [0.1] * 7, [0] * 7], np.float32)
     encoding = Encoding(1.0, layout.size)
-    bounded = RawUpdate(rows, address).bound(encoding, ROOT.stream("a"), weight)
-    lengths = np.linalg.norm(bounded.integers.astype(float), axis=1)
+    found = bounded(RawUpdate(rows, address), encoding, ROOT.stream("a"), weight)
+    lengths = np.linalg.norm(found.integers.astype(float), axis=1)
     assert lengths.max() <= encoding.bound
     assert lengths[0] == pytest.approx(weight * 2**13, rel=1e-2)
     assert lengths[2] == pytest.approx(weight * 2**13 * 0.1 * 7**0.5, rel=1e-2)
-    assert not bounded.integers[[1, 3]].any()
+    assert not found.integers[[1, 3]].any()
 
 
 # --------------------------------------------------------------------------- public facts
@@ -426,9 +427,9 @@ def test_weaker_tiers_hold_prefixes_of_stronger_ones(mixed) -> None:
         for one, other in itertools.pairwise(federation.tiers):
             held = one.layout.prefix_of(federation.prefix(weights, one), other.layout)
             assert np.array_equal(held, federation.prefix(weights, other))
-            assert federation.weaker(one)[0] == other.layout
+            assert federation.layouts_of(one)[1] == other.layout
             assert other.layout.size < one.layout.size
-        assert federation.weaker(federation.tiers[-1]) == ()
+        assert federation.layouts_of(last := federation.tiers[-1]) == (last.layout,)
         assert np.array_equal(federation.prefix(weights, federation.tiers[0]), weights)
 
 

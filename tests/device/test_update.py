@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from on_devices import bounded
 
 from privrec.device.update import Address, BoundedUpdate, RawUpdate, clip
 from privrec.models.layout import Layout
@@ -85,12 +86,12 @@ def test_a_bounded_update_is_within_the_bound_whatever_came_in() -> None:
     layout = Layout(2, 4, 2, 3)
     address = Address(np.array([[0, 3]]), np.array([[1]]), layout)
     rows = np.array([[1e3] * 7, [np.nan] * 7, [0.1] * 7, [0] * 7], np.float32)
-    bounded = RawUpdate(rows, address).bound(Encoding(1.0, layout.size), ROOT.stream("a"))
-    lengths = np.linalg.norm(bounded.integers.astype(float), axis=1)
+    found = bounded(RawUpdate(rows, address), Encoding(1.0, layout.size), ROOT.stream("a"))
+    lengths = np.linalg.norm(found.integers.astype(float), axis=1)
     assert lengths.max() <= Encoding(1.0, layout.size).bound
     assert lengths[0] == pytest.approx(2**13, rel=1e-3)
     assert lengths[2] == pytest.approx(2**13 * 0.1 * 7**0.5, rel=1e-2)
-    assert not bounded.integers[[1, 3]].any()
+    assert not found.integers[[1, 3]].any()
 
 
 @pytest.mark.parametrize("shared", [False, True])

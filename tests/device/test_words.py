@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from on_devices import bounded
 from torch.nn.functional import cross_entropy
 
 from privrec.device.device import Cohort, Draws, Settings, Trained
@@ -32,27 +31,17 @@ TEXT = rng_for(0, "text").integers(0, 60, 41).astype(np.int32)
 Find = Callable[[np.ndarray, int, np.ndarray], np.ndarray]
 
 
-class Asked:
-    """A server whose neurons a function names."""
-
-    def __init__(self, find: Find) -> None:
-        self.find = find
-
-    def hashed(self, items: Any, key: int) -> Any:
-        return SimpleNamespace(codes=lambda queries: queries, neurons=self.find)
-
-
 def learner(
     table: Table = PLAIN, share: float = 1.0, steps: int = 1, tokens: int | None = None,
     find: Find | None = None, selected: float = 0.0, frequent: float = 0.0,
 ) -> WordLearner:  # fmt: skip
-    view = ModelView.of(MODEL, table, PlainTable.of(WORDS, 1, block=1))
+    view = ModelView(MODEL, table, PlainTable.of(WORDS, 1, block=1))
     settings = Settings(
         loss="softmax", newton=False, max_samples=tokens, user_steps=1, user_lr=1.0, user_l2=1.0,
         serve_steps=1, local_steps=steps, local_lr=0.5,
         selector="scan", budget=share, selected=selected, frequent=frequent,
     )  # fmt: skip
-    return WordLearner(view, settings, None if find is None else Asked(find))
+    return WordLearner(view, settings, None if find is None else lambda *_: find)
 
 
 def start(of: WordLearner) -> np.ndarray:
@@ -178,8 +167,8 @@ def test_weights_that_are_not_numbers_give_an_update_that_is_zero_when_bound() -
     weights = start(of)
     weights[0] = np.nan
     update = trained(of, weights).update
-    bounded = update.bound(Encoding(1.0, of.view.layout.size, 13.0), _stream())
-    assert not bounded.integers.any()
+    found = bounded(update, Encoding(1.0, of.view.layout.size, 13.0), _stream())
+    assert not found.integers.any()
 
 
 def _stream() -> SecureStream:

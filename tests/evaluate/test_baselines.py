@@ -69,7 +69,7 @@ def test_what_cannot_be_had_is_refused(
     train: Interactions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UsageError, match="30 factors"):
-        metrics.pure_svd(train, 30, 0)
+        metrics.scores_of("pure_svd", train, dim=30, seed=0)
     monkeypatch.setattr(metrics, "EASE_USERS", 29)
     with pytest.raises(UsageError, match="30 users"):
-        metrics.ease(train)
+        metrics.scores_of("ease", train, dim=4, seed=0)

@@ -108,8 +108,8 @@ def test_tiers_are_sorted_from_strong_to_weak(system: str) -> None:
     for tier in federation.tiers:
         table = tier.model.vectors
         assert table.size == whole.size * tier.capacity
-        assert tier.layout.slots == table.slots == tier.vectors.slots(tier.index)
-        assert tier.model.model.dot == table.dim
+        assert tier.layout.slots == table.slots == tier.vectors.tables[tier.index].slots
+        assert tier.model.network.dot == table.dim
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

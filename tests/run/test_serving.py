@@ -14,7 +14,7 @@ from privrec import data
 from privrec.data import Interactions
 from privrec.device.tier import LocalModel
 from privrec.errors import IntegrityError, UnknownIdError, UsageError
-from privrec.evaluate.evaluator import Scorer
+from privrec.evaluate.evaluator import scores_with
 from privrec.privacy.ledger import Ledger
 from privrec.run import lifecycle
 from privrec.run.plan import federation_of
@@ -269,8 +269,8 @@ def test_a_scan_is_what_scoring_the_whole_catalogue_gives(
     tier = federation.tiers[0]
     model, rng = LocalModel(tier.model, tier.view(weights)), np.random.default_rng(0)
     for _ in range(20):
-        state = rng.standard_normal(tier.model.model.user_dim).astype(np.float32)
-        scores = Scorer(model, state[None], train.n_items)(np.array([0]), None)[0]
+        state = rng.standard_normal(tier.model.network.user_dim).astype(np.float32)
+        scores = scores_with(model, state[None], train.n_items)(np.array([0]), None)[0]
         history = rng.permutation(train.n_items)[:6]
         items, values = answer(model, state, 10, history)
         scores[history] = -np.inf

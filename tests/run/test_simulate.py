@@ -60,9 +60,9 @@ def make_simulation(
     model = NCF.of(kind, 8, (6, 5))  # type: ignore[arg-type]
     vectors = Subspace.sized(ITEMS, 8, block=4, key=1, compression=compression)
     biases = Subspace.sized(ITEMS, 1, block=1, key=2, compression=compression)
-    view = ModelView.of(model, vectors, biases)
+    view = ModelView(model, vectors, biases)
     learner = RecommenderLearner(view, Settings(loss=loss, **SETTINGS))
-    chains = nested(vectors, "fold", [0]), nested(biases, "fold", [0])
+    chains = nested(vectors, [0]), nested(biases, [0])
     federation = Federation((Tier(0, 1.0, 1.0, 1.0, view, *chains),))
     devices = Cohort.of(learner, as_histories(histories or HISTORIES))
     return Simulation(
@@ -145,7 +145,9 @@ def only(simulation: Simulation, user: int, weights: np.ndarray) -> np.ndarray:
     """The decoded answer of one device, drawn with the round's own samples."""
     key = int(rng_for(simulation.seed, "samples", 0).integers(2**63))
     (tier,), (devices,) = simulation.federation.tiers, simulation.cohorts
-    device = Device(user, HISTORIES[user], tier, (), devices.learner, simulation.protection, ROOT)
+    device = Device(
+        user, HISTORIES[user], tier, (tier.layout,), devices.learner, simulation.protection, ROOT
+    )
     return simulation.protection.encoding.decode(
         device.answer(round_of(weights), weights, key).vector()
     )

@@ -229,7 +229,7 @@ def test_what_devices_upload_adds_up_to_the_sum() -> None:
         for row, user in enumerate(cohort.users.tolist()):
             device = Device(
                 user, cohort.data.of(row), tier,
-                federation.weaker(tier), cohort.learner, simulation.protection, simulation.root,
+                federation.layouts_of(tier), cohort.learner, simulation.protection, simulation.root,
             )  # fmt: skip
             answer = device.answer(round, federation.prefix(server.weights, tier), key)
             sent = device.upload(round, answer).integers
@@ -391,7 +391,7 @@ def test_in_the_order_of_the_wire_weaker_vectors_are_prefixes(changes: tuple[str
     assert sum(band_sizes(layouts)) == layouts[0].size
     for tier in federation.tiers:
         own = federation.prefix(vector, tier)
-        mine = (tier.layout, *federation.weaker(tier))
+        mine = federation.layouts_of(tier)
         assert np.array_equal(to_wire(own, mine), wired[: tier.layout.size])
         both = np.stack([own, own + 1])
         assert np.array_equal(to_wire(both, mine)[1], to_wire(own + 1, mine))

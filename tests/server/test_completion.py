@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from on_devices import lift
 
 from privrec.device.device import Cohort, Draws, Trained
 from privrec.device.tier import LocalModel, Tier
@@ -217,7 +218,7 @@ def test_the_completed_update_is_the_dense_gradient_over_all_items(
     for tier, share in zip(here.tiers, shares, strict=True):
         view = tier.view(here.federation.prefix(weights, tier))
         mine = dense_gradient(here, tier, view, gram[: tier.layout.gram])
-        expected += share * tier.weight * tier.vectors.lift(mine, tier.index)
+        expected += share * tier.weight * lift(tier.vectors, mine, tier.index)
     assert not layout.gram_of(update).any()
     found = here.tiers[0].view(update)
     assert near(layout.memory_of(found), expected, 1e-4)

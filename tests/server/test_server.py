@@ -12,7 +12,6 @@ from privrec.device.tier import Federation, ModelView, Tier
 from privrec.device.update import Aggregate, Protection, Round
 from privrec.embedding.nested import nested
 from privrec.embedding.table import PlainTable
-from privrec.models.layout import Layout
 from privrec.models.ncf import NCF
 from privrec.privacy.events import RoundEvent
 from privrec.randomness import SecretRoot
@@ -46,12 +45,12 @@ def make_server(
 def plain_federation(size: int) -> Federation:
     """One tier, whose vector is a memory of so many numbers."""
     table = PlainTable.of(size, 1, block=1)
-    parts = ModelView(NCF.of("gmf", 1, ()), table, None, Layout(0, size, 1, 0))
-    return Federation((Tier(0, 1.0, 1.0, 1.0, parts, nested(table, "rows", [0]), None),))
+    parts = ModelView(NCF.of("gmf", 1, ()), table, None)
+    return Federation((Tier(0, 1.0, 1.0, 1.0, parts, nested(table, [0]), None),))
 
 
 def nothing_to_add(federation: Federation) -> Completion:
-    return Completion(federation, None, by_contributors=False, overwrites=False)
+    return Completion(federation, None, "sum")
 
 
 def sum_of(size: int = SIZE, seed: int = 0) -> Aggregate:
