@@ -31,14 +31,12 @@ _FIRST: dict[Holdout, int] = {"test": 9, "validation": 4}
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Sparse examples, row after row.
+    """Sparse examples, row after row, of features below ``n_features`` and labels likewise.
 
     Attributes:
         ends: where the features of each example end, int64 of shape ``(m,)``.
-        features: int64, each in ``[0, n_features)``.
-        values: float32, one a feature.
+        values: one a feature.
         label_ends: where the labels of each example end, shape ``(m,)``.
-        labels: int64, each in ``[0, n_labels)``.
     """
 
     ends: Int64Array
@@ -178,9 +176,6 @@ def split_devices(corpus: Corpus, holdout: Holdout, source: str) -> TextSplit:
     """Hold out every tenth device; the same one whatever else is asked for.
 
     With ``"validation"`` it is another tenth, and the test devices are left out altogether.
-
-    Raises:
-        DataError: when there are fewer than ten devices.
     """
     if corpus.n_users < EVERY:
         found, rule = f"{corpus.n_users} articles", f"a split needs {EVERY} or more"
@@ -208,7 +203,7 @@ def dealt(examples: Examples, each: int) -> Corpus:
     tokens = np.concatenate((-1 - examples.features, examples.labels + 1))[order]
     ends = (examples.ends + examples.label_ends)[each - 1 :: each]
     return Corpus(
-        np.concatenate(([0], ends)).astype(np.int64),
+        np.append(0, ends).astype(np.int64),
         tokens.astype(np.int32),
         tuple(f"device {number + 1}" for number in range(devices)),
         (UNKNOWN, *(str(number) for number in range(examples.n_labels))),

@@ -73,10 +73,6 @@ class File:
         """What the name ends in, without ``.gz``."""
         return Path(self.path.name.lower().removesuffix(".gz")).suffix
 
-    def exists(self) -> bool:
-        """Whether there is such a file."""
-        return self.path.is_file()
-
     @contextmanager
     def open(self) -> Iterator[IO[bytes]]:
         """The bytes, unpacked if it is a gzip file; DataError when missing or damaged."""
@@ -97,11 +93,6 @@ class File:
             found = f"it unpacks to more than {_TIMES_PACKED} times its size"
             rule, remedy = "it could fill the memory", "unpack it if you trust it"
             raise bad_file(self, found, rule, remedy)
-
-    def is_empty(self) -> bool:
-        """Whether it has no byte, unpacked."""
-        with self.open() as stream:
-            return not stream.read(1)
 
     def chunks(self, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
         """The text in pieces of whole lines, each with the number of its first line.
@@ -203,18 +194,18 @@ def find_folder(root: Path, names: Sequence[str], markers: Sequence[str]) -> Pla
             return folder
     for archive in (root, *(root / f"{name}.zip" for name in names)):
         if archive.suffix.lower() == ".zip" and archive.is_file():
-            found = _members(archive)
-            for marker in markers:
-                for file in found:
-                    if file.name == marker:
-                        return file.parent  # type: ignore[no-any-return]
+            files = _members(archive)
+            marked = (file for marker in markers for file in files if file.name == marker)
+            if (found := next(marked, None)) is not None:
+                return zipfile.Path(found.root, found.at.removesuffix(found.name))
     return None
 
 
 def files_in(folder: Place) -> list[File]:
     """List the files that lie directly in a folder, by name."""
     with _readable(folder):
-        return [File(path) for path in sorted(folder.iterdir(), key=str) if path.is_file()]
+        found: list[Place] = list(folder.iterdir())
+        return [File(path) for path in sorted(found, key=str) if path.is_file()]
 
 
 def table_files(path: Path, *, needed: bool = True) -> list[File]:
@@ -224,9 +215,6 @@ def table_files(path: Path, *, needed: bool = True) -> list[File]:
         path: the file itself, plain or packed by gzip; or a folder or zip archive that has one
             table, or nothing but part files (``part-00000…``, ``…-00000-of-00005…``).
         needed: whether a path without a table is an error; or else nothing is returned.
-
-    Raises:
-        DataError: when there is no table, or several, or an archive is damaged or has none.
     """
     packed = path.is_file()
     if packed:

@@ -48,12 +48,12 @@ class ItemLists:
     @property
     def n_users(self) -> int:
         """Number of users."""
-        return int(self.indptr.size - 1)
+        return self.indptr.size - 1
 
     @property
     def size(self) -> int:
         """Number of items in all lists together."""
-        return int(self.items.size)
+        return self.items.size
 
     @property
     def counts(self) -> Int64Array:
@@ -242,7 +242,6 @@ class Split:
         negatives: int32 [U, 99] published candidates, or None. A row of a user without a held-out
             item is filled with -1. Candidates that are items of that very user are kept as
             published, and the metric leaves them out.
-        holdout: which part is held out; choose settings on ``validation`` and report ``test``.
         untrained: test users of a published split that are left out, having no training items.
     """
 

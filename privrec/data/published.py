@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +44,6 @@ from privrec.errors import DataError
 from privrec.scenario.schema import Data
 
 Int64Array = NDArray[np.int64]
-T = TypeVar("T")
 
 NEGATIVES = 99
 _TRAIN = ".train.rating"
@@ -73,11 +73,8 @@ def load_movielens(config: Data, data_dir: Path | None) -> Split:
     """
     archive, ncf = ARCHIVES[config.source], f"{config.source}{_TRAIN}"
     layout, markers = archive.layout, [ncf, archive.layout.ratings]
-
-    def look(root: Path) -> Place | None:
-        return find_folder(root, archive.folders, markers)
-
-    folder = _found(config, data_dir, look, " or ".join(markers))
+    look = partial(find_folder, names=archive.folders, markers=markers)
+    folder: Place = _found(config, data_dir, look, " or ".join(markers))
     if (folder / ncf).is_file():
         return _read_ncf(folder, config.source, config.holdout)
     file = File(folder / layout.ratings)
@@ -127,7 +124,8 @@ def load_lightgcn(config: Data, data_dir: Path | None) -> Split:
     catalogue reaches to the largest in either file. Users without a training item, which published
     splits have, are left out; the split counts those who have test items.
     """
-    folder = _found(config, data_dir, lambda root: find_folder(root, [], _ADJACENCY), "train.txt")
+    look = partial(find_folder, names=[], markers=_ADJACENCY)
+    folder: Place = _found(config, data_dir, look, "train.txt")
     (users, items, where), (tested, wanted, place) = (
         _adjacency(File(folder / name)) for name in _ADJACENCY
     )
@@ -150,7 +148,7 @@ def load_lightgcn(config: Data, data_dir: Path | None) -> Split:
     return replace(hold_out_some(train, np.maximum(share, 1)), untrained=untrained)
 
 
-def _found(config: Data, data_dir: Path | None, look: Callable[[Path], T | None], wanted: str) -> T:
+def _found(config: Data, data_dir: Path | None, look: Callable[[Path], Any], wanted: str) -> Any:
     """What ``look`` finds where the scenario says, or among downloads."""
     source = config.source
     fetch = f", or run: privrec data fetch {source}" if source in ARCHIVES else ""
@@ -184,7 +182,7 @@ def _ratings(
 def _titles(folder: Place, layout: Layout, item_ids: NDArray[Any]) -> tuple[str, ...] | None:
     """A title for each item id, or None when the file of titles is not there."""
     file, mark = File(folder / layout.titles), layout.title_separator
-    if not file.exists():
+    if not file.path.is_file():
         return None
     encoding = _old_encoding(file) if layout.old else "utf-8"
     called, columns = ("item", "title"), layout.title_columns
@@ -253,7 +251,7 @@ def _negatives(
 
     A line is ``(user,item)``, then the candidates after tabs.
     """
-    if not file.exists():
+    if not file.path.is_file():
         return None
     width, called = NEGATIVES + 1, ("pair", *["item"] * NEGATIVES)
     pair, *candidates = read_columns([file], range(1, width + 1), "\t", width=width, called=called)
@@ -283,7 +281,7 @@ def _negatives(
 def _item_names(folder: Place, largest: int) -> tuple[NDArray[Any], tuple[str, ...] | None]:
     """Item ids by position, and titles where ids and titles are known."""
     file = File(folder / "item_ids.txt")
-    if not file.exists():
+    if not file.path.is_file():
         if largest >= _INT32_MAX:
             rule = "items are numbered from 0 and there are fewer than 2^31"
             raise bad_file(folder, f"item {largest}", rule, "number them again from 0")
@@ -296,7 +294,7 @@ def _item_names(folder: Place, largest: int) -> tuple[NDArray[Any], tuple[str, .
 def _user_names(folder: Place, trained: Int64Array) -> Int64Array:
     """User ids by position: those of ``users.dat``, else the file's own numbers."""
     file = File(folder / "users.dat")
-    if not file.exists():
+    if not file.path.is_file():
         return trained
     rule = f"training has users up to {trained[-1]}, and user k is on line k + 1"
     return _release_ids(file, "user", "::", None, int(trained[-1]), rule)[trained]

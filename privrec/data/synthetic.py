@@ -121,9 +121,6 @@ def generate(
         clusters: groups of taste, at most ``items``.
         interactions_per_user: mean length of a history; lengths vary around it and stay between 2
             and half of the catalogue.
-
-    Raises:
-        DataError: when the numbers do not fit each other.
     """
     if not 1 <= clusters <= items:
         raise DataError(
@@ -209,9 +206,6 @@ def generate_text(
         words: size of the vocabulary with the unknown word, at least 16.
         topics: groups of words, at most ``words / 16``.
         tokens_per_device: at least 2.
-
-    Raises:
-        UsageError: when a value is out of its range.
     """
     if words < 16 or not 1 <= topics <= words // 16 or tokens_per_device < 2:
         raise UsageError(
@@ -244,16 +238,14 @@ def generate_text(
 class Invented:
     """A world of labelled examples, of the shape of extreme classification's sets.
 
-    Labels follow Zipf's law and lie in clusters; an example's words tell its labels, their cluster,
-    or nothing. What a label means is computed from a keyed mixer when it is needed, so nothing of
-    the size of labels times features is ever held.
+    Labels follow Zipf's law, of exponent ``zipf``, and lie in clusters; an example's words tell its
+    labels, their cluster, or nothing. What a label means is computed from a keyed mixer when it is
+    needed, so nothing of the size of labels times features is ever held.
 
     Attributes:
         features: size of the vocabulary.
         words: features of an example.
         labels_each: mean labels of an example, at least 1.
-        clusters: of labels, at most as many as labels.
-        zipf: exponent of the labels' frequencies, at least 0.
     """
 
     features: int
@@ -284,7 +276,7 @@ class Invented:
         rows = np.concatenate((np.arange(count), owner))
         # An example names a label once.
         pairs = np.unique(rows * np.int64(self.labels) + np.concatenate((first, also)))
-        rows, labels = pairs // self.labels, pairs % self.labels
+        rows, labels = np.divmod(pairs, self.labels)
         label_ends = np.cumsum(np.bincount(rows, minlength=count))
         features = self._words(rng, count, labels, label_ends)
         values = np.full(features.size, self.words**-0.5, np.float32)

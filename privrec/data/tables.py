@@ -12,6 +12,7 @@ import difflib
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -42,18 +43,12 @@ _LONGEST = csv.field_size_limit()
 
 
 def read_table(path: Path, form: Data) -> Interactions:
-    """Read a user's own table, one interaction a row.
+    """Read a user's own table, one interaction a row; see :func:`~privrec.data.files.table_files`.
 
     Ids are numbers if all of a column are whole numbers of 64 bits as they are usually written
     (``7``, not ``007``), otherwise all of them are text as it stands. Times are kept if they are
     whole numbers; decimals and dates written as text (without a zone: UTC) become whole numbers of
     the smallest unit that keeps them exactly. Blanks around a cell do not count.
-
-    The path is as :func:`~privrec.data.files.table_files` takes it; ``.parquet`` and ``.pq`` are
-    Parquet, everything else is text.
-
-    Raises:
-        DataError: when the file or a line is malformed, a column is missing, or a pair repeats.
     """
     names = [form.user_column, form.item_column]
     names += [] if form.time_column is None else [form.time_column]
@@ -73,10 +68,9 @@ def read_table(path: Path, form: Data) -> Interactions:
 
 @dataclass(frozen=True)
 class Column:
-    """Cells of one column, and what they are: ids, whole numbers, times or texts.
+    """Cells of one column, which are read as ids, whole numbers, times or texts.
 
-    Every method that reads them raises a :class:`~privrec.errors.DataError` that names the first
-    row whose cell is none of these: by ``where``, as ``file, line`` or ``file, row``.
+    A cell that is not is refused with its row, by ``where``: ``file, line`` or ``file, row``.
     """
 
     name: str
@@ -155,22 +149,25 @@ class Column:
         if numbers is not None:
             return numbers
         text = text.cast(pyarrow.large_string())
+        read: Callable[[Cells, Any], Cells]
+        units: Sequence[Any]
         if _is_number(text[0].as_py()):
-            found = _exactly(text, _decimals, range(_DECIMALS + 1))
+            read, units = _decimals, range(_DECIMALS + 1)
             rule = (
                 f"it must be a finite number of at most {_DECIMALS} decimals, that 64 bits hold "
                 "with as many as any row has"
             )
         else:
-            found = _exactly(text, _dates, ("ns", "us"))
+            read, units = _dates, ("ns", "us")
             rule = (
                 "it must be a date as in 2024-05-31T18:00:00, in the years 1 to 9999; to the "
                 "nanosecond, all of them in 1678 to 2261"
             )
-        if isinstance(found, int):
-            cell = text[found].as_py()
-            raise self._bad_cell(found, cell, f"{rule}, as in the first row", _AMEND)
-        return found
+        if (times := _exactly(text, read, units)) is not None:
+            return times
+        alone = (_exactly(text.slice(row, 1), read, units[-1:]) for row in range(len(text)))
+        row = next(row for row, time in enumerate(alone) if time is None)
+        raise self._bad_cell(row, text[row].as_py(), f"{rule}, as in the first row", _AMEND)
 
     def _trimmed(self, noun: str) -> Cells:
         """Text without blanks around it, none of it empty; whole numbers as they are."""
@@ -255,21 +252,12 @@ def _dates(cells: Cells, unit: str) -> Cells:
 
 def _exactly(
     text: Cells, read: Callable[[Cells, Any], Cells], units: Sequence[Any]
-) -> Int64Array | int:
-    """What is read in the first unit that keeps every cell; or the row of one that none keeps."""
-
-    def found(cells: Cells, unit: Any) -> Cells | None:
-        try:
-            return read(cells, unit)
-        except pyarrow.ArrowInvalid:
-            return None
-
+) -> Int64Array | None:
+    """What is read in the first unit that keeps every cell; None where none does."""
     for unit in units:
-        numbers = found(text, unit)
-        if numbers is not None:
-            return np.asarray(numbers.to_numpy())
-
-    return next(row for row in range(len(text)) if found(text.slice(row, 1), units[-1]) is None)
+        with suppress(pyarrow.ArrowInvalid):
+            return np.asarray(read(text, unit).to_numpy())
+    return None
 
 
 # ------------------------------------------------------------------------------ columns of files
@@ -297,21 +285,20 @@ def read_columns(
     """Read some columns of a table of one or more files, in the order of ``names``.
 
     Args:
-        files: parts of one table; some may be empty, but not all of them.
+        files: parts of one table; some may be empty, but not all of them. ``.parquet`` and ``.pq``
+            are Parquet, everything else is text.
         names: in the header; or numbers, from 1, where there is none.
         separator: one or more characters; None: a tab for ``.tsv`` and a comma otherwise.
         width: how many fields a line without a header must have; None: as many as the first.
         called: what errors call the columns; None: by ``names``.
         quotes: whether they may surround a cell; not where tabs or several characters separate.
         remedy: for a column that is not there.
-
-    Raises:
-        DataError: when a file or line is malformed, or a column is missing or there twice.
     """
     parts: list[_Part] = []
     for file in files:
-        if len(files) > 1 and file.is_empty():
-            continue
+        with file.open() as stream:
+            if len(files) > 1 and not stream.read(1):
+                continue
         if file.suffix in (".parquet", ".pq"):
             parts.append(_parquet(file, names, remedy))
         else:

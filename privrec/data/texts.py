@@ -66,12 +66,9 @@ def load_articles(config: Data, data_dir: Path | None) -> TextSplit:
 
 def _texts_in(root: Path) -> list[Path]:
     """The text files of a place, by name."""
-    folders = (root, root / "wikitext-2")
-    return (
-        [root]
-        if root.is_file()
-        else next(filter(None, (sorted(each.glob("*.txt")) for each in folders)), [])
-    )
+    if root.is_file():
+        return [root]
+    return sorted(root.glob("*.txt")) or sorted((root / "wikitext-2").glob("*.txt"))
 
 
 def read_articles(files: Sequence[Path], words: Sequence[str] | None = None) -> Corpus:
@@ -146,7 +143,7 @@ def _whole(examples: Examples) -> Examples:
     """Examples that have words and labels, each label of theirs once."""
     row = np.repeat(np.arange(len(examples)), np.diff(examples.label_ends, prepend=0))
     named = np.unique(row * np.int64(examples.n_labels) + examples.labels)
-    row, labels = named // examples.n_labels, named % examples.n_labels
+    row, labels = np.divmod(named, examples.n_labels)
     counts = np.bincount(row, minlength=len(examples))
     once = replace(examples, labels=labels, label_ends=np.cumsum(counts))
     words = np.diff(examples.ends, prepend=0)
@@ -306,8 +303,7 @@ def bags(texts: Iterable[str], features: int, tokens: Tokens = "blanks") -> Exam
     words: list[int] = []
     counts: list[int] = []
     lengths: list[int] = []
-    for text in texts:
-        found = Counter(split(text.lower()))
+    for found in (Counter(split(text.lower())) for text in texts):
         words.extend(known.setdefault(word, len(known)) for word in found)
         counts.extend(found.values())
         lengths.append(len(found))
@@ -328,11 +324,7 @@ def bags(texts: Iterable[str], features: int, tokens: Tokens = "blanks") -> Exam
 
 
 def labels_of(rows: Sequence[Sequence[Label]]) -> tuple[Label, ...]:
-    """All labels, the most frequent first.
-
-    Raises:
-        DataError: when there are fewer than two: nothing could be learned.
-    """
+    """All labels, the most frequent first; fewer than two are refused: nothing could be learned."""
     counts = Counter(label for row in rows for label in row)
     if len(counts) < 2:
         raise DataError(

@@ -250,7 +250,7 @@ def _nearest_key(name: str, table: str) -> str:
 
 def conflicts(values: Values) -> dict[str, str]:
     """Everything that is wrong between keys: a message by path."""
-    named = [(registry, values.get(registry.path)) for registry in REGISTRIES]
+    named = [(registry, values.get(registry.path, "")) for registry in REGISTRIES]
     chosen = {of.path: of[name].config for of, name in named if name in of}
     needs = {path: config.needs for path, config in chosen.items()}
     needs |= {path: of for (path, value), of in _NEEDS.items() if values.get(path) == value}

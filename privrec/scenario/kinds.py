@@ -203,11 +203,13 @@ class Table(Section):
 
 
 @cache
-def _with_keys(table: type[Any], configs: tuple[type[Section], ...]) -> Any:
+def _with_keys(table: type[Any], configs: tuple[type[Section], ...]) -> type[Any]:
     """The class of ``table`` that has the keys of ``configs`` as well."""
     bases = (*(each for each in configs if each is not Section), table)
     words = {"__module__": table.__module__, "__doc__": table.__doc__, "composed": True}
-    return type(table)(table.__name__, bases, words)
+    metaclass: Any = type(table)
+    made: type[Any] = metaclass(table.__name__, bases, words)
+    return made
 
 
 # --------------------------------------------------------------------------- readers

@@ -252,8 +252,8 @@ def _changed(
         if between:
             problems |= between[0]
         else:
-            for error in errors:
-                problems.setdefault(*problem_of(error, document))
+            for each in errors:
+                problems.setdefault(*problem_of(each, document))
             problems |= conflicts(_values(document, {path.partition("[")[0] for path in problems}))
     if problems:
         raise ScenarioError(list(problems.values()), source=source)
