@@ -112,7 +112,8 @@ def load_ncf(config: Data, data_dir: Path | None) -> Split:
             raise bad_file(root, f"several data sets ({', '.join(found)})", rule, remedy)
         return (folder, found[0]) if found and (folder / f"{found[0]}{_TRAIN}").is_file() else None
 
-    return _read_ncf(*_found(config, data_dir, look, f"PREFIX{_TRAIN}"), config.holdout)
+    folder, prefix = _found(config, data_dir, look, f"PREFIX{_TRAIN}")
+    return _read_ncf(folder, prefix, config.holdout)
 
 
 def load_lightgcn(config: Data, data_dir: Path | None) -> Split:
