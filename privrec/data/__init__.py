@@ -26,19 +26,12 @@ __all__ = [
 
 
 def load(config: Data, *, data_dir: Path | None = None) -> Split:
-    """Load the interactions that a scenario asks for.
+    """Load the interactions that a scenario asks for, at most ``config.max_history`` a user.
 
-    What reads a source is found in :data:`~privrec.scenario.kinds.READERS`: a function of the table
-    and the folder that returns a :class:`Split`, or a :class:`TextSplit`; it is imported only now,
-    since Arrow takes a tenth of a second and tens of megabytes.
-
-    Files are looked for in ``data_dir`` if given, else at ``config.path``, else where downloads
-    go. A folder may be the data set's own or its parent, or a zip archive as published. Where a
-    folder has both the publisher's files and those of the NCF paper, the latter are taken.
-
-    Args:
-        config: training interactions are cut to its ``max_history`` a user.
-        data_dir: what ``--data`` says; ``config.path`` is then looked for inside it first.
+    Files are looked for in ``data_dir`` if given (what ``--data`` says; first at ``config.path``
+    inside it), else at ``config.path``, else where downloads go. A folder may be the data set's own
+    or its parent, or a zip archive as published. Where a folder has both the publisher's files and
+    those of the NCF paper, the latter are taken.
 
     Raises:
         DataError: when files are missing or malformed.
@@ -50,6 +43,7 @@ def load(config: Data, *, data_dir: Path | None = None) -> Split:
             f"data.source = {config.source!r}: texts and labels have no items to recommend; "
             'privrec run trains on them, with model.kind = "next_word" or "extreme"'
         )
+    # Imported only now, since Arrow takes a tenth of a second and tens of megabytes.
     split: Split = kind.load()(config, data_dir)
     most: int | None = getattr(config, "max_history", None)  # a reader may do without it
     return split if most is None else replace(split, train=split.train.most_recent(most))
@@ -59,10 +53,6 @@ def load_texts(config: Data, *, data_dir: Path | None = None) -> TextSplit:
     """Load the texts or labelled examples that a scenario asks for; see :func:`load`.
 
     Where neither a path nor ``data_dir`` is given, the texts are the small ones of the package.
-
-    Raises:
-        DataError: when there is no text, it is malformed, or too short to be split.
-        UsageError: when the source has interactions.
     """
     kind = READERS[config.source]
     if kind.config.gives == "interactions":

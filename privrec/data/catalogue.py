@@ -49,11 +49,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Archive:
-    """A data set that can be downloaded.
+    """A data set that can be downloaded; its ``size`` is in MB.
 
     Attributes:
         name: what a scenario, ``privrec data fetch`` and its folder call it.
-        size: in MB.
         other_folders: more names that its folder goes by.
         terms: the publisher's, to be shown before first use.
     """
@@ -101,9 +100,8 @@ ARCHIVES: Mapping[str, Archive] = {
 
 def cache_dir() -> Path:
     """Where downloads go: ``$PRIVREC_DATA``, else the user's cache directory."""
-    if own := os.environ.get("PRIVREC_DATA"):
-        return Path(own)
-    return Path(_pooch().os_cache("privrec"))
+    own = os.environ.get("PRIVREC_DATA")
+    return Path(own or _pooch().os_cache("privrec"))
 
 
 def fetch(
@@ -131,32 +129,31 @@ def fetch(
             f"data set {name!r}: only {', '.join(ARCHIVES)} can be downloaded; choose one of them, "
             "or point --data at files of your own"
         )
-    archive, folder = ARCHIVES[name], directory or cache_dir()
-    pooch = _pooch()
+    archive, folder, pooch = ARCHIVES[name], directory or cache_dir(), _pooch()
     pooch.get_logger().setLevel(logging.WARNING)
-    label, offline = str(folder / f"{name}.zip"), f"get {archive.url} some other way"
+    file, offline = folder / f"{name}.zip", f"get {archive.url} some other way"
     try:
-        path = pooch.retrieve(
+        pooch.retrieve(
             archive.url,
             known_hash=f"md5:{archive.md5}",
-            fname=f"{name}.zip",
+            fname=file.name,
             path=folder,
             downloader=downloader or pooch.HTTPDownloader(timeout=60),
         )
     except ValueError as error:
         found = "what was downloaded has another checksum than the publisher's archive"
         rule = f"its MD5 must be {archive.md5}"
-        raise bad_file(label, found, rule, f"try again, or {offline}") from error
+        raise bad_file(file, found, rule, f"try again, or {offline}") from error
     except OSError as error:  # requests' errors are OSErrors too
         found = f"{archive.url} could not be downloaded ({error})"
         rule = "a download needs the network and a folder to write to"
         remedy = f"check both, or {offline} and point --data at it"
-        raise bad_file(label, found, rule, remedy) from error
+        raise bad_file(file, found, rule, remedy) from error
     shown = folder / f".{name}.terms-shown"
     if not shown.exists():
         echo(archive.terms)
         shown.touch()
-    return Path(path)
+    return file
 
 
 def _pooch() -> Any:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.data.files import bad_file
-from privrec.data.interactions import Holdout, Interactions, ItemLists
+from privrec.data.interactions import Holdout, Interactions, ItemLists, entries
 from privrec.embedding.subspace import finalise
 
 Int64Array = NDArray[np.int64]
@@ -26,19 +26,17 @@ NO_LABEL = -1
 EVERY = 10
 """One device in so many is held out."""
 
-_FIRST = {"test": 9, "validation": 4}
+_FIRST: dict[Holdout, int] = {"test": 9, "validation": 4}
 
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Sparse examples, row after row.
+    """Sparse examples, row after row, of features below ``n_features`` and labels likewise.
 
     Attributes:
         ends: where the features of each example end, int64 of shape ``(m,)``.
-        features: int64, each in ``[0, n_features)``.
-        values: float32, one a feature.
+        values: one a feature.
         label_ends: where the labels of each example end, shape ``(m,)``.
-        labels: int64, each in ``[0, n_labels)``.
     """
 
     ends: Int64Array
@@ -54,11 +52,16 @@ class Examples:
 
     def take(self, rows: NDArray[np.integer]) -> Examples:
         """Some examples, in the order of ``rows``."""
-        chosen, ends = _entries(self.ends, rows)
-        named, label_ends = _entries(self.label_ends, rows)
-        features, values, labels = self.features[chosen], self.values[chosen], self.labels[named]
+        (words, ends), (labels, label_ends) = (
+            entries(np.append(0, each), rows) for each in (self.ends, self.label_ends)
+        )
         return replace(
-            self, ends=ends, features=features, values=values, label_ends=label_ends, labels=labels
+            self,
+            ends=ends[1:],
+            features=self.features[words],
+            values=self.values[words],
+            label_ends=label_ends[1:],
+            labels=self.labels[labels],
         )
 
     def batches(self, size: int, order: NDArray[np.integer] | None = None) -> Iterator[Examples]:
@@ -79,28 +82,16 @@ class Examples:
         return replace(self, features=words.astype(np.int64), n_features=features)
 
 
-def _entries(ends: Int64Array, rows: NDArray[np.integer]) -> tuple[Int64Array, Int64Array]:
-    """Places of the entries of some rows, and where each of them ends among those."""
-    counts = np.diff(ends, prepend=0)[rows]
-    new = np.cumsum(counts)
-    return np.arange(new[-1] if len(new) else 0) + np.repeat(ends[rows] - new, counts), new
-
-
 @dataclass(frozen=True, eq=False)
 class Corpus(ItemLists):
-    """Texts of devices, one after the other, as word numbers in reading order.
+    """Texts of devices, one after the other, as word numbers in reading order: ``items``.
 
-    Tokens below zero are no words of the vocabulary, see :func:`dealt`. ``names`` are of the
+    Those below zero are no words of the vocabulary, see :func:`dealt`. ``names`` are of the
     articles, one a device; the first of ``words``, the vocabulary, is :data:`UNKNOWN`.
     """
 
     names: tuple[str, ...]
     words: tuple[str, ...]
-
-    @property
-    def tokens(self) -> NDArray[np.int32]:
-        """The word numbers, by their own name."""
-        return self.items
 
     @property
     def n_items(self) -> int:
@@ -123,10 +114,9 @@ class Corpus(ItemLists):
 
     def select(self, rows: NDArray[np.integer]) -> Corpus:
         """The texts of some devices, in the order of ``rows``."""
-        chosen, ends = _entries(self.indptr[1:], rows)
-        indptr = np.concatenate(([0], ends)).astype(np.int64)
+        places, indptr = entries(self.indptr, rows)
         names = tuple(self.names[row] for row in rows)
-        return replace(self, indptr=indptr, items=self.items[chosen], names=names)
+        return replace(self, indptr=indptr, items=self.items[places], names=names)
 
     def renumbered(self, order: Int64Array, size: int | None = None) -> Corpus:
         """Number words anew; those beyond the first ``size``, at least 1, become unknown.
@@ -161,20 +151,18 @@ class TextSplit:
 
     def renumbered(self, order: Int64Array) -> TextSplit:
         """As :meth:`Corpus.renumbered`, of both parts, cut to the vocabulary."""
-        train, heldout = (
-            part.renumbered(order, self.n_items) for part in (self.train, self.heldout)
-        )
-        return replace(self, train=train, heldout=heldout)
+        train = self.train.renumbered(order, self.n_items)
+        return replace(self, train=train, heldout=self.heldout.renumbered(order, self.n_items))
 
     def describe(self) -> dict[str, int | float | str | bool]:
         """Figures of the split, ready for JSON."""
-        train, named = self.train, np.concatenate(([0], np.cumsum(self.train.tokens >= 0)))
+        train, named = self.train, np.append(0, np.cumsum(self.train.items >= 0))
         counts = np.diff(named[train.indptr])
         return {
             "users": train.n_users,
             "items": self.n_items,
             "interactions": int(counts.sum()),
-            "heldout": int((self.heldout.tokens >= 0).sum()),
+            "heldout": int((self.heldout.items >= 0).sum()),
             "tested_users": self.heldout.n_users,
             "shortest_history": int(counts.min()),
             "median_history": float(np.median(counts)),
@@ -188,9 +176,6 @@ def split_devices(corpus: Corpus, holdout: Holdout, source: str) -> TextSplit:
     """Hold out every tenth device; the same one whatever else is asked for.
 
     With ``"validation"`` it is another tenth, and the test devices are left out altogether.
-
-    Raises:
-        DataError: when there are fewer than ten devices.
     """
     if corpus.n_users < EVERY:
         found, rule = f"{corpus.n_users} articles", f"a split needs {EVERY} or more"
@@ -218,7 +203,7 @@ def dealt(examples: Examples, each: int) -> Corpus:
     tokens = np.concatenate((-1 - examples.features, examples.labels + 1))[order]
     ends = (examples.ends + examples.label_ends)[each - 1 :: each]
     return Corpus(
-        np.concatenate(([0], ends)).astype(np.int64),
+        np.append(0, ends).astype(np.int64),
         tokens.astype(np.int32),
         tuple(f"device {number + 1}" for number in range(devices)),
         (UNKNOWN, *(str(number) for number in range(examples.n_labels))),

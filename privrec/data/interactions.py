@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -47,12 +48,12 @@ class ItemLists:
     @property
     def n_users(self) -> int:
         """Number of users."""
-        return int(self.indptr.size - 1)
+        return self.indptr.size - 1
 
     @property
     def size(self) -> int:
         """Number of items in all lists together."""
-        return int(self.items.size)
+        return self.items.size
 
     @property
     def counts(self) -> Int64Array:
@@ -72,6 +73,11 @@ class ItemLists:
     def history(self, user: int) -> Int32Array:
         """The items of one user, earliest first: a view, int32 [length]."""
         return self.items[self.indptr[user] : self.indptr[user + 1]]
+
+    def rows_of(self, users: NDArray[np.integer]) -> tuple[Int64Array, Int32Array]:
+        """For each item of some users: its user's place in ``users``, and it."""
+        places, bounds = entries(self.indptr, users)
+        return np.repeat(np.arange(users.size), np.diff(bounds)), self.items[places]
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,10 +118,8 @@ class Interactions(ItemLists):
             times: [m] integers, or None: then the order of the rows is the order in time.
             item_ids: [n] the raw ids in the order of positions, also of items that nobody has
                 interacted with; None: those that occur, sorted.
-            titles: one per item id; needs ``item_ids``.
             where: names a row in an error, such as ``file, line``.
-            duplicates: which row is kept of a pair that occurs again, ``"first"`` or ``"last"``
-                in time; ``"refuse"``: none may.
+            duplicates: which row is kept, in time, of a pair that occurs again.
 
         Raises:
             DataError: when there is no row, a pair occurs twice and may not, or a raw id is not
@@ -179,7 +183,7 @@ class Interactions(ItemLists):
 
     def select(self, keep: BoolArray) -> Interactions:
         """The same users and catalogue with only the rows where ``keep`` [m] is true."""
-        indptr = np.concatenate(([0], np.cumsum(keep, dtype=np.int64)))[self.indptr]
+        indptr = np.append(0, np.cumsum(keep, dtype=np.int64))[self.indptr]
         times = None if self.times is None else self.times[keep]
         return replace(self, indptr=indptr, items=self.items[keep], times=times)
 
@@ -238,7 +242,6 @@ class Split:
         negatives: int32 [U, 99] published candidates, or None. A row of a user without a held-out
             item is filled with -1. Candidates that are items of that very user are kept as
             published, and the metric leaves them out.
-        holdout: which part is held out; choose settings on ``validation`` and report ``test``.
         untrained: test users of a published split that are left out, having no training items.
     """
 
@@ -273,7 +276,7 @@ class Split:
         """The same split with items numbered anew; see :meth:`Interactions.renumbered`."""
         # A candidate that is missing (-1) finds itself at the end.
         places = np.append(_new_positions(order), np.int32(-1))
-        heldout = ItemLists(self.heldout.indptr, places[self.heldout.items])
+        heldout = replace(self.heldout, items=places[self.heldout.items])
         negatives = None if self.negatives is None else places[self.negatives]
         train = self.train.renumbered(order)
         return replace(self, train=train, heldout=heldout, negatives=negatives)
@@ -285,9 +288,6 @@ def leave_last_out(interactions: Interactions, *, holdout: Holdout) -> Split:
     With times the last is the latest, and of several at that time the last in the file; without
     times it is the last in the file. ``validation`` removes the test item altogether. A user who
     would be left with nothing to learn from keeps everything and holds out nothing.
-
-    Raises:
-        UsageError: when ``holdout`` is neither ``"test"`` nor ``"validation"``.
     """
     if holdout not in ("test", "validation"):
         raise UsageError(f"holdout {holdout!r}: it is 'test' or 'validation'; set data.holdout")
@@ -301,9 +301,6 @@ def hold_out_some(interactions: Interactions, counts: NDArray[np.integer]) -> Sp
 
     The choice is a fixed function of the rows (a keyed splitmix64 of their positions), so that
     the same file always gives the same split. At least one interaction stays in training.
-
-    Args:
-        counts: [U], at least 0; cut to the length less one.
     """
     marks = splitmix64(_HOLDOUT_KEY, np.arange(interactions.size))
     order = np.lexsort((marks, interactions.users))
@@ -314,7 +311,7 @@ def hold_out_some(interactions: Interactions, counts: NDArray[np.integer]) -> Sp
 
 
 def _last_rows(interactions: Interactions) -> BoolArray:
-    """Marks the last row of every user who has at least two."""
+    """The last row of every user who has at least two, marked."""
     last = np.zeros(interactions.size, np.bool_)
     last[interactions.indptr[1:][interactions.counts >= 2] - 1] = True
     return last
@@ -326,22 +323,22 @@ def _holding_out(interactions: Interactions, rows: BoolArray, holdout: Holdout) 
     return Split(interactions.select(~rows), heldout, None, holdout)
 
 
-def rows_of(
-    indptr: Int64Array, items: Int32Array, users: NDArray[np.integer]
-) -> tuple[Int64Array, Int32Array]:
-    """For each item of some users in compressed rows: its user's place in ``users``, and it."""
-    lengths = indptr[users + 1] - indptr[users]
-    rows = np.repeat(np.arange(users.size), lengths)
-    before = np.repeat(np.cumsum(lengths) - lengths, lengths)
-    return rows, items[np.repeat(indptr[users], lengths) + np.arange(rows.size) - before]
+# ------------------------------------------------------------------------------- compressed rows
 
 
-# --------------------------------------------------------------------------------- ids to positions
+def entries(indptr: Int64Array, rows: NDArray[np.integer]) -> tuple[Int64Array, Int64Array]:
+    """Where the entries of some rows lie, in the order of ``rows``; and ``indptr`` of those."""
+    lengths = indptr[rows + 1] - indptr[rows]
+    bounds = np.append(0, np.cumsum(lengths)).astype(np.int64)
+    return np.arange(bounds[-1]) + np.repeat(indptr[rows] - bounds[:-1], lengths), bounds
 
 
 def row_bounds(users: Int64Array, n_users: int) -> Int64Array:
     """Where each user's rows begin and end among rows sorted by user, int64 [U + 1]."""
-    return np.concatenate(([0], np.cumsum(np.bincount(users, minlength=n_users), dtype=np.int64)))
+    return np.append(0, np.cumsum(np.bincount(users, minlength=n_users), dtype=np.int64))
+
+
+# --------------------------------------------------------------------------------- ids to positions
 
 
 def _new_positions(order: Int64Array) -> Int32Array:
@@ -425,14 +422,12 @@ def _lookup(wanted: int | str, positions: dict[str, int], names: IdArray, noun: 
     if str(wanted) in positions:
         return positions[str(wanted)]
     if names.dtype.kind in "iu":
-        remedy = f"its {names.size} ids lie between {names.min()} and {names.max()}"
-        try:
-            number = int(wanted)
-        except ValueError:
-            remedy += "; give one of these numbers"
-        else:
+        near = "give one of these numbers"
+        with suppress(ValueError):
             # Python integers: what was asked for may not fit into 64 bits.
-            remedy += f"; the nearest is {min(names.tolist(), key=lambda each: abs(each - number))}"
+            number = int(wanted)
+            near = f"the nearest is {min(names.tolist(), key=lambda each: abs(each - number))}"
+        remedy = f"its {names.size} ids lie between {names.min()} and {names.max()}; {near}"
     else:
         close = difflib.get_close_matches(str(wanted), names.tolist(), n=3, cutoff=0.5)
         examples = ", ".join(repr(name) for name in close or names[:3].tolist())

@@ -7,8 +7,9 @@ Filtering" (WWW 2017); He et al., "LightGCN" (SIGIR 2020).
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.data.catalogue import ARCHIVES, Layout, cache_dir
-from privrec.data.files import File, Folder, bad_file, find_folder, places, shown, table_files
+from privrec.data.files import (
+    File,
+    Place,
+    bad_file,
+    files_in,
+    find,
+    find_folder,
+    places,
+    shown,
+    table_files,
+)
 from privrec.data.interactions import (
     Holdout,
     Interactions,
@@ -36,6 +47,7 @@ Int64Array = NDArray[np.int64]
 
 NEGATIVES = 99
 _TRAIN = ".train.rating"
+_ADJACENCY = ("train.txt", "test.txt")
 _PAIR = re.compile(r"\((0|[1-9][0-9]{0,17}),(0|[1-9][0-9]{0,17})\)")
 _RELEASE = "use the file of this release, or remove it"
 _VALIDATION_SHARE = 0.1
@@ -45,11 +57,12 @@ _INT32_MAX = np.iinfo(np.int32).max
 
 def load_table(config: Data, data_dir: Path | None) -> Split:
     """Load a user's own table; see :func:`~privrec.data.tables.read_table`."""
-    roots = _roots(config, data_dir)
-    for root in roots:
-        if table_files(root, needed=False):
-            return leave_last_out(read_table(root, config), holdout=config.holdout)
-    raise _not_found(roots, "table (.csv, .tsv or .parquet)", config.source)
+
+    def look(root: Path) -> Path | None:
+        return root if table_files(root, needed=False) else None
+
+    path = _found(config, data_dir, look, "table (.csv, .tsv or .parquet)")
+    return leave_last_out(read_table(path, config), holdout=config.holdout)
 
 
 def load_movielens(config: Data, data_dir: Path | None) -> Split:
@@ -58,12 +71,13 @@ def load_movielens(config: Data, data_dir: Path | None) -> Split:
     Users and items are those that occur, in the order of their ids. Titles are there where the file
     of titles is. A folder with the NCF paper's files is read by :func:`load_ncf`'s rules.
     """
-    archive, roots = ARCHIVES[config.source], _roots(config, data_dir)
-    layout, ncf = archive.layout, f"{config.source}{_TRAIN}"
-    folder = _found(roots, archive.folders, [ncf, layout.ratings], config.source)
-    if folder.file(ncf).exists():
+    archive, ncf = ARCHIVES[config.source], f"{config.source}{_TRAIN}"
+    layout, markers = archive.layout, [ncf, archive.layout.ratings]
+    look = partial(find_folder, names=archive.folders, markers=markers)
+    folder: Place = _found(config, data_dir, look, " or ".join(markers))
+    if (folder / ncf).is_file():
         return _read_ncf(folder, config.source, config.holdout)
-    file = folder.file(layout.ratings)
+    file = File(folder / layout.ratings)
     users, items, times, where = _ratings(file, layout.columns, layout.separator)
     ids = np.unique(items)
     titles = _titles(folder, layout, ids)
@@ -84,15 +98,22 @@ def load_ncf(config: Data, data_dir: Path | None) -> Split:
     the training file has too is dropped from training. Users without a training item are left out
     and counted.
     """
-    roots = _roots(config, data_dir)
-    for root in roots:
+
+    def look(root: Path) -> tuple[Path, str] | None:
+        """The folder, and the name before ``.train.rating``."""
+        found = [root.name.removesuffix(_TRAIN)]
+        folder = root if root.is_dir() else root.parent
         if root.is_dir():
-            folder, prefix = Folder(root), _ncf_prefix(Folder(root))
-        else:
-            folder, prefix = Folder(root.parent), root.name.removesuffix(_TRAIN)
-        if prefix is not None and folder.file(f"{prefix}{_TRAIN}").exists():
-            return _read_ncf(folder, prefix, config.holdout)
-    raise _not_found(roots, f"PREFIX{_TRAIN}", config.source)
+            names = [file.path.name for file in files_in(root)]
+            found = [name.removesuffix(_TRAIN) for name in names if name.endswith(_TRAIN)]
+        if len(found) > 1:
+            rule = "data.path must say which"
+            remedy = f"point it at one of the files, such as {found[0]}{_TRAIN}"
+            raise bad_file(root, f"several data sets ({', '.join(found)})", rule, remedy)
+        return (folder, found[0]) if found and (folder / f"{found[0]}{_TRAIN}").is_file() else None
+
+    folder, prefix = _found(config, data_dir, look, f"PREFIX{_TRAIN}")
+    return _read_ncf(folder, prefix, config.holdout)
 
 
 def load_lightgcn(config: Data, data_dir: Path | None) -> Split:
@@ -104,49 +125,45 @@ def load_lightgcn(config: Data, data_dir: Path | None) -> Split:
     catalogue reaches to the largest in either file. Users without a training item, which published
     splits have, are left out; the split counts those who have test items.
     """
-    folder = _found(_roots(config, data_dir), [], ["train.txt"], config.source)
-    train, test = _adjacency(folder.file("train.txt")), _adjacency(folder.file("test.txt"))
-    n_items = _catalogue_size(train, test)
-    interactions = Interactions.from_pairs(
-        train.users, train.items, item_ids=np.arange(n_items), where=train.where
+    look = partial(find_folder, names=[], markers=_ADJACENCY)
+    folder: Place = _found(config, data_dir, look, "train.txt")
+    (users, items, where), (tested, wanted, place) = (
+        _adjacency(File(folder / name)) for name in _ADJACENCY
     )
-    trained = np.isin(test.users, interactions.user_ids)
-    untrained = np.unique(test.users[~trained]).size
-    heldout = _tested(test, np.flatnonzero(trained), interactions)
+    most = min(_SPARE_ITEMS + 50 * (items.size + wanted.size), _INT32_MAX)
+    for numbers, named in ((items, where), (wanted, place)):
+        row = int(numbers.argmax())
+        if numbers[row] >= most:
+            found = f"item {numbers[row]} is far beyond the number of interactions"
+            rule = "items are numbered from 0, nearly without gaps"
+            remedy = "number them again, or use a table source for other ids"
+            raise bad_file(named(row), found, rule, remedy)
+    ids = np.arange(max(items.max(), wanted.max()) + 1)
+    train = Interactions.from_pairs(users, items, item_ids=ids, where=where)
+    rows = np.flatnonzero(np.isin(tested, train.user_ids))
+    heldout = _tested(train, tested[rows], wanted[rows], lambda row: place(int(rows[row])))
+    untrained = np.unique(np.delete(tested, rows)).size
     if config.holdout == "test":
-        return Split(interactions, heldout, None, "test", untrained)
-    share = np.rint(_VALIDATION_SHARE * interactions.counts).astype(np.int64)
-    return replace(hold_out_some(interactions, np.maximum(share, 1)), untrained=untrained)
+        return Split(train, heldout, None, "test", untrained)
+    share = np.rint(_VALIDATION_SHARE * train.counts).astype(np.int64)
+    return replace(hold_out_some(train, np.maximum(share, 1)), untrained=untrained)
 
 
-def _roots(config: Data, data_dir: Path | None) -> list[Path]:
-    return places(config.path, data_dir) or [cache_dir()]
-
-
-def _found(
-    roots: Sequence[Path], names: Sequence[str], markers: Sequence[str], source: str
-) -> Folder:
-    for root in roots:
-        folder = find_folder(root, names, markers)
-        if folder is not None:
-            return folder
-    raise _not_found(roots, " or ".join(markers), source)
-
-
-def _not_found(roots: Sequence[Path], wanted: str, source: str) -> DataError:
+def _found(config: Data, data_dir: Path | None, look: Callable[[Path], Any], wanted: str) -> Any:
+    """What ``look`` finds where the scenario says, or among downloads."""
+    source = config.source
     fetch = f", or run: privrec data fetch {source}" if source in ARCHIVES else ""
     remedy = f"point --data (or data.path, or PRIVREC_DATA) at its folder{fetch}"
-    searched = ", ".join(map(str, roots))
-    return bad_file(searched, f"no {wanted} there", f"source {source!r} needs it", remedy)
+    roots = places(config.path, data_dir) or [cache_dir()]
+    return find(roots, look, wanted, f"source {source!r} needs it", remedy)
 
 
 def _refuse_repeated(values: Int64Array, file: File, found: str, rule: str, remedy: str) -> None:
     """Refuse a value that stood on an earlier line."""
     first = np.unique(values, return_index=True)[1]
-    again = np.setdiff1d(np.arange(values.size), first)
-    if again.size:
-        row = int(again[0])
-        raise bad_file(file.label, found.format(values[row]), rule, remedy, line=row + 1)
+    if first.size < values.size:
+        row = int(np.setdiff1d(np.arange(values.size), first)[0])
+        raise bad_file(file, found.format(values[row]), rule, remedy, line=row + 1)
 
 
 # ------------------------------------------------------------------------------- MovieLens and NCF
@@ -163,10 +180,10 @@ def _ratings(
     return users, items, time.whole_numbers(least=None), user.where
 
 
-def _titles(folder: Folder, layout: Layout, item_ids: NDArray[Any]) -> tuple[str, ...] | None:
+def _titles(folder: Place, layout: Layout, item_ids: NDArray[Any]) -> tuple[str, ...] | None:
     """A title for each item id, or None when the file of titles is not there."""
-    file, mark = folder.file(layout.titles), layout.title_separator
-    if not file.exists():
+    file, mark = File(folder / layout.titles), layout.title_separator
+    if not file.path.is_file():
         return None
     encoding = _old_encoding(file) if layout.old else "utf-8"
     called, columns = ("item", "title"), layout.title_columns
@@ -185,37 +202,23 @@ def _old_encoding(file: File) -> str:
     return "utf-8"
 
 
-def _ncf_prefix(folder: Folder) -> str | None:
-    """The name before ``.train.rating`` in a folder; None when there is no such file."""
-    names = [file.name for file in folder.files()]
-    found = [name.removesuffix(_TRAIN) for name in names if name.endswith(_TRAIN)]
-    if len(found) > 1:
-        rule = "data.path must say which"
-        remedy = f"point it at one of the files, such as {found[0]}{_TRAIN}"
-        raise bad_file(folder.label, f"several data sets ({', '.join(found)})", rule, remedy)
-    return found[0] if found else None
-
-
-def _read_ncf(folder: Folder, prefix: str, holdout: Holdout) -> Split:
-    """See :func:`load_ncf`."""
-    file = folder.file(f"{prefix}{_TRAIN}")
+def _read_ncf(folder: Place, prefix: str, holdout: Holdout) -> Split:
+    file, test = (File(folder / f"{prefix}.{part}.rating") for part in ("train", "test"))
     users, items, times, where = _ratings(file)
     trained = np.unique(users[np.diff(users, prepend=-1) != 0])
-    test = folder.file(f"{prefix}.test.rating")
     tested, wanted, _, _ = _ratings(test)
     _refuse_repeated(tested, test, "user {} again", "a user has one test item", "remove the line")
     order = np.argsort(tested)
     tested, wanted = tested[order], wanted[order]
-    published = _negatives(folder.file(f"{prefix}.test.negative"), prefix, tested, wanted)
+    published = _negatives(File(folder / f"{prefix}.test.negative"), prefix, tested, wanted)
     known = np.isin(tested, trained)
     at = np.searchsorted(trained, tested[known])
-    targets = np.full(trained.size, -1, np.int64)
+    targets, negatives = np.full(trained.size, -1, np.int64), None
     targets[at] = wanted[known]
-    negatives = None
     if published is not None:
         negatives = np.full((trained.size, NEGATIVES), -1, np.int32)
         negatives[at] = published[known]
-    numbers = (items, targets) if published is None else (items, targets, published)
+    numbers = [part for part in (items, targets, published) if part is not None]
     item_ids, titles = _item_names(folder, max(int(part.max(initial=0)) for part in numbers))
     known_times = None if (times == times[:1]).all() else times
     positions = np.arange(item_ids.size)
@@ -227,13 +230,12 @@ def _read_ncf(folder: Folder, prefix: str, holdout: Holdout) -> Split:
     if empty.size:
         found = f"user {train.user_ids[empty[0]]} has only the test item to learn from"
         rule = "every user needs another training interaction"
-        remedy = "remove the user from all files and number them again"
-        raise bad_file(file.label, found, rule, remedy)
+        raise bad_file(file, found, rule, "remove the user from all files and number them again")
     untrained = int((~known).sum())
     if holdout == "test":
-        has_target = targets >= 0
-        bounds = row_bounds(np.flatnonzero(has_target), trained.size)
-        heldout = ItemLists(bounds, targets[has_target].astype(np.int32))
+        owners = np.flatnonzero(targets >= 0)
+        bounds = row_bounds(owners, trained.size)
+        heldout = ItemLists(bounds, targets[owners].astype(np.int32))
         return Split(train, heldout, negatives, "test", untrained)
     if train.times is None:
         split = hold_out_some(train, np.ones(train.n_users, np.int64))
@@ -250,7 +252,7 @@ def _negatives(
 
     A line is ``(user,item)``, then the candidates after tabs.
     """
-    if not file.exists():
+    if not file.path.is_file():
         return None
     width, called = NEGATIVES + 1, ("pair", *["item"] * NEGATIVES)
     pair, *candidates = read_columns([file], range(1, width + 1), "\t", width=width, called=called)
@@ -271,94 +273,71 @@ def _negatives(
     if lacking.size:
         found = f"no candidates for user {tested[lacking[0]]}"
         rule = f"every user of {prefix}.test.rating needs a line"
-        raise bad_file(file.label, found, rule, "copy it again; or remove it, to draw candidates")
+        raise bad_file(file, found, rule, "copy it again; or remove it, to draw candidates")
     negatives = np.empty((tested.size, NEGATIVES), np.int64)
     negatives[at] = published
     return negatives
 
 
-def _item_names(folder: Folder, largest: int) -> tuple[NDArray[Any], tuple[str, ...] | None]:
+def _item_names(folder: Place, largest: int) -> tuple[NDArray[Any], tuple[str, ...] | None]:
     """Item ids by position, and titles where ids and titles are known."""
-    file = folder.file("item_ids.txt")
-    if not file.exists():
+    file = File(folder / "item_ids.txt")
+    if not file.path.is_file():
         if largest >= _INT32_MAX:
             rule = "items are numbered from 0 and there are fewer than 2^31"
-            raise bad_file(folder.label, f"item {largest}", rule, "number them again from 0")
+            raise bad_file(folder, f"item {largest}", rule, "number them again from 0")
         return np.arange(largest + 1), None
-    ids = read_columns([file], [1], "\t", width=1, called=["item id"])[0].whole_numbers()
-    if ids.size <= largest:
-        rule = f"it needs a line for each item up to {largest}"
-        raise bad_file(file.label, f"{ids.size} lines", rule, _RELEASE)
-    _refuse_repeated(ids, file, "id {} again", "every item has its own id", _RELEASE)
+    rule = f"it needs a line for each item up to {largest}"
+    ids = _release_ids(file, "item id", "\t", 1, largest, rule)
     return ids, _titles(folder, ARCHIVES["ml-1m"].layout, ids)
 
 
-def _user_names(folder: Folder, trained: Int64Array) -> Int64Array:
+def _user_names(folder: Place, trained: Int64Array) -> Int64Array:
     """User ids by position: those of ``users.dat``, else the file's own numbers."""
-    file = folder.file("users.dat")
-    if not file.exists():
+    file = File(folder / "users.dat")
+    if not file.path.is_file():
         return trained
-    (column,) = read_columns([file], [1], "::", _old_encoding(file), called=["user"])
+    rule = f"training has users up to {trained[-1]}, and user k is on line k + 1"
+    return _release_ids(file, "user", "::", None, int(trained[-1]), rule)[trained]
+
+
+def _release_ids(
+    file: File, called: str, separator: str, width: int | None, largest: int, rule: str
+) -> Int64Array:
+    """The ids in the first column, each of them once, of which line ``largest`` must be one."""
+    encoding = _old_encoding(file)
+    (column,) = read_columns([file], [1], separator, encoding, width=width, called=[called])
     ids = column.whole_numbers()
-    if ids.size <= trained[-1]:
-        rule = f"training has users up to {trained[-1]}, and user k is on line k + 1"
-        raise bad_file(file.label, f"{ids.size} lines", rule, "use the file of this release")
-    _refuse_repeated(ids, file, "id {} again", "every user has its own id", _RELEASE)
-    return ids[trained]
+    if ids.size <= largest:
+        raise bad_file(file, f"{ids.size} lines", rule, _RELEASE)
+    _refuse_repeated(ids, file, "id {} again", "every id is on one line", _RELEASE)
+    return ids
 
 
 # ---------------------------------------------------------------------------------------- LightGCN
 
 
-@dataclass(frozen=True, eq=False)
-class _Adjacency:
-    """Lines ``user item item …`` of a file, one row per item, and the line of each row."""
-
-    file: File
-    users: Int64Array
-    items: Int64Array
-    lines: Int64Array
-
-    def where(self, row: int) -> str:
-        return f"{self.file.label}, line {self.lines[row]}"
-
-
-def _adjacency(file: File) -> _Adjacency:
+def _adjacency(file: File) -> tuple[Int64Array, Int64Array, Where]:
+    """Users and items of a file of lines ``user item item …``, and what names a pair."""
     values, counts = read_lists(file, "field", "a line is a user and that user's items")
     heads = np.cumsum(counts) - counts
     users, owners = values[heads], np.repeat(np.arange(counts.size), counts - 1)
     if not owners.size:
-        raise bad_file(file.label, "no user has an item", "it must list items", "copy it again")
+        raise bad_file(file, "no user has an item", "it must list items", "copy it again")
     found, rule = "user {} has a line already", "a user has one line"
     _refuse_repeated(users, file, found, rule, "join the two lines")
-    is_item = np.ones(values.size, np.bool_)
-    is_item[heads] = False
-    return _Adjacency(file, users[owners], values[is_item], owners + 1)
+    return users[owners], np.delete(values, heads), lambda row: f"{file}, line {owners[row] + 1}"
 
 
-def _catalogue_size(train: _Adjacency, test: _Adjacency) -> int:
-    most = min(_SPARE_ITEMS + 50 * (train.items.size + test.items.size), _INT32_MAX)
-    for lists in (train, test):
-        row = int(lists.items.argmax())
-        if lists.items[row] >= most:
-            found = f"item {lists.items[row]} is far beyond the number of interactions"
-            rule = "items are numbered from 0, nearly without gaps"
-            remedy = "number them again, or use a table source for other ids"
-            raise bad_file(lists.where(row), found, rule, remedy)
-    return int(max(train.items.max(), test.items.max())) + 1
-
-
-def _tested(test: _Adjacency, rows: Int64Array, train: Interactions) -> ItemLists:
+def _tested(train: Interactions, names: Int64Array, items: Int64Array, where: Where) -> ItemLists:
     """The test items of those who train."""
-    users, items = np.searchsorted(train.user_ids, test.users[rows]), test.items[rows]
-    leaked = rows[train.membership().contains(users, items)]
+    users = np.searchsorted(train.user_ids, names)
+    leaked = np.flatnonzero(train.membership().contains(users, items))
     if leaked.size:
         row = int(leaked[0])
-        found = f"item {test.items[row]} of user {test.users[row]} is in train.txt too"
+        found = f"item {items[row]} of user {names[row]} is in train.txt too"
         rule = "what is tested must not be learned from"
-        raise bad_file(test.where(row), found, rule, "remove it from one of them")
-    refuse_duplicates(
-        users, items, train.user_ids, train.item_ids, lambda row: test.where(int(rows[row]))
-    )
+        raise bad_file(where(row), found, rule, "remove it from one of them")
+    refuse_duplicates(users, items, train.user_ids, train.item_ids, where)
     order = np.argsort(users, kind="stable")
     return ItemLists(row_bounds(users, train.n_users), items[order].astype(np.int32))

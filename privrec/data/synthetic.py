@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from privrec.data.corpus import EVERY, UNKNOWN, Corpus, Examples, TextSplit, dealt
 from privrec.data.interactions import Interactions, Split, leave_last_out
-from privrec.embedding.subspace import finalise
+from privrec.embedding.subspace import finalise, splitmix64
 from privrec.errors import DataError, UsageError
 from privrec.randomness import rng_for
 from privrec.scenario.schema import Data
@@ -26,7 +26,8 @@ Shape = int | tuple[int, ...]
 _POPULARITY_EXPONENT = 0.8
 _OWN_GROUP = 25.0  # how many times likelier an item of one's own group is than another's
 _LENGTH_SPREAD = 0.5  # standard deviation of the logarithm of a history's length
-_CELLS = 1 << 21  # user-item pairs drawn at a time
+_DRAWS = 1 << 18  # interactions drawn at a time
+_NUMBERS = 40  # bits of the number of a draw
 _START = 1_600_000_000  # seconds since 1970
 _MEAN_GAP_S = 6 * 3600.0
 
@@ -109,7 +110,8 @@ class Planted:
 
     def weights(self, users: NDArray[np.integer]) -> Float64Array:
         """Unnormalised probability of every item as a user's next one, [m, n]."""
-        return _weights(self.popularity, self.user_groups[users], self.item_groups)
+        own = self.user_groups[users][:, None] == self.item_groups
+        return self.popularity * np.where(own, _OWN_GROUP, 1.0)
 
 
 def generate(
@@ -121,9 +123,6 @@ def generate(
         clusters: groups of taste, at most ``items``.
         interactions_per_user: mean length of a history; lengths vary around it and stay between 2
             and half of the catalogue.
-
-    Raises:
-        DataError: when the numbers do not fit each other.
     """
     if not 1 <= clusters <= items:
         raise DataError(
@@ -143,46 +142,71 @@ def generate(
     drift = _LENGTH_SPREAD**2 / 2  # makes the mean of the log-normal factor one
     factor = np.exp(rng.normal(-drift, _LENGTH_SPREAD, users))
     lengths = np.clip(np.rint(interactions_per_user * factor), 2, items // 2).astype(np.int64)
-    interactions = Interactions.from_pairs(
-        np.repeat(np.arange(users), lengths) + 1,
-        _histories(rng, popularity, user_groups, item_groups, lengths) + 1,
-        _times(rng, lengths),
-        item_ids=np.arange(1, items + 1),
-        titles=[f"Item {item + 1} of group {group + 1}" for item, group in enumerate(item_groups)],
+    indptr = np.append(0, np.cumsum(lengths))
+    key, times = int(rng.integers(2**63)), _times(rng, lengths)
+    titles = tuple(f"Item {item + 1} of group {of + 1}" for item, of in enumerate(item_groups))
+    interactions = Interactions(
+        indptr,
+        _histories(key, popularity, user_groups, item_groups, indptr),
+        times,
+        np.arange(1, users + 1),
+        np.arange(1, items + 1),
+        titles,
     )
     return Planted(interactions, popularity, user_groups, item_groups)
 
 
-def _weights(
-    popularity: Float64Array, user_groups: Int64Array, item_groups: Int64Array
-) -> Float64Array:
-    own = user_groups[:, None] == item_groups
-    return popularity * np.where(own, _OWN_GROUP, 1.0)
-
-
 def _histories(
-    rng: np.random.Generator,
+    key: int,
     popularity: Float64Array,
     user_groups: Int64Array,
     item_groups: Int64Array,
-    lengths: Int64Array,
-) -> Int64Array:
-    """All histories one after another, int64 [sum of lengths], earliest item first.
+    indptr: Int64Array,
+) -> NDArray[np.int32]:
+    """All histories one after another, int32 [indptr[-1]], earliest item first.
 
-    Every item gets an exponential waiting time of rate equal to its weight. The order of arrival
-    is then the order of successive draws without repetition.
+    The items of a sequence of independent draws, each where it occurs first, are successive draws
+    without repetition. Where a sequence has too few of them, one of twice its length is drawn, of
+    which it is the beginning: draw ``k`` of a user is a fixed function of the key, the user and
+    ``k``. So the work is linear in interactions, whatever the users and items.
     """
-    step = max(1, _CELLS // popularity.size)
-    parts: list[Int64Array] = []
-    for at in range(0, lengths.size, step):
-        weights = _weights(popularity, user_groups[at : at + step], item_groups)
-        waits = rng.standard_exponential(weights.shape) / weights
-        longest = int(lengths[at : at + step].max())
-        first = np.argpartition(waits, longest - 1, axis=1)[:, :longest]
-        arrival = np.argsort(np.take_along_axis(waits, first, axis=1), axis=1)
-        order = np.take_along_axis(first, arrival, axis=1)
-        parts.append(order[np.arange(longest) < lengths[at : at + step, None]])
-    return np.concatenate(parts)
+    order = np.argsort(item_groups, kind="stable").astype(np.int32)
+    # A draw is a place on a line: all items by their popularity, group after group; and beyond
+    # them the own group's once more, stretched to what it has beyond another's.
+    edges = np.append(0.0, np.cumsum(popularity[order]))
+    sizes = np.bincount(item_groups)
+    begins = edges[np.cumsum(sizes) - sizes]
+    ends = edges[-1] + (_OWN_GROUP - 1) * np.diff(np.append(begins, edges[-1]))
+
+    def items(users: Int64Array, numbers: Int64Array) -> NDArray[np.int32]:
+        groups = user_groups[users]
+        uniform = (splitmix64(key, (users << _NUMBERS) + numbers) >> np.uint64(11)) * 2.0**-53
+        place = uniform * ends[groups]
+        beyond = place >= edges[-1]
+        again = (place[beyond] - edges[-1]) / (_OWN_GROUP - 1)
+        place[beyond] = begins[groups[beyond]] + again
+        at: Int64Array = np.searchsorted(edges, place, side="right") - 1
+        return np.asarray(order[at.clip(max=order.size - 1)], np.int32)
+
+    lengths, out = np.diff(indptr), np.empty(indptr[-1], np.int32)
+    step = max(1, _DRAWS * lengths.size // int(indptr[-1]))
+    for start in range(0, lengths.size, step):
+        users = np.arange(start, min(start + step, lengths.size))
+        draws = lengths[users] * 5 // 4 + 4
+        while users.size:
+            rows = np.repeat(np.arange(users.size), draws)
+            numbers = np.arange(rows.size) - (np.cumsum(draws) - draws)[rows]
+            item = items(users[rows], numbers)
+            first = np.unique(rows * order.size + item, return_index=True)[1]
+            first.sort()
+            rows, item = rows[first], item[first]
+            found = np.bincount(rows, minlength=users.size)
+            rank = np.arange(rows.size) - (np.cumsum(found) - found)[rows]
+            kept = rank < lengths[users[rows]]
+            out[indptr[users[rows[kept]]] + rank[kept]] = item[kept]
+            short = found < lengths[users]
+            users, draws = users[short], 2 * draws[short]
+    return out
 
 
 def _times(rng: np.random.Generator, lengths: Int64Array) -> Int64Array:
@@ -209,9 +233,6 @@ def generate_text(
         words: size of the vocabulary with the unknown word, at least 16.
         topics: groups of words, at most ``words / 16``.
         tokens_per_device: at least 2.
-
-    Raises:
-        UsageError: when a value is out of its range.
     """
     if words < 16 or not 1 <= topics <= words // 16 or tokens_per_device < 2:
         raise UsageError(
@@ -244,16 +265,14 @@ def generate_text(
 class Invented:
     """A world of labelled examples, of the shape of extreme classification's sets.
 
-    Labels follow Zipf's law and lie in clusters; an example's words tell its labels, their cluster,
-    or nothing. What a label means is computed from a keyed mixer when it is needed, so nothing of
-    the size of labels times features is ever held.
+    Labels follow Zipf's law, of exponent ``zipf``, and lie in clusters; an example's words tell its
+    labels, their cluster, or nothing. What a label means is computed from a keyed mixer when it is
+    needed, so nothing of the size of labels times features is ever held.
 
     Attributes:
         features: size of the vocabulary.
         words: features of an example.
         labels_each: mean labels of an example, at least 1.
-        clusters: of labels, at most as many as labels.
-        zipf: exponent of the labels' frequencies, at least 0.
     """
 
     features: int
@@ -284,7 +303,7 @@ class Invented:
         rows = np.concatenate((np.arange(count), owner))
         # An example names a label once.
         pairs = np.unique(rows * np.int64(self.labels) + np.concatenate((first, also)))
-        rows, labels = pairs // self.labels, pairs % self.labels
+        rows, labels = np.divmod(pairs, self.labels)
         label_ends = np.cumsum(np.bincount(rows, minlength=count))
         features = self._words(rng, count, labels, label_ends)
         values = np.full(features.size, self.words**-0.5, np.float32)

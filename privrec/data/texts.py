@@ -29,7 +29,7 @@ from privrec.data.corpus import (
     dealt,
     split_devices,
 )
-from privrec.data.files import BLANKS, File, bad_file, places, read_ids, shown, table_files
+from privrec.data.files import BLANKS, File, bad_file, find, places, read_ids, shown, table_files
 from privrec.embedding.subspace import finalise
 from privrec.errors import DataError
 from privrec.randomness import rng_for
@@ -52,9 +52,11 @@ def load_articles(config: Data, data_dir: Path | None) -> TextSplit:
 
     Words are numbered by their first occurrence.
     """
-    roots = places(config.path, data_dir)
-    files = _text_files(roots) if roots else [EMBEDDED]
-    source = files[0].parent.name if roots else "embedded"
+    roots, files, source = places(config.path, data_dir), [EMBEDDED], "embedded"
+    if roots:
+        remedy = "point --data (or data.path, or PRIVREC_DATA) at a text file or a folder of them"
+        files = find(roots, _texts_in, ".txt", "a text source needs one", remedy)
+        source = files[0].parent.name
     words = None
     if config.words is not None:
         beside = (data_dir or Path()) / config.words
@@ -62,17 +64,11 @@ def load_articles(config: Data, data_dir: Path | None) -> TextSplit:
     return split_devices(read_articles(files, words), config.holdout, source)
 
 
-def _text_files(roots: Sequence[Path]) -> list[Path]:
-    """The text files of the first root that has any, by name."""
-    for root in roots:
-        if root.is_file():
-            return [root]
-        for folder in (root, root / "wikitext-2"):
-            if texts := sorted(folder.glob("*.txt")):
-                return texts
-    remedy = "point --data (or data.path, or PRIVREC_DATA) at a text file or a folder of them"
-    searched = ", ".join(map(str, roots))
-    raise bad_file(searched, "no .txt there", "a text source needs one", remedy)
+def _texts_in(root: Path) -> list[Path]:
+    """The text files of a place, by name."""
+    if root.is_file():
+        return [root]
+    return sorted(root.glob("*.txt")) or sorted((root / "wikitext-2").glob("*.txt"))
 
 
 def read_articles(files: Sequence[Path], words: Sequence[str] | None = None) -> Corpus:
@@ -106,13 +102,11 @@ def _articles(path: Path) -> Iterator[tuple[str, list[str]]]:
     name, begun = path.stem, False
     tokens: list[str] = []
     for line in File(path).lines():
-        title = _TITLE.match(line)
-        if title is not None:
+        if title := _TITLE.match(line):
             if begun or tokens:
                 yield name, tokens
             name, tokens, begun = title[1], [], True
-        found = line.split()
-        if found:
+        if found := line.split():
             tokens += [*found, END]
     yield name, tokens
 
@@ -120,43 +114,36 @@ def _articles(path: Path) -> Iterator[tuple[str, list[str]]]:
 def load_examples(config: Data, data_dir: Path | None) -> TextSplit:
     """Load the examples of a file that have features and labels; deal them to devices at random.
 
-    The values of features are not used.
+    The file is the one that is named, or else the only one in a folder. The values of features are
+    not used.
     """
-    path, each = _examples_file(config, data_dir), config.interactions_per_user
-    examples = _whole(read_extreme(path))
+
+    def look(root: Path) -> Path | None:
+        texts = [root] if root.is_file() else sorted(root.glob("*.txt"))
+        return texts[0] if len(texts) == 1 else None
+
+    # A folder that is given beside a path is where the path begins, and no place of its own.
+    roots = [r for r in places(config.path, data_dir) if config.path is None or r != data_dir]
+    rule = "labels lie in one file of the Extreme Classification Repository's sparse format"
+    path = find(roots, look, "file", rule, "point --data (or data.path) at it")
+    examples, each = _whole(read_extreme(path)), config.interactions_per_user
     if max(examples.n_features, examples.n_labels) > _MOST:
         found = f"{examples.n_features} features, {examples.n_labels} labels"
         rule = f"at most {_MOST} of each can be numbered"
-        raise bad_file(str(path), found, rule, "use a smaller numbering", line=1)
+        raise bad_file(path, found, rule, "use a smaller numbering", line=1)
     if len(examples) < EVERY * each:
         rule = f"{EVERY} devices of {each} are the fewest that can be split"
         remedy = "lower data.interactions_per_user"
-        raise bad_file(str(path), f"{len(examples)} examples", rule, remedy)
+        raise bad_file(path, f"{len(examples)} examples", rule, remedy)
     order = rng_for(config.seed, "labels", "devices").permutation(len(examples))
     return split_devices(dealt(examples.take(order), each), config.holdout, path.stem)
-
-
-def _examples_file(config: Data, data_dir: Path | None) -> Path:
-    """The file that is named, or else the only one in the folder."""
-    roots = places(config.path, data_dir)
-    for root in roots:
-        if config.path is not None and root == data_dir:
-            continue
-        if root.is_file():
-            return root
-        texts = sorted(root.glob("*.txt")) if root.is_dir() else []
-        if len(texts) == 1:
-            return texts[0]
-    searched = ", ".join(map(str, roots)) or "data.path"
-    rule = "labels lie in one file of the Extreme Classification Repository's sparse format"
-    raise bad_file(searched, "no file there", rule, "point --data (or data.path) at it")
 
 
 def _whole(examples: Examples) -> Examples:
     """Examples that have words and labels, each label of theirs once."""
     row = np.repeat(np.arange(len(examples)), np.diff(examples.label_ends, prepend=0))
     named = np.unique(row * np.int64(examples.n_labels) + examples.labels)
-    row, labels = named // examples.n_labels, named % examples.n_labels
+    row, labels = np.divmod(named, examples.n_labels)
     counts = np.bincount(row, minlength=len(examples))
     once = replace(examples, labels=labels, label_ends=np.cumsum(counts))
     words = np.diff(examples.ends, prepend=0)
@@ -166,48 +153,47 @@ def _whole(examples: Examples) -> Examples:
 def read_extreme(path: Path) -> Examples:
     """Read examples of the repository's format: a head line, then ``1,5 0:0.5 7:1.25`` lines.
 
-    The head line has the numbers of examples, features and labels. The text may be packed by gzip,
-    or lie alone in a zip archive.
+    The head line has the numbers of examples, features and labels. The text may be packed by gzip.
     """
-    files = table_files(path, needed=False)
-    if len(files) != 1:
-        raise bad_file(str(path), "cannot be read", "it must be a text file", "check the path")
-    lines = files[0].lines()
-    size = _head(next(lines), path)
+    if not path.is_file():
+        raise bad_file(path, "cannot be read", "it must be a text file", "check the path")
+    lines = File(path).lines()
+    head = next(lines)
+    found = _HEAD.fullmatch(head)
+    size = tuple(map(int, found.groups())) if found else (0, 0, 0)
+    if min(size) < 1:
+        rule = "the first line has the numbers of examples, features and labels"
+        raise bad_file(path, shown(head), rule, "write these three numbers", line=1)
     labels, features, values = array("q"), array("q"), array("f")
     label_ends, ends = array("q"), array("q")
     for number, line in enumerate(lines, 2):
-        own, places, weights = _parsed(line, size, path, number)
+        own, places, weights = _parsed(line, size[1:], path, number)
         labels.extend(own)
         features.extend(places)
         values.extend(weights)
         label_ends.append(len(labels))
         ends.append(len(features))
     if len(ends) != size[0]:
-        found, rule = f"{len(ends)} examples", f"its first line promises {size[0]}"
+        rule = f"its first line promises {size[0]}"
         remedy = "fetch the whole file again, or correct the first line"
-        raise bad_file(str(path), found, rule, remedy)
-    arrays = [np.array(each) for each in (ends, features, values, label_ends, labels)]
-    return Examples(arrays[0], arrays[1], arrays[2], arrays[3], arrays[4], size[1], size[2])
-
-
-def _head(line: str, path: Path) -> tuple[int, int, int]:
-    found = _HEAD.fullmatch(line)
-    points, features, labels = map(int, found.groups()) if found else (0, 0, 0)
-    if min(points, features, labels) < 1:
-        rule = "the first line has the numbers of examples, features and labels"
-        raise bad_file(str(path), shown(line), rule, "write these three numbers", line=1)
-    return points, features, labels
+        raise bad_file(path, f"{len(ends)} examples", rule, remedy)
+    return Examples(
+        np.array(ends),
+        np.array(features),
+        np.array(values),
+        np.array(label_ends),
+        np.array(labels),
+        *size[1:],
+    )
 
 
 def _parsed(
-    line: str, size: tuple[int, int, int], path: Path, number: int
+    line: str, size: Sequence[int], path: Path, number: int
 ) -> tuple[list[int], list[int], list[float]]:
     """Labels, features and values of a line."""
-    label = str(path)
     if len(line) > _LONGEST:
         rule, remedy = f"an example has at most {_LONGEST}", "correct it, or split the example"
-        raise bad_file(label, f"{len(line)} characters", rule, remedy, line=number)
+        raise bad_file(path, f"{len(line)} characters", rule, remedy, number)
     own, _, rest = line.partition(" ")
     pairs = [word.split(":") for word in rest.split()]
     try:
@@ -219,17 +205,16 @@ def _parsed(
             values = np.array([float(value) for _, value in pairs]).astype(np.float32)
     except ValueError:
         rule = "a line has labels between commas, a blank, and features as index:value"
-        raise bad_file(label, shown(line), rule, "correct the line", line=number) from None
-    for name, found, most in (("feature", features, size[1]), ("label", labels, size[2])):
+        raise bad_file(path, shown(line), rule, "correct the line", number) from None
+    for name, found, most in zip(("feature", "label"), (features, labels), size, strict=True):
         wrong = next((each for each in found if not 0 <= each < most), None)
         if wrong is not None:
             rule = f"{name}s are numbered from 0 to {most - 1}, as the first line says"
             found_one = f"{name} {wrong if abs(wrong) < 10**40 else shown(str(wrong))}"
-            remedy = "correct it, or the first line"
-            raise bad_file(label, found_one, rule, remedy, line=number)
+            raise bad_file(path, found_one, rule, "correct it, or the first line", number)
     if not np.isfinite(values).all():
         rule = "a value must be a finite number of float32"
-        raise bad_file(label, shown(line), rule, "correct the line", line=number)
+        raise bad_file(path, shown(line), rule, "correct the line", number)
     return labels, features, values.tolist()
 
 
@@ -278,27 +263,24 @@ def read_labelled(
 
     wanted = list(dict.fromkeys([*text, *([] if label is None else [label])]))
     columns = read_columns(table_files(path), wanted, remedy="name the columns as the header does")
-    found = {column.name: column.texts() for column in columns}
-    texts = zip(*(found[each] for each in text), strict=True)
-    labels = () if label is None else found[label]
+    found, where = {column.name: column.texts() for column in columns}, columns[0].where
+    labels = [] if label is None else found[label]
     return Labelled(
-        tuple(_joined(cells, text, SPLITS[tokens]) for cells in texts),
         tuple(
-            _labels(cell, between, str(label), columns[0].where(row))
-            for row, cell in enumerate(labels)
+            _joined(cells, text, SPLITS[tokens])
+            for cells in zip(*(found[each] for each in text), strict=True)
         ),
+        tuple(_labels(cell, between, str(label), where(row)) for row, cell in enumerate(labels)),
     )
 
 
 def _joined(cells: Sequence[str], columns: Sequence[str], split: Callable[[str], list[str]]) -> str:
     if len(cells) == 1:
         return cells[0]
-    words = (
-        f"{'_'.join(split(column))}_{word}"
-        for column, cell in zip(columns, cells, strict=True)
-        for word in split(cell)
+    named = zip(columns, cells, strict=True)
+    return " ".join(
+        f"{'_'.join(split(name))}_{word}" for name, cell in named for word in split(cell)
     )
-    return " ".join(words)
 
 
 def _labels(cell: str, between: str | None, column: str, where: str) -> tuple[str, ...]:
@@ -321,8 +303,7 @@ def bags(texts: Iterable[str], features: int, tokens: Tokens = "blanks") -> Exam
     words: list[int] = []
     counts: list[int] = []
     lengths: list[int] = []
-    for text in texts:
-        found = Counter(split(text.lower()))
+    for found in (Counter(split(text.lower())) for text in texts):
         words.extend(known.setdefault(word, len(known)) for word in found)
         counts.extend(found.values())
         lengths.append(len(found))
@@ -343,11 +324,7 @@ def bags(texts: Iterable[str], features: int, tokens: Tokens = "blanks") -> Exam
 
 
 def labels_of(rows: Sequence[Sequence[Label]]) -> tuple[Label, ...]:
-    """All labels, the most frequent first.
-
-    Raises:
-        DataError: when there are fewer than two: nothing could be learned.
-    """
+    """All labels, the most frequent first; fewer than two are refused: nothing could be learned."""
     counts = Counter(label for row in rows for label in row)
     if len(counts) < 2:
         raise DataError(

@@ -175,9 +175,9 @@ class WordQuestions(Questions):
 
     def wanted(self, texts: Corpus) -> tuple[NDArray[np.integer], int]:
         """See :meth:`Questions.wanted`."""
-        asked = texts.tokens != UNKNOWN_ID
+        asked = texts.items != UNKNOWN_ID
         asked[texts.indptr[:-1][texts.counts > 0]] = False  # nothing comes before a first word
-        return texts.tokens[asked], int(asked.sum())
+        return texts.items[asked], int(asked.sum())
 
 
 class LabelQuestions(Questions):
@@ -194,7 +194,7 @@ class LabelQuestions(Questions):
 
     def wanted(self, texts: Corpus) -> tuple[NDArray[np.integer], int]:
         """See :meth:`Questions.wanted`."""
-        examples = examples_in(texts.tokens)
+        examples = examples_in(texts.items)
         return examples.labels, int((np.diff(examples.label_ends, prepend=0) > 0).sum())
 
     def value(self, hits: NDArray[np.float64], cut: int) -> NDArray[np.float64]:
@@ -221,7 +221,7 @@ def predict(
     ranked = np.zeros((texts.n_users, most))
     with torch.no_grad():
         for text in range(texts.n_users):
-            tokens = texts.tokens[texts.indptr[text] : texts.indptr[text + 1]].astype(np.int64)
+            tokens = texts.history(text).astype(np.int64)
             tokens[tokens >= words] = UNKNOWN_ID
             for hidden, wanted in questions.ask(model.view.network, tokens, table, dense):
                 scores = torch.addmm(biases, hidden, table.T)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from scipy import linalg, sparse
 from scipy.sparse.linalg import svds
 
-from privrec.data.interactions import Interactions, ItemLists, Split, rows_of
+from privrec.data.interactions import Interactions, ItemLists, Split
 from privrec.errors import DataError, UsageError
 from privrec.randomness import rng_for
 
@@ -170,8 +170,8 @@ def _sampled(
 def _full(
     scores: Scores, split: Split, users: Int64Array, k: Sequence[int]
 ) -> dict[str, Float64Array]:
-    rows, targets = rows_of(split.heldout.indptr, split.heldout.items, users)
-    seen_rows, seen = rows_of(split.train.indptr, split.train.items, users)
+    rows, targets = split.heldout.rows_of(users)
+    seen_rows, seen = split.train.rows_of(users)
     table = np.array(scores(users, None), dtype=np.float32, order="C")
     wanted = table[rows, targets]
     wanted[np.isnan(wanted)] = -np.inf

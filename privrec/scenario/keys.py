@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 from privrec.scenario.kinds import (
@@ -23,6 +24,7 @@ from privrec.scenario.kinds import (
     Registry,
     Section,
     Values,
+    as_tuple,
 )
 from privrec.scenario.schema import TABLES
 
@@ -47,10 +49,10 @@ class Key:
     """One key of a scenario: where it stands, what it takes, and what it means.
 
     Attributes:
-        table: The table it stands in; empty for a key above all tables.
+        table: Empty for a key above all tables.
         rule: What a value must be, in plain words, for example ``a whole number of at least 1``.
         unit: What the value counts; empty where it counts nothing.
-        default: The default as TOML, ``required`` or ``unset``.
+        default: As TOML; or ``required`` or ``unset``.
         registry: Where only some kinds have it; ``kinds`` are their names.
     """
 
@@ -92,30 +94,25 @@ def describe(path: str, value: object, rule: str, remedy: str) -> str:
 
 def rule_of(schema: Schema) -> str:
     """What a value must be according to its JSON schema, in plain words."""
+    kind = str(schema.get("type"))
     if "anyOf" in schema:
         options = [option for option in schema["anyOf"] if option.get("type") != "null"]
         return " or ".join(map(rule_of, options))
     if "enum" in schema or "const" in schema:
-        options = schema.get("enum", [schema.get("const")])
-        return "one of " + ", ".join(map(as_toml, options))
+        return "one of " + ", ".join(map(as_toml, schema.get("enum", [schema.get("const")])))
     if "$ref" in schema:
         return "a table"
     if "pattern" in schema:
         return "a text of 1 to 64 letters, digits, '.', '_' and '-', the first a letter or digit"
-    if schema.get("type") == "array":
+    if kind == "array":
         low, high = schema.get("minItems", 0), schema.get("maxItems")
         return f"a list of {low} to {high} values, each {rule_of(schema['items'])}"
-    return _KINDS.get(str(schema.get("type")), "a value") + _bounds(schema)
-
-
-def _bounds(schema: Schema) -> str:
     if (most := schema.get("maxLength")) is not None:
         least = schema.get("minLength", 0)
-        if least == most == 1:
-            return ", one character"
-        return f", {least} to {most} characters" if least else f", at most {most} characters"
+        length = f"{least} to {most} characters" if least else f"at most {most} characters"
+        return f"{_KINDS[kind]}, {'one character' if least == most == 1 else length}"
     found = [f"{text} {_plain(schema[key])}" for key, text in _BOUNDS.items() if key in schema]
-    return f" {' and '.join(found)}" if found else ""
+    return " ".join([_KINDS.get(kind, "a value"), " and ".join(found)]).strip()
 
 
 def _plain(value: float) -> str:
@@ -159,15 +156,6 @@ def is_key(path: str) -> bool:
 # --------------------------------------------------------------------------- problems
 
 
-def problems_of(errors: Iterable[Mapping[str, Any]], document: Mapping[str, Any]) -> dict[str, str]:
-    """Pydantic's errors on a document in plain words: at most one message by dotted path."""
-    messages: dict[str, str] = {}
-    for error in errors:
-        path, message = _problem(error, document)
-        messages.setdefault(path, message)
-    return messages
-
-
 _TIER = (
     "a tier is a table with a capacity of 1, 0.5, 0.25 and so on (or memory_kib, a whole "
     "number of at least 1), a share above 0 and at most 1, and perhaps a weight from 0 to 1",
@@ -179,8 +167,8 @@ _ROW = (
 )
 
 
-def _problem(error: Mapping[str, Any], document: Mapping[str, Any]) -> tuple[str, str]:
-    """Path and message of one of pydantic's errors."""
+def problem_of(error: Mapping[str, Any], document: Mapping[str, Any]) -> tuple[str, str]:
+    """Path and message, in plain words, of one of pydantic's errors on a document."""
     place, value, missing = error["loc"], error["input"], error["type"] == "missing"
     table, path = str(place[0]), ".".join(map(str, place[:2]))
     if table == "rows" or (place[:2] == ("devices", "tiers") and len(place) > 2):
@@ -196,25 +184,21 @@ def _problem(error: Mapping[str, Any], document: Mapping[str, Any]) -> tuple[str
         if missing:
             return path, f"[{path}]: the table is missing; add it"
         return path, describe(path, value, "must be a table", f"write it as [{path}]")
-    if table in TABLES:
-        known = keys_of(table, TABLES[table].of(document[table])).get(str(place[1]))
-    else:
-        known = keys_of("", TABLES[""]).get(table)
+    owner = table if table in TABLES else ""
+    section = TABLES[owner].of(document[owner] if owner else {})
+    known = keys_of(owner, section).get(str(place[1]) if owner else table)
     if known is None:
         return path, describe(path, value, "must be a valid value", "correct it")
     if missing:
         return path, f"{path}: it is missing; it must be {known.rule}; add it"
-    return path, describe(path, value, f"must be {known.rule}", _remedy(value, known))
-
-
-def _remedy(value: object, key: Key) -> str:
-    if isinstance(value, str) and key.rule.startswith("one of "):
-        options = key.rule.removeprefix("one of ").split(", ")
+    remedy = f"change the value, or remove the key for the default, {known.default}"
+    if known.default in ("required", "unset"):
+        remedy = "change the value" + " or remove the key" * (known.default == "unset")
+    if isinstance(value, str) and known.rule.startswith("one of "):
+        options = known.rule.removeprefix("one of ").split(", ")
         if near := get_close_matches(as_toml(value.lower()), options, n=1, cutoff=0.6):
-            return f"did you mean {near[0]}?"
-    if key.default in ("required", "unset"):
-        return f"change the value{' or remove the key' if key.default == 'unset' else ''}"
-    return f"change the value, or remove the key for the default, {key.default}"
+            remedy = f"did you mean {near[0]}?"
+    return path, describe(path, value, f"must be {known.rule}", remedy)
 
 
 def unknown_key(path: str, value: object, document: Mapping[str, Any]) -> str:
@@ -231,8 +215,8 @@ def unknown_key(path: str, value: object, document: Mapping[str, Any]) -> str:
                 few = f" other than {_listed(others)}"
             rule = f"it belongs to {registry.path}{few}, and the {registry.noun} is {chosen}"
             return describe(path, value, rule, f"remove it (-s {path}=)")
-    names = list(filter(None, TABLES))
     if not table and isinstance(value, dict):
+        names = list(filter(None, TABLES))
         near = get_close_matches(path, names, n=1, cutoff=0.5)
         remedy = f"did you mean [{near[0]}]?" if near else "remove it"
         return f"[{path}]: there is no such table, only {', '.join(names)}; {remedy}"
@@ -246,14 +230,15 @@ def _listed(names: Sequence[str]) -> str:
 def _nearest_key(name: str, table: str) -> str:
     found = [(key.table, key.name) for key in keys()]
     here = list(dict.fromkeys(key for where, key in found if where == table))
-    elsewhere = {key: where for where, key in found if where != table}
+    elsewhere = {key: f"{where}.{key}".lstrip(".") for where, key in found if where != table}
     if name in elsewhere:
-        where = f"in [{elsewhere[name]}]" if elsewhere[name] else "above the tables"
-        return f"`{name}` stands {where}: did you mean {f'{elsewhere[name]}.{name}'.lstrip('.')}?"
+        where = elsewhere[name].rpartition(".")[0]
+        where = f"in [{where}]" if where else "above the tables"
+        return f"`{name}` stands {where}: did you mean {elsewhere[name]}?"
     if near := get_close_matches(name.lower(), here, n=1, cutoff=0.6):
         return f"did you mean {f'{table}.{near[0]}'.lstrip('.')}?"
     if far := get_close_matches(name.lower(), list(elsewhere), n=1, cutoff=0.7):
-        return f"did you mean {f'{elsewhere[far[0]]}.{far[0]}'.lstrip('.')}?"
+        return f"did you mean {elsewhere[far[0]]}?"
     return f"remove it; {f'[{table}]' if table else 'a scenario'} has {', '.join(here)}"
 
 
@@ -265,13 +250,14 @@ def _nearest_key(name: str, table: str) -> str:
 
 def conflicts(values: Values) -> dict[str, str]:
     """Everything that is wrong between keys: a message by path."""
-    known = [registry for registry in REGISTRIES if values.get(registry.path) in registry]
-    chosen = {registry.path: registry[values[registry.path]].config for registry in known}
+    named = [(registry, values.get(registry.path, "")) for registry in REGISTRIES]
+    chosen = {of.path: of[name].config for of, name in named if name in of}
+    needs = {path: config.needs for path, config in chosen.items()}
+    needs |= {path: of for (path, value), of in _NEEDS.items() if values.get(path) == value}
     rules = [*_RULES, *(config.conflicts for config in chosen.values())]
-    needs = [(path, config.needs) for path, config in chosen.items()]
-    needs += [(path, of) for (path, value), of in _NEEDS.items() if values.get(path) == value]
+    rules += [partial(_unmet, *each) for each in needs.items()]
     found: dict[str, str] = {}
-    for problems in [*(rule(values) for rule in rules), *(_unmet(*each, values) for each in needs)]:
+    for problems in [rule(values) for rule in rules]:
         with suppress(KeyError):
             for path, rule, remedy in problems:
                 found.setdefault(path, describe(path, values[path], rule, remedy))
@@ -280,18 +266,16 @@ def conflicts(values: Values) -> dict[str, str]:
 
 def _unmet(owner: str, needs: Sequence[Need], values: Values) -> Iterator[Problem]:
     """The first thing that is missing; a key that the chosen kinds do not have is as it must be."""
+    nouns = {registry.path: registry.noun for registry in REGISTRIES}
     for need in needs:
-        value = values.get(need.path, need.options[0])
-        if (tuple(value) if isinstance(value, list) else value) in need.options:
-            continue
-        rule = f"{owner} = {as_toml(values[owner])} does not go with it: {need.reason}"
         wanted = need.options[0]
-        fix = f"set {need.path} = {as_toml(wanted)}"
-        if wanted is None:
-            fix = f"remove it (-s {need.path}=)"
-        nouns = {registry.path: registry.noun for registry in REGISTRIES}
-        yield need.path, rule, f"{fix}, or use another {nouns.get(owner, owner)}"
-        return
+        if as_tuple(values.get(need.path, wanted)) not in need.options:
+            rule = f"{owner} = {as_toml(values[owner])} does not go with it: {need.reason}"
+            fix = f"set {need.path} = {as_toml(wanted)}"
+            if wanted is None:
+                fix = f"remove it (-s {need.path}=)"
+            yield need.path, rule, f"{fix}, or use another {nouns.get(owner, owner)}"
+            return
 
 
 _FAIR = "it is FAIR's plain average of item memories"
@@ -360,9 +344,8 @@ def _noise(values: Values) -> Iterator[Problem]:
         ("privacy.local", "privacy.local_", "interaction", "protects no single interaction"),
     ):
         kind = f"{owner} = {as_toml(values[owner])}"
-        clip, epsilon, multiplier = (
-            prefix + name for name in ("clip_norm", "epsilon", "noise_multiplier")
-        )
+        clip, epsilon = f"{prefix}clip_norm", f"{prefix}epsilon"
+        multiplier = f"{prefix}noise_multiplier"
         if values[owner] == "none":
             # Updates are encoded within a bound without noise too; single interactions are not.
             for path in (epsilon, multiplier, *([clip] if owner == "privacy.local" else [])):
@@ -445,7 +428,6 @@ def json_schema(scenario: type[Section]) -> dict[str, Any]:
     for section in TABLES.values():
         definition = schema["$defs"].get(section.__name__, {})
         for registry in section.registries:
-            name = registry.key
             of_kinds = {
                 kind.name: kind.config.model_json_schema().get("properties", {})
                 for kind in registry.values()
@@ -453,9 +435,9 @@ def json_schema(scenario: type[Section]) -> dict[str, Any]:
             everything = {key: entry for keys in of_kinds.values() for key, entry in keys.items()}
             definition["properties"] |= everything
             for kind, own in of_kinds.items():
-                named = {"properties": {name: {"const": kind}}}
-                if kind != section.model_fields[name].default:
-                    named["required"] = [name]  # type: ignore[assignment]
+                named: dict[str, Any] = {"properties": {registry.key: {"const": kind}}}
+                if kind != section.model_fields[registry.key].default:
+                    named["required"] = [registry.key]
                 others = {key: False for key in everything if key not in own}
                 rule = {"if": named, "then": {"properties": others}}
                 definition.setdefault("allOf", []).append(rule)

@@ -26,14 +26,7 @@ from importlib import import_module
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 Values = Mapping[str, Any]
@@ -78,7 +71,7 @@ def setting(default: Any, within: str = "", *, unit: str = "", **rules: Any) -> 
     """A field; the docstring below it says what it means.
 
     Args:
-        default: Its value where none is given; ``...`` for a key that must be given.
+        default: ``...`` for a key that must be given.
         within: The interval of a number and what it counts, for example ``(0, 10^6] rounds``.
         unit: What a value without an interval counts.
         rules: Further arguments of pydantic's ``Field``.
@@ -124,26 +117,18 @@ class Kind:
 
 
 class Registry(dict[str, Kind]):
-    """The kinds that one key of a scenario can name, by name.
-
-    Args:
-        path: That key, for example ``train.loss``.
-        noun: What a kind is, for messages.
-    """
+    """The kinds that the key ``path`` of a scenario can name; messages call one a ``noun``."""
 
     def __init__(self, path: str, noun: str) -> None:
         super().__init__()
-        self.path, self.noun = path, noun
-        self.key = path.partition(".")[2]
+        self.path, self.noun, self.key = path, noun, path.partition(".")[2]
 
     def add(
         self, name: str, config: type[Section], implementation: Any = None, *, meaning: str = ""
     ) -> None:
-        """Add a kind, or replace the one of that name; see :class:`Kind`.
+        """Add a kind, or replace the one of that name; its configuration's docstring is its help.
 
-        Args:
-            implementation: What it has to be is said where it is used.
-            meaning: The first line of the configuration's docstring if not given.
+        What the implementation has to be is said where it is used.
         """
         meaning = meaning or (config.__doc__ or "").partition("\n")[0]
         self[name] = Kind(name, config, implementation, meaning)
@@ -265,6 +250,11 @@ class _Vocabulary(Reader):
 
 
 class _Drawn(Reader):
+    limits: ClassVar[dict[str, tuple[str, int, int]]] = {}
+    """Keys that ``data.items`` bounds: how a message calls the bound, what is taken off the items,
+    and what the rest is divided by.
+    """
+
     users: int = setting(400, "[2, 10^7] users")
     """Number of users that train."""
     items: int = setting(300, "[4, 10^7]")
@@ -276,19 +266,21 @@ class _Drawn(Reader):
     seed: int = setting(0, "[0, 2^63)")
     """Seed of the generator."""
 
+    @classmethod
+    def conflicts(cls, values: Values) -> Iterator[Problem]:
+        """Groups and histories fit into the items."""
+        for path, (bound, less, share) in cls.limits.items():
+            if values[path] > (most := (values["data.items"] - less) // share):
+                yield path, f"must not exceed {bound} = {most}", "lower it or raise data.items"
+
 
 class Synthetic(_Drawn, _Histories):
     """Interactions drawn from planted groups of taste; needs no files."""
 
-    @classmethod
-    def conflicts(cls, values: Values) -> Iterator[Problem]:
-        """A cluster has an item at least, and a history half of them at most."""
-        items, remedy = values["data.items"], "lower it or raise data.items"
-        if values["data.clusters"] > items:
-            yield "data.clusters", f"must not exceed data.items = {items}", remedy
-        if values["data.interactions_per_user"] > items // 2:
-            rule = f"must not exceed half of data.items = {items}"
-            yield "data.interactions_per_user", rule, remedy
+    limits: ClassVar = {
+        "data.clusters": ("data.items", 0, 1),
+        "data.interactions_per_user": ("data.items / 2", 0, 2),
+    }
 
 
 class FilesOfHistories(_Files, _Histories):
@@ -340,6 +332,8 @@ class TextFiles(_Files, _Vocabulary):
 class SyntheticText(_Drawn, _Vocabulary):
     """Texts drawn from topics; needs no files."""
 
+    limits: ClassVar = {"data.clusters": ("data.items / 16", 0, 16)}
+
 
 class LabelFile(_Files, _Vocabulary):
     """A file of the Extreme Classification Repository, its examples dealt to devices."""
@@ -356,29 +350,22 @@ class SyntheticLabels(_Drawn, _Vocabulary):
     """Labelled examples drawn from topics; needs no files."""
 
     gives = "labels"
+    limits: ClassVar = {"data.clusters": ("data.items - 1", 1, 1)}
 
     features: int = setting(10_000, "[1, 2^31) words")
     """Words of the world."""
     labels_each: float = setting(3.0, "[1, 1000] labels")
     """Mean labels of an example."""
 
-    @classmethod
-    def conflicts(cls, values: Values) -> Iterator[Problem]:
-        """A topic has a label beside the unknown one."""
-        most = values["data.items"] - 1
-        if values["data.clusters"] > most:
-            rule = f"must not exceed data.items - 1 = {most}"
-            yield "data.clusters", rule, "lower it or raise data.items"
-
 
 READERS.add("synthetic", Synthetic, "privrec.data.synthetic:load_interactions")
-_MOVIELENS = "A MovieLens set, of GroupLens or the NCF paper."
-for _name, _load, _meaning in (
-    *((each, "load_movielens", _MOVIELENS) for each in PUBLISHED),
-    ("ncf", "load_ncf", "A split as the NCF paper has it, with negatives."),
-    ("lightgcn", "load_lightgcn", "A split as the LightGCN paper has it."),
-):
-    READERS.add(_name, FilesOfHistories, f"privrec.data.published:{_load}", meaning=_meaning)
+_MOVIELENS = ("movielens", "A MovieLens set, of GroupLens or the NCF paper.")
+for _name, (_load, _meaning) in {
+    **dict.fromkeys(PUBLISHED, _MOVIELENS),
+    "ncf": ("ncf", "A split as the NCF paper has it, with negatives."),
+    "lightgcn": ("lightgcn", "A split as the LightGCN paper has it."),
+}.items():
+    READERS.add(_name, FilesOfHistories, f"privrec.data.published:load_{_load}", meaning=_meaning)
 READERS.add("table", TableFile, "privrec.data.published:load_table")
 READERS.add("text", TextFiles, "privrec.data.texts:load_articles")
 READERS.add("synthetic_text", SyntheticText, "privrec.data.synthetic:load_articles")
@@ -389,11 +376,13 @@ READERS.add("synthetic_labels", SyntheticLabels, "privrec.data.synthetic:load_ex
 # --------------------------------------------------------------------------- models
 
 
+Width = Annotated[int, Field(ge=1, le=4096)]
+
+
 class Recommender(Section):
     """Configuration of a model over items.
 
     Attributes:
-        learns: What it learns from.
         inner_product: Whether scores are inner products of item vectors, so that items near to a
             user's vector can be searched, vectors be cut short, and sums over all items be had.
     """
@@ -418,9 +407,9 @@ class GMF(Recommender):
 class Network(Recommender):
     """A network over user and item, of the NCF paper."""
 
-    hidden: Annotated[
-        tuple[Annotated[int, Field(ge=1, le=4096)], ...], BeforeValidator(as_tuple)
-    ] = setting((64, 32, 16), unit="neurons", min_length=1, max_length=8)
+    hidden: Annotated[tuple[Width, ...], BeforeValidator(as_tuple)] = setting(
+        (64, 32, 16), unit="neurons", min_length=1, max_length=8
+    )
     """Widths of the hidden layers."""
 
     def dense_weights(self, dim: int) -> int:
@@ -548,14 +537,14 @@ class ImplicitALS(Section):
     """How fast the users' Gram matrix follows that of the round."""
 
 
-for _name, _meaning in (
-    ("bce", "Binary cross-entropy."),
-    ("bpr", "Bayesian personalised ranking."),
-    ("softmax", "Softmax over a positive and sampled negatives."),
+for _name, _config, _meaning in (
+    ("bce", Sampled, "Binary cross-entropy."),
+    ("bpr", Sampled, "Bayesian personalised ranking."),
+    ("softmax", Sampled, "Softmax over a positive and sampled negatives."),
+    ("full_softmax", FullSoftmax, ""),
+    ("ials", ImplicitALS, ""),
 ):
-    LOSSES.add(_name, Sampled, f"privrec.models.losses:{_name.upper()}", meaning=_meaning)
-LOSSES.add("full_softmax", FullSoftmax, "privrec.models.losses:FULL_SOFTMAX")
-LOSSES.add("ials", ImplicitALS, "privrec.models.losses:IALS")
+    LOSSES.add(_name, _config, f"privrec.models.losses:{_name.upper()}", meaning=_meaning)
 
 
 # --------------------------------------------------------------------------- selectors
@@ -584,8 +573,8 @@ class Budgeted(Section):
     @classmethod
     def conflicts(cls, values: Values) -> Iterator[Problem]:
         """Only words and labels are in the order of how common they are."""
-        config = MODELS[values["model.kind"]].config
-        if values["train.frequent"] and getattr(config, "learns", "") == "interactions":
+        learns = MODELS[values["model.kind"]].config.learns
+        if values["train.frequent"] and learns == "interactions":
             yield "train.frequent", "it belongs to texts and labels", "remove it"
 
 
@@ -608,7 +597,7 @@ class Searching(Budgeted):
     def conflicts(cls, values: Values) -> Iterator[Problem]:
         """Vectors are searched where scores are inner products, of hidden states too."""
         kind = values["model.kind"]
-        config: Any = MODELS[kind].config
+        config = MODELS[kind].config
         if not config.inner_product and config.learns == "interactions":
             rule = f'the network of model.kind = "{kind}" has no nearest items'
             yield "train.selector", rule, 'use model.kind = "gmf", or "uniform"'

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -21,7 +22,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, mo
 from pydantic_core import PydanticCustomError
 
 from privrec.errors import ScenarioError
-from privrec.scenario.keys import conflicts, describe, is_key, problems_of, shown, unknown_key
+from privrec.scenario.keys import conflicts, describe, is_key, problem_of, shown, unknown_key
 from privrec.scenario.kinds import PUBLISHED, Values, as_tuple
 from privrec.scenario.schema import (
     TABLES,
@@ -80,7 +81,11 @@ class Scenario(Heading):
         try:
             document = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
-            problem = f"not TOML: {error}{_line_of(text, error)}; correct that line"
+            at = re.search(r"at line (\d+)", str(error))
+            reads = (
+                f", which reads {shown(text.splitlines()[int(at[1]) - 1].strip())}" if at else ""
+            )
+            problem = f"not TOML: {error}{reads}; correct that line"
             raise ScenarioError([problem], source=source) from None
         problems: dict[str, str] = {}
         settings = dict(_parsed(override, problems) for override in overrides)
@@ -94,9 +99,6 @@ class Scenario(Heading):
 
         Args:
             settings: Value by dotted key; None or an empty text removes the key.
-
-        Raises:
-            ScenarioError: If the result is not a scenario.
         """
         document = self._document()
         document.pop("rows", None)
@@ -138,14 +140,12 @@ class Scenario(Heading):
     def privacy_hash(self) -> str:
         """SHA-256, in hex, of ``[privacy]`` and of the keys that its meaning depends on.
 
-        Two scenarios of the same hash plan the same events against the same budget. Titles,
-        models and step sizes do not enter.
+        Two scenarios of the same hash plan the same events against the same budget.
         """
         unused = {key for key in Privacy.model_fields if key.split("_")[0] == "local"}
+        unused = unused if self.privacy.local == "none" else set()
         planned: dict[str, Any] = {
-            "privacy": self.privacy.model_dump(
-                exclude=unused if self.privacy.local == "none" else set()
-            ),
+            "privacy": self.privacy.model_dump(exclude=unused),
             "sampling": self.devices.sampling,
             "sampling_rate": self.devices.sampling_rate,
             "rounds": self.train.rounds,
@@ -206,14 +206,6 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Scenario:
     raise ScenarioError([problem], source=str(path))
 
 
-def _line_of(text: str, error: tomllib.TOMLDecodeError) -> str:
-    number = str(error).rpartition("at line ")[2].partition(",")[0]
-    lines = text.splitlines()
-    if not number.isdigit() or not 0 < int(number) <= len(lines):
-        return ""
-    return f", which reads {shown(lines[int(number) - 1].strip())}"
-
-
 def _parsed(override: str, problems: dict[str, str]) -> tuple[str, Any]:
     """Key and value of an override; the empty key, and a problem more, where it is none."""
     path, equals, value = (part.strip() for part in override.partition("="))
@@ -254,13 +246,14 @@ def _changed(
         scenario.variants()
     except ScenarioError as error:
         problems |= dict(zip(error.problems, error.problems, strict=True))
-    except ValidationError as error:
-        errors = error.errors(include_url=False)
+    except ValidationError as failure:
+        errors = failure.errors(include_url=False)
         between = [each["ctx"]["found"] for each in errors if each["type"] == "conflicts"]
         if between:
             problems |= between[0]
         else:
-            problems |= problems_of(errors, document)
+            for each in errors:
+                problems.setdefault(*problem_of(each, document))
             problems |= conflicts(_values(document, {path.partition("[")[0] for path in problems}))
     if problems:
         raise ScenarioError(list(problems.values()), source=source)

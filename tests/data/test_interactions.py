@@ -12,7 +12,6 @@ from privrec.data.interactions import (
     Split,
     hold_out_some,
     leave_last_out,
-    rows_of,
 )
 from privrec.errors import DataError, UnknownIdError, UsageError
 
@@ -126,8 +125,7 @@ def test_most_recent_keeps_the_end_of_each_history() -> None:
 
 
 def test_rows_of_some_users() -> None:
-    data = small()
-    rows, items = rows_of(data.indptr, data.items, np.array([2, 1]))
+    rows, items = small().rows_of(np.array([2, 1]))
     assert rows.tolist() == [0, 1, 1, 1]
     assert items.tolist() == [0, 0, 2, 1]
 

@@ -38,7 +38,7 @@ def test_examples_come_back_from_their_devices() -> None:
     assert corpus.n_users == 5
     found = []
     for device in range(5):
-        tokens = corpus.tokens[corpus.indptr[device] : corpus.indptr[device + 1]]
+        tokens = corpus.history(device)
         found += parts(examples_in(tokens))
     wanted = [(words, [label + 1 for label in labels]) for words, labels in parts(examples)]
     assert found == wanted
@@ -47,7 +47,7 @@ def test_examples_come_back_from_their_devices() -> None:
 def test_what_is_no_whole_share_of_a_device_is_left_out() -> None:
     corpus = dealt(WORLD.examples(11), 4)
     assert corpus.n_users == 2
-    assert len(examples_in(corpus.tokens)) == 8
+    assert len(examples_in(corpus.items)) == 8
 
 
 def test_a_word_weighs_with_the_root_of_its_example() -> None:
@@ -69,16 +69,16 @@ def test_no_word_is_one_empty_example() -> None:
 def test_only_labels_are_counted_and_numbered_anew() -> None:
     corpus = dealt(WORLD.examples(40), 10)
     counts = corpus.item_counts()
-    labels = corpus.tokens[corpus.tokens >= 0]
+    labels = corpus.items[corpus.items >= 0]
     np.testing.assert_array_equal(counts, np.bincount(labels, minlength=41))
     order = np.concatenate(([0], 1 + np.argsort(-counts[1:], kind="stable")))
     new = corpus.renumbered(order, 10)
-    words = corpus.tokens < 0
-    np.testing.assert_array_equal(new.tokens[words], corpus.tokens[words])
-    assert new.tokens.max() == 9
+    words = corpus.items < 0
+    np.testing.assert_array_equal(new.items[words], corpus.items[words])
+    assert new.items.max() == 9
     assert (np.diff(new.item_counts()[1:]) <= 0).all()
     distinct = corpus.distinct
-    own = corpus.tokens[corpus.indptr[1] : corpus.indptr[2]]
+    own = corpus.history(1)
     assert set(distinct.items[distinct.indptr[1] : distinct.indptr[2]]) == set(own[own >= 0])
 
 
@@ -86,7 +86,7 @@ def test_only_labels_are_counted_and_numbered_anew() -> None:
 def test_synthetic_devices_are_as_many_as_asked_and_others_are_held_out(holdout: str) -> None:
     split = load_texts(config(users=30, items=65, interactions_per_user=5, holdout=holdout))
     assert (split.train.n_users, split.heldout.n_users, split.n_items) == (30, 3, 65)
-    assert len(examples_in(split.heldout.tokens)) == 15
+    assert len(examples_in(split.heldout.items)) == 15
     assert not set(split.train.names) & set(split.heldout.names)
 
 
@@ -95,7 +95,7 @@ def test_test_and_validation_devices_train_alike_and_are_others() -> None:
         load_texts(config(users=30, items=65, interactions_per_user=5, holdout=each))
         for each in ("test", "validation")
     )
-    np.testing.assert_array_equal(test.train.tokens, validation.train.tokens)
+    np.testing.assert_array_equal(test.train.items, validation.train.items)
     assert not set(test.heldout.names) & set(validation.heldout.names)
 
 
@@ -108,7 +108,7 @@ def test_a_file_of_the_repository_is_dealt_to_devices(tmp_path: Path) -> None:
     assert split.n_items == 5
     named = load_texts(config(source="labels", path="train.txt", interactions_per_user=3),
                         data_dir=tmp_path)  # fmt: skip
-    np.testing.assert_array_equal(named.train.tokens, split.train.tokens)
+    np.testing.assert_array_equal(named.train.items, split.train.items)
 
 
 def test_examples_without_words_or_labels_are_left_out_and_a_label_counts_once(
@@ -118,7 +118,7 @@ def test_examples_without_words_or_labels_are_left_out_and_a_label_counts_once(
     (tmp_path / "train.txt").write_text("\n".join(["80 5 4", *lines]) + "\n")
     split = load_texts(config(source="labels", interactions_per_user=4), data_dir=tmp_path)
     for device in range(split.train.n_users):
-        tokens = split.train.tokens[split.train.indptr[device] : split.train.indptr[device + 1]]
+        tokens = split.train.history(device)
         found = parts(examples_in(tokens))
         assert len(found) == 4
         assert all(each in (([0], [2]), ([1, 4], [1, 4])) for each in found)
@@ -130,13 +130,13 @@ def test_a_vocabulary_keeps_the_commonest_labels() -> None:
     order = np.argsort(-split.train.item_counts(), kind="stable")
     kept = split.renumbered(np.concatenate(([0], order[order != 0])))
     assert kept.train.n_items == 10
-    assert examples_in(kept.train.tokens).labels.max() == 9
+    assert examples_in(kept.train.items).labels.max() == 9
 
 
 def test_facts_count_labels_and_no_words() -> None:
     split = load_texts(config(users=30, items=65, interactions_per_user=5, labels_each=2))
     facts = split.describe()
-    assert facts["interactions"] == (split.train.tokens >= 0).sum() < split.train.tokens.size / 10
+    assert facts["interactions"] == (split.train.items >= 0).sum() < split.train.items.size / 10
     assert facts["shortest_history"] >= 5
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 from oracle import expected_hr, oracle_of
@@ -46,7 +48,7 @@ def test_popularity_is_a_power_law_and_groups_are_even() -> None:
 
 def test_chunks_of_users_do_not_change_the_first_items(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = planted()
-    monkeypatch.setattr("privrec.data.synthetic._CELLS", 3000)
+    monkeypatch.setattr("privrec.data.synthetic._DRAWS", 300)
     assert planted().interactions.items.tolist() == whole.interactions.items.tolist()
 
 
@@ -63,16 +65,37 @@ def test_the_oracle_reaches_its_expected_hit_ratio_and_nothing_else_does() -> No
 
 
 @pytest.mark.statistical
-def test_the_order_of_a_history_is_that_of_successive_draws() -> None:
-    made = generate(users=60_000, items=4, clusters=1, interactions_per_user=2, seed=3)
-    p = made.popularity / made.popularity.sum()
+@pytest.mark.parametrize("clusters", [1, 2])
+def test_the_order_of_a_history_is_that_of_successive_draws(clusters: int) -> None:
+    made = generate(users=60_000, items=4, clusters=clusters, interactions_per_user=2, seed=3)
     data = made.interactions
     first, second = data.items[data.indptr[:-1]], data.items[data.indptr[:-1] + 1]
-    for a in range(4):
-        for b in range(4):
-            chance = 0.0 if a == b else p[a] * p[b] / (1 - p[a])
-            share = ((first == a) & (second == b)).mean()
-            assert abs(share - chance) < 5 * np.sqrt(0.25 / 60_000)
+    for group in range(clusters):
+        own = made.user_groups == group
+        weights = made.weights(np.flatnonzero(own)[:1])[0]
+        p = weights / weights.sum()
+        for a in range(4):
+            for b in range(4):
+                chance = 0.0 if a == b else p[a] * p[b] / (1 - p[a])
+                share = ((first == a) & (second == b))[own].mean()
+                assert abs(share - chance) < 5 * np.sqrt(0.25 / own.sum())
+
+
+def test_no_history_has_an_item_twice_however_much_of_the_catalogue_it_takes() -> None:
+    data = generate(users=50, items=200, clusters=8, interactions_per_user=100, seed=1).interactions
+    pairs = data.users * 200 + data.items
+    assert np.unique(pairs).size == data.size
+    assert data.counts.max() == 100
+
+
+def test_the_work_is_linear_in_interactions_whatever_the_catalogue() -> None:
+    begin = time.process_time()
+    data = generate(
+        users=20_000, items=1_000_000, clusters=1000, interactions_per_user=20, seed=0
+    ).interactions
+    # A draw for each of the 2 * 10^10 pairs would take minutes.
+    assert time.process_time() - begin < 20
+    assert (data.n_users, data.n_items) == (20_000, 1_000_000)
 
 
 def test_expected_hit_ratio_by_hand() -> None:

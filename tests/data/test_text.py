@@ -31,7 +31,7 @@ def write(folder: Path, text: str, name: str = "one.txt") -> Path:
 
 
 def spelled(corpus: Corpus, device: int) -> list[str]:
-    tokens = corpus.tokens[corpus.indptr[device] : corpus.indptr[device + 1]]
+    tokens = corpus.history(device)
     return [corpus.words[token] for token in tokens]
 
 
@@ -42,7 +42,7 @@ def test_titles_open_articles_and_headings_do_not(tmp_path: Path) -> None:
     assert " ".join(spelled(corpus, 0)) == first
     assert spelled(corpus, 1) == ["=", "Second", "=", END, "the", "cat", END]
     assert corpus.words[0] == UNKNOWN
-    assert corpus.item_counts().sum() == len(corpus.tokens)
+    assert corpus.item_counts().sum() == len(corpus.items)
 
 
 def test_a_file_without_titles_is_one_article_by_the_name_of_the_file(tmp_path: Path) -> None:
@@ -86,15 +86,15 @@ def test_a_vocabulary_is_a_prefix_of_the_order_and_the_rest_is_unknown(tmp_path:
     order = np.array([corpus.words.index(word) for word in (UNKNOWN, "b", "a", END, "c")])
     small = corpus.renumbered(order, 3)
     assert small.words == (UNKNOWN, "b", "a")
-    assert small.tokens.tolist() == [1, 1, 1, 2, 2, 0, 0]
-    assert corpus.renumbered(order).tokens.tolist() == [1, 1, 1, 2, 2, 4, 3]
+    assert small.items.tolist() == [1, 1, 1, 2, 2, 0, 0]
+    assert corpus.renumbered(order).items.tolist() == [1, 1, 1, 2, 2, 4, 3]
 
 
 def test_distinct_words_are_what_a_loop_finds() -> None:
     corpus = read_articles([EMBEDDED])
     distinct = corpus.distinct
     for device in range(corpus.n_users):
-        tokens = corpus.tokens[corpus.indptr[device] : corpus.indptr[device + 1]]
+        tokens = corpus.history(device)
         assert distinct.history(device).tolist() == sorted(set(tokens.tolist()))
     assert distinct.n_items == corpus.n_items
 
@@ -112,20 +112,20 @@ def test_the_embedded_text_needs_no_file_and_a_folder_above_is_searched(tmp_path
 def test_synthetic_texts_repeat_and_differ_by_seed() -> None:
     words = {"devices": 5, "words": 100, "topics": 2, "tokens_per_device": 40}
     first, again = (generate_text(**words, seed=1) for _ in range(2))
-    assert np.array_equal(first.tokens, again.tokens)
-    assert not np.array_equal(first.tokens, generate_text(**words, seed=2).tokens)
+    assert np.array_equal(first.items, again.items)
+    assert not np.array_equal(first.items, generate_text(**words, seed=2).items)
     assert first.counts.tolist() == [40] * 5
-    assert first.tokens.min() >= 1  # no word of a synthetic text is unknown
-    assert first.tokens.max() < 100
+    assert first.items.min() >= 1  # no word of a synthetic text is unknown
+    assert first.items.max() < 100
 
 
 def test_synthetic_words_follow_each_other_and_are_of_a_power_law() -> None:
     corpus = generate_text(devices=40, words=1000, topics=4, tokens_per_device=1000, seed=0)
     counts = np.sort(corpus.item_counts())[::-1]
     assert counts[:10].sum() > 5 * counts[100:110].sum()
-    pairs = corpus.tokens[:-1].astype(np.int64) * 1000 + corpus.tokens[1:]
+    pairs = corpus.items[:-1].astype(np.int64) * 1000 + corpus.items[1:]
     most = np.argmax(corpus.item_counts())
-    after = np.bincount(pairs[corpus.tokens[:-1] == most] % 1000, minlength=1000)
+    after = np.bincount(pairs[corpus.items[:-1] == most] % 1000, minlength=1000)
     # The first follower alone has a chance of 0.6 * 0.5; no word has that by itself.
     assert 0.25 < after.max() / after.sum() < 0.65
 
@@ -136,7 +136,7 @@ def test_a_synthetic_split_has_the_users_that_were_asked_for() -> None:
     )
     assert test.train.n_users == validation.train.n_users == 18
     assert not set(test.heldout.names) & set(validation.heldout.names)
-    assert np.array_equal(test.train.tokens, validation.train.tokens)
+    assert np.array_equal(test.train.items, validation.train.items)
 
 
 def test_impossible_synthetic_texts_are_refused() -> None:

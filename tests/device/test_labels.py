@@ -21,9 +21,7 @@ LABELS, DIM, FEATURES = 61, 8, 32
 MODEL = WordBag(FEATURES, DIM)
 PLAIN = PlainTable.of(LABELS, DIM, block=4)
 HASHED = Subspace.sized(LABELS, DIM, block=4, key=9, compression=4)
-TOKENS = dealt(
-    Invented(500, LABELS - 1, words=7, labels_each=3, clusters=6).examples(12), 12
-).tokens
+TOKENS = dealt(Invented(500, LABELS - 1, words=7, labels_each=3, clusters=6).examples(12), 12).items
 
 
 def learner(

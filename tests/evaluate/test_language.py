@@ -64,7 +64,7 @@ def test_predictions_are_what_a_loop_finds(table: Table) -> None:
     vector = weights(of)
     found = predict(WordQuestions(), LocalModel(of, vector), corpus, (1, 3))
     for text in range(4):
-        tokens = corpus.tokens[corpus.indptr[text] : corpus.indptr[text + 1]]
+        tokens = corpus.history(text)
         for cut in (1, 3):
             hits, counted = one_by_one(of, vector, tokens, cut)
             assert (found.values[f"accuracy@{cut}"][text], found.sizes[text]) == (hits, counted)
@@ -82,7 +82,7 @@ def test_labels_are_found_as_a_loop_finds_them() -> None:
     for held in (corpus, corpus.renumbered(np.arange(WORDS), 12)):
         found = predict(LabelQuestions(), LocalModel(of, vector), held, (1, 3))
         hits, counted = dict.fromkeys((1, 3), 0.0), 0
-        whole = examples_in(held.tokens).hashed(16)
+        whole = examples_in(held.items).hashed(16)
         for one in (whole.take(np.array([row])) for row in range(30)):
             if not len(one.labels):
                 continue
@@ -100,7 +100,7 @@ def test_labels_are_found_as_a_loop_finds_them() -> None:
 def test_the_commonest_labels_are_the_baseline_of_labels() -> None:
     train = dealt(Invented(99, WORDS - 1, 5, 2.5, 3).examples(60), 10)
     best = 1 + np.argsort(-train.item_counts()[1:], kind="stable")[:3]
-    examples = examples_in(train.tokens)
+    examples = examples_in(train.items)
     own = np.split(examples.labels, examples.label_ends[:-1])
     found = commonest(LabelQuestions(), train, train, (1, 3))
     for cut in (1, 3):
@@ -127,10 +127,10 @@ def test_intervals_hold_the_figure_and_shrink_with_texts() -> None:
 
 def test_the_commonest_words_are_those_of_the_training_texts() -> None:
     train, heldout = texts(200), texts(3, 60)
-    counts = np.bincount(train.tokens, minlength=WORDS)
+    counts = np.bincount(train.items, minlength=WORDS)
     counts[0] = -1
     best = int(np.argmax(counts))
-    targets = np.concatenate((heldout.tokens[1:3], heldout.tokens[4:]))
+    targets = np.concatenate((heldout.items[1:3], heldout.items[4:]))
     targets = targets[targets != 0]
     assert commonest(WordQuestions(), train, heldout, (1,)) == {
         "accuracy@1": (targets == best).mean()

@@ -172,7 +172,7 @@ VALUES = {
         "data.clusters=21", "data.clusters = 21", "data.items = 20", "lower it"
     ),
     "histories too long": settings(
-        "data.interactions_per_user=11", "= 11", "half of data.items = 20", "lower it"
+        "data.interactions_per_user=11", "= 11", "data.items / 2 = 10", "lower it"
     ),
     "key of another source": settings(
         "data.user_column=who", '"who"', 'belongs to data.source = "table"', "remove it"

@@ -10,14 +10,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from small_runs import make_scenario, run_once
 
-from privrec.data import Interactions, Split, TextSplit, leave_last_out, load_texts
+from privrec.data import Interactions, Split, TextSplit, leave_last_out
 from privrec.data.corpus import Corpus
 from privrec.errors import ScenarioError
 from privrec.evaluate.evaluator import WordQuestions
@@ -231,11 +231,6 @@ class Continuing(WideTask):
     """To continue melodies, a note at a time."""
 
     questions = WordQuestions()
-
-    @classmethod
-    def load(cls, scenario: Scenario, data_dir: Path | None) -> Self:
-        """From that reader."""
-        return cls(scenario, load_texts(scenario.data, data_dir=data_dir))
 
 
 OUTSIDE = {

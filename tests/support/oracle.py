@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.data import Planted, Split
-from privrec.data.interactions import rows_of
 
 Items = NDArray[np.integer]
 
@@ -38,6 +37,6 @@ def expected_hr(made: Planted, split: Split, k: int) -> float:
     """
     tested = np.flatnonzero(split.heldout.counts)
     weights = made.weights(tested)
-    weights[rows_of(split.train.indptr, split.train.items, tested)] = 0.0
+    weights[split.train.rows_of(tested)] = 0.0
     best = -np.partition(-weights, min(k, weights.shape[1]) - 1, axis=1)[:, :k]
     return float((best.sum(axis=1) / weights.sum(axis=1)).mean())
