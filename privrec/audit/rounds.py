@@ -20,8 +20,7 @@ from privrec.models.layout import from_wire, to_wire
 from privrec.models.ncf import NCF
 from privrec.privacy.mechanism import Band
 from privrec.randomness import rng_for
-from privrec.run.simulation import Rows, Simulation
-from privrec.run.summing import SUMMING, Enrolled, Participant
+from privrec.run.simulation import SUMMING, Enrolled, Participant, Rows, Simulation
 from privrec.secagg.client import Policy
 from privrec.secagg.messages import Stage
 
