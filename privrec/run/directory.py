@@ -128,8 +128,7 @@ class Identity(BaseModel):
     def kept_head(self) -> Path | None:
         """Return where this machine keeps the last signed head of the run's ledger.
 
-        Runs of a known root share a name, may be repeated as often as one likes, and protect
-        nobody: no head is kept of them.
+        None is kept of runs of a known root, which share a name and protect nobody.
         """
         return None if self.run_id.startswith(_KNOWN) else self.secrets_dir() / "head.json"
 

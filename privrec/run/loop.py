@@ -195,8 +195,7 @@ class Loop:
     def _round(self, population: PopulationCharge | None) -> None:
         """Charge, collect and commit the next round, then apply and record it.
 
-        Where a round ends without a sum, or its bits would differ from what was committed, another
-        attempt is charged.
+        Where it ends without a sum, or differs from what was committed, another attempt is charged.
         """
         began, cpu = time.perf_counter(), time.process_time()
         server, ledger = self.server, self.ledger
@@ -246,14 +245,14 @@ class Loop:
         """Refuse a round that its run, its examples or its population have no budget for."""
         plan, ledger, privacy = self.server.plan, self.ledger, self.plan.scenario.privacy
         done = self.server.index
+        stopped = f"Stopped after {done} rounds; the model so far is in {self.out}"
         if plan.event.is_private and privacy.epsilon is not None:
             against = privacy.budget_against
             spent = ledger.epsilon_after(plan.event, delta=privacy.delta, adversary=against)
             if spent > privacy.epsilon:
                 raise BudgetError(
                     f"round {done + 1} would bring ε to {spent:.4f} against "
-                    f"{adversary_text(against)}: the budget is {privacy.epsilon}. "
-                    f"Stopped after {done} rounds; the model so far is in {self.out}"
+                    f"{adversary_text(against)}: the budget is {privacy.epsilon}. {stopped}"
                 )
         if plan.examples is not None and privacy.local_epsilon is not None:
             # The cost of examples is never added to that of users.
@@ -262,8 +261,7 @@ class Loop:
             if spent > privacy.local_epsilon:
                 raise BudgetError(
                     f"round {done + 1} would bring the example-level ε to {spent:.4f}: "
-                    f"privacy.local_epsilon is {privacy.local_epsilon}. Stopped after {done} "
-                    f"rounds; the model so far is in {self.out}"
+                    f"privacy.local_epsilon is {privacy.local_epsilon}. {stopped}"
                 )
         if population:
             population.cover(Counter(ledger.counts) + Counter([plan.event]))

@@ -107,13 +107,15 @@ def recommend(
         scores = every[found]
     else:
         found, scores = answer(model, states[0], k, items.astype(np.int64), selector)
-    names = [str(item) for item in train.item_ids[found]]
-    titles = [train.titles and train.titles[item] for item in found]
-    return list(map(Recommendation, range(1, k + 1), names, titles, scores.tolist()))
+    titles = train.titles
+    return [
+        Recommendation(rank, str(train.item_ids[item]), titles[item] if titles else None, score)
+        for rank, (item, score) in enumerate(zip(found, scores.tolist(), strict=True), 1)
+    ]
 
 
 def _opened(run_dir: Path, data_dir: Path | None) -> tuple[Recommending, bytes | None]:
-    """The task with its data, and the model's digest, as far as the run's ledger declares them."""
+    """The task with its data, and the digest of the model that the signed ledger ends with."""
     identity, scenario = Identity.read(run_dir), load(run_dir / directory.SCENARIO)
     key = kept_key(identity.run_id)
     with Ledger.open(run_dir / directory.LEDGER, public_key=key, repair=False) as ledger:

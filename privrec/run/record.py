@@ -43,10 +43,9 @@ class RunInfo:
         expected_cohort: population times sampling rate; public, unlike the realised size.
         hides_cohorts: whether ε rests on nobody knowing how many were in a round. Then no observer
             shows or keeps a realised size, or anything that tells a round's duration.
-        root_lost: whether the noise root that the run began with is gone, so that rounds which are
-            repeated get fresh noise and are charged again.
+        root_lost: whether the noise root of the start is gone, so that repeated rounds get fresh
+            noise and are charged again.
         examples: whether devices add noise that hides single examples.
-        example_budget: the largest example-level ε allowed.
     """
 
     name: str

@@ -84,6 +84,10 @@ class Summing(ABC):
     enrolled: Enrolled
 
     @abstractmethod
+    def __post_init__(self) -> None:
+        """Go up to where updates are due."""
+
+    @abstractmethod
     def add(self, tier: Tier, users: NDArray[np.int64], update: BoundedUpdate) -> None:
         """Put in the updates of survivors of a tier, in the order of ``users``."""
 

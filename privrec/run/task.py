@@ -119,11 +119,11 @@ class Task(ABC, Generic[S]):
     def number(self, folder: Path, ledger: Ledger, identity: Identity) -> None:
         """Number the items by popularity, where the task or the scenario's tiers need it.
 
-        The order is public, or it is released: every device's history is cut to a few items, and
-        their counts get Gaussian noise. The ledger is charged for that before the first round (as
-        round ``PREPARATION``), and the order is written to ``folder`` before it is used, signed: a
-        model that is read by another order recommends other items. The server's secret makes the
-        noise, the devices' chooses the items that count.
+        The order is public, or it is released: every device's history is cut to a few items, which
+        the devices' secret chooses, and their counts get Gaussian noise of the server's. The ledger
+        is charged for that before the first round (as round ``PREPARATION``), and the order is
+        written to ``folder`` before it is used, signed: by another order a model recommends other
+        items.
         """
         if not self.is_ordered:
             return
