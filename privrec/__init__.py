@@ -36,25 +36,21 @@ __all__ = [
 ]
 
 _LAZY = {
-    "LazyDPSGD": ("privrec.optim.lazy_dpsgd", "LazyDPSGD"),
-    "Scenario": ("privrec.scenario.load", "Scenario"),
-    "SparseClassifier": ("privrec.models.classifier", "SparseClassifier"),
-    "load_scenario": ("privrec.scenario.load", "load"),
-    "recommend": ("privrec.run.recommend", "recommend"),
-    "resume": ("privrec.run.lifecycle", "resume"),
-    "start": ("privrec.run.lifecycle", "start"),
+    "LazyDPSGD": "privrec.optim.lazy_dpsgd.LazyDPSGD",
+    "Scenario": "privrec.scenario.load.Scenario",
+    "SparseClassifier": "privrec.models.classifier.SparseClassifier",
+    "load_scenario": "privrec.scenario.load.load",
+    "recommend": "privrec.run.recommend.recommend",
+    "resume": "privrec.run.lifecycle.resume",
+    "start": "privrec.run.lifecycle.start",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """The object that ``name`` stands for, imported now.
-
-    Raises:
-        AttributeError: If ``privrec`` offers no such name.
-    """
+    """The object that ``name`` stands for, imported now."""
     if name not in _LAZY:
         raise AttributeError(f"module 'privrec' has no attribute {name!r}")
-    module, attribute = _LAZY[name]
+    module, _, attribute = _LAZY[name].rpartition(".")
     return getattr(import_module(module), attribute)
 
 

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 
 class PrivrecError(Exception):
-    """Base of every error raised on purpose; ``exit_code`` is the command line's exit status."""
+    """Base of every error raised on purpose."""
 
     exit_code = 1
 

@@ -42,8 +42,7 @@ Name: TypeAlias = str | bytes | SupportsIndex
 def state_dir() -> Path:
     """The directory that keeps roots and signing keys, apart from everything that is shared.
 
-    It is ``$PRIVREC_STATE``, else ``$XDG_STATE_HOME/privrec``, else ``~/.local/state/privrec``, and
-    need not exist.
+    It is ``$PRIVREC_STATE``, else ``$XDG_STATE_HOME/privrec``, else ``~/.local/state/privrec``.
     """
     if own := os.environ.get("PRIVREC_STATE"):
         return Path(own).absolute()
@@ -53,11 +52,10 @@ def state_dir() -> Path:
 
 
 def rng_for(seed: int, *names: Name) -> np.random.Generator:
-    """A simulation generator for one named purpose; for nothing that has to stay secret.
+    """A simulation generator for one purpose, such as ``"cohort", 12``; for nothing secret.
 
     Promise: the same seed and names give the same generator on every platform; any other path of
-    names, also one that merely joins to the same text, gives an independent one. ``names`` are the
-    path of the purpose, such as ``"cohort", 12``.
+    names, also one that merely joins to the same text, gives an independent one.
     """
     digest = hashlib.sha256(_encode("simulation", (seed, *names))).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
@@ -67,10 +65,8 @@ class SecretRoot:
     """The one secret of a noise-maker, from which every key of a run is derived.
 
     Promise: it shows itself in no ``repr`` and refuses to be pickled; two different descriptions
-    never share a stream or a tag. :meth:`create` draws a root, :meth:`load` reads one back, and
-    :meth:`known` makes one that is no secret, for reproducible comparisons.
-
-    ``is_known`` says that others know it, so that its noise protects nobody and ε is infinite.
+    never share a stream or a tag. ``is_known`` says that others know it, so that its noise protects
+    nobody and ε is infinite.
     """
 
     def __init__(self, key: bytes, *, is_known: bool = False) -> None:
@@ -81,11 +77,9 @@ class SecretRoot:
 
     @classmethod
     def create(cls, path: Path) -> SecretRoot:
-        """Draw a root and keep it at ``path`` (:func:`~privrec.storage.write_secret`).
+        """Draw a root and keep it at ``path``, see :func:`~privrec.storage.write_secret`.
 
-        Raises:
-            UsageError: when ``path`` exists, since another root would draw a second noise for
-                what the first one has protected.
+        A second root there is refused: it would draw another noise for what the first protected.
         """
         key = secrets.token_bytes(ROOT_BYTES)
         write_secret(path, key)
@@ -93,12 +87,7 @@ class SecretRoot:
 
     @classmethod
     def load(cls, path: Path) -> SecretRoot:
-        """The root that :meth:`create` kept at ``path``.
-
-        Raises:
-            UsageError: when the file is missing, or others than its owner may read it.
-            IntegrityError: when its content is not what was written.
-        """
+        """The root kept at ``path``; see :func:`~privrec.storage.read_secret`."""
         return cls(read_secret(path, ROOT_BYTES))
 
     @classmethod
@@ -109,10 +98,8 @@ class SecretRoot:
     def stream(self, purpose: str, *context: Name) -> SecureStream:
         """The secure generator of one draw, at its beginning: asked for twice, it repeats itself.
 
-        Args:
-            purpose: what the bytes are for, such as ``"noise"``.
-            *context: everything the draw may depend on: run, round, attempt, device, hashes of the
-                plan, the model and the integer input.
+        ``context`` is everything the draw may depend on: run, round, attempt, device, hashes of the
+        plan, the model and the integer input.
         """
         return SecureStream(self._expand("stream", purpose, context))
 
@@ -134,10 +121,9 @@ class SecretRoot:
 class SecureStream:
     """The AES-256-CTR keystream of one key, as bytes, words and normal deviates.
 
-    Promise: the stream is a function of the key and of what was read before alone; no byte is given
-    out twice; a copy that a fork made is refused, since it would repeat what its parent draws.
-
-    Its key has 32 bytes that are used for nothing else; see :meth:`SecretRoot.stream`.
+    Promise: the stream is a function of the key, which is used for nothing else, and of what was
+    read before; no byte is given out twice; a copy that a fork made is refused, since it would
+    repeat what its parent draws.
     """
 
     def __init__(self, key: bytes) -> None:
@@ -155,23 +141,22 @@ class SecureStream:
         return self._next(n).tobytes()
 
     def uint16(self, size: int) -> NDArray[np.uint16]:
-        """The next ``size`` uniform 16-bit words, shape ``(size,)``."""
+        """The next ``size`` uniform 16-bit words."""
         return self._next(2 * size).view("<u2").astype(np.uint16, copy=False)
 
     def uint32(self, size: int, buffer: NDArray[np.uint8] | None = None) -> NDArray[np.uint32]:
-        """The next ``size`` uniform 32-bit words, shape ``(size,)``.
+        """The next ``size`` uniform 32-bit words.
 
-        They are written to ``buffer``, of at least ``4 * size + 15`` bytes, and shown from there,
-        so that a loop of draws needs no new memory.
+        A loop of draws needs no new memory with a ``buffer`` of at least ``4 * size + 15`` bytes.
         """
         return self._next(4 * size, buffer).view("<u4").astype(np.uint32, copy=False)
 
     def uint64(self, size: int) -> NDArray[np.uint64]:
-        """The next ``size`` uniform 64-bit words, shape ``(size,)``."""
+        """The next ``size`` uniform 64-bit words."""
         return self._next(8 * size).view("<u8").astype(np.uint64, copy=False)
 
     def normal(self, size: int) -> NDArray[np.float64]:
-        """Standard normal deviates by Box-Muller on 64-bit uniforms, shape ``(size,)``.
+        """The next ``size`` standard normal deviates, by Box-Muller on 64-bit uniforms.
 
         The tail reaches 9.49 standard deviations; beyond lies a probability of 3e-21. 16 bytes of
         the stream make two deviates, whatever parts they are asked for in beyond 8,192.
@@ -209,10 +194,8 @@ class SecureStream:
             )
         if buffer is None:
             buffer = np.empty(n + _CIPHER_TAIL, dtype=np.uint8)
-        target = buffer.data
         for start in range(0, n, len(_ZEROS)):
-            part = _ZEROS[: n - start]
-            self._keystream.update_into(part, target[start:])
+            self._keystream.update_into(_ZEROS[: n - start], buffer.data[start:])
         self._left -= n
         return buffer[:n]
 

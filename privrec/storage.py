@@ -4,10 +4,9 @@
 A *chain* is a file of JSON lines: each is the canonical spelling of one entry (keys sorted, no
 spaces) with its place (``index``), the hash of the entry before (``previous``) and its own
 (``hash``), so that any other byte shows, and so does a line that was removed or moved. A *signed
-record* is a JSON object with the public key and an Ed25519 signature (RFC 8032) over what kind of
-record it is and the canonical spelling of its facts. Heads of ledgers, checkpoints and results are
-records, each of its own kind, so that none passes for another. Whoever can read the key can make
-them all: it lies with the secrets, apart from what a run writes.
+record* is a JSON object with the public key and an Ed25519 signature (RFC 8032) over its kind and
+the canonical spelling of its facts, so that no ledger head, checkpoint or result passes for another
+kind. Whoever can read the key can make them all: it lies with the secrets, apart from a run.
 """
 
 from __future__ import annotations
@@ -30,8 +29,7 @@ START = "0" * 64
 """What the first entry of a chain has for the hash of the one before."""
 REMEDY = "bring back the original file, or start a new run"
 
-_KEY_BYTES = 32
-_CHECK_BYTES = 8
+_KEY_BYTES, _CHECK_BYTES = 32, 8
 _ADDED = ("public_key", "signature")
 
 
@@ -71,8 +69,7 @@ def _write(path: Path, content: bytes, flag: int, mode: int) -> None:
 def write_secret(path: Path, secret: bytes) -> None:
     """Keep a secret in a new file that its owner alone can read, durable before this returns.
 
-    A crash leaves either the whole file (mode 0600) or none under this name. Missing directories
-    are made with mode 0700.
+    A crash leaves either the whole file (mode 0600) or none. Missing directories get mode 0700.
 
     Raises:
         UsageError: when ``path`` exists or its directory cannot be written.
@@ -131,10 +128,7 @@ def _checksum(secret: bytes) -> bytes:
 
 
 def server_key(path: Path, *, new: bool = True) -> Ed25519PrivateKey:
-    """The signing key at ``path``, which lies apart from everything that is shared.
-
-    With ``new`` one is drawn and kept where there is none; a key that is gone is otherwise never
-    replaced by another.
+    """The signing key at ``path``; with ``new`` one is drawn and kept where there is none.
 
     Raises:
         UsageError: when the file is gone, cannot be kept or read, or others may use it.
@@ -160,11 +154,7 @@ def parsed(text: bytes) -> dict[str, Any] | None:
 
 
 def canonical(values: Mapping[str, Any]) -> bytes:
-    """The one spelling of ``values`` as JSON.
-
-    Raises:
-        UsageError: when they are not plain, finite JSON values.
-    """
+    """The one spelling of ``values``, which are plain and finite, as JSON."""
     try:
         text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -179,21 +169,19 @@ def line_of(entry: Mapping[str, Any]) -> bytes:
 
 
 def linked(path: Path, line: bytes, hashes: Sequence[str]) -> dict[str, Any]:
-    """The entry of a line, after checking that it is to the byte the next one of its chain.
-
-    ``hashes`` are those of the entries before; ``path`` is for errors.
+    """The entry of a line, which is to the byte the next one after those with ``hashes``.
 
     Raises:
         IntegrityError: when it is not the one spelling of an entry with its own hash, or does not
-            follow the entry before.
+            follow the entry before; the message calls the chain ``path``.
     """
-    number, entry = len(hashes) + 1, parsed(line)
+    number, entry = len(hashes) + 1, parsed(line) or {}
     try:
-        body = {name: value for name, value in (entry or {}).items() if name != "hash"}
+        body = {name: value for name, value in entry.items() if name != "hash"}
         is_itself = line_of(body) == line
     except UsageError:
         is_itself = False
-    if entry is None or not is_itself:
+    if not is_itself:
         raise IntegrityError(f"{path}: line {number} was altered; {REMEDY}")
     previous = hashes[-1] if hashes else START
     if entry.get("index") != number - 1 or entry.get("previous") != previous:
@@ -205,10 +193,9 @@ def linked(path: Path, line: bytes, hashes: Sequence[str]) -> dict[str, Any]:
 
 
 def sign(kind: str, facts: Mapping[str, Any], key: Ed25519PrivateKey) -> dict[str, Any]:
-    """The signed record of some facts, which are plain, finite JSON values.
+    """The signed record of some facts, of a ``kind`` such as ``"ledger head"``.
 
-    ``kind`` is what the record is, such as ``"ledger head"``. The signature of an earlier record
-    among the facts is left out.
+    The signature of an earlier record among the facts is left out.
     """
     facts = {name: value for name, value in facts.items() if name not in _ADDED}
     signature = key.sign(_message(kind, facts)).hex()
@@ -219,13 +206,11 @@ def sign(kind: str, facts: Mapping[str, Any], key: Ed25519PrivateKey) -> dict[st
 def verified(
     kind: str, record: Mapping[str, Any] | None, key: Ed25519PublicKey, path: Path
 ) -> dict[str, Any]:
-    """The facts of a record after checking its signature.
-
-    Only ``key`` is trusted, not the one that the record names. ``record`` is None
-    where there was no JSON object; ``path`` is for errors.
+    """The facts of a record (None where there was no JSON object) after checking its signature.
 
     Raises:
-        IntegrityError: when ``key`` did not sign these facts as a record of this kind.
+        IntegrityError: when ``key``, which alone is trusted, did not sign these facts as a record
+            of this kind; the message names ``path``.
     """
     try:
         record = record or {}

@@ -28,8 +28,7 @@ from privrec.randomness import ROOT_BYTES, SecretRoot
 from privrec.report.model import Checked
 from privrec.run.plan import Plan
 from privrec.run.privacy_plan import known_items, release_event
-from privrec.run.simulation import Rows, Simulation
-from privrec.run.summing import SUMMING, Participant, Summing
+from privrec.run.simulation import SUMMING, Participant, Rows, Simulation, Summing
 from privrec.run.task import TASKS, Recommending
 from privrec.scenario.load import Scenario
 from privrec.server.server import Server

@@ -32,8 +32,7 @@ from privrec.privacy.discrete import Grid
 from privrec.privacy.mechanism import Band
 from privrec.randomness import rng_for
 from privrec.report.model import Checked
-from privrec.run.simulation import Rows, Simulation
-from privrec.run.summing import SUMMING, Enrolled, Participant, Summing
+from privrec.run.simulation import SUMMING, Enrolled, Participant, Rows, Simulation, Summing
 from privrec.secagg.client import Policy
 from privrec.secagg.messages import Stage
 

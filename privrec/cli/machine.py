@@ -89,7 +89,7 @@ def describe(name: str, settings: tuple[str, ...], data_dir: Path | None, as_jso
     scenario = _scenario_for_data(name, settings)
     from privrec.run.task import load_task
 
-    facts = load_task(scenario, data_dir).describe()
+    facts = load_task(scenario, data_dir).split.describe()
     if as_json:
         print_json(facts)
         return

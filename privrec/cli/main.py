@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +98,7 @@ def demo(out: Path | None, as_json: bool) -> None:
     pages = _reported(result.path)
     found = recommendations(result.path, user=DEMO_USER, history=None, k=10, data_dir=None)
     if as_json:
-        rows = [entry.to_json() for entry in found]
+        rows = [asdict(entry) for entry in found]
         page = None if pages is None else str(pages.html)
         with shown():
             print_json({**result.payload, "recommendations": rows, "report": page})
@@ -140,9 +141,10 @@ def run(
     described = load(scenario_file, settings)
     path = _new_folder(described.name, out)
     from privrec.run import lifecycle
+    from privrec.run.task import load_task
 
     for _, variant in described.variants():
-        lifecycle.check(variant, data_dir)  # before the first run is paid for
+        load_task(variant, data_dir).check()  # before the first run is paid for
     with _watched(path, tensorboard, mlflow) as observer:
         result = lifecycle.start(
             described, out=path, data_dir=data_dir, observer=observer, population=population
@@ -231,7 +233,7 @@ def recommend(
         directory, user=user, history=history, k=k, data_dir=data_dir, selector=selector
     )
     if as_json:
-        print_json([entry.to_json() for entry in found])
+        print_json([asdict(entry) for entry in found])
         return
     whom = f"user {user}" if user is not None else f"the history in {history}"
     _print_recommendations(found, f"Recommendations for {whom}")

@@ -23,13 +23,12 @@ from privrec.randomness import SecretRoot, rng_for
 from privrec.report.build import build
 from privrec.report.render import write
 from privrec.run import checkpoint, directory
-from privrec.run.identity import Identity
+from privrec.run.directory import Identity
 from privrec.run.loop import Loop
 from privrec.run.plan import Plan
 from privrec.run.privacy_plan import known_items
 from privrec.run.record import EventLog, Observer, Record, Result, RunInfo, opening_words
-from privrec.run.simulation import cohort
-from privrec.run.summing import unmask
+from privrec.run.simulation import cohort, unmask
 from privrec.scenario.load import Scenario, load
 from privrec.secagg.roster import Anchor
 from privrec.secagg.server import ServerSession

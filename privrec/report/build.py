@@ -23,7 +23,7 @@ from privrec.report import model
 from privrec.report.derive import derive, example_figures
 from privrec.report.facts import Facts, read_spending
 from privrec.report.words import thinned
-from privrec.run.identity import kept_key
+from privrec.run.directory import kept_key
 from privrec.run.privacy_plan import example_event, release_event
 from privrec.run.record import OUTSIDE, Record, headline_metric, metric_name, read_rounds
 from privrec.scenario.load import Scenario, load

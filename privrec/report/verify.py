@@ -28,7 +28,7 @@ from privrec.report.derive import derive
 from privrec.report.facts import Facts, read_spending
 from privrec.report.model import WORD, OperatorsWord, Report
 from privrec.report.render import to_html, to_json, to_markdown
-from privrec.run.identity import kept_key
+from privrec.run.directory import kept_key
 
 _DEPENDS_ON_VERIFIER = {"privacy.ledger_signature"}
 _SHOWN = 120

@@ -1,4 +1,8 @@
-"""A checkpoint: everything that a run needs to go on, in one file that is replaced as a whole."""
+"""A checkpoint: everything that a run needs to go on, in one signed file of arrays.
+
+Such a file is replaced as a whole. What is in it becomes the model, or says which item a row of the
+model is, so it is signed with the key that signs the run's ledger.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -16,15 +21,16 @@ from safetensors.numpy import save as packed
 
 from privrec.errors import IntegrityError
 from privrec.privacy.ledger import Ledger
-from privrec.run.identity import Identity
+from privrec.run.directory import CHECKPOINT, Identity
 from privrec.server.server import Server
 from privrec.storage import parsed, replace, sign, verified
 
-Arrays = Mapping[str, NDArray[np.float32]]
+Facts = Mapping[str, Any]
+Arrays = Mapping[str, NDArray[Any]]
 States = Sequence[NDArray[np.float32]]
 
-FILE = "checkpoint.safetensors"
-_MOMENT = "moments."
+FILE = CHECKPOINT
+_KIND, _MOMENT = "checkpoint", "moments."
 
 
 @dataclass(frozen=True)
@@ -49,11 +55,7 @@ class Position:
     cpu_s: float = 0.0
 
     def check(self, ledger: Ledger, path: Path) -> None:
-        """Refuse a checkpoint at ``path`` that was taken with another ledger.
-
-        Raises:
-            IntegrityError: when it was.
-        """
+        """Raise an IntegrityError when the checkpoint at ``path`` is of another ledger."""
         if not ledger.has(self.ledger_entries, self.ledger_hash):
             raise IntegrityError(
                 f"{path}: taken at entry {self.ledger_entries} of another ledger; "
@@ -73,13 +75,11 @@ def save(
 ) -> Position:
     """Seal the ledger, then replace the checkpoint by one that is bound to it.
 
-    ``states`` are the private ones of simulated devices, by tier; none where devices keep their
-    own. For the rest see :class:`Position`.
+    ``states`` are the private ones of simulated devices, by tier; none where devices keep theirs.
     """
     ledger.seal()
-    position = Position(
-        identity.run_id, data_digest, server.index, ledger.entries, ledger.last_hash, wall_s, cpu_s
-    )
+    bound = server.index, ledger.entries, ledger.last_hash
+    position = Position(identity.run_id, data_digest, *bound, wall_s, cpu_s)
     arrays = {"weights": server.weights, "mean": server.mean}
     arrays |= {f"states.{index}": each for index, each in enumerate(states)}
     arrays |= {f"{_MOMENT}{name}": each for name, each in server.optimizer.moments.items()}
@@ -97,11 +97,10 @@ def restore(
     """
     path = folder / FILE
     position, arrays = read(path, identity.signing_key().public_key())
-    expected = {
-        "run": (position.run_id, identity.run_id),
-        "data": (position.data_digest, data_digest),
-    }
-    for noun, (found, wanted) in expected.items():
+    for noun, found, wanted in (
+        ("run", position.run_id, identity.run_id),
+        ("data", position.data_digest, data_digest),
+    ):
         if found != wanted:
             raise IntegrityError(
                 f"{path}: the checkpoint belongs to {noun} {found[:16]}, not {wanted[:16]}; "
@@ -118,40 +117,53 @@ def restore(
 
 
 def write(path: Path, position: Position, arrays: Arrays, key: Ed25519PrivateKey) -> None:
-    """Replace the checkpoint at ``path``, durable before this returns.
+    """Replace the checkpoint at ``path``, which its owner alone may read."""
+    write_signed(path, _KIND, asdict(position), arrays, key, mode=0o600)
 
-    It holds the simulated devices' private states, so its owner alone may read it; and what is in
-    it becomes the model, so ``key``, which signs the run's ledger, signs it too.
+
+def read(path: Path, key: Ed25519PublicKey) -> tuple[Position, Arrays]:
+    """Return the checkpoint at ``path``; see :func:`read_signed`."""
+    facts, arrays = read_signed(path, _KIND, key)
+    return Position(**facts), arrays
+
+
+def write_signed(
+    path: Path, kind: str, facts: Facts, arrays: Arrays, key: Ed25519PrivateKey, **mode: int
+) -> None:
+    """Replace a file of arrays and of facts that are signed as a record of this ``kind``.
+
+    It is durable before this returns; for ``mode`` see :func:`privrec.storage.replace`.
     """
-    record = sign("checkpoint", {**asdict(position), "digest": _digest(arrays)}, key)
-    replace(path, packed(dict(arrays), metadata={"record": json.dumps(record)}), mode=0o600)
+    record = sign(kind, {**facts, "digest": _digest(arrays)}, key)
+    replace(path, packed(dict(arrays), metadata={"record": json.dumps(record)}), **mode)
 
 
-def read(path: Path, key: Ed25519PublicKey) -> tuple[Position, dict[str, NDArray[np.float32]]]:
-    """Return the checkpoint at ``path``.
+def read_signed(path: Path, kind: str, key: Ed25519PublicKey) -> tuple[Facts, Arrays]:
+    """Return the facts and the arrays that :func:`write_signed` wrote.
 
     Raises:
-        IntegrityError: when there is none, or it is not what :func:`write` wrote with this key.
+        IntegrityError: when there is no file, or it is not what was written with this key.
     """
+    noun = kind.split()[-1]
     try:
         with safe_open(path, framework="numpy") as file:
             record = parsed(((file.metadata() or {}).get("record") or "").encode())
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise IntegrityError(
-            f"{path}: there is no checkpoint; it is written before the first round, so this is no "
-            "run directory, or the file was removed. Start the run anew"
+            f"{path}: there is no {noun}; it is written before the first round, so this is no run "
+            "directory, or the file was removed. Start the run anew, or bring the file back"
         ) from None
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise IntegrityError(
-            f"{path}: not a checkpoint ({error}); restore the file or start the run anew"
+            f"{path}: this is no {noun} ({error}); restore the file or start the run anew"
         ) from None
-    facts = verified("checkpoint", record, key, path)
+    facts = verified(kind, record, key, path)
     if facts.pop("digest") != _digest(arrays):
         raise IntegrityError(
             f"{path}: its content is not what was written; restore the file or start anew"
         )
-    return Position(**facts), arrays
+    return facts, arrays
 
 
 def _digest(arrays: Arrays) -> str:

@@ -49,10 +49,7 @@ _NAME_BYTES = 4
 
 
 def of_tier(plan: Plan, tier: Tier) -> dict[str, Any]:
-    """Return what is public of a tier: its part, and the bytes up and down of a round.
-
-    Keys and masks are not counted.
-    """
+    """Return what is public of a tier; its bytes up and down count no keys and masks."""
     size = tier.layout.size
     return {
         "capacity": tier.capacity,
@@ -69,16 +66,16 @@ def of_tier(plan: Plan, tier: Tier) -> dict[str, Any]:
 def moved_on_request(plan: Plan, tier: Tier, sight: ServerView) -> dict[str, int]:
     """Return bytes up and down of a device that asks for neurons.
 
-    It moves those alone, the words that it names and bucket ids. (A device that selects them itself
-    moves the whole of its prefix, touched or not.)
+    It moves those alone, the words that it names and bucket ids; one that selects them itself moves
+    the whole of its prefix, touched or not.
     """
     vectors = plan.federation.tiers[0].model.vectors
     neurons = round(plan.scenario.train.budget * vectors.items)
     size = tier.layout.head + neurons * (vectors.dim + 1)
     asked = sight.words * _NAME_BYTES + sight.buckets * _CODE_BYTES
+    each = round(asked / max(1, sight.requests))
     return {
-        "upload_bytes": size * plan.protection.ring.bits // 8
-        + round(asked / max(1, sight.requests)),
+        "upload_bytes": size * plan.protection.ring.bits // 8 + each,
         "download_bytes": size * BYTES_A_COEFFICIENT + neurons * _NAME_BYTES,
     }
 
@@ -86,10 +83,8 @@ def moved_on_request(plan: Plan, tier: Tier, sight: ServerView) -> dict[str, int
 def of_output(cohort: Cohort[WordLearner], scenario: Scenario, positions: int) -> dict[str, int]:
     """Return what the output layer takes of one device of a tier, in a round.
 
-    Returns:
-        ``output_neurons`` that are active; ``output_bytes``: weights and gradients of those, and
-        scores of all positions; ``output_multiply_adds`` of scores and gradients, counted by torch;
-        ``selection_multiply_adds`` of choosing the neurons.
+    ``output_neurons`` are those that are active; ``output_bytes`` their weights and gradients, and
+    the scores of all positions; ``selection_multiply_adds`` are spent on choosing them.
     """
     neurons, dim = cohort.learner.output.size, cohort.learner.view.vectors.dim
     rows = torch.zeros(neurons, dim, requires_grad=True)
@@ -145,11 +140,9 @@ def peak_bytes(
 ) -> int | None:
     """Return the peak resident memory of one device's round above that of an idle interpreter.
 
-    A fresh interpreter imports what a device needs, then receives the model, trains on one history
-    and encodes its update, with its noise. None when that interpreter could not be run.
-
-    ``weights`` are the tier's prefix of the model, which is what it is sent; the longest
-    ``history`` tells the worst case.
+    A fresh interpreter imports what a device needs, then receives the tier's prefix of the model,
+    trains on one history (the longest is the worst case) and encodes its update, with its noise.
+    None when that interpreter could not be run.
     """
     if len(history) < 2:  # a text of one word has no next one
         history = np.resize(history, 2)

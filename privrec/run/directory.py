@@ -1,28 +1,169 @@
-"""The directory of a run: how it appears, its ledger and its result; and that it is one piece."""
+"""The directory of a run: whose it is, how it appears, its ledger and its result, as one piece."""
 
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+import privrec
 from privrec import storage
 from privrec.errors import IntegrityError, UsageError
 from privrec.privacy import population as populations
 from privrec.privacy.ledger import Ledger
 from privrec.privacy.population import PopulationBalance
-from privrec.run import checkpoint
-from privrec.run.identity import Identity
+from privrec.randomness import SecretRoot, state_dir
 from privrec.run.plan import Plan
 from privrec.run.record import EventLog
 from privrec.scenario.load import Scenario
 from privrec.storage import parsed, sign, verified
 
 LEDGER, EVENTS, SCENARIO = "ledger.jsonl", "events.jsonl", "scenario.toml"
+CHECKPOINT = "checkpoint.safetensors"
+_RUN_ID = r"^[A-Za-z0-9-]{1,64}$"
+_KNOWN, _KEY, _FILE = "known-", "server.key", "run.json"
+
+
+class Identity(BaseModel):
+    """Who a run is, as ``run.json`` says it; its secrets are kept apart from its directory.
+
+    Attributes:
+        data: public facts of the data.
+        data_dir: where it lies, if here.
+        unsafe_noise_key: a noise key that others know, in hex.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    run_id: str = Field(pattern=_RUN_ID)
+    scenario: str
+    version: str
+    simulated: bool
+    scenario_hash: str
+    privacy_hash: str
+    noise_known: bool
+    unsafe_noise_key: str | None = Field(pattern="^([0-9a-f]{2})*$")
+    data: dict[str, Any]
+    data_dir: Path | None
+
+    @classmethod
+    def new(
+        cls,
+        scenario: Scenario,
+        described: dict[str, Any],
+        data_dir: Path | None,
+        known: bytes | None,
+        *,
+        simulated: bool = True,
+    ) -> Identity:
+        """Name a new run; with a key ``known`` to others, the name repeats as the run does."""
+        return cls(
+            run_id=secrets.token_hex(8) if known is None else _KNOWN + scenario.plan_hash()[:16],
+            scenario=scenario.name,
+            version=privrec.__version__,
+            simulated=simulated,
+            scenario_hash=scenario.hash(),
+            privacy_hash=scenario.privacy_hash(),
+            noise_known=known is not None,
+            unsafe_noise_key=None if known is None else known.hex(),
+            data=described,
+            data_dir=data_dir and data_dir.resolve(),
+        )
+
+    @classmethod
+    def read(cls, out: Path) -> Identity:
+        """Return who the run in ``out`` is.
+
+        Raises:
+            UsageError: when ``out`` is no run directory.
+            IntegrityError: when ``run.json`` is not what was written.
+        """
+        path = out / _FILE
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            raise UsageError(
+                f"{out}: there is no run.json; name a directory that `privrec run` made"
+            ) from None
+        except ValidationError as error:
+            found = "; ".join(f"{each['loc']}: {each['msg']}" for each in error.errors())
+            raise IntegrityError(f"{path}: not what was written ({found}); restore it") from None
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if self.noise_known != (self.unsafe_noise_key is not None):
+            raise ValueError("noise_known and unsafe_noise_key contradict each other")
+        return self
+
+    @property
+    def bound(self) -> dict[str, Any]:
+        """What the signed header of the ledger repeats, so that nobody alters it afterwards."""
+        return self.model_dump(
+            include={"run_id", "simulated", "scenario_hash", "privacy_hash", "noise_known"}
+        )
+
+    def write(self, out: Path) -> None:
+        """Write ``run.json``, durable before this returns."""
+        storage.write_json(out / _FILE, self.model_dump(mode="json"))
+
+    def root(self, maker: str) -> SecretRoot:
+        """Return the secret of one noise-maker: the injected one, the kept one, or a new one."""
+        if self.unsafe_noise_key is not None:
+            return SecretRoot.known(bytes.fromhex(self.unsafe_noise_key) + maker.encode())
+        path = self.secrets_dir() / f"{maker}.root"
+        return SecretRoot.load(path) if path.exists() else SecretRoot.create(path)
+
+    def signing_key(self, *, new: bool = False) -> Ed25519PrivateKey:
+        """Return the key that signs the ledger; one that is gone is never replaced by another."""
+        return storage.server_key(self.secrets_dir() / _KEY, new=new)
+
+    def kept_head(self) -> Path | None:
+        """Return where this machine keeps the last signed head of the run's ledger.
+
+        None is kept of runs of a known root, which share a name and protect nobody.
+        """
+        return None if self.run_id.startswith(_KNOWN) else self.secrets_dir() / "head.json"
+
+    def root_tag(self) -> str:
+        """Return what tells the server's root from another one, and nothing of it."""
+        return self.root("server").tag("identity").hex()
+
+    def earlier_runs(self) -> int:
+        """Count the other runs on such data that this machine knows of, and note this one too.
+
+        A run whose noise is known protects nobody and counts none: it repeats bit for bit.
+        """
+        mine = self.secrets_dir() / "data.json"
+        described = json.dumps(self.data, sort_keys=True)
+        mine.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        storage.replace(mine, described.encode(), mode=0o600)
+        if self.noise_known:
+            return 0
+        others = (path for path in mine.parent.parent.glob("*/data.json") if path != mine)
+        return sum(path.read_text(encoding="utf-8") == described for path in others)
+
+    def secrets_dir(self) -> Path:
+        """Return where the run's roots and signing key are kept, apart from its directory."""
+        return state_dir() / "runs" / self.run_id
+
+
+def kept_key(run_id: str) -> Ed25519PublicKey | None:
+    """Return the server's public key where this machine keeps the key of that run, else None."""
+    if not re.fullmatch(_RUN_ID, run_id):
+        return None
+    path = state_dir() / "runs" / run_id / _KEY
+    return storage.server_key(path).public_key() if path.exists() else None
+
+
+# --------------------------------------------------------------------------- the directory
 
 
 @contextmanager
@@ -31,11 +172,9 @@ def beginning(
 ) -> Iterator[tuple[Path, Ledger]]:
     """Make a run's directory, which appears as a whole when the caller has put its checkpoint in.
 
-    Until then it is a hidden folder beside ``out``; where ``out`` is a link, the run appears where
-    it leads. When anything fails, folder and secrets are gone again.
-
-    Without a ``population`` that the run is tied to, the runs that this machine made before on the
-    same data are counted.
+    Until then it is a hidden folder beside ``out``. When anything fails, folder and secrets are
+    gone again. Without a ``population`` that the run is tied to, the runs that this machine made
+    before on the same data are counted.
 
     Yields:
         The hidden folder and the run's ledger, which is open and stays so for the rounds.
@@ -46,7 +185,7 @@ def beginning(
     """
     ledger = None
     try:
-        with identity.forgotten_unless(out), _appearing(out) as folder:
+        with _appearing(out) as folder:
             identity.write(folder)
             storage.replace(folder / SCENARIO, plan.scenario.to_toml().encode())
             earlier = identity.earlier_runs()  # it notes this run too, for those that come after
@@ -54,14 +193,11 @@ def beginning(
             if population is not None:
                 standing = populations.reserve(population, identity.run_id, plan.charges)
             header = {
-                "run_id": identity.run_id,
-                "scenario_hash": plan.scenario.hash(),
-                "privacy_hash": plan.scenario.privacy_hash(),
+                **identity.bound,
                 "delta": plan.scenario.privacy.delta,
                 "population": plan.users,
-                "noise_known": identity.known_key is not None,
                 "noise_root": identity.root_tag(),
-                **plan.header(simulated=identity.simulated, standing=standing),
+                **plan.header(standing),
             }
             key, kept = identity.signing_key(new=True), identity.kept_head()
             path = folder / LEDGER
@@ -74,13 +210,16 @@ def beginning(
     except BaseException:
         if ledger is not None:
             ledger.close()
+        # A known root may serve other runs of its name.
+        if not identity.noise_known and not (out / _FILE).exists():
+            shutil.rmtree(identity.secrets_dir(), ignore_errors=True)
         raise
 
 
 @contextmanager
 def _appearing(out: Path) -> Iterator[Path]:
     """A hidden folder beside ``out`` that becomes ``out`` when all went well, else vanishes."""
-    out = out.resolve()
+    out = out.resolve()  # where ``out`` is a link, the run appears where it leads
     folder = out.parent / f".{out.name}.{secrets.token_hex(4)}"
     try:
         folder.mkdir(parents=True)
@@ -99,11 +238,7 @@ def _appearing(out: Path) -> Iterator[Path]:
 
 
 def refuse_taken(out: Path) -> None:
-    """Refuse an ``out`` that holds anything, or that no directory can take the place of.
-
-    Raises:
-        UsageError: when it is not an empty or new directory, or a mount point.
-    """
+    """Raise a UsageError unless ``out`` is new, or an empty directory that can be replaced."""
     if out.is_mount():
         raise UsageError(
             f"{out}: a file system is mounted there, and a run's directory appears as a whole in "
@@ -119,9 +254,7 @@ def refuse_taken(out: Path) -> None:
 def open_ledger(
     out: Path, identity: Identity, scenario: Scenario, *, repair: bool = True
 ) -> Ledger:
-    """Return the ledger of the run in ``out``.
-
-    With ``repair`` it is opened for writing, which one process does at a time.
+    """Return the ledger of the run in ``out``, with ``repair`` open for writing.
 
     Raises:
         IntegrityError: when the ledger was altered or set back, or ``run.json`` and the scenario
@@ -139,15 +272,9 @@ def open_ledger(
 
 
 def check_header(out: Path, ledger: Ledger, scenario: Scenario, identity: Identity) -> None:
-    """Refuse a scenario or ``run.json`` other than the signed header of the ledger declares.
-
-    Raises:
-        IntegrityError: when they differ.
-    """
+    """Raise an IntegrityError unless the signed header declares this scenario and identity."""
     hashes = {"scenario_hash": scenario.hash(), "privacy_hash": scenario.privacy_hash()}
-    bound = ("run_id", "scenario_hash", "privacy_hash", "noise_known", "simulated")
-    stored = identity.to_json()
-    said = {"run.json": {key: stored[key] for key in bound}, SCENARIO: hashes}
+    said = {"run.json": identity.bound, SCENARIO: hashes}
     for name, values in said.items():
         for key, value in values.items():
             if value != ledger.header.get(key):
@@ -157,27 +284,17 @@ def check_header(out: Path, ledger: Ledger, scenario: Scenario, identity: Identi
                 )
 
 
-def population_of(out: Path) -> str | None:
-    """Return the name of the population that the run in ``out`` is tied to, or None."""
-    with Ledger.open(out / LEDGER, repair=False) as ledger:
-        name = ledger.header.get("standing", {}).get("population")
-    return name if isinstance(name, str) else None
-
-
 def write_result(out: Path, payload: dict[str, Any], identity: Identity) -> dict[str, Any]:
-    """Write ``result.json``, signed, and then remove the checkpoint of the run that has ended.
+    """Write ``result.json``, signed; then remove the checkpoint of the run that has ended.
 
-    The checkpoint holds what devices keep to themselves; a finished run has no more need of it,
-    unless it has gaps that ``resume`` can try to fill.
-
-    Returns:
-        The content of the file.
+    It holds what devices keep to themselves, and is needed no more unless there are gaps that
+    ``resume`` can try to fill. Returns the content of the file.
     """
     plain = json.loads(json.dumps(payload, allow_nan=False))
     record = sign("result", plain, identity.signing_key())
     storage.write_json(out / "result.json", record)
     if not record.get("gaps"):
-        (out / checkpoint.FILE).unlink(missing_ok=True)
+        (out / CHECKPOINT).unlink(missing_ok=True)
     return record
 
 
@@ -194,7 +311,7 @@ def read_result(out: Path, identity: Identity, scenario: Scenario) -> dict[str, 
     with open_ledger(out, identity, scenario, repair=False) as ledger:
         if ledger.ended is None or ledger.signed < ledger.entries:
             return None
-    path, remains = out / "result.json", (out / checkpoint.FILE).exists()
+    path, remains = out / "result.json", (out / CHECKPOINT).exists()
     try:
         record = parsed(path.read_bytes())
         verified("result", record, identity.signing_key().public_key(), path)
@@ -207,5 +324,5 @@ def read_result(out: Path, identity: Identity, scenario: Scenario) -> dict[str, 
     if record is None or (record.get("gaps") and remains):
         return None
     if remains:  # a medium that is read only refuses to remove nothing as well
-        (out / checkpoint.FILE).unlink()
+        (out / CHECKPOINT).unlink()
     return record

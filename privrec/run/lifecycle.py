@@ -19,8 +19,9 @@ from privrec.errors import BudgetError, UsageError
 from privrec.evaluate.metrics import Evaluation
 from privrec.privacy import population as populations
 from privrec.privacy.events import epsilon
+from privrec.privacy.ledger import Ledger
 from privrec.run import checkpoint, costs, directory, summary
-from privrec.run.identity import Identity
+from privrec.run.directory import Identity
 from privrec.run.loop import Loop, one_thread
 from privrec.run.plan import Plan
 from privrec.run.privacy_plan import charges_of, event_without_shares, known_items
@@ -30,7 +31,6 @@ from privrec.run.task import Task, load_task
 from privrec.scenario.load import Row, Scenario, load
 
 KEPT_OF_PRIVACY = ("epsilon", "epsilon_server", "epsilon_popularity", "noise_multiplier")
-FULL = "full_"
 ROWS = "rows/"
 
 
@@ -49,33 +49,29 @@ def start(
     ledger and first checkpoint.
 
     Args:
-        scenario: what to run.
         out: the run's new directory.
         data_dir: where the data lies, before the scenario's own path.
-        observer: watches.
         unsafe_noise_key: a noise root that others know, for runs that must repeat bit for bit. The
             run then protects nobody and says so.
-        population: name of the population ledger that the run is tied to; see
-            :mod:`privrec.privacy.population`.
+        population: name of the ledger that the run is tied to (:mod:`privrec.privacy.population`).
 
     Raises:
         UsageError: when ``out`` is taken or the scenario cannot be run on this data.
         DataError: when the data is malformed.
         BudgetError: when the lifetime budget of the population does not allow the run, which then
-            touches no data; or when the run's own budget ran out before the planned rounds, and it
-            is finished as far as it came.
+            touches no data; or when its own ran out early, and it is finished as far as it came.
         Interrupted: on Ctrl-C, after a checkpoint.
     """
     directory.refuse_taken(out)
     if population is not None:
         check_lifetime(population, scenario, known=unsafe_noise_key is not None)
-    task = check(scenario, data_dir)
-    plan = task.plan
-    identity = Identity.new(scenario, task.describe(), data_dir, unsafe_noise_key)
+    task = load_task(scenario, data_dir)
+    task.check()
+    plan, described = task.plan, task.split.describe()
+    identity = Identity.new(scenario, described, data_dir, unsafe_noise_key)
     with directory.beginning(out, plan, identity, population) as (folder, ledger):
-        server_root, devices_root = identity.root("server"), identity.root("devices")
-        task.number(folder, ledger, server_root, devices_root)
-        devices, server = task.simulate(devices_root), plan.server(identity.run_id)
+        task.number(folder, ledger, identity)
+        devices, server = task.simulate(identity.root("devices")), plan.server(identity.run_id)
         position = checkpoint.save(folder, identity, ledger, server, devices.states, task.digest)
     with ledger, EventLog(out / directory.EVENTS) as events, one_thread():
         loop = SimulatedLoop(out, plan, identity, server, devices, observer, ledger, events, task)
@@ -112,27 +108,14 @@ def resume(out: Path, *, data_dir: Path | None = None, observer: Observer) -> Re
         return loop.run(position, resumed=True)
 
 
-def check(scenario: Scenario, data_dir: Path | None) -> Task[Any]:
-    """Load and plan a scenario; refuse, before a charge, what cannot be run or measured.
-
-    Raises:
-        UsageError: when a baseline cannot be had, or the data is not of the declared size.
-        DataError: when the data is malformed, or holds out nothing to measure on.
-    """
-    task = load_task(scenario, data_dir)
-    task.check()
-    return task
-
-
 def check_lifetime(population: str, scenario: Scenario, *, known: bool = False) -> None:
     """Refuse a run that its population's lifetime budget does not allow, before data is touched.
 
     Where the sizes are not public before the data is read, shares of noise are taken for the
-    Gaussian noise that they come near to; a run reserves what they are. ``known`` says that others
-    know the noise.
+    Gaussian noise that they come near to; a run reserves what they are.
 
     Raises:
-        UsageError: when there is no such population, or others know the noise.
+        UsageError: when there is no such population, or the noise is ``known`` to others.
         BudgetError: when the lifetime limit would be exceeded.
     """
     if known:
@@ -165,16 +148,13 @@ class SimulatedLoop(Loop):
 
     @property
     def checkpoint_every(self) -> int:
-        """See :attr:`Loop.checkpoint_every`."""
         return self.plan.scenario.run.checkpoint_every
 
     def save(self) -> None:
-        """See :meth:`Loop.save`."""
         mine = self.transport.states, self.task.digest, self.wall_s, self.cpu_s
         checkpoint.save(self.out, self.identity, self.ledger, self.server, *mine)
 
     def accuracy(self) -> dict[str, float] | None:
-        """See :meth:`Loop.accuracy`."""
         every, index = self.plan.scenario.run.eval_every, self.server.index
         if index == self.plan.scenario.train.rounds:
             # Another try is made at the end, where the gap would be stated as the whole run's.
@@ -189,7 +169,6 @@ class SimulatedLoop(Loop):
         return self.task.evaluate(self.transport, self.server.released, whole=whole)
 
     def payload(self) -> dict[str, Any]:
-        """See :meth:`Loop.payload`; what is measured comes on top."""
         task, plan, devices, run = self.task, self.plan, self.transport, self.plan.scenario.run
         weights = self.server.released
         whole = self.evaluated or self.attempt("accuracy", self.evaluate) or Evaluation.nobody()
@@ -210,24 +189,18 @@ class SimulatedLoop(Loop):
             for name in run.baselines
         }
         intervals = self.attempt("intervals", lambda: [m.intervals(run.seed) for m in measured])
-        found = {
+        clocks = {"wall_s": self.wall_s, "cpu_s": self.cpu_s}
+        payload = {
+            **summary.result_of(plan, self.server, self.ledger, self.identity, tiers, **clocks),
+            "holdout": task.split.holdout,
             "metrics": {k: value for each in measured for k, value in each.summary().items()},
             "intervals": {k: list(pair) for each in intervals or () for k, pair in each.items()},
             "baselines": {name: each for name, each in baselines.items() if each},
             **{k: self.attempt(k, make) or [] for k, make in task.particulars(whole).items()},
         }
+        payload["cost"]["noise_deferred"] = devices.deferred.share
         outside = ("metrics", "intervals", "baselines", "segments", "data", "cost", "tiers")
-        clocks = {"wall_s": self.wall_s, "cpu_s": self.cpu_s}
-        cost = summary.cost_of(plan, self.server, tiers[0], task.cost_names, **clocks)
-        payload = super().payload()
-        return {
-            **payload,
-            "holdout": task.split.holdout,
-            **found,
-            "outside_the_guarantee": [name for name in outside if name in {**payload, **found}],
-            "cost": {**cost, "noise_deferred": devices.deferred.share},
-            "tiers": tiers,
-        }
+        return payload | {"outside_the_guarantee": [name for name in outside if name in payload]}
 
 
 # --------------------------------------------------------------------------- rows
@@ -236,16 +209,13 @@ class SimulatedLoop(Loop):
 def with_rows(
     result: Result, scenario: Scenario, *, data_dir: Path | None, observer: Observer
 ) -> Result:
-    """Return the result of a run after its scenario's rows were run as well.
+    """Return the result of a run after its scenario's rows, if any, were run as well.
 
     Row ``i`` is a complete run in ``rows/i`` of the run's directory, with a ledger of its own; with
     ``run.seeds`` above 1 further ones follow in ``rows/i-1`` and so on. What was begun before is
     resumed, what has gaps is tried again, and what is finished is not run again. ``result.json``
     gains ``rows``: name, changed settings, metrics, ε and costs of each; over several seeds, means
     and their 95 % intervals. Its ``gaps`` gain those of the rows.
-
-    Without rows, ``result`` is returned as it is; without ``data_dir``, the data is where the run
-    found it.
 
     Raises:
         BudgetError, DataError, Interrupted, UsageError: as :func:`start`.
@@ -256,7 +226,9 @@ def with_rows(
         return result
     identity = Identity.read(result.path)
     place = data_dir or identity.data_dir
-    population = directory.population_of(result.path)  # rows are further runs over the same users
+    with Ledger.open(result.path / directory.LEDGER, repair=False) as ledger:
+        # Rows are further runs over the same users.
+        population = ledger.header.get("standing", {}).get("population")
     rows = []
     for index, (row, (name, variant)) in enumerate(
         zip(scenario.rows, scenario.variants(), strict=True)
@@ -267,9 +239,8 @@ def with_rows(
             if seed:  # what no seed changes is measured once
                 once |= {"run.seed": variant.run.seed + seed, "run.footprint": False}
             folder = f"{ROWS}{index}-{seed}" if seed else f"{ROWS}{index}"
-            found = _finished(
-                variant.with_settings(once), result.path / folder, place, observer, population
-            ).payload
+            settled, out = variant.with_settings(once), result.path / folder
+            found = _finished(settled, out, place, observer, population).payload
             payloads.append(found)
             gaps |= {f"{folder}: {what}": why for what, why in found["gaps"].items()}
         rows.append(_row(row, payloads))
@@ -315,7 +286,7 @@ def _measured(seeds: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     Metrics of full ranking have their short names too where there is no other protocol.
     """
     named = [
-        {key.replace(FULL, ""): each for key, each in seed.items() if FULL in key} | dict(seed)
+        {k.replace("full_", ""): each for k, each in seed.items() if "full_" in k} | dict(seed)
         for seed in seeds
     ]
     return {

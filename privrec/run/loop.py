@@ -27,9 +27,9 @@ from privrec.privacy.events import Adversary, epsilon
 from privrec.privacy.ledger import Ledger
 from privrec.privacy.population import PopulationCharge
 from privrec.randomness import SecretRoot
-from privrec.run import checkpoint, directory, summary
+from privrec.run import checkpoint, costs, directory, summary
 from privrec.run.checkpoint import Position
-from privrec.run.identity import Identity
+from privrec.run.directory import Identity
 from privrec.run.plan import Plan
 from privrec.run.record import EventLog, Observer, Record, Result, RunInfo, adversary_text
 from privrec.server.server import Release, Server
@@ -48,18 +48,13 @@ class Transport(Protocol):
     def collect(self, round: Round, weights: NDArray[np.float32]) -> Aggregate:
         """Return the sum of the bounded updates of the round's cohort, and nothing per device.
 
-        Asked for the same round again (also another attempt at it), it starts from the same private
-        states as the first time.
+        Asked for a round again, also for another attempt, it starts from the same private states.
         """
-        ...
 
 
 @dataclass
 class Loop:
-    """One run from where it stands to its end, wherever its devices are: nothing is measured.
-
-    ``out`` is its directory; ``ledger`` and ``events`` lie there, open.
-    """
+    """One run in ``out`` to its end, wherever its devices are: nothing is measured."""
 
     out: Path
     plan: Plan
@@ -89,17 +84,18 @@ class Loop:
 
     def save(self) -> None:
         """Seal the ledger and write a checkpoint."""
-        checkpoint.save(
-            self.out, self.identity, self.ledger, self.server, wall_s=self.wall_s, cpu_s=self.cpu_s
-        )
+        parts = self.identity, self.ledger, self.server
+        checkpoint.save(self.out, *parts, wall_s=self.wall_s, cpu_s=self.cpu_s)
 
     def accuracy(self) -> dict[str, float] | None:
-        """Return what is known of the accuracy after this round; histories stay on the devices."""
+        """Return what is known of the accuracy after this round."""
         return None
 
     def payload(self) -> dict[str, Any]:
         """Return the content of ``result.json``; what is measured goes through :meth:`attempt`."""
-        return summary.result_of(self.plan, self.server, self.ledger, self.identity, self.wall_s)
+        tiers = [costs.of_tier(self.plan, tier) for tier in self.plan.federation.tiers]
+        parts = self.plan, self.server, self.ledger, self.identity
+        return summary.result_of(*parts, tiers, wall_s=self.wall_s)
 
     def attempt(self, what: str, compute: Callable[[], T]) -> T | None:
         """Return what ``compute`` returns; None where it fails, and the gap is stated.
@@ -118,10 +114,7 @@ class Loop:
         return found
 
     def run(self, position: Position, *, resumed: bool = False) -> Result:
-        """Go on to the end, the budget or an interrupt; a checkpoint is written in any case.
-
-        ``position`` is where server and devices are; ``resumed`` says that there was an earlier
-        session.
+        """Go on from ``position`` to the end, the budget or an interrupt, with a checkpoint.
 
         Raises:
             IntegrityError: when the checkpoint was taken with another ledger.
@@ -135,10 +128,8 @@ class Loop:
         self.cpu_s += position.cpu_s
         info = self._info()
         if resumed:
-            kept = not info.root_lost
-            self.events.append(
-                "resume", round=server.index, repaired=ledger.repaired, noise_root_kept=kept
-            )
+            found = {"repaired": ledger.repaired, "noise_root_kept": not info.root_lost}
+            self.events.append("resume", round=server.index, **found)
         self.observer.started(info)
         population = PopulationCharge.of(ledger.header, ended=ledger.ended is not None)
         refused: PrivrecError | OSError | None = None
@@ -174,12 +165,9 @@ class Loop:
         return result
 
     def finish(self) -> Result:
-        """Write what a finished run leaves behind.
-
-        With gaps the checkpoint stays, so that ``resume`` can try again to fill them.
-        """
+        """Write what a finished run leaves behind."""
         summary.write_model(self.out, self.server, self.plan.scenario)
-        payload = {**self.payload(), "gaps": self.gaps}
+        payload = self.payload() | {"gaps": self.gaps}
         payload = directory.write_result(self.out, payload, self.identity)
         self.events.append("end", round=self.server.index)
         return Result(self.out, payload)
@@ -194,7 +182,7 @@ class Loop:
             population=self.plan.users,
             simulated=self.identity.simulated,
             private=event.is_private,
-            noise_known=self.identity.known_key is not None,
+            noise_known=self.identity.noise_known,
             budget=scenario.privacy.epsilon,
             budget_against=scenario.privacy.budget_against,
             expected_cohort=self.server.plan.expected_cohort,
@@ -207,8 +195,7 @@ class Loop:
     def _round(self, population: PopulationCharge | None) -> None:
         """Charge, collect and commit the next round, then apply and record it.
 
-        Where a round ends without a sum, or its bits would differ from what was committed, another
-        attempt is charged.
+        Where it ends without a sum, or differs from what was committed, another attempt is charged.
         """
         began, cpu = time.perf_counter(), time.process_time()
         server, ledger = self.server, self.ledger
@@ -256,14 +243,14 @@ class Loop:
         """Refuse a round that its run, its examples or its population have no budget for."""
         plan, ledger, privacy = self.server.plan, self.ledger, self.plan.scenario.privacy
         done = self.server.index
+        stopped = f"Stopped after {done} rounds; the model so far is in {self.out}"
         if plan.event.is_private and privacy.epsilon is not None:
             against = privacy.budget_against
             spent = ledger.epsilon_after(plan.event, delta=privacy.delta, adversary=against)
             if spent > privacy.epsilon:
                 raise BudgetError(
                     f"round {done + 1} would bring ε to {spent:.4f} against "
-                    f"{adversary_text(against)}: the budget is {privacy.epsilon}. "
-                    f"Stopped after {done} rounds; the model so far is in {self.out}"
+                    f"{adversary_text(against)}: the budget is {privacy.epsilon}. {stopped}"
                 )
         if plan.examples is not None and privacy.local_epsilon is not None:
             # The cost of examples is never added to that of users.
@@ -272,14 +259,13 @@ class Loop:
             if spent > privacy.local_epsilon:
                 raise BudgetError(
                     f"round {done + 1} would bring the example-level ε to {spent:.4f}: "
-                    f"privacy.local_epsilon is {privacy.local_epsilon}. Stopped after {done} "
-                    f"rounds; the model so far is in {self.out}"
+                    f"privacy.local_epsilon is {privacy.local_epsilon}. {stopped}"
                 )
         if population:
             population.cover(ledger.counts + Counter([plan.event]))
 
     def _epsilon(self, adversary: Adversary) -> float | None:
-        if not self.plan.event.is_private or self.identity.known_key is not None:
+        if not self.plan.event.is_private or self.identity.noise_known:
             return None
         return self.ledger.epsilon(self.plan.scenario.privacy.delta, adversary)
 

@@ -1,8 +1,7 @@
 """The plan of a run: what all parties agree on before the first round, from public numbers alone.
 
-It is made once and passed on. The header of the ledger declares it and is signed with the rest, so
-that a report can be computed again from the ledger alone, and whoever edits a report afterwards can
-be held to what was declared before the first round.
+It is made once and passed on. The signed header of the ledger declares it, so that a report can be
+computed again from the ledger alone, and whoever edits one can be held to what was declared.
 """
 
 from __future__ import annotations
@@ -13,10 +12,11 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, PlainValidator, StrictBool, StrictInt, StrictStr
 
 import privrec
 from privrec.data import Interactions
@@ -38,8 +38,7 @@ from privrec.privacy.events import RoundEvent
 from privrec.privacy.population import PopulationBalance
 from privrec.randomness import SecretRoot, rng_for
 from privrec.run.privacy_plan import charges_of, example_event, plan_privacy
-from privrec.run.simulation import Simulation
-from privrec.run.summing import Enrolled
+from privrec.run.simulation import Enrolled, Simulation
 from privrec.scenario.kinds import MODELS, SERVER_OPTIMIZERS
 from privrec.scenario.load import DeviceTier, Scenario, Train
 from privrec.secagg.client import Policy
@@ -52,6 +51,7 @@ TABULATED_ITEMS = 2**22
 BYTES_A_COEFFICIENT = 4
 _MOST_HALVINGS = 48
 
+Tables = tuple[Table, Table | None]
 Coordinates = tuple[Nested, Nested | None]
 
 
@@ -86,9 +86,8 @@ class Plan:
         """
         federation = federation or federation_of(scenario, items)
         shares = np.cumsum([tier.share for tier in federation.tiers])
-        counts = np.diff(
-            np.rint(shares * users).astype(int), prepend=0
-        )  # as many as :func:`assign`
+        # As many as :func:`assign` gives each tier.
+        counts = np.diff(np.rint(shares * users).astype(int), prepend=0)
         training = np.cumsum(counts * [tier.weight > 0 for tier in federation.tiers])
         holders = tuple(training[::-1].tolist())
         event, protection = plan_privacy(scenario, band_sizes(federation.layouts), holders)
@@ -98,19 +97,6 @@ class Plan:
     def assigned(self) -> NDArray[np.int64]:
         """The tier of each user, see :func:`assign`."""
         return assign(self.users, self.federation, self.scenario.run.seed)
-
-    def check_tiers(self) -> None:
-        """Refuse tiers that no user would be of.
-
-        Raises:
-            UsageError: when there is such a tier.
-        """
-        for tier in self.federation.tiers:
-            if tier.index not in self.assigned:
-                raise UsageError(
-                    f"devices.tiers: the share {tier.share:g} of {self.users} users is nobody; "
-                    "raise the share, or leave the tier out"
-                )
 
     @property
     def charges(self) -> Counter[RoundEvent]:
@@ -151,7 +137,7 @@ class Plan:
 
         ``ask`` is how devices ask the server for neurons, in the scheme ``"requested"``.
         """
-        scenario, cohorts, popularity = self.scenario, list[Cohort[Any]](), None
+        scenario, popularity, cohorts = self.scenario, None, list[Cohort[Any]]()
         histories = Histories(np.arange(train.n_users), train.indptr, train.items)
         if scenario.train.selector == "popularity":
             popularity = popularity_of(train.item_counts())
@@ -165,21 +151,20 @@ class Plan:
         return Simulation(
             self.federation,
             tuple(cohorts),
-            self.users,
-            self.protection,
-            Enrolled(devices, policy),
-            scenario.run.seed,
-            scenario.devices.sampling_rate,
-            scenario.devices.dropout_rate,
-            scenario.run.engine,
-            scenario.run.secure_sum,
+            population=self.users,
+            protection=self.protection,
+            enrolled=Enrolled(devices, policy),
+            seed=scenario.run.seed,
+            sampling_rate=scenario.devices.sampling_rate,
+            dropout_rate=scenario.devices.dropout_rate,
+            engine=scenario.run.engine,
+            secure_sum=scenario.run.secure_sum,
         )
 
-    def header(self, *, simulated: bool, standing: PopulationBalance) -> dict[str, Any]:
-        """Return the entries of a ledger's header that :func:`read_header` gives back."""
+    def header(self, standing: PopulationBalance) -> dict[str, Any]:
+        """Return what the header of a run's ledger says of its plan; see :class:`LedgerHeader`."""
         return {
             "scenario": json.loads(self.scenario.to_json()),
-            "simulated": simulated,
             "version": privrec.__version__,
             "bands": list(band_sizes(self.federation.layouts)),
             "holders": list(self.holders),
@@ -217,14 +202,14 @@ def federation_of(scenario: Scenario, n_items: int) -> Federation:
             "tiers of the same capacity are one: put their shares together"
         )
     chain = _coordinates(scenario, tables, halvings)
-    tiers = []
-    for index, (halving, tier) in enumerate(described):
-        view = _view(scenario, chain, index)
-        tiers.append(Tier(index, 2.0**-halving, tier.share, tier.weight, view, *chain))
-    return Federation(tuple(tiers), sum(t.share for t in devices.chain if t.capacity == 0))
+    tiers = tuple(
+        Tier(index, 2.0**-halving, tier.share, tier.weight, _view(scenario, chain, index), *chain)
+        for index, (halving, tier) in enumerate(described)
+    )
+    return Federation(tiers, sum(tier.share for tier in devices.chain if tier.capacity == 0))
 
 
-def _tables(scenario: Scenario, n_items: int) -> tuple[Table, Table | None]:
+def _tables(scenario: Scenario, n_items: int) -> Tables:
     """Tables of item vectors and biases at capacity 1."""
     model, order = scenario.model, scenario.devices.order
     keys = rng_for(scenario.run.seed, "subspace").integers(2**63, size=2).tolist()
@@ -237,7 +222,7 @@ def _tables(scenario: Scenario, n_items: int) -> tuple[Table, Table | None]:
     return table(model.dim, model.block, keys[0]), table(1, 1, keys[1]) if model.item_bias else None
 
 
-def _halving(scenario: Scenario, tier: DeviceTier, tables: tuple[Table, Table | None]) -> int:
+def _halving(scenario: Scenario, tier: DeviceTier, tables: Tables) -> int:
     """``h`` of a tier of capacity ``2^-h``; the largest that fits its memory."""
     if tier.capacity is not None:
         return round(-math.log2(tier.capacity))
@@ -252,9 +237,7 @@ def _halving(scenario: Scenario, tier: DeviceTier, tables: tuple[Table, Table | 
     )
 
 
-def _coordinates(
-    scenario: Scenario, tables: tuple[Table, Table | None], halvings: list[int]
-) -> Coordinates:
+def _coordinates(scenario: Scenario, tables: Tables, halvings: list[int]) -> Coordinates:
     """Nested coordinates of item vectors and biases."""
     (vectors, biases), order = tables, scenario.devices.order
     # Item biases of the first dimensions are those of all items.
@@ -274,8 +257,7 @@ def _view(scenario: Scenario, chain: Coordinates, index: int) -> ModelView[Any]:
 def assign(n_users: int, federation: Federation, seed: int) -> NDArray[np.int64]:
     """Draw the tier of each user by the seed; every tier has its share to within one device.
 
-    Returns:
-        Index of the tier, or the number of tiers for a device without part, shape ``(n_users,)``.
+    A device without part gets the number of tiers.
     """
     shares = [*(tier.share for tier in federation.tiers), federation.absent]
     labels = np.searchsorted(np.rint(np.cumsum(shares) * n_users), np.arange(n_users), side="right")
@@ -302,7 +284,7 @@ def learner_of(
 ) -> Learner:
     """Return local training as ``[train]`` describes it, in a tier's memory.
 
-    ``popularity`` are public cumulative probabilities of the items, for popular negatives, and
+    ``popularity`` are public cumulative probabilities of the items, for popular negatives;
     ``ask`` is how devices ask the server for neurons, in the scheme ``"requested"``.
     """
     train, newton = scenario.train, scenario.train.server_optimizer == "newton"
@@ -320,8 +302,7 @@ def learner_of(
 # -------------------------- the header of the ledger
 
 
-@dataclass(frozen=True)
-class LedgerHeader:
+class LedgerHeader(BaseModel):
     """What the header of a ledger declares and no charge tells.
 
     Attributes:
@@ -331,13 +312,15 @@ class LedgerHeader:
         standing: where the run's population stood when it began.
     """
 
-    scenario: Scenario
-    simulated: bool
-    version: str
-    bands: tuple[int, ...]
-    holders: tuple[int, ...]
+    model_config = ConfigDict(frozen=True)
+
+    scenario: Annotated[Scenario, PlainValidator(Scenario.model_validate)]
+    simulated: StrictBool
+    version: StrictStr
+    bands: tuple[StrictInt, ...]
+    holders: tuple[StrictInt, ...]
     capacities: tuple[float, ...]
-    standing: PopulationBalance
+    standing: Annotated[PopulationBalance, PlainValidator(PopulationBalance.from_json)]
 
     @property
     def coefficients(self) -> int:
@@ -352,21 +335,13 @@ def read_header(header: Mapping[str, Any], where: str) -> LedgerHeader:
         IntegrityError: when the header declares nothing, or its parts contradict each other.
     """
     try:
-        scenario = Scenario.model_validate(header["scenario"])
-        found = LedgerHeader(
-            scenario,
-            _typed(header["simulated"], bool),
-            _typed(header["version"], str),
-            tuple(_typed(size, int) for size in header["bands"]),
-            tuple(_typed(devices, int) for devices in header["holders"]),
-            tuple(float(capacity) for capacity in header["capacities"]),
-            PopulationBalance.from_json(header["standing"]),
-        )
+        found = LedgerHeader.model_validate(dict(header))
     except (KeyError, TypeError, ValueError, ScenarioError) as error:
         raise IntegrityError(
             f"{where}: its header does not declare what a report needs ({error!r}); it was made by "
             "another version of privrec, with which the report is to be made"
         ) from None
+    scenario = found.scenario
     hashes = {"scenario_hash": scenario.hash(), "privacy_hash": scenario.privacy_hash()}
     for name, own in hashes.items():
         if header.get(name) != own:
@@ -375,9 +350,3 @@ def read_header(header: Mapping[str, Any], where: str) -> LedgerHeader:
                 "contradicts itself, rely on nothing in it"
             )
     return found
-
-
-def _typed(value: Any, kind: type[Any]) -> Any:
-    if type(value) is not kind:
-        raise TypeError(f"{value!r}, where {kind.__name__} is wanted")
-    return value

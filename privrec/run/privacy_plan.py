@@ -102,8 +102,7 @@ def release_event(scenario: Scenario) -> RoundEvent | None:
     devices = scenario.devices
     if devices.popularity != "released" or devices.popularity_epsilon is None:
         return None
-    multiplier = _gaussian(devices.popularity_epsilon, scenario.privacy.delta, 1)
-    return RoundEvent("gaussian", multiplier)
+    return RoundEvent("gaussian", _gaussian(devices.popularity_epsilon, scenario.privacy.delta, 1))
 
 
 def charges_of(scenario: Scenario, event: RoundEvent) -> Counter[RoundEvent]:

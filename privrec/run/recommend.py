@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from privrec.models.ncf import NCF
 from privrec.privacy.ledger import Ledger
 from privrec.randomness import ROOT_BYTES, SecretRoot, SecureStream, rng_for
 from privrec.run import directory
-from privrec.run.identity import Identity, kept_key
+from privrec.run.directory import Identity, kept_key
 from privrec.run.plan import federation_of, learner_of
 from privrec.run.summary import read_model
 from privrec.run.task import Recommending
@@ -38,23 +38,15 @@ CANDIDATES = 50
 
 @dataclass(frozen=True)
 class Recommendation:
-    """One recommended item.
+    """One recommended item, by the data set's own id; ``rank`` is 1 for the best.
 
-    Attributes:
-        rank: 1 for the best.
-        item_id: the data set's own id.
-        title: where the data has titles.
-        score: the model's; larger is better, comparable within one list only.
+    Scores are the model's: larger is better, comparable within one list only.
     """
 
     rank: int
     item_id: str
     title: str | None
     score: float
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values."""
-        return asdict(self)
 
 
 def recommend(
@@ -66,17 +58,14 @@ def recommend(
     data_dir: Path | None = None,
     selector: str = "scan",
 ) -> list[Recommendation]:
-    """Return the ``k`` best items for a user, those of the history left out.
+    """Return the ``k`` best items for a user of the data or for a history, which are left out.
 
     The user's vector is fitted to the history from nothing, on this machine, as a device would: a
     history never seen in training is served just like one that was.
 
     Args:
-        run_dir: a finished run.
-        user: a user's id in the data set; or
-        history: ids of liked items, or a file that lists them, see
-            :func:`privrec.data.files.read_history`.
-        k: how many, at least 1.
+        history: ids of liked items, or a file that lists them
+            (:func:`privrec.data.files.read_history`).
         data_dir: where the data lies, before the place that the run remembers.
         selector: how the best are found in the memory (:mod:`privrec.search.select`): ``scan`` is
             exact; others find candidates, which are then ranked exactly. A model with a network
@@ -108,7 +97,7 @@ def recommend(
         liked = np.array([train.item_index(item) for item in history], np.int32)
     items = np.unique(liked)  # in one order, since the fit draws its negatives by place
     federation = federation_of(task.scenario, train.n_items)
-    weights = read_model(run_dir, federation, train.n_items, model_digest)
+    weights = read_model(run_dir, federation, model_digest)
     tier = federation.tiers[0]
     learner = cast(RecommenderLearner, learner_of(task.scenario, federation, tier))
     view = tier.view(weights)
@@ -127,15 +116,13 @@ def recommend(
         found, scores = answer(model, states[0], k, items.astype(np.int64), selector)
     titles = train.titles
     return [
-        Recommendation(
-            rank, str(train.item_ids[item]), None if titles is None else titles[item], score
-        )
+        Recommendation(rank, str(train.item_ids[item]), titles[item] if titles else None, score)
         for rank, (item, score) in enumerate(zip(found, scores.tolist(), strict=True), 1)
     ]
 
 
 def _opened(run_dir: Path, data_dir: Path | None) -> tuple[Recommending, bytes | None]:
-    """The task with its data, and the model's digest, as far as the run's ledger declares them."""
+    """The task with its data, and the digest of the model that the signed ledger ends with."""
     identity, scenario = Identity.read(run_dir), load(run_dir / directory.SCENARIO)
     key = kept_key(identity.run_id)
     with Ledger.open(run_dir / directory.LEDGER, public_key=key, repair=False) as ledger:
@@ -155,10 +142,10 @@ def _own_stream() -> SecureStream:
 def answer(
     model: LocalModel[NCF], state: FloatArray, k: int, exclude: Items, selector: str = "scan"
 ) -> tuple[Items, FloatArray]:
-    """Return the ``k`` best items of a model without a network, from its memory; no table is made.
+    """Return the ``k`` best items of a model without a network, from its memory, and their scores.
 
-    The best come first, with their scores, for a private ``state`` of shape ``(user_dim,)``; fewer
-    than ``k`` where a selector of tables found fewer.
+    The private ``state`` has shape ``(user_dim,)``. They are fewer than ``k`` where a selector of
+    tables found fewer.
     """
     items, search = model.items, model.search(selector)
     query = np.append(state[:-1], np.float32(1))[: items.dim]

@@ -2,11 +2,9 @@
 
 Losses and metrics come from private data and are named "outside the guarantee" wherever they are
 kept. The realised size of a cohort is written nowhere: amplification by sampling holds only while
-those sizes stay with the operator.
-
-A run may also be told to a tracking service, TensorBoard or MLflow. Where ε rests on hidden
-cohorts, the times that a service keeps beside each figure are replaced by the number of the round:
-how long a round took tells how many devices were in it.
+those sizes stay with the operator. Where ε rests on hidden cohorts, the times that TensorBoard and
+MLflow keep beside each figure are replaced by the number of the round: how long a round took tells
+how many devices were in it.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from decimal import ROUND_CEILING, Decimal
@@ -39,18 +37,15 @@ class RunInfo:
     """What is known before the first round, all of it public.
 
     Attributes:
-        title: one line for people; may be empty.
         done: rounds finished before this start.
         noise_known: whether the noise comes from an injected root; then no ε holds.
-        budget: the largest ε allowed, or None without a limit.
-        budget_against: the adversary whose ε the budget limits, "recipients" or "server".
+        budget: the largest ε allowed against the adversary ``budget_against``.
         expected_cohort: population times sampling rate; public, unlike the realised size.
         hides_cohorts: whether ε rests on nobody knowing how many were in a round. Then no observer
             shows or keeps a realised size, or anything that tells a round's duration.
-        root_lost: whether the noise root that the run began with is gone, so that rounds which are
-            repeated get fresh noise and are charged again.
+        root_lost: whether the noise root of the start is gone, so that repeated rounds get fresh
+            noise and are charged again.
         examples: whether devices add noise that hides single examples.
-        example_budget: the largest example-level ε allowed, or None without a limit.
     """
 
     name: str
@@ -78,7 +73,7 @@ class Record:
         round: counted from 1, so that the last one equals ``rounds``.
         attempt: at this round, counted from 0.
         epsilon: spent so far against the recipients of the models; None is infinite.
-        epsilon_server: spent so far against somebody who knows every cohort; None is infinite.
+        epsilon_server: the same against somebody who knows every cohort.
         loss: mean training loss of the cohort; a run that hides its cohorts has none.
         metrics: where this round was evaluated, such as ``hr@10``.
         wall_s: seconds of this round; 0 in a run that hides its cohorts, as ``cpu_s``.
@@ -96,10 +91,6 @@ class Record:
     cpu_s: float = 0.0
     cohort: int | None = None
 
-    def spent(self, against: str) -> float | None:
-        """Return ε spent so far against "recipients" or "server"; None is infinite."""
-        return self.epsilon_server if against == "server" else self.epsilon
-
 
 @dataclass(frozen=True)
 class Result:
@@ -107,111 +98,6 @@ class Result:
 
     path: Path
     payload: dict[str, Any]
-
-
-# --------------------------------------------------------------------------- the event log
-
-
-class EventLog:
-    """``events.jsonl``: one JSON object a line, appended and handed to the system at once.
-
-    It is a log for people and for the report's plots; what was spent stands in the ledger. It is
-    made when absent; opening one whose last line was cut off by a crash drops that line.
-    """
-
-    def __init__(self, path: Path) -> None:
-        if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
-            os.truncate(path, content.rfind(b"\n") + 1)
-        self._file = path.open("a", encoding="utf-8")
-
-    def append(self, kind: str, **values: Any) -> None:
-        """Write one event ``{"type": kind, …}``; what is not finite becomes null.
-
-        Raises:
-            ReleaseRefused: when a value is named like a realised cohort size.
-        """
-        if named := sorted(OPERATOR_ONLY & values.keys()):
-            raise ReleaseRefused(
-                f"the event holds {named[0]!r}: realised cohort sizes are never written, since ε "
-                "against recipients holds only while they are unknown. Leave the value out."
-            )
-        event = _finite({"type": kind, **values})
-        self._file.write(json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
-
-    def round(self, record: Record) -> None:
-        """Write one round, without its cohort."""
-        values = asdict(record)
-        self.append("round", **{key: values[key] for key in values if key not in OPERATOR_ONLY})
-
-    def close(self) -> None:
-        """Close the file; closing twice is harmless."""
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """Return all events of a log, oldest first; a last line cut off by a crash is left out.
-
-    Raises:
-        DataError: when the file is absent, or a line other than the last is not a JSON object.
-    """
-    try:
-        *whole, tail = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        raise DataError(
-            f"{path}: there is no event log; a run directory holds one from its first round on. "
-            "Name the directory that `privrec run` printed."
-        ) from None
-    events = []
-    for number, line in enumerate([*whole, tail], 1):
-        try:
-            event = json.loads(line)
-        except ValueError:
-            event = None
-        if isinstance(event, dict):
-            events.append(event)
-        elif number <= len(whole) and line.strip():
-            raise DataError(
-                f"{path}, line {number}: {line[:60]!r} is not a JSON object; each line is one "
-                "event. Restore the file, or delete the line to lose that event from the plots."
-            )
-    return events
-
-
-def read_rounds(path: Path) -> list[Record]:
-    """Return the rounds of a log in order; of a round written twice (after a resume) the later.
-
-    Raises:
-        DataError: as :func:`read_events`, or a round event lacks its number.
-    """
-    names = {field.name for field in fields(Record)} - OPERATOR_ONLY
-    latest: dict[int, Record] = {}
-    for event in read_events(path):
-        if event.get("type") != "round":
-            continue
-        try:
-            record = Record(**{key: value for key, value in event.items() if key in names})
-        except TypeError:
-            raise DataError(
-                f"{path}: the round event {event!r} lacks its round or rounds; "
-                "events.jsonl is written by privrec alone. Restore the file, or resume the run."
-            ) from None
-        latest[record.round] = record
-    return [latest[number] for number in sorted(latest)]
 
 
 # --------------------------------------------------------------------------- observers
@@ -249,40 +135,116 @@ class Observers(Observer):
         self._observers: Sequence[Observer] = observers
 
     def started(self, info: RunInfo) -> None:
-        """See :meth:`Observer.started`."""
-        self._tell(lambda observer: observer.started(info))
+        self._tell("started", info)
 
     def round(self, record: Record) -> None:
-        """See :meth:`Observer.round`."""
-        self._tell(lambda observer: observer.round(record))
+        self._tell("round", record)
 
     def finished(self, result: Result) -> None:
-        """See :meth:`Observer.finished`."""
-        self._tell(lambda observer: observer.finished(result))
+        self._tell("finished", result)
 
     def close(self) -> None:
-        """See :meth:`Observer.close`."""
-        self._tell(lambda observer: observer.close())
+        self._tell("close")
 
-    def _tell(self, news: Callable[[Observer], None]) -> None:
+    def _tell(self, what: str, *news: Any) -> None:
         for observer in self._observers:
             try:
-                news(observer)
+                getattr(observer, what)(*news)
             except (Exception, SystemExit) as error:  # rich exits where a pipe is closed
                 self._observers = [each for each in self._observers if each is not observer]
-                name, what = type(observer).__name__, type(error).__name__
-                _LOG.warning("%s failed (%s: %s); the run goes on without it", name, what, error)
+                said = type(observer).__name__, type(error).__name__, error
+                _LOG.warning("%s failed (%s: %s); the run goes on without it", *said)
                 with suppress(Exception, SystemExit):
                     observer.close()
 
 
-# --------------------------------------------------------------------------- words for people
+# --------------------------------------------------------------------------- the event log
 
-_ADVERSARIES = {
-    "recipients": "recipients of the models",
-    # With central noise no ε holds against the server itself, which has the sums before noise.
-    "server": "somebody who knows every cohort",
-}
+
+class EventLog(Observer):
+    """``events.jsonl``: one JSON object a line, appended and handed to the system at once.
+
+    It is for people and the report's plots; what was spent stands in the ledger. Opening one whose
+    last line was cut off by a crash drops that line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
+            os.truncate(path, content.rfind(b"\n") + 1)
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, kind: str, **values: Any) -> None:
+        """Write one event; what is not finite becomes null, a realised cohort size is refused."""
+        if named := sorted(OPERATOR_ONLY & values.keys()):
+            raise ReleaseRefused(
+                f"the event holds {named[0]!r}: realised cohort sizes are never written, since ε "
+                "against recipients holds only while they are unknown. Leave the value out."
+            )
+        event = _finite({"type": kind, **values})
+        self._file.write(json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def round(self, record: Record) -> None:
+        """Write one round, without its cohort."""
+        values = asdict(record)
+        self.append("round", **{key: values[key] for key in values if key not in OPERATOR_ONLY})
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def read_rounds(path: Path) -> list[Record]:
+    """Return the rounds of a log in order; of a round written twice (after a resume) the later.
+
+    A last line cut off by a crash is left out.
+
+    Raises:
+        DataError: when the file is absent, a line other than the last is not a JSON object, or a
+            round event lacks its number.
+    """
+    try:
+        *whole, tail = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        raise DataError(
+            f"{path}: there is no event log; a run directory holds one from its first round on. "
+            "Name the directory that `privrec run` printed."
+        ) from None
+    names = {field.name for field in fields(Record)} - OPERATOR_ONLY
+    latest: dict[int, Record] = {}
+    for number, line in enumerate([*whole, tail], 1):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            event = None
+        if not isinstance(event, dict):
+            if number > len(whole) or not line.strip():
+                continue
+            raise DataError(
+                f"{path}, line {number}: {line[:60]!r} is not a JSON object; each line is one "
+                "event. Restore the file, or delete the line to lose that event from the plots."
+            )
+        if event.get("type") != "round":
+            continue
+        try:
+            record = Record(**{key: value for key, value in event.items() if key in names})
+        except TypeError:
+            raise DataError(
+                f"{path}: the round event {event!r} lacks its round or rounds; "
+                "events.jsonl is written by privrec alone. Restore the file, or resume the run."
+            ) from None
+        latest[record.round] = record
+    return [latest[number] for number in sorted(latest)]
+
+
+# --------------------------------------------------------------------------- words for people
 
 REVEALED = (
     "Every device names the words of its text to the server, and the buckets that its hidden "
@@ -300,7 +262,8 @@ KEPT = (
 
 def adversary_text(name: str) -> str:
     """Say whom an ε holds against, in words, for "recipients" or "server"."""
-    return _ADVERSARIES[name]
+    # With central noise no ε holds against the server itself, which has the sums before noise.
+    return "somebody who knows every cohort" if name == "server" else "recipients of the models"
 
 
 def epsilon_text(value: float | None, digits: int = 2) -> str:
@@ -347,7 +310,8 @@ def spent_text(info: RunInfo, record: Record) -> str:
         return "no privacy"
     if info.noise_known:
         return "ε ∞ (noise known)"
-    spent = f"ε {epsilon_text(record.spent(info.budget_against))}"
+    is_server = info.budget_against == "server"
+    spent = f"ε {epsilon_text(record.epsilon_server if is_server else record.epsilon)}"
     return spent if info.budget is None else f"{spent} of {info.budget:g}"
 
 
@@ -379,13 +343,15 @@ def duration_text(seconds: float) -> str:
     """Write a span of time: "42 s", "3 min 05 s", "2 h 07 min"; under ten seconds "0.4 s"."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+# --------------------------------------------------------------------------- tracking services
 
 
 class TensorBoardSink(Observer):
@@ -401,18 +367,15 @@ class TensorBoardSink(Observer):
         self._hides_cohorts = True
 
     def started(self, info: RunInfo) -> None:
-        """Keep the opening words as text."""
         self._hides_cohorts = info.hides_cohorts
         self._writer.add_text("run", opening_words(info), info.done)
 
     def round(self, record: Record) -> None:
-        """Keep the figures of the round."""
         time = record.round if self._hides_cohorts else None
         for name, value in _scalars(record).items():
             self._writer.add_scalar(name, value, record.round, walltime=time)
 
     def close(self) -> None:
-        """Flush and close the event files."""
         self._writer.close()
 
 
@@ -431,11 +394,6 @@ class MLflowSink(Observer):
         self._open, self._hides_cohorts = False, True
 
     def started(self, info: RunInfo) -> None:
-        """Open a run and keep the public settings.
-
-        Raises:
-            UsageError: when MLflow cannot open a run where it keeps them.
-        """
         try:
             if self._tracking_uri is not None:
                 self._mlflow.set_tracking_uri(self._tracking_uri)
@@ -453,17 +411,14 @@ class MLflowSink(Observer):
             ) from None
 
     def round(self, record: Record) -> None:
-        """Keep the figures of the round."""
         time = record.round if self._hides_cohorts else None
         self._mlflow.log_metrics(_scalars(record), step=record.round, timestamp=time)
 
     def finished(self, result: Result) -> None:
-        """End the run as finished."""
         self._end("FINISHED")
 
     def close(self) -> None:
-        """End the run as failed unless it finished."""
-        self._end("FAILED")
+        self._end("FAILED")  # unless it finished
 
     def _end(self, status: str) -> None:
         if self._open:

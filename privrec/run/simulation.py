@@ -1,9 +1,14 @@
-"""Devices that are simulated in this process."""
+"""Devices that are simulated in this process, and how their updates become a sum.
+
+The sum is taken as plain integers or by the whole protocol. Both take the same integers and the
+same noise, so that both give the same bits.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -12,30 +17,217 @@ from numpy.typing import NDArray
 from privrec.device.device import Cohort, Deferred, Device, Draws
 from privrec.device.tier import Federation, LocalModel, Tier
 from privrec.device.update import Aggregate, BoundedUpdate, Protection, Round, digest
+from privrec.errors import ReleaseRefused
+from privrec.models.layout import from_wire
+from privrec.privacy.mechanism import Shares, noise_seeds
 from privrec.randomness import SecretRoot, rng_for
-from privrec.run.summing import SUMMING, Enrolled, Participant
+from privrec.secagg.client import ClientSession, Policy
+from privrec.secagg.keys import DeviceKey, PrekeyBook
 from privrec.secagg.messages import Stage
+from privrec.secagg.roster import ListedDevices
+from privrec.secagg.server import SecureSum, ServerSession
+from privrec.secagg.sharing import Graph
+
+FloatArray = NDArray[np.float32]
+Integers = NDArray[np.int64]
+Rows = list[NDArray[np.int64]]
+Answers = tuple[NDArray[np.int64], BoundedUpdate, FloatArray]
+_EXCHANGES = (Stage.SHARES, Stage.MASKED, Stage.CONFIRM, Stage.UNMASK)
+
+# --------------------------------------------------------------------------- sums
+
+
+@dataclass(frozen=True)
+class Participant:
+    """A device of a round's cohort; ``leaves`` is the exchange that it does not answer any more."""
+
+    user: int
+    tier: Tier
+    leaves: Stage = Stage.DONE
+
+    @property
+    def survives(self) -> bool:
+        """Whether its update is in the sum."""
+        return self.leaves > Stage.MASKED
+
+
+@dataclass
+class Enrolled:
+    """The simulated devices as the protocol knows them: their secret and their keys."""
+
+    root: SecretRoot
+    policy: Policy
+    _books: dict[int, PrekeyBook] = field(default_factory=dict, init=False)
+
+    def book(self, user: int) -> PrekeyBook:
+        """The keys of one device, made when it is first asked for."""
+        if user not in self._books:
+            self._books[user] = PrekeyBook(DeviceKey.derive(self.root, "user", user), self.root)
+        return self._books[user]
+
+    def identity(self, user: int) -> bytes:
+        """The public key that a device is known by."""
+        return self.book(user).key.public
+
+
+@dataclass
+class Summing(ABC):
+    """One round's sum in the making, which is refused when too few devices answer.
+
+    The order of identities decides whose noise is taken off.
+    """
+
+    round: Round
+    federation: Federation
+    protection: Protection
+    cohort: Sequence[Participant]
+    enrolled: Enrolled
+
+    @abstractmethod
+    def __post_init__(self) -> None:
+        """Go up to where updates are due."""
+
+    @abstractmethod
+    def add(self, tier: Tier, users: NDArray[np.int64], update: BoundedUpdate) -> None:
+        """Put in the updates of survivors of a tier, in the order of ``users``."""
+
+    @abstractmethod
+    def total(self) -> Integers:
+        """The sum over all survivors, in the layout of the shared vector."""
+
+    def bands(self, device: Participant) -> int:
+        """How many bands a device holds, from the one that all hold."""
+        return len(self.federation.layouts) - device.tier.index
+
+
+class Plain(Summing):
+    """The sum of the same integers without masks: fast, and no secret to the server.
+
+    Rounds end without a sum as they do in the protocol when too few devices are left. Not looked at
+    are neighbourhoods of the sparse graph, in which a device may miss more than in the whole.
+    """
+
+    def __post_init__(self) -> None:
+        self._sum = np.zeros(self.federation.layout.size, np.int64)
+        if self.protection.minimums:
+            self._check_turnout()
+        if self.protection.shares is not None:
+            self._sum += from_wire(self._noise(self.protection.shares), self.federation.layouts)
+
+    def add(self, tier: Tier, users: NDArray[np.int64], update: BoundedUpdate) -> None:
+        update.add_to(self._sum, self.federation.layout)
+
+    def total(self) -> Integers:
+        ring = self.protection.ring
+        return ring.leave(ring.enter(self._sum))
+
+    def _check_turnout(self) -> None:
+        """Refuse a round that the protocol would end without a sum."""
+        quorum, bands = Graph().quorum(len(self.cohort)), range(len(self.federation.layouts))
+        for stage in _EXCHANGES:
+            held = [self.bands(p) for p in self.cohort if p.leaves > stage]
+            counts = [sum(each > band for each in held) for band in bands]
+            # Once survivors are confirmed, only as many are needed as give secrets back.
+            least = self.protection.minimums if stage < Stage.UNMASK else (0 for _ in bands)
+            if len(held) < quorum or any(c < few for c, few in zip(counts, least, strict=True)):
+                raise ReleaseRefused(
+                    "too few devices are left of a round's cohort, or of a band's holders; the "
+                    "round ends without a sum, and stays charged"
+                )
+
+    def _noise(self, shares: Shares) -> Integers:
+        """The shares of survivors that are left in the sum, in the order of the wire."""
+        root, context = self.enrolled.root, self.round.context
+        survivors = [p for p in self.cohort if p.survives]
+        if shares.remove_excess:
+            survivors.sort(key=lambda each: self.enrolled.identity(each.user))
+        parts = []
+        for band in range(len(self.federation.layouts)):
+            holders = [p for p in survivors if self.bands(p) > band]
+            signed = {p.user for p in holders if p.leaves > Stage.CONFIRM}
+            removed = set(shares.removed(band, [p.user for p in holders], signed))
+            total = np.zeros(shares.bands[band].size, np.int64)
+            for user in (p.user for p in holders if p.user not in removed):
+                seed = noise_seeds(root, band + 1, *context, user)[band]
+                total += shares.draw_band(band, seed)
+            parts.append(total)
+        return np.concatenate(parts)
+
+
+class Secure(Summing):
+    """The whole protocol with a session for every device; the server sees masked vectors alone."""
+
+    def __post_init__(self) -> None:
+        enrolled, terms = self.enrolled, self.protection.terms(self.round, self.federation.layouts)
+        self._devices = {enrolled.identity(p.user): p for p in self.cohort}
+        self._names = {p.user: name for name, p in self._devices.items()}
+        anchor, agreed = ListedDevices(self._devices), replace(enrolled.policy, agreed=terms)
+        books = {name: enrolled.book(p.user) for name, p in self._devices.items()}
+        self._clients = {name: ClientSession(book, anchor, agreed) for name, book in books.items()}
+        prekeys = [books[name].issue(1, p.tier.index)[0] for name, p in self._devices.items()]
+        self._server = ServerSession(terms, prekeys, anchor)
+        self._server.publish(self.round.model_digests)
+        for name, message in self._asked():
+            dealt = self._seeds(name) if self.protection.removes_excess else ()
+            self._server.receive(name, self._clients[name].shares(message, dealt))
+        self._server.advance()
+        self._deals = dict(self._asked())
+
+    def add(self, tier: Tier, users: NDArray[np.int64], update: BoundedUpdate) -> None:
+        layouts = self.federation.layouts_of(tier)
+        seen = self.round.model_digests[: len(layouts)]
+        for user, mine in zip(users.tolist(), update.rows(), strict=True):
+            name = self._names[user]
+            upload = mine.upload(layouts, self.protection.shares, self._seeds(name))
+            masked = self._clients[name].masked(self._deals.pop(name), upload.integers, seen)
+            self._server.receive(name, masked)
+
+    def total(self) -> Integers:
+        self._server.advance()
+        for answer in (ClientSession.confirm, ClientSession.unmask):
+            for name, message in self._asked():
+                self._server.receive(name, answer(self._clients[name], message))
+            self._server.advance()
+        return unmask(self._server.result, self.protection, self.federation)
+
+    def _asked(self) -> Iterator[tuple[bytes, bytes]]:
+        """The devices that are still there, and what they are sent."""
+        for name, message in self._server.outbox().items():
+            if self._devices[name].leaves > self._server.stage:
+                yield name, message
+
+    def _seeds(self, name: bytes) -> Sequence[bytes]:
+        if self.protection.shares is None:
+            return ()
+        device, context = self._devices[name], self.round.context
+        return noise_seeds(self.enrolled.root, self.bands(device), *context, device.user)
+
+
+def unmask(result: SecureSum, protection: Protection, federation: Federation) -> Integers:
+    """The sum that the protocol gave, less noise in excess, in the layout of the shared vector."""
+    total = result.total.astype(np.int64)
+    if protection.shares is not None and protection.removes_excess:
+        total -= protection.shares.excess(result.excess)
+    ring = protection.ring
+    return from_wire(ring.leave(ring.enter(total)), federation.layouts)
+
+
+SUMMING: Mapping[str, type[Summing]] = {"exact": Plain, "full": Secure}
+
+
+# --------------------------------------------------------------------------- devices
 
 
 def cohort(coins: NDArray[np.uint64], sampling_rate: float) -> NDArray[np.int64]:
-    """Sample the users whose coin came up: Poisson sampling, each user by itself.
+    """Sample the users whose coin came up, in order: Poisson sampling, each user by itself.
 
     The accounted amplification holds for exactly this law: the size is random, may be zero, and is
     never forced or drawn again. It also needs coins that no recipient knows and that no two
     attempts share, a uniform 64-bit word for each user. At a rate of 1 everybody takes part.
-
-    Returns:
-        Sorted user indices.
     """
     if sampling_rate >= 1:
         return np.arange(len(coins))
     return np.flatnonzero(coins < np.uint64(int(sampling_rate * 2**64)))
-
-
-FloatArray = NDArray[np.float32]
-Rows = list[NDArray[np.int64]]
-Answers = tuple[NDArray[np.int64], BoundedUpdate, FloatArray]
-_EXCHANGES = (Stage.SHARES, Stage.MASKED, Stage.CONFIRM, Stage.UNMASK)
 
 
 @dataclass
@@ -45,8 +237,7 @@ class Simulation:
     Attributes:
         cohorts: the devices of each tier.
         population: how many there are, those that hold nothing included.
-        enrolled: the devices' secret, of which cohorts and batches of devices have their own
-            streams, and their keys.
+        enrolled: their secret, of which cohorts and batches have their own streams, and keys.
         seed: of the samples, and of cohorts where nothing is accounted.
         dropout_rate: chance of each device of a cohort to fall silent in one of the exchanges.
         engine: ``"cohort"`` trains batches; ``"device"`` trains devices one at a time.
@@ -84,7 +275,6 @@ class Simulation:
         return np.setdiff1d(np.arange(self.population), members)
 
     def collect(self, round: Round, weights: FloatArray) -> Aggregate:
-        """See :meth:`privrec.run.loop.Transport.collect`."""
         rows = self.rows(self.sample(round))
         self._rewind(round.index, rows)
         cohort, loss = self._participants(round, rows), 0.0
@@ -145,10 +335,9 @@ class Simulation:
     def answers(
         self, round: Round, weights: FloatArray, tier: Tier, rows: NDArray[np.int64]
     ) -> Iterator[Answers]:
-        """Make what ``rows`` of a tier put into the sum, by batch; their private states move on.
+        """Yield users, bounded updates and losses of ``rows`` of a tier; their states move on.
 
-        Yields:
-            Users, their bounded updates and their losses, which nobody outside a simulation sees.
+        Nobody outside a simulation sees the losses.
         """
         if not len(rows):
             return
@@ -172,9 +361,10 @@ class Simulation:
         cohort, draws = self.cohorts[tier.index], Draws.of(self.root, round, key)
         model = LocalModel(cohort.learner.view, view)
         for row in rows.tolist():
-            user, data, state = int(cohort.users[row]), cohort.data.of(row), cohort.states[row]
-            keeps = cohort.learner, self.protection, self.root, state.copy()
-            device = Device(user, data, tier, self.federation.layouts_of(tier), *keeps)
+            held = self.federation.layouts_of(tier)
+            owns = int(cohort.users[row]), cohort.data.of(row), tier, held
+            keeps = cohort.learner, self.protection, self.root, cohort.states[row].copy()
+            device = Device(*owns, *keeps)
             trained = device.train(model, draws)
             self.deferred += trained.deferred
             yield cohort.users[[row]], device.protect(round, trained), trained.losses

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
@@ -19,42 +20,46 @@ from privrec.errors import IntegrityError, UsageError
 from privrec.evaluate.metrics import Evaluation
 from privrec.privacy.events import Accountant, Adversary, epsilon
 from privrec.privacy.ledger import EXAMPLE, Ledger
-from privrec.run import costs
-from privrec.run.identity import Identity
+from privrec.run.directory import Identity
 from privrec.run.plan import Plan
 from privrec.run.privacy_plan import release_event
 from privrec.run.record import OUTSIDE
 from privrec.scenario.load import Privacy, Scenario
 from privrec.server.server import Server
 
+FloatArray = NDArray[np.float32]
 _EPSILONS: dict[str, tuple[Adversary, Accountant]] = {
     "epsilon": ("recipients", "pld"),
     "epsilon_server": ("server", "pld"),
     "epsilon_rdp": ("recipients", "rdp"),
     "epsilon_server_rdp": ("server", "rdp"),
 }
+_COSTS = (
+    "upload_bytes", "download_bytes", "device_peak_bytes", "output_neurons", "output_bytes",
+    "output_multiply_adds", "selection_multiply_adds",
+)  # fmt: skip
 
 
 def write_model(out: Path, server: Server, scenario: Scenario) -> None:
     """Write the released weights (``model.safetensors``) and what they mean (``model.json``)."""
     storage.replace(out / "model.safetensors", save({"weights": server.released}))
-    n_items = server.plan.federation.tiers[0].model.vectors.items
-    description = {"items": n_items, "scenario": scenario.name, **_model_facts(server, scenario)}
-    storage.write_json(out / "model.json", description)
+    items = server.plan.federation.tiers[0].model.vectors.items
+    facts = {"items": items, "scenario": scenario.name, **_model_facts(server, scenario)}
+    storage.write_json(out / "model.json", facts)
 
 
-def read_model(out: Path, federation: Federation, n_items: int, model: bytes | None) -> Any:
+def read_model(out: Path, federation: Federation, model: bytes | None) -> FloatArray:
     """Return the coefficients of a finished run whose ledger ends with the digest ``model``.
 
     Raises:
         UsageError: when the run is not finished.
         IntegrityError: when the model is another, or does not fit the scenario or the catalogue.
     """
-    path = out / "model.safetensors"
+    path, n_items = out / "model.safetensors", federation.tiers[0].model.vectors.items
     if not path.exists():
         raise UsageError(f"{out}: there is no model yet; finish the run: privrec resume {out}")
     try:
-        weights = load_file(path)["weights"]
+        weights: FloatArray = load_file(path)["weights"]
     except (SafetensorError, KeyError, OSError, ValueError) as error:
         raise IntegrityError(f"{path}: not a model ({error}); restore the file") from None
     if weights.shape != (federation.layout.size,):
@@ -70,14 +75,24 @@ def read_model(out: Path, federation: Federation, n_items: int, model: bytes | N
 
 
 def result_of(
-    plan: Plan, server: Server, ledger: Ledger, identity: Identity, wall_s: float
+    plan: Plan,
+    server: Server,
+    ledger: Ledger,
+    identity: Identity,
+    tiers: Sequence[Mapping[str, Any]],
+    *,
+    wall_s: float,
+    cpu_s: float | None = None,
 ) -> dict[str, Any]:
-    """Return the content of ``result.json`` as far as it needs no devices: nothing is measured.
+    """Return the content of ``result.json`` but for metrics; ``tiers`` are facts of each.
 
-    Realised cohort sizes appear in no figure of it.
+    Costs are those of the device that holds most; realised cohort sizes appear in no figure.
     """
     scenario = plan.scenario
-    tiers = [costs.of_tier(plan, tier) for tier in plan.federation.tiers]
+    # Realised cohorts are nobody's business: two digits of a total do not tell their number.
+    seconds = (lambda s: float(f"{s:.1e}")) if plan.event.hides_cohorts else float
+    device_rounds = server.index * server.plan.expected_cohort
+    per_round = seconds(cpu_s / device_rounds) if cpu_s is not None and device_rounds else None
     return {
         "scenario": scenario.name,
         "title": scenario.title,
@@ -92,34 +107,16 @@ def result_of(
         "baselines": {},
         "metrics_note": OUTSIDE,
         "outside_the_guarantee": ["cost"],
-        "privacy": _privacy(plan, server, ledger, known=identity.known_key is not None),
-        "cost": cost_of(plan, server, tiers[0], wall_s=wall_s),
-        "tiers": tiers,
+        "privacy": _privacy(plan, server, ledger, known=identity.noise_known),
+        "cost": {
+            **{name: tiers[0][name] for name in _COSTS if name in tiers[0]},
+            "cpu_s_per_device_round": per_round,
+            "wall_s": seconds(wall_s),
+        },
+        "tiers": list(tiers),
         "model": _model_facts(server, scenario),
         "data": identity.data,
     }
-
-
-def cost_of(
-    plan: Plan,
-    server: Server,
-    strongest: Mapping[str, Any],
-    names: Sequence[str] = ("upload_bytes", "download_bytes", "device_peak_bytes"),
-    *,
-    wall_s: float,
-    cpu_s: float | None = None,
-) -> dict[str, Any]:
-    """Return the costs of the run, and of the device that holds most.
-
-    Those are the ``names`` among the facts of the ``strongest`` tier; CPU seconds are of the
-    rounds, where the devices are simulated.
-    """
-    # Realised cohorts are nobody's business: two digits of a total do not tell their number.
-    seconds = (lambda s: float(f"{s:.1e}")) if plan.event.hides_cohorts else float
-    device_rounds = server.index * server.plan.expected_cohort
-    per_round = None if cpu_s is None or not device_rounds else seconds(cpu_s / device_rounds)
-    costs = {name: strongest.get(name) for name in names}
-    return {**costs, "cpu_s_per_device_round": per_round, "wall_s": seconds(wall_s)}
 
 
 def _privacy(plan: Plan, server: Server, ledger: Ledger, *, known: bool) -> dict[str, Any]:
@@ -131,15 +128,12 @@ def _privacy(plan: Plan, server: Server, ledger: Ledger, *, known: bool) -> dict
         name: _finite(ledger.epsilon(privacy.delta, adversary, accountant)) if holds else None
         for name, (adversary, accountant) in _EPSILONS.items()
     }
-    before = release_event(plan.scenario)
-    released = None
-    if before is not None and not known:
-        released = _finite(epsilon([before], privacy.delta, "server"))
+    before = None if known else release_event(plan.scenario)
     return {
         "private": holds,
         **spent,
         "popularity": devices.popularity,
-        "epsilon_popularity": released,
+        "epsilon_popularity": before and _finite(epsilon([before], privacy.delta, "server")),
         "delta": privacy.delta,
         "noise": privacy.noise,
         "noise_multiplier": plan.event.noise_multiplier,
@@ -185,13 +179,9 @@ def together(own: Sequence[Evaluation]) -> Evaluation:
         return Evaluation.nobody()
     users = np.concatenate([each.users for each in own])
     order = np.argsort(users)
-    common = set.intersection(*(set(each.values) for each in own))
-    values = {
-        f"own_{name}": np.concatenate([each.values[name] for each in own])[order]
-        for name in own[0].values
-        if name in common
-    }
-    return Evaluation(users[order], values)
+    names = [name for name in own[0].values if all(name in each.values for each in own)]
+    columns = {name: np.concatenate([each.values[name] for each in own]) for name in names}
+    return Evaluation(users[order], {f"own_{key}": each[order] for key, each in columns.items()})
 
 
 def _finite(value: float) -> float | None:
@@ -200,8 +190,8 @@ def _finite(value: float) -> float | None:
 
 
 def _model_facts(server: Server, scenario: Scenario) -> dict[str, Any]:
-    recommender = server.plan.federation.tiers[0].model
-    vectors, layout = recommender.vectors, recommender.layout
+    model = server.plan.federation.tiers[0].model
+    vectors, layout = model.vectors, model.layout
     return {
         "kind": scenario.model.kind,
         "dim": vectors.dim,

@@ -6,7 +6,6 @@ is the same for all.
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,8 +16,6 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from privrec import data
 from privrec.data import Interactions, Split
@@ -34,15 +31,16 @@ from privrec.privacy.ledger import PREPARATION, Ledger
 from privrec.privacy.mechanism import rounded_gaussian
 from privrec.randomness import SecretRoot, SecureStream
 from privrec.run import costs
+from privrec.run.checkpoint import read_signed, write_signed
+from privrec.run.directory import Identity
 from privrec.run.plan import Plan
 from privrec.run.privacy_plan import release_event
 from privrec.run.record import KEPT, REVEALED
 from privrec.run.simulation import Simulation
 from privrec.scenario.load import Scenario
 from privrec.server.columns import ColumnServer
-from privrec.storage import parsed, replace, verified
 
-ORDER = "catalogue.safetensors"
+ORDER, _KIND = "catalogue.safetensors", "item order"
 Order = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
 S = TypeVar("S", Split, TextSplit)
@@ -54,35 +52,36 @@ class Task(ABC, Generic[S]):
 
     Attributes:
         split: what devices train on, and what is held out.
+        columns: the server that hands out neurons, in the scheme ``"requested"``.
     """
 
     scenario: Scenario
     split: S
-
-    cost_names: ClassVar[tuple[str, ...]] = ("upload_bytes", "download_bytes", "device_peak_bytes")
+    columns: ColumnServer | None = field(default=None, init=False)
 
     @classmethod
     @abstractmethod
     def load(cls, scenario: Scenario, data_dir: Path | None) -> Self:
-        """Read the data of a scenario.
-
-        Raises:
-            DataError: when it is malformed.
-        """
+        """Read the data of a scenario; a :class:`DataError` says where it is malformed."""
 
     def check(self) -> None:
-        """Refuse data that holds out nothing to measure on, and what cannot be had on it.
+        """Refuse, before a charge, what cannot be run or measured on this data.
 
         Raises:
-            DataError: when it does.
+            DataError: when nothing is held out to measure on.
             UsageError: when the plan, a tier or a baseline cannot be had.
         """
-        self.plan.check_tiers()
+        for tier in self.plan.federation.tiers:
+            if tier.index not in self.plan.assigned:
+                raise UsageError(
+                    f"devices.tiers: the share {tier.share:g} of {self.plan.users} users is "
+                    "nobody; raise the share, or leave the tier out"
+                )
 
     @property
-    @abstractmethod
     def items(self) -> int:
         """Size of the catalogue, or of the vocabulary."""
+        return self.split.train.n_items
 
     @cached_property
     def plan(self) -> Plan:
@@ -105,10 +104,6 @@ class Task(ABC, Generic[S]):
         train = self.split.train
         return (digest(train.indptr) + digest(train.items)).hex() + f"-{train.n_items}"
 
-    def describe(self) -> dict[str, Any]:
-        """Return figures of the data."""
-        return self.split.describe()
-
     # ------------------------------------------------------------------ the order of the items
 
     @property
@@ -121,37 +116,35 @@ class Task(ABC, Generic[S]):
     def counted(self) -> Interactions:
         """What a private count is made of: each device's items, each named once."""
 
-    def number(self, folder: Path, ledger: Ledger, server: SecretRoot, devices: SecretRoot) -> None:
+    def number(self, folder: Path, ledger: Ledger, identity: Identity) -> None:
         """Number the items by popularity, where the task or the scenario's tiers need it.
 
-        The order is public, or it is released: every device's history is cut to a few items, and
-        their counts get Gaussian noise. The ledger is charged for that before the first round (as
-        round ``PREPARATION``), and the order is written to ``folder`` before it is used. The
-        server's secret makes the noise, the devices' chooses the items that count.
+        The order is public, or it is released: every device's history is cut to a few items, which
+        the devices' secret chooses, and their counts get Gaussian noise of the server's. The ledger
+        is charged for that before the first round (as round ``PREPARATION``), and the order is
+        written to ``folder`` before it is used, signed: by another order a model recommends other
+        items.
         """
         if not self.is_ordered:
             return
         if event := release_event(self.scenario):
-            order = self._released(event, ledger, server, devices)
+            order = self._released(event, ledger, identity)
         else:
             order = np.argsort(-self.split.train.item_counts(), kind="stable")
         order = self.arranged(order)
-        # Signed: a model that is read by another order recommends other items.
-        record = ledger.sign("item order", {"digest": digest(order).hex()})
-        replace(folder / ORDER, save({"order": order}, metadata={"record": json.dumps(record)}))
+        write_signed(folder / ORDER, _KIND, {}, {"order": order}, identity.signing_key())
         self.split = self.split.renumbered(order)
 
     def arranged(self, order: Order) -> Order:
         """Return an order with what has a place of its own put there."""
         return order
 
-    def _released(
-        self, event: RoundEvent, ledger: Ledger, server: SecretRoot, devices: SecretRoot
-    ) -> Order:
-        most = self.scenario.devices.popularity_items
+    def _released(self, event: RoundEvent, ledger: Ledger, identity: Identity) -> Order:
+        most, server = self.scenario.devices.popularity_items, identity.root("server")
         ledger.charge(PREPARATION, 0, event)
         context = (ledger.header["run_id"], self.scenario.plan_hash())
-        counts = _capped_counts(self.counted, most, devices.stream("popularity", *context))
+        coins = identity.root("devices").stream("popularity", *context)
+        counts = _capped_counts(self.counted, most, coins)
         stream = server.stream("popularity", *context, digest(counts))
         # A 0/1 history of so many items is no longer than the root of their number.
         counts += rounded_gaussian(stream, event.noise_multiplier * most**0.5, len(counts))
@@ -167,8 +160,9 @@ class Task(ABC, Generic[S]):
         """
         if not self.is_ordered:
             return
-        order, n_items = _read_order(folder / ORDER, key), self.split.train.n_items
-        if not np.array_equal(np.sort(order), np.arange(n_items)):
+        _, arrays = read_signed(folder / ORDER, _KIND, key)
+        order, n_items = arrays.get("order", np.zeros(0)), self.split.train.n_items
+        if order.dtype != np.int64 or not np.array_equal(np.sort(order), np.arange(n_items)):
             raise IntegrityError(
                 f"{folder / ORDER}: no order of the {n_items} items of this catalogue; use the "
                 "data that the run was started with, or restore the file"
@@ -179,7 +173,8 @@ class Task(ABC, Generic[S]):
 
     def simulate(self, devices: SecretRoot) -> Simulation:
         """Return the simulated devices, which draw from the secret ``devices``."""
-        return self.plan.simulate(self.split.train, devices)
+        ask = None if self.columns is None else self.columns.ask
+        return self.plan.simulate(self.split.train, devices, ask)
 
     @abstractmethod
     def evaluate(self, devices: Simulation, weights: FloatArray, *, whole: bool) -> Evaluation:
@@ -190,7 +185,7 @@ class Task(ABC, Generic[S]):
     ) -> tuple[Evaluation, ...]:
         """Measure what each tier's users get, and last those whose devices hold nothing, if any.
 
-        ``whole`` are the metrics of all users with the whole memory.
+        ``whole`` are the metrics of all with the whole memory.
         """
         return (Evaluation.nobody(),) * len(self.plan.federation.tiers)
 
@@ -205,21 +200,19 @@ class Task(ABC, Generic[S]):
     def cost(self, devices: Simulation, tier: Tier, weights: FloatArray) -> dict[str, Any]:
         """Return what one device of a tier holds, moves and needs in a round."""
         cohort, vectors = devices.cohorts[tier.index], tier.model.vectors
+        peak = self._peak(devices, tier, weights) if self.scenario.run.footprint else None
         return {
             **costs.of_tier(self.plan, tier),
             "devices": len(cohort.states),
             "items": vectors.items,
             "dim": vectors.dim,
-            "device_peak_bytes": (
-                self._peak(devices, tier, weights) if self.scenario.run.footprint else None
-            ),
+            "device_peak_bytes": peak,
         }
 
     def _peak(self, devices: Simulation, tier: Tier, weights: FloatArray) -> int | None:
+        prefix = self.plan.federation.prefix(weights, tier)
         longest = costs.longest(devices.cohorts[tier.index])
-        return costs.peak_bytes(
-            self.plan, tier, self.plan.federation.prefix(weights, tier), longest
-        )
+        return costs.peak_bytes(self.plan, tier, prefix, longest)
 
 
 class Recommending(Task[Split]):
@@ -227,20 +220,13 @@ class Recommending(Task[Split]):
 
     @classmethod
     def load(cls, scenario: Scenario, data_dir: Path | None) -> Self:
-        """See :meth:`Task.load`."""
         return cls(scenario, data.load(scenario.data, data_dir=data_dir))
 
     def check(self) -> None:
-        """See :meth:`Task.check`."""
         super().check()
         metrics.holding_out(self.split.heldout, None)
         for name in self.scenario.run.baselines:
             metrics.check(name, self.split.train, dim=self.scenario.model.dim)
-
-    @property
-    def items(self) -> int:
-        """Size of the catalogue."""
-        return self.split.train.n_items
 
     @property
     def is_ordered(self) -> bool:
@@ -249,11 +235,10 @@ class Recommending(Task[Split]):
 
     @property
     def counted(self) -> Interactions:
-        """See :attr:`Task.counted`."""
         return self.split.train
 
     def evaluate(self, devices: Simulation, weights: FloatArray, *, whole: bool) -> Evaluation:
-        """See :meth:`Task.evaluate`: all users with the whole memory, fitted from nothing."""
+        """Measure all users with the whole memory, fitted from nothing."""
         protocols: metrics.Protocols = ("sampled", "full")
         if not whole:
             protocols = ("sampled",) if self.split.heldout.single else ("full",)
@@ -262,26 +247,20 @@ class Recommending(Task[Split]):
     def evaluate_tiers(
         self, devices: Simulation, weights: FloatArray, whole: Evaluation
     ) -> tuple[Evaluation, ...]:
-        """See :meth:`Task.evaluate_tiers`."""
         if len(devices.cohorts) == 1 and not self.plan.federation.absent:
             return (whole,)
         return self._evaluator(devices).own(weights, ("sampled", "full"))
 
     def _evaluator(self, devices: Simulation) -> Evaluator:
-        return Evaluator(
-            self.plan.federation, devices.cohorts, devices.absent, self.split, self.scenario.run
-        )
+        federation, run = self.plan.federation, self.scenario.run
+        return Evaluator(federation, devices.cohorts, devices.absent, self.split, run)
 
     def baseline(self, name: str) -> dict[str, float]:
-        """See :meth:`Task.baseline`."""
-        run = self.scenario.run
-        scores = metrics.scores_of(
-            name, self.split.train, dim=self.scenario.model.dim, seed=run.seed
-        )
+        run, dim = self.scenario.run, self.scenario.model.dim
+        scores = metrics.scores_of(name, self.split.train, dim=dim, seed=run.seed)
         return metrics.evaluate(scores, self.split, k=run.top_k, seed=run.seed).summary()
 
     def particulars(self, evaluated: Evaluation) -> dict[str, Callable[[], Any]]:
-        """See :meth:`Task.particulars`: metrics of segments of the users."""
         return {"segments": lambda: metrics.by_segment(evaluated, self.split)}
 
 
@@ -290,15 +269,6 @@ class WideTask(Task[TextSplit]):
     """Wide outputs over texts, words numbered by how common they are."""
 
     questions: ClassVar[Questions]
-    cost_names = (
-        *Task.cost_names,
-        "output_neurons",
-        "output_bytes",
-        "output_multiply_adds",
-        "selection_multiply_adds",
-    )
-    columns: ColumnServer | None = field(default=None, init=False)
-    """The server that hands out neurons, in the scheme ``"requested"``."""
 
     def __post_init__(self) -> None:
         if self.scenario.train.requested:
@@ -306,11 +276,9 @@ class WideTask(Task[TextSplit]):
 
     @classmethod
     def load(cls, scenario: Scenario, data_dir: Path | None) -> Self:
-        """See :meth:`Task.load`."""
         return cls(scenario, data.load_texts(scenario.data, data_dir=data_dir))
 
     def check(self) -> None:
-        """See :meth:`Task.check`."""
         super().check()
         if not self.split.heldout.n_users:
             raise DataError(
@@ -319,38 +287,29 @@ class WideTask(Task[TextSplit]):
 
     @property
     def items(self) -> int:
-        """Words that the model knows."""
         return self.split.n_items
 
     @property
     def counted(self) -> Interactions:
-        """See :attr:`Task.counted`."""
         return self.split.train.distinct
 
     def arranged(self, order: Order) -> Order:
-        """See :meth:`Task.arranged`: the unknown word comes first."""
+        """Put the unknown word first."""
         return np.concatenate(([UNKNOWN_ID], order[order != UNKNOWN_ID]))
 
-    def simulate(self, devices: SecretRoot) -> Simulation:
-        """See :meth:`Task.simulate`."""
-        return self.plan.simulate(
-            self.split.train, devices, None if self.columns is None else self.columns.ask
-        )
-
     def evaluate(self, devices: Simulation, weights: FloatArray, *, whole: bool) -> Evaluation:
-        """See :meth:`Task.evaluate`: everything that was held out, by the whole softmax."""
+        """Measure everything that was held out, by the whole softmax."""
         tier = self.plan.federation.tiers[0]
         view = tier.view(self.plan.federation.prefix(weights, tier))
         model, cuts = LocalModel(tier.model, view), self.scenario.run.top_k
         return evaluator.predict(self.questions, model, self.split.heldout, cuts)
 
     def baseline(self, name: str) -> dict[str, float]:
-        """See :meth:`Task.baseline`: the commonest words, which is what popularity comes to."""
+        """Measure the commonest words, which is what popularity comes to."""
         train, heldout, cuts = self.split.train, self.split.heldout, self.scenario.run.top_k
         return evaluator.commonest(self.questions, train, heldout, cuts)
 
     def particulars(self, evaluated: Evaluation) -> dict[str, Callable[[], Any]]:
-        """See :meth:`Task.particulars`."""
         return {"reveals": self._reveals}
 
     def _reveals(self) -> dict[str, Any]:
@@ -368,7 +327,7 @@ class WideTask(Task[TextSplit]):
         }
 
     def cost(self, devices: Simulation, tier: Tier, weights: FloatArray) -> dict[str, Any]:
-        """See :meth:`Task.cost`; with what the output layer takes."""
+        """Add what the output layer takes."""
         facts = super().cost(devices, tier, weights)
         if self.columns is not None:
             facts |= costs.moved_on_request(self.plan, tier, self.columns.sight)
@@ -376,10 +335,7 @@ class WideTask(Task[TextSplit]):
         return facts | costs.of_output(cohort, self.scenario, costs.positions_of(cohort))
 
     def _peak(self, devices: Simulation, tier: Tier, weights: FloatArray) -> int | None:
-        """See :meth:`Task._peak`; a device that asks for neurons holds those alone.
-
-        To it, they are a whole vocabulary.
-        """
+        # A device that asks for neurons holds those alone: to it, they are a whole vocabulary.
         prefix = self.plan.federation.prefix(weights, tier)
         if self.columns is None:
             return super()._peak(devices, tier, weights)
@@ -414,27 +370,8 @@ TASKS: dict[str, type[Task[Any]]] = {
 
 
 def load_task(scenario: Scenario, data_dir: Path | None) -> Task[Any]:
-    """Return the task of a scenario with its data, items in the order of the data.
-
-    Raises:
-        DataError: when the data is malformed.
-    """
+    """Return the task of a scenario with its data, items in the order of the data."""
     return TASKS[scenario.model.learns].load(scenario, data_dir)
-
-
-def _read_order(path: Path, key: Ed25519PublicKey) -> Order:
-    if not path.exists():
-        raise IntegrityError(f"{path}: there is no order of the items; restore the file")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            record = parsed(((file.metadata() or {}).get("record") or "").encode())
-            order: Order = file.get_tensor("order")
-    except (SafetensorError, KeyError, OSError, ValueError) as error:
-        raise IntegrityError(f"{path}: not an order ({error}); restore the file") from None
-    written = verified("item order", record, key, path)["digest"]
-    if order.dtype != np.int64 or digest(order).hex() != written:
-        raise IntegrityError(f"{path}: its content is not what was written; restore the file")
-    return order
 
 
 def _capped_counts(train: Interactions, most: int, coins: SecureStream) -> Order:

@@ -33,8 +33,7 @@ from privrec.models.losses import packed_size
 from privrec.models.ncf import NCF
 from privrec.privacy.events import RoundEvent
 from privrec.randomness import SecretRoot
-from privrec.run.simulation import Simulation
-from privrec.run.summing import Enrolled
+from privrec.run.simulation import Enrolled, Simulation
 from privrec.secagg.client import Policy
 from privrec.secagg.ring import Encoding
 from privrec.server.optimizer import FedAvg, Schedule

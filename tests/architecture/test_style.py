@@ -187,6 +187,27 @@ def methods() -> Iterator[tuple[Path, ast.ClassDef, Function]]:
                         yield path, owner, method
 
 
+def declared(owner: ast.ClassDef) -> set[str]:
+    """Methods that a class's documented ancestors in the package say everything about."""
+    classes = {
+        node.name: node
+        for tree in sources().values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    }
+    found, bases = set[str](), [dotted(base).split(".")[-1] for base in bases_of(owner)]
+    while bases:
+        if base := classes.get(bases.pop()):
+            found |= {method.name for method in public_members(base) if ast.get_docstring(method)}
+            bases += [dotted(each).split(".")[-1] for each in bases_of(base)]
+    return found
+
+
+def bases_of(owner: ast.ClassDef) -> list[ast.expr]:
+    """The bases of a class, generic ones without their arguments."""
+    return [base.value if isinstance(base, ast.Subscript) else base for base in owner.bases]
+
+
 def is_protocol(owner: ast.ClassDef) -> bool:
     return any(dotted(base).split(".")[-1] == "Protocol" for base in owner.bases)
 
@@ -201,12 +222,12 @@ def test_public_functions_and_classes_say_what_they_give() -> None:
     assert not found
 
 
-def test_public_methods_are_documented_unless_a_protocol_declares_them() -> None:
-    declared = {method.name for _, owner, method in methods() if is_protocol(owner)}
+def test_public_methods_are_documented_unless_a_protocol_or_a_base_class_does() -> None:
+    protocols = {method.name for _, owner, method in methods() if is_protocol(owner)}
     found = [
         f"{path.relative_to(ROOT)}:{method.lineno} {owner.name}.{method.name}"
         for path, owner, method in methods()
-        if method.name not in declared and not ast.get_docstring(method)
+        if method.name not in protocols | declared(owner) and not ast.get_docstring(method)
     ]
     assert not found
 

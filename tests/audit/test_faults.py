@@ -16,7 +16,7 @@ from privrec.device import update
 from privrec.device.update import BoundedUpdate, Round
 from privrec.privacy.lazy import LazyMemory
 from privrec.privacy.mechanism import Shares, rounded_gaussian
-from privrec.run import simulation, summing
+from privrec.run import simulation
 from privrec.run.simulation import Simulation
 from privrec.secagg.ring import Encoding, Ring
 from privrec.server import server
@@ -284,14 +284,14 @@ def test_a_sum_that_loses_something_fails(monkeypatch: Patch) -> None:
 
 @pytest.mark.parametrize("kind", ["central", "mixed"])
 def test_a_masked_sum_that_differs_fails(kind: str, monkeypatch: Patch) -> None:
-    honest = summing.unmask
+    honest = simulation.unmask
 
     def opened(*asked: Any) -> NDArray[np.int64]:
         total = honest(*asked)
         total[3] -= 1
         return total
 
-    monkeypatch.setattr(summing, "unmask", opened)
+    monkeypatch.setattr(simulation, "unmask", opened)
     assert broken(kind) == {"secure sum"}
 
 

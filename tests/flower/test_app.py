@@ -43,7 +43,7 @@ from privrec.run import lifecycle
 from privrec.run.plan import Plan
 from privrec.run.recommend import recommend
 from privrec.run.record import Observer
-from privrec.run.summing import unmask
+from privrec.run.simulation import unmask
 from privrec.scenario.load import Scenario, load
 from privrec.search import hashing, select
 from privrec.secagg.roster import Call

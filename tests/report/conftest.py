@@ -78,7 +78,7 @@ def make_run(
     }
     if declares:
         plan = Plan.of(scenario, 3706, population)
-        header |= plan.header(simulated=simulated, standing=standing or PopulationBalance())
+        header |= {"simulated": simulated} | plan.header(standing or PopulationBalance())
     with Ledger.create(path / "ledger.jsonl", header=header, signing_key=KEY) as ledger:
         for number in range(rounds):
             for attempt in range(2 if number in retried else 1):

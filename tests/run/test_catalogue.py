@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from safetensors import safe_open
 from safetensors.numpy import load_file, save
 from scipy import stats
 
@@ -20,15 +23,14 @@ from privrec.privacy.events import RoundEvent, epsilon
 from privrec.privacy.ledger import PREPARATION, Ledger
 from privrec.randomness import SecretRoot
 from privrec.report.build import build
-from privrec.run import lifecycle
+from privrec.run import checkpoint, lifecycle
 from privrec.run import task as catalogue
-from privrec.run.identity import Identity
+from privrec.run.directory import Identity
 from privrec.run.privacy_plan import event_without_shares, release_event
 from privrec.run.recommend import recommend
 from privrec.run.record import Observer, Record
 from privrec.run.task import ORDER, Recommending
 from privrec.scenario.load import Scenario
-from privrec.storage import sign
 
 ROUNDS = 4
 LEVEL = 1e-4
@@ -86,16 +88,15 @@ class Memo:
     def commit(self, *commit: Any) -> None:
         self.told.append(commit)
 
-    def sign(self, kind: str, facts: dict[str, Any]) -> dict[str, Any]:
-        return facts
-
 
 def order_of(folder: Path, root: bytes = b"server", run_id: str = "run", *changes: str) -> Any:
     """The order that a release gives, and the ledger that it was charged to."""
     folder.mkdir(exist_ok=True)
     ledger, server = Memo(run_id), SecretRoot.known(root)
     task = Recommending(scenario(*changes), split_of())
-    task.number(folder, ledger, server, DEVICES)  # type: ignore[arg-type]
+    roots = {"server": server, "devices": DEVICES}
+    identity = SimpleNamespace(root=roots.get, signing_key=Ed25519PrivateKey.generate)
+    task.number(folder, ledger, identity)  # type: ignore[arg-type]
     return load_file(folder / ORDER)["order"], ledger
 
 
@@ -233,7 +234,7 @@ def test_it_is_charged_before_the_counts_are_looked_at_and_tagged_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
-    for name in ("_capped_counts", "rounded_gaussian", "replace"):
+    for name in ("_capped_counts", "rounded_gaussian", "write_signed"):
         original = getattr(catalogue, name)
 
         def watched(*words: Any, name: str = name, original: Any = original, **more: Any) -> Any:
@@ -245,7 +246,8 @@ def test_it_is_charged_before_the_counts_are_looked_at_and_tagged_after(
     monkeypatch.setattr(Memo, "commit", lambda self, *commit: told.append(f"commit {commit[:2]}"))
     order_of(tmp_path / "a")
     assert told == [
-        "charge (-1, 0)", "_capped_counts", "rounded_gaussian", "commit (-1, 0)", "replace",
+        "charge (-1, 0)", "_capped_counts", "rounded_gaussian", "commit (-1, 0)",
+        "write_signed",
     ]  # fmt: skip
     assert PREPARATION == -1
     one, other = (order_of(tmp_path / "b", root) for root in (b"one", b"two"))
@@ -353,9 +355,9 @@ def swapped(order: np.ndarray) -> np.ndarray:
 
 SPOILT = {
     "gone": (None, "there is no order"),
-    "empty": (b"", "not an order"),
-    "no file of its kind": (b"{ spoilt", "not an order"),
-    "another array": (lambda order, _: save({"other": order}), "not an order"),
+    "empty": (b"", "this is no order"),
+    "no file of its kind": (b"{ spoilt", "this is no order"),
+    "another array": (lambda order, _: save({"other": order}), "not a signed order"),
     "unsigned": (lambda order, _: save({"order": order}), "not a signed order"),
     "two items swapped": (
         lambda order, key: _signed(order, key, swapped(order)), "not what was written",
@@ -370,15 +372,19 @@ SPOILT = {
     ),
     "too short": (lambda order, key: _signed(order[:-1], key), "no order of the 40 items"),
     "of floats": (
-        lambda order, key: _signed(order.astype(np.float64), key), "not what was written",
+        lambda order, key: _signed(order.astype(np.float64), key), "no order of the 40 items",
     ),
 }  # fmt: skip
 
 
 def _signed(order: np.ndarray, key: Ed25519PrivateKey, instead: np.ndarray | None = None) -> bytes:
-    record = sign("item order", {"digest": catalogue.digest(order).hex()}, key)
-    kept = order if instead is None else instead
-    return bytes(save({"order": kept}, metadata={"record": json.dumps(record)}))
+    with TemporaryDirectory() as folder:
+        path = Path(folder, ORDER)
+        checkpoint.write_signed(path, "item order", {}, {"order": order}, key)
+        if instead is None:
+            return path.read_bytes()
+        with safe_open(path, framework="numpy") as file:
+            return bytes(save({"order": instead}, metadata=file.metadata()))
 
 
 @pytest.mark.parametrize("case", SPOILT)

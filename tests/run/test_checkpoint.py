@@ -110,7 +110,7 @@ def test_every_way_of_cutting_it_short_is_refused(written: Path) -> None:
 def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "checkpoint"
     path.write_bytes(content)
-    with pytest.raises(IntegrityError, match="not a checkpoint"):
+    with pytest.raises(IntegrityError, match="this is no checkpoint"):
         checkpoint.read(path, KEY.public_key())
 
 

@@ -24,7 +24,7 @@ from privrec.report.facts import read_spending
 from privrec.report.render import write
 from privrec.report.verify import verify
 from privrec.run import checkpoint, directory, lifecycle, plan
-from privrec.run.identity import Identity
+from privrec.run.directory import Identity
 from privrec.run.privacy_plan import event_without_shares
 from privrec.run.recommend import recommend
 from privrec.run.record import Observer, Record

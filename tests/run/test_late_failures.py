@@ -16,7 +16,7 @@ from privrec.errors import DataError, IntegrityError, UsageError
 from privrec.privacy import population
 from privrec.privacy.ledger import Ledger
 from privrec.run import lifecycle
-from privrec.run.identity import Identity
+from privrec.run.directory import Identity
 from privrec.run.lifecycle import SimulatedLoop, with_rows
 from privrec.run.record import Observer, Observers, Record, RunInfo
 from privrec.scenario.load import Scenario

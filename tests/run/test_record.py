@@ -18,7 +18,6 @@ from privrec.run.record import (
     Observers,
     Record,
     RunInfo,
-    read_events,
     read_rounds,
 )
 
@@ -101,7 +100,7 @@ def test_a_damaged_line_within_is_named(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     path.write_text('{"type": "start"}\nnot json\n{"type": "end"}\n')
     with pytest.raises(DataError, match="line 2.*not json.*not a JSON object"):
-        read_events(path)
+        read_rounds(path)
 
 
 def test_a_round_without_a_number_is_named(tmp_path: Path) -> None:
@@ -113,7 +112,7 @@ def test_a_round_without_a_number_is_named(tmp_path: Path) -> None:
 
 def test_an_absent_log_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no event log"):
-        read_events(tmp_path / "events.jsonl")
+        read_rounds(tmp_path / "events.jsonl")
 
 
 def test_several_observers_are_called_in_order() -> None:

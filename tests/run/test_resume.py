@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from small_runs import events_of
 
 from privrec.cli.main import main
 from privrec.errors import IntegrityError, PrivrecError, UsageError
@@ -27,7 +28,7 @@ from privrec.privacy.events import RoundEvent, epsilon
 from privrec.privacy.ledger import Ledger
 from privrec.report.build import build
 from privrec.run import checkpoint, lifecycle
-from privrec.run.record import Observer, Record, read_events, read_rounds
+from privrec.run.record import Observer, Record, read_rounds
 from privrec.scenario.load import load
 from privrec.storage import server_key
 
@@ -612,7 +613,7 @@ def test_a_cut_off_last_line_is_repaired(world: World, secret: Reference, tmp_pa
         (copy.out / "ledger.jsonl").write_bytes(whole[: len(whole) - cut])
         os.environ["PRIVREC_STATE"] = str(copy.state)
         resumed(copy, secret)
-        notes = [e for e in read_events(copy.out / "events.jsonl") if e["type"] == "resume"]
+        notes = [e for e in events_of(copy.out / "events.jsonl") if e["type"] == "resume"]
         assert notes[-1]["noise_root_kept"]
         assert (notes[-1]["repaired"] is None) == (cut in (0, last))
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from small_runs import events_of
 
 from privrec.device.update import Round
 from privrec.errors import (
@@ -31,9 +32,9 @@ from privrec.report.build import build
 from privrec.report.render import write
 from privrec.run import checkpoint, lifecycle
 from privrec.run.checkpoint import Position, read
-from privrec.run.identity import Identity
+from privrec.run.directory import Identity
 from privrec.run.loop import Loop
-from privrec.run.record import Observer, Record, RunInfo, read_events, read_rounds
+from privrec.run.record import Observer, Record, RunInfo, read_rounds
 from privrec.run.simulation import Simulation
 from privrec.scenario.load import Scenario
 from privrec.server.server import Server
@@ -350,7 +351,7 @@ def test_the_directory_holds_what_the_plan_lists(tmp_path: Path) -> None:
 def test_events_tell_every_round_and_evaluate_when_asked(tmp_path: Path) -> None:
     out = tmp_path / "run"
     result = started(out)
-    events = read_events(out / "events.jsonl")
+    events = events_of(out / "events.jsonl")
     assert [event["type"] for event in events] == ["start", *ROUNDS * ["round"], "end"]
     assert events[0]["simulated"] is True
     rounds = read_rounds(out / "events.jsonl")

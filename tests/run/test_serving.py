@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,7 @@ def test_titles_are_given_where_the_data_has_them(trained: Path, train: Interact
 
 def test_a_recommendation_is_plain_json() -> None:
     entry = Recommendation(1, "12", None, 0.5)
-    assert json.loads(json.dumps(entry.to_json())) == {
+    assert json.loads(json.dumps(asdict(entry))) == {
         "rank": 1, "item_id": "12", "title": None, "score": 0.5,
     }  # fmt: skip
 
@@ -201,7 +202,7 @@ def test_a_model_of_another_catalogue_is_refused(trained: Path, tmp_path: Path) 
     scenario = Scenario.from_toml(other)
     train = data.load(scenario.data).train
     with pytest.raises(IntegrityError, match="use the data that the model was trained on"):
-        read_model(path, federation_of(scenario, train.n_items), train.n_items, None)
+        read_model(path, federation_of(scenario, train.n_items), None)
     (path / "scenario.toml").write_text(other)
     with pytest.raises(IntegrityError, match="its scenario_hash is"):
         recommend(path, user="1")
@@ -265,7 +266,7 @@ def test_a_scan_is_what_scoring_the_whole_catalogue_gives(
     scenario = Scenario.from_toml(SCENARIO)
     with Ledger.open(trained / "ledger.jsonl", repair=False) as ledger:
         federation = federation_of(scenario, train.n_items)
-        weights = read_model(trained, federation, train.n_items, ledger.ended)
+        weights = read_model(trained, federation, ledger.ended)
     tier = federation.tiers[0]
     model, rng = LocalModel(tier.model, tier.view(weights)), np.random.default_rng(0)
     for _ in range(20):

@@ -20,8 +20,7 @@ from privrec.models.layout import Layout
 from privrec.models.ncf import NCF
 from privrec.privacy.events import RoundEvent
 from privrec.randomness import SecretRoot, rng_for
-from privrec.run.simulation import Simulation
-from privrec.run.summing import Enrolled
+from privrec.run.simulation import Enrolled, Simulation
 from privrec.secagg.client import Policy
 from privrec.secagg.ring import Encoding
 

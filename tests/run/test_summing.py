@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +23,9 @@ from privrec.models.layout import band_sizes, from_wire, to_wire
 from privrec.privacy.ledger import Ledger
 from privrec.privacy.mechanism import Shares
 from privrec.randomness import SecretRoot
-from privrec.run import lifecycle, summing
+from privrec.run import lifecycle
 from privrec.run.record import Observer
-from privrec.run.simulation import Simulation
+from privrec.run.simulation import SUMMING, Enrolled, Plain, Secure, Simulation
 from privrec.scenario.load import Scenario
 from privrec.secagg.client import ClientSession
 from privrec.secagg.messages import Stage
@@ -249,7 +250,7 @@ def test_an_aborted_round_is_charged_and_tried_again_without_telling_how_many_we
 ) -> None:
     monkeypatch.setenv("PRIVREC_STATE", str(tmp_path / "state"))
     failing = {"left": 3}
-    original = summing.Plain._check_turnout
+    original = Plain._check_turnout
 
     def moody(*arguments: Any) -> None:
         failing["left"] -= 1
@@ -258,7 +259,7 @@ def test_an_aborted_round_is_charged_and_tried_again_without_telling_how_many_we
         if failing["left"] > 0:
             original(*arguments)
 
-    monkeypatch.setattr(summing.Plain, "_check_turnout", moody)
+    monkeypatch.setattr(Plain, "_check_turnout", moody)
     lifecycle.start(scenario(), out=tmp_path / "run", observer=Observer())
     events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
     aborted = [event for event in events if event["type"] == "aborted"]
@@ -296,7 +297,7 @@ def test_a_device_below_its_own_minimum_takes_no_part(monkeypatch: pytest.Monkey
     parts = parts_of("run.secure_sum=full", "devices.dropout_rate=0")
     simulation = parts.simulation
     policy = replace(simulation.enrolled.policy, minimum=61)
-    simulation.enrolled = summing.Enrolled(simulation.root, policy)
+    simulation.enrolled = Enrolled(simulation.root, policy)
     with pytest.raises(ReleaseRefused, match="is set to 61"):
         collected(parts)
 
@@ -362,18 +363,18 @@ def test_rotated_integers_keep_the_bound() -> None:
     parts = parts_of(TIERS, "devices.dropout_rate=0", *SMALL_RING)
     bound = parts.server.plan.protection.encoding.squared_bound
     norms: list[int] = []
-    original = summing.Plain.add
+    original = Plain.add
 
     def watched(self: Any, tier: Any, users: Any, update: Any) -> None:
         norms.extend((update.integers.astype(np.int64) ** 2).sum(1).tolist())
         assert (update.integers != 0).mean() > 0.5  # spread over all coefficients
         original(self, tier, users, update)
 
-    summing.Plain.add = watched  # type: ignore[method-assign]
+    Plain.add = watched  # type: ignore[method-assign]
     try:
         collected(parts)
     finally:
-        summing.Plain.add = original  # type: ignore[method-assign]
+        Plain.add = original  # type: ignore[method-assign]
     assert len(norms) == 60
     assert 0 < max(norms) <= bound
 
@@ -403,5 +404,5 @@ def test_the_simulation_is_what_the_scenario_says() -> None:
         assert simulation.secure_sum == name
         assert simulation.dropout_rate == 0.1
         assert isinstance(simulation.protection.shares, Shares)
-    assert {"exact": summing.Plain, "full": summing.Secure} == summing.SUMMING
-    assert ClientSession.__name__ in summing.__dict__
+    assert {"exact": Plain, "full": Secure} == SUMMING
+    assert ClientSession.__name__ in vars(sys.modules[Plain.__module__])

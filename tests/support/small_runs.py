@@ -70,3 +70,8 @@ def weights(out: Path) -> np.ndarray:
 def ledger_entries(out: Path) -> list[dict[str, Any]]:
     """Return the entries of a run's ledger as they stand on disk, the header first."""
     return [json.loads(line) for line in (out / "ledger.jsonl").read_text("utf-8").splitlines()]
+
+
+def events_of(path: Path) -> list[dict[str, Any]]:
+    """Every event of a log."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
