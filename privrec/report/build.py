@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from privrec.errors import DataError, IntegrityError, ScenarioError, UsageError
 from privrec.report import model
 from privrec.report.derive import derive, example_figures
-from privrec.report.facts import Facts, read_spending
+from privrec.report.facts import Facts, read_facts
 from privrec.report.words import thinned
 from privrec.run.identity import kept_key
 from privrec.run.privacy_plan import example_event, release_event
@@ -98,7 +98,7 @@ def build(directory: Path, *, public_key: Ed25519PublicKey | None = None) -> mod
             "The file is written by privrec alone; restore it, or finish the run again with "
             "`privrec resume`."
         ) from None
-    files.facts.spending.check_result(files.result, directory / "result.json")
+    files.facts.check_result(files.result, directory / "result.json")
     return report
 
 
@@ -115,8 +115,8 @@ def _read(directory: Path, public_key: Ed25519PublicKey | None) -> _Files:
     except ScenarioError as error:
         raise DataError(f"{error}; the run wrote this file, restore it") from None
     rounds = read_rounds(directory / "events.jsonl")
-    spending = read_spending(directory, public_key or kept_key(str(run.get("run_id", ""))))
-    return _Files(directory, run, result, scenario, rounds, Facts.of(spending))
+    facts = read_facts(directory, public_key or kept_key(str(run.get("run_id", ""))))
+    return _Files(directory, run, result, scenario, rounds, facts)
 
 
 def _json(directory: Path, name: str, absent: str) -> Mapping[str, Any]:
@@ -136,7 +136,7 @@ def _json(directory: Path, name: str, absent: str) -> Mapping[str, Any]:
 
 
 def _check_same_run(files: _Files) -> None:
-    scenario, header = files.scenario, files.facts.spending.header
+    scenario, header = files.scenario, files.facts.header
     bound = ("run_id", "scenario_hash", "privacy_hash", "noise_known", "simulated")
     said: Mapping[str, Mapping[str, Any]] = {
         "run.json": {key: files.run.get(key) for key in bound},
@@ -158,16 +158,16 @@ def _check_same_run(files: _Files) -> None:
 
 def _check_charges(files: _Files) -> None:
     """Refuse charges of rounds, or of what came before them, that the scenario does not plan."""
-    scenario, spending = files.scenario, files.facts.spending
+    scenario, facts = files.scenario, files.facts
     laws = {"none": "none", "central": "gaussian", "distributed": "discrete_gaussian"}
     planned = (laws[scenario.privacy.noise], scenario.devices.sampling_rate)
-    if spending.before != release_event(scenario):
+    if facts.before != release_event(scenario):
         raise _charged_otherwise(
             files,
-            f"{spending.before} was charged before the first round, and the scenario plans "
+            f"{facts.before} was charged before the first round, and the scenario plans "
             f"{release_event(scenario)}",
         )
-    for event in spending.rounds:
+    for event in facts.of_rounds:
         if (event.mechanism, event.sampling_rate) != planned:
             raise _charged_otherwise(
                 files,
@@ -181,8 +181,8 @@ def _check_examples(files: _Files) -> None:
 
     What ``result.json`` says of them must be what the ledger gives.
     """
-    planned, spent = example_event(files.scenario), files.facts.spending.examples
-    rounds = sum(files.facts.spending.rounds.values())
+    planned, spent = example_event(files.scenario), files.facts.example_counts
+    rounds = files.facts.charges
     wanted = {planned: max(rounds, sum(spent.values()))} if planned else {}
     if dict(spent) != wanted:
         raise _charged_otherwise(
@@ -207,12 +207,12 @@ def _charged_otherwise(files: _Files, what: str) -> IntegrityError:
 def _check_claims(files: _Files) -> None:
     """Hold ``privacy`` of ``result.json`` to the ledger and the scenario that it is bound to."""
     facts, privacy, said = files.facts, files.scenario.privacy, files.section("privacy")
-    header, devices = facts.spending.header, files.scenario.devices
-    noise = {event.noise_multiplier for event in facts.spending.rounds}
+    header, devices = facts.header, files.scenario.devices
+    noise = {event.noise_multiplier for event in facts.of_rounds}
     stated = {
         "unit": header.get("unit"),
         "adjacency": header.get("adjacency"),
-        "charges": len(facts.spending.charges),
+        "charges": len(facts.charged),
         "noise_known": facts.noise_known,
         "delta": header.get("delta"),
         "population": header.get("population"),

@@ -15,8 +15,9 @@ from dataclasses import replace
 from typing import Any
 
 from privrec.privacy.events import Adversary, RoundEvent, divergence, epsilon
+from privrec.privacy.ledger import Charge
 from privrec.report import model
-from privrec.report.facts import WHICH, Facts, Spending
+from privrec.report.facts import WHICH, Facts
 from privrec.report.words import tables, thinned
 from privrec.run.record import REVEALED
 
@@ -59,7 +60,7 @@ def derive(facts: Facts, word: Mapping[str, Any]) -> model.Report:
         scenario=scenario.name,
         title=scenario.title,
         description=scenario.description.strip(),
-        run_id=str(facts.spending.header["run_id"]),
+        run_id=str(facts.header["run_id"]),
         version=facts.declared.version,
         scenario_hash=scenario.hash(),
         privacy_hash=scenario.privacy_hash(),
@@ -106,7 +107,7 @@ def starred(facts: Facts, said: Said) -> dict[str, Any]:
 
 
 def _privacy(facts: Facts, said: Said) -> model.Privacy:
-    spending, encoding = facts.spending, facts.encoding
+    encoding = facts.encoding
     privacy, rate = facts.scenario.privacy, facts.scenario.devices.sampling_rate
     found = {
         "recipients": (facts.epsilon, facts.epsilon_rdp),
@@ -129,7 +130,7 @@ def _privacy(facts: Facts, said: Said) -> model.Privacy:
             accounted_multiplier=event.gaussian_multiplier,
             hidden_rate=event.rate_against("recipients"),
         )
-        for event, count in spending.counts.items()
+        for event, count in facts.counts.items()
     )
     return model.Privacy(
         private=facts.private,
@@ -148,11 +149,11 @@ def _privacy(facts: Facts, said: Said) -> model.Privacy:
         budget=privacy.epsilon,
         budget_against=privacy.budget_against,
         noise_known=facts.noise_known,
-        charges=len(spending.charges),
+        charges=len(facts.charged),
         events=events,
-        ledger_head=spending.head,
-        ledger_key=spending.key,
-        ledger_signature=spending.signature,
+        ledger_head=facts.head,
+        ledger_key=facts.key,
+        ledger_signature=facts.signature,
         **said["privacy"],
     )
 
@@ -163,7 +164,7 @@ def example_figures(facts: Facts) -> dict[str, Any] | None:
     That ε stands beside the one of users and is never added to it: they bound different changes of
     the data, and are of two units.
     """
-    privacy, charged = facts.scenario.privacy, facts.spending.examples
+    privacy, charged = facts.scenario.privacy, facts.example_counts
     if privacy.local == "none" or privacy.local_clip_norm is None:
         return None
     value = epsilon(charged, privacy.local_delta, "server")
@@ -185,7 +186,7 @@ def _mechanism(facts: Facts, said: Said) -> model.Mechanism:
     """How one round's release is made, with the noise of each band."""
     encoding, declared = facts.encoding, facts.declared
     rate, multiplier = facts.scenario.devices.sampling_rate, facts.least_noise
-    charged = {event.mechanism for event in facts.spending.rounds}
+    charged = {event.mechanism for event in facts.of_rounds}
     laws = sorted(charged, key=lambda law: law == "gaussian")
     places = zip(reversed(declared.capacities), declared.bands, declared.holders, strict=True)
     std = (multiplier or 0.0) * encoding.bound / encoding.scale
@@ -230,7 +231,7 @@ def _accounting(facts: Facts, said: Said) -> model.Accounting | None:
 
     Without a guarantee its curves are empty.
     """
-    delta, counts = facts.spending.header.get("delta"), facts.spending.counts
+    delta, counts = facts.header.get("delta"), facts.counts
     if facts.population is None or not isinstance(delta, float):
         return None
     privacy, finite = facts.scenario.privacy, facts.private
@@ -335,7 +336,7 @@ def _miss(curve: Sequence[model.Point2], alarm: float) -> float:
 def _epsilon_curves(facts: Facts) -> Iterator[model.Curve]:
     if not facts.private or facts.delta is None:
         return
-    milestones = list(_milestones(facts.spending))
+    milestones = list(_milestones(facts.charged))
     for key, name in (("epsilon", "ε, recipients"), ("epsilon_server", "ε, cohorts known")):
         points = [
             model.Point(round=number, value=epsilon(counts, facts.delta, WHICH[key][0]))
@@ -345,14 +346,14 @@ def _epsilon_curves(facts: Facts) -> Iterator[model.Curve]:
             yield model.Curve(key=key, name=name, note="", points=tuple(points))
 
 
-def _milestones(spending: Spending) -> Iterator[tuple[int, Counter[RoundEvent]]]:
+def _milestones(charged: Sequence[Charge]) -> Iterator[tuple[int, Counter[RoundEvent]]]:
     """Charges counted up to some rounds, the last among them; ε bends most in the first ones."""
-    last_of_round = {charge.round: place for place, charge in enumerate(spending.charges)}
+    last_of_round = {charge.round: place for place, charge in enumerate(charged)}
     ends = sorted(last_of_round.values())
     places = sorted({*thinned(ends, EPSILON_POINTS), *(ends[i] for i in _EARLY if i < len(ends))})
     counts: Counter[RoundEvent] = Counter()
     start = 0
     for place in places:
-        counts.update(charge.event for charge in spending.charges[start : place + 1])
+        counts.update(charge.event for charge in charged[start : place + 1])
         start = place + 1
-        yield spending.charges[place].round + 1, counts.copy()
+        yield charged[place].round + 1, counts.copy()

@@ -25,7 +25,7 @@ from safetensors.numpy import load_file
 import privrec
 from privrec.errors import DataError, IntegrityError, PrivrecError, UsageError
 from privrec.report.derive import derive
-from privrec.report.facts import Facts, read_spending
+from privrec.report.facts import Facts, read_facts
 from privrec.report.model import WORD, OperatorsWord, Report
 from privrec.report.render import to_html, to_json, to_markdown
 from privrec.run.identity import kept_key
@@ -168,18 +168,14 @@ def _report(text: str, content: Mapping[str, Any], verdict: Verdict) -> Report |
 
 def _ledger(directory: Path, key: Ed25519PublicKey | None, verdict: Verdict) -> Facts | None:
     try:
-        spending = read_spending(directory, key)
+        facts = read_facts(directory, key)
     except PrivrecError as error:
         verdict.refute("ledger", str(error))
         return None
     verdict.checked.append(
-        f"hash chain of the ledger and its signed head, {len(spending.charges):,} charges"
+        f"hash chain of the ledger and its signed head, {len(facts.charged):,} charges"
     )
-    try:
-        return Facts.of(spending)
-    except (DataError, UsageError) as error:
-        verdict.refute("ledger", f"no report can be made of it: {error}")
-        return None
+    return facts
 
 
 def _compare(report: Report, facts: Facts, verdict: Verdict) -> None:
@@ -265,7 +261,7 @@ def _check_result(directory: Path, report: Report, facts: Facts, verdict: Verdic
     path = directory / "result.json"
     try:
         result = _object(path.read_text(encoding="utf-8"))
-        facts.spending.check_result(result, path)
+        facts.check_result(result, path)
     except FileNotFoundError:
         verdict.unchecked.append(
             "result.json: it is not here, so metrics and gaps are not known to be those that the "
@@ -317,7 +313,7 @@ def _check_model(directory: Path, facts: Facts, verdict: Verdict) -> None:
         found = hashlib.sha256(weights.tobytes()).hexdigest()
     except (SafetensorError, KeyError, OSError, ValueError):
         found = ""
-    if found == facts.spending.model:
+    if found == facts.model:
         verdict.checked.append("the released model is the one that the ledger ends with")
     else:
         verdict.refute("model.safetensors", "it is not the model that the ledger ends with")
