@@ -38,13 +38,10 @@ Counts = Mapping[RoundEvent, int]
 
 
 def derive(facts: Facts, word: Mapping[str, Any]) -> model.Report:
-    """Make the report of a ledger's facts.
+    """Make the report of a ledger's facts; it is private only when every starred part is there.
 
     Args:
         word: the fields of ``WORD``, and ``curves`` from private data.
-
-    Returns:
-        The report; called private only when every starred part is there.
     """
     single = example_figures(facts)
     said = sentences(facts, single)
@@ -68,7 +65,6 @@ def derive(facts: Facts, word: Mapping[str, Any]) -> model.Report:
         claim=said["claim"],
         missing=missing,
         privacy=_privacy(facts, said),
-        **parts,
         examples=model.ExampleLevel(**said["examples"], **single) if single else None,
         deployment=model.Deployment(
             simulated=facts.declared.simulated,
@@ -76,68 +72,48 @@ def derive(facts: Facts, word: Mapping[str, Any]) -> model.Report:
             **said["deployment"],
         ),
         reading=_reading(facts, curve, said),
-        warnings=tuple(model.Notice(**each) for each in said.get("warnings", ())),
-        operators_word=tuple(model.OperatorsWord(**each) for each in said["operators_word"]),
-        curves=(*word["curves"], *_epsilon_curves(facts)),
-        **{name: value for name, value in word.items() if name != "curves"},
+        warnings=said.get("warnings", ()),
+        operators_word=said["operators_word"],
+        **{**parts, **word, "curves": (*word["curves"], *_epsilon_curves(facts))},
     )
 
 
 def sentences(facts: Facts, examples: Mapping[str, Any] | None = None) -> Said:
-    """Every sentence that holds of the facts, by part and field of the report.
-
-    Args:
-        examples: figures of the guarantee at example level; None where there is none.
-    """
+    """Every sentence that holds of the facts and of the figures at example level, by part."""
     return tables("sentences.toml.j2", facts=facts, examples=examples, revealed=REVEALED)
 
 
 def starred(facts: Facts, said: Said) -> dict[str, Any]:
     """The starred parts, those that lack facts as None."""
+    figured = {"mechanism": _mechanism, "sampling": _sampling, "accounting": _accounting}
     return {
-        "scope": model.Scope(**said["scope"]),
-        "trust_model": model.TrustModel(**said["trust_model"]),
-        "definition": model.Definition(**said["definition"]),
-        "outputs": model.Outputs(**said["outputs"]),
-        "mechanism": _mechanism(facts, said),
-        "sampling": _sampling(facts, said),
-        "accounting": _accounting(facts, said),
-        "outside_the_ledger": model.OutsideTheLedger(**said["outside_the_ledger"]),
+        name: figured[name](facts, said) if name in figured else said[name]
+        for name in model.STARRED
     }
 
 
 def _privacy(facts: Facts, said: Said) -> model.Privacy:
     encoding = facts.encoding
     privacy, rate = facts.scenario.privacy, facts.scenario.devices.sampling_rate
-    found = {
+    found: dict[Adversary, tuple[float | None, float | None]] = {
         "recipients": (facts.epsilon, facts.epsilon_rdp),
         "server": (facts.epsilon_server, facts.epsilon_server_rdp),
     }
-    adversaries = tuple(
-        model.Adversary(
-            name=name,  # type: ignore[arg-type]  # one of the two
-            epsilon=pld if facts.private else None,
-            epsilon_rdp=rdp if facts.private else None,
-            limits_run=privacy.epsilon is not None and privacy.budget_against == name,
-            **said["adversaries"][name],
-        )
-        for name, (pld, rdp) in found.items()
-    )
-    events = tuple(
-        model.Charged(
-            **event.to_json(),
-            count=count,
-            accounted_multiplier=event.gaussian_multiplier,
-            hidden_rate=event.rate_against("recipients"),
-        )
-        for event, count in facts.counts.items()
-    )
     return model.Privacy(
         private=facts.private,
         unit="user",
         adjacency="zero-out",
         delta=facts.delta,
-        adversaries=adversaries,
+        adversaries=tuple(
+            model.Adversary(
+                name=name,
+                epsilon=pld if facts.private else None,
+                epsilon_rdp=rdp if facts.private else None,
+                limits_run=privacy.epsilon is not None and privacy.budget_against == name,
+                **said["adversaries"][name],
+            )
+            for name, (pld, rdp) in found.items()
+        ),
         noise=privacy.noise,
         noise_multiplier=facts.least_noise,
         clip_norm=encoding.clip_norm,
@@ -150,7 +126,15 @@ def _privacy(facts: Facts, said: Said) -> model.Privacy:
         budget_against=privacy.budget_against,
         noise_known=facts.noise_known,
         charges=len(facts.charged),
-        events=events,
+        events=tuple(
+            model.Charged(
+                **event.to_json(),
+                count=count,
+                accounted_multiplier=event.gaussian_multiplier,
+                hidden_rate=event.rate_against("recipients"),
+            )
+            for event, count in facts.counts.items()
+        ),
         ledger_head=facts.head,
         ledger_key=facts.key,
         ledger_signature=facts.signature,
@@ -297,11 +281,7 @@ def _lifetime(facts: Facts) -> model.Lifetime | None:
 
 
 def _reading(facts: Facts, curve: Sequence[model.Point2], said: Said) -> model.Reading:
-    """What the number means for somebody who is in the data, against recipients.
-
-    Args:
-        curve: points (ε, δ) that hold; empty without a guarantee.
-    """
+    """What ε against recipients means, by the points (ε, δ) that hold: none without a guarantee."""
     odds = None
     if curve and facts.epsilon is not None and facts.epsilon < 300:
         odds = math.exp(facts.epsilon)

@@ -40,13 +40,10 @@ class Facts:
     """Everything that the figures and sentences of a report depend on.
 
     Attributes:
-        declared: what the header declares.
         charged: one entry for each (round, attempt), in order; rounds are counted from 0.
-        counts: how often each event was charged.
         example_counts: how often each example-level event was entered, which is another unit.
         head: hash of the last entry, in hex.
         key: public key that the signed head was checked with, in hex.
-        signature: whether that key was given, or is the one that the ledger itself names.
         model: digest of the model that the run ended with.
         delta: δ of the claim; None where no noise was planned.
         population: number of users, as declared; None where it is not known.
@@ -144,14 +141,10 @@ class Facts:
         return self.scenario.devices.sampling_rate == 1
 
     @property
-    def distributed(self) -> bool:
-        """Whether devices add the noise, in shares."""
-        return self.scenario.privacy.noise == "distributed"
-
-    @property
     def hides_cohorts(self) -> bool:
         """Whether ε against recipients rests on cohorts that they do not know."""
-        shown = self.distributed and not self.scenario.privacy.remove_excess
+        privacy = self.scenario.privacy
+        shown = privacy.noise == "distributed" and not privacy.remove_excess
         return not self.everybody and not shown
 
     @property
@@ -159,26 +152,6 @@ class Facts:
         """Whether a finite ε holds against anybody, and the report is whole."""
         noisy = self.scenario.privacy.noise != "none" and not self.noise_known
         return noisy and self.epsilon is not None and not self.missing
-
-    @property
-    def examples(self) -> bool:
-        """Whether devices add noise to their own steps, for single interactions."""
-        return self.scenario.privacy.local == "example"
-
-    @property
-    def texts(self) -> bool:
-        """Whether users write words or labelled examples, and do not choose items."""
-        return bool(self.scenario.model.learns != "interactions")
-
-    @property
-    def requested(self) -> bool:
-        """Whether devices ask the server for output neurons, and so tell it their words."""
-        return self.scenario.train.requested
-
-    @property
-    def further_runs(self) -> int:
-        """Runs of the settings that the scenario compares."""
-        return len(self.scenario.rows) * self.scenario.run.seeds
 
     @cached_property
     def least_noise(self) -> float | None:

@@ -29,11 +29,7 @@ class Written:
 
 
 def write(report: Report, directory: Path) -> Written:
-    """Write the four files into an existing directory, each replaced as a whole.
-
-    Raises:
-        UsageError: when the directory does not exist or cannot be written.
-    """
+    """Write the four files into an existing directory, each as :func:`replace_text` does."""
     endings = ("json", "html", "md", "registry.yaml")
     paths = [directory / f"report.{ending}" for ending in endings]
     for path, text_of in zip(paths, (to_json, to_html, to_markdown, to_registry), strict=True):
@@ -104,11 +100,7 @@ for adversary in ("recipients", "server"):
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all.
-
-    Raises:
-        UsageError: when the folder does not exist or cannot be written.
-    """
+    """Write a file as a whole or not at all; a UsageError where the folder cannot be written."""
     try:
         handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:

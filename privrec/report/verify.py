@@ -44,14 +44,9 @@ class Mismatch:
 
 @dataclass
 class Verdict:
-    """What a verification found.
+    """What a verification found: what agrees, was not looked at, does not match, cannot be seen.
 
-    Attributes:
-        anchored: whether the ledger was checked with a key from elsewhere than the files.
-        checked: what was recomputed and agrees.
-        unchecked: what was not looked at, and why.
-        mismatches: what does not.
-        word: what no verifier can see.
+    ``anchored`` is whether the ledger was checked with a key from elsewhere than the files.
     """
 
     anchored: bool
@@ -82,11 +77,7 @@ class Verdict:
 
 
 def public_key(text: str) -> Ed25519PublicKey:
-    """The server's public key from its 64 hexadecimal digits, or from a file that holds them.
-
-    Raises:
-        UsageError: when it is no such key.
-    """
+    """The server's public key from its 64 hexadecimal digits, or from a file that holds them."""
     if not re.fullmatch(r"[0-9a-fA-F]{64}", text.strip()):
         try:
             text = Path(text).read_text(encoding="utf-8")
@@ -218,12 +209,11 @@ def _reason(where: str, found: Any, expected: Any, version: str) -> str:
         return f"ε is {found:g}, {side} than the {expected:g} that the ledger gives"
     if isinstance(found, list) and isinstance(expected, list):
         return f"{len(found)} entries, and the ledger gives {len(expected)}"
-    other = (
-        f" (the report is of privrec {version}, this is {privrec.__version__}: verify it with that "
-        "version)"
-        if version != privrec.__version__
-        else ""
-    )
+    other, here = "", privrec.__version__
+    if version != here:
+        other = (
+            f" (the report is of privrec {version}, this is {here}: verify it with that version)"
+        )
     return f"it says {_short(found)}, and the ledger gives {_short(expected)}{other}"
 
 
