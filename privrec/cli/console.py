@@ -48,10 +48,9 @@ class Commands(click.Group):
     """A group whose errors are one message and an exit code, and which suggests near names."""
 
     def main(self, *args: Any, **extra: Any) -> Any:
-        """Run the program and exit with its code.
+        """Run the program and exit with its code; errors of privrec show no traceback.
 
-        What privrec raises on purpose is printed without a traceback; what a stream cannot encode
-        is replaced, as ε is in code page 1252.
+        What a stream cannot encode is replaced, as ε is in code page 1252.
         """
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
@@ -122,7 +121,7 @@ data_option = click.option(
 
 
 def check_run(directory: Path) -> None:
-    """Refuse, by a UsageError, what is no run directory."""
+    """Refuse what is no run directory."""
     if (directory / "run.json").is_file():
         return
     found = "it has no run.json" if directory.is_dir() else "there is no such folder"
@@ -133,10 +132,7 @@ def check_run(directory: Path) -> None:
 
 
 def check_data(data_dir: Path | None) -> None:
-    """Refuse, by a UsageError, a ``--data`` that is not there.
-
-    ``PRIVREC_DATA`` may name a folder yet to be made.
-    """
+    """Refuse a ``--data`` that is not there; ``PRIVREC_DATA`` may be yet to be made."""
     source = click.get_current_context().get_parameter_source("data_dir")
     if source is ParameterSource.COMMANDLINE and data_dir is not None and not data_dir.exists():
         raise UsageError(

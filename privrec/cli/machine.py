@@ -17,17 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from privrec.cli.console import (
-    PATH,
-    Commands,
-    check_data,
-    data_option,
-    example,
-    json_option,
-    print_json,
-    print_table,
-    settings_option,
-)
+from privrec.cli import console
 from privrec.errors import PrivrecError, UsageError
 
 if TYPE_CHECKING:
@@ -36,17 +26,19 @@ if TYPE_CHECKING:
 # --------------------------------------------------------------------------- data sets
 
 
-@click.group(cls=Commands, epilog=example("privrec data list", "privrec data fetch ml-1m"))
+@click.group(
+    cls=console.Commands, epilog=console.example("privrec data list", "privrec data fetch ml-1m")
+)
 def data() -> None:
     """List, fetch and describe data sets."""
 
 
-@data.command("list", epilog=example("privrec data list --json"))
-@data_option
-@json_option
+@data.command("list", epilog=console.example("privrec data list --json"))
+@console.data_option
+@console.json_option
 def list_data(data_dir: Path | None, as_json: bool) -> None:
     """List the data sets that can be fetched and say which are here."""
-    check_data(data_dir)
+    console.check_data(data_dir)
     from privrec.data.catalogue import ARCHIVES
 
     here = found_data(data_dir)
@@ -55,17 +47,17 @@ def list_data(data_dir: Path | None, as_json: bool) -> None:
         for name, archive in ARCHIVES.items()
     ]
     if as_json:
-        print_json(rows)
+        console.print_json(rows)
         return
     cells = [(row["name"], row["holds"], row["found"] or "not here") for row in rows]
-    print_table("Data sets", ("name", "holds", "found"), cells)
+    console.print_table("Data sets", ("name", "holds", "found"), cells)
 
 
-@data.command(epilog=example("privrec data fetch ml-1m"))
+@data.command(epilog=console.example("privrec data fetch ml-1m"))
 @click.argument("name", metavar="NAME")
 @click.option(
     *("--data", "directory"),
-    type=PATH,
+    type=console.PATH,
     metavar="DIR",
     envvar="PRIVREC_DATA",
     help="Where to keep it. [default: $PRIVREC_DATA, else the user's cache]",
@@ -78,23 +70,23 @@ def fetch(name: str, directory: Path | None) -> None:
     click.echo(path)
 
 
-@data.command(epilog=example("privrec data describe ml-1m --data data/ml-1m"))
+@data.command(epilog=console.example("privrec data describe ml-1m --data data/ml-1m"))
 @click.argument("name", metavar="NAME|SCENARIO")
-@settings_option
-@data_option
-@json_option
+@console.settings_option
+@console.data_option
+@console.json_option
 def describe(name: str, settings: tuple[str, ...], data_dir: Path | None, as_json: bool) -> None:
     """Read a data set, by its name or as a scenario file has it, and count what is in it."""
-    check_data(data_dir)
+    console.check_data(data_dir)
     scenario = _scenario_for_data(name, settings)
     from privrec.run.task import load_task
 
     facts = load_task(scenario, data_dir).split.describe()
     if as_json:
-        print_json(facts)
+        console.print_json(facts)
         return
     rows = [(fact.replace("_", " "), value) for fact, value in facts.items()]
-    print_table(f"Data of {name}", ("fact", "value"), rows)
+    console.print_table(f"Data of {name}", ("fact", "value"), rows)
 
 
 def _scenario_for_data(name: str, settings: Sequence[str]) -> Scenario:
@@ -122,18 +114,12 @@ EXTRAS = ("data", "track", "flower")
 
 
 Level = Literal["ok", "note", "fail"]
-Found = tuple[Level, str] | tuple[Level, str, str]
-"""What a check says: level, detail and perhaps a remedy, as in :class:`Finding`."""
+Found = tuple[Level, str] | tuple[Level, str, str]  # level, detail and perhaps a remedy
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
-
-    Attributes:
-        level: ``ok``; ``note`` for what a run can do without; ``fail`` for what it cannot.
-        remedy: What to do about it; empty when nothing is.
-    """
+    """One thing looked at: a run can do without what has a ``note``, not without a ``fail``."""
 
     name: str
     level: Level
@@ -141,24 +127,21 @@ class Finding:
     remedy: str = ""
 
 
-@click.command(
-    short_help="Check what this machine offers to a run.",
-    epilog=example("privrec doctor"),
-)
-@data_option
-@json_option
+@click.command(epilog=console.example("privrec doctor"))
+@console.data_option
+@console.json_option
 def doctor(data_dir: Path | None, as_json: bool) -> None:
-    """Check Python, packages, threads, the secure generator, AES speed, state folder and data."""
-    check_data(data_dir)
+    """Check this machine for what a run needs."""
+    console.check_data(data_dir)
     findings = examine(data_dir)
     if as_json:
-        print_json([asdict(finding) for finding in findings])
+        console.print_json([asdict(finding) for finding in findings])
     else:
         rows = [
             ("FAIL" if each.level == "fail" else each.level, each.name, each.detail, each.remedy)
             for each in findings
         ]
-        print_table("privrec doctor", ("", "what", "found", "remedy"), rows)
+        console.print_table("privrec doctor", ("", "what", "found", "remedy"), rows)
     failed = [finding.name for finding in findings if finding.level == "fail"]
     if failed:
         raise PrivrecError(f"{', '.join(failed)}: a run needs this; see the remedy above")
@@ -203,8 +186,7 @@ def _secure_generator() -> Found:
 
     first, second = (SecretRoot(os.urandom(32)).stream("doctor").bytes(32) for _ in range(2))
     if first == second:
-        remedy = "do not run privrec with noise on this machine"
-        return "fail", "two roots gave the same bytes", remedy
+        return "fail", "two roots gave the same bytes", "do not run privrec with noise here"
     return "ok", "operating system entropy, AES-CTR keystream"
 
 
@@ -233,9 +215,8 @@ def _state_directory() -> Found:
             probe.flush()
             os.fsync(probe.fileno())
     except OSError as error:
-        detail = f"{directory} cannot be written: {error.strerror}"
         remedy = "set PRIVREC_STATE to a folder of your own on a local disk"
-        return "fail", detail, remedy
+        return "fail", f"{directory} cannot be written: {error.strerror}", remedy
     return "ok", f"{directory} is writable; noise roots are kept there"
 
 
@@ -296,38 +277,40 @@ def found_data(data_dir: Path | None = None) -> dict[str, str]:
 
 
 @click.group(
-    cls=Commands,
-    epilog=example("privrec flower init my-app", "privrec flower enroll keys --roster roster.txt"),
+    cls=console.Commands,
+    epilog=console.example(
+        "privrec flower init my-app", "privrec flower enroll keys --roster roster.txt"
+    ),
 )
 def flower() -> None:
     """Deploy with Flower: write an app, enrol devices."""
 
 
-@flower.command(epilog=example("privrec flower init my-app --scenario my.toml"))
-@click.argument("folder", type=PATH)
-@click.option("--scenario", type=PATH, help="What the app trains; a small one if unset.")
-@json_option
+@flower.command(epilog=console.example("privrec flower init my-app --scenario my.toml"))
+@click.argument("folder", type=console.PATH)
+@click.option("--scenario", type=console.PATH, help="What the app trains; a small one if unset.")
+@console.json_option
 def init(folder: Path, scenario: Path | None, as_json: bool) -> None:
     """Write a complete Flower app to FOLDER, ready for `flwr run`."""
     from privrec.flower.app import init as write
 
     files = write(folder, scenario)
     if as_json:
-        print_json({"files": [str(path) for path in files]})
+        console.print_json({"files": [str(path) for path in files]})
         return
     for path in files:
         click.echo(f"wrote {path}")
     click.echo(f"Run it: cd {folder} && flwr run .")
 
 
-@flower.command(epilog=example("privrec flower enroll keys --roster roster.txt --number 7"))
-@click.argument("keys", type=PATH)
-@click.option("--roster", type=PATH, help="Add the devices to this file.")
-@click.option("--office", type=PATH, help="Certify them with this secret key.")
+@flower.command(epilog=console.example("privrec flower enroll keys --roster roster.txt --number 7"))
+@click.argument("keys", type=console.PATH)
+@click.option("--roster", type=console.PATH, help="Add the devices to this file.")
+@click.option("--office", type=console.PATH, help="Certify them with this secret key.")
 @click.option("--partition", nargs=2, type=int, metavar="ID COUNT", help="Users of a partition.")
 @click.option("--population", type=int, help="Users of the data set, with --partition.")
 @click.option("--number", type=int, default=0, show_default=True, help="Of a single device.")
-@json_option
+@console.json_option
 def enroll(
     keys: Path,
     roster: Path | None,
@@ -352,7 +335,7 @@ def enroll(
         users = range(part, population, parts)
     identities = make(keys, users, roster, office)
     if as_json:
-        print_json({"keys": str(keys), "identities": identities})
+        console.print_json({"keys": str(keys), "identities": identities})
         return
     click.echo(f"{len(identities)} devices; their secret root is in {keys}: keep it there")
     if roster is not None:

@@ -15,23 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from privrec import __version__
-from privrec.cli.console import (
-    PATH,
-    Commands,
-    check_data,
-    check_run,
-    data_option,
-    example,
-    json_option,
-    number_text,
-    print_json,
-    print_lines,
-    print_table,
-    run_dir,
-    scenario_file,
-    settings_option,
-    shown,
-)
+from privrec.cli import console
 from privrec.cli.machine import data, doctor, flower
 from privrec.cli.plan import audit, plan, scenario
 from privrec.cli.report import compare, population, report, write_report
@@ -48,7 +32,7 @@ DEMO_USER = "7"
 
 out_option = click.option(
     "--out",
-    type=PATH,
+    type=console.PATH,
     metavar="DIR",
     help="Folder of the run; must be new or empty. [default: runs/NAME-1, runs/NAME-2, …]",
 )
@@ -57,7 +41,10 @@ out_option = click.option(
 def track_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Where a run is logged besides its own folder."""
     tensorboard = click.option(
-        "--tensorboard", type=PATH, metavar="DIR", help="Log to TensorBoard too (extra `track`)."
+        "--tensorboard",
+        type=console.PATH,
+        metavar="DIR",
+        help="Log to TensorBoard too (extra `track`).",
     )
     mlflow = click.option(
         "--mlflow", metavar="EXPERIMENT", help="Log to MLflow too (extra `track`)."
@@ -66,9 +53,9 @@ def track_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.group(
-    cls=Commands,
+    cls=console.Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog=example("privrec demo", "privrec run scenarios/quickstart.toml"),
+    epilog=console.example("privrec demo", "privrec run scenarios/quickstart.toml"),
 )
 @click.version_option(__version__, prog_name="privrec")
 def main() -> None:
@@ -79,43 +66,30 @@ def main() -> None:
     """
 
 
-@main.command(
-    short_help="The whole path on embedded data, offline, in under a minute.",
-    epilog=example("privrec demo", "privrec demo --out runs/first"),
-)
+@main.command(epilog=console.example("privrec demo", "privrec demo --out runs/first"))
 @out_option
-@json_option
+@console.json_option
 def demo(out: Path | None, as_json: bool) -> None:
-    """Train on embedded synthetic data, recommend and report: the whole path, offline."""
+    """The whole path on embedded data, offline. Train, recommend and report."""
     from privrec.run import lifecycle
-    from privrec.run.recommend import recommend as recommendations
     from privrec.scenario.load import load
 
     quickstart = load(QUICKSTART)
     path = _new_folder(quickstart.name, out)
     with _watched(path) as observer:
         result = lifecycle.start(quickstart, out=path, observer=observer)
-    pages = _reported(result.path)
-    found = recommendations(result.path, user=DEMO_USER, history=None, k=10, data_dir=None)
-    if as_json:
-        rows = [asdict(entry) for entry in found]
-        page = None if pages is None else str(pages.html)
-        with shown():
-            print_json({**result.payload, "recommendations": rows, "report": page})
-    else:
-        _print_finished(result, pages, found)
+    _finish(result, as_json, user=DEMO_USER)
 
 
 @main.command(
-    short_help="Train what a scenario describes and write its report.",
-    epilog=example(
+    epilog=console.example(
         "privrec run scenarios/quickstart.toml -s train.rounds=50 --out runs/short",
         "privrec run scenarios/ml-1m-dp.toml --data data/ml-1m --json",
     ),
 )
-@scenario_file
-@settings_option
-@data_option
+@console.scenario_file
+@console.settings_option
+@console.data_option
 @out_option
 @click.option(
     "--population",
@@ -123,7 +97,7 @@ def demo(out: Path | None, as_json: bool) -> None:
     help="Tie the run to this population's lifetime budget: see `privrec population`.",
 )
 @track_options
-@json_option
+@console.json_option
 def run(
     scenario_file: Path,
     settings: tuple[str, ...],
@@ -134,8 +108,8 @@ def run(
     mlflow: str | None,
     as_json: bool,
 ) -> None:
-    """Train what SCENARIO describes, on simulated devices, and write its report."""
-    check_data(data_dir)
+    """Train what SCENARIO describes and write its report. Devices are simulated."""
+    console.check_data(data_dir)
     from privrec.scenario.load import load
 
     described = load(scenario_file, settings)
@@ -153,14 +127,11 @@ def run(
     _finish(result, as_json)
 
 
-@main.command(
-    short_help="Go on with an interrupted run.",
-    epilog=example("privrec resume runs/quickstart-1"),
-)
-@run_dir
-@data_option
+@main.command(epilog=console.example("privrec resume runs/quickstart-1"))
+@console.run_dir
+@console.data_option
 @track_options
-@json_option
+@console.json_option
 def resume(
     directory: Path,
     data_dir: Path | None,
@@ -168,9 +139,9 @@ def resume(
     mlflow: str | None,
     as_json: bool,
 ) -> None:
-    """Go on with the interrupted run in DIR from its last checkpoint."""
-    check_run(directory)
-    check_data(data_dir)
+    """Go on with the interrupted run in DIR from its checkpoint."""
+    console.check_run(directory)
+    console.check_data(data_dir)
     from privrec.run import lifecycle
     from privrec.scenario.load import load
 
@@ -186,17 +157,16 @@ for _command in (plan, report, audit, compare):
 
 
 @main.command(
-    short_help="Recommend items to a user or for a history.",
-    epilog=example(
+    epilog=console.example(
         "privrec recommend runs/ml-1m-1 --user 42",
         "privrec recommend runs/ml-1m-1 --history liked.txt -k 20",
     ),
 )
-@run_dir
+@console.run_dir
 @click.option("--user", metavar="ID", help="A user of the data set.")
 @click.option(
     "--history",
-    type=PATH,
+    type=console.PATH,
     metavar="FILE",
     help="Ids of liked items, one a line; a user vector is fitted to them.",
 )
@@ -210,8 +180,8 @@ for _command in (plan, report, audit, compare):
     show_default=True,
     help="How the best items are found, by a selector that searches; scan is exact.",
 )
-@data_option
-@json_option
+@console.data_option
+@console.json_option
 def recommend(
     directory: Path,
     user: str | None,
@@ -221,19 +191,19 @@ def recommend(
     data_dir: Path | None,
     as_json: bool,
 ) -> None:
-    """Recommend items, by the model in DIR, to a user or to a history never seen in training."""
+    """Recommend items to a user or for a history. The model is that of DIR."""
     if (user is None) == (history is None):
         given = "neither was given" if user is None else "both were given"
         raise UsageError(f"--user or --history: exactly one is needed, and {given}; choose one")
-    check_run(directory)
-    check_data(data_dir)
+    console.check_run(directory)
+    console.check_data(data_dir)
     from privrec.run.recommend import recommend as recommendations
 
     found = recommendations(
         directory, user=user, history=history, k=k, data_dir=data_dir, selector=selector
     )
     if as_json:
-        print_json([asdict(entry) for entry in found])
+        console.print_json([asdict(entry) for entry in found])
         return
     whom = f"user {user}" if user is not None else f"the history in {history}"
     _print_recommendations(found, f"Recommendations for {whom}")
@@ -276,7 +246,6 @@ def _watched(
     A run that is finished is reported although an error came of it, such as its budget: a row may
     have failed, or the settlement with the population. That error is the one to show.
     """
-    from privrec.cli.console import ConsoleObserver
     from privrec.run import record
     from privrec.run.record import Observer, Observers
 
@@ -286,7 +255,7 @@ def _watched(
     if mlflow is not None:
         sinks.append(record.MLflowSink(mlflow))
     try:
-        with Observers(ConsoleObserver(), *sinks) as observer:
+        with Observers(console.ConsoleObserver(), *sinks) as observer:
             yield observer
     except Exception:
         if (directory / "result.json").is_file():
@@ -315,22 +284,22 @@ def _reported(directory: Path) -> Written | None:
         return None
 
 
-def _finish(result: Result, as_json: bool) -> None:
+def _finish(result: Result, as_json: bool, *, user: str | None = None) -> None:
+    """Report the run and print it, with recommendations for a user of the data set."""
+    from privrec.run.recommend import recommend as recommendations
+
     pages = _reported(result.path)
-    if as_json:
-        with shown():
-            print_json(result.payload)
-    else:
-        _print_finished(result, pages)
-
-
-def _print_finished(
-    result: Result, pages: Written | None, found: Sequence[Recommendation] = ()
-) -> None:
-    with shown():
+    found = recommendations(result.path, user=user, k=10) if user is not None else ()
+    with console.shown():
+        if as_json:
+            rows = [asdict(entry) for entry in found]
+            page = None if pages is None else str(pages.html)
+            more = {"recommendations": rows, "report": page} if found else {}
+            console.print_json({**result.payload, **more})
+            return
         print_result(result.payload)
         if found:
-            _print_recommendations(found, f"Recommendations for user {DEMO_USER}")
+            _print_recommendations(found, f"Recommendations for user {user}")
         click.echo(f"Run:    {result.path}")
         if pages is not None:
             click.echo(f"Report: {pages.html}")
@@ -352,17 +321,19 @@ def print_result(payload: Mapping[str, Any]) -> None:
         beside = ("" if other is None else f"{other:.4f}" for other in others)
         rows.append((metric_name(key), f"{value:.4f}", within, *beside))
     title = f"{title} (accuracy on {payload.get('holdout', 'test')}, {OUTSIDE})"
-    print_table(title, ("metric", "value", "95 %", *baselines), rows)
-    print_lines(_privacy_lines(payload["privacy"]))
+    console.print_table(title, ("metric", "value", "95 %", *baselines), rows)
+    console.print_lines(_privacy_lines(payload["privacy"]))
     costs = [
-        (words, number_text(payload["cost"][name]), unit)
+        (words, console.number_text(payload["cost"][name]), unit)
         for name, (words, unit) in _COSTS.items()
         if payload["cost"].get(name) is not None
     ]
-    print_table(f"Cost ({OUTSIDE})", ("what", "value", "unit"), costs)
+    console.print_table(f"Cost ({OUTSIDE})", ("what", "value", "unit"), costs)
     if payload.get("rows"):
         _print_rows(payload["rows"], baselines)
-    print_lines(f"Not measured: {what}: {why}" for what, why in (payload.get("gaps") or {}).items())
+    console.print_lines(
+        f"Not measured: {what}: {why}" for what, why in (payload.get("gaps") or {}).items()
+    )
 
 
 _COSTS = {
@@ -404,7 +375,7 @@ def _print_rows(rows: Sequence[Mapping[str, Any]], baselines: Mapping[str, Any])
         values = {key.removeprefix("full_"): value for key, value in found.items()} | found
         lines.append([f"{name} (centralised)", *(_headline(values, key) for key in wanted), ""])
     heads = ["", *(metric_name(key) for key in wanted), "NDCG by tier (own)"]
-    print_table(f"Rows (metrics are {OUTSIDE})", heads, lines)
+    console.print_table(f"Rows (metrics are {OUTSIDE})", heads, lines)
 
 
 def _headlines(row: Mapping[str, Any]) -> list[str]:
@@ -439,4 +410,4 @@ def _print_recommendations(entries: Sequence[Recommendation], title: str) -> Non
         (entry.rank, entry.item_id, *([entry.title or ""] if titled else []), f"{entry.score:.3f}")
         for entry in entries
     ]
-    print_table(title, columns, rows)
+    console.print_table(title, columns, rows)

@@ -14,19 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from privrec.cli.console import (
-    PATH,
-    Commands,
-    check_run,
-    example,
-    json_option,
-    number_text,
-    print_json,
-    print_lines,
-    print_table,
-    scenario_file,
-    settings_option,
-)
+from privrec.cli import console
 from privrec.errors import ReleaseRefused, UsageError
 from privrec.run.record import adversary_text, epsilon_text
 
@@ -41,56 +29,48 @@ SMALL_COHORT = 20
 # --------------------------------------------------------------------------- scenarios
 
 
-@click.group(cls=Commands, epilog=example("privrec scenario schema"))
+@click.group(cls=console.Commands, epilog=console.example("privrec scenario schema"))
 def scenario() -> None:
     """Help to write scenarios."""
 
 
-@scenario.command(epilog=example("privrec scenario schema"))
+@scenario.command(epilog=console.example("privrec scenario schema"))
 def schema() -> None:
     """Print the JSON Schema of scenario files, for editors."""
     from privrec.scenario.keys import json_schema
     from privrec.scenario.load import Scenario
 
-    print_json(json_schema(Scenario))
+    console.print_json(json_schema(Scenario))
 
 
 # --------------------------------------------------------------------------- the plan
 
 
-@click.command(
-    short_help="Noise, ε by round and signal to noise, before any data.",
-    epilog=example("privrec plan scenarios/ml-1m-dp.toml -s privacy.epsilon=4"),
-)
-@scenario_file
-@settings_option
-@json_option
+@click.command(epilog=console.example("privrec plan scenarios/ml-1m-dp.toml -s privacy.epsilon=4"))
+@console.scenario_file
+@console.settings_option
+@console.json_option
 def plan(scenario_file: Path, settings: tuple[str, ...], as_json: bool) -> None:
-    """Say what SCENARIO will cost, without touching data: noise, ε by round, signal to noise."""
+    """Noise, ε by round and signal to noise, before any data."""
     from privrec.scenario.load import load
 
-    payload = planned(load(scenario_file, settings))
+    described = load(scenario_file, settings)
+    rows = [{"name": name, **planned(variant)} for name, variant in described.variants()]
+    payload = {**planned(described), "rows": rows}
     if as_json:
-        print_json(payload)
+        console.print_json(payload)
         return
     _print_plan(payload, f"Plan of {payload['scenario']}")
-    for row in payload["rows"]:
+    for row in rows:
         _print_plan(row, f"Row {row['name']}")
 
 
 def planned(scenario: Scenario) -> dict[str, Any]:
-    """The plan of a scenario as JSON values, with one entry of ``rows`` for each of its rows.
-
-    ``epsilon`` and ``epsilon_server`` are after the last round; null is infinite.
+    """What a scenario will cost, as JSON values; ε is after the last round.
 
     Raises:
         UsageError: If no noise meets the target, or sizes that distributed noise needs are unknown.
     """
-    rows = [{"name": name, **_planned(variant)} for name, variant in scenario.variants()]
-    return {**_planned(scenario), "rows": rows}
-
-
-def _planned(scenario: Scenario) -> dict[str, Any]:
     privacy, devices, event = scenario.privacy, scenario.devices, _event(scenario)
     return {
         "scenario": scenario.name,
@@ -122,15 +102,10 @@ def _spending(scenario: Scenario, event: RoundEvent) -> dict[str, Any]:
     rounds, delta = scenario.train.rounds, scenario.privacy.delta
     spent = epsilon_by_round(event, rounds, delta, MILESTONES, release_event(scenario))
     by_round = [
-        {"round": after, "epsilon": _finite(ours), "epsilon_server": _finite(theirs)}
-        for after, ours, theirs in spent
+        {"round": after, "epsilon": ours, "epsilon_server": theirs} for after, ours, theirs in spent
     ]
     last = {key: by_round[-1][key] for key in ("epsilon", "epsilon_server")}
     return {**last, "epsilon_by_round": by_round}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _event(scenario: Scenario) -> RoundEvent:
@@ -146,12 +121,10 @@ def _event(scenario: Scenario) -> RoundEvent:
             "they are not known here; set devices.population, or plan with "
             '-s privacy.noise="central", which costs the same to within 0.1 %'
         )
-    weakest_first = sorted(lengths.items())
-    sizes = [longer - shorter for (shorter, _), (longer, _) in pairwise([(0, 0), *weakest_first])]
-    holders = [
-        round(population * sum(share for each, share in weakest_first if each >= length))
-        for length, _ in weakest_first
-    ]
+    weakest_first = sorted(lengths)
+    sizes = [longer - shorter for shorter, longer in pairwise([0, *weakest_first])]
+    shares = [sum(lengths[each] for each in weakest_first[n:]) for n in range(len(sizes))]
+    holders = [round(population * share) for share in shares]
     return plan_privacy(scenario, sizes, holders)[0]
 
 
@@ -162,42 +135,28 @@ def coefficients(scenario: Scenario) -> int | None:
 
 
 def _lengths(scenario: Scenario) -> dict[int, float] | None:
-    """Length of each tier's vector, and the share of devices that train with it."""
-    from privrec.run.privacy_plan import known_items
+    """Length of each tier's vector, and the share of devices that train with it.
+
+    As long as the layouts of :func:`privrec.run.plan.federation_of`, without loading torch.
+    """
+    from privrec.models.layout import Layout
+    from privrec.run.privacy_plan import coordinates_of, known_items, tables_of
+    from privrec.scenario.kinds import ImplicitALS
 
     items, chain = known_items(scenario), scenario.devices.chain
     if items is None or any(tier.capacity is None for tier in chain):
         return None
-    return {
-        _length(scenario, items, round(-math.log2(tier.capacity))): tier.share * (tier.weight > 0)
-        for tier in chain
-        if tier.capacity
-    }
-
-
-def _length(scenario: Scenario, items: int, halving: int) -> int:
-    from privrec.embedding.nested import nested
-    from privrec.embedding.subspace import Subspace
-    from privrec.embedding.table import PlainTable, Table
-    from privrec.models.layout import Layout
-    from privrec.scenario.kinds import ImplicitALS
-
-    model, order = scenario.model, scenario.devices.order
-
-    def held(dim: int, block: int, halving: int) -> Table:
-        if order == "fold":
-            size = model.compression
-            table: Table = Subspace.sized(items, dim, block=block, key=0, compression=size)
-        else:
-            table = PlainTable.of(items, dim, block=block, by_part=order == "dims")
-        return nested(table, [halving]).tables[0]
-
-    vectors = held(model.dim, model.block, halving)
-    biases = held(1, 1, 0 if order == "dims" else halving)  # the first dimensions are of all items
-    gram = vectors.dim * (vectors.dim + 1) // 2 if isinstance(scenario.train, ImplicitALS) else 0
-    bias_slots = biases.slots if model.item_bias else 0
-    dense = model.dense_weights(vectors.dim)
-    return Layout(dense, vectors.slots, vectors.block, bias_slots, gram).size
+    tables, lengths = tables_of(scenario, items), dict[int, float]()
+    for tier in (tier for tier in chain if tier.capacity):
+        halving = round(-math.log2(tier.capacity or 1))
+        vectors, biases = coordinates_of(scenario, tables, [halving])
+        held = vectors.tables[0]
+        gram = held.dim * (held.dim + 1) // 2 if isinstance(scenario.train, ImplicitALS) else 0
+        slots = biases.tables[0].slots if biases else 0
+        dense = scenario.model.dense_weights(held.dim)
+        length = Layout(dense, held.slots, held.block, slots, gram).size
+        lengths[length] = tier.share * (tier.weight > 0)
+    return lengths
 
 
 def _signal(scenario: Scenario, noise_multiplier: float) -> dict[str, Any] | None:
@@ -258,42 +217,45 @@ def _print_plan(plan: Mapping[str, Any], title: str) -> None:
     settings = [
         ("rounds", f"{plan['rounds']:,}"),
         ("noise", plan["noise"]),
-        ("noise multiplier", number_text(plan["noise_multiplier"])),
-        ("clip norm", number_text(plan["clip_norm"])),
+        ("noise multiplier", console.number_text(plan["noise_multiplier"])),
+        ("clip norm", console.number_text(plan["clip_norm"])),
         ("sampling", f"{plan['sampling']}, rate {plan['sampling_rate']:g}"),
-        ("population", number_text(plan["population"])),
-        ("expected cohort", number_text(plan["expected_cohort"])),
+        ("population", console.number_text(plan["population"])),
+        ("expected cohort", console.number_text(plan["expected_cohort"])),
     ]
     if plan["budget"] is not None:
         adversary = adversary_text(plan["budget_against"])
         settings.append(("budget", f"ε = {plan['budget']:g} against {adversary}"))
-    print_table(title, ("setting", "value"), settings)
+    console.print_table(title, ("setting", "value"), settings)
     if plan["epsilon_by_round"]:
         spent = [
             (each["round"], *(epsilon_text(each[of], 3) for of in ("epsilon", "epsilon_server")))
             for each in plan["epsilon_by_round"]
         ]
         columns = ("after round", "ε, recipients", "ε, cohorts known")
-        print_table(f"ε at δ = {plan['delta']:g}, by user, zero-out", columns, spent)
+        console.print_table(f"ε at δ = {plan['delta']:g}, by user, zero-out", columns, spent)
     if signal := plan["signal"]:
         rows = [
-            (words, number_text(signal[key])) for key, words in _SIGNAL.items() if key in signal
+            (words, console.number_text(signal[key]))
+            for key, words in _SIGNAL.items()
+            if key in signal
         ]
         title = "One round at best: every update clipped, and all of one direction"
-        print_table(title, ("what", "value"), rows)
+        console.print_table(title, ("what", "value"), rows)
     if plan["warnings"]:
-        print_lines(f"warning: {warning}" for warning in plan["warnings"])
+        console.print_lines(f"warning: {warning}" for warning in plan["warnings"])
 
 
 # --------------------------------------------------------------------------- the audit
 
 
 @click.command(
-    short_help="Check noise, clipping, rounding and sampling of this build.",
-    epilog=example("privrec audit scenarios/quickstart.toml", "privrec audit runs/quickstart-1"),
+    epilog=console.example(
+        "privrec audit scenarios/quickstart.toml", "privrec audit runs/quickstart-1"
+    ),
 )
-@click.argument("path", metavar="SCENARIO|DIR", type=PATH)
-@settings_option
+@click.argument("path", metavar="SCENARIO|DIR", type=console.PATH)
+@console.settings_option
 @click.option(
     "--canaries",
     type=click.IntRange(0, 100_000),
@@ -301,12 +263,12 @@ def _print_plan(plan: Mapping[str, Any], title: str) -> None:
     show_default=True,
     help="Canaries of the empirical bounds on ε; 0 leaves them out.",
 )
-@json_option
+@console.json_option
 def audit(path: Path, settings: tuple[str, ...], canaries: int, as_json: bool) -> None:
-    """Audit this build with a SCENARIO's settings, or with those of the run in DIR.
+    """Check noise, clipping, rounding and sampling of this build.
 
-    No data is looked at. Of a run's directory the findings are kept as audit.json, from which its
-    report takes them.
+    The settings are those of a SCENARIO, or of the run in DIR; no data is looked at. In a run's
+    directory the findings are kept as audit.json, from which its report takes them.
     """
     from privrec.audit import audit as examine
     from privrec.report.build import AUDIT
@@ -314,25 +276,27 @@ def audit(path: Path, settings: tuple[str, ...], canaries: int, as_json: bool) -
     from privrec.scenario.load import load
 
     if of_run := path.is_dir():
-        check_run(path)
+        console.check_run(path)
     found = examine(load(path / "scenario.toml" if of_run else path, settings), canaries=canaries)
     if of_run and not settings:
         replace_text(path / AUDIT, found.model_dump_json(indent=2) + "\n")
     if as_json:
-        print_json(found.model_dump())
+        console.print_json(found.model_dump())
     else:
         rows = [
             ("ok" if check.passed else "FAIL", check.probe, check.found, check.expected)
             for check in found.checks
         ]
-        print_table(f"Audit of privrec {found.version}", ("", "check", "found", "expected"), rows)
+        console.print_table(
+            f"Audit of privrec {found.version}", ("", "check", "found", "expected"), rows
+        )
         bound = ""
         if found.lower_bound is not None and found.confidence is not None:
             bound = (
                 f"ε is at least {found.lower_bound:.3g} with {found.confidence:.0%} confidence, "
                 f"and {epsilon_text(found.claimed)} is claimed. "
             )
-        print_lines([bound + found.method])
+        console.print_lines([bound + found.method])
     if not found.passed:
         failed = [check.probe for check in found.checks if not check.passed]
         raise ReleaseRefused(

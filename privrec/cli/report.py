@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from privrec.cli.console import (
-    PATH,
-    Commands,
-    check_run,
-    example,
-    json_option,
-    number_text,
-    print_json,
-    print_lines,
-    print_table,
-    run_dir,
-)
+from privrec.cli import console
 from privrec.errors import IntegrityError
 from privrec.run.record import OUTSIDE, adversary_text, epsilon_text, metric_name
 
@@ -31,34 +19,31 @@ if TYPE_CHECKING:
 _name = click.argument("name", metavar="NAME")
 
 
-class _Report(Commands):
-    default = "write"
-
+class _Report(console.Commands):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """As click's, with ``write`` put before what is none of the group's commands."""
         if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
-            args = [self.default, *args]
+            args = ["write", *args]
         return super().parse_args(ctx, args)
 
 
 @click.group(
     cls=_Report,
-    short_help="Write the report of a finished run again, or verify one.",
-    epilog=example(
+    epilog=console.example(
         "privrec report runs/quickstart-1",
         "privrec report verify runs/quickstart-1/report.json --key server.pub",
     ),
 )
 def report() -> None:
-    """Write the report of a finished run (`privrec report DIR`), or verify one."""
+    """Write the report of a finished run again, or verify one."""
 
 
-@report.command(epilog=example("privrec report write runs/quickstart-1"))
-@run_dir
-@json_option
+@report.command(epilog=console.example("privrec report write runs/quickstart-1"))
+@console.run_dir
+@console.json_option
 def write(directory: Path, as_json: bool) -> None:
     """Write report.html, report.md, report.json and a registry draft of the finished run in DIR."""
-    check_run(directory)
+    console.check_run(directory)
     pages = write_report(directory)
     if as_json:
         click.echo(pages.json.read_text("utf-8").rstrip("\n"))
@@ -68,9 +53,9 @@ def write(directory: Path, as_json: bool) -> None:
 
 
 @report.command(
-    epilog=example("privrec report verify runs/quickstart-1/report.json --key server.pub")
+    epilog=console.example("privrec report verify runs/quickstart-1/report.json --key server.pub")
 )
-@click.argument("path", metavar="FILE", type=PATH)
+@click.argument("path", metavar="FILE", type=console.PATH)
 @click.option(
     "--key",
     metavar="HEX|FILE",
@@ -82,7 +67,7 @@ def write(directory: Path, as_json: bool) -> None:
     is_flag=True,
     help="Go on with the key that the ledger itself names: shows damage, not a forgery as a whole.",
 )
-@json_option
+@console.json_option
 def verify(path: Path, key: str | None, trust_named_key: bool, as_json: bool) -> None:
     """Recompute the report in FILE from the ledger beside it, and say what does not match."""
     from privrec.report.verify import public_key
@@ -92,7 +77,7 @@ def verify(path: Path, key: str | None, trust_named_key: bool, as_json: bool) ->
         path, key=None if key is None else public_key(key), trust_named_key=trust_named_key
     )
     if as_json:
-        print_json(verdict.to_json())
+        console.print_json(verdict.to_json())
     else:
         _print_verdict(verdict)
     if not verdict.holds:
@@ -102,7 +87,7 @@ def verify(path: Path, key: str | None, trust_named_key: bool, as_json: bool) ->
         )
 
 
-@report.command(epilog=example("privrec report schema"))
+@report.command(epilog=console.example("privrec report schema"))
 def schema() -> None:
     """Print the JSON Schema that every report.json of this version satisfies."""
     from privrec.report.model import schema_text
@@ -111,22 +96,20 @@ def schema() -> None:
 
 
 def _print_verdict(verdict: Verdict) -> None:
-    _print_list("Recomputed from the ledger, and agrees:", verdict.checked)
-    _print_list("Not checked:", verdict.unchecked)
+    lists = {
+        "Recomputed from the ledger, and agrees:": verdict.checked,
+        "Not checked:": verdict.unchecked,
+        "On the operator's word, since no verifier can see it:": [e.title for e in verdict.word],
+    }
+    for heading, entries in lists.items():
+        if entries:
+            console.print_lines([heading, *(f"  {entry}" for entry in entries)])
     if verdict.mismatches:
         rows = [(each.where, each.reason) for each in verdict.mismatches]
-        print_table("Does not match", ("where", "why"), rows)
-    titles = [each.title for each in verdict.word]
-    _print_list("On the operator's word, since no verifier can see it:", titles)
+        console.print_table("Does not match", ("where", "why"), rows)
     if not verdict.anchored:
-        warning = "The key was the one that the ledger itself names: whoever made the files can "
-        print_lines([f"{warning}have made up all of them."])
-
-
-def _print_list(heading: str, entries: Sequence[str]) -> None:
-    if entries:
-        print_lines([heading])
-        print_lines(f"  {entry}" for entry in entries)
+        warning = "The key was the one that the ledger itself names"
+        console.print_lines([f"{warning}: whoever made the files can have made up all of them."])
 
 
 def write_report(directory: Path) -> Written:
@@ -141,19 +124,20 @@ def write_report(directory: Path) -> Written:
 
 
 @click.command(
-    short_help="Put finished runs side by side.",
-    epilog=example(
+    epilog=console.example(
         "privrec compare runs/ml-1m-1 runs/ml-1m-dp-1",
         "privrec compare runs/* --out comparison.html",
     ),
 )
-@click.argument("directories", metavar="DIR...", type=PATH, nargs=-1, required=True)
-@click.option("--out", type=PATH, metavar="FILE", help="Write the table as an HTML page too.")
-@json_option
+@click.argument("directories", metavar="DIR...", type=console.PATH, nargs=-1, required=True)
+@click.option(
+    "--out", type=console.PATH, metavar="FILE", help="Write the table as an HTML page too."
+)
+@console.json_option
 def compare(directories: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
     """Put finished runs side by side."""
     for directory in directories:
-        check_run(directory)
+        console.check_run(directory)
     from privrec.report.render import compare as side_by_side
     from privrec.report.render import replace_text
 
@@ -161,19 +145,19 @@ def compare(directories: tuple[Path, ...], out: Path | None, as_json: bool) -> N
     if out is not None:
         replace_text(out, comparison.to_html())
     if as_json:
-        print_json({"rows": comparison.rows(), "cautions": comparison.cautions})
+        console.print_json({"rows": comparison.rows(), "cautions": comparison.cautions})
         return
     columns = [*_HEADINGS, *comparison.metrics, *_COSTS]
     rows = [[_cell(column, row[column]) for column in columns] for row in comparison.rows()]
     names = {**_HEADINGS, **_COSTS}
     headings = [names.get(column) or metric_name(column) for column in columns]
-    print_table(f"Runs (metrics are {OUTSIDE})", headings, rows)
+    console.print_table(f"Runs (metrics are {OUTSIDE})", headings, rows)
     if comparison.cautions:
-        print_lines(f"caution: {caution}" for caution in comparison.cautions)
+        console.print_lines(f"caution: {caution}" for caution in comparison.cautions)
 
 
 def _cell(column: str, value: Any) -> str:
-    return epsilon_text(value, 3) if "epsilon" in column else number_text(value)
+    return epsilon_text(value, 3) if "epsilon" in column else console.number_text(value)
 
 
 _HEADINGS = {
@@ -189,8 +173,8 @@ _COSTS = {"upload_bytes": "upload, bytes", "wall_s": "wall, s"}
 
 
 @click.group(
-    cls=Commands,
-    epilog=example(
+    cls=console.Commands,
+    epilog=console.example(
         "privrec population create readers --epsilon 8 --delta 1e-6",
         "privrec run scenarios/quickstart.toml --population readers",
     ),
@@ -199,7 +183,9 @@ def population() -> None:
     """Lifetime budgets: one limit on ε over several runs on the same users."""
 
 
-@population.command(epilog=example("privrec population create readers --epsilon 8 --delta 1e-6"))
+@population.command(
+    epilog=console.example("privrec population create readers --epsilon 8 --delta 1e-6")
+)
 @_name
 @click.option("--epsilon", type=float, required=True, help="Lifetime limit on ε.")
 @click.option("--delta", type=float, required=True, help="δ of that limit.")
@@ -210,7 +196,7 @@ def population() -> None:
     show_default=True,
     help="The adversary of that limit.",
 )
-@json_option
+@console.json_option
 def create(name: str, epsilon: float, delta: float, against: Any, as_json: bool) -> None:
     """Begin the ledger of a population; its limit is never changed."""
     from privrec.privacy.population import create as begin
@@ -218,9 +204,9 @@ def create(name: str, epsilon: float, delta: float, against: Any, as_json: bool)
     _print_population(begin(name, epsilon=epsilon, delta=delta, against=against), as_json)
 
 
-@population.command(epilog=example("privrec population show readers"))
+@population.command(epilog=console.example("privrec population show readers"))
 @_name
-@json_option
+@console.json_option
 def show(name: str, as_json: bool) -> None:
     """Say what the runs on a population have spent."""
     from privrec.privacy.population import read
@@ -234,11 +220,11 @@ def _print_population(found: Population, as_json: bool) -> None:
     spent = {run: epsilon(counts, found.delta, found.against) for run, counts in found.runs.items()}
     if as_json:
         limit = {key: getattr(found, key) for key in ("name", "epsilon", "delta", "against")}
-        print_json({**limit, "spent": found.spent(), "runs": spent})
+        console.print_json({**limit, "spent": found.spent(), "runs": spent})
         return
     limit_text = f"{found.epsilon:g} spent or set aside, against {adversary_text(found.against)}"
     so_far = f"Population {found.name}: ε = {epsilon_text(found.spent(), 3)} of {limit_text}"
-    print_lines([f"{so_far}, at δ = {found.delta:g}."])
+    console.print_lines([f"{so_far}, at δ = {found.delta:g}."])
     if spent:
         rows = [(run, epsilon_text(value, 3)) for run, value in spent.items()]
-        print_table("Runs", ("run", "ε by itself"), rows)
+        console.print_table("Runs", ("run", "ε by itself"), rows)

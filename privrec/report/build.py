@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from privrec.errors import DataError, IntegrityError, ScenarioError, UsageError
 from privrec.report import model
 from privrec.report.derive import derive, example_figures
-from privrec.report.facts import Facts, read_spending
+from privrec.report.facts import Facts, read_facts
 from privrec.report.words import thinned
 from privrec.run.directory import kept_key
 from privrec.run.privacy_plan import example_event, release_event
@@ -40,8 +40,6 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class _Files:
-    """The parsed files of a run directory; ``facts`` are those of its ledger."""
-
     directory: Path
     run: Mapping[str, Any]
     result: Mapping[str, Any]
@@ -50,11 +48,7 @@ class _Files:
     facts: Facts
 
     def section(self, name: str) -> Mapping[str, Any]:
-        """A section of ``result.json``.
-
-        Raises:
-            DataError: when it is no object.
-        """
+        """A section of ``result.json``."""
         section = self.result.get(name)
         if not isinstance(section, Mapping):
             raise DataError(
@@ -65,29 +59,23 @@ class _Files:
 
 
 def build(directory: Path, *, public_key: Ed25519PublicKey | None = None) -> model.Report:
-    """Report a finished run.
+    """Report a finished run, whose directory is only read; every ε comes from its ledger alone.
 
     Args:
-        directory: of the run, as ``privrec run`` left it; it is only read.
         public_key: the server's, to check the ledger's signed head with. Without it, the one that
             this machine keeps for the run is used, else the one that the ledger itself names; the
             report says which.
 
-    Returns:
-        The report; its ε come from ``ledger.jsonl`` alone.
-
     Raises:
         UsageError: when it is no run directory, or the run is not finished.
         IntegrityError: when the ledger was altered, its key did not sign ``result.json``, or
-            another file does not agree with it: on whose run it is, whether the noise is known, δ,
-            sampling, ε or what else the claim needs.
+            another file does not agree with it on anything that the claim needs.
         DataError: when a file is malformed.
     """
     files = _read(directory, public_key)
     _check_same_run(files)
     _check_charges(files)
     _check_claims(files)
-    _check_examples(files)
     try:
         report = derive(files.facts, _word(files))
     except ValidationError as error:
@@ -98,7 +86,7 @@ def build(directory: Path, *, public_key: Ed25519PublicKey | None = None) -> mod
             "The file is written by privrec alone; restore it, or finish the run again with "
             "`privrec resume`."
         ) from None
-    files.facts.spending.check_result(files.result, directory / "result.json")
+    files.facts.check_result(files.result, directory / "result.json")
     return report
 
 
@@ -107,16 +95,15 @@ def build(directory: Path, *, public_key: Ed25519PublicKey | None = None) -> mod
 
 def _read(directory: Path, public_key: Ed25519PublicKey | None) -> _Files:
     run = _json(directory, "run.json", "it is not a run directory; name one that privrec made")
-    result = _json(
-        directory, "result.json", f"the run is not finished; go on with: privrec resume {directory}"
-    )
+    unfinished = f"the run is not finished; go on with: privrec resume {directory}"
+    result = _json(directory, "result.json", unfinished)
     try:
         scenario = load(directory / "scenario.toml")
     except ScenarioError as error:
         raise DataError(f"{error}; the run wrote this file, restore it") from None
     rounds = read_rounds(directory / "events.jsonl")
-    spending = read_spending(directory, public_key or kept_key(str(run.get("run_id", ""))))
-    return _Files(directory, run, result, scenario, rounds, Facts.of(spending))
+    facts = read_facts(directory, public_key or kept_key(str(run.get("run_id", ""))))
+    return _Files(directory, run, result, scenario, rounds, facts)
 
 
 def _json(directory: Path, name: str, absent: str) -> Mapping[str, Any]:
@@ -136,7 +123,7 @@ def _json(directory: Path, name: str, absent: str) -> Mapping[str, Any]:
 
 
 def _check_same_run(files: _Files) -> None:
-    scenario, header = files.scenario, files.facts.spending.header
+    scenario, header = files.scenario, files.facts.header
     bound = ("run_id", "scenario_hash", "privacy_hash", "noise_known", "simulated")
     said: Mapping[str, Mapping[str, Any]] = {
         "run.json": {key: files.run.get(key) for key in bound},
@@ -157,48 +144,25 @@ def _check_same_run(files: _Files) -> None:
 
 
 def _check_charges(files: _Files) -> None:
-    """Refuse charges of rounds, or of what came before them, that the scenario does not plan."""
-    scenario, spending = files.scenario, files.facts.spending
+    """Refuse charges of rounds, examples or what came before that the scenario does not plan."""
+    scenario, facts = files.scenario, files.facts
     laws = {"none": "none", "central": "gaussian", "distributed": "discrete_gaussian"}
     planned = (laws[scenario.privacy.noise], scenario.devices.sampling_rate)
-    if spending.before != release_event(scenario):
-        raise _charged_otherwise(
-            files,
-            f"{spending.before} was charged before the first round, and the scenario plans "
-            f"{release_event(scenario)}",
-        )
-    for event in spending.rounds:
-        if (event.mechanism, event.sampling_rate) != planned:
-            raise _charged_otherwise(
-                files,
-                f"a round was charged as {event}, and the scenario plans the mechanism and "
-                f"sampling rate {planned}",
-            )
-
-
-def _check_examples(files: _Files) -> None:
-    """Refuse charges at example level other than planned, one for every charge of a round.
-
-    What ``result.json`` says of them must be what the ledger gives.
-    """
-    planned, spent = example_event(files.scenario), files.facts.spending.examples
-    rounds = sum(files.facts.spending.rounds.values())
-    wanted = {planned: rounds} if planned and rounds else {}
-    if dict(spent) != wanted:
-        raise _charged_otherwise(
-            files,
-            f"{dict(spent)} was charged for examples over {rounds} charged rounds, and the "
-            f"scenario plans {planned} for each",
-        )
-    own = example_figures(files.facts) or {}
-    said = files.section("privacy").get("examples") or {}
-    for name in ("epsilon", "delta", "noise_multiplier", "clip_norm", "charges"):
-        if not _agree(said.get(name), own.get(name)):
-            raise _disagreement(files, f"examples.{name}", said.get(name), own.get(name))
-
-
-def _charged_otherwise(files: _Files, what: str) -> IntegrityError:
-    return IntegrityError(
+    before, example, spent = release_event(scenario), example_event(scenario), facts.example_counts
+    # One charge at example level for every charge of a round.
+    wanted = {example: facts.charges} if example and facts.charges else {}
+    wrong = next((e for e in facts.of_rounds if (e.mechanism, e.sampling_rate) != planned), None)
+    if facts.before != before:
+        what = f"{facts.before} was charged before the first round, and the scenario plans {before}"
+    elif wrong is not None:
+        what = f"a round was charged as {wrong}, and the scenario plans the mechanism and sampling "
+        what += f"rate {planned}"
+    elif dict(spent) != wanted:
+        what = f"{dict(spent)} was charged for examples over {facts.charges} charged rounds, and "
+        what += f"the scenario plans {example} for each"
+    else:
+        return
+    raise IntegrityError(
         f"{files.directory / 'ledger.jsonl'}: {what}; both must agree. Rely on neither, and "
         "restore the directory as the run left it."
     )
@@ -207,12 +171,12 @@ def _charged_otherwise(files: _Files, what: str) -> IntegrityError:
 def _check_claims(files: _Files) -> None:
     """Hold ``privacy`` of ``result.json`` to the ledger and the scenario that it is bound to."""
     facts, privacy, said = files.facts, files.scenario.privacy, files.section("privacy")
-    header, devices = facts.spending.header, files.scenario.devices
-    noise = {event.noise_multiplier for event in facts.spending.rounds}
+    header, devices = facts.header, files.scenario.devices
+    noise = {event.noise_multiplier for event in facts.of_rounds}
     stated = {
         "unit": header.get("unit"),
         "adjacency": header.get("adjacency"),
-        "charges": len(facts.spending.charges),
+        "charges": len(facts.charged),
         "noise_known": facts.noise_known,
         "delta": header.get("delta"),
         "population": header.get("population"),
@@ -228,9 +192,16 @@ def _check_claims(files: _Files) -> None:
     for key, value in stated.items():
         if said.get(key) != value:
             raise _disagreement(files, key, said.get(key), value)
-    for key, computed in (("epsilon", facts.epsilon), ("epsilon_server", facts.epsilon_server)):
-        if not _agree(said.get(key), computed):
-            raise _disagreement(files, key, said.get(key), computed)
+    single, ours = said.get("examples") or {}, example_figures(facts) or {}
+    names = ("epsilon", "delta", "noise_multiplier", "clip_norm", "charges")
+    computed = {
+        "epsilon": (said.get("epsilon"), facts.epsilon),
+        "epsilon_server": (said.get("epsilon_server"), facts.epsilon_server),
+        **{f"examples.{name}": (single.get(name), ours.get(name)) for name in names},
+    }
+    for key, (recorded, value) in computed.items():
+        if not _agree(recorded, value):
+            raise _disagreement(files, key, recorded, value)
 
 
 def _agree(recorded: Any, computed: float | None) -> bool:
@@ -262,21 +233,19 @@ def _word(files: _Files) -> dict[str, Any]:
     """The fields that no ledger tells."""
     result, cost = files.result, files.section("cost")
     sizes = ("upload_bytes", "download_bytes", "device_peak_bytes")
-    tiers = tuple(
-        model.TierCost(
-            capacity=tier["capacity"],
-            share=tier["share"],
-            **{name: tier.get(name) for name in sizes},
-            metrics={key: value for key, value in tier.items() if "@" in key},
-        )
+    tiers = [
+        {
+            **{name: tier.get(name) for name in ("capacity", "share", *sizes)},
+            "metrics": {key: value for key, value in tier.items() if "@" in key},
+        }
         for tier in result.get("tiers") or ()
-    )
+    ]
     figures = model.Cost.model_fields.keys() - {"note"}
     return {
         "gaps": dict(result.get("gaps") or {}),
         "accuracy": _accuracy(files),
-        "segments": tuple(model.Segment(**each) for each in result.get("segments") or ()),
-        "cost": model.Cost.model_validate({name: cost.get(name) for name in figures}),
+        "segments": result.get("segments") or (),
+        "cost": {name: cost.get(name) for name in figures},
         "tiers": tiers,
         "data": model.flat(result.get("data") or files.run.get("data") or {}),
         "model": model.flat(result.get("model") or {}),
@@ -300,24 +269,21 @@ def _audit(files: _Files) -> model.AuditPart | None:
     return found
 
 
-def _accuracy(files: _Files) -> model.Accuracy:
-    result = files.result
-    intervals, baselines = result.get("intervals") or {}, result.get("baselines") or {}
-    metrics = []
-    for key, value in sorted(files.section("metrics").items(), key=_metric_order):
-        low, high = intervals.get(key) or (None, None)
-        metrics.append(
-            model.Metric(
-                key=key,
-                name=metric_name(key).removesuffix(", full ranking"),
-                protocol=_protocol(key),
-                value=value,
-                low=low,
-                high=high,
-                baselines={name: row[key] for name, row in baselines.items() if key in row},
-            )
-        )
-    return model.Accuracy(holdout=files.scenario.data.holdout, metrics=tuple(metrics))
+def _accuracy(files: _Files) -> dict[str, Any]:
+    intervals = files.result.get("intervals") or {}
+    baselines = files.result.get("baselines") or {}
+    metrics = [
+        {
+            "key": key,
+            "name": metric_name(key).removesuffix(", full ranking"),
+            "protocol": _protocol(key),
+            "value": value,
+            **dict(zip(("low", "high"), intervals.get(key) or (None, None), strict=True)),
+            "baselines": {name: row[key] for name, row in baselines.items() if key in row},
+        }
+        for key, value in sorted(files.section("metrics").items(), key=_metric_order)
+    ]
+    return {"holdout": files.scenario.data.holdout, "metrics": metrics}
 
 
 def _metric_order(item: tuple[str, Any]) -> tuple[bool, int, int, str]:

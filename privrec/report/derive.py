@@ -15,8 +15,9 @@ from dataclasses import replace
 from typing import Any
 
 from privrec.privacy.events import Adversary, RoundEvent, divergence, epsilon
+from privrec.privacy.ledger import Charge
 from privrec.report import model
-from privrec.report.facts import WHICH, Facts, Spending
+from privrec.report.facts import WHICH, Facts
 from privrec.report.words import tables, thinned
 from privrec.run.record import REVEALED
 
@@ -37,13 +38,10 @@ Counts = Mapping[RoundEvent, int]
 
 
 def derive(facts: Facts, word: Mapping[str, Any]) -> model.Report:
-    """Make the report of a ledger's facts.
+    """Make the report of a ledger's facts; it is private only when every starred part is there.
 
     Args:
         word: the fields of ``WORD``, and ``curves`` from private data.
-
-    Returns:
-        The report; called private only when every starred part is there.
     """
     single = example_figures(facts)
     said = sentences(facts, single)
@@ -59,7 +57,7 @@ def derive(facts: Facts, word: Mapping[str, Any]) -> model.Report:
         scenario=scenario.name,
         title=scenario.title,
         description=scenario.description.strip(),
-        run_id=str(facts.spending.header["run_id"]),
+        run_id=str(facts.header["run_id"]),
         version=facts.declared.version,
         scenario_hash=scenario.hash(),
         privacy_hash=scenario.privacy_hash(),
@@ -67,7 +65,6 @@ def derive(facts: Facts, word: Mapping[str, Any]) -> model.Report:
         claim=said["claim"],
         missing=missing,
         privacy=_privacy(facts, said),
-        **parts,
         examples=model.ExampleLevel(**said["examples"], **single) if single else None,
         deployment=model.Deployment(
             simulated=facts.declared.simulated,
@@ -75,68 +72,48 @@ def derive(facts: Facts, word: Mapping[str, Any]) -> model.Report:
             **said["deployment"],
         ),
         reading=_reading(facts, curve, said),
-        warnings=tuple(model.Notice(**each) for each in said.get("warnings", ())),
-        operators_word=tuple(model.OperatorsWord(**each) for each in said["operators_word"]),
-        curves=(*word["curves"], *_epsilon_curves(facts)),
-        **{name: value for name, value in word.items() if name != "curves"},
+        warnings=said.get("warnings", ()),
+        operators_word=said["operators_word"],
+        **{**parts, **word, "curves": (*word["curves"], *_epsilon_curves(facts))},
     )
 
 
 def sentences(facts: Facts, examples: Mapping[str, Any] | None = None) -> Said:
-    """Every sentence that holds of the facts, by part and field of the report.
-
-    Args:
-        examples: figures of the guarantee at example level; None where there is none.
-    """
+    """Every sentence that holds of the facts and of the figures at example level, by part."""
     return tables("sentences.toml.j2", facts=facts, examples=examples, revealed=REVEALED)
 
 
 def starred(facts: Facts, said: Said) -> dict[str, Any]:
     """The starred parts, those that lack facts as None."""
+    figured = {"mechanism": _mechanism, "sampling": _sampling, "accounting": _accounting}
     return {
-        "scope": model.Scope(**said["scope"]),
-        "trust_model": model.TrustModel(**said["trust_model"]),
-        "definition": model.Definition(**said["definition"]),
-        "outputs": model.Outputs(**said["outputs"]),
-        "mechanism": _mechanism(facts, said),
-        "sampling": _sampling(facts, said),
-        "accounting": _accounting(facts, said),
-        "outside_the_ledger": model.OutsideTheLedger(**said["outside_the_ledger"]),
+        name: figured[name](facts, said) if name in figured else said[name]
+        for name in model.STARRED
     }
 
 
 def _privacy(facts: Facts, said: Said) -> model.Privacy:
-    spending, encoding = facts.spending, facts.encoding
+    encoding = facts.encoding
     privacy, rate = facts.scenario.privacy, facts.scenario.devices.sampling_rate
-    found = {
+    found: dict[Adversary, tuple[float | None, float | None]] = {
         "recipients": (facts.epsilon, facts.epsilon_rdp),
         "server": (facts.epsilon_server, facts.epsilon_server_rdp),
     }
-    adversaries = tuple(
-        model.Adversary(
-            name=name,  # type: ignore[arg-type]  # one of the two
-            epsilon=pld if facts.private else None,
-            epsilon_rdp=rdp if facts.private else None,
-            limits_run=privacy.epsilon is not None and privacy.budget_against == name,
-            **said["adversaries"][name],
-        )
-        for name, (pld, rdp) in found.items()
-    )
-    events = tuple(
-        model.Charged(
-            **event.to_json(),
-            count=count,
-            accounted_multiplier=event.gaussian_multiplier,
-            hidden_rate=event.rate_against("recipients"),
-        )
-        for event, count in spending.counts.items()
-    )
     return model.Privacy(
         private=facts.private,
         unit="user",
         adjacency="zero-out",
         delta=facts.delta,
-        adversaries=adversaries,
+        adversaries=tuple(
+            model.Adversary(
+                name=name,
+                epsilon=pld if facts.private else None,
+                epsilon_rdp=rdp if facts.private else None,
+                limits_run=privacy.epsilon is not None and privacy.budget_against == name,
+                **said["adversaries"][name],
+            )
+            for name, (pld, rdp) in found.items()
+        ),
         noise=privacy.noise,
         noise_multiplier=facts.least_noise,
         clip_norm=encoding.clip_norm,
@@ -148,11 +125,19 @@ def _privacy(facts: Facts, said: Said) -> model.Privacy:
         budget=privacy.epsilon,
         budget_against=privacy.budget_against,
         noise_known=facts.noise_known,
-        charges=len(spending.charges),
-        events=events,
-        ledger_head=spending.head,
-        ledger_key=spending.key,
-        ledger_signature=spending.signature,
+        charges=len(facts.charged),
+        events=tuple(
+            model.Charged(
+                **event.to_json(),
+                count=count,
+                accounted_multiplier=event.gaussian_multiplier,
+                hidden_rate=event.rate_against("recipients"),
+            )
+            for event, count in facts.counts.items()
+        ),
+        ledger_head=facts.head,
+        ledger_key=facts.key,
+        ledger_signature=facts.signature,
         **said["privacy"],
     )
 
@@ -163,7 +148,7 @@ def example_figures(facts: Facts) -> dict[str, Any] | None:
     That ε stands beside the one of users and is never added to it: they bound different changes of
     the data, and are of two units.
     """
-    privacy, charged = facts.scenario.privacy, facts.spending.examples
+    privacy, charged = facts.scenario.privacy, facts.example_counts
     if privacy.local == "none" or privacy.local_clip_norm is None:
         return None
     value = epsilon(charged, privacy.local_delta, "server")
@@ -185,7 +170,7 @@ def _mechanism(facts: Facts, said: Said) -> model.Mechanism:
     """How one round's release is made, with the noise of each band."""
     encoding, declared = facts.encoding, facts.declared
     rate, multiplier = facts.scenario.devices.sampling_rate, facts.least_noise
-    charged = {event.mechanism for event in facts.spending.rounds}
+    charged = {event.mechanism for event in facts.of_rounds}
     laws = sorted(charged, key=lambda law: law == "gaussian")
     places = zip(reversed(declared.capacities), declared.bands, declared.holders, strict=True)
     std = (multiplier or 0.0) * encoding.bound / encoding.scale
@@ -230,7 +215,7 @@ def _accounting(facts: Facts, said: Said) -> model.Accounting | None:
 
     Without a guarantee its curves are empty.
     """
-    delta, counts = facts.spending.header.get("delta"), facts.spending.counts
+    delta, counts = facts.header.get("delta"), facts.counts
     if facts.population is None or not isinstance(delta, float):
         return None
     privacy, finite = facts.scenario.privacy, facts.private
@@ -296,11 +281,7 @@ def _lifetime(facts: Facts) -> model.Lifetime | None:
 
 
 def _reading(facts: Facts, curve: Sequence[model.Point2], said: Said) -> model.Reading:
-    """What the number means for somebody who is in the data, against recipients.
-
-    Args:
-        curve: points (ε, δ) that hold; empty without a guarantee.
-    """
+    """What ε against recipients means, by the points (ε, δ) that hold: none without a guarantee."""
     odds = None
     if curve and facts.epsilon is not None and facts.epsilon < 300:
         odds = math.exp(facts.epsilon)
@@ -335,7 +316,7 @@ def _miss(curve: Sequence[model.Point2], alarm: float) -> float:
 def _epsilon_curves(facts: Facts) -> Iterator[model.Curve]:
     if not facts.private or facts.delta is None:
         return
-    milestones = list(_milestones(facts.spending))
+    milestones = list(_milestones(facts.charged))
     for key, name in (("epsilon", "ε, recipients"), ("epsilon_server", "ε, cohorts known")):
         points = [
             model.Point(round=number, value=epsilon(counts, facts.delta, WHICH[key][0]))
@@ -345,14 +326,14 @@ def _epsilon_curves(facts: Facts) -> Iterator[model.Curve]:
             yield model.Curve(key=key, name=name, note="", points=tuple(points))
 
 
-def _milestones(spending: Spending) -> Iterator[tuple[int, Counter[RoundEvent]]]:
+def _milestones(charged: Sequence[Charge]) -> Iterator[tuple[int, Counter[RoundEvent]]]:
     """Charges counted up to some rounds, the last among them; ε bends most in the first ones."""
-    last_of_round = {charge.round: place for place, charge in enumerate(spending.charges)}
+    last_of_round = {charge.round: place for place, charge in enumerate(charged)}
     ends = sorted(last_of_round.values())
     places = sorted({*thinned(ends, EPSILON_POINTS), *(ends[i] for i in _EARLY if i < len(ends))})
     counts: Counter[RoundEvent] = Counter()
     start = 0
     for place in places:
-        counts.update(charge.event for charge in spending.charges[start : place + 1])
+        counts.update(charge.event for charge in charged[start : place + 1])
         start = place + 1
-        yield spending.charges[place].round + 1, counts.copy()
+        yield charged[place].round + 1, counts.copy()

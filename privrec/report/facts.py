@@ -36,51 +36,130 @@ WHICH: Mapping[str, tuple[Adversary, Accountant]] = {
 
 
 @dataclass(frozen=True)
-class Spending:
-    """Everything charged, in order, and how far the ledger was checked.
+class Facts:
+    """Everything that the figures and sentences of a report depend on.
 
     Attributes:
-        declared: what the header declares.
-        charges: one for each (round, attempt); rounds are counted from 0.
-        counts: how often each event was charged.
-        examples: how often each example-level event was entered, which is another unit.
+        charged: one entry for each (round, attempt), in order; rounds are counted from 0.
+        example_counts: how often each example-level event was entered, which is another unit.
         head: hash of the last entry, in hex.
         key: public key that the signed head was checked with, in hex.
-        signature: whether that key was given, or is the one that the ledger itself names.
         model: digest of the model that the run ended with.
+        delta: δ of the claim; None where no noise was planned.
+        population: number of users, as declared; None where it is not known.
+        rounds: that were charged; ``charges`` counts attempts, and nothing before the first round.
+        evaluations: how often the held-out split was looked at: as planned, and at the end.
+        epsilon: against recipients of the models, by PLD; None is infinite, as in the other three.
+        missing: names of starred parts that the run has no facts for.
     """
 
     header: Mapping[str, Any]
     declared: LedgerHeader
-    charges: Sequence[Charge]
+    charged: Sequence[Charge]
     counts: Mapping[RoundEvent, int]
-    examples: Mapping[RoundEvent, int]
+    example_counts: Mapping[RoundEvent, int]
     head: str
     key: str
     signature: Signature
     model: str
+    noise_known: bool
+    delta: float | None
+    population: int | None
+    rounds: int
+    charges: int
+    evaluations: int
+    epsilon: float | None
+    epsilon_server: float | None
+    epsilon_rdp: float | None
+    epsilon_server_rdp: float | None
+    missing: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, ledger: Ledger, path: Path, *, key: str, signature: Signature) -> Facts:
+        """Read the facts of an open ledger that has ended, and compute every ε of its charges."""
+        header, declared = ledger.header, read_header(ledger.header, str(path))
+        delta, population = header.get("delta"), header.get("population")
+        noisy = declared.scenario.privacy.noise != "none" and isinstance(delta, float)
+        known = header.get("noise_known") is not False
+        attempts = [charge.round for charge in ledger.charges if charge.round >= 0]
+        rounds, every = len(set(attempts)), declared.scenario.run.eval_every
+        unfinished = rounds - (rounds == declared.scenario.train.rounds)
+        looked = (unfinished // every if every else 0) + (rounds > 0)
+        spent: dict[str, float | None] = dict.fromkeys(WHICH)
+        if noisy and delta is not None and not known:
+            for name, which in WHICH.items():
+                value = epsilon(ledger.counts, float(delta), *which)
+                spent[name] = value if math.isfinite(value) else None
+        return cls(
+            header=header,
+            declared=declared,
+            charged=ledger.charges,
+            counts=ledger.counts,
+            example_counts=ledger.examples,
+            head=ledger.last_hash,
+            key=key,
+            signature=signature,
+            model=(ledger.ended or b"").hex(),
+            noise_known=known,
+            delta=delta if noisy else None,
+            population=population if isinstance(population, int) else None,
+            rounds=rounds,
+            charges=len(attempts),
+            evaluations=looked if declared.simulated else 0,
+            missing=(),
+            **spent,
+        )
+
+    def check_result(self, result: Mapping[str, Any], path: Path) -> None:
+        """Refuse, by an IntegrityError, a ``result.json`` that the run's key did not sign."""
+        key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(self.key))
+        verified("result", result, key, path)
 
     @cached_property
-    def rounds(self) -> Counter[RoundEvent]:
+    def of_rounds(self) -> Counter[RoundEvent]:
         """How often each event was charged for a round."""
-        return Counter(charge.event for charge in self.charges if charge.round >= 0)
+        return Counter(charge.event for charge in self.charged if charge.round >= 0)
 
     @property
     def before(self) -> RoundEvent | None:
         """What was charged before the first round, if anything."""
-        return next((each.event for each in self.charges if each.round == PREPARATION), None)
+        return next((each.event for each in self.charged if each.round == PREPARATION), None)
 
-    def check_result(self, result: Mapping[str, Any], path: Path) -> None:
-        """Refuse a ``result.json`` that the run's key did not sign.
+    @property
+    def scenario(self) -> Scenario:
+        """The scenario that the header declares."""
+        return self.declared.scenario
 
-        Raises:
-            IntegrityError: when it did not.
-        """
-        key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(self.key))
-        verified("result", result, key, path)
+    @cached_property
+    def encoding(self) -> Encoding:
+        """How updates become integers, and their sensitivity."""
+        return encoding_of(self.scenario, self.declared.coefficients)
+
+    @property
+    def everybody(self) -> bool:
+        """Whether every user is asked in every round."""
+        return self.scenario.devices.sampling_rate == 1
+
+    @property
+    def hides_cohorts(self) -> bool:
+        """Whether ε against recipients rests on cohorts that they do not know."""
+        privacy = self.scenario.privacy
+        shown = privacy.noise == "distributed" and not privacy.remove_excess
+        return not self.everybody and not shown
+
+    @property
+    def private(self) -> bool:
+        """Whether a finite ε holds against anybody, and the report is whole."""
+        noisy = self.scenario.privacy.noise != "none" and not self.noise_known
+        return noisy and self.epsilon is not None and not self.missing
+
+    @cached_property
+    def least_noise(self) -> float | None:
+        """The smallest noise multiplier that a round was charged with; None without noise."""
+        return min((event.noise_multiplier for event in self.of_rounds), default=0.0) or None
 
 
-def read_spending(directory: Path, public_key: Ed25519PublicKey | None = None) -> Spending:
+def read_facts(directory: Path, public_key: Ed25519PublicKey | None = None) -> Facts:
     """Read what the run in ``directory`` spent; its ledger is left as it is.
 
     Args:
@@ -108,142 +187,8 @@ def read_spending(directory: Path, public_key: Ed25519PublicKey | None = None) -
                 f"{path}: {ledger.entries} entries, of which {ledger.signed} are signed: lines "
                 "were added behind the signed end. Bring back the original file"
             )
-        named = str(ledger.header.get("public_key", ""))
-        return Spending(
-            header=ledger.header,
-            declared=read_header(ledger.header, str(path)),
-            charges=ledger.charges,
-            counts=ledger.counts,
-            examples=ledger.examples,
-            head=ledger.last_hash,
-            key=public_key.public_bytes_raw().hex() if public_key else named,
-            signature="server key" if public_key else "key named in the ledger",
-            model=ledger.ended.hex(),
-        )
-
-
-@dataclass(frozen=True)
-class Facts:
-    """Everything that the figures and sentences of a report depend on.
-
-    Attributes:
-        delta: δ of the claim; None where no noise was planned.
-        population: number of users, as declared; None where it is not known.
-        epsilon: against recipients of the models, by PLD; None is infinite, as in the other three.
-        rounds: that were charged; ``charges`` counts attempts, and nothing before the first round.
-        evaluations: how often the held-out split was looked at.
-        missing: names of starred parts that the run has no facts for.
-    """
-
-    spending: Spending
-    noise_known: bool
-    delta: float | None
-    population: int | None
-    rounds: int
-    charges: int
-    evaluations: int
-    epsilon: float | None
-    epsilon_server: float | None
-    epsilon_rdp: float | None
-    epsilon_server_rdp: float | None
-    missing: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, spending: Spending) -> Facts:
-        """Read the facts of a ledger, and compute every ε from its charges."""
-        header = spending.declared
-        delta, population = spending.header.get("delta"), spending.header.get("population")
-        noisy = header.scenario.privacy.noise != "none" and isinstance(delta, float)
-        known = spending.header.get("noise_known") is not False
-        attempts = [charge.round for charge in spending.charges if charge.round >= 0]
-        rounds = len(set(attempts))
-        spent: dict[str, float | None] = dict.fromkeys(WHICH)
-        if noisy and delta is not None and not known:
-            for name, which in WHICH.items():
-                value = epsilon(spending.counts, float(delta), *which)
-                spent[name] = value if math.isfinite(value) else None
-        return cls(
-            spending=spending,
-            noise_known=known,
-            delta=delta if noisy else None,
-            population=population if isinstance(population, int) else None,
-            rounds=rounds,
-            charges=len(attempts),
-            evaluations=_evaluations(header, rounds),
-            epsilon=spent["epsilon"],
-            epsilon_server=spent["epsilon_server"],
-            epsilon_rdp=spent["epsilon_rdp"],
-            epsilon_server_rdp=spent["epsilon_server_rdp"],
-        )
-
-    @property
-    def declared(self) -> LedgerHeader:
-        """What the ledger's header declared before the first round."""
-        return self.spending.declared
-
-    @property
-    def scenario(self) -> Scenario:
-        """The scenario that the header declares."""
-        return self.declared.scenario
-
-    @cached_property
-    def encoding(self) -> Encoding:
-        """How updates become integers, and their sensitivity."""
-        return encoding_of(self.scenario, self.declared.coefficients)
-
-    @property
-    def everybody(self) -> bool:
-        """Whether every user is asked in every round."""
-        return self.scenario.devices.sampling_rate == 1
-
-    @property
-    def distributed(self) -> bool:
-        """Whether devices add the noise, in shares."""
-        return self.scenario.privacy.noise == "distributed"
-
-    @property
-    def hides_cohorts(self) -> bool:
-        """Whether ε against recipients rests on cohorts that they do not know."""
-        shown = self.distributed and not self.scenario.privacy.remove_excess
-        return not self.everybody and not shown
-
-    @property
-    def private(self) -> bool:
-        """Whether a finite ε holds against anybody, and the report is whole."""
-        noisy = self.scenario.privacy.noise != "none" and not self.noise_known
-        return noisy and self.epsilon is not None and not self.missing
-
-    @property
-    def examples(self) -> bool:
-        """Whether devices add noise to their own steps, for single interactions."""
-        return self.scenario.privacy.local == "example"
-
-    @property
-    def texts(self) -> bool:
-        """Whether users write words or labelled examples, and do not choose items."""
-        return bool(self.scenario.model.learns != "interactions")
-
-    @property
-    def requested(self) -> bool:
-        """Whether devices ask the server for output neurons, and so tell it their words."""
-        return self.scenario.train.requested
-
-    @property
-    def further_runs(self) -> int:
-        """Runs of the settings that the scenario compares."""
-        return len(self.scenario.rows) * self.scenario.run.seeds
-
-    @cached_property
-    def least_noise(self) -> float | None:
-        """The smallest noise multiplier that a round was charged with; None without noise."""
-        rounds = self.spending.rounds
-        return min((event.noise_multiplier for event in rounds), default=0.0) or None
-
-
-def _evaluations(header: LedgerHeader, rounds: int) -> int:
-    """How often the split was looked at: as planned, and at the end."""
-    if not header.simulated:
-        return 0
-    every, last = header.scenario.run.eval_every, header.scenario.train.rounds
-    between = (rounds - (rounds == last)) // every if every else 0
-    return between + (rounds > 0)
+        if public_key is None:
+            named = str(ledger.header.get("public_key", ""))
+            return Facts.of(ledger, path, key=named, signature="key named in the ledger")
+        own = public_key.public_bytes_raw().hex()
+        return Facts.of(ledger, path, key=own, signature="server key")

@@ -1,11 +1,8 @@
 """The report as data: what `report.json` holds, with its JSON Schema.
 
-Every field says what it is and in which unit. Models are frozen and refuse unknown fields, so a
-report that is read back is one that this version could have written. No field holds a realised
-cohort size: ε against recipients is valid only while those stay with the operator.
-
-The starred parts (:data:`STARRED`) are those without which no run is called private. Each is filled
-from facts of the run or left out; a report with one left out makes no claim.
+Models are frozen and refuse unknown fields, so a report that is read back is one that this version
+could have written. No field holds a realised cohort size: ε against recipients is valid only while
+those stay with the operator.
 """
 
 from __future__ import annotations
@@ -14,24 +11,52 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from privrec.run.record import OPERATOR_ONLY, OUTSIDE
 
+SCHEMA: Final = "privrec-report-2"
+"""Name and version of the schema; it changes when a field changes its meaning."""
+
 STARRED: Final = (
-    "scope",
-    "trust_model",
-    "definition",
-    "outputs",
-    "mechanism",
-    "sampling",
-    "accounting",
-    "outside_the_ledger",
+    *("scope", "trust_model", "definition", "outputs"),
+    *("mechanism", "sampling", "accounting", "outside_the_ledger"),
 )
-"""Parts without which a report refuses to call a run private."""
+"""Parts without which no run is called private: filled from facts of the run, or left out."""
+
+WORD: Final = ("accuracy", "cost", "data", "model", "rows", "segments", "tiers", "audit", "gaps")
+"""Fields that no ledger tells; so do the curves that carry the stamp of private data."""
 
 Signature = Literal["server key", "key named in the ledger"]
-Grade = Literal["critical", "theoretical", "negligible"]
+Against = Literal["recipients", "server"]
+Law = Literal["gaussian", "discrete_gaussian", "none"]
+Delta = Annotated[float, Field(gt=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(gt=0, le=1)]
+Texts = Annotated[tuple[str, ...], Field(min_length=1)]
+Scalar = str | int | float | bool | None
+
+
+def _without_cohorts(values: dict[str, Scalar]) -> dict[str, Scalar]:
+    # A nested key arrives here as "outer.inner".
+    named = sorted(key for key in values if OPERATOR_ONLY & set(key.split(".")))
+    if named:
+        raise ValueError(f"{named[0]!r} names a realised cohort size, which no report may hold")
+    return values
+
+
+Flat = Annotated[dict[str, Scalar], AfterValidator(_without_cohorts)]
+"""Flat facts by name, none of which is a realised cohort size."""
 
 
 class Part(BaseModel):
@@ -47,11 +72,14 @@ class Point2(Part):
     y: float
 
 
+# --------------------------------------------------------------------------- starred parts
+
+
 class Scope(Part):
     """What the claim is about, and what it is not about."""
 
     protects: str = Field(description="Whose data is protected, in one sentence.")
-    not_protected: tuple[str, ...] = Field(min_length=1, description="What stays unprotected.")
+    not_protected: Texts = Field(description="What stays unprotected.")
 
 
 class Actor(Part):
@@ -60,18 +88,14 @@ class Actor(Part):
     name: str
     sees: str = Field(description="What they observe.")
     trusted_with: str = Field(description="What the claim relies on them for.")
-    epsilon: float | None = Field(
-        default=None, ge=0, description="ε that holds against them; null is none."
-    )
+    epsilon: NonNegativeFloat | None = Field(None, description="ε against them; null is none.")
 
 
 class Fallback(Part):
     """What is left of the claim when an assumption fails."""
 
     when: str
-    epsilon: float | None = Field(
-        default=None, ge=0, description="ε that then holds; null is none."
-    )
+    epsilon: NonNegativeFloat | None = Field(None, description="ε that then holds; null is none.")
     means: str
 
 
@@ -92,61 +116,39 @@ class Definition(Part):
     unit: Literal["user"]
     adjacency: Literal["zero-out"]
     neighbours: str = Field(description="Which two data sets are neighbours.")
-    contribution_bounds: tuple[str, ...] = Field(min_length=1)
+    contribution_bounds: Texts
     data_domain: str = Field(description="What the data may be, and what is public of it.")
-    unprotected_quantities: tuple[str, ...] = Field(min_length=1)
-
-
-class ExampleLevel(Part):
-    """The guarantee of single interactions, by noise that devices add to their own steps."""
-
-    unit: Literal["example"] = "example"
-    adjacency: Literal["one interaction removed or changed"] = "one interaction removed or changed"
-    epsilon: float | None = Field(ge=0, description="ε at example level; null is none.")
-    delta: float = Field(gt=0, lt=1, description="δ of it, over interactions.")
-    budget: float | None = Field(gt=0, description="Largest ε allowed; null is no limit.")
-    clip_norm: float = Field(
-        gt=0, description="Most that one interaction moves a round's sums of gradients."
-    )
-    noise_multiplier: float | None = Field(gt=0, description="Noise over `clip_norm`.")
-    charges: int = Field(ge=0, description="Entries of this unit in the ledger.")
-    protects: str
-    neighbours: str
-    against: str
-    mechanism: str
-    sampling: str
-    deferred: str = Field(description="How the noise is drawn lazily.")
-    apart: str = Field(description="Why this ε is not added to the one of users.")
+    unprotected_quantities: Texts
 
 
 class Outputs(Part):
     """What may be released under the claim, and what may not."""
 
-    covered: tuple[str, ...] = Field(min_length=1)
-    not_covered: tuple[str, ...] = Field(min_length=1)
+    covered: Texts
+    not_covered: Texts
 
 
 class NoiseBand(Part):
     """One band of the shared vector: the coefficients that one more tier holds."""
 
-    capacity: float = Field(gt=0, le=1, description="Capacity of the weakest tier that holds it.")
-    coefficients: int = Field(ge=1)
-    noise_std: float = Field(gt=0, description="Accounted noise per coefficient, in update units.")
-    noise_norm: float = Field(gt=0, description="Expected L2 norm of the noise in the band.")
-    signal_norm: float = Field(
-        ge=0, description="Largest expected L2 norm of the sum: every update of full length, alike."
+    capacity: Rate = Field(description="Capacity of the weakest tier that holds it.")
+    coefficients: PositiveInt
+    noise_std: PositiveFloat = Field(description="Accounted, per coefficient, in update units.")
+    noise_norm: PositiveFloat = Field(description="Expected L2 norm of the noise in the band.")
+    signal_norm: NonNegativeFloat = Field(
+        description="Largest expected L2 norm of the sum: every update of full length, alike."
     )
 
 
 class Mechanism(Part):
     """How one round's release is made."""
 
-    law: Literal["gaussian", "discrete_gaussian", "none"]
-    clip_norm: float = Field(gt=0, description="Largest L2 norm of one user's update, C.")
+    law: Law
+    clip_norm: PositiveFloat = Field(description="Largest L2 norm of one user's update, C.")
     clipping: str = Field(description="What C bounds, and why it bounds devices of all tiers.")
-    scale_bits: float = Field(gt=0)
+    scale_bits: PositiveFloat
     ring_bits: Literal[16, 32]
-    squared_sensitivity: int = Field(ge=1, description="B²: squared norm of a user's integers.")
+    squared_sensitivity: PositiveInt = Field(description="B²: squared norm of a user's integers.")
     quantisation: str
     bands: tuple[NoiseBand, ...] = Field(description="Noise by band; none without noise.")
     lazy_noise: str
@@ -158,9 +160,9 @@ class Sampling(Part):
     """Who takes part in a round, as declared; realised sizes stay with the operator."""
 
     declared: Literal["poisson", "everybody"]
-    rate: float = Field(gt=0, le=1, description="Chance of a user to be in a round.")
-    population: int = Field(ge=1, description="Number of users that is accounted for.")
-    expected_cohort: float = Field(gt=0)
+    rate: Rate = Field(description="Chance of a user to be in a round.")
+    population: PositiveInt = Field(description="Number of users that is accounted for.")
+    expected_cohort: PositiveFloat
     realised: str = Field(description="What is said of realised cohorts: never their sizes.")
     amplification: str
 
@@ -169,20 +171,20 @@ class RenyiPoint(Part):
     """Rényi divergence of the whole run at one order."""
 
     order: int = Field(ge=2)
-    recipients: float | None = Field(ge=0, description="null: no bound at this order.")
-    server: float | None = Field(ge=0)
+    recipients: NonNegativeFloat | None = Field(description="null: no bound at this order.")
+    server: NonNegativeFloat | None
 
 
 class Lifetime(Part):
     """The population's budget over several runs, as it stood when the run began."""
 
     population: str
-    epsilon: float = Field(gt=0, description="Lifetime limit.")
-    delta: float = Field(gt=0, lt=1)
-    against: Literal["recipients", "server"]
-    runs_before: int = Field(ge=0)
-    spent_before: float = Field(ge=0)
-    reserved: float = Field(ge=0, description="Lifetime ε with all that this run may charge.")
+    epsilon: PositiveFloat = Field(description="Lifetime limit.")
+    delta: Delta
+    against: Against
+    runs_before: NonNegativeInt
+    spent_before: NonNegativeFloat
+    reserved: NonNegativeFloat = Field(description="Lifetime ε with all that this run may charge.")
 
 
 class Accounting(Part):
@@ -191,33 +193,129 @@ class Accounting(Part):
     accountant: str
     settings: str
     second: str = Field(description="The second accountant, by other mathematics.")
-    delta: float = Field(gt=0, lt=1)
+    delta: Delta
     why_delta: str
     curve: tuple[Point2, ...] = Field(description="δ(ε) against recipients: x is ε, y is δ.")
     curve_server: tuple[Point2, ...] = Field(description="The same, cohorts known.")
     renyi: tuple[RenyiPoint, ...] = Field(description="RDP of the whole run.")
-    zcdp_server: float | None = Field(
-        ge=0, description="ρ of zCDP, cohorts known; null where the noise is not Gaussian."
+    zcdp_server: NonNegativeFloat | None = Field(
+        description="ρ of zCDP, cohorts known; null where the noise is not Gaussian."
     )
-    remaining: float | None = Field(ge=0, description="ε left of the run's own budget.")
+    remaining: NonNegativeFloat | None = Field(description="ε left of the run's own budget.")
     lifetime: Lifetime | None
 
 
 class OutsideTheLedger(Part):
     """What no charge tells, and how it is dealt with."""
 
-    runs_before: int = Field(ge=0, description="Other runs on this data in the run store.")
+    runs_before: NonNegativeInt = Field(description="Other runs on this data in the run store.")
     tuning: str
     preprocessing: str
     early_stopping: str
     pre_training: str
 
 
+# --------------------------------------------------------------------------- the guarantee
+
+
+class Adversary(Part):
+    """Somebody the guarantee is against, and the ε that holds against them."""
+
+    name: Against
+    epsilon: NonNegativeFloat | None = Field(description="PLD, rounded up; null is infinite.")
+    epsilon_rdp: NonNegativeFloat | None = Field(description="By RDP; never below `epsilon`.")
+    sees: str = Field(description="What this adversary observes.")
+    assumes: str = Field(description="What must stay hidden for this ε to hold.")
+    limits_run: bool = Field(description="Whether the budget is against this adversary.")
+
+
+class Charged(Part):
+    """One kind of privacy event in the ledger, and how often it was charged."""
+
+    mechanism: Law
+    noise_multiplier: NonNegativeFloat
+    sampling_rate: Rate
+    count: PositiveInt
+    accounted_multiplier: NonNegativeFloat = Field(
+        description="Noise multiplier of the Gaussian mechanism that is accounted."
+    )
+    hidden_rate: Rate = Field(description="Sampling that recipients do not see through.")
+    squared_sensitivity: PositiveInt | None = Field(
+        None, description="Squared norm of a device's integers; shares of noise only."
+    )
+    dimension: PositiveInt | None = Field(None, description="Coefficients of the sum.")
+    shares: PositiveInt | None = Field(
+        None, description="Shares of noise that are secret whoever colludes."
+    )
+    excess_removed: bool | None = Field(
+        None, description="Whether the noise of survivors beyond the fewest is taken off."
+    )
+    small_cohort_delta: NonNegativeFloat | None = Field(
+        None, description="What a round adds to δ since small cohorts release nothing."
+    )
+
+
+class Privacy(Part):
+    """The guarantee and everything its meaning depends on."""
+
+    private: bool = Field(description="Whether any finite ε holds.")
+    unit: Literal["user"] = Field(description="Whose whole contribution is protected.")
+    adjacency: Literal["zero-out"] = Field(
+        description="One user's history is replaced by none; enrolment is public."
+    )
+    delta: Delta | None = Field(description="δ; null without noise.")
+    adversaries: tuple[Adversary, ...] = Field(description="One entry each; each ε names one.")
+    trust: str = Field(description="Who must be trusted with what.")
+    noise: Literal["central", "distributed", "none"]
+    mechanism: str = Field(description="The mechanism, in words.")
+    noise_multiplier: PositiveFloat | None = Field(description="Noise over sensitivity.")
+    clip_norm: PositiveFloat | None = Field(description="Largest L2 norm of one user's update.")
+    rounding_bound_ratio: PositiveFloat | None = Field(
+        description="Sensitivity after integer rounding, over `clip_norm`."
+    )
+    sampling: Literal["poisson", "everybody"]
+    sampling_rate: Rate = Field(description="Chance of a user to be in a round.")
+    population: PositiveInt | None = Field(description="Declared number of users, public.")
+    expected_cohort: NonNegativeFloat | None = Field(description="`population` × `sampling_rate`.")
+    budget: PositiveFloat | None = Field(description="Largest ε allowed; null is no limit.")
+    budget_against: Against
+    noise_known: bool = Field(description="Whether the noise came from an injected root.")
+    charges: NonNegativeInt = Field(description="Charged (round, attempt) pairs in the ledger.")
+    events: tuple[Charged, ...] = Field(description="What was charged; order does not matter.")
+    ledger_head: str = Field(description="Hash of the last ledger entry, in hex.")
+    ledger_key: str = Field(description="Ed25519 public key of the signed head, in hex.")
+    ledger_signature: Signature = Field(
+        description="Whether that key was given, or is the one that the ledger itself names."
+    )
+
+
+class ExampleLevel(Part):
+    """The guarantee of single interactions, by noise that devices add to their own steps."""
+
+    unit: Literal["example"] = "example"
+    adjacency: Literal["one interaction removed or changed"] = "one interaction removed or changed"
+    epsilon: NonNegativeFloat | None = Field(description="ε at example level; null is none.")
+    delta: Delta = Field(description="δ of it, over interactions.")
+    budget: PositiveFloat | None = Field(description="Largest ε allowed; null is no limit.")
+    clip_norm: PositiveFloat = Field(
+        description="Most that one interaction moves a round's sums of gradients."
+    )
+    noise_multiplier: PositiveFloat | None = Field(description="Noise over `clip_norm`.")
+    charges: NonNegativeInt = Field(description="Entries of this unit in the ledger.")
+    protects: str
+    neighbours: str
+    against: str
+    mechanism: str
+    sampling: str
+    deferred: str = Field(description="How the noise is drawn lazily.")
+    apart: str = Field(description="Why this ε is not added to the one of users.")
+
+
 class Deployment(Part):
     """Whether it is real, and whether as many users as are accounted for."""
 
     simulated: bool
-    accounted_population: int | None = Field(ge=1)
+    accounted_population: PositiveInt | None
     text: str
 
 
@@ -225,11 +323,32 @@ class Reading(Part):
     """What the number means for somebody who is in the data."""
 
     odds: float | None = Field(ge=1, description="Most that the odds of a guess grow by.")
-    advantage: float = Field(ge=0, le=1, description="Most that a membership test gains.")
+    advantage: Share = Field(description="Most that a membership test gains.")
     trade_off: tuple[Point2, ...] = Field(
         description="x: chance of a false alarm, y: least chance of a miss, for any test."
     )
     participation: str
+
+
+class Notice(Part):
+    """Something a reader must know before relying on the claim."""
+
+    level: Literal["serious", "caution"]
+    grade: Literal["critical", "theoretical", "negligible"] = Field(
+        description="Critical: ε is wrong or beside the point in ordinary use."
+    )
+    title: str
+    text: str
+
+
+class OperatorsWord(Part):
+    """Something that no verifier can see from the files."""
+
+    title: str
+    text: str
+
+
+# --------------------------------------------------------------------------- what no ledger tells
 
 
 class Checked(Part):
@@ -248,130 +367,10 @@ class AuditPart(Part):
     scenario_hash: str
     passed: bool
     checks: tuple[Checked, ...]
-    lower_bound: float | None = Field(ge=0, description="Empirical lower bound on ε.")
-    confidence: float | None = Field(ge=0, le=1)
-    claimed: float | None = Field(ge=0, description="ε that the bound must not exceed.")
+    lower_bound: NonNegativeFloat | None = Field(description="Empirical lower bound on ε.")
+    confidence: Share | None
+    claimed: NonNegativeFloat | None = Field(description="ε that the bound must not exceed.")
     method: str
-
-
-class Segment(Part):
-    """Accuracy of a part of the users; outside the guarantee."""
-
-    by: Literal["activity", "item popularity"]
-    name: str
-    share: float = Field(ge=0, le=1, description="Of the measured users, to two digits.")
-    metrics: dict[str, float]
-
-
-class TierCost(Part):
-    """What devices of one capacity send, hold and get."""
-
-    capacity: float = Field(ge=0, le=1)
-    share: float = Field(ge=0, le=1)
-    upload_bytes: int | None = Field(ge=0)
-    download_bytes: int | None = Field(ge=0)
-    device_peak_bytes: int | None = Field(ge=0)
-    metrics: dict[str, float]
-
-
-class OperatorsWord(Part):
-    """Something that no verifier can see from the files."""
-
-    title: str
-    text: str
-
-
-SCHEMA: Final = "privrec-report-2"
-"""Name and version of the schema; it changes when a field changes its meaning."""
-
-Scalar = str | int | float | bool | None
-
-
-def _without_cohorts(values: dict[str, Scalar]) -> dict[str, Scalar]:
-    # A nested key arrives here as "outer.inner".
-    named = sorted(key for key in values if OPERATOR_ONLY & set(key.split(".")))
-    if named:
-        raise ValueError(f"{named[0]!r} names a realised cohort size, which no report may hold")
-    return values
-
-
-Flat = Annotated[dict[str, Scalar], AfterValidator(_without_cohorts)]
-"""Flat facts by name, none of which is a realised cohort size."""
-
-
-class Adversary(Part):
-    """Somebody the guarantee is against, and the ε that holds against them."""
-
-    name: Literal["recipients", "server"]
-    epsilon: float | None = Field(ge=0, description="PLD, rounded up; null is infinite.")
-    epsilon_rdp: float | None = Field(ge=0, description="RDP cross-check; never below `epsilon`.")
-    sees: str = Field(description="What this adversary observes.")
-    assumes: str = Field(description="What must stay hidden for this ε to hold.")
-    limits_run: bool = Field(description="Whether the budget is against this adversary.")
-
-
-class Charged(Part):
-    """One kind of privacy event in the ledger, and how often it was charged."""
-
-    mechanism: Literal["gaussian", "discrete_gaussian", "none"]
-    noise_multiplier: float = Field(ge=0)
-    sampling_rate: float = Field(gt=0, le=1)
-    count: int = Field(ge=1)
-    accounted_multiplier: float = Field(
-        ge=0, description="Noise multiplier of the Gaussian mechanism that is accounted."
-    )
-    hidden_rate: float = Field(
-        gt=0, le=1, description="Sampling that recipients of the models do not see through."
-    )
-    squared_sensitivity: int | None = Field(
-        default=None, ge=1, description="Squared norm of a device's integers; shares of noise only."
-    )
-    dimension: int | None = Field(default=None, ge=1, description="Coefficients of the sum.")
-    shares: int | None = Field(
-        default=None, ge=1, description="Shares of noise that are secret whoever colludes."
-    )
-    excess_removed: bool | None = Field(
-        default=None, description="Whether the noise of survivors beyond the fewest is taken off."
-    )
-    small_cohort_delta: float | None = Field(
-        default=None,
-        ge=0,
-        description="What a round adds to δ since small cohorts release nothing.",
-    )
-
-
-class Privacy(Part):
-    """The guarantee and everything its meaning depends on."""
-
-    private: bool = Field(description="Whether any finite ε holds.")
-    unit: Literal["user"] = Field(description="Whose whole contribution is protected.")
-    adjacency: Literal["zero-out"] = Field(
-        description="One user's history is replaced by none; enrolment is public."
-    )
-    delta: float | None = Field(gt=0, lt=1, description="δ; null without noise.")
-    adversaries: tuple[Adversary, ...] = Field(description="One entry each; each ε names one.")
-    trust: str = Field(description="Who must be trusted with what.")
-    noise: Literal["central", "distributed", "none"]
-    mechanism: str = Field(description="The mechanism, in words.")
-    noise_multiplier: float | None = Field(gt=0, description="Noise over sensitivity.")
-    clip_norm: float | None = Field(gt=0, description="Largest L2 norm of one user's update.")
-    rounding_bound_ratio: float | None = Field(
-        gt=0, description="Sensitivity after integer rounding, over `clip_norm`."
-    )
-    sampling: Literal["poisson", "everybody"]
-    sampling_rate: float = Field(gt=0, le=1, description="Chance of a user to be in a round.")
-    population: int | None = Field(ge=1, description="Declared number of users, public.")
-    expected_cohort: float | None = Field(ge=0, description="`population` × `sampling_rate`.")
-    budget: float | None = Field(gt=0, description="Largest ε allowed; null is no limit.")
-    budget_against: Literal["recipients", "server"]
-    noise_known: bool = Field(description="Whether the noise came from an injected root.")
-    charges: int = Field(ge=0, description="Charged (round, attempt) pairs in the ledger.")
-    events: tuple[Charged, ...] = Field(description="What was charged; order does not matter.")
-    ledger_head: str = Field(description="Hash of the last ledger entry, in hex.")
-    ledger_key: str = Field(description="Ed25519 public key of the signed head, in hex.")
-    ledger_signature: Signature = Field(
-        description="Whether that key was given, or is the one that the ledger itself names."
-    )
 
 
 class Metric(Part):
@@ -387,40 +386,55 @@ class Metric(Part):
 
 
 class Accuracy(Part):
-    """How well the model recommends, from private data."""
+    """How well the model recommends, computed from private data without noise."""
 
-    note: Literal["outside the guarantee"] = Field(
-        default=OUTSIDE, description="These figures are computed from private data without noise."
-    )
+    note: Literal["outside the guarantee"] = OUTSIDE
     holdout: Literal["test", "validation"]
     metrics: tuple[Metric, ...]
 
 
-class Cost(Part):
-    """What the run cost a device and this machine; some of it follows from private data."""
+class Segment(Part):
+    """Accuracy of a part of the users; outside the guarantee."""
 
-    note: Literal["outside the guarantee"] = Field(
-        default=OUTSIDE, description="Memory and times follow from the histories, without noise."
+    by: Literal["activity", "item popularity"]
+    name: str
+    share: Share = Field(description="Of the measured users, to two digits.")
+    metrics: dict[str, float]
+
+
+class TierCost(Part):
+    """What devices of one capacity send, hold and get."""
+
+    capacity: Share
+    share: Share
+    upload_bytes: NonNegativeInt | None
+    download_bytes: NonNegativeInt | None
+    device_peak_bytes: NonNegativeInt | None
+    metrics: dict[str, float]
+
+
+class Cost(Part):
+    """What the run cost; memory and times follow from the private histories, without noise."""
+
+    note: Literal["outside the guarantee"] = OUTSIDE
+    upload_bytes: NonNegativeInt | None = Field(description="Bytes up, per device and round.")
+    download_bytes: NonNegativeInt | None = Field(description="Bytes down, per device and round.")
+    device_peak_bytes: NonNegativeInt | None = Field(
+        description="Peak memory of one device, bytes."
     )
-    upload_bytes: int | None = Field(ge=0, description="Bytes up, per device and round.")
-    download_bytes: int | None = Field(ge=0, description="Bytes down, per device and round.")
-    device_peak_bytes: int | None = Field(ge=0, description="Peak memory of one device, bytes.")
-    cpu_s_per_device_round: float | None = Field(
-        ge=0, description="CPU seconds of one device in one round, on this machine."
+    cpu_s_per_device_round: NonNegativeFloat | None = Field(
+        description="CPU seconds of one device in one round, on this machine."
     )
-    wall_s: float | None = Field(ge=0, description="Seconds of the whole run on this machine.")
-    noise_deferred: float | None = Field(
-        default=None,
-        ge=0,
-        le=1,
-        description="Share of the devices' own noise that lazy noise did not have to draw.",
+    wall_s: NonNegativeFloat | None = Field(description="Seconds of the whole run, here.")
+    noise_deferred: Share | None = Field(
+        None, description="Share of the devices' own noise that lazy noise did not have to draw."
     )
 
 
 class Point(Part):
     """One point of a curve."""
 
-    round: int = Field(ge=0)
+    round: NonNegativeInt
     value: float
 
 
@@ -433,23 +447,13 @@ class Curve(Part):
     points: tuple[Point, ...]
 
 
-class Notice(Part):
-    """Something a reader must know before relying on the claim."""
-
-    level: Literal["serious", "caution"]
-    grade: Grade = Field(description="Critical: ε is wrong or beside the point in ordinary use.")
-    title: str
-    text: str
-
-
-WORD: Final = ("accuracy", "cost", "data", "model", "rows", "segments", "tiers", "audit", "gaps")
-"""Fields that no ledger tells; so do the curves that carry the stamp of private data."""
+# --------------------------------------------------------------------------- the report
 
 
 class Report(Part):
     """One run, as a reviewer reads it."""
 
-    report_schema: Literal["privrec-report-2"] = Field(default=SCHEMA)
+    report_schema: Literal["privrec-report-2"] = SCHEMA
     simulated: bool = Field(description="Whether the devices were simulated on one machine.")
     scenario: str
     title: str
@@ -458,7 +462,7 @@ class Report(Part):
     version: str = Field(description="Version of privrec that trained the model.")
     scenario_hash: str
     privacy_hash: str
-    rounds: int = Field(ge=0, description="Rounds that were finished.")
+    rounds: NonNegativeInt = Field(description="Rounds that were finished.")
     claim: str = Field(description="The guarantee, in one sentence or two.")
     missing: tuple[str, ...] = Field(description="Starred parts that the run has no facts for.")
     privacy: Privacy
@@ -477,9 +481,7 @@ class Report(Part):
     deployment: Deployment
     reading: Reading
     audit: AuditPart | None
-    gaps: dict[str, str] = Field(
-        default={}, description="What could not be measured after training, and why."
-    )
+    gaps: dict[str, str] = Field({}, description="What could not be measured, and why.")
     accuracy: Accuracy
     segments: tuple[Segment, ...] = Field(description="Accuracy by kind of user.")
     cost: Cost
@@ -487,15 +489,13 @@ class Report(Part):
     data: Flat
     model: Flat
     outside_the_guarantee: tuple[str, ...] = Field(
-        default=("accuracy", "segments", "cost", "tiers", "data", "rows"),
+        ("accuracy", "segments", "cost", "tiers", "data", "rows"),
         description="Fields computed from private data without noise; curves carry notes.",
     )
     rows: tuple[Flat, ...] = Field(description="Settings compared by the scenario, if any.")
     curves: tuple[Curve, ...]
     warnings: tuple[Notice, ...]
-    operators_word: tuple[OperatorsWord, ...] = Field(
-        description="What no verifier can see from the files."
-    )
+    operators_word: tuple[OperatorsWord, ...]
 
     @model_validator(mode="after")
     def _is_whole(self) -> Self:
@@ -509,18 +509,9 @@ class Report(Part):
             raise ValueError(f"a run is called private, and its report lacks {', '.join(lacking)}")
         return self
 
-    def adversary(self, name: str) -> Adversary:
-        """The adversary of that name.
-
-        Raises:
-            KeyError: The report has none of that name.
-        """
-        found = {adversary.name: adversary for adversary in self.privacy.adversaries}
-        return found[name]  # type: ignore[index]
-
-    def curve(self, key: str) -> Curve | None:
-        """The curve of that key, or None where the run has no such points."""
-        return next((curve for curve in self.curves if curve.key == key), None)
+    def adversary(self, name: Against) -> Adversary:
+        """The adversary of that name."""
+        return next(each for each in self.privacy.adversaries if each.name == name)
 
     def metric(self, key: str) -> Metric | None:
         """The metric of that key, or None."""
@@ -529,15 +520,13 @@ class Report(Part):
 
 def json_schema() -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) that every ``report.json`` of this version satisfies."""
-    schema = Report.model_json_schema(mode="serialization")
     private = {"properties": {"privacy": {"properties": {"private": {"const": True}}}}}
-    whole = {"properties": {name: {"type": "object"} for name in STARRED}}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$id": f"urn:privrec:{SCHEMA}",
-        **schema,
+        **Report.model_json_schema(mode="serialization"),
         "if": private,
-        "then": whole,
+        "then": {"properties": {name: {"type": "object"} for name in STARRED}},
     }
 
 

@@ -8,8 +8,8 @@ who do not see the picture.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from html import escape
 
 from privrec.report.model import Curve, Metric, Point2, Report
@@ -46,8 +46,8 @@ class Dot:
 
 
 @dataclass(frozen=True)
-class Frame:
-    """What stands around the lines of a picture.
+class Plot:
+    """A picture with its words, and what stands around its lines.
 
     Attributes:
         key: begins every id inside.
@@ -57,11 +57,13 @@ class Frame:
         log: whether the left axis, or the only one of a row of dots, is logarithmic.
         limit: a dashed line across, with its words.
         colour: of the first line, counted from 0.
+        svg: the picture, once it is drawn.
     """
 
     key: str
     title: str
     description: str
+    caption: str = ""
     size: XY = HALF
     x: str = "round"
     y: str = ""
@@ -69,21 +71,12 @@ class Frame:
     log: bool = False
     limit: tuple[float, str] | None = None
     colour: int = 0
+    svg: str = ""
 
-
-@dataclass(frozen=True)
-class Plot:
-    """A finished picture with its words."""
-
-    key: str
-    heading: str
-    caption: str
-    svg: str
-    wide: bool
-
-
-def _plot(frame: Frame, svg: str, caption: str, heading: str = "") -> Plot:
-    return Plot(frame.key, heading or frame.title, caption, svg, frame.size == WIDE)
+    @property
+    def wide(self) -> bool:
+        """Whether it takes the width of the page."""
+        return self.size == WIDE
 
 
 # --------------------------------------------------------------------------- drawing
@@ -162,83 +155,89 @@ def _circle(x: float, y: float, colour: str, radius: float = 2.75) -> str:
     return f'<circle cx="{x:.2f}" cy="{y:.2f}" r="{radius}" fill="var(--{colour})"/>'
 
 
-def _svg(frame: Frame, size: XY, body: Sequence[str]) -> str:
-    key, (width, height) = frame.key, size
-    return (
+def _drawn(plot: Plot, size: XY, body: Sequence[str]) -> Plot:
+    key, (width, height) = plot.key, size
+    svg = (
         f'<svg class="plot" role="img" viewBox="0 0 {width:g} {height:g}" font-size="9" '
         f'aria-labelledby="{key}-title" aria-describedby="{key}-text" '
         'font-family="var(--sans)" xmlns="http://www.w3.org/2000/svg">'
-        f'<title id="{key}-title">{escape(frame.title)}</title>'
-        f'<desc id="{key}-text">{escape(frame.description)}</desc>{"".join(body)}</svg>'
+        f'<title id="{key}-title">{escape(plot.title)}</title>'
+        f'<desc id="{key}-text">{escape(plot.description)}</desc>{"".join(body)}</svg>'
     )
+    return replace(plot, svg=svg)
 
 
-def _lower(axis: _Axis, y: float, frame: Frame, *, top: float | None = None) -> Iterator[str]:
+def _lower(axis: _Axis, y: float, plot: Plot, *, top: float | None = None) -> Iterator[str]:
     """The lower axis: ticks with lines up to ``top`` if it is given, figures and a name."""
-    whole = frame.rounds and top is None
-    for value in axis.ticks(6, whole=whole):
+    for value in axis.ticks(6, whole=plot.rounds and top is None):
         x = axis(value)
         yield _path([(x, y + 3), (x, y if top is None else top)], "rule", 0.6)
         yield _text(x, y + 10, delta_text(value), colour="muted", anchor="middle")
     yield _path([(axis.start, y), (axis.end, y)], "rule", 0.8)
-    yield _text((axis.start + axis.end) / 2, y + 23, frame.x, colour="muted", anchor="middle")
+    yield _text((axis.start + axis.end) / 2, y + 23, plot.x, colour="muted", anchor="middle")
 
 
-def _grid(axis: _Axis, left: float, right: float, frame: Frame) -> Iterator[str]:
-    """The left axis: lines across with figures, its name above, and the limit."""
-    for value in axis.ticks(6):
-        yield _path([(left, axis(value)), (right, axis(value))], "rule", 0.6)
-        yield _text(left - 5, axis(value), delta_text(value), colour="muted", anchor="end")
-    if frame.y:
-        yield _text(left - 5, axis.end - 11, frame.y, colour="muted", anchor="end")
-    if frame.limit is not None:
-        y = axis(frame.limit[0])
-        yield _path([(left, y), (right, y)], "muted", 1, "4 3")
-        yield _text((left + right) / 2, y - 7, frame.limit[1], colour="muted", anchor="middle")
+def _axes(
+    plot: Plot, heights: XY, across: XY, letters: int, *, log: bool = False
+) -> tuple[_Axis, _Axis, list[str]]:
+    """The lower and the left axis with the lines around them.
+
+    Room for so many ``letters`` is left beside them.
+    """
+    left, right, bottom = 42, plot.size[0] - 8 - letters * _LETTER, plot.size[1] - 30
+    vertical = _Axis(*heights, bottom, 18, log)
+    horizontal = _Axis(*across, left, right)
+    body = []
+    for value in vertical.ticks(6):
+        body.append(_path([(left, vertical(value)), (right, vertical(value))], "rule", 0.6))
+        figure = delta_text(value)
+        body.append(_text(left - 5, vertical(value), figure, colour="muted", anchor="end"))
+    if plot.y:
+        body.append(_text(left - 5, vertical.end - 11, plot.y, colour="muted", anchor="end"))
+    if plot.limit is not None:
+        value, words = plot.limit
+        y = vertical(value)
+        body.append(_path([(left, y), (right, y)], "muted", 1, "4 3"))
+        body.append(_text((left + right) / 2, y - 7, words, colour="muted", anchor="middle"))
+    return horizontal, vertical, [*body, *_lower(horizontal, bottom, plot)]
 
 
-def lines(frame: Frame, drawn: Sequence[Line]) -> str:
-    """Draw lines in one ``<svg>``; short ones have their points marked."""
+def lines(plot: Plot, drawn: Sequence[Line]) -> Plot:
+    """Draw lines; short ones have their points marked."""
     heights = [y for line in drawn for _, y in line.points]
-    limit = [frame.limit[0]] if frame.limit else []
-    log = frame.log and min([*heights, *limit]) > 0
-    low, high = _span([*heights, *limit], log=log, margin=0.05)
+    ends = [*heights, *([plot.limit[0]] if plot.limit else [])]
+    log = plot.log and min(ends) > 0
+    low, high = _span(ends, log=log, margin=0.05)
     if not log and min(heights) >= 0:
         low = 0.0
     letters = max(len(row) for line in drawn for row in line.end.split("\n"))
-    width, height = frame.size
-    right = width - 8 - letters * _LETTER
-    vertical = _Axis(low, high, height - 30, 18, log)
-    horizontal = _Axis(0, max(line.points[-1][0] for line in drawn), 42, right)
-    body = [*_grid(vertical, 42, right, frame), *_lower(horizontal, height - 30, frame)]
-    marked = frame.rounds and len(drawn[0].points) <= MARKED
-    for line, colour in zip(drawn, _COLOURS[frame.colour :], strict=False):
+    last = max(line.points[-1][0] for line in drawn)
+    horizontal, vertical, body = _axes(plot, (low, high), (0, last), letters, log=log)
+    marked = plot.rounds and len(drawn[0].points) <= MARKED
+    for line, colour in zip(drawn, _COLOURS[plot.colour :], strict=False):
         places = [(horizontal(x), vertical(y)) for x, y in line.points]
         body.append(_path(places, colour))
         body += [_circle(*place, colour, 1.6) for place in places if marked]
-        body.append(_text(right + 6, places[-1][1], line.end, colour=colour))
-    return _svg(frame, frame.size, body)
+        body.append(_text(horizontal.end + 6, places[-1][1], line.end, colour=colour))
+    return _drawn(plot, plot.size, body)
 
 
-def dots(frame: Frame, names: Sequence[str], series: Sequence[tuple[str, Sequence[Dot]]]) -> str:
-    """Draw rows of dots in one ``<svg>``, in the order given.
+def dots(plot: Plot, names: Sequence[str], series: Mapping[str, Sequence[Dot]]) -> Plot:
+    """Draw named rows of dots, in the order given; several series get a legend.
 
-    Args:
-        frame: its ``size`` gives the width, the rows give the height.
-        series: name of each series, and its dots, one for each row; several get a legend.
+    The rows give the height.
     """
-    found = [dot for _, row in series for dot in row]
-    ends = [end for dot in found for end in (dot.value, dot.low, dot.high) if end is not None]
-    width, height = frame.size[0], 54 + 22.0 * len(names)
+    found = [dot for row in series.values() for dot in row]
+    width, height = plot.size[0], 54 + 22.0 * len(names)
     left = 14 + _LETTER * max(len(_shortened(name)) for name in names)
     right = width - 8 - _LETTER * max(len(dot.text) for dot in found)
-    log = frame.log and min(ends) > 0
-    axis = _Axis(*_span(ends, log=log, margin=0.06), left, right, log)
-    body = list(_lower(axis, height - 30, frame, top=18))
+    log = plot.log and min(_ends(found)) > 0
+    axis = _Axis(*_span(_ends(found), log=log, margin=0.06), left, right, log)
+    body = list(_lower(axis, height - 30, plot, top=18))
     for place, name in enumerate(names):
         body.append(_text(left - 8, 29 + 22 * place, _shortened(name), anchor="end"))
-    for order, (title, row) in enumerate(series):
-        colour = _COLOURS[frame.colour + order]
+    for order, (title, row) in enumerate(series.items()):
+        colour = _COLOURS[plot.colour + order]
         for place, dot in enumerate(row):
             y = 29 + 22.0 * place
             last = dot.value if dot.high is None else dot.high
@@ -249,29 +248,11 @@ def dots(frame: Frame, names: Sequence[str], series: Sequence[tuple[str, Sequenc
         if len(series) > 1:
             x = width - 110 * (len(series) - order)
             body += [_circle(x, 8, colour), _text(x + 8, 8, title)]
-    return _svg(frame, (width, height), body)
+    return _drawn(plot, (width, height), body)
 
 
-def scatter(frame: Frame, found: Sequence[tuple[str, float, Dot]]) -> str:
-    """Draw named points in one ``<svg>``, each with the interval of its height.
-
-    Args:
-        found: name, place on the lower axis, and height.
-    """
-    width, height = frame.size
-    ends = [end for _, _, dot in found for end in (dot.value, dot.low, dot.high) if end is not None]
-    right = width - 8 - _LETTER * max(len(_shortened(name)) for name, _, _ in found)
-    vertical = _Axis(*_span(ends, log=False, margin=0.15), height - 30, 18)
-    across = _span([x for _, x, _ in found], log=False, margin=0.15)
-    horizontal = _Axis(max(0.0, across[0]), across[1], 42, right)
-    body = [*_grid(vertical, 42, right, frame), *_lower(horizontal, height - 30, frame)]
-    colour = _COLOURS[frame.colour]
-    for name, value, dot in found:
-        x, y = horizontal(value), vertical(dot.value)
-        if dot.low is not None and dot.high is not None:
-            body.append(_path([(x, vertical(dot.low)), (x, vertical(dot.high))], colour))
-        body += [_circle(x, y, colour), _text(x + 7, y, _shortened(name))]
-    return _svg(frame, frame.size, body)
+def _ends(found: Sequence[Dot]) -> list[float]:
+    return [end for dot in found for end in (dot.value, dot.low, dot.high) if end is not None]
 
 
 def _shortened(name: str) -> str:
@@ -281,14 +262,16 @@ def _shortened(name: str) -> str:
 # --------------------------------------------------------------------------- by round
 
 
-def plots(report: Report) -> tuple[Plot, ...]:
+def plots(report: Report) -> Iterator[Plot]:
     """The pictures of one run's rounds, ε first; a curve of one point is left out."""
     drawable = {curve.key: curve for curve in report.curves if len(curve.points) > 1}
     spent, known = drawable.pop("epsilon", None), drawable.pop("epsilon_server", None)
     loss = drawable.pop("loss", None)
     others = [*list(drawable.values())[:1], *([loss] if loss else [])]
-    first = [_epsilon(report, spent, known)] if spent else []
-    return (*first, *(_outside(report, curve, wide=len(others) == 1) for curve in others))
+    if spent:
+        yield _epsilon(report, spent, known)
+    for curve in others:
+        yield _outside(report, curve, size=HALF if len(others) > 1 else WIDE)
 
 
 def _points(curve: Curve) -> list[XY]:
@@ -296,51 +279,51 @@ def _points(curve: Curve) -> list[XY]:
 
 
 def _epsilon(report: Report, recipients: Curve, server: Curve | None) -> Plot:
-    privacy = report.privacy
-    named = [("recipients", recipients), ("cohorts known", server)]
+    budget = report.privacy.budget
+    named = {"recipients": recipients, "cohorts known": server}
     if server is None or server.points == recipients.points:
-        named = [("both adversaries", recipients)]
+        named = {"both adversaries": recipients}
     drawn = [
         Line(_points(curve), f"{name}\nε = {epsilon_text(curve.points[-1].value)}")
-        for name, curve in named
+        for name, curve in named.items()
         if curve is not None
     ]
     said = "; ".join(f"{line.end.replace(chr(10), ' ')} after the last round" for line in drawn)
     ends = [line.points[-1][1] for line in drawn]
     caption = (
-        f"Spent privacy, computed from the ledger at δ = {delta_text(privacy.delta)}. "
+        f"Spent privacy, computed from the ledger at δ = {delta_text(report.privacy.delta)}. "
         "Lower is more private."
     )
-    if privacy.budget:
-        against = adversary_text(privacy.budget_against)
-        caption += f" The budget is {privacy.budget:g} against {against}."
-    frame = Frame(
+    if budget:
+        against = adversary_text(report.privacy.budget_against)
+        caption += f" The budget is {budget:g} against {against}."
+    plot = Plot(
         key="epsilon",
         title="ε by round",
         description=f"ε grows with every round: {said}.",
+        caption=caption,
         size=WIDE,
         y="ε",
         log=max(ends) > 5 * min(ends) > 0,
-        limit=(privacy.budget, f"budget {privacy.budget:g}") if privacy.budget else None,
+        limit=(budget, f"budget {budget:g}") if budget else None,
     )
-    return _plot(frame, lines(frame, drawn), caption)
+    return lines(plot, drawn)
 
 
-def _outside(report: Report, curve: Curve, *, wide: bool) -> Plot:
+def _outside(report: Report, curve: Curve, *, size: XY) -> Plot:
     loss = curve.key == "loss"
     first, last = curve.points[0], curve.points[-1]
     split = f"{report.accuracy.holdout.capitalize()} split"
-    measured = "Mean over the devices of a round" if loss else split
-    frame = Frame(
+    plot = Plot(
         key="loss" if loss else "metric",
         title=f"{curve.name} by round",
         description=f"{curve.name} goes from {first.value:.3g} in round {first.round} to "
         f"{last.value:.3g} in round {last.round}.",
-        size=WIDE if wide else HALF,
+        caption=f"{'Mean over the devices of a round' if loss else split}; {curve.note}.",
+        size=size,
         colour=3 if loss else 2,
     )
-    picture = lines(frame, [Line(_points(curve), f"{last.value:.3f}")])
-    return _plot(frame, picture, f"{measured}; {curve.note}.")
+    return lines(plot, [Line(_points(curve), f"{last.value:.3f}")])
 
 
 # --------------------------------------------------------------------------- what ε means
@@ -355,39 +338,31 @@ def risks(report: Report) -> Iterator[Plot]:
         recipients, known = _xy(accounting.curve), _xy(accounting.curve_server)
         two = bool(known) and known != recipients
         second = " Lower line: recipients; upper: cohorts known." if two else ""
-        frame = Frame(
+        plot = Plot(
             key="pairs",
-            title="δ by ε",
+            title="One mechanism, many pairs",
             description=f"δ falls from {recipients[0][1]:.2g} at ε = {recipients[0][0]:.3g} to "
             f"{recipients[-1][1]:.2g} at ε = {recipients[-1][0]:.3g}.",
+            caption=f"The least δ at each ε. All of these hold at once.{second}",
             x="ε",
             y="δ",
             rounds=False,
             log=True,
             limit=(accounting.delta, f"δ = {delta_text(accounting.delta)}"),
         )
-        yield _plot(
-            frame,
-            lines(frame, [Line(recipients), *([Line(known)] if two else [])]),
-            f"The least δ at each ε. All of these hold at once.{second}",
-            "One mechanism, many pairs",
-        )
-    frame = Frame(
+        yield lines(plot, [Line(recipients), *([Line(known)] if two else [])])
+    plot = Plot(
         key="trade-off",
-        title="Errors of any test",
+        title="Errors of any membership test",
         description="The least chance of a miss by the chance of a false alarm; without the data "
         f"they add up to 1, here to at least {1 - reading.advantage:.2f}.",
+        caption="The least misses at each share of false alarms, against recipients. The straight "
+        "line is guessing.",
         x="false alarms",
         y="misses",
         rounds=False,
     )
-    yield _plot(
-        frame,
-        lines(frame, [Line(_xy(reading.trade_off)), Line([(0.0, 1.0), (1.0, 0.0)])]),
-        "The least misses at each share of false alarms, against recipients. The straight line is "
-        "guessing.",
-        "Errors of any membership test",
-    )
+    yield lines(plot, [Line(_xy(reading.trade_off)), Line([(0.0, 1.0), (1.0, 0.0)])])
 
 
 def _xy(points: Sequence[Point2]) -> list[XY]:
@@ -408,51 +383,54 @@ def by_tier(report: Report) -> Iterator[Plot]:
             f"{name}: noise {band.noise_norm:.3g}, signal at most {band.signal_norm:.3g}"
             for name, band in zip(names, bands, strict=True)
         )
-        title = "Noise against signal by band"
-        frame = Frame("bands", title, f"{said}.", WIDE, x="L2 norm", log=True)
-        yield _plot(
-            frame,
-            dots(frame, names, [("noise", noise), ("signal, at most", signal)]),
+        title = "Noise against signal, by band"
+        caption = (
             "Expected norm of the noise in what each weaker tier holds, and the largest that the "
-            "sum of all updates can have there.",
-            "Noise against signal, by band",
+            "sum of all updates can have there."
         )
+        plot = Plot("bands", title, f"{said}.", caption, WIDE, x="L2 norm", log=True)
+        yield dots(plot, names, {"noise": noise, "signal, at most": signal})
     tiers = [tier for tier in report.tiers if tier.upload_bytes]
     if len(tiers) > 1:
         names = [f"capacity {tier.capacity:g}" for tier in tiers]
         sent = [Dot(float(tier.upload_bytes or 0), bytes_text(tier.upload_bytes)) for tier in tiers]
         said = "; ".join(f"{name}: {dot.text}" for name, dot in zip(names, sent, strict=True))
-        title = "Upload by capacity"
-        frame = Frame("bytes", title, f"{said}.", WIDE, x="bytes", log=True, colour=2)
-        picture = dots(frame, names, [("upload", sent)])
-        yield _plot(frame, picture, "Bytes that one device sends in a round.")
+        title, caption = "Upload by capacity", "Bytes that one device sends in a round."
+        plot = Plot("bytes", title, f"{said}.", caption, WIDE, x="bytes", log=True, colour=2)
+        yield dots(plot, names, {"upload": sent})
 
 
 # --------------------------------------------------------------------------- several runs
 
 
-def intervals(metrics: Sequence[tuple[str, Metric]], heading: str) -> str:
-    """Draw one metric of several runs as dots with their intervals, in the order given.
-
-    Args:
-        metrics: name of the run, and its metric; at least one.
-    """
-    said = "; ".join(f"{name}: {metric.value:.3f}" for name, metric in metrics)
-    frame = Frame("intervals", heading, f"{said}.", WIDE, x="", rounds=False, colour=2)
-    names = [name for name, _ in metrics]
-    return dots(frame, names, [("", [_measured(metric) for _, metric in metrics])])
+def intervals(metrics: Mapping[str, Metric], heading: str) -> str:
+    """Draw one metric of several runs, by their names, as dots with their intervals."""
+    said = "; ".join(f"{name}: {metric.value:.3f}" for name, metric in metrics.items())
+    plot = Plot("intervals", heading, f"{said}.", size=WIDE, x="", rounds=False, colour=2)
+    return dots(plot, list(metrics), {"": [_measured(each) for each in metrics.values()]}).svg
 
 
 def privacy_utility(found: Sequence[tuple[str, float, Metric]], heading: str) -> str:
-    """Draw one metric of several private runs by their ε against recipients.
+    """Draw one metric of at least two private runs by their ε against recipients.
 
     Args:
-        found: name of the run, its ε, and its metric; at least two.
+        found: name of the run, its ε, and its metric.
     """
     said = "; ".join(f"{name}: {metric.value:.3f} at ε = {e:.3g}" for name, e, metric in found)
-    words = f"{said}."
-    frame = Frame("utility", heading, words, WIDE, "ε against recipients", rounds=False, colour=2)
-    return scatter(frame, [(name, e, _measured(metric)) for name, e, metric in found])
+    words = "ε against recipients"
+    plot = Plot("utility", heading, f"{said}.", size=WIDE, x=words, rounds=False, colour=2)
+    measured = [_measured(metric) for _, _, metric in found]
+    low, high = _span([spent for _, spent, _ in found], log=False, margin=0.15)
+    heights = _span(_ends(measured), log=False, margin=0.15)
+    letters = max(len(_shortened(name)) for name, _, _ in found)
+    horizontal, vertical, body = _axes(plot, heights, (max(0.0, low), high), letters)
+    colour = _COLOURS[plot.colour]
+    for (name, spent, _), dot in zip(found, measured, strict=True):
+        x, y = horizontal(spent), vertical(dot.value)
+        if dot.low is not None and dot.high is not None:
+            body.append(_path([(x, vertical(dot.low)), (x, vertical(dot.high))], colour))
+        body += [_circle(x, y, colour), _text(x + 7, y, _shortened(name))]
+    return _drawn(plot, plot.size, body).svg
 
 
 def _measured(metric: Metric) -> Dot:

@@ -12,7 +12,7 @@ from typing import Any
 
 from privrec.errors import UsageError
 from privrec.report.build import build
-from privrec.report.model import Metric, Report, Scalar
+from privrec.report.model import Report, Scalar
 from privrec.report.plots import by_tier, intervals, plots, privacy_utility, risks
 from privrec.report.words import delta_text, render, tables
 from privrec.run.record import metric_name
@@ -29,21 +29,12 @@ class Written:
 
 
 def write(report: Report, directory: Path) -> Written:
-    """Write the four files, each replaced as a whole.
-
-    Args:
-        directory: an existing one, usually the run's own.
-
-    Raises:
-        UsageError: when the directory does not exist or cannot be written.
-    """
+    """Write the four files into an existing directory, each as :func:`replace_text` does."""
     endings = ("json", "html", "md", "registry.yaml")
-    written = Written(*(directory / f"report.{ending}" for ending in endings))
-    replace_text(written.json, to_json(report))
-    replace_text(written.html, to_html(report))
-    replace_text(written.markdown, to_markdown(report))
-    replace_text(written.registry, to_registry(report))
-    return written
+    paths = [directory / f"report.{ending}" for ending in endings]
+    for path, text_of in zip(paths, (to_json, to_html, to_markdown, to_registry), strict=True):
+        replace_text(path, text_of(report))
+    return Written(*paths)
 
 
 def to_json(report: Report) -> str:
@@ -55,7 +46,7 @@ def to_html(report: Report) -> str:
     """Write one HTML page without scripts, or anything to load from elsewhere."""
     pictures = {
         "reading": tuple(risks(report)),
-        "rounds": plots(report),
+        "rounds": tuple(plots(report)),
         "tiers": tuple(by_tier(report)),
     }
     return render("report.html.j2", **_page(report), pictures=pictures)
@@ -109,11 +100,7 @@ for adversary in ("recipients", "server"):
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all.
-
-    Raises:
-        UsageError: when the folder does not exist or cannot be written.
-    """
+    """Write a file as a whole or not at all; a UsageError where the folder cannot be written."""
     try:
         handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:
@@ -166,8 +153,13 @@ class Comparison:
 
     def to_html(self) -> str:
         """The comparison as one HTML page without scripts, or anything to load from elsewhere."""
-        shown = _shown(self)
-        heading = f"{metric_name(shown[0][1].key)} by run" if shown else ""
+        headline = next(iter(self.reports[0].accuracy.metrics), None)
+        heading = f"{metric_name(headline.key)} by run" if headline else ""
+        of = dict(zip(self.names, self.reports, strict=True))
+        shown = {n: m for n, each in of.items() if headline and (m := each.metric(headline.key))}
+        spent = {name: of[name].adversary("recipients").epsilon for name in shown}
+        private = [(name, e, shown[name]) for name, e in spent.items() if e is not None]
+        comparable = len(private) > 1 and len(_deltas(self.reports)) == 1
         return render(
             "compare.html.j2",
             comparison=self,
@@ -176,7 +168,7 @@ class Comparison:
             protocols=_protocols(self.metrics),
             heading=heading,
             plot=intervals(shown, heading) if shown else "",
-            utility=_utility(self, shown, heading),
+            utility=privacy_utility(private, f"{heading} and ε") if comparable else "",
         )
 
 
@@ -199,34 +191,11 @@ def compare(directories: Sequence[Path]) -> Comparison:
     return Comparison(tuple(_names(places, reports)), reports, tuple(_cautions(reports)))
 
 
-def _utility(comparison: Comparison, shown: Sequence[tuple[str, Metric]], heading: str) -> str:
-    """Accuracy by ε, where two runs or more have both, at one δ."""
-    metrics = dict(shown)
-    private = [
-        (name, spent, metrics[name])
-        for name, report in zip(comparison.names, comparison.reports, strict=True)
-        if name in metrics and (spent := report.adversary("recipients").epsilon) is not None
-    ]
-    deltas = {report.privacy.delta for report in comparison.reports if report.privacy.private}
-    if len(private) < 2 or len(deltas) > 1:
-        return ""
-    return privacy_utility(private, f"{heading} and ε")
-
-
 def _protocols(keys: Sequence[str]) -> list[tuple[str, list[str]]]:
     """Metric keys by how the held-out item is ranked; keys of one protocol stand together."""
     full = [key for key in keys if key.startswith("full_")]
     groups = (("Among 99 items", [key for key in keys if key not in full]), ("Full ranking", full))
     return [(name, group) for name, group in groups if group]
-
-
-def _shown(comparison: Comparison) -> list[tuple[str, Metric]]:
-    """The headline metric of the first run, in all runs that have it."""
-    first = next(iter(comparison.reports[0].accuracy.metrics), None)
-    if first is None:
-        return []
-    found = (report.metric(first.key) for report in comparison.reports)
-    return [(n, metric) for n, metric in zip(comparison.names, found, strict=True) if metric]
 
 
 def _names(places: Sequence[Path], reports: Sequence[Report]) -> Sequence[str]:
@@ -236,15 +205,20 @@ def _names(places: Sequence[Path], reports: Sequence[Report]) -> Sequence[str]:
     return next(names for names in choices if len(set(names)) == len(names))
 
 
+def _deltas(reports: Sequence[Report]) -> set[float]:
+    """Every δ at which a run has a guarantee."""
+    private = (report.privacy for report in reports if report.privacy.private)
+    return {privacy.delta for privacy in private if privacy.delta is not None}
+
+
 def _cautions(reports: Sequence[Report]) -> Iterator[str]:
     if len({report.accuracy.holdout for report in reports}) > 1:
         yield "Metrics are of different splits (test and validation): do not compare them."
     facts = ("source", "users", "items", "interactions")
     if len({tuple(report.data.get(key) for key in facts) for report in reports}) > 1:
         yield "The runs used different data: metrics and costs are not comparable."
-    deltas = {report.privacy.delta for report in reports if report.privacy.private}
-    if len(deltas) > 1:
-        values = ", ".join(delta_text(delta) for delta in sorted(d for d in deltas if d))
+    if len(deltas := _deltas(reports)) > 1:
+        values = ", ".join(delta_text(delta) for delta in sorted(deltas))
         yield f"The runs state ε at different δ ({values}): an ε means less at a larger δ."
     if len({report.simulated for report in reports}) > 1:
         yield "Some runs are simulated and some are not: their costs are not comparable."

@@ -25,7 +25,7 @@ from safetensors.numpy import load_file
 import privrec
 from privrec.errors import DataError, IntegrityError, PrivrecError, UsageError
 from privrec.report.derive import derive
-from privrec.report.facts import Facts, read_spending
+from privrec.report.facts import Facts, read_facts
 from privrec.report.model import WORD, OperatorsWord, Report
 from privrec.report.render import to_html, to_json, to_markdown
 from privrec.run.directory import kept_key
@@ -44,14 +44,9 @@ class Mismatch:
 
 @dataclass
 class Verdict:
-    """What a verification found.
+    """What a verification found: what agrees, was not looked at, does not match, cannot be seen.
 
-    Attributes:
-        anchored: whether the ledger was checked with a key from elsewhere than the files.
-        checked: what was recomputed and agrees.
-        unchecked: what was not looked at, and why.
-        mismatches: what does not.
-        word: what no verifier can see.
+    ``anchored`` is whether the ledger was checked with a key from elsewhere than the files.
     """
 
     anchored: bool
@@ -82,11 +77,7 @@ class Verdict:
 
 
 def public_key(text: str) -> Ed25519PublicKey:
-    """The server's public key from its 64 hexadecimal digits, or from a file that holds them.
-
-    Raises:
-        UsageError: when it is no such key.
-    """
+    """The server's public key from its 64 hexadecimal digits, or from a file that holds them."""
     if not re.fullmatch(r"[0-9a-fA-F]{64}", text.strip()):
         try:
             text = Path(text).read_text(encoding="utf-8")
@@ -168,18 +159,14 @@ def _report(text: str, content: Mapping[str, Any], verdict: Verdict) -> Report |
 
 def _ledger(directory: Path, key: Ed25519PublicKey | None, verdict: Verdict) -> Facts | None:
     try:
-        spending = read_spending(directory, key)
+        facts = read_facts(directory, key)
     except PrivrecError as error:
         verdict.refute("ledger", str(error))
         return None
     verdict.checked.append(
-        f"hash chain of the ledger and its signed head, {len(spending.charges):,} charges"
+        f"hash chain of the ledger and its signed head, {len(facts.charged):,} charges"
     )
-    try:
-        return Facts.of(spending)
-    except (DataError, UsageError) as error:
-        verdict.refute("ledger", f"no report can be made of it: {error}")
-        return None
+    return facts
 
 
 def _compare(report: Report, facts: Facts, verdict: Verdict) -> None:
@@ -222,12 +209,11 @@ def _reason(where: str, found: Any, expected: Any, version: str) -> str:
         return f"ε is {found:g}, {side} than the {expected:g} that the ledger gives"
     if isinstance(found, list) and isinstance(expected, list):
         return f"{len(found)} entries, and the ledger gives {len(expected)}"
-    other = (
-        f" (the report is of privrec {version}, this is {privrec.__version__}: verify it with that "
-        "version)"
-        if version != privrec.__version__
-        else ""
-    )
+    other, here = "", privrec.__version__
+    if version != here:
+        other = (
+            f" (the report is of privrec {version}, this is {here}: verify it with that version)"
+        )
     return f"it says {_short(found)}, and the ledger gives {_short(expected)}{other}"
 
 
@@ -265,7 +251,7 @@ def _check_result(directory: Path, report: Report, facts: Facts, verdict: Verdic
     path = directory / "result.json"
     try:
         result = _object(path.read_text(encoding="utf-8"))
-        facts.spending.check_result(result, path)
+        facts.check_result(result, path)
     except FileNotFoundError:
         verdict.unchecked.append(
             "result.json: it is not here, so metrics and gaps are not known to be those that the "
@@ -317,7 +303,7 @@ def _check_model(directory: Path, facts: Facts, verdict: Verdict) -> None:
         found = hashlib.sha256(weights.tobytes()).hexdigest()
     except (SafetensorError, KeyError, OSError, ValueError):
         found = ""
-    if found == facts.spending.model:
+    if found == facts.model:
         verdict.checked.append("the released model is the one that the ledger ends with")
     else:
         verdict.refute("model.safetensors", "it is not the model that the ledger ends with")

@@ -134,8 +134,7 @@ def tables(template: str, **values: Any) -> dict[str, Any]:
     Whatever is put into a text is escaped, so that no name from a scenario ends the text.
     """
     text = _environment(toml=True).get_template(template).render(**values)
-    plain: dict[str, Any] = _plain(tomllib.loads(text))
-    return plain
+    return dict(_plain(tomllib.loads(text)))
 
 
 def _plain(value: Any) -> Any:

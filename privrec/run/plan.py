@@ -28,16 +28,21 @@ from privrec.device.samples import Histories, popularity_of
 from privrec.device.tier import Federation, ModelView, Tier
 from privrec.device.update import Protection
 from privrec.device.words import Ask, WordLearner
-from privrec.embedding.nested import Nested, nested
-from privrec.embedding.subspace import Subspace
-from privrec.embedding.table import PlainTable, Table
+from privrec.embedding.table import Table
 from privrec.errors import IntegrityError, ScenarioError, UsageError
 from privrec.models.layout import band_sizes
 from privrec.models.losses import loss_of, packed_size
 from privrec.privacy.events import RoundEvent
 from privrec.privacy.population import PopulationBalance
 from privrec.randomness import SecretRoot, rng_for
-from privrec.run.privacy_plan import charges_of, example_event, plan_privacy
+from privrec.run.privacy_plan import (
+    Coordinates,
+    charges_of,
+    coordinates_of,
+    example_event,
+    plan_privacy,
+    tables_of,
+)
 from privrec.run.simulation import Enrolled, Simulation
 from privrec.scenario.kinds import MODELS, SERVER_OPTIMIZERS
 from privrec.scenario.load import DeviceTier, Scenario, Train
@@ -50,9 +55,6 @@ TABULATED_ITEMS = 2**22
 
 BYTES_A_COEFFICIENT = 4
 _MOST_HALVINGS = 48
-
-Tables = tuple[Table, Table | None]
-Coordinates = tuple[Nested, Nested | None]
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ def federation_of(scenario: Scenario, n_items: int) -> Federation:
     Raises:
         UsageError: when the tiers do not nest in a catalogue of so many items.
     """
-    devices, tables = scenario.devices, _tables(scenario, n_items)
+    devices, tables = scenario.devices, tables_of(scenario, n_items)
     present = [tier for tier in devices.chain if tier.capacity != 0]
     described = sorted(
         [(_halving(scenario, tier, tables), tier) for tier in present], key=lambda pair: pair[0]
@@ -201,7 +203,7 @@ def federation_of(scenario: Scenario, n_items: int) -> Federation:
             f"devices.tiers: capacities {[2.0**-h for h in halvings]} for this catalogue; two "
             "tiers of the same capacity are one: put their shares together"
         )
-    chain = _coordinates(scenario, tables, halvings)
+    chain = coordinates_of(scenario, tables, halvings)
     tiers = tuple(
         Tier(index, 2.0**-halving, tier.share, tier.weight, _view(scenario, chain, index), *chain)
         for index, (halving, tier) in enumerate(described)
@@ -209,41 +211,19 @@ def federation_of(scenario: Scenario, n_items: int) -> Federation:
     return Federation(tiers, sum(tier.share for tier in devices.chain if tier.capacity == 0))
 
 
-def _tables(scenario: Scenario, n_items: int) -> Tables:
-    """Tables of item vectors and biases at capacity 1."""
-    model, order = scenario.model, scenario.devices.order
-    keys = rng_for(scenario.run.seed, "subspace").integers(2**63, size=2).tolist()
-
-    def table(dim: int, block: int, key: int) -> Table:
-        if order != "fold":
-            return PlainTable.of(n_items, dim, block=block, by_part=order == "dims")
-        return Subspace.sized(n_items, dim, block=block, key=key, compression=model.compression)
-
-    return table(model.dim, model.block, keys[0]), table(1, 1, keys[1]) if model.item_bias else None
-
-
-def _halving(scenario: Scenario, tier: DeviceTier, tables: Tables) -> int:
+def _halving(scenario: Scenario, tier: DeviceTier, tables: tuple[Table, Table | None]) -> int:
     """``h`` of a tier of capacity ``2^-h``; the largest that fits its memory."""
     if tier.capacity is not None:
         return round(-math.log2(tier.capacity))
     room = 1024 * (tier.memory_kib or 0)
     for halving in range(_MOST_HALVINGS):
-        layout = _view(scenario, _coordinates(scenario, tables, [halving]), 0).layout
+        layout = _view(scenario, coordinates_of(scenario, tables, [halving]), 0).layout
         if layout.size * BYTES_A_COEFFICIENT <= room:
             return halving
     raise UsageError(
         f"devices.tiers: memory_kib = {tier.memory_kib} holds no part of this model; "
         "raise it, or leave the tier out"
     )
-
-
-def _coordinates(scenario: Scenario, tables: Tables, halvings: list[int]) -> Coordinates:
-    """Nested coordinates of item vectors and biases."""
-    (vectors, biases), order = tables, scenario.devices.order
-    # Item biases of the first dimensions are those of all items.
-    same = [0] * len(halvings) if order == "dims" else halvings
-    chain = nested(vectors, halvings)
-    return chain, None if biases is None else nested(biases, same)
 
 
 def _view(scenario: Scenario, chain: Coordinates, index: int) -> ModelView[Any]:

@@ -13,16 +13,23 @@ from functools import lru_cache, partial
 from scipy.stats import binom
 
 from privrec.device.update import SMALL_RING_BITS, Protection
+from privrec.embedding.nested import Nested, nested
+from privrec.embedding.subspace import Subspace
+from privrec.embedding.table import PlainTable, Table
 from privrec.errors import UsageError
 from privrec.privacy.discrete import check_small_cohorts
 from privrec.privacy.events import RoundEvent, noise_multiplier_for
 from privrec.privacy.mechanism import Band, Shares, grid_of
+from privrec.randomness import rng_for
 from privrec.scenario.kinds import PUBLISHED
 from privrec.scenario.load import Scenario
 from privrec.secagg.ring import LARGEST_WRAP, Encoding, Load, Ring, spread
 
 LOOSE_CLIP_NORM = 100.0
 """Clip norm of a run without noise that names none: a range for the integers, rarely reached."""
+
+
+Coordinates = tuple[Nested, Nested | None]
 
 
 def known_items(scenario: Scenario) -> int | None:
@@ -33,6 +40,30 @@ def known_items(scenario: Scenario) -> int | None:
         _, items, _ = PUBLISHED[data.source]
     most = getattr(data, "vocabulary", None)
     return items if items is None or most is None else min(items, most)
+
+
+def tables_of(scenario: Scenario, n_items: int) -> tuple[Table, Table | None]:
+    """Tables of item vectors and biases at capacity 1."""
+    model, order = scenario.model, scenario.devices.order
+    keys = rng_for(scenario.run.seed, "subspace").integers(2**63, size=2).tolist()
+
+    def table(dim: int, block: int, key: int) -> Table:
+        if order != "fold":
+            return PlainTable.of(n_items, dim, block=block, by_part=order == "dims")
+        return Subspace.sized(n_items, dim, block=block, key=key, compression=model.compression)
+
+    return table(model.dim, model.block, keys[0]), table(1, 1, keys[1]) if model.item_bias else None
+
+
+def coordinates_of(
+    scenario: Scenario, tables: tuple[Table, Table | None], halvings: list[int]
+) -> Coordinates:
+    """Nested coordinates of item vectors and biases."""
+    (vectors, biases), order = tables, scenario.devices.order
+    # Item biases of the first dimensions are those of all items.
+    same = [0] * len(halvings) if order == "dims" else halvings
+    chain = nested(vectors, halvings)
+    return chain, None if biases is None else nested(biases, same)
 
 
 def plan_privacy(

@@ -537,7 +537,7 @@ class ImplicitALS(Section):
     """How fast the users' Gram matrix follows that of the round."""
 
 
-for _name, _config, _meaning in (
+for _name, _searching, _meaning in (
     ("bce", Sampled, "Binary cross-entropy."),
     ("bpr", Sampled, "Bayesian personalised ranking."),
     ("softmax", Sampled, "Softmax over a positive and sampled negatives."),
@@ -616,7 +616,7 @@ class SimHash(Searching):
 SELECTORS.add("each", Each)
 SELECTORS.add("uniform", Budgeted, "privrec.search.select:chance")
 SELECTORS.add("popularity", ByPopularity)
-for _name, _config, _meaning in (
+for _name, _searching, _meaning in (
     ("scan", Searching, "Selects by exact scores."),
     ("hamming", Searching, "Selects by the Hamming distance of signatures."),
     ("sketch", Searching, "Selects by scores of a sketch of few dimensions."),
@@ -624,7 +624,7 @@ for _name, _config, _meaning in (
     ("pghash", Searching, "Selects by tables of projections folded onto blocks."),
     ("block_sign", Searching, "Selects by signs of the memory's blocks."),
 ):
-    SELECTORS.add(_name, _config, f"privrec.search.select:{_name}", meaning=_meaning)
+    SELECTORS.add(_name, _searching, f"privrec.search.select:{_name}", meaning=_meaning)
 SELECTORS.add("auto", Searching, meaning="Selects by the cheapest of the good rankings.")
 
 

@@ -253,8 +253,7 @@ def test_a_report_changes_nothing_it_reads(a_run: MakeRun) -> None:
 
 def test_the_epsilon_curve_ends_at_the_claim_and_never_falls(a_run: MakeRun) -> None:
     report = build(a_run(rounds=60, retried=(5,)))
-    curve = report.curve("epsilon")
-    assert curve is not None
+    (curve,) = (curve for curve in report.curves if curve.key == "epsilon")
     values = [point.value for point in curve.points]
     assert values == sorted(values)
     assert (curve.points[0].round, curve.points[-1].round) == (1, 60)

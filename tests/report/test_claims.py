@@ -11,7 +11,7 @@ import pytest
 
 from privrec.report.build import build
 from privrec.report.derive import sentences
-from privrec.report.facts import Facts, read_spending
+from privrec.report.facts import Facts, read_facts
 
 MakeFacts = Callable[..., Facts]
 
@@ -24,7 +24,7 @@ def facts_of(a_run: Callable[..., Path]) -> MakeFacts:
         settings = {"rate": 0.1, "rounds": 4, "eval_every": 0, **settings}
         private = settings.get("noise") != "none" and not settings.get("noise_known")
         spent = {"epsilon": 7.981, "epsilon_server": 91.8} if private else {}
-        facts = Facts.of(read_spending(a_run(str(len(made)), **settings)))
+        facts = read_facts(a_run(str(len(made)), **settings))
         made.append(facts)
         return replace(facts, **{**spent, **(changes or {})})
 
@@ -129,7 +129,6 @@ def test_the_serious_come_first(facts_of: MakeFacts) -> None:
 def test_no_name_ends_a_sentence(facts_of: MakeFacts, name: str) -> None:
     facts = facts_of()
     scenario = facts.scenario.model_copy(update={"name": name})
-    declared = replace(facts.declared, scenario=scenario)
-    evil = replace(facts, spending=replace(facts.spending, declared=declared))
+    evil = replace(facts, declared=replace(facts.declared, scenario=scenario))
     assert f"“{' '.join(name.split())}”" in sentences(evil)["claim"]
     assert sentences(evil).keys() == sentences(facts).keys()

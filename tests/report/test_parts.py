@@ -22,7 +22,7 @@ from privrec.privacy.events import RoundEvent, epsilon
 from privrec.privacy.population import PopulationBalance
 from privrec.report import derive
 from privrec.report.build import build
-from privrec.report.facts import Facts, read_spending
+from privrec.report.facts import read_facts
 from privrec.report.model import STARRED, Report, json_schema, schema_text
 from privrec.report.render import to_json, to_markdown
 from privrec.run.record import epsilon_text
@@ -121,7 +121,7 @@ def test_a_run_without_the_facts_of_a_part_makes_no_claim(
 
 def test_an_unknown_population_makes_no_claim(a_run: MakeRun) -> None:
     """The one fact that a header of this version could lack."""
-    facts = replace(Facts.of(read_spending(a_run())), population=None)
+    facts = replace(read_facts(a_run()), population=None)
     parts = derive.starred(facts, derive.sentences(facts))
     assert [name for name, part in parts.items() if part is None] == ["sampling", "accounting"]
 

@@ -285,7 +285,7 @@ def test_a_picture_describes_its_ends(a_report: MakeReport) -> None:
 
 
 def test_equal_epsilons_are_drawn_once(a_report: MakeReport) -> None:
-    assert plots(a_report("everybody"))[0].svg.count("both adversaries") == 2  # desc and label
+    assert next(plots(a_report("everybody"))).svg.count("both adversaries") == 2  # desc and label
 
 
 # --------------------------------------------------------------------------- checking it oneself

@@ -523,9 +523,8 @@ def test_a_forged_ledger_is_refused_also_when_the_report_is_made_anew(
 def _report_anew(run: Path) -> None:
     """What a forger's own program would write: the report that the forged ledger leads to."""
     from privrec.report.derive import derive
-    from privrec.report.facts import Facts, Spending
+    from privrec.report.facts import Facts
     from privrec.report.model import WORD
-    from privrec.run.plan import read_header as read
 
     old = Report.model_validate_json((run / "report.json").read_text("utf-8"))
     try:
@@ -537,20 +536,10 @@ def _report_anew(run: Path) -> None:
         last = chained(run, entries)
         signed_by(run, len(entries), last, FORGER)
         with Ledger.open(run / "ledger.jsonl", repair=False) as ledger:
-            spending = Spending(
-                header=ledger.header,
-                declared=read(ledger.header, "ledger"),
-                charges=ledger.charges,
-                counts=ledger.counts,
-                examples=ledger.examples,
-                head=ledger.last_hash,
-                key=own,
-                signature="server key",
-                model=(ledger.ended or b"").hex(),
-            )
+            facts = Facts.of(ledger, run, key=own, signature="server key")
         word: dict[str, Any] = {name: getattr(old, name) for name in WORD}
         word["curves"] = tuple(curve for curve in old.curves if curve.note)
-        write(derive(Facts.of(spending), word), run)
+        write(derive(facts, word), run)
     except Exception:  # a forger who fails has forged nothing new
         return
 

@@ -20,7 +20,7 @@ from privrec.privacy.events import epsilon
 from privrec.privacy.ledger import Ledger
 from privrec.privacy.population import PopulationCharge, create, read
 from privrec.report.build import build
-from privrec.report.facts import read_spending
+from privrec.report.facts import read_facts
 from privrec.report.render import write
 from privrec.report.verify import verify
 from privrec.run import checkpoint, directory, lifecycle, plan
@@ -286,7 +286,7 @@ def test_an_end_that_is_not_signed_serves_no_model(halfway: Path) -> None:
     with pytest.raises(IntegrityError, match="not the model that the run's ledger ends with"):
         recommend(halfway, user="3", k=3)
     with pytest.raises(IntegrityError, match="entries, of which"):
-        read_spending(halfway)
+        read_facts(halfway)
 
 
 @pytest.mark.parametrize("name", ["scenario_hash", "privacy_hash"])
