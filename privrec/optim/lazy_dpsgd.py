@@ -262,7 +262,7 @@ class LazyDPSGD(torch.optim.Optimizer):
                 memory.load_velocities(held.numpy())
 
     def _follow(self) -> None:
-        """Take over what became of the model and its groups since the last step, or refuse it."""
+        """Take over what became of the model and of the groups since the last step."""
         self._check()
         groups = {p: group for group in self.param_groups for p in group["params"]}
         self._names = self._capture.follow()

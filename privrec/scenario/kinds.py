@@ -537,7 +537,7 @@ class ImplicitALS(Section):
     """How fast the users' Gram matrix follows that of the round."""
 
 
-for _name, _searching, _meaning in (
+for _name, _config, _meaning in (
     ("bce", Sampled, "Binary cross-entropy."),
     ("bpr", Sampled, "Bayesian personalised ranking."),
     ("softmax", Sampled, "Softmax over a positive and sampled negatives."),
