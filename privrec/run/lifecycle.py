@@ -1,7 +1,7 @@
 """Runs whose devices are simulated: from a scenario to a directory with model, ledger and result.
 
-A run begins, goes on after an interrupt, and is followed by the rows of its scenario, which compare
-settings: each of them is a run of its own, below the first one.
+A run begins, goes on after an interrupt, and is followed by the rows of its scenario, each of which
+is a run of its own with other settings, below the first one.
 """
 
 from __future__ import annotations

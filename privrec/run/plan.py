@@ -288,7 +288,6 @@ class LedgerHeader(BaseModel):
     Attributes:
         bands: coefficients of each band, the band that every device holds first.
         holders: training devices that hold each band.
-        capacities: of the tiers, the strongest first.
         standing: where the run's population stood when it began.
     """
 
