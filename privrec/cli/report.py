@@ -20,10 +20,12 @@ _name = click.argument("name", metavar="NAME")
 
 
 class _Report(console.Commands):
+    default = "write"
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """As click's, with ``write`` put before what is none of the group's commands."""
         if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
-            args = ["write", *args]
+            args = [self.default, *args]
         return super().parse_args(ctx, args)
 
 
