@@ -36,6 +36,9 @@ FloatArray = NDArray[np.float32]
 TOLERANCE = 1e-5
 """Largest difference from the one-device code, relative to the update's largest coefficient."""
 
+ALL = slice(None)
+"""Every batch."""
+
 MANY = 16
 """Devices from which on a simulation gathers the rows that they search once for all of them."""
 
@@ -198,14 +201,14 @@ class Cohort(Generic[L]):
         return self.data.users
 
     def train(
-        self, weights: FloatArray, rows: Items, draws: Draws
+        self, weights: FloatArray, rows: Items, draws: Draws, some: slice = ALL
     ) -> Iterator[tuple[Items, Trained]]:
         """One round's local training of some rows, a batch at a time; states are left unchanged.
 
-        ``weights`` are the tier's vector in memory form.
+        ``weights`` are the tier's vector in memory form; ``some`` of the batches are trained.
         """
         model = LocalModel(self.learner.view, weights, resident=len(self.states) >= MANY)
-        for places in self.learner.batches(self.data.lengths[rows]):
+        for places in list(self.learner.batches(self.data.lengths[rows]))[some]:
             batch = rows[places]
             data = self.data.select(batch)
             yield batch, self.learner.train(model, data, self.states[batch], draws)

@@ -21,6 +21,7 @@ from privrec.errors import ReleaseRefused
 from privrec.models.layout import from_wire
 from privrec.privacy.mechanism import Shares, noise_seeds
 from privrec.randomness import SecretRoot, rng_for
+from privrec.run.workers import forked
 from privrec.secagg.client import ClientSession, Policy
 from privrec.secagg.keys import DeviceKey, PrekeyBook
 from privrec.secagg.messages import Stage
@@ -32,6 +33,7 @@ FloatArray = NDArray[np.float32]
 Integers = NDArray[np.int64]
 Rows = list[NDArray[np.int64]]
 Answers = tuple[NDArray[np.int64], BoundedUpdate, FloatArray]
+ALL = slice(None)
 _EXCHANGES = (Stage.SHARES, Stage.MASKED, Stage.CONFIRM, Stage.UNMASK)
 
 # --------------------------------------------------------------------------- sums
@@ -108,18 +110,28 @@ class Plain(Summing):
     """
 
     def __post_init__(self) -> None:
-        self._sum = np.zeros(self.federation.layout.size, np.int64)
+        self._sum, self._has_noise = np.zeros(self.federation.layout.size, np.int64), False
         if self.protection.minimums:
             self._check_turnout()
-        if self.protection.shares is not None:
-            self._sum += from_wire(self._noise(self.protection.shares), self.federation.layouts)
 
     def add(self, tier: Tier, users: NDArray[np.int64], update: BoundedUpdate) -> None:
         update.add_to(self._sum, self.federation.layout)
 
+    def partial(self, number: int, workers: int) -> Integers:
+        """What was added here, with the noise of every ``workers``-th survivor from ``number`` on."""
+        if self.protection.shares is None:
+            return self._sum
+        noise = self._noise(self.protection.shares, slice(number, None, workers))
+        return self._sum + from_wire(noise, self.federation.layouts)
+
+    def gather(self, partial: Sequence[Integers]) -> None:
+        """Put together what all workers had; with that the noise of all survivors is in."""
+        self._sum, self._has_noise = np.add.reduce(partial), True
+
     def total(self) -> Integers:
+        whole = self._sum if self._has_noise else self.partial(0, 1)
         ring = self.protection.ring
-        return ring.leave(ring.enter(self._sum))
+        return ring.leave(ring.enter(whole))
 
     def _check_turnout(self) -> None:
         """Refuse a round that the protocol would end without a sum."""
@@ -135,8 +147,8 @@ class Plain(Summing):
                     "round ends without a sum, and stays charged"
                 )
 
-    def _noise(self, shares: Shares) -> Integers:
-        """The shares of survivors that are left in the sum, in the order of the wire."""
+    def _noise(self, shares: Shares, some: slice) -> Integers:
+        """Some of the shares of survivors that are left in the sum, in the order of the wire."""
         root, context = self.enrolled.root, self.round.context
         survivors = [p for p in self.cohort if p.survives]
         if shares.remove_excess:
@@ -147,7 +159,7 @@ class Plain(Summing):
             signed = {p.user for p in holders if p.leaves > Stage.CONFIRM}
             removed = set(shares.removed(band, [p.user for p in holders], signed))
             total = np.zeros(shares.bands[band].size, np.int64)
-            for user in (p.user for p in holders if p.user not in removed):
+            for user in [p.user for p in holders if p.user not in removed][some]:
                 seed = noise_seeds(root, band + 1, *context, user)[band]
                 total += shares.draw_band(band, seed)
             parts.append(total)
@@ -218,6 +230,20 @@ SUMMING: Mapping[str, type[Summing]] = {"exact": Plain, "full": Secure}
 # --------------------------------------------------------------------------- devices
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one of the workers did in a round.
+
+    ``states`` are rows of each tier's cohort with their new private states, ``losses`` sums by tier
+    and batch.
+    """
+
+    sum: Integers | None
+    states: list[tuple[NDArray[np.int64], FloatArray]]
+    losses: dict[tuple[int, int], float]
+    deferred: Deferred
+
+
 def cohort(coins: NDArray[np.uint64], sampling_rate: float) -> NDArray[np.int64]:
     """Sample the users whose coin came up, in order: Poisson sampling, each user by itself.
 
@@ -242,6 +268,8 @@ class Simulation:
         dropout_rate: chance of each device of a cohort to fall silent in one of the exchanges.
         engine: ``"cohort"`` trains batches; ``"device"`` trains devices one at a time.
         secure_sum: ``"exact"`` adds integers; ``"full"`` runs the protocol, for the same sum.
+        workers: processes that train for an ``"exact"`` sum, for the same bits as one; the protocol
+            keeps its sessions in this one.
         deferred: noise between local steps since this object was made, which is private.
     """
 
@@ -255,6 +283,7 @@ class Simulation:
     dropout_rate: float = 0.0
     engine: Literal["cohort", "device"] = "cohort"
     secure_sum: Literal["exact", "full"] = "exact"
+    workers: int = 1
     deferred: Deferred = field(default_factory=Deferred, init=False)
     _before: tuple[int, Rows, list[FloatArray]] | None = field(default=None, init=False)
 
@@ -277,16 +306,49 @@ class Simulation:
     def collect(self, round: Round, weights: FloatArray) -> Aggregate:
         rows = self.rows(self.sample(round))
         self._rewind(round.index, rows)
-        cohort, loss = self._participants(round, rows), 0.0
+        cohort = self._participants(round, rows)
         made = SUMMING[self.secure_sum]
         summing = made(round, self.federation, self.protection, cohort, self.enrolled)
         left = self.rows(np.array([p.user for p in cohort if p.survives], np.int64))
-        for tier, mine in zip(self.federation.tiers, left, strict=True):
-            for users, update, losses in self.answers(round, weights, tier, mine):
-                summing.add(tier, users, update)
-                loss += float(losses.sum(dtype=np.float64, where=np.isfinite(losses)))
-        size = sum(map(len, left))
+        workers = self.workers if isinstance(summing, Plain) else 1
+        shares = forked(workers, partial(self._share, round, weights, left, summing, workers))
+        losses: dict[tuple[int, int], float] = {}
+        for share in shares:
+            for held, (mine, states) in zip(self.cohorts, share.states, strict=True):
+                held.states[mine] = states
+            self.deferred += share.deferred
+            losses |= share.losses
+        if isinstance(summing, Plain):
+            summing.gather([share.sum for share in shares])
+        # In the order of batches, whoever trained them: a float sum depends on it.
+        loss, size = sum(losses[batch] for batch in sorted(losses)), sum(map(len, left))
         return Aggregate(summing.total(), len(cohort), loss / size if size else None)
+
+    def _share(
+        self,
+        round: Round,
+        weights: FloatArray,
+        left: Rows,
+        summing: Summing,
+        workers: int,
+        number: int,
+    ) -> Share:
+        """Train every ``workers``-th batch from ``number`` on, in whatever process this is."""
+        before, self.deferred = self.deferred, Deferred()
+        losses, states = dict[tuple[int, int], float](), []
+        for tier, mine in zip(self.federation.tiers, left, strict=True):
+            held, trained = self.cohorts[tier.index], [np.zeros(0, np.int64)]
+            made = self.answers(round, weights, tier, mine, slice(number, None, workers))
+            for place, (users, update, loss) in enumerate(made):
+                summing.add(tier, users, update)
+                trained.append(np.searchsorted(held.users, users))
+                finite = float(loss.sum(dtype=np.float64, where=np.isfinite(loss)))
+                losses[tier.index, number + place * workers] = finite
+            own = np.concatenate(trained)
+            states.append((own, held.states[own]))
+        deferred, self.deferred = self.deferred, before
+        total = summing.partial(number, workers) if isinstance(summing, Plain) else None
+        return Share(total, states, losses, deferred)
 
     def sample(self, round: Round) -> NDArray[np.int64]:
         """Sample the round's cohort, as sorted user indices.
@@ -333,20 +395,25 @@ class Simulation:
         self._before = (index, rows, before)
 
     def answers(
-        self, round: Round, weights: FloatArray, tier: Tier, rows: NDArray[np.int64]
+        self,
+        round: Round,
+        weights: FloatArray,
+        tier: Tier,
+        rows: NDArray[np.int64],
+        some: slice = ALL,
     ) -> Iterator[Answers]:
         """Yield users, bounded updates and losses of ``rows`` of a tier; their states move on.
 
-        Nobody outside a simulation sees the losses.
+        ``some`` of their batches are trained. Nobody outside a simulation sees the losses.
         """
         if not len(rows):
             return
         key = int(rng_for(self.seed, "samples", round.index).integers(2**63))
         cohort, view = self.cohorts[tier.index], tier.view(self.federation.prefix(weights, tier))
         if self.engine == "device":
-            yield from self._one_by_one(round, view, tier, rows, key)
+            yield from self._one_by_one(round, view, tier, rows[some], key)
             return
-        for batch, trained in cohort.train(view, rows, Draws.of(self.root, round, key)):
+        for batch, trained in cohort.train(view, rows, Draws.of(self.root, round, key), some):
             self.deferred += trained.deferred
             before, users = digest(cohort.states[batch]), cohort.users[batch]
             coins = self.root.stream("rounding", *round.context, users.tobytes(), before)

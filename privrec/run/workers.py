@@ -1,0 +1,81 @@
+"""A simulation's work in several processes of one machine, for the same bits as in one.
+
+Sums are of integers, so their order is free, and what is trained as one batch stays one batch. So
+each process takes every n-th batch, and what it gives back is put together by number.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any, TypeVar
+
+import torch
+
+from privrec.errors import PrivrecError, UsageError
+
+T = TypeVar("T")
+
+
+def forked(workers: int, share: Callable[[int], T]) -> list[T]:
+    """Call ``share(0)`` to ``share(workers - 1)``, each in a process of its own; one runs here.
+
+    Processes are forked anew for each call: they see histories, states and weights as they stand,
+    without a copy. What they change stays with them, what they return is handed over.
+
+    Raises:
+        UsageError: where the system cannot fork.
+        PrivrecError: when a process ended without an answer.
+        Exception: what a share raised.
+    """
+    if workers == 1:
+        return [share(0)]
+    if "fork" not in multiprocessing.get_all_start_methods():
+        raise UsageError(f"run.workers = {workers}: this system cannot fork processes; use 1")
+    context, running = multiprocessing.get_context("fork"), []
+    try:
+        for number in range(workers):
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_work, args=(share, number, theirs), daemon=True)
+            process.start()
+            theirs.close()  # or the end of the process would go unnoticed
+            running.append((process, ours))
+        return [_answer(process, ours) for process, ours in running]
+    finally:
+        for process, ours in running:
+            ours.close()
+            process.kill()
+            process.join()
+
+
+def cpu_s() -> float:
+    """CPU seconds of this process and of the workers that have ended."""
+    return sum(os.times()[:4])
+
+
+def _work(share: Callable[[int], Any], number: int, theirs: Connection) -> None:
+    # Ctrl-C goes to every process of the terminal; a round is ended by the one that began it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    try:
+        answer = share(number), None
+    except Exception as error:
+        answer = None, error
+    theirs.send(answer)
+
+
+def _answer(process: Any, ours: Connection) -> Any:
+    try:
+        answer, error = ours.recv()
+    except EOFError:
+        process.join()
+        raise PrivrecError(
+            f"worker process {process.pid} ended in mid-round (exit code {process.exitcode}), "
+            "perhaps for want of memory; go on with privrec resume, with fewer --workers"
+        ) from None
+    if error is not None:
+        raise error
+    return answer
