@@ -28,11 +28,7 @@ def scenario_of(folder: Path, run_config: Mapping[str, Any]) -> Scenario:
 
 
 def checked(scenario: Scenario) -> Scenario:
-    """Return the scenario, unless it needs what a deployment cannot give.
-
-    Raises:
-        UsageError: when it does.
-    """
+    """Return the scenario, or refuse it where it needs what a deployment cannot give."""
     if scenario.model.learns != "interactions":
         raise UsageError(
             f'model.kind = "{scenario.model.kind}": deployments train recommenders; use "gmf", '
@@ -53,11 +49,7 @@ def checked(scenario: Scenario) -> Scenario:
 
 
 def population_of(scenario: Scenario) -> int:
-    """Return the number of enrolled devices.
-
-    Raises:
-        UsageError: when the scenario does not say it.
-    """
+    """Return the number of enrolled devices, which the scenario must say."""
     if scenario.devices.population is None:
         raise UsageError(
             "devices.population is unset: noise and thresholds follow from the number of enrolled "
@@ -93,12 +85,7 @@ def init(folder: Path, scenario: Path | None = None) -> list[Path]:
         checked(load(scenario))
         text = scenario.read_text(encoding="utf-8")
     name = re.sub(r"[^a-z0-9]+", "-", folder.resolve().name.lower()).strip("-") or "recommender"
-    values = {
-        "name": name,
-        "publisher": "privrec",
-        "out": f"{Path.home() / 'privrec-runs' / name}",
-        "items": 0,
-    }
+    values = {"name": name, "out": f"{Path.home() / 'privrec-runs' / name}"}
     written = {"recommender/__init__.py": '"""Federated recommendation."""\n'}
     for source, target in _FILES.items():
         page = (template / source).read_text(encoding="utf-8")

@@ -56,12 +56,7 @@ def client_app(folder: Path) -> ClientApp:
 
 
 def node_of(folder: Path, context: Context, keys: exchange.NodeKeys) -> Node:
-    """Make the node that its configuration describes.
-
-    Raises:
-        UsageError: when the configuration contradicts itself, or there is no trust anchor.
-        DataError: when a file is malformed.
-    """
+    """Make the node that its configuration describes, unless that contradicts itself."""
     config = context.node_config
     scenario = scenario_of(folder, context.run_config)
     simulated = "history" not in config
@@ -107,24 +102,22 @@ class Node:
 
     def __post_init__(self) -> None:
         scenario, federation = self.scenario, self.federation
-        items = federation.tiers[0].model.vectors.items
-        plan = Plan.of(scenario, items, population_of(scenario), federation)
+        self._items = federation.tiers[0].model.vectors.items
+        plan = Plan.of(scenario, self._items, population_of(scenario), federation)
         self._event, self._protection = plan.event, plan.protection
-        devices = [(each, self.keys.device(each.user, self.anchor)) for each in self.hosted]
-        self._devices = {device.key.public: (each, device) for each, device in devices}
         self._learner = cache(lambda tier: learner_of(scenario, federation, federation.tiers[tier]))
+        self._devices = {}
+        for each in self.hosted:
+            device = exchange.HostedDevice(self.keys, each.user, self.anchor)
+            self._devices[device.key.public] = each, device
 
     def answer(self, stage: str, body: Mapping[str, Any]) -> exchange.Body:
-        """Answer one message of :mod:`privrec.flower.exchange`.
-
-        Raises:
-            ReleaseRefused: when no device can answer such a message.
-        """
+        """Answer one message of :mod:`privrec.flower.exchange`."""
         if stage == exchange.PREKEYS:
             devices = self._devices.values()
             return {
                 "devices": [device.deposit(body, each.tier) for each, device in devices],
-                "items": self.federation.tiers[0].model.vectors.items,
+                "items": self._items,
                 "plan": self.scenario.plan_hash(),
                 "simulated": self.simulated,
             }
@@ -159,15 +152,15 @@ class Node:
             kept["round"] = told
             return answer
         round = self._round(kept.get("round"))
-        session = device.resumed(self._policy(round))
         if stage != exchange.MASKED:
-            return device.conclude(session, stage, message)
-        view = self._view(body.get("weights"))
+            return device.conclude(self._policy(round), stage, message)
+        session = device.resumed(self._policy(round))
+        weights = self._weights(body)
         # Another attempt at the same round begins where the first one did.
         now = [round.run_id, round.index]
         state = kept["before"] if kept.get("trained") == now else kept.get("state", b"")
         own = self._device(hosted, state)
-        before, prefix = own.state.tobytes(), self.federation.prefix(view, own.tier)
+        before, prefix = own.state.tobytes(), self.federation.prefix(weights, own.tier)
         upload = own.upload(round, own.answer(round, prefix, body.get("key", 0)))
         digests = round.model_digests[: len(own.layouts)]
         masked = session.masked(message, upload.integers, digests)
@@ -189,13 +182,13 @@ class Node:
         return Round(run, index, attempt, self._event, plan, tuple(model))
 
     def _policy(self, round: Round) -> Policy:
-        devices, privacy = self.scenario.devices, self.scenario.privacy
         terms = self._protection.terms(round, self.federation.layouts)
-        return Policy(devices.min_cohort, privacy.colluding_share, terms)
+        colluding_share = self.scenario.privacy.colluding_share
+        return Policy(self.scenario.devices.min_cohort, colluding_share, terms)
 
-    def _view(self, weights: Any) -> NDArray[np.float32]:
+    def _weights(self, body: Mapping[str, Any]) -> NDArray[np.float32]:
         """The model that the server sent."""
-        size = self.federation.layout.size
+        weights, size = body.get("weights"), self.federation.layout.size
         if type(weights) is not bytes or len(weights) != 4 * size:
             raise ReleaseRefused(
                 f"a model that has not the scenario's {size} coefficients; nothing is answered"

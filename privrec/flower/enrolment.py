@@ -36,10 +36,7 @@ class Anyone:
 
 
 def enroll(
-    keys: Path,
-    users: Sequence[int] = (0,),
-    roster: Path | None = None,
-    office: Path | None = None,
+    keys: Path, users: Sequence[int] = (0,), roster: Path | None = None, office: Path | None = None
 ) -> list[str]:
     """Make the keys of a node, and enrol its devices in a roster file or with an office's key.
 
@@ -71,7 +68,10 @@ def enroll(
         known = roster.read_text(encoding="utf-8") if roster.exists() else ""
         replace(roster, (known + "".join(f"{name}\n" for name in names)).encode())
     if office is not None:
-        key = _office_key(office)
+        if not office.exists():
+            write_secret(office, secrets.token_bytes(KEY_BYTES))
+        key = DeviceKey(read_secret(office, KEY_BYTES))
+        replace(office.with_name(office.name + ".pub"), f"{key.public.hex()}\n".encode())
         signed = (f"{user} {enrol(key, own).hex()}\n" for user, own in identities.items())
         replace(keys / CERTIFICATES, "".join(signed).encode())
     return names
@@ -93,7 +93,21 @@ def anchor_of(config: Mapping[str, Any]) -> Anchor | None:
         raise UsageError("roster and enrolment-key are both given: keep the one that is in use")
     if roster:
         return ListedDevices.read(Path(roster))
-    return EnrolmentKey(_office_public(key)) if key else None
+    if not key:
+        return None
+    text = key
+    if len(key) != 2 * KEY_BYTES:
+        try:
+            text = Path(key).read_text(encoding="ascii").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(
+                f"enrolment-key = {key[:80]!r}: neither 64 hexadecimal digits nor a file that "
+                f"can be read ({error})"
+            ) from None
+    public = _from_hexadecimal(text)
+    if len(public) != KEY_BYTES:
+        raise UsageError(f"enrolment-key = {key[:80]!r}: it must hold 64 hexadecimal digits")
+    return EnrolmentKey(public)
 
 
 def certificates_of(keys: Path) -> dict[int, bytes]:
@@ -114,39 +128,11 @@ def certificates_of(keys: Path) -> dict[int, bytes]:
 
 
 def text_of(config: Mapping[str, Any], name: str) -> str | None:
-    """Return a setting of a Flower configuration that is text; None when it is unset or empty.
-
-    Raises:
-        UsageError: when it is of another type.
-    """
+    """Return a setting of a Flower configuration that must be text; None when unset or empty."""
     value = config.get(name)
     if value is None or isinstance(value, str):
         return value or None
     raise UsageError(f"{name} = {value!r}: it must be text; put it into quotation marks")
-
-
-def _office_key(path: Path) -> DeviceKey:
-    if not path.exists():
-        write_secret(path, secrets.token_bytes(KEY_BYTES))
-    key = DeviceKey(read_secret(path, KEY_BYTES))
-    replace(path.with_name(path.name + ".pub"), f"{key.public.hex()}\n".encode())
-    return key
-
-
-def _office_public(text: str) -> bytes:
-    given = text
-    if len(text) != 2 * KEY_BYTES:
-        try:
-            text = Path(text).read_text(encoding="ascii").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(
-                f"enrolment-key = {given[:80]!r}: neither 64 hexadecimal digits nor a file that "
-                f"can be read ({error})"
-            ) from None
-    key = _from_hexadecimal(text)
-    if len(key) != KEY_BYTES:
-        raise UsageError(f"enrolment-key = {given[:80]!r}: it must hold 64 hexadecimal digits")
-    return key
 
 
 def _from_hexadecimal(text: str) -> bytes:

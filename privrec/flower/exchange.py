@@ -74,11 +74,7 @@ def unpack(message: Message) -> Body:
 
 
 def by_device(body: Mapping[str, Any], name: str) -> dict[bytes, bytes]:
-    """Return a map of a body from identities to bytes; empty when it is not there.
-
-    Raises:
-        ReleaseRefused: when it is something else.
-    """
+    """Return a map of a body from identities to bytes, by default empty; refuse anything else."""
     found = body.get(name, {})
     if type(found) is dict and all(type(each) is bytes for pair in found.items() for each in pair):
         return found
@@ -96,11 +92,7 @@ def summary(refused: Mapping[bytes, str]) -> str:
 
 
 def asked(message: Message) -> tuple[str, Body]:
-    """Return the stage and the body of a server's message.
-
-    Raises:
-        ReleaseRefused: when it has none, or asks for something that is no stage.
-    """
+    """Return the stage and the body of a server's message, or refuse it."""
     body = unpack(message)
     stage = body.get("stage")
     if stage not in (PREKEYS, *EXCHANGES):
@@ -114,7 +106,7 @@ def reply(message: Message, body: Mapping[str, Any]) -> Message:
 
 
 def refuse(message: Message, error: PrivrecError) -> Message:
-    """Answer a server's message with an error, and say so in the node's own log."""
+    """Answer a server's message with an error, which the node's own log has too."""
     LOG.error("privrec: this node refuses: %s", error)
     return Message(Error(_REFUSED, f"{_OURS}{error}"), reply_to=message)
 
@@ -123,21 +115,13 @@ def refuse(message: Message, error: PrivrecError) -> Message:
 class NodeKeys:
     """A node's secrets, and what it remembers from one message to the next; see :func:`keys_of`.
 
-    Attributes:
-        root: from which identities, masks and noise of its devices derive.
-        kept: by number of the device, what that remembers; as secret as the root.
-        certificates: of the enrolment office, by number of the device.
+    Identities, masks and noise of its devices derive from ``root``. ``kept`` is what each device
+    remembers, by its number, and as secret; so are ``certificates`` of the enrolment office by it.
     """
 
     root: SecretRoot
     kept: dict[Any, Any]
     certificates: Mapping[int, bytes] = field(default_factory=dict)
-
-    def device(self, number: int, anchor: Anchor) -> HostedDevice:
-        """Return one of the node's devices."""
-        key = DeviceKey.derive(self.root, "user", number)
-        kept, certificate = self.kept.setdefault(number, {}), self.certificates.get(number, b"")
-        return HostedDevice(number, key, self.root, anchor, kept, certificate)
 
 
 @contextmanager
@@ -155,9 +139,8 @@ def keys_of(context: Context) -> Iterator[NodeKeys]:
     """
     name = text_of(context.node_config, "keys")
     if name is None:
-        record = context.state.setdefault(
-            RECORD, ConfigRecord({"root": secrets.token_bytes(ROOT_BYTES)})
-        )
+        new = ConfigRecord({"root": secrets.token_bytes(ROOT_BYTES)})
+        record = context.state.setdefault(RECORD, new)
         kept = _read(record.get("state", b""))
         try:
             yield NodeKeys(SecretRoot(record["root"]), kept)
@@ -186,23 +169,19 @@ def _read(state: bytes) -> dict[Any, Any]:
     return kept
 
 
-@dataclass(frozen=True)
 class HostedDevice:
     """A device of a node, whose prekeys and session outlast the process that answers a message.
 
-    Attributes:
-        number: by which servers order devices; it names the device's draws.
-        root: of its node, from which masks and prekeys derive.
-        kept: what it remembers, ``book`` and ``session`` among it.
-        certificate: of the enrolment office over its identity; empty without one.
+    Servers order devices by ``number``, which names the device's draws too. ``kept`` is what it
+    remembers, ``book`` and ``session`` among it; whatever is put there is kept with them.
     """
 
-    number: int
-    key: DeviceKey
-    root: SecretRoot
-    anchor: Anchor
-    kept: dict[str, Any]
-    certificate: bytes
+    def __init__(self, keys: NodeKeys, number: int, anchor: Anchor) -> None:
+        self.number, self.anchor = number, anchor
+        self.key = DeviceKey.derive(keys.root, "user", number)
+        self.certificate = keys.certificates.get(number, b"")
+        self.kept: dict[str, Any] = keys.kept.setdefault(number, {})
+        self._root = keys.root
 
     def deposit(self, body: Mapping[str, Any], tier: int = 0) -> Body:
         """Return the prekeys that a server asks for, in the form in which it takes them."""
@@ -214,21 +193,18 @@ class HostedDevice:
 
     def called(self, policy: Policy) -> ClientSession:
         """Return the session of a round that begins."""
-        return ClientSession(self._book(), self.anchor, policy, self._keep_session)
+        return ClientSession(self._book(), self.anchor, policy, self._keep)
 
     def resumed(self, policy: Policy) -> ClientSession:
-        """Return the session of the round that this device is in.
-
-        Raises:
-            ReleaseRefused: when it is in none.
-        """
+        """Return the session of the round that this device is in; refuse when it is in none."""
         if "session" not in self.kept:
             raise ReleaseRefused(NOT_IN)
         saved = self.kept["session"]
-        return ClientSession.resume(self._book(), self.anchor, saved, policy, self._keep_session)
+        return ClientSession.resume(self._book(), self.anchor, saved, policy, self._keep)
 
-    def conclude(self, session: ClientSession, stage: str, message: bytes) -> bytes:
+    def conclude(self, policy: Policy, stage: str, message: bytes) -> bytes:
         """Answer an exchange after the masked vector; with the last the session is forgotten."""
+        session = self.resumed(policy)
         if stage == CONFIRM:
             return session.confirm(message)
         answer = session.unmask(message)
@@ -238,13 +214,13 @@ class HostedDevice:
     def _book(self) -> PrekeyBook:
         return PrekeyBook(
             self.key,
-            self.root,
+            self._root,
             certificate=self.certificate,
             save=lambda state: self.kept.update(book=state),
             state=self.kept.get("book"),
         )
 
-    def _keep_session(self, progress: bytes) -> None:
+    def _keep(self, progress: bytes) -> None:
         self.kept["session"] = progress
 
 
@@ -253,7 +229,7 @@ class HostedDevice:
 
 @dataclass(frozen=True)
 class Member:
-    """A device that deposited prekeys, of which ``prekeys`` are left; ``node`` hosts it."""
+    """A device at a node, and the prekeys that are left of its deposit."""
 
     name: bytes
     number: int
@@ -290,14 +266,12 @@ class Registry:
     members: dict[bytes, Member] = field(default_factory=dict, init=False)
     simulated: bool = field(default=False, init=False)
     """Whether some node hosts users of a data set."""
+    refused: dict[int, str] = field(default_factory=dict, init=False)
+    """Why nodes answered with an error, by node; whoever begins a round clears it."""
     _heard: set[int] = field(default_factory=set, init=False)
 
     def register(self, population: int) -> None:
-        """Wait for as many devices; those that come later are taken by :meth:`greet_newcomers`.
-
-        Raises:
-            ReleaseRefused: when no device has registered in time.
-        """
+        """Wait for as many devices, of which one at least must come in time."""
         until = time.monotonic() + self.wait_s
         while len(self.members) < population and time.monotonic() < until:
             if not self.greet_newcomers():
@@ -386,6 +360,7 @@ class Registry:
                 body["answers"] = by_device(body, "answers")
             except ReleaseRefused as error:
                 LOG.warning("privrec: node %d: %s", node, error)
+                self.refused[node] = str(error)
                 continue
             yield node, body
 

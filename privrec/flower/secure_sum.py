@@ -8,43 +8,48 @@ gives that strategy one reply, which holds the mean. In between are the exchange
 from __future__ import annotations
 
 import math
+import re
 import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import flwr.serverapp.strategy as flower
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from numpy.typing import NDArray
 
-from privrec.errors import BudgetError, IntegrityError, ReleaseRefused, UsageError
+from privrec.errors import (
+    BudgetError,
+    IntegrityError,
+    PrivrecError,
+    ReleaseRefused,
+    UsageError,
+)
 from privrec.flower import plan as plans
 from privrec.flower.enrolment import Anyone, anchor_of, enroll
 from privrec.flower.exchange import CONFIRM, LOG, MASKED, SHARES, UNMASK, Member, Registry
 from privrec.flower.mod import SecureSumMod
-from privrec.flower.plan import CAPPED, CLIPPED, ODD, SumCohort, SumPlan
+from privrec.flower.plan import SumPlan, plan_of
 from privrec.privacy.calibrate import noise_multiplier_for
 from privrec.privacy.events import RoundEvent, check_delta
 from privrec.privacy.ledger import Ledger
 from privrec.randomness import SecretRoot, state_dir
 from privrec.secagg.keys import statement
+from privrec.secagg.roster import Terms
 from privrec.secagg.server import ServerSession
 from privrec.storage import server_key
 
 __all__ = ["SecureSum", "SecureSumMod", "enroll"]
 
 _PREKEYS = 32  # deposited at a contact, so that one round in 32 has an exchange more
-_ONE_BY_ONE = (
-    "Bulyan", "DifferentialPrivacyClientSideAdaptiveClipping",
-    "DifferentialPrivacyClientSideFixedClipping", "DifferentialPrivacyServerSideAdaptiveClipping",
-    "DifferentialPrivacyServerSideFixedClipping", "FedMedian", "FedTrimmedAvg", "FedXgbBagging",
-    "FedXgbCyclic", "Krum", "MultiKrum", "QFedAvg",
-)  # fmt: skip
+_ONE_BY_ONE = re.compile(
+    "Bulyan|FedMedian|FedTrimmedAvg|FedXgb.*|Krum|MultiKrum|QFedAvg|DifferentialPrivacy.*"
+)
 """Flower's strategies that look at each reply by itself, which is what nobody shall."""
 
 
@@ -55,9 +60,8 @@ class _Open:
     registry: Registry
     session: ServerSession
     plan: SumPlan
+    terms: Terms
     sent: Message
-    round: int
-    attempt: int
     epsilon: float | None
 
 
@@ -77,16 +81,15 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
             which see the replies only by their mean.
         clip_norm: largest L2 norm of a node's update. Without noise it is no more than the range of
             the integers: choose it above what updates have.
-        max_examples: most examples that a node counts with, a whole number; None lets every node
-            count as one. With noise every node does. Rounding grows with its ratio to what nodes
-            have, so set it to about the largest node, and to 1 for weights that add up to one.
+        max_examples: most examples that a node counts with; None, and noise, let every node count
+            as one. Rounding grows with its ratio to what nodes have, so set it to about the
+            largest node, and to 1 for weights that add up to one.
         metrics: name and largest magnitude of each training metric whose mean is wanted; all other
             metrics stay on the nodes. Not with noise.
         weighted_by: the metric that holds the number of examples; by default the strategy's own.
         noise_multiplier: noise over the sensitivity of the sum, made by the nodes.
-        epsilon: largest ε against the server, for which the noise is calibrated where
+        epsilon: largest ε against the server at ``delta``. The noise is calibrated for it where
             ``noise_multiplier`` is not given; a round that would exceed it is not started.
-        delta: the δ of ε.
         rounds: rounds that ``epsilon`` is for; by default those of :meth:`start`.
         ledger: path of the ledger, needed with noise; one that is there is gone on with.
         colluding_share: part of a round's nodes that is assumed to tell the server their noise.
@@ -120,7 +123,12 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
     timeout: float | None = None
 
     def __post_init__(self) -> None:
-        _check_averages(self.strategy)
+        for kind in type(self.strategy).mro():
+            if kind.__module__.startswith("flwr.") and _ONE_BY_ONE.fullmatch(kind.__name__):
+                raise UsageError(
+                    f"{kind.__name__} looks at each node's update by itself, and a secure sum "
+                    "hides them: wrap a strategy that averages, such as FedAvg, FedProx or FedAdam"
+                )
         most, noise_multiplier = self.max_examples, self.noise_multiplier
         noisy = noise_multiplier is not None or self.epsilon is not None
         if noisy != (self.ledger is not None):
@@ -145,7 +153,7 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
             "weighted_by": self.weighted_by or named,
             "metrics": tuple((self.metrics or {}).items()),
         }
-        SumCohort(3).plan(1, self.clip_norm, noise_multiplier or float(noisy), **self._given)
+        plan_of(3, 1, self.clip_norm, noise_multiplier or float(noisy), **self._given)
         trust = {"roster": self.roster and str(self.roster), "enrolment-key": self.enrolment_key}
         self._anchor = anchor_of(trust) or Anyone()
         self._timeout_s = self.timeout
@@ -153,6 +161,7 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         self._attempts: Counter[int] = Counter()
         self._registry: Registry | None = None
         self._open: _Open | None = None
+        self._failed: PrivrecError | None = None
 
     # ------------------------------------------------------------------ Flower's own interface
 
@@ -164,14 +173,24 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         timeout: float = 3600,
         **options: Any,
     ) -> Result:
-        """Run the rounds; arguments and result are those of Flower's ``Strategy.start``."""
+        """Run the rounds; arguments and result are those of Flower's ``Strategy.start``.
+
+        Raises:
+            ReleaseRefused: when not one round released a sum, so that there is no trained model.
+            BudgetError: when that is so since the budget does not reach for another round.
+        """
         self._timeout_s = self.timeout or timeout
         self.rounds = self.rounds or num_rounds
-        self._registry = None  # this grid may have other nodes
+        self._registry = self._failed = None  # this grid may have other nodes
         if self._budget is None:
             self._run = None
             self._attempts.clear()
-        return super().start(grid, initial_arrays, num_rounds, timeout, **options)
+        result = super().start(grid, initial_arrays, num_rounds, timeout, **options)
+        if not result.arrays:
+            if self._failed is not None:
+                raise type(self._failed)(f"no round released a sum to train on: {self._failed}")
+            result.arrays = initial_arrays
+        return result
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -250,9 +269,13 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
             registry = self._registry = Registry(grid, self._anchor, _PREKEYS)
         registry.timeout_s = self._timeout_s
         registry.like = {message.metadata.dst_node_id: message for message in messages}
+        registry.refused.clear()
         called = _called(registry)
-        plan, attempt, epsilon = self._charged(server_round - 1, messages[0].content, len(called))
-        terms = plan.terms(self._run_id(), server_round - 1, attempt)
+        if self._run is None:
+            self._run = secrets.token_hex(8) if self._budget is None else self._budget.begin()
+        size = plans.size_of(plans.only_arrays(messages[0].content, "a message"))
+        plan, attempt, epsilon = self._charged(server_round - 1, size, len(called))
+        terms = plan.terms(self._run, server_round - 1, attempt)
         prekeys = [member.prekeys.pop(0) for member in called]
         session = ServerSession(terms, prekeys, self._anchor)
         session.publish([digest])
@@ -262,38 +285,24 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
                 # Its prekeys may be those of a state that it lost: it is asked for new ones.
                 member.prekeys.clear()
         session.advance()
-        self._open = _Open(registry, session, plan, messages[0], terms.round, attempt, epsilon)
+        self._open = _Open(registry, session, plan, terms, messages[0], epsilon)
         return registry.asking(MASKED, session)
 
-    def _charged(
-        self, round: int, content: RecordDict, nodes: int
-    ) -> tuple[SumPlan, int, float | None]:
+    def _charged(self, round: int, size: int, nodes: int) -> tuple[SumPlan, int, float | None]:
         """The round's plan, its attempt, and ε after it; paid for before anybody is asked."""
-        cohort = SumCohort(nodes, self.colluding_share, self.remove_excess)
-        size = plans.size_of(plans.only_arrays(content, "a message"))
-
-        def planned(noise_multiplier: float) -> SumPlan:
-            return cohort.plan(size, self.clip_norm, noise_multiplier, **self._given)
-
+        shares = {"colluding_share": self.colluding_share, "remove_excess": self.remove_excess}
+        planned = partial(plan_of, nodes, size, self.clip_norm, **shares, **self._given)
         if self._budget is None:
             self._attempts[round] += 1
-            return planned(0.0), self._attempts[round] - 1, None
-        self._run_id()
+            return planned(), self._attempts[round] - 1, None
         if self.noise_multiplier is None:
-            epsilon, delta, rounds = self._budget.epsilon, self._budget.delta, self.rounds or 1
+            epsilon, delta, rounds = self._budget.epsilon, self.delta, self.rounds or 1
             self.noise_multiplier = noise_multiplier_for(
                 epsilon, delta, lambda noise: planned(noise).event, rounds, "server"
             )
             LOG.info("secure sum: noise multiplier %g meets epsilon", self.noise_multiplier)
         plan = planned(self.noise_multiplier)
         return plan, *self._budget.charge(round, plan.event)
-
-    def _run_id(self) -> str:
-        if self._run is None:
-            if self._budget is not None:
-                self._budget.begin()
-            self._run = self._budget.run if self._budget else secrets.token_hex(8)
-        return self._run
 
     # ------------------------------------------------------------------ after the training
 
@@ -314,25 +323,23 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         survivors = len(result.survivors[0])
         LOG.info("secure sum: %d of %d nodes are in it", survivors, len(open.registry.like))
         if self._budget is not None:
-            self._budget.commit(open.round, open.attempt, total)
+            self._budget.commit(open.terms.round, open.terms.attempt, total)
             spent = "secure sum: epsilon %g at delta %g against the server, for a whole node"
-            LOG.info(spent, open.epsilon, self._budget.delta)
+            LOG.info(spent, open.epsilon, self.delta)
         return _mean(open, total, survivors)
 
-    def _give_up(self, server_round: int, error: Exception) -> None:
+    def _give_up(self, server_round: int, error: PrivrecError) -> None:
         said = "secure sum: round %d releases nothing, and the model stays as it was: %s"
         LOG.error(said, server_round, error)
-
-
-def _check_averages(strategy: Strategy) -> None:
-    """Refuse a strategy that compares single replies, which would do nothing with their mean."""
-    for name in _ONE_BY_ONE:
-        known = getattr(flower, name, None)
-        if known is not None and isinstance(strategy, known):
-            raise UsageError(
-                f"{name} looks at each node's update by itself, and a secure sum hides them: wrap "
-                "a strategy that averages, such as FedAvg, FedProx or FedAdam"
+        registry = self._registry
+        if isinstance(error, ReleaseRefused) and registry is not None and registry.refused:
+            node, why = min(registry.refused.items())
+            error = ReleaseRefused(
+                f"{error}; {len(registry.refused)} of {len(registry.like)} nodes refuse, node "
+                f"{node} since: {why}; what nodes insist on is set in their app, for example "
+                "SecureSumMod(minimum=...), 20 by default"
             )
+        self._failed = error
 
 
 def _same(messages: Sequence[Message]) -> bytes:
@@ -376,18 +383,16 @@ def _mean(open: _Open, total: NDArray[np.int64], survivors: int) -> Message:
             raise ReleaseRefused("the nodes have no examples at all: there is no mean")
         shares = weight / (plan.max_examples or 1)
         metrics = plans.mean_metrics(plan, tail)
-        for place, said in (
-            (CLIPPED, "updates are longer than clip_norm, or not finite"),
-            (CAPPED, "nodes have more examples than max_examples"),
-            (
-                ODD,
-                f"nodes gave a {plan.weighted_by} that is negative or not finite, and are left out "
-                f"of the mean, or one that steps of 2^-{plan.weight_bits} change by more than 1 %; "
-                "lower max_examples to about the largest",
-            ),
-        ):
-            if tail[place]:
-                LOG.warning("secure sum: %d of %d %s", tail[place], survivors, said)
+        clipped = "updates are longer than clip_norm, or not finite"
+        cut = "nodes have more examples than max_examples"
+        odd = (
+            f"nodes gave a {plan.weighted_by} that is negative or not finite, and are left out of "
+            f"the mean, or one that steps of 2^-{plan.weight_bits} change by more than 1 %; lower "
+            "max_examples to about the largest"
+        )
+        for count, said in zip(tail[1:].tolist(), (clipped, cut, odd), strict=False):
+            if count:
+                LOG.warning("secure sum: %d of %d %s", count, survivors, said)
     change = plan.encoding.decode(total[: plan.size], shares)
     record = MetricRecord({plan.weighted_by: weight, **metrics})
     content = RecordDict({name: plans.moved(sent, change), "metrics": record})
@@ -410,30 +415,30 @@ class SumBudget:
     def __post_init__(self) -> None:
         check_delta(self.delta)
 
-    def begin(self) -> None:
-        """Begin the ledger, or check the one that is there.
+    def begin(self) -> str:
+        """Begin the ledger, or check the one that is there; return the run that it is of.
 
         Raises:
             UsageError: when it cannot be written, or its signing key is gone.
             IntegrityError: when it was altered, or is about another δ.
         """
-        if self.path.exists():
-            with Ledger.open(self.path, repair=False) as ledger:
-                delta, self.run = ledger.header["delta"], str(ledger.header["run_id"])
-            if delta != self.delta:
-                raise IntegrityError(
-                    f"{self.path}: it is about delta = {delta}, not {self.delta}; go on with the "
-                    "same, or begin another ledger for other nodes"
-                )
-            self._opened().close()
-            return
-        self.run = secrets.token_hex(8)
-        unit = "a user of this ledger is a node: all that one Flower node trains on"
-        header = {"run_id": self.run, "delta": self.delta, "note": unit}
-        key = server_key(self._secret("server.key"))
-        SecretRoot.create(self._secret("server.root"))
-        kept = self._secret("head.json")
-        Ledger.create(self.path, header=header, signing_key=key, kept=kept).close()
+        if not self.path.exists():
+            self.run = secrets.token_hex(8)
+            unit = "a user of this ledger is a node: all that one Flower node trains on"
+            header = {"run_id": self.run, "delta": self.delta, "note": unit}
+            key, kept = server_key(self._secret("server.key")), self._secret("head.json")
+            SecretRoot.create(self._secret("server.root"))
+            Ledger.create(self.path, header=header, signing_key=key, kept=kept).close()
+            return self.run
+        with Ledger.open(self.path, repair=False) as ledger:
+            delta, self.run = ledger.header["delta"], str(ledger.header["run_id"])
+        if delta != self.delta:
+            raise IntegrityError(
+                f"{self.path}: it is about delta = {delta}, not {self.delta}; go on with the "
+                "same, or begin another ledger for other nodes"
+            )
+        self._opened().close()
+        return self.run
 
     def charge(self, round: int, event: RoundEvent) -> tuple[int, float]:
         """Pay for another attempt at a round, on disk before this returns; which one, and ε of all.

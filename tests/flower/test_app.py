@@ -429,12 +429,11 @@ def test_noise_is_that_of_the_attempt_whose_masks_cover_it(
     monkeypatch.setattr(server_module, "unmask", watched)
     registry = Registry(grid, Anyone(), 2, wait_s=0.2, tiers=2)
     registry.register(40)
-    root, protection = SecretRoot(bytes(32)), plan.protection
-    flower = server_module.Flower(registry, plan.federation, protection, root, 0, 1.0)
+    flower = server_module.Flower(registry, plan, SecretRoot(bytes(32)))
     one, two = (flower.collect(round, server.weights).total for round in rounds)
     assert min(map(len, opened)) > 10
     assert opened[0].isdisjoint(opened[1])
-    shares = protection.shares
+    shares = plan.protection.shares
     assert shares is not None
     kept = shares.share_variance(0) * shares.kept(0, 40)
     # All train alike in both attempts: what differs is the noise, and half a step of rounding.

@@ -22,6 +22,7 @@ from sum_apps import (
     enrolled,
     expected,
     fedavg,
+    flat,
     grid_of,
     lenient,
     model,
@@ -34,7 +35,7 @@ from privrec.errors import DataError, ReleaseRefused, UsageError
 from privrec.flower.enrolment import ROOT, certificates_of, enroll
 from privrec.flower.exchange import EXCHANGES, PREKEYS, RECORD, pack, unpack
 from privrec.flower.mod import SecureSumMod
-from privrec.flower.plan import SumCohort, SumPlan
+from privrec.flower.plan import SumPlan, plan_of
 
 STRICT = {"minimum": 2}
 
@@ -225,6 +226,22 @@ def test_too_small_a_cohort_is_refused() -> None:
     assert one_round(strategy_of(5), grid) == (None, None)
 
 
+def test_a_run_without_one_sum_fails_and_says_what_nodes_insist_on() -> None:
+    arrays, strategy = model(), strategy_of(5)
+    before = flat(arrays)
+    says = (
+        r"no round released a sum .* 5 of 5 nodes refuse, node 1 since: .* 5 devices hold it, and "
+        r"the least that hides them among each other is set to 20; .* SecureSumMod\(minimum="
+    )
+    with pytest.raises(ReleaseRefused, match=says):
+        strategy.start(grid_of(5, app_of(SecureSumMod(trust_server=True))), arrays, timeout=5)
+    assert np.array_equal(flat(arrays), before)
+    # One sum among rounds without is a model; so is that of a run in which no round was asked for.
+    result = strategy.start(grid_of(5, app_of(lenient(rounds=1))), arrays, num_rounds=2, timeout=5)
+    assert same(result.arrays, expected(range(1, 6)))
+    assert strategy.start(grid_of(5), arrays, num_rounds=0, timeout=5).arrays == arrays
+
+
 def test_another_model_for_one_node_is_refused() -> None:
     def other(message: Message) -> Message:
         if stage_of(message) != "masked" or message.metadata.dst_node_id != 2:
@@ -281,12 +298,12 @@ def test_a_plan_other_than_that_of_the_call_is_refused(changes: dict[str, Any]) 
         (b"", "is none"),
         (b"[]", "is none"),
         (b"{}", "is none"),
-        (SumCohort(3).plan(5, 1.0).pack().replace(b'"size": 5', b'"size": 5.0'), "is none"),
-        (SumCohort(3).plan(5, 1.0).pack().replace(b'"size": 5', b'"size": 0'), "is none"),
-        (SumCohort(3).plan(5, 1.0).pack().replace(b" ", b""), "another spelling"),
-        (SumCohort(3).plan(5, 1.0).pack()[:-1] + b', "more": 1}', "another spelling"),
+        (plan_of(3, 5, 1.0).pack().replace(b'"size": 5', b'"size": 5.0'), "is none"),
+        (plan_of(3, 5, 1.0).pack().replace(b'"size": 5', b'"size": 0'), "is none"),
+        (plan_of(3, 5, 1.0).pack().replace(b" ", b""), "another spelling"),
+        (plan_of(3, 5, 1.0).pack()[:-1] + b', "more": 1}', "another spelling"),
         (
-            SumCohort(3).plan(5, 1.0).pack().replace(b'"clip_norm": 1.0', b'"clip_norm": NaN'),
+            plan_of(3, 5, 1.0).pack().replace(b'"clip_norm": 1.0', b'"clip_norm": NaN'),
             "none",
         ),
     ],
