@@ -58,14 +58,6 @@ def population_of(scenario: Scenario) -> int:
     return scenario.devices.population
 
 
-_FILES = {
-    "pyproject.toml.in": "pyproject.toml",
-    "README.md.in": "README.md",
-    "client.py.in": "recommender/client.py",
-    "server.py.in": "recommender/server.py",
-}
-
-
 def init(folder: Path, scenario: Path | None = None) -> list[Path]:
     """Write a complete app that ``flwr run`` takes as it is.
 
@@ -87,8 +79,8 @@ def init(folder: Path, scenario: Path | None = None) -> list[Path]:
     name = re.sub(r"[^a-z0-9]+", "-", folder.resolve().name.lower()).strip("-") or "recommender"
     values = {"name": name, "out": f"{Path.home() / 'privrec-runs' / name}"}
     written = {"recommender/__init__.py": '"""Federated recommendation."""\n'}
-    for source, target in _FILES.items():
-        page = (template / source).read_text(encoding="utf-8")
+    for target in ("pyproject.toml", "README.md", "recommender/client.py", "recommender/server.py"):
+        page = (template / f"{Path(target).name}.in").read_text(encoding="utf-8")
         written[target] = Template(page).substitute(values)
     written["recommender/scenario.toml"] = text
     for target, content in written.items():

@@ -42,7 +42,6 @@ NOT_IN = (
 _MOST_PREKEYS = 1 << 14
 _REFUSED = 6  # Flower's code for a mod whose conditions are not met
 _OURS = "privrec: "
-_POLL_S = 1.0
 _MEMBER = [bytes, int, int, bytes]
 Body = dict[str, Any]
 
@@ -55,11 +54,7 @@ def pack(body: Mapping[str, Any]) -> RecordDict:
 
 
 def unpack(message: Message) -> Body:
-    """Return the body that :func:`pack` put into a message.
-
-    Raises:
-        ReleaseRefused: when there is none.
-    """
+    """Return the body that :func:`pack` put into a message; refuse one that has none."""
     try:
         body = msgpack.unpackb(message.content.array_records[RECORD]["body"].data)
     except (KeyError, TypeError, ValueError, msgpack.UnpackException) as error:
@@ -100,11 +95,6 @@ def asked(message: Message) -> tuple[str, Body]:
     return stage, body
 
 
-def reply(message: Message, body: Mapping[str, Any]) -> Message:
-    """Answer a server's message."""
-    return Message(pack(body), reply_to=message)
-
-
 def refuse(message: Message, error: PrivrecError) -> Message:
     """Answer a server's message with an error, which the node's own log has too."""
     LOG.error("privrec: this node refuses: %s", error)
@@ -116,7 +106,7 @@ class NodeKeys:
     """A node's secrets, and what it remembers from one message to the next; see :func:`keys_of`.
 
     Identities, masks and noise of its devices derive from ``root``. ``kept`` is what each device
-    remembers, by its number, and as secret; so are ``certificates`` of the enrolment office by it.
+    remembers, as secret as the root; ``certificates`` are those of the office; both by its number.
     """
 
     root: SecretRoot
@@ -197,9 +187,8 @@ class HostedDevice:
 
     def resumed(self, policy: Policy) -> ClientSession:
         """Return the session of the round that this device is in; refuse when it is in none."""
-        if "session" not in self.kept:
+        if (saved := self.kept.get("session")) is None:
             raise ReleaseRefused(NOT_IN)
-        saved = self.kept["session"]
         return ClientSession.resume(self._book(), self.anchor, saved, policy, self._keep)
 
     def conclude(self, policy: Policy, stage: str, message: bytes) -> bytes:
@@ -253,6 +242,8 @@ class Registry:
         agreed: what a node must say of itself for its devices to be taken.
         like: the app's own messages, by node, where there are some: whose type and limits messages
             have, and whose content goes along with the question for masked vectors.
+        simulated: whether some node hosts users of a data set.
+        refused: why nodes answered with an error; whoever begins a round clears it.
     """
 
     grid: Grid
@@ -265,9 +256,7 @@ class Registry:
     like: Mapping[int, Message] = field(default_factory=dict)
     members: dict[bytes, Member] = field(default_factory=dict, init=False)
     simulated: bool = field(default=False, init=False)
-    """Whether some node hosts users of a data set."""
     refused: dict[int, str] = field(default_factory=dict, init=False)
-    """Why nodes answered with an error, by node; whoever begins a round clears it."""
     _heard: set[int] = field(default_factory=set, init=False)
 
     def register(self, population: int) -> None:
@@ -275,7 +264,7 @@ class Registry:
         until = time.monotonic() + self.wait_s
         while len(self.members) < population and time.monotonic() < until:
             if not self.greet_newcomers():
-                time.sleep(_POLL_S)
+                time.sleep(1.0)
         if not self.members:
             raise ReleaseRefused(
                 f"no device registered within {self.wait_s:g} s: start SuperNodes, and look into "
@@ -293,7 +282,7 @@ class Registry:
         """Ask nodes for prekeys of their devices, and take those that are in order."""
         asking = self._messages(PREKEYS, {node: {"count": self.deposit} for node in nodes})
         # Answers to a greeting may take as long as devices are waited for.
-        timeout_s = None if self.timeout_s is None else max(self.timeout_s, self.wait_s)
+        timeout_s = self.timeout_s and max(self.timeout_s, self.wait_s)
         for node, body in self._bodies(self._sent(asking, timeout_s)):
             try:
                 self._take_deposits(node, body)
@@ -338,7 +327,7 @@ class Registry:
         for node, body in bodies.items():
             content, own = pack({"stage": stage, **body}), self.like.get(node)
             if own is None:
-                made.append(Message(content, dst_node_id=node, message_type="train"))
+                made.append(Message(content, node, "train"))
                 continue
             if stage == MASKED:
                 content = RecordDict({**own.content, **content})
@@ -374,11 +363,11 @@ class Registry:
         self.simulated = self.simulated or bool(body.get("simulated"))
         refused = {}
         for told in body["devices"]:
-            name, number, tier = told["name"], told["number"], told["tier"]
-            if [type(each) for each in (name, number, tier, told["prekeys"])] != _MEMBER:
+            name, number, tier, records = (told[k] for k in ("name", "number", "tier", "prekeys"))
+            if [type(each) for each in (name, number, tier, records)] != _MEMBER:
                 raise ReleaseRefused("it describes a device in another way than this version")
             try:
-                prekeys = self._prekeys(name, tier, told["prekeys"])
+                prekeys = self._prekeys(name, tier, records)
             except ReleaseRefused as error:
                 refused[name] = str(error)
                 continue

@@ -18,10 +18,9 @@ from privrec.flower import plan as plans
 from privrec.flower.enrolment import Anyone, anchor_of
 from privrec.flower.plan import SumPlan
 from privrec.privacy.mechanism import noise_seeds
-from privrec.randomness import SecretRoot
 from privrec.secagg.client import Policy
 from privrec.secagg.keys import Prekey
-from privrec.secagg.roster import Anchor, Call, Roster, Terms
+from privrec.secagg.roster import Call, Roster, Terms
 
 Next = Callable[[Message, Context], Message]
 
@@ -70,11 +69,8 @@ class SecureSumMod:
         """Answer a message; see Flower's ``Mod``."""
         try:
             if exchange.RECORD in message.content:
-                anchor = _anchor(context, trust_server=self.trust_server)
                 with exchange.keys_of(context) as keys:
-                    number = int(context.node_config.get("number", 0))
-                    device = exchange.HostedDevice(keys, number, anchor)
-                    return _Node(self, context, keys.root, device).answer(message, call_next)
+                    return _Node(self, context, keys).answer(message, call_next)
             kind = message.metadata.message_type
             is_evaluation = kind.partition(".")[0] == "evaluate"
             if is_evaluation and self.evaluate_in_clear:
@@ -88,32 +84,27 @@ class SecureSumMod:
             return exchange.refuse(message, error)
 
 
-def _anchor(context: Context, *, trust_server: bool) -> Anchor:
-    """Whom a node trusts about other nodes."""
-    anchor = anchor_of(context.node_config)
-    if anchor is None and not trust_server:
-        raise UsageError(
-            "this node has no list of enrolled devices, so a server could make devices up and take "
-            "the masks of its update off; start the node with node-config keys=FOLDER, and "
-            "roster=FILE or enrolment-key=KEY; for an experiment on your own machine make the "
-            "app's mod with SecureSumMod(trust_server=True)"
-        )
-    if anchor is not None and not context.node_config.get("keys"):
-        raise UsageError(
-            "node-config names enrolled devices and no keys=FOLDER: without its own key this node "
-            "is none of them; make one with privrec flower enroll"
-        )
-    return anchor or Anyone()
-
-
-@dataclass(frozen=True)
 class _Node:
     """One message at one node."""
 
-    mod: SecureSumMod
-    context: Context
-    root: SecretRoot
-    device: exchange.HostedDevice
+    def __init__(self, mod: SecureSumMod, context: Context, keys: exchange.NodeKeys) -> None:
+        config = context.node_config
+        anchor = anchor_of(config)
+        if anchor is None and not mod.trust_server:
+            raise UsageError(
+                "this node has no list of enrolled devices, so a server could make devices up and "
+                "take the masks of its update off; start the node with node-config keys=FOLDER, "
+                "and roster=FILE or enrolment-key=KEY; for an experiment on your own machine make "
+                "the app's mod with SecureSumMod(trust_server=True)"
+            )
+        if anchor is not None and not config.get("keys"):
+            raise UsageError(
+                "node-config names enrolled devices and no keys=FOLDER: without its own key this "
+                "node is none of them; make one with privrec flower enroll"
+            )
+        self.mod, self.context, self.root = mod, context, keys.root
+        number = int(config.get("number", 0))
+        self.device = exchange.HostedDevice(keys, number, anchor or Anyone())
 
     def answer(self, message: Message, call_next: Next) -> Message:
         device, (stage, body) = self.device, exchange.asked(message)
@@ -124,7 +115,7 @@ class _Node:
                 "roster, or have it certified by the office: privrec flower enroll"
             )
         if stage == exchange.PREKEYS:
-            return exchange.reply(message, {"devices": [device.deposit(body)]})
+            return Message(exchange.pack({"devices": [device.deposit(body)]}), reply_to=message)
         told = exchange.by_device(body, "messages").get(own.identity)
         if told is None:
             raise ReleaseRefused(exchange.NOT_IN)
@@ -148,7 +139,7 @@ class _Node:
             del device.kept["plan"]
         else:
             answer = device.conclude(self.mod.policy, stage, told)
-        return exchange.reply(message, {"answers": {own.identity: answer}})
+        return Message(exchange.pack({"answers": {own.identity: answer}}), reply_to=message)
 
     def _shares(self, told: bytes, packed: Any) -> bytes:
         """The node's shares, if the round's plan is no less than what its mod insists on."""

@@ -130,11 +130,7 @@ class SumPlan:
 
     @classmethod
     def unpack(cls, packed: Any) -> SumPlan:
-        """The plan that :meth:`pack` wrote, from whoever says that it is one.
-
-        Raises:
-            ReleaseRefused: when it is not one, or not what :meth:`pack` writes.
-        """
+        """The plan that :meth:`pack` wrote; anything else that somebody sends is refused."""
         try:
             plan = _SUM_PLAN.validate_json(packed, strict=True)
         except (ValueError, UsageError) as error:
@@ -179,13 +175,13 @@ def plan_of(
     noisy, ring = noise_multiplier > 0, Ring()
     least = Graph().quorum(nodes)  # more than two thirds
     plan = SumPlan(
-        size=size,
-        clip_norm=float(clip_norm),
-        scale_bits=NOISY_BITS if noisy else FINEST_BITS,
-        max_examples=max_examples,
-        weighted_by=weighted_by,
-        metrics=metrics,
-        least=least,
+        size,
+        float(clip_norm),
+        NOISY_BITS if noisy else FINEST_BITS,
+        max_examples,
+        weighted_by,
+        metrics,
+        least,
         colluders=math.ceil(colluding_share * nodes) if noisy else 0,
         noise_multiplier=float(noise_multiplier),
         remove_excess=noisy and remove_excess,
@@ -206,11 +202,7 @@ def plan_of(
 
 
 def only_arrays(content: RecordDict, whose: str) -> ArrayRecord:
-    """Return the one record of arrays of a message.
-
-    Raises:
-        UsageError: when there is none or more than one.
-    """
+    """Return the one record of arrays of a message, which must have exactly one."""
     records = list(content.array_records.values())
     if len(records) != 1:
         raise UsageError(
@@ -226,11 +218,7 @@ def size_of(arrays: ArrayRecord) -> int:
 
 
 def update(received: ArrayRecord, returned: ArrayRecord) -> NDArray[np.float32]:
-    """Subtract old coefficients from new ones: float32 of shape ``(size,)``, private.
-
-    Raises:
-        UsageError: when the app returned arrays of other names or shapes than it was sent.
-    """
+    """Subtract old coefficients from new ones of the same arrays: float32 ``(size,)``, private."""
     if list(received) != list(returned):
         raise UsageError(
             f"arrays {sorted(set(received) ^ set(returned))} are in the model that was sent or in "
@@ -273,8 +261,9 @@ def integers(
             "it must be the same in all rounds and on all nodes"
         )
     examples = _number(metrics, plan.weighted_by) if plan.max_examples else 1.0
+    most = max(1, plan.max_examples)
     counts = math.isfinite(examples) and examples >= 0
-    wanted = min(examples, max(1, plan.max_examples)) * 2**plan.weight_bits if counts else 0.0
+    wanted = min(examples, most) * 2**plan.weight_bits if counts else 0.0
     weight = round(wanted)
     whole = values[None]
     rows = clip(whole, plan.clip_norm)
@@ -282,15 +271,14 @@ def integers(
     encoded: NDArray[np.int32] = plan.encoding.encode(rows * share, coins)[0]
     if plan.noise_multiplier:
         return encoded
-    scaled = (float(share) * _bounded(metrics, name, bound) for name, bound in plan.metrics)
-    steps = 2.0 ** math.floor(plan.scale_bits)
-    tail = [
-        weight,
+    warnings = (
         rows is not whole,
-        counts and examples > max(1, plan.max_examples),
+        counts and examples > most,
         not counts or abs(weight - wanted) > _COARSE * wanted,
-        *(round(steps * value) for value in scaled),
-    ]
+    )
+    steps = 2.0 ** math.floor(plan.scale_bits)
+    scaled = (float(share) * _bounded(metrics, name, bound) for name, bound in plan.metrics)
+    tail = [weight, *warnings, *(round(steps * value) for value in scaled)]
     return np.concatenate([encoded, np.array(tail, np.int32)])
 
 

@@ -13,7 +13,6 @@ import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +85,6 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
             largest node, and to 1 for weights that add up to one.
         metrics: name and largest magnitude of each training metric whose mean is wanted; all other
             metrics stay on the nodes. Not with noise.
-        weighted_by: the metric that holds the number of examples; by default the strategy's own.
         noise_multiplier: noise over the sensitivity of the sum, made by the nodes.
         epsilon: largest ε against the server at ``delta``. The noise is calibrated for it where
             ``noise_multiplier`` is not given; a round that would exceed it is not started.
@@ -109,7 +107,6 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
     clip_norm: float
     max_examples: int | None = 10_000
     metrics: Mapping[str, float] | None = None
-    weighted_by: str | None = None
     noise_multiplier: float | None = None
     epsilon: float | None = None
     delta: float = 1e-5
@@ -147,10 +144,11 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         if self.ledger is not None:
             budget = math.inf if self.epsilon is None else self.epsilon
             self._budget = SumBudget(Path(self.ledger), self.delta, budget)
-        named = getattr(self.strategy, "weighted_by_key", "num-examples")
         self._given: dict[str, Any] = {
+            "colluding_share": self.colluding_share,
+            "remove_excess": self.remove_excess,
             "max_examples": 0 if noisy else most or 0,
-            "weighted_by": self.weighted_by or named,
+            "weighted_by": getattr(self.strategy, "weighted_by_key", "num-examples"),
             "metrics": tuple((self.metrics or {}).items()),
         }
         plan_of(3, 1, self.clip_norm, noise_multiplier or float(noisy), **self._given)
@@ -253,17 +251,21 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
 
     def summary(self) -> None:
         """Log the settings, then those of the app's own strategy."""
-        noise = "none"
-        if self._budget is not None:
-            multiplier = self.noise_multiplier or "from epsilon"
-            noise = f"multiplier {multiplier}, ledger {self._budget.path}"
+        multiplier = self.noise_multiplier or "from epsilon"
+        noise = f"multiplier {multiplier}, ledger {self.ledger}" if self.ledger else "none"
         LOG.info("\t├──> Secure sum: clip norm %g, noise: %s", self.clip_norm, noise)
         self.strategy.summary()
 
     # ------------------------------------------------------------------ before the training
 
     def _begin(self, server_round: int, messages: Sequence[Message], grid: Grid) -> list[Message]:
-        digest = _same(messages)
+        asked = {(id(m.content), m.metadata.message_type): m.content for m in messages}
+        digests = {plans.content_digest(content, kind) for (_, kind), content in asked.items()}
+        if len(digests) > 1:
+            raise UsageError(
+                "the strategy sends nodes different models or settings: a secure sum needs all to "
+                "see the same, or a server could set one node apart; send the same to all"
+            )
         registry = self._registry
         if registry is None or registry.grid is not grid:
             registry = self._registry = Registry(grid, self._anchor, _PREKEYS)
@@ -278,7 +280,7 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         terms = plan.terms(self._run, server_round - 1, attempt)
         prekeys = [member.prekeys.pop(0) for member in called]
         session = ServerSession(terms, prekeys, self._anchor)
-        session.publish([digest])
+        session.publish(list(digests))
         answered = registry.exchange(SHARES, session, plan=plan.pack())
         for member in called:
             if member.name not in answered:
@@ -290,8 +292,10 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
 
     def _charged(self, round: int, size: int, nodes: int) -> tuple[SumPlan, int, float | None]:
         """The round's plan, its attempt, and ε after it; paid for before anybody is asked."""
-        shares = {"colluding_share": self.colluding_share, "remove_excess": self.remove_excess}
-        planned = partial(plan_of, nodes, size, self.clip_norm, **shares, **self._given)
+
+        def planned(noise: float = 0.0) -> SumPlan:
+            return plan_of(nodes, size, self.clip_norm, noise, **self._given)
+
         if self._budget is None:
             self._attempts[round] += 1
             return planned(), self._attempts[round] - 1, None
@@ -340,18 +344,6 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
                 "SecureSumMod(minimum=...), 20 by default"
             )
         self._failed = error
-
-
-def _same(messages: Sequence[Message]) -> bytes:
-    """Digest of what all nodes are asked for, which is the same: else masks would not cancel."""
-    asked = {(id(m.content), m.metadata.message_type): m.content for m in messages}
-    digests = {plans.content_digest(content, kind) for (_, kind), content in asked.items()}
-    if len(digests) > 1:
-        raise UsageError(
-            "the strategy sends nodes different models or settings: a secure sum needs all to see "
-            "the same, or a server could set one node apart; send the same to all"
-        )
-    return digests.pop()
 
 
 def _called(registry: Registry) -> list[Member]:
@@ -403,8 +395,8 @@ def _mean(open: _Open, total: NDArray[np.int64], survivors: int) -> Message:
 class SumBudget:
     """The write-ahead ledger of one population of nodes, over one run or several.
 
-    ε is against the server, which knows who takes part: nobody's sampling is counted on. A round
-    that would exceed ``epsilon`` is not started. Its ``run`` is the id in every secure sum.
+    ε is against the server, which knows who takes part: nobody's sampling is counted on. Its
+    ``run`` is the id in every secure sum.
     """
 
     path: Path
@@ -416,12 +408,7 @@ class SumBudget:
         check_delta(self.delta)
 
     def begin(self) -> str:
-        """Begin the ledger, or check the one that is there; return the run that it is of.
-
-        Raises:
-            UsageError: when it cannot be written, or its signing key is gone.
-            IntegrityError: when it was altered, or is about another δ.
-        """
+        """Begin the ledger, or check the one that is there; return its run."""
         if not self.path.exists():
             self.run = secrets.token_hex(8)
             unit = "a user of this ledger is a node: all that one Flower node trains on"
@@ -443,8 +430,7 @@ class SumBudget:
     def charge(self, round: int, event: RoundEvent) -> tuple[int, float]:
         """Pay for another attempt at a round, on disk before this returns; which one, and ε of all.
 
-        Raises:
-            BudgetError: when it would exceed the budget; nothing is charged.
+        One that would exceed ``epsilon`` is refused, and not charged.
         """
         with self._opened() as ledger:
             spent = ledger.epsilon_after(event, delta=self.delta, adversary="server")

@@ -88,7 +88,6 @@ def deploy(
     out: Path,
     items: int,
     anchor: Anchor | None = None,
-    observer: Observer | None = None,
     unsafe_noise_key: bytes | None = None,
     wait_s: float = 60.0,
     timeout_s: float = 600.0,
@@ -137,7 +136,7 @@ def deploy(
             position = checkpoint.save(folder, identity, ledger, server)
     flower = Flower(registry, plan, identity.root("server"))
     with ledger, EventLog(out / directory.EVENTS) as events:
-        loop = Loop(out, plan, identity, server, flower, observer or Observer(), ledger, events)
+        loop = Loop(out, plan, identity, server, flower, _Log(), ledger, events)
         return loop.run(position, resumed=bool(position.index or ledger.charges))
 
 
@@ -170,12 +169,15 @@ def server_app(folder: Path) -> ServerApp:
             items = int(config.get("items", 0)) or known_items(scenario)
             if not items:
                 raise UsageError("items is unset: say the size of the catalogue in the run-config")
-            waits = {
-                "wait_s": float(config.get("wait-s", 60)),
-                "timeout_s": float(config.get("timeout-s", 600)),
-            }
-            anchor, observer = anchor_of(config), _Log()
-            deploy(scenario, grid, out=out, items=items, anchor=anchor, observer=observer, **waits)
+            deploy(
+                scenario,
+                grid,
+                out=out,
+                items=items,
+                anchor=anchor_of(config),
+                wait_s=float(config.get("wait-s", 60)),
+                timeout_s=float(config.get("timeout-s", 600)),
+            )
         except PrivrecError as error:
             log(ERROR, "privrec: %s", error)
             if isinstance(error, BudgetError):  # the run is finished as far as it came
@@ -191,10 +193,8 @@ def _reported(directory: Path) -> None:
     try:
         write(build(directory), directory)
     except Exception as error:
-        said = (
-            "privrec: the run is finished and is in %s; its report could not be written (%r). "
-            "Write it by: privrec report %s"
-        )
+        said = "privrec: the run is finished and is in %s; its report could not be written (%r). "
+        said += "Write it by: privrec report %s"
         log(WARNING, said, directory, error, directory)
     else:
         log(INFO, "privrec: the run and its report are in %s", directory)

@@ -19,10 +19,9 @@ from memory_grid import Loopback, context_of
 
 from privrec.device import samples
 from privrec.errors import DataError, IntegrityError, ReleaseRefused, UsageError
-from privrec.flower import client_app as client_module
 from privrec.flower import server_app as server_module
 from privrec.flower.app import scenario_of
-from privrec.flower.client_app import client_app
+from privrec.flower.client_app import Node, client_app
 from privrec.flower.enrolment import Anyone, anchor_of, enroll
 from privrec.flower.exchange import (
     MASKED,
@@ -125,10 +124,10 @@ def known_nodes(grid: Loopback, key: bytes = b"k") -> Loopback:
     return grid
 
 
-def node_of(folder: Path, config: dict[str, Any]) -> client_module.Node:
+def node_of(folder: Path, config: dict[str, Any]) -> Node:
     context = context_of(10, config, {})
     with keys_of(context) as keys:
-        return client_module.node_of(folder, context, keys)
+        return Node(folder, context, keys)
 
 
 def tags(out: Path) -> list[tuple[Any, ...]]:
