@@ -14,14 +14,10 @@ from privrec.scenario.load import Scenario, load
 
 
 def scenario_of(folder: Path, run_config: Mapping[str, Any]) -> Scenario:
-    """Load the scenario of an app as its run-config has it.
+    """Load the scenario of an app as its run-config has it, if a deployment can run it.
 
     ``scenario`` is a file in the app's folder; ``set`` has overrides such as ``train.rounds=3``,
     with ``;`` between them.
-
-    Raises:
-        ScenarioError: when it is malformed.
-        UsageError: when it needs what a deployment cannot give.
     """
     overrides = [part.strip() for part in str(run_config.get("set", "")).split(";") if part.strip()]
     return checked(load(folder / str(run_config.get("scenario", "scenario.toml")), overrides))
@@ -67,7 +63,6 @@ def init(folder: Path, scenario: Path | None = None) -> list[Path]:
 
     Raises:
         UsageError: when the folder is taken, or the scenario cannot be deployed.
-        ScenarioError: when the scenario is malformed.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder}: it exists and is not empty; name a new folder")

@@ -7,18 +7,21 @@ an enrolment office, whose public key the devices hold.
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from privrec.errors import DataError, UsageError
+import msgpack
+
+from privrec.errors import UsageError
 from privrec.randomness import SecretRoot
-from privrec.secagg.keys import KEY_BYTES, SIGNATURE_BYTES, DeviceKey, Prekey, Verifier
+from privrec.secagg.keys import KEY_BYTES, DeviceKey, Prekey, Verifier
 from privrec.secagg.roster import Anchor, EnrolmentKey, ListedDevices, enrol
 from privrec.storage import read_secret, replace, write_secret
 
-ROOT, CERTIFICATES, STATE = "device.root", "certificates", "state"
+ROOT, STATE = "device.root", "state"
 
 
 class Anyone:
@@ -44,8 +47,8 @@ def enroll(
         keys: the node's new folder of secrets.
         users: numbers of the devices that it hosts.
         roster: a file of identities that these are added to.
-        office: secret key of an enrolment office, made if there is none; certificates go to
-            ``keys``, the public key to a file beside it that ends in ``.pub``.
+        office: secret key of an enrolment office, made if there is none; its public key goes to
+            a file beside it that ends in ``.pub``, certificates to what ``keys`` remembers.
 
     Returns:
         The identities, in hexadecimal.
@@ -61,19 +64,19 @@ def enroll(
     if roster is None and office is None:
         raise UsageError("nowhere to enrol: give --roster FILE, or --office FILE")
     root = SecretRoot.create(keys / ROOT)
-    replace(keys / STATE, b"", mode=0o600)  # nothing was asked of these devices yet
     identities = {user: DeviceKey.derive(root, "user", user).public for user in users}
     names = [identity.hex() for identity in identities.values()]
     if roster is not None:
         known = roster.read_text(encoding="utf-8") if roster.exists() else ""
         replace(roster, (known + "".join(f"{name}\n" for name in names)).encode())
+    kept: dict[int, dict[str, bytes]] = {}  # nothing was asked of these devices yet
     if office is not None:
         if not office.exists():
             write_secret(office, secrets.token_bytes(KEY_BYTES))
         key = DeviceKey(read_secret(office, KEY_BYTES))
         replace(office.with_name(office.name + ".pub"), f"{key.public.hex()}\n".encode())
-        signed = (f"{user} {enrol(key, own).hex()}\n" for user, own in identities.items())
-        replace(keys / CERTIFICATES, "".join(signed).encode())
+        kept = {user: {"certificate": enrol(key, own)} for user, own in identities.items()}
+    replace(keys / STATE, msgpack.packb(kept), mode=0o600)
     return names
 
 
@@ -104,27 +107,9 @@ def anchor_of(config: Mapping[str, Any]) -> Anchor | None:
                 f"enrolment-key = {key[:80]!r}: neither 64 hexadecimal digits nor a file that "
                 f"can be read ({error})"
             ) from None
-    public = _from_hexadecimal(text)
-    if len(public) != KEY_BYTES:
+    if not re.fullmatch(f"[0-9a-fA-F]{{{2 * KEY_BYTES}}}", text):
         raise UsageError(f"enrolment-key = {key[:80]!r}: it must hold 64 hexadecimal digits")
-    return EnrolmentKey(public)
-
-
-def certificates_of(keys: Path) -> dict[int, bytes]:
-    """Read the certificates of a node's devices, by user; none where a roster is used.
-
-    Raises:
-        DataError: when the file is malformed.
-    """
-    path, found = keys / CERTIFICATES, {}
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        user, _, text = line.partition(" ")
-        certificate = _from_hexadecimal(text)
-        if not user.isdecimal() or len(certificate) != SIGNATURE_BYTES:
-            raise DataError(f"{path}:{number}: {line[:40]!r} is no user and certificate")
-        found[int(user)] = certificate
-    return found
+    return EnrolmentKey(bytes.fromhex(text))
 
 
 def text_of(config: Mapping[str, Any], name: str) -> str | None:
@@ -133,11 +118,3 @@ def text_of(config: Mapping[str, Any], name: str) -> str | None:
     if value is None or isinstance(value, str):
         return value or None
     raise UsageError(f"{name} = {value!r}: it must be text; put it into quotation marks")
-
-
-def _from_hexadecimal(text: str) -> bytes:
-    """Bytes, or none of them where the text is something else."""
-    try:
-        return bytes.fromhex(text)
-    except ValueError:
-        return b""

@@ -22,7 +22,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, 
 from flwr.serverapp import Grid
 
 from privrec.errors import PrivrecError, ReleaseRefused, UsageError
-from privrec.flower.enrolment import ROOT, STATE, certificates_of, text_of
+from privrec.flower.enrolment import ROOT, STATE, text_of
 from privrec.randomness import ROOT_BYTES, SecretRoot
 from privrec.secagg.client import ClientSession, Policy
 from privrec.secagg.keys import RECORD_BYTES, DeviceKey, Prekey, PrekeyBook
@@ -106,12 +106,11 @@ class NodeKeys:
     """A node's secrets, and what it remembers from one message to the next; see :func:`keys_of`.
 
     Identities, masks and noise of its devices derive from ``root``. ``kept`` is what each device
-    remembers, as secret as the root; ``certificates`` are those of the office; both by its number.
+    remembers, by its number; it is as secret.
     """
 
     root: SecretRoot
     kept: dict[Any, Any]
-    certificates: Mapping[int, bytes] = field(default_factory=dict)
 
 
 @contextmanager
@@ -137,9 +136,8 @@ def keys_of(context: Context) -> Iterator[NodeKeys]:
         finally:
             record["state"] = msgpack.packb(kept)
         return
-    folder, path = Path(name), Path(name) / STATE
-    root, certificates = SecretRoot.load(folder / ROOT), certificates_of(folder)
-    with (folder / ROOT).open("rb") as lock:
+    path, root = Path(name) / STATE, SecretRoot.load(Path(name) / ROOT)
+    with (Path(name) / ROOT).open("rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
             # Prekeys would be issued, and rounds answered, a second time.
@@ -149,7 +147,7 @@ def keys_of(context: Context) -> Iterator[NodeKeys]:
             )
         kept = _read(path.read_bytes())
         try:
-            yield NodeKeys(root, kept, certificates)
+            yield NodeKeys(root, kept)
         finally:
             replace(path, msgpack.packb(kept), mode=0o600)
 
@@ -163,14 +161,15 @@ class HostedDevice:
     """A device of a node, whose prekeys and session outlast the process that answers a message.
 
     Servers order devices by ``number``, which names the device's draws too. ``kept`` is what it
-    remembers, ``book`` and ``session`` among it; whatever is put there is kept with them.
+    remembers: the office's ``certificate`` if it has one, ``book`` and ``session``, and what is
+    put there besides.
     """
 
     def __init__(self, keys: NodeKeys, number: int, anchor: Anchor) -> None:
         self.number, self.anchor = number, anchor
         self.key = DeviceKey.derive(keys.root, "user", number)
-        self.certificate = keys.certificates.get(number, b"")
         self.kept: dict[str, Any] = keys.kept.setdefault(number, {})
+        self.certificate: bytes = self.kept.get("certificate", b"")
         self._root = keys.root
 
     def deposit(self, body: Mapping[str, Any], tier: int = 0) -> Body:
@@ -282,7 +281,7 @@ class Registry:
         """Ask nodes for prekeys of their devices, and take those that are in order."""
         asking = self._messages(PREKEYS, {node: {"count": self.deposit} for node in nodes})
         # Answers to a greeting may take as long as devices are waited for.
-        timeout_s = self.timeout_s and max(self.timeout_s, self.wait_s)
+        timeout_s = None if self.timeout_s is None else max(self.timeout_s, self.wait_s)
         for node, body in self._bodies(self._sent(asking, timeout_s)):
             try:
                 self._take_deposits(node, body)

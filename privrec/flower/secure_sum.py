@@ -12,7 +12,7 @@ import re
 import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from numpy.typing import NDArray
 
-from privrec.errors import (
-    BudgetError,
-    IntegrityError,
-    PrivrecError,
-    ReleaseRefused,
-    UsageError,
-)
+from privrec.errors import BudgetError, IntegrityError, ReleaseRefused, UsageError
 from privrec.flower import plan as plans
 from privrec.flower.enrolment import Anyone, anchor_of, enroll
 from privrec.flower.exchange import CONFIRM, LOG, MASKED, SHARES, UNMASK, Member, Registry
@@ -140,6 +134,7 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
             )
         if noise_multiplier is not None and noise_multiplier <= 0:
             raise UsageError(f"noise_multiplier {noise_multiplier}: it must be above 0")
+        check_delta(self.delta)
         self._budget: SumBudget | None = None
         if self.ledger is not None:
             budget = math.inf if self.epsilon is None else self.epsilon
@@ -159,7 +154,7 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         self._attempts: Counter[int] = Counter()
         self._registry: Registry | None = None
         self._open: _Open | None = None
-        self._failed: PrivrecError | None = None
+        self._failed: ReleaseRefused | BudgetError | None = None
 
     # ------------------------------------------------------------------ Flower's own interface
 
@@ -196,9 +191,6 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         """Return the app's own training messages, each with what its node needs to mask its reply.
 
         There are none when the round cannot be, for which the log gives the reason.
-
-        Raises:
-            UsageError: when the settings do not fit the model or the number of nodes.
         """
         self._open = None
         messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
@@ -332,7 +324,7 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
             LOG.info(spent, open.epsilon, self.delta)
         return _mean(open, total, survivors)
 
-    def _give_up(self, server_round: int, error: PrivrecError) -> None:
+    def _give_up(self, server_round: int, error: ReleaseRefused | BudgetError) -> None:
         said = "secure sum: round %d releases nothing, and the model stays as it was: %s"
         LOG.error(said, server_round, error)
         registry = self._registry
@@ -401,11 +393,8 @@ class SumBudget:
 
     path: Path
     delta: float
-    epsilon: float = math.inf
-    run: str = field(default="", init=False)
-
-    def __post_init__(self) -> None:
-        check_delta(self.delta)
+    epsilon: float
+    run: str = ""
 
     def begin(self) -> str:
         """Begin the ledger, or check the one that is there; return its run."""

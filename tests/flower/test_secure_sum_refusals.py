@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
 
@@ -31,8 +32,8 @@ from sum_apps import (
     strategy_of,
 )
 
-from privrec.errors import DataError, ReleaseRefused, UsageError
-from privrec.flower.enrolment import ROOT, certificates_of, enroll
+from privrec.errors import ReleaseRefused, UsageError
+from privrec.flower.enrolment import ROOT, enroll
 from privrec.flower.exchange import EXCHANGES, PREKEYS, RECORD, pack, unpack
 from privrec.flower.mod import SecureSumMod
 from privrec.flower.plan import SumPlan, plan_of
@@ -101,14 +102,16 @@ def test_an_enrolment_key_does_in_place_of_a_roster(tmp_path: Path) -> None:
 def test_a_certificate_of_another_identity_is_none(tmp_path: Path) -> None:
     for node in (1, 2):
         enroll(tmp_path / f"{node}", office=tmp_path / "office")
-    (tmp_path / "2/certificates").write_bytes((tmp_path / "1/certificates").read_bytes())
+    (tmp_path / "2/state").write_bytes((tmp_path / "1/state").read_bytes())  # before any use
     config = {"keys": str(tmp_path / "2"), "enrolment-key": str(tmp_path / "office.pub")}
     grid = grid_of(3, app_of(SecureSumMod(**STRICT)), configs=dict.fromkeys(range(1, 4), config))
     assert one_round(strategy_of(3), grid) == (None, None)
     assert all("is not enrolled" in reason for reason in reasons(grid).values())
-    (tmp_path / "2/certificates").write_text("0 12")
-    with pytest.raises(DataError, match="'0 12' is no user and certificate"):
-        certificates_of(tmp_path / "2")
+    (tmp_path / "2/state").write_bytes(msgpack.packb({0: {"certificate": b"12"}}))
+    grid = grid_of(3, app_of(SecureSumMod(**STRICT)), configs=dict.fromkeys(range(1, 4), config))
+    assert one_round(strategy_of(3), grid) == (None, None)
+    assert len(reasons(grid)) == 3
+    assert all(calls(context) == 0 for context in grid.contexts.values())
 
 
 def test_a_node_without_any_anchor_refuses_and_says_what_to_do() -> None:
