@@ -130,11 +130,11 @@ def keys_of(context: Context) -> Iterator[NodeKeys]:
     if name is None:
         new = ConfigRecord({"root": secrets.token_bytes(ROOT_BYTES)})
         record = context.state.setdefault(RECORD, new)
-        kept = _read(record.get("state", b""))
+        keys = NodeKeys(SecretRoot(record["root"]), _read(record.get("state", b"")))
         try:
-            yield NodeKeys(SecretRoot(record["root"]), kept)
+            yield keys
         finally:
-            record["state"] = msgpack.packb(kept)
+            record["state"] = msgpack.packb(keys.kept)
         return
     path, root = Path(name) / STATE, SecretRoot.load(Path(name) / ROOT)
     with (Path(name) / ROOT).open("rb") as lock:
@@ -145,11 +145,11 @@ def keys_of(context: Context) -> Iterator[NodeKeys]:
                 f"{path}: what this node's devices remember is gone, and its root is not; remove "
                 "the folder, and enrol the node anew: privrec flower enroll"
             )
-        kept = _read(path.read_bytes())
+        keys = NodeKeys(root, _read(path.read_bytes()))
         try:
-            yield NodeKeys(root, kept)
+            yield keys
         finally:
-            replace(path, msgpack.packb(kept), mode=0o600)
+            replace(path, msgpack.packb(keys.kept), mode=0o600)
 
 
 def _read(state: bytes) -> dict[Any, Any]:

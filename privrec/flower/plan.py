@@ -232,10 +232,8 @@ def update(received: ArrayRecord, returned: ArrayRecord) -> NDArray[np.float32]:
                 f"array {name!r} came back as {new.dtype} of shape {new.shape}, and was sent as "
                 f"{old.dtype} of shape {old.shape}"
             )
-        part = np.empty(old.size, np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
-            np.subtract(new.ravel(), old.ravel(), out=part, casting="unsafe")
-        parts.append(part)
+            parts.append((new - old).ravel().astype(np.float32))
     return np.concatenate(parts) if parts else np.empty(0, np.float32)
 
 

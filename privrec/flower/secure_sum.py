@@ -341,13 +341,13 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
 def _called(registry: Registry) -> list[Member]:
     """A device of each node that is asked and gave prekeys, of which one is left."""
 
-    def hosted() -> dict[int, Member]:
-        members = {member.node: member for member in registry.members.values()}
-        return {node: members[node] for node in registry.like if node in members}
+    def ready() -> dict[int, Member]:
+        return {member.node: member for member in registry.members.values() if member.prekeys}
 
-    known = hosted()
-    registry.greet(n for n in registry.like if n not in known or not known[n].prekeys)
-    called = [member for member in hosted().values() if member.prekeys]
+    known = ready()
+    registry.greet(node for node in registry.like if node not in known)
+    known = ready()
+    called = [known[node] for node in registry.like if node in known]
     if len(called) < 2:
         raise ReleaseRefused(
             f"{len(called)} of {len(registry.like)} nodes gave prekeys: a sum of one hides nobody; "
@@ -398,22 +398,22 @@ class SumBudget:
 
     def begin(self) -> str:
         """Begin the ledger, or check the one that is there; return its run."""
-        if not self.path.exists():
+        if self.path.exists():
+            with Ledger.open(self.path, repair=False) as ledger:
+                delta, self.run = ledger.header["delta"], str(ledger.header["run_id"])
+            if delta != self.delta:
+                raise IntegrityError(
+                    f"{self.path}: it is about delta = {delta}, not {self.delta}; go on with the "
+                    "same, or begin another ledger for other nodes"
+                )
+            self._opened().close()
+        else:
             self.run = secrets.token_hex(8)
             unit = "a user of this ledger is a node: all that one Flower node trains on"
             header = {"run_id": self.run, "delta": self.delta, "note": unit}
             key, kept = server_key(self._secret("server.key")), self._secret("head.json")
             SecretRoot.create(self._secret("server.root"))
             Ledger.create(self.path, header=header, signing_key=key, kept=kept).close()
-            return self.run
-        with Ledger.open(self.path, repair=False) as ledger:
-            delta, self.run = ledger.header["delta"], str(ledger.header["run_id"])
-        if delta != self.delta:
-            raise IntegrityError(
-                f"{self.path}: it is about delta = {delta}, not {self.delta}; go on with the "
-                "same, or begin another ledger for other nodes"
-            )
-        self._opened().close()
         return self.run
 
     def charge(self, round: int, event: RoundEvent) -> tuple[int, float]:

@@ -172,7 +172,8 @@ def test_a_node_that_is_lost_in_the_midst_of_a_round_drops_out(tmp_path: Path) -
 
 
 def test_two_nodes_lost_are_too_many_and_the_round_is_charged_all_the_same(tmp_path: Path) -> None:
-    folder = app_folder(tmp_path)
+    few = SCENARIO.replace("users = 40", "users = 20").replace("population = 40", "population = 20")
+    folder = app_folder(tmp_path, few)
     grid = grid_of(folder, lost=lambda node, kind: node >= 12 and kind == UNMASK)
     with pytest.raises(ReleaseRefused):
         deployed(folder, grid, tmp_path / "run")
