@@ -20,11 +20,7 @@ def scenario_of(folder: Path, run_config: Mapping[str, Any]) -> Scenario:
     with ``;`` between them.
     """
     overrides = [part.strip() for part in str(run_config.get("set", "")).split(";") if part.strip()]
-    return checked(load(folder / str(run_config.get("scenario", "scenario.toml")), overrides))
-
-
-def checked(scenario: Scenario) -> Scenario:
-    """Return the scenario, or refuse it where it needs what a deployment cannot give."""
+    scenario = load(folder / str(run_config.get("scenario", "scenario.toml")), overrides)
     if scenario.model.learns != "interactions":
         raise UsageError(
             f'model.kind = "{scenario.model.kind}": deployments train recommenders; use "gmf", '
@@ -69,7 +65,7 @@ def init(folder: Path, scenario: Path | None = None) -> list[Path]:
     template = resources.files("privrec.flower") / "template"
     text = (template / "scenario.toml").read_text(encoding="utf-8")
     if scenario is not None:
-        checked(load(scenario))
+        scenario_of(scenario.parent, {"scenario": scenario.name})
         text = scenario.read_text(encoding="utf-8")
     name = re.sub(r"[^a-z0-9]+", "-", folder.resolve().name.lower()).strip("-") or "recommender"
     values = {"name": name, "out": f"{Path.home() / 'privrec-runs' / name}"}

@@ -127,10 +127,9 @@ def deploy(
     else:
         directory.refuse_taken(out)
         registry.register(population)
-        described = {"source": scenario.data.source, "items": items, "users": population}
-        identity = Identity.new(
-            scenario, described, None, unsafe_noise_key, simulated=registry.simulated
-        )
+        simulated = registry.simulated
+        data = {"source": scenario.data.source, "items": items, "users": population}
+        identity = Identity.new(scenario, data, None, unsafe_noise_key, simulated=simulated)
         with directory.beginning(out, plan, identity) as (folder, ledger):
             server = plan.server(identity.run_id)
             position = checkpoint.save(folder, identity, ledger, server)
