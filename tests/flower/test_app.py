@@ -476,8 +476,8 @@ def test_hash_functions_and_what_they_found_are_in_no_message_of_a_whole_run(
     def watched_choice(*arguments: Any, **words: Any) -> Any:
         chosen = choose(*arguments, **words)
         kinds = (np.int64, np.int32, np.uint16)
-        secrets.extend(chosen.items.astype(kind).tobytes() for kind in kinds)
-        secrets.append(msgpack.packb(chosen.items.tolist()))
+        secrets.extend(chosen.astype(kind).tobytes() for kind in kinds)
+        secrets.append(msgpack.packb(chosen.tolist()))
         return chosen
 
     for module in (hashing, select):
