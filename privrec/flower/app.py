@@ -14,25 +14,13 @@ from privrec.scenario.load import Scenario, load
 
 
 def scenario_of(folder: Path, run_config: Mapping[str, Any]) -> Scenario:
-    """Load the scenario of an app as its run-config has it.
+    """Load the scenario of an app as its run-config has it, if a deployment can run it.
 
     ``scenario`` is a file in the app's folder; ``set`` has overrides such as ``train.rounds=3``,
     with ``;`` between them.
-
-    Raises:
-        ScenarioError: when it is malformed.
-        UsageError: when it needs what a deployment cannot give.
     """
     overrides = [part.strip() for part in str(run_config.get("set", "")).split(";") if part.strip()]
-    return checked(load(folder / str(run_config.get("scenario", "scenario.toml")), overrides))
-
-
-def checked(scenario: Scenario) -> Scenario:
-    """Return the scenario, unless it needs what a deployment cannot give.
-
-    Raises:
-        UsageError: when it does.
-    """
+    scenario = load(folder / str(run_config.get("scenario", "scenario.toml")), overrides)
     if scenario.model.learns != "interactions":
         raise UsageError(
             f'model.kind = "{scenario.model.kind}": deployments train recommenders; use "gmf", '
@@ -53,25 +41,13 @@ def checked(scenario: Scenario) -> Scenario:
 
 
 def population_of(scenario: Scenario) -> int:
-    """Return the number of enrolled devices.
-
-    Raises:
-        UsageError: when the scenario does not say it.
-    """
+    """Return the number of enrolled devices, which the scenario must say."""
     if scenario.devices.population is None:
         raise UsageError(
             "devices.population is unset: noise and thresholds follow from the number of enrolled "
             "devices, which is public; set it"
         )
     return scenario.devices.population
-
-
-_FILES = {
-    "pyproject.toml.in": "pyproject.toml",
-    "README.md.in": "README.md",
-    "client.py.in": "recommender/client.py",
-    "server.py.in": "recommender/server.py",
-}
 
 
 def init(folder: Path, scenario: Path | None = None) -> list[Path]:
@@ -83,25 +59,19 @@ def init(folder: Path, scenario: Path | None = None) -> list[Path]:
 
     Raises:
         UsageError: when the folder is taken, or the scenario cannot be deployed.
-        ScenarioError: when the scenario is malformed.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder}: it exists and is not empty; name a new folder")
     template = resources.files("privrec.flower") / "template"
     text = (template / "scenario.toml").read_text(encoding="utf-8")
     if scenario is not None:
-        checked(load(scenario))
+        scenario_of(scenario.parent, {"scenario": scenario.name})
         text = scenario.read_text(encoding="utf-8")
     name = re.sub(r"[^a-z0-9]+", "-", folder.resolve().name.lower()).strip("-") or "recommender"
-    values = {
-        "name": name,
-        "publisher": "privrec",
-        "out": f"{Path.home() / 'privrec-runs' / name}",
-        "items": 0,
-    }
+    values = {"name": name, "out": f"{Path.home() / 'privrec-runs' / name}"}
     written = {"recommender/__init__.py": '"""Federated recommendation."""\n'}
-    for source, target in _FILES.items():
-        page = (template / source).read_text(encoding="utf-8")
+    for target in ("pyproject.toml", "README.md", "recommender/client.py", "recommender/server.py"):
+        page = (template / f"{Path(target).name}.in").read_text(encoding="utf-8")
         written[target] = Template(page).substitute(values)
     written["recommender/scenario.toml"] = text
     for target, content in written.items():

@@ -6,7 +6,7 @@ state, identity and session. What must survive between messages is kept before a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,7 +29,7 @@ from privrec.flower.enrolment import Anyone, anchor_of, text_of
 from privrec.run.plan import Plan, assign, federation_of, learner_of
 from privrec.scenario.load import Scenario
 from privrec.secagg.client import Policy
-from privrec.secagg.roster import Anchor, Call
+from privrec.secagg.roster import Call
 
 
 def client_app(folder: Path) -> ClientApp:
@@ -47,33 +47,12 @@ def client_app(folder: Path) -> ClientApp:
     def answer(message: Message, context: Context) -> Message:
         try:
             with exchange.keys_of(context) as keys:
-                body = node_of(folder, context, keys).answer(*exchange.asked(message))
-            return exchange.reply(message, body)
+                body = Node(folder, context, keys).answer(*exchange.asked(message))
+            return Message(exchange.pack(body), reply_to=message)
         except PrivrecError as error:
             return exchange.refuse(message, error)
 
     return app
-
-
-def node_of(folder: Path, context: Context, keys: exchange.NodeKeys) -> Node:
-    """Make the node that its configuration describes.
-
-    Raises:
-        UsageError: when the configuration contradicts itself, or there is no trust anchor.
-        DataError: when a file is malformed.
-    """
-    config = context.node_config
-    scenario = scenario_of(folder, context.run_config)
-    simulated = "history" not in config
-    hosted, federation = _partition(scenario, config) if simulated else _own(scenario, config)
-    anchor = anchor_of(config)
-    if anchor is None and not simulated:
-        raise UsageError(
-            "this node has a history of its own and no trust anchor: a server could surround it "
-            "with devices that it made up; add roster=FILE or enrolment-key=HEX to its "
-            "--node-config"
-        )
-    return Node(scenario, federation, hosted, keys, anchor or Anyone(), simulated)
 
 
 @dataclass(frozen=True)
@@ -85,46 +64,46 @@ class Hosted:
     history: NDArray[np.int32]
 
 
-@dataclass
 class Node:
-    """Answers the server for all devices that it hosts.
+    """Answers the server for all devices that its configuration says it hosts.
 
     Promise: all that an answer depends on is in ``keys`` when it is given, so that a node whose
     process ends between two messages neither answers twice nor draws noise anew.
 
-    Attributes:
-        scenario: what the devices agreed to take part in.
-        anchor: whom the devices trust about other devices.
-        simulated: whether the histories are those of a data set.
+    Raises:
+        UsageError: when the configuration contradicts itself, or there is no trust anchor.
+        DataError: when a file is malformed.
     """
 
-    scenario: Scenario
-    federation: Federation
-    hosted: Sequence[Hosted]
-    keys: exchange.NodeKeys
-    anchor: Anchor
-    simulated: bool
-
-    def __post_init__(self) -> None:
-        scenario, federation = self.scenario, self.federation
-        items = federation.tiers[0].model.vectors.items
-        plan = Plan.of(scenario, items, population_of(scenario), federation)
+    def __init__(self, folder: Path, context: Context, keys: exchange.NodeKeys) -> None:
+        config = context.node_config
+        self.scenario = scenario = scenario_of(folder, context.run_config)
+        self.simulated = "history" not in config
+        self.hosted, self.federation = (_partition if self.simulated else _own)(scenario, config)
+        anchor = anchor_of(config)
+        if anchor is None and not self.simulated:
+            raise UsageError(
+                "this node has a history of its own and no trust anchor: a server could surround "
+                "it with devices that it made up; add roster=FILE or enrolment-key=HEX to its "
+                "--node-config"
+            )
+        self._keys, federation = keys, self.federation
+        self._items = federation.tiers[0].model.vectors.items
+        plan = Plan.of(scenario, self._items, population_of(scenario), federation)
         self._event, self._protection = plan.event, plan.protection
-        devices = [(each, self.keys.device(each.user, self.anchor)) for each in self.hosted]
-        self._devices = {device.key.public: (each, device) for each, device in devices}
         self._learner = cache(lambda tier: learner_of(scenario, federation, federation.tiers[tier]))
+        self._devices = {}
+        for each in self.hosted:
+            device = exchange.HostedDevice(keys, each.user, anchor or Anyone())
+            self._devices[device.key.public] = each, device
 
     def answer(self, stage: str, body: Mapping[str, Any]) -> exchange.Body:
-        """Answer one message of :mod:`privrec.flower.exchange`.
-
-        Raises:
-            ReleaseRefused: when no device can answer such a message.
-        """
+        """Answer one message of :mod:`privrec.flower.exchange`."""
         if stage == exchange.PREKEYS:
             devices = self._devices.values()
             return {
                 "devices": [device.deposit(body, each.tier) for each, device in devices],
-                "items": self.federation.tiers[0].model.vectors.items,
+                "items": self._items,
                 "plan": self.scenario.plan_hash(),
                 "simulated": self.simulated,
             }
@@ -152,29 +131,34 @@ class Node:
             # for two sums, or opened for a sum that was released.
             called = Call.parse(message).terms
             told = [called.run, called.round, called.attempt, body.get("model")]
-            round = self._round(told)
+            round, policy = self._agreed(told)
             removes = self._protection.removes_excess
             seeds = self._device(hosted, b"").noise_seeds(round) if removes else ()
-            answer = device.called(self._policy(round)).shares(message, seeds)
+            answer = device.called(policy).shares(message, seeds)
             kept["round"] = told
             return answer
-        round = self._round(kept.get("round"))
-        session = device.resumed(self._policy(round))
+        round, policy = self._agreed(kept.get("round"))
         if stage != exchange.MASKED:
-            return device.conclude(session, stage, message)
-        view = self._view(body.get("weights"))
+            return device.conclude(policy, stage, message)
+        session, weights = device.resumed(policy), body.get("weights")
+        size = self.federation.layout.size
+        if type(weights) is not bytes or len(weights) != 4 * size:
+            raise ReleaseRefused(
+                f"a model that has not the scenario's {size} coefficients; nothing is answered"
+            )
         # Another attempt at the same round begins where the first one did.
         now = [round.run_id, round.index]
         state = kept["before"] if kept.get("trained") == now else kept.get("state", b"")
         own = self._device(hosted, state)
-        before, prefix = own.state.tobytes(), self.federation.prefix(view, own.tier)
+        before = own.state.tobytes()
+        prefix = self.federation.prefix(np.frombuffer(weights, np.float32), own.tier)
         upload = own.upload(round, own.answer(round, prefix, body.get("key", 0)))
         digests = round.model_digests[: len(own.layouts)]
         masked = session.masked(message, upload.integers, digests)
         kept.update(trained=now, before=before, state=own.state.tobytes())
         return bytes(masked)
 
-    def _round(self, told: Any) -> Round:
+    def _agreed(self, told: Any) -> tuple[Round, Policy]:
         """The round of a call, with the event and the plan that these devices agreed to.
 
         The terms that all masks are bound to must be of these, or a device refuses them.
@@ -182,30 +166,17 @@ class Node:
         if told is None:
             raise ReleaseRefused(exchange.NOT_IN)
         run, index, attempt, model = told
-        kinds = [bytes] * len(self.federation.layouts)
-        if type(model) is not list or [type(each) for each in model] != kinds:
+        scenario, layouts = self.scenario, self.federation.layouts
+        if type(model) is not list or [type(each) for each in model] != [bytes] * len(layouts):
             raise ReleaseRefused("digests of the model that are none; nothing is answered")
-        plan = self.scenario.plan_hash()
-        return Round(run, index, attempt, self._event, plan, tuple(model))
-
-    def _policy(self, round: Round) -> Policy:
-        devices, privacy = self.scenario.devices, self.scenario.privacy
-        terms = self._protection.terms(round, self.federation.layouts)
-        return Policy(devices.min_cohort, privacy.colluding_share, terms)
-
-    def _view(self, weights: Any) -> NDArray[np.float32]:
-        """The model that the server sent."""
-        size = self.federation.layout.size
-        if type(weights) is not bytes or len(weights) != 4 * size:
-            raise ReleaseRefused(
-                f"a model that has not the scenario's {size} coefficients; nothing is answered"
-            )
-        return np.frombuffer(weights, np.float32)
+        round = Round(run, index, attempt, self._event, scenario.plan_hash(), tuple(model))
+        terms = self._protection.terms(round, layouts)
+        return round, Policy(scenario.devices.min_cohort, scenario.privacy.colluding_share, terms)
 
     def _device(self, hosted: Hosted, state: bytes) -> Device:
         tier = self.federation.tiers[hosted.tier]
         layouts, learner = self.federation.layouts_of(tier), self._learner(hosted.tier)
-        protection, root = self._protection, self.keys.root
+        protection, root = self._protection, self._keys.root
         own = np.frombuffer(state, np.float32).copy()
         return Device(hosted.user, hosted.history, tier, layouts, learner, protection, root, own)
 

@@ -7,18 +7,21 @@ an enrolment office, whose public key the devices hold.
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from privrec.errors import DataError, UsageError
+import msgpack
+
+from privrec.errors import UsageError
 from privrec.randomness import SecretRoot
-from privrec.secagg.keys import KEY_BYTES, SIGNATURE_BYTES, DeviceKey, Prekey, Verifier
+from privrec.secagg.keys import KEY_BYTES, DeviceKey, Prekey, Verifier
 from privrec.secagg.roster import Anchor, EnrolmentKey, ListedDevices, enrol
 from privrec.storage import read_secret, replace, write_secret
 
-ROOT, CERTIFICATES, STATE = "device.root", "certificates", "state"
+ROOT, STATE = "device.root", "state"
 
 
 class Anyone:
@@ -36,10 +39,7 @@ class Anyone:
 
 
 def enroll(
-    keys: Path,
-    users: Sequence[int] = (0,),
-    roster: Path | None = None,
-    office: Path | None = None,
+    keys: Path, users: Sequence[int] = (0,), roster: Path | None = None, office: Path | None = None
 ) -> list[str]:
     """Make the keys of a node, and enrol its devices in a roster file or with an office's key.
 
@@ -47,8 +47,8 @@ def enroll(
         keys: the node's new folder of secrets.
         users: numbers of the devices that it hosts.
         roster: a file of identities that these are added to.
-        office: secret key of an enrolment office, made if there is none; certificates go to
-            ``keys``, the public key to a file beside it that ends in ``.pub``.
+        office: secret key of an enrolment office, made if there is none; its public key goes to
+            a file beside it that ends in ``.pub``, certificates to what ``keys`` remembers.
 
     Returns:
         The identities, in hexadecimal.
@@ -64,16 +64,19 @@ def enroll(
     if roster is None and office is None:
         raise UsageError("nowhere to enrol: give --roster FILE, or --office FILE")
     root = SecretRoot.create(keys / ROOT)
-    replace(keys / STATE, b"", mode=0o600)  # nothing was asked of these devices yet
     identities = {user: DeviceKey.derive(root, "user", user).public for user in users}
     names = [identity.hex() for identity in identities.values()]
     if roster is not None:
         known = roster.read_text(encoding="utf-8") if roster.exists() else ""
         replace(roster, (known + "".join(f"{name}\n" for name in names)).encode())
+    kept: dict[int, dict[str, bytes]] = {}  # nothing was asked of these devices yet
     if office is not None:
-        key = _office_key(office)
-        signed = (f"{user} {enrol(key, own).hex()}\n" for user, own in identities.items())
-        replace(keys / CERTIFICATES, "".join(signed).encode())
+        if not office.exists():
+            write_secret(office, secrets.token_bytes(KEY_BYTES))
+        key = DeviceKey(read_secret(office, KEY_BYTES))
+        replace(office.with_name(office.name + ".pub"), f"{key.public.hex()}\n".encode())
+        kept = {user: {"certificate": enrol(key, own)} for user, own in identities.items()}
+    replace(keys / STATE, msgpack.packb(kept), mode=0o600)
     return names
 
 
@@ -93,65 +96,25 @@ def anchor_of(config: Mapping[str, Any]) -> Anchor | None:
         raise UsageError("roster and enrolment-key are both given: keep the one that is in use")
     if roster:
         return ListedDevices.read(Path(roster))
-    return EnrolmentKey(_office_public(key)) if key else None
-
-
-def certificates_of(keys: Path) -> dict[int, bytes]:
-    """Read the certificates of a node's devices, by user; none where a roster is used.
-
-    Raises:
-        DataError: when the file is malformed.
-    """
-    path, found = keys / CERTIFICATES, {}
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        user, _, text = line.partition(" ")
-        certificate = _from_hexadecimal(text)
-        if not user.isdecimal() or len(certificate) != SIGNATURE_BYTES:
-            raise DataError(f"{path}:{number}: {line[:40]!r} is no user and certificate")
-        found[int(user)] = certificate
-    return found
+    if not key:
+        return None
+    text = key
+    if len(key) != 2 * KEY_BYTES:
+        try:
+            text = Path(key).read_text(encoding="ascii").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(
+                f"enrolment-key = {key[:80]!r}: neither 64 hexadecimal digits nor a file that "
+                f"can be read ({error})"
+            ) from None
+    if not re.fullmatch(f"[0-9a-fA-F]{{{2 * KEY_BYTES}}}", text):
+        raise UsageError(f"enrolment-key = {key[:80]!r}: it must hold 64 hexadecimal digits")
+    return EnrolmentKey(bytes.fromhex(text))
 
 
 def text_of(config: Mapping[str, Any], name: str) -> str | None:
-    """Return a setting of a Flower configuration that is text; None when it is unset or empty.
-
-    Raises:
-        UsageError: when it is of another type.
-    """
+    """Return a setting of a Flower configuration that must be text; None when unset or empty."""
     value = config.get(name)
     if value is None or isinstance(value, str):
         return value or None
     raise UsageError(f"{name} = {value!r}: it must be text; put it into quotation marks")
-
-
-def _office_key(path: Path) -> DeviceKey:
-    if not path.exists():
-        write_secret(path, secrets.token_bytes(KEY_BYTES))
-    key = DeviceKey(read_secret(path, KEY_BYTES))
-    replace(path.with_name(path.name + ".pub"), f"{key.public.hex()}\n".encode())
-    return key
-
-
-def _office_public(text: str) -> bytes:
-    given = text
-    if len(text) != 2 * KEY_BYTES:
-        try:
-            text = Path(text).read_text(encoding="ascii").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(
-                f"enrolment-key = {given[:80]!r}: neither 64 hexadecimal digits nor a file that "
-                f"can be read ({error})"
-            ) from None
-    key = _from_hexadecimal(text)
-    if len(key) != KEY_BYTES:
-        raise UsageError(f"enrolment-key = {given[:80]!r}: it must hold 64 hexadecimal digits")
-    return key
-
-
-def _from_hexadecimal(text: str) -> bytes:
-    """Bytes, or none of them where the text is something else."""
-    try:
-        return bytes.fromhex(text)
-    except ValueError:
-        return b""

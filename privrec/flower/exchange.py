@@ -22,7 +22,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, 
 from flwr.serverapp import Grid
 
 from privrec.errors import PrivrecError, ReleaseRefused, UsageError
-from privrec.flower.enrolment import ROOT, STATE, certificates_of, text_of
+from privrec.flower.enrolment import ROOT, STATE, text_of
 from privrec.randomness import ROOT_BYTES, SecretRoot
 from privrec.secagg.client import ClientSession, Policy
 from privrec.secagg.keys import RECORD_BYTES, DeviceKey, Prekey, PrekeyBook
@@ -42,7 +42,6 @@ NOT_IN = (
 _MOST_PREKEYS = 1 << 14
 _REFUSED = 6  # Flower's code for a mod whose conditions are not met
 _OURS = "privrec: "
-_POLL_S = 1.0
 _MEMBER = [bytes, int, int, bytes]
 Body = dict[str, Any]
 
@@ -55,11 +54,7 @@ def pack(body: Mapping[str, Any]) -> RecordDict:
 
 
 def unpack(message: Message) -> Body:
-    """Return the body that :func:`pack` put into a message.
-
-    Raises:
-        ReleaseRefused: when there is none.
-    """
+    """Return the body that :func:`pack` put into a message; refuse one that has none."""
     try:
         body = msgpack.unpackb(message.content.array_records[RECORD]["body"].data)
     except (KeyError, TypeError, ValueError, msgpack.UnpackException) as error:
@@ -74,11 +69,7 @@ def unpack(message: Message) -> Body:
 
 
 def by_device(body: Mapping[str, Any], name: str) -> dict[bytes, bytes]:
-    """Return a map of a body from identities to bytes; empty when it is not there.
-
-    Raises:
-        ReleaseRefused: when it is something else.
-    """
+    """Return a map of a body from identities to bytes, by default empty; refuse anything else."""
     found = body.get(name, {})
     if type(found) is dict and all(type(each) is bytes for pair in found.items() for each in pair):
         return found
@@ -96,11 +87,7 @@ def summary(refused: Mapping[bytes, str]) -> str:
 
 
 def asked(message: Message) -> tuple[str, Body]:
-    """Return the stage and the body of a server's message.
-
-    Raises:
-        ReleaseRefused: when it has none, or asks for something that is no stage.
-    """
+    """Return the stage and the body of a server's message, or refuse it."""
     body = unpack(message)
     stage = body.get("stage")
     if stage not in (PREKEYS, *EXCHANGES):
@@ -108,13 +95,8 @@ def asked(message: Message) -> tuple[str, Body]:
     return stage, body
 
 
-def reply(message: Message, body: Mapping[str, Any]) -> Message:
-    """Answer a server's message."""
-    return Message(pack(body), reply_to=message)
-
-
 def refuse(message: Message, error: PrivrecError) -> Message:
-    """Answer a server's message with an error, and say so in the node's own log."""
+    """Answer a server's message with an error, which the node's own log has too."""
     LOG.error("privrec: this node refuses: %s", error)
     return Message(Error(_REFUSED, f"{_OURS}{error}"), reply_to=message)
 
@@ -123,21 +105,12 @@ def refuse(message: Message, error: PrivrecError) -> Message:
 class NodeKeys:
     """A node's secrets, and what it remembers from one message to the next; see :func:`keys_of`.
 
-    Attributes:
-        root: from which identities, masks and noise of its devices derive.
-        kept: by number of the device, what that remembers; as secret as the root.
-        certificates: of the enrolment office, by number of the device.
+    Identities, masks and noise of its devices derive from ``root``. ``kept`` is what each device
+    remembers, by its number; it is as secret.
     """
 
     root: SecretRoot
     kept: dict[Any, Any]
-    certificates: Mapping[int, bytes] = field(default_factory=dict)
-
-    def device(self, number: int, anchor: Anchor) -> HostedDevice:
-        """Return one of the node's devices."""
-        key = DeviceKey.derive(self.root, "user", number)
-        kept, certificate = self.kept.setdefault(number, {}), self.certificates.get(number, b"")
-        return HostedDevice(number, key, self.root, anchor, kept, certificate)
 
 
 @contextmanager
@@ -155,18 +128,16 @@ def keys_of(context: Context) -> Iterator[NodeKeys]:
     """
     name = text_of(context.node_config, "keys")
     if name is None:
-        record = context.state.setdefault(
-            RECORD, ConfigRecord({"root": secrets.token_bytes(ROOT_BYTES)})
-        )
-        kept = _read(record.get("state", b""))
+        new = ConfigRecord({"root": secrets.token_bytes(ROOT_BYTES)})
+        record = context.state.setdefault(RECORD, new)
+        keys = NodeKeys(SecretRoot(record["root"]), _read(record.get("state", b"")))
         try:
-            yield NodeKeys(SecretRoot(record["root"]), kept)
+            yield keys
         finally:
-            record["state"] = msgpack.packb(kept)
+            record["state"] = msgpack.packb(keys.kept)
         return
-    folder, path = Path(name), Path(name) / STATE
-    root, certificates = SecretRoot.load(folder / ROOT), certificates_of(folder)
-    with (folder / ROOT).open("rb") as lock:
+    path, root = Path(name) / STATE, SecretRoot.load(Path(name) / ROOT)
+    with (Path(name) / ROOT).open("rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
             # Prekeys would be issued, and rounds answered, a second time.
@@ -174,11 +145,11 @@ def keys_of(context: Context) -> Iterator[NodeKeys]:
                 f"{path}: what this node's devices remember is gone, and its root is not; remove "
                 "the folder, and enrol the node anew: privrec flower enroll"
             )
-        kept = _read(path.read_bytes())
+        keys = NodeKeys(root, _read(path.read_bytes()))
         try:
-            yield NodeKeys(root, kept, certificates)
+            yield keys
         finally:
-            replace(path, msgpack.packb(kept), mode=0o600)
+            replace(path, msgpack.packb(keys.kept), mode=0o600)
 
 
 def _read(state: bytes) -> dict[Any, Any]:
@@ -186,23 +157,20 @@ def _read(state: bytes) -> dict[Any, Any]:
     return kept
 
 
-@dataclass(frozen=True)
 class HostedDevice:
     """A device of a node, whose prekeys and session outlast the process that answers a message.
 
-    Attributes:
-        number: by which servers order devices; it names the device's draws.
-        root: of its node, from which masks and prekeys derive.
-        kept: what it remembers, ``book`` and ``session`` among it.
-        certificate: of the enrolment office over its identity; empty without one.
+    Servers order devices by ``number``, which names the device's draws too. ``kept`` is what it
+    remembers: the office's ``certificate`` if it has one, ``book`` and ``session``, and what is
+    put there besides.
     """
 
-    number: int
-    key: DeviceKey
-    root: SecretRoot
-    anchor: Anchor
-    kept: dict[str, Any]
-    certificate: bytes
+    def __init__(self, keys: NodeKeys, number: int, anchor: Anchor) -> None:
+        self.number, self.anchor = number, anchor
+        self.key = DeviceKey.derive(keys.root, "user", number)
+        self.kept: dict[str, Any] = keys.kept.setdefault(number, {})
+        self.certificate: bytes = self.kept.get("certificate", b"")
+        self._root = keys.root
 
     def deposit(self, body: Mapping[str, Any], tier: int = 0) -> Body:
         """Return the prekeys that a server asks for, in the form in which it takes them."""
@@ -214,21 +182,17 @@ class HostedDevice:
 
     def called(self, policy: Policy) -> ClientSession:
         """Return the session of a round that begins."""
-        return ClientSession(self._book(), self.anchor, policy, self._keep_session)
+        return ClientSession(self._book(), self.anchor, policy, self._keep)
 
     def resumed(self, policy: Policy) -> ClientSession:
-        """Return the session of the round that this device is in.
-
-        Raises:
-            ReleaseRefused: when it is in none.
-        """
-        if "session" not in self.kept:
+        """Return the session of the round that this device is in; refuse when it is in none."""
+        if (saved := self.kept.get("session")) is None:
             raise ReleaseRefused(NOT_IN)
-        saved = self.kept["session"]
-        return ClientSession.resume(self._book(), self.anchor, saved, policy, self._keep_session)
+        return ClientSession.resume(self._book(), self.anchor, saved, policy, self._keep)
 
-    def conclude(self, session: ClientSession, stage: str, message: bytes) -> bytes:
+    def conclude(self, policy: Policy, stage: str, message: bytes) -> bytes:
         """Answer an exchange after the masked vector; with the last the session is forgotten."""
+        session = self.resumed(policy)
         if stage == CONFIRM:
             return session.confirm(message)
         answer = session.unmask(message)
@@ -238,13 +202,13 @@ class HostedDevice:
     def _book(self) -> PrekeyBook:
         return PrekeyBook(
             self.key,
-            self.root,
+            self._root,
             certificate=self.certificate,
             save=lambda state: self.kept.update(book=state),
             state=self.kept.get("book"),
         )
 
-    def _keep_session(self, progress: bytes) -> None:
+    def _keep(self, progress: bytes) -> None:
         self.kept["session"] = progress
 
 
@@ -253,7 +217,7 @@ class HostedDevice:
 
 @dataclass(frozen=True)
 class Member:
-    """A device that deposited prekeys, of which ``prekeys`` are left; ``node`` hosts it."""
+    """A device at a node, and the prekeys that are left of its deposit."""
 
     name: bytes
     number: int
@@ -277,6 +241,8 @@ class Registry:
         agreed: what a node must say of itself for its devices to be taken.
         like: the app's own messages, by node, where there are some: whose type and limits messages
             have, and whose content goes along with the question for masked vectors.
+        simulated: whether some node hosts users of a data set.
+        refused: why nodes answered with an error; whoever begins a round clears it.
     """
 
     grid: Grid
@@ -289,19 +255,15 @@ class Registry:
     like: Mapping[int, Message] = field(default_factory=dict)
     members: dict[bytes, Member] = field(default_factory=dict, init=False)
     simulated: bool = field(default=False, init=False)
-    """Whether some node hosts users of a data set."""
+    refused: dict[int, str] = field(default_factory=dict, init=False)
     _heard: set[int] = field(default_factory=set, init=False)
 
     def register(self, population: int) -> None:
-        """Wait for as many devices; those that come later are taken by :meth:`greet_newcomers`.
-
-        Raises:
-            ReleaseRefused: when no device has registered in time.
-        """
+        """Wait for as many devices, of which one at least must come in time."""
         until = time.monotonic() + self.wait_s
         while len(self.members) < population and time.monotonic() < until:
             if not self.greet_newcomers():
-                time.sleep(_POLL_S)
+                time.sleep(1.0)
         if not self.members:
             raise ReleaseRefused(
                 f"no device registered within {self.wait_s:g} s: start SuperNodes, and look into "
@@ -364,7 +326,7 @@ class Registry:
         for node, body in bodies.items():
             content, own = pack({"stage": stage, **body}), self.like.get(node)
             if own is None:
-                made.append(Message(content, dst_node_id=node, message_type="train"))
+                made.append(Message(content, node, "train"))
                 continue
             if stage == MASKED:
                 content = RecordDict({**own.content, **content})
@@ -386,6 +348,7 @@ class Registry:
                 body["answers"] = by_device(body, "answers")
             except ReleaseRefused as error:
                 LOG.warning("privrec: node %d: %s", node, error)
+                self.refused[node] = str(error)
                 continue
             yield node, body
 
@@ -399,11 +362,11 @@ class Registry:
         self.simulated = self.simulated or bool(body.get("simulated"))
         refused = {}
         for told in body["devices"]:
-            name, number, tier = told["name"], told["number"], told["tier"]
-            if [type(each) for each in (name, number, tier, told["prekeys"])] != _MEMBER:
+            name, number, tier, records = (told[k] for k in ("name", "number", "tier", "prekeys"))
+            if [type(each) for each in (name, number, tier, records)] != _MEMBER:
                 raise ReleaseRefused("it describes a device in another way than this version")
             try:
-                prekeys = self._prekeys(name, tier, told["prekeys"])
+                prekeys = self._prekeys(name, tier, records)
             except ReleaseRefused as error:
                 refused[name] = str(error)
                 continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from privrec.flower.plan import SumPlan
 from privrec.privacy.mechanism import noise_seeds
 from privrec.secagg.client import Policy
 from privrec.secagg.keys import Prekey
-from privrec.secagg.roster import Anchor, Call, Roster, Terms
+from privrec.secagg.roster import Call, Roster, Terms
 
 Next = Callable[[Message, Context], Message]
 
@@ -55,7 +56,7 @@ class SecureSumMod:
     trust_server: bool = False
 
     def __post_init__(self) -> None:
-        Policy(self.minimum, self.corrupt_share)
+        _ = self.policy
         if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
             raise UsageError(f"noise_multiplier {self.noise_multiplier}: it must be 0 or above")
 
@@ -68,10 +69,8 @@ class SecureSumMod:
         """Answer a message; see Flower's ``Mod``."""
         try:
             if exchange.RECORD in message.content:
-                anchor = _anchor(context, trust_server=self.trust_server)
                 with exchange.keys_of(context) as keys:
-                    device = keys.device(int(context.node_config.get("number", 0)), anchor)
-                    return _Node(self, context, device).answer(message, call_next)
+                    return _Node(self, context, keys).answer(message, call_next)
             kind = message.metadata.message_type
             is_evaluation = kind.partition(".")[0] == "evaluate"
             if is_evaluation and self.evaluate_in_clear:
@@ -84,53 +83,28 @@ class SecureSumMod:
         except PrivrecError as error:
             return exchange.refuse(message, error)
 
-    def check(self, plan: SumPlan, terms: Terms, nodes: int, given: int) -> None:
-        """Refuse a round of so many nodes that is not what this mod insists on.
 
-        Raises:
-            ReleaseRefused: when its plan asks for too much, is not what everybody's masks are
-                bound to, or this node has given all its updates.
-        """
-        if plan.terms(terms.run, terms.round, terms.attempt) != terms:
-            raise ReleaseRefused("a call whose terms are not those of its plan")
-        noise = plan.noise_beyond(math.floor(self.corrupt_share * nodes))
-        if noise < self.noise_multiplier:
-            raise ReleaseRefused(
-                f"a round with noise of {noise:.4g} times the sensitivity, without that of the "
-                f"nodes that may collude, and this node insists on {self.noise_multiplier:g}; "
-                "raise the server's noise_multiplier or lower its epsilon"
-            )
-        if self.rounds is not None and given >= self.rounds:
-            raise ReleaseRefused(
-                f"update {given + 1} of this node in one run, and it gives at most {self.rounds}"
-            )
-
-
-def _anchor(context: Context, *, trust_server: bool) -> Anchor:
-    """Whom a node trusts about other nodes."""
-    anchor = anchor_of(context.node_config)
-    if anchor is None and not trust_server:
-        raise UsageError(
-            "this node has no list of enrolled devices, so a server could make devices up and take "
-            "the masks of its update off; start the node with node-config keys=FOLDER, and "
-            "roster=FILE or enrolment-key=KEY; for an experiment on your own machine make the "
-            "app's mod with SecureSumMod(trust_server=True)"
-        )
-    if anchor is not None and not context.node_config.get("keys"):
-        raise UsageError(
-            "node-config names enrolled devices and no keys=FOLDER: without its own key this node "
-            "is none of them; make one with privrec flower enroll"
-        )
-    return anchor or Anyone()
-
-
-@dataclass(frozen=True)
 class _Node:
     """One message at one node."""
 
-    mod: SecureSumMod
-    context: Context
-    device: exchange.HostedDevice
+    def __init__(self, mod: SecureSumMod, context: Context, keys: exchange.NodeKeys) -> None:
+        config = context.node_config
+        anchor = anchor_of(config)
+        if anchor is None and not mod.trust_server:
+            raise UsageError(
+                "this node has no list of enrolled devices, so a server could make devices up and "
+                "take the masks of its update off; start the node with node-config keys=FOLDER, "
+                "and roster=FILE or enrolment-key=KEY; for an experiment on your own machine make "
+                "the app's mod with SecureSumMod(trust_server=True)"
+            )
+        if anchor is not None and not config.get("keys"):
+            raise UsageError(
+                "node-config names enrolled devices and no keys=FOLDER: without its own key this "
+                "node is none of them; make one with privrec flower enroll"
+            )
+        self.mod, self.context, self.root = mod, context, keys.root
+        number = int(config.get("number", 0))
+        self.device = exchange.HostedDevice(keys, number, anchor or Anyone())
 
     def answer(self, message: Message, call_next: Next) -> Message:
         device, (stage, body) = self.device, exchange.asked(message)
@@ -141,22 +115,20 @@ class _Node:
                 "roster, or have it certified by the office: privrec flower enroll"
             )
         if stage == exchange.PREKEYS:
-            return exchange.reply(message, {"devices": [device.deposit(body)]})
+            return Message(exchange.pack({"devices": [device.deposit(body)]}), reply_to=message)
         told = exchange.by_device(body, "messages").get(own.identity)
         if told is None:
             raise ReleaseRefused(exchange.NOT_IN)
         if stage == exchange.SHARES:
             answer = self._shares(told, body.get("plan"))
-        elif stage != exchange.MASKED:
-            answer = device.conclude(device.resumed(self.mod.policy), stage, told)
-        else:
+        elif stage == exchange.MASKED:
+            if "plan" not in device.kept:
+                raise ReleaseRefused(exchange.NOT_IN)
             content = RecordDict({n: r for n, r in message.content.items() if n != exchange.RECORD})
             digest = plans.content_digest(content, message.metadata.message_type)
             # A copy: apps may take the arrays out of the record that they are given.
             received = ArrayRecord(dict(plans.only_arrays(content, "a message").items()))
             session = device.resumed(self.mod.policy)
-            if "plan" not in device.kept:
-                raise ReleaseRefused(exchange.NOT_IN)
             message.content = content
             trained = call_next(message, self.context)
             if trained.has_error():
@@ -165,14 +137,29 @@ class _Node:
             answer = bytes(session.masked(told, vector, [digest]))
             device.kept["given"] = [self.context.run_id, self._given() + 1]
             del device.kept["plan"]
-        return exchange.reply(message, {"answers": {own.identity: answer}})
+        else:
+            answer = device.conclude(self.mod.policy, stage, told)
+        return Message(exchange.pack({"answers": {own.identity: answer}}), reply_to=message)
 
     def _shares(self, told: bytes, packed: Any) -> bytes:
-        device, plan, call = self.device, SumPlan.unpack(packed), Call.parse(told)
-        roster = Roster(call, device.anchor)
-        self.mod.check(plan, call.terms, len(roster), self._given())
-        session = device.called(self.mod.policy)
-        answer = session.shares(told, self._seeds(call.terms) if plan.remove_excess else ())
+        """The node's shares, if the round's plan is no less than what its mod insists on."""
+        device, mod, plan, call = self.device, self.mod, SumPlan.unpack(packed), Call.parse(told)
+        nodes, terms, given = len(Roster(call, device.anchor)), call.terms, self._given()
+        if plan.terms(terms.run, terms.round, terms.attempt) != terms:
+            raise ReleaseRefused("a call whose terms are not those of its plan")
+        noise = plan.noise_beyond(math.floor(mod.corrupt_share * nodes))
+        if noise < mod.noise_multiplier:
+            raise ReleaseRefused(
+                f"a round with noise of {noise:.4g} times the sensitivity, without that of the "
+                f"nodes that may collude, and this node insists on {mod.noise_multiplier:g}; "
+                "raise the server's noise_multiplier or lower its epsilon"
+            )
+        if mod.rounds is not None and given >= mod.rounds:
+            raise ReleaseRefused(
+                f"update {given + 1} of this node in one run, and it gives at most {mod.rounds}"
+            )
+        session = device.called(mod.policy)
+        answer = session.shares(told, self._seeds(terms) if plan.remove_excess else ())
         device.kept["plan"] = packed
         if session.warning:
             exchange.LOG.warning("privrec: %s", session.warning)
@@ -189,17 +176,12 @@ class _Node:
         """The update in integers, with this node's noise."""
         plan = SumPlan.unpack(self.device.kept["plan"])
         values = plans.update(received, plans.only_arrays(trained, "a reply"))
-        metrics = {
-            name: each
-            for record in trained.metric_records.values()
-            for name, each in record.items()
-        }
-        context = (terms.run, terms.round, terms.attempt, terms.plan)
-        coins = self.device.root.stream("rounding", *context)
+        metrics = dict(chain.from_iterable(r.items() for r in trained.metric_records.values()))
+        coins = self.root.stream("rounding", terms.run, terms.round, terms.attempt, terms.plan)
         vector = plans.integers(plan, values, metrics, coins)
         return vector if plan.shares is None else vector + plan.shares.draw(self._seeds(terms))
 
     def _seeds(self, terms: Terms) -> tuple[bytes, ...]:
         identity = self.device.key.public
         context = (terms.run, terms.round, terms.attempt, terms.plan, identity)
-        return noise_seeds(self.device.root, 1, *context)
+        return noise_seeds(self.root, 1, *context)

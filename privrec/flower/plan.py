@@ -30,9 +30,7 @@ from privrec.secagg.ring import LARGEST_WRAP, Coins, Encoding, Load, Ring
 from privrec.secagg.roster import MAX_LENGTH, Terms
 from privrec.secagg.sharing import Graph
 
-WEIGHT, CLIPPED, CAPPED, ODD = range(4)
-"""What follows the coefficients in a sum without noise: the weight, and the three warnings."""
-_TAIL = ODD + 1
+_TAIL = 4  # what follows the coefficients without noise: the weight, and counts of three warnings
 FINEST_BITS = 23.0  # what a float32 itself resolves
 NOISY_BITS = 13.0  # noise hides a finer grid, and shares on a coarser one are drawn faster
 _MOST_COUNT = 1 << 30
@@ -97,7 +95,7 @@ class SumPlan:
 
     @property
     def length(self) -> int:
-        """Integers that a node sends: without noise, counts and metrics follow the coefficients."""
+        """Integers that a node sends."""
         return self.size + (0 if self.noise_multiplier else _TAIL + len(self.metrics))
 
     @property
@@ -110,17 +108,13 @@ class SumPlan:
         """The noise that every node adds, or None."""
         if not self.noise_multiplier:
             return None
-        band = Band(self.size, self.least, self.colluders)
+        bands = (Band(self.size, self.least, self.colluders),)
         bound = self.encoding.squared_bound
-        return Shares(self.noise_multiplier, bound, (band,), self.remove_excess)
+        return Shares(self.noise_multiplier, bound, bands, self.remove_excess)
 
     @property
     def event(self) -> RoundEvent:
-        """What a round costs all nodes, none of them sampled.
-
-        Raises:
-            UsageError: when it is without noise, and costs an infinite epsilon.
-        """
+        """What a round costs all nodes, none of them sampled; only with noise it is finite."""
         if self.shares is None:
             raise UsageError("a plan without noise costs an infinite epsilon")
         return self.shares.event(1.0)
@@ -130,22 +124,13 @@ class SumPlan:
         """Steps of the largest weight that a node counts with."""
         return max(1, self.max_examples) << self.weight_bits
 
-    @property
-    def digest(self) -> bytes:
-        """32 bytes that stand for all of it."""
-        return statement("flower sum plan", self.pack())
-
     def pack(self) -> bytes:
         """The plan as JSON; :meth:`unpack` gives it back unchanged."""
         return json.dumps(asdict(self), sort_keys=True).encode()
 
     @classmethod
     def unpack(cls, packed: Any) -> SumPlan:
-        """The plan that :meth:`pack` wrote, from whoever says that it is one.
-
-        Raises:
-            ReleaseRefused: when it is not one, or not what :meth:`pack` writes.
-        """
+        """The plan that :meth:`pack` wrote; anything else that somebody sends is refused."""
         try:
             plan = _SUM_PLAN.validate_json(packed, strict=True)
         except (ValueError, UsageError) as error:
@@ -156,8 +141,8 @@ class SumPlan:
 
     def terms(self, run: str, round: int, attempt: int) -> Terms:
         """The terms of the round, as the server states them and each node holds it to them."""
-        lengths, minimums = (self.length,), (self.least,)
-        return Terms(run, round, attempt, self.digest, lengths, minimums, 32, self.remove_excess)
+        digest, lengths = statement("flower sum plan", self.pack()), (self.length,)
+        return Terms(run, round, attempt, digest, lengths, (self.least,), 32, self.remove_excess)
 
     def noise_beyond(self, colluders: int) -> float:
         """Noise over the sensitivity that is left when as many of the fewest survivors add none."""
@@ -168,65 +153,56 @@ class SumPlan:
 _SUM_PLAN = TypeAdapter(SumPlan)
 
 
-@dataclass(frozen=True)
-class SumCohort:
-    """The nodes that are called in a round, ``colluding_share`` of them with the server."""
+def plan_of(
+    nodes: int,
+    size: int,
+    clip_norm: float,
+    noise_multiplier: float = 0.0,
+    *,
+    colluding_share: float = 0.0,
+    remove_excess: bool = False,
+    max_examples: int = 0,
+    weighted_by: str = "num-examples",
+    metrics: tuple[tuple[str, float], ...] = (),
+) -> SumPlan:
+    """Plan a round on the finest grid on which no sum of the nodes that are called wraps around.
 
-    nodes: int
-    colluding_share: float = 0.0
-    remove_excess: bool = False
+    ``colluding_share`` of them are with the server. See :class:`SumPlan` for the rest.
 
-    def plan(
-        self,
-        size: int,
-        clip_norm: float,
-        noise_multiplier: float = 0.0,
-        *,
-        max_examples: int = 0,
-        weighted_by: str = "num-examples",
-        metrics: tuple[tuple[str, float], ...] = (),
-    ) -> SumPlan:
-        """The plan of a round, on the finest grid on which no sum of these nodes wraps around.
-
-        Raises:
-            UsageError: when a setting is out of range, or there is no such grid.
-        """
-        noisy, ring = noise_multiplier > 0, Ring()
-        least = Graph().quorum(self.nodes)  # more than two thirds
-        room = (ring.half - 1) // max(2, self.nodes)  # steps of one node's weight
-        plan = SumPlan(
-            size=size,
-            clip_norm=float(clip_norm),
-            scale_bits=NOISY_BITS if noisy else FINEST_BITS,
-            max_examples=max_examples,
-            weighted_by=weighted_by,
-            metrics=metrics,
-            least=least,
-            colluders=math.ceil(self.colluding_share * self.nodes) if noisy else 0,
-            noise_multiplier=float(noise_multiplier),
-            remove_excess=noisy and self.remove_excess,
+    Raises:
+        UsageError: when a setting is out of range, or there is no such grid.
+    """
+    noisy, ring = noise_multiplier > 0, Ring()
+    least = Graph().quorum(nodes)  # more than two thirds
+    plan = SumPlan(
+        size,
+        float(clip_norm),
+        NOISY_BITS if noisy else FINEST_BITS,
+        max_examples,
+        weighted_by,
+        metrics,
+        least,
+        colluders=math.ceil(colluding_share * nodes) if noisy else 0,
+        noise_multiplier=float(noise_multiplier),
+        remove_excess=noisy and remove_excess,
+    )
+    room = (ring.half - 1) // max(2, nodes)  # steps of one node's weight
+    if plan.most_steps > room:
+        raise UsageError(
+            f"{nodes} nodes of {max_examples} examples: their number could wrap around; lower "
+            "max_examples"
         )
-        if plan.most_steps > room:
-            raise UsageError(
-                f"{self.nodes} nodes of {plan.max_examples} examples: their number could wrap "
-                "around; lower max_examples"
-            )
-        if plan.max_examples:
-            plan = replace(plan, weight_bits=(room // plan.max_examples).bit_length() - 1)
-        noise = self.nodes * noise_multiplier**2 / (least - plan.colluders)
-        load = Load(size, self.nodes, noise)
-        if ring.wrap_probability(plan.encoding, load) > LARGEST_WRAP:
-            plan = replace(plan, scale_bits=ring.fitting_scale_bits(plan.encoding, load) or 1.0)
-        ring.check(plan.encoding, load)
-        return plan
+    if max_examples:
+        plan = replace(plan, weight_bits=(room // max_examples).bit_length() - 1)
+    load = Load(size, nodes, nodes * noise_multiplier**2 / (least - plan.colluders))
+    if ring.wrap_probability(plan.encoding, load) > LARGEST_WRAP:
+        plan = replace(plan, scale_bits=ring.fitting_scale_bits(plan.encoding, load) or 1.0)
+    ring.check(plan.encoding, load)
+    return plan
 
 
 def only_arrays(content: RecordDict, whose: str) -> ArrayRecord:
-    """Return the one record of arrays of a message.
-
-    Raises:
-        UsageError: when there is none or more than one.
-    """
+    """Return the one record of arrays of a message, which must have exactly one."""
     records = list(content.array_records.values())
     if len(records) != 1:
         raise UsageError(
@@ -242,11 +218,7 @@ def size_of(arrays: ArrayRecord) -> int:
 
 
 def update(received: ArrayRecord, returned: ArrayRecord) -> NDArray[np.float32]:
-    """Subtract old coefficients from new ones: float32 of shape ``(size,)``, private.
-
-    Raises:
-        UsageError: when the app returned arrays of other names or shapes than it was sent.
-    """
+    """Subtract old coefficients from new ones of the same arrays: float32 ``(size,)``, private."""
     if list(received) != list(returned):
         raise UsageError(
             f"arrays {sorted(set(received) ^ set(returned))} are in the model that was sent or in "
@@ -260,10 +232,8 @@ def update(received: ArrayRecord, returned: ArrayRecord) -> NDArray[np.float32]:
                 f"array {name!r} came back as {new.dtype} of shape {new.shape}, and was sent as "
                 f"{old.dtype} of shape {old.shape}"
             )
-        part = np.empty(old.size, np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
-            np.subtract(new.ravel(), old.ravel(), out=part, casting="unsafe")
-        parts.append(part)
+            parts.append((new - old).ravel().astype(np.float32))
     return np.concatenate(parts) if parts else np.empty(0, np.float32)
 
 
@@ -277,6 +247,9 @@ def integers(
     metrics are scaled by the same weight, in ``plan.most_steps`` steps, so that their quotient is
     the mean of exactly these weights; a number of examples that is negative or not finite has none.
 
+    After the coefficients come the weight; whether the update was clipped, its examples were cut,
+    or are left out or coarse; and the metrics.
+
     Raises:
         UsageError: when the update is of another size, or a metric that is summed is missing.
     """
@@ -286,30 +259,29 @@ def integers(
             "it must be the same in all rounds and on all nodes"
         )
     examples = _number(metrics, plan.weighted_by) if plan.max_examples else 1.0
+    most = max(1, plan.max_examples)
     counts = math.isfinite(examples) and examples >= 0
-    wanted = min(examples, max(1, plan.max_examples)) * 2**plan.weight_bits if counts else 0.0
+    wanted = min(examples, most) * 2**plan.weight_bits if counts else 0.0
     weight = round(wanted)
     whole = values[None]
     rows = clip(whole, plan.clip_norm)
     share = np.float32(weight / plan.most_steps)
-    weighted = rows if share == 1 else rows * share
-    encoded: NDArray[np.int32] = plan.encoding.encode(weighted, coins)[0]
+    encoded: NDArray[np.int32] = plan.encoding.encode(rows * share, coins)[0]
     if plan.noise_multiplier:
         return encoded
-    scaled = (float(share) * _bounded(metrics, name, bound) for name, bound in plan.metrics)
-    steps = 2.0 ** math.floor(plan.scale_bits)
-    tail = [
-        weight,
+    warnings = (
         rows is not whole,
-        counts and examples > max(1, plan.max_examples),
+        counts and examples > most,
         not counts or abs(weight - wanted) > _COARSE * wanted,
-        *(round(steps * value) for value in scaled),
-    ]
+    )
+    steps = 2.0 ** math.floor(plan.scale_bits)
+    scaled = (float(share) * _bounded(metrics, name, bound) for name, bound in plan.metrics)
+    tail = [weight, *warnings, *(round(steps * value) for value in scaled)]
     return np.concatenate([encoded, np.array(tail, np.int32)])
 
 
 def mean_metrics(plan: SumPlan, tail: NDArray[np.int64]) -> dict[str, float]:
-    """Compute the weighted means of metrics from what follows the coefficients of a sum."""
+    """Return the weighted means of metrics from what follows the coefficients of a sum."""
     weight = tail[0] / plan.most_steps
     steps = 2.0 ** math.floor(plan.scale_bits)
     pairs = zip(plan.metrics, tail[len(tail) - len(plan.metrics) :].tolist(), strict=True)
@@ -333,10 +305,9 @@ def with_others_of(arrays: ArrayRecord, sent: ArrayRecord) -> ArrayRecord:
 
 
 def content_digest(content: RecordDict, message_type: str) -> bytes:
-    """Return 32 bytes that stand for all that a message asks for: model, settings and kind.
+    """Return 32 bytes that stand for all that a message asks for, which all nodes must see alike.
 
-    All nodes must see the same: a server that sends one node another learning rate could tell its
-    update from the others'.
+    A server that sends one node another learning rate could tell its update from the others'.
     """
     listed = []
     for name in sorted(content):
@@ -348,6 +319,13 @@ def content_digest(content: RecordDict, message_type: str) -> bytes:
     return statement("flower content", message_type, msgpack.packb(listed))
 
 
+def _spelled(value: Any) -> Any:
+    """A value as msgpack spells it, which tells types apart; arrays by their digest."""
+    if not isinstance(value, Array):
+        return value
+    return [value.dtype, list(value.shape), value.stype, hashlib.sha256(value.data).digest()]
+
+
 def _floats(arrays: ArrayRecord) -> Iterator[tuple[str, NDArray[Any]]]:
     for name, array in arrays.items():
         values = array.numpy()
@@ -355,14 +333,6 @@ def _floats(arrays: ArrayRecord) -> Iterator[tuple[str, NDArray[Any]]]:
             raise UsageError(f"array {name!r} of {values.dtype}: complex numbers are not summed")
         if values.dtype.kind == "f":
             yield name, values
-
-
-def _spelled(value: Any) -> Any:
-    """A value as msgpack spells it, which tells types apart; arrays by their digest."""
-    if not isinstance(value, Array):
-        return value
-    digest = hashlib.sha256(value.data).digest()
-    return [value.dtype, list(value.shape), value.stype, digest]
 
 
 def _number(metrics: Mapping[str, Any], name: str) -> float:

@@ -8,14 +8,14 @@ gives that strategy one reply, which holds the mean. In between are the exchange
 from __future__ import annotations
 
 import math
+import re
 import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
-import flwr.serverapp.strategy as flower
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -27,23 +27,21 @@ from privrec.flower import plan as plans
 from privrec.flower.enrolment import Anyone, anchor_of, enroll
 from privrec.flower.exchange import CONFIRM, LOG, MASKED, SHARES, UNMASK, Member, Registry
 from privrec.flower.mod import SecureSumMod
-from privrec.flower.plan import CAPPED, CLIPPED, ODD, SumCohort, SumPlan
+from privrec.flower.plan import SumPlan, plan_of
 from privrec.privacy.events import RoundEvent, check_delta, noise_multiplier_for
 from privrec.privacy.ledger import Ledger
 from privrec.randomness import SecretRoot, state_dir
 from privrec.secagg.keys import statement
+from privrec.secagg.roster import Terms
 from privrec.secagg.server import ServerSession
 from privrec.storage import server_key
 
 __all__ = ["SecureSum", "SecureSumMod", "enroll"]
 
 _PREKEYS = 32  # deposited at a contact, so that one round in 32 has an exchange more
-_ONE_BY_ONE = (
-    "Bulyan", "DifferentialPrivacyClientSideAdaptiveClipping",
-    "DifferentialPrivacyClientSideFixedClipping", "DifferentialPrivacyServerSideAdaptiveClipping",
-    "DifferentialPrivacyServerSideFixedClipping", "FedMedian", "FedTrimmedAvg", "FedXgbBagging",
-    "FedXgbCyclic", "Krum", "MultiKrum", "QFedAvg",
-)  # fmt: skip
+_ONE_BY_ONE = re.compile(
+    "Bulyan|FedMedian|FedTrimmedAvg|FedXgb.*|Krum|MultiKrum|QFedAvg|DifferentialPrivacy.*"
+)
 """Flower's strategies that look at each reply by itself, which is what nobody shall."""
 
 
@@ -54,9 +52,8 @@ class _Open:
     registry: Registry
     session: ServerSession
     plan: SumPlan
+    terms: Terms
     sent: Message
-    round: int
-    attempt: int
     epsilon: float | None
 
 
@@ -76,16 +73,14 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
             which see the replies only by their mean.
         clip_norm: largest L2 norm of a node's update. Without noise it is no more than the range of
             the integers: choose it above what updates have.
-        max_examples: most examples that a node counts with, a whole number; None lets every node
-            count as one. With noise every node does. Rounding grows with its ratio to what nodes
-            have, so set it to about the largest node, and to 1 for weights that add up to one.
+        max_examples: most examples that a node counts with; None, and noise, let every node count
+            as one. Rounding grows with its ratio to what nodes have, so set it to about the
+            largest node, and to 1 for weights that add up to one.
         metrics: name and largest magnitude of each training metric whose mean is wanted; all other
             metrics stay on the nodes. Not with noise.
-        weighted_by: the metric that holds the number of examples; by default the strategy's own.
         noise_multiplier: noise over the sensitivity of the sum, made by the nodes.
-        epsilon: largest ε against the server, for which the noise is calibrated where
+        epsilon: largest ε against the server at ``delta``. The noise is calibrated for it where
             ``noise_multiplier`` is not given; a round that would exceed it is not started.
-        delta: the δ of ε.
         rounds: rounds that ``epsilon`` is for; by default those of :meth:`start`.
         ledger: path of the ledger, needed with noise; one that is there is gone on with.
         colluding_share: part of a round's nodes that is assumed to tell the server their noise.
@@ -105,7 +100,6 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
     clip_norm: float
     max_examples: int | None = 10_000
     metrics: Mapping[str, float] | None = None
-    weighted_by: str | None = None
     noise_multiplier: float | None = None
     epsilon: float | None = None
     delta: float = 1e-5
@@ -119,7 +113,12 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
     timeout: float | None = None
 
     def __post_init__(self) -> None:
-        _check_averages(self.strategy)
+        for kind in type(self.strategy).mro():
+            if kind.__module__.startswith("flwr.") and _ONE_BY_ONE.fullmatch(kind.__name__):
+                raise UsageError(
+                    f"{kind.__name__} looks at each node's update by itself, and a secure sum "
+                    "hides them: wrap a strategy that averages, such as FedAvg, FedProx or FedAdam"
+                )
         most, noise_multiplier = self.max_examples, self.noise_multiplier
         noisy = noise_multiplier is not None or self.epsilon is not None
         if noisy != (self.ledger is not None):
@@ -134,17 +133,19 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
             )
         if noise_multiplier is not None and noise_multiplier <= 0:
             raise UsageError(f"noise_multiplier {noise_multiplier}: it must be above 0")
+        check_delta(self.delta)
         self._budget: SumBudget | None = None
         if self.ledger is not None:
             budget = math.inf if self.epsilon is None else self.epsilon
             self._budget = SumBudget(Path(self.ledger), self.delta, budget)
-        named = getattr(self.strategy, "weighted_by_key", "num-examples")
         self._given: dict[str, Any] = {
+            "colluding_share": self.colluding_share,
+            "remove_excess": self.remove_excess,
             "max_examples": 0 if noisy else most or 0,
-            "weighted_by": self.weighted_by or named,
+            "weighted_by": getattr(self.strategy, "weighted_by_key", "num-examples"),
             "metrics": tuple((self.metrics or {}).items()),
         }
-        SumCohort(3).plan(1, self.clip_norm, noise_multiplier or float(noisy), **self._given)
+        plan_of(3, 1, self.clip_norm, noise_multiplier or float(noisy), **self._given)
         trust = {"roster": self.roster and str(self.roster), "enrolment-key": self.enrolment_key}
         self._anchor = anchor_of(trust) or Anyone()
         self._timeout_s = self.timeout
@@ -152,6 +153,7 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         self._attempts: Counter[int] = Counter()
         self._registry: Registry | None = None
         self._open: _Open | None = None
+        self._failed: ReleaseRefused | BudgetError | None = None
 
     # ------------------------------------------------------------------ Flower's own interface
 
@@ -163,14 +165,24 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         timeout: float = 3600,
         **options: Any,
     ) -> Result:
-        """Run the rounds; arguments and result are those of Flower's ``Strategy.start``."""
+        """Run the rounds; arguments and result are those of Flower's ``Strategy.start``.
+
+        Raises:
+            ReleaseRefused: when not one round released a sum, so that there is no trained model.
+            BudgetError: when that is so since the budget does not reach for another round.
+        """
         self._timeout_s = self.timeout or timeout
         self.rounds = self.rounds or num_rounds
-        self._registry = None  # this grid may have other nodes
+        self._registry = self._failed = None  # this grid may have other nodes
         if self._budget is None:
             self._run = None
             self._attempts.clear()
-        return super().start(grid, initial_arrays, num_rounds, timeout, **options)
+        result = super().start(grid, initial_arrays, num_rounds, timeout, **options)
+        if not result.arrays:
+            if self._failed is not None:
+                raise type(self._failed)(f"no round released a sum to train on: {self._failed}")
+            result.arrays = initial_arrays
+        return result
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -178,9 +190,6 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         """Return the app's own training messages, each with what its node needs to mask its reply.
 
         There are none when the round cannot be, for which the log gives the reason.
-
-        Raises:
-            UsageError: when the settings do not fit the model or the number of nodes.
         """
         self._open = None
         messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
@@ -233,66 +242,62 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
 
     def summary(self) -> None:
         """Log the settings, then those of the app's own strategy."""
-        noise = "none"
-        if self._budget is not None:
-            multiplier = self.noise_multiplier or "from epsilon"
-            noise = f"multiplier {multiplier}, ledger {self._budget.path}"
+        multiplier = self.noise_multiplier or "from epsilon"
+        noise = f"multiplier {multiplier}, ledger {self.ledger}" if self.ledger else "none"
         LOG.info("\t├──> Secure sum: clip norm %g, noise: %s", self.clip_norm, noise)
         self.strategy.summary()
 
     # ------------------------------------------------------------------ before the training
 
     def _begin(self, server_round: int, messages: Sequence[Message], grid: Grid) -> list[Message]:
-        digest = _same(messages)
+        asked = {(id(m.content), m.metadata.message_type): m.content for m in messages}
+        digests = {plans.content_digest(content, kind) for (_, kind), content in asked.items()}
+        if len(digests) > 1:
+            raise UsageError(
+                "the strategy sends nodes different models or settings: a secure sum needs all to "
+                "see the same, or a server could set one node apart; send the same to all"
+            )
         registry = self._registry
         if registry is None or registry.grid is not grid:
             registry = self._registry = Registry(grid, self._anchor, _PREKEYS)
         registry.timeout_s = self._timeout_s
         registry.like = {message.metadata.dst_node_id: message for message in messages}
+        registry.refused.clear()
         called = _called(registry)
-        plan, attempt, epsilon = self._charged(server_round - 1, messages[0].content, len(called))
-        terms = plan.terms(self._run_id(), server_round - 1, attempt)
+        if self._run is None:
+            self._run = secrets.token_hex(8) if self._budget is None else self._budget.begin()
+        size = plans.size_of(plans.only_arrays(messages[0].content, "a message"))
+        plan, attempt, epsilon = self._charged(server_round - 1, size, len(called))
+        terms = plan.terms(self._run, server_round - 1, attempt)
         prekeys = [member.prekeys.pop(0) for member in called]
         session = ServerSession(terms, prekeys, self._anchor)
-        session.publish([digest])
+        session.publish(list(digests))
         answered = registry.exchange(SHARES, session, plan=plan.pack())
         for member in called:
             if member.name not in answered:
                 # Its prekeys may be those of a state that it lost: it is asked for new ones.
                 member.prekeys.clear()
         session.advance()
-        self._open = _Open(registry, session, plan, messages[0], terms.round, attempt, epsilon)
+        self._open = _Open(registry, session, plan, terms, messages[0], epsilon)
         return registry.asking(MASKED, session)
 
-    def _charged(
-        self, round: int, content: RecordDict, nodes: int
-    ) -> tuple[SumPlan, int, float | None]:
+    def _charged(self, round: int, size: int, nodes: int) -> tuple[SumPlan, int, float | None]:
         """The round's plan, its attempt, and ε after it; paid for before anybody is asked."""
-        cohort = SumCohort(nodes, self.colluding_share, self.remove_excess)
-        size = plans.size_of(plans.only_arrays(content, "a message"))
 
-        def planned(noise_multiplier: float) -> SumPlan:
-            return cohort.plan(size, self.clip_norm, noise_multiplier, **self._given)
+        def planned(noise: float = 0.0) -> SumPlan:
+            return plan_of(nodes, size, self.clip_norm, noise, **self._given)
 
         if self._budget is None:
             self._attempts[round] += 1
-            return planned(0.0), self._attempts[round] - 1, None
-        self._run_id()
+            return planned(), self._attempts[round] - 1, None
         if self.noise_multiplier is None:
-            epsilon, delta, rounds = self._budget.epsilon, self._budget.delta, self.rounds or 1
+            epsilon, delta, rounds = self._budget.epsilon, self.delta, self.rounds or 1
             self.noise_multiplier = noise_multiplier_for(
                 epsilon, delta, lambda noise: planned(noise).event, rounds, "server"
             )
             LOG.info("secure sum: noise multiplier %g meets epsilon", self.noise_multiplier)
         plan = planned(self.noise_multiplier)
         return plan, *self._budget.charge(round, plan.event)
-
-    def _run_id(self) -> str:
-        if self._run is None:
-            if self._budget is not None:
-                self._budget.begin()
-            self._run = self._budget.run if self._budget else secrets.token_hex(8)
-        return self._run
 
     # ------------------------------------------------------------------ after the training
 
@@ -313,49 +318,35 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         survivors = len(result.survivors[0])
         LOG.info("secure sum: %d of %d nodes are in it", survivors, len(open.registry.like))
         if self._budget is not None:
-            self._budget.commit(open.round, open.attempt, total)
+            self._budget.commit(open.terms.round, open.terms.attempt, total)
             spent = "secure sum: epsilon %g at delta %g against the server, for a whole node"
-            LOG.info(spent, open.epsilon, self._budget.delta)
+            LOG.info(spent, open.epsilon, self.delta)
         return _mean(open, total, survivors)
 
-    def _give_up(self, server_round: int, error: Exception) -> None:
+    def _give_up(self, server_round: int, error: ReleaseRefused | BudgetError) -> None:
         said = "secure sum: round %d releases nothing, and the model stays as it was: %s"
         LOG.error(said, server_round, error)
-
-
-def _check_averages(strategy: Strategy) -> None:
-    """Refuse a strategy that compares single replies, which would do nothing with their mean."""
-    for name in _ONE_BY_ONE:
-        known = getattr(flower, name, None)
-        if known is not None and isinstance(strategy, known):
-            raise UsageError(
-                f"{name} looks at each node's update by itself, and a secure sum hides them: wrap "
-                "a strategy that averages, such as FedAvg, FedProx or FedAdam"
+        registry = self._registry
+        if isinstance(error, ReleaseRefused) and registry is not None and registry.refused:
+            node, why = min(registry.refused.items())
+            error = ReleaseRefused(
+                f"{error}; {len(registry.refused)} of {len(registry.like)} nodes refuse, node "
+                f"{node} since: {why}; what nodes insist on is set in their app, for example "
+                "SecureSumMod(minimum=...), 20 by default"
             )
-
-
-def _same(messages: Sequence[Message]) -> bytes:
-    """Digest of what all nodes are asked for, which is the same: else masks would not cancel."""
-    asked = {(id(m.content), m.metadata.message_type): m.content for m in messages}
-    digests = {plans.content_digest(content, kind) for (_, kind), content in asked.items()}
-    if len(digests) > 1:
-        raise UsageError(
-            "the strategy sends nodes different models or settings: a secure sum needs all to see "
-            "the same, or a server could set one node apart; send the same to all"
-        )
-    return digests.pop()
+        self._failed = error
 
 
 def _called(registry: Registry) -> list[Member]:
     """A device of each node that is asked and gave prekeys, of which one is left."""
 
-    def hosted() -> dict[int, Member]:
-        members = {member.node: member for member in registry.members.values()}
-        return {node: members[node] for node in registry.like if node in members}
+    def ready() -> dict[int, Member]:
+        return {member.node: member for member in registry.members.values() if member.prekeys}
 
-    known = hosted()
-    registry.greet(n for n in registry.like if n not in known or not known[n].prekeys)
-    called = [member for member in hosted().values() if member.prekeys]
+    known = ready()
+    registry.greet(node for node in registry.like if node not in known)
+    known = ready()
+    called = [known[node] for node in registry.like if node in known]
     if len(called) < 2:
         raise ReleaseRefused(
             f"{len(called)} of {len(registry.like)} nodes gave prekeys: a sum of one hides nobody; "
@@ -375,18 +366,16 @@ def _mean(open: _Open, total: NDArray[np.int64], survivors: int) -> Message:
             raise ReleaseRefused("the nodes have no examples at all: there is no mean")
         shares = weight / (plan.max_examples or 1)
         metrics = plans.mean_metrics(plan, tail)
-        for place, said in (
-            (CLIPPED, "updates are longer than clip_norm, or not finite"),
-            (CAPPED, "nodes have more examples than max_examples"),
-            (
-                ODD,
-                f"nodes gave a {plan.weighted_by} that is negative or not finite, and are left out "
-                f"of the mean, or one that steps of 2^-{plan.weight_bits} change by more than 1 %; "
-                "lower max_examples to about the largest",
-            ),
-        ):
-            if tail[place]:
-                LOG.warning("secure sum: %d of %d %s", tail[place], survivors, said)
+        clipped = "updates are longer than clip_norm, or not finite"
+        cut = "nodes have more examples than max_examples"
+        odd = (
+            f"nodes gave a {plan.weighted_by} that is negative or not finite, and are left out of "
+            f"the mean, or one that steps of 2^-{plan.weight_bits} change by more than 1 %; lower "
+            "max_examples to about the largest"
+        )
+        for count, said in zip(tail[1:].tolist(), (clipped, cut, odd), strict=False):
+            if count:
+                LOG.warning("secure sum: %d of %d %s", count, survivors, said)
     change = plan.encoding.decode(total[: plan.size], shares)
     record = MetricRecord({plan.weighted_by: weight, **metrics})
     content = RecordDict({name: plans.moved(sent, change), "metrics": record})
@@ -397,25 +386,17 @@ def _mean(open: _Open, total: NDArray[np.int64], survivors: int) -> Message:
 class SumBudget:
     """The write-ahead ledger of one population of nodes, over one run or several.
 
-    ε is against the server, which knows who takes part: nobody's sampling is counted on. A round
-    that would exceed ``epsilon`` is not started. Its ``run`` is the id in every secure sum.
+    ε is against the server, which knows who takes part: nobody's sampling is counted on. Its
+    ``run`` is the id in every secure sum.
     """
 
     path: Path
     delta: float
-    epsilon: float = math.inf
-    run: str = field(default="", init=False)
+    epsilon: float
+    run: str = ""
 
-    def __post_init__(self) -> None:
-        check_delta(self.delta)
-
-    def begin(self) -> None:
-        """Begin the ledger, or check the one that is there.
-
-        Raises:
-            UsageError: when it cannot be written, or its signing key is gone.
-            IntegrityError: when it was altered, or is about another δ.
-        """
+    def begin(self) -> str:
+        """Begin the ledger, or check the one that is there; return its run."""
         if self.path.exists():
             with Ledger.open(self.path, repair=False) as ledger:
                 delta, self.run = ledger.header["delta"], str(ledger.header["run_id"])
@@ -425,20 +406,19 @@ class SumBudget:
                     "same, or begin another ledger for other nodes"
                 )
             self._opened().close()
-            return
-        self.run = secrets.token_hex(8)
-        unit = "a user of this ledger is a node: all that one Flower node trains on"
-        header = {"run_id": self.run, "delta": self.delta, "note": unit}
-        key = server_key(self._secret("server.key"))
-        SecretRoot.create(self._secret("server.root"))
-        kept = self._secret("head.json")
-        Ledger.create(self.path, header=header, signing_key=key, kept=kept).close()
+        else:
+            self.run = secrets.token_hex(8)
+            unit = "a user of this ledger is a node: all that one Flower node trains on"
+            header = {"run_id": self.run, "delta": self.delta, "note": unit}
+            key, kept = server_key(self._secret("server.key")), self._secret("head.json")
+            SecretRoot.create(self._secret("server.root"))
+            Ledger.create(self.path, header=header, signing_key=key, kept=kept).close()
+        return self.run
 
     def charge(self, round: int, event: RoundEvent) -> tuple[int, float]:
         """Pay for another attempt at a round, on disk before this returns; which one, and ε of all.
 
-        Raises:
-            BudgetError: when it would exceed the budget; nothing is charged.
+        One that would exceed ``epsilon`` is refused, and not charged.
         """
         with self._opened() as ledger:
             spent = ledger.epsilon_after(event, delta=self.delta, adversary="server")

@@ -13,8 +13,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 
-from privrec.device.tier import Federation
-from privrec.device.update import Aggregate, Protection, Round
+from privrec.device.update import Aggregate, Round
 from privrec.errors import BudgetError, PrivrecError, UsageError
 from privrec.flower.app import population_of, scenario_of
 from privrec.flower.enrolment import Anyone, anchor_of
@@ -33,55 +32,48 @@ from privrec.scenario.load import Scenario, load
 from privrec.secagg.roster import Anchor
 from privrec.secagg.server import ServerSession
 
-SPARE_PREKEYS = 8
-"""Prekeys that a device is asked for beyond one for each round."""
-
 
 @dataclass
 class Flower:
     """A round over Flower's grid: four exchanges with the devices of all connected nodes.
 
-    ``root`` is the server's secret, for the coins of sampling; ``seed`` is that of samples.
+    ``root`` is the server's secret, for the coins of sampling.
     """
 
     registry: Registry
-    federation: Federation
-    protection: Protection
+    plan: Plan
     root: SecretRoot
-    seed: int
-    sampling_rate: float
 
     def collect(self, round: Round, weights: NDArray[np.float32]) -> Aggregate:
         """See :meth:`privrec.run.loop.Transport.collect`."""
-        called = self._called(round)
-        session = ServerSession(
-            self.protection.terms(round, self.federation.layouts),
-            [member.prekeys.pop(0) for member in called],
-            self.registry.anchor,
-        )
+        called, federation = self._called(round), self.plan.federation
+        terms = self.plan.protection.terms(round, federation.layouts)
+        prekeys = [member.prekeys.pop(0) for member in called]
+        session = ServerSession(terms, prekeys, self.registry.anchor)
         session.publish(round.model_digests)
-        key = int(rng_for(self.seed, "samples", round.index).integers(2**63))
+        samples = rng_for(self.plan.scenario.run.seed, "samples", round.index)
         told: dict[str, dict[str, Any]] = {
             SHARES: {"model": list(round.model_digests)},
-            MASKED: {"weights": weights.tobytes(), "key": key},
+            MASKED: {"weights": weights.tobytes(), "key": int(samples.integers(2**63))},
         }
         for stage in EXCHANGES:
             self.registry.exchange(stage, session, **told.get(stage, {}))
             session.advance()
-        total = unmask(session.result, self.protection, self.federation)
+        total = unmask(session.result, self.plan.protection, federation)
         return Aggregate(total, len(called), None)
 
     def _called(self, round: Round) -> list[Member]:
         """The round's cohort: those who are sampled, train, and have prekeys left."""
-        registry, tiers = self.registry, self.federation.tiers
+        registry, scenario = self.registry, self.plan.scenario
         registry.greet_newcomers()
         members = sorted(registry.members.values(), key=lambda each: (each.number, each.name))
         if round.event.is_private:
             coins = self.root.stream("cohort", *round.context).uint64(len(members))
         else:
-            seeded = rng_for(self.seed, "cohort", round.index)
+            seeded = rng_for(scenario.run.seed, "cohort", round.index)
             coins = seeded.integers(0, 2**64, len(members), dtype=np.uint64)
-        chosen = [members[place] for place in cohort(coins, self.sampling_rate)]
+        chosen = [members[place] for place in cohort(coins, scenario.devices.sampling_rate)]
+        tiers = self.plan.federation.tiers
         called = [member for member in chosen if tiers[member.tier].weight > 0]
         registry.greet({member.node for member in called if not member.prekeys})
         refilled = (registry.members[member.name] for member in called)
@@ -95,7 +87,6 @@ def deploy(
     out: Path,
     items: int,
     anchor: Anchor | None = None,
-    observer: Observer | None = None,
     unsafe_noise_key: bytes | None = None,
     wait_s: float = 60.0,
     timeout_s: float = 600.0,
@@ -106,8 +97,7 @@ def deploy(
         items: size of the catalogue.
         anchor: whom the server takes for a device; anybody by default.
         unsafe_noise_key: a root that others know, for comparisons; the run protects nobody then.
-        wait_s: how long nodes are waited for.
-        timeout_s: how long an exchange may take.
+        wait_s: how long nodes are waited for; ``timeout_s``, how long an exchange may take.
 
     Raises:
         UsageError: when the scenario cannot be deployed.
@@ -117,8 +107,8 @@ def deploy(
     """
     population = population_of(scenario)
     plan = Plan.of(scenario, items, population)
-    prekeys, tiers = scenario.train.rounds + SPARE_PREKEYS, len(plan.federation.tiers)
-    agreed = {"plan": scenario.plan_hash(), "items": items}
+    prekeys = scenario.train.rounds + 8  # beyond one for each round: for more attempts
+    tiers, agreed = len(plan.federation.tiers), {"plan": scenario.plan_hash(), "items": items}
     registry = Registry(grid, anchor or Anyone(), prekeys, timeout_s, wait_s, tiers, agreed)
     if (out / "run.json").exists():
         identity = Identity.read(out)
@@ -136,17 +126,15 @@ def deploy(
     else:
         directory.refuse_taken(out)
         registry.register(population)
-        described = {"source": scenario.data.source, "items": items, "users": population}
         simulated = registry.simulated
-        identity = Identity.new(scenario, described, None, unsafe_noise_key, simulated=simulated)
+        data = {"source": scenario.data.source, "items": items, "users": population}
+        identity = Identity.new(scenario, data, None, unsafe_noise_key, simulated=simulated)
         with directory.beginning(out, plan, identity) as (folder, ledger):
             server = plan.server(identity.run_id)
             position = checkpoint.save(folder, identity, ledger, server)
-    root, rate = identity.root("server"), scenario.devices.sampling_rate
-    flower = Flower(registry, plan.federation, plan.protection, root, scenario.run.seed, rate)
+    flower = Flower(registry, plan, identity.root("server"))
     with ledger, EventLog(out / directory.EVENTS) as events:
-        observer = observer or Observer()
-        loop = Loop(out, plan, identity, server, flower, observer, ledger, events)
+        loop = Loop(out, plan, identity, server, flower, _Log(), ledger, events)
         return loop.run(position, resumed=bool(position.index or ledger.charges))
 
 
@@ -179,21 +167,21 @@ def server_app(folder: Path) -> ServerApp:
             items = int(config.get("items", 0)) or known_items(scenario)
             if not items:
                 raise UsageError("items is unset: say the size of the catalogue in the run-config")
-            result = deploy(
-                scenario, grid,
+            deploy(
+                scenario,
+                grid,
                 out=out,
                 items=items,
                 anchor=anchor_of(config),
-                observer=_Log(),
                 wait_s=float(config.get("wait-s", 60)),
                 timeout_s=float(config.get("timeout-s", 600)),
-            )  # fmt: skip
+            )
         except PrivrecError as error:
             log(ERROR, "privrec: %s", error)
             if isinstance(error, BudgetError):  # the run is finished as far as it came
                 _reported(out)
             raise
-        _reported(result.path)
+        _reported(out)
 
     return app
 
@@ -203,11 +191,8 @@ def _reported(directory: Path) -> None:
     try:
         write(build(directory), directory)
     except Exception as error:
-        log(
-            WARNING,
-            "privrec: the run is finished and is in %s; its report could not be written (%s: %s). "
-            "Write it by: privrec report %s",
-            directory, type(error).__name__, error, directory,
-        )  # fmt: skip
+        said = "privrec: the run is finished and is in %s; its report could not be written (%r). "
+        said += "Write it by: privrec report %s"
+        log(WARNING, said, directory, error, directory)
     else:
         log(INFO, "privrec: the run and its report are in %s", directory)

@@ -47,7 +47,7 @@ def collected(*changes: str) -> Any:
     scenario = Scenario.from_toml(TEXTS, changes)
     split = data.load_texts(scenario.data)
     columns = NextWords(scenario, split).columns
-    parts = assemble(scenario, split.train, "run", SecretRoot.known(b"d"), columns)
+    parts = assemble(scenario, split.train, "run", SecretRoot.known(b"d"), columns and columns.ask)
     parts.simulation.collect(parts.server.next_round(0), parts.server.weights)
     return split.train
 

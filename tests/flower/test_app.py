@@ -19,10 +19,9 @@ from memory_grid import Loopback, context_of
 
 from privrec.device import samples
 from privrec.errors import DataError, IntegrityError, ReleaseRefused, UsageError
-from privrec.flower import client_app as client_module
 from privrec.flower import server_app as server_module
 from privrec.flower.app import scenario_of
-from privrec.flower.client_app import client_app
+from privrec.flower.client_app import Node, client_app
 from privrec.flower.enrolment import Anyone, anchor_of, enroll
 from privrec.flower.exchange import (
     MASKED,
@@ -125,10 +124,10 @@ def known_nodes(grid: Loopback, key: bytes = b"k") -> Loopback:
     return grid
 
 
-def node_of(folder: Path, config: dict[str, Any]) -> client_module.Node:
+def node_of(folder: Path, config: dict[str, Any]) -> Node:
     context = context_of(10, config, {})
     with keys_of(context) as keys:
-        return client_module.node_of(folder, context, keys)
+        return Node(folder, context, keys)
 
 
 def tags(out: Path) -> list[tuple[Any, ...]]:
@@ -173,7 +172,8 @@ def test_a_node_that_is_lost_in_the_midst_of_a_round_drops_out(tmp_path: Path) -
 
 
 def test_two_nodes_lost_are_too_many_and_the_round_is_charged_all_the_same(tmp_path: Path) -> None:
-    folder = app_folder(tmp_path)
+    few = SCENARIO.replace("users = 40", "users = 20").replace("population = 40", "population = 20")
+    folder = app_folder(tmp_path, few)
     grid = grid_of(folder, lost=lambda node, kind: node >= 12 and kind == UNMASK)
     with pytest.raises(ReleaseRefused):
         deployed(folder, grid, tmp_path / "run")
@@ -429,12 +429,11 @@ def test_noise_is_that_of_the_attempt_whose_masks_cover_it(
     monkeypatch.setattr(server_module, "unmask", watched)
     registry = Registry(grid, Anyone(), 2, wait_s=0.2, tiers=2)
     registry.register(40)
-    root, protection = SecretRoot(bytes(32)), plan.protection
-    flower = server_module.Flower(registry, plan.federation, protection, root, 0, 1.0)
+    flower = server_module.Flower(registry, plan, SecretRoot(bytes(32)))
     one, two = (flower.collect(round, server.weights).total for round in rounds)
     assert min(map(len, opened)) > 10
     assert opened[0].isdisjoint(opened[1])
-    shares = protection.shares
+    shares = plan.protection.shares
     assert shares is not None
     kept = shares.share_variance(0) * shares.kept(0, 40)
     # All train alike in both attempts: what differs is the noise, and half a step of rounding.
@@ -477,8 +476,8 @@ def test_hash_functions_and_what_they_found_are_in_no_message_of_a_whole_run(
     def watched_choice(*arguments: Any, **words: Any) -> Any:
         chosen = choose(*arguments, **words)
         kinds = (np.int64, np.int32, np.uint16)
-        secrets.extend(chosen.items.astype(kind).tobytes() for kind in kinds)
-        secrets.append(msgpack.packb(chosen.items.tolist()))
+        secrets.extend(chosen.astype(kind).tobytes() for kind in kinds)
+        secrets.append(msgpack.packb(chosen.tolist()))
         return chosen
 
     for module in (hashing, select):

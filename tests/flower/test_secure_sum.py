@@ -305,7 +305,7 @@ def test_a_largest_number_of_examples_is_a_whole_number(most: Any) -> None:
 @pytest.mark.parametrize("nodes", [3, 1000, 200_000])
 @pytest.mark.parametrize("most", [1, 7, 10_000])
 def test_whatever_its_weight_says_a_node_stays_within_the_bound(nodes: int, most: int) -> None:
-    planned = plan.SumCohort(nodes).plan(SIZE, 1.0, max_examples=most)
+    planned = plan.plan_of(nodes, SIZE, 1.0, max_examples=most)
     assert nodes * planned.most_steps < 2**31
     assert 2 * nodes * planned.most_steps >= 2**31 or planned.most_steps > 2**29
     coins = SecretRoot.known(b"coins").stream("rounding")

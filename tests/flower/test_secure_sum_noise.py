@@ -17,9 +17,9 @@ from memory_grid import MemoryGrid, stage_of
 from sum_apps import app_of, delta, flat, grid_of, lenient, moved, one_round, strategy_of
 from sum_apps import model as two_arrays
 
-from privrec.errors import IntegrityError, UsageError
+from privrec.errors import BudgetError, IntegrityError, UsageError
 from privrec.flower.exchange import pack, unpack
-from privrec.flower.plan import SumCohort, SumPlan
+from privrec.flower.plan import SumPlan, plan_of
 from privrec.flower.secure_sum import SecureSum
 from privrec.privacy.events import epsilon
 from privrec.privacy.ledger import Ledger
@@ -47,6 +47,11 @@ def noisy(nodes: int, tmp_path: Path, **changes: Any) -> SecureSum:
     return strategy_of(nodes, **settings)
 
 
+def planned(size: int, noise_multiplier: float) -> SumPlan:
+    """What the strategy of :func:`noisy` plans for five nodes."""
+    return plan_of(5, size, 1.0, noise_multiplier, colluding_share=0.05, remove_excess=True)
+
+
 def gone(*nodes: int) -> Any:
     return lambda message: stage_of(message) == "masked" and message.metadata.dst_node_id in nodes
 
@@ -69,7 +74,7 @@ def test_the_noise_of_a_sum_is_what_was_accounted(
     grid = grid_of(9, app_of(lenient(), change=still), lost=gone(*dropped))
     strategy = noisy(9, tmp_path, colluding_share=0.1, remove_excess=remove_excess)
     arrays, _ = one_round(strategy, grid, wide())
-    plan = SumCohort(9, 0.1, remove_excess).plan(WIDE, 1.0, 1.0)
+    plan = plan_of(9, WIDE, 1.0, 1.0, colluding_share=0.1, remove_excess=remove_excess)
     assert (plan.least, plan.colluders) == (7, 1)
     survivors = 9 - len(dropped)
     kept = plan.least if remove_excess else survivors
@@ -101,19 +106,19 @@ def test_the_mean_under_noise_counts_every_node_as_one(tmp_path: Path) -> None:
 
 
 def test_a_plan_with_noise_sends_coefficients_alone() -> None:
-    plan = SumCohort(9).plan(WIDE, 1.0, 1.0)
+    plan = plan_of(9, WIDE, 1.0, 1.0)
     assert plan.length == WIDE
     assert plan.shares.variance == plan.encoding.squared_bound
-    assert SumCohort(9).plan(WIDE, 1.0).shares is None
+    assert plan_of(9, WIDE, 1.0).shares is None
     with pytest.raises(UsageError, match="without being accounted"):
-        SumCohort(9).plan(WIDE, 1.0, 1.0, max_examples=8)
+        plan_of(9, WIDE, 1.0, 1.0, max_examples=8)
     assert SumPlan.unpack(plan.pack()) == plan
 
 
 @pytest.mark.parametrize("nodes", [3, 9, 200, 5000])
 @pytest.mark.parametrize("noise_multiplier", [0.0, 0.5, 20.0])
 def test_no_sum_of_a_plan_wraps_around(nodes: int, noise_multiplier: float) -> None:
-    plan = SumCohort(nodes, 0.05).plan(10**6, 3.0, noise_multiplier)
+    plan = plan_of(nodes, 10**6, 3.0, noise_multiplier, colluding_share=0.05)
     deviation = noise_multiplier * plan.encoding.bound * 1.3
     assert nodes * plan.encoding.bound + 6 * deviation < 2**31
     assert plan.scale_bits == (13.0 if noise_multiplier else min(23.0, plan.scale_bits))
@@ -155,7 +160,7 @@ def test_epsilon_is_that_of_the_ledger_and_is_told_each_round(
     strategy, found = noisy(5, tmp_path, noise_multiplier=3.0), []
     result = strategy.start(grid_of(5), two_arrays(), num_rounds=3, timeout=5)
     found = [result.train_metrics_clientapp[round]["epsilon"] for round in (1, 2, 3)]
-    event = SumCohort(5, 0.05, True).plan(12, 1.0, 3.0).shares.event(1.0)
+    event = planned(12, 3.0).shares.event(1.0)
     assert found == [epsilon({event: n}, 1e-5, "server") for n in (1, 2, 3)]
     assert found == sorted(found)
     assert f"epsilon {found[-1]:g} at delta 1e-05 against the server" in caplog.text
@@ -169,9 +174,8 @@ def test_epsilon_sets_the_noise_and_is_never_exceeded(
     result = strategy.start(grid_of(5), two_arrays(), num_rounds=3, timeout=5)
     spent = result.train_metrics_clientapp[3]["epsilon"]
     assert 3.9 < spent <= 4.0
-    more = strategy.start(grid_of(5), result.arrays, num_rounds=1, timeout=5)
-    assert not more.train_metrics_clientapp
-    assert not more.arrays
+    with pytest.raises(BudgetError, match="no round released a sum .* it is not started"):
+        strategy.start(grid_of(5), result.arrays, num_rounds=1, timeout=5)
     assert "it is not started" in caplog.text
     assert len(read(tmp_path).charges) == 3
 
@@ -259,7 +263,7 @@ def test_a_server_cannot_lower_the_noise_behind_the_masks(tmp_path: Path) -> Non
             return message
         body, meta = unpack(message), message.metadata
         plan = SumPlan.unpack(body["plan"])
-        body["plan"] = SumCohort(5, 0.05, True).plan(plan.size, 1.0, 0.1).pack()
+        body["plan"] = planned(plan.size, 0.1).pack()
         return Message(pack(body), meta.dst_node_id, meta.message_type)
 
     grid = grid_of(5, tampered=tampered)

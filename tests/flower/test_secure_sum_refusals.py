@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
 
@@ -22,6 +23,7 @@ from sum_apps import (
     enrolled,
     expected,
     fedavg,
+    flat,
     grid_of,
     lenient,
     model,
@@ -30,11 +32,11 @@ from sum_apps import (
     strategy_of,
 )
 
-from privrec.errors import DataError, ReleaseRefused, UsageError
-from privrec.flower.enrolment import ROOT, certificates_of, enroll
+from privrec.errors import ReleaseRefused, UsageError
+from privrec.flower.enrolment import ROOT, enroll
 from privrec.flower.exchange import EXCHANGES, PREKEYS, RECORD, pack, unpack
 from privrec.flower.mod import SecureSumMod
-from privrec.flower.plan import SumCohort, SumPlan
+from privrec.flower.plan import SumPlan, plan_of
 
 STRICT = {"minimum": 2}
 
@@ -100,14 +102,16 @@ def test_an_enrolment_key_does_in_place_of_a_roster(tmp_path: Path) -> None:
 def test_a_certificate_of_another_identity_is_none(tmp_path: Path) -> None:
     for node in (1, 2):
         enroll(tmp_path / f"{node}", office=tmp_path / "office")
-    (tmp_path / "2/certificates").write_bytes((tmp_path / "1/certificates").read_bytes())
+    (tmp_path / "2/state").write_bytes((tmp_path / "1/state").read_bytes())  # before any use
     config = {"keys": str(tmp_path / "2"), "enrolment-key": str(tmp_path / "office.pub")}
     grid = grid_of(3, app_of(SecureSumMod(**STRICT)), configs=dict.fromkeys(range(1, 4), config))
     assert one_round(strategy_of(3), grid) == (None, None)
     assert all("is not enrolled" in reason for reason in reasons(grid).values())
-    (tmp_path / "2/certificates").write_text("0 12")
-    with pytest.raises(DataError, match="'0 12' is no user and certificate"):
-        certificates_of(tmp_path / "2")
+    (tmp_path / "2/state").write_bytes(msgpack.packb({0: {"certificate": b"12"}}))
+    grid = grid_of(3, app_of(SecureSumMod(**STRICT)), configs=dict.fromkeys(range(1, 4), config))
+    assert one_round(strategy_of(3), grid) == (None, None)
+    assert len(reasons(grid)) == 3
+    assert all(calls(context) == 0 for context in grid.contexts.values())
 
 
 def test_a_node_without_any_anchor_refuses_and_says_what_to_do() -> None:
@@ -225,6 +229,22 @@ def test_too_small_a_cohort_is_refused() -> None:
     assert one_round(strategy_of(5), grid) == (None, None)
 
 
+def test_a_run_without_one_sum_fails_and_says_what_nodes_insist_on() -> None:
+    arrays, strategy = model(), strategy_of(5)
+    before = flat(arrays)
+    says = (
+        r"no round released a sum .* 5 of 5 nodes refuse, node 1 since: .* 5 devices hold it, and "
+        r"the least that hides them among each other is set to 20; .* SecureSumMod\(minimum="
+    )
+    with pytest.raises(ReleaseRefused, match=says):
+        strategy.start(grid_of(5, app_of(SecureSumMod(trust_server=True))), arrays, timeout=5)
+    assert np.array_equal(flat(arrays), before)
+    # One sum among rounds without is a model; so is that of a run in which no round was asked for.
+    result = strategy.start(grid_of(5, app_of(lenient(rounds=1))), arrays, num_rounds=2, timeout=5)
+    assert same(result.arrays, expected(range(1, 6)))
+    assert strategy.start(grid_of(5), arrays, num_rounds=0, timeout=5).arrays == arrays
+
+
 def test_another_model_for_one_node_is_refused() -> None:
     def other(message: Message) -> Message:
         if stage_of(message) != "masked" or message.metadata.dst_node_id != 2:
@@ -281,12 +301,12 @@ def test_a_plan_other_than_that_of_the_call_is_refused(changes: dict[str, Any]) 
         (b"", "is none"),
         (b"[]", "is none"),
         (b"{}", "is none"),
-        (SumCohort(3).plan(5, 1.0).pack().replace(b'"size": 5', b'"size": 5.0'), "is none"),
-        (SumCohort(3).plan(5, 1.0).pack().replace(b'"size": 5', b'"size": 0'), "is none"),
-        (SumCohort(3).plan(5, 1.0).pack().replace(b" ", b""), "another spelling"),
-        (SumCohort(3).plan(5, 1.0).pack()[:-1] + b', "more": 1}', "another spelling"),
+        (plan_of(3, 5, 1.0).pack().replace(b'"size": 5', b'"size": 5.0'), "is none"),
+        (plan_of(3, 5, 1.0).pack().replace(b'"size": 5', b'"size": 0'), "is none"),
+        (plan_of(3, 5, 1.0).pack().replace(b" ", b""), "another spelling"),
+        (plan_of(3, 5, 1.0).pack()[:-1] + b', "more": 1}', "another spelling"),
         (
-            SumCohort(3).plan(5, 1.0).pack().replace(b'"clip_norm": 1.0', b'"clip_norm": NaN'),
+            plan_of(3, 5, 1.0).pack().replace(b'"clip_norm": 1.0', b'"clip_norm": NaN'),
             "none",
         ),
     ],
