@@ -127,14 +127,21 @@ def run(
     _finish(result, as_json)
 
 
-@main.command(epilog=console.example("privrec resume runs/quickstart-1"))
+@main.command(epilog=console.example("privrec resume runs/quickstart-1 --workers 4"))
 @console.run_dir
 @console.data_option
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 256),
+    metavar="N",
+    help="Processes that train devices, as run.workers; any number gives the same bits.",
+)
 @track_options
 @console.json_option
 def resume(
     directory: Path,
     data_dir: Path | None,
+    workers: int | None,
     tensorboard: Path | None,
     mlflow: str | None,
     as_json: bool,
@@ -146,7 +153,7 @@ def resume(
     from privrec.scenario.load import load
 
     with _watched(directory, tensorboard, mlflow) as observer:
-        result = lifecycle.resume(directory, data_dir=data_dir, observer=observer)
+        result = lifecycle.resume(directory, data_dir=data_dir, observer=observer, workers=workers)
         described = load(directory / "scenario.toml")
         result = lifecycle.with_rows(result, described, data_dir=data_dir, observer=observer)
     _finish(result, as_json)

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from privrec.device.device import MANY, Deferred, Draws, Learner, Settings, Trained
+from privrec.device.device import ALL, MANY, Deferred, Draws, Learner, Settings, Trained
 from privrec.device.examples import ExampleNoise, ExampleSteps
 from privrec.device.samples import (
     EACH,
@@ -129,15 +129,18 @@ class RecommenderLearner(Learner):
         update = RawUpdate(local.change(user.numpy()), local.address)
         return Trained(update, kept, losses.numpy())
 
-    def serve(self, weights: FloatArray, data: Histories, draws: Draws) -> FloatArray:
+    def serve(
+        self, weights: FloatArray, data: Histories, draws: Draws, some: slice = ALL
+    ) -> FloatArray:
         """Private states fitted from nothing to fixed items, shape ``(m, state_dim)``.
 
         It is how recommendations are made, for users seen in training and for others alike.
-        ``weights`` are the shared vector in memory form.
+        ``weights`` are the shared vector in memory form. Those of ``some`` of the batches are
+        fitted; the others stay zeros.
         """
         model = LocalModel(self.view, weights, resident=len(data.users) >= MANY)
         fitted = np.zeros((len(data.users), self.state_dim), np.float32)
-        for places in self.serving.batches(data.lengths):
+        for places in list(self.serving.batches(data.lengths))[some]:
             nothing = torch.zeros(len(places), self.state_dim)
             _, user = self.serving._fitted(model, data.select(places), nothing, draws)
             fitted[places] = user.numpy()

@@ -25,6 +25,7 @@ from privrec.models.ncf import NCF
 from privrec.models.words import NextWord, WordBag
 from privrec.randomness import SecretRoot, rng_for
 from privrec.scenario.load import Run
+from privrec.workers import forked
 
 FloatArray = NDArray[np.float32]
 Int64Array = NDArray[np.int64]
@@ -104,7 +105,14 @@ class Evaluator:
         known = SecretRoot.known(b"evaluation")
         draws = Draws(key, lambda user: known.stream("lsh", "evaluation", seed, user))
         states = np.zeros((train.n_users, learner.state_dim), np.float32)
-        states[cohort.users] = learner.serve(view, cohort.data, draws)
+        workers = self.run.workers
+        # Each worker fits some of the batches, and leaves the other states zeros.
+        states[cohort.users] = sum(
+            forked(
+                workers,
+                lambda n: learner.serve(view, cohort.data, draws, slice(n, None, workers)),
+            )
+        )
         scores = scores_with(LocalModel(learner.view, view), states, train.n_items)
         return self._evaluated(scores, protocols, cohort.users)
 
@@ -114,7 +122,10 @@ class Evaluator:
         split, cuts, seed = self.split, self.run.top_k, self.run.seed
         if not split.heldout.counts[users].any():
             return Evaluation.nobody()
-        return metrics.evaluate(scores, split, k=cuts, protocols=protocols, seed=seed, users=users)
+        workers = self.run.workers
+        return metrics.evaluate(
+            scores, split, k=cuts, protocols=protocols, seed=seed, users=users, workers=workers
+        )
 
 
 # ------------------------------------------------------------------ next words and labels

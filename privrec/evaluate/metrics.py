@@ -25,6 +25,7 @@ from scipy.sparse.linalg import svds
 from privrec.data.interactions import Interactions, ItemLists, Split
 from privrec.errors import DataError, UsageError
 from privrec.randomness import rng_for
+from privrec.workers import forked, in_turn
 
 Float32Array = NDArray[np.float32]
 Float64Array = NDArray[np.float64]
@@ -108,6 +109,7 @@ def evaluate(
     protocols: Protocols = ("sampled", "full"),
     chunk: int = 512,
     users: NDArray[np.integer] | None = None,
+    workers: int = 1,
 ) -> Evaluation:
     """Measure a recommender on what a split holds out.
 
@@ -122,20 +124,25 @@ def evaluate(
         k: lengths of the list.
         chunk: users scored at a time, at most; fewer where the catalogue is large.
         users: positions, or None for all; those without held-out items are skipped.
+        workers: processes that score them, for the same figures.
 
     Raises:
         DataError: when none of the users holds out an item.
     """
-    measured, found = holding_out(split.heldout, users), []
+    measured = holding_out(split.heldout, users)
     sampled = _Candidates(split, seed) if "sampled" in protocols and split.heldout.single else None
     step = max(1, min(chunk, _CELLS // split.train.n_items))
-    for at in range(0, measured.size, step):
+
+    def measure(at: int) -> dict[str, Float64Array]:
         part, values = measured[at : at + step], dict[str, Float64Array]()
         if sampled is not None:
             values |= _sampled(scores, sampled, part, k)
         if "full" in protocols:
             values |= _full(scores, split, part, k)
-        found.append(values)
+        return values
+
+    starts = range(0, measured.size, step)
+    found = in_turn(forked(workers, lambda n: [measure(at) for at in starts[n::workers]]))
     together = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
     return Evaluation(measured, together)
 

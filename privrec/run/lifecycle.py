@@ -78,12 +78,15 @@ def start(
         return loop.run(position)
 
 
-def resume(out: Path, *, data_dir: Path | None = None, observer: Observer) -> Result:
+def resume(
+    out: Path, *, data_dir: Path | None = None, observer: Observer, workers: int | None = None
+) -> Result:
     """Go on with a run from its last checkpoint, or give the result of a finished one.
 
     With the noise root the run repeats its bits: rounds that were charged and lost are made again
     at no cost. Without it, or where a repeated round would release anything else, a new attempt is
-    charged and gets fresh noise.
+    charged and gets fresh noise. ``workers`` are as many processes as this machine gives it,
+    unless as many as the scenario says.
 
     Raises:
         UsageError: when ``out`` is no run directory, or the key that signs its ledger is gone.
@@ -91,6 +94,9 @@ def resume(out: Path, *, data_dir: Path | None = None, observer: Observer) -> Re
     """
     identity = Identity.read(out)
     scenario = load(out / directory.SCENARIO)
+    if workers is not None:
+        run = scenario.run.model_copy(update={"workers": workers})
+        scenario = scenario.model_copy(update={"run": run})
     # What cannot go on is refused before a fresh root is drawn for it.
     if (payload := directory.read_result(out, identity, scenario)) is not None:
         return Result(out, payload)

@@ -33,6 +33,7 @@ from privrec.run.directory import Identity
 from privrec.run.plan import Plan
 from privrec.run.record import EventLog, Observer, Record, Result, RunInfo, adversary_text
 from privrec.server.server import Release, Server
+from privrec.workers import cpu_s
 
 T = TypeVar("T")
 
@@ -197,7 +198,7 @@ class Loop:
 
         Where it ends without a sum, or differs from what was committed, another attempt is charged.
         """
-        began, cpu = time.perf_counter(), time.process_time()
+        began, cpu = time.perf_counter(), cpu_s()
         server, ledger = self.server, self.ledger
         attempt = max(0, ledger.attempts(server.index) - 1)
         release: Release | None = None
@@ -221,7 +222,7 @@ class Loop:
             if release is None:
                 attempt = ledger.attempts(server.index)
         server.apply(release)
-        self.cpu_s += time.process_time() - cpu
+        self.cpu_s += cpu_s() - cpu
         hides = server.plan.event.hides_cohorts
         metrics = self.attempt(f"accuracy after round {server.index}", self.accuracy)
         record = Record(
@@ -234,7 +235,7 @@ class Loop:
             metrics=metrics,
             cohort=aggregate.cohort,
             wall_s=0.0 if hides else time.perf_counter() - began,
-            cpu_s=0.0 if hides else time.process_time() - cpu,
+            cpu_s=0.0 if hides else cpu_s() - cpu,
         )
         self.events.round(record)
         self.observer.round(record)

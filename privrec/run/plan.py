@@ -161,6 +161,7 @@ class Plan:
             dropout_rate=scenario.devices.dropout_rate,
             engine=scenario.run.engine,
             secure_sum=scenario.run.secure_sum,
+            workers=scenario.run.workers,
         )
 
     def header(self, standing: PopulationBalance) -> dict[str, Any]:

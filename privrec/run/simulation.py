@@ -9,31 +9,31 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.device.device import Cohort, Deferred, Device, Draws
+from privrec.device.device import ALL, Cohort, Deferred, Device, Draws
 from privrec.device.tier import Federation, LocalModel, Tier
 from privrec.device.update import Aggregate, BoundedUpdate, Protection, Round, digest
 from privrec.errors import ReleaseRefused
 from privrec.models.layout import from_wire
 from privrec.privacy.mechanism import Shares, noise_seeds
 from privrec.randomness import SecretRoot, rng_for
-from privrec.run.workers import forked
 from privrec.secagg.client import ClientSession, Policy
 from privrec.secagg.keys import DeviceKey, PrekeyBook
 from privrec.secagg.messages import Stage
 from privrec.secagg.roster import ListedDevices
 from privrec.secagg.server import SecureSum, ServerSession
 from privrec.secagg.sharing import Graph
+from privrec.workers import forked
 
 FloatArray = NDArray[np.float32]
 Integers = NDArray[np.int64]
 Rows = list[NDArray[np.int64]]
 Answers = tuple[NDArray[np.int64], BoundedUpdate, FloatArray]
-ALL = slice(None)
 _EXCHANGES = (Stage.SHARES, Stage.MASKED, Stage.CONFIRM, Stage.UNMASK)
 
 # --------------------------------------------------------------------------- sums
@@ -117,19 +117,20 @@ class Plain(Summing):
     def add(self, tier: Tier, users: NDArray[np.int64], update: BoundedUpdate) -> None:
         update.add_to(self._sum, self.federation.layout)
 
-    def partial(self, number: int, workers: int) -> Integers:
-        """What was added here, with the noise of every ``workers``-th survivor from ``number`` on."""
+    def part(self, number: int, workers: int) -> Integers:
+        """What was added here, and the noise of every n-th survivor from the ``number``-th on."""
         if self.protection.shares is None:
             return self._sum
         noise = self._noise(self.protection.shares, slice(number, None, workers))
-        return self._sum + from_wire(noise, self.federation.layouts)
+        self._sum += from_wire(noise, self.federation.layouts)
+        return self._sum
 
-    def gather(self, partial: Sequence[Integers]) -> None:
+    def gather(self, parts: Sequence[Integers]) -> None:
         """Put together what all workers had; with that the noise of all survivors is in."""
-        self._sum, self._has_noise = np.add.reduce(partial), True
+        self._sum, self._has_noise = np.sum(parts, axis=0), True
 
     def total(self) -> Integers:
-        whole = self._sum if self._has_noise else self.partial(0, 1)
+        whole = self._sum if self._has_noise else self.part(0, 1)
         ring = self.protection.ring
         return ring.leave(ring.enter(whole))
 
@@ -234,11 +235,12 @@ SUMMING: Mapping[str, type[Summing]] = {"exact": Plain, "full": Secure}
 class Share:
     """What one of the workers did in a round.
 
+    ``sum`` is of its updates and its part of the noise, empty where the protocol adds them;
     ``states`` are rows of each tier's cohort with their new private states, ``losses`` sums by tier
     and batch.
     """
 
-    sum: Integers | None
+    sum: Integers
     states: list[tuple[NDArray[np.int64], FloatArray]]
     losses: dict[tuple[int, int], float]
     deferred: Deferred
@@ -347,8 +349,10 @@ class Simulation:
             own = np.concatenate(trained)
             states.append((own, held.states[own]))
         deferred, self.deferred = self.deferred, before
-        total = summing.partial(number, workers) if isinstance(summing, Plain) else None
-        return Share(total, states, losses, deferred)
+        part = (
+            summing.part(number, workers) if isinstance(summing, Plain) else np.zeros(0, np.int64)
+        )
+        return Share(part, states, losses, deferred)
 
     def sample(self, round: Round) -> NDArray[np.int64]:
         """Sample the round's cohort, as sorted user indices.

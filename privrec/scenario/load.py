@@ -158,8 +158,9 @@ class Scenario(Heading):
         return _digest(planned)
 
     def hash(self) -> str:
-        """SHA-256, in hex, of everything but ``title`` and ``description``."""
-        return _digest(self.model_dump(exclude={"title", "description"}))
+        """SHA-256, in hex, of everything but words and what only the machine decides."""
+        own = self.model_dump(exclude={"title": True, "description": True, "run": {"workers"}})
+        return _digest(own)
 
     def plan_hash(self) -> str:
         """SHA-256, in hex, of what devices agree to: all that decides what they compute.

@@ -235,6 +235,8 @@ class Run(Section):
     """Rounds between checkpoints."""
     engine: Literal["cohort", "device"] = "cohort"
     """Many devices as one batch, or one device at a time."""
+    workers: int = setting(1, "[1, 256] processes")
+    """Processes that train and measure devices; any number gives the same bits."""
     secure_sum: Literal["exact", "full"] = "exact"
     """`full` runs the secure aggregation of every round; `exact` adds the same integers without
     masks, for the same sum.

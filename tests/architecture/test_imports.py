@@ -17,7 +17,7 @@ PACKAGE = ROOT / "privrec"
 # The rooms, lowest first. A room imports rooms on lower floors only, never its neighbours; within
 # the lowest floor, the root's own modules import one another in the order they have here.
 FLOORS = (
-    ("errors", "storage", "randomness"),
+    ("errors", "storage", "randomness", "workers"),
     ("embedding", "privacy", "scenario", "secagg"),
     ("data", "search"),
     ("models", "optim"),

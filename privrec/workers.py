@@ -1,7 +1,8 @@
 """A simulation's work in several processes of one machine, for the same bits as in one.
 
-Sums are of integers, so their order is free, and what is trained as one batch stays one batch. So
-each process takes every n-th batch, and what it gives back is put together by number.
+Sums are of integers, so their order is free, and what is trained as one batch stays one batch: each
+process takes every n-th batch, and what it gives back is put together by number. A copied process
+repeats no draw either: every stream of randomness is keyed by what it is for, and opened where used.
 """
 
 from __future__ import annotations
@@ -9,11 +10,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
-
-import torch
 
 from privrec.errors import PrivrecError, UsageError
 
@@ -51,6 +51,11 @@ def forked(workers: int, share: Callable[[int], T]) -> list[T]:
             process.join()
 
 
+def in_turn(parts: Sequence[Sequence[T]]) -> list[T]:
+    """Put together what ``parts[k]`` has of every n-th of all, from the k-th on."""
+    return [each for row in zip_longest(*parts) for each in row if each is not None]
+
+
 def cpu_s() -> float:
     """CPU seconds of this process and of the workers that have ended."""
     return sum(os.times()[:4])
@@ -59,12 +64,10 @@ def cpu_s() -> float:
 def _work(share: Callable[[int], Any], number: int, theirs: Connection) -> None:
     # Ctrl-C goes to every process of the terminal; a round is ended by the one that began it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
     try:
-        answer = share(number), None
+        theirs.send((share(number), None))
     except Exception as error:
-        answer = None, error
-    theirs.send(answer)
+        theirs.send((None, error))
 
 
 def _answer(process: Any, ours: Connection) -> Any:
