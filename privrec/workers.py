@@ -2,7 +2,7 @@
 
 Sums are of integers, so their order is free, and what is trained as one batch stays one batch: each
 process takes every n-th batch, and what it gives back is put together by number. A copied process
-repeats no draw either: every stream of randomness is keyed by what it is for, and opened where used.
+repeats no draw either: every stream of randomness is keyed by its purpose and opened where used.
 """
 
 from __future__ import annotations

@@ -200,18 +200,13 @@ class Cohort(Generic[L]):
         """Whose devices they are, ascending."""
         return self.data.users
 
-    def train(
-        self, weights: FloatArray, rows: Items, draws: Draws, some: slice = ALL
-    ) -> Iterator[tuple[Items, Trained]]:
-        """One round's local training of some rows, a batch at a time; states are left unchanged.
+    def model(self, weights: FloatArray) -> LocalModel[Any]:
+        """What all of them are sent; ``weights`` are the tier's vector in memory form."""
+        return LocalModel(self.learner.view, weights, resident=len(self.states) >= MANY)
 
-        ``weights`` are the tier's vector in memory form; ``some`` of the batches are trained.
-        """
-        model = LocalModel(self.learner.view, weights, resident=len(self.states) >= MANY)
-        for places in list(self.learner.batches(self.data.lengths[rows]))[some]:
-            batch = rows[places]
-            data = self.data.select(batch)
-            yield batch, self.learner.train(model, data, self.states[batch], draws)
+    def batches(self, rows: Items) -> list[Items]:
+        """Some rows, in parts that train together."""
+        return [rows[places] for places in self.learner.batches(self.data.lengths[rows])]
 
 
 @dataclass

@@ -313,7 +313,8 @@ class Simulation:
         summing = made(round, self.federation, self.protection, cohort, self.enrolled)
         left = self.rows(np.array([p.user for p in cohort if p.survives], np.int64))
         workers = self.workers if isinstance(summing, Plain) else 1
-        shares = forked(workers, partial(self._share, round, weights, left, summing, workers))
+        train = partial(self._share, round, weights, left, summing, workers)
+        shares = [train(0)] if workers == 1 else forked(workers, train)
         losses: dict[tuple[int, int], float] = {}
         for share in shares:
             for held, (mine, states) in zip(self.cohorts, share.states, strict=True):
@@ -417,9 +418,12 @@ class Simulation:
         if self.engine == "device":
             yield from self._one_by_one(round, view, tier, rows[some], key)
             return
-        for batch, trained in cohort.train(view, rows, Draws.of(self.root, round, key), some):
+        model, draws = cohort.model(view), Draws.of(self.root, round, key)
+        for batch in cohort.batches(rows)[some]:
+            data, states = cohort.data.select(batch), cohort.states[batch]
+            trained = cohort.learner.train(model, data, states, draws)
             self.deferred += trained.deferred
-            before, users = digest(cohort.states[batch]), cohort.users[batch]
+            before, users = digest(states), cohort.users[batch]
             coins = self.root.stream("rounding", *round.context, users.tobytes(), before)
             cohort.states[batch] = trained.states
             update, held = tier.lift(trained.update), self.federation.layouts_of(tier)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from on_devices import trained_rows
 
 from privrec.device.device import Cohort, Device, Draws, Settings, Trained
 from privrec.device.recommender import RecommenderLearner
@@ -119,7 +120,7 @@ class Lab:
     def together(self) -> dict[int, tuple[np.ndarray, Any, Any]]:
         """By user: the whole update vector, the new state and the loss, as the cohort has them."""
         found = {}
-        for batch, trained in self.cohort.train(self.weights, self.users, Draws(self.key)):
+        for batch, trained in trained_rows(self.cohort, self.weights, self.users, Draws(self.key)):
             for row, user in enumerate(batch):
                 vector = vector_of(trained.update, row)
                 found[int(user)] = vector, trained.states[row], trained.losses[row]

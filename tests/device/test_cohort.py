@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from on_devices import trained_rows
 
 from privrec.device.device import TOLERANCE, Draws
 from privrec.device.recommender import SAMPLES_IN_BATCH
@@ -143,7 +144,7 @@ def test_a_broken_device_breaks_no_other(lab, kind, bad) -> None:
 def test_training_changes_neither_weights_nor_states(lab) -> None:
     here = lab("neumf", 8.0, local_steps=2)
     weights, cohort = here.weights.copy(), here.cohort
-    for _ in cohort.train(here.weights, here.users, Draws(here.key)):
+    for _ in trained_rows(cohort, here.weights, here.users, Draws(here.key)):
         pass
     assert np.array_equal(here.weights, weights)
     assert np.array_equal(cohort.states, here.states)
@@ -165,7 +166,7 @@ def test_batches_hold_every_user_once_within_the_cache(lab) -> None:
 
 def test_a_cohort_of_nobody_has_no_batches(lab) -> None:
     here = lab()
-    assert list(here.cohort.train(here.weights, np.zeros(0, np.int64), Draws(1))) == []
+    assert list(trained_rows(here.cohort, here.weights, np.zeros(0, np.int64), Draws(1))) == []
 
 
 def test_serving_in_a_cohort_is_serving_alone(lab) -> None:

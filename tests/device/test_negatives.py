@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from on_devices import trained_rows
 
 from privrec.device import device as device_module
 from privrec.device import recommender as recommender_module
@@ -153,7 +154,9 @@ def test_cohort_and_one_device_agree(
     monkeypatch.setattr(device_module, "MANY", 1)
     here = lab(item_bias=biased, selector=selector, **LARGE)
     together, draws = {}, Draws(here.key, functions)
-    for batch, trained in here.cohort.train(here.weights, np.arange(len(here.users)), draws):
+    for batch, trained in trained_rows(
+        here.cohort, here.weights, np.arange(len(here.users)), draws
+    ):
         for row, user in enumerate(batch):
             together[int(user)] = vector(trained.update, row)
     for user in here.users:
@@ -184,7 +187,7 @@ def test_a_single_device_never_holds_the_table(
 
     monkeypatch.setattr(LocalModel, "search", noted)
     here.device(3).train(here.model, Draws(here.key, functions))
-    list(here.cohort.train(here.weights, here.users, Draws(here.key, functions)))
+    list(trained_rows(here.cohort, here.weights, here.users, Draws(here.key, functions)))
     # Nor do a few devices together.
     assert all(np.shares_memory(search.items.memory, here.weights) for search in used)
 

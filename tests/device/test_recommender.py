@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from on_devices import trained_rows
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
@@ -266,7 +267,7 @@ def test_a_gram_matrix_of_items_is_computed_once_for_all_devices(lab, vector, mo
         return item_gram(table, memory)
 
     monkeypatch.setattr("privrec.device.tier.item_gram", once)
-    list(here.cohort.train(here.weights, here.users, Draws(here.key)))
+    list(trained_rows(here.cohort, here.weights, here.users, Draws(here.key)))
     assert len(counted) == 1
     model, double = here.model, here.model
     double.__dict__["gram"] = 2 * model.gram

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from on_devices import bounded, lift
+from on_devices import bounded, lift, trained_rows
 
 from privrec.device.device import TOLERANCE, Cohort, Device, Draws, Trained
 from privrec.device.samples import Histories
@@ -64,7 +64,7 @@ def trained(here: Any, weights: np.ndarray) -> Iterator[tuple[Tier, np.ndarray, 
     """Each tier, its memory, and what its own batches of devices make of a round."""
     for tier, cohort in zip(here.tiers, here.parts.simulation.cohorts, strict=True):
         view = tier.view(here.federation.prefix(weights, tier))
-        for _, result in cohort.train(view, np.arange(len(cohort.states)), Draws(KEY)):
+        for _, result in trained_rows(cohort, view, np.arange(len(cohort.states)), Draws(KEY)):
             yield tier, view, result
 
 
@@ -332,7 +332,7 @@ def test_a_device_alone_agrees_with_the_cohort_of_its_tier(mixed, vector, system
     weights, seen = here.weights(), 0
     for tier, cohort in zip(here.tiers, here.parts.simulation.cohorts, strict=True):
         view = tier.view(here.federation.prefix(weights, tier))
-        for rows, result in cohort.train(view, np.arange(len(cohort.states)), Draws(KEY)):
+        for rows, result in trained_rows(cohort, view, np.arange(len(cohort.states)), Draws(KEY)):
             for place, row in enumerate(rows):
                 user = int(cohort.users[row])
                 alone = device_of(here, user, tier.index).train(model_of(tier, view), Draws(KEY))

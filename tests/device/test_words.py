@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from on_devices import bounded
+from on_devices import bounded, trained_rows
 from torch.nn.functional import cross_entropy
 
 from privrec.device.device import Cohort, Draws, Settings, Trained
@@ -180,14 +180,14 @@ def test_selection_needs_secret_functions_of_the_devices_own() -> None:
     writers = Cohort.of(of, Histories.alone(4, TEXT))
     weights = start(of)
     with pytest.raises(UsageError, match="secret"):
-        list(writers.train(weights, np.array([0]), Draws(0)))
+        list(trained_rows(writers, weights, np.array([0]), Draws(0)))
     asked = []
 
     def functions(user: int) -> SecureStream:
         asked.append(user)
         return _stream()
 
-    ((rows, result),) = writers.train(weights, np.array([0]), Draws(0, functions))
+    ((rows, result),) = trained_rows(writers, weights, np.array([0]), Draws(0, functions))
     assert asked == [4]
     assert rows.tolist() == [0]
     assert result.states.shape == (1, 1)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 
+from privrec.device.device import Cohort, Draws, Trained
 from privrec.device.update import BoundedUpdate, Protection, RawUpdate, Round
 from privrec.embedding.nested import Nested
 from privrec.privacy.events import RoundEvent
@@ -34,3 +38,13 @@ def bounded(
     """An update bounded for a ring that needs no rotation."""
     round = Round("run", 0, 0, RoundEvent("none", 0.0, 1.0), "plan", ())
     return update.bound(Protection(encoding), round, (update.address.layout,), coins, weight)
+
+
+def trained_rows(
+    cohort: Cohort[Any], weights: np.ndarray, rows: np.ndarray, draws: Draws
+) -> Iterator[tuple[np.ndarray, Trained]]:
+    """One round's local training of some rows, a batch at a time; states are left unchanged."""
+    model = cohort.model(weights)
+    for batch in cohort.batches(rows):
+        data, states = cohort.data.select(batch), cohort.states[batch]
+        yield batch, cohort.learner.train(model, data, states, draws)
