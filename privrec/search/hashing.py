@@ -3,11 +3,6 @@
 A device draws its functions, and how many of them it uses, from its own secret stream: nothing of
 them is ever sent, and no two devices share one. ``simhash``, ``pghash`` and ``block_sign`` are
 signs of Gaussian projections, ``sign(<a, x>)``, that differ in how ``a`` is made.
-
-:func:`serial` never holds a table: the queries' codes are known first, so as codes of the items
-come out of a pass over the memory, each is looked up in a bitmap of wanted codes and forgotten. A
-few tables share a pass, since gathering the items is the larger part of one table's work.
-
 Sources: Charikar, "Similarity estimation techniques from rounding algorithms" (STOC 2002);
 Rabbani, Bornstein & Huang, "Large-scale distributed learning via private on-device LSH"
 (NeurIPS 2023).
@@ -61,7 +56,7 @@ class Shape:
 
 
 def own_shape(items: int, budget: int, stream: SecureStream, block: int) -> Shape:
-    """Draw the shape that one device chooses for itself, from its own stream.
+    """Draw the shape that one device chooses for itself.
 
     A table's bucket should hold about as many items as the budget has for a table; the device then
     moves one bit up or down, so that not even the shape is known to others.
@@ -163,13 +158,12 @@ class Signs:
 def serial(
     items: ItemMemory, queries: FloatArray, family: Family, shape: Shape, stream: SecureStream
 ) -> Iterator[Items]:
-    """Yield the items that share a bucket with one of the queries, table after table.
+    """Yield, table after table, the items that share a bucket with a query in none before it.
 
-    Whoever takes from this generator stops when it has enough: tables of later passes are never
-    drawn. Items are centred before they are hashed, which changes no ranking of theirs.
-
-    Yields:
-        For each table the items, ascending, that no earlier table has found.
+    They are ascending, and centred before they are hashed, which changes no ranking of theirs.
+    Tables of later passes are never drawn when enough was taken, and none is ever held: the
+    queries' codes are known first, so the items' are looked up in a bitmap of wanted codes and
+    forgotten. A few tables share a pass, since gathering the items is most of one table's work.
     """
     seen = np.zeros(items.items, np.bool_)
     found = np.empty((min(_TABLES_A_PASS, shape.tables), items.items), np.bool_)

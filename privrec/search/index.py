@@ -52,12 +52,10 @@ class Index(Protocol):
 
 @dataclass(frozen=True)
 class Rebuild:
-    """When an index is made anew.
+    """When an index is made anew: after ``every`` so many steps, or when codes have changed.
 
-    Attributes:
-        every: steps between rebuilds, at least 1; None, never by count.
-        changed: share of codes in (0, 1) beyond which it is rebuilt; None, codes are not looked at.
-        check: steps between two looks at the codes of a sample, at least 1.
+    Each ``check`` steps the codes of a sample are looked at; it is rebuilt beyond the share
+    ``changed`` of them, in (0, 1). None rules either out.
     """
 
     every: int | None = None
@@ -198,11 +196,9 @@ class Sketch(Index):
     A server makes one of its public item table, and every device gets the same; nothing about a
     device goes back.
 
-    Attributes:
-        codes: int8 of shape ``(n, rank)``.
-        basis: what a query is multiplied with, shape ``(dim, rank)``; it carries the codes' scales.
-        recall: how much of the exact best items it finds, as its maker measured on public queries.
-        centre: what was taken from the rows.
+    Codes are ``(n, rank)``. A query is multiplied with the ``basis`` ``(dim, rank)``, which carries
+    the codes' scales. ``recall`` is how much of the exact best items it finds, as its maker
+    measured on public queries; ``centre`` was taken from the rows.
     """
 
     codes: NDArray[np.int8]
@@ -212,9 +208,9 @@ class Sketch(Index):
 
     @classmethod
     def of(cls, items: ItemMemory, rank: int = RANK, probes: FloatArray | None = None) -> Sketch:
-        """Sketch a catalogue, in two passes: its covariance, then its codes.
+        """Sketch a catalogue: its covariance, then its codes.
 
-        Its recall is measured on public queries of shape ``(q, dim)``, by default on its own rows.
+        Its recall is measured on public queries ``(q, dim)``, by default on its own rows.
         """
         rank = min(rank, items.dim)
         covariance = np.zeros((items.dim, items.dim))
@@ -350,6 +346,5 @@ INDEXES: dict[str, Callable[[ItemMemory, Shape, SecureStream], Index]] = {
     "cells": lambda items, _, stream: Cells.of(items, stream),
     **{family: partial(Tables.of, family) for family in FAMILIES},
 }
-"""What makes an index of a layer as it is now, by name: of the layer, the shape of tables (of no
-effect on other kinds), and the stream of hash functions or first cells. It raises a
-:class:`~privrec.errors.UsageError` for a shape that the kind cannot have."""
+"""What makes an index of a layer as it is now, of the shape of tables (of no effect on other
+kinds) and the stream of hash functions or first cells."""
