@@ -38,8 +38,7 @@ FOLD = 32  # length to which ``pghash`` folds a vector
 class Shape:
     """How many functions: a code has ``bits`` of them, and there are ``tables`` codes.
 
-    ``pghash`` folds a vector to the length ``fold``, and ``block_sign`` has blocks of ``block``. A
-    value out of its range is refused.
+    ``pghash`` folds a vector to the length ``fold``, and ``block_sign`` has blocks of ``block``.
     """
 
     bits: int
@@ -186,10 +185,7 @@ def serial(
 
 @dataclass(frozen=True)
 class Buckets:
-    """One table as lists, for many queries that each want their own.
-
-    ``order`` lists the items code by code, ascending within one, up to its entry in ``ends``.
-    """
+    """One table as lists: ``order`` has the items code by code, ascending, up to its ``ends``."""
 
     order: NDArray[np.int32]
     ends: Items
