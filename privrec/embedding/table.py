@@ -83,8 +83,7 @@ class Table(ABC):
     def locate_doubled(self, items: NDArray[np.integer]) -> NDArray[np.int64]:
         """Places in the memory followed by its negative: slots, plus ``slots`` where negative."""
         slots, signs = self.locate(items)
-        doubled: NDArray[np.int64] = slots + (signs < 0) * np.int64(self.slots)
-        return doubled
+        return np.asarray(slots + (signs < 0) * np.int64(self.slots))
 
     @cached_property
     def load(self) -> FloatArray:

@@ -90,26 +90,22 @@ class SparseClassifier:
     """Learns labels of texts, few or hundreds of thousands of them.
 
     It can be copied, pickled and cloned, and is kept in a file by :meth:`save`. Labels are strings
-    or numbers, all of one type, and are predicted as they came.
+    or numbers, all of one type, and are predicted as they came. Values out of their range are
+    refused.
 
     Args:
         text: column of the text, or several columns of a table; ``label`` is that of the label.
         between: what separates several labels in a cell, such as ``"|"``; None, there is one.
-        dim: length of the hidden vector.
         share: active neurons of the output in a batch, in (0, 1]; None, all up to 4,096 labels and
             1 % (or what a batch needs) beyond.
         selector: who finds the neurons that compete with the labels; see
             :class:`privrec.models.sparse_output.SparseOutput`.
         features: size of the hashed vocabulary.
-        epochs: passes over the examples, at least 1.
-        batch: examples of a step, at least 1; None, 32 of few rows and up to 256 of many.
+        batch: examples of a step; None, 32 of few rows and up to 256 of many.
         loss: ``softmax`` where labels compete, ``bce`` where each stands for itself.
         seed: the same data and seed give the same model.
         tokens: ``blanks`` splits texts at blanks alone, as fastText does; ``words`` takes runs of
             letters, digits and underscores, so that punctuation does not count, nor do signs.
-
-    Raises:
-        UsageError: when a value is out of its range.
     """
 
     text: str | Sequence[str] = "text"

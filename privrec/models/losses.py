@@ -84,8 +84,7 @@ def curvature(
     """
     values, vectors = np.linalg.eigh(unpack(users, dim).astype(np.float64))
     weighted = vectors * (unobserved_weight * values.clip(min=0) + item_l2)
-    matrix: NDArray[np.float32] = (weighted @ vectors.T).astype(np.float32)
-    return matrix
+    return np.asarray(weighted @ vectors.T, np.float32)
 
 
 def pressure(

@@ -3,14 +3,7 @@
 Weights are dense, or live in a :class:`~privrec.embedding.subspace.Subspace`. A batch has one set
 of active neurons of an exact size (:mod:`privrec.search.select`); only their rows get gradients, as
 sparse tensors whose indices are the neurons' own, so that whatever an optimiser keeps for a row
-stays with the neuron (:class:`RowAdam`)::
-
-    layer = SparseOutput(670_091, 128, share=0.01, selector="cells")
-    optimizer = RowAdam(layer.parameters(), lr=1e-3)
-    loss = layer.loss(hidden, labels)
-    loss.backward()
-    optimizer.step()
-    scores, neurons = layer.topk(hidden, 5)
+stays with the neuron (:class:`RowAdam`).
 
 Sources: Chen et al., "SLIDE" (MLSys 2020); Jean et al., "On using very large target vocabulary for
 neural machine translation" (ACL 2015) for the importance weights of sampled softmax; Kingma & Ba,
@@ -354,10 +347,7 @@ class RowAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every row that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:

@@ -181,10 +181,7 @@ class LazyDPSGD(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Clip what is left to clip, add noise, and take one step."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         self._follow()
         self.accumulate()
         if self._skips and self._skips.pop(0):

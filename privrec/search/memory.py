@@ -78,7 +78,7 @@ class ItemMemory:
         return values if self.biases is None else values + query[-1] * self._biases_of(items)
 
     def chunks(self) -> Iterator[tuple[int, FloatArray]]:
-        """Yield ``(first item, rows)`` in order: read-only views, which the next step overwrites."""
+        """Yield ``(first item, rows)`` in order: read-only views that the next step overwrites."""
         if self.biases is None:
             yield from self._vectors()
             return

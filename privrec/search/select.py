@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -145,8 +145,7 @@ def select(
         selector = cheapest(search, len(queries))
     kind = kinds.SELECTORS[selector]
     request = Request(search, queries, budget, stream, without, search.config or kind.config())
-    chosen: Items = kind.load()(request)
-    return chosen
+    return cast(Items, kind.load()(request))
 
 
 def cheapest(search: Search, queries: int) -> str:
