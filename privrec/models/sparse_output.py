@@ -45,9 +45,8 @@ class SparseOutput(nn.Module):
     Promise: with ``share = 1`` it is a dense layer. At any share the labels of a batch are active
     and the union over the batch has exactly :attr:`budget` neurons. Copies and pickles hold neither
     a secret root nor hash functions that were drawn from it: they draw a new one, and make their
-    index with it. Of a known root they derive another known one, and take the index over.
-
-    A value out of its range is refused, and so is a table of another size.
+    index with it. Of a known root they derive another known one, and take the index over. A value
+    out of its range is refused, and so is a table of another size.
 
     Args:
         share: active neurons of a batch over ``n``, in (0, 1].

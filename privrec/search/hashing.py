@@ -11,8 +11,8 @@ Rabbani, Bornstein & Huang, "Large-scale distributed learning via private on-dev
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from privrec.errors import UsageError
 from privrec.randomness import SecureStream
-from privrec.search.memory import CHUNK, FloatArray, ItemMemory, Items
+from privrec.search.memory import FloatArray, ItemMemory, Items
 
 Family = Literal["simhash", "pghash", "block_sign"]
 FAMILIES: tuple[Family, ...] = ("simhash", "pghash", "block_sign")
@@ -116,7 +116,6 @@ class Signs:
 
     matrix: FloatArray
     shape: Shape
-    _room: Any = field(default=None, init=False, repr=False, compare=False)
 
     def codes(self, rows: FloatArray, centre: FloatArray | None = None) -> NDArray[np.uint16]:
         """Return one code of each table for each row less the centre, shape ``(m, tables)``."""
@@ -133,13 +132,10 @@ class Signs:
         self, rows: FloatArray, centre: FloatArray | None, groups: int, bits: int, width: int
     ) -> NDArray[np.uint8]:
         """Bits of each group, padded with zeros to ``width``, eight a byte."""
-        # Room that stays in a level-2 cache is kept from call to call; padding stays zero.
-        if self._room is None or self._room[1].shape[1:] != (groups, width):
-            count = max(1, min(CHUNK, ROOM // self.matrix.shape[1]))
-            values = np.empty((count, self.matrix.shape[1]), np.float32)
-            room = values, np.zeros((count, groups, width), np.bool_)
-            object.__setattr__(self, "_room", room)
-        values, decided = self._room
+        # In parts that stay in a level-2 cache; padding stays zero.
+        count = max(1, min(len(rows), ROOM // self.matrix.shape[1]))
+        values = np.empty((count, self.matrix.shape[1]), np.float32)
+        decided = np.zeros((count, groups, width), np.bool_)
         # Projecting the centre once costs nothing; taking it from every row would cost a pass.
         above = np.float32(0) if centre is None else (centre @ self.matrix).reshape(groups, bits)
         packed = np.empty((len(rows), groups * width // 8), np.uint8)

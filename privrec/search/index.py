@@ -52,10 +52,10 @@ class Index(Protocol):
 
 @dataclass(frozen=True)
 class Rebuild:
-    """When an index is made anew: after ``every`` so many steps, or when codes have changed.
+    """When an index is made anew: ``every`` so many steps, or when enough codes have changed.
 
-    Each ``check`` steps the codes of a sample are looked at; it is rebuilt beyond the share
-    ``changed`` of them, in (0, 1). None rules either out.
+    Those of a sample are looked at each ``check`` steps, and a share above ``changed``, in (0, 1),
+    is enough. None rules either out.
     """
 
     every: int | None = None
@@ -84,7 +84,7 @@ def most_wanted(values: FloatArray, budget: int) -> Items:
     """Return the neurons of the highest values, the highest first."""
     budget = min(budget, len(values))
     chosen = np.argpartition(values, -max(1, budget))[len(values) - budget :]
-    return cast(Items, chosen[np.argsort(-values[chosen], kind="stable")])
+    return chosen[np.argsort(-values[chosen], kind="stable")]
 
 
 def highest(scores: Iterator[FloatArray]) -> FloatArray:
