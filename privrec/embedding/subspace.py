@@ -123,10 +123,12 @@ class Subspace(Table):
 
     @property
     def scale(self) -> float:
+        """The factor ``2^(-folds/2)`` of isometric coordinates."""
         return float(2.0 ** (-self.folds / 2))
 
     @property
     def injective(self) -> bool:
+        """Whether no two parts share a slot."""
         return self.folds == 0 and self.slots >= self.items * self.parts
 
     def folded(self, times: int) -> Subspace:
@@ -136,6 +138,7 @@ class Subspace(Table):
         return replace(self, slots=self.slots >> times, folds=self.folds + times)
 
     def tabulated(self) -> Subspace:
+        """The same map, looked up."""
         return replace(self, looked_up=True)
 
     @cached_property
@@ -143,6 +146,7 @@ class Subspace(Table):
         return replace(self, looked_up=False).locate(np.arange(self.items))
 
     def locate(self, items: NDArray[np.integer]) -> Places:
+        """Slots and signs by the keyed hash."""
         if self.looked_up:
             slots, signs = self._places
             return np.take(slots, items, axis=0), np.take(signs, items, axis=0)
@@ -150,6 +154,7 @@ class Subspace(Table):
         return words.view(np.int64), 1 - 2 * (negative >> np.uint64(63)).astype(np.float32)
 
     def locate_doubled(self, items: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Slots, plus ``slots`` where the sign is negative."""
         if self.looked_up:
             return super().locate_doubled(items)
         words, negative = self._words(items)

@@ -144,6 +144,7 @@ class PlainTable(Table):
         return cls(items, dim, block, items * (dim // max(1, block)), by_part)
 
     def locate(self, items: NDArray[np.integer]) -> Places:
+        """Slots by the item's own place, and signs of 1."""
         item, part = np.asarray(items, np.int64)[..., None], np.arange(self.parts)
         slots = part * self.items + item if self.by_part else item * self.parts + part
         return slots, np.ones(slots.shape, np.float32)
