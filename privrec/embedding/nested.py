@@ -59,17 +59,15 @@ class Folds(Nested):
     """
 
     def to_memory(self, prefix: Array, tier: int) -> None:
-        """See :meth:`Nested.to_memory`."""
         for half in self._halves(tier):
             _butterfly(prefix[:half], prefix[half : 2 * half])
 
     def to_coefficients(self, memory: Array, tier: int) -> None:
-        """See :meth:`Nested.to_coefficients`."""
         for half in reversed(self._halves(tier)):
             _butterfly(memory[:half], memory[half : 2 * half])
 
     def spread(self, slots: NDArray[np.int64], tier: int) -> Spread | None:
-        """See :meth:`Nested.spread`: one detail for each halving, and the coarsest average."""
+        """One detail for each halving, and the coarsest average."""
         halves = self._halves(tier)
         if not halves:
             return None
@@ -91,11 +89,8 @@ class Folds(Nested):
 def nested(table: Table, halvings: Sequence[int]) -> Nested:
     """Nested coordinates for tiers that hold ``2^-h`` of a table's memory, ``h`` ascending.
 
-    A :class:`Subspace` nests by ``"fold"``, a :class:`PlainTable` by ``"rows"`` or, when it lies by
-    part, by ``"dims"``.
-
-    Raises:
-        UsageError: when a tier would hold nothing, or nothing that nests.
+    A :class:`Subspace` nests by ``fold``, a :class:`PlainTable` by ``rows`` or, when it lies by
+    part, by ``dims``. A tier that would hold nothing, or nothing that nests, is refused.
     """
     tables = tuple(_weaker(table, halving) for halving in halvings)
     return Folds(tables) if isinstance(table, Subspace) else Nested(tables)

@@ -94,12 +94,8 @@ class Subspace(Table):
 
     Args:
         slots: a power of two.
-        key: the shared key of the hash.
         folds: how often the memory was halved; the hash is taken before folding.
         looked_up: whether all places are computed once, at ``12 * parts`` bytes an item.
-
-    Raises:
-        UsageError: when a value is out of its range.
     """
 
     key: int
@@ -119,9 +115,6 @@ class Subspace(Table):
 
         The number of slots is rounded to a power of two: up when nothing is to be compressed (so
         that nothing collides), else to the nearest. :attr:`compression` tells what came out.
-
-        Raises:
-            UsageError: when ``compression`` is below 1 or another value is out of its range.
         """
         check_size(compression >= 1, f"compression = {compression}", "at least 1")
         wanted = max(1.0, items * (dim // max(1, block)) / compression)
@@ -130,7 +123,7 @@ class Subspace(Table):
 
     @property
     def scale(self) -> float:
-        """See :attr:`~privrec.embedding.table.Table.scale`."""
+        """The factor ``2^(-folds/2)`` of isometric coordinates."""
         return float(2.0 ** (-self.folds / 2))
 
     @property
@@ -145,7 +138,7 @@ class Subspace(Table):
         return replace(self, slots=self.slots >> times, folds=self.folds + times)
 
     def tabulated(self) -> Subspace:
-        """See :meth:`~privrec.embedding.table.Table.tabulated`."""
+        """The same map, looked up."""
         return replace(self, looked_up=True)
 
     @cached_property
@@ -153,7 +146,7 @@ class Subspace(Table):
         return replace(self, looked_up=False).locate(np.arange(self.items))
 
     def locate(self, items: NDArray[np.integer]) -> Places:
-        """See :meth:`~privrec.embedding.table.Table.locate`."""
+        """Slots and signs by the keyed hash."""
         if self.looked_up:
             slots, signs = self._places
             return np.take(slots, items, axis=0), np.take(signs, items, axis=0)
@@ -161,7 +154,7 @@ class Subspace(Table):
         return words.view(np.int64), 1 - 2 * (negative >> np.uint64(63)).astype(np.float32)
 
     def locate_doubled(self, items: NDArray[np.integer]) -> NDArray[np.int64]:
-        """See :meth:`~privrec.embedding.table.Table.locate_doubled`."""
+        """Slots, plus ``slots`` where the sign is negative."""
         if self.looked_up:
             return super().locate_doubled(items)
         words, negative = self._words(items)

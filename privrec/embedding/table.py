@@ -27,16 +27,10 @@ Places = tuple[NDArray[np.int64], FloatArray]
 
 @dataclass(frozen=True)
 class Table(ABC):
-    """A table of ``items`` rows of ``dim`` numbers in a memory of ``slots`` blocks.
+    """A table of ``items`` rows of ``dim`` numbers in a memory of ``slots`` blocks of ``block``.
 
-    Args:
-        items: number of rows, at least 1.
-        dim: length of a row, a positive multiple of ``block``.
-        block: numbers in a block; 16 to 32 gathers fastest.
-        slots: blocks in the memory.
-
-    Raises:
-        UsageError: when a value is out of its range.
+    ``dim`` is a multiple of ``block``, and blocks of 16 to 32 numbers gather fastest. A value out
+    of its range is refused.
     """
 
     items: int
@@ -89,8 +83,7 @@ class Table(ABC):
     def locate_doubled(self, items: NDArray[np.integer]) -> NDArray[np.int64]:
         """Places in the memory followed by its negative: slots, plus ``slots`` where negative."""
         slots, signs = self.locate(items)
-        doubled: NDArray[np.int64] = slots + (signs < 0) * np.int64(self.slots)
-        return doubled
+        return np.asarray(slots + (signs < 0) * np.int64(self.slots))
 
     @cached_property
     def load(self) -> FloatArray:
@@ -147,11 +140,11 @@ class PlainTable(Table):
 
     @classmethod
     def of(cls, items: int, dim: int, *, block: int, by_part: bool = False) -> PlainTable:
-        """The plain table of ``items`` rows of ``dim`` numbers."""
+        """The plain table of that size."""
         return cls(items, dim, block, items * (dim // max(1, block)), by_part)
 
     def locate(self, items: NDArray[np.integer]) -> Places:
-        """See :meth:`Table.locate`."""
+        """Slots by the item's own place, and signs of 1."""
         item, part = np.asarray(items, np.int64)[..., None], np.arange(self.parts)
         slots = part * self.items + item if self.by_part else item * self.parts + part
         return slots, np.ones(slots.shape, np.float32)

@@ -1,14 +1,5 @@
 """A classifier of texts and tables for people who know scikit-learn or Keras.
 
-::
-
-    import privrec
-
-    model = privrec.SparseClassifier(text="text", label="label")
-    model.fit("train.csv")
-    print(model.evaluate("test.csv"))
-    print(model.predict(["where is my parcel"]))
-
 Hashed words, one hidden layer, and an output of which a batch trains only a few neurons where there
 are many. It is trained here, on one machine, and gives no privacy guarantee.
 Source: Chen et al., "SLIDE" (MLSys 2020), whose network this is.
@@ -53,7 +44,7 @@ _UNREADABLE = (SafetensorError, OSError, KeyError, TypeError, ValueError, Runtim
 
 
 class BagOfWords(nn.Module):
-    """Hidden vectors of examples, ``(m, dim)``; the gradient of the words' rows is sparse."""
+    """:func:`bag_of_words` as a module; the gradient of the words' rows is sparse."""
 
     def __init__(self, features: int, dim: int, *, seed: int = 0) -> None:
         super().__init__()
@@ -63,7 +54,7 @@ class BagOfWords(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1, dim))
 
     def forward(self, examples: Examples) -> Tensor:
-        """See :func:`privrec.models.words.bag_of_words`."""
+        """Hidden vectors of examples, shape ``(m, dim)``."""
         return bag_of_words(examples, self.weight, self.bias, sparse=True)
 
 
@@ -87,10 +78,7 @@ class ExtremeClassifier(nn.Module):
 
 @dataclass(frozen=True)
 class Epoch:
-    """What ``fit`` tells after each pass over the examples, numbered from 1.
-
-    The mean loss of the batches is estimated from their ``active`` neurons.
-    """
+    """What ``fit`` tells after each pass, from 1: the mean loss, by its ``active`` neurons."""
 
     number: int
     loss: float
@@ -102,26 +90,22 @@ class SparseClassifier:
     """Learns labels of texts, few or hundreds of thousands of them.
 
     It can be copied, pickled and cloned, and is kept in a file by :meth:`save`. Labels are strings
-    or numbers, all of one type, and are predicted as they came.
+    or numbers, all of one type, and are predicted as they came. Values out of their range are
+    refused.
 
     Args:
         text: column of the text, or several columns of a table; ``label`` is that of the label.
         between: what separates several labels in a cell, such as ``"|"``; None, there is one.
-        dim: length of the hidden vector.
         share: active neurons of the output in a batch, in (0, 1]; None, all up to 4,096 labels and
             1 % (or what a batch needs) beyond.
         selector: who finds the neurons that compete with the labels; see
             :class:`privrec.models.sparse_output.SparseOutput`.
         features: size of the hashed vocabulary.
-        epochs: passes over the examples, at least 1.
-        batch: examples of a step, at least 1; None, 32 of few rows and up to 256 of many.
+        batch: examples of a step; None, 32 of few rows and up to 256 of many.
         loss: ``softmax`` where labels compete, ``bce`` where each stands for itself.
         seed: the same data and seed give the same model.
         tokens: ``blanks`` splits texts at blanks alone, as fastText does; ``words`` takes runs of
             letters, digits and underscores, so that punctuation does not count, nor do signs.
-
-    Raises:
-        UsageError: when a value is out of its range.
     """
 
     text: str | Sequence[str] = "text"
@@ -165,7 +149,6 @@ class SparseClassifier:
                 one pair.
             labels: of the texts, a string, a number or several of them each, where ``source`` is
                 the texts alone.
-            on_epoch: is told of each pass.
 
         Raises:
             DataError: when the file or a line is malformed, a label is missing, or there are fewer
@@ -208,7 +191,7 @@ class SparseClassifier:
         return [best[0] for best in self.predict_top(texts, 1)]
 
     def predict_top(self, texts: Texts, k: int) -> list[list[Label]]:
-        """Return the best ``k`` labels of each text, the best first; see :meth:`predict`."""
+        """Return the best ``k`` labels of each text as for :meth:`predict`, the best first."""
         self._fitted()
         is_path = isinstance(texts, str | os.PathLike)
         found = self._file(texts, None).texts if is_path else _texts(texts)
@@ -229,9 +212,7 @@ class SparseClassifier:
             and ``unknown_labels`` (how many distinct labels were never learned).
 
         Raises:
-            UsageError: before :meth:`fit`.
-            DataError: when the file or a line is malformed, or a label is missing or of another
-                type than those that were learned.
+            DataError: as for :meth:`fit`, or when labels are of another type than was learned.
         """
         self._fitted()
         data = self._read(source, labels)
@@ -292,8 +273,7 @@ class SparseClassifier:
     def load(cls, path: str | os.PathLike[str]) -> SparseClassifier:
         """Return the classifier that :meth:`save` kept at ``path``; it predicts what that one did.
 
-        Raises:
-            DataError: when the file is missing, or not what :meth:`save` writes.
+        A file that is missing, or not what :meth:`save` writes, is a :class:`DataError`.
         """
         try:
             with safe_open(path, framework="pt") as file:

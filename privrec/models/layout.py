@@ -27,12 +27,9 @@ class Network(Protocol):
 class Layout:
     """Sections of the shared vector, those that every device holds first.
 
-    Attributes:
-        dense: number of dense weights.
-        slots: blocks of the item memory, of ``block`` floats each.
-        bias_slots: item biases, 0 when the model has none.
-        gram: coefficients of the users' mean Gram matrix, which is no weight but travels with them
-            under an implicit loss (:mod:`privrec.models.losses`).
+    They are dense weights; under an implicit loss (:mod:`privrec.models.losses`) the coefficients
+    of the users' mean Gram matrix, which is no weight but travels with them; the item memory, of
+    ``slots`` blocks of ``block`` floats; and item biases, where the model has some.
     """
 
     dense: int
@@ -52,7 +49,7 @@ class Layout:
         return self.dense + self.gram
 
     def dense_of(self, vector: NDArray[Any]) -> NDArray[Any]:
-        """View of the dense weights, shape ``(dense,)``."""
+        """View of the dense weights."""
         return vector[: self.dense]
 
     def gram_of(self, vector: NDArray[Any]) -> NDArray[Any]:

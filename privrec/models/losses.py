@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -84,8 +84,7 @@ def curvature(
     """
     values, vectors = np.linalg.eigh(unpack(users, dim).astype(np.float64))
     weighted = vectors * (unobserved_weight * values.clip(min=0) + item_l2)
-    matrix: NDArray[np.float32] = (weighted @ vectors.T).astype(np.float32)
-    return matrix
+    return np.asarray(weighted @ vectors.T, np.float32)
 
 
 def pressure(
@@ -118,7 +117,7 @@ class Samples:
         positives: how many of the ``k`` samples are positives; they come first, then as many
             negatives for each of them in turn. 0 over the whole catalogue.
         weights: logarithm of how many items each negative stands for, shape ``(m, k)``; None when
-            each stands for itself. The sampled softmax alone looks at them.
+            each stands for itself. Of use to the sampled softmax alone.
     """
 
     valid: Tensor
@@ -221,21 +220,18 @@ IALS = Loss(ials, implicit=True)
 
 def loss_of(name: str) -> Loss:
     """Return the loss that a scenario calls so."""
-    loss: Loss = LOSSES[name].load()
-    return loss
+    return cast(Loss, LOSSES[name].load())
 
 
 def sampled_loss(
     hidden: Tensor, rows: Tensor, biases: Tensor, logs: Tensor, places: Tensor
 ) -> Tensor:
-    """Mean cross-entropy over active neurons, each of which stands for one or more words.
+    """Mean cross-entropy of hidden vectors ``(p, dim)`` over ``k`` active neurons.
 
-    With all words active and no weights it is the full softmax. Where each neuron stands for
-    ``w`` words, the sum over words in the softmax is estimated without bias, as in
-    :func:`sampled_softmax`.
+    Where each neuron stands for ``w`` words, the sum over words in the softmax is estimated without
+    bias, as in :func:`sampled_softmax`; with all words active it is the full softmax.
 
     Args:
-        hidden: shape ``(p, dim)``.
         rows: vectors of the active neurons, shape ``(k, dim)``, which have ``biases`` ``(k,)``.
         logs: logarithms of how many words each stands for, shape ``(k,)``; 0 for every target.
         places: where targets lie among the neurons: one for each row, shape ``(p,)``, or several,

@@ -46,7 +46,7 @@ class NCF:
 
     @classmethod
     def configured(cls, config: Model, dim: int) -> NCF:
-        """The network that ``[model]`` describes, over item vectors of length ``dim``."""
+        """The network that ``[model]`` describes."""
         return cls.of(config.kind, dim, tuple(getattr(config, "hidden", ())))
 
     @property

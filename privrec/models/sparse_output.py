@@ -3,14 +3,7 @@
 Weights are dense, or live in a :class:`~privrec.embedding.subspace.Subspace`. A batch has one set
 of active neurons of an exact size (:mod:`privrec.search.select`); only their rows get gradients, as
 sparse tensors whose indices are the neurons' own, so that whatever an optimiser keeps for a row
-stays with the neuron (:class:`RowAdam`)::
-
-    layer = SparseOutput(670_091, 128, share=0.01, selector="cells")
-    optimizer = RowAdam(layer.parameters(), lr=1e-3)
-    loss = layer.loss(hidden, labels)
-    loss.backward()
-    optimizer.step()
-    scores, neurons = layer.topk(hidden, 5)
+stays with the neuron (:class:`RowAdam`).
 
 Sources: Chen et al., "SLIDE" (MLSys 2020); Jean et al., "On using very large target vocabulary for
 neural machine translation" (ACL 2015) for the importance weights of sampled softmax; Kingma & Ba,
@@ -52,7 +45,8 @@ class SparseOutput(nn.Module):
     Promise: with ``share = 1`` it is a dense layer. At any share the labels of a batch are active
     and the union over the batch has exactly :attr:`budget` neurons. Copies and pickles hold neither
     a secret root nor hash functions that were drawn from it: they draw a new one, and make their
-    index with it. Of a known root they derive another known one, and take the index over.
+    index with it. Of a known root they derive another known one, and take the index over. A value
+    out of its range is refused, and so is a table of another size.
 
     Args:
         share: active neurons of a batch over ``n``, in (0, 1].
@@ -68,9 +62,6 @@ class SparseOutput(nn.Module):
         init_std: standard deviation of the first weights, which ``seed`` gives.
         root: the secret that hash functions and uniform neurons are drawn from; None, a fresh one.
             :meth:`privrec.randomness.SecretRoot.known` makes a layer repeat itself.
-
-    Raises:
-        UsageError: when a value is out of its range, or the table has another size.
     """
 
     def __init__(
@@ -147,12 +138,8 @@ class SparseOutput(nn.Module):
     def active(self, hidden: Tensor, labels: Tensor) -> ActiveSet:
         """Return the active set of a batch, and take one step of the rebuild schedule.
 
-        Args:
-            hidden: float32 of shape ``(b, dim)``.
-            labels: int64 of shape ``(b,)``, or ``(b, m)`` with rows filled up by -1.
-
-        Raises:
-            UsageError: when a label is out of its range, or labels alone exceed the budget.
+        Hidden vectors are float32 ``(b, dim)``, labels int64 ``(b,)``, or ``(b, m)`` with rows
+        filled up by -1. More distinct labels than the budget are refused.
         """
         wanted, stream = distinct_labels(labels, self.n), self._stream("active", self._steps)
         room = round(self.selected * max(0, self.budget - len(wanted)))
@@ -232,9 +219,8 @@ class SparseOutput(nn.Module):
         """Return the mean loss of a batch, over the active set as an estimate of the whole layer.
 
         ``softmax``: cross-entropy, the mean over an example's labels. ``bce``: binary
-        cross-entropy, summed over the neurons. The sum over the layer is estimated with the set's
-        weights; with everything active it is the loss of the dense layer. Hidden vectors and labels
-        are as for :meth:`active`, which chooses the active set where none is given.
+        cross-entropy, summed over the neurons. With everything active it is the loss of the dense
+        layer. Arguments are as for :meth:`active`, which chooses the set where none is given.
         """
         if kind not in ("softmax", "bce"):
             raise UsageError(f'loss = "{kind}": is "softmax" or "bce"; choose one of them')
@@ -304,14 +290,12 @@ def distinct_labels(labels: Tensor, width: int) -> Items:
 
 
 def _rows(weight: Tensor, index: Tensor, factors: Tensor | None = None) -> Tensor:
+    """Distinct rows of a matrix; with factors, signed blocks, which several neurons may share."""
     return cast(Tensor, _Rows.apply(weight, index, factors))  # type: ignore[no-untyped-call]
 
 
 class _Rows(torch.autograd.Function):
-    """Distinct rows of a matrix, whose gradient names rows and never places in a list.
-
-    With factors they are signed blocks, of which several neurons may share one.
-    """
+    """:func:`_rows`, whose gradient names rows and never places in a list."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, index: Tensor, factors: Tensor | None) -> Tensor:
@@ -337,14 +321,12 @@ class _Rows(torch.autograd.Function):
 
 
 class RowAdam(torch.optim.Optimizer):
-    """Adam whose state belongs to rows, for sparse and dense gradients.
+    """Adam whose state belongs to rows, which are what a parameter's first index names.
 
     A sparse gradient names rows: a row without one costs nothing, takes no step and keeps
     everything, and two batches with other active neurons in other orders never mix what is kept.
     The count of steps is the row's own: its first step is as long as that of any other, however
-    late it comes. A dense gradient moves every row. A row is what a parameter's first index names.
-    ``betas`` are the decay of the first and the second moment; ``eps`` is added to the root of the
-    latter. A value out of its range raises a :class:`UsageError`.
+    late it comes. A dense gradient moves every row. A value out of its range is refused.
     """
 
     def __init__(
@@ -364,10 +346,7 @@ class RowAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every row that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:

@@ -14,9 +14,9 @@ Source: Chen et al., "SLIDE" (MLSys 2020).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag, layer_norm, scaled_dot_product_attention
 
 from privrec.data.corpus import Examples, examples_in
-from privrec.models.layout import Network
 from privrec.scenario.schema import Model
 
 FloatArray = NDArray[np.float32]
@@ -36,62 +35,12 @@ Rows = Callable[[Items], Tensor]
 _EPS = 1e-5
 
 
-class WordBatch(Protocol):
-    """A device's data of one round, in pieces: sequences of words, or examples."""
-
-    @property
-    def own(self) -> Items:
-        """Neurons that have to be active, ascending."""
-
-    def __len__(self) -> int: ...
-
-    def hidden(self, part: Items, rows: Rows, dense: Tensor) -> Tensor:
-        """Hidden vectors of some of the pieces, shape ``(p, dim)``."""
-
-    def targets(self, part: Items) -> Items:
-        """What is to be predicted there, shape ``(p,)``, or ``(p, labels)`` filled up by -1."""
-
-
-class WordNetwork(Network, Protocol):
-    """The dense part of a model with a wide output."""
-
-    @property
-    def shortest(self) -> int:
-        """Output neurons that the smallest piece of training has to have."""
-
-    def batch(
-        self, tokens: NDArray[np.int32], most: int | None, budget: int | None, draw: int
-    ) -> WordBatch:
-        """What a device learns from in a round, from the place of its data that ``draw`` decides.
-
-        It has at most ``most`` words of a text, or examples, and at most ``budget`` different
-        words, or labels; None for any number.
-        """
-
-
-class Layer(NamedTuple):
-    """Weights of one layer; gains are kept less 1, so that zeros are a neutral start."""
-
-    gain: Tensor
-    shift: Tensor
-    attend: Tensor
-    attend_bias: Tensor
-    merge: Tensor
-    merge_bias: Tensor
-    second_gain: Tensor
-    second_shift: Tensor
-    widen: Tensor
-    widen_bias: Tensor
-    narrow: Tensor
-    narrow_bias: Tensor
-
-
 @dataclass(frozen=True)
 class NextWord:
     """The network between word vectors and hidden states.
 
-    ``dim`` is the length of a word vector, a multiple of ``heads``; ``context`` the most words that
-    a prediction looks back at, itself included.
+    ``dim`` is a multiple of ``heads``; ``context`` is the most words that a prediction looks back
+    at, itself included.
     """
 
     dim: int = 96
@@ -110,8 +59,8 @@ class NextWord:
         """Shapes of the dense weights: positions, the layers, and the last normalisation."""
         d, f = self.dim, self.ffn
         attention = ((d,), (d,), (d, 3 * d), (3 * d,), (d, d), (d,))
-        layer: tuple[tuple[int, ...], ...] = (*attention, (d,), (d,), (d, f), (f,), (f, d), (d,))
-        return ((self.context, d), *(layer * self.layers), (d,), (d,))
+        feed = ((d,), (d,), (d, f), (f,), (f, d), (d,))
+        return ((self.context, d), *((*attention, *feed) * self.layers), (d,), (d,))
 
     @property
     def dense(self) -> int:
@@ -119,12 +68,17 @@ class NextWord:
 
     @property
     def shortest(self) -> int:
-        return self.context + 1  # all words of a sequence may differ
+        """Output neurons that one sequence may need: all of its words may differ."""
+        return self.context + 1
 
     def batch(
         self, tokens: NDArray[np.int32], most: int | None, budget: int | None, draw: int
     ) -> Sequences:
-        """As many sequences of a text of at least two words as fit the budget; one at least."""
+        """As many sequences of a text of at least two words as fit the budget; one at least.
+
+        They begin at the place that ``draw`` decides, and have at most ``most`` words in all, of
+        which at most ``budget`` are different; None, any number.
+        """
         longest = len(tokens) - 1
         t = min(self.context, longest)
         count = (longest if most is None else min(longest, max(t, most))) // t
@@ -151,22 +105,27 @@ class NextWord:
         parts = torch.split(dense, [math.prod(shape) for shape in self.shapes])
         first, *rest = (part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True))
         state = words * self.dim**0.5 + first[: words.shape[1]]
-        for start in range(0, len(rest) - 2, len(Layer._fields)):
-            state = self._layer(state, Layer(*rest[start : start + len(Layer._fields)]))
+        for at in range(0, len(rest) - 2, 12):
+            state = self._attend(state, rest[at : at + 6])
+            state = self._feed_forward(state, rest[at + 6 : at + 12])
         return self._normal(state, *rest[-2:])
 
-    def _layer(self, state: Tensor, layer: Layer) -> Tensor:
+    def _attend(self, state: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        gain, shift, attend, attend_bias, merge, merge_bias = weights
         s, t, d = state.shape
-        normal = self._normal(state, layer.gain, layer.shift)
-        mixed = (normal @ layer.attend + layer.attend_bias).reshape(s, t, 3, self.heads, -1)
+        normal = self._normal(state, gain, shift)
+        mixed = (normal @ attend + attend_bias).reshape(s, t, 3, self.heads, -1)
         query, key, value = mixed.permute(2, 0, 3, 1, 4)
         seen = scaled_dot_product_attention(query, key, value, is_causal=True)
-        state = state + seen.transpose(1, 2).reshape(s, t, d) @ layer.merge + layer.merge_bias
-        normal = self._normal(state, layer.second_gain, layer.second_shift)
-        wide = torch.relu(normal @ layer.widen + layer.widen_bias)
-        return state + wide @ layer.narrow + layer.narrow_bias
+        return state + seen.transpose(1, 2).reshape(s, t, d) @ merge + merge_bias
+
+    def _feed_forward(self, state: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        gain, shift, widen, widen_bias, narrow, narrow_bias = weights
+        wide = torch.relu(self._normal(state, gain, shift) @ widen + widen_bias)
+        return state + wide @ narrow + narrow_bias
 
     def _normal(self, state: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+        """Gains are kept less 1, so that zeros are a neutral start."""
         return layer_norm(state, (self.dim,), 1 + gain, shift, _EPS)
 
 
@@ -180,25 +139,24 @@ class Sequences:
 
     @property
     def own(self) -> Items:
-        """Words that are read are neurons too, since vectors are tied."""
+        """Neurons that have to be active: words that are read too, since vectors are tied."""
         return np.unique(np.concatenate((self.inputs.ravel(), self.following.ravel())))
 
     def __len__(self) -> int:
         return len(self.inputs)
 
     def hidden(self, part: Items, rows: Rows, dense: Tensor) -> Tensor:
+        """States after each word of some of the sequences, shape ``(p, dim)``."""
         return self.model.hidden(rows(self.inputs[part]), dense).flatten(0, 1)
 
     def targets(self, part: Items) -> Items:
+        """The word that follows each of theirs, shape ``(p,)``."""
         return self.following[part].ravel()
 
 
 @dataclass(frozen=True)
 class WordBag:
-    """A bag of words, with rows and bias in one flat vector.
-
-    ``features`` is the size of the vocabulary that words are hashed to.
-    """
+    """A bag of words hashed to ``features`` rows, which lie with a bias in one flat vector."""
 
     features: int
     dim: int
@@ -214,6 +172,7 @@ class WordBag:
 
     @property
     def shortest(self) -> int:
+        """Output neurons that one example needs: its commonest label."""
         return 1
 
     def batch(
@@ -221,7 +180,8 @@ class WordBag:
     ) -> Bags:
         """As many examples of :func:`privrec.data.corpus.dealt` as fit the budget of labels.
 
-        One that alone has more keeps its commonest ones.
+        They begin at the place that ``draw`` decides, and are ``most`` at most; None, any number.
+        One that alone has more labels keeps its commonest ones.
         """
         every = examples_in(tokens)
         count = len(every) if most is None else min(most, len(every))
@@ -264,16 +224,24 @@ class Bags:
 
     @property
     def own(self) -> Items:
+        """Neurons that have to be active: those of the labels."""
         return np.unique(self.examples.labels)
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def hidden(self, part: Items, rows: Rows, dense: Tensor) -> Tensor:
+        """Hidden vectors of some of the examples, shape ``(p, dim)``."""
         return self.model.hidden(self.examples.take(part), dense)
 
     def targets(self, part: Items) -> Items:
+        """Their labels, shape ``(p, labels)``, filled up by -1."""
         return self.examples.take(part).padded_labels()
+
+
+WordNetwork: TypeAlias = NextWord | WordBag
+WordBatch: TypeAlias = Sequences | Bags
+"""A device's data of one round."""
 
 
 def _within(examples: Examples, budget: int) -> Examples:

@@ -1,14 +1,13 @@
 """What each layer of a model saw in one pass: the raw material of clipping.
 
 While a layer works in a pass that will be differentiated, its trainable parameters are replaced by
-aliases that have no gradient. So autograd spends nothing on gradients of whole batches, and
-whatever gradient a parameter does get came by another way than through its layer.
+aliases without a gradient. So autograd spends nothing on gradients of whole batches, and whatever
+gradient a parameter does get came by another way than through its layer.
 
 Clipping bounds nobody unless the model keeps the examples of a batch apart. Layers that are known
-to mix examples are refused by type. Any other model is run on a batch, again as it is, and after
-one example was changed, and all but one: what it makes of the others must stay what it was. That
-holds for one batch and one state of the model, so it finds what mixes by construction; a model that
-mixes on rare inputs alone is its user's to avoid.
+to mix them are refused by type. Any other model is run on a batch, again as it is, and after one
+example was changed, and all but one: what it makes of the others must stay what it was. That finds
+what mixes by construction; a model that mixes on rare inputs alone is its user's to avoid.
 """
 
 from __future__ import annotations
@@ -50,9 +49,8 @@ class Capture:
 
     Promise: the examples of one pass are one batch and count once; a second pass before
     :meth:`take` is refused, since its first example is not the first example of the first pass.
-    The layers are those with trainable parameters as the model stands at each pass, before which
-    ``prepare`` is called. Once in each mode of the model, a pass is preceded by a look at whether
-    it keeps examples apart.
+    Layers are those with trainable parameters at each pass, before which ``prepare`` is called.
+    Once in each mode of the model, a pass is preceded by a look at whether it keeps examples apart.
     """
 
     def __init__(self, model: nn.Module, prepare: Callable[[], None], batch_first: bool) -> None:
@@ -112,8 +110,7 @@ class Capture:
                 "other examples, call accumulate() after each backward pass; where they hold the "
                 "same ones, make one pass and add their losses, or an example counts in each"
             )
-        examples = _agreed(len(use.gradient) for uses in records.values() for use in uses)
-        return examples, records
+        return _agreed(len(use.gradient) for uses in records.values() for use in uses), records
 
     def forget(self) -> None:
         """Drop the records of the pass; its examples are not asked for again."""
@@ -337,10 +334,10 @@ def _refuse_mixing(name: str, layer: nn.Module) -> None:
 class Probe:
     """One run of a model whose layers' outputs are moved, for chosen examples by more.
 
-    All outputs are moved by a little, so that weights which are still zero let through what they
-    will let through later. The examples that are ``moved`` are given the inputs of the one that
-    they are to be ``like``, which so stay valid. Where all but one are given the inputs of that
-    one, no statistic of the batch is left of the others.
+    All are moved by a little, so that weights which are still zero let through what they will let
+    through later. The examples that are ``moved`` are given the inputs of the one that they are to
+    be ``like``, which so stay valid. Where that is all but one, no statistic of the batch is left
+    of the others.
     """
 
     def __init__(self, batch_first: bool, moved: Tensor | None, like: int) -> None:
@@ -357,8 +354,8 @@ class Probe:
         leaves = tree_leaves(model(*inputs, **named))
         given = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
         weights = [torch.ones_like(x) for x in given]
-        for x, weight in zip(given, weights, strict=True):
-            if self.moved is not None and (at := self.places(x, len(self.moved))):
+        for weight in weights:
+            if self.moved is not None and (at := self.places(weight, len(self.moved))):
                 weight += _along(self.moved, at[0], weight)
         self.outputs = [x.detach().clone() for x in given]
         torch.autograd.backward(given, weights)

@@ -40,26 +40,21 @@ class LazyDPSGD(torch.optim.Optimizer):
     Promise: what the model shows, at any time and by any way, has the law of DP-SGD with noise of
     ``noise_multiplier · max_grad_norm`` on the sum of clipped gradients in every step; one example
     moves that sum by at most ``max_grad_norm``. A step without a backward pass is noise alone, as
-    for an empty batch.
+    for an empty batch. Values out of their range and layers that cannot be clipped are refused.
 
     Args:
         model: its embedding weights become lazy, in place, until :meth:`close`. A model that
             Opacus wrapped is used without Opacus' own hooks. It must keep the examples of a batch
-            apart; before the first training pass that is looked at, at the price of five passes.
-        lr: step size; like ``momentum``, ``weight_decay`` and ``nesterov`` as in
-            ``torch.optim.SGD``.
+            apart; before the first training pass that is looked at, at the price of four passes.
         noise_multiplier: standard deviation of the noise over ``max_grad_norm``; at least 0.
         max_grad_norm: ``C``, above 0.
         expected_batch_size: what the sum is divided by; a public constant, never the batch's size.
-        loss_reduction: ``"mean"`` or ``"sum"`` over the examples of a pass.
+        loss_reduction: over the examples of a pass.
         params: parameters or groups, as ``torch.optim`` takes them; all that are trainable when
             None. What is frozen at a step stays as it is, and owes that step no noise.
         batch_first: whether the outputs of ``Linear``, ``Embedding``, ``LayerNorm`` and ``RMSNorm``
             of three or more dimensions have the examples first; when False, they come second.
         root: the secret to draw from; one is drawn from the operating system when None.
-
-    Raises:
-        UsageError: when an argument is outside its range or a layer cannot be clipped.
     """
 
     def __init__(
@@ -143,11 +138,9 @@ class LazyDPSGD(torch.optim.Optimizer):
 
         :meth:`step` does it for the last pass; call it after each backward pass but the last when a
         batch is cut into microbatches of other examples each. A second pass over the same examples
-        is to the optimiser a pass over other ones, and moves the sum once more.
-
-        Raises:
-            UsageError: when a gradient came by a way where it is not clipped, in two passes, or in
-                a pass that was taken already; the step's sum is left as it was.
+        is to the optimiser a pass over other ones, and moves the sum once more. Gradients that came
+        by a way where they are not clipped, in two passes, or in a pass that was taken already are
+        refused, and the step's sum is left as it was.
         """
         examples, records = self._capture.take()
         others = [name for p, name in self._names.items() if p.grad is not None]
@@ -188,10 +181,7 @@ class LazyDPSGD(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Clip what is left to clip, add noise, and take one step."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         self._follow()
         self.accumulate()
         if self._skips and self._skips.pop(0):
@@ -353,7 +343,6 @@ class PoissonSampler(Sampler[list[int]]):
 
     Promise: coins come from the secure generator; the rate is never above the one given (it is
     rounded down to a multiple of 2^-32). Batches may be empty, and must be stepped on all the same.
-    A pass over the sampler has ``steps`` of them. A value out of its range is refused.
     """
 
     def __init__(
@@ -380,11 +369,10 @@ class PoissonSampler(Sampler[list[int]]):
 def poisson_loader(
     dataset: Dataset[Any], rate: float, steps: int, *, root: SecretRoot | None = None
 ) -> DataLoader[Any]:
-    """A loader of Poisson batches of a map-style data set; see :class:`PoissonSampler`.
+    """A loader of ``steps`` Poisson batches of a map-style data set; see :class:`PoissonSampler`.
 
     The data set has a length, at least one example, and what ``default_collate`` takes; others are
-    refused. An empty batch has the structure of a full one, with tensors of length 0 and lists
-    without texts.
+    refused. An empty batch has the structure of a full one, with tensors of length 0.
     """
     if not isinstance(dataset, Sized):
         raise UsageError(

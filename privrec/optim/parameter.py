@@ -95,9 +95,8 @@ def make_lazy(
 ) -> LazyMemory:
     """Turn an embedding weight into a :class:`LazyParameter`, in place, and return its memory.
 
-    It is float32 or float64 on the CPU, of shape ``(rows, width)``; others, and one that is lazy
-    already, are refused. ``source`` and ``moving`` are those of
-    :class:`~privrec.privacy.lazy.LazyMemory`.
+    Others than float32 or float64 ``(rows, width)`` on the CPU, and one that is lazy already, are
+    refused. Arguments are those of :class:`~privrec.privacy.lazy.LazyMemory`.
     """
     if isinstance(parameter, LazyParameter):
         raise UsageError(

@@ -1,8 +1,8 @@
-"""Settings of a sparse output layer that are found by measuring, and told.
+"""Settings of a sparse output layer that are found by measuring.
 
-Every kind of index is built over the layer, or over an invented one of its width, timed, counted,
-and asked for what exact scores would choose. Of those that fit the memory and find nearly as much
-as the best, the cheapest in the long run is taken.
+Every kind of index is built over the layer, or an invented one, timed, counted, and asked for what
+exact scores would choose. Of those that fit and find nearly as much as the best, the cheapest in
+the long run is taken.
 """
 
 from __future__ import annotations
@@ -35,10 +35,9 @@ _BYTES_EACH = {"hamming": SIGNATURE // 8, "sketch": RANK, "cells": 8}  # a neuro
 
 @dataclass(frozen=True)
 class Trial:
-    """One index of :data:`privrec.search.index.INDEXES`, measured.
+    """One index, measured: seconds to build it over the layer and to choose for one batch.
 
-    ``recall`` is the share of each query's exact best ten among what it chose for the batch;
-    ``build_s`` it takes to build it over the whole layer, and ``select_s`` to choose for one batch.
+    ``recall`` is the share of each query's exact best ten among what it chose for the batch.
     """
 
     kind: str
@@ -66,10 +65,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen, and everything that was measured.
-
-    ``trial`` is the index; None where nothing fits, or all neurons are active: uniform then.
-    """
+    """What was chosen: an index, or uniform neurons where nothing fits or all are active."""
 
     trial: Trial | None
     share: float
@@ -101,11 +97,10 @@ def autotune(
     layer: ItemMemory | None = None,
     queries: FloatArray | None = None,
 ) -> Choice:
-    """Find family, bits, tables and schedule for a layer, by measuring on this machine.
+    """Find family, bits, tables and schedule for a layer of ``n`` neurons, by measuring here.
 
     Args:
         sparsity: share of neurons that are not active in a batch, in [0, 1): 0.99 leaves 1 %.
-        n: neurons of the layer.
         memory: bytes that the index may keep; None, any.
         dim: length of the hidden vector, where no layer is given.
         layer: the layer itself, once it has learned something; by default an invented one, with

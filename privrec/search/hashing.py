@@ -3,11 +3,6 @@
 A device draws its functions, and how many of them it uses, from its own secret stream: nothing of
 them is ever sent, and no two devices share one. ``simhash``, ``pghash`` and ``block_sign`` are
 signs of Gaussian projections, ``sign(<a, x>)``, that differ in how ``a`` is made.
-
-:func:`serial` never holds a table: the queries' codes are known first, so as codes of the items
-come out of a pass over the memory, each is looked up in a bitmap of wanted codes and forgotten. A
-few tables share a pass, since gathering the items is the larger part of one table's work.
-
 Sources: Charikar, "Similarity estimation techniques from rounding algorithms" (STOC 2002);
 Rabbani, Bornstein & Huang, "Large-scale distributed learning via private on-device LSH"
 (NeurIPS 2023).
@@ -16,8 +11,8 @@ Rabbani, Bornstein & Huang, "Large-scale distributed learning via private on-dev
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,7 +20,7 @@ from numpy.typing import NDArray
 
 from privrec.errors import UsageError
 from privrec.randomness import SecureStream
-from privrec.search.memory import CHUNK, FloatArray, ItemMemory, Items
+from privrec.search.memory import FloatArray, ItemMemory, Items
 
 Family = Literal["simhash", "pghash", "block_sign"]
 FAMILIES: tuple[Family, ...] = ("simhash", "pghash", "block_sign")
@@ -43,8 +38,7 @@ FOLD = 32  # length to which ``pghash`` folds a vector
 class Shape:
     """How many functions: a code has ``bits`` of them, and there are ``tables`` codes.
 
-    ``pghash`` folds a vector to the length ``fold``, and ``block_sign`` has blocks of ``block``. A
-    value out of its range is refused.
+    ``pghash`` folds a vector to the length ``fold``, and ``block_sign`` has blocks of ``block``.
     """
 
     bits: int
@@ -61,7 +55,7 @@ class Shape:
 
 
 def own_shape(items: int, budget: int, stream: SecureStream, block: int) -> Shape:
-    """Draw the shape that one device chooses for itself, from its own stream.
+    """Draw the shape that one device chooses for itself.
 
     A table's bucket should hold about as many items as the budget has for a table; the device then
     moves one bit up or down, so that not even the shape is known to others.
@@ -122,7 +116,6 @@ class Signs:
 
     matrix: FloatArray
     shape: Shape
-    _room: Any = field(default=None, init=False, repr=False, compare=False)
 
     def codes(self, rows: FloatArray, centre: FloatArray | None = None) -> NDArray[np.uint16]:
         """Return one code of each table for each row less the centre, shape ``(m, tables)``."""
@@ -139,13 +132,10 @@ class Signs:
         self, rows: FloatArray, centre: FloatArray | None, groups: int, bits: int, width: int
     ) -> NDArray[np.uint8]:
         """Bits of each group, padded with zeros to ``width``, eight a byte."""
-        # Room that stays in a level-2 cache is kept from call to call; padding stays zero.
-        if self._room is None or self._room[1].shape[1:] != (groups, width):
-            count = max(1, min(CHUNK, ROOM // self.matrix.shape[1]))
-            values = np.empty((count, self.matrix.shape[1]), np.float32)
-            room = values, np.zeros((count, groups, width), np.bool_)
-            object.__setattr__(self, "_room", room)
-        values, decided = self._room
+        # In parts that stay in a level-2 cache; padding stays zero.
+        count = max(1, min(len(rows), ROOM // self.matrix.shape[1]))
+        values = np.empty((count, self.matrix.shape[1]), np.float32)
+        decided = np.zeros((count, groups, width), np.bool_)
         # Projecting the centre once costs nothing; taking it from every row would cost a pass.
         above = np.float32(0) if centre is None else (centre @ self.matrix).reshape(groups, bits)
         packed = np.empty((len(rows), groups * width // 8), np.uint8)
@@ -163,13 +153,12 @@ class Signs:
 def serial(
     items: ItemMemory, queries: FloatArray, family: Family, shape: Shape, stream: SecureStream
 ) -> Iterator[Items]:
-    """Yield the items that share a bucket with one of the queries, table after table.
+    """Yield, table after table, the items that share a bucket with a query in none before it.
 
-    Whoever takes from this generator stops when it has enough: tables of later passes are never
-    drawn. Items are centred before they are hashed, which changes no ranking of theirs.
-
-    Yields:
-        For each table the items, ascending, that no earlier table has found.
+    They are ascending, and centred before they are hashed, which changes no ranking of theirs.
+    Tables of later passes are never drawn when enough was taken, and none is ever held: the
+    queries' codes are known first, so the items' are looked up in a bitmap of wanted codes and
+    forgotten. A few tables share a pass, since gathering the items is most of one table's work.
     """
     seen = np.zeros(items.items, np.bool_)
     found = np.empty((min(_TABLES_A_PASS, shape.tables), items.items), np.bool_)
@@ -192,10 +181,7 @@ def serial(
 
 @dataclass(frozen=True)
 class Buckets:
-    """One table as lists, for many queries that each want their own.
-
-    ``order`` lists the items code by code, ascending within one, up to its entry in ``ends``.
-    """
+    """One table as lists: ``order`` has the items code by code, ascending, up to its ``ends``."""
 
     order: NDArray[np.int32]
     ends: Items

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -52,12 +52,10 @@ class Index(Protocol):
 
 @dataclass(frozen=True)
 class Rebuild:
-    """When an index is made anew.
+    """When an index is made anew: ``every`` so many steps, or when enough codes have changed.
 
-    Attributes:
-        every: steps between rebuilds, at least 1; None, never by count.
-        changed: share of codes in (0, 1) beyond which it is rebuilt; None, codes are not looked at.
-        check: steps between two looks at the codes of a sample, at least 1.
+    Those of a sample are looked at each ``check`` steps, and a share above ``changed``, in (0, 1),
+    is enough. None rules either out.
     """
 
     every: int | None = None
@@ -86,8 +84,7 @@ def most_wanted(values: FloatArray, budget: int) -> Items:
     """Return the neurons of the highest values, the highest first."""
     budget = min(budget, len(values))
     chosen = np.argpartition(values, -max(1, budget))[len(values) - budget :]
-    found: Items = chosen[np.argsort(-values[chosen], kind="stable")]
-    return found
+    return chosen[np.argsort(-values[chosen], kind="stable")]
 
 
 def highest(scores: Iterator[FloatArray]) -> FloatArray:
@@ -106,19 +103,18 @@ class Tables(Index):
 
     tables: tuple[Buckets, ...]
     centre: FloatArray
-    width: int
 
     @classmethod
     def of(cls, family: Family, items: ItemMemory, shape: Shape, stream: SecureStream) -> Tables:
         """Draw functions, and hash and sort all neurons, table after table."""
         one = replace(shape, tables=1)
         drawn = (draw(family, items.dim, one, stream) for _ in range(shape.tables))
-        return cls(tuple(Buckets.of(items, each) for each in drawn), items.centre, items.items)
+        return cls(tuple(Buckets.of(items, each) for each in drawn), items.centre)
 
     def batch(self, queries: FloatArray, budget: int) -> Items:
         each = (table.lists(table.hashed.codes(queries)[:, 0]) for table in self.tables)
         found = np.concatenate([part for lists in each for part in lists])
-        times = np.bincount(found, minlength=self.width).astype(np.float32)
+        times = np.bincount(found, minlength=len(self.tables[0].order)).astype(np.float32)
         wanted = most_wanted(times, budget)
         return wanted[times[wanted] > 0]
 
@@ -135,11 +131,10 @@ class Tables(Index):
 
 @dataclass(frozen=True)
 class Signatures(Index):
-    """Signs of each centred neuron, and its length.
+    """Signs of each centred neuron, as columns of ``words``, and its length.
 
     The share of bits that differ estimates an angle, and lengths are known: neurons of one angle
-    are told apart, which bits alone cannot. ``words`` has a signature as a column, so that words
-    are read in a row.
+    are told apart, which bits alone cannot.
     """
 
     words: NDArray[np.uint64]
@@ -198,11 +193,9 @@ class Sketch(Index):
     A server makes one of its public item table, and every device gets the same; nothing about a
     device goes back.
 
-    Attributes:
-        codes: int8 of shape ``(n, rank)``.
-        basis: what a query is multiplied with, shape ``(dim, rank)``; it carries the codes' scales.
-        recall: how much of the exact best items it finds, as its maker measured on public queries.
-        centre: what was taken from the rows.
+    Codes are ``(n, rank)``. A query is multiplied with the ``basis`` ``(dim, rank)``, which carries
+    the codes' scales. ``recall`` is how much of the exact best items it finds, as its maker
+    measured on public queries; ``centre`` was taken from the rows.
     """
 
     codes: NDArray[np.int8]
@@ -212,9 +205,9 @@ class Sketch(Index):
 
     @classmethod
     def of(cls, items: ItemMemory, rank: int = RANK, probes: FloatArray | None = None) -> Sketch:
-        """Sketch a catalogue, in two passes: its covariance, then its codes.
+        """Sketch a catalogue: its covariance, then its codes.
 
-        Its recall is measured on public queries of shape ``(q, dim)``, by default on its own rows.
+        Its recall is measured on public queries ``(q, dim)``, by default on its own rows.
         """
         rank = min(rank, items.dim)
         covariance = np.zeros((items.dim, items.dim))
@@ -275,11 +268,9 @@ class Cells(Index):
 
     A cell is a learned code: the centre that a neuron lies nearest to, where a drawn hash function
     cuts space blindly. A query's product with a centre is the mean product of its cell, so the
-    cells are visited in that order.
+    cells are visited in that order. ``order`` lists neurons cell by cell, up to their ``ends``.
     Sources: Lloyd, "Least squares quantization in PCM" (IEEE Trans. Inf. Theory 1982); Jégou, Douze
     & Schmid, "Product quantization for nearest neighbor search" (PAMI 2011), for the inverted file.
-
-    Cells have ``centres`` ``(C, dim)``; ``order`` lists neurons cell by cell, up to their ``ends``.
     """
 
     centres: FloatArray
@@ -340,8 +331,7 @@ def _nearest(rows: FloatArray, centres: FloatArray) -> Items:
     """The centre nearest to each row; a row's own length decides nothing."""
     half = np.einsum("ij,ij->i", centres, centres) / 2
     products = torch.from_numpy(rows) @ torch.from_numpy(centres.T)
-    found: Items = (products - torch.from_numpy(half)).argmax(dim=1).numpy()
-    return found
+    return cast(Items, (products - torch.from_numpy(half)).argmax(dim=1).numpy())
 
 
 INDEXES: dict[str, Callable[[ItemMemory, Shape, SecureStream], Index]] = {
@@ -350,6 +340,5 @@ INDEXES: dict[str, Callable[[ItemMemory, Shape, SecureStream], Index]] = {
     "cells": lambda items, _, stream: Cells.of(items, stream),
     **{family: partial(Tables.of, family) for family in FAMILIES},
 }
-"""What makes an index of a layer as it is now, by name: of the layer, the shape of tables (of no
-effect on other kinds), and the stream of hash functions or first cells. It raises a
-:class:`~privrec.errors.UsageError` for a shape that the kind cannot have."""
+"""What makes an index of a layer as it is now, of the shape of tables (of no effect on other
+kinds) and the stream of hash functions or first cells."""

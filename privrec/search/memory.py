@@ -30,26 +30,19 @@ _SAMPLE = 1 << 14
 
 @dataclass(frozen=True)
 class ItemMemory:
-    """A catalogue in its memory: a table of vectors and its blocks, float32 ``(slots, block)``.
-
-    ``biases`` are a table and its memory as well. A memory of another shape than its table has is
-    refused.
-    """
+    """A catalogue: a table of vectors and its float32 memory, and the same of biases if any."""
 
     table: Table
     memory: FloatArray
     biases: tuple[Table, FloatArray] | None = None
 
     def __post_init__(self) -> None:
-        for name, held in {"memory": (self.table, self.memory), "biases": self.biases}.items():
-            if held is None:
-                continue
-            table, memory = held
-            wanted = (table.slots, table.block)
-            if memory.shape != wanted:
+        biases = [] if self.biases is None else [("biases", *self.biases)]
+        for name, table, memory in [("memory", self.table, self.memory), *biases]:
+            if memory.shape != (table.slots, table.block):
                 raise UsageError(
-                    f"{name} of shape {memory.shape}: its table has {wanted[0]} blocks of "
-                    f"{wanted[1]} floats; hand over the memory that belongs to the table"
+                    f"{name} of shape {memory.shape}: its table has {table.slots} blocks of "
+                    f"{table.block} floats; hand over the memory that belongs to the table"
                 )
 
     @property
@@ -85,30 +78,22 @@ class ItemMemory:
         return values if self.biases is None else values + query[-1] * self._biases_of(items)
 
     def chunks(self) -> Iterator[tuple[int, FloatArray]]:
-        """Yield all rows in order, as ``(first item, rows)``.
-
-        The rows are a view that the next step overwrites; they must not be changed.
-        """
-        widened = None
+        """Yield ``(first item, rows)`` in order: read-only views that the next step overwrites."""
+        if self.biases is None:
+            yield from self._vectors()
+            return
+        widened = np.empty((min(CHUNK, self.items), self.dim), np.float32)
         for start, vectors in self._vectors():
-            if self.biases is None:
-                yield start, vectors
-                continue
-            if widened is None:
-                widened = np.empty((len(vectors), self.dim), np.float32)
             rows = widened[: len(vectors)]
             rows[:, :-1] = vectors
             rows[:, -1] = self._biases_of(np.arange(start, start + len(rows)))
             yield start, rows
 
     def products(self, query: FloatArray) -> Iterator[FloatArray]:
-        """Yield the products of all rows with one query, chunk by chunk.
-
-        Each memory block is multiplied once by each part of the query, and items gather numbers.
-        """
+        """Yield the products of all rows with one query, chunk by chunk."""
         table = self.table
         parts = query[: table.dim].reshape(table.parts, table.block)
-        # One row a block: the parts' products with it lie together.
+        # Each block is multiplied once by each part of the query, and items gather numbers.
         pushed = (self.memory @ parts.T * np.float32(table.scale)).ravel()
         part = np.arange(table.parts)
         for start in range(0, self.items, CHUNK):
@@ -126,12 +111,11 @@ class ItemMemory:
     def centre(self) -> FloatArray:
         """Mean row of an evenly spaced sample of items, shape ``(dim,)``.
 
-        Taking the same vector from every item changes no softmax and no ranking, so a sample will
-        do. It rids the items of their common direction, which would put most into one bucket.
+        Taking the same vector from every item changes no softmax and no ranking, but rids them of
+        their common direction, which would put most into one bucket.
         """
-        step = -(-self.items // _SAMPLE)
-        mean: FloatArray = self.rows(np.arange(0, self.items, step)).mean(axis=0)
-        return mean
+        sample = np.arange(0, self.items, -(-self.items // _SAMPLE))
+        return cast(FloatArray, self.rows(sample).mean(axis=0))
 
     def _vectors(self) -> Iterator[tuple[int, FloatArray]]:
         table = self.table
@@ -162,8 +146,7 @@ class ItemMemory:
 
     def _biases_of(self, items: NDArray[np.integer]) -> FloatArray:
         table, memory = cast(tuple[Table, FloatArray], self.biases)
-        values: FloatArray = table.gather(memory, items)[:, 0]
-        return values
+        return cast(FloatArray, table.gather(memory, items)[:, 0])
 
 
 def evenly(n: int, count: int) -> Items:
@@ -172,18 +155,15 @@ def evenly(n: int, count: int) -> Items:
 
 
 def outside(excluded: Items, places: Items) -> Items:
-    """Return the items at places in ``[0, n - len(excluded))`` of the catalogue less some items.
-
-    Those that are excluded are ascending, without repeats.
-    """
+    """Return the items at places of the catalogue less some, which are ascending and distinct."""
     gaps = excluded - np.arange(len(excluded))
     return places + np.searchsorted(gaps, places, side="right")
 
 
 def uniform(left: int, budget: int, stream: SecureStream, without: Items) -> Items:
-    """Return ``budget`` distinct items, ascending, uniform over the ``left`` that are not excluded.
+    """Return ``budget`` distinct items, ascending, uniform over the ``left`` others.
 
-    Those that are excluded, ``without``, are ascending and without repeats.
+    Items ``without`` are never drawn, and are ascending and distinct.
     """
     budget = min(budget, left)
     if 2 * budget > left:

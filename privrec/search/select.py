@@ -3,10 +3,6 @@
 All run on the device, over the compressed memory that it holds anyway, and nothing of what they
 choose leaves it. ``scan`` is exact: the others are measured against it. Each is a function of a
 :class:`Request`, and :data:`privrec.scenario.kinds.SELECTORS` knows its name and keys.
-
-The neurons of a wide output layer that take part in a batch are an :class:`ActiveSet`: its labels,
-always; then what a selector found; then as many others by chance as an exact budget has room for.
-The set is one for the whole batch: what is counted is the union, not one example's share of it.
 """
 
 from __future__ import annotations
@@ -14,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -40,11 +36,9 @@ _CONVERT = 0.10  # turn 8 bits into a float
 
 @dataclass(frozen=True)
 class Search:
-    """What a device searches.
+    """What a device searches, with the server's sketch of it for ``sketch``.
 
-    Attributes:
-        sketch: the server's, for ``sketch``.
-        config: the ``[train]`` table that names the selector, with its keys; None, their defaults.
+    ``config`` is the ``[train]`` table that names the selector, with its keys; None, its defaults.
     """
 
     items: ItemMemory
@@ -54,11 +48,10 @@ class Search:
 
 @dataclass(frozen=True)
 class Request:
-    """A selection that is asked of a selector, which returns the chosen items, ascending.
+    """What a selector is asked, which returns the chosen items, ascending.
 
-    Attributes:
-        without: items never to be chosen, ascending and without repeats.
-        config: what has the selector's own keys.
+    Items ``without`` are never chosen, and are ascending and without repeats. ``config`` has the
+    selector's own keys.
     """
 
     search: Search
@@ -152,8 +145,7 @@ def select(
         selector = cheapest(search, len(queries))
     kind = kinds.SELECTORS[selector]
     request = Request(search, queries, budget, stream, without, search.config or kind.config())
-    chosen: Items = kind.load()(request)
-    return chosen
+    return cast(Items, kind.load()(request))
 
 
 def cheapest(search: Search, queries: int) -> str:
@@ -225,14 +217,13 @@ def _scores(items: ItemMemory, queries: FloatArray) -> Iterator[FloatArray]:
 
 @dataclass(frozen=True)
 class ActiveSet:
-    """The neurons of a batch, without repeats, and the width of their layer.
+    """The neurons of a wide output layer that take part in a batch, without repeats.
 
-    Attributes:
-        neurons: so many ``labels`` of the batch, then so many ``selected`` ones, then others by
-            chance; ascending in each part.
-        log_weights: logarithm of how many neurons each one stands for in a sum over the layer.
-            Labels and selected ones stand for themselves; one by chance for its share of all that
-            are left.
+    The first are its labels, always; then what a selector found; then as many others by chance as
+    an exact budget has room for, all ascending in their part. The set is one for the whole batch:
+    what is counted is the union, not one example's share of it. ``log_weights`` are logarithms of
+    how many neurons each one stands for in a sum over the layer: one by chance for its share of all
+    that are left, and the others for themselves.
     """
 
     neurons: Tensor
@@ -267,9 +258,8 @@ def active_set(
 ) -> ActiveSet:
     """Join labels, selected neurons and uniform ones: ``min(budget, width)`` in all, exactly.
 
-    Labels are ascending, without repeats; more of them than the budget are refused. Selected
-    neurons come in the order in which they are wanted: labels among them and what is beyond the
-    budget are left out.
+    Labels are ascending and distinct; more than the budget are refused. Selected neurons come the
+    most wanted first: labels among them and what is beyond the budget are left out.
     """
     budget = min(budget, width)
     if len(labels) > budget:

@@ -49,8 +49,8 @@ def queries() -> np.ndarray:
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (memory, hashing):
-        monkeypatch.setattr(module, "CHUNK", 700)
+    monkeypatch.setattr(memory, "CHUNK", 700)
+    monkeypatch.setattr(hashing, "ROOM", 4200)  # in several parts, and the last one is not whole
 
 
 @pytest.mark.parametrize("family", FAMILIES)
