@@ -225,7 +225,7 @@ class HostedDevice:
         if "session" not in self.kept:
             raise ReleaseRefused(NOT_IN)
         saved = self.kept["session"]
-        return ClientSession.resume(self._book(), self.anchor, saved, policy, self._keep_session)
+        return ClientSession(self._book(), self.anchor, policy, self._keep_session, saved)
 
     def conclude(self, session: ClientSession, stage: str, message: bytes) -> bytes:
         """Answer an exchange after the masked vector; with the last the session is forgotten."""
