@@ -264,10 +264,7 @@ class ClientSession:
         round = self._called()
         deal = Deal.parse(message)
         self._check_context(deal.context)
-        present, dealers, drawn_by = (
-            members(bits, round.devices) for bits in (deal.present, deal.dealers, deal.drawn_by)
-        )
-        self._check_present(present, dealers, drawn_by)
+        present, dealers, drawn_by = self._check_present(deal)
         self._check_model(deal.model, model)
         if len(integers) != self.length:
             raise UsageError(
@@ -332,10 +329,11 @@ class ClientSession:
         if context != self._called().binding.context:
             raise refused("a message of another round, attempt, roster or configuration")
 
-    def _check_present(
-        self, present: Sequence[int], dealers: Sequence[int], drawn_by: Sequence[int]
-    ) -> None:
-        round = self._called()
+    def _check_present(self, deal: Deal) -> list[tuple[int, ...]]:
+        """Who is present, who of them dealt to this device, and who drew it."""
+        round, sets = self._called(), (deal.present, deal.dealers, deal.drawn_by)
+        named = [members(bits, round.devices) for bits in sets]
+        present, dealers, drawn_by = named
         nested = set(dealers) <= set(drawn_by) <= set(present)
         if round.own not in present or round.own in drawn_by or not nested:
             raise refused(
@@ -343,6 +341,7 @@ class ClientSession:
             )
         round.check_quorum(present, "sent shares")
         round.roster.check_bands(present, self._policy.minimum)
+        return named
 
     def _check_model(self, told: Sequence[bytes], seen: Sequence[bytes]) -> None:
         """All devices are told the digests of all bands, and each compares those it holds."""

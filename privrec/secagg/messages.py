@@ -12,11 +12,10 @@ over the roster; what belongs to their members follows in their order, joined.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import IntEnum
-from functools import cache
 from itertools import accumulate, pairwise
-from typing import Annotated, Any, ClassVar, Self, get_type_hints
+from typing import Annotated, Any, ClassVar, Self, get_origin, get_type_hints
 
 import msgpack
 import numpy as np
@@ -106,6 +105,12 @@ class Message:
     """A dataclass that travels; subclasses set ``KIND`` and annotate every field with limits."""
 
     KIND: ClassVar[int]
+    _limits: ClassVar[dict[str, Limits]]
+
+    def __init_subclass__(cls) -> None:
+        hints = get_type_hints(cls, include_extras=True).items()
+        own = {name: hint for name, hint in hints if get_origin(hint) is not ClassVar}
+        cls._limits = {name: hint.__metadata__[0] for name, hint in own.items()}
 
     def __repr__(self) -> str:
         """Without the fields, some of which are secret: a message may end up in a log."""
@@ -113,7 +118,7 @@ class Message:
 
     def pack(self) -> bytes:
         """The message as bytes; equal messages give equal bytes."""
-        return header(self.KIND) + packed([getattr(self, name) for name in _schema(type(self))])
+        return header(self.KIND) + packed([getattr(self, name) for name in self._limits])
 
     @classmethod
     def parse(cls, message: Buffer) -> Self:
@@ -122,7 +127,7 @@ class Message:
             raise refused(f"{len(message)} bytes, where messages have {cls.limit()} at most")
         check_header(message, cls.KIND)
         values = _unpacked(memoryview(message)[HEADER_BYTES:])
-        due = len(_schema(cls))
+        due = len(cls._limits)
         if type(values) is not tuple or len(values) != due:
             raise refused(f"a message of kind {cls.KIND} must be an array of {due} fields")
         parsed = cls(*values)
@@ -132,7 +137,7 @@ class Message:
 
     def problem(self) -> str | None:
         """The first field outside its limits, or None."""
-        for name, limits in _schema(type(self)).items():
+        for name, limits in self._limits.items():
             if problem := limits.problem(getattr(self, name)):
                 return f"{type(self).__name__}.{name} is {problem}"
         return None
@@ -140,14 +145,7 @@ class Message:
     @classmethod
     def limit(cls) -> int:
         """Bytes that a message of this kind takes at most; a transport need not take in more."""
-        return HEADER_BYTES + _HEAD_BYTES + sum(each.size() for each in _schema(cls).values())
-
-
-@cache
-def _schema(message: type[Message]) -> dict[str, Limits]:
-    hints = get_type_hints(message, include_extras=True)
-    named = fields(message)  # type: ignore[arg-type]
-    return {each.name: hints[each.name].__metadata__[0] for each in named}
+        return HEADER_BYTES + _HEAD_BYTES + sum(each.size() for each in cls._limits.values())
 
 
 def refused(problem: str) -> ReleaseRefused:
@@ -176,8 +174,7 @@ def check_header(message: Buffer, kind: int) -> None:
 
 def packed(values: object) -> bytes:
     """Values as msgpack, each with its type and length: no other values have the same bytes."""
-    encoded: bytes = msgpack.packb(values, use_bin_type=True)
-    return encoded
+    return bytes(msgpack.packb(values, use_bin_type=True))
 
 
 def _unpacked(body: Buffer) -> object:

@@ -196,9 +196,7 @@ class ServerSession:
     def receive(self, device: bytes, message: Buffer) -> None:
         """Take in the answer of a device, by the identity that the transport knows it by.
 
-        Raises:
-            ReleaseRefused: when the answer is not what is due from this device; it changes nothing,
-                and the device may still answer.
+        An answer that is not what is due is refused; it changes nothing, and another may come.
         """
         number = self._numbers.get(device)
         if number is None or number not in self._due or number in self._answered:
@@ -208,11 +206,9 @@ class ServerSession:
         self._answered.add(number)
 
     def advance(self) -> None:
-        """Go on without those that did not answer.
+        """Go on without those that did not answer; without a sum when they are too many.
 
-        Raises:
-            ReleaseRefused: when too few devices are left, or a secret could not be recovered. The
-                round is over then, and nothing of the sum is kept.
+        The round is over with the ReleaseRefused that tells it, and nothing of the sum is kept.
         """
         if self.done:
             raise UsageError("the round is over; begin another session")
@@ -345,13 +341,9 @@ class ServerSession:
             self._opened = self._roster.due(self._survivors, set(answered))
 
     def _unmask(self) -> None:
+        root, threshold = model_root(self._model), self._graph.threshold(len(self._roster))
         recovery = Recovery(
-            self._roster,
-            self._binding,
-            root=model_root(self._model),
-            threshold=self._graph.threshold(len(self._roster)),
-            deposits=self._deposits,
-            survivors=self._survivors,
+            self._roster, self._binding, root, threshold, self._deposits, self._survivors
         )
         apply_masks(self._total, recovery.masks())
         prekeys, holders = self._roster.prekeys, self._roster.holders(self._survivors)
