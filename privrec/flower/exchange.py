@@ -188,7 +188,7 @@ class HostedDevice:
         """Return the session of the round that this device is in; refuse when it is in none."""
         if (saved := self.kept.get("session")) is None:
             raise ReleaseRefused(NOT_IN)
-        return ClientSession.resume(self._book(), self.anchor, saved, policy, self._keep)
+        return ClientSession(self._book(), self.anchor, policy, self._keep, saved)
 
     def conclude(self, policy: Policy, stage: str, message: bytes) -> bytes:
         """Answer an exchange after the masked vector; with the last the session is forgotten."""

@@ -1,10 +1,9 @@
 """A device's side of one secure sum: four messages in, four messages out.
 
 A pure state machine: no network, no clock; all that is random comes from the device's root, bound
-to the round. A message that fails any check is refused with an error, changes nothing and is not
-answered. What each check is there for is told in ``docs/protocol.md``.
-Source: Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine Learning"
-(CCS 2017), the protocol against active adversaries.
+to the round. A message that fails any check is refused with ReleaseRefused, changes nothing and is
+not answered. What each check is there for is told in ``docs/protocol.md``.
+Source: Bonawitz et al. (CCS 2017), the protocol against active adversaries.
 """
 
 from __future__ import annotations
@@ -73,9 +72,9 @@ class Policy:
         minimum: fewest devices that it is willing to be summed with, itself included, in the
             cohort and in every band; at least 2.
         corrupt_share: share of a cohort that it assumes to collude with the server, below 1/3.
-        agreed: what it agreed to take part in; the terms of every round must be these but for
-            round and attempt, or a server could lower what noise is left. None leaves the
-            comparison to whoever reads :attr:`ClientSession.terms`.
+        agreed: the terms that every round must have but for round and attempt, or a server could
+            lower what noise is left. None leaves the comparison to whoever reads
+            :attr:`ClientSession.terms`.
     """
 
     minimum: int = 20
@@ -172,9 +171,16 @@ class ClientSession:
     Args:
         book: the device's identity, root and one-time prekeys; it follows the session, so that none
             that was set back, copied or overtaken by a later attempt answers.
-        save: keeps the session's progress, for :meth:`resume`; it is called before each answer is
-            given, and after the book was saved. A device whose process may end between two messages
-            needs it: without the latest progress it drops out of the round.
+        save: keeps the session's progress, as secret as the root since it holds shares of others;
+            it is called before each answer is given, and after the book was saved. A device whose
+            process may end between two messages needs it, or it drops out of the round.
+        progress: what ``save`` was last given, to go on from there under the policy and anchor of
+            now; None for a session that was not called yet.
+
+    Raises:
+        ReleaseRefused: when ``progress`` is no progress, or its round is none that the policy and
+            the anchor let a device take part in.
+        IntegrityError: when the book saw another progress last: one of the two was set back.
     """
 
     def __init__(
@@ -183,6 +189,7 @@ class ClientSession:
         anchor: Anchor,
         policy: Policy | None = None,
         save: Callable[[bytes], None] = lambda progress: None,
+        progress: bytes | None = None,
     ) -> None:
         self._book = book
         self._save = save
@@ -191,51 +198,17 @@ class ClientSession:
         self._round: _Round | None = None
         self._progress: _Progress | None = None
         self._agreed: dict[int, bytes] = {}
-
-    @classmethod
-    def resume(
-        cls,
-        book: PrekeyBook,
-        anchor: Anchor,
-        saved: bytes,
-        policy: Policy | None = None,
-        save: Callable[[bytes], None] = lambda progress: None,
-    ) -> ClientSession:
-        """A session that goes on where :meth:`saved` left it, held to the policy and anchor of now.
-
-        Raises:
-            ReleaseRefused: when ``saved`` is not what that gave, or its round is none that the
-                policy and the anchor let a device take part in.
-            IntegrityError: when the book saw another progress last: one of the two was set back.
-        """
-        session = cls(book, anchor, policy, save)
-        progress = _Progress.parse(saved)
-        call = Call.parse(progress.call)
-        book.check_latest(call.run, saved)
-        roster = Roster(call, anchor)
-        own = roster.number(book.key.public)
-        session._check_cohort(roster)
-        prekey = book.secret(roster.prekeys[own].serial)
-        session._round = session._enter(call, roster, own, prekey)
-        session._progress = progress
-        return session
-
-    def saved(self) -> bytes:
-        """The session as bytes, for devices whose process ends between two messages.
-
-        Keep them as secret as the root: they hold shares of other devices. Keep the last one only,
-        and before the answer leaves, as ``save`` does: the book refuses any earlier one.
-
-        Raises:
-            UsageError: before the first message was answered.
-        """
-        if self._progress is None:
-            raise UsageError("a session that was not called yet has nothing to be saved")
-        return self._progress.pack()
+        if progress is not None:
+            recalled = _Progress.parse(progress)
+            call = Call.parse(recalled.call)
+            book.check_latest(call.run, progress)
+            roster, own = self._checked(call)
+            self._round = self._enter(call, roster, own, book.secret(roster.prekeys[own].serial))
+            self._progress = recalled
 
     @property
     def terms(self) -> Terms:
-        """The terms of the round, once called, for the device to compare with what it agreed to."""
+        """The terms of the round, once called."""
         return self._called().roster.terms
 
     @property
@@ -243,15 +216,6 @@ class ClientSession:
         """Entries that this device sends: what the terms say for its tier."""
         round = self._called()
         return round.roster.length(round.own)
-
-    @property
-    def survivors(self) -> tuple[tuple[bytes, ...], ...]:
-        """For each band the identities of the survivors that hold it, in the roster's order.
-
-        The band that all hold is the first. They are what this device confirmed; all devices whose
-        answers count confirmed the same. Empty before.
-        """
-        return self._called().roster.identities(self._members("survivors"))
 
     @property
     def warning(self) -> str | None:
@@ -268,18 +232,10 @@ class ClientSession:
             noise: the seeds of this device's noise in this attempt, 32 bytes for each band that it
                 holds, if the terms take noise off again; see
                 :func:`~privrec.privacy.mechanism.noise_seeds`.
-
-        Raises:
-            ReleaseRefused: when the roster is not made of enrolled devices, is below the device's
-                minimum in any band, does not name this device, asks it to take part again, or has
-                terms that ask for more or fewer seeds.
         """
         self._due(Stage.SHARES)
         call = Call.parse(message)
-        roster = Roster(call, self._anchor)
-        own = roster.number(self._book.key.public)
-        self._check_cohort(roster)
-        terms = roster.terms
+        roster, own = self._checked(call)
         due = roster.secrets(own) - NOISE
         if [len(seed) for seed in noise] != [SECRET_BYTES] * due:
             raise ReleaseRefused(
@@ -287,8 +243,7 @@ class ClientSession:
                 f"{SECRET_BYTES} bytes; give one for each band if the device agreed to have "
                 "noise taken off again, and none if not"
             )
-        serial = roster.prekeys[own].serial
-        prekey = self._book.enter(serial, terms.run, terms.round, terms.attempt)
+        prekey = self._book.enter(roster.prekeys[own].serial, call.run, call.round, call.attempt)
         self._round = self._enter(call, roster, own, prekey)
         nobody = [self._bitmap(())] * 4
         self._keep(_Progress(Stage.MASKED, call.pack(), b"".join(noise), *nobody))
@@ -303,18 +258,13 @@ class ClientSession:
             model: 32-byte digests of the bands that the device holds, as it computed them itself.
 
         Raises:
-            ReleaseRefused: when too few devices are left, or the model is not the one whose digests
-                all devices are told.
             UsageError: when the vector is of another length or type.
         """
         self._due(Stage.MASKED)
         round = self._called()
         deal = Deal.parse(message)
         self._check_context(deal.context)
-        present, dealers, drawn_by = (
-            members(bits, round.devices) for bits in (deal.present, deal.dealers, deal.drawn_by)
-        )
-        self._check_present(present, dealers, drawn_by)
+        present, dealers, drawn_by = self._check_present(deal)
         self._check_model(deal.model, model)
         if len(integers) != self.length:
             raise UsageError(
@@ -338,12 +288,7 @@ class ClientSession:
         return answer
 
     def confirm(self, message: Buffer) -> bytes:
-        """Answer :class:`~privrec.secagg.messages.Survivors` with a signature over them.
-
-        Raises:
-            ReleaseRefused: when the set is too small in any band, lacks this device, or comes with
-                another model.
-        """
+        """Answer :class:`~privrec.secagg.messages.Survivors` with a signature over them."""
         self._due(Stage.CONFIRM)
         round = self._called()
         told = Survivors.parse(message)
@@ -355,11 +300,7 @@ class ClientSession:
         return Confirmation(round.binding.context, signature).pack()
 
     def unmask(self, message: Buffer) -> bytes:
-        """Answer a :class:`~privrec.secagg.messages.Quorum` with an own seed and others' shares.
-
-        Raises:
-            ReleaseRefused: when too few devices signed what this device confirmed.
-        """
+        """Answer a :class:`~privrec.secagg.messages.Quorum` with an own seed and others' shares."""
         self._due(Stage.UNMASK)
         quorum = Quorum.parse(message)
         self._check_context(quorum.context)
@@ -370,8 +311,10 @@ class ClientSession:
 
     # ------------------------------------------------------------------ checks
 
-    def _check_cohort(self, roster: Roster) -> None:
-        """The device's own minimum and terms; no server can change them."""
+    def _checked(self, call: Call) -> tuple[Roster, int]:
+        """The roster of a call, held to the device's own anchor, terms and minimum; its number."""
+        roster = Roster(call, self._anchor)
+        own = roster.number(self._book.key.public)
         agreed, told = self._policy.agreed, roster.terms
         if agreed and replace(agreed, round=told.round, attempt=told.attempt) != told:
             raise ReleaseRefused(
@@ -380,15 +323,17 @@ class ClientSession:
             )
         roster.check_bands(range(len(roster)), self._policy.minimum)
         self._policy.graph.check(tuple(map(len, roster.holding)), self._policy.corrupt_share)
+        return roster, own
 
     def _check_context(self, context: bytes) -> None:
         if context != self._called().binding.context:
             raise refused("a message of another round, attempt, roster or configuration")
 
-    def _check_present(
-        self, present: Sequence[int], dealers: Sequence[int], drawn_by: Sequence[int]
-    ) -> None:
-        round = self._called()
+    def _check_present(self, deal: Deal) -> list[tuple[int, ...]]:
+        """Who is present, who of them dealt to this device, and who drew it."""
+        round, sets = self._called(), (deal.present, deal.dealers, deal.drawn_by)
+        named = [members(bits, round.devices) for bits in sets]
+        present, dealers, drawn_by = named
         nested = set(dealers) <= set(drawn_by) <= set(present)
         if round.own not in present or round.own in drawn_by or not nested:
             raise refused(
@@ -396,13 +341,13 @@ class ClientSession:
             )
         round.check_quorum(present, "sent shares")
         round.roster.check_bands(present, self._policy.minimum)
+        return named
 
     def _check_model(self, told: Sequence[bytes], seen: Sequence[bytes]) -> None:
         """All devices are told the digests of all bands, and each compares those it holds."""
         round = self._called()
-        terms = round.roster.terms
-        held = terms.bands(round.roster.prekeys[round.own].tier)
-        if len(told) != len(terms.lengths) or len(seen) != held:
+        held = round.roster.bands(round.own)
+        if len(told) != len(round.roster.terms.lengths) or len(seen) != held:
             raise refused(f"digests of {len(told)} bands told and {len(seen)} seen, of {held} held")
         if tuple(told[:held]) != tuple(seen):
             raise ReleaseRefused(
@@ -461,8 +406,8 @@ class ClientSession:
         binding = Binding.of(call.digest, graph)
         # Drawn now that the roster is fixed, from this device's own secrets: see sharing.py.
         lots = self._stream("neighbours", binding)
-        held = roster.terms.bands(roster.prekeys[own].tier)
-        drawn = tuple(graph.draw(own, holders, lots) for holders in roster.holding[:held])
+        held = roster.holding[: roster.bands(own)]
+        drawn = tuple(graph.draw(own, holders, lots) for holders in held)
         return _Round(call, roster, own, prekey, binding, graph, drawn)
 
     def _stream(self, purpose: str, binding: Binding) -> SecureStream:

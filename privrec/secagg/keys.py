@@ -3,9 +3,6 @@
 A device signs prekeys in advance and leaves them with the server: two X25519 keys each, one under
 which others encrypt shares to it, one from which pairs of devices draw masks. The mask key may be
 reconstructed after a drop-out, so that a prekey serves one attempt at one round and is then burned.
-A mask is an AES-128-CTR keystream, added to a prefix of a vector of integers in place; who is
-masked with whom, and with which sign, is decided in
-:meth:`ClientSession.masked() <privrec.secagg.client.ClientSession.masked>`.
 Sources: RFC 7748 (X25519), RFC 8032 (Ed25519), RFC 5869 (HKDF).
 """
 
@@ -16,7 +13,7 @@ import hmac
 import json
 import struct
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
@@ -121,7 +118,6 @@ class Prekey:
         identity: the device's Ed25519 key.
         certificate: signature of an enrolment key over ``identity``; zeros where devices keep a
             list of identities instead.
-        serial: counts the device's prekeys.
         tier: capacity of the device, 0 for the strongest. Signed here, so that a server cannot
             fill a band with devices that do not hold it.
         sealing: X25519 key that shares for the device are encrypted to.
@@ -148,11 +144,7 @@ class Prekey:
 
     @classmethod
     def unpack(cls, record: bytes) -> Prekey:
-        """The prekey in a record; nothing about it is checked but its length.
-
-        Raises:
-            ReleaseRefused: when the record is of another length.
-        """
+        """The prekey in a record; nothing about it is checked but its length."""
         if len(record) != RECORD_BYTES:
             raise refused(f"a prekey of {len(record)} bytes, which takes {RECORD_BYTES}")
         return cls(*_RECORD.unpack(record))
@@ -176,14 +168,12 @@ class PrekeyBook:
     device.
 
     Args:
-        root: the device's secret root; private keys are derived from it, never stored.
+        root: private keys are derived from it, never stored.
         certificate: signature of the enrolment key over the identity, empty if there is none.
         save: keeps the state, which is not secret but must not be rolled back.
-        state: what ``save`` was last given; None for a new device. Never None with the root and
-            key of a device that was there before: it would issue the same prekeys once more.
-
-    Raises:
-        IntegrityError: when ``state`` is not what was saved.
+        state: what ``save`` was last given, or IntegrityError is raised; None for a new device.
+            Never None with the root and key of a device that was there before: it would issue the
+            same prekeys once more.
     """
 
     def __init__(
@@ -229,9 +219,6 @@ class PrekeyBook:
         Neither happens twice. A mask key of an earlier attempt may be known. And two sums of one
         attempt over different survivors would carry the same noise, so that their difference would
         show single devices without any. Attempts are in the order of (round, attempt).
-
-        Raises:
-            ReleaseRefused: when it would.
         """
         self._check_fresh(serial)
         self._check_order(run, round, attempt)
@@ -241,13 +228,10 @@ class PrekeyBook:
         return self.secret(serial)
 
     def check_latest(self, run: str, progress: bytes) -> None:
-        """Refuse progress, empty after :meth:`enter`, that is not what the book was last told.
+        """Raise IntegrityError for progress, empty after :meth:`enter`, that is not the latest.
 
         A session that was set back alone would answer a message again, under the same masks; one
         that the book is behind of shows that the book was set back, and would reuse its prekeys.
-
-        Raises:
-            IntegrityError: when one of the two was set back.
         """
         if self._joined.get(run, (0, 0, None))[2] != _digest(progress):
             raise IntegrityError(
@@ -317,11 +301,7 @@ def public_of(private: X25519PrivateKey) -> bytes:
 
 
 def agree(private: X25519PrivateKey, public: bytes) -> bytes:
-    """The 32 bytes that two devices share, from the private key of one and the other's public one.
-
-    Raises:
-        ReleaseRefused: when the public key is of low order, which would fix the result.
-    """
+    """The 32 bytes that two devices share; a public key of low order would fix them: refused."""
     try:
         return private.exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError:
@@ -396,24 +376,17 @@ class Binding:
 class Mask:
     """One AES-128-CTR keystream over the first ``length`` entries, of a key for it alone."""
 
-    key: bytes
+    key: bytes = field(repr=False)
     length: int
     negative: bool
 
-    def __repr__(self) -> str:
-        return f"Mask(length={self.length})"
-
 
 def apply_masks(vector: Words, masks: Iterable[Mask]) -> None:
-    """Add or subtract every mask, in place and modulo the ring.
+    """Add or subtract every mask, in place and modulo the ring; memory does not grow with masks.
 
-    The vector is walked in pieces that stay in the cache, each under all masks before the next, so
-    that memory is read once however many masks there are. Integers wrap around by themselves.
-
-    Args:
-        vector: contiguous entries of a :func:`~privrec.secagg.messages.word_type`, at least as many
-            as any mask covers.
-        masks: in any order, of any number: memory does not grow with it.
+    ``vector`` is contiguous, of a :func:`~privrec.secagg.messages.word_type`, and as long as any
+    mask. It is walked in pieces that stay in the cache, each under all masks before the next, so
+    that memory is read once however many masks there are.
     """
     pending = iter(masks)
     while batch := list(islice(pending, _BATCH)):

@@ -2,22 +2,20 @@
 
 A message is a dataclass whose fields carry their :class:`Limits`; as bytes it is a version, a kind
 and one msgpack array. What does not match in type, number or length is refused before anything else
-looks at it, so the rest of the protocol handles well-formed values only. Packing is canonical:
-equal messages are equal bytes, which is what digests and signatures are made over.
+looks at it. Packing is canonical: digests and signatures are made over it.
 
 The call, with which a round begins, is in :mod:`privrec.secagg.roster`. All that follows names by
-``context``, the digest of the call and the graph, what it belongs to: a message of another run,
-round, attempt, roster or configuration is refused. Sets of devices are bitmaps over the roster;
-what belongs to their members follows in their order, joined.
+``context``, the digest of the call and the graph, what it belongs to. Sets of devices are bitmaps
+over the roster; what belongs to their members follows in their order, joined.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import IntEnum
 from itertools import accumulate, pairwise
-from typing import Annotated, Any, ClassVar, Self, get_type_hints
+from typing import Annotated, Any, ClassVar, Self, get_origin, get_type_hints
 
 import msgpack
 import numpy as np
@@ -93,11 +91,8 @@ class Limits:
         if isinstance(value, int):
             return None if self.low <= value <= self.high else f"{value} outside its range"
         size = len(value.encode() if isinstance(value, str) else value)  # type: ignore[arg-type]
-        return (
-            None
-            if self.low <= size <= self.high
-            else f"{size} bytes, not {self.low} to {self.high}"
-        )
+        is_fine = self.low <= size <= self.high
+        return None if is_fine else f"{size} bytes, not {self.low} to {self.high}"
 
 
 Digest = Annotated[bytes, Limits(bytes, DIGEST_BYTES, DIGEST_BYTES)]
@@ -110,6 +105,12 @@ class Message:
     """A dataclass that travels; subclasses set ``KIND`` and annotate every field with limits."""
 
     KIND: ClassVar[int]
+    _limits: ClassVar[dict[str, Limits]]
+
+    def __init_subclass__(cls) -> None:
+        hints = get_type_hints(cls, include_extras=True).items()
+        own = {name: hint for name, hint in hints if get_origin(hint) is not ClassVar}
+        cls._limits = {name: hint.__metadata__[0] for name, hint in own.items()}
 
     def __repr__(self) -> str:
         """Without the fields, some of which are secret: a message may end up in a log."""
@@ -117,23 +118,18 @@ class Message:
 
     def pack(self) -> bytes:
         """The message as bytes; equal messages give equal bytes."""
-        return header(self.KIND) + packed([getattr(self, name) for name in _schema(type(self))])
+        return header(self.KIND) + packed([getattr(self, name) for name in self._limits])
 
     @classmethod
     def parse(cls, message: Buffer) -> Self:
-        """The message that :meth:`pack` made.
-
-        Raises:
-            ReleaseRefused: when the bytes are no such message of this version, or a field is
-                missing, unknown, of another type or outside its limits.
-        """
+        """The message that :meth:`pack` made; any other bytes are refused with ReleaseRefused."""
         if len(message) > cls.limit():
             raise refused(f"{len(message)} bytes, where messages have {cls.limit()} at most")
         check_header(message, cls.KIND)
         values = _unpacked(memoryview(message)[HEADER_BYTES:])
-        fields_due = len(_schema(cls))
-        if type(values) is not tuple or len(values) != fields_due:
-            raise refused(f"a message of kind {cls.KIND} must be an array of {fields_due} fields")
+        due = len(cls._limits)
+        if type(values) is not tuple or len(values) != due:
+            raise refused(f"a message of kind {cls.KIND} must be an array of {due} fields")
         parsed = cls(*values)
         if problem := parsed.problem():
             raise refused(problem)
@@ -141,7 +137,7 @@ class Message:
 
     def problem(self) -> str | None:
         """The first field outside its limits, or None."""
-        for name, limits in _schema(type(self)).items():
+        for name, limits in self._limits.items():
             if problem := limits.problem(getattr(self, name)):
                 return f"{type(self).__name__}.{name} is {problem}"
         return None
@@ -149,18 +145,7 @@ class Message:
     @classmethod
     def limit(cls) -> int:
         """Bytes that a message of this kind takes at most; a transport need not take in more."""
-        return HEADER_BYTES + _HEAD_BYTES + sum(each.size() for each in _schema(cls).values())
-
-
-_SCHEMAS: dict[type[Message], dict[str, Limits]] = {}
-
-
-def _schema(message: type[Message]) -> dict[str, Limits]:
-    if message not in _SCHEMAS:
-        hints = get_type_hints(message, include_extras=True)
-        names = [field.name for field in fields(message)]  # type: ignore[arg-type]
-        _SCHEMAS[message] = {name: hints[name].__metadata__[0] for name in names}
-    return _SCHEMAS[message]
+        return HEADER_BYTES + _HEAD_BYTES + sum(each.size() for each in cls._limits.values())
 
 
 def refused(problem: str) -> ReleaseRefused:
@@ -189,8 +174,7 @@ def check_header(message: Buffer, kind: int) -> None:
 
 def packed(values: object) -> bytes:
     """Values as msgpack, each with its type and length: no other values have the same bytes."""
-    encoded: bytes = msgpack.packb(values, use_bin_type=True)
-    return encoded
+    return bytes(msgpack.packb(values, use_bin_type=True))
 
 
 def _unpacked(body: Buffer) -> object:
@@ -219,11 +203,7 @@ def bitmap(members: Sequence[int], devices: int) -> bytes:
 
 
 def members(bits: bytes, devices: int) -> tuple[int, ...]:
-    """The device numbers of a :func:`bitmap`, ascending.
-
-    Raises:
-        ReleaseRefused: when the bitmap is of another length or names a device beyond the last.
-    """
+    """The device numbers of a :func:`bitmap`, ascending; a bitmap for other sizes is refused."""
     if len(bits) != -(-devices // 8):
         raise refused(f"a set of devices in {len(bits)} bytes, while the roster has {devices}")
     flags = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")
@@ -233,11 +213,7 @@ def members(bits: bytes, devices: int) -> tuple[int, ...]:
 
 
 def split(joined: bytes, sizes: Sequence[int]) -> list[bytes]:
-    """Pieces of these sizes, in bytes.
-
-    Raises:
-        ReleaseRefused: when ``joined`` is not as long as they are together.
-    """
+    """Pieces of these sizes, in bytes; refused unless ``joined`` is as long as they together."""
     ends = list(accumulate(sizes, initial=0))
     if len(joined) != ends[-1]:
         raise refused(f"{len(joined)} bytes where {len(sizes)} pieces, {ends[-1]} bytes, are due")
@@ -374,13 +350,7 @@ def masked_message(
 ) -> tuple[bytearray, Words]:
     """A masked message that holds the plain entries still, and a view of them to be masked in.
 
-    Args:
-        integers: the device's vector, of any integer type, taken modulo ``2**ring_bits``; it is not
-            changed.
-        pair_tags: what follows the entries.
-
-    Raises:
-        UsageError: when the vector is not one of integers.
+    ``integers``, of any integer type, are left as they are; ``pair_tags`` follow the entries.
     """
     if integers.dtype.kind not in "iu" or integers.ndim != 1:
         raise UsageError(
@@ -399,11 +369,9 @@ def masked_message(
 def masked_entries(
     message: Buffer, context: bytes, length: int, ring_bits: int, pair_tags: int = 0
 ) -> tuple[Words, bytes]:
-    """A view of the ``length`` entries of a :func:`masked_message`, and its tags, joined.
+    """A view of the ``length`` entries of a :func:`masked_message`, and its ``pair_tags``, joined.
 
-    Raises:
-        ReleaseRefused: when it is of another round, or has not ``length`` entries and as many tags
-            as ``pair_tags`` says.
+    A message of another round, or of more or less than these, is refused with ReleaseRefused.
     """
     dtype, view = word_type(ring_bits), memoryview(message)
     check_header(message, MASKED_KIND)

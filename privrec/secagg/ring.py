@@ -4,11 +4,9 @@ Integers make the sum independent of its order and let noise be exact. Rounding 
 unbiased, and conditional: it is drawn again until the rounded vector is provably short, so that
 the sensitivity of the integer sum is hardly larger than that of the clipped one.
 
-Sums are taken in a ring of ``2^32`` or ``2^16``, where they wrap around. Wrapping costs no privacy,
-since it is done to what is released already, but it spoils the sum: how likely it is in the worst
-case, with all updates the same, is bounded before a round starts. In the small ring a coefficient
-in which all devices agree might, which the public random :class:`Rotation` before the rounding
-prevents.
+Wrapping around in the ring costs no privacy, since it is done to what is released already, but it
+spoils the sum: how likely it is in the worst case, with all updates the same, is bounded before a
+round starts. In the ring of ``2^16`` a public random :class:`Rotation` makes it unlikely.
 Source: Kairouz, Liu & Steinke, "The Distributed Discrete Gaussian Mechanism for Federated Learning
 with Secure Aggregation" (ICML 2021), section 4.
 """
@@ -49,9 +47,8 @@ class Encoding:
     of the integer sum when one device's vector is replaced by zeros.
 
     Attributes:
-        clip_norm: above 0.
-        dimension: public number of coefficients of the whole vector, at least 1; never a device's
-            own count of non-zeros, which would be private.
+        dimension: public number of coefficients of the whole vector; never a device's own count of
+            non-zeros, which would be private.
         scale_bits: the grid has ``2^scale_bits`` steps to the clip norm, 1 to 20; not
             necessarily a whole number.
     """
@@ -85,10 +82,8 @@ class Encoding:
     def encode(self, values: NDArray[np.float32], coins: Coins) -> NDArray[np.int32]:
         """Round each row to integers, unbiased but for the condition on its norm; zeros stay zeros.
 
-        ``values`` has shape ``(m, k)``; each row has an L2 norm of at most ``clip_norm``.
-
-        Raises:
-            ReleaseRefused: when a row keeps exceeding the bound, so it was never clipped.
+        ``values`` has shape ``(m, k)``. ReleaseRefused is raised for a row that keeps exceeding the
+        bound: it was never clipped.
         """
         rounded = self._round(values, coins)
         pending = self._too_long(rounded)
@@ -244,13 +239,9 @@ class Rotation:
     signs of its own, to its last ``D``. So each coefficient was spread over ``D`` in the last step
     that touched it.
 
-    Promise: a function of the sizes and the seed, the same on every platform; up to rounding of
-    floats, :meth:`undo` is the inverse of :meth:`apply`, and both keep every norm.
-
-    Args:
-        sizes: coefficients of each band, in their order, at least 1 each.
-        seed: 32 public bytes, the same for all devices, that depend on no update; a digest of run,
-            round and attempt.
+    Promise: a function of the bands' ``sizes`` and the ``seed``, the same on every platform; up to
+    rounding of floats, :meth:`undo` is the inverse of :meth:`apply`, and both keep every norm. The
+    seed, 32 public bytes, is the same for all devices and depends on no update.
     """
 
     sizes: tuple[int, ...]

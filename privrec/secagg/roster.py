@@ -8,6 +8,7 @@ device was given, or the key of somebody other than the server who enrols device
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,7 +17,6 @@ from typing import Annotated, ClassVar, Protocol
 
 from privrec.errors import DataError, ReleaseRefused, UsageError
 from privrec.secagg.keys import (
-    KEY_BYTES,
     RECORD_BYTES,
     DeviceKey,
     Prekey,
@@ -47,7 +47,6 @@ class Anchor(Protocol):
 
     def knows(self, prekey: Prekey) -> bool:
         """Whether the prekey's identity is that of an enrolled device."""
-        ...
 
 
 class ListedDevices:
@@ -72,16 +71,12 @@ class ListedDevices:
         identities = []
         for number, line in enumerate(lines, 1):
             text = line.partition("#")[0].strip()
-            try:
-                identity = bytes.fromhex(text)
-            except ValueError:
-                identity = b"?"
-            if text and len(identity) != KEY_BYTES:
+            if text and not re.fullmatch("[0-9a-fA-F]{64}", text):
                 raise DataError(
                     f"{path}:{number}: {text[:80]!r} is no identity of 64 hexadecimal digits"
                 )
-            identities += [identity] if text else []
-        return cls(identities)
+            identities.append(bytes.fromhex(text))
+        return cls(filter(None, identities))
 
     def knows(self, prekey: Prekey) -> bool:
         return prekey.identity in self._identities
@@ -233,13 +228,6 @@ class Roster:
             for band in range(len(self.terms.lengths))
         )
 
-    def identities(self, members: Iterable[int]) -> tuple[tuple[bytes, ...], ...]:
-        """The identities of :meth:`holders`."""
-        return tuple(
-            tuple(self.prekeys[number].identity for number in band)
-            for band in self.holders(members)
-        )
-
     def secrets(self, number: int) -> int:
         """How many secrets a device deals in shares."""
         return NOISE + (self.bands(number) if self.terms.excess else 0)
@@ -282,12 +270,7 @@ class Roster:
 
 
 def check_prekey(prekey: Prekey, anchor: Anchor) -> None:
-    """Refuse a prekey that no enrolled device made; servers look at deposits with it, too.
-
-    Raises:
-        ReleaseRefused: when the anchor does not know its identity, its signature is wrong, or it is
-            a point of low order, with which everybody would agree on the same secret.
-    """
+    """Refuse a prekey that no enrolled device made, or that has a point of low order."""
     signed = anchor.verifier.check(prekey.identity, prekey.signature, prekey.stated)
     if not (anchor.knows(prekey) and signed):
         raise ReleaseRefused(

@@ -120,8 +120,7 @@ class ServerSession:
 
     Raises:
         UsageError: when the terms contradict themselves.
-        ReleaseRefused: when a prekey is not that of an enrolled device, two are of the same one, or
-            a band has fewer holders than the terms ask for.
+        ReleaseRefused: when the roster is not sound, or a band has too few holders for the terms.
     """
 
     def __init__(
@@ -134,7 +133,7 @@ class ServerSession:
         self._roster = Roster(self._call, anchor)
         self._roster.check_bands(range(len(self._roster)), 1)
         self._binding = Binding.of(self._call.digest, self._graph)
-        self._verifier = anchor.verifier
+        self._anchor = anchor
         self._numbers = {p.identity: number for number, p in enumerate(self._roster.prekeys)}
         self._deposits: dict[int, Deposit] = {}
         self._drawn_by: dict[int, list[int]] = {}
@@ -144,19 +143,14 @@ class ServerSession:
         self._result: SecureSum | None = None
         self._survivors: tuple[int, ...] = ()
         self._opened: list[tuple[int, ...]] = []
-        self._stage = Stage.SHARES
+        self.stage = Stage.SHARES  # what the server waits for
         self._due = tuple(range(len(self._roster)))
         self._answered: set[int] = set()
 
     @property
-    def stage(self) -> Stage:
-        """What the server waits for."""
-        return self._stage
-
-    @property
     def done(self) -> bool:
         """Whether the round is over, with a sum or without."""
-        return self._stage is Stage.DONE
+        return self.stage is Stage.DONE
 
     @property
     def result(self) -> SecureSum:
@@ -168,8 +162,7 @@ class ServerSession:
     def publish(self, model: Sequence[bytes]) -> None:
         """Fix the model of the round, before masked vectors are asked for and for good.
 
-        Args:
-            model: 32-byte digest of each band, the band that all devices hold first.
+        ``model`` has a 32-byte digest of each band, the band that all devices hold first.
         """
         if len(model) != len(self._call.lengths):
             raise UsageError(
@@ -186,15 +179,13 @@ class ServerSession:
         if self.done:
             return {}
         awaited = [number for number in self._due if number not in self._answered]
-        if self._stage is Stage.SHARES:
+        if self.stage is Stage.SHARES:
             messages = dict.fromkeys(awaited, self._call.pack())
-        elif self._stage is Stage.MASKED:
+        elif self.stage is Stage.MASKED:
             if not self._model:
-                raise UsageError(
-                    "masked vectors are due, but no model was published: call publish()"
-                )
+                raise UsageError("masked vectors are due but no model is published: call publish()")
             messages = {number: self._deal(number).pack() for number in awaited}
-        elif self._stage is Stage.CONFIRM:
+        elif self.stage is Stage.CONFIRM:
             messages = self._tidings(awaited)
         else:
             signers, signatures = zip(*sorted(self._signatures.items()), strict=True)
@@ -205,39 +196,35 @@ class ServerSession:
     def receive(self, device: bytes, message: Buffer) -> None:
         """Take in the answer of a device, by the identity that the transport knows it by.
 
-        Raises:
-            ReleaseRefused: when the answer is not what is due from this device; it changes nothing,
-                and the device may still answer.
+        An answer that is not what is due is refused; it changes nothing, and another may come.
         """
         number = self._numbers.get(device)
         if number is None or number not in self._due or number in self._answered:
             raise refused(f"an answer of {device.hex()[:16]}, from whom none is due")
         take = (self._take_shares, self._take_masked, self._take_confirmation, self._take_opening)
-        take[self._stage](number, message)
+        take[self.stage](number, message)
         self._answered.add(number)
 
     def advance(self) -> None:
-        """Go on without those that did not answer.
+        """Go on without those that did not answer; without a sum when they are too many.
 
-        Raises:
-            ReleaseRefused: when too few devices are left, or a secret could not be recovered. The
-                round is over then, and nothing of the sum is kept.
+        The round is over with the ReleaseRefused that tells it, and nothing of the sum is kept.
         """
         if self.done:
             raise UsageError("the round is over; begin another session")
         answered = tuple(sorted(self._answered))
         try:
-            if self._stage is Stage.UNMASK:
+            if self.stage is Stage.UNMASK:
                 self._unmask()
             else:
                 self._close(answered)
         except ReleaseRefused:
             self._finish()
             raise
-        if self._stage is Stage.UNMASK:
+        if self.stage is Stage.UNMASK:
             self._finish()
         else:
-            self._stage, self._due, self._answered = Stage(self._stage + 1), answered, set()
+            self.stage, self._due, self._answered = Stage(self.stage + 1), answered, set()
 
     # ------------------------------------------------------------------ what is sent
 
@@ -309,7 +296,7 @@ class ServerSession:
         root = model_root(self._model)
         stated = self._binding.confirmation(self._bitmap(self._survivors), root)
         identity = self._roster.prekeys[number].identity
-        if not self._verifier.check(identity, confirmation.signature, stated):
+        if not self._anchor.verifier.check(identity, confirmation.signature, stated):
             raise refused(f"a wrong signature of device {identity.hex()[:16]}")
         self._signatures[number] = confirmation.signature
 
@@ -335,7 +322,7 @@ class ServerSession:
 
     def _close(self, answered: tuple[int, ...]) -> None:
         """Go on with those that answered, if they are enough."""
-        doing = ("sent shares", "sent masked vectors", "confirmed the survivors")[self._stage]
+        doing = ("sent shares", "sent masked vectors", "confirmed the survivors")[self.stage]
         least = self._graph.quorum(len(self._roster))
         if len(answered) < least:
             raise ReleaseRefused(
@@ -343,36 +330,33 @@ class ServerSession:
                 "many dropped out; the round ends without a sum, and stays charged"
             )
         self._roster.check_bands(answered, 1)
-        if self._stage is Stage.SHARES:
+        if self.stage is Stage.SHARES:
             self._drawn_by = {number: [] for number in range(len(self._roster))}
             for number in answered:
                 for peer in self._deposits[number].masked_with:
                     self._drawn_by[peer].append(number)
-        elif self._stage is Stage.MASKED:
+        elif self.stage is Stage.MASKED:
             self._survivors = answered
         else:
             self._opened = self._roster.due(self._survivors, set(answered))
 
     def _unmask(self) -> None:
+        root, threshold = model_root(self._model), self._graph.threshold(len(self._roster))
         recovery = Recovery(
-            self._roster,
-            self._binding,
-            root=model_root(self._model),
-            threshold=self._graph.threshold(len(self._roster)),
-            deposits=self._deposits,
-            survivors=self._survivors,
+            self._roster, self._binding, root, threshold, self._deposits, self._survivors
         )
         apply_masks(self._total, recovery.masks())
+        prekeys, holders = self._roster.prekeys, self._roster.holders(self._survivors)
         self._result = SecureSum(
             self._total.view(self._total.dtype.str.replace("u", "i")),
-            self._roster.identities(self._survivors),
-            tuple(map(tuple, recovery.noise(self._opened))),
+            tuple(tuple(prekeys[number].identity for number in band) for band in holders),
+            recovery.noise(self._opened),
             recovery.faults,
         )
 
     def _finish(self) -> None:
         """Forget what only this round needed; after a failure nothing of the sum is left."""
-        self._stage = Stage.DONE
+        self.stage = Stage.DONE
         self._deposits, self._signatures, self._due = {}, {}, ()
         self._total = np.zeros(0, self._total.dtype)
 
@@ -391,7 +375,7 @@ class Recovery:
     A survivor's own mask goes with its seed. A device that dropped out after it dealt shares left a
     mask in the vector of every survivor that it is masked with; these go with its mask key. Secrets
     come from shares, and each is checked against the commitment of the device that dealt it; what
-    was wrong is in ``faults``.
+    was wrong is in ``faults``. ReleaseRefused, when a secret cannot be had, ends the round.
     """
 
     roster: Roster
@@ -403,39 +387,28 @@ class Recovery:
     faults: dict[bytes, str] = field(default_factory=dict)
 
     def masks(self) -> Iterator[Mask]:
-        """Every mask that is left in the sum, signed so that applying it takes it off.
-
-        Raises:
-            ReleaseRefused: when a secret cannot be had: the round is over.
-        """
+        """Every mask that is left in the sum, signed so that applying it takes it off."""
         for survivor in self.survivors:
             key = self.binding.self_key(self._seed(SEED, survivor), self.root)
             yield Mask(key, self.roster.length(survivor), negative=True)
-        for dropped in sorted(self.deposits.keys() - set(self.survivors)):
-            yield from self._masks_of(dropped)
+        deposits = self.deposits
+        for dropped in sorted(deposits.keys() - set(self.survivors)):
+            own = deposits[dropped].masked_with
+            near = [s for s in self.survivors if s in own or dropped in deposits[s].masked_with]
+            private = X25519PrivateKey.from_private_bytes(self._secret(MASKING, dropped))
+            for survivor in near:
+                agreed = agree(private, self.roster.prekeys[survivor].masking)
+                key = self.binding.pair_key(agreed, self.root, survivor, dropped)
+                length = min(self.roster.length(survivor), self.roster.length(dropped))
+                # The survivor of the lower number added it.
+                yield Mask(key, length, negative=survivor < dropped)
 
-    def noise(self, due: Sequence[Collection[int]]) -> list[list[bytes]]:
-        """For each band the seeds of the noise that is taken off again, of what is ``due``.
-
-        Raises:
-            ReleaseRefused: when one cannot be had: the round is over.
-        """
-        return [
-            [self._seed(NOISE + band, n) for n in self.survivors if NOISE + band in due[n]]
-            for band in range(len(self.roster.terms.lengths))
-        ]
-
-    def _masks_of(self, dropped: int) -> Iterator[Mask]:
-        """What a drop-out left in the vectors of survivors that it is masked with."""
-        own = self.deposits[dropped].masked_with
-        near = [s for s in self.survivors if s in own or dropped in self.deposits[s].masked_with]
-        private = X25519PrivateKey.from_private_bytes(self._secret(MASKING, dropped))
-        for survivor in near:
-            agreed = agree(private, self.roster.prekeys[survivor].masking)
-            key = self.binding.pair_key(agreed, self.root, survivor, dropped)
-            length = min(self.roster.length(survivor), self.roster.length(dropped))
-            # The survivor of the lower number added it.
-            yield Mask(key, length, negative=survivor < dropped)
+    def noise(self, due: Sequence[Collection[int]]) -> tuple[tuple[bytes, ...], ...]:
+        """For each band the seeds of the noise that is taken off again, of what is ``due``."""
+        kinds = range(NOISE, NOISE + len(self.roster.terms.lengths))
+        return tuple(
+            tuple(self._seed(kind, n) for n in self.survivors if kind in due[n]) for kind in kinds
+        )
 
     def _seed(self, kind: int, survivor: int) -> bytes:
         return self.deposits[survivor].own.get(kind) or self._secret(kind, survivor)
@@ -454,10 +427,11 @@ class Recovery:
             secret = sharing.combine_shares([share for _, share in quorum], points)
             if self._is_secret(kind, dealer, secret):
                 return secret
-        self._blame(dealer, "dealt shares that give no secret it committed to")
+        fault = "dealt shares that give no secret it committed to"
+        self._blame(dealer, fault)
         raise ReleaseRefused(
-            f"device {self.roster.prekeys[dealer].identity.hex()[:16]} dealt shares that give no "
-            "secret it committed to; the round ends without a sum; leave the device out"
+            f"device {self.roster.prekeys[dealer].identity.hex()[:16]} {fault}; "
+            "the round ends without a sum; leave the device out"
         )
 
     def _shares(self, kind: int, dealer: int) -> list[tuple[int, bytes]]:

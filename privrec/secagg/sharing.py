@@ -1,20 +1,16 @@
 """Secrets in shares: who holds whose, how many give one back, and how they are split.
 
 Up to 200 devices everybody is everybody's neighbour. Beyond, each device draws its own 100
-neighbours when it holds the roster, uniformly and from its own secret generator. Its shares go to
-those it drew and to nobody else, and it is masked with those and with whoever drew it. Of a hundred
-drawn from all, few may hold what a strong device holds besides: it draws as many again from the
-holders of each further band, or takes them all if they are up to 200, to be masked with. So neither
-the server nor colluding devices can influence who holds the shares of an honest device: they can
-only add edges, between which masks are known to them anyway. A hash of the roster would not do,
-since the server could try rosters until it likes the graph; a joint coin would take another
-exchange and be biased by whoever stays away.
+neighbours when it holds the roster, uniformly and from its own secret generator, and as many among
+the holders of each further band (``docs/protocol.md``). So neither the server nor colluding devices
+can influence who holds the shares of an honest device: they can only add edges, between which masks
+are known to them anyway. A hash of the roster would not do, since the server could try rosters
+until it likes the graph; a joint coin would be biased by whoever stays away.
 
-Nothing here is negotiated: degree and thresholds follow from the number of devices. Shares are
-Shamir's, over a prime field of 256 bits.
+Nothing here is negotiated: degree and thresholds follow from the number of devices.
 Sources: Bell, Bonawitz, Gascón, Lepoint & Raykova, "Secure Single-Server Aggregation with
-(Poly)Logarithmic Overhead" (CCS 2020) for sparse graphs; the bounds are in ``docs/protocol.md``.
-Shamir, "How to Share a Secret" (CACM 1979).
+(Poly)Logarithmic Overhead" (CCS 2020) for sparse graphs; Shamir, "How to Share a Secret" (CACM
+1979), here over a prime field of 256 bits.
 """
 
 from __future__ import annotations
@@ -88,8 +84,7 @@ class Graph:
         """Refuse a cohort that would be unsafe with this share of colluding devices in every band.
 
         It is when colluders could make two quorums, or the chance that some device drew its
-        neighbours badly exceeds :data:`MAX_FAILURE`. ``holders`` is how many devices hold each
-        band, the band that all hold first.
+        neighbours badly exceeds :data:`MAX_FAILURE`. ``holders`` counts those of each band.
         """
         devices = holders[0]
         corrupt = [math.floor(corrupt_share * count) for count in holders]
@@ -107,11 +102,7 @@ class Graph:
             )
 
     def failure(self, devices: int, corrupt: int) -> float:
-        """Upper bound of the chance that drawn neighbourhoods are unsafe; 0 for complete ones.
-
-        ``devices`` is the size of the roster, or how many of it hold a band; ``corrupt`` of them
-        collude.
-        """
+        """Upper bound of the chance that neighbourhoods, drawn among holders, are unsafe."""
         if self.is_complete(devices):
             return 0.0
         return _failure(devices, corrupt, self.neighbours(devices), self.threshold(devices))
@@ -158,13 +149,10 @@ def split_secrets(
     Args:
         secrets: each 32 bytes that are, as a little-endian integer, below :data:`PRIME` (as random
             bytes are but for a chance of 2^-248).
-        threshold: shares that are needed, at least 1.
+        threshold: at least 1.
         points: where the polynomials are evaluated: distinct, from 1 to 2^32.
         stream: decides the polynomials. The coefficients are reduced 256-bit words, which are
             uniform but for a chance of 2^-248.
-
-    Returns:
-        For each secret the 32-byte shares in the order of ``points``.
     """
     constants = [int.from_bytes(secret, "little") for secret in secrets]
     if max(constants) >= PRIME:
@@ -188,10 +176,7 @@ def split_secrets(
 
 
 def combine_shares(shares: Sequence[bytes], points: Sequence[int]) -> bytes:
-    """The secret behind a quorum of shares; anything at all when a share is wrong or missing.
-
-    Each share has to be :func:`in_field`; the weights depend on the points alone, and are cached.
-    """
+    """The secret behind a quorum of :func:`in_field` shares; anything when one is wrong."""
     values = [int.from_bytes(share, "little") for share in shares]
     return _share(sum(map(mul, _weights(tuple(points)), values)) % PRIME)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,8 @@ class Cohort:
     policy: Policy = SMALL
     name: str = "cohort"
     books: list[PrekeyBook] = field(init=False)
+    saved: dict[bytes, bytes] = field(default_factory=dict)
+    """What the session of each device saved last."""
 
     def __post_init__(self) -> None:
         roots = [SecretRoot.known(f"{self.name} {i}".encode()) for i in range(len(self.tiers))]
@@ -66,7 +69,17 @@ class Cohort:
         return [book.issue(1, tier)[0] for book, tier in pairs]
 
     def clients(self, made: Callable[..., ClientSession] = ClientSession) -> list[ClientSession]:
-        return [made(book, self.anchor, self.policy) for book in self.books]
+        return [
+            made(book, self.anchor, self.policy, partial(self.saved.__setitem__, book.key.public))
+            for book in self.books
+        ]
+
+    def resumed(self, number: int) -> ClientSession:
+        """A session that goes on from what the one of this device saved last."""
+        book = self.books[number]
+        device = book.key.public
+        save, saved = partial(self.saved.__setitem__, device), self.saved[device]
+        return ClientSession(book, self.anchor, self.policy, save, saved)
 
     def server(
         self, agreed: Terms | None = None, made: Callable[..., ServerSession] = ServerSession

@@ -53,10 +53,10 @@ class Waiting:
     def refuses(self, words: str, **changes: Any) -> None:
         """The device refuses the changed message, then answers the right one, and all ends well."""
         parsed = KINDS[self.server.stage].parse(self.message)
-        saved = self.client.saved()
+        saved = self.cohort.saved[self.device]
         with pytest.raises(ReleaseRefused, match=words):
             self.answer(self.device, replace(parsed, **changes).pack())
-        assert self.client.saved() == saved
+        assert self.cohort.saved[self.device] == saved
         total = drive(self.server, self.clients, self.vectors).total
         np.testing.assert_array_equal(total, plain_sum(list(self.vectors.values()), AGREED))
 
@@ -232,6 +232,10 @@ class Kept:
             self.server.advance()
 
 
+def resumed(book: PrekeyBook, anchor: Any, saved: bytes, policy: Policy = POLICY) -> ClientSession:
+    return ClientSession(book, anchor, policy, progress=saved)
+
+
 def test_a_session_or_a_book_that_was_set_back_alone_answers_nothing() -> None:
     """Two vectors under one set of masks give their difference away."""
     kept = Kept()
@@ -241,11 +245,11 @@ def test_a_session_or_a_book_that_was_set_back_alone_answers_nothing() -> None:
         for at, state in enumerate(kept.books):
             # The book is saved when it issues and enters, then once for each progress.
             if at == old + 2:
-                session = ClientSession.resume(kept.book(state), kept.cohort.anchor, saved, POLICY)
-                assert session.saved() == saved
+                session = resumed(kept.book(state), kept.cohort.anchor, saved)
+                assert session._recalled().pack() == saved
                 continue
             with pytest.raises(IntegrityError, match="set back"):
-                ClientSession.resume(kept.book(state), kept.cohort.anchor, saved, POLICY)
+                resumed(kept.book(state), kept.cohort.anchor, saved)
     late = ClientSession(kept.book(kept.books[-1]), kept.cohort.anchor, POLICY)
     with pytest.raises(ReleaseRefused, match="used before"):
         late.shares(messages[Stage.SHARES])
@@ -254,8 +258,7 @@ def test_a_session_or_a_book_that_was_set_back_alone_answers_nothing() -> None:
 @pytest.mark.parametrize("stage", [Stage.MASKED, Stage.CONFIRM, Stage.UNMASK])
 def test_of_two_copies_of_a_session_one_answers(stage: Stage) -> None:
     waiting = Waiting(stage)
-    book, anchor = waiting.cohort.books[0], waiting.cohort.anchor
-    twin = ClientSession.resume(book, anchor, waiting.client.saved(), POLICY)
+    twin = waiting.cohort.resumed(0)
     assert waiting.answer(waiting.device, waiting.message)
     with pytest.raises(IntegrityError, match="worked on twice"):
         answer(twin, stage, waiting.message, VECTOR[::-1].copy(), model(2))
@@ -273,7 +276,8 @@ def test_a_later_attempt_ends_the_session_of_an_earlier_one() -> None:
 def test_a_resumed_session_is_held_to_the_policy_and_the_anchor_of_now(stage: Stage) -> None:
     """An owner who asks for more between two messages gives no answer under the old terms."""
     waiting = Waiting(stage)
-    book, anchor, saved = waiting.cohort.books[0], waiting.cohort.anchor, waiting.client.saved()
+    book, anchor = waiting.cohort.books[0], waiting.cohort.anchor
+    saved = waiting.cohort.saved[waiting.device]
     strict: list[tuple[Any, Policy, str]] = [
         (anchor, Policy(4, 0.0), "band 2 of 2: 3 devices"),
         (anchor, Policy(3, 0.0, replace(AGREED, plan=bytes(32))), "agreed to other ones"),
@@ -281,8 +285,8 @@ def test_a_resumed_session_is_held_to_the_policy_and_the_anchor_of_now(stage: St
     ]
     for believed, policy, words in strict:
         with pytest.raises(ReleaseRefused, match=words):
-            ClientSession.resume(book, believed, saved, policy)
-    ClientSession.resume(book, anchor, saved, POLICY)
+            resumed(book, believed, saved, policy)
+    resumed(book, anchor, saved)
 
 
 # ---------------------------------------------------------------- the survivors
@@ -475,4 +479,4 @@ def test_after_the_end_nothing_of_others_is_kept() -> None:
     assert len(held) == 8 * 64
     waiting.client.unmask(waiting.message)
     assert waiting.client._recalled().held == b""
-    assert held[:32] not in waiting.client.saved()
+    assert held[:32] not in waiting.cohort.saved[waiting.device]

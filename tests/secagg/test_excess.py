@@ -158,13 +158,12 @@ def test_a_saved_session_goes_on_to_open_its_excess() -> None:
     server, clients = begun(cohort, agreed)
     vectors = dict(zip(cohort.ids, cohort.vectors(agreed, np.random.default_rng(3)), strict=True))
     while not server.done:
-        for book, (device, message) in zip(cohort.books, server.outbox().items(), strict=True):
+        for number, (device, message) in enumerate(server.outbox().items()):
             if server.stage is Stage.SHARES:
                 reply = clients[device].shares(message, seeds_of(device, 0))
             else:
-                saved = clients[device].saved()
-                clients[device] = ClientSession.resume(book, cohort.anchor, saved, cohort.policy)
-                reply = answer(clients[device], server.stage, message, vectors[device])
+                session = cohort.resumed(number)
+                reply = answer(session, server.stage, message, vectors[device])
             server.receive(device, reply)
         server.advance()
     last = cohort.ids[5]

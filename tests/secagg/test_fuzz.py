@@ -302,11 +302,11 @@ def test_noise_is_no_message(length: int) -> None:
 
 def test_broken_progress_is_refused() -> None:
     target = waiting(DENSE, Stage.CONFIRM, False)
-    saved = target.clients[0].saved()
+    saved = target.cohort.saved[target.cohort.ids[0]]
     rng = np.random.default_rng(0)
     book: PrekeyBook = target.cohort.books[0]
     for message, _ in zip(mutations(saved, [saved[::-1]], rng), range(300), strict=False):
         try:
-            ClientSession.resume(book, target.cohort.anchor, message, DENSE.policy)
+            ClientSession(book, target.cohort.anchor, DENSE.policy, progress=message)
         except (ReleaseRefused, IntegrityError):
             continue
