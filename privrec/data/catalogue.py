@@ -18,7 +18,7 @@ from privrec.data.files import bad_file
 from privrec.errors import UsageError
 from privrec.scenario.kinds import PUBLISHED
 
-_TERMS = (
+TERMS = (
     "MovieLens data sets are published by GroupLens Research, University of Minnesota, for "
     "research. By using one you agree to its README: no endorsement may be implied, the data may "
     "not be redistributed or used commercially without permission, and publications cite "
@@ -54,7 +54,6 @@ class Archive:
     Attributes:
         name: what a scenario, ``privrec data fetch`` and its folder call it.
         other_folders: more names that its folder goes by.
-        terms: the publisher's, to be shown before first use.
     """
 
     name: str
@@ -62,7 +61,6 @@ class Archive:
     size: int
     layout: Layout
     other_folders: tuple[str, ...] = ()
-    terms: str = _TERMS
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -151,7 +149,7 @@ def fetch(
         raise bad_file(file, found, rule, remedy) from error
     shown = folder / f".{name}.terms-shown"
     if not shown.exists():
-        echo(archive.terms)
+        echo(TERMS)
         shown.touch()
     return file
 

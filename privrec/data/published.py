@@ -332,7 +332,7 @@ def _adjacency(file: File) -> tuple[Int64Array, Int64Array, Where]:
 def _tested(train: Interactions, names: Int64Array, items: Int64Array, where: Where) -> ItemLists:
     """The test items of those who train."""
     users = np.searchsorted(train.user_ids, names)
-    leaked = np.flatnonzero(train.membership().contains(users, items))
+    leaked = np.flatnonzero(train.contains(users, items))
     if leaked.size:
         row = int(leaked[0])
         found = f"item {items[row]} of user {names[row]} is in train.txt too"

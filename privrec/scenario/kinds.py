@@ -22,8 +22,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
-from importlib import import_module
 from itertools import pairwise
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -110,10 +110,9 @@ class Kind:
 
     def load(self) -> Any:
         """The implementation, imported now where it is named by a text."""
-        if not isinstance(self.implementation, str):
-            return self.implementation
-        module, _, name = self.implementation.partition(":")
-        return getattr(import_module(module), name)
+        if isinstance(self.implementation, str):
+            return resolve_name(self.implementation)
+        return self.implementation
 
 
 class Registry(dict[str, Kind]):
