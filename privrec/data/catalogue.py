@@ -49,12 +49,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Archive:
-    """A data set that can be downloaded; its ``size`` is in MB.
-
-    Attributes:
-        name: what a scenario, ``privrec data fetch`` and its folder call it.
-        other_folders: more names that its folder goes by.
-    """
+    """A data set that can be downloaded, of ``size`` MB; its folder may have other names too."""
 
     name: str
     md5: str
@@ -111,15 +106,10 @@ def fetch(
 ) -> Path:
     """Download the archive of a data set, unless it is on this machine and intact.
 
-    Its checksum is verified. The readers take the archive as it is; nothing is unpacked.
-
-    Args:
-        directory: None for :func:`cache_dir`.
-        echo: shows the publisher's terms, once for each data set and directory.
-        downloader: pooch's; None for https.
+    Its checksum is verified. The readers take the archive as it is; nothing is unpacked. ``echo``
+    shows the publisher's terms, once for each data set and ``directory`` (None: :func:`cache_dir`).
 
     Raises:
-        UsageError: when there is no data set of that name.
         DataError: when the download fails or its checksum is wrong.
     """
     if name not in ARCHIVES:

@@ -105,7 +105,7 @@ class Interactions(ItemLists):
         items: Any,
         times: ArrayLike | None = None,
         *,
-        item_ids: ArrayLike | None = None,
+        item_ids: Any = None,
         titles: Sequence[str] | None = None,
         where: Where = lambda row: f"row {row + 1}",
         duplicates: Duplicates = "refuse",
@@ -119,19 +119,13 @@ class Interactions(ItemLists):
                 interacted with; None: those that occur, sorted.
             where: names a row in an error, such as ``file, line``.
             duplicates: which row is kept, in time, of a pair that occurs again.
-
-        Raises:
-            DataError: when there is no row, a pair occurs twice and may not, or a raw id is not
-                listed.
         """
         if not len(users):
             raise DataError("no interactions: a data set needs at least one; check the input file")
         user, user_names = _positions(users, "user")
-        if item_ids is None:
-            item, item_names = _positions(items, "item")
-        else:
-            item_names = _array(item_ids)
-            item = _find(_array(items), item_names, where)
+        item, item_names = (
+            _positions(items, "item") if item_ids is None else _listed(items, item_ids, where)
+        )
         stamps = None if times is None else np.asarray(times)
         order = np.lexsort((user,) if stamps is None else (stamps, user))
         if duplicates == "refuse":
@@ -315,16 +309,21 @@ def _new_positions(order: Int64Array) -> Int32Array:
     return positions
 
 
-def _positions(raw: Any, noun: str) -> tuple[Int64Array, IdArray]:
-    """Positions of raw ids among those that occur, sorted; and those."""
-    # Arrow hashes the ids, and makes Python's objects of distinct texts only. UTF-8 sorts as its
-    # characters do. Imported here: a device that holds one history can spare it.
+def _column(raw: Any) -> Any:
+    """Ids as one array of Arrow, which makes Python's objects of distinct texts only."""
+    # Imported here: a device that holds one history can spare it.
     import pyarrow.compute
 
-    column = raw.combine_chunks() if hasattr(raw, "combine_chunks") else pyarrow.array(raw)
-    coded = column.dictionary_encode()
+    return raw.combine_chunks() if hasattr(raw, "combine_chunks") else pyarrow.array(raw)
+
+
+def _positions(raw: Any, noun: str) -> tuple[Int64Array, IdArray]:
+    """Positions of raw ids among those that occur, sorted; and those."""
+    import pyarrow.compute
+
+    coded = _column(raw).dictionary_encode()
     pyarrow.default_memory_pool().release_unused()  # the hash table of distinct ids
-    order = pyarrow.compute.sort_indices(coded.dictionary)
+    order = pyarrow.compute.sort_indices(coded.dictionary)  # UTF-8 sorts as its characters do
     names = coded.dictionary.take(order).to_numpy(zero_copy_only=False)
     if names.size > _INT32_MAX:
         raise DataError(f"{names.size} {noun}s: positions are 32-bit; split the data set")
@@ -332,25 +331,27 @@ def _positions(raw: Any, noun: str) -> tuple[Int64Array, IdArray]:
     return positions.astype(np.int64), names
 
 
-def _array(raw: ArrayLike) -> IdArray:
-    """Ids as numbers, or as objects: numpy would pad each text to the length of the longest."""
-    text = isinstance(raw, list | tuple) and len(raw) > 0 and isinstance(raw[0], str)
-    return np.asarray(raw, object if text else None)
+def _listed(raw: Any, names: Any, where: Where) -> tuple[Int64Array, IdArray]:
+    """Positions of raw ids of items among all that are listed; and those."""
+    import pyarrow.compute
 
-
-def _find(raw: IdArray, names: IdArray, where: Where) -> Int64Array:
-    """Positions of raw ids of items among all that are listed."""
-    order = np.argsort(names, kind="stable")
-    guess = np.minimum(np.searchsorted(names, raw, sorter=order), names.size - 1)
-    positions = order[guess].astype(np.int64)
-    wrong = np.flatnonzero(names[positions] != raw)
-    if wrong.size:
-        first = int(wrong[0])
+    items, listed = _column(raw), _column(names)
+    positions = pyarrow.compute.index_in(items, listed)
+    if positions.null_count:
+        first = pyarrow.compute.index(positions.is_null(), True).as_py()
         raise DataError(
-            f"{where(first)}: item {_quoted(raw[first])} is not among the {names.size} listed "
-            "items; all must be listed; add it to the list or remove the line"
+            f"{where(first)}: item {_quoted(items[first].as_py())} is not among the {len(listed)} "
+            "listed items; all must be listed; add it to the list or remove the line"
         )
-    return positions
+    return positions.to_numpy().astype(np.int64), listed.to_numpy(zero_copy_only=False)
+
+
+def first_repeated(values: NDArray[Any]) -> int | None:
+    """The first place whose value stands at an earlier one too; None where there is none."""
+    first = np.unique(values, return_index=True)[1]
+    if first.size == values.size:
+        return None
+    return int(np.setdiff1d(np.arange(values.size), first, assume_unique=True)[0])
 
 
 def refuse_duplicates(
@@ -358,11 +359,8 @@ def refuse_duplicates(
 ) -> None:
     """Refuse a pair of positions that occurs twice; the error names its second row and first."""
     keys = users * item_ids.size + items
-    ordered = np.sort(keys)
-    if not (ordered[1:] == ordered[:-1]).any():
+    if (second := first_repeated(keys)) is None:
         return
-    order = np.argsort(keys, kind="stable")
-    second = int(order[1:][keys[order[1:]] == keys[order[:-1]]].min())
     first = int(np.flatnonzero(keys == keys[second])[0])
     raise DataError(
         f"{where(second)}: user {_quoted(user_ids[users[second]])}, item "

@@ -81,12 +81,10 @@ class Scenario(Heading):
         try:
             document = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
-            at = re.search(r"at line (\d+)", str(error))
-            reads = (
-                f", which reads {shown(text.splitlines()[int(at[1]) - 1].strip())}" if at else ""
-            )
-            problem = f"not TOML: {error}{reads}; correct that line"
-            raise ScenarioError([problem], source=source) from None
+            problem = f"not TOML: {error}"
+            if at := re.search(r"at line (\d+)", problem):
+                problem += f", which reads {shown(text.splitlines()[int(at[1]) - 1].strip())}"
+            raise ScenarioError([f"{problem}; correct that line"], source=source) from None
         problems: dict[str, str] = {}
         settings = dict(_parsed(override, problems) for override in overrides)
         settings.pop("", None)
@@ -104,12 +102,9 @@ class Scenario(Heading):
         document.pop("rows", None)
         return _changed(document, settings, {}, source)
 
-    def variants(self) -> list[tuple[str, Scenario]]:
-        """Name and scenario of each row, in order; empty without rows."""
-        return list(self._variants.items())
-
     @cached_property
-    def _variants(self) -> dict[str, Scenario]:
+    def variants(self) -> dict[str, Scenario]:
+        """The scenario of each row by its name, in order; empty without rows."""
         found: dict[str, Scenario] = {}
         problems: list[str] = []
         for index, row in enumerate(self.rows):
@@ -243,7 +238,7 @@ def _changed(
     _forget_former_kinds(document, settings)
     try:
         scenario = Scenario.model_validate(document)
-        scenario.variants()
+        _ = scenario.variants  # whose problems are the scenario's
     except ScenarioError as error:
         problems |= dict(zip(error.problems, error.problems, strict=True))
     except ValidationError as failure:

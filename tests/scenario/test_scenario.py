@@ -225,7 +225,7 @@ def test_prose_does_not_enter_the_hash() -> None:
 
 def test_variants_are_the_scenario_with_a_few_keys_changed() -> None:
     scenario = Scenario.from_toml(ROWS)
-    (first, a), (second, b) = scenario.variants()
+    (first, a), (second, b) = scenario.variants.items()
     assert (first, second) == ("a", "b")
     assert a.train.loss == "bpr"
     assert (b.model.dim, b.data.source) == (64, "ml-1m")
