@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from privrec.data.corpus import EVERY, UNKNOWN, Corpus, Examples, TextSplit, dealt
 from privrec.data.interactions import Interactions, Split, leave_last_out
 from privrec.embedding.subspace import finalise, splitmix64
-from privrec.errors import UsageError
 from privrec.randomness import rng_for
 from privrec.scenario.schema import Data
 
@@ -223,14 +222,9 @@ def _texts(config: Data, devices: int) -> Corpus:
 class Invented:
     """A world of labelled examples, of the shape of extreme classification's sets.
 
-    Labels follow Zipf's law, of exponent ``zipf``, and lie in clusters; an example's words tell its
-    labels, their cluster, or nothing. What a label means is computed from a keyed mixer when it is
-    needed, so nothing of the size of labels times features is ever held.
-
-    Attributes:
-        features: size of the vocabulary.
-        words: features of an example.
-        labels_each: mean labels of an example, at least 1.
+    Labels follow Zipf's law, of exponent ``zipf``, and lie in clusters. An example has ``words``
+    out of ``features``, which tell its labels, their cluster, or nothing. What a label means is
+    computed from a keyed mixer when it is needed: nothing of labels times features is ever held.
     """
 
     features: int
@@ -240,14 +234,6 @@ class Invented:
     clusters: int = 1000
     zipf: float = 1.0
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        least = min(self.features, self.labels, self.words, self.labels_each, self.clusters)
-        if least < 1 or self.clusters > self.labels or self.zipf < 0:
-            raise UsageError(
-                f"{self}: sizes are at least 1, clusters at most as many as labels, and the "
-                "exponent is 0 or more; change them"
-            )
 
     def examples(self, count: int, part: str = "train") -> Examples:
         """``count`` examples; parts of other names are independent draws of the same world."""
@@ -289,13 +275,6 @@ class Invented:
         key = np.uint64(2 * self.seed + kind) << np.uint64(40)
         mixed = finalise(finalise(subject.astype(np.uint64) + key) + which.astype(np.uint64))
         return (mixed % np.uint64(self.features)).astype(np.int64)
-
-
-AMAZON_670K = Invented(135_909, 670_091, words=75, labels_each=5.45, clusters=4096)
-"""The shape of Amazon-670K; the repository's split has 490,449 and 153,025 examples."""
-
-DELICIOUS_200K = Invented(782_585, 205_443, words=301, labels_each=75.54, clusters=1024)
-"""The shape of Delicious-200K; the repository's split has 196,606 and 100,095 examples."""
 
 
 def _tabled_zipf(rng: np.random.Generator, cumulative: Float64Array, shape: Shape) -> Int64Array:

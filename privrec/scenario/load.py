@@ -98,7 +98,7 @@ class Scenario(Heading):
         Args:
             settings: Value by dotted key; None or an empty text removes the key.
         """
-        document = self._document()
+        document = self.document()
         document.pop("rows", None)
         return _changed(document, settings, {}, source)
 
@@ -137,8 +137,8 @@ class Scenario(Heading):
 
         Two scenarios of the same hash plan the same events against the same budget.
         """
-        unused = {key for key in Privacy.model_fields if key.split("_")[0] == "local"}
-        unused = unused if self.privacy.local == "none" else set()
+        local = {key for key in Privacy.model_fields if key.split("_")[0] == "local"}
+        unused = local if self.privacy.local == "none" else set()
         planned: dict[str, Any] = {
             "privacy": self.privacy.model_dump(exclude=unused),
             "sampling": self.devices.sampling,
@@ -164,15 +164,12 @@ class Scenario(Heading):
         own = self.model_dump(exclude={"title", "description", "rows", "run"})
         return _digest(own | {"seed": self.run.seed})
 
-    def to_json(self) -> str:
-        """The scenario as JSON with every key that applies, defaults included."""
-        return json.dumps(self._document(), indent=2, ensure_ascii=False) + "\n"
-
     def to_toml(self) -> str:
         """The scenario as TOML with defaults written out; :meth:`from_toml` gives it back."""
-        return tomli_w.dumps(self._document())
+        return tomli_w.dumps(self.document())
 
-    def _document(self) -> dict[str, Any]:
+    def document(self) -> dict[str, Any]:
+        """Every key that applies, defaults included, ready for JSON and TOML."""
         document = self.model_dump(mode="json", exclude_none=True)
         if not self.rows:
             del document["rows"]
