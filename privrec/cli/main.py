@@ -117,7 +117,7 @@ def run(
     from privrec.run import lifecycle
     from privrec.run.task import load_task
 
-    for _, variant in described.variants():
+    for variant in described.variants.values():
         load_task(variant, data_dir).check()  # before the first run is paid for
     with _watched(path, tensorboard, mlflow) as observer:
         result = lifecycle.start(

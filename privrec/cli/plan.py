@@ -55,7 +55,7 @@ def plan(scenario_file: Path, settings: tuple[str, ...], as_json: bool) -> None:
     from privrec.scenario.load import load
 
     described = load(scenario_file, settings)
-    rows = [{"name": name, **planned(variant)} for name, variant in described.variants()]
+    rows = [{"name": name, **planned(variant)} for name, variant in described.variants.items()]
     payload = {**planned(described), "rows": rows}
     if as_json:
         console.print_json(payload)

@@ -18,7 +18,7 @@ from privrec.data.files import bad_file
 from privrec.errors import UsageError
 from privrec.scenario.kinds import PUBLISHED
 
-_TERMS = (
+TERMS = (
     "MovieLens data sets are published by GroupLens Research, University of Minnesota, for "
     "research. By using one you agree to its README: no endorsement may be implied, the data may "
     "not be redistributed or used commercially without permission, and publications cite "
@@ -49,20 +49,13 @@ class Layout:
 
 @dataclass(frozen=True)
 class Archive:
-    """A data set that can be downloaded; its ``size`` is in MB.
-
-    Attributes:
-        name: what a scenario, ``privrec data fetch`` and its folder call it.
-        other_folders: more names that its folder goes by.
-        terms: the publisher's, to be shown before first use.
-    """
+    """A data set that can be downloaded, of ``size`` MB; its folder may have other names too."""
 
     name: str
     md5: str
     size: int
     layout: Layout
     other_folders: tuple[str, ...] = ()
-    terms: str = _TERMS
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -113,15 +106,10 @@ def fetch(
 ) -> Path:
     """Download the archive of a data set, unless it is on this machine and intact.
 
-    Its checksum is verified. The readers take the archive as it is; nothing is unpacked.
-
-    Args:
-        directory: None for :func:`cache_dir`.
-        echo: shows the publisher's terms, once for each data set and directory.
-        downloader: pooch's; None for https.
+    Its checksum is verified. The readers take the archive as it is; nothing is unpacked. ``echo``
+    shows the publisher's terms, once for each data set and ``directory`` (None: :func:`cache_dir`).
 
     Raises:
-        UsageError: when there is no data set of that name.
         DataError: when the download fails or its checksum is wrong.
     """
     if name not in ARCHIVES:
@@ -151,7 +139,7 @@ def fetch(
         raise bad_file(file, found, rule, remedy) from error
     shown = folder / f".{name}.terms-shown"
     if not shown.exists():
-        echo(archive.terms)
+        echo(TERMS)
         shown.touch()
     return file
 

@@ -34,9 +34,8 @@ class Examples:
     """Sparse examples, row after row, of features below ``n_features`` and labels likewise.
 
     Attributes:
-        ends: where the features of each example end, int64 of shape ``(m,)``.
-        values: one a feature.
-        label_ends: where the labels of each example end, shape ``(m,)``.
+        ends: where the features of each example end, int64 [m].
+        label_ends: where its labels end, int64 [m].
     """
 
     ends: Int64Array
@@ -121,8 +120,7 @@ class Corpus(ItemLists):
     def renumbered(self, order: Int64Array, size: int | None = None) -> Corpus:
         """Number words anew; those beyond the first ``size``, at least 1, become unknown.
 
-        Args:
-            order: int64 [n_items], the present position of each new one; the unknown word first.
+        ``order`` has the present position of each new one, the unknown word first.
         """
         kept = order[:size]
         new = np.full(self.n_items, UNKNOWN_ID, np.int32)
@@ -211,12 +209,10 @@ def dealt(examples: Examples, each: int) -> Corpus:
 
 
 def examples_in(tokens: NDArray[np.integer]) -> Examples:
-    """The examples that a row of tokens holds; unknown labels are left out.
+    """The examples that a row of tokens holds, see :func:`dealt`; one empty one without any word.
 
-    A word of an example that has ``k`` of them counts ``1 / √k``: all are of length 1.
-
-    Args:
-        tokens: see :func:`dealt`; without any word, one empty example.
+    A word of an example that has ``k`` of them counts ``1 / √k``: all are of length 1. Unknown
+    labels are left out.
     """
     words = tokens < 0
     starts = words & ~np.concatenate(([False], words))[:-1]

@@ -30,7 +30,6 @@ Where = Callable[[int], str]
 
 _HOLDOUT_KEY = 0x686F6C646F7574  # "holdout": fixed, so that a validation split is one split
 _INT32_MAX = np.iinfo(np.int32).max
-_BITMAP_BITS = 1 << 26  # 8 MiB: beyond it, a search in sorted keys costs less than the memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,11 +101,11 @@ class Interactions(ItemLists):
     @classmethod
     def from_pairs(
         cls,
-        users: ArrayLike,
-        items: ArrayLike,
+        users: Any,
+        items: Any,
         times: ArrayLike | None = None,
         *,
-        item_ids: ArrayLike | None = None,
+        item_ids: Any = None,
         titles: Sequence[str] | None = None,
         where: Where = lambda row: f"row {row + 1}",
         duplicates: Duplicates = "refuse",
@@ -120,19 +119,13 @@ class Interactions(ItemLists):
                 interacted with; None: those that occur, sorted.
             where: names a row in an error, such as ``file, line``.
             duplicates: which row is kept, in time, of a pair that occurs again.
-
-        Raises:
-            DataError: when there is no row, a pair occurs twice and may not, or a raw id is not
-                listed.
         """
-        user, user_names = _positions(users, "user")
-        if item_ids is None:
-            item, item_names = _positions(items, "item")
-        else:
-            item_names = _array(item_ids)
-            item = _find(_array(items), item_names, where)
-        if not user.size:
+        if not len(users):
             raise DataError("no interactions: a data set needs at least one; check the input file")
+        user, user_names = _positions(users, "user")
+        item, item_names = (
+            _positions(items, "item") if item_ids is None else _listed(items, item_ids, where)
+        )
         stamps = None if times is None else np.asarray(times)
         order = np.lexsort((user,) if stamps is None else (stamps, user))
         if duplicates == "refuse":
@@ -163,23 +156,22 @@ class Interactions(ItemLists):
 
     def user_index(self, user_id: int | str) -> int:
         """Position of the user with this original id; UnknownIdError where there is none."""
-        return _lookup(user_id, self._user_positions, self.user_ids, "user")
+        return _lookup(user_id, self.user_ids, "user")
 
     def item_index(self, item_id: int | str) -> int:
         """Position of the item with this original id; UnknownIdError where there is none."""
-        return _lookup(item_id, self._item_positions, self.item_ids, "item")
+        return _lookup(item_id, self.item_ids, "item")
 
     @cached_property
-    def _user_positions(self) -> dict[str, int]:
-        return {str(name): index for index, name in enumerate(self.user_ids.tolist())}
+    def _pairs(self) -> Int64Array:
+        """A number for each pair that occurs, sorted."""
+        return np.sort(self.users.astype(np.int64) * self.n_items + self.items)
 
-    @cached_property
-    def _item_positions(self) -> dict[str, int]:
-        return {str(name): index for index, name in enumerate(self.item_ids.tolist())}
-
-    def membership(self) -> Membership:
-        """The index of which pairs occur."""
-        return Membership(self.users, self.items, self.n_users, self.n_items)
+    def contains(self, users: NDArray[np.integer], items: NDArray[np.integer]) -> BoolArray:
+        """Whether each pair of positions occurs; the two arrays broadcast."""
+        wanted = users.astype(np.int64) * self.n_items + items
+        found = np.searchsorted(self._pairs, wanted).clip(max=self.size - 1)
+        return np.asarray(self._pairs[found] == wanted)
 
     def select(self, keep: BoolArray) -> Interactions:
         """The same users and catalogue with only the rows where ``keep`` [m] is true."""
@@ -197,36 +189,6 @@ class Interactions(ItemLists):
         titles = None if self.titles is None else tuple(self.titles[item] for item in order)
         items, names = _new_positions(order)[self.items], self.item_ids[order]
         return replace(self, items=items, item_ids=names, titles=titles)
-
-
-class Membership:
-    """Which (user, item) pairs of positions occur: a bitmap where it is small, or sorted keys."""
-
-    def __init__(
-        self, users: NDArray[np.integer], items: NDArray[np.integer], n_users: int, n_items: int
-    ) -> None:
-        self._n_items = n_items
-        keys = self._key(users, items)
-        self._bitmap: NDArray[np.uint8] | None = None
-        if n_users * n_items <= _BITMAP_BITS:
-            flags = np.zeros(n_users * n_items, np.bool_)
-            flags[keys] = True
-            self._bitmap = np.packbits(flags, bitorder="little")
-        self._keys = np.sort(keys) if self._bitmap is None else keys[:0]
-
-    def contains(self, users: NDArray[np.integer], items: NDArray[np.integer]) -> BoolArray:
-        """Whether each pair of positions occurs; the two arrays broadcast."""
-        keys = self._key(users, items)
-        if self._bitmap is not None:
-            bits = self._bitmap[keys >> 3] >> (keys & 7).astype(np.uint8)
-            return np.asarray(bits & np.uint8(1), np.bool_)
-        if not self._keys.size:
-            return np.zeros(keys.shape, np.bool_)
-        found = np.minimum(np.searchsorted(self._keys, keys), self._keys.size - 1)
-        return np.asarray(self._keys[found] == keys)
-
-    def _key(self, users: NDArray[np.integer], items: NDArray[np.integer]) -> Int64Array:
-        return np.asarray(users).astype(np.int64) * self._n_items + np.asarray(items)
 
 
 # ------------------------------------------------------------------------------------------ splits
@@ -347,52 +309,49 @@ def _new_positions(order: Int64Array) -> Int32Array:
     return positions
 
 
+def _column(raw: Any) -> Any:
+    """Ids as one array of Arrow, which makes Python's objects of distinct texts only."""
+    # Imported here: a device that holds one history can spare it.
+    import pyarrow.compute
+
+    return raw.combine_chunks() if hasattr(raw, "combine_chunks") else pyarrow.array(raw)
+
+
 def _positions(raw: Any, noun: str) -> tuple[Int64Array, IdArray]:
     """Positions of raw ids among those that occur, sorted; and those."""
-    if hasattr(raw, "dictionary_encode"):
-        # Text of Arrow: no Python object a row, only one for each distinct id. UTF-8 sorts as its
-        # characters do. Imported here: a device that holds one history can spare it.
-        import pyarrow.compute
+    import pyarrow.compute
 
-        coded = raw.combine_chunks().dictionary_encode()
-        pyarrow.default_memory_pool().release_unused()  # the hash table of distinct ids
-        order = pyarrow.compute.sort_indices(coded.dictionary)
-        positions = _new_positions(order.to_numpy())[coded.indices.to_numpy()]
-        names = coded.dictionary.take(order).to_numpy(zero_copy_only=False)
-    else:
-        ids = _array(raw)
-        small = ids.dtype.kind in "iu" and ids.size and ids.min() >= 0
-        if small and ids.max() < 4 * ids.size + 1024:
-            # Small integers are counted, which is much faster than to sort them.
-            present = np.zeros(int(ids.max()) + 1, np.bool_)
-            present[ids] = True
-            positions, names = (np.cumsum(present) - 1)[ids], np.flatnonzero(present)
-        else:
-            names, positions = np.unique(ids, return_inverse=True)
+    coded = _column(raw).dictionary_encode()
+    pyarrow.default_memory_pool().release_unused()  # the hash table of distinct ids
+    order = pyarrow.compute.sort_indices(coded.dictionary)  # UTF-8 sorts as its characters do
+    names = coded.dictionary.take(order).to_numpy(zero_copy_only=False)
     if names.size > _INT32_MAX:
         raise DataError(f"{names.size} {noun}s: positions are 32-bit; split the data set")
-    return positions.astype(np.int64, copy=False), names
+    positions = _new_positions(order.to_numpy())[coded.indices.to_numpy()]
+    return positions.astype(np.int64), names
 
 
-def _array(raw: ArrayLike) -> IdArray:
-    """Ids as numbers, or as objects: numpy would pad each text to the length of the longest."""
-    text = isinstance(raw, list | tuple) and len(raw) > 0 and isinstance(raw[0], str)
-    return np.asarray(raw, object if text else None)
+def _listed(raw: Any, names: Any, where: Where) -> tuple[Int64Array, IdArray]:
+    """Positions of raw ids of items among all that are listed; and those."""
+    import pyarrow.compute
 
-
-def _find(raw: IdArray, names: IdArray, where: Where) -> Int64Array:
-    """Positions of raw ids of items among all that are listed."""
-    order = np.argsort(names, kind="stable")
-    guess = np.minimum(np.searchsorted(names, raw, sorter=order), names.size - 1)
-    positions = order[guess].astype(np.int64)
-    wrong = np.flatnonzero(names[positions] != raw)
-    if wrong.size:
-        first = int(wrong[0])
+    items, listed = _column(raw), _column(names)
+    positions = pyarrow.compute.index_in(items, listed)
+    if positions.null_count:
+        first = pyarrow.compute.index(positions.is_null(), True).as_py()
         raise DataError(
-            f"{where(first)}: item {_quoted(raw[first])} is not among the {names.size} listed "
-            "items; all must be listed; add it to the list or remove the line"
+            f"{where(first)}: item {_quoted(items[first].as_py())} is not among the {len(listed)} "
+            "listed items; all must be listed; add it to the list or remove the line"
         )
-    return positions
+    return positions.to_numpy().astype(np.int64), listed.to_numpy(zero_copy_only=False)
+
+
+def first_repeated(values: NDArray[Any]) -> int | None:
+    """The first place whose value stands at an earlier one too; None where there is none."""
+    first = np.unique(values, return_index=True)[1]
+    if first.size == values.size:
+        return None
+    return int(np.setdiff1d(np.arange(values.size), first, assume_unique=True)[0])
 
 
 def refuse_duplicates(
@@ -400,11 +359,8 @@ def refuse_duplicates(
 ) -> None:
     """Refuse a pair of positions that occurs twice; the error names its second row and first."""
     keys = users * item_ids.size + items
-    ordered = np.sort(keys)
-    if not (ordered[1:] == ordered[:-1]).any():
+    if (second := first_repeated(keys)) is None:
         return
-    order = np.argsort(keys, kind="stable")
-    second = int(order[1:][keys[order[1:]] == keys[order[:-1]]].min())
     first = int(np.flatnonzero(keys == keys[second])[0])
     raise DataError(
         f"{where(second)}: user {_quoted(user_ids[users[second]])}, item "
@@ -417,11 +373,13 @@ def _quoted(name: Any) -> str:
     return shown(name) if isinstance(name, str) else str(name)
 
 
-def _lookup(wanted: int | str, positions: dict[str, int], names: IdArray, noun: str) -> int:
+def _lookup(wanted: int | str, names: IdArray, noun: str) -> int:
     """The position of an id; or an error with what ids look like, and the nearest one."""
-    if str(wanted) in positions:
-        return positions[str(wanted)]
-    if names.dtype.kind in "iu":
+    numbers = names.dtype.kind in "iu"
+    at = np.flatnonzero((names.astype(str) if numbers else names) == str(wanted))
+    if at.size:
+        return int(at[0])
+    if numbers:
         near = "give one of these numbers"
         with suppress(ValueError):
             # Python integers: what was asked for may not fit into 64 bits.

@@ -34,6 +34,7 @@ from privrec.data.interactions import (
     ItemLists,
     Split,
     Where,
+    first_repeated,
     hold_out_some,
     leave_last_out,
     refuse_duplicates,
@@ -160,9 +161,7 @@ def _found(config: Data, data_dir: Path | None, look: Callable[[Path], Any], wan
 
 def _refuse_repeated(values: Int64Array, file: File, found: str, rule: str, remedy: str) -> None:
     """Refuse a value that stood on an earlier line."""
-    first = np.unique(values, return_index=True)[1]
-    if first.size < values.size:
-        row = int(np.setdiff1d(np.arange(values.size), first)[0])
+    if (row := first_repeated(values)) is not None:
         raise bad_file(file, found.format(values[row]), rule, remedy, line=row + 1)
 
 
@@ -223,7 +222,10 @@ def _read_ncf(folder: Place, prefix: str, holdout: Holdout) -> Split:
     known_times = None if (times == times[:1]).all() else times
     positions = np.arange(item_ids.size)
     everything = Interactions.from_pairs(users, items, known_times, item_ids=positions, where=where)
-    user_ids = _user_names(folder, trained)
+    user_ids, names = trained, File(folder / "users.dat")
+    if names.path.is_file():
+        rule = f"training has users up to {trained[-1]}, and user k is on line k + 1"
+        user_ids = _release_ids(names, "user", "::", None, int(trained[-1]), rule)[trained]
     named = replace(everything, user_ids=user_ids, item_ids=item_ids, titles=titles)
     train = named.select(named.items != targets[named.users])
     empty = np.flatnonzero(train.counts == 0)
@@ -292,15 +294,6 @@ def _item_names(folder: Place, largest: int) -> tuple[NDArray[Any], tuple[str, .
     return ids, _titles(folder, ARCHIVES["ml-1m"].layout, ids)
 
 
-def _user_names(folder: Place, trained: Int64Array) -> Int64Array:
-    """User ids by position: those of ``users.dat``, else the file's own numbers."""
-    file = File(folder / "users.dat")
-    if not file.path.is_file():
-        return trained
-    rule = f"training has users up to {trained[-1]}, and user k is on line k + 1"
-    return _release_ids(file, "user", "::", None, int(trained[-1]), rule)[trained]
-
-
 def _release_ids(
     file: File, called: str, separator: str, width: int | None, largest: int, rule: str
 ) -> Int64Array:
@@ -332,7 +325,7 @@ def _adjacency(file: File) -> tuple[Int64Array, Int64Array, Where]:
 def _tested(train: Interactions, names: Int64Array, items: Int64Array, where: Where) -> ItemLists:
     """The test items of those who train."""
     users = np.searchsorted(train.user_ids, names)
-    leaked = np.flatnonzero(train.membership().contains(users, items))
+    leaked = np.flatnonzero(train.contains(users, items))
     if leaked.size:
         row = int(leaked[0])
         found = f"item {items[row]} of user {names[row]} is in train.txt too"

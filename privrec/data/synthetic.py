@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,6 @@ from numpy.typing import NDArray
 from privrec.data.corpus import EVERY, UNKNOWN, Corpus, Examples, TextSplit, dealt
 from privrec.data.interactions import Interactions, Split, leave_last_out
 from privrec.embedding.subspace import finalise, splitmix64
-from privrec.errors import DataError, UsageError
 from privrec.randomness import rng_for
 from privrec.scenario.schema import Data
 
@@ -41,29 +41,12 @@ _LABEL_WORDS, _CLUSTER_WORDS = 12, 96
 
 def load_interactions(config: Data, data_dir: Path | None) -> Split:
     """Invent the interactions that a scenario asks for."""
-    planted = generate(
-        users=config.users,
-        items=config.items,
-        clusters=config.clusters,
-        interactions_per_user=config.interactions_per_user,
-        seed=config.seed,
-    )
-    return leave_last_out(planted.interactions, holdout=config.holdout)
+    return leave_last_out(generate(config).interactions, holdout=config.holdout)
 
 
 def load_articles(config: Data, data_dir: Path | None) -> TextSplit:
     """Invent ``config.users`` texts to train on, and others of the same law to be held out."""
-
-    def texts(devices: int) -> Corpus:
-        return generate_text(
-            devices=devices,
-            words=config.items,
-            topics=config.clusters,
-            tokens_per_device=config.interactions_per_user,
-            seed=config.seed,
-        )
-
-    return _with_heldout(config, texts)
+    return _with_heldout(config, partial(_texts, config))
 
 
 def load_examples(config: Data, data_dir: Path | None) -> TextSplit:
@@ -114,34 +97,20 @@ class Planted:
         return self.popularity * np.where(own, _OWN_GROUP, 1.0)
 
 
-def generate(
-    *, users: int, items: int, clusters: int, interactions_per_user: int, seed: int
-) -> Planted:
-    """Invent interactions; ids are 1 to ``users`` and 1 to ``items``.
+def generate(config: Data) -> Planted:
+    """Invent the interactions of ``data.source = "synthetic"``; ids are counted from 1.
 
-    Args:
-        clusters: groups of taste, at most ``items``.
-        interactions_per_user: mean length of a history; lengths vary around it and stay between 2
-            and half of the catalogue.
+    Lengths of histories vary around their mean, between 2 and half of the catalogue.
     """
-    if not 1 <= clusters <= items:
-        raise DataError(
-            f"synthetic data: {clusters} clusters of {items} items; a cluster needs at least one "
-            "item; lower data.clusters or raise data.items"
-        )
-    if users < 1 or not 2 <= interactions_per_user <= items // 2:
-        raise DataError(
-            f"synthetic data: {interactions_per_user} interactions for each of {users} users out "
-            f"of {items} items; there must be a user, and a history has from 2 interactions to "
-            "half of the catalogue; change data.users, data.interactions_per_user or data.items"
-        )
-    rng = rng_for(seed, "data", "synthetic")
+    users, items = config.users, config.items
+    rng = rng_for(config.seed, "data", "synthetic")
     popularity = rng.permutation((1.0 + np.arange(items)) ** -_POPULARITY_EXPONENT)
-    item_groups = rng.permutation(np.arange(items) % clusters)
-    user_groups = rng.permutation(np.arange(users) % clusters)
+    item_groups = rng.permutation(np.arange(items) % config.clusters)
+    user_groups = rng.permutation(np.arange(users) % config.clusters)
     drift = _LENGTH_SPREAD**2 / 2  # makes the mean of the log-normal factor one
     factor = np.exp(rng.normal(-drift, _LENGTH_SPREAD, users))
-    lengths = np.clip(np.rint(interactions_per_user * factor), 2, items // 2).astype(np.int64)
+    wanted = np.rint(config.interactions_per_user * factor)
+    lengths = np.clip(wanted, 2, items // 2).astype(np.int64)
     indptr = np.append(0, np.cumsum(lengths))
     key, times = int(rng.integers(2**63)), _times(rng, lengths)
     titles = tuple(f"Item {item + 1} of group {of + 1}" for item, of in enumerate(item_groups))
@@ -220,34 +189,22 @@ def _times(rng: np.random.Generator, lengths: Int64Array) -> Int64Array:
 # -------------------------------------------------------------------------------- texts and labels
 
 
-def generate_text(
-    *, devices: int, words: int, topics: int, tokens_per_device: int, seed: int
-) -> Corpus:
-    """Invent texts.
+def _texts(config: Data, devices: int) -> Corpus:
+    """Invent texts of ``config.interactions_per_user`` words each.
 
     A word is one of four that follow the last one, the first of them in half of the cases; or else
     one of the device's topic or of the whole vocabulary, by Zipf's law. So a model can learn what
     follows what, and what a topic is about, over a vocabulary of any size.
-
-    Args:
-        words: size of the vocabulary with the unknown word, at least 16.
-        topics: groups of words, at most ``words / 16``.
-        tokens_per_device: at least 2.
     """
-    if words < 16 or not 1 <= topics <= words // 16 or tokens_per_device < 2:
-        raise UsageError(
-            f"words = {words}, topics = {topics}, tokens_per_device = {tokens_per_device}: a text "
-            "has 16 words or more, a topic for at most every 16th, and 2 tokens; raise the words"
-        )
-    rng = rng_for(seed, "text")
-    known = words - 1
+    topics, each, known = config.clusters, config.interactions_per_user, config.items - 1
+    rng = rng_for(config.seed, "text")
     cumulative = np.cumsum(1.0 / np.arange(1, known + 1))
     followers = _tabled_zipf(rng, cumulative, (known, len(_FOLLOWERS)))
     topic = rng.integers(topics, size=devices)
-    tokens = np.empty((devices, tokens_per_device), np.int32)
+    tokens = np.empty((devices, each), np.int32)
     tokens[:, 0] = _tabled_zipf(rng, cumulative, devices)
     odds = np.cumsum(_FOLLOWERS)
-    for at in range(1, tokens_per_device):
+    for at in range(1, each):
         free = _tabled_zipf(rng, cumulative, devices)
         # A topic is every n-th word: the nearest one of the topic to a word drawn by Zipf's law.
         own = np.minimum(free // topics * topics + topic, known - 1)
@@ -255,7 +212,7 @@ def generate_text(
         rank = np.minimum(np.searchsorted(odds, rng.random(devices)), len(_FOLLOWERS) - 1)
         next_one = followers[tokens[:, at - 1], rank]
         tokens[:, at] = np.where(rng.random(devices) < _FOLLOWS, next_one, free)
-    bounds = np.arange(devices + 1, dtype=np.int64) * tokens_per_device
+    bounds = np.arange(devices + 1, dtype=np.int64) * each
     names = tuple(f"text {number + 1}" for number in range(devices))
     vocabulary = (UNKNOWN, *(f"w{number}" for number in range(known)))
     return Corpus(bounds, (tokens + 1).astype(np.int32).ravel(), names, vocabulary)
@@ -265,14 +222,9 @@ def generate_text(
 class Invented:
     """A world of labelled examples, of the shape of extreme classification's sets.
 
-    Labels follow Zipf's law, of exponent ``zipf``, and lie in clusters; an example's words tell its
-    labels, their cluster, or nothing. What a label means is computed from a keyed mixer when it is
-    needed, so nothing of the size of labels times features is ever held.
-
-    Attributes:
-        features: size of the vocabulary.
-        words: features of an example.
-        labels_each: mean labels of an example, at least 1.
+    Labels follow Zipf's law, of exponent ``zipf``, and lie in clusters. An example has ``words``
+    out of ``features``, which tell its labels, their cluster, or nothing. What a label means is
+    computed from a keyed mixer when it is needed: nothing of labels times features is ever held.
     """
 
     features: int
@@ -282,14 +234,6 @@ class Invented:
     clusters: int = 1000
     zipf: float = 1.0
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        least = min(self.features, self.labels, self.words, self.labels_each, self.clusters)
-        if least < 1 or self.clusters > self.labels or self.zipf < 0:
-            raise UsageError(
-                f"{self}: sizes are at least 1, clusters at most as many as labels, and the "
-                "exponent is 0 or more; change them"
-            )
 
     def examples(self, count: int, part: str = "train") -> Examples:
         """``count`` examples; parts of other names are independent draws of the same world."""
@@ -331,13 +275,6 @@ class Invented:
         key = np.uint64(2 * self.seed + kind) << np.uint64(40)
         mixed = finalise(finalise(subject.astype(np.uint64) + key) + which.astype(np.uint64))
         return (mixed % np.uint64(self.features)).astype(np.int64)
-
-
-AMAZON_670K = Invented(135_909, 670_091, words=75, labels_each=5.45, clusters=4096)
-"""The shape of Amazon-670K; the repository's split has 490,449 and 153,025 examples."""
-
-DELICIOUS_200K = Invented(782_585, 205_443, words=301, labels_each=75.54, clusters=1024)
-"""The shape of Delicious-200K; the repository's split has 196,606 and 100,095 examples."""
 
 
 def _tabled_zipf(rng: np.random.Generator, cumulative: Float64Array, shape: Shape) -> Int64Array:

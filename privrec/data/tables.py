@@ -153,21 +153,18 @@ class Column:
         units: Sequence[Any]
         if _is_number(text[0].as_py()):
             read, units = _decimals, range(_DECIMALS + 1)
-            rule = (
-                f"it must be a finite number of at most {_DECIMALS} decimals, that 64 bits hold "
-                "with as many as any row has"
-            )
+            rule = f"a finite number of at most {_DECIMALS} decimals, that 64 bits hold with as "
+            rule += "many as any row has"
         else:
             read, units = _dates, ("ns", "us")
-            rule = (
-                "it must be a date as in 2024-05-31T18:00:00, in the years 1 to 9999; to the "
-                "nanosecond, all of them in 1678 to 2261"
-            )
+            rule = "a date as in 2024-05-31T18:00:00, in the years 1 to 9999; to the nanosecond, "
+            rule += "all of them in 1678 to 2261"
         if (times := _exactly(text, read, units)) is not None:
             return times
         alone = (_exactly(text.slice(row, 1), read, units[-1:]) for row in range(len(text)))
         row = next(row for row, time in enumerate(alone) if time is None)
-        raise self._bad_cell(row, text[row].as_py(), f"{rule}, as in the first row", _AMEND)
+        rule = f"it must be {rule}, as in the first row"
+        raise self._bad_cell(row, text[row].as_py(), rule, _AMEND)
 
     def _trimmed(self, noun: str) -> Cells:
         """Text without blanks around it, none of it empty; whole numbers as they are."""
@@ -292,7 +289,6 @@ def read_columns(
         width: how many fields a line without a header must have; None: as many as the first.
         called: what errors call the columns; None: by ``names``.
         quotes: whether they may surround a cell; not where tabs or several characters separate.
-        remedy: for a column that is not there.
     """
     parts: list[_Part] = []
     for file in files:
@@ -374,20 +370,15 @@ def _parquet(file: File, names: Names, remedy: str) -> _Part:
         column.cast(column.type.value_type) if types.is_dictionary(column.type) else column
         for column in map(table.column, read)
     ]
-    return _Part(
-        [column.combine_chunks() for column in columns],
-        range(1, table.num_rows + 1),
-        f"{file}, row",
-    )
+    cells = [column.combine_chunks() for column in columns]
+    return _Part(cells, range(1, table.num_rows + 1), f"{file}, row")
 
 
 @dataclass
 class _Text:
     """Columns of one text file, piece by piece.
 
-    Attributes:
-        width: fields of a line; 0 until the first line tells.
-        at: places of the columns, once the first line is read.
+    The first line tells ``at``, the places of the columns, and ``width``, where that is 0.
     """
 
     file: File
@@ -451,14 +442,12 @@ class _Text:
             return "skip"
 
         data, wanted = text.encode(), [str(place) for place in self.at]
-        names, kinds = (
-            [str(at) for at in range(self.width)],
-            dict.fromkeys(wanted, pyarrow.string()),
-        )
-        read = ReadOptions(use_threads=False, block_size=len(data) + 1, column_names=names)
+        read = ReadOptions(use_threads=False, block_size=len(data) + 1)
+        read.column_names = [str(place) for place in range(self.width)]
         parse = ParseOptions(delimiter=mark, quote_char=False, invalid_row_handler=skip)
         parse.double_quote = parse.ignore_empty_lines = False
-        convert = ConvertOptions(include_columns=wanted, column_types=kinds)
+        convert = ConvertOptions(include_columns=wanted)
+        convert.column_types = dict.fromkeys(wanted, pyarrow.string())
         convert.check_utf8 = convert.strings_can_be_null = False
         table = read_csv(pyarrow.BufferReader(data), read, parse, convert)
         if wrong:
@@ -514,11 +503,9 @@ class _Text:
 
 
 def read_lists(file: File, noun: str, rule: str) -> tuple[Int64Array, Int64Array]:
-    """Read the whole numbers between blanks on every line, and how many each line has.
+    """Read the whole numbers from 0 between blanks on every line, and how many each line has.
 
-    Raises:
-        DataError: at the first line that is empty (and not what ``rule`` says a line is), or has
-            anything but whole numbers from 0.
+    A line without any is not what ``rule`` says a line is.
     """
     values: list[Int64Array] = []
     counts: list[Int64Array] = []

@@ -252,11 +252,10 @@ def read_labelled(
 
     Args:
         path: see :func:`~privrec.data.files.table_files`; text is UTF-8.
-        text: columns that are read; of several, each word carries its column's name, so that
-            tables of categories work as texts do.
+        text: columns that are read; of several, each word, as ``tokens`` splits them, carries its
+            column's name, so that tables of categories work as texts do.
         label: column of the label; None where labels are not needed.
         between: what separates several labels in a cell; None, a cell is one label.
-        tokens: how cells are split where each word carries its column's name.
     """
     # Imported when a file is read, as Arrow takes a tenth of a second.
     from privrec.data.tables import read_columns

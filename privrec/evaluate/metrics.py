@@ -207,7 +207,6 @@ class _Candidates:
 
     def __init__(self, split: Split, seed: int) -> None:
         self._split, self._seed = split, seed
-        self._seen = split.train.membership()
         self._blocks: dict[int, NDArray[np.int32]] = {}
 
     def of(self, users: Int64Array) -> Int64Array:
@@ -226,7 +225,7 @@ class _Candidates:
 
     def _known(self, users: Int64Array, items: Int64Array, target: Int64Array) -> NDArray[np.bool_]:
         """Whether items [m, c] are no negatives of their user."""
-        seen = self._seen.contains(users[:, None], items)
+        seen = self._split.train.contains(users[:, None], items)
         return np.asarray(seen | (items == target[:, None]))
 
     def _drawn(self, block: int) -> NDArray[np.int32]:

@@ -237,7 +237,7 @@ def with_rows(
         population = ledger.header.get("standing", {}).get("population")
     rows = []
     for index, (row, (name, variant)) in enumerate(
-        zip(scenario.rows, scenario.variants(), strict=True)
+        zip(scenario.rows, scenario.variants.items(), strict=True)
     ):
         payloads = []
         for seed in range(variant.run.seeds):

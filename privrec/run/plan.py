@@ -6,7 +6,6 @@ computed again from the ledger alone, and whoever edits one can be held to what 
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -167,7 +166,7 @@ class Plan:
     def header(self, standing: PopulationBalance) -> dict[str, Any]:
         """Return what the header of a run's ledger says of its plan; see :class:`LedgerHeader`."""
         return {
-            "scenario": json.loads(self.scenario.to_json()),
+            "scenario": self.scenario.document(),
             "version": privrec.__version__,
             "bands": list(band_sizes(self.federation.layouts)),
             "holders": list(self.holders),

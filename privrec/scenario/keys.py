@@ -51,7 +51,6 @@ class Key:
     Attributes:
         table: Empty for a key above all tables.
         rule: What a value must be, in plain words, for example ``a whole number of at least 1``.
-        unit: What the value counts; empty where it counts nothing.
         default: As TOML; or ``required`` or ``unset``.
         registry: Where only some kinds have it; ``kinds`` are their names.
     """

@@ -22,8 +22,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
-from importlib import import_module
 from itertools import pairwise
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -68,13 +68,10 @@ class Section(BaseModel):
 
 
 def setting(default: Any, within: str = "", *, unit: str = "", **rules: Any) -> Any:
-    """A field; the docstring below it says what it means.
+    """A field, as pydantic's ``Field`` makes it; the docstring below it says what it means.
 
-    Args:
-        default: ``...`` for a key that must be given.
-        within: The interval of a number and what it counts, for example ``(0, 10^6] rounds``.
-        unit: What a value without an interval counts.
-        rules: Further arguments of pydantic's ``Field``.
+    ``within`` is the interval of a number and what it counts, for example ``(0, 10^6] rounds``;
+    ``unit`` is what a value without an interval counts.
     """
     if within:
         low, high, unit = re.fullmatch(r"[\[(](.+), (.+)[\])] ?(.*)", within).groups()  # type: ignore[union-attr]
@@ -99,8 +96,7 @@ def as_tuple(value: object) -> object:
 class Kind:
     """One kind: its keys, what implements it, and its help in one line.
 
-    Attributes:
-        implementation: The object itself, or ``package.module:name`` to import it late.
+    The implementation is the object itself, or ``package.module:name`` to import it late.
     """
 
     name: str
@@ -110,10 +106,9 @@ class Kind:
 
     def load(self) -> Any:
         """The implementation, imported now where it is named by a text."""
-        if not isinstance(self.implementation, str):
-            return self.implementation
-        module, _, name = self.implementation.partition(":")
-        return getattr(import_module(module), name)
+        if isinstance(self.implementation, str):
+            return resolve_name(self.implementation)
+        return self.implementation
 
 
 class Registry(dict[str, Kind]):
@@ -144,11 +139,6 @@ class Registry(dict[str, Kind]):
         if name not in self:
             raise PydanticCustomError("kind", "there is no such kind")
         return name
-
-    def nearest(self, name: object) -> Kind | None:
-        """The kind of that name, else the one that was most likely meant."""
-        near = get_close_matches(str(name).lower(), self, n=1, cutoff=0.6)
-        return self.get(str(name)) or (self[near[0]] if near else None)
 
     def owners(self, key: str) -> list[str]:
         """Names of the kinds that have a key of this name."""
@@ -182,13 +172,15 @@ class Table(Section):
     @classmethod
     def of(cls, keys: Mapping[str, Any]) -> type[Self]:
         """The class of a table with these keys; an unknown kind is taken for its nearest."""
-        found = [registry.nearest(cls.named(registry, keys)) for registry in cls.registries]
+        found = [cls._kind(registry, keys) for registry in cls.registries]
         return _with_keys(cls, tuple(dict.fromkeys(kind.config for kind in found if kind)))
 
     @classmethod
-    def named(cls, registry: Registry, keys: Mapping[str, Any]) -> Any:
-        """The kind that these keys name, known or not."""
-        return keys.get(registry.key, cls.model_fields[registry.key].default)
+    def _kind(cls, registry: Registry, keys: Mapping[str, Any]) -> Kind | None:
+        """The kind that these keys name, else the one that was most likely meant."""
+        name = str(keys.get(registry.key, cls.model_fields[registry.key].default))
+        near = get_close_matches(name.lower(), registry, n=1, cutoff=0.6)
+        return registry.get(name) or (registry[near[0]] if near else None)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -196,10 +188,11 @@ class Table(Section):
         if cls.composed or not isinstance(given, Mapping):
             return handler(given)
         own = cls.of(given)
-        unknown = [r for r in cls.registries if r.nearest(cls.named(r, given)) is None]
-        foreign = {key for key in given if key not in own.model_fields}
-        foreign = {key for key in foreign if any(r.owners(key) for r in unknown)}
-        return own.model_validate({k: v for k, v in given.items() if k not in foreign})
+        # What may belong to a kind that there is not is no problem of its own.
+        unknown = [r for r in cls.registries if cls._kind(r, given) is None]
+        foreign = {key for key in given if any(r.owners(key) for r in unknown)}
+        kept = own.model_fields.keys() | (given.keys() - foreign)
+        return own.model_validate({key: given[key] for key in given if key in kept})
 
 
 @cache
@@ -382,9 +375,8 @@ Width = Annotated[int, Field(ge=1, le=4096)]
 class Recommender(Section):
     """Configuration of a model over items.
 
-    Attributes:
-        inner_product: Whether scores are inner products of item vectors, so that items near to a
-            user's vector can be searched, vectors be cut short, and sums over all items be had.
+    Where scores are inner products of item vectors (``inner_product``), items near to a user's
+    vector can be searched, vectors be cut short, and sums over all items be had.
     """
 
     learns: ClassVar[Material] = "interactions"

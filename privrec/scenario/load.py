@@ -81,12 +81,10 @@ class Scenario(Heading):
         try:
             document = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
-            at = re.search(r"at line (\d+)", str(error))
-            reads = (
-                f", which reads {shown(text.splitlines()[int(at[1]) - 1].strip())}" if at else ""
-            )
-            problem = f"not TOML: {error}{reads}; correct that line"
-            raise ScenarioError([problem], source=source) from None
+            problem = f"not TOML: {error}"
+            if at := re.search(r"at line (\d+)", problem):
+                problem += f", which reads {shown(text.splitlines()[int(at[1]) - 1].strip())}"
+            raise ScenarioError([f"{problem}; correct that line"], source=source) from None
         problems: dict[str, str] = {}
         settings = dict(_parsed(override, problems) for override in overrides)
         settings.pop("", None)
@@ -100,16 +98,13 @@ class Scenario(Heading):
         Args:
             settings: Value by dotted key; None or an empty text removes the key.
         """
-        document = self._document()
+        document = self.document()
         document.pop("rows", None)
         return _changed(document, settings, {}, source)
 
-    def variants(self) -> list[tuple[str, Scenario]]:
-        """Name and scenario of each row, in order; empty without rows."""
-        return list(self._variants.items())
-
     @cached_property
-    def _variants(self) -> dict[str, Scenario]:
+    def variants(self) -> dict[str, Scenario]:
+        """The scenario of each row by its name, in order; empty without rows."""
         found: dict[str, Scenario] = {}
         problems: list[str] = []
         for index, row in enumerate(self.rows):
@@ -142,8 +137,8 @@ class Scenario(Heading):
 
         Two scenarios of the same hash plan the same events against the same budget.
         """
-        unused = {key for key in Privacy.model_fields if key.split("_")[0] == "local"}
-        unused = unused if self.privacy.local == "none" else set()
+        local = {key for key in Privacy.model_fields if key.split("_")[0] == "local"}
+        unused = local if self.privacy.local == "none" else set()
         planned: dict[str, Any] = {
             "privacy": self.privacy.model_dump(exclude=unused),
             "sampling": self.devices.sampling,
@@ -170,15 +165,12 @@ class Scenario(Heading):
         own = self.model_dump(exclude={"title", "description", "rows", "run"})
         return _digest(own | {"seed": self.run.seed})
 
-    def to_json(self) -> str:
-        """The scenario as JSON with every key that applies, defaults included."""
-        return json.dumps(self._document(), indent=2, ensure_ascii=False) + "\n"
-
     def to_toml(self) -> str:
         """The scenario as TOML with defaults written out; :meth:`from_toml` gives it back."""
-        return tomli_w.dumps(self._document())
+        return tomli_w.dumps(self.document())
 
-    def _document(self) -> dict[str, Any]:
+    def document(self) -> dict[str, Any]:
+        """Every key that applies, defaults included, ready for JSON and TOML."""
         document = self.model_dump(mode="json", exclude_none=True)
         if not self.rows:
             del document["rows"]
@@ -244,7 +236,7 @@ def _changed(
     _forget_former_kinds(document, settings)
     try:
         scenario = Scenario.model_validate(document)
-        scenario.variants()
+        _ = scenario.variants  # whose problems are the scenario's
     except ScenarioError as error:
         problems |= dict(zip(error.problems, error.problems, strict=True))
     except ValidationError as failure:

@@ -10,9 +10,16 @@ import numpy as np
 import torch
 
 from privrec.data.corpus import Examples
+from privrec.data.synthetic import Invented
 from privrec.models.classifier import BagOfWords, ExtremeClassifier
 from privrec.models.sparse_output import RowAdam, SparseOutput
 from privrec.randomness import SecretRoot, rng_for
+
+AMAZON_670K = Invented(135_909, 670_091, words=75, labels_each=5.45, clusters=4096)
+"""The shape of Amazon-670K; the repository's split has 490,449 and 153,025 examples."""
+
+DELICIOUS_200K = Invented(782_585, 205_443, words=301, labels_each=75.54, clusters=1024)
+"""The shape of Delicious-200K; the repository's split has 196,606 and 100,095 examples."""
 
 TINY = 1e-8
 """Standard deviation of the first weights of both outputs: as good as none."""

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from _bolt import Dense, Sparse, distinct, epochs, queries
+from _bolt import AMAZON_670K, Dense, Sparse, distinct, epochs, queries
 from _common import Claim, document, machine, print_table, write_json
 
 from privrec.data.corpus import Examples
-from privrec.data.synthetic import AMAZON_670K, Invented
+from privrec.data.synthetic import Invented
 
 DIM, SHARE, BATCH = 128, 0.01, 256
 RATES = (3e-3, 1e-2, 3e-2, 1e-1)

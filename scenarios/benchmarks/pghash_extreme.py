@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _bolt import precision
+from _bolt import AMAZON_670K, DELICIOUS_200K, precision
 from _common import ROOT, Claim, document, machine, print_table, write_json
 
 from privrec.data.corpus import Examples
-from privrec.data.synthetic import AMAZON_670K, DELICIOUS_200K, Invented
+from privrec.data.synthetic import Invented
 from privrec.embedding.subspace import Subspace
 from privrec.models.classifier import ExtremeClassifier
 from privrec.models.process_memory import (

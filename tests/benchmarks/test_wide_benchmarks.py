@@ -45,3 +45,10 @@ def test_selectors_of_a_small_device(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert claims["behind_simhash_small"] == behind
     # The process of a device holds no layer: a smaller memory shows in its peak.
     assert all(row["peak_mib"] < first["peak_mib"] for row in device)
+
+
+def test_the_shapes_are_those_of_the_repository() -> None:
+    shapes = importlib.import_module("_bolt")
+    amazon, delicious = shapes.AMAZON_670K, shapes.DELICIOUS_200K
+    assert (amazon.features, amazon.labels) == (135_909, 670_091)
+    assert (delicious.features, delicious.labels) == (782_585, 205_443)

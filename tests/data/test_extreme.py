@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from privrec.data.synthetic import AMAZON_670K, DELICIOUS_200K, Invented
+from privrec.data.synthetic import Invented
 from privrec.data.texts import read_extreme
-from privrec.errors import DataError, UsageError
+from privrec.errors import DataError
 
 GOOD = "3 10 5\n1,4 0:0.5 7:1.25\n 2:1\n0 \n"
 WORLD = Invented(2000, 500, words=20, labels_each=4, clusters=50)
@@ -122,16 +122,3 @@ def test_hashing_features_down_keeps_values_and_labels() -> None:
     assert small.values.tolist() == found.values.tolist()
     same = found.features == found.features[0]
     assert len(set(small.features[same].tolist())) == 1
-
-
-def test_the_shapes_are_those_of_the_repository() -> None:
-    assert (AMAZON_670K.features, AMAZON_670K.labels) == (135_909, 670_091)
-    assert (DELICIOUS_200K.features, DELICIOUS_200K.labels) == (782_585, 205_443)
-
-
-@pytest.mark.parametrize(
-    "settings", [{"labels": 0}, {"words": 0}, {"clusters": 501}, {"zipf": -1.0}]
-)
-def test_bad_shapes_are_refused(settings: dict[str, float]) -> None:
-    with pytest.raises(UsageError):
-        Invented(**{"features": 10, "labels": 500, "clusters": 5, **settings})  # type: ignore[arg-type]

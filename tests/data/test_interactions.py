@@ -5,14 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privrec.data import interactions
-from privrec.data.interactions import (
-    Interactions,
-    Membership,
-    Split,
-    hold_out_some,
-    leave_last_out,
-)
+from privrec.data.interactions import Interactions, Split, hold_out_some, leave_last_out
 from privrec.errors import DataError, UnknownIdError, UsageError
 
 
@@ -179,21 +172,9 @@ def test_a_random_holdout_is_stable_uniform_and_leaves_one() -> None:
     assert hold_out_some(data, np.full(2000, 99)).train.counts.tolist() == [1] * 2000
 
 
-@pytest.mark.parametrize("bits", [interactions._BITMAP_BITS, 0])
-def test_membership_by_bitmap_and_by_search_agree(
-    bits: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(interactions, "_BITMAP_BITS", bits)
-    data = small()
-    found = data.membership().contains(np.arange(3)[:, None], np.arange(3)[None, :])
+def test_pairs_that_occur_are_told_from_others() -> None:
+    found = small().contains(np.arange(3)[:, None], np.arange(3)[None, :])
     assert found.tolist() == [[True, False, True], [True, True, True], [True, False, False]]
-
-
-def test_membership_of_nothing_is_false(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interactions, "_BITMAP_BITS", 0)
-    none = np.empty(0, np.int64)
-    index = Membership(none, none, 3, 3)
-    assert not index.contains(np.arange(3), np.arange(3)).any()
 
 
 @settings(deadline=None)

@@ -333,7 +333,7 @@ def test_the_synthetic_source_needs_no_files() -> None:
     split = data.load(config("synthetic"))
     assert (split.train.n_users, split.train.n_items) == (30, 80)
     assert data.load(config("synthetic", seed=1)).train.items.tolist() != split.train.items.tolist()
-    made = data.generate(users=30, items=80, clusters=4, interactions_per_user=8, seed=0)
+    made = data.generate(config("synthetic"))
     assert made.interactions.size == split.train.size + split.heldout.size
 
 

@@ -39,13 +39,13 @@ def test_movielens_1m_of_the_ncf_paper() -> None:
     train = split.train
     assert (train.n_users, train.n_items, train.size) == (6040, 3706, 994_171)
     assert split.heldout.counts.tolist() == [1] * 6040
-    assert not train.membership().contains(np.arange(6040), split.heldout.items).any()
+    assert not train.contains(np.arange(6040), split.heldout.items).any()
     assert train.titles is not None
     assert train.titles[train.item_index(1193)] == "One Flew Over the Cuckoo's Nest (1975)"
     assert train.user_index("6040") == 6039
     assert split.negatives is not None
     # Some published candidates are the user's own test item; the metric leaves them out.
-    own = train.membership().contains(np.arange(6040)[:, None], split.negatives)
+    own = train.contains(np.arange(6040)[:, None], split.negatives)
     assert (own | (split.negatives == split.heldout.items[:, None])).sum() == 156
 
 
@@ -62,9 +62,9 @@ def test_validation_of_movielens_1m_keeps_clear_of_the_test() -> None:
     valid = load("ml-1m", "ml-1m", "ml-1m.train.rating", "validation")
     assert valid.train.size == test.train.size - 6040
     everyone = np.arange(6040)
-    assert not valid.train.membership().contains(everyone, test.heldout.items).any()
+    assert not valid.train.contains(everyone, test.heldout.items).any()
     assert not (valid.heldout.items == test.heldout.items).any()
-    assert not valid.train.membership().contains(everyone, valid.heldout.items).any()
+    assert not valid.train.contains(everyone, valid.heldout.items).any()
     assert valid.negatives is None
 
 

@@ -4,16 +4,20 @@ import time
 
 import numpy as np
 import pytest
+from data_of import data_of
 from oracle import expected_hr, oracle_of
+from small_runs import make_scenario
 
 from privrec.data.interactions import leave_last_out
 from privrec.data.synthetic import Planted, generate
-from privrec.errors import DataError
+from privrec.errors import ScenarioError
 from privrec.evaluate.metrics import evaluate, popularity_scores
 
+SIZES = {"users": 400, "items": 300, "clusters": 8, "interactions_per_user": 30}
 
-def planted(seed: int = 0, *, users: int = 400) -> Planted:
-    return generate(users=users, items=300, clusters=8, interactions_per_user=30, seed=seed)
+
+def planted(seed: int = 0, **sizes: int) -> Planted:
+    return generate(data_of("synthetic", seed=seed, **(SIZES | sizes)))
 
 
 def test_the_same_seed_gives_the_same_data_and_another_gives_other_data() -> None:
@@ -67,7 +71,7 @@ def test_the_oracle_reaches_its_expected_hit_ratio_and_nothing_else_does() -> No
 @pytest.mark.statistical
 @pytest.mark.parametrize("clusters", [1, 2])
 def test_the_order_of_a_history_is_that_of_successive_draws(clusters: int) -> None:
-    made = generate(users=60_000, items=4, clusters=clusters, interactions_per_user=2, seed=3)
+    made = planted(3, users=60_000, items=4, clusters=clusters, interactions_per_user=2)
     data = made.interactions
     first, second = data.items[data.indptr[:-1]], data.items[data.indptr[:-1] + 1]
     for group in range(clusters):
@@ -82,7 +86,7 @@ def test_the_order_of_a_history_is_that_of_successive_draws(clusters: int) -> No
 
 
 def test_no_history_has_an_item_twice_however_much_of_the_catalogue_it_takes() -> None:
-    data = generate(users=50, items=200, clusters=8, interactions_per_user=100, seed=1).interactions
+    data = planted(1, users=50, items=200, interactions_per_user=100).interactions
     pairs = data.users * 200 + data.items
     assert np.unique(pairs).size == data.size
     assert data.counts.max() == 100
@@ -90,9 +94,8 @@ def test_no_history_has_an_item_twice_however_much_of_the_catalogue_it_takes() -
 
 def test_the_work_is_linear_in_interactions_whatever_the_catalogue() -> None:
     begin = time.process_time()
-    data = generate(
-        users=20_000, items=1_000_000, clusters=1000, interactions_per_user=20, seed=0
-    ).interactions
+    sizes = {"users": 20_000, "items": 1_000_000, "clusters": 1000, "interactions_per_user": 20}
+    data = planted(**sizes).interactions
     # A draw for each of the 2 * 10^10 pairs would take minutes.
     assert time.process_time() - begin < 20
     assert (data.n_users, data.n_items) == (20_000, 1_000_000)
@@ -130,6 +133,6 @@ def test_oracle_scores_of_candidates_are_those_of_the_catalogue() -> None:
     ],
 )
 def test_numbers_that_do_not_fit_are_refused(wrong: dict[str, int]) -> None:
-    good = {"users": 10, "items": 300, "clusters": 8, "interactions_per_user": 30, "seed": 0}
-    with pytest.raises(DataError, match=r"data\.\w+"):
-        generate(**(good | wrong))
+    changes = [f"data.{key}={value}" for key, value in (SIZES | wrong).items()]
+    with pytest.raises(ScenarioError, match=rf"data\.{next(iter(wrong))} = "):
+        make_scenario('name = "plain"\n[privacy]\nnoise = "none"\n', *changes)

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 from data_of import data_of
+from small_runs import make_scenario
 
 from privrec.data import load_texts
 from privrec.data.corpus import UNKNOWN, Corpus, split_devices
-from privrec.data.synthetic import generate_text
 from privrec.data.texts import EMBEDDED, END, read_articles
-from privrec.errors import DataError, UsageError
+from privrec.errors import DataError, ScenarioError
 from privrec.scenario.schema import Data
 
 TWO = " = First one = \n\n the cat sat \n\n = = Part = = \n\n the dog \n = Second = \n the cat \n"
@@ -110,17 +110,20 @@ def test_the_embedded_text_needs_no_file_and_a_folder_above_is_searched(tmp_path
 
 
 def test_synthetic_texts_repeat_and_differ_by_seed() -> None:
-    words = {"devices": 5, "words": 100, "topics": 2, "tokens_per_device": 40}
-    first, again = (generate_text(**words, seed=1) for _ in range(2))
+    sizes = {"users": 5, "items": 100, "clusters": 2, "interactions_per_user": 40}
+    first, again, other = (
+        load_texts(config("synthetic_text", **(sizes | {"seed": seed}))).train for seed in (1, 1, 2)
+    )
     assert np.array_equal(first.items, again.items)
-    assert not np.array_equal(first.items, generate_text(**words, seed=2).items)
+    assert not np.array_equal(first.items, other.items)
     assert first.counts.tolist() == [40] * 5
     assert first.items.min() >= 1  # no word of a synthetic text is unknown
     assert first.items.max() < 100
 
 
 def test_synthetic_words_follow_each_other_and_are_of_a_power_law() -> None:
-    corpus = generate_text(devices=40, words=1000, topics=4, tokens_per_device=1000, seed=0)
+    sizes = {"users": 40, "items": 1000, "clusters": 4, "interactions_per_user": 1000}
+    corpus = load_texts(config("synthetic_text", **sizes)).train
     counts = np.sort(corpus.item_counts())[::-1]
     assert counts[:10].sum() > 5 * counts[100:110].sum()
     pairs = corpus.items[:-1].astype(np.int64) * 1000 + corpus.items[1:]
@@ -140,5 +143,12 @@ def test_a_synthetic_split_has_the_users_that_were_asked_for() -> None:
 
 
 def test_impossible_synthetic_texts_are_refused() -> None:
-    with pytest.raises(UsageError, match="topics = 9"):
-        generate_text(devices=1, words=100, topics=9, tokens_per_device=9, seed=0)
+    text = 'name = "plain"\n[privacy]\nnoise = "none"\n'
+    good = "data.source=synthetic_text", "data.items=100", "data.clusters=2"
+    for change, found in (
+        ("data.clusters=9", "clusters = 9"),
+        ("data.items=15", "clusters = 2"),
+        ("data.interactions_per_user=1", "interactions_per_user = 1"),
+    ):
+        with pytest.raises(ScenarioError, match=rf"- data\.{found}: must"):
+            make_scenario(text, *good, change)
