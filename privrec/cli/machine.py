@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +37,6 @@ def data() -> None:
 @console.json_option
 def list_data(data_dir: Path | None, as_json: bool) -> None:
     """List the data sets that can be fetched and say which are here."""
-    console.check_data(data_dir)
     from privrec.data.catalogue import ARCHIVES
 
     here = found_data(data_dir)
@@ -77,7 +75,6 @@ def fetch(name: str, directory: Path | None) -> None:
 @console.json_option
 def describe(name: str, settings: tuple[str, ...], data_dir: Path | None, as_json: bool) -> None:
     """Read a data set, by its name or as a scenario file has it, and count what is in it."""
-    console.check_data(data_dir)
     scenario = _scenario_for_data(name, settings)
     from privrec.run.task import load_task
 
@@ -106,7 +103,6 @@ def _scenario_for_data(name: str, settings: Sequence[str]) -> Scenario:
 
 # --------------------------------------------------------------------------- the doctor
 
-OLDEST_PYTHON = (3, 11)
 SLOW_AES_GB_S = 0.5
 AES_BYTES = 1 << 25
 SHOWN = ("torch", "numpy", "scipy", "cryptography", "dp-accounting")
@@ -132,7 +128,6 @@ class Finding:
 @console.json_option
 def doctor(data_dir: Path | None, as_json: bool) -> None:
     """Check this machine for what a run needs."""
-    console.check_data(data_dir)
     findings = examine(data_dir)
     if as_json:
         console.print_json([asdict(finding) for finding in findings])
@@ -164,10 +159,8 @@ def examine(data_dir: Path | None = None) -> list[Finding]:
 
 
 def _python() -> Found:
-    found = platform.python_version()
-    if sys.version_info[:2] < OLDEST_PYTHON:
-        return "fail", found, "install Python 3.11 or newer"
-    return "ok", f"{found} on {platform.system()} {platform.machine()}"
+    system = f"{platform.system()} {platform.machine()}"
+    return "ok", f"{platform.python_version()} on {system}"
 
 
 def _threads() -> Found:

@@ -45,7 +45,6 @@ def report() -> None:
 @console.json_option
 def write(directory: Path, as_json: bool) -> None:
     """Write report.html, report.md, report.json and a registry draft of the finished run in DIR."""
-    console.check_run(directory)
     pages = write_report(directory)
     if as_json:
         click.echo(pages.json.read_text("utf-8").rstrip("\n"))

@@ -40,7 +40,7 @@ class Facts:
     """Everything that the figures and sentences of a report depend on.
 
     Attributes:
-        charged: one entry for each (round, attempt), in order; rounds are counted from 0.
+        charged: one entry for each (round, attempt), in order.
         example_counts: how often each example-level event was entered, which is another unit.
         head: hash of the last entry, in hex.
         key: public key that the signed head was checked with, in hex.
@@ -75,8 +75,8 @@ class Facts:
     missing: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, ledger: Ledger, path: Path, *, key: str, signature: Signature) -> Facts:
-        """Read the facts of an open ledger that has ended, and compute every ε of its charges."""
+    def of(cls, ledger: Ledger, path: Path, public_key: Ed25519PublicKey | None) -> Facts:
+        """Read the facts of an open ledger that has ended, checked with the key if one is given."""
         header, declared = ledger.header, read_header(ledger.header, str(path))
         delta, population = header.get("delta"), header.get("population")
         noisy = declared.scenario.privacy.noise != "none" and isinstance(delta, float)
@@ -97,8 +97,8 @@ class Facts:
             counts=ledger.counts,
             example_counts=ledger.examples,
             head=ledger.last_hash,
-            key=key,
-            signature=signature,
+            key=public_key.public_bytes_raw().hex() if public_key else str(header["public_key"]),
+            signature="server key" if public_key else "key named in the ledger",
             model=(ledger.ended or b"").hex(),
             noise_known=known,
             delta=delta if noisy else None,
@@ -106,7 +106,6 @@ class Facts:
             rounds=rounds,
             charges=len(attempts),
             evaluations=looked if declared.simulated else 0,
-            missing=(),
             **spent,
         )
 
@@ -117,7 +116,6 @@ class Facts:
 
     @cached_property
     def of_rounds(self) -> Counter[RoundEvent]:
-        """How often each event was charged for a round."""
         return Counter(charge.event for charge in self.charged if charge.round >= 0)
 
     @property
@@ -127,7 +125,6 @@ class Facts:
 
     @property
     def scenario(self) -> Scenario:
-        """The scenario that the header declares."""
         return self.declared.scenario
 
     @cached_property
@@ -187,8 +184,4 @@ def read_facts(directory: Path, public_key: Ed25519PublicKey | None = None) -> F
                 f"{path}: {ledger.entries} entries, of which {ledger.signed} are signed: lines "
                 "were added behind the signed end. Bring back the original file"
             )
-        if public_key is None:
-            named = str(ledger.header.get("public_key", ""))
-            return Facts.of(ledger, path, key=named, signature="key named in the ledger")
-        own = public_key.public_bytes_raw().hex()
-        return Facts.of(ledger, path, key=own, signature="server key")
+        return Facts.of(ledger, path, public_key)
