@@ -26,9 +26,6 @@ MILESTONES = 10
 SMALL_COHORT = 20
 
 
-# --------------------------------------------------------------------------- scenarios
-
-
 @click.group(cls=console.Commands, epilog=console.example("privrec scenario schema"))
 def scenario() -> None:
     """Help to write scenarios."""
@@ -41,9 +38,6 @@ def schema() -> None:
     from privrec.scenario.load import Scenario
 
     console.print_json(json_schema(Scenario))
-
-
-# --------------------------------------------------------------------------- the plan
 
 
 @click.command(epilog=console.example("privrec plan scenarios/ml-1m-dp.toml -s privacy.epsilon=4"))
@@ -244,9 +238,6 @@ def _print_plan(plan: Mapping[str, Any], title: str) -> None:
         console.print_table(title, ("what", "value"), rows)
     if plan["warnings"]:
         console.print_lines(f"warning: {warning}" for warning in plan["warnings"])
-
-
-# --------------------------------------------------------------------------- the audit
 
 
 @click.command(

@@ -121,9 +121,6 @@ def write_report(directory: Path) -> Written:
     return write_files(build(directory), directory)
 
 
-# --------------------------------------------------------------------------- comparing
-
-
 @click.command(
     epilog=console.example(
         "privrec compare runs/ml-1m-1 runs/ml-1m-dp-1",
@@ -168,9 +165,6 @@ _HEADINGS = {
     "epsilon_server": "ε, cohorts known",
 }
 _COSTS = {"upload_bytes": "upload, bytes", "wall_s": "wall, s"}
-
-
-# --------------------------------------------------------------------------- populations
 
 
 @click.group(

@@ -48,7 +48,6 @@ class _Files:
     facts: Facts
 
     def section(self, name: str) -> Mapping[str, Any]:
-        """A section of ``result.json``."""
         section = self.result.get(name)
         if not isinstance(section, Mapping):
             raise DataError(
@@ -72,28 +71,6 @@ def build(directory: Path, *, public_key: Ed25519PublicKey | None = None) -> mod
             another file does not agree with it on anything that the claim needs.
         DataError: when a file is malformed.
     """
-    files = _read(directory, public_key)
-    _check_same_run(files)
-    _check_charges(files)
-    _check_claims(files)
-    try:
-        report = derive(files.facts, _word(files))
-    except ValidationError as error:
-        problem = error.errors()[0]
-        place = ".".join(str(part) for part in problem["loc"])
-        raise DataError(
-            f"{directory / 'result.json'}: {place} is {problem.get('input')!r}: {problem['msg']}. "
-            "The file is written by privrec alone; restore it, or finish the run again with "
-            "`privrec resume`."
-        ) from None
-    files.facts.check_result(files.result, directory / "result.json")
-    return report
-
-
-# --------------------------------------------------------------------------- reading
-
-
-def _read(directory: Path, public_key: Ed25519PublicKey | None) -> _Files:
     run = _json(directory, "run.json", "it is not a run directory; name one that privrec made")
     unfinished = f"the run is not finished; go on with: privrec resume {directory}"
     result = _json(directory, "result.json", unfinished)
@@ -103,7 +80,22 @@ def _read(directory: Path, public_key: Ed25519PublicKey | None) -> _Files:
         raise DataError(f"{error}; the run wrote this file, restore it") from None
     rounds = read_rounds(directory / "events.jsonl")
     facts = read_facts(directory, public_key or kept_key(str(run.get("run_id", ""))))
-    return _Files(directory, run, result, scenario, rounds, facts)
+    files = _Files(directory, run, result, scenario, rounds, facts)
+    _check_same_run(files)
+    _check_charges(files)
+    _check_claims(files)
+    try:
+        report = derive(facts, _word(files))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(str(part) for part in problem["loc"])
+        raise DataError(
+            f"{directory / 'result.json'}: {place} is {problem.get('input')!r}: {problem['msg']}. "
+            "The file is written by privrec alone; restore it, or finish the run again with "
+            "`privrec resume`."
+        ) from None
+    facts.check_result(result, directory / "result.json")
+    return report
 
 
 def _json(directory: Path, name: str, absent: str) -> Mapping[str, Any]:
@@ -117,9 +109,6 @@ def _json(directory: Path, name: str, absent: str) -> Mapping[str, Any]:
     if not isinstance(content, dict):
         raise DataError(f"{path}: it holds {type(content).__name__}, not an object; restore it")
     return content
-
-
-# --------------------------------------------------------------------------- checks
 
 
 def _check_same_run(files: _Files) -> None:
@@ -224,9 +213,6 @@ def _disagreement(files: _Files, key: str, recorded: Any, computed: Any) -> Inte
         f"{shown(computed)}; both must agree. One of the files was altered or belongs to another "
         "run: rely on neither, and restore the directory as the run left it."
     )
-
-
-# --------------------------------------------------------------------------- assembling
 
 
 def _word(files: _Files) -> dict[str, Any]:

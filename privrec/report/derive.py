@@ -40,8 +40,7 @@ Counts = Mapping[RoundEvent, int]
 def derive(facts: Facts, word: Mapping[str, Any]) -> model.Report:
     """Make the report of a ledger's facts; it is private only when every starred part is there.
 
-    Args:
-        word: the fields of ``WORD``, and ``curves`` from private data.
+    The ``word`` is the fields of ``WORD``, and ``curves`` from private data.
     """
     single = example_figures(facts)
     said = sentences(facts, single)
@@ -163,11 +162,7 @@ def example_figures(facts: Facts) -> dict[str, Any] | None:
     }
 
 
-# --------------------------------------------------------------------------- starred parts
-
-
 def _mechanism(facts: Facts, said: Said) -> model.Mechanism:
-    """How one round's release is made, with the noise of each band."""
     encoding, declared = facts.encoding, facts.declared
     rate, multiplier = facts.scenario.devices.sampling_rate, facts.least_noise
     charged = {event.mechanism for event in facts.of_rounds}
@@ -211,10 +206,7 @@ def _sampling(facts: Facts, said: Said) -> model.Sampling | None:
 
 
 def _accounting(facts: Facts, said: Said) -> model.Accounting | None:
-    """How ε was computed; None where δ or the number of users is not known.
-
-    Without a guarantee its curves are empty.
-    """
+    """How ε was computed; None where δ or users are not known, no curves without a guarantee."""
     delta, counts = facts.header.get("delta"), facts.counts
     if facts.population is None or not isinstance(delta, float):
         return None
@@ -258,7 +250,6 @@ def _zcdp(counts: Counts) -> float | None:
 
 
 def _up(value: float) -> float:
-    """Rounded up in the sixth decimal."""
     return math.ceil(value * 1e6) / 1e6
 
 
@@ -275,9 +266,6 @@ def _lifetime(facts: Facts) -> model.Lifetime | None:
         spent_before=balance.spent or 0.0,
         reserved=balance.reserved or 0.0,
     )
-
-
-# --------------------------------------------------------------------------- reading the number
 
 
 def _reading(facts: Facts, curve: Sequence[model.Point2], said: Said) -> model.Reading:
@@ -310,20 +298,16 @@ def _miss(curve: Sequence[model.Point2], alarm: float) -> float:
     return math.floor(max(bounds) * 1e6) / 1e6
 
 
-# --------------------------------------------------------------------------- ε by round
-
-
 def _epsilon_curves(facts: Facts) -> Iterator[model.Curve]:
-    if not facts.private or facts.delta is None:
+    if not facts.private or facts.delta is None or not facts.charged:
         return
     milestones = list(_milestones(facts.charged))
     for key, name in (("epsilon", "ε, recipients"), ("epsilon_server", "ε, cohorts known")):
-        points = [
+        points = tuple(
             model.Point(round=number, value=epsilon(counts, facts.delta, WHICH[key][0]))
             for number, counts in milestones
-        ]
-        if points:
-            yield model.Curve(key=key, name=name, note="", points=tuple(points))
+        )
+        yield model.Curve(key=key, name=name, note="", points=points)
 
 
 def _milestones(charged: Sequence[Charge]) -> Iterator[tuple[int, Counter[RoundEvent]]]:

@@ -50,7 +50,6 @@ class Facts:
         rounds: that were charged; ``charges`` counts attempts, and nothing before the first round.
         evaluations: how often the held-out split was looked at: as planned, and at the end.
         epsilon: against recipients of the models, by PLD; None is infinite, as in the other three.
-        missing: names of starred parts that the run has no facts for.
     """
 
     header: Mapping[str, Any]
@@ -157,15 +156,10 @@ class Facts:
 
 
 def read_facts(directory: Path, public_key: Ed25519PublicKey | None = None) -> Facts:
-    """Read what the run in ``directory`` spent; its ledger is left as it is.
+    """Read what the run in ``directory`` spent, from its whole ledger, which is left as it is.
 
-    Args:
-        public_key: the server's; without it the head is checked with the key that the header names,
-            which shows damage but not a ledger that was replaced as a whole.
-
-    Raises:
-        IntegrityError: when the ledger was altered, cut short, not signed to its end, or signed by
-            another key, or is absent, or of a run that did not end, or contradicts itself.
+    Without the server's key the head is checked with the one that the header names, which shows
+    damage but not a ledger that was replaced as a whole.
     """
     path = directory / "ledger.jsonl"
     if not path.exists():

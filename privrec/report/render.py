@@ -114,9 +114,6 @@ def replace_text(path: Path, text: str) -> None:
     Path(draft).replace(path)
 
 
-# --------------------------------------------------------------------------- several runs
-
-
 @dataclass(frozen=True)
 class Comparison:
     """Reports by the names they are shown under, and why they may not be comparable."""
@@ -160,12 +157,17 @@ class Comparison:
         spent = {name: of[name].adversary("recipients").epsilon for name in shown}
         private = [(name, e, shown[name]) for name, e in spent.items() if e is not None]
         comparable = len(private) > 1 and len(_deltas(self.reports)) == 1
+        full = [key for key in self.metrics if key.startswith("full_")]
+        protocols = {
+            "Among 99 items": [m for m in self.metrics if m not in full],
+            "Full ranking": full,
+        }
         return render(
             "compare.html.j2",
             comparison=self,
             rows=self.rows(),
             metrics=self.metrics,
-            protocols=_protocols(self.metrics),
+            protocols=protocols,
             heading=heading,
             plot=intervals(shown, heading) if shown else "",
             utility=privacy_utility(private, f"{heading} and ε") if comparable else "",
@@ -189,13 +191,6 @@ def compare(directories: Sequence[Path]) -> Comparison:
         )
     reports = tuple(build(directory) for directory in directories)
     return Comparison(tuple(_names(places, reports)), reports, tuple(_cautions(reports)))
-
-
-def _protocols(keys: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Metric keys by how the held-out item is ranked; keys of one protocol stand together."""
-    full = [key for key in keys if key.startswith("full_")]
-    groups = (("Among 99 items", [key for key in keys if key not in full]), ("Full ranking", full))
-    return [(name, group) for name, group in groups if group]
 
 
 def _names(places: Sequence[Path], reports: Sequence[Report]) -> Sequence[str]:
