@@ -475,11 +475,9 @@ class Report(Part):
         return self
 
     def adversary(self, name: Against) -> Adversary:
-        """The adversary of that name."""
         return next(each for each in self.privacy.adversaries if each.name == name)
 
     def metric(self, key: str) -> Metric | None:
-        """The metric of that key, or None."""
         return next((metric for metric in self.accuracy.metrics if metric.key == key), None)
 
 

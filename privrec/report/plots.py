@@ -73,7 +73,6 @@ class Plot:
 
     @property
     def wide(self) -> bool:
-        """Whether it takes the width of the page."""
         return self.size == WIDE
 
 
@@ -251,7 +250,7 @@ def _shortened(name: str) -> str:
     return name if len(name) <= 32 else f"{name[:31]}…"
 
 
-# --------------------------------------------------------------------------- by round
+# --------------------------------------------------------------------------- the pictures
 
 
 def plots(report: Report) -> Iterator[Plot]:
@@ -316,9 +315,6 @@ def _outside(report: Report, curve: Curve, *, size: XY) -> Plot:
         colour=3 if loss else 2,
     )
     return lines(plot, [Line(_points(curve), f"{last.value:.3f}")])
-
-
-# --------------------------------------------------------------------------- what ε means
 
 
 def risks(report: Report) -> Iterator[Plot]:
@@ -387,9 +383,6 @@ def by_tier(report: Report) -> Iterator[Plot]:
         title, caption = "Upload by capacity", "Bytes that one device sends in a round."
         plot = Plot("bytes", title, f"{said}.", caption, WIDE, x="bytes", log=True, colour=2)
         yield dots(plot, names, {"upload": sent})
-
-
-# --------------------------------------------------------------------------- several runs
 
 
 def intervals(metrics: Mapping[str, Metric], heading: str) -> str:
