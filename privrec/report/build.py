@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from privrec.errors import DataError, IntegrityError, ScenarioError, UsageError
 from privrec.report import model
-from privrec.report.derive import derive, example_figures
+from privrec.report.derive import derive
 from privrec.report.facts import Facts, read_facts
 from privrec.report.words import thinned
 from privrec.run.directory import kept_key
@@ -181,7 +181,7 @@ def _check_claims(files: _Files) -> None:
     for key, value in stated.items():
         if said.get(key) != value:
             raise _disagreement(files, key, said.get(key), value)
-    single, ours = said.get("examples") or {}, example_figures(facts) or {}
+    single, ours = said.get("examples") or {}, facts.examples or {}
     names = ("epsilon", "delta", "noise_multiplier", "clip_norm", "charges")
     computed = {
         "epsilon": (said.get("epsilon"), facts.epsilon),

@@ -17,8 +17,9 @@ from typing import Any
 from privrec.privacy.events import Adversary, RoundEvent, divergence, epsilon
 from privrec.privacy.ledger import Charge
 from privrec.report import model
-from privrec.report.facts import WHICH, Facts
+from privrec.report.facts import Facts
 from privrec.report.words import tables, thinned
+from privrec.run.privacy_plan import EPSILONS
 from privrec.run.record import REVEALED
 
 DELTAS = (1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.03, *(n / 10 for n in range(1, 10)))
@@ -42,15 +43,15 @@ def derive(facts: Facts, word: Mapping[str, Any]) -> model.Report:
 
     The ``word`` is the fields of ``WORD``, and ``curves`` from private data.
     """
-    single = example_figures(facts)
-    said = sentences(facts, single)
+    said = sentences(facts)
     parts = starred(facts, said)
     missing = tuple(name for name in model.STARRED if parts[name] is None)
     if missing:
         facts = replace(facts, missing=missing)
-        said = sentences(facts, single)
+        said = sentences(facts)
         parts = {**starred(facts, said), **dict.fromkeys(missing)}
-    scenario, curve = facts.scenario, parts["accounting"].curve if parts["accounting"] else ()
+    scenario, single = facts.scenario, facts.examples
+    curve = parts["accounting"].curve if parts["accounting"] else ()
     return model.Report(
         simulated=facts.declared.simulated,
         scenario=scenario.name,
@@ -77,9 +78,9 @@ def derive(facts: Facts, word: Mapping[str, Any]) -> model.Report:
     )
 
 
-def sentences(facts: Facts, examples: Mapping[str, Any] | None = None) -> Said:
-    """Every sentence that holds of the facts and of the figures at example level, by part."""
-    return tables("sentences.toml.j2", facts=facts, examples=examples, revealed=REVEALED)
+def sentences(facts: Facts) -> Said:
+    """Every sentence that holds of the facts, by part."""
+    return tables("sentences.toml.j2", facts=facts, examples=facts.examples, revealed=REVEALED)
 
 
 def starred(facts: Facts, said: Said) -> dict[str, Any]:
@@ -139,27 +140,6 @@ def _privacy(facts: Facts, said: Said) -> model.Privacy:
         ledger_signature=facts.signature,
         **said["privacy"],
     )
-
-
-def example_figures(facts: Facts) -> dict[str, Any] | None:
-    """The guarantee of single interactions; None where devices add no noise to their own steps.
-
-    That ε stands beside the one of users and is never added to it: they bound different changes of
-    the data, and are of two units.
-    """
-    privacy, charged = facts.scenario.privacy, facts.example_counts
-    if privacy.local == "none" or privacy.local_clip_norm is None:
-        return None
-    value = epsilon(charged, privacy.local_delta, "server")
-    holds = not facts.noise_known and math.isfinite(value) and bool(charged)
-    return {
-        "epsilon": value if holds else None,
-        "delta": privacy.local_delta,
-        "budget": privacy.local_epsilon,
-        "clip_norm": privacy.local_clip_norm,
-        "noise_multiplier": min((event.noise_multiplier for event in charged), default=None),
-        "charges": sum(charged.values()),
-    }
 
 
 def _mechanism(facts: Facts, said: Said) -> model.Mechanism:
@@ -304,7 +284,7 @@ def _epsilon_curves(facts: Facts) -> Iterator[model.Curve]:
     milestones = list(_milestones(facts.charged))
     for key, name in (("epsilon", "ε, recipients"), ("epsilon_server", "ε, cohorts known")):
         points = tuple(
-            model.Point(round=number, value=epsilon(counts, facts.delta, WHICH[key][0]))
+            model.Point(round=number, value=epsilon(counts, facts.delta, EPSILONS[key][0]))
             for number, counts in milestones
         )
         yield model.Curve(key=key, name=name, note="", points=points)

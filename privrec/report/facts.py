@@ -17,22 +17,14 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from privrec.errors import IntegrityError
-from privrec.privacy.events import Accountant, Adversary, RoundEvent, epsilon
+from privrec.privacy.events import RoundEvent, epsilon
 from privrec.privacy.ledger import PREPARATION, Charge, Ledger
 from privrec.report.model import Signature
 from privrec.run.plan import LedgerHeader, read_header
-from privrec.run.privacy_plan import encoding_of
+from privrec.run.privacy_plan import EPSILONS, encoding_of, example_figures
 from privrec.scenario.load import Scenario
 from privrec.secagg.ring import Encoding
 from privrec.storage import verified
-
-WHICH: Mapping[str, tuple[Adversary, Accountant]] = {
-    "epsilon": ("recipients", "pld"),
-    "epsilon_server": ("server", "pld"),
-    "epsilon_rdp": ("recipients", "rdp"),
-    "epsilon_server_rdp": ("server", "rdp"),
-}
-"""Every ε of a claim: its adversary and its accountant."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +76,9 @@ class Facts:
         rounds, every = len(set(attempts)), declared.scenario.run.eval_every
         unfinished = rounds - (rounds == declared.scenario.train.rounds)
         looked = (unfinished // every if every else 0) + (rounds > 0)
-        spent: dict[str, float | None] = dict.fromkeys(WHICH)
+        spent: dict[str, float | None] = dict.fromkeys(EPSILONS)
         if noisy and delta is not None and not known:
-            for name, which in WHICH.items():
+            for name, which in EPSILONS.items():
                 value = epsilon(ledger.counts, float(delta), *which)
                 spent[name] = value if math.isfinite(value) else None
         return cls(
@@ -116,6 +108,12 @@ class Facts:
     @cached_property
     def of_rounds(self) -> Counter[RoundEvent]:
         return Counter(charge.event for charge in self.charged if charge.round >= 0)
+
+    @cached_property
+    def examples(self) -> dict[str, Any] | None:
+        """The guarantee of single interactions, recomputed; None without devices' own noise."""
+        counts, known = self.example_counts, self.noise_known
+        return example_figures(self.scenario, counts, noise_known=known)
 
     @property
     def before(self) -> RoundEvent | None:
