@@ -101,6 +101,7 @@ def example(*lines: str) -> str:
     return "\b\n" + "\n".join([heading, *(f"  {line}" for line in lines)])
 
 
+run_dir = click.argument("directory", metavar="DIR", type=PATH)
 scenario_file = click.argument("scenario_file", metavar="SCENARIO", type=PATH)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 settings_option = click.option(
@@ -109,12 +110,20 @@ settings_option = click.option(
     metavar="TABLE.KEY=VALUE",
     help="Change a key of the scenario; an empty value removes it. May be repeated.",
 )
+data_option = click.option(
+    *("--data", "data_dir"),
+    type=PATH,
+    envvar="PRIVREC_DATA",
+    metavar="PATH",
+    help="Where the data set lies: its folder, archive or file, or a folder above. "
+    "[default: $PRIVREC_DATA]",
+)
 
 
-def check_run(directory: Path) -> Path:
-    """The directory, if it is one of a run."""
+def check_run(directory: Path) -> None:
+    """Refuse what is no run directory."""
     if (directory / "run.json").is_file():
-        return directory
+        return
     found = "it has no run.json" if directory.is_dir() else "there is no such folder"
     raise UsageError(
         f"{directory}: {found}; a run directory is what `privrec run` or `privrec demo` left; name "
@@ -122,29 +131,14 @@ def check_run(directory: Path) -> Path:
     )
 
 
-def _check_data(ctx: click.Context, _: click.Parameter, data_dir: Path | None) -> Path | None:
-    """The path, if something is there; that of ``PRIVREC_DATA`` may be yet to be made."""
-    source = ctx.get_parameter_source("data_dir")
+def check_data(data_dir: Path | None) -> None:
+    """Refuse a ``--data`` that is not there; ``PRIVREC_DATA`` may be yet to be made."""
+    source = click.get_current_context().get_parameter_source("data_dir")
     if source is ParameterSource.COMMANDLINE and data_dir is not None and not data_dir.exists():
         raise UsageError(
             f"--data {data_dir}: there is no such file or folder; it must hold the data set; "
             "correct the path, or see: privrec data list"
         )
-    return data_dir
-
-
-run_dir = click.argument(
-    "directory", metavar="DIR", type=PATH, callback=lambda ctx, param, path: check_run(path)
-)
-data_option = click.option(
-    *("--data", "data_dir"),
-    type=PATH,
-    callback=_check_data,
-    envvar="PRIVREC_DATA",
-    metavar="PATH",
-    help="Where the data set lies: its folder, archive or file, or a folder above. "
-    "[default: $PRIVREC_DATA]",
-)
 
 
 # --------------------------------------------------------------------------- printing

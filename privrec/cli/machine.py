@@ -37,6 +37,7 @@ def data() -> None:
 @console.json_option
 def list_data(data_dir: Path | None, as_json: bool) -> None:
     """List the data sets that can be fetched and say which are here."""
+    console.check_data(data_dir)
     from privrec.data.catalogue import ARCHIVES
 
     here = found_data(data_dir)
@@ -75,6 +76,7 @@ def fetch(name: str, directory: Path | None) -> None:
 @console.json_option
 def describe(name: str, settings: tuple[str, ...], data_dir: Path | None, as_json: bool) -> None:
     """Read a data set, by its name or as a scenario file has it, and count what is in it."""
+    console.check_data(data_dir)
     scenario = _scenario_for_data(name, settings)
     from privrec.run.task import load_task
 
@@ -128,6 +130,7 @@ class Finding:
 @console.json_option
 def doctor(data_dir: Path | None, as_json: bool) -> None:
     """Check this machine for what a run needs."""
+    console.check_data(data_dir)
     findings = examine(data_dir)
     if as_json:
         console.print_json([asdict(finding) for finding in findings])
@@ -159,8 +162,7 @@ def examine(data_dir: Path | None = None) -> list[Finding]:
 
 
 def _python() -> Found:
-    system = f"{platform.system()} {platform.machine()}"
-    return "ok", f"{platform.python_version()} on {system}"
+    return "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
 
 
 def _threads() -> Found:

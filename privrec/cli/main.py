@@ -107,6 +107,7 @@ def run(
     as_json: bool,
 ) -> None:
     """Train what SCENARIO describes and write its report. Devices are simulated."""
+    console.check_data(data_dir)
     from privrec.scenario.load import load
 
     described = load(scenario_file, settings)
@@ -138,6 +139,8 @@ def resume(
     as_json: bool,
 ) -> None:
     """Go on with the interrupted run in DIR from its checkpoint."""
+    console.check_run(directory)
+    console.check_data(data_dir)
     from privrec.run import lifecycle
     from privrec.scenario.load import load
 
@@ -191,6 +194,8 @@ def recommend(
     if (user is None) == (history is None):
         given = "neither was given" if user is None else "both were given"
         raise UsageError(f"--user or --history: exactly one is needed, and {given}; choose one")
+    console.check_run(directory)
+    console.check_data(data_dir)
     from privrec.run.recommend import recommend as recommendations
 
     found = recommendations(

@@ -45,6 +45,7 @@ def report() -> None:
 @console.json_option
 def write(directory: Path, as_json: bool) -> None:
     """Write report.html, report.md, report.json and a registry draft of the finished run in DIR."""
+    console.check_run(directory)
     pages = write_report(directory)
     if as_json:
         click.echo(pages.json.read_text("utf-8").rstrip("\n"))
@@ -129,7 +130,10 @@ def write_report(directory: Path) -> Written:
 )
 @click.argument("directories", metavar="DIR...", type=console.PATH, nargs=-1, required=True)
 @click.option(
-    "--out", type=console.PATH, metavar="FILE", help="Write the table as an HTML page too."
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write the table as an HTML page too.",
 )
 @console.json_option
 def compare(directories: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
