@@ -112,7 +112,7 @@ def _json(directory: Path, name: str, absent: str) -> Mapping[str, Any]:
 
 
 def _check_same_run(files: _Files) -> None:
-    scenario, header = files.scenario, files.facts.header
+    scenario, header = files.scenario, files.facts.ledger.header
     bound = ("run_id", "scenario_hash", "privacy_hash", "noise_known", "simulated")
     said: Mapping[str, Mapping[str, Any]] = {
         "run.json": {key: files.run.get(key) for key in bound},
@@ -137,7 +137,7 @@ def _check_charges(files: _Files) -> None:
     scenario, facts = files.scenario, files.facts
     laws = {"none": "none", "central": "gaussian", "distributed": "discrete_gaussian"}
     planned = (laws[scenario.privacy.noise], scenario.devices.sampling_rate)
-    before, example, spent = release_event(scenario), example_event(scenario), facts.example_counts
+    before, example, spent = release_event(scenario), example_event(scenario), facts.ledger.examples
     # One charge at example level for every charge of a round.
     wanted = {example: facts.charges} if example and facts.charges else {}
     wrong = next((e for e in facts.of_rounds if (e.mechanism, e.sampling_rate) != planned), None)
@@ -160,12 +160,12 @@ def _check_charges(files: _Files) -> None:
 def _check_claims(files: _Files) -> None:
     """Hold ``privacy`` of ``result.json`` to the ledger and the scenario that it is bound to."""
     facts, privacy, said = files.facts, files.scenario.privacy, files.section("privacy")
-    header, devices = facts.header, files.scenario.devices
+    header, devices = facts.ledger.header, files.scenario.devices
     noise = {event.noise_multiplier for event in facts.of_rounds}
     stated = {
         "unit": header.get("unit"),
         "adjacency": header.get("adjacency"),
-        "charges": len(facts.charged),
+        "charges": len(facts.ledger.charges),
         "noise_known": facts.noise_known,
         "delta": header.get("delta"),
         "population": header.get("population"),

@@ -57,7 +57,7 @@ def derive(facts: Facts, word: Mapping[str, Any]) -> model.Report:
         scenario=scenario.name,
         title=scenario.title,
         description=scenario.description.strip(),
-        run_id=str(facts.header["run_id"]),
+        run_id=str(facts.ledger.header["run_id"]),
         version=facts.declared.version,
         scenario_hash=scenario.hash(),
         privacy_hash=scenario.privacy_hash(),
@@ -125,7 +125,7 @@ def _privacy(facts: Facts, said: Said) -> model.Privacy:
         budget=privacy.epsilon,
         budget_against=privacy.budget_against,
         noise_known=facts.noise_known,
-        charges=len(facts.charged),
+        charges=len(facts.ledger.charges),
         events=tuple(
             model.Charged(
                 **event.to_json(),
@@ -133,10 +133,10 @@ def _privacy(facts: Facts, said: Said) -> model.Privacy:
                 accounted_multiplier=event.gaussian_multiplier,
                 hidden_rate=event.rate_against("recipients"),
             )
-            for event, count in facts.counts.items()
+            for event, count in facts.ledger.counts.items()
         ),
-        ledger_head=facts.head,
-        ledger_key=facts.key,
+        ledger_head=facts.ledger.last_hash,
+        ledger_key=facts.ledger.public_key.public_bytes_raw().hex(),
         ledger_signature=facts.signature,
         **said["privacy"],
     )
@@ -187,7 +187,7 @@ def _sampling(facts: Facts, said: Said) -> model.Sampling | None:
 
 def _accounting(facts: Facts, said: Said) -> model.Accounting | None:
     """How ε was computed; None where δ or users are not known, no curves without a guarantee."""
-    delta, counts = facts.header.get("delta"), facts.counts
+    delta, counts = facts.ledger.header.get("delta"), facts.ledger.counts
     if facts.population is None or not isinstance(delta, float):
         return None
     privacy, finite = facts.scenario.privacy, facts.private
@@ -279,9 +279,10 @@ def _miss(curve: Sequence[model.Point2], alarm: float) -> float:
 
 
 def _epsilon_curves(facts: Facts) -> Iterator[model.Curve]:
-    if not facts.private or facts.delta is None or not facts.charged:
+    charged = facts.ledger.charges
+    if not facts.private or facts.delta is None or not charged:
         return
-    milestones = list(_milestones(facts.charged))
+    milestones = list(_milestones(charged))
     for key, name in (("epsilon", "ε, recipients"), ("epsilon_server", "ε, cohorts known")):
         points = tuple(
             model.Point(round=number, value=epsilon(counts, facts.delta, EPSILONS[key][0]))

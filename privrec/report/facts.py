@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from privrec.errors import IntegrityError
 from privrec.privacy.events import RoundEvent, epsilon
-from privrec.privacy.ledger import PREPARATION, Charge, Ledger
+from privrec.privacy.ledger import PREPARATION, Ledger
 from privrec.report.model import Signature
 from privrec.run.plan import LedgerHeader, read_header
 from privrec.run.privacy_plan import EPSILONS, encoding_of, example_figures
@@ -32,11 +32,7 @@ class Facts:
     """Everything that the figures and sentences of a report depend on.
 
     Attributes:
-        charged: one entry for each (round, attempt), in order.
-        example_counts: how often each example-level event was entered, which is another unit.
-        head: hash of the last entry, in hex.
-        key: public key that the signed head was checked with, in hex.
-        model: digest of the model that the run ended with.
+        ledger: read and closed; its key is the one that the signed head was checked with.
         delta: δ of the claim; None where no noise was planned.
         population: number of users, as declared; None where it is not known.
         rounds: that were charged; ``charges`` counts attempts, and nothing before the first round.
@@ -44,15 +40,9 @@ class Facts:
         epsilon: against recipients of the models, by PLD; None is infinite, as in the other three.
     """
 
-    header: Mapping[str, Any]
+    ledger: Ledger
     declared: LedgerHeader
-    charged: Sequence[Charge]
-    counts: Mapping[RoundEvent, int]
-    example_counts: Mapping[RoundEvent, int]
-    head: str
-    key: str
     signature: Signature
-    model: str
     noise_known: bool
     delta: float | None
     population: int | None
@@ -82,15 +72,9 @@ class Facts:
                 value = epsilon(ledger.counts, float(delta), *which)
                 spent[name] = value if math.isfinite(value) else None
         return cls(
-            header=header,
+            ledger=ledger,
             declared=declared,
-            charged=ledger.charges,
-            counts=ledger.counts,
-            example_counts=ledger.examples,
-            head=ledger.last_hash,
-            key=public_key.public_bytes_raw().hex() if public_key else str(header["public_key"]),
             signature="server key" if public_key else "key named in the ledger",
-            model=(ledger.ended or b"").hex(),
             noise_known=known,
             delta=delta if noisy else None,
             population=population if isinstance(population, int) else None,
@@ -102,23 +86,22 @@ class Facts:
 
     def check_result(self, result: Mapping[str, Any], path: Path) -> None:
         """Refuse, by an IntegrityError, a ``result.json`` that the run's key did not sign."""
-        key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(self.key))
-        verified("result", result, key, path)
+        verified("result", result, self.ledger.public_key, path)
 
     @cached_property
     def of_rounds(self) -> Counter[RoundEvent]:
-        return Counter(charge.event for charge in self.charged if charge.round >= 0)
+        return Counter(charge.event for charge in self.ledger.charges if charge.round >= 0)
 
     @cached_property
     def examples(self) -> dict[str, Any] | None:
         """The guarantee of single interactions, recomputed; None without devices' own noise."""
-        counts, known = self.example_counts, self.noise_known
-        return example_figures(self.scenario, counts, noise_known=known)
+        charged, known = self.ledger.examples, self.noise_known
+        return example_figures(self.scenario, charged, noise_known=known)
 
     @property
     def before(self) -> RoundEvent | None:
         """What was charged before the first round, if anything."""
-        return next((each.event for each in self.charged if each.round == PREPARATION), None)
+        return next((each.event for each in self.ledger.charges if each.round == PREPARATION), None)
 
     @property
     def scenario(self) -> Scenario:

@@ -125,7 +125,7 @@ def verify(
     except PrivrecError as error:
         verdict.refute("ledger", str(error))
     else:
-        charges = f"{len(facts.charged):,} charges"
+        charges = f"{len(facts.ledger.charges):,} charges"
         verdict.checked.append(f"hash chain of the ledger and its signed head, {charges}")
     if report is not None:
         verdict.word = report.operators_word
@@ -268,10 +268,7 @@ def _check_pages(directory: Path, report: Report, verdict: Verdict) -> None:
         if not path.exists():
             verdict.unchecked.append(f"{name}: it is not here")
             continue
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            text = ""
+        text = path.read_text(encoding="utf-8", errors="replace")
         if _without_pictures(text) == _without_pictures(render(report)):
             verdict.checked.append(f"{name}, but for its pictures")
         else:
@@ -292,10 +289,10 @@ def _check_model(directory: Path, facts: Facts, verdict: Verdict) -> None:
         return
     try:
         weights = load_file(path)["weights"]
-        found = hashlib.sha256(weights.tobytes()).hexdigest()
+        found = hashlib.sha256(weights.tobytes()).digest()
     except (SafetensorError, KeyError, OSError, ValueError):
-        found = ""
-    if found == facts.model:
+        found = b""
+    if found == facts.ledger.ended:
         verdict.checked.append("the released model is the one that the ledger ends with")
     else:
         verdict.refute("model.safetensors", "it is not the model that the ledger ends with")
