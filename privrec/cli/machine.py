@@ -22,8 +22,6 @@ from privrec.errors import PrivrecError, UsageError
 if TYPE_CHECKING:
     from privrec.scenario.load import Scenario
 
-# --------------------------------------------------------------------------- data sets
-
 
 @click.group(
     cls=console.Commands, epilog=console.example("privrec data list", "privrec data fetch ml-1m")
@@ -266,9 +264,6 @@ def found_data(data_dir: Path | None = None) -> dict[str, str]:
             for here in filter(Path.exists, places):
                 found.setdefault(name, str(here))
     return found
-
-
-# --------------------------------------------------------------------------- Flower
 
 
 @click.group(

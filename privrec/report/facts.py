@@ -66,7 +66,7 @@ class Facts:
         rounds, every = len(set(attempts)), declared.scenario.run.eval_every
         unfinished = rounds - (rounds == declared.scenario.train.rounds)
         looked = (unfinished // every if every else 0) + (rounds > 0)
-        spent: dict[str, float | None] = dict.fromkeys(EPSILONS)
+        spent: dict[str, Any] = dict.fromkeys(EPSILONS)
         if noisy and delta is not None and not known:
             for name, which in EPSILONS.items():
                 value = epsilon(ledger.counts, float(delta), *which)
