@@ -227,9 +227,9 @@ class ConsoleObserver(Observer):
     logs, time decides nothing and is not told: one is written after each twentieth of the rounds.
 
     Args:
-        stream: Where it writes; standard error when None, so that standard output stays a result.
-        every_s: Seconds between lines, >= 0, by ``clock``, which only grows.
-        console: A terminal to draw the bar on, instead of what ``stream`` is found to be.
+        stream: standard error when None, so that standard output stays a result.
+        every_s: seconds between lines, >= 0, by ``clock``, which only grows.
+        console: a terminal to draw the bar on, instead of what ``stream`` is found to be.
     """
 
     def __init__(
@@ -245,11 +245,7 @@ class ConsoleObserver(Observer):
         self._stream: IO[str] | None = sys.stderr if stream is None else stream
         self._every_s = every_s
         self._clock = clock
-        self._info = RunInfo(name="", rounds=0)
-        self._start = self._last = clock()
-        self._first = True
         self._bar: Progress | None = None
-        self._metrics: Mapping[str, float] | None = None
         # What only passes for a terminal (FORCE_COLOR, a notebook) keeps what is drawn on it.
         found = Console(file=stream, stderr=stream is None)
         drawable = found.is_interactive and found.file.isatty()
@@ -257,13 +253,23 @@ class ConsoleObserver(Observer):
 
     def started(self, info: RunInfo) -> None:
         """Write the opening words, and draw the bar."""
-        self._info, self._metrics, self._first = info, None, True
+        self._info, self._first = info, True
+        self._metrics: Mapping[str, float] | None = None
         self._start = self._last = self._clock()
         if self._console is None:
             self._write(opening_words(info))
             return
         self._console.print(opening_words(info), highlight=False, soft_wrap=True)
-        self._bar = _bar(self._console)
+        from rich import progress
+
+        self._bar = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.MofNCompleteColumn(),
+            progress.BarColumn(bar_width=8 if self._console.width < 100 else 24),
+            progress.TextColumn("{task.fields[figures]}"),
+            progress.TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            console=self._console,
+        )
         self._bar.add_task("Round", total=info.rounds, completed=info.done, figures="")
         self._bar.start()
 
@@ -314,7 +320,6 @@ class ConsoleObserver(Observer):
             print(line, file=self._stream, flush=True)
 
     def finished(self, result: Result) -> None:
-        """Leave the finished bar on the terminal."""
         self.close()
 
     def close(self) -> None:
@@ -322,16 +327,3 @@ class ConsoleObserver(Observer):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-
-
-def _bar(console: Console) -> Progress:
-    from rich import progress
-
-    return progress.Progress(
-        progress.TextColumn("{task.description}"),
-        progress.MofNCompleteColumn(),
-        progress.BarColumn(bar_width=8 if console.width < 100 else 24),
-        progress.TextColumn("{task.fields[figures]}"),
-        progress.TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-        console=console,
-    )

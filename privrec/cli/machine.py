@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +21,6 @@ from privrec.errors import PrivrecError, UsageError
 
 if TYPE_CHECKING:
     from privrec.scenario.load import Scenario
-
-# --------------------------------------------------------------------------- data sets
 
 
 @click.group(
@@ -106,7 +103,6 @@ def _scenario_for_data(name: str, settings: Sequence[str]) -> Scenario:
 
 # --------------------------------------------------------------------------- the doctor
 
-OLDEST_PYTHON = (3, 11)
 SLOW_AES_GB_S = 0.5
 AES_BYTES = 1 << 25
 SHOWN = ("torch", "numpy", "scipy", "cryptography", "dp-accounting")
@@ -164,10 +160,7 @@ def examine(data_dir: Path | None = None) -> list[Finding]:
 
 
 def _python() -> Found:
-    found = platform.python_version()
-    if sys.version_info[:2] < OLDEST_PYTHON:
-        return "fail", found, "install Python 3.11 or newer"
-    return "ok", f"{found} on {platform.system()} {platform.machine()}"
+    return "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
 
 
 def _threads() -> Found:
@@ -271,9 +264,6 @@ def found_data(data_dir: Path | None = None) -> dict[str, str]:
             for here in filter(Path.exists, places):
                 found.setdefault(name, str(here))
     return found
-
-
-# --------------------------------------------------------------------------- Flower
 
 
 @click.group(

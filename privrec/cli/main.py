@@ -6,7 +6,7 @@ checks of a scenario answer at once. Exit codes are those of :mod:`privrec.error
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -38,18 +38,15 @@ out_option = click.option(
 )
 
 
-def track_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Where a run is logged besides its own folder."""
-    tensorboard = click.option(
-        "--tensorboard",
-        type=console.PATH,
-        metavar="DIR",
-        help="Log to TensorBoard too (extra `track`).",
-    )
-    mlflow = click.option(
-        "--mlflow", metavar="EXPERIMENT", help="Log to MLflow too (extra `track`)."
-    )
-    return tensorboard(mlflow(command))
+tensorboard_option = click.option(
+    "--tensorboard",
+    type=console.PATH,
+    metavar="DIR",
+    help="Log to TensorBoard too (extra `track`).",
+)
+mlflow_option = click.option(
+    "--mlflow", metavar="EXPERIMENT", help="Log to MLflow too (extra `track`)."
+)
 
 
 @click.group(
@@ -96,7 +93,8 @@ def demo(out: Path | None, as_json: bool) -> None:
     metavar="NAME",
     help="Tie the run to this population's lifetime budget: see `privrec population`.",
 )
-@track_options
+@tensorboard_option
+@mlflow_option
 @console.json_option
 def run(
     scenario_file: Path,
@@ -136,7 +134,8 @@ def run(
     metavar="N",
     help="Processes that train devices, as run.workers; any number gives the same bits.",
 )
-@track_options
+@tensorboard_option
+@mlflow_option
 @console.json_option
 def resume(
     directory: Path,
@@ -310,9 +309,6 @@ def _finish(result: Result, as_json: bool, *, user: str | None = None) -> None:
         click.echo(f"Run:    {result.path}")
         if pages is not None:
             click.echo(f"Report: {pages.html}")
-
-
-# --------------------------------------------------------------------------- results
 
 
 def print_result(payload: Mapping[str, Any]) -> None:

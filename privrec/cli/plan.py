@@ -26,9 +26,6 @@ MILESTONES = 10
 SMALL_COHORT = 20
 
 
-# --------------------------------------------------------------------------- scenarios
-
-
 @click.group(cls=console.Commands, epilog=console.example("privrec scenario schema"))
 def scenario() -> None:
     """Help to write scenarios."""
@@ -41,9 +38,6 @@ def schema() -> None:
     from privrec.scenario.load import Scenario
 
     console.print_json(json_schema(Scenario))
-
-
-# --------------------------------------------------------------------------- the plan
 
 
 @click.command(epilog=console.example("privrec plan scenarios/ml-1m-dp.toml -s privacy.epsilon=4"))
@@ -101,11 +95,9 @@ def _spending(scenario: Scenario, event: RoundEvent) -> dict[str, Any]:
 
     rounds, delta = scenario.train.rounds, scenario.privacy.delta
     spent = epsilon_by_round(event, rounds, delta, MILESTONES, release_event(scenario))
-    by_round = [
-        {"round": after, "epsilon": ours, "epsilon_server": theirs} for after, ours, theirs in spent
-    ]
-    last = {key: by_round[-1][key] for key in ("epsilon", "epsilon_server")}
-    return {**last, "epsilon_by_round": by_round}
+    keys = ("round", "epsilon", "epsilon_server")
+    by_round = [dict(zip(keys, each, strict=True)) for each in spent]
+    return {**{key: by_round[-1][key] for key in keys[1:]}, "epsilon_by_round": by_round}
 
 
 def _event(scenario: Scenario) -> RoundEvent:
@@ -135,10 +127,7 @@ def coefficients(scenario: Scenario) -> int | None:
 
 
 def _lengths(scenario: Scenario) -> dict[int, float] | None:
-    """Length of each tier's vector, and the share of devices that train with it.
-
-    As long as the layouts of :func:`privrec.run.plan.federation_of`, without loading torch.
-    """
+    """Length of each tier's vector, as its layout in a run has it, and its share of devices."""
     from privrec.models.layout import Layout
     from privrec.run.privacy_plan import coordinates_of, known_items, tables_of
     from privrec.scenario.kinds import ImplicitALS
@@ -244,9 +233,6 @@ def _print_plan(plan: Mapping[str, Any], title: str) -> None:
         console.print_table(title, ("what", "value"), rows)
     if plan["warnings"]:
         console.print_lines(f"warning: {warning}" for warning in plan["warnings"])
-
-
-# --------------------------------------------------------------------------- the audit
 
 
 @click.command(

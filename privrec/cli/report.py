@@ -122,9 +122,6 @@ def write_report(directory: Path) -> Written:
     return write_files(build(directory), directory)
 
 
-# --------------------------------------------------------------------------- comparing
-
-
 @click.command(
     epilog=console.example(
         "privrec compare runs/ml-1m-1 runs/ml-1m-dp-1",
@@ -133,7 +130,10 @@ def write_report(directory: Path) -> Written:
 )
 @click.argument("directories", metavar="DIR...", type=console.PATH, nargs=-1, required=True)
 @click.option(
-    "--out", type=console.PATH, metavar="FILE", help="Write the table as an HTML page too."
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write the table as an HTML page too.",
 )
 @console.json_option
 def compare(directories: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
@@ -169,9 +169,6 @@ _HEADINGS = {
     "epsilon_server": "ε, cohorts known",
 }
 _COSTS = {"upload_bytes": "upload, bytes", "wall_s": "wall, s"}
-
-
-# --------------------------------------------------------------------------- populations
 
 
 @click.group(

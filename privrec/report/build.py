@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from privrec.errors import DataError, IntegrityError, ScenarioError, UsageError
 from privrec.report import model
-from privrec.report.derive import derive, example_figures
+from privrec.report.derive import derive
 from privrec.report.facts import Facts, read_facts
 from privrec.report.words import thinned
 from privrec.run.directory import kept_key
@@ -48,7 +48,6 @@ class _Files:
     facts: Facts
 
     def section(self, name: str) -> Mapping[str, Any]:
-        """A section of ``result.json``."""
         section = self.result.get(name)
         if not isinstance(section, Mapping):
             raise DataError(
@@ -72,28 +71,6 @@ def build(directory: Path, *, public_key: Ed25519PublicKey | None = None) -> mod
             another file does not agree with it on anything that the claim needs.
         DataError: when a file is malformed.
     """
-    files = _read(directory, public_key)
-    _check_same_run(files)
-    _check_charges(files)
-    _check_claims(files)
-    try:
-        report = derive(files.facts, _word(files))
-    except ValidationError as error:
-        problem = error.errors()[0]
-        place = ".".join(str(part) for part in problem["loc"])
-        raise DataError(
-            f"{directory / 'result.json'}: {place} is {problem.get('input')!r}: {problem['msg']}. "
-            "The file is written by privrec alone; restore it, or finish the run again with "
-            "`privrec resume`."
-        ) from None
-    files.facts.check_result(files.result, directory / "result.json")
-    return report
-
-
-# --------------------------------------------------------------------------- reading
-
-
-def _read(directory: Path, public_key: Ed25519PublicKey | None) -> _Files:
     run = _json(directory, "run.json", "it is not a run directory; name one that privrec made")
     unfinished = f"the run is not finished; go on with: privrec resume {directory}"
     result = _json(directory, "result.json", unfinished)
@@ -103,7 +80,22 @@ def _read(directory: Path, public_key: Ed25519PublicKey | None) -> _Files:
         raise DataError(f"{error}; the run wrote this file, restore it") from None
     rounds = read_rounds(directory / "events.jsonl")
     facts = read_facts(directory, public_key or kept_key(str(run.get("run_id", ""))))
-    return _Files(directory, run, result, scenario, rounds, facts)
+    files = _Files(directory, run, result, scenario, rounds, facts)
+    _check_same_run(files)
+    _check_charges(files)
+    _check_claims(files)
+    try:
+        report = derive(facts, _word(files))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(str(part) for part in problem["loc"])
+        raise DataError(
+            f"{directory / 'result.json'}: {place} is {problem.get('input')!r}: {problem['msg']}. "
+            "The file is written by privrec alone; restore it, or finish the run again with "
+            "`privrec resume`."
+        ) from None
+    facts.check_result(result, directory / "result.json")
+    return report
 
 
 def _json(directory: Path, name: str, absent: str) -> Mapping[str, Any]:
@@ -119,11 +111,8 @@ def _json(directory: Path, name: str, absent: str) -> Mapping[str, Any]:
     return content
 
 
-# --------------------------------------------------------------------------- checks
-
-
 def _check_same_run(files: _Files) -> None:
-    scenario, header = files.scenario, files.facts.header
+    scenario, header = files.scenario, files.facts.ledger.header
     bound = ("run_id", "scenario_hash", "privacy_hash", "noise_known", "simulated")
     said: Mapping[str, Mapping[str, Any]] = {
         "run.json": {key: files.run.get(key) for key in bound},
@@ -148,7 +137,7 @@ def _check_charges(files: _Files) -> None:
     scenario, facts = files.scenario, files.facts
     laws = {"none": "none", "central": "gaussian", "distributed": "discrete_gaussian"}
     planned = (laws[scenario.privacy.noise], scenario.devices.sampling_rate)
-    before, example, spent = release_event(scenario), example_event(scenario), facts.example_counts
+    before, example, spent = release_event(scenario), example_event(scenario), facts.ledger.examples
     # One charge at example level for every charge of a round.
     wanted = {example: facts.charges} if example and facts.charges else {}
     wrong = next((e for e in facts.of_rounds if (e.mechanism, e.sampling_rate) != planned), None)
@@ -171,12 +160,12 @@ def _check_charges(files: _Files) -> None:
 def _check_claims(files: _Files) -> None:
     """Hold ``privacy`` of ``result.json`` to the ledger and the scenario that it is bound to."""
     facts, privacy, said = files.facts, files.scenario.privacy, files.section("privacy")
-    header, devices = facts.header, files.scenario.devices
+    header, devices = facts.ledger.header, files.scenario.devices
     noise = {event.noise_multiplier for event in facts.of_rounds}
     stated = {
         "unit": header.get("unit"),
         "adjacency": header.get("adjacency"),
-        "charges": len(facts.charged),
+        "charges": len(facts.ledger.charges),
         "noise_known": facts.noise_known,
         "delta": header.get("delta"),
         "population": header.get("population"),
@@ -192,7 +181,7 @@ def _check_claims(files: _Files) -> None:
     for key, value in stated.items():
         if said.get(key) != value:
             raise _disagreement(files, key, said.get(key), value)
-    single, ours = said.get("examples") or {}, example_figures(facts) or {}
+    single, ours = said.get("examples") or {}, facts.examples or {}
     names = ("epsilon", "delta", "noise_multiplier", "clip_norm", "charges")
     computed = {
         "epsilon": (said.get("epsilon"), facts.epsilon),
@@ -224,9 +213,6 @@ def _disagreement(files: _Files, key: str, recorded: Any, computed: Any) -> Inte
         f"{shown(computed)}; both must agree. One of the files was altered or belongs to another "
         "run: rely on neither, and restore the directory as the run left it."
     )
-
-
-# --------------------------------------------------------------------------- assembling
 
 
 def _word(files: _Files) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from typing import Any
 from privrec.privacy.events import Adversary, RoundEvent, divergence, epsilon
 from privrec.privacy.ledger import Charge
 from privrec.report import model
-from privrec.report.facts import WHICH, Facts
+from privrec.report.facts import Facts
 from privrec.report.words import tables, thinned
+from privrec.run.privacy_plan import EPSILONS
 from privrec.run.record import REVEALED
 
 DELTAS = (1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.03, *(n / 10 for n in range(1, 10)))
@@ -40,24 +41,23 @@ Counts = Mapping[RoundEvent, int]
 def derive(facts: Facts, word: Mapping[str, Any]) -> model.Report:
     """Make the report of a ledger's facts; it is private only when every starred part is there.
 
-    Args:
-        word: the fields of ``WORD``, and ``curves`` from private data.
+    The ``word`` is the fields of ``WORD``, and ``curves`` from private data.
     """
-    single = example_figures(facts)
-    said = sentences(facts, single)
+    said = sentences(facts)
     parts = starred(facts, said)
     missing = tuple(name for name in model.STARRED if parts[name] is None)
     if missing:
         facts = replace(facts, missing=missing)
-        said = sentences(facts, single)
+        said = sentences(facts)
         parts = {**starred(facts, said), **dict.fromkeys(missing)}
-    scenario, curve = facts.scenario, parts["accounting"].curve if parts["accounting"] else ()
+    scenario, single = facts.scenario, facts.examples
+    curve = parts["accounting"].curve if parts["accounting"] else ()
     return model.Report(
         simulated=facts.declared.simulated,
         scenario=scenario.name,
         title=scenario.title,
         description=scenario.description.strip(),
-        run_id=str(facts.header["run_id"]),
+        run_id=str(facts.ledger.header["run_id"]),
         version=facts.declared.version,
         scenario_hash=scenario.hash(),
         privacy_hash=scenario.privacy_hash(),
@@ -78,9 +78,9 @@ def derive(facts: Facts, word: Mapping[str, Any]) -> model.Report:
     )
 
 
-def sentences(facts: Facts, examples: Mapping[str, Any] | None = None) -> Said:
-    """Every sentence that holds of the facts and of the figures at example level, by part."""
-    return tables("sentences.toml.j2", facts=facts, examples=examples, revealed=REVEALED)
+def sentences(facts: Facts) -> Said:
+    """Every sentence that holds of the facts, by part."""
+    return tables("sentences.toml.j2", facts=facts, examples=facts.examples, revealed=REVEALED)
 
 
 def starred(facts: Facts, said: Said) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def _privacy(facts: Facts, said: Said) -> model.Privacy:
         budget=privacy.epsilon,
         budget_against=privacy.budget_against,
         noise_known=facts.noise_known,
-        charges=len(facts.charged),
+        charges=len(facts.ledger.charges),
         events=tuple(
             model.Charged(
                 **event.to_json(),
@@ -133,41 +133,16 @@ def _privacy(facts: Facts, said: Said) -> model.Privacy:
                 accounted_multiplier=event.gaussian_multiplier,
                 hidden_rate=event.rate_against("recipients"),
             )
-            for event, count in facts.counts.items()
+            for event, count in facts.ledger.counts.items()
         ),
-        ledger_head=facts.head,
-        ledger_key=facts.key,
+        ledger_head=facts.ledger.last_hash,
+        ledger_key=facts.ledger.public_key.public_bytes_raw().hex(),
         ledger_signature=facts.signature,
         **said["privacy"],
     )
 
 
-def example_figures(facts: Facts) -> dict[str, Any] | None:
-    """The guarantee of single interactions; None where devices add no noise to their own steps.
-
-    That ε stands beside the one of users and is never added to it: they bound different changes of
-    the data, and are of two units.
-    """
-    privacy, charged = facts.scenario.privacy, facts.example_counts
-    if privacy.local == "none" or privacy.local_clip_norm is None:
-        return None
-    value = epsilon(charged, privacy.local_delta, "server")
-    holds = not facts.noise_known and math.isfinite(value) and bool(charged)
-    return {
-        "epsilon": value if holds else None,
-        "delta": privacy.local_delta,
-        "budget": privacy.local_epsilon,
-        "clip_norm": privacy.local_clip_norm,
-        "noise_multiplier": min((event.noise_multiplier for event in charged), default=None),
-        "charges": sum(charged.values()),
-    }
-
-
-# --------------------------------------------------------------------------- starred parts
-
-
 def _mechanism(facts: Facts, said: Said) -> model.Mechanism:
-    """How one round's release is made, with the noise of each band."""
     encoding, declared = facts.encoding, facts.declared
     rate, multiplier = facts.scenario.devices.sampling_rate, facts.least_noise
     charged = {event.mechanism for event in facts.of_rounds}
@@ -211,11 +186,8 @@ def _sampling(facts: Facts, said: Said) -> model.Sampling | None:
 
 
 def _accounting(facts: Facts, said: Said) -> model.Accounting | None:
-    """How ε was computed; None where δ or the number of users is not known.
-
-    Without a guarantee its curves are empty.
-    """
-    delta, counts = facts.header.get("delta"), facts.counts
+    """How ε was computed; None where δ or users are not known, no curves without a guarantee."""
+    delta, counts = facts.ledger.header.get("delta"), facts.ledger.counts
     if facts.population is None or not isinstance(delta, float):
         return None
     privacy, finite = facts.scenario.privacy, facts.private
@@ -258,7 +230,6 @@ def _zcdp(counts: Counts) -> float | None:
 
 
 def _up(value: float) -> float:
-    """Rounded up in the sixth decimal."""
     return math.ceil(value * 1e6) / 1e6
 
 
@@ -275,9 +246,6 @@ def _lifetime(facts: Facts) -> model.Lifetime | None:
         spent_before=balance.spent or 0.0,
         reserved=balance.reserved or 0.0,
     )
-
-
-# --------------------------------------------------------------------------- reading the number
 
 
 def _reading(facts: Facts, curve: Sequence[model.Point2], said: Said) -> model.Reading:
@@ -310,20 +278,17 @@ def _miss(curve: Sequence[model.Point2], alarm: float) -> float:
     return math.floor(max(bounds) * 1e6) / 1e6
 
 
-# --------------------------------------------------------------------------- ε by round
-
-
 def _epsilon_curves(facts: Facts) -> Iterator[model.Curve]:
-    if not facts.private or facts.delta is None:
+    charged = facts.ledger.charges
+    if not facts.private or facts.delta is None or not charged:
         return
-    milestones = list(_milestones(facts.charged))
+    milestones = list(_milestones(charged))
     for key, name in (("epsilon", "ε, recipients"), ("epsilon_server", "ε, cohorts known")):
-        points = [
-            model.Point(round=number, value=epsilon(counts, facts.delta, WHICH[key][0]))
+        points = tuple(
+            model.Point(round=number, value=epsilon(counts, facts.delta, EPSILONS[key][0]))
             for number, counts in milestones
-        ]
-        if points:
-            yield model.Curve(key=key, name=name, note="", points=tuple(points))
+        )
+        yield model.Curve(key=key, name=name, note="", points=points)
 
 
 def _milestones(charged: Sequence[Charge]) -> Iterator[tuple[int, Counter[RoundEvent]]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,22 +17,14 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from privrec.errors import IntegrityError
-from privrec.privacy.events import Accountant, Adversary, RoundEvent, epsilon
-from privrec.privacy.ledger import PREPARATION, Charge, Ledger
+from privrec.privacy.events import RoundEvent, epsilon
+from privrec.privacy.ledger import PREPARATION, Ledger
 from privrec.report.model import Signature
 from privrec.run.plan import LedgerHeader, read_header
-from privrec.run.privacy_plan import encoding_of
+from privrec.run.privacy_plan import EPSILONS, encoding_of, example_figures
 from privrec.scenario.load import Scenario
 from privrec.secagg.ring import Encoding
 from privrec.storage import verified
-
-WHICH: Mapping[str, tuple[Adversary, Accountant]] = {
-    "epsilon": ("recipients", "pld"),
-    "epsilon_server": ("server", "pld"),
-    "epsilon_rdp": ("recipients", "rdp"),
-    "epsilon_server_rdp": ("server", "rdp"),
-}
-"""Every ε of a claim: its adversary and its accountant."""
 
 
 @dataclass(frozen=True)
@@ -40,28 +32,17 @@ class Facts:
     """Everything that the figures and sentences of a report depend on.
 
     Attributes:
-        charged: one entry for each (round, attempt), in order; rounds are counted from 0.
-        example_counts: how often each example-level event was entered, which is another unit.
-        head: hash of the last entry, in hex.
-        key: public key that the signed head was checked with, in hex.
-        model: digest of the model that the run ended with.
+        ledger: read and closed; its key is the one that the signed head was checked with.
         delta: δ of the claim; None where no noise was planned.
         population: number of users, as declared; None where it is not known.
         rounds: that were charged; ``charges`` counts attempts, and nothing before the first round.
         evaluations: how often the held-out split was looked at: as planned, and at the end.
         epsilon: against recipients of the models, by PLD; None is infinite, as in the other three.
-        missing: names of starred parts that the run has no facts for.
     """
 
-    header: Mapping[str, Any]
+    ledger: Ledger
     declared: LedgerHeader
-    charged: Sequence[Charge]
-    counts: Mapping[RoundEvent, int]
-    example_counts: Mapping[RoundEvent, int]
-    head: str
-    key: str
     signature: Signature
-    model: str
     noise_known: bool
     delta: float | None
     population: int | None
@@ -75,8 +56,8 @@ class Facts:
     missing: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, ledger: Ledger, path: Path, *, key: str, signature: Signature) -> Facts:
-        """Read the facts of an open ledger that has ended, and compute every ε of its charges."""
+    def of(cls, ledger: Ledger, path: Path, public_key: Ed25519PublicKey | None) -> Facts:
+        """Read the facts of an open ledger that has ended, checked with the key if one is given."""
         header, declared = ledger.header, read_header(ledger.header, str(path))
         delta, population = header.get("delta"), header.get("population")
         noisy = declared.scenario.privacy.noise != "none" and isinstance(delta, float)
@@ -85,49 +66,45 @@ class Facts:
         rounds, every = len(set(attempts)), declared.scenario.run.eval_every
         unfinished = rounds - (rounds == declared.scenario.train.rounds)
         looked = (unfinished // every if every else 0) + (rounds > 0)
-        spent: dict[str, float | None] = dict.fromkeys(WHICH)
+        spent: dict[str, Any] = dict.fromkeys(EPSILONS)
         if noisy and delta is not None and not known:
-            for name, which in WHICH.items():
+            for name, which in EPSILONS.items():
                 value = epsilon(ledger.counts, float(delta), *which)
                 spent[name] = value if math.isfinite(value) else None
         return cls(
-            header=header,
+            ledger=ledger,
             declared=declared,
-            charged=ledger.charges,
-            counts=ledger.counts,
-            example_counts=ledger.examples,
-            head=ledger.last_hash,
-            key=key,
-            signature=signature,
-            model=(ledger.ended or b"").hex(),
+            signature="server key" if public_key else "key named in the ledger",
             noise_known=known,
             delta=delta if noisy else None,
             population=population if isinstance(population, int) else None,
             rounds=rounds,
             charges=len(attempts),
             evaluations=looked if declared.simulated else 0,
-            missing=(),
             **spent,
         )
 
     def check_result(self, result: Mapping[str, Any], path: Path) -> None:
         """Refuse, by an IntegrityError, a ``result.json`` that the run's key did not sign."""
-        key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(self.key))
-        verified("result", result, key, path)
+        verified("result", result, self.ledger.public_key, path)
 
     @cached_property
     def of_rounds(self) -> Counter[RoundEvent]:
-        """How often each event was charged for a round."""
-        return Counter(charge.event for charge in self.charged if charge.round >= 0)
+        return Counter(charge.event for charge in self.ledger.charges if charge.round >= 0)
+
+    @cached_property
+    def examples(self) -> dict[str, Any] | None:
+        """The guarantee of single interactions, recomputed; None without devices' own noise."""
+        charged, known = self.ledger.examples, self.noise_known
+        return example_figures(self.scenario, charged, noise_known=known)
 
     @property
     def before(self) -> RoundEvent | None:
         """What was charged before the first round, if anything."""
-        return next((each.event for each in self.charged if each.round == PREPARATION), None)
+        return next((each.event for each in self.ledger.charges if each.round == PREPARATION), None)
 
     @property
     def scenario(self) -> Scenario:
-        """The scenario that the header declares."""
         return self.declared.scenario
 
     @cached_property
@@ -160,15 +137,10 @@ class Facts:
 
 
 def read_facts(directory: Path, public_key: Ed25519PublicKey | None = None) -> Facts:
-    """Read what the run in ``directory`` spent; its ledger is left as it is.
+    """Read what the run in ``directory`` spent, from its whole ledger, which is left as it is.
 
-    Args:
-        public_key: the server's; without it the head is checked with the key that the header names,
-            which shows damage but not a ledger that was replaced as a whole.
-
-    Raises:
-        IntegrityError: when the ledger was altered, cut short, not signed to its end, or signed by
-            another key, or is absent, or of a run that did not end, or contradicts itself.
+    Without the server's key the head is checked with the one that the header names, which shows
+    damage but not a ledger that was replaced as a whole.
     """
     path = directory / "ledger.jsonl"
     if not path.exists():
@@ -187,8 +159,4 @@ def read_facts(directory: Path, public_key: Ed25519PublicKey | None = None) -> F
                 f"{path}: {ledger.entries} entries, of which {ledger.signed} are signed: lines "
                 "were added behind the signed end. Bring back the original file"
             )
-        if public_key is None:
-            named = str(ledger.header.get("public_key", ""))
-            return Facts.of(ledger, path, key=named, signature="key named in the ledger")
-        own = public_key.public_bytes_raw().hex()
-        return Facts.of(ledger, path, key=own, signature="server key")
+        return Facts.of(ledger, path, public_key)

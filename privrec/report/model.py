@@ -72,9 +72,6 @@ class Point2(Part):
     y: float
 
 
-# --------------------------------------------------------------------------- starred parts
-
-
 class Scope(Part):
     """What the claim is about, and what it is not about."""
 
@@ -135,9 +132,7 @@ class NoiseBand(Part):
     coefficients: PositiveInt
     noise_std: PositiveFloat = Field(description="Accounted, per coefficient, in update units.")
     noise_norm: PositiveFloat = Field(description="Expected L2 norm of the noise in the band.")
-    signal_norm: NonNegativeFloat = Field(
-        description="Largest expected L2 norm of the sum: every update of full length, alike."
-    )
+    signal_norm: NonNegativeFloat = Field(description="Expected L2 norm of the sum, at most.")
 
 
 class Mechanism(Part):
@@ -199,7 +194,7 @@ class Accounting(Part):
     curve_server: tuple[Point2, ...] = Field(description="The same, cohorts known.")
     renyi: tuple[RenyiPoint, ...] = Field(description="RDP of the whole run.")
     zcdp_server: NonNegativeFloat | None = Field(
-        description="ρ of zCDP, cohorts known; null where the noise is not Gaussian."
+        description="ρ of zCDP, if Gaussian; cohorts known."
     )
     remaining: NonNegativeFloat | None = Field(description="ε left of the run's own budget.")
     lifetime: Lifetime | None
@@ -215,9 +210,6 @@ class OutsideTheLedger(Part):
     pre_training: str
 
 
-# --------------------------------------------------------------------------- the guarantee
-
-
 class Adversary(Part):
     """Somebody the guarantee is against, and the ε that holds against them."""
 
@@ -230,26 +222,18 @@ class Adversary(Part):
 
 
 class Charged(Part):
-    """One kind of privacy event in the ledger, and how often it was charged."""
+    """A kind of event in the ledger and its count; the last five are of noise in shares alone."""
 
     mechanism: Law
     noise_multiplier: NonNegativeFloat
     sampling_rate: Rate
     count: PositiveInt
-    accounted_multiplier: NonNegativeFloat = Field(
-        description="Noise multiplier of the Gaussian mechanism that is accounted."
-    )
+    accounted_multiplier: NonNegativeFloat = Field(description="Of the Gaussian that is accounted.")
     hidden_rate: Rate = Field(description="Sampling that recipients do not see through.")
-    squared_sensitivity: PositiveInt | None = Field(
-        None, description="Squared norm of a device's integers; shares of noise only."
-    )
+    squared_sensitivity: PositiveInt | None = Field(None, description="Of a device's integers.")
     dimension: PositiveInt | None = Field(None, description="Coefficients of the sum.")
-    shares: PositiveInt | None = Field(
-        None, description="Shares of noise that are secret whoever colludes."
-    )
-    excess_removed: bool | None = Field(
-        None, description="Whether the noise of survivors beyond the fewest is taken off."
-    )
+    shares: PositiveInt | None = Field(None, description="Those secret whoever colludes.")
+    excess_removed: bool | None = Field(None, description="Whether survivors' excess is taken off.")
     small_cohort_delta: NonNegativeFloat | None = Field(
         None, description="What a round adds to δ since small cohorts release nothing."
     )
@@ -284,9 +268,7 @@ class Privacy(Part):
     events: tuple[Charged, ...] = Field(description="What was charged; order does not matter.")
     ledger_head: str = Field(description="Hash of the last ledger entry, in hex.")
     ledger_key: str = Field(description="Ed25519 public key of the signed head, in hex.")
-    ledger_signature: Signature = Field(
-        description="Whether that key was given, or is the one that the ledger itself names."
-    )
+    ledger_signature: Signature = Field(description="Whether that key was given, or only named.")
 
 
 class ExampleLevel(Part):
@@ -297,9 +279,7 @@ class ExampleLevel(Part):
     epsilon: NonNegativeFloat | None = Field(description="ε at example level; null is none.")
     delta: Delta = Field(description="δ of it, over interactions.")
     budget: PositiveFloat | None = Field(description="Largest ε allowed; null is no limit.")
-    clip_norm: PositiveFloat = Field(
-        description="Most that one interaction moves a round's sums of gradients."
-    )
+    clip_norm: PositiveFloat = Field(description="Most that one moves a round's gradient sums.")
     noise_multiplier: PositiveFloat | None = Field(description="Noise over `clip_norm`.")
     charges: NonNegativeInt = Field(description="Entries of this unit in the ledger.")
     protects: str
@@ -346,9 +326,6 @@ class OperatorsWord(Part):
 
     title: str
     text: str
-
-
-# --------------------------------------------------------------------------- what no ledger tells
 
 
 class Checked(Part):
@@ -419,16 +396,10 @@ class Cost(Part):
     note: Literal["outside the guarantee"] = OUTSIDE
     upload_bytes: NonNegativeInt | None = Field(description="Bytes up, per device and round.")
     download_bytes: NonNegativeInt | None = Field(description="Bytes down, per device and round.")
-    device_peak_bytes: NonNegativeInt | None = Field(
-        description="Peak memory of one device, bytes."
-    )
-    cpu_s_per_device_round: NonNegativeFloat | None = Field(
-        description="CPU seconds of one device in one round, on this machine."
-    )
+    device_peak_bytes: NonNegativeInt | None = Field(description="Peak memory of a device.")
+    cpu_s_per_device_round: NonNegativeFloat | None = Field(description="On this machine.")
     wall_s: NonNegativeFloat | None = Field(description="Seconds of the whole run, here.")
-    noise_deferred: Share | None = Field(
-        None, description="Share of the devices' own noise that lazy noise did not have to draw."
-    )
+    noise_deferred: Share | None = Field(None, description="Of devices' own noise: never drawn.")
 
 
 class Point(Part):
@@ -445,9 +416,6 @@ class Curve(Part):
     name: str
     note: str = Field(description="Empty, or the stamp of figures from private data.")
     points: tuple[Point, ...]
-
-
-# --------------------------------------------------------------------------- the report
 
 
 class Report(Part):
@@ -499,22 +467,17 @@ class Report(Part):
 
     @model_validator(mode="after")
     def _is_whole(self) -> Self:
-        """No run is private whose report lacks a starred part."""
         lacking = [name for name in STARRED if getattr(self, name) is None]
         if list(self.missing) != lacking:
-            raise ValueError(
-                f"missing is {list(self.missing)}, and the parts lacking are {lacking}"
-            )
+            raise ValueError(f"missing is {list(self.missing)}, and {lacking} are lacking")
         if self.privacy.private and lacking:
             raise ValueError(f"a run is called private, and its report lacks {', '.join(lacking)}")
         return self
 
     def adversary(self, name: Against) -> Adversary:
-        """The adversary of that name."""
         return next(each for each in self.privacy.adversaries if each.name == name)
 
     def metric(self, key: str) -> Metric | None:
-        """The metric of that key, or None."""
         return next((metric for metric in self.accuracy.metrics if metric.key == key), None)
 
 

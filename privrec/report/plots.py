@@ -51,13 +51,11 @@ class Plot:
 
     Attributes:
         key: begins every id inside.
-        description: what the picture shows, in words.
         size: width and height, points.
         rounds: whether the lower axis counts rounds.
         log: whether the left axis, or the only one of a row of dots, is logarithmic.
         limit: a dashed line across, with its words.
         colour: of the first line, counted from 0.
-        svg: the picture, once it is drawn.
     """
 
     key: str
@@ -75,7 +73,6 @@ class Plot:
 
     @property
     def wide(self) -> bool:
-        """Whether it takes the width of the page."""
         return self.size == WIDE
 
 
@@ -180,10 +177,7 @@ def _lower(axis: _Axis, y: float, plot: Plot, *, top: float | None = None) -> It
 def _axes(
     plot: Plot, heights: XY, across: XY, letters: int, *, log: bool = False
 ) -> tuple[_Axis, _Axis, list[str]]:
-    """The lower and the left axis with the lines around them.
-
-    Room for so many ``letters`` is left beside them.
-    """
+    """The lower and the left axis and the lines around them, with room for ``letters`` beside."""
     left, right, bottom = 42, plot.size[0] - 8 - letters * _LETTER, plot.size[1] - 30
     vertical = _Axis(*heights, bottom, 18, log)
     horizontal = _Axis(*across, left, right)
@@ -223,10 +217,7 @@ def lines(plot: Plot, drawn: Sequence[Line]) -> Plot:
 
 
 def dots(plot: Plot, names: Sequence[str], series: Mapping[str, Sequence[Dot]]) -> Plot:
-    """Draw named rows of dots, in the order given; several series get a legend.
-
-    The rows give the height.
-    """
+    """Draw named rows of dots, which give the height, in order; several series get a legend."""
     found = [dot for row in series.values() for dot in row]
     width, height = plot.size[0], 54 + 22.0 * len(names)
     left = 14 + _LETTER * max(len(_shortened(name)) for name in names)
@@ -259,7 +250,7 @@ def _shortened(name: str) -> str:
     return name if len(name) <= 32 else f"{name[:31]}…"
 
 
-# --------------------------------------------------------------------------- by round
+# --------------------------------------------------------------------------- the pictures
 
 
 def plots(report: Report) -> Iterator[Plot]:
@@ -326,9 +317,6 @@ def _outside(report: Report, curve: Curve, *, size: XY) -> Plot:
     return lines(plot, [Line(_points(curve), f"{last.value:.3f}")])
 
 
-# --------------------------------------------------------------------------- what ε means
-
-
 def risks(report: Report) -> Iterator[Plot]:
     """What ε and δ mean, as curves: all pairs that hold, and the errors of any test."""
     if not report.privacy.private:
@@ -369,9 +357,6 @@ def _xy(points: Sequence[Point2]) -> list[XY]:
     return sorted((point.x, point.y) for point in points)
 
 
-# --------------------------------------------------------------------------- by tier
-
-
 def by_tier(report: Report) -> Iterator[Plot]:
     """Noise against signal by band, and bytes by tier, of a run with several capacities."""
     bands = report.mechanism.bands if report.mechanism else ()
@@ -400,9 +385,6 @@ def by_tier(report: Report) -> Iterator[Plot]:
         yield dots(plot, names, {"upload": sent})
 
 
-# --------------------------------------------------------------------------- several runs
-
-
 def intervals(metrics: Mapping[str, Metric], heading: str) -> str:
     """Draw one metric of several runs, by their names, as dots with their intervals."""
     said = "; ".join(f"{name}: {metric.value:.3f}" for name, metric in metrics.items())
@@ -411,11 +393,7 @@ def intervals(metrics: Mapping[str, Metric], heading: str) -> str:
 
 
 def privacy_utility(found: Sequence[tuple[str, float, Metric]], heading: str) -> str:
-    """Draw one metric of at least two private runs by their ε against recipients.
-
-    Args:
-        found: name of the run, its ε, and its metric.
-    """
+    """Draw a metric of at least two private runs by ε against recipients: name, ε, metric each."""
     said = "; ".join(f"{name}: {metric.value:.3f} at ε = {e:.3g}" for name, e, metric in found)
     words = "ε against recipients"
     plot = Plot("utility", heading, f"{said}.", size=WIDE, x=words, rounds=False, colour=2)

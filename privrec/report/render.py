@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from privrec import storage
 from privrec.errors import UsageError
 from privrec.report.build import build
 from privrec.report.model import Report, Scalar
@@ -102,19 +101,12 @@ for adversary in ("recipients", "server"):
 def replace_text(path: Path, text: str) -> None:
     """Write a file as a whole or not at all; a UsageError where the folder cannot be written."""
     try:
-        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        storage.replace(path, text.encode())
     except OSError as error:
         raise UsageError(
             f"{path}: {error.strerror}; a report is written into an existing folder that can be "
             "written. Name another one."
         ) from None
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    Path(draft).chmod(0o644)
-    Path(draft).replace(path)
-
-
-# --------------------------------------------------------------------------- several runs
 
 
 @dataclass(frozen=True)
@@ -160,12 +152,17 @@ class Comparison:
         spent = {name: of[name].adversary("recipients").epsilon for name in shown}
         private = [(name, e, shown[name]) for name, e in spent.items() if e is not None]
         comparable = len(private) > 1 and len(_deltas(self.reports)) == 1
+        full = [key for key in self.metrics if key.startswith("full_")]
+        protocols = {
+            "Among 99 items": [m for m in self.metrics if m not in full],
+            "Full ranking": full,
+        }
         return render(
             "compare.html.j2",
             comparison=self,
             rows=self.rows(),
             metrics=self.metrics,
-            protocols=_protocols(self.metrics),
+            protocols=protocols,
             heading=heading,
             plot=intervals(shown, heading) if shown else "",
             utility=privacy_utility(private, f"{heading} and ε") if comparable else "",
@@ -188,21 +185,11 @@ def compare(directories: Sequence[Path]) -> Comparison:
             "privrec compare runs/a runs/b"
         )
     reports = tuple(build(directory) for directory in directories)
-    return Comparison(tuple(_names(places, reports)), reports, tuple(_cautions(reports)))
-
-
-def _protocols(keys: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Metric keys by how the held-out item is ranked; keys of one protocol stand together."""
-    full = [key for key in keys if key.startswith("full_")]
-    groups = (("Among 99 items", [key for key in keys if key not in full]), ("Full ranking", full))
-    return [(name, group) for name, group in groups if group]
-
-
-def _names(places: Sequence[Path], reports: Sequence[Report]) -> Sequence[str]:
-    """The shortest of scenario, folder and path that tells all runs apart."""
     scenarios = [report.scenario for report in reports]
     choices = (scenarios, [place.name for place in places], [str(place) for place in places])
-    return next(names for names in choices if len(set(names)) == len(names))
+    # The shortest names that tell all runs apart.
+    names = next(names for names in choices if len(set(names)) == len(names))
+    return Comparison(tuple(names), reports, tuple(_cautions(reports)))
 
 
 def _deltas(reports: Sequence[Report]) -> set[float]:

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-import privrec
+from privrec import __version__
 from privrec.errors import DataError, IntegrityError, PrivrecError, UsageError
 from privrec.report.derive import derive
 from privrec.report.facts import Facts, read_facts
@@ -56,7 +56,6 @@ class Verdict:
     word: Sequence[OperatorsWord] = ()
 
     def refute(self, where: str, reason: str) -> None:
-        """Add a mismatch."""
         self.mismatches.append(Mismatch(where, reason))
 
     @property
@@ -65,7 +64,6 @@ class Verdict:
         return not self.mismatches
 
     def to_json(self) -> dict[str, Any]:
-        """The verdict as plain JSON values."""
         return {
             "holds": self.holds,
             "anchored": self.anchored,
@@ -121,7 +119,14 @@ def verify(
         )
     verdict = Verdict(anchored=key is not None)
     report = _report(text, content, verdict)
-    facts = _ledger(path.parent, key, verdict)
+    facts = None
+    try:
+        facts = read_facts(path.parent, key)
+    except PrivrecError as error:
+        verdict.refute("ledger", str(error))
+    else:
+        charges = f"{len(facts.ledger.charges):,} charges"
+        verdict.checked.append(f"hash chain of the ledger and its signed head, {charges}")
     if report is not None:
         verdict.word = report.operators_word
         if facts is not None:
@@ -155,18 +160,6 @@ def _report(text: str, content: Mapping[str, Any], verdict: Verdict) -> Report |
         verdict.refute("report.json", "it is not spelled as privrec writes it: it was edited")
     verdict.checked.append(f"schema {content['report_schema']}, canonical spelling")
     return report
-
-
-def _ledger(directory: Path, key: Ed25519PublicKey | None, verdict: Verdict) -> Facts | None:
-    try:
-        facts = read_facts(directory, key)
-    except PrivrecError as error:
-        verdict.refute("ledger", str(error))
-        return None
-    verdict.checked.append(
-        f"hash chain of the ledger and its signed head, {len(facts.charged):,} charges"
-    )
-    return facts
 
 
 def _compare(report: Report, facts: Facts, verdict: Verdict) -> None:
@@ -209,12 +202,11 @@ def _reason(where: str, found: Any, expected: Any, version: str) -> str:
         return f"ε is {found:g}, {side} than the {expected:g} that the ledger gives"
     if isinstance(found, list) and isinstance(expected, list):
         return f"{len(found)} entries, and the ledger gives {len(expected)}"
-    other, here = "", privrec.__version__
-    if version != here:
-        other = (
-            f" (the report is of privrec {version}, this is {here}: verify it with that version)"
-        )
-    return f"it says {_short(found)}, and the ledger gives {_short(expected)}{other}"
+    reason, here = f"it says {_short(found)}, and the ledger gives {_short(expected)}", __version__
+    if version == here:
+        return reason
+    of = f"the report is of privrec {version}, this is {here}"
+    return f"{reason} ({of}: verify it with that version)"
 
 
 def _short(value: Any) -> str:
@@ -276,10 +268,7 @@ def _check_pages(directory: Path, report: Report, verdict: Verdict) -> None:
         if not path.exists():
             verdict.unchecked.append(f"{name}: it is not here")
             continue
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            text = ""
+        text = path.read_text(encoding="utf-8", errors="replace")
         if _without_pictures(text) == _without_pictures(render(report)):
             verdict.checked.append(f"{name}, but for its pictures")
         else:
@@ -300,10 +289,10 @@ def _check_model(directory: Path, facts: Facts, verdict: Verdict) -> None:
         return
     try:
         weights = load_file(path)["weights"]
-        found = hashlib.sha256(weights.tobytes()).hexdigest()
+        found = hashlib.sha256(weights.tobytes()).digest()
     except (SafetensorError, KeyError, OSError, ValueError):
-        found = ""
-    if found == facts.model:
+        found = b""
+    if found == facts.ledger.ended:
         verdict.checked.append("the released model is the one that the ledger ends with")
     else:
         verdict.refute("model.safetensors", "it is not the model that the ledger ends with")

@@ -41,9 +41,6 @@ _NAMES = {
 }
 
 
-# --------------------------------------------------------------------------- figures
-
-
 def delta_text(delta: float | None) -> str:
     """Write δ in short: "1e-5"; None gives a dash."""
     return "–" if delta is None else f"{delta:g}".replace("e-0", "e-")
@@ -118,9 +115,6 @@ def thinned(values: Sequence[T], most: int) -> list[T]:
         return list(values)
     step = (len(values) - 1) / (most - 1)
     return [values[round(place * step)] for place in range(most)]
-
-
-# --------------------------------------------------------------------------- templates
 
 
 def render(template: str, **values: Any) -> str:

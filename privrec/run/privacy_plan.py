@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
+from typing import Any
 
 from scipy.stats import binom
 
@@ -18,7 +19,13 @@ from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable, Table
 from privrec.errors import UsageError
 from privrec.privacy.discrete import check_small_cohorts
-from privrec.privacy.events import RoundEvent, noise_multiplier_for
+from privrec.privacy.events import (
+    Accountant,
+    Adversary,
+    RoundEvent,
+    epsilon,
+    noise_multiplier_for,
+)
 from privrec.privacy.mechanism import Band, Shares, grid_of
 from privrec.randomness import rng_for
 from privrec.scenario.kinds import PUBLISHED
@@ -28,6 +35,13 @@ from privrec.secagg.ring import LARGEST_WRAP, Encoding, Load, Ring, spread
 LOOSE_CLIP_NORM = 100.0
 """Clip norm of a run without noise that names none: a range for the integers, rarely reached."""
 
+EPSILONS: Mapping[str, tuple[Adversary, Accountant]] = {
+    "epsilon": ("recipients", "pld"),
+    "epsilon_server": ("server", "pld"),
+    "epsilon_rdp": ("recipients", "rdp"),
+    "epsilon_server_rdp": ("server", "rdp"),
+}
+"""Every ε of a claim: its adversary and its accountant."""
 
 Coordinates = tuple[Nested, Nested | None]
 
@@ -126,6 +140,29 @@ def example_event(scenario: Scenario) -> RoundEvent | None:
         target = privacy.local_epsilon or 0.0
         multiplier = _gaussian(target, privacy.local_delta, scenario.train.rounds)
     return RoundEvent("gaussian", multiplier)
+
+
+def example_figures(
+    scenario: Scenario, charged: Mapping[RoundEvent, int], *, noise_known: bool
+) -> dict[str, Any] | None:
+    """The guarantee of single interactions; None where devices add no noise to their own steps.
+
+    That ε stands beside the one of users and is never added to it: they bound different changes of
+    the data, and are of two units.
+    """
+    privacy = scenario.privacy
+    if privacy.local == "none":
+        return None
+    value = epsilon(charged, privacy.local_delta, "server")
+    holds = not noise_known and math.isfinite(value) and bool(charged)
+    return {
+        "epsilon": value if holds else None,
+        "delta": privacy.local_delta,
+        "noise_multiplier": min((event.noise_multiplier for event in charged), default=None),
+        "clip_norm": privacy.local_clip_norm,
+        "budget": privacy.local_epsilon,
+        "charges": sum(charged.values()),
+    }
 
 
 def release_event(scenario: Scenario) -> RoundEvent | None:

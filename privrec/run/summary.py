@@ -18,22 +18,16 @@ from privrec.device.tier import Federation
 from privrec.device.update import digest
 from privrec.errors import IntegrityError, UsageError
 from privrec.evaluate.metrics import Evaluation
-from privrec.privacy.events import Accountant, Adversary, epsilon
+from privrec.privacy.events import epsilon
 from privrec.privacy.ledger import EXAMPLE, Ledger
 from privrec.run.directory import Identity
 from privrec.run.plan import Plan
-from privrec.run.privacy_plan import release_event
+from privrec.run.privacy_plan import EPSILONS, example_figures, release_event
 from privrec.run.record import OUTSIDE
-from privrec.scenario.load import Privacy, Scenario
+from privrec.scenario.load import Scenario
 from privrec.server.server import Server
 
 FloatArray = NDArray[np.float32]
-_EPSILONS: dict[str, tuple[Adversary, Accountant]] = {
-    "epsilon": ("recipients", "pld"),
-    "epsilon_server": ("server", "pld"),
-    "epsilon_rdp": ("recipients", "rdp"),
-    "epsilon_server_rdp": ("server", "rdp"),
-}
 _COSTS = (
     "upload_bytes", "download_bytes", "device_peak_bytes", "output_neurons", "output_bytes",
     "output_multiply_adds", "selection_multiply_adds",
@@ -126,9 +120,10 @@ def _privacy(plan: Plan, server: Server, ledger: Ledger, *, known: bool) -> dict
     holds = plan.event.is_private and not known
     spent = {
         name: _finite(ledger.epsilon(privacy.delta, adversary, accountant)) if holds else None
-        for name, (adversary, accountant) in _EPSILONS.items()
+        for name, (adversary, accountant) in EPSILONS.items()
     }
     before = None if known else release_event(plan.scenario)
+    single = example_figures(plan.scenario, ledger.examples, noise_known=known)
     return {
         "private": holds,
         **spent,
@@ -150,25 +145,7 @@ def _privacy(plan: Plan, server: Server, ledger: Ledger, *, known: bool) -> dict
         "budget_against": privacy.budget_against,
         "noise_known": known,
         "charges": len(ledger.charges),
-        "examples": _examples(privacy, ledger, known),
-    }
-
-
-def _examples(privacy: Privacy, ledger: Ledger, known: bool) -> dict[str, Any] | None:
-    """The guarantee of devices' own noise: another unit, which nothing adds to the user's."""
-    if privacy.local == "none":
-        return None
-    (event,) = ledger.examples or (None,)
-    return {
-        "unit": EXAMPLE,
-        "epsilon": None
-        if known
-        else _finite(epsilon(ledger.examples, privacy.local_delta, "server")),
-        "delta": privacy.local_delta,
-        "noise_multiplier": event and event.noise_multiplier,
-        "clip_norm": privacy.local_clip_norm,
-        "budget": privacy.local_epsilon,
-        "charges": sum(ledger.examples.values()),
+        "examples": single and {"unit": EXAMPLE, **single},
     }
 
 

@@ -129,7 +129,6 @@ def test_the_serious_come_first(facts_of: MakeFacts) -> None:
 def test_no_name_ends_a_sentence(facts_of: MakeFacts, name: str) -> None:
     facts = facts_of()
     scenario = facts.scenario.model_copy(update={"name": name})
-    declared = facts.declared.model_copy(update={"scenario": scenario})
-    evil = replace(facts, declared=declared)
+    evil = replace(facts, declared=facts.declared.model_copy(update={"scenario": scenario}))
     assert f"“{' '.join(name.split())}”" in sentences(evil)["claim"]
     assert sentences(evil).keys() == sentences(facts).keys()

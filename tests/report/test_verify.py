@@ -536,7 +536,7 @@ def _report_anew(run: Path) -> None:
         last = chained(run, entries)
         signed_by(run, len(entries), last, FORGER)
         with Ledger.open(run / "ledger.jsonl", repair=False) as ledger:
-            facts = Facts.of(ledger, run, key=own, signature="server key")
+            facts = Facts.of(ledger, run, FORGER.public_key())
         word: dict[str, Any] = {name: getattr(old, name) for name in WORD}
         word["curves"] = tuple(curve for curve in old.curves if curve.note)
         write(derive(facts, word), run)
