@@ -28,7 +28,7 @@ from privrec.errors import UsageError
 from privrec.models.losses import loss_of, sampled_loss
 from privrec.models.words import WordBatch, WordNetwork
 from privrec.randomness import SecretRoot
-from privrec.search.memory import ItemMemory
+from privrec.search.memory import ItemMemory, evenly
 from privrec.search.select import active_set
 
 FloatArray = NDArray[np.float32]
@@ -199,7 +199,7 @@ def _read(rows: Tensor, active: Items, words: Items) -> Tensor:
 
 def spread(count: int, most: int = QUERIES) -> Items:
     """Positions of an even sample."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
+    return evenly(count, min(count, most))
 
 
 class _Touched(Located):

@@ -33,9 +33,6 @@ _SEQUENCES = 8  # at a time, so that their scores stay in a cache
 _EXAMPLES = 16  # likewise, of labels
 
 
-# ------------------------------------------------------------------------- recommenders
-
-
 def scores_with(model: LocalModel[NCF], states: FloatArray, n_items: int) -> metrics.Scores:
     """Scores of private ``states``, ``(users, user_dim)``; the table is never held as a whole.
 
@@ -211,8 +208,7 @@ def predict(
     biases = torch.from_numpy(model.biases(np.arange(words)))
     dense = torch.from_numpy(model.dense.copy())
     most = min(max(cuts), words)
-    positions = np.zeros(texts.n_users, np.int64)
-    losses = np.zeros(texts.n_users)
+    positions, losses = np.zeros(texts.n_users, np.int64), np.zeros(texts.n_users)
     ranked = np.zeros((texts.n_users, most))
     with torch.no_grad():
         for text in range(texts.n_users):
