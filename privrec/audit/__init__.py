@@ -32,7 +32,8 @@ def audit(scenario: Scenario, *, canaries: int = 1000, key: bytes | None = None)
     fails with a probability below one in a million. What each probe sees is in ``docs/audit.md``.
 
     Args:
-        scenario: its numbers that are not public are made up.
+        scenario: its numbers that are not public are made up; UsageError when it cannot be run, or
+            learns from texts or labels.
         canaries: at most so many for the empirical bounds; below 2 leaves them out.
         key: what all secrets of the audit derive from, for tests that repeat; by default the
             operating system gives one.
@@ -40,9 +41,6 @@ def audit(scenario: Scenario, *, canaries: int = 1000, key: bytes | None = None)
     Returns:
         All checks; the audit passed when every one did. ``lower_bound`` is that of the one-run
         audit, None without noise or without canaries.
-
-    Raises:
-        UsageError: when the scenario cannot be run, or learns from texts or labels.
     """
     with one_thread():
         harness = Harness.of(scenario, key)

@@ -104,16 +104,11 @@ class Attack:
 
     def _one_shot(self) -> Checked:
         """Fit the cosines of canaries that took part, each in a random direction."""
-        harness = self.harness
+        harness, event = self.harness, self.harness.plan.event
         delta, size = harness.scenario.privacy.delta, sum(harness.sizes)
         rng = _rng(harness, "one shot")
         rounds = rounds_that_fit(harness, harness.scenario.train.rounds)
-        room = (
-            size
-            * harness.plan.event.noise_multiplier**2
-            / _QUIET
-            / harness.plan.event.sampling_rate
-        )
+        room = size * event.noise_multiplier**2 / _QUIET / event.sampling_rate
         affordable = max(_FEWEST, _WORK // (size * rounds))
         groups = _chosen(harness, max(2, min(self.most, int(room), affordable)))
         total = sum(len(users) for _, users in groups)
@@ -260,8 +255,7 @@ def _released(harness: Harness, round: Round, updates: Iterable[Update]) -> Floa
     decoded = to_wire(protection.encoding.decode(release.total), layouts)
     if rotation := protection.rotation(round, layouts):
         decoded = rotation.undo(decoded[None])[0]
-    scaled: Floats = decoded / protection.encoding.clip_norm
-    return scaled
+    return np.asarray(decoded / protection.encoding.clip_norm)
 
 
 # ------------------------------------------------------------------------------------ lower bounds
@@ -282,7 +276,7 @@ class Guesses:
     def of(cls, scores: NDArray[np.float64], present: NDArray[np.bool_], made: int) -> Guesses:
         """Guess "present" of the highest scores and "absent" of the lowest, half of ``made`` each.
 
-        How many to make is chosen before the scores are seen; an odd one is left out.
+        ``made`` is chosen before the scores are seen; an odd one is left out.
         """
         half = min(made, len(scores)) // 2
         order = np.argsort(scores, kind="stable")
@@ -302,9 +296,9 @@ class Guesses:
     def chance(self, strength: float) -> float:
         """Probability of at least so many right guesses, if scores are what noise makes of them.
 
-        ``strength`` separates the scores of canaries with and without part, both Gaussian, in
-        standard deviations of either. An upper bound but for events as rare as six standard
-        deviations: guesses are taken to be about the outermost scores that chance may have left.
+        ``strength`` is the distance of Gaussian scores with and without part in their deviations.
+        An upper bound but for events as rare as six standard deviations: guesses are taken to be
+        about the outermost scores that chance may have left.
         """
         half = self.made / 2
         if not half:
@@ -320,10 +314,7 @@ class Guesses:
 
 
 def best_guesses(canaries: int, strength: float, delta: float, confidence: float) -> int:
-    """An even number of guesses that promises the highest bound, from the claim and nothing else.
-
-    ``strength`` is as in :meth:`Guesses.chance`.
-    """
+    """The even number of guesses that promises the highest bound, from the claim alone."""
 
     def bound(made: int) -> float:
         right = math.floor(made * _accuracy(made / canaries / 2, strength))
@@ -349,14 +340,10 @@ def _accuracy(tail: float, strength: float) -> float:
 def separation(cosines: Floats, dimension: int, confidence: float) -> tuple[float, float]:
     """The Gaussian fit of the one-shot estimate, from the cosines of 2 or more canaries.
 
-    Without its canary a cosine with what was released, of ``dimension`` coefficients, has a
-    variance of ``1 / dimension``.
-
-    Returns:
-        How far cosines of canaries that took part lie from those of canaries that did not, in
-        standard deviations, as estimated and at least, with ``confidence``. It is the mean over the
-        larger of the two deviations, so that a spread that has other reasons than noise is never
-        taken for privacy lost.
+    It is how far cosines of canaries that took part lie from those of canaries that did not, which
+    have a variance of ``1 / dimension``, in standard deviations: as estimated, and at least, with
+    ``confidence``. The mean is taken over the larger of the two deviations, so that a spread that
+    has other reasons than noise is never taken for privacy lost.
     """
     if len(cosines) < 2 or dimension < 1:
         raise UsageError(

@@ -92,9 +92,8 @@ class Harness:
 
     def epsilon(self, against: Adversary, accountant: Accountant = "pld") -> float:
         """ε of the planned rounds and of what is released before them."""
-        before = release_event(self.scenario)
         counts = Counter({self.plan.event: self.scenario.train.rounds})
-        counts.update([] if before is None else [before])
+        counts.update(filter(None, [release_event(self.scenario)]))
         return epsilon(counts, self.scenario.privacy.delta, against, accountant)
 
     def round(self, index: int, attempt: int = 0) -> Round:

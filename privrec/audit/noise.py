@@ -52,10 +52,8 @@ _NARROW = 30.0  # deviation in steps below which laws of integers differ visibly
 class Transcript:
     """The noise of many releases in one band.
 
-    Attributes:
-        sketch: integer noise at some of its coefficients, shape ``(releases, places)``.
-        deviations: expected of each release, shape ``(releases,)``.
-        squares, sums: of the standardised noise over all releases, by coefficient.
+    ``sketch`` is integer noise at some of its coefficients, ``(releases, places)``; ``squares`` and
+    ``sums`` are those of the standardised noise over all releases, by coefficient.
     """
 
     name: str
@@ -113,9 +111,8 @@ def _shares(harness: Harness, shares: Shares) -> Iterator[Transcript]:
             seeds = noise_seeds(harness.simulation.root, len(drawn), *context, user)
             for number, seed in enumerate(seeds):
                 drawn[number].append(shares.draw_band(number, seed).astype(np.int64))
-    accounted = (
-        harness.plan.event.noise_multiplier**2 * harness.plan.protection.encoding.squared_bound
-    )
+    plan = harness.plan
+    accounted = plan.event.noise_multiplier**2 * plan.protection.encoding.squared_bound
     for number, (band, parts) in enumerate(zip(shares.bands, drawn, strict=True)):
         deviation = math.sqrt(accounted / (band.least - band.colluders))
         name = f"a device's share, {_name(harness, number)}"

@@ -141,8 +141,7 @@ def rounding(harness: Harness) -> Iterator[Checked]:
         bounded = update.bound(harness.plan.protection, round, held, coins, tier.weight)
         exact = values if tier.weight == 1 else values * np.float32(tier.weight)
         if rotation := harness.plan.protection.rotation(round, held):
-            turned = rotation.apply(to_wire(exact, held))
-            exact = from_wire(turned, held)
+            exact = from_wire(rotation.apply(to_wire(exact, held)), held)
         moments += _moments(bounded.integers, exact * np.float32(encoding.scale))
         draws += values.size
     sums, variances = moments
@@ -160,8 +159,8 @@ def rounding(harness: Harness) -> Iterator[Checked]:
 def _moments(integers: NDArray[np.int32], exact: FloatArray) -> Floats:
     """Sums whose mean is 0 under fair coins, and their variances.
 
-    Of the error; of the error away from zero; of the error times the place between two integers,
-    which rounding to the nearest spoils; and of the squared error.
+    Of the error; of that away from zero; of that times the place between two integers, which
+    rounding to the nearest spoils; and of the squared error.
     """
     wide = exact.astype(np.float64)
     part = wide - np.floor(wide)
@@ -262,11 +261,8 @@ _TOLERANCE = 1e-3  # of the looser accountant below the tighter, which rounding 
 
 def probe_accounting(harness: Harness) -> Iterator[Checked]:
     """The event names what server and devices use, its ε is in the budget, twice computed."""
-    event, shares, rate = (
-        harness.plan.event,
-        harness.plan.protection.shares,
-        harness.simulation.sampling_rate,
-    )
+    event, shares = harness.plan.event, harness.plan.protection.shares
+    rate = harness.simulation.sampling_rate
     noise = "gaussian" if shares is None else "discrete_gaussian"
     multiplier = event.noise_multiplier if shares is None else shares.noise_multiplier
     grid = None

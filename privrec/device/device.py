@@ -35,10 +35,8 @@ FloatArray = NDArray[np.float32]
 
 TOLERANCE = 1e-5
 """Largest difference from the one-device code, relative to the update's largest coefficient."""
-
 ALL = slice(None)
 """Every batch."""
-
 MANY = 16
 """Devices from which on a simulation gathers the rows that they search once for all of them."""
 
@@ -83,8 +81,8 @@ class Draws:
 class Settings:
     """Hyper-parameters of local training, those of the scenario's ``[train]`` table.
 
-    ``newton`` says whether devices precondition their step, see :mod:`privrec.models.losses`;
-    ``config`` is that table, for the selector, which may have keys of its own.
+    With ``newton`` devices precondition their step, see :mod:`privrec.models.losses`; ``config`` is
+    the table itself, of which a selector may have keys of its own.
     """
 
     loss: str
@@ -110,11 +108,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Deferred:
-    """How much of the noise of item blocks was owed instead of drawn in its step.
-
-    Noise was drawn for ``drawn`` blocks; ``owed`` are blocks times steps, as many as eager noise
-    would have drawn.
-    """
+    """Item blocks that noise was ``drawn`` for, of those that eager noise would draw, ``owed``."""
 
     drawn: int = 0
     owed: int = 0
@@ -168,9 +162,7 @@ class Learner(ABC):
         """One round's training on ``m`` devices, each on its own copy of what it touches.
 
         Neither the model they were sent nor their private ``states``, ``(m, state_dim)``, change.
-
-        Raises:
-            UsageError: when ``draws`` lack a secret that is needed.
+        UsageError when ``draws`` lack a secret that is needed.
         """
 
 
@@ -181,8 +173,7 @@ L = TypeVar("L", bound=Learner)
 class Cohort(Generic[L]):
     """Simulated devices of one tier, in ascending order of their users.
 
-    ``data`` is what they hold of theirs; their private ``states``, ``(devices, state_dim)``, are
-    changed by whoever runs a round.
+    Their private ``states``, ``(devices, state_dim)``, are changed by whoever runs a round.
     """
 
     learner: L
@@ -217,8 +208,6 @@ class Device:
     and encoded update and nothing else, and :meth:`upload` adds the device's own noise to it.
 
     Args:
-        user: names its draws.
-        history: what its tier does not hold has no part in the round.
         layouts: of its tier and those below, the strongest first: the bands of its prefix.
         root: its secret, for hash functions, stochastic rounding and noise.
         state: shape ``(state_dim,)``; zeros for a new user.
@@ -246,9 +235,7 @@ class Device:
         """Train on the model it was sent, keep the new private state, and give the bounded update.
 
         ``coefficients`` are the tier's prefix of the model, and ``key`` draws the round's samples.
-
-        Raises:
-            ReleaseRefused: when ``coefficients`` are not of the model that the round names.
+        ReleaseRefused when they are not of the model that the round names.
         """
         digests = model_digests(coefficients, self.layouts)
         if digests != round.model_digests[: len(digests)]:

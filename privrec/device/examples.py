@@ -44,10 +44,9 @@ _SLACK = np.float32(1 - 1e-6)  # a float32 norm is off by less than this
 
 @dataclass(frozen=True)
 class ExampleNoise:
-    """Protection of single examples on the device.
+    """Protection of single examples: removing or changing one moves all sums by ``clip_norm``.
 
-    Removing or changing one moves the sums of a round by at most ``clip_norm`` in L2;
-    ``noise_multiplier`` is the standard deviation of the noise in each coefficient over it.
+    ``noise_multiplier`` is the standard deviation of the noise in each coefficient over that.
     """
 
     clip_norm: float
@@ -75,10 +74,12 @@ class ExampleSteps:
     Args:
         model: what it starts from; not changed.
         settings: of a loss that sums over examples, ``"bce"`` or ``"bpr"``.
-        bound: strength of the protection.
         state: private state, shape ``(user_dim,)``; zeros for one that has none yet.
         user: names public draws, with the round's ``key``.
         root: what noise is drawn from.
+
+    Attributes:
+        state: the private state, with all the noise of the steps so far.
     """
 
     def __init__(
@@ -93,11 +94,11 @@ class ExampleSteps:
     ) -> None:
         self.model, self.bound, self._settings = model, bound, settings
         self._key = int(splitmix64(key, np.array([user]))[0])
-        self._user = state.astype(np.float32)
+        self.state = state.astype(np.float32)
         if not state.any():  # it starts from the key, at a norm of about 1 and without bias
             width = len(state) - 1
             words = splitmix64(self._key ^ _START, np.arange(width)).astype(np.float64)
-            self._user[:-1] = (words * 2.0**-64 - 0.5) * np.sqrt(12 / max(1, width))
+            self.state[:-1] = (words * 2.0**-64 - 0.5) * np.sqrt(12 / max(1, width))
         self._dense = model.dense.copy()
         self.vectors = _Part(model.view.vectors, model.memory, _own(root, "blocks"))
         self.biases = None
@@ -124,7 +125,7 @@ class ExampleSteps:
         self.vectors.step(clipped.blocks, rate, std**2)
         if self.biases is not None:
             self.biases.step(clipped.biases, rate, std**2)
-        for value, gradient in ((self._user, clipped.user), (self._dense, clipped.dense)):
+        for value, gradient in ((self.state, clipped.user), (self._dense, clipped.dense)):
             value -= rate * gradient.sum(0).numpy()
             if len(value):
                 self._eager.add(value[None], np.array([std**2]))
@@ -135,13 +136,13 @@ class ExampleSteps:
         if not len(items):  # such a step names no block, and has its noise like any other
             for part in filter(None, (self.vectors, self.biases)):
                 part.rows(items[:, None])
-            user, dense = torch.zeros(0, len(self._user)), torch.zeros(0, len(self._dense))
+            user, dense = torch.zeros(0, len(self.state)), torch.zeros(0, len(self._dense))
             nothing = np.zeros((0, 0, 1), np.float32)
             return Gradients(user, dense, nothing, nothing, torch.zeros(0))
         samples = np.concatenate((items[:, None], self.negatives(items)), axis=1)
         e, k = samples.shape
         rows = self.vectors.rows(samples)
-        user, dense = torch.from_numpy(self._user), torch.from_numpy(self._dense)
+        user, dense = torch.from_numpy(self.state), torch.from_numpy(self._dense)
         network = self.model.view.network
         scored = network.forward(user.expand(e, -1), rows, dense.expand(e, -1))
         scores = scored.values
@@ -162,13 +163,7 @@ class ExampleSteps:
         parts = [self._dense, self.vectors.memory.settled().ravel()]
         if self.biases is not None:
             parts.append(self.biases.memory.settled().ravel())
-        change: FloatArray = np.concatenate(parts) - self.model.weights
-        return change
-
-    @property
-    def user(self) -> FloatArray:
-        """The private state, with all its noise."""
-        return self._user
+        return np.asarray(np.concatenate(parts) - self.model.weights)
 
     @property
     def deferred(self) -> Deferred:

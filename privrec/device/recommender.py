@@ -33,22 +33,19 @@ from privrec.device.samples import (
 from privrec.device.tier import LocalModel, Located, ModelView
 from privrec.device.update import Address, RawUpdate, digest
 from privrec.embedding.table import Table
-from privrec.models.losses import Graded, Loss, Samples, curvature, loss_of, pack
+from privrec.models.losses import Graded, Samples, curvature, loss_of, pack
 from privrec.models.ncf import NCF, Scored
 
 FloatArray = NDArray[np.float32]
 
 SAMPLES_IN_BATCH = 12288
 """Samples trained at once, so that a batch's tensors stay in a core's cache."""
-
 SHARED_SAMPLES_IN_BATCH = 65536
 """The same where all devices look at the whole catalogue, whose part of the work they share."""
-
 COEFFICIENTS_IN_BATCH = 1 << 20
 """Coefficients of the updates made at once where every device's update has noise everywhere."""
 
-_RIDGE = 1e-4
-"""Keeps the Newton system of a device with few samples solvable."""
+_RIDGE = 1e-4  # keeps the Newton system of a device with few samples solvable
 
 
 @dataclass(frozen=True)
@@ -69,11 +66,6 @@ class RecommenderLearner(Learner):
         """User vector and user bias."""
         return self.view.network.user_dim
 
-    @property
-    def loss(self) -> Loss:
-        """What is descended."""
-        return loss_of(self.settings.loss)
-
     @cached_property
     def serving(self) -> RecommenderLearner:
         """The same for fitting user vectors alone to whole histories, without any noise."""
@@ -87,14 +79,15 @@ class RecommenderLearner(Learner):
     def sampler(self) -> Sampler:
         """How a device draws its samples."""
         settings, n_items = self.settings, self.view.vectors.items
-        negatives = 0 if self.loss.implicit else settings.negatives
+        loss = loss_of(settings.loss)
+        negatives = 0 if loss.implicit else settings.negatives
         budget = None
         if settings.selector != EACH:
             popularity, size = self.popularity, max(1, round(settings.budget * n_items))
             if popularity is not None and len(popularity) > n_items:
                 popularity = popularity[:n_items] / popularity[n_items - 1]
             budget = NegativeBudget(n_items, size, settings.selector, settings.selected, popularity)
-        return Sampler(n_items, negatives, settings.max_samples, self.loss.whole_catalogue, budget)
+        return Sampler(n_items, negatives, settings.max_samples, loss.whole_catalogue, budget)
 
     def held(self, data: Histories) -> Histories:
         """Histories less the items that the tier does not hold."""
@@ -135,8 +128,7 @@ class RecommenderLearner(Learner):
         """Private states fitted from nothing to fixed items, shape ``(m, state_dim)``.
 
         It is how recommendations are made, for users seen in training and for others alike.
-        ``weights`` are the shared vector in memory form. Those of ``some`` of the batches are
-        fitted; the others stay zeros.
+        Those of ``some`` of the batches are fitted; the others stay zeros.
         """
         model = LocalModel(self.view, weights, resident=len(data.users) >= MANY)
         fitted = np.zeros((len(data.users), self.state_dim), np.float32)
@@ -175,7 +167,7 @@ class RecommenderLearner(Learner):
             root = draws.noise(user, digest(states[row]) + digest(items))
             steps = ExampleSteps(model, self.settings, bound, states[row], user, draws.key, root)
             losses[row] = steps.run(items.astype(np.int64))
-            changes[row], users[row] = steps.change(), steps.user
+            changes[row], users[row] = steps.change(), steps.state
             deferred += steps.deferred
         return Trained(RawUpdate(changes, Address.whole(layout)), users, losses, deferred)
 
@@ -217,10 +209,7 @@ class _Local:
         return user
 
     def _newton(self, user: Tensor) -> Tensor:
-        """Newton step on the private state under the loss's curvature and an L2 penalty.
-
-        The penalty is that of a Gaussian prior on the vector; the bias has none.
-        """
+        """Newton step under the loss's curvature and a Gaussian prior on the vector alone."""
         scored, (_, gradient, curvature) = self._graded(user)
         jacobian = scored.user_jacobian()
         if self._unobserved is not None:
@@ -230,10 +219,8 @@ class _Local:
         prior[-1] = 0
         hessian = _weighted_gram(jacobian, curvature)
         hessian += torch.diag(prior + _RIDGE)
-        if len(jacobian) == 1:
-            slope = gradient @ jacobian[0]
-        else:
-            slope = torch.bmm(gradient.unsqueeze(1), jacobian).squeeze(1)
+        shared = len(jacobian) == 1
+        slope = gradient @ jacobian[0] if shared else (gradient[:, None] @ jacobian)[:, 0]
         slope = slope + prior * user
         if self._unobserved is not None:
             hessian[:, :-1, :-1] += self._unobserved
@@ -311,8 +298,7 @@ class _Touched(Located):
     """The blocks of a memory that the samples of each device touch.
 
     Items that collide share a block here too: one of them owns it, and its copy is the one that
-    changes, which keeps the update's norm the true one. Devices that look at the same items share
-    the copy of the old values.
+    changes, which keeps the update's norm the true one.
     """
 
     def __init__(self, table: Table, memory: FloatArray, batch: Batch) -> None:
@@ -345,10 +331,7 @@ class _Touched(Located):
         return self._change.reshape(len(self._change), -1).numpy()
 
     def move(self, rows: Tensor, *, last: bool) -> None:
-        """Add the change of each sample's row, ``(m, samples, dim)``, to the blocks.
-
-        After the ``last`` one nobody looks at :attr:`rows` again, and they stay as they are.
-        """
+        """Add the change of each sample's row; after the ``last`` :attr:`rows` stay as they are."""
         changed = self.spread(rows)
         if self._merges:
             changed = torch.from_numpy(merged(changed.numpy(), self._owner))

@@ -87,12 +87,9 @@ class Histories:
 class Batch:
     """Items that ``m`` devices train on, ``k`` each: their samples, or the whole catalogue.
 
-    ``valid`` and ``positives`` are those of :class:`~privrec.models.losses.Samples`.
-
-    Args:
-        items: shape ``(1, k)`` when all devices look at the same; padding names item 0.
-        first: the sample of a row that stands for each one's item; None when none is named twice.
-        weights: logarithm of how many items each sample stands for; None for one.
+    ``valid``, ``positives`` and ``weights`` are as in :class:`~privrec.models.losses.Samples`.
+    ``items`` are of the shape ``(1, k)`` when all devices look at the same; padding names item 0.
+    ``first`` is the sample that stands for each one's item; None when none is named twice.
     """
 
     items: Items
@@ -106,11 +103,8 @@ class Batch:
 class Sampler:
     """Draws each device's samples: positives, and fresh negatives out of its history.
 
-    Args:
-        n_items: that the device holds.
-        negatives: for each positive, unless there is a ``budget`` for all together.
-        most: positives of a device in a round; None for its whole history.
-        whole: look at the whole catalogue instead of samples.
+    ``negatives`` are for each positive, unless there is a ``budget`` for all together; ``most``
+    bounds the positives in a round; ``whole`` looks at all ``n_items`` it holds, without samples.
     """
 
     n_items: int
@@ -164,11 +158,9 @@ class Sampler:
 
 @dataclass(frozen=True)
 class NegativeBudget:
-    """How many negatives a device has for all of its positives together, and which.
+    """How many negatives, from 1 to ``n_items``, a device has for all of its positives, and which.
 
     Args:
-        n_items: that the device holds.
-        size: ``B``, from 1 to ``n_items``.
         selector: ``"uniform"``, ``"popularity"``, or one of :mod:`privrec.search.select`.
         selected: share of the budget that is selected, below 1; the rest is uniform.
         popularity: where popular items are drawn more often, see :func:`popularity_of`.
@@ -260,8 +252,7 @@ class NegativeBudget:
 def popularity_of(counts: NDArray[np.integer]) -> NDArray[np.float64]:
     """Cumulative probabilities in proportion to ``(count + 1)^0.75`` of public counts, ``(n,)``."""
     weights = (np.maximum(counts, 0) + 1.0) ** POPULARITY_POWER
-    cumulative: NDArray[np.float64] = np.cumsum(weights) / weights.sum()
-    return cumulative
+    return np.asarray(np.cumsum(weights) / weights.sum())
 
 
 Functions = Callable[[int], SecureStream]
@@ -311,8 +302,7 @@ def merged(values: NDArray[np.float32], owners: NDArray[np.int64]) -> NDArray[np
 
 def flattened(places: NDArray[np.int64], m: int) -> NDArray[np.int64]:
     """Places in rows ``(m or 1, k)`` as places in the flattened batch of ``m`` rows."""
-    flat: NDArray[np.int64] = places + np.arange(m)[:, None] * places.shape[1]
-    return flat.ravel()
+    return np.ravel(places + np.arange(m)[:, None] * places.shape[1])
 
 
 def uniform(key: int, users: NDArray[np.int64], count: int, n: int) -> NDArray[np.int64]:

@@ -27,10 +27,10 @@ N = TypeVar("N", bound=Network, covariant=True)
 
 @dataclass(frozen=True)
 class ModelView(Generic[N]):
-    """What a shared vector means: a network over rows of tables of vectors and biases.
+    """What a shared vector means: a network over vectors and biases of items, words or labels.
 
-    Vectors and biases are those of items, words or labels. ``gram`` are the coefficients of the
-    users' Gram matrix, see :class:`~privrec.models.layout.Layout`.
+    ``gram`` are coefficients of the users' Gram matrix, see
+    :class:`~privrec.models.layout.Layout`.
     """
 
     network: N
@@ -151,7 +151,6 @@ class Tier:
         capacity: the memory it holds over the whole one, a power of two of at most 1.
         share: of all devices, public.
         weight: public factor of its updates, in [0, 1]; 0 for devices that do not train.
-        model: over the tier's own memory.
         vectors: nested coordinates of the item vectors, for all tiers; ``biases`` likewise.
     """
 
@@ -209,10 +208,9 @@ class Tier:
 
 @dataclass(frozen=True)
 class Federation:
-    """All tiers of a federation, the strongest first; what is public about them.
+    """All tiers, the strongest first; each holds a prefix of what the one before holds.
 
-    Each holds a prefix of what the one before holds. The share ``absent`` of the devices hold
-    nothing and take no part; they know what is popular.
+    The share ``absent`` of the devices hold nothing and take no part; they know what is popular.
     """
 
     tiers: tuple[Tier, ...]
@@ -239,8 +237,7 @@ class Federation:
     def fraction(self, tier: Tier) -> float:
         """A tier's part of the mean over the training devices, by public shares and weights.
 
-        Tiers are drawn without regard to the users, so a tier's part of a mean over users is its
-        share of it.
+        Tiers are drawn without regard to the users, so it is that of a mean over users too.
         """
         training = sum(each.share for each in self.tiers if each.weight)
         return tier.share * tier.weight / training

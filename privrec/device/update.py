@@ -33,7 +33,6 @@ class Round:
     """One attempt at one round: what runs is what is charged.
 
     Args:
-        index: counted from 0.
         attempt: 0, or more when a round had to be drawn anew.
         plan_digest: of the scenario that the devices agreed to.
         model_digests: of the weights that the devices start from, one for each band, the one that
@@ -73,7 +72,7 @@ class Protection:
 
     Args:
         encoding: clip norm and grid, and with them the sensitivity of a sum.
-        ring: in which sums are taken; the small one needs every update rotated.
+        ring: the small one needs every update rotated.
         shares: the noise that each device adds itself, or None where it adds none.
         minimums: fewest survivors of each band, the band that all devices hold first; without
             them a sum of any number of devices is taken.
@@ -117,9 +116,9 @@ class Protection:
 class Address:
     """Where the touched coefficients of each device lie in the shared vector, of its own layout.
 
-    A row of values is ``[head | memory blocks | biases]``, in the order of the vector itself.
-    No block or bias is named twice with a value other than zero. ``blocks`` are memory slots, shape
-    ``(m, k_blocks)``, or ``(1, k_blocks)`` when all name the same; ``biases`` likewise.
+    A row of values is ``[head | memory blocks | biases]``, as in the vector itself. ``blocks`` are
+    slots, ``(m, k_blocks)``, or ``(1, k_blocks)`` when all name the same; ``biases`` likewise. None
+    is named twice with a value other than zero.
     """
 
     blocks: NDArray[np.int64]
@@ -162,10 +161,9 @@ class RawUpdate:
     ) -> BoundedUpdate:
         """Clip each device's whole update to ``clip_norm`` in L2 and round it to integers.
 
-        Where the ring needs it, each band is rotated in between, and all is touched then.
-
-        Promise: each row of the result has an integer norm of at most ``encoding.bound``. An update
-        that is not finite becomes zero, so that it cannot be told from an idle device.
+        Where the ring needs it, each band is rotated in between, and all is touched then. Promise:
+        each row of the result has an integer norm of at most ``encoding.bound``. An update that is
+        not finite becomes zero, so that it cannot be told from an idle device.
 
         ``layouts`` are those of the devices' tier and those below, the strongest first; ``coins``
         decide the rounding; ``weight``, in [0, 1], is a public factor of the clipped update.
@@ -229,10 +227,7 @@ class BoundedUpdate:
     def upload(
         self, layouts: Sequence[Layout], shares: Shares | None, seeds: Sequence[bytes]
     ) -> Upload:
-        """What the one device of this update puts into the sum, with its noise where it adds any.
-
-        ``seeds`` are of this device's noise, one for each of the bands that ``layouts`` make.
-        """
+        """What one device puts into the sum, with its noise, if any, by a seed for each band."""
         integers = to_wire(self.vector(), layouts)
         return Upload(integers if shares is None else integers + shares.draw(seeds))
 
@@ -254,9 +249,8 @@ class Upload:
 class Aggregate:
     """The sum over a cohort, which is all that the server learns.
 
-    Attributes:
-        cohort: devices that took part; the operator's own knowledge, kept out of every file.
-        loss: mean training loss, known in simulation only and outside the guarantee.
+    The number of devices in the ``cohort`` is the operator's own knowledge, kept out of every file;
+    the mean training ``loss`` is known in simulation only, and outside the guarantee.
     """
 
     total: NDArray[np.int64]

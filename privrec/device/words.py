@@ -28,7 +28,7 @@ from privrec.errors import UsageError
 from privrec.models.losses import loss_of, sampled_loss
 from privrec.models.words import WordBatch, WordNetwork
 from privrec.randomness import SecretRoot
-from privrec.search.memory import ItemMemory
+from privrec.search.memory import ItemMemory, evenly
 from privrec.search.select import active_set
 
 FloatArray = NDArray[np.float32]
@@ -50,14 +50,12 @@ It is part of the scheme ``"requested"`` alone, in which the server learns what 
 class OutputBudget:
     """How wide the output layer of a device is, and which neurons it trains.
 
-    The words of the device's own data are always active. Of the rest a part is public (the most
-    common words), a part is selected by the device's hidden states, and what is left is drawn by
-    chance from all others. What is drawn by chance carries the logarithm of how many it stands for
-    in a softmax over all; every other neuron stands for itself.
+    The words of the device's own data are always active. Of the rest the share ``frequent`` is
+    public (the most common words), the share ``selected`` is selected by the device's hidden
+    states, and what is left is drawn by chance from all others. What is drawn by chance carries the
+    logarithm of how many it stands for in a softmax over all; every other neuron stands for itself.
 
-    ``words`` is the size of the vocabulary, ordered by how common the words are; ``share`` of the
-    neurons are active. Of these ``frequent`` is the share of the most common words, ``selected``
-    the one that is selected; together at most 1.
+    Of ``words``, ordered by how common they are, the part ``share`` is active.
     """
 
     words: int
@@ -96,10 +94,7 @@ class WordLearner(Learner):
     """Local training of a network over a wide output, with one set of hyper-parameters.
 
     Devices keep no private state between rounds: theirs is a zero. Without ``ask`` they select
-    neurons alone.
-
-    Raises:
-        UsageError: when the smallest piece of data may have more words than may be active.
+    neurons alone. UsageError when the smallest piece of data may have more words than are active.
     """
 
     view: ModelView[WordNetwork]
@@ -204,7 +199,7 @@ def _read(rows: Tensor, active: Items, words: Items) -> Tensor:
 
 def spread(count: int, most: int = QUERIES) -> Items:
     """Positions of an even sample."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
+    return evenly(count, min(count, most))
 
 
 class _Touched(Located):
@@ -227,5 +222,4 @@ class _Touched(Located):
 
     def change(self) -> FloatArray:
         """New blocks minus old ones, in the order of ``named``, flat."""
-        changed: FloatArray = self.blocks.detach().numpy() - self._before
-        return changed.ravel()
+        return np.ravel(self.blocks.detach().numpy() - self._before)

@@ -34,14 +34,10 @@ _SEQUENCES = 8  # at a time, so that their scores stay in a cache
 _EXAMPLES = 16  # likewise, of labels
 
 
-# ------------------------------------------------------------------------- recommenders
-
-
 def scores_with(model: LocalModel[NCF], states: FloatArray, n_items: int) -> metrics.Scores:
-    """Scores with one set of weights; the table is gathered in parts and never held.
+    """Scores of private ``states``, ``(users, user_dim)``; the table is never held as a whole.
 
-    ``states`` are private ones by user, shape ``(users, user_dim)``; of the ``n_items`` of the
-    catalogue, those that the recommender does not hold come last.
+    Of the ``n_items`` of the catalogue, those that the recommender does not hold come last.
     """
     network, dense = model.view.network, torch.from_numpy(model.dense)
 
@@ -79,8 +75,8 @@ class Evaluator:
     def own(self, weights: FloatArray, protocols: metrics.Protocols) -> tuple[Evaluation, ...]:
         """Measure the users of each tier with what their tier holds of the weights.
 
-        Those of devices that hold nothing come last: they recommend what is popular. Users of a
-        tier none of whom holds out an item have no metrics.
+        Those of devices that hold nothing come last: they recommend what is popular. A tier none of
+        whose users holds out an item has no metrics.
         """
         measured = [
             self._measured(tier, cohort, weights, protocols)
@@ -143,13 +139,10 @@ class Questions(ABC):
 
     @abstractmethod
     def ask(self, model: Any, tokens: Int64Array, table: Tensor, dense: Tensor) -> Asked:
-        """Go through one device's data, some positions at a time.
+        """Go through one device's data, some positions at a time, by the vectors of all neurons.
 
-        ``table`` has the vectors of all neurons.
-
-        Yields:
-            Hidden vectors ``(p, dim)`` of positions that count, and the neurons wanted there,
-            ``(p, most)``, filled up by -1.
+        Of positions that count it yields hidden vectors, ``(p, dim)``, and the neurons wanted
+        there, ``(p, most)``, filled up by -1.
         """
 
     @abstractmethod
@@ -216,19 +209,17 @@ class LabelQuestions(Questions):
 def predict(
     questions: Questions, model: LocalModel[Any], texts: Corpus, cuts: Sequence[int]
 ) -> Evaluation:
-    """Answer all questions of some texts or examples by all neurons' scores.
+    """Answer all questions of some texts or examples by the ``cuts`` best of all neurons.
 
-    All neurons are looked at, whatever part of them devices train. The unknown word is never
-    predicted and never counted: no keyboard could offer it. ``cuts`` are lengths of the list of
-    best neurons.
+    All are looked at, whatever part of them devices train. The unknown word is never predicted and
+    never counted: no keyboard could offer it.
     """
     words = model.view.vectors.items
     table = torch.from_numpy(model.rows(np.arange(words)))
     biases = torch.from_numpy(model.biases(np.arange(words)))
     dense = torch.from_numpy(model.dense.copy())
     most = min(max(cuts), words)
-    positions = np.zeros(texts.n_users, np.int64)
-    losses = np.zeros(texts.n_users)
+    positions, losses = np.zeros(texts.n_users, np.int64), np.zeros(texts.n_users)
     ranked = np.zeros((texts.n_users, most))
     with torch.no_grad():
         for text in range(texts.n_users):

@@ -49,9 +49,8 @@ class Evaluation:
     """Metrics of each of the ``m`` users, or texts, that were measured.
 
     Attributes:
-        values: by metric: ``hr@k`` and ``ndcg@k`` of the sampled protocol, ``full_hr@k``,
-            ``full_ndcg@k`` and ``full_recall@k`` of full ranking; of texts the sum over their
-            positions.
+        values: ``hr@k`` and ``ndcg@k`` of the sampled protocol, ``full_hr@k``, ``full_ndcg@k`` and
+            ``full_recall@k`` of full ranking; of texts the sum over their positions.
         sizes: positions of each text; None where each user counts once.
         losses: summed negative log-likelihood of each text, or None.
     """
@@ -81,8 +80,8 @@ class Evaluation:
     ) -> dict[str, tuple[float, float]]:
         """Return percentile bootstrap intervals of the means, users resampled with replacement.
 
-        They tell how much the figure depends on who was measured; the spread over training runs
-        is another matter. ``level`` is their coverage.
+        With the coverage ``level`` they tell how much depends on who was measured; the spread over
+        training runs is another matter.
         """
         if not self.users.size:
             return {}
@@ -117,17 +116,13 @@ def evaluate(
     that are items of the user; otherwise 99 distinct items, uniform among those in neither the
     user's training nor held-out items (fewer where there are not so many). Its metrics are left
     out when some user holds out several items. The negatives of a user depend on the seed and
-    that user alone, not on ``chunk`` or ``users``.
+    that user alone, not on ``chunk``, the most users scored at a time, or ``users``.
 
     Args:
-        seed: of the negatives.
         k: lengths of the list.
-        chunk: users scored at a time, at most; fewer where the catalogue is large.
-        users: positions, or None for all; those without held-out items are skipped.
+        users: positions, or None for all; those without held-out items are skipped, and DataError
+            is raised when nobody is left.
         workers: processes that score them, for the same figures.
-
-    Raises:
-        DataError: when none of the users holds out an item.
     """
     measured = holding_out(split.heldout, users)
     sampled = _Candidates(split, seed) if "sampled" in protocols and split.heldout.single else None
@@ -279,7 +274,6 @@ def _repeated(items: Int64Array) -> NDArray[np.bool_]:
 
 FEWEST = 20
 """A segment of fewer users is left out: its mean would tell of single ones."""
-
 HEAD = 0.8
 """Share of all interactions that the popular items have between them."""
 
@@ -289,9 +283,7 @@ def by_segment(evaluated: Evaluation, split: Split) -> list[dict[str, Any]]:
 
     Activity is cut at the terciles of the measured users' history lengths. An item is popular when
     it is one of the most frequent that have :data:`HEAD` of the interactions together; a user goes
-    by the first item held out.
-
-    They come from private data without noise; ``share`` is of the measured users, in two digits.
+    by the first item held out. They come from private data without noise.
     """
     if not evaluated.users.size:
         return []
@@ -326,18 +318,12 @@ def by_segment(evaluated: Evaluation, split: Split) -> list[dict[str, Any]]:
 
 EASE_USERS = 12_000
 """Most users that EASE is solved for; it needs a matrix of their square."""
-
 EASE_L2 = 300.0
 """Ridge penalty of EASE, in the middle of what its paper reports for catalogues of many sizes."""
 
 
 def check(name: str, train: Interactions, *, dim: int) -> None:
-    """Refuse a baseline that cannot be had for this many users, items or dimensions.
-
-    Raises:
-        UsageError: ``pure_svd`` when ``dim`` is not below the smaller side of the matrix, ``ease``
-            when there are more than :data:`EASE_USERS` users.
-    """
+    """Raise UsageError for a baseline that so many users, items or dimensions do not allow."""
     if name == "pure_svd" and dim >= min(train.n_users, train.n_items):
         raise UsageError(
             f"pure_svd of {dim} factors: {train.n_users} users and {train.n_items} items have no "
@@ -359,10 +345,7 @@ def scores_of(name: str, train: Interactions, *, dim: int, seed: int) -> Scores:
 
 
 def popularity_scores(train: Interactions) -> Scores:
-    """Rank items by how many users have them, equal for everybody.
-
-    Equally popular items are told apart by their position, so that ties do not decide.
-    """
+    """Rank items by how many users have them; position tells equally popular ones apart."""
     counts = train.item_counts()
     ranks = np.empty(counts.size, np.float32)
     ranks[np.argsort(counts, kind="stable")] = np.arange(counts.size)

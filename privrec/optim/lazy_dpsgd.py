@@ -271,7 +271,8 @@ class LazyDPSGD(torch.optim.Optimizer):
         layers = self._capture.layers.items()
         tables: set[Any] = {m.weight for m, layer in layers if isinstance(layer, TableLayer)}
         for group in self.param_groups:
-            is_moving = not _update(group).is_plain
+            update = _update(group)
+            is_moving = bool(update.momentum or update.weight_decay)
             for weight in tables.intersection(group["params"]):
                 memory = self.tables.get(weight)
                 if memory is not None and (memory.is_moving or not is_moving):

@@ -59,10 +59,8 @@ def pld(rounds: Composition, delta: float) -> float:
 
     Without sampling, the composition is one Gaussian mechanism, whose ε is known in closed form.
     With sampling, the losses are put on a grid from above (pessimistically), and the grid is made
-    four times finer until ε moves by less than 0.5 %.
-
-    The order of ``rounds`` does not matter. Where δ, in (0, 1), is below what double precision
-    carries, ε is that of :func:`rdp`.
+    four times finer until ε moves by less than 0.5 %. The order of ``rounds`` does not matter.
+    Where δ, in (0, 1), is below what double precision carries, ε is that of :func:`rdp`.
     """
     if all(part.everybody for part in rounds):
         return gaussian(_strength(rounds), delta)

@@ -102,12 +102,10 @@ _FEW = 64
 
 
 def discrete_gaussian(stream: SecureStream, variance: Fraction, size: int) -> NDArray[np.int32]:
-    """Independent draws of the discrete Gaussian ``N_Z(0, variance)``.
+    """Independent draws of the discrete Gaussian ``N_Z(0, variance)``, in squared integer steps.
 
     Promise: a function of the stream, the variance and the size, the same on every platform; each
     draw is within a total variation of :data:`SLACK` of ``P(x) ∝ exp(-x² / (2 variance))``.
-
-    The variance is in squared integer steps; see :func:`check_variance`.
     """
     check_variance(variance)
     (_, first), *others = _parts(variance)
@@ -244,8 +242,7 @@ class Grid:
             colluders, in the band where that is most.
         excess_removed: whether the sum always keeps the same number of shares, so that its
             variance does not tell how many devices took part.
-        small_cohort_delta: what a round adds to δ because it ends without a release when few were
-            sampled, in [0, 1).
+        small_cohort_delta: what small cohorts add to the δ of a round, in [0, 1).
     """
 
     squared_sensitivity: int
@@ -300,8 +297,7 @@ class Grid:
 class Slack:
     """How far releases are from what is accounted, added up over rounds.
 
-    ``log_ratio`` is ``K``, on every set of outcomes; ``variation`` the total variation of the
-    samplers, and ``spoiled`` the δ of small cohorts.
+    ``log_ratio`` is ``K``, ``variation`` that of the samplers, ``spoiled`` the δ of small cohorts.
     """
 
     log_ratio: float = 0.0
@@ -318,8 +314,7 @@ class Slack:
     def outer(self, epsilon: float, delta: float) -> float:
         """ε of the releases, given that of the accounted mechanism at :meth:`inner`.
 
-        Infinite when the samplers would take more of δ than :data:`SHARE_OF_DELTA`, or small
-        cohorts more than :data:`SMALL_COHORTS_SHARE`.
+        Infinite when samplers or small cohorts would take more of δ than their share.
         """
         total = epsilon + 2 * self.log_ratio
         taken = self.variation * (1 + math.exp(min(total, 700.0)))
@@ -349,8 +344,8 @@ def small_cohort_delta(
 
     ``T · P[k < n]``, summed over the bands, and ``q / (1 - q)`` times as much for ``q`` above one
     half. ``crowds`` has the devices of each band that hold it and train, and the fewest that a
-    release needs. Each takes part with the probability ``sampling_rate``, in (0, 1]; with drop-outs
-    that depend on no history, that with which it takes part and stays.
+    release needs; ``sampling_rate`` is the probability to take part and stay, in (0, 1], where
+    drop-outs depend on no history.
     """
     from scipy.special import bdtr
 

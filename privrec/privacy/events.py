@@ -19,7 +19,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, astuple, dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from privrec.errors import UsageError
 from privrec.privacy.discrete import Grid, Slack
@@ -51,8 +51,7 @@ class RoundEvent:
         noise_multiplier: standard deviation of the noise over the sensitivity of the sum; above 0,
             but 0 for ``"none"``. For shares it is that of the shares accounted for alone.
         sampling_rate: probability with which each user takes part, in (0, 1]; 1 means everybody.
-        grid: what shares are made of; with ``"discrete_gaussian"`` only. Shares that are too narrow
-            to be accounted are refused, as is every value outside its range.
+        grid: of shares alone, what they are made of; too narrow to be accounted, they are refused.
     """
 
     mechanism: Mechanism
@@ -61,25 +60,15 @@ class RoundEvent:
     grid: Grid | None = None
 
     def __post_init__(self) -> None:
-        name, noise = self.mechanism, self.noise_multiplier
+        name, noise, rate = self.mechanism, self.noise_multiplier, self.sampling_rate
+        known = get_args(Mechanism)
+        _check(name in known, f"mechanism {name!r}: it must be one of {', '.join(known)}")
         _check(
-            name in ("gaussian", "discrete_gaussian", "none"),
-            f"mechanism {name!r}: it must be 'gaussian', 'discrete_gaussian' or 'none'",
+            noise == 0 if name == "none" else 0 < noise < math.inf,
+            f"noise_multiplier {noise}: it must be above 0 and finite, but 0 with mechanism 'none'"
+            "; choose mechanism 'none' for no noise, and only then",
         )
-        _check(
-            name != "none" or noise == 0,
-            f"noise_multiplier {noise} with mechanism 'none': it must be 0; "
-            "choose another mechanism for noise",
-        )
-        _check(
-            name == "none" or (math.isfinite(noise) and noise > 0),
-            f"noise_multiplier {noise}: it must be above 0 and finite; "
-            "choose mechanism 'none' for no noise",
-        )
-        _check(
-            0 < self.sampling_rate <= 1,
-            f"sampling_rate {self.sampling_rate}: it must be above 0 and at most 1 (everybody)",
-        )
+        _check(0 < rate <= 1, f"sampling_rate {rate}: it must be above 0 and at most 1 (everybody)")
         _check(
             (name == "discrete_gaussian") == (self.grid is not None),
             f"mechanism {name!r} with grid {self.grid}: only noise in shares has one, and it must",
@@ -100,9 +89,8 @@ class RoundEvent:
     def rate_against(self, adversary: Adversary) -> float:
         """The sampling that ``adversary`` does not see through, in (0, 1].
 
-        Recipients of the model see neither the cohort nor its size; the server knows the cohort, so
-        to it sampling hides nothing. Distributed noise tells the size of the cohort by its
-        variance, also to recipients, unless the excess is removed.
+        The server knows the cohort, so to it sampling hides nothing. Recipients see neither cohort
+        nor size, but noise in shares whose excess is left in tells them the size by its variance.
         """
         check_adversary(adversary)
         shows_size = self.grid is not None and not self.grid.excess_removed
@@ -145,10 +133,7 @@ class RoundEvent:
         )
         mechanism, noise, rate = (values[name] for name in _NAMES)
         for number in (noise, rate):
-            _check(
-                isinstance(number, (int, float)) and not isinstance(number, bool),
-                f"{number!r} in a privacy event: it must be a number",
-            )
+            _check(type(number) in (int, float), f"{number!r} in a privacy event: give a number")
         grid = Grid(*(values[name] for name in _GRID_NAMES)) if distributed else None
         return cls(mechanism, float(noise), float(rate), grid)
 
@@ -168,8 +153,7 @@ def epsilon(
     Args:
         events: how often each event happened, or the events one by one.
         delta: the δ of the claim, in [1e-10, 1).
-        adversary: ``"recipients"`` of the released models, who see neither the cohorts nor their
-            sizes, or the ``"server"``, who knows every cohort.
+        adversary: see :meth:`RoundEvent.rate_against`.
         accountant: ``"pld"``, or ``"rdp"``, a cross-check that is looser.
 
     Returns:
@@ -180,10 +164,8 @@ def epsilon(
 
     check_delta(delta)
     accountants = {"pld": pld, "rdp": rdp}
-    _check(
-        accountant in accountants,
-        f"accountant {accountant!r}: it must be one of {', '.join(accountants)}",
-    )
+    known = ", ".join(accountants)
+    _check(accountant in accountants, f"accountant {accountant!r}: it must be one of {known}")
     counts = _counts(events)
     if not counts:
         return 0.0
@@ -224,12 +206,10 @@ def noise_multiplier_for(
 
     Promise: :func:`epsilon` of ``rounds`` such rounds is at most ``target_epsilon``, and with one
     unit less in the last digit it is more (unless the result is the least that is offered, 0.01).
-
     UsageError when not even a noise multiplier of a million meets it.
 
     Args:
         target_epsilon: largest ε at the end of all rounds, at least 0.0001.
-        delta: the δ of the claim, in [1e-10, 1).
         event_of: the event of a round with a noise multiplier, so that ε falls as noise grows; it
             may refuse too little noise with a ``UsageError``.
         before: what is charged before the first round, if anything; the target covers it.
@@ -268,10 +248,9 @@ def noise_multiplier_for(
 def epsilon_by_round(
     event: RoundEvent, rounds: int, delta: float, points: int, before: RoundEvent | None = None
 ) -> list[tuple[int, float, float]]:
-    """What rounds of one kind will cost, before any data is touched.
+    """Numbers of rounds, ``points`` of them from 1 to ``rounds``, with the ε that each will cost.
 
-    Numbers of rounds, ``points`` of them spread from 1 to ``rounds``, each with its ε against the
-    recipients of the models and against the server.
+    It is against the recipients of the models, and against the server.
     """
     _check(rounds >= 1, f"{rounds} rounds: there must be at least 1")
     count = max(2, min(points, rounds))
@@ -304,10 +283,8 @@ def check_delta(delta: float) -> None:
 
 def check_adversary(adversary: str) -> None:
     """Raise UsageError unless it is ``"recipients"`` or ``"server"``."""
-    _check(
-        adversary in ("recipients", "server"),
-        f"adversary {adversary!r}: it must be 'recipients' or 'server'",
-    )
+    known = adversary in get_args(Adversary)
+    _check(known, f"adversary {adversary!r}: it must be 'recipients' or 'server'")
 
 
 def _counts(events: Mapping[RoundEvent, int] | Iterable[RoundEvent]) -> dict[RoundEvent, int]:
@@ -322,9 +299,9 @@ def _counts(events: Mapping[RoundEvent, int] | Iterable[RoundEvent]) -> dict[Rou
 def _composition(counts: Mapping[RoundEvent, int], adversary: Adversary) -> Composition:
     """The rounds as the adversary sees them, in one order, so that equal collections compare so.
 
-    Outside of two bounds grids and series leave double precision, so that what is accounted costs
-    more, never less. By little noise sampling gains next to nothing, and a thousand million times
-    the sensitivity is as good as any more.
+    Outside of two bounds, where grids and series leave double precision, what is accounted costs
+    more, never less: by little noise sampling gains next to nothing, and 1e9 times the sensitivity
+    is as good as any more.
     """
     from privrec.privacy.accountant import Rounds
 

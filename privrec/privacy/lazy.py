@@ -47,7 +47,6 @@ class LazyMemory:
     Args:
         values: float, shape ``(rows, width)``, C-contiguous (UsageError otherwise), taken over and
             not copied: the caller must not keep other views of it.
-        source: what draws; :class:`Normals` from a root of the operating system when None.
         moving: whether steps have momentum or weight decay, so that rows move while they owe; it
             doubles the memory.
 
@@ -98,11 +97,9 @@ class LazyMemory:
 
         Args:
             rows: in any order; repeated ones add up.
-            gradients: of the table's type, shape ``(len(rows), width)``. Without ``update`` they
-                are added as they are.
-            variance: of the noise in each coefficient: of the gradient with ``update``, else of
-                what is added.
-            update: the step; required exactly where rows move.
+            gradients: of the table's type, shape ``(len(rows), width)``. Without ``update``, which
+                is required exactly where rows move, they are added as they are.
+            variance: of the noise in each coefficient of the gradient, or of what is added.
             which: for each row the number of its gradient, where many rows share one, as the rows
                 of a bag do; they are in order when None.
         """
@@ -114,9 +111,7 @@ class LazyMemory:
                 f"they must be {self.dtype} of shape ({count}, {self.shape[1]})"
             )
         if which is not None and (which.shape != rows.shape or which.dtype.kind not in "iu"):
-            raise UsageError(
-                f"{len(rows)} rows and the gradients of {len(which)}: name one for each row"
-            )
+            raise UsageError(f"{len(rows)} rows and gradients of {len(which)}: name one for each")
         if not isinstance(update, LinearStep | None):
             raise UsageError(
                 f"a step by {type(update).__name__}: lazy noise is exact for SGD with momentum and "
@@ -166,7 +161,10 @@ class LazyMemory:
             return
         for start in range(0, len(debtors), self._block):
             part = debtors[start : start + self._block]
-            self._settle_block(part, self._taken(part), stamps[start : start + self._block])
+            held = tuple(buffer[: len(part)] for buffer in self._held)  # they stay in the cache
+            for table, buffer in zip(self.__tables, held, strict=True):
+                np.take(table, part, axis=0, out=buffer, mode="clip")
+            self._settle_block(part, held, stamps[start : start + self._block])
 
     def settled(self, rows: Rows | None = None) -> Values:
         """A copy of some rows, or of the whole table, with all their noise."""
@@ -230,17 +228,11 @@ class LazyMemory:
             table[part] = paid
         self._stamps[part] = self.steps
 
-    def _taken(self, rows: Rows) -> tuple[Values, ...]:
-        """Copies of rows, in buffers that stay in the cache from block to block."""
-        buffers = tuple(buffer[: len(rows)] for buffer in self._held)
-        for table, buffer in zip(self.__tables, buffers, strict=True):
-            np.take(table, rows, axis=0, out=buffer, mode="clip")
-        return buffers
-
     def _move(self, values: Values, velocities: Values, stamps: NDArray[np.uint32]) -> None:
         """Let rows drift from their stamps to now, in place, with the noise of these steps."""
         at = (stamps & _STAMP).astype(np.int64)
-        drift, owed = self._drift.since(at, at - (stamps >> np.uint32(31)).astype(np.int64))
+        drift = self._drift.since(at)[0]
+        owed = self._drift.since(at - (stamps >> np.uint32(31)).astype(np.int64))[1]
         (a, b), (c, d) = drift.astype(self.dtype).transpose(1, 2, 0)[..., None]
         first, cross, rest = (each.astype(self.dtype)[:, None] for each in pending.factor(owed))
         moved = a * values + b * velocities

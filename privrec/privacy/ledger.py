@@ -62,8 +62,7 @@ class Ledger:
         public_key: the key that the signed head is checked with.
         signed: entries that the signed head covered when it was last read or written.
         header: the header's values, with what :meth:`create` added.
-        counts: how often each event was charged.
-        examples: how often each example-level event was charged; never part of ``counts``.
+        counts: how often each event was charged; ``examples`` has the example-level ones apart.
         ended: digest of the model that the run ended with, or None for one that goes on.
     """
 
@@ -96,12 +95,10 @@ class Ledger:
     ) -> Ledger:
         """Begin a ledger with its header and its first signed head, durable before this returns.
 
-        UsageError when ``path`` exists or cannot be written.
-
-        Args:
-            header: what the charges are for, as plain JSON values. Format, unit (``user``),
-                adjacency (``zero-out``) and the public key are always the ledger's own.
-            kept: where this machine keeps the last head that it signed, beside the key.
+        ``header`` says what the charges are for, as plain JSON values; format, unit (``user``),
+        adjacency (``zero-out``) and public key are always the ledger's own. This machine keeps the
+        last head that it signed in ``kept``, beside the key. UsageError when ``path`` exists or
+        cannot be written.
         """
         ledger = cls(path, signing_key, kept)
         ledger.public_key = signing_key.public_key()
@@ -137,15 +134,14 @@ class Ledger:
             signing_key: the server's; needed to :meth:`seal`.
             public_key: must have signed the head; by default that of ``signing_key``, else the one
                 that the header names (which shows damage, but no ledger replaced as a whole).
-            kept: as for :meth:`create`; the ledger must go on from that head, and no other copy of
-                it may be open for writing.
+            kept: as for :meth:`create`; the ledger must go on from that head.
             repair: whether to open for writing and repair; else it only reads, also while another
                 process writes.
 
         Raises:
             IntegrityError: when a line was altered, removed or reordered, the file is shorter than
                 its signed head says, or the head is missing or signed by another key.
-            UsageError: when the file cannot be opened, or something else has it open for writing.
+            UsageError: when it cannot be opened, or it or a copy of it is open for writing.
         """
         ledger = cls(path, signing_key, kept)
         try:
@@ -207,17 +203,14 @@ class Ledger:
         costs each example of a device in it. It is entered first, in a unit of its own, and counts
         from the charge on: what a crash left without one was never collected.
 
-        Raises:
-            IntegrityError: when the attempt was charged with other events, or skips attempts.
-            ReleaseRefused: when the charge could not be written, or the run has ended: nothing may
-                be released.
+        IntegrityError for another charge of the attempt, or a gap; ReleaseRefused when it could not
+        be written, or the run has ended: nothing may be released.
         """
         place, wanted = (round, attempt), Charge(round, attempt, event, examples)
         known, next_one = self._charges.get(place), self.attempts(round)
         if known is None and self.ended is not None:
             raise ReleaseRefused(
-                f"{self.path}: the run has ended, and nothing more is charged to it; start a new "
-                "run"
+                f"{self.path}: the run has ended, and takes no more charges; start a new run"
             )
         if known is None and (round < PREPARATION or attempt != next_one):
             raise IntegrityError(
@@ -244,8 +237,7 @@ class Ledger:
         """Say what an attempt that was charged releases, on disk before it is released.
 
         ``tag`` is a keyed hash of it (:meth:`~privrec.randomness.SecretRoot.tag`). ReleaseRefused
-        when the attempt was not charged, has another tag already (two different releases under one
-        charge), or the commit could not be written.
+        when it was not charged, or for two different releases under one charge.
         """
         known = self.committed(round, attempt)
         if known == tag:
@@ -265,15 +257,13 @@ class Ledger:
         """Say that the run is over and the digest of its last model, on disk before this returns.
 
         From here on nothing is charged. An older copy of the ledger, with the head that was signed
-        then, lacks this entry: so it shows that it is not the whole. ReleaseRefused when it ended
-        with another model, or the entry could not be written.
+        then, lacks this entry: so it shows that it is not the whole.
         """
         if self.ended == model:
             return
         if self.ended is not None:
             raise ReleaseRefused(
-                f"{self.path}: the run ended with another model; restore the directory as the run "
-                "left it"
+                f"{self.path}: the run ended with another model; restore the directory as it was"
             )
         self._append({"kind": "end", "model": model.hex()})
 
@@ -287,10 +277,7 @@ class Ledger:
         return storage.sign(kind, facts, self._key)
 
     def seal(self) -> None:
-        """Sign the number of entries and the last hash, so that a cut end shows from here on.
-
-        The head is replaced as a whole and durable before this returns, or ReleaseRefused raised.
-        """
+        """Sign the number of entries and the last hash; the head is durable before this returns."""
         head = {"format": FORMAT, "entries": self.entries, "last_hash": self.last_hash}
         record = storage.canonical(self.sign(_HEAD, head)) + b"\n"
         for place in self._heads():

@@ -60,9 +60,8 @@ def rounded_gaussian(stream: SecureStream, sigma: float, size: int) -> NDArray[n
     integer, so it is post-processing and the accounting of the Gaussian holds unchanged; a rounded
     output also has no float artefacts from which the sum could be read.
 
-    ``stream`` is of this draw alone. ``sigma`` is the standard deviation before rounding, in
-    integer steps, above 0 and at most 2^40 (UsageError outside); above 1, the variance is
-    ``sigma² + 1/12``.
+    ``stream`` is of this draw alone. ``sigma`` is the deviation before rounding, in integer steps,
+    above 0 and at most 2^40 (UsageError outside); above 1, the variance is ``sigma² + 1/12``.
     """
     if not (math.isfinite(sigma) and 0 < sigma <= LARGEST_SIGMA):
         raise UsageError(
@@ -81,12 +80,10 @@ def rounded_gaussian(stream: SecureStream, sigma: float, size: int) -> NDArray[n
 
 @dataclass(frozen=True)
 class Band:
-    """Coefficients that the same devices hold.
+    """Coefficients that the same devices hold; ``least`` is ``t``, the fewest survivors.
 
-    Attributes:
-        least: ``t``, the fewest survivors that are accepted.
-        colluders: ``c``, the devices in it that are assumed to tell the server their noise, or to
-            add none; at least 0 and below ``least``.
+    ``colluders`` is ``c``, the devices in it that are assumed to tell the server their noise, or to
+    add none; at least 0 and below ``least``.
     """
 
     size: int
@@ -115,9 +112,7 @@ class Shares:
     :meth:`share_variance`, and what is accounted of it never falls below ``σ²``.
 
     Attributes:
-        noise_multiplier: accounted standard deviation over the sensitivity, above 0.
-        squared_sensitivity: largest squared norm of one device's integers,
-            ``Encoding.squared_bound``.
+        squared_sensitivity: largest squared norm of one device's integers, ``squared_bound``.
         bands: of the whole vector, in its order; a device holds a prefix of them.
         remove_excess: whether the sum keeps ``least`` shares of each band.
     """
@@ -158,11 +153,10 @@ class Shares:
     def draw(self, seeds: Sequence[bytes]) -> NDArray[np.int32]:
         """A device's share, which it adds to its integers: int32, of the length of its prefix.
 
-        ``seeds`` has one of 32 bytes for each band that the device holds, the first bands of the
-        vector; UsageError otherwise.
+        ``seeds`` has one of 32 bytes for each band of the prefix; UsageError otherwise.
         """
-        parts = [self.draw_band(band, seed) for band, seed in enumerate(seeds)]
-        return np.concatenate(parts) if parts else np.zeros(0, np.int32)
+        parts = (self.draw_band(band, seed) for band, seed in enumerate(seeds))
+        return np.concatenate([np.zeros(0, np.int32), *parts])
 
     def draw_band(self, band: int, seed: bytes) -> NDArray[np.int32]:
         """The part of a share in one band, int32, from the seed of that band."""
@@ -179,16 +173,13 @@ class Shares:
     ) -> tuple[Device, ...]:
         """The survivors whose seed of a band is revealed: those after the fewest who signed.
 
-        A device asks this about the survivors that were confirmed to it, never about those that
-        the server names later; the server asks it about the same. They hold the band and come in
-        the order all agree on. ``signers`` are known to have confirmed, all by default: a survivor
-        that fell silent before is not known to have been there at all. Nobody is named without
+        A device asks this about the holders of the band that were confirmed to it, in the order all
+        agree on, never about those that the server names later; the server asks about the same.
+        ``signers`` are known to have confirmed, all by default. Nobody is named without
         ``remove_excess``. ReleaseRefused for fewer than the band needs, or one named twice.
         """
         if len(set(survivors)) < len(survivors):
-            raise ReleaseRefused(
-                f"band {band}: a device is named twice among its survivors; nothing is revealed"
-            )
+            raise ReleaseRefused(f"band {band}: a survivor is named twice; nothing is revealed")
         there = [n for n, d in enumerate(survivors) if signers is None or d in signers]
         last = there[self.kept(band, len(there)) - 1]
         return tuple(survivors[last + 1 :]) if self.remove_excess else ()

@@ -68,11 +68,6 @@ class LinearStep:
                 raise UsageError(f"{name} = {value}: it must be a finite number of at least 0")
 
     @property
-    def is_plain(self) -> bool:
-        """Whether a row without gradient and noise stays."""
-        return not (self.momentum or self.weight_decay)
-
-    @property
     def gain(self) -> NDArray[np.float64]:
         """``b``: what a unit of gradient does to value and velocity."""
         ahead = 1 + self.momentum if self.nesterov else 1.0
@@ -137,11 +132,8 @@ class PendingSteps:
             self._drift[both] = F @ self._drift[one]
             self._noise[both] = F @ self._noise[one] @ F.T + self._noise[two]
 
-    def since(self, drift_from: Steps, noise_from: Steps) -> tuple[Matrices, Matrices]:
-        """``F`` and ``Q`` of rows from stamps of each until now, shape ``(n, 2, 2)``."""
-        return self._between(drift_from)[0], self._between(noise_from)[1]
-
-    def _between(self, stamps: Steps) -> tuple[Matrices, Matrices]:
+    def since(self, stamps: Steps) -> tuple[Matrices, Matrices]:
+        """``F`` and ``Q`` of rows from their stamps until now, shape ``(n, 2, 2)``."""
         distinct, inverse = np.unique(stamps, return_inverse=True)
         at = distinct.astype(np.int64)
         drift = np.broadcast_to(np.eye(2), (len(at), 2, 2)).copy()
@@ -185,9 +177,8 @@ def _grown(array: NDArray[np.float64], needed: int) -> NDArray[np.float64]:
 class Normals:
     """Normal deviates in float32, added to rows of a float table.
 
-    Promise: the same root gives the same noise for the same sequence of shapes, another root
-    independent noise, and no byte of the keystream is used twice. The root is the operating
-    system's when None.
+    Promise: the same root, by default the operating system's, gives the same noise for the same
+    sequence of shapes, another independent noise, and no byte of the keystream is used twice.
     """
 
     def __init__(self, root: SecretRoot | None = None) -> None:

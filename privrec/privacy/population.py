@@ -1,18 +1,16 @@
 """The lifetime budget of a population: several runs over the same users, one limit on ε.
 
-A run knows its own ledger. What somebody learns who gets something from several runs over the same
-users is bounded by the composition of all their events, whatever the runs were for: tuning counts.
-A *population ledger* ties them together. Before a run touches any data it reserves all that it may
-charge; a reservation that would take the lifetime ε over its limit is refused. A finished run gives
-back what it did not use, and that is final: a copy of it that was restored goes on no more. What a
-crashed run reserved stays reserved.
+Whoever gets something from several runs over the same users learns what the composition of all
+their events allows, whatever the runs were for: tuning counts. A *population ledger* ties them
+together. Before a run touches any data it reserves all that it may charge; a reservation that would
+take the lifetime ε over its limit is refused. A finished run gives back what it did not use, and
+that is final: a restored copy of it goes on no more. What a crashed run reserved stays reserved.
 
-The file lies beside the secrets (``state_dir()/populations/NAME.jsonl``) and is chained like a
-run's own ledger. Its last line is the head, signed with the population's key, and it is replaced as
-a whole, so that no part of it passes for the whole. Every run keeps the head as it left it: in its
-own signed header, and with its secrets. A ledger that does not continue all of these is older than
-they are, or another one, and is refused. What this cannot show is a machine whose whole state
-folder was set back in time.
+The file lies beside the secrets (``state_dir()/populations/NAME.jsonl``), chained like a run's own
+ledger. Its last line is the head, signed with the population's key, and it is replaced as a whole,
+so that no part of it passes for the whole. Every run keeps the head as it left it: in its own
+signed header, and with its secrets. A ledger that does not continue all of these is older than they
+are, or another one, and is refused. A state folder that was set back as a whole shows nowhere.
 """
 
 from __future__ import annotations
@@ -47,9 +45,7 @@ class PopulationBalance:
         population: name of the population ledger; None, as all but ``runs``, for a run of its own.
         runs: runs over the same users before this one: of the population ledger, or, without one,
             those that this machine's store has of the same data.
-        epsilon: lifetime limit on ε, at ``delta`` and against ``against``.
-        spent: ε of all runs before this one.
-        reserved: ε with all that this run may charge.
+        epsilon: lifetime limit on ε; ``spent`` by all runs before, and ``reserved`` with this one.
         entries: of the population ledger once this run was in it; ``last_hash`` is of the last.
     """
 
@@ -75,12 +71,10 @@ class PopulationBalance:
 
 @dataclass
 class Population:
-    """A population ledger: its limit, and what its runs have set aside or charged.
+    """A population ledger: its limit, and what its ``runs`` have set aside or charged.
 
-    Attributes:
-        content: the entries as the file has them, without its head; ``hashes`` are theirs.
-        runs: events reserved or charged, by run.
-        settled: runs that have ended; what they charged is final.
+    ``content`` are the entries as the file has them, without its head, and ``hashes`` theirs. What
+    runs that are ``settled`` charged is final.
     """
 
     path: Path
@@ -150,9 +144,8 @@ def create(name: str, *, epsilon: float, delta: float, against: Adversary) -> Po
 def read(name: str) -> Population:
     """The ledger of a population as it stands.
 
-    Raises:
-        UsageError: when there is none of that name, or its key is gone.
-        IntegrityError: when it was altered, or is older than a run knows it.
+    UsageError when there is none of that name, or its key is gone; IntegrityError when it was
+    altered, or is older than a run knows it.
     """
     path = path_of(name)
     known = list(_known(name))  # before the file, since a run may be entered in between
@@ -175,13 +168,11 @@ def read(name: str) -> Population:
 
 
 def reserve(name: str, run_id: str, planned: Counts) -> PopulationBalance:
-    """Set aside all that a run may charge, or refuse the run; durable before this returns.
+    """Set aside the most that a run may charge in all; durable before this returns.
 
-    ``planned`` is the most that the run may charge in all. Called again for the same run (to resume
-    it), it sets aside the larger of both. The balance is for the run's own ledger.
-
-    Raises:
-        BudgetError: when the lifetime ε would be exceeded; nothing is reserved then.
+    Called again for the same run (to resume it), it sets aside the larger of both. The balance is
+    for the run's own ledger. BudgetError, and nothing set aside, when the lifetime ε would be
+    exceeded.
     """
     with _alone(read(name).path):
         population = read(name)
@@ -207,11 +198,7 @@ def reserve(name: str, run_id: str, planned: Counts) -> PopulationBalance:
 
 
 def settle(name: str, run_id: str, charged: Counts) -> None:
-    """Replace what a run that has ended had set aside by what it charged, once and for all.
-
-    UsageError when the run had set nothing aside; IntegrityError when it charged what it had not
-    set aside, or was settled with other charges before.
-    """
+    """Replace what a run that has ended had set aside by what it charged, once and for all."""
     with _alone(read(name).path):
         population = read(name)
         reserved = population.runs.get(run_id)
@@ -241,8 +228,8 @@ class PopulationCharge:
     def of(cls, header: Mapping[str, Any], *, ended: bool) -> PopulationCharge | None:
         """The tie that the header of a run's ledger names, or None for a run of its own.
 
-        Refused is what :func:`read` refuses, a population ledger that was set back, and, unless the
-        run's own ledger says that it has ``ended``, a run that the population knows as ended.
+        Refused is what :func:`read` refuses, and, unless the run's own ledger says that it has
+        ``ended``, a run that the population knows as ended.
         """
         balance, run_id = PopulationBalance.from_json(header["standing"]), header["run_id"]
         if balance.population is None:

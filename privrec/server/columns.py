@@ -34,8 +34,7 @@ _PUBLIC = b"output columns are hashed by functions that everybody knows"
 class ServerView:
     """Counts of what the server has seen of devices so far.
 
-    ``words`` are those of their text, and common ones, that they named; ``neurons`` those that they
-    were handed beside.
+    They named ``words``, of their text and common ones, and were handed ``neurons`` beside.
     """
 
     requests: int = 0
@@ -101,9 +100,8 @@ class Columns:
         found = np.flatnonzero(hits)
         if len(found) > wanted:
             found = np.sort(found[np.argsort(-hits[found], kind="stable")[:wanted]])
-        sight = self.sight
-        sight.requests += 1
-        sight.buckets += sum(map(len, buckets))
-        sight.words += len(named)
-        sight.neurons += len(found)
+        self.sight.requests += 1
+        self.sight.buckets += sum(map(len, buckets))
+        self.sight.words += len(named)
+        self.sight.neurons += len(found)
         return found

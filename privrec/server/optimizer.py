@@ -1,7 +1,6 @@
 """How the server turns the mean update of a round into new weights, and how its step size moves.
 
-All of it is post-processing of what was released, so none of it costs privacy. A kind of optimiser
-or schedule is a class, found by name in the scenario's kinds and in :data:`SCHEDULES`.
+All of it is post-processing of what was released, so none of it costs privacy.
 Source: Reddi et al., "Adaptive Federated Optimization" (ICLR 2021); decoupled decay after
 Loshchilov & Hutter (ICLR 2019).
 """
@@ -18,9 +17,7 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float32]
 
-Course = Callable[[int, int, int], float]
-
-SCHEDULES: dict[str, Course] = {
+SCHEDULES: dict[str, Callable[[int, int, int], float]] = {
     "constant": lambda done, left, warmup: 1.0,
     "cosine": lambda done, left, warmup: (1 + math.cos(math.pi * (done / left))) / 2,
     "linear": lambda done, left, warmup: 1 - done / left,
@@ -115,5 +112,4 @@ class FedAdam(Optimizer):
         second += np.float32(1 - self.beta2) * (update * update - second)
         unbiased = first / np.float32(1 - self.beta1 ** (index + 1))
         root = np.sqrt(second / np.float32(1 - self.beta2 ** (index + 1)))
-        ratio: FloatArray = unbiased / (root + np.float32(self.adam_eps))
-        return ratio
+        return np.asarray(unbiased / (root + np.float32(self.adam_eps)))

@@ -55,10 +55,8 @@ class Release:
 class Server:
     """The model and its optimiser; it sees sums alone.
 
-    Attributes:
-        weights: the shared vector in nested coordinates.
-        index: rounds that were applied.
-        mean: the running mean of the weights, before its correction for the start.
+    ``weights`` are the shared vector in nested coordinates, after ``index`` rounds; ``mean`` is
+    their running mean, before its correction for the start.
     """
 
     plan: RoundPlan
@@ -89,9 +87,8 @@ class Server:
         """Add the round's central noise to the integer sum, where devices did not add their own.
 
         Promise: central noise is that of the round's own event, Gaussian with standard deviation
-        ``noise_multiplier * encoding.bound`` on every coefficient, and a function of the round and
-        the sum under ``root``: the same input gets the same noise, another independent noise.
-        The sum of an empty cohort is noised too.
+        ``noise_multiplier * encoding.bound`` on every coefficient, also of an empty cohort, and a
+        function of the round and the sum under ``root``: another input gets independent noise.
         """
         total = aggregate.total
         summed = released = digest(total)
@@ -106,8 +103,7 @@ class Server:
         """Return the mean update of a released sum, turned back where updates were rotated."""
         plan, layouts = self.plan, self.plan.federation.layouts
         mean = plan.protection.encoding.decode(release.total, plan.expected_cohort)
-        rotation = plan.protection.rotation(release.round, layouts)
-        if rotation is not None:
+        if rotation := plan.protection.rotation(release.round, layouts):
             mean = from_wire(rotation.undo(to_wire(mean[None], layouts)), layouts)[0]
         return mean.astype(np.float32)
 
@@ -127,8 +123,7 @@ class Server:
 class Completion:
     """From the mean of what devices sent to the change that it asks of the whole vector.
 
-    It looks at nothing but released values and constants that were fixed before the run, so it is
-    public and costs no privacy.
+    It looks at released values and constants fixed before the run alone: it costs no privacy.
 
     Attributes:
         implicit: settings of implicit ALS (:mod:`privrec.models.losses`), where that is the loss.
@@ -147,7 +142,7 @@ class Completion:
     def complete(self, update: FloatArray, weights: FloatArray) -> None:
         """Turn the mean over the expected cohort into the change of the weights, in place.
 
-        Both are in nested coordinates. The Gram matrix of the weights moves on.
+        The Gram matrix of the weights moves on.
         """
         if self.implicit is not None:
             self._add_unobserved(update, weights, self.implicit)

@@ -167,7 +167,7 @@ def test_negatives_are_uniform_over_all_items_the_history_included():
 
 def test_a_start_does_not_depend_on_the_data():
     nothing = np.zeros(DIM + 1, np.float32)
-    one, two = (steps_of(recommender(), seed, user=nothing).user for seed in (0, 1))
+    one, two = (steps_of(recommender(), seed, user=nothing).state for seed in (0, 1))
     assert one.any()
     assert np.array_equal(one, two)
 
@@ -187,7 +187,7 @@ def test_every_coefficient_of_the_update_and_the_state_has_the_noise_of_all_step
         )  # fmt: skip
         made.run(np.zeros(0, np.int64))
         update.append(made.change())
-        states.append(made.user - start)
+        states.append(made.state - start)
     wanted = steps * (rate * 1.5 * BOUND) ** 2
     for values in (np.stack(update), np.stack(states)):
         each = (values.astype(np.float64) ** 2).mean(0) / wanted

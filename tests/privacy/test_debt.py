@@ -46,7 +46,7 @@ def test_composed_blocks_are_the_product_written_out(steps):
     for update, variance in steps:
         drift.append(update, variance)
     stamps = np.arange(len(steps) + 1)
-    drifts, noises = drift.since(stamps, stamps)
+    drifts, noises = drift.since(stamps)
     F, Q = np.eye(2), np.zeros((2, 2))
     expected = [(F, Q)]
     for update, variance in reversed(steps):
@@ -64,7 +64,7 @@ def test_the_factor_gives_the_covariance_back(steps):
     for update, variance in steps:
         drift.append(update, variance)
     stamps = np.arange(len(steps))
-    _, noise = drift.since(stamps, stamps)
+    _, noise = drift.since(stamps)
     first, cross, rest = factor(noise)
     scale = 1 + noise.max(axis=(1, 2))
     for made, wanted in (
