@@ -23,7 +23,7 @@ from privrec.report import model
 from privrec.report.derive import derive, example_figures
 from privrec.report.facts import Facts, read_facts
 from privrec.report.words import thinned
-from privrec.run.directory import kept_key
+from privrec.run.directory import BOUND, check_header, kept_key
 from privrec.run.privacy_plan import example_event, release_event
 from privrec.run.record import OUTSIDE, Record, headline_metric, metric_name, read_rounds
 from privrec.scenario.load import Scenario, load
@@ -73,7 +73,9 @@ def build(directory: Path, *, public_key: Ed25519PublicKey | None = None) -> mod
         DataError: when a file is malformed.
     """
     files = _read(directory, public_key)
-    _check_same_run(files)
+    run = {key: files.run.get(key) for key in BOUND}
+    result = {key: files.result.get(key) for key in ("run_id", "simulated")}
+    check_header(directory, files.facts.header, files.scenario, run, result)
     _check_charges(files)
     _check_claims(files)
     try:
@@ -120,27 +122,6 @@ def _json(directory: Path, name: str, absent: str) -> Mapping[str, Any]:
 
 
 # --------------------------------------------------------------------------- checks
-
-
-def _check_same_run(files: _Files) -> None:
-    scenario, header = files.scenario, files.facts.header
-    bound = ("run_id", "scenario_hash", "privacy_hash", "noise_known", "simulated")
-    said: Mapping[str, Mapping[str, Any]] = {
-        "run.json": {key: files.run.get(key) for key in bound},
-        "result.json": {key: files.result.get(key) for key in ("run_id", "simulated")},
-        "scenario.toml": {
-            "scenario_hash": scenario.hash(),
-            "privacy_hash": scenario.privacy_hash(),
-        },
-    }
-    for name, values in said.items():
-        for key, value in values.items():
-            if value != header.get(key):
-                raise IntegrityError(
-                    f"{files.directory / name}: its {key} is {value!r}, that of the signed ledger "
-                    f"is {header.get(key)!r}; the files of a directory belong to one run. Restore "
-                    "the directory as the run left it."
-                )
 
 
 def _check_charges(files: _Files) -> None:

@@ -126,12 +126,6 @@ def longest(cohort: Cohort[Any]) -> NDArray[np.int32]:
     return cohort.data.of(int(cohort.data.lengths.argmax()))
 
 
-def positions_of(cohort: Cohort[WordLearner]) -> int:
-    """Return the positions, or examples, that a device with much data trains on in a round."""
-    batch = cohort.learner.batch(longest(cohort), 0, 0)
-    return max(1, len(batch.targets(np.arange(len(batch)))))
-
-
 # --------------------------------------------------------------------------- peak memory
 
 

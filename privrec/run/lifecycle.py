@@ -30,7 +30,6 @@ from privrec.run.simulation import Simulation
 from privrec.run.task import Task, load_task
 from privrec.scenario.load import Row, Scenario, load
 
-KEPT_OF_PRIVACY = ("epsilon", "epsilon_server", "epsilon_popularity", "noise_multiplier")
 ROWS = "rows/"
 
 
@@ -113,10 +112,6 @@ def check_lifetime(population: str, scenario: Scenario, *, known: bool = False) 
 
     Where the sizes are not public before the data is read, shares of noise are taken for the
     Gaussian noise that they come near to; a run reserves what they are.
-
-    Raises:
-        UsageError: when there is no such population, or the noise is ``known`` to others.
-        BudgetError: when the lifetime limit would be exceeded.
     """
     if known:
         raise UsageError(
@@ -165,7 +160,7 @@ class SimulatedLoop(Loop):
         return self.evaluate(whole=False).summary()
 
     def evaluate(self, *, whole: bool = True) -> Evaluation:
-        """Measure the released weights, see :meth:`Task.evaluate`."""
+        """Measure the released weights; see :meth:`Task.evaluate`."""
         return self.task.evaluate(self.transport, self.server.released, whole=whole)
 
     def payload(self) -> dict[str, Any]:
@@ -263,7 +258,8 @@ def _finished(
 def _row(row: Row, payloads: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Facts of a row: of the first seed, but for metrics, which are means over all."""
     first = payloads[0]
-    privacy = {key: first["privacy"].get(key) for key in KEPT_OF_PRIVACY}
+    stated = ("epsilon", "epsilon_server", "epsilon_popularity", "noise_multiplier")
+    privacy = {key: first["privacy"].get(key) for key in stated}
     values = _measured([payload["metrics"] for payload in payloads])
     means = {key: float(np.mean(each)) for key, each in values.items()}
     facts = {"name": row.name, **row.set, **privacy, **means, **first["cost"], "tiers": []}

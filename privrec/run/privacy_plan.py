@@ -72,11 +72,8 @@ def plan_privacy(
     """Return the privacy event of each round, and how updates are protected.
 
     A target ε is calibrated to the planned rounds. ``sizes`` are the coefficients of each band and
-    ``holders`` the training devices that hold it, the band that all devices hold first.
-
-    Raises:
-        UsageError: when no noise meets the target, a band has too few devices, or a sum could wrap
-            around.
+    ``holders`` the training devices that hold it, the band that all devices hold first. A
+    UsageError says that no noise meets the target, a band has too few devices, or a sum could wrap.
     """
     privacy, rate = scenario.privacy, scenario.devices.sampling_rate
     encoding, ring = encoding_of(scenario, sum(sizes)), Ring(privacy.ring_bits)
