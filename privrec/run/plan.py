@@ -34,8 +34,13 @@ from privrec.models.losses import loss_of, packed_size
 from privrec.privacy.events import RoundEvent
 from privrec.privacy.population import PopulationBalance
 from privrec.randomness import SecretRoot, rng_for
-from privrec.run.privacy_plan import Coordinates, coordinates_of, example_event
-from privrec.run.privacy_plan import plan_privacy, tables_of
+from privrec.run.privacy_plan import (
+    Coordinates,
+    coordinates_of,
+    example_event,
+    plan_privacy,
+    tables_of,
+)
 from privrec.run.simulation import Enrolled, Simulation
 from privrec.scenario.kinds import MODELS, SERVER_OPTIMIZERS
 from privrec.scenario.load import DeviceTier, Scenario, Train
