@@ -17,9 +17,10 @@ from typing import Any
 from privrec.privacy.events import Adversary, RoundEvent, divergence, epsilon
 from privrec.privacy.ledger import Charge
 from privrec.report import model
-from privrec.report.facts import WHICH, Facts
+from privrec.report.facts import Facts
 from privrec.report.words import tables, thinned
 from privrec.run.record import REVEALED
+from privrec.run.summary import EPSILONS
 
 DELTAS = (1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.03, *(n / 10 for n in range(1, 10)))
 """The δ of the δ(ε) curve; the run's own comes on top."""
@@ -319,7 +320,7 @@ def _epsilon_curves(facts: Facts) -> Iterator[model.Curve]:
     milestones = list(_milestones(facts.charged))
     for key, name in (("epsilon", "ε, recipients"), ("epsilon_server", "ε, cohorts known")):
         points = [
-            model.Point(round=number, value=epsilon(counts, facts.delta, WHICH[key][0]))
+            model.Point(round=number, value=epsilon(counts, facts.delta, EPSILONS[key][0]))
             for number, counts in milestones
         ]
         if points:

@@ -6,7 +6,6 @@ and nowhere else.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,22 +16,16 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from privrec.errors import IntegrityError
-from privrec.privacy.events import Accountant, Adversary, RoundEvent, epsilon
+from privrec.privacy.events import RoundEvent, epsilon
 from privrec.privacy.ledger import PREPARATION, Charge, Ledger
 from privrec.report.model import Signature
 from privrec.run.plan import LedgerHeader, read_header
 from privrec.run.privacy_plan import encoding_of
+from privrec.run.record import finite
+from privrec.run.summary import EPSILONS
 from privrec.scenario.load import Scenario
 from privrec.secagg.ring import Encoding
 from privrec.storage import verified
-
-WHICH: Mapping[str, tuple[Adversary, Accountant]] = {
-    "epsilon": ("recipients", "pld"),
-    "epsilon_server": ("server", "pld"),
-    "epsilon_rdp": ("recipients", "rdp"),
-    "epsilon_server_rdp": ("server", "rdp"),
-}
-"""Every ε of a claim: its adversary and its accountant."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +78,10 @@ class Facts:
         rounds, every = len(set(attempts)), declared.scenario.run.eval_every
         unfinished = rounds - (rounds == declared.scenario.train.rounds)
         looked = (unfinished // every if every else 0) + (rounds > 0)
-        spent: dict[str, float | None] = dict.fromkeys(WHICH)
+        spent: dict[str, float | None] = dict.fromkeys(EPSILONS)
         if noisy and delta is not None and not known:
-            for name, which in WHICH.items():
-                value = epsilon(ledger.counts, float(delta), *which)
-                spent[name] = value if math.isfinite(value) else None
+            for name, which in EPSILONS.items():
+                spent[name] = finite(epsilon(ledger.counts, float(delta), *which))
         return cls(
             header=header,
             declared=declared,

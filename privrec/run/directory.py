@@ -105,10 +105,6 @@ class Identity(BaseModel):
         """The :data:`BOUND` facts."""
         return self.model_dump(include=set(BOUND))
 
-    def write(self, out: Path) -> None:
-        """Write ``run.json``."""
-        storage.write_json(out / _FILE, self.model_dump(mode="json"))
-
     def root(self, maker: str) -> SecretRoot:
         """Return the secret of one noise-maker: the injected one, the kept one, or a new one."""
         if self.unsafe_noise_key is not None:
@@ -175,7 +171,7 @@ def beginning(
     ledger = None
     try:
         with _appearing(out) as folder:
-            identity.write(folder)
+            storage.write_json(folder / _FILE, identity.model_dump(mode="json"))
             storage.replace(folder / SCENARIO, plan.scenario.to_toml().encode())
             earlier = identity.earlier_runs()  # it notes this run too, for those that come after
             standing = PopulationBalance(runs=earlier)

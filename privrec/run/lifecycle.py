@@ -48,7 +48,6 @@ def start(
     ledger and first checkpoint.
 
     Args:
-        out: the run's new directory.
         data_dir: where the data lies, before the scenario's own path.
         unsafe_noise_key: a noise root that others know, for runs that must repeat bit for bit. The
             run then protects nobody and says so.

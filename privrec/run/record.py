@@ -70,11 +70,9 @@ class Record:
 
     Attributes:
         round: counted from 1, so that the last one equals ``rounds``.
-        attempt: at this round, counted from 0.
         epsilon: spent so far against the recipients of the models; None is infinite.
         epsilon_server: the same against somebody who knows every cohort.
         loss: mean training loss of the cohort; a run that hides its cohorts has none.
-        metrics: where this round was evaluated, such as ``hr@10``.
         wall_s: seconds of this round; 0 in a run that hides its cohorts, as ``cpu_s``.
         cohort: its realised size. Never written.
     """
@@ -161,10 +159,9 @@ class Observers(Observer):
 
 
 class EventLog(Observer):
-    """``events.jsonl``: one JSON object a line, appended and handed to the system at once.
+    """``events.jsonl``, for people and plots: one JSON object a line, at once with the system.
 
-    It is for people and the report's plots; what was spent stands in the ledger. Opening one whose
-    last line was cut off by a crash drops that line.
+    Opening one whose last line was cut off by a crash drops that line.
     """
 
     def __init__(self, path: Path) -> None:

@@ -27,12 +27,13 @@ from privrec.scenario.load import Privacy, Scenario
 from privrec.server.server import Server
 
 FloatArray = NDArray[np.float32]
-_EPSILONS: dict[str, tuple[Adversary, Accountant]] = {
+EPSILONS: dict[str, tuple[Adversary, Accountant]] = {
     "epsilon": ("recipients", "pld"),
     "epsilon_server": ("server", "pld"),
     "epsilon_rdp": ("recipients", "rdp"),
     "epsilon_server_rdp": ("server", "rdp"),
 }
+"""Every ε that is told: its adversary and its accountant."""
 _COSTS = (
     "upload_bytes", "download_bytes", "device_peak_bytes", "output_neurons", "output_bytes",
     "output_multiply_adds", "selection_multiply_adds",
@@ -120,7 +121,7 @@ def _privacy(plan: Plan, server: Server, ledger: Ledger, *, known: bool) -> dict
     holds = plan.event.is_private and not known
     spent = {
         name: finite(ledger.epsilon(privacy.delta, adversary, accountant)) if holds else None
-        for name, (adversary, accountant) in _EPSILONS.items()
+        for name, (adversary, accountant) in EPSILONS.items()
     }
     before = None if known else release_event(plan.scenario)
     return {
