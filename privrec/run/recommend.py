@@ -149,8 +149,8 @@ def answer(
     query = np.append(state[:-1], np.float32(1))[: items.dim]
     if selector == "scan":
         found, scores = best(search, query, k, exclude)
-        return found, scores + state[-1]
-    budget = min(items.items, max(CANDIDATES * k, items.items // 100))
-    near = select(selector, search, query[None], budget, _own_stream(), exclude=exclude)
-    found, scores = ranked(items, query, near, k)
+    else:
+        budget = min(items.items, max(CANDIDATES * k, items.items // 100))
+        near = select(selector, search, query[None], budget, _own_stream(), exclude=exclude)
+        found, scores = ranked(items, query, near, k)
     return found, scores + state[-1]

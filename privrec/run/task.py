@@ -186,7 +186,7 @@ class Task(ABC, Generic[S]):
         cohort, vectors = devices.cohorts[tier.index], tier.model.vectors
         peak = self._peak(devices, tier, weights) if self.scenario.run.footprint else None
         return {
-            **costs.of_tier(self.plan, tier),
+            **costs.of_tier(self.plan, tier, self.columns and self.columns.sight),
             "devices": len(cohort.states),
             "items": vectors.items,
             "dim": vectors.dim,
@@ -312,13 +312,11 @@ class WideTask(Task[TextSplit]):
 
     def cost(self, devices: Simulation, tier: Tier, weights: FloatArray) -> dict[str, Any]:
         """Add what the output layer takes."""
-        facts = super().cost(devices, tier, weights)
-        if self.columns is not None:
-            facts |= costs.moved_on_request(self.plan, tier, self.columns.sight)
         cohort = devices.cohorts[tier.index]
         batch = cohort.learner.batch(costs.longest(cohort), 0, 0)
         positions = max(1, len(batch.targets(np.arange(len(batch)))))
-        return facts | costs.of_output(cohort, self.scenario, positions)
+        output = costs.of_output(cohort, self.scenario, positions)
+        return super().cost(devices, tier, weights) | output
 
     def _peak(self, devices: Simulation, tier: Tier, weights: FloatArray) -> int | None:
         if self.columns is None:
