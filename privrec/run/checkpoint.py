@@ -37,11 +37,8 @@ _KIND, _MOMENT = "checkpoint", "moments."
 class Position:
     """Where in its run a checkpoint was taken.
 
-    Attributes:
-        data_digest: of what the run trains on.
-        index: rounds that were applied.
-        ledger_hash: of the last of the ``ledger_entries`` at that moment.
-        wall_s: seconds that the run took so far, over all its sessions.
+    ``index`` counts the rounds that were applied, and ``ledger_hash`` is that of the last entry of
+    the ledger at that moment. Seconds are those of all sessions so far.
     """
 
     run_id: str

@@ -97,11 +97,8 @@ def resume(out: Path, *, data_dir: Path | None = None, observer: Observer) -> Re
     task.restore_numbers(out, identity.signing_key().public_key())
     devices, server = task.simulate(identity.root("devices")), plan.server(identity.run_id)
     position = checkpoint.restore(out, identity, server, devices.states, task.digest)
-    with (
-        directory.open_ledger(out, identity, scenario) as ledger,
-        EventLog(out / directory.EVENTS) as events,
-        one_thread(),
-    ):
+    ledger = directory.open_ledger(out, identity, scenario)
+    with ledger, EventLog(out / directory.EVENTS) as events, one_thread():
         loop = SimulatedLoop(out, plan, identity, server, devices, observer, ledger, events, task)
         return loop.run(position, resumed=True)
 

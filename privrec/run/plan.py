@@ -266,9 +266,8 @@ def learner_of(
 class LedgerHeader(BaseModel):
     """What the header of a ledger declares and no charge tells.
 
-    Attributes:
-        bands: coefficients of each band, the band that every device holds first.
-        standing: where the run's population stood when it began.
+    ``bands`` are coefficients of each, the band that every device holds first; ``standing`` is
+    where the run's population stood when it began.
     """
 
     model_config = ConfigDict(frozen=True)
