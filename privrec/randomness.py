@@ -128,13 +128,8 @@ class SecureStream:
 
     def __init__(self, key: bytes) -> None:
         self._keystream = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
-        self._left = STREAM_LIMIT
+        self.left = STREAM_LIMIT  # bytes that this stream will still give
         self._process = os.getpid()
-
-    @property
-    def left(self) -> int:
-        """Bytes that this stream will still give."""
-        return self._left
 
     def bytes(self, n: int) -> Bytes:
         """The next ``n`` bytes."""
@@ -187,16 +182,16 @@ class SecureStream:
                 f"a secure stream of process {self._process} was used after a fork, in process "
                 f"{os.getpid()}: both would draw the same bytes; open the stream after the fork"
             )
-        if n < 0 or n > self._left:
+        if n < 0 or n > self.left:
             raise ReleaseRefused(
-                f"{n} bytes of a secure stream that has {self._left} of {STREAM_LIMIT} left: one "
+                f"{n} bytes of a secure stream that has {self.left} of {STREAM_LIMIT} left: one "
                 "key gives no more; open a stream with another context for each part of the draw"
             )
         if buffer is None:
             buffer = np.empty(n + _CIPHER_TAIL, dtype=np.uint8)
         for start in range(0, n, len(_ZEROS)):
             self._keystream.update_into(_ZEROS[: n - start], buffer.data[start:])
-        self._left -= n
+        self.left -= n
         return buffer[:n]
 
 

@@ -69,10 +69,8 @@ def _write(path: Path, content: bytes, flag: int, mode: int) -> None:
 def write_secret(path: Path, secret: bytes) -> None:
     """Keep a secret in a new file that its owner alone can read, durable before this returns.
 
-    A crash leaves either the whole file (mode 0600) or none. Missing directories get mode 0700.
-
-    Raises:
-        UsageError: when ``path`` exists or its directory cannot be written.
+    A crash leaves either the whole file (mode 0600) or none. Missing directories get mode 0700, and
+    a ``path`` that exists is refused.
     """
     if path.exists():
         raise UsageError(
@@ -99,12 +97,7 @@ def write_secret(path: Path, secret: bytes) -> None:
 
 
 def read_secret(path: Path, size: int) -> bytes:
-    """The secret of ``size`` bytes that :func:`write_secret` kept at ``path``.
-
-    Raises:
-        UsageError: when the file is missing, or others than its owner may use it.
-        IntegrityError: when its content is not what was written.
-    """
+    """The secret of ``size`` bytes that :func:`write_secret` kept at ``path``."""
     try:
         mode, content = path.stat().st_mode, path.read_bytes()
     except OSError as error:
@@ -128,12 +121,7 @@ def _checksum(secret: bytes) -> bytes:
 
 
 def server_key(path: Path, *, new: bool = True) -> Ed25519PrivateKey:
-    """The signing key at ``path``; with ``new`` one is drawn and kept where there is none.
-
-    Raises:
-        UsageError: when the file is gone, cannot be kept or read, or others may use it.
-        IntegrityError: when the file is damaged.
-    """
+    """The signing key at ``path``; with ``new`` one is drawn and kept where there is none."""
     if not path.exists():
         if not new:
             raise UsageError(
@@ -171,9 +159,8 @@ def line_of(entry: Mapping[str, Any]) -> bytes:
 def linked(path: Path, line: bytes, hashes: Sequence[str]) -> dict[str, Any]:
     """The entry of a line, which is to the byte the next one after those with ``hashes``.
 
-    Raises:
-        IntegrityError: when it is not the one spelling of an entry with its own hash, or does not
-            follow the entry before; the message calls the chain ``path``.
+    Anything but the one spelling of an entry with its own hash that follows the entry before is an
+    IntegrityError; the message calls the chain ``path``.
     """
     number, entry = len(hashes) + 1, parsed(line) or {}
     try:
@@ -208,9 +195,8 @@ def verified(
 ) -> dict[str, Any]:
     """The facts of a record (None where there was no JSON object) after checking its signature.
 
-    Raises:
-        IntegrityError: when ``key``, which alone is trusted, did not sign these facts as a record
-            of this kind; the message names ``path``.
+    It is an IntegrityError when ``key``, which alone is trusted, did not sign these facts as a
+    record of this kind; the message names ``path``.
     """
     try:
         record = record or {}

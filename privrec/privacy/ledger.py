@@ -267,19 +267,19 @@ class Ledger:
             )
         self._append({"kind": "end", "model": model.hex()})
 
-    def sign(self, kind: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """A signed record of the run; UsageError without the key or when opened for reading."""
+    def seal(self) -> None:
+        """Sign the number of entries and the last hash, so that a cut end shows from here on.
+
+        The head is replaced as a whole and durable before this returns, or ReleaseRefused raised.
+        UsageError without the key, or when the ledger is open for reading only.
+        """
         if self._key is None or not self._files:
             raise UsageError(
                 f"{self.path}: sealing needs the signing key and a ledger opened for writing; "
                 "open it with signing_key and repair=True"
             )
-        return storage.sign(kind, facts, self._key)
-
-    def seal(self) -> None:
-        """Sign the number of entries and the last hash; the head is durable before this returns."""
         head = {"format": FORMAT, "entries": self.entries, "last_hash": self.last_hash}
-        record = storage.canonical(self.sign(_HEAD, head)) + b"\n"
+        record = storage.canonical(storage.sign(_HEAD, head, self._key)) + b"\n"
         for place in self._heads():
             try:
                 storage.replace(place, record, mode=0o600 if place == self._kept else 0o666)

@@ -23,7 +23,7 @@ from privrec.report import model
 from privrec.report.derive import derive
 from privrec.report.facts import Facts, read_facts
 from privrec.report.words import thinned
-from privrec.run.directory import kept_key
+from privrec.run.directory import BOUND, check_header, kept_key
 from privrec.run.privacy_plan import example_event, release_event
 from privrec.run.record import OUTSIDE, Record, headline_metric, metric_name, read_rounds
 from privrec.scenario.load import Scenario, load
@@ -81,7 +81,9 @@ def build(directory: Path, *, public_key: Ed25519PublicKey | None = None) -> mod
     rounds = read_rounds(directory / "events.jsonl")
     facts = read_facts(directory, public_key or kept_key(str(run.get("run_id", ""))))
     files = _Files(directory, run, result, scenario, rounds, facts)
-    _check_same_run(files)
+    own = {key: run.get(key) for key in BOUND}
+    told = {key: result.get(key) for key in ("run_id", "simulated")}
+    check_header(directory, facts.ledger.header, scenario, own, told)
     _check_charges(files)
     _check_claims(files)
     try:
@@ -111,25 +113,7 @@ def _json(directory: Path, name: str, absent: str) -> Mapping[str, Any]:
     return content
 
 
-def _check_same_run(files: _Files) -> None:
-    scenario, header = files.scenario, files.facts.ledger.header
-    bound = ("run_id", "scenario_hash", "privacy_hash", "noise_known", "simulated")
-    said: Mapping[str, Mapping[str, Any]] = {
-        "run.json": {key: files.run.get(key) for key in bound},
-        "result.json": {key: files.result.get(key) for key in ("run_id", "simulated")},
-        "scenario.toml": {
-            "scenario_hash": scenario.hash(),
-            "privacy_hash": scenario.privacy_hash(),
-        },
-    }
-    for name, values in said.items():
-        for key, value in values.items():
-            if value != header.get(key):
-                raise IntegrityError(
-                    f"{files.directory / name}: its {key} is {value!r}, that of the signed ledger "
-                    f"is {header.get(key)!r}; the files of a directory belong to one run. Restore "
-                    "the directory as the run left it."
-                )
+# --------------------------------------------------------------------------- checks
 
 
 def _check_charges(files: _Files) -> None:

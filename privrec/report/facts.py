@@ -6,7 +6,6 @@ and nowhere else.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from privrec.privacy.ledger import PREPARATION, Ledger
 from privrec.report.model import Signature
 from privrec.run.plan import LedgerHeader, read_header
 from privrec.run.privacy_plan import EPSILONS, encoding_of, example_figures
+from privrec.run.record import finite
 from privrec.scenario.load import Scenario
 from privrec.secagg.ring import Encoding
 from privrec.storage import verified
@@ -69,8 +69,7 @@ class Facts:
         spent: dict[str, Any] = dict.fromkeys(EPSILONS)
         if noisy and delta is not None and not known:
             for name, which in EPSILONS.items():
-                value = epsilon(ledger.counts, float(delta), *which)
-                spent[name] = value if math.isfinite(value) else None
+                spent[name] = finite(epsilon(ledger.counts, float(delta), *which))
         return cls(
             ledger=ledger,
             declared=declared,

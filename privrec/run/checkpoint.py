@@ -1,7 +1,7 @@
 """A checkpoint: everything that a run needs to go on, in one signed file of arrays.
 
-Such a file is replaced as a whole. What is in it becomes the model, or says which item a row of the
-model is, so it is signed with the key that signs the run's ledger.
+What is in such a file becomes the model, or says which item a row of the model is, so it is signed
+with the key that signs the run's ledger.
 """
 
 from __future__ import annotations
@@ -37,13 +37,8 @@ _KIND, _MOMENT = "checkpoint", "moments."
 class Position:
     """Where in its run a checkpoint was taken.
 
-    Attributes:
-        data_digest: of what the run trains on.
-        index: rounds that were applied.
-        ledger_entries: entries of the ledger at that moment.
-        ledger_hash: hash of the last of them.
-        wall_s: seconds that the run took so far, over all its sessions.
-        cpu_s: CPU seconds of its rounds so far.
+    ``index`` counts the rounds that were applied, and ``ledger_hash`` is that of the last entry of
+    the ledger at that moment. Seconds are those of all sessions so far.
     """
 
     run_id: str
@@ -92,8 +87,7 @@ def restore(
 ) -> Position:
     """Put the server and the devices' states, in place, where the checkpoint has them.
 
-    Raises:
-        IntegrityError: when it was altered, or belongs to another run or data set.
+    An IntegrityError says that it was altered, or belongs to another run or data set.
     """
     path = folder / FILE
     position, arrays = read(path, identity.signing_key().public_key())
@@ -139,11 +133,7 @@ def write_signed(
 
 
 def read_signed(path: Path, kind: str, key: Ed25519PublicKey) -> tuple[Facts, Arrays]:
-    """Return the facts and the arrays that :func:`write_signed` wrote.
-
-    Raises:
-        IntegrityError: when there is no file, or it is not what was written with this key.
-    """
+    """Return the facts and arrays of :func:`write_signed`; an IntegrityError if not its own."""
     noun = kind.split()[-1]
     try:
         with safe_open(path, framework="numpy") as file:

@@ -48,35 +48,25 @@ _CODE_BYTES = 2
 _NAME_BYTES = 4
 
 
-def of_tier(plan: Plan, tier: Tier) -> dict[str, Any]:
-    """Return what is public of a tier; its bytes up and down count no keys and masks."""
-    size = tier.layout.size
+def of_tier(plan: Plan, tier: Tier, sight: ServerView | None = None) -> dict[str, Any]:
+    """Return what is public of a tier; its bytes up and down count no keys and masks.
+
+    A device moves the whole of its prefix, touched or not. One that asks for neurons, of which the
+    server has ``sight``, moves those alone, the words that it names and bucket ids.
+    """
+    size, asked, named = tier.layout.size, 0, 0
+    if sight is not None:
+        vectors = plan.federation.tiers[0].model.vectors
+        neurons = round(plan.scenario.train.budget * vectors.items)
+        size, named = tier.layout.head + neurons * (vectors.dim + 1), neurons * _NAME_BYTES
+        all_asked = sight.words * _NAME_BYTES + sight.buckets * _CODE_BYTES
+        asked = round(all_asked / max(1, sight.requests))
     return {
         "capacity": tier.capacity,
         "share": tier.share,
         "weight": tier.weight,
-        "upload_bytes": size * plan.protection.ring.bits // 8,
-        "download_bytes": size * BYTES_A_COEFFICIENT,
-    }
-
-
-# --------------------------------------------------------------------------- wide outputs
-
-
-def moved_on_request(plan: Plan, tier: Tier, sight: ServerView) -> dict[str, int]:
-    """Return bytes up and down of a device that asks for neurons.
-
-    It moves those alone, the words that it names and bucket ids; one that selects them itself moves
-    the whole of its prefix, touched or not.
-    """
-    vectors = plan.federation.tiers[0].model.vectors
-    neurons = round(plan.scenario.train.budget * vectors.items)
-    size = tier.layout.head + neurons * (vectors.dim + 1)
-    asked = sight.words * _NAME_BYTES + sight.buckets * _CODE_BYTES
-    each = round(asked / max(1, sight.requests))
-    return {
-        "upload_bytes": size * plan.protection.ring.bits // 8 + each,
-        "download_bytes": size * BYTES_A_COEFFICIENT + neurons * _NAME_BYTES,
+        "upload_bytes": size * plan.protection.ring.bits // 8 + asked,
+        "download_bytes": size * BYTES_A_COEFFICIENT + named,
     }
 
 
@@ -124,12 +114,6 @@ def _selection(learner: WordLearner, scenario: Scenario) -> int:
 def longest(cohort: Cohort[Any]) -> NDArray[np.int32]:
     """Return the longest data of a tier's devices, as far as the tier holds it."""
     return cohort.data.of(int(cohort.data.lengths.argmax()))
-
-
-def positions_of(cohort: Cohort[WordLearner]) -> int:
-    """Return the positions, or examples, that a device with much data trains on in a round."""
-    batch = cohort.learner.batch(longest(cohort), 0, 0)
-    return max(1, len(batch.targets(np.arange(len(batch)))))
 
 
 # --------------------------------------------------------------------------- peak memory

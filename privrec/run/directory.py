@@ -6,7 +6,7 @@ import json
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -22,23 +22,25 @@ from privrec.privacy.ledger import Ledger
 from privrec.privacy.population import PopulationBalance
 from privrec.randomness import SecretRoot, state_dir
 from privrec.run.plan import Plan
+from privrec.run.privacy_plan import charges_of
 from privrec.run.record import EventLog
 from privrec.scenario.load import Scenario
 from privrec.storage import parsed, sign, verified
 
+Facts = Mapping[str, Any]
 LEDGER, EVENTS, SCENARIO = "ledger.jsonl", "events.jsonl", "scenario.toml"
 CHECKPOINT = "checkpoint.safetensors"
 _RUN_ID = r"^[A-Za-z0-9-]{1,64}$"
 _KNOWN, _KEY, _FILE = "known-", "server.key", "run.json"
 
+BOUND = ("run_id", "simulated", "scenario_hash", "privacy_hash", "noise_known")
+"""What the signed header of the ledger repeats of ``run.json``, so that nobody alters it later."""
+
 
 class Identity(BaseModel):
     """Who a run is, as ``run.json`` says it; its secrets are kept apart from its directory.
 
-    Attributes:
-        data: public facts of the data.
-        data_dir: where it lies, if here.
-        unsafe_noise_key: a noise key that others know, in hex.
+    ``data`` are public facts of the data, ``unsafe_noise_key`` is a noise key that others know.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -80,12 +82,7 @@ class Identity(BaseModel):
 
     @classmethod
     def read(cls, out: Path) -> Identity:
-        """Return who the run in ``out`` is.
-
-        Raises:
-            UsageError: when ``out`` is no run directory.
-            IntegrityError: when ``run.json`` is not what was written.
-        """
+        """Return who the run in ``out`` is."""
         path = out / _FILE
         try:
             return cls.model_validate_json(path.read_bytes())
@@ -105,14 +102,8 @@ class Identity(BaseModel):
 
     @property
     def bound(self) -> dict[str, Any]:
-        """What the signed header of the ledger repeats, so that nobody alters it afterwards."""
-        return self.model_dump(
-            include={"run_id", "simulated", "scenario_hash", "privacy_hash", "noise_known"}
-        )
-
-    def write(self, out: Path) -> None:
-        """Write ``run.json``, durable before this returns."""
-        storage.write_json(out / _FILE, self.model_dump(mode="json"))
+        """The :data:`BOUND` facts."""
+        return self.model_dump(include=set(BOUND))
 
     def root(self, maker: str) -> SecretRoot:
         """Return the secret of one noise-maker: the injected one, the kept one, or a new one."""
@@ -172,26 +163,21 @@ def beginning(
 ) -> Iterator[tuple[Path, Ledger]]:
     """Make a run's directory, which appears as a whole when the caller has put its checkpoint in.
 
-    Until then it is a hidden folder beside ``out``. When anything fails, folder and secrets are
-    gone again. Without a ``population`` that the run is tied to, the runs that this machine made
-    before on the same data are counted.
-
-    Yields:
-        The hidden folder and the run's ledger, which is open and stays so for the rounds.
-
-    Raises:
-        UsageError: when nothing can be made there.
-        BudgetError: when another run has meanwhile reserved what this one would need.
+    Yields the hidden folder beside ``out`` that it is until then, and the run's ledger, which stays
+    open for the rounds. When anything fails, folder and secrets are gone again: also when another
+    run has meanwhile reserved what this one needs of its ``population`` (BudgetError). Without a
+    population, the runs that this machine made before on the same data are counted.
     """
     ledger = None
     try:
         with _appearing(out) as folder:
-            identity.write(folder)
+            storage.write_json(folder / _FILE, identity.model_dump(mode="json"))
             storage.replace(folder / SCENARIO, plan.scenario.to_toml().encode())
             earlier = identity.earlier_runs()  # it notes this run too, for those that come after
             standing = PopulationBalance(runs=earlier)
             if population is not None:
-                standing = populations.reserve(population, identity.run_id, plan.charges)
+                charges = charges_of(plan.scenario, plan.event)
+                standing = populations.reserve(population, identity.run_id, charges)
             header = {
                 **identity.bound,
                 "delta": plan.scenario.privacy.delta,
@@ -256,31 +242,35 @@ def open_ledger(
 ) -> Ledger:
     """Return the ledger of the run in ``out``, with ``repair`` open for writing.
 
-    Raises:
-        IntegrityError: when the ledger was altered or set back, or ``run.json`` and the scenario
-            are not what its signed header declares.
-        UsageError: when it or the key that signs it is gone, or another process writes to it.
+    An IntegrityError says that it was altered or set back, or that ``run.json`` or the scenario
+    is not what its signed header declares.
     """
     path, key = out / LEDGER, identity.signing_key()
     ledger = Ledger.open(path, signing_key=key, kept=identity.kept_head(), repair=repair)
     try:
-        check_header(out, ledger, scenario, identity)
+        check_header(out, ledger.header, scenario, identity.bound)
     except BaseException:
         ledger.close()
         raise
     return ledger
 
 
-def check_header(out: Path, ledger: Ledger, scenario: Scenario, identity: Identity) -> None:
-    """Raise an IntegrityError unless the signed header declares this scenario and identity."""
+def check_header(
+    out: Path, header: Facts, scenario: Scenario, bound: Facts, result: Facts | None = None
+) -> None:
+    """Raise an IntegrityError unless the signed header declares what the files beside it say.
+
+    ``bound`` are the facts of ``run.json``, and ``result`` those of ``result.json``, if any.
+    """
     hashes = {"scenario_hash": scenario.hash(), "privacy_hash": scenario.privacy_hash()}
-    said = {"run.json": identity.bound, SCENARIO: hashes}
+    said = {_FILE: bound, "result.json": result or {}, SCENARIO: hashes}
     for name, values in said.items():
         for key, value in values.items():
-            if value != ledger.header.get(key):
+            if value != header.get(key):
                 raise IntegrityError(
                     f"{out / name}: its {key} is {value!r}, that of the signed ledger "
-                    f"{ledger.header.get(key)!r}; restore {name} as the run left it"
+                    f"{header.get(key)!r}; the files of a directory belong to one run. Restore "
+                    f"{name} as the run left it"
                 )
 
 
@@ -302,11 +292,8 @@ def read_result(out: Path, identity: Identity, scenario: Scenario) -> dict[str, 
     """Return what :func:`write_result` wrote, or None where there is still something to do.
 
     Before the signed ledger says that the run has ended, no file passes for its result, and nothing
-    is removed. A result that is not what the run signed is made again while its checkpoint is here.
-
-    Raises:
-        IntegrityError: when a file was altered, or belongs to another run.
-        UsageError: when the ledger or the key that signs it is gone.
+    is removed. A result that is not what the run signed is made again while its checkpoint is here;
+    without one, it is an IntegrityError.
     """
     with open_ledger(out, identity, scenario, repair=False) as ledger:
         if ledger.ended is None or ledger.signed < ledger.entries:

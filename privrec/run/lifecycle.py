@@ -30,7 +30,6 @@ from privrec.run.simulation import Simulation
 from privrec.run.task import Task, load_task
 from privrec.scenario.load import Row, Scenario, load
 
-KEPT_OF_PRIVACY = ("epsilon", "epsilon_server", "epsilon_popularity", "noise_multiplier")
 ROWS = "rows/"
 
 
@@ -49,7 +48,6 @@ def start(
     ledger and first checkpoint.
 
     Args:
-        out: the run's new directory.
         data_dir: where the data lies, before the scenario's own path.
         unsafe_noise_key: a noise root that others know, for runs that must repeat bit for bit. The
             run then protects nobody and says so.
@@ -105,11 +103,8 @@ def resume(
     task.restore_numbers(out, identity.signing_key().public_key())
     devices, server = task.simulate(identity.root("devices")), plan.server(identity.run_id)
     position = checkpoint.restore(out, identity, server, devices.states, task.digest)
-    with (
-        directory.open_ledger(out, identity, scenario) as ledger,
-        EventLog(out / directory.EVENTS) as events,
-        one_thread(),
-    ):
+    ledger = directory.open_ledger(out, identity, scenario)
+    with ledger, EventLog(out / directory.EVENTS) as events, one_thread():
         loop = SimulatedLoop(out, plan, identity, server, devices, observer, ledger, events, task)
         return loop.run(position, resumed=True)
 
@@ -119,10 +114,6 @@ def check_lifetime(population: str, scenario: Scenario, *, known: bool = False) 
 
     Where the sizes are not public before the data is read, shares of noise are taken for the
     Gaussian noise that they come near to; a run reserves what they are.
-
-    Raises:
-        UsageError: when there is no such population, or the noise is ``known`` to others.
-        BudgetError: when the lifetime limit would be exceeded.
     """
     if known:
         raise UsageError(
@@ -171,7 +162,7 @@ class SimulatedLoop(Loop):
         return self.evaluate(whole=False).summary()
 
     def evaluate(self, *, whole: bool = True) -> Evaluation:
-        """Measure the released weights, see :meth:`Task.evaluate`."""
+        """Measure the released weights; see :meth:`Task.evaluate`."""
         return self.task.evaluate(self.transport, self.server.released, whole=whole)
 
     def payload(self) -> dict[str, Any]:
@@ -269,7 +260,8 @@ def _finished(
 def _row(row: Row, payloads: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Facts of a row: of the first seed, but for metrics, which are means over all."""
     first = payloads[0]
-    privacy = {key: first["privacy"].get(key) for key in KEPT_OF_PRIVACY}
+    stated = ("epsilon", "epsilon_server", "epsilon_popularity", "noise_multiplier")
+    privacy = {key: first["privacy"].get(key) for key in stated}
     values = _measured([payload["metrics"] for payload in payloads])
     means = {key: float(np.mean(each)) for key, each in values.items()}
     facts = {"name": row.name, **row.set, **privacy, **means, **first["cost"], "tiers": []}

@@ -75,7 +75,7 @@ class Loop:
 
     @property
     def wall_s(self) -> float:
-        """Seconds that the run took so far, over all sessions whose rounds are kept."""
+        """Seconds of all sessions whose rounds are kept."""
         return time.perf_counter() - self.began
 
     @property
@@ -115,13 +115,9 @@ class Loop:
         return found
 
     def run(self, position: Position, *, resumed: bool = False) -> Result:
-        """Go on from ``position`` to the end, the budget or an interrupt, with a checkpoint.
+        """Go on from ``position`` to the end, or to an interrupt (Interrupted, with a checkpoint).
 
-        Raises:
-            IntegrityError: when the checkpoint was taken with another ledger.
-            Interrupted: on Ctrl-C, after a checkpoint.
-            BudgetError: when a budget ran out before the planned rounds; the run is finished as far
-                as it came.
+        Where a budget runs out before, the run is finished as far as it came; then a BudgetError.
         """
         server, ledger, rounds = self.server, self.ledger, self.plan.scenario.train.rounds
         position.check(ledger, self.out / checkpoint.FILE)
@@ -241,7 +237,6 @@ class Loop:
         self.observer.round(record)
 
     def _check_budgets(self, population: PopulationCharge | None) -> None:
-        """Refuse a round that its run, its examples or its population have no budget for."""
         plan, ledger, privacy = self.server.plan, self.ledger, self.plan.scenario.privacy
         done = self.server.index
         stopped = f"Stopped after {done} rounds; the model so far is in {self.out}"

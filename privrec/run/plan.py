@@ -7,7 +7,6 @@ computed again from the ledger alone, and whoever edits one can be held to what 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -36,7 +35,6 @@ from privrec.privacy.population import PopulationBalance
 from privrec.randomness import SecretRoot, rng_for
 from privrec.run.privacy_plan import (
     Coordinates,
-    charges_of,
     coordinates_of,
     example_event,
     plan_privacy,
@@ -62,7 +60,6 @@ class Plan:
 
     Attributes:
         items: size of the catalogue, or of the vocabulary.
-        users: enrolled devices.
         holders: training devices that hold each band, the weakest tier's band first.
         event: what each round is charged as.
     """
@@ -79,12 +76,7 @@ class Plan:
     def of(
         cls, scenario: Scenario, items: int, users: int, federation: Federation | None = None
     ) -> Plan:
-        """Plan a scenario, whose tiers may be made already.
-
-        Raises:
-            UsageError: when a sum could wrap around, no noise meets the target, a band has too few
-                devices, or the tiers do not nest in this catalogue.
-        """
+        """Plan a scenario, whose tiers may be made already; see :func:`plan_privacy`."""
         federation = federation or federation_of(scenario, items)
         shares = np.cumsum([tier.share for tier in federation.tiers])
         # As many as :func:`assign` gives each tier.
@@ -98,11 +90,6 @@ class Plan:
     def assigned(self) -> NDArray[np.int64]:
         """The tier of each user, see :func:`assign`."""
         return assign(self.users, self.federation, self.scenario.run.seed)
-
-    @property
-    def charges(self) -> Counter[RoundEvent]:
-        """All that a run of this plan charges when no round is made twice."""
-        return charges_of(self.scenario, self.event)
 
     def server(self, run_id: str) -> Server:
         """Return the server of a run at its first round; ``run_id`` names the run's draws."""
@@ -187,16 +174,11 @@ def _optimizer(train: Train) -> Optimizer:
 
 
 def federation_of(scenario: Scenario, n_items: int) -> Federation:
-    """Return the tiers that ``[devices]`` describes, over the model of ``[model]``.
-
-    Raises:
-        UsageError: when the tiers do not nest in a catalogue of so many items.
-    """
+    """Return the tiers of ``[devices]``, which must nest in a catalogue of so many items."""
     devices, tables = scenario.devices, tables_of(scenario, n_items)
     present = [tier for tier in devices.chain if tier.capacity != 0]
-    described = sorted(
-        [(_halving(scenario, tier, tables), tier) for tier in present], key=lambda pair: pair[0]
-    )
+    halved = [(_halving(scenario, tier, tables), tier) for tier in present]
+    described = sorted(halved, key=lambda pair: pair[0])
     halvings = [halving for halving, _ in described]
     if len(set(halvings)) < len(halvings):
         raise UsageError(
@@ -235,9 +217,9 @@ def _view(scenario: Scenario, chain: Coordinates, index: int) -> ModelView[Any]:
 
 
 def assign(n_users: int, federation: Federation, seed: int) -> NDArray[np.int64]:
-    """Draw the tier of each user by the seed; every tier has its share to within one device.
+    """Draw each user's tier by the seed, or the number of tiers for a device without part.
 
-    A device without part gets the number of tiers.
+    Every tier has its share to within one device.
     """
     shares = [*(tier.share for tier in federation.tiers), federation.absent]
     labels = np.searchsorted(np.rint(np.cumsum(shares) * n_users), np.arange(n_users), side="right")
@@ -264,8 +246,7 @@ def learner_of(
 ) -> Learner:
     """Return local training as ``[train]`` describes it, in a tier's memory.
 
-    ``popularity`` are public cumulative probabilities of the items, for popular negatives;
-    ``ask`` is how devices ask the server for neurons, in the scheme ``"requested"``.
+    ``popularity`` are public cumulative probabilities of the items, for popular negatives.
     """
     train, newton = scenario.train, scenario.train.server_optimizer == "newton"
     names = Settings.__dataclass_fields__.keys() & type(train).model_fields.keys()
@@ -285,10 +266,8 @@ def learner_of(
 class LedgerHeader(BaseModel):
     """What the header of a ledger declares and no charge tells.
 
-    Attributes:
-        bands: coefficients of each band, the band that every device holds first.
-        holders: training devices that hold each band.
-        standing: where the run's population stood when it began.
+    ``bands`` are coefficients of each, the band that every device holds first; ``standing`` is
+    where the run's population stood when it began.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -308,11 +287,7 @@ class LedgerHeader(BaseModel):
 
 
 def read_header(header: Mapping[str, Any], where: str) -> LedgerHeader:
-    """Read what the header of a ledger declares; errors call the ledger ``where``.
-
-    Raises:
-        IntegrityError: when the header declares nothing, or its parts contradict each other.
-    """
+    """Read what the header of a ledger declares, free of contradictions; errors name ``where``."""
     try:
         found = LedgerHeader.model_validate(dict(header))
     except (KeyError, TypeError, ValueError, ScenarioError) as error:

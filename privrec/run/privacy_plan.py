@@ -86,11 +86,8 @@ def plan_privacy(
     """Return the privacy event of each round, and how updates are protected.
 
     A target ε is calibrated to the planned rounds. ``sizes`` are the coefficients of each band and
-    ``holders`` the training devices that hold it, the band that all devices hold first.
-
-    Raises:
-        UsageError: when no noise meets the target, a band has too few devices, or a sum could wrap
-            around.
+    ``holders`` the training devices that hold it, the band that all devices hold first. A
+    UsageError says that no noise meets the target, a band has too few devices, or a sum could wrap.
     """
     privacy, rate = scenario.privacy, scenario.devices.sampling_rate
     encoding, ring = encoding_of(scenario, sum(sizes)), Ring(privacy.ring_bits)
@@ -105,7 +102,11 @@ def plan_privacy(
             Band(size, least, math.ceil(privacy.colluding_share * many))
             for size, least, many in zip(sizes, minimums, most, strict=True)
         )
-        spoiled, bound = _small_cohorts(scenario, holders, minimums), encoding.squared_bound
+        spoiled, bound = 0.0, encoding.squared_bound
+        if rate < 1:  # when everybody is sampled, there is no secrecy of sampling to spoil
+            crowds = list(zip(holders, minimums, strict=True))
+            staying = rate * (1 - scenario.devices.dropout_rate)
+            spoiled = check_small_cohorts(crowds, staying, scenario.train.rounds, privacy.delta)
         grid = grid_of(bound, bands, privacy.remove_excess, spoiled)
         event = _calibrated(scenario, lambda z: RoundEvent("discrete_gaussian", z, rate, grid))
         shares = Shares(event.noise_multiplier, bound, bands, privacy.remove_excess)
@@ -225,13 +226,3 @@ def _calibrated(scenario: Scenario, event_of: Callable[[float], RoundEvent]) -> 
             before=release_event(scenario),
         )
     return event_of(multiplier)
-
-
-def _small_cohorts(scenario: Scenario, holders: Sequence[int], minimums: Sequence[int]) -> float:
-    """What a round adds to δ because small cohorts release nothing."""
-    rate = scenario.devices.sampling_rate
-    if rate == 1:
-        return 0.0  # everybody is sampled: there is no secrecy of sampling to spoil
-    staying = rate * (1 - scenario.devices.dropout_rate)
-    crowds = list(zip(holders, minimums, strict=True))
-    return check_small_cohorts(crowds, staying, scenario.train.rounds, scenario.privacy.delta)

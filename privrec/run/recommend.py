@@ -64,8 +64,7 @@ def recommend(
     history never seen in training is served just like one that was.
 
     Args:
-        history: ids of liked items, or a file that lists them
-            (:func:`privrec.data.files.read_history`).
+        history: ids of liked items, or a file of them (:func:`privrec.data.files.read_history`).
         data_dir: where the data lies, before the place that the run remembers.
         selector: how the best are found in the memory (:mod:`privrec.search.select`): ``scan`` is
             exact; others find candidates, which are then ranked exactly. A model with a network
@@ -73,8 +72,7 @@ def recommend(
 
     Raises:
         UnknownIdError: when the data set has no such user or item.
-        UsageError: when neither or both of ``user`` and ``history`` are given, ``k`` is below 1, or
-            no selector of that name searches.
+        UsageError: when not one of ``user`` and ``history`` is given, or another value is wrong.
     """
     if (user is None) == (history is None):
         raise UsageError("recommend: give one of --user ID and --history FILE")
@@ -126,7 +124,7 @@ def _opened(run_dir: Path, data_dir: Path | None) -> tuple[Recommending, bytes |
     identity, scenario = Identity.read(run_dir), load(run_dir / directory.SCENARIO)
     key = kept_key(identity.run_id)
     with Ledger.open(run_dir / directory.LEDGER, public_key=key, repair=False) as ledger:
-        directory.check_header(run_dir, ledger, scenario, identity)
+        directory.check_header(run_dir, ledger.header, scenario, identity.bound)
     # An end that is not signed is not the run's.
     model = ledger.ended if ledger.signed == ledger.entries else None
     task = Recommending.load(scenario, data_dir or identity.data_dir)
@@ -151,8 +149,8 @@ def answer(
     query = np.append(state[:-1], np.float32(1))[: items.dim]
     if selector == "scan":
         found, scores = best(search, query, k, exclude)
-        return found, scores + state[-1]
-    budget = min(items.items, max(CANDIDATES * k, items.items // 100))
-    near = select(selector, search, query[None], budget, _own_stream(), exclude=exclude)
-    found, scores = ranked(items, query, near, k)
+    else:
+        budget = min(items.items, max(CANDIDATES * k, items.items // 100))
+        near = select(selector, search, query[None], budget, _own_stream(), exclude=exclude)
+        found, scores = ranked(items, query, near, k)
     return found, scores + state[-1]

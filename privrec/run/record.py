@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from privrec.errors import DataError, ReleaseRefused, UsageError
+from privrec.storage import parsed
 
 _LOG = logging.getLogger(__name__)
 
@@ -39,12 +40,10 @@ class RunInfo:
     Attributes:
         done: rounds finished before this start.
         noise_known: whether the noise comes from an injected root; then no ε holds.
-        budget: the largest ε allowed against the adversary ``budget_against``.
         expected_cohort: population times sampling rate; public, unlike the realised size.
         hides_cohorts: whether ε rests on nobody knowing how many were in a round. Then no observer
             shows or keeps a realised size, or anything that tells a round's duration.
-        root_lost: whether the noise root of the start is gone, so that repeated rounds get fresh
-            noise and are charged again.
+        root_lost: whether the noise root of the start is gone.
         examples: whether devices add noise that hides single examples.
     """
 
@@ -71,11 +70,9 @@ class Record:
 
     Attributes:
         round: counted from 1, so that the last one equals ``rounds``.
-        attempt: at this round, counted from 0.
         epsilon: spent so far against the recipients of the models; None is infinite.
         epsilon_server: the same against somebody who knows every cohort.
         loss: mean training loss of the cohort; a run that hides its cohorts has none.
-        metrics: where this round was evaluated, such as ``hr@10``.
         wall_s: seconds of this round; 0 in a run that hides its cohorts, as ``cpu_s``.
         cohort: its realised size. Never written.
     """
@@ -162,10 +159,9 @@ class Observers(Observer):
 
 
 class EventLog(Observer):
-    """``events.jsonl``: one JSON object a line, appended and handed to the system at once.
+    """``events.jsonl``, for people and plots: one JSON object a line, at once with the system.
 
-    It is for people and the report's plots; what was spent stands in the ledger. Opening one whose
-    last line was cut off by a crash drops that line.
+    Opening one whose last line was cut off by a crash drops that line.
     """
 
     def __init__(self, path: Path) -> None:
@@ -180,7 +176,7 @@ class EventLog(Observer):
                 f"the event holds {named[0]!r}: realised cohort sizes are never written, since ε "
                 "against recipients holds only while they are unknown. Leave the value out."
             )
-        event = _finite({"type": kind, **values})
+        event = finite({"type": kind, **values})
         self._file.write(json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
 
@@ -193,9 +189,10 @@ class EventLog(Observer):
         self._file.close()
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Return a value, or the values of an object, as JSON has it: an infinite ε is null."""
     if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
@@ -204,11 +201,7 @@ def _finite(value: Any) -> Any:
 def read_rounds(path: Path) -> list[Record]:
     """Return the rounds of a log in order; of a round written twice (after a resume) the later.
 
-    A last line cut off by a crash is left out.
-
-    Raises:
-        DataError: when the file is absent, a line other than the last is not a JSON object, or a
-            round event lacks its number.
+    A last line cut off by a crash is left out; a DataError says what else is wrong.
     """
     try:
         *whole, tail = path.read_bytes().split(b"\n")
@@ -220,11 +213,8 @@ def read_rounds(path: Path) -> list[Record]:
     names = {field.name for field in fields(Record)} - OPERATOR_ONLY
     latest: dict[int, Record] = {}
     for number, line in enumerate([*whole, tail], 1):
-        try:
-            event = json.loads(line)
-        except ValueError:
-            event = None
-        if not isinstance(event, dict):
+        event = parsed(line)
+        if event is None:
             if number > len(whole) or not line.strip():
                 continue
             raise DataError(
@@ -318,7 +308,7 @@ def spent_text(info: RunInfo, record: Record) -> str:
 def headline_metric(metrics: Mapping[str, float]) -> str | None:
     """Pick the metric to show where there is room for one: HR of the sampled protocol, else any HR.
 
-    Of next words it is the accuracy of the shortest list, of labels the precision.
+    Of next words and labels it is that of the shortest list.
     """
 
     def rank(name: str) -> tuple[bool, bool, bool, int, str]:
@@ -355,11 +345,7 @@ def duration_text(seconds: float) -> str:
 
 
 class TensorBoardSink(Observer):
-    """Scalars for TensorBoard: ε by adversary, and loss and metrics under "outside the guarantee".
-
-    Raises:
-        UsageError: when TensorBoard is not installed.
-    """
+    """Scalars for TensorBoard: ε by adversary; loss and metrics under "outside the guarantee"."""
 
     def __init__(self, directory: Path) -> None:
         module = _optional("torch.utils.tensorboard", "TensorBoard")
@@ -383,9 +369,6 @@ class MLflowSink(Observer):
     """One MLflow run: public settings as parameters, scalars by round, and how it ended.
 
     Without ``experiment`` or ``tracking_uri``, MLflow's own setting holds.
-
-    Raises:
-        UsageError: when MLflow is not installed.
     """
 
     def __init__(self, experiment: str | None = None, *, tracking_uri: str | None = None) -> None:

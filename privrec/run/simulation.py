@@ -62,7 +62,7 @@ class Enrolled:
     _books: dict[int, PrekeyBook] = field(default_factory=dict, init=False)
 
     def book(self, user: int) -> PrekeyBook:
-        """The keys of one device, made when it is first asked for."""
+        """The keys of one device."""
         if user not in self._books:
             self._books[user] = PrekeyBook(DeviceKey.derive(self.root, "user", user), self.root)
         return self._books[user]
@@ -135,7 +135,6 @@ class Plain(Summing):
         return ring.leave(ring.enter(whole))
 
     def _check_turnout(self) -> None:
-        """Refuse a round that the protocol would end without a sum."""
         quorum, bands = Graph().quorum(len(self.cohort)), range(len(self.federation.layouts))
         for stage in _EXCHANGES:
             held = [self.bands(p) for p in self.cohort if p.leaves > stage]
@@ -265,11 +264,10 @@ class Simulation:
     Attributes:
         cohorts: the devices of each tier.
         population: how many there are, those that hold nothing included.
-        enrolled: their secret, of which cohorts and batches have their own streams, and keys.
         seed: of the samples, and of cohorts where nothing is accounted.
         dropout_rate: chance of each device of a cohort to fall silent in one of the exchanges.
         engine: ``"cohort"`` trains batches; ``"device"`` trains devices one at a time.
-        secure_sum: ``"exact"`` adds integers; ``"full"`` runs the protocol, for the same sum.
+        secure_sum: see :data:`SUMMING`; both give the same sum.
         workers: processes that train for an ``"exact"`` sum, for the same bits as one; the protocol
             keeps its sessions in this one.
         deferred: noise between local steps since this object was made, which is private.
@@ -409,7 +407,7 @@ class Simulation:
     ) -> Iterator[Answers]:
         """Yield users, bounded updates and losses of ``rows`` of a tier; their states move on.
 
-        ``some`` of their batches are trained. Nobody outside a simulation sees the losses.
+        ``some`` of their batches are trained.
         """
         if not len(rows):
             return
@@ -435,8 +433,8 @@ class Simulation:
     ) -> Iterator[Answers]:
         cohort, draws = self.cohorts[tier.index], Draws.of(self.root, round, key)
         model = LocalModel(cohort.learner.view, view)
+        held = self.federation.layouts_of(tier)
         for row in rows.tolist():
-            held = self.federation.layouts_of(tier)
             owns = int(cohort.users[row]), cohort.data.of(row), tier, held
             keeps = cohort.learner, self.protection, self.root, cohort.states[row].copy()
             device = Device(*owns, *keeps)

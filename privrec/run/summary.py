@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from privrec.privacy.ledger import EXAMPLE, Ledger
 from privrec.run.directory import Identity
 from privrec.run.plan import Plan
 from privrec.run.privacy_plan import EPSILONS, example_figures, release_event
-from privrec.run.record import OUTSIDE
+from privrec.run.record import OUTSIDE, finite
 from privrec.scenario.load import Scenario
 from privrec.server.server import Server
 
@@ -43,12 +42,7 @@ def write_model(out: Path, server: Server, scenario: Scenario) -> None:
 
 
 def read_model(out: Path, federation: Federation, model: bytes | None) -> FloatArray:
-    """Return the coefficients of a finished run whose ledger ends with the digest ``model``.
-
-    Raises:
-        UsageError: when the run is not finished.
-        IntegrityError: when the model is another, or does not fit the scenario or the catalogue.
-    """
+    """Return the coefficients of a finished run whose ledger ends with the digest ``model``."""
     path, n_items = out / "model.safetensors", federation.tiers[0].model.vectors.items
     if not path.exists():
         raise UsageError(f"{out}: there is no model yet; finish the run: privrec resume {out}")
@@ -119,7 +113,7 @@ def _privacy(plan: Plan, server: Server, ledger: Ledger, *, known: bool) -> dict
     encoding = plan.protection.encoding
     holds = plan.event.is_private and not known
     spent = {
-        name: _finite(ledger.epsilon(privacy.delta, adversary, accountant)) if holds else None
+        name: finite(ledger.epsilon(privacy.delta, adversary, accountant)) if holds else None
         for name, (adversary, accountant) in EPSILONS.items()
     }
     before = None if known else release_event(plan.scenario)
@@ -128,7 +122,7 @@ def _privacy(plan: Plan, server: Server, ledger: Ledger, *, known: bool) -> dict
         "private": holds,
         **spent,
         "popularity": devices.popularity,
-        "epsilon_popularity": before and _finite(epsilon([before], privacy.delta, "server")),
+        "epsilon_popularity": before and finite(epsilon([before], privacy.delta, "server")),
         "delta": privacy.delta,
         "noise": privacy.noise,
         "noise_multiplier": plan.event.noise_multiplier,
@@ -159,11 +153,6 @@ def together(own: Sequence[Evaluation]) -> Evaluation:
     names = [name for name in own[0].values if all(name in each.values for each in own)]
     columns = {name: np.concatenate([each.values[name] for each in own]) for name in names}
     return Evaluation(users[order], {f"own_{key}": each[order] for key, each in columns.items()})
-
-
-def _finite(value: float) -> float | None:
-    """A number as JSON has it: an infinite ε is null."""
-    return value if math.isfinite(value) else None
 
 
 def _model_facts(server: Server, scenario: Scenario) -> dict[str, Any]:

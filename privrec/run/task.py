@@ -50,9 +50,7 @@ S = TypeVar("S", Split, TextSplit)
 class Task(ABC, Generic[S]):
     """One kind of learning, over the data of a scenario.
 
-    Attributes:
-        split: what devices train on, and what is held out.
-        columns: the server that hands out neurons, in the scheme ``"requested"``.
+    ``columns`` is the server that hands out neurons, in the scheme ``"requested"``.
     """
 
     scenario: Scenario
@@ -65,12 +63,7 @@ class Task(ABC, Generic[S]):
         """Read the data of a scenario; a :class:`DataError` says where it is malformed."""
 
     def check(self) -> None:
-        """Refuse, before a charge, what cannot be run or measured on this data.
-
-        Raises:
-            DataError: when nothing is held out to measure on.
-            UsageError: when the plan, a tier or a baseline cannot be had.
-        """
+        """Refuse, before a charge, what cannot be run or measured on this data."""
         for tier in self.plan.federation.tiers:
             if tier.index not in self.plan.assigned:
                 raise UsageError(
@@ -85,11 +78,7 @@ class Task(ABC, Generic[S]):
 
     @cached_property
     def plan(self) -> Plan:
-        """The scenario for data of this size, planned once.
-
-        Raises:
-            UsageError: when it cannot be run on data of this size, or another one was declared.
-        """
+        """The scenario for data of this size, planned once."""
         declared, users = self.scenario.devices.population, self.split.train.n_users
         if declared is not None and declared != users:
             raise UsageError(
@@ -153,11 +142,7 @@ class Task(ABC, Generic[S]):
         return order
 
     def restore_numbers(self, folder: Path, key: Ed25519PublicKey) -> None:
-        """Number the items as in the run in ``folder``, whose key is ``key``.
-
-        Raises:
-            IntegrityError: when the order kept there is gone, altered or not one of this catalogue.
-        """
+        """Number the items as in the run in ``folder``, whose key is ``key``."""
         if not self.is_ordered:
             return
         _, arrays = read_signed(folder / ORDER, _KIND, key)
@@ -172,7 +157,6 @@ class Task(ABC, Generic[S]):
     # ------------------------------------------------------------------ devices and figures
 
     def simulate(self, devices: SecretRoot) -> Simulation:
-        """Return the simulated devices, which draw from the secret ``devices``."""
         ask = None if self.columns is None else self.columns.ask
         return self.plan.simulate(self.split.train, devices, ask)
 
@@ -185,7 +169,7 @@ class Task(ABC, Generic[S]):
     ) -> tuple[Evaluation, ...]:
         """Measure what each tier's users get, and last those whose devices hold nothing, if any.
 
-        ``whole`` are the metrics of all with the whole memory.
+        ``whole`` is what all get with the whole memory.
         """
         return (Evaluation.nobody(),) * len(self.plan.federation.tiers)
 
@@ -201,8 +185,9 @@ class Task(ABC, Generic[S]):
         """Return what one device of a tier holds, moves and needs in a round."""
         cohort, vectors = devices.cohorts[tier.index], tier.model.vectors
         peak = self._peak(devices, tier, weights) if self.scenario.run.footprint else None
+        sight = None if self.columns is None else self.columns.sight
         return {
-            **costs.of_tier(self.plan, tier),
+            **costs.of_tier(self.plan, tier, sight),
             "devices": len(cohort.states),
             "items": vectors.items,
             "dim": vectors.dim,
@@ -328,17 +313,17 @@ class WideTask(Task[TextSplit]):
 
     def cost(self, devices: Simulation, tier: Tier, weights: FloatArray) -> dict[str, Any]:
         """Add what the output layer takes."""
-        facts = super().cost(devices, tier, weights)
-        if self.columns is not None:
-            facts |= costs.moved_on_request(self.plan, tier, self.columns.sight)
         cohort = devices.cohorts[tier.index]
-        return facts | costs.of_output(cohort, self.scenario, costs.positions_of(cohort))
+        batch = cohort.learner.batch(costs.longest(cohort), 0, 0)
+        positions = max(1, len(batch.targets(np.arange(len(batch)))))
+        output = costs.of_output(cohort, self.scenario, positions)
+        return super().cost(devices, tier, weights) | output
 
     def _peak(self, devices: Simulation, tier: Tier, weights: FloatArray) -> int | None:
-        # A device that asks for neurons holds those alone: to it, they are a whole vocabulary.
-        prefix = self.plan.federation.prefix(weights, tier)
         if self.columns is None:
             return super()._peak(devices, tier, weights)
+        # A device that asks for neurons holds those alone: to it, they are a whole vocabulary.
+        prefix = self.plan.federation.prefix(weights, tier)
         text = costs.longest(devices.cohorts[tier.index])
         neurons = round(self.scenario.train.budget * self.items)
         small = self.scenario.with_settings(
@@ -370,7 +355,7 @@ TASKS: dict[str, type[Task[Any]]] = {
 
 
 def load_task(scenario: Scenario, data_dir: Path | None) -> Task[Any]:
-    """Return the task of a scenario with its data, items in the order of the data."""
+    """Return the task of a scenario, items in the order of its data."""
     return TASKS[scenario.model.learns].load(scenario, data_dir)
 
 
