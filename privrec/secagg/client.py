@@ -228,10 +228,8 @@ class ClientSession:
     def shares(self, message: Buffer, noise: Sequence[bytes] = ()) -> bytes:
         """Answer a :class:`~privrec.secagg.roster.Call` with this device's secrets in shares.
 
-        Args:
-            noise: the seeds of this device's noise in this attempt, 32 bytes for each band that it
-                holds, if the terms take noise off again; see
-                :func:`~privrec.privacy.mechanism.noise_seeds`.
+        ``noise`` are the seeds of its noise in this attempt, 32 bytes for each band that it holds,
+        if the terms take noise off again; see :func:`~privrec.privacy.mechanism.noise_seeds`.
         """
         self._due(Stage.SHARES)
         call = Call.parse(message)
@@ -253,12 +251,9 @@ class ClientSession:
         """Answer a :class:`~privrec.secagg.messages.Deal` with this device's vector under masks.
 
         Args:
-            integers: the vector, :attr:`length` integers of any integer type; left as it is. They
-                are summed modulo ``2**ring_bits``.
+            integers: the vector, :attr:`length` integers of any integer type, or UsageError is
+                raised; left as it is. They are summed modulo ``2**ring_bits``.
             model: 32-byte digests of the bands that the device holds, as it computed them itself.
-
-        Raises:
-            UsageError: when the vector is of another length or type.
         """
         self._due(Stage.MASKED)
         round = self._called()

@@ -60,9 +60,7 @@ class ListedDevices:
     def read(cls, path: Path) -> ListedDevices:
         """A roster file: one identity a line, in hexadecimal; empty lines and ``#`` are skipped.
 
-        Raises:
-            UsageError: when the file cannot be read.
-            DataError: when a line is no key.
+        UsageError is raised for a file that cannot be read, DataError for a line that is no key.
         """
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
@@ -107,7 +105,6 @@ class Terms(Message):
     """What one attempt at one round is about; all of it is bound into every mask and signature.
 
     Attributes:
-        run: id of the run, 1 to 256 bytes.
         round: counted from 0, and so is ``attempt``.
         plan: 32-byte digest of everything else that was agreed: scenario, privacy event.
         lengths: entries that a device of each tier sends, ascending: the weakest tier's first, the

@@ -91,11 +91,10 @@ class Deposit:
 
     Attributes:
         masked_with: numbers of those that the device drew to be masked with.
-        seed_commitments: by kind of secret.
         share_commitments: holder's number to commitments to its share of each secret.
         sealed: holder's number to its sealed shares.
         pair_tags: in a sparse graph, number of one that drew the device to what it has to be told.
-        own: kind of secret to what the device itself gave in the last exchange, if it answered.
+        own: kind of secret, as in ``seed_commitments``, to what the device gave itself at the end.
         opened: dealer's number and kind of secret to the share that the device returned.
     """
 
