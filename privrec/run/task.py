@@ -186,8 +186,9 @@ class Task(ABC, Generic[S]):
         """Return what one device of a tier holds, moves and needs in a round."""
         cohort, vectors = devices.cohorts[tier.index], tier.model.vectors
         peak = self._peak(devices, tier, weights) if self.scenario.run.footprint else None
+        sight = None if self.columns is None else self.columns.sight
         return {
-            **costs.of_tier(self.plan, tier, self.columns and self.columns.sight),
+            **costs.of_tier(self.plan, tier, sight),
             "devices": len(cohort.states),
             "items": vectors.items,
             "dim": vectors.dim,
