@@ -157,6 +157,7 @@ class Task(ABC, Generic[S]):
     # ------------------------------------------------------------------ devices and figures
 
     def simulate(self, devices: SecretRoot) -> Simulation:
+        """Return the simulated devices, which draw from the secret ``devices``."""
         ask = None if self.columns is None else self.columns.ask
         return self.plan.simulate(self.split.train, devices, ask)
 
