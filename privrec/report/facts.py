@@ -89,6 +89,7 @@ class Facts:
 
     @cached_property
     def of_rounds(self) -> Counter[RoundEvent]:
+        """How often rounds were charged as each event."""
         return Counter(charge.event for charge in self.ledger.charges if charge.round >= 0)
 
     @cached_property
@@ -104,6 +105,7 @@ class Facts:
 
     @property
     def scenario(self) -> Scenario:
+        """The scenario that the signed header declares."""
         return self.declared.scenario
 
     @cached_property

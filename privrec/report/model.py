@@ -475,9 +475,11 @@ class Report(Part):
         return self
 
     def adversary(self, name: Against) -> Adversary:
+        """The guarantee against one adversary."""
         return next(each for each in self.privacy.adversaries if each.name == name)
 
     def metric(self, key: str) -> Metric | None:
+        """A metric by its key, if it was measured."""
         return next((metric for metric in self.accuracy.metrics if metric.key == key), None)
 
 

@@ -73,6 +73,7 @@ class Plot:
 
     @property
     def wide(self) -> bool:
+        """Whether the picture takes the page's whole width."""
         return self.size == WIDE
 
 

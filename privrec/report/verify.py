@@ -56,6 +56,7 @@ class Verdict:
     word: Sequence[OperatorsWord] = ()
 
     def refute(self, where: str, reason: str) -> None:
+        """Note that something does not match."""
         self.mismatches.append(Mismatch(where, reason))
 
     @property
@@ -64,6 +65,7 @@ class Verdict:
         return not self.mismatches
 
     def to_json(self) -> dict[str, Any]:
+        """The verdict as an object of JSON."""
         return {
             "holds": self.holds,
             "anchored": self.anchored,

@@ -84,17 +84,17 @@ def test_a_device_that_has_enough_draws_no_further_tables(
     items: ItemMemory, queries: np.ndarray
 ) -> None:
     source = stream("budget")
-    before = source._left
+    before = source.left
     steps = serial(items, queries, "simhash", Shape(4, 50), source)
     next(steps)
-    one_pass = before - source._left
+    one_pass = before - source.left
     assert 0 < one_pass < before - _left_after_all(items, queries) == one_pass * 50 / 8
 
 
 def _left_after_all(items: ItemMemory, queries: np.ndarray) -> int:
     source = stream("budget")
     list(serial(items, queries, "simhash", Shape(4, 50), source))
-    return source._left
+    return source.left
 
 
 def test_lists_are_the_buckets_of_each_query(items: ItemMemory) -> None:
