@@ -130,9 +130,10 @@ class Plain(Summing):
         self._sum, self._has_noise = np.sum(parts, axis=0), True
 
     def total(self) -> Integers:
-        whole = self._sum if self._has_noise else self.part(0, 1)
+        if not self._has_noise:
+            self.gather([self.part(0, 1)])
         ring = self.protection.ring
-        return ring.leave(ring.enter(whole))
+        return ring.leave(ring.enter(self._sum))
 
     def _check_turnout(self) -> None:
         quorum, bands = Graph().quorum(len(self.cohort)), range(len(self.federation.layouts))

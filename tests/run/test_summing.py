@@ -25,7 +25,14 @@ from privrec.privacy.mechanism import Shares
 from privrec.randomness import SecretRoot
 from privrec.run import lifecycle
 from privrec.run.record import Observer
-from privrec.run.simulation import SUMMING, Enrolled, Plain, Secure, Simulation
+from privrec.run.simulation import (
+    SUMMING,
+    Enrolled,
+    Participant,
+    Plain,
+    Secure,
+    Simulation,
+)
 from privrec.scenario.load import Scenario
 from privrec.secagg.client import ClientSession
 from privrec.secagg.messages import Stage
@@ -208,6 +215,27 @@ def test_the_noise_of_each_band_is_as_accounted(removed: bool) -> None:
         assert not fits(mine, variance * 1.21)
         assert stats.kstest(mine / np.sqrt(variance), "norm").pvalue > LEVEL
     assert start == len(noise)
+
+
+def test_noise_is_in_a_sum_once_however_often_it_is_read_and_by_how_many_made() -> None:
+    parts = parts_of(TIERS)
+    simulation, round = parts.simulation, parts.server.next_round(0)
+    cohort = [
+        Participant(user, tier)
+        for tier, held in zip(simulation.federation.tiers, simulation.cohorts, strict=True)
+        for user in held.users.tolist()
+    ]
+
+    def made() -> Plain:
+        protection, enrolled = simulation.protection, simulation.enrolled
+        return Plain(round, simulation.federation, protection, cohort, enrolled)
+
+    whole, shared = made(), made()
+    first = whole.total()
+    assert first.any()
+    assert (whole.total() == first).all()
+    shared.gather([made().part(number, 3) for number in range(3)])
+    assert (shared.total() == first).all()
 
 
 def test_noise_is_another_one_in_each_attempt_and_under_each_root() -> None:
