@@ -187,17 +187,21 @@ def methods() -> Iterator[tuple[Path, ast.ClassDef, Function]]:
                         yield path, owner, method
 
 
-def declared(owner: ast.ClassDef) -> set[str]:
-    """Methods that a class's documented ancestors in the package say everything about."""
-    classes = {
+@cache
+def classes() -> dict[str, ast.ClassDef]:
+    return {
         node.name: node
         for tree in sources().values()
         for node in ast.walk(tree)
         if isinstance(node, ast.ClassDef)
     }
+
+
+def declared(owner: ast.ClassDef) -> set[str]:
+    """Methods that a class's documented ancestors in the package say everything about."""
     found, bases = set[str](), [dotted(base).split(".")[-1] for base in bases_of(owner)]
     while bases:
-        if base := classes.get(bases.pop()):
+        if base := classes().get(bases.pop()):
             found |= {method.name for method in public_members(base) if ast.get_docstring(method)}
             bases += [dotted(each).split(".")[-1] for each in bases_of(base)]
     return found

@@ -156,7 +156,7 @@ def test_both_agree_on_many_rounds_with_heavy_drop_outs() -> None:
     changes = (TIERS, "devices.dropout_rate=0.3", "privacy.least_survivors=0.45")
     exact, full = (parts_of(*changes, f"run.secure_sum={name}") for name in ("exact", "full"))
     outcomes = Counter()
-    for attempt in range(24):
+    for attempt in range(14):
         try:
             found = collected(exact, attempt).total
         except ReleaseRefused:
