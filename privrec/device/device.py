@@ -98,6 +98,7 @@ class Settings:
     serve_negatives: int = 0
     unobserved_weight: float = 0.0
     item_l2: float = 0.0
+    rank_power: float = 0.0
     selector: str = EACH
     budget: float = 0.01
     selected: float = 0.5

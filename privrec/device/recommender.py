@@ -45,6 +45,7 @@ SHARED_SAMPLES_IN_BATCH = 65536
 COEFFICIENTS_IN_BATCH = 1 << 20
 """Coefficients of the updates made at once where every device's update has noise everywhere."""
 
+_HEAD = 100  # ranks up to which items are about equally popular
 _RIDGE = 1e-4  # keeps the Newton system of a device with few samples solvable
 
 
@@ -192,6 +193,10 @@ class _Local:
         logs = None if batch.weights is None else torch.from_numpy(batch.weights)
         self._samples = Samples(torch.from_numpy(batch.valid), batch.positives, logs)
         self._first = None if batch.first is None else torch.from_numpy(batch.first)
+        self._ranked: Tensor | None = None
+        if settings.rank_power:
+            ranked = (1 + batch.items / _HEAD) ** settings.rank_power
+            self._ranked = torch.from_numpy(ranked.astype(np.float32))
         self._vectors = _Touched(view.vectors, model.memory, batch)
         self._biases: _Touched | None = None
         if view.biases is not None:
@@ -240,6 +245,8 @@ class _Local:
             scored, (losses, gradient, _) = self._graded(user)
             if step == 0:
                 first = losses / self._samples.valid.sum(1).clamp_min(1)
+            if self._ranked is not None:
+                gradient = gradient * self._ranked
             if self._first is not None:
                 # Equal items together, so that each changes once.
                 gradient = torch.zeros_like(gradient).scatter_add_(1, self._first, gradient)

@@ -37,16 +37,21 @@ _EXAMPLES = 16  # likewise, of labels
 def scores_with(model: LocalModel[NCF], states: FloatArray, n_items: int) -> metrics.Scores:
     """Scores of private ``states``, ``(users, user_dim)``; the table is never held as a whole.
 
-    Of the ``n_items`` of the catalogue, those that the recommender does not hold come last.
+    A device that holds only the most popular of the ``n_items`` scores the others by their rank: on
+    the line through a user's own scores over the logarithm of the rank, which never rises.
     """
     network, dense = model.view.network, torch.from_numpy(model.dense)
+    held, ranks = model.view.vectors.items, np.log1p(np.arange(n_items, dtype=np.float32))
+    fit = np.linalg.pinv(np.stack((np.ones(held, np.float32), ranks[:held]), axis=1))
 
     def full(users: NDArray[np.integer]) -> FloatArray:
         own = torch.from_numpy(states[users])
-        scores = np.full((len(users), n_items), -np.inf, np.float32)
+        scores = np.empty((len(users), n_items), np.float32)
         for items in model.view.vectors.in_parts(_ITEMS_AT_ONCE):
             ranked = network.rank(own, torch.from_numpy(model.rows(items)), dense)
             scores[:, items] = ranked.numpy() + model.biases(items)
+        level, slope = (scores[:, :held] @ fit.T).T[:, :, None]
+        scores[:, held:] = level + np.minimum(slope, 0) * ranks[held:]
         return scores
 
     return metrics.by_users(full)

@@ -508,7 +508,29 @@ class Sampled(Section):
     """The same in the fit of a user vector from nothing."""
 
 
-class FullSoftmax(Section):
+class _Ranked(Section):
+    """A softmax, under which popular items would take most of a bounded update."""
+
+    rank_power: float = setting(0.0, "[0, 1]")
+    """With `nesting = "rows"`: the gradient of the item of rank r is multiplied by
+    (1 + r / 100)^this before the update is clipped, for rarer items to have their part of it.
+    """
+
+    @classmethod
+    def conflicts(cls, values: Values) -> Iterator[Problem]:
+        """Ranks are those of an order that everybody knows."""
+        order = values["devices.nesting"] or ("rows" if values["devices.popularity"] else "fold")
+        learns = MODELS[values["model.kind"]].config.learns
+        if values["train.rank_power"] and (order != "rows" or learns != "interactions"):
+            rule = "items have a rank in a recommender whose rows are in the order of popularity"
+            yield "train.rank_power", rule, 'set devices.popularity = "released", or remove it'
+
+
+class Softmax(_Ranked, Sampled):
+    """Softmax over a positive and sampled negatives."""
+
+
+class FullSoftmax(_Ranked):
     """Softmax over all items; samples nothing."""
 
 
@@ -532,7 +554,7 @@ class ImplicitALS(Section):
 for _name, _config, _meaning in (
     ("bce", Sampled, "Binary cross-entropy."),
     ("bpr", Sampled, "Bayesian personalised ranking."),
-    ("softmax", Sampled, "Softmax over a positive and sampled negatives."),
+    ("softmax", Softmax, ""),
     ("full_softmax", FullSoftmax, ""),
     ("ials", ImplicitALS, ""),
 ):

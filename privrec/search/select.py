@@ -89,10 +89,12 @@ def tables(family: Family, request: Request) -> Items:
     """Choose by hash tables of one family, one after another, until the budget is filled."""
     items, budget = request.search.items, request.budget
     shape = own_shape(items.items, budget, request.stream, items.table.block)
+    excluded = np.zeros(items.items, np.bool_)
+    excluded[request.without] = True
     found: list[Items] = []
     size = 0
     for new in serial(items, request.queries, family, shape, request.stream):
-        fresh = np.setdiff1d(new, request.without, assume_unique=True)
+        fresh = new[~excluded[new]]
         if size + len(fresh) > budget:
             # The last table gives what is wanting, evenly over the catalogue.
             fresh = fresh[evenly(len(fresh), budget - size)]
