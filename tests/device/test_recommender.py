@@ -278,3 +278,22 @@ def test_a_gram_matrix_of_items_is_computed_once_for_all_devices(lab, vector, mo
     for loss in ("bce", "bpr", "softmax", "full_softmax"):
         lab(loss=loss).alone(3)
     assert not counted
+
+
+@pytest.mark.parametrize("loss", ["softmax", "full_softmax"])
+def test_a_rank_weighs_the_gradient_of_its_item_and_nothing_else(double_lab, vector, loss) -> None:
+    """Items named twice, as positive or negative, count once; the private state is as ever."""
+    here = double_lab("gmf", 1.0, loss=loss, local_steps=1)
+    weighted = replace(here.learner, settings=replace(here.learner.settings, rank_power=0.5))
+    plain, ranked = here.alone(3), replace(here, learner=weighted).alone(3)
+    np.testing.assert_array_equal(plain.states, ranked.states)
+    view, items = here.learner.view, np.arange(here.learner.view.vectors.items)
+    rows = []
+    for trained in (plain, ranked):
+        change, layout = vector(trained.update), view.layout
+        vectors = view.vectors.gather(layout.memory_of(change), items)
+        biases = view.biases.gather(layout.biases_of(change)[:, None], items)
+        rows.append(np.concatenate((vectors, biases), axis=1))
+    assert np.abs(rows[0]).max() > 1e-3
+    expected = rows[0] * np.sqrt(1 + items / 100)[:, None]
+    np.testing.assert_allclose(rows[1], expected, rtol=1e-6, atol=1e-9)

@@ -277,3 +277,21 @@ def test_a_scan_is_what_scoring_the_whole_catalogue_gives(
         scores[history] = -np.inf
         np.testing.assert_array_equal(items, np.argsort(-scores, kind="stable")[:10])
         np.testing.assert_allclose(values, scores[items], rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_device_does_not_hold_is_on_the_line_of_its_own_scores() -> None:
+    """Scores that fall, or rise, with the logarithm of the rank go on falling, or stay level."""
+    federation = federation_of(Scenario.from_toml(SCENARIO), 40)
+    view = federation.tiers[0].model
+    model = LocalModel(view, np.zeros(view.layout.size, np.float32))
+    items, states = np.arange(40), np.zeros((2, view.network.user_dim), np.float32)
+    states[:, 0] = 2, -1
+    rows = np.zeros((40, view.vectors.dim), np.float32)
+    rows[:, 0] = 3 - np.log1p(items)
+    view.vectors.scatter_add(model.memory, items, rows)
+    found = scores_with(model, states, 100)(np.arange(2), None)
+    ranks = np.log1p(np.arange(100))
+    np.testing.assert_allclose(found[0], 6 - 2 * ranks, atol=1e-4)
+    np.testing.assert_allclose(found[1, :40], ranks[:40] - 3, atol=1e-4)
+    np.testing.assert_allclose(found[1, 40:], -3, atol=1e-4)
+    np.testing.assert_array_equal(scores_with(model, states, 40)(np.arange(2), None), found[:, :40])
