@@ -88,7 +88,8 @@ class RecommenderLearner(Learner):
             if popularity is not None and len(popularity) > n_items:
                 popularity = popularity[:n_items] / popularity[n_items - 1]
             budget = NegativeBudget(n_items, size, settings.selector, settings.selected, popularity)
-        return Sampler(n_items, negatives, settings.max_samples, loss.whole_catalogue, budget)
+        whole = loss.whole_catalogue and budget is None
+        return Sampler(n_items, negatives, settings.max_samples, whole, budget)
 
     def held(self, data: Histories) -> Histories:
         """Histories less the items that the tier does not hold."""

@@ -136,7 +136,7 @@ class Loss:
         grade: scores and samples to the summed loss, its gradient and curvature, see this module.
         damped: whether its curvature can grow along a step, so that a whole Newton step may
             overshoot. That of the others bounds the loss everywhere.
-        whole_catalogue: whether it looks at every item instead of sampled ones.
+        whole_catalogue: whether it looks at every item where no budget of negatives is given.
         implicit: whether it has a part over all items that is never sampled, see this module.
     """
 
@@ -196,8 +196,18 @@ def sampled_softmax(scores: Tensor, samples: Samples) -> Graded:
 
 
 def full_softmax(scores: Tensor, samples: Samples) -> Graded:
-    """Softmax over the whole catalogue: nothing is sampled, so nothing is lost to sampling."""
+    """Softmax over the whole catalogue, positives included: its gradient is a residual.
+
+    Of a sample, positives stand for themselves and negatives for as many as their weights say, as
+    in :func:`sampled_softmax`. What is predicted already has next to no gradient there, so a clipped
+    update has more room for the rest than under the sampled softmax, whose positives are not
+    weighed against each other.
+    """
     history = samples.valid
+    if samples.positives:
+        left = torch.where(history > 0, 0.0, -1e4)  # a device without samples stays finite
+        scores = scores + (left if samples.weights is None else left + samples.weights)
+        history = history * (torch.arange(history.shape[1]) < samples.positives)
     count = history.sum(1, keepdim=True)
     logs = torch.log_softmax(scores, dim=1)
     expected = torch.exp(logs).mul_(count)

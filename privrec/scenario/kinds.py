@@ -444,6 +444,9 @@ class WideOutput(Section):
             rule = "a sampled softmax chooses its neurons, common words as a share of the budget"
             remedy = 'set train.selector = "uniform" (and train.frequent), or loss = "full_softmax"'
             yield "train.selector", rule, remedy
+        if values["train.loss"] == "full_softmax" and values["train.selector"] != "each":
+            rule = "all neurons are active under the full softmax"
+            yield "train.selector", rule, 'remove it, or set train.loss = "softmax"'
         if (selected := values.get("train.selected", 0.0)) + values["train.frequent"] > 1:
             rule = f"with train.selected = {selected} it is more than the budget"
             yield "train.frequent", rule, "lower one of them"
@@ -531,7 +534,7 @@ class Softmax(_Ranked, Sampled):
 
 
 class FullSoftmax(_Ranked):
-    """Softmax over all items; samples nothing."""
+    """Softmax over all items; of a budget of negatives, an estimate of it."""
 
 
 class ImplicitALS(Section):
@@ -572,7 +575,7 @@ class Budgeted(Section):
     """A budget that all positives of a device share, drawn by chance."""
 
     needs: ClassVar[tuple[Need, ...]] = (
-        Need("train.loss", ("softmax",), "a shared budget is a sample of a softmax"),
+        Need("train.loss", ("softmax", "full_softmax"), "a shared budget is a sample of a softmax"),
     )
 
     budget: float = setting(0.01, "(0, 1] share of the catalogue")

@@ -275,3 +275,20 @@ def test_serving_has_batches_of_its_own_size(lab: Callable[..., Any]) -> None:
     widths = here.learner.serving.sampler.width(here.cohort.data.lengths)
     np.testing.assert_array_equal(widths, here.cohort.data.lengths.clip(1) + 30)
     assert here.learner.sampler.budget.size == 2
+
+
+@pytest.mark.parametrize("selector", ["uniform", "scan", "pghash"])
+def test_the_full_softmax_of_a_budget_of_everything_is_the_full_softmax(
+    lab: Callable[..., Any], vector: Callable[..., np.ndarray], selector: str
+) -> None:
+    plain = lab(loss="full_softmax", serve_steps=20)
+    here = lab(selector=selector, loss="full_softmax", budget=1.0, serve_steps=20)
+    expected, found = (
+        each.learner.serve(each.weights, each.cohort.data, Draws(each.key))
+        for each in (plain, here)
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    for user in (3, 4):
+        vectors = [vector(each.alone(user).update) for each in (plain, here)]
+        assert np.abs(vectors[0]).max() > 1e-3
+        np.testing.assert_allclose(*vectors, atol=1e-5)

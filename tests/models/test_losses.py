@@ -104,6 +104,26 @@ def test_gradient_is_that_of_the_value(name: str) -> None:
     assert found.abs().max() > 0.1
 
 
+def test_a_weighed_sample_is_the_full_softmax_over_what_it_stands_for() -> None:
+    """A negative that stands for three is one of three equals; padding is none of them."""
+    scores, valid = scores_of(4, 5), torch.ones(4, K)
+    valid[:, 1], valid[:, P + 2], valid[3] = 0, 0, 0
+    times = torch.tensor([1] * P + [3, 1, 2, 3, 1, 2][: K - P])
+    samples = Samples(valid, P, torch.log(times.double()).float().expand(4, -1))
+    value, gradient, curvature = GRADES["full_softmax"](scores.clone(), samples)
+    for row in range(3):
+        kept = [j for j in range(K) if valid[row, j]]
+        spread = [j for j in kept for _ in range(int(times[j]))]
+        history = torch.tensor([[float(j < P) for j in spread]])
+        whole = GRADES["full_softmax"](scores[row, spread][None].clone(), Samples(history, 0))
+        assert value[row] == pytest.approx(float(whole[0]), rel=1e-5)
+        together = torch.zeros(K).index_add_(0, torch.tensor(spread), whole[1][0])
+        assert torch.allclose(gradient[row], together, atol=1e-5)
+    assert value[3] == 0
+    assert not gradient[3].any()
+    assert not curvature[3].any()
+
+
 @pytest.mark.parametrize("name", LOSSES)
 @settings(max_examples=40)
 @given(seed=st.integers(0, 2**31), scale=st.sampled_from([0.0, 1e-3, 0.3, 2.0, 8.0, 30.0]))
