@@ -175,8 +175,8 @@ class ExampleSums:
         room = bound.reach * _SLACK - flat.shape[1] ** 0.5 / 2
         flat *= (room / norms.clamp_min(1e-30)).clamp_max(1.0)
         rounded = flat.round_().to(torch.float64)
-        # Sums of squares of such integers are exact in float64; NaN is in no bound.
-        kept = (rounded.square().sum(1, keepdim=True) <= bound.reach**2) & torch.isfinite(norms)
+        # Sums of squares of such integers are exact in float64, and NaN is within no bound.
+        kept = rounded.square().sum(1, keepdim=True) <= bound.reach**2
         return torch.where(kept, rounded, 0.0).numpy().astype(np.int64)
 
     def shared(self) -> Integers:

@@ -47,6 +47,9 @@ EPSILONS: Mapping[str, tuple[Adversary, Accountant]] = {
 
 Coordinates = tuple[Nested, Nested | None]
 
+EXAMPLE_ADVERSARIES: Mapping[str, str] = {"example": "uploads", "shares": "sums"}
+"""Whoever sees what the ε of single interactions holds against, by ``privacy.local``."""
+
 COARSEST = 5.0
 """Least steps of the bound of an example over what rounding may add to its norm."""
 
@@ -192,7 +195,7 @@ def _event(grid: Grid | None, multiplier: float) -> RoundEvent:
 def example_figures(
     scenario: Scenario, charged: Mapping[RoundEvent, int], *, noise_known: bool
 ) -> dict[str, Any] | None:
-    """The guarantee of single interactions; None where devices add no noise to their own steps.
+    """The guarantee of single interactions; None where devices hide none.
 
     That ε stands beside the one of users and is never added to it: they bound different changes of
     the data, and are of two units.
@@ -208,6 +211,7 @@ def example_figures(
         "noise_multiplier": min((event.noise_multiplier for event in charged), default=None),
         "clip_norm": privacy.local_clip_norm,
         "budget": privacy.local_epsilon,
+        "adversary": EXAMPLE_ADVERSARIES[privacy.local],
         "charges": sum(charged.values()),
     }
 

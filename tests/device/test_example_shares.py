@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from of_examples import ITEMS, recommender, settings_of
 
+from privrec.device import example_shares
 from privrec.device.device import Draws
 from privrec.device.example_shares import ExampleShares, ExampleSums
 from privrec.device.recommender import RecommenderLearner
@@ -52,6 +53,7 @@ def outputs(made: ExampleSums, most: float = 20.0) -> np.ndarray:
     address = Address.whole(made._model.view.layout)
     protection = Protection(Encoding(1.0, address.layout.size, most))
     bounded = SummedExamples(made.shared(), address).bound(protection, None, (), None)
+    assert np.abs(bounded.integers).max() <= 2**most
     return np.concatenate([*(each[0] for each in users), bounded.integers[0]]).astype(np.int64)
 
 
@@ -106,6 +108,24 @@ def test_an_example_that_is_too_long_after_rounding_counts_as_none():
     bounded = made.bounded(raw)
     assert not bounded[[3, 5]].any()
     assert np.count_nonzero(bounded.any(axis=1)) == 10
+
+
+def test_every_clipped_example_survives_its_rounding():
+    """Clipping leaves room for rounding, so that no honest example is lost to the check."""
+    for seed in range(20):
+        made = sums_of(recommender(), np.arange(ITEMS), seed=seed)
+        raw = made._gradients(np.arange(ITEMS))
+        said = np.abs(raw.user.numpy()).max(axis=1) > 1e-2
+        assert made.bounded(raw)[said].any(axis=1).all()
+
+
+def test_what_floats_get_wrong_is_seen_in_the_integers(monkeypatch):
+    """Clipped to twice the bound, as if norms were off by that much, no example gets through."""
+    monkeypatch.setattr(example_shares, "_SLACK", 2.0)
+    made = sums_of(recommender(), np.arange(12))
+    bounded = made.bounded(made._gradients(np.arange(12)))
+    assert (bounded**2).sum(axis=1).max() <= REACH**2
+    assert not bounded.any(axis=1).all()
 
 
 def test_weights_that_are_no_numbers_move_nothing_but_noise():
