@@ -173,6 +173,8 @@ def _check_claims(files: _Files) -> None:
         "epsilon_server": (said.get("epsilon_server"), facts.epsilon_server),
         **{f"examples.{name}": (single.get(name), ours.get(name)) for name in names},
     }
+    if single.get("adversary") != (against := ours.get("adversary")):
+        raise _disagreement(files, "examples.adversary", single.get("adversary"), against)
     for key, (recorded, value) in computed.items():
         if not _agree(recorded, value):
             raise _disagreement(files, key, recorded, value)

@@ -169,6 +169,7 @@ def _examples(plan: Plan, ledger: Ledger, known: bool) -> dict[str, Any] | None:
         "noise_multiplier": single.noise_multiplier,
         "clip_norm": privacy.local_clip_norm,
         "budget": privacy.local_epsilon,
+        "adversary": {"example": "uploads", "shares": "sums"}[privacy.local],
         "charges": sum(ledger.examples.values()),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 
 import numpy as np
@@ -12,7 +13,7 @@ from small_runs import make_scenario, run_once
 from privrec import data
 from privrec.data import Interactions
 from privrec.device.example_shares import ExampleShares
-from privrec.errors import ReleaseRefused, ScenarioError, UsageError
+from privrec.errors import IntegrityError, ReleaseRefused, ScenarioError, UsageError
 from privrec.privacy.events import epsilon
 from privrec.privacy.ledger import Ledger
 from privrec.randomness import SecretRoot
@@ -145,6 +146,20 @@ def test_a_run_has_an_epsilon_of_interactions_against_whoever_sees_sums(tmp_path
     report = build(tmp_path / "run")
     assert report.examples.epsilon == privacy["examples"]["epsilon"]
     assert report.cost.noise_deferred == 0.5
+
+
+def test_an_epsilon_against_sums_is_never_taken_for_one_against_uploads(tmp_path):
+    out = tmp_path / "run"
+    privacy = done(out)["privacy"]
+    assert privacy["examples"]["adversary"] == "sums"
+    report = build(out)
+    assert "no device’s own upload" in report.claim
+    assert "Not against whoever sees one device’s upload" in report.examples.against
+    payload = json.loads((out / "result.json").read_text())
+    payload["privacy"]["examples"]["adversary"] = "uploads"
+    (out / "result.json").write_text(json.dumps(payload))
+    with pytest.raises(IntegrityError, match=r"examples\.adversary"):
+        build(out)
 
 
 @pytest.mark.parametrize(
