@@ -358,8 +358,13 @@ _COSTS = {
 def _privacy_lines(privacy: Mapping[str, Any]) -> Iterator[str]:
     single = privacy.get("examples")
     if privacy.get("noise") == "none":
-        no = ", so users have no guarantee" if single else ", so there is no privacy guarantee"
-        yield f"Privacy: no noise was added{' to the sums' if single else ''}{no}."
+        if single and single["adversary"] == "sums":
+            what, no = "the noise of the sums hides single interactions", "users have no guarantee"
+        elif single:
+            what, no = "no noise was added to the sums", "so users have no guarantee"
+        else:
+            what, no = "no noise was added", "so there is no privacy guarantee"
+        yield f"Privacy: {what}, {no}."
     elif privacy.get("noise_known"):
         yield "Privacy: the noise is known, so there is no privacy guarantee (ε = ∞)."
     else:

@@ -185,6 +185,8 @@ def _signal(scenario: Scenario, noise_multiplier: float) -> dict[str, Any] | Non
 def _warnings(scenario: Scenario) -> list[str]:
     privacy, population = scenario.privacy, scenario.population()
     if privacy.noise == "none":
+        if privacy.local == "shares":
+            return ["The noise of the sums hides single interactions: no guarantee at user level."]
         if privacy.local != "none":
             return ["No noise is added to the sums: no guarantee at user level."]
         return ["No noise is added: no privacy guarantee."]

@@ -290,6 +290,8 @@ EXAMPLE_AGAINST: Mapping[str, str] = {
 
 
 def _promise(info: RunInfo) -> str:
+    if info.examples == "sums":
+        return "The noise of the sums hides single interactions: no guarantee at user level."
     if not info.private and info.examples:
         return "No noise is added to the sums: no guarantee at user level."
     if not info.private:
