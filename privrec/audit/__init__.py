@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import privrec
-from privrec.audit import noise, rounds
+from privrec.audit import examples, noise, rounds
 from privrec.audit.canaries import CONFIDENCE, Attack
 from privrec.audit.harness import Harness, checked
 from privrec.errors import PrivrecError, UsageError
@@ -21,6 +21,10 @@ from privrec.scenario.load import Scenario
 _NO_NOISE = (
     "The scenario adds no noise, so there is no ε to hold it to: an attacker who sees a sum may "
     "learn anything of a user. Clipping, rounding and sums were checked all the same."
+)
+_INTERACTIONS = (
+    "The noise hides single interactions, not users, so no canary is a user: what one interaction "
+    "moves, the noise of user vectors and that of sums were looked at from inside."
 )
 _NO_CANARIES = "Canaries were left out; the checks look from inside."
 
@@ -45,16 +49,19 @@ def audit(scenario: Scenario, *, canaries: int = 1000, key: bytes | None = None)
     with one_thread():
         harness = Harness.of(scenario, key)
         private, attack = harness.plan.event.is_private, Attack(harness, canaries)
-        probing = dict(rounds.PROBES)
+        first = {"accounting": rounds.probe_accounting, "noise": noise.probe}
+        probing = {**rounds.PROBES, **rounds.SUMS}
         if private:
-            first = {"accounting": rounds.probe_accounting, "noise": noise.probe}
             probing = {**first, "sampling": rounds.probe_sampling, **probing}
+        elif harness.of_examples:
+            probing = {**first, **examples.PROBES, **rounds.SUMS}
         probes = {name: probe(harness) for name, probe in probing.items()}
         probes["lazy noise"] = noise.probe_lazy(harness.root)
         if private and canaries >= 2:
             probes["canaries"] = attack.probe()
         checks = [check for name, probe in probes.items() for check in _findings(name, probe)]
-    method = _NO_NOISE if not private else attack.method or _NO_CANARIES
+    bare = _INTERACTIONS if harness.of_examples else _NO_NOISE
+    method = bare if not private else attack.method or _NO_CANARIES
     if harness.stand_ins:
         method += f" Not public, hence made up: {harness.stand_ins}."
     return AuditPart(

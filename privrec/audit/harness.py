@@ -23,7 +23,7 @@ from privrec.device.tier import Tier
 from privrec.device.update import Aggregate, Protection, Round
 from privrec.errors import ReleaseRefused, UsageError
 from privrec.models.layout import band_sizes, to_wire
-from privrec.privacy.events import Accountant, Adversary, epsilon
+from privrec.privacy.events import Accountant, Adversary, RoundEvent, epsilon
 from privrec.randomness import ROOT_BYTES, SecretRoot
 from privrec.report.model import Checked
 from privrec.run.plan import Plan
@@ -90,11 +90,32 @@ class Harness:
         """Coefficients of each band, the band that every device holds first."""
         return band_sizes(self.plan.federation.layouts)
 
+    @property
+    def event(self) -> RoundEvent:
+        """What noise in sums is accounted as: that of users or, in shares, of interactions."""
+        examples = self.plan.examples
+        return examples if self.of_examples and examples else self.plan.event
+
+    @property
+    def of_examples(self) -> bool:
+        """Whether noise in sums hides single interactions, and not users."""
+        return self.scenario.privacy.local == "shares"
+
+    @property
+    def squared_sensitivity(self) -> int:
+        """What devices keep to: most that a user, or an interaction, moves the sum, squared."""
+        if self.of_examples:
+            reach: int = self.simulation.cohorts[0].learner.examples.reach
+            return (2 * reach) ** 2
+        return self.plan.protection.encoding.squared_bound
+
     def epsilon(self, against: Adversary, accountant: Accountant = "pld") -> float:
         """ε of the planned rounds and of what is released before them."""
-        counts = Counter({self.plan.event: self.scenario.train.rounds})
+        counts, privacy = Counter({self.event: self.scenario.train.rounds}), self.scenario.privacy
+        if self.of_examples:
+            return epsilon(counts, privacy.local_delta, "server", accountant)
         counts.update(filter(None, [release_event(self.scenario)]))
-        return epsilon(counts, self.scenario.privacy.delta, against, accountant)
+        return epsilon(counts, privacy.delta, against, accountant)
 
     def round(self, index: int, attempt: int = 0) -> Round:
         """A round as the server announces it."""
@@ -142,8 +163,8 @@ class Harness:
 
     def _deviations(self, cohort: list[Participant]) -> list[float]:
         """Expected deviation of the released noise by band, worked out from the event anew."""
-        shares, z = self.plan.protection.shares, self.plan.event.noise_multiplier
-        accounted = z**2 * self.plan.protection.encoding.squared_bound
+        shares, z = self.plan.protection.shares, self.event.noise_multiplier
+        accounted = z**2 * self.squared_sensitivity
         if shares is None:
             return [accounted**0.5] * len(self.sizes)
         held = [len(self.sizes) - each.tier.index for each in cohort]

@@ -111,8 +111,7 @@ def _shares(harness: Harness, shares: Shares) -> Iterator[Transcript]:
             seeds = noise_seeds(harness.simulation.root, len(drawn), *context, user)
             for number, seed in enumerate(seeds):
                 drawn[number].append(shares.draw_band(number, seed).astype(np.int64))
-    plan = harness.plan
-    accounted = plan.event.noise_multiplier**2 * plan.protection.encoding.squared_bound
+    accounted = harness.event.noise_multiplier**2 * harness.squared_sensitivity
     for number, (band, parts) in enumerate(zip(shares.bands, drawn, strict=True)):
         deviation = math.sqrt(accounted / (band.least - band.colluders))
         name = f"a device's share, {_name(harness, number)}"
@@ -161,7 +160,7 @@ def _transcript(
     if size > _COLUMNS:  # the first ones, and others all over the band
         spread_out = np.linspace(0, size - 1, _COLUMNS // 2).astype(np.int64)
         places = np.unique(np.concatenate((np.arange(_COLUMNS // 2), spread_out)))
-    mechanism = harness.plan.event.mechanism
+    mechanism = harness.event.mechanism
     # Rounding a Gaussian adds its own twelfth of a step.
     spread = np.sqrt(deviations**2 + (1 / 12 if mechanism == "gaussian" else 0))
     squares, sums = np.zeros(size), np.zeros(size)

@@ -248,10 +248,13 @@ def _fresh(harness: Harness) -> tuple[Cohort[RecommenderLearner], ...]:
 PROBES: dict[str, Callable[[Harness], Iterator[Checked]]] = {
     "clip norm of every user": clipping,
     "rounding to integers": rounding,
+}
+"""Each by its own name, since a part that refuses to work ends its own probe alone."""
+SUMS: dict[str, Callable[[Harness], Iterator[Checked]]] = {
     "plain sum": plain_sum,
     "secure sum": secure_sum,
 }
-"""Each by its own name, since a part that refuses to work ends its own probe alone."""
+"""Likewise, of what becomes of what devices put in."""
 
 
 # -------------------------------------------------------------------------------------- accounting
@@ -261,14 +264,14 @@ _TOLERANCE = 1e-3  # of the looser accountant below the tighter, which rounding 
 
 def probe_accounting(harness: Harness) -> Iterator[Checked]:
     """The event names what server and devices use, its ε is in the budget, twice computed."""
-    event, shares = harness.plan.event, harness.plan.protection.shares
-    rate = harness.simulation.sampling_rate
+    event, shares = harness.event, harness.plan.protection.shares
+    rate = 1.0 if harness.of_examples else harness.simulation.sampling_rate
     noise = "gaussian" if shares is None else "discrete_gaussian"
     multiplier = event.noise_multiplier if shares is None else shares.noise_multiplier
     grid = None
     if shares is not None:
         narrowest = max(band.least - band.colluders for band in shares.bands)
-        bound, size = harness.plan.protection.encoding.squared_bound, sum(harness.sizes)
+        bound, size = harness.squared_sensitivity, sum(harness.sizes)
         grid = Grid(bound, size, narrowest, shares.remove_excess)
     charged = event.grid and replace(event.grid, small_cohort_delta=0.0)
     planned = noise, multiplier, rate, grid
@@ -280,14 +283,16 @@ def probe_accounting(harness: Harness) -> Iterator[Checked]:
         f"{noise}, {multiplier:.4f}, {rate:g}",
     )
     privacy = harness.scenario.privacy
-    against = privacy.budget_against
+    against, limit, delta = privacy.budget_against, privacy.epsilon, privacy.delta
+    if harness.of_examples:
+        against, limit, delta = "server", privacy.local_epsilon, privacy.local_delta
     first, second = harness.epsilon(against), harness.epsilon(against, "rdp")
-    budget = math.inf if privacy.epsilon is None else privacy.epsilon
+    budget = math.inf if limit is None else limit
     yield checked(
         "ε of the planned rounds",
         first <= budget and second >= first * (1 - _TOLERANCE),
         f"{first:.4f} by loss distributions, {second:.4f} by Rényi divergences, at δ = "
-        f"{privacy.delta:g} against {against}",
+        f"{delta:g} against {against}",
         "no budget; the latter is the looser" if budget == math.inf else f"at most {budget:g}",
     )
 

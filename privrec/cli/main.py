@@ -20,7 +20,13 @@ from privrec.cli.machine import data, doctor, flower
 from privrec.cli.plan import audit, plan, scenario
 from privrec.cli.report import compare, population, report, write_report
 from privrec.errors import PrivrecError, UsageError
-from privrec.run.record import OUTSIDE, adversary_text, epsilon_text, metric_name
+from privrec.run.record import (
+    EXAMPLE_AGAINST,
+    OUTSIDE,
+    adversary_text,
+    epsilon_text,
+    metric_name,
+)
 
 if TYPE_CHECKING:
     from privrec.report.render import Written
@@ -352,8 +358,13 @@ _COSTS = {
 def _privacy_lines(privacy: Mapping[str, Any]) -> Iterator[str]:
     single = privacy.get("examples")
     if privacy.get("noise") == "none":
-        no = ", so users have no guarantee" if single else ", so there is no privacy guarantee"
-        yield f"Privacy: no noise was added{' to the sums' if single else ''}{no}."
+        if single and single["adversary"] == "sums":
+            what, no = "the noise of the sums hides single interactions", "users have no guarantee"
+        elif single:
+            what, no = "no noise was added to the sums", "so users have no guarantee"
+        else:
+            what, no = "no noise was added", "so there is no privacy guarantee"
+        yield f"Privacy: {what}, {no}."
     elif privacy.get("noise_known"):
         yield "Privacy: the noise is known, so there is no privacy guarantee (ε = ∞)."
     else:
@@ -366,7 +377,7 @@ def _privacy_lines(privacy: Mapping[str, Any]) -> Iterator[str]:
     if single is not None:
         yield (
             f"Single interactions, a unit of its own: ε = {epsilon_text(single['epsilon'], 3)} "
-            f"against whoever sees a device's upload, at δ = {single['delta']:g}."
+            f"against {EXAMPLE_AGAINST[single['adversary']]}, at δ = {single['delta']:g}."
         )
 
 

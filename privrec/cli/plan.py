@@ -7,6 +7,7 @@ does what is accounted.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,7 @@ import click
 
 from privrec.cli import console
 from privrec.errors import ReleaseRefused, UsageError
-from privrec.run.record import adversary_text, epsilon_text
+from privrec.run.record import EXAMPLE_AGAINST, adversary_text, epsilon_text
 
 if TYPE_CHECKING:
     from privrec.privacy.events import RoundEvent
@@ -65,7 +66,7 @@ def planned(scenario: Scenario) -> dict[str, Any]:
     Raises:
         UsageError: If no noise meets the target, or sizes that distributed noise needs are unknown.
     """
-    privacy, devices, event = scenario.privacy, scenario.devices, _event(scenario)
+    privacy, devices, (event, examples) = scenario.privacy, scenario.devices, _events(scenario)
     return {
         "scenario": scenario.name,
         "rounds": scenario.train.rounds,
@@ -82,6 +83,7 @@ def planned(scenario: Scenario) -> dict[str, Any]:
         "population": scenario.population(),
         "expected_cohort": scenario.expected_cohort(),
         **_spending(scenario, event),
+        "examples": _examples(scenario, examples),
         "signal": _signal(scenario, event.noise_multiplier),
         "warnings": _warnings(scenario),
     }
@@ -100,24 +102,38 @@ def _spending(scenario: Scenario, event: RoundEvent) -> dict[str, Any]:
     return {**{key: by_round[-1][key] for key in keys[1:]}, "epsilon_by_round": by_round}
 
 
-def _event(scenario: Scenario) -> RoundEvent:
-    """The event of each round: for distributed noise, that of the band that all devices hold."""
-    from privrec.run.privacy_plan import event_without_shares, plan_privacy
+def _examples(scenario: Scenario, event: RoundEvent | None) -> dict[str, Any] | None:
+    """The guarantee of single interactions after the last round."""
+    from privrec.run.privacy_plan import example_figures
 
-    if scenario.privacy.noise != "distributed":
-        return event_without_shares(scenario)
+    charged = Counter({event: scenario.train.rounds} if event else {})
+    return example_figures(scenario, charged, noise_known=False)
+
+
+def _events(scenario: Scenario) -> tuple[RoundEvent, RoundEvent | None]:
+    """The event of each round, of users and of single interactions."""
+    from privrec.run.privacy_plan import event_without_shares, example_event, plan_privacy
+
+    privacy = scenario.privacy
+    if not privacy.in_shares:
+        return event_without_shares(scenario), example_event(scenario, (), ())
     population, lengths = scenario.population(), _lengths(scenario)
     if population is None or lengths is None:
+        if privacy.local == "shares":
+            key, other = 'local = "shares"', "declare data whose catalogue is known"
+        else:
+            key = 'noise = "distributed"'
+            other = 'plan with -s privacy.noise="central", which costs the same to within 0.1 %'
         raise UsageError(
-            'privacy.noise = "distributed" is planned for a number of users and a catalogue, and '
-            "they are not known here; set devices.population, or plan with "
-            '-s privacy.noise="central", which costs the same to within 0.1 %'
+            f"privacy.{key} is planned for a number of users and a catalogue, and they are not "
+            f"known here; set devices.population, or {other}"
         )
     weakest_first = sorted(lengths)
     sizes = [longer - shorter for shorter, longer in pairwise([0, *weakest_first])]
     shares = [sum(lengths[each] for each in weakest_first[n:]) for n in range(len(sizes))]
     holders = [round(population * share) for share in shares]
-    return plan_privacy(scenario, sizes, holders)[0]
+    event, examples, _ = plan_privacy(scenario, sizes, holders)
+    return event, examples
 
 
 def coefficients(scenario: Scenario) -> int | None:
@@ -169,7 +185,9 @@ def _signal(scenario: Scenario, noise_multiplier: float) -> dict[str, Any] | Non
 def _warnings(scenario: Scenario) -> list[str]:
     privacy, population = scenario.privacy, scenario.population()
     if privacy.noise == "none":
-        if privacy.local == "example":
+        if privacy.local == "shares":
+            return ["The noise of the sums hides single interactions: no guarantee at user level."]
+        if privacy.local != "none":
             return ["No noise is added to the sums: no guarantee at user level."]
         return ["No noise is added: no privacy guarantee."]
     if population is None:
@@ -215,6 +233,13 @@ def _print_plan(plan: Mapping[str, Any], title: str) -> None:
     if plan["budget"] is not None:
         adversary = adversary_text(plan["budget_against"])
         settings.append(("budget", f"ε = {plan['budget']:g} against {adversary}"))
+    if single := plan["examples"]:
+        total = f"ε = {epsilon_text(single['epsilon'], 3)} at δ = {single['delta']:g}"
+        settings += [
+            ("single interactions", total),
+            ("against", EXAMPLE_AGAINST[single["adversary"]]),
+            ("their noise multiplier", console.number_text(single["noise_multiplier"])),
+        ]
     console.print_table(title, ("setting", "value"), settings)
     if plan["epsilon_by_round"]:
         spent = [

@@ -13,11 +13,15 @@ A step touches few blocks of the memory, and nobody reads the others before the 
 is owed (:mod:`privrec.privacy.lazy`) and settled at the end. A user vector fitted to the
 history without noise would undo all of it, so there is none: the vector starts from the round's
 key, takes the same noisy steps, and what it is after a round is an output like any other.
+
+All of this holds against whoever sees a device's upload. :mod:`privrec.device.example_shares` hides
+examples from whoever sees sums alone, for far less noise.
 Source: Abadi et al., "Deep learning with differential privacy" (CCS 2016).
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +32,7 @@ from torch import Tensor
 from privrec.device.device import Deferred, Settings
 from privrec.device.samples import Items, merged, representatives, uniform
 from privrec.device.tier import LocalModel, Located
-from privrec.embedding.subspace import splitmix64
+from privrec.embedding.subspace import UInt64Array, splitmix64
 from privrec.embedding.table import Table
 from privrec.models.losses import Samples, loss_of
 from privrec.models.ncf import NCF
@@ -38,7 +42,7 @@ from privrec.randomness import SecretRoot
 
 FloatArray = NDArray[np.float32]
 
-_TURN, _START = 0x7E57_0001, 0x57A7_0002
+_TURN, _START = np.uint64(0x7E57_0001), np.uint64(0x57A7_0002)
 _SLACK = np.float32(1 - 1e-6)  # a float32 norm is off by less than this
 
 
@@ -68,6 +72,51 @@ class Gradients:
     losses: Tensor
 
 
+def started(states: FloatArray, keys: UInt64Array) -> FloatArray:
+    """A copy of private states ``(m, state_dim)``, where those of zeros start from their key.
+
+    They start at a norm of about 1 and without bias, whatever the history.
+    """
+    states = states.astype(np.float32)
+    width = states.shape[1] - 1
+    words = splitmix64((keys ^ _START)[:, None], np.arange(width)).astype(np.float64)
+    new = ~states.any(axis=1)
+    states[new, :-1] = ((words * 2.0**-64 - 0.5) * np.sqrt(12 / max(1, width)))[new]
+    return states
+
+
+def turns_of(keys: UInt64Array, items: Items, steps: int) -> NDArray[np.uint64]:
+    """The step of each item, by its device's key and nothing else of the history."""
+    return (splitmix64(keys ^ _TURN, items) >> np.uint64(33)) % np.uint64(steps)
+
+
+def gradients_of(
+    network: NCF,
+    loss: str,
+    samples: Items,
+    states: Tensor,
+    dense: Tensor,
+    vectors: Part,
+    biases: Part | None,
+) -> Gradients:
+    """Gradients of examples that are nobody else's: an item and its negatives, ``(e, 1 + k)``.
+
+    ``states`` are ``(e, user_dim)`` and ``dense`` weights ``(dense,)``; nothing is clipped yet.
+    """
+    e, k = samples.shape
+    scored = network.forward(states, vectors.rows(samples), dense.expand(e, -1))
+    scores = scored.values
+    if biases is not None:
+        scores = scores + biases.rows(samples).squeeze(2)
+    losses, upstream, _ = loss_of(loss).grade(scores, Samples(torch.ones(e, k), 1))
+    own = torch.bmm(upstream.unsqueeze(1), scored.user_jacobian().expand(e, -1, -1)).squeeze(1)
+    moved, weights = scored.shared_gradient(upstream)
+    named = np.zeros((e, 0, 1), np.float32)
+    if biases is not None:
+        named = biases.gradients(upstream.unsqueeze(2))
+    return Gradients(own, weights, vectors.gradients(moved), named, losses)
+
+
 class ExampleSteps:
     """One device's parameters during a round of noisy steps.
 
@@ -93,24 +142,20 @@ class ExampleSteps:
         root: SecretRoot,
     ) -> None:
         self.model, self.bound, self._settings = model, bound, settings
-        self._key = int(splitmix64(key, np.array([user]))[0])
-        self.state = state.astype(np.float32)
-        if not state.any():  # it starts from the key, at a norm of about 1 and without bias
-            width = len(state) - 1
-            words = splitmix64(self._key ^ _START, np.arange(width)).astype(np.float64)
-            self.state[:-1] = (words * 2.0**-64 - 0.5) * np.sqrt(12 / max(1, width))
+        self._keys = splitmix64(key, np.array([user]))
+        (self.state,) = started(state[None], self._keys)
         self._dense = model.dense.copy()
-        self.vectors = _Part(model.view.vectors, model.memory, _own(root, "blocks"))
+        self.vectors = _NoisyPart(model.view.vectors, model.memory, _own(root, "blocks"))
         self.biases = None
         if model.view.biases is not None:
-            self.biases = _Part(model.view.biases, model.bias_memory, _own(root, "biases"))
+            self.biases = _NoisyPart(model.view.biases, model.bias_memory, _own(root, "biases"))
         self._eager = _own(root, "rest")
 
     def turns(self, items: Items) -> list[Items]:
         """The history by step: each distinct item is in one, whatever the others are."""
         distinct = np.unique(items).astype(np.int64)
         steps = self._settings.local_steps
-        turn = (splitmix64(self._key ^ _TURN, distinct) >> np.uint64(33)) % np.uint64(steps)
+        turn = turns_of(self._keys, distinct, steps)
         return [distinct[turn == step] for step in range(steps)]
 
     def run(self, items: Items) -> float:
@@ -140,23 +185,12 @@ class ExampleSteps:
             nothing = np.zeros((0, 0, 1), np.float32)
             return Gradients(user, dense, nothing, nothing, torch.zeros(0))
         samples = np.concatenate((items[:, None], self.negatives(items)), axis=1)
-        e, k = samples.shape
-        rows = self.vectors.rows(samples)
         user, dense = torch.from_numpy(self.state), torch.from_numpy(self._dense)
-        network = self.model.view.network
-        scored = network.forward(user.expand(e, -1), rows, dense.expand(e, -1))
-        scores = scored.values
-        if self.biases is not None:
-            scores = scores + self.biases.rows(samples).squeeze(2)
-        grade = loss_of(self._settings.loss).grade
-        losses, upstream, _ = grade(scores, Samples(torch.ones(e, k), 1))
-        own = torch.bmm(upstream.unsqueeze(1), scored.user_jacobian().expand(e, -1, -1)).squeeze(1)
-        moved, weights = scored.shared_gradient(upstream)
-        blocks = self.vectors.gradients(moved)
-        biases = np.zeros((e, 0, 1), np.float32)
-        if self.biases is not None:
-            biases = self.biases.gradients(upstream.unsqueeze(2))
-        return self._clipped(Gradients(own, weights, blocks, biases, losses))
+        network, loss = self.model.view.network, self._settings.loss
+        states = user.expand(len(samples), -1)
+        return self._clipped(
+            gradients_of(network, loss, samples, states, dense, self.vectors, self.biases)
+        )
 
     def change(self) -> FloatArray:
         """New minus old coefficients of the shared vector, with all their noise: settled."""
@@ -174,7 +208,7 @@ class ExampleSteps:
     def negatives(self, items: Items) -> Items:
         """Over all items, the history's own included, shape ``(e, negatives)``."""
         n_items = self.model.view.vectors.items
-        return uniform(self._key, items, self._settings.negatives, n_items)
+        return uniform(self._keys, items, self._settings.negatives, n_items)
 
     def _clipped(self, raw: Gradients) -> Gradients:
         e = len(raw.user)
@@ -193,24 +227,38 @@ class ExampleSteps:
         return Gradients(user, dense, blocks.numpy(), biases.numpy(), losses)
 
 
-class _Part:
-    """A memory under lazy noise, and the blocks of it that the examples of a step name."""
+class Part(ABC):
+    """Vectors or biases in a memory, and the blocks of it that the examples of a step name."""
 
-    def __init__(self, table: Table, values: FloatArray, source: Normals) -> None:
-        self._table, self.memory = table, LazyMemory(values.copy(), source)
+    def __init__(self, table: Table) -> None:
+        self._table = table
         self.located = Located(table, np.zeros((0, 1), np.int64))
 
+    @abstractmethod
+    def read(self, slots: Items) -> FloatArray:
+        """Blocks ``(e, names, block)`` as they are now."""
+
     def rows(self, samples: Items) -> Tensor:
-        """Rows of the table as they are now, read settled, shape ``(e, k, dim)``."""
+        """Rows of the table as they are now, shape ``(e, k, dim)``."""
         self.located = Located(self._table, samples)
-        slots = self.located.slots
-        blocks = torch.from_numpy(self.memory.settled(slots.ravel()))
-        return self.located.read(blocks.reshape(*slots.shape, self._table.block))
+        return self.located.read(torch.from_numpy(self.read(self.located.slots)))
 
     def gradients(self, rows: Tensor) -> FloatArray:
         """Gradients on the blocks, those of one block put together within each example."""
         blocks = self.located.spread(rows).numpy()
         return merged(blocks, representatives(self.located.slots, self._table.slots))
+
+
+class _NoisyPart(Part):
+    """A memory under lazy noise, which is read settled."""
+
+    def __init__(self, table: Table, values: FloatArray, source: Normals) -> None:
+        super().__init__(table)
+        self.memory = LazyMemory(values.copy(), source)
+
+    def read(self, slots: Items) -> FloatArray:
+        blocks = self.memory.settled(slots.ravel())
+        return np.asarray(blocks.reshape(*slots.shape, self._table.block), np.float32)
 
     def step(self, blocks: FloatArray, rate: float, variance: float) -> None:
         """Descend, and let every block owe the noise of the step."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import cast
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from privrec.device.device import ALL, MANY, Deferred, Draws, Learner, Settings, Trained
+from privrec.device.example_shares import ExampleShares, ExampleSums
 from privrec.device.examples import ExampleNoise, ExampleSteps
 from privrec.device.samples import (
     EACH,
@@ -54,13 +54,14 @@ class RecommenderLearner(Learner):
     """Local training of one recommender with one set of hyper-parameters.
 
     ``popularity`` is that of :func:`~privrec.device.samples.popularity_of`, where negatives ask for
-    it; ``examples`` is the noise of every local step, where single examples are to be hidden.
+    it; ``examples`` is how single examples are hidden, if they are: in every upload by noise of
+    every local step, or in sums by shares of noise.
     """
 
     view: ModelView[NCF]
     settings: Settings
     popularity: NDArray[np.float64] | None = None
-    examples: ExampleNoise | None = None
+    examples: ExampleNoise | ExampleShares | None = None
 
     @property
     def state_dim(self) -> int:
@@ -101,7 +102,7 @@ class RecommenderLearner(Learner):
         widths = self.sampler.width(lengths[order])
         most = SHARED_SAMPLES_IN_BATCH if self.sampler.whole else SAMPLES_IN_BATCH
         if self.examples is not None:
-            # Each device's update is as long as the vector, and its noise is what takes the time.
+            # Each device's update is as long as the vector.
             most, widths = COEFFICIENTS_IN_BATCH, np.full_like(widths, self.view.layout.size)
         start = 0
         while start < len(order):
@@ -116,8 +117,10 @@ class RecommenderLearner(Learner):
         self, model: LocalModel[NCF], data: Histories, states: FloatArray, draws: Draws
     ) -> Trained:
         """See :meth:`Learner.train`."""
+        if isinstance(self.examples, ExampleShares):
+            return ExampleSums(model, self.settings, self.examples, data, states, draws).run()
         if self.examples is not None:
-            return self._noisy(model, data, states, draws)
+            return self._noisy(model, data, states, draws, self.examples)
         local, user = self._fitted(model, data, torch.from_numpy(states), draws)
         losses = local.descend(user)
         kept = np.where(np.isfinite(user.numpy()).all(1, keepdims=True), user.numpy(), states)
@@ -158,10 +161,15 @@ class RecommenderLearner(Learner):
         return local, user
 
     def _noisy(
-        self, model: LocalModel[NCF], data: Histories, states: FloatArray, draws: Draws
+        self,
+        model: LocalModel[NCF],
+        data: Histories,
+        states: FloatArray,
+        draws: Draws,
+        bound: ExampleNoise,
     ) -> Trained:
         """Noisy local steps, device by device, since each has a noisy memory of its own."""
-        m, layout, bound = len(data.users), self.view.layout, cast(ExampleNoise, self.examples)
+        m, layout = len(data.users), self.view.layout
         changes, users = np.empty((m, layout.size), np.float32), np.empty_like(states)
         losses, deferred = np.zeros(m, np.float32), Deferred()
         for row, user in enumerate(data.users.tolist()):

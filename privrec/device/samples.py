@@ -305,10 +305,12 @@ def flattened(places: NDArray[np.int64], m: int) -> NDArray[np.int64]:
     return np.ravel(places + np.arange(m)[:, None] * places.shape[1])
 
 
-def uniform(key: int, users: NDArray[np.int64], count: int, n: int) -> NDArray[np.int64]:
+def uniform(
+    key: int | NDArray[np.uint64], users: NDArray[np.int64], count: int, n: int
+) -> NDArray[np.int64]:
     """Keyed draws from ``[0, n)``, shape ``(m, count)``: each user has a stream of splitmix64.
 
-    ``n`` is at most 2^32; the bias is below ``n / 2^32``.
+    There is one key, or one for each user. ``n`` is at most 2^32; the bias is below ``n / 2^32``.
     """
     seeds = splitmix64(~key, users)[:, None]
     steps = np.arange(1, (count + 1) // 2 + 1, dtype=np.uint64) * GOLDEN

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -148,7 +149,7 @@ class Address:
 class RawUpdate:
     """New coefficients minus old ones, before any protection: private, never sent."""
 
-    values: NDArray[np.float32]
+    values: NDArray[Any]
     address: Address
 
     def bound(
@@ -191,6 +192,30 @@ class RawUpdate:
             add_rows(whole, rows.ravel(), section.reshape(-1, width))
             parts.append(whole.reshape(m, slots * width))
         return np.concatenate(parts, axis=1)
+
+
+@dataclass(frozen=True)
+class SummedExamples(RawUpdate):
+    """Sums of integers that were bounded example by example: private until they have noise.
+
+    Of whole vectors; see :mod:`privrec.device.example_shares`.
+    """
+
+    def bound(
+        self,
+        protection: Protection,
+        round: Round,
+        layouts: Sequence[Layout],
+        coins: Coins,
+        weight: float = 1.0,
+    ) -> BoundedUpdate:
+        """Clamp each coefficient to ``clip_norm``, which the ring has room for.
+
+        Promise: no two sums are further apart than before, in any coefficient, so that an example
+        moves what is clamped by no more than it moved the sum. Nothing is rounded again.
+        """
+        most = math.floor(2**protection.encoding.scale_bits)
+        return BoundedUpdate(self.values.clip(-most, most).astype(np.int32), self.address)
 
 
 @dataclass(frozen=True)

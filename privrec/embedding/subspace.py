@@ -26,12 +26,14 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 _BIJECTION_ROUNDS = 4
 
 
-def splitmix64(seed: int, positions: NDArray[np.integer]) -> UInt64Array:
+def splitmix64(seed: int | UInt64Array, positions: NDArray[np.integer]) -> UInt64Array:
     """Outputs of splitmix64 seeded with ``seed`` at zero-based positions of any shape.
 
-    Both are taken modulo 2^64; ``splitmix64(seed, arange(k))`` is the published sequence.
+    Both are taken modulo 2^64, and an array of seeds is broadcast against the positions;
+    ``splitmix64(seed, arange(k))`` is the published sequence.
     """
-    return finalise(steps(positions) + np.uint64(seed & 0xFFFFFFFFFFFFFFFF))
+    own = np.uint64(seed & 0xFFFFFFFFFFFFFFFF) if isinstance(seed, int) else seed
+    return finalise(steps(positions) + own)
 
 
 def steps(positions: NDArray[np.integer]) -> UInt64Array:

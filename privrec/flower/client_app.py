@@ -91,7 +91,8 @@ class Node:
         self._items = federation.tiers[0].model.vectors.items
         plan = Plan.of(scenario, self._items, population_of(scenario), federation)
         self._event, self._protection = plan.event, plan.protection
-        self._learner = cache(lambda tier: learner_of(scenario, federation, federation.tiers[tier]))
+        tiers, examples = federation.tiers, plan.examples
+        self._learner = cache(lambda t: learner_of(scenario, federation, tiers[t], examples))
         self._devices = {}
         for each in self.hosted:
             device = exchange.HostedDevice(keys, each.user, anchor or Anyone())

@@ -121,7 +121,8 @@ def _check_charges(files: _Files) -> None:
     scenario, facts = files.scenario, files.facts
     laws = {"none": "none", "central": "gaussian", "distributed": "discrete_gaussian"}
     planned = (laws[scenario.privacy.noise], scenario.devices.sampling_rate)
-    before, example, spent = release_event(scenario), example_event(scenario), facts.ledger.examples
+    before, spent, declared = release_event(scenario), facts.ledger.examples, facts.declared
+    example = example_event(scenario, declared.bands, declared.holders)
     # One charge at example level for every charge of a round.
     wanted = {example: facts.charges} if example and facts.charges else {}
     wrong = next((e for e in facts.of_rounds if (e.mechanism, e.sampling_rate) != planned), None)
@@ -172,6 +173,8 @@ def _check_claims(files: _Files) -> None:
         "epsilon_server": (said.get("epsilon_server"), facts.epsilon_server),
         **{f"examples.{name}": (single.get(name), ours.get(name)) for name in names},
     }
+    if single.get("adversary") != (against := ours.get("adversary")):
+        raise _disagreement(files, "examples.adversary", single.get("adversary"), against)
     for key, (recorded, value) in computed.items():
         if not _agree(recorded, value):
             raise _disagreement(files, key, recorded, value)

@@ -272,7 +272,7 @@ class Privacy(Part):
 
 
 class ExampleLevel(Part):
-    """The guarantee of single interactions, by noise that devices add to their own steps."""
+    """The guarantee of single interactions, by noise on devices' steps or in shares in sums."""
 
     unit: Literal["example"] = "example"
     adjacency: Literal["one interaction removed or changed"] = "one interaction removed or changed"
@@ -282,6 +282,7 @@ class ExampleLevel(Part):
     clip_norm: PositiveFloat = Field(description="Most that one moves a round's gradient sums.")
     noise_multiplier: PositiveFloat | None = Field(description="Noise over `clip_norm`.")
     charges: NonNegativeInt = Field(description="Entries of this unit in the ledger.")
+    adversary: Literal["uploads", "sums"] = Field(description="What ε holds for whoever sees.")
     protects: str
     neighbours: str
     against: str

@@ -133,6 +133,7 @@ def peak_bytes(
     shares = plan.protection.shares
     head = {"scenario": plan.scenario.to_toml(), "items": plan.items, "tier": tier.index}
     head |= {"weights": weights.nbytes, "shares": shares and asdict(shares)}
+    head |= {"examples": plan.examples and plan.examples.to_json()}
     try:
         done = subprocess.run(
             # -P: a file of the working directory must not pass for a module.
@@ -156,6 +157,7 @@ def _peak(head: bytes, body: bytes) -> int:
     tier, shares = federation.tiers[described["tier"]], described["shares"]
     if shares is not None:
         shares = Shares(**shares | {"bands": tuple(Band(**band) for band in shares["bands"])})
+    examples = described["examples"] and RoundEvent.from_json(described["examples"])
     encoding = encoding_of(scenario, federation.layout.size)
     protection = Protection(encoding, Ring(scenario.privacy.ring_bits), shares)
     sent, held = body[: described["weights"]], body[described["weights"] :]
@@ -164,7 +166,10 @@ def _peak(head: bytes, body: bytes) -> int:
         # The bytes arrived before the measurement; the copies are what a device would hold.
         weights = np.frombuffer(sent, np.float32).copy()
         items = np.frombuffer(history, np.int32).copy()
-        learner, root = learner_of(scenario, federation, tier), SecretRoot.known(b"measures itself")
+        learner, root = (
+            learner_of(scenario, federation, tier, examples),
+            SecretRoot.known(b"measures itself"),
+        )
         device = Device(0, items, tier, federation.layouts_of(tier), learner, protection, root)
         digests = model_digests(weights, device.layouts)
         round = Round("footprint", 0, 0, RoundEvent("none", 0.0, 1.0), "", digests)

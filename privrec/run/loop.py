@@ -31,6 +31,7 @@ from privrec.run import checkpoint, costs, directory, summary
 from privrec.run.checkpoint import Position
 from privrec.run.directory import Identity
 from privrec.run.plan import Plan
+from privrec.run.privacy_plan import EXAMPLE_ADVERSARIES
 from privrec.run.record import EventLog, Observer, Record, Result, RunInfo, adversary_text
 from privrec.server.server import Release, Server
 from privrec.workers import cpu_s
@@ -184,7 +185,7 @@ class Loop:
             budget_against=scenario.privacy.budget_against,
             expected_cohort=self.server.plan.expected_cohort,
             hides_cohorts=event.hides_cohorts,
-            examples=self.server.plan.examples is not None,
+            examples=EXAMPLE_ADVERSARIES.get(scenario.privacy.local),
             example_budget=scenario.privacy.local_epsilon,
             root_lost=self.ledger.header["noise_root"] != self.identity.root_tag(),
         )

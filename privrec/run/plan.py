@@ -20,7 +20,6 @@ import privrec
 from privrec.data import Interactions
 from privrec.data.corpus import Corpus
 from privrec.device.device import Cohort, Learner, Settings
-from privrec.device.examples import ExampleNoise
 from privrec.device.recommender import RecommenderLearner
 from privrec.device.samples import Histories, popularity_of
 from privrec.device.tier import Federation, ModelView, Tier
@@ -36,7 +35,7 @@ from privrec.randomness import SecretRoot, rng_for
 from privrec.run.privacy_plan import (
     Coordinates,
     coordinates_of,
-    example_event,
+    example_bound,
     plan_privacy,
     tables_of,
 )
@@ -61,7 +60,7 @@ class Plan:
     Attributes:
         items: size of the catalogue, or of the vocabulary.
         holders: training devices that hold each band, the weakest tier's band first.
-        event: what each round is charged as.
+        event: what each round is charged as, and ``examples`` as what at example level, if at all.
     """
 
     scenario: Scenario
@@ -70,6 +69,7 @@ class Plan:
     federation: Federation
     holders: tuple[int, ...]
     event: RoundEvent
+    examples: RoundEvent | None
     protection: Protection
 
     @classmethod
@@ -83,8 +83,8 @@ class Plan:
         counts = np.diff(np.rint(shares * users).astype(int), prepend=0)
         training = np.cumsum(counts * [tier.weight > 0 for tier in federation.tiers])
         holders = tuple(training[::-1].tolist())
-        event, protection = plan_privacy(scenario, band_sizes(federation.layouts), holders)
-        return cls(scenario, items, users, federation, holders, event, protection)
+        planned = plan_privacy(scenario, band_sizes(federation.layouts), holders)
+        return cls(scenario, items, users, federation, holders, *planned)
 
     @cached_property
     def assigned(self) -> NDArray[np.int64]:
@@ -102,7 +102,7 @@ class Plan:
             federation,
             expected_cohort=scenario.devices.sampling_rate * self.holders[0],
             average=scenario.train.average,
-            examples=example_event(scenario),
+            examples=self.examples,
         )
         # Gaussian item vectors (hence Gaussian coefficients), zero biases, Glorot dense weights.
         layout, rng = federation.layout, rng_for(scenario.run.seed, "weights")
@@ -133,7 +133,7 @@ class Plan:
             members = np.flatnonzero(self.assigned == tier.index)
             if train.n_items <= TABULATED_ITEMS:
                 tier = replace(tier, model=tier.model.tabulated())
-            learner = learner_of(scenario, self.federation, tier, popularity, ask)
+            learner = learner_of(scenario, self.federation, tier, self.examples, popularity, ask)
             cohorts.append(Cohort.of(learner, histories.select(members)))
         policy = Policy(scenario.devices.min_cohort, scenario.privacy.colluding_share)
         return Simulation(
@@ -241,12 +241,14 @@ def learner_of(
     scenario: Scenario,
     federation: Federation,
     tier: Tier,
+    examples: RoundEvent | None,
     popularity: NDArray[np.float64] | None = None,
     ask: Ask | None = None,
 ) -> Learner:
     """Return local training as ``[train]`` describes it, in a tier's memory.
 
-    ``popularity`` are public cumulative probabilities of the items, for popular negatives.
+    ``examples`` is the plan's example-level event; without one no example is hidden. ``popularity``
+    are public cumulative probabilities of the items, for popular negatives.
     """
     train, newton = scenario.train, scenario.train.server_optimizer == "newton"
     names = Settings.__dataclass_fields__.keys() & type(train).model_fields.keys()
@@ -255,9 +257,8 @@ def learner_of(
     settings = Settings(**own, newton=newton, local_lr=lr, config=train)
     if scenario.model.learns != "interactions":
         return WordLearner(tier.model, settings, ask)
-    event, bound = example_event(scenario), scenario.privacy.local_clip_norm
-    noise = None if not event or bound is None else ExampleNoise(bound, event.noise_multiplier)
-    return RecommenderLearner(tier.model, settings, popularity, noise)
+    hidden = example_bound(scenario, examples, federation.layout.size)
+    return RecommenderLearner(tier.model, settings, popularity, hidden)
 
 
 # -------------------------- the header of the ledger

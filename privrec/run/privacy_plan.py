@@ -13,12 +13,14 @@ from typing import Any
 
 from scipy.stats import binom
 
+from privrec.device.example_shares import ExampleShares
+from privrec.device.examples import ExampleNoise
 from privrec.device.update import SMALL_RING_BITS, Protection
 from privrec.embedding.nested import Nested, nested
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable, Table
 from privrec.errors import UsageError
-from privrec.privacy.discrete import check_small_cohorts
+from privrec.privacy.discrete import Grid, check_small_cohorts
 from privrec.privacy.events import (
     Accountant,
     Adversary,
@@ -44,6 +46,12 @@ EPSILONS: Mapping[str, tuple[Adversary, Accountant]] = {
 """Every ε of a claim: its adversary and its accountant."""
 
 Coordinates = tuple[Nested, Nested | None]
+
+EXAMPLE_ADVERSARIES: Mapping[str, str] = {"example": "uploads", "shares": "sums"}
+"""Whoever sees what the ε of single interactions holds against, by ``privacy.local``."""
+
+COARSEST = 5.0
+"""Least steps of the bound of an example over what rounding may add to its norm."""
 
 
 def known_items(scenario: Scenario) -> int | None:
@@ -82,8 +90,8 @@ def coordinates_of(
 
 def plan_privacy(
     scenario: Scenario, sizes: Sequence[int], holders: Sequence[int]
-) -> tuple[RoundEvent, Protection]:
-    """Return the privacy event of each round, and how updates are protected.
+) -> tuple[RoundEvent, RoundEvent | None, Protection]:
+    """Return the privacy event of each round, that of its examples, and how updates are protected.
 
     A target ε is calibrated to the planned rounds. ``sizes`` are the coefficients of each band and
     ``holders`` the training devices that hold it, the band that all devices hold first. A
@@ -91,17 +99,16 @@ def plan_privacy(
     """
     privacy, rate = scenario.privacy, scenario.devices.sampling_rate
     encoding, ring = encoding_of(scenario, sum(sizes)), Ring(privacy.ring_bits)
-    minimums = _minimums(scenario, holders)
-    # Devices in a round, which are more with a chance of at most LARGEST_WRAP.
-    most = [int(binom.isf(LARGEST_WRAP, devices, rate)) for devices in holders]
+    minimums, most = _minimums(scenario, holders), _most(scenario, holders)
+    examples = example_event(scenario, sizes, holders)
+    shares: Shares | None = None
     if privacy.noise != "distributed":
-        event, shares = event_without_shares(scenario), None
+        event = event_without_shares(scenario)
+        if examples is not None and examples.grid is not None:
+            moved, bands = examples.grid.squared_sensitivity, _bands(scenario, sizes, holders)
+            shares = Shares(examples.noise_multiplier, moved, bands, privacy.remove_excess)
     else:
-        # Of the devices of a large round, as many collude as are assumed to.
-        bands = tuple(
-            Band(size, least, math.ceil(privacy.colluding_share * many))
-            for size, least, many in zip(sizes, minimums, most, strict=True)
-        )
+        bands = _bands(scenario, sizes, holders)
         spoiled, bound = 0.0, encoding.squared_bound
         if rate < 1:  # when everybody is sampled, there is no secrecy of sampling to spoil
             crowds = list(zip(holders, minimums, strict=True))
@@ -114,10 +121,10 @@ def plan_privacy(
         noise = 0.0
         if shares is not None:
             kept = shares.kept(band, max(many, shares.bands[band].least))
-            noise = kept * shares.noise_multiplier**2 / shares.bands[band].shares
+            noise = kept * float(shares.share_variance(band)) / encoding.squared_bound
         peak = spread(size) if ring.bits == SMALL_RING_BITS else 1
         ring.check(encoding, Load(size, many, noise, peak))
-    return event, Protection(encoding, ring, shares, minimums)
+    return event, examples, Protection(encoding, ring, shares, minimums)
 
 
 def event_without_shares(scenario: Scenario) -> RoundEvent:
@@ -126,27 +133,69 @@ def event_without_shares(scenario: Scenario) -> RoundEvent:
     return _calibrated(scenario, lambda z: RoundEvent("gaussian", z, rate))
 
 
-def example_event(scenario: Scenario) -> RoundEvent | None:
+def example_event(
+    scenario: Scenario, sizes: Sequence[int], holders: Sequence[int]
+) -> RoundEvent | None:
     """Return the example-level event of a round on each device in it; None without local noise.
 
-    All steps of a round together are one Gaussian mechanism, since each example is in one of them
-    (:mod:`privrec.device.examples`). Sampling of devices amplifies nothing at this level: that a
-    device is there at all moves a sum by more than one example.
+    All steps of a round together are one mechanism, since each example is in one of them
+    (:mod:`privrec.device.examples`, and :mod:`privrec.device.example_shares` with noise in shares).
+    Sampling of devices amplifies nothing at this level: that a device is there at all moves a sum
+    by more than one example. ``sizes`` and ``holders`` are those of :func:`plan_privacy`.
     """
     privacy = scenario.privacy
     if privacy.local == "none":
         return None
+    grid = None
+    if privacy.local == "shares":
+        bands, reach = _bands(scenario, sizes, holders), _reach(scenario, sum(sizes))
+        grid = grid_of((2 * reach) ** 2, bands, privacy.remove_excess)
     multiplier = privacy.local_noise_multiplier
     if multiplier is None:
         target = privacy.local_epsilon or 0.0
-        multiplier = _gaussian(target, privacy.local_delta, scenario.train.rounds)
-    return RoundEvent("gaussian", multiplier)
+        multiplier = _everybody(target, privacy.local_delta, scenario.train.rounds, grid)
+    return _event(grid, multiplier)
+
+
+def example_bound(
+    scenario: Scenario, event: RoundEvent | None, dimension: int
+) -> ExampleNoise | ExampleShares | None:
+    """Return how devices hide single examples in rounds of this example-level event, if at all."""
+    privacy = scenario.privacy
+    if event is None or privacy.local_clip_norm is None:
+        return None
+    if event.grid is None:
+        return ExampleNoise(privacy.local_clip_norm, event.noise_multiplier)
+    scale = encoding_of(scenario, dimension).scale
+    return ExampleShares(_reach(scenario, dimension), scale, event.noise_multiplier)
+
+
+def _reach(scenario: Scenario, dimension: int) -> int:
+    """Largest norm of an example in steps of the grid: half of what changing one moves."""
+    privacy, train, model = scenario.privacy, scenario.train, scenario.model
+    encoding = encoding_of(scenario, dimension)
+    reach = math.floor(train.local_lr * (privacy.local_clip_norm or 0.0) / 2 * encoding.scale)
+    samples = 1 + getattr(train, "negatives", 0)
+    own = model.dim + 1 + model.dense_weights(model.dim) + samples * (model.dim + model.item_bias)
+    least = math.ceil(COARSEST * math.sqrt(own))
+    if reach < least:
+        raise UsageError(
+            f"an interaction has a norm of at most {reach} steps of the integer grid, and rounding "
+            f"its {own} coefficients needs {least}: raise privacy.scale_bits = "
+            f"{privacy.scale_bits:g}, or lower privacy.clip_norm = {encoding.clip_norm:g} towards "
+            "train.local_lr times privacy.local_clip_norm"
+        )
+    return reach
+
+
+def _event(grid: Grid | None, multiplier: float) -> RoundEvent:
+    return RoundEvent("discrete_gaussian" if grid else "gaussian", multiplier, 1.0, grid)
 
 
 def example_figures(
     scenario: Scenario, charged: Mapping[RoundEvent, int], *, noise_known: bool
 ) -> dict[str, Any] | None:
-    """The guarantee of single interactions; None where devices add no noise to their own steps.
+    """The guarantee of single interactions; None where devices hide none.
 
     That ε stands beside the one of users and is never added to it: they bound different changes of
     the data, and are of two units.
@@ -162,6 +211,7 @@ def example_figures(
         "noise_multiplier": min((event.noise_multiplier for event in charged), default=None),
         "clip_norm": privacy.local_clip_norm,
         "budget": privacy.local_epsilon,
+        "adversary": EXAMPLE_ADVERSARIES[privacy.local],
         "charges": sum(charged.values()),
     }
 
@@ -171,7 +221,7 @@ def release_event(scenario: Scenario) -> RoundEvent | None:
     devices = scenario.devices
     if devices.popularity != "released" or devices.popularity_epsilon is None:
         return None
-    return RoundEvent("gaussian", _gaussian(devices.popularity_epsilon, scenario.privacy.delta, 1))
+    return _event(None, _everybody(devices.popularity_epsilon, scenario.privacy.delta, 1, None))
 
 
 def charges_of(scenario: Scenario, event: RoundEvent) -> Counter[RoundEvent]:
@@ -181,9 +231,9 @@ def charges_of(scenario: Scenario, event: RoundEvent) -> Counter[RoundEvent]:
 
 
 @lru_cache(maxsize=64)
-def _gaussian(target: float, delta: float, rounds: int) -> float:
-    """The multiplier of so many Gaussian mechanisms that everybody takes part in."""
-    return noise_multiplier_for(target, delta, partial(RoundEvent, "gaussian"), rounds, "server")
+def _everybody(target: float, delta: float, rounds: int, grid: Grid | None) -> float:
+    """The multiplier of so many mechanisms that everybody takes part in."""
+    return noise_multiplier_for(target, delta, partial(_event, grid), rounds, "server")
 
 
 def encoding_of(scenario: Scenario, dimension: int) -> Encoding:
@@ -192,10 +242,25 @@ def encoding_of(scenario: Scenario, dimension: int) -> Encoding:
     return Encoding(clip_norm, dimension, scenario.privacy.scale_bits)
 
 
+def _most(scenario: Scenario, holders: Sequence[int]) -> list[int]:
+    """Devices in a round by band, which are more with a chance of at most LARGEST_WRAP."""
+    rate = scenario.devices.sampling_rate
+    return [int(binom.isf(LARGEST_WRAP, devices, rate)) for devices in holders]
+
+
+def _bands(scenario: Scenario, sizes: Sequence[int], holders: Sequence[int]) -> tuple[Band, ...]:
+    """Bands with noise in shares: of a large round's devices, as many collude as are assumed to."""
+    colluding, minimums = scenario.privacy.colluding_share, _minimums(scenario, holders)
+    return tuple(
+        Band(size, least, math.ceil(colluding * many))
+        for size, least, many in zip(sizes, minimums, _most(scenario, holders), strict=True)
+    )
+
+
 def _minimums(scenario: Scenario, holders: Sequence[int]) -> tuple[int, ...]:
     """Fewest survivors of each band; none where sums of any number of devices are taken."""
     privacy, least = scenario.privacy, scenario.devices.min_cohort
-    if privacy.noise != "distributed" and scenario.run.secure_sum == "exact":
+    if not privacy.in_shares and scenario.run.secure_sum == "exact":
         return ()
     minimums = []
     for devices in holders:

@@ -97,7 +97,7 @@ def recommend(
     federation = federation_of(task.scenario, train.n_items)
     weights = read_model(run_dir, federation, model_digest)
     tier = federation.tiers[0]
-    learner = cast(RecommenderLearner, learner_of(task.scenario, federation, tier))
+    learner = cast(RecommenderLearner, learner_of(task.scenario, federation, tier, None))
     view = tier.view(weights)
     key = int(rng_for(task.scenario.run.seed, "serving").integers(2**63))
     draws = Draws(key, lambda _: _own_stream())

@@ -44,7 +44,7 @@ class RunInfo:
         hides_cohorts: whether ε rests on nobody knowing how many were in a round. Then no observer
             shows or keeps a realised size, or anything that tells a round's duration.
         root_lost: whether the noise root of the start is gone.
-        examples: whether devices add noise that hides single examples.
+        examples: whom single examples are hidden from, in :data:`EXAMPLE_AGAINST`, if anybody.
     """
 
     name: str
@@ -59,7 +59,7 @@ class RunInfo:
     expected_cohort: float | None = None
     hides_cohorts: bool = True
     root_lost: bool = False
-    examples: bool = False
+    examples: str | None = None
     example_budget: float | None = None
     simulated: bool = True
 
@@ -277,11 +277,21 @@ def opening_words(info: RunInfo) -> str:
     apart = ""
     if info.examples and not info.noise_known:
         limit = f", at most ε = {info.example_budget:g}" if info.example_budget else ""
-        apart = f" Example-level privacy on the devices{limit}, a unit apart."
+        against = EXAMPLE_AGAINST[info.examples]
+        apart = f" Example-level privacy{limit} against {against}, a unit apart."
     return f"{kind}: {name}, {info.rounds:,} rounds{users}{resumed}. {_promise(info)}{apart}{lost}"
 
 
+EXAMPLE_AGAINST: Mapping[str, str] = {
+    "uploads": "whoever sees a device's upload",
+    "sums": "whoever sees the sums, the server included, but no single upload",
+}
+"""Whom an ε of single interactions holds against, in words."""
+
+
 def _promise(info: RunInfo) -> str:
+    if info.examples == "sums":
+        return "The noise of the sums hides single interactions: no guarantee at user level."
     if not info.private and info.examples:
         return "No noise is added to the sums: no guarantee at user level."
     if not info.private:

@@ -280,6 +280,13 @@ def _unmet(owner: str, needs: Sequence[Need], values: Values) -> Iterator[Proble
 _FAIR = "it is FAIR's plain average of item memories"
 _ASKED = "the server sees who asks for what"
 _SHOWN = "a user vector fitted without noise would show the examples"
+_OF_EXAMPLES = (
+    Need("train.loss", ("bce", "bpr"), "each example has a loss of its own"),
+    Need("train.selector", ("each",), "negatives must not depend on the history"),
+    Need("train.user_steps", (0,), _SHOWN),
+    Need("train.max_samples", (None,), "a window of the history moves with every example"),
+    Need("devices.aggregation", ("sum", "contributors"), "updates have noise everywhere"),
+)
 _NEEDS: dict[tuple[str, str], tuple[Need, ...]] = {
     ("devices.aggregation", "fair_averaging"): (
         Need("model.kind", ("gmf",), _FAIR),
@@ -288,12 +295,12 @@ _NEEDS: dict[tuple[str, str], tuple[Need, ...]] = {
         Need("devices.nesting", ("fold", None), "FAIR averages folded memories"),
         Need("devices.popularity", (None,), 'FAIR averages folded memories, nesting = "fold"'),
     ),
-    ("privacy.local", "example"): (
-        Need("train.loss", ("bce", "bpr"), "each example has a loss of its own"),
-        Need("train.selector", ("each",), "negatives must not depend on the history"),
-        Need("train.user_steps", (0,), _SHOWN),
-        Need("train.max_samples", (None,), "a window of the history moves with every example"),
-        Need("devices.aggregation", ("sum", "contributors"), "updates have noise everywhere"),
+    ("privacy.local", "example"): _OF_EXAMPLES,
+    ("privacy.local", "shares"): (
+        *_OF_EXAMPLES,
+        Need("privacy.noise", ("none",), "what is summed has one noise, that of interactions"),
+        Need("privacy.ring_bits", (32,), "sums of interactions are integers that are not rotated"),
+        Need("devices.tiers", ((),), "sums of interactions are integers of one memory"),
     ),
     ("train.scheme", "requested"): (
         Need("model.kind", ("next_word",), _ASKED),
@@ -343,6 +350,9 @@ def _noise(values: Values) -> Iterator[Problem]:
         ("privacy.local", "privacy.local_", "interaction", "protects no single interaction"),
     ):
         kind = f"{owner} = {as_toml(values[owner])}"
+        if values[owner] == "shares" and values["privacy.clip_norm"] is None:
+            remedy = "set it, for example to 10 times train.local_lr times privacy.local_clip_norm"
+            yield "privacy.clip_norm", f"{kind} needs a bound on each coefficient", remedy
         clip, epsilon = f"{prefix}clip_norm", f"{prefix}epsilon"
         multiplier = f"{prefix}noise_multiplier"
         if values[owner] == "none":

@@ -147,7 +147,7 @@ class Scenario(Heading):
         }
         if self.devices.popularity == "released":
             planned["popularity_epsilon"] = self.devices.popularity_epsilon
-        if self.privacy.noise == "distributed":
+        if self.privacy.in_shares:
             planned["min_cohort"] = self.devices.min_cohort
             planned["dropout_rate"] = self.devices.dropout_rate
         return _digest(planned)

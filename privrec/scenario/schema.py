@@ -193,7 +193,9 @@ class Privacy(Section):
     accounted.
     """
     clip_norm: float | None = setting(None, "(0, 10^6] L2 norm")
-    """Largest L2 norm of one device's update; required with noise."""
+    """Largest L2 norm of one device's update, or with `shares` its largest coefficient; required
+    with noise.
+    """
     epsilon: float | None = setting(None, "[0.0001, 1000] ε, user level")
     """Target and budget, with noise; excludes `noise_multiplier`."""
     noise_multiplier: float | None = setting(None, "(0, 10^6] standard deviations")
@@ -202,18 +204,19 @@ class Privacy(Section):
     """δ of the guarantee; well below one over the users."""
     budget_against: Literal["recipients", "server"] = "recipients"
     """The adversary that `epsilon` is meant against, and that halts the run."""
-    local: Literal["none", "example"] = "none"
-    """`example`: every local step on a device has noise of its own, which hides single interactions
-    also from whoever sees the device's upload; with or without `noise`.
+    local: Literal["none", "example", "shares"] = "none"
+    """Hides single interactions. `example`: every local step on a device has all the noise, also
+    against whoever sees the device's upload; with or without `noise`. `shares`: user vectors have
+    it all and sums have it in shares, against whoever sees sums alone; without `noise`.
     """
     local_clip_norm: float | None = setting(None, "(0, 10^6] L2 norm")
-    """`example`: the most that removing or changing one interaction moves a round's sum of
-    gradients; required then.
+    """`local`: the most that removing or changing one interaction moves a round's sum of gradients;
+    required then.
     """
     local_epsilon: float | None = setting(None, "[0.0001, 1000] ε, example level")
-    """`example`: ε of single interactions; excludes `local_noise_multiplier`."""
+    """`local`: ε of single interactions; excludes `local_noise_multiplier`."""
     local_noise_multiplier: float | None = setting(None, "(0, 10^6] standard deviations")
-    """`example`: noise of a step over `local_clip_norm`; excludes `local_epsilon`."""
+    """`local`: noise over `local_clip_norm`; excludes `local_epsilon`."""
     local_delta: float = setting(1e-7, "[1e-10, 1) probability")
     """δ of the example-level guarantee; well below one over all interactions."""
     scale_bits: float = setting(13.0, "[1, 20] bits")
@@ -222,6 +225,11 @@ class Privacy(Section):
     """
     ring_bits: Literal[32, 16] = setting(32, unit="bits")
     """Sums are taken modulo 2^this; 16 halves the upload, for cohorts of up to 1,000."""
+
+    @property
+    def in_shares(self) -> bool:
+        """Whether devices add noise in shares, of users or of interactions."""
+        return self.noise == "distributed" or self.local == "shares"
 
 
 class Run(Section):

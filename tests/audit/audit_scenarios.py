@@ -29,6 +29,12 @@ KINDS: dict[str, tuple[str, ...]] = {
         "privacy.ring_bits=16", "privacy.scale_bits=6",
     ),
     "none": ("privacy.noise=none", "privacy.epsilon="),
+    "examples": (
+        "privacy.noise=none", "privacy.epsilon=", "privacy.local=shares", "privacy.scale_bits=18",
+        "privacy.local_clip_norm=1.0", "privacy.local_epsilon=6", "privacy.clip_norm=2.0",
+        "train.user_steps=0", "train.loss=bpr", "train.selector=each", "train.local_lr=0.1",
+        "data.users=100", "devices.population=100",
+    ),
 }  # fmt: skip
 
 

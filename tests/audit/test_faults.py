@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -10,9 +12,10 @@ import pytest
 from audit_scenarios import failed, scenario
 from numpy.typing import NDArray
 
-from privrec.audit import _findings, audit, noise, rounds
+from privrec.audit import _findings, audit, examples, noise, rounds
 from privrec.audit.harness import Harness
-from privrec.device import update
+from privrec.device import example_shares, update
+from privrec.device.example_shares import ExampleSums
 from privrec.device.update import BoundedUpdate, Round
 from privrec.privacy.lazy import LazyMemory
 from privrec.privacy.mechanism import Shares, rounded_gaussian
@@ -40,7 +43,8 @@ def found(probe: Any, kind: str, *more: str) -> set[str]:
 def broken(kind: str, *more: str) -> set[str]:
     """The probes of updates that say no."""
     harness = Harness.of(scenario(kind, *more), KEY)
-    probes = [_findings(name, probe(harness)) for name, probe in rounds.PROBES.items()]
+    all_of = {**rounds.PROBES, **rounds.SUMS}
+    probes = [_findings(name, probe(harness)) for name, probe in all_of.items()]
     return {check.probe for found in probes for check in found if not check.passed}
 
 
@@ -387,3 +391,48 @@ def test_canaries_see_no_noise_at_all(monkeypatch: Patch) -> None:
     assert result.lower_bound is not None
     assert result.claimed is not None
     assert result.lower_bound > result.claimed
+
+
+# ------------------------------------------------------------------------------- interactions
+
+
+def of_interactions() -> set[str]:
+    """The probes that say no of noise in shares against single interactions."""
+    harness = Harness.of(scenario("examples"), KEY)
+    probing = {**examples.PROBES, "noise": noise.probe, "accounting": rounds.probe_accounting}
+    probes = [_findings(name, probe(harness)) for name, probe in probing.items()]
+    return {check.probe for found in probes for check in found if not check.passed}
+
+
+def test_an_honest_build_hides_interactions() -> None:
+    assert of_interactions() == set()
+
+
+def test_interactions_that_are_not_clipped_fail(monkeypatch: Patch) -> None:
+    def unbounded(self: ExampleSums, raw: Any) -> Any:
+        return honest(replace_reach(self, 2), raw)
+
+    def replace_reach(made: ExampleSums, factor: int) -> ExampleSums:
+        other = copy(made)
+        other._bound = replace(made._bound, reach=factor * made._bound.reach)
+        return other
+
+    honest = ExampleSums.bounded
+    monkeypatch.setattr(ExampleSums, "bounded", unbounded)
+    assert of_interactions() == {"what an interaction moves"}
+
+
+@pytest.mark.parametrize("factor", [1e-9, 2 / 3, 1.5])
+def test_user_vectors_with_other_noise_fail(factor: float, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(example_shares, "rounded_gaussian", scaled(factor))
+    assert of_interactions() == {"noise of user vectors"}
+
+
+def test_a_share_of_interactions_that_is_missing_fails(monkeypatch: Patch) -> None:
+    honest = Shares.removed
+
+    def removed(self: Shares, band: int, survivors: Any, signers: Any = None) -> Any:
+        return (*survivors[:20], *honest(self, band, survivors, signers))
+
+    monkeypatch.setattr(Shares, "removed", removed)
+    assert WHOLE in of_interactions()

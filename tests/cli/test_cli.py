@@ -638,6 +638,24 @@ def test_a_plan_without_noise_promises_nothing() -> None:
     assert "no privacy guarantee" in done("plan", "tiny.toml", *words).stdout
 
 
+@pytest.mark.parametrize(
+    ("local", "against"),
+    [("example", "whoever sees a device's upload"), ("shares", "whoever sees the sums")],
+)
+def test_a_plan_says_whom_single_interactions_are_hidden_from(local: str, against: str) -> None:
+    changes = (
+        "privacy.noise=none", "privacy.epsilon=", f"privacy.local={local}", "train.user_steps=0",
+        "privacy.local_clip_norm=1", "privacy.local_epsilon=6", "privacy.clip_norm=10",
+        "privacy.scale_bits=16", "train.loss=bpr", "train.selector=each", "devices.min_cohort=2",
+    )  # fmt: skip
+    words = [word for change in changes for word in ("-s", change)]
+    plan, text = planned(*words), done("plan", "tiny.toml", *words).stdout
+    assert plan["epsilon"] is None
+    assert 5.9 < plan["examples"]["epsilon"] <= plan["examples"]["budget"] == 6
+    assert plan["examples"]["delta"] == 1e-7
+    assert against in text
+
+
 @pytest.mark.parametrize("noise", ["1e-300", "1e-160", "1e-20", "1e6"])
 @pytest.mark.parametrize("clip_norm", ["1e-30", "1e6"])
 @pytest.mark.parametrize("delta", ["1e-10", "0.5"])

@@ -9,40 +9,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from of_examples import DIM, ITEMS, recommender, settings_of
 
 from privrec.device.device import Deferred, Draws, Settings
 from privrec.device.examples import ExampleNoise, ExampleSteps, Gradients
 from privrec.device.recommender import RecommenderLearner
 from privrec.device.samples import Histories
 from privrec.device.tier import LocalModel, ModelView
-from privrec.embedding.subspace import Subspace
-from privrec.embedding.table import PlainTable
 from privrec.errors import UsageError
 from privrec.models.ncf import NCF
 from privrec.randomness import SecretRoot
 
-ITEMS, DIM, BLOCK, BOUND = 24, 8, 4, 0.7
+BOUND = 0.7
 ROOT = SecretRoot.known(b"examples")
-
-
-def recommender(kind: str = "gmf", *, compressed: bool = False) -> ModelView[NCF]:
-    ncf = NCF.of(kind, DIM, (6,))
-    if compressed:
-        vectors = Subspace.sized(ITEMS, DIM, block=BLOCK, key=3, compression=4.0)
-        biases = Subspace.sized(ITEMS, 1, block=1, key=5, compression=4.0)
-    else:
-        vectors = PlainTable.of(ITEMS, DIM, block=BLOCK)
-        biases = PlainTable.of(ITEMS, 1, block=1)
-    return ModelView(ncf, vectors, biases)
-
-
-def settings_of(loss: str, steps: int, rate: float) -> Settings:
-    """Of noisy steps with three negatives an example; they look at nothing else."""
-    return Settings(
-        loss=loss, newton=False, max_samples=None, user_steps=2, user_lr=1.0, user_l2=0.3,
-        serve_steps=3, local_steps=steps, local_lr=rate, negatives=3, serve_negatives=6,
-        unobserved_weight=0.1, item_l2=0.01,
-    )  # fmt: skip
 
 
 def steps_of(

@@ -15,7 +15,6 @@ from privrec.privacy.events import RoundEvent, epsilon
 from privrec.privacy.ledger import Ledger
 from privrec.privacy.population import PopulationBalance
 from privrec.run.plan import Plan
-from privrec.run.privacy_plan import example_event
 from privrec.run.record import EventLog, Record
 from privrec.scenario.load import Row, Scenario
 from privrec.storage import sign
@@ -76,18 +75,18 @@ def make_run(
         "population": population,
         "noise_known": noise_known,
     }
+    plan = Plan.of(scenario, 3706, population)
     if declares:
-        plan = Plan.of(scenario, 3706, population)
         header |= {"simulated": simulated} | plan.header(standing or PopulationBalance())
     with Ledger.create(path / "ledger.jsonl", header=header, signing_key=KEY) as ledger:
         for number in range(rounds):
             for attempt in range(2 if number in retried else 1):
-                ledger.charge(number, attempt, event, example_event(scenario))
+                ledger.charge(number, attempt, event, plan.examples)
             ledger.commit(number, ledger.attempts(number) - 1, b"t" * 32)
         ledger.end(b"m" * 32)
         ledger.seal()
         charges = len(ledger.charges)
-        examples = _examples(scenario, ledger, noise_known)
+        examples = _examples(plan, ledger, noise_known)
         spent = [
             ledger.epsilon(delta, adversary, accountant)
             for accountant in ("pld", "rdp")
@@ -159,8 +158,8 @@ def make_run(
     return path
 
 
-def _examples(scenario: Scenario, ledger: Ledger, known: bool) -> dict[str, Any] | None:
-    single, privacy = example_event(scenario), scenario.privacy
+def _examples(plan: Plan, ledger: Ledger, known: bool) -> dict[str, Any] | None:
+    single, privacy = plan.examples, plan.scenario.privacy
     if single is None:
         return None
     return {
@@ -170,6 +169,7 @@ def _examples(scenario: Scenario, ledger: Ledger, known: bool) -> dict[str, Any]
         "noise_multiplier": single.noise_multiplier,
         "clip_norm": privacy.local_clip_norm,
         "budget": privacy.local_epsilon,
+        "adversary": {"example": "uploads", "shares": "sums"}[privacy.local],
         "charges": sum(ledger.examples.values()),
     }
 

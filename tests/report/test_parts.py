@@ -35,6 +35,10 @@ LOCAL = {
     "privacy.local": "example", "privacy.local_clip_norm": 1.0, "privacy.local_epsilon": 8.0,
     "train.user_steps": 0, "train.loss": "bce",
 }  # fmt: skip
+SHARES = LOCAL | {
+    "privacy.local": "shares", "privacy.clip_norm": 2.0, "privacy.scale_bits": 18.0,
+    "train.local_lr": 0.1,
+}  # fmt: skip
 NOISES: dict[str, dict[str, Any]] = {
     "none": {"noise": "none", "budget": None},
     "central": {"sigma": 3.0, "budget": None},
@@ -44,6 +48,7 @@ NOISES: dict[str, dict[str, Any]] = {
         "settings": {"privacy.remove_excess": False},
     },
     "local": {"noise": "none", "budget": None, "settings": LOCAL},
+    "shares": {"noise": "none", "budget": None, "settings": SHARES},
     "both": {
         "noise": "distributed", "sigma": 3.0, "budget": None, "settings": LOCAL,
     },
@@ -54,6 +59,7 @@ KINDS = {
     for noise, settings in NOISES.items()
     for who, rate in (("everybody", 1.0), ("sampled", 0.25))
     for tiers in (False, True)
+    if not (noise == "shares" and tiers)
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -81,7 +87,7 @@ def test_every_kind_fills_all_starred_parts_and_satisfies_the_schema(
     assert report.missing == ()
     assert all(getattr(report, name) is not None for name in STARRED)
     jsonschema.validate(dumped(report), json_schema())
-    assert report.privacy.private is (kind.split()[0] not in ("none", "local", "known"))
+    assert report.privacy.private is (kind.split()[0] not in ("none", "local", "shares", "known"))
 
 
 def test_the_schema_in_the_documentation_is_that_of_this_version() -> None:

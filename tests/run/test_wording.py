@@ -69,6 +69,8 @@ def test_no_promise_is_made_against_the_trusted_server() -> None:
         (RunInfo("a", 1, noise_known=True, budget=8), "no privacy guarantee"),
         (RunInfo("a", 1), "without a limit"),
         (RunInfo("a", 9, done=4), "going on after round 4"),
+        (RunInfo("a", 1, private=False, examples="uploads"), "against whoever sees a device's"),
+        (RunInfo("a", 1, private=False, examples="sums"), "but no single upload, a unit apart"),
     ],
 )
 def test_the_opening_promises_no_more_than_holds(info: RunInfo, words: str) -> None:
