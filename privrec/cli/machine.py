@@ -220,7 +220,7 @@ def _local_superlink() -> Found:
     """Whose packages ``flwr run`` gets: it starts a SuperLink once, and finds that one for ever."""
     ours = Path(sys.executable).parent.resolve()
     try:
-        listed = subprocess.run(["ps", "-axo", "pid=,args="], capture_output=True, text=True).stdout
+        listed = subprocess.run(["ps", "-axwwo", "pid=,args="], capture_output=True, text=True).stdout
     except OSError:
         return "ok", "not looked for, since there is no ps"
     for pid, *command in (line.split() for line in listed.splitlines()):
