@@ -220,7 +220,9 @@ def _local_superlink() -> Found:
     """Whose packages ``flwr run`` gets: it starts a SuperLink once, and finds that one for ever."""
     ours = Path(sys.executable).parent.resolve()
     try:
-        listed = subprocess.run(["ps", "-axwwo", "pid=,args="], capture_output=True, text=True).stdout
+        listed = subprocess.run(
+            ["ps", "-axwwo", "pid=,args="], capture_output=True, text=True
+        ).stdout
     except OSError:
         return "ok", "not looked for, since there is no ps"
     for pid, *command in (line.split() for line in listed.splitlines()):
@@ -329,11 +331,9 @@ def init(folder: Path, scenario: Path | None, as_json: bool) -> None:
 
     files = write(folder, scenario)
     written = load(next(path for path in files if path.name == "scenario.toml"))
-    first = _before_flwr_run(written)
-    run = [
-        f"flwr run {folder} --stream",
-        f"privrec report verify ~/privrec-runs/{name_of(folder)}",
-    ]
+    out = f"~/privrec-runs/{name_of(folder)}"
+    first = _before_flwr_run(written, out)
+    run = [f"flwr run {folder} --stream", f"privrec report verify {out}"]
     if as_json:
         console.print_json({"files": [str(path) for path in files], "first": first, "run": run})
         return
@@ -348,8 +348,8 @@ def init(folder: Path, scenario: Path | None, as_json: bool) -> None:
     click.echo("\n".join(["Run it, and check what it left:", *(f"  {line}" for line in run)]))
 
 
-def _before_flwr_run(scenario: Scenario) -> list[str]:
-    """What a simulation of an app lacks on this machine, each with its remedy."""
+def _before_flwr_run(scenario: Scenario, out: str) -> list[str]:
+    """What stands in the way of an app's simulation on this machine, each begun by its remedy."""
     from privrec.data.catalogue import ARCHIVES
 
     needs = []
@@ -362,6 +362,8 @@ def _before_flwr_run(scenario: Scenario) -> list[str]:
     source = scenario.data.source
     if source in ARCHIVES and source not in found_data():
         needs.append(f"privrec data fetch {source}: every node reads its users from it")
+    if Path(out).expanduser().exists():
+        needs.append(f"move {out} away, or name another out in pyproject.toml: a run lies there")
     return needs
 
 

@@ -809,6 +809,7 @@ def test_a_local_superlink_of_another_environment_is_named(
 def test_flower_init_names_what_the_next_command_needs(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("HOME", str(place / "home"))
     monkeypatch.setattr(machine, "_lacking", lambda requirement: ["ray"])
     result = done("flower", "init", "my-app")
     assert "pip install 'flwr[simulation]': ray" in result.stderr
@@ -820,8 +821,11 @@ def test_flower_init_names_what_the_next_command_needs(
     template = (place / "my-app" / "recommender" / "scenario.toml").read_text("utf-8")
     files = template.replace('"synthetic"\nusers = 120\nitems = 200', '"ml-100k"')
     (place / "movies.toml").write_text(files.replace("population = 120", "population = 943"))
+    (place / "home" / "privrec-runs" / "two").mkdir(parents=True)
     said = json.loads(done("flower", "init", "two", "--scenario", "movies.toml", "--json").stdout)
-    assert [line.partition(":")[0] for line in said["first"]][-1] == "privrec data fetch ml-100k"
+    *_, data, taken = said["first"]
+    assert data.startswith("privrec data fetch ml-100k: ")
+    assert taken.startswith("move ~/privrec-runs/two away")
 
 
 def test_a_new_app_asks_no_registry_for_anything(place: Path) -> None:

@@ -294,10 +294,10 @@ def test_a_quickstart_is_plain_fedavg_with_a_supernode_killed_in_each_round(
     (watched / "halt-2-masked").touch()  # the first, before anything runs
     cluster.start("run", "flwr", "run", ".", "loop", "--stream", "--run-config", config, cwd=app)
     for round, (part, stage) in killed.items():
-        cluster.wait_for((watched / f"halted-{part}-{stage}").exists, 300)
+        cluster.wait_for((watched / f"halted-{part}-{stage}").exists, 600)
         cluster.kill(f"node{part}")
         (watched / f"halt-{part}-{stage}").unlink()
-        cluster.wait_for((out / f"{round}.pt").exists, 300)
+        cluster.wait_for((out / f"{round}.pt").exists, 600)
         if round + 1 in killed:
             following = killed[round + 1]
             (watched / f"halt-{following[0]}-{following[1]}").touch()

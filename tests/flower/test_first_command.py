@@ -37,7 +37,7 @@ INSTALL, FIRST, LOOPBACK, CERTIFICATES, SECURED = (
 )
 README = [f.text for f in fences((ROOT / "README.md").read_text("utf-8")) if "install" in f.words]
 OURS = re.compile("PYTHON|PRIVREC|FLWR|VIRTUAL_ENV|UV_")
-LONG = 900
+LONG = 1800
 LOOP = "127.0.0.1"
 
 
