@@ -22,7 +22,7 @@ def witness(message, context, call_next):
     return call_next(message, context)
 
 
-app = ClientApp(mods=[witness, SecureSumMod(minimum=4)])
+app = ClientApp(mods=[witness, SecureSumMod(minimum=3)])
 
 
 @app.train()
