@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -217,7 +218,7 @@ def _state_directory() -> Found:
 
 
 def _local_superlink() -> Found:
-    """Whose packages ``flwr run`` gets: it starts a SuperLink once, and finds that one for ever."""
+    """Whose packages ``flwr run`` gets: a SuperLink that it started once serves later runs too."""
     ours = Path(sys.executable).parent.resolve()
     try:
         listed = subprocess.run(
@@ -333,7 +334,7 @@ def init(folder: Path, scenario: Path | None, as_json: bool) -> None:
     written = load(next(path for path in files if path.name == "scenario.toml"))
     out = f"~/privrec-runs/{name_of(folder)}"
     first = _before_flwr_run(written, out)
-    run = [f"flwr run {folder} --stream", f"privrec report verify {out}"]
+    run = [f"flwr run {shlex.quote(str(folder))} --stream", f"privrec report verify {out}"]
     if as_json:
         console.print_json({"files": [str(path) for path in files], "first": first, "run": run})
         return
