@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -213,36 +217,76 @@ def _state_directory() -> Found:
     return "ok", f"{directory} is writable; noise roots are kept there"
 
 
+def _local_superlink() -> Found:
+    """Whose packages ``flwr run`` gets: a SuperLink that it started once serves later runs too."""
+    ours = Path(sys.executable).parent.resolve()
+    try:
+        listed = subprocess.run(
+            ["ps", "-axwwo", "pid=,args="], capture_output=True, text=True
+        ).stdout
+    except OSError:
+        return "ok", "not looked for, since there is no ps"
+    for pid, *command in (line.split() for line in listed.splitlines()):
+        script = next((word for word in command[:2] if word.endswith("flower-superlink")), None)
+        if script is None or "--simulation" not in command:
+            continue
+        theirs = Path(script).parent.resolve()
+        if theirs != ours:
+            remedy = f"if flwr run finds no privrec there: kill {pid}; it starts one anew"
+            return "note", f"process {pid} runs simulations with the packages of {theirs}", remedy
+    return "ok", "flwr run gets the packages of this environment"
+
+
 CHECKS: dict[str, Callable[[], Found]] = {
     "python": _python,
     "threads": _threads,
     "secure generator": _secure_generator,
     "AES speed": _aes_speed,
     "state directory": _state_directory,
+    "local SuperLink": _local_superlink,
 }
 
 
 def _packages() -> Iterator[Finding]:
     """One finding for the packages that are needed and one for each extra."""
+    for extra, wanted in _declared().items():
+        what = f"extra {extra}" if extra else "packages"
+        if absent := {line: lacking for line in wanted if (lacking := _lacking(line))}:
+            # By their own names: a registry has no privrec, or somebody else's.
+            install = "pip install " + " ".join(f"'{line}'" for line in absent)
+            remedy = f"{install} if you want it" if extra else "reinstall privrec"
+            missing = f"missing: {', '.join(chain.from_iterable(absent.values()))}"
+            yield Finding(what, "note" if extra else "fail", missing, remedy)
+        else:
+            here = wanted if extra else [f"{name} {version(name)}" for name in SHOWN]
+            yield Finding(what, "ok", ", ".join(here))
+
+
+def _declared() -> dict[str, list[str]]:
+    """What privrec needs, as in ``flwr[simulation]>=1.26``, by extra; "" has what runs need."""
     try:
         declared = requires("privrec") or []
     except PackageNotFoundError:  # run from a source tree that is not installed
         declared = list(SHOWN)
     wanted: dict[str, list[str]] = {"": []}
     for line in declared:
-        extra = line.partition("extra ==")[2].strip(" '\"")
-        if not extra or extra in EXTRAS:
-            wanted.setdefault(extra, []).append(re.split(r"[^\w.-]", line, maxsplit=1)[0])
-    for extra, names in wanted.items():
-        what = f"extra {extra}" if extra else "packages"
-        if absent := [name for name in names if not _installed(name)]:
-            install = f"pip install 'privrec[{extra}]' if you want it"
-            remedy = install if extra else "reinstall privrec"
-            missing = f"missing: {', '.join(absent)}"
-            yield Finding(what, "note" if extra else "fail", missing, remedy)
-        else:
-            here = names if extra else [f"{name} {version(name)}" for name in SHOWN]
-            yield Finding(what, "ok", ", ".join(here))
+        if not (extra := _extra(line)) or extra in EXTRAS:
+            wanted.setdefault(extra, []).append(line.partition(";")[0].strip())
+    return wanted
+
+
+def _extra(requirement: str) -> str:
+    return requirement.partition("extra ==")[2].strip(" '\"")
+
+
+def _lacking(requirement: str) -> list[str]:
+    """The packages of a requirement, and of the extras that it names, that are not installed."""
+    name, *extras = re.findall(r"[\w.-]+", re.split(r"[^\w.,\[-]", requirement, maxsplit=1)[0])
+    if not _installed(name):
+        return [name]
+    lines = [line for line in (requires(name) or []) if extras and _extra(line) in extras]
+    named = {re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in lines}
+    return sorted(each for each in named if not _installed(each))
 
 
 def _installed(name: str) -> bool:
@@ -283,14 +327,45 @@ def flower() -> None:
 def init(folder: Path, scenario: Path | None, as_json: bool) -> None:
     """Write a complete Flower app to FOLDER, ready for `flwr run`."""
     from privrec.flower.app import init as write
+    from privrec.flower.app import name_of, population_of
+    from privrec.scenario.load import load
 
     files = write(folder, scenario)
+    written = load(next(path for path in files if path.name == "scenario.toml"))
+    out = f"~/privrec-runs/{name_of(folder)}"
+    first = _before_flwr_run(written, out)
+    run = [f"flwr run {shlex.quote(str(folder))} --stream", f"privrec report verify {out}"]
     if as_json:
-        console.print_json({"files": [str(path) for path in files]})
+        console.print_json({"files": [str(path) for path in files], "first": first, "run": run})
         return
     for path in files:
         click.echo(f"wrote {path}")
-    click.echo(f"Run it: cd {folder} && flwr run .")
+    click.echo(
+        f"Its {population_of(written)} devices are spread over the nodes that Flower simulates: 2, "
+        "or N with --federation-config num-supernodes=N after flwr run."
+    )
+    for need in first:
+        click.echo(f"First, {need}", err=True)
+    click.echo("\n".join(["Run it, and check what it left:", *(f"  {line}" for line in run)]))
+
+
+def _before_flwr_run(scenario: Scenario, out: str) -> list[str]:
+    """What stands in the way of an app's simulation on this machine, each begun by its remedy."""
+    from privrec.data.catalogue import ARCHIVES
+
+    needs = []
+    if lacking := _lacking("flwr[simulation]"):
+        missing = " and ".join(lacking)
+        needs.append(f"pip install 'flwr[simulation]': {missing}, which it needs, is not here")
+    level, *words = _local_superlink()
+    if level != "ok":
+        needs.append(f"look at Flower's local SuperLink: {'; '.join(words)}")
+    source = scenario.data.source
+    if source in ARCHIVES and source not in found_data():
+        needs.append(f"privrec data fetch {source}: every node reads its users from it")
+    if Path(out).expanduser().exists():
+        needs.append(f"move {out} away, or name another out in pyproject.toml: a run lies there")
+    return needs
 
 
 @flower.command(epilog=console.example("privrec flower enroll keys --roster roster.txt --number 7"))

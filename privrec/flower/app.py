@@ -10,6 +10,7 @@ from string import Template
 from typing import Any
 
 from privrec.errors import UsageError
+from privrec.flower.enrolment import text_of
 from privrec.scenario.load import Scenario, load
 
 
@@ -50,8 +51,26 @@ def population_of(scenario: Scenario) -> int:
     return scenario.devices.population
 
 
+def out_of(run_config: Mapping[str, Any]) -> Path:
+    """Return the run's directory on this machine; ``~`` and relative paths are of its user's home.
+
+    The directory that a SuperLink happened to be started in is nobody's choice.
+    """
+    out = text_of(run_config, "out")
+    if out is None:
+        raise UsageError('out is unset: name the run\'s directory, as in "~/privrec-runs/mine"')
+    return Path.home() / Path(out).expanduser()
+
+
+def name_of(folder: Path) -> str:
+    """Return the name that an app has in a folder, and its runs below ``~/privrec-runs``."""
+    return re.sub(r"[^a-z0-9]+", "-", folder.resolve().name.lower()).strip("-") or "recommender"
+
+
 def init(folder: Path, scenario: Path | None = None) -> list[Path]:
     """Write a complete app that ``flwr run`` takes as it is.
+
+    It depends on nothing that a registry would be asked for: it runs where privrec is installed.
 
     Args:
         folder: a new or empty folder; its name is the app's.
@@ -67,8 +86,7 @@ def init(folder: Path, scenario: Path | None = None) -> list[Path]:
     if scenario is not None:
         scenario_of(scenario.parent, {"scenario": scenario.name})
         text = scenario.read_text(encoding="utf-8")
-    name = re.sub(r"[^a-z0-9]+", "-", folder.resolve().name.lower()).strip("-") or "recommender"
-    values = {"name": name, "out": f"{Path.home() / 'privrec-runs' / name}"}
+    values = {"name": name_of(folder)}
     written = {"recommender/__init__.py": '"""Federated recommendation."""\n'}
     for target in ("pyproject.toml", "README.md", "recommender/client.py", "recommender/server.py"):
         page = (template / f"{Path(target).name}.in").read_text(encoding="utf-8")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from privrec.device.update import Aggregate, Round
 from privrec.errors import BudgetError, PrivrecError, UsageError
-from privrec.flower.app import population_of, scenario_of
+from privrec.flower.app import out_of, population_of, scenario_of
 from privrec.flower.enrolment import Anyone, anchor_of
 from privrec.flower.exchange import EXCHANGES, MASKED, SHARES, Member, Registry
 from privrec.randomness import SecretRoot, rng_for
@@ -161,8 +161,8 @@ def server_app(folder: Path) -> ServerApp:
     @app.main()  # type: ignore[untyped-decorator]  # Flower may be absent
     def main(grid: Grid, context: Context) -> None:
         config = context.run_config
-        out = Path(str(config.get("out", "run")))
         try:
+            out = out_of(config)
             scenario = scenario_of(folder, config)
             items = int(config.get("items", 0)) or known_items(scenario)
             if not items:

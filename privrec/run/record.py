@@ -433,6 +433,6 @@ def _optional(module: str, product: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         raise UsageError(
-            f"{product} was asked for but is not installed; it comes with an extra. "
-            'Install it with: pip install "privrec[track]"'
+            f"{product} was asked for but is not installed. Install it with: "
+            "pip install tensorboard mlflow-skinny"
         ) from None

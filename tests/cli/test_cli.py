@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -780,6 +782,79 @@ def test_the_doctor_names_missing_packages(monkeypatch: pytest.MonkeyPatch) -> N
     assert findings["packages"].detail == "missing: no-such-thing"
     assert findings["extra track"].level == "note"
     assert "extra dev" not in findings
+
+
+def test_the_doctor_looks_into_the_extras_of_what_an_extra_needs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    declared = {
+        "privrec": ["torch>=2", "numpy[fast]<9,>=1 ; extra == 'flower'"],
+        "numpy": ["no-such-ray==2; python_version > '3' and extra == 'fast'", "x; extra == 'y'"],
+    }
+    monkeypatch.setattr(machine, "requires", lambda name: declared.get(name, []))
+    (found,) = (each for each in machine.examine() if each.name == "extra flower")
+    assert (found.level, found.detail) == ("note", "missing: no-such-ray")
+    assert found.remedy.startswith("pip install 'numpy[fast]<9,>=1'")
+
+
+def test_nothing_advises_to_install_privrec_from_a_registry(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    declared = [f"no-such-thing; extra == '{extra}'" for extra in machine.EXTRAS]
+    monkeypatch.setattr(machine, "requires", lambda name: declared)
+    for finding in machine.examine():
+        assert not re.search(r"pip install\S* *['\"]?privrec", finding.remedy), finding
+    for path in (Path(machine.__file__).parents[1]).rglob("*"):
+        if path.suffix in (".py", ".in", ".toml"):
+            text = " ".join(path.read_text("utf-8").split())
+            assert not re.search(r"pip install ['\"]?privrec", text), path
+
+
+@pytest.mark.parametrize("where", ["here", "elsewhere"])
+def test_a_local_superlink_of_another_environment_is_named(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(sys.executable).parent if where == "here" else tmp_path
+    command = f"{folder}/python {folder}/flower-superlink --insecure --simulation --port 39091"
+    listed = f"  17 /usr/bin/vim flower-superlink\n  4711 {command}\n"
+    done = subprocess.CompletedProcess([], 0, listed)
+    monkeypatch.setattr(machine.subprocess, "run", lambda *_, **__: done)
+    (found,) = (each for each in machine.examine() if each.name == "local SuperLink")
+    assert found.level == ("ok" if where == "here" else "note")
+    assert ("kill 4711" in found.remedy) == (where == "elsewhere")
+
+
+def test_flower_init_names_what_the_next_command_needs(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(place / "home"))
+    monkeypatch.setattr(machine, "_lacking", lambda requirement: ["ray"])
+    result = done("flower", "init", "my-app")
+    assert "pip install 'flwr[simulation]': ray" in result.stderr
+    assert "120 devices" in result.stdout
+    assert "num-supernodes=N" in result.stdout
+    assert result.stdout.endswith(
+        "  flwr run my-app --stream\n  privrec report verify ~/privrec-runs/my-app\n"
+    )
+    template = (place / "my-app" / "recommender" / "scenario.toml").read_text("utf-8")
+    files = template.replace('"synthetic"\nusers = 120\nitems = 200', '"ml-100k"')
+    (place / "movies.toml").write_text(files.replace("population = 120", "population = 943"))
+    (place / "home" / "privrec-runs" / "two").mkdir(parents=True)
+    said = json.loads(done("flower", "init", "two", "--scenario", "movies.toml", "--json").stdout)
+    *_, data, taken = said["first"]
+    assert data.startswith("privrec data fetch ml-100k: ")
+    assert taken.startswith("move ~/privrec-runs/two away")
+
+
+def test_a_new_app_asks_no_registry_for_anything(place: Path) -> None:
+    done("flower", "init", "my-app")
+    project = tomllib.loads((place / "my-app" / "pyproject.toml").read_text("utf-8"))
+    assert project["project"]["dependencies"] == []
+    # Where a run goes is decided on the machine that writes it, whoever made the app.
+    assert project["tool"]["flwr"]["app"]["config"]["out"] == "~/privrec-runs/my-app"
+    assert str(Path.home()) not in "".join(
+        path.read_text("utf-8") for path in (place / "my-app").rglob("*") if path.is_file()
+    )
 
 
 # --------------------------------------------------------------------------- scenarios

@@ -2,7 +2,8 @@
 
 The words after a fence's language say otherwise: ``install`` and ``test`` are run by ``.ci/run``;
 ``long`` needs a download or minutes, so its commands are only parsed; ``flower`` needs Flower, and
-is run by ``tests/flower/test_secure_sum_docs.py``. Nothing else is exempt. The
+is run by ``tests/flower/test_secure_sum_docs.py``; ``deployment`` needs SuperLinks, and is run by
+``tests/flower/test_first_command.py``. Nothing else is exempt. The
 blocks of a page run in its order, in one directory; runs are cut down to three rounds.
 """
 
@@ -26,8 +27,8 @@ from privrec.errors import UsageError
 from privrec.scenario.load import Scenario
 
 ROUNDS = "train.rounds=3"
-RUN_BY_CI = {"install", "test"}
-WORDS = {"bash": {*RUN_BY_CI, "long"}, "python": {"flower"}, "toml": set(), "json": set()}
+ELSEWHERE = {"install", "test", "deployment"}
+WORDS = {"bash": {*ELSEWHERE, "long"}, "python": {"flower"}, "toml": set(), "json": set()}
 NOT_RUN = {"text", "{toctree}", "{eval-rst}"}
 PAGE_NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
@@ -121,7 +122,7 @@ def test_blocks_run(name: str, checkout: Path) -> None:
         where = f"{name}:{fence.line}"
         if fence.language == "bash" and "long" in fence.words:
             parse_shell(fence, where)
-        elif fence.language == "bash" and not RUN_BY_CI & set(fence.words):
+        elif fence.language == "bash" and not ELSEWHERE & set(fence.words):
             run_shell(fence, where)
         elif fence.language == "python" and "flower" not in fence.words:
             program = compile(fence.text, where, "exec")
@@ -131,6 +132,11 @@ def test_blocks_run(name: str, checkout: Path) -> None:
             check_toml(fence)
         elif fence.language == "json":
             json.loads(fence.text)
+
+
+def test_deployments_are_of_the_page_whose_blocks_are_run() -> None:
+    pages = {p.name for p in PAGES for f in fences(p.read_text("utf-8")) if "deployment" in f.words}
+    assert pages == {"flower.md"}
 
 
 @pytest.mark.parametrize("name", PAGE_NAMES)

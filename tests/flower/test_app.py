@@ -20,7 +20,7 @@ from memory_grid import Loopback, context_of
 from privrec.device import samples
 from privrec.errors import DataError, IntegrityError, ReleaseRefused, UsageError
 from privrec.flower import server_app as server_module
-from privrec.flower.app import scenario_of
+from privrec.flower.app import out_of, scenario_of
 from privrec.flower.client_app import Node, client_app
 from privrec.flower.enrolment import Anyone, anchor_of, enroll
 from privrec.flower.exchange import (
@@ -515,6 +515,19 @@ def test_a_finished_run_is_shown_for_its_own_scenario_alone(tmp_path: Path) -> N
     (out / "result.json").write_text("{}")
     with pytest.raises(IntegrityError, match="not a signed result"):
         deployed(folder, grid_of(folder), out)
+
+
+def test_out_is_a_place_of_the_machine_that_writes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "theirs"))
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    for out in ("~/runs/mine", "runs/mine", str(tmp_path / "theirs" / "runs" / "mine")):
+        assert out_of({"out": out}) == tmp_path / "theirs" / "runs" / "mine"
+    for unset in ({}, {"out": ""}):
+        with pytest.raises(UsageError, match="out is unset"):
+            out_of(unset)
 
 
 def test_a_report_that_cannot_be_written_does_not_unmake_the_run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib
 import ipaddress
 import json
 import os
@@ -18,12 +19,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 pytest.importorskip("flwr", reason="needs the extra privrec[flower]")
+
+from flwr.app import ArrayRecord, MetricRecord, RecordDict
+from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
 from privrec.errors import PrivrecError
 from privrec.flower.app import init
@@ -126,9 +131,8 @@ class Cluster:
 
     def link(self, *more: str) -> None:
         self.start(
-            "link", "flower-superlink", *self.link_options,
-            "--disable-runtime-dependency-installation",
-            "--host", "127.0.0.1", "--port", str(self.port), *more,
+            "link", "flower-superlink", *self.link_options, "--host", "127.0.0.1", "--port",
+            str(self.port), *more,
         )  # fmt: skip
         self.wait_for(self.listens, 60)
 
@@ -258,6 +262,62 @@ def test_a_killed_superlink_is_started_again_and_the_run_goes_on(
         assert sum(tag is not None for tag in tags) >= 3
     report = build(out)
     assert report.privacy.charges == len(charged)
+
+
+def quickstart_of(folder: Path) -> Path:
+    """The app of Flower's layout that lies beside this file, with the network that tests share."""
+    here = Path(__file__).parent
+    app = shutil.copytree(here / "quickstart", folder / "quickstart")
+    shutil.copy(here.parent / "support" / "quickstart_task.py", app / "quickstart" / "model.py")
+    return app
+
+
+def test_a_quickstart_is_plain_fedavg_with_a_supernode_killed_in_each_round(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model after each round is FedAvg's mean over those whose update came before they died."""
+    app, out, roster = quickstart_of(tmp_path), tmp_path / "models", tmp_path / "roster"
+    watched = tmp_path / "watched"
+    out.mkdir()
+    watched.mkdir()
+
+    def begin(part: int) -> None:
+        own = f'keys="{tmp_path}/keys{part}" roster="{roster}" watched="{watched}"'
+        cluster.node(part, f"partition-id={part} num-partitions={NODES} {own}")
+
+    cluster.link()
+    for part in range(NODES):
+        enroll(tmp_path / f"keys{part}", roster=roster)
+        begin(part)
+    killed = {1: (2, "masked"), 2: (0, "confirm"), 3: (1, "shares")}
+    config = f'out="{out}" roster="{roster}" num-nodes={NODES} num-server-rounds={len(killed)}'
+    (watched / "halt-2-masked").touch()  # the first, before anything runs
+    cluster.start("run", "flwr", "run", ".", "loop", "--stream", "--run-config", config, cwd=app)
+    for round, (part, stage) in killed.items():
+        cluster.wait_for((watched / f"halted-{part}-{stage}").exists, 600)
+        cluster.kill(f"node{part}")
+        (watched / f"halt-{part}-{stage}").unlink()
+        cluster.wait_for((out / f"{round}.pt").exists, 600)
+        if round + 1 in killed:
+            following = killed[round + 1]
+            (watched / f"halt-{following[0]}-{following[1]}").touch()
+            begin(part)
+    monkeypatch.syspath_prepend(str(app))
+    task, rate = importlib.import_module("quickstart.task"), 0.03
+    for round, (part, stage) in killed.items():
+        before, after = (torch.load(out / f"{r}.pt") for r in (round - 1, round))
+        counted = [each for each in range(NODES) if each != part or stage in ("confirm", "unmask")]
+        replies = []
+        for each in counted:
+            new, loss, examples = task.trained(before, each, round, rate)
+            metrics = MetricRecord({"train_loss": loss, "num-examples": examples})
+            replies.append(RecordDict({"arrays": ArrayRecord(new), "metrics": metrics}))
+        plain = aggregate_arrayrecords(replies, "num-examples").to_torch_state_dict()
+        apart = max((plain[name] - after[name]).abs().max().item() for name in plain)
+        moved = max((before[name] - after[name]).abs().max().item() for name in plain)
+        print(f"round {round}: {len(counted)} of {NODES} in it, {apart:.1e} from plain FedAvg")
+        assert apart <= 1e-5 < 1e-3 < moved
+    assert "updates are longer" not in cluster.log("run")
 
 
 def certified(folder: Path) -> dict[str, Path]:
