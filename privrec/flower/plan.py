@@ -197,7 +197,11 @@ def plan_of(
     load = Load(size, nodes, nodes * noise_multiplier**2 / (least - plan.colluders))
     if ring.wrap_probability(plan.encoding, load) > LARGEST_WRAP:
         plan = replace(plan, scale_bits=ring.fitting_scale_bits(plan.encoding, load) or 1.0)
-    ring.check(plan.encoding, load)
+    if ring.wrap_probability(plan.encoding, load) > LARGEST_WRAP:
+        raise UsageError(
+            f"the sum of {nodes} nodes with noise of {noise_multiplier:g} times the sensitivity "
+            "could wrap around in the ring of 2^32: lower noise_multiplier, or ask fewer nodes"
+        )
     return plan
 
 
@@ -338,8 +342,9 @@ def _floats(arrays: ArrayRecord) -> Iterator[tuple[str, NDArray[Any]]]:
 def _number(metrics: Mapping[str, Any], name: str) -> float:
     value = metrics.get(name)
     if not isinstance(value, int | float):
+        kind = "missing" if value is None else f"a {type(value).__name__}"
         raise UsageError(
-            f"metric {name!r} of the reply is {value!r}, and the secure sum needs a number there; "
+            f"metric {name!r} of the reply is {kind}, and the secure sum needs a number there; "
             "put it into the one MetricRecord, or leave it out of SecureSum's settings"
         )
     try:

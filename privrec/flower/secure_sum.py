@@ -113,8 +113,10 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
     timeout: float | None = None
 
     def __post_init__(self) -> None:
+        _check_interface(self.strategy)
         for kind in type(self.strategy).mro():
-            if kind.__module__.startswith("flwr.") and _ONE_BY_ONE.fullmatch(kind.__name__):
+            flowers = kind.__module__.startswith("flwr.")
+            if kind is SecureSum or (flowers and _ONE_BY_ONE.fullmatch(kind.__name__)):
                 raise UsageError(
                     f"{kind.__name__} looks at each node's update by itself, and a secure sum "
                     "hides them: wrap a strategy that averages, such as FedAvg, FedProx or FedAdam"
@@ -154,6 +156,9 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         self._registry: Registry | None = None
         self._open: _Open | None = None
         self._failed: ReleaseRefused | BudgetError | None = None
+        self._released = 0
+        self._is_started = False
+        self._is_wrapped = False
 
     # ------------------------------------------------------------------ Flower's own interface
 
@@ -168,20 +173,30 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         """Run the rounds; arguments and result are those of Flower's ``Strategy.start``.
 
         Raises:
-            ReleaseRefused: when not one round released a sum, so that there is no trained model.
+            ReleaseRefused: when not one round gave a model; ``initial_arrays`` are what they were.
             BudgetError: when that is so since the budget does not reach for another round.
         """
         self._timeout_s = self.timeout or timeout
         self.rounds = self.rounds or num_rounds
         self._registry = self._failed = None  # this grid may have other nodes
+        self._released = 0
         if self._budget is None:
             self._run = None
             self._attempts.clear()
-        result = super().start(grid, initial_arrays, num_rounds, timeout, **options)
-        if not result.arrays:
-            if self._failed is not None:
-                raise type(self._failed)(f"no round released a sum to train on: {self._failed}")
+        self._is_started = True
+        try:
+            result = super().start(grid, initial_arrays, num_rounds, timeout, **options)
+        finally:
+            self._is_started = False
+        if num_rounds < 1:
             result.arrays = initial_arrays
+        if not result.arrays:
+            idle = "made no model of the mean" if self._released else "asked no node to train"
+            error = self._failed or ReleaseRefused(f"{type(self.strategy).__name__} {idle}")
+            raise type(error)(f"no round gave a model: {error}")
+        if self._released < num_rounds:
+            said = "secure sum: %d of %d rounds released a sum; the model is that of these"
+            LOG.warning(said, self._released, num_rounds)
         return result
 
     def configure_train(
@@ -191,6 +206,12 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
 
         There are none when the round cannot be, for which the log gives the reason.
         """
+        if self._is_wrapped:
+            raise UsageError(
+                "a strategy around SecureSum, such as Flower's DifferentialPrivacy wrappers, would "
+                "get masked integers for updates: make SecureSum the outermost and start it "
+                "itself; for noise give it epsilon or noise_multiplier, and a ledger"
+            )
         self._open = None
         messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
         if not messages:
@@ -213,6 +234,7 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         except ReleaseRefused as error:
             self._give_up(server_round, error)
             return None, None
+        self._released += 1
         arrays, metrics = self.strategy.aggregate_train(server_round, [mean])
         if open.epsilon is not None:
             metrics = MetricRecord() if metrics is None else metrics
@@ -241,7 +263,11 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         return self.strategy.aggregate_evaluate(server_round, answers) if answers else None
 
     def summary(self) -> None:
-        """Log the settings, then those of the app's own strategy."""
+        """Log the settings, then those of the app's own strategy.
+
+        Flower asks the strategy that is started, and each asks the one that it is around.
+        """
+        self._is_wrapped = not self._is_started
         multiplier = self.noise_multiplier or "from epsilon"
         noise = f"multiplier {multiplier}, ledger {self.ledger}" if self.ledger else "none"
         LOG.info("\t├──> Secure sum: clip norm %g, noise: %s", self.clip_norm, noise)
@@ -330,11 +356,30 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         if isinstance(error, ReleaseRefused) and registry is not None and registry.refused:
             node, why = min(registry.refused.items())
             error = ReleaseRefused(
-                f"{error}; {len(registry.refused)} of {len(registry.like)} nodes refuse, node "
-                f"{node} since: {why}; what nodes insist on is set in their app, for example "
-                "SecureSumMod(minimum=...), 20 by default"
+                f"{error}; {len(registry.refused)} of {len(registry.like)} nodes answered with an "
+                f"error, node {node}: {why}"
             )
         self._failed = error
+
+
+def _check_interface(strategy: Any) -> None:
+    """Refuse what is no strategy of Flower's Message API."""
+    if isinstance(strategy, type):
+        name = strategy.__name__
+        raise UsageError(
+            f"the class {name}, where a strategy is needed: give an instance: "
+            f"SecureSum({name}(), ...)"
+        )
+    kind = type(strategy)
+    if hasattr(strategy, "configure_fit"):
+        raise UsageError(
+            f"{kind.__name__} of {kind.__module__}: a strategy of Flower's legacy interface; "
+            "import it from flwr.serverapp.strategy"
+        )
+    if not hasattr(strategy, "configure_train"):
+        raise UsageError(
+            f"the strategy is {strategy!r}: give one of flwr.serverapp.strategy, such as FedAvg()"
+        )
 
 
 def _called(registry: Registry) -> list[Member]:
@@ -349,8 +394,7 @@ def _called(registry: Registry) -> list[Member]:
     called = [known[node] for node in registry.like if node in known]
     if len(called) < 2:
         raise ReleaseRefused(
-            f"{len(called)} of {len(registry.like)} nodes gave prekeys: a sum of one hides nobody; "
-            "see above what the others said"
+            f"{len(called)} of {len(registry.like)} nodes gave prekeys: a sum of one hides nobody"
         )
     return called
 

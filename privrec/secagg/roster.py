@@ -257,12 +257,15 @@ class Roster:
         A single seed opens all bands of a device, so that no band can be left out.
         """
         for band, count in enumerate(map(len, self.holders(members))):
-            least = max(minimum, self.terms.minimums[band])
+            least, bands = max(minimum, self.terms.minimums[band]), len(self.terms.lengths)
             if count < least:
+                found, remedy = f"{count} devices take part", "call more devices"
+                if bands > 1:
+                    found = f"band {band + 1} of {bands}: {count} devices hold it"
+                    remedy = "sample more devices of this capacity, or drop the tier"
                 raise ReleaseRefused(
-                    f"band {band + 1} of {len(self.terms.lengths)}: {count} devices hold it, and "
-                    f"the least that hides them among each other is set to {least}; the round is "
-                    "given up; sample more devices of this capacity, or drop the tier"
+                    f"{found}, and the least that hides them among each other is set to {least}; "
+                    f"the round is given up; {remedy}"
                 )
 
 

@@ -362,6 +362,22 @@ def test_a_device_of_its_own_needs_an_anchor(tmp_path: Path) -> None:
         node_of(folder, config)
 
 
+def test_what_a_history_has_is_not_in_an_error_that_the_server_reads(
+    tmp_path: Path, flower_log: Any
+) -> None:
+    folder, keys, roster = app_folder(tmp_path), tmp_path / "keys", tmp_path / "roster"
+    (tmp_path / "liked").write_text("a\nrare-illness\n")
+    (tmp_path / "catalogue").write_text("a\nb\n")
+    enroll(keys, [0], roster, None)
+    names = {"history": "liked", "catalogue": "catalogue", "keys": "keys", "roster": "roster"}
+    config = {name: str(tmp_path / file) for name, file in names.items()}
+    grid = Loopback({10: (client_app(folder), context_of(10, config, {}))})
+    reply = grid.ask(Message(pack({"stage": PREKEYS, "count": 1}), 10, "train"))
+    assert reply.error.reason.startswith("privrec: DataError, whose text")
+    assert "rare-illness" not in reply.error.reason
+    assert "rare-illness" in logged(flower_log)  # the node's own
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

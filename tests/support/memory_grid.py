@@ -14,6 +14,9 @@ from typing import Any
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common import serde
+from flwr.server.superlink.linkstate.utils import (
+    create_message_error_unavailable_res_message as unavailable,
+)
 from flwr.serverapp import Grid
 
 from privrec.flower.exchange import RECORD, unpack
@@ -50,12 +53,14 @@ class MemoryGrid(Grid):
         app: the ClientApp of all nodes.
         configs: node id to its node-config.
         lost: which messages are never answered.
+        offline: which messages the SuperLink answers, since their node does not.
         tampered: changes a message on its way, as a server that is not honest would.
     """
 
     app: ClientApp | Mapping[int, ClientApp]
     configs: Mapping[int, Mapping[str, Any]]
     lost: Callable[[Message], bool] = never
+    offline: Callable[[Message], bool] = never
     tampered: Callable[[Message], Message] = lambda message: message
     sent: list[Message] = field(default_factory=list)
     replies: list[Message] = field(default_factory=list)
@@ -91,10 +96,14 @@ class MemoryGrid(Grid):
 
     def _answers(self, messages: Iterable[Message]) -> Iterator[Message]:
         for message in list(messages):
+            message.metadata.__dict__["_message_id"] = message.object_id  # as Flower's grids do
             self.sent.append(message)
             if self.lost(message):
                 continue
-            reply = self.ask(self.tampered(message))
+            if self.offline(message):
+                reply = unavailable(message.metadata, "node_unavail")
+            else:
+                reply = self.ask(self.tampered(message))
             self.replies.append(reply)
             yield reply
 
@@ -108,7 +117,7 @@ class MemoryGrid(Grid):
             with acting_as(node):
                 reply = app(copy, context)
         except Exception as error:
-            return Message(Error(RAISED, str(error)), reply_to=message)
+            return Message(Error(RAISED, f"{type(error)}:<'{error}'>"), reply_to=message)
         self.contexts[node] = context
         return carried(reply)
 
