@@ -81,7 +81,9 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         noise_multiplier: noise over the sensitivity of the sum, made by the nodes.
         epsilon: largest ε against the server at ``delta``. The noise is calibrated for it where
             ``noise_multiplier`` is not given; a round that would exceed it is not started.
-        rounds: rounds that ``epsilon`` is for; by default those of :meth:`start`.
+        rounds: attempts at rounds that ``epsilon`` is for; by default one for each round of
+            :meth:`start`. An attempt that ends without a sum is charged too, so ask for more than
+            rounds where none of these shall be lost.
         ledger: path of the ledger, needed with noise; one that is there is gone on with.
         colluding_share: part of a round's nodes that is assumed to tell the server their noise.
         remove_excess: whether survivors beyond the fewest take their noise off again.
@@ -191,9 +193,7 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         if num_rounds < 1:
             result.arrays = initial_arrays
         if not result.arrays:
-            idle = "made no model of the mean" if self._released else "asked no node to train"
-            error = self._failed or ReleaseRefused(f"{type(self.strategy).__name__} {idle}")
-            raise type(error)(f"no round gave a model: {error}")
+            raise self._without_model()
         if self._released < num_rounds:
             said = "secure sum: %d of %d rounds released a sum; the model is that of these"
             LOG.warning(said, self._released, num_rounds)
@@ -321,7 +321,8 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
             self.noise_multiplier = noise_multiplier_for(
                 epsilon, delta, lambda noise: planned(noise).event, rounds, "server"
             )
-            LOG.info("secure sum: noise multiplier %g meets epsilon", self.noise_multiplier)
+            said = "secure sum: noise multiplier %g meets epsilon with %d attempts at rounds"
+            LOG.info(said, self.noise_multiplier, rounds)
         plan = planned(self.noise_multiplier)
         return plan, *self._budget.charge(round, plan.event)
 
@@ -348,6 +349,11 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
             spent = "secure sum: epsilon %g at delta %g against the server, for a whole node"
             LOG.info(spent, open.epsilon, self.delta)
         return _mean(open, total, survivors)
+
+    def _without_model(self) -> ReleaseRefused | BudgetError:
+        idle = "made no model of the mean" if self._released else "asked no node to train"
+        error = self._failed or ReleaseRefused(f"{type(self.strategy).__name__} {idle}")
+        return type(error)(f"no round gave a model: {error}")
 
     def _give_up(self, server_round: int, error: ReleaseRefused | BudgetError) -> None:
         said = "secure sum: round %d releases nothing, and the model stays as it was: %s"

@@ -257,10 +257,10 @@ class Roster:
         A single seed opens all bands of a device, so that no band can be left out.
         """
         for band, count in enumerate(map(len, self.holders(members))):
-            least, bands = max(minimum, self.terms.minimums[band]), len(self.terms.lengths)
+            least = max(minimum, self.terms.minimums[band])
             if count < least:
                 found, remedy = f"{count} devices take part", "call more devices"
-                if bands > 1:
+                if (bands := len(self.terms.lengths)) > 1:
                     found = f"band {band + 1} of {bands}: {count} devices hold it"
                     remedy = "sample more devices of this capacity, or drop the tier"
                 raise ReleaseRefused(
