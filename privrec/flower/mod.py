@@ -29,16 +29,17 @@ Next = Callable[[Message, Context], Message]
 class SecureSumMod:
     """A client mod for ``flwr.clientapp.ClientApp``, the first of its list of mods.
 
-    Promise: a training reply leaves the node as one vector, clipped, in integers, with the node's
-    noise where noise is agreed on, under masks that only fall in a sum over at least ``minimum``
-    enrolled nodes; nothing else of the reply leaves it. A message that asks for anything else, or
-    for less than this mod was made to insist on, is refused with an error, and without training.
+    Promise: a reply to training or evaluation leaves the node as one vector, clipped, in integers,
+    with the node's noise where noise is agreed on, under masks that only fall in a sum over at
+    least ``minimum`` enrolled nodes; nothing else of the reply leaves it. A message that asks for
+    anything else, or for less than this mod was made to insist on, is refused with an error, and
+    without training.
 
     Args:
         minimum: fewest nodes that this one is willing to be summed with, itself included.
         noise_multiplier: least noise over the sensitivity, at the fewest survivors and without the
             noise of ``corrupt_share`` of the nodes; 0 to take part without.
-        rounds: most updates that this node gives in a run; None for any number.
+        rounds: most updates and evaluations that this node gives in a run; None for any number.
         corrupt_share: share of the nodes that is assumed to collude with the server.
         evaluate_in_clear: whether evaluation replies may leave as they are, which the server reads.
         errors_in_clear: whether the server reads the text of what the app raises or answers as an
@@ -129,8 +130,11 @@ class _Node:
         elif stage == exchange.MASKED:
             if "plan" not in device.kept:
                 raise ReleaseRefused(exchange.NOT_IN)
+            plan, kind = SumPlan.unpack(device.kept["plan"]), message.metadata.message_type
+            if bool(plan.evaluated) != (kind.partition(".")[0] == "evaluate"):
+                raise ReleaseRefused(f"a message of type {kind!r} for a sum of another kind")
             content = RecordDict({n: r for n, r in message.content.items() if n != exchange.RECORD})
-            digest = plans.content_digest(content, message.metadata.message_type)
+            digest = plans.content_digest(content, kind)
             # A copy: apps may take the arrays out of the record that they are given.
             received = ArrayRecord(dict(plans.only_arrays(content, "a message").items()))
             session = device.resumed(self.mod.policy)
@@ -138,7 +142,7 @@ class _Node:
             trained = call_next(message, self.context)
             if trained.has_error():
                 return self._erring(trained)
-            vector = self._vector(session.terms, received, trained.content)
+            vector = self._vector(plan, session.terms, received, trained.content)
             answer = bytes(session.masked(told, vector, [digest]))
             device.kept["given"] = [self.context.run_id, (self._given() or 0) + 1]
             del device.kept["plan"]
@@ -176,7 +180,7 @@ class _Node:
             )
         if mod.rounds is not None and (given or 0) >= mod.rounds:
             raise ReleaseRefused(
-                f"another update of this node, which gave {given or 0} in this run, and its "
+                f"another sum with this node, which gave to {given or 0} in this run, and its "
                 f"SecureSumMod(rounds={mod.rounds}) allows no more"
             )
         session = device.called(mod.policy)
@@ -189,17 +193,19 @@ class _Node:
         return answer
 
     def _given(self) -> int | None:
-        """Updates that this node gave in this run of Flower; None before it took part in any."""
+        """Sums that this node gave to in this run of Flower; None before it took part in any."""
         run, given = self.device.kept.get("given", (None, 0))
         return int(given) if run == self.context.run_id else None
 
     def _vector(
-        self, terms: Terms, received: ArrayRecord, trained: RecordDict
+        self, plan: SumPlan, terms: Terms, received: ArrayRecord, trained: RecordDict
     ) -> NDArray[np.int32]:
-        """The update in integers, with this node's noise."""
-        plan = SumPlan.unpack(self.device.kept["plan"])
-        values = plans.update(received, plans.only_arrays(trained, "a reply"))
+        """The update in integers, or the metrics of an evaluation, with this node's noise."""
         metrics = dict(chain.from_iterable(r.items() for r in trained.metric_records.values()))
+        if plan.evaluated:
+            values = plans.scores(plan, metrics)
+        else:
+            values = plans.update(received, plans.only_arrays(trained, "a reply"))
         coins = self.root.stream("rounding", terms.run, terms.round, terms.attempt, terms.plan)
         vector = plans.integers(plan, values, metrics, coins)
         return vector if plan.shares is None else vector + plan.shares.draw(self._seeds(terms))

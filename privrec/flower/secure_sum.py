@@ -39,6 +39,7 @@ from privrec.storage import server_key
 __all__ = ["SecureSum", "SecureSumMod", "enroll"]
 
 _PREKEYS = 32  # deposited at a contact, so that one round in 32 has an exchange more
+_UP = 1 + 2.0**-14
 _ONE_BY_ONE = re.compile(
     "Bulyan|FedMedian|FedTrimmedAvg|FedXgb.*|Krum|MultiKrum|QFedAvg|DifferentialPrivacy.*"
 )
@@ -65,8 +66,8 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
     clipped and rounded to the grid, with the noise that was charged; or nothing, and then the model
     stays as it was and the log says why. Weights need not be whole numbers: they are rounded to the
     finest power of two whose multiples can be summed, and the log counts nodes whose weight is cut,
-    changed by more than 1 % or left out. With noise every attempt at a round is charged to the
-    ledger before any node is asked.
+    changed by more than 1 % or left out. With noise every attempt at a round, and every evaluation,
+    is charged to the ledger before any node is asked.
 
     Args:
         strategy: the app's own, whose averaging is used: FedAvg, FedProx, FedAdam and their like,
@@ -90,6 +91,9 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         roster: path of a file with the identities of enrolled nodes, one a line; prekeys of others
             are not taken. Nodes check for themselves.
         enrolment_key: the key that certifies nodes, in place of a roster.
+        evaluate_metrics: name and largest magnitude of each metric of the nodes' evaluation whose
+            mean is wanted. They are a secure sum of their own after each round's training, with
+            the same noise multiplier and an event of its own, which ``epsilon`` covers.
         evaluate_in_clear: whether evaluation is asked for, whose replies the server reads.
         timeout: seconds to wait for an exchange; by default that of :meth:`start`.
 
@@ -111,6 +115,7 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
     remove_excess: bool = True
     roster: str | Path | None = None
     enrolment_key: str | None = None
+    evaluate_metrics: Mapping[str, float] | None = None
     evaluate_in_clear: bool = False
     timeout: float | None = None
 
@@ -149,7 +154,14 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
             "weighted_by": getattr(self.strategy, "weighted_by_key", "num-examples"),
             "metrics": tuple((self.metrics or {}).items()),
         }
-        plan_of(3, 1, self.clip_norm, noise_multiplier or float(noisy), **self._given)
+        self._evaluated = tuple((self.evaluate_metrics or {}).items())
+        if self._evaluated and self.evaluate_in_clear:
+            raise UsageError(
+                "evaluate_metrics are summed under masks, and evaluate_in_clear is set"
+            )
+        self._kinds = (False, True) if self._evaluated else (False,)
+        for evaluates in self._kinds:
+            self._planned(evaluates, 3, 1, noise_multiplier or float(noisy))
         trust = {"roster": self.roster and str(self.roster), "enrolment-key": self.enrolment_key}
         self._anchor = anchor_of(trust) or Anyone()
         self._timeout_s = self.timeout
@@ -212,55 +224,49 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
                 "get masked integers for updates: make SecureSum the outermost and start it "
                 "itself; for noise give it epsilon or noise_multiplier, and a ledger"
             )
-        self._open = None
-        messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
-        if not messages:
-            return []
-        try:
-            return self._begin(server_round, messages, grid)
-        except (ReleaseRefused, BudgetError) as error:
-            self._give_up(server_round, error)
-            return []
+        messages = self.strategy.configure_train(server_round, arrays, config, grid)
+        return self._asking(server_round, list(messages), grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Return what the app's own strategy makes of the mean; nothing when there is no sum."""
-        open, self._open = self._open, None
-        if open is None:
-            return None, None
-        try:
-            mean = self._end(open, replies)
-        except ReleaseRefused as error:
-            self._give_up(server_round, error)
+        open, mean = self._ended(server_round, replies)
+        if open is None or mean is None:
             return None, None
         self._released += 1
         arrays, metrics = self.strategy.aggregate_train(server_round, [mean])
-        if open.epsilon is not None:
-            metrics = MetricRecord() if metrics is None else metrics
-            metrics["epsilon"] = open.epsilon
         sent = plans.only_arrays(open.sent.content, "a message")
-        return arrays and plans.with_others_of(arrays, sent), metrics
+        return arrays and plans.with_others_of(arrays, sent), _with_epsilon(metrics, open)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Return the app's own messages where replies in clear are allowed, else none."""
-        if self.evaluate_in_clear:
-            return list(self.strategy.configure_evaluate(server_round, arrays, config, grid))
+        """Return the app's own messages: for a secure sum, in clear where allowed, else none."""
+        if self._evaluated or self.evaluate_in_clear:
+            asked = list(self.strategy.configure_evaluate(server_round, arrays, config, grid))
+            return (
+                asked if self.evaluate_in_clear else self._asking(server_round, asked, grid, True)
+            )
         if server_round == 1:
             LOG.info(
                 "secure sum: nodes are not asked to evaluate, since each reply would be in clear; "
-                "evaluate on the server, name training metrics, or set evaluate_in_clear"
+                "name evaluate_metrics or training metrics, evaluate on the server, or set "
+                "evaluate_in_clear"
             )
         return []
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Return what the app's own strategy makes of evaluation replies."""
-        answers = list(replies)
-        return self.strategy.aggregate_evaluate(server_round, answers) if answers else None
+        """Return what the app's own strategy makes of the mean, or of replies in clear."""
+        if self.evaluate_in_clear:
+            answers = list(replies)
+            return self.strategy.aggregate_evaluate(server_round, answers) if answers else None
+        open, mean = self._ended(server_round, replies)
+        if open is None or mean is None:
+            return None
+        return _with_epsilon(self.strategy.aggregate_evaluate(server_round, [mean]), open)
 
     def summary(self) -> None:
         """Log the settings, then those of the app's own strategy.
@@ -275,7 +281,20 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
 
     # ------------------------------------------------------------------ before the training
 
-    def _begin(self, server_round: int, messages: Sequence[Message], grid: Grid) -> list[Message]:
+    def _asking(
+        self, server_round: int, messages: list[Message], grid: Grid, evaluates: bool = False
+    ) -> list[Message]:
+        """The app's own messages, of a sum that has begun; none when it cannot be."""
+        self._open = None
+        try:
+            return self._begin(server_round, messages, grid, evaluates) if messages else []
+        except (ReleaseRefused, BudgetError) as error:
+            self._give_up(server_round, error, evaluates)
+            return []
+
+    def _begin(
+        self, server_round: int, messages: Sequence[Message], grid: Grid, evaluates: bool
+    ) -> list[Message]:
         asked = {(id(m.content), m.metadata.message_type): m.content for m in messages}
         digests = {plans.content_digest(content, kind) for (_, kind), content in asked.items()}
         if len(digests) > 1:
@@ -293,7 +312,7 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         if self._run is None:
             self._run = secrets.token_hex(8) if self._budget is None else self._budget.begin()
         size = plans.size_of(plans.only_arrays(messages[0].content, "a message"))
-        plan, attempt, epsilon = self._charged(server_round - 1, size, len(called))
+        plan, attempt, epsilon = self._charged(server_round - 1, evaluates, len(called), size)
         terms = plan.terms(self._run, server_round - 1, attempt)
         prekeys = [member.prekeys.pop(0) for member in called]
         session = ServerSession(terms, prekeys, self._anchor)
@@ -307,29 +326,52 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         self._open = _Open(registry, session, plan, terms, messages[0], epsilon)
         return registry.asking(MASKED, session)
 
-    def _charged(self, round: int, size: int, nodes: int) -> tuple[SumPlan, int, float | None]:
-        """The round's plan, its attempt, and ε after it; paid for before anybody is asked."""
-
-        def planned(noise: float = 0.0) -> SumPlan:
+    def _planned(self, evaluates: bool, nodes: int, size: int, noise: float = 0.0) -> SumPlan:
+        """The plan of a round's sum over so many nodes, of updates or of an evaluation."""
+        if not evaluates:
             return plan_of(nodes, size, self.clip_norm, noise, **self._given)
+        count = len(self._evaluated)
+        given = {**self._given, "metrics": (), "evaluated": self._evaluated}
+        # The norm of metrics that are 1 each, and what a norm in float32 is off by.
+        return plan_of(nodes, count, math.sqrt(count) * _UP, noise, **given)
 
+    def _charged(
+        self, round: int, evaluates: bool, nodes: int, size: int
+    ) -> tuple[SumPlan, int, float | None]:
+        """The sum's plan, its attempt, and ε after it; paid for before anybody is asked."""
         if self._budget is None:
             self._attempts[round] += 1
-            return planned(), self._attempts[round] - 1, None
+            plan = self._planned(evaluates, nodes, size)
+            return plan, self._attempts[round] - 1, None
         if self.noise_multiplier is None:
             epsilon, delta, rounds = self._budget.epsilon, self.delta, self.rounds or 1
-            self.noise_multiplier = noise_multiplier_for(
-                epsilon, delta, lambda noise: planned(noise).event, rounds, "server"
-            )
+
+            def events(noise: float) -> list[RoundEvent]:
+                return [self._planned(kind, nodes, size, noise).event for kind in self._kinds]
+
+            self.noise_multiplier = noise_multiplier_for(epsilon, delta, events, rounds, "server")
             said = "secure sum: noise multiplier %g meets epsilon with %d attempts at rounds"
             LOG.info(said, self.noise_multiplier, rounds)
-        plan = planned(self.noise_multiplier)
+        plan = self._planned(evaluates, nodes, size, self.noise_multiplier)
         return plan, *self._budget.charge(round, plan.event)
 
     # ------------------------------------------------------------------ after the training
 
+    def _ended(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[_Open | None, Message | None]:
+        """The sum that was open, and the reply that stands for all, if there is a sum."""
+        open, self._open = self._open, None
+        if open is None:
+            return None, None
+        try:
+            return open, self._end(open, replies)
+        except ReleaseRefused as error:
+            self._give_up(server_round, error, bool(open.plan.evaluated))
+            return open, None
+
     def _end(self, open: _Open, replies: Iterable[Message]) -> Message:
-        """The reply that stands for all: the model moved by the mean update."""
+        """The reply that stands for all: the model moved by the mean update, or mean metrics."""
         session, plan = open.session, open.plan
         open.registry.take(session, replies)
         session.advance()
@@ -355,7 +397,12 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         error = self._failed or ReleaseRefused(f"{type(self.strategy).__name__} {idle}")
         return type(error)(f"no round gave a model: {error}")
 
-    def _give_up(self, server_round: int, error: ReleaseRefused | BudgetError) -> None:
+    def _give_up(
+        self, server_round: int, error: ReleaseRefused | BudgetError, evaluates: bool
+    ) -> None:
+        if evaluates:
+            LOG.error("secure sum: the evaluation of round %d has no sum: %s", server_round, error)
+            return
         said = "secure sum: round %d releases nothing, and the model stays as it was: %s"
         LOG.error(said, server_round, error)
         registry = self._registry
@@ -405,6 +452,15 @@ def _called(registry: Registry) -> list[Member]:
     return called
 
 
+def _with_epsilon(metrics: MetricRecord | None, open: _Open) -> MetricRecord | None:
+    """What a sum gave, with ε after it where it was charged."""
+    if open.epsilon is None:
+        return metrics
+    metrics = MetricRecord() if metrics is None else metrics
+    metrics["epsilon"] = open.epsilon
+    return metrics
+
+
 def _mean(open: _Open, total: NDArray[np.int64], survivors: int) -> Message:
     plan = open.plan
     name, sent = next(iter(open.sent.content.array_records.items()))
@@ -427,7 +483,11 @@ def _mean(open: _Open, total: NDArray[np.int64], survivors: int) -> Message:
             if count:
                 LOG.warning("secure sum: %d of %d %s", count, survivors, said)
     change = plan.encoding.decode(total[: plan.size], shares)
+    for (metric, most), value in zip(plan.evaluated, change.tolist(), strict=False):
+        metrics[metric] = most * value
     record = MetricRecord({plan.weighted_by: weight, **metrics})
+    if plan.evaluated:
+        return Message(RecordDict({"metrics": record}), reply_to=open.sent)
     content = RecordDict({name: plans.moved(sent, change), "metrics": record})
     return Message(content, reply_to=open.sent)
 

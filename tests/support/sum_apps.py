@@ -65,8 +65,12 @@ def app_of(
     *mods: Any,
     change: Callable[[int, int], np.ndarray] = delta,
     metrics: Callable[[int], Mapping[str, float]] = lambda node: {"loss": node / 4},
+    scores: Callable[[int], Mapping[str, float]] = lambda node: {
+        "num-examples": 1,
+        "accuracy": 0.5,
+    },
 ) -> ClientApp:
-    """An app whose node ``n`` moves the model by ``change(n, round)``."""
+    """An app whose node ``n`` moves the model by ``change(n, round)`` and evaluates to its scores."""
     app = ClientApp(mods=list(mods))
 
     @app.train()
@@ -81,7 +85,7 @@ def app_of(
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        record = MetricRecord({"num-examples": 1, "accuracy": 0.5})
+        record = MetricRecord(dict(scores(context.node_id)))
         return Message(RecordDict({"metrics": record}), reply_to=message)
 
     return app
