@@ -157,7 +157,7 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         self._evaluated = tuple((self.evaluate_metrics or {}).items())
         if self._evaluated and self.evaluate_in_clear:
             raise UsageError(
-                "evaluate_metrics are summed under masks, and evaluate_in_clear is set"
+                "evaluate_metrics are summed under masks, and evaluate_in_clear is set: choose one"
             )
         self._kinds = (False, True) if self._evaluated else (False,)
         for evaluates in self._kinds:
@@ -245,9 +245,7 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         """Return the app's own messages: for a secure sum, in clear where allowed, else none."""
         if self._evaluated or self.evaluate_in_clear:
             asked = list(self.strategy.configure_evaluate(server_round, arrays, config, grid))
-            return (
-                asked if self.evaluate_in_clear else self._asking(server_round, asked, grid, True)
-            )
+            return self._asking(server_round, asked, grid, True) if self._evaluated else asked
         if server_round == 1:
             LOG.info(
                 "secure sum: nodes are not asked to evaluate, since each reply would be in clear; "
