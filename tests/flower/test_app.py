@@ -666,6 +666,8 @@ def test_a_budget_that_ends_a_run_before_its_first_round_is_no_success(
     ):
         with pytest.raises(BudgetError, match="ended at its budget before one round"):
             again()
+    with pytest.raises(UsageError, match="so it has no trained model"):
+        recommend(out, user="3")
 
 
 def test_an_interrupt_in_mid_round_ends_in_words_and_at_once(

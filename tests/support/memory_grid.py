@@ -14,9 +14,6 @@ from typing import Any
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common import serde
-from flwr.server.superlink.linkstate.utils import (
-    create_message_error_unavailable_res_message as unavailable,
-)
 from flwr.serverapp import Grid
 
 from privrec.flower.exchange import RECORD, unpack
@@ -32,7 +29,8 @@ except ImportError:  # Flower before 1.41, where anybody may make a message
 
 
 RUN = 7
-RAISED = 2  # Flower's code for an app that raised
+RAISED, UNAVAILABLE = 2, 5  # Flower's codes for an app that raised, and a node that is gone
+SUPERLINK = 1  # its node id in replies that it makes itself
 
 
 def stage_of(message: Message) -> str | None:
@@ -101,7 +99,7 @@ class MemoryGrid(Grid):
             if self.lost(message):
                 continue
             if self.offline(message):
-                reply = unavailable(message.metadata, "node_unavail")
+                reply = unavailable(message)
             else:
                 reply = self.ask(self.tampered(message))
             self.replies.append(reply)
@@ -120,6 +118,13 @@ class MemoryGrid(Grid):
             return Message(Error(RAISED, f"{type(error)}:<'{error}'>"), reply_to=message)
         self.contexts[node] = context
         return carried(reply)
+
+
+def unavailable(message: Message) -> Message:
+    """What the SuperLink answers, as itself, for a node that it has not heard of for long."""
+    reply = Message(Error(UNAVAILABLE, "Error: Node Unavailable"), reply_to=message)
+    reply.metadata.__dict__["_src_node_id"] = SUPERLINK
+    return reply
 
 
 def carried(message: Message) -> Message:
