@@ -644,6 +644,16 @@ def test_a_budget_that_ends_a_run_ends_it_in_words_and_a_report(
     assert json.loads((out / "result.json").read_text())["rounds"] == 2
 
 
+def test_a_deployed_run_leaves_what_a_simulated_one_leaves(tmp_path: Path) -> None:
+    folder, out = app_folder(tmp_path), tmp_path / "run"
+    served(folder, grid_of(folder), out, "train.rounds=1")
+    words = ["run", str(folder / "scenario.toml"), "-s", "train.rounds=1"]
+    done = CliRunner().invoke(main, [*words, "--out", str(tmp_path / "here")])
+    assert done.exit_code == 0, done.output
+    names = [{path.name for path in run.iterdir()} for run in (out, tmp_path / "here")]
+    assert names[0] == names[1]
+
+
 def test_spare_attempts_keep_the_last_round(tmp_path: Path) -> None:
     folder, out = app_folder(tmp_path, BUDGET), tmp_path / "run"
     served(folder, grid_of(folder, lost=dropping(1)), out, "privacy.spare_attempts=1")
