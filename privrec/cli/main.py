@@ -236,10 +236,12 @@ def _new_folder(name: str, out: Path | None) -> Path:
             number += 1
         return path
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        from privrec.run.directory import going_on
+
         kind = "this folder is not empty" if out.is_dir() else "this is a file"
         raise UsageError(
             f"--out {out}: {kind}; a run needs a new or empty folder; name another, or go on "
-            f"with a run that is there by: privrec resume {out}"
+            f"with a run that is there by: {going_on(out)}"
         )
     above = next(parent for parent in out.absolute().parents if parent.exists())
     if not above.is_dir():

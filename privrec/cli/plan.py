@@ -70,6 +70,7 @@ def planned(scenario: Scenario) -> dict[str, Any]:
     return {
         "scenario": scenario.name,
         "rounds": scenario.train.rounds,
+        "spare_attempts": privacy.spare_attempts,
         "noise": privacy.noise,
         "noise_multiplier": event.noise_multiplier or None,
         "clip_norm": privacy.clip_norm,
@@ -93,13 +94,17 @@ def _spending(scenario: Scenario, event: RoundEvent) -> dict[str, Any]:
     if not event.is_private:
         return {"epsilon": None, "epsilon_server": None, "epsilon_by_round": []}
     from privrec.privacy.events import epsilon_by_round
-    from privrec.run.privacy_plan import release_event
+    from privrec.run.privacy_plan import attempts_of, release_event
 
-    rounds, delta = scenario.train.rounds, scenario.privacy.delta
-    spent = epsilon_by_round(event, rounds, delta, MILESTONES, release_event(scenario))
+    delta, before = scenario.privacy.delta, release_event(scenario)
+    spent = epsilon_by_round(event, scenario.train.rounds, delta, MILESTONES, before)
     keys = ("round", "epsilon", "epsilon_server")
     by_round = [dict(zip(keys, each, strict=True)) for each in spent]
-    return {**{key: by_round[-1][key] for key in keys[1:]}, "epsilon_by_round": by_round}
+    last = {key: by_round[-1][key] for key in keys[1:]}
+    if scenario.privacy.spare_attempts:
+        *_, (_, *most) = epsilon_by_round(event, attempts_of(scenario), delta, 2, before)
+        last |= dict(zip(("epsilon_at_most", "epsilon_server_at_most"), most, strict=True))
+    return {**last, "epsilon_by_round": by_round}
 
 
 def _examples(scenario: Scenario, event: RoundEvent | None) -> dict[str, Any] | None:
@@ -230,6 +235,12 @@ def _print_plan(plan: Mapping[str, Any], title: str) -> None:
         ("population", console.number_text(plan["population"])),
         ("expected cohort", console.number_text(plan["expected_cohort"])),
     ]
+    if plan["spare_attempts"]:
+        said, most = f"{plan['spare_attempts']:,}", plan.get("epsilon_at_most")
+        if most is not None:
+            server = epsilon_text(plan["epsilon_server_at_most"], 3)
+            said += f"; with all of them ε = {epsilon_text(most, 3)}, {server} with cohorts known"
+        settings.append(("spare attempts", said))
     if plan["budget"] is not None:
         adversary = adversary_text(plan["budget_against"])
         settings.append(("budget", f"ε = {plan['budget']:g} against {adversary}"))

@@ -49,7 +49,7 @@ def client_app(folder: Path) -> ClientApp:
             with exchange.keys_of(context) as keys:
                 body = Node(folder, context, keys).answer(*exchange.asked(message))
             return Message(exchange.pack(body), reply_to=message)
-        except PrivrecError as error:
+        except Exception as error:
             return exchange.refuse(message, error)
 
     return app
@@ -114,7 +114,7 @@ class Node:
             try:
                 answers[name] = self._answer(stage, name, message, body)
             except PrivrecError as error:
-                refused[name] = str(error)
+                refused[name] = exchange.told(error)
         if not refused:
             return {"answers": answers}
         said = f"{stage} was refused by {exchange.summary(refused)}"

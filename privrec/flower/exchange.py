@@ -18,10 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import msgpack
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, Metadata, RecordDict
 from flwr.serverapp import Grid
 
-from privrec.errors import PrivrecError, ReleaseRefused, UsageError
+from privrec.errors import (
+    IntegrityError,
+    PrivrecError,
+    ReleaseRefused,
+    UnknownIdError,
+    UsageError,
+)
 from privrec.flower.enrolment import ROOT, STATE, text_of
 from privrec.randomness import ROOT_BYTES, SecretRoot
 from privrec.secagg.client import ClientSession, Policy
@@ -40,7 +46,7 @@ NOT_IN = (
     "started anew, or refused to take part; it can join the next round"
 )
 _MOST_PREKEYS = 1 << 14
-_REFUSED = 6  # Flower's code for a mod whose conditions are not met
+_RAISED, _REFUSED = 2, 6  # Flower's codes for an app that raised, and a mod's unmet conditions
 _OURS = "privrec: "
 _MEMBER = [bytes, int, int, bytes]
 Body = dict[str, Any]
@@ -95,10 +101,23 @@ def asked(message: Message) -> tuple[str, Body]:
     return stage, body
 
 
-def refuse(message: Message, error: PrivrecError) -> Message:
-    """Answer a server's message with an error, which the node's own log has too."""
-    LOG.error("privrec: this node refuses: %s", error)
-    return Message(Error(_REFUSED, f"{_OURS}{error}"), reply_to=message)
+def refuse(message: Message, error: Exception) -> Message:
+    """Answer a server's message with an error, which the node's own log has in full."""
+    unforeseen = None if isinstance(error, PrivrecError) else error
+    LOG.error("privrec: this node refuses: %s", error, exc_info=unforeseen)
+    return Message(Error(_REFUSED, f"{_OURS}{told(error)}"), reply_to=message)
+
+
+def told(error: Exception) -> str:
+    """Return what a server may read of a node's error: of any that may quote data, its kind.
+
+    Only errors about settings, secrets and the protocol have texts without histories, ids and
+    other people's exceptions.
+    """
+    harmless = isinstance(error, ReleaseRefused | UsageError | IntegrityError)
+    if harmless and not isinstance(error, UnknownIdError):
+        return str(error)
+    return f"{type(error).__name__}, whose text may quote data and stays in this node's log"
 
 
 @dataclass(frozen=True)
@@ -242,7 +261,8 @@ class Registry:
         like: the app's own messages, by node, where there are some: whose type and limits messages
             have, and whose content goes along with the question for masked vectors.
         simulated: whether some node hosts users of a data set.
-        refused: why nodes answered with an error; whoever begins a round clears it.
+        refused: why nodes, or the SuperLink for them, answered with an error; whoever begins a
+            round clears it.
     """
 
     grid: Grid
@@ -257,6 +277,8 @@ class Registry:
     simulated: bool = field(default=False, init=False)
     refused: dict[int, str] = field(default_factory=dict, init=False)
     _heard: set[int] = field(default_factory=set, init=False)
+    _asked: list[Metadata] = field(default_factory=list, init=False)
+    _stage: str = field(default=PREKEYS, init=False)
 
     def register(self, population: int) -> None:
         """Wait for as many devices, of which one at least must come in time."""
@@ -318,7 +340,7 @@ class Registry:
                     session.receive(name, answer)
                     good.add(name)
                 except ReleaseRefused as error:
-                    LOG.warning("privrec: device %s: %s", name.hex()[:16], error)
+                    LOG.warning("privrec: node %d, device %s: %s", node, name.hex()[:16], error)
         return good
 
     def _messages(self, stage: str, bodies: Mapping[int, Body]) -> list[Message]:
@@ -332,18 +354,22 @@ class Registry:
                 content = RecordDict({**own.content, **content})
             kind, limits = own.metadata.message_type, own.metadata
             made.append(Message(content, node, kind, ttl=limits.ttl, group_id=limits.group_id))
+        self._stage, self._asked = stage, [message.metadata for message in made]
         return made
 
     def _sent(self, messages: list[Message], timeout_s: float | None) -> Iterable[Message]:
         return self.grid.send_and_receive(messages, timeout=timeout_s) if messages else ()
 
     def _bodies(self, replies: Iterable[Message]) -> Iterator[tuple[int, Body]]:
+        asked = {each.message_id: each.dst_node_id for each in self._asked}
         for reply in replies:
             node = reply.metadata.src_node_id
             self._heard.add(node)
             try:
                 if reply.has_error():
-                    raise ReleaseRefused(reply.error.reason.removeprefix(_OURS))
+                    # For a node that is gone the SuperLink answers, under an id of its own.
+                    node = asked.get(reply.metadata.reply_to_message_id, node)
+                    raise ReleaseRefused(self._reason(reply.error))
                 body = unpack(reply)
                 body["answers"] = by_device(body, "answers")
             except ReleaseRefused as error:
@@ -351,6 +377,15 @@ class Registry:
                 self.refused[node] = str(error)
                 continue
             yield node, body
+
+    def _reason(self, error: Error) -> str:
+        if error.code == _RAISED and self.like and self._stage != MASKED:
+            return (
+                "its app failed on a message that SecureSumMod answers by itself: make the app "
+                "with ClientApp(mods=[SecureSumMod(...)]), an instance and the first of its mods "
+                f"({error.reason})"
+            )
+        return str(error.reason).removeprefix(_OURS)
 
     def _take_deposits(self, node: int, body: Body) -> None:
         stated = {name: body[name] for name in self.agreed}

@@ -18,7 +18,7 @@ from privrec.flower import plan as plans
 from privrec.flower.enrolment import Anyone, anchor_of
 from privrec.flower.plan import SumPlan
 from privrec.privacy.mechanism import noise_seeds
-from privrec.secagg.client import Policy
+from privrec.secagg.client import WARN_BELOW, Policy
 from privrec.secagg.keys import Prekey
 from privrec.secagg.roster import Call, Roster, Terms
 
@@ -29,18 +29,21 @@ Next = Callable[[Message, Context], Message]
 class SecureSumMod:
     """A client mod for ``flwr.clientapp.ClientApp``, the first of its list of mods.
 
-    Promise: a training reply leaves the node as one vector, clipped, in integers, with the node's
-    noise where noise is agreed on, under masks that only fall in a sum over at least ``minimum``
-    enrolled nodes; nothing else of the reply leaves it. A message that asks for anything else, or
-    for less than this mod was made to insist on, is refused with an error, and without training.
+    Promise: a reply to training or evaluation leaves the node as one vector, clipped, in integers,
+    with the node's noise where noise is agreed on, under masks that only fall in a sum over at
+    least ``minimum`` enrolled nodes; nothing else of the reply leaves it. A message that asks for
+    anything else, or for less than this mod was made to insist on, is refused with an error, and
+    without training.
 
     Args:
         minimum: fewest nodes that this one is willing to be summed with, itself included.
         noise_multiplier: least noise over the sensitivity, at the fewest survivors and without the
             noise of ``corrupt_share`` of the nodes; 0 to take part without.
-        rounds: most updates that this node gives in a run; None for any number.
+        rounds: most updates and evaluations that this node gives in a run; None for any number.
         corrupt_share: share of the nodes that is assumed to collude with the server.
         evaluate_in_clear: whether evaluation replies may leave as they are, which the server reads.
+        errors_in_clear: whether the server reads the text of what the app raises or answers as an
+            error, which may quote data; it is in the node's own log in any case.
         trust_server: whether to take part when the node is configured with no list of enrolled
             nodes. There is no protection then from a server that makes nodes up.
 
@@ -53,6 +56,7 @@ class SecureSumMod:
     rounds: int | None = None
     corrupt_share: float = 0.05
     evaluate_in_clear: bool = False
+    errors_in_clear: bool = False
     trust_server: bool = False
 
     def __post_init__(self) -> None:
@@ -80,7 +84,9 @@ class SecureSumMod:
                 f"a message of type {kind!r} that asks for a reply in clear: wrap the server's "
                 f"strategy in SecureSum{remedy}"
             )
-        except PrivrecError as error:
+        except Exception as error:
+            if self.errors_in_clear and not isinstance(error, PrivrecError):
+                raise
             return exchange.refuse(message, error)
 
 
@@ -124,22 +130,35 @@ class _Node:
         elif stage == exchange.MASKED:
             if "plan" not in device.kept:
                 raise ReleaseRefused(exchange.NOT_IN)
+            plan, kind = SumPlan.unpack(device.kept["plan"]), message.metadata.message_type
+            if bool(plan.evaluated) != (kind.partition(".")[0] == "evaluate"):
+                raise ReleaseRefused(f"a message of type {kind!r} for a sum of another kind")
             content = RecordDict({n: r for n, r in message.content.items() if n != exchange.RECORD})
-            digest = plans.content_digest(content, message.metadata.message_type)
+            digest = plans.content_digest(content, kind)
             # A copy: apps may take the arrays out of the record that they are given.
             received = ArrayRecord(dict(plans.only_arrays(content, "a message").items()))
             session = device.resumed(self.mod.policy)
             message.content = content
             trained = call_next(message, self.context)
             if trained.has_error():
-                return trained
-            vector = self._vector(session.terms, received, trained.content)
+                return self._erring(trained)
+            vector = self._vector(plan, session.terms, received, trained.content)
             answer = bytes(session.masked(told, vector, [digest]))
-            device.kept["given"] = [self.context.run_id, self._given() + 1]
+            device.kept["given"] = [self.context.run_id, (self._given() or 0) + 1]
             del device.kept["plan"]
         else:
             answer = device.conclude(self.mod.policy, stage, told)
         return Message(exchange.pack({"answers": {own.identity: answer}}), reply_to=message)
+
+    def _erring(self, trained: Message) -> Message:
+        """The error that an app answered with, if its text may be told."""
+        if self.mod.errors_in_clear:
+            return trained
+        exchange.LOG.error("privrec: the app answered with an error: %s", trained.error.reason)
+        raise ReleaseRefused(
+            f"the app answered with an error of code {trained.error.code}, whose text may quote "
+            "data and stays in this node's log"
+        )
 
     def _shares(self, told: bytes, packed: Any) -> bytes:
         """The node's shares, if the round's plan is no less than what its mod insists on."""
@@ -147,6 +166,11 @@ class _Node:
         nodes, terms, given = len(Roster(call, device.anchor)), call.terms, self._given()
         if plan.terms(terms.run, terms.round, terms.attempt) != terms:
             raise ReleaseRefused("a call whose terms are not those of its plan")
+        if nodes < mod.minimum:
+            raise ReleaseRefused(
+                f"a sum among {nodes} nodes, and this node's SecureSumMod(minimum={mod.minimum}) "
+                "insists on more: start more nodes, or lower the minimum in the app"
+            )
         noise = plan.noise_beyond(math.floor(mod.corrupt_share * nodes))
         if noise < mod.noise_multiplier:
             raise ReleaseRefused(
@@ -154,29 +178,34 @@ class _Node:
                 f"nodes that may collude, and this node insists on {mod.noise_multiplier:g}; "
                 "raise the server's noise_multiplier or lower its epsilon"
             )
-        if mod.rounds is not None and given >= mod.rounds:
+        if mod.rounds is not None and (given or 0) >= mod.rounds:
             raise ReleaseRefused(
-                f"update {given + 1} of this node in one run, and it gives at most {mod.rounds}"
+                f"another sum with this node, which gave to {given or 0} in this run, and its "
+                f"SecureSumMod(rounds={mod.rounds}) allows no more"
             )
         session = device.called(mod.policy)
         answer = session.shares(told, self._seeds(terms) if plan.remove_excess else ())
         device.kept["plan"] = packed
-        if session.warning:
-            exchange.LOG.warning("privrec: %s", session.warning)
+        if given is None and nodes < WARN_BELOW:
+            said = "privrec: this node is one of %d in the sum, and is hidden among few"
+            exchange.LOG.warning(said, nodes)
+        device.kept["given"] = [self.context.run_id, given or 0]
         return answer
 
-    def _given(self) -> int:
-        """Updates that this node gave in this run of Flower."""
+    def _given(self) -> int | None:
+        """Sums that this node gave to in this run of Flower; None before it took part in any."""
         run, given = self.device.kept.get("given", (None, 0))
-        return int(given) if run == self.context.run_id else 0
+        return int(given) if run == self.context.run_id else None
 
     def _vector(
-        self, terms: Terms, received: ArrayRecord, trained: RecordDict
+        self, plan: SumPlan, terms: Terms, received: ArrayRecord, trained: RecordDict
     ) -> NDArray[np.int32]:
-        """The update in integers, with this node's noise."""
-        plan = SumPlan.unpack(self.device.kept["plan"])
-        values = plans.update(received, plans.only_arrays(trained, "a reply"))
+        """The update in integers, or the metrics of an evaluation, with this node's noise."""
         metrics = dict(chain.from_iterable(r.items() for r in trained.metric_records.values()))
+        if plan.evaluated:
+            values = plans.scores(plan, metrics)
+        else:
+            values = plans.update(received, plans.only_arrays(trained, "a reply"))
         coins = self.root.stream("rounding", terms.run, terms.round, terms.attempt, terms.plan)
         vector = plans.integers(plan, values, metrics, coins)
         return vector if plan.shares is None else vector + plan.shares.draw(self._seeds(terms))

@@ -3,7 +3,8 @@
 The server states the plan, every node checks it against what its owner asks for, and its digest is
 bound into every mask and signature of the round. All float arrays of the model are one vector, in
 the order in which the record names them. Other arrays (counters, masks) are not summed and stay
-what the server sent: a counter of steps would use up the clip norm.
+what the server sent: a counter of steps would use up the clip norm. An evaluation is summed in the
+same way, with its bounded metrics in the place of the update.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ class SumPlan:
         noise_multiplier: accounted noise over the sensitivity; 0 for none.
         remove_excess: whether survivors beyond the fewest take their noise off again.
         weight_bits: numbers of examples are counted in steps of ``2^-weight_bits``.
+        evaluated: of an evaluation, name and largest magnitude of each of its ``size`` metrics, of
+            which one is a coefficient of the sum; empty where updates are summed.
 
     Raises:
         UsageError: when a value is outside its range, or noise is asked for together with metrics
@@ -70,6 +73,7 @@ class SumPlan:
     noise_multiplier: float = 0.0
     remove_excess: bool = False
     weight_bits: int = 0
+    evaluated: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         steps = self.max_examples * 2.0**self.weight_bits
@@ -82,10 +86,15 @@ class SumPlan:
             ("max_examples in steps of 2^-weight_bits", steps, 0, _MOST_COUNT),
             ("colluders", self.colluders, 0, self.least - 1),
             ("noise_multiplier", self.noise_multiplier, 0, 1 / _SMALL),
-            *((f"metric {name!r} up to", most, _SMALL, 1 / _SMALL) for name, most in self.metrics),
+            *(
+                (f"metric {name!r} up to", most, _SMALL, 1 / _SMALL)
+                for name, most in (*self.metrics, *self.evaluated)
+            ),
         ):
             if not least <= value <= most:
                 raise UsageError(f"{name} {value}: it must lie between {least} and {most}")
+        if self.evaluated and (self.metrics or len(self.evaluated) != self.size):
+            raise UsageError(f"{len(self.evaluated)} metrics evaluated in {self.size} coefficients")
         plain = not self.metrics and not self.max_examples and self.scale_bits <= NOISY_BITS
         if self.noise_multiplier and not plain:
             raise UsageError(
@@ -164,6 +173,7 @@ def plan_of(
     max_examples: int = 0,
     weighted_by: str = "num-examples",
     metrics: tuple[tuple[str, float], ...] = (),
+    evaluated: tuple[tuple[str, float], ...] = (),
 ) -> SumPlan:
     """Plan a round on the finest grid on which no sum of the nodes that are called wraps around.
 
@@ -185,6 +195,7 @@ def plan_of(
         colluders=math.ceil(colluding_share * nodes) if noisy else 0,
         noise_multiplier=float(noise_multiplier),
         remove_excess=noisy and remove_excess,
+        evaluated=evaluated,
     )
     room = (ring.half - 1) // max(2, nodes)  # steps of one node's weight
     if plan.most_steps > room:
@@ -197,7 +208,11 @@ def plan_of(
     load = Load(size, nodes, nodes * noise_multiplier**2 / (least - plan.colluders))
     if ring.wrap_probability(plan.encoding, load) > LARGEST_WRAP:
         plan = replace(plan, scale_bits=ring.fitting_scale_bits(plan.encoding, load) or 1.0)
-    ring.check(plan.encoding, load)
+    if ring.wrap_probability(plan.encoding, load) > LARGEST_WRAP:
+        raise UsageError(
+            f"the sum of {nodes} nodes with noise of {noise_multiplier:g} times the sensitivity "
+            "could wrap around in the ring of 2^32: lower noise_multiplier, or ask fewer nodes"
+        )
     return plan
 
 
@@ -235,6 +250,14 @@ def update(received: ArrayRecord, returned: ArrayRecord) -> NDArray[np.float32]:
         with np.errstate(over="ignore", invalid="ignore"):
             parts.append((new - old).ravel().astype(np.float32))
     return np.concatenate(parts) if parts else np.empty(0, np.float32)
+
+
+def scores(plan: SumPlan, metrics: Mapping[str, Any]) -> NDArray[np.float32]:
+    """Return what an evaluation puts in the place of an update: float32 ``(size,)``, private.
+
+    Each metric over its largest magnitude, cut at 1; one that is not finite counts as zero.
+    """
+    return np.array([_bounded(metrics, *each) for each in plan.evaluated], np.float32)
 
 
 def integers(
@@ -338,8 +361,9 @@ def _floats(arrays: ArrayRecord) -> Iterator[tuple[str, NDArray[Any]]]:
 def _number(metrics: Mapping[str, Any], name: str) -> float:
     value = metrics.get(name)
     if not isinstance(value, int | float):
+        kind = "missing" if value is None else f"a {type(value).__name__}"
         raise UsageError(
-            f"metric {name!r} of the reply is {value!r}, and the secure sum needs a number there; "
+            f"metric {name!r} of the reply is {kind}, and the secure sum needs a number there; "
             "put it into the one MetricRecord, or leave it out of SecureSum's settings"
         )
     try:

@@ -39,6 +39,7 @@ from privrec.storage import server_key
 __all__ = ["SecureSum", "SecureSumMod", "enroll"]
 
 _PREKEYS = 32  # deposited at a contact, so that one round in 32 has an exchange more
+_UP = 1 + 2.0**-14
 _ONE_BY_ONE = re.compile(
     "Bulyan|FedMedian|FedTrimmedAvg|FedXgb.*|Krum|MultiKrum|QFedAvg|DifferentialPrivacy.*"
 )
@@ -65,8 +66,8 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
     clipped and rounded to the grid, with the noise that was charged; or nothing, and then the model
     stays as it was and the log says why. Weights need not be whole numbers: they are rounded to the
     finest power of two whose multiples can be summed, and the log counts nodes whose weight is cut,
-    changed by more than 1 % or left out. With noise every attempt at a round is charged to the
-    ledger before any node is asked.
+    changed by more than 1 % or left out. With noise every attempt at a round, and every evaluation,
+    is charged to the ledger before any node is asked.
 
     Args:
         strategy: the app's own, whose averaging is used: FedAvg, FedProx, FedAdam and their like,
@@ -81,13 +82,18 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         noise_multiplier: noise over the sensitivity of the sum, made by the nodes.
         epsilon: largest ε against the server at ``delta``. The noise is calibrated for it where
             ``noise_multiplier`` is not given; a round that would exceed it is not started.
-        rounds: rounds that ``epsilon`` is for; by default those of :meth:`start`.
+        rounds: attempts at rounds that ``epsilon`` is for; by default one for each round of
+            :meth:`start`. An attempt that ends without a sum is charged too, so ask for more than
+            rounds where none of these shall be lost.
         ledger: path of the ledger, needed with noise; one that is there is gone on with.
         colluding_share: part of a round's nodes that is assumed to tell the server their noise.
         remove_excess: whether survivors beyond the fewest take their noise off again.
         roster: path of a file with the identities of enrolled nodes, one a line; prekeys of others
             are not taken. Nodes check for themselves.
         enrolment_key: the key that certifies nodes, in place of a roster.
+        evaluate_metrics: name and largest magnitude of each metric of the nodes' evaluation whose
+            mean is wanted. They are a secure sum of their own after each round's training, with
+            the same noise multiplier and an event of its own, which ``epsilon`` covers.
         evaluate_in_clear: whether evaluation is asked for, whose replies the server reads.
         timeout: seconds to wait for an exchange; by default that of :meth:`start`.
 
@@ -109,12 +115,15 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
     remove_excess: bool = True
     roster: str | Path | None = None
     enrolment_key: str | None = None
+    evaluate_metrics: Mapping[str, float] | None = None
     evaluate_in_clear: bool = False
     timeout: float | None = None
 
     def __post_init__(self) -> None:
+        _check_interface(self.strategy)
         for kind in type(self.strategy).mro():
-            if kind.__module__.startswith("flwr.") and _ONE_BY_ONE.fullmatch(kind.__name__):
+            flowers = kind.__module__.startswith("flwr.")
+            if kind is SecureSum or (flowers and _ONE_BY_ONE.fullmatch(kind.__name__)):
                 raise UsageError(
                     f"{kind.__name__} looks at each node's update by itself, and a secure sum "
                     "hides them: wrap a strategy that averages, such as FedAvg, FedProx or FedAdam"
@@ -145,7 +154,14 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
             "weighted_by": getattr(self.strategy, "weighted_by_key", "num-examples"),
             "metrics": tuple((self.metrics or {}).items()),
         }
-        plan_of(3, 1, self.clip_norm, noise_multiplier or float(noisy), **self._given)
+        self._evaluated = tuple((self.evaluate_metrics or {}).items())
+        if self._evaluated and self.evaluate_in_clear:
+            raise UsageError(
+                "evaluate_metrics are summed under masks, and evaluate_in_clear is set: choose one"
+            )
+        self._kinds = (False, True) if self._evaluated else (False,)
+        for evaluates in self._kinds:
+            self._planned(evaluates, 3, 1, noise_multiplier or float(noisy))
         trust = {"roster": self.roster and str(self.roster), "enrolment-key": self.enrolment_key}
         self._anchor = anchor_of(trust) or Anyone()
         self._timeout_s = self.timeout
@@ -154,6 +170,9 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         self._registry: Registry | None = None
         self._open: _Open | None = None
         self._failed: ReleaseRefused | BudgetError | None = None
+        self._released = 0
+        self._is_started = False
+        self._is_wrapped = False
 
     # ------------------------------------------------------------------ Flower's own interface
 
@@ -168,20 +187,28 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         """Run the rounds; arguments and result are those of Flower's ``Strategy.start``.
 
         Raises:
-            ReleaseRefused: when not one round released a sum, so that there is no trained model.
+            ReleaseRefused: when not one round gave a model; ``initial_arrays`` are what they were.
             BudgetError: when that is so since the budget does not reach for another round.
         """
         self._timeout_s = self.timeout or timeout
         self.rounds = self.rounds or num_rounds
         self._registry = self._failed = None  # this grid may have other nodes
+        self._released = 0
         if self._budget is None:
             self._run = None
             self._attempts.clear()
-        result = super().start(grid, initial_arrays, num_rounds, timeout, **options)
-        if not result.arrays:
-            if self._failed is not None:
-                raise type(self._failed)(f"no round released a sum to train on: {self._failed}")
+        self._is_started = True
+        try:
+            result = super().start(grid, initial_arrays, num_rounds, timeout, **options)
+        finally:
+            self._is_started = False
+        if num_rounds < 1:
             result.arrays = initial_arrays
+        if not result.arrays:
+            raise self._without_model()
+        if self._released < num_rounds:
+            said = "secure sum: %d of %d rounds released a sum; the model is that of these"
+            LOG.warning(said, self._released, num_rounds)
         return result
 
     def configure_train(
@@ -191,57 +218,60 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
 
         There are none when the round cannot be, for which the log gives the reason.
         """
-        self._open = None
-        messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
-        if not messages:
-            return []
-        try:
-            return self._begin(server_round, messages, grid)
-        except (ReleaseRefused, BudgetError) as error:
-            self._give_up(server_round, error)
-            return []
+        if self._is_wrapped:
+            raise UsageError(
+                "a strategy around SecureSum, such as Flower's DifferentialPrivacy wrappers, would "
+                "get masked integers for updates: make SecureSum the outermost and start it "
+                "itself; for noise give it epsilon or noise_multiplier, and a ledger"
+            )
+        messages = self.strategy.configure_train(server_round, arrays, config, grid)
+        return self._asking(server_round, list(messages), grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Return what the app's own strategy makes of the mean; nothing when there is no sum."""
-        open, self._open = self._open, None
-        if open is None:
+        open, mean = self._ended(server_round, replies)
+        if open is None or mean is None:
             return None, None
-        try:
-            mean = self._end(open, replies)
-        except ReleaseRefused as error:
-            self._give_up(server_round, error)
-            return None, None
+        self._released += 1
         arrays, metrics = self.strategy.aggregate_train(server_round, [mean])
-        if open.epsilon is not None:
-            metrics = MetricRecord() if metrics is None else metrics
-            metrics["epsilon"] = open.epsilon
         sent = plans.only_arrays(open.sent.content, "a message")
-        return arrays and plans.with_others_of(arrays, sent), metrics
+        return arrays and plans.with_others_of(arrays, sent), _with_epsilon(metrics, open)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Return the app's own messages where replies in clear are allowed, else none."""
-        if self.evaluate_in_clear:
-            return list(self.strategy.configure_evaluate(server_round, arrays, config, grid))
+        """Return the app's own messages: for a secure sum, in clear where allowed, else none."""
+        if self._evaluated or self.evaluate_in_clear:
+            asked = list(self.strategy.configure_evaluate(server_round, arrays, config, grid))
+            return self._asking(server_round, asked, grid, True) if self._evaluated else asked
         if server_round == 1:
             LOG.info(
                 "secure sum: nodes are not asked to evaluate, since each reply would be in clear; "
-                "evaluate on the server, name training metrics, or set evaluate_in_clear"
+                "name evaluate_metrics or training metrics, evaluate on the server, or set "
+                "evaluate_in_clear"
             )
         return []
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Return what the app's own strategy makes of evaluation replies."""
-        answers = list(replies)
-        return self.strategy.aggregate_evaluate(server_round, answers) if answers else None
+        """Return what the app's own strategy makes of the mean, or of replies in clear."""
+        if self.evaluate_in_clear:
+            answers = list(replies)
+            return self.strategy.aggregate_evaluate(server_round, answers) if answers else None
+        open, mean = self._ended(server_round, replies)
+        if open is None or mean is None:
+            return None
+        return _with_epsilon(self.strategy.aggregate_evaluate(server_round, [mean]), open)
 
     def summary(self) -> None:
-        """Log the settings, then those of the app's own strategy."""
+        """Log the settings, then those of the app's own strategy.
+
+        Flower asks the strategy that is started, and each asks the one that it is around.
+        """
+        self._is_wrapped = not self._is_started
         multiplier = self.noise_multiplier or "from epsilon"
         noise = f"multiplier {multiplier}, ledger {self.ledger}" if self.ledger else "none"
         LOG.info("\t├──> Secure sum: clip norm %g, noise: %s", self.clip_norm, noise)
@@ -249,7 +279,20 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
 
     # ------------------------------------------------------------------ before the training
 
-    def _begin(self, server_round: int, messages: Sequence[Message], grid: Grid) -> list[Message]:
+    def _asking(
+        self, server_round: int, messages: list[Message], grid: Grid, evaluates: bool = False
+    ) -> list[Message]:
+        """The app's own messages, of a sum that has begun; none when it cannot be."""
+        self._open = None
+        try:
+            return self._begin(server_round, messages, grid, evaluates) if messages else []
+        except (ReleaseRefused, BudgetError) as error:
+            self._give_up(server_round, error, evaluates)
+            return []
+
+    def _begin(
+        self, server_round: int, messages: Sequence[Message], grid: Grid, evaluates: bool
+    ) -> list[Message]:
         asked = {(id(m.content), m.metadata.message_type): m.content for m in messages}
         digests = {plans.content_digest(content, kind) for (_, kind), content in asked.items()}
         if len(digests) > 1:
@@ -267,7 +310,7 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         if self._run is None:
             self._run = secrets.token_hex(8) if self._budget is None else self._budget.begin()
         size = plans.size_of(plans.only_arrays(messages[0].content, "a message"))
-        plan, attempt, epsilon = self._charged(server_round - 1, size, len(called))
+        plan, attempt, epsilon = self._charged(server_round - 1, evaluates, len(called), size)
         terms = plan.terms(self._run, server_round - 1, attempt)
         prekeys = [member.prekeys.pop(0) for member in called]
         session = ServerSession(terms, prekeys, self._anchor)
@@ -281,28 +324,52 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         self._open = _Open(registry, session, plan, terms, messages[0], epsilon)
         return registry.asking(MASKED, session)
 
-    def _charged(self, round: int, size: int, nodes: int) -> tuple[SumPlan, int, float | None]:
-        """The round's plan, its attempt, and ε after it; paid for before anybody is asked."""
-
-        def planned(noise: float = 0.0) -> SumPlan:
+    def _planned(self, evaluates: bool, nodes: int, size: int, noise: float = 0.0) -> SumPlan:
+        """The plan of a round's sum over so many nodes, of updates or of an evaluation."""
+        if not evaluates:
             return plan_of(nodes, size, self.clip_norm, noise, **self._given)
+        count = len(self._evaluated)
+        given = {**self._given, "metrics": (), "evaluated": self._evaluated}
+        # The norm of metrics that are 1 each, and what a norm in float32 is off by.
+        return plan_of(nodes, count, math.sqrt(count) * _UP, noise, **given)
 
+    def _charged(
+        self, round: int, evaluates: bool, nodes: int, size: int
+    ) -> tuple[SumPlan, int, float | None]:
+        """The sum's plan, its attempt, and ε after it; paid for before anybody is asked."""
         if self._budget is None:
             self._attempts[round] += 1
-            return planned(), self._attempts[round] - 1, None
+            plan = self._planned(evaluates, nodes, size)
+            return plan, self._attempts[round] - 1, None
         if self.noise_multiplier is None:
             epsilon, delta, rounds = self._budget.epsilon, self.delta, self.rounds or 1
-            self.noise_multiplier = noise_multiplier_for(
-                epsilon, delta, lambda noise: planned(noise).event, rounds, "server"
-            )
-            LOG.info("secure sum: noise multiplier %g meets epsilon", self.noise_multiplier)
-        plan = planned(self.noise_multiplier)
+
+            def events(noise: float) -> list[RoundEvent]:
+                return [self._planned(kind, nodes, size, noise).event for kind in self._kinds]
+
+            self.noise_multiplier = noise_multiplier_for(epsilon, delta, events, rounds, "server")
+            said = "secure sum: noise multiplier %g meets epsilon with %d attempts at rounds"
+            LOG.info(said, self.noise_multiplier, rounds)
+        plan = self._planned(evaluates, nodes, size, self.noise_multiplier)
         return plan, *self._budget.charge(round, plan.event)
 
     # ------------------------------------------------------------------ after the training
 
+    def _ended(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[_Open | None, Message | None]:
+        """The sum that was open, and the reply that stands for all, if there is a sum."""
+        open, self._open = self._open, None
+        if open is None:
+            return None, None
+        try:
+            return open, self._end(open, replies)
+        except ReleaseRefused as error:
+            self._give_up(server_round, error, bool(open.plan.evaluated))
+            return open, None
+
     def _end(self, open: _Open, replies: Iterable[Message]) -> Message:
-        """The reply that stands for all: the model moved by the mean update."""
+        """The reply that stands for all: the model moved by the mean update, or mean metrics."""
         session, plan = open.session, open.plan
         open.registry.take(session, replies)
         session.advance()
@@ -323,18 +390,47 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
             LOG.info(spent, open.epsilon, self.delta)
         return _mean(open, total, survivors)
 
-    def _give_up(self, server_round: int, error: ReleaseRefused | BudgetError) -> None:
+    def _without_model(self) -> ReleaseRefused | BudgetError:
+        idle = "made no model of the mean" if self._released else "asked no node to train"
+        error = self._failed or ReleaseRefused(f"{type(self.strategy).__name__} {idle}")
+        return type(error)(f"no round gave a model: {error}")
+
+    def _give_up(
+        self, server_round: int, error: ReleaseRefused | BudgetError, evaluates: bool
+    ) -> None:
+        if evaluates:
+            LOG.error("secure sum: the evaluation of round %d has no sum: %s", server_round, error)
+            return
         said = "secure sum: round %d releases nothing, and the model stays as it was: %s"
         LOG.error(said, server_round, error)
         registry = self._registry
         if isinstance(error, ReleaseRefused) and registry is not None and registry.refused:
             node, why = min(registry.refused.items())
             error = ReleaseRefused(
-                f"{error}; {len(registry.refused)} of {len(registry.like)} nodes refuse, node "
-                f"{node} since: {why}; what nodes insist on is set in their app, for example "
-                "SecureSumMod(minimum=...), 20 by default"
+                f"{error}; {len(registry.refused)} of {len(registry.like)} nodes answered with an "
+                f"error, node {node}: {why}"
             )
         self._failed = error
+
+
+def _check_interface(strategy: Any) -> None:
+    """Refuse what is no strategy of Flower's Message API."""
+    if isinstance(strategy, type):
+        name = strategy.__name__
+        raise UsageError(
+            f"the class {name}, where a strategy is needed: give an instance: "
+            f"SecureSum({name}(), ...)"
+        )
+    kind = type(strategy)
+    if hasattr(strategy, "configure_fit"):
+        raise UsageError(
+            f"{kind.__name__} of {kind.__module__}: a strategy of Flower's legacy interface; "
+            "import it from flwr.serverapp.strategy"
+        )
+    if not hasattr(strategy, "configure_train"):
+        raise UsageError(
+            f"the strategy is {strategy!r}: give one of flwr.serverapp.strategy, such as FedAvg()"
+        )
 
 
 def _called(registry: Registry) -> list[Member]:
@@ -349,10 +445,18 @@ def _called(registry: Registry) -> list[Member]:
     called = [known[node] for node in registry.like if node in known]
     if len(called) < 2:
         raise ReleaseRefused(
-            f"{len(called)} of {len(registry.like)} nodes gave prekeys: a sum of one hides nobody; "
-            "see above what the others said"
+            f"{len(called)} of {len(registry.like)} nodes gave prekeys: a sum of one hides nobody"
         )
     return called
+
+
+def _with_epsilon(metrics: MetricRecord | None, open: _Open) -> MetricRecord | None:
+    """What a sum gave, with ε after it where it was charged."""
+    if open.epsilon is None:
+        return metrics
+    metrics = MetricRecord() if metrics is None else metrics
+    metrics["epsilon"] = open.epsilon
+    return metrics
 
 
 def _mean(open: _Open, total: NDArray[np.int64], survivors: int) -> Message:
@@ -377,7 +481,11 @@ def _mean(open: _Open, total: NDArray[np.int64], survivors: int) -> Message:
             if count:
                 LOG.warning("secure sum: %d of %d %s", count, survivors, said)
     change = plan.encoding.decode(total[: plan.size], shares)
+    for (metric, most), value in zip(plan.evaluated, change.tolist(), strict=False):
+        metrics[metric] = most * value
     record = MetricRecord({plan.weighted_by: weight, **metrics})
+    if plan.evaluated:
+        return Message(RecordDict({"metrics": record}), reply_to=open.sent)
     content = RecordDict({name: plans.moved(sent, change), "metrics": record})
     return Message(content, reply_to=open.sent)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 from logging import ERROR, INFO, WARNING
 from pathlib import Path
@@ -14,8 +15,13 @@ from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 
 from privrec.device.update import Aggregate, Round
+<<<<<<< HEAD
 from privrec.errors import BudgetError, PrivrecError, UsageError
 from privrec.flower.app import out_of, population_of, scenario_of
+=======
+from privrec.errors import BudgetError, Interrupted, PrivrecError, UsageError
+from privrec.flower.app import population_of, scenario_of
+>>>>>>> h-words
 from privrec.flower.enrolment import Anyone, anchor_of
 from privrec.flower.exchange import EXCHANGES, MASKED, SHARES, Member, Registry
 from privrec.randomness import SecretRoot, rng_for
@@ -25,8 +31,16 @@ from privrec.run import checkpoint, directory
 from privrec.run.directory import Identity
 from privrec.run.loop import Loop
 from privrec.run.plan import Plan
-from privrec.run.privacy_plan import known_items
-from privrec.run.record import EventLog, Observer, Record, Result, RunInfo, opening_words
+from privrec.run.privacy_plan import attempts_of, known_items
+from privrec.run.record import (
+    EventLog,
+    Observer,
+    Record,
+    Result,
+    RunInfo,
+    opening_words,
+    read_rounds,
+)
 from privrec.run.simulation import cohort, unmask
 from privrec.scenario.load import Scenario, load
 from privrec.secagg.roster import Anchor
@@ -107,9 +121,10 @@ def deploy(
     """
     population = population_of(scenario)
     plan = Plan.of(scenario, items, population)
-    prekeys = scenario.train.rounds + 8  # beyond one for each round: for more attempts
+    prekeys = attempts_of(scenario) + 8  # beyond one for each round: for more attempts
     tiers, agreed = len(plan.federation.tiers), {"plan": scenario.plan_hash(), "items": items}
     registry = Registry(grid, anchor or Anyone(), prekeys, timeout_s, wait_s, tiers, agreed)
+    data = {"source": scenario.data.source, "items": items, "users": population}
     if (out / "run.json").exists():
         identity = Identity.read(out)
         if load(out / directory.SCENARIO).hash() != scenario.hash():
@@ -117,7 +132,16 @@ def deploy(
                 f"{out}: a run of another scenario lies there; give the run-config that it was "
                 "started with, or another out"
             )
+        if not identity.deployed or identity.data != data:
+            what = f"a deployment over {identity.data}" if identity.deployed else "a simulated run"
+            raise UsageError(
+                f"{out}: {what} lies there, and this is a deployment over {data}; give the "
+                "run-config that it was started with, or another out"
+            )
         if (payload := directory.read_result(out, identity, scenario)) is not None:
+            said = "privrec: %s has the finished run of this scenario, which is shown as it is: "
+            said += "nothing is trained. For another run name another out"
+            log(WARNING, said, out)
             return Result(out, payload)
         registry.register(population)
         server = plan.server(identity.run_id)
@@ -126,9 +150,8 @@ def deploy(
     else:
         directory.refuse_taken(out)
         registry.register(population)
-        simulated = registry.simulated
-        data = {"source": scenario.data.source, "items": items, "users": population}
-        identity = Identity.new(scenario, data, None, unsafe_noise_key, simulated=simulated)
+        where = {"simulated": registry.simulated, "deployed": True}
+        identity = Identity.new(scenario, data, None, unsafe_noise_key, **where)
         with directory.beginning(out, plan, identity) as (folder, ledger):
             server = plan.server(identity.run_id)
             position = checkpoint.save(folder, identity, ledger, server)
@@ -176,10 +199,18 @@ def server_app(folder: Path) -> ServerApp:
                 wait_s=float(config.get("wait-s", 60)),
                 timeout_s=float(config.get("timeout-s", 600)),
             )
+        except BudgetError as error:
+            log(ERROR, "privrec: %s", error)
+            _reported(out)  # the run is finished as far as it came
+            if not read_rounds(out / directory.EVENTS):
+                raise
+            return
+        except Interrupted as error:
+            log(WARNING, "privrec: %s", error)
+            signal.raise_signal(signal.SIGINT)  # to Flower, which listens again and ends the app
+            raise
         except PrivrecError as error:
             log(ERROR, "privrec: %s", error)
-            if isinstance(error, BudgetError):  # the run is finished as far as it came
-                _reported(out)
             raise
         _reported(out)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -197,7 +197,7 @@ def divergence(
 def noise_multiplier_for(
     target_epsilon: float,
     delta: float,
-    event_of: Callable[[float], RoundEvent],
+    event_of: Callable[[float], RoundEvent | Sequence[RoundEvent]],
     rounds: int,
     adversary: Adversary,
     before: RoundEvent | None = None,
@@ -210,8 +210,8 @@ def noise_multiplier_for(
 
     Args:
         target_epsilon: largest ε at the end of all rounds, at least 0.0001.
-        event_of: the event of a round with a noise multiplier, so that ε falls as noise grows; it
-            may refuse too little noise with a ``UsageError``.
+        event_of: the event of a round with a noise multiplier, or its events, so that ε falls as
+            noise grows; it may refuse too little noise with a ``UsageError``.
         before: what is charged before the first round, if anything; the target covers it.
     """
     _check(
@@ -262,8 +262,12 @@ def epsilon_by_round(
     ]
 
 
-def _charged(event: RoundEvent, rounds: int, before: RoundEvent | None) -> Counter[RoundEvent]:
-    return Counter({event: rounds}) + Counter([] if before is None else [before])
+def _charged(
+    event: RoundEvent | Sequence[RoundEvent], rounds: int, before: RoundEvent | None
+) -> Counter[RoundEvent]:
+    each = Counter([event] if isinstance(event, RoundEvent) else event)
+    charged = Counter({one: rounds * count for one, count in each.items()})
+    return charged + Counter([] if before is None else [before])
 
 
 def _candidate(candidate: int) -> float:

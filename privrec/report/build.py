@@ -23,7 +23,7 @@ from privrec.report import model
 from privrec.report.derive import derive
 from privrec.report.facts import Facts, read_facts
 from privrec.report.words import thinned
-from privrec.run.directory import BOUND, check_header, kept_key
+from privrec.run.directory import BOUND, check_header, going_on, kept_key
 from privrec.run.privacy_plan import example_event, release_event
 from privrec.run.record import OUTSIDE, Record, headline_metric, metric_name, read_rounds
 from privrec.scenario.load import Scenario, load
@@ -72,7 +72,7 @@ def build(directory: Path, *, public_key: Ed25519PublicKey | None = None) -> mod
         DataError: when a file is malformed.
     """
     run = _json(directory, "run.json", "it is not a run directory; name one that privrec made")
-    unfinished = f"the run is not finished; go on with: privrec resume {directory}"
+    unfinished = f"the run is not finished; go on with: {going_on(directory)}"
     result = _json(directory, "result.json", unfinished)
     try:
         scenario = load(directory / "scenario.toml")

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 import privrec
 from privrec import storage
-from privrec.errors import IntegrityError, UsageError
+from privrec.errors import BudgetError, IntegrityError, PrivrecError, UsageError
 from privrec.privacy import population as populations
 from privrec.privacy.ledger import Ledger
 from privrec.privacy.population import PopulationBalance
@@ -41,6 +41,7 @@ class Identity(BaseModel):
     """Who a run is, as ``run.json`` says it; its secrets are kept apart from its directory.
 
     ``data`` are public facts of the data, ``unsafe_noise_key`` is a noise key that others know.
+    A run that is ``deployed`` has its devices at nodes of Flower, simulated ones or real.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -49,6 +50,7 @@ class Identity(BaseModel):
     scenario: str
     version: str
     simulated: bool
+    deployed: bool
     scenario_hash: str
     privacy_hash: str
     noise_known: bool
@@ -65,6 +67,7 @@ class Identity(BaseModel):
         known: bytes | None,
         *,
         simulated: bool = True,
+        deployed: bool = False,
     ) -> Identity:
         """Name a new run; with a key ``known`` to others, the name repeats as the run does."""
         return cls(
@@ -72,6 +75,7 @@ class Identity(BaseModel):
             scenario=scenario.name,
             version=privrec.__version__,
             simulated=simulated,
+            deployed=deployed,
             scenario_hash=scenario.hash(),
             privacy_hash=scenario.privacy_hash(),
             noise_known=known is not None,
@@ -232,9 +236,18 @@ def refuse_taken(out: Path) -> None:
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(
-            f"{out}: it exists and is not empty; name a new directory with --out, or go on with a "
-            f"stopped run: privrec resume {out}"
+            f"{out}: it exists and is not empty; name a new directory with --out, an app's in its "
+            f"run-config, or go on with a stopped run: {going_on(out)}"
         )
+
+
+def going_on(out: Path) -> str:
+    """Say how the run in ``out`` is gone on with, which is where its devices are."""
+    try:
+        deployed = Identity.read(out).deployed
+    except PrivrecError:
+        deployed = False
+    return f"flwr run, with out={out} in its run-config" if deployed else f"privrec resume {out}"
 
 
 def open_ledger(
@@ -293,7 +306,8 @@ def read_result(out: Path, identity: Identity, scenario: Scenario) -> dict[str, 
 
     Before the signed ledger says that the run has ended, no file passes for its result, and nothing
     is removed. A result that is not what the run signed is made again while its checkpoint is here;
-    without one, it is an IntegrityError.
+    without one, it is an IntegrityError. A BudgetError says that the budget had ended the run
+    before any round released a sum: that is no result.
     """
     with open_ledger(out, identity, scenario, repair=False) as ledger:
         if ledger.ended is None or ledger.signed < ledger.entries:
@@ -310,6 +324,11 @@ def read_result(out: Path, identity: Identity, scenario: Scenario) -> dict[str, 
         raise
     if record is None or (record.get("gaps") and remains):
         return None
+    if not record["rounds"]:
+        raise BudgetError(
+            f"{out}: this run ended at its budget before one round released a sum, so it has no "
+            "trained model, and cannot go on; start a new one with more privacy.spare_attempts"
+        )
     if remains:  # a medium that is read only refuses to remove nothing as well
         (out / CHECKPOINT).unlink()
     return record

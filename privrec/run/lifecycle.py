@@ -87,7 +87,9 @@ def resume(
     unless as many as the scenario says.
 
     Raises:
-        UsageError: when ``out`` is no run directory, or the key that signs its ledger is gone.
+        UsageError: when ``out`` is no run directory, its devices are at nodes of Flower, or the key
+            that signs its ledger is gone.
+        BudgetError: when the run had ended at its budget before one round released a sum.
         IntegrityError: when ledger, checkpoint and data do not belong together or were altered.
     """
     identity = Identity.read(out)
@@ -98,6 +100,11 @@ def resume(
     # What cannot go on is refused before a fresh root is drawn for it.
     if (payload := directory.read_result(out, identity, scenario)) is not None:
         return Result(out, payload)
+    if identity.deployed:
+        raise UsageError(
+            f"{out}: the devices of this run are at nodes of Flower, so it is gone on with there: "
+            f"{directory.going_on(out)}"
+        )
     task = load_task(scenario, data_dir or identity.data_dir)
     plan = task.plan
     task.restore_numbers(out, identity.signing_key().public_key())
@@ -146,6 +153,10 @@ class SimulatedLoop(Loop):
     @property
     def checkpoint_every(self) -> int:
         return self.plan.scenario.run.checkpoint_every
+
+    @property
+    def stops_at_once(self) -> bool:
+        return False
 
     def save(self) -> None:
         mine = self.transport.states, self.task.digest, self.wall_s, self.cpu_s
@@ -222,6 +233,8 @@ def with_rows(
     if not scenario.rows or ("rows" in result.payload and gaps == stated):
         return result
     identity = Identity.read(result.path)
+    if identity.deployed:  # rows are simulated, and would stand beside what nodes trained
+        return result
     place = data_dir or identity.data_dir
     with Ledger.open(result.path / directory.LEDGER, repair=False) as ledger:
         # Rows are further runs over the same users.

@@ -84,6 +84,11 @@ class Loop:
         """Rounds between checkpoints: devices go on, and would refuse to go back."""
         return 1
 
+    @property
+    def stops_at_once(self) -> bool:
+        """Whether Ctrl-C ends a round: what carries it over a network may have been stopped too."""
+        return True
+
     def save(self) -> None:
         """Seal the ledger and write a checkpoint."""
         parts = self.identity, self.ledger, self.server
@@ -131,7 +136,7 @@ class Loop:
         self.observer.started(info)
         population = PopulationCharge.of(ledger.header, ended=ledger.ended is not None)
         refused: PrivrecError | OSError | None = None
-        with _interrupts() as stop:
+        with self._interrupts() as stop:
             while server.index < rounds and ledger.ended != digest(server.released):
                 try:
                     self._round(population)
@@ -140,10 +145,7 @@ class Loop:
                     break
                 if stop:
                     self.save()
-                    raise Interrupted(
-                        f"stopped after round {server.index} of {rounds}; "
-                        f"go on with: privrec resume {self.out}"
-                    )
+                    raise self._interrupted()
                 if server.index % self.checkpoint_every == 0:
                     self.save()
         # Each step leaves enough for the next one: what has ended can be finished without a round.
@@ -237,10 +239,43 @@ class Loop:
         self.events.round(record)
         self.observer.round(record)
 
+    @contextmanager
+    def _interrupts(self) -> Iterator[list[int]]:
+        """A list that gets an entry at the first Ctrl-C; the second, or it, stops at once."""
+        seen: list[int] = []
+
+        def note(number: int, _: FrameType | None) -> None:
+            seen.append(number)
+            if self.stops_at_once or len(seen) > 1:
+                raise KeyboardInterrupt
+
+        try:
+            before = signal.signal(signal.SIGINT, note)
+        except ValueError:  # only the main thread may listen; elsewhere Ctrl-C is not ours
+            yield seen
+            return
+        try:
+            yield seen
+        except KeyboardInterrupt:
+            if not self.stops_at_once:
+                raise
+            # Whatever it ended in the midst of: the last checkpoint is whole.
+            raise self._interrupted() from None
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _interrupted(self) -> Interrupted:
+        return Interrupted(
+            f"stopped after round {self.server.index} of {self.plan.scenario.train.rounds}; "
+            f"go on with: {directory.going_on(self.out)}"
+        )
+
     def _check_budgets(self, population: PopulationCharge | None) -> None:
         plan, ledger, privacy = self.server.plan, self.ledger, self.plan.scenario.privacy
         done = self.server.index
         stopped = f"Stopped after {done} rounds; the model so far is in {self.out}"
+        if not done:
+            stopped = "No round released a sum, so there is no trained model"
         if plan.event.is_private and privacy.epsilon is not None:
             against = privacy.budget_against
             spent = ledger.epsilon_after(plan.event, delta=privacy.delta, adversary=against)
@@ -276,24 +311,3 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """A list that gets an entry at the first Ctrl-C; the second one stops at once."""
-    seen: list[int] = []
-
-    def note(number: int, _: FrameType | None) -> None:
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-
-    try:
-        before = signal.signal(signal.SIGINT, note)
-    except ValueError:  # only the main thread may listen; elsewhere Ctrl-C is not ours
-        yield seen
-        return
-    try:
-        yield seen
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -93,8 +93,8 @@ def plan_privacy(
 ) -> tuple[RoundEvent, RoundEvent | None, Protection]:
     """Return the privacy event of each round, that of its examples, and how updates are protected.
 
-    A target ε is calibrated to the planned rounds. ``sizes`` are the coefficients of each band and
-    ``holders`` the training devices that hold it, the band that all devices hold first. A
+    A target ε is calibrated to the planned attempts. ``sizes`` are the coefficients of each band
+    and ``holders`` the training devices that hold it, the band that all devices hold first. A
     UsageError says that no noise meets the target, a band has too few devices, or a sum could wrap.
     """
     privacy, rate = scenario.privacy, scenario.devices.sampling_rate
@@ -113,7 +113,7 @@ def plan_privacy(
         if rate < 1:  # when everybody is sampled, there is no secrecy of sampling to spoil
             crowds = list(zip(holders, minimums, strict=True))
             staying = rate * (1 - scenario.devices.dropout_rate)
-            spoiled = check_small_cohorts(crowds, staying, scenario.train.rounds, privacy.delta)
+            spoiled = check_small_cohorts(crowds, staying, attempts_of(scenario), privacy.delta)
         grid = grid_of(bound, bands, privacy.remove_excess, spoiled)
         event = _calibrated(scenario, lambda z: RoundEvent("discrete_gaussian", z, rate, grid))
         shares = Shares(event.noise_multiplier, bound, bands, privacy.remove_excess)
@@ -153,7 +153,7 @@ def example_event(
     multiplier = privacy.local_noise_multiplier
     if multiplier is None:
         target = privacy.local_epsilon or 0.0
-        multiplier = _everybody(target, privacy.local_delta, scenario.train.rounds, grid)
+        multiplier = _everybody(target, privacy.local_delta, attempts_of(scenario), grid)
     return _event(grid, multiplier)
 
 
@@ -225,15 +225,20 @@ def release_event(scenario: Scenario) -> RoundEvent | None:
 
 
 def charges_of(scenario: Scenario, event: RoundEvent) -> Counter[RoundEvent]:
-    """Return all that a run of rounds of this event charges when no round is made twice."""
+    """Return all that a run of rounds of this event charges with its spare attempts."""
     before = release_event(scenario)
-    return Counter({event: scenario.train.rounds}) + Counter([before] if before else [])
+    return Counter({event: attempts_of(scenario)}) + Counter([before] if before else [])
+
+
+def attempts_of(scenario: Scenario) -> int:
+    """Return the attempts at rounds that the budget is planned for."""
+    return scenario.train.rounds + scenario.privacy.spare_attempts
 
 
 @lru_cache(maxsize=64)
-def _everybody(target: float, delta: float, rounds: int, grid: Grid | None) -> float:
+def _everybody(target: float, delta: float, attempts: int, grid: Grid | None) -> float:
     """The multiplier of so many mechanisms that everybody takes part in."""
-    return noise_multiplier_for(target, delta, partial(_event, grid), rounds, "server")
+    return noise_multiplier_for(target, delta, partial(_event, grid), attempts, "server")
 
 
 def encoding_of(scenario: Scenario, dimension: int) -> Encoding:
@@ -286,7 +291,7 @@ def _calibrated(scenario: Scenario, event_of: Callable[[float], RoundEvent]) -> 
             privacy.epsilon or 0.0,
             privacy.delta,
             event_of,
-            scenario.train.rounds,
+            attempts_of(scenario),
             privacy.budget_against,
             before=release_event(scenario),
         )

@@ -19,7 +19,7 @@ from privrec.device.tier import LocalModel
 from privrec.errors import UsageError
 from privrec.evaluate.evaluator import scores_with
 from privrec.models.ncf import NCF
-from privrec.privacy.ledger import Ledger
+from privrec.privacy.ledger import PREPARATION, Ledger
 from privrec.randomness import ROOT_BYTES, SecretRoot, SecureStream, rng_for
 from privrec.run import directory
 from privrec.run.directory import Identity, kept_key
@@ -127,6 +127,12 @@ def _opened(run_dir: Path, data_dir: Path | None) -> tuple[Recommending, bytes |
         directory.check_header(run_dir, ledger.header, scenario, identity.bound)
     # An end that is not signed is not the run's.
     model = ledger.ended if ledger.signed == ledger.entries else None
+    rounds = ((each.round, each.attempt) for each in ledger.charges if each.round > PREPARATION)
+    if model is not None and not any(ledger.committed(*place) for place in rounds):
+        raise UsageError(
+            f"{run_dir}: this run ended before one round released a sum, so it has no trained "
+            "model; start another"
+        )
     task = Recommending.load(scenario, data_dir or identity.data_dir)
     task.restore_numbers(run_dir, ledger.public_key)
     return task, model

@@ -19,7 +19,7 @@ from privrec.errors import IntegrityError, UsageError
 from privrec.evaluate.metrics import Evaluation
 from privrec.privacy.events import epsilon
 from privrec.privacy.ledger import EXAMPLE, Ledger
-from privrec.run.directory import Identity
+from privrec.run.directory import Identity, going_on
 from privrec.run.plan import Plan
 from privrec.run.privacy_plan import EPSILONS, example_figures, release_event
 from privrec.run.record import OUTSIDE, finite
@@ -45,7 +45,7 @@ def read_model(out: Path, federation: Federation, model: bytes | None) -> FloatA
     """Return the coefficients of a finished run whose ledger ends with the digest ``model``."""
     path, n_items = out / "model.safetensors", federation.tiers[0].model.vectors.items
     if not path.exists():
-        raise UsageError(f"{out}: there is no model yet; finish the run: privrec resume {out}")
+        raise UsageError(f"{out}: there is no model yet; finish the run: {going_on(out)}")
     try:
         weights: FloatArray = load_file(path)["weights"]
     except (SafetensorError, KeyError, OSError, ValueError) as error:

@@ -343,6 +343,14 @@ def _course(values: Values) -> Iterator[Problem]:
         yield "run.top_k", "must not repeat a cut-off", f"use {as_toml(sorted(cuts))}"
 
 
+def _spares(values: Values) -> Iterator[Problem]:
+    """Attempts are set aside within a target."""
+    targets = values["privacy.epsilon"], values["privacy.local_epsilon"]
+    if values["privacy.spare_attempts"] and targets == (None, None):
+        rule = "is room within a target ε, and there is none: nothing halts the run"
+        yield "privacy.spare_attempts", rule, "set privacy.epsilon or remove it"
+
+
 def _noise(values: Values) -> Iterator[Problem]:
     """Noise has a bound on what it hides, and one of target and multiplier; without it, none."""
     for owner, prefix, whose, without in (
@@ -425,7 +433,7 @@ def _release(values: Values) -> Iterator[Problem]:
         yield path, "there is no release to charge", remedy
 
 
-_RULES = (_material, _sizes, _course, _noise, _tiers, _nesting, _release)
+_RULES = (_material, _sizes, _course, _spares, _noise, _tiers, _nesting, _release)
 
 
 # --------------------------------------------------------------------------- editors

@@ -139,6 +139,7 @@ class Scenario(Heading):
         """
         local = {key for key in Privacy.model_fields if key.split("_")[0] == "local"}
         unused = local if self.privacy.local == "none" else set()
+        unused = unused if self.privacy.spare_attempts else {*unused, "spare_attempts"}
         planned: dict[str, Any] = {
             "privacy": self.privacy.model_dump(exclude=unused),
             "sampling": self.devices.sampling,

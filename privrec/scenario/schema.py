@@ -202,6 +202,10 @@ class Privacy(Section):
     """Noise over sensitivity, with noise; excludes `epsilon`."""
     delta: float = setting(1e-5, "[1e-10, 1) probability")
     """δ of the guarantee; well below one over the users."""
+    spare_attempts: int = setting(0, "[0, 10^6] attempts")
+    """Attempts beyond one for each round that a target ε has room for: one that drop-outs, a stop
+    or a crash end without a sum is charged too, and without a spare one the last round is lost.
+    """
     budget_against: Literal["recipients", "server"] = "recipients"
     """The adversary that `epsilon` is meant against, and that halts the run."""
     local: Literal["none", "example", "shares"] = "none"

@@ -135,10 +135,11 @@ class _Round:
             count, least_near = len(near.intersection(drawn)) + 1, self.graph.threshold(holders)
             is_thin = count < least_near and not (band and self.graph.is_complete(holders))
             if len(known) < least or is_thin:
+                where = f" in band {band + 1}" if len(self.drawn) > 1 else ""
                 raise ReleaseRefused(
                     f"{len(known)} of {self.devices} devices {doing}, {count} of this device's own "
-                    f"neighbourhood in band {band + 1}; at least {least} and {least_near} must; "
-                    "the round is given up"
+                    f"neighbourhood{where}; at least {least} and {least_near} must; the round is "
+                    "given up"
                 )
 
 
@@ -221,7 +222,7 @@ class ClientSession:
     def warning(self) -> str | None:
         """That the cohort is small though not below the minimum, or None."""
         least = min(map(len, self._called().roster.holding))
-        return f"a band of {least} devices hides each among few" if least < WARN_BELOW else None
+        return f"a sum of {least} devices hides each among few" if least < WARN_BELOW else None
 
     # ------------------------------------------------------------------ the four exchanges
 

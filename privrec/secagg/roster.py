@@ -259,10 +259,13 @@ class Roster:
         for band, count in enumerate(map(len, self.holders(members))):
             least = max(minimum, self.terms.minimums[band])
             if count < least:
+                found, remedy = f"{count} devices take part", "call more devices"
+                if (bands := len(self.terms.lengths)) > 1:
+                    found = f"band {band + 1} of {bands}: {count} devices hold it"
+                    remedy = "sample more devices of this capacity, or drop the tier"
                 raise ReleaseRefused(
-                    f"band {band + 1} of {len(self.terms.lengths)}: {count} devices hold it, and "
-                    f"the least that hides them among each other is set to {least}; the round is "
-                    "given up; sample more devices of this capacity, or drop the tier"
+                    f"{found}, and the least that hides them among each other is set to {least}; "
+                    f"the round is given up; {remedy}"
                 )
 
 

@@ -92,7 +92,7 @@ class Graph:
         if corrupt[0] >= excess:
             raise ReleaseRefused(
                 f"{corrupt[0]} of {devices} devices may collude, and fewer than {excess} may; "
-                "assume a smaller share, or take part in larger cohorts"
+                "assume a smaller share, or take part among more devices"
             )
         chance = sum(map(self.failure, holders, corrupt))
         if chance > MAX_FAILURE:

@@ -551,6 +551,24 @@ def test_the_plan_meets_the_target_with_the_accountants_own_figures() -> None:
     assert spent[-1] == plan["epsilon"]
 
 
+def test_the_plan_states_its_spare_attempts() -> None:
+    from privrec.privacy.events import RoundEvent, epsilon
+
+    words = ("-s", "train.rounds=10", "-s", "privacy.spare_attempts=4")
+    plan, without = planned(*words), planned(*words[:2])
+    assert "epsilon_at_most" not in without
+    event = RoundEvent("gaussian", plan["noise_multiplier"], 0.5)
+    assert plan["epsilon"] == epsilon({event: 10}, 1e-5, "recipients")
+    assert plan["epsilon_at_most"] == epsilon({event: 14}, 1e-5, "recipients") <= 8
+    assert plan["epsilon"] < 7.5 < without["epsilon"] <= 8
+    text = " ".join(done("plan", "tiny.toml", *words).stdout.split())
+    assert f"4; with all of them ε = {plan['epsilon_at_most']:.2f}" in text
+    other = ("-s", "privacy.epsilon=", "-s", "privacy.noise_multiplier=2")
+    refused = call("plan", "tiny.toml", *words, *other)
+    assert refused.exit_code == 2
+    assert "room within a target" in refused.output
+
+
 def test_the_plan_against_the_server_needs_more_noise() -> None:
     against_all = planned("-s", "privacy.budget_against=server")
     assert against_all["noise_multiplier"] > planned()["noise_multiplier"]

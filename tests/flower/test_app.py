@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import signal
 from pathlib import Path
 from typing import Any
 
 import msgpack
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from safetensors.numpy import load_file
 
 pytest.importorskip("flwr", reason="needs the extra privrec[flower]")
 
 from flwr.app import ConfigRecord, Message, RecordDict
-from memory_grid import Loopback, context_of
+from memory_grid import Loopback, context_of, stage_of
 
+from privrec.cli.main import main
 from privrec.device import samples
-from privrec.errors import DataError, IntegrityError, ReleaseRefused, UsageError
+from privrec.errors import BudgetError, DataError, IntegrityError, ReleaseRefused, UsageError
 from privrec.flower import server_app as server_module
 from privrec.flower.app import out_of, scenario_of
 from privrec.flower.client_app import Node, client_app
@@ -38,7 +42,7 @@ from privrec.flower.server_app import deploy
 from privrec.privacy.ledger import Ledger
 from privrec.randomness import SecretRoot
 from privrec.report.build import build
-from privrec.run import lifecycle
+from privrec.run import directory, lifecycle
 from privrec.run.plan import Plan
 from privrec.run.recommend import recommend
 from privrec.run.record import Observer
@@ -362,6 +366,22 @@ def test_a_device_of_its_own_needs_an_anchor(tmp_path: Path) -> None:
         node_of(folder, config)
 
 
+def test_what_a_history_has_is_not_in_an_error_that_the_server_reads(
+    tmp_path: Path, flower_log: Any
+) -> None:
+    folder, keys, roster = app_folder(tmp_path), tmp_path / "keys", tmp_path / "roster"
+    (tmp_path / "liked").write_text("a\nrare-illness\n")
+    (tmp_path / "catalogue").write_text("a\nb\n")
+    enroll(keys, [0], roster, None)
+    names = {"history": "liked", "catalogue": "catalogue", "keys": "keys", "roster": "roster"}
+    config = {name: str(tmp_path / file) for name, file in names.items()}
+    grid = Loopback({10: (client_app(folder), context_of(10, config, {}))})
+    reply = grid.ask(Message(pack({"stage": PREKEYS, "count": 1}), 10, "train"))
+    assert reply.error.reason.startswith("privrec: DataError, whose text")
+    assert "rare-illness" not in reply.error.reason
+    assert "rare-illness" in logged(flower_log)  # the node's own
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -517,6 +537,7 @@ def test_a_finished_run_is_shown_for_its_own_scenario_alone(tmp_path: Path) -> N
         deployed(folder, grid_of(folder), out)
 
 
+<<<<<<< HEAD
 def test_out_is_a_place_of_the_machine_that_writes_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -528,6 +549,181 @@ def test_out_is_a_place_of_the_machine_that_writes_it(
     for unset in ({}, {"out": ""}):
         with pytest.raises(UsageError, match="out is unset"):
             out_of(unset)
+=======
+def test_a_finished_run_is_said_to_be_an_old_one(tmp_path: Path, flower_log: Any) -> None:
+    folder, out = app_folder(tmp_path), tmp_path / "run"
+    deployed(folder, grid_of(folder), out)
+    assert "nothing is trained" not in flower_log.text
+    grid = grid_of(folder)
+    deployed(folder, grid, out)
+    assert not grid.sent
+    assert f"{out} has the finished run of this scenario" in flower_log.text
+    assert "nothing is trained. For another run name another out" in flower_log.text
+
+
+def test_a_simulated_run_is_not_shown_as_a_deployed_one(tmp_path: Path) -> None:
+    folder, out = app_folder(tmp_path), tmp_path / "run"
+    lifecycle.start(load(folder / "scenario.toml"), out=out, observer=Observer())
+    with pytest.raises(UsageError, match="a simulated run lies there"):
+        deployed(folder, grid_of(folder), out)
+
+
+def test_a_run_over_another_catalogue_is_not_shown_as_this_one(tmp_path: Path) -> None:
+    folder, out = app_folder(tmp_path), tmp_path / "run"
+    deployed(folder, grid_of(folder), out)
+    with pytest.raises(UsageError, match="'items': 60.* lies there, .* over .*'items': 61"):
+        deployed(folder, grid_of(folder), out, items=61)
+
+
+def test_advice_fits_where_a_run_lives(tmp_path: Path) -> None:
+    folder, out = app_folder(tmp_path), tmp_path / "run"
+
+    def dying(node: int, stage: str | None) -> bool:
+        if stage == UNMASK:
+            raise Died
+        return False
+
+    with pytest.raises(Died):
+        deployed(folder, grid_of(folder, lost=dying), out)
+    here = f"flwr run, with out={re.escape(str(out))} in its run-config"
+    for refused in (
+        lambda: lifecycle.resume(out, observer=Observer()),
+        lambda: build(out),
+        lambda: recommend(out, user="3"),
+        lambda: directory.refuse_taken(out),
+        lambda: lifecycle.start(load(folder / "scenario.toml"), out=out, observer=Observer()),
+    ):
+        with pytest.raises(UsageError, match=here):
+            refused()
+    done = CliRunner().invoke(main, ["run", str(folder / "scenario.toml"), "--out", str(out)])
+    assert done.exit_code == 2
+    assert "flwr run, with" in " ".join(done.output.split())
+    payload = deployed(folder, grid_of(folder), out)
+    assert lifecycle.resume(out, observer=Observer()).payload == payload
+
+
+ROWS = """
+[[rows]]
+name = "louder"
+set = { "privacy.noise_multiplier" = 3.0 }
+"""
+
+
+def test_rows_are_not_simulated_beside_what_nodes_trained(tmp_path: Path) -> None:
+    folder, out = app_folder(tmp_path, SCENARIO + ROWS), tmp_path / "run"
+    deployed(folder, grid_of(folder), out)
+    done = CliRunner().invoke(main, ["resume", str(out)])
+    assert done.exit_code == 0, done.output
+    assert not (out / "rows").exists()
+
+
+# --------------------------------------------------------------------------- stops and budgets
+
+
+def served(folder: Path, grid: Loopback, out: Path, settings: str = "") -> None:
+    """The generated app's server, as Flower calls it."""
+    words = {"out": str(out), "wait-s": 0.2, "set": settings}
+    for node, context in grid.contexts.items():
+        grid.contexts[node] = context_of(node, context.node_config, words)
+    server_module.server_app(folder)(grid, context_of(1, {}, words))
+
+
+def dropping(attempts: int) -> Any:
+    """Nobody unmasks in the first attempts of a run."""
+    seen = []
+
+    def lost(node: int, stage: str | None) -> bool:
+        if stage == SHARES and node == 10:
+            seen.append(node)
+        return stage == UNMASK and len(seen) <= attempts
+
+    return lost
+
+
+BUDGET = SCENARIO.replace("noise_multiplier = 2.0", "epsilon = 8.0")
+
+
+def test_a_budget_that_ends_a_run_ends_it_in_words_and_a_report(
+    tmp_path: Path, flower_log: Any
+) -> None:
+    folder, out = app_folder(tmp_path, BUDGET), tmp_path / "run"
+    served(folder, grid_of(folder, lost=dropping(1)), out)
+    assert "round 3 would bring ε to" in flower_log.text
+    assert "Stopped after 2 rounds; the model so far is in" in flower_log.text
+    assert (out / "report.html").is_file()
+    report = build(out)
+    assert report.privacy.charges == 3
+    assert report.privacy.adversaries[0].epsilon <= 8
+    assert json.loads((out / "result.json").read_text())["rounds"] == 2
+
+
+def test_a_deployed_run_leaves_what_a_simulated_one_leaves(tmp_path: Path) -> None:
+    folder, out = app_folder(tmp_path), tmp_path / "run"
+    served(folder, grid_of(folder), out, "train.rounds=1")
+    words = ["run", str(folder / "scenario.toml"), "-s", "train.rounds=1"]
+    done = CliRunner().invoke(main, [*words, "--out", str(tmp_path / "here")])
+    assert done.exit_code == 0, done.output
+    names = [{path.name for path in run.iterdir()} for run in (out, tmp_path / "here")]
+    assert names[0] == names[1]
+
+
+def test_spare_attempts_keep_the_last_round(tmp_path: Path) -> None:
+    folder, out = app_folder(tmp_path, BUDGET), tmp_path / "run"
+    served(folder, grid_of(folder, lost=dropping(1)), out, "privacy.spare_attempts=1")
+    assert json.loads((out / "result.json").read_text())["rounds"] == 3
+    report = build(out)
+    assert report.privacy.charges == 4
+    assert 7.9 < report.privacy.adversaries[0].epsilon <= 8
+
+
+def test_a_budget_that_ends_a_run_before_its_first_round_is_no_success(
+    tmp_path: Path, flower_log: Any
+) -> None:
+    folder, out = app_folder(tmp_path, BUDGET), tmp_path / "run"
+    with pytest.raises(BudgetError, match="No round released a sum, so there is no trained model"):
+        served(folder, grid_of(folder, lost=dropping(9)), out)
+    assert (out / "report.html").is_file()  # of what was spent
+    for again in (
+        lambda: served(folder, grid_of(folder), out),
+        lambda: lifecycle.resume(out, observer=Observer()),
+    ):
+        with pytest.raises(BudgetError, match="ended at its budget before one round"):
+            again()
+    with pytest.raises(UsageError, match="so it has no trained model"):
+        recommend(out, user="3")
+
+
+def test_an_interrupt_in_mid_round_ends_in_words_and_at_once(
+    tmp_path: Path, flower_log: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The round could not be ended: Flower stops the run, or the SuperLink is gone."""
+    folder, out, seen = app_folder(tmp_path, BUDGET), tmp_path / "run", []
+
+    def stopping(node: int, stage: str | None) -> bool:
+        if stage == MASKED and (out / "events.jsonl").read_text().count("round") > 2:
+            signal.raise_signal(signal.SIGINT)
+        return False
+
+    def flowers(number: int, _: Any) -> None:
+        seen.append(number)
+        raise SystemExit
+
+    before = signal.signal(signal.SIGINT, flowers)
+    try:
+        grid = grid_of(folder, lost=stopping)
+        with pytest.raises(SystemExit):
+            served(folder, grid, out)
+        assert signal.getsignal(signal.SIGINT) is flowers
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert seen == [signal.SIGINT]
+    assert stage_of(grid.sent[-1]) == MASKED
+    assert f"stopped after round 1 of 3; go on with: flwr run, with out={out}" in flower_log.text
+    with Ledger.open(out / "ledger.jsonl") as ledger:
+        assert [(c.round, c.attempt) for c in ledger.charges] == [(0, 0), (1, 0)]
+    served(folder, grid_of(folder), out)
+    assert json.loads((out / "result.json").read_text())["rounds"] == 3
+>>>>>>> h-words
 
 
 def test_a_report_that_cannot_be_written_does_not_unmake_the_run(

@@ -371,6 +371,41 @@ def node_key(path: Path) -> Path:
     return path
 
 
+def test_a_run_that_is_stopped_in_mid_round_goes_on_and_loses_no_round(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    app, out, population = app_of(tmp_path), tmp_path / "run", 943 if ML_100K.is_dir() else 900
+    cluster.link()
+    for number in range(NODES):
+        keys, roster = tmp_path / f"keys{number}", tmp_path / "roster"
+        enroll(keys, range(number, population, NODES), roster, None)
+    for number in range(NODES):
+        trust = f' keys="{tmp_path}/keys{number}" roster="{tmp_path}/roster"'
+        cluster.node(number, partition(number) + trust)
+    settings = f'roster="{tmp_path}/roster"', 'set="privacy.spare_attempts=2"', "timeout-s=150"
+    run_app(cluster, app, out, *settings)
+    cluster.wait_for(lambda: rounds(out) >= 1, 600)
+    time.sleep(8)  # into the second round
+    (run,) = json.loads(cluster.call("flwr", "list", "loop", "--format", "json"))["runs"]
+    cluster.call("flwr", "stop", str(run["run-id"]), "loop")
+    cluster.processes["run"].wait(timeout=60)
+    resumed = subprocess.run(
+        ["privrec", "resume", str(out)],
+        env=cluster.env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert resumed.returncode == 2
+    assert f"flwr run, with out={out} in its run-config" in " ".join(resumed.stderr.split())
+    run_app(cluster, app, out, *settings)
+    cluster.wait_for(lambda: finished(out), 900)
+    assert json.loads((out / "result.json").read_text())["rounds"] == 3
+    report = build(out)
+    assert report.privacy.charges >= 4  # the stopped attempt, which is charged
+    assert report.privacy.adversaries[0].epsilon <= 8
+
+
 def test_tls_authentication_and_enrolment_together(cluster: Cluster, tmp_path: Path) -> None:
     """A node that Flower lets in is still none of the devices, unless these are enrolled."""
     app, out, paths = app_of(tmp_path), tmp_path / "run", certified(tmp_path)

@@ -13,7 +13,15 @@ import pytest
 pytest.importorskip("flwr", reason="the flower extra is not installed")
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, FedProx, Krum
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyClientSideFixedClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+    FedAdam,
+    FedAvg,
+    FedMedian,
+    FedProx,
+    Krum,
+)
 from memory_grid import MemoryGrid, stage_of
 from sum_apps import (
     SIZE,
@@ -34,7 +42,7 @@ from sum_apps import (
     strategy_of,
 )
 
-from privrec.errors import UsageError
+from privrec.errors import ReleaseRefused, UsageError
 from privrec.flower import enrolment, exchange, plan, secure_sum
 from privrec.flower import mod as mod_module
 from privrec.flower.exchange import EXCHANGES, PREKEYS, RECORD, unpack
@@ -417,6 +425,55 @@ def test_evaluation_in_clear_takes_both_sides() -> None:
 def test_strategies_that_look_at_single_replies_are_refused(inner: Any) -> None:
     with pytest.raises(UsageError, match="looks at each node's update by itself"):
         SecureSum(inner(), clip_norm=1.0)
+
+
+def test_what_is_no_strategy_of_today_is_refused() -> None:
+    from flwr.server.strategy import FedAvg as LegacyFedAvg
+    from flwr.server.strategy import Krum as LegacyKrum
+
+    for strategy, says in (
+        (FedAvg, r"the class FedAvg, .* give an instance: SecureSum\(FedAvg\(\), \.\.\.\)"),
+        (LegacyFedAvg(), "FedAvg of flwr.server.strategy.* import it from flwr.serverapp.strategy"),
+        (LegacyKrum(), "Krum of flwr.server.strategy"),
+        (strategy_of(3), "SecureSum looks at each node's update by itself"),
+        ("FedAvg", "the strategy is 'FedAvg'"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            SecureSum(strategy, clip_norm=1.0)
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    [DifferentialPrivacyServerSideFixedClipping, DifferentialPrivacyClientSideFixedClipping],
+)
+def test_a_wrapper_around_a_secure_sum_is_refused(wrapper: Any) -> None:
+    """It would clip masked integers, and say that it adds noise."""
+    grid, strategy = grid_of(3), strategy_of(3)
+    around = wrapper(strategy, noise_multiplier=1.0, clipping_norm=1.0, num_sampled_clients=3)
+    with pytest.raises(UsageError, match="around SecureSum, .*DifferentialPrivacy.* outermost"):
+        around.start(grid, model(), num_rounds=1, timeout=5)
+    assert not grid.sent
+    assert strategy.start(grid, model(), num_rounds=1, timeout=5).arrays
+
+
+def test_a_run_in_which_nobody_was_asked_is_no_success() -> None:
+    strategy = strategy_of(3, FedAvg(fraction_train=0.0, fraction_evaluate=0.0))
+    with pytest.raises(ReleaseRefused, match="asked no node to train"):
+        strategy.start(grid_of(3), model(), num_rounds=2, timeout=5)
+
+    class Deaf(FedAvg):
+        def aggregate_train(self, *_: Any) -> Any:
+            return None, None
+
+    inner = Deaf(fraction_evaluate=0.0, min_train_nodes=3, min_available_nodes=3)
+    with pytest.raises(ReleaseRefused, match="Deaf made no model of the mean"):
+        strategy_of(3, inner).start(grid_of(3), model(), num_rounds=2, timeout=5)
+
+
+def test_rounds_without_a_sum_are_counted_at_the_end(log: pytest.LogCaptureFixture) -> None:
+    grid = grid_of(5, app_of(lenient(rounds=1)))
+    assert strategy_of(5).start(grid, model(), num_rounds=3, timeout=5).arrays
+    assert "1 of 3 rounds released a sum; the model is that of these" in log.text
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,7 @@ def test_epsilon_sets_the_noise_and_is_never_exceeded(
     result = strategy.start(grid_of(5), two_arrays(), num_rounds=3, timeout=5)
     spent = result.train_metrics_clientapp[3]["epsilon"]
     assert 3.9 < spent <= 4.0
-    with pytest.raises(BudgetError, match="no round released a sum .* it is not started"):
+    with pytest.raises(BudgetError, match="no round gave a model: .* it is not started"):
         strategy.start(grid_of(5), result.arrays, num_rounds=1, timeout=5)
     assert "it is not started" in caplog.text
     assert len(read(tmp_path).charges) == 3

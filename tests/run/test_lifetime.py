@@ -16,6 +16,7 @@ from privrec.privacy.ledger import Ledger
 from privrec.privacy.population import PopulationCharge
 from privrec.randomness import state_dir
 from privrec.run import lifecycle
+from privrec.run.privacy_plan import charges_of, event_without_shares
 from privrec.run.record import Observer
 from privrec.run.simulation import Simulation
 from privrec.scenario.load import Scenario
@@ -149,6 +150,19 @@ def test_a_run_beyond_the_limit_is_refused_before_its_data_is_read() -> None:
     with pytest.raises(BudgetError, match="nothing was read or charged"):
         lifecycle.check_lifetime("readers", Scenario.from_toml(TINY))
     lifecycle.check_lifetime("readers", Scenario.from_toml(TINY, [f"train.rounds={ROUNDS - 1}"]))
+
+
+def test_spare_attempts_are_set_aside_from_the_beginning() -> None:
+    target = ["privacy.noise_multiplier=", "privacy.epsilon=9"]
+    spares = [*target, "privacy.spare_attempts=3"]
+    one, more = (Scenario.from_toml(TINY, words) for words in (target, spares))
+    event = event_without_shares(one)
+    assert charges_of(one, event) == Counter({event: ROUNDS})
+    assert charges_of(more, event) == Counter({event: ROUNDS + 3})
+    louder = event_without_shares(more)
+    assert louder.noise_multiplier > event.noise_multiplier
+    for attempts, bound in ((ROUNDS, 8.9), (ROUNDS + 3, 9.0)):
+        assert epsilon(Counter({louder: attempts}), DELTA, "recipients") <= bound
 
 
 @pytest.mark.parametrize("spare", [0, 1])

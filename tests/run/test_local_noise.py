@@ -128,6 +128,11 @@ def test_a_retry_that_would_exceed_the_budget_stops(tmp_path, index, monkeypatch
     monkeypatch.setattr(Simulation, "collect", losing)
     with pytest.raises(BudgetError, match="example-level"):
         done(tmp_path / "run")
+    lost.clear()
+    done(tmp_path / "with a spare", "privacy.spare_attempts=1")
+    with Ledger.open(tmp_path / "with a spare/ledger.jsonl") as ledger:
+        assert sum(ledger.examples.values()) == ROUNDS + 1
+        assert epsilon(ledger.examples, 1e-6, "server") <= 6
 
 
 @pytest.mark.parametrize(

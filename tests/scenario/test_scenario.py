@@ -188,6 +188,7 @@ def test_the_constructor_checks_what_keys_mean_together() -> None:
         {"privacy.delta": 1e-6},
         {"privacy.clip_norm": 2.0},
         {"privacy.budget_against": "server"},
+        {"privacy.spare_attempts": 1},
         {"devices.sampling_rate": 0.1},
         {"devices.sampling": "everybody"},
         {"train.rounds": 3},

@@ -29,7 +29,8 @@ except ImportError:  # Flower before 1.41, where anybody may make a message
 
 
 RUN = 7
-RAISED = 2  # Flower's code for an app that raised
+RAISED, UNAVAILABLE = 2, 5  # Flower's codes for an app that raised, and a node that is gone
+SUPERLINK = 1  # its node id in replies that it makes itself
 
 
 def stage_of(message: Message) -> str | None:
@@ -50,12 +51,14 @@ class MemoryGrid(Grid):
         app: the ClientApp of all nodes.
         configs: node id to its node-config.
         lost: which messages are never answered.
+        offline: which messages the SuperLink answers, since their node does not.
         tampered: changes a message on its way, as a server that is not honest would.
     """
 
     app: ClientApp | Mapping[int, ClientApp]
     configs: Mapping[int, Mapping[str, Any]]
     lost: Callable[[Message], bool] = never
+    offline: Callable[[Message], bool] = never
     tampered: Callable[[Message], Message] = lambda message: message
     sent: list[Message] = field(default_factory=list)
     replies: list[Message] = field(default_factory=list)
@@ -91,10 +94,14 @@ class MemoryGrid(Grid):
 
     def _answers(self, messages: Iterable[Message]) -> Iterator[Message]:
         for message in list(messages):
+            message.metadata.__dict__["_message_id"] = message.object_id  # as Flower's grids do
             self.sent.append(message)
             if self.lost(message):
                 continue
-            reply = self.ask(self.tampered(message))
+            if self.offline(message):
+                reply = unavailable(message)
+            else:
+                reply = self.ask(self.tampered(message))
             self.replies.append(reply)
             yield reply
 
@@ -108,9 +115,16 @@ class MemoryGrid(Grid):
             with acting_as(node):
                 reply = app(copy, context)
         except Exception as error:
-            return Message(Error(RAISED, str(error)), reply_to=message)
+            return Message(Error(RAISED, f"{type(error)}:<'{error}'>"), reply_to=message)
         self.contexts[node] = context
         return carried(reply)
+
+
+def unavailable(message: Message) -> Message:
+    """What the SuperLink answers, as itself, for a node that it has not heard of for long."""
+    reply = Message(Error(UNAVAILABLE, "Error: Node Unavailable"), reply_to=message)
+    reply.metadata.__dict__["_src_node_id"] = SUPERLINK
+    return reply
 
 
 def carried(message: Message) -> Message:
