@@ -269,9 +269,10 @@ def test_a_scan_is_what_scoring_the_whole_catalogue_gives(
         weights = read_model(trained, federation, ledger.ended)
     tier = federation.tiers[0]
     model, rng = LocalModel(tier.model, tier.view(weights)), np.random.default_rng(0)
+    alone = np.array([0])
     for _ in range(20):
         state = rng.standard_normal(tier.model.network.user_dim).astype(np.float32)
-        scores = scores_with(model, state[None], train.n_items)(np.array([0]), None)[0]
+        scores = scores_with(model, alone, state[None], train.n_items)(alone, None)[0]
         history = rng.permutation(train.n_items)[:6]
         items, values = answer(model, state, 10, history)
         scores[history] = -np.inf
