@@ -122,7 +122,7 @@ class Evaluator:
             workers, lambda n: learner.serve(view, asked, draws, slice(n, None, workers))
         )
         model, n_items = LocalModel(learner.view, view), self.split.train.n_items
-        scores = scores_with(model, asked.users, sum(fitted), n_items)
+        scores = scores_with(model, asked.users, np.sum(fitted, axis=0), n_items)
         return self._scored(scores, protocols, asked.users)
 
     def _scored(

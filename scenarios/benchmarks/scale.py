@@ -106,9 +106,9 @@ CAPACITIES = (1.0, 1 / 4, 1 / 16, 1 / 64)
 FULL = [
     *sweep("users", (10**3, 10**4, 10**5, 10**6), cohort=500),
     *sweep("items", (10**4, 10**5, 10**6, 10**7), device=True),
-    *sweep("capacity", CAPACITIES, items=10**6, device=True),
+    *sweep("capacity", CAPACITIES, device=True),
     *sweep("cohort", (100, 1000, 10_000), least=0.3),
-    *sweep("workers", (1, 2), users=10**6, items=10**6),
+    *sweep("workers", (1, 2), cohort=10_000),
     *sweep("bits", (4, 8, 12, 16)),
     MILLION,
 ]
