@@ -244,14 +244,14 @@ def claims_of(rows: Sequence[Row], growth: Sequence[Row]) -> list[Claim]:
 # --------------------------------------------------------------------------- the picture
 
 PANEL = (210, 170)
-LEFT, BOTTOM, TOP, RIGHT = 34, 34, 24, 8
+LEFT, BOTTOM, TOP, RIGHT = 34, 34, 36, 12
 INK = {
     "generate_s": ("#0b6e4f", "data"),
     "setup_s": ("#8a6d00", "devices set up"),
     "round_s": ("#1f4e9c", "a round"),
     "above_mib": ("#1f4e9c", "the simulation"),
     "device_mib": ("#a3341c", "a device"),
-    "upload_mib": ("#0b6e4f", "its upload"),
+    "upload_mib": ("#0b6e4f", "an upload"),
 }
 LINES = (
     ("CPU seconds", ("generate_s", "setup_s", "round_s")),
@@ -277,7 +277,7 @@ def picture(rows: Sequence[Row]) -> str:
 
 
 def panel(points: Sequence[Row], name: str, unit: str, keys: Sequence[str]) -> Iterator[str]:
-    """One panel, the lines labelled in it."""
+    """One panel, its lines named above it in their colours."""
     width, height = PANEL
     lines = {k: [(p["at"], p[k]) for p in points if p.get(k)] for k in keys}
     values = [y for line in lines.values() for _, y in line]
@@ -286,6 +286,10 @@ def panel(points: Sequence[Row], name: str, unit: str, keys: Sequence[str]) -> I
     across = Axis.over([p["at"] for p in points], LEFT, width - RIGHT)
     up = Axis.over(values, height - BOTTOM, TOP)
     yield text(LEFT, 12, f"{unit}, by {name}", "#000")
+    named = "".join(
+        f'<tspan fill="{INK[key][0]}">{INK[key][1]}  </tspan>' for key in keys if lines[key]
+    )
+    yield text(LEFT, 25, named, "#000")
     for power in up.powers():
         y = up(10.0**power)
         yield line_of([(LEFT, y), (width - RIGHT, y)], "#ddd", 0.6)
@@ -294,12 +298,9 @@ def panel(points: Sequence[Row], name: str, unit: str, keys: Sequence[str]) -> I
         yield text(across(10.0**power), height - BOTTOM + 13, shown(power), "#555", "middle")
     for key, line in lines.items():
         places = [(across(x), up(y)) for x, y in line]
-        ink, said = INK[key]
+        ink, _ = INK[key]
         yield line_of(places, ink, 1.6)
         yield from (f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" fill="{ink}"/>' for x, y in places)
-        if places:
-            x, y = places[-1]
-            yield text(x, y - 5, said, ink, "end")
 
 
 @dataclass(frozen=True)
@@ -341,7 +342,8 @@ def line_of(points: Sequence[tuple[float, float]], ink: str, width: float) -> st
 
 def text(x: float, y: float, words: str, ink: str, anchor: str = "start") -> str:
     """A text."""
-    return f'<text x="{x:.1f}" y="{y:.1f}" fill="{ink}" text-anchor="{anchor}">{words}</text>'
+    place = f'x="{x:.1f}" y="{y:.1f}" fill="{ink}" text-anchor="{anchor}"'
+    return f'<text {place} xml:space="preserve">{words}</text>'
 
 
 # --------------------------------------------------------------------------- the command
