@@ -248,7 +248,7 @@ class _Candidates:
         short = np.flatnonzero(~enough)
         if short.size and users.size < everybody.size:
             # What is drawn for them follows in the block's order, whoever is asked for.
-            return np.take(self._drawn(block, everybody), users - everybody[0], axis=0)
+            return np.asarray(self._drawn(block, everybody)[users - everybody[0]], np.int32)
         step = max(1, _CELLS // train.n_items)
         for at in range(0, short.size, step):
             part = short[at : at + step]
