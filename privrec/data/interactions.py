@@ -95,7 +95,7 @@ class Interactions(ItemLists):
     times: Int64Array | None
     user_ids: IdArray
     item_ids: IdArray
-    titles: tuple[str, ...] | None = None
+    titles: Sequence[str] | None = None
     repeats: int = 0
 
     @classmethod

@@ -5,10 +5,11 @@ The same arguments give the same data.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,6 +98,19 @@ class Planted:
         return self.popularity * np.where(own, _OWN_GROUP, 1.0)
 
 
+class _Titles(Sequence[Any]):
+    """Titles of items by their groups, made when one is read: a catalogue may be large."""
+
+    def __init__(self, groups: Int64Array) -> None:
+        self._groups = groups
+
+    def __len__(self) -> int:
+        return self._groups.size
+
+    def __getitem__(self, item: Any) -> Any:
+        return f"Item {range(len(self))[item] + 1} of group {self._groups[item] + 1}"
+
+
 def generate(config: Data) -> Planted:
     """Invent the interactions of ``data.source = "synthetic"``; ids are counted from 1.
 
@@ -113,14 +127,13 @@ def generate(config: Data) -> Planted:
     lengths = np.clip(wanted, 2, items // 2).astype(np.int64)
     indptr = np.append(0, np.cumsum(lengths))
     key, times = int(rng.integers(2**63)), _times(rng, lengths)
-    titles = tuple(f"Item {item + 1} of group {of + 1}" for item, of in enumerate(item_groups))
     interactions = Interactions(
         indptr,
         _histories(key, popularity, user_groups, item_groups, indptr),
         times,
         np.arange(1, users + 1),
         np.arange(1, items + 1),
-        titles,
+        _Titles(item_groups),
     )
     return Planted(interactions, popularity, user_groups, item_groups)
 

@@ -78,6 +78,23 @@ class Histories:
         marks[np.repeat(np.arange(len(marks)), self.lengths), self.items] = True
         return marks
 
+    def have(self, items: Items, n_items: int) -> NDArray[np.bool_]:
+        """Which ``items`` of a catalogue, ``(m, k)``, each history has."""
+        if n_items <= _SPARSE * items.shape[1]:
+            return np.take_along_axis(self.marks(n_items), items, axis=1)
+        pairs = self.pairs(n_items)
+        wanted = items + n_items * np.arange(len(items))[:, None]
+        found = np.searchsorted(pairs, wanted).clip(max=len(pairs) - 1)
+        return np.asarray(pairs[found] == wanted) if len(pairs) else np.zeros(items.shape, np.bool_)
+
+    def pairs(self, n_items: int) -> Items:
+        """Ascending numbers of all pairs that occur: the device's row times ``n_items``, plus it.
+
+        They stand for the histories as one set of a catalogue of ``m * n_items``.
+        """
+        rows = np.repeat(np.arange(len(self.users)), self.lengths)
+        return np.unique(rows * n_items + self.items)
+
     def sets(self) -> list[Items]:
         """Each history's items, ascending and without repeats."""
         return [np.unique(self.of(row)).astype(np.int64) for row in range(len(self.users))]
@@ -148,8 +165,7 @@ class Sampler:
             negatives = uniform(key, histories.users, count, self.n_items)
             fresh = np.repeat(present, self.negatives, axis=1)
             if count:
-                seen = histories.marks(self.n_items)
-                fresh &= ~np.take_along_axis(seen, negatives, axis=1)
+                fresh &= ~histories.have(negatives, self.n_items)
         items = np.concatenate((positives, negatives), axis=1)
         counts = np.concatenate((present, fresh), axis=1).astype(np.float32)
         first = representatives(items, self.n_items)
@@ -188,16 +204,18 @@ class NegativeBudget:
             return items, np.zeros(valid.shape, np.float32), valid
         if self.popularity is not None:
             return self._popular(self.popularity, histories, key)
-        items = np.empty((len(histories.users), self.size), np.int64)
-        weights = np.empty(items.shape, np.float32)
-        for row, history in enumerate(histories.sets()):
-            left = self.n_items - len(history)
-            user = histories.users[row : row + 1]
-            places = uniform(key, user, self.size, max(1, left))[0]
-            items[row] = outside(history, places) if left else 0
-            weights[row] = np.log(max(1, left) / self.size)
-        present = histories.lengths[:, None] < self.n_items
-        return items, weights, np.broadcast_to(present, items.shape).copy()
+        m, n = len(histories.users), self.n_items
+        starts = np.arange(m + 1)[:, None] * n
+        pairs = histories.pairs(n)
+        before = np.searchsorted(pairs, starts)
+        left = n - np.diff(before, axis=0)
+        some = np.maximum(1, left)
+        places = uniform(key, histories.users, self.size, some)
+        # All catalogues one after the other, less all histories.
+        items = outside(pairs, places + (starts - before)[:-1]) - starts[:-1]
+        weights = np.broadcast_to(np.log(some / self.size), items.shape).astype(np.float32)
+        present = histories.lengths[:, None] < n
+        return np.where(left, items, 0), weights, np.broadcast_to(present, items.shape).copy()
 
     def _popular(
         self, cumulative: NDArray[np.float64], histories: Histories, key: int
@@ -306,15 +324,19 @@ def flattened(places: NDArray[np.int64], m: int) -> NDArray[np.int64]:
 
 
 def uniform(
-    key: int | NDArray[np.uint64], users: NDArray[np.int64], count: int, n: int
+    key: int | NDArray[np.uint64],
+    users: NDArray[np.int64],
+    count: int,
+    n: int | NDArray[np.int64],
 ) -> NDArray[np.int64]:
     """Keyed draws from ``[0, n)``, shape ``(m, count)``: each user has a stream of splitmix64.
 
-    There is one key, or one for each user. ``n`` is at most 2^32; the bias is below ``n / 2^32``.
+    There is one key, or one for each user; and one ``n`` of at most 2^32, or ``(m, 1)``. The bias
+    is below ``n / 2^32``.
     """
     seeds = splitmix64(~key, users)[:, None]
     steps = np.arange(1, (count + 1) // 2 + 1, dtype=np.uint64) * GOLDEN
     words = finalise(seeds + steps).view(np.uint32)[:, :count].astype(np.uint64)
-    words *= np.uint64(n)
+    words *= np.asarray(n, np.uint64)
     words >>= np.uint64(32)
     return words.astype(np.int64)

@@ -34,19 +34,21 @@ _SEQUENCES = 8  # at a time, so that their scores stay in a cache
 _EXAMPLES = 16  # likewise, of labels
 
 
-def scores_with(model: LocalModel[NCF], states: FloatArray, n_items: int) -> metrics.Scores:
-    """Scores of private ``states``, ``(users, user_dim)``; the table is never held as a whole.
+def scores_with(
+    model: LocalModel[NCF], users: Int64Array, states: FloatArray, n_items: int
+) -> metrics.Scores:
+    """Scores of private ``states``, ``(m, user_dim)``, of ``users``, who ascend.
 
-    A device that holds only the most popular of the ``n_items`` scores the others by their rank: on
-    the line through a user's own scores over the logarithm of the rank, which never rises.
+    The table is never held as a whole. A device that holds only the most popular of the ``n_items``
+    scores the others by their rank: on the line through a user's own scores over the logarithm of
+    the rank, which never rises.
     """
     network, dense = model.view.network, torch.from_numpy(model.dense)
     held, ranks = model.view.vectors.items, np.log1p(np.arange(n_items, dtype=np.float32))
     fit = np.linalg.pinv(np.stack((np.ones(held, np.float32), ranks[:held]), axis=1))
 
-    def full(users: NDArray[np.integer]) -> FloatArray:
-        own = torch.from_numpy(states[users])
-        scores = np.empty((len(users), n_items), np.float32)
+    def full(own: Tensor) -> FloatArray:
+        scores = np.empty((len(own), n_items), np.float32)
         for items in model.view.vectors.in_parts(_ITEMS_AT_ONCE):
             ranked = network.rank(own, torch.from_numpy(model.rows(items)), dense)
             scores[:, items] = ranked.numpy() + model.biases(items)
@@ -54,28 +56,38 @@ def scores_with(model: LocalModel[NCF], states: FloatArray, n_items: int) -> met
         scores[:, held:] = level + np.minimum(slope, 0) * ranks[held:]
         return scores
 
-    return metrics.by_users(full)
+    def scores(asked: NDArray[np.integer], candidates: NDArray[np.integer] | None) -> FloatArray:
+        own = torch.from_numpy(states[np.searchsorted(users, asked)])
+        if candidates is None:
+            return full(own)
+        if candidates.size >= held or held < n_items:
+            return np.take_along_axis(full(own), candidates, axis=1)
+        rows, weights = torch.from_numpy(model.rows(candidates)), dense.expand(len(own), -1)
+        scored = network.forward(own, rows, weights).values.numpy()
+        return np.asarray(scored + model.biases(candidates), np.float32)
+
+    return scores
 
 
 @dataclass(frozen=True)
 class Evaluator:
     """Measures released weights on what a split holds out, every user fitted from nothing.
 
-    ``absent`` are users whose devices hold nothing.
+    ``absent`` are users whose devices hold nothing, and ``measured`` those that are looked at.
     """
 
     federation: Federation
     cohorts: tuple[Cohort[RecommenderLearner], ...]
     absent: Int64Array
+    measured: Int64Array
     split: Split
     run: Run
 
     def whole(self, weights: FloatArray, protocols: metrics.Protocols) -> Evaluation:
-        """Measure all users with the whole memory."""
-        train, strongest = self.split.train, self.cohorts[0]
+        """Measure users of all tiers with the whole memory."""
+        train, learner = self.split.train, self.cohorts[0].learner
         histories = Histories(np.arange(train.n_users), train.indptr, train.items)
-        everyone = Cohort.of(strongest.learner, histories)
-        return self._measured(self.federation.tiers[0], everyone, weights, protocols)
+        return self._evaluated(self.federation.tiers[0], learner, histories, weights, protocols)
 
     def own(self, weights: FloatArray, protocols: metrics.Protocols) -> tuple[Evaluation, ...]:
         """Measure the users of each tier with what their tier holds of the weights.
@@ -84,40 +96,39 @@ class Evaluator:
         whose users holds out an item has no metrics.
         """
         measured = [
-            self._measured(tier, cohort, weights, protocols)
+            self._evaluated(tier, cohort.learner, cohort.data, weights, protocols)
             for tier, cohort in zip(self.federation.tiers, self.cohorts, strict=True)
         ]
         if self.federation.absent:
             popular = metrics.popularity_scores(self.split.train)
-            measured.append(self._evaluated(popular, protocols, self.absent))
+            asked = np.intersect1d(self.absent, self.measured)
+            measured.append(self._scored(popular, protocols, asked))
         return tuple(measured)
 
-    def _measured(
+    def _evaluated(
         self,
         tier: Tier,
-        cohort: Cohort[RecommenderLearner],
+        learner: RecommenderLearner,
+        data: Histories,
         weights: FloatArray,
         protocols: metrics.Protocols,
     ) -> Evaluation:
-        learner, train, seed = cohort.learner, self.split.train, self.run.seed
+        seed, workers = self.run.seed, self.run.workers
+        asked = learner.held(data.select(np.flatnonzero(np.isin(data.users, self.measured))))
         view = tier.view(self.federation.prefix(weights, tier))
         key = int(rng_for(seed, "serving").integers(2**63))
         # Figures must repeat; and nothing is sent, so hash functions need not be secret.
         known = SecretRoot.known(b"evaluation")
         draws = Draws(key, lambda user: known.stream("lsh", "evaluation", seed, user))
-        states = np.zeros((train.n_users, learner.state_dim), np.float32)
-        workers = self.run.workers
         # Each worker fits some of the batches, and leaves the other states zeros.
-        states[cohort.users] = sum(
-            forked(
-                workers,
-                lambda n: learner.serve(view, cohort.data, draws, slice(n, None, workers)),
-            )
+        fitted = forked(
+            workers, lambda n: learner.serve(view, asked, draws, slice(n, None, workers))
         )
-        scores = scores_with(LocalModel(learner.view, view), states, train.n_items)
-        return self._evaluated(scores, protocols, cohort.users)
+        model, n_items = LocalModel(learner.view, view), self.split.train.n_items
+        scores = scores_with(model, asked.users, np.sum(fitted, axis=0), n_items)
+        return self._scored(scores, protocols, asked.users)
 
-    def _evaluated(
+    def _scored(
         self, scores: metrics.Scores, protocols: metrics.Protocols, users: Int64Array
     ) -> Evaluation:
         split, cuts, seed = self.split, self.run.top_k, self.run.seed

@@ -36,6 +36,7 @@ NEGATIVES = 99
 _SPARE = 64  # candidates drawn beyond twice what is needed, so that few users need a second draw
 _BLOCK = 1024  # users whose negatives come from one generator, whatever the chunk
 _CELLS = 1 << 22  # resampled users held at a time
+_SCORES = 1 << 24  # scores of users over the whole catalogue held at a time
 _ABSENT = -1
 
 
@@ -126,7 +127,7 @@ def evaluate(
     """
     measured = holding_out(split.heldout, users)
     sampled = _Candidates(split, seed) if "sampled" in protocols and split.heldout.single else None
-    step = max(1, min(chunk, _CELLS // split.train.n_items))
+    step = max(1, min(chunk, _SCORES // split.train.n_items))
 
     def measure(at: int) -> dict[str, Float64Array]:
         part, values = measured[at : at + step], dict[str, Float64Array]()
@@ -152,6 +153,13 @@ def holding_out(heldout: ItemLists, users: NDArray[np.integer] | None) -> Int64A
             "use data that has such users"
         )
     return found
+
+
+def some(users: Int64Array, most: int, seed: int) -> Int64Array:
+    """Return at most so many of the users, ascending, each as likely as any."""
+    if most >= users.size:
+        return users
+    return np.sort(rng_for(seed, "metrics", "users").choice(users, most, replace=False))
 
 
 def _sampled(
@@ -202,7 +210,6 @@ class _Candidates:
 
     def __init__(self, split: Split, seed: int) -> None:
         self._split, self._seed = split, seed
-        self._blocks: dict[int, NDArray[np.int32]] = {}
 
     def of(self, users: Int64Array) -> Int64Array:
         """int64 [m, 100]: the held-out item first; -1 where there is no candidate."""
@@ -215,7 +222,7 @@ class _Candidates:
             negatives = np.empty((users.size, NEGATIVES), np.int64)
             for block in np.unique(users // _BLOCK).tolist():
                 here = users // _BLOCK == block
-                negatives[here] = self._drawn(block)[users[here] % _BLOCK]
+                negatives[here] = self._drawn(block, users[here])
         return np.concatenate([target[:, None], negatives], axis=1)
 
     def _known(self, users: Int64Array, items: Int64Array, target: Int64Array) -> NDArray[np.bool_]:
@@ -223,28 +230,29 @@ class _Candidates:
         seen = self._split.train.contains(users[:, None], items)
         return np.asarray(seen | (items == target[:, None]))
 
-    def _drawn(self, block: int) -> NDArray[np.int32]:
-        """Negatives of a block of users: the first 99 good ones of a long uniform sequence."""
-        if block in self._blocks:
-            return self._blocks[block]
+    def _drawn(self, block: int, users: Int64Array) -> NDArray[np.int32]:
+        """Negatives of users of a block: the first 99 good ones of a long uniform sequence."""
         rng = rng_for(self._seed, "metrics", "negatives", block)
         train, lists = self._split.train, self._split.heldout
-        users = np.arange(block * _BLOCK, min((block + 1) * _BLOCK, train.n_users))
+        everybody = np.arange(block * _BLOCK, min((block + 1) * _BLOCK, train.n_users))
         target = np.full(users.size, _ABSENT, np.int64)
         has = lists.counts[users] > 0
         target[has] = lists.items[lists.indptr[users[has]]]
-        items = rng.integers(0, train.n_items, (users.size, 2 * NEGATIVES + _SPARE))
+        items = rng.integers(0, train.n_items, (everybody.size, 2 * NEGATIVES + _SPARE))
+        items = items[users - everybody[0]]
         good = ~self._known(users, items, target) & ~_repeated(items)
         place = np.cumsum(good, axis=1)
         enough = place[:, -1] >= NEGATIVES
         chosen = np.empty((users.size, NEGATIVES), np.int32)
         chosen[enough] = items[enough][(good & (place <= NEGATIVES))[enough]].reshape(-1, NEGATIVES)
         short = np.flatnonzero(~enough)
+        if short.size and users.size < everybody.size:
+            # What is drawn for them follows in the block's order, whoever is asked for.
+            return np.asarray(self._drawn(block, everybody)[users - everybody[0]], np.int32)
         step = max(1, _CELLS // train.n_items)
         for at in range(0, short.size, step):
             part = short[at : at + step]
             chosen[part] = self._draw_exactly(rng, users[part], target[part])
-        self._blocks[block] = chosen
         return chosen
 
     def _draw_exactly(

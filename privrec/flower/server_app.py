@@ -15,13 +15,8 @@ from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 
 from privrec.device.update import Aggregate, Round
-<<<<<<< HEAD
-from privrec.errors import BudgetError, PrivrecError, UsageError
-from privrec.flower.app import out_of, population_of, scenario_of
-=======
 from privrec.errors import BudgetError, Interrupted, PrivrecError, UsageError
-from privrec.flower.app import population_of, scenario_of
->>>>>>> h-words
+from privrec.flower.app import out_of, population_of, scenario_of
 from privrec.flower.enrolment import Anyone, anchor_of
 from privrec.flower.exchange import EXCHANGES, MASKED, SHARES, Member, Registry
 from privrec.randomness import SecretRoot, rng_for

@@ -256,7 +256,8 @@ def _accuracy(files: _Files) -> dict[str, Any]:
         }
         for key, value in sorted(files.section("metrics").items(), key=_metric_order)
     ]
-    return {"holdout": files.scenario.data.holdout, "metrics": metrics}
+    scenario = files.scenario
+    return {"holdout": scenario.data.holdout, "users": scenario.run.eval_users, "metrics": metrics}
 
 
 def _metric_order(item: tuple[str, Any]) -> tuple[bool, int, int, str]:

@@ -368,6 +368,9 @@ class Accuracy(Part):
 
     note: Literal["outside the guarantee"] = OUTSIDE
     holdout: Literal["test", "validation"]
+    users: PositiveInt | None = Field(
+        default=None, description="Most users or texts measured, drawn by the seed; null, all."
+    )
     metrics: tuple[Metric, ...]
 
 

@@ -221,6 +221,7 @@ def _check_word(report: Report, facts: Facts, verdict: Verdict) -> None:
     declared, scenario = facts.declared, facts.scenario
     told: dict[str, tuple[Any, Any]] = {
         "accuracy.holdout": (report.accuracy.holdout, scenario.data.holdout),
+        "accuracy.users": (report.accuracy.users, scenario.run.eval_users),
         "data.users": (report.data.get("users"), report.privacy.population),
         "model.coefficients": (report.model.get("coefficients"), declared.coefficients),
         "model.kind": (report.model.get("kind"), scenario.model.kind),

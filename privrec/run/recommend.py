@@ -106,7 +106,8 @@ def recommend(
     if k < 1:
         return []
     if learner.view.network.tower:
-        every = scores_with(model, states, train.n_items)(np.array([0]), None)[0]
+        alone = np.array([0])
+        every = scores_with(model, alone, states, train.n_items)(alone, None)[0]
         every[items] = -np.inf
         found = np.argsort(-every, kind="stable")[:k]
         scores = every[found]

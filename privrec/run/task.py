@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from privrec import data
 from privrec.data import Interactions, Split
-from privrec.data.corpus import UNKNOWN_ID, TextSplit
+from privrec.data.corpus import UNKNOWN_ID, Corpus, TextSplit
 from privrec.device.tier import LocalModel, Tier
 from privrec.device.update import digest
 from privrec.errors import DataError, IntegrityError, UsageError
@@ -86,6 +86,14 @@ class Task(ABC, Generic[S]):
                 "number, or leave the key out"
             )
         return Plan.of(self.scenario, self.items, users)
+
+    @cached_property
+    def measured(self) -> NDArray[np.int64]:
+        """Users, or texts held out, that metrics are of: all, or as many as ``run.eval_users``."""
+        counts, run = self.split.heldout.counts, self.scenario.run
+        if run.eval_users is None:
+            return np.arange(counts.size)
+        return metrics.some(np.flatnonzero(counts), run.eval_users, run.seed)
 
     @property
     def digest(self) -> str:
@@ -224,7 +232,7 @@ class Recommending(Task[Split]):
         return self.split.train
 
     def evaluate(self, devices: Simulation, weights: FloatArray, *, whole: bool) -> Evaluation:
-        """Measure all users with the whole memory, fitted from nothing."""
+        """Measure users of all tiers with the whole memory, fitted from nothing."""
         protocols: metrics.Protocols = ("sampled", "full")
         if not whole:
             protocols = ("sampled",) if self.split.heldout.single else ("full",)
@@ -239,12 +247,15 @@ class Recommending(Task[Split]):
 
     def _evaluator(self, devices: Simulation) -> Evaluator:
         federation, run = self.plan.federation, self.scenario.run
-        return Evaluator(federation, devices.cohorts, devices.absent, self.split, run)
+        users = devices.absent, self.measured
+        return Evaluator(federation, devices.cohorts, *users, self.split, run)
 
     def baseline(self, name: str) -> dict[str, float]:
         run, dim = self.scenario.run, self.scenario.model.dim
         scores = metrics.scores_of(name, self.split.train, dim=dim, seed=run.seed)
-        return metrics.evaluate(scores, self.split, k=run.top_k, seed=run.seed).summary()
+        return metrics.evaluate(
+            scores, self.split, k=run.top_k, seed=run.seed, users=self.measured
+        ).summary()
 
     def particulars(self, evaluated: Evaluation) -> dict[str, Callable[[], Any]]:
         return {"segments": lambda: metrics.by_segment(evaluated, self.split)}
@@ -279,21 +290,26 @@ class WideTask(Task[TextSplit]):
     def counted(self) -> Interactions:
         return self.split.train.distinct
 
+    @property
+    def heldout(self) -> Corpus:
+        """The texts or examples that metrics are of."""
+        return self.split.heldout.select(self.measured)
+
     def arranged(self, order: Order) -> Order:
         """Put the unknown word first."""
         return np.concatenate(([UNKNOWN_ID], order[order != UNKNOWN_ID]))
 
     def evaluate(self, devices: Simulation, weights: FloatArray, *, whole: bool) -> Evaluation:
-        """Measure everything that was held out, by the whole softmax."""
+        """Measure what was held out, by the whole softmax."""
         tier = self.plan.federation.tiers[0]
         view = tier.view(self.plan.federation.prefix(weights, tier))
         model, cuts = LocalModel(tier.model, view), self.scenario.run.top_k
-        return evaluator.predict(self.questions, model, self.split.heldout, cuts)
+        return evaluator.predict(self.questions, model, self.heldout, cuts)
 
     def baseline(self, name: str) -> dict[str, float]:
         """Measure the commonest words, which is what popularity comes to."""
-        train, heldout, cuts = self.split.train, self.split.heldout, self.scenario.run.top_k
-        return evaluator.commonest(self.questions, train, heldout, cuts)
+        train, cuts = self.split.train, self.scenario.run.top_k
+        return evaluator.commonest(self.questions, train, self.heldout, cuts)
 
     def particulars(self, evaluated: Evaluation) -> dict[str, Callable[[], Any]]:
         return {"reveals": self._reveals}

@@ -243,6 +243,8 @@ class Run(Section):
     """Seed of everything that is not secret."""
     eval_every: int = setting(0, "[0, 10^6] rounds")
     """Rounds between evaluations; 0, only at the end."""
+    eval_users: int | None = setting(None, "[1, ∞) users or texts")
+    """Most users, or texts, that metrics are of, chosen by the seed; unset, all."""
     checkpoint_every: int = setting(10, "[1, 10^6] rounds")
     """Rounds between checkpoints."""
     engine: Literal["cohort", "device"] = "cohort"

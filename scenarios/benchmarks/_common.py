@@ -1,4 +1,4 @@
-"""What every benchmark shares: rows, claims, the table, the JSON file, the machine, the CPU meter.
+"""What benchmarks share: rows, claims, the table, the JSON file, the machine, processes, CPU time.
 
 A benchmark is run as ``scenarios/benchmarks/NAME.py [--quick] [--json FILE]``. It prints a table
 and writes ``{"rows": […], "claims": [{"name", "value", "target", "holds", …}], "machine"}``.
@@ -7,21 +7,25 @@ and writes ``{"rows": […], "claims": [{"name", "value", "target", "holds", …
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import platform
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[2]
 """The repository: scenarios and tests lie below it."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,14 @@ def _cell(value: object) -> str:
     return f"{value:,.3f}" if isinstance(value, float) else f"{value}"
 
 
-# --------------------------------------------------------------------------- the CPU meter
+# --------------------------------------------------------------------------- processes, CPU meter
+
+
+def in_fresh_process(function: Callable[..., T], *arguments: object) -> T:
+    """The value of a function that is called in a new interpreter."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 @dataclass(frozen=True)

@@ -23,19 +23,26 @@ its shape, and the row says so.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import _flower_echo as flower
-from _common import ROOT, Claim, CpuMark, document, machine, print_table, write_json
+from _common import (
+    ROOT,
+    Claim,
+    CpuMark,
+    document,
+    in_fresh_process,
+    machine,
+    print_table,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from privrec.scenario.load import Scenario
@@ -57,8 +64,6 @@ COLUMNS = (
     ("wall_ms", "wall ms"),
     ("ratio", "times privrec"),
 )
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -99,13 +104,6 @@ class Sample:
     def cpu_s(self) -> float:
         """CPU seconds per device-round."""
         return self.cpu.total / self.device_rounds
-
-
-def in_fresh_process(function: Callable[..., T], *arguments: object) -> T:
-    """The value of a function that is called in a new interpreter."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 # --------------------------------------------------------------------------- the two sides

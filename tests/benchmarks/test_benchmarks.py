@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from xml.etree import ElementTree
 
 import jsonschema
 import pytest
@@ -246,3 +247,28 @@ def test_a_quick_run_of_both_sides(tmp_path: Path) -> None:
         assert sum(row["cpu_s_per_device_round_by_process"].values()) == pytest.approx(
             row["cpu_s_per_device_round"]
         )
+
+
+def test_a_quick_run_of_growth_draws_its_picture(tmp_path: Path) -> None:
+    path, plot = tmp_path / "scale.json", tmp_path / "scale.svg"
+    command = [sys.executable, BENCHMARKS / "scale.py"]
+    here = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([*command, "--quick", "--json", path], check=True, env=here)
+    content = json.loads(path.read_text("utf-8"))
+    sizes = [row for row in content["rows"] if row.get("coefficients")]
+    assert {row["sweep"] for row in sizes} == {"users", "items"}
+    for row in sizes:
+        assert row["generate_s"] > 0
+        assert 0 < row["noise_s"] < 60
+        assert row["round_s"] > 0
+        assert row["peak_mib"] > row["above_mib"] > 0
+        assert row["upload_mib"] * 2**20 == 4 * row["coefficients"]
+    (search,) = (row for row in content["rows"] if row.get("bits"))
+    assert 0 < search["found"] < 10**6
+    growth = {row["by"]: row for row in content["rows"] if "by" in row}
+    assert growth["users"]["upload_mib"] == 0
+    assert 0.8 < growth["items"]["upload_mib"] < 1.2
+    assert [claim["value"] for claim in content["claims"][:3]] == [None] * 3
+    subprocess.run([*command, "--read", path, "--plot", plot], check=True, env=here)
+    drawn = ElementTree.fromstring(plot.read_text("utf-8"))  # noqa: S314 - our own text
+    assert sum(each.tag.endswith("circle") for each in drawn.iter()) == 4 * 3 + 4 * 2

@@ -38,7 +38,7 @@ def test_histories_are_as_asked() -> None:
     steps = np.diff(data.times)[np.diff(data.users) == 0]
     assert (steps > 0).all()
     assert data.titles is not None
-    assert len(data.titles) == 300
+    assert len(data.titles) == len(set(data.titles)) == 300
 
 
 def test_popularity_is_a_power_law_and_groups_are_even() -> None:

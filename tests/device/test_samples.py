@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from privrec.device.samples import Histories, Sampler, uniform
+from privrec.device.samples import Histories, NegativeBudget, Sampler, uniform
+from privrec.search.memory import outside
 
 LEVEL = 1e-4  # of each test; the draws are keyed, so that a pass is a pass for good
 
@@ -42,6 +43,40 @@ def test_positives_are_the_history_and_negatives_are_not(
         assert not set(batch.items[row, p:][real[p:]]) & set(history)
         # A negative belongs to a positive that is there.
         assert not (real[p:].reshape(p, -1) & ~real[:p, None]).any()
+
+
+@given(cohorts(), st.sampled_from([1, 10**4, 10**7]), st.integers(0, 2**32))
+def test_what_a_history_has_is_found_in_catalogues_of_any_size(
+    cohort: tuple[list[list[int]], int], apart: int, seed: int
+) -> None:
+    lists, n_items = [[item * apart for item in history] for history in cohort[0]], cohort[1]
+    asked = np.random.default_rng(seed).integers(0, n_items, (len(lists), 5)) * apart
+    found = histories_of(*lists).have(asked, n_items * apart)
+    assert found.tolist() == [
+        [item in history for item in row] for row, history in zip(asked, lists, strict=True)
+    ]
+
+
+@given(cohorts(), st.integers(0, 2**63 - 1), st.integers(0, 10**6))
+def test_a_budget_is_drawn_outside_of_each_history(
+    cohort: tuple[list[list[int]], int], key: int, more: int
+) -> None:
+    lists, n_items = cohort
+    n_items, everyone = n_items + more, histories_of(*lists)
+    size = max(1, n_items // 3)
+    if size > 100:
+        size = 100
+    budget = NegativeBudget(n_items, size, "uniform", 0.5)
+    if size == n_items:
+        return
+    items, weights, valid = budget.draw(everyone, key)
+    for row, history in enumerate(everyone.sets()):
+        left = n_items - len(history)
+        assert valid[row].all() == valid[row].any() == (left > 0)
+        if left:
+            places = uniform(key, everyone.users[[row]], size, left)[0]
+            assert items[row].tolist() == outside(history, places).tolist()
+            assert weights[row] == pytest.approx(np.log(left / size), abs=1e-6)
 
 
 @given(cohorts(), st.integers(0, 2**63 - 1), st.sampled_from([None, 1, 3, 10]))

@@ -175,6 +175,27 @@ def test_a_user_has_the_same_negatives_in_every_call() -> None:
         assert some.values[name].tolist() == values[[4, 21, 22]].tolist()
 
 
+@pytest.mark.parametrize("n_items", [105, 130, 1000])
+def test_whoever_is_asked_for_has_the_negatives_of_the_whole_block(n_items: int) -> None:
+    split, users = split_of(n_users=40, n_items=n_items), np.array([3, 4, 17, 39])
+    some = metrics._Candidates(split, 0).of(users)
+    assert some.tolist() == negatives_of(split)[users].tolist()
+
+
+@pytest.mark.statistical
+def test_who_is_measured_is_drawn_uniformly() -> None:
+    users = np.flatnonzero(np.arange(100) % 3)
+    drawn = [metrics.some(users, 20, seed) for seed in range(2000)]
+    assert all(np.all(np.diff(each) > 0) for each in drawn)
+    counts = np.bincount(np.concatenate(drawn), minlength=100)
+    p = 20 / users.size
+    z = (counts[users] - 2000 * p) / np.sqrt(2000 * p * (1 - p))
+    assert abs(z).max() < 5
+    assert counts.sum() == counts[users].sum() == 40_000
+    assert metrics.some(users, 67, 0) is users
+    assert drawn[7].tolist() == metrics.some(users, 20, 7).tolist()
+
+
 def test_blocks_of_users_join_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "_BLOCK", 8)
     split = split_of(n_users=30)

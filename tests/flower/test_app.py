@@ -537,7 +537,6 @@ def test_a_finished_run_is_shown_for_its_own_scenario_alone(tmp_path: Path) -> N
         deployed(folder, grid_of(folder), out)
 
 
-<<<<<<< HEAD
 def test_out_is_a_place_of_the_machine_that_writes_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -549,7 +548,8 @@ def test_out_is_a_place_of_the_machine_that_writes_it(
     for unset in ({}, {"out": ""}):
         with pytest.raises(UsageError, match="out is unset"):
             out_of(unset)
-=======
+
+
 def test_a_finished_run_is_said_to_be_an_old_one(tmp_path: Path, flower_log: Any) -> None:
     folder, out = app_folder(tmp_path), tmp_path / "run"
     deployed(folder, grid_of(folder), out)
@@ -723,7 +723,6 @@ def test_an_interrupt_in_mid_round_ends_in_words_and_at_once(
         assert [(c.round, c.attempt) for c in ledger.charges] == [(0, 0), (1, 0)]
     served(folder, grid_of(folder), out)
     assert json.loads((out / "result.json").read_text())["rounds"] == 3
->>>>>>> h-words
 
 
 def test_a_report_that_cannot_be_written_does_not_unmake_the_run(

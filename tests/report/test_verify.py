@@ -398,6 +398,7 @@ FORGERIES: dict[str, tuple[Forge, str, str]] = {
     "a validation score as a test score": (
         at("accuracy.holdout", "validation"), "accuracy.holdout", FIELD,
     ),
+    "a few users as all": (at("accuracy.users", 10), "accuracy.users", FIELD),
     "users of the data": (at("data.users", 10**6), "data.users", FIELD),
     "a key twice": (doubled_key, "report.json", "not spelled as privrec writes it"),
     # ----- in the ledger

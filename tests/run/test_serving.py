@@ -269,9 +269,10 @@ def test_a_scan_is_what_scoring_the_whole_catalogue_gives(
         weights = read_model(trained, federation, ledger.ended)
     tier = federation.tiers[0]
     model, rng = LocalModel(tier.model, tier.view(weights)), np.random.default_rng(0)
+    alone = np.array([0])
     for _ in range(20):
         state = rng.standard_normal(tier.model.network.user_dim).astype(np.float32)
-        scores = scores_with(model, state[None], train.n_items)(np.array([0]), None)[0]
+        scores = scores_with(model, alone, state[None], train.n_items)(alone, None)[0]
         history = rng.permutation(train.n_items)[:6]
         items, values = answer(model, state, 10, history)
         scores[history] = -np.inf
@@ -289,9 +290,10 @@ def test_what_a_device_does_not_hold_is_on_the_line_of_its_own_scores() -> None:
     rows = np.zeros((40, view.vectors.dim), np.float32)
     rows[:, 0] = 3 - np.log1p(items)
     view.vectors.scatter_add(model.memory, items, rows)
-    found = scores_with(model, states, 100)(np.arange(2), None)
+    users = np.arange(2)
+    found = scores_with(model, users, states, 100)(users, None)
     ranks = np.log1p(np.arange(100))
     np.testing.assert_allclose(found[0], 6 - 2 * ranks, atol=1e-4)
     np.testing.assert_allclose(found[1, :40], ranks[:40] - 3, atol=1e-4)
     np.testing.assert_allclose(found[1, 40:], -3, atol=1e-4)
-    np.testing.assert_array_equal(scores_with(model, states, 40)(np.arange(2), None), found[:, :40])
+    np.testing.assert_array_equal(scores_with(model, users, states, 40)(users, None), found[:, :40])
