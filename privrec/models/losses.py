@@ -199,7 +199,7 @@ def full_softmax(scores: Tensor, samples: Samples) -> Graded:
     """Softmax over the whole catalogue, positives included: its gradient is a residual.
 
     Of a sample, positives stand for themselves and negatives for as many as their weights say, as
-    in :func:`sampled_softmax`. What is predicted already has next to no gradient there, so a clipped
+    in :func:`sampled_softmax`. What is predicted already has next to no gradient, so a clipped
     update has more room for the rest than under the sampled softmax, whose positives are not
     weighed against each other.
     """
