@@ -110,7 +110,7 @@ FULL = [
     *sweep("users", (10**3, 10**4, 10**5, 10**6), cohort=500),
     *sweep("items", (10**4, 10**5, 10**6, 10**7), device=True),
     *sweep("cohort", (100, 1000, 10_000), least=0.3),
-    *sweep("capacity", CAPACITIES, device=True),
+    *sweep("capacity", CAPACITIES, least=0.3, device=True),
     *sweep("bits", (4, 8, 12, 16)),
     *sweep("workers", (1, 2), cohort=10_000),
 ]
