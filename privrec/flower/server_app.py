@@ -24,6 +24,7 @@ from privrec.report.render import write
 from privrec.run import checkpoint, directory
 from privrec.run.directory import Identity
 from privrec.run.loop import Loop
+from privrec.run.parties import server_of
 from privrec.run.plan import Plan
 from privrec.run.privacy_plan import known_items
 from privrec.run.record import EventLog, Observer, Record, Result, RunInfo, opening_words
@@ -120,7 +121,7 @@ def deploy(
         if (payload := directory.read_result(out, identity, scenario)) is not None:
             return Result(out, payload)
         registry.register(population)
-        server = plan.server(identity.run_id)
+        server = server_of(plan, identity.run_id)
         position = checkpoint.restore(out, identity, server)
         ledger = directory.open_ledger(out, identity, scenario)
     else:
@@ -130,7 +131,7 @@ def deploy(
         data = {"source": scenario.data.source, "items": items, "users": population}
         identity = Identity.new(scenario, data, None, unsafe_noise_key, simulated=simulated)
         with directory.beginning(out, plan, identity) as (folder, ledger):
-            server = plan.server(identity.run_id)
+            server = server_of(plan, identity.run_id)
             position = checkpoint.save(folder, identity, ledger, server)
     flower = Flower(registry, plan, identity.root("server"))
     with ledger, EventLog(out / directory.EVENTS) as events:

@@ -6,19 +6,20 @@ It looks at sizes and numbers of devices alone, so that a plan is made before an
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
-from scipy.stats import binom
+from scipy.special import bdtrc
 
 from privrec.device.update import SMALL_RING_BITS, Protection
 from privrec.embedding.nested import Nested, nested
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable, Table
 from privrec.errors import UsageError
-from privrec.privacy.discrete import check_small_cohorts
+from privrec.privacy.discrete import Grid, check_small_cohorts
 from privrec.privacy.events import (
     Accountant,
     Adversary,
@@ -81,19 +82,22 @@ def coordinates_of(
 
 
 def plan_privacy(
-    scenario: Scenario, sizes: Sequence[int], holders: Sequence[int]
+    scenario: Scenario,
+    sizes: Sequence[int],
+    holders: Sequence[int],
+    calibrated: float | None = None,
 ) -> tuple[RoundEvent, Protection]:
     """Return the privacy event of each round, and how updates are protected.
 
-    A target ε is calibrated to the planned rounds. ``sizes`` are the coefficients of each band and
+    A target ε is calibrated to the planned rounds, unless ``calibrated`` is the noise multiplier
+    that was found for the same arguments before. ``sizes`` are the coefficients of each band and
     ``holders`` the training devices that hold it, the band that all devices hold first. A
     UsageError says that no noise meets the target, a band has too few devices, or a sum could wrap.
     """
     privacy, rate = scenario.privacy, scenario.devices.sampling_rate
     encoding, ring = encoding_of(scenario, sum(sizes)), Ring(privacy.ring_bits)
     minimums = _minimums(scenario, holders)
-    # Devices in a round, which are more with a chance of at most LARGEST_WRAP.
-    most = [int(binom.isf(LARGEST_WRAP, devices, rate)) for devices in holders]
+    most = [most_sampled(devices, rate) for devices in holders]
     if privacy.noise != "distributed":
         event, shares = event_without_shares(scenario), None
     else:
@@ -108,7 +112,8 @@ def plan_privacy(
             staying = rate * (1 - scenario.devices.dropout_rate)
             spoiled = check_small_cohorts(crowds, staying, scenario.train.rounds, privacy.delta)
         grid = grid_of(bound, bands, privacy.remove_excess, spoiled)
-        event = _calibrated(scenario, lambda z: RoundEvent("discrete_gaussian", z, rate, grid))
+        made = partial(_distributed, rate, grid)
+        event = made(calibrated) if calibrated else _calibrated(scenario, made)
         shares = Shares(event.noise_multiplier, bound, bands, privacy.remove_excess)
     for band, (size, many) in enumerate(zip(sizes, most, strict=True)):
         noise = 0.0
@@ -118,6 +123,16 @@ def plan_privacy(
         peak = spread(size) if ring.bits == SMALL_RING_BITS else 1
         ring.check(encoding, Load(size, many, noise, peak))
     return event, Protection(encoding, ring, shares, minimums)
+
+
+def _distributed(rate: float, grid: Grid, noise_multiplier: float) -> RoundEvent:
+    return RoundEvent("discrete_gaussian", noise_multiplier, rate, grid)
+
+
+def most_sampled(devices: int, rate: float) -> int:
+    """Devices in a round, which are more with a chance of at most ``LARGEST_WRAP``."""
+    counts = range(devices + 1)
+    return bisect_left(counts, True, key=lambda k: bool(bdtrc(k, devices, rate) <= LARGEST_WRAP))
 
 
 def event_without_shares(scenario: Scenario) -> RoundEvent:

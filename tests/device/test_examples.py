@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from privrec.device.device import Deferred, Draws, Settings
 from privrec.device.examples import ExampleNoise, ExampleSteps, Gradients
+from privrec.device.local import LocalModel
 from privrec.device.recommender import RecommenderLearner
 from privrec.device.samples import Histories
-from privrec.device.tier import LocalModel, ModelView
+from privrec.device.tier import ModelView
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable
 from privrec.errors import UsageError
@@ -33,7 +34,7 @@ def recommender(kind: str = "gmf", *, compressed: bool = False) -> ModelView[NCF
     else:
         vectors = PlainTable.of(ITEMS, DIM, block=BLOCK)
         biases = PlainTable.of(ITEMS, 1, block=1)
-    return ModelView(ncf, vectors, biases)
+    return ModelView.of(ncf, vectors, biases)
 
 
 def settings_of(loss: str, steps: int, rate: float) -> Settings:

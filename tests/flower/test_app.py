@@ -39,6 +39,7 @@ from privrec.privacy.ledger import Ledger
 from privrec.randomness import SecretRoot
 from privrec.report.build import build
 from privrec.run import lifecycle
+from privrec.run.parties import server_of
 from privrec.run.plan import Plan
 from privrec.run.recommend import recommend
 from privrec.run.record import Observer
@@ -411,7 +412,7 @@ def test_noise_is_that_of_the_attempt_whose_masks_cover_it(
     folder = app_folder(tmp_path)
     scenario = load(folder / "scenario.toml")
     plan, grid, opened = Plan.of(scenario, 60, 40), grid_of(folder), []
-    server = plan.server("run")
+    server = server_of(plan, "run")
     rounds = [server.next_round(attempt) for attempt in (0, 1)]
     first = {**vars(rounds[0]), "event": rounds[0].event.to_json()}
     beside = {**first, "run": "run", "round": first}
