@@ -21,7 +21,7 @@ from privrec.device import samples
 from privrec.errors import DataError, IntegrityError, ReleaseRefused, UsageError
 from privrec.flower import server_app as server_module
 from privrec.flower.app import scenario_of
-from privrec.flower.client_app import Node, client_app
+from privrec.flower.client_app import CALIBRATED, Node, client_app
 from privrec.flower.enrolment import Anyone, anchor_of, enroll
 from privrec.flower.exchange import (
     MASKED,
@@ -319,6 +319,17 @@ def test_a_server_that_swaps_keys_is_refused(tmp_path: Path, flower_log: Any) ->
     with pytest.raises(ReleaseRefused):
         deployed(folder, grid, tmp_path / "run")
     assert "no enrolled device signed this prekey" in logged(flower_log)
+
+
+def test_a_node_keeps_the_noise_of_its_own_scenario_alone(tmp_path: Path) -> None:
+    context = context_of(10, {"partition-id": 0, "num-partitions": NODES}, {})
+    for epsilon in (8.0, 8.0, 4.0):
+        text = SCENARIO.replace("noise_multiplier = 2.0", f"epsilon = {epsilon}")
+        with keys_of(context) as keys:
+            node = Node(app_folder(tmp_path, text), context, keys)
+        plan = Plan.of(Scenario.from_toml(text), 60, 40)
+        assert node._event == plan.event
+        assert keys.kept[CALIBRATED][1] == plan.event.noise_multiplier
 
 
 def test_a_server_that_plans_less_noise_is_refused(
