@@ -209,8 +209,9 @@ class Roster:
         tiers = len(self.terms.lengths)
         if any(prekey.tier >= tiers for prekey in self.prekeys):
             raise refused(f"a roster with a tier beyond the {tiers} of this round")
-        for prekey in self.prekeys if anchor else ():
-            check_prekey(prekey, anchor)
+        if anchor is not None:
+            for prekey in self.prekeys:
+                check_prekey(prekey, anchor)
 
     def __len__(self) -> int:
         return len(self.prekeys)

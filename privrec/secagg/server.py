@@ -141,6 +141,7 @@ class ServerSession:
         self._total = np.zeros(terms.lengths[-1], word_type(terms.ring_bits))
         self._result: SecureSum | None = None
         self._survivors: tuple[int, ...] = ()
+        self._present = b""  # devices that dealt, as a bitmap
         self._confirmed = b""  # what devices sign
         self._opened: list[tuple[int, ...]] = []
         self.stage = Stage.SHARES  # what the server waits for
@@ -184,8 +185,7 @@ class ServerSession:
         elif self.stage is Stage.MASKED:
             if not self._model:
                 raise UsageError("masked vectors are due but no model is published: call publish()")
-            present = self._bitmap(self._deposits)
-            messages = {number: self._deal(number, present).pack() for number in awaited}
+            messages = {number: self._deal(number).pack() for number in awaited}
         elif self.stage is Stage.CONFIRM:
             messages = self._tidings(awaited)
         else:
@@ -229,12 +229,12 @@ class ServerSession:
 
     # ------------------------------------------------------------------ what is sent
 
-    def _deal(self, number: int, present: bytes) -> Deal:
+    def _deal(self, number: int) -> Deal:
         dealers = ((n, self._deposits[n].sealed) for n in self._drawn_by[number])
         sealed = {dealer: pieces[number] for dealer, pieces in dealers if number in pieces}
         return Deal(
             self._binding.context,
-            present=present,
+            present=self._present,
             dealers=self._bitmap(sealed),
             drawn_by=self._bitmap(self._drawn_by[number]),
             sealed=b"".join(sealed.values()),
@@ -329,6 +329,7 @@ class ServerSession:
             )
         self._roster.check_bands(answered, 1)
         if self.stage is Stage.SHARES:
+            self._present = self._bitmap(answered)
             self._drawn_by = {number: [] for number in range(len(self._roster))}
             for number in answered:
                 for peer in self._deposits[number].masked_with:
