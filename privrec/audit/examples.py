@@ -21,8 +21,8 @@ from privrec.audit.harness import (
 )
 from privrec.device.device import Draws
 from privrec.device.example_shares import ExampleShares, ExampleSums
+from privrec.device.local import LocalModel
 from privrec.device.samples import Histories
-from privrec.device.tier import LocalModel
 from privrec.device.update import Address, SummedExamples
 from privrec.randomness import rng_for
 from privrec.report.model import Checked

@@ -26,6 +26,7 @@ from privrec.models.layout import band_sizes, to_wire
 from privrec.privacy.events import Accountant, Adversary, RoundEvent, epsilon
 from privrec.randomness import ROOT_BYTES, SecretRoot
 from privrec.report.model import Checked
+from privrec.run.parties import server_of, simulation_of
 from privrec.run.plan import Plan
 from privrec.run.privacy_plan import known_items, release_event
 from privrec.run.simulation import SUMMING, Participant, Rows, Simulation, Summing
@@ -76,8 +77,8 @@ class Harness:
         histories = stand_in(users or STAND_IN_USERS, items or STAND_IN_ITEMS)
         run = "audit-" + devices.tag("audit run").hex()[:16]
         plan = Plan.of(scenario, histories.n_items, histories.n_users)
-        simulation = plan.simulate(histories, devices)
-        return cls(scenario, plan, plan.server(run), simulation, server, " and ".join(made_up))
+        simulation = simulation_of(plan, histories, devices)
+        return cls(scenario, plan, server_of(plan, run), simulation, server, " and ".join(made_up))
 
     @property
     def training(self) -> tuple[Tier, ...]:

@@ -22,9 +22,10 @@ from privrec.audit.harness import (
     two_sided,
 )
 from privrec.device.device import Cohort, Draws, Trained
+from privrec.device.local import LocalModel
 from privrec.device.recommender import RecommenderLearner
 from privrec.device.samples import Histories
-from privrec.device.tier import LocalModel, Tier
+from privrec.device.tier import Tier
 from privrec.device.update import Address, BoundedUpdate, Protection, RawUpdate
 from privrec.models.layout import from_wire, to_wire
 from privrec.models.ncf import NCF

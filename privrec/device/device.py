@@ -15,8 +15,9 @@ from typing import Any, Generic, NoReturn, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from privrec.device.local import LocalModel
 from privrec.device.samples import EACH, Functions, Histories, Items
-from privrec.device.tier import LocalModel, ModelView, Tier
+from privrec.device.tier import ModelView, Tier
 from privrec.device.update import (
     BoundedUpdate,
     Protection,
@@ -28,7 +29,6 @@ from privrec.device.update import (
 )
 from privrec.errors import ReleaseRefused, UsageError
 from privrec.models.layout import Layout
-from privrec.privacy.mechanism import noise_seeds
 from privrec.randomness import SecretRoot
 
 FloatArray = NDArray[np.float32]
@@ -256,9 +256,7 @@ class Device:
 
     def noise_seeds(self, round: Round) -> tuple[bytes, ...]:
         """The secret seeds of its noise in this attempt, one for each band; none without shares."""
-        if self.protection.shares is None:
-            return ()
-        return noise_seeds(self.root, len(self.layouts), *round.context, self.user)
+        return self.protection.noise_seeds(self.root, round, len(self.layouts), self.user)
 
     def upload(self, round: Round, bounded: BoundedUpdate) -> Upload:
         """The whole vector that this device puts into the sum, with its noise."""

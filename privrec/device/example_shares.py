@@ -41,8 +41,8 @@ from numpy.typing import NDArray
 
 from privrec.device.device import Deferred, Draws, Settings, Trained
 from privrec.device.examples import Gradients, Part, gradients_of, started, turns_of
+from privrec.device.local import LocalModel
 from privrec.device.samples import Histories, Items, uniform
-from privrec.device.tier import LocalModel
 from privrec.device.update import Address, SummedExamples, digest
 from privrec.embedding.subspace import splitmix64
 from privrec.embedding.table import Table, add_rows

@@ -30,10 +30,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from privrec.device.device import Deferred, Settings
-from privrec.device.samples import Items, merged, representatives, uniform
-from privrec.device.tier import LocalModel, Located
+from privrec.device.local import LocalModel, Located
+from privrec.device.samples import Items, uniform
 from privrec.embedding.subspace import UInt64Array, splitmix64
-from privrec.embedding.table import Table
+from privrec.embedding.table import Table, merged, representatives
 from privrec.models.losses import Samples, loss_of
 from privrec.models.ncf import NCF
 from privrec.privacy.lazy import LazyMemory

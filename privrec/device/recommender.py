@@ -19,6 +19,7 @@ from torch import Tensor
 from privrec.device.device import ALL, MANY, Deferred, Draws, Learner, Settings, Trained
 from privrec.device.example_shares import ExampleShares, ExampleSums
 from privrec.device.examples import ExampleNoise, ExampleSteps
+from privrec.device.local import LocalModel, Located
 from privrec.device.samples import (
     EACH,
     Batch,
@@ -26,13 +27,10 @@ from privrec.device.samples import (
     Items,
     NegativeBudget,
     Sampler,
-    flattened,
-    merged,
-    representatives,
 )
-from privrec.device.tier import LocalModel, Located, ModelView
+from privrec.device.tier import ModelView
 from privrec.device.update import Address, RawUpdate, digest
-from privrec.embedding.table import Table
+from privrec.embedding.table import Table, flattened, merged, representatives
 from privrec.models.losses import Graded, Samples, curvature, loss_of, pack
 from privrec.models.ncf import NCF, Scored
 

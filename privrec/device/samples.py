@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.embedding.subspace import GOLDEN, finalise, splitmix64
-from privrec.embedding.table import add_rows
+from privrec.embedding.table import representatives
 from privrec.randomness import SecureStream
 from privrec.search.memory import outside
 from privrec.search.select import Search, mix, select
@@ -29,7 +29,7 @@ EACH = "each"
 CHANCE = frozenset({"uniform", "popularity"})
 POPULARITY_POWER = 0.75
 
-_SPARSE = 64  # names this much rarer than their places are sorted instead of tabulated
+_SPARSE = 64  # catalogues this much larger than what is asked for are not marked as a whole
 _REFINED = 0x5E1E_C7ED
 _WORD = 2.0**-32
 
@@ -285,42 +285,6 @@ def chosen_by(selector: str, search: Search, stream: SecureStream) -> Find:
     return lambda queries, count, exclude: select(
         selector, search, queries, count, stream, exclude=exclude
     )
-
-
-def representatives(names: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    """For each name in ``[0, size)`` of a row, the place of the last of its equals, ``(m, k)``.
-
-    Writing every place into a table of names and reading it back elects one, in time linear in the
-    names; where the table would be far larger than the names, they are sorted.
-    """
-    m, k = names.shape
-    rows = np.arange(m)[:, None]
-    if size > _SPARSE * k:
-        flat = (names + rows * size).ravel()
-        order = np.argsort(flat, kind="stable")
-        ends = np.append(flat[order][1:] != flat[order][:-1], np.True_)
-        places = np.empty_like(order)
-        places[order] = order[ends][np.cumsum(ends) - ends]
-        return np.asarray(places.reshape(m, k) - rows * k, np.int64)
-    table = np.empty((m, size), np.int64)
-    table[rows, names] = np.arange(k)
-    return table[rows, names]
-
-
-def merged(values: NDArray[np.float32], owners: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Values ``(m, k, width)`` of equal names summed at their representative; zeros elsewhere.
-
-    ``owners`` are the places that :func:`representatives` gives, shape ``(m or 1, k)``.
-    """
-    m, k, width = values.shape
-    together = np.zeros((m * k, width), values.dtype)
-    add_rows(together, flattened(owners, m), values.reshape(-1, width))
-    return together.reshape(m, k, width)
-
-
-def flattened(places: NDArray[np.int64], m: int) -> NDArray[np.int64]:
-    """Places in rows ``(m or 1, k)`` as places in the flattened batch of ``m`` rows."""
-    return np.ravel(places + np.arange(m)[:, None] * places.shape[1])
 
 
 def uniform(

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from privrec.embedding.table import add_rows
 from privrec.models.layout import Layout, band_sizes, bands, from_wire, to_wire
 from privrec.privacy.events import RoundEvent
-from privrec.privacy.mechanism import Shares
+from privrec.privacy.mechanism import Shares, noise_seeds
+from privrec.randomness import SecretRoot
 from privrec.secagg.keys import statement
 from privrec.secagg.ring import Coins, Encoding, Ring, Rotation
 from privrec.secagg.roster import Terms
@@ -88,6 +89,12 @@ class Protection:
     def removes_excess(self) -> bool:
         """Whether devices beyond a band's fewest give the seeds of their noise away."""
         return self.shares is not None and self.shares.remove_excess
+
+    def noise_seeds(
+        self, root: SecretRoot, round: Round, bands: int, user: int
+    ) -> tuple[bytes, ...]:
+        """A device's secret seeds in this attempt, one for each band; none without shares."""
+        return noise_seeds(root, bands, *round.context, user) if self.shares else ()
 
     def rotation(self, round: Round, layouts: Sequence[Layout]) -> Rotation | None:
         """The public rotation of a round, of the bands that these tiers have; None for none.

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from privrec.data.corpus import UNKNOWN_ID
 from privrec.device.device import Draws, Learner, Settings, Trained
+from privrec.device.local import LocalModel, Located
 from privrec.device.samples import Find, Histories, Items, chosen_by
-from privrec.device.tier import LocalModel, Located, ModelView
+from privrec.device.tier import ModelView
 from privrec.device.update import Address, RawUpdate
 from privrec.embedding.subspace import splitmix64
 from privrec.embedding.table import Table

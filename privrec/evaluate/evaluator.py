@@ -16,9 +16,10 @@ from torch import Tensor
 from privrec.data import Split
 from privrec.data.corpus import UNKNOWN_ID, Corpus, examples_in
 from privrec.device.device import Cohort, Draws
+from privrec.device.local import LocalModel
 from privrec.device.recommender import RecommenderLearner
 from privrec.device.samples import Histories
-from privrec.device.tier import Federation, LocalModel, Tier
+from privrec.device.tier import Federation, Tier
 from privrec.evaluate import metrics
 from privrec.evaluate.metrics import Evaluation
 from privrec.models.ncf import NCF

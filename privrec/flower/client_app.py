@@ -2,6 +2,10 @@
 
 A node hosts a single phone, or every user of a partition. Each device has its own history, private
 state, identity and session. What must survive between messages is kept before an answer leaves.
+
+Flower starts a process for each message. Only the one that trains imports what computes models, in
+:meth:`Node._device`; for all others that would be most of the work. Noise for an ε against sampled
+cohorts takes seconds to find, and is found with a node's first message.
 """
 
 from __future__ import annotations
@@ -10,26 +14,33 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
+import privrec
 from privrec import data
 from privrec.data.files import read_catalogue, read_history
-from privrec.device.device import Device
 from privrec.device.tier import Federation
 from privrec.device.update import Round
 from privrec.errors import DataError, PrivrecError, ReleaseRefused, UsageError
 from privrec.flower import exchange
 from privrec.flower.app import population_of, scenario_of
 from privrec.flower.enrolment import Anyone, anchor_of, text_of
-from privrec.run.plan import Plan, assign, federation_of, learner_of
+from privrec.run.plan import Plan, assign, federation_of
 from privrec.scenario.load import Scenario
 from privrec.secagg.client import Policy
 from privrec.secagg.roster import Call
+
+if TYPE_CHECKING:
+    from privrec.device.device import Device, Learner
+
+
+CALIBRATED = "calibrated"
+"""Under which a node keeps its noise, beside what its devices remember by their numbers."""
 
 
 def client_app(folder: Path) -> ClientApp:
@@ -89,10 +100,9 @@ class Node:
             )
         self._keys, federation = keys, self.federation
         self._items = federation.tiers[0].model.vectors.items
-        plan = Plan.of(scenario, self._items, population_of(scenario), federation)
-        self._event, self._protection = plan.event, plan.protection
-        tiers, examples = federation.tiers, plan.examples
-        self._learner = cache(lambda t: learner_of(scenario, federation, tiers[t], examples))
+        plan = self._plan()
+        self._event, self._examples, self._protection = plan.event, plan.examples, plan.protection
+        self._learner = cache(self._learner_of)
         self._devices = {}
         for each in self.hosted:
             device = exchange.HostedDevice(keys, each.user, anchor or Anyone())
@@ -133,8 +143,10 @@ class Node:
             called = Call.parse(message).terms
             told = [called.run, called.round, called.attempt, body.get("model")]
             round, policy = self._agreed(told)
-            removes = self._protection.removes_excess
-            seeds = self._device(hosted, b"").noise_seeds(round) if removes else ()
+            seeds: tuple[bytes, ...] = ()
+            if self._protection.removes_excess:
+                bands = len(self.federation.layouts) - hosted.tier
+                seeds = self._protection.noise_seeds(self._keys.root, round, bands, hosted.user)
             answer = device.called(policy).shares(message, seeds)
             kept["round"] = told
             return answer
@@ -174,7 +186,26 @@ class Node:
         terms = self._protection.terms(round, layouts)
         return round, Policy(scenario.devices.min_cohort, scenario.privacy.colluding_share, terms)
 
+    def _plan(self) -> Plan:
+        """The plan of the scenario; the noise that meets its ε is searched for once, and kept."""
+        scenario, kept = self.scenario, self._keys.kept
+        about = [privrec.__version__, scenario.plan_hash(), self._items]
+        found, noise = kept.get(CALIBRATED, (None, None))
+        known = noise if found == about else None
+        plan = Plan.of(scenario, self._items, population_of(scenario), self.federation, known)
+        kept[CALIBRATED] = [about, plan.event.noise_multiplier]
+        return plan
+
+    def _learner_of(self, tier: int) -> Learner:
+        from privrec.run.parties import learner_of
+
+        tiers = self.federation.tiers
+        return learner_of(self.scenario, self.federation, tiers[tier], self._examples)
+
     def _device(self, hosted: Hosted, state: bytes) -> Device:
+        """A user's own device, to train on."""
+        from privrec.device.device import Device
+
         tier = self.federation.tiers[hosted.tier]
         layouts, learner = self.federation.layouts_of(tier), self._learner(hosted.tier)
         protection, root = self._protection, self._keys.root

@@ -20,7 +20,7 @@ from privrec.flower.plan import SumPlan
 from privrec.privacy.mechanism import noise_seeds
 from privrec.secagg.client import WARN_BELOW, Policy
 from privrec.secagg.keys import Prekey
-from privrec.secagg.roster import Call, Roster, Terms
+from privrec.secagg.roster import Call, Terms
 
 Next = Callable[[Message, Context], Message]
 
@@ -163,7 +163,7 @@ class _Node:
     def _shares(self, told: bytes, packed: Any) -> bytes:
         """The node's shares, if the round's plan is no less than what its mod insists on."""
         device, mod, plan, call = self.device, self.mod, SumPlan.unpack(packed), Call.parse(told)
-        nodes, terms, given = len(Roster(call, device.anchor)), call.terms, self._given()
+        nodes, terms, given = call.devices, call.terms, self._given()
         if plan.terms(terms.run, terms.round, terms.attempt) != terms:
             raise ReleaseRefused("a call whose terms are not those of its plan")
         if nodes < mod.minimum:

@@ -25,6 +25,7 @@ from privrec.report.render import write
 from privrec.run import checkpoint, directory
 from privrec.run.directory import Identity
 from privrec.run.loop import Loop
+from privrec.run.parties import server_of
 from privrec.run.plan import Plan
 from privrec.run.privacy_plan import attempts_of, known_items
 from privrec.run.record import (
@@ -139,7 +140,7 @@ def deploy(
             log(WARNING, said, out)
             return Result(out, payload)
         registry.register(population)
-        server = plan.server(identity.run_id)
+        server = server_of(plan, identity.run_id)
         position = checkpoint.restore(out, identity, server)
         ledger = directory.open_ledger(out, identity, scenario)
     else:
@@ -148,7 +149,7 @@ def deploy(
         where = {"simulated": registry.simulated, "deployed": True}
         identity = Identity.new(scenario, data, None, unsafe_noise_key, **where)
         with directory.beginning(out, plan, identity) as (folder, ledger):
-            server = plan.server(identity.run_id)
+            server = server_of(plan, identity.run_id)
             position = checkpoint.save(folder, identity, ledger, server)
     flower = Flower(registry, plan, identity.root("server"))
     with ledger, EventLog(out / directory.EVENTS) as events:

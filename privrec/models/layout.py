@@ -72,6 +72,11 @@ class Layout:
         return np.concatenate((vector[: weaker.head], memory, biases))
 
 
+def packed_size(dim: int) -> int:
+    """Coefficients of a packed symmetric ``dim × dim`` matrix."""
+    return dim * (dim + 1) // 2
+
+
 def bands(vector: NDArray[Any], layouts: Sequence[Layout]) -> Iterator[list[NDArray[Any]]]:
     """The parts of a vector that each tier adds to the next weaker one's, the weakest tier first.
 

@@ -39,11 +39,6 @@ Array = NDArray[Any]
 _ITEMS_AT_ONCE = 8192
 
 
-def packed_size(dim: int) -> int:
-    """Coefficients of a packed symmetric ``dim × dim`` matrix."""
-    return dim * (dim + 1) // 2
-
-
 def pack(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     """``u uᵀ`` of each row ``u``, packed row by row below the diagonal.
 

@@ -34,7 +34,8 @@ from privrec.models.process_memory import (
 from privrec.privacy.events import RoundEvent
 from privrec.privacy.mechanism import Band, Shares
 from privrec.randomness import SecretRoot
-from privrec.run.plan import BYTES_A_COEFFICIENT, Plan, federation_of, learner_of
+from privrec.run.parties import learner_of
+from privrec.run.plan import BYTES_A_COEFFICIENT, Plan, federation_of
 from privrec.run.privacy_plan import encoding_of
 from privrec.scenario.load import Scenario
 from privrec.search.hashing import FOLD, Shape

@@ -23,6 +23,7 @@ from privrec.privacy.ledger import Ledger
 from privrec.run import checkpoint, costs, directory, summary
 from privrec.run.directory import Identity
 from privrec.run.loop import Loop, one_thread
+from privrec.run.parties import server_of
 from privrec.run.plan import Plan
 from privrec.run.privacy_plan import charges_of, event_without_shares, known_items
 from privrec.run.record import EventLog, Observer, Result
@@ -69,7 +70,7 @@ def start(
     identity = Identity.new(scenario, described, data_dir, unsafe_noise_key)
     with directory.beginning(out, plan, identity, population) as (folder, ledger):
         task.number(folder, ledger, identity)
-        devices, server = task.simulate(identity.root("devices")), plan.server(identity.run_id)
+        devices, server = task.simulate(identity.root("devices")), server_of(plan, identity.run_id)
         position = checkpoint.save(folder, identity, ledger, server, devices.states, task.digest)
     with ledger, EventLog(out / directory.EVENTS) as events, one_thread():
         loop = SimulatedLoop(out, plan, identity, server, devices, observer, ledger, events, task)
@@ -108,7 +109,7 @@ def resume(
     task = load_task(scenario, data_dir or identity.data_dir)
     plan = task.plan
     task.restore_numbers(out, identity.signing_key().public_key())
-    devices, server = task.simulate(identity.root("devices")), plan.server(identity.run_id)
+    devices, server = task.simulate(identity.root("devices")), server_of(plan, identity.run_id)
     position = checkpoint.restore(out, identity, server, devices.states, task.digest)
     ledger = directory.open_ledger(out, identity, scenario)
     with ledger, EventLog(out / directory.EVENTS) as events, one_thread():

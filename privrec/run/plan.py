@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Annotated, Any
 
@@ -17,37 +17,17 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, PlainValidator, StrictBool, StrictInt, StrictStr
 
 import privrec
-from privrec.data import Interactions
-from privrec.data.corpus import Corpus
-from privrec.device.device import Cohort, Learner, Settings
-from privrec.device.recommender import RecommenderLearner
-from privrec.device.samples import Histories, popularity_of
 from privrec.device.tier import Federation, ModelView, Tier
 from privrec.device.update import Protection
-from privrec.device.words import Ask, WordLearner
 from privrec.embedding.table import Table
 from privrec.errors import IntegrityError, ScenarioError, UsageError
-from privrec.models.layout import band_sizes
-from privrec.models.losses import loss_of, packed_size
+from privrec.models.layout import band_sizes, packed_size
 from privrec.privacy.events import RoundEvent
 from privrec.privacy.population import PopulationBalance
-from privrec.randomness import SecretRoot, rng_for
-from privrec.run.privacy_plan import (
-    Coordinates,
-    coordinates_of,
-    example_bound,
-    plan_privacy,
-    tables_of,
-)
-from privrec.run.simulation import Enrolled, Simulation
-from privrec.scenario.kinds import MODELS, SERVER_OPTIMIZERS
-from privrec.scenario.load import DeviceTier, Scenario, Train
-from privrec.secagg.client import Policy
-from privrec.server.optimizer import Optimizer, Schedule
-from privrec.server.server import Completion, RoundPlan, Server
-
-TABULATED_ITEMS = 2**22
-"""Largest catalogue whose places in the memory a simulation keeps in a table."""
+from privrec.randomness import rng_for
+from privrec.run.privacy_plan import Coordinates, coordinates_of, plan_privacy, tables_of
+from privrec.scenario.kinds import MODELS, ImplicitALS
+from privrec.scenario.load import DeviceTier, Scenario
 
 BYTES_A_COEFFICIENT = 4
 _MOST_HALVINGS = 48
@@ -74,7 +54,12 @@ class Plan:
 
     @classmethod
     def of(
-        cls, scenario: Scenario, items: int, users: int, federation: Federation | None = None
+        cls,
+        scenario: Scenario,
+        items: int,
+        users: int,
+        federation: Federation | None = None,
+        calibrated: float | None = None,
     ) -> Plan:
         """Plan a scenario, whose tiers may be made already; see :func:`plan_privacy`."""
         federation = federation or federation_of(scenario, items)
@@ -83,72 +68,14 @@ class Plan:
         counts = np.diff(np.rint(shares * users).astype(int), prepend=0)
         training = np.cumsum(counts * [tier.weight > 0 for tier in federation.tiers])
         holders = tuple(training[::-1].tolist())
-        planned = plan_privacy(scenario, band_sizes(federation.layouts), holders)
+        sizes = band_sizes(federation.layouts)
+        planned = plan_privacy(scenario, sizes, holders, calibrated)
         return cls(scenario, items, users, federation, holders, *planned)
 
     @cached_property
     def assigned(self) -> NDArray[np.int64]:
         """The tier of each user, see :func:`assign`."""
         return assign(self.users, self.federation, self.scenario.run.seed)
-
-    def server(self, run_id: str) -> Server:
-        """Return the server of a run at its first round; ``run_id`` names the run's draws."""
-        scenario, federation = self.scenario, self.federation
-        rounds = RoundPlan(
-            run_id,
-            scenario.plan_hash(),
-            self.event,
-            self.protection,
-            federation,
-            expected_cohort=scenario.devices.sampling_rate * self.holders[0],
-            average=scenario.train.average,
-            examples=self.examples,
-        )
-        # Gaussian item vectors (hence Gaussian coefficients), zero biases, Glorot dense weights.
-        layout, rng = federation.layout, rng_for(scenario.run.seed, "weights")
-        weights = np.zeros(layout.size, np.float32)
-        layout.dense_of(weights)[...] = federation.tiers[0].model.network.initial_dense(rng)
-        memory = layout.memory_of(weights)
-        memory[...] = rng.normal(0, scenario.model.init_std, memory.shape)
-        completion = Completion(
-            federation,
-            scenario.train if loss_of(scenario.train.loss).implicit else None,
-            scenario.devices.aggregation,
-            tuple(local_lr(scenario, federation, tier) for tier in federation.tiers),
-        )
-        return Server(rounds, weights, completion, _optimizer(scenario.train))
-
-    def simulate(
-        self, train: Interactions | Corpus, devices: SecretRoot, ask: Ask | None = None
-    ) -> Simulation:
-        """Return devices that train on ``train`` in this process, with ``devices`` as their secret.
-
-        ``ask`` is how devices ask the server for neurons, in the scheme ``"requested"``.
-        """
-        scenario, popularity, cohorts = self.scenario, None, list[Cohort[Any]]()
-        histories = Histories(np.arange(train.n_users), train.indptr, train.items)
-        if scenario.train.selector == "popularity":
-            popularity = popularity_of(train.item_counts())
-        for tier in self.federation.tiers:
-            members = np.flatnonzero(self.assigned == tier.index)
-            if train.n_items <= TABULATED_ITEMS:
-                tier = replace(tier, model=tier.model.tabulated())
-            learner = learner_of(scenario, self.federation, tier, self.examples, popularity, ask)
-            cohorts.append(Cohort.of(learner, histories.select(members)))
-        policy = Policy(scenario.devices.min_cohort, scenario.privacy.colluding_share)
-        return Simulation(
-            self.federation,
-            tuple(cohorts),
-            population=self.users,
-            protection=self.protection,
-            enrolled=Enrolled(devices, policy),
-            seed=scenario.run.seed,
-            sampling_rate=scenario.devices.sampling_rate,
-            dropout_rate=scenario.devices.dropout_rate,
-            engine=scenario.run.engine,
-            secure_sum=scenario.run.secure_sum,
-            workers=scenario.run.workers,
-        )
 
     def header(self, standing: PopulationBalance) -> dict[str, Any]:
         """Return what the header of a run's ledger says of its plan; see :class:`LedgerHeader`."""
@@ -162,15 +89,7 @@ class Plan:
         }
 
 
-def _optimizer(train: Train) -> Optimizer:
-    kind = SERVER_OPTIMIZERS[train.server_optimizer]
-    own = {key: getattr(train, key) for key in kind.config.model_fields}
-    schedule = Schedule(train.schedule, train.rounds, train.warmup_rounds)
-    optimizer: Optimizer = kind.load()(train.server_lr, schedule, train.weight_decay, **own)
-    return optimizer
-
-
-# -------------------------- tiers and local training
+# -------------------------- tiers
 
 
 def federation_of(scenario: Scenario, n_items: int) -> Federation:
@@ -211,9 +130,14 @@ def _halving(scenario: Scenario, tier: DeviceTier, tables: tuple[Table, Table | 
 def _view(scenario: Scenario, chain: Coordinates, index: int) -> ModelView[Any]:
     vectors, biases = chain
     table, small = vectors.tables[index], None if biases is None else biases.tables[index]
-    network = MODELS[scenario.model.kind].load().configured(scenario.model, table.dim)
-    gram = packed_size(table.dim) if loss_of(scenario.train.loss).implicit else 0
-    return ModelView(network, table, small, gram)
+    model, gram = scenario.model, 0
+    if isinstance(scenario.train, ImplicitALS):
+        gram = packed_size(table.dim)
+
+    def network() -> Any:
+        return MODELS[model.kind].load().configured(model, table.dim)
+
+    return ModelView(model.dense_weights(table.dim), network, table, small, gram)
 
 
 def assign(n_users: int, federation: Federation, seed: int) -> NDArray[np.int64]:
@@ -225,40 +149,6 @@ def assign(n_users: int, federation: Federation, seed: int) -> NDArray[np.int64]
     labels = np.searchsorted(np.rint(np.cumsum(shares) * n_users), np.arange(n_users), side="right")
     most = len(federation.tiers) - (federation.absent == 0)
     return rng_for(seed, "tiers").permutation(labels.clip(max=most))
-
-
-def local_lr(scenario: Scenario, federation: Federation, tier: Tier) -> float:
-    """Return the step size of a tier's devices."""
-    train = scenario.train
-    if scenario.devices.aggregation == "fair_averaging" and train.server_optimizer != "newton":
-        # FAIR's devices step on a folded memory as it is, where a gradient step in isometric
-        # coordinates is as many times shorter as slots are folded into one.
-        return train.local_lr * (federation.tiers[0].capacity / tier.capacity)
-    return train.local_lr
-
-
-def learner_of(
-    scenario: Scenario,
-    federation: Federation,
-    tier: Tier,
-    examples: RoundEvent | None,
-    popularity: NDArray[np.float64] | None = None,
-    ask: Ask | None = None,
-) -> Learner:
-    """Return local training as ``[train]`` describes it, in a tier's memory.
-
-    ``examples`` is the plan's example-level event; without one no example is hidden. ``popularity``
-    are public cumulative probabilities of the items, for popular negatives.
-    """
-    train, newton = scenario.train, scenario.train.server_optimizer == "newton"
-    names = Settings.__dataclass_fields__.keys() & type(train).model_fields.keys()
-    own = {name: getattr(train, name) for name in names - {"local_lr"}}
-    lr = local_lr(scenario, federation, tier)
-    settings = Settings(**own, newton=newton, local_lr=lr, config=train)
-    if scenario.model.learns != "interactions":
-        return WordLearner(tier.model, settings, ask)
-    hidden = example_bound(scenario, examples, federation.layout.size)
-    return RecommenderLearner(tier.model, settings, popularity, hidden)
 
 
 # -------------------------- the header of the ledger

@@ -6,15 +6,14 @@ It looks at sizes and numbers of devices alone, so that a plan is made before an
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
-from scipy.stats import binom
+from scipy.special import bdtrc
 
-from privrec.device.example_shares import ExampleShares
-from privrec.device.examples import ExampleNoise
 from privrec.device.update import SMALL_RING_BITS, Protection
 from privrec.embedding.nested import Nested, nested
 from privrec.embedding.subspace import Subspace
@@ -89,17 +88,22 @@ def coordinates_of(
 
 
 def plan_privacy(
-    scenario: Scenario, sizes: Sequence[int], holders: Sequence[int]
+    scenario: Scenario,
+    sizes: Sequence[int],
+    holders: Sequence[int],
+    calibrated: float | None = None,
 ) -> tuple[RoundEvent, RoundEvent | None, Protection]:
     """Return the privacy event of each round, that of its examples, and how updates are protected.
 
-    A target ε is calibrated to the planned attempts. ``sizes`` are the coefficients of each band
-    and ``holders`` the training devices that hold it, the band that all devices hold first. A
+    A target ε is calibrated to the planned attempts, unless ``calibrated`` is the noise multiplier
+    that was found for the same arguments before. ``sizes`` are the coefficients of each band and
+    ``holders`` the training devices that hold it, the band that all devices hold first. A
     UsageError says that no noise meets the target, a band has too few devices, or a sum could wrap.
     """
     privacy, rate = scenario.privacy, scenario.devices.sampling_rate
     encoding, ring = encoding_of(scenario, sum(sizes)), Ring(privacy.ring_bits)
-    minimums, most = _minimums(scenario, holders), _most(scenario, holders)
+    minimums = _minimums(scenario, holders)
+    most = [most_sampled(devices, rate) for devices in holders]
     examples = example_event(scenario, sizes, holders)
     shares: Shares | None = None
     if privacy.noise != "distributed":
@@ -115,7 +119,8 @@ def plan_privacy(
             staying = rate * (1 - scenario.devices.dropout_rate)
             spoiled = check_small_cohorts(crowds, staying, attempts_of(scenario), privacy.delta)
         grid = grid_of(bound, bands, privacy.remove_excess, spoiled)
-        event = _calibrated(scenario, lambda z: RoundEvent("discrete_gaussian", z, rate, grid))
+        made = partial(_distributed, rate, grid)
+        event = made(calibrated) if calibrated else _calibrated(scenario, made)
         shares = Shares(event.noise_multiplier, bound, bands, privacy.remove_excess)
     for band, (size, many) in enumerate(zip(sizes, most, strict=True)):
         noise = 0.0
@@ -125,6 +130,16 @@ def plan_privacy(
         peak = spread(size) if ring.bits == SMALL_RING_BITS else 1
         ring.check(encoding, Load(size, many, noise, peak))
     return event, examples, Protection(encoding, ring, shares, minimums)
+
+
+def _distributed(rate: float, grid: Grid, noise_multiplier: float) -> RoundEvent:
+    return RoundEvent("discrete_gaussian", noise_multiplier, rate, grid)
+
+
+def most_sampled(devices: int, rate: float) -> int:
+    """Devices in a round, which are more with a chance of at most ``LARGEST_WRAP``."""
+    counts = range(devices + 1)
+    return bisect_left(counts, True, key=lambda k: bool(bdtrc(k, devices, rate) <= LARGEST_WRAP))
 
 
 def event_without_shares(scenario: Scenario) -> RoundEvent:
@@ -148,7 +163,7 @@ def example_event(
         return None
     grid = None
     if privacy.local == "shares":
-        bands, reach = _bands(scenario, sizes, holders), _reach(scenario, sum(sizes))
+        bands, reach = _bands(scenario, sizes, holders), reach_of(scenario, sum(sizes))
         grid = grid_of((2 * reach) ** 2, bands, privacy.remove_excess)
     multiplier = privacy.local_noise_multiplier
     if multiplier is None:
@@ -157,20 +172,7 @@ def example_event(
     return _event(grid, multiplier)
 
 
-def example_bound(
-    scenario: Scenario, event: RoundEvent | None, dimension: int
-) -> ExampleNoise | ExampleShares | None:
-    """Return how devices hide single examples in rounds of this example-level event, if at all."""
-    privacy = scenario.privacy
-    if event is None or privacy.local_clip_norm is None:
-        return None
-    if event.grid is None:
-        return ExampleNoise(privacy.local_clip_norm, event.noise_multiplier)
-    scale = encoding_of(scenario, dimension).scale
-    return ExampleShares(_reach(scenario, dimension), scale, event.noise_multiplier)
-
-
-def _reach(scenario: Scenario, dimension: int) -> int:
+def reach_of(scenario: Scenario, dimension: int) -> int:
     """Largest norm of an example in steps of the grid: half of what changing one moves."""
     privacy, train, model = scenario.privacy, scenario.train, scenario.model
     encoding = encoding_of(scenario, dimension)
@@ -247,18 +249,13 @@ def encoding_of(scenario: Scenario, dimension: int) -> Encoding:
     return Encoding(clip_norm, dimension, scenario.privacy.scale_bits)
 
 
-def _most(scenario: Scenario, holders: Sequence[int]) -> list[int]:
-    """Devices in a round by band, which are more with a chance of at most LARGEST_WRAP."""
-    rate = scenario.devices.sampling_rate
-    return [int(binom.isf(LARGEST_WRAP, devices, rate)) for devices in holders]
-
-
 def _bands(scenario: Scenario, sizes: Sequence[int], holders: Sequence[int]) -> tuple[Band, ...]:
     """Bands with noise in shares: of a large round's devices, as many collude as are assumed to."""
     colluding, minimums = scenario.privacy.colluding_share, _minimums(scenario, holders)
+    most = [most_sampled(devices, scenario.devices.sampling_rate) for devices in holders]
     return tuple(
         Band(size, least, math.ceil(colluding * many))
-        for size, least, many in zip(sizes, minimums, _most(scenario, holders), strict=True)
+        for size, least, many in zip(sizes, minimums, most, strict=True)
     )
 
 

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from privrec.data.files import read_history
 from privrec.device.device import Draws
+from privrec.device.local import LocalModel
 from privrec.device.recommender import RecommenderLearner
 from privrec.device.samples import Histories
-from privrec.device.tier import LocalModel
 from privrec.errors import UsageError
 from privrec.evaluate.evaluator import scores_with
 from privrec.models.ncf import NCF
@@ -23,7 +23,8 @@ from privrec.privacy.ledger import PREPARATION, Ledger
 from privrec.randomness import ROOT_BYTES, SecretRoot, SecureStream, rng_for
 from privrec.run import directory
 from privrec.run.directory import Identity, kept_key
-from privrec.run.plan import federation_of, learner_of
+from privrec.run.parties import learner_of
+from privrec.run.plan import federation_of
 from privrec.run.summary import read_model
 from privrec.run.task import Recommending
 from privrec.scenario.kinds import SELECTORS, Searching

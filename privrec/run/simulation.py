@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.device.device import ALL, Cohort, Deferred, Device, Draws
-from privrec.device.tier import Federation, LocalModel, Tier
+from privrec.device.local import LocalModel
+from privrec.device.tier import Federation, Tier
 from privrec.device.update import Aggregate, BoundedUpdate, Protection, Round, digest
 from privrec.errors import ReleaseRefused
 from privrec.models.layout import from_wire

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from privrec import data
 from privrec.data import Interactions, Split
 from privrec.data.corpus import UNKNOWN_ID, Corpus, TextSplit
-from privrec.device.tier import LocalModel, Tier
+from privrec.device.local import LocalModel
+from privrec.device.tier import Tier
 from privrec.device.update import digest
 from privrec.errors import DataError, IntegrityError, UsageError
 from privrec.evaluate import evaluator, metrics
@@ -33,6 +34,7 @@ from privrec.randomness import SecretRoot, SecureStream
 from privrec.run import costs
 from privrec.run.checkpoint import read_signed, write_signed
 from privrec.run.directory import Identity
+from privrec.run.parties import simulation_of
 from privrec.run.plan import Plan
 from privrec.run.privacy_plan import release_event
 from privrec.run.record import KEPT, REVEALED
@@ -167,7 +169,7 @@ class Task(ABC, Generic[S]):
     def simulate(self, devices: SecretRoot) -> Simulation:
         """Return the simulated devices, which draw from the secret ``devices``."""
         ask = None if self.columns is None else self.columns.ask
-        return self.plan.simulate(self.split.train, devices, ask)
+        return simulation_of(self.plan, self.split.train, devices, ask)
 
     @abstractmethod
     def evaluate(self, devices: Simulation, weights: FloatArray, *, whole: bool) -> Evaluation:

@@ -148,6 +148,8 @@ class _Progress(Message):
     """What a device has to remember between two messages; secret, since it holds others' shares."""
 
     KIND: ClassVar[int] = 64
+    anchor: Digest
+    """By which the call was checked; signatures that are good stay so."""
     stage: Annotated[int, Limits(int, Stage.MASKED, Stage.DONE)]
     call: Annotated[bytes, Limits(bytes, 1, 1 << 26)]
     noise: Annotated[bytes, Limits(bytes, 0, MAX_BANDS * SECRET_BYTES)]
@@ -203,7 +205,8 @@ class ClientSession:
             recalled = _Progress.parse(progress)
             call = Call.parse(recalled.call)
             book.check_latest(call.run, progress)
-            roster, own = self._checked(call)
+            # What the book vouches for is the device's own, with the roster that it has checked.
+            roster, own = self._checked(call, recalled.anchor)
             self._round = self._enter(call, roster, own, book.secret(roster.prekeys[own].serial))
             self._progress = recalled
 
@@ -245,7 +248,8 @@ class ClientSession:
         prekey = self._book.enter(roster.prekeys[own].serial, call.run, call.round, call.attempt)
         self._round = self._enter(call, roster, own, prekey)
         nobody = [self._bitmap(())] * 4
-        self._keep(_Progress(Stage.MASKED, call.pack(), b"".join(noise), *nobody))
+        checked, seeds = self._anchor.digest, b"".join(noise)
+        self._keep(_Progress(checked, Stage.MASKED, call.pack(), seeds, *nobody))
         return self._dealt(self._round, noise).pack()
 
     def masked(self, message: Buffer, integers: NDArray[Any], model: Sequence[bytes]) -> bytearray:
@@ -307,9 +311,13 @@ class ClientSession:
 
     # ------------------------------------------------------------------ checks
 
-    def _checked(self, call: Call) -> tuple[Roster, int]:
-        """The roster of a call, held to the device's own anchor, terms and minimum; its number."""
-        roster = Roster(call, self._anchor)
+    def _checked(self, call: Call, before: bytes = b"") -> tuple[Roster, int]:
+        """The roster of a call, held to the device's own anchor, terms and minimum; its number.
+
+        ``before`` is the digest of an anchor that it was checked by earlier in the round.
+        """
+        anchor = self._anchor
+        roster = Roster(call, None if before == anchor.digest else anchor)
         own = roster.number(self._book.key.public)
         agreed, told = self._policy.agreed, roster.terms
         if agreed and replace(agreed, round=told.round, attempt=told.attempt) != told:

@@ -45,6 +45,10 @@ class Anchor(Protocol):
 
     verifier: Verifier
 
+    @property
+    def digest(self) -> bytes:
+        """32 bytes that stand for whom it knows; another anchor that has them knows the same."""
+
     def knows(self, prekey: Prekey) -> bool:
         """Whether the prekey's identity is that of an enrolled device."""
 
@@ -76,6 +80,10 @@ class ListedDevices:
             identities.append(bytes.fromhex(text))
         return cls(filter(None, identities))
 
+    @functools.cached_property
+    def digest(self) -> bytes:
+        return statement("listed devices", b"".join(sorted(self._identities)))
+
     def knows(self, prekey: Prekey) -> bool:
         return prekey.identity in self._identities
 
@@ -85,6 +93,7 @@ class EnrolmentKey:
 
     def __init__(self, public: bytes) -> None:
         self.verifier = Verifier()
+        self.digest = statement("enrolment key", public)
         self._public = public
 
     def knows(self, prekey: Prekey) -> bool:
@@ -163,6 +172,11 @@ class Call(Terms):
         """The terms alone."""
         return Terms(*(getattr(self, name) for name in Terms.__match_args__))
 
+    @property
+    def devices(self) -> int:
+        """How many the roster names."""
+        return len(self.records) // RECORD_BYTES
+
     @functools.cached_property
     def digest(self) -> bytes:
         """What stands for terms and roster in everything that is bound to them."""
@@ -172,18 +186,22 @@ class Call(Terms):
 class Roster:
     """The devices of a round, numbered in the order of their identities.
 
+    Args:
+        anchor: whom every prekey is checked against; None for a call that was checked before.
+
     Raises:
         ReleaseRefused: when terms contradict themselves, devices are named twice or out of order, a
             tier does not exist, or a prekey is not signed by an enrolled device.
     """
 
-    def __init__(self, call: Call, anchor: Anchor) -> None:
+    def __init__(self, call: Call, anchor: Anchor | None) -> None:
         if problem := call.problem():
             raise refused(f"a round of {problem}")
         count, rest = divmod(len(call.records), RECORD_BYTES)
         if rest:
             raise refused(f"a roster whose last prekey has {rest} of {RECORD_BYTES} bytes")
-        records = (call.records[i * RECORD_BYTES :][:RECORD_BYTES] for i in range(count))
+        starts = range(0, count * RECORD_BYTES, RECORD_BYTES)
+        records = (call.records[start : start + RECORD_BYTES] for start in starts)
         self.terms = call.terms
         self.prekeys = tuple(map(Prekey.unpack, records))
         if any(a.identity >= b.identity for a, b in pairwise(self.prekeys)):
@@ -191,8 +209,9 @@ class Roster:
         tiers = len(self.terms.lengths)
         if any(prekey.tier >= tiers for prekey in self.prekeys):
             raise refused(f"a roster with a tier beyond the {tiers} of this round")
-        for prekey in self.prekeys:
-            check_prekey(prekey, anchor)
+        if anchor is not None:
+            for prekey in self.prekeys:
+                check_prekey(prekey, anchor)
 
     def __len__(self) -> int:
         return len(self.prekeys)
@@ -219,11 +238,8 @@ class Roster:
 
     def holders(self, members: Iterable[int]) -> tuple[tuple[int, ...], ...]:
         """For each band, the band that all hold first, the numbers of the members that hold it."""
-        held = [(number, self.bands(number)) for number in members]
-        return tuple(
-            tuple(number for number, bands in held if bands > band)
-            for band in range(len(self.terms.lengths))
-        )
+        known, bands = tuple(members), range(1, len(self.terms.lengths))
+        return known, *(tuple(n for n in known if self.bands(n) > band) for band in bands)
 
     def secrets(self, number: int) -> int:
         """How many secrets a device deals in shares."""

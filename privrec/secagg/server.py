@@ -141,6 +141,8 @@ class ServerSession:
         self._total = np.zeros(terms.lengths[-1], word_type(terms.ring_bits))
         self._result: SecureSum | None = None
         self._survivors: tuple[int, ...] = ()
+        self._present = b""  # devices that dealt, as a bitmap
+        self._confirmed = b""  # what devices sign
         self._opened: list[tuple[int, ...]] = []
         self.stage = Stage.SHARES  # what the server waits for
         self._due = tuple(range(len(self._roster)))
@@ -232,7 +234,7 @@ class ServerSession:
         sealed = {dealer: pieces[number] for dealer, pieces in dealers if number in pieces}
         return Deal(
             self._binding.context,
-            present=self._bitmap(self._deposits),
+            present=self._present,
             dealers=self._bitmap(sealed),
             drawn_by=self._bitmap(self._drawn_by[number]),
             sealed=b"".join(sealed.values()),
@@ -244,11 +246,10 @@ class ServerSession:
         told = Survivors(context, survivors, model_root(self._model), b"")
         if not self._is_sparse:
             return dict.fromkeys(numbers, told.pack())
-        messages = {}
+        messages, alive = {}, set(self._survivors)
         for number in numbers:
-            drawn = self._deposits[number].masked_with
-            near = (self._deposits[peer] for peer in self._survivors if peer in drawn)
-            tags = b"".join(deposit.pair_tags[number] for deposit in near)
+            near = sorted(self._deposits[number].masked_with & alive)
+            tags = b"".join(self._deposits[peer].pair_tags[number] for peer in near)
             messages[number] = replace(told, pair_tags=tags).pack()
         return messages
 
@@ -292,10 +293,8 @@ class ServerSession:
     def _take_confirmation(self, number: int, message: Buffer) -> None:
         confirmation = Confirmation.parse(message)
         self._check_context(confirmation.context)
-        root = model_root(self._model)
-        stated = self._binding.confirmation(self._bitmap(self._survivors), root)
         identity = self._roster.prekeys[number].identity
-        if not self._anchor.verifier.check(identity, confirmation.signature, stated):
+        if not self._anchor.verifier.check(identity, confirmation.signature, self._confirmed):
             raise refused(f"a wrong signature of device {identity.hex()[:16]}")
         self._signatures[number] = confirmation.signature
 
@@ -330,12 +329,14 @@ class ServerSession:
             )
         self._roster.check_bands(answered, 1)
         if self.stage is Stage.SHARES:
+            self._present = self._bitmap(answered)
             self._drawn_by = {number: [] for number in range(len(self._roster))}
             for number in answered:
                 for peer in self._deposits[number].masked_with:
                     self._drawn_by[peer].append(number)
         elif self.stage is Stage.MASKED:
-            self._survivors = answered
+            self._survivors, root = answered, model_root(self._model)
+            self._confirmed = self._binding.confirmation(self._bitmap(answered), root)
         else:
             self._opened = self._roster.due(self._survivors, set(answered))
 
@@ -390,12 +391,14 @@ class Recovery:
         for survivor in self.survivors:
             key = self.binding.self_key(self._seed(SEED, survivor), self.root)
             yield Mask(key, self.roster.length(survivor), negative=True)
-        deposits = self.deposits
-        for dropped in sorted(deposits.keys() - set(self.survivors)):
-            own = deposits[dropped].masked_with
-            near = [s for s in self.survivors if s in own or dropped in deposits[s].masked_with]
+        alive, deposits = set(self.survivors), self.deposits
+        near = {gone: alive & deposits[gone].masked_with for gone in deposits.keys() - alive}
+        for survivor in alive:
+            for gone in deposits[survivor].masked_with & near.keys():
+                near[gone].add(survivor)
+        for dropped in sorted(near):
             private = X25519PrivateKey.from_private_bytes(self._secret(MASKING, dropped))
-            for survivor in near:
+            for survivor in sorted(near[dropped]):
                 agreed = agree(private, self.roster.prekeys[survivor].masking)
                 key = self.binding.pair_key(agreed, self.root, survivor, dropped)
                 length = min(self.roster.length(survivor), self.roster.length(dropped))

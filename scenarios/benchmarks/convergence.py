@@ -29,7 +29,7 @@ from privrec.device.tier import Federation, ModelView, Tier
 from privrec.device.update import Protection
 from privrec.embedding.nested import nested
 from privrec.embedding.subspace import Subspace
-from privrec.models.losses import packed_size
+from privrec.models.layout import packed_size
 from privrec.models.ncf import NCF
 from privrec.privacy.events import RoundEvent
 from privrec.randomness import SecretRoot
@@ -127,7 +127,7 @@ def errors(seed: int, rounds: int, course: Course) -> np.ndarray:
 
 def _federation(problem: Problem, seed: int) -> tuple[Server, Simulation]:
     table = problem.table
-    view = ModelView(NCF.of("gmf", DIM, ()), table, None, packed_size(DIM))
+    view = ModelView.of(NCF.of("gmf", DIM, ()), table, None, packed_size(DIM))
     settings = Settings(
         loss="ials", negatives=0, unobserved_weight=1e-9, item_l2=1e-9, newton=False,
         max_samples=None, user_steps=0, user_lr=1.0, user_l2=1.0, serve_steps=1, serve_negatives=1,

@@ -261,13 +261,14 @@ torch.set_num_threads(1)
 from privrec.embedding.subspace import Subspace
 from privrec.models.process_memory import give_back_freed, peak_resident_bytes
 from privrec.models.process_memory import reset_peak, resident_bytes
-from privrec.device.tier import LocalModel, ModelView
+from privrec.device.local import LocalModel
+from privrec.device.tier import ModelView
 from privrec.models.ncf import NCF
 from privrec.run.recommend import answer
 
 def made(n):
     table = Subspace.sized(n, 64, block=16, key=1, compression=64)
-    view = ModelView(NCF.of("gmf", 64, ()), table, None)
+    view = ModelView.of(NCF.of("gmf", 64, ()), table, None)
     weights = np.random.default_rng(0).standard_normal(view.layout.size, dtype=np.float32)
     return LocalModel(view, weights)
 

@@ -13,13 +13,15 @@ import torch
 from on_devices import trained_rows
 
 from privrec.device.device import Cohort, Device, Draws, Settings, Trained
+from privrec.device.local import LocalModel
 from privrec.device.recommender import RecommenderLearner
 from privrec.device.samples import Histories
-from privrec.device.tier import LocalModel, ModelView, Tier
+from privrec.device.tier import ModelView, Tier
 from privrec.device.update import Protection, RawUpdate, Round, model_digests
 from privrec.embedding.nested import nested
 from privrec.embedding.subspace import Subspace
-from privrec.models.losses import pack, packed_size
+from privrec.models.layout import packed_size
+from privrec.models.losses import pack
 from privrec.models.ncf import NCF
 from privrec.privacy.events import RoundEvent
 from privrec.randomness import SecretRoot
@@ -154,7 +156,7 @@ def make_lab(
     vectors = Subspace.sized(ITEMS, DIM, block=BLOCK, key=11, compression=compression)
     biases = Subspace.sized(ITEMS, 1, block=1, key=12, compression=compression)
     gram = packed_size(DIM) if settings.get("loss") == "ials" else 0
-    view = ModelView(model, vectors, biases if item_bias else None, gram)
+    view = ModelView.of(model, vectors, biases if item_bias else None, gram)
     layout = view.layout
     histories = uneven_histories() if histories is None else histories
     rng = np.random.default_rng(9)

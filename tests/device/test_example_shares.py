@@ -11,9 +11,10 @@ from of_examples import ITEMS, recommender, settings_of
 from privrec.device import example_shares
 from privrec.device.device import Draws
 from privrec.device.example_shares import ExampleShares, ExampleSums
+from privrec.device.local import LocalModel
 from privrec.device.recommender import RecommenderLearner
 from privrec.device.samples import Histories
-from privrec.device.tier import LocalModel, ModelView
+from privrec.device.tier import ModelView
 from privrec.device.update import Address, Protection, SummedExamples
 from privrec.errors import UsageError
 from privrec.models.ncf import NCF

@@ -13,9 +13,10 @@ from of_examples import DIM, ITEMS, recommender, settings_of
 
 from privrec.device.device import Deferred, Draws, Settings
 from privrec.device.examples import ExampleNoise, ExampleSteps, Gradients
+from privrec.device.local import LocalModel
 from privrec.device.recommender import RecommenderLearner
 from privrec.device.samples import Histories
-from privrec.device.tier import LocalModel, ModelView
+from privrec.device.tier import ModelView
 from privrec.errors import UsageError
 from privrec.models.ncf import NCF
 from privrec.randomness import SecretRoot

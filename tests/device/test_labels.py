@@ -9,8 +9,9 @@ import torch
 from privrec.data.corpus import dealt, examples_in
 from privrec.data.synthetic import Invented
 from privrec.device.device import Draws, Settings, Trained
+from privrec.device.local import LocalModel
 from privrec.device.samples import Histories
-from privrec.device.tier import LocalModel, ModelView
+from privrec.device.tier import ModelView
 from privrec.device.words import WordLearner
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable, Table
@@ -27,7 +28,7 @@ TOKENS = dealt(Invented(500, LABELS - 1, words=7, labels_each=3, clusters=6).exa
 def learner(
     table: Table = PLAIN, share: float = 1.0, steps: int = 1, most: int | None = None
 ) -> WordLearner:
-    view = ModelView(MODEL, table, PlainTable.of(LABELS, 1, block=1))
+    view = ModelView.of(MODEL, table, PlainTable.of(LABELS, 1, block=1))
     settings = Settings(
         loss="softmax", newton=False, max_samples=most, user_steps=1, user_lr=1.0, user_l2=1.0,
         serve_steps=1, local_steps=steps, local_lr=0.5,

@@ -14,8 +14,8 @@ from on_devices import trained_rows
 from privrec.device import device as device_module
 from privrec.device import recommender as recommender_module
 from privrec.device.device import TOLERANCE, Draws
+from privrec.device.local import LocalModel
 from privrec.device.samples import Histories, NegativeBudget, popularity_of
-from privrec.device.tier import LocalModel
 from privrec.errors import UsageError
 from privrec.models.losses import Samples, sampled_softmax
 from privrec.randomness import SecretRoot, SecureStream

@@ -12,8 +12,9 @@ import pytest
 from on_devices import bounded, lift, trained_rows
 
 from privrec.device.device import TOLERANCE, Cohort, Device, Draws, Trained
+from privrec.device.local import LocalModel
 from privrec.device.samples import Histories
-from privrec.device.tier import LocalModel, Tier
+from privrec.device.tier import Tier
 from privrec.device.update import (
     Address,
     BoundedUpdate,

@@ -11,8 +11,9 @@ from on_devices import bounded, trained_rows
 from torch.nn.functional import cross_entropy
 
 from privrec.device.device import Cohort, Draws, Settings, Trained
+from privrec.device.local import LocalModel
 from privrec.device.samples import Histories
-from privrec.device.tier import LocalModel, ModelView
+from privrec.device.tier import ModelView
 from privrec.device.words import WordLearner
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable, Table
@@ -35,7 +36,7 @@ def learner(
     table: Table = PLAIN, share: float = 1.0, steps: int = 1, tokens: int | None = None,
     find: Find | None = None, selected: float = 0.0, frequent: float = 0.0,
 ) -> WordLearner:  # fmt: skip
-    view = ModelView(MODEL, table, PlainTable.of(WORDS, 1, block=1))
+    view = ModelView.of(MODEL, table, PlainTable.of(WORDS, 1, block=1))
     settings = Settings(
         loss="softmax", newton=False, max_samples=tokens, user_steps=1, user_lr=1.0, user_l2=1.0,
         serve_steps=1, local_steps=steps, local_lr=0.5,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from privrec.device.tier import LocalModel
+from privrec.device.local import LocalModel
 from privrec.evaluate.evaluator import scores_with
 from privrec.randomness import SecretRoot
 from privrec.run.task import Task, load_task

@@ -8,7 +8,8 @@ import torch
 
 from privrec.data.corpus import UNKNOWN, Corpus, dealt, examples_in
 from privrec.data.synthetic import Invented
-from privrec.device.tier import LocalModel, ModelView
+from privrec.device.local import LocalModel
+from privrec.device.tier import ModelView
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable, Table
 from privrec.evaluate.evaluator import LabelQuestions, WordQuestions, commonest, predict
@@ -21,7 +22,7 @@ MODEL = NextWord(DIM, 2, 10, 1, 4)
 
 
 def language(table: Table) -> ModelView[NextWord]:
-    return ModelView(MODEL, table, PlainTable.of(WORDS, 1, block=1))
+    return ModelView.of(MODEL, table, PlainTable.of(WORDS, 1, block=1))
 
 
 def texts(*lengths: int) -> Corpus:
@@ -75,7 +76,7 @@ def test_labels_are_found_as_a_loop_finds_them() -> None:
     model, examples = WordBag(16, DIM), Invented(99, WORDS - 1, 5, 2.5, 3).examples(30)
     corpus = dealt(examples, 10)
     table, biases = PlainTable.of(WORDS, DIM, block=4), PlainTable.of(WORDS, 1, block=1)
-    of = ModelView(model, table, biases)
+    of = ModelView.of(model, table, biases)
     vector = rng_for(1, "weights").normal(0, 0.5, of.layout.size).astype(np.float32)
     rows, shifts = of.layout.memory_of(vector).reshape(WORDS, DIM), of.layout.biases_of(vector)
     dense = torch.from_numpy(of.layout.dense_of(vector))

@@ -25,7 +25,7 @@ from privrec.device import samples
 from privrec.errors import BudgetError, DataError, IntegrityError, ReleaseRefused, UsageError
 from privrec.flower import server_app as server_module
 from privrec.flower.app import out_of, scenario_of
-from privrec.flower.client_app import Node, client_app
+from privrec.flower.client_app import CALIBRATED, Node, client_app
 from privrec.flower.enrolment import Anyone, anchor_of, enroll
 from privrec.flower.exchange import (
     MASKED,
@@ -43,6 +43,7 @@ from privrec.privacy.ledger import Ledger
 from privrec.randomness import SecretRoot
 from privrec.report.build import build
 from privrec.run import directory, lifecycle
+from privrec.run.parties import server_of
 from privrec.run.plan import Plan
 from privrec.run.recommend import recommend
 from privrec.run.record import Observer
@@ -324,6 +325,17 @@ def test_a_server_that_swaps_keys_is_refused(tmp_path: Path, flower_log: Any) ->
     assert "no enrolled device signed this prekey" in logged(flower_log)
 
 
+def test_a_node_keeps_the_noise_of_its_own_scenario_alone(tmp_path: Path) -> None:
+    context = context_of(10, {"partition-id": 0, "num-partitions": NODES}, {})
+    for epsilon in (8.0, 8.0, 4.0):
+        text = SCENARIO.replace("noise_multiplier = 2.0", f"epsilon = {epsilon}")
+        with keys_of(context) as keys:
+            node = Node(app_folder(tmp_path, text), context, keys)
+        plan = Plan.of(Scenario.from_toml(text), 60, 40)
+        assert node._event == plan.event
+        assert keys.kept[CALIBRATED][1] == plan.event.noise_multiplier
+
+
 def test_a_server_that_plans_less_noise_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flower_log: Any
 ) -> None:
@@ -431,7 +443,7 @@ def test_noise_is_that_of_the_attempt_whose_masks_cover_it(
     folder = app_folder(tmp_path)
     scenario = load(folder / "scenario.toml")
     plan, grid, opened = Plan.of(scenario, 60, 40), grid_of(folder), []
-    server = plan.server("run")
+    server = server_of(plan, "run")
     rounds = [server.next_round(attempt) for attempt in (0, 1)]
     first = {**vars(rounds[0]), "event": rounds[0].event.to_json()}
     beside = {**first, "run": "run", "round": first}

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable, Table
-from privrec.models.losses import curvature, item_gram, pack, packed_size, pressure, unpack
+from privrec.models.layout import packed_size
+from privrec.models.losses import curvature, item_gram, pack, pressure, unpack
 
 TABLES = {
     "plain": PlainTable.of(50, 6, block=2),

@@ -12,7 +12,7 @@ from parts import assemble
 
 from privrec.data import Interactions
 from privrec.errors import UsageError
-from privrec.models.losses import packed_size
+from privrec.models.layout import packed_size
 from privrec.randomness import SecretRoot
 from privrec.run.plan import BYTES_A_COEFFICIENT, assign, federation_of
 from privrec.scenario.load import Scenario

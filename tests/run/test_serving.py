@@ -13,7 +13,7 @@ import pytest
 
 from privrec import data
 from privrec.data import Interactions
-from privrec.device.tier import LocalModel
+from privrec.device.local import LocalModel
 from privrec.errors import IntegrityError, UnknownIdError, UsageError
 from privrec.evaluate.evaluator import scores_with
 from privrec.privacy.ledger import Ledger

@@ -10,9 +10,10 @@ import pytest
 from scipy import stats
 
 from privrec.device.device import TOLERANCE, Cohort, Device, Draws, Settings
+from privrec.device.local import LocalModel
 from privrec.device.recommender import RecommenderLearner
 from privrec.device.samples import Histories
-from privrec.device.tier import Federation, LocalModel, ModelView, Tier
+from privrec.device.tier import Federation, ModelView, Tier
 from privrec.device.update import Protection, Round, model_digests
 from privrec.embedding.nested import nested
 from privrec.embedding.subspace import Subspace
@@ -59,7 +60,7 @@ def make_simulation(
     model = NCF.of(kind, 8, (6, 5))  # type: ignore[arg-type]
     vectors = Subspace.sized(ITEMS, 8, block=4, key=1, compression=compression)
     biases = Subspace.sized(ITEMS, 1, block=1, key=2, compression=compression)
-    view = ModelView(model, vectors, biases)
+    view = ModelView.of(model, vectors, biases)
     learner = RecommenderLearner(view, Settings(loss=loss, **SETTINGS))
     chains = nested(vectors, [0]), nested(biases, [0])
     federation = Federation((Tier(0, 1.0, 1.0, 1.0, view, *chains),))

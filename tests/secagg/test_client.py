@@ -14,7 +14,7 @@ from privrec.errors import IntegrityError, ReleaseRefused
 from privrec.secagg.client import ClientSession, Policy
 from privrec.secagg.keys import PrekeyBook, model_root
 from privrec.secagg.messages import Deal, Quorum, Stage, Survivors, bitmap, members
-from privrec.secagg.roster import ListedDevices
+from privrec.secagg.roster import EnrolmentKey, ListedDevices
 from privrec.secagg.server import ServerSession
 from privrec.secagg.sharing import Graph
 
@@ -287,6 +287,25 @@ def test_a_resumed_session_is_held_to_the_policy_and_the_anchor_of_now(stage: St
         with pytest.raises(ReleaseRefused, match=words):
             resumed(book, believed, saved, policy)
     resumed(book, anchor, saved)
+
+
+def test_a_roster_is_checked_once_by_each_anchor() -> None:
+    """Where each message has a process, signatures of all would be verified four times."""
+    waiting = Waiting(Stage.UNMASK)
+    book, saved = waiting.cohort.books[0], waiting.cohort.saved[waiting.device]
+    same = ListedDevices(reversed(waiting.cohort.ids))
+    resumed(book, same, saved)
+    assert not same.verifier._good
+    other = ListedDevices([*waiting.cohort.ids, bytes(32)])
+    resumed(book, other, saved)
+    assert len(other.verifier._good) == len(waiting.cohort.ids)
+
+
+def test_anchors_that_know_others_have_other_digests() -> None:
+    ids = [bytes([number]) * 32 for number in range(3)]
+    anchors = [ListedDevices(ids), ListedDevices(ids[:2]), ListedDevices([])]
+    anchors += [EnrolmentKey(ids[0]), EnrolmentKey(ids[1])]
+    assert len({anchor.digest for anchor in anchors}) == len(anchors)
 
 
 # ---------------------------------------------------------------- the survivors

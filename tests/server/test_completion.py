@@ -11,7 +11,8 @@ import pytest
 from on_devices import lift
 
 from privrec.device.device import Cohort, Draws, Trained
-from privrec.device.tier import LocalModel, Tier
+from privrec.device.local import LocalModel
+from privrec.device.tier import Tier
 from privrec.embedding.subspace import Subspace
 from privrec.models.layout import Layout, bands
 from privrec.models.losses import pack, unpack

@@ -45,7 +45,7 @@ def make_server(
 def plain_federation(size: int) -> Federation:
     """One tier, whose vector is a memory of so many numbers."""
     table = PlainTable.of(size, 1, block=1)
-    parts = ModelView(NCF.of("gmf", 1, ()), table, None)
+    parts = ModelView.of(NCF.of("gmf", 1, ()), table, None)
     return Federation((Tier(0, 1.0, 1.0, 1.0, parts, nested(table, [0]), None),))
 
 

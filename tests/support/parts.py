@@ -11,6 +11,7 @@ from privrec.device.device import Cohort
 from privrec.device.samples import Histories
 from privrec.device.tier import Federation
 from privrec.randomness import SecretRoot
+from privrec.run.parties import server_of, simulation_of
 from privrec.run.plan import Plan
 from privrec.run.simulation import Simulation
 from privrec.scenario.load import Scenario
@@ -44,4 +45,4 @@ def assemble(
 ) -> Parts:
     """Return the parts of a run of a scenario on histories or texts."""
     plan = Plan.of(scenario, train.n_items, train.n_users)
-    return Parts(plan, plan.server(run_id), plan.simulate(train, devices, served), train)
+    return Parts(plan, server_of(plan, run_id), simulation_of(plan, train, devices, served), train)

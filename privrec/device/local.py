@@ -1,0 +1,107 @@
+"""A model with its weights, and what a device derives from them: rows, what it searches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Generic
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from privrec.device.tier import FloatArray, ModelView, N
+from privrec.embedding.table import Table
+from privrec.models.losses import item_gram
+from privrec.search.index import Sketch
+from privrec.search.memory import ItemMemory
+from privrec.search.select import Search
+
+
+@dataclass(frozen=True)
+class LocalModel(Generic[N]):
+    """A tier's model with its weights, and what devices derive from them once a round.
+
+    Nobody changes the ``weights``, the shared vector in memory form. Where ``resident``, rows that
+    are searched are gathered once for all devices that a machine plays; a device has no room.
+    """
+
+    view: ModelView[N]
+    weights: FloatArray
+    resident: bool = False
+
+    @property
+    def dense(self) -> FloatArray:
+        """The dense weights, shape ``(dense,)``."""
+        return self.view.layout.dense_of(self.weights)
+
+    @property
+    def memory(self) -> FloatArray:
+        """Memory of the vectors, shape ``(slots, block)``."""
+        return self.view.layout.memory_of(self.weights)
+
+    @property
+    def bias_memory(self) -> FloatArray:
+        """Memory of the biases, shape ``(bias_slots, 1)``."""
+        return self.view.layout.biases_of(self.weights)[:, None]
+
+    def rows(self, items: NDArray[np.integer]) -> FloatArray:
+        """Vectors of items of any shape: one dimension more."""
+        return self.view.vectors.gather(self.memory, items)
+
+    def biases(self, items: NDArray[np.integer]) -> FloatArray:
+        """Biases of items, of their shape; zeros where the model has none."""
+        if self.view.biases is None:
+            return np.zeros(items.shape, np.float32)
+        return self.view.biases.gather(self.bias_memory, items)[..., 0]
+
+    @cached_property
+    def gram(self) -> FloatArray:
+        """``Σ v vᵀ`` over all items, shape ``(dim, dim)``."""
+        return item_gram(self.view.vectors, self.memory)
+
+    @cached_property
+    def items(self) -> ItemMemory:
+        """The catalogue, or the output neurons, as a device searches them."""
+        table = self.view.biases
+        biases = None if table is None else (table, self.bias_memory)
+        return ItemMemory(self.view.vectors, self.memory, biases)
+
+    def search(self, selector: str, config: Any = None) -> Search:
+        """What a selector searches, by the keys in ``config``; the sketch comes with its own."""
+        sketch = self._sketch if selector == "sketch" else None
+        return replace(self._plain, sketch=sketch, config=config)
+
+    @cached_property
+    def _plain(self) -> Search:
+        return Search(self.items.unfolded() if self.resident else self.items)
+
+    @cached_property
+    def _sketch(self) -> Sketch:
+        return Sketch.of(self._plain.items)
+
+
+class Located:
+    """The memory blocks behind some rows of a table, and how the rows are made of them.
+
+    Of rows ``(m, k)``, ``slots`` names the blocks, ``(m, names)``, each as often as a row has it.
+    """
+
+    def __init__(self, table: Table, items: NDArray[np.int64]) -> None:
+        slots, signs = table.locate(items)
+        if table.scale != 1:
+            signs = signs * np.float32(table.scale)
+        self.slots = slots.reshape(len(items), items.shape[1] * table.parts)
+        self.block = table.block
+        self._shape = (items.shape[1], table.dim)
+        self._signs = torch.from_numpy(signs.reshape(*self.slots.shape, 1))
+
+    def read(self, blocks: Tensor) -> Tensor:
+        """Rows made of blocks ``(m, names, block)``, shape ``(m, k, dim)``."""
+        return (blocks * self._signs).reshape(len(blocks), *self._shape)
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """A change of rows as one of blocks: the adjoint of :meth:`read`, ``(m, names, block)``."""
+        m, names = len(rows), self.slots.shape[1]
+        return rows.reshape(m, names, self.block) * self._signs
