@@ -25,12 +25,12 @@ from privrec.data.corpus import NO_LABEL
 from privrec.embedding.table import PlainTable, Table
 from privrec.errors import UsageError
 from privrec.models.losses import softmax_loss
-from privrec.models.process_memory import give_back_freed
 from privrec.randomness import ROOT_BYTES, SecretRoot, SecureStream, rng_for
 from privrec.search.hashing import Shape
 from privrec.search.index import INDEXES, Index, Rebuild
 from privrec.search.memory import FloatArray, ItemMemory, Items
 from privrec.search.select import ActiveSet, Search, active_set, ranked, select
+from privrec.workers import give_back_freed
 
 Loss = Literal["softmax", "bce"]
 

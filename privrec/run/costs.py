@@ -25,12 +25,6 @@ from privrec.device.tier import Tier
 from privrec.device.update import Protection, Round, model_digests
 from privrec.device.words import QUERIES, WordLearner
 from privrec.models.losses import sampled_loss
-from privrec.models.process_memory import (
-    give_back_freed,
-    peak_resident_bytes,
-    reset_peak,
-    resident_bytes,
-)
 from privrec.privacy.events import RoundEvent
 from privrec.privacy.mechanism import Band, Shares
 from privrec.randomness import SecretRoot
@@ -42,6 +36,12 @@ from privrec.search.hashing import FOLD, Shape
 from privrec.search.index import SIGNATURE
 from privrec.secagg.ring import Ring
 from privrec.server.columns import TABLES, ServerView, shape_of
+from privrec.workers import (
+    give_back_freed,
+    peak_resident_bytes,
+    reset_peak,
+    resident_bytes,
+)
 
 TIMEOUT_S = 120
 _TABLES = 20  # of a device's own choice, on average; see privrec.search.hashing.own_shape

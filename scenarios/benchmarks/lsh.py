@@ -224,8 +224,8 @@ sys.path.insert(0, sys.argv[1])
 from lsh import ITEMS, TABLES, ROOT_SECRET
 from dataclasses import replace
 from _wide import isotropic
-from privrec.models.process_memory import give_back_freed, peak_resident_bytes
-from privrec.models.process_memory import reset_peak, resident_bytes
+from privrec.workers import give_back_freed, peak_resident_bytes
+from privrec.workers import reset_peak, resident_bytes
 from privrec.search.hashing import serial
 import torch
 torch.set_num_threads(1)
@@ -259,8 +259,8 @@ import sys, json, time
 import numpy as np, torch
 torch.set_num_threads(1)
 from privrec.embedding.subspace import Subspace
-from privrec.models.process_memory import give_back_freed, peak_resident_bytes
-from privrec.models.process_memory import reset_peak, resident_bytes
+from privrec.workers import give_back_freed, peak_resident_bytes
+from privrec.workers import reset_peak, resident_bytes
 from privrec.device.local import LocalModel
 from privrec.device.tier import ModelView
 from privrec.models.ncf import NCF

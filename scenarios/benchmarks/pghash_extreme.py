@@ -26,16 +26,16 @@ from privrec.data.corpus import Examples
 from privrec.data.synthetic import Invented
 from privrec.embedding.subspace import Subspace
 from privrec.models.classifier import ExtremeClassifier
-from privrec.models.process_memory import (
+from privrec.models.sparse_output import RowAdam, SparseOutput
+from privrec.randomness import SecretRoot, rng_for
+from privrec.search.hashing import Shape
+from privrec.search.index import Rebuild
+from privrec.workers import (
     give_back_freed,
     peak_resident_bytes,
     reset_peak,
     resident_bytes,
 )
-from privrec.models.sparse_output import RowAdam, SparseOutput
-from privrec.randomness import SecretRoot, rng_for
-from privrec.search.hashing import Shape
-from privrec.search.index import Rebuild
 
 DIM, BLOCK, FOLD, WORDS = 128, 16, 32, 1 << 13
 SELECTED = 0.2

@@ -141,12 +141,11 @@ def simulated(point: Point) -> Row:
     """CPU seconds, bytes and memory of a simulation, from its data to its second round."""
     import torch
 
-    from privrec.models.process_memory import peak_resident_bytes, resident_bytes
     from privrec.randomness import SecretRoot
     from privrec.run.costs import longest, of_tier, peak_bytes
     from privrec.run.task import load_task
     from privrec.scenario.load import load
-    from privrec.workers import cpu_s
+    from privrec.workers import cpu_s, peak_resident_bytes, resident_bytes
 
     torch.set_num_threads(1)
     root = SecretRoot.known(b"a benchmark")

@@ -392,7 +392,7 @@ from privrec.data.files import read_history
 from privrec.data.tables import read_table
 from privrec.data.texts import read_extreme
 from privrec.errors import DataError
-from privrec.models.process_memory import peak_resident_bytes
+from privrec.workers import peak_resident_bytes
 from privrec.scenario.schema import Data
 kind, path = sys.argv[1], Path(sys.argv[2])
 try:

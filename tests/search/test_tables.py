@@ -184,8 +184,8 @@ import sys, json
 import numpy as np, torch
 torch.set_num_threads(1)
 from privrec.embedding.subspace import Subspace
-from privrec.models.process_memory import give_back_freed, peak_resident_bytes
-from privrec.models.process_memory import reset_peak, resident_bytes
+from privrec.workers import give_back_freed, peak_resident_bytes
+from privrec.workers import reset_peak, resident_bytes
 from privrec.search.hashing import Shape
 from privrec.search.memory import ItemMemory
 from privrec.search.hashing import serial
