@@ -19,7 +19,7 @@ def recommender(kind: str = "gmf", *, compressed: bool = False) -> ModelView[NCF
     else:
         vectors = PlainTable.of(ITEMS, DIM, block=BLOCK)
         biases = PlainTable.of(ITEMS, 1, block=1)
-    return ModelView(ncf, vectors, biases)
+    return ModelView.of(ncf, vectors, biases)
 
 
 def settings_of(loss: str, steps: int, rate: float) -> Settings:
