@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
@@ -30,7 +30,7 @@ class ModelView(Generic[N]):
     """
 
     dense: int
-    make: Callable[[], N]
+    make: Callable[[], N] = field(compare=False, repr=False)
     vectors: Table
     biases: Table | None
     gram: int = 0

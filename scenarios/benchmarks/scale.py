@@ -143,6 +143,7 @@ def simulated(point: Point) -> Row:
 
     from privrec.randomness import SecretRoot
     from privrec.run.costs import longest, of_tier, peak_bytes
+    from privrec.run.parties import server_of
     from privrec.run.task import load_task
     from privrec.scenario.load import load
     from privrec.workers import cpu_s, peak_resident_bytes, resident_bytes
@@ -154,7 +155,7 @@ def simulated(point: Point) -> Row:
     task = load_task(scenario, None)
     laps.append(cpu_s())
     plan = task.plan
-    devices, server = task.simulate(root), plan.server("scale")
+    devices, server = task.simulate(root), server_of(plan, "scale")
     laps.append(cpu_s())
     for _ in range(2):
         laps, began = [*laps[:3], cpu_s()], time.perf_counter()

@@ -660,7 +660,7 @@ def test_a_device_that_is_hidden_from_those_it_drew(monkeypatch: Patch) -> None:
         _, total, vectors = attack(len(signers))
         assert len(vectors) == len(signers) - 1
         np.testing.assert_array_equal(total, plain_sum(list(vectors.values()), terms((LENGTH,))))
-    with pytest.raises(ReleaseRefused, match=f"{len(signers) - 1} devices hold it"):
+    with pytest.raises(ReleaseRefused, match=f"{len(signers) - 1} devices take part"):
         attack(len(signers))
 
 

@@ -266,7 +266,7 @@ def test_a_gram_matrix_of_items_is_computed_once_for_all_devices(lab, vector, mo
         counted.append(len(memory))
         return item_gram(table, memory)
 
-    monkeypatch.setattr("privrec.device.tier.item_gram", once)
+    monkeypatch.setattr("privrec.device.local.item_gram", once)
     list(trained_rows(here.cohort, here.weights, here.users, Draws(here.key)))
     assert len(counted) == 1
     model, double = here.model, here.model

@@ -150,5 +150,7 @@ def test_the_secure_sum_of_an_app_loads_neither(tmp_path: Path) -> None:
     messages = strategy.configure_train(1, start, ConfigRecord(), grid)
     arrays, _ = strategy.aggregate_train(1, grid.send_and_receive(messages))
     assert arrays is not None
-    assert np.allclose(arrays.to_numpy_ndarrays()[0], 1, atol=1e-4)
+    assert np.allclose(
+        arrays.to_numpy_ndarrays()[0], 1, atol=2e-3
+    )  # three are rounded to steps of 5 / 2^13
     assert grid.loaded == {stage: [] for stage in (PREKEYS, *EXCHANGES)}

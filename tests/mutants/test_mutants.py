@@ -13,7 +13,8 @@ def test_a_mutant_changes_what_stands_there_and_names_tests(mutant: mutate.Mutan
     source = (mutate.ROOT / mutant.file).read_text("utf-8")
     mutated = mutant.applied(source)
     assert mutated != source
-    ast.parse(mutated)
+    if mutant.file.endswith(".py"):
+        ast.parse(mutated)
     for test in mutant.tests:
         file, _, name = test.partition("::")
         assert name.partition("[")[0] in (mutate.ROOT / file).read_text("utf-8")

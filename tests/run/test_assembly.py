@@ -120,6 +120,7 @@ def test_the_weakest_capacity_alone_is_a_smaller_model_of_the_same_kind(system: 
         scenario({**SYSTEMS[system], **tiers((1.0, 0.5, 1.0), (0.25, 0.5, 1.0))}), 40
     )
     assert alone.tiers[0].model == mixed.tiers[1].model
+    assert alone.tiers[0].model.network == mixed.tiers[1].model.network
     assert alone.layout == mixed.tiers[1].layout
 
 

@@ -118,9 +118,9 @@ def test_an_mlflow_that_refuses_is_reported_in_plain_words(mlflow: Recorder) -> 
     ("module", "make"),
     [("mlflow", MLflowSink), ("torch.utils.tensorboard", lambda: TensorBoardSink(Path("x")))],
 )
-def test_a_missing_service_names_the_extra(
+def test_a_missing_service_names_what_to_install(
     monkeypatch: pytest.MonkeyPatch, module: str, make: Any
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UsageError, match=r"privrec\[track\]"):
+    with pytest.raises(UsageError, match="pip install tensorboard mlflow-skinny"):
         make()
