@@ -90,7 +90,7 @@ def clipping(harness: Harness) -> Iterator[Checked]:
     encoding = harness.plan.protection.encoding
     clip_norm, bound = encoding.clip_norm, encoding.squared_bound
     learners = [
-        Hostile(own.view, own.settings, own.popularity, own.examples, clip_norm)
+        Hostile(own.view, own.settings, own.popularity, own.examples, clip_norm=clip_norm)
         for own in (cohort.learner for cohort in harness.simulation.cohorts)
     ]
     cohorts = map(lambda cohort, own: replace(cohort, learner=own), _fresh(harness), learners)

@@ -35,6 +35,7 @@ class Layout:
         columns: of user, item, rating and time: in the header, or by number.
         title_separator: a comma: with quotes.
         title_columns: of item and title.
+        genres: columns of an item's genres: one with their names, or one for each that says 0 or 1.
         old: whether the titles are Latin-1, where nobody has made them UTF-8.
     """
 
@@ -45,6 +46,7 @@ class Layout:
     title_separator: str
     title_columns: tuple[str | int, ...] = (1, 2)
     old: bool = True
+    genres: tuple[str | int, ...] = (3,)
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,12 @@ class Archive:
         return f"{users:,} users, {items:,} items, {ratings:,} ratings, {self.size} MB"
 
 
-_TABS = Layout("u.data", "\t", (1, 2, 3, 4), "u.item", "|")
+_TABS = Layout("u.data", "\t", (1, 2, 3, 4), "u.item", "|", genres=tuple(range(6, 25)))
 _COLONS = Layout("ratings.dat", "::", (1, 2, 3, 4), "movies.dat", "::")
 _NAMED = ("userId", "movieId", "rating", "timestamp")
-_COMMAS = Layout("ratings.csv", ",", _NAMED, "movies.csv", ",", ("movieId", "title"), False)
+_COMMAS = Layout(
+    "ratings.csv", ",", _NAMED, "movies.csv", ",", ("movieId", "title"), False, ("genres",)
+)
 
 ARCHIVES: Mapping[str, Archive] = {
     archive.name: archive

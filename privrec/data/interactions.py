@@ -89,6 +89,7 @@ class Interactions(ItemLists):
         user_ids: [U] original ids, int64 or objects that are str, without repetition.
         item_ids: [n] likewise. An item need not occur.
         titles: n titles, or None where the source has none.
+        features: float32 [n, q], public ones (:mod:`privrec.data.features`), or None.
         repeats: rows of the source that were left out, since their pair had another.
     """
 
@@ -97,6 +98,7 @@ class Interactions(ItemLists):
     item_ids: IdArray
     titles: Sequence[str] | None = None
     repeats: int = 0
+    features: NDArray[np.float32] | None = None
 
     @classmethod
     def from_pairs(
@@ -188,7 +190,8 @@ class Interactions(ItemLists):
         """Number items anew: ``order``, int64 [n], has the present position of each new one."""
         titles = None if self.titles is None else tuple(self.titles[item] for item in order)
         items, names = _new_positions(order)[self.items], self.item_ids[order]
-        return replace(self, items=items, item_ids=names, titles=titles)
+        features = None if self.features is None else self.features[order]
+        return replace(self, items=items, item_ids=names, titles=titles, features=features)
 
 
 # ------------------------------------------------------------------------------------------ splits

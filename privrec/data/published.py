@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from privrec.data import features
 from privrec.data.catalogue import ARCHIVES, Layout, cache_dir
 from privrec.data.files import (
     File,
@@ -49,6 +50,7 @@ Int64Array = NDArray[np.int64]
 NEGATIVES = 99
 _TRAIN = ".train.rating"
 _ADJACENCY = ("train.txt", "test.txt")
+_YEAR = re.compile(r"\((\d{4})\)\s*$")
 _PAIR = re.compile(r"\((0|[1-9][0-9]{0,17}),(0|[1-9][0-9]{0,17})\)")
 _RELEASE = "use the file of this release, or remove it"
 _VALIDATION_SHARE = 0.1
@@ -70,19 +72,22 @@ def load_movielens(config: Data, data_dir: Path | None) -> Split:
     """Load a release of MovieLens: all ratings as interactions, whatever the rating was.
 
     Users and items are those that occur, in the order of their ids. Titles are there where the file
-    of titles is. A folder with the NCF paper's files is read by :func:`load_ncf`'s rules.
+    of titles is; genres and years are read from it where ``config.features`` asks for them. A
+    folder with the NCF paper's files is read by :func:`load_ncf`'s rules.
     """
     archive, ncf = ARCHIVES[config.source], f"{config.source}{_TRAIN}"
     layout, markers = archive.layout, [ncf, archive.layout.ratings]
     look = partial(find_folder, names=archive.folders, markers=markers)
     folder: Place = _found(config, data_dir, look, " or ".join(markers))
     if (folder / ncf).is_file():
-        return _read_ncf(folder, config.source, config.holdout)
+        return _read_ncf(folder, config.source, config)
     file = File(folder / layout.ratings)
     users, items, times, where = _ratings(file, layout.columns, layout.separator)
     ids = np.unique(items)
     titles = _titles(folder, layout, ids)
     rated = Interactions.from_pairs(users, items, times, item_ids=ids, titles=titles, where=where)
+    if config.features:
+        rated = replace(rated, features=_genres_and_years(folder, layout, ids))
     return leave_last_out(rated, holdout=config.holdout)
 
 
@@ -114,7 +119,7 @@ def load_ncf(config: Data, data_dir: Path | None) -> Split:
         return (folder, found[0]) if found and (folder / f"{found[0]}{_TRAIN}").is_file() else None
 
     folder, prefix = _found(config, data_dir, look, f"PREFIX{_TRAIN}")
-    return _read_ncf(folder, prefix, config.holdout)
+    return _read_ncf(folder, prefix, config)
 
 
 def load_lightgcn(config: Data, data_dir: Path | None) -> Split:
@@ -191,6 +196,30 @@ def _titles(folder: Place, layout: Layout, item_ids: NDArray[Any]) -> tuple[str,
     return tuple(known.get(item, f"item {item}").strip() for item in item_ids.tolist())
 
 
+def _genres_and_years(folder: Place, layout: Layout, item_ids: NDArray[Any]) -> NDArray[np.float32]:
+    """Features of each item: its genres, and the year in its title."""
+    file, mark = File(folder / layout.titles), layout.title_separator
+    if not file.path.is_file():
+        rule = "data.features = true reads genres from the release's file of titles"
+        raise bad_file(file, "it is not there", rule, "copy it there, or remove data.features")
+    encoding = _old_encoding(file) if layout.old else "utf-8"
+    names = (*layout.title_columns, *layout.genres)
+    item, title, *genres = read_columns([file], names, mark, encoding, quotes=mark == ",")
+    cells = genres[0].texts()
+    if len(genres) > 1:  # a column of flags for each
+        flags = np.stack([column.whole_numbers() for column in genres], axis=1)
+        cells = ["|".join(map(str, np.flatnonzero(row))) for row in flags]
+    years = [_YEAR.search(each) for each in title.texts()]
+    ids = item.whole_numbers()
+    order = np.argsort(ids)
+    at = order[np.searchsorted(ids, item_ids, sorter=order).clip(max=ids.size - 1)]
+    known = ids[at] == item_ids
+    told = [cells[row] if there else "" for row, there in zip(at, known, strict=True)]
+    number = [float(found[1]) if found else np.nan for found in years]
+    year = np.where(known, np.array(number)[at], np.nan)
+    return features.beside([features.of_categories(told), features.of_numbers(year)])
+
+
 def _old_encoding(file: File) -> str:
     """The publisher's older files are Latin-1, copies of them often UTF-8."""
     try:
@@ -201,7 +230,8 @@ def _old_encoding(file: File) -> str:
     return "utf-8"
 
 
-def _read_ncf(folder: Place, prefix: str, holdout: Holdout) -> Split:
+def _read_ncf(folder: Place, prefix: str, config: Data) -> Split:
+    holdout: Holdout = config.holdout
     file, test = (File(folder / f"{prefix}.{part}.rating") for part in ("train", "test"))
     users, items, times, where = _ratings(file)
     trained = np.unique(users[np.diff(users, prepend=-1) != 0])
@@ -227,6 +257,12 @@ def _read_ncf(folder: Place, prefix: str, holdout: Holdout) -> Split:
         rule = f"training has users up to {trained[-1]}, and user k is on line k + 1"
         user_ids = _release_ids(names, "user", "::", None, int(trained[-1]), rule)[trained]
     named = replace(everything, user_ids=user_ids, item_ids=item_ids, titles=titles)
+    if config.features:
+        if titles is None:
+            rule = "data.features = true needs item_ids.txt and movies.dat beside it"
+            raise bad_file(folder, "films have no ids", rule, "copy them, or remove data.features")
+        described = _genres_and_years(folder, ARCHIVES["ml-1m"].layout, item_ids)
+        named = replace(named, features=described)
     train = named.select(named.items != targets[named.users])
     empty = np.flatnonzero(train.counts == 0)
     if empty.size:

@@ -47,8 +47,9 @@ class LocalModel(Generic[N]):
         return self.view.layout.biases_of(self.weights)[:, None]
 
     def rows(self, items: NDArray[np.integer]) -> FloatArray:
-        """Vectors of items of any shape: one dimension more."""
-        return self.view.vectors.gather(self.memory, items)
+        """Vectors of items of any shape, with their features: one dimension more."""
+        learned, features = self.view.vectors.gather(self.memory, items), self.view.features
+        return learned if features is None else np.concatenate((learned, features[items]), axis=-1)
 
     def biases(self, items: NDArray[np.integer]) -> FloatArray:
         """Biases of items, of their shape; zeros where the model has none."""
@@ -86,9 +87,12 @@ class Located:
     """The memory blocks behind some rows of a table, and how the rows are made of them.
 
     Of rows ``(m, k)``, ``slots`` names the blocks, ``(m, names)``, each as often as a row has it.
+    Public ``features`` of all items, ``(items, q)``, follow in each row, and never change.
     """
 
-    def __init__(self, table: Table, items: NDArray[np.int64]) -> None:
+    def __init__(
+        self, table: Table, items: NDArray[np.int64], features: FloatArray | None = None
+    ) -> None:
         slots, signs = table.locate(items)
         if table.scale != 1:
             signs = signs * np.float32(table.scale)
@@ -96,12 +100,18 @@ class Located:
         self.block = table.block
         self._shape = (items.shape[1], table.dim)
         self._signs = torch.from_numpy(signs.reshape(*self.slots.shape, 1))
+        self._features = None if features is None else torch.from_numpy(features[items])
 
     def read(self, blocks: Tensor) -> Tensor:
-        """Rows made of blocks ``(m, names, block)``, shape ``(m, k, dim)``."""
-        return (blocks * self._signs).reshape(len(blocks), *self._shape)
+        """Rows made of blocks ``(m, names, block)``, shape ``(m, k, dim + q)``."""
+        rows = (blocks * self._signs).reshape(len(blocks), *self._shape)
+        if self._features is None:
+            return rows
+        return torch.cat((rows, self._features.expand(len(rows), -1, -1)), dim=2)
 
     def spread(self, rows: Tensor) -> Tensor:
         """A change of rows as one of blocks: the adjoint of :meth:`read`, ``(m, names, block)``."""
         m, names = len(rows), self.slots.shape[1]
+        if self._features is not None:
+            rows = rows[..., : self._shape[1]]
         return rows.reshape(m, names, self.block) * self._signs

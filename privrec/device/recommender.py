@@ -53,13 +53,15 @@ class RecommenderLearner(Learner):
 
     ``popularity`` is that of :func:`~privrec.device.samples.popularity_of`, where negatives ask for
     it; ``examples`` is how single examples are hidden, if they are: in every upload by noise of
-    every local step, or in sums by shares of noise.
+    every local step, or in sums by shares of noise; ``served`` is the model that users are fitted
+    to for recommendations, where it has features that training does without.
     """
 
     view: ModelView[NCF]
     settings: Settings
     popularity: NDArray[np.float64] | None = None
     examples: ExampleNoise | ExampleShares | None = None
+    served: ModelView[NCF] | None = None
 
     @property
     def state_dim(self) -> int:
@@ -73,7 +75,7 @@ class RecommenderLearner(Learner):
         budget, negatives = own.serve_budget or own.budget, own.serve_negatives
         settings = replace(own, budget=budget, negatives=negatives, user_steps=own.serve_steps)
         # Popular negatives are for training: a fit is to all items alike.
-        return RecommenderLearner(self.view, replace(settings, max_samples=None))
+        return RecommenderLearner(self.served or self.view, replace(settings, max_samples=None))
 
     @cached_property
     def sampler(self) -> Sampler:
@@ -133,10 +135,10 @@ class RecommenderLearner(Learner):
         It is how recommendations are made, for users seen in training and for others alike.
         Those of ``some`` of the batches are fitted; the others stay zeros.
         """
-        model = LocalModel(self.view, weights, resident=len(data.users) >= MANY)
-        fitted = np.zeros((len(data.users), self.state_dim), np.float32)
+        model = LocalModel(self.serving.view, weights, resident=len(data.users) >= MANY)
+        fitted = np.zeros((len(data.users), self.serving.state_dim), np.float32)
         for places in list(self.serving.batches(data.lengths))[some]:
-            nothing = torch.zeros(len(places), self.state_dim)
+            nothing = torch.zeros(len(places), self.serving.state_dim)
             _, user = self.serving._fitted(model, data.select(places), nothing, draws)
             fitted[places] = user.numpy()
         return fitted
@@ -204,7 +206,7 @@ class _Local:
         if settings.rank_power:
             ranked = (1 + batch.items / _HEAD) ** settings.rank_power
             self._ranked = torch.from_numpy(ranked.astype(np.float32))
-        self._vectors = _Touched(view.vectors, model.memory, batch)
+        self._vectors = _Touched(view.vectors, model.memory, batch, view.features)
         self._biases: _Touched | None = None
         if view.biases is not None:
             self._biases = _Touched(view.biases, model.bias_memory, batch)
@@ -315,8 +317,10 @@ class _Touched(Located):
     changes, which keeps the update's norm the true one.
     """
 
-    def __init__(self, table: Table, memory: FloatArray, batch: Batch) -> None:
-        super().__init__(table, batch.items)
+    def __init__(
+        self, table: Table, memory: FloatArray, batch: Batch, features: FloatArray | None = None
+    ) -> None:
+        super().__init__(table, batch.items, features)
         # Samples of one item come merged already; only items that collide are left to merge.
         self._merges = not table.injective
         if self._merges:

@@ -27,6 +27,8 @@ class ModelView(Generic[N]):
         dense: weights of the network, which lengths follow from without it.
         make: gives the network when it is first used, and imports what computes it.
         gram: coefficients of the users' Gram matrix, see :class:`~privrec.models.layout.Layout`.
+        features: public ones of each item, ``(items, q)``, which stand beside its learned vector:
+            users weigh them, nobody trains them, and they are no part of the shared vector.
     """
 
     dense: int
@@ -34,6 +36,7 @@ class ModelView(Generic[N]):
     vectors: Table
     biases: Table | None
     gram: int = 0
+    features: FloatArray | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of(
@@ -53,6 +56,12 @@ class ModelView(Generic[N]):
         slots = 0 if self.biases is None else self.biases.slots
         vectors = self.vectors
         return Layout(self.dense, vectors.slots, vectors.block, slots, self.gram)
+
+    def featured(self, features: FloatArray) -> ModelView[Any]:
+        """The same with public features of its items, of a network that takes some."""
+        network: Any = self.network
+        wider = network.featured(features.shape[1])
+        return replace(self, features=features, make=lambda: wider)
 
     def tabulated(self) -> ModelView[N]:
         """The same with its places looked up, for a machine that plays many devices."""

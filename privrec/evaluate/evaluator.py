@@ -125,7 +125,7 @@ class Evaluator:
         fitted = forked(
             workers, lambda n: learner.serve(view, asked, draws, slice(n, None, workers))
         )
-        model, n_items = LocalModel(learner.view, view), self.split.train.n_items
+        model, n_items = LocalModel(learner.serving.view, view), self.split.train.n_items
         scores = scores_with(model, asked.users, np.sum(fitted, axis=0), n_items)
         return self._scored(scores, protocols, asked.users)
 

@@ -90,7 +90,8 @@ class Node:
         config = context.node_config
         self.scenario = scenario = scenario_of(folder, context.run_config)
         self.simulated = "history" not in config
-        self.hosted, self.federation = (_partition if self.simulated else _own)(scenario, config)
+        described = (_partition if self.simulated else _own)(scenario, config)
+        self.hosted, self.federation, self._features = described
         anchor = anchor_of(config)
         if anchor is None and not self.simulated:
             raise UsageError(
@@ -200,7 +201,8 @@ class Node:
         from privrec.run.parties import learner_of
 
         tiers = self.federation.tiers
-        return learner_of(self.scenario, self.federation, tiers[tier], self._examples)
+        own = self.federation, tiers[tier], self._examples
+        return learner_of(self.scenario, *own, features=self._features)
 
     def _device(self, hosted: Hosted, state: bytes) -> Device:
         """A user's own device, to train on."""
@@ -213,7 +215,10 @@ class Node:
         return Device(hosted.user, hosted.history, tier, layouts, learner, protection, root, own)
 
 
-def _partition(scenario: Scenario, config: Mapping[str, Any]) -> tuple[list[Hosted], Federation]:
+Described = tuple[list[Hosted], Federation, NDArray[np.float32] | None]
+
+
+def _partition(scenario: Scenario, config: Mapping[str, Any]) -> Described:
     """Every n-th user of the data set, in the tier that the scenario's seed gives."""
     part, parts = config.get("partition-id"), config.get("num-partitions")
     if not (isinstance(part, int) and isinstance(parts, int) and 0 <= part < parts):
@@ -226,11 +231,17 @@ def _partition(scenario: Scenario, config: Mapping[str, Any]) -> tuple[list[Host
     federation = federation_of(scenario, train.n_items)
     tiers = assign(train.n_users, federation, scenario.run.seed)
     users = [u for u in range(part, train.n_users, parts) if tiers[u] < len(federation.tiers)]
-    return [Hosted(user, int(tiers[user]), train.history(user)) for user in users], federation
+    hosted = [Hosted(user, int(tiers[user]), train.history(user)) for user in users]
+    return hosted, federation, train.features
 
 
-def _own(scenario: Scenario, config: Mapping[str, Any]) -> tuple[list[Hosted], Federation]:
+def _own(scenario: Scenario, config: Mapping[str, Any]) -> Described:
     """One user with a history of its own."""
+    if getattr(scenario.data, "features", False):
+        raise UsageError(
+            "data.features = true: a node with a history of its own has no features of items; "
+            'remove the key (set = "data.features=" in the run-config)'
+        )
     catalogue = text_of(config, "catalogue")
     if catalogue is None:
         raise UsageError(
@@ -252,4 +263,4 @@ def _own(scenario: Scenario, config: Mapping[str, Any]) -> tuple[list[Hosted], F
         raise UsageError(f"capacity = {capacity}: the scenario's tiers have {capacities}; take one")
     history = np.unique(np.array([items[name] for name in liked], np.int32))
     user = int(config.get("number", 0))
-    return [Hosted(user, capacities.index(capacity), history)], federation
+    return [Hosted(user, capacities.index(capacity), history)], federation, None

@@ -12,7 +12,7 @@ with each device's own copy of what it trains.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -48,6 +48,10 @@ class NCF:
     def configured(cls, config: Model, dim: int) -> NCF:
         """The network that ``[model]`` describes."""
         return cls.of(config.kind, dim, tuple(getattr(config, "hidden", ())))
+
+    def featured(self, features: int) -> NCF:
+        """A GMF over item vectors that so many features follow."""
+        return replace(self, dot=self.dot + features)
 
     @property
     def dim(self) -> int:

@@ -121,20 +121,25 @@ def longest(cohort: Cohort[Any]) -> NDArray[np.int32]:
 
 
 def peak_bytes(
-    plan: Plan, tier: Tier, weights: NDArray[np.float32], history: NDArray[np.int32]
+    plan: Plan,
+    tier: Tier,
+    weights: NDArray[np.float32],
+    history: NDArray[np.int32],
+    described: int = 0,
 ) -> int | None:
     """Return the peak resident memory of one device's round above that of an idle interpreter.
 
     A fresh interpreter imports what a device needs, then receives the tier's prefix of the model,
     trains on one history (the longest is the worst case) and encodes its update, with its noise.
-    None when that interpreter could not be run.
+    Of each item of the catalogue the data has so many features, ``described``. None when that
+    interpreter could not be run.
     """
     if len(history) < 2:  # a text of one word has no next one
         history = np.resize(history, 2)
     shares = plan.protection.shares
     head = {"scenario": plan.scenario.to_toml(), "items": plan.items, "tier": tier.index}
     head |= {"weights": weights.nbytes, "shares": shares and asdict(shares)}
-    head |= {"examples": plan.examples and plan.examples.to_json()}
+    head |= {"examples": plan.examples and plan.examples.to_json(), "described": described}
     try:
         done = subprocess.run(
             # -P: a file of the working directory must not pass for a module.
@@ -167,10 +172,10 @@ def _peak(head: bytes, body: bytes) -> int:
         # The bytes arrived before the measurement; the copies are what a device would hold.
         weights = np.frombuffer(sent, np.float32).copy()
         items = np.frombuffer(history, np.int32).copy()
-        learner, root = (
-            learner_of(scenario, federation, tier, examples),
-            SecretRoot.known(b"measures itself"),
-        )
+        size = described["items"], described["described"]
+        features = np.zeros(size, np.float32) if size[1] else None
+        learner = learner_of(scenario, federation, tier, examples, features=features)
+        root = SecretRoot.known(b"measures itself")
         device = Device(0, items, tier, federation.layouts_of(tier), learner, protection, root)
         digests = model_digests(weights, device.layouts)
         round = Round("footprint", 0, 0, RoundEvent("none", 0.0, 1.0), "", digests)

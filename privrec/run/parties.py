@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from privrec.data import Interactions
 from privrec.data.corpus import Corpus
+from privrec.data.features import beside, of_ranks
 from privrec.device.device import Cohort, Learner, Settings
 from privrec.device.example_shares import ExampleShares
 from privrec.device.examples import ExampleNoise
@@ -71,6 +72,7 @@ def simulation_of(
     ``ask`` is how devices ask the server for neurons, in the scheme ``"requested"``.
     """
     scenario, popularity, cohorts = plan.scenario, None, list[Cohort[Any]]()
+    features = train.features if isinstance(train, Interactions) else None
     histories = Histories(np.arange(train.n_users), train.indptr, train.items)
     if scenario.train.selector == "popularity":
         popularity = popularity_of(train.item_counts())
@@ -78,7 +80,9 @@ def simulation_of(
         members = np.flatnonzero(plan.assigned == tier.index)
         if train.n_items <= TABULATED_ITEMS:
             tier = replace(tier, model=tier.model.tabulated())
-        learner = learner_of(scenario, plan.federation, tier, plan.examples, popularity, ask)
+        learner = learner_of(
+            scenario, plan.federation, tier, plan.examples, popularity, ask, features
+        )
         cohorts.append(Cohort.of(learner, histories.select(members)))
     policy = Policy(scenario.devices.min_cohort, scenario.privacy.colluding_share)
     return Simulation(
@@ -121,11 +125,13 @@ def learner_of(
     examples: RoundEvent | None,
     popularity: NDArray[np.float64] | None = None,
     ask: Ask | None = None,
+    features: NDArray[np.float32] | None = None,
 ) -> Learner:
     """Return local training as ``[train]`` describes it, in a tier's memory.
 
     ``examples`` is the plan's example-level event; without one no example is hidden. ``popularity``
-    are public cumulative probabilities of the items, for popular negatives.
+    are public cumulative probabilities of the items, for popular negatives, and ``features`` those
+    that the data has of all items, if any.
     """
     train, newton = scenario.train, scenario.train.server_optimizer == "newton"
     names = Settings.__dataclass_fields__.keys() & type(train).model_fields.keys()
@@ -135,7 +141,16 @@ def learner_of(
     if scenario.model.learns != "interactions":
         return WordLearner(tier.model, settings, ask)
     hidden = example_bound(scenario, examples, federation.layout.size)
-    return RecommenderLearner(tier.model, settings, popularity, hidden)
+    known = [] if features is None else [features]
+    if getattr(scenario.model, "rank_features", False):
+        known.append(beside([of_ranks(federation.tiers[0].model.vectors.items)]))
+    view = tier.model
+    if known:
+        view = view.featured(np.concatenate(known, axis=1)[: view.vectors.items])
+    if hidden is None:
+        return RecommenderLearner(view, settings, popularity)
+    # Bounds of single examples are of learned vectors alone; a fit that stays at home needs none.
+    return RecommenderLearner(tier.model, settings, popularity, hidden, view)
 
 
 def example_bound(

@@ -68,8 +68,8 @@ def recommend(
         history: ids of liked items, or a file of them (:func:`privrec.data.files.read_history`).
         data_dir: where the data lies, before the place that the run remembers.
         selector: how the best are found in the memory (:mod:`privrec.search.select`): ``scan`` is
-            exact; others find candidates, which are then ranked exactly. A model with a network
-            has no nearest items, and scores all of them.
+            exact; others find candidates, which are then ranked exactly. A model with a network,
+            or with features of items, scores all of them.
 
     Raises:
         UnknownIdError: when the data set has no such user or item.
@@ -98,15 +98,16 @@ def recommend(
     federation = federation_of(task.scenario, train.n_items)
     weights = read_model(run_dir, federation, model_digest)
     tier = federation.tiers[0]
-    learner = cast(RecommenderLearner, learner_of(task.scenario, federation, tier, None))
+    made = learner_of(task.scenario, federation, tier, None, features=train.features)
+    learner = cast(RecommenderLearner, made)
     view = tier.view(weights)
     key = int(rng_for(task.scenario.run.seed, "serving").integers(2**63))
     draws = Draws(key, lambda _: _own_stream())
     states = learner.serve(view, learner.held(Histories.alone(0, items)), draws)
-    model, k = LocalModel(learner.view, view), min(k, train.n_items - len(items))
+    model, k = LocalModel(learner.serving.view, view), min(k, train.n_items - len(items))
     if k < 1:
         return []
-    if learner.view.network.tower:
+    if learner.view.network.tower or model.view.features is not None:
         alone = np.array([0])
         every = scores_with(model, alone, states, train.n_items)(alone, None)[0]
         every[items] = -np.inf

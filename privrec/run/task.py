@@ -208,7 +208,9 @@ class Task(ABC, Generic[S]):
     def _peak(self, devices: Simulation, tier: Tier, weights: FloatArray) -> int | None:
         prefix = self.plan.federation.prefix(weights, tier)
         longest = costs.longest(devices.cohorts[tier.index])
-        return costs.peak_bytes(self.plan, tier, prefix, longest)
+        features = getattr(self.split.train, "features", None)
+        described = 0 if features is None else features.shape[1]
+        return costs.peak_bytes(self.plan, tier, prefix, longest, described)
 
 
 class Recommending(Task[Split]):

@@ -280,6 +280,29 @@ class FilesOfHistories(_Files, _Histories):
     """Files of users' interactions, as published."""
 
 
+def needs_of_features(path: str, values: Values) -> Iterator[Problem]:
+    """What features of items rule out: nothing but a user's fit by inner products knows of them."""
+    remedy = f"remove it (-s {path}=), or the other"
+    if values[path] and not MODELS[values["model.kind"]].config.inner_product:
+        yield path, f'model.kind = "{values["model.kind"]}" has no place for features', remedy
+    if values[path] and values["train.loss"] == "ials":
+        yield path, 'train.loss = "ials" sums over all items by their learned vectors', remedy
+
+
+class DescribedHistories(FilesOfHistories):
+    """Files of users' interactions with films, as published."""
+
+    features: bool = False
+    """Whether devices know genres and years of the films, and weigh them for their user: public,
+    and no budget is spent on it.
+    """
+
+    @classmethod
+    def conflicts(cls, values: Values) -> Iterator[Problem]:
+        """Features are known to the model's inner product alone."""
+        return needs_of_features("data.features", values)
+
+
 def _known_encoding(name: str) -> str:
     try:
         "a".encode(name)  # refuses what is no encoding of text, as base64
@@ -356,9 +379,10 @@ _MOVIELENS = ("movielens", "A MovieLens set, of GroupLens or the NCF paper.")
 for _name, (_load, _meaning) in {
     **dict.fromkeys(PUBLISHED, _MOVIELENS),
     "ncf": ("ncf", "A split as the NCF paper has it, with negatives."),
-    "lightgcn": ("lightgcn", "A split as the LightGCN paper has it."),
 }.items():
-    READERS.add(_name, FilesOfHistories, f"privrec.data.published:load_{_load}", meaning=_meaning)
+    READERS.add(_name, DescribedHistories, f"privrec.data.published:load_{_load}", meaning=_meaning)
+_LIGHTGCN = "A split as the LightGCN paper has it."
+READERS.add("lightgcn", FilesOfHistories, "privrec.data.published:load_lightgcn", meaning=_LIGHTGCN)
 READERS.add("table", TableFile, "privrec.data.published:load_table")
 READERS.add("text", TextFiles, "privrec.data.texts:load_articles")
 READERS.add("synthetic_text", SyntheticText, "privrec.data.synthetic:load_articles")
@@ -370,6 +394,16 @@ READERS.add("synthetic_labels", SyntheticLabels, "privrec.data.synthetic:load_ex
 
 
 Width = Annotated[int, Field(ge=1, le=4096)]
+NO_RANKS = (
+    "items have a rank in a recommender whose rows are in the order of popularity",
+    'set devices.popularity = "released", or remove it',
+)
+
+
+def has_ranks(values: Values) -> bool:
+    """Whether the order of the items by popularity is one that everybody knows."""
+    order = values["devices.nesting"] or ("rows" if values["devices.popularity"] else "fold")
+    return order == "rows" and MODELS[values["model.kind"]].config.learns == "interactions"
 
 
 class Recommender(Section):
@@ -394,6 +428,18 @@ class GMF(Recommender):
     """Matrix factorisation: an inner product of user and item."""
 
     inner_product = True
+
+    rank_features: bool = False
+    """With `nesting = "rows"`: whether devices weigh where items stand in the order of popularity,
+    for their user.
+    """
+
+    @classmethod
+    def conflicts(cls, values: Values) -> Iterator[Problem]:
+        """Ranks are those of an order that everybody knows."""
+        if values["model.rank_features"] and not has_ranks(values):
+            yield "model.rank_features", *NO_RANKS
+        yield from needs_of_features("model.rank_features", values)
 
 
 class Network(Recommender):
@@ -522,11 +568,8 @@ class _Ranked(Section):
     @classmethod
     def conflicts(cls, values: Values) -> Iterator[Problem]:
         """Ranks are those of an order that everybody knows."""
-        order = values["devices.nesting"] or ("rows" if values["devices.popularity"] else "fold")
-        learns = MODELS[values["model.kind"]].config.learns
-        if values["train.rank_power"] and (order != "rows" or learns != "interactions"):
-            rule = "items have a rank in a recommender whose rows are in the order of popularity"
-            yield "train.rank_power", rule, 'set devices.popularity = "released", or remove it'
+        if values["train.rank_power"] and not has_ranks(values):
+            yield "train.rank_power", *NO_RANKS
 
 
 class Softmax(_Ranked, Sampled):

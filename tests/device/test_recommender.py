@@ -297,3 +297,47 @@ def test_a_rank_weighs_the_gradient_of_its_item_and_nothing_else(double_lab, vec
     assert np.abs(rows[0]).max() > 1e-3
     expected = rows[0] * np.sqrt(1 + items / 100)[:, None]
     np.testing.assert_allclose(rows[1], expected, rtol=1e-6, atol=1e-9)
+
+
+def with_features(here, features: np.ndarray):
+    """The same devices, which know of features and begin without an opinion of them."""
+    learner = replace(here.learner, view=here.learner.view.featured(features))
+    *vector, bias = np.hsplit(here.states, [here.states.shape[1] - 1])
+    weights = np.zeros((len(bias), features.shape[1]), bias.dtype)
+    return replace(here, learner=learner, states=np.hstack((*vector, weights, bias)))
+
+
+@pytest.mark.parametrize("loss", ["bce", "bpr", "softmax", "full_softmax"])
+def test_features_of_nothing_change_nothing(double_lab, vector, loss) -> None:
+    here = double_lab("gmf", 1.0, loss=loss, local_steps=2)
+    items = here.learner.view.vectors.items
+    blind = with_features(here, np.zeros((items, 3), here.weights.dtype))
+    plain, other = here.alone(3), blind.alone(3)
+    np.testing.assert_allclose(vector(plain.update), vector(other.update), atol=1e-12)
+    assert other.states.shape[1] == plain.states.shape[1] + 3
+    assert not other.states[:, -4:-1].any()
+
+
+def test_a_user_weighs_features_and_the_update_has_learned_vectors_alone(
+    double_lab, vector
+) -> None:
+    """The update is the gradient of the same loss, whose scores have a term that never moves."""
+    here = double_lab("gmf", 1.0, loss="full_softmax", local_steps=1, user_steps=20)
+    view = here.learner.view
+    items, dim = view.vectors.items, view.vectors.dim
+    liked = np.isin(np.arange(items), here.histories[3]).astype(here.weights.dtype)
+    told = with_features(here, 2 * (liked - liked.mean())[:, None])
+    trained = told.alone(3)
+    state = trained.states[0]
+    assert state[dim] > 0.5  # the feature says what is liked
+    assert len(vector(trained.update)) == len(here.weights)
+    memory = view.layout.memory_of(here.weights)
+    rows = view.vectors.gather(memory, np.arange(items))
+    biases = view.biases.gather(view.layout.biases_of(here.weights)[:, None], np.arange(items))
+    scores = rows @ state[:dim] + 2 * (liked - liked.mean()) * state[dim] + biases[:, 0]
+    expected = np.exp(scores - scores.max())
+    residual = liked - liked.sum() * expected / expected.sum()
+    change = vector(trained.update)
+    found = view.vectors.gather(view.layout.memory_of(change), np.arange(items))
+    scale = here.learner.settings.local_lr
+    np.testing.assert_allclose(found, scale * residual[:, None] * state[:dim], atol=1e-8)
