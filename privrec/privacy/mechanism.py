@@ -150,6 +150,11 @@ class Shares:
         grid = grid_of(self.squared_sensitivity, self.bands, self.remove_excess)
         return RoundEvent("discrete_gaussian", self.noise_multiplier, sampling_rate, grid)
 
+    def prepare(self) -> None:
+        """Make the tables that draws look up, which processes forked hereafter then have too."""
+        for band in range(len(self.bands)):
+            discrete_gaussian(SecureStream(bytes(SEED_BYTES)), self.share_variance(band), 0)
+
     def draw(self, seeds: Sequence[bytes]) -> NDArray[np.int32]:
         """A device's share, which it adds to its integers: int32, of the length of its prefix.
 

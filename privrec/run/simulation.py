@@ -112,6 +112,8 @@ class Plain(Summing):
 
     def __post_init__(self) -> None:
         self._sum, self._has_noise = np.zeros(self.federation.layout.size, np.int64), False
+        if self.protection.shares is not None:
+            self.protection.shares.prepare()  # here, or each worker of each round would do it
         if self.protection.minimums:
             self._check_turnout()
 

@@ -179,8 +179,10 @@ class Table(Section):
     def _kind(cls, registry: Registry, keys: Mapping[str, Any]) -> Kind | None:
         """The kind that these keys name, else the one that was most likely meant."""
         name = str(keys.get(registry.key, cls.model_fields[registry.key].default))
+        if name in registry:
+            return registry[name]
         near = get_close_matches(name.lower(), registry, n=1, cutoff=0.6)
-        return registry.get(name) or (registry[near[0]] if near else None)
+        return registry[near[0]] if near else None
 
     @model_validator(mode="wrap")
     @classmethod

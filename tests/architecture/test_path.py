@@ -13,7 +13,10 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_a_plain_run_is_few_functions_and_few_frames_deep(tmp_path: Path) -> None:
     script, scenario = ROOT / "tests/architecture/path.py", "scenarios/quickstart.toml"
     done = subprocess.run(
-        [sys.executable, script, scenario, "train.rounds=2", "run.eval_every=1"],
+        [
+            sys.executable, script, scenario, "train.rounds=2", "run.eval_every=1",
+            "data.users=200", "devices.population=200",
+        ],
         env={"PYTHONPATH": str(ROOT), "PRIVREC_STATE": str(tmp_path), "PATH": ""},
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip

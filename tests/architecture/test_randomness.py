@@ -28,7 +28,7 @@ def test_a_run_leaves_the_global_generators_alone(
     kind: str, engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PRIVREC_STATE", str(tmp_path / "state"))
-    settings = (*SMALL, f"model.kind={kind}", f"run.engine={engine}")
+    settings = (*SMALL, f"model.kind={kind}", f"run.engine={engine}", "run.footprint=false")
     scenario = privrec.load_scenario(ROOT / "scenarios" / "quickstart.toml", settings)
     before = global_states()
     privrec.start(scenario, out=tmp_path / "run", observer=Observer())

@@ -25,7 +25,7 @@ def call(*words: str | Path) -> Result:
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PRIVREC_STATE", str(tmp_path / "state"))
-    scenario = privrec.load_scenario(QUICKSTART, (*SMALL, "train.rounds=2"))
+    scenario = privrec.load_scenario(QUICKSTART, (*SMALL, "train.rounds=2", "run.footprint=false"))
     privrec.start(scenario, out=tmp_path / "run", observer=Observer())
     return tmp_path / "run"
 

@@ -249,6 +249,7 @@ def test_a_quick_run_of_both_sides(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_quick_run_of_growth_draws_its_picture(tmp_path: Path) -> None:
     path, plot = tmp_path / "scale.json", tmp_path / "scale.svg"
     command = [sys.executable, BENCHMARKS / "scale.py"]

@@ -36,6 +36,7 @@ def test_the_optimum_is_one(benchmark: Callable[[str], ModuleType]) -> None:
     assert not table.injective  # collisions and all
 
 
+@pytest.mark.slow
 def test_averaging_converges_as_one_over_the_rounds(benchmark: Callable[[str], ModuleType]) -> None:
     module = benchmark("convergence")
     found = module.measured(module.inverse, 1000, 6)
@@ -43,13 +44,14 @@ def test_averaging_converges_as_one_over_the_rounds(benchmark: Callable[[str], M
     assert found[-1] < 1e-3 * found[0]
 
 
-@pytest.mark.parametrize("broken", ["constant", "inverse square"])
+@pytest.mark.parametrize("course", ["inverse", "constant", "inverse square"])
 def test_a_broken_course_of_steps_does_not_converge(
-    benchmark: Callable[[str], ModuleType], broken: str
+    benchmark: Callable[[str], ModuleType], course: str
 ) -> None:
+    """Few rounds tell courses apart; that the slope is -1 takes the many of the test above."""
     module = benchmark("convergence")
-    found = module.measured(module.COURSES[broken], 300, 2)
-    assert module.slope(found) > -0.5
+    slope = module.slope(module.measured(module.COURSES[course], 300, 2))
+    assert slope < -0.8 if course == "inverse" else slope > -0.5
 
 
 @pytest.mark.parametrize("system", ["fold", "rows"])

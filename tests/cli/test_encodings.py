@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[2]
 SCENARIO = """
 name = "tiny"
@@ -45,37 +43,63 @@ report run
 report verify run/report.json
 resume run
 """
-# One process, since loading torch is most of the work; each command finds the streams as they came.
+ENCODINGS = ("cp1252", "latin-1", "ascii")
+# One process, since loading torch is most of the work, with a child for each encoding; each command
+# finds the streams as they came, which are what PYTHONIOENCODING would have made of them.
 DRIVER = """
+import os
 import sys
+import privrec.report.build, privrec.report.render, privrec.run.lifecycle
 from privrec.cli.main import main
-for line in sys.argv[1].strip().splitlines():
-    sys.stdout.reconfigure(errors="strict")
-    print("#", line)
-    try:
-        main(line.split(), prog_name="privrec")
-    except SystemExit as end:
-        assert not end.code, (line, end.code)
-    sys.stdout.flush()
+
+def work(encoding):
+    os.chdir(encoding)
+    os.environ["PRIVREC_STATE"] = os.path.abspath("state")
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
+    sys.stdout.reconfigure(encoding=encoding)
+    sys.stderr.reconfigure(encoding=encoding, errors="backslashreplace")
+    for line in sys.argv[1].strip().splitlines():
+        sys.stdout.reconfigure(errors="strict")
+        print("#", line)
+        try:
+            main(line.split(), prog_name="privrec")
+        except SystemExit as end:
+            assert not end.code, (line, end.code)
+        sys.stdout.flush()
+
+for encoding in sys.argv[2:]:
+    if os.fork() == 0:
+        work(encoding)
+        sys.exit()
+    _, status = os.wait()
+    open(encoding + "/code", "w").write(str(os.waitstatus_to_exitcode(status)))
 """
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "ascii"])
-def test_no_command_fails_where_epsilon_cannot_be_written(tmp_path: Path, encoding: str) -> None:
-    (tmp_path / "tiny.toml").write_text(SCENARIO, encoding="utf-8")
-    state = str(tmp_path / "state")
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, COMMANDS], capture_output=True, cwd=tmp_path, check=False,
+def test_no_command_fails_where_epsilon_cannot_be_written(tmp_path: Path) -> None:
+    for encoding in ENCODINGS:
+        (tmp_path / encoding).mkdir()
+        (tmp_path / encoding / "tiny.toml").write_text(SCENARIO, encoding="utf-8")
+    subprocess.run(
+        [sys.executable, "-c", DRIVER, COMMANDS, *ENCODINGS], cwd=tmp_path, check=True,
         env={
-            **os.environ, "PYTHONPATH": str(ROOT), "PRIVREC_STATE": state,
-            "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0",
+            **os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": ENCODINGS[0],
+            "PYTHONUTF8": "0",
         },
     )  # fmt: skip
-    said = done.stdout.decode(encoding, "replace")  # where ASCII is asked for, click writes UTF-8
-    assert done.returncode == 0, done.stderr.decode(encoding, "replace")
-    assert b"Traceback" not in done.stderr
+    for encoding in ENCODINGS:
+        check(tmp_path / encoding, encoding)
+
+
+def check(place: Path, encoding: str) -> None:
+    """In a folder with what the commands made and said."""
+    out, err = ((place / name).read_bytes() for name in ("stdout", "stderr"))
+    said = out.decode(encoding, "replace")  # where ASCII is asked for, click writes UTF-8
+    assert (place / "code").read_text() == "0", err.decode(encoding, "replace")
+    assert b"Traceback" not in err
     for part in said.split("# ")[1:]:
         command, _, text = part.partition("\n")
         assert text.strip(), command
     assert "? = " in said  # the ε that none of these has
-    assert (tmp_path / "run" / "report.html").is_file()
+    assert (place / "run" / "report.html").is_file()

@@ -4,7 +4,8 @@ The words after a fence's language say otherwise: ``install`` and ``test`` are r
 ``long`` needs a download or minutes, so its commands are only parsed; ``flower`` needs Flower, and
 is run by ``tests/flower/test_secure_sum_docs.py``; ``deployment`` needs SuperLinks, and is run by
 ``tests/flower/test_first_command.py``. Nothing else is exempt. The
-blocks of a page run in its order, in one directory; runs are cut down to three rounds.
+blocks of a page run in its order, in one directory. Runs are cut down to three rounds and do not
+measure a device's memory, which takes a process each; audits have a tenth of the canaries.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from privrec.cli import main
 from privrec.errors import UsageError
 from privrec.scenario.load import Scenario
 
-ROUNDS = "train.rounds=3"
+SHORTER = {
+    "run": ["-s", "train.rounds=3", "-s", "run.footprint=false"],
+    "audit": ["--canaries", "100"],
+}
 ELSEWHERE = {"install", "test", "deployment"}
 WORDS = {"bash": {*ELSEWHERE, "long"}, "python": {"flower"}, "toml": set(), "json": set()}
 NOT_RUN = {"text", "{toctree}", "{eval-rst}"}
@@ -60,7 +64,7 @@ def parsed(words: list[str]) -> Iterator[click.Context]:
 
 def call(words: list[str]) -> tuple[int, str]:
     """Run one command in this process: exit code and what it printed."""
-    extra = ["-s", ROUNDS] if words[1:2] == ["run"] else []
+    extra = SHORTER.get("".join(words[1:2]), []) if "--help" not in words else []
     output = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [*words, *extra])

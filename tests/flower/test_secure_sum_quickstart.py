@@ -66,6 +66,7 @@ def one_a_round(seed: int) -> Callable[[Message], bool]:
     return lost
 
 
+@pytest.mark.slow
 def test_the_quickstart_is_as_accurate_inside_a_secure_sum_with_a_drop_out_a_round() -> None:
     plain, secure, dropped = [], [], 0
     for seed in SEEDS:

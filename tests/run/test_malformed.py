@@ -510,6 +510,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "mine.toml").write_text(TINY)
     words = ["run", str(place / "mine.toml"), "--out", str(place / "run")]
     words += ["-s", "privacy.noise_multiplier=", "-s", "privacy.epsilon=8"]
+    words += ["-s", "run.footprint=false"]
     result = CliRunner(env={"PRIVREC_STATE": str(place / "state")}).invoke(main, words)
     assert result.exit_code == 0, result.output
     return place / "run"

@@ -522,21 +522,22 @@ def command(world: World, *words: str, grown_to: int | None, send: int = signal.
 
 
 def test_real_processes_killed_and_interrupted(sessions: Sessions) -> None:
-    long = LIMITED.replace(f"rounds = {ROUNDS}", "rounds = 70")
-    scenario = sessions.written("long.toml", long[: long.index("[run]")])
+    long = LIMITED.replace(f"rounds = {ROUNDS}", "rounds = 40")
+    long = long[: long.index("[run]")] + "[run]\nfootprint = false\ncheckpoint_every = 5\n"
+    scenario = sessions.written("long.toml", long)
     world = sessions.new_world()
-    begun = command(world, "run", str(scenario), "--out", str(world.out), grown_to=30)
+    begun = command(world, "run", str(scenario), "--out", str(world.out), grown_to=20)
     assert begun.returncode == KILLED
     assert begun.stderr.startswith("Simulated run: tiny")
     undisturbed = world.copy("undisturbed")
     lines = len(world.entries)
-    stopped = command(world, "resume", str(world.out), grown_to=lines + 30, send=signal.SIGINT)
+    stopped = command(world, "resume", str(world.out), grown_to=lines + 15, send=signal.SIGINT)
     assert stopped.returncode == 130, stopped.stderr
     assert "error: stopped after round" in stopped.stderr
     assert f"privrec resume {world.out}" in stopped.stderr
     assert "Traceback" not in stopped.stderr
     position, _ = checkpoint.read(*world.checkpoint)
-    assert f"stopped after round {position.index} of 70" in stopped.stderr
+    assert f"stopped after round {position.index} of 40" in stopped.stderr
     ended = command(world, "resume", str(world.out), grown_to=None)
     assert ended.returncode == 0, ended.stderr
     assert (world.out / "report.html").is_file()

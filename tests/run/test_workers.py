@@ -46,7 +46,7 @@ noise_multiplier = 2.0
 delta = 1e-3
 [run]
 footprint = false
-eval_every = 1
+eval_every = 3
 """
 KEY = b"known to all, so that runs repeat"[:32]
 
@@ -86,7 +86,7 @@ def test_any_number_of_workers_gives_the_same_bits(
     seen = []
     for workers in (1, 2, 3):
         out = tmp_path / str(workers)
-        scenario = make_scenario(SMALL, *changes, f"run.workers={workers}")
+        scenario = make_scenario(SMALL, "train.rounds=2", *changes, f"run.workers={workers}")
         payload = started(out, scenario).payload
         figures = {key: payload[key] for key in ("metrics", "segments", "tiers") if key in payload}
         for tier in figures.get("tiers", ()):
