@@ -156,11 +156,11 @@ class Interactions(ItemLists):
 
     def user_index(self, user_id: int | str) -> int:
         """Position of the user with this original id; UnknownIdError where there is none."""
-        return _lookup(user_id, self.user_ids, "user")
+        return position_of(user_id, self.user_ids, "user")
 
     def item_index(self, item_id: int | str) -> int:
         """Position of the item with this original id; UnknownIdError where there is none."""
-        return _lookup(item_id, self.item_ids, "item")
+        return position_of(item_id, self.item_ids, "item")
 
     @cached_property
     def _pairs(self) -> Int64Array:
@@ -373,8 +373,8 @@ def _quoted(name: Any) -> str:
     return shown(name) if isinstance(name, str) else str(name)
 
 
-def _lookup(wanted: int | str, names: IdArray, noun: str) -> int:
-    """The position of an id; or an error with what ids look like, and the nearest one."""
+def position_of(wanted: int | str, names: IdArray, noun: str) -> int:
+    """The position of an id; or an UnknownIdError with what ids look like, and the nearest one."""
     numbers = names.dtype.kind in "iu"
     at = np.flatnonzero((names.astype(str) if numbers else names) == str(wanted))
     if at.size:

@@ -18,6 +18,8 @@ from typing import Any
 
 import click
 import numpy as np
+import pyarrow.csv
+import pyarrow.parquet
 import pytest
 from click.testing import CliRunner, Result
 from scipy import stats
@@ -27,6 +29,7 @@ from privrec.cli import machine
 from privrec.cli import main as cli
 from privrec.cli.console import print_json
 from privrec.cli.main import main
+from privrec.run.recommend import TrainedModel
 from privrec.scenario import load as scenario
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -488,6 +491,71 @@ def test_recommendations_for_a_file_of_liked_items(
     assert len(found) == 6
     assert not found & {"5", "7"}
     assert "the history in liked.txt" in done(*words[:-1]).stdout
+
+
+def test_every_user_that_is_named_gets_a_list(finished: tuple[Path, Result]) -> None:
+    directory, _ = finished
+    words = ("recommend", directory, "--user", "3", "--user", "1", "-k", "4")
+    table = done(*words).stdout
+    assert table.index("Recommendations for user 3") < table.index("Recommendations for user 1")
+    found = json.loads(done(*words, "--json").stdout)
+    assert [entry.pop("user") for entry in found] == [*["3"] * 4, *["1"] * 4]
+    for user, own in (("3", found[:4]), ("1", found[4:])):
+        assert own == json.loads(
+            done("recommend", directory, "--user", user, "-k", "4", "--json").stdout
+        )
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_the_lists_of_all_users_are_written_as_a_table(
+    ending: str, finished: tuple[Path, Result], place: Path
+) -> None:
+    directory, _ = finished
+    said = done("recommend", directory, "--all", "-k", "3", "-o", f"r.{ending}").stdout
+    read = {"csv": pyarrow.csv.read_csv, "parquet": pyarrow.parquet.read_table}
+    table = read[ending](place / f"r.{ending}")
+    assert table.column_names == ["user", "rank", "item", "title", "score"]
+    users = len(set(table["user"].to_pylist()))
+    assert table.num_rows == 3 * users
+    assert f"wrote r.{ending}: {table.num_rows} recommendations" in said
+    assert table["rank"].to_pylist() == [1, 2, 3] * users
+    words = ("recommend", directory, "--user", "3", "-k", "3", "--json")
+    rows = [row for row in table.to_pylist() if row["user"] == 3]
+    for row, entry in zip(rows, json.loads(done(*words).stdout), strict=True):
+        assert (str(row["item"]), row["title"]) == (entry["item_id"], entry["title"])
+        assert row["score"] == pytest.approx(entry["score"], rel=1e-4)
+    (place / "liked.txt").write_text("5\n7\n")
+    words = ("recommend", directory, "--history", "liked.txt", "-k", "2", "-o", f"h.{ending}")
+    payload = json.loads(done(*words, "--json").stdout)
+    assert payload == {"file": f"h.{ending}", "rows": 2}
+    assert read[ending](place / f"h.{ending}").column_names == ["rank", "item", "title", "score"]
+    assert not [path for path in place.iterdir() if path.name.startswith(".")]
+
+
+def test_what_is_exported_scores_items_as_the_model_does(
+    finished: tuple[Path, Result], place: Path
+) -> None:
+    directory, _ = finished
+    assert "wrote items.npz" in done("export", directory, "--items", "items.npz").stdout
+    payload = json.loads(done("export", directory, "--items", "i.parquet", "--json").stdout)
+    items, table = np.load(place / "items.npz"), pyarrow.parquet.read_table(place / "i.parquet")
+    assert payload == {"file": "i.parquet", "items": len(items["ids"])}
+    model = TrainedModel.read(directory)
+    (state,) = model.fit(model.history(["5", "7"]))
+    scores = items["vectors"] @ state[:-1] + items["biases"] + state[-1]
+    np.testing.assert_allclose(scores, model.scores(state[None])[0], rtol=1e-4, atol=1e-5)
+    assert table["item"].to_pylist() == items["ids"].tolist() == model.catalogue.ids.tolist()
+    assert table["title"].to_pylist() == items["titles"].tolist() == model.catalogue.titles
+    np.testing.assert_array_equal(np.stack(table["vector"].to_numpy()), items["vectors"])
+    np.testing.assert_array_equal(table["bias"].to_numpy(), items["biases"])
+
+
+def test_a_network_is_not_exported_as_vectors(place: Path) -> None:
+    done("run", "tiny.toml", "-s", "model.kind=neumf", "--out", "net")
+    refused = call("export", "net", "--items", "items.npz")
+    assert refused.exit_code == 2
+    assert "a network makes the scores" in refused.stderr
+    assert not (place / "items.npz").exists()
 
 
 def test_runs_are_compared(finished: tuple[Path, Result], place: Path) -> None:

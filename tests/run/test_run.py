@@ -339,7 +339,7 @@ def test_the_directory_holds_what_the_plan_lists(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"run", "state"}
     assert {path.name for path in out.iterdir()} == {
         "scenario.toml", "run.json", "ledger.jsonl", "ledger.head.json", "events.jsonl",
-        "model.safetensors", "model.json", "result.json",
+        "catalogue.safetensors", "model.safetensors", "model.json", "result.json",
     }  # fmt: skip
     assert Scenario.from_toml((out / "scenario.toml").read_text()).hash() == scenario().hash()
     identity = json.loads((out / "run.json").read_text())
