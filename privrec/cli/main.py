@@ -16,6 +16,7 @@ import click
 
 from privrec import __version__
 from privrec.cli import console
+from privrec.cli.init import init
 from privrec.cli.machine import data, doctor, flower
 from privrec.cli.plan import audit, plan, scenario
 from privrec.cli.report import compare, population, report, write_report
@@ -82,6 +83,9 @@ def demo(out: Path | None, as_json: bool) -> None:
     with _watched(path) as observer:
         result = lifecycle.start(quickstart, out=path, observer=observer)
     _finish(result, as_json, user=DEMO_USER)
+
+
+main.add_command(init)
 
 
 @main.command(

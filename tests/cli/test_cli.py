@@ -719,6 +719,20 @@ def test_a_plan_warns_of_a_large_delta_and_a_small_cohort() -> None:
     assert not planned("-s", "devices.sampling_rate=0.5")["warnings"]
 
 
+def test_a_plan_warns_where_the_two_epsilons_are_far_apart() -> None:
+    rounds, rare = ("-s", "train.rounds=40"), ("-s", "devices.sampling_rate=0.05")
+    many = ("-s", "devices.population=4000", "-s", "data.users=4000")
+    plan = planned(*rounds, *rare, *many)
+    assert plan["epsilon_server"] > 5 * plan["epsilon"]
+    (warning,) = plan["warnings"]
+    assert f"{math.ceil(plan['epsilon_server'] * 1000) / 1000:.3f} against somebody" in warning
+    known = planned(*rounds, *rare, *many, "-s", "privacy.budget_against=server")
+    assert known["epsilon_server"] > 5 * known["epsilon"]  # who is told of the cohorts has the less
+    everybody = planned(*rounds, *many, "-s", "devices.sampling=everybody")
+    assert everybody["epsilon"] == everybody["epsilon_server"]
+    assert not everybody["warnings"]
+
+
 def test_a_plan_without_noise_promises_nothing() -> None:
     words = ("-s", "privacy.noise=none", "-s", "privacy.epsilon=")
     plan = planned(*words)
@@ -810,6 +824,19 @@ def test_a_data_set_is_described_by_name_or_scenario() -> None:
     by_file = json.loads(done("data", "describe", "tiny.toml", "--json").stdout)
     assert (by_file["users"], by_file["items"]) == (40, 20)
     assert "heldout" in done("data", "describe", "tiny.toml").stdout
+
+
+def test_a_table_is_described_as_it_is_found(place: Path) -> None:
+    rows = ("a;7;1/2/2024", "a;8;1/13/2024", "b;7;1/2/2024", "a;7;1/3/2024")
+    (place / "orders.csv").write_text("\n".join(("CustomerID;SKU;bought", *rows)))
+    found = json.loads(done("data", "describe", "orders.csv", "--json").stdout)
+    assert (found["users"], found["items"], found["repeats_left_out"]) == (2, 2, 1)
+    printed = done("data", "describe", "orders.csv", "-s", "data.time_column=bought").stdout
+    for words in ("';'", "CustomerID", "SKU", "bought", "month first", "repeats left out"):
+        assert words in printed
+    wrong = call("data", "describe", "nothing.csv")
+    assert wrong.exit_code == errors.DataError.exit_code
+    assert "nothing.csv: no such file" in wrong.stderr
 
 
 def test_fetch_prints_the_path_and_the_terms_apart(
