@@ -15,12 +15,12 @@ import numpy as np
 import pyarrow
 from numpy.typing import NDArray
 
-from privrec.api.defaults import default_settings
-from privrec.api.inputs import COLUMNS, as_table, stored
+from privrec.api.inputs import as_table, stored
 from privrec.data import Interactions, ItemLists, Split, leave_last_out
 from privrec.data import load as load_data
 from privrec.data.interactions import row_bounds
-from privrec.data.tables import read_table
+from privrec.data.own import read_table
+from privrec.data.sniff import look_at
 from privrec.device.samples import Histories
 from privrec.errors import BudgetError, DataError, UsageError
 from privrec.evaluate import metrics
@@ -34,10 +34,11 @@ from privrec.run.export import tables_of
 from privrec.run.progress import ConsoleObserver
 from privrec.run.recommend import NONE, TrainedModel
 from privrec.run.record import Observer
+from privrec.scenario.defaults import private_settings
 from privrec.scenario.keys import is_key
 from privrec.scenario.load import Scenario
 from privrec.scenario.load import load as load_scenario
-from privrec.scenario.schema import TABLES
+from privrec.scenario.schema import TABLES, Data
 from privrec.storage import parsed, verified
 
 Id: TypeAlias = int | str
@@ -132,8 +133,8 @@ class Recommender:
                 whatever else Arrow reads; a mapping of columns; an array of rows or a tuple of
                 columns (users, items, perhaps times); a matrix of SciPy, users by items; or the
                 package's own ``Interactions`` or ``Split``. None: what the scenario names.
-            **columns: keys of ``[data]``, such as ``user_column``, ``item_column`` and
-                ``time_column`` (by default ``user``, ``item`` and none).
+            **columns: keys of ``[data]``, such as ``user_column`` and ``min_rating``. Columns that
+                are not named are found as ``privrec init`` does, by what they are called.
 
         Raises:
             DataError: when the data is malformed.
@@ -159,37 +160,34 @@ class Recommender:
         self._model = TrainedModel.read(folder, given=split)
         return self
 
-    def _planned(self, data: Any, settings: dict[str, Any]) -> tuple[Split, Scenario]:
+    def _planned(self, data: Any, columns: Mapping[str, Any]) -> tuple[Split, Scenario]:
         """The data and the scenario of a run on it."""
-        settings = self._settings | settings
-        base, table = self._base, None
-        if isinstance(data, str | PathLike):
-            settings = {"data.source": "table", "data.path": str(Path(data).resolve())} | settings
-        elif data is not None:
-            settings = {"data.source": "table"} | settings
-            if not isinstance(data, Interactions | Split):
-                table = as_table(data, settings.get("run.seed", 0))
-                if "data.time_column" not in settings and _nameless(data):
-                    settings |= {"data.time_column": "time"} if table.num_columns > 2 else {}
-        elif base is None and "data.source" not in settings:
+        settings = self._settings | {f"data.{key}": value for key, value in columns.items()}
+        base = Scenario.from_toml(_BARE) if self._base is None else self._base
+        if data is None and self._base is None and "data.source" not in settings:
             raise UsageError("fit: there is no data; give some, or a scenario that names it")
-        own = {path: value for path, value in settings.items() if path.startswith("data.")}
-        bare = Scenario.from_toml(_BARE) if base is None else base
-        form = bare.with_settings(own).data
-        if isinstance(data, Interactions):
-            split = leave_last_out(data, holdout=form.holdout)
-        elif isinstance(data, Split):
-            split = data
-        elif table is not None:
-            with stored(table) as path:
-                split = load_data(form, data_dir=path)
+        if data is None:
+            split = load_data(_form(base, settings))
+        elif isinstance(data, str | PathLike):
+            settings = _looked_at(Path(data).resolve(), base, settings)
+            split = load_data(_form(base, settings))
+        elif isinstance(data, Interactions | Split):
+            settings = {"data.source": "table"} | settings
+            holdout = _form(base, settings).holdout
+            split = data if isinstance(data, Split) else leave_last_out(data, holdout=holdout)
         else:
-            split = load_data(form)
-        if base is None:
-            settings = default_settings(split.train.n_users, split.train.n_items) | settings
+            with stored(as_table(data, settings.get("run.seed", base.run.seed))) as path:
+                settings = _looked_at(path, base, settings) | {"data.path": None}
+                split = load_data(_form(base, settings), data_dir=path)
         if isinstance(dim := settings.get("model.dim"), int):
-            settings = {"model.block": math.gcd(dim, bare.model.block)} | settings
-        return split, bare.with_settings(settings | self._budget(bare, settings))
+            settings = {"model.block": math.gcd(dim, base.model.block)} | settings
+        if self._base is None:
+            tables = private_settings(split.train.n_users, split.train.n_items, split.train.size)
+            fitting = {
+                f"{table}.{key}": tables[table][key] for table in tables for key in tables[table]
+            }
+            settings = fitting | settings
+        return split, base.with_settings(settings | self._budget(base, settings))
 
     def _budget(self, base: Scenario, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Settings of the privacy that ``epsilon`` asks for."""
@@ -361,7 +359,7 @@ class Recommender:
             result = self.result
             return {"model": result["metrics"], **result["baselines"]}
         model, train = self.model, self.model.split.train
-        found = _pairs(test)
+        found = self._pairs(test)
         users, items = model.users(found.user_ids), model.catalogue.positions(found.item_ids)
         rows, wanted = users[found.users], items[found.items]
         if (seen := train.contains(rows, wanted)).any():
@@ -381,6 +379,17 @@ class Recommender:
             name: metrics.evaluate(each, split, seed=seed, k=cuts).summary()
             for name, each in both.items()
         }
+
+    def _pairs(self, data: Any) -> Interactions:
+        """Interactions in memory, all of them, by the columns that the model's were read by."""
+        if isinstance(data, Interactions):
+            return data
+        own, table = self.scenario.data, as_table(data, 0)
+        names = {key: getattr(own, key, None) for key in ("user_column", "item_column")}
+        given = {f"data.{key}": name for key, name in names.items() if name in table.column_names}
+        bare = Scenario.from_toml(_BARE)
+        with stored(table) as path:
+            return read_table(path, _form(bare, _looked_at(path, bare, given)))
 
     @property
     def result(self) -> dict[str, Any]:
@@ -456,19 +465,19 @@ def _path(name: str) -> str:
     return found[0]
 
 
-def _nameless(data: Any) -> bool:
-    return isinstance(data, tuple) or (isinstance(data, np.ndarray) and data.dtype.names is None)
+def _form(base: Scenario, settings: Mapping[str, Any]) -> Data:
+    """How data is read: what the settings say of ``[data]``, else the scenario."""
+    own = {path: value for path, value in settings.items() if path.startswith("data.")}
+    return base.with_settings(own).data
 
 
-def _pairs(data: Any) -> Interactions:
-    """Interactions in memory, none of them held out."""
-    if isinstance(data, Interactions):
-        return data
-    table = as_table(data, 0)
-    settings = {"data.source": "table"}
-    settings |= {"data.time_column": "time"} if COLUMNS[2] in table.column_names else {}
-    with stored(table) as path:
-        return read_table(path, Scenario.from_toml(_BARE).with_settings(settings).data)
+def _looked_at(path: Path, base: Scenario, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, and how the table at ``path`` is read where neither they nor the base say."""
+    given = {key[5:]: settings[key] for key in settings if key.startswith("data.")}
+    if base.data.source == "table" or given.get("source", "table") != "table":
+        return {"data.source": "table", **settings, "data.path": str(path)}
+    found = look_at(path, given).keys
+    return {**settings, **{f"data.{key}": value for key, value in found.items()}}
 
 
 def _formed(table: pyarrow.Table, form: Form) -> Any:

@@ -16,7 +16,6 @@ from scipy import sparse
 from small_runs import Silent, weights
 
 import privrec
-from privrec.api.defaults import default_settings
 from privrec.api.inputs import as_table, stored
 from privrec.data import Interactions, leave_last_out
 from privrec.errors import BudgetError, DataError, PrivrecError, UnknownIdError, UsageError
@@ -232,15 +231,6 @@ def test_what_ran_is_a_file_that_runs_again(rows: Any, plain: np.ndarray, tmp_pa
     split_by = {"data_dir": tmp_path / "t.csv", "observer": Silent()}
     privrec.start(again, out=tmp_path / "again", **split_by)  # type: ignore[arg-type]
     np.testing.assert_array_equal(weights(tmp_path / "again"), plain)
-
-
-@pytest.mark.parametrize("users", [2, 99, 1000, 6040, 10**6])
-@pytest.mark.parametrize("items", [4, 200, 3706, 10**6])
-def test_defaults_are_a_scenario_of_any_size(users: int, items: int) -> None:
-    bare = privrec.Scenario.from_toml('name = "n"\n[privacy]\nnoise = "none"\n')
-    scenario = bare.with_settings(default_settings(users, items))
-    assert scenario.privacy.delta * users <= 0.1
-    assert scenario.devices.sampling == "everybody"
 
 
 # --------------------------------------------------------------------------- what it gives
