@@ -142,7 +142,7 @@ class Recommender:
             BudgetError: when the budget ran out; the model is there as far as it came.
             Interrupted: on Ctrl-C, after a checkpoint.
         """
-        split, scenario = self._planned(data, {f"data.{key}": columns[key] for key in columns})
+        split, scenario = self._planned(data, columns)
         folder = self._folder
         if folder is None:
             self._temporary = TemporaryDirectory(prefix="privrec-")
