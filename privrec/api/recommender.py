@@ -66,8 +66,8 @@ class Recommender:
         scenario: what is not set comes from this one, a path or a scenario that is loaded.
         folder: where the run is kept, new or empty; without one, in a temporary place that goes
             with the recommender unless it is saved.
-        random_state: seed of everything that is not secret. Noise and the cohorts that it hides in
-            come from the secure generator: two fits of one seed differ unless ε is infinite.
+        random_state: seed of everything that is not secret. Noise, the cohorts that it hides in and
+            the rounding of updates come from the secure generator, so two fits of one seed differ.
         progress: whether to show each round, on a terminal, in a notebook or in a log; or who
             watches instead.
         **settings: further keys.
@@ -98,7 +98,8 @@ class Recommender:
         progress: bool | Observer = True,
         **settings: Any,
     ) -> None:
-        named = {"model.kind": model, "model.dim": dim, "run.seed": random_state}
+        seed = None if random_state is None else int(random_state)
+        named = {"model.kind": model, "model.dim": dim, "run.seed": seed}
         self._settings = {path: value for path, value in named.items() if value is not None}
         self._settings |= {_path(name): value for name, value in settings.items()}
         self._epsilon = epsilon
@@ -186,6 +187,8 @@ class Recommender:
             fitting = {
                 f"{table}.{key}": tables[table][key] for table in tables for key in tables[table]
             }
+            if "privacy.noise_multiplier" in settings or settings.get("privacy.noise") == "none":
+                del fitting["privacy.epsilon"]
             settings = fitting | settings
         return split, base.with_settings(settings | self._budget(base, settings))
 

@@ -94,39 +94,56 @@ FORMS = ["path", "text of a path", "Arrow", "Arrow's interface", "mapping", "arr
          "records", "other names", "categories", "interactions", "split"]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def plain(rows: Any) -> np.ndarray:
-    """Weights of a run without noise on the rows as a table."""
-    users, items, times = rows
-    recommender = privrec.Recommender(epsilon=math.inf, **QUICK)
-    recommender.fit({"user": users, "item": items, "time": times}, time_column="time")
-    return weights(recommender.folder)
+def same(found: privrec.Recommender, rows: Any) -> None:
+    """It learned from these rows, and from all but each user's last."""
+    split, users = found.model.split, rows[0]
+    expected = leave_last_out(Interactions.from_pairs(*rows), holdout="test")
+    assert split.train.user_ids.tolist() == expected.train.user_ids.tolist() == sorted({*users})
+    assert split.train.item_ids.tolist() == expected.train.item_ids.tolist()
+    for one, two in ((split.train, expected.train), (split.heldout, expected.heldout)):
+        np.testing.assert_array_equal(one.indptr, two.indptr)
+        np.testing.assert_array_equal(one.items, two.items)
+    assert found.recommend(k=1).num_rows == USERS
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_same_rows_in_any_form_give_the_same_model(
-    form: str, rows: Any, plain: np.ndarray, tmp_path: Path
-) -> None:
+def test_the_same_rows_in_any_form_are_learned_from(form: str, rows: Any, tmp_path: Path) -> None:
     data, columns = forms(rows, tmp_path)[form]
-    recommender = privrec.Recommender(epsilon=math.inf, **QUICK).fit(data, **columns)
-    np.testing.assert_array_equal(weights(recommender.folder), plain)
+    same(privrec.Recommender(epsilon=math.inf, **QUICK).fit(data, **columns), rows)
 
 
 @pytest.mark.parametrize("library", ["pandas", "polars"])
-def test_data_frames_come_and_go(library: str, rows: Any, plain: np.ndarray) -> None:
+def test_data_frames_come_and_go(library: str, rows: Any) -> None:
     module = pytest.importorskip(library)
     frame = module.DataFrame(dict(zip(("user", "item", "time"), rows, strict=True)))
     recommender = privrec.Recommender(epsilon=math.inf, **QUICK).fit(frame, time_column="time")
-    np.testing.assert_array_equal(weights(recommender.folder), plain)
+    same(recommender, rows)
     found = recommender.recommend(k=2, form=library)  # type: ignore[arg-type]
     assert isinstance(found, module.DataFrame)
     assert len(found) == 2 * USERS
 
 
+def test_columns_are_found_by_their_names(rows: Any, tmp_path: Path) -> None:
+    """Also ratings and titles, which are used as they are told to be."""
+    users, items, times = rows
+    low = np.arange(len(users)) % 9 == 0
+    names = ["memberId", "rated_at", "movie_id", "stars"]
+    table = pyarrow.table([users, times, items, np.where(low, 1, 4)], names=names)
+    (tmp_path / "titles.csv").write_text(
+        "movie_id,title\n" + "".join(f"{item},Film {item}\n" for item in range(ITEMS))
+    )
+    recommender = privrec.Recommender(epsilon=math.inf, **QUICK)
+    recommender.fit(table, min_rating=3, titles=str(tmp_path / "titles.csv"))
+    kept = [column[~low] for column in rows]
+    same(recommender, kept)
+    found = recommender.similar_items(4, k=2).to_pylist()
+    assert all(each["title"] == f"Film {each['item']}" for each in found)
+
+
 def test_a_matrix_holds_out_by_chance_and_not_its_last_column(rows: Any) -> None:
     users, items, _ = rows
-    matrix = sparse.csr_array((np.full(users.size, 2.5), (users, items)), shape=(200, ITEMS))
-    matrix[199, 3] = 0.0  # stored, and no interaction
+    values = np.append(np.full(users.size, 2.5), 0.0)  # the last is stored, and no interaction
+    matrix = sparse.csr_array((values, (np.append(users, 199), np.append(items, 3))))
     table = as_table(matrix, 0)
     assert sorted(zip(*(table[name].to_pylist() for name in ("user", "item")), strict=True)) == (
         sorted(zip(users.tolist(), items.tolist(), strict=True))
@@ -152,7 +169,7 @@ def test_what_is_read_from_memory_is_kept_nowhere(rows: Any, tmp_path: Path) -> 
         (np.zeros((3, 5)), ("type ndarray", "arrays of users, items")),
         (([1, 2], [1]), ("type tuple", "give a path")),
         ({"user": [], "item": []}, ("no interactions", "at least one")),
-        ({"u": [1, 2], "item": [2, 3]}, ("the table: column 'user'", "set data.user_column")),
+        ({"u": [1, 2], "item": [2, 3]}, ("the table, line 1: columns 'u'", "data.user_column")),
         ({"user": [1, None], "item": [2, 3]}, ("the table, row 2", "fill it in")),
         ({"user": [1, 2], "item": [[2], [3]]}, ("the table, row 1", "column 'item'")),
         ({"user": [1, 1], "item": [2.5, 3.5]}, ("the table, row 1", "whole numbers or text")),
@@ -222,15 +239,35 @@ def test_everything_that_a_scenario_says_can_be_said(tmp_path: Path) -> None:
     assert recommender.recommend(k=1).num_rows == 40
 
 
-def test_what_ran_is_a_file_that_runs_again(rows: Any, plain: np.ndarray, tmp_path: Path) -> None:
-    """A run of the kept scenario, on the same rows as a file, gives the same bits."""
+@pytest.mark.parametrize(
+    ("settings", "noise", "epsilon"),
+    [
+        ({}, "central", 8.0),
+        ({"epsilon": math.inf}, "none", None),
+        ({"noise": "none"}, "none", None),
+        ({"noise_multiplier": 3.0}, "central", None),
+        ({"noise": "distributed", "epsilon": 4, "min_cohort": 5}, "distributed", 4.0),
+    ],
+    ids=str,
+)
+def test_the_noise_is_what_was_asked_for(
+    settings: dict[str, Any], noise: str, epsilon: float | None, rows: Any
+) -> None:
+    privacy = privrec.Recommender(**QUICK, **settings).fit(rows).scenario.privacy
+    assert (privacy.noise, privacy.epsilon) == (noise, epsilon)
+
+
+def test_what_ran_is_a_file_that_runs_again(rows: Any, tmp_path: Path) -> None:
+    """The kept scenario trains on the same rows from a file, but for coins of the rounding."""
     data, columns = forms(rows, tmp_path)["Arrow"]
     first = privrec.Recommender(epsilon=math.inf, **QUICK).fit(data, **columns)
     again = privrec.load_scenario(first.folder / "scenario.toml")
     assert again.hash() == first.scenario.hash()
     split_by = {"data_dir": tmp_path / "t.csv", "observer": Silent()}
     privrec.start(again, out=tmp_path / "again", **split_by)  # type: ignore[arg-type]
-    np.testing.assert_array_equal(weights(tmp_path / "again"), plain)
+    loaded = privrec.load(tmp_path / "again")
+    same(loaded, rows)
+    np.testing.assert_allclose(weights(loaded.folder), weights(first.folder), atol=1e-3)
 
 
 # --------------------------------------------------------------------------- what it gives
@@ -246,7 +283,7 @@ def test_a_fit_is_a_run_with_a_ledger_and_a_report(
         assert fitted.epsilon(delta=1e-3) == ledger.epsilon(1e-3, "recipients")
     assert 7.5 < fitted.epsilon() <= 8
     assert fitted.report().name == "report.html"
-    assert verify(fitted.folder).exit_code == 0
+    assert not verify(fitted.folder).mismatches
     for ending in ("html", "md", "json"):
         path = fitted.report(tmp_path / f"r.{ending}")
         assert path.read_text("utf-8") == (fitted.folder / f"report.{ending}").read_text("utf-8")
