@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from privrec.evaluate.evaluator import scores_with
 from privrec.privacy.ledger import Ledger
 from privrec.run import lifecycle
 from privrec.run.catalogue import Catalogue
+from privrec.run.export import tables_of, write_tables
 from privrec.run.plan import federation_of
 from privrec.run.recommend import NONE, Recommendation, TrainedModel, answer, recommend
 from privrec.run.record import Observer
@@ -151,6 +153,26 @@ def test_everybody_gets_at_once_what_each_gets_alone(
     for user, row in enumerate(whole):
         assert (row == NONE).sum() == len(train.history(user))
         assert not set(row) & set(train.history(user))
+
+
+@pytest.mark.slow
+def test_the_lists_of_everybody_take_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of as many users and items as MovieLens 1M has: under 20 s of one core, file included."""
+    monkeypatch.setenv("PRIVREC_STATE", str(tmp_path / "state"))
+    size = ("data.users=6040", "data.items=3706", "data.interactions_per_user=165", "model.dim=16",
+            "devices.sampling=poisson", "devices.sampling_rate=0.01", "train.rounds=1",
+            "run.eval_users=10", "run.footprint=false", "train.user_steps=2")  # fmt: skip
+    scenario = Scenario.from_toml(SCENARIO, size)
+    lifecycle.start(scenario, out=tmp_path / "run", observer=Observer(), unsafe_noise_key=b"k")
+    model = TrainedModel.read(tmp_path / "run")
+    histories = model.histories(model.users())
+    began = time.process_time()
+    names = model.split.train.user_ids
+    rows = write_tables(tmp_path / "r.parquet", tables_of(model, model.lists(histories, 10), names))
+    assert time.process_time() - began < 20
+    assert rows == 60_400
 
 
 def test_similar_items_are_of_the_same_taste(trained: Path) -> None:
