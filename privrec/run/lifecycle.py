@@ -68,7 +68,7 @@ def start(
             touches no data; or when its own ran out early, and it is finished as far as it came.
         Interrupted: on Ctrl-C, after a checkpoint.
     """
-    out, place = Path(out), data_dir and Path(data_dir)
+    out, place = Path(out), _place(scenario, data_dir)
     directory.refuse_taken(out)
     if population is not None:
         check_lifetime(population, scenario, known=unsafe_noise_key is not None)
@@ -127,6 +127,14 @@ def resume(
     with ledger, EventLog(out / directory.EVENTS) as events, one_thread(), shown(observer) as eye:
         loop = SimulatedLoop(out, plan, identity, server, devices, eye, ledger, events, task)
         return loop.run(position, resumed=True)
+
+
+def _place(scenario: Scenario, data_dir: str | PathLike[str] | None) -> Path | None:
+    """Where the data lies, also for whoever works in another directory later."""
+    own: str | None = getattr(scenario.data, "path", None)
+    if data_dir is None and own is not None and Path(own).exists():
+        return Path(own)
+    return None if data_dir is None else Path(data_dir)
 
 
 def shown(observer: Observer | None) -> AbstractContextManager[Observer]:

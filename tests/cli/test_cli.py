@@ -550,6 +550,19 @@ def test_what_is_exported_scores_items_as_the_model_does(
     np.testing.assert_array_equal(table["bias"].to_numpy(), items["biases"])
 
 
+def test_users_of_a_relative_path_are_found_from_anywhere(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [f"u{user},i{(user * 7 + step * 3) % 20}" for user in range(30) for step in range(5)]
+    (place / "own.csv").write_text("\n".join(["user,item", *rows]))
+    words = ("-s", "data.source=table", "-s", "data.path=own.csv", "-s", "devices.population=")
+    monkeypatch.delenv("PRIVREC_DATA")
+    done("run", "tiny.toml", *words, "--out", "run")
+    (place / "elsewhere").mkdir()
+    monkeypatch.chdir(place / "elsewhere")
+    assert len(json.loads(done("recommend", "../run", "--user", "u3", "--json").stdout)) == 10
+
+
 def test_a_network_is_not_exported_as_vectors(place: Path) -> None:
     done("run", "tiny.toml", "-s", "model.kind=neumf", "--out", "net")
     refused = call("export", "net", "--items", "items.npz")

@@ -425,7 +425,7 @@ def test_realised_cohorts_and_their_traces_are_in_no_file(tmp_path: Path) -> Non
     assert len(set(sizes)) > 2
     assert min(sizes) > 450
     files = sorted(path for path in out.iterdir() if path.is_file())
-    assert len(files) == 12
+    assert len(files) == 13
     for path in files:
         for document in json_documents(path):
             assert not numbers_in(document) & told, path.name
