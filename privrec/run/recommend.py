@@ -221,6 +221,8 @@ class TrainedModel:
         if names is None:
             return np.arange(len(ids))
         wanted = [str(name) for name in names]
+        if not wanted:
+            raise UsageError("no user is named; name at least one, or none at all for everybody")
         for name in wanted:
             if name not in self._places:
                 position_of(name, ids, "user")
@@ -239,6 +241,11 @@ class TrainedModel:
 
         It needs no data. An UnknownIdError names an item that is none.
         """
+        if isinstance(items, str):
+            raise UsageError(
+                f"a history of {items!r}: it is several ids, as in [{items!r}], or a pathlib.Path "
+                "of a file of them"
+            )
         if isinstance(items, Path):
             items = read_history(items, self.catalogue.rows)
         liked = np.unique(self.catalogue.positions(items)).astype(np.int32)

@@ -174,7 +174,7 @@ def test_what_is_read_from_memory_is_kept_nowhere(rows: Any, tmp_path: Path) -> 
         ({"user": [1, 2], "item": [[2], [3]]}, ("the table, row 1", "column 'item'")),
         ({"user": [1, 1], "item": [2.5, 3.5]}, ("the table, row 1", "whole numbers or text")),
         ({"user": [1, 2], "item": [object(), object()]}, ("type dict", "give a path")),
-        ("nowhere.csv", ("nowhere.csv", "no table")),
+        ("nowhere.csv", ("nowhere.csv", "no such file")),
     ],
     ids=str,
 )
@@ -315,6 +315,26 @@ def test_lists_are_those_of_the_command(fitted: privrec.Recommender, rows: Any) 
     assert [entry.item_id for entry in found] == same["item"].to_pylist()
     assert not set(fitted.recommend(103, k=ITEMS)["item"].to_pylist()) & set(ids)
     assert set(ids) <= set(fitted.recommend(103, k=ITEMS, filter_seen=False)["item"].to_pylist())
+
+
+@pytest.mark.parametrize(
+    ("ask", "says"),
+    [
+        (lambda r: r.recommend(7), "user '7': the data set has no such user"),
+        (lambda r: r.recommend([]), "no user is named"),
+        (lambda r: r.recommend(101, k=0), "k = 0: must be at least 1"),
+        (lambda r: r.recommend_history("i1"), r"as in \['i1'\]"),
+        (lambda r: r.recommend_history([]), "the history is empty"),
+        (lambda r: r.recommend_history(["i99"]), "item 'i99': the data set has no such item"),
+        (lambda r: r.score(101, ["i99"]), "item 'i99'"),
+        (lambda r: r.fit({"user": [1, 2], "item": [1, 2]}), "not empty"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused(
+    ask: Any, says: str, fitted: privrec.Recommender
+) -> None:
+    with pytest.raises(UsageError, match=says):
+        ask(fitted)
 
 
 def test_arrays_are_masked_where_a_list_is_short(fitted: privrec.Recommender) -> None:
