@@ -1,12 +1,15 @@
 """Recommenders trained over people's own devices, with a user-level privacy budget.
 
-``import privrec`` is cheap: it loads neither torch nor numpy. The names below are looked up in
-their modules when they are first used::
+``import privrec`` is cheap: it loads neither torch nor numpy. The names of ``__all__`` are all that
+is public; they are looked up in their modules when they are first used.
 
-    import privrec
-
-    scenario = privrec.load_scenario("scenarios/quickstart.toml")
-    result = privrec.start(scenario, out=Path("runs/quickstart"))
+Examples:
+    >>> import privrec
+    >>> scenario = privrec.load_scenario("scenarios/quickstart.toml", ["train.rounds=3"])
+    >>> result = privrec.start(scenario, out="runs/quickstart")
+    >>> model = privrec.load("runs/quickstart")
+    >>> len(model.recommend_history([1, 2, 3], k=5))
+    5
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from privrec.api.recommender import Recommender, load
     from privrec.models.classifier import SparseClassifier
     from privrec.optim.lazy_dpsgd import LazyDPSGD
     from privrec.run.lifecycle import resume, start
@@ -26,9 +30,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LazyDPSGD",
+    "Recommender",
     "Scenario",
     "SparseClassifier",
     "__version__",
+    "load",
     "load_scenario",
     "recommend",
     "resume",
@@ -37,8 +43,10 @@ __all__ = [
 
 _LAZY = {
     "LazyDPSGD": "privrec.optim.lazy_dpsgd.LazyDPSGD",
+    "Recommender": "privrec.api.recommender.Recommender",
     "Scenario": "privrec.scenario.load.Scenario",
     "SparseClassifier": "privrec.models.classifier.SparseClassifier",
+    "load": "privrec.api.recommender.load",
     "load_scenario": "privrec.scenario.load.load",
     "recommend": "privrec.run.recommend.recommend",
     "resume": "privrec.run.lifecycle.resume",

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from privrec.cli import console
+from privrec.cli.init import look_at_table, print_look
 from privrec.errors import PrivrecError, UsageError
 
 if TYPE_CHECKING:
@@ -71,15 +72,32 @@ def fetch(name: str, directory: Path | None) -> None:
     click.echo(path)
 
 
-@data.command(epilog=console.example("privrec data describe ml-1m --data data/ml-1m"))
-@click.argument("name", metavar="NAME|SCENARIO")
+@data.command(
+    epilog=console.example(
+        "privrec data describe ml-1m --data data/ml-1m", "privrec data describe orders.csv"
+    )
+)
+@click.argument("name", metavar="NAME|SCENARIO|TABLE")
 @console.settings_option
 @console.data_option
 @console.json_option
 def describe(name: str, settings: tuple[str, ...], data_dir: Path | None, as_json: bool) -> None:
-    """Read a data set, by its name or as a scenario file has it, and count what is in it."""
+    """Read a data set and count what is in it.
+
+    It is named as a source, is that of a scenario file, or is a table of your own, whose columns
+    are found as by `privrec init`.
+    """
     console.check_data(data_dir)
-    scenario = _scenario_for_data(name, settings)
+    from privrec.data.files import is_table
+    from privrec.scenario.kinds import READERS
+
+    if name not in READERS and is_table(Path(name)):
+        look, scenario = look_at_table(Path(name), settings)
+        data_dir = None
+        if not as_json:
+            print_look(look, Path(name))
+    else:
+        scenario = _scenario_for_data(name, settings)
     from privrec.run.task import load_task
 
     facts = load_task(scenario, data_dir).split.describe()

@@ -1,4 +1,4 @@
-"""The command line: train, go on, recommend; the groups of other commands are added here.
+"""The command line: train and go on; the groups of other commands are added here.
 
 Modules that load torch are imported inside the commands that train, so that help, ``plan`` and the
 checks of a scenario answer at once. Exit codes are those of :mod:`privrec.errors`.
@@ -16,9 +16,11 @@ import click
 
 from privrec import __version__
 from privrec.cli import console
+from privrec.cli.init import init
 from privrec.cli.machine import data, doctor, flower
 from privrec.cli.plan import audit, plan, scenario
 from privrec.cli.report import compare, population, report, write_report
+from privrec.cli.serve import export, print_recommendations, recommend
 from privrec.errors import PrivrecError, UsageError
 from privrec.run.record import (
     EXAMPLE_AGAINST,
@@ -30,7 +32,6 @@ from privrec.run.record import (
 
 if TYPE_CHECKING:
     from privrec.report.render import Written
-    from privrec.run.recommend import Recommendation
     from privrec.run.record import Observers, Result
 
 QUICKSTART = Path(__file__).with_name("quickstart.toml")
@@ -82,6 +83,9 @@ def demo(out: Path | None, as_json: bool) -> None:
     with _watched(path) as observer:
         result = lifecycle.start(quickstart, out=path, observer=observer)
     _finish(result, as_json, user=DEMO_USER)
+
+
+main.add_command(init)
 
 
 @main.command(
@@ -164,64 +168,9 @@ def resume(
     _finish(result, as_json)
 
 
-for _command in (plan, report, audit, compare):
-    main.add_command(_command)
-
-
-@main.command(
-    epilog=console.example(
-        "privrec recommend runs/ml-1m-1 --user 42",
-        "privrec recommend runs/ml-1m-1 --history liked.txt -k 20",
-    ),
-)
-@console.run_dir
-@click.option("--user", metavar="ID", help="A user of the data set.")
-@click.option(
-    "--history",
-    type=console.PATH,
-    metavar="FILE",
-    help="Ids of liked items, one a line; a user vector is fitted to them.",
-)
-@click.option(
-    "-k", "k", type=click.IntRange(1, 10_000), default=10, show_default=True, help="How many items."
-)
-@click.option(
-    "--selector",
-    metavar="NAME",
-    default="scan",
-    show_default=True,
-    help="How the best items are found, by a selector that searches; scan is exact.",
-)
-@console.data_option
-@console.json_option
-def recommend(
-    directory: Path,
-    user: str | None,
-    history: Path | None,
-    k: int,
-    selector: str,
-    data_dir: Path | None,
-    as_json: bool,
-) -> None:
-    """Recommend items to a user or for a history. The model is that of DIR."""
-    if (user is None) == (history is None):
-        given = "neither was given" if user is None else "both were given"
-        raise UsageError(f"--user or --history: exactly one is needed, and {given}; choose one")
-    console.check_run(directory)
-    console.check_data(data_dir)
-    from privrec.run.recommend import recommend as recommendations
-
-    found = recommendations(
-        directory, user=user, history=history, k=k, data_dir=data_dir, selector=selector
-    )
-    if as_json:
-        console.print_json([asdict(entry) for entry in found])
-        return
-    whom = f"user {user}" if user is not None else f"the history in {history}"
-    _print_recommendations(found, f"Recommendations for {whom}")
-
-
-for _command in (population, flower, data, scenario, doctor):
+for _command in (
+    plan, report, audit, compare, recommend, export, population, flower, data, scenario, doctor,
+):  # fmt: skip
     main.add_command(_command)
 
 
@@ -261,6 +210,7 @@ def _watched(
     have failed, or the settlement with the population. That error is the one to show.
     """
     from privrec.run import record
+    from privrec.run.progress import ConsoleObserver
     from privrec.run.record import Observer, Observers
 
     sinks: list[Observer] = []
@@ -269,7 +219,7 @@ def _watched(
     if mlflow is not None:
         sinks.append(record.MLflowSink(mlflow))
     try:
-        with Observers(console.ConsoleObserver(), *sinks) as observer:
+        with Observers(ConsoleObserver(), *sinks) as observer:
             yield observer
     except Exception:
         if (directory / "result.json").is_file():
@@ -313,7 +263,7 @@ def _finish(result: Result, as_json: bool, *, user: str | None = None) -> None:
             return
         print_result(result.payload)
         if found:
-            _print_recommendations(found, f"Recommendations for user {user}")
+            print_recommendations(found, f"Recommendations for user {user}")
         click.echo(f"Run:    {result.path}")
         if pages is not None:
             click.echo(f"Report: {pages.html}")
@@ -417,13 +367,3 @@ def _by_tier(row: Mapping[str, Any]) -> str:
     tiers = row.get("tiers") or []
     keys = [key for key in tiers[0] if key.startswith("ndcg@")] if len(tiers) > 1 else []
     return " · ".join(f"{tier[keys[-1]]:.3f}" for tier in tiers) if keys else ""
-
-
-def _print_recommendations(entries: Sequence[Recommendation], title: str) -> None:
-    titled = any(entry.title for entry in entries)
-    columns = ("rank", "item", *(["title"] if titled else []), "score")
-    rows = [
-        (entry.rank, entry.item_id, *([entry.title or ""] if titled else []), f"{entry.score:.3f}")
-        for entry in entries
-    ]
-    console.print_table(title, columns, rows)

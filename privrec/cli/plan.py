@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 MILESTONES = 10
 SMALL_COHORT = 20
+FAR_APART = 5
+"""Times that one ε is the other, from which on the difference is warned of."""
 
 
 @click.group(cls=console.Commands, epilog=console.example("privrec scenario schema"))
@@ -67,6 +69,7 @@ def planned(scenario: Scenario) -> dict[str, Any]:
         UsageError: If no noise meets the target, or sizes that distributed noise needs are unknown.
     """
     privacy, devices, (event, examples) = scenario.privacy, scenario.devices, _events(scenario)
+    spending = _spending(scenario, event)
     return {
         "scenario": scenario.name,
         "rounds": scenario.train.rounds,
@@ -83,10 +86,10 @@ def planned(scenario: Scenario) -> dict[str, Any]:
         "sampling_rate": devices.sampling_rate,
         "population": scenario.population(),
         "expected_cohort": scenario.expected_cohort(),
-        **_spending(scenario, event),
+        **spending,
         "examples": _examples(scenario, examples),
         "signal": _signal(scenario, event.noise_multiplier),
-        "warnings": _warnings(scenario),
+        "warnings": [*_warnings(scenario), *_far_apart(spending)],
     }
 
 
@@ -185,6 +188,18 @@ def _signal(scenario: Scenario, noise_multiplier: float) -> dict[str, Any] | Non
         signal["noise_norm"] = per_coefficient * math.sqrt(dimension)
         signal["ratio"] = cohort / (noise_multiplier * math.sqrt(dimension))
     return signal
+
+
+def _far_apart(spending: Mapping[str, Any]) -> Iterator[str]:
+    """A warning where nearly all of the promise rests on cohorts that stay secret."""
+    hidden, known = spending["epsilon"], spending["epsilon_server"]
+    if hidden is not None and known > FAR_APART * hidden:
+        yield (
+            f"ε = {epsilon_text(hidden, 3)} holds while nobody knows who took part in which round, "
+            f"and ε = {epsilon_text(known, 3)} against {adversary_text('server')}. With "
+            'devices.sampling = "everybody" and fewer rounds both are one, often at a better '
+            'accuracy; privacy.budget_against = "server" bounds the larger.'
+        )
 
 
 def _warnings(scenario: Scenario) -> list[str]:

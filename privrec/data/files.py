@@ -36,7 +36,8 @@ _PACKED = {
     b"\x28\xb5\x2f\xfd": "zstd",
 }
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
-_TABLES = (".csv", ".tsv", ".parquet", ".pq")
+PARQUET = (".parquet", ".pq")
+_TABLES = (".csv", ".tsv", *PARQUET)
 _PART = re.compile(r"part[-.]|.*-\d+-of-\d+")
 
 
@@ -72,6 +73,11 @@ class File:
     def suffix(self) -> str:
         """What the name ends in, without ``.gz``."""
         return Path(self.path.name.lower().removesuffix(".gz")).suffix
+
+    def is_empty(self) -> bool:
+        """Whether it has no byte."""
+        with self.open() as stream:
+            return not stream.read(1)
 
     @contextmanager
     def open(self) -> Iterator[IO[bytes]]:
@@ -206,6 +212,11 @@ def files_in(folder: Place) -> list[File]:
     with _readable(folder):
         found: list[Place] = list(folder.iterdir())
         return [File(path) for path in sorted(found, key=str) if path.is_file()]
+
+
+def is_table(path: Path) -> bool:
+    """Whether a path is named as a table is, packed or not, or is a folder, as of parts."""
+    return path.is_dir() or File(path).suffix in (*_TABLES, ".zip")
 
 
 def table_files(path: Path, *, needed: bool = True) -> list[File]:

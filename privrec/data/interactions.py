@@ -7,9 +7,9 @@ the data set's publisher appear only here, at the edge.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -90,14 +90,14 @@ class Interactions(ItemLists):
         item_ids: [n] likewise. An item need not occur.
         titles: n titles, or None where the source has none.
         features: float32 [n, q], public ones (:mod:`privrec.data.features`), or None.
-        repeats: rows of the source that were left out, since their pair had another.
+        facts: how the source was read and what was left out, for whoever describes the data.
     """
 
     times: Int64Array | None
     user_ids: IdArray
     item_ids: IdArray
     titles: Sequence[str] | None = None
-    repeats: int = 0
+    facts: Mapping[str, int | str] = field(default_factory=dict)
     features: NDArray[np.float32] | None = None
 
     @classmethod
@@ -130,6 +130,7 @@ class Interactions(ItemLists):
         )
         stamps = None if times is None else np.asarray(times)
         order = np.lexsort((user,) if stamps is None else (stamps, user))
+        facts: dict[str, int | str] = {}
         if duplicates == "refuse":
             refuse_duplicates(user, item, user_names, item_names, where)
         else:
@@ -137,6 +138,7 @@ class Interactions(ItemLists):
             ahead = slice(None) if duplicates == "first" else slice(None, None, -1)
             first = np.unique(keys[ahead], return_index=True)[1]
             order = order[ahead][np.sort(first)][ahead]
+            facts = {"repeats_left_out": user.size - order.size}
         return cls(
             row_bounds(user[order], user_names.size),
             item[order].astype(np.int32),
@@ -144,7 +146,7 @@ class Interactions(ItemLists):
             user_names,
             item_names,
             None if titles is None else tuple(titles),
-            user.size - order.size,
+            facts,
         )
 
     @property
@@ -158,11 +160,11 @@ class Interactions(ItemLists):
 
     def user_index(self, user_id: int | str) -> int:
         """Position of the user with this original id; UnknownIdError where there is none."""
-        return _lookup(user_id, self.user_ids, "user")
+        return position_of(user_id, self.user_ids, "user")
 
     def item_index(self, item_id: int | str) -> int:
         """Position of the item with this original id; UnknownIdError where there is none."""
-        return _lookup(item_id, self.item_ids, "item")
+        return position_of(item_id, self.item_ids, "item")
 
     @cached_property
     def _pairs(self) -> Int64Array:
@@ -185,6 +187,45 @@ class Interactions(ItemLists):
         """The same users with at most their last ``limit`` interactions, at least 1."""
         later = np.repeat(self.indptr[1:], self.counts) - 1 - np.arange(self.size)
         return self.select(later < limit)
+
+    def core(self, min_user: int, min_item: int) -> Interactions:
+        """Keep users of ``min_user`` items and items of ``min_item`` users, counted among the kept.
+
+        The largest such part is what is left once users and items with fewer are removed, over and
+        over: its (p, q)-core, of Cerinšek & Batagelj, "Generalized two-mode cores" (Social Networks
+        2015). Who and what is left depends on everybody's rows.
+
+        Raises:
+            DataError: when nothing is left.
+        """
+        keep, kept = np.ones(self.size, np.bool_), -1
+        while keep.sum() != kept:
+            kept = int(keep.sum())
+            of_users = np.bincount(self.users[keep], minlength=self.n_users)
+            of_items = np.bincount(self.items[keep], minlength=self.n_items)
+            keep &= (of_users >= min_user)[self.users] & (of_items >= min_item)[self.items]
+        if not kept:
+            raise DataError(
+                f"no interactions are left of {self.size}: a user needs {min_user} items and an "
+                f"item {min_item} users; lower data.min_user or data.min_item"
+            )
+        users, items = np.flatnonzero(of_users), np.flatnonzero(of_items)
+        left_out = {
+            "users_left_out": self.n_users - users.size,
+            "items_left_out": self.n_items - items.size,
+            "thin_interactions_left_out": self.size - kept,
+        }
+        part = self.select(keep)
+        return replace(
+            part,
+            indptr=row_bounds(np.searchsorted(users, part.users), users.size),
+            items=np.searchsorted(items, part.items).astype(np.int32),
+            user_ids=self.user_ids[users],
+            item_ids=self.item_ids[items],
+            titles=None if self.titles is None else tuple(self.titles[n] for n in items.tolist()),
+            features=None if self.features is None else self.features[items],
+            facts={**self.facts, **left_out},
+        )
 
     def renumbered(self, order: Int64Array) -> Interactions:
         """Number items anew: ``order``, int64 [n], has the present position of each new one."""
@@ -233,8 +274,8 @@ class Split:
             "times": train.times is not None,
             "titles": train.titles is not None,
             "published_negatives": self.negatives is not None,
-            "repeats_left_out": train.repeats,
             "untrained_left_out": self.untrained,
+            **train.facts,
         }
 
     def renumbered(self, order: Int64Array) -> Split:
@@ -368,7 +409,7 @@ def refuse_duplicates(
     raise DataError(
         f"{where(second)}: user {_quoted(user_ids[users[second]])}, item "
         f"{_quoted(item_ids[items[second]])} is already in {where(first)}; a pair may occur once; "
-        'remove one of them, or keep one of each pair: data.duplicates = "last" of a table'
+        'remove one of them, or keep one of each pair: data.duplicates = "first" of a table'
     )
 
 
@@ -376,8 +417,8 @@ def _quoted(name: Any) -> str:
     return shown(name) if isinstance(name, str) else str(name)
 
 
-def _lookup(wanted: int | str, names: IdArray, noun: str) -> int:
-    """The position of an id; or an error with what ids look like, and the nearest one."""
+def position_of(wanted: int | str, names: IdArray, noun: str) -> int:
+    """The position of an id; or an UnknownIdError with what ids look like, and the nearest one."""
     numbers = names.dtype.kind in "iu"
     at = np.flatnonzero((names.astype(str) if numbers else names) == str(wanted))
     if at.size:

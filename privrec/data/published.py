@@ -41,7 +41,8 @@ from privrec.data.interactions import (
     refuse_duplicates,
     row_bounds,
 )
-from privrec.data.tables import read_columns, read_lists, read_table
+from privrec.data.own import read_table
+from privrec.data.tables import read_columns, read_lists
 from privrec.errors import DataError
 from privrec.scenario.schema import Data
 
@@ -59,7 +60,7 @@ _INT32_MAX = np.iinfo(np.int32).max
 
 
 def load_table(config: Data, data_dir: Path | None) -> Split:
-    """Load a user's own table; see :func:`~privrec.data.tables.read_table`."""
+    """Load a user's own table; see :func:`~privrec.data.own.read_table`."""
 
     def look(root: Path) -> Path | None:
         return root if table_files(root, needed=False) else None
@@ -180,7 +181,7 @@ def _ratings(
     called = ("user", "item", "rating", "time")
     user, item, rating, time = read_columns([file], columns, separator, width=4, called=called)
     users, items = user.whole_numbers(), item.whole_numbers()
-    rating.check_finite()
+    rating.numbers()
     return users, items, time.whole_numbers(least=None), user.where
 
 

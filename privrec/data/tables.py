@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import csv
 import difflib
-import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -25,10 +23,9 @@ from numpy.typing import NDArray
 from pyarrow import compute, types
 from pyarrow.csv import ConvertOptions, ParseOptions, ReadOptions, read_csv
 
-from privrec.data.files import BLANKS, File, bad_file, shown, table_files
-from privrec.data.interactions import Interactions, Where
+from privrec.data.files import BLANKS, PARQUET, File, bad_file, shown
+from privrec.data.interactions import Where
 from privrec.errors import DataError
-from privrec.scenario.schema import Data
 
 Int64Array = NDArray[np.int64]
 Cells: TypeAlias = Any  # a chunked array of Arrow, which has no types
@@ -40,27 +37,13 @@ _ROWS = 1 << 16  # of quoted text, held as Python's strings at a time
 _JOINT = "\x1f"  # in place of a separator of several characters
 _MOST_COLUMNS = 10**5
 _LONGEST = csv.field_size_limit()
-
-
-def read_table(path: Path, form: Data) -> Interactions:
-    """Read a user's own table, one interaction a row; see :func:`~privrec.data.files.table_files`.
-
-    Ids are numbers if all of a column are whole numbers of 64 bits as they are usually written
-    (``7``, not ``007``), otherwise all of them are text as it stands. Times are kept if they are
-    whole numbers; decimals and dates written as text (without a zone: UTC) become whole numbers of
-    the smallest unit that keeps them exactly. Blanks around a cell do not count.
-    """
-    names = [form.user_column, form.item_column]
-    names += [] if form.time_column is None else [form.time_column]
-    if len(set(names)) < len(names) or len({type(name) for name in names}) > 1:
-        rule = "users, items and times are different columns, all by name or all by number from 1"
-        raise bad_file(path, f"columns {names}", rule, "set data.user_column and so on")
-    columns = read_columns(table_files(path), names, form.separator, form.encoding)
-    users, items = (column.ids() for column in columns[:2])
-    times = columns[2].times() if len(columns) > 2 else None
-    return Interactions.from_pairs(
-        users, items, times, where=columns[0].where, duplicates=form.duplicates
-    )
+SEPARATORS = (",", "\t", ";", "|", "::")
+DAY_MONTH = (
+    r"^(?P<first>[0-9]{1,2})[/.-](?P<second>[0-9]{1,2})[/.-](?P<year>[0-9]{4})"
+    r"(?:[ T,]+(?P<hour>[0-9]{1,2}):(?P<minute>[0-9]{2})(?::(?P<seconds>[0-9]{2}))?"
+    r" ?(?P<half>[AaPp][Mm])?)?$"
+)
+_EXAMPLE = {"day": "31/12/2024 18:00", "month": "12/31/2024 18:00"}
 
 
 # ----------------------------------------------------------------------------- cells of a column
@@ -119,24 +102,48 @@ class Column:
             raise self._bad_cell(int(low[0]), cell, rule, "number ids from 0")
         return numbers
 
-    def check_finite(self) -> None:
-        """Refuse a column of text with anything but finite numbers, which are not kept."""
-        try:
-            found = self.cells.cast(pyarrow.float64())
-            row = _first(compute.invert(compute.is_finite(found)))
-        except pyarrow.ArrowInvalid:
-            wrong = (
-                row
-                for row, cell in enumerate(_each(self.cells))
-                if not (_is_number(cell) and math.isfinite(float(cell)))
-            )
-            row = next(wrong, None)
-        if row is not None:
-            cell = self.cells[row].as_py()
-            raise self._bad_cell(row, cell, "it must be a finite number", _AMEND)
+    def numbers(self) -> NDArray[np.float64]:
+        """The finite numbers in the column, float64."""
+        kind, rule = self.cells.type, "numbers, or text of them, are read here"
+        self._check_type(_is_text(kind) or types.is_floating(kind) or types.is_decimal(kind), rule)
+        self._refuse_empty(self.cells.is_null(), "a number")
+        cells = self._trimmed("a number") if _is_text(kind) else self.cells
+        if (found := _finite(cells)) is None:
+            row = next(row for row in range(len(cells)) if _finite(cells.slice(row, 1)) is None)
+            raise self._bad_cell(row, str(cells[row]), "it must be a finite number", _AMEND)
+        return found
 
-    def times(self) -> Int64Array:
-        """The times of numbers, dates or text of either, in a unit that keeps all exactly."""
+    def day_first(self) -> bool | None:
+        """Whether the column's dates such as 31/12/2024 begin with the day; None: it has none such.
+
+        A column where every date could be read either way is refused, as is one of both kinds.
+        """
+        if not _is_text(self.cells.type):
+            return None
+        text = self._trimmed("a time")
+        found = compute.extract_regex(text, DAY_MONTH)
+        if not found.is_valid()[0].as_py():
+            return None
+        beyond = (
+            compute.greater(compute.struct_field(found, place).cast(pyarrow.int64()), 12)
+            for place in (0, 1)
+        )
+        days = [_first(marks) for marks in beyond]
+        remedy = "set data.day_first = true, or false where the month comes first"
+        if days == [None, None]:
+            rule = "the day or the month may come first, and no row of the column tells which"
+            raise self._bad_cell(0, text[0].as_py(), rule, remedy)
+        if None not in days:
+            early, late = sorted(row for row in days if row is not None)
+            rule = f"day and month stand the other way round in {self.where(early)}"
+            raise self._bad_cell(late, text[late].as_py(), rule, "write all dates alike")
+        return days[0] is not None
+
+    def times(self, day_first: bool | None = None) -> Int64Array:
+        """The times of numbers, dates or text of either, in a unit that keeps all exactly.
+
+        ``day_first`` says how dates such as 31/12/2024 begin, as :meth:`day_first` finds it.
+        """
         self._refuse_empty(self.cells.is_null(nan_is_null=True), "a time")
         kind = self.cells.type
         if types.is_timestamp(kind) or types.is_date(kind):
@@ -149,6 +156,13 @@ class Column:
         if numbers is not None:
             return numbers
         text = text.cast(pyarrow.large_string())
+        if day_first is not None:
+            times, wrong = _calendar(text, day_first)
+            if wrong.any():
+                row, order = int(wrong.argmax()), "day" if day_first else "month"
+                rule = f"it must be a date that begins with the {order}, as in {_EXAMPLE[order]}"
+                raise self._bad_cell(row, text[row].as_py(), rule, _AMEND)
+            return times
         read: Callable[[Cells, Any], Cells]
         units: Sequence[Any]
         if _is_number(text[0].as_py()):
@@ -159,8 +173,8 @@ class Column:
             read, units = _dates, ("ns", "us")
             rule = "a date as in 2024-05-31T18:00:00, in the years 1 to 9999; to the nanosecond, "
             rule += "all of them in 1678 to 2261"
-        if (times := _exactly(text, read, units)) is not None:
-            return times
+        if (kept := _exactly(text, read, units)) is not None:
+            return kept
         alone = (_exactly(text.slice(row, 1), read, units[-1:]) for row in range(len(text)))
         row = next(row for row, time in enumerate(alone) if time is None)
         rule = f"it must be {rule}, as in the first row"
@@ -247,6 +261,35 @@ def _dates(cells: Cells, unit: str) -> Cells:
     return full.cast(pyarrow.timestamp(unit, "UTC")).cast(pyarrow.int64())
 
 
+def _finite(cells: Cells) -> NDArray[np.float64] | None:
+    """Numbers, float64; None where not all of them are finite numbers."""
+    with suppress(pyarrow.ArrowInvalid):
+        found = np.asarray(cells.cast(pyarrow.float64()).to_numpy())
+        return found if np.isfinite(found).all() else None
+    return None
+
+
+def _calendar(cells: Cells, day_first: bool) -> tuple[Int64Array, NDArray[np.bool_]]:
+    """Seconds since 1970 of dates such as 31/12/2024 6:46 PM, and which rows are none such."""
+    found = compute.extract_regex(cells, DAY_MONTH)
+    parts = [compute.fill_null(compute.struct_field(found, place), "") for place in range(7)]
+    first, other, year, hour, minute, second = (
+        np.asarray(compute.if_else(compute.equal(part, ""), "0", part).cast("int64").to_numpy())
+        for part in parts[:6]
+    )
+    day, month = (first, other) if day_first else (other, first)
+    half = compute.ascii_upper(parts[6])
+    halved, late = (np.asarray(compute.equal(half, end).to_numpy()) for end in ("", "PM"))
+    halved = ~halved
+    wrong = halved & ((hour < 1) | (hour > 12))
+    hour = np.where(halved, hour % 12 + 12 * late, hour)  # twelve is the first hour of a half
+    months = ((year - 1970) * 12 + month - 1).astype("datetime64[M]")
+    days = months.astype("datetime64[D]") + (day - 1)
+    wrong |= (month < 1) | (month > 12) | (days.astype("datetime64[M]") != months)
+    wrong |= (hour > 23) | (minute > 59) | (second > 59)
+    return days.astype(np.int64) * 86_400 + hour * 3600 + minute * 60 + second, wrong
+
+
 def _exactly(
     text: Cells, read: Callable[[Cells, Any], Cells], units: Sequence[Any]
 ) -> Int64Array | None:
@@ -285,20 +328,19 @@ def read_columns(
         files: parts of one table; some may be empty, but not all of them. ``.parquet`` and ``.pq``
             are Parquet, everything else is text.
         names: in the header; or numbers, from 1, where there is none.
-        separator: one or more characters; None: a tab for ``.tsv`` and a comma otherwise.
+        separator: one or more characters; None: as :func:`separator_of` finds it.
         width: how many fields a line without a header must have; None: as many as the first.
         called: what errors call the columns; None: by ``names``.
         quotes: whether they may surround a cell; not where tabs or several characters separate.
     """
     parts: list[_Part] = []
     for file in files:
-        with file.open() as stream:
-            if len(files) > 1 and not stream.read(1):
-                continue
-        if file.suffix in (".parquet", ".pq"):
+        if len(files) > 1 and file.is_empty():
+            continue
+        if file.suffix in PARQUET:
             parts.append(_parquet(file, names, remedy))
         else:
-            mark = separator or ("\t" if file.suffix == ".tsv" else ",")
+            mark = separator or separator_of(file, names, encoding)
             quoted = quotes and len(mark) == 1 and mark != "\t"
             parts += _Text(file, names, mark, width or 0, remedy).parts(encoding, quoted)
     ends = np.cumsum([len(part.numbers) for part in parts])
@@ -315,6 +357,34 @@ def read_columns(
     joined = [_joined(column, where, ends) for column in columns]
     called = called or [str(name) for name in names]
     return [Column(name, cells, where) for name, cells in zip(called, joined, strict=True)]
+
+
+def separator_of(file: File, names: Names, encoding: str = "utf-8") -> str:
+    """What separates the fields of a text: with it, its first line has the columns.
+
+    A tab for ``.tsv`` and a comma otherwise come first, and are also taken where none does.
+    """
+    first = next(file.lines(encoding))
+    usual = "\t" if file.suffix == ".tsv" else ","
+
+    def fits(mark: str) -> bool:
+        cells = [cell.strip(BLANKS) for cell in fields_of(first, mark)]
+        numbers = [name for name in names if isinstance(name, int)]
+        if numbers:
+            return len(cells) >= max(*numbers, 2)
+        return all(name in cells for name in names)
+
+    return next(filter(fits, (usual, *SEPARATORS)), usual)
+
+
+def fields_of(line: str, mark: str) -> list[str]:
+    """The fields of one line, without the quotes around them where quotes have a meaning."""
+    if len(mark) > 1 or mark == "\t":
+        return line.split(mark)
+    try:
+        return next(csv.reader([line], delimiter=mark), [])
+    except csv.Error:
+        return line.split(mark)
 
 
 def _joined(arrays: Sequence[Cells], where: Where, ends: NDArray[Any]) -> Cells:

@@ -7,14 +7,17 @@ is a run of its own with other settings, below the first one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
+from privrec.data import Split
 from privrec.errors import BudgetError, UsageError
 from privrec.evaluate.metrics import Evaluation
 from privrec.privacy import population as populations
@@ -26,9 +29,10 @@ from privrec.run.loop import Loop, one_thread
 from privrec.run.parties import server_of
 from privrec.run.plan import Plan
 from privrec.run.privacy_plan import charges_of, event_without_shares, known_items
+from privrec.run.progress import ConsoleObserver
 from privrec.run.record import EventLog, Observer, Result
 from privrec.run.simulation import Simulation
-from privrec.run.task import Task, load_task
+from privrec.run.task import Recommending, Task, load_task
 from privrec.scenario.load import Row, Scenario, load
 
 ROWS = "rows/"
@@ -37,9 +41,10 @@ ROWS = "rows/"
 def start(
     scenario: Scenario,
     *,
-    out: Path,
-    data_dir: Path | None = None,
-    observer: Observer,
+    out: str | PathLike[str],
+    data_dir: str | PathLike[str] | None = None,
+    split: Split | None = None,
+    observer: Observer | None = None,
     unsafe_noise_key: bytes | None = None,
     population: str | None = None,
 ) -> Result:
@@ -50,6 +55,8 @@ def start(
 
     Args:
         data_dir: where the data lies, before the scenario's own path.
+        split: the data itself, of a recommender, instead of what the scenario names.
+        observer: hears of each round; None: the console's, on standard error.
         unsafe_noise_key: a noise root that others know, for runs that must repeat bit for bit. The
             run then protects nobody and says so.
         population: name of the ledger that the run is tied to (:mod:`privrec.privacy.population`).
@@ -61,31 +68,36 @@ def start(
             touches no data; or when its own ran out early, and it is finished as far as it came.
         Interrupted: on Ctrl-C, after a checkpoint.
     """
+    out, place = Path(out), _place(scenario, data_dir)
     directory.refuse_taken(out)
     if population is not None:
         check_lifetime(population, scenario, known=unsafe_noise_key is not None)
-    task = load_task(scenario, data_dir)
+    task = load_task(scenario, place) if split is None else Recommending(scenario, split)
     task.check()
     plan, described = task.plan, task.split.describe()
-    identity = Identity.new(scenario, described, data_dir, unsafe_noise_key)
+    identity = Identity.new(scenario, described, place, unsafe_noise_key)
     with directory.beginning(out, plan, identity, population) as (folder, ledger):
         task.number(folder, ledger, identity)
         devices, server = task.simulate(identity.root("devices")), server_of(plan, identity.run_id)
         position = checkpoint.save(folder, identity, ledger, server, devices.states, task.digest)
-    with ledger, EventLog(out / directory.EVENTS) as events, one_thread():
-        loop = SimulatedLoop(out, plan, identity, server, devices, observer, ledger, events, task)
+    with ledger, EventLog(out / directory.EVENTS) as events, one_thread(), shown(observer) as eye:
+        loop = SimulatedLoop(out, plan, identity, server, devices, eye, ledger, events, task)
         return loop.run(position)
 
 
 def resume(
-    out: Path, *, data_dir: Path | None = None, observer: Observer, workers: int | None = None
+    out: str | PathLike[str],
+    *,
+    data_dir: str | PathLike[str] | None = None,
+    observer: Observer | None = None,
+    workers: int | None = None,
 ) -> Result:
     """Go on with a run from its last checkpoint, or give the result of a finished one.
 
     With the noise root the run repeats its bits: rounds that were charged and lost are made again
     at no cost. Without it, or where a repeated round would release anything else, a new attempt is
     charged and gets fresh noise. ``workers`` are as many processes as this machine gives it,
-    unless as many as the scenario says.
+    unless as many as the scenario says. For the rest see :func:`start`.
 
     Raises:
         UsageError: when ``out`` is no run directory, its devices are at nodes of Flower, or the key
@@ -93,8 +105,8 @@ def resume(
         BudgetError: when the run had ended at its budget before one round released a sum.
         IntegrityError: when ledger, checkpoint and data do not belong together or were altered.
     """
-    identity = Identity.read(out)
-    scenario = load(out / directory.SCENARIO)
+    out, place = Path(out), None if data_dir is None else Path(data_dir)
+    identity, scenario = Identity.read(out), load(out / directory.SCENARIO)
     if workers is not None:
         run = scenario.run.model_copy(update={"workers": workers})
         scenario = scenario.model_copy(update={"run": run})
@@ -106,15 +118,28 @@ def resume(
             f"{out}: the devices of this run are at nodes of Flower, so it is gone on with there: "
             f"{directory.going_on(out)}"
         )
-    task = load_task(scenario, data_dir or identity.data_dir)
+    task = load_task(scenario, place or identity.data_dir)
     plan = task.plan
     task.restore_numbers(out, identity.signing_key().public_key())
     devices, server = task.simulate(identity.root("devices")), server_of(plan, identity.run_id)
     position = checkpoint.restore(out, identity, server, devices.states, task.digest)
     ledger = directory.open_ledger(out, identity, scenario)
-    with ledger, EventLog(out / directory.EVENTS) as events, one_thread():
-        loop = SimulatedLoop(out, plan, identity, server, devices, observer, ledger, events, task)
+    with ledger, EventLog(out / directory.EVENTS) as events, one_thread(), shown(observer) as eye:
+        loop = SimulatedLoop(out, plan, identity, server, devices, eye, ledger, events, task)
         return loop.run(position, resumed=True)
+
+
+def _place(scenario: Scenario, data_dir: str | PathLike[str] | None) -> Path | None:
+    """Where the data lies, also for whoever works in another directory later."""
+    own: str | None = getattr(scenario.data, "path", None)
+    if data_dir is None and own is not None and Path(own).exists():
+        return Path(own)
+    return None if data_dir is None else Path(data_dir)
+
+
+def shown(observer: Observer | None) -> AbstractContextManager[Observer]:
+    """Return an observer, or the console's own, which is closed in the end."""
+    return ConsoleObserver() if observer is None else nullcontext(observer)
 
 
 def check_lifetime(population: str, scenario: Scenario, *, known: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,16 @@ _COSTS = (
 
 
 def write_model(out: Path, server: Server, scenario: Scenario) -> None:
-    """Write the released weights (``model.safetensors``) and what they mean (``model.json``)."""
-    storage.replace(out / "model.safetensors", save({"weights": server.released}))
+    """Write the released weights (``model.safetensors``) and what they mean (``model.json``).
+
+    The weights have the same facts in their metadata, as JSON under ``privrec``. Which item a row
+    stands for is in ``catalogue.safetensors``.
+    """
     items = server.plan.federation.tiers[0].model.vectors.items
     facts = {"items": items, "scenario": scenario.name, **_model_facts(server, scenario)}
+    facts |= {"run_id": server.plan.run_id, "plan_hash": scenario.plan_hash()}
+    metadata = {"privrec": json.dumps(facts)}  # one entry: several would be in no fixed order
+    storage.replace(out / "model.safetensors", save({"weights": server.released}, metadata))
     storage.write_json(out / "model.json", facts)
 
 

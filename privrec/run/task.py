@@ -32,7 +32,7 @@ from privrec.privacy.ledger import PREPARATION, Ledger
 from privrec.privacy.mechanism import rounded_gaussian
 from privrec.randomness import SecretRoot, SecureStream
 from privrec.run import costs
-from privrec.run.checkpoint import read_signed, write_signed
+from privrec.run.catalogue import CATALOGUE, Catalogue, Order
 from privrec.run.directory import Identity
 from privrec.run.parties import simulation_of
 from privrec.run.plan import Plan
@@ -42,8 +42,6 @@ from privrec.run.simulation import Simulation
 from privrec.scenario.load import Scenario
 from privrec.server.columns import ColumnServer
 
-ORDER, _KIND = "catalogue.safetensors", "item order"
-Order = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
 S = TypeVar("S", Split, TextSplit)
 
@@ -116,23 +114,27 @@ class Task(ABC, Generic[S]):
         """What a private count is made of: each device's items, each named once."""
 
     def number(self, folder: Path, ledger: Ledger, identity: Identity) -> None:
-        """Number the items by popularity, where the task or the scenario's tiers need it.
+        """Number the items by popularity where that is needed, and write down which they are.
 
         The order is public, or it is released: every device's history is cut to a few items, which
         the devices' secret chooses, and their counts get Gaussian noise of the server's. The ledger
-        is charged for that before the first round (as round ``PREPARATION``), and the order is
-        written to ``folder`` before it is used, signed: by another order a model recommends other
+        is charged for that before the first round (as round ``PREPARATION``). The list of the items
+        is written to ``folder`` before a round, signed: by another one a model recommends other
         items.
         """
-        if not self.is_ordered:
-            return
-        if event := release_event(self.scenario):
-            order = self._released(event, ledger, identity)
-        else:
-            order = np.argsort(-self.split.train.item_counts(), kind="stable")
-        order = self.arranged(order)
-        write_signed(folder / ORDER, _KIND, {}, {"order": order}, identity.signing_key())
-        self.split = self.split.renumbered(order)
+        order = None
+        if self.is_ordered:
+            if event := release_event(self.scenario):
+                order = self._released(event, ledger, identity)
+            else:
+                order = np.argsort(-self.split.train.item_counts(), kind="stable")
+            order = self.arranged(order)
+            self.split = self.split.renumbered(order)
+        self.catalogue(order).write(folder, identity.signing_key())
+
+    def catalogue(self, order: Order | None) -> Catalogue:
+        """Return what a run says of its items, which are numbered by ``order``, if by any."""
+        return Catalogue(np.empty(0, np.int64), order=order)
 
     def arranged(self, order: Order) -> Order:
         """Return an order with what has a place of its own put there."""
@@ -152,17 +154,26 @@ class Task(ABC, Generic[S]):
         return order
 
     def restore_numbers(self, folder: Path, key: Ed25519PublicKey) -> None:
-        """Number the items as in the run in ``folder``, whose key is ``key``."""
-        if not self.is_ordered:
-            return
-        _, arrays = read_signed(folder / ORDER, _KIND, key)
-        order, n_items = arrays.get("order", np.zeros(0)), self.split.train.n_items
-        if order.dtype != np.int64 or not np.array_equal(np.sort(order), np.arange(n_items)):
+        """Number the items as in the run in ``folder``, whose key is ``key``.
+
+        An IntegrityError says that the items of this data are not those of the run.
+        """
+        if not self.is_ordered and not (folder / CATALOGUE).exists():
+            return  # the devices are at nodes of Flower, and the server has no list
+        listed, n_items = Catalogue.read(folder, key), self.split.train.n_items
+        if self.is_ordered:
+            order = np.zeros(0, np.int64) if listed.order is None else listed.order
+            if order.dtype != np.int64 or not np.array_equal(np.sort(order), np.arange(n_items)):
+                raise IntegrityError(
+                    f"{folder / CATALOGUE}: no order of the {n_items} items of this data; use "
+                    "the data that the run was started with, or restore the file"
+                )
+            self.split = self.split.renumbered(order)
+        if not np.array_equal(listed.ids, self.catalogue(None).ids):
             raise IntegrityError(
-                f"{folder / ORDER}: no order of the {n_items} items of this catalogue; use the "
-                "data that the run was started with, or restore the file"
+                f"{folder / CATALOGUE}: its items are not those of this data; use the data that "
+                "the run was started with"
             )
-        self.split = self.split.renumbered(order)
 
     # ------------------------------------------------------------------ devices and figures
 
@@ -234,6 +245,10 @@ class Recommending(Task[Split]):
     @property
     def counted(self) -> Interactions:
         return self.split.train
+
+    def catalogue(self, order: Order | None) -> Catalogue:
+        train = self.split.train
+        return Catalogue(train.item_ids, train.titles, order, train.features)
 
     def evaluate(self, devices: Simulation, weights: FloatArray, *, whole: bool) -> Evaluation:
         """Measure users of all tiers with the whole memory, fitted from nothing."""

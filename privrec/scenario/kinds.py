@@ -323,14 +323,32 @@ class TableFile(FilesOfHistories):
     """Column of item ids."""
     time_column: Column | None = None
     """Column of times; unset, file order."""
-    separator: str | None = setting(None, min_length=1, max_length=1)
-    """Field separator; unset, a tab for `.tsv`, else a comma."""
+    day_first: bool | None = None
+    """Whether a date such as 03/04/2024 begins with the day; unset, another date of the column
+    tells.
+    """
+    rating_column: Column = "rating"
+    """Column of ratings; read where `min_rating` is set."""
+    min_rating: float | None = None
+    """Least rating that makes a row an interaction; unset, every row is one."""
+    duplicates: Literal["first", "last", "refuse"] = "first"
+    """Which row is kept, in time, where a user and an item occur again."""
+    min_user: int = setting(1, "[1, 10^6] interactions")
+    """Fewest of a user, with items that are kept; others are left out."""
+    min_item: int = setting(1, "[1, 10^6] users")
+    """Fewest of an item, among users who are kept; others are left out."""
+    titles: str | None = setting(None, min_length=1, max_length=4096)
+    """File with `item_column` and `title_column` (by number: 1 and 2); beside the table, or in the
+    working directory.
+    """
+    title_column: Column | None = None
+    """Column of titles, in the file of `titles` (unset, `title`) or else in the table."""
+    separator: str | None = setting(None, min_length=1, max_length=2)
+    """Field separator; unset, the one of `,` tab `;` `|` `::` with which the columns are found."""
     encoding: Annotated[str, AfterValidator(_known_encoding)] = setting(
         "utf-8", min_length=1, max_length=40
     )
     """Encoding of the file."""
-    duplicates: Literal["refuse", "first", "last"] = "refuse"
-    """Which row is kept, in time, of a user and item that occur again."""
 
 
 class TextFiles(_Files, _Vocabulary):

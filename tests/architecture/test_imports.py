@@ -25,7 +25,7 @@ FLOORS = (
     ("server", "evaluate"),
     ("run",),
     ("report",),
-    ("audit", "flower"),
+    ("api", "audit", "flower"),
     ("cli", "__main__"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

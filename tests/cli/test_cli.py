@@ -18,6 +18,8 @@ from typing import Any
 
 import click
 import numpy as np
+import pyarrow.csv
+import pyarrow.parquet
 import pytest
 from click.testing import CliRunner, Result
 from scipy import stats
@@ -27,6 +29,7 @@ from privrec.cli import machine
 from privrec.cli import main as cli
 from privrec.cli.console import print_json
 from privrec.cli.main import main
+from privrec.run.recommend import TrainedModel
 from privrec.scenario import load as scenario
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -493,6 +496,85 @@ def test_recommendations_for_a_file_of_liked_items(
     assert "the history in liked.txt" in done(*words[:-1]).stdout
 
 
+def test_every_user_that_is_named_gets_a_list(finished: tuple[Path, Result]) -> None:
+    directory, _ = finished
+    words = ("recommend", directory, "--user", "3", "--user", "1", "-k", "4")
+    table = done(*words).stdout
+    assert table.index("Recommendations for user 3") < table.index("Recommendations for user 1")
+    found = json.loads(done(*words, "--json").stdout)
+    assert [entry.pop("user") for entry in found] == [*["3"] * 4, *["1"] * 4]
+    for user, own in (("3", found[:4]), ("1", found[4:])):
+        alone = done("recommend", directory, "--user", user, "-k", "4", "--json").stdout
+        for one, two in zip(own, json.loads(alone), strict=True):
+            assert one.pop("score") == pytest.approx(two.pop("score"), rel=1e-4)
+            assert one == two
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_the_lists_of_all_users_are_written_as_a_table(
+    ending: str, finished: tuple[Path, Result], place: Path
+) -> None:
+    directory, _ = finished
+    said = done("recommend", directory, "--all", "-k", "3", "-o", f"r.{ending}").stdout
+    read = {"csv": pyarrow.csv.read_csv, "parquet": pyarrow.parquet.read_table}
+    table = read[ending](place / f"r.{ending}")
+    assert table.column_names == ["user", "rank", "item", "title", "score"]
+    users = len(set(table["user"].to_pylist()))
+    assert table.num_rows == 3 * users
+    assert f"wrote r.{ending}: {table.num_rows} recommendations" in said
+    assert table["rank"].to_pylist() == [1, 2, 3] * users
+    words = ("recommend", directory, "--user", "3", "-k", "3", "--json")
+    rows = [row for row in table.to_pylist() if row["user"] == 3]
+    for row, entry in zip(rows, json.loads(done(*words).stdout), strict=True):
+        assert (str(row["item"]), row["title"]) == (entry["item_id"], entry["title"])
+        assert row["score"] == pytest.approx(entry["score"], rel=1e-4)
+    (place / "liked.txt").write_text("5\n7\n")
+    words = ("recommend", directory, "--history", "liked.txt", "-k", "2", "-o", f"h.{ending}")
+    payload = json.loads(done(*words, "--json").stdout)
+    assert payload == {"file": f"h.{ending}", "rows": 2}
+    assert read[ending](place / f"h.{ending}").column_names == ["rank", "item", "title", "score"]
+    assert not [path for path in place.iterdir() if path.name.startswith(".")]
+
+
+def test_what_is_exported_scores_items_as_the_model_does(
+    finished: tuple[Path, Result], place: Path
+) -> None:
+    directory, _ = finished
+    assert "wrote items.npz" in done("export", directory, "--items", "items.npz").stdout
+    payload = json.loads(done("export", directory, "--items", "i.parquet", "--json").stdout)
+    items, table = np.load(place / "items.npz"), pyarrow.parquet.read_table(place / "i.parquet")
+    assert payload == {"file": "i.parquet", "items": len(items["ids"])}
+    model = TrainedModel.read(directory)
+    (state,) = model.fit(model.history(["5", "7"]))
+    scores = items["vectors"] @ state[:-1] + items["biases"] + state[-1]
+    np.testing.assert_allclose(scores, model.scores(state[None])[0], rtol=1e-4, atol=1e-5)
+    assert table["item"].to_pylist() == items["ids"].tolist() == model.catalogue.ids.tolist()
+    assert table["title"].to_pylist() == items["titles"].tolist() == model.catalogue.titles
+    np.testing.assert_array_equal(np.stack(table["vector"].to_numpy()), items["vectors"])
+    np.testing.assert_array_equal(table["bias"].to_numpy(), items["biases"])
+
+
+def test_users_of_a_relative_path_are_found_from_anywhere(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [f"u{user},i{(user * 7 + step * 3) % 20}" for user in range(30) for step in range(5)]
+    (place / "own.csv").write_text("\n".join(["user,item", *rows]))
+    words = ("-s", "data.source=table", "-s", "data.path=own.csv", "-s", "devices.population=")
+    monkeypatch.delenv("PRIVREC_DATA")
+    done("run", "tiny.toml", *words, "--out", "run")
+    (place / "elsewhere").mkdir()
+    monkeypatch.chdir(place / "elsewhere")
+    assert len(json.loads(done("recommend", "../run", "--user", "u3", "--json").stdout)) == 10
+
+
+def test_a_network_is_not_exported_as_vectors(place: Path) -> None:
+    done("run", "tiny.toml", "-s", "model.kind=neumf", "--out", "net")
+    refused = call("export", "net", "--items", "items.npz")
+    assert refused.exit_code == 2
+    assert "a network makes the scores" in refused.stderr
+    assert not (place / "items.npz").exists()
+
+
 def test_runs_are_compared(finished: tuple[Path, Result], place: Path) -> None:
     directory, _ = finished
     done("run", "tiny.toml", "-s", "name=other", "-s", "privacy.epsilon=4", "--out", "other")
@@ -654,6 +736,20 @@ def test_a_plan_warns_of_a_large_delta_and_a_small_cohort() -> None:
     assert not planned("-s", "devices.sampling_rate=0.5")["warnings"]
 
 
+def test_a_plan_warns_where_the_two_epsilons_are_far_apart() -> None:
+    rounds, rare = ("-s", "train.rounds=40"), ("-s", "devices.sampling_rate=0.05")
+    many = ("-s", "devices.population=4000", "-s", "data.users=4000")
+    plan = planned(*rounds, *rare, *many)
+    assert plan["epsilon_server"] > 5 * plan["epsilon"]
+    (warning,) = plan["warnings"]
+    assert f"{math.ceil(plan['epsilon_server'] * 1000) / 1000:.3f} against somebody" in warning
+    known = planned(*rounds, *rare, *many, "-s", "privacy.budget_against=server")
+    assert known["epsilon_server"] > 5 * known["epsilon"]  # who is told of the cohorts has the less
+    everybody = planned(*rounds, *many, "-s", "devices.sampling=everybody")
+    assert everybody["epsilon"] == everybody["epsilon_server"]
+    assert not everybody["warnings"]
+
+
 def test_a_plan_without_noise_promises_nothing() -> None:
     words = ("-s", "privacy.noise=none", "-s", "privacy.epsilon=")
     plan = planned(*words)
@@ -745,6 +841,19 @@ def test_a_data_set_is_described_by_name_or_scenario() -> None:
     by_file = json.loads(done("data", "describe", "tiny.toml", "--json").stdout)
     assert (by_file["users"], by_file["items"]) == (40, 20)
     assert "heldout" in done("data", "describe", "tiny.toml").stdout
+
+
+def test_a_table_is_described_as_it_is_found(place: Path) -> None:
+    rows = ("a;7;1/2/2024", "a;8;1/13/2024", "b;7;1/2/2024", "a;7;1/3/2024")
+    (place / "orders.csv").write_text("\n".join(("CustomerID;SKU;bought", *rows)))
+    found = json.loads(done("data", "describe", "orders.csv", "--json").stdout)
+    assert (found["users"], found["items"], found["repeats_left_out"]) == (2, 2, 1)
+    printed = done("data", "describe", "orders.csv", "-s", "data.time_column=bought").stdout
+    for words in ("';'", "CustomerID", "SKU", "bought", "month first", "repeats left out"):
+        assert words in printed
+    wrong = call("data", "describe", "nothing.csv")
+    assert wrong.exit_code == errors.DataError.exit_code
+    assert "nothing.csv: no such file" in wrong.stderr
 
 
 def test_fetch_prints_the_path_and_the_terms_apart(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from privrec.cli.console import ConsoleObserver
+from privrec.run.progress import ConsoleObserver
 from privrec.run.record import Observers, Record, RunInfo
 
 INFO = RunInfo("ml-1m-dp", 20, title="Federated GMF", population=6040, budget=8.0)

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from privrec import data
 from privrec.data.files import read_catalogue, read_history, read_ids
 from privrec.data.interactions import Interactions, leave_last_out
-from privrec.data.tables import read_table
+from privrec.data.own import read_table
 from privrec.data.texts import read_labelled
 from privrec.errors import DataError
 
@@ -146,7 +146,7 @@ def test_memory_is_that_of_the_file(tmp_path: Path) -> None:
     path.write_text("user,item\n" + "".join(rows))
     code = (
         "import sys; from pathlib import Path; "
-        "from privrec.data.tables import read_table; "
+        "from privrec.data.own import read_table; "
         "from privrec.scenario.schema import Data; "
         "read_table(Path(sys.argv[1]), Data(source='table')); "
         # Not ru_maxrss, which begins with that of the process that started this one.
@@ -178,7 +178,7 @@ def test_packed_and_divided_tables_are_read_as_one(tmp_path: Path) -> None:
     assert histories(read_table(parts, FORM)) == {1: [2, 10], 2: [5], 10: [5]}
     parquet(parts / "part-11.parquet", user=[1], item=[2])
     with pytest.raises(DataError, match=r"part-11.parquet, row 1: .*part-2.parquet, row 1"):
-        read_table(parts, FORM)
+        read_table(parts, form(duplicates="refuse"))
 
 
 def test_columns_are_numbered_where_there_is_no_header(tmp_path: Path) -> None:
@@ -189,18 +189,6 @@ def test_columns_are_numbered_where_there_is_no_header(tmp_path: Path) -> None:
         read_table(tmp_path / "t.csv", form(1, 5))
     with pytest.raises(DataError, match="all by name or all by number"):
         read_table(tmp_path / "t.csv", form(1, "item"))
-
-
-@pytest.mark.parametrize(("kept", "order"), [("first", [5, 6, 7]), ("last", [6, 7, 5])])
-def test_one_of_each_repeated_pair_is_kept_and_the_others_counted(
-    kept: str, order: list[int], tmp_path: Path
-) -> None:
-    (tmp_path / "t.csv").write_text("user,item,t\n1,5,9\n1,6,2\n1,5,1\n1,7,3\n")
-    split = data.load(form(time="t", duplicates=kept), data_dir=tmp_path)
-    train = split.train
-    found = [*train.history(0), *split.heldout.history(0)]
-    assert train.item_ids[found].tolist() == order
-    assert split.describe()["repeats_left_out"] == 1
 
 
 def test_users_without_training_items_are_left_out_and_counted(tmp_path: Path) -> None:

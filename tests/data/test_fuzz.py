@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from privrec import data
 from privrec.data.files import read_catalogue, read_history, read_ids
 from privrec.data.interactions import Split
-from privrec.data.tables import read_table
+from privrec.data.own import read_table
 from privrec.data.texts import read_extreme, read_labelled
 from privrec.errors import DataError
 
@@ -70,12 +70,12 @@ def rows_of(content: bytes, mark: str) -> list[tuple[str, str]]:
 
 
 def table(path: Path, content: bytes) -> None:
-    read = read_table(path, form())
+    read = read_table(path, form(duplicates="refuse"))
     same(read, rows_of(content, "\t" if path.suffix == ".tsv" else ","))
 
 
 def packed(path: Path, content: bytes) -> None:
-    read = read_table(path, form())
+    read = read_table(path, form(duplicates="refuse"))
     if content.startswith(b"\x1f\x8b"):
         content = gzip.decompress(content)
     elif content.startswith(b"PK\3\4") or path.suffix == ".zip":
@@ -85,7 +85,7 @@ def packed(path: Path, content: bytes) -> None:
 
 
 def parquet(path: Path, content: bytes) -> None:
-    read = read_table(path, form())
+    read = read_table(path, form(duplicates="refuse"))
     found = pyarrow.parquet.read_table(io.BytesIO(content)).to_pydict()
     pairs = zip(found["user"], found["item"], strict=True)
     same(read, [(str(user).strip(BLANKS), str(item).strip(BLANKS)) for user, item in pairs])
@@ -357,7 +357,7 @@ def test_any_cells_are_one_data_set_in_every_format(rows: list[tuple[str, str]])
             names.append("t.tsv")
         for name in names:
             try:
-                same(read_table(folder / name, form()), wanted)
+                same(read_table(folder / name, form(duplicates="refuse")), wanted)
             except DataError:
                 # Nothing else is refused in any of the formats.
                 cells = [cell for row in wanted for cell in row]
@@ -389,7 +389,7 @@ READ = """
 import sys
 from pathlib import Path
 from privrec.data.files import read_history
-from privrec.data.tables import read_table
+from privrec.data.own import read_table
 from privrec.data.texts import read_extreme
 from privrec.errors import DataError
 from privrec.workers import peak_resident_bytes

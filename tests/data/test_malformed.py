@@ -17,7 +17,8 @@ from privrec.scenario.schema import Data
 
 
 def config(source: str, **keys: Any) -> Data:
-    return data_of(source, **{**({"time_column": "time"} if source == "table" else {}), **keys})
+    own = {"time_column": "time", "duplicates": "refuse"} if source == "table" else {}
+    return data_of(source, **{**own, **keys})
 
 
 NEGATIVES = "\t".join(str(item) for item in range(10, 109))
@@ -121,7 +122,7 @@ CASES: list[tuple[str, str, bytes | None, str]] = [
     ("table", "t.csv", b"users,item,time\na,x,1\n", "line 1: column 'user' is not .*'users'"),
     ("table", "t.csv", b"user,item,item,time\na,x,y,1\n", "line 1: column 'item' is twice"),
     ("table", "t.csv", b"user,item,item,time\n1,2,3,4\n", "line 1: column 'item' is twice"),
-    ("table", "t.csv", b"user;item;time\na;x;1\n", "line 1: column 'user' is not .*separator"),
+    ("table", "t.csv", b"user:item:time\na:x:1\n", "line 1: column 'user' is not .*separator"),
     ("table", "t.csv", b"user,item,time\na,x,1\na,y\n", "line 3: 2 fields; the header has 3"),
     ("table", "t.csv", b"user,item,time\na,x,1\n\nb,y,2\n", "line 3: no text"),
     ("table", "t.csv", b"user,item,time\na,x,1\n,y,2\n", "line 3: column 'user' is empty"),

@@ -81,6 +81,12 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory like a fresh clone, with a state directory of its own."""
     (tmp_path / "scenarios").symlink_to(ROOT / "scenarios")
     (tmp_path / "liked.txt").write_text("1\n2\n3\n")
+    rows = (
+        f"{user};{(user * step * step + step) % 23};{2 + step % 4};03/{13 + step}/2024 06:46\n"
+        for user in range(30)
+        for step in range(12)
+    )
+    (tmp_path / "ratings.csv").write_text("userId;movieId;rating;when\n" + "".join(rows))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PRIVREC_STATE", str(tmp_path / "state"))
     monkeypatch.setenv("COLUMNS", "200")

@@ -169,6 +169,10 @@ FACTS: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["fewer than 59% of the devices"],
     ),
     "history": ({"settings": {"data.max_history": 41}}, ["cut to its 41 most recent"]),
+    "core": (
+        {"settings": {"data.source": "table", "data.min_user": 3, "data.min_item": 1700}},
+        ["fewer than 3 interactions and items of fewer than 1,700", "not which ones are"],
+    ),
     "grid": ({"settings": {"privacy.scale_bits": 11.5}}, ["2^11.5 steps"]),
     "tiers": ({"tiers": True}, ["Devices of 3 capacities"]),
     "deployed": ({"simulated": False}, ["Deployed: 6,040 users", "That clients run this code"]),

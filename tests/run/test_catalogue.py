@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -23,13 +24,13 @@ from privrec.privacy.events import RoundEvent, epsilon
 from privrec.privacy.ledger import PREPARATION, Ledger
 from privrec.randomness import SecretRoot
 from privrec.report.build import build
-from privrec.run import checkpoint, lifecycle
-from privrec.run import task as catalogue
+from privrec.run import lifecycle, task
+from privrec.run.catalogue import CATALOGUE, Catalogue
 from privrec.run.directory import Identity
 from privrec.run.privacy_plan import event_without_shares, release_event
-from privrec.run.recommend import recommend
+from privrec.run.recommend import TrainedModel, recommend
 from privrec.run.record import Observer, Record
-from privrec.run.task import ORDER, Recommending
+from privrec.run.task import Recommending
 from privrec.scenario.load import Scenario
 
 ROUNDS = 4
@@ -97,7 +98,7 @@ def order_of(folder: Path, root: bytes = b"server", run_id: str = "run", *change
     roots = {"server": server, "devices": DEVICES}
     identity = SimpleNamespace(root=roots.get, signing_key=Ed25519PrivateKey.generate)
     task.number(folder, ledger, identity)  # type: ignore[arg-type]
-    return load_file(folder / ORDER)["order"], ledger
+    return load_file(folder / CATALOGUE)["order"], ledger
 
 
 # --------------------------------------------------------------------------- what it costs
@@ -134,13 +135,13 @@ def test_one_history_moves_the_counts_by_no_more_than_the_root_of_its_items(
 ) -> None:
     """So that noise of the multiplier times that root is what was charged."""
     seen: list[float] = []
-    draw = catalogue.rounded_gaussian
+    draw = task.rounded_gaussian
 
     def watched(stream: Any, sigma: float, size: int) -> Any:
         seen.append(sigma)
         return draw(stream, sigma, size)
 
-    monkeypatch.setattr(catalogue, "rounded_gaussian", watched)
+    monkeypatch.setattr(task, "rounded_gaussian", watched)
     event = release_event(scenario())
     assert event is not None
     order_of(tmp_path / "a", b"server", "run", f"devices.popularity_items={most}")
@@ -151,7 +152,7 @@ def test_one_history_moves_the_counts_by_no_more_than_the_root_of_its_items(
             np.array([0, train.counts[user]]), train.history(user), None,
             train.user_ids[:1], train.item_ids,
         )  # fmt: skip
-        counts = catalogue._capped_counts(alone, most, DEVICES.stream("x", user))
+        counts = task._capped_counts(alone, most, DEVICES.stream("x", user))
         assert set(counts) <= {0, 1}
         assert counts.sum() == min(most, train.counts[user])
         assert np.linalg.norm(counts) <= most**0.5
@@ -160,9 +161,9 @@ def test_one_history_moves_the_counts_by_no_more_than_the_root_of_its_items(
 
 def test_counts_are_those_of_all_users_when_nobody_is_cut() -> None:
     train = split_of().train
-    counts = catalogue._capped_counts(train, 1000, DEVICES.stream("x"))
+    counts = task._capped_counts(train, 1000, DEVICES.stream("x"))
     assert np.array_equal(counts, train.item_counts())
-    cut = catalogue._capped_counts(train, 3, DEVICES.stream("x"))
+    cut = task._capped_counts(train, 3, DEVICES.stream("x"))
     assert cut.sum() == np.minimum(train.counts, 3).sum()
     assert np.all(cut <= counts)
 
@@ -176,14 +177,11 @@ def test_which_items_count_is_uniform_and_secret() -> None:
         np.array([0, train.counts[user]]), train.history(user), None,
         train.user_ids[:1], train.item_ids,
     )  # fmt: skip
-    drawn = sum(
-        catalogue._capped_counts(alone, 3, DEVICES.stream("x", number)) for number in range(600)
-    )
+    drawn = sum(task._capped_counts(alone, 3, DEVICES.stream("x", number)) for number in range(600))
     found = np.asarray(drawn)[train.history(user)]
     assert stats.chisquare(found).pvalue > LEVEL
     one, other = (
-        catalogue._capped_counts(train, 3, SecretRoot.known(key).stream("x"))
-        for key in (b"a", b"b")
+        task._capped_counts(train, 3, SecretRoot.known(key).stream("x")) for key in (b"a", b"b")
     )
     assert not np.array_equal(one, other)
 
@@ -195,13 +193,13 @@ def test_the_noise_of_the_counts_is_as_charged(
     """It must reject two thirds and one and a half of it too."""
     event, noises = release_event(scenario()), list[Any]()
     assert event is not None
-    draw = catalogue.rounded_gaussian
+    draw = task.rounded_gaussian
 
     def watched(*words: Any) -> Any:
         noises.append(draw(*words))
         return noises[-1]
 
-    monkeypatch.setattr(catalogue, "rounded_gaussian", watched)
+    monkeypatch.setattr(task, "rounded_gaussian", watched)
     for number in range(60):
         order_of(tmp_path / "a", b"server", f"run-{number}")
     found = np.concatenate(noises).astype(float)
@@ -234,20 +232,20 @@ def test_it_is_charged_before_the_counts_are_looked_at_and_tagged_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
-    for name in ("_capped_counts", "rounded_gaussian", "write_signed"):
-        original = getattr(catalogue, name)
+    places = {"_capped_counts": task, "rounded_gaussian": task, "write": Catalogue}
+    for name, place in places.items():
+        original = getattr(place, name)
 
         def watched(*words: Any, name: str = name, original: Any = original, **more: Any) -> Any:
             told.append(name)
             return original(*words, **more)
 
-        monkeypatch.setattr(catalogue, name, watched)
+        monkeypatch.setattr(place, name, watched)
     monkeypatch.setattr(Memo, "charge", lambda self, *charge: told.append(f"charge {charge[:2]}"))
     monkeypatch.setattr(Memo, "commit", lambda self, *commit: told.append(f"commit {commit[:2]}"))
     order_of(tmp_path / "a")
     assert told == [
-        "charge (-1, 0)", "_capped_counts", "rounded_gaussian", "commit (-1, 0)",
-        "write_signed",
+        "charge (-1, 0)", "_capped_counts", "rounded_gaussian", "commit (-1, 0)", "write",
     ]  # fmt: skip
     assert PREPARATION == -1
     one, other = (order_of(tmp_path / "b", root) for root in (b"one", b"two"))
@@ -329,9 +327,9 @@ def test_a_resumed_run_keeps_its_order_and_pays_once(
     out = tmp_path / "run"
     with pytest.raises(Interrupted):
         started(out, *popularity, observer=Stops(2), **key)
-    before = (out / ORDER).read_bytes()
+    before = (out / CATALOGUE).read_bytes()
     lifecycle.resume(out, observer=Observer())
-    assert (out / ORDER).read_bytes() == before == (tmp_path / "whole" / ORDER).read_bytes()
+    assert (out / CATALOGUE).read_bytes() == before == (tmp_path / "whole" / CATALOGUE).read_bytes()
     one, two = (
         load_file(tmp_path / name / "model.safetensors")["weights"] for name in ("whole", "run")
     )
@@ -354,11 +352,11 @@ def swapped(order: np.ndarray) -> np.ndarray:
 
 
 SPOILT = {
-    "gone": (None, "there is no order"),
-    "empty": (b"", "this is no order"),
-    "no file of its kind": (b"{ spoilt", "this is no order"),
-    "another array": (lambda order, _: save({"other": order}), "not a signed order"),
-    "unsigned": (lambda order, _: save({"order": order}), "not a signed order"),
+    "gone": (None, "there is no catalogue"),
+    "empty": (b"", "this is no catalogue"),
+    "no file of its kind": (b"{ spoilt", "this is no catalogue"),
+    "another array": (lambda order, _: save({"other": order}), "not a signed catalogue"),
+    "unsigned": (lambda order, _: save({"order": order}), "not a signed catalogue"),
     "two items swapped": (
         lambda order, key: _signed(order, key, swapped(order)), "not what was written",
     ),
@@ -379,8 +377,8 @@ SPOILT = {
 
 def _signed(order: np.ndarray, key: Ed25519PrivateKey, instead: np.ndarray | None = None) -> bytes:
     with TemporaryDirectory() as folder:
-        path = Path(folder, ORDER)
-        checkpoint.write_signed(path, "item order", {}, {"order": order}, key)
+        path = Path(folder, CATALOGUE)
+        Catalogue(split_of().train.item_ids, order=order).write(Path(folder), key)
         if instead is None:
             return path.read_bytes()
         with safe_open(path, framework="numpy") as file:
@@ -396,7 +394,7 @@ def test_a_spoilt_order_is_refused_when_recommending_and_resuming(
     with pytest.raises(Interrupted):
         started(half, observer=Stops(2), unsafe_noise_key=b"k")
     for folder in (finished, half):
-        path = folder / ORDER
+        path = folder / CATALOGUE
         order = load_file(path)["order"]
         path.unlink()
         if content is not None:
@@ -412,7 +410,7 @@ def test_the_order_of_another_run_is_refused_when_resuming(tmp_path: Path) -> No
     for name, key in (("one", b"k"), ("two", b"l")):
         with pytest.raises(Interrupted):
             started(tmp_path / name, observer=Stops(2), unsafe_noise_key=key)
-    shutil.copy(tmp_path / "two" / ORDER, tmp_path / "one" / ORDER)
+    shutil.copy(tmp_path / "two" / CATALOGUE, tmp_path / "one" / CATALOGUE)
     with pytest.raises(IntegrityError, match="belongs to data"):
         lifecycle.resume(tmp_path / "one", observer=Observer())
 
@@ -432,11 +430,26 @@ def test_recommendations_name_items_as_the_data_does(finished: Path) -> None:
         assert [entry.item_id for entry in again] == [entry.item_id for entry in found]
 
 
+def test_data_of_other_items_is_refused(finished: Path) -> None:
+    """A list of other items would be recommended by the vectors of these."""
+    model = TrainedModel.read(finished, given=split_of("data.items=41"))
+    with pytest.raises(IntegrityError, match="use the data that the run was started with"):
+        model.histories(model.users())
+    split = split_of()
+    renamed = replace(split.train, item_ids=split.train.item_ids + 1)
+    model = TrainedModel.read(finished, given=replace(split, train=renamed))
+    with pytest.raises(IntegrityError, match="its items are not those of this data"):
+        model.histories(model.users())
+
+
 def test_a_run_without_rows_keeps_no_order(tmp_path: Path) -> None:
     words = ("devices.popularity=", "devices.popularity_epsilon=")
     started(tmp_path / "run", *words)
     privacy = json.loads((tmp_path / "run" / "result.json").read_text())["privacy"]
     assert privacy["popularity"] is privacy["epsilon_popularity"] is None
-    assert not (tmp_path / "run" / ORDER).exists()
+    identity = Identity.read(tmp_path / "run")
+    listed = Catalogue.read(tmp_path / "run", identity.signing_key().public_key())
+    assert listed.order is None
+    np.testing.assert_array_equal(listed.ids, split_of().train.item_ids)
     assert recommend(tmp_path / "run", user="1")
     assert Identity.read(tmp_path / "run")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from parts import assemble
+from safetensors import safe_open
 from small_runs import Silent, Stop, make_scenario, run_once, weights
 
 from privrec import data
@@ -78,6 +79,15 @@ SPREAD = ("privacy.noise=distributed", "privacy.clip_norm=0.5", "privacy.noise_m
 pytestmark = pytest.mark.usefixtures("state")
 scenario = partial(make_scenario, TINY)
 started = partial(run_once, TINY)
+
+
+def test_a_folder_does_not_name_the_words_of_texts(tmp_path: Path) -> None:
+    """Which words there are in private texts is private: their order alone is written."""
+    started(tmp_path / "run")
+    with safe_open(tmp_path / "run" / "catalogue.safetensors", framework="numpy") as file:
+        assert set(file.keys()) == {"order", "ids"}
+        assert not file.get_tensor("ids").size
+        assert np.sort(file.get_tensor("order")).tolist() == [*range(WORDS)]
 
 
 def test_a_run_leaves_what_runs_leave_and_learns(tmp_path: Path) -> None:

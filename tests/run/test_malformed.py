@@ -361,10 +361,18 @@ OPTIONS = {
     "report of nothing": option("report", "full", says=("full", "no run.json", "name one")),
     "compare nothing": option("compare", says=("DIR", "Missing argument", "--help")),
     "compare what is no run": option("compare", "full", says=("full", "no run.json", "name one")),
-    "recommend to nobody": option("recommend", "full", says=("--user or", "exactly one", "choose")),
+    "recommend to nobody": option(
+        "recommend", "full", says=("--all: exactly one", "none was given", "choose one")
+    ),
     "recommend to two": option(
         "recommend", "full", "--user", "1", "--history", "mine.toml",
-        says=("--user or", "both were given", "choose one"),
+        says=("--all: exactly one", "several were given", "choose one"),
+    ),
+    "recommend to all on the screen": option(
+        "recommend", "full", "--all", says=("full", "no run.json", "name one")
+    ),
+    "export of nothing": option(
+        "export", "full", "--items", "i.npz", says=("full", "no run.json", "name one")
     ),
     "no recommendations": option(
         "recommend", "full", "--user", "1", "-k", "0", says=("0 is not in", "1<=x", "--help")
@@ -603,6 +611,27 @@ def test_an_unknown_user_is_refused(user: str, run: Path) -> None:
     message = refused(("recommend", "run", "--user", user), 2)
     assert repr(user) in message
     assert "1 and 30" in message
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("recommend", "run", "--all"), ("--all", "name its file", "-o r.csv")),
+        (("recommend", "run", "--all", "-o", "r.txt"), ("r.txt", "ending", ".parquet, .csv")),
+        (("recommend", "run", "--all", "-o", "no/r.csv"), ("no/r.csv", "folder", "make it")),
+        (("recommend", "run", "--all", "--user", "1", "-o", "r.csv"), ("several", "choose one")),
+        (("recommend", "run", "--user", "1", "--user", "x"), ("'x'", "1 and 30", "one of these")),
+        (("export", "run", "--items", "i.csv"), ("i.csv", "ending", ".parquet, .npz")),
+    ],
+)
+def test_what_cannot_be_taken_away_is_refused(
+    words: tuple[str, ...], says: tuple[str, ...], run: Path, place: Path
+) -> None:
+    before = sorted(place.iterdir())
+    message = refused(words, 2)
+    for part in says:
+        assert part in message
+    assert sorted(place.iterdir()) == before
 
 
 def test_comparing_a_run_with_itself_is_refused(run: Path) -> None:

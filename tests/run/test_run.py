@@ -339,7 +339,7 @@ def test_the_directory_holds_what_the_plan_lists(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"run", "state"}
     assert {path.name for path in out.iterdir()} == {
         "scenario.toml", "run.json", "ledger.jsonl", "ledger.head.json", "events.jsonl",
-        "model.safetensors", "model.json", "result.json",
+        "catalogue.safetensors", "model.safetensors", "model.json", "result.json",
     }  # fmt: skip
     assert Scenario.from_toml((out / "scenario.toml").read_text()).hash() == scenario().hash()
     identity = json.loads((out / "run.json").read_text())
@@ -425,7 +425,7 @@ def test_realised_cohorts_and_their_traces_are_in_no_file(tmp_path: Path) -> Non
     assert len(set(sizes)) > 2
     assert min(sizes) > 450
     files = sorted(path for path in out.iterdir() if path.is_file())
-    assert len(files) == 12
+    assert len(files) == 13
     for path in files:
         for document in json_documents(path):
             assert not numbers_in(document) & told, path.name

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from safetensors import safe_open
 
 from privrec import data
 from privrec.data import Interactions
@@ -18,8 +21,10 @@ from privrec.errors import IntegrityError, UnknownIdError, UsageError
 from privrec.evaluate.evaluator import scores_with
 from privrec.privacy.ledger import Ledger
 from privrec.run import lifecycle
+from privrec.run.catalogue import Catalogue
+from privrec.run.export import tables_of, write_tables
 from privrec.run.plan import federation_of
-from privrec.run.recommend import Recommendation, answer, recommend
+from privrec.run.recommend import NONE, Recommendation, TrainedModel, answer, recommend
 from privrec.run.record import Observer
 from privrec.run.summary import read_model
 from privrec.scenario.load import Scenario
@@ -68,6 +73,119 @@ def copied(trained: Path, to: Path) -> Path:
 
 def ids_of(train: Interactions, user: int) -> list[str]:
     return [str(train.item_ids[item]) for item in train.history(user)]
+
+
+def as_sent(trained: Path, to: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder alone, at somebody else's: another place, another state, and no data anywhere."""
+    sent = copied(trained, to)
+    monkeypatch.setenv("PRIVREC_STATE", str(to / "another state"))
+    monkeypatch.setattr("privrec.data.load", lambda *_, **__: pytest.fail("the data was read"))
+    monkeypatch.chdir(to)
+    return sent.relative_to(to)
+
+
+def test_a_history_needs_the_folder_alone(
+    trained: Path, train: Interactions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = recommend(trained, history=ids_of(train, 3))
+    sent = as_sent(trained, tmp_path, monkeypatch)
+    assert recommend(sent, history=ids_of(train, 3)) == expected
+    model = TrainedModel.read(sent)
+    assert model.catalogue.ids.tolist() == train.item_ids.tolist()
+    assert model.catalogue.titles == list(train.titles or ())
+
+
+def test_what_a_folder_holds_of_the_data_are_items_alone(
+    trained: Path, train: Interactions
+) -> None:
+    """Other histories over the same items leave the same list."""
+    with safe_open(trained / "catalogue.safetensors", framework="numpy") as file:
+        assert set(file.keys()) == {"ids", "titles.text", "titles.ends"}
+        assert file.get_tensor("ids").tolist() == train.item_ids.tolist()
+        assert set(json.loads(file.metadata()["record"])) == {"digest", "public_key", "signature"}
+    with safe_open(trained / "model.safetensors", framework="numpy") as file:
+        facts = json.loads(file.metadata()["privrec"])
+    assert facts == json.loads((trained / "model.json").read_text())
+    assert (facts["kind"], facts["items"], facts["dim"]) == ("gmf", train.n_items, 8)
+
+
+@pytest.mark.parametrize("name", ["7", "a b", "é\N{SNOWMAN}", "", "007"])
+def test_a_catalogue_of_texts_comes_back(name: str, tmp_path: Path) -> None:
+    key = Ed25519PrivateKey.generate()
+    ids, titles = np.array(["x", name], object), ["", "\N{SNOWMAN} of\n" + name]
+    Catalogue(ids, titles, np.array([1, 0])).write(tmp_path, key)
+    found = Catalogue.read(tmp_path, key.public_key())
+    assert (found.ids.tolist(), found.titles) == (["x", name], titles)
+    assert found.positions([name, "x"]).tolist() == [1, 0]
+    with pytest.raises(UnknownIdError, match="item 'y': the data set has no such item"):
+        found.positions(["y"])
+    with pytest.raises(IntegrityError, match="not signed with the key"):
+        Catalogue.read(tmp_path, Ed25519PrivateKey.generate().public_key())
+
+
+@pytest.mark.parametrize("loss", ["full_softmax", "bce"])
+@pytest.mark.parametrize("kind", ["gmf", "neumf"])
+def test_everybody_gets_at_once_what_each_gets_alone(
+    loss: str, kind: str, train: Interactions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the fit draws negatives, in parts of any size, and with what was seen."""
+    monkeypatch.setenv("PRIVREC_STATE", str(tmp_path / "state"))
+    monkeypatch.setattr("privrec.run.costs.peak_bytes", lambda *_: None)
+    scenario = Scenario.from_toml(
+        SCENARIO.replace("full_softmax", loss), ["train.rounds=2", f"model.kind={kind}"]
+    )
+    lifecycle.start(scenario, out=tmp_path / "run", observer=Observer(), unsafe_noise_key=b"k")
+    model = TrainedModel.read(tmp_path / "run")
+    monkeypatch.setattr("privrec.run.recommend._USERS", 50)
+    everybody = model.histories(model.users())
+    parts = list(model.lists(everybody, 5))
+    assert [len(items) for items, _ in parts] == [50, 50, 20]
+    items, scores = (np.concatenate(each) for each in zip(*parts, strict=True))
+    for user in range(0, 120, 13):
+        alone = recommend(tmp_path / "run", user=str(train.user_ids[user]), k=5)
+        assert [entry.item_id for entry in alone] == [str(train.item_ids[i]) for i in items[user]]
+        np.testing.assert_allclose([e.score for e in alone], scores[user], rtol=1e-4, atol=1e-5)
+    seen = np.concatenate(
+        [i for i, _ in model.lists(model.histories(model.users()), 40, filter_seen=False)]
+    )
+    assert (np.sort(seen, axis=1) == np.arange(40)).all()
+    whole, _ = next(iter(model.lists(model.histories(model.users()), 40)))
+    for user, row in enumerate(whole):
+        assert (row == NONE).sum() == len(train.history(user))
+        assert not set(row) & set(train.history(user))
+
+
+@pytest.mark.slow
+def test_the_lists_of_everybody_take_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of as many users and items as MovieLens 1M has: under 20 s of one core, file included."""
+    monkeypatch.setenv("PRIVREC_STATE", str(tmp_path / "state"))
+    size = ("data.users=6040", "data.items=3706", "data.interactions_per_user=165", "model.dim=16",
+            "devices.sampling=poisson", "devices.sampling_rate=0.01", "train.rounds=1",
+            "run.eval_users=10", "run.footprint=false", "train.user_steps=2")  # fmt: skip
+    scenario = Scenario.from_toml(SCENARIO, size)
+    lifecycle.start(scenario, out=tmp_path / "run", observer=Observer(), unsafe_noise_key=b"k")
+    model = TrainedModel.read(tmp_path / "run")
+    histories = model.histories(model.users())
+    began = time.process_time()
+    names = model.split.train.user_ids
+    rows = write_tables(tmp_path / "r.parquet", tables_of(model, model.lists(histories, 10), names))
+    assert time.process_time() - began < 20
+    assert rows == 60_400
+
+
+def test_similar_items_are_of_the_same_taste(trained: Path) -> None:
+    model = TrainedModel.read(trained)
+    titles = model.catalogue.titles or ()
+    group = [title.rpartition(" ")[2] for title in titles]
+    hits = [group[near] == group[item] for item in range(40) for near in model.similar(item, 3)[0]]
+    assert np.mean(hits) > 0.5  # chance: a quarter
+    found, cosines = model.similar(4, 100)
+    assert sorted([*found, 4]) == [*range(40)]
+    assert cosines.tolist() == sorted(cosines.tolist(), reverse=True)
+    own = model.vectors[[4, found[0]]]
+    assert cosines[0] == pytest.approx(own[0] @ own[1] / np.prod(np.linalg.norm(own, axis=1)))
 
 
 def test_a_list_is_ranked_and_within_the_catalogue(trained: Path, train: Interactions) -> None:

@@ -1,0 +1,147 @@
+"""``privrec init``: a scenario for somebody's own table, with settings that fit it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from privrec.cli import console
+from privrec.errors import UsageError
+
+if TYPE_CHECKING:
+    from privrec.data.sniff import Look
+    from privrec.scenario.load import Scenario
+
+_TABLES = ("data", "model", "devices", "train", "privacy", "run")
+_HEAD = """\
+# {:,} users, {:,} items and {:,} interactions to learn from were counted in
+# {table}
+# without noise, and settings follow from them: these figures are public from here on.
+# docs/scenarios.md has every key. min_rating, min_user and min_item leave rows out.
+
+"""
+
+
+@click.command(
+    epilog=console.example(
+        "privrec init ratings.csv",
+        "privrec init orders.csv --epsilon 4 -s data.min_user=5 --out shop.toml",
+    )
+)
+@click.argument("table", metavar="TABLE", type=console.PATH)
+@click.option(
+    "--epsilon",
+    type=click.FloatRange(1e-4, 1000),
+    default=8.0,
+    show_default=True,
+    help="ε for every user, at a δ that fits how many they are.",
+)
+@click.option("--titles", type=console.PATH, metavar="FILE", help="A table of items and titles.")
+@click.option(
+    "--out", type=console.PATH, metavar="FILE", help="The scenario. [default: TABLE's name, .toml]"
+)
+@console.settings_option
+@console.json_option
+def init(
+    table: Path,
+    epsilon: float,
+    titles: Path | None,
+    out: Path | None,
+    settings: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Write a scenario for a TABLE of your own, with settings that fit it.
+
+    Columns are found by their names or, without a header, by their look; what was taken is
+    printed. The settings follow from how many users, items and interactions there are.
+    """
+    from privrec.data import load as read
+    from privrec.scenario.defaults import private_settings
+
+    name, path = _name(table), out or Path(f"{_name(table)}.toml")
+    if path.exists():
+        raise UsageError(f"{path}: this file is there, and is kept; name another by --out")
+    titled = () if titles is None else (f"data.titles={titles}",)
+    look, bare = look_at_table(table, (*titled, *settings))
+    split = read(bare.data)
+    facts, sizes = split.describe(), (split.train.n_users, split.train.n_items, split.train.size)
+    chosen = {"data": look.keys, **private_settings(*sizes, epsilon=epsilon)}
+    document = _kept(chosen, _scenario(table, chosen, settings), settings)
+    path.write_text(_HEAD.format(*sizes, table=table) + _toml(name, document), "utf-8")
+    if as_json:
+        taken = [dict(zip(("what", "taken", "why"), each, strict=True)) for each in look.reasons]
+        console.print_json({"scenario": str(path), "taken": taken, "data": facts})
+        return
+    print_look(look, table)
+    rows = [(fact.replace("_", " "), value) for fact, value in facts.items()]
+    console.print_table("Data", ("fact", "value"), rows)
+    click.echo(
+        f"Wrote {path}: read it, then see what its budget costs, and train by it:\n"
+        f"  privrec plan {path}\n  privrec run {path}"
+    )
+
+
+def look_at_table(table: Path, settings: Sequence[str]) -> tuple[Look, Scenario]:
+    """How a table is read, but for what ``-s`` says of ``[data]``; and a scenario with its data."""
+    from privrec.data.sniff import look_at
+
+    settings = [setting for setting in settings if setting.strip().startswith("data.")]
+    bare = {"data": {"source": "table", "path": str(table)}, "privacy": {"noise": "none"}}
+    said = _kept(bare, _scenario(table, bare, settings), settings)["data"]
+    if "titles" in said and "title_column" not in said:
+        titles = look_at(Path(said["titles"]), needed=("title",)).keys
+        said |= {"title_column": titles["title_column"]}
+    look = look_at(table, said)
+    return look, _scenario(table, {**bare, "data": look.keys}, ())
+
+
+def print_look(look: Look, table: Path) -> None:
+    """Print what was taken for what in a table."""
+    console.print_table(f"Columns of {table}", ("what", "taken", "because of"), look.reasons)
+
+
+def _name(table: Path) -> str:
+    """A table's name as that of a scenario."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", table.name.partition(".")[0])
+    return plain.strip("-._")[:64] or "own"
+
+
+def _scenario(
+    table: Path, document: Mapping[str, Mapping[str, Any]], settings: Sequence[str]
+) -> Scenario:
+    from privrec.scenario.load import Scenario
+
+    text = _toml(_name(table), document)
+    return Scenario.from_toml(text, settings, source=f"a scenario for {table}")
+
+
+def _kept(
+    document: Mapping[str, Mapping[str, Any]], scenario: Scenario, settings: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """The keys of a document and those of ``-s``, as a scenario made of both has them."""
+    resolved = scenario.document()
+    said = {setting.partition("=")[0].strip() for setting in settings}
+    return {
+        table: {
+            key: value
+            for key, value in resolved[table].items()
+            if key in document.get(table, ()) or f"{table}.{key}" in said
+        }
+        for table in _TABLES
+    }
+
+
+def _toml(name: str, document: Mapping[str, Mapping[str, Any]]) -> str:
+    """A scenario as text, one key a line, tables apart."""
+    from privrec.scenario.keys import as_toml
+
+    tables = [
+        "\n".join([f"[{table}]", *(f"{key} = {as_toml(value)}" for key, value in keys.items())])
+        for table, keys in document.items()
+        if keys
+    ]
+    return "\n\n".join([f"name = {as_toml(name)}", *tables]) + "\n"

@@ -1,0 +1,126 @@
+"""``privrec init``: from a table to a scenario that trains."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from privrec.cli.main import main
+from privrec.errors import DataError, ScenarioError, UsageError
+from privrec.scenario.defaults import delta_for, private_settings
+from privrec.scenario.load import Scenario, load
+
+ORDERS = """\
+CustomerID;SKU;Stars;When
+a;7;5;03/28/2024 06:46
+a;8;4;03/28/2024 06:47
+a;7;1;03/29/2024 06:46
+b;7;3;04/01/2024 10:00
+b;9;5;04/02/2024 10:00
+c;8;2;04/01/2024 10:00
+c;9;5;04/02/2024 10:00
+"""
+
+
+def call(*words: str) -> Result:
+    return CliRunner().invoke(main, words)
+
+
+def done(*words: str) -> Result:
+    result = call(*words)
+    assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
+    return result
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a table and titles, and a state directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PRIVREC_STATE", str(tmp_path / "state"))
+    monkeypatch.setenv("COLUMNS", "120")
+    (tmp_path / "Shop orders.csv").write_text(ORDERS)
+    (tmp_path / "names.csv").write_text("SKU,name\n7,Cup\n8,Mug\n")
+    return tmp_path
+
+
+def test_a_table_becomes_a_scenario_that_trains_and_recommends(place: Path) -> None:
+    printed = done("init", "Shop orders.csv", "--titles", "names.csv").stdout
+    for words in ("';'", "CustomerID", "SKU", "When", "month first", "repeats left out"):
+        assert words in printed
+    assert printed.splitlines()[-2:] == [
+        "  privrec plan Shop-orders.toml",
+        "  privrec run Shop-orders.toml",
+    ]
+    scenario = load("Shop-orders.toml")
+    assert scenario.data.model_dump(exclude_defaults=True) == {
+        "source": "table", "path": "Shop orders.csv", "separator": ";",
+        "user_column": "CustomerID", "item_column": "SKU", "rating_column": "Stars",
+        "time_column": "When", "titles": "names.csv", "title_column": "name",
+    }  # fmt: skip
+    assert (scenario.devices.population, scenario.devices.sampling_rate) == (3, 1.0)
+    assert (scenario.privacy.epsilon, scenario.privacy.delta) == (8.0, 1e-5)
+    done("run", "Shop-orders.toml", "--out", "run", "-s", "train.rounds=2")
+    found = json.loads(done("recommend", "run", "--user", "b", "-k", "1", "--json").stdout)
+    assert found[0]["title"] == "Mug"
+
+
+def test_what_is_said_stands_in_the_scenario(place: Path) -> None:
+    words = ("-s", "data.min_rating=3", "-s", "train.rounds=7", "-s", "train.loss=bce")
+    done("init", "Shop orders.csv", "--out", "shop.toml", "--epsilon", "2", *words)
+    text = Path("shop.toml").read_text()
+    assert "# 3 users, 3 items and 3 interactions to learn from" in text
+    scenario = load("shop.toml")
+    assert (scenario.data.min_rating, scenario.train.rounds, scenario.train.loss) == (3, 7, "bce")
+    assert scenario.privacy.epsilon == 2
+    found = json.loads(done("init", "Shop orders.csv", "--out", "x.toml", "--json").stdout)
+    assert found["scenario"] == "x.toml"
+    assert {"what": "user", "taken": "CustomerID", "why": "its name"} in found["taken"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says", "code"),
+    [
+        (("Shop orders.csv", "--out", "names.csv"), "names.csv: this file is there", UsageError),
+        (("nothing.csv",), "nothing.csv: no such file", DataError),
+        (("names.csv",), "none of them is known as a column of users", DataError),
+        (("Shop orders.csv", "-s", "data.min_usr=3"), "did you mean data.min_user", ScenarioError),
+        (("Shop orders.csv", "-s", "train.lr=3"), "there is no such key", ScenarioError),
+    ],
+)
+def test_what_cannot_be_is_refused_and_nothing_written(
+    place: Path, words: tuple[str, ...], says: str, code: type[UsageError]
+) -> None:
+    before = sorted(place.iterdir())
+    result = call("init", *words)
+    assert result.exit_code == code.exit_code
+    assert says in result.stderr
+    assert sorted(place.iterdir()) == before
+
+
+@pytest.mark.parametrize("users", [2, 943, 9_999, 10_000, 10_001, 138_493, 10**6, 10**9])
+def test_delta_is_a_round_number_below_a_tenth_of_one_over_the_users(users: int) -> None:
+    assert 1e-10 <= delta_for(users) <= min(1e-5, 1 / (10 * users))
+    assert delta_for(users) >= min(1e-5, 1 / (100.0001 * users))
+
+
+def test_the_step_of_the_server_is_that_which_was_found_by_hand() -> None:
+    """On MovieLens 1M and on the quickstart's data, whose settings were searched for."""
+    assert private_settings(6040, 3706, 994_169)["train"]["server_lr"] == pytest.approx(
+        36, rel=0.05
+    )
+    quick = private_settings(2000, 200, 58_000)["train"]
+    # The quickstart takes 30 rounds.
+    assert quick["server_lr"] * 40 / 30 == pytest.approx(6.0, rel=0.1)
+
+
+@pytest.mark.parametrize("items", [30, 20_000, 20_001, 10**6])
+def test_settings_of_any_size_are_a_scenario(items: int) -> None:
+    from privrec.cli.init import _toml
+
+    found = private_settings(5000, items, 100_000, epsilon=1.0)
+    scenario = Scenario.from_toml(_toml("sized", found))
+    assert scenario.train.loss == "full_softmax"
+    assert (scenario.train.selector == "each") == (items <= 20_000)
