@@ -13,9 +13,10 @@ import numpy as np
 import pyarrow
 from pyarrow import compute
 
+from privrec.data.columns import Column
 from privrec.data.files import PARQUET, File, bad_file, table_files
 from privrec.data.interactions import Interactions
-from privrec.data.tables import Column, read_columns, separator_of
+from privrec.data.tables import read_columns, separator_of
 from privrec.scenario.schema import Data
 
 _WORDS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar", "::": "two colons"}

@@ -16,8 +16,9 @@ from typing import Any
 
 import pyarrow.parquet
 
+from privrec.data.columns import DAY_MONTH
 from privrec.data.files import PARQUET, File, bad_file, shown, table_files
-from privrec.data.tables import DAY_MONTH, SEPARATORS, fields_of
+from privrec.data.tables import SEPARATORS, fields_of
 
 _LINES = 200
 _USERS = [

@@ -433,7 +433,26 @@ def _release(values: Values) -> Iterator[Problem]:
         yield path, "there is no release to charge", remedy
 
 
-_RULES = (_material, _sizes, _course, _spares, _noise, _tiers, _nesting, _release)
+def _features(values: Values) -> Iterator[Problem]:
+    """Ranks need an order that everybody knows, and features a user's fit by inner products."""
+    kind, loss = values["model.kind"], values["train.loss"]
+    order = values["devices.nesting"] or ("rows" if values["devices.popularity"] else "fold")
+    ranked = order == "rows" and MODELS[kind].config.learns == "interactions"
+    for path in ("train.rank_power", "model.rank_features"):
+        if values.get(path) and not ranked:
+            rule = "items have a rank in a recommender whose rows are in the order of popularity"
+            yield path, rule, 'set devices.popularity = "released", or remove it'
+    for path in ("data.features", "model.rank_features"):
+        if values.get(path) is not True:
+            continue
+        if not MODELS[kind].config.inner_product:
+            yield path, f"model.kind = {as_toml(kind)} has no place for them", 'use "gmf"'
+        elif loss == "ials":
+            rule = f"train.loss = {as_toml(loss)} sums over all items by their learned vectors"
+            yield path, rule, f"remove it (-s {path}=), or use another loss"
+
+
+_RULES = (_material, _sizes, _course, _spares, _noise, _tiers, _nesting, _release, _features)
 
 
 # --------------------------------------------------------------------------- editors

@@ -282,15 +282,6 @@ class FilesOfHistories(_Files, _Histories):
     """Files of users' interactions, as published."""
 
 
-def needs_of_features(path: str, values: Values) -> Iterator[Problem]:
-    """What features of items rule out: nothing but a user's fit by inner products knows of them."""
-    remedy = f"remove it (-s {path}=), or the other"
-    if values[path] and not MODELS[values["model.kind"]].config.inner_product:
-        yield path, f'model.kind = "{values["model.kind"]}" has no place for features', remedy
-    if values[path] and values["train.loss"] == "ials":
-        yield path, 'train.loss = "ials" sums over all items by their learned vectors', remedy
-
-
 class DescribedHistories(FilesOfHistories):
     """Files of users' interactions with films, as published."""
 
@@ -298,11 +289,6 @@ class DescribedHistories(FilesOfHistories):
     """Whether devices know genres and years of the films, and weigh them for their user: public,
     and no budget is spent on it.
     """
-
-    @classmethod
-    def conflicts(cls, values: Values) -> Iterator[Problem]:
-        """Features are known to the model's inner product alone."""
-        return needs_of_features("data.features", values)
 
 
 def _known_encoding(name: str) -> str:
@@ -414,16 +400,6 @@ READERS.add("synthetic_labels", SyntheticLabels, "privrec.data.synthetic:load_ex
 
 
 Width = Annotated[int, Field(ge=1, le=4096)]
-NO_RANKS = (
-    "items have a rank in a recommender whose rows are in the order of popularity",
-    'set devices.popularity = "released", or remove it',
-)
-
-
-def has_ranks(values: Values) -> bool:
-    """Whether the order of the items by popularity is one that everybody knows."""
-    order = values["devices.nesting"] or ("rows" if values["devices.popularity"] else "fold")
-    return order == "rows" and MODELS[values["model.kind"]].config.learns == "interactions"
 
 
 class Recommender(Section):
@@ -453,13 +429,6 @@ class GMF(Recommender):
     """With `nesting = "rows"`: whether devices weigh where items stand in the order of popularity,
     for their user.
     """
-
-    @classmethod
-    def conflicts(cls, values: Values) -> Iterator[Problem]:
-        """Ranks are those of an order that everybody knows."""
-        if values["model.rank_features"] and not has_ranks(values):
-            yield "model.rank_features", *NO_RANKS
-        yield from needs_of_features("model.rank_features", values)
 
 
 class Network(Recommender):
@@ -584,12 +553,6 @@ class _Ranked(Section):
     """With `nesting = "rows"`: the gradient of the item of rank r is multiplied by
     (1 + r / 100)^this before the update is clipped, for rarer items to have their part of it.
     """
-
-    @classmethod
-    def conflicts(cls, values: Values) -> Iterator[Problem]:
-        """Ranks are those of an order that everybody knows."""
-        if values["train.rank_power"] and not has_ranks(values):
-            yield "train.rank_power", *NO_RANKS
 
 
 class Softmax(_Ranked, Sampled):
