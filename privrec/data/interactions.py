@@ -89,7 +89,7 @@ class Interactions(ItemLists):
         user_ids: [U] original ids, int64 or objects that are str, without repetition.
         item_ids: [n] likewise. An item need not occur.
         titles: n titles, or None where the source has none.
-        features: float32 [n, q], public ones (:mod:`privrec.data.features`), or None.
+        features: float32 [n, q], public ones (:mod:`privrec.data.item_features`), or None.
         facts: how the source was read and what was left out, for whoever describes the data.
     """
 

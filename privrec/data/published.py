@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.data import features
+from privrec.data import item_features
 from privrec.data.catalogue import ARCHIVES, Layout, cache_dir
 from privrec.data.files import (
     File,
@@ -73,7 +73,7 @@ def load_movielens(config: Data, data_dir: Path | None) -> Split:
     """Load a release of MovieLens: all ratings as interactions, whatever the rating was.
 
     Users and items are those that occur, in the order of their ids. Titles are there where the file
-    of titles is; genres and years are read from it where ``config.features`` asks for them. A
+    of titles is; genres and years are read from it where ``config.item_features`` asks for them. A
     folder with the NCF paper's files is read by :func:`load_ncf`'s rules.
     """
     archive, ncf = ARCHIVES[config.source], f"{config.source}{_TRAIN}"
@@ -87,7 +87,7 @@ def load_movielens(config: Data, data_dir: Path | None) -> Split:
     ids = np.unique(items)
     titles = _titles(folder, layout, ids)
     rated = Interactions.from_pairs(users, items, times, item_ids=ids, titles=titles, where=where)
-    if config.features:
+    if config.item_features:
         rated = replace(rated, features=_genres_and_years(folder, layout, ids))
     return leave_last_out(rated, holdout=config.holdout)
 
@@ -201,8 +201,8 @@ def _genres_and_years(folder: Place, layout: Layout, item_ids: NDArray[Any]) -> 
     """Features of each item: its genres, and the year in its title."""
     file, mark = File(folder / layout.titles), layout.title_separator
     if not file.path.is_file():
-        rule = "data.features = true reads genres from the release's file of titles"
-        raise bad_file(file, "it is not there", rule, "copy it there, or remove data.features")
+        rule = "data.item_features = true reads genres from the release's file of titles"
+        raise bad_file(file, "it is not there", rule, "copy it there, or remove data.item_features")
     encoding = _old_encoding(file) if layout.old else "utf-8"
     names = (*layout.title_columns, *layout.genres)
     item, title, *genres = read_columns([file], names, mark, encoding, quotes=mark == ",")
@@ -218,7 +218,7 @@ def _genres_and_years(folder: Place, layout: Layout, item_ids: NDArray[Any]) -> 
     told = [cells[row] if there else "" for row, there in zip(at, known, strict=True)]
     number = [float(found[1]) if found else np.nan for found in years]
     year = np.where(known, np.array(number)[at], np.nan)
-    return features.beside([features.of_categories(told), features.of_numbers(year)])
+    return item_features.beside([item_features.of_categories(told), item_features.of_numbers(year)])
 
 
 def _old_encoding(file: File) -> str:
@@ -258,10 +258,10 @@ def _read_ncf(folder: Place, prefix: str, config: Data) -> Split:
         rule = f"training has users up to {trained[-1]}, and user k is on line k + 1"
         user_ids = _release_ids(names, "user", "::", None, int(trained[-1]), rule)[trained]
     named = replace(everything, user_ids=user_ids, item_ids=item_ids, titles=titles)
-    if config.features:
+    if config.item_features:
         if titles is None:
-            rule = "data.features = true needs item_ids.txt and movies.dat beside it"
-            raise bad_file(folder, "films have no ids", rule, "copy them, or remove data.features")
+            rule = "data.item_features = true needs item_ids.txt and movies.dat beside it"
+            raise bad_file(folder, "films have no ids", rule, "copy them, or remove it")
         described = _genres_and_years(folder, ARCHIVES["ml-1m"].layout, item_ids)
         named = replace(named, features=described)
     train = named.select(named.items != targets[named.users])

@@ -237,10 +237,10 @@ def _partition(scenario: Scenario, config: Mapping[str, Any]) -> Described:
 
 def _own(scenario: Scenario, config: Mapping[str, Any]) -> Described:
     """One user with a history of its own."""
-    if getattr(scenario.data, "features", False):
+    if getattr(scenario.data, "item_features", False):
         raise UsageError(
-            "data.features = true: a node with a history of its own has no features of items; "
-            'remove the key (set = "data.features=" in the run-config)'
+            "data.item_features = true: a node with a history of its own has no features of items; "
+            'remove the key (set = "data.item_features=" in the run-config)'
         )
     catalogue = text_of(config, "catalogue")
     if catalogue is None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from privrec.data import Interactions
 from privrec.data.corpus import Corpus
-from privrec.data.features import beside, of_ranks
+from privrec.data.item_features import beside, of_ranks
 from privrec.device.device import Cohort, Learner, Settings
 from privrec.device.example_shares import ExampleShares
 from privrec.device.examples import ExampleNoise

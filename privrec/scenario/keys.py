@@ -442,7 +442,7 @@ def _features(values: Values) -> Iterator[Problem]:
         if values.get(path) and not ranked:
             rule = "items have a rank in a recommender whose rows are in the order of popularity"
             yield path, rule, 'set devices.popularity = "released", or remove it'
-    for path in ("data.features", "model.rank_features"):
+    for path in ("data.item_features", "model.rank_features"):
         if values.get(path) is not True:
             continue
         if not MODELS[kind].config.inner_product:

@@ -285,7 +285,7 @@ class FilesOfHistories(_Files, _Histories):
 class DescribedHistories(FilesOfHistories):
     """Files of users' interactions with films, as published."""
 
-    features: bool = False
+    item_features: bool = False
     """Whether devices know genres and years of the films, and weigh them for their user: public,
     and no budget is spent on it.
     """

@@ -54,10 +54,13 @@ def test_features_are_no_part_of_what_is_sent_and_serve_again_as_they_were_measu
 
 REFUSED: dict[str, tuple[list[str], str]] = {
     "no order": (["devices.popularity=", "model.rank_features=true"], "items have a rank in"),
-    "no inner product": (["model.kind=neumf", "data.source=ml-1m", "data.features=true"], "no pla"),
+    "no inner product": (
+        ["model.kind=neumf", "data.source=ml-1m", "data.item_features=true"],
+        "no pla",
+    ),
     "sums over all": (
         [
-            *("data.source=ml-1m", "data.features=true", "train.loss=ials"),
+            *("data.source=ml-1m", "data.item_features=true", "train.loss=ials"),
             *("model.item_bias=false", "train.local_steps=1"),
         ],
         "by their learned vectors",

@@ -63,7 +63,7 @@ def test_the_resolved_toml_names_only_what_the_source_reads() -> None:
     published = tomllib.loads(Scenario.from_toml(PLAIN, ["data.source=ml-1m"]).to_toml())["data"]
     assert "users" in synthetic
     assert "user_column" not in synthetic
-    assert set(published) == {"source", "holdout", "features"}
+    assert set(published) == {"source", "holdout", "item_features"}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from data_of import data_of
 
 from privrec import data
-from privrec.data import features
+from privrec.data import item_features
 from privrec.errors import DataError
 
 GENRES = ("Drama", "Comedy|Drama", "")
@@ -45,9 +45,11 @@ def publish(folder: Path, source: str, *, titled: bool = True) -> None:
 @pytest.mark.parametrize("source", ["ml-100k", "ml-1m", "ml-20m"])
 def test_genres_and_years_are_read_from_each_layout(source: str, tmp_path: Path) -> None:
     publish(tmp_path, source)
-    split = data.load(data_of(source, features=True), data_dir=tmp_path)
-    genres = features.of_categories(GENRES)
-    expected = features.beside([genres, features.of_numbers(np.array([1990, 2001, np.nan]))])
+    split = data.load(data_of(source, item_features=True), data_dir=tmp_path)
+    genres = item_features.of_categories(GENRES)
+    expected = item_features.beside(
+        [genres, item_features.of_numbers(np.array([1990, 2001, np.nan]))]
+    )
     assert split.train.item_ids.tolist() == [10, 20, 30]
     np.testing.assert_allclose(split.train.features, expected, atol=1e-6)
     assert data.load(data_of(source), data_dir=tmp_path).train.features is None
@@ -57,12 +59,12 @@ def test_genres_and_years_are_read_from_each_layout(source: str, tmp_path: Path)
 
 def test_without_the_file_that_has_them_nothing_is_guessed(tmp_path: Path) -> None:
     publish(tmp_path, "ml-1m", titled=False)
-    with pytest.raises(DataError, match=r"data\.features = true reads genres"):
-        data.load(data_of("ml-1m", features=True), data_dir=tmp_path)
+    with pytest.raises(DataError, match=r"data\.item_features = true reads genres"):
+        data.load(data_of("ml-1m", item_features=True), data_dir=tmp_path)
 
 
 def test_rare_categories_weigh_more_and_rows_have_a_norm_of_one() -> None:
-    rows = features.of_categories(["a|b", "a", "a|c", ""])
+    rows = item_features.of_categories(["a|b", "a", "a|c", ""])
     assert rows.shape == (4, 3)
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), [1, 1, 1, 0], atol=1e-6)
     assert rows[0, 1] > rows[0, 0] > 0
@@ -71,17 +73,17 @@ def test_rare_categories_weigh_more_and_rows_have_a_norm_of_one() -> None:
 
 def test_bumps_follow_a_number_and_know_nothing_of_what_is_missing() -> None:
     years = np.array([1920.0, 1950, 1980, 1990, 1995, 1996, 1997, 1999, 2000, np.nan])
-    rows = features.of_numbers(years)
+    rows = item_features.of_numbers(years)
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), [1] * 9 + [0], atol=1e-6)
     near, far = rows[4] @ rows[5], rows[4] @ rows[0]
     assert near > 0.8 > far
-    assert features.of_numbers(np.full(3, np.nan)).shape == (3, 0)
-    assert features.of_numbers(np.full(3, 7.0)).shape == (3, 0)
+    assert item_features.of_numbers(np.full(3, np.nan)).shape == (3, 0)
+    assert item_features.of_numbers(np.full(3, 7.0)).shape == (3, 0)
 
 
 def test_groups_stand_side_by_side_around_zero() -> None:
-    ranks = features.of_ranks(500)
-    together = features.beside([ranks, features.of_categories(["a", "b"] * 250)])
+    ranks = item_features.of_ranks(500)
+    together = item_features.beside([ranks, item_features.of_categories(["a", "b"] * 250)])
     assert together.shape == (500, ranks.shape[1] + 2)
     assert together.dtype == np.float32
     np.testing.assert_allclose(together.mean(0), 0, atol=1e-6)
