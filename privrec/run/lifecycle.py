@@ -105,7 +105,7 @@ def resume(
         BudgetError: when the run had ended at its budget before one round released a sum.
         IntegrityError: when ledger, checkpoint and data do not belong together or were altered.
     """
-    out, place = Path(out), data_dir and Path(data_dir)
+    out, place = Path(out), None if data_dir is None else Path(data_dir)
     identity, scenario = Identity.read(out), load(out / directory.SCENARIO)
     if workers is not None:
         run = scenario.run.model_copy(update={"workers": workers})
