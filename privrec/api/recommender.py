@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import shutil
+import weakref
 from collections.abc import Iterable, Mapping
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any, Literal, Self, TypeAlias
 
 import numpy as np
@@ -107,7 +108,6 @@ class Recommender:
         self._base = scenario
         self._folder = None if folder is None else Path(folder)
         self._progress = progress
-        self._temporary: TemporaryDirectory[str] | None = None
         self._model: TrainedModel | None = None
 
     @classmethod
@@ -145,8 +145,9 @@ class Recommender:
         split, scenario = self._planned(data, columns)
         folder = self._folder
         if folder is None:
-            self._temporary = TemporaryDirectory(prefix="privrec-")
-            folder = Path(self._temporary.name) / "run"
+            temporary = mkdtemp(prefix="privrec-")
+            weakref.finalize(self, shutil.rmtree, temporary, ignore_errors=True)
+            folder = Path(temporary) / "run"
         observer = self._progress
         if not isinstance(observer, Observer):
             observer = ConsoleObserver() if observer else Observer()
