@@ -53,6 +53,7 @@ def test_a_table_becomes_a_scenario_that_trains_and_recommends(place: Path) -> N
     printed = done("init", "Shop orders.csv", "--titles", "names.csv").stdout
     for words in ("';'", "CustomerID", "SKU", "When", "month first", "repeats left out"):
         assert words in printed
+    assert "warning: A round has 3 devices on average" in printed
     assert printed.splitlines()[-2:] == [
         "  privrec plan Shop-orders.toml",
         "  privrec run Shop-orders.toml",
@@ -66,8 +67,8 @@ def test_a_table_becomes_a_scenario_that_trains_and_recommends(place: Path) -> N
     assert (scenario.devices.population, scenario.devices.sampling_rate) == (3, 1.0)
     assert (scenario.privacy.epsilon, scenario.privacy.delta) == (8.0, 1e-5)
     done("run", "Shop-orders.toml", "--out", "run", "-s", "train.rounds=2")
-    found = json.loads(done("recommend", "run", "--user", "b", "-k", "1", "--json").stdout)
-    assert found[0]["title"] == "Mug"
+    found = json.loads(done("recommend", "run", "--user", "b", "-k", "2", "--json").stdout)
+    assert {each["title"] for each in found} == {"Mug", "item 9"}
 
 
 def test_what_is_said_stands_in_the_scenario(place: Path) -> None:
