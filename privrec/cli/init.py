@@ -70,6 +70,7 @@ def init(
     look, bare = look_at_table(table, (*titled, *settings))
     split = read(bare.data)
     facts, sizes = split.describe(), (split.train.n_users, split.train.n_items, split.train.size)
+    document: Mapping[str, Mapping[str, Any]]
     document = {"data": look.keys, **private_settings(*sizes, epsilon=epsilon)}
     scenario = _scenario(table, document, settings)
     warnings = planned(scenario)["warnings"]

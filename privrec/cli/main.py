@@ -367,7 +367,7 @@ def _below_popularity(payload: Mapping[str, Any]) -> Iterator[str]:
     metrics = payload["metrics"]
     popularity = (payload.get("baselines") or {}).get("popularity") or {}
     key = headline_metric(metrics)
-    if key in popularity and metrics[key] < popularity[key]:
+    if key is not None and key in popularity and metrics[key] < popularity[key]:
         remedy = "train for longer, or with other settings (privrec init proposes some)."
         if payload["privacy"].get("noise") != "none":
             remedy = (
