@@ -37,7 +37,6 @@ _ROWS = 1 << 16  # of quoted text, held as Python's strings at a time
 _JOINT = "\x1f"  # in place of a separator of several characters
 _MOST_COLUMNS = 10**5
 _LONGEST = csv.field_size_limit()
-SEPARATORS = (",", "\t", ";", "|", "::")
 DAY_MONTH = (
     r"^(?P<first>[0-9]{1,2})[/.-](?P<second>[0-9]{1,2})[/.-](?P<year>[0-9]{4})"
     r"(?:[ T,]+(?P<hour>[0-9]{1,2}):(?P<minute>[0-9]{2})(?::(?P<seconds>[0-9]{2}))?"
@@ -328,7 +327,7 @@ def read_columns(
         files: parts of one table; some may be empty, but not all of them. ``.parquet`` and ``.pq``
             are Parquet, everything else is text.
         names: in the header; or numbers, from 1, where there is none.
-        separator: one or more characters; None: as :func:`separator_of` finds it.
+        separator: one or more characters; None: a tab for ``.tsv`` and a comma otherwise.
         width: how many fields a line without a header must have; None: as many as the first.
         called: what errors call the columns; None: by ``names``.
         quotes: whether they may surround a cell; not where tabs or several characters separate.
@@ -340,7 +339,7 @@ def read_columns(
         if file.suffix in PARQUET:
             parts.append(_parquet(file, names, remedy))
         else:
-            mark = separator or separator_of(file, names, encoding)
+            mark = separator or usual_separator(file)
             quoted = quotes and len(mark) == 1 and mark != "\t"
             parts += _Text(file, names, mark, width or 0, remedy).parts(encoding, quoted)
     ends = np.cumsum([len(part.numbers) for part in parts])
@@ -359,32 +358,9 @@ def read_columns(
     return [Column(name, cells, where) for name, cells in zip(called, joined, strict=True)]
 
 
-def separator_of(file: File, names: Names, encoding: str = "utf-8") -> str:
-    """What separates the fields of a text: with it, its first line has the columns.
-
-    A tab for ``.tsv`` and a comma otherwise come first, and are also taken where none does.
-    """
-    first = next(file.lines(encoding))
-    usual = "\t" if file.suffix == ".tsv" else ","
-
-    def fits(mark: str) -> bool:
-        cells = [cell.strip(BLANKS) for cell in fields_of(first, mark)]
-        numbers = [name for name in names if isinstance(name, int)]
-        if numbers:
-            return len(cells) >= max(*numbers, 2)
-        return all(name in cells for name in names)
-
-    return next(filter(fits, (usual, *SEPARATORS)), usual)
-
-
-def fields_of(line: str, mark: str) -> list[str]:
-    """The fields of one line, without the quotes around them where quotes have a meaning."""
-    if len(mark) > 1 or mark == "\t":
-        return line.split(mark)
-    try:
-        return next(csv.reader([line], delimiter=mark), [])
-    except csv.Error:
-        return line.split(mark)
+def usual_separator(file: File) -> str:
+    """What separates fields in a file of this name."""
+    return "\t" if file.suffix == ".tsv" else ","
 
 
 def _joined(arrays: Sequence[Cells], where: Where, ends: NDArray[Any]) -> Cells:

@@ -59,7 +59,7 @@ TABLES: dict[str, tuple[str, list[Any]]] = {
     ),
     "a track and its artist": (
         "user_name|track_name|artist_id|track_id\nann|Ah|1|2\n",
-        ["|", "user_name", "artist_id", None, None, "track_name"],
+        ["|", "user_name", "track_id", None, None, "track_name"],
     ),
 }
 
