@@ -183,14 +183,20 @@ class Recommender:
         if isinstance(dim := settings.get("model.dim"), int):
             settings = {"model.block": math.gcd(dim, base.model.block)} | settings
         if self._base is None:
-            tables = private_settings(split.train.n_users, split.train.n_items, split.train.size)
-            fitting = {
-                f"{table}.{key}": tables[table][key] for table in tables for key in tables[table]
-            }
-            if "privacy.noise_multiplier" in settings or settings.get("privacy.noise") == "none":
-                del fitting["privacy.epsilon"]
-            settings = fitting | settings
+            settings = self._fitting(split.train, settings) | settings
         return split, base.with_settings(settings | self._budget(base, settings))
+
+    def _fitting(self, train: Interactions, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings that fit the size of the data and the noise, unless it is another's choice."""
+        budget = self._epsilon if self._epsilon is not None and self._epsilon > 0 else 8.0
+        if settings.get("privacy.noise") == "none":
+            budget = math.inf
+        sizes = train.n_users, train.n_items, train.size
+        tables = private_settings(*sizes, epsilon=budget)
+        found = {f"{table}.{key}": tables[table][key] for table in tables for key in tables[table]}
+        if "privacy.noise_multiplier" in settings or math.isinf(budget):
+            del found["privacy.epsilon"]
+        return found
 
     def _budget(self, base: Scenario, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Settings of the privacy that ``epsilon`` asks for."""

@@ -59,6 +59,7 @@ def init(
     Columns are found by their names or, without a header, by their look; what was taken is
     printed. The settings follow from how many users, items and interactions there are.
     """
+    from privrec.cli.plan import planned
     from privrec.data import load as read
     from privrec.scenario.defaults import private_settings
 
@@ -69,16 +70,22 @@ def init(
     look, bare = look_at_table(table, (*titled, *settings))
     split = read(bare.data)
     facts, sizes = split.describe(), (split.train.n_users, split.train.n_items, split.train.size)
-    chosen = {"data": look.keys, **private_settings(*sizes, epsilon=epsilon)}
-    document = _kept(chosen, _scenario(table, chosen, settings), settings)
+    document: Mapping[str, Mapping[str, Any]]
+    document = {"data": look.keys, **private_settings(*sizes, epsilon=epsilon)}
+    scenario = _scenario(table, document, settings)
+    warnings = planned(scenario)["warnings"]
+    document = _kept(document, scenario, settings)
     path.write_text(_HEAD.format(*sizes, table=table) + _toml(name, document), "utf-8")
     if as_json:
         taken = [dict(zip(("what", "taken", "why"), each, strict=True)) for each in look.reasons]
-        console.print_json({"scenario": str(path), "taken": taken, "data": facts})
+        found = {"scenario": str(path), "taken": taken, "data": facts, "warnings": warnings}
+        console.print_json(found)
         return
     print_look(look, table)
     rows = [(fact.replace("_", " "), value) for fact, value in facts.items()]
     console.print_table("Data", ("fact", "value"), rows)
+    if warnings:
+        console.print_lines(f"warning: {warning}" for warning in warnings)
     click.echo(
         f"Wrote {path}: read it, then see what its budget costs, and train by it:\n"
         f"  privrec plan {path}\n  privrec run {path}"

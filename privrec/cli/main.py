@@ -27,6 +27,7 @@ from privrec.run.record import (
     OUTSIDE,
     adversary_text,
     epsilon_text,
+    headline_metric,
     metric_name,
 )
 
@@ -292,9 +293,9 @@ def print_result(payload: Mapping[str, Any]) -> None:
     console.print_table(f"Cost ({OUTSIDE})", ("what", "value", "unit"), costs)
     if payload.get("rows"):
         _print_rows(payload["rows"], baselines)
-    console.print_lines(
-        f"Not measured: {what}: {why}" for what, why in (payload.get("gaps") or {}).items()
-    )
+    gaps = payload.get("gaps") or {}
+    lines = [f"Not measured: {what}: {why}" for what, why in gaps.items()]
+    console.print_lines([*_below_popularity(payload), *lines])
 
 
 _COSTS = {
@@ -305,6 +306,24 @@ _COSTS = {
     "noise_deferred": ("devices' own noise that was not drawn", "share"),
     "wall_s": ("the whole run", "s"),
 }
+
+
+def _below_popularity(payload: Mapping[str, Any]) -> Iterator[str]:
+    """A warning where the commonest items, the same for everybody, would have served better."""
+    metrics = payload["metrics"]
+    popularity = (payload.get("baselines") or {}).get("popularity") or {}
+    key = headline_metric(metrics)
+    if key is not None and key in popularity and metrics[key] < popularity[key]:
+        remedy = "train for longer, or with other settings (privrec init proposes some)."
+        if payload["privacy"].get("noise") != "none":
+            remedy = (
+                "noise drowns what users have in common: let everybody take part (devices.sampling "
+                '= "everybody"), have more users or fewer items (data.min_item), or a larger ε.'
+            )
+        yield (
+            f"warning: {metric_name(key)} of {metrics[key]:.3f} is below the {popularity[key]:.3f} "
+            f"of the commonest items for everybody; {remedy}"
+        )
 
 
 def _privacy_lines(privacy: Mapping[str, Any]) -> Iterator[str]:

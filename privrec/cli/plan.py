@@ -223,9 +223,10 @@ def _warnings(scenario: Scenario) -> list[str]:
         )
     cohort = scenario.devices.sampling_rate * population
     if cohort < SMALL_COHORT:
+        remedy = "raise devices.sampling_rate" if cohort < population else "it takes more users"
         warnings.append(
             f"A round has {cohort:.3g} devices on average, fewer than {SMALL_COHORT}: the noise "
-            "will drown them; raise devices.sampling_rate."
+            f"will drown them; {remedy}."
         )
     return warnings
 

@@ -215,14 +215,14 @@ class Interactions(ItemLists):
             "items_left_out": self.n_items - items.size,
             "thin_interactions_left_out": self.size - kept,
         }
-        part = self.select(keep)
+        part, titles = self.select(keep), self.titles
         return replace(
             part,
             indptr=row_bounds(np.searchsorted(users, part.users), users.size),
             items=np.searchsorted(items, part.items).astype(np.int32),
             user_ids=self.user_ids[users],
             item_ids=self.item_ids[items],
-            titles=None if self.titles is None else tuple(self.titles[n] for n in items.tolist()),
+            titles=None if titles is None else tuple(titles[item] for item in items.tolist()),
             features=None if self.features is None else self.features[items],
             facts={**self.facts, **left_out},
         )

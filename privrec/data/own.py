@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow
 from pyarrow import compute
 
-from privrec.data.columns import Column
 from privrec.data.files import PARQUET, File, bad_file, table_files
 from privrec.data.interactions import Interactions
-from privrec.data.tables import read_columns, separator_of
+from privrec.data.sniff import separator_of
+from privrec.data.tables import Column, Names, read_columns
 from privrec.scenario.schema import Data
 
 _WORDS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar", "::": "two colons"}
@@ -43,9 +43,12 @@ def read_table(path: Path, form: Data) -> Interactions:
         rule = f"{', '.join(roles)} are different columns, all by name or all by number from 1"
         raise bad_file(path, f"columns {names}", rule, "set data.user_column and so on")
     files = table_files(path)
-    read = read_columns(files, names, form.separator, form.encoding)
+    separator = form.separator or _separator(files, names, form.encoding)
+    read = read_columns(files, names, separator, form.encoding)
     columns = dict(zip(roles, read, strict=True))
-    facts = _read_as(files, names, form)
+    facts: dict[str, int | str] = {}
+    if separator is not None:
+        facts["separator"] = _WORDS.get(separator, separator)
     users, items = columns["user"].ids(), columns["item"].ids()
     times, rows, where = None, np.arange(len(users)), columns["user"].where
     if "time" in columns:
@@ -73,13 +76,10 @@ def read_table(path: Path, form: Data) -> Interactions:
     return found
 
 
-def _read_as(files: Sequence[File], names: Sequence[str | int], form: Data) -> dict[str, int | str]:
-    """What was taken to separate the fields of a text."""
-    file = next(file for file in files if not file.is_empty())
-    if file.suffix in PARQUET:
-        return {}
-    mark = form.separator or separator_of(file, names, form.encoding)
-    return {"separator": _WORDS.get(mark, mark)}
+def _separator(files: Sequence[File], names: Names, encoding: str) -> str | None:
+    """What separates the fields of the first part with any; None for Parquet."""
+    file = next((file for file in files if not file.is_empty()), files[0])
+    return None if file.suffix in PARQUET else separator_of(file, names, encoding)
 
 
 def _listed(table: Path, form: Data) -> list[Column]:
@@ -89,13 +89,12 @@ def _listed(table: Path, form: Data) -> list[Column]:
     if not places:
         rule = f"data.titles names a file in {beside} or in the working directory"
         raise bad_file(form.titles, "there is no such file", rule, "correct the path")
-    named = isinstance(form.item_column, str)
-    names = [form.item_column, form.title_column or "title"]
-    if not named:
+    files, names = table_files(places[0]), [form.item_column, form.title_column or "title"]
+    if isinstance(form.item_column, int):
         names = [1, form.title_column or 2]
-    separator = None if named else form.separator
+    separator = _separator(files, names, form.encoding)
     remedy = "name them by data.item_column and data.title_column"
-    return read_columns(table_files(places[0]), names, separator, form.encoding, remedy=remedy)
+    return read_columns(files, names, separator, form.encoding, remedy=remedy)
 
 
 def _titled(found: Interactions, items: Column, titles: Column) -> tuple[str, ...]:

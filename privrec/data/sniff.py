@@ -6,6 +6,7 @@ proposal, with its reasons, for a person to read; a scenario made of it says all
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,10 @@ from typing import Any
 
 import pyarrow.parquet
 
-from privrec.data.columns import DAY_MONTH
-from privrec.data.files import PARQUET, File, bad_file, shown, table_files
-from privrec.data.tables import SEPARATORS, fields_of
+from privrec.data.files import BLANKS, PARQUET, File, bad_file, shown, table_files
+from privrec.data.tables import DAY_MONTH, Names, usual_separator
 
+_SEPARATORS = (",", "\t", ";", "|", "::")
 _LINES = 200
 _USERS = [
     "user", "reviewer", "customer", "client", "member", "visitor", "person", "account",
@@ -89,7 +90,7 @@ def look_at(
         mark, why = _separator(file, lines, given.get("separator"))
         keys["separator"] = mark
         reasons.append(("separator", shown(mark), why))
-        rows = [[cell.strip() for cell in fields_of(line, mark)] for line in lines]
+        rows = [[cell.strip() for cell in _fields(line, mark)] for line in lines]
     if _has_header(rows):
         columns, why = _by_name(rows[0]), "its name"
     else:
@@ -111,6 +112,33 @@ def look_at(
     return Look({**keys, **given}, reasons)
 
 
+def separator_of(file: File, names: Names, encoding: str = "utf-8") -> str:
+    """What separates the fields of a text: with it, its first line has the named columns.
+
+    What is usual for the file's name comes first, and is also taken where none does.
+    """
+    first, usual = next(file.lines(encoding)), usual_separator(file)
+
+    def fits(mark: str) -> bool:
+        cells = [cell.strip(BLANKS) for cell in _fields(first, mark)]
+        numbers = [name for name in names if isinstance(name, int)]
+        if numbers:
+            return len(cells) >= max(*numbers, 2)
+        return all(name in cells for name in names)
+
+    return next(filter(fits, (usual, *_SEPARATORS)), usual)
+
+
+def _fields(line: str, mark: str) -> list[str]:
+    """The fields of one line, without the quotes around them where quotes have a meaning."""
+    if len(mark) > 1 or mark == "\t":
+        return line.split(mark)
+    try:
+        return next(csv.reader([line], delimiter=mark), [])
+    except csv.Error:
+        return line.split(mark)
+
+
 def _schema(file: File) -> list[str]:
     with file.open() as stream:
         try:
@@ -124,10 +152,9 @@ def _separator(file: File, lines: Sequence[str], given: str | None) -> tuple[str
     """The separator with most fields among those that give nearly all lines the same number."""
     if given is not None:
         return given, "said"
-    usual = "\t" if file.suffix == ".tsv" else ","
     best, most = "", 1
-    for mark in (usual, *SEPARATORS):
-        widths = [len(fields_of(line, mark)) for line in lines]
+    for mark in (usual_separator(file), *_SEPARATORS):
+        widths = [len(_fields(line, mark)) for line in lines]
         # A few lines may be parts of cells with line feeds in quotes.
         if widths.count(widths[0]) >= 0.9 * len(widths) and widths[0] > most:
             best, most = mark, widths[0]

@@ -88,14 +88,14 @@ def write_items(path: Path, model: TrainedModel) -> int:
     ids, named = model.catalogue.ids[:count], None if titles is None else list(titles[:count])
     with _appearing(path) as draft:
         if path.suffix.lower() == ".npz":
-            arrays = {"ids": np.array(ids.tolist()), "vectors": model.vectors}
+            arrays: dict[str, Any] = {"ids": np.array(ids.tolist()), "vectors": model.vectors}
             arrays |= {} if named is None else {"titles": np.array(named, str)}
             with draft.open("wb") as file:
                 np.savez(file, allow_pickle=False, biases=model.biases, **arrays)
         else:
             dim = model.vectors.shape[1]
             flat = pyarrow.array(model.vectors.ravel())
-            columns = {"item": ids} | ({} if named is None else {"title": named})
+            columns: dict[str, Any] = {"item": ids} | ({} if named is None else {"title": named})
             columns |= {"vector": pyarrow.FixedSizeListArray.from_arrays(flat, dim)}
             pyarrow.parquet.write_table(pyarrow.table({**columns, "bias": model.biases}), draft)
     return count

@@ -68,14 +68,14 @@ def start(
             touches no data; or when its own ran out early, and it is finished as far as it came.
         Interrupted: on Ctrl-C, after a checkpoint.
     """
-    out, place = Path(out), _place(scenario, data_dir)
+    out, place = Path(out), None if data_dir is None else Path(data_dir)
     directory.refuse_taken(out)
     if population is not None:
         check_lifetime(population, scenario, known=unsafe_noise_key is not None)
     task = load_task(scenario, place) if split is None else Recommending(scenario, split)
     task.check()
     plan, described = task.plan, task.split.describe()
-    identity = Identity.new(scenario, described, place, unsafe_noise_key)
+    identity = Identity.new(scenario, described, place or _own_place(scenario), unsafe_noise_key)
     with directory.beginning(out, plan, identity, population) as (folder, ledger):
         task.number(folder, ledger, identity)
         devices, server = task.simulate(identity.root("devices")), server_of(plan, identity.run_id)
@@ -129,12 +129,10 @@ def resume(
         return loop.run(position, resumed=True)
 
 
-def _place(scenario: Scenario, data_dir: str | PathLike[str] | None) -> Path | None:
-    """Where the data lies, also for whoever works in another directory later."""
+def _own_place(scenario: Scenario) -> Path | None:
+    """Where the scenario's own path leads, for whoever works in another directory later."""
     own: str | None = getattr(scenario.data, "path", None)
-    if data_dir is None and own is not None and Path(own).exists():
-        return Path(own)
-    return None if data_dir is None else Path(data_dir)
+    return Path(own) if own is not None and Path(own).exists() else None
 
 
 def shown(observer: Observer | None) -> AbstractContextManager[Observer]:

@@ -868,6 +868,17 @@ def test_fetch_prints_the_path_and_the_terms_apart(
     assert (result.stdout, result.stderr) == ("here/ml-1m.zip\n", "terms of ml-1m\n")
 
 
+def test_a_result_below_popularity_is_warned_of(
+    finished: tuple[Path, Result], capsys: pytest.CaptureFixture[str]
+) -> None:
+    payload = json.loads((finished[0] / "result.json").read_text())
+    popular = payload["baselines"]["popularity"]["hr@10"]
+    assert popular > 0
+    for found, warned in ((popular / 2, True), (popular, False)):
+        cli.print_result({**payload, "metrics": {**payload["metrics"], "hr@10": found}})
+        assert ("of the commonest items for everybody" in capsys.readouterr().out) == warned
+
+
 # --------------------------------------------------------------------------- doctor
 
 
