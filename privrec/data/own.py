@@ -77,9 +77,9 @@ def read_table(path: Path, form: Data) -> Interactions:
 
 
 def _separator(files: Sequence[File], names: Names, encoding: str) -> str | None:
-    """What separates the fields of the first part with any; None for Parquet."""
-    file = next((file for file in files if not file.is_empty()), files[0])
-    return None if file.suffix in PARQUET else separator_of(file, names, encoding)
+    """What separates the fields of the first part that has some; None where none is a text."""
+    texts = (file for file in files if file.suffix not in PARQUET and not file.is_empty())
+    return next((separator_of(file, names, encoding) for file in texts), None)
 
 
 def _listed(table: Path, form: Data) -> list[Column]:
