@@ -173,7 +173,7 @@ def test_what_is_read_from_memory_is_kept_nowhere(rows: Any, tmp_path: Path) -> 
         ({"user": [1, None], "item": [2, 3]}, ("the table, row 2", "fill it in")),
         ({"user": [1, 2], "item": [[2], [3]]}, ("the table, row 1", "column 'item'")),
         ({"user": [1, 1], "item": [2.5, 3.5]}, ("the table, row 1", "whole numbers or text")),
-        ({"user": [1, 2], "item": [object(), object()]}, ("type dict", "give a path")),
+        ({"user": [1, 2], "item": [..., ...]}, ("type dict", "give a path")),
         ("nowhere.csv", ("nowhere.csv", "no such file")),
     ],
     ids=str,
