@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-REACH, NOISE = 5.0, 0.12
+REACH, NOISE = 5.0, 0.15
 ROUNDS = 40
 DIM = 16
 CLIP_NORM = 1.0
