@@ -405,7 +405,12 @@ DATA = {
     ),
     "too few fields": table("user,item\n1,2\n3\n", "mine.csv, line 3", "2"),
     "empty id": table("user,item\n1,2\n,3\n", "mine.csv, line 3"),
-    "pair twice": table("user,item\n1,2\n1,3\n1,2\n", "mine.csv, line 4", "1", "2"),
+    "pair twice": Case(
+        ("run", "mine.toml", "-s", "data.duplicates=refuse", "--data", "mine.csv", "--out", "out"),
+        ("mine.csv, line 4", "1", "2"),
+        (("mine.toml", TABLE), ("mine.csv", "user,item\n1,2\n1,3\n1,2\n")),
+        4,
+    ),
     "wrong encoding": table(b"user,item\n\xff\xfe,2\n", "mine.csv", "data.encoding"),
     "not a Parquet file": table(b"user,item\n", "mine.parquet", "Parquet", name="mine.parquet"),
     "wrong time": Case(
