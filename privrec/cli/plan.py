@@ -66,7 +66,8 @@ def planned(scenario: Scenario) -> dict[str, Any]:
     Raises:
         UsageError: If no noise meets the target, or sizes that distributed noise needs are unknown.
     """
-    privacy, devices, (event, examples) = scenario.privacy, scenario.devices, _events(scenario)
+    privacy, devices = scenario.privacy, scenario.devices
+    event, examples, before = _events(scenario)
     return {
         "scenario": scenario.name,
         "rounds": scenario.train.rounds,
@@ -83,20 +84,22 @@ def planned(scenario: Scenario) -> dict[str, Any]:
         "sampling_rate": devices.sampling_rate,
         "population": scenario.population(),
         "expected_cohort": scenario.expected_cohort(),
-        **_spending(scenario, event),
+        **_spending(scenario, event, before),
         "examples": _examples(scenario, examples),
         "signal": _signal(scenario, event.noise_multiplier),
         "warnings": _warnings(scenario),
     }
 
 
-def _spending(scenario: Scenario, event: RoundEvent) -> dict[str, Any]:
+def _spending(
+    scenario: Scenario, event: RoundEvent, before: RoundEvent | None
+) -> dict[str, Any]:
     if not event.is_private:
         return {"epsilon": None, "epsilon_server": None, "epsilon_by_round": []}
     from privrec.privacy.events import epsilon_by_round
-    from privrec.run.privacy_plan import attempts_of, release_event
+    from privrec.run.privacy_plan import attempts_of
 
-    delta, before = scenario.privacy.delta, release_event(scenario)
+    delta = scenario.privacy.delta
     spent = epsilon_by_round(event, scenario.train.rounds, delta, MILESTONES, before)
     keys = ("round", "epsilon", "epsilon_server")
     by_round = [dict(zip(keys, each, strict=True)) for each in spent]
@@ -115,15 +118,25 @@ def _examples(scenario: Scenario, event: RoundEvent | None) -> dict[str, Any] | 
     return example_figures(scenario, charged, noise_known=False)
 
 
-def _events(scenario: Scenario) -> tuple[RoundEvent, RoundEvent | None]:
-    """The event of each round, of users and of single interactions."""
-    from privrec.run.privacy_plan import event_without_shares, example_event, plan_privacy
+def _events(scenario: Scenario) -> tuple[RoundEvent, RoundEvent | None, RoundEvent | None]:
+    """The event of each round, of users and of single interactions, and what comes before."""
+    from privrec.run.privacy_plan import (
+        counting_of,
+        enrolled,
+        event_without_shares,
+        example_event,
+        known_items,
+        plan_privacy,
+        release_without_shares,
+    )
 
     privacy = scenario.privacy
     if not privacy.in_shares:
-        return event_without_shares(scenario), example_event(scenario, (), ())
+        before = release_without_shares(scenario)
+        return event_without_shares(scenario), example_event(scenario, (), ()), before
     population, lengths = scenario.population(), _lengths(scenario)
-    if population is None or lengths is None:
+    items = known_items(scenario)
+    if population is None or lengths is None or items is None:
         if privacy.local == "shares":
             key, other = 'local = "shares"', "declare data whose catalogue is known"
         else:
@@ -137,8 +150,10 @@ def _events(scenario: Scenario) -> tuple[RoundEvent, RoundEvent | None]:
     sizes = [longer - shorter for shorter, longer in pairwise([0, *weakest_first])]
     shares = [sum(lengths[each] for each in weakest_first[n:]) for n in range(len(sizes))]
     holders = [round(population * share) for share in shares]
-    event, examples, _ = plan_privacy(scenario, sizes, holders)
-    return event, examples
+    counting = counting_of(scenario, items, enrolled(scenario, population))
+    before = counting and counting.event
+    event, examples, _ = plan_privacy(scenario, sizes, holders, before=before)
+    return event, examples, before
 
 
 def coefficients(scenario: Scenario) -> int | None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -20,30 +20,27 @@ from numpy.typing import NDArray
 from privrec import data
 from privrec.data import Interactions, Split
 from privrec.data.corpus import UNKNOWN_ID, Corpus, TextSplit
+from privrec.device.counts import Order
 from privrec.device.local import LocalModel
+from privrec.device.samples import Histories
 from privrec.device.tier import Tier
 from privrec.device.update import digest
-from privrec.errors import DataError, IntegrityError, UsageError
+from privrec.errors import DataError, UsageError
 from privrec.evaluate import evaluator, metrics
 from privrec.evaluate.evaluator import Evaluator, LabelQuestions, Questions, WordQuestions
 from privrec.evaluate.metrics import Evaluation
-from privrec.privacy.events import RoundEvent
-from privrec.privacy.ledger import PREPARATION, Ledger
-from privrec.privacy.mechanism import rounded_gaussian
-from privrec.randomness import SecretRoot, SecureStream
+from privrec.privacy.ledger import Ledger
+from privrec.randomness import SecretRoot
 from privrec.run import costs
-from privrec.run.checkpoint import read_signed, write_signed
 from privrec.run.directory import Identity
-from privrec.run.parties import simulation_of
+from privrec.run.ordering import by_counts, read_order, released_order, write_order
+from privrec.run.parties import enrolled_with, simulation_of
 from privrec.run.plan import Plan
-from privrec.run.privacy_plan import release_event
 from privrec.run.record import KEPT, REVEALED
-from privrec.run.simulation import Simulation
+from privrec.run.simulation import Simulation, count
 from privrec.scenario.load import Scenario
 from privrec.server.columns import ColumnServer
 
-ORDER, _KIND = "catalogue.safetensors", "item order"
-Order = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
 S = TypeVar("S", Split, TextSplit)
 
@@ -118,51 +115,44 @@ class Task(ABC, Generic[S]):
     def number(self, folder: Path, ledger: Ledger, identity: Identity) -> None:
         """Number the items by popularity, where the task or the scenario's tiers need it.
 
-        The order is public, or it is released: every device's history is cut to a few items, which
-        the devices' secret chooses, and their counts get Gaussian noise of the server's. The ledger
-        is charged for that before the first round (as round ``PREPARATION``), and the order is
-        written to ``folder`` before it is used, signed: by another order a model recommends other
-        items.
+        The order is public, or it is released (:mod:`privrec.run.ordering`); it is written to
+        ``folder`` before it is used.
         """
         if not self.is_ordered:
             return
-        if event := release_event(self.scenario):
-            order = self._released(event, ledger, identity)
+        plan, run = self.plan, self.scenario.run
+        if plan.counting is None:
+            order = by_counts(self.split.train.item_counts())
         else:
-            order = np.argsort(-self.split.train.item_counts(), kind="stable")
+            there = np.flatnonzero(plan.assigned < len(plan.federation.tiers))
+            histories = Histories(np.arange(plan.users), self.counted.indptr, self.counted.items)
+            collect = partial(
+                count,
+                plan.counting,
+                data=histories.select(there),
+                enrolled=enrolled_with(self.scenario, identity.root("devices")),
+                secure_sum=run.secure_sum,
+                dropout_rate=self.scenario.devices.dropout_rate,
+            )
+            order = released_order(plan, plan.counting, ledger, identity, collect)
         order = self.arranged(order)
-        write_signed(folder / ORDER, _KIND, {}, {"order": order}, identity.signing_key())
-        self.split = self.split.renumbered(order)
+        write_order(folder, order, identity)
+        self._renumber(order)
 
     def arranged(self, order: Order) -> Order:
         """Return an order with what has a place of its own put there."""
-        return order
-
-    def _released(self, event: RoundEvent, ledger: Ledger, identity: Identity) -> Order:
-        most, server = self.scenario.devices.popularity_items, identity.root("server")
-        ledger.charge(PREPARATION, 0, event)
-        context = (ledger.header["run_id"], self.scenario.plan_hash())
-        coins = identity.root("devices").stream("popularity", *context)
-        counts = _capped_counts(self.counted, most, coins)
-        stream = server.stream("popularity", *context, digest(counts))
-        # A 0/1 history of so many items is no longer than the root of their number.
-        counts += rounded_gaussian(stream, event.noise_multiplier * most**0.5, len(counts))
-        order = np.argsort(-counts, kind="stable")
-        ledger.commit(PREPARATION, 0, server.tag("popularity", *context, digest(order)))
         return order
 
     def restore_numbers(self, folder: Path, key: Ed25519PublicKey) -> None:
         """Number the items as in the run in ``folder``, whose key is ``key``."""
         if not self.is_ordered:
             return
-        _, arrays = read_signed(folder / ORDER, _KIND, key)
-        order, n_items = arrays.get("order", np.zeros(0)), self.split.train.n_items
-        if order.dtype != np.int64 or not np.array_equal(np.sort(order), np.arange(n_items)):
-            raise IntegrityError(
-                f"{folder / ORDER}: no order of the {n_items} items of this catalogue; use the "
-                "data that the run was started with, or restore the file"
-            )
+        self._renumber(read_order(folder, self.split.train.n_items, key))
+
+    def _renumber(self, order: Order) -> None:
         self.split = self.split.renumbered(order)
+        if self.plan.counting is not None:  # all rounds are bound to it
+            self.plan = replace(self.plan, order=digest(order))
 
     # ------------------------------------------------------------------ devices and figures
 
@@ -376,10 +366,3 @@ TASKS: dict[str, type[Task[Any]]] = {
 def load_task(scenario: Scenario, data_dir: Path | None) -> Task[Any]:
     """Return the task of a scenario, items in the order of its data."""
     return TASKS[scenario.model.learns].load(scenario, data_dir)
-
-
-def _capped_counts(train: Interactions, most: int, coins: SecureStream) -> Order:
-    """How many users count each item, when each counts at most ``most`` of its own, at random."""
-    order = np.lexsort((coins.uint64(train.size), train.users))
-    place = np.arange(train.size) - np.repeat(train.indptr[:-1], train.counts)
-    return np.bincount(train.items[order][place < most], minlength=train.n_items).astype(np.int64)

@@ -129,7 +129,8 @@ class ServerSession:
         self._call = Call.of(terms, [Prekey.unpack(record) for record in prekeys])
         if problem := self._call.problem():
             raise UsageError(f"a round of {problem}; lengths ascend, with one minimum for each")
-        self._roster = Roster(self._call, anchor)
+        self._roster = self._call.roster
+        self._roster.check(anchor)
         self._roster.check_bands(range(len(self._roster)), 1)
         self._binding = Binding.of(self._call.digest, self._graph)
         self._anchor = anchor

@@ -232,8 +232,11 @@ class Kept:
             self.server.advance()
 
 
-def resumed(book: PrekeyBook, anchor: Any, saved: bytes, policy: Policy = POLICY) -> ClientSession:
-    return ClientSession(book, anchor, policy, progress=saved)
+def resumed(
+    book: PrekeyBook, cohort: Cohort, saved: bytes, anchor: Any = None, policy: Policy = POLICY
+) -> ClientSession:
+    anchor = anchor or cohort.anchor
+    return ClientSession(book, anchor, policy, progress=saved, call=cohort.call)
 
 
 def test_a_session_or_a_book_that_was_set_back_alone_answers_nothing() -> None:
