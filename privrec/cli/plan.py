@@ -91,9 +91,7 @@ def planned(scenario: Scenario) -> dict[str, Any]:
     }
 
 
-def _spending(
-    scenario: Scenario, event: RoundEvent, before: RoundEvent | None
-) -> dict[str, Any]:
+def _spending(scenario: Scenario, event: RoundEvent, before: RoundEvent | None) -> dict[str, Any]:
     if not event.is_private:
         return {"epsilon": None, "epsilon_server": None, "epsilon_by_round": []}
     from privrec.privacy.events import epsilon_by_round

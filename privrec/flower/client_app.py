@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 import privrec
 from privrec import data
 from privrec.data.files import read_catalogue, read_history
-from privrec.device.counts import agreed_places
+from privrec.device.counts import Counting, agreed_places
 from privrec.device.tier import Federation, Tier
 from privrec.device.update import Protection, Round, Upload
 from privrec.errors import DataError, PrivrecError, ReleaseRefused, UsageError
@@ -165,8 +165,9 @@ class Node:
         if stage != exchange.MASKED:
             return device.conclude(policy, stage, message)
         session = device.resumed(policy)
-        if round.index == PREPARATION:
-            upload, changed = self._counted(hosted, round), dict[str, Any]()
+        counting, changed = self.plan.counting, dict[str, Any]()
+        if counting is not None and round.index == PREPARATION:
+            upload = self._counted(counting, hosted, round)
         else:
             upload, changed = self._trained(hosted, round, told[-1], kept, body)
         _, layouts = self._protected(round, hosted)
@@ -207,12 +208,11 @@ class Node:
             return counting.protection, counting.layouts
         return self.plan.protection, self.federation.layouts[hosted.tier :]
 
-    def _counted(self, hosted: Hosted, round: Round) -> Upload:
+    def _counted(self, counting: Counting, hosted: Hosted, round: Round) -> Upload:
         """What a user's history counts."""
         from privrec.device.samples import Histories
 
-        counting, root = self.plan.counting, self._keys.root
-        assert counting is not None
+        root = self._keys.root
         data, protection = Histories.alone(hosted.user, hosted.history), counting.protection
         seeds = protection.noise_seeds(root, round, 1, hosted.user)
         bounded = counting.bounded(data, root, round)

@@ -83,7 +83,9 @@ def unpack(message: Message) -> Body:
             different, places = body[MESSAGES]
             body[MESSAGES] = {name: different[place] for name, place in places.items()}
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-            raise ReleaseRefused("messages that are none; run the same version everywhere") from None
+            raise ReleaseRefused(
+                "messages that are none; run the same version everywhere"
+            ) from None
     return body
 
 

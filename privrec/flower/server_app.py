@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from logging import ERROR, INFO, WARNING
 from pathlib import Path
 from typing import Any
@@ -77,10 +78,8 @@ class Flower:
         total = self._sum(round, called, self.plan.protection, layouts, told)
         return Aggregate(total, len(called), None)
 
-    def count(self, round: Round) -> NDArray[np.int64]:
+    def count(self, counting: Counting, round: Round) -> NDArray[np.int64]:
         """Sum what devices count before the first round; ReleaseRefused when too few answer."""
-        counting = self.plan.counting
-        assert counting is not None
         called = self._ready(self._members())
         return self._sum(round, called, counting.protection, counting.layouts, {})
 
@@ -206,7 +205,8 @@ def _ordered(
     if (out / ORDER).exists():
         order = read_order(out, plan.items, identity.signing_key().public_key())
     else:
-        order = released_order(plan, counting, ledger, identity, flower.count)
+        collect = partial(flower.count, counting)
+        order = released_order(plan, counting, ledger, identity, collect)
         write_order(out, order, identity)
     return replace(flower, plan=replace(plan, order=digest(order)), order=order)
 

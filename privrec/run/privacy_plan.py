@@ -51,7 +51,7 @@ EXAMPLE_ADVERSARIES: Mapping[str, str] = {"example": "uploads", "shares": "sums"
 """Whoever sees what the ε of single interactions holds against, by ``privacy.local``."""
 
 COUNTED_BITS = 13
-"""A history that is counted is no longer than two to this, in steps of the grid, where it can be."""
+"""A counted history is no longer than two to this, in steps of the grid, where there is room."""
 
 COARSEST = 5.0
 """Least steps of the bound of an example over what rounding may add to its norm."""

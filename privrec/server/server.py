@@ -51,9 +51,7 @@ class Release:
     tag: bytes
 
 
-def released_sum(
-    round: Round, total: NDArray[np.int64], bound: float, root: SecretRoot
-) -> Release:
+def released_sum(round: Round, total: NDArray[np.int64], bound: float, root: SecretRoot) -> Release:
     """A sum of sensitivity ``bound`` as it may be released, where devices did not add the noise.
 
     Promise: central noise is that of the round's own event, Gaussian with standard deviation

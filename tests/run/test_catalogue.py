@@ -139,7 +139,7 @@ def histories() -> Histories:
 
 def of_users(*items: list[int]) -> Histories:
     lengths = np.cumsum([0, *map(len, items)])
-    return Histories(np.arange(len(items)), lengths, np.array(sum(items, []), np.int32))
+    return Histories(np.arange(len(items)), lengths, np.concatenate(items).astype(np.int32))
 
 
 def counted(found: Counting, data: Histories, attempt: int = 0, root: SecretRoot = DEVICES) -> Any:

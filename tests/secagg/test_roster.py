@@ -112,6 +112,18 @@ def test_rosters_have_one_order_and_whole_records(cohort: Cohort, prekeys: list[
         Roster(replace(call, lengths=(4, 4, 11)))
 
 
+def test_in_a_round_of_one_band_devices_of_all_tiers_are_alike(prekeys: list[Prekey]) -> None:
+    """As they are in a count, which comes before the first round."""
+    call = Call.of(terms((7,), round=-1), prekeys)
+    roster = Call.parse(call.pack()).roster
+    assert roster.terms.round == -1
+    assert [roster.length(number) for number in range(5)] == [7] * 5
+    assert [roster.bands(number) for number in range(5)] == [1] * 5
+    assert roster.holding == ((0, 1, 2, 3, 4),)
+    with pytest.raises(ReleaseRefused, match="round is -2"):
+        Call.parse(replace(call, round=-2).pack())
+
+
 def low_order(key: DeviceKey, prekey: Prekey, field: str) -> Prekey:
     values = {"sealing": prekey.sealing, "masking": prekey.masking, field: bytes(32)}
     stated = statement("prekey", prekey.serial, prekey.tier, *values.values())
