@@ -254,23 +254,19 @@ def counting_of(scenario: Scenario, items: int, devices: int) -> Counting | None
     if event is None:
         return None
     most, ring, privacy = min(scenario.devices.popularity_items, items), Ring(), scenario.privacy
-    minimums, bands, noise = _minimums(scenario, [devices], 1.0), (), 0.0
-    if privacy.in_shares:
-        bands = _bands(scenario, [items], [devices], 1.0)
-        # That in shares is larger by less than a hundredth.
-        noise = (1.01 * event.noise_multiplier) ** 2 * devices / bands[0].shares
-    load, length, step = Load(items, devices, noise), math.sqrt(most), 1
-    finest = max(0, math.floor(COUNTED_BITS - math.log2(length)))
-    for bits in range(finest, -1, -1):
-        step = 1 << bits
+    minimums, shares = _minimums(scenario, [devices], 1.0), None
+    for bits in range(max(0, math.floor(COUNTED_BITS - math.log2(most) / 2)), -1, -1):
+        step, noise = 1 << bits, 0.0
+        if privacy.in_shares:
+            moved, bands = most * step**2, _bands(scenario, [items], [devices], 1.0)
+            event = _release(scenario, grid_of(moved, bands, privacy.remove_excess)) or event
+            shares = Shares(event.noise_multiplier, moved, bands, privacy.remove_excess)
+            noise = event.noise_multiplier**2 * devices / bands[0].shares
+        length, load = math.sqrt(most), Load(items, devices, noise)
         encoding = Encoding(length, items, math.log2(step * length))
         if ring.wrap_probability(encoding, load) <= LARGEST_WRAP:
             break
     ring.check(encoding, load)
-    shares, moved = None, most * step**2
-    if bands:
-        event = _release(scenario, grid_of(moved, bands, privacy.remove_excess)) or event
-        shares = Shares(event.noise_multiplier, moved, bands, privacy.remove_excess)
     return Counting(items, most, step, event, Protection(encoding, ring, shares, minimums))
 
 
