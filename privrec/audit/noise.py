@@ -128,18 +128,17 @@ def probe_order(harness: Harness) -> Iterator[Checked]:
     if counting is None:
         return
     items, users = counting.items, harness.plan.devices
-    kept = min(harness.scenario.devices.popularity_items, items)
+    most = min(harness.scenario.devices.popularity_items, items) * counting.step**2
     some, twice = min(users, _A_FEW), np.tile(np.arange(items, dtype=np.int32), 2)
     data = Histories(np.arange(some), 2 * items * np.arange(some + 1), np.tile(twice, some))
     round = counting.round("audit", 0, "plan")
     vectors = [each.vector() for each in counting.bounded(data, root, round).rows()]
     moved = [int((vector.astype(np.int64) ** 2).sum()) for vector in vectors]
-    steps = max(int(vector.max()) for vector in vectors)
     yield checked(
         "what a history counts",
-        min(moved) > 0 and max(moved) <= kept * steps**2,
+        min(moved) > 0 and max(moved) <= most,
         f"a squared norm of at most {max(moved):,} steps, {some} devices that have all items twice",
-        f"at most {kept} items, once each",
+        f"at most {most:,}: so many items as count, once each",
     )
     event, shares = counting.event, counting.protection.shares
     cost = 1 if shares is None else _A_SHARE * users
@@ -150,7 +149,7 @@ def probe_order(harness: Harness) -> Iterator[Checked]:
         total = count(counting, round, nothing, harness.simulation.enrolled, "exact", 0.0)
         drawn.append(released_sum(round, total, counting.bound, harness.root).total)
     squares = float(np.mean(np.square(np.array(drawn, np.float64))))
-    expected = event.noise_multiplier**2 * kept * steps**2
+    expected = event.noise_multiplier**2 * most
     if shares is not None:
         (band,) = shares.bands
         left = band.least if shares.remove_excess else users
