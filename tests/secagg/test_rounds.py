@@ -442,7 +442,7 @@ def test_the_server_needs_a_model_and_sound_terms() -> None:
         terms((5,), minimums=(0,)),
         terms((5,), plan=b"short"),
         terms((5,), run=""),
-        terms((5,), round=-1),
+        terms((5,), round=-2),
     ):
         with pytest.raises(UsageError, match="a round of"):
             ServerSession(bad, cohort.prekeys(), cohort.anchor)
