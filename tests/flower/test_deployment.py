@@ -284,12 +284,12 @@ def test_the_whole_system_with_a_node_that_is_killed_in_mid_round(
     cluster.link()
     for number in range(NODES):
         cluster.node(number, f"partition-id={number} num-partitions={NODES}")
-    run_app(cluster, tmp_path / "app", out)
-    cluster.wait_for((out / "catalogue.safetensors").exists, 600)
-    cluster.wait_for(lambda: rounds(out) >= 1, 600)
+    run_app(cluster, tmp_path / "app", out, "timeout-s=180")
+    cluster.wait_for((out / "catalogue.safetensors").exists, 900)
+    cluster.wait_for(lambda: rounds(out) >= 1, 900)
     time.sleep(5)  # into the second round
     cluster.kill("node2")
-    cluster.wait_for(lambda: finished(out), 900)
+    cluster.wait_for(lambda: finished(out), 1800)
     assert json.loads((out / "result.json").read_text())["rounds"] == 3
     with Ledger.open(out / "ledger.jsonl") as ledger:
         assert ledger.charges[0].round == PREPARATION
