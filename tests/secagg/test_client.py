@@ -267,6 +267,19 @@ def test_of_two_copies_of_a_session_one_answers(stage: Stage) -> None:
         answer(twin, stage, waiting.message, VECTOR[::-1].copy(), model(2))
 
 
+def test_a_session_goes_on_with_the_call_that_began_it_alone() -> None:
+    """Another roster of the same devices would have it masked with other keys."""
+    waiting = Waiting(Stage.MASKED)
+    book, saved = waiting.cohort.books[0], waiting.cohort.saved[waiting.device]
+    own = waiting.cohort.call
+    waiting.cohort.server(AGREED)  # of fresh prekeys
+    assert waiting.cohort.call != own
+    for call in (waiting.cohort.call, b""):
+        with pytest.raises(ReleaseRefused):
+            ClientSession(book, waiting.cohort.anchor, POLICY, progress=saved, call=call)
+    assert ClientSession(book, waiting.cohort.anchor, POLICY, progress=saved, call=own)
+
+
 def test_a_later_attempt_ends_the_session_of_an_earlier_one() -> None:
     waiting = Waiting(Stage.MASKED)
     again = waiting.cohort.server(replace(AGREED, attempt=1))
