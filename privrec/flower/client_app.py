@@ -29,9 +29,8 @@ from numpy.typing import NDArray
 import privrec
 from privrec import data
 from privrec.data.files import read_catalogue, read_history
-from privrec.device.counts import Counting, agreed_places
 from privrec.device.tier import Federation, Tier
-from privrec.device.update import Protection, Round, Upload
+from privrec.device.update import Counting, Protection, Round, Upload, agreed_places
 from privrec.errors import DataError, PrivrecError, ReleaseRefused, UsageError
 from privrec.flower import exchange
 from privrec.flower.app import population_of, scenario_of

@@ -16,8 +16,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 
-from privrec.device.counts import Counting, Order
-from privrec.device.update import Aggregate, Protection, Round, digest
+from privrec.device.update import Aggregate, Counting, Order, Protection, Round, digest
 from privrec.errors import BudgetError, Interrupted, PrivrecError, UsageError
 from privrec.flower.app import out_of, population_of, scenario_of
 from privrec.flower.enrolment import Anyone, anchor_of
@@ -28,9 +27,9 @@ from privrec.randomness import SecretRoot, rng_for
 from privrec.report.build import build
 from privrec.report.render import write
 from privrec.run import checkpoint, directory
+from privrec.run.checkpoint import ORDER, read_order, write_order
 from privrec.run.directory import Identity
-from privrec.run.loop import Loop
-from privrec.run.ordering import ORDER, read_order, released_order, write_order
+from privrec.run.loop import Loop, released_order
 from privrec.run.parties import server_of
 from privrec.run.plan import Plan
 from privrec.run.privacy_plan import attempts_of, known_items

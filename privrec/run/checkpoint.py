@@ -1,4 +1,4 @@
-"""A checkpoint: everything that a run needs to go on, in one signed file of arrays.
+"""A checkpoint: everything that a run needs to go on, in one signed file of arrays; and its order.
 
 What is in such a file becomes the model, or says which item a row of the model is, so it is signed
 with the key that signs the run's ledger.
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as packed
 
+from privrec.device.update import Order
 from privrec.errors import IntegrityError
 from privrec.privacy.ledger import Ledger
 from privrec.run.directory import CHECKPOINT, Identity
@@ -31,6 +32,7 @@ States = Sequence[NDArray[np.float32]]
 
 FILE = CHECKPOINT
 _KIND, _MOMENT = "checkpoint", "moments."
+ORDER, _ORDER_KIND = "catalogue.safetensors", "item order"
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,23 @@ def read(path: Path, key: Ed25519PublicKey) -> tuple[Position, Arrays]:
     """Return the checkpoint at ``path``; see :func:`read_signed`."""
     facts, arrays = read_signed(path, _KIND, key)
     return Position(**facts), arrays
+
+
+def write_order(folder: Path, order: Order, identity: Identity) -> None:
+    """Keep the order of a run, signed: by another one a model recommends other items."""
+    write_signed(folder / ORDER, _ORDER_KIND, {}, {"order": order}, identity.signing_key())
+
+
+def read_order(folder: Path, items: int, key: Ed25519PublicKey) -> Order:
+    """Return the order of the run in ``folder``; an IntegrityError says that it is not its own."""
+    _, arrays = read_signed(folder / ORDER, _ORDER_KIND, key)
+    order = arrays.get("order", np.zeros(0))
+    if order.dtype != np.int64 or not np.array_equal(np.sort(order), np.arange(items)):
+        raise IntegrityError(
+            f"{folder / ORDER}: no order of the {items} items of this catalogue; use the "
+            "data that the run was started with, or restore the file"
+        )
+    return order
 
 
 def write_signed(

@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, PlainValidator, StrictBool, StrictInt, StrictStr
 
 import privrec
-from privrec.device.counts import Counting
 from privrec.device.tier import Federation, ModelView, Tier
-from privrec.device.update import Protection
+from privrec.device.update import Counting, Protection
 from privrec.embedding.table import Table
 from privrec.errors import IntegrityError, ScenarioError, UsageError
 from privrec.models.layout import band_sizes, packed_size

@@ -14,8 +14,7 @@ from typing import Any
 
 from scipy.special import bdtrc
 
-from privrec.device.counts import Counting
-from privrec.device.update import SMALL_RING_BITS, Protection
+from privrec.device.update import SMALL_RING_BITS, Counting, Protection
 from privrec.embedding.nested import Nested, nested
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable, Table

@@ -16,12 +16,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.device.counts import Counting
 from privrec.device.device import ALL, Cohort, Deferred, Device, Draws
 from privrec.device.local import LocalModel
 from privrec.device.samples import Histories
 from privrec.device.tier import Federation, Tier
-from privrec.device.update import Aggregate, BoundedUpdate, Protection, Round, digest
+from privrec.device.update import Aggregate, BoundedUpdate, Counting, Protection, Round, digest
 from privrec.errors import ReleaseRefused
 from privrec.models.layout import Layout, from_wire
 from privrec.privacy.mechanism import Shares, noise_seeds

@@ -20,11 +20,10 @@ from numpy.typing import NDArray
 from privrec import data
 from privrec.data import Interactions, Split
 from privrec.data.corpus import UNKNOWN_ID, Corpus, TextSplit
-from privrec.device.counts import Order
 from privrec.device.local import LocalModel
 from privrec.device.samples import Histories
 from privrec.device.tier import Tier
-from privrec.device.update import digest
+from privrec.device.update import Order, by_counts, digest
 from privrec.errors import DataError, UsageError
 from privrec.evaluate import evaluator, metrics
 from privrec.evaluate.evaluator import Evaluator, LabelQuestions, Questions, WordQuestions
@@ -32,8 +31,9 @@ from privrec.evaluate.metrics import Evaluation
 from privrec.privacy.ledger import Ledger
 from privrec.randomness import SecretRoot
 from privrec.run import costs
+from privrec.run.checkpoint import read_order, write_order
 from privrec.run.directory import Identity
-from privrec.run.ordering import by_counts, read_order, released_order, write_order
+from privrec.run.loop import released_order
 from privrec.run.parties import enrolled_with, simulation_of
 from privrec.run.plan import Plan
 from privrec.run.record import KEPT, REVEALED
@@ -115,8 +115,8 @@ class Task(ABC, Generic[S]):
     def number(self, folder: Path, ledger: Ledger, identity: Identity) -> None:
         """Number the items by popularity, where the task or the scenario's tiers need it.
 
-        The order is public, or it is released (:mod:`privrec.run.ordering`); it is written to
-        ``folder`` before it is used.
+        The order is public, or released by :func:`~privrec.run.loop.released_order`. It is written
+        to ``folder`` before it is used.
         """
         if not self.is_ordered:
             return

@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from privrec.audit import _findings, audit, examples, noise, rounds
 from privrec.audit.harness import Harness
 from privrec.device import example_shares, update
-from privrec.device.counts import Counting
 from privrec.device.example_shares import ExampleSums
-from privrec.device.update import BoundedUpdate, Round
+from privrec.device.update import BoundedUpdate, Counting, Round
 from privrec.privacy.lazy import LazyMemory
 from privrec.privacy.mechanism import Shares, rounded_gaussian
 from privrec.run import simulation

@@ -44,7 +44,7 @@ from privrec.privacy.ledger import PREPARATION, Ledger
 from privrec.randomness import SecretRoot
 from privrec.report.build import build
 from privrec.run import directory, lifecycle
-from privrec.run.ordering import ORDER
+from privrec.run.checkpoint import ORDER
 from privrec.run.parties import server_of
 from privrec.run.plan import Plan
 from privrec.run.recommend import recommend

@@ -19,9 +19,8 @@ from scipy import stats
 
 from privrec import data
 from privrec.data import Split
-from privrec.device.counts import Counting, agreed_places
 from privrec.device.samples import Histories
-from privrec.device.update import digest
+from privrec.device.update import Counting, agreed_places, digest
 from privrec.errors import (
     BudgetError,
     IntegrityError,
@@ -33,9 +32,9 @@ from privrec.privacy.ledger import PREPARATION, Ledger
 from privrec.privacy.population import PopulationBalance
 from privrec.randomness import SecretRoot
 from privrec.report.build import build
-from privrec.run import checkpoint, lifecycle, ordering, simulation
+from privrec.run import checkpoint, lifecycle, loop, simulation
+from privrec.run.checkpoint import ORDER
 from privrec.run.directory import Identity
-from privrec.run.ordering import ORDER
 from privrec.run.parties import enrolled_with
 from privrec.run.plan import Plan
 from privrec.run.privacy_plan import (
@@ -278,14 +277,14 @@ def test_the_sum_has_the_counts_and_the_noise_that_is_charged(kept: bool) -> Non
 @pytest.mark.statistical
 def test_central_noise_is_what_is_charged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found, noises = counting(), list[Any]()
-    release = ordering.released_sum
+    release = loop.released_sum
 
     def watched(round: Any, total: Any, *words: Any) -> Any:
         made = release(round, total, *words)
         noises.append(made.total - total)
         return made
 
-    monkeypatch.setattr(ordering, "released_sum", watched)
+    monkeypatch.setattr(loop, "released_sum", watched)
     for number in range(60):
         order_of(tmp_path / "a", b"server", f"run-{number}")
     sigma = found.event.noise_multiplier * found.step * 3**0.5
@@ -354,7 +353,7 @@ def test_it_is_charged_before_devices_are_asked_and_committed_before_it_is_used(
 
     monkeypatch.setattr(Memo, "charge", charged)
     monkeypatch.setattr(Memo, "commit", lambda self, *c: told.append(f"commit {c[:2]}"))
-    monkeypatch.setattr(ordering, "write_signed", written)
+    monkeypatch.setattr(checkpoint, "write_signed", written)
     order, _ = order_of(tmp_path / "a", b"server", "run", *changes)
     assert told == ["charge (-1, 0)", "bounded", "commit (-1, 0)", "written"]
     assert order.dtype == np.int64
