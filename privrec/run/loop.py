@@ -340,10 +340,10 @@ def _check_count(plan: Plan, counting: Counting, ledger: Ledger) -> None:
     privacy = plan.scenario.privacy
     if privacy.noise != "none" and privacy.epsilon is not None:
         against = privacy.budget_against
-        spent = ledger.epsilon_after(counting.event, delta=privacy.delta, adversary=against)
-        if spent > privacy.epsilon:
+        after = ledger.epsilon_after(counting.event, delta=privacy.delta, adversary=against)
+        if after > privacy.epsilon:
             raise BudgetError(
-                f"another count of the items would bring ε to {spent:.4f} against "
+                f"another count of the items would bring ε to {after:.4f} against "
                 f"{adversary_text(against)}: the budget is {privacy.epsilon}. No order of the "
                 "items was released, so there is no trained model"
             )
