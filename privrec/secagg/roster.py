@@ -194,12 +194,12 @@ class Call(Terms):
     @classmethod
     def parse(cls, message: Buffer) -> Call:
         """See :meth:`Message.parse`; devices hosted together have the same one, and its roster."""
-        return _parsed_call(bytes(message))
+        return cls._parsed(bytes(message))
 
-
-@functools.lru_cache(maxsize=2)
-def _parsed_call(message: bytes) -> Call:
-    return super(Call, Call).parse(message)
+    @classmethod
+    @functools.lru_cache(maxsize=2)
+    def _parsed(cls, message: bytes) -> Call:
+        return super().parse(message)
 
 
 class Roster:
