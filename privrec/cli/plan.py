@@ -149,7 +149,7 @@ def _events(scenario: Scenario) -> tuple[RoundEvent, RoundEvent | None, RoundEve
     shares = [sum(lengths[each] for each in weakest_first[n:]) for n in range(len(sizes))]
     holders = [round(population * share) for share in shares]
     counting = counting_of(scenario, items, enrolled(scenario, population))
-    before = counting and counting.event
+    before = counting.event if counting else None
     event, examples, _ = plan_privacy(scenario, sizes, holders, before=before)
     return event, examples, before
 

@@ -150,7 +150,7 @@ class Node:
             # for two sums, or opened for a sum that was released.
             called = Call.parse(message).terms
             stated = body.get("model"), body.get("order")
-            told = [called.run, called.round, called.attempt, *stated]
+            told: Any = [called.run, called.round, called.attempt, *stated]
             round, policy = self._agreed(told)
             seeds: tuple[bytes, ...] = ()
             protection, layouts = self._protected(round, hosted)

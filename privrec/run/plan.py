@@ -85,14 +85,14 @@ class Plan:
         sizes = band_sizes(federation.layouts)
         devices = enrolled(scenario, users)
         counting = counting_of(scenario, items, devices)
-        before = counting and counting.event
+        before = counting.event if counting else None
         planned = plan_privacy(scenario, sizes, holders, calibrated, before)
         return cls(scenario, items, users, devices, federation, holders, *planned, counting)
 
     @property
     def before(self) -> RoundEvent | None:
         """What is charged before the first round, if anything."""
-        return self.counting and self.counting.event
+        return self.counting.event if self.counting else None
 
     @property
     def digest(self) -> str:

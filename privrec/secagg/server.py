@@ -144,7 +144,7 @@ class ServerSession:
         self._survivors: tuple[int, ...] = ()
         self._present = b""  # devices that dealt, as a bitmap
         self._confirmed = b""  # what devices sign
-        self._opened: list[tuple[int, ...]] = []
+        self._opened: Sequence[tuple[int, ...]] = []
         self.stage = Stage.SHARES  # what the server waits for
         self._due = tuple(range(len(self._roster)))
         self._answered: set[int] = set()
