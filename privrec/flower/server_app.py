@@ -100,8 +100,14 @@ class Flower:
         return unmask(session.result, protection, layouts)
 
     def _members(self) -> list[Member]:
-        self.registry.greet_newcomers()
-        members = self.registry.members.values()
+        """The devices of all nodes that are connected.
+
+        With those of a node that is gone, a quarter of all, each further attempt would fail as well.
+        """
+        registry = self.registry
+        registry.greet_newcomers()
+        here = set(registry.grid.get_node_ids())
+        members = (member for member in registry.members.values() if member.node in here)
         return sorted(members, key=lambda each: (each.number, each.name))
 
     def _called(self, round: Round) -> list[Member]:

@@ -193,6 +193,23 @@ def test_a_node_that_is_lost_in_the_midst_of_a_round_drops_out(tmp_path: Path) -
     assert len(found) == 5
 
 
+def test_devices_of_a_node_that_is_gone_are_not_called_again(tmp_path: Path) -> None:
+    """In a sparse graph the loss of a quarter ends an attempt, and would end all that follow."""
+    folder = app_folder(tmp_path)
+    grid = grid_of(folder)
+
+    def lost(message: Message) -> bool:
+        node = message.metadata.dst_node_id
+        if node == 12 and stage_of(message) == MASKED:
+            grid.configs = {each: config for each, config in grid.configs.items() if each != 12}
+        return node not in grid.configs
+
+    grid.lost = lost
+    assert deployed(folder, grid, tmp_path / "run")["rounds"] == 3
+    called = [m.metadata.dst_node_id for m in grid.sent if stage_of(m) == SHARES]
+    assert [called.count(node) for node in (10, 11, 12, 13)] == [3, 3, 1, 3]
+
+
 def test_two_nodes_lost_are_too_many_and_the_round_is_charged_all_the_same(tmp_path: Path) -> None:
     few = SCENARIO.replace("users = 40", "users = 20").replace("population = 40", "population = 20")
     folder = app_folder(tmp_path, few)
