@@ -102,7 +102,7 @@ class Flower:
     def _members(self) -> list[Member]:
         """The devices of all nodes that are connected.
 
-        With those of a node that is gone, a quarter of all, each further attempt would fail as well.
+        With a quarter of them at a node that is gone, each further attempt would fail as well.
         """
         registry = self.registry
         registry.greet_newcomers()
