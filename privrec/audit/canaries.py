@@ -249,7 +249,7 @@ def _released(harness: Harness, round: Round, updates: Iterable[Update]) -> Floa
             coins = harness.simulation.root.stream("rounding", *round.context, b"canaries", number)
             held = harness.plan.federation.layouts_of(tier)
             bounded = update.bound(protection, round, held, coins, tier.weight)
-            summing.add(tier, users, bounded)
+            summing.add(tier.index, users, bounded)
     aggregate = Aggregate(summing.total(), len(sampled), None)
     release = harness.server.release(round, aggregate, harness.root)
     decoded = to_wire(protection.encoding.decode(release.total), layouts)

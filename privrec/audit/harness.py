@@ -28,7 +28,7 @@ from privrec.randomness import ROOT_BYTES, SecretRoot
 from privrec.report.model import Checked
 from privrec.run.parties import server_of, simulation_of
 from privrec.run.plan import Plan
-from privrec.run.privacy_plan import known_items, release_event
+from privrec.run.privacy_plan import known_items
 from privrec.run.simulation import SUMMING, Participant, Rows, Simulation, Summing
 from privrec.run.task import TASKS, Recommending
 from privrec.scenario.load import Scenario
@@ -115,7 +115,7 @@ class Harness:
         counts, privacy = Counter({self.event: self.scenario.train.rounds}), self.scenario.privacy
         if self.of_examples:
             return epsilon(counts, privacy.local_delta, "server", accountant)
-        counts.update(filter(None, [release_event(self.scenario)]))
+        counts.update(filter(None, [self.plan.before]))
         return epsilon(counts, privacy.delta, against, accountant)
 
     def round(self, index: int, attempt: int = 0) -> Round:
@@ -125,14 +125,14 @@ class Harness:
 
     def summing(self, round: Round, protection: Protection, cohort: list[Participant]) -> Summing:
         """A plain sum of that cohort."""
-        enrolled = self.simulation.enrolled
-        return SUMMING["exact"](round, self.plan.federation, protection, cohort, enrolled)
+        layouts, enrolled = self.plan.federation.layouts, self.simulation.enrolled
+        return SUMMING["exact"](round, layouts, protection, cohort, enrolled)
 
     def named(self, rows: Rows) -> list[Participant]:
         """Devices of each tier by their rows."""
         tiers, cohorts = self.plan.federation.tiers, self.simulation.cohorts
         return [
-            Participant(user, tier)
+            Participant(user, tier.index)
             for tier, cohort, mine in zip(tiers, cohorts, rows, strict=True)
             for user in cohort.users[mine].tolist()
         ]
@@ -168,7 +168,7 @@ class Harness:
         accounted = z**2 * self.squared_sensitivity
         if shares is None:
             return [accounted**0.5] * len(self.sizes)
-        held = [len(self.sizes) - each.tier.index for each in cohort]
+        held = [len(self.sizes) - each.tier for each in cohort]
         holders = [sum(bands > number for bands in held) for number in range(len(self.sizes))]
         return [
             (accounted * (b.least if shares.remove_excess else n) / (b.least - b.colluders)) ** 0.5

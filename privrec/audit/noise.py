@@ -29,6 +29,7 @@ from privrec.audit.harness import (
     two_sided,
     variance_p,
 )
+from privrec.device.samples import Histories
 from privrec.errors import ReleaseRefused
 from privrec.privacy.events import Mechanism
 from privrec.privacy.lazy import LazyMemory
@@ -36,6 +37,8 @@ from privrec.privacy.mechanism import Shares, noise_seeds
 from privrec.privacy.pending import LinearStep, Normals
 from privrec.randomness import SecretRoot
 from privrec.report.model import Checked
+from privrec.run.simulation import count
+from privrec.server.server import released_sum
 
 DRAWS = 400_000
 """Coefficients of each band to look at, where that is not too dear: 0.9 % of σ is then seen."""
@@ -45,6 +48,7 @@ _A_SHARE = 8000  # coefficients that can be drawn in the time that opening a sha
 FEWEST_ROUNDS, MOST_ROUNDS, MOST_LISTED = 6, 600, 1000
 _COLUMNS = 2048
 _FAR = 3.5  # deviations; beyond lie 4.65e-4 of a Gaussian
+_A_FEW = 100  # devices whose counts are looked at
 _NARROW = 30.0  # deviation in steps below which laws of integers differ visibly
 
 
@@ -116,6 +120,47 @@ def _shares(harness: Harness, shares: Shares) -> Iterator[Transcript]:
         deviation = math.sqrt(accounted / (band.least - band.colluders))
         name = f"a device's share, {_name(harness, number)}"
         yield _transcript(harness, name, parts, np.full(len(parts), deviation))
+
+
+def probe_order(harness: Harness) -> Iterator[Checked]:
+    """The count that an order of items comes from: what a history moves, and the noise."""
+    counting, root = harness.plan.counting, harness.simulation.root
+    if counting is None:
+        return
+    items, users = counting.items, harness.plan.devices
+    most = min(harness.scenario.devices.popularity_items, items) * counting.step**2
+    some, twice = min(users, _A_FEW), np.tile(np.arange(items, dtype=np.int32), 2)
+    data = Histories(np.arange(some), 2 * items * np.arange(some + 1), np.tile(twice, some))
+    round = counting.round("audit", 0, "plan")
+    vectors = [each.vector() for each in counting.bounded(data, root, round).rows()]
+    moved = [int((vector.astype(np.int64) ** 2).sum()) for vector in vectors]
+    yield checked(
+        "what a history counts",
+        min(moved) > 0 and max(moved) <= most,
+        f"a squared norm of at most {max(moved):,} steps, {some} devices that have all items twice",
+        f"at most {most:,}: so many items as count, once each",
+    )
+    event, shares = counting.event, counting.protection.shares
+    cost = 1 if shares is None else _A_SHARE * users
+    attempts = min(-(-DRAWS // items), max(FEWEST_ROUNDS, MOST_SHARES // (items * users + cost)))
+    nothing, drawn = Histories(np.arange(users), np.zeros(users + 1, int), twice[:0]), []
+    for attempt in range(attempts):
+        round = counting.round("audit", attempt, "plan")
+        total = count(counting, round, nothing, harness.simulation.enrolled, "exact", 0.0)
+        drawn.append(released_sum(round, total, counting.bound, harness.root).total)
+    squares = float(np.mean(np.square(np.array(drawn, np.float64))))
+    expected = event.noise_multiplier**2 * most
+    if shares is not None:
+        (band,) = shares.bands
+        left = band.least if shares.remove_excess else users
+        expected *= left / (band.least - band.colluders)
+    freedom = attempts * items
+    yield judged(
+        "noise of the order of items",
+        float(variance_p(squares / expected, freedom)),
+        f"{math.sqrt(squares / expected):.4f} of what is accounted, {attempts} counts",
+        f"1; a deviation of {seen_deviation(freedom):.2%} is seen",
+    )
 
 
 def rounds_that_fit(harness: Harness, most_rounds: int = MOST_ROUNDS) -> int:

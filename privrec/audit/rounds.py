@@ -195,12 +195,13 @@ def secure_sum(harness: Harness) -> Iterator[Checked]:
     silent, *others = harness.named(rows)
     cohort = [Participant(silent.user, silent.tier, Stage.MASKED), *others]
     bands = range(len(harness.sizes))
-    holders = [sum(len(bands) - each.tier.index > band for each in others) for band in bands]
+    holders = [sum(len(bands) - each.tier > band for each in others) for band in bands]
     protection = _for_few(harness, tuple(max(1, each * 3 // 4) for each in holders))
     enrolled = Enrolled(harness.simulation.root, Policy(2, 0.0))
-    made = (harness.round(0), harness.plan.federation, protection, cohort, enrolled)
+    layouts = harness.plan.federation.layouts
+    made = (harness.round(0), layouts, protection, cohort, enrolled)
     masked, plain, bare = SUMMING["full"](*made), SUMMING["exact"](*made), SUMMING["exact"](*made)
-    rows[silent.tier.index] = rows[silent.tier.index][1:]
+    rows[silent.tier] = rows[silent.tier][1:]
     expected = _summed(harness, protection, rows, (masked, plain))
     total = masked.total()
     wrong = int(np.count_nonzero(total != plain.total()))
@@ -222,7 +223,7 @@ def _summed(
     total = np.zeros(harness.plan.federation.layout.size, np.int64)
     for tier, users, update in _bounded(harness, simulation, rows):
         for summing in summings:
-            summing.add(tier, users, update)
+            summing.add(tier.index, users, update)
         for mine in update.rows():
             held = to_wire(mine.vector(), harness.plan.federation.layouts_of(tier))
             total[: len(held)] += held

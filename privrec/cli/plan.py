@@ -68,8 +68,9 @@ def planned(scenario: Scenario) -> dict[str, Any]:
     Raises:
         UsageError: If no noise meets the target, or sizes that distributed noise needs are unknown.
     """
-    privacy, devices, (event, examples) = scenario.privacy, scenario.devices, _events(scenario)
-    spending = _spending(scenario, event)
+    privacy, devices = scenario.privacy, scenario.devices
+    event, examples, before = _events(scenario)
+    spending = _spending(scenario, event, before)
     return {
         "scenario": scenario.name,
         "rounds": scenario.train.rounds,
@@ -93,13 +94,13 @@ def planned(scenario: Scenario) -> dict[str, Any]:
     }
 
 
-def _spending(scenario: Scenario, event: RoundEvent) -> dict[str, Any]:
+def _spending(scenario: Scenario, event: RoundEvent, before: RoundEvent | None) -> dict[str, Any]:
     if not event.is_private:
         return {"epsilon": None, "epsilon_server": None, "epsilon_by_round": []}
     from privrec.privacy.events import epsilon_by_round
-    from privrec.run.privacy_plan import attempts_of, release_event
+    from privrec.run.privacy_plan import attempts_of
 
-    delta, before = scenario.privacy.delta, release_event(scenario)
+    delta = scenario.privacy.delta
     spent = epsilon_by_round(event, scenario.train.rounds, delta, MILESTONES, before)
     keys = ("round", "epsilon", "epsilon_server")
     by_round = [dict(zip(keys, each, strict=True)) for each in spent]
@@ -118,15 +119,25 @@ def _examples(scenario: Scenario, event: RoundEvent | None) -> dict[str, Any] | 
     return example_figures(scenario, charged, noise_known=False)
 
 
-def _events(scenario: Scenario) -> tuple[RoundEvent, RoundEvent | None]:
-    """The event of each round, of users and of single interactions."""
-    from privrec.run.privacy_plan import event_without_shares, example_event, plan_privacy
+def _events(scenario: Scenario) -> tuple[RoundEvent, RoundEvent | None, RoundEvent | None]:
+    """The event of each round, of users and of single interactions, and what comes before."""
+    from privrec.run.privacy_plan import (
+        counting_of,
+        enrolled,
+        event_without_shares,
+        example_event,
+        known_items,
+        plan_privacy,
+        release_without_shares,
+    )
 
     privacy = scenario.privacy
     if not privacy.in_shares:
-        return event_without_shares(scenario), example_event(scenario, (), ())
+        before = release_without_shares(scenario)
+        return event_without_shares(scenario), example_event(scenario, (), ()), before
     population, lengths = scenario.population(), _lengths(scenario)
-    if population is None or lengths is None:
+    items = known_items(scenario)
+    if population is None or lengths is None or items is None:
         if privacy.local == "shares":
             key, other = 'local = "shares"', "declare data whose catalogue is known"
         else:
@@ -140,8 +151,10 @@ def _events(scenario: Scenario) -> tuple[RoundEvent, RoundEvent | None]:
     sizes = [longer - shorter for shorter, longer in pairwise([0, *weakest_first])]
     shares = [sum(lengths[each] for each in weakest_first[n:]) for n in range(len(sizes))]
     holders = [round(population * share) for share in shares]
-    event, examples, _ = plan_privacy(scenario, sizes, holders)
-    return event, examples
+    counting = counting_of(scenario, items, enrolled(scenario, population))
+    before = counting.event if counting else None
+    event, examples, _ = plan_privacy(scenario, sizes, holders, before=before)
+    return event, examples, before
 
 
 def coefficients(scenario: Scenario) -> int | None:

@@ -8,7 +8,7 @@ the two agree to ``TOLERANCE``, except where a rectifier's input lies within rou
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -238,13 +238,7 @@ class Device:
         ``coefficients`` are the tier's prefix of the model, and ``key`` draws the round's samples.
         ReleaseRefused when they are not of the model that the round names.
         """
-        digests = model_digests(coefficients, self.layouts)
-        if digests != round.model_digests[: len(digests)]:
-            raise ReleaseRefused(
-                f"round {round.index}: the model received has another digest than the round's; "
-                "ask the server for the round again"
-            )
-        model = LocalModel(self.learner.view, self.tier.view(coefficients))
+        model = received(round, coefficients, self.tier, self.layouts, self.learner.view)
         return self.protect(round, self.train(model, Draws.of(self.root, round, key)))
 
     def protect(self, round: Round, trained: Trained) -> BoundedUpdate:
@@ -261,3 +255,23 @@ class Device:
     def upload(self, round: Round, bounded: BoundedUpdate) -> Upload:
         """The whole vector that this device puts into the sum, with its noise."""
         return bounded.upload(self.layouts, self.protection.shares, self.noise_seeds(round))
+
+
+def received(
+    round: Round,
+    coefficients: FloatArray,
+    tier: Tier,
+    layouts: Sequence[Layout],
+    view: ModelView[Any],
+) -> LocalModel[Any]:
+    """The model that devices of a tier were sent as ``coefficients``, its prefix.
+
+    ``layouts`` are of the tier and those below. ReleaseRefused unless it is the round's own model.
+    """
+    digests = model_digests(coefficients, layouts)
+    if digests != round.model_digests[: len(digests)]:
+        raise ReleaseRefused(
+            f"round {round.index}: the model received has another digest than the round's; "
+            "ask the server for the round again"
+        )
+    return LocalModel(view, tier.view(coefficients))

@@ -28,15 +28,20 @@ def scenario_of(folder: Path, run_config: Mapping[str, Any]) -> Scenario:
             '"mlp" or "neumf", or simulate it with privrec run'
         )
     population_of(scenario)
-    if scenario.devices.order == "rows":
+    if scenario.devices.popularity == "public":
         raise UsageError(
-            'devices.nesting = "rows" needs an order of items by popularity, which no server of a '
-            'deployment has; use "fold" or "dims"'
+            'devices.popularity = "public" is the order of the counts in the data, which are on '
+            'the devices here; use "released", or nesting = "fold"'
         )
     if scenario.privacy.noise == "central":
         raise UsageError(
             'privacy.noise = "central" trusts a server with sums that the secure sum hides from '
             'it; use "distributed"'
+        )
+    if scenario.devices.popularity == "released" and not scenario.privacy.in_shares:
+        raise UsageError(
+            'devices.popularity = "released": without noise in shares the server would have the '
+            'counts before their noise; use privacy.noise = "distributed", or nesting = "fold"'
         )
     return scenario
 

@@ -4,14 +4,19 @@ A node hosts a single phone, or every user of a partition. Each device has its o
 state, identity and session. What must survive between messages is kept before an answer leaves.
 
 Flower starts a process for each message. Only the one that trains imports what computes models, in
-:meth:`Node._device`; for all others that would be most of the work. Noise for an ε against sampled
+:meth:`Node._trained`; for all others that would be most of the work. Noise for an ε against sampled
 cohorts takes seconds to find, and is found with a node's first message.
+
+What depends on no single device is done once for all of a node: the roster and its signatures are
+checked, the model is compared with its digests and the order of the items with its own. Devices
+train one after the other, as ``run.engine = "device"`` simulates them, with the same bits: a batch
+would round by who else is in it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,19 +29,22 @@ from numpy.typing import NDArray
 import privrec
 from privrec import data
 from privrec.data.files import read_catalogue, read_history
-from privrec.device.tier import Federation
-from privrec.device.update import Round
+from privrec.device.tier import Federation, Tier
+from privrec.device.update import Counting, Protection, Round, Upload, agreed_places
 from privrec.errors import DataError, PrivrecError, ReleaseRefused, UsageError
 from privrec.flower import exchange
 from privrec.flower.app import population_of, scenario_of
 from privrec.flower.enrolment import Anyone, anchor_of, text_of
+from privrec.models.layout import Layout
+from privrec.privacy.ledger import PREPARATION
 from privrec.run.plan import Plan, assign, federation_of
 from privrec.scenario.load import Scenario
 from privrec.secagg.client import Policy
 from privrec.secagg.roster import Call
 
 if TYPE_CHECKING:
-    from privrec.device.device import Device, Learner
+    from privrec.device.device import Learner
+    from privrec.device.local import LocalModel
 
 
 CALIBRATED = "calibrated"
@@ -99,14 +107,14 @@ class Node:
                 "it with devices that it made up; add roster=FILE or enrolment-key=HEX to its "
                 "--node-config"
             )
-        self._keys, federation = keys, self.federation
+        self._keys, federation, trusted = keys, self.federation, anchor or Anyone()
         self._items = federation.tiers[0].model.vectors.items
-        plan = self._plan()
-        self._event, self._examples, self._protection = plan.event, plan.examples, plan.protection
-        self._learner = cache(self._learner_of)
+        self.plan = self._plan()
+        self._tier, self._model = cache(self._tier_of), cache(self._model_of)
+        self._places, self._digest = cache(self._places_in), cache(self._digest_with)
         self._devices = {}
         for each in self.hosted:
-            device = exchange.HostedDevice(keys, each.user, anchor or Anyone())
+            device = exchange.HostedDevice(keys, each.user, trusted)
             self._devices[device.key.public] = each, device
 
     def answer(self, stage: str, body: Mapping[str, Any]) -> exchange.Body:
@@ -116,12 +124,12 @@ class Node:
             return {
                 "devices": [device.deposit(body, each.tier) for each, device in devices],
                 "items": self._items,
-                "plan": self.scenario.plan_hash(),
+                "plan": self._digest(b""),
                 "simulated": self.simulated,
             }
         answers: dict[bytes, bytes] = {}
         refused: dict[bytes, str] = {}
-        for name, message in exchange.by_device(body, "messages").items():
+        for name, message in exchange.by_device(body, exchange.MESSAGES).items():
             try:
                 answers[name] = self._answer(stage, name, message, body)
             except PrivrecError as error:
@@ -142,34 +150,30 @@ class Node:
             # Of the call itself: noise of another attempt than that of the masks would be drawn
             # for two sums, or opened for a sum that was released.
             called = Call.parse(message).terms
-            told = [called.run, called.round, called.attempt, body.get("model")]
+            stated = body.get("model"), body.get("order")
+            told: Any = [called.run, called.round, called.attempt, *stated]
             round, policy = self._agreed(told)
             seeds: tuple[bytes, ...] = ()
-            if self._protection.removes_excess:
-                bands = len(self.federation.layouts) - hosted.tier
-                seeds = self._protection.noise_seeds(self._keys.root, round, bands, hosted.user)
-            answer = device.called(policy).shares(message, seeds)
+            protection, layouts = self._protected(round, hosted)
+            if protection.removes_excess:
+                seeds = protection.noise_seeds(self._keys.root, round, len(layouts), hosted.user)
+            answer = device.shares(policy, message, seeds)
             kept["round"] = told
             return answer
-        round, policy = self._agreed(kept.get("round"))
+        told = kept.get("round")
+        round, policy = self._agreed(told)
         if stage != exchange.MASKED:
             return device.conclude(policy, stage, message)
-        session, weights = device.resumed(policy), body.get("weights")
-        size = self.federation.layout.size
-        if type(weights) is not bytes or len(weights) != 4 * size:
-            raise ReleaseRefused(
-                f"a model that has not the scenario's {size} coefficients; nothing is answered"
-            )
-        # Another attempt at the same round begins where the first one did.
-        now = [round.run_id, round.index]
-        state = kept["before"] if kept.get("trained") == now else kept.get("state", b"")
-        own = self._device(hosted, state)
-        before = own.state.tobytes()
-        prefix = self.federation.prefix(np.frombuffer(weights, np.float32), own.tier)
-        upload = own.upload(round, own.answer(round, prefix, body.get("key", 0)))
-        digests = round.model_digests[: len(own.layouts)]
+        session = device.resumed(policy)
+        counting, changed = self.plan.counting, dict[str, Any]()
+        if counting is not None and round.index == PREPARATION:
+            upload = self._counted(counting, hosted, round)
+        else:
+            upload, changed = self._trained(hosted, round, told[-1], kept, body)
+        _, layouts = self._protected(round, hosted)
+        digests = round.model_digests[: len(layouts)]
         masked = session.masked(message, upload.integers, digests)
-        kept.update(trained=now, before=before, state=own.state.tobytes())
+        kept.update(changed)
         return bytes(masked)
 
     def _agreed(self, told: Any) -> tuple[Round, Policy]:
@@ -179,13 +183,76 @@ class Node:
         """
         if told is None:
             raise ReleaseRefused(exchange.NOT_IN)
-        run, index, attempt, model = told
-        scenario, layouts = self.scenario, self.federation.layouts
-        if type(model) is not list or [type(each) for each in model] != [bytes] * len(layouts):
-            raise ReleaseRefused("digests of the model that are none; nothing is answered")
-        round = Round(run, index, attempt, self._event, scenario.plan_hash(), tuple(model))
-        terms = self._protection.terms(round, layouts)
+        run, index, attempt, model, order = told
+        scenario, plan, layouts = self.scenario, self.plan, self.federation.layouts
+        protection = plan.protection
+        if index == PREPARATION:
+            if plan.counting is None:
+                raise ReleaseRefused("a count of items that the scenario does not release")
+            round = plan.counting.round(run, attempt, self._digest(b""))
+            protection, layouts = plan.counting.protection, plan.counting.layouts
+        else:
+            if type(model) is not list or [type(each) for each in model] != [bytes] * len(layouts):
+                raise ReleaseRefused("digests of the model that are none; nothing is answered")
+            if plan.counting is not None and (type(order) is not bytes or not order):
+                raise ReleaseRefused("a round that is bound to no order of the items")
+            agreed = self._digest(order if plan.counting else b"")
+            round = Round(run, index, attempt, plan.event, agreed, tuple(model))
+        terms = protection.terms(round, layouts)
         return round, Policy(scenario.devices.min_cohort, scenario.privacy.colluding_share, terms)
+
+    def _protected(self, round: Round, hosted: Hosted) -> tuple[Protection, tuple[Layout, ...]]:
+        """What protects a device's part in a round, and the layouts of the bands that it sends."""
+        counting = self.plan.counting
+        if round.index == PREPARATION and counting is not None:
+            return counting.protection, counting.layouts
+        return self.plan.protection, self.federation.layouts[hosted.tier :]
+
+    def _counted(self, counting: Counting, hosted: Hosted, round: Round) -> Upload:
+        """What a user's history counts."""
+        from privrec.device.samples import Histories
+
+        root = self._keys.root
+        data, protection = Histories.alone(hosted.user, hosted.history), counting.protection
+        seeds = protection.noise_seeds(root, round, 1, hosted.user)
+        bounded = counting.bounded(data, root, round)
+        return bounded.upload(counting.layouts, protection.shares, seeds)
+
+    def _trained(
+        self,
+        hosted: Hosted,
+        round: Round,
+        order: Any,
+        kept: Mapping[str, Any],
+        body: Mapping[str, Any],
+    ) -> tuple[Upload, dict[str, Any]]:
+        """A user's update, and what the device keeps then."""
+        from privrec.device.device import Device, Draws
+
+        weights, history = body.get("weights"), hosted.history
+        size = self.federation.layout.size
+        if type(weights) is not bytes or len(weights) != 4 * size:
+            raise ReleaseRefused(
+                f"a model that has not the scenario's {size} coefficients; nothing is answered"
+            )
+        sent = body.get("order")
+        ordered = (
+            (sent if type(sent) is bytes else b"", order) if self.plan.counting else (b"", None)
+        )
+        if self.plan.counting is not None:
+            history = self._places(*ordered)[history]
+        # Another attempt at the same round begins where the first one did.
+        now = [round.run_id, round.index]
+        state = kept["before"] if kept.get("trained") == now else kept.get("state", b"")
+        tier, learner = self._tier(hosted.tier, *ordered)
+        layouts, root = self.federation.layouts_of(tier), self._keys.root
+        own = np.frombuffer(state, np.float32).copy()
+        kind = hosted.user, history, tier, layouts, learner, self.plan.protection, root
+        device = Device(*kind, own)
+        before, model = device.state.tobytes(), self._model(round, hosted.tier, weights, *ordered)
+        trained = device.train(model, Draws.of(root, round, body.get("key", 0)))
+        upload = device.upload(round, device.protect(round, trained))
+        return upload, {"trained": now, "before": before, "state": device.state.tobytes()}
 
     def _plan(self) -> Plan:
         """The plan of the scenario; the noise that meets its ε is searched for once, and kept."""
@@ -197,22 +264,38 @@ class Node:
         kept[CALIBRATED] = [about, plan.event.noise_multiplier]
         return plan
 
-    def _learner_of(self, tier: int) -> Learner:
+    # Of a message, once for all devices that it is for.
+
+    def _tier_of(self, index: int, sent: bytes, told: bytes | None) -> tuple[Tier, Learner]:
+        """A tier, and what trains in its memory, under the order of items that was sent, if any."""
+        from privrec.device.device import MANY
         from privrec.run.parties import learner_of
 
-        tiers = self.federation.tiers
-        own = self.federation, tiers[tier], self._examples
-        return learner_of(self.scenario, *own, features=self._features)
+        tier, features = self.federation.tiers[index], self._features
+        if len(self.hosted) >= MANY:  # a machine that plays many devices, and has room
+            tier = replace(tier, model=tier.model.tabulated())
+        if features is not None and told is not None:  # rows of the model are in the order
+            features = features[np.argsort(self._places(sent, told))]
+        own = self.federation, tier, self.plan.examples
+        return tier, learner_of(self.scenario, *own, features=features)
 
-    def _device(self, hosted: Hosted, state: bytes) -> Device:
-        """A user's own device, to train on."""
-        from privrec.device.device import Device
+    def _model_of(
+        self, round: Round, index: int, weights: bytes, sent: bytes, told: bytes | None
+    ) -> LocalModel[Any]:
+        """What devices of a tier were sent, which is the model that their round names."""
+        from privrec.device.device import received
 
-        tier = self.federation.tiers[hosted.tier]
-        layouts, learner = self.federation.layouts_of(tier), self._learner(hosted.tier)
-        protection, root = self._protection, self._keys.root
-        own = np.frombuffer(state, np.float32).copy()
-        return Device(hosted.user, hosted.history, tier, layouts, learner, protection, root, own)
+        tier, learner = self._tier(index, sent, told)
+        prefix = self.federation.prefix(np.frombuffer(weights, np.float32), tier)
+        return received(round, prefix, tier, self.federation.layouts_of(tier), learner.view)
+
+    def _places_in(self, packed: bytes, told: bytes) -> NDArray[np.int32]:
+        """The place of each item in the order that all devices were told of."""
+        return agreed_places(packed, self._items, told)
+
+    def _digest_with(self, order: bytes) -> str:
+        """What devices agree to with an order of the items, of that digest."""
+        return replace(self.plan, order=order).digest
 
 
 Described = tuple[list[Hosted], Federation, NDArray[np.float32] | None]

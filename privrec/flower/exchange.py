@@ -11,8 +11,8 @@ import fcntl
 import logging
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from privrec.storage import replace
 
 RECORD = "privrec"
 """Name of this package's record in a message, and in what Flower keeps for a node."""
-PREKEYS = "prekeys"
+PREKEYS, MESSAGES = "prekeys", "messages"
 EXCHANGES = SHARES, MASKED, CONFIRM, UNMASK = ("shares", "masked", "confirm", "unmask")
 LOG = logging.getLogger("flwr.privrec")
 NOT_IN = (
@@ -53,8 +53,15 @@ Body = dict[str, Any]
 
 
 def pack(body: Mapping[str, Any]) -> RecordDict:
-    """Return a body as the content of a message: one array, which Flower moves in pieces."""
-    packed: bytes = msgpack.packb(dict(body))
+    """Return a body as the content of a message: one array, which Flower moves in pieces.
+
+    Of ``messages`` that are the same for several devices, as a roster is for all, one travels.
+    """
+    body = dict(body)
+    if type(messages := body.get(MESSAGES)) is dict:
+        places = {message: place for place, message in enumerate(dict.fromkeys(messages.values()))}
+        body[MESSAGES] = [list(places), {name: places[each] for name, each in messages.items()}]
+    packed: bytes = msgpack.packb(body)
     array = Array(dtype="uint8", shape=(len(packed),), stype=RECORD, data=packed)
     return RecordDict({RECORD: ArrayRecord({"body": array})})
 
@@ -71,6 +78,10 @@ def unpack(message: Message) -> Body:
         ) from None
     if type(body) is not dict:
         raise ReleaseRefused("a body that is no map; server and nodes must run the same version")
+    if MESSAGES in body:  # what is none stays, for by_device() to refuse
+        with suppress(AttributeError, IndexError, KeyError, TypeError, ValueError):
+            different, places = body[MESSAGES]
+            body[MESSAGES] = {name: different[place] for name, place in places.items()}
     return body
 
 
@@ -120,12 +131,16 @@ def told(error: Exception) -> str:
     return f"{type(error).__name__}, whose text may quote data and stays in this node's log"
 
 
+CALL = "call"
+"""Under which a node keeps the call of a round, which is long and the same for all its devices."""
+
+
 @dataclass(frozen=True)
 class NodeKeys:
     """A node's secrets, and what it remembers from one message to the next; see :func:`keys_of`.
 
     Identities, masks and noise of its devices derive from ``root``. ``kept`` is what each device
-    remembers, by its number; it is as secret.
+    remembers, by its number, and the :data:`CALL` of the last round; it is as secret.
     """
 
     root: SecretRoot
@@ -189,7 +204,7 @@ class HostedDevice:
         self.key = DeviceKey.derive(keys.root, "user", number)
         self.kept: dict[str, Any] = keys.kept.setdefault(number, {})
         self.certificate: bytes = self.kept.get("certificate", b"")
-        self._root = keys.root
+        self._root, self._node = keys.root, keys.kept
 
     def deposit(self, body: Mapping[str, Any], tier: int = 0) -> Body:
         """Return the prekeys that a server asks for, in the form in which it takes them."""
@@ -199,15 +214,19 @@ class HostedDevice:
         records = b"".join(self._book().issue(count, tier))
         return {"name": self.key.public, "number": self.number, "tier": tier, "prekeys": records}
 
-    def called(self, policy: Policy) -> ClientSession:
-        """Return the session of a round that begins."""
-        return ClientSession(self._book(), self.anchor, policy, self._keep)
+    def shares(self, policy: Policy, message: bytes, noise: Sequence[bytes]) -> bytes:
+        """Answer the call of a round that begins; see :meth:`ClientSession.shares`."""
+        session = ClientSession(self._book(), self.anchor, policy, self._keep)
+        answer = session.shares(message, noise)
+        self._node[CALL] = message
+        return answer
 
     def resumed(self, policy: Policy) -> ClientSession:
         """Return the session of the round that this device is in; refuse when it is in none."""
         if (saved := self.kept.get("session")) is None:
             raise ReleaseRefused(NOT_IN)
-        return ClientSession(self._book(), self.anchor, policy, self._keep, saved)
+        call = self._node.get(CALL, b"")
+        return ClientSession(self._book(), self.anchor, policy, self._keep, saved, call)
 
     def conclude(self, policy: Policy, stage: str, message: bytes) -> bytes:
         """Answer an exchange after the masked vector; with the last the session is forgotten."""
@@ -322,8 +341,8 @@ class Registry:
         """Return the messages of an exchange, one for each node; see :meth:`exchange`."""
         bodies: dict[int, Body] = {}
         for name, message in session.outbox().items():
-            body = bodies.setdefault(self.members[name].node, {"messages": {}, **more})
-            body["messages"][name] = message
+            body = bodies.setdefault(self.members[name].node, {MESSAGES: {}, **more})
+            body[MESSAGES][name] = message
         return self._messages(stage, bodies)
 
     def take(self, session: ServerSession, replies: Iterable[Message]) -> set[bytes]:

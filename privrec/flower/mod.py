@@ -122,7 +122,7 @@ class _Node:
             )
         if stage == exchange.PREKEYS:
             return Message(exchange.pack({"devices": [device.deposit(body)]}), reply_to=message)
-        told = exchange.by_device(body, "messages").get(own.identity)
+        told = exchange.by_device(body, exchange.MESSAGES).get(own.identity)
         if told is None:
             raise ReleaseRefused(exchange.NOT_IN)
         if stage == exchange.SHARES:
@@ -183,8 +183,8 @@ class _Node:
                 f"another sum with this node, which gave to {given or 0} in this run, and its "
                 f"SecureSumMod(rounds={mod.rounds}) allows no more"
             )
-        session = device.called(mod.policy)
-        answer = session.shares(told, self._seeds(terms) if plan.remove_excess else ())
+        seeds = self._seeds(terms) if plan.remove_excess else ()
+        answer = device.shares(mod.policy, told, seeds)
         device.kept["plan"] = packed
         if given is None and nodes < WARN_BELOW:
             said = "privrec: this node is one of %d in the sum, and is hidden among few"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from logging import ERROR, INFO, WARNING
 from pathlib import Path
 from typing import Any
@@ -14,17 +16,20 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 
-from privrec.device.update import Aggregate, Round
+from privrec.device.update import Aggregate, Counting, Order, Protection, Round, digest
 from privrec.errors import BudgetError, Interrupted, PrivrecError, UsageError
 from privrec.flower.app import out_of, population_of, scenario_of
 from privrec.flower.enrolment import Anyone, anchor_of
 from privrec.flower.exchange import EXCHANGES, MASKED, SHARES, Member, Registry
+from privrec.models.layout import Layout
+from privrec.privacy.ledger import Ledger
 from privrec.randomness import SecretRoot, rng_for
 from privrec.report.build import build
 from privrec.report.render import write
 from privrec.run import checkpoint, directory
+from privrec.run.catalogue import CATALOGUE, read_order, write_order
 from privrec.run.directory import Identity
-from privrec.run.loop import Loop
+from privrec.run.loop import Loop, released_order
 from privrec.run.parties import server_of
 from privrec.run.plan import Plan
 from privrec.run.privacy_plan import attempts_of, known_items
@@ -47,36 +52,67 @@ from privrec.secagg.server import ServerSession
 class Flower:
     """A round over Flower's grid: four exchanges with the devices of all connected nodes.
 
-    ``root`` is the server's secret, for the coins of sampling.
+    ``root`` is the server's secret, for the coins of sampling; ``order`` are the items by
+    popularity, where their order was released.
     """
 
     registry: Registry
     plan: Plan
     root: SecretRoot
+    order: Order | None = None
 
     def collect(self, round: Round, weights: NDArray[np.float32]) -> Aggregate:
         """See :meth:`privrec.run.loop.Transport.collect`."""
-        called, federation = self._called(round), self.plan.federation
-        terms = self.plan.protection.terms(round, federation.layouts)
-        prekeys = [member.prekeys.pop(0) for member in called]
-        session = ServerSession(terms, prekeys, self.registry.anchor)
-        session.publish(round.model_digests)
         samples = rng_for(self.plan.scenario.run.seed, "samples", round.index)
+        order = b"" if self.order is None else self.order.tobytes()
         told: dict[str, dict[str, Any]] = {
-            SHARES: {"model": list(round.model_digests)},
-            MASKED: {"weights": weights.tobytes(), "key": int(samples.integers(2**63))},
+            SHARES: {"model": list(round.model_digests), "order": self.plan.order},
+            MASKED: {
+                "weights": weights.tobytes(),
+                "key": int(samples.integers(2**63)),
+                "order": order,
+            },
         }
+        called, layouts = self._called(round), self.plan.federation.layouts
+        total = self._sum(round, called, self.plan.protection, layouts, told)
+        return Aggregate(total, len(called), None)
+
+    def count(self, counting: Counting, round: Round) -> NDArray[np.int64]:
+        """Sum what devices count before the first round; ReleaseRefused when too few answer."""
+        called = self._ready(self._members())
+        return self._sum(round, called, counting.protection, counting.layouts, {})
+
+    def _sum(
+        self,
+        round: Round,
+        called: Sequence[Member],
+        protection: Protection,
+        layouts: Sequence[Layout],
+        told: Mapping[str, Mapping[str, Any]],
+    ) -> NDArray[np.int64]:
+        """The four exchanges with the devices that are called, told more in some of them."""
+        prekeys = [member.prekeys.pop(0) for member in called]
+        session = ServerSession(protection.terms(round, layouts), prekeys, self.registry.anchor)
+        session.publish(round.model_digests)
         for stage in EXCHANGES:
             self.registry.exchange(stage, session, **told.get(stage, {}))
             session.advance()
-        total = unmask(session.result, self.plan.protection, federation)
-        return Aggregate(total, len(called), None)
+        return unmask(session.result, protection, layouts)
+
+    def _members(self) -> list[Member]:
+        """The devices of all nodes that are connected.
+
+        With a quarter of them at a node that is gone, each further attempt would fail as well.
+        """
+        registry = self.registry
+        registry.greet_newcomers()
+        here = set(registry.grid.get_node_ids())
+        members = (member for member in registry.members.values() if member.node in here)
+        return sorted(members, key=lambda each: (each.number, each.name))
 
     def _called(self, round: Round) -> list[Member]:
         """The round's cohort: those who are sampled, train, and have prekeys left."""
-        registry, scenario = self.registry, self.plan.scenario
-        registry.greet_newcomers()
-        members = sorted(registry.members.values(), key=lambda each: (each.number, each.name))
+        scenario, members = self.plan.scenario, self._members()
         if round.event.is_private:
             coins = self.root.stream("cohort", *round.context).uint64(len(members))
         else:
@@ -84,7 +120,11 @@ class Flower:
             coins = seeded.integers(0, 2**64, len(members), dtype=np.uint64)
         chosen = [members[place] for place in cohort(coins, scenario.devices.sampling_rate)]
         tiers = self.plan.federation.tiers
-        called = [member for member in chosen if tiers[member.tier].weight > 0]
+        return self._ready([member for member in chosen if tiers[member.tier].weight > 0])
+
+    def _ready(self, called: Sequence[Member]) -> list[Member]:
+        """Those of the members that have prekeys left, or made new ones."""
+        registry = self.registry
         registry.greet({member.node for member in called if not member.prekeys})
         refilled = (registry.members[member.name] for member in called)
         return [member for member in refilled if member.prekeys]
@@ -117,7 +157,7 @@ def deploy(
     """
     population = population_of(scenario)
     plan = Plan.of(scenario, items, population)
-    prekeys = attempts_of(scenario) + 8  # beyond one for each round: for more attempts
+    prekeys = attempts_of(scenario) + 8  # beyond one for each round: for more attempts, and before
     tiers, agreed = len(plan.federation.tiers), {"plan": scenario.plan_hash(), "items": items}
     registry = Registry(grid, anchor or Anyone(), prekeys, timeout_s, wait_s, tiers, agreed)
     data = {"source": scenario.data.source, "items": items, "users": population}
@@ -140,8 +180,6 @@ def deploy(
             log(WARNING, said, out)
             return Result(out, payload)
         registry.register(population)
-        server = server_of(plan, identity.run_id)
-        position = checkpoint.restore(out, identity, server)
         ledger = directory.open_ledger(out, identity, scenario)
     else:
         directory.refuse_taken(out)
@@ -149,12 +187,33 @@ def deploy(
         where = {"simulated": registry.simulated, "deployed": True}
         identity = Identity.new(scenario, data, None, unsafe_noise_key, **where)
         with directory.beginning(out, plan, identity) as (folder, ledger):
-            server = server_of(plan, identity.run_id)
-            position = checkpoint.save(folder, identity, ledger, server)
+            checkpoint.save(folder, identity, ledger, server_of(plan, identity.run_id))
     flower = Flower(registry, plan, identity.root("server"))
     with ledger, EventLog(out / directory.EVENTS) as events:
-        loop = Loop(out, plan, identity, server, flower, _Log(), ledger, events)
-        return loop.run(position, resumed=bool(position.index or ledger.charges))
+        resumed = bool(ledger.charges)
+        if plan.counting is not None:
+            flower = _ordered(flower, plan.counting, out, ledger, identity)
+        server = server_of(flower.plan, identity.run_id)
+        position = checkpoint.restore(out, identity, server)
+        loop = Loop(out, flower.plan, identity, server, flower, _Log(), ledger, events)
+        return loop.run(position, resumed=resumed)
+
+
+def _ordered(
+    flower: Flower, counting: Counting, out: Path, ledger: Ledger, identity: Identity
+) -> Flower:
+    """The same with the order of the items of the run in ``out``, which is released if it is not.
+
+    What a crash left without the file of its order was used by nobody: it is counted anew.
+    """
+    plan = flower.plan
+    if (out / CATALOGUE).exists():
+        order = read_order(out, plan.items, identity.signing_key().public_key())
+    else:
+        collect = partial(flower.count, counting)
+        order = released_order(plan, counting, ledger, identity, collect)
+        write_order(out, order, identity.signing_key())
+    return replace(flower, plan=replace(plan, order=digest(order)), order=order)
 
 
 class _Log(Observer):

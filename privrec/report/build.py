@@ -24,7 +24,7 @@ from privrec.report.derive import derive
 from privrec.report.facts import Facts, read_facts
 from privrec.report.words import thinned
 from privrec.run.directory import BOUND, check_header, going_on, kept_key
-from privrec.run.privacy_plan import example_event, release_event
+from privrec.run.privacy_plan import counting_of, example_event
 from privrec.run.record import OUTSIDE, Record, headline_metric, metric_name, read_rounds
 from privrec.scenario.load import Scenario, load
 
@@ -121,13 +121,16 @@ def _check_charges(files: _Files) -> None:
     scenario, facts = files.scenario, files.facts
     laws = {"none": "none", "central": "gaussian", "distributed": "discrete_gaussian"}
     planned = (laws[scenario.privacy.noise], scenario.devices.sampling_rate)
-    before, spent, declared = release_event(scenario), facts.ledger.examples, facts.declared
+    spent, declared = facts.ledger.examples, facts.declared
+    counting = counting_of(scenario, declared.items, declared.devices)
+    before = {counting.event} if counting else set()
     example = example_event(scenario, declared.bands, declared.holders)
     # One charge at example level for every charge of a round.
     wanted = {example: facts.charges} if example and facts.charges else {}
     wrong = next((e for e in facts.of_rounds if (e.mechanism, e.sampling_rate) != planned), None)
-    if facts.before != before:
-        what = f"{facts.before} was charged before the first round, and the scenario plans {before}"
+    if set(facts.before) != before:
+        what = f"{set(facts.before) or None} was charged before the first round, and the scenario "
+        what += f"plans {before or None}"
     elif wrong is not None:
         what = f"a round was charged as {wrong}, and the scenario plans the mechanism and sampling "
         what += f"rate {planned}"

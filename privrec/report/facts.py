@@ -99,9 +99,9 @@ class Facts:
         return example_figures(self.scenario, charged, noise_known=known)
 
     @property
-    def before(self) -> RoundEvent | None:
-        """What was charged before the first round, if anything."""
-        return next((each.event for each in self.ledger.charges if each.round == PREPARATION), None)
+    def before(self) -> Counter[RoundEvent]:
+        """What was charged before the first round, and how often."""
+        return Counter(each.event for each in self.ledger.charges if each.round == PREPARATION)
 
     @property
     def scenario(self) -> Scenario:

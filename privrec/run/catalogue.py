@@ -96,6 +96,26 @@ class Catalogue:
         return np.array([self.rows[name] for name in wanted], np.int64)
 
 
+def write_order(folder: Path, order: Order, key: Ed25519PrivateKey) -> None:
+    """Write what the server of a deployment knows of the items, which is their order."""
+    Catalogue(np.empty(0, np.int64), order=order).write(folder, key)
+
+
+def read_order(folder: Path, items: int, key: Ed25519PublicKey) -> Order:
+    """Return the order of the run in ``folder``; an IntegrityError says that it is not its own."""
+    order = Catalogue.read(folder, key).order
+    if (
+        order is None
+        or order.dtype != np.int64
+        or not np.array_equal(np.sort(order), np.arange(items))
+    ):
+        raise IntegrityError(
+            f"{folder / CATALOGUE}: no order of the {items} items of this data; use the data that "
+            "the run was started with, or restore the file"
+        )
+    return order
+
+
 def _packed(name: str, texts: Iterable[str]) -> Arrays:
     """Texts as arrays: their UTF-8, one after the other, and where each ends."""
     parts = [text.encode() for text in texts]

@@ -1,4 +1,4 @@
-"""A checkpoint: everything that a run needs to go on, in one signed file of arrays.
+"""A checkpoint: everything that a run needs to go on, in one signed file of arrays; and its order.
 
 What is in such a file becomes the model, or says which item a row of the model is, so it is signed
 with the key that signs the run's ledger.

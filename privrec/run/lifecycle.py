@@ -28,7 +28,12 @@ from privrec.run.directory import Identity
 from privrec.run.loop import Loop, one_thread
 from privrec.run.parties import server_of
 from privrec.run.plan import Plan
-from privrec.run.privacy_plan import charges_of, event_without_shares, known_items
+from privrec.run.privacy_plan import (
+    charges_of,
+    event_without_shares,
+    known_items,
+    release_without_shares,
+)
 from privrec.run.progress import ConsoleObserver
 from privrec.run.record import EventLog, Observer, Result
 from privrec.run.simulation import Simulation
@@ -78,6 +83,7 @@ def start(
     identity = Identity.new(scenario, described, place or _own_place(scenario), unsafe_noise_key)
     with directory.beginning(out, plan, identity, population) as (folder, ledger):
         task.number(folder, ledger, identity)
+        plan = task.plan
         devices, server = task.simulate(identity.root("devices")), server_of(plan, identity.run_id)
         position = checkpoint.save(folder, identity, ledger, server, devices.states, task.digest)
     with ledger, EventLog(out / directory.EVENTS) as events, one_thread(), shown(observer) as eye:
@@ -119,8 +125,8 @@ def resume(
             f"{directory.going_on(out)}"
         )
     task = load_task(scenario, place or identity.data_dir)
-    plan = task.plan
     task.restore_numbers(out, identity.signing_key().public_key())
+    plan = task.plan
     devices, server = task.simulate(identity.root("devices")), server_of(plan, identity.run_id)
     position = checkpoint.restore(out, identity, server, devices.states, task.digest)
     ledger = directory.open_ledger(out, identity, scenario)
@@ -154,10 +160,11 @@ def check_lifetime(population: str, scenario: Scenario, *, known: bool = False) 
     tied = populations.read(population)
     items, users = known_items(scenario), scenario.population()
     if items is not None and users is not None:
-        event = Plan.of(scenario, items, users).event
+        plan = Plan.of(scenario, items, users)
+        event, before = plan.event, plan.before
     else:
-        event = event_without_shares(scenario)
-    after = epsilon(tied.counts + charges_of(scenario, event), tied.delta, tied.against)
+        event, before = event_without_shares(scenario), release_without_shares(scenario)
+    after = epsilon(tied.counts + charges_of(scenario, event, before), tied.delta, tied.against)
     if after > tied.epsilon:
         raise BudgetError(
             f"population {population!r}: this run would bring its lifetime ε to {after:.4f}, and "

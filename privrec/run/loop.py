@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from privrec.device.update import Aggregate, Round, digest
+from privrec.device.update import Aggregate, Counting, Order, Round, by_counts, digest
 from privrec.errors import BudgetError, Interrupted, PrivrecError, ReleaseRefused
 from privrec.privacy.events import Adversary, epsilon
-from privrec.privacy.ledger import Ledger
+from privrec.privacy.ledger import PREPARATION, Ledger
 from privrec.privacy.population import PopulationCharge
 from privrec.randomness import SecretRoot
 from privrec.run import checkpoint, costs, directory, summary
@@ -33,7 +33,7 @@ from privrec.run.directory import Identity
 from privrec.run.plan import Plan
 from privrec.run.privacy_plan import EXAMPLE_ADVERSARIES
 from privrec.run.record import EventLog, Observer, Record, Result, RunInfo, adversary_text
-from privrec.server.server import Release, Server
+from privrec.server.server import Release, Server, released_sum
 from privrec.workers import cpu_s
 
 T = TypeVar("T")
@@ -300,6 +300,55 @@ class Loop:
         if not self.plan.event.is_private or self.identity.noise_known:
             return None
         return self.ledger.epsilon(self.plan.scenario.privacy.delta, adversary)
+
+
+def released_order(
+    plan: Plan,
+    counting: Counting,
+    ledger: Ledger,
+    identity: Identity,
+    collect: Callable[[Round], NDArray[np.int64]],
+) -> Order:
+    """Release the order of the items by popularity, of which another attempt is charged first.
+
+    As in a round, an attempt is charged before devices are asked, and committed before the order is
+    used. ``collect`` gives the sum of what devices count in an attempt, with noise that they add.
+
+    Raises:
+        BudgetError: when an attempt would exceed the run's budget, or its population's.
+        ReleaseRefused: when no attempt gave a sum.
+    """
+    root = identity.root("server")
+    for attempt in range(ledger.attempts(PREPARATION), MOST_ATTEMPTS):
+        _check_count(plan, counting, ledger)
+        ledger.charge(PREPARATION, attempt, counting.event)
+        round = counting.round(identity.run_id, attempt, plan.digest)
+        try:
+            total = collect(round)
+        except ReleaseRefused:
+            continue
+        release = released_sum(round, total, counting.bound, root)
+        ledger.commit(PREPARATION, attempt, release.tag)
+        return by_counts(release.total)
+    raise ReleaseRefused(
+        f"{MOST_ATTEMPTS} counts of the items ended without a sum: there is no order to train by; "
+        "see which devices drop out, and start a new run"
+    )
+
+
+def _check_count(plan: Plan, counting: Counting, ledger: Ledger) -> None:
+    privacy = plan.scenario.privacy
+    if privacy.noise != "none" and privacy.epsilon is not None:
+        against = privacy.budget_against
+        after = ledger.epsilon_after(counting.event, delta=privacy.delta, adversary=against)
+        if after > privacy.epsilon:
+            raise BudgetError(
+                f"another count of the items would bring ε to {after:.4f} against "
+                f"{adversary_text(against)}: the budget is {privacy.epsilon}. No order of the "
+                "items was released, so there is no trained model"
+            )
+    if population := PopulationCharge.of(ledger.header, ended=False):
+        population.cover(ledger.counts + Counter([counting.event]))
 
 
 @contextmanager

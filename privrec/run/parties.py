@@ -41,7 +41,7 @@ def server_of(plan: Plan, run_id: str) -> Server:
     scenario, federation = plan.scenario, plan.federation
     rounds = RoundPlan(
         run_id,
-        scenario.plan_hash(),
+        plan.digest,
         plan.event,
         plan.protection,
         federation,
@@ -84,13 +84,12 @@ def simulation_of(
             scenario, plan.federation, tier, plan.examples, popularity, ask, features
         )
         cohorts.append(Cohort.of(learner, histories.select(members)))
-    policy = Policy(scenario.devices.min_cohort, scenario.privacy.colluding_share)
     return Simulation(
         plan.federation,
         tuple(cohorts),
         population=plan.users,
         protection=plan.protection,
-        enrolled=Enrolled(devices, policy),
+        enrolled=enrolled_with(scenario, devices),
         seed=scenario.run.seed,
         sampling_rate=scenario.devices.sampling_rate,
         dropout_rate=scenario.devices.dropout_rate,
@@ -98,6 +97,12 @@ def simulation_of(
         secure_sum=scenario.run.secure_sum,
         workers=scenario.run.workers,
     )
+
+
+def enrolled_with(scenario: Scenario, devices: SecretRoot) -> Enrolled:
+    """Return the simulated devices, whose secret is ``devices``, as the protocol knows them."""
+    policy = Policy(scenario.devices.min_cohort, scenario.privacy.colluding_share)
+    return Enrolled(devices, policy)
 
 
 def _optimizer(train: Train) -> Optimizer:

@@ -18,16 +18,24 @@ from pydantic import BaseModel, ConfigDict, PlainValidator, StrictBool, StrictIn
 
 import privrec
 from privrec.device.tier import Federation, ModelView, Tier
-from privrec.device.update import Protection
+from privrec.device.update import Counting, Protection
 from privrec.embedding.table import Table
 from privrec.errors import IntegrityError, ScenarioError, UsageError
 from privrec.models.layout import band_sizes, packed_size
 from privrec.privacy.events import RoundEvent
 from privrec.privacy.population import PopulationBalance
 from privrec.randomness import rng_for
-from privrec.run.privacy_plan import Coordinates, coordinates_of, plan_privacy, tables_of
+from privrec.run.privacy_plan import (
+    Coordinates,
+    coordinates_of,
+    counting_of,
+    enrolled,
+    plan_privacy,
+    tables_of,
+)
 from privrec.scenario.kinds import MODELS, ImplicitALS
 from privrec.scenario.load import DeviceTier, Scenario
+from privrec.secagg.keys import statement
 
 BYTES_A_COEFFICIENT = 4
 _MOST_HALVINGS = 48
@@ -39,18 +47,24 @@ class Plan:
 
     Attributes:
         items: size of the catalogue, or of the vocabulary.
+        devices: of the ``users``, those that have a device of some capacity.
         holders: training devices that hold each band, the weakest tier's band first.
         event: what each round is charged as, and ``examples`` as what at example level, if at all.
+        counting: how the order of the items is released before the first round, if it is.
+        order: digest of that order, once it is known.
     """
 
     scenario: Scenario
     items: int
     users: int
+    devices: int
     federation: Federation
     holders: tuple[int, ...]
     event: RoundEvent
     examples: RoundEvent | None
     protection: Protection
+    counting: Counting | None
+    order: bytes = b""
 
     @classmethod
     def of(
@@ -69,8 +83,22 @@ class Plan:
         training = np.cumsum(counts * [tier.weight > 0 for tier in federation.tiers])
         holders = tuple(training[::-1].tolist())
         sizes = band_sizes(federation.layouts)
-        planned = plan_privacy(scenario, sizes, holders, calibrated)
-        return cls(scenario, items, users, federation, holders, *planned)
+        devices = enrolled(scenario, users)
+        counting = counting_of(scenario, items, devices)
+        before = counting.event if counting else None
+        planned = plan_privacy(scenario, sizes, holders, calibrated, before)
+        return cls(scenario, items, users, devices, federation, holders, *planned, counting)
+
+    @property
+    def before(self) -> RoundEvent | None:
+        """What is charged before the first round, if anything."""
+        return self.counting.event if self.counting else None
+
+    @property
+    def digest(self) -> str:
+        """What devices agree to, in hex: the scenario, and the order of items that was released."""
+        agreed = self.scenario.plan_hash()
+        return statement("ordered plan", agreed, self.order).hex() if self.order else agreed
 
     @cached_property
     def assigned(self) -> NDArray[np.int64]:
@@ -82,6 +110,8 @@ class Plan:
         return {
             "scenario": self.scenario.document(),
             "version": privrec.__version__,
+            "items": self.items,
+            "devices": self.devices,
             "bands": list(band_sizes(self.federation.layouts)),
             "holders": list(self.holders),
             "capacities": [tier.capacity for tier in self.federation.tiers],
@@ -166,6 +196,8 @@ class LedgerHeader(BaseModel):
     scenario: Annotated[Scenario, PlainValidator(Scenario.model_validate)]
     simulated: StrictBool
     version: StrictStr
+    items: StrictInt
+    devices: StrictInt
     bands: tuple[StrictInt, ...]
     holders: tuple[StrictInt, ...]
     capacities: tuple[float, ...]

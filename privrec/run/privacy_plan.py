@@ -14,7 +14,7 @@ from typing import Any
 
 from scipy.special import bdtrc
 
-from privrec.device.update import SMALL_RING_BITS, Protection
+from privrec.device.update import SMALL_RING_BITS, Counting, Protection
 from privrec.embedding.nested import Nested, nested
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable, Table
@@ -48,6 +48,9 @@ Coordinates = tuple[Nested, Nested | None]
 
 EXAMPLE_ADVERSARIES: Mapping[str, str] = {"example": "uploads", "shares": "sums"}
 """Whoever sees what the ε of single interactions holds against, by ``privacy.local``."""
+
+COUNTED_BITS = 13
+"""A counted history is no longer than two to this, in steps of the grid, where there is room."""
 
 COARSEST = 5.0
 """Least steps of the bound of an example over what rounding may add to its norm."""
@@ -92,27 +95,29 @@ def plan_privacy(
     sizes: Sequence[int],
     holders: Sequence[int],
     calibrated: float | None = None,
+    before: RoundEvent | None = None,
 ) -> tuple[RoundEvent, RoundEvent | None, Protection]:
     """Return the privacy event of each round, that of its examples, and how updates are protected.
 
     A target ε is calibrated to the planned attempts, unless ``calibrated`` is the noise multiplier
     that was found for the same arguments before. ``sizes`` are the coefficients of each band and
-    ``holders`` the training devices that hold it, the band that all devices hold first. A
-    UsageError says that no noise meets the target, a band has too few devices, or a sum could wrap.
+    ``holders`` the training devices that hold it, the band that all devices hold first; ``before``
+    is what is released before the first round. A UsageError says that no noise meets the target, a
+    band has too few devices, or a sum could wrap.
     """
     privacy, rate = scenario.privacy, scenario.devices.sampling_rate
     encoding, ring = encoding_of(scenario, sum(sizes)), Ring(privacy.ring_bits)
-    minimums = _minimums(scenario, holders)
+    minimums = _minimums(scenario, holders, rate)
     most = [most_sampled(devices, rate) for devices in holders]
     examples = example_event(scenario, sizes, holders)
     shares: Shares | None = None
     if privacy.noise != "distributed":
         event = event_without_shares(scenario)
         if examples is not None and examples.grid is not None:
-            moved, bands = examples.grid.squared_sensitivity, _bands(scenario, sizes, holders)
+            moved, bands = examples.grid.squared_sensitivity, _bands(scenario, sizes, holders, rate)
             shares = Shares(examples.noise_multiplier, moved, bands, privacy.remove_excess)
     else:
-        bands = _bands(scenario, sizes, holders)
+        bands = _bands(scenario, sizes, holders, rate)
         spoiled, bound = 0.0, encoding.squared_bound
         if rate < 1:  # when everybody is sampled, there is no secrecy of sampling to spoil
             crowds = list(zip(holders, minimums, strict=True))
@@ -120,7 +125,7 @@ def plan_privacy(
             spoiled = check_small_cohorts(crowds, staying, attempts_of(scenario), privacy.delta)
         grid = grid_of(bound, bands, privacy.remove_excess, spoiled)
         made = partial(_distributed, rate, grid)
-        event = made(calibrated) if calibrated else _calibrated(scenario, made)
+        event = made(calibrated) if calibrated else _calibrated(scenario, made, before)
         shares = Shares(event.noise_multiplier, bound, bands, privacy.remove_excess)
     for band, (size, many) in enumerate(zip(sizes, most, strict=True)):
         noise = 0.0
@@ -144,8 +149,8 @@ def most_sampled(devices: int, rate: float) -> int:
 
 def event_without_shares(scenario: Scenario) -> RoundEvent:
     """Return the event of each round with central noise, or none; no sizes matter to it."""
-    rate = scenario.devices.sampling_rate
-    return _calibrated(scenario, lambda z: RoundEvent("gaussian", z, rate))
+    rate, before = scenario.devices.sampling_rate, release_without_shares(scenario)
+    return _calibrated(scenario, lambda z: RoundEvent("gaussian", z, rate), before)
 
 
 def example_event(
@@ -163,7 +168,8 @@ def example_event(
         return None
     grid = None
     if privacy.local == "shares":
-        bands, reach = _bands(scenario, sizes, holders), reach_of(scenario, sum(sizes))
+        bands = _bands(scenario, sizes, holders, scenario.devices.sampling_rate)
+        reach = reach_of(scenario, sum(sizes))
         grid = grid_of((2 * reach) ** 2, bands, privacy.remove_excess)
     multiplier = privacy.local_noise_multiplier
     if multiplier is None:
@@ -218,17 +224,55 @@ def example_figures(
     }
 
 
-def release_event(scenario: Scenario) -> RoundEvent | None:
-    """Return what the release of the popularity order costs; None where none is released."""
+def release_without_shares(scenario: Scenario) -> RoundEvent | None:
+    """Return what the order of popularity costs with central noise; None where none is released."""
+    return _release(scenario, None)
+
+
+def _release(scenario: Scenario, grid: Grid | None) -> RoundEvent | None:
     devices = scenario.devices
     if devices.popularity != "released" or devices.popularity_epsilon is None:
         return None
-    return _event(None, _everybody(devices.popularity_epsilon, scenario.privacy.delta, 1, None))
+    return _event(grid, _everybody(devices.popularity_epsilon, scenario.privacy.delta, 1, grid))
 
 
-def charges_of(scenario: Scenario, event: RoundEvent) -> Counter[RoundEvent]:
-    """Return all that a run of rounds of this event charges with its spare attempts."""
-    before = release_event(scenario)
+def enrolled(scenario: Scenario, users: int) -> int:
+    """Return how many of the users have a device of some capacity."""
+    shares = math.fsum(tier.share for tier in scenario.devices.chain if tier.capacity != 0)
+    return round(shares * users)
+
+
+def counting_of(scenario: Scenario, items: int, devices: int) -> Counting | None:
+    """Return how the order of popularity is released; None where none is.
+
+    All ``devices`` take part. With noise in shares they add their own, like that of a round, so
+    that the ε of the order holds against the server too; else the server adds Gaussian noise. The
+    grid is the finest, of at most :data:`COUNTED_BITS`, on which no sum of theirs wraps around.
+    """
+    event = release_without_shares(scenario)
+    if event is None:
+        return None
+    most, ring, privacy = min(scenario.devices.popularity_items, items), Ring(), scenario.privacy
+    minimums, shares = _minimums(scenario, [devices], 1.0), None
+    for bits in range(max(0, math.floor(COUNTED_BITS - math.log2(most) / 2)), -1, -1):
+        step, noise = 1 << bits, 0.0
+        if privacy.in_shares:
+            moved, bands = most * step**2, _bands(scenario, [items], [devices], 1.0)
+            event = _release(scenario, grid_of(moved, bands, privacy.remove_excess)) or event
+            shares = Shares(event.noise_multiplier, moved, bands, privacy.remove_excess)
+            noise = event.noise_multiplier**2 * devices / bands[0].shares
+        length, load = math.sqrt(most), Load(items, devices, noise)
+        encoding = Encoding(length, items, math.log2(step * length))
+        if ring.wrap_probability(encoding, load) <= LARGEST_WRAP:
+            break
+    ring.check(encoding, load)
+    return Counting(items, most, step, event, Protection(encoding, ring, shares, minimums))
+
+
+def charges_of(
+    scenario: Scenario, event: RoundEvent, before: RoundEvent | None
+) -> Counter[RoundEvent]:
+    """Return all that a run charges: ``before`` its rounds, and these with their spare attempts."""
     return Counter({event: attempts_of(scenario)}) + Counter([before] if before else [])
 
 
@@ -249,24 +293,26 @@ def encoding_of(scenario: Scenario, dimension: int) -> Encoding:
     return Encoding(clip_norm, dimension, scenario.privacy.scale_bits)
 
 
-def _bands(scenario: Scenario, sizes: Sequence[int], holders: Sequence[int]) -> tuple[Band, ...]:
+def _bands(
+    scenario: Scenario, sizes: Sequence[int], holders: Sequence[int], rate: float
+) -> tuple[Band, ...]:
     """Bands with noise in shares: of a large round's devices, as many collude as are assumed to."""
-    colluding, minimums = scenario.privacy.colluding_share, _minimums(scenario, holders)
-    most = [most_sampled(devices, scenario.devices.sampling_rate) for devices in holders]
+    colluding, minimums = scenario.privacy.colluding_share, _minimums(scenario, holders, rate)
+    most = [most_sampled(devices, rate) for devices in holders]
     return tuple(
         Band(size, least, math.ceil(colluding * many))
         for size, least, many in zip(sizes, minimums, most, strict=True)
     )
 
 
-def _minimums(scenario: Scenario, holders: Sequence[int]) -> tuple[int, ...]:
+def _minimums(scenario: Scenario, holders: Sequence[int], rate: float) -> tuple[int, ...]:
     """Fewest survivors of each band; none where sums of any number of devices are taken."""
     privacy, least = scenario.privacy, scenario.devices.min_cohort
     if not privacy.in_shares and scenario.run.secure_sum == "exact":
         return ()
     minimums = []
     for devices in holders:
-        expected = scenario.devices.sampling_rate * devices
+        expected = rate * devices
         needed = max(least, math.floor(privacy.least_survivors * expected) + 1)
         if needed > expected:
             raise UsageError(
@@ -278,7 +324,9 @@ def _minimums(scenario: Scenario, holders: Sequence[int]) -> tuple[int, ...]:
     return tuple(minimums)
 
 
-def _calibrated(scenario: Scenario, event_of: Callable[[float], RoundEvent]) -> RoundEvent:
+def _calibrated(
+    scenario: Scenario, event_of: Callable[[float], RoundEvent], before: RoundEvent | None
+) -> RoundEvent:
     privacy = scenario.privacy
     if privacy.noise == "none":
         return RoundEvent("none", 0.0, scenario.devices.sampling_rate)
@@ -290,6 +338,6 @@ def _calibrated(scenario: Scenario, event_of: Callable[[float], RoundEvent]) -> 
             event_of,
             attempts_of(scenario),
             privacy.budget_against,
-            before=release_event(scenario),
+            before=before,
         )
     return event_of(multiplier)

@@ -28,7 +28,7 @@ from privrec.models.ncf import NCF
 from privrec.privacy.ledger import PREPARATION, Ledger
 from privrec.randomness import ROOT_BYTES, SecretRoot, SecureStream, rng_for
 from privrec.run import directory
-from privrec.run.catalogue import CATALOGUE, Catalogue
+from privrec.run.catalogue import Catalogue
 from privrec.run.directory import Identity, kept_key
 from privrec.run.parties import learner_of
 from privrec.run.plan import federation_of
@@ -167,10 +167,11 @@ class TrainedModel:
                 "model; start another"
             )
         place, key = data_dir or identity.data_dir, ledger.public_key
-        if given is None and identity.deployed and not (path / CATALOGUE).exists():
-            given = Recommending.load(scenario, place).split
-            own = given.train
-            catalogue = Catalogue(own.item_ids, own.titles, features=own.features)
+        if identity.deployed:
+            task = Recommending.load(scenario, place)
+            given = given or task.split
+            task.restore_numbers(path, key)
+            catalogue = task.catalogue(None)
         else:
             catalogue = Catalogue.read(path, key)
         federation = federation_of(scenario, catalogue.size)

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import repeat
 from typing import Any, Literal
 
 import numpy as np
@@ -17,10 +18,11 @@ from numpy.typing import NDArray
 
 from privrec.device.device import ALL, Cohort, Deferred, Device, Draws
 from privrec.device.local import LocalModel
+from privrec.device.samples import Histories
 from privrec.device.tier import Federation, Tier
-from privrec.device.update import Aggregate, BoundedUpdate, Protection, Round, digest
+from privrec.device.update import Aggregate, BoundedUpdate, Counting, Protection, Round, digest
 from privrec.errors import ReleaseRefused
-from privrec.models.layout import from_wire
+from privrec.models.layout import Layout, from_wire
 from privrec.privacy.mechanism import Shares, noise_seeds
 from privrec.randomness import SecretRoot, rng_for
 from privrec.secagg.client import ClientSession, Policy
@@ -36,16 +38,17 @@ Integers = NDArray[np.int64]
 Rows = list[NDArray[np.int64]]
 Answers = tuple[NDArray[np.int64], BoundedUpdate, FloatArray]
 _EXCHANGES = (Stage.SHARES, Stage.MASKED, Stage.CONFIRM, Stage.UNMASK)
+_COUNTED = 4096  # devices whose counts are made at once
 
 # --------------------------------------------------------------------------- sums
 
 
 @dataclass(frozen=True)
 class Participant:
-    """A device of a round's cohort; ``leaves`` is the exchange that it does not answer any more."""
+    """A device of a round's cohort, by the number of its tier; it answers until it ``leaves``."""
 
     user: int
-    tier: Tier
+    tier: int
     leaves: Stage = Stage.DONE
 
     @property
@@ -77,11 +80,12 @@ class Enrolled:
 class Summing(ABC):
     """One round's sum in the making, which is refused when too few devices answer.
 
-    The order of identities decides whose noise is taken off.
+    ``layouts`` are those of all tiers, the strongest first. The order of identities decides whose
+    noise is taken off.
     """
 
     round: Round
-    federation: Federation
+    layouts: tuple[Layout, ...]
     protection: Protection
     cohort: Sequence[Participant]
     enrolled: Enrolled
@@ -91,7 +95,7 @@ class Summing(ABC):
         """Go up to where updates are due."""
 
     @abstractmethod
-    def add(self, tier: Tier, users: NDArray[np.int64], update: BoundedUpdate) -> None:
+    def add(self, tier: int, users: NDArray[np.int64], update: BoundedUpdate) -> None:
         """Put in the updates of survivors of a tier, in the order of ``users``."""
 
     @abstractmethod
@@ -100,7 +104,7 @@ class Summing(ABC):
 
     def bands(self, device: Participant) -> int:
         """How many bands a device holds, from the one that all hold."""
-        return len(self.federation.layouts) - device.tier.index
+        return len(self.layouts) - device.tier
 
 
 class Plain(Summing):
@@ -111,21 +115,21 @@ class Plain(Summing):
     """
 
     def __post_init__(self) -> None:
-        self._sum, self._has_noise = np.zeros(self.federation.layout.size, np.int64), False
+        self._sum, self._has_noise = np.zeros(self.layouts[0].size, np.int64), False
         if self.protection.shares is not None:
             self.protection.shares.prepare()  # here, or each worker of each round would do it
         if self.protection.minimums:
             self._check_turnout()
 
-    def add(self, tier: Tier, users: NDArray[np.int64], update: BoundedUpdate) -> None:
-        update.add_to(self._sum, self.federation.layout)
+    def add(self, tier: int, users: NDArray[np.int64], update: BoundedUpdate) -> None:
+        update.add_to(self._sum, self.layouts[0])
 
     def part(self, number: int, workers: int) -> Integers:
         """What was added here, and the noise of every n-th survivor from the ``number``-th on."""
         if self.protection.shares is None:
             return self._sum
         noise = self._noise(self.protection.shares, slice(number, None, workers))
-        self._sum += from_wire(noise, self.federation.layouts)
+        self._sum += from_wire(noise, self.layouts)
         return self._sum
 
     def gather(self, parts: Sequence[Integers]) -> None:
@@ -139,7 +143,7 @@ class Plain(Summing):
         return ring.leave(ring.enter(self._sum))
 
     def _check_turnout(self) -> None:
-        quorum, bands = Graph().quorum(len(self.cohort)), range(len(self.federation.layouts))
+        quorum, bands = Graph().quorum(len(self.cohort)), range(len(self.layouts))
         for stage in _EXCHANGES:
             held = [self.bands(p) for p in self.cohort if p.leaves > stage]
             counts = [sum(each > band for each in held) for band in bands]
@@ -158,7 +162,7 @@ class Plain(Summing):
         if shares.remove_excess:
             survivors.sort(key=lambda each: self.enrolled.identity(each.user))
         parts = []
-        for band in range(len(self.federation.layouts)):
+        for band in range(len(self.layouts)):
             holders = [p for p in survivors if self.bands(p) > band]
             signed = {p.user for p in holders if p.leaves > Stage.CONFIRM}
             removed = set(shares.removed(band, [p.user for p in holders], signed))
@@ -174,13 +178,13 @@ class Secure(Summing):
     """The whole protocol with a session for every device; the server sees masked vectors alone."""
 
     def __post_init__(self) -> None:
-        enrolled, terms = self.enrolled, self.protection.terms(self.round, self.federation.layouts)
+        enrolled, terms = self.enrolled, self.protection.terms(self.round, self.layouts)
         self._devices = {enrolled.identity(p.user): p for p in self.cohort}
         self._names = {p.user: name for name, p in self._devices.items()}
         anchor, agreed = ListedDevices(self._devices), replace(enrolled.policy, agreed=terms)
         books = {name: enrolled.book(p.user) for name, p in self._devices.items()}
         self._clients = {name: ClientSession(book, anchor, agreed) for name, book in books.items()}
-        prekeys = [books[name].issue(1, p.tier.index)[0] for name, p in self._devices.items()]
+        prekeys = [books[name].issue(1, p.tier)[0] for name, p in self._devices.items()]
         self._server = ServerSession(terms, prekeys, anchor)
         self._server.publish(self.round.model_digests)
         for name, message in self._asked():
@@ -189,8 +193,8 @@ class Secure(Summing):
         self._server.advance()
         self._deals = dict(self._asked())
 
-    def add(self, tier: Tier, users: NDArray[np.int64], update: BoundedUpdate) -> None:
-        layouts = self.federation.layouts_of(tier)
+    def add(self, tier: int, users: NDArray[np.int64], update: BoundedUpdate) -> None:
+        layouts = self.layouts[tier:]
         seen = self.round.model_digests[: len(layouts)]
         for user, mine in zip(users.tolist(), update.rows(), strict=True):
             name = self._names[user]
@@ -204,7 +208,7 @@ class Secure(Summing):
             for name, message in self._asked():
                 self._server.receive(name, answer(self._clients[name], message))
             self._server.advance()
-        return unmask(self._server.result, self.protection, self.federation)
+        return unmask(self._server.result, self.protection, self.layouts)
 
     def _asked(self) -> Iterator[tuple[bytes, bytes]]:
         """The devices that are still there, and what they are sent."""
@@ -219,13 +223,13 @@ class Secure(Summing):
         return noise_seeds(self.enrolled.root, self.bands(device), *context, device.user)
 
 
-def unmask(result: SecureSum, protection: Protection, federation: Federation) -> Integers:
+def unmask(result: SecureSum, protection: Protection, layouts: Sequence[Layout]) -> Integers:
     """The sum that the protocol gave, less noise in excess, in the layout of the shared vector."""
     total = result.total.astype(np.int64)
     if protection.shares is not None and protection.removes_excess:
         total -= protection.shares.excess(result.excess)
     ring = protection.ring
-    return from_wire(ring.leave(ring.enter(total)), federation.layouts)
+    return from_wire(ring.leave(ring.enter(total)), layouts)
 
 
 SUMMING: Mapping[str, type[Summing]] = {"exact": Plain, "full": Secure}
@@ -259,6 +263,42 @@ def cohort(coins: NDArray[np.uint64], sampling_rate: float) -> NDArray[np.int64]
     if sampling_rate >= 1:
         return np.arange(len(coins))
     return np.flatnonzero(coins < np.uint64(int(sampling_rate * 2**64)))
+
+
+def leaving(
+    root: SecretRoot, round: Round, population: int, dropout_rate: float
+) -> NDArray[np.int64]:
+    """Draw the :class:`Stage` at which each device falls silent, ``DONE`` where it does not."""
+    leaves = np.full(population, Stage.DONE)
+    if dropout_rate:
+        coins = root.stream("dropouts", *round.context).uint64(population)
+        chance = coins * 2.0**-64 / dropout_rate  # in units of the rate: uniform below 1
+        leaves = np.where(chance < 1, (chance * len(_EXCHANGES)).astype(int), Stage.DONE)
+    return leaves
+
+
+def count(
+    counting: Counting,
+    round: Round,
+    data: Histories,
+    enrolled: Enrolled,
+    secure_sum: Literal["exact", "full"],
+    dropout_rate: float,
+) -> Integers:
+    """Sum what the devices of some users count, with the noise of those that add their own.
+
+    ReleaseRefused when too few of them answer.
+    """
+    users, root = data.users, enrolled.root
+    leaves = leaving(root, round, int(users.max(initial=-1)) + 1, dropout_rate)[users]
+    cohort = [Participant(*each) for each in zip(users.tolist(), repeat(0), map(Stage, leaves))]
+    made, protection = SUMMING[secure_sum], counting.protection
+    summing = made(round, counting.layouts, protection, cohort, enrolled)
+    left = np.flatnonzero(leaves > Stage.MASKED)
+    for start in range(0, len(left), _COUNTED):
+        some = data.select(left[start : start + _COUNTED])
+        summing.add(0, some.users, counting.bounded(some, root, round))
+    return summing.total()
 
 
 @dataclass
@@ -311,8 +351,8 @@ class Simulation:
         rows = self.rows(self.sample(round))
         self._rewind(round.index, rows)
         cohort = self._participants(round, rows)
-        made = SUMMING[self.secure_sum]
-        summing = made(round, self.federation, self.protection, cohort, self.enrolled)
+        made, layouts = SUMMING[self.secure_sum], self.federation.layouts
+        summing = made(round, layouts, self.protection, cohort, self.enrolled)
         left = self.rows(np.array([p.user for p in cohort if p.survives], np.int64))
         workers = self.workers if isinstance(summing, Plain) else 1
         train = partial(self._share, round, weights, left, summing, workers)
@@ -345,7 +385,7 @@ class Simulation:
             held, trained = self.cohorts[tier.index], [np.zeros(0, np.int64)]
             made = self.answers(round, weights, tier, mine, slice(number, None, workers))
             for place, (users, update, loss) in enumerate(made):
-                summing.add(tier, users, update)
+                summing.add(tier.index, users, update)
                 trained.append(np.searchsorted(held.users, users))
                 finite = float(loss.sum(dtype=np.float64, where=np.isfinite(loss)))
                 losses[tier.index, number + place * workers] = finite
@@ -383,13 +423,9 @@ class Simulation:
     def _participants(self, round: Round, rows: Rows) -> list[Participant]:
         """The round's cohort, with the exchange at which each device leaves, if it does."""
         users = [cohort.users[mine] for cohort, mine in zip(self.cohorts, rows, strict=True)]
-        leaves = np.full(self.population, Stage.DONE)
-        if self.dropout_rate:
-            coins = self.root.stream("dropouts", *round.context).uint64(self.population)
-            chance = coins * 2.0**-64 / self.dropout_rate  # in units of the rate: uniform below 1
-            leaves = np.where(chance < 1, (chance * len(_EXCHANGES)).astype(int), Stage.DONE)
+        leaves = leaving(self.root, round, self.population, self.dropout_rate)
         return [
-            Participant(user, tier, Stage(leaves[user]))
+            Participant(user, tier.index, Stage(leaves[user]))
             for tier, mine in zip(self.federation.tiers, users, strict=True)
             for user in mine.tolist()
         ]

@@ -22,7 +22,7 @@ from privrec.privacy.events import epsilon
 from privrec.privacy.ledger import EXAMPLE, Ledger
 from privrec.run.directory import Identity, going_on
 from privrec.run.plan import Plan
-from privrec.run.privacy_plan import EPSILONS, example_figures, release_event
+from privrec.run.privacy_plan import EPSILONS, example_figures
 from privrec.run.record import OUTSIDE, finite
 from privrec.scenario.load import Scenario
 from privrec.server.server import Server
@@ -123,7 +123,7 @@ def _privacy(plan: Plan, server: Server, ledger: Ledger, *, known: bool) -> dict
         name: finite(ledger.epsilon(privacy.delta, adversary, accountant)) if holds else None
         for name, (adversary, accountant) in EPSILONS.items()
     }
-    before = None if known else release_event(plan.scenario)
+    before = None if known else plan.before
     single = example_figures(plan.scenario, ledger.examples, noise_known=known)
     return {
         "private": holds,

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -21,24 +21,23 @@ from privrec import data
 from privrec.data import Interactions, Split
 from privrec.data.corpus import UNKNOWN_ID, Corpus, TextSplit
 from privrec.device.local import LocalModel
+from privrec.device.samples import Histories
 from privrec.device.tier import Tier
-from privrec.device.update import digest
+from privrec.device.update import Order, by_counts, digest
 from privrec.errors import DataError, IntegrityError, UsageError
 from privrec.evaluate import evaluator, metrics
 from privrec.evaluate.evaluator import Evaluator, LabelQuestions, Questions, WordQuestions
 from privrec.evaluate.metrics import Evaluation
-from privrec.privacy.events import RoundEvent
-from privrec.privacy.ledger import PREPARATION, Ledger
-from privrec.privacy.mechanism import rounded_gaussian
-from privrec.randomness import SecretRoot, SecureStream
+from privrec.privacy.ledger import Ledger
+from privrec.randomness import SecretRoot
 from privrec.run import costs
-from privrec.run.catalogue import CATALOGUE, Catalogue, Order
+from privrec.run.catalogue import CATALOGUE, Catalogue, read_order
 from privrec.run.directory import Identity
-from privrec.run.parties import simulation_of
+from privrec.run.loop import released_order
+from privrec.run.parties import enrolled_with, simulation_of
 from privrec.run.plan import Plan
-from privrec.run.privacy_plan import release_event
 from privrec.run.record import KEPT, REVEALED
-from privrec.run.simulation import Simulation
+from privrec.run.simulation import Simulation, count
 from privrec.scenario.load import Scenario
 from privrec.server.columns import ColumnServer
 
@@ -116,20 +115,30 @@ class Task(ABC, Generic[S]):
     def number(self, folder: Path, ledger: Ledger, identity: Identity) -> None:
         """Number the items by popularity where that is needed, and write down which they are.
 
-        The order is public, or it is released: every device's history is cut to a few items, which
-        the devices' secret chooses, and their counts get Gaussian noise of the server's. The ledger
-        is charged for that before the first round (as round ``PREPARATION``). The list of the items
-        is written to ``folder`` before a round, signed: by another one a model recommends other
-        items.
+        The order is public, or released by :func:`~privrec.run.loop.released_order`. The list of
+        the items is written to ``folder`` before a round, signed: by another one a model recommends
+        other items.
         """
-        order = None
+        order, plan, run = None, self.plan, self.scenario.run
         if self.is_ordered:
-            if event := release_event(self.scenario):
-                order = self._released(event, ledger, identity)
+            if plan.counting is None:
+                order = by_counts(self.split.train.item_counts())
             else:
-                order = np.argsort(-self.split.train.item_counts(), kind="stable")
+                there = np.flatnonzero(plan.assigned < len(plan.federation.tiers))
+                histories = Histories(
+                    np.arange(plan.users), self.counted.indptr, self.counted.items
+                )
+                collect = partial(
+                    count,
+                    plan.counting,
+                    data=histories.select(there),
+                    enrolled=enrolled_with(self.scenario, identity.root("devices")),
+                    secure_sum=run.secure_sum,
+                    dropout_rate=self.scenario.devices.dropout_rate,
+                )
+                order = released_order(plan, plan.counting, ledger, identity, collect)
             order = self.arranged(order)
-            self.split = self.split.renumbered(order)
+            self._renumber(order)
         self.catalogue(order).write(folder, identity.signing_key())
 
     def catalogue(self, order: Order | None) -> Catalogue:
@@ -140,40 +149,27 @@ class Task(ABC, Generic[S]):
         """Return an order with what has a place of its own put there."""
         return order
 
-    def _released(self, event: RoundEvent, ledger: Ledger, identity: Identity) -> Order:
-        most, server = self.scenario.devices.popularity_items, identity.root("server")
-        ledger.charge(PREPARATION, 0, event)
-        context = (ledger.header["run_id"], self.scenario.plan_hash())
-        coins = identity.root("devices").stream("popularity", *context)
-        counts = _capped_counts(self.counted, most, coins)
-        stream = server.stream("popularity", *context, digest(counts))
-        # A 0/1 history of so many items is no longer than the root of their number.
-        counts += rounded_gaussian(stream, event.noise_multiplier * most**0.5, len(counts))
-        order = np.argsort(-counts, kind="stable")
-        ledger.commit(PREPARATION, 0, server.tag("popularity", *context, digest(order)))
-        return order
-
     def restore_numbers(self, folder: Path, key: Ed25519PublicKey) -> None:
         """Number the items as in the run in ``folder``, whose key is ``key``.
 
         An IntegrityError says that the items of this data are not those of the run.
         """
-        if not self.is_ordered and not (folder / CATALOGUE).exists():
+        if not (folder / CATALOGUE).exists() and not self.is_ordered:
             return  # the devices are at nodes of Flower, and the server has no list
-        listed, n_items = Catalogue.read(folder, key), self.split.train.n_items
+        listed = Catalogue.read(folder, key)
         if self.is_ordered:
-            order = np.zeros(0, np.int64) if listed.order is None else listed.order
-            if order.dtype != np.int64 or not np.array_equal(np.sort(order), np.arange(n_items)):
-                raise IntegrityError(
-                    f"{folder / CATALOGUE}: no order of the {n_items} items of this data; use "
-                    "the data that the run was started with, or restore the file"
-                )
-            self.split = self.split.renumbered(order)
-        if not np.array_equal(listed.ids, self.catalogue(None).ids):
+            self._renumber(read_order(folder, self.split.train.n_items, key))
+        # The server of a deployment keeps an order, and no ids.
+        if listed.ids.size and not np.array_equal(listed.ids, self.catalogue(None).ids):
             raise IntegrityError(
                 f"{folder / CATALOGUE}: its items are not those of this data; use the data that "
                 "the run was started with"
             )
+
+    def _renumber(self, order: Order) -> None:
+        self.split = self.split.renumbered(order)
+        if self.plan.counting is not None:  # all rounds are bound to it
+            self.plan = replace(self.plan, order=digest(order))
 
     # ------------------------------------------------------------------ devices and figures
 
@@ -393,10 +389,3 @@ TASKS: dict[str, type[Task[Any]]] = {
 def load_task(scenario: Scenario, data_dir: Path | None) -> Task[Any]:
     """Return the task of a scenario, items in the order of its data."""
     return TASKS[scenario.model.learns].load(scenario, data_dir)
-
-
-def _capped_counts(train: Interactions, most: int, coins: SecureStream) -> Order:
-    """How many users count each item, when each counts at most ``most`` of its own, at random."""
-    order = np.lexsort((coins.uint64(train.size), train.users))
-    place = np.arange(train.size) - np.repeat(train.indptr[:-1], train.counts)
-    return np.bincount(train.items[order][place < most], minlength=train.n_items).astype(np.int64)

@@ -30,6 +30,7 @@ from privrec.secagg.keys import (
     agree,
     apply_masks,
     model_root,
+    statement,
 )
 from privrec.secagg.messages import (
     MAX_BANDS,
@@ -151,7 +152,7 @@ class _Progress(Message):
     anchor: Digest
     """By which the call was checked; signatures that are good stay so."""
     stage: Annotated[int, Limits(int, Stage.MASKED, Stage.DONE)]
-    call: Annotated[bytes, Limits(bytes, 1, 1 << 26)]
+    call: Digest
     noise: Annotated[bytes, Limits(bytes, 0, MAX_BANDS * SECRET_BYTES)]
     present: Bitmap
     dealers: Bitmap
@@ -179,10 +180,11 @@ class ClientSession:
             process may end between two messages needs it, or it drops out of the round.
         progress: what ``save`` was last given, to go on from there under the policy and anchor of
             now; None for a session that was not called yet.
+        call: beside ``progress``, the message that the session was called by, which is no secret.
 
     Raises:
-        ReleaseRefused: when ``progress`` is no progress, or its round is none that the policy and
-            the anchor let a device take part in.
+        ReleaseRefused: when ``progress`` is no progress or of another call, or its round is none
+            that the policy and the anchor let a device take part in.
         IntegrityError: when the book saw another progress last: one of the two was set back.
     """
 
@@ -193,6 +195,7 @@ class ClientSession:
         policy: Policy | None = None,
         save: Callable[[bytes], None] = lambda progress: None,
         progress: bytes | None = None,
+        call: Buffer = b"",
     ) -> None:
         self._book = book
         self._save = save
@@ -202,12 +205,13 @@ class ClientSession:
         self._progress: _Progress | None = None
         self._agreed: dict[int, bytes] = {}
         if progress is not None:
-            recalled = _Progress.parse(progress)
-            call = Call.parse(recalled.call)
-            book.check_latest(call.run, progress)
+            recalled, called = _Progress.parse(progress), Call.parse(call)
+            if called.digest != recalled.call:
+                raise refused("the progress of a session that another call began")
+            book.check_latest(called.run, progress)
             # What the book vouches for is the device's own, with the roster that it has checked.
-            roster, own = self._checked(call, recalled.anchor)
-            self._round = self._enter(call, roster, own, book.secret(roster.prekeys[own].serial))
+            roster, own = self._checked(called, recalled.anchor)
+            self._round = self._enter(called, roster, own, book.secret(roster.prekeys[own].serial))
             self._progress = recalled
 
     @property
@@ -249,7 +253,7 @@ class ClientSession:
         self._round = self._enter(call, roster, own, prekey)
         nobody = [self._bitmap(())] * 4
         checked, seeds = self._anchor.digest, b"".join(noise)
-        self._keep(_Progress(checked, Stage.MASKED, call.pack(), seeds, *nobody))
+        self._keep(_Progress(checked, Stage.MASKED, call.digest, seeds, *nobody))
         return self._dealt(self._round, noise).pack()
 
     def masked(self, message: Buffer, integers: NDArray[Any], model: Sequence[bytes]) -> bytearray:
@@ -316,8 +320,9 @@ class ClientSession:
 
         ``before`` is the digest of an anchor that it was checked by earlier in the round.
         """
-        anchor = self._anchor
-        roster = Roster(call, None if before == anchor.digest else anchor)
+        anchor, roster = self._anchor, call.roster
+        if before != anchor.digest:
+            roster.check(anchor)
         own = roster.number(self._book.key.public)
         agreed, told = self._policy.agreed, roster.terms
         if agreed and replace(agreed, round=told.round, attempt=told.attempt) != told:
@@ -395,13 +400,19 @@ class ClientSession:
         round.roster.check_bands(signers, self._policy.minimum)
         confirmed = self._recalled()
         stated = round.binding.confirmation(confirmed.survivors, confirmed.root)
-        for signer, signature in zip(signers, signatures, strict=True):
-            public = round.roster.prekeys[signer].identity
-            if not self._anchor.verifier.check(public, signature, stated):
-                raise ReleaseRefused(
-                    f"device {public.hex()[:16]} did not confirm the survivors and the model that "
-                    "this device confirmed; somebody is told something else; nothing is unmasked"
-                )
+        verifier = self._anchor.verifier
+
+        def check() -> None:
+            for signer, signature in zip(signers, signatures, strict=True):
+                public = round.roster.prekeys[signer].identity
+                if not verifier.check(public, signature, stated):
+                    raise ReleaseRefused(
+                        f"device {public.hex()[:16]} did not confirm the survivors and the model "
+                        "that this device confirmed; somebody is told something else; nothing is "
+                        "unmasked"
+                    )
+
+        verifier.once(statement("quorum", stated, quorum.signers, quorum.signatures), check)
 
     # ------------------------------------------------------------------ answers
 
@@ -473,10 +484,10 @@ class ClientSession:
             except InvalidTag:
                 continue
 
-    def _opening(self, signers: Collection[int]) -> Opening:
+    def _opening(self, signers: Sequence[int]) -> Opening:
         """Hand out what is due of each dealer and of this device, by who confirmed which set."""
         dealers, round, progress = self._members("dealers"), self._called(), self._recalled()
-        due = round.roster.due(self._members("survivors"), set(signers))
+        due = round.roster.due(self._members("survivors"), signers)
         size = SECRET_BYTES
         pieces = split(progress.held, [size * round.roster.secrets(dealer) for dealer in dealers])
         shares = (

@@ -12,6 +12,7 @@ import hashlib
 import hmac
 import json
 import struct
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -49,7 +50,7 @@ _LOW_ORDER = {
     _FIELD,
     _FIELD + 1,
 }
-_REMEMBERED = 1 << 16
+_REMEMBERED, _REMEMBERED_CHECKS = 1 << 16, 8
 MASK_KEY_BYTES = 16
 _PIECE_BYTES = 1 << 16
 _ZEROS = memoryview(bytes(_PIECE_BYTES))
@@ -94,6 +95,16 @@ class Verifier:
 
     def __init__(self) -> None:
         self._good: set[tuple[bytes, bytes, bytes]] = set()
+        self._passed: deque[bytes] = deque(maxlen=_REMEMBERED_CHECKS)
+
+    def once(self, name: bytes, check: Callable[[], None]) -> None:
+        """Run a ``check`` that raises where anything is wrong, unless one of that name was passed.
+
+        ``name`` is a :func:`statement` over all that the check looks at.
+        """
+        if name not in self._passed:
+            check()
+            self._passed.append(name)
 
     def check(self, public: bytes, signature: bytes, stated: bytes) -> bool:
         """Whether the Ed25519 key ``public`` signed the :func:`statement`."""

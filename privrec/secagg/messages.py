@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Annotated, Any, ClassVar, Self, get_origin, get_type_hints
 
@@ -202,6 +203,7 @@ def bitmap(members: Sequence[int], devices: int) -> bytes:
     return np.packbits(bits, bitorder="little").tobytes()
 
 
+@lru_cache(maxsize=256)
 def members(bits: bytes, devices: int) -> tuple[int, ...]:
     """The device numbers of a :func:`bitmap`, ascending; a bitmap for other sizes is refused."""
     if len(bits) != -(-devices // 8):

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, ClassVar, Protocol
+
+import numpy as np
 
 from privrec.errors import DataError, ReleaseRefused, UsageError
 from privrec.secagg.keys import (
@@ -30,6 +32,7 @@ from privrec.secagg.messages import (
     MAX_DEVICES,
     NOISE,
     SEED,
+    Buffer,
     Counter,
     Digest,
     Limits,
@@ -114,10 +117,11 @@ class Terms(Message):
     """What one attempt at one round is about; all of it is bound into every mask and signature.
 
     Attributes:
-        round: counted from 0, and so is ``attempt``.
+        round: counted from 0, or -1 for what is summed before the first; ``attempt`` from 0.
         plan: 32-byte digest of everything else that was agreed: scenario, privacy event.
         lengths: entries that a device of each tier sends, ascending: the weakest tier's first, the
-            whole vector last. What one tier has more than the one before is a band.
+            whole vector last. What one tier has more than the one before is a band. Where there is
+            one length, devices of all tiers send that.
         minimums: fewest survivors that hold each band, the weakest tier's first.
         ring_bits: 32 or 16; sums are exact modulo ``2**ring_bits``.
         excess: whether survivors beyond a band's minimum give the seed of their noise in it away,
@@ -126,7 +130,7 @@ class Terms(Message):
     """
 
     run: Annotated[str, Limits(str, 1, 256)]
-    round: Counter
+    round: Annotated[int, Limits(int, -1, 2**63 - 1)]
     attempt: Counter
     plan: Digest
     lengths: Annotated[tuple[int, ...], Limits(int, 1, MAX_LENGTH, most=MAX_BANDS)]
@@ -136,11 +140,11 @@ class Terms(Message):
 
     def length(self, tier: int) -> int:
         """Entries that a device of a tier sends; tier 0 is the strongest."""
-        return self.lengths[-1 - tier]
+        return self.lengths[self.bands(tier) - 1]
 
     def bands(self, tier: int) -> int:
         """Bands that a device of a tier holds, counted from the one that all devices hold."""
-        return len(self.lengths) - tier
+        return len(self.lengths) - tier if len(self.lengths) > 1 else 1
 
     def problem(self) -> str | None:
         """The first field outside its limits, or what contradicts itself; None without either."""
@@ -182,19 +186,31 @@ class Call(Terms):
         """What stands for terms and roster in everything that is bound to them."""
         return statement("call", self.pack())
 
+    @functools.cached_property
+    def roster(self) -> Roster:
+        """The devices that it names; nobody has checked who they are."""
+        return Roster(self)
+
+    @classmethod
+    def parse(cls, message: Buffer) -> Call:
+        """See :meth:`Message.parse`; devices hosted together have the same one, and its roster."""
+        return cls._parsed(bytes(message))
+
+    @classmethod
+    @functools.lru_cache(maxsize=2)
+    def _parsed(cls, message: bytes) -> Call:
+        return super().parse(message)
+
 
 class Roster:
     """The devices of a round, numbered in the order of their identities.
 
-    Args:
-        anchor: whom every prekey is checked against; None for a call that was checked before.
-
     Raises:
-        ReleaseRefused: when terms contradict themselves, devices are named twice or out of order, a
-            tier does not exist, or a prekey is not signed by an enrolled device.
+        ReleaseRefused: when terms contradict themselves, devices are named twice or out of order,
+            or a tier does not exist.
     """
 
-    def __init__(self, call: Call, anchor: Anchor | None) -> None:
+    def __init__(self, call: Call) -> None:
         if problem := call.problem():
             raise refused(f"a round of {problem}")
         count, rest = divmod(len(call.records), RECORD_BYTES)
@@ -207,21 +223,32 @@ class Roster:
         if any(a.identity >= b.identity for a, b in pairwise(self.prekeys)):
             raise refused("a roster that names devices twice or not in the order of identities")
         tiers = len(self.terms.lengths)
-        if any(prekey.tier >= tiers for prekey in self.prekeys):
+        if tiers > 1 and any(prekey.tier >= tiers for prekey in self.prekeys):
             raise refused(f"a roster with a tier beyond the {tiers} of this round")
-        if anchor is not None:
-            for prekey in self.prekeys:
-                check_prekey(prekey, anchor)
+        self._call = call
+        self._numbers = {prekey.identity: n for n, prekey in enumerate(self.prekeys)}
+        self._bands = np.array([self.terms.bands(prekey.tier) for prekey in self.prekeys], int)
 
     def __len__(self) -> int:
         return len(self.prekeys)
 
+    def check(self, anchor: Anchor) -> None:
+        """Refuse the roster unless every prekey is signed by a device that the anchor knows.
+
+        By one anchor a roster is checked once, whichever of its devices asks.
+        """
+
+        def check() -> None:
+            for prekey in self.prekeys:
+                check_prekey(prekey, anchor)
+
+        anchor.verifier.once(statement("roster", self._call.digest), check)
+
     def number(self, identity: bytes) -> int:
         """A device's number; ReleaseRefused is raised when the roster does not name it."""
-        for number, prekey in enumerate(self.prekeys):
-            if prekey.identity == identity:
-                return number
-        raise refused(f"a roster without device {identity.hex()[:16]}")
+        if identity not in self._numbers:
+            raise refused(f"a roster without device {identity.hex()[:16]}")
+        return self._numbers[identity]
 
     def length(self, number: int) -> int:
         """Entries that a device sends."""
@@ -229,7 +256,7 @@ class Roster:
 
     def bands(self, number: int) -> int:
         """Bands that a device holds."""
-        return self.terms.bands(self.prekeys[number].tier)
+        return int(self._bands[number])
 
     @functools.cached_property
     def holding(self) -> tuple[tuple[int, ...], ...]:
@@ -238,14 +265,15 @@ class Roster:
 
     def holders(self, members: Iterable[int]) -> tuple[tuple[int, ...], ...]:
         """For each band, the band that all hold first, the numbers of the members that hold it."""
-        known, bands = tuple(members), range(1, len(self.terms.lengths))
-        return known, *(tuple(n for n in known if self.bands(n) > band) for band in bands)
+        known = np.fromiter(members, int)
+        held, bands = self._bands[known], range(len(self.terms.lengths))
+        return tuple(tuple(known[held > band].tolist()) for band in bands)
 
     def secrets(self, number: int) -> int:
         """How many secrets a device deals in shares."""
         return NOISE + (self.bands(number) if self.terms.excess else 0)
 
-    def due(self, survivors: Iterable[int], signers: Collection[int]) -> list[tuple[int, ...]]:
+    def due(self, survivors: Iterable[int], signers: Iterable[int]) -> Sequence[tuple[int, ...]]:
         """Which secrets of each device are opened at the end, by its number.
 
         Of a device that is not in the sum, its mask key. Of a survivor its seed and, where noise is
@@ -253,26 +281,16 @@ class Roster:
         needs. The first of those who signed are so never opened, whichever part of the signatures
         a device is shown; were survivors counted, a server could name some that are not there.
         """
-        alive = sorted(survivors)
-        opened: list[tuple[int, ...]] = [(MASKING,)] * len(self)
-        for number in alive:
-            opened[number] = (SEED,)
-        if not self.terms.excess:
-            return opened
-        for band, holders in enumerate(self.holders(alive)):
-            least, before = self.terms.minimums[band], 0
-            for number in holders:
-                if before >= least:
-                    opened[number] += (NOISE + band,)
-                before += number in signers
-        return opened
+        return _due(self, tuple(sorted(survivors)), tuple(sorted(signers)))
 
     def check_bands(self, members: Iterable[int], minimum: int) -> None:
         """Refuse members of whom fewer than ``minimum``, or than the terms ask for, hold some band.
 
         A single seed opens all bands of a device, so that no band can be left out.
         """
-        for band, count in enumerate(map(len, self.holders(members))):
+        held = self._bands[np.fromiter(members, int)]
+        counts = [int((held > band).sum()) for band in range(len(self.terms.lengths))]
+        for band, count in enumerate(counts):
             least = max(minimum, self.terms.minimums[band])
             if count < least:
                 found, remedy = f"{count} devices take part", "call more devices"
@@ -283,6 +301,26 @@ class Roster:
                     f"{found}, and the least that hides them among each other is set to {least}; "
                     f"the round is given up; {remedy}"
                 )
+
+
+@functools.lru_cache(maxsize=4)
+def _due(
+    roster: Roster, alive: tuple[int, ...], signers: tuple[int, ...]
+) -> Sequence[tuple[int, ...]]:
+    """What :meth:`Roster.due` gives to each device, for devices that are hosted together once."""
+    opened: list[tuple[int, ...]] = [(MASKING,)] * len(roster)
+    for number in alive:
+        opened[number] = (SEED,)
+    if not roster.terms.excess:
+        return opened
+    signed = frozenset(signers)
+    for band, holders in enumerate(roster.holders(alive)):
+        least, before = roster.terms.minimums[band], 0
+        for number in holders:
+            if before >= least:
+                opened[number] += (NOISE + band,)
+            before += number in signed
+    return opened
 
 
 def check_prekey(prekey: Prekey, anchor: Anchor) -> None:

@@ -129,7 +129,8 @@ class ServerSession:
         self._call = Call.of(terms, [Prekey.unpack(record) for record in prekeys])
         if problem := self._call.problem():
             raise UsageError(f"a round of {problem}; lengths ascend, with one minimum for each")
-        self._roster = Roster(self._call, anchor)
+        self._roster = self._call.roster
+        self._roster.check(anchor)
         self._roster.check_bands(range(len(self._roster)), 1)
         self._binding = Binding.of(self._call.digest, self._graph)
         self._anchor = anchor
@@ -143,7 +144,7 @@ class ServerSession:
         self._survivors: tuple[int, ...] = ()
         self._present = b""  # devices that dealt, as a bitmap
         self._confirmed = b""  # what devices sign
-        self._opened: list[tuple[int, ...]] = []
+        self._opened: Sequence[tuple[int, ...]] = []
         self.stage = Stage.SHARES  # what the server waits for
         self._due = tuple(range(len(self._roster)))
         self._answered: set[int] = set()

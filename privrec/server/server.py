@@ -51,6 +51,22 @@ class Release:
     tag: bytes
 
 
+def released_sum(round: Round, total: NDArray[np.int64], bound: float, root: SecretRoot) -> Release:
+    """A sum of sensitivity ``bound`` as it may be released, where devices did not add the noise.
+
+    Promise: central noise is that of the round's own event, Gaussian with standard deviation
+    ``noise_multiplier * bound`` on every coefficient, also of an empty cohort, and a function of
+    the round and the sum under ``root``: another input gets independent noise.
+    """
+    summed = released = digest(total)
+    context = (*round.context, summed)
+    if round.event.mechanism == "gaussian":
+        sigma = round.event.noise_multiplier * bound
+        total = total + rounded_gaussian(root.stream("noise", *context), sigma, len(total))
+        released = digest(total)
+    return Release(round, total, root.tag("release", *context, released))
+
+
 @dataclass
 class Server:
     """The model and its optimiser; it sees sums alone.
@@ -86,18 +102,9 @@ class Server:
     def release(self, round: Round, aggregate: Aggregate, root: SecretRoot) -> Release:
         """Add the round's central noise to the integer sum, where devices did not add their own.
 
-        Promise: central noise is that of the round's own event, Gaussian with standard deviation
-        ``noise_multiplier * encoding.bound`` on every coefficient, also of an empty cohort, and a
-        function of the round and the sum under ``root``: another input gets independent noise.
+        See :func:`released_sum`.
         """
-        total = aggregate.total
-        summed = released = digest(total)
-        context = (*round.context, summed)
-        if round.event.mechanism == "gaussian":
-            sigma = round.event.noise_multiplier * self.plan.protection.encoding.bound
-            total = total + rounded_gaussian(root.stream("noise", *context), sigma, len(total))
-            released = digest(total)
-        return Release(round, total, root.tag("release", *context, released))
+        return released_sum(round, aggregate.total, self.plan.protection.encoding.bound, root)
 
     def decode(self, release: Release) -> FloatArray:
         """Return the mean update of a released sum, turned back where updates were rotated."""

@@ -16,7 +16,7 @@ from privrec.audit import _findings, audit, examples, noise, rounds
 from privrec.audit.harness import Harness
 from privrec.device import example_shares, update
 from privrec.device.example_shares import ExampleSums
-from privrec.device.update import BoundedUpdate, Round
+from privrec.device.update import BoundedUpdate, Counting, Round
 from privrec.privacy.lazy import LazyMemory
 from privrec.privacy.mechanism import Shares, rounded_gaussian
 from privrec.run import simulation
@@ -436,3 +436,45 @@ def test_a_share_of_interactions_that_is_missing_fails(monkeypatch: Patch) -> No
 
     monkeypatch.setattr(Shares, "removed", removed)
     assert WHOLE in of_interactions()
+
+
+# ------------------------------------------------------------------------------- order of items
+
+ORDERS = (
+    'devices.popularity="released"',
+    "devices.popularity_epsilon=1.0",
+    "devices.popularity_items=5",
+    'devices.nesting="rows"',
+)
+NOISE, MOVED = "noise of the order of items", "what a history counts"
+
+
+def uncapped(self: Counting, data: Any, *words: Any) -> Any:
+    return COUNTED(replace(self, most=self.items), data, *words)
+
+
+def louder(self: Counting, *words: Any) -> Any:
+    """One of its items counts twice."""
+    bounded = COUNTED(self, *words)
+    bounded.integers[:, :1] *= 2
+    return bounded
+
+
+COUNTED = Counting.bounded
+
+
+@pytest.mark.parametrize("kind", ["central", "distributed"])
+@pytest.mark.parametrize("fault", [uncapped, louder])
+def test_a_history_that_counts_too_much_fails(fault: Any, kind: str, monkeypatch: Patch) -> None:
+    assert found(noise.probe_order, kind, *ORDERS) == set()
+    monkeypatch.setattr(Counting, "bounded", fault)
+    assert found(noise.probe_order, kind, *ORDERS) == {MOVED}
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.85, 1.15])
+def test_an_order_with_other_noise_fails(factor: float, monkeypatch: Patch) -> None:
+    honest, narrow = Shares.share_variance, Fraction(factor) ** 2
+    monkeypatch.setattr(server, "rounded_gaussian", scaled(factor))
+    monkeypatch.setattr(Shares, "share_variance", lambda self, band: honest(self, band) * narrow)
+    for kind in ("central", "distributed"):
+        assert found(noise.probe_order, kind, *ORDERS) == {NOISE}

@@ -18,10 +18,11 @@ from safetensors.numpy import load_file
 pytest.importorskip("flwr", reason="needs the extra privrec[flower]")
 
 from flwr.app import ConfigRecord, Message, RecordDict
-from memory_grid import Loopback, context_of, stage_of
+from memory_grid import Loopback, context_of, never, stage_of
 
 from privrec.cli.main import main
 from privrec.device import samples
+from privrec.device.update import digest
 from privrec.errors import BudgetError, DataError, IntegrityError, ReleaseRefused, UsageError
 from privrec.flower import server_app as server_module
 from privrec.flower.app import out_of, scenario_of
@@ -39,7 +40,7 @@ from privrec.flower.exchange import (
     unpack,
 )
 from privrec.flower.server_app import deploy
-from privrec.privacy.ledger import Ledger
+from privrec.privacy.ledger import PREPARATION, Ledger
 from privrec.randomness import SecretRoot
 from privrec.report.build import build
 from privrec.run import directory, lifecycle
@@ -84,6 +85,14 @@ engine = "device"
 footprint = false
 """
 NODES, USERS = 4, 20
+ORDERED = SCENARIO.replace(
+    "min_cohort = 5",
+    'min_cohort = 5\npopularity = "released"\npopularity_epsilon = 1.0\npopularity_items = 4',
+).replace(
+    'loss = "full_softmax"',
+    'loss = "full_softmax"\nrank_power = 0.3\nselector = "pghash"\nselected = 0.5\nbudget = 0.4',
+)
+"""All parts together: capacities, an order that is released, tables of each device's own."""
 
 
 @pytest.fixture(autouse=True)
@@ -141,9 +150,12 @@ def tags(out: Path) -> list[tuple[Any, ...]]:
     return [(e.get("round"), e.get("attempt"), e.get("tag")) for e in entries]
 
 
+@pytest.mark.parametrize("text", [SCENARIO, ORDERED], ids=["fold", "rows"])
 @pytest.mark.parametrize("excess", ["true", "false"])
-def test_a_run_over_flower_is_the_simulated_one_bit_for_bit(excess: str, tmp_path: Path) -> None:
-    folder = app_folder(tmp_path, SCENARIO.replace("delta", f"remove_excess = {excess}\ndelta"))
+def test_a_run_over_flower_is_the_simulated_one_bit_for_bit(
+    excess: str, text: str, tmp_path: Path
+) -> None:
+    folder = app_folder(tmp_path, text.replace("delta =", f"remove_excess = {excess}\ndelta ="))
     grid = known_nodes(grid_of(folder))
     deployed(folder, grid, tmp_path / "flower", unsafe_noise_key=b"k")
     scenario = Scenario.from_toml((folder / "scenario.toml").read_text())
@@ -153,7 +165,11 @@ def test_a_run_over_flower_is_the_simulated_one_bit_for_bit(excess: str, tmp_pat
     )
     assert one.tobytes() == two.tobytes()
     assert tags(tmp_path / "flower") == tags(tmp_path / "here")
-    assert len(tags(tmp_path / "here")) == 8  # header, three charges and commits, end
+    # Header, three charges and commits, and end; before the rounds one more of each, of the order.
+    assert len(tags(tmp_path / "here")) == 8 + 2 * (text == ORDERED)
+    if text == ORDERED:
+        first, second = (load_file(tmp_path / n / CATALOGUE)["order"] for n in ("flower", "here"))
+        assert np.array_equal(first, second)
 
 
 def test_a_node_that_is_lost_in_the_midst_of_a_round_drops_out(tmp_path: Path) -> None:
@@ -177,6 +193,23 @@ def test_a_node_that_is_lost_in_the_midst_of_a_round_drops_out(tmp_path: Path) -
     assert len(found) == 5
 
 
+def test_devices_of_a_node_that_is_gone_are_not_called_again(tmp_path: Path) -> None:
+    """In a sparse graph the loss of a quarter ends an attempt, and would end all that follow."""
+    folder = app_folder(tmp_path)
+    grid = grid_of(folder)
+
+    def lost(message: Message) -> bool:
+        node = message.metadata.dst_node_id
+        if node == 12 and stage_of(message) == MASKED:
+            grid.configs = {each: config for each, config in grid.configs.items() if each != 12}
+        return node not in grid.configs
+
+    grid.lost = lost
+    assert deployed(folder, grid, tmp_path / "run")["rounds"] == 3
+    called = [m.metadata.dst_node_id for m in grid.sent if stage_of(m) == SHARES]
+    assert [called.count(node) for node in (10, 11, 12, 13)] == [3, 3, 1, 3]
+
+
 def test_two_nodes_lost_are_too_many_and_the_round_is_charged_all_the_same(tmp_path: Path) -> None:
     folder = app_folder(tmp_path)
     grid = grid_of(folder, lost=lambda node, kind: node >= 12 and kind == UNMASK)
@@ -185,6 +218,108 @@ def test_two_nodes_lost_are_too_many_and_the_round_is_charged_all_the_same(tmp_p
     with Ledger.open(tmp_path / "run/ledger.jsonl") as ledger:
         assert len(ledger.charges) == 20
         assert ledger.committed(0, 0) is None
+
+
+def charged(out: Path) -> list[tuple[int, int]]:
+    with Ledger.open(out / "ledger.jsonl") as ledger:
+        return [(charge.round, charge.attempt) for charge in ledger.charges]
+
+
+def test_a_node_that_is_lost_while_items_are_counted_is_not_in_the_counts(tmp_path: Path) -> None:
+    folder, gone = app_folder(tmp_path, ORDERED), set[int]()
+
+    def lost(node: int, stage: str | None) -> bool:
+        if stage == MASKED and node == 12:
+            gone.add(node)
+        return node in gone
+
+    payload = deployed(folder, grid_of(folder, lost=lost), tmp_path / "run")
+    assert payload["rounds"] == 3
+    assert charged(tmp_path / "run")[0] == (PREPARATION, 0)
+    report = build(tmp_path / "run")
+    assert report.privacy.private
+    assert {event.mechanism for event in report.privacy.events} == {"discrete_gaussian"}
+    assert len(recommend(tmp_path / "run", user="3", k=5)) == 5
+
+
+@pytest.mark.parametrize("moment", ["asked", "committed"])
+def test_a_server_that_dies_while_items_are_counted_pays_for_another_count(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = app_folder(tmp_path, ORDERED), tmp_path / "run"
+    first = grid_of(folder)
+
+    def dying(*_: Any) -> bool:
+        raise Died
+
+    with monkeypatch.context() as patch:
+        if moment == "asked":
+            first.lost = lambda message: stage_of(message) == UNMASK and dying()
+        else:
+            patch.setattr(server_module, "write_order", dying)
+        with pytest.raises(Died):
+            deployed(folder, first, out)
+    assert charged(out) == [(PREPARATION, 0)]
+    assert not (out / CATALOGUE).exists()
+    first.lost = never
+    assert deployed(folder, first, out)["rounds"] == 3
+    assert charged(out) == [(PREPARATION, 0), (PREPARATION, 1), *((n, 0) for n in range(3))]
+    report = build(out)
+    assert report.privacy.charges == 5
+
+
+def test_a_run_with_an_order_goes_on_with_that_order(tmp_path: Path) -> None:
+    folder, out, calls = app_folder(tmp_path, ORDERED), tmp_path / "run", list[int]()
+
+    def dying(message: Message) -> bool:
+        calls.append(stage_of(message) == UNMASK)
+        if sum(calls) > 2 * NODES:  # of the second round
+            raise Died
+        return False
+
+    grid = grid_of(folder)
+    grid.lost = dying
+    with pytest.raises(Died):
+        deployed(folder, grid, out)
+    order = (out / CATALOGUE).read_bytes()
+    grid.lost = never
+    assert deployed(folder, grid, out)["rounds"] == 3
+    assert (out / CATALOGUE).read_bytes() == order
+    assert charged(out) == [(PREPARATION, 0), (0, 0), (1, 0), (1, 1), (2, 0)]
+
+
+@pytest.mark.parametrize(
+    ("stages", "says"),
+    [
+        ({MASKED}, "not the one that the round is bound to"),
+        ({SHARES, MASKED}, "this device agreed to other ones"),
+        ({SHARES}, "this device agreed to other ones"),
+    ],
+    ids=["order", "order and digest", "digest"],
+)
+def test_a_server_that_gives_devices_another_order_gets_nothing_of_them(
+    stages: set[str], says: str, tmp_path: Path, flower_log: Any
+) -> None:
+    """By rows of its own choice it could tell a device's part of the sum from all others'."""
+    folder, other = app_folder(tmp_path, ORDERED), np.arange(60)
+
+    def lying(message: Message) -> Message:
+        told, meta = unpack(message), message.metadata
+        if meta.dst_node_id != 12 or told["stage"] not in stages or "order" not in told:
+            return message
+        told["order"] = digest(other) if told["stage"] == SHARES else other.tobytes()
+        return Message(pack(told), meta.dst_node_id, meta.message_type)
+
+    grid = grid_of(folder)
+    grid.tampered = lying
+    deployed(folder, grid, tmp_path / "run", timeout_s=1.0)
+    assert says in logged(flower_log)
+    answered = [
+        unpack(reply)["answers"]
+        for node, stage, asked, reply in grid.seen
+        if (node, stage) == (12, MASKED) and "order" in unpack(asked)
+    ]
+    assert not any(answered)
 
 
 class Died(Exception):
@@ -332,7 +467,7 @@ def test_a_node_keeps_the_noise_of_its_own_scenario_alone(tmp_path: Path) -> Non
         with keys_of(context) as keys:
             node = Node(app_folder(tmp_path, text), context, keys)
         plan = Plan.of(Scenario.from_toml(text), 60, USERS)
-        assert node._event == plan.event
+        assert node.plan.event == plan.event
         assert keys.kept[CALIBRATED][1] == plan.event.noise_multiplier
 
 
@@ -399,7 +534,12 @@ def test_what_a_history_has_is_not_in_an_error_that_the_server_reads(
     [
         ("devices.population=", "population is unset"),
         ("privacy.noise=central", "trusts a server"),
-        ("devices.popularity=public", "order of items by popularity"),
+        ("devices.popularity=public", "counts in the data, which are on the devices"),
+        (
+            "privacy.noise=none; privacy.noise_multiplier=; devices.popularity=released; "
+            "devices.popularity_epsilon=1.0",
+            "the server would have the counts before their noise",
+        ),
     ],
 )
 def test_what_cannot_be_deployed_is_refused(change: str, says: str, tmp_path: Path) -> None:

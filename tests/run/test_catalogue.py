@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -18,20 +18,36 @@ from safetensors.numpy import load_file, save
 from scipy import stats
 
 from privrec import data
-from privrec.data import Interactions, Split
-from privrec.errors import IntegrityError, Interrupted
+from privrec.data import Split
+from privrec.device.samples import Histories
+from privrec.device.update import Counting, agreed_places, digest
+from privrec.errors import (
+    BudgetError,
+    IntegrityError,
+    Interrupted,
+    ReleaseRefused,
+)
 from privrec.privacy.events import RoundEvent, epsilon
 from privrec.privacy.ledger import PREPARATION, Ledger
+from privrec.privacy.population import PopulationBalance
 from privrec.randomness import SecretRoot
 from privrec.report.build import build
-from privrec.run import lifecycle, task
+from privrec.run import lifecycle, loop, simulation
 from privrec.run.catalogue import CATALOGUE, Catalogue
 from privrec.run.directory import Identity
-from privrec.run.privacy_plan import event_without_shares, release_event
+from privrec.run.parties import enrolled_with
+from privrec.run.plan import Plan
+from privrec.run.privacy_plan import (
+    charges_of,
+    counting_of,
+    event_without_shares,
+    release_without_shares,
+)
 from privrec.run.recommend import TrainedModel, recommend
 from privrec.run.record import Observer, Record
 from privrec.run.task import Recommending
 from privrec.scenario.load import Scenario
+from privrec.secagg.ring import LARGEST_WRAP, Load
 
 ROUNDS = 4
 LEVEL = 1e-4
@@ -61,6 +77,8 @@ noise_multiplier = 4.0
 footprint = false
 """
 PUBLIC = ("devices.popularity=public", "devices.popularity_epsilon=")
+SHARED = ("privacy.noise=distributed", "devices.min_cohort=5", "privacy.delta=1e-4")
+FULL = (*SHARED, "run.secure_sum=full")
 DEVICES = SecretRoot.known(b"devices")
 
 
@@ -77,14 +95,18 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRIVREC_STATE", str(tmp_path / "state"))
 
 
-class Memo:
-    """A ledger that only remembers."""
+class Memo(Ledger):
+    """A ledger on no disk; ``told`` has what was charged and committed."""
 
     def __init__(self, run_id: str = "run") -> None:
-        self.header, self.told = {"run_id": run_id}, list[Any]()
+        super().__init__(Path("memo"), None, None)
+        standing = asdict(PopulationBalance())
+        self.header, self.told = {"run_id": run_id, "standing": standing}, list[Any]()
 
-    def charge(self, *charge: Any) -> None:
+    def charge(self, *charge: Any) -> None:  # type: ignore[override]
         self.told.append(charge)
+        self._charges[charge[:2]] = charge  # type: ignore[assignment]
+        self.counts[charge[2]] += 1
 
     def commit(self, *commit: Any) -> None:
         self.told.append(commit)
@@ -96,119 +118,199 @@ def order_of(folder: Path, root: bytes = b"server", run_id: str = "run", *change
     ledger, server = Memo(run_id), SecretRoot.known(root)
     task = Recommending(scenario(*changes), split_of())
     roots = {"server": server, "devices": DEVICES}
-    identity = SimpleNamespace(root=roots.get, signing_key=Ed25519PrivateKey.generate)
+    identity = SimpleNamespace(
+        root=roots.get, signing_key=Ed25519PrivateKey.generate, run_id=run_id
+    )
     task.number(folder, ledger, identity)  # type: ignore[arg-type]
     return load_file(folder / CATALOGUE)["order"], ledger
+
+
+def counting(*changes: str) -> Counting:
+    found = counting_of(scenario(*changes), 40, 60)
+    assert found is not None
+    return found
+
+
+def histories() -> Histories:
+    train = split_of().train
+    return Histories(np.arange(60), train.indptr, train.items)
+
+
+def of_users(*items: list[int]) -> Histories:
+    lengths = np.cumsum([0, *map(len, items)])
+    return Histories(np.arange(len(items)), lengths, np.concatenate(items).astype(np.int32))
+
+
+def counted(found: Counting, data: Histories, attempt: int = 0, root: SecretRoot = DEVICES) -> Any:
+    """What each device puts into the sum before its noise, a row each."""
+    bounded = found.bounded(data, root, found.round("run", attempt, "plan"))
+    return np.array([each.vector() for each in bounded.rows()])
+
+
+def summed(*changes: str, attempt: int = 0, dropout_rate: float = 0.0) -> Any:
+    """The sum of all devices, as a run takes it."""
+    settings, found = scenario(*changes), counting(*changes)
+    enrolled, how = enrolled_with(settings, DEVICES), settings.run.secure_sum
+    round = found.round("run", attempt, "plan")
+    return simulation.count(found, round, histories(), enrolled, how, dropout_rate)
 
 
 # --------------------------------------------------------------------------- what it costs
 
 
-def test_the_release_has_the_event_that_meets_its_epsilon() -> None:
-    event = release_event(scenario())
-    assert event is not None
-    assert (event.mechanism, event.sampling_rate) == ("gaussian", 1.0)
+@pytest.mark.parametrize(
+    ("changes", "law"), [((), "gaussian"), (SHARED, "discrete_gaussian")], ids=["central", "shares"]
+)
+def test_the_release_has_the_event_that_meets_its_epsilon(
+    changes: tuple[str, ...], law: str
+) -> None:
+    event, delta = counting(*changes).event, scenario(*changes).privacy.delta
+    assert (event.mechanism, event.sampling_rate) == (law, 1.0)
     for adversary in ("recipients", "server"):
-        assert 1.9 < epsilon({event: 1}, 1e-5, adversary) <= 2.0  # type: ignore[arg-type]
-    assert release_event(scenario(*PUBLIC)) is None
-    unset = ("devices.popularity=", "devices.popularity_epsilon=")
-    assert release_event(scenario(*unset)) is None
+        assert 1.9 < epsilon({event: 1}, delta, adversary) <= 2.0  # type: ignore[arg-type]
+    for none in (PUBLIC, ("devices.popularity=", "devices.popularity_epsilon=")):
+        assert counting_of(scenario(*changes, *none), 40, 60) is None
+        assert release_without_shares(scenario(*changes, *none)) is None
 
 
-def test_the_budget_covers_the_release_too() -> None:
-    budget = ("privacy.noise_multiplier=", "privacy.epsilon=3", "privacy.budget_against=server")
-    with_release, without = (
-        event_without_shares(scenario(*budget)),
-        event_without_shares(scenario(*budget, *PUBLIC)),
-    )
+@pytest.mark.parametrize("changes", [(), SHARED], ids=["central", "shares"])
+def test_the_budget_covers_the_release_too(changes: tuple[str, ...]) -> None:
+    budget = (
+        *changes, "privacy.noise_multiplier=", "privacy.epsilon=3", "privacy.budget_against=server",
+    )  # fmt: skip
+    settings = scenario(*budget)
+    delta = settings.privacy.delta
+    plans = Plan.of(settings, 40, 60), Plan.of(scenario(*budget, *PUBLIC), 40, 60)
+    with_release, without = (plan.event for plan in plans)
     assert with_release.noise_multiplier > without.noise_multiplier
-    before = release_event(scenario(*budget))
+    before = plans[0].before
     assert before is not None
-    spent = epsilon({with_release: ROUNDS, before: 1}, 1e-5, "server")
+    assert plans[1].before is None
+    spent = epsilon({with_release: ROUNDS, before: 1}, delta, "server")
     assert 2.95 < spent <= 3
-    assert epsilon({without: ROUNDS, before: 1}, 1e-5, "server") > 3
+    assert epsilon({without: ROUNDS, before: 1}, delta, "server") > 3
+    if not changes:
+        assert (event_without_shares(settings), release_without_shares(settings)) == (
+            with_release, before,
+        )  # fmt: skip
+    charged = charges_of(settings, with_release, before)
+    assert charged == {with_release: ROUNDS, before: 1}
 
 
 @pytest.mark.parametrize("most", [1, 3, 8, 1000])
-def test_one_history_moves_the_counts_by_no_more_than_the_root_of_its_items(
-    most: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("changes", [(), SHARED], ids=["central", "shares"])
+def test_one_history_moves_the_sum_by_no_more_than_is_charged(
+    changes: tuple[str, ...], most: int
 ) -> None:
-    """So that noise of the multiplier times that root is what was charged."""
-    seen: list[float] = []
-    draw = task.rounded_gaussian
-
-    def watched(stream: Any, sigma: float, size: int) -> Any:
-        seen.append(sigma)
-        return draw(stream, sigma, size)
-
-    monkeypatch.setattr(task, "rounded_gaussian", watched)
-    event = release_event(scenario())
-    assert event is not None
-    order_of(tmp_path / "a", b"server", "run", f"devices.popularity_items={most}")
-    assert seen == [pytest.approx(event.noise_multiplier * most**0.5)]
-    train = split_of().train
-    for user in range(0, 60, 7):
-        alone = Interactions(
-            np.array([0, train.counts[user]]), train.history(user), None,
-            train.user_ids[:1], train.item_ids,
-        )  # fmt: skip
-        counts = task._capped_counts(alone, most, DEVICES.stream("x", user))
-        assert set(counts) <= {0, 1}
-        assert counts.sum() == min(most, train.counts[user])
-        assert np.linalg.norm(counts) <= most**0.5
-        assert not set(np.flatnonzero(counts)) - set(train.history(user))
+    """Whatever it is, against nothing or against any other: the bound is exact, not rounded."""
+    found = counting(*changes, f"devices.popularity_items={most}")
+    kept, step = min(most, 40), found.step
+    assert found.bound == step * kept**0.5
+    if changes:
+        assert found.protection.shares is not None
+        assert found.protection.shares.squared_sensitivity == step**2 * kept
+        assert found.event.grid is not None
+        assert found.event.grid.squared_sensitivity == step**2 * kept
+    every = list(range(40))
+    data = of_users([], [7], every, every[::-1], [3, 3, 3, 5], every[:20] * 3)
+    rows = counted(found, data)
+    assert set(rows.ravel().tolist()) <= {0, step}
+    wanted = [min(kept, n) for n in (0, 1, 40, 40, 2, 20)]
+    assert (rows != 0).sum(1).tolist() == wanted
+    assert ((rows.astype(np.int64) ** 2).sum(1) <= step**2 * kept).all()
+    for row, items in zip(rows, data.sets(), strict=True):
+        assert not set(np.flatnonzero(row)) - set(items)
 
 
 def test_counts_are_those_of_all_users_when_nobody_is_cut() -> None:
     train = split_of().train
-    counts = task._capped_counts(train, 1000, DEVICES.stream("x"))
-    assert np.array_equal(counts, train.item_counts())
-    cut = task._capped_counts(train, 3, DEVICES.stream("x"))
-    assert cut.sum() == np.minimum(train.counts, 3).sum()
-    assert np.all(cut <= counts)
+    found = counting("devices.popularity_items=1000")
+    assert np.array_equal(counted(found, histories()).sum(0), found.step * train.item_counts())
+    cut = counted(counting(), histories())
+    assert (cut > 0).sum() == np.minimum(train.counts, 3).sum()
 
 
 @pytest.mark.statistical
-def test_which_items_count_is_uniform_and_secret() -> None:
+def test_which_items_count_is_uniform_and_secret_and_of_each_user_by_itself() -> None:
     """Not the first or the latest of a history, and not the same for who knows another root."""
-    train = split_of().train
-    user = int(train.counts.argmax())
-    alone = Interactions(
-        np.array([0, train.counts[user]]), train.history(user), None,
-        train.user_ids[:1], train.item_ids,
-    )  # fmt: skip
-    drawn = sum(task._capped_counts(alone, 3, DEVICES.stream("x", number)) for number in range(600))
-    found = np.asarray(drawn)[train.history(user)]
-    assert stats.chisquare(found).pvalue > LEVEL
-    one, other = (
-        task._capped_counts(train, 3, SecretRoot.known(key).stream("x")) for key in (b"a", b"b")
-    )
-    assert not np.array_equal(one, other)
+    data, found = histories(), counting()
+    user = int(data.lengths.argmax())
+    alone = Histories.alone(user, data.of(user))
+    drawn = sum(counted(found, alone, attempt)[0] > 0 for attempt in range(600))
+    assert stats.chisquare(np.asarray(drawn)[data.of(user)]).pvalue > LEVEL
+    together = counted(found, data)
+    assert np.array_equal(together[user], counted(found, alone)[0])
+    shuffled = Histories.alone(user, data.of(user)[::-1].copy())
+    assert np.array_equal(together[user], counted(found, shuffled)[0])
+    other = counted(found, data, root=SecretRoot.known(b"other"))
+    assert not np.array_equal(together, other)
+
+
+# --------------------------------------------------------------------------- its noise
+
+
+def fits(noise: Any, variance: float) -> bool:
+    """Whether a two-sided test of the variance passes."""
+    ratio = (noise.astype(float) ** 2).sum() / variance
+    return bool(LEVEL / 2 < stats.chi2.cdf(ratio, noise.size) < 1 - LEVEL / 2)
 
 
 @pytest.mark.statistical
-def test_the_noise_of_the_counts_is_as_charged(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("kept", [True, False], ids=["excess removed", "excess kept"])
+def test_the_sum_has_the_counts_and_the_noise_that_is_charged(kept: bool) -> None:
     """It must reject two thirds and one and a half of it too."""
-    event, noises = release_event(scenario()), list[Any]()
-    assert event is not None
-    draw = task.rounded_gaussian
+    changes = SHARED if kept else (*SHARED, "privacy.remove_excess=false")
+    found = counting(*changes)
+    shares = found.protection.shares
+    assert shares is not None
+    (band,), plain = shares.bands, [counted(found, histories(), n).sum(0) for n in range(60)]
+    sums = [summed(*changes, attempt=attempt) for attempt in range(60)]
+    noise = np.array(sums) - np.array(plain)
+    accounted = found.event.noise_multiplier**2 * found.bound**2
+    variance = accounted * (band.least if kept else 60) / (band.least - band.colluders)
+    for wrong, right in ((1.0, True), (2 / 3, False), (3 / 2, False)):
+        assert fits(noise, wrong**2 * variance) is right
+    # Without what colluders know there is as much as is accounted.
+    assert variance * (band.least - band.colluders) / band.least >= accounted * (1 - 1e-9)
 
-    def watched(*words: Any) -> Any:
-        noises.append(draw(*words))
-        return noises[-1]
 
-    monkeypatch.setattr(task, "rounded_gaussian", watched)
+@pytest.mark.statistical
+def test_central_noise_is_what_is_charged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found, noises = counting(), list[Any]()
+    release = loop.released_sum
+
+    def watched(round: Any, total: Any, *words: Any) -> Any:
+        made = release(round, total, *words)
+        noises.append(made.total - total)
+        return made
+
+    monkeypatch.setattr(loop, "released_sum", watched)
     for number in range(60):
         order_of(tmp_path / "a", b"server", f"run-{number}")
-    found = np.concatenate(noises).astype(float)
-    assert len(found) == 60 * 40
-    sigma = event.noise_multiplier * 3**0.5
+    sigma = found.event.noise_multiplier * found.step * 3**0.5
     for wrong, right in ((1.0, True), (2 / 3, False), (3 / 2, False)):
-        ratio = (found**2).sum() / ((wrong * sigma) ** 2 + 1 / 12)
-        fits = LEVEL / 2 < stats.chi2.cdf(ratio, len(found)) < 1 - LEVEL / 2
-        assert bool(fits) is right
+        assert fits(np.concatenate(noises), (wrong * sigma) ** 2 + 1 / 12) is right
+
+
+def test_the_protocol_gives_the_same_counts_bit_for_bit() -> None:
+    for words in ({}, {"dropout_rate": 0.1}):
+        plain, secure = summed(*SHARED, **words), summed(*FULL, **words)
+        assert plain.tobytes() == secure.tobytes()
+    assert not np.array_equal(summed(*SHARED), summed(*SHARED, attempt=1))
+
+
+def test_the_grid_is_fine_and_no_count_of_many_devices_wraps_around() -> None:
+    for devices, most in ((60, 3), (10**6, 50), (10**6, 1), (4 * 10**6, 10**5)):
+        changes = f"devices.popularity_items={most}", "privacy.scale_bits=20"
+        found = counting_of(scenario(*SHARED, *changes), 10**5, devices)
+        assert found is not None
+        assert devices * found.step < 2**31
+        shares = found.protection.shares
+        assert shares is not None
+        noise = float(shares.share_variance(0)) * shares.bands[0].least / found.bound**2
+        load = Load(10**5, devices, noise)
+        ring, encoding = found.protection.ring, found.protection.encoding
+        assert ring.wrap_probability(encoding, load) <= LARGEST_WRAP
 
 
 def test_the_noise_is_in_the_order(tmp_path: Path) -> None:
@@ -219,37 +321,101 @@ def test_the_noise_is_in_the_order(tmp_path: Path) -> None:
         assert not np.array_equal(order_of(tmp_path / "c", *words)[0], first)
     exact = np.argsort(-split_of().train.item_counts(), kind="stable")
     assert not np.array_equal(first, exact)
-    generous = order_of(
-        tmp_path / "d", b"server", "run", "devices.popularity_epsilon=1000",
-        "devices.popularity_items=1000",
-    )[0]  # fmt: skip
     counts = split_of().train.item_counts()
-    assert stats.spearmanr(counts[generous], -np.arange(40)).statistic > 0.95
+    generous = "devices.popularity_epsilon=1000", "devices.popularity_items=1000"
+    for changes in (generous, (*generous, *SHARED)):
+        found = order_of(tmp_path / "d", b"server", "run", *changes)[0]
+        assert stats.spearmanr(counts[found], -np.arange(40)).statistic > 0.95
     assert stats.spearmanr(counts[first], -np.arange(40)).statistic < 0.95
 
 
-def test_it_is_charged_before_the_counts_are_looked_at_and_tagged_after(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("changes", [(), SHARED, FULL], ids=["central", "shares", "full"])
+def test_it_is_charged_before_devices_are_asked_and_committed_before_it_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: tuple[str, ...]
 ) -> None:
     told: list[str] = []
-    places = {"_capped_counts": task, "rounded_gaussian": task, "write": Catalogue}
-    for name, place in places.items():
-        original = getattr(place, name)
+    original = Counting.bounded
 
-        def watched(*words: Any, name: str = name, original: Any = original, **more: Any) -> Any:
-            told.append(name)
-            return original(*words, **more)
+    def bounded(self: Counting, *words: Any) -> Any:
+        told.append("bounded")
+        return original(self, *words)
 
-        monkeypatch.setattr(place, name, watched)
-    monkeypatch.setattr(Memo, "charge", lambda self, *charge: told.append(f"charge {charge[:2]}"))
-    monkeypatch.setattr(Memo, "commit", lambda self, *commit: told.append(f"commit {commit[:2]}"))
-    order_of(tmp_path / "a")
-    assert told == [
-        "charge (-1, 0)", "_capped_counts", "rounded_gaussian", "commit (-1, 0)", "write",
-    ]  # fmt: skip
-    assert PREPARATION == -1
-    one, other = (order_of(tmp_path / "b", root) for root in (b"one", b"two"))
-    assert one[0].dtype == other[0].dtype == np.int64
+    monkeypatch.setattr(Counting, "bounded", bounded)
+    charge, write = Memo.charge, Catalogue.write
+
+    def charged(self: Memo, *words: Any) -> None:
+        told.append(f"charge {words[:2]}")
+        charge(self, *words)
+
+    def written(*words: Any) -> None:
+        told.append("written")
+        write(*words)
+
+    monkeypatch.setattr(Memo, "charge", charged)
+    monkeypatch.setattr(Memo, "commit", lambda self, *c: told.append(f"commit {c[:2]}"))
+    monkeypatch.setattr(Catalogue, "write", written)
+    order, _ = order_of(tmp_path / "a", b"server", "run", *changes)
+    assert told == ["charge (-1, 0)", "bounded", "commit (-1, 0)", "written"]
+    assert order.dtype == np.int64
+
+
+def test_a_count_without_a_sum_is_charged_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the devices fall silent at times, and two thirds must be there."""
+    lossy = (*SHARED, "devices.dropout_rate=0.35")
+    order, ledger = order_of(tmp_path / "a", b"server", "run-2", *lossy)
+    attempts = [each[1] for each in ledger.told]
+    assert len(attempts) > 2
+    assert attempts == [*range(max(attempts) + 1), max(attempts)]
+    assert {each[2] for each in ledger.told[:-1]} == {counting(*lossy).event}
+    assert np.array_equal(np.sort(order), np.arange(40))
+    lost = (*SHARED, "devices.dropout_rate=0.9")
+    with pytest.raises(ReleaseRefused, match="20 counts of the items ended without a sum"):
+        order_of(tmp_path / "b", b"server", "run", *lost)
+
+
+def test_counts_that_are_lost_do_not_go_beyond_the_budget(tmp_path: Path) -> None:
+    lossy = (
+        *SHARED, "devices.dropout_rate=0.9", "privacy.noise_multiplier=", "privacy.epsilon=3",
+        "privacy.budget_against=server",
+    )  # fmt: skip
+    with pytest.raises(BudgetError, match="another count of the items would bring ε to"):
+        order_of(tmp_path / "a", b"server", "run", *lossy)
+
+
+def test_all_rounds_are_bound_to_the_order(tmp_path: Path) -> None:
+    plans = []
+    for root in (b"one", b"two"):
+        task = Recommending(scenario(), split_of())
+        roots = {"server": SecretRoot.known(root), "devices": DEVICES}
+        identity = SimpleNamespace(
+            root=roots.get, signing_key=Ed25519PrivateKey.generate, run_id="run"
+        )
+        before = task.plan.digest
+        assert before == task.scenario.plan_hash()
+        task.number(tmp_path, Memo(), identity)  # type: ignore[arg-type]
+        order = load_file(tmp_path / CATALOGUE)["order"]
+        assert task.plan.order == digest(order)
+        plans.append(task.plan.digest)
+        assert plans[-1] != before
+    assert plans[0] != plans[1]
+
+
+def test_a_device_takes_no_other_order_than_all_others() -> None:
+    order = np.random.default_rng(1).permutation(40)
+    places = agreed_places(order.tobytes(), 40, digest(order))
+    assert np.array_equal(order[places], np.arange(40))
+    twice = np.zeros(40, np.int64)
+    for packed, told in (
+        (order[::-1].copy().tobytes(), digest(order)),
+        (b"", digest(np.zeros(0, np.int64))),
+        (order[:-1].tobytes(), digest(order[:-1])),
+        (twice.tobytes(), digest(twice)),
+        ((order + 1).tobytes(), digest(order + 1)),
+    ):
+        with pytest.raises(ReleaseRefused, match="not the one that the round is bound to"):
+            agreed_places(packed, 40, told)
 
 
 def test_a_public_order_is_that_of_the_counts_and_costs_nothing(tmp_path: Path) -> None:
@@ -271,8 +437,7 @@ def started(out: Path, *changes: str, **words: Any) -> dict[str, Any]:
 def test_a_run_charges_the_release_and_counts_it(tmp_path: Path) -> None:
     out = tmp_path / "run"
     payload = started(out)
-    before = release_event(scenario())
-    assert before is not None
+    before = counting().event
     with Ledger.open(out / "ledger.jsonl", repair=False) as ledger:
         charges = [(charge.round, charge.attempt, charge.event) for charge in ledger.charges]
         assert ledger.committed(PREPARATION, 0) is not None

@@ -223,14 +223,14 @@ def test_noise_is_in_a_sum_once_however_often_it_is_read_and_by_how_many_made() 
     parts = parts_of(TIERS)
     simulation, round = parts.simulation, parts.server.next_round(0)
     cohort = [
-        Participant(user, tier)
+        Participant(user, tier.index)
         for tier, held in zip(simulation.federation.tiers, simulation.cohorts, strict=True)
         for user in held.users.tolist()
     ]
 
     def made() -> Plain:
         protection, enrolled = simulation.protection, simulation.enrolled
-        return Plain(round, simulation.federation, protection, cohort, enrolled)
+        return Plain(round, simulation.federation.layouts, protection, cohort, enrolled)
 
     discrete._parts.cache_clear()
     whole, shared = made(), made()

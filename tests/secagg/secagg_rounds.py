@@ -52,6 +52,8 @@ class Cohort:
     books: list[PrekeyBook] = field(init=False)
     saved: dict[bytes, bytes] = field(default_factory=dict)
     """What the session of each device saved last."""
+    call: bytes = field(default=b"", init=False)
+    """Of the last round."""
 
     def __post_init__(self) -> None:
         roots = [SecretRoot.known(f"{self.name} {i}".encode()) for i in range(len(self.tiers))]
@@ -79,7 +81,7 @@ class Cohort:
         book = self.books[number]
         device = book.key.public
         save, saved = partial(self.saved.__setitem__, device), self.saved[device]
-        return ClientSession(book, self.anchor, self.policy, save, saved)
+        return ClientSession(book, self.anchor, self.policy, save, saved, self.call)
 
     def server(
         self, agreed: Terms | None = None, made: Callable[..., ServerSession] = ServerSession
@@ -87,6 +89,7 @@ class Cohort:
         agreed = agreed or terms()
         session = made(agreed, self.prekeys(), self.anchor, self.policy.graph)
         session.publish(model(len(agreed.lengths)))
+        self.call = session._call.pack()
         return session
 
     def vectors(self, agreed: Terms, rng: np.random.Generator) -> list[np.ndarray]:

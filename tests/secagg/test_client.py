@@ -14,7 +14,7 @@ from privrec.errors import IntegrityError, ReleaseRefused
 from privrec.secagg.client import ClientSession, Policy
 from privrec.secagg.keys import PrekeyBook, model_root
 from privrec.secagg.messages import Deal, Quorum, Stage, Survivors, bitmap, members
-from privrec.secagg.roster import EnrolmentKey, ListedDevices
+from privrec.secagg.roster import Call, EnrolmentKey, ListedDevices
 from privrec.secagg.server import ServerSession
 from privrec.secagg.sharing import Graph
 
@@ -232,8 +232,11 @@ class Kept:
             self.server.advance()
 
 
-def resumed(book: PrekeyBook, anchor: Any, saved: bytes, policy: Policy = POLICY) -> ClientSession:
-    return ClientSession(book, anchor, policy, progress=saved)
+def resumed(
+    book: PrekeyBook, cohort: Cohort, saved: bytes, anchor: Any = None, policy: Policy = POLICY
+) -> ClientSession:
+    anchor = anchor or cohort.anchor
+    return ClientSession(book, anchor, policy, progress=saved, call=cohort.call)
 
 
 def test_a_session_or_a_book_that_was_set_back_alone_answers_nothing() -> None:
@@ -245,11 +248,11 @@ def test_a_session_or_a_book_that_was_set_back_alone_answers_nothing() -> None:
         for at, state in enumerate(kept.books):
             # The book is saved when it issues and enters, then once for each progress.
             if at == old + 2:
-                session = resumed(kept.book(state), kept.cohort.anchor, saved)
+                session = resumed(kept.book(state), kept.cohort, saved)
                 assert session._recalled().pack() == saved
                 continue
             with pytest.raises(IntegrityError, match="set back"):
-                resumed(kept.book(state), kept.cohort.anchor, saved)
+                resumed(kept.book(state), kept.cohort, saved)
     late = ClientSession(kept.book(kept.books[-1]), kept.cohort.anchor, POLICY)
     with pytest.raises(ReleaseRefused, match="used before"):
         late.shares(messages[Stage.SHARES])
@@ -262,6 +265,19 @@ def test_of_two_copies_of_a_session_one_answers(stage: Stage) -> None:
     assert waiting.answer(waiting.device, waiting.message)
     with pytest.raises(IntegrityError, match="worked on twice"):
         answer(twin, stage, waiting.message, VECTOR[::-1].copy(), model(2))
+
+
+def test_a_session_goes_on_with_the_call_that_began_it_alone() -> None:
+    """Another roster of the same devices would have it masked with other keys."""
+    waiting = Waiting(Stage.MASKED)
+    book, saved = waiting.cohort.books[0], waiting.cohort.saved[waiting.device]
+    own = waiting.cohort.call
+    waiting.cohort.server(AGREED)  # of fresh prekeys
+    assert waiting.cohort.call != own
+    for call in (waiting.cohort.call, b""):
+        with pytest.raises(ReleaseRefused):
+            ClientSession(book, waiting.cohort.anchor, POLICY, progress=saved, call=call)
+    assert ClientSession(book, waiting.cohort.anchor, POLICY, progress=saved, call=own)
 
 
 def test_a_later_attempt_ends_the_session_of_an_earlier_one() -> None:
@@ -285,8 +301,29 @@ def test_a_resumed_session_is_held_to_the_policy_and_the_anchor_of_now(stage: St
     ]
     for believed, policy, words in strict:
         with pytest.raises(ReleaseRefused, match=words):
-            resumed(book, believed, saved, policy)
-    resumed(book, anchor, saved)
+            resumed(book, waiting.cohort, saved, believed, policy)
+    resumed(book, waiting.cohort, saved)
+
+
+def test_what_one_device_checked_is_not_taken_for_what_another_is_shown() -> None:
+    """Devices of one process share an anchor, which remembers checks by all that they looked at."""
+    waiting = Waiting(Stage.UNMASK)
+    other = waiting.cohort.ids[1]
+    waiting.answer(waiting.device, waiting.message)
+    quorum = Quorum.parse(waiting.server.outbox()[other])
+    forged = replace(quorum, signatures=bytes(len(quorum.signatures)))
+    with pytest.raises(ReleaseRefused, match="did not confirm"):
+        waiting.answer(other, forged.pack())
+    assert waiting.answer(other, quorum.pack())
+    cohort = Cohort(TIERS, POLICY)
+    message = cohort.server(AGREED).outbox()[cohort.ids[0]]
+    first, second, *_ = cohort.clients()
+    first.shares(message)
+    call = Call.parse(message)
+    unsigned = replace(call, records=call.records[:-1] + bytes([call.records[-1] ^ 1]))
+    with pytest.raises(ReleaseRefused, match="no enrolled device signed"):
+        second.shares(unsigned.pack())
+    assert second.shares(message)
 
 
 def test_a_roster_is_checked_once_by_each_anchor() -> None:
@@ -294,10 +331,10 @@ def test_a_roster_is_checked_once_by_each_anchor() -> None:
     waiting = Waiting(Stage.UNMASK)
     book, saved = waiting.cohort.books[0], waiting.cohort.saved[waiting.device]
     same = ListedDevices(reversed(waiting.cohort.ids))
-    resumed(book, same, saved)
+    resumed(book, waiting.cohort, saved, same)
     assert not same.verifier._good
     other = ListedDevices([*waiting.cohort.ids, bytes(32)])
-    resumed(book, other, saved)
+    resumed(book, waiting.cohort, saved, other)
     assert len(other.verifier._good) == len(waiting.cohort.ids)
 
 

@@ -307,6 +307,7 @@ def test_broken_progress_is_refused() -> None:
     book: PrekeyBook = target.cohort.books[0]
     for message, _ in zip(mutations(saved, [saved[::-1]], rng), range(300), strict=False):
         try:
-            ClientSession(book, target.cohort.anchor, DENSE.policy, progress=message)
+            saved = {"progress": message, "call": target.cohort.call}
+            ClientSession(book, target.cohort.anchor, DENSE.policy, **saved)
         except (ReleaseRefused, IntegrityError):
             continue

@@ -47,7 +47,7 @@ def test_the_digest_covers_all_terms_and_the_roster(
 
 
 def test_lengths_and_bands_of_tiers(cohort: Cohort, prekeys: list[Prekey]) -> None:
-    roster = Roster(Call.of(terms(), prekeys), cohort.anchor)
+    roster = Roster(Call.of(terms(), prekeys))
     assert [roster.length(n) for n in range(5)] == [30, 11, 4, 30, 4]
     assert roster.holders(range(5)) == roster.holding == ((0, 1, 2, 3, 4), (0, 1, 3), (0, 3))
     assert roster.holders([2, 4]) == ((2, 4), (), ())
@@ -57,7 +57,7 @@ def test_lengths_and_bands_of_tiers(cohort: Cohort, prekeys: list[Prekey]) -> No
 
 
 def test_bands_are_held_to_both_minimums(cohort: Cohort, prekeys: list[Prekey]) -> None:
-    roster = Roster(Call.of(terms(minimums=(5, 3, 1)), prekeys), cohort.anchor)
+    roster = Roster(Call.of(terms(minimums=(5, 3, 1)), prekeys))
     roster.check_bands(range(5), 2)
     with pytest.raises(ReleaseRefused, match="band 3 of 3: 2 devices hold it, .* set to 3"):
         roster.check_bands(range(5), 3)
@@ -95,7 +95,7 @@ def test_a_roster_that_is_not_what_devices_signed_is_refused(
     cohort: Cohort, prekeys: list[Prekey], change: Change, words: str
 ) -> None:
     with pytest.raises(ReleaseRefused, match=words):
-        Roster(Call.of(terms(), change(prekeys)), cohort.anchor)
+        Call.of(terms(), change(prekeys)).roster.check(cohort.anchor)
 
 
 def test_rosters_have_one_order_and_whole_records(cohort: Cohort, prekeys: list[Prekey]) -> None:
@@ -103,13 +103,25 @@ def test_rosters_have_one_order_and_whole_records(cohort: Cohort, prekeys: list[
     size = len(call.records) // 5
     swapped = call.records[size:] + call.records[:size]
     with pytest.raises(ReleaseRefused, match="order of identities"):
-        Roster(replace(call, records=swapped), cohort.anchor)
+        Roster(replace(call, records=swapped))
     with pytest.raises(ReleaseRefused, match="last prekey"):
-        Roster(replace(call, records=call.records + b"x"), cohort.anchor)
+        Roster(replace(call, records=call.records + b"x"))
     with pytest.raises(ReleaseRefused, match="tier beyond the 2"):
-        Roster(replace(call, lengths=(4, 11), minimums=(1, 1)), cohort.anchor)
+        Roster(replace(call, lengths=(4, 11), minimums=(1, 1)))
     with pytest.raises(ReleaseRefused, match="do not ascend"):
-        Roster(replace(call, lengths=(4, 4, 11)), cohort.anchor)
+        Roster(replace(call, lengths=(4, 4, 11)))
+
+
+def test_in_a_round_of_one_band_devices_of_all_tiers_are_alike(prekeys: list[Prekey]) -> None:
+    """As they are in a count, which comes before the first round."""
+    call = Call.of(terms((7,), round=-1), prekeys)
+    roster = Call.parse(call.pack()).roster
+    assert roster.terms.round == -1
+    assert [roster.length(number) for number in range(5)] == [7] * 5
+    assert [roster.bands(number) for number in range(5)] == [1] * 5
+    assert roster.holding == ((0, 1, 2, 3, 4),)
+    with pytest.raises(ReleaseRefused, match="round is -2"):
+        Call.parse(replace(call, round=-2).pack())
 
 
 def low_order(key: DeviceKey, prekey: Prekey, field: str) -> Prekey:
@@ -124,7 +136,7 @@ def test_a_key_of_low_order_is_refused_though_signed(
 ) -> None:
     prekeys[1] = low_order(cohort.books[1].key, prekeys[1], field)
     with pytest.raises(ReleaseRefused, match="low order"):
-        Roster(Call.of(terms(), prekeys), cohort.anchor)
+        Call.of(terms(), prekeys).roster.check(cohort.anchor)
 
 
 def test_an_enrolment_office_vouches_for_devices() -> None:

@@ -290,12 +290,13 @@ def test_progress_is_kept_before_an_answer_leaves(crash: Stage) -> None:
         raise OSError("disk full")
 
     if crash > Stage.SHARES:
-        session = ClientSession(book, anchor, SMALL, full, kept[-1])
+        session = ClientSession(book, anchor, SMALL, full, kept[-1], cohort.call)
     else:
         session = ClientSession(book, anchor, SMALL, save=full)
     with pytest.raises(OSError, match="full"):  # and no answer
         answer(session, crash, message, np.ones(5, np.int32))
-    for again in (session, ClientSession(book, anchor, SMALL, progress=kept[-1])):
+    saved = {"progress": kept[-1], "call": cohort.call}
+    for again in (session, ClientSession(book, anchor, SMALL, **saved)):
         with pytest.raises(ReleaseRefused, match=f"message {crash + 1} of a round"):
             answer(again, crash, message, np.zeros(5, np.int32))
 
@@ -441,7 +442,7 @@ def test_the_server_needs_a_model_and_sound_terms() -> None:
         terms((5,), minimums=(0,)),
         terms((5,), plan=b"short"),
         terms((5,), run=""),
-        terms((5,), round=-1),
+        terms((5,), round=-2),
     ):
         with pytest.raises(UsageError, match="a round of"):
             ServerSession(bad, cohort.prekeys(), cohort.anchor)

@@ -43,6 +43,12 @@ RUNS: dict[str, tuple[str, ...]] = {
     "central": ("central.toml",),
     "exact": ("tiers.toml",),
     "full": ("tiers.toml", "run.secure_sum=full"),
+    "rows": (
+        "tiers.toml",
+        "devices.popularity=released",
+        "devices.popularity_epsilon=1.0",
+        "devices.popularity_items=4",
+    ),
     "selector": ("selector.toml",),
     "labels": ("labels.toml",),
     "texts": ("texts.toml",),
