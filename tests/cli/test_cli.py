@@ -539,7 +539,9 @@ def test_what_is_exported_scores_items_as_the_model_does(
     directory, _ = finished
     assert "wrote items.npz" in done("export", directory, "--items", "items.npz").stdout
     payload = json.loads(done("export", directory, "--items", "i.parquet", "--json").stdout)
-    items, table = np.load(place / "items.npz"), pyarrow.parquet.read_table(place / "i.parquet")
+    table = pyarrow.parquet.read_table(place / "i.parquet")
+    with np.load(place / "items.npz") as file:
+        items = dict(file)
     assert payload == {"file": "i.parquet", "items": len(items["ids"])}
     model = TrainedModel.read(directory)
     (state,) = model.fit(model.history(["5", "7"]))
