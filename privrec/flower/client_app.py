@@ -236,10 +236,9 @@ class Node:
                 f"a model that has not the scenario's {size} coefficients; nothing is answered"
             )
         sent = body.get("order")
-        ordered = (
-            (sent if type(sent) is bytes else b"", order) if self.plan.counting else (b"", None)
-        )
+        ordered: tuple[bytes, bytes | None] = b"", None
         if self.plan.counting is not None:
+            ordered = sent if type(sent) is bytes else b"", order
             history = self._places(*ordered)[history]
         # Another attempt at the same round begins where the first one did.
         now = [round.run_id, round.index]
