@@ -126,7 +126,7 @@ def _events(scenario: Scenario) -> tuple[RoundEvent, RoundEvent | None, RoundEve
         enrolled,
         event_without_shares,
         example_event,
-        known_items,
+        known_catalogue,
         plan_privacy,
         release_without_shares,
     )
@@ -136,7 +136,7 @@ def _events(scenario: Scenario) -> tuple[RoundEvent, RoundEvent | None, RoundEve
         before = release_without_shares(scenario)
         return event_without_shares(scenario), example_event(scenario, (), ()), before
     population, lengths = scenario.population(), _lengths(scenario)
-    items = known_items(scenario)
+    items = known_catalogue(scenario)
     if population is None or lengths is None or items is None:
         if privacy.local == "shares":
             key, other = 'local = "shares"', "declare data whose catalogue is known"

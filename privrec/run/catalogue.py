@@ -103,9 +103,8 @@ def write_order(folder: Path, order: Order, key: Ed25519PrivateKey) -> None:
 
 def read_order(folder: Path, items: int, key: Ed25519PublicKey) -> Order:
     """Return the order of the run in ``folder``; an IntegrityError says that it is not its own."""
-    order = Catalogue.read(folder, key).order
-    order = np.zeros(0) if order is None else order
-    if order.dtype != np.int64 or not np.array_equal(np.sort(order), np.arange(items)):
+    order, rows = Catalogue.read(folder, key).order, np.arange(items)
+    if order is None or order.dtype != np.int64 or not np.array_equal(np.sort(order), rows):
         raise IntegrityError(
             f"{folder / CATALOGUE}: no order of the {items} items of this data; use the data that "
             "the run was started with, or restore the file"

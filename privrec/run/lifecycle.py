@@ -31,6 +31,7 @@ from privrec.run.plan import Plan
 from privrec.run.privacy_plan import (
     charges_of,
     event_without_shares,
+    known_catalogue,
     known_items,
     release_without_shares,
 )
@@ -160,7 +161,7 @@ def check_lifetime(population: str, scenario: Scenario, *, known: bool = False) 
     tied = populations.read(population)
     items, users = known_items(scenario), scenario.population()
     if items is not None and users is not None:
-        plan = Plan.of(scenario, items, users)
+        plan = Plan.of(scenario, items, users, catalogue=known_catalogue(scenario))
         event, before = plan.event, plan.before
     else:
         event, before = event_without_shares(scenario), release_without_shares(scenario)

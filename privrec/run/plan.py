@@ -46,7 +46,7 @@ class Plan:
     """A scenario for so many items and users: its tiers, its event and its protection.
 
     Attributes:
-        items: size of the catalogue, or of the vocabulary.
+        items: size of the catalogue, or of the vocabulary; ``catalogue`` has words beyond it too.
         devices: of the ``users``, those that have a device of some capacity.
         holders: training devices that hold each band, the weakest tier's band first.
         event: what each round is charged as, and ``examples`` as what at example level, if at all.
@@ -56,6 +56,7 @@ class Plan:
 
     scenario: Scenario
     items: int
+    catalogue: int
     users: int
     devices: int
     federation: Federation
@@ -74,8 +75,13 @@ class Plan:
         users: int,
         federation: Federation | None = None,
         calibrated: float | None = None,
+        catalogue: int | None = None,
     ) -> Plan:
-        """Plan a scenario, whose tiers may be made already; see :func:`plan_privacy`."""
+        """Plan a scenario, whose tiers may be made already; see :func:`plan_privacy`.
+
+        The ``catalogue`` has as many ``items`` unless a vocabulary has no room for all words.
+        """
+        catalogue = catalogue or items
         federation = federation or federation_of(scenario, items)
         shares = np.cumsum([tier.share for tier in federation.tiers])
         # As many as :func:`assign` gives each tier.
@@ -84,10 +90,11 @@ class Plan:
         holders = tuple(training[::-1].tolist())
         sizes = band_sizes(federation.layouts)
         devices = enrolled(scenario, users)
-        counting = counting_of(scenario, items, devices)
+        counting = counting_of(scenario, catalogue, devices)
         before = counting.event if counting else None
         planned = plan_privacy(scenario, sizes, holders, calibrated, before)
-        return cls(scenario, items, users, devices, federation, holders, *planned, counting)
+        sizes_of = items, catalogue, users, devices
+        return cls(scenario, *sizes_of, federation, holders, *planned, counting)
 
     @property
     def before(self) -> RoundEvent | None:
@@ -110,7 +117,7 @@ class Plan:
         return {
             "scenario": self.scenario.document(),
             "version": privrec.__version__,
-            "items": self.items,
+            "items": self.catalogue,
             "devices": self.devices,
             "bands": list(band_sizes(self.federation.layouts)),
             "holders": list(self.holders),
@@ -187,8 +194,9 @@ def assign(n_users: int, federation: Federation, seed: int) -> NDArray[np.int64]
 class LedgerHeader(BaseModel):
     """What the header of a ledger declares and no charge tells.
 
-    ``bands`` are coefficients of each, the band that every device holds first; ``standing`` is
-    where the run's population stood when it began.
+    ``items`` and ``devices`` are those of a count of items; ``bands`` are coefficients of each, the
+    band that every device holds first; ``standing`` is where the run's population stood when it
+    began.
     """
 
     model_config = ConfigDict(frozen=True)

@@ -84,7 +84,7 @@ class Task(ABC, Generic[S]):
                 f"devices.population = {declared}: the data has {users} users; declare that "
                 "number, or leave the key out"
             )
-        return Plan.of(self.scenario, self.items, users)
+        return Plan.of(self.scenario, self.items, users, catalogue=self.split.train.n_items)
 
     @cached_property
     def measured(self) -> NDArray[np.int64]:
