@@ -168,7 +168,7 @@ def keys_of(context: Context) -> Iterator[NodeKeys]:
         try:
             yield keys
         finally:
-            record["state"] = msgpack.packb(keys.kept)
+            record["state"] = _packed(keys.kept)
         return
     path, root = Path(name) / STATE, SecretRoot.load(Path(name) / ROOT)
     with (Path(name) / ROOT).open("rb") as lock:
@@ -183,7 +183,15 @@ def keys_of(context: Context) -> Iterator[NodeKeys]:
         try:
             yield keys
         finally:
-            replace(path, msgpack.packb(keys.kept), mode=0o600)
+            replace(path, _packed(keys.kept), mode=0o600)
+
+
+def _packed(kept: dict[Any, Any]) -> bytes:
+    """What a node keeps, without a call that no device of it is in any more."""
+    if not any("session" in each for each in kept.values() if type(each) is dict):
+        kept.pop(CALL, None)
+    packed: bytes = msgpack.packb(kept)
+    return packed
 
 
 def _read(state: bytes) -> dict[Any, Any]:
