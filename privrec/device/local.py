@@ -112,6 +112,4 @@ class Located:
     def spread(self, rows: Tensor) -> Tensor:
         """A change of rows as one of blocks: the adjoint of :meth:`read`, ``(m, names, block)``."""
         m, names = len(rows), self.slots.shape[1]
-        if self._features is not None:
-            rows = rows[..., : self._shape[1]]
         return rows.reshape(m, names, self.block) * self._signs

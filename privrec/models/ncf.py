@@ -28,12 +28,14 @@ class NCF:
     """A scorer of items for users: ``score = <u, v> + network(u', v') + user bias``.
 
     ``dot`` is the length of the part of the vectors that enters the dot product, ``tower`` of the
-    part that enters the network, with hidden layers of these widths.
+    part that enters the network, with hidden layers of these widths. The last ``features`` numbers
+    of ``dot`` are public, and never change.
     """
 
     dot: int
     tower: int
     hidden: tuple[int, ...]
+    features: int = 0
 
     @classmethod
     def of(cls, kind: str, dim: int, hidden: tuple[int, ...]) -> NCF:
@@ -51,7 +53,7 @@ class NCF:
 
     def featured(self, features: int) -> NCF:
         """A GMF over item vectors that so many features follow."""
-        return replace(self, dot=self.dot + features)
+        return replace(self, dot=self.dot + features, features=features)
 
     @property
     def dim(self) -> int:
@@ -92,7 +94,9 @@ class NCF:
         Users' private states are ``(m, user_dim)``, item vectors ``(m, k, dim)``, or with a 1 for
         ``m`` when all see the same, and dense weights ``(m, dense)``.
         """
-        return _NetworkScored(self, user, rows, dense) if self.tower else Scored(user, rows)
+        if self.tower:
+            return _NetworkScored(self, user, rows, dense)
+        return Scored(user, rows, self.dot - self.features)
 
     def rank(self, user: Tensor, table: Tensor, dense: Tensor) -> Tensor:
         """Scores ``(m, k)`` of items ``(k, dim)`` for users ``(m, user_dim)``, without biases."""
@@ -123,8 +127,8 @@ class Scored:
     Here those of GMF, whose gradients are outer products, so that nothing needs recording.
     """
 
-    def __init__(self, user: Tensor, rows: Tensor) -> None:
-        self._vector, self._rows = user[:, :-1], rows
+    def __init__(self, user: Tensor, rows: Tensor, learned: int) -> None:
+        self._vector, self._rows, self._learned = user[:, :-1], rows, learned
         if len(rows) == 1:
             products = self._vector @ rows[0].T
         else:
@@ -136,9 +140,12 @@ class Scored:
         return torch.nn.functional.pad(self._rows, (0, 1), value=1.0)
 
     def shared_gradient(self, upstream: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients on item vectors ``(m, k, dim)`` and dense weights ``(m, dense)``."""
+        """Gradients on what is learned of item vectors ``(m, k, learned)`` and on dense weights.
+
+        The latter are ``(m, dense)``.
+        """
         dense = upstream.new_empty((len(upstream), 0))
-        return upstream.unsqueeze(2) * self._vector.unsqueeze(1), dense
+        return upstream.unsqueeze(2) * self._vector[:, None, : self._learned], dense
 
 
 class _NetworkScored(Scored):
