@@ -85,13 +85,13 @@ engine = "device"
 footprint = false
 """
 NODES, USERS = 4, 20
-ORDERED = SCENARIO.replace(
-    "min_cohort = 5",
-    'min_cohort = 5\npopularity = "released"\npopularity_epsilon = 1.0\npopularity_items = 4',
-).replace(
-    'loss = "full_softmax"',
-    'loss = "full_softmax"\nrank_power = 0.3\nselector = "pghash"\nselected = 0.5\nbudget = 0.4',
+_PARTS = (
+    'loss = "full_softmax"\nrank_power = 0.3\nselector = "pghash"\nselected = 0.5\nbudget = 0.4'
 )
+_RELEASED = 'popularity = "released"\npopularity_epsilon = 1.0\npopularity_items = 4'
+ORDERED = SCENARIO.replace("min_cohort = 5", f"min_cohort = 5\n{_RELEASED}")
+ORDERED = ORDERED.replace('loss = "full_softmax"', _PARTS)
+ORDERED = ORDERED.replace("[model]", "[model]\nrank_features = true")
 """All parts together: capacities, an order that is released, tables of each device's own."""
 
 
@@ -170,6 +170,30 @@ def test_a_run_over_flower_is_the_simulated_one_bit_for_bit(
     if text == ORDERED:
         first, second = (load_file(tmp_path / n / CATALOGUE)["order"] for n in ("flower", "here"))
         assert np.array_equal(first, second)
+
+
+def test_nodes_weigh_features_in_the_order_that_was_released(tmp_path: Path) -> None:
+    """A node reads what films are in the order of its files, and its model has another."""
+    films, rng = tmp_path / "films", np.random.default_rng(0)
+    films.mkdir()
+    rated = {(user, item) for user in range(20) for item in rng.permutation(60)[:9].tolist()}
+    rated |= {(item % 20, item) for item in range(60)}
+    lines = [f"{user + 1}::{item + 1}::3::{at}" for at, (user, item) in enumerate(sorted(rated))]
+    (films / "ratings.dat").write_text("\n".join(lines) + "\n")
+    genres = ("Drama", "Comedy|Drama", "War", "")
+    text = "".join(f"{n + 1}::Film ({1930 + n})::{genres[n % 4]}\n" for n in range(60))
+    (films / "movies.dat").write_text(text)
+    start, end = ORDERED.index("[data]"), ORDERED.index("[model]")
+    described = f'[data]\nsource = "ml-1m"\npath = "{films}"\nitem_features = true\n'
+    folder = app_folder(tmp_path, ORDERED[:start] + described + ORDERED[end:])
+    grid = known_nodes(grid_of(folder))
+    deployed(folder, grid, tmp_path / "flower", unsafe_noise_key=b"k")
+    scenario = load(folder / "scenario.toml")
+    lifecycle.start(scenario, out=tmp_path / "here", observer=Observer(), unsafe_noise_key=b"k")
+    one, two = (
+        load_file(tmp_path / n / "model.safetensors")["weights"] for n in ("flower", "here")
+    )
+    assert one.tobytes() == two.tobytes()
 
 
 def test_a_node_that_is_lost_in_the_midst_of_a_round_drops_out(tmp_path: Path) -> None:
