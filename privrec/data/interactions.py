@@ -158,14 +158,6 @@ class Interactions(ItemLists):
         """How many users interacted with each item, int64 [n]."""
         return np.bincount(self.items, minlength=self.n_items).astype(np.int64)
 
-    def user_index(self, user_id: int | str) -> int:
-        """Position of the user with this original id; UnknownIdError where there is none."""
-        return position_of(user_id, self.user_ids, "user")
-
-    def item_index(self, item_id: int | str) -> int:
-        """Position of the item with this original id; UnknownIdError where there is none."""
-        return position_of(item_id, self.item_ids, "item")
-
     @cached_property
     def _pairs(self) -> Int64Array:
         """A number for each pair that occurs, sorted."""

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from privrec.device.update import Aggregate, Counting, Order, Round, by_counts, digest
 from privrec.errors import BudgetError, Interrupted, PrivrecError, ReleaseRefused
-from privrec.privacy.events import Adversary, epsilon
+from privrec.privacy.events import Adversary, RoundEvent, epsilon
 from privrec.privacy.ledger import PREPARATION, Ledger
 from privrec.privacy.population import PopulationCharge
 from privrec.randomness import SecretRoot
@@ -33,6 +33,7 @@ from privrec.run.directory import Identity
 from privrec.run.plan import Plan
 from privrec.run.privacy_plan import EXAMPLE_ADVERSARIES
 from privrec.run.record import EventLog, Observer, Record, Result, RunInfo, adversary_text
+from privrec.scenario.schema import Privacy
 from privrec.server.server import Release, Server, released_sum
 from privrec.workers import cpu_s
 
@@ -276,14 +277,7 @@ class Loop:
         stopped = f"Stopped after {done} rounds; the model so far is in {self.out}"
         if not done:
             stopped = "No round released a sum, so there is no trained model"
-        if plan.event.is_private and privacy.epsilon is not None:
-            against = privacy.budget_against
-            spent = ledger.epsilon_after(plan.event, delta=privacy.delta, adversary=against)
-            if spent > privacy.epsilon:
-                raise BudgetError(
-                    f"round {done + 1} would bring ε to {spent:.4f} against "
-                    f"{adversary_text(against)}: the budget is {privacy.epsilon}. {stopped}"
-                )
+        _check_budget(privacy, ledger, plan.event, f"round {done + 1}", stopped)
         if plan.examples is not None and privacy.local_epsilon is not None:
             # The cost of examples is never added to that of users.
             after = ledger.examples + Counter([plan.examples])
@@ -320,7 +314,11 @@ def released_order(
     """
     root = identity.root("server")
     for attempt in range(ledger.attempts(PREPARATION), MOST_ATTEMPTS):
-        _check_count(plan, counting, ledger)
+        lost = "No order of the items was released, so there is no trained model"
+        privacy = plan.scenario.privacy
+        _check_budget(privacy, ledger, counting.event, "another count of the items", lost)
+        if population := PopulationCharge.of(ledger.header, ended=False):
+            population.cover(ledger.counts + Counter([counting.event]))
         ledger.charge(PREPARATION, attempt, counting.event)
         round = counting.round(identity.run_id, attempt, plan.digest)
         try:
@@ -336,19 +334,19 @@ def released_order(
     )
 
 
-def _check_count(plan: Plan, counting: Counting, ledger: Ledger) -> None:
-    privacy = plan.scenario.privacy
-    if privacy.noise != "none" and privacy.epsilon is not None:
-        against = privacy.budget_against
-        after = ledger.epsilon_after(counting.event, delta=privacy.delta, adversary=against)
-        if after > privacy.epsilon:
-            raise BudgetError(
-                f"another count of the items would bring ε to {after:.4f} against "
-                f"{adversary_text(against)}: the budget is {privacy.epsilon}. No order of the "
-                "items was released, so there is no trained model"
-            )
-    if population := PopulationCharge.of(ledger.header, ended=False):
-        population.cover(ledger.counts + Counter([counting.event]))
+def _check_budget(
+    privacy: Privacy, ledger: Ledger, event: RoundEvent, what: str, stopped: str
+) -> None:
+    """Refuse what would exceed the run's own budget, before it is charged."""
+    if not event.is_private or privacy.epsilon is None:
+        return
+    against = privacy.budget_against
+    spent = ledger.epsilon_after(event, delta=privacy.delta, adversary=against)
+    if spent > privacy.epsilon:
+        raise BudgetError(
+            f"{what} would bring ε to {spent:.4f} against {adversary_text(against)}: the budget is "
+            f"{privacy.epsilon}. {stopped}"
+        )
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from privrec.device.device import Draws
 from privrec.device.local import LocalModel
 from privrec.device.recommender import RecommenderLearner
 from privrec.device.samples import Histories
+from privrec.device.tier import Federation
 from privrec.errors import UsageError
 from privrec.evaluate.evaluator import scores_with
 from privrec.models.ncf import NCF
@@ -181,18 +182,20 @@ class TrainedModel:
     # ------------------------------------------------------------------ the model
 
     @cached_property
+    def _federation(self) -> Federation:
+        return federation_of(self.scenario, self.catalogue.size)
+
+    @cached_property
     def _learner(self) -> RecommenderLearner:
-        federation = federation_of(self.scenario, self.catalogue.size)
-        tier = federation.tiers[0]
-        known = self.catalogue.features
-        made = learner_of(self.scenario, federation, tier, None, features=known)
+        parts, known = (self._federation, self._federation.tiers[0]), self.catalogue.features
+        made = learner_of(self.scenario, *parts, None, features=known)
         return cast(RecommenderLearner, made)
 
     @cached_property
     def local(self) -> LocalModel[NCF]:
         """The model as a device of the highest capacity holds it."""
-        tier = federation_of(self.scenario, self.catalogue.size).tiers[0]
-        return LocalModel(self._learner.serving.view, tier.view(self.weights))
+        view = self._federation.tiers[0].view(self.weights)
+        return LocalModel(self._learner.serving.view, view)
 
     @cached_property
     def vectors(self) -> FloatArray:

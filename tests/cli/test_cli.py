@@ -21,7 +21,8 @@ import numpy as np
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
+from commands import call, done
 from scipy import stats
 
 from privrec import errors
@@ -56,16 +57,6 @@ epsilon = 8.0
 [run]
 footprint = false
 """
-
-
-def call(*words: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(word) for word in words])
-
-
-def done(*words: str | Path) -> Result:
-    result = call(*words)
-    assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
-    return result
 
 
 @pytest.fixture(autouse=True)

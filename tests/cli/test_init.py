@@ -7,10 +7,9 @@ import math
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from commands import call, done
 
 from privrec.cli.init import _toml
-from privrec.cli.main import main
 from privrec.cli.plan import planned
 from privrec.errors import DataError, ScenarioError, UsageError
 from privrec.scenario.defaults import NOISE, REACH, delta_for, private_settings
@@ -26,16 +25,6 @@ b;9;5;04/02/2024 10:00
 c;8;2;04/01/2024 10:00
 c;9;5;04/02/2024 10:00
 """
-
-
-def call(*words: str) -> Result:
-    return CliRunner().invoke(main, words)
-
-
-def done(*words: str) -> Result:
-    result = call(*words)
-    assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
-    return result
 
 
 @pytest.fixture(autouse=True)

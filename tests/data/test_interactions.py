@@ -5,7 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privrec.data.interactions import Interactions, Split, hold_out_some, leave_last_out
+from privrec.data.interactions import (
+    Interactions,
+    Split,
+    hold_out_some,
+    leave_last_out,
+    position_of,
+)
 from privrec.errors import DataError, UnknownIdError, UsageError
 
 
@@ -58,7 +64,7 @@ def test_text_ids_and_listed_items() -> None:
     assert data.user_ids.tolist() == ["a", "b"]
     assert data.items.tolist() == [2, 1]
     assert data.n_items == 3
-    assert data.item_index("z") == 0
+    assert position_of("z", data.item_ids, "item") == 0
 
 
 def test_small_and_large_integer_ids_are_numbered_alike() -> None:
@@ -74,7 +80,7 @@ def test_small_and_large_integer_ids_are_numbered_alike() -> None:
 
 @pytest.mark.parametrize(("wanted", "index"), [(7, 1), ("7", 1), (np.int64(9), 2)])
 def test_ids_are_found_as_numbers_or_text(wanted: int | str, index: int) -> None:
-    assert small().user_index(wanted) == index
+    assert position_of(wanted, small().user_ids, "user") == index
 
 
 @pytest.mark.parametrize(
@@ -89,14 +95,14 @@ def test_ids_are_found_as_numbers_or_text(wanted: int | str, index: int) -> None
 )
 def test_an_unknown_user_is_refused_with_a_remedy(wanted: int | str, said: str) -> None:
     with pytest.raises(UnknownIdError, match=said) as caught:
-        small().user_index(wanted)
+        position_of(wanted, small().user_ids, "user")
     assert str(wanted) in str(caught.value)
 
 
 def test_an_unknown_text_id_suggests_one_like_it() -> None:
     data = Interactions.from_pairs([1, 1], ["alien", "heat"])
     with pytest.raises(UnknownIdError, match="'alien'"):
-        data.item_index("aliens")
+        position_of("aliens", data.item_ids, "item")
 
 
 def test_a_repeated_pair_names_both_rows() -> None:
@@ -219,4 +225,7 @@ def test_renumbering_keeps_every_interaction_title_and_held_out_item(
         assert np.array_equal(before, after)
     assert (other.train.items.dtype, other.negatives.dtype) == (np.int32, np.int32)
     for number in range(items):
-        assert other.train.item_ids[other.train.item_index(int(ids[number]))] == ids[number]
+        assert (
+            other.train.item_ids[position_of(int(ids[number]), other.train.item_ids, "item")]
+            == ids[number]
+        )

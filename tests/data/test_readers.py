@@ -12,7 +12,7 @@ from data_of import data_of
 from pydantic import ValidationError
 
 from privrec import data
-from privrec.data.interactions import Split
+from privrec.data.interactions import Split, position_of
 from privrec.errors import DataError
 from privrec.scenario.kinds import READERS, Reader, setting
 from privrec.scenario.schema import Data
@@ -147,7 +147,7 @@ def test_ncf_files_give_their_own_split(tmp_path: Path) -> None:
     assert split.negatives[1].tolist() == list(range(8, 107))
     assert (train.n_items, train.times, train.titles) == (107, None, None)
     assert train.user_ids.tolist() == [0, 1, 2]
-    assert train.item_index(106) == 106
+    assert position_of(106, train.item_ids, "item") == 106
 
 
 def test_ncf_files_come_before_the_publishers(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_ncf_ids_and_titles_beside_the_files(tmp_path: Path) -> None:
     (tmp_path / "movies.dat").write_text("1000::First::x\n998::Third::x\n")
     (tmp_path / "users.dat").write_text("1::F::1\n2::M::1\n3::M::1\n4::M::1\n")
     train = data.load(config("ncf"), data_dir=tmp_path).train
-    assert train.item_index("998") == 2
+    assert position_of("998", train.item_ids, "item") == 2
     assert train.titles is not None
     assert train.titles[:3] == ("First", "item 999", "Third")
     assert train.user_ids.tolist() == [1, 2, 3]

@@ -10,7 +10,7 @@ import pytest
 from data_of import data_of
 
 from privrec import data
-from privrec.data.interactions import Holdout, Split
+from privrec.data.interactions import Holdout, Split, position_of
 from privrec.evaluate.metrics import evaluate, popularity_scores
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +28,7 @@ def test_movielens_100k() -> None:
     train = split.train
     assert (train.n_users, train.n_items, train.size + split.heldout.size) == (943, 1682, 100_000)
     assert train.titles is not None
-    assert train.titles[train.item_index(1)] == "Toy Story (1995)"
+    assert train.titles[position_of(1, train.item_ids, "item")] == "Toy Story (1995)"
     assert train.times is not None
     for user in (0, 500):
         assert (np.diff(train.times[train.indptr[user] : train.indptr[user + 1]]) >= 0).all()
@@ -41,8 +41,11 @@ def test_movielens_1m_of_the_ncf_paper() -> None:
     assert split.heldout.counts.tolist() == [1] * 6040
     assert not train.contains(np.arange(6040), split.heldout.items).any()
     assert train.titles is not None
-    assert train.titles[train.item_index(1193)] == "One Flew Over the Cuckoo's Nest (1975)"
-    assert train.user_index("6040") == 6039
+    assert (
+        train.titles[position_of(1193, train.item_ids, "item")]
+        == "One Flew Over the Cuckoo's Nest (1975)"
+    )
+    assert position_of("6040", train.user_ids, "user") == 6039
     assert split.negatives is not None
     # Some published candidates are the user's own test item; the metric leaves them out.
     own = train.contains(np.arange(6040)[:, None], split.negatives)
