@@ -1,8 +1,9 @@
 """A simulation's work in several processes of one machine, for the same bits as in one.
 
-Sums are of integers, so their order is free, and what is trained as one batch stays one batch: each
-process takes every n-th batch, and what it gives back is put together by number. A copied process
-repeats no draw either: every stream of randomness is keyed by its purpose and opened where used.
+Sums are of integers, so their order is free, and what is trained as one batch stays one batch. The
+process that comes to it first takes it, and what it gives back is put in its place. A copied
+process repeats no draw either: every stream of randomness is keyed by its purpose and opened where
+used.
 
 Beside it, the memory of a process as the system counts it.
 """
@@ -16,20 +17,31 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
-from itertools import zip_longest
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from privrec.errors import PrivrecError, UsageError
 
 T = TypeVar("T")
 
 
-def forked(workers: int, share: Callable[[int], T]) -> list[T]:
-    """Call ``share(0)`` to ``share(workers - 1)``, each in a process of its own; one runs here.
+class Take(Protocol):
+    """Shares tasks out among processes that all name the same ones in the same order.
+
+    Each task is given, with its number, to the one that comes to it first, and to no other;
+    ``enumerate`` gives them all to one.
+    """
+
+    def __call__(self, tasks: Sequence[T], /) -> Iterable[tuple[int, T]]:
+        """Yield those that are left when this process asks."""
+
+
+def forked(workers: int, share: Callable[[Take], T]) -> list[T]:
+    """Call ``share`` in so many processes, which share out what they take; one runs here.
 
     Processes are forked anew for each call: they see histories, states and weights as they stand,
     without a copy. What they change stays with them, what they return is handed over.
@@ -40,28 +52,25 @@ def forked(workers: int, share: Callable[[int], T]) -> list[T]:
         Exception: what a share raised.
     """
     if workers == 1:
-        return [share(0)]
+        return [share(enumerate)]
     if "fork" not in multiprocessing.get_all_start_methods():
         raise UsageError(f"run.workers = {workers}: this system cannot fork processes; use 1")
     context, running = multiprocessing.get_context("fork"), []
-    try:
-        for number in range(workers):
-            ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_work, args=(share, number, theirs), daemon=True)
-            process.start()
-            theirs.close()  # or the end of the process would go unnoticed
-            running.append((process, ours))
-        return [_answer(process, ours) for process, ours in running]
-    finally:
-        for process, ours in running:
-            ours.close()
-            process.kill()
-            process.join()
-
-
-def in_turn(parts: Sequence[Sequence[T]]) -> list[T]:
-    """Put together what ``parts[k]`` has of every n-th of all, from the k-th on."""
-    return [each for row in zip_longest(*parts) for each in row if each is not None]
+    with tempfile.TemporaryFile() as place:
+        try:
+            for _ in range(workers):
+                ours, theirs = context.Pipe(duplex=False)
+                work = share, _Line(place.fileno()), theirs
+                process = context.Process(target=_work, args=work, daemon=True)
+                process.start()
+                theirs.close()  # or the end of the process would go unnoticed
+                running.append((process, ours))
+            return [_answer(process, ours) for process, ours in running]
+        finally:
+            for process, ours in running:
+                ours.close()
+                process.kill()
+                process.join()
 
 
 def cpu_s() -> float:
@@ -70,11 +79,32 @@ def cpu_s() -> float:
     return mine + sum(os.times()[2:4])  # those of children are known to a hundredth
 
 
-def _work(share: Callable[[int], Any], number: int, theirs: Connection) -> None:
+class _Line:
+    """Tasks in a line, whose head is the place in a file that all processes have open together.
+
+    The system moves that place in one step, and no process can die while it holds a lock.
+    """
+
+    def __init__(self, place: int) -> None:
+        self._place, self._ends, self._mine = place, 0, -1
+
+    def __call__(self, tasks: Sequence[T], /) -> Iterator[tuple[int, T]]:
+        begins = self._ends
+        self._ends += len(tasks)
+        while True:
+            if self._mine < begins:  # what it took before is done: only now it takes another
+                self._mine = os.lseek(self._place, 1, os.SEEK_CUR) - 1
+            if self._mine >= self._ends:
+                return
+            number, self._mine = self._mine - begins, -1
+            yield number, tasks[number]
+
+
+def _work(share: Callable[[Take], Any], line: Take, theirs: Connection) -> None:
     # Ctrl-C goes to every process of the terminal; a round is ended by the one that began it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        theirs.send((share(number), None))
+        theirs.send((share(line), None))
     except Exception as error:
         theirs.send((None, error))
 

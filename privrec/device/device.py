@@ -35,8 +35,6 @@ FloatArray = NDArray[np.float32]
 
 TOLERANCE = 1e-5
 """Largest difference from the one-device code, relative to the update's largest coefficient."""
-ALL = slice(None)
-"""Every batch."""
 MANY = 16
 """Devices from which on a simulation gathers the rows that they search once for all of them."""
 

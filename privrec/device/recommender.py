@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from privrec.device.device import ALL, MANY, Deferred, Draws, Learner, Settings, Trained
+from privrec.device.device import MANY, Deferred, Draws, Learner, Settings, Trained
 from privrec.device.example_shares import ExampleShares, ExampleSums
 from privrec.device.examples import ExampleNoise, ExampleSteps
 from privrec.device.local import LocalModel, Located
@@ -33,6 +33,7 @@ from privrec.device.update import Address, RawUpdate, digest
 from privrec.embedding.table import Table, flattened, merged, representatives
 from privrec.models.losses import Graded, Samples, curvature, loss_of, pack
 from privrec.models.ncf import NCF, Scored
+from privrec.workers import Take
 
 FloatArray = NDArray[np.float32]
 
@@ -128,16 +129,16 @@ class RecommenderLearner(Learner):
         return Trained(update, kept, losses.numpy())
 
     def serve(
-        self, weights: FloatArray, data: Histories, draws: Draws, some: slice = ALL
+        self, weights: FloatArray, data: Histories, draws: Draws, take: Take = enumerate
     ) -> FloatArray:
         """Private states fitted from nothing to fixed items, shape ``(m, state_dim)``.
 
         It is how recommendations are made, for users seen in training and for others alike.
-        Those of ``some`` of the batches are fitted; the others stay zeros.
+        Batches are shared out by ``take``; states of those that others take stay zeros.
         """
         model = LocalModel(self.serving.view, weights, resident=len(data.users) >= MANY)
         fitted = np.zeros((len(data.users), self.serving.state_dim), np.float32)
-        for places in list(self.serving.batches(data.lengths))[some]:
+        for _, places in take(list(self.serving.batches(data.lengths))):
             nothing = torch.zeros(len(places), self.serving.state_dim)
             _, user = self.serving._fitted(model, data.select(places), nothing, draws)
             fitted[places] = user.numpy()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -122,9 +123,7 @@ class Evaluator:
         known = SecretRoot.known(b"evaluation")
         draws = Draws(key, lambda user: known.stream("lsh", "evaluation", seed, user))
         # Each worker fits some of the batches, and leaves the other states zeros.
-        fitted = forked(
-            workers, lambda n: learner.serve(view, asked, draws, slice(n, None, workers))
-        )
+        fitted = forked(workers, partial(learner.serve, view, asked, draws))
         model, n_items = LocalModel(learner.serving.view, view), self.split.train.n_items
         scores = scores_with(model, asked.users, np.sum(fitted, axis=0), n_items)
         return self._scored(scores, protocols, asked.users)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -25,7 +26,7 @@ from scipy.sparse.linalg import svds
 from privrec.data.interactions import Interactions, ItemLists, Split
 from privrec.errors import DataError, UsageError
 from privrec.randomness import rng_for
-from privrec.workers import forked, in_turn
+from privrec.workers import forked
 
 Float32Array = NDArray[np.float32]
 Float64Array = NDArray[np.float64]
@@ -138,7 +139,8 @@ def evaluate(
         return values
 
     starts = range(0, measured.size, step)
-    found = in_turn(forked(workers, lambda n: [measure(at) for at in starts[n::workers]]))
+    shares = forked(workers, lambda take: {n: measure(at) for n, at in take(starts)})
+    found = [part for _, part in sorted(chain.from_iterable(map(dict.items, shares)))]
     together = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
     return Evaluation(measured, together)
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from privrec.device.device import ALL, Cohort, Deferred, Device, Draws
+from privrec.device.device import Cohort, Deferred, Device, Draws
 from privrec.device.local import LocalModel
 from privrec.device.samples import Histories
 from privrec.device.tier import Federation, Tier
@@ -31,7 +31,7 @@ from privrec.secagg.messages import Stage
 from privrec.secagg.roster import ListedDevices
 from privrec.secagg.server import SecureSum, ServerSession
 from privrec.secagg.sharing import Graph
-from privrec.workers import forked
+from privrec.workers import Take, forked
 
 FloatArray = NDArray[np.float32]
 Integers = NDArray[np.int64]
@@ -124,12 +124,11 @@ class Plain(Summing):
     def add(self, tier: int, users: NDArray[np.int64], update: BoundedUpdate) -> None:
         update.add_to(self._sum, self.layouts[0])
 
-    def part(self, number: int, workers: int) -> Integers:
-        """What was added here, and the noise of every n-th survivor from the ``number``-th on."""
-        if self.protection.shares is None:
-            return self._sum
-        noise = self._noise(self.protection.shares, slice(number, None, workers))
-        self._sum += from_wire(noise, self.layouts)
+    def part(self, take: Take = enumerate) -> Integers:
+        """What was added here, and the noise of survivors, who are shared out."""
+        if self.protection.shares is not None:
+            noise = self._noise(self.protection.shares, take)
+            self._sum += from_wire(noise, self.layouts)
         return self._sum
 
     def gather(self, parts: Sequence[Integers]) -> None:
@@ -138,7 +137,7 @@ class Plain(Summing):
 
     def total(self) -> Integers:
         if not self._has_noise:
-            self.gather([self.part(0, 1)])
+            self.gather([self.part()])
         ring = self.protection.ring
         return ring.leave(ring.enter(self._sum))
 
@@ -155,8 +154,8 @@ class Plain(Summing):
                     "round ends without a sum, and stays charged"
                 )
 
-    def _noise(self, shares: Shares, some: slice) -> Integers:
-        """Some of the shares of survivors that are left in the sum, in the order of the wire."""
+    def _noise(self, shares: Shares, take: Take) -> Integers:
+        """Those taken of the shares that are left in the sum, in the order of the wire."""
         root, context = self.enrolled.root, self.round.context
         survivors = [p for p in self.cohort if p.survives]
         if shares.remove_excess:
@@ -167,7 +166,7 @@ class Plain(Summing):
             signed = {p.user for p in holders if p.leaves > Stage.CONFIRM}
             removed = set(shares.removed(band, [p.user for p in holders], signed))
             total = np.zeros(shares.bands[band].size, np.int64)
-            for user in [p.user for p in holders if p.user not in removed][some]:
+            for _, user in take([p.user for p in holders if p.user not in removed]):
                 seed = noise_seeds(root, band + 1, *context, user)[band]
                 total += shares.draw_band(band, seed)
             parts.append(total)
@@ -243,13 +242,11 @@ class Share:
     """What one of the workers did in a round.
 
     ``sum`` is of its updates and its part of the noise, empty where the protocol adds them;
-    ``states`` are rows of each tier's cohort with their new private states, ``losses`` sums by tier
-    and batch.
+    ``trained`` are rows of each tier's cohort, with their new private states and their losses.
     """
 
     sum: Integers
-    states: list[tuple[NDArray[np.int64], FloatArray]]
-    losses: dict[tuple[int, int], float]
+    trained: list[tuple[NDArray[np.int64], FloatArray, FloatArray]]
     deferred: Deferred
 
 
@@ -355,47 +352,37 @@ class Simulation:
         summing = made(round, layouts, self.protection, cohort, self.enrolled)
         left = self.rows(np.array([p.user for p in cohort if p.survives], np.int64))
         workers = self.workers if isinstance(summing, Plain) else 1
-        train = partial(self._share, round, weights, left, summing, workers)
-        shares = [train(0)] if workers == 1 else forked(workers, train)
-        losses: dict[tuple[int, int], float] = {}
+        shares = forked(workers, partial(self._share, round, weights, left, summing))
+        losses = [np.zeros(len(held.users), np.float32) for held in self.cohorts]
         for share in shares:
-            for held, (mine, states) in zip(self.cohorts, share.states, strict=True):
-                held.states[mine] = states
+            for held, kept, each in zip(self.cohorts, losses, share.trained, strict=True):
+                mine, states, found = each
+                held.states[mine], kept[mine] = states, found
             self.deferred += share.deferred
-            losses |= share.losses
         if isinstance(summing, Plain):
             summing.gather([share.sum for share in shares])
-        # In the order of batches, whoever trained them: a float sum depends on it.
-        loss, size = sum(losses[batch] for batch in sorted(losses)), sum(map(len, left))
+        # In the order of users, whoever trained them: a float sum depends on it.
+        loss, size = sum(float(each.sum(dtype=np.float64)) for each in losses), sum(map(len, left))
         return Aggregate(summing.total(), len(cohort), loss / size if size else None)
 
     def _share(
-        self,
-        round: Round,
-        weights: FloatArray,
-        left: Rows,
-        summing: Summing,
-        workers: int,
-        number: int,
+        self, round: Round, weights: FloatArray, left: Rows, summing: Summing, take: Take
     ) -> Share:
-        """Train every ``workers``-th batch from ``number`` on, in whatever process this is."""
+        """Train the batches that are taken, in whatever process this is."""
         before, self.deferred = self.deferred, Deferred()
-        losses, states = dict[tuple[int, int], float](), []
+        trained = []
         for tier, mine in zip(self.federation.tiers, left, strict=True):
-            held, trained = self.cohorts[tier.index], [np.zeros(0, np.int64)]
-            made = self.answers(round, weights, tier, mine, slice(number, None, workers))
-            for place, (users, update, loss) in enumerate(made):
+            held, done = self.cohorts[tier.index], [np.zeros(0, np.int64)]
+            losses = [np.zeros(0, np.float32)]
+            for users, update, loss in self.answers(round, weights, tier, mine, take):
                 summing.add(tier.index, users, update)
-                trained.append(np.searchsorted(held.users, users))
-                finite = float(loss.sum(dtype=np.float64, where=np.isfinite(loss)))
-                losses[tier.index, number + place * workers] = finite
-            own = np.concatenate(trained)
-            states.append((own, held.states[own]))
+                done.append(np.searchsorted(held.users, users))
+                losses.append(np.where(np.isfinite(loss), loss, 0))
+            own = np.concatenate(done)
+            trained.append((own, held.states[own], np.concatenate(losses)))
         deferred, self.deferred = self.deferred, before
-        part = (
-            summing.part(number, workers) if isinstance(summing, Plain) else np.zeros(0, np.int64)
-        )
-        return Share(part, states, losses, deferred)
+        part = summing.part(take) if isinstance(summing, Plain) else np.zeros(0, np.int64)
+        return Share(part, trained, deferred)
 
     def sample(self, round: Round) -> NDArray[np.int64]:
         """Sample the round's cohort, as sorted user indices.
@@ -443,21 +430,21 @@ class Simulation:
         weights: FloatArray,
         tier: Tier,
         rows: NDArray[np.int64],
-        some: slice = ALL,
+        take: Take = enumerate,
     ) -> Iterator[Answers]:
         """Yield users, bounded updates and losses of ``rows`` of a tier; their states move on.
 
-        ``some`` of their batches are trained.
+        Their batches are shared out by ``take``.
         """
         if not len(rows):
             return
         key = int(rng_for(self.seed, "samples", round.index).integers(2**63))
         cohort, view = self.cohorts[tier.index], tier.view(self.federation.prefix(weights, tier))
         if self.engine == "device":
-            yield from self._one_by_one(round, view, tier, rows[some], key)
+            yield from self._one_by_one(round, view, tier, rows, key, take)
             return
         model, draws = cohort.model(view), Draws.of(self.root, round, key)
-        for batch in cohort.batches(rows)[some]:
+        for _, batch in take(cohort.batches(rows)):
             data, states = cohort.data.select(batch), cohort.states[batch]
             trained = cohort.learner.train(model, data, states, draws)
             self.deferred += trained.deferred
@@ -469,12 +456,18 @@ class Simulation:
             yield users, bounded, trained.losses
 
     def _one_by_one(
-        self, round: Round, view: FloatArray, tier: Tier, rows: NDArray[np.int64], key: int
+        self,
+        round: Round,
+        view: FloatArray,
+        tier: Tier,
+        rows: NDArray[np.int64],
+        key: int,
+        take: Take,
     ) -> Iterator[Answers]:
         cohort, draws = self.cohorts[tier.index], Draws.of(self.root, round, key)
         model = LocalModel(cohort.learner.view, view)
         held = self.federation.layouts_of(tier)
-        for row in rows.tolist():
+        for _, row in take(rows.tolist()):
             owns = int(cohort.users[row]), cohort.data.of(row), tier, held
             keeps = cohort.learner, self.protection, self.root, cohort.states[row].copy()
             device = Device(*owns, *keeps)

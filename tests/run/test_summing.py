@@ -38,6 +38,7 @@ from privrec.scenario.load import Scenario
 from privrec.secagg.client import ClientSession
 from privrec.secagg.messages import Stage
 from privrec.secagg.server import ServerSession
+from privrec.workers import forked
 
 LEVEL = 1e-4
 SCENARIO = """
@@ -240,7 +241,7 @@ def test_noise_is_in_a_sum_once_however_often_it_is_read_and_by_how_many_made() 
     assert discrete._parts.cache_info().misses == tables > 0
     assert first.any()
     assert (whole.total() == first).all()
-    shared.gather([made().part(number, 3) for number in range(3)])
+    shared.gather(forked(3, lambda take: made().part(take)))
     assert (shared.total() == first).all()
 
 

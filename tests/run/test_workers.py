@@ -16,7 +16,7 @@ from privrec.errors import PrivrecError
 from privrec.run import lifecycle
 from privrec.run.record import Observer
 from privrec.scenario.load import Scenario
-from privrec.workers import cpu_s, forked, in_turn
+from privrec.workers import Take, cpu_s, forked
 
 SMALL = """
 name = "workers"
@@ -125,31 +125,56 @@ def test_the_number_of_workers_is_no_part_of_what_was_agreed() -> None:
 
 
 class TestForked:
-    def test_each_share_has_a_process_and_answers_come_in_order(self) -> None:
-        table = np.arange(10)
-        found = forked(3, lambda number: (os.getpid(), table[number::3].tolist()))
-        assert in_turn([part for _, part in found]) == list(range(10))
-        assert len({process for process, _ in found} - {os.getpid()}) == 3
+    def test_each_task_is_taken_once_by_processes_of_their_own(self) -> None:
+        first, second = range(1000, 3000), "letters"
+
+        def share(take: Take) -> tuple[int, list[tuple[int, int]], list[tuple[int, str]]]:
+            return os.getpid(), list(take(first)), list(take(second))
+
+        found = forked(3, share)
+        assert len({process for process, _, _ in found} - {os.getpid()}) == 3
+        assert sorted(each for _, part, _ in found for each in part) == list(enumerate(first))
+        assert sorted(each for _, _, part in found for each in part) == list(enumerate(second))
+
+    def test_a_task_waits_for_whoever_is_free(self) -> None:
+        def share(take: Take) -> list[int]:
+            done = []
+            for number, other_is_done in take([reading, writing, writing]):
+                if not number:
+                    os.read(other_is_done, 1)  # until the other process has done all the rest
+                elif number == 2:
+                    os.write(other_is_done, b".")
+                done.append(number)
+            return done
+
+        reading, writing = os.pipe()
+        try:
+            assert sorted(forked(2, share)) == [[0], [1, 2]]
+        finally:
+            os.close(reading)
+            os.close(writing)
 
     def test_one_runs_here(self) -> None:
-        assert forked(1, lambda number: (number, os.getpid())) == [(0, os.getpid())]
+        here = forked(1, lambda take: (list(take("ab")), os.getpid()))
+        assert here == [([(0, "a"), (1, "b")], os.getpid())]
 
     def test_what_a_share_raises_is_raised(self) -> None:
-        def refuse(number: int) -> None:
-            if number:
-                raise ValueError(f"share {number}")
+        def refuse(take: Take) -> None:
+            for number, _ in take(range(2)):
+                if number:
+                    raise ValueError(f"task {number}")
 
-        with pytest.raises(ValueError, match="share 1"):
+        with pytest.raises(ValueError, match="task 1"):
             forked(2, refuse)
 
     def test_large_answers_come_through_and_their_time_is_counted(self) -> None:
         before = cpu_s()
-        found = forked(2, lambda number: np.full(1 << 20, number))
-        assert [int(part.sum()) for part in found] == [0, 1 << 20]
+        found = forked(2, lambda take: [np.full(1 << 20, n) for n, _ in take(range(2))])
+        assert sorted(int(each.sum()) for part in found for each in part) == [0, 1 << 20]
         assert cpu_s() > before
 
     def test_ctrl_c_is_left_to_the_process_that_forked(self) -> None:
-        def interrupted(_: int) -> str:
+        def interrupted(_: Take) -> str:
             os.kill(os.getpid(), signal.SIGINT)
             return "done"
 
