@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
 import multiprocessing
 import os
 import resource
@@ -19,13 +20,18 @@ import signal
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, BinaryIO, ClassVar, Generic, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from privrec.errors import PrivrecError, UsageError
 
+S = TypeVar("S", bound=np.generic)
 T = TypeVar("T")
 
 
@@ -40,43 +46,79 @@ class Take(Protocol):
         """Yield those that are left when this process asks."""
 
 
-def forked(workers: int, share: Callable[[Take], T]) -> list[T]:
-    """Call ``share`` in so many processes, which share out what they take; one runs here.
+class Workers(Generic[T]):
+    """Processes that are forked once and, whenever they are asked, share out what they take.
 
-    Processes are forked anew for each call: they see histories, states and weights as they stand,
-    without a copy. What they change stays with them, what they return is handed over.
+    They see histories as they stood then, without a copy; what changes later and they are to see,
+    or change together, must lie in :func:`shared` memory. They end with this object or this
+    process, whichever is first, and after an error.
 
     Raises:
         UsageError: where the system cannot fork.
-        PrivrecError: when a process ended without an answer.
-        Exception: what a share raised.
+    """
+
+    answered_s: ClassVar[float] = 0.0
+    """CPU seconds that all workers of this process have needed for their answers."""
+
+    def __init__(self, workers: int, answer: Callable[..., T]) -> None:
+        if "fork" not in multiprocessing.get_all_start_methods():
+            raise UsageError(f"run.workers = {workers}: this system cannot fork processes; use 1")
+        context, self._place = multiprocessing.get_context("fork"), tempfile.TemporaryFile()
+        self._running: list[tuple[Any, Connection]] = []
+        self.close = weakref.finalize(self, _end, self._place, self._running)
+        for _ in range(workers):
+            ours, theirs = context.Pipe()
+            others = [*(mine for _, mine in self._running), ours]
+            work = answer, self._place.fileno(), theirs, others
+            process = context.Process(target=_work, args=work, daemon=True)
+            process.start()
+            theirs.close()  # or the end of the process would go unnoticed
+            self._running.append((process, ours))
+
+    def ask(self, *question: Any) -> list[T]:
+        """Return what ``answer(take, *question)`` returns in each process.
+
+        Raises:
+            PrivrecError: when a process ended without an answer.
+            Exception: what an answer raised.
+        """
+        os.lseek(self._place.fileno(), 0, os.SEEK_SET)
+        try:
+            for _, ours in self._running:
+                with contextlib.suppress(BrokenPipeError):  # it has ended, which is told below
+                    ours.send(question)
+            return [_answer(process, ours) for process, ours in self._running]
+        except BaseException:
+            self.close()  # others may answer yet, and would be taken to answer the next question
+            raise
+
+
+def forked(workers: int, share: Callable[[Take], T]) -> list[T]:
+    """Call ``share`` in so many processes, which share out what they take; one runs here.
+
+    They are forked for this call alone, and see everything as it stands. What they change stays
+    with them, what they return is handed over. Errors are those of :class:`Workers`.
     """
     if workers == 1:
         return [share(enumerate)]
-    if "fork" not in multiprocessing.get_all_start_methods():
-        raise UsageError(f"run.workers = {workers}: this system cannot fork processes; use 1")
-    context, running = multiprocessing.get_context("fork"), []
-    with tempfile.TemporaryFile() as place:
-        try:
-            for _ in range(workers):
-                ours, theirs = context.Pipe(duplex=False)
-                work = share, _Line(place.fileno()), theirs
-                process = context.Process(target=_work, args=work, daemon=True)
-                process.start()
-                theirs.close()  # or the end of the process would go unnoticed
-                running.append((process, ours))
-            return [_answer(process, ours) for process, ours in running]
-        finally:
-            for process, ours in running:
-                ours.close()
-                process.kill()
-                process.join()
+    made = Workers(workers, share)
+    try:
+        return made.ask()
+    finally:
+        made.close()
+
+
+def shared(array: NDArray[S]) -> NDArray[S]:
+    """A copy of an array that processes forked hereafter see, and change, together."""
+    place = mmap.mmap(-1, max(1, array.nbytes))
+    found = np.frombuffer(place, array.dtype, array.size).reshape(array.shape)
+    found[...] = array
+    return found
 
 
 def cpu_s() -> float:
-    """CPU seconds of this process and of the workers that have ended."""
-    mine = time.process_time()
-    return mine + sum(os.times()[2:4])  # those of children are known to a hundredth
+    """CPU seconds of this process and of what its workers answered."""
+    return time.process_time() + Workers.answered_s
 
 
 class _Line:
@@ -100,27 +142,44 @@ class _Line:
             yield number, tasks[number]
 
 
-def _work(share: Callable[[Take], Any], line: Take, theirs: Connection) -> None:
+def _work(
+    answer: Callable[..., Any], place: int, theirs: Connection, others: Sequence[Connection]
+) -> None:
     # Ctrl-C goes to every process of the terminal; a round is ended by the one that began it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        theirs.send((share(line), None))
-    except Exception as error:
-        theirs.send((None, error))
+    for each in others:  # or the end of the one that asks would go unnoticed
+        each.close()
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            question, began = theirs.recv(), time.process_time()
+            try:
+                found, error = answer(_Line(place), *question), None
+            except Exception as raised:
+                found, error = None, raised
+            theirs.send((found, error, time.process_time() - began))
 
 
 def _answer(process: Any, ours: Connection) -> Any:
     try:
-        answer, error = ours.recv()
-    except EOFError:
+        answer, error, cpu_s = ours.recv()
+    except (EOFError, ConnectionResetError):
         process.join()
         raise PrivrecError(
             f"worker process {process.pid} ended in mid-round (exit code {process.exitcode}), "
             "perhaps for want of memory; go on with privrec resume, with fewer --workers"
         ) from None
+    Workers.answered_s += cpu_s
     if error is not None:
         raise error
     return answer
+
+
+def _end(place: BinaryIO, running: Sequence[tuple[Any, Connection]]) -> None:
+    for process, ours in running:
+        ours.close()
+        process.kill()
+        process.join()
+    place.close()
 
 
 def give_back_freed() -> None:

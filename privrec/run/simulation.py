@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import repeat
 from typing import Any, Literal
 
@@ -31,7 +30,7 @@ from privrec.secagg.messages import Stage
 from privrec.secagg.roster import ListedDevices
 from privrec.secagg.server import SecureSum, ServerSession
 from privrec.secagg.sharing import Graph
-from privrec.workers import Take, forked
+from privrec.workers import Take, Workers, shared
 
 FloatArray = NDArray[np.float32]
 Integers = NDArray[np.int64]
@@ -239,14 +238,14 @@ SUMMING: Mapping[str, type[Summing]] = {"exact": Plain, "full": Secure}
 
 @dataclass(frozen=True)
 class Share:
-    """What one of the workers did in a round.
+    """What one of the workers did in a round, beside moving the private states on.
 
     ``sum`` is of its updates and its part of the noise, empty where the protocol adds them;
-    ``trained`` are rows of each tier's cohort, with their new private states and their losses.
+    ``losses`` are those of the users whom it trained.
     """
 
     sum: Integers
-    trained: list[tuple[NDArray[np.int64], FloatArray, FloatArray]]
+    losses: list[tuple[NDArray[np.int64], FloatArray]]
     deferred: Deferred
 
 
@@ -310,7 +309,7 @@ class Simulation:
         engine: ``"cohort"`` trains batches; ``"device"`` trains devices one at a time.
         secure_sum: see :data:`SUMMING`; both give the same sum.
         workers: processes that train for an ``"exact"`` sum, for the same bits as one; the protocol
-            keeps its sessions in this one.
+            keeps its sessions in this one. They are forked in the first round.
         deferred: noise between local steps since this object was made, which is private.
     """
 
@@ -327,6 +326,8 @@ class Simulation:
     workers: int = 1
     deferred: Deferred = field(default_factory=Deferred, init=False)
     _before: tuple[int, Rows, list[FloatArray]] | None = field(default=None, init=False)
+    _workers: Workers[Share] | None = field(default=None, init=False)
+    _weights: FloatArray = field(default_factory=lambda: np.zeros(0, np.float32), init=False)
 
     @property
     def root(self) -> SecretRoot:
@@ -345,44 +346,64 @@ class Simulation:
         return np.setdiff1d(np.arange(self.population), members)
 
     def collect(self, round: Round, weights: FloatArray) -> Aggregate:
-        rows = self.rows(self.sample(round))
-        self._rewind(round.index, rows)
-        cohort = self._participants(round, rows)
-        made, layouts = SUMMING[self.secure_sum], self.federation.layouts
-        summing = made(round, layouts, self.protection, cohort, self.enrolled)
-        left = self.rows(np.array([p.user for p in cohort if p.survives], np.int64))
-        workers = self.workers if isinstance(summing, Plain) else 1
-        shares = forked(workers, partial(self._share, round, weights, left, summing))
-        losses = [np.zeros(len(held.users), np.float32) for held in self.cohorts]
+        summing, left = self._begin(round)
+        self._rewind(round.index, left)
+        if self.workers > 1 and isinstance(summing, Plain):
+            shares = self._forked(weights).ask(round)
+        else:
+            shares = [self._share(enumerate, summing, left, round, weights)]
+        # In the order of users, whoever trained them: a float sum depends on it.
+        losses = np.zeros(self.population, np.float32)
         for share in shares:
-            for held, kept, each in zip(self.cohorts, losses, share.trained, strict=True):
-                mine, states, found = each
-                held.states[mine], kept[mine] = states, found
+            for users, found in share.losses:
+                losses[users] = found
             self.deferred += share.deferred
         if isinstance(summing, Plain):
             summing.gather([share.sum for share in shares])
-        # In the order of users, whoever trained them: a float sum depends on it.
-        loss, size = sum(float(each.sum(dtype=np.float64)) for each in losses), sum(map(len, left))
-        return Aggregate(summing.total(), len(cohort), loss / size if size else None)
+        loss, size = float(losses.sum(dtype=np.float64)), sum(map(len, left))
+        return Aggregate(summing.total(), len(summing.cohort), loss / size if size else None)
+
+    def _forked(self, weights: FloatArray) -> Workers[Share]:
+        """The workers, for whom ``weights`` lie where they see them, and states where all do."""
+        if self._workers is None or not self._workers.close.alive:
+            for cohort in self.cohorts:
+                cohort.states = shared(cohort.states)
+            self._weights = shared(weights)
+            self._workers = Workers(self.workers, self._answer)
+        self._weights[...] = weights
+        return self._workers
+
+    def _answer(self, take: Take, round: Round) -> Share:
+        """A worker's part in a round, of which it draws the cohort as all do."""
+        return self._share(take, *self._begin(round), round, self._weights)
+
+    def _begin(self, round: Round) -> tuple[Summing, Rows]:
+        """Sample the round's cohort, and go to where updates of its survivors are due."""
+        rows = self.rows(self.sample(round))
+        users = [held.users[mine] for held, mine in zip(self.cohorts, rows, strict=True)]
+        leaves = leaving(self.root, round, self.population, self.dropout_rate)
+        cohort = [
+            Participant(user, tier.index, Stage(leaves[user]))
+            for tier, mine in zip(self.federation.tiers, users, strict=True)
+            for user in mine.tolist()
+        ]
+        made, layouts = SUMMING[self.secure_sum], self.federation.layouts
+        left = self.rows(np.array([p.user for p in cohort if p.survives], np.int64))
+        return made(round, layouts, self.protection, cohort, self.enrolled), left
 
     def _share(
-        self, round: Round, weights: FloatArray, left: Rows, summing: Summing, take: Take
+        self, take: Take, summing: Summing, left: Rows, round: Round, weights: FloatArray
     ) -> Share:
         """Train the batches that are taken, in whatever process this is."""
         before, self.deferred = self.deferred, Deferred()
-        trained = []
+        losses = []
         for tier, mine in zip(self.federation.tiers, left, strict=True):
-            held, done = self.cohorts[tier.index], [np.zeros(0, np.int64)]
-            losses = [np.zeros(0, np.float32)]
             for users, update, loss in self.answers(round, weights, tier, mine, take):
                 summing.add(tier.index, users, update)
-                done.append(np.searchsorted(held.users, users))
-                losses.append(np.where(np.isfinite(loss), loss, 0))
-            own = np.concatenate(done)
-            trained.append((own, held.states[own], np.concatenate(losses)))
+                losses.append((users, np.where(np.isfinite(loss), loss, 0)))
         deferred, self.deferred = self.deferred, before
         part = summing.part(take) if isinstance(summing, Plain) else np.zeros(0, np.int64)
-        return Share(part, trained, deferred)
+        return Share(part, losses, deferred)
 
     def sample(self, round: Round) -> NDArray[np.int64]:
         """Sample the round's cohort, as sorted user indices.
@@ -405,16 +426,6 @@ class Simulation:
         return [
             np.flatnonzero(chosen[cohort.users] & (tier.weight > 0))
             for tier, cohort in zip(self.federation.tiers, self.cohorts, strict=True)
-        ]
-
-    def _participants(self, round: Round, rows: Rows) -> list[Participant]:
-        """The round's cohort, with the exchange at which each device leaves, if it does."""
-        users = [cohort.users[mine] for cohort, mine in zip(self.cohorts, rows, strict=True)]
-        leaves = leaving(self.root, round, self.population, self.dropout_rate)
-        return [
-            Participant(user, tier.index, Stage(leaves[user]))
-            for tier, mine in zip(self.federation.tiers, users, strict=True)
-            for user in mine.tolist()
         ]
 
     def _rewind(self, index: int, rows: Rows) -> None:

@@ -16,7 +16,7 @@ from privrec.errors import PrivrecError
 from privrec.run import lifecycle
 from privrec.run.record import Observer
 from privrec.scenario.load import Scenario
-from privrec.workers import Take, cpu_s, forked
+from privrec.workers import Take, Workers, cpu_s, forked, shared
 
 SMALL = """
 name = "workers"
@@ -179,3 +179,50 @@ class TestForked:
             return "done"
 
         assert forked(2, interrupted) == ["done", "done"]
+
+
+class TestWorkers:
+    def test_they_are_forked_once_and_see_what_lies_in_shared_memory(self) -> None:
+        both, at_first = shared(np.zeros(4, np.int64)), np.zeros(4, np.int64)
+
+        def answer(take: Take, tasks: range) -> tuple[int, int]:
+            for _, place in take(tasks):
+                both[place] += 1
+            return os.getpid(), int(at_first.sum())
+
+        made = Workers(2, answer)
+        seen = []
+        for asked in range(1, 4):
+            at_first += 1
+            seen.append(made.ask(range(4)))
+            assert both.tolist() == [asked] * 4
+        assert seen == seen[:1] * 3  # the same processes, and what is not shared stays as it was
+        assert {found for _, found in seen[0]} == {0}
+
+    def test_after_an_error_they_are_gone(self) -> None:
+        def answer(take: Take, wanted: int) -> int:
+            for number, _ in take(range(2)):
+                if number == wanted:
+                    raise ValueError(f"task {number}")
+            return os.getpid()
+
+        made = Workers(2, answer)
+        gone = made.ask(2)
+        with pytest.raises(ValueError, match="task 1"):
+            made.ask(1)
+        assert not made.close.alive
+        for process in gone:
+            with pytest.raises(ProcessLookupError):
+                os.kill(process, 0)
+
+    def test_they_end_when_the_process_that_asks_is_killed(self) -> None:
+        reading, writing = os.pipe()
+        asking = os.fork()
+        if not asking:
+            Workers(3, lambda take: None).ask()
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.close(writing)
+        os.waitpid(asking, 0)
+        # Its workers hold the other end: this returns when the last of them is gone.
+        assert os.read(reading, 1) == b""
+        os.close(reading)
