@@ -45,7 +45,7 @@ from privrec.device.local import LocalModel
 from privrec.device.samples import Histories, Items, uniform
 from privrec.device.update import Address, SummedExamples, digest
 from privrec.embedding.subspace import splitmix64
-from privrec.embedding.table import Table, add_rows
+from privrec.embedding.table import Table, add_rows, distinct
 from privrec.models.ncf import NCF
 from privrec.privacy.mechanism import rounded_gaussian
 
@@ -103,7 +103,7 @@ class ExampleSums:
             self._biases = _Released(view.biases, model.bias_memory)
         # Each of a device's distinct items is an example.
         named = np.repeat(np.arange(m), data.lengths) * view.vectors.items + data.items
-        self.rows, self.items = np.divmod(np.unique(named), view.vectors.items)
+        self.rows, self.items = np.divmod(distinct(named), view.vectors.items)
         self.turns = turns_of(self._keys[self.rows], self.items, settings.local_steps)
         layout = view.layout
         self._head = np.zeros((m, layout.head), np.int64)

@@ -33,7 +33,7 @@ from privrec.device.device import Deferred, Settings
 from privrec.device.local import LocalModel, Located
 from privrec.device.samples import Items, uniform
 from privrec.embedding.subspace import UInt64Array, splitmix64
-from privrec.embedding.table import Table, merged, representatives
+from privrec.embedding.table import Table, distinct, merged, representatives
 from privrec.models.losses import Samples, loss_of
 from privrec.models.ncf import NCF
 from privrec.privacy.lazy import LazyMemory
@@ -153,10 +153,10 @@ class ExampleSteps:
 
     def turns(self, items: Items) -> list[Items]:
         """The history by step: each distinct item is in one, whatever the others are."""
-        distinct = np.unique(items).astype(np.int64)
+        mine = distinct(items).astype(np.int64)
         steps = self._settings.local_steps
-        turn = turns_of(self._keys, distinct, steps)
-        return [distinct[turn == step] for step in range(steps)]
+        turn = turns_of(self._keys, mine, steps)
+        return [mine[turn == step] for step in range(steps)]
 
     def run(self, items: Items) -> float:
         """All steps of a round; gives the mean loss of the examples before their own step."""

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privrec.embedding.subspace import GOLDEN, finalise, splitmix64
-from privrec.embedding.table import representatives
+from privrec.embedding.table import distinct, representatives
 from privrec.randomness import SecureStream
 from privrec.search.memory import outside
 from privrec.search.select import Search, mix, select
@@ -93,11 +93,11 @@ class Histories:
         They stand for the histories as one set of a catalogue of ``m * n_items``.
         """
         rows = np.repeat(np.arange(len(self.users)), self.lengths)
-        return np.unique(rows * n_items + self.items)
+        return distinct(rows * n_items + self.items)
 
     def sets(self) -> list[Items]:
         """Each history's items, ascending and without repeats."""
-        return [np.unique(self.of(row)).astype(np.int64) for row in range(len(self.users))]
+        return [distinct(self.of(row)).astype(np.int64) for row in range(len(self.users))]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from scipy import sparse
 from privrec.errors import UsageError
 
 FloatArray = NDArray[np.float32]
+T = TypeVar("T", bound=np.integer[Any])
 _SPARSE = 4
 _RARE = 64  # names this much rarer than their places are sorted instead of tabulated
 _ITEMS_AT_ONCE = 1 << 16
@@ -149,6 +150,12 @@ class PlainTable(Table):
         item, part = np.asarray(items, np.int64)[..., None], np.arange(self.parts)
         slots = part * self.items + item if self.by_part else item * self.parts + part
         return slots, np.ones(slots.shape, np.float32)
+
+
+def distinct(names: NDArray[T]) -> NDArray[T]:
+    """``np.unique`` of a vector by sorting, several times faster than by its table of hashes."""
+    found = np.sort(names)
+    return found[np.append(True, found[1:] != found[:-1])] if len(found) else found
 
 
 def add_rows(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from privrec.data.corpus import NO_LABEL
-from privrec.embedding.table import PlainTable, Table
+from privrec.embedding.table import PlainTable, Table, distinct
 from privrec.errors import UsageError
 from privrec.models.losses import softmax_loss
 from privrec.randomness import ROOT_BYTES, SecretRoot, SecureStream, rng_for
@@ -277,7 +277,7 @@ class SparseOutput(nn.Module):
 
 def distinct_labels(labels: Tensor, width: int) -> Items:
     """Return the labels of a batch, ascending, without repeats and :data:`NO_LABEL`."""
-    found: Items = np.unique(labels.detach().cpu().numpy().astype(np.int64, copy=False))
+    found: Items = distinct(labels.detach().cpu().numpy().astype(np.int64, copy=False).ravel())
     if len(found) and found[0] == NO_LABEL:
         found = found[1:]
     if len(found) and not (found[0] >= 0 and found[-1] < width):

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import DTypeLike, NDArray
 
+from privrec.embedding.table import distinct
 from privrec.errors import UsageError
 from privrec.privacy import pending
 from privrec.privacy.pending import LinearStep, Normals, Values
@@ -131,17 +132,17 @@ class LazyMemory:
                 _accumulate(self.__tables[0], rows, gradients, which)
             return
         self.settle(rows)
-        distinct, place = np.unique(rows, return_inverse=True)
-        total = np.zeros((len(distinct), self.shape[1]), self.dtype)
+        moved, place = np.unique(rows, return_inverse=True)
+        total = np.zeros((len(moved), self.shape[1]), self.dtype)
         if len(rows):
             _accumulate(total, place.astype(np.int64), gradients, which)
-        values, velocities = (table[distinct] for table in self.__tables)
+        values, velocities = (table[moved] for table in self.__tables)
         (a, b), (c, d) = update.matrix.astype(self.dtype)
         first, second = update.gain.astype(self.dtype)
         self._drift.append(update, variance)
-        self.__tables[0][distinct] = a * values + b * velocities + first * total
-        self.__tables[1][distinct] = c * values + d * velocities + second * total
-        self._stamps[distinct] = np.uint32(self.steps) | _OWN
+        self.__tables[0][moved] = a * values + b * velocities + first * total
+        self.__tables[1][moved] = c * values + d * velocities + second * total
+        self._stamps[moved] = np.uint32(self.steps) | _OWN
 
     def settle(self, rows: Rows | None = None) -> None:
         """Pay what some rows owe, or all of them; UsageError, and no draw, for unknown rows."""
@@ -152,10 +153,11 @@ class LazyMemory:
         if rows is None:
             self._settle_all()
             return
-        distinct = np.unique(rows)
-        stamps = self._stamps.take(distinct)
+        debtors = distinct(rows)
+        stamps = self._stamps.take(debtors)
         owing = stamps != self.steps
-        debtors, stamps = (distinct, stamps) if owing.all() else (distinct[owing], stamps[owing])
+        if not owing.all():
+            debtors, stamps = debtors[owing], stamps[owing]
         if len(debtors) >= EAGER_SHARE * self.shape[0]:
             self._settle_all()
             return
