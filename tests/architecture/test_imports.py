@@ -18,8 +18,8 @@ PACKAGE = ROOT / "privrec"
 # the lowest floor, the root's own modules import one another in the order they have here.
 FLOORS = (
     ("errors", "storage", "randomness", "workers"),
-    ("embedding", "privacy", "scenario", "secagg"),
-    ("data", "search"),
+    ("embedding", "scenario"),
+    ("data", "privacy", "search", "secagg"),
     ("models", "optim"),
     ("device",),
     ("server", "evaluate"),
