@@ -63,6 +63,17 @@ class LocalModel(Generic[N]):
         return item_gram(self.view.vectors, self.memory)
 
     @cached_property
+    def products(self) -> Tensor:
+        """Lower halves of ``x xᵀ`` of all items, ``x`` a row and then a 1 for the user's bias.
+
+        Their weighted sums are the curvatures of all devices that look at the whole catalogue.
+        """
+        rows = torch.from_numpy(self.rows(np.arange(self.view.vectors.items)))
+        found = torch.nn.functional.pad(rows, (0, 1), value=1.0)
+        one, other = torch.tril_indices(found.shape[1], found.shape[1])
+        return found[:, one] * found[:, other]
+
+    @cached_property
     def items(self) -> ItemMemory:
         """The catalogue, or the output neurons, as a device searches them."""
         table = self.view.biases

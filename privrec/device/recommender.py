@@ -39,7 +39,7 @@ FloatArray = NDArray[np.float32]
 
 SAMPLES_IN_BATCH = 12288
 """Samples trained at once, so that a batch's tensors stay in a core's cache."""
-SHARED_SAMPLES_IN_BATCH = 65536
+SHARED_SAMPLES_IN_BATCH = 131072
 """The same where all devices look at the whole catalogue, whose part of the work they share."""
 COEFFICIENTS_IN_BATCH = 1 << 20
 """Coefficients of the updates made at once where every device's update has noise everywhere."""
@@ -187,7 +187,7 @@ class _Local:
     """The devices' copies of what their samples touch, and the change they make to it."""
 
     def __init__(self, model: LocalModel[NCF], batch: Batch, settings: Settings) -> None:
-        view, self._settings = model.view, settings
+        view, self._settings, self._source = model.view, settings, model
         self._model, self._loss = view.network, loss_of(settings.loss)
         self._unobserved: Tensor | None = None
         if self._loss.implicit:
@@ -232,9 +232,12 @@ class _Local:
             jacobian[..., -1] = 0
         prior = torch.full((user.shape[1],), self._settings.user_l2)
         prior[-1] = 0
-        hessian = _weighted_gram(jacobian, curvature)
-        hessian += torch.diag(prior + _RIDGE)
         shared = len(jacobian) == 1
+        if shared and len(user) > 1:
+            hessian = _unfolded(curvature @ self._source.products, user.shape[1])
+        else:
+            hessian = torch.bmm((jacobian * curvature.unsqueeze(2)).transpose(1, 2), jacobian)
+        hessian += torch.diag(prior + _RIDGE)
         slope = gradient @ jacobian[0] if shared else (gradient[:, None] @ jacobian)[:, 0]
         slope = slope + prior * user
         if self._unobserved is not None:
@@ -289,13 +292,11 @@ class _Local:
         return scored, self._loss.grade(scores, self._samples)
 
 
-def _weighted_gram(jacobian: Tensor, weights: Tensor) -> Tensor:
-    """``J^T diag(w) J`` of each device, shape ``(m, u, u)``; ``J`` may be shared."""
-    if len(jacobian) > 1 or len(weights) == 1:
-        return torch.bmm((jacobian * weights.unsqueeze(2)).transpose(1, 2), jacobian)
-    shared, width = jacobian[0], jacobian.shape[2]
-    products = (shared.unsqueeze(2) * shared.unsqueeze(1)).reshape(len(shared), -1)
-    return (weights @ products).reshape(-1, width, width)
+def _unfolded(lower: Tensor, width: int) -> Tensor:
+    """Symmetric matrices ``(m, u, u)`` with these lower halves, which is what Cholesky reads."""
+    found = lower.new_zeros(len(lower), width, width)
+    found[:, *torch.tril_indices(width, width)] = lower
+    return found
 
 
 def _damping(jacobian: Tensor, step: Tensor, seen: Tensor) -> Tensor:
