@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 # Before NumPy and torch are loaded, and for the processes that tests start: workers of several
@@ -126,3 +127,11 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Secrets of the test's own."""
     monkeypatch.setenv("PRIVREC_STATE", str(tmp_path / "state"))
     return tmp_path / "state"
+
+
+@pytest.fixture(autouse=True)
+def flower_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower's log as it is at first: some of its own parts silence it for a whole process."""
+    for name in ("flwr", "flwr.privrec"):
+        monkeypatch.setattr(logging.getLogger(name), "disabled", False)
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
