@@ -282,7 +282,7 @@ def _epsilon_curves(facts: Facts) -> Iterator[model.Curve]:
     charged = facts.ledger.charges
     if not facts.private or facts.delta is None or not charged:
         return
-    milestones = list(_milestones(charged))
+    milestones = list(_milestones(charged, facts.rounds))
     for key, name in (("epsilon", "ε, recipients"), ("epsilon_server", "ε, cohorts known")):
         points = tuple(
             model.Point(round=number, value=epsilon(counts, facts.delta, EPSILONS[key][0]))
@@ -291,9 +291,15 @@ def _epsilon_curves(facts: Facts) -> Iterator[model.Curve]:
         yield model.Curve(key=key, name=name, note="", points=points)
 
 
-def _milestones(charged: Sequence[Charge]) -> Iterator[tuple[int, Counter[RoundEvent]]]:
-    """Charges counted up to some rounds, the last among them; ε bends most in the first ones."""
-    last_of_round = {charge.round: place for place, charge in enumerate(charged)}
+def _milestones(
+    charged: Sequence[Charge], rounds: int
+) -> Iterator[tuple[int, Counter[RoundEvent]]]:
+    """Charges counted up to some rounds, the last among them; ε bends most in the first ones.
+
+    What is charged after the last of so many ``rounds`` is shown with it.
+    """
+    shown = [min(charge.round, rounds - 1) for charge in charged]
+    last_of_round = {round: place for place, round in enumerate(shown)}
     ends = sorted(last_of_round.values())
     places = sorted({*thinned(ends, EPSILON_POINTS), *(ends[i] for i in _EARLY if i < len(ends))})
     counts: Counter[RoundEvent] = Counter()
@@ -301,4 +307,4 @@ def _milestones(charged: Sequence[Charge]) -> Iterator[tuple[int, Counter[RoundE
     for place in places:
         counts.update(charge.event for charge in charged[start : place + 1])
         start = place + 1
-        yield charged[place].round + 1, counts.copy()
+        yield shown[place] + 1, counts.copy()

@@ -35,7 +35,7 @@ class Facts:
         ledger: read and closed; its key is the one that the signed head was checked with.
         delta: δ of the claim; None where no noise was planned.
         population: number of users, as declared; None where it is not known.
-        rounds: that were charged; ``charges`` counts attempts, and nothing before the first round.
+        rounds: that were charged; ``charges`` counts attempts, and nothing beside the rounds.
         evaluations: how often the held-out split was looked at: as planned, and at the end.
         epsilon: against recipients of the models, by PLD; None is infinite, as in the other three.
     """
@@ -62,9 +62,10 @@ class Facts:
         delta, population = header.get("delta"), header.get("population")
         noisy = declared.scenario.privacy.noise != "none" and isinstance(delta, float)
         known = header.get("noise_known") is not False
-        attempts = [charge.round for charge in ledger.charges if charge.round >= 0]
+        planned = declared.scenario.train.rounds
+        attempts = [each.round for each in ledger.charges if 0 <= each.round < planned]
         rounds, every = len(set(attempts)), declared.scenario.run.eval_every
-        unfinished = rounds - (rounds == declared.scenario.train.rounds)
+        unfinished = rounds - (rounds == planned)
         looked = (unfinished // every if every else 0) + (rounds > 0)
         spent: dict[str, Any] = dict.fromkeys(EPSILONS)
         if noisy and delta is not None and not known:
@@ -90,7 +91,8 @@ class Facts:
     @cached_property
     def of_rounds(self) -> Counter[RoundEvent]:
         """How often rounds were charged as each event."""
-        return Counter(charge.event for charge in self.ledger.charges if charge.round >= 0)
+        planned = range(self.scenario.train.rounds)
+        return Counter(each.event for each in self.ledger.charges if each.round in planned)
 
     @cached_property
     def examples(self) -> dict[str, Any] | None:
@@ -102,6 +104,20 @@ class Facts:
     def before(self) -> Counter[RoundEvent]:
         """What was charged before the first round, and how often."""
         return Counter(each.event for each in self.ledger.charges if each.round == PREPARATION)
+
+    @property
+    def after(self) -> Counter[RoundEvent]:
+        """What was charged for the secure sum of metrics after the last round, and how often."""
+        last = self.scenario.train.rounds
+        return Counter(each.event for each in self.ledger.charges if each.round >= last)
+
+    @property
+    def epsilon_after(self) -> float | None:
+        """ε of that sum alone; None where none was charged, or it hides nothing."""
+        if self.delta is None or self.noise_known or not self.after:
+            return None
+        found: float | None = finite(epsilon(self.after, self.delta, "server"))
+        return found
 
     @property
     def scenario(self) -> Scenario:
