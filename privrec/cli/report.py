@@ -71,10 +71,14 @@ def write(directory: Path, as_json: bool) -> None:
 )
 @console.json_option
 def verify(path: Path, key: str | None, trust_named_key: bool, as_json: bool) -> None:
-    """Recompute the report in FILE from the ledger beside it, and say what does not match."""
-    from privrec.report.verify import public_key
-    from privrec.report.verify import verify as judge
+    """Recompute the report in FILE from the ledger beside it, and say what does not match.
 
+    FILE may be the ledger.jsonl of a SecureSum in a Flower app, too, which has no report.
+    """
+    from privrec.report.verify import public_key, verify_ledger
+    from privrec.report.verify import verify as of_report
+
+    judge = verify_ledger if path.suffix == ".jsonl" else of_report
     verdict = judge(
         path, key=None if key is None else public_key(key), trust_named_key=trust_named_key
     )

@@ -24,14 +24,20 @@ from safetensors.numpy import load_file
 
 from privrec import __version__
 from privrec.errors import DataError, IntegrityError, PrivrecError, UsageError
+from privrec.privacy.ledger import Ledger
 from privrec.report.derive import derive
 from privrec.report.facts import Facts, read_facts
 from privrec.report.model import WORD, OperatorsWord, Report
 from privrec.report.render import to_html, to_json, to_markdown
 from privrec.run.directory import kept_key
+from privrec.run.record import epsilon_text
 
 _DEPENDS_ON_VERIFIER = {"privacy.ledger_signature"}
 _SHOWN = 120
+_NO_KEY = (
+    "{}: no key to trust: the ledger names one, but whoever forged it would have named their own. "
+    "Give the server's public key with --key, or say --trust-named-key"
+)
 
 
 @dataclass(frozen=True)
@@ -115,10 +121,7 @@ def verify(
     content = _object(text)
     key = key or kept_key(str(content.get("run_id", "")))
     if key is None and not trust_named_key:
-        raise UsageError(
-            f"{path}: no key to trust: the ledger names one, but whoever forged it would have "
-            "named their own. Give the server's public key with --key, or say --trust-named-key"
-        )
+        raise UsageError(_NO_KEY.format(path))
     verdict = Verdict(anchored=key is not None)
     report = _report(text, content, verdict)
     facts = None
@@ -138,6 +141,38 @@ def verify(
         _check_pages(path.parent, report, verdict)
     if facts is not None:
         _check_model(path.parent, facts, verdict)
+    return verdict
+
+
+def verify_ledger(
+    path: Path, *, key: Ed25519PublicKey | None = None, trust_named_key: bool = False
+) -> Verdict:
+    """Recompute ε from a ledger that has no report: that of a secure sum in somebody's Flower app.
+
+    Arguments and errors are those of :func:`verify`.
+
+    Raises:
+        UsageError: also when it is the ledger of a run, which has a report.
+        IntegrityError: when the ledger was altered or cut.
+    """
+    with Ledger.open(path, public_key=key, repair=False) as ledger:
+        header = ledger.header
+    if "scenario" in header:
+        raise UsageError(f"{path}: the ledger of a run; verify the run's report.json beside it")
+    kept = key or kept_key(str(header.get("run_id", "")))
+    if kept is None and not trust_named_key:
+        raise UsageError(_NO_KEY.format(path))
+    with Ledger.open(path, public_key=kept, repair=False) as ledger:
+        if ledger.signed < ledger.entries:
+            raise IntegrityError(
+                f"{path}: {ledger.entries} entries, of which {ledger.signed} are signed: lines "
+                "were added behind the signed end. Bring back the original file"
+            )
+        charges, delta = len(ledger.charges), float(header["delta"])
+        spent = epsilon_text(ledger.epsilon(delta, "server"), 4)
+    verdict = Verdict(anchored=kept is not None)
+    verdict.checked.append(f"hash chain of the ledger and its signed head, {charges:,} charges")
+    verdict.checked.append(f"ε = {spent} at δ = {delta:g} against the server, for a whole node")
     return verdict
 
 

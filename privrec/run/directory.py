@@ -151,11 +151,15 @@ class Identity(BaseModel):
 
 
 def kept_key(run_id: str) -> Ed25519PublicKey | None:
-    """Return the server's public key where this machine keeps the key of that run, else None."""
+    """Return the server's public key where this machine keeps the key of that run, else None.
+
+    Runs of a secure sum in somebody's Flower app have theirs in a folder of their own.
+    """
     if not re.fullmatch(_RUN_ID, run_id):
         return None
-    path = state_dir() / "runs" / run_id / _KEY
-    return storage.server_key(path).public_key() if path.exists() else None
+    paths = [state_dir() / kind / run_id / _KEY for kind in ("runs", "flower")]
+    found = next((path for path in paths if path.exists()), None)
+    return storage.server_key(found).public_key() if found else None
 
 
 # --------------------------------------------------------------------------- the directory
