@@ -405,8 +405,12 @@ def nodes_for(
     as_json: bool,
 ) -> None:
     """Noise of a SecureSum by the number of nodes, at a target ε and before any is asked."""
-    from privrec.flower.plan import outlook
-
+    try:
+        from privrec.flower.plan import outlook
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"{error.name} is not here, which a SecureSum needs: install the extra, privrec[flower]"
+        ) from None
     wanted = nodes or (10, 30, 100, 300, 1000, 3000, 10_000)
     found = [outlook(each, coefficients, epsilon, rounds=rounds, delta=delta) for each in wanted]
     if as_json:
