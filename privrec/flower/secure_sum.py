@@ -179,7 +179,7 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         self._registry: Registry | None = None
         self._open: _Open | None = None
         self._failed: ReleaseRefused | BudgetError | None = None
-        self._released = 0
+        self._released = self._measured = 0
         self._is_started = False
         self._is_wrapped = False
 
@@ -202,7 +202,7 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         self._timeout_s = self.timeout or timeout
         self.rounds = self.rounds or num_rounds
         self._registry = self._failed = None  # this grid may have other nodes
-        self._released = 0
+        self._released = self._measured = 0
         if self._budget is None:
             self._run = None
             self._attempts.clear()
@@ -218,6 +218,9 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         if self._released < num_rounds:
             said = "secure sum: %d of %d rounds released a sum; the model is that of these"
             LOG.warning(said, self._released, num_rounds)
+        if self._evaluated and self._measured < num_rounds:
+            said = "secure sum: %d of %d evaluations released metrics"
+            LOG.warning(said, self._measured, num_rounds)
         return result
 
     def configure_train(
@@ -273,6 +276,7 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         open, mean = self._ended(server_round, replies)
         if open is None or mean is None:
             return None
+        self._measured += 1
         return _with_epsilon(self.strategy.aggregate_evaluate(server_round, [mean]), open)
 
     def summary(self) -> None:
