@@ -373,7 +373,7 @@ def released_order(
     collect: Callable[[Round], NDArray[np.int64]],
 ) -> Order:
     """Release the order of the items by popularity; see :func:`released_beside`."""
-    what = "another count of the items", "No order of the items was released, so there is no model"
+    what = "another count of the items", "There is no order of the items to train by"
     population = PopulationCharge.of(ledger.header, ended=False)
 
     def round(attempt: int) -> Round:
@@ -418,7 +418,7 @@ def released_beside(
         ledger.commit(index, attempt, release.tag)
         return release.total
     raise ReleaseRefused(
-        f"{MOST_ATTEMPTS} attempts at {what} ended without a sum. {lost}; see which devices drop "
+        f"{MOST_ATTEMPTS} attempts at {what} ended without a sum. {lost}: see which devices drop "
         "out, and start a new run"
     )
 
