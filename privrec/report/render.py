@@ -14,7 +14,7 @@ from privrec.report.build import build
 from privrec.report.model import Report, Scalar
 from privrec.report.plots import by_tier, intervals, plots, privacy_utility, risks
 from privrec.report.words import delta_text, render, tables
-from privrec.run.record import metric_name
+from privrec.run.record import SUMMED, metric_name
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,12 @@ class Comparison:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Keys of all metrics that any run has, those of full ranking last."""
+        """Keys of all metrics that any run has, those of full ranking and then secure sums last."""
         keys = (metric.key for report in self.reports for metric in report.accuracy.metrics)
-        return tuple(sorted(dict.fromkeys(keys), key=lambda key: key.startswith("full_")))
+        last = ("full_", SUMMED)
+        return tuple(
+            sorted(dict.fromkeys(keys), key=lambda key: [*map(key.startswith, last[::-1])])
+        )
 
     def rows(self) -> list[dict[str, Scalar]]:
         """One flat row a run: name, ε, metrics and costs; an infinite ε is None."""
@@ -152,11 +155,13 @@ class Comparison:
         spent = {name: of[name].adversary("recipients").epsilon for name in shown}
         private = [(name, e, shown[name]) for name, e in spent.items() if e is not None]
         comparable = len(private) > 1 and len(_deltas(self.reports)) == 1
-        full = [key for key in self.metrics if key.startswith("full_")]
+        full, summed = ([m for m in self.metrics if m.startswith(p)] for p in ("full_", SUMMED))
         protocols = {
-            "Among 99 items": [m for m in self.metrics if m not in full],
+            "Among 99 items": [m for m in self.metrics if m not in (*full, *summed)],
             "Full ranking": full,
         }
+        if summed:
+            protocols["Full ranking, with noise"] = summed
         return render(
             "compare.html.j2",
             comparison=self,

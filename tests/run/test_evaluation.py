@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from privrec.privacy.ledger import Ledger
 from privrec.randomness import SecretRoot
 from privrec.report import build as building
 from privrec.report.build import build
-from privrec.report.render import to_markdown
+from privrec.report.render import compare, to_markdown
 from privrec.run import lifecycle, summary, task
 from privrec.run.plan import Plan
 from privrec.run.record import WITHIN, Observer
@@ -223,6 +224,10 @@ def test_a_run_charges_it_after_its_rounds_and_within_its_budget(
     assert report.accuracy.note != WITHIN  # others stand beside them
     assert "alone they cost ε = 6.00" in " ".join(to_markdown(report).split())
     assert report.metric("summed_hr@10").low is not None  # type: ignore[union-attr]
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    table = compare([tmp_path / "run", tmp_path / "again"])
+    assert table.metrics[-2:] == ("summed_hr@10", "summed_loss")
+    assert "Full ranking, with noise" in table.to_html()
     rounds = [point.round for point in report.curves[-1].points]
     assert rounds == sorted(set(rounds))
     assert rounds[-1] == ROUNDS
