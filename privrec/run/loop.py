@@ -188,11 +188,11 @@ class Loop(ABC):
                     raise self._interrupted()
                 if server.index % self.checkpoint_every == 0:
                     self.save()
-        # Each step leaves enough for the next one: what has ended can be finished without a round.
-        self.save()
-        if (evaluating := self.plan.evaluating) is not None and server.index:
-            release = partial(self._evaluation, evaluating, population)
-            self.figures = self.attempt("the secure sum of metrics", release)
+            # Each step leaves enough for the next one: what has ended can be finished without any.
+            self.save()
+            if (evaluating := self.plan.evaluating) is not None and server.index:
+                release = partial(self._evaluation, evaluating, population)
+                self.figures = self.attempt("the secure sum of metrics", release)
         ledger.end(digest(server.released))
         ledger.seal()
         try:

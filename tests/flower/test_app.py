@@ -23,7 +23,14 @@ from memory_grid import Loopback, context_of, never, stage_of
 from privrec.cli.main import main
 from privrec.device import samples
 from privrec.device.update import digest
-from privrec.errors import BudgetError, DataError, IntegrityError, ReleaseRefused, UsageError
+from privrec.errors import (
+    BudgetError,
+    DataError,
+    IntegrityError,
+    Interrupted,
+    ReleaseRefused,
+    UsageError,
+)
 from privrec.flower import server_app as server_module
 from privrec.flower.app import out_of, scenario_of
 from privrec.flower.client_app import CALIBRATED, Node, client_app
@@ -217,6 +224,37 @@ def test_a_server_that_has_a_device_evaluate_another_model_gets_nothing_of_it(
         if (node, stage) == (12, MASKED)
     ]
     assert not last
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["no budget", "budget"])
+def test_a_server_that_dies_while_metrics_are_summed_pays_for_another_sum(
+    ends: bool, tmp_path: Path
+) -> None:
+    """With a target ε there is room for one, and the model stays without an accuracy."""
+    budget = "epsilon = 60.0" if ends else "noise_multiplier = 2.0"
+    folder = app_folder(tmp_path, EVALUATED.replace("noise_multiplier = 2.0", budget))
+    out, grid, asked = tmp_path / "run", grid_of(folder), list[int]()
+
+    def dying(message: Message) -> bool:
+        if stage_of(message) == UNMASK:
+            asked.append(1)
+            if len(asked) > 4 * NODES:  # those of the count of the items and of three rounds
+                raise KeyboardInterrupt
+        return False
+
+    grid.lost = dying
+    with pytest.raises(Interrupted):
+        deployed(folder, grid, out)
+    rounds = [(PREPARATION, 0), *((n, 0) for n in range(3))]
+    assert charged(out) == [*rounds, (3, 0)]
+    assert not (out / "result.json").exists()
+    grid.lost = never
+    payload = deployed(folder, grid, out)
+    assert payload["rounds"] == 3
+    assert charged(out) == [*rounds, (3, 0), *([] if ends else [(3, 1)])]
+    assert bool(payload["metrics"]) is not ends
+    assert ("the evaluation would bring ε" in str(payload["gaps"])) is ends
+    assert build(out).privacy.charges == len(charged(out))
 
 
 def test_devices_give_no_metrics_that_their_scenario_does_not_release(
