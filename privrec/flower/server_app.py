@@ -203,12 +203,17 @@ def deploy(
                 f"{out}: {what} lies there, and this is a deployment over {data}; give the "
                 "run-config that it was started with, or another out"
             )
-        if (payload := directory.read_result(out, identity, scenario)) is not None:
+        payload = directory.read_result(out, identity, scenario)
+        with directory.open_ledger(out, identity, scenario, repair=False) as found:
+            ended = found.ended is not None
+        if ended:
             said = "privrec: %s has the finished run of this scenario, which is shown as it is: "
             said += "nothing is trained. For another run name another out"
             log(WARNING, said, out)
+        else:
+            registry.register(population)
+        if payload is not None:
             return Result(out, payload)
-        registry.register(population)
         ledger = directory.open_ledger(out, identity, scenario)
     else:
         directory.refuse_taken(out)

@@ -242,6 +242,8 @@ class Loop(ABC):
         found = last_event(self.out / directory.EVENTS, "evaluation")
         if found is None:
             plan, server, ledger = self.plan, self.server, self.ledger
+            if ledger.ended is not None:
+                raise ReleaseRefused("the run ended without it, and is charged no more")
             model = model_digests(server.released, plan.federation.layouts)
 
             def round(attempt: int) -> Round:

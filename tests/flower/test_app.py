@@ -228,7 +228,7 @@ def test_a_server_that_has_a_device_evaluate_another_model_gets_nothing_of_it(
 
 @pytest.mark.parametrize("ends", [False, True], ids=["no budget", "budget"])
 def test_a_server_that_dies_while_metrics_are_summed_pays_for_another_sum(
-    ends: bool, tmp_path: Path
+    ends: bool, tmp_path: Path, flower_log: Any
 ) -> None:
     """With a target ε there is room for one, and the model stays without an accuracy."""
     budget = "epsilon = 60.0" if ends else "noise_multiplier = 2.0"
@@ -248,12 +248,17 @@ def test_a_server_that_dies_while_metrics_are_summed_pays_for_another_sum(
     rounds = [(PREPARATION, 0), *((n, 0) for n in range(3))]
     assert charged(out) == [*rounds, (3, 0)]
     assert not (out / "result.json").exists()
-    grid.lost = never
+    grid.lost = lambda message: asked.append(1) is not None
     payload = deployed(folder, grid, out)
     assert payload["rounds"] == 3
     assert charged(out) == [*rounds, (3, 0), *([] if ends else [(3, 1)])]
     assert bool(payload["metrics"]) is not ends
     assert ("the evaluation would bring ε" in str(payload["gaps"])) is ends
+    assert build(out).privacy.charges == len(charged(out))
+    asked.clear()
+    assert deployed(folder, grid, out)["rounds"] == 3
+    assert not asked
+    assert "which is shown as it is: nothing is trained" in logged(flower_log)
     assert build(out).privacy.charges == len(charged(out))
 
 

@@ -516,7 +516,7 @@ def test_errors_are_a_line_that_a_person_can_read(cluster: Cluster, tmp_path: Pa
     for number in range(NODES):
         cluster.node(number, partition(number) + ' roster="/nowhere/roster"')
     run_app(cluster, app, tmp_path / "run", "wait-s=20")
-    cluster.wait_for(lambda: "no device registered" in cluster.log("run"), 120)
+    cluster.wait_for(lambda: "no device registered" in cluster.log("run"), 600)
     assert "the roster file could not be read" in cluster.log("run")
     assert not (tmp_path / "run").exists()
     assert issubclass(PrivrecError, Exception)
