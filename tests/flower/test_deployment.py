@@ -501,7 +501,7 @@ def test_tls_authentication_and_enrolment_together(cluster: Cluster, tmp_path: P
             cluster.call("flwr", "supernode", "register", str(key.with_suffix(".pub")), "loop")
         config = f'{partition(number)} keys="{tmp_path}/keys{number}" roster="{roster}"'
         cluster.node(number, config, "--auth-supernode-private-key", str(key))
-    # Half of the devices are there; with fewer survivors asked for, no cohort is too small by chance.
+    # Half of the devices are there: with fewer survivors asked for, no cohort is too small.
     changes = "train.rounds=1;devices.sampling_rate=0.2;privacy.least_survivors=0.3"
     settings = f'roster="{roster}"', f'set="{changes}"'
     run_app(cluster, app, out, *settings)
