@@ -537,7 +537,7 @@ class SumBudget:
                     "released before stays within the budget"
                 )
             attempt = ledger.attempts(round)
-            ledger.charge(round, attempt, event)
+            ledger.charge(event, round, attempt)
             ledger.seal()
             return attempt, spent
 

@@ -152,7 +152,6 @@ class Loop:
         # Each step leaves enough for the next one: what has ended can be finished without a round.
         self.save()
         ledger.end(digest(server.released))
-        ledger.seal()
         try:
             if population:
                 population.settle(ledger.counts)
@@ -205,7 +204,7 @@ class Loop:
         while release is None:
             if attempt == ledger.attempts(server.index):  # it is not paid yet
                 self._check_budgets(population)
-            ledger.charge(server.index, attempt, server.plan.event, server.plan.examples)
+            ledger.charge(server.plan.event, server.index, attempt, server.plan.examples)
             round = server.next_round(attempt)
             try:
                 aggregate = self.transport.collect(round, server.weights)
@@ -293,7 +292,7 @@ class Loop:
     def _epsilon(self, adversary: Adversary) -> float | None:
         if not self.plan.event.is_private or self.identity.noise_known:
             return None
-        return self.ledger.epsilon(self.plan.scenario.privacy.delta, adversary)
+        return self.ledger.epsilon(adversary, self.plan.scenario.privacy.delta)
 
 
 def released_order(
@@ -319,7 +318,7 @@ def released_order(
         _check_budget(privacy, ledger, counting.event, "another count of the items", lost)
         if population := PopulationCharge.of(ledger.header, ended=False):
             population.cover(ledger.counts + Counter([counting.event]))
-        ledger.charge(PREPARATION, attempt, counting.event)
+        ledger.charge(counting.event, PREPARATION, attempt)
         round = counting.round(identity.run_id, attempt, plan.digest)
         try:
             total = collect(round)

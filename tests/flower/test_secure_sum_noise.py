@@ -164,7 +164,7 @@ def test_epsilon_is_that_of_the_ledger_and_is_told_each_round(
     assert found == [epsilon({event: n}, 1e-5, "server") for n in (1, 2, 3)]
     assert found == sorted(found)
     assert f"epsilon {found[-1]:g} at delta 1e-05 against the server" in caplog.text
-    assert read(tmp_path).epsilon(1e-5, "server") == found[-1]
+    assert read(tmp_path).epsilon("server", 1e-5) == found[-1]
 
 
 def test_epsilon_sets_the_noise_and_is_never_exceeded(
