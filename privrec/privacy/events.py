@@ -64,7 +64,7 @@ class RoundEvent:
         mechanism: ``"gaussian"`` noise on the sum; ``"discrete_gaussian"`` noise in shares of the
             devices; ``"none"``; or ``"other"``, whatever dp-accounting knows.
         noise_multiplier: standard deviation of the noise over the sensitivity of the sum; above 0,
-            but 0 for ``"none"`` and ``"other"``. For shares it is that of the shares accounted for alone.
+            but 0 for ``"none"`` and ``"other"``. For shares it is that of those accounted for alone.
         sampling_rate: probability with which each user takes part, in (0, 1]; 1 means everybody.
         grid: of shares alone, what they are made of; too narrow to be accounted, they are refused.
         other: of ``"other"`` alone, the event of dp-accounting as :meth:`of` spelled it.
@@ -252,7 +252,8 @@ def divergence(
 ) -> float:
     """Rényi divergence of a collection of rounds, from above; of shares, that of their Gaussian.
 
-    None of them is ``"other"``. ``order`` is a whole number of at least 2; without noise there is no bound, and it is infinite.
+    None of them is ``"other"``. ``order`` is a whole number of at least 2; without noise there is
+    no bound, and it is infinite.
     """
     from privrec.privacy.accountant import renyi
 

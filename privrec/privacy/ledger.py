@@ -149,14 +149,14 @@ class Ledger:
         """
         events.check_adjacency(adjacency)
         events.check_adversary(against)
-        if not (isinstance(unit, str) and _UNIT.fullmatch(unit)):
+        if not _UNIT.fullmatch(unit):
             raise UsageError(f"unit {unit!r}: it must be a noun in lower case, such as 'example'")
         if delta is not None:
             events.check_delta(delta)
         if budget is not None and not (delta is not None and 0 < budget < math.inf):
             raise UsageError(
-                f"budget {budget} with delta {delta}: a budget is a finite ε above 0 at some delta; "
-                "give both, or no budget"
+                f"budget {budget} with delta {delta}: a budget is a finite ε above 0 at some "
+                "delta; give both, or no budget"
             )
         said = dict(header or {})
         if signing_key is None:
@@ -405,9 +405,9 @@ class Ledger:
         if event.other is not None:
             for each in get_args(Adversary):
                 events.epsilon([event], 1e-5, each, adjacency=self.adjacency)
-        budget, delta = self.header.get("budget"), self.header.get("delta")
-        if budget is None:
+        if self.header.get("budget") is None:
             return
+        budget, delta = float(self.header["budget"]), float(self.header["delta"])
         after = self.counts + Counter([event])
         # More of the same fits in most cases, and then the next ones need no computation.
         more = self.counts[event] // 8
@@ -449,8 +449,9 @@ class Ledger:
     def end(self, model: bytes = b"") -> None:
         """Say that the run is over and the digest of its last model, on disk before this returns.
 
-        Without a digest nothing is said of what was released. From here on nothing is charged. An older copy of the ledger, with the head that was signed
-        then, lacks this entry: so it shows that it is not the whole.
+        Without a digest nothing is said of what was released. From here on nothing is charged. An
+        older copy of the ledger, with the head that was signed then, lacks this entry: so it shows
+        that it is not the whole.
         """
         if self.ended not in (None, model):
             raise ReleaseRefused(
@@ -674,7 +675,7 @@ def secrets_of(run_id: str) -> Path | None:
 def kept_key(run_id: str) -> Ed25519PrivateKey | None:
     """The signing key of a ledger where this machine keeps it, else None."""
     folder = secrets_of(run_id)
-    return folder and storage.server_key(folder / KEY, new=False)
+    return None if folder is None else storage.server_key(folder / KEY, new=False)
 
 
 def head_path(path: Path) -> Path:

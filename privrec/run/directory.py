@@ -153,7 +153,7 @@ class Identity(BaseModel):
 def kept_key(run_id: str) -> Ed25519PublicKey | None:
     """Return the server's public key where this machine keeps the key of that run, else None."""
     key = ledgers.kept_key(run_id)
-    return key and key.public_key()
+    return None if key is None else key.public_key()
 
 
 # --------------------------------------------------------------------------- the directory
