@@ -64,7 +64,7 @@ class RoundEvent:
         mechanism: ``"gaussian"`` noise on the sum; ``"discrete_gaussian"`` noise in shares of the
             devices; ``"none"``; or ``"other"``, whatever dp-accounting knows.
         noise_multiplier: standard deviation of the noise over the sensitivity of the sum; above 0,
-            but 0 for ``"none"`` and ``"other"``. For shares it is that of those accounted for alone.
+            but 0 for ``"none"`` and ``"other"``. For shares that of those accounted for alone.
         sampling_rate: probability with which each user takes part, in (0, 1]; 1 means everybody.
         grid: of shares alone, what they are made of; too narrow to be accounted, they are refused.
         other: of ``"other"`` alone, the event of dp-accounting as :meth:`of` spelled it.
