@@ -110,6 +110,7 @@ class RoundEvent:
         if isinstance(event, cls):
             return event
         tree = _tree(event)
+        _check(isinstance(tree, dict), f"{event!r}: it is no event; charge a RoundEvent")
         found = _flattened(tree)
         _check(bool(found), f"{event!r}: it releases nothing, so there is nothing to charge")
         (first, count), *others = found.items()
