@@ -378,7 +378,9 @@ def older_state(folder: Path) -> None:
 FORGERIES: dict[str, Forge] = {
     # ----- the report
     "ε lowered": edited(lambda c: c["privacy"]["adversaries"][0].update(epsilon=0.1)),
-    "ε, samples known, lowered": edited(lambda c: c["privacy"]["adversaries"][1].update(epsilon=0.1)),
+    "ε, samples known, lowered": edited(
+        lambda c: c["privacy"]["adversaries"][1].update(epsilon=0.1)
+    ),
     "claim reworded": edited(lambda c: c.update(claim="It is private.")),
     "unit changed": edited(lambda c: c["privacy"].update(unit="user")),
     "adjacency changed": edited(lambda c: c["privacy"].update(adjacency="zero-out")),
