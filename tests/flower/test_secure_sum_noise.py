@@ -13,6 +13,7 @@ from scipy.stats import chi2
 pytest.importorskip("flwr", reason="the flower extra is not installed")
 
 from flwr.app import Array, ArrayRecord, Message
+from forging import chained, entries_of
 from memory_grid import MemoryGrid, stage_of
 from sum_apps import app_of, delta, flat, grid_of, lenient, moved, one_round, strategy_of
 from sum_apps import model as two_arrays
@@ -24,6 +25,9 @@ from privrec.flower.secure_sum import SecureSum
 from privrec.privacy.events import epsilon
 from privrec.privacy.ledger import Ledger
 from privrec.randomness import state_dir
+from privrec.report.build import build_account
+from privrec.report.render import write
+from privrec.report.verify import verify
 
 WIDE = 20_000
 
@@ -165,6 +169,27 @@ def test_epsilon_is_that_of_the_ledger_and_is_told_each_round(
     assert found == sorted(found)
     assert f"epsilon {found[-1]:g} at delta 1e-05 against the server" in caplog.text
     assert read(tmp_path).epsilon("server", 1e-5) == found[-1]
+
+
+def test_its_ledger_has_a_report_that_verifies(tmp_path: Path) -> None:
+    strategy, path = noisy(5, tmp_path, noise_multiplier=3.0), tmp_path / "ledger.jsonl"
+    strategy.start(grid_of(5), two_arrays(), num_rounds=2, timeout=5)
+    spent = read(tmp_path).epsilon("server", 1e-5)
+    alone = verify(path)
+    assert alone.holds
+    assert f"ε against recipients who know the cohorts is {spent:g} at δ = 1e-05" in alone.checked
+    facts = tmp_path / "facts.toml"
+    facts.write_text('population = 5\nclip_norm = 1.0\nreleases = ["models"]\ntuning = "None."\n')
+    report = build_account(path, facts)
+    write(report, tmp_path)
+    assert verify(path).holds
+    assert report.adversary("server").epsilon == spent
+    assert (report.privacy.unit, report.privacy.noise) == ("node", "distributed")
+    assert report.trust_model is not None
+    assert report.trust_model.kind == "devices"
+    entries = entries_of(path)
+    chained(path, [entries[0], *entries[3:]])
+    assert not verify(path).holds
 
 
 def test_epsilon_sets_the_noise_and_is_never_exceeded(

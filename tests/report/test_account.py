@@ -32,7 +32,7 @@ from privrec.errors import IntegrityError, UsageError
 from privrec.privacy.ledger import kept_key
 from privrec.report.build import build_account
 from privrec.report.model import Report, json_schema
-from privrec.report.render import to_json, verification, write
+from privrec.report.render import to_html, to_json, to_markdown, verification, write
 from privrec.report.verify import Verdict, verify
 from privrec.storage import sign
 
@@ -84,7 +84,7 @@ def with_opacus(path: Path) -> None:
 def with_dp_accounting(path: Path) -> None:
     step = PoissonSampledDpEvent(0.05, GaussianDpEvent(1.5))
     whole = ComposedDpEvent([SelfComposedDpEvent(step, 10), LaplaceDpEvent(5.0)])
-    with Ledger.create(path, unit="user", delta=1e-5) as ledger:
+    with Ledger.create(path, unit="household", delta=1e-5) as ledger:
         ledger.charge(whole)
         ledger.end()
 
@@ -292,7 +292,10 @@ def edited(change: Callable[[Content], Any]) -> Forge:
     def forge(folder: Path) -> None:
         content = json.loads((folder / "led.report.json").read_text("utf-8"))
         change(content)
-        write(Report.model_validate_json(json.dumps(content)), folder)
+        report = Report.model_validate_json(json.dumps(content))
+        pages = {"json": to_json, "html": to_html, "md": to_markdown}
+        for ending, text_of in pages.items():
+            (folder / f"led.report.{ending}").write_text(text_of(report), "utf-8")
 
     return forge
 
@@ -383,7 +386,7 @@ FORGERIES: dict[str, Forge] = {
     ),
     "claim reworded": edited(lambda c: c.update(claim="It is private.")),
     "unit changed": edited(lambda c: c["privacy"].update(unit="user")),
-    "adjacency changed": edited(lambda c: c["privacy"].update(adjacency="zero-out")),
+    "adjacency changed": edited(lambda c: c["privacy"].update(adjacency="replace-one")),
     "δ changed": edited(lambda c: c["privacy"].update(delta=1e-9)),
     "budget invented": edited(lambda c: c["privacy"].update(budget=1.0)),
     "warning removed": edited(lambda c: c["warnings"].pop(0)),
@@ -419,7 +422,7 @@ FORGERIES: dict[str, Forge] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("training", MADE)
+@pytest.mark.parametrize("training", ["opacus", "dp"])
 @pytest.mark.parametrize("name", FORGERIES)
 def test_a_forgery_is_refused(
     honest: dict[str, Path], tmp_path: Path, name: str, training: str
