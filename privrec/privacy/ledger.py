@@ -78,8 +78,8 @@ class Ledger:
         ...     for step in range(100):
         ...         charged = ledger.charge(event)  # then release the step
         ...     ledger.end()
-        ...     ledger.epsilon()
-        0.7867
+        ...     round(ledger.epsilon(), 2)
+        0.55
 
     Promise: whatever :meth:`charge` and :meth:`commit` returned from is on disk, and is found again
     by :meth:`open` after a crash at any moment; no method takes anything back. One process writes

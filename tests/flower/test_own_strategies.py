@@ -141,7 +141,7 @@ def test_other_aggregates_are_refused(tmp_path: Path, inner: Any) -> None:
     with begun(tmp_path) as ledger:
         with pytest.raises(UsageError, match="around FedAvg"):
             attach(ledger, own(inner()))
-        adaptive = DifferentialPrivacyServerSideAdaptiveClipping(FedAvg(), 1.0, NODES)
+        adaptive = DifferentialPrivacyServerSideAdaptiveClipping(FedAvg(), 0.1, NODES)
         for other in (adaptive, FedAvg(), object()):
             with pytest.raises(UsageError, match="by yourself"):
                 attach(ledger, other)
