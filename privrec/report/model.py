@@ -8,7 +8,7 @@ those stay with the operator.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
@@ -519,7 +519,23 @@ class Report(Part):
             raise ValueError(f"missing is {list(self.missing)}, and {lacking} are lacking")
         if self.privacy.private and lacking:
             raise ValueError(f"a run is called private, and its report lacks {', '.join(lacking)}")
+        unknown = [name for name, value in self._of_runs() if value is None]
+        if self.told is None and unknown:
+            raise ValueError(f"a run knows {', '.join(unknown)}, and its report does not tell")
         return self
+
+    def _of_runs(self) -> Iterator[tuple[str, Any]]:
+        """What the report of a run tells, and that of training elsewhere may not know."""
+        names = {
+            "accuracy": ("holdout",),
+            "privacy": ("sampling_rate",),
+            "sampling": ("rate", "expected_cohort"),
+            "mechanism": ("scale_bits", "ring_bits", "squared_sensitivity"),
+            "outside_the_ledger": ("runs_before",),
+        }
+        for part, fields in names.items():
+            if (found := getattr(self, part)) is not None:
+                yield from ((f"{part}.{name}", getattr(found, name)) for name in fields)
 
     def adversary(self, name: Against) -> Adversary:
         """The guarantee against one adversary."""

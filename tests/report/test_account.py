@@ -25,6 +25,7 @@ from dp_accounting.dp_event import (
 )
 from forging import chained, entries_of, head_of, signed_by
 from opacus import PrivacyEngine
+from pydantic import ValidationError
 from torch.utils.data import DataLoader, TensorDataset
 
 from privrec import Ledger
@@ -292,7 +293,12 @@ def edited(change: Callable[[Content], Any]) -> Forge:
     def forge(folder: Path) -> None:
         content = json.loads((folder / "led.report.json").read_text("utf-8"))
         change(content)
-        report = Report.model_validate_json(json.dumps(content))
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        (folder / "led.report.json").write_text(text, "utf-8")
+        try:
+            report = Report.model_validate_json(text)
+        except ValidationError:
+            return
         pages = {"json": to_json, "html": to_html, "md": to_markdown}
         for ending, text_of in pages.items():
             (folder / f"led.report.{ending}").write_text(text_of(report), "utf-8")
