@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 import math
 import numbers
+import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -367,6 +368,31 @@ def check_adjacency(adjacency: str) -> None:
     """Raise UsageError unless it is one of :data:`Adjacency`."""
     known = get_args(Adjacency)
     _check(adjacency in known, f"adjacency {adjacency!r}: it must be one of {', '.join(known)}")
+
+
+def check_terms(
+    unit: str, adjacency: str, delta: float | None, budget: float | None, against: str
+) -> None:
+    """Raise UsageError for terms of a ledger that make no sense."""
+    check_adjacency(adjacency)
+    check_adversary(against)
+    known = re.fullmatch("[a-z][a-z -]{0,39}", unit)
+    _check(bool(known), f"unit {unit!r}: it must be a noun in lower case, such as 'example'")
+    if delta is not None:
+        check_delta(delta)
+    _check(
+        budget is None or (delta is not None and 0 < budget < math.inf),
+        f"budget {budget} with delta {delta}: a budget is a finite ε above 0 at some delta; give "
+        "both, or no budget",
+    )
+
+
+def over_clip_norm(noise: float, rate: float, adjacency: Adjacency) -> RoundEvent:
+    """The event of noise over a clip norm, which replacing a unit moves a sum by twice."""
+    if noise == 0:
+        return RoundEvent("none", 0.0)
+    event = RoundEvent("gaussian", noise, rate)
+    return RoundEvent("gaussian", noise / 2) if adjacency == "replace-one" else event
 
 
 def parts_of(counts: Mapping[RoundEvent, int]) -> Counter[RoundEvent]:

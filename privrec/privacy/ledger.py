@@ -17,9 +17,7 @@ last :meth:`Ledger.seal` are protected by the chain only.
 from __future__ import annotations
 
 import fcntl
-import math
 import os
-import re
 import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -35,7 +33,7 @@ from privrec import __version__, storage
 from privrec.errors import BudgetError, IntegrityError, ReleaseRefused, UsageError
 from privrec.privacy import events
 from privrec.privacy.events import Accountant, Adjacency, Adversary, RoundEvent
-from privrec.randomness import state_dir
+from privrec.randomness import KEPT, KEY, kept_key, secrets_of, state_dir
 from privrec.storage import REMEDY, START
 
 FORMAT = 1
@@ -43,13 +41,8 @@ PREPARATION = -1
 """The round of what is released before the first one."""
 EXAMPLE = "example"
 """The unit of what devices' own noise protects: one interaction, never added to a user's ε."""
-KEY, KEPT = "server.key", "head.json"
-"""Where a ledger's signing key lies among its secrets, and the last head that was signed."""
-
 _HEAD = "ledger head"
 _SEAL_EVERY = 256
-_RUN_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
-_UNIT = re.compile(r"[a-z][a-z -]{0,39}")
 
 
 @dataclass(frozen=True)
@@ -147,23 +140,13 @@ class Ledger:
         Raises:
             UsageError: when a value makes no sense, or ``path`` exists or cannot be written.
         """
-        events.check_adjacency(adjacency)
-        events.check_adversary(against)
-        if not _UNIT.fullmatch(unit):
-            raise UsageError(f"unit {unit!r}: it must be a noun in lower case, such as 'example'")
-        if delta is not None:
-            events.check_delta(delta)
-        if budget is not None and not (delta is not None and 0 < budget < math.inf):
-            raise UsageError(
-                f"budget {budget} with delta {delta}: a budget is a finite ε above 0 at some "
-                "delta; give both, or no budget"
-            )
+        events.check_terms(unit, adjacency, delta, budget, against)
         said = dict(header or {})
         if signing_key is None:
             if delta is None:
                 raise UsageError("delta is not given: choose one below 1 / number of units")
-            said |= {"run_id": secrets.token_hex(8), "version": __version__}
-            said |= {"delta": float(delta), "budget": budget, "against": against}
+            said |= {"run_id": secrets.token_hex(8), "version": __version__, "against": against}
+            said |= {"delta": float(delta), "budget": budget}
             folder = state_dir() / "runs" / said["run_id"]
             signing_key, kept = storage.server_key(folder / KEY), folder / KEPT
         ledger = cls(Path(path), signing_key, kept)
@@ -371,20 +354,22 @@ class Ledger:
             sample_rate: chance with which each unit is in a batch, by a coin of its own; 1 for
                 batches that are drawn in any other way, where nothing is gained by sampling.
         """
-        if any(name.startswith(("Distributed", "SimpleDistributed", "FSDP")) for name in (
-            kind.__name__ for kind in type(optimizer).mro()
-        )):  # fmt: skip
+        names = " ".join(kind.__name__ for kind in type(optimizer).mro())
+        if "Distributed" in names or "FSDP" in names:
             raise UsageError(
                 f"{type(optimizer).__name__}: each process would charge each step; charge it by "
                 "yourself in one of them, before the step"
             )
-        self._multiplier_event(1.0, sample_rate)  # a rate that makes no sense is refused here
+        events.over_clip_norm(
+            1.0, sample_rate, self.adjacency
+        )  # a rate that makes no sense is refused here
         before: Callable[[Any], None] | None = optimizer.step_hook
 
         def hook(stepping: Any) -> None:
-            rate = min(1.0, sample_rate * stepping.accumulated_iterations)
             try:
-                self.charge(self._multiplier_event(float(stepping.noise_multiplier), rate))
+                noise, passes = stepping.noise_multiplier, stepping.accumulated_iterations
+                rate = min(1.0, sample_rate * passes)
+                self.charge(events.over_clip_norm(float(noise), rate, self.adjacency))
             except BaseException:
                 stepping.zero_grad()
                 raise
@@ -392,13 +377,6 @@ class Ledger:
                 before(stepping)
 
         optimizer.attach_step_hook(hook)
-
-    def _multiplier_event(self, over_clip: float, rate: float) -> RoundEvent:
-        """The event of noise over a clip norm, which replacing a unit moves a sum by twice."""
-        if over_clip == 0:
-            return RoundEvent("none", 0.0)
-        event = RoundEvent("gaussian", over_clip, rate)
-        return RoundEvent("gaussian", over_clip / 2) if self.adjacency == "replace-one" else event
 
     def _check_budget(self, event: RoundEvent) -> None:
         """Refuse an event that no accountant knows, or that would pass the header's budget."""
@@ -662,20 +640,6 @@ class Ledger:
                 "belongs to, or choose another directory"
             ) from error
         self._files[0].seek(0, os.SEEK_END)
-
-
-def secrets_of(run_id: str) -> Path | None:
-    """Where this machine keeps the signing key of a ledger, and its last head; None if nowhere."""
-    if not _RUN_ID.fullmatch(run_id):
-        return None
-    places = (state_dir() / room / run_id for room in ("runs", "flower"))
-    return next((place for place in places if (place / KEY).exists()), None)
-
-
-def kept_key(run_id: str) -> Ed25519PrivateKey | None:
-    """The signing key of a ledger where this machine keeps it, else None."""
-    folder = secrets_of(run_id)
-    return None if folder is None else storage.server_key(folder / KEY, new=False)
 
 
 def head_path(path: Path) -> Path:

@@ -19,9 +19,8 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import ValidationError
 
-from privrec import storage
+from privrec import randomness, storage
 from privrec.errors import DataError, IntegrityError, ScenarioError, UsageError
-from privrec.privacy import ledger as ledgers
 from privrec.report import model
 from privrec.report.derive import derive
 from privrec.report.facts import Facts, read_account, read_facts
@@ -118,7 +117,7 @@ def build_account(path: Path, facts: Path | None = None) -> model.Report:
     """
     told = model.Told.model_validate({}) if facts is None else _told(facts)
     account = read_account(path, told=told)
-    signing_key = ledgers.kept_key(str(account.ledger.header["run_id"]))
+    signing_key = randomness.kept_key(str(account.ledger.header["run_id"]))
     if signing_key is not None:
         account = read_account(path, signing_key.public_key(), told)
     elif facts is not None:

@@ -17,7 +17,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from privrec.errors import IntegrityError, UsageError
 from privrec.privacy.events import RoundEvent, epsilon, parts_of
-from privrec.privacy.ledger import KEPT, PREPARATION, Ledger, secrets_of
+from privrec.privacy.ledger import PREPARATION, Ledger
+from privrec.randomness import KEPT, secrets_of
 from privrec.report.model import How, Signature, Told
 from privrec.run.plan import LedgerHeader, read_header
 from privrec.run.privacy_plan import EPSILONS, encoding_of, example_figures

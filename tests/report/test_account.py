@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from privrec import Ledger
 from privrec.errors import IntegrityError, UsageError
-from privrec.privacy.ledger import kept_key
+from privrec.randomness import kept_key
 from privrec.report.build import build_account
 from privrec.report.model import Report, json_schema
 from privrec.report.render import to_html, to_json, to_markdown, verification, write
