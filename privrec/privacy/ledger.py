@@ -307,9 +307,7 @@ class Ledger:
                 released.
         """
         event = RoundEvent.of(event)
-        alone = round is None
-        if round is None:
-            round = self._next
+        alone, round = round is None, self._next if round is None else round
         place, wanted = (round, attempt), Charge(round, attempt, event, examples)
         known, next_one = self._charges.get(place), self.attempts(round)
         if known is None and self.ended is not None:
