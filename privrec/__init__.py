@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from privrec.api.recommender import Recommender, load
     from privrec.models.classifier import SparseClassifier
     from privrec.optim.lazy_dpsgd import LazyDPSGD
+    from privrec.privacy.ledger import Ledger
     from privrec.run.lifecycle import resume, start
     from privrec.run.recommend import recommend
     from privrec.scenario.load import Scenario
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LazyDPSGD",
+    "Ledger",
     "Recommender",
     "Scenario",
     "SparseClassifier",
@@ -43,6 +45,7 @@ __all__ = [
 
 _LAZY = {
     "LazyDPSGD": "privrec.optim.lazy_dpsgd.LazyDPSGD",
+    "Ledger": "privrec.privacy.ledger.Ledger",
     "Recommender": "privrec.api.recommender.Recommender",
     "Scenario": "privrec.scenario.load.Scenario",
     "SparseClassifier": "privrec.models.classifier.SparseClassifier",

@@ -17,16 +17,18 @@ import hashlib
 import hmac
 import operator
 import os
+import re
 import secrets
 from pathlib import Path
 from typing import NoReturn, SupportsIndex, TypeAlias
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
 from privrec.errors import ReleaseRefused, UsageError
-from privrec.storage import read_secret, write_secret
+from privrec.storage import read_secret, server_key, write_secret
 
 ROOT_BYTES = 32
 STREAM_LIMIT = 2**36
@@ -49,6 +51,24 @@ def state_dir() -> Path:
     if shared := os.environ.get("XDG_STATE_HOME"):
         return Path(shared) / "privrec"
     return Path.home() / ".local" / "state" / "privrec"
+
+
+KEY, KEPT = "server.key", "head.json"
+"""Where a ledger's signing key lies among its secrets, and the last head that was signed."""
+
+
+def secrets_of(run_id: str) -> Path | None:
+    """Where this machine keeps the signing key of a ledger, and its last head; None if nowhere."""
+    if not re.fullmatch("[A-Za-z0-9-]{1,64}", run_id):
+        return None
+    places = (state_dir() / room / run_id for room in ("runs", "flower"))
+    return next((place for place in places if (place / KEY).exists()), None)
+
+
+def kept_key(run_id: str) -> Ed25519PrivateKey | None:
+    """The signing key of a ledger where this machine keeps it, else None."""
+    folder = secrets_of(run_id)
+    return None if folder is None else server_key(folder / KEY, new=False)
 
 
 def rng_for(seed: int, *names: Name) -> np.random.Generator:

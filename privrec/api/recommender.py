@@ -419,7 +419,7 @@ class Recommender:
             if ledger.header["noise_known"]:
                 return math.inf
             chosen = self.scenario.privacy.delta if delta is None else delta
-            return ledger.epsilon(chosen, adversary)
+            return ledger.epsilon(adversary, chosen)
 
     def report(self, path: Name | None = None) -> Path:
         """Write the accounting report, HTML, Markdown or JSON by the ending, and return its path.

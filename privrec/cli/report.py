@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from privrec.cli import console
-from privrec.errors import IntegrityError
+from privrec.errors import IntegrityError, UsageError
 from privrec.run.record import OUTSIDE, adversary_text, epsilon_text, metric_name
 
 if TYPE_CHECKING:
@@ -40,13 +40,35 @@ def report() -> None:
     """Write the report of a finished run again, or verify one."""
 
 
-@report.command(epilog=console.example("privrec report write runs/quickstart-1"))
-@console.run_dir
+@report.command(
+    epilog=console.example(
+        "privrec report write runs/quickstart-1",
+        "privrec report write ledger.jsonl --facts facts.toml",
+    )
+)
+@click.argument("path", metavar="DIR|LEDGER", type=console.PATH)
+@click.option(
+    "--facts",
+    type=console.PATH,
+    metavar="FILE",
+    help="What the operator tells of training that LEDGER accounts for, as TOML.",
+)
 @console.json_option
-def write(directory: Path, as_json: bool) -> None:
-    """Write report.html, report.md, report.json and a registry draft of the finished run in DIR."""
-    console.check_run(directory)
-    pages = write_report(directory)
+def write(path: Path, facts: Path | None, as_json: bool) -> None:
+    """Write report.html, report.md, report.json and a registry draft of the finished run in DIR.
+
+    LEDGER is one that other training charged with privrec.Ledger; its reports lie beside it.
+    """
+    if path.is_file():
+        from privrec.report.build import build_account
+        from privrec.report.render import write as write_files
+
+        pages = write_files(build_account(path, facts), path.parent)
+    elif facts is not None:
+        raise UsageError(f"--facts {facts}: a run tells its own; name a ledger, or leave it out")
+    else:
+        console.check_run(path)
+        pages = write_report(path)
     if as_json:
         click.echo(pages.json.read_text("utf-8").rstrip("\n"))
         return
@@ -71,14 +93,10 @@ def write(directory: Path, as_json: bool) -> None:
 )
 @console.json_option
 def verify(path: Path, key: str | None, trust_named_key: bool, as_json: bool) -> None:
-    """Recompute the report in FILE from the ledger beside it, and say what does not match.
+    """Recompute the report in FILE from the ledger beside it, and say what does not match."""
+    from privrec.report.verify import public_key
+    from privrec.report.verify import verify as judge
 
-    FILE may be the ledger.jsonl of a SecureSum in a Flower app, too, which has no report.
-    """
-    from privrec.report.verify import public_key, verify_ledger
-    from privrec.report.verify import verify as of_report
-
-    judge = verify_ledger if path.suffix == ".jsonl" else of_report
     verdict = judge(
         path, key=None if key is None else public_key(key), trust_named_key=trust_named_key
     )

@@ -8,6 +8,7 @@ is described by is public, as its title is; nothing here looks at who liked it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ FloatArray = NDArray[np.float32]
 _BUMPS = 9
 _RANK_BUMPS = 7
 _HEAD = 16.0  # ranks below it are alike
+_MOST = 64  # of what describes items together
 
 
 def of_categories(cells: Sequence[str], between: str = "|") -> FloatArray:
@@ -55,9 +57,29 @@ def of_ranks(items: int) -> FloatArray:
     return _bumps(ranks, np.linspace(0, ranks[-1], _RANK_BUMPS))
 
 
-def beside(parts: Sequence[FloatArray]) -> FloatArray:
-    """Groups of features side by side, each with its mean over the items taken off."""
-    return np.concatenate([part - part.mean(0) for part in parts], axis=1).astype(np.float32)
+def centred(part: FloatArray) -> FloatArray:
+    """Features with their means over the items taken off."""
+    return np.asarray(part - part.mean(0), np.float32)
+
+
+def together(parts: Sequence[FloatArray]) -> FloatArray:
+    """Groups of features and the products of each with the next; ``(items, at most 64)``.
+
+    Products let a user like some of a kind: comedies of the eighties, not all comedies and all that
+    is from the eighties. Of all these columns, each around its mean, the principal components stay
+    that tell items apart most, the first the most; each with its larger end above zero.
+    """
+    kept = [centred(part) for part in parts]
+    products = [
+        centred((one[:, :, None] * other[:, None, :]).reshape(len(one), -1))
+        for one, other in pairwise(kept)
+    ]
+    table = np.concatenate((*kept, *products), axis=1).astype(np.float64)
+    spread, axes = np.linalg.eigh(table.T @ table)
+    told = np.flatnonzero(spread > 1e-6 * max(1.0, spread.max(initial=0.0)))[::-1][:_MOST]
+    rows = table @ axes[:, told]
+    ends = np.where(rows.max(0, initial=0) < -rows.min(0, initial=0), -1.0, 1.0)
+    return np.asarray(rows * ends, np.float32)
 
 
 def _bumps(values: NDArray[np.floating], centres: NDArray[np.float64]) -> FloatArray:

@@ -52,6 +52,7 @@ NEGATIVES = 99
 _TRAIN = ".train.rating"
 _ADJACENCY = ("train.txt", "test.txt")
 _YEAR = re.compile(r"\((\d{4})\)\s*$")
+_NUMBERS = np.float32(0.7)  # what an item's number in the release counts for
 _PAIR = re.compile(r"\((0|[1-9][0-9]{0,17}),(0|[1-9][0-9]{0,17})\)")
 _RELEASE = "use the file of this release, or remove it"
 _VALIDATION_SHARE = 0.1
@@ -88,7 +89,7 @@ def load_movielens(config: Data, data_dir: Path | None) -> Split:
     titles = _titles(folder, layout, ids)
     rated = Interactions.from_pairs(users, items, times, item_ids=ids, titles=titles, where=where)
     if config.item_features:
-        rated = replace(rated, features=_genres_and_years(folder, layout, ids))
+        rated = replace(rated, features=_described(folder, layout, ids))
     return leave_last_out(rated, holdout=config.holdout)
 
 
@@ -197,8 +198,11 @@ def _titles(folder: Place, layout: Layout, item_ids: NDArray[Any]) -> tuple[str,
     return tuple(known.get(item, f"item {item}").strip() for item in item_ids.tolist())
 
 
-def _genres_and_years(folder: Place, layout: Layout, item_ids: NDArray[Any]) -> NDArray[np.float32]:
-    """Features of each item: its genres, and the year in its title."""
+def _described(folder: Place, layout: Layout, item_ids: NDArray[Any]) -> NDArray[np.float32]:
+    """Features of each item: its genres, the year in its title, and its number in the release.
+
+    Numbers were given as films came in, many of a kind or of a series at once.
+    """
     file, mark = File(folder / layout.titles), layout.title_separator
     if not file.path.is_file():
         rule = "data.item_features = true reads genres from the release's file of titles"
@@ -218,7 +222,9 @@ def _genres_and_years(folder: Place, layout: Layout, item_ids: NDArray[Any]) -> 
     told = [cells[row] if there else "" for row, there in zip(at, known, strict=True)]
     number = [float(found[1]) if found else np.nan for found in years]
     year = np.where(known, np.array(number)[at], np.nan)
-    return item_features.beside([item_features.of_categories(told), item_features.of_numbers(year)])
+    numbers = item_features.of_numbers(item_ids.astype(np.float64))
+    groups = (item_features.of_categories(told), item_features.of_numbers(year))
+    return item_features.together([*groups, _NUMBERS * numbers])
 
 
 def _old_encoding(file: File) -> str:
@@ -262,7 +268,7 @@ def _read_ncf(folder: Place, prefix: str, config: Data) -> Split:
         if titles is None:
             rule = "data.item_features = true needs item_ids.txt and movies.dat beside it"
             raise bad_file(folder, "films have no ids", rule, "copy them, or remove it")
-        described = _genres_and_years(folder, ARCHIVES["ml-1m"].layout, item_ids)
+        described = _described(folder, ARCHIVES["ml-1m"].layout, item_ids)
         named = replace(named, features=described)
     train = named.select(named.items != targets[named.users])
     empty = np.flatnonzero(train.counts == 0)

@@ -22,6 +22,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from numpy.typing import NDArray
 
+from privrec import __version__
 from privrec.errors import BudgetError, IntegrityError, ReleaseRefused, UsageError
 from privrec.flower import plan as plans
 from privrec.flower.enrolment import Anyone, anchor_of, enroll
@@ -539,11 +540,14 @@ class SumBudget:
             self._opened().close()
         else:
             self.run = secrets.token_hex(8)
-            unit = "a user of this ledger is a node: all that one Flower node trains on"
-            header = {"run_id": self.run, "delta": self.delta, "note": unit}
+            unit = "one node: all that one Flower node trains on"
+            header = {"run_id": self.run, "delta": self.delta, "version": __version__, "note": unit}
             key, kept = server_key(self._secret("server.key")), self._secret("head.json")
             SecretRoot.create(self._secret("server.root"))
-            Ledger.create(self.path, header=header, signing_key=key, kept=kept).close()
+            ledger = Ledger.create(
+                self.path, unit="node", header=header, signing_key=key, kept=kept
+            )
+            ledger.close()
         return self.run
 
     def charge(self, round: int, event: RoundEvent) -> tuple[int, float]:
@@ -560,7 +564,7 @@ class SumBudget:
                     "released before stays within the budget"
                 )
             attempt = ledger.attempts(round)
-            ledger.charge(round, attempt, event)
+            ledger.charge(event, round, attempt)
             ledger.seal()
             return attempt, spent
 

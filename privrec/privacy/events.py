@@ -10,15 +10,24 @@ replaced by a special one, here the empty history) and, for Gaussian noise, equa
 
 Distributed noise is made of the integers of many devices. :mod:`privrec.privacy.discrete` proves
 which Gaussian mechanism they amount to, and how closely.
+
+Training that is not ours may have other events and other neighbours. :meth:`RoundEvent.of` takes
+any event of dp-accounting; what is no Gaussian round in it is accounted by dp-accounting itself.
+Where one unit is replaced by another (``"replace-one"``), a noise multiplier is over what that
+moves the sum by, and sampling is not counted on.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import numbers
+import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from privrec.errors import UsageError
@@ -29,7 +38,8 @@ if TYPE_CHECKING:
 
 Adversary = Literal["recipients", "server"]
 Accountant = Literal["pld", "rdp"]
-Mechanism = Literal["gaussian", "discrete_gaussian", "none"]
+Adjacency = Literal["zero-out", "add-or-remove", "replace-one"]
+Mechanism = Literal["gaussian", "discrete_gaussian", "none", "other"]
 
 DIGITS = 4
 _SMALLEST_DELTA = 1e-10
@@ -38,7 +48,13 @@ _FIGURES = 4
 _STEPS = 9 * 10 ** (_FIGURES - 1)  # numbers of four significant digits in a decade
 _LEAST, _MOST = -2, 6  # noise multipliers that are offered, from 0.01 to a million
 _NAMES = ("mechanism", "noise_multiplier", "sampling_rate")
-_GRID_NAMES = tuple(field.name for field in fields(Grid))
+_GRID_NAMES = tuple(each.name for each in fields(Grid))
+_RELATIONS = {
+    "zero-out": "REPLACE_SPECIAL",
+    "add-or-remove": "ADD_OR_REMOVE_ONE",
+    "replace-one": "REPLACE_ONE",
+}
+_SAMPLED = ("PoissonSampledDpEvent", "SampledWithoutReplacementDpEvent")
 
 
 @dataclass(frozen=True)
@@ -47,24 +63,26 @@ class RoundEvent:
 
     Attributes:
         mechanism: ``"gaussian"`` noise on the sum; ``"discrete_gaussian"`` noise in shares of the
-            devices; or ``"none"``.
+            devices; ``"none"``; or ``"other"``, whatever dp-accounting knows.
         noise_multiplier: standard deviation of the noise over the sensitivity of the sum; above 0,
-            but 0 for ``"none"``. For shares it is that of the shares accounted for alone.
+            but 0 for ``"none"`` and ``"other"``. For shares that of those accounted for alone.
         sampling_rate: probability with which each user takes part, in (0, 1]; 1 means everybody.
         grid: of shares alone, what they are made of; too narrow to be accounted, they are refused.
+        other: of ``"other"`` alone, the event of dp-accounting as :meth:`of` spelled it.
     """
 
     mechanism: Mechanism
     noise_multiplier: float
     sampling_rate: float = 1.0
     grid: Grid | None = None
+    other: str | None = None
 
     def __post_init__(self) -> None:
         name, noise, rate = self.mechanism, self.noise_multiplier, self.sampling_rate
         known = get_args(Mechanism)
         _check(name in known, f"mechanism {name!r}: it must be one of {', '.join(known)}")
         _check(
-            noise == 0 if name == "none" else 0 < noise < math.inf,
+            noise == 0 if name in ("none", "other") else 0 < noise < math.inf,
             f"noise_multiplier {noise}: it must be above 0 and finite, but 0 with mechanism 'none'"
             "; choose mechanism 'none' for no noise, and only then",
         )
@@ -73,13 +91,43 @@ class RoundEvent:
             (name == "discrete_gaussian") == (self.grid is not None),
             f"mechanism {name!r} with grid {self.grid}: only noise in shares has one, and it must",
         )
+        _check(
+            (name == "other") == (self.other is not None) and (name != "other" or rate == 1),
+            f"mechanism {name!r} of {self.other!r} at rate {rate}: an event of dp-accounting says "
+            "by itself how it samples; make it with RoundEvent.of",
+        )
         if self.grid is not None:
             self.grid.check(noise)
+
+    @classmethod
+    def of(cls, event: Any) -> RoundEvent:
+        """The event that an event of dp-accounting is here; one of ours is itself.
+
+        Promise: it costs what dp-accounting's event costs. Compositions stay one event, so that
+        they are charged as a whole or not at all; see :attr:`parts`.
+
+        UsageError for what is neither, an event of nothing, and values that make no sense in one.
+        """
+        if isinstance(event, cls):
+            return event
+        tree = _tree(event)
+        _check(isinstance(tree, dict), f"{event!r}: it is no event; charge a RoundEvent")
+        found = _flattened(tree)
+        _check(bool(found), f"{event!r}: it releases nothing, so there is nothing to charge")
+        (first, count), *others = found.items()
+        return cls("other", 0.0, other=_spelled(tree)) if others or count > 1 else first
+
+    @property
+    def parts(self) -> Counter[RoundEvent]:
+        """What it is composed of and how often: itself, unless dp-accounting composed it."""
+        return Counter({self: 1} if self.other is None else _parts(self.other))
 
     @property
     def is_private(self) -> bool:
         """Whether it has noise, and so a finite ε."""
-        return self.mechanism != "none"
+        return self.mechanism != "none" and all(
+            part.mechanism != "none" for part in (self.parts if self.other else ())
+        )
 
     @property
     def hides_cohorts(self) -> bool:
@@ -112,6 +160,9 @@ class RoundEvent:
         from dp_accounting import dp_event
 
         rate = self.rate_against(adversary)
+        if self.other is not None:
+            tree = json.loads(self.other)
+            return _built(tree if adversary == "recipients" else _seen_through(tree))
         if not self.is_private:
             return dp_event.NonPrivateDpEvent()
         event = dp_event.GaussianDpEvent(self.gaussian_multiplier)
@@ -119,12 +170,17 @@ class RoundEvent:
 
     def to_json(self) -> dict[str, Any]:
         """The event as plain JSON values; :meth:`from_json` gives it back unchanged."""
+        if self.other is not None:
+            return {"mechanism": "other", "other": json.loads(self.other)}
         own = {name: getattr(self, name) for name in _NAMES}
         return own if self.grid is None else {**own, **asdict(self.grid)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> RoundEvent:
         """The event that :meth:`to_json` wrote; UsageError for any other key or value."""
+        if values.get("mechanism") == "other":
+            _check(set(values) == {"mechanism", "other"}, f"{sorted(values)} of an event")
+            return cls("other", 0.0, other=_spelled(_tree(_built(values["other"]))))
         distributed = values.get("mechanism") == "discrete_gaussian"
         names = {*_NAMES, *_GRID_NAMES} if distributed else set(_NAMES)
         _check(
@@ -143,18 +199,23 @@ def epsilon(
     delta: float,
     adversary: Adversary,
     accountant: Accountant = "pld",
+    adjacency: Adjacency = "zero-out",
 ) -> float:
     """ε of a collection of rounds, rounded up to four decimals.
 
     Promise: a function of the arguments alone, in which the order of rounds does not matter. With
     ``"pld"`` it is an upper bound of the true value, on a grid refined until ε moves by < 0.5 %.
-    Distributed noise is accounted with all of its :attr:`RoundEvent.slack`.
+    Distributed noise is accounted with all of its :attr:`RoundEvent.slack`. Events of dp-accounting
+    that are no Gaussian rounds are composed by its own accountants, with all others: by its PLD or,
+    where that does not know one of them, by its RDP. UsageError where neither does.
 
     Args:
         events: how often each event happened, or the events one by one.
         delta: the δ of the claim, in [1e-10, 1).
         adversary: see :meth:`RoundEvent.rate_against`.
-        accountant: ``"pld"``, or ``"rdp"``, a cross-check that is looser.
+        accountant: ``"pld"``, or ``"rdp"``, a cross-check that is looser; infinite where it does
+            not know an event.
+        adjacency: which data sets are neighbours.
 
     Returns:
         0 for no events, infinity as soon as one event has no noise, and where ε is so large (above
@@ -166,6 +227,8 @@ def epsilon(
     accountants = {"pld": pld, "rdp": rdp}
     known = ", ".join(accountants)
     _check(accountant in accountants, f"accountant {accountant!r}: it must be one of {known}")
+    check_adjacency(adjacency)
+    check_adversary(adversary)
     counts = _counts(events)
     if not counts:
         return 0.0
@@ -173,25 +236,35 @@ def epsilon(
         return math.inf
     each = [[count * part for part in astuple(e.slack)] for e, count in counts.items()]
     slack = Slack(*map(math.fsum, zip(*each, strict=True)))
-    within = accountants[accountant](_composition(counts, adversary), slack.inner(delta))
+    if any(event.other is not None for event in counts):
+        within = _outside(counts, slack.inner(delta), adversary, accountant, adjacency)
+    else:
+        rounds = _composition(counts, adversary, adjacency)
+        within = accountants[accountant](rounds, slack.inner(delta))
     bound = slack.outer(within, delta)
     scaled = bound * 10**DIGITS
     return math.ceil(scaled) / 10**DIGITS if math.isfinite(scaled) else bound
 
 
 def divergence(
-    events: Mapping[RoundEvent, int] | Iterable[RoundEvent], order: int, adversary: Adversary
+    events: Mapping[RoundEvent, int] | Iterable[RoundEvent],
+    order: int,
+    adversary: Adversary,
+    adjacency: Adjacency = "zero-out",
 ) -> float:
     """Rényi divergence of a collection of rounds, from above; of shares, that of their Gaussian.
 
-    ``order`` is a whole number of at least 2; without noise there is no bound, and it is infinite.
+    None of them is ``"other"``. ``order`` is a whole number of at least 2; without noise there is
+    no bound, and it is infinite.
     """
     from privrec.privacy.accountant import renyi
 
     counts = _counts(events)
     if not all(event.is_private for event in counts):
         return math.inf
-    return sum(part.count * renyi(part, order) for part in _composition(counts, adversary))
+    return sum(
+        part.count * renyi(part, order) for part in _composition(counts, adversary, adjacency)
+    )
 
 
 def noise_multiplier_for(
@@ -291,16 +364,213 @@ def check_adversary(adversary: str) -> None:
     _check(known, f"adversary {adversary!r}: it must be 'recipients' or 'server'")
 
 
+def check_adjacency(adjacency: str) -> None:
+    """Raise UsageError unless it is one of :data:`Adjacency`."""
+    known = get_args(Adjacency)
+    _check(adjacency in known, f"adjacency {adjacency!r}: it must be one of {', '.join(known)}")
+
+
+def check_terms(
+    unit: str, adjacency: str, delta: float | None, budget: float | None, against: str
+) -> None:
+    """Raise UsageError for terms of a ledger that make no sense."""
+    check_adjacency(adjacency)
+    check_adversary(against)
+    known = re.fullmatch("[a-z][a-z -]{0,39}", unit)
+    _check(bool(known), f"unit {unit!r}: it must be a noun in lower case, such as 'example'")
+    if delta is not None:
+        check_delta(delta)
+    _check(
+        budget is None or (delta is not None and 0 < budget < math.inf),
+        f"budget {budget} with delta {delta}: a budget is a finite ε above 0 at some delta; give "
+        "both, or no budget",
+    )
+
+
+def over_clip_norm(noise: float, rate: float, adjacency: Adjacency) -> RoundEvent:
+    """The event of noise over a clip norm, which replacing a unit moves a sum by twice."""
+    if noise == 0:
+        return RoundEvent("none", 0.0)
+    event = RoundEvent("gaussian", noise, rate)
+    return RoundEvent("gaussian", noise / 2) if adjacency == "replace-one" else event
+
+
+def parts_of(counts: Mapping[RoundEvent, int]) -> Counter[RoundEvent]:
+    """Events and their numbers, those that dp-accounting composed taken apart."""
+    found: Counter[RoundEvent] = Counter()
+    for event, count in counts.items():
+        for part, times in event.parts.items():
+            found[part] += count * times
+    return found
+
+
 def _counts(events: Mapping[RoundEvent, int] | Iterable[RoundEvent]) -> dict[RoundEvent, int]:
     counts = Counter(events)
     _check(
         all(count >= 0 for count in counts.values()),
         "a negative number of rounds: what was released cannot be taken back",
     )
-    return {event: count for event, count in counts.items() if count}
+    return {event: count for event, count in parts_of(counts).items() if count}
 
 
-def _composition(counts: Mapping[RoundEvent, int], adversary: Adversary) -> Composition:
+# --------------------------------------------------------------------------- dp-accounting's own
+
+Tree = dict[str, Any]
+"""An event of dp-accounting as plain values: ``kind`` is its class, the rest its fields."""
+
+
+def _tree(event: Any) -> Any:
+    """An event, or a value of one, as plain values that mean something in an event."""
+    import attr
+    from dp_accounting import dp_event
+
+    if isinstance(event, dp_event.DpEvent):
+        kind = type(event).__name__
+        _check(
+            getattr(dp_event, kind, None) is type(event) and kind != "UnsupportedDpEvent",
+            f"{event!r}: it is no event that dp-accounting can account for",
+        )
+        names = [each.name for each in attr.fields(type(event))]
+        return {"kind": kind, **{name: _tree(getattr(event, name)) for name in names}}
+    if isinstance(event, Sequence) and not isinstance(event, str):
+        return [_tree(each) for each in event]
+    _check(
+        isinstance(event, numbers.Real) and not isinstance(event, bool),
+        f"{event!r}: charge a privrec.privacy.events.RoundEvent, or an event of dp-accounting, "
+        "whose values are numbers",
+    )
+    value = int(event) if isinstance(event, numbers.Integral) else float(event)
+    _check(0 <= value < math.inf, f"{value} in an event: a value is finite and at least 0")
+    return value
+
+
+def _spelled(tree: Tree) -> str:
+    return json.dumps(tree, sort_keys=True, separators=(",", ":"))
+
+
+def _built(tree: Any) -> Any:
+    """The event that :func:`_tree` took apart."""
+    from dp_accounting import dp_event
+
+    if isinstance(tree, Mapping):
+        made = getattr(dp_event, str(tree.get("kind")), None)
+        values = {name: _built(value) for name, value in tree.items() if name != "kind"}
+        try:
+            _check(issubclass(made, dp_event.DpEvent), "")  # type: ignore[arg-type]
+            return made(**values)  # type: ignore[misc]
+        except (TypeError, UsageError):
+            why = f"{dict(tree)!r}: no event of dp-accounting has this kind and these values"
+            raise UsageError(why) from None
+    return [_built(each) for each in tree] if isinstance(tree, list) else tree
+
+
+@lru_cache(maxsize=1024)
+def _parts(spelled: str) -> Counter[RoundEvent]:
+    return _flattened(json.loads(spelled))
+
+
+def _flattened(tree: Tree) -> Counter[RoundEvent]:
+    """The events that a tree composes, Gaussian rounds as our own; no-ops are left out."""
+    kind, inner = tree["kind"], tree.get("event")
+    found: Counter[RoundEvent] = Counter()
+    if kind == "ComposedDpEvent":
+        for each in tree["events"]:
+            found += _flattened(each)
+    elif kind == "SelfComposedDpEvent" and isinstance(inner, dict):
+        count = tree["count"]
+        _check(type(count) is int, f"{count!r} times an event: it must be a whole number")
+        if count:
+            found += Counter({part: count * n for part, n in _flattened(inner).items()})
+    elif kind == "NonPrivateDpEvent" or tree.get("noise_multiplier") == 0:
+        found[RoundEvent("none", 0.0)] = 1
+    elif kind == "GaussianDpEvent":
+        found[RoundEvent("gaussian", float(tree["noise_multiplier"]))] = 1
+    elif (
+        kind == "PoissonSampledDpEvent"
+        and isinstance(inner, dict)
+        and (inner["kind"] == "GaussianDpEvent" and inner["noise_multiplier"])
+    ):
+        rate, noise = tree["sampling_probability"], inner["noise_multiplier"]
+        if rate:
+            found[RoundEvent("gaussian", float(noise), float(rate))] = 1
+    elif kind != "NoOpDpEvent":
+        found[RoundEvent("other", 0.0, other=_spelled(tree))] = 1
+    return found
+
+
+def _seen_through(tree: Any) -> Any:
+    """The tree of an event to somebody who knows which units were sampled."""
+    if isinstance(tree, list):
+        return [_seen_through(each) for each in tree]
+    if not isinstance(tree, dict):
+        return tree
+    kind = tree["kind"]
+    if kind in _SAMPLED:
+        return _seen_through(tree["event"])
+    if kind == "TruncatedSubsampledGaussianDpEvent":  # one unit may push another one out
+        return {"kind": "GaussianDpEvent", "noise_multiplier": tree["noise_multiplier"] / 2}
+    if kind == "MixtureOfGaussiansDpEvent" and any(tree["sensitivities"]):
+        noise = tree["standard_deviation"] / max(tree["sensitivities"])
+        return {"kind": "GaussianDpEvent", "noise_multiplier": noise}
+    if kind == "SampledWithReplacementDpEvent":  # one unit may be drawn any number of times
+        return {"kind": "NonPrivateDpEvent"}
+    return {name: _seen_through(value) for name, value in tree.items()}
+
+
+def _outside(
+    counts: Mapping[RoundEvent, int],
+    delta: float,
+    adversary: Adversary,
+    accountant: Accountant,
+    adjacency: Adjacency,
+) -> float:
+    """ε at δ by dp-accounting's own accountants, which are from above too."""
+    trees: Counter[str] = Counter()
+    for event, count in counts.items():
+        ours = event.other is None and adjacency == "replace-one"
+        against: Adversary = "server" if ours else adversary
+        trees[_spelled(_tree(event.dp_event(against)))] += count
+    composed = tuple(sorted(trees.items()))
+    pld, rdp = (_composed(composed, adjacency, name) for name in ("pld", "rdp"))
+    known = ", ".join(spelled for spelled, _ in composed)
+    _check(
+        pld is not None or rdp is not None,
+        f"{known}: no accountant of dp-accounting knows all of these with adjacency {adjacency!r}; "
+        "charge what bounds them from above, or choose another adjacency",
+    )
+    chosen = rdp if accountant == "rdp" else pld if pld is not None else rdp
+    return math.inf if chosen is None else float(chosen.get_epsilon(delta))
+
+
+@lru_cache(maxsize=256)
+def _composed(
+    composed: tuple[tuple[str, int], ...], adjacency: Adjacency, accountant: Accountant
+) -> Any:
+    """dp-accounting's accountant of some events; None where it does not know all of them."""
+    from dp_accounting import NeighboringRelation, dp_event
+    from dp_accounting.pld import PLDAccountant
+    from dp_accounting.rdp import RdpAccountant
+
+    relation = NeighboringRelation[_RELATIONS[adjacency]]
+    made = (PLDAccountant if accountant == "pld" else RdpAccountant)(neighboring_relation=relation)
+    for spelled, count in composed:
+        event = _built(json.loads(spelled))
+        # dp-accounting 0.6 composes randomised response once into a PLD, however often it was; and
+        # its PLDs take the noise of a replacement to be over what one unit's presence moves.
+        counts_once = isinstance(event, dp_event.RandomizedResponseDpEvent)
+        wrong = accountant == "pld" and (counts_once or adjacency == "replace-one")
+        if wrong or not made.supports(event):
+            return None
+        try:
+            made.compose(event, count)
+        except ValueError as error:
+            raise UsageError(f"{spelled}: dp-accounting refuses it ({error})") from None
+    return made
+
+
+def _composition(
+    counts: Mapping[RoundEvent, int], adversary: Adversary, adjacency: Adjacency
+) -> Composition:
     """The rounds as the adversary sees them, in one order, so that equal collections compare so.
 
     Outside of two bounds, where grids and series leave double precision, what is accounted costs
@@ -310,8 +580,9 @@ def _composition(counts: Mapping[RoundEvent, int], adversary: Adversary) -> Comp
     from privrec.privacy.accountant import Rounds
 
     seen: Counter[tuple[float, float]] = Counter()
+    against: Adversary = "server" if adjacency == "replace-one" else adversary
     for event, count in counts.items():
-        sigma, rate = min(event.gaussian_multiplier, _MOST_NOISE), event.rate_against(adversary)
+        sigma, rate = min(event.gaussian_multiplier, _MOST_NOISE), event.rate_against(against)
         seen[sigma, rate if sigma >= _LEAST_SAMPLED else 1.0] += count
     return tuple(Rounds(sigma, rate, count) for (sigma, rate), count in sorted(seen.items()))
 

@@ -1,5 +1,7 @@
 """The ledger: what was paid for, on disk before it is spent, and ε computed from nothing else.
 
+It is that of a run, or of training that is not ours: ``privrec.Ledger`` for any loop.
+
 ``ledger.jsonl`` has one entry a line: a header, then charges and commits. A charge is flushed to
 disk before :meth:`Ledger.charge` returns, hence before its round collects anything, so that a crash
 can waste budget but never hide it. A commit says, before it is released, what the round releases.
@@ -16,20 +18,22 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from privrec import storage
-from privrec.errors import IntegrityError, ReleaseRefused, UsageError
+from privrec import __version__, storage
+from privrec.errors import BudgetError, IntegrityError, ReleaseRefused, UsageError
 from privrec.privacy import events
-from privrec.privacy.events import Accountant, Adversary, RoundEvent
+from privrec.privacy.events import Accountant, Adjacency, Adversary, RoundEvent
+from privrec.randomness import KEPT, KEY, kept_key, secrets_of, state_dir
 from privrec.storage import REMEDY, START
 
 FORMAT = 1
@@ -37,8 +41,8 @@ PREPARATION = -1
 """The round of what is released before the first one."""
 EXAMPLE = "example"
 """The unit of what devices' own noise protects: one interaction, never added to a user's ε."""
-
 _HEAD = "ledger head"
+_SEAL_EVERY = 256
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,23 @@ class Charge:
 
 
 class Ledger:
-    """The charges and commits of one run; opened by :meth:`create` or :meth:`open`.
+    """What training spends of a privacy budget; made by :meth:`create`, gone on with by `resume`.
+
+    Any loop can use it: it charges an event before each release, and an event that would bring ε
+    above the budget is refused. ``privrec report LEDGER`` makes a report that others can verify.
+
+    Examples:
+        >>> import privrec
+        >>> from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+        >>> event = PoissonSampledDpEvent(0.01, GaussianDpEvent(1.1))
+        >>> with privrec.Ledger.create(
+        ...     "ledger.jsonl", unit="example", adjacency="add-or-remove", delta=1e-5, budget=2.0
+        ... ) as ledger:
+        ...     for step in range(100):
+        ...         charged = ledger.charge(event)  # then release the step
+        ...     ledger.end()
+        ...     round(ledger.epsilon(), 2)
+        0.55
 
     Promise: whatever :meth:`charge` and :meth:`commit` returned from is on disk, and is found again
     by :meth:`open` after a crash at any moment; no method takes anything back. One process writes
@@ -83,28 +103,57 @@ class Ledger:
         self._charges: dict[tuple[int, int], Charge] = {}
         self._examples: dict[tuple[int, int], RoundEvent] = {}
         self._commits: dict[tuple[int, int], bytes] = {}
+        self._next = 0
+        self._within: Counter[RoundEvent] = Counter()
+        self._seals = False  # by itself: charges were made without naming their rounds
 
     @classmethod
     def create(
         cls,
-        path: Path,
+        path: str | os.PathLike[str],
         *,
-        header: Mapping[str, Any],
-        signing_key: Ed25519PrivateKey,
+        unit: str = "user",
+        adjacency: Adjacency = "zero-out",
+        delta: float | None = None,
+        budget: float | None = None,
+        against: Adversary = "recipients",
+        header: Mapping[str, Any] | None = None,
+        signing_key: Ed25519PrivateKey | None = None,
         kept: Path | None = None,
     ) -> Ledger:
         """Begin a ledger with its header and its first signed head, durable before this returns.
 
-        ``header`` says what the charges are for, as plain JSON values; format, unit (``user``),
-        adjacency (``zero-out``) and public key are always the ledger's own. This machine keeps the
-        last head that it signed in ``kept``, beside the key. UsageError when ``path`` exists or
-        cannot be written.
+        Args:
+            unit: whose data two neighbours differ in, in a word: ``"user"``, ``"example"``.
+            adjacency: how: the unit's data is replaced by nothing (``"zero-out"``), the unit is
+                there or not (``"add-or-remove"``), or another one is in its place
+                (``"replace-one"``).
+            delta: δ of the ε that is computed and limited.
+            budget: largest ε; None for no limit.
+            against: who that ε is against: ``"recipients"`` of what is released, who do not know
+                which units were sampled, or ``"server"``, who does.
+            header: what else the charges are for, as plain JSON values.
+            signing_key: signs the ledger; by default a new one, which this machine keeps, with the
+                last head that it signed, under PRIVREC_STATE.
+            kept: where it keeps that head, for a key that was given.
+
+        Raises:
+            UsageError: when a value makes no sense, or ``path`` exists or cannot be written.
         """
-        ledger = cls(path, signing_key, kept)
+        events.check_terms(unit, adjacency, delta, budget, against)
+        said = dict(header or {})
+        if signing_key is None:
+            if delta is None:
+                raise UsageError("delta is not given: choose one below 1 / number of units")
+            said |= {"run_id": secrets.token_hex(8), "version": __version__, "against": against}
+            said |= {"delta": float(delta), "budget": budget}
+            folder = state_dir() / "runs" / said["run_id"]
+            signing_key, kept = storage.server_key(folder / KEY), folder / KEPT
+        ledger = cls(Path(path), signing_key, kept)
         ledger.public_key = signing_key.public_key()
         public = ledger.public_key.public_bytes_raw().hex()
-        own = {"format": FORMAT, "unit": "user", "adjacency": "zero-out", "public_key": public}
-        entry = {"kind": "header", "body": {**header, **own}}
+        own = {"format": FORMAT, "unit": unit, "adjacency": adjacency, "public_key": public}
+        entry = {"kind": "header", "body": {**said, **own}}
         storage.canonical(entry)  # refused before there is a file
         try:
             ledger._open_files("xb+")
@@ -118,7 +167,7 @@ class Ledger:
     @classmethod
     def open(
         cls,
-        path: Path,
+        path: str | os.PathLike[str],
         *,
         signing_key: Ed25519PrivateKey | None = None,
         public_key: Ed25519PublicKey | None = None,
@@ -143,7 +192,7 @@ class Ledger:
                 its signed head says, or the head is missing or signed by another key.
             UsageError: when it cannot be opened, or it or a copy of it is open for writing.
         """
-        ledger = cls(path, signing_key, kept)
+        ledger = cls(Path(path), signing_key, kept)
         try:
             if repair:
                 ledger._open_files("rb+")
@@ -157,6 +206,29 @@ class Ledger:
             ledger.close()
             raise
         return ledger
+
+    @classmethod
+    def resume(cls, path: str | os.PathLike[str]) -> Ledger:
+        """Open a ledger of :meth:`create` to go on with it, on the machine that keeps its key.
+
+        UsageError where that is not this one; otherwise as :meth:`open`.
+        """
+        path = Path(path)
+        with cls.open(path, repair=False) as found:
+            run_id = str(found.header.get("run_id", ""))
+        folder, key = secrets_of(run_id), kept_key(run_id)
+        if folder is None or key is None:
+            raise UsageError(
+                f"{path}: this machine keeps no key of it; go on where it was begun, or set "
+                "PRIVREC_STATE to the folder that has its secrets"
+            )
+        return cls.open(path, signing_key=key, kept=folder / KEPT)
+
+    @property
+    def adjacency(self) -> Adjacency:
+        """Which data sets are neighbours, as the header declares."""
+        declared: Adjacency = self.header.get("adjacency", "zero-out")
+        return declared
 
     @property
     def charges(self) -> list[Charge]:
@@ -185,27 +257,57 @@ class Ledger:
         """The tag of what the attempt releases, or None when nothing was committed."""
         return self._commits.get((round, attempt))
 
-    def epsilon(self, delta: float, adversary: Adversary, accountant: Accountant = "pld") -> float:
-        """ε of everything charged; see :func:`privrec.privacy.events.epsilon`."""
-        return events.epsilon(self.counts, delta, adversary, accountant)
+    def epsilon(
+        self,
+        adversary: Adversary = "recipients",
+        delta: float | None = None,
+        accountant: Accountant = "pld",
+    ) -> float:
+        """ε of everything charged; see :func:`privrec.privacy.events.epsilon`.
+
+        Args:
+            adversary: ``"recipients"`` of what was released, who do not know which units were
+                sampled, or ``"server"``: somebody who does.
+            delta: by default the header's.
+            accountant: ``"pld"``, or ``"rdp"``, which is looser.
+        """
+        delta = self.header["delta"] if delta is None else delta
+        return events.epsilon(self.counts, delta, adversary, accountant, self.adjacency)
 
     def epsilon_after(self, event: RoundEvent, *, delta: float, adversary: Adversary) -> float:
         """ε as it would be after one more charge of ``event``; nothing is charged."""
-        return events.epsilon(self.counts + Counter([event]), delta, adversary)
+        after = self.counts + Counter([event])
+        return events.epsilon(after, delta, adversary, adjacency=self.adjacency)
 
     def charge(
-        self, round: int, attempt: int, event: RoundEvent, examples: RoundEvent | None = None
+        self,
+        event: Any,
+        round: int | None = None,
+        attempt: int = 0,
+        examples: RoundEvent | None = None,
     ) -> bool:
-        """Pay for one attempt at a round, on disk before this returns.
+        """Pay for a release, on disk before this returns; call it before the release.
 
-        Attempts at a round are numbered from 0, without gaps. False says that this very attempt was
-        paid for before: only the same bits may be released again. ``examples`` is what the attempt
-        costs each example of a device in it. It is entered first, in a unit of its own, and counts
-        from the charge on: what a crash left without one was never collected.
+        Args:
+            event: a :class:`~privrec.privacy.events.RoundEvent`, or any event of dp-accounting.
+            round: the next one by default; the ledger then signs by itself, every 256 charges, at
+                its end and when it is closed. Else attempts at a round are numbered from 0, without
+                gaps, and :meth:`seal` signs.
+            examples: what the attempt costs each example of a device in it. It is entered first, in
+                a unit of its own, and counts from the charge on: what a crash left without one was
+                never collected.
 
-        IntegrityError for another charge of the attempt, or a gap; ReleaseRefused when it could not
-        be written, or the run has ended: nothing may be released.
+        Returns:
+            False when this very attempt was paid for before: only the same bits may be released.
+
+        Raises:
+            BudgetError: when ε would be above the ledger's budget; nothing was charged.
+            IntegrityError: for another charge of the attempt, or a gap.
+            ReleaseRefused: when it could not be written, or the ledger has ended: nothing may be
+                released.
         """
+        event = RoundEvent.of(event)
+        alone, round = round is None, self._next if round is None else round
         place, wanted = (round, attempt), Charge(round, attempt, event, examples)
         known, next_one = self._charges.get(place), self.attempts(round)
         if known is None and self.ended is not None:
@@ -226,12 +328,79 @@ class Ledger:
             )
         if known is not None:
             return False
+        self._check_budget(event)
+        if alone:
+            self._check_writable()
+            self._seals = True
         named = {"round": round, "attempt": attempt}
         if examples is not None and entered is None:
             own = {"kind": "examples", "unit": EXAMPLE, "event": examples.to_json()}
             self._append({**own, **named})
         self._append({"kind": "charge", **named, "event": event.to_json()})
+        if alone and self.entries - self.signed >= _SEAL_EVERY:
+            self.seal()
         return True
+
+    def attach(self, optimizer: Any, *, sample_rate: float) -> None:
+        """Charge each step of a DP-SGD optimiser before its noisy gradient moves the model.
+
+        It is for Opacus' ``DPOptimizer`` and for :class:`privrec.LazyDPSGD`. A hook that is there,
+        such as that of a ``PrivacyEngine``, is called after the charge. A step that cannot be paid
+        for raises, and leaves model and gradients without it.
+
+        Args:
+            sample_rate: chance with which each unit is in a batch, by a coin of its own; 1 for
+                batches that are drawn in any other way, where nothing is gained by sampling.
+        """
+        names = " ".join(kind.__name__ for kind in type(optimizer).mro())
+        if "Distributed" in names or "FSDP" in names:
+            raise UsageError(
+                f"{type(optimizer).__name__}: each process would charge each step; charge it by "
+                "yourself in one of them, before the step"
+            )
+        events.over_clip_norm(
+            1.0, sample_rate, self.adjacency
+        )  # a rate that makes no sense is refused here
+        before: Callable[[Any], None] | None = optimizer.step_hook
+
+        def hook(stepping: Any) -> None:
+            try:
+                noise, passes = stepping.noise_multiplier, stepping.accumulated_iterations
+                rate = min(1.0, sample_rate * passes)
+                self.charge(events.over_clip_norm(float(noise), rate, self.adjacency))
+            except BaseException:
+                stepping.zero_grad()
+                raise
+            if before is not None:
+                before(stepping)
+
+        optimizer.attach_step_hook(hook)
+
+    def _check_budget(self, event: RoundEvent) -> None:
+        """Refuse an event that no accountant knows, or that would pass the header's budget."""
+        if event.other is not None:
+            for each in get_args(Adversary):
+                events.epsilon([event], 1e-5, each, adjacency=self.adjacency)
+        if self.header.get("budget") is None:
+            return
+        budget, delta = float(self.header["budget"]), float(self.header["delta"])
+        after = self.counts + Counter([event])
+        # More of the same fits in most cases, and then the next ones need no computation.
+        more = self.counts[event] // 8
+        while not after <= self._within:
+            ahead = after + Counter({event: more})
+            against, adjacency = self.header["against"], self.adjacency
+            spent = events.epsilon(ahead, delta, against, adjacency=adjacency)
+            if spent <= budget:
+                self._within = ahead
+            elif more:
+                more //= 4
+            else:
+                raise BudgetError(
+                    f"{self.path}: one more {event.mechanism} event would bring ε to {spent:g} at "
+                    f"δ = {delta:g}, above the budget of {budget:g}; nothing was charged, so "
+                    "release nothing more: what was released before stays within the budget"
+                )
 
     def commit(self, round: int, attempt: int, tag: bytes) -> None:
         """Say what an attempt that was charged releases, on disk before it is released.
@@ -253,19 +422,21 @@ class Ledger:
             )
         self._append({"kind": "commit", "round": round, "attempt": attempt, "tag": tag.hex()})
 
-    def end(self, model: bytes) -> None:
+    def end(self, model: bytes = b"") -> None:
         """Say that the run is over and the digest of its last model, on disk before this returns.
 
-        From here on nothing is charged. An older copy of the ledger, with the head that was signed
-        then, lacks this entry: so it shows that it is not the whole.
+        Without a digest nothing is said of what was released. From here on nothing is charged. An
+        older copy of the ledger, with the head that was signed then, lacks this entry: so it shows
+        that it is not the whole.
         """
-        if self.ended == model:
-            return
-        if self.ended is not None:
+        if self.ended not in (None, model):
             raise ReleaseRefused(
                 f"{self.path}: the run ended with another model; restore the directory as it was"
             )
-        self._append({"kind": "end", "model": model.hex()})
+        if self.ended is None:
+            self._append({"kind": "end", "model": model.hex()})
+        if self.signed < self.entries:
+            self.seal()
 
     def seal(self) -> None:
         """Sign the number of entries and the last hash, so that a cut end shows from here on.
@@ -273,13 +444,8 @@ class Ledger:
         The head is replaced as a whole and durable before this returns, or ReleaseRefused raised.
         UsageError without the key, or when the ledger is open for reading only.
         """
-        if self._key is None or not self._files:
-            raise UsageError(
-                f"{self.path}: sealing needs the signing key and a ledger opened for writing; "
-                "open it with signing_key and repair=True"
-            )
         head = {"format": FORMAT, "entries": self.entries, "last_hash": self.last_hash}
-        record = storage.canonical(storage.sign(_HEAD, head, self._key)) + b"\n"
+        record = storage.canonical(storage.sign(_HEAD, head, self._check_writable())) + b"\n"
         for place in self._heads():
             try:
                 storage.replace(place, record, mode=0o600 if place == self._kept else 0o666)
@@ -290,8 +456,18 @@ class Ledger:
                 ) from error
         self.signed = self.entries
 
+    def _check_writable(self) -> Ed25519PrivateKey:
+        if self._key is None or not self._files:
+            raise UsageError(
+                f"{self.path}: sealing needs the signing key and a ledger opened for writing; "
+                "open it with signing_key and repair=True"
+            )
+        return self._key
+
     def close(self) -> None:
         """Close the file; the ledger can still be read, but nothing charged any more."""
+        if self._seals and self._files and self.signed < self.entries:
+            self.seal()
         while self._files:
             self._files.pop().close()
 
@@ -312,6 +488,7 @@ class Ledger:
         try:
             self._write(line)
         except OSError as error:
+            self._seals = False
             self.close()  # what reached the disk is unknown: only reading it again can tell
             raise ReleaseRefused(
                 f"{self.path}: the entry could not be written ({error.strerror}), so nothing was "
@@ -365,6 +542,7 @@ class Ledger:
                 raise ValueError(
                     f"a header of format {self.header['format']}, and {FORMAT} is read here"
                 )
+            events.check_adjacency(self.adjacency)
             return
         if self.ended is not None:
             raise ValueError("an entry after the one that ends a run")
@@ -383,6 +561,7 @@ class Ledger:
         elif entry["kind"] == "charge" and key not in self._charges:
             charge = Charge(*key, RoundEvent.from_json(entry["event"]), self._examples.get(key))
             self._charges[key] = charge
+            self._next = max(self._next, charge.round + 1)
             self.counts[charge.event] += 1
             if charge.examples is not None:
                 self.examples[charge.examples] += 1

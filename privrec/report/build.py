@@ -1,4 +1,4 @@
-"""From a run directory to a `Report`, with every ε computed anew from the ledger.
+"""From a run directory, or a ledger, to a `Report`, with every ε computed anew from the ledger.
 
 ``result.json`` says what the run claimed about itself; the signed ledger says what was charged, and
 under which scenario, by its hash. What the claim depends on is taken from these two, and all files
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,11 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import ValidationError
 
+from privrec import randomness, storage
 from privrec.errors import DataError, IntegrityError, ScenarioError, UsageError
 from privrec.report import model
 from privrec.report.derive import derive
-from privrec.report.facts import Facts, read_facts
+from privrec.report.facts import Facts, read_account, read_facts
 from privrec.report.words import thinned
 from privrec.run.directory import BOUND, check_header, going_on, kept_key
 from privrec.run.privacy_plan import counting_of, evaluating_of, example_event
@@ -106,6 +108,46 @@ def build(directory: Path, *, public_key: Ed25519PublicKey | None = None) -> mod
         ) from None
     facts.check_result(result, directory / "result.json")
     return report
+
+
+def build_account(path: Path, facts: Path | None = None) -> model.Report:
+    """Report training that privrec did not do, from its ledger at ``path``, which is only read.
+
+    Promise: every ε is that of the ledger's charges. What the operator tells in ``facts``, a TOML
+    file with the fields of :class:`privrec.report.model.Told`, is signed with the ledger's key;
+    what it does not tell is said to be not known, and without the parts that a claim needs there is
+    none.
+
+    Raises:
+        UsageError: when ``path`` is no such ledger, the facts cannot be read, or this machine does
+            not keep the key to sign them with.
+        IntegrityError: when the ledger was altered, or its last entries are not signed.
+    """
+    told = model.Told.model_validate({}) if facts is None else _told(facts)
+    account = read_account(path, told=told)
+    signing_key = randomness.kept_key(str(account.ledger.header["run_id"]))
+    if signing_key is not None:
+        account = read_account(path, signing_key.public_key(), told)
+    elif facts is not None:
+        raise UsageError(
+            f"{path}: facts are signed with the ledger's key, which this machine does not keep; "
+            "write the report where the ledger was charged, or leave --facts out"
+        )
+    signature = None
+    if facts is not None and signing_key is not None:
+        signature = storage.sign("facts", account.statement, signing_key)["signature"]
+    return derive(account, {"told": told, "told_signature": signature})
+
+
+def _told(path: Path) -> model.Told:
+    try:
+        return model.Told.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{path}: {error}; give the operator's facts as a TOML file") from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place, known = ".".join(map(str, problem["loc"])), ", ".join(model.Told.model_fields)
+        raise UsageError(f"{path}: {place}: {problem['msg']}; facts are {known}") from None
 
 
 def _json(directory: Path, name: str, absent: str) -> Mapping[str, Any]:

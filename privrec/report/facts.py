@@ -1,7 +1,7 @@
 """What a ledger tells: its charges, what its header declares, and the ε of both adversaries.
 
-:class:`Facts` is all that a figure or a sentence about privacy may depend on. A fact is read here
-and nowhere else.
+:class:`Facts`, of a run, and :class:`Account`, of training that is not ours, are all that a figure
+or a sentence about privacy may depend on. A fact is read here and nowhere else.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from privrec.errors import IntegrityError
-from privrec.privacy.events import RoundEvent, epsilon
+from privrec.errors import IntegrityError, UsageError
+from privrec.privacy.events import RoundEvent, epsilon, parts_of
 from privrec.privacy.ledger import PREPARATION, Ledger
-from privrec.report.model import Signature
+from privrec.randomness import KEPT, secrets_of
+from privrec.report.model import How, Signature, Told
 from privrec.run.plan import LedgerHeader, read_header
 from privrec.run.privacy_plan import EPSILONS, encoding_of, example_figures
 from privrec.run.record import finite
@@ -27,33 +28,130 @@ from privrec.secagg.ring import Encoding
 from privrec.storage import verified
 
 
-@dataclass(frozen=True)
-class Facts:
-    """Everything that the figures and sentences of a report depend on.
+@dataclass(frozen=True, kw_only=True)
+class Spent:
+    """What a ledger's charges come to.
 
     Attributes:
         ledger: read and closed; its key is the one that the signed head was checked with.
         delta: δ of the claim; None where no noise was planned.
-        population: number of users, as declared; None where it is not known.
-        rounds: that were charged; ``charges`` counts attempts, and nothing beside the rounds.
-        evaluations: how often the held-out split was looked at: as planned, and at the end.
+        population: number of units, as declared; None where it is not known.
+        rounds: that were charged.
         epsilon: against recipients of the models, by PLD; None is infinite, as in the other three.
+        missing: starred parts of the report for which there are no facts.
     """
 
     ledger: Ledger
-    declared: LedgerHeader
     signature: Signature
-    noise_known: bool
     delta: float | None
     population: int | None
     rounds: int
-    charges: int
-    evaluations: int
     epsilon: float | None
     epsilon_server: float | None
     epsilon_rdp: float | None
     epsilon_server_rdp: float | None
     missing: tuple[str, ...] = ()
+
+    @property
+    def private(self) -> bool:
+        """Whether a finite ε holds against anybody, and the report is whole."""
+        return self.epsilon is not None and not self.missing
+
+    @cached_property
+    def of_rounds(self) -> Counter[RoundEvent]:
+        """How often rounds were charged as each event."""
+        charged = (charge.event for charge in self.ledger.charges if charge.round >= 0)
+        return parts_of(Counter(charged))
+
+    @cached_property
+    def least_noise(self) -> float | None:
+        """The smallest noise multiplier that a round was charged with; None without noise."""
+        return min((event.noise_multiplier for event in self.of_rounds), default=0.0) or None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Account(Spent):
+    """What is known of training that privrec did not do: its ledger, and what its operator says."""
+
+    told: Told
+
+    @classmethod
+    def of(cls, ledger: Ledger, path: Path, given: bool, told: Told) -> Account:
+        """Read an open ledger; ``given`` is whether its key was, and not only named by itself."""
+        header = ledger.header
+        delta = header.get("delta")
+        if "scenario" in header or not isinstance(delta, float) or "run_id" not in header:
+            raise UsageError(
+                f"{path}: it is no ledger of training elsewhere, as privrec.Ledger.create or a "
+                "SecureSum with noise make it; a run is reported by the name of its directory"
+            )
+        spent = {
+            name: finite(ledger.epsilon(adversary, delta, accountant))
+            for name, (adversary, accountant) in EPSILONS.items()
+        }
+        return cls(
+            ledger=ledger,
+            signature="server key" if given else "key named in the ledger",
+            delta=delta,
+            population=told.population,
+            rounds=len(ledger.charges),
+            told=told,
+            **spent,
+        )
+
+    @property
+    def statement(self) -> dict[str, Any]:
+        """What the ledger's key signs of what the operator told: the facts, and of which ledger."""
+        header, last = self.ledger.header, self.ledger.last_hash
+        return {"told": self.told.model_dump(), "run_id": header["run_id"], "last_hash": last}
+
+    @property
+    def unit(self) -> str:
+        """Whose data two neighbours differ in."""
+        return str(self.ledger.header["unit"])
+
+    @property
+    def in_shares(self) -> bool:
+        """Whether the noise was made in shares, by those whose data it is."""
+        return any(event.grid is not None for event in self.of_rounds)
+
+    @property
+    def sampling(self) -> How:
+        """How the units of a release were drawn, as far as the events tell."""
+        if any(event.other is not None for event in self.of_rounds):
+            return "other"
+        return "poisson" if any(e.sampling_rate < 1 for e in self.of_rounds) else "everybody"
+
+    @property
+    def rate(self) -> float | None:
+        """The chance to be in a release, where all events have the same."""
+        rates = {event.sampling_rate for event in self.of_rounds}
+        return rates.pop() if len(rates) == 1 and self.sampling != "other" else None
+
+    @property
+    def hides_cohorts(self) -> bool:
+        """Whether ε against recipients rests on samples that they do not know."""
+        return self.epsilon != self.epsilon_server
+
+    @property
+    def untold(self) -> list[str]:
+        """Keys of the operator's facts that nobody gave."""
+        return [name for name, value in self.told.model_dump().items() if value in (None, ())]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts(Spent):
+    """Everything that the figures and sentences of a run's report depend on.
+
+    Attributes:
+        charges: counts attempts at rounds, and nothing before the first round.
+        evaluations: how often the held-out split was looked at: as planned, and at the end.
+    """
+
+    declared: LedgerHeader
+    noise_known: bool
+    charges: int
+    evaluations: int
 
     @classmethod
     def of(cls, ledger: Ledger, path: Path, public_key: Ed25519PublicKey | None) -> Facts:
@@ -89,16 +187,17 @@ class Facts:
         verified("result", result, self.ledger.public_key, path)
 
     @cached_property
-    def of_rounds(self) -> Counter[RoundEvent]:
-        """How often rounds were charged as each event."""
-        planned = range(self.scenario.train.rounds)
-        return Counter(each.event for each in self.ledger.charges if each.round in planned)
-
-    @cached_property
     def examples(self) -> dict[str, Any] | None:
         """The guarantee of single interactions, recomputed; None without devices' own noise."""
         charged, known = self.ledger.examples, self.noise_known
         return example_figures(self.scenario, charged, noise_known=known)
+
+    @cached_property
+    def of_rounds(self) -> Counter[RoundEvent]:
+        """How often rounds were charged as each event, and nothing beside them."""
+        planned = range(self.scenario.train.rounds)
+        charged = (each.event for each in self.ledger.charges if each.round in planned)
+        return parts_of(Counter(charged))
 
     @property
     def before(self) -> Counter[RoundEvent]:
@@ -145,12 +244,7 @@ class Facts:
     def private(self) -> bool:
         """Whether a finite ε holds against anybody, and the report is whole."""
         noisy = self.scenario.privacy.noise != "none" and not self.noise_known
-        return noisy and self.epsilon is not None and not self.missing
-
-    @cached_property
-    def least_noise(self) -> float | None:
-        """The smallest noise multiplier that a round was charged with; None without noise."""
-        return min((event.noise_multiplier for event in self.of_rounds), default=0.0) or None
+        return noisy and super().private
 
 
 def read_facts(directory: Path, public_key: Ed25519PublicKey | None = None) -> Facts:
@@ -171,9 +265,29 @@ def read_facts(directory: Path, public_key: Ed25519PublicKey | None = None) -> F
                 f"{path}: it lacks the entry that ends a run, so its end was cut away, or the run "
                 "goes on; bring back the whole ledger, or finish the run"
             )
-        if ledger.signed < ledger.entries:
-            raise IntegrityError(
-                f"{path}: {ledger.entries} entries, of which {ledger.signed} are signed: lines "
-                "were added behind the signed end. Bring back the original file"
-            )
+        _check_signed(ledger)
         return Facts.of(ledger, path, public_key)
+
+
+def read_account(
+    path: Path, public_key: Ed25519PublicKey | None = None, told: Told | None = None
+) -> Account:
+    """Read what training elsewhere spent, from its ledger, which is left as it is.
+
+    On the machine that charged, it must go on from the last head that was signed there.
+    """
+    with Ledger.open(path, public_key=public_key, repair=False) as ledger:
+        folder = secrets_of(str(ledger.header.get("run_id", "")))
+    kept = None if folder is None or not (folder / KEPT).exists() else folder / KEPT
+    with Ledger.open(path, public_key=public_key, kept=kept, repair=False) as ledger:
+        _check_signed(ledger)
+        return Account.of(ledger, path, public_key is not None, told or Told.model_validate({}))
+
+
+def _check_signed(ledger: Ledger) -> None:
+    if ledger.signed < ledger.entries:
+        raise IntegrityError(
+            f"{ledger.path}: {ledger.entries} entries, of which {ledger.signed} are signed: lines "
+            "were added behind the signed end. Bring back the original file; where training was "
+            "cut off, open the ledger with Ledger.resume and close it"
+        )

@@ -8,7 +8,7 @@ those stay with the operator.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
@@ -37,9 +37,14 @@ STARRED: Final = (
 WORD: Final = ("accuracy", "cost", "data", "model", "rows", "segments", "tiers", "audit", "gaps")
 """Fields that no ledger tells; so do the curves that carry the stamp of private data."""
 
+TOLD: Final = ("told", "told_signature")
+"""Fields that no ledger of training elsewhere tells."""
+
 Signature = Literal["server key", "key named in the ledger"]
 Against = Literal["recipients", "server"]
-Law = Literal["gaussian", "discrete_gaussian", "none"]
+Law = Literal["gaussian", "discrete_gaussian", "none", "other"]
+Adjacency = Literal["zero-out", "add-or-remove", "replace-one"]
+How = Literal["poisson", "everybody", "other"]
 Delta = Annotated[float, Field(gt=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0, le=1)]
@@ -70,6 +75,30 @@ class Point2(Part):
 
     x: float
     y: float
+
+
+class Told(Part):
+    """What the operator says of training that privrec did not do; null is what nobody said."""
+
+    name: str | None = Field(None, description="What was trained, in a few words.")
+    description: str | None = None
+    operator: str | None = Field(None, description="Who did it, and whom to ask.")
+    library: str | None = Field(None, description="What it was done with, and its version.")
+    one_unit: str | None = Field(None, description="What one unit is: one row, one customer.")
+    population: PositiveInt | None = Field(None, description="Number of units in the data.")
+    clip_norm: PositiveFloat | None = Field(None, description="Largest norm of what one unit adds.")
+    clipping: str | None = Field(None, description="How that bound is kept.")
+    contributions: str | None = Field(None, description="What of the data one unit may be in.")
+    data_domain: str | None = Field(None, description="What the data may be; what is public of it.")
+    sampling: str | None = Field(None, description="How the units of a release were drawn.")
+    randomness: str | None = Field(None, description="Which generator the noise is from.")
+    floating_point: str | None = Field(None, description="What its rounding may tell.")
+    releases: tuple[str, ...] = Field((), description="What leaves the operator.")
+    runs_before: NonNegativeInt | None = Field(None, description="Other training on the same data.")
+    tuning: str | None = None
+    preprocessing: str | None = None
+    early_stopping: str | None = None
+    pre_training: str | None = None
 
 
 class Scope(Part):
@@ -110,8 +139,8 @@ class Definition(Part):
     """The exact statement that ε and δ are about."""
 
     variant: Literal["(ε, δ)-differential privacy"] = "(ε, δ)-differential privacy"
-    unit: Literal["user"]
-    adjacency: Literal["zero-out"]
+    unit: str
+    adjacency: Adjacency
     neighbours: str = Field(description="Which two data sets are neighbours.")
     contribution_bounds: Texts
     data_domain: str = Field(description="What the data may be, and what is public of it.")
@@ -141,9 +170,11 @@ class Mechanism(Part):
     law: Law
     clip_norm: PositiveFloat = Field(description="Largest L2 norm of one user's update, C.")
     clipping: str = Field(description="What C bounds, and why it bounds devices of all tiers.")
-    scale_bits: PositiveFloat
-    ring_bits: Literal[16, 32]
-    squared_sensitivity: PositiveInt = Field(description="B²: squared norm of a user's integers.")
+    scale_bits: PositiveFloat | None
+    ring_bits: Literal[16, 32] | None
+    squared_sensitivity: PositiveInt | None = Field(
+        description="B²: squared norm of a user's integers."
+    )
     quantisation: str
     bands: tuple[NoiseBand, ...] = Field(description="Noise by band; none without noise.")
     lazy_noise: str
@@ -154,10 +185,10 @@ class Mechanism(Part):
 class Sampling(Part):
     """Who takes part in a round, as declared; realised sizes stay with the operator."""
 
-    declared: Literal["poisson", "everybody"]
-    rate: Rate = Field(description="Chance of a user to be in a round.")
+    declared: How
+    rate: Rate | None = Field(description="Chance of a user to be in a round; null, it varied.")
     population: PositiveInt = Field(description="Number of users that is accounted for.")
-    expected_cohort: PositiveFloat
+    expected_cohort: PositiveFloat | None
     realised: str = Field(description="What is said of realised cohorts: never their sizes.")
     amplification: str
 
@@ -203,7 +234,9 @@ class Accounting(Part):
 class OutsideTheLedger(Part):
     """What no charge tells, and how it is dealt with."""
 
-    runs_before: NonNegativeInt = Field(description="Other runs on this data in the run store.")
+    runs_before: NonNegativeInt | None = Field(
+        None, description="Other runs on this data in the run store; null, not known."
+    )
     tuning: str
     preprocessing: str
     early_stopping: str
@@ -222,12 +255,16 @@ class Adversary(Part):
 
 
 class Charged(Part):
-    """A kind of event in the ledger and its count; the last five are of noise in shares alone."""
+    """A kind of event in the ledger and its count; the last five are of noise in shares alone.
+
+    Of an `other` one dp-accounting's `event` says everything, and the numbers before it nothing.
+    """
 
     mechanism: Law
     noise_multiplier: NonNegativeFloat
     sampling_rate: Rate
     count: PositiveInt
+    event: str | None = Field(None, description="Of `other`: dp-accounting's, as JSON.")
     accounted_multiplier: NonNegativeFloat = Field(description="Of the Gaussian that is accounted.")
     hidden_rate: Rate = Field(description="Sampling that recipients do not see through.")
     squared_sensitivity: PositiveInt | None = Field(None, description="Of a device's integers.")
@@ -243,9 +280,9 @@ class Privacy(Part):
     """The guarantee and everything its meaning depends on."""
 
     private: bool = Field(description="Whether any finite ε holds.")
-    unit: Literal["user"] = Field(description="Whose whole contribution is protected.")
-    adjacency: Literal["zero-out"] = Field(
-        description="One user's history is replaced by none; enrolment is public."
+    unit: str = Field(description="Whose whole contribution is protected.")
+    adjacency: Adjacency = Field(
+        description="`zero-out`: one user's history is replaced by none; enrolment is public."
     )
     delta: Delta | None = Field(description="δ; null without noise.")
     adversaries: tuple[Adversary, ...] = Field(description="One entry each; each ε names one.")
@@ -257,8 +294,8 @@ class Privacy(Part):
     rounding_bound_ratio: PositiveFloat | None = Field(
         description="Sensitivity after integer rounding, over `clip_norm`."
     )
-    sampling: Literal["poisson", "everybody"]
-    sampling_rate: Rate = Field(description="Chance of a user to be in a round.")
+    sampling: How
+    sampling_rate: Rate | None = Field(description="Chance to be in a round; null, it varied.")
     population: PositiveInt | None = Field(description="Declared number of users, public.")
     expected_cohort: NonNegativeFloat | None = Field(description="`population` × `sampling_rate`.")
     budget: PositiveFloat | None = Field(description="Largest ε allowed; null is no limit.")
@@ -367,7 +404,7 @@ class Accuracy(Part):
     """How well the model recommends; within the guarantee by a charged secure sum alone."""
 
     note: Literal["outside the guarantee", "within the guarantee"] = OUTSIDE
-    holdout: Literal["test", "validation"]
+    holdout: Literal["test", "validation"] | None = Field(description="null: nothing measured.")
     users: PositiveInt | None = Field(
         default=None, description="Most users or texts measured, drawn by the seed; null, all."
     )
@@ -430,8 +467,14 @@ class Report(Part):
     scenario: str
     title: str
     description: str
+    told: Told | None = Field(
+        None, description="Of training that privrec accounted and did not do, else null."
+    )
+    told_signature: str | None = Field(
+        None, description="Ed25519, by the ledger's key, of `told` and the ledger's last hash."
+    )
     run_id: str
-    version: str = Field(description="Version of privrec that trained the model.")
+    version: str = Field(description="Version of privrec that trained the model, or charged it.")
     scenario_hash: str
     privacy_hash: str
     rounds: NonNegativeInt = Field(description="Rounds that were finished.")
@@ -476,7 +519,23 @@ class Report(Part):
             raise ValueError(f"missing is {list(self.missing)}, and {lacking} are lacking")
         if self.privacy.private and lacking:
             raise ValueError(f"a run is called private, and its report lacks {', '.join(lacking)}")
+        unknown = [name for name, value in self._of_runs() if value is None]
+        if self.told is None and unknown:
+            raise ValueError(f"a run knows {', '.join(unknown)}, and its report does not tell")
         return self
+
+    def _of_runs(self) -> Iterator[tuple[str, Any]]:
+        """What the report of a run tells, and that of training elsewhere may not know."""
+        names = {
+            "accuracy": ("holdout",),
+            "privacy": ("sampling_rate",),
+            "sampling": ("rate", "expected_cohort"),
+            "mechanism": ("scale_bits", "ring_bits", "squared_sensitivity"),
+            "outside_the_ledger": ("runs_before",),
+        }
+        for part, fields in names.items():
+            if (found := getattr(self, part)) is not None:
+                yield from ((f"{part}.{name}", getattr(found, name)) for name in fields)
 
     def adversary(self, name: Against) -> Adversary:
         """The guarantee against one adversary."""

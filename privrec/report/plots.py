@@ -305,7 +305,7 @@ def _epsilon(report: Report, recipients: Curve, server: Curve | None) -> Plot:
 def _outside(report: Report, curve: Curve, *, size: XY) -> Plot:
     loss = curve.key == "loss"
     first, last = curve.points[0], curve.points[-1]
-    split = f"{report.accuracy.holdout.capitalize()} split"
+    split = f"{str(report.accuracy.holdout).capitalize()} split"
     plot = Plot(
         key="loss" if loss else "metric",
         title=f"{curve.name} by round",

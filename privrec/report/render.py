@@ -28,9 +28,13 @@ class Written:
 
 
 def write(report: Report, directory: Path) -> Written:
-    """Write the four files into an existing directory, each as :func:`replace_text` does."""
+    """Write the four files into an existing directory, each as :func:`replace_text` does.
+
+    Those of training elsewhere are named after its ledger, since a folder may hold several.
+    """
     endings = ("json", "html", "md", "registry.yaml")
-    paths = [directory / f"report.{ending}" for ending in endings]
+    stem = f"{report.scenario}.report" if report.told else "report"
+    paths = [directory / f"{stem}.{ending}" for ending in endings]
     for path, text_of in zip(paths, (to_json, to_html, to_markdown, to_registry), strict=True):
         replace_text(path, text_of(report))
     return Written(*paths)
@@ -70,14 +74,19 @@ def _page(report: Report) -> dict[str, Any]:
 
 
 def verification(report: Report) -> str | None:
-    """Python lines that recompute both ε with dp-accounting alone; None without a guarantee."""
-    if not report.privacy.private:
+    """Python lines that recompute both ε with dp-accounting alone; None without a guarantee.
+
+    None too where something else than Gaussian rounds was charged.
+    """
+    privacy = report.privacy
+    if not privacy.private or any(event.event is not None for event in privacy.events):
         return None
+    relation = "ADD_OR_REMOVE_ONE" if privacy.adjacency == "add-or-remove" else "REPLACE_SPECIAL"
     charged = "\n".join(
         f"    ({event.accounted_multiplier!r}, {event.hidden_rate!r}, {event.count}),"
-        for event in report.privacy.events
+        for event in privacy.events
     )
-    return _CHECK.format(charged=charged, delta=report.privacy.delta)
+    return _CHECK.format(charged=charged, delta=privacy.delta, relation=relation)
 
 
 _CHECK = """\
@@ -88,7 +97,7 @@ charged = [  # accounted noise multiplier, sampling rate that is hidden, times c
 {charged}
 ]
 for adversary in ("recipients", "server"):
-    accountant = PLDAccountant(NeighboringRelation.REPLACE_SPECIAL)
+    accountant = PLDAccountant(NeighboringRelation.{relation})
     for noise, rate, times in charged:
         event = dp_event.GaussianDpEvent(noise)
         if adversary == "recipients" and rate < 1:

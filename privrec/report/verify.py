@@ -24,20 +24,15 @@ from safetensors.numpy import load_file
 
 from privrec import __version__
 from privrec.errors import DataError, IntegrityError, PrivrecError, UsageError
-from privrec.privacy.ledger import Ledger
 from privrec.report.derive import derive
-from privrec.report.facts import Facts, read_facts
-from privrec.report.model import WORD, OperatorsWord, Report
+from privrec.report.facts import Account, Facts, read_account, read_facts
+from privrec.report.model import TOLD, WORD, OperatorsWord, Report, Told
 from privrec.report.render import to_html, to_json, to_markdown
 from privrec.run.directory import kept_key
-from privrec.run.record import epsilon_text
+from privrec.storage import parsed, verified
 
 _DEPENDS_ON_VERIFIER = {"privacy.ledger_signature"}
 _SHOWN = 120
-_NO_KEY = (
-    "{}: no key to trust: the ledger names one, but whoever forged it would have named their own. "
-    "Give the server's public key with --key, or say --trust-named-key"
-)
 
 
 @dataclass(frozen=True)
@@ -104,7 +99,8 @@ def verify(
     """Recompute a report from the ledger that lies beside it.
 
     Args:
-        path: ``report.json``, or the directory that it lies in.
+        path: ``report.json``, or the directory that it lies in; or a ledger, which is looked at by
+            itself where no report of it is there.
         key: the server's public key, got by another way; by default the one that this machine keeps
             for the run.
         trust_named_key: go on without such a key. Whoever made the files can then have made up all
@@ -114,19 +110,28 @@ def verify(
         UsageError: when there is no report, or no key to trust.
     """
     path = path / "report.json" if path.is_dir() else path
+    if path.suffix == ".jsonl":
+        named = (f"{path.stem}.report.json", *(["report.json"] if path.stem == "ledger" else []))
+        beside = [path.with_name(name) for name in named if path.with_name(name).exists()]
+        if not beside:
+            return _verify_ledger(path, key, trust_named_key)
+        path = beside[0]
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: {error}; name the report.json of a finished run") from None
     content = _object(text)
-    key = key or kept_key(str(content.get("run_id", "")))
-    if key is None and not trust_named_key:
-        raise UsageError(_NO_KEY.format(path))
+    key = _trusted(path, key, content, trust_named_key)
     verdict = Verdict(anchored=key is not None)
     report = _report(text, content, verdict)
-    facts = None
+    facts: Facts | Account | None = None
     try:
-        facts = read_facts(path.parent, key)
+        if content.get("told") is None:
+            facts = read_facts(path.parent, key)
+        else:
+            stem = path.name.removesuffix(".report.json") if "." in path.stem else "ledger"
+            told = Told.model_validate({}) if report is None else report.told
+            facts = read_account(path.with_name(f"{stem}.jsonl"), key, told)
     except PrivrecError as error:
         verdict.refute("ledger", str(error))
     else:
@@ -136,43 +141,51 @@ def verify(
         verdict.word = report.operators_word
         if facts is not None:
             _compare(report, facts, verdict)
-            _check_word(report, facts, verdict)
-            _check_result(path.parent, report, facts, verdict)
-        _check_pages(path.parent, report, verdict)
-    if facts is not None:
+            if isinstance(facts, Account):
+                _check_told(path, report, facts, verdict)
+            else:
+                _check_word(report, facts, verdict)
+                _check_result(path.parent, report, facts, verdict)
+        _check_pages(path, report, verdict)
+    if isinstance(facts, Facts):
         _check_model(path.parent, facts, verdict)
     return verdict
 
 
-def verify_ledger(
-    path: Path, *, key: Ed25519PublicKey | None = None, trust_named_key: bool = False
-) -> Verdict:
-    """Recompute ε from a ledger that has no report: that of a secure sum in somebody's Flower app.
+def _trusted(
+    path: Path, key: Ed25519PublicKey | None, content: Mapping[str, Any], trust_named_key: bool
+) -> Ed25519PublicKey | None:
+    key = key or kept_key(str(content.get("run_id", "")))
+    if key is None and not trust_named_key:
+        raise UsageError(
+            f"{path}: no key to trust: the ledger names one, but whoever forged it would have "
+            "named their own. Give the server's public key with --key, or say --trust-named-key"
+        )
+    return key
 
-    Arguments and errors are those of :func:`verify`.
 
-    Raises:
-        UsageError: also when it is the ledger of a run, which has a report.
-        IntegrityError: when the ledger was altered or cut.
-    """
-    with Ledger.open(path, public_key=key, repair=False) as ledger:
-        header = ledger.header
-    if "scenario" in header:
-        raise UsageError(f"{path}: the ledger of a run; verify the run's report.json beside it")
-    kept = key or kept_key(str(header.get("run_id", "")))
-    if kept is None and not trust_named_key:
-        raise UsageError(_NO_KEY.format(path))
-    with Ledger.open(path, public_key=kept, repair=False) as ledger:
-        if ledger.signed < ledger.entries:
-            raise IntegrityError(
-                f"{path}: {ledger.entries} entries, of which {ledger.signed} are signed: lines "
-                "were added behind the signed end. Bring back the original file"
-            )
-        charges, delta = len(ledger.charges), float(header["delta"])
-        spent = epsilon_text(ledger.epsilon(delta, "server"), 4)
-    verdict = Verdict(anchored=kept is not None)
-    verdict.checked.append(f"hash chain of the ledger and its signed head, {charges:,} charges")
-    verdict.checked.append(f"ε = {spent} at δ = {delta:g} against the server, for a whole node")
+def _verify_ledger(path: Path, key: Ed25519PublicKey | None, trust_named_key: bool) -> Verdict:
+    """A ledger by itself: its chain and its signed head, and the ε that it comes to."""
+    try:
+        header = parsed(path.read_bytes().partition(b"\n")[0]) or {}
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}; name a report or a ledger") from None
+    body = header.get("body")
+    key = _trusted(path, key, body if isinstance(body, dict) else {}, trust_named_key)
+    verdict = Verdict(anchored=key is not None)
+    try:
+        account = read_account(path, key)
+    except IntegrityError as error:
+        verdict.refute("ledger", str(error))
+        return verdict
+    charges, delta = f"{len(account.ledger.charges):,} charges", account.delta
+    for name, spent in (("", account.epsilon), (" who know the cohorts", account.epsilon_server)):
+        shown = "infinite" if spent is None else f"{spent:g}"
+        verdict.checked.append(f"ε against recipients{name} is {shown} at δ = {delta:g}")
+    verdict.checked.append(f"hash chain of the ledger and its signed head, {charges}")
+    verdict.unchecked.append(f"{path.stem}.report.json: it is not here, so nothing was compared")
+    if account.ledger.ended is None:
+        verdict.unchecked.append("whether this is the latest state of the ledger: it goes on")
     return verdict
 
 
@@ -199,10 +212,11 @@ def _report(text: str, content: Mapping[str, Any], verdict: Verdict) -> Report |
     return report
 
 
-def _compare(report: Report, facts: Facts, verdict: Verdict) -> None:
+def _compare(report: Report, facts: Facts | Account, verdict: Verdict) -> None:
     """Make the report again, with the operator's word as it stands, and name what differs."""
-    word = {name: getattr(report, name) for name in WORD}
-    word["curves"] = tuple(curve for curve in report.curves if curve.note)
+    word = {name: getattr(report, name) for name in (WORD if isinstance(facts, Facts) else TOLD)}
+    if isinstance(facts, Facts):
+        word["curves"] = tuple(curve for curve in report.curves if curve.note)
     try:
         again = derive(facts, word)
     except (DataError, ValidationError, UsageError) as error:
@@ -249,6 +263,22 @@ def _reason(where: str, found: Any, expected: Any, version: str) -> str:
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def _check_told(path: Path, report: Report, account: Account, verdict: Verdict) -> None:
+    """That the ledger's key signed what the operator told, of this state of the ledger."""
+    if not account.told.model_dump(exclude_defaults=True):
+        verdict.unchecked.append("facts of the operator: none were told")
+        return
+    key = account.ledger.public_key
+    own = {"public_key": key.public_bytes_raw().hex(), "signature": report.told_signature}
+    try:
+        verified("facts", {**account.statement, **own}, key, path)
+    except IntegrityError:
+        reason = "the ledger's key did not sign these facts of the operator with this ledger"
+        verdict.refute("told", reason)
+    else:
+        verdict.checked.append("signature of what the operator told")
 
 
 def _check_word(report: Report, facts: Facts, verdict: Verdict) -> None:
@@ -299,10 +329,11 @@ def _check_result(directory: Path, report: Report, facts: Facts, verdict: Verdic
     verdict.checked.append("signature of result.json, and its metrics and gaps")
 
 
-def _check_pages(directory: Path, report: Report, verdict: Verdict) -> None:
+def _check_pages(report_path: Path, report: Report, verdict: Verdict) -> None:
     """That the pages beside say what ``report.json`` says; pictures are not looked at."""
-    for name, render in (("report.html", to_html), ("report.md", to_markdown)):
-        path = directory / name
+    for ending, render in ((".html", to_html), (".md", to_markdown)):
+        path = report_path.with_suffix(ending)
+        name = path.name
         if not path.exists():
             verdict.unchecked.append(f"{name}: it is not here")
             continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -15,12 +14,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 import privrec
-from privrec import storage
+from privrec import randomness, storage
 from privrec.errors import BudgetError, IntegrityError, PrivrecError, UsageError
 from privrec.privacy import population as populations
 from privrec.privacy.ledger import Ledger
 from privrec.privacy.population import PopulationBalance
-from privrec.randomness import SecretRoot, state_dir
+from privrec.randomness import KEPT, KEY, SecretRoot, state_dir
 from privrec.run.plan import Plan
 from privrec.run.privacy_plan import charges_of
 from privrec.run.record import EventLog
@@ -31,7 +30,7 @@ Facts = Mapping[str, Any]
 LEDGER, EVENTS, SCENARIO = "ledger.jsonl", "events.jsonl", "scenario.toml"
 CHECKPOINT = "checkpoint.safetensors"
 _RUN_ID = r"^[A-Za-z0-9-]{1,64}$"
-_KNOWN, _KEY, _FILE = "known-", "server.key", "run.json"
+_KNOWN, _FILE = "known-", "run.json"
 
 BOUND = ("run_id", "simulated", "scenario_hash", "privacy_hash", "noise_known")
 """What the signed header of the ledger repeats of ``run.json``, so that nobody alters it later."""
@@ -118,14 +117,14 @@ class Identity(BaseModel):
 
     def signing_key(self, *, new: bool = False) -> Ed25519PrivateKey:
         """Return the key that signs the ledger; one that is gone is never replaced by another."""
-        return storage.server_key(self.secrets_dir() / _KEY, new=new)
+        return storage.server_key(self.secrets_dir() / KEY, new=new)
 
     def kept_head(self) -> Path | None:
         """Return where this machine keeps the last signed head of the run's ledger.
 
         None is kept of runs of a known root, which share a name and protect nobody.
         """
-        return None if self.run_id.startswith(_KNOWN) else self.secrets_dir() / "head.json"
+        return None if self.run_id.startswith(_KNOWN) else self.secrets_dir() / KEPT
 
     def root_tag(self) -> str:
         """Return what tells the server's root from another one, and nothing of it."""
@@ -151,15 +150,9 @@ class Identity(BaseModel):
 
 
 def kept_key(run_id: str) -> Ed25519PublicKey | None:
-    """Return the server's public key where this machine keeps the key of that run, else None.
-
-    Runs of a secure sum in somebody's Flower app have theirs in a folder of their own.
-    """
-    if not re.fullmatch(_RUN_ID, run_id):
-        return None
-    paths = [state_dir() / kind / run_id / _KEY for kind in ("runs", "flower")]
-    found = next((path for path in paths if path.exists()), None)
-    return storage.server_key(found).public_key() if found else None
+    """Return the server's public key where this machine keeps the key of that run, else None."""
+    key = randomness.kept_key(run_id)
+    return None if key is None else key.public_key()
 
 
 # --------------------------------------------------------------------------- the directory

@@ -194,7 +194,6 @@ class Loop(ABC):
                 release = partial(self._evaluation, evaluating, population)
                 self.figures = self.attempt("the secure sum of metrics", release)
         ledger.end(digest(server.released))
-        ledger.seal()
         try:
             if population:
                 population.settle(ledger.counts)
@@ -269,7 +268,7 @@ class Loop(ABC):
         while release is None:
             if attempt == ledger.attempts(server.index):  # it is not paid yet
                 self._check_budgets(population)
-            ledger.charge(server.index, attempt, server.plan.event, server.plan.examples)
+            ledger.charge(server.plan.event, server.index, attempt, server.plan.examples)
             round = server.next_round(attempt)
             try:
                 aggregate = self.transport.collect(round, server.weights)
@@ -364,7 +363,7 @@ class Loop(ABC):
     def _epsilon(self, adversary: Adversary) -> float | None:
         if not self.plan.event.is_private or self.identity.noise_known:
             return None
-        return self.ledger.epsilon(self.plan.scenario.privacy.delta, adversary)
+        return self.ledger.epsilon(adversary, self.plan.scenario.privacy.delta)
 
 
 def released_order(
@@ -410,7 +409,7 @@ def released_beside(
         _check_budget(plan.scenario.privacy, ledger, [wanted.event], what, lost)
         if population:
             population.cover(ledger.counts + Counter([wanted.event]))
-        ledger.charge(index, attempt, wanted.event)
+        ledger.charge(wanted.event, index, attempt)
         round = round_of(attempt)
         try:
             total = collect(round)

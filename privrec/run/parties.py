@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from privrec.data import Interactions
 from privrec.data.corpus import Corpus
-from privrec.data.item_features import beside, of_ranks
+from privrec.data.item_features import centred, of_ranks
 from privrec.device.device import Cohort, Learner, Settings
 from privrec.device.example_shares import ExampleShares
 from privrec.device.examples import ExampleNoise
@@ -148,7 +148,7 @@ def learner_of(
     hidden = example_bound(scenario, examples, federation.layout.size)
     known = [] if features is None else [features]
     if getattr(scenario.model, "rank_features", False):
-        known.append(beside([of_ranks(federation.tiers[0].model.vectors.items)]))
+        known.append(centred(of_ranks(federation.tiers[0].model.vectors.items)))
     view = tier.model
     if known:
         view = view.featured(np.concatenate(known, axis=1)[: view.vectors.items])

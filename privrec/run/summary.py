@@ -121,7 +121,7 @@ def _privacy(plan: Plan, server: Server, ledger: Ledger, *, known: bool) -> dict
     encoding = plan.protection.encoding
     holds = plan.event.is_private and not known
     spent = {
-        name: finite(ledger.epsilon(privacy.delta, adversary, accountant)) if holds else None
+        name: finite(ledger.epsilon(adversary, privacy.delta, accountant)) if holds else None
         for name, (adversary, accountant) in EPSILONS.items()
     }
     sums = {"popularity": plan.counting, "evaluation": plan.evaluating}

@@ -286,8 +286,8 @@ class DescribedHistories(FilesOfHistories):
     """Files of users' interactions with films, as published."""
 
     item_features: bool = False
-    """Whether devices know genres and years of the films, and weigh them for their user: public,
-    and no budget is spent on it.
+    """Whether devices know genres, years and numbers of the films, and weigh them for their user:
+    public, and no budget is spent on it.
     """
 
 

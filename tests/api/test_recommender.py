@@ -279,8 +279,8 @@ def test_a_fit_is_a_run_with_a_ledger_and_a_report(
     with Ledger.open(fitted.folder / "ledger.jsonl", repair=False) as ledger:
         assert len(ledger.charges) == 30
         for adversary in ("recipients", "server"):
-            assert fitted.epsilon(adversary) == ledger.epsilon(1e-5, adversary)  # type: ignore[arg-type]
-        assert fitted.epsilon(delta=1e-3) == ledger.epsilon(1e-3, "recipients")
+            assert fitted.epsilon(adversary) == ledger.epsilon(adversary, 1e-5)  # type: ignore[arg-type]
+        assert fitted.epsilon(delta=1e-3) == ledger.epsilon("recipients", 1e-3)
     assert 7.5 < fitted.epsilon() <= 8
     assert fitted.report().name == "report.html"
     assert not verify(fitted.folder).mismatches

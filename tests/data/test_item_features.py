@@ -47,9 +47,9 @@ def test_genres_and_years_are_read_from_each_layout(source: str, tmp_path: Path)
     publish(tmp_path, source)
     split = data.load(data_of(source, item_features=True), data_dir=tmp_path)
     genres = item_features.of_categories(GENRES)
-    expected = item_features.beside(
-        [genres, item_features.of_numbers(np.array([1990, 2001, np.nan]))]
-    )
+    years = item_features.of_numbers(np.array([1990, 2001, np.nan]))
+    numbers = item_features.of_numbers(np.array([10.0, 20, 30]))
+    expected = item_features.together([genres, years, np.float32(0.7) * numbers])
     assert split.train.item_ids.tolist() == [10, 20, 30]
     np.testing.assert_allclose(split.train.features, expected, atol=1e-6)
     assert data.load(data_of(source), data_dir=tmp_path).train.features is None
@@ -81,10 +81,35 @@ def test_bumps_follow_a_number_and_know_nothing_of_what_is_missing() -> None:
     assert item_features.of_numbers(np.full(3, 7.0)).shape == (3, 0)
 
 
-def test_groups_stand_side_by_side_around_zero() -> None:
+def test_groups_and_their_products_keep_the_angles_between_items() -> None:
+    rng = np.random.default_rng(0)
+    one, other, third = (rng.normal(size=(300, width)).astype(np.float32) for width in (3, 4, 2))
+    rows = item_features.together([one, other, third])
+    assert rows.shape == (300, 3 + 4 + 2 + 3 * 4 + 4 * 2)
+    assert rows.dtype == np.float32
+    kept = [part - part.mean(0) for part in (one, other, third)]
+    angles = [part @ part.T for part in kept]
+    around = np.eye(300) - 1 / 300
+    products = angles[0] * angles[1] + angles[1] * angles[2]
+    np.testing.assert_allclose(rows @ rows.T, sum(angles) + around @ products @ around, atol=1e-2)
+    np.testing.assert_allclose(rows.mean(0), 0, atol=1e-4)
+    lengths = np.linalg.norm(rows, axis=0)
+    assert (np.diff(lengths) <= 0).all()
+    assert (rows.max(0) >= -rows.min(0)).all()
+
+
+def test_of_many_columns_those_that_tell_items_apart_stay() -> None:
+    rng = np.random.default_rng(0)
+    wide = [rng.normal(size=(500, 9)).astype(np.float32) for _ in range(2)]
+    wide[0][:, 0] *= 30
+    rows = item_features.together(wide)
+    assert rows.shape == (500, 64)
+    assert np.linalg.norm(rows[:, 0]) > 3 * np.linalg.norm(rows[:, 63])
+    nothing = item_features.together([np.ones((5, 2), np.float32)])
+    assert nothing.shape == (5, 0)
+
+
+def test_ranks_that_are_near_are_alike() -> None:
     ranks = item_features.of_ranks(500)
-    together = item_features.beside([ranks, item_features.of_categories(["a", "b"] * 250)])
-    assert together.shape == (500, ranks.shape[1] + 2)
-    assert together.dtype == np.float32
-    np.testing.assert_allclose(together.mean(0), 0, atol=1e-6)
     assert ranks[0] @ ranks[1] > ranks[0] @ ranks[400]
+    np.testing.assert_allclose(item_features.centred(ranks).mean(0), 0, atol=1e-6)

@@ -16,6 +16,7 @@ pytest.importorskip("flwr", reason="the flower extra is not installed")
 
 from click.testing import CliRunner
 from flwr.app import Array, ArrayRecord, Message
+from forging import chained, entries_of
 from memory_grid import MemoryGrid, stage_of
 from sum_apps import (
     SIZE,
@@ -39,6 +40,9 @@ from privrec.flower.secure_sum import SecureSum
 from privrec.privacy.events import epsilon
 from privrec.privacy.ledger import Ledger
 from privrec.randomness import SecretRoot, state_dir
+from privrec.report.build import build_account
+from privrec.report.render import write
+from privrec.report.verify import verify
 
 WIDE = 20_000
 
@@ -222,7 +226,28 @@ def test_epsilon_is_that_of_the_ledger_and_is_told_each_round(
     assert found == [epsilon({event: n}, 1e-5, "server") for n in (1, 2, 3)]
     assert found == sorted(found)
     assert f"epsilon {found[-1]:g} at delta 1e-05 against the server" in caplog.text
-    assert read(tmp_path).epsilon(1e-5, "server") == found[-1]
+    assert read(tmp_path).epsilon("server", 1e-5) == found[-1]
+
+
+def test_its_ledger_has_a_report_that_verifies(tmp_path: Path) -> None:
+    strategy, path = noisy(5, tmp_path, noise_multiplier=3.0), tmp_path / "ledger.jsonl"
+    strategy.start(grid_of(5), two_arrays(), num_rounds=2, timeout=5)
+    spent = read(tmp_path).epsilon("server", 1e-5)
+    alone = verify(path)
+    assert alone.holds
+    assert f"ε against recipients who know the cohorts is {spent:g} at δ = 1e-05" in alone.checked
+    facts = tmp_path / "facts.toml"
+    facts.write_text('population = 5\nclip_norm = 1.0\nreleases = ["models"]\ntuning = "None."\n')
+    report = build_account(path, facts)
+    write(report, tmp_path)
+    assert verify(path).holds
+    assert report.adversary("server").epsilon == spent
+    assert (report.privacy.unit, report.privacy.noise) == ("node", "distributed")
+    assert report.trust_model is not None
+    assert report.trust_model.kind == "devices"
+    entries = entries_of(path)
+    chained(path, [entries[0], *entries[3:]])
+    assert not verify(path).holds
 
 
 def test_epsilon_sets_the_noise_and_is_never_exceeded(
@@ -270,30 +295,6 @@ def test_a_model_that_is_too_long_is_refused_with_what_to_do() -> None:
     with pytest.raises(UsageError, match=r"67,108,861 float .* at most 67,108,860; train fewer"):
         plan_of(9, 2**26 - 3, 1.0)
     assert plan_of(9, 2**26 - 4, 1.0).length == 2**26
-
-
-def test_its_ledger_is_verified_without_a_report(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    noisy(5, tmp_path).start(grid_of(5), two_arrays(), num_rounds=3, timeout=5)
-    path, run = tmp_path / "ledger.jsonl", CliRunner()
-    with read(tmp_path) as ledger:
-        spent = ledger.epsilon(1e-5, "server")
-        key = ledger.public_key.public_bytes_raw().hex()
-    said = run.invoke(main, ["report", "verify", str(path)])
-    assert said.exit_code == 0, said.output
-    assert f"ε = {spent:.4f} at δ = 1e-05 against the server, for a whole node" in said.output
-    assert "3 charges" in said.output
-    monkeypatch.setenv("PRIVREC_STATE", str(tmp_path / "elsewhere"))
-    assert run.invoke(main, ["report", "verify", str(path)]).exit_code == 2
-    assert run.invoke(main, ["report", "verify", str(path), "--key", key]).exit_code == 0
-    assert run.invoke(main, ["report", "verify", str(path), "--key", "00" * 32]).exit_code == 4
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text(
-        "".join([*lines[:1], lines[1].replace('"attempt":0', '"attempt":1'), *lines[2:]])
-    )
-    for trust in (["--key", key], ["--trust-named-key"]):
-        assert run.invoke(main, ["report", "verify", str(path), *trust]).exit_code == 4
 
 
 def test_another_server_goes_on_with_the_ledger(tmp_path: Path) -> None:

@@ -41,10 +41,10 @@ def reopen(directory, **options):
 def written(tmp_path):
     """A directory with a ledger of three charges and a commit, not sealed after its header."""
     with create(tmp_path) as ledger:
-        ledger.charge(0, 0, EVENT)
+        ledger.charge(EVENT, 0, 0)
         ledger.commit(0, 0, TAG)
-        ledger.charge(1, 0, EVENT)
-        ledger.charge(1, 1, OTHER)
+        ledger.charge(EVENT, 1, 0)
+        ledger.charge(OTHER, 1, 1)
     return tmp_path
 
 
@@ -69,7 +69,7 @@ class TestEntries:
 
     def test_go_on_after_reopening(self, written):
         with reopen(written) as ledger:
-            ledger.charge(2, 0, EVENT)
+            ledger.charge(EVENT, 2, 0)
             ledger.seal()
         with reopen(written) as ledger:
             assert ledger.counts == {EVENT: 3, OTHER: 1}
@@ -91,7 +91,7 @@ class TestEntries:
     def test_position_for_a_checkpoint(self, written):
         with reopen(written) as ledger:
             entries, last_hash = ledger.entries, ledger.last_hash
-            ledger.charge(2, 0, EVENT)
+            ledger.charge(EVENT, 2, 0)
             assert ledger.has(entries, last_hash)
             assert not ledger.has(entries - 1, last_hash)
             assert not ledger.has(0, last_hash)
@@ -102,36 +102,36 @@ class TestCharge:
     def test_again_costs_nothing(self, written):
         with reopen(written) as ledger:
             size = ledger.path.stat().st_size
-            assert not ledger.charge(1, 1, OTHER)
+            assert not ledger.charge(OTHER, 1, 1)
             assert ledger.path.stat().st_size == size
-            assert ledger.charge(1, 2, OTHER)
+            assert ledger.charge(OTHER, 1, 2)
             assert ledger.counts == {EVENT: 2, OTHER: 2}
 
     def test_again_with_another_event_is_refused(self, written):
         with reopen(written) as ledger, pytest.raises(IntegrityError, match="was charged as"):
-            ledger.charge(1, 1, EVENT)
+            ledger.charge(EVENT, 1, 1)
 
     @pytest.mark.parametrize(("round", "attempt"), [(0, 2), (2, 1), (2, -1), (-1, 1), (-2, 0)])
     def test_gaps_are_refused(self, written, round, attempt):
         with reopen(written) as ledger:
             with pytest.raises(IntegrityError, match="the next one is attempt"):
-                ledger.charge(round, attempt, EVENT)
+                ledger.charge(EVENT, round, attempt)
             assert len(ledger.charges) == 3
 
     def test_a_run_that_has_ended_charges_nothing_new(self, written):
         with reopen(written) as ledger:
             ledger.end(b"m" * 32)
             before = (written / "ledger.jsonl").read_bytes()
-            assert not ledger.charge(1, 1, OTHER)
+            assert not ledger.charge(OTHER, 1, 1)
             with pytest.raises(ReleaseRefused, match="has ended"):
-                ledger.charge(2, 0, EVENT)
+                ledger.charge(EVENT, 2, 0)
         assert (written / "ledger.jsonl").read_bytes() == before
 
     def test_what_comes_before_the_first_round_is_charged_and_counted_too(self, tmp_path):
         with create(tmp_path) as ledger:
-            assert ledger.charge(-1, 0, OTHER)
-            assert not ledger.charge(-1, 0, OTHER)
-            assert ledger.charge(0, 0, EVENT)
+            assert ledger.charge(OTHER, -1, 0)
+            assert not ledger.charge(OTHER, -1, 0)
+            assert ledger.charge(EVENT, 0, 0)
             ledger.commit(-1, 0, b"t" * 32)
         with reopen(tmp_path) as ledger:
             assert ledger.counts == {EVENT: 1, OTHER: 1}
@@ -149,7 +149,7 @@ class TestCharge:
                     flushed.append(ledger.path.read_bytes())
 
             monkeypatch.setattr(os, "fsync", spy)
-            ledger.charge(0, 0, EVENT)
+            ledger.charge(EVENT, 0, 0)
             assert len(flushed) == 1
             assert json.loads(flushed[-1].splitlines()[-1])["kind"] == "charge"
             ledger.commit(0, 0, TAG)
@@ -162,15 +162,15 @@ class TestCharge:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         with create(tmp_path) as ledger:
-            ledger.charge(0, 0, EVENT)
+            ledger.charge(EVENT, 0, 0)
             monkeypatch.setattr(os, "fsync", full)
             with pytest.raises(ReleaseRefused, match="No space left"):
-                ledger.charge(1, 0, EVENT)
+                ledger.charge(EVENT, 1, 0)
             assert ledger.counts == {EVENT: 1}
             monkeypatch.undo()
             # Whether the line arrived is unknown until it is read again.
             with pytest.raises(ReleaseRefused, match="not open for writing"):
-                ledger.charge(1, 0, EVENT)
+                ledger.charge(EVENT, 1, 0)
         with reopen(tmp_path) as ledger:
             assert ledger.counts[EVENT] >= 1
 
@@ -181,7 +181,7 @@ class TestCharge:
 
         monkeypatch.setattr(module, "FileIO", Slow)
         with create(tmp_path) as ledger:
-            ledger.charge(0, 0, EVENT)
+            ledger.charge(EVENT, 0, 0)
         monkeypatch.undo()
         with reopen(tmp_path) as ledger:
             assert ledger.counts == {EVENT: 1}
@@ -191,7 +191,7 @@ class TestCharge:
         ledger = create(tmp_path)
         ledger.close()
         with pytest.raises(ReleaseRefused, match="not open for writing"):
-            ledger.charge(0, 0, EVENT)
+            ledger.charge(EVENT, 0, 0)
 
 
 class TestCommit:
@@ -217,11 +217,11 @@ class TestEpsilon:
     def test_is_that_of_all_charges(self, written, adversary, accountant):
         with reopen(written, repair=False) as ledger:
             expected = events.epsilon({EVENT: 2, OTHER: 1}, 1e-5, adversary, accountant)
-            assert ledger.epsilon(1e-5, adversary, accountant) == expected
+            assert ledger.epsilon(adversary, 1e-5, accountant) == expected
 
     def test_of_no_charge_is_zero(self, tmp_path):
         with create(tmp_path) as ledger:
-            assert ledger.epsilon(1e-5, "recipients") == 0
+            assert ledger.epsilon("recipients", 1e-5) == 0
 
     def test_dry_run_charges_nothing(self, written):
         with reopen(written) as ledger:
@@ -410,7 +410,7 @@ class TestAlteration:
     def test_of_any_byte_after_sealing(self, data):
         with tempfile.TemporaryDirectory() as name, create(Path(name)) as ledger:
             for index in range(3):
-                ledger.charge(index, 0, EVENT)
+                ledger.charge(EVENT, index, 0)
             ledger.seal()
             ledger.close()
             content = bytearray(ledger.path.read_bytes())
@@ -429,7 +429,7 @@ class TestCrash:
         with reopen(written) as ledger:
             assert "17 bytes that a crash cut off was removed" in ledger.repaired
             assert path.read_bytes() == whole
-            ledger.charge(2, 0, EVENT)
+            ledger.charge(EVENT, 2, 0)
         with reopen(written) as ledger:
             assert ledger.counts == {EVENT: 3, OTHER: 1}
             assert ledger.repaired is None
@@ -442,7 +442,7 @@ class TestCrash:
             assert ledger.repaired == "the missing end of the last line was added"
             assert path.read_bytes() == whole
             assert ledger.counts == {EVENT: 2, OTHER: 1}
-            ledger.charge(2, 0, EVENT)
+            ledger.charge(EVENT, 2, 0)
         assert reopen(written, repair=False).counts == {EVENT: 3, OTHER: 1}
 
     @pytest.mark.parametrize("tail", [b"\0" * 90, b'{"attempt":0' + b"\0" * 60 + b"}\n"])
@@ -463,7 +463,7 @@ class TestCrash:
         assert ledger.repaired is not None
         assert path.read_bytes() == cut
         with pytest.raises(ReleaseRefused):
-            ledger.charge(2, 0, EVENT)
+            ledger.charge(EVENT, 2, 0)
 
     @settings(max_examples=60)
     @given(st.data())
@@ -479,7 +479,7 @@ class TestCrash:
                     index = data.draw(st.integers(0, 3))
                     event = data.draw(st.sampled_from([EVENT, OTHER]))
                     charge = Charge(index, ledger.attempts(index), event)
-                    ledger.charge(charge.round, charge.attempt, event)
+                    ledger.charge(event, charge.round, charge.attempt)
                     acknowledged.append((path.stat().st_size, charge))
                     if data.draw(st.booleans()):
                         ledger.commit(charge.round, charge.attempt, TAG)
@@ -494,7 +494,7 @@ class TestCrash:
                 # One more when the cut took nothing of its line but the end of it.
                 assert ledger.charges[: len(paid)] == paid
                 assert len(ledger.charges) <= len(paid) + (cut + 1 in dict(acknowledged))
-                ledger.charge(9, 0, EVENT)
+                ledger.charge(EVENT, 9, 0)
                 found = ledger.charges
             with reopen(directory) as ledger:
                 assert ledger.charges == found
@@ -516,7 +516,7 @@ class TestCrash:
                 ledger = Ledger.create(path, header={}, signing_key=key)
             while True:
                 index = len(ledger.charges)
-                ledger.charge(index, 0, RoundEvent("gaussian", 1.0))
+                ledger.charge(RoundEvent("gaussian", 1.0), index, 0)
                 print(index, flush=True)
                 ledger.commit(index, 0, b"tag")
                 ledger.seal()
@@ -644,7 +644,7 @@ class TestExamples:
     def test_they_are_found_again_and_never_added(self, tmp_path):
         with create(tmp_path) as ledger:
             for round in range(3):
-                assert ledger.charge(round, 0, EVENT, OTHER)
+                assert ledger.charge(EVENT, round, 0, OTHER)
             ledger.seal()
         lines = (tmp_path / "ledger.jsonl").read_text().splitlines()
         kinds = [json.loads(line)["kind"] for line in lines]
@@ -652,29 +652,29 @@ class TestExamples:
         with reopen(tmp_path) as ledger:
             assert ledger.counts == {EVENT: 3}
             assert ledger.examples == {OTHER: 3}
-            assert ledger.epsilon(1e-5, "server") == events.epsilon({EVENT: 3}, 1e-5, "server")
+            assert ledger.epsilon("server", 1e-5) == events.epsilon({EVENT: 3}, 1e-5, "server")
             spent = events.epsilon(ledger.examples, 1e-6, "server")
             # Sampling of devices amplifies nothing at this level.
             assert spent == events.epsilon({RoundEvent("gaussian", 2.5): 3}, 1e-6, "server")
 
     def test_a_repeated_charge_is_one(self, tmp_path):
         with create(tmp_path) as ledger:
-            ledger.charge(0, 0, EVENT, OTHER)
-            assert not ledger.charge(0, 0, EVENT, OTHER)
+            ledger.charge(EVENT, 0, 0, OTHER)
+            assert not ledger.charge(EVENT, 0, 0, OTHER)
             assert ledger.examples == {OTHER: 1}
             for other in (EVENT, None):
                 with pytest.raises(IntegrityError, match="at example level"):
-                    ledger.charge(0, 0, EVENT, other)
+                    ledger.charge(EVENT, 0, 0, other)
 
     def test_they_are_not_added_to_a_charge(self, tmp_path):
         with create(tmp_path) as ledger:
-            ledger.charge(0, 0, EVENT)
+            ledger.charge(EVENT, 0, 0)
             with pytest.raises(IntegrityError, match="at example level"):
-                ledger.charge(0, 0, EVENT, OTHER)
+                ledger.charge(EVENT, 0, 0, OTHER)
 
     def test_a_crash_between_the_two_entries_counts_nothing_twice(self, tmp_path):
         with create(tmp_path) as ledger:
-            ledger.charge(0, 0, EVENT, OTHER)
+            ledger.charge(EVENT, 0, 0, OTHER)
         path = tmp_path / "ledger.jsonl"
         path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]))
         with reopen(tmp_path) as ledger:
@@ -683,8 +683,8 @@ class TestExamples:
             assert not ledger.examples
             for other in (EVENT, None):
                 with pytest.raises(IntegrityError, match="at example level"):
-                    ledger.charge(0, 0, EVENT, other)
-            assert ledger.charge(0, 0, EVENT, OTHER)
+                    ledger.charge(EVENT, 0, 0, other)
+            assert ledger.charge(EVENT, 0, 0, OTHER)
             assert ledger.examples == {OTHER: 1}
         with reopen(tmp_path) as ledger:
             assert ledger.entries == 3
@@ -694,11 +694,11 @@ class TestExamples:
         with create(tmp_path) as ledger:
             ledger.end(b"m")
             with pytest.raises(ReleaseRefused, match="ended"):
-                ledger.charge(0, 0, EVENT, OTHER)
+                ledger.charge(EVENT, 0, 0, OTHER)
 
     def test_an_altered_entry_shows(self, tmp_path):
         with create(tmp_path) as ledger:
-            ledger.charge(0, 0, EVENT, OTHER)
+            ledger.charge(EVENT, 0, 0, OTHER)
         change(tmp_path / "ledger.jsonl", b'"unit":"example"', b'"unit":"users__"')
         with pytest.raises(IntegrityError, match="altered"):
             reopen(tmp_path)

@@ -133,12 +133,12 @@ def test_a_ledger_keeps_and_accounts_for_it(tmp_path):
     event, key = Shares(1.5, 10**6, BANDS, True).event(0.2), server_key(tmp_path / "key")
     with Ledger.create(tmp_path / "ledger.jsonl", header={}, signing_key=key) as ledger:
         for round in range(3):
-            ledger.charge(round, 0, event)
+            ledger.charge(event, round, 0)
         ledger.seal()
     with Ledger.open(tmp_path / "ledger.jsonl", signing_key=key) as ledger:
         assert ledger.counts == {event: 3}
         for adversary in ("recipients", "server"):
-            assert ledger.epsilon(1e-5, adversary) == epsilon({event: 3}, 1e-5, adversary)
+            assert ledger.epsilon(adversary, 1e-5) == epsilon({event: 3}, 1e-5, adversary)
 
 
 @pytest.mark.parametrize(

@@ -81,14 +81,14 @@ def make_run(
     with Ledger.create(path / "ledger.jsonl", header=header, signing_key=KEY) as ledger:
         for number in range(rounds):
             for attempt in range(2 if number in retried else 1):
-                ledger.charge(number, attempt, event, plan.examples)
+                ledger.charge(event, number, attempt, plan.examples)
             ledger.commit(number, ledger.attempts(number) - 1, b"t" * 32)
         ledger.end(b"m" * 32)
         ledger.seal()
         charges = len(ledger.charges)
         examples = _examples(plan, ledger, noise_known)
         spent = [
-            ledger.epsilon(delta, adversary, accountant)
+            ledger.epsilon(adversary, delta, accountant)
             for accountant in ("pld", "rdp")
             for adversary in ("recipients", "server")
         ]

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from forging import chained, entries_of, head_of, signed_by
 from pydantic import ValidationError
 from safetensors.numpy import save_file
 
@@ -27,7 +28,7 @@ from privrec.report.build import build
 from privrec.report.model import Report
 from privrec.report.render import to_json, write
 from privrec.report.verify import Verdict, public_key, verify
-from privrec.storage import START, canonical, line_of
+from privrec.storage import canonical
 
 MakeRun = Callable[..., Path]
 Content = dict[str, Any]
@@ -147,35 +148,6 @@ def at(where: str, value: Any) -> Forge:
         place[last] = value(place[last]) if callable(value) else value
 
     return edited(change)
-
-
-def entries_of(run: Path) -> list[Content]:
-    return [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
-
-
-def chained(run: Path, entries: list[Content]) -> str:
-    """Write entries with places and hashes as they should be; the last hash."""
-    previous, lines = START, []
-    for index, entry in enumerate(entries):
-        body = {name: value for name, value in entry.items() if name != "hash"}
-        line = line_of({**body, "index": index, "previous": previous})
-        previous = json.loads(line)["hash"]
-        lines.append(line)
-    (run / "ledger.jsonl").write_bytes(b"".join(lines))
-    return previous
-
-
-def head_of(run: Path) -> Path:
-    return run / "ledger.head.json"
-
-
-def signed_by(run: Path, entries: int, last: str, key: Ed25519PrivateKey) -> None:
-    head = {"format": 1, "entries": entries, "last_hash": last}
-    signature = key.sign(b"privrec ledger head, format 1\n" + canonical(head)).hex()
-    named = key.public_key().public_bytes_raw().hex()
-    head_of(run).write_bytes(
-        canonical({**head, "public_key": named, "signature": signature}) + b"\n"
-    )
 
 
 def relogged(change: Callable[[list[Content]], Any], sign: str = "old") -> Forge:
@@ -317,9 +289,9 @@ FORGERIES: dict[str, tuple[Forge, str, str]] = {
         at("definition.neighbours", "One interaction is removed."), "definition.neighbours", FIELD,
     ),
     "adjacency of another kind": (
-        at("privacy.adjacency", "replace-one"), "privacy.adjacency", "does not satisfy its schema",
+        at("privacy.adjacency", "replace-one"), "privacy.adjacency", FIELD,
     ),
-    "unit changed": (at("definition.unit", "example"), "definition.unit", "schema"),
+    "unit changed": (at("definition.unit", "example"), "definition.unit", FIELD),
     "contribution bound": (
         at("definition.contribution_bounds.1", "A user is in one round."),
         r"definition.contribution_bounds\[1\]", FIELD,

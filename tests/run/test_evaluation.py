@@ -215,7 +215,7 @@ def test_a_run_charges_it_after_its_rounds_and_within_its_budget(
     assert charged(tmp_path / "run") == wanted
     with Ledger.open(tmp_path / "run" / "ledger.jsonl", repair=False) as ledger:
         assert ledger.committed(ROUNDS, 0) is not None
-        assert payload["privacy"]["epsilon"] == ledger.epsilon(1e-4, "recipients")
+        assert payload["privacy"]["epsilon"] == ledger.epsilon("recipients", 1e-4)
     assert 7.9 < payload["privacy"]["epsilon"] <= 8
     assert 5.9 < payload["privacy"]["epsilon_evaluation"] <= 6
     report = build(tmp_path / "run")

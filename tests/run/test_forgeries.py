@@ -310,7 +310,7 @@ def test_nothing_is_charged_after_the_end(finished: Path) -> None:
     with directory.open_ledger(finished, identity, scenario) as ledger:
         (event,) = ledger.counts
         with pytest.raises(ReleaseRefused, match="the run has ended"):
-            ledger.charge(ROUNDS, 0, event)
+            ledger.charge(event, ROUNDS, 0)
         assert len(ledger.charges) == ROUNDS
 
 

@@ -108,7 +108,7 @@ def _survives(tmp_path: Path, share: float, error: type[BaseException] = Injecte
         failed = True
     assert calls.hit, "the failure was never put in"
     with Ledger.open(out / "ledger.jsonl", repair=True) as ledger:
-        charged = ledger.epsilon(scenario.privacy.delta, "recipients")
+        charged = ledger.epsilon("recipients", scenario.privacy.delta)
         assert Identity.read(out).run_id == ledger.header["run_id"]
     if not failed and found.get("gaps"):
         assert "Injected" in (out / "report.md").read_text("utf-8"), calls.hit
