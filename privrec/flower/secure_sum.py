@@ -147,8 +147,7 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
             )
         if self.noisy_weights and not (noisy and most):
             raise UsageError(
-                "noisy_weights: they are for sums with noise, by numbers of examples up to "
-                "max_examples; give epsilon or noise_multiplier, and max_examples"
+                "noisy_weights: they are for sums with noise and max_examples: give both"
             )
         if noise_multiplier is not None and noise_multiplier <= 0:
             raise UsageError(f"noise_multiplier {noise_multiplier}: it must be above 0")
@@ -483,9 +482,8 @@ def _mean(open: _Open, total: NDArray[np.int64], survivors: int) -> Message:
         noise, weight = plan.deviation(survivors) / unit, shares * plan.max_examples
         if shares <= 2 * noise:
             raise ReleaseRefused(
-                f"numbers of examples that add up to {weight:.4g}, with noise of "
-                f"{noise * plan.max_examples:.4g}: they give no mean; lower max_examples to about "
-                "those of the largest node, or ask more nodes"
+                f"numbers of examples add up to {weight:.4g}, with noise of "
+                f"{noise * plan.max_examples:.4g}: they give no mean; lower max_examples"
             )
     elif len(total) > plan.size:
         tail = total[plan.size :]
