@@ -146,9 +146,7 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
                 "nodes that count alike"
             )
         if self.noisy_weights and not (noisy and most):
-            raise UsageError(
-                "noisy_weights: they are for sums with noise and max_examples: give both"
-            )
+            raise UsageError("noisy_weights are for sums with noise: give max_examples and epsilon")
         if noise_multiplier is not None and noise_multiplier <= 0:
             raise UsageError(f"noise_multiplier {noise_multiplier}: it must be above 0")
         check_delta(self.delta)
@@ -218,9 +216,8 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         if self._released < num_rounds:
             said = "secure sum: %d of %d rounds released a sum; the model is that of these"
             LOG.warning(said, self._released, num_rounds)
-        if self._evaluated and self._measured < num_rounds:
-            said = "secure sum: %d of %d evaluations released metrics"
-            LOG.warning(said, self._measured, num_rounds)
+        if self._evaluated and (n := self._measured) < num_rounds:
+            LOG.warning("secure sum: %d of %d evaluations released metrics", n, num_rounds)
         return result
 
     def configure_train(

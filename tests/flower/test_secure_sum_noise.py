@@ -173,7 +173,7 @@ def test_weights_that_noise_drowns_give_no_mean_and_are_charged(
     with read(tmp_path) as ledger:
         assert len(ledger.charges) == 1
     for changes in ({"max_examples": None}, {"noise_multiplier": None, "ledger": None}):
-        with pytest.raises(UsageError, match="noisy_weights: they are for sums with noise"):
+        with pytest.raises(UsageError, match="noisy_weights are for sums with noise"):
             noisy(5, tmp_path, noisy_weights=True, **changes)
 
 
