@@ -293,7 +293,7 @@ def _accuracy(files: _Files) -> dict[str, Any]:
     metrics = [
         {
             "key": key,
-            "name": metric_name(key).removesuffix(", full ranking"),
+            "name": metric_name(key).replace(", full ranking", ""),
             "protocol": _protocol(key),
             "value": value,
             **dict(zip(("low", "high"), intervals.get(key) or (None, None), strict=True)),
@@ -316,7 +316,7 @@ def _metric_order(item: tuple[str, Any]) -> tuple[bool, int, int, str]:
 def _protocol(key: str) -> str:
     if key.startswith(("accuracy", "precision")) or key == "perplexity":
         return "all words or labels, unknown ones left out"
-    if key.startswith("full_"):
+    if "full_" in key:
         return "all items, those of the history left out"
     return "99 items the user has not seen"
 
