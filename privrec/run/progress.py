@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-_AFTER = "last round done; measuring the model, then writing it and its report"
+_AFTER = "last round done; measuring what was learned"
 HIDDEN_LINES = 20
 """Lines of a run that hides its cohorts, beside those of the first and of evaluated rounds."""
 

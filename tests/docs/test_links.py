@@ -38,7 +38,7 @@ def test_pages_of_the_documentation_link_to_pages_only() -> None:
         for link in links(page.read_text("utf-8"))
         if "://" not in link
         and not link.startswith("#")
-        and not link.partition("#")[0].endswith(".md")
+        and not link.partition("#")[0].endswith((".md", ".ipynb"))
     ]
     assert not found
 
