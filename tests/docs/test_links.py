@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from docs_pages import PAGES, ROOT, anchors, links
+from docs_pages import PAGES, ROOT, anchors, fences, links
 
 
 def broken_links(page: Path, text: str) -> Iterator[str]:
@@ -62,6 +63,20 @@ def test_a_broken_link_is_found(text: str, count: int) -> None:
 
 def test_every_page_is_in_the_table_of_contents() -> None:
     index = (ROOT / "docs" / "index.md").read_text("utf-8")
-    listed = set(index.rpartition("```{toctree}")[2].split())
+    trees = [fence.text for fence in fences(index) if fence.language == "{toctree}"]
+    listed = [word for tree in trees for word in tree.partition("\n\n")[2].split()]
     pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
-    assert pages <= listed
+    assert sorted(listed) == sorted(pages)
+    assert all(":caption:" in tree for tree in trees)
+
+
+def test_drawings_fit_the_width_of_a_page() -> None:
+    wide = [
+        f"{page.name}:{fence.line}: {line}"
+        for page in PAGES
+        for fence in fences(page.read_text("utf-8"))
+        if page.parent.name == "docs" and re.search("[─│►]", fence.text)
+        for line in fence.text.splitlines()
+        if len(line) > 94
+    ]
+    assert not wide
