@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import accuracy_figure
 import pytest
 from docs_pages import PAGES, ROOT, anchors, fences, links
 
@@ -29,6 +30,15 @@ def broken_links(page: Path, text: str) -> Iterator[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     assert not list(broken_links(page, page.read_text("utf-8")))
+
+
+def test_the_picture_of_accuracy_is_that_of_its_table() -> None:
+    page = (ROOT / "docs" / "accuracy.md").read_text("utf-8")
+    lines, popular = accuracy_figure.measured(page)
+    assert lines
+    assert all(value > popular for _, points in lines for _, value in points)
+    drawn = (ROOT / "docs" / "accuracy.svg").read_text("utf-8")
+    assert drawn == accuracy_figure.picture(lines, popular), "run: python docs/accuracy_figure.py"
 
 
 def test_pages_of_the_documentation_link_to_pages_only() -> None:
