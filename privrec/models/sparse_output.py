@@ -336,7 +336,7 @@ class SubspaceEmbedding(nn.Module):
         compression: the table's size over the memory's, at least 1, rounded so that the memory has
             a power of two of blocks.
         block: numbers that move together; None, as many as 16 and ``embedding_dim`` have in common.
-        key: which of all hash functions; whoever has it places every part alike.
+        key: which of all hash functions, and the first numbers; whoever has it has the same.
 
     Attributes:
         memory: the parameter, of the shape ``(slots, block)``, drawn from a standard normal.
@@ -363,7 +363,9 @@ class SubspaceEmbedding(nn.Module):
         block = math.gcd(16, embedding_dim) if block is None else block
         sizes = num_embeddings, embedding_dim
         self.table = Subspace.sized(*sizes, block=block, key=key, compression=compression)
-        self.memory = nn.Parameter(torch.randn(self.table.slots, block))
+        rng = rng_for(key, "subspace embedding")
+        first = rng.standard_normal((self.table.slots, block), np.float32)
+        self.memory = nn.Parameter(torch.from_numpy(first))
 
     def forward(self, items: Tensor) -> Tensor:
         """Return the rows of integer ids of any shape ``(*s)``, as ``(*s, embedding_dim)``."""
