@@ -138,8 +138,10 @@ def fetch(
         rule = f"its MD5 must be {archive.md5}"
         raise bad_file(file, found, rule, f"try again, or {offline}") from error
     except OSError as error:  # requests' errors are OSErrors too
+        # What requests says is its own retries and sockets: the kind of its error tells enough.
         kind = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(error).__name__).lower()
-        found = f"{archive.url} could not be downloaded ({error.strerror or kind})"
+        why = error.strerror or (str(error) if len(str(error)) < 60 else kind)
+        found = f"{archive.url} could not be downloaded ({why})"
         rule = "a download needs the network and a folder to write to"
         remedy = f"check both, or {offline} and point --data at it"
         raise bad_file(file, found, rule, remedy) from error
