@@ -161,7 +161,8 @@ def _trusted(
     if key is None and not trust_named_key:
         raise UsageError(
             f"{path}: no key to trust: the ledger names one, but whoever forged it would have "
-            "named their own. Give the server's public key with --key, or say --trust-named-key"
+            "named their own. Give the server's public key with --key (whoever ran it prints it by "
+            "`privrec report key DIR`), or say --trust-named-key"
         )
     return key
 
