@@ -111,11 +111,11 @@ class Harness:
         return self.plan.protection.encoding.squared_bound
 
     def epsilon(self, against: Adversary, accountant: Accountant = "pld") -> float:
-        """ε of the planned rounds and of what is released before them."""
+        """ε of the planned rounds and of what is released beside them."""
         counts, privacy = Counter({self.event: self.scenario.train.rounds}), self.scenario.privacy
         if self.of_examples:
             return epsilon(counts, privacy.local_delta, "server", accountant)
-        counts.update(filter(None, [self.plan.before]))
+        counts.update(self.plan.beside)
         return epsilon(counts, privacy.delta, against, accountant)
 
     def round(self, index: int, attempt: int = 0) -> Round:

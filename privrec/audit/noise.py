@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
 from privrec.audit.harness import (
@@ -30,6 +31,7 @@ from privrec.audit.harness import (
     variance_p,
 )
 from privrec.device.samples import Histories
+from privrec.device.update import BoundedUpdate, Counting, Round
 from privrec.errors import ReleaseRefused
 from privrec.privacy.events import Mechanism
 from privrec.privacy.lazy import LazyMemory
@@ -37,7 +39,7 @@ from privrec.privacy.mechanism import Shares, noise_seeds
 from privrec.privacy.pending import LinearStep, Normals
 from privrec.randomness import SecretRoot
 from privrec.report.model import Checked
-from privrec.run.simulation import count
+from privrec.run.simulation import side_sum
 from privrec.server.server import released_sum
 
 DRAWS = 400_000
@@ -122,6 +124,12 @@ def _shares(harness: Harness, shares: Shares) -> Iterator[Transcript]:
         yield _transcript(harness, name, parts, np.full(len(parts), deviation))
 
 
+def _nothing_counted(
+    counting: Counting, data: Histories, root: SecretRoot, round: Round
+) -> Callable[[NDArray[np.int64]], BoundedUpdate]:
+    return lambda some: counting.bounded(data.select(some), root, round)
+
+
 def probe_order(harness: Harness) -> Iterator[Checked]:
     """The count that an order of items comes from: what a history moves, and the noise."""
     counting, root = harness.plan.counting, harness.simulation.root
@@ -146,7 +154,9 @@ def probe_order(harness: Harness) -> Iterator[Checked]:
     nothing, drawn = Histories(np.arange(users), np.zeros(users + 1, int), twice[:0]), []
     for attempt in range(attempts):
         round = counting.round("audit", attempt, "plan")
-        total = count(counting, round, nothing, harness.simulation.enrolled, "exact", 0.0)
+        part = _nothing_counted(counting, nothing, root, round)
+        enrolled = harness.simulation.enrolled
+        total = side_sum(counting, round, nothing.users, part, enrolled, "exact", 0.0)
         drawn.append(released_sum(round, total, counting.bound, harness.root).total)
     squares = float(np.mean(np.square(np.array(drawn, np.float64))))
     expected = event.noise_multiplier**2 * most

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from itertools import chain
 from pathlib import Path
@@ -388,6 +388,44 @@ def _before_flwr_run(scenario: Scenario, out: str) -> list[str]:
     if Path(out).expanduser().exists():
         needs.append(f"move {out} away, or name another out in pyproject.toml: a run lies there")
     return needs
+
+
+@flower.command(
+    "plan",
+    epilog=console.example("privrec flower plan --epsilon 8 --rounds 20 --coefficients 62006"),
+)
+@click.option("--epsilon", type=float, required=True, help="ε of all attempts, for a whole node.")
+@click.option("--rounds", type=int, required=True, help="Attempts at rounds that it is for.")
+@click.option("--coefficients", type=int, required=True, help="Floats of the model.")
+@click.option("--delta", type=float, default=1e-5, show_default=True, help="δ of the guarantee.")
+@click.option("--nodes", type=int, multiple=True, help="Numbers of nodes; 10 to 10,000 if unset.")
+@console.json_option
+def nodes_for(
+    epsilon: float,
+    rounds: int,
+    coefficients: int,
+    delta: float,
+    nodes: tuple[int, ...],
+    as_json: bool,
+) -> None:
+    """Noise of a SecureSum by the number of nodes, at a target ε and before any is asked."""
+    try:
+        from privrec.flower.plan import outlook
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"{error.name} is not here, which a SecureSum needs: install the extra, privrec[flower]"
+        ) from None
+    wanted = nodes or (10, 30, 100, 300, 1000, 3000, 10_000)
+    found = [outlook(each, coefficients, epsilon, rounds=rounds, delta=delta) for each in wanted]
+    if as_json:
+        console.print_json([asdict(each) for each in found])
+        return
+    columns = ("nodes", "noise multiplier", "noise in a coefficient of the mean", "signal")
+    rows = [(f"{e.nodes:,}", *(console.number_text(v) for v in astuple(e)[1:])) for e in found]
+    console.print_table(f"ε = {epsilon:g} at δ = {delta:g} over {rounds:,} rounds", columns, rows)
+    console.print_lines(
+        ["In units of clip_norm. Signal: the longest mean update over the norm of its noise."]
+    )
 
 
 @flower.command(epilog=console.example("privrec flower enroll keys --roster roster.txt --number 7"))

@@ -25,6 +25,7 @@ from privrec.errors import PrivrecError, UsageError
 from privrec.run.record import (
     EXAMPLE_AGAINST,
     OUTSIDE,
+    SUMMED,
     adversary_text,
     epsilon_text,
     headline_metric,
@@ -283,7 +284,9 @@ def print_result(payload: Mapping[str, Any]) -> None:
         others = (baseline.get(key) for baseline in baselines.values())
         beside = ("" if other is None else f"{other:.4f}" for other in others)
         rows.append((metric_name(key), f"{value:.4f}", within, *beside))
-    title = f"{title} (accuracy on {payload.get('holdout', 'test')}, {OUTSIDE})"
+    summed = any(key.startswith(SUMMED) for key in payload["metrics"])
+    outside = f"{OUTSIDE} but for secure sums" if summed else OUTSIDE
+    title = f"{title} (accuracy on {payload.get('holdout', 'test')}, {outside})"
     console.print_table(title, ("metric", "value", "95 %", *baselines), rows)
     console.print_lines(_privacy_lines(payload["privacy"]))
     costs = [

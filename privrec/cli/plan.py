@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,8 +69,8 @@ def planned(scenario: Scenario) -> dict[str, Any]:
         UsageError: If no noise meets the target, or sizes that distributed noise needs are unknown.
     """
     privacy, devices = scenario.privacy, scenario.devices
-    event, examples, before = _events(scenario)
-    spending = _spending(scenario, event, before)
+    event, examples, beside = _events(scenario)
+    spending = _spending(scenario, event, beside)
     return {
         "scenario": scenario.name,
         "rounds": scenario.train.rounds,
@@ -94,19 +94,21 @@ def planned(scenario: Scenario) -> dict[str, Any]:
     }
 
 
-def _spending(scenario: Scenario, event: RoundEvent, before: RoundEvent | None) -> dict[str, Any]:
+def _spending(
+    scenario: Scenario, event: RoundEvent, beside: Sequence[RoundEvent]
+) -> dict[str, Any]:
     if not event.is_private:
         return {"epsilon": None, "epsilon_server": None, "epsilon_by_round": []}
     from privrec.privacy.events import epsilon_by_round
     from privrec.run.privacy_plan import attempts_of
 
     delta = scenario.privacy.delta
-    spent = epsilon_by_round(event, scenario.train.rounds, delta, MILESTONES, before)
+    spent = epsilon_by_round(event, scenario.train.rounds, delta, MILESTONES, beside)
     keys = ("round", "epsilon", "epsilon_server")
     by_round = [dict(zip(keys, each, strict=True)) for each in spent]
     last = {key: by_round[-1][key] for key in keys[1:]}
     if scenario.privacy.spare_attempts:
-        *_, (_, *most) = epsilon_by_round(event, attempts_of(scenario), delta, 2, before)
+        *_, (_, *most) = epsilon_by_round(event, attempts_of(scenario), delta, 2, beside)
         last |= dict(zip(("epsilon_at_most", "epsilon_server_at_most"), most, strict=True))
     return {**last, "epsilon_by_round": by_round}
 
@@ -119,22 +121,25 @@ def _examples(scenario: Scenario, event: RoundEvent | None) -> dict[str, Any] | 
     return example_figures(scenario, charged, noise_known=False)
 
 
-def _events(scenario: Scenario) -> tuple[RoundEvent, RoundEvent | None, RoundEvent | None]:
-    """The event of each round, of users and of single interactions, and what comes before."""
+def _events(
+    scenario: Scenario,
+) -> tuple[RoundEvent, RoundEvent | None, Sequence[RoundEvent]]:
+    """The event of each round, of users and of single interactions, and what is charged beside."""
     from privrec.run.privacy_plan import (
+        beside_without_shares,
         counting_of,
         enrolled,
+        evaluating_of,
         event_without_shares,
         example_event,
         known_catalogue,
         plan_privacy,
-        release_without_shares,
     )
 
     privacy = scenario.privacy
     if not privacy.in_shares:
-        before = release_without_shares(scenario)
-        return event_without_shares(scenario), example_event(scenario, (), ()), before
+        beside = beside_without_shares(scenario)
+        return event_without_shares(scenario), example_event(scenario, (), ()), beside
     population, lengths = scenario.population(), _lengths(scenario)
     items = known_catalogue(scenario)
     if population is None or lengths is None or items is None:
@@ -151,10 +156,11 @@ def _events(scenario: Scenario) -> tuple[RoundEvent, RoundEvent | None, RoundEve
     sizes = [longer - shorter for shorter, longer in pairwise([0, *weakest_first])]
     shares = [sum(lengths[each] for each in weakest_first[n:]) for n in range(len(sizes))]
     holders = [round(population * share) for share in shares]
-    counting = counting_of(scenario, items, enrolled(scenario, population))
-    before = counting.event if counting else None
-    event, examples, _ = plan_privacy(scenario, sizes, holders, before=before)
-    return event, examples, before
+    devices = enrolled(scenario, population)
+    sums = counting_of(scenario, items, devices), evaluating_of(scenario, devices)
+    once = [each.event for each in sums if each]
+    event, examples, _ = plan_privacy(scenario, sizes, holders, beside=once)
+    return event, examples, once
 
 
 def coefficients(scenario: Scenario) -> int | None:

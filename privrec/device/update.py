@@ -4,7 +4,7 @@
 encoded, and is the only thing that can be summed. Both hold a batch of one or many devices, and
 only the coefficients that were touched: all others are zero. ``Upload`` is the whole vector of one
 device in the order of the wire, with the device's own noise where devices add it. What is said of a
-history before the first round is a :class:`Counting`.
+history before the first round is a :class:`Counting`, and after the last an :class:`Evaluating`.
 """
 
 from __future__ import annotations
@@ -316,31 +316,28 @@ def clip(values: NDArray[np.float32], clip_norm: float) -> NDArray[np.float32]:
     return clipped
 
 
-# --------------------------------------------------------------------------- counts
+# --------------------------------------------------------------------------- beside the rounds
 
 Order = NDArray[np.int64]
 """For each place in the order the number of an item in the catalogue, shape ``(n,)``."""
 
 
 @dataclass(frozen=True)
-class Counting:
-    """One count of the items of a catalogue, of which a user counts some.
+class SideSum:
+    """A secure sum like that of a round, once before the first or after the last one.
 
-    It is a secure sum like that of a round, before the first one: of vectors of 0 and 1 of which no
-    more than so many entries are 1, each of them the same whole number of steps. Nothing is
-    rounded, so the bound of their norm is exact. The order of the items by the noisy counts is
-    bound to all rounds that follow, by their plan: a server that told two devices of two orders
-    would have them in two rounds.
+    It is of vectors between 0 and 1, of which no more than so many entries are not 0, in the same
+    whole number of steps. So the bound of their norm is exact.
 
     Args:
-        items: size of the catalogue.
-        most: items of a user that count.
-        step: what an item counts, in steps of the integer grid: fine enough for noise in shares.
+        size: entries of a vector.
+        most: entries that may be other than 0.
+        step: what 1 is, in steps of the integer grid: fine enough for noise in shares.
         event: what an attempt is charged as; everybody takes part.
-        protection: of one band, that of the counts.
+        protection: of one band, that of the vectors.
     """
 
-    items: int
+    size: int
     most: int
     step: int
     event: RoundEvent
@@ -348,13 +345,59 @@ class Counting:
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
-        """Of the counts, which devices of all capacities send alike."""
-        return (Layout(0, self.items, 1, 0),)
+        """Of the vectors, which devices of all capacities send alike."""
+        return (Layout(0, self.size, 1, 0),)
 
     @property
     def bound(self) -> float:
         """L2 sensitivity of the sum when one history is replaced by none."""
         return self.step * math.sqrt(self.most)
+
+
+FIGURES = ("loss", "hits", "count")
+"""What an :class:`Evaluating` sums of each user, each in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Evaluating(SideSum):
+    """The sum of every user's :data:`FIGURES`, by the model after the last round.
+
+    Its ``index`` follows those of all rounds: devices take part in ascending order.
+    """
+
+    index: int
+
+    def round(self, run_id: str, attempt: int, plan_digest: str, model: Sequence[bytes]) -> Round:
+        """One attempt, bound to the digests of all bands of the model that is evaluated.
+
+        A server that had two devices evaluate two models would have them in two sums.
+        """
+        whole = hashlib.sha256(b"".join(model)).digest()
+        return Round(run_id, self.index, attempt, self.event, plan_digest, (whole,))
+
+    def bounded(self, figures: NDArray[np.float64]) -> BoundedUpdate:
+        """What devices put into the sum, by their figures, ``(m, 3)``, before their noise.
+
+        Promise: whatever the figures are, each counts for no less than 0 and no more than 1.
+        """
+        within = np.nan_to_num(figures, nan=0.0, posinf=1.0, neginf=0.0).clip(0, 1)
+        integers = np.rint(within * self.step).astype(np.int32)
+        return BoundedUpdate(integers, Address.whole(self.layouts[0]))
+
+
+@dataclass(frozen=True)
+class Counting(SideSum):
+    """One count of the items of a catalogue, of which a user counts some.
+
+    Vectors are of 0 and 1, and nothing is rounded. The order of the items by the noisy counts is
+    bound to all rounds that follow, by their plan: a server that told two devices of two orders
+    would have them in two rounds.
+    """
+
+    @property
+    def items(self) -> int:
+        """Size of the catalogue."""
+        return self.size
 
     def round(self, run_id: str, attempt: int, plan_digest: str) -> Round:
         """One attempt at the count, for which devices are sent no model."""

@@ -32,6 +32,7 @@ from privrec.workers import forked
 FloatArray = NDArray[np.float32]
 Int64Array = NDArray[np.int64]
 _ITEMS_AT_ONCE = 8192
+_SCORES = 1 << 24  # scores of users over the whole catalogue held at a time
 _SEQUENCES = 8  # at a time, so that their scores stay in a cache
 _EXAMPLES = 16  # likewise, of labels
 
@@ -107,6 +108,21 @@ class Evaluator:
             measured.append(self._scored(popular, protocols, asked))
         return tuple(measured)
 
+    def figures(self, weights: FloatArray) -> tuple[Int64Array, NDArray[np.float64]]:
+        """Users that have a device, ascending, and the :func:`figures` of each."""
+        train, held, run = self.split.train, self.split.heldout, self.run
+        rows = np.arange(train.n_users)
+        seen, wanted = (Histories(rows, each.indptr, each.items) for each in (train, held))
+        found = np.zeros((train.n_users, 3))
+        for tier, cohort in zip(self.federation.tiers, self.cohorts, strict=True):
+            view, users = tier.view(self.federation.prefix(weights, tier)), cohort.users
+            alone = run.engine == "device"
+            for mine in users[:, None] if alone else [users]:
+                data, heldout = seen.select(mine), wanted.select(mine)
+                found[mine] = figures(cohort.learner, view, data, heldout, train.n_items, run)
+        users = np.sort(np.concatenate([cohort.users for cohort in self.cohorts]))
+        return users, found[users]
+
     def _evaluated(
         self,
         tier: Tier,
@@ -115,17 +131,9 @@ class Evaluator:
         weights: FloatArray,
         protocols: metrics.Protocols,
     ) -> Evaluation:
-        seed, workers = self.run.seed, self.run.workers
-        asked = learner.held(data.select(np.flatnonzero(np.isin(data.users, self.measured))))
+        asked = data.select(np.flatnonzero(np.isin(data.users, self.measured)))
         view = tier.view(self.federation.prefix(weights, tier))
-        key = int(rng_for(seed, "serving").integers(2**63))
-        # Figures must repeat; and nothing is sent, so hash functions need not be secret.
-        known = SecretRoot.known(b"evaluation")
-        draws = Draws(key, lambda user: known.stream("lsh", "evaluation", seed, user))
-        # Each worker fits some of the batches, and leaves the other states zeros.
-        fitted = forked(workers, partial(learner.serve, view, asked, draws))
-        model, n_items = LocalModel(learner.serving.view, view), self.split.train.n_items
-        scores = scores_with(model, asked.users, np.sum(fitted, axis=0), n_items)
+        scores = _served(learner, view, asked, self.split.train.n_items, self.run)
         return self._scored(scores, protocols, asked.users)
 
     def _scored(
@@ -138,6 +146,44 @@ class Evaluator:
         return metrics.evaluate(
             scores, split, k=cuts, protocols=protocols, seed=seed, users=users, workers=workers
         )
+
+
+def _served(
+    learner: RecommenderLearner, view: FloatArray, data: Histories, n_items: int, run: Run
+) -> metrics.Scores:
+    """Scores of users who are fitted from nothing to what their tier holds, ``view``."""
+    asked, seed = learner.held(data), run.seed
+    key = int(rng_for(seed, "serving").integers(2**63))
+    # Figures must repeat; and nothing is sent, so hash functions need not be secret.
+    known = SecretRoot.known(b"evaluation")
+    draws = Draws(key, lambda user: known.stream("lsh", "evaluation", seed, user))
+    # Each worker fits some of the batches, and leaves the other states zeros.
+    fitted = forked(run.workers, partial(learner.serve, view, asked, draws))
+    model = LocalModel(learner.serving.view, view)
+    return scores_with(model, asked.users, np.sum(fitted, axis=0), n_items)
+
+
+def figures(
+    learner: RecommenderLearner,
+    view: FloatArray,
+    data: Histories,
+    heldout: Histories,
+    n_items: int,
+    run: Run,
+) -> NDArray[np.float64]:
+    """What a secure sum has of each user, see :func:`privrec.evaluate.metrics.figures`.
+
+    ``heldout`` is of the users of ``data``; ``view`` is what their devices hold, as memory.
+    """
+    scores = _served(learner, view, data, n_items, run)
+    step, parts = max(1, _SCORES // n_items), []
+    for at in range(0, len(data.users), step):
+        rows = np.arange(at, min(at + step, len(data.users)))
+        some = [each.select(rows) for each in (data, heldout)]
+        seen, wanted = ((np.repeat(np.arange(len(rows)), e.lengths), e.items) for e in some)
+        table = np.array(scores(data.users[rows], None), np.float32, order="C")
+        parts.append(metrics.figures(table, seen, wanted, run.top_k[0]))
+    return np.concatenate(parts) if parts else np.zeros((0, 3))
 
 
 # ------------------------------------------------------------------ next words and labels

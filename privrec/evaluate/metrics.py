@@ -12,6 +12,7 @@ that are trained where all histories lie in one place, without privacy or device
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -182,18 +183,10 @@ def _sampled(
 def _full(
     scores: Scores, split: Split, users: Int64Array, k: Sequence[int]
 ) -> dict[str, Float64Array]:
-    rows, targets = split.heldout.rows_of(users)
-    seen_rows, seen = split.train.rows_of(users)
+    wanted = rows, _ = split.heldout.rows_of(users)
     table = np.array(scores(users, None), dtype=np.float32, order="C")
-    wanted = table[rows, targets]
-    wanted[np.isnan(wanted)] = -np.inf
-    table[np.isnan(table)] = np.inf
-    table[seen_rows, seen] = -np.inf
-    # Items that score at least as much as each held-out one, cut where the answer is cut anyway.
     most = max(k)
-    best = torch.topk(torch.from_numpy(table), min(most + 1, table.shape[1]), sorted=False).values
-    better = np.maximum((best.numpy()[rows] >= wanted[:, None]).sum(axis=1) - 1, 0)
-    better[np.isneginf(wanted)] = most
+    better = _better(table, split.train.rows_of(users), wanted, most)
     counts = np.bincount(rows, minlength=users.size)
     ideal = np.cumsum(1.0 / np.log2(np.arange(most) + 2.0))  # all held-out items come first
     found: dict[str, Float64Array] = {}
@@ -205,6 +198,47 @@ def _full(
         found[f"full_ndcg@{size}"] = gains / ideal[np.minimum(counts, size) - 1]
         found[f"full_recall@{size}"] = total / counts
     return found
+
+
+Places = tuple[NDArray[np.integer], NDArray[np.integer]]
+"""Items of some users: for each its user's place among them, and it."""
+
+
+def _better(table: Float32Array, seen: Places, wanted: Places, most: int) -> NDArray[np.integer]:
+    """How many other items score at least as much as each wanted one, cut at ``most``.
+
+    In the table of scores, items that were seen get minus infinity, and no numbers infinity.
+    """
+    scored = table[wanted]
+    scored[np.isnan(scored)] = -np.inf
+    table[np.isnan(table)] = np.inf
+    table[seen] = -np.inf
+    best = torch.topk(torch.from_numpy(table), min(most + 1, table.shape[1]), sorted=False).values
+    above = (best.numpy()[wanted[0]] >= scored[:, None]).sum(axis=1)
+    return np.where(np.isneginf(scored), most, np.maximum(above - 1, 0))
+
+
+def figures(table: Float32Array, seen: Places, wanted: Places, k: int) -> Float64Array:
+    """Return loss, hits and count of each user, shape ``(m, 3)``, each in [0, 1].
+
+    They are means over what the user holds out, by scores ``(m, n)`` of all items: cross-entropy
+    in the softmax over what the user has not trained on, over :func:`largest_loss`, where it is
+    cut; and the share among the ``k`` best. The count is 1, or 0 of who holds out nothing.
+    """
+    (rows, targets), users = wanted, len(table)
+    hits = _better(table, seen, wanted, k) < k
+    logs = torch.logsumexp(torch.from_numpy(table), 1).numpy()
+    with np.errstate(invalid="ignore"):
+        losses = (logs[rows] - table[rows, targets]) / largest_loss(table.shape[1])
+    losses = np.nan_to_num(losses, nan=1.0, posinf=1.0, neginf=1.0).clip(0, 1)
+    counts = np.bincount(rows, minlength=users)
+    sums = [np.bincount(rows, each, users) for each in (losses, hits)]
+    return np.stack([*(each / np.maximum(1, counts) for each in sums), counts > 0], axis=1)
+
+
+def largest_loss(items: int) -> float:
+    """Return where the cross-entropy of a user is cut: twice that of a guess among all items."""
+    return 2 * math.log(max(2, items))
 
 
 class _Candidates:

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from flwr.app import Context, Message
@@ -30,7 +30,15 @@ import privrec
 from privrec import data
 from privrec.data.files import read_catalogue, read_history
 from privrec.device.tier import Federation, Tier
-from privrec.device.update import Counting, Protection, Round, Upload, agreed_places
+from privrec.device.update import (
+    Counting,
+    Evaluating,
+    Protection,
+    Round,
+    SideSum,
+    Upload,
+    agreed_places,
+)
 from privrec.errors import DataError, PrivrecError, ReleaseRefused, UsageError
 from privrec.flower import exchange
 from privrec.flower.app import population_of, scenario_of
@@ -76,11 +84,15 @@ def client_app(folder: Path) -> ClientApp:
 
 @dataclass(frozen=True)
 class Hosted:
-    """A user of a node: the number that names its draws, the index of its tier, its items."""
+    """A user of a node: the number that names its draws, the index of its tier, its items.
+
+    ``heldout`` are items that it does not train on, by which the model is evaluated.
+    """
 
     user: int
     tier: int
     history: NDArray[np.int32]
+    heldout: NDArray[np.int32]
 
 
 class Node:
@@ -165,9 +177,11 @@ class Node:
         if stage != exchange.MASKED:
             return device.conclude(policy, stage, message)
         session = device.resumed(policy)
-        counting, changed = self.plan.counting, dict[str, Any]()
-        if counting is not None and round.index == PREPARATION:
-            upload = self._counted(counting, hosted, round)
+        plan, changed = self.plan, dict[str, Any]()
+        if plan.counting is not None and round.index == PREPARATION:
+            upload = self._counted(plan.counting, hosted, round)
+        elif plan.evaluating is not None and round.index == plan.evaluating.index:
+            upload = self._evaluated(plan.evaluating, hosted, round, told, body)
         else:
             upload, changed = self._trained(hosted, round, told[-1], kept, body)
         _, layouts = self._protected(round, hosted)
@@ -185,7 +199,7 @@ class Node:
             raise ReleaseRefused(exchange.NOT_IN)
         run, index, attempt, model, order = told
         scenario, plan, layouts = self.scenario, self.plan, self.federation.layouts
-        protection = plan.protection
+        protection, evaluating = plan.protection, plan.evaluating
         if index == PREPARATION:
             if plan.counting is None:
                 raise ReleaseRefused("a count of items that the scenario does not release")
@@ -197,15 +211,22 @@ class Node:
             if plan.counting is not None and (type(order) is not bytes or not order):
                 raise ReleaseRefused("a round that is bound to no order of the items")
             agreed = self._digest(order if plan.counting else b"")
-            round = Round(run, index, attempt, plan.event, agreed, tuple(model))
+            if evaluating is not None and index == evaluating.index:
+                round = evaluating.round(run, attempt, agreed, model)
+                protection, layouts = evaluating.protection, evaluating.layouts
+            else:
+                round = Round(run, index, attempt, plan.event, agreed, tuple(model))
         terms = protection.terms(round, layouts)
         return round, Policy(scenario.devices.min_cohort, scenario.privacy.colluding_share, terms)
 
     def _protected(self, round: Round, hosted: Hosted) -> tuple[Protection, tuple[Layout, ...]]:
         """What protects a device's part in a round, and the layouts of the bands that it sends."""
-        counting = self.plan.counting
-        if round.index == PREPARATION and counting is not None:
-            return counting.protection, counting.layouts
+        counting, evaluating = self.plan.counting, self.plan.evaluating
+        wanted: SideSum | None = counting if round.index == PREPARATION else None
+        if evaluating is not None and round.index == evaluating.index:
+            wanted = evaluating
+        if wanted is not None:
+            return wanted.protection, wanted.layouts
         return self.plan.protection, self.federation.layouts[hosted.tier :]
 
     def _counted(self, counting: Counting, hosted: Hosted, round: Round) -> Upload:
@@ -218,6 +239,46 @@ class Node:
         bounded = counting.bounded(data, root, round)
         return bounded.upload(counting.layouts, protection.shares, seeds)
 
+    def _evaluated(
+        self,
+        evaluating: Evaluating,
+        hosted: Hosted,
+        round: Round,
+        told: Any,
+        body: Mapping[str, Any],
+    ) -> Upload:
+        """What a user finds of the model after the last round, fitted to it from nothing."""
+        from privrec.device.samples import Histories
+        from privrec.evaluate.evaluator import figures
+
+        weights, ordered = self._sent(told[-1], body)
+        held = replace(round, model_digests=tuple(told[3]))  # those that the round is bound to
+        model = self._model(held, hosted.tier, weights, *ordered)
+        _, learner = self._tier(hosted.tier, *ordered)
+        items = [hosted.history, hosted.heldout]
+        if self.plan.counting is not None:
+            items = [self._places(*ordered)[each] for each in items]
+        data, heldout = (Histories.alone(hosted.user, each) for each in items)
+        run, view = self.scenario.run, model.weights
+        found = figures(cast("Any", learner), view, data, heldout, self._items, run)
+        protection = evaluating.protection
+        seeds = protection.noise_seeds(self._keys.root, round, 1, hosted.user)
+        return evaluating.bounded(found).upload(evaluating.layouts, protection.shares, seeds)
+
+    def _sent(
+        self, order: Any, body: Mapping[str, Any]
+    ) -> tuple[bytes, tuple[bytes, bytes | None]]:
+        """The model of a message, and the order of items in it with the digest it must have."""
+        weights, size = body.get("weights"), self.federation.layout.size
+        if type(weights) is not bytes or len(weights) != 4 * size:
+            raise ReleaseRefused(
+                f"a model that has not the scenario's {size} coefficients; nothing is answered"
+            )
+        if self.plan.counting is None:
+            return weights, (b"", None)
+        sent = body.get("order")
+        return weights, (sent if type(sent) is bytes else b"", order)
+
     def _trained(
         self,
         hosted: Hosted,
@@ -229,16 +290,8 @@ class Node:
         """A user's update, and what the device keeps then."""
         from privrec.device.device import Device, Draws
 
-        weights, history = body.get("weights"), hosted.history
-        size = self.federation.layout.size
-        if type(weights) is not bytes or len(weights) != 4 * size:
-            raise ReleaseRefused(
-                f"a model that has not the scenario's {size} coefficients; nothing is answered"
-            )
-        sent = body.get("order")
-        ordered: tuple[bytes, bytes | None] = b"", None
+        history, (weights, ordered) = hosted.history, self._sent(order, body)
         if self.plan.counting is not None:
-            ordered = sent if type(sent) is bytes else b"", order
             history = self._places(*ordered)[history]
         # Another attempt at the same round begins where the first one did.
         now = [round.run_id, round.index]
@@ -309,11 +362,14 @@ def _partition(scenario: Scenario, config: Mapping[str, Any]) -> Described:
             "set, or history=FILE and catalogue=FILE to host one user"
         )
     folder = text_of(config, "data")
-    train = data.load(scenario.data, data_dir=Path(folder) if folder else None).train
+    split = data.load(scenario.data, data_dir=Path(folder) if folder else None)
+    train, heldout = split.train, split.heldout
     federation = federation_of(scenario, train.n_items)
     tiers = assign(train.n_users, federation, scenario.run.seed)
     users = [u for u in range(part, train.n_users, parts) if tiers[u] < len(federation.tiers)]
-    hosted = [Hosted(user, int(tiers[user]), train.history(user)) for user in users]
+    hosted = [
+        Hosted(user, int(tiers[user]), train.history(user), heldout.history(user)) for user in users
+    ]
     return hosted, federation, train.features
 
 
@@ -343,6 +399,9 @@ def _own(scenario: Scenario, config: Mapping[str, Any]) -> Described:
     capacity = config.get("capacity", capacities[0])
     if capacity not in capacities:
         raise UsageError(f"capacity = {capacity}: the scenario's tiers have {capacities}; take one")
-    history = np.unique(np.array([items[name] for name in liked], np.int32))
+    numbers = np.array([items[name] for name in liked], np.int32)
+    # The last one of a history, as leave-one-out has it, where the model is evaluated at all.
+    heldout = numbers[len(numbers) - (scenario.privacy.evaluation_epsilon is not None) :]
+    history = np.setdiff1d(numbers, heldout)
     user = int(config.get("number", 0))
-    return [Hosted(user, capacities.index(capacity), history)], federation, None
+    return [Hosted(user, capacities.index(capacity), history, heldout)], federation, None

@@ -24,7 +24,7 @@ from pydantic import TypeAdapter
 
 from privrec.device.update import clip
 from privrec.errors import ReleaseRefused, UsageError
-from privrec.privacy.events import RoundEvent
+from privrec.privacy.events import RoundEvent, noise_multiplier_for
 from privrec.privacy.mechanism import Band, Shares
 from privrec.secagg.keys import statement
 from privrec.secagg.ring import LARGEST_WRAP, Coins, Encoding, Load, Ring
@@ -34,6 +34,7 @@ from privrec.secagg.sharing import Graph
 _TAIL = 4  # what follows the coefficients without noise: the weight, and counts of three warnings
 FINEST_BITS = 23.0  # what a float32 itself resolves
 NOISY_BITS = 13.0  # noise hides a finer grid, and shares on a coarser one are drawn faster
+WEIGHT = 0.5  # with noise, what the largest weight is beside the clip norm: 12 % more noise for all
 _MOST_COUNT = 1 << 30
 _SMALL = 1e-30  # norms and magnitudes lie between this and its inverse
 _COARSE = 0.01  # a weight that its rounding changes by more is reported
@@ -58,8 +59,8 @@ class SumPlan:
             which one is a coefficient of the sum; empty where updates are summed.
 
     Raises:
-        UsageError: when a value is outside its range, or noise is asked for together with metrics
-            or weights, which would be in the sum and not in its accounting.
+        UsageError: when a value is outside its range, or noise is asked for together with metrics,
+            which would be in the sum and not in its accounting.
     """
 
     size: int
@@ -77,8 +78,15 @@ class SumPlan:
 
     def __post_init__(self) -> None:
         steps = self.max_examples * 2.0**self.weight_bits
+        longest = MAX_LENGTH - _TAIL - len(self.metrics)
+        if self.size > longest:
+            raise UsageError(
+                f"a model of {self.size:,} float coefficients: one secure sum takes at most "
+                f"{longest:,}; train fewer of them, such as adapters of a large "
+                "model, and leave the others out of the ArrayRecord"
+            )
         for name, value, least, most in (
-            ("size", self.size, 1, MAX_LENGTH - _TAIL - len(self.metrics)),
+            ("size", self.size, 1, longest),
             ("clip_norm", self.clip_norm, _SMALL, 1 / _SMALL),
             ("scale_bits", self.scale_bits, 1, FINEST_BITS),
             ("max_examples", self.max_examples, 0, _MOST_COUNT),
@@ -95,29 +103,36 @@ class SumPlan:
                 raise UsageError(f"{name} {value}: it must lie between {least} and {most}")
         if self.evaluated and (self.metrics or len(self.evaluated) != self.size):
             raise UsageError(f"{len(self.evaluated)} metrics evaluated in {self.size} coefficients")
-        plain = not self.metrics and not self.max_examples and self.scale_bits <= NOISY_BITS
+        plain = not self.metrics and not self.weight_bits and self.scale_bits <= NOISY_BITS
         if self.noise_multiplier and not plain:
             raise UsageError(
-                "noise together with metrics or numbers of examples: they would be released "
-                "without being accounted; leave them out, so that every node counts as one"
+                "noise together with training metrics: they would be released without being "
+                "accounted; leave them out, or name evaluate_metrics, which have noise of their own"
             )
 
     @property
     def length(self) -> int:
         """Integers that a node sends."""
-        return self.size + (0 if self.noise_multiplier else _TAIL + len(self.metrics))
+        return self.encoding.dimension + (0 if self.noise_multiplier else _TAIL + len(self.metrics))
 
     @property
     def encoding(self) -> Encoding:
-        """From clipped floats to integers, and the sensitivity of their sum."""
-        return Encoding(self.clip_norm, self.size, self.scale_bits)
+        """From clipped floats to integers, and the sensitivity of their sum.
+
+        With noise the weight is a coefficient more, and within the same bound: update and weight
+        shrink alike, so that no weight moves the sum by more than the largest.
+        """
+        if not (self.noise_multiplier and self.max_examples):
+            return Encoding(self.clip_norm, self.size, self.scale_bits)
+        longest = self.clip_norm * math.hypot(1, WEIGHT)
+        return Encoding(longest, self.size + 1, self.scale_bits)
 
     @property
     def shares(self) -> Shares | None:
         """The noise that every node adds, or None."""
         if not self.noise_multiplier:
             return None
-        bands = (Band(self.size, self.least, self.colluders),)
+        bands = (Band(self.encoding.dimension, self.least, self.colluders),)
         bound = self.encoding.squared_bound
         return Shares(self.noise_multiplier, bound, bands, self.remove_excess)
 
@@ -152,6 +167,14 @@ class SumPlan:
         """The terms of the round, as the server states them and each node holds it to them."""
         digest, lengths = statement("flower sum plan", self.pack()), (self.length,)
         return Terms(run, round, attempt, digest, lengths, (self.least,), 32, self.remove_excess)
+
+    def deviation(self, survivors: int) -> float:
+        """Standard deviation of the noise in each coefficient of a sum, in units of the update."""
+        shares = self.shares
+        if shares is None:
+            return 0.0
+        variance = shares.kept(0, survivors) * shares.share_variance(0)
+        return math.sqrt(variance) / self.encoding.scale
 
     def noise_beyond(self, colluders: int) -> float:
         """Noise over the sensitivity that is left when as many of the fewest survivors add none."""
@@ -198,14 +221,15 @@ def plan_of(
         evaluated=evaluated,
     )
     room = (ring.half - 1) // max(2, nodes)  # steps of one node's weight
-    if plan.most_steps > room:
+    if not noisy and plan.most_steps > room:
         raise UsageError(
             f"{nodes} nodes of {max_examples} examples: their number could wrap around; lower "
             "max_examples"
         )
-    if max_examples:
+    if max_examples and not noisy:
         plan = replace(plan, weight_bits=(room // max_examples).bit_length() - 1)
-    load = Load(size, nodes, nodes * noise_multiplier**2 / (least - plan.colluders))
+    noise = nodes * noise_multiplier**2 / (least - plan.colluders)
+    load = Load(plan.encoding.dimension, nodes, noise)
     if ring.wrap_probability(plan.encoding, load) > LARGEST_WRAP:
         plan = replace(plan, scale_bits=ring.fitting_scale_bits(plan.encoding, load) or 1.0)
     if ring.wrap_probability(plan.encoding, load) > LARGEST_WRAP:
@@ -214,6 +238,52 @@ def plan_of(
             "could wrap around in the ring of 2^32: lower noise_multiplier, or ask fewer nodes"
         )
     return plan
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a target ε takes of a sum over so many ``nodes``, before any is asked.
+
+    Attributes:
+        noise_multiplier: accounted noise over the sensitivity.
+        deviation: standard deviation of the noise in each coefficient of the mean update.
+        signal: clip norm over the norm of that noise: the longest mean there can be, in units of
+            what hides it; below 1 little is learned from a round.
+    """
+
+    nodes: int
+    noise_multiplier: float
+    deviation: float
+    signal: float
+
+
+def outlook(
+    nodes: int,
+    size: int,
+    epsilon: float,
+    *,
+    rounds: int,
+    delta: float = 1e-5,
+    clip_norm: float = 1.0,
+    colluding_share: float = 0.05,
+    remove_excess: bool = True,
+) -> Outlook:
+    """Plan the noise with which ``rounds`` attempts at training ``size`` coefficients cost ε.
+
+    It is that of ``SecureSum`` with the same settings, every node counting as one.
+
+    Raises:
+        UsageError: when no noise meets ε, or there is no such plan.
+    """
+
+    def planned(noise: float) -> SumPlan:
+        parts = nodes, size, clip_norm, noise
+        return plan_of(*parts, colluding_share=colluding_share, remove_excess=remove_excess)
+
+    noise = noise_multiplier_for(epsilon, delta, lambda z: planned(z).event, rounds, "server")
+    plan = planned(noise)
+    deviation = plan.deviation(nodes) / nodes
+    return Outlook(nodes, noise, deviation, clip_norm / (deviation * math.sqrt(size)))
 
 
 def only_arrays(content: RecordDict, whose: str) -> ArrayRecord:
@@ -271,7 +341,7 @@ def integers(
     the mean of exactly these weights; a number of examples that is negative or not finite has none.
 
     After the coefficients come the weight; whether the update was clipped, its examples were cut,
-    or are left out or coarse; and the metrics.
+    or are left out or coarse; and the metrics. With noise the weight alone does, if nodes have one.
 
     Raises:
         UsageError: when the update is of another size, or a metric that is summed is missing.
@@ -288,6 +358,9 @@ def integers(
     weight = round(wanted)
     whole = values[None]
     rows = clip(whole, plan.clip_norm)
+    if plan.noise_multiplier and plan.max_examples:
+        weight = wanted  # in no steps: it is rounded like a coefficient
+        rows = np.pad(rows, ((0, 0), (0, 1)), constant_values=WEIGHT * plan.clip_norm)
     share = np.float32(weight / plan.most_steps)
     encoded: NDArray[np.int32] = plan.encoding.encode(rows * share, coins)[0]
     if plan.noise_multiplier:

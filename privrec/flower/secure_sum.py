@@ -75,9 +75,12 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
             which see the replies only by their mean.
         clip_norm: largest L2 norm of a node's update. Without noise it is no more than the range of
             the integers: choose it above what updates have.
-        max_examples: most examples that a node counts with; None, and noise, let every node count
-            as one. Rounding grows with its ratio to what nodes have, so set it to about the
-            largest node, and to 1 for weights that add up to one.
+        max_examples: most examples that a node counts with; None, and noise without
+            ``noisy_weights``, let every node count as one. Rounding, or noise, grows with its ratio
+            to what nodes have, so set it to about the largest node, and to 1 for weights that add
+            up to one.
+        noisy_weights: with noise, whether nodes count with their examples all the same. Their sum
+            is then a coefficient more, within the sensitivity, and has noise like all others.
         metrics: name and largest magnitude of each training metric whose mean is wanted; all other
             metrics stay on the nodes. Not with noise.
         noise_multiplier: noise over the sensitivity of the sum, made by the nodes.
@@ -106,6 +109,7 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
     _: KW_ONLY
     clip_norm: float
     max_examples: int | None = 10_000
+    noisy_weights: bool = False
     metrics: Mapping[str, float] | None = None
     noise_multiplier: float | None = None
     epsilon: float | None = None
@@ -141,6 +145,11 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
                 f"max_examples {most!r}: it must be a whole number of at least 1, or None for "
                 "nodes that count alike"
             )
+        if self.noisy_weights and not (noisy and most):
+            raise UsageError(
+                "noisy_weights: they are for sums with noise, by numbers of examples up to "
+                "max_examples; give epsilon or noise_multiplier, and max_examples"
+            )
         if noise_multiplier is not None and noise_multiplier <= 0:
             raise UsageError(f"noise_multiplier {noise_multiplier}: it must be above 0")
         check_delta(self.delta)
@@ -151,7 +160,7 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         self._given: dict[str, Any] = {
             "colluding_share": self.colluding_share,
             "remove_excess": self.remove_excess,
-            "max_examples": 0 if noisy else most or 0,
+            "max_examples": 0 if noisy and not self.noisy_weights else most or 0,
             "weighted_by": getattr(self.strategy, "weighted_by_key", "num-examples"),
             "metrics": tuple((self.metrics or {}).items()),
         }
@@ -171,7 +180,7 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         self._registry: Registry | None = None
         self._open: _Open | None = None
         self._failed: ReleaseRefused | BudgetError | None = None
-        self._released = 0
+        self._released = self._measured = 0
         self._is_started = False
         self._is_wrapped = False
 
@@ -194,7 +203,7 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         self._timeout_s = self.timeout or timeout
         self.rounds = self.rounds or num_rounds
         self._registry = self._failed = None  # this grid may have other nodes
-        self._released = 0
+        self._released = self._measured = 0
         if self._budget is None:
             self._run = None
             self._attempts.clear()
@@ -210,6 +219,9 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         if self._released < num_rounds:
             said = "secure sum: %d of %d rounds released a sum; the model is that of these"
             LOG.warning(said, self._released, num_rounds)
+        if self._evaluated and self._measured < num_rounds:
+            said = "secure sum: %d of %d evaluations released metrics"
+            LOG.warning(said, self._measured, num_rounds)
         return result
 
     def configure_train(
@@ -265,6 +277,7 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         open, mean = self._ended(server_round, replies)
         if open is None or mean is None:
             return None
+        self._measured += 1
         return _with_epsilon(self.strategy.aggregate_evaluate(server_round, [mean]), open)
 
     def summary(self) -> None:
@@ -464,7 +477,17 @@ def _mean(open: _Open, total: NDArray[np.int64], survivors: int) -> Message:
     plan = open.plan
     name, sent = next(iter(open.sent.content.array_records.items()))
     weight, shares, metrics = float(survivors), float(survivors), {}
-    if len(total) > plan.size:
+    if plan.noise_multiplier and plan.max_examples:
+        unit = plans.WEIGHT * plan.clip_norm
+        shares = float(plan.encoding.decode(total[plan.size :])[0]) / unit
+        noise, weight = plan.deviation(survivors) / unit, shares * plan.max_examples
+        if shares <= 2 * noise:
+            raise ReleaseRefused(
+                f"numbers of examples that add up to {weight:.4g}, with noise of "
+                f"{noise * plan.max_examples:.4g}: they give no mean; lower max_examples to about "
+                "those of the largest node, or ask more nodes"
+            )
+    elif len(total) > plan.size:
         tail = total[plan.size :]
         weight = float(tail[0]) / 2**plan.weight_bits
         if weight <= 0:

@@ -16,7 +16,16 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 
-from privrec.device.update import Aggregate, Counting, Order, Protection, Round, digest
+from privrec.device.update import (
+    Aggregate,
+    Counting,
+    Evaluating,
+    Order,
+    Protection,
+    Round,
+    digest,
+    model_digests,
+)
 from privrec.errors import BudgetError, Interrupted, PrivrecError, UsageError
 from privrec.flower.app import out_of, population_of, scenario_of
 from privrec.flower.enrolment import Anyone, anchor_of
@@ -64,18 +73,29 @@ class Flower:
     def collect(self, round: Round, weights: NDArray[np.float32]) -> Aggregate:
         """See :meth:`privrec.run.loop.Transport.collect`."""
         samples = rng_for(self.plan.scenario.run.seed, "samples", round.index)
-        order = b"" if self.order is None else self.order.tobytes()
-        told: dict[str, dict[str, Any]] = {
-            SHARES: {"model": list(round.model_digests), "order": self.plan.order},
-            MASKED: {
-                "weights": weights.tobytes(),
-                "key": int(samples.integers(2**63)),
-                "order": order,
-            },
-        }
+        told = self._told(round.model_digests, weights)
+        told[MASKED]["key"] = int(samples.integers(2**63))
         called, layouts = self._called(round), self.plan.federation.layouts
         total = self._sum(round, called, self.plan.protection, layouts, told)
         return Aggregate(total, len(called), None)
+
+    def _told(
+        self, model: Sequence[bytes], weights: NDArray[np.float32]
+    ) -> dict[str, dict[str, Any]]:
+        """What devices are told of a model, and of the order of its items."""
+        order = b"" if self.order is None else self.order.tobytes()
+        return {
+            SHARES: {"model": list(model), "order": self.plan.order},
+            MASKED: {"weights": weights.tobytes(), "order": order},
+        }
+
+    def evaluate(
+        self, evaluating: Evaluating, round: Round, weights: NDArray[np.float32]
+    ) -> NDArray[np.int64]:
+        """Sum what devices find of a model; ReleaseRefused when too few answer."""
+        told = self._told(model_digests(weights, self.plan.federation.layouts), weights)
+        called = self._ready(self._members())
+        return self._sum(round, called, evaluating.protection, evaluating.layouts, told)
 
     def count(self, counting: Counting, round: Round) -> NDArray[np.int64]:
         """Sum what devices count before the first round; ReleaseRefused when too few answer."""
@@ -130,6 +150,15 @@ class Flower:
         return [member for member in refilled if member.prekeys]
 
 
+class Deployed(Loop):
+    """A run whose devices are at nodes: what they find of the model is known by a sum alone."""
+
+    transport: Flower
+
+    def summed_figures(self, evaluating: Evaluating, round: Round) -> NDArray[np.int64]:
+        return self.transport.evaluate(evaluating, round, self.server.released)
+
+
 def deploy(
     scenario: Scenario,
     grid: Grid,
@@ -174,12 +203,17 @@ def deploy(
                 f"{out}: {what} lies there, and this is a deployment over {data}; give the "
                 "run-config that it was started with, or another out"
             )
-        if (payload := directory.read_result(out, identity, scenario)) is not None:
+        payload = directory.read_result(out, identity, scenario)
+        with directory.open_ledger(out, identity, scenario, repair=False) as found:
+            ended = found.ended is not None
+        if ended:
             said = "privrec: %s has the finished run of this scenario, which is shown as it is: "
             said += "nothing is trained. For another run name another out"
             log(WARNING, said, out)
+        else:
+            registry.register(population)
+        if payload is not None:
             return Result(out, payload)
-        registry.register(population)
         ledger = directory.open_ledger(out, identity, scenario)
     else:
         directory.refuse_taken(out)
@@ -195,7 +229,7 @@ def deploy(
             flower = _ordered(flower, plan.counting, out, ledger, identity)
         server = server_of(flower.plan, identity.run_id)
         position = checkpoint.restore(out, identity, server)
-        loop = Loop(out, flower.plan, identity, server, flower, _Log(), ledger, events)
+        loop = Deployed(out, flower.plan, identity, server, flower, _Log(), ledger, events)
         return loop.run(position, resumed=resumed)
 
 

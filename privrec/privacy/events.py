@@ -273,7 +273,7 @@ def noise_multiplier_for(
     event_of: Callable[[float], RoundEvent | Sequence[RoundEvent]],
     rounds: int,
     adversary: Adversary,
-    before: RoundEvent | None = None,
+    beside: Sequence[RoundEvent] = (),
 ) -> float:
     """The smallest noise multiplier of four significant digits that keeps ε within a target.
 
@@ -285,7 +285,7 @@ def noise_multiplier_for(
         target_epsilon: largest ε at the end of all rounds, at least 0.0001.
         event_of: the event of a round with a noise multiplier, or its events, so that ε falls as
             noise grows; it may refuse too little noise with a ``UsageError``.
-        before: what is charged before the first round, if anything; the target covers it.
+        beside: what is charged once beside the rounds; the target covers it.
     """
     _check(
         math.isfinite(target_epsilon) and target_epsilon >= 10.0**-DIGITS,
@@ -300,7 +300,7 @@ def noise_multiplier_for(
             event = event_of(_candidate(candidate))
         except UsageError:
             return False
-        return epsilon(_charged(event, rounds, before), delta, against) <= target_epsilon
+        return epsilon(_charged(event, rounds, beside), delta, against) <= target_epsilon
 
     def first(against: Adversary, last: int) -> int:
         return bisect_left(range(last), True, key=lambda candidate: holds(candidate, against))
@@ -319,16 +319,16 @@ def noise_multiplier_for(
 
 
 def epsilon_by_round(
-    event: RoundEvent, rounds: int, delta: float, points: int, before: RoundEvent | None = None
+    event: RoundEvent, rounds: int, delta: float, points: int, beside: Sequence[RoundEvent] = ()
 ) -> list[tuple[int, float, float]]:
     """Numbers of rounds, ``points`` of them from 1 to ``rounds``, with the ε that each will cost.
 
-    It is against the recipients of the models, and against the server.
+    It is against the recipients of the models, and against the server; ``beside`` is in all of it.
     """
     _check(rounds >= 1, f"{rounds} rounds: there must be at least 1")
     count = max(2, min(points, rounds))
     after = {round(1 + (rounds - 1) * place / (count - 1)) for place in range(count)}
-    spent = [(each, _charged(event, each, before)) for each in sorted(after)]
+    spent = [(each, _charged(event, each, beside)) for each in sorted(after)]
     return [
         (each, epsilon(charged, delta, "recipients"), epsilon(charged, delta, "server"))
         for each, charged in spent
@@ -336,11 +336,11 @@ def epsilon_by_round(
 
 
 def _charged(
-    event: RoundEvent | Sequence[RoundEvent], rounds: int, before: RoundEvent | None
+    event: RoundEvent | Sequence[RoundEvent], rounds: int, beside: Sequence[RoundEvent]
 ) -> Counter[RoundEvent]:
     each = Counter([event] if isinstance(event, RoundEvent) else event)
     charged = Counter({one: rounds * count for one, count in each.items()})
-    return charged + Counter([] if before is None else [before])
+    return charged + Counter(beside)
 
 
 def _candidate(candidate: int) -> float:

@@ -26,8 +26,16 @@ from privrec.report.derive import derive
 from privrec.report.facts import Facts, read_account, read_facts
 from privrec.report.words import thinned
 from privrec.run.directory import BOUND, check_header, going_on, kept_key
-from privrec.run.privacy_plan import counting_of, example_event
-from privrec.run.record import OUTSIDE, Record, headline_metric, metric_name, read_rounds
+from privrec.run.privacy_plan import counting_of, evaluating_of, example_event
+from privrec.run.record import (
+    OUTSIDE,
+    SUMMED,
+    WITHIN,
+    Record,
+    headline_metric,
+    metric_name,
+    read_rounds,
+)
 from privrec.scenario.load import Scenario, load
 
 CURVE_POINTS = 200
@@ -159,13 +167,15 @@ def _json(directory: Path, name: str, absent: str) -> Mapping[str, Any]:
 
 
 def _check_charges(files: _Files) -> None:
-    """Refuse charges of rounds, examples or what came before that the scenario does not plan."""
+    """Refuse charges of rounds, examples or what is beside that the scenario does not plan."""
     scenario, facts = files.scenario, files.facts
     laws = {"none": "none", "central": "gaussian", "distributed": "discrete_gaussian"}
     planned = (laws[scenario.privacy.noise], scenario.devices.sampling_rate)
     spent, declared = facts.ledger.examples, facts.declared
     counting = counting_of(scenario, declared.items, declared.devices)
     before = {counting.event} if counting else set()
+    evaluating = evaluating_of(scenario, declared.devices)
+    after = {evaluating.event} if evaluating else set()
     example = example_event(scenario, declared.bands, declared.holders)
     # One charge at example level for every charge of a round.
     wanted = {example: facts.charges} if example and facts.charges else {}
@@ -173,6 +183,9 @@ def _check_charges(files: _Files) -> None:
     if set(facts.before) != before:
         what = f"{set(facts.before) or None} was charged before the first round, and the scenario "
         what += f"plans {before or None}"
+    elif not set(facts.after) <= after:
+        what = f"{set(facts.after)} was charged after the last round, and the scenario plans "
+        what += f"{after or None}"
     elif wrong is not None:
         what = f"a round was charged as {wrong}, and the scenario plans the mechanism and sampling "
         what += f"rate {planned}"
@@ -302,7 +315,13 @@ def _accuracy(files: _Files) -> dict[str, Any]:
         for key, value in sorted(files.section("metrics").items(), key=_metric_order)
     ]
     scenario = files.scenario
-    return {"holdout": scenario.data.holdout, "users": scenario.run.eval_users, "metrics": metrics}
+    covered = bool(metrics) and all(each["key"].startswith(SUMMED) for each in metrics)
+    return {
+        "note": WITHIN if covered and files.facts.after else OUTSIDE,
+        "holdout": scenario.data.holdout,
+        "users": None if covered else scenario.run.eval_users,
+        "metrics": metrics,
+    }
 
 
 def _metric_order(item: tuple[str, Any]) -> tuple[bool, int, int, str]:
@@ -316,6 +335,8 @@ def _metric_order(item: tuple[str, Any]) -> tuple[bool, int, int, str]:
 def _protocol(key: str) -> str:
     if key.startswith(("accuracy", "precision")) or key == "perplexity":
         return "all words or labels, unknown ones left out"
+    if key.startswith(SUMMED):
+        return "all items, those of the history left out; summed under masks, with noise"
     if "full_" in key:
         return "all items, those of the history left out"
     return "99 items the user has not seen"

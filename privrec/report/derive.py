@@ -366,7 +366,8 @@ def _epsilon_curves(facts: Spent) -> Iterator[model.Curve]:
     charged = facts.ledger.charges
     if not facts.private or facts.delta is None or not charged:
         return
-    milestones = list(_milestones(charged))
+    last = facts.rounds - 1 if isinstance(facts, Facts) else max(e.round for e in charged)
+    milestones = list(_milestones(charged, last))
     for key, name in (("epsilon", "ε, recipients"), ("epsilon_server", "ε, cohorts known")):
         points = tuple(
             model.Point(
@@ -380,9 +381,13 @@ def _epsilon_curves(facts: Spent) -> Iterator[model.Curve]:
         yield model.Curve(key=key, name=name, note="", points=points)
 
 
-def _milestones(charged: Sequence[Charge]) -> Iterator[tuple[int, Counter[RoundEvent]]]:
-    """Charges counted up to some rounds, the last among them; ε bends most in the first ones."""
-    last_of_round = {charge.round: place for place, charge in enumerate(charged)}
+def _milestones(charged: Sequence[Charge], last: int) -> Iterator[tuple[int, Counter[RoundEvent]]]:
+    """Charges counted up to some rounds, the last among them; ε bends most in the first ones.
+
+    What is charged after the ``last`` round is shown with it.
+    """
+    shown = [min(charge.round, last) for charge in charged]
+    last_of_round = {round: place for place, round in enumerate(shown)}
     ends = sorted(last_of_round.values())
     places = sorted({*thinned(ends, EPSILON_POINTS), *(ends[i] for i in _EARLY if i < len(ends))})
     counts: Counter[RoundEvent] = Counter()
@@ -390,4 +395,4 @@ def _milestones(charged: Sequence[Charge]) -> Iterator[tuple[int, Counter[RoundE
     for place in places:
         counts.update(charge.event for charge in charged[start : place + 1])
         start = place + 1
-        yield charged[place].round + 1, counts.copy()
+        yield shown[place] + 1, counts.copy()

@@ -160,9 +160,10 @@ class Facts(Spent):
         delta, population = header.get("delta"), header.get("population")
         noisy = declared.scenario.privacy.noise != "none" and isinstance(delta, float)
         known = header.get("noise_known") is not False
-        attempts = [charge.round for charge in ledger.charges if charge.round >= 0]
+        planned = declared.scenario.train.rounds
+        attempts = [each.round for each in ledger.charges if 0 <= each.round < planned]
         rounds, every = len(set(attempts)), declared.scenario.run.eval_every
-        unfinished = rounds - (rounds == declared.scenario.train.rounds)
+        unfinished = rounds - (rounds == planned)
         looked = (unfinished // every if every else 0) + (rounds > 0)
         spent: dict[str, Any] = dict.fromkeys(EPSILONS)
         if noisy and delta is not None and not known:
@@ -191,10 +192,31 @@ class Facts(Spent):
         charged, known = self.ledger.examples, self.noise_known
         return example_figures(self.scenario, charged, noise_known=known)
 
+    @cached_property
+    def of_rounds(self) -> Counter[RoundEvent]:
+        """How often rounds were charged as each event, and nothing beside them."""
+        planned = range(self.scenario.train.rounds)
+        charged = (each.event for each in self.ledger.charges if each.round in planned)
+        return parts_of(Counter(charged))
+
     @property
     def before(self) -> Counter[RoundEvent]:
         """What was charged before the first round, and how often."""
         return Counter(each.event for each in self.ledger.charges if each.round == PREPARATION)
+
+    @property
+    def after(self) -> Counter[RoundEvent]:
+        """What was charged for the secure sum of metrics after the last round, and how often."""
+        last = self.scenario.train.rounds
+        return Counter(each.event for each in self.ledger.charges if each.round >= last)
+
+    @property
+    def epsilon_after(self) -> float | None:
+        """ε of that sum alone; None where none was charged, or it hides nothing."""
+        if self.delta is None or self.noise_known or not self.after:
+            return None
+        found: float | None = finite(epsilon(self.after, self.delta, "server"))
+        return found
 
     @property
     def scenario(self) -> Scenario:

@@ -401,9 +401,9 @@ class Metric(Part):
 
 
 class Accuracy(Part):
-    """How well the model recommends, computed from private data without noise."""
+    """How well the model recommends; within the guarantee by a charged secure sum alone."""
 
-    note: Literal["outside the guarantee"] = OUTSIDE
+    note: Literal["outside the guarantee", "within the guarantee"] = OUTSIDE
     holdout: Literal["test", "validation"] | None = Field(description="null: nothing measured.")
     users: PositiveInt | None = Field(
         default=None, description="Most users or texts measured, drawn by the seed; null, all."

@@ -14,7 +14,7 @@ from privrec.report.build import build
 from privrec.report.model import Report, Scalar
 from privrec.report.plots import by_tier, intervals, plots, privacy_utility, risks
 from privrec.report.words import delta_text, render, tables
-from privrec.run.record import metric_name, told_once
+from privrec.run.record import SUMMED, metric_name, told_once
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,10 @@ class Comparison:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Keys of all metrics that any run has, those of full ranking last."""
+        """Keys of all metrics that any run has, those of full ranking and then secure sums last."""
         found = ({m.key: m.value for m in each.accuracy.metrics} for each in self.reports)
-        keys = (key for metrics in found for key in told_once(metrics))
-        return tuple(sorted(dict.fromkeys(keys), key=lambda key: key.startswith("full_")))
+        keys = dict.fromkeys(key for metrics in found for key in told_once(metrics))
+        return tuple(sorted(keys, key=lambda key: [*map(key.startswith, (SUMMED, "full_"))]))
 
     def rows(self) -> list[dict[str, Scalar]]:
         """One flat row a run: name, ε, metrics and costs; an infinite ε is None."""
@@ -172,11 +172,13 @@ class Comparison:
             and len(private) > 1
             and max(spread) > 1.02 * min(spread)  # less would draw how the search for noise ended
         )
-        full = [key for key in self.metrics if key.startswith("full_")]
+        full, summed = ([m for m in self.metrics if m.startswith(p)] for p in ("full_", SUMMED))
         protocols = {
-            "Among 99 items": [m for m in self.metrics if m not in full],
+            "Among 99 items": [m for m in self.metrics if m not in (*full, *summed)],
             "Full ranking": full,
         }
+        if summed:
+            protocols["Full ranking, with noise"] = summed
         return render(
             "compare.html.j2",
             comparison=self,

@@ -177,7 +177,7 @@ def beginning(
             earlier = identity.earlier_runs()  # it notes this run too, for those that come after
             standing = PopulationBalance(runs=earlier)
             if population is not None:
-                charges = charges_of(plan.scenario, plan.event, plan.before)
+                charges = charges_of(plan.scenario, plan.event, plan.beside)
                 standing = populations.reserve(population, identity.run_id, charges)
             header = {
                 **identity.bound,

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
 from privrec.data import Split
+from privrec.device.update import Evaluating, Round
 from privrec.errors import BudgetError, UsageError
 from privrec.evaluate.metrics import Evaluation
 from privrec.privacy import population as populations
@@ -29,11 +31,11 @@ from privrec.run.loop import Loop, one_thread
 from privrec.run.parties import server_of
 from privrec.run.plan import Plan
 from privrec.run.privacy_plan import (
+    beside_without_shares,
     charges_of,
     event_without_shares,
     known_catalogue,
     known_items,
-    release_without_shares,
 )
 from privrec.run.progress import ConsoleObserver
 from privrec.run.record import EventLog, Observer, Result
@@ -162,10 +164,10 @@ def check_lifetime(population: str, scenario: Scenario, *, known: bool = False) 
     items, users = known_items(scenario), scenario.population()
     if items is not None and users is not None:
         plan = Plan.of(scenario, items, users, catalogue=known_catalogue(scenario))
-        event, before = plan.event, plan.before
+        event, beside = plan.event, plan.beside
     else:
-        event, before = event_without_shares(scenario), release_without_shares(scenario)
-    after = epsilon(tied.counts + charges_of(scenario, event, before), tied.delta, tied.against)
+        event, beside = event_without_shares(scenario), beside_without_shares(scenario)
+    after = epsilon(tied.counts + charges_of(scenario, event, beside), tied.delta, tied.against)
     if after > tied.epsilon:
         raise BudgetError(
             f"population {population!r}: this run would bring its lifetime ε to {after:.4f}, and "
@@ -204,6 +206,10 @@ class SimulatedLoop(Loop):
             return None
         return self.evaluate(whole=False).summary()
 
+    def summed_figures(self, evaluating: Evaluating, round: Round) -> NDArray[np.int64]:
+        parts = self.transport, evaluating, round, self.server.released
+        return self.task.summed_figures(*parts)
+
     def evaluate(self, *, whole: bool = True) -> Evaluation:
         """Measure the released weights; see :meth:`Task.evaluate`."""
         return self.task.evaluate(self.transport, self.server.released, whole=whole)
@@ -229,12 +235,13 @@ class SimulatedLoop(Loop):
             for name in run.baselines
         }
         intervals = self.attempt("intervals", lambda: [m.intervals(run.seed) for m in measured])
+        metrics, ends = self.summed()
         clocks = {"wall_s": self.wall_s, "cpu_s": self.cpu_s}
         payload = {
             **summary.result_of(plan, self.server, self.ledger, self.identity, tiers, **clocks),
             "holdout": task.split.holdout,
-            "metrics": {k: value for each in measured for k, value in each.summary().items()},
-            "intervals": {k: list(pair) for each in intervals or () for k, pair in each.items()},
+            "metrics": metrics | {k: v for each in measured for k, v in each.summary().items()},
+            "intervals": ends | {k: [*ab] for each in intervals or () for k, ab in each.items()},
             "baselines": {name: each for name, each in baselines.items() if each},
             **{k: self.attempt(k, make) or [] for k, make in task.particulars(whole).items()},
         }

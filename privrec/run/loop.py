@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import signal
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol, TypeVar
@@ -21,10 +23,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from privrec.device.update import Aggregate, Counting, Order, Round, by_counts, digest
+from privrec.device.update import (
+    Aggregate,
+    Counting,
+    Evaluating,
+    Order,
+    Round,
+    SideSum,
+    by_counts,
+    digest,
+    model_digests,
+)
 from privrec.errors import BudgetError, Interrupted, PrivrecError, ReleaseRefused
 from privrec.privacy.events import Adversary, RoundEvent, epsilon
-from privrec.privacy.ledger import PREPARATION, Ledger
+from privrec.privacy.ledger import Ledger
 from privrec.privacy.population import PopulationCharge
 from privrec.randomness import SecretRoot
 from privrec.run import checkpoint, costs, directory, summary
@@ -32,7 +44,15 @@ from privrec.run.checkpoint import Position
 from privrec.run.directory import Identity
 from privrec.run.plan import Plan
 from privrec.run.privacy_plan import EXAMPLE_ADVERSARIES
-from privrec.run.record import EventLog, Observer, Record, Result, RunInfo, adversary_text
+from privrec.run.record import (
+    EventLog,
+    Observer,
+    Record,
+    Result,
+    RunInfo,
+    adversary_text,
+    last_event,
+)
 from privrec.scenario.schema import Privacy
 from privrec.server.server import Release, Server, released_sum
 from privrec.workers import cpu_s
@@ -56,8 +76,11 @@ class Transport(Protocol):
 
 
 @dataclass
-class Loop:
-    """One run in ``out`` to its end, wherever its devices are: nothing is measured."""
+class Loop(ABC):
+    """One run in ``out`` to its end, wherever its devices are: nothing is measured.
+
+    ``figures`` are those of the secure sum of an evaluation, where one was released.
+    """
 
     out: Path
     plan: Plan
@@ -70,6 +93,7 @@ class Loop:
     root: SecretRoot = field(init=False)
     cpu_s: float = field(default=0.0, init=False)
     gaps: dict[str, str] = field(default_factory=dict, init=False)
+    figures: list[float] | None = field(default=None, init=False)
     began: float = field(default_factory=time.perf_counter, init=False)
 
     def __post_init__(self) -> None:
@@ -90,6 +114,10 @@ class Loop:
         """Whether Ctrl-C ends a round: what carries it over a network may have been stopped too."""
         return True
 
+    @abstractmethod
+    def summed_figures(self, evaluating: Evaluating, round: Round) -> NDArray[np.int64]:
+        """Return the sum of what devices find of the released model; ReleaseRefused without one."""
+
     def save(self) -> None:
         """Seal the ledger and write a checkpoint."""
         parts = self.identity, self.ledger, self.server
@@ -103,7 +131,18 @@ class Loop:
         """Return the content of ``result.json``; what is measured goes through :meth:`attempt`."""
         tiers = [costs.of_tier(self.plan, tier) for tier in self.plan.federation.tiers]
         parts = self.plan, self.server, self.ledger, self.identity
-        return summary.result_of(*parts, tiers, wall_s=self.wall_s)
+        metrics, intervals = self.summed()
+        measured = {"metrics": metrics, "intervals": intervals}
+        return summary.result_of(*parts, tiers, wall_s=self.wall_s) | measured
+
+    def summed(self) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """Return the metrics that were released, and what noise leaves open; none is no error."""
+        plan, figures = self.plan, self.figures
+        nothing = dict[str, float](), dict[str, list[float]]()
+        if figures is None or plan.evaluating is None:
+            return nothing
+        found = partial(summary.summed_metrics, plan, plan.evaluating, figures)
+        return self.attempt("metrics of the secure sum", found) or nothing
 
     def attempt(self, what: str, compute: Callable[[], T]) -> T | None:
         """Return what ``compute`` returns; None where it fails, and the gap is stated.
@@ -149,8 +188,11 @@ class Loop:
                     raise self._interrupted()
                 if server.index % self.checkpoint_every == 0:
                     self.save()
-        # Each step leaves enough for the next one: what has ended can be finished without a round.
-        self.save()
+            # Each step leaves enough for the next one: what has ended can be finished without any.
+            self.save()
+            if (evaluating := self.plan.evaluating) is not None and server.index:
+                release = partial(self._evaluation, evaluating, population)
+                self.figures = self.attempt("the secure sum of metrics", release)
         ledger.end(digest(server.released))
         try:
             if population:
@@ -191,6 +233,28 @@ class Loop:
             example_budget=scenario.privacy.local_epsilon,
             root_lost=self.ledger.header["noise_root"] != self.identity.root_tag(),
         )
+
+    def _evaluation(
+        self, evaluating: Evaluating, population: PopulationCharge | None
+    ) -> list[float]:
+        """Release the figures of the last model, if the run did not before it was interrupted."""
+        found = last_event(self.out / directory.EVENTS, "evaluation")
+        if found is None:
+            plan, server, ledger = self.plan, self.server, self.ledger
+            if ledger.ended is not None:
+                raise ReleaseRefused("the run ended without it, and is charged no more")
+            model = model_digests(server.released, plan.federation.layouts)
+
+            def round(attempt: int) -> Round:
+                return evaluating.round(self.identity.run_id, attempt, plan.digest, model)
+
+            collect = partial(self.summed_figures, evaluating)
+            what = "the evaluation", "The model is there, and its accuracy is not known"
+            sides = evaluating, round, collect, what
+            parts = plan, ledger, self.identity, population
+            found = {"sums": (released_beside(*parts, *sides) / evaluating.step).tolist()}
+            self.events.append("evaluation", round=server.index, **found)
+        return [float(each) for each in found["sums"]]
 
     def _round(self, population: PopulationCharge | None) -> None:
         """Charge, collect and commit the next round, then apply and record it.
@@ -276,7 +340,8 @@ class Loop:
         stopped = f"Stopped after {done} rounds; the model so far is in {self.out}"
         if not done:
             stopped = "No round released a sum, so there is no trained model"
-        _check_budget(privacy, ledger, plan.event, f"round {done + 1}", stopped)
+        kept = self._kept_back()
+        _check_budget(privacy, ledger, [plan.event, *kept], f"round {done + 1}", stopped)
         if plan.examples is not None and privacy.local_epsilon is not None:
             # The cost of examples is never added to that of users.
             after = ledger.examples + Counter([plan.examples])
@@ -287,7 +352,13 @@ class Loop:
                     f"privacy.local_epsilon is {privacy.local_epsilon}. {stopped}"
                 )
         if population:
-            population.cover(ledger.counts + Counter([plan.event]))
+            population.cover(ledger.counts + Counter([plan.event, *kept]))
+
+    def _kept_back(self) -> list[RoundEvent]:
+        """What rounds leave of the budget for the evaluation after them."""
+        evaluating = self.plan.evaluating
+        due = evaluating and not self.ledger.attempts(evaluating.index)
+        return [evaluating.event] if evaluating and due else []
 
     def _epsilon(self, adversary: Adversary) -> float | None:
         if not self.plan.event.is_private or self.identity.noise_known:
@@ -302,45 +373,65 @@ def released_order(
     identity: Identity,
     collect: Callable[[Round], NDArray[np.int64]],
 ) -> Order:
-    """Release the order of the items by popularity, of which another attempt is charged first.
+    """Release the order of the items by popularity; see :func:`released_beside`."""
+    what = "another count of the items", "There is no order of the items to train by"
+    population = PopulationCharge.of(ledger.header, ended=False)
 
-    As in a round, an attempt is charged before devices are asked, and committed before the order is
-    used. ``collect`` gives the sum of what devices count in an attempt, with noise that they add.
+    def round(attempt: int) -> Round:
+        return counting.round(identity.run_id, attempt, plan.digest)
+
+    sides = counting, round, collect, what
+    return by_counts(released_beside(plan, ledger, identity, population, *sides))
+
+
+def released_beside(
+    plan: Plan,
+    ledger: Ledger,
+    identity: Identity,
+    population: PopulationCharge | None,
+    wanted: SideSum,
+    round_of: Callable[[int], Round],
+    collect: Callable[[Round], NDArray[np.int64]],
+    said: tuple[str, str],
+) -> NDArray[np.int64]:
+    """Release a sum beside the rounds, of which another attempt is charged first.
+
+    As in a round, an attempt is charged before devices are asked, and committed before the sum is
+    used. ``collect`` gives what devices put in in an attempt, with noise that they add; ``said``
+    are words for the sum and for what is lost without it.
 
     Raises:
         BudgetError: when an attempt would exceed the run's budget, or its population's.
         ReleaseRefused: when no attempt gave a sum.
     """
-    root = identity.root("server")
-    for attempt in range(ledger.attempts(PREPARATION), MOST_ATTEMPTS):
-        lost = "No order of the items was released, so there is no trained model"
-        privacy = plan.scenario.privacy
-        _check_budget(privacy, ledger, counting.event, "another count of the items", lost)
-        if population := PopulationCharge.of(ledger.header, ended=False):
-            population.cover(ledger.counts + Counter([counting.event]))
-        ledger.charge(counting.event, PREPARATION, attempt)
-        round = counting.round(identity.run_id, attempt, plan.digest)
+    root, index, (what, lost) = identity.root("server"), round_of(0).index, said
+    for attempt in range(ledger.attempts(index), MOST_ATTEMPTS):
+        _check_budget(plan.scenario.privacy, ledger, [wanted.event], what, lost)
+        if population:
+            population.cover(ledger.counts + Counter([wanted.event]))
+        ledger.charge(wanted.event, index, attempt)
+        round = round_of(attempt)
         try:
             total = collect(round)
         except ReleaseRefused:
             continue
-        release = released_sum(round, total, counting.bound, root)
-        ledger.commit(PREPARATION, attempt, release.tag)
-        return by_counts(release.total)
+        release = released_sum(round, total, wanted.bound, root)
+        ledger.commit(index, attempt, release.tag)
+        return release.total
     raise ReleaseRefused(
-        f"{MOST_ATTEMPTS} counts of the items ended without a sum: there is no order to train by; "
-        "see which devices drop out, and start a new run"
+        f"{MOST_ATTEMPTS} attempts at {what} ended without a sum. {lost}: see which devices drop "
+        "out, and start a new run"
     )
 
 
 def _check_budget(
-    privacy: Privacy, ledger: Ledger, event: RoundEvent, what: str, stopped: str
+    privacy: Privacy, ledger: Ledger, events: Sequence[RoundEvent], what: str, stopped: str
 ) -> None:
     """Refuse what would exceed the run's own budget, before it is charged."""
-    if not event.is_private or privacy.epsilon is None:
+    if not events[0].is_private or privacy.epsilon is None:
         return
     against = privacy.budget_against
-    spent = ledger.epsilon_after(event, delta=privacy.delta, adversary=against)
+    spent = epsilon(ledger.counts + Counter(events), privacy.delta, against)
     if spent > privacy.epsilon:
         raise BudgetError(
             f"{what} would bring ε to {spent:.4f} against {adversary_text(against)}: the budget is "

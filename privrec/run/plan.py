@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, PlainValidator, StrictBool, StrictIn
 
 import privrec
 from privrec.device.tier import Federation, ModelView, Tier
-from privrec.device.update import Counting, Protection
+from privrec.device.update import Counting, Evaluating, Protection
 from privrec.embedding.table import Table
 from privrec.errors import IntegrityError, ScenarioError, UsageError
 from privrec.models.layout import band_sizes, packed_size
@@ -30,6 +30,7 @@ from privrec.run.privacy_plan import (
     coordinates_of,
     counting_of,
     enrolled,
+    evaluating_of,
     plan_privacy,
     tables_of,
 )
@@ -51,6 +52,7 @@ class Plan:
         holders: training devices that hold each band, the weakest tier's band first.
         event: what each round is charged as, and ``examples`` as what at example level, if at all.
         counting: how the order of the items is released before the first round, if it is.
+        evaluating: how the accuracy of the model is released after the last round, if it is.
         order: digest of that order, once it is known.
     """
 
@@ -65,6 +67,7 @@ class Plan:
     examples: RoundEvent | None
     protection: Protection
     counting: Counting | None
+    evaluating: Evaluating | None
     order: bytes = b""
 
     @classmethod
@@ -90,16 +93,16 @@ class Plan:
         holders = tuple(training[::-1].tolist())
         sizes = band_sizes(federation.layouts)
         devices = enrolled(scenario, users)
-        counting = counting_of(scenario, catalogue, devices)
-        before = counting.event if counting else None
-        planned = plan_privacy(scenario, sizes, holders, calibrated, before)
+        sums = counting_of(scenario, catalogue, devices), evaluating_of(scenario, devices)
+        beside = [each.event for each in sums if each]
+        planned = plan_privacy(scenario, sizes, holders, calibrated, beside)
         sizes_of = items, catalogue, users, devices
-        return cls(scenario, *sizes_of, federation, holders, *planned, counting)
+        return cls(scenario, *sizes_of, federation, holders, *planned, *sums)
 
     @property
-    def before(self) -> RoundEvent | None:
-        """What is charged before the first round, if anything."""
-        return self.counting.event if self.counting else None
+    def beside(self) -> tuple[RoundEvent, ...]:
+        """What is charged once, before the first round and after the last."""
+        return tuple(each.event for each in (self.counting, self.evaluating) if each)
 
     @property
     def digest(self) -> str:

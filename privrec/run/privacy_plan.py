@@ -14,7 +14,13 @@ from typing import Any
 
 from scipy.special import bdtrc
 
-from privrec.device.update import SMALL_RING_BITS, Counting, Protection
+from privrec.device.update import (
+    FIGURES,
+    SMALL_RING_BITS,
+    Counting,
+    Evaluating,
+    Protection,
+)
 from privrec.embedding.nested import Nested, nested
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable, Table
@@ -50,7 +56,7 @@ EXAMPLE_ADVERSARIES: Mapping[str, str] = {"example": "uploads", "shares": "sums"
 """Whoever sees what the ε of single interactions holds against, by ``privacy.local``."""
 
 COUNTED_BITS = 13
-"""A counted history is no longer than two to this, in steps of the grid, where there is room."""
+"""A vector of a side sum is no longer than two to this, in steps of the grid, if there is room."""
 
 COARSEST = 5.0
 """Least steps of the bound of an example over what rounding may add to its norm."""
@@ -100,15 +106,15 @@ def plan_privacy(
     sizes: Sequence[int],
     holders: Sequence[int],
     calibrated: float | None = None,
-    before: RoundEvent | None = None,
+    beside: Sequence[RoundEvent] = (),
 ) -> tuple[RoundEvent, RoundEvent | None, Protection]:
     """Return the privacy event of each round, that of its examples, and how updates are protected.
 
     A target ε is calibrated to the planned attempts, unless ``calibrated`` is the noise multiplier
     that was found for the same arguments before. ``sizes`` are the coefficients of each band and
-    ``holders`` the training devices that hold it, the band that all devices hold first; ``before``
-    is what is released before the first round. A UsageError says that no noise meets the target, a
-    band has too few devices, or a sum could wrap.
+    ``holders`` the training devices that hold it, the band that all devices hold first; ``beside``
+    is what is released before and after the rounds. A UsageError says that no noise meets the
+    target, a band has too few devices, or a sum could wrap.
     """
     privacy, rate = scenario.privacy, scenario.devices.sampling_rate
     encoding, ring = encoding_of(scenario, sum(sizes)), Ring(privacy.ring_bits)
@@ -130,7 +136,7 @@ def plan_privacy(
             spoiled = check_small_cohorts(crowds, staying, attempts_of(scenario), privacy.delta)
         grid = grid_of(bound, bands, privacy.remove_excess, spoiled)
         made = partial(_distributed, rate, grid)
-        event = made(calibrated) if calibrated else _calibrated(scenario, made, before)
+        event = made(calibrated) if calibrated else _calibrated(scenario, made, beside)
         shares = Shares(event.noise_multiplier, bound, bands, privacy.remove_excess)
     for band, (size, many) in enumerate(zip(sizes, most, strict=True)):
         noise = 0.0
@@ -154,8 +160,8 @@ def most_sampled(devices: int, rate: float) -> int:
 
 def event_without_shares(scenario: Scenario) -> RoundEvent:
     """Return the event of each round with central noise, or none; no sizes matter to it."""
-    rate, before = scenario.devices.sampling_rate, release_without_shares(scenario)
-    return _calibrated(scenario, lambda z: RoundEvent("gaussian", z, rate), before)
+    rate, beside = scenario.devices.sampling_rate, beside_without_shares(scenario)
+    return _calibrated(scenario, lambda z: RoundEvent("gaussian", z, rate), beside)
 
 
 def example_event(
@@ -229,16 +235,20 @@ def example_figures(
     }
 
 
-def release_without_shares(scenario: Scenario) -> RoundEvent | None:
-    """Return what the order of popularity costs with central noise; None where none is released."""
-    return _release(scenario, None)
+def beside_without_shares(scenario: Scenario) -> tuple[RoundEvent, ...]:
+    """Return what is charged beside rounds with central noise; no sizes matter to it."""
+    spent = _popularity_epsilon(scenario), scenario.privacy.evaluation_epsilon
+    return tuple(_once(scenario, each, None) for each in spent if each is not None)
 
 
-def _release(scenario: Scenario, grid: Grid | None) -> RoundEvent | None:
+def _popularity_epsilon(scenario: Scenario) -> float | None:
+    """ε of the order of popularity; None where none is released."""
     devices = scenario.devices
-    if devices.popularity != "released" or devices.popularity_epsilon is None:
-        return None
-    return _event(grid, _everybody(devices.popularity_epsilon, scenario.privacy.delta, 1, grid))
+    return devices.popularity_epsilon if devices.popularity == "released" else None
+
+
+def _once(scenario: Scenario, epsilon: float, grid: Grid | None) -> RoundEvent:
+    return _event(grid, _everybody(epsilon, scenario.privacy.delta, 1, grid))
 
 
 def enrolled(scenario: Scenario, users: int) -> int:
@@ -248,37 +258,53 @@ def enrolled(scenario: Scenario, users: int) -> int:
 
 
 def counting_of(scenario: Scenario, items: int, devices: int) -> Counting | None:
-    """Return how the order of popularity is released; None where none is.
+    """Return how the order of popularity is released; None where none is."""
+    spent, most = _popularity_epsilon(scenario), min(scenario.devices.popularity_items, items)
+    if spent is None:
+        return None
+    return Counting(items, most, *_side_sum(scenario, items, most, devices, spent))
+
+
+def evaluating_of(scenario: Scenario, devices: int) -> Evaluating | None:
+    """Return how the accuracy of the last model is released; None where it is not."""
+    spent, size = scenario.privacy.evaluation_epsilon, len(FIGURES)
+    if spent is None:
+        return None
+    planned = _side_sum(scenario, size, size, devices, spent)
+    return Evaluating(size, size, *planned, index=scenario.train.rounds)
+
+
+def _side_sum(
+    scenario: Scenario, size: int, most: int, devices: int, epsilon: float
+) -> tuple[int, RoundEvent, Protection]:
+    """Step, event and protection of a :class:`SideSum` that costs ``epsilon``.
 
     All ``devices`` take part. With noise in shares they add their own, like that of a round, so
-    that the ε of the order holds against the server too; else the server adds Gaussian noise. The
-    grid is the finest, of at most :data:`COUNTED_BITS`, on which no sum of theirs wraps around.
+    that the ε holds against the server too; else the server adds Gaussian noise. The grid is the
+    finest, of at most :data:`COUNTED_BITS`, on which no sum of theirs wraps around.
     """
-    event = release_without_shares(scenario)
-    if event is None:
-        return None
-    most, ring, privacy = min(scenario.devices.popularity_items, items), Ring(), scenario.privacy
+    ring, privacy, event = Ring(), scenario.privacy, _once(scenario, epsilon, None)
     minimums, shares = _minimums(scenario, [devices], 1.0), None
     for bits in range(max(0, math.floor(COUNTED_BITS - math.log2(most) / 2)), -1, -1):
         step, noise = 1 << bits, 0.0
         if privacy.in_shares:
-            moved, bands = most * step**2, _bands(scenario, [items], [devices], 1.0)
-            event = _release(scenario, grid_of(moved, bands, privacy.remove_excess)) or event
+            moved, bands = most * step**2, _bands(scenario, [size], [devices], 1.0)
+            event = _once(scenario, epsilon, grid_of(moved, bands, privacy.remove_excess))
             shares = Shares(event.noise_multiplier, moved, bands, privacy.remove_excess)
             noise = event.noise_multiplier**2 * devices / bands[0].shares
-        length, load = math.sqrt(most), Load(items, devices, noise)
-        encoding = Encoding(length, items, math.log2(step * length))
+        length, load = math.sqrt(most), Load(size, devices, noise)
+        encoding = Encoding(length, size, math.log2(step * length))
         if ring.wrap_probability(encoding, load) <= LARGEST_WRAP:
             break
     ring.check(encoding, load)
-    return Counting(items, most, step, event, Protection(encoding, ring, shares, minimums))
+    return step, event, Protection(encoding, ring, shares, minimums)
 
 
 def charges_of(
-    scenario: Scenario, event: RoundEvent, before: RoundEvent | None
+    scenario: Scenario, event: RoundEvent, beside: Sequence[RoundEvent]
 ) -> Counter[RoundEvent]:
-    """Return all that a run charges: ``before`` its rounds, and these with their spare attempts."""
-    return Counter({event: attempts_of(scenario)}) + Counter([before] if before else [])
+    """Return all that a run charges: rounds with their spare attempts, and what is ``beside``."""
+    return Counter({event: attempts_of(scenario)}) + Counter(beside)
 
 
 def attempts_of(scenario: Scenario) -> int:
@@ -330,7 +356,7 @@ def _minimums(scenario: Scenario, holders: Sequence[int], rate: float) -> tuple[
 
 
 def _calibrated(
-    scenario: Scenario, event_of: Callable[[float], RoundEvent], before: RoundEvent | None
+    scenario: Scenario, event_of: Callable[[float], RoundEvent], beside: Sequence[RoundEvent]
 ) -> RoundEvent:
     privacy = scenario.privacy
     if privacy.noise == "none":
@@ -343,6 +369,6 @@ def _calibrated(
             event_of,
             attempts_of(scenario),
             privacy.budget_against,
-            before=before,
+            beside=beside,
         )
     return event_of(multiplier)

@@ -29,6 +29,12 @@ _LOG = logging.getLogger(__name__)
 OUTSIDE: Final = "outside the guarantee"
 """The stamp of every loss and metric that is computed from private data without noise."""
 
+WITHIN: Final = "within the guarantee"
+"""The stamp of metrics that come from a secure sum alone, whose noise was charged."""
+
+SUMMED: Final = "summed_"
+"""How names of metrics begin that a secure sum over devices gave, whose noise is in the budget."""
+
 OPERATOR_ONLY = frozenset({"cohort", "cohort_size", "cohorts"})
 """Names that no file and no tracking service may ever be given."""
 
@@ -198,6 +204,12 @@ def finite(value: Any) -> Any:
     return value
 
 
+def last_event(path: Path, kind: str) -> dict[str, Any] | None:
+    """Return the last event of a kind in a log, None where there is none; of lines cut off none."""
+    events = (parsed(line) for line in path.read_bytes().splitlines())
+    return next((e for e in reversed([*events]) if e is not None and e.get("type") == kind), None)
+
+
 def read_rounds(path: Path) -> list[Record]:
     """Return the rounds of a log in order; of a round written twice (after a resume) the later.
 
@@ -342,6 +354,8 @@ def metric_name(key: str) -> str:
     """Write a metric's key as people do: ``full_hr@10`` is "HR@10, full ranking"."""
     if key.startswith("own_"):
         return f"{metric_name(key[4:])}, own tier"
+    if key.startswith(SUMMED):
+        return f"{metric_name(key.removeprefix(SUMMED))}, secure sum"
     base, ranking = (key[5:], ", full ranking") if key.startswith("full_") else (key, "")
     stem, at, depth = base.partition("@")
     names = {"hr": "HR", "ndcg": "NDCG"}

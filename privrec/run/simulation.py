@@ -7,7 +7,7 @@ same noise, so that both give the same bits.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import repeat
 from typing import Any, Literal
@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 
 from privrec.device.device import Cohort, Deferred, Device, Draws
 from privrec.device.local import LocalModel
-from privrec.device.samples import Histories
 from privrec.device.tier import Federation, Tier
-from privrec.device.update import Aggregate, BoundedUpdate, Counting, Protection, Round, digest
+from privrec.device.update import Aggregate, BoundedUpdate, Protection, Round, SideSum, digest
 from privrec.errors import ReleaseRefused
 from privrec.models.layout import Layout, from_wire
 from privrec.privacy.mechanism import Shares, noise_seeds
@@ -37,7 +36,7 @@ Integers = NDArray[np.int64]
 Rows = list[NDArray[np.int64]]
 Answers = tuple[NDArray[np.int64], BoundedUpdate, FloatArray]
 _EXCHANGES = (Stage.SHARES, Stage.MASKED, Stage.CONFIRM, Stage.UNMASK)
-_COUNTED = 4096  # devices whose counts are made at once
+_AT_ONCE = 4096  # devices whose part in a side sum is made at once
 
 # --------------------------------------------------------------------------- sums
 
@@ -273,27 +272,28 @@ def leaving(
     return leaves
 
 
-def count(
-    counting: Counting,
+def side_sum(
+    wanted: SideSum,
     round: Round,
-    data: Histories,
+    users: NDArray[np.int64],
+    bounded: Callable[[NDArray[np.int64]], BoundedUpdate],
     enrolled: Enrolled,
     secure_sum: Literal["exact", "full"],
     dropout_rate: float,
 ) -> Integers:
-    """Sum what the devices of some users count, with the noise of those that add their own.
+    """Sum what the devices of some users put in, with the noise of those that add their own.
 
-    ReleaseRefused when too few of them answer.
+    ``bounded`` gives it by places in ``users``. ReleaseRefused when too few of them answer.
     """
-    users, root = data.users, enrolled.root
+    root = enrolled.root
     leaves = leaving(root, round, int(users.max(initial=-1)) + 1, dropout_rate)[users]
     cohort = [Participant(*each) for each in zip(users.tolist(), repeat(0), map(Stage, leaves))]
-    made, protection = SUMMING[secure_sum], counting.protection
-    summing = made(round, counting.layouts, protection, cohort, enrolled)
+    made, protection = SUMMING[secure_sum], wanted.protection
+    summing = made(round, wanted.layouts, protection, cohort, enrolled)
     left = np.flatnonzero(leaves > Stage.MASKED)
-    for start in range(0, len(left), _COUNTED):
-        some = data.select(left[start : start + _COUNTED])
-        summing.add(0, some.users, counting.bounded(some, root, round))
+    for start in range(0, len(left), _AT_ONCE):
+        some = left[start : start + _AT_ONCE]
+        summing.add(0, users[some], bounded(some))
     return summing.total()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,15 @@ from safetensors.numpy import load_file, save
 import privrec
 from privrec import storage
 from privrec.device.tier import Federation
-from privrec.device.update import digest
-from privrec.errors import IntegrityError, UsageError
-from privrec.evaluate.metrics import Evaluation
+from privrec.device.update import Evaluating, digest
+from privrec.errors import IntegrityError, ReleaseRefused, UsageError
+from privrec.evaluate.metrics import Evaluation, largest_loss
 from privrec.privacy.events import epsilon
 from privrec.privacy.ledger import EXAMPLE, Ledger
 from privrec.run.directory import Identity, going_on
 from privrec.run.plan import Plan
 from privrec.run.privacy_plan import EPSILONS, example_figures
-from privrec.run.record import OUTSIDE, finite
+from privrec.run.record import OUTSIDE, SUMMED, finite
 from privrec.scenario.load import Scenario
 from privrec.server.server import Server
 
@@ -123,13 +124,18 @@ def _privacy(plan: Plan, server: Server, ledger: Ledger, *, known: bool) -> dict
         name: finite(ledger.epsilon(adversary, privacy.delta, accountant)) if holds else None
         for name, (adversary, accountant) in EPSILONS.items()
     }
-    before = None if known else plan.before
+    sums = {"popularity": plan.counting, "evaluation": plan.evaluating}
+    once = {
+        name: finite(epsilon([each.event], privacy.delta, "server")) if each and not known else None
+        for name, each in sums.items()
+    }
     single = example_figures(plan.scenario, ledger.examples, noise_known=known)
     return {
         "private": holds,
         **spent,
         "popularity": devices.popularity,
-        "epsilon_popularity": before and finite(epsilon([before], privacy.delta, "server")),
+        "epsilon_popularity": once["popularity"],
+        **({"epsilon_evaluation": once["evaluation"]} if plan.evaluating else {}),
         "delta": privacy.delta,
         "noise": privacy.noise,
         "noise_multiplier": plan.event.noise_multiplier,
@@ -148,6 +154,35 @@ def _privacy(plan: Plan, server: Server, ledger: Ledger, *, known: bool) -> dict
         "charges": len(ledger.charges),
         "examples": single and {"unit": EXAMPLE, **single},
     }
+
+
+def summed_metrics(
+    plan: Plan, evaluating: Evaluating, figures: Sequence[float]
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Return mean loss and share of hits by the sums of an evaluation, and their 95 % intervals.
+
+    Intervals are those of the noise alone. ReleaseRefused when it drowns the number of users.
+    """
+    loss, hits, count = figures
+    shares, variance = evaluating.protection.shares, evaluating.bound**2
+    if shares is None:
+        variance *= evaluating.event.noise_multiplier**2
+    else:
+        variance = shares.kept(0, plan.devices) * float(shares.share_variance(0))
+    std = math.sqrt(variance) / evaluating.step
+    if count <= 2 * std:
+        raise ReleaseRefused(
+            f"{count:.4g} users hold an item out, by a sum whose noise has a standard deviation "
+            f"of {std:.4g}: too few for a mean; raise privacy.evaluation_epsilon"
+        )
+    values, ends = dict[str, float](), dict[str, list[float]]()
+    worst, cut = largest_loss(plan.items), plan.scenario.run.top_k[0]
+    for name, total, most in (("loss", loss, worst), (f"hr@{cut}", hits, 1.0)):
+        mean = min(1.0, max(0.0, total / count))
+        reach = 1.96 * std / count * math.hypot(1, mean)
+        values[SUMMED + name] = most * mean
+        ends[SUMMED + name] = [most * max(0.0, mean - reach), most * min(1.0, mean + reach)]
+    return values, ends
 
 
 def together(own: Sequence[Evaluation]) -> Evaluation:

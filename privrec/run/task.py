@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -23,7 +23,15 @@ from privrec.data.corpus import UNKNOWN_ID, Corpus, TextSplit
 from privrec.device.local import LocalModel
 from privrec.device.samples import Histories
 from privrec.device.tier import Tier
-from privrec.device.update import Order, by_counts, digest
+from privrec.device.update import (
+    BoundedUpdate,
+    Evaluating,
+    Order,
+    Round,
+    SideSum,
+    by_counts,
+    digest,
+)
 from privrec.errors import DataError, IntegrityError, UsageError
 from privrec.evaluate import evaluator, metrics
 from privrec.evaluate.evaluator import Evaluator, LabelQuestions, Questions, WordQuestions
@@ -37,7 +45,7 @@ from privrec.run.loop import released_order
 from privrec.run.parties import enrolled_with, simulation_of
 from privrec.run.plan import Plan
 from privrec.run.record import KEPT, REVEALED
-from privrec.run.simulation import Simulation, count
+from privrec.run.simulation import Enrolled, Simulation, side_sum
 from privrec.scenario.load import Scenario
 from privrec.server.columns import ColumnServer
 
@@ -119,7 +127,7 @@ class Task(ABC, Generic[S]):
         the items is written to ``folder`` before a round, signed: by another one a model recommends
         other items.
         """
-        order, plan, run = None, self.plan, self.scenario.run
+        order, plan = None, self.plan
         if self.is_ordered:
             if plan.counting is None:
                 order = by_counts(self.split.train.item_counts())
@@ -128,15 +136,16 @@ class Task(ABC, Generic[S]):
                 histories = Histories(
                     np.arange(plan.users), self.counted.indptr, self.counted.items
                 )
-                collect = partial(
-                    count,
-                    plan.counting,
-                    data=histories.select(there),
-                    enrolled=enrolled_with(self.scenario, identity.root("devices")),
-                    secure_sum=run.secure_sum,
-                    dropout_rate=self.scenario.devices.dropout_rate,
-                )
-                order = released_order(plan, plan.counting, ledger, identity, collect)
+                data, counting = histories.select(there), plan.counting
+                enrolled = enrolled_with(self.scenario, identity.root("devices"))
+
+                def collect(round: Round) -> NDArray[np.int64]:
+                    def bounded(some: NDArray[np.int64]) -> BoundedUpdate:
+                        return counting.bounded(data.select(some), enrolled.root, round)
+
+                    return self._summed(counting, round, data.users, bounded, enrolled)
+
+                order = released_order(plan, counting, ledger, identity, collect)
             order = self.arranged(order)
             self._renumber(order)
         self.catalogue(order).write(folder, identity.signing_key())
@@ -171,7 +180,35 @@ class Task(ABC, Generic[S]):
         if self.plan.counting is not None:  # all rounds are bound to it
             self.plan = replace(self.plan, order=digest(order))
 
+    def _summed(
+        self,
+        wanted: SideSum,
+        round: Round,
+        users: NDArray[np.int64],
+        bounded: Callable[[NDArray[np.int64]], BoundedUpdate],
+        enrolled: Enrolled,
+    ) -> NDArray[np.int64]:
+        secure_sum, dropout_rate = self.scenario.run.secure_sum, self.scenario.devices.dropout_rate
+        return side_sum(wanted, round, users, bounded, enrolled, secure_sum, dropout_rate)
+
     # ------------------------------------------------------------------ devices and figures
+
+    def summed_figures(
+        self, devices: Simulation, evaluating: Evaluating, round: Round, weights: FloatArray
+    ) -> NDArray[np.int64]:
+        """Sum what each device finds of released weights; ReleaseRefused when too few answer."""
+        users, found = self.figures(devices, weights)
+
+        def bounded(some: NDArray[np.int64]) -> BoundedUpdate:
+            return evaluating.bounded(found[some])
+
+        return self._summed(evaluating, round, users, bounded, devices.enrolled)
+
+    def figures(
+        self, devices: Simulation, weights: FloatArray
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Return users with a device, and what each finds: recommenders alone have an answer."""
+        raise UsageError("only recommenders are evaluated in a secure sum")
 
     def simulate(self, devices: SecretRoot) -> Simulation:
         """Return the simulated devices, which draw from the secret ``devices``."""
@@ -259,6 +296,11 @@ class Recommending(Task[Split]):
         if len(devices.cohorts) == 1 and not self.plan.federation.absent:
             return (whole,)
         return self._evaluator(devices).own(weights, ("sampled", "full"))
+
+    def figures(
+        self, devices: Simulation, weights: FloatArray
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        return self._evaluator(devices).figures(weights)
 
     def _evaluator(self, devices: Simulation) -> Evaluator:
         federation, run = self.plan.federation, self.scenario.run

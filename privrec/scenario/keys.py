@@ -433,6 +433,19 @@ def _release(values: Values) -> Iterator[Problem]:
         yield path, "there is no release to charge", remedy
 
 
+def _evaluation(values: Values) -> Iterator[Problem]:
+    """A secure sum of metrics needs the noise of users, and a recommender."""
+    path = "privacy.evaluation_epsilon"
+    if values[path] is None:
+        return
+    if values["privacy.noise"] == "none" or values["privacy.local"] != "none":
+        rule = "it is charged to an ε of users, and adds up with no ε of single interactions"
+        remedy = 'use privacy.noise = "distributed" or "central", with local = "none"'
+        yield path, rule, f"{remedy}, or remove it (-s {path}=)"
+    if MODELS[values["model.kind"]].config.learns != "interactions":
+        yield path, "hits are counted of recommenders alone", f"remove it (-s {path}=)"
+
+
 def _features(values: Values) -> Iterator[Problem]:
     """Ranks need an order that everybody knows, and features a user's fit by inner products."""
     kind, loss = values["model.kind"], values["train.loss"]
@@ -452,7 +465,10 @@ def _features(values: Values) -> Iterator[Problem]:
             yield path, rule, f"remove it (-s {path}=), or use another loss"
 
 
-_RULES = (_material, _sizes, _course, _spares, _noise, _tiers, _nesting, _release, _features)
+_RULES = (
+    *(_material, _sizes, _course, _spares, _noise, _tiers),
+    *(_nesting, _release, _evaluation, _features),
+)
 
 
 # --------------------------------------------------------------------------- editors

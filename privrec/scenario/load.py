@@ -143,6 +143,7 @@ class Scenario(Heading):
         local = {key for key in Privacy.model_fields if key.split("_")[0] == "local"}
         unused = local if self.privacy.local == "none" else set()
         unused = unused if self.privacy.spare_attempts else {*unused, "spare_attempts"}
+        unused = {*unused, *self._unset}
         planned: dict[str, Any] = {
             "privacy": self.privacy.model_dump(exclude=unused),
             "sampling": self.devices.sampling,
@@ -156,9 +157,15 @@ class Scenario(Heading):
             planned["dropout_rate"] = self.devices.dropout_rate
         return _digest(planned)
 
+    @property
+    def _unset(self) -> set[str]:
+        """Keys of ``[privacy]`` that are in no hash while unset, so that older runs go on."""
+        return {"evaluation_epsilon"} if self.privacy.evaluation_epsilon is None else set()
+
     def hash(self) -> str:
         """SHA-256, in hex, of everything but words and what only the machine decides."""
-        own = self.model_dump(exclude={"title": True, "description": True, "run": {"workers"}})
+        words = {"title": True, "description": True}
+        own = self.model_dump(exclude={**words, "run": {"workers"}, "privacy": self._unset})
         return _digest(own)
 
     def plan_hash(self) -> str:
@@ -166,7 +173,8 @@ class Scenario(Heading):
 
         Words do not enter, nor what only the operator does (``[run]`` but for its seed).
         """
-        own = self.model_dump(exclude={"title", "description", "rows", "run"})
+        left_out = dict.fromkeys(("title", "description", "rows", "run"), True)
+        own = self.model_dump(exclude={**left_out, "privacy": self._unset})
         return _digest(own | {"seed": self.run.seed})
 
     def to_toml(self) -> str:

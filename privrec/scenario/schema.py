@@ -206,6 +206,10 @@ class Privacy(Section):
     """Attempts beyond one for each round that a target ε has room for: one that drop-outs, a stop
     or a crash end without a sum is charged too, and without a spare one the last round is lost.
     """
+    evaluation_epsilon: float | None = setting(None, "[0.0001, 1000] ε, user level")
+    """ε, at `delta`, of a secure sum of every user's loss and hits after the last round, which
+    `epsilon` covers; unset, none is released. It is the accuracy that a deployment has.
+    """
     budget_against: Literal["recipients", "server"] = "recipients"
     """The adversary that `epsilon` is meant against, and that halts the run."""
     local: Literal["none", "example", "shares"] = "none"

@@ -23,7 +23,14 @@ from memory_grid import Loopback, context_of, never, stage_of
 from privrec.cli.main import main
 from privrec.device import samples
 from privrec.device.update import digest
-from privrec.errors import BudgetError, DataError, IntegrityError, ReleaseRefused, UsageError
+from privrec.errors import (
+    BudgetError,
+    DataError,
+    IntegrityError,
+    Interrupted,
+    ReleaseRefused,
+    UsageError,
+)
 from privrec.flower import server_app as server_module
 from privrec.flower.app import out_of, scenario_of
 from privrec.flower.client_app import CALIBRATED, Node, client_app
@@ -43,12 +50,13 @@ from privrec.flower.server_app import deploy
 from privrec.privacy.ledger import PREPARATION, Ledger
 from privrec.randomness import SecretRoot
 from privrec.report.build import build
+from privrec.report.render import to_markdown
 from privrec.run import directory, lifecycle
 from privrec.run.catalogue import CATALOGUE
 from privrec.run.parties import server_of
 from privrec.run.plan import Plan
 from privrec.run.recommend import recommend
-from privrec.run.record import Observer
+from privrec.run.record import WITHIN, Observer
 from privrec.run.simulation import unmask
 from privrec.scenario.load import Scenario, load
 from privrec.search import hashing, select
@@ -93,6 +101,7 @@ ORDERED = SCENARIO.replace("min_cohort = 5", f"min_cohort = 5\n{_RELEASED}")
 ORDERED = ORDERED.replace('loss = "full_softmax"', _PARTS)
 ORDERED = ORDERED.replace("[model]", "[model]\nrank_features = true")
 """All parts together: capacities, an order that is released, tables of each device's own."""
+EVALUATED = ORDERED.replace("delta =", "evaluation_epsilon = 40.0\ndelta =")
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +159,7 @@ def tags(out: Path) -> list[tuple[Any, ...]]:
     return [(e.get("round"), e.get("attempt"), e.get("tag")) for e in entries]
 
 
-@pytest.mark.parametrize("text", [SCENARIO, ORDERED], ids=["fold", "rows"])
+@pytest.mark.parametrize("text", [SCENARIO, ORDERED, EVALUATED], ids=["fold", "rows", "evaluated"])
 @pytest.mark.parametrize("excess", ["true", "false"])
 def test_a_run_over_flower_is_the_simulated_one_bit_for_bit(
     excess: str, text: str, tmp_path: Path
@@ -165,11 +174,109 @@ def test_a_run_over_flower_is_the_simulated_one_bit_for_bit(
     )
     assert one.tobytes() == two.tobytes()
     assert tags(tmp_path / "flower") == tags(tmp_path / "here")
-    # Header, three charges and commits, and end; before the rounds one more of each, of the order.
-    assert len(tags(tmp_path / "here")) == 8 + 2 * (text == ORDERED)
-    if text == ORDERED:
+    # Header, three charges and commits, and end; one more of each of the order, and of metrics.
+    assert len(tags(tmp_path / "here")) == 8 + 2 * (text != SCENARIO) + 2 * (text == EVALUATED)
+    if text == EVALUATED:
+        told, known = (
+            json.loads((tmp_path / n / "result.json").read_text()) for n in ("flower", "here")
+        )
+        assert told["metrics"]
+        for part in ("metrics", "intervals"):
+            assert told[part].items() <= known[part].items()
+    if text != SCENARIO:
         first, second = (load_file(tmp_path / n / CATALOGUE)["order"] for n in ("flower", "here"))
         assert np.array_equal(first, second)
+
+
+def test_a_deployed_report_has_an_accuracy_and_its_price(tmp_path: Path) -> None:
+    folder = app_folder(tmp_path, EVALUATED)
+    deployed(folder, grid_of(folder), tmp_path / "run")
+    report = build(tmp_path / "run")
+    assert [metric.key for metric in report.accuracy.metrics] == ["summed_hr@10", "summed_loss"]
+    assert report.accuracy.note == WITHIN
+    said = " ".join(to_markdown(report).split())
+    assert "summed under masks with noise that was charged: ε covers these figures" in said
+    assert re.search(r"alone they cost ε = (39\.\d\d|40\.00), and ε of all is with them", said)
+
+
+def test_a_server_that_has_a_device_evaluate_another_model_gets_nothing_of_it(
+    tmp_path: Path, flower_log: Any
+) -> None:
+    """By a model of its own choice, such as one that fits one item, it would ask about items."""
+    folder = app_folder(tmp_path, EVALUATED)
+
+    def lying(message: Message) -> Message:
+        told, meta = unpack(message), message.metadata
+        if meta.dst_node_id != 12 or told["stage"] != MASKED or "key" in told:
+            return message
+        if "weights" in told:  # not in the count of the items
+            told["weights"] = bytes(len(told["weights"]))
+        return Message(pack(told), meta.dst_node_id, meta.message_type)
+
+    grid = grid_of(folder)
+    grid.tampered = lying
+    payload = deployed(folder, grid, tmp_path / "run", timeout_s=1.0)
+    assert "the model received has another digest than the round's" in logged(flower_log)
+    assert "summed_loss" in payload["metrics"]  # of the others
+    *_, last = [
+        unpack(reply)["answers"]
+        for node, stage, _, reply in grid.seen
+        if (node, stage) == (12, MASKED)
+    ]
+    assert not last
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["no budget", "budget"])
+def test_a_server_that_dies_while_metrics_are_summed_pays_for_another_sum(
+    ends: bool, tmp_path: Path, flower_log: Any
+) -> None:
+    """With a target ε there is room for one, and the model stays without an accuracy."""
+    budget = "epsilon = 60.0" if ends else "noise_multiplier = 2.0"
+    folder = app_folder(tmp_path, EVALUATED.replace("noise_multiplier = 2.0", budget))
+    out, grid, asked = tmp_path / "run", grid_of(folder), list[int]()
+
+    def dying(message: Message) -> bool:
+        if stage_of(message) == UNMASK:
+            asked.append(1)
+            if len(asked) > 4 * NODES:  # those of the count of the items and of three rounds
+                raise KeyboardInterrupt
+        return False
+
+    grid.lost = dying
+    with pytest.raises(Interrupted):
+        deployed(folder, grid, out)
+    rounds = [(PREPARATION, 0), *((n, 0) for n in range(3))]
+    assert charged(out) == [*rounds, (3, 0)]
+    assert not (out / "result.json").exists()
+    grid.lost = lambda message: asked.append(1) is not None
+    payload = deployed(folder, grid, out)
+    assert payload["rounds"] == 3
+    assert charged(out) == [*rounds, (3, 0), *([] if ends else [(3, 1)])]
+    assert bool(payload["metrics"]) is not ends
+    assert ("the evaluation would bring ε" in str(payload["gaps"])) is ends
+    assert build(out).privacy.charges == len(charged(out))
+    asked.clear()
+    assert deployed(folder, grid, out)["rounds"] == 3
+    assert not asked
+    assert "which is shown as it is: nothing is trained" in logged(flower_log)
+    assert build(out).privacy.charges == len(charged(out))
+
+
+def test_devices_give_no_metrics_that_their_scenario_does_not_release(
+    tmp_path: Path, flower_log: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, other = app_folder(tmp_path), load(app_folder(tmp_path) / "scenario.toml")
+    agreed, grid = other.plan_hash(), grid_of(folder)
+    asking = Scenario.from_toml(
+        EVALUATED.replace(_RELEASED, "")
+        .replace(_PARTS, 'loss = "full_softmax"')
+        .replace("rank_features = true", "")
+    )
+    monkeypatch.setattr(Scenario, "plan_hash", lambda _: agreed)  # it lies about the plan
+    payload = deploy(asking, grid, out=tmp_path / "run", items=60, wait_s=0.2).payload
+    assert "this device agreed to other ones" in logged(flower_log)
+    assert not payload["metrics"]
+    assert "the secure sum of metrics" in payload["gaps"]
 
 
 def test_nodes_weigh_features_in_the_order_that_was_released(tmp_path: Path) -> None:
@@ -522,6 +629,11 @@ def test_a_device_of_its_own_needs_an_anchor(tmp_path: Path) -> None:
     assert not node.simulated
     node = node_of(folder, config | {"capacity": 0.5})
     assert node.hosted[0].tier == 1
+    assert not len(node.hosted[0].heldout)
+    folder = app_folder(tmp_path, EVALUATED)
+    (told,) = node_of(folder, config).hosted  # the last one is what it is evaluated by
+    assert (told.history.tolist(), told.heldout.tolist()) == ([0], [2])
+    folder = app_folder(tmp_path)
     for bad, kind, says in (
         ({"capacity": 0.3}, UsageError, "capacity = 0.3"),
         ({"catalogue": ""}, UsageError, "without catalogue"),

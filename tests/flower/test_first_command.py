@@ -158,8 +158,11 @@ class Terminal:
     def check(self, out: Path, rounds: int) -> None:
         """A run that was finished, and that its report's verifier finds in order."""
         said = self.call("privrec", "report", "verify", str(out))
-        assert json.loads((out / "result.json").read_text())["rounds"] == rounds, said
-        assert (out / "report.html").is_file()
+        result = json.loads((out / "result.json").read_text())
+        assert result["rounds"] == rounds, said
+        assert result["metrics"].keys() == {"summed_hr@10", "summed_loss"}
+        page = (out / "report.html").read_text("utf-8")
+        assert "alone they cost ε = 2.00" in " ".join(page.split())
 
 
 def free_ports(count: int = 8) -> int:

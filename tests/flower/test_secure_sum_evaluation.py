@@ -113,6 +113,24 @@ def test_rounds_of_training_and_evaluation_follow_each_other(
     assert "not finite" not in caplog.text  # nor was one cut
 
 
+def test_evaluations_without_a_sum_are_counted_at_the_end(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Such as those of a strategy that samples nobody, which would pass for a success."""
+    nobody = FedAvg(fraction_evaluate=0.0, min_train_nodes=5, min_available_nodes=5)
+    strategy = SecureSum(nobody, clip_norm=1.0, max_examples=8, evaluate_metrics=BOUNDS)
+    result = strategy.start(grid_of(5, app(lenient())), model(), num_rounds=3, timeout=5)
+    assert not result.evaluate_metrics_clientapp
+    assert "0 of 3 evaluations released metrics" in caplog.text
+    caplog.clear()
+    grid = grid_of(5, app(lenient()), lost=lambda m: "evaluate" in m.metadata.message_type)
+    strategy_of(5).start(grid, model(), num_rounds=1, timeout=5)
+    assert "0 of 1 evaluations released metrics" in caplog.text
+    caplog.clear()
+    strategy_of(5).start(grid_of(5, app(lenient())), model(), num_rounds=2, timeout=5)
+    assert "evaluations released" not in caplog.text
+
+
 # ---------------------------------------------------------------------- noise
 
 

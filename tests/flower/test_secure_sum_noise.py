@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +14,32 @@ from scipy.stats import chi2
 
 pytest.importorskip("flwr", reason="the flower extra is not installed")
 
+from click.testing import CliRunner
 from flwr.app import Array, ArrayRecord, Message
 from forging import chained, entries_of
 from memory_grid import MemoryGrid, stage_of
-from sum_apps import app_of, delta, flat, grid_of, lenient, moved, one_round, strategy_of
+from sum_apps import (
+    SIZE,
+    app_of,
+    delta,
+    flat,
+    grid_of,
+    lenient,
+    mean_of,
+    moved,
+    one_round,
+    strategy_of,
+)
 from sum_apps import model as two_arrays
 
+from privrec.cli.main import main
 from privrec.errors import BudgetError, IntegrityError, UsageError
 from privrec.flower.exchange import pack, unpack
-from privrec.flower.plan import SumPlan, plan_of
+from privrec.flower.plan import SumPlan, integers, outlook, plan_of
 from privrec.flower.secure_sum import SecureSum
 from privrec.privacy.events import epsilon
 from privrec.privacy.ledger import Ledger
-from privrec.randomness import state_dir
+from privrec.randomness import SecretRoot, state_dir
 from privrec.report.build import build_account
 from privrec.report.render import write
 from privrec.report.verify import verify
@@ -115,8 +130,51 @@ def test_a_plan_with_noise_sends_coefficients_alone() -> None:
     assert plan.shares.variance == plan.encoding.squared_bound
     assert plan_of(9, WIDE, 1.0).shares is None
     with pytest.raises(UsageError, match="without being accounted"):
-        plan_of(9, WIDE, 1.0, 1.0, max_examples=8)
+        plan_of(9, WIDE, 1.0, 1.0, metrics=(("loss", 1.0),))
     assert SumPlan.unpack(plan.pack()) == plan
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 5, 8, 10**6, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("size", [1, 12, 1000])
+def test_whatever_its_weight_a_node_stays_within_what_is_charged(size: int, wanted: float) -> None:
+    plan = plan_of(9, size, 3.0, 1.0, max_examples=8)
+    assert plan.length == size + 1
+    assert plan.shares.variance == plan.encoding.squared_bound
+    assert [band.size for band in plan.shares.bands] == [size + 1]
+    for length in (0.1, 3.0, 50.0):
+        update = np.full(size, length / np.sqrt(size), np.float32)
+        coins = SecretRoot.known(b"coins").stream("rounding", size)
+        own = integers(plan, update, {"num-examples": wanted}, coins).astype(np.int64)
+        assert (own**2).sum() <= plan.encoding.squared_bound
+        share = min(wanted, 8) / 8 if np.isfinite(wanted) and wanted > 0 else 0
+        steps = plan.encoding.scale * share
+        assert own[-1] == pytest.approx(1.5 * steps, abs=1)
+        assert own[:-1] == pytest.approx(update * min(1, 3 / length) * steps, abs=1)
+    longest = plan_of(9, size, 3.0 * np.hypot(1, 0.5), 1.0)  # what the noise is scaled to
+    assert plan.encoding.clip_norm == pytest.approx(longest.encoding.clip_norm)
+
+
+def test_nodes_may_count_with_their_examples_under_noise_too(tmp_path: Path) -> None:
+    strategy = noisy(9, tmp_path, noise_multiplier=0.01, max_examples=8, noisy_weights=True)
+    arrays, metrics = one_round(strategy, grid_of(9), two_arrays())
+    assert np.allclose(flat(arrays), flat(moved(two_arrays(), mean_of(range(1, 10)))), atol=0.02)
+    assert set(metrics) == {"epsilon"}
+    shared = {"colluding_share": 0.05, "remove_excess": True, "max_examples": 8}
+    with read(tmp_path) as ledger:
+        assert set(ledger.counts) == {plan_of(9, SIZE, 1.0, 0.01, **shared).event}
+
+
+def test_weights_that_noise_drowns_give_no_mean_and_are_charged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    strategy = noisy(5, tmp_path, noise_multiplier=3.0, max_examples=8, noisy_weights=True)
+    assert one_round(strategy, grid_of(5), two_arrays()) == (None, None)
+    assert "they give no mean; lower max_examples" in caplog.text
+    with read(tmp_path) as ledger:
+        assert len(ledger.charges) == 1
+    for changes in ({"max_examples": None}, {"noise_multiplier": None, "ledger": None}):
+        with pytest.raises(UsageError, match="noisy_weights: they are for sums with noise"):
+            noisy(5, tmp_path, noisy_weights=True, **changes)
 
 
 @pytest.mark.parametrize("nodes", [3, 9, 200, 5000])
@@ -203,6 +261,12 @@ def test_epsilon_sets_the_noise_and_is_never_exceeded(
         strategy.start(grid_of(5), result.arrays, num_rounds=1, timeout=5)
     assert "it is not started" in caplog.text
     assert len(read(tmp_path).charges) == 3
+    told = outlook(5, SIZE, 4.0, rounds=3)  # what the planner had said of it
+    assert told.noise_multiplier == strategy.noise_multiplier
+    plan = planned(SIZE, told.noise_multiplier)
+    share = float(plan.shares.share_variance(0))
+    assert told.deviation == pytest.approx((plan.least * share) ** 0.5 / plan.encoding.scale / 5)
+    assert told.signal == pytest.approx(1 / (told.deviation * SIZE**0.5))
 
 
 def test_a_budget_halts_a_run_that_was_given_its_noise(tmp_path: Path) -> None:
@@ -214,6 +278,23 @@ def test_a_budget_halts_a_run_that_was_given_its_noise(tmp_path: Path) -> None:
     assert 0 < len(rounds) < 6
     asked = [m for m in grid.sent if stage_of(m) == "shares"]
     assert len(asked) == 5 * len(rounds)
+
+
+def test_the_command_says_what_the_planner_says() -> None:
+    words = ["flower", "plan", "--epsilon", "8", "--rounds", "3", "--coefficients", "1000"]
+    told = CliRunner().invoke(main, [*words, "--nodes", "9", "--nodes", "90", "--json"])
+    found = [outlook(nodes, 1000, 8.0, rounds=3) for nodes in (9, 90)]
+    assert json.loads(told.output) == [asdict(each) for each in found]
+    assert found[1].signal > 9 * found[0].signal
+    table = CliRunner().invoke(main, words).output
+    assert "ε = 8 at δ = 1e-05 over 3 rounds" in table
+    assert "10,000" in table
+
+
+def test_a_model_that_is_too_long_is_refused_with_what_to_do() -> None:
+    with pytest.raises(UsageError, match=r"67,108,861 float .* at most 67,108,860; train fewer"):
+        plan_of(9, 2**26 - 3, 1.0)
+    assert plan_of(9, 2**26 - 4, 1.0).length == 2**26
 
 
 def test_another_server_goes_on_with_the_ledger(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from scipy import stats
 from privrec import data
 from privrec.data import Split
 from privrec.device.samples import Histories
-from privrec.device.update import Counting, agreed_places, digest
+from privrec.device.update import BoundedUpdate, Counting, agreed_places, digest
 from privrec.errors import (
     BudgetError,
     IntegrityError,
@@ -32,19 +32,20 @@ from privrec.privacy.ledger import PREPARATION, Ledger
 from privrec.privacy.population import PopulationBalance
 from privrec.randomness import SecretRoot
 from privrec.report.build import build
-from privrec.run import lifecycle, loop, simulation
+from privrec.run import lifecycle, loop
 from privrec.run.catalogue import CATALOGUE, Catalogue
 from privrec.run.directory import Identity
 from privrec.run.parties import enrolled_with
 from privrec.run.plan import Plan
 from privrec.run.privacy_plan import (
+    beside_without_shares,
     charges_of,
     counting_of,
     event_without_shares,
-    release_without_shares,
 )
 from privrec.run.recommend import TrainedModel, recommend
 from privrec.run.record import Observer, Record
+from privrec.run.simulation import side_sum
 from privrec.run.task import Recommending
 from privrec.scenario.load import Scenario
 from privrec.secagg.ring import LARGEST_WRAP, Load
@@ -152,7 +153,12 @@ def summed(*changes: str, attempt: int = 0, dropout_rate: float = 0.0) -> Any:
     settings, found = scenario(*changes), counting(*changes)
     enrolled, how = enrolled_with(settings, DEVICES), settings.run.secure_sum
     round = found.round("run", attempt, "plan")
-    return simulation.count(found, round, histories(), enrolled, how, dropout_rate)
+    data = histories()
+
+    def bounded(some: Any) -> BoundedUpdate:
+        return found.bounded(data.select(some), DEVICES, round)
+
+    return side_sum(found, round, data.users, bounded, enrolled, how, dropout_rate)
 
 
 # --------------------------------------------------------------------------- what it costs
@@ -170,7 +176,7 @@ def test_the_release_has_the_event_that_meets_its_epsilon(
         assert 1.9 < epsilon({event: 1}, delta, adversary) <= 2.0  # type: ignore[arg-type]
     for none in (PUBLIC, ("devices.popularity=", "devices.popularity_epsilon=")):
         assert counting_of(scenario(*changes, *none), 40, 60) is None
-        assert release_without_shares(scenario(*changes, *none)) is None
+        assert beside_without_shares(scenario(*changes, *none)) == ()
 
 
 @pytest.mark.parametrize("changes", [(), SHARED], ids=["central", "shares"])
@@ -183,17 +189,15 @@ def test_the_budget_covers_the_release_too(changes: tuple[str, ...]) -> None:
     plans = Plan.of(settings, 40, 60), Plan.of(scenario(*budget, *PUBLIC), 40, 60)
     with_release, without = (plan.event for plan in plans)
     assert with_release.noise_multiplier > without.noise_multiplier
-    before = plans[0].before
-    assert before is not None
-    assert plans[1].before is None
+    (before,) = plans[0].beside
+    assert plans[1].beside == ()
     spent = epsilon({with_release: ROUNDS, before: 1}, delta, "server")
     assert 2.95 < spent <= 3
     assert epsilon({without: ROUNDS, before: 1}, delta, "server") > 3
     if not changes:
-        assert (event_without_shares(settings), release_without_shares(settings)) == (
-            with_release, before,
-        )  # fmt: skip
-    charged = charges_of(settings, with_release, before)
+        assert event_without_shares(settings) == with_release
+        assert beside_without_shares(settings) == (before,)
+    charged = charges_of(settings, with_release, [before])
     assert charged == {with_release: ROUNDS, before: 1}
 
 
@@ -371,7 +375,7 @@ def test_a_count_without_a_sum_is_charged_and_tried_again(
     assert {each[2] for each in ledger.told[:-1]} == {counting(*lossy).event}
     assert np.array_equal(np.sort(order), np.arange(40))
     lost = (*SHARED, "devices.dropout_rate=0.9")
-    with pytest.raises(ReleaseRefused, match="20 counts of the items ended without a sum"):
+    with pytest.raises(ReleaseRefused, match="20 attempts at another count of the items ended"):
         order_of(tmp_path / "b", b"server", "run", *lost)
 
 

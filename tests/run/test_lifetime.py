@@ -157,8 +157,8 @@ def test_spare_attempts_are_set_aside_from_the_beginning() -> None:
     spares = [*target, "privacy.spare_attempts=3"]
     one, more = (Scenario.from_toml(TINY, words) for words in (target, spares))
     event = event_without_shares(one)
-    assert charges_of(one, event, None) == Counter({event: ROUNDS})
-    assert charges_of(more, event, None) == Counter({event: ROUNDS + 3})
+    assert charges_of(one, event, ()) == Counter({event: ROUNDS})
+    assert charges_of(more, event, ()) == Counter({event: ROUNDS + 3})
     louder = event_without_shares(more)
     assert louder.noise_multiplier > event.noise_multiplier
     for attempts, bound in ((ROUNDS, 8.9), (ROUNDS + 3, 9.0)):
