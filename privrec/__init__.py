@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from privrec.api.recommender import Recommender, load
     from privrec.models.classifier import SparseClassifier
+    from privrec.models.sparse_output import SubspaceEmbedding
     from privrec.optim.lazy_dpsgd import LazyDPSGD
     from privrec.privacy.ledger import Ledger
     from privrec.run.lifecycle import resume, start
@@ -35,6 +36,7 @@ __all__ = [
     "Recommender",
     "Scenario",
     "SparseClassifier",
+    "SubspaceEmbedding",
     "__version__",
     "load",
     "load_scenario",
@@ -49,6 +51,7 @@ _LAZY = {
     "Recommender": "privrec.api.recommender.Recommender",
     "Scenario": "privrec.scenario.load.Scenario",
     "SparseClassifier": "privrec.models.classifier.SparseClassifier",
+    "SubspaceEmbedding": "privrec.models.sparse_output.SubspaceEmbedding",
     "load": "privrec.api.recommender.load",
     "load_scenario": "privrec.scenario.load.load",
     "recommend": "privrec.run.recommend.recommend",

@@ -1,5 +1,7 @@
 """Every error that privrec raises on purpose, drawn as one tree.
 
+::
+
     PrivrecError                 1
     ├── UsageError               2   what was asked cannot be done as asked
     │   ├── ScenarioError        2   a scenario file or an override is malformed

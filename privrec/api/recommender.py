@@ -436,10 +436,14 @@ class Recommender:
         return path
 
     def save(self, folder: Name) -> Path:
-        """Copy the run's folder to a new place, which serves the model by itself, and return it."""
+        """Copy the run's folder to a new place, with its report, and return that.
+
+        It serves the model by itself, and ``privrec report verify`` takes it.
+        """
         folder = Path(folder)
         directory.refuse_taken(folder)
         shutil.copytree(self.folder, folder, dirs_exist_ok=True)
+        write(build(folder), folder)
         return folder
 
 

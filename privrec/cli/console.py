@@ -19,7 +19,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from privrec.errors import PrivrecError, UsageError
+from privrec.errors import Interrupted, PrivrecError, UsageError
 
 PATH = click.Path(path_type=Path)
 
@@ -40,11 +40,23 @@ class Commands(click.Group):
                 stream.reconfigure(errors="replace")
         try:
             sys.exit(super().main(*args, **{**extra, "standalone_mode": False}) or 0)
+        except click.NoSuchOption as error:
+            key, near = _key_of(error), error.possibilities or ()
+            meant = [f"-s {key}=VALUE"] if key else get_close_matches(error.option_name, near)
+            said = f"No such option {error.option_name}."
+            if meant:
+                said += f" Did you mean {' or '.join(meant)}?"
+            click.UsageError(said, error.ctx).show()
+            code = error.exit_code
         except click.ClickException as error:
             error.show()
             code = error.exit_code
         except click.Abort:
-            code = _fail("interrupted; nothing after the last checkpoint is kept", 130)
+            click.echo("interrupted; nothing after the last checkpoint is kept", err=True)
+            code = 130
+        except Interrupted as error:
+            click.echo(f"interrupted: {error}", err=True)
+            code = error.exit_code
         except PrivrecError as error:
             code = _fail(str(error), error.exit_code)
         except OSError as error:
@@ -76,6 +88,17 @@ def _fail(message: str, code: int) -> int:
     with suppress(OSError):  # standard error may be closed; the exit code still tells
         click.echo(f"error: {message}", err=True)
     return code
+
+
+def _key_of(error: click.NoSuchOption) -> str:
+    """The key of a scenario that an unknown option names, where the command takes ``-s``."""
+    if error.ctx is None or all(each.name != "settings" for each in error.ctx.command.params):
+        return ""
+    from privrec.scenario.keys import keys
+
+    name = error.option_name.lstrip("-").replace("-", "_")
+    found = {f"{key.table}.{key.name}" for key in keys() if key.table and key.name == name}
+    return found.pop() if len(found) == 1 else ""
 
 
 def example(*lines: str) -> str:
@@ -142,6 +165,13 @@ def shown() -> Iterator[None]:
             os.close(nowhere)
 
 
+def terminal_width() -> int | None:
+    """Columns of the terminal that standard output is; None where it is a file or a pipe."""
+    from rich.console import Console
+
+    return Console().width if sys.stdout is not None and sys.stdout.isatty() else None
+
+
 def print_json(payload: object) -> None:
     """Print plain values as JSON, for programs; what is not finite becomes null, as JSON has it."""
     plain = json.loads(json.dumps(payload, default=str), parse_constant=lambda _: None)
@@ -158,7 +188,8 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     table = Table(box=None)
     for place, name in enumerate(columns):
         right = all(_is_number(row[place]) for row in cells)
-        table.add_column(name, justify="right" if right else "left", overflow="fold")
+        named = place == 0 and all(len(row[0]) <= 40 for row in cells)
+        table.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=named)
     for row in cells:
         table.add_row(*map(escape, row))
     console = Console(highlight=False)

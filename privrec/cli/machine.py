@@ -41,7 +41,7 @@ def data() -> None:
 def list_data(data_dir: Path | None, as_json: bool) -> None:
     """List the data sets that can be fetched and say which are here."""
     console.check_data(data_dir)
-    from privrec.data.catalogue import ARCHIVES
+    from privrec.data.catalogue import ARCHIVES, cache_dir
 
     here = found_data(data_dir)
     rows = [
@@ -51,8 +51,12 @@ def list_data(data_dir: Path | None, as_json: bool) -> None:
     if as_json:
         console.print_json(rows)
         return
-    cells = [(row["name"], row["holds"], row["found"] or "not here") for row in rows]
+    cells = [(row["name"], row["holds"], row["found"] or "not found") for row in rows]
     console.print_table("Data sets", ("name", "holds", "found"), cells)
+    folders = " and ".join(str(each) for each in (data_dir, cache_dir()) if each is not None)
+    console.print_lines(
+        [f"Looked in {folders}; --data PATH looks elsewhere, privrec data fetch NAME downloads."]
+    )
 
 
 @data.command(epilog=console.example("privrec data fetch ml-1m"))

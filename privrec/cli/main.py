@@ -30,13 +30,14 @@ from privrec.run.record import (
     epsilon_text,
     headline_metric,
     metric_name,
+    told_once,
 )
 
 if TYPE_CHECKING:
     from privrec.report.render import Written
     from privrec.run.record import Observers, Result
 
-QUICKSTART = Path(__file__).with_name("quickstart.toml")
+QUICKSTART = "quickstart"
 DEMO_USER = "7"
 
 out_option = click.option(
@@ -61,7 +62,7 @@ mlflow_option = click.option(
 @click.group(
     cls=console.Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog=console.example("privrec demo", "privrec run scenarios/quickstart.toml"),
+    epilog=console.example("privrec demo", "privrec run quickstart"),
 )
 @click.version_option(__version__, prog_name="privrec")
 def main() -> None:
@@ -92,8 +93,8 @@ main.add_command(init)
 
 @main.command(
     epilog=console.example(
-        "privrec run scenarios/quickstart.toml -s train.rounds=50 --out runs/short",
-        "privrec run scenarios/ml-1m-dp.toml --data data/ml-1m --json",
+        "privrec run quickstart -s train.rounds=50 --out runs/short",
+        "privrec run my.toml --data data/ml-1m --json",
     ),
 )
 @console.scenario_file
@@ -277,7 +278,7 @@ def print_result(payload: Mapping[str, Any]) -> None:
     title = f"{kind}: {payload['scenario']}, {payload['rounds']} rounds"
     intervals, baselines = payload.get("intervals") or {}, payload.get("baselines") or {}
     rows = []
-    for key, value in payload["metrics"].items():
+    for key, value in told_once(payload["metrics"]).items():
         low, high = intervals.get(key) or (None, None)
         within = "" if low is None else f"{low:.4f} to {high:.4f}"
         others = (baseline.get(key) for baseline in baselines.values())
@@ -307,7 +308,7 @@ _COSTS = {
     "device_peak_bytes": ("memory of a device, at most", "bytes"),
     "cpu_s_per_device_round": ("CPU of a device in a round", "s"),
     "noise_deferred": ("devices' own noise that was not drawn", "share"),
-    "wall_s": ("the whole run", "s"),
+    "wall_s": ("training and evaluation", "s"),
 }
 
 

@@ -33,7 +33,8 @@ class _Report(console.Commands):
     cls=_Report,
     epilog=console.example(
         "privrec report runs/quickstart-1",
-        "privrec report verify runs/quickstart-1/report.json --key server.pub",
+        "privrec report key runs/quickstart-1",
+        "privrec report verify runs/quickstart-1 --key server.pub",
     ),
 )
 def report() -> None:
@@ -83,8 +84,8 @@ def write(path: Path, facts: Path | None, as_json: bool) -> None:
 @click.option(
     "--key",
     metavar="HEX|FILE",
-    help="The server's public key, got by another way than FILE. [default: the one that this "
-    "machine keeps for the run]",
+    help="The server's public key, as `privrec report key` prints it, got by another way than "
+    "FILE. [default: the one that this machine keeps for the run]",
 )
 @click.option(
     "--trust-named-key",
@@ -109,6 +110,27 @@ def verify(path: Path, key: str | None, trust_named_key: bool, as_json: bool) ->
             f"{path}: {len(verdict.mismatches)} things do not match the ledger; do not rely on "
             "this report"
         )
+
+
+@report.command(epilog=console.example("privrec report key runs/quickstart-1"))
+@console.run_dir
+def key(directory: Path) -> None:
+    """Print the public key of the server that ran DIR, for reviewers to verify its report by.
+
+    Only the machine that ran it can tell; send the key by another way than the report.
+    """
+    console.check_run(directory)
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    from privrec.run.directory import Identity, kept_key
+
+    found = kept_key(Identity.read(directory).run_id)
+    if found is None:
+        raise UsageError(
+            f"{directory}: this machine does not keep the key of that run; ask whoever ran it, or "
+            "set PRIVREC_STATE to where the run's secrets are"
+        )
+    click.echo(found.public_bytes(Encoding.Raw, PublicFormat.Raw).hex())
 
 
 @report.command(epilog=console.example("privrec report schema"))
@@ -159,7 +181,11 @@ def write_report(directory: Path) -> Written:
 )
 @console.json_option
 def compare(directories: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
-    """Put finished runs side by side."""
+    """Put finished runs side by side.
+
+    A terminal that is too narrow for a line a run gets a column a run; a pipe gets lines of fields
+    with tabs between them.
+    """
     for directory in directories:
         console.check_run(directory)
     from privrec.report.render import compare as side_by_side
@@ -172,12 +198,28 @@ def compare(directories: tuple[Path, ...], out: Path | None, as_json: bool) -> N
         console.print_json({"rows": comparison.rows(), "cautions": comparison.cautions})
         return
     columns = [*_HEADINGS, *comparison.metrics, *_COSTS]
-    rows = [[_cell(column, row[column]) for column in columns] for row in comparison.rows()]
+    found = comparison.rows()
+    rows = [[_cell(column, row[column]) for column in columns] for row in found]
     names = {**_HEADINGS, **_COSTS}
     headings = [names.get(column) or metric_name(column) for column in columns]
-    console.print_table(f"Runs (metrics are {OUTSIDE})", headings, rows)
-    if comparison.cautions:
-        console.print_lines(f"caution: {caution}" for caution in comparison.cautions)
+    cautions = [f"caution: {caution}" for caution in comparison.cautions]
+    width = console.terminal_width()
+    if width is None:
+        click.echo("\t".join(headings))
+        for row in found:
+            plain = (_cell(c, row[c]) if row[c] is None else str(row[c]) for c in columns)
+            click.echo("\t".join(plain))
+        for caution in cautions:
+            click.echo(caution, err=True)
+        return
+    title = f"Runs (metrics are {OUTSIDE})"
+    if sum(max(map(len, column)) + 2 for column in zip(headings, *rows, strict=True)) > width:
+        first, *others = zip(headings, *rows, strict=True)
+        console.print_table(title, ("", *first[1:]), others)
+    else:
+        console.print_table(title, headings, rows)
+    if cautions:
+        console.print_lines(cautions)
 
 
 def _cell(column: str, value: Any) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +138,10 @@ def fetch(
         rule = f"its MD5 must be {archive.md5}"
         raise bad_file(file, found, rule, f"try again, or {offline}") from error
     except OSError as error:  # requests' errors are OSErrors too
-        found = f"{archive.url} could not be downloaded ({error})"
+        # What requests says is its own retries and sockets: the kind of its error tells enough.
+        kind = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(error).__name__).lower()
+        why = error.strerror or (str(error) if len(str(error)) < 60 else kind)
+        found = f"{archive.url} could not be downloaded ({why})"
         rule = "a download needs the network and a folder to write to"
         remedy = f"check both, or {offline} and point --data at it"
         raise bad_file(file, found, rule, remedy) from error

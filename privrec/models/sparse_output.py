@@ -12,6 +12,7 @@ neural machine translation" (ACL 2015) for the importance weights of sampled sof
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, cast
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from privrec.data.corpus import NO_LABEL
+from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import PlainTable, Table, distinct
 from privrec.errors import UsageError
 from privrec.models.losses import softmax_loss
@@ -318,6 +320,67 @@ class _Rows(torch.autograd.Function):
         # Rows are distinct: whatever their order, nothing is left to be summed.
         sparse = torch.sparse_coo_tensor(index[None], values, ctx.size, check_invariants=False)
         return sparse._coalesced_(True), None, None
+
+
+class SubspaceEmbedding(nn.Module):
+    """Rows of a wide table, kept in a memory that is as many times smaller as ``compression`` says.
+
+    A stand-in for :class:`torch.nn.Embedding` without its padding, norms and sparse gradients. Each
+    row is cut into parts of ``block`` numbers; a keyed hash gives every part a sign and a place in
+    :attr:`memory`, which it may share with parts of other rows, so that nothing is stored for a row
+    and none has to be known before.
+
+    Args:
+        num_embeddings: rows, at least 1; an id outside of them is a UsageError.
+        embedding_dim: numbers in a row, a multiple of ``block``.
+        compression: the table's size over the memory's, at least 1, rounded so that the memory has
+            a power of two of blocks.
+        block: numbers that move together; None, as many as 16 and ``embedding_dim`` have in common.
+        key: which of all hash functions, and the first numbers; whoever has it has the same.
+
+    Attributes:
+        memory: the parameter, of the shape ``(slots, block)``, drawn from a standard normal.
+
+    Source: the random subspaces of FAIR, as :class:`privrec.embedding.subspace.Subspace` has them.
+
+    Examples:
+        >>> import torch, privrec
+        >>> table = privrec.SubspaceEmbedding(1_000_000, 32, compression=64)
+        >>> table(torch.tensor([[3, 999_999]])).shape, table.memory.numel()
+        (torch.Size([1, 2, 32]), 524288)
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        compression: float = 1.0,
+        block: int | None = None,
+        key: int = 0,
+    ) -> None:
+        super().__init__()
+        block = math.gcd(16, embedding_dim) if block is None else block
+        sizes = num_embeddings, embedding_dim
+        self.table = Subspace.sized(*sizes, block=block, key=key, compression=compression)
+        rng = rng_for(key, "subspace embedding")
+        first = rng.standard_normal((self.table.slots, block), np.float32)
+        self.memory = nn.Parameter(torch.from_numpy(first))
+
+    def forward(self, items: Tensor) -> Tensor:
+        """Return the rows of integer ids of any shape ``(*s)``, as ``(*s, embedding_dim)``."""
+        ids = items.detach().cpu().numpy()
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.table.items:
+            wrong = int(ids.min() if ids.min() < 0 else ids.max())
+            raise UsageError(f"id {wrong}: the table has rows 0 to {self.table.items - 1}")
+        slots, signs = (torch.from_numpy(each).to(items.device) for each in self.table.locate(ids))
+        rows = functional.embedding(slots, self.memory) * signs[..., None]
+        return rows.reshape(*items.shape, self.table.dim)
+
+    def extra_repr(self) -> str:
+        """Say how large the table is, and how much smaller its memory."""
+        table = self.table
+        return f"{table.items}, {table.dim}, compression={table.compression:.3g}"
 
 
 class RowAdam(torch.optim.Optimizer):

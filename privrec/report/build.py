@@ -306,7 +306,7 @@ def _accuracy(files: _Files) -> dict[str, Any]:
     metrics = [
         {
             "key": key,
-            "name": metric_name(key).removesuffix(", full ranking"),
+            "name": metric_name(key).replace(", full ranking", ""),
             "protocol": _protocol(key),
             "value": value,
             **dict(zip(("low", "high"), intervals.get(key) or (None, None), strict=True)),
@@ -337,7 +337,7 @@ def _protocol(key: str) -> str:
         return "all words or labels, unknown ones left out"
     if key.startswith(SUMMED):
         return "all items, those of the history left out; summed under masks, with noise"
-    if key.startswith("full_"):
+    if "full_" in key:
         return "all items, those of the history left out"
     return "99 items the user has not seen"
 

@@ -329,10 +329,10 @@ def risks(report: Report) -> Iterator[Plot]:
         second = " Lower line: recipients; upper: cohorts known." if two else ""
         plot = Plot(
             key="pairs",
-            title="One mechanism, many pairs",
+            title="ε at other values of δ",
             description=f"δ falls from {recipients[0][1]:.2g} at ε = {recipients[0][0]:.3g} to "
             f"{recipients[-1][1]:.2g} at ε = {recipients[-1][0]:.3g}.",
-            caption=f"The least δ at each ε. All of these hold at once.{second}",
+            caption=f"The smallest δ for each ε. All of these pairs hold at once.{second}",
             x="ε",
             y="δ",
             rounds=False,

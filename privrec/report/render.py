@@ -14,7 +14,7 @@ from privrec.report.build import build
 from privrec.report.model import Report, Scalar
 from privrec.report.plots import by_tier, intervals, plots, privacy_utility, risks
 from privrec.report.words import delta_text, render, tables
-from privrec.run.record import SUMMED, metric_name
+from privrec.run.record import SUMMED, metric_name, told_once
 
 
 @dataclass(frozen=True)
@@ -129,11 +129,9 @@ class Comparison:
     @property
     def metrics(self) -> tuple[str, ...]:
         """Keys of all metrics that any run has, those of full ranking and then secure sums last."""
-        keys = (metric.key for report in self.reports for metric in report.accuracy.metrics)
-        last = ("full_", SUMMED)
-        return tuple(
-            sorted(dict.fromkeys(keys), key=lambda key: [*map(key.startswith, last[::-1])])
-        )
+        found = ({m.key: m.value for m in each.accuracy.metrics} for each in self.reports)
+        keys = dict.fromkeys(key for metrics in found for key in told_once(metrics))
+        return tuple(sorted(keys, key=lambda key: [*map(key.startswith, (SUMMED, "full_"))]))
 
     def rows(self) -> list[dict[str, Scalar]]:
         """One flat row a run: name, ε, metrics and costs; an infinite ε is None."""
@@ -160,10 +158,20 @@ class Comparison:
         headline = next(iter(self.reports[0].accuracy.metrics), None)
         heading = f"{metric_name(headline.key)} by run" if headline else ""
         of = dict(zip(self.names, self.reports, strict=True))
-        shown = {n: m for n, each in of.items() if headline and (m := each.metric(headline.key))}
+        first = _data(self.reports[0])
+        shown = {
+            name: metric
+            for name, each in of.items()
+            if headline and _data(each) == first and (metric := each.metric(headline.key))
+        }
         spent = {name: of[name].adversary("recipients").epsilon for name in shown}
         private = [(name, e, shown[name]) for name, e in spent.items() if e is not None]
-        comparable = len(private) > 1 and len(_deltas(self.reports)) == 1
+        spread = [e for _, e, _ in private]
+        comparable = (
+            len(_deltas(self.reports)) == len({_data(each) for each in self.reports}) == 1
+            and len(private) > 1
+            and max(spread) > 1.02 * min(spread)  # less would draw how the search for noise ended
+        )
         full, summed = ([m for m in self.metrics if m.startswith(p)] for p in ("full_", SUMMED))
         protocols = {
             "Among 99 items": [m for m in self.metrics if m not in (*full, *summed)],
@@ -206,6 +214,11 @@ def compare(directories: Sequence[Path]) -> Comparison:
     return Comparison(tuple(names), reports, tuple(_cautions(reports)))
 
 
+def _data(report: Report) -> tuple[Scalar, ...]:
+    """What tells the data of two runs apart: metrics of different data share no picture."""
+    return tuple(report.data.get(key) for key in ("source", "users", "items", "interactions"))
+
+
 def _deltas(reports: Sequence[Report]) -> set[float]:
     """Every δ at which a run has a guarantee."""
     private = (report.privacy for report in reports if report.privacy.private)
@@ -215,8 +228,7 @@ def _deltas(reports: Sequence[Report]) -> set[float]:
 def _cautions(reports: Sequence[Report]) -> Iterator[str]:
     if len({report.accuracy.holdout for report in reports}) > 1:
         yield "Metrics are of different splits (test and validation): do not compare them."
-    facts = ("source", "users", "items", "interactions")
-    if len({tuple(report.data.get(key) for key in facts) for report in reports}) > 1:
+    if len({_data(report) for report in reports}) > 1:
         yield "The runs used different data: metrics and costs are not comparable."
     if len(deltas := _deltas(reports)) > 1:
         values = ", ".join(delta_text(delta) for delta in sorted(deltas))

@@ -99,8 +99,8 @@ def verify(
     """Recompute a report from the ledger that lies beside it.
 
     Args:
-        path: ``report.json``, or the directory that it lies in; or a ledger, which is looked at by
-            itself where no report of it is there.
+        path: ``report.json``, a page beside it, or the directory that they lie in; or a ledger,
+            which is looked at by itself where no report of it is there.
         key: the server's public key, got by another way; by default the one that this machine keeps
             for the run.
         trust_named_key: go on without such a key. Whoever made the files can then have made up all
@@ -116,6 +116,8 @@ def verify(
         if not beside:
             return _verify_ledger(path, key, trust_named_key)
         path = beside[0]
+    if path.suffix in (".html", ".md"):  # held to the JSON below, as every page beside it is
+        path = path.with_suffix(".json")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -159,7 +161,8 @@ def _trusted(
     if key is None and not trust_named_key:
         raise UsageError(
             f"{path}: no key to trust: the ledger names one, but whoever forged it would have "
-            "named their own. Give the server's public key with --key, or say --trust-named-key"
+            "named their own. Give the server's public key with --key (whoever ran it prints it by "
+            "`privrec report key DIR`), or say --trust-named-key"
         )
     return key
 

@@ -19,7 +19,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from markupsafe import Markup, escape
 
 from privrec.report.model import Metric, Scalar
-from privrec.run.record import adversary_text, duration_text, epsilon_text, metric_name
+from privrec.run.record import (
+    adversary_text,
+    duration_text,
+    epsilon_text,
+    metric_name,
+    told_once,
+)
 
 T = TypeVar("T")
 
@@ -165,9 +171,11 @@ def _cell(text: object) -> str:
     return re.sub(r"([\\|*_`\[\]#])", r"\\\1", plain).replace("<", "&lt;")
 
 
-def _code(text: str) -> Markup:
-    """HTML of a text, with what stands between backticks as code."""
-    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704
+def _unbroken(text: str) -> Markup:
+    """HTML of a text, with code between backticks, whose figures are not broken across lines."""
+    found = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text)))
+    figures = r"(\([\d.∞]+, [\d.e-]+\)-|[εδ] = [\d.e∞-]*[\de∞]|\b\d[\d.]*e-\d+)"
+    return Markup(re.sub(figures, r'<span class="nobreak">\1</span>', found))  # noqa: S704
 
 
 @cache
@@ -188,7 +196,6 @@ def _environment(*, toml: bool) -> Environment:
         bytes=bytes_text,
         ceil=math.ceil,
         cell=_cell,
-        code=_code,
         delta=delta_text,
         epsilon=epsilon_text,
         fact=fact_text,
@@ -202,6 +209,8 @@ def _environment(*, toml: bool) -> Environment:
         seconds=seconds_text,
         thinned=thinned,
         thousands="{:,}".format,
+        told_once=lambda metrics: set(told_once({each.key: each.value for each in metrics})),
         toml=_toml,
+        unbroken=_unbroken,
     )
     return environment

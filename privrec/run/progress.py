@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+_AFTER = "last round done; measuring what was learned"
 HIDDEN_LINES = 20
 """Lines of a run that hides its cohorts, beside those of the first and of evaluated rounds."""
 
@@ -70,7 +71,7 @@ class ConsoleObserver(Observer):
         if self._console is None:
             self._write(opening_words(info))
             return
-        self._console.print(opening_words(info), highlight=False, soft_wrap=True)
+        self._console.print(opening_words(info), highlight=False, markup=False)
         from rich import progress
 
         self._bar = progress.Progress(
@@ -93,7 +94,9 @@ class ConsoleObserver(Observer):
                 expected = self._info.expected_cohort
                 cohort = "" if expected is None else f"cohort ≈{expected:,.0f}"
             figures = self._figures(record, cohort, self._metrics)
-            self._bar.update(self._bar.task_ids[0], completed=record.round, figures=figures)
+            what = "Round" if record.round < record.rounds else "Measuring"
+            task = self._bar.task_ids[0]
+            self._bar.update(task, completed=record.round, description=what, figures=figures)
         elif self._console is None and self._due(record, now := self._clock()):
             self._first, self._last = False, now
             left = ""
@@ -104,6 +107,8 @@ class ConsoleObserver(Observer):
             figures = self._figures(record, "", record.metrics)
             head = f"round {record.round}/{record.rounds}"
             self._write(" · ".join(part for part in (head, figures, left) if part))
+            if record.round >= record.rounds:
+                self._write(_AFTER)
 
     def _due(self, record: Record, now: float) -> bool:
         if self._first or record.metrics or record.round >= record.rounds:

@@ -341,6 +341,15 @@ def headline_metric(metrics: Mapping[str, float]) -> str | None:
     return min(metrics, key=rank, default=None)
 
 
+def told_once(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Leave out a recall that repeats the hit rate, as it does where one item is held out."""
+    return {
+        key: value
+        for key, value in metrics.items()
+        if "recall@" not in key or metrics.get(key.replace("recall@", "hr@")) != value
+    }
+
+
 def metric_name(key: str) -> str:
     """Write a metric's key as people do: ``full_hr@10`` is "HR@10, full ranking"."""
     if key.startswith("own_"):

@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -36,6 +37,8 @@ from privrec.scenario.schema import (
     Run,
     Train,
 )
+
+_WORDS = ("title", "description")
 
 __all__ = ["Data", "DeviceTier", "Devices", "Model", "Privacy", "Row", "Run", "Scenario"]
 __all__ += ["Train", "load"]
@@ -186,17 +189,32 @@ class Scenario(Heading):
         return document
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Scenario:
+def built_in() -> dict[str, Path]:
+    """The scenarios that come with privrec, by name."""
+    here = Path(__file__).parent
+    places = (here / "built_in", here.parents[1] / "scenarios")  # of a wheel, and of a clone
+    return {path.stem: path for place in places for path in sorted(place.glob("*.toml"))}
+
+
+def load(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Scenario:
     """The scenario in a TOML file; see :meth:`Scenario.from_toml`.
+
+    Args:
+        path: a file, or the name of a scenario that comes with privrec, such as ``quickstart``.
 
     Raises:
         ScenarioError: If the file cannot be read or is not a scenario.
     """
+    file = Path(path)
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        if not file.suffix and not file.exists():
+            file = built_in().get(str(path), file)
+        text = file.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        example = "scenarios/quickstart.toml"
-        problem = f"there is no such file; a scenario is a TOML file, for example {example}"
+        problem = (
+            "there is no such file; a scenario is a TOML file, or one of those that come with "
+            f"privrec: {', '.join(built_in())}"
+        )
     except IsADirectoryError:
         problem = "this is a folder, and a scenario is a file; name a .toml file in it"
     except UnicodeDecodeError as error:
@@ -231,6 +249,9 @@ def _changed(
     document: dict[str, Any], settings: Mapping[str, Any], problems: dict[str, str], source: str
 ) -> Scenario:
     """The scenario of a document after changes; one ScenarioError with everything wrong in it."""
+    if "title" not in settings and any(path.startswith("privacy.") for path in settings):
+        # They were written for other settings: "no privacy noise" would head an ε of 8.
+        document = {key: each for key, each in document.items() if key not in _WORDS}
     for path, value in settings.items():
         table, _, name = path.rpartition(".")
         target = document.setdefault(table, {}) if table in TABLES and table else document

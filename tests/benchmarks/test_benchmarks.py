@@ -273,3 +273,20 @@ def test_a_quick_run_of_growth_draws_its_picture(tmp_path: Path) -> None:
     subprocess.run([*command, "--read", path, "--plot", plot], check=True, env=here)
     drawn = ElementTree.fromstring(plot.read_text("utf-8"))  # noqa: S314 - our own text
     assert sum(each.tag.endswith("circle") for each in drawn.iter()) == 4 * 3 + 4 * 2
+
+
+def test_accuracy_beside_peers_names_those_that_are_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peers, path = load("peers", monkeypatch), tmp_path / "peers.json"
+    monkeypatch.setattr(peers, "find_spec", lambda _: None)
+    monkeypatch.setenv("PRIVREC_STATE", str(tmp_path / "state"))
+    monkeypatch.setattr(sys, "argv", ["peers.py", "--quick", "--json", str(path)])
+    peers.main()
+    assert "implicit, ALS: implicit is not installed; left out" in capsys.readouterr().out
+    found = json.loads(path.read_text())
+    rows = {row["name"]: row for row in found["rows"]}
+    assert list(rows) == ["popularity", *(f"privrec, {name}" for name in peers.OWN)]
+    assert rows["privrec, ε = 8, server trusted"]["epsilon"] <= 8
+    assert all(0 < row["hr@10"] < 1 for row in rows.values())
+    assert "implicit" in found["machine"]["packages"]

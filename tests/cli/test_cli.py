@@ -137,6 +137,7 @@ def test_what_lists_something_can_do_so_for_programs(path: tuple[str, ...]) -> N
     names = {name for parameter in COMMANDS[path].params for name in parameter.opts}
     assert "--json" in names or path in {
         ("data", "fetch"),
+        ("report", "key"),
         ("report", "schema"),
         ("scenario", "schema"),
     }
@@ -214,7 +215,8 @@ def test_errors_are_one_line_and_an_exit_code(
     monkeypatch.setattr("privrec.run.lifecycle.start", fail)
     result = call("run", "tiny.toml")
     assert result.exit_code == code
-    assert result.stderr == "error: value, rule, remedy\n"
+    word = "interrupted" if code == 130 else "error"
+    assert result.stderr == f"{word}: value, rule, remedy\n"
     assert not result.stdout
 
 
@@ -225,7 +227,15 @@ def test_ctrl_c_anywhere_exits_130(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("privrec.scenario.load.load", stop)
     result = call("plan", "tiny.toml")
     assert result.exit_code == 130
-    assert "interrupted" in result.stderr
+    assert result.stderr.lstrip().startswith("interrupted; ")
+
+
+def test_an_option_that_is_a_key_of_the_scenario_is_named() -> None:
+    refused = call("run", "tiny.toml", "--epsilon", "4")
+    assert refused.exit_code == 2
+    assert "Did you mean -s privacy.epsilon=VALUE?" in refused.stderr
+    assert "--json" not in refused.stderr
+    assert "Did you mean --user" in call("recommend", "run", "--users", "4").stderr
 
 
 def test_a_full_disk_is_named_and_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +284,8 @@ def test_interrupted_by_a_signal_then_resumed(place: Path) -> None:
     rest = process.communicate()[1]
     assert process.returncode == 130, rest
     assert seen[0].startswith("Simulated run: tiny")
-    assert "error: stopped after round" in rest
+    assert "interrupted: stopped after round" in rest
+    assert "error" not in rest
     assert "privrec resume run" in rest
     assert "Traceback" not in rest
     assert not (place / "run" / "result.json").exists()
@@ -568,7 +579,9 @@ def test_a_network_is_not_exported_as_vectors(place: Path) -> None:
     assert not (place / "items.npz").exists()
 
 
-def test_runs_are_compared(finished: tuple[Path, Result], place: Path) -> None:
+def test_runs_are_compared(
+    finished: tuple[Path, Result], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     directory, _ = finished
     done("run", "tiny.toml", "-s", "name=other", "-s", "privacy.epsilon=4", "--out", "other")
     table = done("compare", directory, "other", "--out", "page.html").stdout
@@ -578,12 +591,36 @@ def test_runs_are_compared(finished: tuple[Path, Result], place: Path) -> None:
     rows = json.loads(done("compare", directory, "other", "--json").stdout)["rows"]
     assert [row["name"] for row in rows] == ["tiny", "other"]
     assert rows[0]["epsilon"] > rows[1]["epsilon"]
+    # In a pipe: fields with tabs between them, as they are. On a narrow terminal: a column a run.
+    headings, *lines = [line.split("\t") for line in table.splitlines()]
+    assert headings[:3] == ["run", "rounds", "ε, recipients"]
+    assert [line[2] for line in lines] == [str(row["epsilon"]) for row in rows]
+    assert {len(line) for line in lines} == {len(headings)}
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("privrec.cli.console.terminal_width", lambda: 80)
+    narrow = done("compare", directory, "other").stdout.splitlines()
+    assert narrow[1].split() == ["tiny", "other"]
+    assert "HR@10, full ranking" in "\n".join(narrow)
+    assert max(map(len, narrow)) <= 80
+    assert len(narrow) == len(headings) + 2  # no heading is broken across lines
+
+
+def test_the_key_that_a_reviewer_needs_is_printed(
+    finished: tuple[Path, Result], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, _ = finished
+    assert "does not keep the key" in call("report", "key", directory).stderr
+    monkeypatch.setenv("PRIVREC_STATE", str(directory.parent / "state"))
+    (place / "server.pub").write_text(done("report", "key", directory).stdout)
+    monkeypatch.setenv("PRIVREC_STATE", str(place / "state"))
+    for name in ("report.json", "report.html", "report.md"):
+        done("report", "verify", directory / name, "--key", "server.pub")
 
 
 def test_the_demo_ends_with_recommendations_and_the_report(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "QUICKSTART", place / "tiny.toml")
+    monkeypatch.setattr(cli, "QUICKSTART", "tiny.toml")
     lines = done("demo").stdout.splitlines()
     assert "Recommendations for user 7" in lines
     assert lines[-2:] == ["Run:    runs/tiny-1", "Report: runs/tiny-1/report.html"]
@@ -825,7 +862,9 @@ def test_the_list_of_data_says_what_is_here(place: Path) -> None:
     assert found["ml-1m"] == str(place / "cache" / "ml-1m")
     assert found["ml-100k"] == "more/ml-100k.zip"
     assert found["ml-25m"] is None
-    assert "not here" in done("data", "list").stdout
+    listed = done("data", "list").stdout
+    assert "not found" in listed
+    assert "Looked in" in listed
 
 
 def test_a_data_set_is_described_by_name_or_scenario() -> None:

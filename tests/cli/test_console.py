@@ -45,7 +45,26 @@ def test_plain_lines_never_show_a_cohort() -> None:
 def test_plain_lines_come_now_and_then() -> None:
     rounds = [a_record(n, metrics={"hr@10": 0.5} if n == 12 else None) for n in range(1, 21)]
     shown = [line.split(" ")[1] for line in plain_lines(rounds, OPEN, every_s=7)[1:]]
-    assert shown == ["1/20", "8/20", "12/20", "19/20", "20/20"]
+    assert shown == ["1/20", "8/20", "12/20", "19/20", "20/20", "round"]
+
+
+def test_what_follows_the_last_round_is_said() -> None:
+    assert "measuring" in plain_lines([a_record(20)], OPEN)[-1]
+    assert "measuring" not in plain_lines([a_record(19)], OPEN)[-1]
+    console = terminal()
+    with ConsoleObserver(console=console) as observer:
+        observer.started(OPEN)
+        observer.round(a_record(20))
+    assert "Measuring" in drawn(console)
+
+
+def test_the_opening_words_are_broken_between_words() -> None:
+    console = terminal(40)
+    with ConsoleObserver(console=console) as observer:
+        observer.started(OPEN)
+    lines = drawn(console).partition("\x1b")[0].splitlines()
+    assert max(map(len, lines)) <= 40
+    assert " ".join(line.strip() for line in lines).startswith("Simulated run: ml-1m-dp (Federated")
 
 
 def test_plain_lines_tell_no_time_where_cohorts_are_hidden() -> None:

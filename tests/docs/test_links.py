@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import accuracy_figure
 import pytest
-from docs_pages import PAGES, ROOT, anchors, links
+from docs_pages import PAGES, ROOT, anchors, fences, links
 
 
 def broken_links(page: Path, text: str) -> Iterator[str]:
@@ -30,6 +32,15 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not list(broken_links(page, page.read_text("utf-8")))
 
 
+def test_the_picture_of_accuracy_is_that_of_its_table() -> None:
+    page = (ROOT / "docs" / "accuracy.md").read_text("utf-8")
+    lines, popular = accuracy_figure.measured(page)
+    assert lines
+    assert all(value > popular for _, points in lines for _, value in points)
+    drawn = (ROOT / "docs" / "accuracy.svg").read_text("utf-8")
+    assert drawn == accuracy_figure.picture(lines, popular), "run: python docs/accuracy_figure.py"
+
+
 def test_pages_of_the_documentation_link_to_pages_only() -> None:
     found = [
         f"{page.name}: {link}"
@@ -38,7 +49,7 @@ def test_pages_of_the_documentation_link_to_pages_only() -> None:
         for link in links(page.read_text("utf-8"))
         if "://" not in link
         and not link.startswith("#")
-        and not link.partition("#")[0].endswith(".md")
+        and not link.partition("#")[0].endswith((".md", ".ipynb"))
     ]
     assert not found
 
@@ -62,6 +73,20 @@ def test_a_broken_link_is_found(text: str, count: int) -> None:
 
 def test_every_page_is_in_the_table_of_contents() -> None:
     index = (ROOT / "docs" / "index.md").read_text("utf-8")
-    listed = set(index.rpartition("```{toctree}")[2].split())
+    trees = [fence.text for fence in fences(index) if fence.language == "{toctree}"]
+    listed = [word for tree in trees for word in tree.partition("\n\n")[2].split()]
     pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
-    assert pages <= listed
+    assert sorted(listed) == sorted(pages)
+    assert all(":caption:" in tree for tree in trees)
+
+
+def test_drawings_fit_the_width_of_a_page() -> None:
+    wide = [
+        f"{page.name}:{fence.line}: {line}"
+        for page in PAGES
+        for fence in fences(page.read_text("utf-8"))
+        if page.parent.name == "docs" and re.search("[─│►]", fence.text)
+        for line in fence.text.splitlines()
+        if len(line) > 94
+    ]
+    assert not wide

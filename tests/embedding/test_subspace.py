@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from privrec.embedding.subspace import Subspace
 from privrec.embedding.table import add_rows
 from privrec.errors import UsageError
+from privrec.models.sparse_output import SubspaceEmbedding
 
 GOLDEN_BIJECTION = [[5, 10], [4, 6], [13, 12], [7, 8], [9, 2], [11, 15]]
 GOLDEN_SIGNS = [[-1.0, -1.0], [-1.0, -1.0], [1.0, 1.0], [-1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]]
@@ -225,3 +227,29 @@ def test_sized_refuses_what_the_class_refuses(items: int, dim: int, block: int) 
 def test_a_memory_has_only_so_many_halves(times: int) -> None:
     with pytest.raises(UsageError, match="0 to 4 for 16 slots"):
         Subspace(5, 8, 4, 16, 0).folded(times)
+
+
+def test_a_layer_of_pytorch_reads_and_writes_as_the_subspace_does() -> None:
+    layer = SubspaceEmbedding(100, 8, compression=4, block=4, key=7)
+    table = Subspace.sized(100, 8, block=4, key=7, compression=4)
+    items = np.array([[3, 99], [3, 0]])
+    found = layer(torch.from_numpy(items))
+    assert np.array_equal(
+        found.detach().numpy(), table.gather(layer.memory.detach().numpy(), items)
+    )
+    rows = np.random.default_rng(0).normal(size=found.shape).astype(np.float32)
+    found.backward(torch.from_numpy(rows))
+    expected = np.zeros((table.slots, 4), np.float32)
+    table.scatter_add(expected, items, rows)
+    assert np.allclose(layer.memory.grad, expected, atol=1e-6)
+    assert layer.memory.numel() * 4 <= 100 * 8 * 2
+    again = SubspaceEmbedding(100, 8, compression=4, block=4, key=7)
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(again(torch.from_numpy(items)), found)
+    assert layer(torch.empty(0, 3, dtype=torch.int64)).shape == (0, 3, 8)
+
+
+@pytest.mark.parametrize("wrong", [-1, 100])
+def test_a_layer_refuses_ids_that_its_table_does_not_have(wrong: int) -> None:
+    with pytest.raises(UsageError, match=f"id {wrong}: the table has rows 0 to 99"):
+        SubspaceEmbedding(100, 8)(torch.tensor([5, wrong]))

@@ -18,6 +18,7 @@ from privrec.errors import DataError, IntegrityError, PrivrecError, UsageError
 from privrec.privacy.events import RoundEvent, epsilon
 from privrec.randomness import state_dir, write_secret
 from privrec.report.build import build
+from privrec.report.render import to_html, to_markdown
 from privrec.report.words import thinned
 
 MakeRun = Callable[..., Path]
@@ -269,6 +270,40 @@ def test_losses_and_metrics_are_stamped(a_run: MakeRun) -> None:
         "epsilon_server": "",
     }
     assert report.accuracy.note == "outside the guarantee"
+
+
+RANKED = {f"{own}{full}{stem}@10": bool(full) for own in ("", "own_") for full in ("", "full_")
+          for stem in ("hr", "ndcg", "recall")}  # fmt: skip
+
+
+def test_every_metric_says_what_the_held_out_item_was_ranked_among(a_run: MakeRun) -> None:
+    values = {key: number / 100 for number, key in enumerate(RANKED)}
+    report = build(a_run(extra={"metrics": values}))
+    for metric in report.accuracy.metrics:
+        among = "all items" if RANKED[metric.key] else "99 items"
+        assert metric.protocol.startswith(among), metric.key
+        assert "full ranking" not in metric.name
+        assert ("own tier" in metric.name) == metric.key.startswith("own_")
+
+
+@pytest.mark.parametrize("recall", [0.125, 0.25])
+def test_a_recall_that_repeats_the_hit_rate_is_kept_but_not_shown(
+    a_run: MakeRun, recall: float
+) -> None:
+    metrics = {"hr@10": 0.5, "full_hr@10": 0.25, "full_recall@10": recall}
+    report = build(a_run(extra={"metrics": metrics, "segments": []}))
+    assert {each.key: each.value for each in report.accuracy.metrics} == metrics
+    for text in (to_html(report), to_markdown(report)):
+        assert ("Recall@10" in text) == (recall != 0.25)
+
+
+@pytest.mark.parametrize("simple", [0.4, 0.6])
+def test_the_headline_stands_beside_popularity(a_run: MakeRun, simple: float) -> None:
+    metrics, baselines = {"hr@10": 0.5}, {"popularity": {"hr@10": simple}}
+    page = to_html(build(a_run(extra={"metrics": metrics, "baselines": baselines})))
+    claim = page.partition("The claim")[2].partition("</section>")[0]
+    assert f"popularity {simple:.3f}" in claim
+    assert ("Below popularity" in claim) == (simple > 0.5)
 
 
 @given(st.integers(0, 500), st.integers(2, 60))

@@ -55,6 +55,16 @@ def test_what_is_not_comparable_is_said(
     assert words in compared.to_html()
 
 
+def test_pictures_hold_what_can_be_compared(a_run: MakeRun) -> None:
+    elsewhere = {"extra": {"data": {"source": "ml-100k"}}}
+    runs = [a_run("a", sigma=1.1), a_run("b", sigma=1.1001), a_run("c", sigma=2.0)]
+    same, apart = compare(runs[:2]).to_html(), compare(runs[1:]).to_html()
+    assert ('id="utility-title"' in same, 'id="utility-title"' in apart) == (False, True)
+    mixed = compare([runs[0], a_run("d", sigma=2.0, **elsewhere)]).to_html()
+    assert 'id="utility-title"' not in mixed
+    assert mixed.count("<circle") == 1  # the metric of the first data set alone
+
+
 def test_the_page_stands_alone_and_starts_with_the_stamp(a_run: MakeRun, tmp_path: Path) -> None:
     compared = compare([a_run("a"), a_run("b", noise="none")])
     replace_text(tmp_path / "compare.html", compared.to_html())

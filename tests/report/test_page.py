@@ -26,7 +26,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 
 MOST_PAGES = 6
-WIDTHS = (360, 1280)
+WIDTHS = (360, 390, 900, 1280)
 THEMES: tuple[Literal["light", "dark"], ...] = ("light", "dark")
 KINDS: dict[str, dict[str, Any]] = {
     "central": {"rounds": 40, "planned": 40},
@@ -93,6 +93,30 @@ def audited(run: Path) -> AuditPart:
     )  # fmt: skip
 
 
+OUTSIDE = """
+(() => {
+  const found = [], wide = document.documentElement.clientWidth;
+  for (const each of document.querySelectorAll("p, h1, h2, h3, li, dt, dd, figcaption, .pairs td"))
+    if (each.checkVisibility() && each.getBoundingClientRect().right > wide + 1)
+      found.push("clipped: " + each.textContent.slice(0, 40));
+  for (const each of document.querySelectorAll("body *")) {
+    const style = getComputedStyle(each);
+    if (style.overflowX === "visible" || style.display === "inline") continue;
+    if (each.closest("svg") || each.scrollWidth <= each.clientWidth + 1) continue;
+    const shadows = style.backgroundAttachment.split(", ");
+    const cue = style.backgroundImage.includes("gradient") && shadows.includes("local");
+    if (!cue || !shadows.includes("scroll") || each.tabIndex < 0)
+      found.push("scrolls without a cue: " + each.className + each.textContent.slice(0, 40));
+  }
+  return found;
+})()
+"""
+"""What a reader would not see or not know of: text beyond the edge, and boxes that hide their rest.
+
+A box that scrolls sideways has shadows at the ends that go on, and can be reached by the keyboard.
+"""
+
+
 def opened(browser: Any, file: Path, width: int, theme: str) -> tuple[Any, Heard]:
     page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=theme)
     heard = Heard()
@@ -102,12 +126,30 @@ def opened(browser: Any, file: Path, width: int, theme: str) -> tuple[Any, Heard
 
 
 @pytest.mark.parametrize("theme", THEMES)
-@pytest.mark.parametrize("width", WIDTHS)
-def test_it_is_quiet_and_fits(browser: Any, file: Path, width: int, theme: str) -> None:
-    page, heard = opened(browser, file, width, theme)
+def test_it_is_quiet_and_fits(browser: Any, file: Path, theme: str) -> None:
+    page, heard = opened(browser, file, WIDTHS[0], theme)
     assert heard.messages == []
     assert heard.requests == [file.as_uri()]
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
+    for width in WIDTHS:
+        page.set_viewport_size({"width": width, "height": 800})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate(OUTSIDE) == [], width
+    page.close()
+
+
+def test_figures_are_not_broken_across_lines(browser: Any, file: Path) -> None:
+    page, _ = opened(browser, file, WIDTHS[0], "light")
+    heights = "[...document.querySelectorAll('.nobreak')].map(each => each.getClientRects().length)"
+    assert set(page.evaluate(heights)) <= {1}
+    page.close()
+
+
+def test_contents_lead_to_every_part(browser: Any, file: Path) -> None:
+    page, _ = opened(browser, file, WIDTHS[-1], "light")
+    links = page.evaluate("[...document.querySelectorAll('nav a')].map(each => each.hash.slice(1))")
+    headings = page.evaluate("[...document.querySelectorAll('h2')].map(each => each.id)")
+    assert links == ([] if file.name == "comparison.html" else headings)
     page.close()
 
 
@@ -137,6 +179,7 @@ def test_the_browser_would_tell(browser: Any, tmp_path: Path) -> None:
     bad = tmp_path / "bad.html"
     bad.write_text(
         "<html><body style='width:3000px;color:#999'><img src='there-is-none.png'>grey words"
+        "<p>wide</p><div style='overflow-x:auto;width:90px'><div style='width:900px'>x</div></div>"
         "<script>throw new Error('no')</script></body></html>",
         encoding="utf-8",
     )
@@ -144,6 +187,9 @@ def test_the_browser_would_tell(browser: Any, tmp_path: Path) -> None:
     assert any("no" in message for message in heard.messages)
     assert len(heard.requests) == 2
     assert page.evaluate("document.documentElement.scrollWidth") > 360
+    assert [each.split(":")[0] for each in page.evaluate(OUTSIDE)] == [
+        "clipped", "scrolls without a cue"
+    ]  # fmt: skip
     found = {each["id"] for each in axe.Axe().run(page).response["violations"]}
     assert {"image-alt", "color-contrast", "html-has-lang"} <= found
     page.close()

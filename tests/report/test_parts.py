@@ -157,7 +157,7 @@ FACTS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "population": ({"population": 5003}, ["5,003 users"]),
     "rounds": ({"rounds": 17}, ["17 rounds", "All 17 released models"]),
     "δ": ({"delta": 3e-6}, ["3e-6)-differentially", "δ = 3e-6", "6,040 users is 55.2 times"]),
-    "rate": ({"rate": 0.125}, ["chance 0.125"]),
+    "rate": ({"rate": 0.125}, ["probability 0.125"]),
     "clip": ({"settings": {"privacy.clip_norm": 0.75}}, ["at most 0.75 in a round"]),
     "budget": ({"budget": 40.0}, ["ε = 40 against recipients"]),
     "colluders": (

@@ -533,7 +533,7 @@ def test_real_processes_killed_and_interrupted(sessions: Sessions) -> None:
     lines = len(world.entries)
     stopped = command(world, "resume", str(world.out), grown_to=lines + 15, send=signal.SIGINT)
     assert stopped.returncode == 130, stopped.stderr
-    assert "error: stopped after round" in stopped.stderr
+    assert "interrupted: stopped after round" in stopped.stderr
     assert f"privrec resume {world.out}" in stopped.stderr
     assert "Traceback" not in stopped.stderr
     position, _ = checkpoint.read(*world.checkpoint)

@@ -271,10 +271,31 @@ def test_every_scenario_of_the_repository_is_one() -> None:
         assert load(path).title
 
 
-def test_the_packaged_quickstart_is_the_one_in_scenarios() -> None:
-    places = ("privrec/cli", "scenarios")
-    texts = [(ROOT / place / "quickstart.toml").read_text() for place in places]
-    assert texts[0] == texts[1]
+def test_a_scenario_that_comes_with_privrec_is_loaded_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load("quickstart") == load(ROOT / "scenarios" / "quickstart.toml")
+    with pytest.raises(ScenarioError, match="that come with privrec: .*ml-1m-dp, .*quickstart"):
+        load("quickest")
+    (tmp_path / "quickstart").write_text((ROOT / "scenarios" / "ml-1m.toml").read_text())
+    assert load("quickstart").name == "ml-1m"  # a file of that name comes first
+
+
+def test_a_wheel_has_the_scenarios_of_the_repository() -> None:
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
+    assert build["targets"]["wheel"]["force-include"] == {
+        f"scenarios/{path.name}": f"privrec/scenario/built_in/{path.name}"
+        for path in (ROOT / "scenarios").glob("*.toml")
+    }
+
+
+def test_words_go_with_the_privacy_that_they_were_written_for() -> None:
+    path = ROOT / "scenarios" / "ml-100k.toml"
+    noisy = ["privacy.noise=central", "privacy.epsilon=8"]
+    assert "no privacy noise" in load(path, ["train.rounds=3"]).title
+    assert load(path, noisy).title == load(path, noisy).description == ""
+    assert load(path, [*noisy, "title=Ours"]).title == "Ours"
 
 
 PAGE = ROOT / "docs" / "scenarios.md"
