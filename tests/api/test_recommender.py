@@ -21,6 +21,7 @@ from privrec.data import Interactions, leave_last_out
 from privrec.errors import BudgetError, DataError, PrivrecError, UnknownIdError, UsageError
 from privrec.privacy.ledger import Ledger
 from privrec.report.verify import verify
+from privrec.run import loop
 
 USERS, ITEMS, EACH = 60, 30, 8
 QUICK = {"rounds": 2, "dim": 8, "progress": False, "footprint": False}
@@ -441,9 +442,9 @@ def test_a_budget_that_runs_out_leaves_the_model(rows: Any, tmp_path: Path) -> N
     half = recommender.scenario.with_settings(settings | {"privacy.epsilon": 8.0})
     stopped = privrec.Recommender(scenario=half, **{**QUICK, "rounds": 4})
     with pytest.MonkeyPatch.context() as patch:
-        spent = Ledger.epsilon_after
-        patch.setattr(Ledger, "epsilon_after", lambda self, *words, **more: (
-            math.inf if len(self.charges) > 1 else spent(self, *words, **more)
+        spent = loop.epsilon
+        patch.setattr(loop, "epsilon", lambda counts, *words: (
+            math.inf if sum(counts.values()) > 2 else spent(counts, *words)
         ))  # fmt: skip
         with pytest.raises(BudgetError, match="Stopped after 2 rounds"):
             stopped.fit(rows)

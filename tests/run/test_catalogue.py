@@ -104,10 +104,10 @@ class Memo(Ledger):
         standing = asdict(PopulationBalance())
         self.header, self.told = {"run_id": run_id, "standing": standing}, list[Any]()
 
-    def charge(self, *charge: Any) -> None:  # type: ignore[override]
-        self.told.append(charge)
-        self._charges[charge[:2]] = charge  # type: ignore[assignment]
-        self.counts[charge[2]] += 1
+    def charge(self, event: RoundEvent, *place: int) -> None:  # type: ignore[override]
+        self.told.append((*place, event))
+        self._charges[place] = place  # type: ignore[index, assignment]
+        self.counts[event] += 1
 
     def commit(self, *commit: Any) -> None:
         self.told.append(commit)
@@ -347,9 +347,9 @@ def test_it_is_charged_before_devices_are_asked_and_committed_before_it_is_used(
     monkeypatch.setattr(Counting, "bounded", bounded)
     charge, write = Memo.charge, Catalogue.write
 
-    def charged(self: Memo, *words: Any) -> None:
-        told.append(f"charge {words[:2]}")
-        charge(self, *words)
+    def charged(self: Memo, event: RoundEvent, *place: int) -> None:
+        told.append(f"charge {place}")
+        charge(self, event, *place)
 
     def written(*words: Any) -> None:
         told.append("written")
@@ -467,9 +467,9 @@ def test_a_report_refuses_a_release_that_was_not_charged(tmp_path: Path) -> None
     with pytest.MonkeyPatch.context() as patch:
         charge = Ledger.charge
 
-        def skipped(self: Ledger, round: int, *words: Any) -> None:
+        def skipped(self: Ledger, event: RoundEvent, round: int, *words: Any) -> None:
             if round != PREPARATION:
-                charge(self, round, *words)
+                charge(self, event, round, *words)
 
         patch.setattr(Ledger, "charge", skipped)
         patch.setattr(Ledger, "commit", lambda self, round, *words: None)
