@@ -48,7 +48,7 @@ OTHERS: list[DpEvent] = [
     DiscreteLaplaceDpEvent(1.0, 1),
     RandomizedResponseDpEvent(0.5, 3),
     PoissonSampledDpEvent(0.1, LaplaceDpEvent(2.0)),
-    MixtureOfGaussiansDpEvent(1.0, [0.0, 1.0], [0.9, 0.1]),
+    MixtureOfGaussiansDpEvent(5.0, [0.0, 1.0], [0.9, 0.1]),
     TruncatedSubsampledGaussianDpEvent(100, 0.1, 20, 2.0),
     SingleEpochTreeAggregationDpEvent(2.0, 4),
     RepeatAndSelectDpEvent(GaussianDpEvent(3.0), 1.0, 1.0),
