@@ -97,6 +97,7 @@ class Settings:
     unobserved_weight: float = 0.0
     item_l2: float = 0.0
     rank_power: float = 0.0
+    shared_curvature: bool = False
     selector: str = EACH
     budget: float = 0.01
     selected: float = 0.5

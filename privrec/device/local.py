@@ -63,15 +63,30 @@ class LocalModel(Generic[N]):
         return item_gram(self.view.vectors, self.memory)
 
     @cached_property
+    def _inputs(self) -> Tensor:
+        """Of each item the row and then a 1 for the user's bias, ``(items, dim + 1)``."""
+        rows = torch.from_numpy(self.rows(np.arange(self.view.vectors.items)))
+        return torch.nn.functional.pad(rows, (0, 1), value=1.0)
+
+    @cached_property
     def products(self) -> Tensor:
         """Lower halves of ``x xᵀ`` of all items, ``x`` a row and then a 1 for the user's bias.
 
         Their weighted sums are the curvatures of all devices that look at the whole catalogue.
         """
-        rows = torch.from_numpy(self.rows(np.arange(self.view.vectors.items)))
-        found = torch.nn.functional.pad(rows, (0, 1), value=1.0)
-        one, other = torch.tril_indices(found.shape[1], found.shape[1])
-        return found[:, one] * found[:, other]
+        one, other = torch.tril_indices(self._inputs.shape[1], self._inputs.shape[1])
+        return self._inputs[:, one] * self._inputs[:, other]
+
+    @cached_property
+    def curvature(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues and vectors of ``Σ p x xᵀ``, ``p`` the softmax of the item biases.
+
+        It is the curvature, for each positive, of the loss of a user of whom nothing is known.
+        """
+        biases = torch.from_numpy(self.biases(np.arange(self.view.vectors.items)))
+        weighted = self._inputs * torch.softmax(biases, 0)[:, None]
+        values, vectors = torch.linalg.eigh((weighted.T @ self._inputs).double())
+        return values.clamp_min(0).to(weighted.dtype), vectors.to(weighted.dtype)
 
     @cached_property
     def items(self) -> ItemMemory:

@@ -74,7 +74,10 @@ class RecommenderLearner(Learner):
         """The same for fitting user vectors alone to whole histories, without any noise."""
         own = self.settings
         budget, negatives = own.serve_budget or own.budget, own.serve_negatives
-        settings = replace(own, budget=budget, negatives=negatives, user_steps=own.serve_steps)
+        settings = replace(
+            own, budget=budget, negatives=negatives, user_steps=own.serve_steps,
+            shared_curvature=False,  # once, exactly
+        )  # fmt: skip
         # Popular negatives are for training: a fit is to all items alike.
         return RecommenderLearner(self.served or self.view, replace(settings, max_samples=None))
 
@@ -219,6 +222,8 @@ class _Local:
 
     def fit(self, user: Tensor) -> Tensor:
         """Newton steps on the private states."""
+        if self._settings.shared_curvature:
+            return self._fit_together(user)
         for _ in range(self._settings.user_steps):
             user = user - self._settings.user_lr * self._newton(user)
         return user
@@ -250,6 +255,31 @@ class _Local:
             return step
         # Padding and negatives that are in the history have neither; the loss does not see them.
         return step * _damping(jacobian, step, (curvature > 0) | (gradient != 0))
+
+    def _fit_together(self, user: Tensor) -> Tensor:
+        """Steps under the curvature of a user of whom nothing is known, the same for all.
+
+        Where a user's own is larger such a step may lead too far: one that raises the loss is
+        taken back and halved, so that no fit ends above where it began.
+        """
+        prior = torch.full((user.shape[1],), self._settings.user_l2)
+        prior[-1] = 0
+        values, vectors = self._source.curvature
+        best, step, rate = user, torch.zeros_like(user), torch.ones(len(user), 1)
+        least = torch.full((len(user), 1), torch.inf)
+        for _ in range(self._settings.user_steps + 1):
+            scored, (losses, gradient, curvature) = self._graded(user)
+            loss = (losses + (prior * user.square()).sum(1) / 2)[:, None]
+            better, jacobian = loss <= least, scored.user_jacobian()
+            slope = gradient @ jacobian[0] + prior * user
+            ahead = curvature.sum(1, keepdim=True) * values + self._settings.user_l2 + _RIDGE
+            found = (slope @ vectors / ahead) @ vectors.T
+            found = self._settings.user_lr * found * _damping(jacobian, found, curvature > 0)
+            best, step = torch.where(better, user, best), torch.where(better, found, step)
+            rate = torch.where(better, (2 * rate).clamp_max(1), rate / 2)
+            least = torch.where(better, loss, least)
+            user = best - rate * step
+        return best
 
     def descend(self, user: Tensor) -> Tensor:
         """Gradient steps of the summed loss on the shared parameters; gives the first mean loss."""

@@ -146,6 +146,26 @@ def test_fitting_never_raises_the_loss(lab, loss, scale) -> None:
     assert np.all(np.array(values[0]) > np.array(values[-1]))
 
 
+SHARED = {"loss": "full_softmax", "shared_curvature": True}
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 2.0, 4.0])
+def test_a_shared_curvature_never_raises_the_loss_either(lab, scale) -> None:
+    losses = []
+    for steps in range(12):
+        here = lab("gmf", user_steps=steps, scale=scale, **SHARED)
+        losses.append([penalised(here, user, here.alone(user).states[0])[0] for user in (0, 3, 7)])
+    assert np.all(np.diff(losses, axis=0) <= 1e-4)
+    assert np.all(np.array(losses[0]) > np.array(losses[-1]))
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0])
+def test_a_shared_curvature_leads_to_the_same_optimum(lab, scale) -> None:
+    here = lab("gmf", user_steps=500, scale=scale, user_l2=0.5, **SHARED)
+    for user in (3, 7):
+        assert np.abs(penalised(here, user, here.alone(user).states[0])[1]).max() < 2e-3
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.25])
 def test_user_lr_scales_the_step(lab, rate) -> None:
     full = lab(user_steps=1, user_lr=1.0)

@@ -65,6 +65,14 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         ],
         "by their learned vectors",
     ),
+    "samples": (
+        ["train.selector=uniform", "train.shared_curvature=true"],
+        "have a curvature of their own",
+    ),
+    "a network": (
+        ["model.kind=neumf", "train.shared_curvature=true"],
+        "another curvature for each user",
+    ),
 }
 
 
