@@ -522,7 +522,7 @@ def command(world: World, *words: str, grown_to: int | None, send: int = signal.
 
 
 def test_real_processes_killed_and_interrupted(sessions: Sessions) -> None:
-    long = LIMITED.replace(f"rounds = {ROUNDS}", "rounds = 40")
+    long = TINY.replace(f"rounds = {ROUNDS}", "rounds = 40")
     long = long[: long.index("[run]")] + "[run]\nfootprint = false\ncheckpoint_every = 5\n"
     scenario = sessions.written("long.toml", long)
     world = sessions.new_world()
