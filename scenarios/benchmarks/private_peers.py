@@ -45,7 +45,7 @@ EPSILONS = (1.0, 2.0, 4.0, 8.0, 16.0)
 POPULARITY = 0.05  # of the squared strength, where more is released after it
 GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
     "popularity": {},
-    "Gram": {"head": (1000, 2000), "popular": (0.02, 0.05, 0.1, 0.2, 0.4)},
+    "Gram": {"head": (1000, 2000), "popular": (0.001, 0.002, 0.005, 0.01, 0.02)},
     "alternating minimisation": {
         "dim": (4, 8, 16), "steps": (1, 2, 3), "head": (1000, 2000), "unobserved": (1.0,),
         "power": (0.1, 0.25),

@@ -28,7 +28,7 @@ from privrec.errors import UsageError
 from privrec.scenario.load import Scenario
 
 SHORTER = {
-    "run": ["-s", "train.rounds=3", "-s", "run.footprint=false"],
+    "run": ["-s", "train.rounds=3"],
     "audit": ["--canaries", "100"],
 }
 ELSEWHERE = {"install", "test", "deployment"}
@@ -90,6 +90,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PRIVREC_STATE", str(tmp_path / "state"))
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("privrec.run.costs.peak_bytes", lambda *_: None)
     monkeypatch.delenv("PRIVREC_DATA", raising=False)
     return tmp_path
 
