@@ -56,6 +56,7 @@ def audit(scenario: Scenario, *, canaries: int = 1000, key: bytes | None = None)
         elif harness.of_examples:
             probing = {**first, **examples.PROBES, **rounds.SUMS}
         probing["order of items"] = noise.probe_order
+        probing["evaluation"] = noise.probe_evaluation
         probes = {name: probe(harness) for name, probe in probing.items()}
         probes["lazy noise"] = noise.probe_lazy(harness.root)
         if private and canaries >= 2:

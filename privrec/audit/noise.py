@@ -9,10 +9,10 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from functools import partial
+from itertools import count, islice, pairwise, product
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import stats
 
 from privrec.audit.harness import (
@@ -31,7 +31,7 @@ from privrec.audit.harness import (
     variance_p,
 )
 from privrec.device.samples import Histories
-from privrec.device.update import BoundedUpdate, Counting, Round
+from privrec.device.update import FIGURES, BoundedUpdate, Round, SideSum
 from privrec.errors import ReleaseRefused
 from privrec.privacy.events import Mechanism
 from privrec.privacy.lazy import LazyMemory
@@ -51,6 +51,8 @@ FEWEST_ROUNDS, MOST_ROUNDS, MOST_LISTED = 6, 600, 1000
 _COLUMNS = 2048
 _FAR = 3.5  # deviations; beyond lie 4.65e-4 of a Gaussian
 _A_FEW = 100  # devices whose counts are looked at
+_FOUND = (0.5, 1.0, 3.0, -3.0, math.inf, -math.inf, math.nan)  # figures that devices may come to
+_MOST_SHORT = 300  # sums of a few figures, which cost as much as longer ones
 _NARROW = 30.0  # deviation in steps below which laws of integers differ visibly
 
 
@@ -124,51 +126,92 @@ def _shares(harness: Harness, shares: Shares) -> Iterator[Transcript]:
         yield _transcript(harness, name, parts, np.full(len(parts), deviation))
 
 
-def _nothing_counted(
-    counting: Counting, data: Histories, root: SecretRoot, round: Round
-) -> Callable[[NDArray[np.int64]], BoundedUpdate]:
-    return lambda some: counting.bounded(data.select(some), root, round)
-
-
 def probe_order(harness: Harness) -> Iterator[Checked]:
     """The count that an order of items comes from: what a history moves, and the noise."""
     counting, root = harness.plan.counting, harness.simulation.root
     if counting is None:
         return
     items, users = counting.items, harness.plan.devices
-    most = min(harness.scenario.devices.popularity_items, items) * counting.step**2
     some, twice = min(users, _A_FEW), np.tile(np.arange(items, dtype=np.int32), 2)
     data = Histories(np.arange(some), 2 * items * np.arange(some + 1), np.tile(twice, some))
-    round = counting.round("audit", 0, "plan")
-    vectors = [each.vector() for each in counting.bounded(data, root, round).rows()]
-    moved = [int((vector.astype(np.int64) ** 2).sum()) for vector in vectors]
-    yield checked(
+    most = min(harness.scenario.devices.popularity_items, items) * counting.step**2
+    yield _moved(
         "what a history counts",
-        min(moved) > 0 and max(moved) <= most,
-        f"a squared norm of at most {max(moved):,} steps, {some} devices that have all items twice",
-        f"at most {most:,}: so many items as count, once each",
+        most,
+        counting.bounded(data, root, counting.round("audit", 0, "plan")),
+        f"{some} devices that have all items twice",
+        "so many items as count, once each",
     )
-    event, shares = counting.event, counting.protection.shares
-    cost = 1 if shares is None else _A_SHARE * users
-    attempts = min(-(-DRAWS // items), max(FEWEST_ROUNDS, MOST_SHARES // (items * users + cost)))
-    nothing, drawn = Histories(np.arange(users), np.zeros(users + 1, int), twice[:0]), []
-    for attempt in range(attempts):
-        round = counting.round("audit", attempt, "plan")
-        part = _nothing_counted(counting, nothing, root, round)
-        enrolled = harness.simulation.enrolled
-        total = side_sum(counting, round, nothing.users, part, enrolled, "exact", 0.0)
-        drawn.append(released_sum(round, total, counting.bound, harness.root).total)
+    nothing = Histories(np.arange(users), np.zeros(users + 1, int), twice[:0])
+
+    def counted(round: Round, some: Integers) -> BoundedUpdate:
+        return counting.bounded(nothing.select(some), root, round)
+
+    rounds = (counting.round("audit", attempt, "plan") for attempt in count())
+    yield _of_nothing("noise of the order of items", harness, counting, most, rounds, counted)
+
+
+def probe_evaluation(harness: Harness) -> Iterator[Checked]:
+    """The figures of the last model: what a user moves, whatever it finds, and the noise."""
+    evaluating = harness.plan.evaluating
+    if evaluating is None:
+        return
+    found, most = np.array([*product(_FOUND, repeat=len(FIGURES))]), len(FIGURES)
+    found, most = found[(found > 0).any(axis=1)], most * evaluating.step**2
+    yield _moved(
+        "what a user's figures move",
+        most,
+        evaluating.bounded(found),
+        f"{len(found)} devices that find 3, less than 0, or what is no number",
+        "1 of each figure",
+    )
+
+    def nothing(_: Round, some: Integers) -> BoundedUpdate:
+        return evaluating.bounded(np.zeros((len(some), evaluating.size)))
+
+    model, attempts = [bytes(32)], range(_MOST_SHORT)
+    rounds = (evaluating.round("audit", attempt, "plan", model) for attempt in attempts)
+    yield _of_nothing("noise of the evaluation", harness, evaluating, most, rounds, nothing)
+
+
+def _moved(probe: str, most: int, made: BoundedUpdate, who: str, limit: str) -> Checked:
+    """That each device puts something into a sum beside the rounds, and no more than ``most``."""
+    squares = [int((each.vector().astype(np.int64) ** 2).sum()) for each in made.rows()]
+    return checked(
+        probe,
+        min(squares) > 0 and max(squares) <= most,
+        f"a squared norm of at most {max(squares):,} steps, {who}",
+        f"at most {most:,}: {limit}",
+    )
+
+
+def _of_nothing(
+    probe: str,
+    harness: Harness,
+    wanted: SideSum,
+    most: int,
+    rounds: Iterator[Round],
+    part: Callable[[Round, Integers], BoundedUpdate],
+) -> Checked:
+    """That a sum beside the rounds, of nothing, is the noise that its event is charged for."""
+    shares, users, size = wanted.protection.shares, harness.plan.devices, wanted.size
+    cost, drawn = 1 if shares is None else _A_SHARE * users, list[Integers]()
+    attempts = max(FEWEST_ROUNDS, MOST_SHARES // (size * users + cost))
+    for round in islice(rounds, min(-(-DRAWS // size), attempts)):
+        bounded, enrolled = partial(part, round), harness.simulation.enrolled
+        total = side_sum(wanted, round, np.arange(users), bounded, enrolled, "exact", 0.0)
+        drawn.append(released_sum(round, total, wanted.bound, harness.root).total)
     squares = float(np.mean(np.square(np.array(drawn, np.float64))))
-    expected = event.noise_multiplier**2 * most
+    expected = wanted.event.noise_multiplier**2 * most
     if shares is not None:
         (band,) = shares.bands
         left = band.least if shares.remove_excess else users
         expected *= left / (band.least - band.colluders)
-    freedom = attempts * items
-    yield judged(
-        "noise of the order of items",
+    freedom = len(drawn) * size
+    return judged(
+        probe,
         float(variance_p(squares / expected, freedom)),
-        f"{math.sqrt(squares / expected):.4f} of what is accounted, {attempts} counts",
+        f"{math.sqrt(squares / expected):.4f} of what is accounted, {len(drawn):,} sums",
         f"1; a deviation of {seen_deviation(freedom):.2%} is seen",
     )
 

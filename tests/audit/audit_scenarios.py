@@ -17,12 +17,13 @@ TIERS = 'devices.tiers=[{"capacity"=1.0,"share"=0.5},{"capacity"=0.25,"share"=0.
 POISSON = ("devices.sampling=poisson", "devices.sampling_rate=0.3")
 KINDS: dict[str, tuple[str, ...]] = {
     "central": (),
-    "poisson": (*POISSON, "privacy.budget_against=recipients"),
+    "poisson": (*POISSON, "privacy.budget_against=recipients", "privacy.evaluation_epsilon=1.0"),
     "tiers": (TIERS,),
     "distributed": ("privacy.noise=distributed", "data.users=100", "devices.population=100"),
     "kept": (
         "privacy.noise=distributed", "privacy.remove_excess=false",
         "data.users=100", "devices.population=100", "privacy.scale_bits=10",
+        "privacy.evaluation_epsilon=1.0",
     ),
     "mixed": (
         "privacy.noise=distributed", "data.users=120", "devices.population=120", TIERS,

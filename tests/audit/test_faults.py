@@ -16,7 +16,7 @@ from privrec.audit import _findings, audit, examples, noise, rounds
 from privrec.audit.harness import Harness
 from privrec.device import example_shares, update
 from privrec.device.example_shares import ExampleSums
-from privrec.device.update import BoundedUpdate, Counting, Round
+from privrec.device.update import BoundedUpdate, Counting, Evaluating, Round
 from privrec.privacy.lazy import LazyMemory
 from privrec.privacy.mechanism import Shares, rounded_gaussian
 from privrec.run import simulation
@@ -478,3 +478,39 @@ def test_an_order_with_other_noise_fails(factor: float, monkeypatch: Patch) -> N
     monkeypatch.setattr(Shares, "share_variance", lambda self, band: honest(self, band) * narrow)
     for kind in ("central", "distributed"):
         assert found(noise.probe_order, kind, *ORDERS) == {NOISE}
+
+
+# ------------------------------------------------------------------------------- evaluation
+
+EVALUATED = ("privacy.evaluation_epsilon=1.0",)
+FIGURES_MOVE, OF_FIGURES = "what a user's figures move", "noise of the evaluation"
+
+
+def uncut(self: Evaluating, figures: NDArray[np.float64]) -> BoundedUpdate:
+    """Cut at 8, not at 1."""
+    return FOUND(replace(self, step=8 * self.step), figures / 8)
+
+
+def twice(self: Evaluating, figures: NDArray[np.float64]) -> BoundedUpdate:
+    bounded = FOUND(self, figures)
+    bounded.integers[:, :1] *= 2
+    return bounded
+
+
+FOUND = Evaluating.bounded
+
+
+@pytest.mark.parametrize("kind", ["central", "distributed"])
+@pytest.mark.parametrize("fault", [uncut, twice])
+def test_figures_that_are_not_clipped_fail(fault: Any, kind: str, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(Evaluating, "bounded", fault)
+    assert found(noise.probe_evaluation, kind, *EVALUATED) == {FIGURES_MOVE}
+
+
+@pytest.mark.parametrize("factor", [0.01, 0.6, 1.6])
+def test_an_evaluation_with_other_noise_fails(factor: float, monkeypatch: Patch) -> None:
+    honest, narrow = Shares.share_variance, Fraction(factor) ** 2
+    monkeypatch.setattr(server, "rounded_gaussian", scaled(factor))
+    monkeypatch.setattr(Shares, "share_variance", lambda self, band: honest(self, band) * narrow)
+    for kind in ("central", "distributed"):
+        assert found(noise.probe_evaluation, kind, *EVALUATED) == {OF_FIGURES}
