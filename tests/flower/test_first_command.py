@@ -161,7 +161,7 @@ class Terminal:
         result = json.loads((out / "result.json").read_text())
         assert result["rounds"] == rounds, said
         assert result["metrics"].keys() == {"summed_hr@10", "summed_loss"}
-        page = (out / "report.html").read_text("utf-8")
+        page = (out / "report.md").read_text("utf-8")
         assert "alone they cost ε = 2.00" in " ".join(page.split())
 
 

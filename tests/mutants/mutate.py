@@ -1,5 +1,8 @@
 """Run the kept list of mutants: small faults of privacy, each of which some test must notice.
 
+In the area ``flower`` are faults that users of Flower met: what ended as success and released
+nothing, words that helped nobody, work that grew too fast.
+
 ``mutants.toml`` has a table for each, named by its area and its fault: the file, the text that
 stands in it exactly once, what takes its place, and the tests that must fail then::
 

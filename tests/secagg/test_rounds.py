@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping
 from copy import copy
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from secagg_rounds import (
 )
 
 from privrec.errors import ReleaseRefused, UsageError
+from privrec.secagg import server as server_module
 from privrec.secagg.client import ClientSession, Policy
 from privrec.secagg.messages import Confirmation, Opening, Quorum, Shares, Stage, bitmap, members
 from privrec.secagg.roster import Terms
@@ -462,3 +465,58 @@ def test_a_quorum_message_is_packed_once_for_all_that_get_the_same() -> None:
     assert len(members(Quorum.parse(out[cohort.ids[0]]).signers, 4)) == 4
     opening = Opening.parse(clients[0].unmask(out[cohort.ids[0]]))
     assert len(opening.shares) == 3 * 32
+
+
+class Weighed(ServerSession):
+    """Counts the interpreter's steps in all that a server does once its roster is there."""
+
+    steps = 0
+
+    def outbox(self) -> dict[bytes, bytes]:
+        return self._weighed(super().outbox)
+
+    def receive(self, *answer: Any) -> None:
+        self._weighed(super().receive, *answer)
+
+    def advance(self) -> None:
+        self._weighed(super().advance)
+
+    def _weighed(self, method: Any, *words: Any) -> Any:
+        before = sys.gettrace()
+        sys.settrace(self._look)
+        try:
+            return method(*words)
+        finally:
+            sys.settrace(before)
+
+    def _look(self, frame: Any, event: str, _: Any) -> Any:
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        self.steps += event == "opcode"
+        return self._look
+
+
+def test_beyond_a_neighbourhood_the_server_works_in_proportion_to_the_devices(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A set of all devices for each of them is counted by its size, as it is packed in one step."""
+    policy = Policy(minimum=2, corrupt_share=0.0, graph=Graph(complete_up_to=5, degree=16))
+    agreed, packed = terms((8,)), [0]
+
+    def counting(numbers: Any, devices: int) -> bytes:
+        packed[0] += len(numbers)
+        return bitmap(numbers, devices)
+
+    monkeypatch.setattr(server_module, "bitmap", counting)
+
+    def work(devices: int) -> tuple[int, int]:
+        cohort, packed[0] = Cohort((0,) * devices, policy), 0
+        server = cohort.server(agreed, Weighed)
+        clients = dict(zip(cohort.ids, cohort.clients(), strict=True))
+        vectors = dict.fromkeys(cohort.ids, np.ones(8, np.int32))
+        drive(server, clients, vectors, {Stage.MASKED: cohort.ids[: devices // 10]})
+        assert isinstance(server, Weighed)
+        return server.steps, packed[0]
+
+    (few, some), (twice, more) = work(30), work(60)
+    assert 1.9 * few < twice < 2.1 * few
+    assert more < 2.1 * some
