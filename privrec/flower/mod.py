@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, Context, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 from numpy.typing import NDArray
 
 from privrec.errors import PrivrecError, ReleaseRefused, UsageError
@@ -135,8 +135,7 @@ class _Node:
                 raise ReleaseRefused(f"a message of type {kind!r} for a sum of another kind")
             content = RecordDict({n: r for n, r in message.content.items() if n != exchange.RECORD})
             digest = plans.content_digest(content, kind)
-            # A copy: apps may take the arrays out of the record that they are given.
-            received = ArrayRecord(dict(plans.only_arrays(content, "a message").items()))
+            received = plans.arrays_of(content, "a message")
             session = device.resumed(self.mod.policy)
             message.content = content
             trained = call_next(message, self.context)
@@ -198,14 +197,14 @@ class _Node:
         return int(given) if run == self.context.run_id else None
 
     def _vector(
-        self, plan: SumPlan, terms: Terms, received: ArrayRecord, trained: RecordDict
+        self, plan: SumPlan, terms: Terms, received: plans.Arrays, trained: RecordDict
     ) -> NDArray[np.int32]:
         """The update in integers, or the metrics of an evaluation, with this node's noise."""
         metrics = dict(chain.from_iterable(r.items() for r in trained.metric_records.values()))
         if plan.evaluated:
             values = plans.scores(plan, metrics)
         else:
-            values = plans.update(received, plans.only_arrays(trained, "a reply"))
+            values = plans.update(received, plans.arrays_of(trained, "a reply"))
         coins = self.root.stream("rounding", terms.run, terms.round, terms.attempt, terms.plan)
         vector = plans.integers(plan, values, metrics, coins)
         return vector if plan.shares is None else vector + plan.shares.draw(self._seeds(terms))

@@ -2,9 +2,10 @@
 
 The server states the plan, every node checks it against what its owner asks for, and its digest is
 bound into every mask and signature of the round. All float arrays of the model are one vector, in
-the order in which the record names them. Other arrays (counters, masks) are not summed and stay
-what the server sent: a counter of steps would use up the clip norm. An evaluation is summed in the
-same way, with its bounded metrics in the place of the update.
+the order in which its ArrayRecord names them; several records follow each other by their names.
+Other arrays (counters, masks) are not summed and stay what the server sent: a counter of steps
+would use up the clip norm. An evaluation is summed in the same way, with its bounded metrics in the
+place of the update.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import msgpack
 import numpy as np
@@ -183,6 +184,7 @@ class SumPlan:
 
 
 _SUM_PLAN = TypeAdapter(SumPlan)
+_Name = TypeVar("_Name")
 
 
 def plan_of(
@@ -286,36 +288,45 @@ def outlook(
     return Outlook(nodes, noise, deviation, clip_norm / (deviation * math.sqrt(size)))
 
 
-def only_arrays(content: RecordDict, whose: str) -> ArrayRecord:
-    """Return the one record of arrays of a message, which must have exactly one."""
-    records = list(content.array_records.values())
-    if len(records) != 1:
-        raise UsageError(
-            f"{whose} with {len(records)} array records: a secure sum takes exactly one; put the "
-            "whole model into one ArrayRecord"
-        )
-    return records[0]
+Arrays = Mapping[tuple[str, ...], Array]
+"""All arrays of a model in their order: by name, and before it by ArrayRecord if it has several."""
 
 
-def size_of(arrays: ArrayRecord) -> int:
+def arrays_of(content: RecordDict, whose: str) -> Arrays:
+    """Return the arrays of a message's ArrayRecords, of which it must have one at least."""
+    records = _records(content)
+    if not records:
+        raise UsageError(f"{whose} without an ArrayRecord: a secure sum is of the model in it")
+    if len(records) == 1:  # whatever it is called
+        return {(name,): array for name, array in records[0][1].items()}
+    return {(key, name): array for key, record in records for name, array in record.items()}
+
+
+def _records(content: RecordDict) -> list[tuple[str, ArrayRecord]]:
+    """The ArrayRecords of a message, in the order of their names."""
+    return sorted(content.array_records.items())
+
+
+def size_of(arrays: Arrays) -> int:
     """Count the float coefficients of a model."""
     return sum(values.size for _, values in _floats(arrays))
 
 
-def update(received: ArrayRecord, returned: ArrayRecord) -> NDArray[np.float32]:
+def update(received: Arrays, returned: Arrays) -> NDArray[np.float32]:
     """Subtract old coefficients from new ones of the same arrays: float32 ``(size,)``, private."""
     if list(received) != list(returned):
+        apart = sorted(map("/".join, received.keys() ^ returned.keys()))
         raise UsageError(
-            f"arrays {sorted(set(received) ^ set(returned))} are in the model that was sent or in "
-            "the one that came back, and not in both, or in another order; return the model's own"
+            f"arrays {apart} are in the model that was sent or in the one that came back, and not "
+            "in both, or in another order; return the model's own"
         )
     parts = []
     for name, old in _floats(received):
         new = returned[name].numpy()
         if new.shape != old.shape or new.dtype.kind != "f":
             raise UsageError(
-                f"array {name!r} came back as {new.dtype} of shape {new.shape}, and was sent as "
-                f"{old.dtype} of shape {old.shape}"
+                f"array {'/'.join(name)!r} came back as {new.dtype} of shape {new.shape}, and was "
+                f"sent as {old.dtype} of shape {old.shape}"
             )
         with np.errstate(over="ignore", invalid="ignore"):
             parts.append((new - old).ravel().astype(np.float32))
@@ -384,19 +395,27 @@ def mean_metrics(plan: SumPlan, tail: NDArray[np.int64]) -> dict[str, float]:
     return {name: bound * total / (steps * weight) for (name, bound), total in pairs}
 
 
-def moved(arrays: ArrayRecord, change: NDArray[np.float64]) -> ArrayRecord:
-    """Add a mean update of shape ``(size,)`` to a model, each array of its own type."""
-    new, start = dict(arrays.items()), 0
-    for name, old in _floats(arrays):
-        part = change[start : start + old.size].reshape(old.shape)
-        new[name] = Array(np.asarray(old + part).astype(old.dtype))
-        start += old.size
-    return ArrayRecord(new)
+def moved(content: RecordDict, change: NDArray[np.float64]) -> dict[str, ArrayRecord]:
+    """Add a mean update of shape ``(size,)`` to a message's ArrayRecords, types as they are."""
+    records, start = {}, 0
+    for record, arrays in _records(content):
+        new = dict(arrays.items())
+        for name, old in _floats(new):
+            part = change[start : start + old.size].reshape(old.shape)
+            new[name] = Array(np.asarray(old + part).astype(old.dtype))
+            start += old.size
+        records[record] = ArrayRecord(new)
+    return records
 
 
-def with_others_of(arrays: ArrayRecord, sent: ArrayRecord) -> ArrayRecord:
-    """Put the arrays that are not summed back to those that were sent, types included."""
-    summed = {name for name, _ in _floats(sent)}
+def with_others_of(arrays: ArrayRecord, content: RecordDict) -> ArrayRecord:
+    """Put the arrays that are not summed back to those that were sent, types included.
+
+    Of several ArrayRecords, to those of the first that has all the names.
+    """
+    records = [record for _, record in _records(content)]
+    sent = next((each for each in records if set(arrays) <= set(each)), records[0])
+    summed = {name for name, array in sent.items() if array.numpy().dtype.kind == "f"}
     return ArrayRecord({n: a if n in summed else sent.get(n, a) for n, a in arrays.items()})
 
 
@@ -422,7 +441,7 @@ def _spelled(value: Any) -> Any:
     return [value.dtype, list(value.shape), value.stype, hashlib.sha256(value.data).digest()]
 
 
-def _floats(arrays: ArrayRecord) -> Iterator[tuple[str, NDArray[Any]]]:
+def _floats(arrays: Mapping[_Name, Array]) -> Iterator[tuple[_Name, NDArray[Any]]]:
     for name, array in arrays.items():
         values = array.numpy()
         if values.dtype.kind == "c":

@@ -245,7 +245,7 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
             return None, None
         self._released += 1
         arrays, metrics = self.strategy.aggregate_train(server_round, [mean])
-        sent = plans.only_arrays(open.sent.content, "a message")
+        sent = open.sent.content
         return arrays and plans.with_others_of(arrays, sent), _with_epsilon(metrics, open)
 
     def configure_evaluate(
@@ -308,7 +308,8 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         if len(digests) > 1:
             raise UsageError(
                 "the strategy sends nodes different models or settings: a secure sum needs all to "
-                "see the same, or a server could set one node apart; send the same to all"
+                "see the same, or a server could set one node apart; send all of them the settings "
+                "of all, in one ConfigRecord by node id, where each finds its own"
             )
         registry = self._registry
         if registry is None or registry.grid is not grid:
@@ -319,7 +320,7 @@ class SecureSum(Strategy):  # type: ignore[misc]  # flwr is not there when types
         called = _called(registry)
         if self._run is None:
             self._run = secrets.token_hex(8) if self._budget is None else self._budget.begin()
-        size = plans.size_of(plans.only_arrays(messages[0].content, "a message"))
+        size = plans.size_of(plans.arrays_of(messages[0].content, "a message"))
         plan, attempt, epsilon = self._charged(server_round - 1, evaluates, len(called), size)
         terms = plan.terms(self._run, server_round - 1, attempt)
         prekeys = [member.prekeys.pop(0) for member in called]
@@ -471,7 +472,6 @@ def _with_epsilon(metrics: MetricRecord | None, open: _Open) -> MetricRecord | N
 
 def _mean(open: _Open, total: NDArray[np.int64], survivors: int) -> Message:
     plan = open.plan
-    name, sent = next(iter(open.sent.content.array_records.items()))
     weight, shares, metrics = float(survivors), float(survivors), {}
     if plan.noise_multiplier and plan.max_examples:
         unit = plans.WEIGHT * plan.clip_norm
@@ -505,7 +505,7 @@ def _mean(open: _Open, total: NDArray[np.int64], survivors: int) -> Message:
     record = MetricRecord({plan.weighted_by: weight, **metrics})
     if plan.evaluated:
         return Message(RecordDict({"metrics": record}), reply_to=open.sent)
-    content = RecordDict({name: plans.moved(sent, change), "metrics": record})
+    content = RecordDict({**plans.moved(open.sent.content, change), "metrics": record})
     return Message(content, reply_to=open.sent)
 
 

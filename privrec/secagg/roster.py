@@ -40,7 +40,8 @@ from privrec.secagg.messages import (
     refused,
 )
 
-MAX_LENGTH = 1 << 26
+MAX_LENGTH = 1 << 28
+"""Entries of a vector, 1 GiB of them: a message in Flower's serialisation takes less than 2 GiB."""
 
 
 class Anchor(Protocol):

@@ -12,7 +12,8 @@ import pytest
 
 pytest.importorskip("flwr", reason="the flower extra is not installed")
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideFixedClipping,
     DifferentialPrivacyServerSideFixedClipping,
@@ -524,6 +525,78 @@ def test_a_strategy_that_sends_nodes_different_things_is_refused() -> None:
     inner = Uneven(fraction_evaluate=0.0, min_train_nodes=3, min_available_nodes=3)
     with pytest.raises(UsageError, match="different models or settings"):
         one_round(strategy_of(3, inner), grid_of(3))
+
+
+def test_nodes_find_their_own_settings_among_those_of_all() -> None:
+    class Each(FedAvg):
+        def configure_train(self, round: int, arrays: Any, config: Any, grid: Any) -> Any:
+            rates = {str(node): node / 8 for node in grid.get_node_ids()}
+            return super().configure_train(round, arrays, ConfigRecord(rates), grid)
+
+    app = ClientApp(mods=[lenient()])
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        rate = message.content["config"][str(context.node_id)]
+        content = {"arrays": moved(message.content["arrays"], np.full(SIZE, rate / 4))}
+        content["metrics"] = MetricRecord({"num-examples": 1})
+        return Message(RecordDict(content), reply_to=message)
+
+    inner = Each(fraction_evaluate=0.0, min_train_nodes=3, min_available_nodes=3)
+    arrays, _ = one_round(strategy_of(3, inner), grid_of(3, app))
+    assert same(arrays, flat(moved(model(), np.full(SIZE, (1 + 2 + 3) / 8 / 4 / 3))))
+
+
+class Controlled(FedAvg):
+    """Moves a model and its control, which are two ArrayRecords, by the means of both."""
+
+    control = ArrayRecord({"bias": Array(np.full(3, 2.0, np.float32))})
+
+    def configure_train(self, *args: Any) -> Any:
+        for message in super().configure_train(*args):
+            message.content = RecordDict({**message.content, "a control": self.control})
+            yield message
+
+    def aggregate_train(self, server_round: int, replies: Any) -> Any:
+        (reply,) = replies
+        assert list(reply.content.array_records) == ["a control", "arrays"]
+        self.control = reply.content["a control"]
+        del reply.content["a control"]
+        return super().aggregate_train(server_round, [reply])
+
+
+def test_several_array_records_are_summed_together() -> None:
+    def train(message: Message, context: Context) -> Message:
+        node, content = context.node_id, dict(message.content)
+        content["metrics"] = MetricRecord({"num-examples": 1})
+        del content["config"]
+        content["arrays"] = moved(content["arrays"], delta(node))
+        content["a control"] = moved(content["a control"], np.full(3, node / 64))
+        return Message(RecordDict(dict(reversed(content.items()))), reply_to=message)
+
+    app = ClientApp(mods=[lenient()])
+    app.train()(train)
+    inner = Controlled(fraction_evaluate=0.0, min_train_nodes=3, min_available_nodes=3)
+    strategy = strategy_of(3, inner)
+    for round in (1, 2):
+        arrays, _ = one_round(strategy, grid_of(3, app), round=round)
+        mean = np.mean([delta(node) for node in (1, 2, 3)], axis=0)
+        assert same(arrays, flat(moved(model(), mean)))
+        assert arrays["steps"].numpy() == model()["steps"].numpy()
+        assert inner.control["bias"].numpy() == pytest.approx(np.full(3, 2 + round * 2 / 64))
+
+    def forgetting(message: Message, context: Context) -> Message:
+        reply = train(message, context)
+        del reply.content["a control"]
+        return reply
+
+    app = ClientApp(mods=[lenient()])
+    app.train()(forgetting)
+    grid = grid_of(3, app)
+    assert one_round(strategy, grid, round=3) == (None, None)
+    reasons = {reply.error.reason for reply in grid.replies if reply.has_error()}
+    assert len(reasons) == 1
+    assert "'a control/bias', 'arrays/bias'" in reasons.pop()
 
 
 def test_the_error_code_is_flowers() -> None:

@@ -296,9 +296,9 @@ def test_the_command_says_what_the_planner_says() -> None:
 
 
 def test_a_model_that_is_too_long_is_refused_with_what_to_do() -> None:
-    with pytest.raises(UsageError, match=r"67,108,861 float .* at most 67,108,860; train fewer"):
-        plan_of(9, 2**26 - 3, 1.0)
-    assert plan_of(9, 2**26 - 4, 1.0).length == 2**26
+    with pytest.raises(UsageError, match=r"268,435,453 float .* at most 268,435,452; train"):
+        plan_of(9, 2**28 - 3, 1.0)
+    assert plan_of(9, 2**28 - 4, 1.0).length == 2**28
 
 
 def test_another_server_goes_on_with_the_ledger(tmp_path: Path) -> None:
