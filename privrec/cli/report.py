@@ -107,8 +107,7 @@ def verify(path: Path, key: str | None, trust_named_key: bool, as_json: bool) ->
         _print_verdict(verdict)
     if not verdict.holds:
         raise IntegrityError(
-            f"{path}: {len(verdict.mismatches)} things do not match the ledger; do not rely on "
-            "this report"
+            f"{path}: {len(verdict.mismatches)} things do not match; do not rely on this report"
         )
 
 
@@ -142,17 +141,17 @@ def schema() -> None:
 
 
 def _print_verdict(verdict: Verdict) -> None:
+    if verdict.mismatches:
+        rows = [(each.where, each.reason) for each in verdict.mismatches]
+        console.print_table("Does not match", ("where", "why"), rows)
     lists = {
-        "Recomputed from the ledger, and agrees:": verdict.checked,
+        "Agrees:": verdict.checked,
         "Not checked:": verdict.unchecked,
         "On the operator's word, since no verifier can see it:": [e.title for e in verdict.word],
     }
     for heading, entries in lists.items():
         if entries:
             console.print_lines([heading, *(f"  {entry}" for entry in entries)])
-    if verdict.mismatches:
-        rows = [(each.where, each.reason) for each in verdict.mismatches]
-        console.print_table("Does not match", ("where", "why"), rows)
     if not verdict.anchored:
         warning = "The key was the one that the ledger itself names"
         console.print_lines([f"{warning}: whoever made the files can have made up all of them."])

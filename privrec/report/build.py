@@ -281,21 +281,20 @@ def _word(files: _Files) -> dict[str, Any]:
         "data": model.flat(result.get("data") or files.run.get("data") or {}),
         "model": model.flat(result.get("model") or {}),
         "rows": tuple(_row(row) for row in result.get("rows") or ()),
-        "audit": _audit(files),
+        "audit": audit_of(files.directory, files.facts),
         "curves": tuple(_curves(files)),
     }
 
 
-def _audit(files: _Files) -> model.AuditPart | None:
+def audit_of(directory: Path, facts: Facts) -> model.AuditPart | None:
     """What an audit of this scenario by this version left in the directory, if there was one."""
-    if not (files.directory / AUDIT).exists():
+    if not (directory / AUDIT).exists():
         return None
-    found = model.AuditPart.model_validate(_json(files.directory, AUDIT, ""))
-    declared = files.facts.declared
-    if (found.version, found.scenario_hash) != (declared.version, declared.scenario.hash()):
+    found = model.AuditPart.model_validate(_json(directory, AUDIT, ""))
+    if (found.version, found.scenario_hash) != (facts.declared.version, facts.scenario.hash()):
         raise IntegrityError(
-            f"{files.directory / AUDIT}: it is of another scenario or version of privrec; audit "
-            f"again: privrec audit {files.directory}"
+            f"{directory / AUDIT}: it is of another scenario or version of privrec; audit again: "
+            f"privrec audit {directory}"
         )
     return found
 

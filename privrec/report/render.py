@@ -16,6 +16,9 @@ from privrec.report.plots import by_tier, intervals, plots, privacy_utility, ris
 from privrec.report.words import delta_text, render, tables
 from privrec.run.record import SUMMED, metric_name, told_once
 
+OPEN = "(the operator fills this in)"
+"""Stands in a draft for a registry where privrec does not know."""
+
 
 @dataclass(frozen=True)
 class Written:
@@ -62,7 +65,7 @@ def to_markdown(report: Report) -> str:
 
 def to_registry(report: Report) -> str:
     """Draft an entry for a registry of deployments, in YAML; a simulated run says it is none."""
-    return render("registry.yaml.j2", report=report)
+    return render("registry.yaml.j2", report=report, open=f'"{OPEN}"')
 
 
 def _page(report: Report) -> dict[str, Any]:

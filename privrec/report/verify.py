@@ -4,7 +4,7 @@ The verifier needs ``report.json``, the ledger with its signed head, and the ser
 got by another way than the files. It trusts nothing else: not the pages, not the other fields of
 the report. Metrics and gaps must be those of the signed ``result.json``, where it is there. What no
 ledger tells (:data:`privrec.report.model.WORD`) is taken as the report has it, and named as the
-operator's word.
+operator's word. Files of the run that are not looked at are named too.
 """
 
 from __future__ import annotations
@@ -24,15 +24,21 @@ from safetensors.numpy import load_file
 
 from privrec import __version__
 from privrec.errors import DataError, IntegrityError, PrivrecError, UsageError
+from privrec.privacy.ledger import head_path
+from privrec.report.build import AUDIT, audit_of
 from privrec.report.derive import derive
 from privrec.report.facts import Account, Facts, read_account, read_facts
 from privrec.report.model import TOLD, WORD, OperatorsWord, Report, Told
-from privrec.report.render import to_html, to_json, to_markdown
-from privrec.run.directory import kept_key
+from privrec.report.render import OPEN, to_html, to_json, to_markdown, to_registry
+from privrec.run.directory import LEDGER, SCENARIO, kept_key
+from privrec.run.record import adversary_text
 from privrec.storage import parsed, verified
 
 _DEPENDS_ON_VERIFIER = {"privacy.ledger_signature"}
+MODEL = "model.safetensors"
 _SHOWN = 120
+_PAGES = {".html": to_html, ".md": to_markdown, ".registry.yaml": to_registry}
+_FILLED_IN = r'[^"\\\n\r\x85\u2028\u2029]*'  # within the quotes that a draft leaves open
 
 
 @dataclass(frozen=True)
@@ -116,10 +122,15 @@ def verify(
         if not beside:
             return _verify_ledger(path, key, trust_named_key)
         path = beside[0]
-    if path.suffix in (".html", ".md"):  # held to the JSON below, as every page beside it is
-        path = path.with_suffix(".json")
+    for ending in _PAGES:  # held to the JSON below, as every page beside it is
+        path = path.with_name(re.sub(rf"{re.escape(ending)}$", ".json", path.name))
     try:
         text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(
+            f"{path}: it is not here, and no page is verified without it and the ledger. Ask for "
+            "the report.json, ledger.jsonl and ledger.head.json of the run, and put them beside it"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: {error}; name the report.json of a finished run") from None
     content = _object(text)
@@ -147,10 +158,12 @@ def verify(
                 _check_told(path, report, facts, verdict)
             else:
                 _check_word(report, facts, verdict)
+                _check_audit(path.parent, report, facts, verdict)
                 _check_result(path.parent, report, facts, verdict)
         _check_pages(path, report, verdict)
     if isinstance(facts, Facts):
         _check_model(path.parent, facts, verdict)
+        _check_scenario(path, facts, verdict)
     return verdict
 
 
@@ -182,9 +195,10 @@ def _verify_ledger(path: Path, key: Ed25519PublicKey | None, trust_named_key: bo
         verdict.refute("ledger", str(error))
         return verdict
     charges, delta = f"{len(account.ledger.charges):,} charges", account.delta
-    for name, spent in (("", account.epsilon), (" who know the cohorts", account.epsilon_server)):
+    for name, spent in (("recipients", account.epsilon), ("server", account.epsilon_server)):
         shown = "infinite" if spent is None else f"{spent:g}"
-        verdict.checked.append(f"ε against recipients{name} is {shown} at δ = {delta:g}")
+        against = adversary_text(name) if name == "server" else name
+        verdict.checked.append(f"ε against {against} is {shown} at δ = {delta:g}")
     verdict.checked.append(f"hash chain of the ledger and its signed head, {charges}")
     verdict.unchecked.append(f"{path.stem}.report.json: it is not here, so nothing was compared")
     if account.ledger.ended is None:
@@ -231,8 +245,9 @@ def _compare(report: Report, facts: Facts | Account, verdict: Verdict) -> None:
         verdict.refute(where, _reason(where, found, expected, report.version))
     if not differences:
         verdict.checked += [
-            "ε against both adversaries, by PLD and by RDP, and every curve of it",
-            "the claim and every other sentence, from the facts that the ledger declares",
+            "ε against both adversaries, by PLD and by RDP, and every curve of it, recomputed from "
+            "the ledger",
+            "the claim and every other sentence, made again from what the ledger declares",
         ]
 
 
@@ -290,7 +305,7 @@ def _check_word(report: Report, facts: Facts, verdict: Verdict) -> None:
     told: dict[str, tuple[Any, Any]] = {
         "accuracy.holdout": (report.accuracy.holdout, scenario.data.holdout),
         "accuracy.users": (report.accuracy.users, scenario.run.eval_users),
-        "data.users": (report.data.get("users"), report.privacy.population),
+        "data.users": (report.data.get("users"), facts.population),
         "model.coefficients": (report.model.get("coefficients"), declared.coefficients),
         "model.kind": (report.model.get("kind"), scenario.model.kind),
     }
@@ -307,6 +322,23 @@ def _check_word(report: Report, facts: Facts, verdict: Verdict) -> None:
             verdict.refute("audit", "it is of another scenario or another version of privrec")
         if audit.passed != all(check.passed for check in audit.checks):
             verdict.refute("audit.passed", "a check failed, or none did")
+
+
+def _check_audit(directory: Path, report: Report, facts: Facts, verdict: Verdict) -> None:
+    """That an audit is the one that ``audit.json`` has, which nobody signed."""
+    try:
+        found = audit_of(directory, facts)
+    except (PrivrecError, ValidationError) as error:
+        verdict.refute(AUDIT, str(error))
+        return
+    if found is None and report.audit is not None:
+        verdict.unchecked.append(f"{AUDIT}: it is not here, so the audit is as the report has it")
+    elif found is not None and report.audit is None:
+        verdict.unchecked.append(f"{AUDIT}: the report was written before it; write it again")
+    elif found != report.audit:
+        verdict.refute("audit", f"it is not what {AUDIT} says")
+    elif found is not None:
+        verdict.checked.append(f"the audit is that of {AUDIT}, which nobody signed")
 
 
 def _check_result(directory: Path, report: Report, facts: Facts, verdict: Verdict) -> None:
@@ -333,26 +365,47 @@ def _check_result(directory: Path, report: Report, facts: Facts, verdict: Verdic
 
 
 def _check_pages(report_path: Path, report: Report, verdict: Verdict) -> None:
-    """That the pages beside say what ``report.json`` says; pictures are not looked at."""
-    for ending, render in ((".html", to_html), (".md", to_markdown)):
+    """That the pages beside say what ``report.json`` says, in their pictures too.
+
+    The draft for a registry may have what it leaves open for the operator filled in.
+    """
+    for ending, render in _PAGES.items():
         path = report_path.with_suffix(ending)
         name = path.name
         if not path.exists():
             verdict.unchecked.append(f"{name}: it is not here")
             continue
-        text = path.read_text(encoding="utf-8", errors="replace")
-        if _without_pictures(text) == _without_pictures(render(report)):
-            verdict.checked.append(f"{name}, but for its pictures")
+        text, wanted = path.read_text(encoding="utf-8", errors="replace"), render(report)
+        if render is to_registry:
+            pattern = re.escape(wanted).replace(re.escape(OPEN), _FILLED_IN)
+            agrees, but = bool(re.fullmatch(pattern, text)), ", but for what was filled in"
         else:
-            verdict.refute(name, "the page says something else than report.json does")
+            agrees, but = text == wanted, ""
+        if agrees:
+            verdict.checked.append(f"{name} says what {report_path.name} says{but}")
+        else:
+            verdict.refute(name, f"the page says something else than {report_path.name} does")
 
 
-def _without_pictures(text: str) -> str:
-    return re.sub(r"<svg.*?</svg>", "", text, flags=re.DOTALL)
+def _check_scenario(report_path: Path, facts: Facts, verdict: Verdict) -> None:
+    """That the scenario is the one that the ledger declares; names the files not looked at."""
+    directory = report_path.parent
+    path = directory / SCENARIO
+    if not path.exists():
+        verdict.unchecked.append(f"{SCENARIO}: it is not here")
+    elif path.read_text(encoding="utf-8", errors="replace") == facts.scenario.to_toml():
+        verdict.checked.append(f"{SCENARIO} is the one that the signed ledger declares")
+    else:
+        verdict.refute(SCENARIO, "it is not the one that the signed ledger declares")
+    looked_at = {SCENARIO, AUDIT, "result.json", MODEL, LEDGER, head_path(directory / LEDGER).name}
+    looked_at |= {report_path.name, *(report_path.with_suffix(each).name for each in _PAGES)}
+    others = sorted({each.name for each in directory.iterdir()} - looked_at)
+    if others:
+        verdict.unchecked.append(f"not looked at: {', '.join(others)}")
 
 
 def _check_model(directory: Path, facts: Facts, verdict: Verdict) -> None:
-    path = directory / "model.safetensors"
+    path = directory / MODEL
     if not path.exists():
         verdict.unchecked.append(
             "model.safetensors: it is not here, so no model is known to be the one that the ledger "
@@ -367,4 +420,4 @@ def _check_model(directory: Path, facts: Facts, verdict: Verdict) -> None:
     if found == facts.ledger.ended:
         verdict.checked.append("the released model is the one that the ledger ends with")
     else:
-        verdict.refute("model.safetensors", "it is not the model that the ledger ends with")
+        verdict.refute(MODEL, "it is not the model that the ledger ends with")

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import call
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from forging import chained, entries_of, head_of, signed_by
 from pydantic import ValidationError
@@ -117,6 +118,69 @@ def test_the_released_model_is_the_one_that_the_ledger_ends_with(
     run = reported()
     save_file({"weights": np.ones(3, np.float32)}, run / "model.safetensors")
     assert [each.where for each in judged(run).mismatches] == ["model.safetensors"]
+
+
+def test_what_the_operator_filled_in_is_left_to_them(reported: Callable[..., Path]) -> None:
+    run = reported()
+    draft = run / "report.registry.yaml"
+    text = draft.read_text("utf-8")
+    draft.write_text(
+        text.replace("(the operator fills this in)", "The team of the shop", 1), "utf-8"
+    )
+    verdict = judged(run)
+    assert verdict.mismatches == []
+    assert any(each.startswith("report.registry.yaml") for each in verdict.checked)
+
+
+def test_what_nobody_looked_at_is_named(reported: Callable[..., Path]) -> None:
+    run = reported()
+    for name in ("events.jsonl", "run.json", "model.json"):
+        (run / name).write_text("{}")
+    for name in ("report.registry.yaml", "scenario.toml"):
+        (run / name).unlink()
+    verdict = judged(run)
+    assert verdict.mismatches == []
+    assert "not looked at: events.jsonl, model.json, run.json" in verdict.unchecked
+    assert "report.registry.yaml: it is not here" in verdict.unchecked
+    assert "scenario.toml: it is not here" in verdict.unchecked
+
+
+def test_without_its_file_an_audit_is_on_the_operators_word(reported: Callable[..., Path]) -> None:
+    run = reported()
+    audited(lower_bound=0.1)(run)
+    (run / "audit.json").unlink()
+    verdict = judged(run)
+    assert verdict.holds
+    assert any(each.startswith("audit.json: it is not here") for each in verdict.unchecked)
+    assert any("audit" in each.title for each in verdict.word)
+
+
+def test_a_page_alone_says_what_it_needs(reported: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.copy(reported() / "report.html", tmp_path / "report.html")
+    with pytest.raises(UsageError, match=r"report\.json: it is not here.*ledger\.head\.json"):
+        verify(tmp_path / "report.html", key=SERVER.public_key())
+
+
+def test_without_a_ledger_nothing_is_said_to_be_recomputed(reported: Callable[..., Path]) -> None:
+    run = reported()
+    (run / "ledger.jsonl").unlink()
+    assert not any("ledger" in each for each in judged(run).checked)
+    shown = call(
+        "report", "verify", str(run), "--key", SERVER.public_key().public_bytes_raw().hex()
+    )
+    assert shown.exit_code == 4
+    assert "Recomputed from the ledger" not in shown.output
+    assert "report.html says what report.json says" in shown.output
+    assert shown.output.index("Does not match") < shown.output.index("Agrees")
+
+
+def test_a_reason_names_no_figure_of_the_forger_as_the_ledgers(
+    reported: Callable[..., Path],
+) -> None:
+    run = reported()
+    at("privacy.population", 900_000)(run)
+    reasons = [each.reason for each in judged(run).mismatches]
+    assert not [reason for reason in reasons if "ledger gives 900000" in reason], reasons
 
 
 # --------------------------------------------------------------------------- forging tools
@@ -252,6 +316,24 @@ def doubled_key(run: Path) -> None:
     path.write_text(text.replace('"scenario"', '"scenario": "other",\n  "scenario"', 1), "utf-8")
 
 
+def audited(**changes: Any) -> Forge:
+    """An honest audit beside the run and in its report, which is then changed in the report."""
+
+    def forge(run: Path) -> None:
+        with Ledger.open(run / "ledger.jsonl", repair=False) as ledger:
+            declared = ledger.header["version"], ledger.header["scenario_hash"]
+        audit = {
+            "version": declared[0], "scenario_hash": declared[1], "passed": True, "checks": [],
+            "lower_bound": 2.5, "confidence": 0.95, "claimed": 8.0, "method": "Canaries.",
+        }  # fmt: skip
+        (run / "audit.json").write_text(json.dumps(audit), "utf-8")
+        write(build(run), run)
+        assert judged(run).holds
+        edited(lambda content: content["audit"].update(changes))(run)
+
+    return forge
+
+
 def half(value: float) -> float:
     return round(value / 2, 4)
 
@@ -372,6 +454,8 @@ FORGERIES: dict[str, tuple[Forge, str, str]] = {
     ),
     "a few users as all": (at("accuracy.users", 10), "accuracy.users", FIELD),
     "users of the data": (at("data.users", 10**6), "data.users", FIELD),
+    "bound of the audit": (audited(lower_bound=0.1), "audit", r"audit\.json"),
+    "method of the audit": (audited(method="By hand."), "audit", r"audit\.json"),
     "a key twice": (doubled_key, "report.json", "not spelled as privrec writes it"),
     # ----- in the ledger
     "charge removed": (relogged(without("charge", 2)), "ledger", NOT_SIGNED + "|no entry"),
@@ -440,6 +524,46 @@ FORGERIES: dict[str, tuple[Forge, str, str]] = {
     "claim of the page": (page("report.md", "recipients", "everybody"), "report.md", "page"),
     "warnings of the page": (
         page("report.html", r'<div class="notice.*?</div>', ""), "report.html", "page",
+    ),
+    "an overlay in a picture": (
+        page("report.html", "</svg>", "<foreignObject><p>ε is 0.1</p></foreignObject></svg>"),
+        "report.html", "page",
+    ),
+    "a style in a picture": (
+        page("report.html", "</svg>", "<style>.notice { display: none }</style></svg>"),
+        "report.html", "page",
+    ),
+    "a script in a picture": (
+        page("report.html", "</svg>", "<script>document.body.remove()</script></svg>"),
+        "report.html", "page",
+    ),
+    "a figure in a picture": (
+        page("report.html", r"recipients</tspan>.*?ε = [\d.]+", "recipients ε = 0.10"),
+        "report.html", "page",
+    ),
+    "a picture that is none": (
+        page("report.md", "\n## Sampling", "<svg>ε is 0.1.</svg>\n## Sampling"),
+        "report.md", "page",
+    ),
+    # ----- in the draft for a registry
+    "ε of the draft": (
+        page("report.registry.yaml", r'epsilon_recipients: "[\d.]+"', 'epsilon_recipients: "0.10"'),
+        "report.registry.yaml", "page",
+    ),
+    "a key beside what was filled in": (
+        page("report.registry.yaml", r"data_curator: .*", 'data_curator: "us"\nepsilon: "0.10"'),
+        "report.registry.yaml", "page",
+    ),
+    "a text over the next lines": (
+        page("report.registry.yaml", r"publication_date: .*", "publication_date: |"),
+        "report.registry.yaml", "page",
+    ),
+    # ----- in what lies beside
+    "scenario beside": (
+        page("scenario.toml", r"clip_norm = [\d.]+", "clip_norm = 0.01"), "scenario.toml", "signed",
+    ),
+    "a comment in the scenario": (
+        page("scenario.toml", "\\A", "# ε is 0.1\n"), "scenario.toml", "signed",
     ),
 }  # fmt: skip
 
