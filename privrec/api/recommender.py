@@ -23,7 +23,7 @@ from privrec.data.interactions import row_bounds
 from privrec.data.own import read_table
 from privrec.data.sniff import look_at
 from privrec.device.samples import Histories
-from privrec.errors import BudgetError, DataError, UsageError
+from privrec.errors import BudgetError, DataError, Interrupted, UsageError
 from privrec.evaluate import metrics
 from privrec.evaluate.evaluator import scores_with
 from privrec.privacy.events import Adversary
@@ -66,7 +66,7 @@ class Recommender:
         epsilon: the budget, user-level ε at ``delta``; ``math.inf`` trains without noise.
         scenario: what is not set comes from this one, a path or a scenario that is loaded.
         folder: where the run is kept, new or empty; without one, in a temporary place that goes
-            with the recommender unless it is saved.
+            with the recommender unless it is saved, or stopped before its end.
         random_state: seed of everything that is not secret. Noise, the cohorts that it hides in and
             the rounding of updates come from the secure generator, so two fits of one seed differ.
         progress: whether to show each round, on a terminal, in a notebook or in a log; or who
@@ -109,6 +109,7 @@ class Recommender:
         self._folder = None if folder is None else Path(folder)
         self._progress = progress
         self._model: TrainedModel | None = None
+        self._stopped: Path | None = None
 
     @classmethod
     def load(cls, folder: Name, *, data_dir: Name | None = None) -> Self:
@@ -140,13 +141,14 @@ class Recommender:
             DataError: when the data is malformed.
             UsageError, ScenarioError: when a setting is wrong, or the folder is taken.
             BudgetError: when the budget ran out; the model is there as far as it came.
-            Interrupted: on Ctrl-C, after a checkpoint.
+            Interrupted: on Ctrl-C, after a checkpoint in ``folder``, which :func:`privrec.resume`
+                goes on from.
         """
         split, scenario = self._planned(data, columns)
-        folder = self._folder
+        folder, going = self._folder, None
         if folder is None:
             temporary = mkdtemp(prefix="privrec-")
-            weakref.finalize(self, shutil.rmtree, temporary, ignore_errors=True)
+            going = weakref.finalize(self, shutil.rmtree, temporary, ignore_errors=True)
             folder = Path(temporary) / "run"
         observer = self._progress
         if not isinstance(observer, Observer):
@@ -157,6 +159,11 @@ class Recommender:
         except BudgetError:
             if (folder / "result.json").exists():
                 self._model = TrainedModel.read(folder, given=split)
+            raise
+        except Interrupted:
+            self._stopped = folder
+            if going is not None:
+                going.detach()
             raise
         self._model = TrainedModel.read(folder, given=split)
         return self
@@ -221,8 +228,8 @@ class Recommender:
 
     @property
     def folder(self) -> Path:
-        """The run's folder: model, catalogue, ledger and result."""
-        return self.model.path
+        """The run's folder: model, catalogue, ledger and result, or where a stopped one goes on."""
+        return self._stopped if self._model is None and self._stopped else self.model.path
 
     @property
     def scenario(self) -> Scenario:
@@ -245,7 +252,7 @@ class Recommender:
 
         Args:
             users: an id, several, or None for all, in the order of ``user_ids``.
-            filter_seen: whether to leave out what a user has already.
+            filter_seen: whether to leave out what a user has already, and what was held out of it.
             form: ``"arrow"``, ``"pandas"`` or ``"polars"``: a table of ``user``, ``rank``,
                 ``item``, ``title`` (where there are titles) and ``score``. ``"arrays"``: items and
                 scores, ``(m, k)`` each, masked where a list is shorter.
@@ -256,7 +263,7 @@ class Recommender:
         several = [users] if isinstance(users, int | str | np.integer) else users
         chosen = self.model.users(several)
         histories, names = self.model.histories(chosen), self.model.split.train.user_ids[chosen]
-        return self._lists(histories, k, filter_seen, form, names)
+        return self._lists(histories, k, filter_seen, form, names, self.model.owned(chosen))
 
     def recommend_history(
         self,
@@ -286,8 +293,9 @@ class Recommender:
         filter_seen: bool,
         form: Form,
         users: NDArray[Any] | None = None,
+        owned: Histories | None = None,
     ) -> Any:
-        lists = self.model.lists(histories, k, filter_seen=filter_seen)
+        lists = self.model.lists(histories, k, owned=owned, filter_seen=filter_seen)
         if form != "arrays":
             return _formed(pyarrow.concat_tables(tables_of(self.model, lists, users)), form)
         items, scores = (np.concatenate(each) for each in zip(*lists, strict=True))
@@ -304,11 +312,10 @@ class Recommender:
             k: how many.
             form: as of :meth:`recommend`, with the cosine as the score.
         """
-        (row,) = self.model.catalogue.positions([item]).tolist()
-        items, cosines = self.model.similar(row, k)
+        items, cosines = self.model.similar(item, k)
         if form == "arrays":
-            return self.model.catalogue.ids[items], cosines
-        return _formed(next(tables_of(self.model, [(items[None], cosines[None])])), form)
+            return self.model.catalogue.ids[items[0]], cosines[0]
+        return _formed(next(tables_of(self.model, [(items, cosines)])), form)
 
     def score(self, users: Id | Iterable[Id], items: Iterable[Id] | None = None) -> NDArray[Any]:
         """Return the model's scores of items, or of all, for users: float32 ``(users, items)``.

@@ -65,7 +65,10 @@ def audit(scenario: Scenario, *, canaries: int = 1000, key: bytes | None = None)
     bare = _INTERACTIONS if harness.of_examples else _NO_NOISE
     method = bare if not private else attack.method or _NO_CANARIES
     if harness.stand_ins:
-        method += f" Not public, hence made up: {harness.stand_ins}."
+        method += (
+            " An audit reads no data. It stands in for what the scenario does not tell of it: "
+            f"{harness.stand_ins}."
+        )
     return AuditPart(
         version=privrec.__version__,
         scenario_hash=scenario.hash(),

@@ -73,7 +73,7 @@ def init(
     document: Mapping[str, Mapping[str, Any]]
     document = {"data": look.keys, **private_settings(*sizes, epsilon=epsilon)}
     scenario = _scenario(table, document, settings)
-    warnings = planned(scenario)["warnings"]
+    warnings = planned(scenario, split.train.n_items)["warnings"]
     document = _kept(document, scenario, settings)
     path.write_text(_HEAD.format(*sizes, table=table) + _toml(name, document), "utf-8")
     if as_json:
@@ -86,10 +86,11 @@ def init(
     console.print_table("Data", ("fact", "value"), rows)
     if warnings:
         console.print_lines(f"warning: {warning}" for warning in warnings)
-    click.echo(
-        f"Wrote {path}: read it, then see what its budget costs, and train by it:\n"
-        f"  privrec plan {path}\n  privrec run {path}"
-    )
+    steps = ["then see what its budget costs, and train by it:", f"  privrec plan {path}"]
+    if scenario.privacy.in_shares:  # which no plan can tell without the data
+        steps = ["then train by it:"]
+    lines = [f"Wrote {path}: read it, {steps[0]}", *steps[1:], f"  privrec run {path}"]
+    click.echo("\n".join(lines))
 
 
 def look_at_table(table: Path, settings: Sequence[str]) -> tuple[Look, Scenario]:

@@ -62,14 +62,16 @@ def plan(scenario_file: Path, settings: tuple[str, ...], as_json: bool) -> None:
         _print_plan(row, f"Row {row['name']}")
 
 
-def planned(scenario: Scenario) -> dict[str, Any]:
+def planned(scenario: Scenario, counted: int | None = None) -> dict[str, Any]:
     """What a scenario will cost, as JSON values; ε is after the last round.
+
+    ``counted`` is the number of items, where the data was read and the scenario does not tell.
 
     Raises:
         UsageError: If no noise meets the target, or sizes that distributed noise needs are unknown.
     """
     privacy, devices = scenario.privacy, scenario.devices
-    event, examples, beside = _events(scenario)
+    event, examples, beside = _events(scenario, counted)
     spending = _spending(scenario, event, beside)
     return {
         "scenario": scenario.name,
@@ -89,7 +91,7 @@ def planned(scenario: Scenario) -> dict[str, Any]:
         "expected_cohort": scenario.expected_cohort(),
         **spending,
         "examples": _examples(scenario, examples),
-        "signal": _signal(scenario, event.noise_multiplier),
+        "signal": _signal(scenario, event.noise_multiplier, counted),
         "warnings": [*_warnings(scenario), *_far_apart(spending)],
     }
 
@@ -122,7 +124,7 @@ def _examples(scenario: Scenario, event: RoundEvent | None) -> dict[str, Any] | 
 
 
 def _events(
-    scenario: Scenario,
+    scenario: Scenario, counted: int | None
 ) -> tuple[RoundEvent, RoundEvent | None, Sequence[RoundEvent]]:
     """The event of each round, of users and of single interactions, and what is charged beside."""
     from privrec.run.privacy_plan import (
@@ -140,17 +142,20 @@ def _events(
     if not privacy.in_shares:
         beside = beside_without_shares(scenario)
         return event_without_shares(scenario), example_event(scenario, (), ()), beside
-    population, lengths = scenario.population(), _lengths(scenario)
-    items = known_catalogue(scenario)
+    population, lengths = scenario.population(), _lengths(scenario, counted)
+    items = known_catalogue(scenario, counted)
     if population is None or lengths is None or items is None:
-        if privacy.local == "shares":
-            key, other = 'local = "shares"', "declare data whose catalogue is known"
-        else:
-            key = 'noise = "distributed"'
-            other = 'plan with -s privacy.noise="central", which costs the same to within 0.1 %'
+        single = privacy.local == "shares"
+        key = 'local = "shares"' if single else 'noise = "distributed"'
+        lacking = ["the number of users (set devices.population)"] if population is None else []
+        if items is None:
+            lacking.append("the number of items, for which the data has to be read")
+        elif lengths is None:
+            lacking.append("each tier's capacity")
+        central = 'plan with -s privacy.noise="central", which costs the same to within 0.1 %'
         raise UsageError(
-            f"privacy.{key} is planned for a number of users and a catalogue, and they are not "
-            f"known here; set devices.population, or {other}"
+            f"privacy.{key} is planned for users and a catalogue, and here is not known: "
+            f"{', '.join(lacking)}; {'run it' if single else central}"
         )
     weakest_first = sorted(lengths)
     sizes = [longer - shorter for shorter, longer in pairwise([0, *weakest_first])]
@@ -163,19 +168,16 @@ def _events(
     return event, examples, once
 
 
-def coefficients(scenario: Scenario) -> int | None:
-    """Length of the vector that is noised, or None where the catalogue is not known in advance."""
-    lengths = _lengths(scenario)
-    return None if lengths is None else max(lengths)
+def _lengths(scenario: Scenario, counted: int | None) -> dict[int, float] | None:
+    """Length of each tier's vector, as its layout in a run has it, and its share of devices.
 
-
-def _lengths(scenario: Scenario) -> dict[int, float] | None:
-    """Length of each tier's vector, as its layout in a run has it, and its share of devices."""
+    None where the catalogue is not known.
+    """
     from privrec.models.layout import Layout
     from privrec.run.privacy_plan import coordinates_of, known_items, tables_of
     from privrec.scenario.kinds import ImplicitALS
 
-    items, chain = known_items(scenario), scenario.devices.chain
+    items, chain = known_items(scenario, counted), scenario.devices.chain
     if items is None or any(tier.capacity is None for tier in chain):
         return None
     tables, lengths = tables_of(scenario, items), dict[int, float]()
@@ -191,12 +193,15 @@ def _lengths(scenario: Scenario) -> dict[int, float] | None:
     return lengths
 
 
-def _signal(scenario: Scenario, noise_multiplier: float) -> dict[str, Any] | None:
+def _signal(
+    scenario: Scenario, noise_multiplier: float, counted: int | None
+) -> dict[str, Any] | None:
     """The best case of one round: every update as long as allowed and all of one direction."""
     cohort, clip_norm = scenario.expected_cohort(), scenario.privacy.clip_norm
     if not noise_multiplier or cohort is None or clip_norm is None:
         return None
-    dimension, per_coefficient = coefficients(scenario), noise_multiplier * clip_norm
+    dimension = max(_lengths(scenario, counted) or (), default=None)
+    per_coefficient = noise_multiplier * clip_norm
     signal: dict[str, Any] = {
         "signal_norm": cohort * clip_norm,
         "noise_per_coefficient": per_coefficient,

@@ -111,23 +111,30 @@ def verify(path: Path, key: str | None, trust_named_key: bool, as_json: bool) ->
         )
 
 
-@report.command(epilog=console.example("privrec report key runs/quickstart-1"))
-@console.run_dir
-def key(directory: Path) -> None:
-    """Print the public key of the server that ran DIR, for reviewers to verify its report by.
+@report.command(
+    epilog=console.example(
+        "privrec report key runs/quickstart-1", "privrec report key ledger.jsonl"
+    )
+)
+@click.argument("path", metavar="DIR|LEDGER", type=console.PATH)
+def key(path: Path) -> None:
+    """Print the public key that signed the run in DIR, or a LEDGER, for reviewers to verify by.
 
-    Only the machine that ran it can tell; send the key by another way than the report.
+    Only the machine that ran or charged it can tell; send the key by another way than the report.
     """
-    console.check_run(directory)
+    if not path.is_file():
+        console.check_run(path)
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-    from privrec.run.directory import Identity, kept_key
+    from privrec.privacy.ledger import Ledger
+    from privrec.run.directory import LEDGER, kept_key
 
-    found = kept_key(Identity.read(directory).run_id)
+    with Ledger.open(path if path.is_file() else path / LEDGER, repair=False) as ledger:
+        found = kept_key(str(ledger.header.get("run_id", "")))
     if found is None:
         raise UsageError(
-            f"{directory}: this machine does not keep the key of that run; ask whoever ran it, or "
-            "set PRIVREC_STATE to where the run's secrets are"
+            f"{path}: this machine does not keep its key; ask whoever made it, or set "
+            "PRIVREC_STATE to where its secrets are"
         )
     click.echo(found.public_bytes(Encoding.Raw, PublicFormat.Raw).hex())
 

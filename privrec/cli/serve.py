@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         "privrec recommend runs/ml-1m-1 --user 42",
         "privrec recommend runs/ml-1m-1 --history liked.txt -k 20",
         "privrec recommend runs/ml-1m-1 --all -o recommendations.parquet",
+        "privrec recommend runs/ml-1m-1 --similar-to 318",
     ),
 )
 @console.run_dir
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Ids of liked items, one a line; a user vector is fitted to them.",
 )
+@click.option("--similar-to", "item", metavar="ID", help="An item: those nearest to it, by cosine.")
 @click.option("--all", "everybody", is_flag=True, help="All users of the data set; needs -o.")
 @click.option(
     "-k", "k", type=click.IntRange(1, 10_000), default=10, show_default=True, help="How many items."
@@ -53,6 +55,7 @@ def recommend(
     directory: Path,
     users: tuple[str, ...],
     history: Path | None,
+    item: str | None,
     everybody: bool,
     k: int,
     selector: str,
@@ -60,15 +63,16 @@ def recommend(
     data_dir: Path | None,
     as_json: bool,
 ) -> None:
-    """Recommend items to users or for a history. The model is that of DIR.
+    """Recommend items that users, or a history, do not have yet. The model is that of DIR.
 
     A list follows from its user's own history, so it is as private as that: no ε covers it.
     """
-    given = [bool(users), history is not None, everybody]
+    given = [bool(users), history is not None, item is not None, everybody]
     if sum(given) != 1:
         found = "several were given" if any(given) else "none was given"
         raise UsageError(
-            f"--user, --history or --all: exactly one is needed, and {found}; choose one"
+            f"--user, --history, --similar-to or --all: exactly one is needed, and {found}; choose "
+            "one"
         )
     console.check_run(directory)
     console.check_data(data_dir)
@@ -81,28 +85,35 @@ def recommend(
     if out is not None:
         files.check_ending(out, files.TABLES)
     model = TrainedModel.read(directory, data_dir=data_dir)
-    if history is not None:
-        names, histories = None, model.history(history)
+    if item is not None:
+        names, lists = None, iter([model.similar(item, k)])
+    elif history is not None:
+        names, lists = None, model.lists(model.history(history), k, selector=selector)
     else:
         chosen = model.users(None if everybody else users)
-        names, histories = model.split.train.user_ids[chosen], model.histories(chosen)
+        histories, owned = model.histories(chosen), model.owned(chosen)
+        names = model.split.train.user_ids[chosen]
+        lists = model.lists(histories, k, owned=owned, selector=selector)
     if out is not None:
-        lists = model.lists(histories, k, selector=selector)
         rows = files.write_tables(out, files.tables_of(model, lists, names))
         if as_json:
             console.print_json({"file": str(out), "rows": rows})
         else:
             click.echo(f"wrote {out}: {rows:,} recommendations")
         return
-    answers = model.recommendations(histories, k, selector)
+    answers = list(model.named(lists))
     if as_json:
         several = [{"user": user} for user in users] if len(users) > 1 else [{}]
         pairs = zip(several, answers, strict=True)
         console.print_json([{**user, **asdict(each)} for user, found in pairs for each in found])
         return
-    whom = [f"user {user}" for user in users] or [f"the history in {history}"]
-    for who, entries in zip(whom, answers, strict=True):
-        print_recommendations(entries, f"Recommendations for {who}")
+    titles = [f"Recommendations for user {user}" for user in users]
+    if item is not None:
+        titles = [f"Items like {item}"]
+    elif history is not None:
+        titles = [f"Recommendations for the history in {history}"]
+    for title, entries in zip(titles, answers, strict=True):
+        print_recommendations(entries, title)
 
 
 @click.command(epilog=console.example("privrec export runs/ml-1m-1 --items items.npz"))

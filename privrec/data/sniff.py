@@ -102,7 +102,9 @@ def look_at(
             reasons.append((role, str(given[key]), "said"))
         elif role in columns:
             keys[key] = columns[role]
-            reasons.append((role, str(columns[role]), why))
+            unused = role == "rating" and "min_rating" not in given
+            said = f"{why}; ignored unless data.min_rating is set" if unused else why
+            reasons.append((role, str(columns[role]), said))
     for role in needed:
         if f"{role}_column" not in keys:
             names = ", ".join(map(shown, rows[0][:20]))

@@ -19,10 +19,12 @@ moves the sum by, and sampling is not counted on.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import numbers
 import re
+import warnings
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -54,6 +56,7 @@ _RELATIONS = {
     "add-or-remove": "ADD_OR_REMOVE_ONE",
     "replace-one": "REPLACE_ONE",
 }
+_ENOUGH = 16  # batches, to tell those of a fixed size
 _SAMPLED = ("PoissonSampledDpEvent", "SampledWithoutReplacementDpEvent")
 
 
@@ -393,6 +396,54 @@ def over_clip_norm(noise: float, rate: float, adjacency: Adjacency) -> RoundEven
         return RoundEvent("none", 0.0)
     event = RoundEvent("gaussian", noise, rate)
     return RoundEvent("gaussian", noise / 2) if adjacency == "replace-one" else event
+
+
+class Steps:
+    """What the steps of a DP-SGD optimiser cost, of Opacus or :class:`privrec.LazyDPSGD`.
+
+    A UsageError refuses one whose steps are taken in several processes, and a ``sample_rate`` below
+    the one that a ``PrivacyEngine`` counts for it.
+    """
+
+    def __init__(self, optimizer: Any, sample_rate: float, adjacency: Adjacency) -> None:
+        names = " ".join(kind.__name__ for kind in type(optimizer).mro())
+        if "Distributed" in names or "FSDP" in names:
+            raise UsageError(
+                f"{type(optimizer).__name__}: each process would charge each step; charge it by "
+                "yourself in one of them, before the step"
+            )
+        over_clip_norm(1.0, sample_rate, adjacency)  # a rate that makes no sense is refused here
+        hook = optimizer.step_hook
+        hooked = inspect.getclosurevars(hook).nonlocals if inspect.isfunction(hook) else {}
+        if sample_rate < (counted := float(hooked.get("sample_rate", 0))) * (1 - 1e-9):
+            raise UsageError(
+                f"sample_rate = {sample_rate:g}: the optimiser's PrivacyEngine counts {counted:g}, "
+                "which is one over its number of batches; give that, or 1 without Poisson sampling"
+            )
+        self._rate, self._adjacency = sample_rate, adjacency
+        self._sizes: list[int] = []
+
+    def cost(self, optimizer: Any) -> tuple[RoundEvent, float | None]:
+        """Return the event of one step and the batch that was expected in it, if that is known.
+
+        Warns once when the first batches of Opacus all had one size, which is secret itself.
+        """
+        batch, passes = optimizer.expected_batch_size, optimizer.accumulated_iterations
+        rate = min(1.0, self._rate * passes)
+        samples = getattr(next(iter(getattr(optimizer, "params", ())), None), "grad_sample", None)
+        shape = getattr(samples, "shape", None)
+        # Poisson batches of which more than one is expected vary, but for one chance in 10^5.
+        if shape and batch and batch * (1 - rate) > 1 and len(self._sizes) < _ENOUGH:
+            self._sizes.append(shape[0])
+            if len(self._sizes) == _ENOUGH and len(set(self._sizes)) == 1:
+                warnings.warn(
+                    f"{_ENOUGH} batches were of the same size, which Poisson sampling does not "
+                    "give: the ε that is charged is too low if batches are of a fixed size or in a "
+                    "fixed order. Attach with sample_rate=1 then",
+                    stacklevel=2,
+                )
+        event = over_clip_norm(float(optimizer.noise_multiplier), rate, self._adjacency)
+        return event, None if batch is None else float(batch * passes)
 
 
 def parts_of(counts: Mapping[RoundEvent, int]) -> Counter[RoundEvent]:

@@ -47,12 +47,16 @@ _SEAL_EVERY = 256
 
 @dataclass(frozen=True)
 class Charge:
-    """One paid attempt at a round; ``examples`` is its cost in the unit :data:`EXAMPLE`, if any."""
+    """One paid attempt at a round; ``examples`` is its cost in the unit :data:`EXAMPLE`, if any.
+
+    ``expected_batch`` is the number of units that the training expected in it, where it told.
+    """
 
     round: int
     attempt: int
     event: RoundEvent
     examples: RoundEvent | None = None
+    expected_batch: float | None = None
 
 
 class Ledger:
@@ -285,6 +289,7 @@ class Ledger:
         round: int | None = None,
         attempt: int = 0,
         examples: RoundEvent | None = None,
+        expected_batch: float | None = None,
     ) -> bool:
         """Pay for a release, on disk before this returns; call it before the release.
 
@@ -296,6 +301,8 @@ class Ledger:
             examples: what the attempt costs each example of a device in it. It is entered first, in
                 a unit of its own, and counts from the charge on: what a crash left without one was
                 never collected.
+            expected_batch: units that the training expects in the release; a report warns where
+                that is more than the sampling rate of their number.
 
         Returns:
             False when this very attempt was paid for before: only the same bits may be released.
@@ -308,7 +315,7 @@ class Ledger:
         """
         event = RoundEvent.of(event)
         alone, round = round is None, self._next if round is None else round
-        place, wanted = (round, attempt), Charge(round, attempt, event, examples)
+        place, wanted = (round, attempt), Charge(round, attempt, event, examples, expected_batch)
         known, next_one = self._charges.get(place), self.attempts(round)
         if known is None and self.ended is not None:
             raise ReleaseRefused(
@@ -336,7 +343,8 @@ class Ledger:
         if examples is not None and entered is None:
             own = {"kind": "examples", "unit": EXAMPLE, "event": examples.to_json()}
             self._append({**own, **named})
-        self._append({"kind": "charge", **named, "event": event.to_json()})
+        batch = {} if expected_batch is None else {"expected_batch": float(expected_batch)}
+        self._append({"kind": "charge", **named, "event": event.to_json(), **batch})
         if alone and self.entries - self.signed >= _SEAL_EVERY:
             self.seal()
         return True
@@ -348,26 +356,23 @@ class Ledger:
         such as that of a ``PrivacyEngine``, is called after the charge. A step that cannot be paid
         for raises, and leaves model and gradients without it.
 
+        Charges record the optimiser's ``expected_batch_size``, by which a report sees that the rate
+        is too low. A UserWarning says that Opacus' batches look like ones of a fixed size.
+
         Args:
             sample_rate: chance with which each unit is in a batch, by a coin of its own; 1 for
                 batches that are drawn in any other way, where nothing is gained by sampling.
+
+        Raises:
+            UsageError: when a ``PrivacyEngine`` counts a higher rate for the optimiser.
         """
-        names = " ".join(kind.__name__ for kind in type(optimizer).mro())
-        if "Distributed" in names or "FSDP" in names:
-            raise UsageError(
-                f"{type(optimizer).__name__}: each process would charge each step; charge it by "
-                "yourself in one of them, before the step"
-            )
-        events.over_clip_norm(
-            1.0, sample_rate, self.adjacency
-        )  # a rate that makes no sense is refused here
+        steps = events.Steps(optimizer, sample_rate, self.adjacency)
         before: Callable[[Any], None] | None = optimizer.step_hook
 
         def hook(stepping: Any) -> None:
             try:
-                noise, passes = stepping.noise_multiplier, stepping.accumulated_iterations
-                rate = min(1.0, sample_rate * passes)
-                self.charge(events.over_clip_norm(float(noise), rate, self.adjacency))
+                event, batch = steps.cost(stepping)
+                self.charge(event, expected_batch=batch)
             except BaseException:
                 stepping.zero_grad()
                 raise
@@ -559,7 +564,9 @@ class Ledger:
         elif entry["kind"] == "commit" and key in self._charges:
             self._commits[key] = bytes.fromhex(entry["tag"])
         elif entry["kind"] == "charge" and key not in self._charges:
-            charge = Charge(*key, RoundEvent.from_json(entry["event"]), self._examples.get(key))
+            event, batch = RoundEvent.from_json(entry["event"]), entry.get("expected_batch")
+            batch = None if batch is None else float(batch)
+            charge = Charge(*key, event, self._examples.get(key), batch)
             self._charges[key] = charge
             self._next = max(self._next, charge.round + 1)
             self.counts[charge.event] += 1

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from privrec.errors import IntegrityError, UsageError
 from privrec.privacy.events import RoundEvent, epsilon, parts_of
-from privrec.privacy.ledger import PREPARATION, Ledger
+from privrec.privacy.ledger import PREPARATION, Charge, Ledger
 from privrec.randomness import KEPT, secrets_of
 from privrec.report.model import How, Signature, Told
 from privrec.run.plan import LedgerHeader, read_header
@@ -132,6 +132,15 @@ class Account(Spent):
     def hides_cohorts(self) -> bool:
         """Whether ε against recipients rests on samples that they do not know."""
         return self.epsilon != self.epsilon_server
+
+    @property
+    def too_rare(self) -> Charge | None:
+        """A charge whose sampling rate is too low for the batch that the training expected."""
+        for charge in self.ledger.charges:
+            least = 0.99 * (charge.expected_batch or 0) - 1  # Opacus rounds down
+            if self.population and charge.event.sampling_rate * self.population < least:
+                return charge
+        return None
 
     @property
     def untold(self) -> list[str]:

@@ -11,6 +11,7 @@ import math
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
+from decimal import ROUND_CEILING, Decimal
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -76,6 +77,14 @@ def seconds_text(seconds: float | None) -> str:
 def number_text(value: float | None, digits: int = 3) -> str:
     """Write a figure with a fixed number of decimals; None gives a dash."""
     return "–" if value is None else f"{value:.{digits}f}"
+
+
+def bound_text(value: float | None) -> str:
+    """Write an upper bound to four significant digits, rounded **up**; None gives a dash."""
+    if not value:
+        return "–" if value is None else "0"
+    exact = Decimal(repr(value))
+    return f"{exact.quantize(Decimal(1).scaleb(exact.adjusted() - 3), ROUND_CEILING):f}"
 
 
 def amount_text(value: float) -> str:
@@ -193,6 +202,7 @@ def _environment(*, toml: bool) -> Environment:
     environment.filters.update(
         adversary=adversary_text,
         amount=amount_text,
+        bound=bound_text,
         bytes=bytes_text,
         ceil=math.ceil,
         cell=_cell,

@@ -62,18 +62,18 @@ COARSEST = 5.0
 """Least steps of the bound of an example over what rounding may add to its norm."""
 
 
-def known_catalogue(scenario: Scenario) -> int | None:
-    """Size of the catalogue, or all words, where it is public without looking at the data."""
+def known_catalogue(scenario: Scenario, counted: int | None = None) -> int | None:
+    """Size of the catalogue, or all words: ``counted``, or public without looking at the data."""
     data = scenario.data
-    items: int | None = getattr(data, "items", None)
+    items: int | None = counted or getattr(data, "items", None)
     if items is None and data.source in PUBLISHED:
         _, items, _ = PUBLISHED[data.source]
     return items
 
 
-def known_items(scenario: Scenario) -> int | None:
+def known_items(scenario: Scenario, counted: int | None = None) -> int | None:
     """The same, of words those alone that the vocabulary has room for."""
-    items, most = known_catalogue(scenario), getattr(scenario.data, "vocabulary", None)
+    items, most = known_catalogue(scenario, counted), getattr(scenario.data, "vocabulary", None)
     return items if items is None or most is None else min(items, most)
 
 

@@ -72,9 +72,10 @@ def recommend(
     data_dir: Path | None = None,
     selector: str = "scan",
 ) -> list[Recommendation]:
-    """Return the ``k`` best items for a user of the data or for a history, which are left out.
+    """Return the ``k`` best items for a user of the data or for a history.
 
-    The user's vector is fitted to the history from nothing, on this machine, as a device would: a
+    What they have is left out: all items of the history, and of a user also what was held out. The
+    user's vector is fitted to the history from nothing, on this machine, as a device would: a
     history never seen in training is served just like one that was. Whoever asks more than once
     reads the model once, by :func:`privrec.load`.
 
@@ -94,8 +95,13 @@ def recommend(
         raise UsageError("recommend: give one of --user ID and --history FILE")
     check(k, selector)
     model = TrainedModel.read(run_dir, data_dir=data_dir)
-    found = model.history(history or ()) if user is None else model.histories(model.users([user]))
-    return model.recommendations(found, k, selector)[0]
+    if user is None:
+        lists = model.lists(model.history(history or ()), k, selector=selector)
+    else:
+        chosen = model.users([user])
+        owned = model.owned(chosen)
+        lists = model.lists(model.histories(chosen), k, owned=owned, selector=selector)
+    return next(model.named(lists))
 
 
 def check(k: int, selector: str = "scan") -> None:
@@ -243,6 +249,12 @@ class TrainedModel:
         """Return what users of the data, by their positions, have to learn from."""
         return _together(*self.split.train.rows_of(users), len(users))
 
+    def owned(self, users: Items) -> Histories:
+        """Return all that users of the data have, by their positions: what was held out as well."""
+        parts = (each.rows_of(users) for each in (self.split.train, self.split.heldout))
+        rows, items = (np.concatenate(each) for each in zip(*parts, strict=True))
+        return _together(rows, items, len(users))
+
     def history(self, items: Iterable[int | str] | Path) -> Histories:
         """Return the history of one who likes some items, by their ids or a file of them.
 
@@ -280,18 +292,26 @@ class TrainedModel:
         return np.asarray(scored(everybody, wanted), np.float32)
 
     def lists(
-        self, histories: Histories, k: int, *, filter_seen: bool = True, selector: str = "scan"
+        self,
+        histories: Histories,
+        k: int,
+        *,
+        owned: Histories | None = None,
+        filter_seen: bool = True,
+        selector: str = "scan",
     ) -> Iterator[Lists]:
         """Yield the best items for each history and their scores, ``(m, k)`` each, in parts.
+
+        With ``filter_seen`` what is ``owned`` is left out, by default the histories.
 
         A list that is shorter than ``k`` ends in :data:`NONE`; see :func:`recommend` for the rest.
         """
         check(k, selector)
-        states, k = self.fit(histories), min(k, self.catalogue.size)
+        states, k, owned = self.fit(histories), min(k, self.catalogue.size), owned or histories
         exhaustive = self.local.view.network.tower or self.local.view.features is not None
         if not exhaustive and (selector != "scan" or len(states) == 1):
             for row, state in enumerate(states):
-                seen = histories.of(row).astype(np.int64) if filter_seen else np.empty(0, np.int64)
+                seen = owned.of(row).astype(np.int64) if filter_seen else np.empty(0, np.int64)
                 most = min(k, self.catalogue.size - len(seen))
                 items, scores = np.full((1, k), NONE), np.full((1, k), -np.inf, np.float32)
                 if most:
@@ -304,41 +324,41 @@ class TrainedModel:
             part = np.arange(start, min(start + step, len(states)))
             table = self.scores(states[part])
             if filter_seen:
-                own = histories.select(part)
+                own = owned.select(part)
                 table[np.repeat(np.arange(len(part)), own.lengths), own.items] = -np.inf
             table[np.isnan(table)] = -np.inf
             scored, items = (each.numpy() for each in torch.topk(torch.from_numpy(table), k))
             items[np.isneginf(scored)] = NONE
             yield items, scored
 
-    def recommendations(
-        self, histories: Histories, k: int, selector: str = "scan"
-    ) -> list[list[Recommendation]]:
-        """Return the list of each history, by ids and titles."""
+    def named(self, lists: Iterable[Lists]) -> Iterator[list[Recommendation]]:
+        """Yield lists by the ids and titles of their items."""
         ids, titles = self.catalogue.ids, self.catalogue.titles
-        return [
-            [
-                Recommendation(rank, str(ids[item]), titles[item] if titles else None, score)
-                for rank, (item, score) in enumerate(zip(own, values, strict=True), 1)
-                if item != NONE
-            ]
-            for items, scores in self.lists(histories, k, selector=selector)
-            for own, values in zip(items.tolist(), scores.tolist(), strict=True)
-        ]
+        for items, scores in lists:
+            for own, values in zip(items.tolist(), scores.tolist(), strict=True):
+                yield [
+                    Recommendation(rank, str(ids[item]), titles[item] if titles else None, score)
+                    for rank, (item, score) in enumerate(zip(own, values, strict=True), 1)
+                    if item != NONE
+                ]
 
-    def similar(self, item: int, k: int) -> Lists:
-        """Return the ``k`` items nearest to one by the cosine of their vectors, and the cosines."""
+    def similar(self, name: int | str, k: int) -> Lists:
+        """Return the ``k`` items nearest to one by the cosine of their vectors, and the cosines.
+
+        Both are of the shape ``(1, k)``, as in :meth:`lists`.
+        """
         check(k)
+        (item,) = self.catalogue.positions([name]).tolist()
         if item >= len(self.vectors):
             raise UsageError(
-                f"item {self.catalogue.ids[item]}: no device holds a vector of it, since the "
+                f"item {name}: no device holds a vector of it, since the "
                 "model is of the most popular items alone; ask for one of those"
             )
         lengths = np.linalg.norm(self.vectors, axis=1)
         cosines = self.vectors @ self.vectors[item] / np.maximum(lengths * lengths[item], 1e-30)
         cosines[item] = -np.inf
         found = np.argsort(-cosines, kind="stable")[: min(k, len(cosines) - 1)]
-        return found, cosines[found]
+        return found[None], cosines[found][None]
 
 
 def _together(rows: NDArray[np.integer], items: NDArray[np.int32], m: int) -> Histories:

@@ -57,7 +57,6 @@ def private_settings(
             "delta": delta,
             "budget_against": "server",
         },
-        "run": {"eval_every": ROUNDS // 4},
     }
 
 

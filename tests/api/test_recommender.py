@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,18 @@ from small_runs import Silent, weights
 import privrec
 from privrec.api.inputs import as_table, stored
 from privrec.data import Interactions, leave_last_out
-from privrec.errors import BudgetError, DataError, PrivrecError, UnknownIdError, UsageError
+from privrec.errors import (
+    BudgetError,
+    DataError,
+    Interrupted,
+    PrivrecError,
+    UnknownIdError,
+    UsageError,
+)
 from privrec.privacy.ledger import Ledger
 from privrec.report.verify import verify
 from privrec.run import loop
+from privrec.run.record import Observer
 
 USERS, ITEMS, EACH = 60, 30, 8
 QUICK = {"rounds": 2, "dim": 8, "progress": False, "footprint": False}
@@ -309,12 +319,16 @@ def test_lists_are_those_of_the_command(fitted: privrec.Recommender, rows: Any) 
     history = [f"i{item}" for item in fitted.model.split.train.history(3)]
     assert len(history) == EACH - 1
     ids = [fitted.item_ids[item] for item in fitted.model.split.train.history(3)]
-    same = fitted.recommend_history(ids, k=3)
+    same = fitted.recommend_history(ids, k=4)
     assert same.column_names == ["rank", "item", "score"]
-    assert same["item"].to_pylist() == own["item"].to_pylist()
-    found = privrec.recommend(fitted.folder, history=ids, k=3)
+    heldout = fitted.model.split.heldout
+    newest = fitted.item_ids[heldout.items[heldout.indptr[3]]]  # owned, though not learned from
+    assert [each for each in same["item"].to_pylist() if each != newest][:3] == own[
+        "item"
+    ].to_pylist()
+    found = privrec.recommend(fitted.folder, history=ids, k=4)
     assert [entry.item_id for entry in found] == same["item"].to_pylist()
-    assert not set(fitted.recommend(103, k=ITEMS)["item"].to_pylist()) & set(ids)
+    assert not set(fitted.recommend(103, k=ITEMS)["item"].to_pylist()) & {*ids, newest}
     assert set(ids) <= set(fitted.recommend(103, k=ITEMS, filter_seen=False)["item"].to_pylist())
 
 
@@ -344,7 +358,7 @@ def test_arrays_are_masked_where_a_list_is_short(fitted: privrec.Recommender) ->
     assert not isinstance(items, np.ma.MaskedArray)
     assert (np.diff(scores, axis=1) <= 0).all()
     items, scores = fitted.recommend([101, 102], k=ITEMS, form="arrays")
-    assert items.mask.sum(axis=1).tolist() == scores.mask.sum(axis=1).tolist() == [EACH - 1] * 2
+    assert items.mask.sum(axis=1).tolist() == scores.mask.sum(axis=1).tolist() == [EACH] * 2
     with pytest.raises(UsageError, match="form = 'excel'"):
         fitted.recommend(101, form="excel")  # type: ignore[arg-type]
 
@@ -431,6 +445,26 @@ def test_a_temporary_folder_goes_with_its_recommender(rows: Any) -> None:
     assert folder.is_dir()
     del recommender
     assert not folder.exists()
+
+
+def test_a_fit_that_was_stopped_is_gone_on_with(rows: Any, tmp_path: Path) -> None:
+    """Its temporary folder stays, and the recommender says where."""
+
+    class Stopping(Observer):
+        def round(self, record: Any) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    path = tmp_path / "rows.csv"
+    pyarrow.csv.write_csv(pyarrow.table({"user": rows[0], "item": rows[1]}), path)
+    recommender = privrec.Recommender(epsilon=math.inf, **{**QUICK, "progress": Stopping()})
+    with pytest.raises(Interrupted, match="go on with: privrec resume") as stopped:
+        recommender.fit(path)
+    folder = recommender.folder
+    assert str(folder) in str(stopped.value)
+    del recommender
+    assert privrec.resume(folder).payload["rounds"] == 2
+    assert privrec.load(folder).recommend(101, k=1).num_rows == 1
+    shutil.rmtree(folder.parent)
 
 
 def test_a_budget_that_runs_out_leaves_the_model(rows: Any, tmp_path: Path) -> None:

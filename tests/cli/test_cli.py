@@ -25,6 +25,7 @@ from click.testing import Result
 from commands import call, done
 from scipy import stats
 
+import privrec
 from privrec import errors
 from privrec.cli import machine
 from privrec.cli import main as cli
@@ -498,6 +499,18 @@ def test_recommendations_for_a_file_of_liked_items(
     assert "the history in liked.txt" in done(*words[:-1]).stdout
 
 
+def test_items_like_one_are_listed(finished: tuple[Path, Result], place: Path) -> None:
+    directory, _ = finished
+    words = ("recommend", directory, "--similar-to", "5", "-k", "3")
+    assert "Items like 5" in done(*words).stdout
+    found = json.loads(done(*words, "--json").stdout)
+    near = privrec.load(directory).similar_items("5", k=3).to_pylist()
+    assert [(each["item_id"], each["score"]) for each in found] == [
+        (str(each["item"]), each["score"]) for each in near
+    ]
+    assert "no such item" in call("recommend", directory, "--similar-to", "nothing").stderr
+
+
 def test_every_user_that_is_named_gets_a_list(finished: tuple[Path, Result]) -> None:
     directory, _ = finished
     words = ("recommend", directory, "--user", "3", "--user", "1", "-k", "4")
@@ -609,7 +622,7 @@ def test_the_key_that_a_reviewer_needs_is_printed(
     finished: tuple[Path, Result], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory, _ = finished
-    assert "does not keep the key" in call("report", "key", directory).stderr
+    assert "does not keep its key" in call("report", "key", directory).stderr
     monkeypatch.setenv("PRIVREC_STATE", str(directory.parent / "state"))
     (place / "server.pub").write_text(done("report", "key", directory).stdout)
     monkeypatch.setenv("PRIVREC_STATE", str(place / "state"))

@@ -56,8 +56,26 @@ def test_a_table_becomes_a_scenario_that_trains_and_recommends(place: Path) -> N
     assert (scenario.devices.population, scenario.devices.sampling_rate) == (3, 1.0)
     assert (scenario.privacy.epsilon, scenario.privacy.delta) == (8.0, 1e-5)
     done("run", "Shop-orders.toml", "--out", "run", "-s", "train.rounds=2")
+    assert "The test split was looked at" not in Path("run/report.md").read_text("utf-8")
     found = json.loads(done("recommend", "run", "--user", "b", "-k", "2", "--json").stdout)
-    assert {each["title"] for each in found} == {"Mug", "item 9"}
+    assert [each["title"] for each in found] == ["Mug"]  # she has the others, one held out
+
+
+def test_noise_in_shares_is_planned_with_the_items_that_were_counted(place: Path) -> None:
+    rows = [f"u{user},i{(user * step) % 40}" for user in range(200) for step in range(1, 8)]
+    (place / "events.csv").write_text("\n".join(["user,item", *dict.fromkeys(rows)]))
+    shared = ("-s", "privacy.noise=distributed")
+    printed = done("init", "events.csv", *shared).stdout
+    assert printed.splitlines()[-1] == "  privrec run events.toml"
+    assert "privrec plan" not in printed
+    said = call("plan", "events.toml").stderr
+    assert "the number of items, for which the data has to be read" in said
+    assert "devices.population" not in said
+    text = (place / "events.toml").read_text().replace("population = 200\n", "")
+    (place / "unknown.toml").write_text(text)
+    said = call("plan", "unknown.toml").stderr
+    assert "set devices.population" in said
+    done("run", "events.toml", "--out", "run", "-s", "train.rounds=1")
 
 
 def test_what_is_said_stands_in_the_scenario(place: Path) -> None:

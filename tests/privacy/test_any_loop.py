@@ -306,7 +306,7 @@ def classified(model: Any, rows: torch.Tensor, target: torch.Tensor) -> None:
 class Opacus:
     """A small model in Opacus' hands."""
 
-    def __init__(self, noise_multiplier: float = 1.1) -> None:
+    def __init__(self, noise_multiplier: float = 1.1, **words: Any) -> None:
         rows = torch.arange(2000.0).reshape(400, 5) / 2000
         loader = DataLoader(TensorDataset(rows, (rows[:, 0] > 0.5).float()), batch_size=40)
         plain = torch.nn.Linear(5, 1)
@@ -317,6 +317,7 @@ class Opacus:
             data_loader=loader,
             noise_multiplier=noise_multiplier,
             max_grad_norm=1.0,
+            **words,
         )
 
     def steps(self) -> Iterator[None]:
@@ -351,6 +352,31 @@ def test_opacus_steps_are_charged_and_halt_at_the_budget(tmp_path: Path) -> None
         assert (noise, rate, steps_of_engine) == (1.1, 0.1, done)
         assert ledger.epsilon() <= 3.0
         assert ledger.epsilon() == pytest.approx(opacus.engine.get_epsilon(1e-5), rel=0.05)
+
+
+def test_a_rate_below_the_engines_is_refused(tmp_path: Path) -> None:
+    opacus = Opacus()
+    with begun(tmp_path) as ledger:
+        with pytest.raises(UsageError, match=r"PrivacyEngine counts 0\.1"):
+            ledger.attach(opacus.optimizer, sample_rate=0.01)
+        ledger.attach(opacus.optimizer, sample_rate=0.1)
+        next(opacus.steps())
+    assert [charge.expected_batch for charge in read(tmp_path).charges] == [40.0]
+
+
+@pytest.mark.parametrize(
+    ("poisson", "rate", "warned"), [(False, 0.1, 1), (False, 1, 0), (True, 0.1, 0)]
+)
+def test_batches_of_one_size_are_warned_of(
+    tmp_path: Path, poisson: bool, rate: float, warned: int, recwarn: pytest.WarningsRecorder
+) -> None:
+    opacus = Opacus(poisson_sampling=poisson)
+    with begun(tmp_path) as ledger:
+        ledger.attach(opacus.optimizer, sample_rate=rate)
+        steps = opacus.steps()
+        for _ in range(40):
+            next(steps)
+    assert len([each for each in recwarn if "same size" in str(each.message)]) == warned
 
 
 def test_the_charge_comes_before_the_model_moves(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import done
+from commands import call, done
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from dp_accounting.dp_event import (
     ComposedDpEvent,
@@ -28,7 +28,7 @@ from opacus import PrivacyEngine
 from pydantic import ValidationError
 from torch.utils.data import DataLoader, TensorDataset
 
-from privrec import Ledger
+from privrec import LazyDPSGD, Ledger
 from privrec.errors import IntegrityError, UsageError
 from privrec.randomness import kept_key
 from privrec.report.build import build_account
@@ -214,6 +214,30 @@ def test_without_facts_all_is_not_known(honest: dict[str, Path], tmp_path: Path)
     assert not reported(tmp_path).privacy.private
 
 
+@pytest.mark.parametrize(("rate", "warned"), [(0.05, False), (0.005, True), (1.0, False)])
+def test_a_rate_too_low_for_the_batches_is_warned_of(
+    tmp_path: Path, rate: float, warned: bool
+) -> None:
+    optimizer = LazyDPSGD(
+        torch.nn.Linear(2, 1), lr=0.1, noise_multiplier=2.0, max_grad_norm=1.0,
+        expected_batch_size=100,
+    )  # fmt: skip
+    with Ledger.create(tmp_path / "led.jsonl", unit="example", delta=1e-5) as ledger:
+        ledger.attach(optimizer, sample_rate=rate)
+        optimizer.step()
+        ledger.end()
+    optimizer.close()
+    (tmp_path / "facts.toml").write_text(FACTS)
+    report = build_account(tmp_path / "led.jsonl", tmp_path / "facts.toml")
+    found = [each for each in report.warnings if "too low" in each.title]
+    assert bool(found) == warned
+    if warned:
+        assert "which is 10 of 2,000 examples, and the training expected 100" in found[0].text
+        write(report, tmp_path)
+        edited(lambda content: content["warnings"].pop(1))(tmp_path)
+        assert not judged(tmp_path).holds
+
+
 def test_no_noise_is_no_guarantee(tmp_path: Path) -> None:
     with Ledger.create(tmp_path / "led.jsonl", delta=1e-5) as ledger:
         ledger.charge(NonPrivateDpEvent())
@@ -268,6 +292,16 @@ def test_facts_that_make_no_sense_are_refused(
     (tmp_path / "facts.toml").write_text(text)
     with pytest.raises(UsageError, match=r"facts\.toml"):
         build_account(honest["loop"] / "led.jsonl", tmp_path / "facts.toml")
+
+
+def test_the_key_of_a_ledger_is_printed(
+    honest: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = honest["opacus"] / "led.jsonl"
+    key = done("report", "key", ledger).stdout.strip()
+    monkeypatch.setenv("PRIVREC_STATE", str(tmp_path))
+    done("report", "verify", ledger, "--key", key)
+    assert "does not keep its key" in call("report", "key", ledger).stderr
 
 
 def test_the_command_line_writes_and_verifies(honest: dict[str, Path], tmp_path: Path) -> None:

@@ -32,6 +32,17 @@ def test_seconds(seconds: float | None, text: str) -> None:
     assert words.seconds_text(seconds) == text
 
 
+@pytest.mark.parametrize(
+    ("bound", "text"),
+    [
+        (None, "–"), (0.0, "0"), (1.38748, "1.388"), (0.0513, "0.05130"), (0.051301, "0.05131"),
+        (1.25, "1.250"), (12345.6, "12350"), (1e-6, "0.000001000"),
+    ],
+)  # fmt: skip
+def test_an_upper_bound_is_rounded_up(bound: float | None, text: str) -> None:
+    assert words.bound_text(bound) == text
+
+
 @pytest.mark.parametrize(("delta", "text"), [(1e-5, "1e-5"), (0.01, "0.01"), (None, "–")])
 def test_delta(delta: float | None, text: str) -> None:
     assert words.delta_text(delta) == text

@@ -268,6 +268,20 @@ def test_zcdp_and_renyi_are_the_textbook_ones(a_run: MakeRun) -> None:
         assert point.server == pytest.approx(8 * point.order / (2 * 2.0**2), abs=2e-6)
 
 
+def test_what_is_composed_further_is_shown_rounded_up(a_run: MakeRun) -> None:
+    report = build(a_run(sigma=1.9, rate=0.25, rounds=7, budget=None))
+    assert report.accounting is not None
+    page = to_markdown(report)
+    shown = float(re.findall(r"ρ = ([\d.]+)", page)[0])
+    assert report.accounting.zcdp_server is not None
+    assert report.accounting.zcdp_server <= shown < report.accounting.zcdp_server * 1.001
+    for point in report.accounting.renyi:
+        (row,) = re.findall(rf"^\| {point.order} \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE)
+        for text, value in zip(row, (point.recipients, point.server), strict=True):
+            assert value is not None
+            assert value <= float(text) <= value * 1.001
+
+
 def test_reading_is_the_gaussian_mechanisms_where_that_is_exact(a_run: MakeRun) -> None:
     from scipy.stats import norm
 

@@ -30,6 +30,13 @@ def test_it_is_yaml_that_says_what_the_report_says(a_run: Any, noise: str) -> No
     recipients = report.adversary("recipients").epsilon
     told = "infinite" if recipients is None else epsilon_text(recipients)
     assert draft["privacy_loss"]["epsilon_recipients"] == told
+    known = {"distributed": "epsilon_server"}.get(noise, "epsilon_cohorts_known")
+    assert {each for each in draft["privacy_loss"] if each.startswith("epsilon")} == {
+        "epsilon_recipients", known,
+    }  # fmt: skip
+    actors = {each["name"]: each["epsilon"] for each in draft["model"]["actors"]}
+    told = draft["privacy_loss"][known] if noise == "distributed" else "infinite"
+    assert actors["the server and its operator"] == told
     assert draft["dp_flavor"]["bounds"] == list(report.definition.contribution_bounds)
     assert draft["verification"]["ledger_head"] == report.privacy.ledger_head
 
