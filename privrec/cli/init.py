@@ -1,4 +1,4 @@
-"""``privrec init``: a scenario for somebody's own table, with settings that fit it."""
+"""``privrec init``: a scenario for an own table or a published set, with settings that fit it."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ _HEAD = """\
     epilog=console.example(
         "privrec init ratings.csv",
         "privrec init orders.csv --epsilon 4 -s data.min_user=5 --out shop.toml",
+        "privrec init ml-100k --epsilon 4",
     )
 )
-@click.argument("table", metavar="TABLE", type=console.PATH)
+@click.argument("table", metavar="TABLE|NAME", type=console.PATH)
 @click.option(
     "--epsilon",
     type=click.FloatRange(1e-4, 1000),
@@ -45,6 +46,7 @@ _HEAD = """\
     "--out", type=console.PATH, metavar="FILE", help="The scenario. [default: TABLE's name, .toml]"
 )
 @console.settings_option
+@console.data_option
 @console.json_option
 def init(
     table: Path,
@@ -52,23 +54,31 @@ def init(
     titles: Path | None,
     out: Path | None,
     settings: tuple[str, ...],
+    data_dir: Path | None,
     as_json: bool,
 ) -> None:
-    """Write a scenario for a TABLE of your own, with settings that fit it.
+    """Write a scenario for a TABLE of your own or a published set, with settings that fit it.
 
     Columns are found by their names or, without a header, by their look; what was taken is
-    printed. The settings follow from how many users, items and interactions there are.
+    printed. The settings follow from how many users, items and interactions there are. A published
+    set goes by its NAME, such as ml-100k: see `privrec data list`.
     """
+    console.check_data(data_dir)
     from privrec.cli.plan import planned
     from privrec.data import load as read
     from privrec.scenario.defaults import private_settings
+    from privrec.scenario.kinds import READERS
 
     name, path = _name(table), out or Path(f"{_name(table)}.toml")
     if path.exists():
         raise UsageError(f"{path}: this file is there, and is kept; name another by --out")
     titled = () if titles is None else (f"data.titles={titles}",)
-    look, bare = look_at_table(table, (*titled, *settings))
-    split = read(bare.data)
+    if str(table) in set(READERS) - {"table"}:
+        look, bare = _published(table, (*titled, *settings))
+    else:
+        data_dir = None  # it is where the command line says
+        look, bare = look_at_table(table, (*titled, *settings))
+    split = read(bare.data, data_dir=data_dir)
     facts, sizes = split.describe(), (split.train.n_users, split.train.n_items, split.train.size)
     document: Mapping[str, Mapping[str, Any]]
     document = {"data": look.keys, **private_settings(*sizes, epsilon=epsilon)}
@@ -81,7 +91,8 @@ def init(
         found = {"scenario": str(path), "taken": taken, "data": facts, "warnings": warnings}
         console.print_json(found)
         return
-    print_look(look, table)
+    if look.reasons:
+        print_look(look, table)
     rows = [(fact.replace("_", " "), value) for fact, value in facts.items()]
     console.print_table("Data", ("fact", "value"), rows)
     if warnings:
@@ -89,8 +100,18 @@ def init(
     steps = ["then see what its budget costs, and train by it:", f"  privrec plan {path}"]
     if scenario.privacy.in_shares:  # which no plan can tell without the data
         steps = ["then train by it:"]
-    lines = [f"Wrote {path}: read it, {steps[0]}", *steps[1:], f"  privrec run {path}"]
+    place = "" if data_dir is None else f" --data {data_dir}"
+    lines = [f"Wrote {path}: read it, {steps[0]}", *steps[1:], f"  privrec run {path}{place}"]
     click.echo("\n".join(lines))
+
+
+def _published(name: Path, settings: Sequence[str]) -> tuple[Look, Scenario]:
+    """The same as :func:`look_at_table` of a source that has no columns to find."""
+    from privrec.data.sniff import Look
+
+    settings = [setting for setting in settings if setting.strip().startswith("data.")]
+    bare = {"data": {"source": str(name)}, "privacy": {"noise": "none"}}
+    return Look(bare["data"], ()), _scenario(name, bare, settings)
 
 
 def look_at_table(table: Path, settings: Sequence[str]) -> tuple[Look, Scenario]:

@@ -95,12 +95,16 @@ main.add_command(init)
     epilog=console.example(
         "privrec run quickstart -s train.rounds=50 --out runs/short",
         "privrec run my.toml --data data/ml-1m --json",
+        'privrec run frontier-ml-1m --row "ε = 4"',
     ),
 )
 @console.scenario_file
 @console.settings_option
 @console.data_option
 @out_option
+@click.option(
+    "--row", metavar="NAME", help="Run this row of SCENARIO alone; -s rows= leaves out all of them."
+)
 @click.option(
     "--population",
     metavar="NAME",
@@ -114,6 +118,7 @@ def run(
     settings: tuple[str, ...],
     data_dir: Path | None,
     out: Path | None,
+    row: str | None,
     population: str | None,
     tensorboard: Path | None,
     mlflow: str | None,
@@ -124,6 +129,11 @@ def run(
     from privrec.scenario.load import load
 
     described = load(scenario_file, settings)
+    if row is not None:
+        if row not in described.variants:
+            rows = ", ".join(map(repr, described.variants)) or "no rows"
+            raise UsageError(f"--row {row!r}: {scenario_file} has {rows}; name one that it has")
+        described = described.variants[row].with_settings({"title": row})
     path = _new_folder(described.name, out)
     from privrec.run import lifecycle
     from privrec.run.task import load_task

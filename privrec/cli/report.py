@@ -187,7 +187,7 @@ def write_report(directory: Path) -> Written:
 )
 @console.json_option
 def compare(directories: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
-    """Put finished runs side by side.
+    """Put finished runs side by side, with the settings that differ and popularity beside them.
 
     A terminal that is too narrow for a line a run gets a column a run; a pipe gets lines of fields
     with tabs between them.
@@ -201,20 +201,24 @@ def compare(directories: tuple[Path, ...], out: Path | None, as_json: bool) -> N
     if out is not None:
         replace_text(out, comparison.to_html())
     if as_json:
-        console.print_json({"rows": comparison.rows(), "cautions": comparison.cautions})
+        named = ("popularity", "settings", "cautions")
+        more = {name: getattr(comparison, name) for name in named}
+        console.print_json({"rows": comparison.rows(), **more})
         return
     columns = [*_HEADINGS, *comparison.metrics, *_COSTS]
     found = comparison.rows()
-    rows = [[_cell(column, row[column]) for column in columns] for row in found]
+    if popularity := comparison.popularity:
+        found.append({"name": "popularity", **popularity})
+    rows = [[_cell(c, row[c]) if c in row else "" for c in columns] for row in found]
     names = {**_HEADINGS, **_COSTS}
     headings = [names.get(column) or metric_name(column) for column in columns]
     cautions = [f"caution: {caution}" for caution in comparison.cautions]
     width = console.terminal_width()
     if width is None:
-        click.echo("\t".join(headings))
-        for row in found:
-            plain = (_cell(c, row[c]) if row[c] is None else str(row[c]) for c in columns)
-            click.echo("\t".join(plain))
+        click.echo("\t".join((*headings, *comparison.settings)))
+        own = [*zip(*comparison.settings.values(), strict=True), [""] * len(comparison.settings)]
+        for (name, *cells), values in zip(rows, own, strict=False):
+            click.echo("\t".join((name, *(cell.replace(",", "") for cell in cells), *values)))
         for caution in cautions:
             click.echo(caution, err=True)
         return
@@ -224,6 +228,8 @@ def compare(directories: tuple[Path, ...], out: Path | None, as_json: bool) -> N
         console.print_table(title, ("", *first[1:]), others)
     else:
         console.print_table(title, headings, rows)
+    if differing := [(key, *values) for key, values in comparison.settings.items()]:
+        console.print_table("Settings that differ", ("", *comparison.names), differing)
     if cautions:
         console.print_lines(cautions)
 

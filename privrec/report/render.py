@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,10 @@ from privrec.report.build import build
 from privrec.report.model import Report, Scalar
 from privrec.report.plots import by_tier, intervals, plots, privacy_utility, risks
 from privrec.report.words import delta_text, render, tables
+from privrec.run.directory import SCENARIO
 from privrec.run.record import SUMMED, metric_name, told_once
+from privrec.scenario.keys import as_toml
+from privrec.scenario.load import load
 
 OPEN = "(the operator fills this in)"
 """Stands in a draft for a registry where privrec does not know."""
@@ -128,6 +131,8 @@ class Comparison:
     names: tuple[str, ...]
     reports: tuple[Report, ...]
     cautions: tuple[str, ...]
+    settings: Mapping[str, Sequence[str]]
+    """Keys of the scenarios in which the runs differ, with the value of each run as TOML."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -135,6 +140,14 @@ class Comparison:
         found = ({m.key: m.value for m in each.accuracy.metrics} for each in self.reports)
         keys = dict.fromkeys(key for metrics in found for key in told_once(metrics))
         return tuple(sorted(keys, key=lambda key: [*map(key.startswith, (SUMMED, "full_"))]))
+
+    @property
+    def popularity(self) -> dict[str, float]:
+        """The metrics of the commonest items for everybody, where all runs share data and split."""
+        if len({(_data(each), each.accuracy.holdout) for each in self.reports}) > 1:
+            return {}
+        found = ((m.key, m.baselines) for each in self.reports for m in each.accuracy.metrics)
+        return {key: values["popularity"] for key, values in found if "popularity" in values}
 
     def rows(self) -> list[dict[str, Scalar]]:
         """One flat row a run: name, ε, metrics and costs; an infinite ε is None."""
@@ -214,7 +227,19 @@ def compare(directories: Sequence[Path]) -> Comparison:
     choices = (scenarios, [place.name for place in places], [str(place) for place in places])
     # The shortest names that tell all runs apart.
     names = next(names for names in choices if len(set(names)) == len(names))
-    return Comparison(tuple(names), reports, tuple(_cautions(reports)))
+    settings = _differing([load(directory / SCENARIO).document() for directory in directories])
+    return Comparison(tuple(names), reports, tuple(_cautions(reports)), settings)
+
+
+def _differing(documents: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """The keys of tables, dotted, whose values are not the same in all scenarios."""
+    tables = [{k: v for k, v in each.items() if isinstance(v, Mapping)} for each in documents]
+    keys = dict.fromkeys((t, key) for each in tables for t in each for key in each[t])
+    found = {
+        f"{table}.{key}": [as_toml(each.get(table, {}).get(key)) for each in tables]
+        for table, key in keys
+    }
+    return {key: values for key, values in found.items() if len(set(values)) > 1}
 
 
 def _data(report: Report) -> tuple[Scalar, ...]:

@@ -91,6 +91,9 @@ class Scenario(Heading):
         problems: dict[str, str] = {}
         settings = dict(_parsed(override, problems) for override in overrides)
         settings.pop("", None)
+        if settings.get("rows") in ("", []):  # rows can be left out here, and are written in a file
+            del settings["rows"]
+            document.pop("rows", None)
         return _changed(document, settings, problems, source)
 
     def with_settings(self, settings: Mapping[str, Any], *, source: str = "settings") -> Scenario:

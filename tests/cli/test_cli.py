@@ -32,6 +32,7 @@ from privrec.cli import main as cli
 from privrec.cli.console import print_json
 from privrec.cli.main import main
 from privrec.run.recommend import TrainedModel
+from privrec.run.record import epsilon_text
 from privrec.scenario import load as scenario
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -361,6 +362,20 @@ set = { "train.loss" = "bpr", "train.rounds" = 2 }
 """
 
 
+def test_one_row_is_run_alone_or_none(place: Path) -> None:
+    (place / "tiny.toml").write_text(TINY + ROWS)
+    done("run", "tiny.toml", "--row", "ranking", "--out", "one")
+    one, found = json.loads(Path("one/result.json").read_text()), scenario.load("one/scenario.toml")
+    assert (found.title, found.train.loss, one["rounds"], found.rows) == ("ranking", "bpr", 2, ())
+    done("run", "tiny.toml", "-s", "rows=", "--out", "none")
+    for folder in ("one", "none"):
+        assert "rows" not in json.loads(Path(folder, "result.json").read_text())
+    refused = call("run", "tiny.toml", "--row", "bare", "--out", "two")
+    assert refused.exit_code == 2
+    assert "tiny.toml has 'strict', 'ranking'; name one" in refused.stderr
+    assert "has no rows" in call("run", "tiny.toml", "-s", "rows=[]", "--row", "strict").stderr
+
+
 SEEDED = """
 [[rows]]
 name = "alike"
@@ -604,18 +619,27 @@ def test_runs_are_compared(
     rows = json.loads(done("compare", directory, "other", "--json").stdout)["rows"]
     assert [row["name"] for row in rows] == ["tiny", "other"]
     assert rows[0]["epsilon"] > rows[1]["epsilon"]
-    # In a pipe: fields with tabs between them, as they are. On a narrow terminal: a column a run.
+    # In a pipe: fields with tabs between them. On a narrow terminal: a column a run.
     headings, *lines = [line.split("\t") for line in table.splitlines()]
     assert headings[:3] == ["run", "rounds", "ε, recipients"]
-    assert [line[2] for line in lines] == [str(row["epsilon"]) for row in rows]
+    found = json.loads(done("compare", directory, "other", "--json").stdout)
+    epsilons = [epsilon_text(row["epsilon"], 3) for row in rows]
+    assert [line[2] for line in lines] == [*epsilons, ""]
     assert {len(line) for line in lines} == {len(headings)}
+    hits = [row["hr@10"] for row in (*rows, found["popularity"])]
+    assert [line[headings.index("HR@10")] for line in lines] == [f"{each:.4g}" for each in hits]
+    assert found["settings"]["privacy.epsilon"] == ["8.0", "4.0"]
+    assert [line[headings.index("privacy.epsilon")] for line in lines] == ["8.0", "4.0", ""]
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr("privrec.cli.console.terminal_width", lambda: 80)
     narrow = done("compare", directory, "other").stdout.splitlines()
-    assert narrow[1].split() == ["tiny", "other"]
     assert "HR@10, full ranking" in "\n".join(narrow)
     assert max(map(len, narrow)) <= 80
-    assert len(narrow) == len(headings) + 2  # no heading is broken across lines
+    assert narrow[1].split() == ["tiny", "other", "popularity"]
+    # No heading is broken across lines; the settings that differ follow.
+    title = narrow.index("Settings that differ")
+    assert title == len(headings) - len(found["settings"]) + 2
+    assert ["privacy.epsilon", "8.0", "4.0"] in [line.split() for line in narrow[title:]]
 
 
 def test_the_key_that_a_reviewer_needs_is_printed(

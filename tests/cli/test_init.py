@@ -91,9 +91,26 @@ def test_what_is_said_stands_in_the_scenario(place: Path) -> None:
     assert {"what": "user", "taken": "CustomerID", "why": "its name"} in found["taken"]
 
 
+def test_a_published_set_goes_by_its_name(place: Path) -> None:
+    (place / "here").mkdir()
+    ratings = "1\t10\t3\t100\n2\t10\t5\t300\n1\t20\t4\t200\n2\t30\t5\t400\n"
+    (place / "here" / "u.data").write_text(ratings)
+    words = ("ml-100k", "--epsilon", "4", "--data", "here", "-s", "data.max_history=9")
+    printed = done("init", *words).stdout
+    assert printed.splitlines()[-1] == "  privrec run ml-100k.toml --data here"
+    assert "2 users, 3 items and 2 interactions" in Path("ml-100k.toml").read_text()
+    scenario = load("ml-100k.toml")
+    said = {"source": "ml-100k", "max_history": 9}
+    assert scenario.data.model_dump(exclude_defaults=True) == said
+    assert (scenario.devices.population, scenario.privacy.epsilon) == (2, 4.0)
+    own = private_settings(2, 3, 2, epsilon=4.0)["train"]["server_lr"]
+    assert scenario.train.server_lr == own
+
+
 @pytest.mark.parametrize(
     ("words", "says", "code"),
     [
+        (("ml-20m", "--data", "."), "privrec data fetch ml-20m", DataError),
         (("Shop orders.csv", "--out", "names.csv"), "names.csv: this file is there", UsageError),
         (("nothing.csv",), "nothing.csv: no such file", DataError),
         (("names.csv",), "none of them is known as a column of users", DataError),

@@ -26,6 +26,18 @@ def test_one_row_a_run_with_epsilons_metrics_and_costs(a_run: MakeRun) -> None:
     assert compared.cautions == ()
 
 
+def test_popularity_and_settings_stand_beside_runs_on_the_same_data(a_run: MakeRun) -> None:
+    known = {"baselines": {"popularity": {"hr@10": 0.453}}}
+    elsewhere = {**known, "data": {"source": "ml-100k"}}
+    runs = [a_run("a", extra=known), a_run("b", noise="none"), a_run("c", extra=elsewhere)]
+    same, mixed = compare(runs[:2]), compare(runs[1:])
+    assert (same.popularity, mixed.popularity) == ({"hr@10": 0.453}, {})
+    assert "popularity</th>" in same.to_html()
+    assert "popularity</th>" not in mixed.to_html()
+    assert same.settings["privacy.noise"] == ['"central"', '"none"']
+    assert "privacy.noise</th>" in same.to_html()
+
+
 def test_runs_of_one_scenario_are_told_apart_by_folder(a_run: MakeRun) -> None:
     assert compare([a_run("first"), a_run("second")]).names == ("first", "second")
 
