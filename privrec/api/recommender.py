@@ -80,8 +80,8 @@ class Recommender:
         >>> import privrec
         >>> data = {"user": [1, 1, 2, 2, 3, 3], "item": ["a", "b", "b", "c", "a", "c"]}
         >>> model = privrec.Recommender(dim=8, epsilon=8, rounds=3, progress=False).fit(data)
-        >>> model.recommend(users=[1, 2], k=2)["user"].to_pylist()
-        [1, 1, 2, 2]
+        >>> model.recommend(users=[1, 2], k=1)["user"].to_pylist()
+        [1, 2]
         >>> round(model.epsilon("server"), 1)
         8.0
     """

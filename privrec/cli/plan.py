@@ -168,6 +168,11 @@ def _events(
     return event, examples, once
 
 
+def coefficients(scenario: Scenario, counted: int | None = None) -> int | None:
+    """Length of the vector that is noised, or None where the catalogue is not known in advance."""
+    return max(_lengths(scenario, counted) or (), default=None)
+
+
 def _lengths(scenario: Scenario, counted: int | None) -> dict[int, float] | None:
     """Length of each tier's vector, as its layout in a run has it, and its share of devices.
 
@@ -200,7 +205,7 @@ def _signal(
     cohort, clip_norm = scenario.expected_cohort(), scenario.privacy.clip_norm
     if not noise_multiplier or cohort is None or clip_norm is None:
         return None
-    dimension = max(_lengths(scenario, counted) or (), default=None)
+    dimension = coefficients(scenario, counted)
     per_coefficient = noise_multiplier * clip_norm
     signal: dict[str, Any] = {
         "signal_norm": cohort * clip_norm,

@@ -570,16 +570,11 @@ class FullSoftmax(_Ranked):
     @classmethod
     def conflicts(cls, values: Values) -> Iterator[Problem]:
         """Only where all devices look at the same rows is there a curvature to share."""
-        path, kind = "train.shared_curvature", values["model.kind"]
-        if not values[path]:
-            return
-        remedy = f"remove it (-s {path}=)"
-        if values["train.selector"] != "each":
-            yield path, "devices with samples of their own have a curvature of their own", remedy
-        if not MODELS[kind].config.inner_product:
-            yield path, f'model.kind = "{kind}" has another curvature for each user', remedy
-        if values["privacy.local"] != "none":
-            yield path, "the noise of single examples is for each user's own curvature", remedy
+        path, model = "train.shared_curvature", MODELS[values["model.kind"]].config
+        plain = values["train.selector"] == "each" and values["privacy.local"] == "none"
+        if values[path] and not (plain and model.inner_product):
+            rule = 'it takes selector = "each", model.kind = "gmf" and privacy.local = "none"'
+            yield path, rule, f"set these, or remove it (-s {path}=)"
 
 
 class ImplicitALS(Section):

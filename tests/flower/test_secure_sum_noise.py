@@ -239,7 +239,7 @@ def test_its_ledger_has_a_report_that_verifies(tmp_path: Path) -> None:
     spent = read(tmp_path).epsilon("server", 1e-5)
     alone = verify(path)
     assert alone.holds
-    assert f"ε against recipients who know the cohorts is {spent:g} at δ = 1e-05" in alone.checked
+    assert f"ε against somebody who knows every cohort is {spent:g} at δ = 1e-05" in alone.checked
     facts = tmp_path / "facts.toml"
     facts.write_text('population = 5\nclip_norm = 1.0\nreleases = ["models"]\ntuning = "None."\n')
     report = build_account(path, facts)

@@ -67,11 +67,11 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "samples": (
         ["train.selector=uniform", "train.shared_curvature=true"],
-        "have a curvature of their own",
+        "it takes selector",
     ),
     "a network": (
         ["model.kind=neumf", "train.shared_curvature=true"],
-        "another curvature for each user",
+        "it takes selector",
     ),
 }
 
