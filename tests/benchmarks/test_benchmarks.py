@@ -275,6 +275,20 @@ def test_a_quick_run_of_growth_draws_its_picture(tmp_path: Path) -> None:
     assert sum(each.tag.endswith("circle") for each in drawn.iter()) == 4 * 3 + 4 * 2
 
 
+def test_private_peers_spend_the_epsilon_that_they_are_shown_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peers, path = load("private_peers", monkeypatch), tmp_path / "peers.json"
+    for epsilon in peers.EPSILONS:
+        spent = peers.accountant.gaussian(1 / peers.noise_multiplier(epsilon), peers.DELTA)
+        assert spent == pytest.approx(epsilon, rel=1e-6)
+    monkeypatch.setattr(sys, "argv", ["private_peers.py", "--quick", "--json", str(path)])
+    peers.main()
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["name"] for row in rows] == list(peers.WAYS)
+    assert all(row["epsilon"] == 8 and 0 < row["hr@10"] < 1 for row in rows)
+
+
 def test_accuracy_beside_peers_names_those_that_are_not_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
