@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 DOCS = Path(__file__).parent
-INK = ("#1d5fb0", "#a8480f", "#1b7048", "#6b4a94")
+INK = ("#1d5fb0", "#a8480f", "#1b7048", "#6b4a94", "#8a6d00")
 LEFT, RIGHT, TOP, BOTTOM, WIDTH, HEIGHT = 40, 232, 22, 36, 560, 250
 
 Line = tuple[str, list[tuple[float, float]]]
