@@ -290,7 +290,7 @@ def settings_from(options: argparse.Namespace) -> Settings:
         parser().error(problem)
     repetitions = options.repetitions or (1 if options.quick else 3)
     data = options.data or (Path(found) if (found := os.environ.get("PRIVREC_DATA")) else None)
-    rounds, echo_rounds = (14, 6) if options.quick else (66, 40)
+    rounds, echo_rounds = (8, 6) if options.quick else (66, 40)
     peer = not options.no_flower
     return Settings(
         repetitions, rounds, 4, echo_rounds, options.supernodes, data, peer, options.quick
