@@ -563,8 +563,8 @@ class FullSoftmax(_Ranked):
     """Softmax over all items; of a budget of negatives, an estimate of it."""
 
     shared_curvature: bool = False
-    """Newton steps of a round all have the curvature of a user without a history, found once: with
-    many features a step costs a twentieth, and as good a fit takes twice as many.
+    """Newton steps of a round all have the curvature of a user without a history, found once: no
+    matrix is factored for each user, and as good a fit takes about twice as many steps.
     """
 
     @classmethod

@@ -43,7 +43,7 @@ report run
 report verify run/report.json
 resume run
 """
-ENCODINGS = ("cp1252", "ascii")
+ENCODINGS = ("cp1252", "latin-1", "ascii")
 # One process, since loading torch is most of the work, with a child for each encoding; each command
 # finds the streams as they came, which are what PYTHONIOENCODING would have made of them.
 DRIVER = """
