@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +22,10 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("flower_scale")
 
 
-def test_a_quick_run_measures_every_exchange(benchmark: ModuleType, tmp_path: Path) -> None:
+def test_a_quick_run_measures_every_exchange(
+    benchmark: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.ERROR, "flwr")  # as the script does; given back after the test
     benchmark.main(["--quick", "--json", str(tmp_path / "out.json")])
     content = json.loads((tmp_path / "out.json").read_text())
     few, more = content["rows"]

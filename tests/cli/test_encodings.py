@@ -21,7 +21,7 @@ dim = 4
 block = 2
 [devices]
 population = 40
-sampling_rate = 0.5
+sampling = "everybody"
 [train]
 rounds = 2
 [privacy]

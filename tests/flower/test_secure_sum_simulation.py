@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("flwr", reason="the flower extra is not installed")
-pytest.importorskip("ray", reason="Flower's simulation engine (flwr[simulation]) is not installed")
+if find_spec("ray") is None:  # which is not imported here: it takes a while
+    pytest.skip("Flower's simulation engine is not installed", allow_module_level=True)
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """

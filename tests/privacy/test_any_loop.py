@@ -33,7 +33,6 @@ from dp_accounting.dp_event import (
 )
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
-from opacus import PrivacyEngine
 from torch.utils.data import DataLoader, TensorDataset
 
 from privrec import LazyDPSGD, Ledger
@@ -307,6 +306,8 @@ class Opacus:
     """A small model in Opacus' hands."""
 
     def __init__(self, noise_multiplier: float = 1.1, **words: Any) -> None:
+        from opacus import PrivacyEngine  # seconds, in every process that only collects tests
+
         rows = torch.arange(2000.0).reshape(400, 5) / 2000
         loader = DataLoader(TensorDataset(rows, (rows[:, 0] > 0.5).float()), batch_size=40)
         plain = torch.nn.Linear(5, 1)

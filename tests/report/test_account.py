@@ -24,7 +24,6 @@ from dp_accounting.dp_event import (
     SelfComposedDpEvent,
 )
 from forging import chained, entries_of, head_of, signed_by
-from opacus import PrivacyEngine
 from pydantic import ValidationError
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -63,6 +62,8 @@ def no_kept_keys(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def with_opacus(path: Path) -> None:
+    from opacus import PrivacyEngine  # seconds, in every process that only collects tests
+
     rows = torch.arange(2000.0).reshape(400, 5) / 2000
     loader = DataLoader(TensorDataset(rows, (rows[:, 0] > 0.5).float()), batch_size=40)
     plain = torch.nn.Linear(5, 1)
