@@ -66,8 +66,8 @@ class RecommenderLearner(Learner):
 
     @property
     def state_dim(self) -> int:
-        """User vector and user bias."""
-        return self.view.network.user_dim
+        """User vector and user bias, of each fold."""
+        return self.settings.folds * self.view.network.user_dim
 
     @cached_property
     def serving(self) -> RecommenderLearner:
@@ -76,7 +76,7 @@ class RecommenderLearner(Learner):
         budget, negatives = own.serve_budget or own.budget, own.serve_negatives
         settings = replace(
             own, budget=budget, negatives=negatives, user_steps=own.serve_steps,
-            shared_curvature=False,  # once, exactly
+            shared_curvature=False, folds=1,  # once, exactly, and to all of a history
         )  # fmt: skip
         # Popular negatives are for training: a fit is to all items alike.
         return RecommenderLearner(self.served or self.view, replace(settings, max_samples=None))
@@ -103,7 +103,7 @@ class RecommenderLearner(Learner):
     def batches(self, lengths: Items) -> Iterator[Items]:
         """Places by length of history, cut where a padded batch would outgrow the cache."""
         order = np.argsort(lengths, kind="stable")
-        widths = self.sampler.width(lengths[order])
+        widths = self.settings.folds * self.sampler.width(lengths[order])
         most = SHARED_SAMPLES_IN_BATCH if self.sampler.whole else SAMPLES_IN_BATCH
         if self.examples is not None:
             # Each device's update is as long as the vector.
@@ -127,9 +127,12 @@ class RecommenderLearner(Learner):
             return self._noisy(model, data, states, draws, self.examples)
         local, user = self._fitted(model, data, torch.from_numpy(states), draws)
         losses = local.descend(user)
-        kept = np.where(np.isfinite(user.numpy()).all(1, keepdims=True), user.numpy(), states)
-        update = RawUpdate(local.change(user.numpy()), local.address)
-        return Trained(update, kept, losses.numpy())
+        new, changes = user.numpy().reshape(states.shape), local.change(user.numpy())
+        kept = np.where(np.isfinite(new).all(1, keepdims=True), new, states)
+        if (folds := self.settings.folds) > 1:
+            changes = changes.reshape(len(states), folds, -1).sum(1)
+            losses = losses.reshape(-1, folds).mean(1)
+        return Trained(RawUpdate(changes, local.address), kept, losses.numpy())
 
     def serve(
         self, weights: FloatArray, data: Histories, draws: Draws, take: Take = enumerate
@@ -151,6 +154,10 @@ class RecommenderLearner(Learner):
         self, model: LocalModel[NCF], data: Histories, user: Tensor, draws: Draws
     ) -> tuple[_Local, Tensor]:
         """What the samples touch, and private states fitted to them."""
+        if (folds := self.settings.folds) > 1:
+            fitted, asked = self.sampler.folded(data, folds)
+            user = _Local(model, fitted, self.settings).fit(user.reshape(len(fitted.valid), -1))
+            return _Local(model, asked, self.settings), user
         batch, budget = self.sampler.draw(data, draws.key), self.sampler.budget
         local = _Local(model, batch, self.settings)
         user = local.fit(user)

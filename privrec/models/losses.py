@@ -36,6 +36,8 @@ from privrec.embedding.table import Table
 from privrec.scenario.kinds import LOSSES
 
 Array = NDArray[Any]
+LARGE = 1e4
+"""Taken off a score, it leaves an item out of a softmax, and one without any items finite."""
 _ITEMS_AT_ONCE = 8192
 
 
@@ -199,9 +201,10 @@ def full_softmax(scores: Tensor, samples: Samples) -> Graded:
     weighed against each other.
     """
     history = samples.valid
+    if samples.weights is not None:
+        scores = scores + samples.weights
     if samples.positives:
-        left = torch.where(history > 0, 0.0, -1e4)  # a device without samples stays finite
-        scores = scores + (left if samples.weights is None else left + samples.weights)
+        scores = scores + torch.where(history > 0, 0.0, -LARGE)
         history = history * (torch.arange(history.shape[1]) < samples.positives)
     count = history.sum(1, keepdim=True)
     logs = torch.log_softmax(scores, dim=1)

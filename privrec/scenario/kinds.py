@@ -566,15 +566,24 @@ class FullSoftmax(_Ranked):
     """Newton steps of a round all have the curvature of a user without a history, found once: no
     matrix is factored for each user, and as good a fit takes about twice as many steps.
     """
+    folds: int = setting(1, "[1, 10] parts")
+    """Parts into which a device deals its items. The shared model learns from each with a user
+    vector that was fitted to the others, since it will be asked for items that no vector was fitted
+    to; a round costs a device as many times more. 1: learned from what the vector was fitted to.
+    """
 
     @classmethod
     def conflicts(cls, values: Values) -> Iterator[Problem]:
         """Only where all devices look at the same rows is there a curvature to share."""
-        path, model = "train.shared_curvature", MODELS[values["model.kind"]].config
+        model = MODELS[values["model.kind"]].config
         plain = values["train.selector"] == "each" and values["privacy.local"] == "none"
-        if values[path] and not (plain and model.inner_product):
-            rule = 'it takes selector = "each", model.kind = "gmf" and privacy.local = "none"'
-            yield path, rule, f"set these, or remove it (-s {path}=)"
+        for path, is_set in (
+            ("train.shared_curvature", values["train.shared_curvature"]),
+            ("train.folds", values["train.folds"] > 1),
+        ):
+            if is_set and not (plain and model.inner_product):
+                rule = 'it takes selector = "each", model.kind = "gmf" and privacy.local = "none"'
+                yield path, rule, f"set these, or remove it (-s {path}=)"
 
 
 class ImplicitALS(Section):

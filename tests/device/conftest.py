@@ -164,8 +164,8 @@ def make_lab(
     if gram:  # as a server that has seen users has it
         users = rng.normal(0, scale, (20, DIM)).astype(np.float32)
         layout.gram_of(weights)[...] = pack(users).mean(0)
-    states = rng.normal(0, scale, (len(histories), model.user_dim)).astype(dtype)
     learner = RecommenderLearner(view, Settings(**{**DEFAULTS, **settings}))
+    states = rng.normal(0, scale, (len(histories), learner.state_dim)).astype(dtype)
     return Lab(learner, weights, histories, states)
 
 
