@@ -310,9 +310,7 @@ class TableFile(FilesOfHistories):
     time_column: Column | None = None
     """Column of times; unset, file order."""
     day_first: bool | None = None
-    """Whether a date such as 03/04/2024 begins with the day; unset, another date of the column
-    tells.
-    """
+    """Whether 03/04/2024 is the 3rd of April; unset, another date of the column tells."""
     rating_column: Column = "rating"
     """Column of ratings; read where `min_rating` is set."""
     min_rating: float | None = None
@@ -563,27 +561,19 @@ class FullSoftmax(_Ranked):
     """Softmax over all items; of a budget of negatives, an estimate of it."""
 
     shared_curvature: bool = False
-    """Newton steps of a round all have the curvature of a user without a history, found once: no
-    matrix is factored for each user, and as good a fit takes about twice as many steps.
-    """
+    """Newton steps have the curvature of a user without a history: faster, but twice as many."""
     folds: int = setting(1, "[1, 10] parts")
-    """Parts into which a device deals its items. The shared model learns from each with a user
-    vector that was fitted to the others, since it will be asked for items that no vector was fitted
-    to; a round costs a device as many times more. 1: learned from what the vector was fitted to.
-    """
+    """Parts of a history; the model learns from each with a user vector fitted to the others."""
 
     @classmethod
     def conflicts(cls, values: Values) -> Iterator[Problem]:
         """Only where all devices look at the same rows is there a curvature to share."""
-        model = MODELS[values["model.kind"]].config
         plain = values["train.selector"] == "each" and values["privacy.local"] == "none"
-        for path, is_set in (
-            ("train.shared_curvature", values["train.shared_curvature"]),
-            ("train.folds", values["train.folds"] > 1),
-        ):
-            if is_set and not (plain and model.inner_product):
-                rule = 'it takes selector = "each", model.kind = "gmf" and privacy.local = "none"'
-                yield path, rule, f"set these, or remove it (-s {path}=)"
+        if not (plain and MODELS[values["model.kind"]].config.inner_product):
+            rule = 'it takes selector = "each", model.kind = "gmf" and privacy.local = "none"'
+            for path, without in (("train.shared_curvature", False), ("train.folds", 1)):
+                if values[path] != without:
+                    yield path, rule, f"set these, or remove it (-s {path}=)"
 
 
 class ImplicitALS(Section):

@@ -175,7 +175,7 @@ def test_what_is_learned_from_a_fold_is_its_prediction_by_the_others(lab, vector
         trained, plain, history = here.alone(user), Plain(here, user), here.histories[user]
         _, asked = here.learner.sampler.folded(here.history(user), folds)
         parts = [np.flatnonzero(row).tolist() for row in asked.valid]
-        assert sorted(sum(parts, [])) == sorted(history.tolist())
+        assert sorted(item for part in parts for item in part) == sorted(history.tolist())
         expected = np.zeros(here.learner.view.layout.size)
         for part, own in zip(parts, trained.states[0].reshape(folds, -1), strict=True):
             others = sorted({*history.tolist()} - {*part})
