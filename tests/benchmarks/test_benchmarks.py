@@ -222,6 +222,7 @@ def run_quick(tmp_path: Path, *options: str, data: Path | None = None) -> dict[s
     return content
 
 
+@pytest.mark.slow
 def test_a_quick_run_of_our_side(tmp_path: Path) -> None:
     content = run_quick(tmp_path, "--no-flower")
     (row,) = content["rows"]

@@ -84,7 +84,7 @@ def with_opacus(path: Path) -> None:
 
 
 def with_dp_accounting(path: Path) -> None:
-    step = PoissonSampledDpEvent(0.05, GaussianDpEvent(1.5))
+    step = PoissonSampledDpEvent(0.05, GaussianDpEvent(4.0))
     whole = ComposedDpEvent([SelfComposedDpEvent(step, 10), LaplaceDpEvent(5.0)])
     with Ledger.create(path, unit="household", delta=1e-5) as ledger:
         ledger.charge(whole)
