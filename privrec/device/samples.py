@@ -183,10 +183,8 @@ class Sampler:
         Source: Singhal et al., "Federated Reconstruction: Partially Local Federated Learning"
         (NeurIPS 2021), section 4.1, whose support and query sets these are, in turn.
         """
-        m, rows = (
-            len(histories.users),
-            np.repeat(np.arange(len(histories.users)), histories.lengths),
-        )
+        m = len(histories.users)
+        rows = np.repeat(np.arange(m), histories.lengths)
         words = splitmix64(splitmix64(_FOLDS, histories.users)[rows], histories.items)
         asked = np.zeros((m, folds, self.n_items), np.float32)
         asked[rows, (words % np.uint64(folds)).astype(np.int64), histories.items] = 1
