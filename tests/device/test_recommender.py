@@ -168,9 +168,11 @@ def test_a_shared_curvature_leads_to_the_same_optimum(lab, scale) -> None:
 
 
 @pytest.mark.parametrize("folds", [2, 3])
-def test_what_is_learned_from_a_fold_is_its_prediction_by_the_others(lab, vector, folds) -> None:
+def test_what_is_learned_from_a_fold_is_its_prediction_by_the_others(
+    double_lab, vector, folds
+) -> None:
     """Vectors are at the optimum of all parts but one; items go down the slope of that one."""
-    here = lab("gmf", loss="full_softmax", user_steps=200, user_l2=0.5, folds=folds)
+    here = double_lab("gmf", loss="full_softmax", user_steps=200, user_l2=0.5, folds=folds)
     for user in (3, 6, 7):
         trained, plain, history = here.alone(user), Plain(here, user), here.histories[user]
         _, asked = here.learner.sampler.folded(here.history(user), folds)
