@@ -156,18 +156,17 @@ def test_noise_does_not_pile_up_beyond_what_was_good(users: int, epsilon: float)
     assert piled > NOISE / 1.5 or reach == pytest.approx(REACH, rel=0.1)
 
 
-def test_vectors_are_short_and_items_not_counted_where_noise_is_loud() -> None:
-    def found(users: int, epsilon: float) -> tuple[int, float | None]:
-        tables = private_settings(users, 3706, 165 * users, epsilon=epsilon)
-        counted = tables["devices"].get("popularity_epsilon")
-        ranked = [tables["model"].get("rank_features"), tables["train"].get("rank_power")]
-        assert ranked == ([None, None] if counted is None else [True, 0.3])
-        return tables["model"]["dim"], counted
+def test_vectors_are_short_where_an_item_tells_little_through_the_noise() -> None:
+    def found(users: int, items: int, interactions: int, epsilon: float) -> int:
+        tables = private_settings(users, items, interactions, epsilon=epsilon)
+        assert "popularity" not in tables["devices"]  # a release that would cost budget
+        return int(tables["model"]["dim"])
 
-    assert [found(6040, epsilon) for epsilon in (1.0, 4.0)] == [(8, None), (8, 0.4)]
-    assert found(6040, 16.0) == (16, 0.8)
-    assert found(900, 8.0) == (8, None)
-    assert found(6040, math.inf) == (16, None)  # without noise
+    movies = 6040, 3706, 994_169
+    assert [found(*movies, epsilon) for epsilon in (1.0, 4.0, 8.0, 16.0)] == [8, 8, 16, 16]
+    assert found(943, 1682, 99_057, 8.0) == 8
+    assert found(1000, 300, 19_336, 8.0) == 8  # few users, and fewer items still
+    assert found(1000, 300, 19_336, math.inf) == 16  # without noise
 
 
 @pytest.mark.parametrize("items", [30, 20_000, 20_001, 10**6])
