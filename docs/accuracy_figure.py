@@ -9,6 +9,8 @@ from pathlib import Path
 
 DOCS = Path(__file__).parent
 INK = ("#1d5fb0", "#a8480f", "#1b7048", "#6b4a94", "#8a6d00")
+USERS = 6040
+"""Each hits or misses, so that a value's 95 % interval is that of a proportion."""
 LEFT, RIGHT, TOP, BOTTOM, WIDTH, HEIGHT = 40, 232, 22, 36, 560, 250
 
 Line = tuple[str, list[tuple[float, float]]]
@@ -33,7 +35,7 @@ def measured(page: str) -> tuple[list[Line], float]:
 
 
 def picture(lines: list[Line], popular: float) -> str:
-    """The lines over ε, doubled by each step, above the dashed line of popularity."""
+    """The lines over ε, with intervals over users, above the dashed line of popularity."""
     budgets = sorted({e for _, points in lines for e, _ in points})
     values = [y for _, points in lines for _, y in points]
     low, high = min(popular, *values) - 0.02, max(values) + 0.02
@@ -66,6 +68,10 @@ def picture(lines: list[Line], popular: float) -> str:
         joined = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
         body.append(f'<polyline points="{joined}" fill="none" stroke="{ink}" stroke-width="2"/>')
         body += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{ink}"/>' for a, b in places]
+        for budget, value in points:
+            half = 1.96 * (value * (1 - value) / USERS) ** 0.5
+            ends = f"M{x(budget):.1f},{y(value - half):.1f}V{y(value + half):.1f}"
+            body.append(f'<path d="{ends}" stroke="{ink}"/>')
         labels.append((places[-1][1], name, ink))
     labels.sort()
     downs = [labels[0][0]]

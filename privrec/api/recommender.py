@@ -248,11 +248,11 @@ class Recommender:
     ) -> Any:
         """Return the ``k`` best items for one user of the data, some, or all.
 
-        A list follows from the user's own history, so it is as private as that: no ε covers it.
+        A list follows from all that the user has, so it is as private as that: no ε covers it.
 
         Args:
             users: an id, several, or None for all, in the order of ``user_ids``.
-            filter_seen: whether to leave out what a user has already, and what was held out of it.
+            filter_seen: whether to leave out what a user has already, the held-out item included.
             form: ``"arrow"``, ``"pandas"`` or ``"polars"``: a table of ``user``, ``rank``,
                 ``item``, ``title`` (where there are titles) and ``score``. ``"arrays"``: items and
                 scores, ``(m, k)`` each, masked where a list is shorter.
@@ -262,8 +262,8 @@ class Recommender:
         """
         several = [users] if isinstance(users, int | str | np.integer) else users
         chosen = self.model.users(several)
-        histories, names = self.model.histories(chosen), self.model.split.train.user_ids[chosen]
-        return self._lists(histories, k, filter_seen, form, names, self.model.owned(chosen))
+        names = self.model.split.train.user_ids[chosen]
+        return self._lists(self.model.owned(chosen), k, filter_seen, form, names)
 
     def recommend_history(
         self,
@@ -293,9 +293,8 @@ class Recommender:
         filter_seen: bool,
         form: Form,
         users: NDArray[Any] | None = None,
-        owned: Histories | None = None,
     ) -> Any:
-        lists = self.model.lists(histories, k, owned=owned, filter_seen=filter_seen)
+        lists = self.model.lists(histories, k, filter_seen=filter_seen)
         if form != "arrays":
             return _formed(pyarrow.concat_tables(tables_of(self.model, lists, users)), form)
         items, scores = (np.concatenate(each) for each in zip(*lists, strict=True))
@@ -320,7 +319,8 @@ class Recommender:
     def score(self, users: Id | Iterable[Id], items: Iterable[Id] | None = None) -> NDArray[Any]:
         """Return the model's scores of items, or of all, for users: float32 ``(users, items)``.
 
-        Larger is better; scores of one user compare with one another only.
+        Larger is better; scores of one user compare with one another only. Users are fitted to what
+        the model learned from, and not to what was held out, which may be measured by scores.
         """
         several = [users] if isinstance(users, int | str | np.integer) else users
         states = self.model.fit(self.model.histories(self.model.users(several)))

@@ -91,9 +91,8 @@ def recommend(
         names, lists = None, model.lists(model.history(history), k, selector=selector)
     else:
         chosen = model.users(None if everybody else users)
-        histories, owned = model.histories(chosen), model.owned(chosen)
         names = model.split.train.user_ids[chosen]
-        lists = model.lists(histories, k, owned=owned, selector=selector)
+        lists = model.lists(model.owned(chosen), k, selector=selector)
     if out is not None:
         rows = files.write_tables(out, files.tables_of(model, lists, names))
         if as_json:

@@ -75,7 +75,7 @@ def recommend(
     """Return the ``k`` best items for a user of the data or for a history.
 
     What they have is left out: all items of the history, and of a user also what was held out. The
-    user's vector is fitted to the history from nothing, on this machine, as a device would: a
+    user's vector is fitted to all of that from nothing, on this machine, as a device would: a
     history never seen in training is served just like one that was. Whoever asks more than once
     reads the model once, by :func:`privrec.load`.
 
@@ -95,13 +95,8 @@ def recommend(
         raise UsageError("recommend: give one of --user ID and --history FILE")
     check(k, selector)
     model = TrainedModel.read(run_dir, data_dir=data_dir)
-    if user is None:
-        lists = model.lists(model.history(history or ()), k, selector=selector)
-    else:
-        chosen = model.users([user])
-        owned = model.owned(chosen)
-        lists = model.lists(model.histories(chosen), k, owned=owned, selector=selector)
-    return next(model.named(lists))
+    asked = model.history(history or ()) if user is None else model.owned(model.users([user]))
+    return next(model.named(model.lists(asked, k, selector=selector)))
 
 
 def check(k: int, selector: str = "scan") -> None:
@@ -296,22 +291,21 @@ class TrainedModel:
         histories: Histories,
         k: int,
         *,
-        owned: Histories | None = None,
         filter_seen: bool = True,
         selector: str = "scan",
     ) -> Iterator[Lists]:
         """Yield the best items for each history and their scores, ``(m, k)`` each, in parts.
 
-        With ``filter_seen`` what is ``owned`` is left out, by default the histories.
+        With ``filter_seen`` the histories themselves are left out.
 
         A list that is shorter than ``k`` ends in :data:`NONE`; see :func:`recommend` for the rest.
         """
         check(k, selector)
-        states, k, owned = self.fit(histories), min(k, self.catalogue.size), owned or histories
+        states, k = self.fit(histories), min(k, self.catalogue.size)
         exhaustive = self.local.view.network.tower or self.local.view.features is not None
         if not exhaustive and (selector != "scan" or len(states) == 1):
             for row, state in enumerate(states):
-                seen = owned.of(row).astype(np.int64) if filter_seen else np.empty(0, np.int64)
+                seen = histories.of(row).astype(np.int64) if filter_seen else np.empty(0, np.int64)
                 most = min(k, self.catalogue.size - len(seen))
                 items, scores = np.full((1, k), NONE), np.full((1, k), -np.inf, np.float32)
                 if most:
@@ -324,7 +318,7 @@ class TrainedModel:
             part = np.arange(start, min(start + step, len(states)))
             table = self.scores(states[part])
             if filter_seen:
-                own = owned.select(part)
+                own = histories.select(part)
                 table[np.repeat(np.arange(len(part)), own.lengths), own.items] = -np.inf
             table[np.isnan(table)] = -np.inf
             scored, items = (each.numpy() for each in torch.topk(torch.from_numpy(table), k))
