@@ -63,7 +63,7 @@ class LocalModel(Generic[N]):
         return item_gram(self.view.vectors, self.memory)
 
     @cached_property
-    def _inputs(self) -> Tensor:
+    def inputs(self) -> Tensor:
         """Of each item the row and then a 1 for the user's bias, ``(items, dim + 1)``."""
         rows = torch.from_numpy(self.rows(np.arange(self.view.vectors.items)))
         return torch.nn.functional.pad(rows, (0, 1), value=1.0)
@@ -74,8 +74,8 @@ class LocalModel(Generic[N]):
 
         Their weighted sums are the curvatures of all devices that look at the whole catalogue.
         """
-        one, other = torch.tril_indices(self._inputs.shape[1], self._inputs.shape[1])
-        return self._inputs[:, one] * self._inputs[:, other]
+        one, other = torch.tril_indices(self.inputs.shape[1], self.inputs.shape[1])
+        return self.inputs[:, one] * self.inputs[:, other]
 
     @cached_property
     def curvature(self) -> tuple[Tensor, Tensor]:
@@ -84,8 +84,8 @@ class LocalModel(Generic[N]):
         It is the curvature, for each positive, of the loss of a user of whom nothing is known.
         """
         biases = torch.from_numpy(self.biases(np.arange(self.view.vectors.items)))
-        weighted = self._inputs * torch.softmax(biases, 0)[:, None]
-        values, vectors = torch.linalg.eigh((weighted.T @ self._inputs).double())
+        weighted = self.inputs * torch.softmax(biases, 0)[:, None]
+        values, vectors = torch.linalg.eigh((weighted.T @ self.inputs).double())
         return values.clamp_min(0).to(weighted.dtype), vectors.to(weighted.dtype)
 
     @cached_property

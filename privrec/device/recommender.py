@@ -260,8 +260,11 @@ class _Local:
         step = torch.cholesky_solve(slope.unsqueeze(2), factor).squeeze(2)
         if not self._loss.damped:
             return step
+        shifts = step @ jacobian[0].T if shared else (jacobian @ step[:, :, None])[..., 0]
         # Padding and negatives that are in the history have neither; the loss does not see them.
-        return step * _damping(jacobian, step, (curvature > 0) | (gradient != 0))
+        unseen = (curvature == 0) & (gradient == 0)
+        low, high = (shifts.masked_fill(unseen, end) for end in (torch.inf, -torch.inf))
+        return step * _damping(low, high)
 
     def _fit_together(self, user: Tensor) -> Tensor:
         """Steps under the curvature of a user of whom nothing is known, the same for all.
@@ -271,17 +274,18 @@ class _Local:
         """
         prior = torch.full((user.shape[1],), self._settings.user_l2)
         prior[-1] = 0
-        values, vectors = self._source.curvature
+        (values, vectors), inputs = self._source.curvature, self._source.inputs
         best, step, rate = user, torch.zeros_like(user), torch.ones(len(user), 1)
         least = torch.full((len(user), 1), torch.inf)
         for _ in range(self._settings.user_steps + 1):
-            scored, (losses, gradient, curvature) = self._graded(user)
+            _, (losses, gradient, curvature) = self._graded(user)
             loss = (losses + (prior * user.square()).sum(1) / 2)[:, None]
-            better, jacobian = loss <= least, scored.user_jacobian()
-            slope = gradient @ jacobian[0] + prior * user
+            better = loss <= least
+            slope = gradient @ inputs + prior * user
             ahead = curvature.sum(1, keepdim=True) * values + self._settings.user_l2 + _RIDGE
             found = (slope @ vectors / ahead) @ vectors.T
-            found = self._settings.user_lr * found * _damping(jacobian, found, curvature > 0)
+            moved = found @ inputs.T  # all scores: those that a fold leaves out bound it as well
+            found = self._settings.user_lr * found * _damping(moved, moved)
             best, step = torch.where(better, user, best), torch.where(better, found, step)
             rate = torch.where(better, (2 * rate).clamp_max(1), rate / 2)
             least = torch.where(better, loss, least)
@@ -336,16 +340,14 @@ def _unfolded(lower: Tensor, width: int) -> Tensor:
     return found
 
 
-def _damping(jacobian: Tensor, step: Tensor, seen: Tensor) -> Tensor:
+def _damping(low: Tensor, high: Tensor) -> Tensor:
     """Share of a softmax's Newton step that is sure to descend, shape ``(m, 1)``.
 
-    It is ``log(1 + b) / b`` where the step would spread the seen scores by ``b``: Sun & Tran-Dinh,
-    "Generalized self-concordant functions" (Mathematical Programming 2019), theorem 2.
+    It is ``log(1 + b) / b`` where the step moves scores apart by ``b``, the largest of ``high``
+    less the least of ``low``: Sun & Tran-Dinh, "Generalized self-concordant functions"
+    (Mathematical Programming 2019), theorem 2.
     """
-    shifts = step @ jacobian[0].T if len(jacobian) == 1 else (jacobian @ step[:, :, None])[..., 0]
-    highest = shifts.masked_fill(~seen, -torch.inf).amax(1, keepdim=True)
-    lowest = shifts.masked_fill(~seen, torch.inf).amin(1, keepdim=True)
-    spread = (highest - lowest).clamp_min(1e-6)
+    spread = (high.amax(1, keepdim=True) - low.amin(1, keepdim=True)).clamp_min(1e-6)
     return torch.log1p(spread) / spread
 
 
