@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,6 +42,12 @@ _HEAD = """\
     show_default=True,
     help="ε for every user, at a δ that fits how many they are.",
 )
+@click.option(
+    "--upload-bytes",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="The most that a device sends in a round; vectors are shortened to it.",
+)
 @click.option("--titles", type=console.PATH, metavar="FILE", help="A table of items and titles.")
 @click.option(
     "--out", type=console.PATH, metavar="FILE", help="The scenario. [default: TABLE's name, .toml]"
@@ -51,6 +58,7 @@ _HEAD = """\
 def init(
     table: Path,
     epsilon: float,
+    upload_bytes: int | None,
     titles: Path | None,
     out: Path | None,
     settings: tuple[str, ...],
@@ -81,7 +89,8 @@ def init(
     split = read(bare.data, data_dir=data_dir)
     facts, sizes = split.describe(), (split.train.n_users, split.train.n_items, split.train.size)
     document: Mapping[str, Mapping[str, Any]]
-    document = {"data": look.keys, **private_settings(*sizes, epsilon=epsilon)}
+    fitting = private_settings(*sizes, epsilon=epsilon, upload_bytes=upload_bytes or math.inf)
+    document = {"data": look.keys, **fitting}
     scenario = _scenario(table, document, settings)
     warnings = planned(scenario, split.train.n_items)["warnings"]
     document = _kept(document, scenario, settings)

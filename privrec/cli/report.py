@@ -127,10 +127,10 @@ def key(path: Path) -> None:
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
     from privrec.privacy.ledger import Ledger
-    from privrec.run.directory import LEDGER, kept_key
+    from privrec.run.directory import LEDGER, public_key_of
 
     with Ledger.open(path if path.is_file() else path / LEDGER, repair=False) as ledger:
-        found = kept_key(str(ledger.header.get("run_id", "")))
+        found = public_key_of(str(ledger.header.get("run_id", "")))
     if found is None:
         raise UsageError(
             f"{path}: this machine does not keep its key; ask whoever made it, or set "

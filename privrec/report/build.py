@@ -25,7 +25,7 @@ from privrec.report import model
 from privrec.report.derive import derive
 from privrec.report.facts import Facts, read_account, read_facts
 from privrec.report.words import thinned
-from privrec.run.directory import BOUND, check_header, going_on, kept_key
+from privrec.run.directory import BOUND, check_header, going_on, public_key_of
 from privrec.run.privacy_plan import counting_of, evaluating_of, example_event
 from privrec.run.record import (
     OUTSIDE,
@@ -89,7 +89,7 @@ def build(directory: Path, *, public_key: Ed25519PublicKey | None = None) -> mod
     except ScenarioError as error:
         raise DataError(f"{error}; the run wrote this file, restore it") from None
     rounds = read_rounds(directory / "events.jsonl")
-    facts = read_facts(directory, public_key or kept_key(str(run.get("run_id", ""))))
+    facts = read_facts(directory, public_key or public_key_of(str(run.get("run_id", ""))))
     files = _Files(directory, run, result, scenario, rounds, facts)
     own = {key: run.get(key) for key in BOUND}
     told = {key: result.get(key) for key in ("run_id", "simulated")}

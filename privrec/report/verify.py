@@ -30,7 +30,7 @@ from privrec.report.derive import derive
 from privrec.report.facts import Account, Facts, read_account, read_facts
 from privrec.report.model import TOLD, WORD, OperatorsWord, Report, Told
 from privrec.report.render import OPEN, to_html, to_json, to_markdown, to_registry
-from privrec.run.directory import LEDGER, SCENARIO, kept_key
+from privrec.run.directory import LEDGER, SCENARIO, public_key_of
 from privrec.run.record import adversary_text
 from privrec.storage import parsed, verified
 
@@ -170,7 +170,7 @@ def verify(
 def _trusted(
     path: Path, key: Ed25519PublicKey | None, content: Mapping[str, Any], trust_named_key: bool
 ) -> Ed25519PublicKey | None:
-    key = key or kept_key(str(content.get("run_id", "")))
+    key = key or public_key_of(str(content.get("run_id", "")))
     if key is None and not trust_named_key:
         raise UsageError(
             f"{path}: no key to trust: the ledger names one, but whoever forged it would have "

@@ -149,7 +149,7 @@ class Identity(BaseModel):
         return state_dir() / "runs" / self.run_id
 
 
-def kept_key(run_id: str) -> Ed25519PublicKey | None:
+def public_key_of(run_id: str) -> Ed25519PublicKey | None:
     """Return the server's public key where this machine keeps the key of that run, else None."""
     key = randomness.kept_key(run_id)
     return None if key is None else key.public_key()

@@ -30,7 +30,7 @@ from privrec.privacy.ledger import PREPARATION, Ledger
 from privrec.randomness import ROOT_BYTES, SecretRoot, SecureStream, rng_for
 from privrec.run import directory
 from privrec.run.catalogue import Catalogue
-from privrec.run.directory import Identity, kept_key
+from privrec.run.directory import Identity, public_key_of
 from privrec.run.parties import learner_of
 from privrec.run.plan import federation_of
 from privrec.run.summary import read_model
@@ -157,7 +157,7 @@ class TrainedModel:
                 f"{path}: texts and labels have no items to recommend, and this is a model of "
                 f'kind "{scenario.model.kind}"; name the run of a recommender'
             )
-        key = kept_key(identity.run_id)
+        key = public_key_of(identity.run_id)
         with Ledger.open(path / directory.LEDGER, public_key=key, repair=False) as ledger:
             directory.check_header(path, ledger.header, scenario, identity.bound)
         # An end that is not signed is not the run's.

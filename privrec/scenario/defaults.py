@@ -13,13 +13,16 @@ found on the validation splits of MovieLens 1M and 100K. The step of the server 
 
 Vectors are long where an item's interactions times ``mu`` leave room for more than taste's first
 few dimensions. Ranks of items, which cost budget, are left out: they helped on MovieLens 1M (HR@10
-by 0.009), and did harm on MovieLens 100K, on Gowalla at ε = 2 and on invented tables.
+by 0.009), and did harm on MovieLens 100K, on Gowalla at ε = 2 and on invented tables. Where uploads
+are limited, vectors are shorter: that costs less than to hash long ones into as much memory.
 """
 
 from __future__ import annotations
 
 import math
 from typing import Any
+
+from privrec.errors import UsageError
 
 REACH, NOISE = 5.0, 0.3
 ROUNDS = 40
@@ -33,18 +36,34 @@ SAMPLE = 1_024
 
 
 def private_settings(
-    users: int, items: int, interactions: int, *, epsilon: float = 8.0
+    users: int,
+    items: int,
+    interactions: int,
+    *,
+    epsilon: float = 8.0,
+    upload_bytes: float = math.inf,
 ) -> dict[str, dict[str, Any]]:
     """Tables of a scenario for implicit feedback at a user-level ``epsilon``.
 
     Everybody takes part in each of a few rounds, so that ``epsilon`` holds also against somebody
     who knows every cohort. The three counts show in the settings: they are public from there on.
+
+    Raises:
+        UsageError: when one number and a bias for each item is more than ``upload_bytes`` a round.
     """
     delta = delta_for(users)
     mu = _mean_of(epsilon, delta)
     far = REACH * items / (CLIP_NORM * math.sqrt(interactions / users) * ROUNDS)
     quiet = NOISE * users * mu / (CLIP_NORM * ROUNDS)
     dim = LONG if interactions * mu >= CLEAR * items else SHORT
+    rows = 4 << (items - 1).bit_length()  # bytes of a column: a memory has a power of two of slots
+    while dim > 1 and rows * (dim + 1) > upload_bytes:
+        dim //= 2
+    if rows * (dim + 1) > upload_bytes:
+        raise UsageError(
+            f"an upload of {upload_bytes:,.0f} bytes: {items:,} items take {2 * rows:,} with one "
+            "number and a bias each; allow as much, or leave out rare items by data.min_item"
+        )
     train: dict[str, Any] = {
         "rounds": ROUNDS,
         "loss": "full_softmax",
