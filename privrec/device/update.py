@@ -27,7 +27,7 @@ from privrec.privacy.ledger import PREPARATION
 from privrec.privacy.mechanism import Shares, noise_seeds
 from privrec.randomness import SecretRoot
 from privrec.secagg.keys import statement
-from privrec.secagg.ring import Coins, Encoding, Ring, Rotation
+from privrec.secagg.ring import Coins, Encoding, Ring, Rotation, squared_norms
 from privrec.secagg.roster import Terms
 
 if TYPE_CHECKING:
@@ -306,7 +306,7 @@ def clip(values: NDArray[np.float32], clip_norm: float) -> NDArray[np.float32]:
         sound = np.isfinite(norms)
         if values.shape[1] > _FEW or (norms[sound] > _SURELY * clip_norm).any():
             # A float32 norm of millions of numbers is off by 1e-5: too much for a fine grid.
-            norms = np.sqrt(np.einsum("ij,ij->i", values, values, dtype=np.float64))
+            norms = np.sqrt(squared_norms(values))
             norms *= 1 + 1e-6  # products with a factor are rounded
         factors = np.minimum(1, clip_norm / np.maximum(norms, np.finfo(np.float32).tiny))
         if sound.all() and factors.min(initial=1) == 1:

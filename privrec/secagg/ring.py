@@ -30,6 +30,7 @@ LARGEST_WRAP = 1e-9
 """Largest probability with which a sum may wrap around anywhere in a band, in a round."""
 _COINS = np.float32(1 / 65536)
 _TRIES = 64
+_NUMBERS_AT_ONCE = 1 << 16  # so that they stay in a cache
 
 
 class Coins(Protocol):
@@ -109,14 +110,17 @@ class Encoding:
         return np.floor(rounded, out=rounded)
 
     def _too_long(self, integers: NDArray[np.float32]) -> NDArray[np.intp]:
-        # A float32 sum is off by less than its number of terms times 2^-24, so it can clear a row.
-        rough = (integers[:, None] @ integers[:, :, None])[:, 0, 0].astype(np.float64)
-        slack = 1 + integers.shape[1] * 2.0**-23
-        doubtful = np.flatnonzero(~(rough * slack <= self.squared_bound))
-        # float64 sums of squared integers of this size are exact (below 2^53).
-        wide = integers[doubtful].astype(np.float64)
-        long = ~(np.einsum("ij,ij->i", wide, wide) <= self.squared_bound)
-        return doubtful[np.asarray(long, np.bool_)]
+        # float64 sums of squared integers of this size are exact (below 2^53), in any order.
+        return np.flatnonzero(~(squared_norms(integers) <= self.squared_bound))
+
+
+def squared_norms(values: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Squared L2 norm of each row, summed in double precision, a part of the rows at a time."""
+    norms, step = np.empty(len(values)), max(1, _NUMBERS_AT_ONCE // max(1, values.shape[1]))
+    for start in range(0, len(values), step):
+        wide = values[start : start + step].astype(np.float64)
+        norms[start : start + step] = (wide[:, None] @ wide[:, :, None])[:, 0, 0]
+    return norms
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as arrays
 from privrec.device.update import clip
 from privrec.errors import ReleaseRefused, UsageError
 from privrec.randomness import SecretRoot
-from privrec.secagg.ring import Encoding, Load, Ring, Rotation, spread
+from privrec.secagg.ring import Encoding, Load, Ring, Rotation, spread, squared_norms
 
 ROOT = SecretRoot.known(b"test")
 UNIT = st.floats(-1, 1, width=32)
@@ -111,6 +111,14 @@ def test_the_finest_grid_keeps_its_bound_though_float32_cannot_tell() -> None:
     values = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
     integers = encoding.encode(values, ROOT.stream("finest"))
     assert max(map(squared, integers)) <= encoding.squared_bound
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (7, 70_000), (3, 1 << 16), (2_185, 30)])
+def test_squared_norms_of_integers_are_exact(shape: tuple[int, int]) -> None:
+    """In parts of the rows, of which the last may be shorter."""
+    integers = np.random.default_rng(1).integers(-(2**17), 2**17, shape)
+    expected = [sum(number * number for number in row) for row in integers.tolist()]
+    assert squared_norms(integers.astype(np.float32)).tolist() == expected
 
 
 def test_a_rounding_that_is_too_long_is_drawn_again() -> None:
