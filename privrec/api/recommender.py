@@ -199,7 +199,7 @@ class Recommender:
         if settings.get("privacy.noise") == "none":
             budget = math.inf
         sizes = train.n_users, train.n_items, train.size
-        tables = private_settings(*sizes, epsilon=budget)
+        tables = private_settings(*sizes, epsilon=budget, timed=train.times is not None)
         found = {f"{table}.{key}": tables[table][key] for table in tables for key in tables[table]}
         if "privacy.noise_multiplier" in settings or math.isinf(budget):
             del found["privacy.epsilon"]
@@ -278,7 +278,7 @@ class Recommender:
         It needs no data: a user vector is fitted to the items, as the user's own device would.
 
         Args:
-            items: their ids, or a file of them, one a line.
+            items: their ids, the latest last, or a file of them, one a line.
             k: as of :meth:`recommend`; ``filter_seen`` and ``form`` likewise.
 
         Raises:

@@ -89,7 +89,12 @@ def init(
     split = read(bare.data, data_dir=data_dir)
     facts, sizes = split.describe(), (split.train.n_users, split.train.n_items, split.train.size)
     document: Mapping[str, Mapping[str, Any]]
-    fitting = private_settings(*sizes, epsilon=epsilon, upload_bytes=upload_bytes or math.inf)
+    fitting = private_settings(
+        *sizes,
+        epsilon=epsilon,
+        upload_bytes=upload_bytes or math.inf,
+        timed=split.train.times is not None,
+    )
     document = {"data": look.keys, **fitting}
     scenario = _scenario(table, document, settings)
     warnings = planned(scenario, split.train.n_items)["warnings"]

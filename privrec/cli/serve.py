@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     "--history",
     type=console.PATH,
     metavar="FILE",
-    help="Ids of liked items, one a line; a user vector is fitted to them.",
+    help="Ids of liked items, one a line, the latest last; a user vector is fitted to them.",
 )
 @click.option("--similar-to", "item", metavar="ID", help="An item: those nearest to it, by cosine.")
 @click.option("--all", "everybody", is_flag=True, help="All users of the data set; needs -o.")

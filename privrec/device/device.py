@@ -94,6 +94,8 @@ class Settings:
     local_lr: float
     negatives: int = 0
     serve_negatives: int = 0
+    recency: float = 0.0
+    serve_recency: float = 0.0
     unobserved_weight: float = 0.0
     item_l2: float = 0.0
     rank_power: float = 0.0

@@ -76,6 +76,7 @@ class RecommenderLearner(Learner):
         budget, negatives = own.serve_budget or own.budget, own.serve_negatives
         settings = replace(
             own, budget=budget, negatives=negatives, user_steps=own.serve_steps,
+            recency=own.serve_recency,
             shared_curvature=False, folds=1,  # once, exactly, and to all of a history
         )  # fmt: skip
         # Popular negatives are for training: a fit is to all items alike.
@@ -94,7 +95,8 @@ class RecommenderLearner(Learner):
                 popularity = popularity[:n_items] / popularity[n_items - 1]
             budget = NegativeBudget(n_items, size, settings.selector, settings.selected, popularity)
         whole = loss.whole_catalogue and budget is None
-        return Sampler(n_items, negatives, settings.max_samples, whole, budget)
+        most, recency = settings.max_samples, settings.recency
+        return Sampler(n_items, negatives, most, whole, budget, recency)
 
     def held(self, data: Histories) -> Histories:
         """Histories less the items that the tier does not hold."""

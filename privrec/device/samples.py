@@ -57,6 +57,11 @@ class Histories:
         """Items of each device, shape ``(m,)``."""
         return np.diff(self.indptr)
 
+    @property
+    def ages(self) -> Items:
+        """The place of each item from the end of its history, 1 for the last."""
+        return np.repeat(self.indptr[1:], self.lengths) - np.arange(self.indptr[-1])
+
     def of(self, row: int) -> NDArray[np.int32]:
         """The items of one device."""
         return self.items[self.indptr[row] : self.indptr[row + 1]]
@@ -124,6 +129,8 @@ class Sampler:
 
     ``negatives`` are for each positive, unless there is a ``budget`` for all together; ``most``
     bounds the positives in a round; ``whole`` looks at all ``n_items`` it holds, without samples.
+    With ``recency`` the k-th last item of a history counts ``k ** -recency``, and its own negatives
+    as much.
     """
 
     n_items: int
@@ -131,6 +138,7 @@ class Sampler:
     most: int | None
     whole: bool = False
     budget: NegativeBudget | None = None
+    recency: float = 0.0
 
     def width(self, lengths: Items) -> Items:
         """Samples that devices with histories of these lengths train on."""
@@ -148,7 +156,9 @@ class Sampler:
         The positives are the history, or a window of it at a random place if ``most`` is less.
         """
         if self.whole:
-            valid = histories.marks(self.n_items).astype(np.float32)
+            valid = np.zeros((len(histories.users), self.n_items), np.float32)
+            rows = np.repeat(np.arange(len(valid)), histories.lengths)
+            valid[rows, histories.items] = self._weights(histories.ages)
             return Batch(np.arange(self.n_items)[None], valid, 0, None)
         used = self._used(histories.lengths)
         lengths = np.maximum(histories.lengths, 1)[:, None]
@@ -158,6 +168,7 @@ class Sampler:
         present = place < used[:, None]
         padded = np.append(histories.items, np.int32(0))
         positives = np.where(present, padded[np.where(present, index, 0)], 0).astype(np.int64)
+        counted = np.where(present, self._weights(histories.indptr[1:, None] - index), 0)
         weights = None
         if self.budget is not None:
             negatives, logs, fresh = self.budget.draw(histories, key)
@@ -165,13 +176,17 @@ class Sampler:
         else:
             count = positives.shape[1] * self.negatives
             negatives = uniform(key, histories.users, count, self.n_items)
-            fresh = np.repeat(present, self.negatives, axis=1)
+            fresh = np.repeat(counted, self.negatives, axis=1)
             if count:
-                fresh &= ~histories.have(negatives, self.n_items)
+                fresh[histories.have(negatives, self.n_items)] = 0
         items = np.concatenate((positives, negatives), axis=1)
-        counts = np.concatenate((present, fresh), axis=1).astype(np.float32)
+        counts = np.concatenate((counted, fresh), axis=1).astype(np.float32)
         first = representatives(items, self.n_items)
         return Batch(items, counts, positives.shape[1], first, weights)
+
+    def _weights(self, ages: Items) -> FloatArray:
+        """What items count, of an age of 1 for the last of a history."""
+        return ages.clip(min=1).astype(np.float32) ** np.float32(-self.recency)
 
     def folded(self, histories: Histories, folds: int) -> tuple[Batch, Batch]:
         """Whole catalogues whose history is dealt into parts: what to fit to, what to learn from.

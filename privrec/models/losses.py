@@ -109,8 +109,9 @@ class Samples:
     """What the scored items are.
 
     Attributes:
-        valid: 1 where a sample counts, 0 for padding and for negatives that are in the history;
-            shape ``(m, k)``. Over the whole catalogue: 1 where the item is in the history.
+        valid: what a sample counts, 1 unless its items are weighed; 0 for padding and for negatives
+            that are in the history; shape ``(m, k)``. Over the whole catalogue: what an item of the
+            history counts, and 0 elsewhere.
         positives: how many of the ``k`` samples are positives; they come first, then as many
             negatives for each of them in turn. 0 over the whole catalogue.
         weights: logarithm of how many items each negative stands for, shape ``(m, k)``; None when
@@ -162,7 +163,7 @@ def bpr(scores: Tensor, samples: Samples) -> Graded:
     """Bayesian personalised ranking: each positive above its own negatives (Rendle et al. 2009)."""
     p, valid, m = samples.positives, samples.valid, len(scores)
     ahead = scores[:, :p, None] - scores[:, p:].reshape(m, p, -1)
-    counts = valid[:, p:].reshape(m, p, -1) * valid[:, :p, None]
+    counts = valid[:, p:].reshape(m, p, -1)
     push = torch.sigmoid(-ahead).mul_(counts)
     gradient = torch.cat((-push.sum(2), push.reshape(m, -1)), dim=1)
     # (a - b)^2 <= 2 a^2 + 2 b^2, and the logistic curvature is at most 1/4.
@@ -215,8 +216,8 @@ def full_softmax(scores: Tensor, samples: Samples) -> Graded:
 def ials(scores: Tensor, samples: Samples) -> Graded:
     """Squares of implicit ALS on the history; the part over all items goes by Gram matrices."""
     valid = samples.valid
-    missing = (1 - scores) * valid
-    return missing.square().sum(1) / 2, -missing, valid
+    missing = 1 - scores
+    return (missing.square() * valid).sum(1) / 2, -missing * valid, valid
 
 
 BCE = Loss(bce)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Self, cast
@@ -81,7 +81,8 @@ def recommend(
 
     Args:
         run_dir: the run's directory; for a ``history`` it is all that is needed.
-        history: ids of liked items, or a file of them (:func:`privrec.data.files.read_history`).
+        history: ids of liked items, the latest last, or a file of them
+            (:func:`privrec.data.files.read_history`).
         data_dir: where the data lies, before the place that the run remembers.
         selector: how the best are found in the memory (:mod:`privrec.search.select`): ``scan`` is
             exact; others find candidates, which are then ranked exactly. A model with a network,
@@ -253,7 +254,8 @@ class TrainedModel:
     def history(self, items: Iterable[int | str] | Path) -> Histories:
         """Return the history of one who likes some items, by their ids or a file of them.
 
-        It needs no data. An UnknownIdError names an item that is none.
+        The last are taken for the latest. It needs no data. An UnknownIdError names an item that is
+        none.
         """
         if isinstance(items, str):
             raise UsageError(
@@ -262,9 +264,10 @@ class TrainedModel:
             )
         if isinstance(items, Path):
             items = read_history(items, self.catalogue.rows)
-        liked = np.unique(self.catalogue.positions(items)).astype(np.int32)
-        if not len(liked):
+        latest_first = dict.fromkeys(self.catalogue.positions(items)[::-1].tolist())
+        if not latest_first:
             raise UsageError("the history is empty: it must name at least one item id, one a line")
+        liked = np.array(list(latest_first)[::-1], np.int32)
         return _together(np.zeros(len(liked), np.int64), liked, 1)
 
     # ------------------------------------------------------------------ answers
@@ -272,9 +275,13 @@ class TrainedModel:
     def fit(self, histories: Histories) -> FloatArray:
         """Fit private states to histories from nothing, ``(m, user_dim)``, as their devices would.
 
-        A state depends on the history alone, not on its order, whose it is or who else is asked.
-        It is a user's vector, followed by the user's bias.
+        A state depends on the history alone, not on whose it is or who else is asked; on its order
+        only with ``train.serve_recency``. It is a user's vector, followed by the user's bias.
         """
+        if not self.scenario.train.serve_recency:  # a fit draws its negatives by place
+            rows = np.repeat(np.arange(len(histories.users)), histories.lengths)
+            order = np.lexsort((histories.items, rows))
+            histories = replace(histories, items=histories.items[order])
         key = int(rng_for(self.scenario.run.seed, "serving").integers(2**63))
         draws, learner = Draws(key, lambda _: _own_stream()), self._learner
         return learner.serve(self.local.weights, learner.held(histories), draws)
@@ -356,13 +363,12 @@ class TrainedModel:
 
 
 def _together(rows: NDArray[np.integer], items: NDArray[np.int32], m: int) -> Histories:
-    """Histories by row, each in one order, since a fit draws its negatives by place.
+    """Histories by row, each in the order of its items here.
 
     All have the number 0, by which a device draws: a list is for a history, whosever it is.
     """
-    order = np.lexsort((items, rows))
     bounds = np.append(0, np.cumsum(np.bincount(rows, minlength=m)))
-    return Histories(np.zeros(m, np.int64), bounds, items[order])
+    return Histories(np.zeros(m, np.int64), bounds, items[np.argsort(rows, kind="stable")])
 
 
 def _own_stream() -> SecureStream:

@@ -267,6 +267,12 @@ class Recommending(Task[Split]):
     def check(self) -> None:
         super().check()
         metrics.holding_out(self.split.heldout, None)
+        if self.scenario.train.serve_recency and self.split.train.times is None:
+            raise UsageError(
+                f"train.serve_recency = {self.scenario.train.serve_recency:g}: the data has no "
+                "times, by which a user's last items would be known; use data with a column of "
+                "times, or leave the key out"
+            )
         for name in self.scenario.run.baselines:
             metrics.check(name, self.split.train, dim=self.scenario.model.dim)
 

@@ -11,6 +11,10 @@ found on the validation splits of MovieLens 1M and 100K. The step of the server 
   users``, and ``sigma = sqrt(rounds) / mu`` where the run as a whole is as hard to see through as
   one Gaussian of mean ``mu``: ``lr = NOISE * users * mu / (C * rounds)``.
 
+Where interactions have times, the last ones count more in the fit that recommends
+(``train.serve_recency``), which costs no budget: on MovieLens 100K HR@10 rises by 0.04, and where
+order means nothing, as in invented tables, it falls by 0.01.
+
 Vectors are long where an item's interactions times ``mu`` leave room for more than taste's first
 few dimensions. Ranks of items, which cost budget, are left out: they helped on MovieLens 1M (HR@10
 by 0.009), and did harm on MovieLens 100K, on Gowalla at ε = 2 and on invented tables. Where uploads
@@ -33,6 +37,7 @@ CLIP_NORM = 1.0
 WHOLE_CATALOGUE = 20_000
 """Items up to which a device computes the softmax over all of them; of more, over a sample."""
 SAMPLE = 1_024
+RECENCY = 0.5
 
 
 def private_settings(
@@ -42,11 +47,13 @@ def private_settings(
     *,
     epsilon: float = 8.0,
     upload_bytes: float = math.inf,
+    timed: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Tables of a scenario for implicit feedback at a user-level ``epsilon``.
 
     Everybody takes part in each of a few rounds, so that ``epsilon`` holds also against somebody
     who knows every cohort. The three counts show in the settings: they are public from there on.
+    ``timed`` says that the data has times, by which the last items of a user are known.
 
     Raises:
         UsageError: when one number and a bias for each item is more than ``upload_bytes`` a round.
@@ -76,6 +83,8 @@ def private_settings(
         train |= {"selector": "uniform", "budget": budget, "serve_budget": 1.0}
     else:
         train |= {"user_steps": 4, "shared_curvature": True}
+    if timed:
+        train["serve_recency"] = RECENCY
     return {
         "model": {"kind": "gmf", "dim": dim, "block": dim, "init_std": 0.02},
         "devices": {"population": users, "sampling": "everybody"},

@@ -463,6 +463,7 @@ class WideOutput(Section):
             "privacy.local": ("none",),
             "train.loss": ("softmax", "full_softmax"),
             "train.serve_budget": (None,),
+            "train.serve_recency": (0.0,),
             "run.engine": ("cohort",),
             "devices.popularity": ("public", "released"),
             "devices.aggregation": ("sum", "contributors"),

@@ -150,6 +150,10 @@ class Train(Table):
     """L2 penalty on the user vector: the precision of its prior."""
     serve_steps: int = setting(8, "[1, 10^5] steps")
     """Newton steps that fit a user vector from nothing, to evaluate and to recommend."""
+    serve_recency: float = setting(0.0, "[0, 2]")
+    """With times of interactions: the k-th last item of a history counts k^-this in that fit; at 0
+    all count alike.
+    """
     local_steps: int = setting(1, "[1, 10^4] steps")
     """Steps on items and dense weights in a round."""
     local_lr: float = setting(1.0, "(0, 10^4]")

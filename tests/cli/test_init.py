@@ -104,8 +104,9 @@ def test_a_published_set_goes_by_its_name(place: Path) -> None:
     said = {"source": "ml-100k", "max_history": 9}
     assert scenario.data.model_dump(exclude_defaults=True) == said
     assert (scenario.devices.population, scenario.privacy.epsilon) == (2, 4.0)
-    own = private_settings(2, 3, 2, epsilon=4.0)["train"]["server_lr"]
-    assert scenario.train.server_lr == own
+    own = private_settings(2, 3, 2, epsilon=4.0, timed=True)["train"]
+    assert scenario.train.server_lr == own["server_lr"]
+    assert scenario.train.serve_recency == own["serve_recency"] > 0
 
 
 @pytest.mark.parametrize(

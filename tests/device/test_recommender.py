@@ -30,6 +30,12 @@ class Plain:
         self.positives = batch.positives
         self.history = here.histories[user].tolist()
 
+    @property
+    def counts(self) -> dict[int, float]:
+        """What each item of the history counts, the last 1."""
+        latest_first = enumerate(reversed(self.history), 1)
+        return {item: age**-self.settings.recency for age, item in latest_first}
+
     def scores(self, flat: Tensor, own: Tensor) -> Tensor:
         layout, model = self.parts.layout, self.parts.network
         memory = flat[layout.dense : layout.dense + layout.slots * layout.block]
@@ -58,22 +64,24 @@ class Plain:
 
     def loss(self, scores: Tensor) -> Tensor:
         if self.settings.loss == "full_softmax":
-            return -torch.log_softmax(scores, 0)[self.history].sum()
+            logs = torch.log_softmax(scores, 0)
+            return -sum(count * logs[item] for item, count in self.counts.items())
         p, per = self.positives, self.settings.negatives
         mine = [i for i in range(p) if self.valid[i]]
         fresh = [j for j in range(p, len(self.items)) if self.valid[j]]
         score = {place: scores[self.items[place]] for place in mine + fresh}
+        count = {place: self.counts[self.items[place]] for place in mine}
         total = torch.zeros((), dtype=torch.float64)
         if self.settings.loss == "bce":
-            total = total + sum(softplus(-score[i]) for i in mine)
-            return total + sum(softplus(score[j]) for j in fresh)
+            total = total + sum(count[i] * softplus(-score[i]) for i in mine)
+            return total + sum(count[(j - p) // per] * softplus(score[j]) for j in fresh)
         for i in mine:
             if self.settings.loss == "bpr":
                 rivals = [j for j in fresh if (j - p) // per == i]
-                total = total - sum(logsigmoid(score[i] - score[j]) for j in rivals)
+                total = total - count[i] * sum(logsigmoid(score[i] - score[j]) for j in rivals)
             elif fresh:
                 every = torch.stack([score[i], *(score[j] for j in fresh)])
-                total = total - torch.log_softmax(every, 0)[0]
+                total = total - count[i] * torch.log_softmax(every, 0)[0]
         return total
 
     def update(self, weights: np.ndarray, own: np.ndarray) -> np.ndarray:
@@ -243,6 +251,16 @@ def test_serving_finds_the_optimum_of_its_own_settings(lab) -> None:
     assert np.abs(penalised(here, 3, served)[1]).max() < 2e-3
 
 
+@pytest.mark.parametrize("loss", ["bce", "bpr", "softmax", "full_softmax"])
+def test_the_last_items_count_more_in_serving_alone(lab, vector, loss) -> None:
+    here, plain = (lab("gmf", loss=loss, serve_steps=200, serve_recency=r) for r in (1.0, 0.0))
+    assert np.array_equal(vector(here.alone(3).update), vector(plain.alone(3).update))
+    served = here.serve(3)
+    assert np.abs(served - plain.serve(3)).max() > 0.01
+    here.learner = here.learner.serving
+    assert np.abs(penalised(here, 3, served)[1]).max() < 2e-3
+
+
 def test_places_looked_up_train_as_places_computed(lab, vector) -> None:
     for compression in (1.0, 8.0):
         here = lab("neumf", compression, local_steps=2)
@@ -260,16 +278,21 @@ def closed_form(here, user: int) -> np.ndarray:
     memory = parts.layout.memory_of(here.weights).astype(np.float64)
     table = parts.vectors.gather(memory, np.arange(parts.vectors.items))
     mine = table[here.histories[user]]
-    system = mine.T @ mine + settings.unobserved_weight * table.T @ table
-    return np.linalg.solve(system + settings.user_l2 * np.eye(len(system)), mine.sum(0))
+    counts = np.arange(len(mine), 0, -1.0)[:, None] ** -settings.recency
+    system = mine.T @ (counts * mine) + settings.unobserved_weight * table.T @ table
+    return np.linalg.solve(system + settings.user_l2 * np.eye(len(system)), (counts * mine).sum(0))
 
 
 @pytest.mark.parametrize("unobserved_weight", [0.01, 0.5])
 @pytest.mark.parametrize("compression", [1.0, 8.0])
-def test_implicit_als_fits_a_user_in_closed_form(lab, compression, unobserved_weight) -> None:
+@pytest.mark.parametrize("recency", [0.0, 1.0])
+def test_implicit_als_fits_a_user_in_closed_form(
+    lab, compression, unobserved_weight, recency
+) -> None:
     """From any start; one whole Newton step, but for the ridge, is the solution."""
     here = lab("gmf", compression, loss="ials", item_bias=False, user_steps=3, user_l2=0.5,
-               unobserved_weight=unobserved_weight)  # fmt: skip
+               unobserved_weight=unobserved_weight,
+               recency=recency, serve_recency=recency)  # fmt: skip
     here.states[:, -1] = 0
     for user in here.users:
         expected = closed_form(here, int(user))

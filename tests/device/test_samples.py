@@ -169,6 +169,26 @@ def test_the_whole_catalogue_is_marked_by_the_history() -> None:
     assert batch.positives == 0
 
 
+@pytest.mark.parametrize("recency", [0.0, 0.5, 2.0])
+def test_the_last_items_of_a_history_count_more(recency: float) -> None:
+    """The k-th last counts ``k ** -recency``, drawn or whole, and its own negatives with it."""
+    histories = histories_of([4, 6, 1], [2], [])
+    expected = {(0, 4): 3, (0, 6): 2, (0, 1): 1, (1, 2): 1}
+    expected = {place: k**-recency for place, k in expected.items()}
+    whole = Sampler(8, 0, None, whole=True, recency=recency).draw(histories, 5).valid
+    found = {(int(row), int(item)): whole[row, item] for row, item in np.argwhere(whole)}
+    assert found == pytest.approx(expected)
+    batch = Sampler(50, 2, None, recency=recency).draw(histories, 5)
+    for row, history in enumerate(([4, 6, 1], [2], [])):
+        positives, negatives = batch.valid[row, :3], batch.valid[row, 3:].reshape(3, 2)
+        counted = dict(
+            zip(batch.items[row, :3][positives > 0], positives[positives > 0], strict=True)
+        )
+        assert counted == pytest.approx({item: expected[row, item] for item in history})
+        assert set((negatives - positives[:, None])[negatives > 0]) <= {0.0}
+        assert not negatives[positives == 0].any()
+
+
 def test_histories_are_selected_in_the_order_asked() -> None:
     chosen = histories_of([1, 2], [], [3], [4, 5, 6]).select(np.array([3, 1, 0]))
     assert chosen.users.tolist() == [3, 1, 0]

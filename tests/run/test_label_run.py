@@ -164,6 +164,7 @@ def test_what_a_device_takes_is_measured(tmp_path: Path) -> None:
         ("data.labels_each=0.5", "data.labels_each"),
         ("data.clusters=200", "must not exceed data.items - 1"),
         ("train.serve_budget=1", "a wide output does not have it"),
+        ("train.serve_recency=1", "a wide output does not have it"),
         ("privacy.local=example", 'privacy.local = "example"'),
         ("model.features=0", "model.features"),
     ],

@@ -413,6 +413,11 @@ DATA = {
     ),
     "wrong encoding": table(b"user,item\n\xff\xfe,2\n", "mine.csv", "data.encoding"),
     "not a Parquet file": table(b"user,item\n", "mine.parquet", "Parquet", name="mine.parquet"),
+    "no time": Case(
+        ("run", "mine.toml", "-s", "train.serve_recency=0.5", "--data", "mine.csv", "--out", "out"),
+        ("train.serve_recency = 0.5", "the data has no times", "use data with a column of times"),
+        (("mine.toml", TABLE), ("mine.csv", "user,item\n1,2\n1,3\n2,2\n2,3\n")),
+    ),
     "wrong time": Case(
         ("run", "mine.toml", "-s", "data.time_column=when", "--data", "mine.csv", "--out", "out"),
         ("mine.csv, line 2", "soon"),

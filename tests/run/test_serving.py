@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +244,23 @@ def test_a_user_and_the_same_history_get_the_same_list(
         own = [*ids_of(train, user), str(train.item_ids[heldout])]
         for history in (own, own[::-1], own + own):
             assert recommend(trained, history=history) == by_id
+
+
+def test_the_order_of_a_history_counts_where_its_last_items_count_more(
+    trained: Path, train: Interactions
+) -> None:
+    model, own = TrainedModel.read(trained), ids_of(train, 3)
+    model = replace(model, scenario=model.scenario.with_settings({"train.serve_recency": 1.0}))
+    fitted, turned = (model.fit(model.history(ids)) for ids in (own, own[::-1]))
+    assert np.abs(fitted - turned).max() > 0.01
+    again = model.fit(model.history([own[-1], own[0], *own]))  # where each comes last
+    assert np.array_equal(again, fitted)
+    states = model.fit(model.histories(np.arange(8)))
+    assert np.allclose(states[3], fitted[0], atol=1e-5)
+    # What was held out comes last of all.
+    split, (everything,) = model.split, model.fit(model.owned(np.array([3])))
+    heldout = str(train.item_ids[split.heldout.items[split.heldout.indptr[3]]])
+    assert np.allclose(everything, model.fit(model.history([*own, heldout]))[0], atol=1e-5)
 
 
 def test_a_history_nobody_has_seen_is_served_by_its_taste(
