@@ -78,12 +78,14 @@ def known_items(scenario: Scenario, counted: int | None = None) -> int | None:
 
 
 def tables_of(scenario: Scenario, n_items: int) -> tuple[Table, Table | None]:
-    """Tables of item vectors and biases at capacity 1."""
+    """Tables of item vectors and biases at capacity 1, hashed where compressed or folded."""
     model, order = scenario.model, scenario.devices.order
+    whole = all(tier.capacity in (0, 1) for tier in scenario.devices.chain)
+    plain = order != "fold" or (whole and model.compression == 1)
     keys = rng_for(scenario.run.seed, "subspace").integers(2**63, size=2).tolist()
 
     def table(dim: int, block: int, key: int) -> Table:
-        if order != "fold":
+        if plain:
             return PlainTable.of(n_items, dim, block=block, by_part=order == "dims")
         return Subspace.sized(n_items, dim, block=block, key=key, compression=model.compression)
 

@@ -63,12 +63,11 @@ def private_settings(
     far = REACH * items / (CLIP_NORM * math.sqrt(interactions / users) * ROUNDS)
     quiet = NOISE * users * mu / (CLIP_NORM * ROUNDS)
     dim = LONG if interactions * mu >= CLEAR * items else SHORT
-    rows = 4 << (items - 1).bit_length()  # bytes of a column: a memory has a power of two of slots
-    while dim > 1 and rows * (dim + 1) > upload_bytes:
+    while dim > 1 and 4 * items * (dim + 1) > upload_bytes:
         dim //= 2
-    if rows * (dim + 1) > upload_bytes:
+    if 4 * items * (dim + 1) > upload_bytes:
         raise UsageError(
-            f"an upload of {upload_bytes:,.0f} bytes: {items:,} items take {2 * rows:,} with one "
+            f"an upload of {upload_bytes:,.0f} bytes: {items:,} items take {8 * items:,} with one "
             "number and a bias each; allow as much, or leave out rare items by data.min_item"
         )
     train: dict[str, Any] = {

@@ -175,19 +175,18 @@ def test_vectors_are_short_where_an_item_tells_little_through_the_noise() -> Non
 @pytest.mark.parametrize("each", [8, 12, 20, 36, 68, 1000])
 def test_an_upload_is_as_large_as_it_may_be(items: int, each: int) -> None:
     """So many bytes for each item."""
-    slots = 1 << (items - 1).bit_length()
-    found = private_settings(10**6, items, 10**9, upload_bytes=each * slots)
+    found = private_settings(10**6, items, 10**9, upload_bytes=each * items)
     scenario = Scenario.from_toml(_toml("sized", found))
     assert scenario.model.dim == min(16, each // 4 - 1)
-    assert federation_of(scenario, items).tiers[0].layout.size * 4 == slots * min(68, each)
-    with pytest.raises(UsageError, match=f"{items:,} items take {8 * slots:,} with one number"):
-        private_settings(10**6, items, 10**9, upload_bytes=8 * slots - 1)
+    assert federation_of(scenario, items).tiers[0].layout.size * 4 == items * min(68, each)
+    with pytest.raises(UsageError, match=f"{items:,} items take {8 * items:,} with one number"):
+        private_settings(10**6, items, 10**9, upload_bytes=8 * items - 1)
 
 
 def test_an_upload_can_be_limited_by_an_option(place: Path) -> None:
     done("init", "Shop orders.csv", "--out", "small.toml", "--upload-bytes", "80")
     assert load("small.toml").model.dim == 4
-    result = call("init", "Shop orders.csv", "--out", "none.toml", "--upload-bytes", "31")
+    result = call("init", "Shop orders.csv", "--out", "none.toml", "--upload-bytes", "23")
     assert "allow as much, or leave out rare items by data.min_item" in result.stderr
     assert result.exit_code == UsageError.exit_code
     assert not Path("none.toml").exists()

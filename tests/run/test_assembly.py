@@ -197,7 +197,7 @@ def test_the_first_weights_do_not_depend_on_the_tiers() -> None:
     """Gaussian coefficients are a Gaussian memory: the system is orthonormal."""
     one, mixed = (
         assemble(scenario(changes), train_of(20), "run", SecretRoot.known(b"x"))
-        for changes in ({}, tiers((1.0, 0.5, 1.0), (0.25, 0.5, 1.0)))
+        for changes in (tiers((1.0, 0.5, 1.0), (weak, 0.5, 1.0)) for weak in (0.5, 0.25))
     )
     assert np.array_equal(one.server.weights, mixed.server.weights)
     view = mixed.federation.tiers[1].view(

@@ -91,14 +91,18 @@ def test_the_plan_charges_what_devices_and_shares_do():
 @pytest.mark.parametrize("dropouts", ["0.0", "0.2"])
 @pytest.mark.parametrize("wrong", [1.0, 2 / 3, 1.5])
 def test_a_released_sum_has_the_noise_that_is_accounted_and_that_of_colluders(dropouts, wrong):
-    """Of devices without examples; two thirds of it and half too much are refused."""
+    """Of devices without examples; two thirds of it and half too much are refused.
+
+    Who leaves before the signatures gives no seed away, so that a few more shares stay in the sum.
+    """
     parts = parts_of(f"devices.dropout_rate={dropouts}", train=nothing(USERS, 3000))
     shares = parts.plan.protection.shares
     total = parts.simulation.collect(parts.server.next_round(0), parts.server.weights).total
     (band,) = shares.bands
     wanted = float(shares.share_variance(0)) * band.least * wrong**2
     ratio = float((total.astype(np.float64) ** 2).mean()) / wanted
-    assert (abs(ratio - 1) < 5 * np.sqrt(2 / len(total))) == (wrong == 1.0)
+    slack, most = 5 * np.sqrt(2 / len(total)), 1.0 if dropouts == "0.0" else 1.2
+    assert (1 - slack < ratio < most + slack) == (wrong == 1.0)
     assert np.count_nonzero(total) > 0.99 * len(total)
     at_least = (2 * shares.noise_multiplier) ** 2 * (shares.squared_sensitivity / 4)
     assert wanted >= at_least or wrong != 1.0
