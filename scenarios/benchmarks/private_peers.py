@@ -16,8 +16,9 @@ replaced by none) and δ = 1e-5, which is less than the federation of docs/accur
   "Multi-task differential privacy under distribution skew" (ICML 2023), for the weights.
 
 Settings are the best by HR@10 on the validation split, at each ε anew, of those in ``GRIDS``; the
-search costs nothing that is accounted, here as there. The table has the test split. `--quick` takes
-invented data, one ε and one setting.
+search costs nothing that is accounted, here as there. With times of interactions users are then
+scored by histories whose k-th last item counts ``k ** -recency``, of ``RECENCY`` the best. The
+table has the test split. `--quick` takes invented data, one ε and one setting.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
         "power": (0.1, 0.25),
     },
 }  # fmt: skip
+RECENCY = (0.0, 0.5, 1.0)
 COLUMNS = (
     ("name", "what"),
     ("epsilon", "ε"),
@@ -68,12 +70,15 @@ def noise_multiplier(epsilon: float) -> float:
 
 
 class Histories:
-    """Users' histories as a dense matrix, and noise that is drawn by a seed."""
+    """Users' histories as a dense matrix, as they are ``served`` too, and noise by a seed."""
 
-    def __init__(self, split: Split, seed: int) -> None:
+    def __init__(self, split: Split, seed: int, recency: float) -> None:
         train = split.train
         self.liked = np.zeros((train.n_users, train.n_items), np.float32)
         self.liked[train.users, train.items] = 1
+        ages = train.indptr[train.users + 1] - np.arange(train.size)
+        self.served = self.liked.copy()
+        self.served[train.users, train.items] = ages.astype(np.float32) ** -recency
         self._rng = np.random.default_rng(seed)
 
     def noisy(self, total: Floats, deviation: float) -> Floats:
@@ -95,9 +100,12 @@ def gram(data: Histories, sigma: float, *, head: float, popular: float) -> Float
     sigma /= math.sqrt(1 - POPULARITY)
     mean, top = counts / len(data.liked), np.argsort(-counts)[: int(head)]
     scale = (100 * mean[top]) ** -0.15
-    lengths = data.liked.sum(1, keepdims=True)
-    own = scale * (data.liked[:, top] / np.sqrt(lengths) - mean[top])
-    own /= np.linalg.norm(own, axis=1, keepdims=True)
+
+    def centred(liked: Floats) -> Floats:
+        own = scale * (liked[:, top] / np.sqrt(liked.sum(1, keepdims=True)) - mean[top])
+        return np.asarray(own / np.linalg.norm(own, axis=1, keepdims=True))
+
+    own, served = centred(data.liked), centred(data.served)
     upper = np.triu(data.noisy(np.zeros((len(top), len(top))), sigma), 1) / math.sqrt(2)
     noise = upper + upper.T + np.diag(data.noisy(np.zeros(len(top)), sigma))
     values, vectors = np.linalg.eigh((own.T @ own).astype(np.float64) + noise)
@@ -107,7 +115,7 @@ def gram(data: Histories, sigma: float, *, head: float, popular: float) -> Float
     signal = (values + np.sqrt(values**2 - 2 * spread)) / 2
     weights = signal / (signal + 5) * np.sqrt(1 - spread / (2 * signal**2))
     scores = np.tile(popular * np.log(counts), (len(own), 1))
-    scores[:, top] += (own @ vectors * weights) @ vectors.T / scale
+    scores[:, top] += (served @ vectors * weights) @ vectors.T / scale
     return scores
 
 
@@ -139,13 +147,13 @@ def alternating(
         values, vectors = np.linalg.eigh(matrices)
         return np.asarray((vectors * np.maximum(values, 0)[:, None]) @ vectors.swapaxes(1, 2))
 
-    def solved(items: Floats) -> Floats:
+    def solved(items: Floats, liked: Floats) -> Floats:
         left = unpacked(liked @ packed(items)) + unobserved * (items.T @ items) + np.eye(d)
         return np.asarray(np.linalg.solve(left, (liked @ items)[:, :, None])[:, :, 0], np.float32)
 
     items = data.noisy(np.zeros((len(top), d)), 1 / math.sqrt(d))
     for _ in range(int(steps)):
-        users = solved(items)
+        users = solved(items, liked)
         users /= np.maximum(np.linalg.norm(users, axis=1, keepdims=True), 1e-9)
         products = packed(users)
         own = data.noisy(weights.T @ products, sigma / math.sqrt(curved))
@@ -155,7 +163,7 @@ def alternating(
         left = positive(unpacked(own)) + usual * prior
         items = np.linalg.solve(left, slopes[:, :, None])[:, :, 0].astype(np.float32)
     scores = np.zeros(data.liked.shape, np.float32)
-    scores[:, top] = solved(items) @ items.T
+    scores[:, top] = solved(items, data.served[:, top]) @ items.T
     return scores
 
 
@@ -163,9 +171,10 @@ WAYS = {"popularity": popularity, "Gram": gram, "alternating minimisation": alte
 
 
 def measured(
-    name: str, split: Split, epsilon: float, settings: Mapping[str, float]
+    name: str, split: Split, epsilon: float, settings: Mapping[str, float], recency: float = 0.0
 ) -> dict[str, float]:
-    scores = WAYS[name](Histories(split, 0), noise_multiplier(epsilon), **settings)
+    data = Histories(split, 0, recency)
+    scores = WAYS[name](data, noise_multiplier(epsilon), **settings)
     return metrics.evaluate(metrics.by_users(lambda users: scores[users]), split, seed=0).summary()
 
 
@@ -179,8 +188,15 @@ def rows_of(
             for each in (grid[:1] if quick else grid)
         ]
         _, settings = max(tried, key=lambda pair: pair[0])
+        timed = splits["validation"].train.times is not None and not quick
+        later = [
+            (measured(name, splits["validation"], epsilon, settings, recency)["hr@10"], recency)
+            for recency in (RECENCY if timed else RECENCY[:1])
+        ]
+        _, recency = max(later, key=lambda pair: pair[0])
         told = " ".join(f"{key}={value:g}" for key, value in settings.items())
-        found = measured(name, splits["test"], epsilon, settings)
+        told += f" recency={recency:g}" if recency else ""
+        found = measured(name, splits["test"], epsilon, settings, recency)
         yield {"name": name, "epsilon": epsilon, **found, "settings": told}
         print(f"{name}, ε = {epsilon:g}: HR@10 {found['hr@10']:.4f} ({told})", flush=True)
 
