@@ -783,7 +783,7 @@ def test_a_plan_of_published_data_needs_no_data() -> None:
         *("-s", "devices.population="),
     )  # fmt: skip
     assert plan["population"] == 6040
-    assert plan["signal"]["coefficients"] == 8192 * 2 + 4096
+    assert plan["signal"]["coefficients"] == 3706 * (4 + 1)
     assert not Path("runs").exists()
 
 
