@@ -19,6 +19,8 @@ from privrec.privacy.ledger import Ledger
 from privrec.randomness import SecretRoot
 from privrec.report.build import build
 from privrec.run.plan import Plan
+from privrec.run.simulation import leaving
+from privrec.secagg.messages import Stage
 
 ROUNDS, USERS = 3, 40
 TINY = f"""
@@ -93,16 +95,22 @@ def test_the_plan_charges_what_devices_and_shares_do():
 def test_a_released_sum_has_the_noise_that_is_accounted_and_that_of_colluders(dropouts, wrong):
     """Of devices without examples; two thirds of it and half too much are refused.
 
-    Who leaves before the signatures gives no seed away, so that a few more shares stay in the sum.
+    Who leaves before the signatures gives no seed away: shares stay until enough signers' are in.
     """
     parts = parts_of(f"devices.dropout_rate={dropouts}", train=nothing(USERS, 3000))
     shares = parts.plan.protection.shares
-    total = parts.simulation.collect(parts.server.next_round(0), parts.server.weights).total
+    round, devices = parts.server.next_round(0), parts.simulation
+    total = devices.collect(round, parts.server.weights).total
     (band,) = shares.bands
-    wanted = float(shares.share_variance(0)) * band.least * wrong**2
+    leaves = leaving(devices.root, round, USERS, float(dropouts))
+    alive = np.flatnonzero(leaves > Stage.MASKED)
+    order = np.array(sorted(alive.tolist(), key=devices.enrolled.identity))
+    signed = leaves[order] > Stage.CONFIRM
+    kept = int((np.cumsum(signed) - signed < band.least).sum())
+    assert kept == band.least or dropouts != "0.0"
+    wanted = float(shares.share_variance(0)) * kept * wrong**2
     ratio = float((total.astype(np.float64) ** 2).mean()) / wanted
-    slack, most = 5 * np.sqrt(2 / len(total)), 1.0 if dropouts == "0.0" else 1.2
-    assert (1 - slack < ratio < most + slack) == (wrong == 1.0)
+    assert (abs(ratio - 1) < 5 * np.sqrt(2 / len(total))) == (wrong == 1.0)
     assert np.count_nonzero(total) > 0.99 * len(total)
     at_least = (2 * shares.noise_multiplier) ** 2 * (shares.squared_sensitivity / 4)
     assert wanted >= at_least or wrong != 1.0
